@@ -1,0 +1,128 @@
+//! polder's side of the paired comparison with PyTorch (`benches/peers/pytorch.py`): a process that takes weights and one
+//! batch, and answers commands on standard input with one JSON line each.
+//!
+//! - `gradient FILE`: writes the gradient of the batch's loss (batch norm in train mode) and answers `{"loss": …}`;
+//! - `steps N`: takes N training steps on the batch and answers `{"seconds": …, "images_per_s": …}`;
+//! - `memory`: answers `{"peak_rss_bytes": …}` (on Linux; 0 elsewhere);
+//! - `quit`.
+
+use std::error::Error;
+use std::io::BufRead;
+use std::path::{Path, PathBuf};
+
+use clap::{Parser, ValueEnum};
+use polder::device::Device;
+use polder::kernels::image::{self, BatchShape, Normalization};
+use polder::nn::Model;
+use polder::objective::{Objective, Statistics};
+use polder::optim::{Base, CrSamTerms, Form, Method, Norm, Optimizer, Settings};
+use polder::plan::{Plan, PlanOptions, Shape};
+use polder::train::{open_device, weights};
+use safetensors::SafeTensors;
+
+#[derive(Clone, Copy, ValueEnum)]
+enum MethodName {
+    Sgd,
+    Sam,
+    CrSam,
+}
+
+#[derive(Parser)]
+struct Args {
+    #[arg(long)]
+    model: String,
+    #[arg(long, value_enum)]
+    method: MethodName,
+    #[arg(long, default_value_t = 128)]
+    batch_size: usize,
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// Weights and running statistics, with torchvision's names.
+    #[arg(long)]
+    weights: PathBuf,
+    /// `images` (u8, NHWC) and `labels` (i64).
+    #[arg(long)]
+    images: PathBuf,
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let args = Args::parse();
+    let device = open_device(&args.device, args.threads)?;
+    let file = std::fs::read(&args.images)?;
+    let tensors = SafeTensors::deserialize(&file)?;
+    let (images, labels) = (tensors.tensor("images")?, tensors.tensor("labels")?);
+    let &[samples, height, width, channels] = images.shape() else { return Err("images are not NHWC".into()) };
+    if samples < args.batch_size {
+        return Err(format!("{samples} images are fewer than a batch of {}", args.batch_size).into());
+    }
+    let labels: Vec<u32> = labels.data().chunks_exact(8).map(|bytes| u32::from(bytes[0])).collect();
+    let shape = Shape { batch: args.batch_size, height, width, channels };
+    let (graph, logits) = Model::from_name(&args.model, None)?.trace(shape, 10)?;
+    let mut plan = Plan::<f32>::new(&device, graph, logits, PlanOptions::training())?;
+    set_batch(&device, &mut plan, images.data(), &labels)?;
+    let [start, statistics] = weights::load(&args.weights, [plan.parameters(), plan.statistics_layout()])?;
+    plan.set_statistics(device.upload(&statistics)?.view())?;
+    let len = start.len();
+    let mut parameters = device.upload(&start)?;
+    let method = match args.method {
+        MethodName::Sgd => Method::Plain,
+        MethodName::Sam => Method::Sam { rho: 0.05, norm: Norm::Two },
+        MethodName::CrSam => {
+            let terms = CrSamTerms { form: Form::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
+            Method::CrSam { rho: 0.05, terms }
+        }
+    };
+    let base = Base::Sgd { momentum: 0.9, nesterov: false };
+    let mut optimizer = Optimizer::new(&device, len, Settings { method, base, weight_decay: 5e-4, decay_len: len })?;
+
+    for line in std::io::stdin().lock().lines() {
+        let line = line?;
+        match line.split_whitespace().collect::<Vec<_>>()[..] {
+            ["gradient", path] => {
+                let (mut gradient, mut loss) = (device.zeros(len)?, device.zeros(1)?);
+                let mut flag = device.zeros(1)?;
+                let (g, l) = (gradient.view_mut(), loss.view_mut());
+                plan.gradient(parameters.view(), Statistics::Keep, g, l, flag.view_mut())?;
+                weights::save(Path::new(path), &[(plan.parameters(), &gradient.to_vec()?)])?;
+                println!("{}", serde_json::json!({"loss": loss.to_vec()?[0]}));
+            }
+            ["steps", count] => {
+                let count: usize = count.parse()?;
+                device.synchronize()?;
+                let start = device.event()?;
+                for _ in 0..count {
+                    optimizer.step(&mut plan, &mut parameters, 0.01)?;
+                }
+                let seconds = device.event()?.elapsed_since(&start)?;
+                let images_per_s = (count * args.batch_size) as f64 / seconds;
+                println!("{}", serde_json::json!({"seconds": seconds, "images_per_s": images_per_s}));
+            }
+            ["memory"] => println!("{}", serde_json::json!({"peak_rss_bytes": peak_memory()})),
+            ["quit"] => break,
+            _ => return Err(format!("unknown command: {line}").into()),
+        }
+    }
+    Ok(())
+}
+
+/// The first batch, normalised with CIFAR-10's published values.
+fn set_batch(device: &Device, plan: &mut Plan<f32>, pixels: &[u8], labels: &[u32]) -> Result<(), Box<dyn Error>> {
+    let Shape { batch, height, width, channels } = plan.input_shape();
+    let normalization = Normalization { mean: [0.4914, 0.4822, 0.4465, 0.0], std: [0.2470, 0.2435, 0.2616, 1.0] };
+    let (pixels, labels) = (device.upload(pixels)?, device.upload(labels)?);
+    let order = device.upload(&(0..batch as u32).collect::<Vec<_>>())?;
+    let shape = BatchShape { batch, height, width, channels };
+    let (out, truth) = plan.batch_mut()?;
+    image::batch(&shape, pixels.view(), labels.view(), order.view(), &normalization, None, out, truth)?;
+    device.synchronize()?;
+    Ok(())
+}
+
+/// The process's largest resident set so far, in bytes.
+fn peak_memory() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()).map_or(0, |kib| kib * 1024)
+}

@@ -1,0 +1,554 @@
+// Convolution on the CPU, NHWC with HWIO weights: forward, input gradient and weight gradient, without im2col.
+//
+// All three are products of small register tiles. A tile of the forward pass is up to 6 output pixels by one panel of 64
+// bytes of output channels: for every tap row, the tap columns times channels of a pixel are one contiguous run of the
+// zero-padded image, so the inner loop broadcasts one number of each pixel's run and multiplies it with one packed row of
+// weights. The input gradient is the same loop over the padded output gradient with transposed weights; with a stride
+// its pixels fall into stride x stride classes, each of which sees its own taps, so that no zeros are multiplied. A tile
+// of the weight gradient is up to 6 neighbours of such a run by one panel, summed over pixels.
+//
+// One thread per block. A block pads a band of an image, or several small images, into its scratch memory (which stays
+// in the L2 cache); bands depend on the shape alone, and so do all sums.
+#include "../include/polder.cuh"
+
+// Fused multiply-adds, where the instruction set has them: nothing here is compared between instruction sets.
+#if defined(__clang__)
+#pragma clang fp contract(fast)
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=fast")
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a real call
+#endif
+
+namespace {
+
+constexpr int kTileRows = 6;  // by two vectors: 12 accumulators, two panel vectors and one broadcast fill 16 registers
+
+/// Half a panel: one register of AVX2, two of narrower instruction sets.
+template <class T>
+struct Vector {
+    typedef T type __attribute__((vector_size(32)));
+    static constexpr int lanes = 32 / sizeof(T);
+};
+
+/// Channels of a panel: 16 floats, 8 doubles.
+template <class T>
+constexpr int kPanel = 64 / sizeof(T);
+
+template <class T>
+__forceinline__ typename Vector<T>::type load_vector(const T* p) {
+    typename Vector<T>::type v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class T>
+__forceinline__ void store_vector(T* p, const typename Vector<T>::type& v) {
+    memcpy(p, &v, sizeof v);
+}
+
+__forceinline__ int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+struct ConvShape {
+    int32_t batch, height, width, in_channels, out_channels, kernel, stride, padding, out_height, out_width;
+};
+
+/// How the input gradient's rows (or columns) that are `remainder` modulo the stride see the output gradient: row
+/// q * stride + remainder is reached from rows q + first ... q + first + taps - 1, through kernel rows that fall by
+/// `stride` from `last_tap`.
+struct ParityClass {
+    int taps, first, last_tap;
+};
+
+__forceinline__ ParityClass parity_class(const ConvShape& s, int remainder) {
+    const int tap = (remainder + s.padding) % s.stride;
+    const int taps = tap < s.kernel ? (s.kernel - tap + s.stride - 1) / s.stride : 0;
+    return {taps, (remainder + s.padding) / s.stride - (taps - 1), tap + (taps - 1) * s.stride};
+}
+
+// ---- Packing -------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct PackArgs {
+    const T* weight;
+    T* packed;
+    ConvShape shape;
+};
+
+/// weight [taps][in][out] to packed [panel of out][taps][in][kPanel], zeros beyond the last channel.
+template <class T>
+__device__ void pack_forward(const PackArgs<T>& a) {
+    constexpr int W = kPanel<T>;
+    const int n = a.shape.out_channels;
+    const uint64_t rows = uint64_t(a.shape.kernel) * a.shape.kernel * a.shape.in_channels;
+    for_each_index(rows, [&](uint64_t row) {
+        for (int first = 0; first < n; first += W) {
+            const T* __restrict__ from = a.weight + row * n + first;
+            T* __restrict__ to = a.packed + (first / W * rows + row) * W;
+            const int columns = n - first < W ? n - first : W;
+            for (int j = 0; j < columns; ++j) to[j] = from[j];
+            for (int j = columns; j < W; ++j) to[j] = T(0);
+        }
+    });
+}
+
+/// weight [taps][in][out] to, for every parity class, packed [panel of in][class's taps][out][kPanel]: the taps in the order
+/// in which a pixel meets rising rows and columns of the output gradient.
+template <class T>
+__device__ void pack_input_gradient(const PackArgs<T>& a) {
+    constexpr int W = kPanel<T>;
+    const ConvShape& s = a.shape;
+    const int panels = (s.in_channels + W - 1) / W;
+    // One index is one kernel tap and one panel; every tap belongs to one class.
+    const uint64_t taps = uint64_t(s.kernel) * s.kernel;
+    for_each_index(taps * panels, [&](uint64_t index) {
+        int tap = int(index / panels);
+        const int panel = int(index % panels);
+        T* packed = a.packed;
+        ParityClass rows{}, columns{};
+        for (int cls = 0; cls < s.stride * s.stride; ++cls) {
+            rows = parity_class(s, cls / s.stride);
+            columns = parity_class(s, cls % s.stride);
+            const int count = rows.taps * columns.taps;
+            if (tap < count) break;
+            tap -= count;
+            packed += uint64_t(count) * s.out_channels * panels * W;
+        }
+        const int kernel_row = rows.last_tap - tap / columns.taps * s.stride;
+        const int kernel_column = columns.last_tap - tap % columns.taps * s.stride;
+        const int channels = s.in_channels - panel * W < W ? s.in_channels - panel * W : W;
+        const T* from = a.weight + (uint64_t(kernel_row * s.kernel + kernel_column) * s.in_channels + panel * W) *
+                                       s.out_channels;
+        T* to = packed + (uint64_t(panel) * rows.taps * columns.taps + tap) * s.out_channels * W;
+        // A panel's square at a time, so that the transposition stays in the cache.
+        for (int first = 0; first < s.out_channels; first += W) {
+            const int last = first + W < s.out_channels ? first + W : s.out_channels;
+            for (int c = 0; c < W; ++c) {
+                for (int o = first; o < last; ++o) to[o * W + c] = c < channels ? from[c * s.out_channels + o] : T(0);
+            }
+        }
+    });
+}
+
+/// A part of a zero-padded image.
+struct Window {
+    int first_row, rows, first_column, columns;  // in the unpadded image; may lie outside
+};
+
+/// Copies `width` of the `channels` channels of an image's window, zeros where it lies outside the image.
+template <class T>
+__forceinline__ void copy_window(T* to, const T* image, int height, int image_width, int channels, int width,
+                                 const Window& window) {
+    const int end = window.first_column + window.columns;
+    const int left = window.first_column < 0 ? (end < 0 ? window.columns : -window.first_column) : 0;
+    const int right = end > image_width ? end - image_width : 0;
+    const int inside = window.columns - left - right;
+    const size_t row_bytes = size_t(window.columns) * width * sizeof(T);
+    for (int r = 0; r < window.rows; ++r, to += window.columns * width) {
+        const int row = window.first_row + r;
+        if (row < 0 || row >= height || inside <= 0) {
+            memset(to, 0, row_bytes);
+            continue;
+        }
+        const T* from = image + (int64_t(row) * image_width + window.first_column + left) * channels;
+        memset(to, 0, size_t(left) * width * sizeof(T));
+        T* at = to + left * width;
+        if (width == channels) {
+            memcpy(at, from, size_t(inside) * width * sizeof(T));
+        } else if (width == kPanel<T>) {
+            for (int i = 0; i < inside; ++i) memcpy(at + i * kPanel<T>, from + int64_t(i) * channels, 64);
+        } else {
+            for (int i = 0; i < inside; ++i) memcpy(at + i * width, from + int64_t(i) * channels, size_t(width) * sizeof(T));
+        }
+        memset(at + inside * width, 0, size_t(right) * width * sizeof(T));
+    }
+}
+
+// ---- Forward and input gradient ------------------------------------------------------------------------------------
+
+/// Rows of packed weights that are multiplied with all pixels of a band before the next are taken up: a quarter of them is
+/// 16 KiB, which leaves the pixels their share of the L1 cache.
+constexpr int kBlockDepth = 256;
+
+/// A convolution of the pixels of a band, each a place in the padded source and one in the target.
+template <class T>
+struct Correlation {
+    const T* source;
+    const int32_t* source_at;
+    T* target;
+    const int32_t* target_at;
+    int pixels;
+    int tap_rows, row_pitch;  // rows of taps, and the elements between them in the source
+    int run;                  // elements that one row of taps sees: tap columns x source channels
+    const T* packed;          // [panel][tap_rows][run][kPanel]
+    int target_channels;
+    bool accumulate;
+};
+
+/// ROWS pixels by one panel, over `rows` rows of taps and `length` elements of each; `columns` of the panel are stored.
+template <int ROWS, class T>
+__forceinline__ void correlate_tile(const Correlation<T>& job, int pixel, int row, int rows, int start, int length,
+                                    const T* __restrict__ b, int channel, int columns, bool add) {
+    using V = typename Vector<T>::type;
+    constexpr int L = Vector<T>::lanes;
+    const T* a[ROWS];
+    T* c[ROWS];
+    V sum[ROWS][2];
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; ++i) {
+        a[i] = job.source + job.source_at[pixel + i] + int64_t(row) * job.row_pitch + start;
+        c[i] = job.target + job.target_at[pixel + i] + channel;
+        sum[i][0] = sum[i][1] = V{};
+    }
+    for (int r = 0; r < rows; ++r) {
+        for (int64_t k = 0; k < length; ++k, b += 2 * L) {
+            const V b0 = load_vector(b), b1 = load_vector(b + L);
+#pragma GCC unroll 6
+            for (int i = 0; i < ROWS; ++i) {
+                sum[i][0] += a[i][k] * b0;
+                sum[i][1] += a[i][k] * b1;
+            }
+        }
+#pragma GCC unroll 6
+        for (int i = 0; i < ROWS; ++i) a[i] += job.row_pitch;
+    }
+    if (columns == kPanel<T>) {
+#pragma GCC unroll 6
+        for (int i = 0; i < ROWS; ++i) {
+            if (add) {
+                sum[i][0] += load_vector(c[i]);
+                sum[i][1] += load_vector(c[i] + L);
+            }
+            store_vector(c[i], sum[i][0]);
+            store_vector(c[i] + L, sum[i][1]);
+        }
+        return;
+    }
+    for (int i = 0; i < ROWS; ++i) {
+        T tile[kPanel<T>];
+        store_vector(tile, sum[i][0]);
+        store_vector(tile + L, sum[i][1]);
+        for (int j = 0; j < columns; ++j) c[i][j] = add ? c[i][j] + tile[j] : tile[j];
+    }
+}
+
+template <class T>
+__forceinline__ void correlate(const Correlation<T>& job) {
+    constexpr int W = kPanel<T>;
+    const int depth = job.tap_rows * job.run;
+    const int rows_at_once = job.run > kBlockDepth ? 1 : kBlockDepth / job.run;
+    const int parts = (job.run + kBlockDepth - 1) / kBlockDepth, length_at_once = (job.run + parts - 1) / parts;
+    for (int channel = 0; channel < job.target_channels; channel += W) {
+        const int columns = job.target_channels - channel < W ? job.target_channels - channel : W;
+        const T* panel = job.packed + int64_t(channel) * depth;
+        for (int row = 0; row < job.tap_rows; row += rows_at_once) {
+            const int rows = job.tap_rows - row < rows_at_once ? job.tap_rows - row : rows_at_once;
+            for (int start = 0; start < job.run; start += length_at_once) {
+                const int length = job.run - start < length_at_once ? job.run - start : length_at_once;
+                const T* b = panel + (int64_t(row) * job.run + start) * W;
+                const bool add = job.accumulate || row > 0 || start > 0;
+                int pixel = 0;
+                for (; pixel + kTileRows <= job.pixels; pixel += kTileRows) {
+                    correlate_tile<kTileRows>(job, pixel, row, rows, start, length, b, channel, columns, add);
+                }
+                switch (job.pixels - pixel) {
+                    case 5: correlate_tile<5>(job, pixel, row, rows, start, length, b, channel, columns, add); break;
+                    case 4: correlate_tile<4>(job, pixel, row, rows, start, length, b, channel, columns, add); break;
+                    case 3: correlate_tile<3>(job, pixel, row, rows, start, length, b, channel, columns, add); break;
+                    case 2: correlate_tile<2>(job, pixel, row, rows, start, length, b, channel, columns, add); break;
+                    case 1: correlate_tile<1>(job, pixel, row, rows, start, length, b, channel, columns, add); break;
+                    default: break;
+                }
+            }
+        }
+    }
+}
+
+/// Which part of the batch a block works on: `images` whole images, or `rows` rows of one.
+struct Bands {
+    int32_t images, rows;
+};
+
+struct Band {
+    int first_image, images, first_row, rows;
+};
+
+__forceinline__ Band band_at(const Bands& bands, int index, int batch, int total_rows) {
+    const int per_image = (total_rows + bands.rows - 1) / bands.rows;
+    const int first_image = index / per_image * bands.images, first_row = index % per_image * bands.rows;
+    return {first_image, batch - first_image < bands.images ? batch - first_image : bands.images, first_row,
+            total_rows - first_row < bands.rows ? total_rows - first_row : bands.rows};
+}
+
+template <class T>
+struct ForwardArgs {
+    const T* x;
+    const T* packed;
+    T* y;
+    ConvShape shape;
+    Bands bands;
+};
+
+/// y[n, i, j, o] = sum over taps and c of x[n, i * stride + tap row - padding, j * stride + tap column - padding, c] * weight
+template <class T>
+__device__ void forward(const ForwardArgs<T>& a) {
+    const ConvShape& s = a.shape;
+    const int C = s.in_channels;
+    const Band band = band_at(a.bands, blockIdx.x, s.batch, s.out_height);
+    const Window window{band.first_row * s.stride - s.padding, (band.rows - 1) * s.stride + s.kernel, -s.padding,
+                        (s.out_width - 1) * s.stride + s.kernel};
+    const T* image = a.x + int64_t(band.first_image) * s.height * s.width * C;
+    int image_pitch = s.height * s.width * C, row_pitch = s.width * C;
+
+    POLDER_DYNAMIC_SHARED(int32_t, tables);
+    const int table = round_up(a.bands.images * a.bands.rows * s.out_width, 16);
+    int32_t *source_at = tables, *target_at = tables + table;
+    const T* source = image + int64_t(window.first_row) * row_pitch;
+    if (s.padding > 0) {
+        T* padded = reinterpret_cast<T*>(tables + 2 * table);
+        source = padded;
+        for (int n = 0; n < band.images; ++n, padded += window.rows * window.columns * C) {
+            copy_window(padded, image + int64_t(n) * image_pitch, s.height, s.width, C, C, window);
+        }
+        image_pitch = window.rows * window.columns * C;
+        row_pitch = window.columns * C;
+    }
+    int pixels = 0;
+    for (int n = 0; n < band.images; ++n) {
+        for (int row = 0; row < band.rows; ++row) {
+            const int from = n * image_pitch + row * s.stride * row_pitch;
+            for (int column = 0; column < s.out_width; ++column, ++pixels) {
+                source_at[pixels] = from + column * s.stride * C;
+                target_at[pixels] = pixels * s.out_channels;
+            }
+        }
+    }
+    T* target = a.y + (int64_t(band.first_image) * s.out_height + band.first_row) * s.out_width * s.out_channels;
+    correlate<T>({source, source_at, target, target_at, pixels, s.kernel, row_pitch, s.kernel * C, a.packed, s.out_channels,
+                  false});
+}
+
+template <class T>
+struct InputGradientArgs {
+    const T* dy;
+    const T* packed;
+    T* dx;
+    ConvShape shape;
+    Bands bands;  // in rows of a parity class
+    uint32_t accumulate;
+};
+
+/// dx[n, i, j, c] = sum over o and the taps through which y sees x[n, i, j, c] of dy * weight
+template <class T>
+__device__ void input_gradient(const InputGradientArgs<T>& a) {
+    const ConvShape& s = a.shape;
+    const int C = s.in_channels, O = s.out_channels;
+    const int class_rows = (s.height + s.stride - 1) / s.stride, class_columns = (s.width + s.stride - 1) / s.stride;
+    const Band band = band_at(a.bands, blockIdx.x, s.batch, class_rows);
+    // What the classes see, from the first class's first row to the last one's last.
+    int first = 1 << 30, end = -(1 << 30);
+    for (int remainder = 0; remainder < s.stride; ++remainder) {
+        const ParityClass seen = parity_class(s, remainder);
+        if (seen.taps == 0) continue;
+        first = seen.first < first ? seen.first : first;
+        end = seen.first + seen.taps > end ? seen.first + seen.taps : end;
+    }
+    const Window window{band.first_row + first, band.rows - 1 + end - first, first, class_columns - 1 + end - first};
+
+    POLDER_DYNAMIC_SHARED(int32_t, tables);
+    const int table = round_up(a.bands.images * a.bands.rows * class_columns, 16);
+    int32_t *source_at = tables, *target_at = tables + table;
+    T* const source = reinterpret_cast<T*>(tables + 2 * table);
+    const int row_pitch = window.columns * O, image_pitch = window.rows * row_pitch;
+    for (int n = 0; n < band.images; ++n) {
+        const T* image = a.dy + int64_t(band.first_image + n) * s.out_height * s.out_width * O;
+        copy_window(source + n * image_pitch, image, s.out_height, s.out_width, O, O, window);
+    }
+    T* target = a.dx + (int64_t(band.first_image) * s.height + band.first_row * s.stride) * s.width * C;
+    const T* packed = a.packed;
+    for (int cls = 0; cls < s.stride * s.stride; ++cls) {
+        const int row_remainder = cls / s.stride, column_remainder = cls % s.stride;
+        const ParityClass rows = parity_class(s, row_remainder), columns = parity_class(s, column_remainder);
+        int pixels = 0;
+        for (int n = 0; n < band.images; ++n) {
+            for (int q = 0; q < band.rows; ++q) {
+                const int row = q * s.stride + row_remainder;
+                if (band.first_row * s.stride + row >= s.height) break;
+                const int from = n * image_pitch + (q + rows.first - first) * row_pitch + (columns.first - first) * O;
+                const int to = (n * s.height + row) * s.width * C + column_remainder * C;
+                for (int p = 0; p * s.stride + column_remainder < s.width; ++p, ++pixels) {
+                    source_at[pixels] = from + p * O;
+                    target_at[pixels] = to + p * s.stride * C;
+                }
+            }
+        }
+        if (rows.taps * columns.taps > 0) {
+            correlate<T>({source, source_at, target, target_at, pixels, rows.taps, row_pitch, columns.taps * O, packed, C,
+                          a.accumulate != 0});
+        } else if (a.accumulate == 0) {
+            for (int i = 0; i < pixels; ++i) memset(target + target_at[i], 0, size_t(C) * sizeof(T));
+        }
+        packed += int64_t(rows.taps) * columns.taps * O * round_up(C, kPanel<T>);
+    }
+}
+
+// ---- Weight gradient -----------------------------------------------------------------------------------------------
+
+template <class T>
+struct WeightGradientArgs {
+    const T* x;
+    const T* dy;
+    T* partial;  // [group][slice of in][panel of out][tap row][tap column][in of the slice][kPanel]
+    ConvShape shape;
+    Bands bands;
+    int32_t slice, groups;  // input channels of a slice; groups of images
+};
+
+/// ROWS neighbours of a run by one panel, summed over pixels and added to the partial sums.
+template <int ROWS, class T>
+__forceinline__ void outer_tile(const T* a, const int32_t* at, int64_t pixels, const T* __restrict__ b, T* partial,
+                                bool add) {
+    using V = typename Vector<T>::type;
+    constexpr int L = Vector<T>::lanes;
+    V sum[ROWS][2];
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; ++i) sum[i][0] = sum[i][1] = V{};
+    for (int64_t k = 0; k < pixels; ++k, b += 2 * L) {
+        const T* pixel = a + at[k];
+        const V b0 = load_vector(b), b1 = load_vector(b + L);
+#pragma GCC unroll 6
+        for (int i = 0; i < ROWS; ++i) {
+            sum[i][0] += pixel[i] * b0;
+            sum[i][1] += pixel[i] * b1;
+        }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; ++i, partial += 2 * L) {
+        if (add) {
+            sum[i][0] += load_vector(partial);
+            sum[i][1] += load_vector(partial + L);
+        }
+        store_vector(partial, sum[i][0]);
+        store_vector(partial + L, sum[i][1]);
+    }
+}
+
+/// The sum over one group's images for one slice of the input channels.
+template <class T>
+__device__ void weight_gradient(const WeightGradientArgs<T>& a) {
+    constexpr int W = kPanel<T>;
+    const ConvShape& s = a.shape;
+    const int C = s.in_channels, O = s.out_channels;
+    const int first_channel = blockIdx.x * a.slice;
+    const int width = C - first_channel < a.slice ? C - first_channel : a.slice;
+    const int run = s.kernel * width, tiles = (run + kTileRows - 1) / kTileRows;
+    const int64_t padded_channels = round_up(O, W), taps = int64_t(s.kernel) * s.kernel;
+    T* const partial = a.partial + (int64_t(blockIdx.y) * C + first_channel) * taps * padded_channels;
+    const int first_image = int(int64_t(s.batch) * blockIdx.y / a.groups);
+    const int group_images = int(int64_t(s.batch) * (blockIdx.y + 1) / a.groups) - first_image;
+
+    const int columns = (s.out_width - 1) * s.stride + s.kernel;
+    const int row_pitch = columns * width, image_pitch = ((a.bands.rows - 1) * s.stride + s.kernel) * row_pitch;
+    const int most_pixels = a.bands.images * a.bands.rows * s.out_width;
+    POLDER_DYNAMIC_SHARED(T, packed);  // [pixel][kPanel]
+    T* const padded = packed + int64_t(most_pixels) * W;
+    int32_t* const at = reinterpret_cast<int32_t*>(padded + round_up(a.bands.images * image_pitch, 16));
+    for (int pixel = 0; pixel < most_pixels; ++pixel) {
+        const int row = pixel / s.out_width, column = pixel % s.out_width;
+        at[pixel] = row / a.bands.rows * image_pitch + row % a.bands.rows * s.stride * row_pitch + column * s.stride * width;
+    }
+    const int row_bands = (s.out_height + a.bands.rows - 1) / a.bands.rows;
+    const int count = (group_images + a.bands.images - 1) / a.bands.images * row_bands;
+    for (int index = 0; index < count; ++index) {
+        const Band band = band_at(a.bands, index, group_images, s.out_height);
+        const int64_t image = first_image + band.first_image;
+        const Window window{band.first_row * s.stride - s.padding, (band.rows - 1) * s.stride + s.kernel, -s.padding, columns};
+        for (int n = 0; n < band.images; ++n) {
+            const T* x = a.x + (image + n) * s.height * s.width * C + first_channel;
+            copy_window(padded + n * image_pitch, x, s.height, s.width, C, width, window);
+        }
+        const T* dy = a.dy + (image * s.out_height + band.first_row) * s.out_width * O;
+        const int pixels = band.images * band.rows * s.out_width;
+        for (int channel = 0; channel < O; channel += W) {
+            const T* b = dy;
+            if (O != W) {
+                const int filled = O - channel < W ? O - channel : W;
+                for (int pixel = 0; pixel < pixels; ++pixel) {
+                    const T* from = dy + int64_t(pixel) * O + channel;
+                    T* to = packed + pixel * W;
+                    if (filled == W) {
+                        memcpy(to, from, W * sizeof(T));
+                    } else {
+                        for (int j = 0; j < W; ++j) to[j] = j < filled ? from[j] : T(0);
+                    }
+                }
+                b = packed;
+            }
+            T* sums = partial + channel * taps * width;
+            for (int tap_row = 0; tap_row < s.kernel; ++tap_row) {
+                for (int tile = 0; tile < tiles; ++tile) {
+                    const int start = run * tile / tiles, rows = run * (tile + 1) / tiles - start;
+                    const T* from = padded + tap_row * row_pitch + start;
+                    T* to = sums + (tap_row * run + start) * W;
+                    const bool add = index > 0;
+                    switch (rows) {
+                        case 6: outer_tile<6>(from, at, pixels, b, to, add); break;
+                        case 5: outer_tile<5>(from, at, pixels, b, to, add); break;
+                        case 4: outer_tile<4>(from, at, pixels, b, to, add); break;
+                        case 3: outer_tile<3>(from, at, pixels, b, to, add); break;
+                        case 2: outer_tile<2>(from, at, pixels, b, to, add); break;
+                        default: outer_tile<1>(from, at, pixels, b, to, add); break;
+                    }
+                }
+            }
+        }
+    }
+}
+
+template <class T>
+struct SumGroupsArgs {
+    const T* partial;
+    T* dw;
+    ConvShape shape;
+    int32_t slice, groups;
+};
+
+/// dw[tap][c][o] = sum over groups, in their order, of the partial sums
+template <class T>
+__device__ void sum_groups(const SumGroupsArgs<T>& a) {
+    constexpr int W = kPanel<T>;
+    const ConvShape& s = a.shape;
+    const int C = s.in_channels, O = s.out_channels, taps = s.kernel * s.kernel;
+    const int64_t group_pitch = int64_t(taps) * C * round_up(O, W);
+    for_each_index(uint64_t(taps) * C, [&](uint64_t row) {
+        const int tap = int(row / C), c = int(row % C), first_channel = c / a.slice * a.slice;
+        const int width = C - first_channel < a.slice ? C - first_channel : a.slice;
+        const T* slice = a.partial + int64_t(first_channel) * taps * round_up(O, W);
+        for (int channel = 0; channel < O; channel += W) {
+            const T* from = slice + int64_t(channel) * taps * width + (int64_t(tap) * width + c - first_channel) * W;
+            T sum[W];
+            for (int j = 0; j < W; ++j) sum[j] = from[j];
+            for (int group = 1; group < a.groups; ++group) {
+                from += group_pitch;
+                for (int j = 0; j < W; ++j) sum[j] += from[j];
+            }
+            T* to = a.dw + row * O + channel;
+            const int columns = O - channel < W ? O - channel : W;
+            for (int j = 0; j < columns; ++j) to[j] = sum[j];
+        }
+    });
+}
+
+}  // namespace
+
+POLDER_HOST_KERNEL(conv_direct_pack_forward_f32, pack_forward<float>, PackArgs<float>)
+POLDER_HOST_KERNEL(conv_direct_pack_forward_f64, pack_forward<double>, PackArgs<double>)
+POLDER_HOST_KERNEL(conv_direct_pack_input_gradient_f32, pack_input_gradient<float>, PackArgs<float>)
+POLDER_HOST_KERNEL(conv_direct_pack_input_gradient_f64, pack_input_gradient<double>, PackArgs<double>)
+POLDER_HOST_KERNEL(conv_direct_forward_f32, forward<float>, ForwardArgs<float>)
+POLDER_HOST_KERNEL(conv_direct_forward_f64, forward<double>, ForwardArgs<double>)
+POLDER_HOST_KERNEL(conv_direct_input_gradient_f32, input_gradient<float>, InputGradientArgs<float>)
+POLDER_HOST_KERNEL(conv_direct_input_gradient_f64, input_gradient<double>, InputGradientArgs<double>)
+POLDER_HOST_KERNEL(conv_direct_weight_gradient_f32, weight_gradient<float>, WeightGradientArgs<float>)
+POLDER_HOST_KERNEL(conv_direct_weight_gradient_f64, weight_gradient<double>, WeightGradientArgs<double>)
+POLDER_HOST_KERNEL(conv_direct_sum_groups_f32, sum_groups<float>, SumGroupsArgs<float>)
+POLDER_HOST_KERNEL(conv_direct_sum_groups_f64, sum_groups<double>, SumGroupsArgs<double>)

@@ -1,0 +1,355 @@
+// Kernels that test the host device itself: that it runs CUDA's device language with CUDA's semantics, and reports what
+// CUDA leaves undefined. They are never compiled for a GPU.
+#include "../include/polder.cuh"
+
+namespace {
+
+__device__ uint64_t linear_block() {
+    return blockIdx.x + uint64_t(gridDim.x) * (blockIdx.y + uint64_t(gridDim.y) * blockIdx.z);
+}
+__device__ unsigned linear_thread() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
+__device__ uint64_t block_threads() { return uint64_t(blockDim.x) * blockDim.y * blockDim.z; }
+__device__ uint64_t global_thread() { return linear_block() * block_threads() + linear_thread(); }
+__device__ uint64_t global_threads() { return block_threads() * gridDim.x * gridDim.y * gridDim.z; }
+
+// out[12 i ..] = threadIdx, blockIdx, blockDim, gridDim of the i-th thread of the grid.
+struct PositionArgs { uint32_t* out; };
+__device__ void position(const PositionArgs& a) {
+    uint32_t* out = a.out + 12 * global_thread();
+    out[0] = threadIdx.x, out[1] = threadIdx.y, out[2] = threadIdx.z;
+    out[3] = blockIdx.x, out[4] = blockIdx.y, out[5] = blockIdx.z;
+    out[6] = blockDim.x, out[7] = blockDim.y, out[8] = blockDim.z;
+    out[9] = gridDim.x, out[10] = gridDim.y, out[11] = gridDim.z;
+}
+
+// out[i] = 2 x[i], for any grid and block.
+struct GridStrideArgs { const float* x; float* out; uint64_t n; };
+__device__ void grid_stride(const GridStrideArgs& a) {
+    for (uint64_t i = global_thread(); i < a.n; i += global_threads()) a.out[i] = 2.0f * a.x[i];
+}
+
+// ---- Warp operations: whole warps, one value per thread of the grid ------------------------------------------------
+
+// With n threads: out[i], out[n + i], out[2n + i], out[3n + i] = the value that thread i gets by index (from lane
+// `parameter`), up, down and xor (by `parameter`), in segments of `width` lanes.
+template <class T> struct ShuffleArgs { const T* in; T* out; uint32_t parameter; uint32_t width; };
+template <class T> __device__ void shuffle(const ShuffleArgs<T>& a) {
+    const uint64_t i = global_thread(), n = global_threads();
+    const T value = a.in[i];
+    a.out[i] = __shfl_sync(0xffffffffu, value, int(a.parameter), int(a.width));
+    a.out[n + i] = __shfl_up_sync(0xffffffffu, value, a.parameter, int(a.width));
+    a.out[2 * n + i] = __shfl_down_sync(0xffffffffu, value, a.parameter, int(a.width));
+    a.out[3 * n + i] = __shfl_xor_sync(0xffffffffu, value, int(a.parameter), int(a.width));
+}
+
+// The two halves of a warp on different ways: out[2 i] = in[i ^ 1] in the lower half, in[i + 1] in the upper, whose
+// last lane keeps its own. Then the warp as one: out[2 i + 1] = lanes with an odd out[2 i].
+struct HalfWarpsArgs { const uint32_t* in; uint32_t* out; };
+__device__ void half_warps(const HalfWarpsArgs& a) {
+    const uint64_t i = global_thread();
+    uint32_t value = a.in[i];
+    if (threadIdx.x % 32 < 16) {
+        value = __shfl_xor_sync(0x0000ffffu, value, 1);
+    } else {
+        value = __shfl_down_sync(0xffff0000u, value, 1);
+        __syncwarp(0xffff0000u);
+    }
+    a.out[2 * i] = value;
+    a.out[2 * i + 1] = __ballot_sync(0xffffffffu, int(value & 1u));
+}
+
+// A shuffle from lanes that its mask does not name, in the lower half of a warp: out[i] = in[i + 8] where lane + 8 < 16,
+// otherwise NaN (CUDA: undefined). The upper half writes zero.
+struct OutsideMaskArgs { const float* in; float* out; };
+__device__ void outside_mask(const OutsideMaskArgs& a) {
+    const uint64_t i = global_thread();
+    a.out[i] = threadIdx.x % 32 < 16 ? __shfl_down_sync(0x0000ffffu, a.in[i], 8) : 0.0f;
+}
+
+// out[4 i ..] = ballot, any and all of "in[i] is odd" in the warp of thread i, and whether __activemask names thread i.
+struct VoteArgs { const uint32_t* in; uint32_t* out; };
+__device__ void vote(const VoteArgs& a) {
+    const uint64_t i = global_thread();
+    const int odd = int(a.in[i] & 1u);
+    a.out[4 * i] = __ballot_sync(0xffffffffu, odd);
+    a.out[4 * i + 1] = uint32_t(__any_sync(0xffffffffu, odd));
+    a.out[4 * i + 2] = uint32_t(__all_sync(0xffffffffu, odd));
+    a.out[4 * i + 3] = (__activemask() >> (threadIdx.x % 32)) & 1u;
+}
+
+// out[9 i ..] = sum, minimum and maximum as signed numbers, the same as unsigned ones, and, or, xor over the warp.
+struct WarpReduceArgs { const uint32_t* in; uint32_t* out; };
+__device__ void warp_reduce(const WarpReduceArgs& a) {
+    const uint64_t i = global_thread();
+    const unsigned mask = 0xffffffffu, value = a.in[i];
+    uint32_t* out = a.out + 9 * i;
+    out[0] = uint32_t(__reduce_add_sync(mask, int(value)));
+    out[1] = uint32_t(__reduce_min_sync(mask, int(value)));
+    out[2] = uint32_t(__reduce_max_sync(mask, int(value)));
+    out[3] = __reduce_add_sync(mask, value);
+    out[4] = __reduce_min_sync(mask, value);
+    out[5] = __reduce_max_sync(mask, value);
+    out[6] = __reduce_and_sync(mask, value);
+    out[7] = __reduce_or_sync(mask, value);
+    out[8] = __reduce_xor_sync(mask, value);
+}
+
+// The upper half of each warp exits; the lower, which waits with the default mask, goes on: out[i] = in[i ^ 1] there,
+// passed on through shared memory. At most 256 threads in x.
+struct ExitedSyncwarpArgs { const uint32_t* in; uint32_t* out; };
+__device__ void exited_syncwarp(const ExitedSyncwarpArgs& a) {
+    __shared__ uint32_t shared[256];
+    if (threadIdx.x % 32 >= 16) return;
+    shared[threadIdx.x] = a.in[global_thread()];
+    __syncwarp();
+    a.out[global_thread()] = shared[threadIdx.x ^ 1u];
+}
+
+// ---- Blocks: of 256 threads in x where shared arrays are static ----------------------------------------------------
+
+// out[3 i ..] = how many threads of the block have in[i] != 0, whether all, whether any (as 0 or 1).
+struct SyncCountArgs { const int32_t* in; int32_t* out; };
+__device__ void sync_count(const SyncCountArgs& a) {
+    const uint64_t i = global_thread();
+    a.out[3 * i] = __syncthreads_count(a.in[i]);
+    a.out[3 * i + 1] = __syncthreads_and(a.in[i]) != 0;
+    a.out[3 * i + 2] = __syncthreads_or(a.in[i]) != 0;
+}
+
+// out[block] = the sum of the block's 256 elements of in[0 .. n), as a tree: s[t] += s[t + 128], then 64, ... 1.
+struct BlockSumArgs { const float* in; float* out; uint64_t n; };
+__device__ void block_sum_static(const BlockSumArgs& a) {
+    __shared__ float shared[256];
+    const uint64_t i = global_thread();
+    shared[threadIdx.x] = i < a.n ? a.in[i] : 0.0f;
+    for (unsigned stride = 128; stride > 0; stride /= 2) {
+        __syncthreads();
+        if (threadIdx.x < stride) shared[threadIdx.x] += shared[threadIdx.x + stride];
+    }
+    if (threadIdx.x == 0) a.out[blockIdx.x] = shared[0];
+}
+
+// The same tree, in dynamic shared memory of 4 bytes per thread, for any block of a power of two.
+__device__ void block_sum_dynamic(const BlockSumArgs& a) {
+    POLDER_DYNAMIC_SHARED(float, shared);
+    const uint64_t i = global_thread();
+    shared[threadIdx.x] = i < a.n ? a.in[i] : 0.0f;
+    for (unsigned stride = blockDim.x / 2; stride > 0; stride /= 2) {
+        __syncthreads();
+        if (threadIdx.x < stride) shared[threadIdx.x] += shared[threadIdx.x + stride];
+    }
+    if (threadIdx.x == 0) a.out[blockIdx.x] = shared[0];
+}
+
+// By warps: xor shuffles over 16, 8, ... 1 in each, then the warps' sums in the first warp. Whole warps, at most
+// 256 threads.
+__device__ void block_sum_shuffle(const BlockSumArgs& a) {
+    __shared__ float warp_sums[8];
+    const uint64_t i = global_thread();
+    float sum = i < a.n ? a.in[i] : 0.0f;
+    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x >= 32) return;
+    sum = threadIdx.x < blockDim.x / 32 ? warp_sums[threadIdx.x] : 0.0f;
+    for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    if (threadIdx.x == 0) a.out[blockIdx.x] = sum;
+}
+
+// A race, for the schedules to show: out[i] = 2 in[i] of the right neighbour (cyclic in the block), or zero where the
+// neighbour had not yet written, since the barrier between is missing. At most 256 threads in x.
+struct RaceArgs { const uint32_t* in; uint32_t* out; };
+__device__ void race(const RaceArgs& a) {
+    __shared__ uint32_t shared[256];
+    shared[threadIdx.x] = 0;
+    __syncthreads();
+    shared[threadIdx.x] = 2 * a.in[global_thread()];
+    a.out[global_thread()] = shared[(threadIdx.x + 1) % blockDim.x];
+}
+
+// out[i] = dynamic shared memory (4 bytes per thread) that nobody has written: NaN, in every block.
+struct UninitialisedArgs { float* out; };
+__device__ void uninitialised(const UninitialisedArgs& a) {
+    POLDER_DYNAMIC_SHARED(float, shared);
+    a.out[global_thread()] = shared[threadIdx.x];
+    __syncthreads();
+    shared[threadIdx.x] = 1.0f;
+}
+
+// ---- Atomics -------------------------------------------------------------------------------------------------------
+
+// From every thread i of n:
+// i32:  [0] += i, [1] min= -i, [2] max= i, [3] -= 1, [4] += 1 by compare-and-swap
+// u32:  [0] += 1, [1] &= ~(1 << i % 32), [2] |= 1 << i % 32, [3] ^= i, [4] += the number before an exchange by i + 1
+// u64:  [0] += 2^32 + i, [1] max= i    f32: [0] += 1    f64: [0] += i
+struct AtomicsArgs { int32_t* i32; uint32_t* u32; uint64_t* u64; float* f32; double* f64; };
+__device__ void atomics(const AtomicsArgs& a) {
+    const uint64_t thread = global_thread();
+    const int i = int(thread);
+    const unsigned bit = 1u << (unsigned(i) % 32u);
+    auto* u64 = reinterpret_cast<unsigned long long*>(a.u64);
+    atomicAdd(&a.i32[0], i);
+    atomicMin(&a.i32[1], -i);
+    atomicMax(&a.i32[2], i);
+    atomicSub(&a.i32[3], 1);
+    int seen = a.i32[4], expected;
+    do {
+        expected = seen;
+        seen = atomicCAS(&a.i32[4], expected, expected + 1);
+    } while (seen != expected);
+    atomicAdd(&a.u32[0], 1u);
+    atomicAnd(&a.u32[1], ~bit);
+    atomicOr(&a.u32[2], bit);
+    atomicXor(&a.u32[3], unsigned(i));
+    atomicAdd(&a.u32[4], atomicExch(&a.u32[5], unsigned(i) + 1u));
+    atomicAdd(&u64[0], (1ull << 32) + thread);
+    atomicMax(&u64[1], static_cast<unsigned long long>(thread));
+    atomicAdd(a.f32, 1.0f);
+    atomicAdd(a.f64, double(thread));
+}
+
+// ---- Arithmetic ----------------------------------------------------------------------------------------------------
+
+// Conversions of in[0 .. n), and back.
+struct HalfArgs { const float* in; uint16_t* f16; uint16_t* bf16; float* from_f16; float* from_bf16; uint64_t n; };
+__device__ void half_conversions(const HalfArgs& a) {
+    for (uint64_t i = global_thread(); i < a.n; i += global_threads()) {
+        const __half f16 = __float2half_rn(a.in[i]);
+        const __nv_bfloat16 bf16 = __float2bfloat16_rn(a.in[i]);
+        a.f16[i] = __half_as_ushort(f16);
+        a.bf16[i] = __bfloat16_as_ushort(bf16);
+        a.from_f16[i] = __half2float(f16);
+        a.from_bf16[i] = __bfloat162float(bf16);
+    }
+}
+
+// out[10 i ..] of x = in[i]: rsqrtf, sinpif, cospif, fminf and fmaxf with 0.5, with NaN, fma of (x, x, 1), and whether
+// x is finite, is NaN.
+struct MathArgs { const float* in; float* out; uint64_t n; };
+__device__ void math(const MathArgs& a) {
+    const float nan = __int_as_float(0x7fc00000);
+    for (uint64_t i = global_thread(); i < a.n; i += global_threads()) {
+        const float x = a.in[i];
+        float* out = a.out + 10 * i;
+        out[0] = rsqrtf(x);
+        sincospif(x, &out[1], &out[2]);
+        out[3] = fminf(x, 0.5f);
+        out[4] = fmaxf(0.5f, x);
+        out[5] = fminf(nan, x);
+        out[6] = fmaxf(x, nan);
+        out[7] = __fmaf_rn(x, x, 1.0f);
+        out[8] = isfinite(x) ? 1.0f : 0.0f;
+        out[9] = isnan(x) ? 1.0f : 0.0f;
+    }
+}
+
+// out[5 i ..] of x = in[i]: __popc, __clz, __ffs, __umulhi with 0x9e3779b9, __float_as_uint of __uint_as_float.
+struct BitsArgs { const uint32_t* in; uint32_t* out; uint64_t n; };
+__device__ void bits(const BitsArgs& a) {
+    for (uint64_t i = global_thread(); i < a.n; i += global_threads()) {
+        const uint32_t x = a.in[i];
+        uint32_t* out = a.out + 5 * i;
+        out[0] = uint32_t(__popc(x));
+        out[1] = uint32_t(__clz(int(x)));
+        out[2] = uint32_t(__ffs(int(x)));
+        out[3] = __umulhi(x, 0x9e3779b9u);
+        out[4] = __float_as_uint(__uint_as_float(x));
+    }
+}
+
+// ---- Faults --------------------------------------------------------------------------------------------------------
+
+// What each number does wrong; 0 does nothing wrong. out[i] = 1 for every thread i that comes to its end. Only block
+// `block` (of the flattened grid) is at fault. Blocks of at least 64 threads in x, but for kAbsent.
+enum Wrong : uint32_t {
+    kNothing = 0,
+    kBarrierExit = 1,        // barrier fault: threads 40 and above exit, the others wait at __syncthreads
+    kBarrierKinds = 2,       // barrier fault: odd threads wait at __syncthreads_count, even ones at __syncthreads
+    kBarrierAndShuffle = 3,  // barrier fault: lanes 16 and above of each warp wait at a barrier, the others for them
+    kAbsent = 4,             // warp fault: a full mask in a warp that is not (blocks of 31, 63, ... or 1 thread)
+    kExited = 5,             // warp fault: thread 5 exits, its warp shuffles with a full mask
+    kNotInMask = 6,          // warp fault: lane 3 shuffles with the mask 0xf7
+    kMasks = 7,              // warp fault: odd lanes shuffle with another mask than even ones
+    kOperations = 8,         // warp fault: odd lanes shuffle up, even ones down
+    kWidth = 9,              // warp fault: a width of 12
+};
+struct FaultArgs { uint32_t* out; uint64_t block; uint32_t which; };
+__device__ void fault(const FaultArgs& a) {
+    const unsigned thread = threadIdx.x, lane = thread % 32, full = 0xffffffffu;
+    switch (linear_block() == a.block ? a.which : uint32_t(kNothing)) {
+        case kBarrierExit:
+            if (thread >= 40) break;
+            __syncthreads();
+            break;
+        case kBarrierKinds:
+            if (thread % 2 != 0) {
+                __syncthreads_count(1);
+            } else {
+                __syncthreads();
+            }
+            break;
+        case kBarrierAndShuffle:
+            if (lane >= 16) __syncthreads();
+            __shfl_sync(full, lane, 0);
+            break;
+        case kAbsent: __shfl_xor_sync(full, lane, 1); break;
+        case kExited:
+            if (thread == 5) return;
+            __ballot_sync(full, 1);
+            break;
+        case kNotInMask:
+            if (lane < 8) __shfl_sync(lane == 3 ? 0xf7u : 0xffu, lane, 0);
+            break;
+        case kMasks: __shfl_sync(lane % 2 != 0 ? full : 0x55555555u, lane, 0); break;
+        case kOperations:
+            if (lane % 2 != 0) {
+                __shfl_up_sync(full, lane, 1);
+            } else {
+                __shfl_down_sync(full, lane, 1);
+            }
+            break;
+        case kWidth: __shfl_sync(full, lane, 0, 12); break;
+        default: break;
+    }
+    a.out[global_thread()] = 1;
+}
+
+// Calls itself `depth` times, with a frame of at least 1 KiB each; in blocks of several threads, where stacks are the
+// fibers' own, enough of them end the process with status 134 and a line on stderr. Else out[i] = depth.
+struct StackOverflowArgs { uint32_t* out; uint32_t depth; };
+__device__ __attribute__((noinline)) uint32_t descend(uint32_t depth) {
+    volatile uint32_t frame[256];
+    frame[depth % 256] = depth;
+    if (depth == 0) return 0;
+    const uint32_t below = descend(depth - 1);
+    return below + (frame[depth % 256] == depth ? 1u : 0u);
+}
+__device__ void stack_overflow(const StackOverflowArgs& a) { a.out[global_thread()] = descend(a.depth); }
+
+}  // namespace
+
+POLDER_HOST_KERNEL(selftest_position, position, PositionArgs)
+POLDER_HOST_KERNEL(selftest_grid_stride, grid_stride, GridStrideArgs)
+POLDER_HOST_KERNEL(selftest_shuffle_i32, shuffle<int>, ShuffleArgs<int>)
+POLDER_HOST_KERNEL(selftest_shuffle_u64, shuffle<unsigned long long>, ShuffleArgs<unsigned long long>)
+POLDER_HOST_KERNEL(selftest_shuffle_f32, shuffle<float>, ShuffleArgs<float>)
+POLDER_HOST_KERNEL(selftest_shuffle_f64, shuffle<double>, ShuffleArgs<double>)
+POLDER_HOST_KERNEL(selftest_shuffle_f16, shuffle<__half>, ShuffleArgs<__half>)
+POLDER_HOST_KERNEL(selftest_shuffle_bf16, shuffle<__nv_bfloat16>, ShuffleArgs<__nv_bfloat16>)
+POLDER_HOST_KERNEL(selftest_half_warps, half_warps, HalfWarpsArgs)
+POLDER_HOST_KERNEL(selftest_outside_mask, outside_mask, OutsideMaskArgs)
+POLDER_HOST_KERNEL(selftest_vote, vote, VoteArgs)
+POLDER_HOST_KERNEL(selftest_warp_reduce, warp_reduce, WarpReduceArgs)
+POLDER_HOST_KERNEL(selftest_exited_syncwarp, exited_syncwarp, ExitedSyncwarpArgs)
+POLDER_HOST_KERNEL(selftest_sync_count, sync_count, SyncCountArgs)
+POLDER_HOST_KERNEL(selftest_block_sum_static, block_sum_static, BlockSumArgs)
+POLDER_HOST_KERNEL(selftest_block_sum_dynamic, block_sum_dynamic, BlockSumArgs)
+POLDER_HOST_KERNEL(selftest_block_sum_shuffle, block_sum_shuffle, BlockSumArgs)
+POLDER_HOST_KERNEL(selftest_race, race, RaceArgs)
+POLDER_HOST_KERNEL(selftest_uninitialised, uninitialised, UninitialisedArgs)
+POLDER_HOST_KERNEL(selftest_atomics, atomics, AtomicsArgs)
+POLDER_HOST_KERNEL(selftest_half_conversions, half_conversions, HalfArgs)
+POLDER_HOST_KERNEL(selftest_math, math, MathArgs)
+POLDER_HOST_KERNEL(selftest_bits, bits, BitsArgs)
+POLDER_HOST_KERNEL(selftest_fault, fault, FaultArgs)
+POLDER_HOST_KERNEL(selftest_stack_overflow, stack_overflow, StackOverflowArgs)

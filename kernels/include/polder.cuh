@@ -1,0 +1,84 @@
+// What every kernel source includes first: the kernel convention, index ranges and wide loads.
+//
+// A kernel takes one plain struct by value and is registered with POLDER_KERNEL(name, function, args). The same source is
+// compiled by nvcc for the GPU and by the host compiler for the CPU (kernels/host/simt.hpp gives it CUDA semantics there).
+#pragma once
+
+#if defined(__CUDACC__)
+#include <cstdint>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+// A block never has more than 256 threads, which lets the compiler use 255 registers at full size.
+#define POLDER_KERNEL(NAME, FUNCTION, ARGS) \
+    extern "C" __global__ void __launch_bounds__(256) NAME(const __grid_constant__ ARGS args) { FUNCTION(args); }
+#define POLDER_HOST_KERNEL(NAME, FUNCTION, ARGS)  // double precision and CPU-only shapes stay out of the fatbin
+#define POLDER_DYNAMIC_SHARED(T, NAME)                               \
+    extern __shared__ __align__(16) unsigned char polder_dynamic[]; \
+    T* NAME = reinterpret_cast<T*>(polder_dynamic)
+#define POLDER_UNROLL _Pragma("unroll")
+#else
+#define POLDER_HOST 1
+#include "../host/simt.hpp"
+// gcc and clang unroll these short fixed loops by themselves once they are inlined.
+#define POLDER_UNROLL
+#endif
+
+namespace {
+
+/// `V` neighbours, loaded and stored as one 16-byte access where V * sizeof(T) is 16.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Pack {
+    T v[V];
+};
+
+template <int V, class T>
+__device__ __forceinline__ Pack<T, V> load(const T* p, uint64_t i) {
+    return *reinterpret_cast<const Pack<T, V>*>(p + i);
+}
+
+template <int V, class T>
+__device__ __forceinline__ void store(T* p, uint64_t i, const Pack<T, V>& pack) {
+    *reinterpret_cast<Pack<T, V>*>(p + i) = pack;
+}
+
+/// How many neighbours an index function is asked to handle; a compile-time constant.
+template <int V>
+struct Width {
+    static constexpr int value = V;
+};
+
+/// This thread's share of [0, n), one index at a time.
+/// On the GPU neighbouring threads take neighbouring indices; in the CPU's shape (one thread a block) a block takes one
+/// contiguous chunk, so that the loop vectorises and a core streams through memory.
+template <class F>
+__device__ __forceinline__ void for_each_index(uint64_t n, F f) {
+#if defined(POLDER_HOST)
+    if (blockDim.x == 1) {
+        const uint64_t begin = n * blockIdx.x / gridDim.x, end = n * (blockIdx.x + 1) / gridDim.x;
+#pragma GCC ivdep
+        for (uint64_t i = begin; i < end; ++i) f(i);
+        return;
+    }
+#endif
+    const uint64_t stride = uint64_t(gridDim.x) * blockDim.x;
+    for (uint64_t i = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += stride) f(i);
+}
+
+/// As `for_each_index`, but in packs: calls `f(Width<V>{}, i)` for every V neighbours that start at i (a multiple of V) and
+/// `f(Width<1>{}, i)` for the tail. On the CPU the packs have width 1: the compiler chooses the vector width.
+template <int V, class F>
+__device__ __forceinline__ void for_each_pack(uint64_t n, F f) {
+#if defined(POLDER_HOST)
+    if (blockDim.x == 1) {
+        for_each_index(n, [&](uint64_t i) { f(Width<1>{}, i); });
+        return;
+    }
+#endif
+    const uint64_t packs = n / V;
+    for_each_index(packs, [&](uint64_t p) { f(Width<V>{}, p * V); });
+    const uint64_t thread = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (thread < n - packs * V) f(Width<1>{}, packs * V + thread);
+}
+
+}  // namespace

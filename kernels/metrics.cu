@@ -1,0 +1,24 @@
+// Sums over an epoch, kept on the device so that the training loop need not wait for each step's loss.
+#include "include/polder.cuh"
+
+namespace {
+
+struct RecordArgs {
+    const double* loss;
+    const uint32_t* correct;
+    const uint32_t* skip;
+    double* totals;  // loss times samples, correct predictions, samples
+    double samples;
+};
+
+/// Adds one step's mean loss and correct predictions to the totals, unless the step was skipped. One thread.
+__device__ void record(const RecordArgs& a) {
+    if (threadIdx.x != 0 || blockIdx.x != 0 || a.skip[0] != 0) return;
+    a.totals[0] += a.loss[0] * a.samples;
+    a.totals[1] += a.correct[0];
+    a.totals[2] += a.samples;
+}
+
+}  // namespace
+
+POLDER_KERNEL(record_step, record, RecordArgs)

@@ -1,0 +1,206 @@
+//! One contiguous vector per role: where each named tensor of a model lies in it, and how it looks outside.
+//!
+//! Weights, gradients, momenta and perturbed copies of a model all share one [`Layout`], so that the algebra of an optimizer
+//! is a few kernels over one long vector. Tensors begin at multiples of [`ALIGNMENT`] elements; the padding between them is
+//! zero in every role and stays zero, because every kernel of the algebra maps zeros to zeros.
+
+use std::ops::Range;
+
+/// Every tensor begins at a multiple of so many elements: 256 bytes of f32, which suits a GPU's wide loads.
+pub const ALIGNMENT: usize = 64;
+
+/// What a tensor is, which fixes how it is stored, initialised and decayed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A convolution's weight: `[kh][kw][in][out]` here, `[out][in][kh][kw]` in files.
+    Convolution {
+        /// Height and width of the kernel.
+        kernel: usize,
+        /// Input channels.
+        inputs: usize,
+        /// Output channels.
+        outputs: usize,
+    },
+    /// A linear layer's weight: `[in][out]` here, `[out][in]` in files.
+    Linear {
+        /// Input features.
+        inputs: usize,
+        /// Output features.
+        outputs: usize,
+    },
+    /// A bias of so many features.
+    Bias(usize),
+    /// Batch norm's scale γ.
+    Scale(usize),
+    /// Batch norm's shift β.
+    Shift(usize),
+    /// Batch norm's running mean; no parameter, but kept beside them.
+    RunningMean(usize),
+    /// Batch norm's running variance.
+    RunningVar(usize),
+}
+
+impl Kind {
+    /// Number of elements.
+    pub fn len(self) -> usize {
+        match self {
+            Kind::Convolution { kernel, inputs, outputs } => kernel * kernel * inputs * outputs,
+            Kind::Linear { inputs, outputs } => inputs * outputs,
+            Kind::Bias(n) | Kind::Scale(n) | Kind::Shift(n) | Kind::RunningMean(n) | Kind::RunningVar(n) => n,
+        }
+    }
+
+    /// Whether it holds nothing.
+    pub fn is_empty(self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether weight decay still acts on it under `--no-decay-norm`.
+    pub fn is_weight(self) -> bool {
+        matches!(self, Kind::Convolution { .. } | Kind::Linear { .. })
+    }
+
+    /// The shape in files, as torchvision has it.
+    pub fn file_shape(self) -> Vec<usize> {
+        match self {
+            Kind::Convolution { kernel, inputs, outputs } => vec![outputs, inputs, kernel, kernel],
+            Kind::Linear { inputs, outputs } => vec![outputs, inputs],
+            other => vec![other.len()],
+        }
+    }
+
+    /// Where element `index` of the file's order lies in the stored order.
+    fn stored_index(self, index: usize) -> usize {
+        match self {
+            Kind::Convolution { kernel, inputs, outputs } => {
+                let (taps, tap) = (kernel * kernel, index % (kernel * kernel));
+                let (input, output) = (index / taps % inputs, index / taps / inputs);
+                (tap * inputs + input) * outputs + output
+            }
+            Kind::Linear { inputs, outputs } => index % inputs * outputs + index / inputs,
+            _ => index,
+        }
+    }
+
+    /// A tensor in the file's order from the stored one.
+    pub fn to_file<T: Copy>(self, stored: &[T]) -> Vec<T> {
+        (0..stored.len()).map(|index| stored[self.stored_index(index)]).collect()
+    }
+
+    /// A tensor in the stored order from the file's. `file` must have [`Kind::len`] elements.
+    pub fn from_file<T: Copy + Default>(self, file: &[T]) -> Vec<T> {
+        let mut stored = vec![T::default(); file.len()];
+        for (index, &value) in file.iter().enumerate() {
+            stored[self.stored_index(index)] = value;
+        }
+        stored
+    }
+}
+
+/// A named tensor and its place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tensor {
+    /// The name in files, such as `layer1.0.conv1.weight`.
+    pub name: String,
+    /// What it is.
+    pub kind: Kind,
+    /// Its first element in the arena.
+    pub offset: usize,
+}
+
+impl Tensor {
+    /// Its elements in the arena.
+    pub fn range(&self) -> Range<usize> {
+        self.offset..self.offset + self.kind.len()
+    }
+}
+
+/// The tensors of a model and their places.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Layout {
+    tensors: Vec<Tensor>,
+    len: usize,
+    weights_len: usize,
+}
+
+impl Layout {
+    /// Places tensors: weights first, then biases and normalisation, so that weight decay with exemptions acts on a prefix.
+    /// The tensors keep the order given, which is the one in files; only their offsets are sorted.
+    pub fn new(named: Vec<(String, Kind)>) -> Self {
+        let mut layout = Self {
+            tensors: named.into_iter().map(|(name, kind)| Tensor { name, kind, offset: 0 }).collect(),
+            ..Self::default()
+        };
+        for weights in [true, false] {
+            for tensor in layout.tensors.iter_mut().filter(|tensor| tensor.kind.is_weight() == weights) {
+                tensor.offset = layout.len;
+                layout.len += tensor.kind.len().next_multiple_of(ALIGNMENT);
+            }
+            if weights {
+                layout.weights_len = layout.len;
+            }
+        }
+        layout
+    }
+
+    /// Elements of the arena, padding included.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is no tensor.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The arena's prefix that holds convolution and linear weights.
+    pub fn weights_len(&self) -> usize {
+        self.weights_len
+    }
+
+    /// Elements without the padding: the number of parameters.
+    pub fn parameters(&self) -> usize {
+        self.tensors.iter().map(|tensor| tensor.kind.len()).sum()
+    }
+
+    /// The tensors in the order of files.
+    pub fn tensors(&self) -> &[Tensor] {
+        &self.tensors
+    }
+
+    /// The tensor of that name.
+    pub fn find(&self, name: &str) -> Option<&Tensor> {
+        self.tensors.iter().find(|tensor| tensor.name == name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_come_first_and_every_tensor_is_aligned() {
+        let layout = Layout::new(vec![
+            ("conv.weight".into(), Kind::Convolution { kernel: 3, inputs: 3, outputs: 5 }),
+            ("bn.weight".into(), Kind::Scale(5)),
+            ("fc.weight".into(), Kind::Linear { inputs: 5, outputs: 7 }),
+        ]);
+        let offsets: Vec<usize> = layout.tensors().iter().map(|tensor| tensor.offset).collect();
+        assert_eq!(offsets, [0, 256, 192]);
+        assert_eq!((layout.len(), layout.weights_len(), layout.parameters()), (320, 256, 135 + 5 + 35));
+    }
+
+    #[test]
+    fn a_file_order_becomes_the_stored_order_and_back() {
+        let kind = Kind::Convolution { kernel: 2, inputs: 3, outputs: 5 };
+        let file: Vec<usize> = (0..kind.len()).collect();
+        let stored = kind.from_file(&file);
+        // Element [o][i][h][w] of the file is element [h][w][i][o] here.
+        let (o, i, h, w) = (4, 1, 0, 1);
+        assert_eq!(stored[((h * 2 + w) * 3 + i) * 5 + o], file[((o * 3 + i) * 2 + h) * 2 + w]);
+        assert_eq!(kind.to_file(&stored), file);
+        let kind = Kind::Linear { inputs: 3, outputs: 2 };
+        assert_eq!(kind.from_file(&[1, 2, 3, 4, 5, 6]), [1, 4, 2, 5, 3, 6]);
+        assert_eq!(kind.to_file(&[1, 4, 2, 5, 3, 6]), [1, 2, 3, 4, 5, 6]);
+    }
+}

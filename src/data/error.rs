@@ -1,0 +1,93 @@
+//! What can be wrong with a data set on disk. Every message is one line: the file, what was found, what was expected.
+
+use std::io;
+use std::path::PathBuf;
+
+/// Why a data set could not be read, generated or reduced. The fields are what the message shows; sizes are in bytes.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs)] // of the fields, whose names and messages say it
+pub enum DataError {
+    /// The operating system refused: no such path, no permission, a failing disk.
+    #[error("{path}: {source}")]
+    Io { path: PathBuf, source: io::Error },
+
+    /// The data path is not a folder.
+    #[error("{path}: not a folder; expected one with CIFAR-10, CIFAR-100 (binary version) or IDX (MNIST) files")]
+    NotAFolder { path: PathBuf },
+
+    /// A data file is a folder, a pipe or a device.
+    #[error("{path}: not a regular file")]
+    NotAFile { path: PathBuf },
+
+    /// No file of a known format lies in the folder.
+    #[error(
+        "{path}: no data set found; expected data_batch_1.bin and test_batch.bin (CIFAR-10), train.bin and test.bin \
+         (CIFAR-100), or train-images-idx3-ubyte and its like (IDX)"
+    )]
+    NotRecognised { path: PathBuf },
+
+    /// The folder holds files of several data sets.
+    #[error("{path}: holds two data sets, {first} and {second}; expected a folder with one")]
+    Ambiguous { path: PathBuf, first: &'static str, second: &'static str },
+
+    /// The format was recognised, but a file that the wanted split needs is absent.
+    #[error("{folder}: no {file}, which the {split} split needs")]
+    MissingFile { folder: PathBuf, file: String, split: super::Split },
+
+    /// A CIFAR file is empty or does not consist of whole records.
+    #[error("{path}: {bytes} bytes, expected a positive multiple of {record}")]
+    RecordSize { path: PathBuf, bytes: u64, record: usize },
+
+    /// A label that the data set does not have.
+    #[error("{path}: label {label} at sample {index}, expected 0 to {}", classes - 1)]
+    Label { path: PathBuf, index: usize, label: u32, classes: usize },
+
+    /// An IDX file that begins with something else than its magic number.
+    #[error("{path}: magic number {found:#010x}, expected {expected:#010x}")]
+    Magic { path: PathBuf, found: u32, expected: u32 },
+
+    /// An IDX file whose header announces no samples, or samples without pixels.
+    #[error("{path}: header announces {announced}, expected positive sizes")]
+    EmptyDimension { path: PathBuf, announced: String },
+
+    /// An IDX file whose header announces more than a computer can address.
+    #[error("{path}: header announces {announced} bytes, more than this machine can address")]
+    TooLarge { path: PathBuf, announced: String },
+
+    /// An IDX file that ends early. Sizes are those of the unpacked file.
+    #[error("{path}: {bytes} bytes, expected {expected}")]
+    Truncated { path: PathBuf, bytes: u64, expected: u64 },
+
+    /// An IDX file that goes on after its last sample. Sizes are those of the unpacked file.
+    #[error("{path}: more than {expected} bytes, expected exactly those")]
+    TrailingBytes { path: PathBuf, expected: u64 },
+
+    /// A damaged gzip stream.
+    #[error("{path}: damaged gzip file: {source}")]
+    Gzip { path: PathBuf, source: io::Error },
+
+    /// Images and labels of one split that do not belong together.
+    #[error("{path}: {images} images, expected {labels}, as many as there are labels in {labels_path}")]
+    Count { path: PathBuf, images: usize, labels: usize, labels_path: PathBuf },
+
+    /// Training and test images of different sizes.
+    #[error("{path}: test images are {test}, expected {train}, as the training images are")]
+    ShapeMismatch { path: PathBuf, train: super::ImageShape, test: super::ImageShape },
+
+    /// A subset that is empty or larger than the set.
+    #[error("cannot take {n} samples: expected 1 to {len}")]
+    SubsetSize { n: usize, len: usize },
+
+    /// A share of noisy labels that is not a share.
+    #[error("label noise {fraction}: expected a fraction from 0 to 1")]
+    NoiseFraction { fraction: f64 },
+
+    /// Label noise needs another class to go to.
+    #[error("label noise needs at least 2 classes, found {classes}")]
+    NoiseClasses { classes: usize },
+
+    /// A synthetic set of an impossible size.
+    #[error("synthetic data: {name} is {found}, expected {expected}")]
+    Synthetic { name: &'static str, found: usize, expected: &'static str },
+}

@@ -1,0 +1,332 @@
+//! Labelled images in host memory: read from disk, generated, reduced, relabelled and shuffled.
+//!
+//! [`load`] recognises what a folder holds: CIFAR-10 or CIFAR-100 in the binary version, or IDX files as MNIST and
+//! Fashion-MNIST have them, gzip'd or not. [`synthetic`] makes a set that needs no files. Pixels stay `u8` in NHWC order
+//! (the samples, then rows, columns, channels); normalisation is left to whoever uploads a batch.
+//!
+//! Everything random here comes from ChaCha8 through integer arithmetic, so a seed means the same on every platform.
+
+mod cifar;
+mod error;
+mod idx;
+mod synthetic;
+
+use std::fmt;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
+
+pub use error::DataError;
+pub use synthetic::{SyntheticSpec, synthetic};
+
+/// Size of one image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImageShape {
+    /// Rows, in pixels.
+    pub height: usize,
+    /// Columns, in pixels.
+    pub width: usize,
+    /// 1 for grey, 3 for red, green and blue.
+    pub channels: usize,
+}
+
+impl ImageShape {
+    /// Bytes of one image: height · width · channels.
+    pub fn bytes(&self) -> usize {
+        self.height * self.width * self.channels
+    }
+}
+
+impl fmt::Display for ImageShape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}x{}x{}", self.height, self.width, self.channels)
+    }
+}
+
+/// Which half of a data set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Split {
+    /// The images that a model is fitted to.
+    Train,
+    /// The images that it is judged by.
+    Test,
+}
+
+impl fmt::Display for Split {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Split::Train => "train",
+            Split::Test => "test",
+        })
+    }
+}
+
+/// The labelled images of one split.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Images {
+    /// `len() · shape.bytes()` bytes, NHWC.
+    pub pixels: Vec<u8>,
+    /// One class per image, below `classes`.
+    pub labels: Vec<u32>,
+    /// Size of every image.
+    pub shape: ImageShape,
+    /// Number of classes of the data set, whether or not each of them occurs in this split.
+    pub classes: usize,
+}
+
+impl Images {
+    /// Number of images.
+    pub fn len(&self) -> usize {
+        self.labels.len()
+    }
+
+    /// Whether there are none; never so for what [`load`] and [`synthetic`] give.
+    pub fn is_empty(&self) -> bool {
+        self.labels.is_empty()
+    }
+
+    /// The first `n` samples, in the order of the files.
+    ///
+    /// # Errors
+    /// [`DataError::SubsetSize`] if `n` is 0 or more than there are.
+    pub fn take(mut self, n: usize) -> Result<Images, DataError> {
+        if n == 0 || n > self.len() {
+            return Err(DataError::SubsetSize { n, len: self.len() });
+        }
+        self.labels.truncate(n);
+        self.pixels.truncate(n * self.shape.bytes());
+        Ok(self)
+    }
+
+    /// Symmetric label noise: `fraction · len()` labels, rounded to the nearest count, are replaced by a uniformly random
+    /// *other* class. Which ones, and by what, depends on `seed` and `len()` alone.
+    ///
+    /// # Errors
+    /// [`DataError::NoiseFraction`] if `fraction` is not within 0 to 1, [`DataError::NoiseClasses`] if there is no other class.
+    pub fn with_label_noise(mut self, fraction: f64, seed: u64) -> Result<Images, DataError> {
+        if !(0.0..=1.0).contains(&fraction) {
+            return Err(DataError::NoiseFraction { fraction });
+        }
+        let others = match u32::try_from(self.classes) {
+            Ok(classes) if classes >= 2 => classes - 1,
+            _ => return Err(DataError::NoiseClasses { classes: self.classes }),
+        };
+        let mut rng = generator(seed, b"lblnoise", 0);
+        let mut order = vec![0; self.len()];
+        shuffle(&mut rng, &mut order);
+        let noisy = (fraction * self.len() as f64).round() as usize;
+        for &sample in &order[..noisy] {
+            let label = &mut self.labels[sample as usize];
+            let other = below(&mut rng, others);
+            *label = if other < *label { other } else { other + 1 };
+        }
+        Ok(self)
+    }
+}
+
+/// Where the mean and standard deviation of a data set come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Statistics {
+    /// The values that are customary for this data set.
+    Published,
+    /// Computed from the training images.
+    TrainImages,
+    /// Computed from the test images, because [`load_split`] found no training images beside them.
+    TestImages,
+}
+
+/// A data set with both its splits.
+#[derive(Clone, Debug)]
+pub struct Dataset {
+    /// `cifar-10`, `cifar-100`, `mnist`, `fashion-mnist`, `synthetic`; for other IDX files, the folder's name.
+    pub name: String,
+    /// The training images, in the order of the files.
+    pub train: Images,
+    /// The test images, of the same shape and classes.
+    pub test: Images,
+    /// Per channel, of pixel/255.
+    pub mean: Vec<f32>,
+    /// Per channel, of pixel/255; positive.
+    pub std: Vec<f32>,
+    /// Where `mean` and `std` come from.
+    pub statistics: Statistics,
+}
+
+/// One split of a data set, with what is needed to normalise it; the fields are as in [`Dataset`].
+#[derive(Clone, Debug)]
+pub struct SplitImages {
+    /// Name of the data set.
+    pub name: String,
+    /// The images of the split asked for.
+    pub images: Images,
+    /// Per channel, of pixel/255.
+    pub mean: Vec<f32>,
+    /// Per channel, of pixel/255; positive.
+    pub std: Vec<f32>,
+    /// Where `mean` and `std` come from.
+    pub statistics: Statistics,
+}
+
+/// Reads the data set in a folder; its format is recognised by the names of the files.
+///
+/// - CIFAR-10, binary version: `data_batch_1.bin` to `data_batch_5.bin` and `test_batch.bin`. Fewer training batches will
+///   do if they are the first ones; a gap in their numbers is an error. A batch may have any number of records.
+/// - CIFAR-100, binary version: `train.bin` and `test.bin`. The label is the fine one.
+/// - IDX: `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte`, `t10k-labels-idx1-ubyte`, also
+///   written `train-images.idx3-ubyte`, each with or without `.gz` (what the file begins with decides whether it is
+///   unpacked). There are as many classes as the largest label of both splits says.
+///
+/// The CIFAR files may also lie in the sub-folder that their archives unpack to. Mean and standard deviation are the
+/// published ones for both CIFARs and for MNIST and Fashion-MNIST, which are told apart by their first labels, since their
+/// files have the same names; for other IDX files they are computed from the training images.
+///
+/// # Errors
+/// Any variant of [`DataError`] that has a path; the memory used is bounded by the unpacked size of the files, whatever
+/// their headers claim.
+pub fn load(path: &Path) -> Result<Dataset, DataError> {
+    match recognise(path)? {
+        Found::Cifar(layout, folder) => {
+            let [train, test] = [Split::Train, Split::Test].map(|split| cifar::read(layout, &folder, split));
+            let SplitImages { name, images, mean, std, statistics } = cifar::describe(layout, train?);
+            Ok(Dataset { name, train: images, test: test?, mean, std, statistics })
+        }
+        Found::Idx(folder) => idx::load(&folder),
+    }
+}
+
+/// Reads one split as [`load`] does; the other one need not be there.
+///
+/// IDX files without published statistics take them from the training images where these are present, else from the test
+/// images; [`SplitImages::statistics`] says which. Likewise the number of classes comes from the label files that are there.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_split(path: &Path, split: Split) -> Result<SplitImages, DataError> {
+    match recognise(path)? {
+        Found::Cifar(layout, folder) => Ok(cifar::describe(layout, cifar::read(layout, &folder, split)?)),
+        Found::Idx(folder) => idx::load_split(&folder, split),
+    }
+}
+
+/// A recognised format and the folder that the files lie in.
+enum Found {
+    Cifar(&'static cifar::Layout, PathBuf),
+    Idx(PathBuf),
+}
+
+fn recognise(path: &Path) -> Result<Found, DataError> {
+    let metadata = fs::metadata(path).map_err(|source| DataError::Io { path: path.into(), source })?;
+    if !metadata.is_dir() {
+        return Err(DataError::NotAFolder { path: path.into() });
+    }
+    let mut found = Vec::new();
+    for layout in [&cifar::CIFAR10, &cifar::CIFAR100] {
+        for folder in [path.to_path_buf(), path.join(layout.sub_folder)] {
+            if cifar::has_files(layout, &folder)? {
+                found.push((layout.name, Found::Cifar(layout, folder)));
+                break;
+            }
+        }
+    }
+    if idx::has_files(path)? {
+        found.push(("IDX", Found::Idx(path.into())));
+    }
+    let mut found = found.into_iter();
+    match (found.next(), found.next()) {
+        (None, _) => Err(DataError::NotRecognised { path: path.into() }),
+        (Some((_, only)), None) => Ok(only),
+        (Some((first, _)), Some((second, _))) => Err(DataError::Ambiguous { path: path.into(), first, second }),
+    }
+}
+
+/// Mean and standard deviation of pixel/255, per channel, over all pixels. Exact integer sums, so the order of the samples
+/// does not matter. A constant channel gets the deviation 1, so that it can be divided by.
+fn mean_and_std(pixels: &[u8], channels: usize) -> (Vec<f32>, Vec<f32>) {
+    let (mut sum, mut squares) = (vec![0u64; channels], vec![0u64; channels]);
+    for pixel in pixels.chunks_exact(channels) {
+        for (channel, &value) in pixel.iter().enumerate() {
+            sum[channel] += u64::from(value);
+            squares[channel] += u64::from(value) * u64::from(value);
+        }
+    }
+    let count = (pixels.len() / channels) as f64;
+    let mean_and_std = sum.iter().zip(&squares).map(|(&sum, &squares)| {
+        let mean = sum as f64 / count;
+        let variance = squares as f64 / count - mean * mean;
+        let std = if variance > 0.0 { variance.sqrt() / 255.0 } else { 1.0 };
+        ((mean / 255.0) as f32, std as f32)
+    });
+    mean_and_std.unzip()
+}
+
+/// Whether something has this path. Unlike `Path::exists`, a folder that may not be searched is an error, not an absence.
+fn exists(path: &Path) -> Result<bool, DataError> {
+    path.try_exists().map_err(|source| DataError::Io { path: path.into(), source })
+}
+
+/// Opens a regular file; also gives its size in bytes. A pipe is refused before it can block.
+fn open(path: &Path) -> Result<(File, u64), DataError> {
+    let io = |source| DataError::Io { path: path.into(), source };
+    if !fs::metadata(path).map_err(io)?.is_file() {
+        return Err(DataError::NotAFile { path: path.into() });
+    }
+    let file = File::open(path).map_err(io)?;
+    let bytes = file.metadata().map_err(io)?.len();
+    Ok((file, bytes))
+}
+
+/// Writes the order in which an epoch visits its `order.len()` samples: a uniformly random permutation of `0..len` that
+/// depends on `len`, `seed` and `epoch` alone, so that a run can be resumed at any epoch. Allocates nothing.
+///
+/// Fisher–Yates, driven by ChaCha8 with the seed as its key and the epoch as its stream: 4 bytes are written per sample,
+/// and every sample is then touched in a random place.
+///
+/// # Panics
+/// If there are more than `u32::MAX` samples.
+///
+/// ```
+/// let mut order = [0; 5];
+/// polder::data::epoch_order(7, 0, &mut order);
+/// order.sort_unstable();
+/// assert_eq!(order, [0, 1, 2, 3, 4]);
+/// ```
+pub fn epoch_order(seed: u64, epoch: u64, order: &mut [u32]) {
+    shuffle(&mut generator(seed, b"epochord", epoch), order);
+}
+
+/// Fills `order` with a random permutation of its indices.
+fn shuffle(rng: &mut ChaCha8Rng, order: &mut [u32]) {
+    let len = u32::try_from(order.len()).expect("a data set has at most u32::MAX samples");
+    for (index, entry) in (0..len).zip(order.iter_mut()) {
+        *entry = index;
+    }
+    for last in (1..len).rev() {
+        let chosen = below(rng, last + 1);
+        order.swap(last as usize, chosen as usize);
+    }
+}
+
+/// ChaCha8 whose key is the seed (little-endian) and then `purpose`, so that one seed gives unrelated numbers for unrelated
+/// things. The key is laid out here, not by a library's seeding function, whose result may change with its version.
+fn generator(seed: u64, purpose: &[u8; 8], stream: u64) -> ChaCha8Rng {
+    let mut key = [0; 32];
+    key[..8].copy_from_slice(&seed.to_le_bytes());
+    key[8..16].copy_from_slice(purpose);
+    let mut rng = ChaCha8Rng::from_seed(key);
+    rng.set_stream(stream);
+    rng
+}
+
+/// A uniform number below `bound`, without bias: the high half of a 32x32-bit product, redrawn in the rare case that its low
+/// half falls into the incomplete last interval (Lemire 2019, "Fast random integer generation in an interval").
+fn below(rng: &mut ChaCha8Rng, bound: u32) -> u32 {
+    loop {
+        let product = u64::from(rng.next_u32()) * u64::from(bound);
+        let low = product as u32;
+        if low >= bound || low >= bound.wrapping_neg() % bound {
+            return (product >> 32) as u32;
+        }
+    }
+}

@@ -1,0 +1,351 @@
+//! Typed device memory: [`Buffer`] owns it, [`Slice`] and [`SliceMut`] borrow a part, [`Disjoint`] hands out several parts of
+//! one buffer at once and refuses those that overlap.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use super::host::HostMemory;
+use super::{Device, Element, Error, Inner, Result, cuda::CudaMemory};
+
+/// Device memory for `len` elements of `T`; freed when dropped (on a GPU in the stream's order).
+pub struct Buffer<T: Element> {
+    device: Device,
+    memory: Memory,
+    len: usize,
+    element: PhantomData<T>,
+}
+
+enum Memory {
+    Host(HostMemory),
+    Cuda(CudaMemory),
+}
+
+impl<T: Element> Buffer<T> {
+    /// Memory whose every byte is `byte`.
+    pub(super) fn filled(device: &Device, len: usize, byte: u8) -> Result<Self> {
+        let bytes = len
+            .checked_mul(size_of::<T>())
+            .ok_or_else(|| Error::OutOfMemory { device: device.name(), bytes: usize::MAX })?;
+        let memory = match &device.0 {
+            Inner::Host(host) => Memory::Host(HostMemory::filled(host, bytes, byte)?),
+            Inner::Cuda(cuda) => Memory::Cuda(CudaMemory::filled(cuda, bytes, byte)?),
+        };
+        Ok(Self { device: device.clone(), memory, len, element: PhantomData })
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it holds no element.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The device it lives on.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn address(&self) -> u64 {
+        match &self.memory {
+            Memory::Host(memory) => memory.address(),
+            Memory::Cuda(memory) => memory.address(),
+        }
+    }
+
+    /// All of it, for reading.
+    pub fn view(&self) -> Slice<'_, T> {
+        Slice { device: &self.device, address: self.address(), len: self.len, borrow: PhantomData }
+    }
+
+    /// All of it, for writing.
+    pub fn view_mut(&mut self) -> SliceMut<'_, T> {
+        SliceMut { device: &self.device, address: self.address(), len: self.len, borrow: PhantomData }
+    }
+
+    /// A part, for reading.
+    ///
+    /// # Errors
+    /// [`Error::Range`] where it ends outside.
+    pub fn slice(&self, range: Range<usize>) -> Result<Slice<'_, T>> {
+        self.view().slice(range)
+    }
+
+    /// A part, for writing.
+    ///
+    /// # Errors
+    /// [`Error::Range`] where it ends outside.
+    pub fn slice_mut(&mut self, range: Range<usize>) -> Result<SliceMut<'_, T>> {
+        check_range("Buffer::slice_mut", &range, self.len)?;
+        let address = self.address() + (range.start * size_of::<T>()) as u64;
+        Ok(SliceMut { device: &self.device, address, len: range.len(), borrow: PhantomData })
+    }
+
+    /// Borrows the whole buffer so that several parts of it can be read and written by one operation.
+    pub fn disjoint(&mut self) -> Disjoint<'_, T> {
+        Disjoint {
+            device: &self.device,
+            address: self.address(),
+            len: self.len,
+            taken: [(0, 0, false); PARTS],
+            count: 0,
+            borrow: PhantomData,
+        }
+    }
+
+    /// Copies `values` from the host to the start of the buffer, in the device's order.
+    ///
+    /// # Errors
+    /// [`Error::Length`] unless `values` has the buffer's length.
+    pub fn write(&mut self, values: &[T]) -> Result<()> {
+        self.view_mut().write(values)
+    }
+
+    /// Waits for the device and copies the buffer to the host.
+    ///
+    /// # Errors
+    /// [`Error::Length`] unless `values` has the buffer's length; what failed on the device before.
+    pub fn read(&self, values: &mut [T]) -> Result<()> {
+        self.view().read(values)
+    }
+
+    /// [`Buffer::read`] into a new vector.
+    pub fn to_vec(&self) -> Result<Vec<T>> {
+        self.view().to_vec()
+    }
+
+    /// Copies another buffer of the same device and length: reads and writes `len` elements.
+    pub fn copy_from(&mut self, source: &Buffer<T>) -> Result<()> {
+        self.view_mut().copy_from(source.view())
+    }
+
+    /// Sets every byte to zero.
+    pub fn clear(&mut self) -> Result<()> {
+        self.view_mut().clear()
+    }
+}
+
+fn check_range(operation: &'static str, range: &Range<usize>, len: usize) -> Result<()> {
+    if range.start <= range.end && range.end <= len {
+        return Ok(());
+    }
+    let reason = format!("does not lie in a buffer of {len} elements");
+    Err(Error::Range { operation, start: range.start, end: range.end, reason })
+}
+
+fn check_length(operation: &'static str, argument: &'static str, found: usize, expected: usize) -> Result<()> {
+    if found == expected { Ok(()) } else { Err(Error::Length { operation, argument, found, expected }) }
+}
+
+/// A part of a buffer, borrowed for reading.
+#[derive(Clone, Copy)]
+pub struct Slice<'a, T: Element> {
+    device: &'a Device,
+    address: u64,
+    len: usize,
+    borrow: PhantomData<&'a T>,
+}
+
+impl<'a, T: Element> Slice<'a, T> {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it holds no element.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The device it lives on.
+    pub fn device(&self) -> &'a Device {
+        self.device
+    }
+
+    /// Where it begins, for a kernel's arguments.
+    pub(crate) fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// A part of this part.
+    ///
+    /// # Errors
+    /// [`Error::Range`] where it ends outside.
+    pub fn slice(self, range: Range<usize>) -> Result<Slice<'a, T>> {
+        check_range("Slice::slice", &range, self.len)?;
+        let address = self.address + (range.start * size_of::<T>()) as u64;
+        Ok(Slice { address, len: range.len(), ..self })
+    }
+
+    /// Waits for the device and copies to the host.
+    ///
+    /// # Errors
+    /// [`Error::Length`] unless `values` has this length; what failed on the device before.
+    pub fn read(&self, values: &mut [T]) -> Result<()> {
+        check_length("Slice::read", "values", values.len(), self.len)?;
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(values);
+        match &self.device.0 {
+            // SAFETY: the slice borrows `len` elements of live memory, and `values` is as long.
+            Inner::Host(host) => unsafe { host.read(self.address, bytes) },
+            // SAFETY: as above.
+            Inner::Cuda(cuda) => unsafe { cuda.read(self.address, bytes) },
+        }
+    }
+
+    /// [`Slice::read`] into a new vector.
+    pub fn to_vec(&self) -> Result<Vec<T>> {
+        let mut values = vec![T::zeroed(); self.len];
+        self.read(&mut values)?;
+        Ok(values)
+    }
+}
+
+/// A part of a buffer, borrowed for writing.
+pub struct SliceMut<'a, T: Element> {
+    device: &'a Device,
+    address: u64,
+    len: usize,
+    borrow: PhantomData<&'a mut T>,
+}
+
+impl<'a, T: Element> SliceMut<'a, T> {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it holds no element.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The device it lives on.
+    pub fn device(&self) -> &'a Device {
+        self.device
+    }
+
+    /// Where it begins, for a kernel's arguments.
+    pub(crate) fn address(&mut self) -> u64 {
+        self.address
+    }
+
+    /// The same part, borrowed for less long.
+    pub fn reborrow(&mut self) -> SliceMut<'_, T> {
+        SliceMut { device: self.device, address: self.address, len: self.len, borrow: PhantomData }
+    }
+
+    /// The same part, for reading.
+    pub fn view(&self) -> Slice<'_, T> {
+        Slice { device: self.device, address: self.address, len: self.len, borrow: PhantomData }
+    }
+
+    /// A part of this part.
+    ///
+    /// # Errors
+    /// [`Error::Range`] where it ends outside.
+    pub fn slice_mut(&mut self, range: Range<usize>) -> Result<SliceMut<'_, T>> {
+        check_range("SliceMut::slice_mut", &range, self.len)?;
+        let address = self.address + (range.start * size_of::<T>()) as u64;
+        Ok(SliceMut { device: self.device, address, len: range.len(), borrow: PhantomData })
+    }
+
+    /// Copies `values` from the host, in the device's order.
+    ///
+    /// # Errors
+    /// [`Error::Length`] unless `values` has this length.
+    pub fn write(&mut self, values: &[T]) -> Result<()> {
+        check_length("SliceMut::write", "values", values.len(), self.len)?;
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        match &self.device.0 {
+            // SAFETY: the slice borrows `len` elements of live memory exclusively, and `values` is as long.
+            Inner::Host(host) => unsafe { host.write(self.address, bytes) },
+            // SAFETY: as above.
+            Inner::Cuda(cuda) => unsafe { cuda.write(self.address, bytes) },
+        }
+    }
+
+    /// Copies `source`, of the same device and length.
+    pub fn copy_from(&mut self, source: Slice<'_, T>) -> Result<()> {
+        check_length("SliceMut::copy_from", "source", source.len, self.len)?;
+        if self.device != source.device {
+            return Err(Error::OtherDevice { operation: "SliceMut::copy_from", argument: "source" });
+        }
+        let bytes = self.len * size_of::<T>();
+        match &self.device.0 {
+            // SAFETY: both slices borrow `len` elements of live memory, and the borrows keep them apart.
+            Inner::Host(host) => unsafe { host.copy(source.address, self.address, bytes) },
+            // SAFETY: as above.
+            Inner::Cuda(cuda) => unsafe { cuda.copy(source.address, self.address, bytes) },
+        }
+    }
+
+    /// Sets every byte to zero.
+    pub fn clear(&mut self) -> Result<()> {
+        let bytes = self.len * size_of::<T>();
+        match &self.device.0 {
+            // SAFETY: the slice borrows `len` elements of live memory exclusively.
+            Inner::Host(host) => unsafe { host.clear(self.address, bytes) },
+            // SAFETY: as above.
+            Inner::Cuda(cuda) => unsafe { cuda.clear(self.address, bytes) },
+        }
+    }
+}
+
+/// [`Disjoint::PARTS`], for the type of an array: a generic type's own constant cannot stand there.
+const PARTS: usize = 16;
+
+/// Hands out parts of one buffer for one operation, some to read and some to write, and refuses a part that overlaps one
+/// borrowed for writing. It allocates nothing.
+pub struct Disjoint<'a, T: Element> {
+    device: &'a Device,
+    address: u64,
+    len: usize,
+    taken: [(usize, usize, bool); PARTS],
+    count: usize,
+    borrow: PhantomData<&'a mut T>,
+}
+
+impl<'a, T: Element> Disjoint<'a, T> {
+    /// The most parts that one operation can borrow.
+    pub const PARTS: usize = PARTS;
+
+    fn take(&mut self, range: &Range<usize>, writes: bool) -> Result<u64> {
+        check_range("Disjoint", range, self.len)?;
+        let refused = |reason: &str| {
+            let (start, end) = (range.start, range.end);
+            Err(Error::Range { operation: "Disjoint", start, end, reason: reason.into() })
+        };
+        if self.count == Self::PARTS {
+            return refused("is one part too many");
+        }
+        let overlaps = |&(start, end, written): &(usize, usize, bool)| {
+            (writes || written) && start < range.end && range.start < end
+        };
+        if self.taken[..self.count].iter().any(overlaps) {
+            return refused("overlaps a part that the same operation writes");
+        }
+        self.taken[self.count] = (range.start, range.end, writes);
+        self.count += 1;
+        Ok(self.address + (range.start * size_of::<T>()) as u64)
+    }
+
+    /// A part to read.
+    ///
+    /// # Errors
+    /// [`Error::Range`] where it ends outside or overlaps a part that is written.
+    pub fn read(&mut self, range: Range<usize>) -> Result<Slice<'a, T>> {
+        let address = self.take(&range, false)?;
+        Ok(Slice { device: self.device, address, len: range.len(), borrow: PhantomData })
+    }
+
+    /// A part to write.
+    ///
+    /// # Errors
+    /// [`Error::Range`] where it ends outside or overlaps any other part.
+    pub fn write(&mut self, range: Range<usize>) -> Result<SliceMut<'a, T>> {
+        let address = self.take(&range, true)?;
+        Ok(SliceMut { device: self.device, address, len: range.len(), borrow: PhantomData })
+    }
+}

@@ -1,0 +1,654 @@
+//! A CUDA GPU as a device: the driver (found at run time), memory, copies, launches, events and graphs.
+//!
+//! A device has one stream of its own, so everything happens in the order in which it was asked for. Host memory reaches the
+//! GPU through a small page-locked area ([`Staging`]): a write copies into it and returns, so that the caller's slice is free
+//! at once and the CPU runs ahead of the GPU.
+
+use std::ffi::c_void;
+use std::ptr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUfunction_attribute as FunctionAttribute};
+use cudarc::driver::{self, CudaContext, CudaFunction, CudaModule, CudaStream};
+use cudarc::nvrtc::Ptx;
+
+use super::registry::{FATBINS, HOST_ONLY, KernelId, NAMES};
+use super::{Error, Launch, Result};
+
+/// The oldest driver, as `cuDriverGetVersion` counts: `cuEventElapsedTime_v2`, which timing needs, came with CUDA 12.8.
+const OLDEST_DRIVER: i32 = 12_080;
+
+/// How many GPUs there are, or in one line why none can be used.
+pub(super) fn count() -> std::result::Result<usize, String> {
+    driver_version()?;
+    let count = result::device::get_count().map_err(describe)?;
+    if count <= 0 {
+        return Err("the CUDA driver finds no GPU".into());
+    }
+    if FATBINS.is_empty() {
+        return Err("this binary was built without nvcc, so it has no GPU kernels".into());
+    }
+    Ok(count as usize)
+}
+
+/// Loads and starts the driver, once; its CUDA version as in 13000, or why there is none.
+fn driver_version() -> std::result::Result<i32, String> {
+    static VERSION: OnceLock<std::result::Result<i32, String>> = OnceLock::new();
+    let start = || {
+        // SAFETY: this loads libcuda, whose initialisers are as trustworthy as the driver itself. It must be asked first: every
+        // other call panics where the library is absent.
+        if !unsafe { sys::is_culib_present() } {
+            return Err("the CUDA driver library (libcuda) was not found".into());
+        }
+        let mut version = 0;
+        // SAFETY: `version` is an int to write to; the call needs no initialisation.
+        unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(describe)?;
+        if version < OLDEST_DRIVER {
+            let (found, needed) = (version_name(version), version_name(OLDEST_DRIVER));
+            return Err(format!("the CUDA driver is too old: it is for CUDA {found}, {needed} is needed"));
+        }
+        match result::init() {
+            Ok(()) => Ok(version),
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => Err("the CUDA driver finds no GPU".into()),
+            Err(error) => Err(format!("the CUDA driver cannot start: {}", describe(error))),
+        }
+    };
+    VERSION.get_or_init(start).clone()
+}
+
+/// `13.0` for 13000.
+fn version_name(version: i32) -> String {
+    format!("{}.{}", version / 1000, version % 1000 / 10)
+}
+
+/// The driver's words for an error, and its name for searching.
+fn describe(error: DriverError) -> String {
+    match error.error_string() {
+        Ok(text) => format!("{} ({:?})", text.to_string_lossy(), error.0),
+        Err(_) => format!("{:?}", error.0),
+    }
+}
+
+/// Turns a driver's error into ours, with what was being done.
+fn failed(call: &'static str) -> impl Fn(DriverError) -> Error {
+    move |error| Error::Cuda { call, message: describe(error) }
+}
+
+/// A GPU with its stream and its kernels.
+pub(super) struct CudaDevice {
+    ordinal: usize,
+    multiprocessors: usize,
+    description: String,
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    /// By [`KernelId`]; `None` for a kernel of the CPU alone.
+    kernels: Vec<Option<Kernel>>,
+    state: Mutex<State>,
+}
+
+/// What changes while a device is used.
+struct State {
+    staging: Staging,
+    /// What the graph being captured has to own; `None` while nothing is captured.
+    recording: Option<Recording>,
+    /// Memory of dropped graphs, which a replay may still be reading: freed when the stream has been waited for.
+    retired: Vec<Pinned>,
+}
+
+/// Host-side belongings of a graph while it is being captured.
+#[derive(Default)]
+struct Recording {
+    /// The bytes of recorded writes.
+    written: Vec<Pinned>,
+    /// Device memory dropped meanwhile: freed after the capture, for freeing it at once would become part of the graph.
+    dropped: Vec<sys::CUdeviceptr>,
+}
+
+impl State {
+    /// Fails while a graph is being captured.
+    fn refuse_recording(&self, operation: &'static str, message: &str) -> Result<()> {
+        match self.recording {
+            None => Ok(()),
+            Some(_) => Err(Error::Argument { operation, message: message.into() }),
+        }
+    }
+}
+
+/// A kernel's function on this GPU, and the most dynamic shared memory that it may be launched with so far.
+struct Kernel {
+    function: CudaFunction,
+    shared_limit: AtomicUsize,
+}
+
+impl CudaDevice {
+    pub(super) fn new(ordinal: usize) -> Result<Self> {
+        let unavailable = |reason| Error::Unavailable { device: format!("cuda:{ordinal}"), reason };
+        let count = count().map_err(unavailable)?;
+        if ordinal >= count {
+            let reason = if count == 1 { "there is one GPU, cuda:0".into() } else { format!("there are {count} GPUs") };
+            return Err(unavailable(reason));
+        }
+        Self::open(ordinal).map_err(unavailable)
+    }
+
+    /// Takes the GPU into use; the reason where that fails.
+    fn open(ordinal: usize) -> std::result::Result<Self, String> {
+        let version = version_name(driver_version()?);
+        let context = CudaContext::new(ordinal).map_err(describe)?;
+        if !context.has_async_alloc() {
+            return Err("it has no stream-ordered memory pools".into());
+        }
+        // SAFETY: no `CudaSlice` is ever made, which is all that event tracking is for.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(describe)?;
+        keep_freed_memory(&context).map_err(describe)?;
+        let staging = Staging::new(&context).map_err(describe)?;
+
+        let (major, minor) = context.compute_capability().map_err(describe)?;
+        let kernels = load_kernels(&context).map_err(|reason| {
+            format!("compute capability {major}.{minor} with a driver for CUDA {version}: {reason}")
+        })?;
+
+        let multiprocessors =
+            context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).map_err(describe)?;
+        let name = context.name().map_err(describe)?;
+        let memory = context.total_mem().map_err(describe)? as f64 / (1u64 << 30) as f64;
+        let description = format!(
+            "{name}, {memory:.1} GiB, {multiprocessors} multiprocessors, compute capability {major}.{minor}, driver for \
+             CUDA {version}"
+        );
+        Ok(Self {
+            ordinal,
+            multiprocessors: usize::try_from(multiprocessors).unwrap_or(1).max(1),
+            description,
+            context,
+            stream,
+            kernels,
+            state: Mutex::new(State { staging, recording: None, retired: Vec::new() }),
+        })
+    }
+
+    pub(super) fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+
+    pub(super) fn description(&self) -> String {
+        self.description.clone()
+    }
+
+    pub(super) fn multiprocessors(&self) -> usize {
+        self.multiprocessors
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes the context the calling thread's. Every call below begins with it, for the driver works in the thread's context.
+    /// It also reports what went wrong where no error could be returned (in a destructor).
+    fn bind(&self) -> Result<()> {
+        self.context.bind_to_thread().map_err(failed("using the GPU"))
+    }
+
+    pub(super) fn synchronize(&self) -> Result<()> {
+        let retired = {
+            let mut state = self.lock();
+            state.refuse_recording("synchronize", "a graph cannot wait for itself")?;
+            std::mem::take(&mut state.retired)
+        };
+        let done = self.stream.synchronize().map_err(failed("waiting for the GPU"));
+        drop(retired);
+        done
+    }
+
+    pub(super) fn event(&self) -> Result<CudaEvent> {
+        self.lock().refuse_recording("event", "a graph cannot be timed from inside")?;
+        let event = self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT));
+        Ok(CudaEvent(event.map_err(failed("recording an event"))?))
+    }
+
+    /// # Safety
+    /// As [`super::Device::launch`].
+    pub(super) unsafe fn launch<A: Copy>(&self, kernel: KernelId, shape: Launch, args: &A) -> Result<()> {
+        let refused = |message| Error::Launch { kernel: kernel.to_name(), message };
+        let Some(Kernel { function, shared_limit }) = &self.kernels[kernel.0] else {
+            return Err(refused("exists on the CPU alone (double precision)".into()));
+        };
+        if shape.grid.contains(&0) {
+            return Ok(());
+        }
+        self.bind()?;
+        if shape.shared > shared_limit.load(Ordering::Relaxed) {
+            self.raise_shared_limit(function, shared_limit, shape.shared).map_err(refused)?;
+        }
+        let mut parameters = [(&raw const *args).cast_mut().cast::<c_void>()];
+        let ([x, y, z], [block_x, block_y, block_z]) = (shape.grid, shape.block);
+        // SAFETY: the function belongs to a module that `self.kernels` keeps loaded. It takes one parameter, whose twin `args`
+        // is by the caller's word; the driver copies it before the call returns. The caller vouches for the addresses in it.
+        unsafe {
+            result::launch_kernel(
+                function.cu_function(),
+                (x, y, z),
+                (block_x, block_y, block_z),
+                shape.shared as u32,
+                self.stream.cu_stream(),
+                &mut parameters,
+            )
+        }
+        .map_err(|error| {
+            let Launch { grid, block, shared } = shape;
+            refused(format!("{}; grid {grid:?}, block {block:?}, {shared} bytes of shared memory", describe(error)))
+        })
+    }
+
+    /// Allows a kernel more dynamic shared memory than it had; never less, for another thread may be launching it.
+    #[cold]
+    fn raise_shared_limit(
+        &self,
+        function: &CudaFunction,
+        limit: &AtomicUsize,
+        bytes: usize,
+    ) -> std::result::Result<(), String> {
+        let _one_at_a_time = self.lock();
+        if bytes <= limit.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let attribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let value = i32::try_from(bytes).unwrap_or(i32::MAX);
+        let refused = |error| format!("{bytes} bytes of shared memory per block are refused: {}", describe(error));
+        function.set_attribute(attribute, value).map_err(refused)?;
+        limit.store(bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Waits for everything before it; an error of an earlier operation that shows only now is returned here.
+    ///
+    /// # Safety
+    /// `address` is the start of live device memory at least as long as `bytes`.
+    pub(super) unsafe fn read(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
+        let failed = failed("copying to the host");
+        let mut state = self.lock();
+        state.refuse_recording("read", "a graph cannot read back to the host")?;
+        self.bind()?;
+        let mut done = 0;
+        while done < bytes.len() {
+            let (place, length) = state.staging.take(&self.stream, bytes.len() - done).map_err(&failed)?;
+            let source = address + done as u64;
+            // SAFETY: `place` is `length` bytes of page-locked memory that no copy under way uses; the caller vouches for the
+            // source.
+            let copied = unsafe { sys::cuMemcpyDtoHAsync_v2(place.cast(), source, length, self.stream.cu_stream()) };
+            copied.result().map_err(&failed)?;
+            self.stream.synchronize().map_err(&failed)?;
+            // SAFETY: the GPU has finished writing `place`; the destination is the next `length` bytes of `bytes`.
+            unsafe { ptr::copy_nonoverlapping(place, bytes[done..].as_mut_ptr(), length) };
+            done += length;
+        }
+        Ok(())
+    }
+
+    /// Returns before the GPU has the bytes; inside a capture the graph keeps a copy of them for every replay.
+    ///
+    /// # Safety
+    /// `address` is the start of live device memory, borrowed exclusively, at least as long as `bytes`.
+    pub(super) unsafe fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        let failed = failed("copying from the host");
+        let mut state = self.lock();
+        self.bind()?;
+        let State { staging, recording, .. } = &mut *state;
+        let mut done = 0;
+        while done < bytes.len() {
+            let (place, length) = match recording {
+                None => staging.take(&self.stream, bytes.len() - done).map_err(&failed)?,
+                Some(Recording { written, .. }) => {
+                    let copy = Pinned::new(&self.context, bytes.len()).map_err(&failed)?;
+                    let place = copy.address;
+                    written.push(copy);
+                    (place, bytes.len())
+                }
+            };
+            // SAFETY: `place` is `length` bytes of page-locked memory that no copy under way uses, apart from `bytes`.
+            unsafe { ptr::copy_nonoverlapping(bytes[done..].as_ptr(), place, length) };
+            let destination = address + done as u64;
+            // SAFETY: the bytes stay at `place` until the GPU has read them: staging memory is reused only after that, a graph
+            // owns its own. The caller vouches for the destination.
+            let copied =
+                unsafe { sys::cuMemcpyHtoDAsync_v2(destination, place.cast(), length, self.stream.cu_stream()) };
+            copied.result().map_err(&failed)?;
+            done += length;
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// Both addresses are live device memory of at least `bytes`, and the two parts do not overlap.
+    pub(super) unsafe fn copy(&self, source: u64, destination: u64, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: the caller's; all memory of this device is used on this one stream.
+        unsafe { result::memcpy_dtod_async(destination, source, bytes, self.stream.cu_stream()) }
+            .map_err(failed("copying on the GPU"))
+    }
+
+    /// # Safety
+    /// `address` is the start of live device memory, borrowed exclusively, of at least `bytes`.
+    pub(super) unsafe fn clear(&self, address: u64, bytes: usize) -> Result<()> {
+        // SAFETY: the caller's.
+        unsafe { self.fill(address, 0, bytes) }
+    }
+
+    /// # Safety
+    /// `address` is the start of live device memory, borrowed exclusively, of at least `bytes`.
+    unsafe fn fill(&self, address: u64, byte: u8, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: the caller's; any byte is valid in device memory, whose types are plain bits.
+        unsafe { result::memset_d8_async(address, byte, bytes, self.stream.cu_stream()) }
+            .map_err(failed("filling memory on the GPU"))
+    }
+
+    /// Device memory that nothing has written yet. Freed memory waits in the pool for reuse in the same sizes; where that
+    /// leaves too little, it is given back and the allocation tried once more.
+    fn allocate(&self, bytes: usize) -> Result<sys::CUdeviceptr> {
+        let state = self.lock();
+        state.refuse_recording("allocate", "a graph cannot allocate memory")?;
+        self.bind()?;
+        // SAFETY: the stream is ours and alive; what the memory holds is not looked at before it is filled.
+        let allocate = || unsafe { result::malloc_async(self.stream.cu_stream(), bytes) };
+        let allocated = match allocate() {
+            Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
+                self.stream.synchronize().map_err(failed("waiting for the GPU"))?;
+                // SAFETY: the device is the context's own; only memory that nobody holds leaves the pool.
+                let trimmed = unsafe {
+                    result::device::get_default_mem_pool(self.context.cu_device())
+                        .and_then(|pool| result::mem_pool::trim_to(pool, 0))
+                };
+                trimmed.map_err(failed("giving back unused memory"))?;
+                allocate()
+            }
+            other => other,
+        };
+        allocated.map_err(|error| match error {
+            DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY) => {
+                Error::OutOfMemory { device: format!("cuda:{}", self.ordinal), bytes }
+            }
+            other => failed("allocating memory")(other),
+        })
+    }
+
+    /// Frees device memory when the work asked for so far is done with it. Called by destructors: an error is kept for the
+    /// next call that can return one.
+    fn free(&self, address: sys::CUdeviceptr) {
+        // Held until the memory is freed, so that no capture begins between the question and the answer.
+        let mut state = self.lock();
+        match &mut state.recording {
+            Some(recording) => recording.dropped.push(address),
+            None => self.free_in_order(address),
+        }
+    }
+
+    fn free_in_order(&self, address: sys::CUdeviceptr) {
+        // SAFETY: the address came from `allocate`, on this stream, and is freed once, by the `CudaMemory` that owned it.
+        let free = || unsafe { result::free_async(address, self.stream.cu_stream()) };
+        self.context.record_err(self.context.bind_to_thread().and_then(|()| free()));
+    }
+
+    pub(super) fn capture(this: &Arc<Self>, work: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
+        let capture = Capture::begin(this)?;
+        work()?;
+        capture.finish()
+    }
+
+    /// Leaves capture mode: the graph (none where the capture was broken) and what it has to own.
+    fn end_capture(&self) -> (Result<Option<driver::CudaGraph>>, Recording) {
+        let mut state = self.lock();
+        // Asked first, for an error that a destructor kept would otherwise come up instead of the capture's end.
+        let kept = self.bind();
+        let ended = self.stream.end_capture(sys::CUgraphInstantiate_flags(0)).map_err(failed("capturing a graph"));
+        let graph = kept.and(ended);
+        let mut recording = state.recording.take().unwrap_or_default();
+        for address in recording.dropped.drain(..) {
+            self.free_in_order(address);
+        }
+        (graph, recording)
+    }
+}
+
+impl Drop for CudaDevice {
+    /// Waits, so that no kernel runs when its module is unloaded and no copy when the staging memory is freed.
+    fn drop(&mut self) {
+        self.context.record_err(self.stream.synchronize());
+    }
+}
+
+/// Keeps freed memory in the device's pool. By default the pool returns it to the system at every synchronization, and each
+/// later allocation pays for mapping it again.
+fn keep_freed_memory(context: &CudaContext) -> std::result::Result<(), DriverError> {
+    let mut threshold = u64::MAX;
+    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the device is the context's own, and the attribute's value is a 64-bit integer, read during the call.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(context.cu_device())?;
+        result::mem_pool::set_attribute(pool, attribute, (&raw mut threshold).cast())
+    }
+}
+
+/// Loads every fatbin and looks every kernel up, so that no launch has to.
+fn load_kernels(context: &Arc<CudaContext>) -> std::result::Result<Vec<Option<Kernel>>, String> {
+    let mut modules: Vec<Arc<CudaModule>> = Vec::with_capacity(FATBINS.len());
+    for &(name, image) in FATBINS {
+        // The driver wants images aligned to 8 bytes: a heap block of this size is, the embedded bytes need not be.
+        let module = context.load_module(Ptx::from_binary(image.to_vec()));
+        modules
+            .push(module.map_err(|error| format!("the kernels of {name}.cu cannot be loaded: {}", describe(error)))?);
+    }
+    let find = |id: KernelId| {
+        let name = id.to_name();
+        let found = modules
+            .iter()
+            .map(|module| module.load_function(&name))
+            .find(|found| !matches!(found, Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND))));
+        let function = match found {
+            Some(found) => found.map_err(|error| format!("kernel {name}: {}", describe(error)))?,
+            None => return Err(format!("kernel {name} is in no fatbin of this binary")),
+        };
+        let attribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let limit = function.get_attribute(attribute).map_err(|error| format!("kernel {name}: {}", describe(error)))?;
+        Ok(Kernel { function, shared_limit: AtomicUsize::new(usize::try_from(limit).unwrap_or(0)) })
+    };
+    let ids = (0..NAMES.len()).map(KernelId);
+    ids.map(|id| if HOST_ONLY[id.0] { Ok(None) } else { find(id).map(Some) }).collect()
+}
+
+/// Page-locked host memory, which the GPU copies from and to while the CPU goes on. Touched through its address alone, for the
+/// GPU writes to it too.
+struct Pinned {
+    context: Arc<CudaContext>,
+    address: *mut u8,
+}
+
+// SAFETY: it owns its memory, which the driver makes usable from every thread.
+unsafe impl Send for Pinned {}
+
+impl Pinned {
+    /// `bytes`, more than zero, of whatever they hold.
+    fn new(context: &Arc<CudaContext>, bytes: usize) -> std::result::Result<Self, DriverError> {
+        context.bind_to_thread()?;
+        // SAFETY: the memory is written before it is read.
+        let address = unsafe { result::malloc_host(bytes, 0) }?;
+        Ok(Self { context: context.clone(), address: address.cast() })
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // SAFETY: from `malloc_host`, freed once; whoever drops it has made sure that no copy uses it any more.
+        let free = || unsafe { result::free_host(self.address.cast()) };
+        self.context.record_err(self.context.bind_to_thread().and_then(|()| free()));
+    }
+}
+
+/// Page-locked memory in two halves, handed out from front to back: while the GPU still reads one half, the other is filled.
+/// Small writes share a half, so that many of them can be on their way without waiting.
+struct Staging {
+    halves: [Half; 2],
+    current: usize,
+    /// Bytes handed out of the current half.
+    used: usize,
+}
+
+struct Half {
+    memory: Pinned,
+    /// Recorded when the half was left: once it has passed, nothing uses the half any more.
+    left: driver::CudaEvent,
+}
+
+impl Staging {
+    /// Bytes of one half: large enough that a transfer over the bus dwarfs its start.
+    const HALF: usize = 4 << 20;
+    /// Pieces start at cache lines.
+    const ALIGNMENT: usize = 64;
+
+    fn new(context: &Arc<CudaContext>) -> std::result::Result<Self, DriverError> {
+        let half = || Ok(Half { memory: Pinned::new(context, Self::HALF)?, left: context.new_event(None)? });
+        Ok(Self { halves: [half()?, half()?], current: 0, used: 0 })
+    }
+
+    /// The next piece: its address, and its length, at most `bytes`. It stays the caller's until the work that the stream has
+    /// been given by the next call is done.
+    fn take(&mut self, stream: &CudaStream, bytes: usize) -> std::result::Result<(*mut u8, usize), DriverError> {
+        if self.used == Self::HALF {
+            self.halves[self.current].left.record(stream)?;
+            self.halves[1 - self.current].left.synchronize()?;
+            self.current = 1 - self.current;
+            self.used = 0;
+        }
+        let length = bytes.min(Self::HALF - self.used);
+        // SAFETY: `used` is less than the half's size.
+        let place = unsafe { self.halves[self.current].memory.address.add(self.used) };
+        self.used += length.next_multiple_of(Self::ALIGNMENT);
+        Ok((place, length))
+    }
+}
+
+/// Device memory; given back in the stream's order when dropped.
+pub(super) struct CudaMemory {
+    device: Arc<CudaDevice>,
+    address: sys::CUdeviceptr,
+}
+
+impl CudaMemory {
+    pub(super) fn filled(device: &Arc<CudaDevice>, bytes: usize, byte: u8) -> Result<Self> {
+        let address = device.allocate(bytes.max(1))?;
+        let memory = Self { device: device.clone(), address };
+        // SAFETY: the memory is new and `bytes` long.
+        unsafe { device.fill(address, byte, bytes) }?;
+        Ok(memory)
+    }
+
+    pub(super) fn address(&self) -> u64 {
+        self.address
+    }
+}
+
+impl Drop for CudaMemory {
+    fn drop(&mut self) {
+        self.device.free(self.address);
+    }
+}
+
+/// A point in the stream.
+pub(super) struct CudaEvent(driver::CudaEvent);
+
+impl CudaEvent {
+    /// Seconds, to about half a microsecond.
+    pub(super) fn elapsed_since(&self, earlier: &CudaEvent) -> Result<f64> {
+        if self.0.context() != earlier.0.context() {
+            return Err(Error::OtherDevice { operation: "Event::elapsed_since", argument: "earlier" });
+        }
+        let milliseconds = earlier.0.elapsed_ms(&self.0).map_err(failed("timing"))?;
+        Ok(f64::from(milliseconds) * 1e-3)
+    }
+}
+
+/// A capture under way. Dropped before [`Capture::finish`] (when the work fails or panics), it ends the capture and discards
+/// what was recorded, so that the stream can be used again.
+struct Capture<'a> {
+    device: &'a Arc<CudaDevice>,
+    active: bool,
+}
+
+impl<'a> Capture<'a> {
+    fn begin(device: &'a Arc<CudaDevice>) -> Result<Self> {
+        let mut state = device.lock();
+        state.refuse_recording("capture", "a graph cannot capture another")?;
+        // Relaxed: page-locked memory for recorded writes has to be allocated meanwhile, which the stricter modes forbid.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        device.stream.begin_capture(mode).map_err(failed("capturing a graph"))?;
+        state.recording = Some(Recording::default());
+        Ok(Self { device, active: true })
+    }
+
+    fn finish(mut self) -> Result<CudaGraph> {
+        self.active = false;
+        let (graph, recording) = self.device.end_capture();
+        let broken = || Error::Cuda { call: "capturing a graph", message: "the work cannot be captured".into() };
+        let graph = graph?.ok_or_else(broken)?;
+        let mut operations = 0;
+        // SAFETY: the graph is alive; without an array to fill, the call only counts the nodes.
+        unsafe { sys::cuGraphGetNodes(graph.cu_graph(), ptr::null_mut(), &mut operations) }
+            .result()
+            .map_err(failed("counting a graph's nodes"))?;
+        Ok(CudaGraph { device: self.device.clone(), graph, operations, written: recording.written })
+    }
+}
+
+impl Drop for Capture<'_> {
+    fn drop(&mut self) {
+        if self.active {
+            // The error that ended the work is the one to report, not what ending the capture says.
+            drop(self.device.end_capture());
+        }
+    }
+}
+
+/// Captured work.
+pub(super) struct CudaGraph {
+    graph: driver::CudaGraph,
+    operations: usize,
+    /// The bytes of recorded writes, read by every replay.
+    written: Vec<Pinned>,
+    /// Dropped last, for it keeps the captured kernels loaded.
+    device: Arc<CudaDevice>,
+}
+
+// SAFETY: the driver lets any thread use a graph, one at a time. Replays hold the device's lock, and a graph is dropped when
+// nobody else has it.
+unsafe impl Send for CudaGraph {}
+// SAFETY: as above.
+unsafe impl Sync for CudaGraph {}
+
+impl CudaGraph {
+    pub(super) fn replay(&self) -> Result<()> {
+        let state = self.device.lock();
+        state.refuse_recording("replay", "a graph cannot replay another")?;
+        self.graph.launch().map_err(failed("replaying a graph"))
+    }
+
+    pub(super) fn operations(&self) -> usize {
+        self.operations
+    }
+}
+
+impl Drop for CudaGraph {
+    fn drop(&mut self) {
+        self.device.context.record_err(self.device.context.bind_to_thread());
+        // The driver lets a replay under way finish, but not with memory that has been freed.
+        self.device.lock().retired.append(&mut self.written);
+    }
+}

@@ -1,0 +1,94 @@
+//! What can go wrong on a device: each error names the kernel, the buffer or the call.
+
+/// An error of a device or of a kernel's wrapper.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A kernel broke a rule of the programming model; found by the host device, which then stops the launch.
+    #[error("kernel {kernel}: block {block:?}, thread {thread:?}: {message}")]
+    Fault {
+        /// The kernel's registered name.
+        kernel: String,
+        /// The block's x, y, z index.
+        block: [u32; 3],
+        /// The thread's x, y, z index in its block.
+        thread: [u32; 3],
+        /// What the thread did.
+        message: String,
+    },
+    /// A launch that the device refused.
+    #[error("kernel {kernel}: {message}")]
+    Launch {
+        /// The kernel's registered name.
+        kernel: String,
+        /// The device's reason.
+        message: String,
+    },
+    /// A call to the CUDA driver failed.
+    #[error("CUDA: {call}: {message}")]
+    Cuda {
+        /// What was being done.
+        call: &'static str,
+        /// The driver's reason.
+        message: String,
+    },
+    /// The device asked for is not there.
+    #[error("no device {device}: {reason}")]
+    Unavailable {
+        /// The device as the user named it.
+        device: String,
+        /// Why it cannot be used.
+        reason: String,
+    },
+    /// Memory could not be allocated.
+    #[error("out of memory on {device}: {bytes} bytes asked for")]
+    OutOfMemory {
+        /// The device's name.
+        device: String,
+        /// The size asked for.
+        bytes: usize,
+    },
+    /// A buffer handed to an operation has the wrong number of elements.
+    #[error("{operation}: `{argument}` has {found} elements, expected {expected}")]
+    Length {
+        /// The function that was called.
+        operation: &'static str,
+        /// The argument's name.
+        argument: &'static str,
+        /// Its length.
+        found: usize,
+        /// The length that the other arguments imply.
+        expected: usize,
+    },
+    /// A range outside a buffer, or one that overlaps a range already borrowed for writing.
+    #[error("{operation}: range {start}..{end} {reason}")]
+    Range {
+        /// The function that was called.
+        operation: &'static str,
+        /// First element.
+        start: usize,
+        /// One past the last element.
+        end: usize,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Arguments that no kernel can work with, such as a stride of zero.
+    #[error("{operation}: {message}")]
+    Argument {
+        /// The function that was called.
+        operation: &'static str,
+        /// What is wrong.
+        message: String,
+    },
+    /// Two buffers of one operation live on different devices.
+    #[error("{operation}: `{argument}` lives on another device")]
+    OtherDevice {
+        /// The function that was called.
+        operation: &'static str,
+        /// The argument's name.
+        argument: &'static str,
+    },
+}
+
+/// The result of a device's operation.
+pub type Result<T> = std::result::Result<T, Error>;

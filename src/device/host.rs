@@ -1,0 +1,488 @@
+//! The CPU as a device: memory, a team of threads, and launches through the SIMT runtime (`kernels/host/`).
+//!
+//! A launch spreads its blocks over the team. The team is our own, rather than a general thread pool, because a training
+//! step must not allocate: handing a job to a general pool from outside allocates queue segments now and then.
+
+use std::alloc::{self, Layout};
+use std::ffi::{c_char, c_void};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::registry::{Entry, HOST, KernelId};
+use super::{Error, Launch, Result};
+
+/// The order in which the host runs the blocks of a launch and the threads of a block. A right kernel yields the same bits in
+/// every order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Schedule {
+    /// In rising order, blocks spread over the cores.
+    #[default]
+    Forwards,
+    /// In falling order, on one thread.
+    Backwards,
+    /// In a random order that the seed fixes, on one thread.
+    Random(u64),
+}
+
+/// How the CPU acts as a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct HostOptions {
+    /// Threads that run blocks; 0 takes one per core.
+    pub threads: usize,
+    /// The order of blocks and threads.
+    pub schedule: Schedule,
+    /// Launch kernels in the GPU's shapes (many threads per block) instead of the CPU's: slow, and what tests want.
+    pub gpu_shapes: bool,
+}
+
+/// The CPU.
+pub(super) struct HostDevice {
+    options: HostOptions,
+    instruction_set: usize,
+    team: Team,
+    recording: AtomicBool,
+    recorded: Mutex<Vec<Recorded>>,
+}
+
+/// One recorded operation of a graph.
+pub(super) enum Recorded {
+    /// A kernel with the bytes of its argument struct, in 16-byte words for alignment.
+    Launch(KernelId, Launch, Vec<u128>),
+    /// Source, destination, bytes.
+    Copy(u64, u64, usize),
+    /// Destination, bytes.
+    Clear(u64, usize),
+    /// Destination and the bytes to write there.
+    Write(u64, Vec<u8>),
+}
+
+/// The runtime's launch description; see `kernels/host/runtime.cpp`.
+#[repr(C)]
+struct PolderLaunch {
+    entry: Entry,
+    name: *const c_char,
+    args: *const c_void,
+    grid: [u32; 3],
+    block: [u32; 3],
+    shared_bytes: u64,
+    schedule: u32,
+    reserved: u32,
+    seed: u64,
+}
+
+/// The runtime's report of a kernel that broke a rule.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct PolderFault {
+    kind: u32,
+    block: [u32; 3],
+    thread: [u32; 3],
+    message: [u8; 236],
+}
+
+unsafe extern "C" {
+    fn polder_host_run(launch: *const PolderLaunch, first: u64, last: u64, fault: *mut PolderFault) -> i32;
+}
+
+// SAFETY: it is shared only for the time of one launch, whose caller keeps `args` alive; the pointers are never written.
+unsafe impl Sync for PolderLaunch {}
+
+impl HostDevice {
+    pub(super) fn new(options: HostOptions) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+        let threads = if options.threads == 0 { cores } else { options.threads };
+        Self {
+            options: HostOptions { threads, ..options },
+            instruction_set: newest_instruction_set(),
+            team: Team::new(threads),
+            recording: AtomicBool::new(false),
+            recorded: Mutex::new(Vec::new()),
+        }
+    }
+
+    pub(super) fn gpu_shapes(&self) -> bool {
+        self.options.gpu_shapes
+    }
+
+    pub(super) fn description(&self) -> String {
+        let threads = self.options.threads;
+        let plural = if threads == 1 { "" } else { "s" };
+        let shapes = if self.options.gpu_shapes { ", GPU launch shapes" } else { "" };
+        format!("{threads} thread{plural}, {} kernels{shapes}", HOST[self.instruction_set].0)
+    }
+
+    /// # Safety
+    /// As [`super::Device::launch`].
+    pub(super) unsafe fn launch<A: Copy>(&self, kernel: KernelId, shape: Launch, args: &A) -> Result<()> {
+        if self.recording.load(Ordering::Relaxed) {
+            let mut words = vec![0u128; size_of::<A>().div_ceil(16)];
+            // SAFETY: `words` has room for the struct, which is plain data (`Copy`), and the two do not overlap.
+            unsafe {
+                std::ptr::copy_nonoverlapping(
+                    (&raw const *args).cast::<u8>(),
+                    words.as_mut_ptr().cast(),
+                    size_of::<A>(),
+                );
+            }
+            self.lock().push(Recorded::Launch(kernel, shape, words));
+            return Ok(());
+        }
+        // SAFETY: the caller's.
+        unsafe { self.run(kernel, shape, (&raw const *args).cast()) }
+    }
+
+    /// # Safety
+    /// `args` points to the kernel's argument struct, as [`super::Device::launch`] asks.
+    unsafe fn run(&self, kernel: KernelId, shape: Launch, args: *const c_void) -> Result<()> {
+        let (schedule, seed) = match self.options.schedule {
+            Schedule::Forwards => (0, 0),
+            Schedule::Backwards => (1, 0),
+            Schedule::Random(seed) => (2, seed),
+        };
+        let launch = PolderLaunch {
+            entry: HOST[self.instruction_set].1[kernel.0],
+            name: kernel.name().as_ptr(),
+            args,
+            grid: shape.grid,
+            block: shape.block,
+            shared_bytes: shape.shared as u64,
+            schedule,
+            reserved: 0,
+            seed,
+        };
+        let blocks: u64 = shape.grid.iter().map(|&extent| u64::from(extent)).product();
+        // Several chunks for each thread even out blocks of unequal cost; another order is meant for the whole grid at once.
+        let chunk = if schedule == 0 { (blocks / (self.options.threads as u64 * 8)).max(1) } else { blocks.max(1) };
+        let first_fault: Mutex<Option<PolderFault>> = Mutex::new(None);
+        self.team.run(blocks, chunk, &|first, last| {
+            let mut fault = PolderFault { kind: 0, block: [0; 3], thread: [0; 3], message: [0; 236] };
+            // SAFETY: the launch description lives until `run` returns, and the caller vouches for the arguments.
+            let status = unsafe { polder_host_run(&launch, first, last, &mut fault) };
+            if status == 0 {
+                return true;
+            }
+            first_fault.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(fault);
+            false
+        });
+        match first_fault.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            None => Ok(()),
+            Some(fault) => {
+                let length = fault.message.iter().position(|&byte| byte == 0).unwrap_or(fault.message.len());
+                let message = String::from_utf8_lossy(&fault.message[..length]).into_owned();
+                Err(Error::Fault { kernel: kernel.to_name(), block: fault.block, thread: fault.thread, message })
+            }
+        }
+    }
+
+    /// # Safety
+    /// `address` is the start of live device memory at least as long as `bytes`.
+    pub(super) unsafe fn read(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
+        self.refuse_recording("read", "a graph cannot read back to the host")?;
+        // SAFETY: the caller's; host memory of the program and of the device never overlap.
+        unsafe { std::ptr::copy_nonoverlapping(address as *const u8, bytes.as_mut_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    /// # Safety
+    /// `address` is the start of live device memory, borrowed exclusively, at least as long as `bytes`.
+    pub(super) unsafe fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        if self.recording.load(Ordering::Relaxed) {
+            self.lock().push(Recorded::Write(address, bytes.to_vec()));
+            return Ok(());
+        }
+        // SAFETY: the caller's.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), address as *mut u8, bytes.len()) };
+        Ok(())
+    }
+
+    /// # Safety
+    /// Both addresses are live device memory of at least `bytes`, and the two parts do not overlap.
+    pub(super) unsafe fn copy(&self, source: u64, destination: u64, bytes: usize) -> Result<()> {
+        if self.recording.load(Ordering::Relaxed) {
+            self.lock().push(Recorded::Copy(source, destination, bytes));
+            return Ok(());
+        }
+        // SAFETY: the caller's.
+        unsafe { std::ptr::copy_nonoverlapping(source as *const u8, destination as *mut u8, bytes) };
+        Ok(())
+    }
+
+    /// # Safety
+    /// `address` is the start of live device memory, borrowed exclusively, of at least `bytes`.
+    pub(super) unsafe fn clear(&self, address: u64, bytes: usize) -> Result<()> {
+        if self.recording.load(Ordering::Relaxed) {
+            self.lock().push(Recorded::Clear(address, bytes));
+            return Ok(());
+        }
+        // SAFETY: the caller's.
+        unsafe { std::ptr::write_bytes(address as *mut u8, 0, bytes) };
+        Ok(())
+    }
+
+    /// Fails while a graph is being captured: what a GPU cannot record fails here too.
+    pub(super) fn refuse_recording(&self, operation: &'static str, message: &str) -> Result<()> {
+        if self.recording.load(Ordering::Relaxed) {
+            return Err(Error::Argument { operation, message: message.into() });
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Recorded>> {
+        self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Vec<Recorded>> {
+        self.refuse_recording("capture", "a graph cannot capture another")?;
+        self.recording.store(true, Ordering::Relaxed);
+        // Ends the recording also where the work panics.
+        let capture = Capture(self);
+        work()?;
+        Ok(capture.end())
+    }
+
+    pub(super) fn replay(&self, recorded: &[Recorded]) -> Result<()> {
+        self.refuse_recording("replay", "a graph cannot replay another")?;
+        for operation in recorded {
+            // SAFETY: whoever captured the graph vouches that the buffers outlive it, and each operation was checked then.
+            unsafe {
+                match operation {
+                    Recorded::Launch(kernel, shape, words) => self.run(*kernel, *shape, words.as_ptr().cast())?,
+                    Recorded::Copy(source, destination, bytes) => self.copy(*source, *destination, *bytes)?,
+                    Recorded::Clear(address, bytes) => self.clear(*address, *bytes)?,
+                    Recorded::Write(address, bytes) => self.write(*address, bytes)?,
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A capture under way; dropped, it ends and forgets what was recorded.
+struct Capture<'a>(&'a HostDevice);
+
+impl Capture<'_> {
+    fn end(&self) -> Vec<Recorded> {
+        self.0.recording.store(false, Ordering::Relaxed);
+        std::mem::take(&mut *self.0.lock())
+    }
+}
+
+impl Drop for Capture<'_> {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// The index in [`HOST`] of the newest instruction set that this CPU has, or of the one that `POLDER_ISA` names (an older one,
+/// for tests; a name that is not there or that the CPU lacks is passed over).
+fn newest_instruction_set() -> usize {
+    let usable = |name: &str| match name {
+        "baseline" => true,
+        #[cfg(target_arch = "x86_64")]
+        "avx2" => {
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+        }
+        #[cfg(target_arch = "x86_64")]
+        "avx512" => ["avx512f", "avx512vl", "avx512dq", "avx512bw"].iter().all(|&feature| match feature {
+            "avx512f" => is_x86_feature_detected!("avx512f"),
+            "avx512vl" => is_x86_feature_detected!("avx512vl"),
+            "avx512dq" => is_x86_feature_detected!("avx512dq"),
+            _ => is_x86_feature_detected!("avx512bw"),
+        }),
+        _ => false,
+    };
+    let wanted = std::env::var("POLDER_ISA").ok();
+    let named = HOST.iter().position(|(name, _)| wanted.as_deref() == Some(name) && usable(name));
+    named.or_else(|| HOST.iter().rposition(|(name, _)| usable(name))).unwrap_or(0)
+}
+
+/// Host memory, aligned for the widest vectors and for the GPU's rules alike.
+pub(super) struct HostMemory {
+    address: *mut u8,
+    layout: Layout,
+}
+
+// SAFETY: it owns its memory, which the typed wrappers around it borrow by Rust's rules.
+unsafe impl Send for HostMemory {}
+// SAFETY: as above.
+unsafe impl Sync for HostMemory {}
+
+impl HostMemory {
+    const ALIGNMENT: usize = 256;
+
+    pub(super) fn filled(device: &HostDevice, bytes: usize, byte: u8) -> Result<Self> {
+        device.refuse_recording("allocate", "a graph cannot allocate memory")?;
+        let failed = || Error::OutOfMemory { device: "cpu".into(), bytes };
+        let layout = Layout::from_size_align(bytes.max(1), Self::ALIGNMENT).map_err(|_| failed())?;
+        // SAFETY: the layout's size is not zero.
+        let address = unsafe { alloc::alloc(layout) };
+        if address.is_null() {
+            return Err(failed());
+        }
+        // SAFETY: `address` is `layout.size()` writable bytes.
+        unsafe { std::ptr::write_bytes(address, byte, layout.size()) };
+        Ok(Self { address, layout })
+    }
+
+    pub(super) fn address(&self) -> u64 {
+        self.address as u64
+    }
+}
+
+impl Drop for HostMemory {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout, and freed once.
+        unsafe { alloc::dealloc(self.address, self.layout) };
+    }
+}
+
+/// Threads that share one job at a time; the caller is one of them.
+struct Team {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    /// One job at a time: callers from several threads wait for one another.
+    caller: Mutex<()>,
+}
+
+struct Shared {
+    /// The number of the newest job; workers wait for it to rise.
+    generation: AtomicU64,
+    next: AtomicU64,
+    blocks: AtomicU64,
+    chunk: AtomicU64,
+    /// Set by a chunk that failed: the others stop early.
+    failed: AtomicBool,
+    /// Workers that have not finished the newest job.
+    busy: AtomicUsize,
+    stop: AtomicBool,
+    job: Mutex<Option<Job>>,
+    wake: Condvar,
+}
+
+/// The newest job's function, without its lifetime: [`Team::run`] does not return before every worker is done with it.
+#[derive(Clone, Copy)]
+struct Job(*const (dyn Fn(u64, u64) -> bool + Sync));
+
+// SAFETY: the pointer is to a `Sync` closure that outlives the job.
+unsafe impl Send for Job {}
+
+/// How long an idle thread spins before it sleeps: longer than the gap between two launches of a training step, short enough
+/// to leave the core to others when the step is over.
+const SPIN: Duration = Duration::from_micros(100);
+
+impl Team {
+    fn new(threads: usize) -> Self {
+        let shared = Arc::new(Shared {
+            generation: AtomicU64::new(0),
+            next: AtomicU64::new(0),
+            blocks: AtomicU64::new(0),
+            chunk: AtomicU64::new(1),
+            failed: AtomicBool::new(false),
+            busy: AtomicUsize::new(0),
+            stop: AtomicBool::new(false),
+            job: Mutex::new(None),
+            wake: Condvar::new(),
+        });
+        let workers = (1..threads)
+            .filter_map(|index| {
+                let shared = shared.clone();
+                // A thread that cannot be started is no error: the others do its work.
+                std::thread::Builder::new().name(format!("polder-{index}")).spawn(move || shared.work()).ok()
+            })
+            .collect();
+        Self { shared, workers, caller: Mutex::new(()) }
+    }
+
+    /// Calls `function(first, last)` for chunks that cover [0, blocks), on all threads; returns when all are done. A function
+    /// that returns false keeps further chunks from being started.
+    fn run(&self, blocks: u64, chunk: u64, function: &(dyn Fn(u64, u64) -> bool + Sync)) {
+        if blocks <= chunk || self.workers.is_empty() {
+            let mut first = 0;
+            while first < blocks && function(first, (first + chunk).min(blocks)) {
+                first += chunk;
+            }
+            return;
+        }
+        let _one_at_a_time = self.caller.lock().unwrap_or_else(PoisonError::into_inner);
+        let shared = &*self.shared;
+        shared.next.store(0, Ordering::Relaxed);
+        shared.blocks.store(blocks, Ordering::Relaxed);
+        shared.chunk.store(chunk, Ordering::Relaxed);
+        shared.failed.store(false, Ordering::Relaxed);
+        shared.busy.store(self.workers.len(), Ordering::Relaxed);
+        {
+            let mut job = shared.job.lock().unwrap_or_else(PoisonError::into_inner);
+            // SAFETY: only the lifetime changes; this function waits below until no worker uses the pointer any more.
+            *job = Some(Job(unsafe {
+                std::mem::transmute::<
+                    *const (dyn Fn(u64, u64) -> bool + Sync + '_),
+                    *const (dyn Fn(u64, u64) -> bool + Sync + 'static),
+                >(function)
+            }));
+            shared.generation.fetch_add(1, Ordering::Release);
+        }
+        shared.wake.notify_all();
+        shared.claim(function);
+        while shared.busy.load(Ordering::Acquire) > 0 {
+            std::hint::spin_loop();
+        }
+    }
+}
+
+impl Shared {
+    /// Takes chunks until none is left.
+    fn claim(&self, function: &(dyn Fn(u64, u64) -> bool + Sync)) {
+        let (blocks, chunk) = (self.blocks.load(Ordering::Relaxed), self.chunk.load(Ordering::Relaxed));
+        while !self.failed.load(Ordering::Relaxed) {
+            let first = self.next.fetch_add(chunk, Ordering::Relaxed);
+            if first >= blocks {
+                return;
+            }
+            if !function(first, (first + chunk).min(blocks)) {
+                self.failed.store(true, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// A worker's life: wait for a new job (spin first, then sleep), help with it, say so.
+    fn work(&self) {
+        let mut seen = 0;
+        loop {
+            let spinning = Instant::now();
+            while self.generation.load(Ordering::Acquire) == seen && spinning.elapsed() < SPIN {
+                std::hint::spin_loop();
+            }
+            let mut job = self.job.lock().unwrap_or_else(PoisonError::into_inner);
+            while self.generation.load(Ordering::Acquire) == seen && !self.stop.load(Ordering::Acquire) {
+                job = self.wake.wait(job).unwrap_or_else(PoisonError::into_inner);
+            }
+            if self.stop.load(Ordering::Acquire) {
+                return;
+            }
+            seen = self.generation.load(Ordering::Acquire);
+            let newest = *job;
+            drop(job);
+            if let Some(Job(function)) = newest {
+                // SAFETY: `Team::run` keeps the closure alive until `busy` is zero, which this worker says below.
+                self.claim(unsafe { &*function });
+            }
+            self.busy.fetch_sub(1, Ordering::Release);
+        }
+    }
+}
+
+impl Drop for Team {
+    fn drop(&mut self) {
+        {
+            let _job = self.shared.job.lock().unwrap_or_else(PoisonError::into_inner);
+            self.shared.stop.store(true, Ordering::Release);
+        }
+        self.shared.wake.notify_all();
+        for worker in self.workers.drain(..) {
+            // A worker that panicked has already said so; there is nothing left to do for it here.
+            let _ = worker.join();
+        }
+    }
+}

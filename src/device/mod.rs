@@ -1,0 +1,316 @@
+//! Devices: memory, launches, timing and graphs, the same for the CPU and for CUDA.
+//!
+//! A [`Device`] is a cheap handle. All its work is ordered as it was asked for (one stream), so a kernel sees what the
+//! previous one wrote without further ado. On the CPU a launch has finished when the call returns; on a GPU
+//! [`Device::synchronize`], [`Buffer::read`] and [`Event::elapsed_since`] wait.
+
+mod buffer;
+mod cuda;
+mod error;
+mod host;
+mod registry;
+
+use std::fmt;
+use std::sync::Arc;
+
+pub use buffer::{Buffer, Disjoint, Slice, SliceMut};
+pub use error::{Error, Result};
+pub use host::{HostOptions, Schedule};
+pub(crate) use registry::{KernelId, id};
+
+use cuda::CudaDevice;
+use host::HostDevice;
+
+/// A number type that device memory can hold: plain bits, any pattern valid.
+pub trait Element: bytemuck::Pod + Send + Sync {}
+impl<T: bytemuck::Pod + Send + Sync> Element for T {}
+
+/// The floating-point type of a network's or an optimizer's vectors: `f32` everywhere, `f64` on the CPU alone, where it makes
+/// gradient checks sharp.
+pub trait Scalar: Element + fmt::Debug + PartialOrd + Default + Into<f64> {
+    /// The type's name as in `f32`.
+    const NAME: &'static str;
+    /// Rounds a double to this type.
+    fn from_f64(value: f64) -> Self;
+    #[doc(hidden)]
+    fn pick(pair: KernelPair) -> KernelId;
+}
+
+/// The ids of one kernel in its two precisions.
+#[doc(hidden)]
+#[derive(Clone, Copy)]
+pub struct KernelPair {
+    pub(crate) f32: KernelId,
+    pub(crate) f64: KernelId,
+}
+
+impl Scalar for f32 {
+    const NAME: &'static str = "f32";
+    fn from_f64(value: f64) -> Self {
+        value as f32
+    }
+    fn pick(pair: KernelPair) -> KernelId {
+        pair.f32
+    }
+}
+
+impl Scalar for f64 {
+    const NAME: &'static str = "f64";
+    fn from_f64(value: f64) -> Self {
+        value
+    }
+    fn pick(pair: KernelPair) -> KernelId {
+        pair.f64
+    }
+}
+
+/// The shape of a launch: blocks, threads per block (at most 256 in all), and bytes of dynamic shared memory per block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Launch {
+    pub grid: [u32; 3],
+    pub block: [u32; 3],
+    pub shared: usize,
+}
+
+impl Launch {
+    /// A one-dimensional launch without shared memory.
+    pub fn new(grid: u32, block: u32) -> Self {
+        Self { grid: [grid, 1, 1], block: [block, 1, 1], shared: 0 }
+    }
+
+    /// The same launch with dynamic shared memory.
+    pub fn with_shared(self, bytes: usize) -> Self {
+        Self { shared: bytes, ..self }
+    }
+}
+
+/// A device: the CPU or one GPU. Cloning it clones a handle.
+#[derive(Clone)]
+pub struct Device(Inner);
+
+#[derive(Clone)]
+enum Inner {
+    Host(Arc<HostDevice>),
+    Cuda(Arc<CudaDevice>),
+}
+
+impl Device {
+    /// The CPU with every core it has.
+    pub fn host() -> Self {
+        Self::host_with(HostOptions::default())
+    }
+
+    /// The CPU with chosen threads, schedule and launch shapes.
+    pub fn host_with(options: HostOptions) -> Self {
+        Self(Inner::Host(Arc::new(HostDevice::new(options))))
+    }
+
+    /// GPU number `ordinal`.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] where there is no CUDA driver, no such GPU, or where this binary was built without nvcc.
+    pub fn cuda(ordinal: usize) -> Result<Self> {
+        Ok(Self(Inner::Cuda(Arc::new(CudaDevice::new(ordinal)?))))
+    }
+
+    /// The device of that name: `cpu`, `cuda`, `cuda:N`, or `auto` (the first GPU if there is a usable one, else the CPU).
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] for an unknown name or an absent device.
+    pub fn from_name(name: &str) -> Result<Self> {
+        let unknown =
+            || Error::Unavailable { device: name.into(), reason: "expected auto, cpu, cuda or cuda:N".into() };
+        match name {
+            "cpu" => Ok(Self::host()),
+            "auto" => Ok(Self::cuda(0).unwrap_or_else(|_| Self::host())),
+            "cuda" => Self::cuda(0),
+            _ => Self::cuda(name.strip_prefix("cuda:").ok_or_else(unknown)?.parse().map_err(|_| unknown())?),
+        }
+    }
+
+    /// `cpu` or `cuda:N`.
+    pub fn name(&self) -> String {
+        match &self.0 {
+            Inner::Host(_) => "cpu".into(),
+            Inner::Cuda(cuda) => format!("cuda:{}", cuda.ordinal()),
+        }
+    }
+
+    /// A line for people: the chip, and what limits it (threads and instruction set, or memory and multiprocessors).
+    pub fn description(&self) -> String {
+        match &self.0 {
+            Inner::Host(host) => host.description(),
+            Inner::Cuda(cuda) => cuda.description(),
+        }
+    }
+
+    /// Whether this is the CPU.
+    pub fn is_host(&self) -> bool {
+        matches!(self.0, Inner::Host(_))
+    }
+
+    /// Whether kernels are launched with many threads per block: a GPU, or a CPU told to take a GPU's shapes.
+    pub(crate) fn is_simt(&self) -> bool {
+        match &self.0 {
+            Inner::Host(host) => host.gpu_shapes(),
+            Inner::Cuda(_) => true,
+        }
+    }
+
+    /// The shape for a kernel that walks `n` elements in packs of `pack`: on the CPU one chunk per block, as many as keep the
+    /// cores busy whatever their number; on a GPU enough blocks of 256 to fill every multiprocessor.
+    pub(crate) fn elementwise(&self, n: usize, pack: usize) -> Launch {
+        if self.is_simt() {
+            let threads = n.div_ceil(pack).max(1);
+            let full = match &self.0 {
+                Inner::Host(_) => 4,
+                Inner::Cuda(cuda) => cuda.multiprocessors() * 8,
+            };
+            return Launch::new(threads.div_ceil(256).min(full) as u32, 256);
+        }
+        Launch::new((n / 16384).clamp(1, 64) as u32, 1)
+    }
+
+    /// Device memory for `len` elements, every byte zero.
+    pub fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
+        Buffer::filled(self, len, 0)
+    }
+
+    /// Device memory for `len` elements, every byte 0xFF: a NaN in every floating-point type, so that reading what was never
+    /// written shows.
+    pub fn poisoned<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
+        Buffer::filled(self, len, 0xFF)
+    }
+
+    /// A copy of `values` in device memory.
+    pub fn upload<T: Element>(&self, values: &[T]) -> Result<Buffer<T>> {
+        let mut buffer = Buffer::filled(self, values.len(), 0)?;
+        buffer.write(values)?;
+        Ok(buffer)
+    }
+
+    /// Waits until everything asked for so far has finished, and reports what failed meanwhile.
+    pub fn synchronize(&self) -> Result<()> {
+        match &self.0 {
+            Inner::Host(host) => host.refuse_recording("synchronize", "a graph cannot wait for itself"),
+            Inner::Cuda(cuda) => cuda.synchronize(),
+        }
+    }
+
+    /// A point in the device's work, for timing.
+    pub fn event(&self) -> Result<Event> {
+        match &self.0 {
+            Inner::Host(host) => {
+                host.refuse_recording("event", "a graph cannot be timed from inside")?;
+                Ok(Event(EventInner::Host(std::time::Instant::now())))
+            }
+            Inner::Cuda(cuda) => Ok(Event(EventInner::Cuda(cuda.event()?))),
+        }
+    }
+
+    /// Records what `work` asks of the device, without doing it, for [`Graph::replay`]. The numbers and addresses that it
+    /// passes are fixed in the recording; what lies at the addresses is read at each replay.
+    ///
+    /// # Errors
+    /// Those of `work`. Inside `work`, allocating, reading back, waiting, timing, and capturing or replaying a graph fail.
+    /// Other threads should leave the device alone meanwhile: what they ask for is recorded too.
+    ///
+    /// # Safety
+    /// The graph does not own the buffers that `work` uses: they must outlive its last replay.
+    pub unsafe fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
+        match &self.0 {
+            Inner::Host(host) => Ok(Graph(GraphInner::Host(host.clone(), host.capture(work)?))),
+            Inner::Cuda(cuda) => Ok(Graph(GraphInner::Cuda(CudaDevice::capture(cuda, work)?))),
+        }
+    }
+
+    /// Launches a kernel with its one argument struct.
+    ///
+    /// # Safety
+    /// `A` must be the `#[repr(C)]` twin of the kernel's argument struct, and every address in it must be valid on this device
+    /// for all that the kernel reads and writes at this shape.
+    pub(crate) unsafe fn launch<A: Copy>(&self, kernel: KernelId, shape: Launch, args: &A) -> Result<()> {
+        match &self.0 {
+            // SAFETY: the caller vouches for the arguments.
+            Inner::Host(host) => unsafe { host.launch(kernel, shape, args) },
+            // SAFETY: as above.
+            Inner::Cuda(cuda) => unsafe { cuda.launch(kernel, shape, args) },
+        }
+    }
+}
+
+impl PartialEq for Device {
+    fn eq(&self, other: &Self) -> bool {
+        match (&self.0, &other.0) {
+            (Inner::Host(a), Inner::Host(b)) => Arc::ptr_eq(a, b),
+            (Inner::Cuda(a), Inner::Cuda(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Device({})", self.name())
+    }
+}
+
+/// A point in a device's work.
+pub struct Event(EventInner);
+
+enum EventInner {
+    Host(std::time::Instant),
+    Cuda(cuda::CudaEvent),
+}
+
+impl Event {
+    /// Seconds of device time from `earlier` to this point; waits for both.
+    pub fn elapsed_since(&self, earlier: &Event) -> Result<f64> {
+        match (&self.0, &earlier.0) {
+            (EventInner::Host(end), EventInner::Host(start)) => Ok((*end - *start).as_secs_f64()),
+            (EventInner::Cuda(end), EventInner::Cuda(start)) => end.elapsed_since(start),
+            _ => Err(Error::OtherDevice { operation: "Event::elapsed_since", argument: "earlier" }),
+        }
+    }
+}
+
+/// Recorded work, replayed with one call.
+pub struct Graph(GraphInner);
+
+enum GraphInner {
+    Host(Arc<HostDevice>, Vec<host::Recorded>),
+    Cuda(cuda::CudaGraph),
+}
+
+impl Graph {
+    /// Does the recorded work again, in order with everything else on the device.
+    pub fn replay(&self) -> Result<()> {
+        match &self.0 {
+            GraphInner::Host(host, recorded) => host.replay(recorded),
+            GraphInner::Cuda(graph) => graph.replay(),
+        }
+    }
+
+    /// How many operations (launches, copies, fills) one replay performs.
+    pub fn operations(&self) -> usize {
+        match &self.0 {
+            GraphInner::Host(_, recorded) => recorded.len(),
+            GraphInner::Cuda(graph) => graph.operations(),
+        }
+    }
+}
+
+/// What device names this binary could use here: `(name, description or the reason why not)`.
+pub fn available() -> Vec<(String, std::result::Result<String, String>)> {
+    let mut devices = vec![("cpu".to_string(), Ok(Device::host().description()))];
+    match cuda::count() {
+        Ok(count) => {
+            for ordinal in 0..count {
+                let described = Device::cuda(ordinal).map(|device| device.description()).map_err(|e| e.to_string());
+                devices.push((format!("cuda:{ordinal}"), described));
+            }
+        }
+        Err(reason) => devices.push(("cuda".into(), Err(reason))),
+    }
+    devices
+}

@@ -1,0 +1,46 @@
+//! Sums over an epoch, kept on the device so that the training loop need not wait for each step's loss.
+
+use super::{check_device, check_length};
+use crate::device::{Launch, Result, Slice, SliceMut, id};
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RecordArgs {
+    loss: u64,
+    correct: u64,
+    skip: u64,
+    totals: u64,
+    samples: f64,
+}
+
+/// Adds a step's mean `loss`, its `correct` predictions and its number of `samples` to `totals` (three elements: loss times
+/// samples, correct, samples), unless `skip` is set. Every other argument has one element. Traffic: a few bytes.
+///
+/// # Errors
+/// Wrong lengths or devices.
+pub fn record(
+    loss: Slice<'_, f64>,
+    correct: Slice<'_, u32>,
+    skip: Slice<'_, u32>,
+    samples: usize,
+    mut totals: SliceMut<'_, f64>,
+) -> Result<()> {
+    const NAME: &str = "metrics::record";
+    check_length(NAME, "loss", loss.len(), 1)?;
+    check_length(NAME, "correct", correct.len(), 1)?;
+    check_length(NAME, "skip", skip.len(), 1)?;
+    check_length(NAME, "totals", totals.len(), 3)?;
+    let device = loss.device();
+    check_device(NAME, "correct", device, correct.device())?;
+    check_device(NAME, "skip", device, skip.device())?;
+    check_device(NAME, "totals", device, totals.device())?;
+    let args = RecordArgs {
+        loss: loss.address(),
+        correct: correct.address(),
+        skip: skip.address(),
+        totals: totals.address(),
+        samples: samples as f64,
+    };
+    // SAFETY: the twin of the kernel's struct; lengths and device are checked above.
+    unsafe { device.launch(id::RECORD_STEP, Launch::new(1, 1), &args) }
+}

@@ -1,0 +1,33 @@
+//! One safe, typed function per kernel: each checks lengths and devices, chooses the launch shape, and states its memory
+//! traffic. Element types are `f32`, and on the CPU `f64` too, which makes gradient checks sharp.
+
+pub mod conv;
+pub mod metrics;
+pub mod vector;
+
+use crate::device::{Device, Error, KernelId, KernelPair, Result, Scalar};
+
+/// Fails unless `found` is `expected`.
+pub(crate) fn check_length(
+    operation: &'static str,
+    argument: &'static str,
+    found: usize,
+    expected: usize,
+) -> Result<()> {
+    if found == expected { Ok(()) } else { Err(Error::Length { operation, argument, found, expected }) }
+}
+
+/// Fails unless `other` is `device`.
+pub(crate) fn check_device(
+    operation: &'static str,
+    argument: &'static str,
+    device: &Device,
+    other: &Device,
+) -> Result<()> {
+    if device == other { Ok(()) } else { Err(Error::OtherDevice { operation, argument }) }
+}
+
+/// The kernel for `T` out of its two precisions. Double precision exists on the CPU alone.
+pub(crate) fn pick<T: Scalar>(f32: KernelId, f64: KernelId) -> KernelId {
+    T::pick(KernelPair { f32, f64 })
+}

@@ -1,0 +1,830 @@
+//! The optimizers' algebra over one long vector: norms, perturbed weights, curvature along a direction, combined gradients
+//! and updates. A model's parameters lie in one vector, so each of these is one pass at memory speed.
+//!
+//! What one pass needs from another (a norm, coefficients, a flag that skips the step) is a number in device memory, so a
+//! training step never waits for the device. Traffic is stated in bytes per element for `f32`.
+//!
+//! Sources: SAM is Foret et al. 2021, "Sharpness-Aware Minimization for Efficiently Improving Generalization"; CR-SAM is Wu,
+//! Luo and Wunsch 2024, "CR-SAM: Curvature Regularized Sharpness-Aware Minimization"; AdamW is Loshchilov and Hutter 2019.
+//! SGD and AdamW take the form they have in PyTorch.
+
+use super::{check_device, check_length, pick};
+use crate::device::{
+    Buffer, Device, Element, Error, KernelId, KernelPair, Launch, Result, Scalar, Slice, SliceMut, id,
+};
+
+/// A type that weights can be computed in: `f32`, `half::f16` and `half::bf16` everywhere, and `f64` on the CPU.
+pub trait Compute: Element {
+    #[doc(hidden)]
+    fn choose(kernels: ComputeKernels) -> KernelId;
+}
+
+/// The ids of one kernel for every compute type.
+#[doc(hidden)]
+#[derive(Clone, Copy)]
+pub struct ComputeKernels {
+    f32: KernelId,
+    f64: KernelId,
+    f16: KernelId,
+    bf16: KernelId,
+}
+
+impl<T: Scalar> Compute for T {
+    fn choose(kernels: ComputeKernels) -> KernelId {
+        T::pick(KernelPair { f32: kernels.f32, f64: kernels.f64 })
+    }
+}
+
+impl Compute for half::f16 {
+    fn choose(kernels: ComputeKernels) -> KernelId {
+        kernels.f16
+    }
+}
+
+impl Compute for half::bf16 {
+    fn choose(kernels: ComputeKernels) -> KernelId {
+        kernels.bf16
+    }
+}
+
+/// Elements that one thread of a GPU handles at a time: 16 bytes.
+const fn pack<T>() -> usize {
+    16 / size_of::<T>()
+}
+
+/// One block for the second stage of a reduction.
+fn one_block(device: &Device) -> Launch {
+    Launch::new(1, if device.is_simt() { 256 } else { 1 })
+}
+
+/// Where a reduction's blocks leave their partial sums, for every reduction over any length on one device.
+///
+/// How many blocks there are depends on the length and the device alone, so results have the same bits on every run and for
+/// every number of CPU threads.
+pub struct Reduction {
+    partials: Buffer<f64>,
+}
+
+impl Reduction {
+    /// The most sums that one reduction takes at once.
+    const SUMS: usize = 3;
+
+    /// Room for the partial sums of one reduction at a time on `device`.
+    pub fn new(device: &Device) -> Result<Self> {
+        let blocks = device.elementwise(usize::MAX, 1).grid[0] as usize;
+        Ok(Self { partials: device.zeros(blocks * Self::SUMS)? })
+    }
+
+    /// Stage one: every block's sums over its part of up to three vectors of one length. Returns how many blocks there were.
+    fn partials<T: Scalar>(
+        &mut self,
+        operation: &'static str,
+        kernel: KernelId,
+        vectors: &[(&'static str, Slice<'_, T>)],
+    ) -> Result<u64> {
+        let device = self.partials.device().clone();
+        let n = vectors[0].1.len();
+        let mut addresses = [0; 3];
+        for (address, (argument, vector)) in addresses.iter_mut().zip(vectors) {
+            check_length(operation, argument, vector.len(), n)?;
+            check_device(operation, argument, &device, vector.device())?;
+            *address = vector.address();
+        }
+        let [x, y, z] = addresses;
+        let args = PartialsArgs { x, y, z, partials: self.partials.view_mut().address(), n: n as u64 };
+        let shape = device.elementwise(n, pack::<T>());
+        // SAFETY: the twin of the kernel's struct; the vectors hold n elements each (a kernel reads no more of them than it
+        // was given), and `partials` has room for three sums of every block that `elementwise` can ask for.
+        unsafe { device.launch(kernel, shape, &args)? };
+        Ok(u64::from(shape.grid[0]))
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct PartialsArgs {
+    x: u64,
+    y: u64,
+    z: u64,
+    partials: u64,
+    n: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct FinishArgs {
+    partials: u64,
+    out: u64,
+    count: u64,
+}
+
+/// Stage two of a reduction to one number.
+fn finish(
+    operation: &'static str,
+    kernel: KernelId,
+    reduction: &mut Reduction,
+    count: u64,
+    argument: &'static str,
+    mut out: SliceMut<'_, f64>,
+) -> Result<()> {
+    let device = reduction.partials.device().clone();
+    check_length(operation, argument, out.len(), 1)?;
+    check_device(operation, argument, &device, out.device())?;
+    let args = FinishArgs { partials: reduction.partials.view().address(), out: out.address(), count };
+    // SAFETY: the twin of the kernel's struct; stage one wrote `count` partial sums, and `out` is one number.
+    unsafe { device.launch(kernel, one_block(&device), &args) }
+}
+
+/// `norm[0] = sqrt(Σ x²)`, summed in double precision. Traffic: 4 B per element.
+///
+/// # Errors
+/// [`Error::Length`] unless `norm` holds one number, [`Error::OtherDevice`] unless all live on the reduction's device.
+pub fn l2_norm<T: Scalar>(x: Slice<'_, T>, reduction: &mut Reduction, norm: SliceMut<'_, f64>) -> Result<()> {
+    let operation = "vector::l2_norm";
+    let count = reduction.partials(operation, pick::<T>(id::SQUARES_F32, id::SQUARES_F64), &[("x", x)])?;
+    finish(operation, id::FINISH_NORM, reduction, count, "norm", norm)
+}
+
+/// `out[0] = Σ x y`, multiplied and summed in double precision. Traffic: 8 B per element.
+///
+/// # Errors
+/// [`Error::Length`] unless `x` and `y` are as long and `out` holds one number, [`Error::OtherDevice`] unless all live on
+/// the reduction's device.
+pub fn dot<T: Scalar>(
+    x: Slice<'_, T>,
+    y: Slice<'_, T>,
+    reduction: &mut Reduction,
+    out: SliceMut<'_, f64>,
+) -> Result<()> {
+    let operation = "vector::dot";
+    let kernel = pick::<T>(id::PRODUCTS_F32, id::PRODUCTS_F64);
+    let count = reduction.partials(operation, kernel, &[("x", x), ("y", y)])?;
+    finish(operation, id::FINISH_SUM, reduction, count, "out", out)
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct PerturbArgs {
+    w: u64,
+    g: u64,
+    norm: u64,
+    plus: u64,
+    minus: u64,
+    n: u64,
+    rho: f64,
+}
+
+/// The two perturbations of the weights differ in their kernels and in whether they need a norm.
+fn perturb_with<T: Scalar, P: Compute>(
+    operation: &'static str,
+    kernel: KernelId,
+    w: Slice<'_, T>,
+    g: Slice<'_, T>,
+    norm: Option<Slice<'_, f64>>,
+    rho: f64,
+    mut plus: SliceMut<'_, P>,
+    mut minus: Option<SliceMut<'_, P>>,
+) -> Result<()> {
+    let device = plus.device().clone();
+    let n = w.len();
+    check_length(operation, "g", g.len(), n)?;
+    check_length(operation, "plus", plus.len(), n)?;
+    check_device(operation, "w", &device, w.device())?;
+    check_device(operation, "g", &device, g.device())?;
+    if let Some(norm) = &norm {
+        check_length(operation, "norm", norm.len(), 1)?;
+        check_device(operation, "norm", &device, norm.device())?;
+    }
+    if let Some(minus) = &minus {
+        check_length(operation, "minus", minus.len(), n)?;
+        check_device(operation, "minus", &device, minus.device())?;
+    }
+    let args = PerturbArgs {
+        w: w.address(),
+        g: g.address(),
+        norm: norm.map_or(0, |norm| norm.address()),
+        plus: plus.address(),
+        minus: minus.as_mut().map_or(0, |minus| minus.address()),
+        n: n as u64,
+        rho,
+    };
+    // SAFETY: the twin of the kernel's struct; w, g, plus and a minus that is there hold n elements, and the kernel that reads
+    // the norm is given it.
+    unsafe { device.launch(kernel, device.elementwise(n, pack::<T>()), &args) }
+}
+
+/// The perturbed weights of SAM: `plus = w + ρ g/(norm + 1e-12)` and, where it is asked for, `minus = w − ρ g/(norm + 1e-12)`,
+/// both in one pass and rounded to the compute type `P`. A zero gradient gives `w`. [SAM, eq. 2; CR-SAM, algorithm 1]
+///
+/// Traffic with `P = f32`: 12 B per element for one side, 16 B for both (a 2-byte `P`: 10 B and 12 B).
+///
+/// # Errors
+/// [`Error::Length`] unless all vectors are as long as `w` and `norm` holds one number, [`Error::OtherDevice`] unless all
+/// live on one device.
+pub fn perturb<T: Scalar, P: Compute>(
+    w: Slice<'_, T>,
+    g: Slice<'_, T>,
+    norm: Slice<'_, f64>,
+    rho: f64,
+    plus: SliceMut<'_, P>,
+    minus: Option<SliceMut<'_, P>>,
+) -> Result<()> {
+    let kernel = pick::<T>(
+        P::choose(ComputeKernels {
+            f32: id::PERTURB_F32_F32,
+            f64: id::PERTURB_F32_F64,
+            f16: id::PERTURB_F32_F16,
+            bf16: id::PERTURB_F32_BF16,
+        }),
+        P::choose(ComputeKernels {
+            f32: id::PERTURB_F64_F32,
+            f64: id::PERTURB_F64_F64,
+            f16: id::PERTURB_F64_F16,
+            bf16: id::PERTURB_F64_BF16,
+        }),
+    );
+    perturb_with("vector::perturb", kernel, w, g, Some(norm), rho, plus, minus)
+}
+
+/// The perturbed weights of SAM with p = ∞: `plus = w + ρ sign(g)` and, where it is asked for, `minus = w − ρ sign(g)`, with
+/// `sign(0) = 0`; a NaN in `g` stays one. [SAM, eq. 2]
+///
+/// Traffic and errors: those of [`perturb`].
+pub fn perturb_linf<T: Scalar, P: Compute>(
+    w: Slice<'_, T>,
+    g: Slice<'_, T>,
+    rho: f64,
+    plus: SliceMut<'_, P>,
+    minus: Option<SliceMut<'_, P>>,
+) -> Result<()> {
+    let kernel = pick::<T>(
+        P::choose(ComputeKernels {
+            f32: id::PERTURB_LINF_F32_F32,
+            f64: id::PERTURB_LINF_F32_F64,
+            f16: id::PERTURB_LINF_F32_F16,
+            bf16: id::PERTURB_LINF_F32_BF16,
+        }),
+        P::choose(ComputeKernels {
+            f32: id::PERTURB_LINF_F64_F32,
+            f64: id::PERTURB_LINF_F64_F64,
+            f16: id::PERTURB_LINF_F64_F16,
+            bf16: id::PERTURB_LINF_F64_BF16,
+        }),
+    );
+    perturb_with("vector::perturb_linf", kernel, w, g, None, rho, plus, minus)
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct CurvatureArgs {
+    losses: u64,
+    norm: u64,
+    partials: u64,
+    out: u64,
+    count: u64,
+    rho: f64,
+}
+
+/// Curvature along `v = g0/(norm + 1e-12)` from central differences of the losses and of the gradients at `w`, `w + ρv` and
+/// `w − ρv`. `losses` holds `L0, L+, L−`; `out` receives five numbers:
+///
+/// 0. `A = L+ + L− − 2 L0`
+/// 1. `B = L+ − L−`
+/// 2. `A/ρ²`, an estimate of `vᵀHv`
+/// 3. `v·(g+ − g−)/(2ρ)`, another
+/// 4. the cosine between `g0` and `g+` (0 if either vanishes)
+///
+/// Traffic: 12 B per element. [CR-SAM, eq. 5 to 7]
+///
+/// # Errors
+/// [`Error::Length`] unless the gradients are equally long, `losses` holds 3, `norm` 1 and `out` 5 numbers,
+/// [`Error::OtherDevice`] unless all live on the reduction's device, [`Error::Argument`] unless `rho` is positive.
+#[allow(clippy::too_many_arguments)] // three losses, three gradients: each is a vector of its own
+pub fn finite_difference<T: Scalar>(
+    losses: Slice<'_, f64>,
+    g0: Slice<'_, T>,
+    g_plus: Slice<'_, T>,
+    g_minus: Slice<'_, T>,
+    norm: Slice<'_, f64>,
+    rho: f64,
+    reduction: &mut Reduction,
+    mut out: SliceMut<'_, f64>,
+) -> Result<()> {
+    let operation = "vector::finite_difference";
+    let device = out.device().clone();
+    check_length(operation, "losses", losses.len(), 3)?;
+    check_length(operation, "norm", norm.len(), 1)?;
+    check_length(operation, "out", out.len(), 5)?;
+    check_device(operation, "losses", &device, losses.device())?;
+    check_device(operation, "norm", &device, norm.device())?;
+    check_device(operation, "reduction", &device, reduction.partials.device())?;
+    check_rho(operation, rho)?;
+    let kernel = pick::<T>(id::DIFFERENCES_F32, id::DIFFERENCES_F64);
+    let gradients = [("g0", g0), ("g_plus", g_plus), ("g_minus", g_minus)];
+    let count = reduction.partials(operation, kernel, &gradients)?;
+    let args = CurvatureArgs {
+        losses: losses.address(),
+        norm: norm.address(),
+        partials: reduction.partials.view().address(),
+        out: out.address(),
+        count,
+        rho,
+    };
+    // SAFETY: the twin of the kernel's struct; the lengths are checked, and stage one wrote `count` times three sums.
+    unsafe { device.launch(id::FINISH_FINITE_DIFFERENCE, one_block(&device), &args) }
+}
+
+/// The part of [`finite_difference`] that needs no gradients: from `losses` (`L0, L+, L−`), `out` receives `A = L+ + L− − 2 L0`,
+/// `B = L+ − L−` and `A/ρ²`. [CR-SAM, eq. 5 to 7]
+///
+/// # Errors
+/// [`Error::Length`] unless `losses` and `out` hold 3 numbers each, [`Error::OtherDevice`] unless they live on one device,
+/// [`Error::Argument`] unless `rho` is positive.
+pub fn curvature_from_losses(losses: Slice<'_, f64>, rho: f64, mut out: SliceMut<'_, f64>) -> Result<()> {
+    let operation = "vector::curvature_from_losses";
+    let device = out.device().clone();
+    check_length(operation, "losses", losses.len(), 3)?;
+    check_length(operation, "out", out.len(), 3)?;
+    check_device(operation, "losses", &device, losses.device())?;
+    check_rho(operation, rho)?;
+    let args = CurvatureArgs { losses: losses.address(), norm: 0, partials: 0, out: out.address(), count: 0, rho };
+    // SAFETY: the twin of the kernel's struct, of which this kernel reads the losses and rho alone; the lengths are checked.
+    unsafe { device.launch(id::CURVATURE_FROM_LOSSES, Launch::new(1, 1), &args) }
+}
+
+fn check_rho(operation: &'static str, rho: f64) -> Result<()> {
+    if rho > 0.0 && rho.is_finite() {
+        return Ok(());
+    }
+    Err(Error::Argument { operation, message: format!("rho = {rho}, expected a positive number") })
+}
+
+/// Which form of CR-SAM's regularizer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CrSamForm {
+    /// The paper's, eq. 7: the gradient of `α log A + β log B` beside that of the loss.
+    #[default]
+    Log,
+    /// The authors' code: that of `α A + β B`.
+    Released,
+}
+
+/// CR-SAM's hyper-parameters.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct CrSam {
+    /// The regularizer's form.
+    pub form: CrSamForm,
+    /// Weight of the curvature term.
+    pub alpha: f64,
+    /// Weight of the slope term.
+    pub beta: f64,
+    /// The log form drops the α-term where `A` is not above this.
+    pub a_min: f64,
+    /// The log form drops the β-term where `B` is not above this.
+    pub b_min: f64,
+}
+
+impl Default for CrSam {
+    /// The log form with α = 0.1, β = 0.01 and both thresholds at 1e-8.
+    fn default() -> Self {
+        Self { form: CrSamForm::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 }
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct CrSamArgs {
+    losses: u64,
+    coefficients: u64,
+    dropped: u64,
+    alpha: f64,
+    beta: f64,
+    a_min: f64,
+    b_min: f64,
+    log_form: u32,
+}
+
+/// The coefficients `c0, c+, c−` of CR-SAM's gradient `c0 g0 + c+ g+ + c− g−`, from `losses` (`L0, L+, L−`). With
+/// `A = L+ + L− − 2 L0` and `B = L+ − L−` the log form is `g+ + α (g+ + g− − 2 g0)/A + β (g+ − g−)/B`, so
+/// `c+ = 1 + α/A + β/B`, `c− = α/A − β/B`, `c0 = −2α/A`; the released form has 1 for `A` and `B`. [CR-SAM, eq. 7]
+///
+/// The log form drops a term whose `A` or `B` is at most its threshold or not finite, and adds one to `dropped[0]` (α) or
+/// `dropped[1]` (β); a term of weight 0 is not counted.
+///
+/// # Errors
+/// [`Error::Length`] unless `losses` and `coefficients` hold 3 numbers and `dropped` 2, [`Error::OtherDevice`] unless they
+/// live on one device.
+pub fn cr_sam_coefficients(
+    losses: Slice<'_, f64>,
+    settings: CrSam,
+    mut coefficients: SliceMut<'_, f64>,
+    mut dropped: SliceMut<'_, u32>,
+) -> Result<()> {
+    let operation = "vector::cr_sam_coefficients";
+    let device = coefficients.device().clone();
+    check_length(operation, "losses", losses.len(), 3)?;
+    check_length(operation, "coefficients", coefficients.len(), 3)?;
+    check_length(operation, "dropped", dropped.len(), 2)?;
+    check_device(operation, "losses", &device, losses.device())?;
+    check_device(operation, "dropped", &device, dropped.device())?;
+    let args = CrSamArgs {
+        losses: losses.address(),
+        coefficients: coefficients.address(),
+        dropped: dropped.address(),
+        alpha: settings.alpha,
+        beta: settings.beta,
+        a_min: settings.a_min,
+        b_min: settings.b_min,
+        log_form: u32::from(settings.form == CrSamForm::Log),
+    };
+    // SAFETY: the twin of the kernel's struct; the lengths are checked.
+    unsafe { device.launch(id::CR_SAM_COEFFICIENTS, Launch::new(1, 1), &args) }
+}
+
+/// A gradient that is a sum of up to three: `Σ c_i g_i` over those that are there.
+#[derive(Clone, Copy)]
+pub struct Combination<'a, T: Scalar> {
+    /// The gradients; at least one.
+    pub gradients: [Option<Slice<'a, T>>; 3],
+    /// The three coefficients, on the device; that of an absent gradient is not read.
+    pub coefficients: Slice<'a, f64>,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct CombinationArgs {
+    gradients: [u64; 3],
+    coefficients: u64,
+    slot: [u32; 4],
+}
+
+impl<T: Scalar> Combination<'_, T> {
+    /// Checks it against the weights and lays it out for a kernel; returns how many gradients there are, too.
+    fn args(&self, operation: &'static str, n: usize, device: &Device) -> Result<(CombinationArgs, usize)> {
+        const NAMES: [&str; 3] = ["gradients[0]", "gradients[1]", "gradients[2]"];
+        check_length(operation, "coefficients", self.coefficients.len(), 3)?;
+        check_device(operation, "coefficients", device, self.coefficients.device())?;
+        let mut args = CombinationArgs { gradients: [0; 3], coefficients: self.coefficients.address(), slot: [0; 4] };
+        let mut count = 0;
+        for (slot, gradient) in self.gradients.iter().enumerate() {
+            let Some(gradient) = gradient else { continue };
+            check_length(operation, NAMES[slot], gradient.len(), n)?;
+            check_device(operation, NAMES[slot], device, gradient.device())?;
+            args.gradients[count] = gradient.address();
+            args.slot[count] = slot as u32;
+            count += 1;
+        }
+        if count == 0 {
+            return Err(Error::Argument { operation, message: "a combination of no gradient".into() });
+        }
+        Ok((args, count))
+    }
+}
+
+/// One step of SGD.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SgdStep {
+    /// Learning rate η.
+    pub lr: f64,
+    /// Momentum μ.
+    pub momentum: f64,
+    /// Nesterov's form of momentum.
+    pub nesterov: bool,
+    /// Coupled weight decay λ: `λ w` is added to the gradient.
+    pub weight_decay: f64,
+    /// Elements from this one on are not decayed.
+    pub decay_len: usize,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct SgdArgs {
+    w: u64,
+    m: u64,
+    combination: CombinationArgs,
+    skip: u64,
+    n: u64,
+    decay_len: u64,
+    lr: f64,
+    momentum: f64,
+    weight_decay: f64,
+    nesterov: u32,
+}
+
+/// One step of SGD in one pass: `g = Σ c_i g_i + λ w`, `m = μ m + g`, `w −= η m` (with Nesterov's momentum `w −= η (g + μ m)`).
+/// Nothing is written if `skip[0]` is not zero.
+///
+/// Traffic: 20 B per element with one gradient, 24 B with two, 28 B with three.
+///
+/// # Errors
+/// [`Error::Length`] unless all vectors are as long as `w` and `skip` holds one number, [`Error::OtherDevice`] unless all
+/// live on one device, [`Error::Argument`] for a combination of no gradient.
+pub fn sgd<T: Scalar>(
+    mut w: SliceMut<'_, T>,
+    mut m: SliceMut<'_, T>,
+    gradients: Combination<'_, T>,
+    step: SgdStep,
+    skip: Slice<'_, u32>,
+) -> Result<()> {
+    let operation = "vector::sgd";
+    let device = w.device().clone();
+    let n = w.len();
+    check_length(operation, "m", m.len(), n)?;
+    check_device(operation, "m", &device, m.device())?;
+    check_length(operation, "skip", skip.len(), 1)?;
+    check_device(operation, "skip", &device, skip.device())?;
+    let (combination, count) = gradients.args(operation, n, &device)?;
+    let kernel = match count {
+        1 => pick::<T>(id::SGD1_F32, id::SGD1_F64),
+        2 => pick::<T>(id::SGD2_F32, id::SGD2_F64),
+        _ => pick::<T>(id::SGD3_F32, id::SGD3_F64),
+    };
+    let args = SgdArgs {
+        w: w.address(),
+        m: m.address(),
+        combination,
+        skip: skip.address(),
+        n: n as u64,
+        decay_len: step.decay_len as u64,
+        lr: step.lr,
+        momentum: step.momentum,
+        weight_decay: step.weight_decay,
+        nesterov: u32::from(step.nesterov),
+    };
+    // SAFETY: the twin of the kernel's struct; every vector holds n elements, and `count` gradients are set.
+    unsafe { device.launch(kernel, device.elementwise(n, pack::<T>()), &args) }
+}
+
+/// One step of AdamW.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamWStep {
+    /// Learning rate η.
+    pub lr: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay λ: the weights are multiplied by `1 − ηλ`.
+    pub weight_decay: f64,
+    /// Elements from this one on are not decayed.
+    pub decay_len: usize,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct AdamWArgs {
+    w: u64,
+    m: u64,
+    v: u64,
+    combination: CombinationArgs,
+    step: u64,
+    skip: u64,
+    n: u64,
+    decay_len: u64,
+    lr: f64,
+    beta1: f64,
+    beta2: f64,
+    eps: f64,
+    weight_decay: f64,
+}
+
+/// One step of AdamW in one pass: `g = Σ c_i g_i`, `m = β1 m + (1 − β1) g`, `v = β2 v + (1 − β2) g²`,
+/// `w = (1 − ηλ) w − η/(1 − β1^t) · m/(sqrt(v)/sqrt(1 − β2^t) + eps)`. `step[0]` is t, the number of this step from 1 on (see
+/// [`advance`]). Nothing is written if `skip[0]` is not zero.
+///
+/// Traffic: 28 B per element with one gradient, 32 B with two, 36 B with three.
+///
+/// # Errors
+/// [`Error::Length`] unless all vectors are as long as `w` and `step` and `skip` hold one number each,
+/// [`Error::OtherDevice`] unless all live on one device, [`Error::Argument`] for a combination of no gradient.
+pub fn adamw<T: Scalar>(
+    mut w: SliceMut<'_, T>,
+    mut m: SliceMut<'_, T>,
+    mut v: SliceMut<'_, T>,
+    gradients: Combination<'_, T>,
+    settings: AdamWStep,
+    step: Slice<'_, u32>,
+    skip: Slice<'_, u32>,
+) -> Result<()> {
+    let operation = "vector::adamw";
+    let device = w.device().clone();
+    let n = w.len();
+    check_length(operation, "m", m.len(), n)?;
+    check_length(operation, "v", v.len(), n)?;
+    check_device(operation, "m", &device, m.device())?;
+    check_device(operation, "v", &device, v.device())?;
+    for (argument, number) in [("step", step), ("skip", skip)] {
+        check_length(operation, argument, number.len(), 1)?;
+        check_device(operation, argument, &device, number.device())?;
+    }
+    let (combination, count) = gradients.args(operation, n, &device)?;
+    let kernel = match count {
+        1 => pick::<T>(id::ADAMW1_F32, id::ADAMW1_F64),
+        2 => pick::<T>(id::ADAMW2_F32, id::ADAMW2_F64),
+        _ => pick::<T>(id::ADAMW3_F32, id::ADAMW3_F64),
+    };
+    let args = AdamWArgs {
+        w: w.address(),
+        m: m.address(),
+        v: v.address(),
+        combination,
+        step: step.address(),
+        skip: skip.address(),
+        n: n as u64,
+        decay_len: settings.decay_len as u64,
+        lr: settings.lr,
+        beta1: settings.beta1,
+        beta2: settings.beta2,
+        eps: settings.eps,
+        weight_decay: settings.weight_decay,
+    };
+    // SAFETY: the twin of the kernel's struct; every vector holds n elements, and `count` gradients are set.
+    unsafe { device.launch(kernel, device.elementwise(n, pack::<T>()), &args) }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct AdvanceArgs {
+    skip: u64,
+    step: u64,
+    skipped: u64,
+}
+
+/// Counts a step: adds one to `step[0]`, or to `skipped[0]` if `skip[0]` is not zero. Called before [`adamw`], it makes `step`
+/// the number t of the step that follows, which skipped steps do not advance.
+///
+/// # Errors
+/// [`Error::Length`] unless each holds one number, [`Error::OtherDevice`] unless they live on one device.
+pub fn advance(skip: Slice<'_, u32>, mut step: SliceMut<'_, u32>, mut skipped: SliceMut<'_, u32>) -> Result<()> {
+    let operation = "vector::advance";
+    let device = step.device().clone();
+    for (argument, found) in [("skip", skip.len()), ("step", step.len()), ("skipped", skipped.len())] {
+        check_length(operation, argument, found, 1)?;
+    }
+    check_device(operation, "skip", &device, skip.device())?;
+    check_device(operation, "skipped", &device, skipped.device())?;
+    let args = AdvanceArgs { skip: skip.address(), step: step.address(), skipped: skipped.address() };
+    // SAFETY: the twin of the kernel's struct; the lengths are checked.
+    unsafe { device.launch(id::ADVANCE, Launch::new(1, 1), &args) }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct CheckFiniteArgs {
+    x: u64,
+    flag: u64,
+    n: u64,
+}
+
+fn check_finite_with<T: Element>(
+    operation: &'static str,
+    kernel: KernelId,
+    x: Slice<'_, T>,
+    mut flag: SliceMut<'_, u32>,
+) -> Result<()> {
+    let device = flag.device().clone();
+    let n = x.len();
+    check_length(operation, "flag", flag.len(), 1)?;
+    check_device(operation, "x", &device, x.device())?;
+    let args = CheckFiniteArgs { x: x.address(), flag: flag.address(), n: n as u64 };
+    // SAFETY: the twin of the kernel's struct; `x` holds n elements and `flag` one.
+    unsafe { device.launch(kernel, device.elementwise(n, pack::<T>()), &args) }
+}
+
+/// Sets `flag[0]` to at least 1 (its lowest bit) if any element of `x` is infinite or NaN, and otherwise leaves it.
+/// Traffic: 4 B per element.
+///
+/// # Errors
+/// [`Error::Length`] unless `flag` holds one number, [`Error::OtherDevice`] unless both live on one device.
+pub fn check_finite<T: Scalar>(x: Slice<'_, T>, flag: SliceMut<'_, u32>) -> Result<()> {
+    check_finite_with("vector::check_finite", pick::<T>(id::CHECK_FINITE_F32, id::CHECK_FINITE_F64), x, flag)
+}
+
+/// [`check_finite`] for losses, which are double precision on every device.
+///
+/// # Errors
+/// Those of [`check_finite`].
+pub fn check_finite_f64(losses: Slice<'_, f64>, flag: SliceMut<'_, u32>) -> Result<()> {
+    check_finite_with("vector::check_finite_f64", id::CHECK_FINITE_F64, losses, flag)
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct CommitArgs {
+    pending: u64,
+    state: u64,
+    skip: u64,
+    n: u64,
+}
+
+/// `state = pending`, unless `skip[0]` is not zero: what a step has computed beside the weights (batch norm's running
+/// statistics) takes effect with the step. Traffic: 8 B per element.
+///
+/// # Errors
+/// [`Error::Length`] unless `pending` and `state` are equally long and `skip` holds one number, [`Error::OtherDevice`] unless
+/// all live on one device.
+pub fn commit<T: Scalar>(skip: Slice<'_, u32>, pending: Slice<'_, T>, mut state: SliceMut<'_, T>) -> Result<()> {
+    let operation = "vector::commit";
+    let device = state.device().clone();
+    let n = state.len();
+    check_length(operation, "skip", skip.len(), 1)?;
+    check_length(operation, "pending", pending.len(), n)?;
+    check_device(operation, "skip", &device, skip.device())?;
+    check_device(operation, "pending", &device, pending.device())?;
+    let args = CommitArgs { pending: pending.address(), state: state.address(), skip: skip.address(), n: n as u64 };
+    // SAFETY: the twin of the kernel's struct; both vectors hold n elements.
+    unsafe { device.launch(pick::<T>(id::COMMIT_F32, id::COMMIT_F64), device.elementwise(n, pack::<T>()), &args) }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct AxpyArgs {
+    x: u64,
+    y: u64,
+    n: u64,
+    alpha: f64,
+}
+
+/// `y += alpha x`. Traffic: 12 B per element.
+///
+/// # Errors
+/// [`Error::Length`] unless the two are equally long, [`Error::OtherDevice`] unless they live on one device.
+pub fn axpy<T: Scalar>(alpha: f64, x: Slice<'_, T>, mut y: SliceMut<'_, T>) -> Result<()> {
+    let operation = "vector::axpy";
+    let device = y.device().clone();
+    let n = y.len();
+    check_length(operation, "x", x.len(), n)?;
+    check_device(operation, "x", &device, x.device())?;
+    let args = AxpyArgs { x: x.address(), y: y.address(), n: n as u64, alpha };
+    // SAFETY: the twin of the kernel's struct; both vectors hold n elements.
+    unsafe { device.launch(pick::<T>(id::AXPY_F32, id::AXPY_F64), device.elementwise(n, pack::<T>()), &args) }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct FillArgs {
+    out: u64,
+    n: u64,
+    value: f64,
+}
+
+/// `out[i] = value`. Traffic: 4 B per element.
+pub fn fill<T: Scalar>(mut out: SliceMut<'_, T>, value: f64) -> Result<()> {
+    let device = out.device().clone();
+    let n = out.len();
+    let args = FillArgs { out: out.address(), n: n as u64, value };
+    // SAFETY: the twin of the kernel's struct; `out` is n elements borrowed exclusively.
+    unsafe { device.launch(pick::<T>(id::FILL_F32, id::FILL_F64), device.elementwise(n, pack::<T>()), &args) }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ConvertArgs {
+    x: u64,
+    out: u64,
+    n: u64,
+}
+
+/// `out[i] = x[i]`, rounded to the nearest value of `D`, ties to even. Traffic: `size_of::<S>() + size_of::<D>()` B per
+/// element.
+///
+/// # Errors
+/// [`Error::Length`] unless the two are equally long, [`Error::OtherDevice`] unless they live on one device.
+pub fn convert<S: Compute, D: Compute>(x: Slice<'_, S>, mut out: SliceMut<'_, D>) -> Result<()> {
+    let operation = "vector::convert";
+    let device = out.device().clone();
+    let n = out.len();
+    check_length(operation, "x", x.len(), n)?;
+    check_device(operation, "x", &device, x.device())?;
+    let kernel = S::choose(ComputeKernels {
+        f32: D::choose(ComputeKernels {
+            f32: id::CONVERT_F32_F32,
+            f64: id::CONVERT_F32_F64,
+            f16: id::CONVERT_F32_F16,
+            bf16: id::CONVERT_F32_BF16,
+        }),
+        f64: D::choose(ComputeKernels {
+            f32: id::CONVERT_F64_F32,
+            f64: id::CONVERT_F64_F64,
+            f16: id::CONVERT_F64_F16,
+            bf16: id::CONVERT_F64_BF16,
+        }),
+        f16: D::choose(ComputeKernels {
+            f32: id::CONVERT_F16_F32,
+            f64: id::CONVERT_F16_F64,
+            f16: id::CONVERT_F16_F16,
+            bf16: id::CONVERT_F16_BF16,
+        }),
+        bf16: D::choose(ComputeKernels {
+            f32: id::CONVERT_BF16_F32,
+            f64: id::CONVERT_BF16_F64,
+            f16: id::CONVERT_BF16_F16,
+            bf16: id::CONVERT_BF16_BF16,
+        }),
+    });
+    let args = ConvertArgs { x: x.address(), out: out.address(), n: n as u64 };
+    // SAFETY: the twin of the kernel's struct; both vectors hold n elements.
+    unsafe { device.launch(kernel, device.elementwise(n, 16 / size_of::<S>().max(size_of::<D>())), &args) }
+}

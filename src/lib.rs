@@ -1,0 +1,22 @@
+//! Hand-written CUDA kernels and a minimal autodiff for sharpness-aware training, on the GPU and on the CPU.
+//!
+//! Three ways to use it:
+//! - as a backend: [`kernels`] over [`device`] buffers, and [`optim`] over any [`objective::Objective`];
+//! - through its benchmarks (`cargo bench`);
+//! - as a program that trains small ResNets (`polder train`), whose parts are [`plan`], [`nn`], [`data`] and [`train`].
+#![deny(unsafe_code)]
+#![warn(missing_docs)]
+
+pub mod arena;
+#[cfg(feature = "train")]
+pub mod data;
+#[allow(unsafe_code)] // memory, launches and the driver
+pub mod device;
+#[allow(unsafe_code)] // every wrapper vouches for its kernel's arguments
+pub mod kernels;
+pub mod nn;
+pub mod objective;
+pub mod optim;
+pub mod plan;
+#[cfg(feature = "train")]
+pub mod train;

@@ -1,0 +1,373 @@
+//! The command line: `polder train`, `polder eval`, `polder devices`.
+//!
+//! Exit codes: 0 done; 1 the machine failed; 2 bad usage or input, told in one line; 130 interrupted, with everything saved.
+
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use clap::{Parser, Subcommand, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use polder::data::Split;
+use polder::device;
+use polder::nn::{Model, Shortcut};
+use polder::train::{self, Evaluator, Options, Progress, Record, ShortcutName, TrainError, weights};
+use serde_json::json;
+
+/// Sharpness-aware training on hand-written kernels: small ResNets, on the CPU or on a GPU.
+#[derive(Parser)]
+#[command(version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train a network; without options, a ResNet-8 with SAM on a generated image set
+    Train(Box<TrainArgs>),
+    /// Measure loss and accuracy of trained weights
+    Eval(EvalArgs),
+    /// List the devices that this program can use
+    Devices {
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(clap::Args)]
+struct TrainArgs {
+    #[command(flatten)]
+    options: Options,
+    /// Take the options that are not given from this file
+    #[arg(long, value_name = "FILE.toml", help_heading = "Run")]
+    config: Option<PathBuf>,
+    /// Write settings, log, weights and checkpoints to this folder
+    #[arg(long, value_name = "DIR", help_heading = "Run")]
+    out: Option<PathBuf>,
+    /// Go on with the run in this folder
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["out", "config", "init"], help_heading = "Run")]
+    resume: Option<PathBuf>,
+    /// Print one JSON object on standard output, everything else on standard error
+    #[arg(long, help_heading = "Run")]
+    json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum SplitName {
+    Train,
+    Test,
+}
+
+#[derive(clap::Args)]
+struct EvalArgs {
+    /// resnet8, 20, 32, 44, 56, 110 (CIFAR ResNets) or resnet18
+    #[arg(long, value_name = "NAME")]
+    model: String,
+    /// The weights
+    #[arg(long, value_name = "FILE.safetensors")]
+    init: PathBuf,
+    /// A folder with CIFAR-10/100 (binary) or IDX files, or `synthetic`
+    #[arg(long, value_name = "PATH", default_value = "synthetic")]
+    data: String,
+    /// Which images
+    #[arg(long, value_enum, default_value = "test")]
+    split: SplitName,
+    /// The first N images only
+    #[arg(long, value_name = "N")]
+    samples: Option<usize>,
+    /// Shortcuts of a CIFAR ResNet where its shape changes
+    #[arg(long, value_enum, value_name = "KIND")]
+    shortcut: Option<ShortcutName>,
+    /// Mean of pixel/255 per channel [default: the data set's published values]
+    #[arg(long, value_name = "A,B,C", value_delimiter = ',')]
+    mean: Option<Vec<f32>>,
+    /// Standard deviation of pixel/255 per channel [default: the data set's published values]
+    #[arg(long, value_name = "A,B,C", value_delimiter = ',')]
+    std: Option<Vec<f32>>,
+    /// Images at a time
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    batch_size: usize,
+    /// Write the logits (samples × classes, f32) to this file
+    #[arg(long, value_name = "FILE.npy")]
+    logits: Option<PathBuf>,
+    /// auto, cpu or cuda:N
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    device: String,
+    /// CPU threads; 0 takes one per core
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    threads: usize,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are printed in full; of a mistake, clap's first paragraph is the line that says it.
+            if error.use_stderr() && error.kind() != clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+                let text = error.render().to_string();
+                let message: Vec<&str> =
+                    text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect();
+                eprintln!("{} (see --help)", message.join(" "));
+            } else {
+                let _ = error.print();
+            }
+            return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
+        }
+    };
+    let done = match cli.command {
+        Command::Train(args) => run_train(*args),
+        Command::Eval(args) => run_eval(&args).map(|()| ExitCode::SUCCESS),
+        Command::Devices { json } => run_devices(json).map(|()| ExitCode::SUCCESS),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("error: {error}");
+        ExitCode::from(if error.is_input() { 2 } else { 1 })
+    })
+}
+
+/// Prints to standard output; a reader that has gone away is no error of ours.
+fn print(text: &str) {
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
+
+fn run_devices(json: bool) -> Result<(), TrainError> {
+    let devices = device::available();
+    if json {
+        let list: Vec<_> = devices
+            .iter()
+            .map(|(name, found)| match found {
+                Ok(description) => json!({"name": name, "usable": true, "description": description}),
+                Err(reason) => json!({"name": name, "usable": false, "reason": reason}),
+            })
+            .collect();
+        print(&json!({"devices": list}).to_string());
+        return Ok(());
+    }
+    for (name, found) in devices {
+        match found {
+            Ok(description) => print(&format!("{name:<8} {description}")),
+            Err(reason) => print(&format!("{name:<8} not usable: {reason}")),
+        }
+    }
+    Ok(())
+}
+
+fn run_eval(args: &EvalArgs) -> Result<(), TrainError> {
+    let shortcut = args.shortcut.map(|name| match name {
+        ShortcutName::A => Shortcut::A,
+        ShortcutName::B => Shortcut::B,
+    });
+    let model = Model::from_name(&args.model, shortcut)?;
+    if args.batch_size == 0 {
+        return Err(TrainError::Option { option: "--batch-size".into(), reason: "0, expected at least 1".into() });
+    }
+    let device = train::open_device(&args.device, args.threads)?;
+    let split = if matches!(args.split, SplitName::Train) { Split::Train } else { Split::Test };
+    let data = train::open_split(&args.data, split)?;
+    let images = match args.samples {
+        Some(n) => data.images.take(n)?,
+        None => data.images,
+    };
+    let published = (data.mean.as_slice(), data.std.as_slice());
+    let channels = images.shape.channels;
+    let normalization = train::normalization(args.mean.as_deref(), args.std.as_deref(), published, channels)?;
+    let mut evaluator = Evaluator::new(&device, model, &images, normalization, args.batch_size)?;
+    let layouts = [evaluator.plan().parameters(), evaluator.plan().statistics_layout()];
+    let [parameters, statistics] = weights::load(&args.init, layouts)?;
+    let (parameters, statistics) = (device.upload(&parameters)?, device.upload(&statistics)?);
+    let mut logits = Vec::new();
+    let found = evaluator.evaluate(parameters.view(), statistics.view(), |batch| {
+        if args.logits.is_some() {
+            logits.extend(batch.to_vec()?);
+        }
+        Ok(())
+    })?;
+    if let Some(path) = &args.logits {
+        write_npy(path, &logits, images.classes).map_err(|source| TrainError::Io { path: path.clone(), source })?;
+    }
+    if args.json {
+        print(&json!(found).to_string());
+    } else {
+        let percent = 100.0 * found.accuracy;
+        print(&format!(
+            "{}, {split} split: {} samples, {} errors, accuracy {percent:.2} %, loss {:.5}",
+            data.name, found.samples, found.errors, found.loss
+        ));
+    }
+    Ok(())
+}
+
+/// Writes a matrix of f32 with so many columns.
+fn write_npy(path: &Path, values: &[f32], columns: usize) -> std::io::Result<()> {
+    use npyz::WriterBuilder;
+    let file = std::io::BufWriter::new(std::fs::File::create(path)?);
+    let shape = [(values.len() / columns) as u64, columns as u64];
+    let mut writer = npyz::WriteOptions::new().default_dtype().shape(&shape).writer(file).begin_nd()?;
+    writer.extend(values.iter().copied())?;
+    writer.finish()
+}
+
+fn run_train(args: TrainArgs) -> Result<ExitCode, TrainError> {
+    let below = match (&args.config, &args.resume) {
+        (Some(file), _) => Options::from_file(file)?,
+        (None, Some(run)) => {
+            let file = run.join("config.toml");
+            if !file.exists() {
+                return Err(TrainError::NoCheckpoint { path: run.clone() });
+            }
+            Options::from_file(&file)?
+        }
+        (None, None) => Options::default(),
+    };
+    let options = args.options.over(below).resolve()?;
+    let out = args.out.or(args.resume.clone());
+
+    let stop = Arc::new(AtomicBool::new(false));
+    let asked = stop.clone();
+    // The second signal does not wait for the step. Without a handler a signal would end the program unsaved: go on anyway.
+    let _ = ctrlc::set_handler(move || {
+        if asked.swap(true, Ordering::SeqCst) {
+            std::process::exit(130);
+        }
+        eprintln!("\nstopping after this step; once more to stop at once");
+    });
+
+    let mut display = Display::new(args.json);
+    let summary = train::train(&options, out.as_deref(), args.resume.is_some(), &stop, &mut |p| display.show(p));
+    display.finish();
+    let summary = summary?;
+    if args.json {
+        let test = summary.test;
+        print(
+            &json!({
+                "interrupted": summary.interrupted,
+                "steps": summary.steps,
+                "skipped": summary.skipped,
+                "test": test,
+                "seconds": summary.seconds,
+                "images_per_second": summary.images_per_second,
+                "out": summary.out,
+                "options": options,
+            })
+            .to_string(),
+        );
+    }
+    if summary.interrupted {
+        match &summary.out {
+            Some(run) => eprintln!(
+                "interrupted after step {}; `polder train --resume {}` goes on from there",
+                summary.steps,
+                run.display()
+            ),
+            None => {
+                eprintln!("interrupted after step {}; nothing was saved, because there was no --out", summary.steps)
+            }
+        }
+        return Ok(ExitCode::from(130));
+    }
+    if let (Some(test), false) = (summary.test, args.json) {
+        let (accuracy, skipped) = (100.0 * test.accuracy, summary.skipped);
+        let skips = if skipped > 0 { format!(", {skipped} steps skipped as not finite") } else { String::new() };
+        print(&format!(
+            "test accuracy {accuracy:.2} % ({} of {} wrong), test loss {:.4}; {} steps in {:.1} s, {:.0} images/s{skips}",
+            test.errors, test.samples, test.loss, summary.steps, summary.seconds, summary.images_per_second
+        ));
+        if let Some(run) = &summary.out {
+            print(&format!("weights: {}", run.join("model.safetensors").display()));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What a person sees while training goes on: a bar on a terminal, plain lines otherwise.
+struct Display {
+    bar: Option<ProgressBar>,
+    /// Whether standard output belongs to the JSON object.
+    json: bool,
+}
+
+impl Display {
+    fn new(json: bool) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(0);
+            let template = "{bar:30} {pos}/{len} steps  {msg}  {eta} left";
+            bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar
+        });
+        Self { bar, json }
+    }
+
+    fn line(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(text),
+            None if self.json => eprintln!("{text}"),
+            None => print(text),
+        }
+    }
+
+    fn show(&mut self, progress: Progress) {
+        match progress {
+            Progress::Start { device, data, images, parameters, arena_bytes, steps, steps_per_epoch } => {
+                let (train, test) = images;
+                let mebibytes = arena_bytes as f64 / f64::from(1 << 20);
+                self.line(&format!(
+                    "{data}: {train} training and {test} test images; {parameters} parameters; \
+                     activations and gradients {mebibytes:.0} MiB; {device}"
+                ));
+                let (all, done) = steps;
+                if done > 0 {
+                    self.line(&format!("resuming at step {done} of {all} (epoch {} on)", done / steps_per_epoch + 1));
+                }
+                if let Some(bar) = &self.bar {
+                    bar.set_length(all);
+                    bar.set_position(done);
+                    bar.reset_eta();
+                }
+            }
+            Progress::Step { step, loss, accuracy, images_per_second } => {
+                if let Some(bar) = &self.bar {
+                    bar.set_position(step);
+                    let percent = 100.0 * accuracy;
+                    bar.set_message(format!(
+                        "loss {loss:.3}  accuracy {percent:.1} %  {images_per_second:.0} images/s"
+                    ));
+                }
+            }
+            Progress::Epoch(Record::Epoch {
+                epoch,
+                train_loss,
+                train_accuracy,
+                test_loss,
+                test_accuracy,
+                images_per_second,
+                ..
+            }) => {
+                let number = |value: Option<f64>, scale: f64| match value {
+                    Some(value) => format!("{:.3}", value * scale),
+                    None => "not finite".into(),
+                };
+                self.line(&format!(
+                    "epoch {epoch:>3}  train loss {}  accuracy {} %  test loss {}  accuracy {:.2} %  {images_per_second:.0} images/s",
+                    number(train_loss, 1.0),
+                    number(train_accuracy, 100.0),
+                    number(test_loss, 1.0),
+                    100.0 * test_accuracy,
+                ));
+            }
+            Progress::Epoch(Record::Step { .. }) => {}
+        }
+    }
+
+    fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}

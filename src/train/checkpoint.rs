@@ -1,0 +1,85 @@
+//! The full state of a run in one file, from which it goes on bit for bit.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use bytemuck::Pod;
+use safetensors::tensor::SafeTensors;
+
+use super::TrainError;
+use super::weights::{View, elements, write};
+
+/// Everything a run needs to go on: arenas as they lie in memory, and counters.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Checkpoint {
+    pub weights: Vec<f32>,
+    pub statistics: Vec<f32>,
+    pub momentum: Vec<f32>,
+    pub second_moment: Vec<f32>,
+    /// The optimizer's counters on the device.
+    pub counters: Vec<u32>,
+    /// The running epoch's sums.
+    pub totals: Vec<f64>,
+    /// Steps done.
+    pub step: u64,
+    /// Seconds of training so far.
+    pub seconds: f64,
+}
+
+/// Where a run keeps it.
+pub(super) fn path(run: &Path) -> PathBuf {
+    run.join("checkpoint").join("state.safetensors")
+}
+
+impl Checkpoint {
+    pub fn save(&self, run: &Path) -> Result<(), TrainError> {
+        let path = path(run);
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder).map_err(TrainError::io(folder))?;
+        }
+        // Every tensor is announced as f32 words: the bits of the wider ones pass through unchanged.
+        fn view<T: Pod>(values: &[T]) -> View<'_> {
+            let bytes: &[u8] = bytemuck::cast_slice(values);
+            View { shape: vec![bytes.len() / 4], bytes }
+        }
+        let tensors = vec![
+            ("weights", view(&self.weights)),
+            ("statistics", view(&self.statistics)),
+            ("momentum", view(&self.momentum)),
+            ("second_moment", view(&self.second_moment)),
+            ("counters", view(&self.counters)),
+            ("totals", view(&self.totals)),
+        ];
+        let metadata = HashMap::from([
+            ("step".to_string(), self.step.to_string()),
+            ("seconds".to_string(), self.seconds.to_string()),
+        ]);
+        write(&path, tensors, metadata)
+    }
+
+    pub fn load(run: &Path) -> Result<Self, TrainError> {
+        let path = path(run);
+        if !path.is_file() {
+            return Err(TrainError::NoCheckpoint { path: run.into() });
+        }
+        let bytes = std::fs::read(&path).map_err(TrainError::io(&path))?;
+        let damaged = |reason: String| TrainError::Weights { path: path.clone(), reason: format!("damaged: {reason}") };
+        let file = SafeTensors::deserialize(&bytes).map_err(|error| damaged(error.to_string()))?;
+        let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|error| damaged(error.to_string()))?;
+        let number = |key: &str| {
+            let text = metadata.metadata().as_ref().and_then(|entries| entries.get(key));
+            text.ok_or_else(|| damaged(format!("no `{key}`")))
+        };
+        let data = |name: &str| file.tensor(name).map(|view| view.data()).map_err(|error| damaged(error.to_string()));
+        Ok(Self {
+            weights: elements(data("weights")?, f32::from_le_bytes),
+            statistics: elements(data("statistics")?, f32::from_le_bytes),
+            momentum: elements(data("momentum")?, f32::from_le_bytes),
+            second_moment: elements(data("second_moment")?, f32::from_le_bytes),
+            counters: elements(data("counters")?, u32::from_le_bytes),
+            totals: elements(data("totals")?, f64::from_le_bytes),
+            step: number("step")?.parse().map_err(|_| damaged("`step` is no number".into()))?,
+            seconds: number("seconds")?.parse().map_err(|_| damaged("`seconds` is no number".into()))?,
+        })
+    }
+}

@@ -1,0 +1,95 @@
+//! What can go wrong between a command line and a trained model. Every message is one line that names the file or the option.
+
+use std::path::PathBuf;
+
+use crate::data::DataError;
+use crate::device;
+use crate::nn::UnknownModel;
+use crate::plan::PlanError;
+
+/// An error of training, evaluation or their files.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TrainError {
+    /// An option that cannot be used: its name and the reason.
+    #[error("{option}: {reason}")]
+    Option {
+        /// As on the command line, such as `--batch-size`.
+        option: String,
+        /// What is wrong with its value.
+        reason: String,
+    },
+    /// A file of settings that cannot be read as such.
+    #[error("{}: {reason}", path.display())]
+    Settings {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, in one line.
+        reason: String,
+    },
+    /// The operating system refused a file or a folder.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// Its reason.
+        source: std::io::Error,
+    },
+    /// A file of weights or a checkpoint that is damaged, or of another model.
+    #[error("{}: {reason}", path.display())]
+    Weights {
+        /// The file.
+        path: PathBuf,
+        /// What was found and what was expected.
+        reason: String,
+    },
+    /// The folder for a run's results already holds a run.
+    #[error("{}: already holds a run; `--resume {0}` continues it, another `--out` begins a new one", path.display(), .0 = path.display())]
+    RunExists {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The folder to resume from holds no checkpoint.
+    #[error("{}: holds no checkpoint/state.safetensors to resume from", path.display())]
+    NoCheckpoint {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The data set.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// The model's name.
+    #[error("--model: {0}")]
+    Model(#[from] UnknownModel),
+    /// The network does not fit the images or the device.
+    #[error("the model does not fit the images: {0}")]
+    Plan(PlanError),
+    /// The device.
+    #[error(transparent)]
+    Device(#[from] device::Error),
+}
+
+impl From<PlanError> for TrainError {
+    fn from(error: PlanError) -> Self {
+        match error {
+            PlanError::Device(error) => TrainError::Device(error),
+            other => TrainError::Plan(other),
+        }
+    }
+}
+
+impl TrainError {
+    /// Whether the user's input is at fault (exit code 2) rather than the machine (exit code 1).
+    pub fn is_input(&self) -> bool {
+        !matches!(self, TrainError::Device(error) if !matches!(error, device::Error::Unavailable { .. }))
+    }
+
+    pub(crate) fn option(option: &str, reason: impl Into<String>) -> Self {
+        TrainError::Option { option: option.into(), reason: reason.into() }
+    }
+
+    pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| TrainError::Io { path, source }
+    }
+}

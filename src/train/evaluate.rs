@@ -1,0 +1,100 @@
+//! Loss and accuracy of a model over a split.
+
+use serde::Serialize;
+
+use super::TrainError;
+use super::run::DeviceImages;
+use crate::device::{Buffer, Device, Slice};
+use crate::kernels::image::{self, BatchShape, Normalization};
+use crate::nn::Model;
+use crate::plan::{Plan, PlanOptions, Shape};
+
+/// What an evaluation found.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Evaluation {
+    /// Images looked at.
+    pub samples: usize,
+    /// Of these, wrongly classified.
+    pub errors: usize,
+    /// Fraction rightly classified.
+    pub accuracy: f64,
+    /// Mean cross-entropy.
+    pub loss: f64,
+}
+
+/// A model ready to be evaluated on one split, which stays on the device.
+pub struct Evaluator {
+    plan: Plan<f32>,
+    images: DeviceImages,
+    normalization: Normalization,
+    /// 0, 1, 2, …: samples in the order of the files.
+    order: Buffer<u32>,
+    loss: Buffer<f64>,
+}
+
+impl Evaluator {
+    /// Plans the model for batches of at most `batch_size` of these images.
+    ///
+    /// # Errors
+    /// A model that does not fit the images, or the device's memory.
+    pub fn new(
+        device: &Device,
+        model: Model,
+        images: &crate::data::Images,
+        normalization: Normalization,
+        batch_size: usize,
+    ) -> Result<Self, TrainError> {
+        let batch = batch_size.min(images.len());
+        let crate::data::ImageShape { height, width, channels } = images.shape;
+        let (graph, logits) = model.trace(Shape { batch, height, width, channels }, images.classes)?;
+        let plan = Plan::new(device, graph, logits, PlanOptions::evaluation())?;
+        // The last batch is filled up with the first samples, whose results are not counted.
+        let count = images.len().next_multiple_of(batch);
+        let order: Vec<u32> = (0..count).map(|sample| (sample % images.len()) as u32).collect();
+        Ok(Self {
+            plan,
+            images: DeviceImages::new(device, images)?,
+            normalization,
+            order: device.upload(&order)?,
+            loss: device.zeros(1)?,
+        })
+    }
+
+    /// Evaluates these weights and running statistics; hands the logits of each batch (samples × classes) to `logits`.
+    ///
+    /// # Errors
+    /// Those of the device, and those of `logits`.
+    pub fn evaluate(
+        &mut self,
+        weights: Slice<'_, f32>,
+        statistics: Slice<'_, f32>,
+        mut logits: impl FnMut(Slice<'_, f32>) -> Result<(), TrainError>,
+    ) -> Result<Evaluation, TrainError> {
+        self.plan.set_statistics(statistics)?;
+        let Shape { batch, height, width, channels } = self.plan.input_shape();
+        let shape = BatchShape { batch, height, width, channels };
+        let samples = self.images.count;
+        let (mut total, mut correct) = (0.0, 0);
+        for first in (0..samples).step_by(batch) {
+            let counted = batch.min(samples - first);
+            let order = self.order.slice(first..first + batch)?;
+            let (out, labels) = self.plan.batch_mut()?;
+            let (pixels, truth) = (self.images.pixels.view(), self.images.labels.view());
+            image::batch(&shape, pixels, truth, order, &self.normalization, None, out, labels)?;
+            self.plan.evaluate(weights, counted, self.loss.view_mut())?;
+            let (mut loss, mut hits) = ([0.0], [0]);
+            self.loss.read(&mut loss)?;
+            self.plan.correct()?.read(&mut hits)?;
+            total += loss[0] * counted as f64;
+            correct += hits[0] as usize;
+            logits(self.plan.logits()?.slice(0..counted * self.plan.classes())?)?;
+        }
+        let accuracy = correct as f64 / samples as f64;
+        Ok(Evaluation { samples, errors: samples - correct, accuracy, loss: total / samples as f64 })
+    }
+
+    /// The plan that it runs.
+    pub fn plan(&self) -> &Plan<f32> {
+        &self.plan
+    }
+}

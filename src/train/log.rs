@@ -1,0 +1,117 @@
+//! `log.jsonl`: a line per epoch, and per step where asked for.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::TrainError;
+
+/// A line of the log.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum Record {
+    /// One step.
+    Step {
+        /// Steps done.
+        step: u64,
+        /// The epoch that it belongs to, counted from 1.
+        epoch: u64,
+        /// Mean loss of the batch at the unperturbed weights.
+        loss: Option<f64>,
+        /// Learning rate.
+        lr: f64,
+        /// ‖g‖ at the unperturbed weights.
+        gradient_norm: Option<f64>,
+        /// `L+ + L− − 2L0`.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        a: Option<f64>,
+        /// `L+ − L−`.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        b: Option<f64>,
+        /// `A/ρ²`.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        vhv: Option<f64>,
+        /// Steps skipped so far because something was not finite.
+        skipped: u32,
+        /// Curvature terms dropped so far.
+        dropped_alpha: u32,
+        /// Slope terms dropped so far.
+        dropped_beta: u32,
+    },
+    /// One epoch.
+    Epoch {
+        /// Counted from 1.
+        epoch: u64,
+        /// Steps done.
+        step: u64,
+        /// Mean training loss over the epoch, at the weights of each step; none if every step was skipped.
+        train_loss: Option<f64>,
+        /// Training accuracy likewise.
+        train_accuracy: Option<f64>,
+        /// Mean test cross-entropy after the epoch.
+        test_loss: Option<f64>,
+        /// Test accuracy after the epoch.
+        test_accuracy: f64,
+        /// Learning rate of its last step.
+        lr: f64,
+        /// Training images per second, evaluation left out.
+        images_per_second: f64,
+        /// Seconds of training since the start, evaluation left out.
+        seconds: f64,
+        /// Steps skipped so far because something was not finite.
+        skipped: u32,
+        /// Curvature terms dropped so far.
+        dropped_alpha: u32,
+        /// Slope terms dropped so far.
+        dropped_beta: u32,
+    },
+}
+
+impl Record {
+    fn step(&self) -> u64 {
+        match self {
+            Record::Step { step, .. } | Record::Epoch { step, .. } => *step,
+        }
+    }
+}
+
+/// The open log of a run.
+pub(super) struct Log {
+    path: PathBuf,
+    file: File,
+}
+
+impl Log {
+    /// Opens the log of a run that has done `step` steps: later lines, of a run that was cut off after its checkpoint, are
+    /// taken out, since they will be written again.
+    pub fn open(path: &Path, step: u64) -> Result<Self, TrainError> {
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(error) => return Err(TrainError::io(path)(error)),
+        };
+        let kept: Vec<&str> = text
+            .lines()
+            .filter(|line| serde_json::from_str::<Record>(line).is_ok_and(|record| record.step() <= step))
+            .collect();
+        let mut whole = kept.join("\n");
+        if !whole.is_empty() {
+            whole.push('\n');
+        }
+        if whole != text {
+            let partial = path.with_extension("partial");
+            std::fs::write(&partial, whole).map_err(TrainError::io(&partial))?;
+            std::fs::rename(&partial, path).map_err(TrainError::io(path))?;
+        }
+        let file = OpenOptions::new().create(true).append(true).open(path).map_err(TrainError::io(path))?;
+        Ok(Self { path: path.into(), file })
+    }
+
+    pub fn write(&mut self, record: &Record) -> Result<(), TrainError> {
+        let mut line = serde_json::to_string(record).map_err(|e| TrainError::io(&self.path)(e.into()))?;
+        line.push('\n');
+        self.file.write_all(line.as_bytes()).map_err(TrainError::io(&self.path))
+    }
+}

@@ -1,0 +1,426 @@
+//! The training loop.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use super::checkpoint::{self, Checkpoint};
+use super::evaluate::{Evaluation, Evaluator};
+use super::log::{Log, Record};
+use super::settings::{AugmentName, Options};
+use super::{TrainError, weights};
+use crate::data::{self, Dataset, ImageShape, Images, Split, SyntheticSpec};
+use crate::device::{Buffer, Device, HostOptions};
+use crate::kernels::image::{self, Augment, BatchShape, Normalization};
+use crate::kernels::metrics;
+use crate::nn;
+use crate::optim::{Optimizer, Telemetry};
+use crate::plan::{Plan, PlanOptions, Shape};
+
+/// Images and labels of a split, on the device.
+pub(super) struct DeviceImages {
+    pub pixels: Buffer<u8>,
+    pub labels: Buffer<u32>,
+    pub count: usize,
+}
+
+impl DeviceImages {
+    pub fn new(device: &Device, images: &Images) -> Result<Self, TrainError> {
+        let (pixels, labels) = (device.upload(&images.pixels)?, device.upload(&images.labels)?);
+        Ok(Self { pixels, labels, count: images.len() })
+    }
+}
+
+/// The device that the options name.
+///
+/// # Errors
+/// A name that is not known, or a device that is not there.
+pub fn open_device(name: &str, threads: usize) -> Result<Device, TrainError> {
+    let device = Device::from_name(name)?;
+    if device.is_host() {
+        return Ok(Device::host_with(HostOptions { threads, ..HostOptions::default() }));
+    }
+    Ok(device)
+}
+
+/// The data set that the options name, before any reduction.
+///
+/// # Errors
+/// Those of the files.
+pub fn open_data(path: &str) -> Result<Dataset, TrainError> {
+    match path {
+        "synthetic" => Ok(data::synthetic(&SyntheticSpec::default())?),
+        path => Ok(data::load(Path::new(path))?),
+    }
+}
+
+/// One split of the data set that the options name.
+///
+/// # Errors
+/// Those of the files.
+pub fn open_split(path: &str, split: Split) -> Result<data::SplitImages, TrainError> {
+    if path != "synthetic" {
+        return Ok(data::load_split(Path::new(path), split)?);
+    }
+    let Dataset { name, train, test, mean, std, statistics } = open_data(path)?;
+    let images = if split == Split::Train { train } else { test };
+    Ok(data::SplitImages { name, images, mean, std, statistics })
+}
+
+/// The normalisation that the options ask for, or the data set's.
+///
+/// # Errors
+/// Not one value for each channel, or a deviation that is not positive.
+pub fn normalization(
+    mean: Option<&[f32]>,
+    std: Option<&[f32]>,
+    data: (&[f32], &[f32]),
+    channels: usize,
+) -> Result<Normalization, TrainError> {
+    let mut normalization = Normalization { mean: [0.0; 4], std: [1.0; 4] };
+    for (option, values, into) in [
+        ("--mean", mean.unwrap_or(data.0), &mut normalization.mean),
+        ("--std", std.unwrap_or(data.1), &mut normalization.std),
+    ] {
+        if values.len() != channels || channels > into.len() {
+            let reason = format!("{} values, but the images have {channels} channels", values.len());
+            return Err(TrainError::option(option, reason));
+        }
+        if values.iter().any(|value| !value.is_finite() || (option == "--std" && *value <= 0.0)) {
+            return Err(TrainError::option(option, "expected finite numbers, and deviations above 0"));
+        }
+        into[..channels].copy_from_slice(values);
+    }
+    Ok(normalization)
+}
+
+/// What a run tells its caller while it goes on.
+#[derive(Debug, Clone)]
+pub enum Progress {
+    /// Before the first step.
+    Start {
+        /// The device's name and description.
+        device: String,
+        /// The data set's name.
+        data: String,
+        /// Training and test images.
+        images: (usize, usize),
+        /// Number of parameters.
+        parameters: usize,
+        /// Bytes of the training plan's arena.
+        arena_bytes: usize,
+        /// Steps of the whole run, and those already done.
+        steps: (u64, u64),
+        /// Steps per epoch.
+        steps_per_epoch: u64,
+    },
+    /// Now and then.
+    Step {
+        /// Steps done.
+        step: u64,
+        /// Mean loss of the epoch so far.
+        loss: f64,
+        /// Accuracy of the epoch so far.
+        accuracy: f64,
+        /// Images per second of the epoch so far.
+        images_per_second: f64,
+    },
+    /// After each epoch.
+    Epoch(Record),
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Summary {
+    /// Whether it was told to stop before its end.
+    pub interrupted: bool,
+    /// Steps done.
+    pub steps: u64,
+    /// Of these, skipped because something was not finite.
+    pub skipped: u32,
+    /// The model on the test images; none if interrupted.
+    pub test: Option<Evaluation>,
+    /// Seconds of training, evaluation left out, over all its parts.
+    pub seconds: f64,
+    /// Images per second of training.
+    pub images_per_second: f64,
+    /// Where its files are.
+    pub out: Option<PathBuf>,
+}
+
+/// How often a run reads its sums from the device to report them.
+const REPORT: Duration = Duration::from_millis(250);
+
+/// Trains a model as the (resolved) options say. With `out`, writes `config.toml`, `log.jsonl`, `model.safetensors` and
+/// `checkpoint/` there; with `resume`, goes on from the checkpoint there. Setting `stop` ends the run after the current step.
+///
+/// # Errors
+/// Bad options or files, and what fails on the device. Whatever was saved before stays.
+pub fn train(
+    options: &Options,
+    out: Option<&Path>,
+    resume: bool,
+    stop: &AtomicBool,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Summary, TrainError> {
+    let device = open_device(options.device.as_deref().unwrap_or("auto"), options.threads.unwrap_or_default())?;
+    let Dataset { name, mut train, test, mean, std, .. } = open_data(options.data.as_deref().unwrap_or("synthetic"))?;
+    let seed = options.seed.unwrap_or_default();
+    if let Some(n) = options.train_size {
+        train = train.take(n)?;
+    }
+    if let Some(fraction) = options.label_noise {
+        train = train.with_label_noise(fraction, seed)?;
+    }
+    let ImageShape { height, width, channels } = train.shape;
+    if test.shape != train.shape {
+        let (found, expected) = (test.shape, train.shape);
+        return Err(TrainError::option("--data", format!("test images are {found}, training images {expected}")));
+    }
+    let (mean, std) = (mean.as_slice(), std.as_slice());
+    let normalization = normalization(options.mean.as_deref(), options.std.as_deref(), (mean, std), channels)?;
+
+    let batch = options.batch_size.unwrap_or(128);
+    let steps_per_epoch = (train.len() / batch) as u64;
+    if steps_per_epoch == 0 {
+        let reason = format!("{batch}, but there are only {} training images", train.len());
+        return Err(TrainError::option("--batch-size", reason));
+    }
+    let steps = options.steps.unwrap_or_else(|| options.epochs.unwrap_or_default().saturating_mul(steps_per_epoch));
+    let schedule = options.schedule(steps);
+
+    let model = options.model()?;
+    let (graph, logits) = model.trace(Shape { batch, height, width, channels }, train.classes)?;
+    let plan_options =
+        PlanOptions { label_smoothing: options.label_smoothing.unwrap_or_default(), ..PlanOptions::training() };
+    let mut plan = Plan::<f32>::new(&device, graph, logits, plan_options)?;
+    let mut evaluator = Evaluator::new(&device, model, &test, normalization, batch)?;
+    let layout = plan.parameters().clone();
+    let mut optimizer = Optimizer::<f32>::new(&device, layout.len(), options.optimizer(&layout))?;
+    let mut parameters = device.upload(&nn::initial_weights(&layout, seed)?)?;
+    if let Some(file) = &options.init {
+        let [loaded, statistics] = weights::load(Path::new(file), [&layout, plan.statistics_layout()])?;
+        parameters.write(&loaded)?;
+        plan.set_statistics(device.upload(&statistics)?.view())?;
+    }
+    let mut totals = device.zeros::<f64>(3)?;
+    let (mut step, mut earlier) = (0, 0.0);
+    if let (true, Some(run)) = (resume, out) {
+        let saved = Checkpoint::load(run)?;
+        restore(&saved, run, &mut parameters, &mut plan, &mut optimizer, &mut totals)?;
+        (step, earlier) = (saved.step, saved.seconds);
+    }
+    let mut log = match out {
+        None => None,
+        Some(run) => Some(open_run(run, options, resume, step)?),
+    };
+
+    let count = train.len();
+    let images = DeviceImages::new(&device, &train)?;
+    let batch_shape = BatchShape { batch, height, width, channels };
+    progress(Progress::Start {
+        device: format!("{} ({})", device.name(), device.description()),
+        data: name,
+        images: (count, test.len()),
+        parameters: layout.parameters(),
+        arena_bytes: plan.arena_bytes(),
+        steps: (steps, step),
+        steps_per_epoch,
+    });
+
+    let mut order: Vec<u32> = (0..count as u32).collect();
+    let mut order_on_device = device.upload(&order)?;
+    let mut seconds = earlier;
+    let mut epoch_seconds = 0.0;
+    let started_at = step;
+    let mut epoch_started_at = step;
+    let mut prepared_epoch = None;
+    let mut reported = Instant::now();
+    let mut test_result = None;
+    let mut clock = Instant::now();
+    while step < steps && !stop.load(Ordering::Relaxed) {
+        let (epoch, within) = (step / steps_per_epoch, (step % steps_per_epoch) as usize);
+        if prepared_epoch != Some(epoch) {
+            if !options.no_shuffle.unwrap_or_default() {
+                data::epoch_order(seed, epoch, &mut order);
+                order_on_device.write(&order)?;
+            }
+            prepared_epoch = Some(epoch);
+        }
+        let augment = (options.augment == Some(AugmentName::Basic)).then_some(Augment {
+            pad: 4,
+            flip: true,
+            seed,
+            counter: step * batch as u64,
+        });
+        let chosen = order_on_device.slice(within * batch..(within + 1) * batch)?;
+        let (out_images, out_labels) = plan.batch_mut()?;
+        let (pixels, labels) = (images.pixels.view(), images.labels.view());
+        image::batch(&batch_shape, pixels, labels, chosen, &normalization, augment, out_images, out_labels)?;
+        let lr = schedule.rate(step);
+        optimizer.step(&mut plan, &mut parameters, lr)?;
+        metrics::record(optimizer.loss()?, plan.correct()?, optimizer.skipped(), batch, totals.view_mut())?;
+        step += 1;
+
+        let epoch_ends = step % steps_per_epoch == 0 || step == steps;
+        let log_step = options.log_every.is_some_and(|every| every > 0 && step % every == 0);
+        if log_step && let Some(log) = &mut log {
+            log.write(&step_record(&optimizer.telemetry()?, step, epoch + 1, lr))?;
+        }
+        if epoch_ends || reported.elapsed() > REPORT {
+            reported = Instant::now();
+            let sums = read_totals(&totals)?;
+            let elapsed = epoch_seconds + clock.elapsed().as_secs_f64();
+            let images_per_second = (step - epoch_started_at) as f64 * batch as f64 / elapsed;
+            let (loss, accuracy) = (sums[0] / sums[2], sums[1] / sums[2]);
+            progress(Progress::Step { step, loss, accuracy, images_per_second });
+        }
+        if epoch_ends {
+            device.synchronize()?;
+            let elapsed = clock.elapsed().as_secs_f64();
+            (seconds, epoch_seconds) = (seconds + elapsed, epoch_seconds + elapsed);
+            let sums = read_totals(&totals)?;
+            let finite = |value: f64| value.is_finite().then_some(value);
+            let test = evaluator.evaluate(parameters.view(), plan.statistics().view(), |_| Ok(()))?;
+            let telemetry = optimizer.telemetry()?;
+            let record = Record::Epoch {
+                epoch: epoch + 1,
+                step,
+                train_loss: finite(sums[0] / sums[2]),
+                train_accuracy: finite(sums[1] / sums[2]),
+                test_loss: finite(test.loss),
+                test_accuracy: test.accuracy,
+                lr,
+                images_per_second: (step - epoch_started_at) as f64 * batch as f64 / epoch_seconds,
+                seconds,
+                skipped: telemetry.skipped,
+                dropped_alpha: telemetry.dropped_alpha,
+                dropped_beta: telemetry.dropped_beta,
+            };
+            totals.clear()?;
+            if let Some(log) = &mut log {
+                log.write(&record)?;
+            }
+            if let Some(run) = out {
+                save(run, &parameters, &plan, &optimizer, &totals, step, seconds)?;
+            }
+            progress(Progress::Epoch(record));
+            test_result = Some(test);
+            (epoch_seconds, epoch_started_at) = (0.0, step);
+            clock = Instant::now();
+        }
+    }
+    device.synchronize()?;
+    let interrupted = step < steps;
+    if interrupted {
+        seconds += clock.elapsed().as_secs_f64();
+        if let Some(run) = out {
+            save(run, &parameters, &plan, &optimizer, &totals, step, seconds)?;
+        }
+    } else if test_result.is_none() {
+        // A finished run was resumed: there is nothing to train, but its result can still be told.
+        test_result = Some(evaluator.evaluate(parameters.view(), plan.statistics().view(), |_| Ok(()))?);
+    }
+    let trained = (step - started_at) as f64 * batch as f64;
+    Ok(Summary {
+        interrupted,
+        steps: step,
+        skipped: optimizer.telemetry()?.skipped,
+        test: if interrupted { None } else { test_result },
+        seconds,
+        images_per_second: if trained > 0.0 { trained / (seconds - earlier) } else { 0.0 },
+        out: out.map(Path::to_path_buf),
+    })
+}
+
+fn read_totals(totals: &Buffer<f64>) -> Result<[f64; 3], TrainError> {
+    let mut sums = [0.0; 3];
+    totals.read(&mut sums)?;
+    Ok(sums)
+}
+
+fn step_record(telemetry: &Telemetry, step: u64, epoch: u64, lr: f64) -> Record {
+    let finite = |value: f64| value.is_finite().then_some(value);
+    Record::Step {
+        step,
+        epoch,
+        loss: finite(telemetry.loss),
+        lr,
+        gradient_norm: finite(telemetry.gradient_norm),
+        a: telemetry.a.and_then(finite),
+        b: telemetry.b.and_then(finite),
+        vhv: telemetry.vhv.and_then(finite),
+        skipped: telemetry.skipped,
+        dropped_alpha: telemetry.dropped_alpha,
+        dropped_beta: telemetry.dropped_beta,
+    }
+}
+
+/// Prepares the folder of a run and its log.
+fn open_run(run: &Path, options: &Options, resume: bool, step: u64) -> Result<Log, TrainError> {
+    let config = run.join("config.toml");
+    if !resume && config.exists() {
+        return Err(TrainError::RunExists { path: run.into() });
+    }
+    std::fs::create_dir_all(run).map_err(TrainError::io(run))?;
+    let text = toml::to_string(options)
+        .map_err(|error| TrainError::Settings { path: config.clone(), reason: error.to_string() })?;
+    std::fs::write(&config, text).map_err(TrainError::io(&config))?;
+    Log::open(&run.join("log.jsonl"), step)
+}
+
+fn save(
+    run: &Path,
+    parameters: &Buffer<f32>,
+    plan: &Plan<f32>,
+    optimizer: &Optimizer<f32>,
+    totals: &Buffer<f64>,
+    step: u64,
+    seconds: f64,
+) -> Result<(), TrainError> {
+    let state = optimizer.state();
+    let checkpoint = Checkpoint {
+        weights: parameters.to_vec()?,
+        statistics: plan.statistics().to_vec()?,
+        momentum: state.momentum.to_vec()?,
+        second_moment: state.second_moment.to_vec()?,
+        counters: state.counters.to_vec()?,
+        totals: totals.to_vec()?,
+        step,
+        seconds,
+    };
+    let model = [(plan.parameters(), &*checkpoint.weights), (plan.statistics_layout(), &*checkpoint.statistics)];
+    weights::save(&run.join("model.safetensors"), &model)?;
+    checkpoint.save(run)
+}
+
+fn restore(
+    saved: &Checkpoint,
+    run: &Path,
+    parameters: &mut Buffer<f32>,
+    plan: &mut Plan<f32>,
+    optimizer: &mut Optimizer<f32>,
+    totals: &mut Buffer<f64>,
+) -> Result<(), TrainError> {
+    let state = optimizer.state_mut();
+    let lengths = [
+        ("weights", saved.weights.len(), parameters.len()),
+        ("statistics", saved.statistics.len(), plan.statistics().len()),
+        ("momentum", saved.momentum.len(), state.momentum.len()),
+        ("second_moment", saved.second_moment.len(), state.second_moment.len()),
+        ("counters", saved.counters.len(), state.counters.len()),
+        ("totals", saved.totals.len(), totals.len()),
+    ];
+    if let Some((name, found, expected)) = lengths.iter().find(|(_, found, expected)| found != expected) {
+        let reason = format!("`{name}` has {found} elements, these settings need {expected}");
+        return Err(TrainError::Weights { path: checkpoint::path(run), reason });
+    }
+    parameters.write(&saved.weights)?;
+    state.momentum.write(&saved.momentum)?;
+    state.second_moment.write(&saved.second_moment)?;
+    state.counters.write(&saved.counters)?;
+    totals.write(&saved.totals)?;
+    let statistics = parameters.device().upload(&saved.statistics)?;
+    plan.set_statistics(statistics.view())?;
+    Ok(())
+}

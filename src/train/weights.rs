@@ -1,0 +1,143 @@
+//! Weights in files: safetensors with torchvision's names and shapes.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::path::Path;
+
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+
+use super::TrainError;
+use crate::arena::{Layout, Tensor};
+
+/// Writes a model: parameters and running statistics under torchvision's names, f32, so that PyTorch's `load_state_dict`
+/// takes them.
+///
+/// # Errors
+/// Those of the file.
+pub fn save(path: &Path, model: &[(&Layout, &[f32])]) -> Result<(), TrainError> {
+    let tensors: Vec<(&str, Vec<usize>, Vec<f32>)> = model
+        .iter()
+        .flat_map(|(layout, values)| {
+            layout.tensors().iter().map(|tensor| {
+                let stored = &values[tensor.range()];
+                (tensor.name.as_str(), tensor.kind.file_shape(), tensor.kind.to_file(stored))
+            })
+        })
+        .collect();
+    let views: Vec<(&str, View<'_>)> = tensors
+        .iter()
+        .map(|(name, shape, values)| (*name, View { shape: shape.clone(), bytes: bytemuck::cast_slice(values) }))
+        .collect();
+    write(path, views, HashMap::from([("format".to_string(), "pt".to_string())]))
+}
+
+/// An f32 tensor for the writer.
+pub(super) struct View<'a> {
+    pub shape: Vec<usize>,
+    pub bytes: &'a [u8],
+}
+
+impl safetensors::View for View<'_> {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(self.bytes)
+    }
+    fn data_len(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+/// Writes tensors to a file that appears whole or not at all: beside its place first, then moved there.
+pub(super) fn write<'a>(
+    path: &Path,
+    tensors: Vec<(&str, View<'a>)>,
+    metadata: HashMap<String, String>,
+) -> Result<(), TrainError> {
+    let bytes = safetensors::serialize(tensors, Some(metadata))
+        .map_err(|error| TrainError::Weights { path: path.into(), reason: error.to_string() })?;
+    let partial = path.with_extension("partial");
+    std::fs::write(&partial, bytes).map_err(TrainError::io(&partial))?;
+    std::fs::rename(&partial, path).map_err(TrainError::io(path))
+}
+
+/// Reads a model into arenas of these layouts, padding zero. A `module.` prefix and the usual other names (`linear` for `fc`,
+/// `shortcut` for `downsample`) are understood; `num_batches_tracked` is passed over; f16, bf16 and f64 are converted.
+///
+/// # Errors
+/// A file that is no safetensors file, a tensor that is missing, unknown or of another shape: the file is of another model.
+pub fn load(path: &Path, layouts: [&Layout; 2]) -> Result<[Vec<f32>; 2], TrainError> {
+    let failed = |reason: String| TrainError::Weights { path: path.into(), reason };
+    let bytes = std::fs::read(path).map_err(TrainError::io(path))?;
+    let file = SafeTensors::deserialize(&bytes)
+        .map_err(|error| failed(format!("no safetensors file, or a damaged one ({error})")))?;
+    let mut arenas = layouts.map(|layout| vec![0.0f32; layout.len()]);
+    let mut found = layouts.map(|layout| vec![false; layout.tensors().len()]);
+    for (name, view) in file.iter() {
+        let known = canonical(name);
+        if known.ends_with("num_batches_tracked") {
+            continue;
+        }
+        let place = layouts.iter().enumerate().find_map(|(role, layout)| {
+            let index = layout.tensors().iter().position(|tensor| tensor.name == known)?;
+            Some((role, index, &layout.tensors()[index]))
+        });
+        let Some((role, index, tensor)) = place else {
+            return Err(failed(format!("tensor `{name}` does not belong to this model")));
+        };
+        let values = values(tensor, name, &view).map_err(&failed)?;
+        arenas[role][tensor.range()].copy_from_slice(&tensor.kind.from_file(&values));
+        if std::mem::replace(&mut found[role][index], true) {
+            return Err(failed(format!("two tensors are `{known}`")));
+        }
+    }
+    for (layout, found) in layouts.iter().zip(&found) {
+        if let Some(missing) = found.iter().position(|found| !found) {
+            return Err(failed(format!(
+                "tensor `{}` is missing: the file is of another model",
+                layout.tensors()[missing].name
+            )));
+        }
+    }
+    Ok(arenas)
+}
+
+/// A name as torchvision has it.
+fn canonical(name: &str) -> String {
+    let name = name.strip_prefix("module.").unwrap_or(name);
+    let name = name.replace(".shortcut.", ".downsample.");
+    match name.strip_prefix("linear.") {
+        Some(rest) => format!("fc.{rest}"),
+        None => name,
+    }
+}
+
+/// A tensor's values as f32, in the file's order.
+fn values(tensor: &Tensor, name: &str, view: &TensorView<'_>) -> Result<Vec<f32>, String> {
+    let expected = tensor.kind.file_shape();
+    if view.shape() != expected {
+        return Err(format!("tensor `{name}` has shape {:?}, this model's has {expected:?}", view.shape()));
+    }
+    let data = view.data();
+    match view.dtype() {
+        Dtype::F32 => Ok(elements(data, f32::from_le_bytes)),
+        Dtype::F64 => Ok(elements(data, |bytes| f64::from_le_bytes(bytes) as f32)),
+        Dtype::F16 => Ok(elements(data, |bytes| half::f16::from_le_bytes(bytes).to_f32())),
+        Dtype::BF16 => Ok(elements(data, |bytes| half::bf16::from_le_bytes(bytes).to_f32())),
+        other => Err(format!("tensor `{name}` holds {other:?}, expected floating-point numbers")),
+    }
+}
+
+pub(super) fn elements<const N: usize, T>(data: &[u8], convert: impl Fn([u8; N]) -> T) -> Vec<T> {
+    data.chunks_exact(N)
+        .map(|chunk| {
+            let mut bytes = [0; N];
+            bytes.copy_from_slice(chunk);
+            convert(bytes)
+        })
+        .collect()
+}

@@ -1,0 +1,74 @@
+//! A training step after the first allocates nothing: neither on the device (host memory goes through the same allocator
+//! here) nor beside it.
+
+mod common;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use polder::kernels::image::{self, Augment, BatchShape, Normalization};
+use polder::nn::{Model, Shortcut, initial_weights};
+use polder::optim::{Base, CrSamTerms, Form, Method, Norm, Optimizer, Settings};
+use polder::plan::{Plan, PlanOptions, Shape};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call goes to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn dealloc(&self, address: *mut u8, layout: Layout) {
+        // SAFETY: the caller's.
+        unsafe { System.dealloc(address, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+#[test]
+fn a_step_after_the_first_allocates_nothing() {
+    let terms = CrSamTerms { form: Form::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
+    let methods = [Method::Plain, Method::Sam { rho: 0.05, norm: Norm::Two }, Method::CrSam { rho: 0.1, terms }];
+    let bases = [Base::Sgd { momentum: 0.9, nesterov: false }, Base::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 }];
+    let mut devices = common::devices();
+    devices.retain(|(name, _)| !name.contains("backwards") && !name.contains("random"));
+    for (name, device) in devices {
+        let (batch, side) = if name.starts_with("gpu shapes") { (2, 8) } else { (16, 32) };
+        for (method, base) in methods.iter().zip(bases.iter().cycle()) {
+            let shape = Shape { batch, height: side, width: side, channels: 3 };
+            let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut: Shortcut::B }.trace(shape, 10).unwrap();
+            let mut plan = Plan::<f32>::new(&device, graph, logits, PlanOptions::training()).unwrap();
+            let len = plan.parameters().len();
+            let mut weights = device.upload(&initial_weights(plan.parameters(), 1).unwrap()).unwrap();
+            let settings = Settings { method: *method, base: *base, weight_decay: 5e-4, decay_len: len };
+            let mut optimizer = Optimizer::new(&device, len, settings).unwrap();
+            let pixels: Vec<u8> = (0..64 * side * side * 3).map(|i| (i * 7919 % 251) as u8).collect();
+            let (pixels, labels) = (device.upload(&pixels).unwrap(), device.upload(&[3u32; 64]).unwrap());
+            let order = device.upload(&(0..batch as u32).collect::<Vec<_>>()).unwrap();
+            let mut step = |counter| {
+                let normalization = Normalization { mean: [0.5; 4], std: [0.25; 4] };
+                let shape = BatchShape { batch, height: side, width: side, channels: 3 };
+                let augment = Some(Augment { pad: 4, flip: true, seed: 1, counter });
+                let (out, truth) = plan.batch_mut().unwrap();
+                image::batch(&shape, pixels.view(), labels.view(), order.view(), &normalization, augment, out, truth)
+                    .unwrap();
+                optimizer.step(&mut plan, &mut weights, 0.01).unwrap();
+            };
+            step(0);
+            device.synchronize().unwrap();
+            let before = ALLOCATIONS.load(Ordering::Relaxed);
+            for counter in 1..4 {
+                step(counter);
+            }
+            device.synchronize().unwrap();
+            let allocated = ALLOCATIONS.load(Ordering::Relaxed) - before;
+            assert_eq!(allocated, 0, "{method:?} on {name}: allocations in three steps");
+        }
+    }
+}

@@ -1,0 +1,268 @@
+//! The program as a user meets it: what it trains, what it writes, how it resumes, and one clear line for every mistake.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+fn polder(arguments: &[&str]) -> Output {
+    let program = std::env::var("POLDER_PROGRAM").unwrap_or_else(|_| env!("CARGO_BIN_EXE_polder").into());
+    Command::new(program).args(arguments).stdin(Stdio::null()).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// The one line of a mistake: exit code 2, nothing on standard output, one line on standard error.
+fn mistake(arguments: &[&str]) -> String {
+    let output = polder(arguments);
+    let message = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{arguments:?}: {message}");
+    assert!(output.stdout.is_empty(), "{arguments:?}: {}", text(&output.stdout));
+    assert_eq!(message.lines().count(), 1, "{arguments:?}: {message}");
+    message
+}
+
+fn json(output: &Output) -> serde_json::Value {
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let lines = text(&output.stdout);
+    assert_eq!(lines.lines().count(), 1, "{lines}");
+    serde_json::from_str(&lines).unwrap()
+}
+
+/// A small IDX data set of 8×9 images: two classes, told apart by which half is bright.
+fn idx_folder(folder: &Path) -> PathBuf {
+    for (images, labels, count) in [("train-images", "train-labels", 96u32), ("t10k-images", "t10k-labels", 50)] {
+        let mut pixels = vec![0, 0, 8, 3];
+        let mut truth = vec![0, 0, 8, 1];
+        truth.extend(count.to_be_bytes());
+        for extent in [count, 8, 9] {
+            pixels.extend(extent.to_be_bytes());
+        }
+        for sample in 0..count {
+            let class = sample * 7 % 3 % 2;
+            truth.push(class as u8);
+            for pixel in 0..72 {
+                let bright = (pixel / 36 == class) as u32 * 120;
+                pixels.push((bright + (sample * 31 + pixel * 17) % 97) as u8);
+            }
+        }
+        std::fs::write(folder.join(format!("{images}-idx3-ubyte")), pixels).unwrap();
+        std::fs::write(folder.join(format!("{labels}-idx1-ubyte")), truth).unwrap();
+    }
+    folder.to_path_buf()
+}
+
+#[test]
+fn training_writes_what_evaluation_reads_and_the_same_seed_gives_the_same_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = idx_folder(folder.path());
+    let data = data.to_str().unwrap();
+    let run = |name: &str, extra: &[&str]| {
+        let out = folder.path().join(name);
+        let mut arguments =
+            vec!["train", "--data", data, "--batch-size", "16", "--epochs", "2", "--device", "cpu", "--json"];
+        arguments.extend(["--out", out.to_str().unwrap()]);
+        arguments.extend(extra);
+        (json(&polder(&arguments)), out)
+    };
+    for optimizer in ["sgd", "sam", "cr-sam", "adamw"] {
+        let (one, first) = run(&format!("{optimizer}-1"), &["--optimizer", optimizer, "--threads", "1"]);
+        let (two, second) = run(&format!("{optimizer}-2"), &["--optimizer", optimizer, "--threads", "2"]);
+        assert_eq!(one["test"], two["test"]);
+        let model = |run: &Path| std::fs::read(run.join("model.safetensors")).unwrap();
+        assert_eq!(model(&first), model(&second), "{optimizer}: one and two threads");
+        let (_, other) = run(&format!("{optimizer}-3"), &["--optimizer", optimizer, "--seed", "1"]);
+        assert_ne!(model(&first), model(&other), "{optimizer}: another seed");
+
+        let weights = first.join("model.safetensors");
+        let logits = folder.path().join("logits.npy");
+        let found = json(&polder(&[
+            "eval",
+            "--model",
+            "resnet8",
+            "--init",
+            weights.to_str().unwrap(),
+            "--data",
+            data,
+            "--device",
+            "cpu",
+            "--batch-size",
+            "7",
+            "--logits",
+            logits.to_str().unwrap(),
+            "--json",
+        ]));
+        assert_eq!(found["samples"], 50);
+        assert_eq!(found["errors"], one["test"]["errors"], "{optimizer}");
+        let (a, b) = (found["loss"].as_f64().unwrap(), one["test"]["loss"].as_f64().unwrap());
+        assert!((a - b).abs() < 1e-6, "batches of another size round otherwise: {a} and {b}");
+        let npy = npyz::NpyFile::new(&std::fs::read(&logits).unwrap()[..]).unwrap();
+        assert_eq!(npy.shape(), [50, 2]);
+    }
+    let log = std::fs::read_to_string(folder.path().join("sam-1/log.jsonl")).unwrap();
+    assert_eq!(log.lines().count(), 2);
+    let last: serde_json::Value = serde_json::from_str(log.lines().last().unwrap()).unwrap();
+    assert_eq!((&last["kind"], &last["epoch"], &last["step"]), (&"epoch".into(), &2.into(), &12.into()));
+}
+
+#[test]
+fn a_resumed_run_ends_with_the_same_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = idx_folder(folder.path());
+    let data = data.to_str().unwrap();
+    for optimizer in ["cr-sam", "adamw"] {
+        let common = [
+            "train",
+            "--data",
+            data,
+            "--batch-size",
+            "16",
+            "--device",
+            "cpu",
+            "--optimizer",
+            optimizer,
+            "--log-every",
+            "1",
+        ];
+        let whole = folder.path().join(format!("{optimizer}-whole"));
+        let parts = folder.path().join(format!("{optimizer}-parts"));
+        let (whole_out, parts_out) = (whole.to_str().unwrap(), parts.to_str().unwrap());
+        assert!(polder(&[&common[..], &["--epochs", "3", "--out", whole_out]].concat()).status.success());
+        // Stop after one epoch and two steps, in the middle of the second; the rate must be that of the whole run.
+        let cut = [&common[..], &["--steps", "8", "--schedule", "constant", "--out", parts_out]].concat();
+        let constant = folder.path().join(format!("{optimizer}-constant"));
+        let uncut =
+            [&common[..], &["--steps", "18", "--schedule", "constant", "--out", constant.to_str().unwrap()]].concat();
+        assert!(polder(&cut).status.success());
+        assert!(polder(&uncut).status.success());
+        assert!(polder(&["train", "--resume", parts_out, "--steps", "18"]).status.success());
+        let read = |run: &Path, file: &str| std::fs::read(run.join(file)).unwrap();
+        assert_eq!(read(&parts, "model.safetensors"), read(&constant, "model.safetensors"), "{optimizer}");
+        assert_ne!(read(&parts, "model.safetensors"), read(&whole, "model.safetensors"));
+        let steps = |run: &Path| {
+            let log = text(&read(run, "log.jsonl"));
+            log.lines().filter(|line| line.contains("\"kind\":\"step\"")).map(str::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(steps(&parts), steps(&constant), "{optimizer}");
+        assert_eq!(steps(&parts).len(), 18);
+        // A finished run can be resumed: it only says what it reached.
+        let again = json(&polder(&["train", "--resume", parts_out, "--json"]));
+        assert_eq!(again["steps"], 18);
+        assert!(again["test"]["accuracy"].is_number());
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupt_finishes_the_step_and_the_run_can_go_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = idx_folder(folder.path());
+    let out = folder.path().join("run");
+    let arguments =
+        ["train", "--data", data.to_str().unwrap(), "--batch-size", "16", "--steps", "100000", "--device", "cpu"];
+    let program = std::env::var("POLDER_PROGRAM").unwrap_or_else(|_| env!("CARGO_BIN_EXE_polder").into());
+    let mut child = Command::new(program)
+        .args(arguments)
+        .args(["--out", out.to_str().unwrap()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let checkpoint = out.join("checkpoint/state.safetensors");
+    while !checkpoint.exists() {
+        assert!(child.try_wait().unwrap().is_none(), "ended before its first epoch");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let output = child.wait_with_output().unwrap();
+    let message = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(130), "{message}");
+    assert!(message.contains("--resume"), "{message}");
+    let log = std::fs::read_to_string(out.join("log.jsonl")).unwrap();
+    let last: serde_json::Value = serde_json::from_str(log.lines().last().unwrap()).unwrap();
+    let more = (last["step"].as_u64().unwrap() + 20).to_string();
+    let resumed = json(&polder(&["train", "--resume", out.to_str().unwrap(), "--steps", &more, "--json"]));
+    assert_eq!(resumed["interrupted"], false);
+}
+
+#[test]
+fn every_mistake_is_one_clear_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = idx_folder(folder.path());
+    let (data, path) = (data.to_str().unwrap(), |name: &str| folder.path().join(name).to_str().unwrap().to_string());
+    let says = |arguments: &[&str], words: &[&str]| {
+        let message = mistake(arguments);
+        assert!(words.iter().all(|word| message.contains(word)), "{arguments:?}: {message}");
+    };
+    says(&["train", "--lernrate", "1"], &["--lernrate"]);
+    says(&["train", "--optimizer", "sgdd"], &["sgdd", "cr-sam"]);
+    says(&["train", "--batch-size", "zero"], &["--batch-size", "zero"]);
+    says(&["train", "--batch-size", "0"], &["--batch-size", "at least 1"]);
+    says(&["train", "--lr", "-1"], &["--lr", "-1"]);
+    says(&["train", "--lr", "nan"], &["--lr", "NaN"]);
+    says(&["train", "--rho", "0.1", "--optimizer", "sgd"], &["--rho", "sgd"]);
+    says(&["train", "--label-noise", "2"], &["--label-noise", "0 to 1"]);
+    says(&["train", "--model", "resnet9"], &["resnet9", "resnet20"]);
+    says(&["train", "--model", "resnet18", "--shortcut", "a"], &["resnet18"]);
+    says(&["train", "--device", "tpu"], &["tpu"]);
+    says(&["train", "--device", "cuda:99"], &["cuda:99"]);
+    says(&["train", "--data", &path("nowhere")], &["nowhere"]);
+    says(&["train", "--data", data, "--batch-size", "1000"], &["--batch-size", "96"]);
+    says(&["train", "--data", data, "--mean", "0.1,0.2"], &["--mean", "1 channel"]);
+    says(&["train", "--data", data, "--std", "0"], &["--std"]);
+    says(&["train", "--data", data, "--train-size", "97"], &["97", "96"]);
+    says(&["train", "--config", &path("none.toml")], &["none.toml"]);
+    std::fs::write(path("bad.toml"), "lr = 0.1\nlerning-rate = 3\n").unwrap();
+    says(&["train", "--config", &path("bad.toml")], &["bad.toml", "line 2", "lerning-rate"]);
+    says(&["train", "--resume", &path("nowhere")], &["nowhere"]);
+    std::fs::create_dir(path("taken")).unwrap();
+    std::fs::write(path("taken/config.toml"), "lr = 0.1\n").unwrap();
+    says(&["train", "--data", data, "--batch-size", "16", "--out", &path("taken")], &["taken", "--resume"]);
+    says(&["train", "--resume", &path("taken")], &["taken", "checkpoint"]);
+    std::fs::write(path("garbage.safetensors"), vec![7; 100]).unwrap();
+    let eval = ["eval", "--model", "resnet8", "--data", data, "--init"];
+    says(&[&eval[..], &[&path("garbage.safetensors")]].concat(), &["garbage.safetensors"]);
+    says(&[&eval[..], &[&path("absent.safetensors")]].concat(), &["absent.safetensors"]);
+    let out = path("run");
+    assert!(polder(&["train", "--data", data, "--batch-size", "16", "--steps", "1", "--out", &out]).status.success());
+    let weights = format!("{out}/model.safetensors");
+    let other = ["eval", "--model", "resnet20", "--data", data, "--init", &weights];
+    says(&other, &["model.safetensors", "missing"]);
+    let bytes = std::fs::read(&weights).unwrap();
+    std::fs::write(path("short.safetensors"), &bytes[..bytes.len() / 2]).unwrap();
+    says(&[&eval[..], &[&path("short.safetensors")]].concat(), &["short.safetensors"]);
+}
+
+#[test]
+fn devices_lists_the_cpu_and_says_why_there_is_no_gpu() {
+    let list = json(&polder(&["devices", "--json"]));
+    let devices = list["devices"].as_array().unwrap();
+    assert_eq!((&devices[0]["name"], &devices[0]["usable"]), (&"cpu".into(), &true.into()));
+    assert!(devices.len() > 1);
+    assert!(text(&polder(&["devices"]).stdout).starts_with("cpu"));
+}
+
+#[test]
+fn settings_come_from_the_file_and_flags_win() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = idx_folder(folder.path());
+    let file = folder.path().join("run.toml");
+    std::fs::write(
+        &file,
+        format!("data = {data:?}\noptimizer = \"cr-sam\"\nalpha = 0.3\nepochs = 5\nbatch-size = 16\n"),
+    )
+    .unwrap();
+    let out = folder.path().join("run");
+    let arguments = ["train", "--config", file.to_str().unwrap(), "--steps", "2", "--lr", "0.02", "--json", "--out"];
+    let found = json(&polder(&[&arguments[..], &[out.to_str().unwrap()]].concat()));
+    let options = &found["options"];
+    assert_eq!((&options["alpha"], &options["lr"], &options["steps"]), (&0.3.into(), &0.02.into(), &2.into()));
+    assert!(options["epochs"].is_null());
+    // The written settings are all settings: run again from them alone, they give the same weights.
+    let again = folder.path().join("again");
+    let config = out.join("config.toml");
+    json(&polder(&["train", "--config", config.to_str().unwrap(), "--json", "--out", again.to_str().unwrap()]));
+    let model = |run: &Path| std::fs::read(run.join("model.safetensors")).unwrap();
+    assert_eq!(model(&out), model(&again));
+}

@@ -1,0 +1,82 @@
+//! What the kernel tests share: the devices to run on, seeded numbers, and comparisons that say where two vectors differ.
+#![allow(dead_code)]
+
+use polder::device::{Device, HostOptions, Scalar, Schedule};
+
+/// Every way to run a kernel here: the CPU's shapes on one and on two threads, the GPU's shapes on the CPU in three orders, and
+/// the GPU that `POLDER_TEST_DEVICE` names.
+pub fn devices() -> Vec<(String, Device)> {
+    let host = |threads, schedule, gpu_shapes| Device::host_with(HostOptions { threads, schedule, gpu_shapes });
+    let mut devices = vec![
+        ("cpu, 1 thread".to_string(), host(1, Schedule::Forwards, false)),
+        ("cpu, 2 threads".to_string(), host(2, Schedule::Forwards, false)),
+        ("gpu shapes, forwards".to_string(), host(2, Schedule::Forwards, true)),
+        ("gpu shapes, backwards".to_string(), host(1, Schedule::Backwards, true)),
+        ("gpu shapes, random".to_string(), host(1, Schedule::Random(7), true)),
+    ];
+    if let Ok(name) = std::env::var("POLDER_TEST_DEVICE") {
+        devices.push((name.clone(), Device::from_name(&name).unwrap()));
+    }
+    devices
+}
+
+/// Those of [`devices`] that have double precision.
+pub fn host_devices() -> Vec<(String, Device)> {
+    devices().into_iter().filter(|(_, device)| device.is_host()).collect()
+}
+
+/// A small seeded generator (SplitMix64), independent of the library's own.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in [0, 1).
+    pub fn uniform(&mut self) -> f64 {
+        (self.bits() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// Roughly normal (the sum of twelve uniforms): enough for inputs.
+    pub fn normal(&mut self) -> f64 {
+        (0..12).map(|_| self.uniform()).sum::<f64>() - 6.0
+    }
+
+    pub fn below(&mut self, limit: usize) -> usize {
+        (self.bits() % limit as u64) as usize
+    }
+
+    /// `n` normal numbers, rounded to `T`.
+    pub fn vector<T: Scalar>(&mut self, n: usize) -> Vec<T> {
+        (0..n).map(|_| T::from_f64(self.normal())).collect()
+    }
+}
+
+pub fn to_f64<T: Scalar>(values: &[T]) -> Vec<f64> {
+    values.iter().map(|&value| value.into()).collect()
+}
+
+/// Fails unless every element is within `tolerance` of the reference's largest magnitude (so that sums of many terms are
+/// judged by their scale, and a wrong element of any size shows).
+pub fn assert_close<T: Scalar>(what: &str, found: &[T], expected: &[f64], tolerance: f64) {
+    assert_eq!(found.len(), expected.len(), "{what}: length");
+    let scale = expected.iter().fold(0.0f64, |scale, value| scale.max(value.abs())).max(1e-30);
+    for (index, (&value, &reference)) in found.iter().zip(expected).enumerate() {
+        let value: f64 = value.into();
+        let error = (value - reference).abs() / scale;
+        assert!(
+            error <= tolerance,
+            "{what}[{index}]: {value} instead of {reference} (error {error:.2e} of {scale:.3e})"
+        );
+    }
+}
+
+/// The bits of a vector, for comparisons that allow no difference at all.
+pub fn bits<T: Scalar>(values: &[T]) -> Vec<u64> {
+    values.iter().map(|&value| Into::<f64>::into(value).to_bits()).collect()
+}

@@ -1,0 +1,272 @@
+//! Convolutions against a direct sum in double precision, on every device and in every schedule.
+
+mod common;
+
+use common::{Random, assert_close, bits, devices, host_devices, to_f64};
+use polder::device::{Buffer, Device, Error, HostOptions, Result, Scalar};
+use polder::kernels::conv::{self, ConvShape};
+
+const fn shape(extents: [usize; 5], kernel: usize, stride: usize, padding: usize) -> ConvShape {
+    let [batch, height, width, in_channels, out_channels] = extents;
+    ConvShape { batch, height, width, in_channels, out_channels, kernel, stride, padding }
+}
+
+/// Small, uneven shapes: tails of every tile, odd and even sizes under stride 2, with and without padding.
+const SHAPES: [ConvShape; 25] = [
+    shape([2, 5, 6, 3, 16], 3, 1, 1),
+    shape([1, 5, 6, 3, 10], 3, 2, 1),
+    shape([3, 7, 5, 4, 17], 3, 1, 0),
+    shape([5, 6, 5, 16, 16], 3, 1, 1),
+    shape([2, 8, 8, 16, 32], 3, 2, 1),
+    shape([2, 7, 9, 16, 33], 3, 2, 1),
+    shape([2, 8, 7, 17, 16], 3, 2, 0),
+    shape([1, 9, 8, 33, 10], 3, 2, 0),
+    shape([4, 5, 6, 3, 7], 1, 1, 0),
+    shape([3, 5, 6, 16, 32], 1, 2, 0),
+    shape([3, 6, 5, 33, 17], 1, 2, 0),
+    shape([2, 4, 3, 5, 6], 1, 1, 1),
+    shape([2, 5, 4, 5, 6], 1, 2, 1),
+    shape([1, 11, 9, 20, 24], 3, 1, 1),
+    shape([2, 4, 4, 64, 64], 3, 1, 1),
+    shape([3, 3, 3, 96, 20], 3, 2, 1),
+    shape([1, 1, 1, 3, 2], 1, 1, 0),
+    shape([1, 1, 1, 3, 2], 3, 1, 1),
+    shape([2, 10, 12, 3, 8], 5, 2, 2),
+    shape([1, 13, 14, 3, 9], 7, 2, 3),
+    shape([1, 7, 8, 2, 3], 3, 3, 1),
+    shape([1, 6, 9, 2, 3], 2, 3, 0),
+    shape([1, 3, 4, 2, 3], 1, 1, 2),
+    shape([1, 6, 7, 130, 70], 3, 1, 1),
+    shape([37, 3, 2, 6, 5], 3, 1, 1),
+];
+
+/// `dx` starts from these numbers where the gradient is added to it.
+struct Case<T> {
+    x: Vec<T>,
+    weight: Vec<T>,
+    dy: Vec<T>,
+    dx: Vec<T>,
+}
+
+fn case<T: Scalar>(shape: &ConvShape, seed: u64) -> Case<T> {
+    let mut random = Random(seed);
+    Case {
+        x: random.vector(shape.input_len()),
+        weight: random.vector(shape.weight_len()),
+        dy: random.vector(shape.output_len()),
+        dx: random.vector(shape.input_len()),
+    }
+}
+
+/// The definition, term by term: (y, dx, dw).
+fn reference(shape: &ConvShape, x: &[f64], weight: &[f64], dy: &[f64]) -> [Vec<f64>; 3] {
+    let (c, o) = (shape.in_channels, shape.out_channels);
+    let mut results = [vec![0.0; shape.output_len()], vec![0.0; x.len()], vec![0.0; weight.len()]];
+    let [y, dx, dw] = &mut results;
+    for n in 0..shape.batch {
+        for i in 0..shape.out_height() {
+            for j in 0..shape.out_width() {
+                let output = ((n * shape.out_height() + i) * shape.out_width() + j) * o;
+                for tap in 0..shape.kernel * shape.kernel {
+                    let row = (i * shape.stride + tap / shape.kernel).checked_sub(shape.padding);
+                    let column = (j * shape.stride + tap % shape.kernel).checked_sub(shape.padding);
+                    let (Some(row), Some(column)) = (row, column) else { continue };
+                    if row >= shape.height || column >= shape.width {
+                        continue;
+                    }
+                    let input = ((n * shape.height + row) * shape.width + column) * c;
+                    for channel in 0..c {
+                        for out in 0..o {
+                            let w = (tap * c + channel) * o + out;
+                            y[output + out] += x[input + channel] * weight[w];
+                            dx[input + channel] += dy[output + out] * weight[w];
+                            dw[w] += x[input + channel] * dy[output + out];
+                        }
+                    }
+                }
+            }
+        }
+    }
+    results
+}
+
+/// All passes on a device, outputs and workspace poisoned beforehand: y, dx, dx added to `case.dx`, dw.
+fn run<T: Scalar>(device: &Device, shape: &ConvShape, case: &Case<T>) -> Result<[Vec<T>; 4]> {
+    let (x, weight) = (device.upload(&case.x)?, device.upload(&case.weight)?);
+    let (dy, mut added) = (device.upload(&case.dy)?, device.upload(&case.dx)?);
+    let mut y = device.poisoned(case.dy.len())?;
+    let mut dx = device.poisoned(case.x.len())?;
+    let mut dw = device.poisoned(case.weight.len())?;
+    let workspace = || -> Result<Buffer<T>> { device.poisoned(shape.workspace_len(device)) };
+    conv::forward(shape, x.view(), weight.view(), y.view_mut(), workspace()?.view_mut())?;
+    conv::input_gradient(shape, dy.view(), weight.view(), dx.view_mut(), false, workspace()?.view_mut())?;
+    conv::input_gradient(shape, dy.view(), weight.view(), added.view_mut(), true, workspace()?.view_mut())?;
+    conv::weight_gradient(shape, x.view(), dy.view(), dw.view_mut(), workspace()?.view_mut())?;
+    Ok([y.to_vec()?, dx.to_vec()?, added.to_vec()?, dw.to_vec()?])
+}
+
+fn check<T: Scalar>(devices: &[(String, Device)], tolerance: f64) {
+    for (number, shape) in SHAPES.iter().enumerate() {
+        let case = case::<T>(shape, number as u64);
+        let [y, dx, dw] = reference(shape, &to_f64(&case.x), &to_f64(&case.weight), &to_f64(&case.dy));
+        let added: Vec<f64> = dx.iter().zip(&case.dx).map(|(&dx, &start)| dx + start.into()).collect();
+        for (name, device) in devices {
+            let found = run(device, shape, &case).unwrap_or_else(|e| panic!("{name}, {shape:?}: {e}"));
+            let passes = [("y", &y), ("dx", &dx), ("dx added", &added), ("dw", &dw)];
+            for (found, (pass, expected)) in found.iter().zip(passes) {
+                assert_close(&format!("{name}, {shape:?}: {pass}"), found, expected, tolerance);
+            }
+        }
+    }
+}
+
+#[test]
+fn equals_the_definition_in_single_precision() {
+    // Sums of up to 1170 terms, each rounded to 2^-24 of the running sum.
+    check::<f32>(&devices(), 3e-6);
+}
+
+#[test]
+fn equals_the_definition_in_double_precision() {
+    check::<f64>(&host_devices(), 1e-14);
+}
+
+/// The baseline instruction set is chosen when a process starts to use the device, so the test runs itself again.
+#[test]
+fn equals_the_definition_on_the_oldest_instruction_set() {
+    let this = std::env::current_exe().unwrap();
+    let status = std::process::Command::new(this)
+        .args(["--exact", "equals_the_definition_in_single_precision", "equals_the_definition_in_double_precision"])
+        .env("POLDER_ISA", "baseline")
+        .env_remove("POLDER_TEST_DEVICE")
+        .output()
+        .unwrap();
+    let output = String::from_utf8_lossy(&status.stdout);
+    assert!(status.status.success() && output.contains("2 passed"), "{output}");
+}
+
+/// The CPU's shapes on one thread and on many, and the GPU's shapes in every order, are each deterministic to the bit.
+#[test]
+fn bits_depend_on_neither_threads_nor_schedule() {
+    for (number, shape) in SHAPES.iter().enumerate() {
+        let case = case::<f32>(shape, 100 + number as u64);
+        let mut seen: [Option<(String, Vec<Vec<u64>>)>; 2] = [None, None];
+        for (name, device) in host_devices() {
+            let found: Vec<Vec<u64>> = run(&device, shape, &case).unwrap().iter().map(|pass| bits(pass)).collect();
+            let group = &mut seen[usize::from(name.starts_with("gpu"))];
+            match group {
+                Some((first, expected)) => assert_eq!(*expected, found, "{first} and {name} differ: {shape:?}"),
+                None => *group = Some((name, found)),
+            }
+        }
+        assert!(seen.iter().all(Option::is_some));
+    }
+}
+
+/// A shape large enough that images are split into bands and the depth into blocks, on the CPU's own shapes.
+#[test]
+fn splits_large_images_and_many_channels() {
+    let shapes =
+        [shape([2, 48, 40, 40, 48], 3, 1, 1), shape([1, 45, 47, 64, 20], 3, 2, 1), shape([40, 4, 4, 96, 33], 3, 1, 1)];
+    for (number, shape) in shapes.iter().enumerate() {
+        let case = case::<f64>(shape, 200 + number as u64);
+        let [y, dx, dw] = reference(shape, &case.x, &case.weight, &case.dy);
+        let device = Device::host_with(HostOptions { threads: 2, ..HostOptions::default() });
+        let [found_y, found_dx, _, found_dw] = run(&device, shape, &case).unwrap();
+        assert_close("y", &found_y, &y, 1e-14);
+        assert_close("dx", &found_dx, &dx, 1e-14);
+        assert_close("dw", &found_dw, &dw, 1e-14);
+    }
+}
+
+/// With loss = sum of dy * y, linear in x and in the weights: a central difference along any direction is exact but for
+/// rounding.
+#[test]
+fn gradients_equal_central_differences() {
+    for (number, shape) in SHAPES.iter().enumerate() {
+        let case = case::<f64>(shape, 300 + number as u64);
+        let mut random = Random(400 + number as u64);
+        for (name, device) in host_devices() {
+            let loss = |x: &[f64], weight: &[f64]| -> f64 {
+                let mut y = device.poisoned(shape.output_len()).unwrap();
+                let mut workspace = device.poisoned(shape.workspace_len(&device)).unwrap();
+                let (x, weight) = (device.upload(x).unwrap(), device.upload(weight).unwrap());
+                conv::forward(shape, x.view(), weight.view(), y.view_mut(), workspace.view_mut()).unwrap();
+                y.to_vec().unwrap().iter().zip(&case.dy).map(|(y, dy)| y * dy).sum()
+            };
+            let [_, dx, _, dw] = run(&device, shape, &case).unwrap();
+            let along_x: Vec<f64> = random.vector(case.x.len());
+            let along_w: Vec<f64> = random.vector(case.weight.len());
+            let moved = |from: &[f64], along: &[f64], step: f64| -> Vec<f64> {
+                from.iter().zip(along).map(|(from, along)| from + step * along).collect()
+            };
+            let dot = |a: &[f64], b: &[f64]| -> f64 { a.iter().zip(b).map(|(a, b)| a * b).sum() };
+            let step = 0.5;
+            let by_x = loss(&moved(&case.x, &along_x, step), &case.weight)
+                - loss(&moved(&case.x, &along_x, -step), &case.weight);
+            let by_w = loss(&case.x, &moved(&case.weight, &along_w, step))
+                - loss(&case.x, &moved(&case.weight, &along_w, -step));
+            let scale = loss(&case.x, &case.weight).abs().max(1.0) * 1e-11;
+            for (what, difference, exact) in
+                [("x", by_x / (2.0 * step), dot(&dx, &along_x)), ("w", by_w / (2.0 * step), dot(&dw, &along_w))]
+            {
+                assert!(
+                    (difference - exact).abs() <= scale.max(exact.abs() * 1e-11),
+                    "{name}, {shape:?}, d{what}: difference {difference}, gradient {exact}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn refuses_wrong_lengths_devices_and_shapes() {
+    let right = shape([2, 5, 6, 3, 7], 3, 1, 1);
+    let device = Device::host();
+    let call = |shape: &ConvShape, x: usize, weight: usize, y: usize, workspace: usize| -> Result<()> {
+        let (x, weight) = (device.zeros::<f32>(x)?, device.zeros::<f32>(weight)?);
+        let (mut y, mut workspace) = (device.zeros::<f32>(y)?, device.zeros::<f32>(workspace)?);
+        conv::forward(shape, x.view(), weight.view(), y.view_mut(), workspace.view_mut())?;
+        conv::weight_gradient(shape, x.view(), y.view(), device.zeros(weight.len())?.view_mut(), workspace.view_mut())?;
+        conv::input_gradient(
+            shape,
+            y.view(),
+            weight.view(),
+            device.zeros(x.len())?.view_mut(),
+            false,
+            workspace.view_mut(),
+        )
+    };
+    let lengths = [right.input_len(), right.weight_len(), right.output_len(), right.workspace_len(&device)];
+    let [x, weight, y, workspace] = lengths;
+    call(&right, x, weight, y, workspace).unwrap();
+    call(&right, x, weight, y, workspace + 5).unwrap();
+    for (argument, wrong) in [
+        ("x", [x - 1, weight, y, workspace]),
+        ("weight", [x, weight + 1, y, workspace]),
+        ("y", [x, weight, y + 1, workspace]),
+        ("workspace", [x, weight, y, workspace - 1]),
+    ] {
+        let [x, weight, y, workspace] = wrong;
+        let error = call(&right, x, weight, y, workspace).unwrap_err();
+        assert!(matches!(&error, Error::Length { argument: found, .. } if *found == argument), "{error}");
+    }
+    let other = Device::host();
+    let foreign = other.zeros::<f32>(weight).unwrap();
+    let (input, mut output) = (device.zeros::<f32>(x).unwrap(), device.zeros::<f32>(y).unwrap());
+    let mut scratch = device.zeros::<f32>(workspace).unwrap();
+    let error = conv::forward(&right, input.view(), foreign.view(), output.view_mut(), scratch.view_mut()).unwrap_err();
+    assert!(matches!(&error, Error::OtherDevice { argument: "weight", .. }), "{error}");
+
+    for wrong in [
+        ConvShape { stride: 0, ..right },
+        ConvShape { kernel: 0, ..right },
+        ConvShape { batch: 0, ..right },
+        ConvShape { kernel: 9, ..right },
+        ConvShape { batch: 1 << 30, ..right },
+        ConvShape { padding: usize::MAX / 2, ..right },
+    ] {
+        let error = wrong.check().unwrap_err();
+        assert!(matches!(&error, Error::Argument { .. }), "{error}");
+    }
+}

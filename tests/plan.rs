@@ -1,0 +1,199 @@
+//! The plan: gradients of whole networks against central differences in double, memory, statistics, and planning errors.
+
+mod common;
+
+use common::Random;
+use polder::arena::Kind;
+use polder::device::{Buffer, Device};
+use polder::kernels::batch_norm::Mode;
+use polder::nn::{Model, Shortcut};
+use polder::objective::{Objective, Statistics};
+use polder::plan::{Graph, Plan, PlanError, PlanOptions, Shape, Value};
+
+/// Random weights of a sane size: He's for matrices, near one for scales.
+fn weights(plan: &Plan<f64>, random: &mut Random) -> Vec<f64> {
+    let mut weights = vec![0.0; plan.parameters().len()];
+    for tensor in plan.parameters().tensors() {
+        for weight in &mut weights[tensor.range()] {
+            *weight = match tensor.kind {
+                Kind::Convolution { kernel, inputs, .. } => {
+                    random.normal() * (2.0 / (kernel * kernel * inputs) as f64).sqrt()
+                }
+                Kind::Linear { inputs, .. } => random.normal() / (inputs as f64).sqrt(),
+                Kind::Scale(_) => 1.0 + 0.2 * random.normal(),
+                _ => 0.2 * random.normal(),
+            };
+        }
+    }
+    weights
+}
+
+fn set_batch(plan: &mut Plan<f64>, random: &mut Random) {
+    let classes = plan.classes();
+    let (mut images, mut labels) = plan.batch_mut().unwrap();
+    images.write(&random.vector(images.len())).unwrap();
+    let truth: Vec<u32> = (0..labels.len()).map(|_| random.below(classes) as u32).collect();
+    labels.write(&truth).unwrap();
+}
+
+struct Pass {
+    loss: f64,
+    gradient: Vec<f64>,
+}
+
+fn pass(plan: &mut Plan<f64>, at: &[f64]) -> Pass {
+    let device = plan.device().clone();
+    let at = device.upload(at).unwrap();
+    let mut gradient: Buffer<f64> = device.zeros(at.len()).unwrap();
+    let (mut loss, mut flag) = (device.poisoned(1).unwrap(), device.zeros(1).unwrap());
+    plan.gradient(at.view(), Statistics::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
+    assert_eq!(flag.to_vec().unwrap(), [0]);
+    Pass { loss: loss.to_vec().unwrap()[0], gradient: gradient.to_vec().unwrap() }
+}
+
+/// Compares the plan's gradient with central differences along random directions.
+fn check_gradient(name: &str, device: &Device, graph: Graph, logits: Value, options: PlanOptions, seed: u64) {
+    let mut random = Random(seed);
+    let mut plan = Plan::<f64>::new(device, graph, logits, options).unwrap();
+    let at = weights(&plan, &mut random);
+    set_batch(&mut plan, &mut random);
+    let gradient = pass(&mut plan, &at).gradient;
+    // Every tensor on its own, so that a small one is not lost in the sum; then all together. Padding is no direction.
+    let ranges: Vec<_> = plan.parameters().tensors().iter().map(|tensor| tensor.range()).collect();
+    for range in &ranges {
+        let mut direction = vec![0.0; at.len()];
+        direction[range.clone()].fill_with(|| random.normal());
+        let slope: f64 = gradient.iter().zip(&direction).map(|(g, d)| g * d).sum();
+        // A ReLU's kink within the step spoils a difference: the smallest of three steps that agrees counts.
+        let errors = [1e-5, 1e-6, 1e-7].map(|h| {
+            let shifted =
+                |sign: f64| -> Vec<f64> { at.iter().zip(&direction).map(|(w, d)| w + sign * h * d).collect() };
+            let difference = (pass(&mut plan, &shifted(1.0)).loss - pass(&mut plan, &shifted(-1.0)).loss) / (2.0 * h);
+            (difference - slope).abs() / slope.abs().max(1e-2)
+        });
+        let error = errors.into_iter().fold(f64::INFINITY, f64::min);
+        assert!(error < 1e-6, "{name}: {range:?}: error {errors:?} of slope {slope}");
+    }
+    let padding = (0..at.len()).filter(|index| !ranges.iter().any(|range| range.contains(index)));
+    assert!(padding.into_iter().all(|index| gradient[index] == 0.0), "{name}: gradient in the padding");
+}
+
+#[test]
+fn gradients_of_whole_networks_match_central_differences() {
+    for (device_name, device) in common::host_devices() {
+        for (shortcut, mode, size) in
+            [(Shortcut::A, Mode::Train, (7, 6)), (Shortcut::B, Mode::Train, (8, 5)), (Shortcut::B, Mode::Eval, (5, 6))]
+        {
+            let shape = Shape { batch: 3, height: size.0, width: size.1, channels: 3 };
+            let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut }.trace(shape, 7).unwrap();
+            let options = PlanOptions { backward: true, batch_norm: mode, label_smoothing: 0.1 };
+            check_gradient(&format!("{shortcut:?} {mode:?} on {device_name}"), &device, graph, logits, options, 5);
+        }
+    }
+}
+
+#[test]
+fn gradients_through_every_operation_match_central_differences() {
+    // What the ResNets do not use: separate ReLU and sum, both sides of a sum trained, pools with overlap, values used thrice.
+    let device = Device::host();
+    let mut graph = Graph::new(Shape { batch: 4, height: 9, width: 7, channels: 2 });
+    let x = graph.input();
+    let x = graph.convolution(x, "a.weight", 5, 3, 1, 0).unwrap();
+    let left = graph.relu(x);
+    let right = graph.convolution(x, "b.weight", 5, 1, 1, 0).unwrap();
+    let sum = graph.add(left, right).unwrap();
+    let sum = graph.add(sum, x).unwrap();
+    let pooled = graph.average_pool(sum, 3, 2).unwrap();
+    let wide = graph.shortcut(pooled, 8, 1).unwrap();
+    let y = graph.batch_norm(wide, "bn", None, false).unwrap();
+    let doubled = graph.add(y, y).unwrap();
+    let y = graph.global_average_pool(doubled).unwrap();
+    let logits = graph.linear(y, "fc", 3).unwrap();
+    check_gradient("every operation", &device, graph, logits, PlanOptions::training(), 11);
+}
+
+#[test]
+fn a_parameter_without_influence_is_an_error_when_planned() {
+    let mut graph = Graph::new(Shape { batch: 2, height: 4, width: 4, channels: 3 });
+    let x = graph.input();
+    let used = graph.convolution(x, "used.weight", 4, 3, 1, 1).unwrap();
+    graph.convolution(x, "unused.weight", 4, 3, 1, 1).unwrap();
+    let pooled = graph.global_average_pool(used).unwrap();
+    let logits = graph.linear(pooled, "fc", 2).unwrap();
+    let error = Plan::<f32>::new(&Device::host(), graph, logits, PlanOptions::training()).err().unwrap();
+    assert_eq!(error, PlanError::NoGradient { parameter: "unused.weight".into() });
+}
+
+#[test]
+fn shapes_that_do_not_fit_are_errors_when_traced() {
+    let mut graph = Graph::new(Shape { batch: 2, height: 4, width: 5, channels: 3 });
+    let x = graph.input();
+    let y = graph.convolution(x, "a.weight", 4, 3, 2, 1).unwrap();
+    assert_eq!(graph.shape(y), Shape { batch: 2, height: 2, width: 3, channels: 4 });
+    assert!(graph.add(x, y).is_err());
+    assert!(graph.batch_norm(y, "bn", Some(x), true).is_err());
+    assert!(graph.linear(y, "fc", 2).is_err());
+    assert!(graph.shortcut(y, 3, 1).is_err());
+    assert!(graph.average_pool(y, 3, 1).is_err());
+    assert!(graph.convolution(x, "b.weight", 4, 7, 1, 0).is_err());
+    assert!(graph.convolution(x, "c.weight", 4, 3, 0, 1).is_err());
+    let duplicate = graph.convolution(x, "a.weight", 4, 3, 1, 1).err().unwrap();
+    assert_eq!(duplicate, PlanError::DuplicateParameter { name: "a.weight".into() });
+}
+
+#[test]
+fn activations_share_memory() {
+    let shape = Shape { batch: 16, height: 32, width: 32, channels: 3 };
+    let device = Device::host();
+    let plan = |options| {
+        let (graph, logits) = Model::CifarResNet { blocks: 3, shortcut: Shortcut::A }.trace(shape, 10).unwrap();
+        Plan::<f32>::new(&device, graph, logits, options).unwrap()
+    };
+    let (training, evaluation) = (plan(PlanOptions::training()), plan(PlanOptions::evaluation()));
+    // The forward pass of a ResNet-20 makes 19 activations before batch norm and 19 after it; training must keep them (less the
+    // nine sums that nothing reads again), evaluation needs three or so at a time.
+    assert!(training.arena_bytes() < training.unshared_bytes() * 7 / 10);
+    assert!(evaluation.arena_bytes() < evaluation.unshared_bytes() / 5);
+    assert!(evaluation.arena_bytes() < training.arena_bytes() / 5);
+}
+
+#[test]
+fn statistics_follow_the_rule_and_the_commit() {
+    let device = Device::host();
+    let mut graph = Graph::new(Shape { batch: 6, height: 1, width: 2, channels: 2 });
+    let x = graph.input();
+    let x = graph.batch_norm(x, "bn", None, false).unwrap();
+    let x = graph.global_average_pool(x).unwrap();
+    let logits = graph.linear(x, "fc", 2).unwrap();
+    let mut plan = Plan::<f64>::new(&device, graph, logits, PlanOptions::training()).unwrap();
+    let mut random = Random(3);
+    let at = device.upload(&weights(&plan, &mut random)).unwrap();
+    set_batch(&mut plan, &mut random);
+    let images = {
+        let (images, _) = plan.batch_mut().unwrap();
+        images.view().to_vec().unwrap()
+    };
+    let before = plan.statistics().to_vec().unwrap();
+    let mut gradient = device.zeros(at.len()).unwrap();
+    let (mut loss, mut flag) = (device.zeros(1).unwrap(), device.zeros(1).unwrap());
+    let mut run = |plan: &mut Plan<f64>, statistics| {
+        plan.gradient(at.view(), statistics, gradient.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
+    };
+    run(&mut plan, Statistics::Update);
+    run(&mut plan, Statistics::Keep);
+    assert_eq!(plan.statistics().to_vec().unwrap(), before, "nothing changes before the commit");
+    plan.commit(device.upload(&[1]).unwrap().view()).unwrap();
+    assert_eq!(plan.statistics().to_vec().unwrap(), before, "a skipped step changes nothing");
+    run(&mut plan, Statistics::Update);
+    plan.commit(device.upload(&[0]).unwrap().view()).unwrap();
+    let after = plan.statistics().to_vec().unwrap();
+    for channel in 0..2 {
+        let values: Vec<f64> = images.iter().skip(channel).step_by(2).copied().collect();
+        let mean = values.iter().sum::<f64>() / 12.0;
+        let unbiased = values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / 11.0;
+        let layout = plan.statistics_layout();
+        let at = |name: &str| after[layout.find(name).unwrap().offset + channel];
+        assert!((at("bn.running_mean") - 0.1 * mean).abs() < 1e-14);
+        assert!((at("bn.running_var") - (0.9 + 0.1 * unbiased)).abs() < 1e-14);
+    }
+}

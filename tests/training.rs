@@ -1,0 +1,319 @@
+//! Whole networks against float64 PyTorch: gradients, five training steps with every method, and the pretrained ResNet-20 on
+//! the CIFAR-10 test images. `tests/fixtures/README.md` says where the references come from.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+
+use common::Random;
+use polder::arena::{Kind, Layout};
+use polder::data::{self, Split};
+use polder::device::{Buffer, Device, HostOptions, Scalar};
+use polder::kernels::image::{self, BatchShape, Normalization};
+use polder::nn::{Model, Shortcut};
+use polder::objective::{Objective, Statistics};
+use polder::optim::{Base, CrSamTerms, Form, Method, Norm, Optimizer, Settings};
+use polder::plan::{Plan, PlanOptions, Shape};
+use polder::train::{Evaluator, weights};
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+fn fixture(name: &str) -> PathBuf {
+    let folder = std::env::var("POLDER_FIXTURES")
+        .unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures").to_string());
+    Path::new(&folder).join(name)
+}
+
+fn read_json(name: &str) -> Value {
+    serde_json::from_str(&std::fs::read_to_string(fixture(name)).unwrap()).unwrap()
+}
+
+fn floats(bytes: &[u8]) -> Vec<f64> {
+    bytes.chunks_exact(4).map(|b| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]]))).collect()
+}
+
+/// The tensors of a fixture in an arena of this layout.
+fn arena(layout: &Layout, file: &str) -> Vec<f64> {
+    let bytes = std::fs::read(fixture(file)).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let mut arena = vec![0.0; layout.len()];
+    for tensor in layout.tensors() {
+        let view = tensors.tensor(&tensor.name).unwrap();
+        assert_eq!(view.shape(), tensor.kind.file_shape(), "{}", tensor.name);
+        arena[tensor.range()].copy_from_slice(&tensor.kind.from_file(&floats(view.data())));
+    }
+    arena
+}
+
+fn number(value: &Value) -> f64 {
+    value.as_f64().unwrap_or_else(|| panic!("no number: {value}"))
+}
+
+fn array4(value: &Value) -> [f32; 4] {
+    let values: Vec<f32> = value.as_array().unwrap().iter().map(|v| number(v) as f32).collect();
+    [values[0], values[1], values[2], 1.0]
+}
+
+/// The pool of images that the fixtures' batches are rows of, on a device.
+struct Pool {
+    pixels: Buffer<u8>,
+    labels: Buffer<u32>,
+}
+
+impl Pool {
+    fn new(device: &Device) -> Self {
+        Self::cropped(device, 32, 32)
+    }
+
+    /// The upper left part of every image.
+    fn cropped(device: &Device, height: usize, width: usize) -> Self {
+        let bytes = std::fs::read(fixture("batches.safetensors")).unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let labels: Vec<u32> =
+            tensors.tensor("labels").unwrap().data().chunks_exact(8).map(|bytes| u32::from(bytes[0])).collect();
+        let rows = tensors.tensor("images").unwrap();
+        let rows = rows.data().chunks_exact(32 * 3).enumerate().filter(|(row, _)| row % 32 < height);
+        let pixels: Vec<u8> = rows.flat_map(|(_, row)| &row[..width * 3]).copied().collect();
+        Self { pixels: device.upload(&pixels).unwrap(), labels: device.upload(&labels).unwrap() }
+    }
+
+    fn fill<T: Scalar>(&self, plan: &mut Plan<T>, rows: &Value, fixture: &Value) {
+        let rows: Vec<u32> = rows.as_array().unwrap().iter().map(|row| row.as_u64().unwrap() as u32).collect();
+        let order = plan.device().upload(&rows).unwrap();
+        let normalization = Normalization { mean: array4(&fixture["mean"]), std: array4(&fixture["std"]) };
+        let Shape { batch, height, width, channels } = plan.input_shape();
+        let shape = BatchShape { batch, height, width, channels };
+        let (out, truth) = plan.batch_mut().unwrap();
+        image::batch(&shape, self.pixels.view(), self.labels.view(), order.view(), &normalization, None, out, truth)
+            .unwrap();
+    }
+}
+
+fn plan<T: Scalar>(device: &Device, fixture: &Value, batch: usize) -> Plan<T> {
+    let shortcut = fixture["shortcut"].as_str().unwrap().parse::<Shortcut>().unwrap();
+    let model = fixture["model"].as_str().unwrap();
+    let model = Model::from_name(model, Some(shortcut)).unwrap();
+    let shape = Shape { batch, height: 32, width: 32, channels: 3 };
+    let (graph, logits) = model.trace(shape, 10).unwrap();
+    let label_smoothing = fixture["label_smoothing"].as_f64().unwrap_or(0.0);
+    Plan::new(device, graph, logits, PlanOptions { label_smoothing, ..PlanOptions::training() }).unwrap()
+}
+
+fn upload<T: Scalar>(device: &Device, values: &[f64]) -> Buffer<T> {
+    let values: Vec<T> = values.iter().map(|&value| T::from_f64(value)).collect();
+    device.upload(&values).unwrap()
+}
+
+/// ‖a − b‖/‖b‖.
+fn relative_error(found: &[f64], reference: &[f64]) -> f64 {
+    let difference: f64 = found.iter().zip(reference).map(|(a, b)| (a - b).powi(2)).sum();
+    (difference / reference.iter().map(|b| b * b).sum::<f64>()).sqrt()
+}
+
+/// Loss, logits and gradient of one batch; the tolerances are the precision's.
+fn check_gradient<T: Scalar>(device: &Device, name: &str, tolerance: f64) {
+    let fixture = read_json("resnet8-gradient.json");
+    let mut plan = plan::<T>(device, &fixture, fixture["rows"].as_array().unwrap().len());
+    Pool::new(device).fill(&mut plan, &fixture["rows"], &fixture);
+    let weights = upload::<T>(device, &arena(plan.parameters(), "resnet8-init.safetensors"));
+    let mut gradient = device.poisoned::<T>(weights.len()).unwrap();
+    gradient.clear().unwrap();
+    let (mut loss, mut flag) = (device.poisoned(1).unwrap(), device.zeros(1).unwrap());
+    plan.gradient(weights.view(), Statistics::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
+    let loss = loss.to_vec().unwrap()[0];
+    assert!((loss - number(&fixture["loss"])).abs() < tolerance, "{name}: loss {loss}");
+    let logits: Vec<f64> =
+        fixture["logits"].as_array().unwrap().iter().flat_map(|row| row.as_array().unwrap()).map(number).collect();
+    common::assert_close(&format!("{name}: logits"), &plan.logits().unwrap().to_vec().unwrap(), &logits, tolerance);
+    let reference = arena(plan.parameters(), "resnet8-gradient.safetensors");
+    let error = relative_error(&common::to_f64(&gradient.to_vec().unwrap()), &reference);
+    assert!(error < tolerance, "{name}: gradient's relative error {error:.2e}");
+}
+
+#[test]
+fn a_gradient_matches_pytorch_in_float64() {
+    for (name, device) in common::devices() {
+        // f32 through eight layers; the batch keeps every ReLU clear of zero, so that no unit flips.
+        check_gradient::<f32>(&device, &name, 2e-5);
+    }
+    // The reference gradient is stored as f32.
+    check_gradient::<f64>(&Device::host(), "double", 1e-7);
+}
+
+fn settings(run: &Value, layout: &Layout) -> Settings {
+    let of = |key: &str| number(&run[key]);
+    let method = match run["optimizer"].as_str().unwrap() {
+        "sam" if run["p_norm"] == "inf" => Method::Sam { rho: of("rho"), norm: Norm::Infinity },
+        "sam" => Method::Sam { rho: of("rho"), norm: Norm::Two },
+        "cr-sam" => {
+            let form = if run["form"] == "log" { Form::Log } else { Form::Released };
+            let terms =
+                CrSamTerms { form, alpha: of("alpha"), beta: of("beta"), a_min: of("a_min"), b_min: of("b_min") };
+            Method::CrSam { rho: of("rho"), terms }
+        }
+        _ => Method::Plain,
+    };
+    let base = if run["base"] == "adamw" {
+        Base::AdamW { beta1: of("beta1"), beta2: of("beta2"), eps: of("eps") }
+    } else {
+        Base::Sgd { momentum: of("momentum"), nesterov: run["nesterov"].as_bool().unwrap_or(false) }
+    };
+    let decay_len = if run["decay_norm"] == false { layout.weights_len() } else { layout.len() };
+    Settings { method, base, weight_decay: of("weight_decay"), decay_len }
+}
+
+/// Five steps, each on a batch of its own, from the same start as the reference.
+fn check_run<T: Scalar>(device: &Device, name: &str, tolerance: f64) {
+    let run = read_json(&format!("run-{name}.json"));
+    let (rows, steps) = (run["rows"].as_array().unwrap(), run["steps"].as_array().unwrap());
+    assert_eq!((rows.len(), steps.len()), (5, 5));
+    let mut plan = plan::<T>(device, &run, rows[0].as_array().unwrap().len());
+    let pool = Pool::new(device);
+    let start = arena(plan.parameters(), "resnet8-init.safetensors");
+    let mut weights = upload::<T>(device, &start);
+    let layout = plan.parameters().clone();
+    let mut optimizer = Optimizer::new(device, start.len(), settings(&run, &layout)).unwrap();
+    for (rows, step) in rows.iter().zip(steps) {
+        pool.fill(&mut plan, rows, &run);
+        optimizer.step(&mut plan, &mut weights, number(&run["lr"])).unwrap();
+        let telemetry = optimizer.telemetry().unwrap();
+        let close = |found: f64, key: &str, scale: f64| {
+            let expected = number(&step[key]);
+            assert!((found - expected).abs() <= tolerance * scale, "{name}: {key} {found} instead of {expected}");
+        };
+        close(telemetry.loss, "loss", telemetry.loss);
+        close(telemetry.gradient_norm, "grad_norm", telemetry.gradient_norm);
+        if let (Some(a), Some(b)) = (telemetry.a, telemetry.b) {
+            // Differences of losses: judged on the losses' scale.
+            close(a, "a", telemetry.loss);
+            close(b, "b", telemetry.loss);
+        }
+    }
+    let moved: Vec<f64> = common::to_f64(&weights.to_vec().unwrap()).iter().zip(&start).map(|(w, s)| w - s).collect();
+    let error = relative_error(&moved, &arena(&layout, &format!("run-{name}.safetensors")));
+    println!("{name} in {}: relative error of the five steps {error:.1e}", T::NAME);
+    assert!(error < tolerance, "{name}: relative error of five steps {error:.2e}");
+    let statistics = arena(plan.statistics_layout(), &format!("run-{name}.safetensors"));
+    let found: Vec<f64> = common::to_f64(&plan.statistics().to_vec().unwrap());
+    let error = relative_error(&found, &statistics);
+    assert!(error < tolerance, "{name}: running statistics' relative error {error:.2e}");
+    assert_eq!(optimizer.telemetry().unwrap().skipped, 0);
+}
+
+const RUNS: [&str; 7] = ["sgd", "sgd-nesterov", "adamw", "sam", "sam-inf", "cr-sam-log", "cr-sam-released"];
+
+#[test]
+fn five_steps_match_pytorch_in_float64() {
+    let host = Device::host_with(HostOptions { threads: 2, ..HostOptions::default() });
+    let mut devices = vec![host];
+    if let Ok(name) = std::env::var("POLDER_TEST_DEVICE") {
+        devices.push(Device::from_name(&name).unwrap());
+    }
+    for run in RUNS {
+        for device in &devices {
+            check_run::<f32>(device, run, 1e-3);
+        }
+        // In double the formulas must agree to the precision in which the reference is stored.
+        check_run::<f64>(&devices[0], run, 1e-6);
+    }
+}
+
+/// The generator's 2u − 1 in [−1, 1) for element `index` of the tensor `name`; see `tests/fixtures/README.md`.
+fn hash_uniform(name: &str, index: usize) -> f64 {
+    let seed =
+        name.bytes().fold(0xCBF2_9CE4_8422_2325u64, |h, byte| (h ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3));
+    let bits = Random(seed.wrapping_add(index as u64)).bits();
+    2.0 * ((bits >> 40) as f64 / f64::from(1 << 24)) - 1.0
+}
+
+/// Weights that both sides compute, because they are too large to keep.
+fn hash_weights(layout: &Layout) -> Vec<f64> {
+    let mut weights = vec![0.0; layout.len()];
+    for tensor in layout.tensors() {
+        let file: Vec<f64> = (0..tensor.kind.len())
+            .map(|index| {
+                let value = hash_uniform(&tensor.name, index);
+                let rounded = match tensor.kind {
+                    Kind::Convolution { kernel, inputs, .. } => {
+                        value * (3.0 * (2.0 / (kernel * kernel * inputs) as f64)).sqrt()
+                    }
+                    Kind::Linear { inputs, .. } => value * (3.0 / inputs as f64).sqrt(),
+                    Kind::Scale(_) => 1.0 + 0.1 * value,
+                    _ => 0.1 * value,
+                };
+                f64::from(rounded as f32)
+            })
+            .collect();
+        weights[tensor.range()].copy_from_slice(&tensor.kind.from_file(&file));
+    }
+    weights
+}
+
+#[test]
+fn other_models_and_shapes_match_pytorch_in_float64() {
+    let device = Device::host();
+    let cases = read_json("hash-models.json");
+    let cases = cases["cases"].as_array().unwrap();
+    assert!(cases.iter().any(|case| case["model"] == "resnet18") && cases.iter().any(|case| case["shortcut"] == "b"));
+    for case in cases {
+        let of = |key: &str| case[key].as_u64().unwrap() as usize;
+        let (height, width, batch) = (of("height"), of("width"), case["rows"].as_array().unwrap().len());
+        let name = format!("{}-{} {height}x{width}", case["model"], case["shortcut"]);
+        let shortcut = case["shortcut"].as_str().unwrap().parse::<Shortcut>().unwrap();
+        let model = Model::from_name(case["model"].as_str().unwrap(), Some(shortcut)).unwrap();
+        let (graph, logits) = model.trace(Shape { batch, height, width, channels: 3 }, 10).unwrap();
+        let mut plan = Plan::<f32>::new(&device, graph, logits, PlanOptions::training()).unwrap();
+        assert_eq!(plan.parameters().parameters(), of("parameters"), "{name}");
+        Pool::cropped(&device, height, width).fill(&mut plan, &case["rows"], case);
+        let weights = upload::<f32>(&device, &hash_weights(plan.parameters()));
+        let mut gradient = device.zeros::<f32>(weights.len()).unwrap();
+        let (mut loss, mut flag) = (device.poisoned(1).unwrap(), device.zeros(1).unwrap());
+        plan.gradient(weights.view(), Statistics::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
+        let loss = loss.to_vec().unwrap()[0];
+        assert!((loss - number(&case["loss"])).abs() < 2e-5 * loss, "{name}: loss {loss}");
+        let gradient = gradient.to_vec().unwrap();
+        for tensor in plan.parameters().tensors() {
+            // A projection on known numbers sees every element and its place; the norm gives the scale.
+            let expected = &case["tensors"][&tensor.name];
+            let file = tensor.kind.to_file(&gradient[tensor.range()]);
+            let probe = |index: usize| hash_uniform(&format!("probe:{}", tensor.name), index);
+            let projection: f64 = file.iter().enumerate().map(|(index, &g)| f64::from(g) * probe(index)).sum();
+            let norm = file.iter().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
+            let (expected_norm, expected) = (number(&expected["grad_norm"]), number(&expected["projection"]));
+            let close = |found: f64, expected: f64| (found - expected).abs() < 1e-4 * expected_norm;
+            assert!(close(norm, expected_norm), "{name}: {}: norm {norm}, not {expected_norm}", tensor.name);
+            assert!(close(projection, expected), "{name}: {}: projection {projection}, not {expected}", tensor.name);
+        }
+    }
+}
+
+/// The pretrained ResNet-20 and the CIFAR-10 test images, if `POLDER_DATA` names a folder that holds them.
+#[test]
+fn the_pretrained_resnet20_makes_827_errors() {
+    let Ok(folder) = std::env::var("POLDER_DATA") else {
+        println!("skipped: POLDER_DATA is not set");
+        return;
+    };
+    let folder = Path::new(&folder);
+    let test = data::load_split(&folder.join("cifar-10"), Split::Test).unwrap();
+    let normalization = Normalization { mean: [0.485, 0.456, 0.406, 0.0], std: [0.229, 0.224, 0.225, 1.0] };
+    let device = Device::from_name(&std::env::var("POLDER_TEST_DEVICE").unwrap_or("cpu".into())).unwrap();
+    let model = Model::CifarResNet { blocks: 3, shortcut: Shortcut::A };
+    let mut evaluator = Evaluator::new(&device, model, &test.images, normalization, 250).unwrap();
+    let layouts = [evaluator.plan().parameters(), evaluator.plan().statistics_layout()];
+    let [parameters, statistics] = weights::load(&folder.join("pretrained/resnet20.safetensors"), layouts).unwrap();
+    let (parameters, statistics) = (device.upload(&parameters).unwrap(), device.upload(&statistics).unwrap());
+    let mut logits = Vec::new();
+    let found = evaluator.evaluate(parameters.view(), statistics.view(), |batch| {
+        logits.extend(batch.to_vec()?);
+        Ok(())
+    });
+    let found = found.unwrap();
+    assert_eq!((found.samples, found.errors), (10_000, 827));
+    assert!((found.loss - 0.37266).abs() < 5e-5, "mean cross-entropy {}", found.loss);
+    let npy = std::fs::read(folder.join("pretrained/resnet20-test-logits.npy")).unwrap();
+    let reference: Vec<f32> = npyz::NpyFile::new(&npy[..]).unwrap().into_vec().unwrap();
+    let furthest = logits.iter().zip(&reference).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert_eq!(logits.len(), reference.len());
+    assert!(furthest < 1e-3, "a logit is {furthest} away");
+}
