@@ -40,6 +40,14 @@ const SHAPES: [ConvShape; 25] = [
     shape([37, 3, 2, 6, 5], 3, 1, 1),
 ];
 
+/// Shapes that are cheap and yet large enough for each of the GPU's tiles and for a split weight gradient: one tap, many pixels.
+const WIDE_SHAPES: [ConvShape; 4] = [
+    shape([13, 32, 30, 2, 70], 1, 1, 0),
+    shape([13, 30, 32, 70, 2], 1, 1, 0),
+    shape([3, 14, 13, 12, 132], 3, 2, 1),
+    shape([2, 12, 13, 65, 68], 1, 1, 0),
+];
+
 /// `dx` starts from these numbers where the gradient is added to it.
 struct Case<T> {
     x: Vec<T>,
@@ -106,7 +114,7 @@ fn run<T: Scalar>(device: &Device, shape: &ConvShape, case: &Case<T>) -> Result<
 }
 
 fn check<T: Scalar>(devices: &[(String, Device)], tolerance: f64) {
-    for (number, shape) in SHAPES.iter().enumerate() {
+    for (number, shape) in SHAPES.iter().chain(&WIDE_SHAPES).enumerate() {
         let case = case::<T>(shape, number as u64);
         let [y, dx, dw] = reference(shape, &to_f64(&case.x), &to_f64(&case.weight), &to_f64(&case.dy));
         let added: Vec<f64> = dx.iter().zip(&case.dx).map(|(&dx, &start)| dx + start.into()).collect();
@@ -148,7 +156,7 @@ fn equals_the_definition_on_the_oldest_instruction_set() {
 /// The CPU's shapes on one thread and on many, and the GPU's shapes in every order, are each deterministic to the bit.
 #[test]
 fn bits_depend_on_neither_threads_nor_schedule() {
-    for (number, shape) in SHAPES.iter().enumerate() {
+    for (number, shape) in SHAPES.iter().chain(&WIDE_SHAPES).enumerate() {
         let case = case::<f32>(shape, 100 + number as u64);
         let mut seen: [Option<(String, Vec<Vec<u64>>)>; 2] = [None, None];
         for (name, device) in host_devices() {

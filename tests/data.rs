@@ -1,5 +1,6 @@
-//! What `polder::data` promises: exact contents, one clear error line for every kind of damage, and random choices that are
-//! the same everywhere. With `POLDER_DATA=DIR` the published data sets in `DIR/cifar-10` and `DIR/fashion-mnist` are read too.
+//! What `polder::data` promises: exact contents, one clear error line for every kind of damage, and random choices
+//! that are the same everywhere. With `POLDER_DATA=DIR` the published data sets in `DIR/cifar-10` and
+//! `DIR/fashion-mnist` are read too.
 
 use std::error::Error;
 use std::fs;
@@ -462,7 +463,11 @@ proptest! {
 
     /// Whatever the header says, the answer comes at once and without the memory that it announces.
     #[test]
-    fn any_idx_header_is_survived(header in prop::array::uniform16(any::<u8>()), magic in any::<bool>(), packed in any::<bool>()) {
+    fn any_idx_header_is_survived(
+        header in prop::array::uniform16(any::<u8>()),
+        magic in any::<bool>(),
+        packed in any::<bool>(),
+    ) {
         let fail = |error: &dyn Error| TestCaseError::fail(error.to_string());
         let folder = idx_folder().map_err(|error| fail(&*error))?;
         let mut bytes = header.to_vec();
@@ -508,7 +513,8 @@ fn label_noise_changes_the_asked_share_to_other_classes() -> TestResult {
         assert_eq!(noisy.pixels, clean.pixels);
         assert!(noisy.labels.iter().all(|&label| label < 5));
     }
-    // Each of the 20 changes from one class to another is as likely: 150 expected, standard deviation 11, 5 of them allowed.
+    // Each of the 20 changes from one class to another is as likely: 150 expected, standard deviation 11, 5 of them
+    // allowed.
     let noisy = clean.clone().with_label_noise(1.0, 11)?;
     for (from, to) in (0..5).flat_map(|from| (0..5).map(move |to| (from, to))).filter(|(from, to)| from != to) {
         let count = clean.labels.iter().zip(&noisy.labels).filter(|&(&a, &b)| (a, b) == (from, to)).count();
@@ -600,7 +606,7 @@ fn synthetic_is_balanced_and_normalisable() -> TestResult {
 #[test]
 fn synthetic_has_its_documented_bytes() -> TestResult {
     let data = synthetic(&SyntheticSpec::default())?;
-    assert_eq!((crc32(&data.train.pixels), crc32(&data.test.pixels)), (0, 0));
+    assert_eq!((crc32(&data.train.pixels), crc32(&data.test.pixels)), (0x940d_8608, 0x1414_8ec7));
     Ok(())
 }
 
@@ -629,6 +635,9 @@ fn impossible_synthetic_sets_are_refused() {
     for (spec, expected) in cases {
         assert_eq!(synthetic(&spec).map(|data| data.name).map_err(|error| error.to_string()), Err(expected.into()));
     }
+    // 12 PiB, more than an address space of 47 bits has.
+    let huge = synthetic(&SyntheticSpec { train: u32::MAX as usize, side: 1024, ..good });
+    assert!(matches!(huge, Err(DataError::SyntheticMemory { bytes: 13_510_798_878_965_760 })));
 }
 
 // ---- The published data sets ----------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
-//! CIFAR-10 and CIFAR-100 in their binary versions: files of fixed records, each one or two label bytes and then the red,
-//! green and blue planes of a 32x32 image. The format is described at <https://www.cs.toronto.edu/~kriz/cifar.html>.
+//! CIFAR-10 and CIFAR-100 in their binary versions: files of fixed records, each one or two label bytes and then the
+//! red, green and blue planes of a 32x32 image. The format is described at
+//! <https://www.cs.toronto.edu/~kriz/cifar.html>.
 
 use std::io::Read;
 use std::path::Path;
@@ -80,8 +81,8 @@ pub(super) fn read(layout: &Layout, folder: &Path, split: Split) -> Result<Image
     Ok(images)
 }
 
-/// The training files from the first to the last one present. Those between may be missing, which `read` then reports: to
-/// train without a batch in the middle is never what was meant.
+/// The training files from the first to the last one present. Those between may be missing, which `read` then
+/// reports: to train without a batch in the middle is never what was meant.
 fn present_train_files(layout: &Layout, folder: &Path) -> Result<&'static [&'static str], DataError> {
     let mut count = 1;
     for (index, file) in layout.train_files.iter().enumerate() {

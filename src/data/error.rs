@@ -90,4 +90,8 @@ pub enum DataError {
     /// A synthetic set of an impossible size.
     #[error("synthetic data: {name} is {found}, expected {expected}")]
     Synthetic { name: &'static str, found: usize, expected: &'static str },
+
+    /// A synthetic set that does not fit in memory.
+    #[error("synthetic data: {bytes} bytes of images do not fit in memory")]
+    SyntheticMemory { bytes: usize },
 }

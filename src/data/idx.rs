@@ -13,8 +13,8 @@ use super::{DataError, Dataset, ImageShape, Images, Split, SplitImages, Statisti
 /// Magic number of unsigned bytes; the number of dimensions is added to it.
 const UNSIGNED_BYTES: u32 = 0x0000_0800;
 
-/// A data set with customary statistics. MNIST and Fashion-MNIST have the same file names and sizes, so they are told apart
-/// by their first labels; that sixteen of them agree by chance has a probability of 1e-16.
+/// A data set with customary statistics. MNIST and Fashion-MNIST have the same file names and sizes, so they are told
+/// apart by their first labels; that sixteen of them agree by chance has a probability of 1e-16.
 struct Published {
     name: &'static str,
     first_train_labels: [u32; 16],
@@ -213,8 +213,9 @@ fn read_file<const D: usize>(folder: &Path, split: Split, content: Content<D>) -
         return Err(DataError::TooLarge { path, announced });
     };
 
-    // Nothing is reserved on the header's word alone: at most the size of the file, and then as much as really arrives. One
-    // byte more than announced is asked for, which finds trailing bytes and has the checksum of a gzip stream verified.
+    // Nothing is reserved on the header's word alone: at most the size of the file, and then as much as really
+    // arrives. One byte more than announced is asked for, which finds trailing bytes and has the checksum of a gzip
+    // stream verified.
     let mut values = Vec::new();
     let reserved = values.try_reserve_exact(value_bytes.min(file_bytes) as usize);
     reserved.map_err(|_| read_error(io::ErrorKind::OutOfMemory.into()))?;

@@ -1,8 +1,8 @@
 //! Labelled images in host memory: read from disk, generated, reduced, relabelled and shuffled.
 //!
 //! [`load`] recognises what a folder holds: CIFAR-10 or CIFAR-100 in the binary version, or IDX files as MNIST and
-//! Fashion-MNIST have them, gzip'd or not. [`synthetic`] makes a set that needs no files. Pixels stay `u8` in NHWC order
-//! (the samples, then rows, columns, channels); normalisation is left to whoever uploads a batch.
+//! Fashion-MNIST have them, gzip'd or not. [`synthetic`] makes a set that needs no files. Pixels stay `u8` in NHWC
+//! order (the samples, then rows, columns, channels); normalisation is left to whoever uploads a batch.
 //!
 //! Everything random here comes from ChaCha8 through integer arithmetic, so a seed means the same on every platform.
 
@@ -100,11 +100,15 @@ impl Images {
         Ok(self)
     }
 
-    /// Symmetric label noise: `fraction · len()` labels, rounded to the nearest count, are replaced by a uniformly random
-    /// *other* class. Which ones, and by what, depends on `seed` and `len()` alone.
+    /// Symmetric label noise: `fraction · len()` labels, rounded to the nearest count, are replaced by a uniformly
+    /// random *other* class. Which ones, and by what, depends on `seed` and `len()` alone.
     ///
     /// # Errors
-    /// [`DataError::NoiseFraction`] if `fraction` is not within 0 to 1, [`DataError::NoiseClasses`] if there is no other class.
+    /// [`DataError::NoiseFraction`] if `fraction` is not within 0 to 1, [`DataError::NoiseClasses`] if there is no
+    /// other class.
+    ///
+    /// # Panics
+    /// If there are more than `u32::MAX` samples.
     pub fn with_label_noise(mut self, fraction: f64, seed: u64) -> Result<Images, DataError> {
         if !(0.0..=1.0).contains(&fraction) {
             return Err(DataError::NoiseFraction { fraction });
@@ -171,26 +175,27 @@ pub struct SplitImages {
 
 /// Reads the data set in a folder; its format is recognised by the names of the files.
 ///
-/// - CIFAR-10, binary version: `data_batch_1.bin` to `data_batch_5.bin` and `test_batch.bin`. Fewer training batches will
-///   do if they are the first ones; a gap in their numbers is an error. A batch may have any number of records.
+/// - CIFAR-10, binary version: `data_batch_1.bin` to `data_batch_5.bin` and `test_batch.bin`. Fewer training batches
+///   will do if they are the first ones; a gap in their numbers is an error. A batch may have any number of records.
 /// - CIFAR-100, binary version: `train.bin` and `test.bin`. The label is the fine one.
-/// - IDX: `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte`, `t10k-labels-idx1-ubyte`, also
-///   written `train-images.idx3-ubyte`, each with or without `.gz` (what the file begins with decides whether it is
-///   unpacked). There are as many classes as the largest label of both splits says.
+/// - IDX: `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte`, `t10k-labels-idx1-ubyte`,
+///   also written `train-images.idx3-ubyte`, each with or without `.gz` (what the file begins with decides whether it
+///   is unpacked). There are as many classes as the largest label of both splits says.
 ///
 /// The CIFAR files may also lie in the sub-folder that their archives unpack to. Mean and standard deviation are the
-/// published ones for both CIFARs and for MNIST and Fashion-MNIST, which are told apart by their first labels, since their
-/// files have the same names; for other IDX files they are computed from the training images.
+/// published ones for both CIFARs and for MNIST and Fashion-MNIST, which are told apart by their first labels, since
+/// their files have the same names; for other IDX files they are computed from the training images.
 ///
 /// # Errors
-/// Any variant of [`DataError`] that has a path; the memory used is bounded by the unpacked size of the files, whatever
+/// Any variant of [`DataError`] that names a path. Memory is taken for what the files really hold, unpacked, whatever
 /// their headers claim.
 pub fn load(path: &Path) -> Result<Dataset, DataError> {
     match recognise(path)? {
         Found::Cifar(layout, folder) => {
-            let [train, test] = [Split::Train, Split::Test].map(|split| cifar::read(layout, &folder, split));
-            let SplitImages { name, images, mean, std, statistics } = cifar::describe(layout, train?);
-            Ok(Dataset { name, train: images, test: test?, mean, std, statistics })
+            let train = cifar::read(layout, &folder, Split::Train)?;
+            let test = cifar::read(layout, &folder, Split::Test)?;
+            let SplitImages { name, images: train, mean, std, statistics } = cifar::describe(layout, train);
+            Ok(Dataset { name, train, test, mean, std, statistics })
         }
         Found::Idx(folder) => idx::load(&folder),
     }
@@ -198,8 +203,9 @@ pub fn load(path: &Path) -> Result<Dataset, DataError> {
 
 /// Reads one split as [`load`] does; the other one need not be there.
 ///
-/// IDX files without published statistics take them from the training images where these are present, else from the test
-/// images; [`SplitImages::statistics`] says which. Likewise the number of classes comes from the label files that are there.
+/// IDX files without published statistics take them from the training images where these are present, else from the
+/// test images; [`SplitImages::statistics`] says which. Likewise the number of classes comes from the label files
+/// that are there.
 ///
 /// # Errors
 /// As [`load`].
@@ -241,8 +247,8 @@ fn recognise(path: &Path) -> Result<Found, DataError> {
     }
 }
 
-/// Mean and standard deviation of pixel/255, per channel, over all pixels. Exact integer sums, so the order of the samples
-/// does not matter. A constant channel gets the deviation 1, so that it can be divided by.
+/// Mean and standard deviation of pixel/255, per channel, over all pixels. Exact integer sums, so the order of the
+/// samples does not matter. A constant channel gets the deviation 1, so that it can be divided by.
 fn mean_and_std(pixels: &[u8], channels: usize) -> (Vec<f32>, Vec<f32>) {
     let (mut sum, mut squares) = (vec![0u64; channels], vec![0u64; channels]);
     for pixel in pixels.chunks_exact(channels) {
@@ -261,7 +267,8 @@ fn mean_and_std(pixels: &[u8], channels: usize) -> (Vec<f32>, Vec<f32>) {
     mean_and_std.unzip()
 }
 
-/// Whether something has this path. Unlike `Path::exists`, a folder that may not be searched is an error, not an absence.
+/// Whether something has this path. Unlike `Path::exists`, a folder that may not be searched is an error, not an
+/// absence.
 fn exists(path: &Path) -> Result<bool, DataError> {
     path.try_exists().map_err(|source| DataError::Io { path: path.into(), source })
 }
@@ -280,8 +287,8 @@ fn open(path: &Path) -> Result<(File, u64), DataError> {
 /// Writes the order in which an epoch visits its `order.len()` samples: a uniformly random permutation of `0..len` that
 /// depends on `len`, `seed` and `epoch` alone, so that a run can be resumed at any epoch. Allocates nothing.
 ///
-/// Fisher–Yates, driven by ChaCha8 with the seed as its key and the epoch as its stream: 4 bytes are written per sample,
-/// and every sample is then touched in a random place.
+/// Fisher–Yates, driven by ChaCha8 with the seed as its key and the epoch as its stream: 4 bytes are written per
+/// sample, and every sample is then touched in a random place.
 ///
 /// # Panics
 /// If there are more than `u32::MAX` samples.
@@ -308,8 +315,9 @@ fn shuffle(rng: &mut ChaCha8Rng, order: &mut [u32]) {
     }
 }
 
-/// ChaCha8 whose key is the seed (little-endian) and then `purpose`, so that one seed gives unrelated numbers for unrelated
-/// things. The key is laid out here, not by a library's seeding function, whose result may change with its version.
+/// ChaCha8 whose key is the seed (little-endian) and then `purpose`, so that one seed gives unrelated numbers for
+/// unrelated things. The key is laid out here, not by a library's seeding function, whose result may change with its
+/// version.
 fn generator(seed: u64, purpose: &[u8; 8], stream: u64) -> ChaCha8Rng {
     let mut key = [0; 32];
     key[..8].copy_from_slice(&seed.to_le_bytes());
@@ -319,8 +327,9 @@ fn generator(seed: u64, purpose: &[u8; 8], stream: u64) -> ChaCha8Rng {
     rng
 }
 
-/// A uniform number below `bound`, without bias: the high half of a 32x32-bit product, redrawn in the rare case that its low
-/// half falls into the incomplete last interval (Lemire 2019, "Fast random integer generation in an interval").
+/// A uniform number below `bound`, without bias: the high half of a 32x32-bit product, redrawn in the rare case that
+/// its low half falls into the incomplete last interval (Lemire 2019, "Fast random integer generation in an
+/// interval").
 fn below(rng: &mut ChaCha8Rng, bound: u32) -> u32 {
     loop {
         let product = u64::from(rng.next_u32()) * u64::from(bound);

@@ -1,13 +1,14 @@
 //! The generated data set: ten classes of coloured images that need no download.
 //!
-//! A class is a pair: one of five shapes (disc, square, triangle, ring, cross), filled with one of two textures (stripes that
-//! lie, stripes that stand). Neither the shape nor the texture alone tells the class. Place, size and turn of the shape, all
-//! colours, and the stripes' slant, width and phase vary; the background has stripes of its own, of either texture, and plain
-//! shapes that belong to any class; and every pixel is noisy. So a network has to learn something, and learns too much of the
-//! noise if it can.
+//! A class is a pair of a texture (lying stripes, standing stripes, checks, diamonds, rings) and a scale (coarse,
+//! fine); only both together tell it. The texture fills a disc or a square somewhere in the image; its place, size,
+//! turn, phase, exact scale, colours and contrast vary. Around it lie a gradient and smaller patches of any class,
+//! and every pixel is noisy. So there is something to learn, and noise enough to learn by heart. Mirroring and
+//! shifting an image keep its class.
 //!
-//! The bytes are the same on every platform: all arithmetic is integer or single IEEE operations (`+ - * /`, square root,
-//! comparison), with a polynomial in place of the sine, because the sines of mathematics libraries differ in the last bit.
+//! The bytes are the same on every platform: all arithmetic is integer or single IEEE operations (`+ - * /`, square
+//! root, comparison), with a polynomial in place of the sine, because the sines of mathematics libraries differ in
+//! the last bit.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::RngCore;
@@ -15,20 +16,25 @@ use rand_chacha::rand_core::RngCore;
 use super::{DataError, Dataset, ImageShape, Images, Statistics, below, generator, mean_and_std};
 
 const CLASSES: usize = 10;
-const SHAPES: u32 = 5;
+const TEXTURES: u32 = 5;
 const CHANNELS: usize = 3;
 
 /// Standard deviation of the pixel noise, of 255.
-const NOISE: f32 = 40.0;
-/// Smallest and largest difference between the two colours of a set of stripes, per channel, of 255.
-const CONTRAST: (f32, f32) = (30.0, 90.0);
-/// Distracting shapes behind the one that counts.
+const NOISE: f32 = 28.0;
+/// Smallest and largest difference between the extremes of a texture, per channel, of 255.
+const CONTRAST: (f32, f32) = (40.0, 150.0);
+/// Periods per unit of length (half an image) of a coarse and a fine texture, and the share by which they vary.
+const SCALES: [f32; 2] = [1.4, 3.0];
+const SCALE_VARIATION: f32 = 0.15;
+/// Largest turn of a texture, of a full one.
+const TURN: f32 = 0.04;
+/// Patches of other textures around the one that counts.
 const DISTRACTORS: usize = 2;
 
 /// Size and seed of a synthetic data set.
 ///
-/// The default is what the command line uses: 2,048 training and 1,024 test images of 32x32, seed 0. An image depends on the
-/// seed, the split, its index and `side` alone: a larger set begins with the images of a smaller one.
+/// The default is what the command line uses: 2,048 training and 1,024 test images of 32x32, seed 0. An image depends
+/// on the seed, the split, its index and `side` alone: a larger set begins with the images of a smaller one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SyntheticSpec {
     /// Training images.
@@ -51,7 +57,8 @@ impl Default for SyntheticSpec {
 /// Mean and standard deviation are computed from the training images.
 ///
 /// # Errors
-/// [`DataError::Synthetic`] if a split has no images or more than `u32::MAX`, or if `side` is not within 8 to 1024.
+/// [`DataError::Synthetic`] if a split has no images or more than `u32::MAX`, or if `side` is not within 8 to 1024;
+/// [`DataError::SyntheticMemory`] if the images do not fit in memory.
 ///
 /// ```
 /// use polder::data::{SyntheticSpec, synthetic};
@@ -70,43 +77,43 @@ pub fn synthetic(spec: &SyntheticSpec) -> Result<Dataset, DataError> {
     if !(8..=1024).contains(&spec.side) {
         return Err(DataError::Synthetic { name: "side", found: spec.side, expected: "8 to 1024" });
     }
-    let train = images(spec, b"syntrain", spec.train);
-    let test = images(spec, b"syn-test", spec.test);
+    let train = images(spec, b"syntrain", spec.train)?;
+    let test = images(spec, b"syn-test", spec.test)?;
     let (mean, std) = mean_and_std(&train.pixels, CHANNELS);
     Ok(Dataset { name: "synthetic".into(), train, test, mean, std, statistics: Statistics::TrainImages })
 }
 
-fn images(spec: &SyntheticSpec, purpose: &[u8; 8], count: usize) -> Images {
+fn images(spec: &SyntheticSpec, purpose: &[u8; 8], count: usize) -> Result<Images, DataError> {
     let shape = ImageShape { height: spec.side, width: spec.side, channels: CHANNELS };
-    let mut pixels = vec![0; count * shape.bytes()];
+    let bytes = count.saturating_mul(shape.bytes());
+    let mut pixels = Vec::new();
+    pixels.try_reserve_exact(bytes).map_err(|_| DataError::SyntheticMemory { bytes })?;
+    pixels.resize(bytes, 0);
     let labels: Vec<u32> = (0..count).map(|index| (index % CLASSES) as u32).collect();
     for ((index, image), &label) in (0..).zip(pixels.chunks_exact_mut(shape.bytes())).zip(&labels) {
         draw(&mut generator(spec.seed, purpose, index), label, spec.side, image);
     }
-    Images { pixels, labels, shape, classes: CLASSES }
+    Ok(Images { pixels, labels, shape, classes: CLASSES })
 }
 
 /// Draws one image of a class, NHWC. Coordinates run from -1 to 1, `y` downwards.
 fn draw(rng: &mut ChaCha8Rng, label: u32, side: usize, image: &mut [u8]) {
-    let background_lies = below(rng, 2) == 0;
-    let background = Stripes::new(rng, background_lies);
-    let distractors: [_; DISTRACTORS] = std::array::from_fn(|_| {
-        let kind = below(rng, SHAPES);
-        (Shape::new(rng, kind, 0.9, 0.15, 0.3), colour(rng))
+    let background = colour(rng);
+    let gradient: [(f32, f32); CHANNELS] =
+        std::array::from_fn(|_| (between(rng, -30.0, 30.0), between(rng, -30.0, 30.0)));
+    let distractors: [Patch; DISTRACTORS] = std::array::from_fn(|_| {
+        let label = below(rng, CLASSES as u32);
+        Patch::new(rng, label, 0.9, 0.15, 0.3)
     });
-    let shape = Shape::new(rng, label % SHAPES, 0.35, 0.45, 0.65);
-    let filling = Stripes::new(rng, label / SHAPES == 0);
+    let patch = Patch::new(rng, label, 0.3, 0.55, 0.8);
 
     let coordinate = |index: usize| (2 * index + 1) as f32 / side as f32 - 1.0;
     for (index, pixel) in image.chunks_exact_mut(CHANNELS).enumerate() {
         let (x, y) = (coordinate(index % side), coordinate(index / side));
-        let clean = if shape.covers(x, y) {
-            filling.colour_at(x, y)
-        } else if let Some((_, colour)) = distractors.iter().find(|(shape, _)| shape.covers(x, y)) {
-            *colour
-        } else {
-            background.colour_at(x, y)
-        };
+        let covering = std::iter::once(&patch).chain(&distractors).find_map(|patch| patch.colour_at(x, y));
+        let clean = covering.unwrap_or_else(|| {
+            std::array::from_fn(|channel| background[channel] + x * gradient[channel].0 + y * gradient[channel].1)
+        });
         for (value, clean) in pixel.iter_mut().zip(clean) {
             // A conversion to u8 saturates, so this clamps to 0 and 255.
             *value = (clean + NOISE * normal(rng) + 0.5) as u8;
@@ -114,68 +121,73 @@ fn draw(rng: &mut ChaCha8Rng, label: u32, side: usize, image: &mut [u8]) {
     }
 }
 
-/// A figure somewhere in the image.
-struct Shape {
-    kind: u32,
+/// A textured disc or square somewhere in the image.
+struct Patch {
+    texture: u32,
     centre: (f32, f32),
-    /// The figure's own axes: cosine and sine of its turn, divided by its radius.
+    radius: f32,
+    round: bool,
+    /// Cosine and sine of the patch's turn.
     axis: (f32, f32),
-}
-
-impl Shape {
-    /// A figure whose centre is up to `away` from that of the image, of a radius from `smallest` to `largest`.
-    fn new(rng: &mut ChaCha8Rng, kind: u32, away: f32, smallest: f32, largest: f32) -> Shape {
-        let centre = (between(rng, -away, away), between(rng, -away, away));
-        let radius = between(rng, smallest, largest);
-        let (cos, sin) = direction(between(rng, -0.06, 0.06));
-        Shape { kind, centre, axis: (cos / radius, sin / radius) }
-    }
-
-    /// The five figures have about the same area: 2.0 to 2.3 squared radii.
-    fn covers(&self, x: f32, y: f32) -> bool {
-        let (x, y) = (x - self.centre.0, y - self.centre.1);
-        let (u, v) = (x * self.axis.0 + y * self.axis.1, y * self.axis.0 - x * self.axis.1);
-        let (across, along) = (u.abs().min(v.abs()), u.abs().max(v.abs()));
-        let square_radius = u * u + v * v;
-        match self.kind {
-            0 => square_radius < 0.7,                        // disc
-            1 => along < 0.74,                               // square
-            2 => v < 0.75 && v > 2.0 * u.abs() - 1.25,       // triangle
-            3 => square_radius > 0.3 && square_radius < 1.0, // ring
-            _ => across < 0.33 && along < 1.0,               // cross
-        }
-    }
-}
-
-/// A grating of two colours.
-struct Stripes {
-    /// Turns per unit of length along x and y, and the turn at the centre.
-    frequency: (f32, f32),
-    phase: f32,
+    /// Periods per unit of length.
+    frequency: f32,
+    phases: (f32, f32),
     middle: [f32; CHANNELS],
-    /// Half the difference of the two colours.
+    /// Half the difference of the extremes.
     amplitude: [f32; CHANNELS],
 }
 
-impl Stripes {
-    fn new(rng: &mut ChaCha8Rng, lies: bool) -> Stripes {
-        let (cos, sin) = direction(between(rng, -0.06, 0.06));
-        let turns = between(rng, 2.2, 3.6);
-        let frequency = if lies { (-sin * turns, cos * turns) } else { (cos * turns, sin * turns) };
-        let phase = between(rng, 0.0, 1.0);
-        let middle = colour(rng);
-        let amplitude = std::array::from_fn(|_| {
-            let half = between(rng, CONTRAST.0, CONTRAST.1) / 2.0;
-            if below(rng, 2) == 0 { half } else { -half }
-        });
-        Stripes { frequency, phase, middle, amplitude }
+impl Patch {
+    /// A patch of a class, its centre up to `away` from that of the image in x and y, its radius from `smallest` to
+    /// `largest`.
+    fn new(rng: &mut ChaCha8Rng, label: u32, away: f32, smallest: f32, largest: f32) -> Patch {
+        Patch {
+            texture: label % TEXTURES,
+            centre: (between(rng, -away, away), between(rng, -away, away)),
+            radius: between(rng, smallest, largest),
+            round: below(rng, 2) == 0,
+            axis: direction(between(rng, -TURN, TURN)),
+            frequency: SCALES[(label / TEXTURES) as usize] * between(rng, 1.0 - SCALE_VARIATION, 1.0 + SCALE_VARIATION),
+            phases: (between(rng, 0.0, 1.0), between(rng, 0.0, 1.0)),
+            middle: colour(rng),
+            amplitude: std::array::from_fn(|_| {
+                let half = between(rng, CONTRAST.0, CONTRAST.1) / 2.0;
+                if below(rng, 2) == 0 { half } else { -half }
+            }),
+        }
     }
 
-    fn colour_at(&self, x: f32, y: f32) -> [f32; CHANNELS] {
-        let wave = sine(x * self.frequency.0 + y * self.frequency.1 + self.phase);
-        std::array::from_fn(|channel| self.middle[channel] + self.amplitude[channel] * wave)
+    /// The colour at a place, or none outside the patch.
+    fn colour_at(&self, x: f32, y: f32) -> Option<[f32; CHANNELS]> {
+        let (x, y) = (x - self.centre.0, y - self.centre.1);
+        let (u, v) = (x * self.axis.0 + y * self.axis.1, y * self.axis.0 - x * self.axis.1);
+        let square_distance = u * u + v * v;
+        let inside = if self.round {
+            square_distance < self.radius * self.radius
+        } else {
+            u.abs().max(v.abs()) < SQUARE_HALF_SIDE * self.radius
+        };
+        if !inside {
+            return None;
+        }
+        let (f, (p, q)) = (self.frequency, self.phases);
+        let wave = match self.texture {
+            0 => sine(f * v + p),
+            1 => sine(f * u + p),
+            2 => PRODUCT_GAIN * sine(DIAGONAL * f * u + p) * sine(DIAGONAL * f * v + q),
+            3 => PRODUCT_GAIN * sine(0.5 * f * (u + v) + p) * sine(0.5 * f * (u - v) + q),
+            _ => sine(f * square_distance.sqrt() + p),
+        };
+        Some(std::array::from_fn(|channel| self.middle[channel] + self.amplitude[channel] * wave))
     }
 }
+
+/// Half the side of the square that has the area of a disc of radius 1: √π/2.
+const SQUARE_HALF_SIDE: f32 = 0.886;
+/// √½: with it the waves that add up to a check pattern have the frequency of the stripes.
+const DIAGONAL: f32 = std::f32::consts::FRAC_1_SQRT_2;
+/// √2, nearly: gives a product of two sines the variance of one.
+const PRODUCT_GAIN: f32 = 1.4;
 
 fn colour(rng: &mut ChaCha8Rng) -> [f32; CHANNELS] {
     std::array::from_fn(|_| between(rng, 60.0, 195.0))

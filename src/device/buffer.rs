@@ -25,6 +25,7 @@ impl<T: Element> Buffer<T> {
     pub(super) fn filled(device: &Device, len: usize, byte: u8) -> Result<Self> {
         let bytes = len
             .checked_mul(size_of::<T>())
+            .filter(|&bytes| bytes <= isize::MAX as usize)
             .ok_or_else(|| Error::OutOfMemory { device: device.name(), bytes: usize::MAX })?;
         let memory = match &device.0 {
             Inner::Host(host) => Memory::Host(HostMemory::filled(host, bytes, byte)?),
@@ -85,14 +86,7 @@ impl<T: Element> Buffer<T> {
 
     /// Borrows the whole buffer so that several parts of it can be read and written by one operation.
     pub fn disjoint(&mut self) -> Disjoint<'_, T> {
-        Disjoint {
-            device: &self.device,
-            address: self.address(),
-            len: self.len,
-            taken: [(0, 0, false); PARTS],
-            count: 0,
-            borrow: PhantomData,
-        }
+        Disjoint::new(&self.device, self.address(), self.len)
     }
 
     /// Copies `values` from the host to the start of the buffer, in the device's order.
@@ -231,6 +225,11 @@ impl<'a, T: Element> SliceMut<'a, T> {
         self.address
     }
 
+    /// Borrows this part so that several parts of it can be read and written by one operation.
+    pub fn disjoint(&mut self) -> Disjoint<'_, T> {
+        Disjoint::new(self.device, self.address, self.len)
+    }
+
     /// The same part, borrowed for less long.
     pub fn reborrow(&mut self) -> SliceMut<'_, T> {
         SliceMut { device: self.device, address: self.address, len: self.len, borrow: PhantomData }
@@ -310,6 +309,10 @@ pub struct Disjoint<'a, T: Element> {
 impl<'a, T: Element> Disjoint<'a, T> {
     /// The most parts that one operation can borrow.
     pub const PARTS: usize = PARTS;
+
+    fn new(device: &'a Device, address: u64, len: usize) -> Self {
+        Self { device, address, len, taken: [(0, 0, false); PARTS], count: 0, borrow: PhantomData }
+    }
 
     fn take(&mut self, range: &Range<usize>, writes: bool) -> Result<u64> {
         check_range("Disjoint", range, self.len)?;

@@ -1,8 +1,13 @@
 //! One safe, typed function per kernel: each checks lengths and devices, chooses the launch shape, and states its memory
 //! traffic. Element types are `f32`, and on the CPU `f64` too, which makes gradient checks sharp.
 
+pub mod batch_norm;
 pub mod conv;
+pub mod image;
+pub mod layers;
+pub mod loss;
 pub mod metrics;
+pub mod random;
 pub mod vector;
 
 use crate::device::{Device, Error, KernelId, KernelPair, Result, Scalar};

@@ -14,7 +14,7 @@
 
 mod schedule;
 
-pub use crate::kernels::vector::{CrSam as CrSamTerms, Form};
+pub use crate::kernels::vector::{CrSam as CrSamTerms, CrSamForm as Form};
 pub use schedule::{Decay, Schedule};
 
 use crate::device::{Buffer, Device, Result, Scalar};

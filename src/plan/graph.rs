@@ -308,8 +308,11 @@ impl Graph {
     /// A window larger than the image, or of size or stride zero.
     pub fn average_pool(&mut self, x: Value, kernel: usize, stride: usize) -> Result<Value, PlanError> {
         let Shape { batch, height, width, channels } = self.shape(x);
+        if kernel == 0 || stride == 0 || kernel > height.min(width) {
+            let reason = format!("a window of {kernel} with stride {stride} does not fit images of {height}x{width}");
+            return Err(PlanError::Shape { operation: "average_pool".into(), reason });
+        }
         let shape = PoolShape { batch, height, width, channels, kernel, stride };
-        shape.check().map_err(|e| PlanError::Shape { operation: "average_pool".into(), reason: e.to_string() })?;
         let y = self.value(Shape { height: shape.out_height(), width: shape.out_width(), batch, channels });
         self.ops.push(Op::AveragePool { x, y, shape });
         Ok(y)
@@ -332,6 +335,10 @@ impl Graph {
     /// Fewer output than input channels, or a stride of zero.
     pub fn shortcut(&mut self, x: Value, channels: usize, stride: usize) -> Result<Value, PlanError> {
         let input = self.shape(x);
+        if stride == 0 || channels < input.channels {
+            let reason = format!("cannot go from {} to {channels} channels with stride {stride}", input.channels);
+            return Err(PlanError::Shape { operation: "shortcut".into(), reason });
+        }
         let shape = ShortcutShape {
             batch: input.batch,
             height: input.height,
@@ -340,7 +347,6 @@ impl Graph {
             out_channels: channels,
             stride,
         };
-        shape.check().map_err(|e| PlanError::Shape { operation: "shortcut".into(), reason: e.to_string() })?;
         let y = self.value(Shape { height: shape.out_height(), width: shape.out_width(), channels, ..input });
         self.ops.push(Op::Shortcut { x, y, shape });
         Ok(y)

@@ -15,7 +15,9 @@ pub use graph::{Graph, Shape, Value};
 
 use crate::arena::Layout;
 use crate::device::{Buffer, Device, Disjoint, Result, Scalar, Slice, SliceMut};
-use crate::kernels::batch_norm::{self, BatchNormShape, Mode, ResidualGradient, Running};
+use crate::kernels::batch_norm::{
+    self, Activation, Backward, BatchNormShape, Forward, Gradients, Mode, ResidualGradient, Running, Saved,
+};
 use crate::kernels::loss::LossShape;
 use crate::kernels::{conv, layers, loss, vector};
 use crate::objective::{Objective, Statistics};
@@ -235,54 +237,23 @@ impl<T: Scalar> Plan<T> {
                 }
                 &Op::BatchNorm { x, y, scale, shift, statistics: first, residual, relu } => {
                     let shape = batch_norm_shape(self.shapes[x.0]);
-                    let (mean, inv_std) = parts.moments_mut(index)?;
-                    let (x, y) = (parts.read(x)?, parts.write(y)?);
+                    let saved = parts.moments_mut(index)?;
                     let residual = residual.map(|value| parts.read(value)).transpose()?;
-                    let (scale, shift) = (weight(scale)?, weight(shift)?);
+                    let (gamma, beta) = (weight(scale)?, weight(shift)?);
+                    let input = Forward { x: parts.read(x)?, gamma, beta, eps: EPSILON, residual, relu };
+                    let y = parts.write(y)?;
                     let tensors = self.statistics_layout.tensors();
                     let (means, vars) = (tensors[first].range(), tensors[first + 1].range());
+                    let (mean, var) = (running.slice(means.clone())?, running.slice(vars.clone())?);
                     match self.options.batch_norm {
                         Mode::Train => {
                             let mut next = pending.disjoint();
-                            let running = match statistics {
-                                Statistics::Keep => None,
-                                Statistics::Update => Some(Running {
-                                    momentum: RUNNING_MOMENTUM,
-                                    mean: running.slice(means.clone())?,
-                                    var: running.slice(vars.clone())?,
-                                    next_mean: next.write(means)?,
-                                    next_var: next.write(vars)?,
-                                }),
-                            };
-                            batch_norm::forward_train(
-                                &shape,
-                                x,
-                                scale,
-                                shift,
-                                EPSILON,
-                                residual,
-                                relu,
-                                y,
-                                mean,
-                                inv_std,
-                                running,
-                                sums.view_mut(),
-                            )?;
+                            let (next_mean, next_var) = (next.write(means)?, next.write(vars)?);
+                            let running = Running { momentum: RUNNING_MOMENTUM, mean, var, next_mean, next_var };
+                            let running = (statistics == Statistics::Update).then_some(running);
+                            batch_norm::forward_train(shape, input, y, saved, running, sums.view_mut())?;
                         }
-                        Mode::Eval => batch_norm::forward_eval(
-                            &shape,
-                            x,
-                            scale,
-                            shift,
-                            running.slice(means)?,
-                            running.slice(vars)?,
-                            EPSILON,
-                            residual,
-                            relu,
-                            y,
-                            mean,
-                            inv_std,
-                        )?,
+                        Mode::Eval => batch_norm::forward_eval(shape, input, mean, var, y, saved)?,
                     }
                 }
                 &Op::Relu { x, y } => layers::relu(parts.read(x)?, parts.write(y)?)?,
@@ -349,31 +320,24 @@ impl<T: Scalar> Plan<T> {
                 &Op::BatchNorm { x, y, scale, shift, residual, relu, .. } => {
                     let shape = batch_norm_shape(self.shapes[x.0]);
                     let (mean, inv_std) = parts.moments(index)?;
-                    let output = if relu && residual.is_some() { Some(parts.read(y)?) } else { None };
+                    let (gamma, beta) = (weight(scale)?, weight(shift)?);
+                    let activation = match (relu, residual) {
+                        (false, _) => Activation::Identity,
+                        (true, None) => Activation::ReluRecomputed { beta },
+                        (true, Some(_)) => Activation::Relu { y: parts.read(y)? },
+                    };
                     let residual = match residual {
                         Some(value) => parts
                             .gradient_if_needed(value)?
                             .map(|gradient| ResidualGradient { gradient, accumulate: add[1] }),
                         None => None,
                     };
+                    let (x_value, dy, dx) = (parts.read(x)?, parts.gradient(y)?, parts.gradient_mut(x)?);
+                    let input = Backward { x: x_value, dy, gamma, mean, inv_std, activation };
                     let mut parameters = gradient.disjoint();
-                    batch_norm::backward(
-                        &shape,
-                        self.options.batch_norm,
-                        relu,
-                        parts.read(x)?,
-                        output,
-                        parts.gradient(y)?,
-                        weight(scale)?,
-                        weight(shift)?,
-                        mean,
-                        inv_std,
-                        parts.gradient_mut(x)?,
-                        parameters.write(range(scale))?,
-                        parameters.write(range(shift))?,
-                        residual,
-                        sums.view_mut(),
-                    )?;
+                    let (dgamma, dbeta) = (parameters.write(range(scale))?, parameters.write(range(shift))?);
+                    let gradients = Gradients { dx, dgamma, dbeta };
+                    batch_norm::backward(shape, self.options.batch_norm, input, gradients, residual, sums.view_mut())?;
                 }
                 &Op::Relu { x, y } => {
                     if let Some(dx) = parts.gradient_if_needed(x)? {
@@ -410,8 +374,9 @@ impl<T: Scalar> Plan<T> {
                 &Op::Linear { x, y, weight: w, bias, ref shape } => {
                     let mut parameters = gradient.disjoint();
                     let (dweight, dbias) = (parameters.write(range(w))?, parameters.write(range(bias))?);
-                    let (x, dx) = (parts.read(x)?, parts.gradient_if_needed(x)?);
-                    layers::linear_backward(shape, x, weight(w)?, parts.gradient(y)?, dx, add[0], dweight, dbias)?;
+                    let dx = parts.gradient_if_needed(x)?;
+                    let (x, dy) = (parts.read(x)?, parts.gradient(y)?);
+                    layers::linear_backward(shape, x, weight(w)?, dy, dx, add[0], dweight, dbias)?;
                 }
             }
         }
@@ -603,8 +568,8 @@ impl<'a, T: Scalar> Parts<'_, 'a, T> {
         Ok((self.arena.read(mean)?, self.arena.read(inv_std)?))
     }
 
-    fn moments_mut(&mut self, op: usize) -> Result<(SliceMut<'a, T>, SliceMut<'a, T>)> {
+    fn moments_mut(&mut self, op: usize) -> Result<Saved<'a, T>> {
         let (mean, inv_std) = self.places.moments[op].unwrap_or_default();
-        Ok((self.slot_mut(mean)?, self.slot_mut(inv_std)?))
+        Ok(Saved { mean: self.slot_mut(mean)?, inv_std: self.slot_mut(inv_std)? })
     }
 }

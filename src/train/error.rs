@@ -44,7 +44,7 @@ pub enum TrainError {
         reason: String,
     },
     /// The folder for a run's results already holds a run.
-    #[error("{}: already holds a run; `--resume {0}` continues it, another `--out` begins a new one", path.display(), .0 = path.display())]
+    #[error("{0}: already holds a run; `--resume {0}` continues it, another `--out` begins a new one", path.display())]
     RunExists {
         /// The folder.
         path: PathBuf,

@@ -79,7 +79,7 @@ impl Evaluator {
             let counted = batch.min(samples - first);
             let order = self.order.slice(first..first + batch)?;
             let (out, labels) = self.plan.batch_mut()?;
-            let (pixels, truth) = (self.images.pixels.view(), self.images.labels.view());
+            let (pixels, truth) = self.images.views();
             image::batch(&shape, pixels, truth, order, &self.normalization, None, out, labels)?;
             self.plan.evaluate(weights, counted, self.loss.view_mut())?;
             let (mut loss, mut hits) = ([0.0], [0]);

@@ -10,7 +10,7 @@ use super::log::{Log, Record};
 use super::settings::{AugmentName, Options};
 use super::{TrainError, weights};
 use crate::data::{self, Dataset, ImageShape, Images, Split, SyntheticSpec};
-use crate::device::{Buffer, Device, HostOptions};
+use crate::device::{Buffer, Device, HostOptions, Slice};
 use crate::kernels::image::{self, Augment, BatchShape, Normalization};
 use crate::kernels::metrics;
 use crate::nn;
@@ -19,8 +19,8 @@ use crate::plan::{Plan, PlanOptions, Shape};
 
 /// Images and labels of a split, on the device.
 pub(super) struct DeviceImages {
-    pub pixels: Buffer<u8>,
-    pub labels: Buffer<u32>,
+    pixels: Buffer<u8>,
+    labels: Buffer<u32>,
     pub count: usize,
 }
 
@@ -28,6 +28,11 @@ impl DeviceImages {
     pub fn new(device: &Device, images: &Images) -> Result<Self, TrainError> {
         let (pixels, labels) = (device.upload(&images.pixels)?, device.upload(&images.labels)?);
         Ok(Self { pixels, labels, count: images.len() })
+    }
+
+    /// Pixels and labels.
+    pub fn views(&self) -> (Slice<'_, u8>, Slice<'_, u32>) {
+        (self.pixels.view(), self.labels.view())
     }
 }
 
@@ -255,7 +260,7 @@ pub fn train(
         });
         let chosen = order_on_device.slice(within * batch..(within + 1) * batch)?;
         let (out_images, out_labels) = plan.batch_mut()?;
-        let (pixels, labels) = (images.pixels.view(), images.labels.view());
+        let (pixels, labels) = images.views();
         image::batch(&batch_shape, pixels, labels, chosen, &normalization, augment, out_images, out_labels)?;
         let lr = schedule.rate(step);
         optimizer.step(&mut plan, &mut parameters, lr)?;

@@ -1,0 +1,133 @@
+//! The convolution's three passes on the layers of CIFAR's ResNet-20 and ResNet-18, batch 128: elements per second are
+//! floating-point operations per second (two per multiply-add). On one CPU thread, on all of them, and on the first GPU
+//! where there is one, timed by the device's own events.
+
+use std::time::Duration;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use polder::device::{Buffer, Device, HostOptions, Result};
+use polder::kernels::conv::{self, ConvShape};
+
+const BATCH: usize = 128;
+
+/// (input rows and columns, in channels, out channels, kernel, stride)
+const LAYERS: [(usize, usize, usize, usize, usize); 16] = [
+    (32, 3, 16, 3, 1),
+    (32, 16, 16, 3, 1),
+    (32, 16, 32, 3, 2),
+    (32, 16, 32, 1, 2),
+    (16, 32, 32, 3, 1),
+    (16, 32, 64, 3, 2),
+    (8, 64, 64, 3, 1),
+    (32, 3, 64, 3, 1),
+    (32, 64, 64, 3, 1),
+    (32, 64, 128, 3, 2),
+    (32, 64, 128, 1, 2),
+    (16, 128, 128, 3, 1),
+    (16, 128, 256, 3, 2),
+    (8, 256, 256, 3, 1),
+    (8, 256, 512, 3, 2),
+    (4, 512, 512, 3, 1),
+];
+
+/// Activations are taken in turn from sets of this many bytes together, more than the last cache of a CPU or a GPU holds, as
+/// a training step, too, finds most of them in memory.
+const ROTATED_BYTES: usize = 192 << 20;
+
+struct Layer {
+    shape: ConvShape,
+    sets: Vec<(Buffer<f32>, Buffer<f32>)>,
+    weight: Buffer<f32>,
+    gradient: Buffer<f32>,
+    workspace: Buffer<f32>,
+}
+
+/// Numbers without a pattern that a cache or a branch could profit from.
+fn noise(device: &Device, len: usize, seed: u32) -> Result<Buffer<f32>> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9) | 1;
+    let values: Vec<f32> = std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        state as f32 / u32::MAX as f32 - 0.5
+    })
+    .take(len)
+    .collect();
+    device.upload(&values)
+}
+
+impl Layer {
+    fn new(device: &Device, shape: ConvShape) -> Result<Self> {
+        let bytes = 4 * (shape.input_len() + shape.output_len());
+        let sets = (0..ROTATED_BYTES.div_ceil(bytes) as u32)
+            .map(|seed| {
+                Ok((noise(device, shape.input_len(), 2 * seed + 1)?, noise(device, shape.output_len(), 2 * seed + 2)?))
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            shape,
+            sets,
+            weight: noise(device, shape.weight_len(), 0)?,
+            gradient: device.zeros(shape.weight_len())?,
+            workspace: device.zeros(shape.workspace_len(device))?,
+        })
+    }
+
+    fn run(&mut self, pass: &str, turn: u64) -> Result<()> {
+        let count = self.sets.len() as u64;
+        let (x, y) = &mut self.sets[(turn % count) as usize];
+        let (weight, workspace) = (self.weight.view(), self.workspace.view_mut());
+        match pass {
+            "forward" => conv::forward(&self.shape, x.view(), weight, y.view_mut(), workspace),
+            "input gradient" => conv::input_gradient(&self.shape, y.view(), weight, x.view_mut(), false, workspace),
+            _ => conv::weight_gradient(&self.shape, x.view(), y.view(), self.gradient.view_mut(), workspace),
+        }
+    }
+}
+
+/// The time that `count` calls take on the device.
+fn timed(device: &Device, layer: &mut Layer, pass: &str, count: u64) -> Result<Duration> {
+    let start = device.event()?;
+    for turn in 0..count {
+        layer.run(pass, turn)?;
+    }
+    Ok(Duration::from_secs_f64(device.event()?.elapsed_since(&start)?))
+}
+
+fn convolutions(criterion: &mut Criterion) {
+    let mut devices = vec![
+        ("cpu, 1 thread", Device::host_with(HostOptions { threads: 1, ..HostOptions::default() })),
+        ("cpu, all threads", Device::host()),
+    ];
+    if let Ok(device) = Device::cuda(0) {
+        devices.push(("cuda:0", device));
+    }
+    for (name, device) in &devices {
+        let mut group = criterion.benchmark_group(format!("conv {name}"));
+        group.sample_size(10).warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_secs(1));
+        for (size, in_channels, out_channels, kernel, stride) in LAYERS {
+            let shape = ConvShape {
+                batch: BATCH,
+                height: size,
+                width: size,
+                in_channels,
+                out_channels,
+                kernel,
+                stride,
+                padding: kernel / 2,
+            };
+            let mut layer = Layer::new(device, shape).expect("memory for one layer");
+            group.throughput(Throughput::Elements(2 * shape.macs()));
+            for pass in ["forward", "input gradient", "weight gradient"] {
+                let layer_name = format!("{size}x{size} {in_channels}-{out_channels} k{kernel} s{stride}");
+                group.bench_function(BenchmarkId::new(pass, layer_name), |bencher| {
+                    bencher.iter_custom(|count| timed(device, &mut layer, pass, count).expect("a launch"));
+                });
+            }
+        }
+        group.finish();
+    }
+}
+
+criterion_group!(benches, convolutions);
+criterion_main!(benches);

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Gathers in one folder what a machine with a GPU, but without Rust, needs to test and to measure polder: run.sh, the programs,
+# tests and benchmarks with the GPU's kernels inside, and their data. Needs nvcc (NVCC, CUDA_HOME, CUDA_PATH or PATH).
+#
+#   benches/gpu/bundle.sh OUT        then, over there:  OUT/run.sh RESULTS
+set -euo pipefail
+
+limit_mib=40
+# Tests that drive the program through paths of this machine; what they cover does not depend on the device.
+left_out="cli"
+
+[ $# -eq 1 ] || { echo "usage: $0 OUT" >&2; exit 2; }
+mkdir -p "$1"
+out=$(cd "$1" && pwd)
+cd "$(dirname "$0")/../.."
+if [ -n "$(ls -A "$out")" ] && [ ! -e "$out/run.sh" ]; then
+    echo "$out holds something else than a bundle" >&2
+    exit 2
+fi
+rm -rf "${out:?}"/*
+mkdir -p "$out"/{bin,tests,benches,peers}
+cp benches/gpu/run.sh "$out/"
+chmod +x "$out/run.sh"
+
+# Builds, and prints "folder name path" for every executable that cargo reports.
+executables() {
+    cargo "$@" --no-run --message-format=json-render-diagnostics | python3 -c '
+import json, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    if message.get("reason") != "compiler-artifact" or not message["executable"]:
+        continue
+    kind, tested = message["target"]["kind"][0], message["profile"]["test"]
+    name, path = message["target"]["name"], message["executable"]
+    if kind == "bench":
+        print("benches", name, path)
+    elif kind == "bin" and not tested:
+        print("bin", name, path)
+    elif kind == "test":
+        print("tests", name, path)
+    elif kind == "lib" and tested:
+        print("tests", "lib", path)
+'
+}
+
+export POLDER_REQUIRE_CUDA=1
+tests=$(executables test --release)
+benches=$(executables bench --benches)
+while read -r folder name path; do
+    case " $left_out " in *" $name "*) continue ;; esac
+    strip -o "$out/$folder/$name" "$path"
+done < <(echo "$tests"; grep '^benches ' <<<"$benches")
+cp -r tests/fixtures "$out/tests/"
+find benches/peers -name '*.py' -exec cp {} "$out/peers/" \;
+
+kib=$(du -sk --apparent-size "$out" | cut -f1)
+(cd "$out" && find . -type f -printf '%k KiB  %P\n' | sort -rn | head -n 30)
+echo "$out: $((kib / 1024)) MiB"
+if [ "$kib" -gt $((limit_mib * 1024)) ]; then
+    echo "more than $limit_mib MiB" >&2
+    exit 1
+fi

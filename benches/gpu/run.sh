@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# Runs a bundle (bundle.sh) on the first GPU, in under nine minutes: the tests, compute-sanitizer over the kernels' tests, the
+# benchmarks, and the comparison with PyTorch. Full logs go to RESULTS, a table of all runs comes last (and to RESULTS/table.txt).
+#
+#   run.sh RESULTS
+set -u
+
+[ $# -eq 1 ] || { echo "usage: $0 RESULTS" >&2; exit 2; }
+mkdir -p "$1"
+results=$(cd "$1" && pwd)
+cd "$(dirname "$0")" || exit 1
+table=$results/table.txt
+deadline=$((SECONDS + 530))
+failures=0
+
+export POLDER_TEST_DEVICE=cuda:0
+export POLDER_FIXTURES=$PWD/tests/fixtures
+CRITERION_HOME=$(mktemp -d)
+export CRITERION_HOME
+
+# Tests of whole runs, which launch the same kernels as the others and take long under compute-sanitizer.
+not_sanitized="lib data training allocation"
+
+row() { printf '%-32s %-10s %5s s\n' "$1" "$2" "$3" >>"$table"; }
+
+# run LOG NAME SECONDS COMMAND...: runs it under the smaller of its own limit and what is left, and notes how it ended.
+run() {
+    local log=$results/$1.log name=$2 limit=$3 start=$SECONDS status
+    shift 3
+    [ $((deadline - SECONDS)) -lt "$limit" ] && limit=$((deadline - SECONDS))
+    if [ "$limit" -lt 5 ]; then
+        row "$name" "no time" 0
+        failures=$((failures + 1))
+        return
+    fi
+    printf '\n===== %s: %s\n' "$name" "$*" >>"$log"
+    timeout -k 5 "$limit" "$@" >>"$log" 2>&1
+    status=$?
+    case $status in
+        0) status=ok ;;
+        124 | 137) status="timeout" ;;
+        *) status="FAILED $status" ;;
+    esac
+    [ "$status" = ok ] || failures=$((failures + 1))
+    row "$name" "$status" $((SECONDS - start))
+}
+
+find_sanitizer() {
+    command -v compute-sanitizer && return
+    local path
+    for path in /usr/local/cuda*/bin/compute-sanitizer; do
+        [ -x "$path" ] && echo "$path" && return
+    done
+}
+
+# sanitize TOOL SECONDS: the kernels' tests under one tool, sharing the seconds. Calls of the driver that fail are left to the
+# tests: some provoke them.
+sanitize() {
+    local tool=$1 until=$((SECONDS + $2)) path name
+    for path in tests/*; do
+        name=${path##*/}
+        [ -f "$path" ] || continue
+        case " $not_sanitized " in *" $name "*) continue ;; esac
+        run "$tool" "$tool $name" $((until - SECONDS)) \
+            "$sanitizer" --tool "$tool" --report-api-errors no --error-exitcode 9 "$path"
+    done
+}
+
+: >"$table"
+nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv,noheader >>"$table" 2>&1 ||
+    echo "nvidia-smi: no answer" >>"$table"
+bin/polder devices >>"$table" 2>&1
+
+for path in tests/*; do
+    [ -f "$path" ] && run tests "test ${path##*/}" 100 "$path"
+done
+
+sanitizer=$(find_sanitizer)
+[ -n "$sanitizer" ] && sanitize memcheck 100
+
+for path in benches/*; do
+    [ -f "$path" ] && run benches "bench ${path##*/}" 60 "$path" --bench --warm-up-time 0.5 --measurement-time 1
+done
+
+for pair in pytorch:step_peer vector:vector_peer; do
+    script=peers/${pair%%:*}.py binary=bin/${pair##*:}
+    if [ ! -f "$script" ] || [ ! -x "$binary" ]; then
+        row "$script" "missing" 0
+    elif ! python3 -c 'import torch' 2>>"$results/peers.log"; then
+        row "$script" "no torch" 0
+    else
+        run peers "$script" 60 python3 "$script" --device cuda --binary "$binary"
+    fi
+done
+
+if [ -n "$sanitizer" ]; then
+    sanitize racecheck 90
+    sanitize synccheck 90
+else
+    row "compute-sanitizer" "missing" 0
+fi
+
+rm -rf "$CRITERION_HOME"
+grep -h "^test result\|^ERROR SUMMARY\|^========= ERROR SUMMARY\|time: " "$results"/*.log | sort | uniq -c | sort -rn | head -n 20
+printf '\n'
+cat "$table"
+echo "$failures failed, $SECONDS s, logs in $results"
+[ "$failures" -eq 0 ]

@@ -1,0 +1,416 @@
+#!/usr/bin/env python3
+"""Whole training steps (SGD, SAM, CR-SAM) of ResNet-8/20/18: PyTorch and ours on the same device, in turns.
+
+    python3 benches/peers/pytorch.py                              # ours is looked for under target/release
+    python3 benches/peers/pytorch.py --self --models resnet8      # PyTorch's forms alone
+
+For each model and method the gradients of both sides are compared first; timing an unequal computation is refused (exit 1).
+A ReLU input within float32 rounding of zero falls on either side, and each one that differs moves the gradient: PyTorch's two
+memory formats differ by 1e-3 to 4e-3 from each other on the batches timed. So the sharp comparison (1e-3) runs on a few images
+whose ReLU inputs all keep clear of zero, and the batch that is timed is compared more loosely (2e-2).
+PyTorch runs in its best form here, found by trial: contiguous or channels_last, per-parameter or foreach SAM, each of its
+SGD implementations. Then both sides take turns on the same batch, and the ratio is taken within each turn, so that whatever
+else slows the machine slows both.
+
+`step_peer --model M --method sgd|sam|cr-sam --batch-size B --device cpu|cuda:N --threads T --weights FILE --images FILE` holds
+our side. WEIGHTS has parameters and running statistics under torchvision's names; IMAGES has `images` (u8, N, H, W, C) and
+`labels` (i64). It reads commands from stdin and answers each with one line of JSON (`{"error": "..."}` where it cannot):
+  gradient OUT.safetensors   writes the batch's gradient at the current weights under the parameters' names; {"loss": ..}
+  steps N                    N training steps on the batch; {"seconds": .., "images_per_s": ..}
+  memory                     {"peak_rss_bytes": ..}, on a GPU also "peak_device_bytes"
+  quit                       ends it
+"""
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import common
+from common import A_MIN, ALPHA, B_MIN, BETA, RHO
+
+# Largest relative L2 error of the gradient: on the images without kinks, and on the batch that is timed.
+SHARP_LIMIT, TIMED_LIMIT = 1e-3, 2e-2
+LOSS_LIMIT = 1e-4
+# Float32 noise at the input of the k-th ReLU is about 1.25e-7 k (rms) in these nets: six of it.
+KINK_MARGIN = 7.5e-7
+
+
+class Step:
+    """One training step in PyTorch, as its users write it. Subclasses say how the gradient comes about."""
+
+    def __init__(self, model, optimizer):
+        self.model, self.parameters = model, list(model.parameters())
+        self.norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        self.optimizer = torch.optim.SGD(
+            self.parameters, common.LR, common.MOMENTUM, weight_decay=common.WEIGHT_DECAY, **optimizer
+        )
+
+    def backward(self, x, y):
+        """Loss of a pass; its gradients replace those in `.grad`."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(self.model(x), y)
+        loss.backward()
+        return loss.detach()
+
+    def freeze_running_statistics(self, frozen):
+        for norm in self.norms:
+            norm.momentum = 0.0 if frozen else 0.1
+
+
+class Sgd(Step):
+    def __call__(self, x, y):
+        self.backward(x, y)
+        self.optimizer.step()
+
+
+class SamPerParameter(Step):
+    """The widespread implementation: a loop over the parameters, which are moved and restored."""
+
+    @torch.no_grad()
+    def scale(self):
+        norms = torch.stack([p.grad.norm(p=2) for p in self.parameters])
+        return RHO / (torch.norm(norms, p=2) + 1e-12)
+
+    def __call__(self, x, y):
+        self.backward(x, y)
+        scale, old = self.scale(), []
+        with torch.no_grad():
+            for p in self.parameters:
+                old.append(p.data.clone())
+                p.add_(p.grad * scale)
+        self.freeze_running_statistics(True)
+        self.backward(x, y)
+        self.freeze_running_statistics(False)
+        for p, value in zip(self.parameters, old):
+            p.data = value
+        self.optimizer.step()
+
+
+def foreach_direction(gradients):
+    """rho g / (|g| + 1e-12), each tensor list in a few calls."""
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    return torch._foreach_mul(gradients, RHO / (norm + 1e-12))
+
+
+class SamForeach(Step):
+    def __call__(self, x, y):
+        self.backward(x, y)
+        with torch.no_grad():
+            old = [p.data for p in self.parameters]
+            moved = torch._foreach_add(old, foreach_direction([p.grad for p in self.parameters]))
+        for p, value in zip(self.parameters, moved):
+            p.data = value
+        self.freeze_running_statistics(True)
+        self.backward(x, y)
+        self.freeze_running_statistics(False)
+        for p, value in zip(self.parameters, old):
+            p.data = value
+        self.optimizer.step()
+
+
+def log_factors(l0, l_plus, l_minus):
+    """alpha/A and beta/B without reading anything back to the host; zero where the term is dropped."""
+    l0, l_plus, l_minus = l0.double(), l_plus.double(), l_minus.double()
+    a, b = l_plus + l_minus - 2 * l0, l_plus - l_minus
+    zero = torch.zeros_like(a)
+    return torch.where(a > A_MIN, ALPHA / a, zero).float(), torch.where(b > B_MIN, BETA / b, zero).float()
+
+
+class CrSam(Step):
+    """The three passes of CR-SAM (log form). Subclasses do the algebra on the parameters."""
+
+    def __call__(self, x, y):
+        l0 = self.backward(x, y)
+        old, g0 = [p.data for p in self.parameters], [p.grad for p in self.parameters]
+        with torch.no_grad():
+            plus, minus = self.perturbed(old, g0)
+        self.freeze_running_statistics(True)
+        l_plus, g_plus = self.pass_at(plus, x, y)
+        l_minus, g_minus = self.pass_at(minus, x, y)
+        self.freeze_running_statistics(False)
+        with torch.no_grad():
+            combined = self.combined(g0, g_plus, g_minus, *log_factors(l0, l_plus, l_minus))
+        for p, value, gradient in zip(self.parameters, old, combined):
+            p.data, p.grad = value, gradient
+        self.optimizer.step()
+
+    def pass_at(self, weights, x, y):
+        for p, value in zip(self.parameters, weights):
+            p.data = value
+        loss = self.backward(x, y)
+        return loss, [p.grad for p in self.parameters]
+
+
+class CrSamPerParameter(CrSam):
+    def perturbed(self, w, g0):
+        scale = RHO / (torch.norm(torch.stack([g.norm(p=2) for g in g0]), p=2) + 1e-12)
+        directions = [g * scale for g in g0]
+        return [p + e for p, e in zip(w, directions)], [p - e for p, e in zip(w, directions)]
+
+    def combined(self, g0, g_plus, g_minus, a, b):
+        return [p + a * (p + m - 2 * g) + b * (p - m) for g, p, m in zip(g0, g_plus, g_minus)]
+
+
+class CrSamForeach(CrSam):
+    def perturbed(self, w, g0):
+        direction = foreach_direction(g0)
+        return torch._foreach_add(w, direction), torch._foreach_sub(w, direction)
+
+    def combined(self, g0, g_plus, g_minus, a, b):
+        # (1 + a + b) g+ + (a - b) g- - 2a g0
+        result = torch._foreach_mul(g_plus, 1 + a + b)
+        torch._foreach_add_(result, torch._foreach_mul(g_minus, a - b))
+        torch._foreach_add_(result, torch._foreach_mul(g0, -2 * a))
+        return result
+
+
+OPTIMIZERS = {
+    "loop SGD": {"foreach": False}, "foreach SGD": {"foreach": True}, "fused SGD": {"fused": True},
+}
+STEPS = {
+    "sgd": {"": Sgd},
+    "sam": {"per-parameter SAM, ": SamPerParameter, "foreach SAM, ": SamForeach},
+    "cr-sam": {"per-parameter CR-SAM, ": CrSamPerParameter, "foreach CR-SAM, ": CrSamForeach},
+}
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def forms(method):
+    """(name, memory format, step class, SGD options) of every form tried."""
+    for format_name, memory_format in FORMATS.items():
+        for step_name, step in STEPS[method].items():
+            for optimizer_name, options in OPTIMIZERS.items():
+                yield f"{step_name}{optimizer_name}, {format_name}", memory_format, step, options
+
+
+def make_batch(batch_size, seed):
+    """Smooth u8 images (N, H, W, C) and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = 120 + 50 * torch.randn(batch_size, 3, 8, 8, generator=generator)
+    images = F.interpolate(coarse, size=(32, 32), mode="bilinear").round().clamp(0, 255).to(torch.uint8)
+    labels = torch.randint(0, common.CLASSES, (batch_size,), generator=generator)
+    return images.permute(0, 2, 3, 1).contiguous(), labels
+
+
+class Problem:
+    """A model's initial weights and one batch, normalised and on the device."""
+
+    def __init__(self, model_name, batch_size, device, seed=5):
+        torch.manual_seed(1)
+        self.device, self.batch_size = device, batch_size
+        self.model_name, model = model_name, common.MODELS[model_name]()
+        self.weights = {k: v.clone() for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+        self.images, self.labels = make_batch(batch_size, seed)
+        x = self.images.permute(0, 3, 1, 2).float() / 255
+        x = (x - torch.tensor(common.MEAN)[:, None, None]) / torch.tensor(common.STD)[:, None, None]
+        self.x, self.y = x.contiguous().to(device), self.labels.to(device)
+
+    def model(self, memory_format=torch.contiguous_format):
+        model = common.MODELS[self.model_name]()
+        model.load_state_dict(self.weights, strict=False)
+        return model.to(self.device, memory_format=memory_format).train()
+
+    def is_clear_of_kinks(self):
+        """Whether every ReLU input is further from zero than float32 noise reaches."""
+        margins = []
+
+        def measure(module, inputs):
+            margins.append(inputs[0].abs().min().item() / (KINK_MARGIN * (len(margins) + 1)))
+
+        model = self.model()
+        for module in model.modules():
+            if isinstance(module, torch.nn.ReLU):
+                module.register_forward_pre_hook(measure)
+        with torch.no_grad():
+            model(self.x)
+        return min(margins) > 1
+
+    def gradient(self):
+        model = self.model()
+        loss = F.cross_entropy(model(self.x), self.y)
+        loss.backward()
+        return loss.item(), {name: p.grad.cpu() for name, p in model.named_parameters()}
+
+    def write(self, folder):
+        weights, images = folder / f"{self.model_name}.safetensors", folder / f"images-{self.batch_size}.safetensors"
+        save_file(self.weights, weights)
+        save_file({"images": self.images, "labels": self.labels}, images)
+        return weights, images
+
+
+class Runner:
+    """A form of a method, ready to run: `run(n)` takes n steps and returns the seconds."""
+
+    def __init__(self, problem, memory_format, step, options):
+        self.device = problem.device
+        self.x, self.y = problem.x.contiguous(memory_format=memory_format), problem.y
+        self.step = step(problem.model(memory_format), options)
+
+    def run(self, count):
+        common.synchronise(self.device)
+        start = time.perf_counter()
+        for _ in range(count):
+            self.step(self.x, self.y)
+        common.synchronise(self.device)
+        return time.perf_counter() - start
+
+
+def best_form(problem, method, seconds):
+    """Tries every form for about `seconds`, twice in turns; returns (name, runner, images per second of all)."""
+    runners, best = {}, {}
+    for name, *form in forms(method):
+        runners[name] = Runner(problem, *form)
+        runners[name].run(2)
+    for _ in range(2):
+        for name, runner in runners.items():
+            once = runner.run(1)
+            count = max(1, round(seconds / once))
+            best[name] = min(best.get(name, once), runner.run(count) / count)
+    name = min(best, key=best.get)
+    return name, runners[name], {key: problem.batch_size / value for key, value in best.items()}
+
+
+def memory_of(arguments, model, method, form):
+    """Peak memory of PyTorch's form in a process of its own."""
+    command = [sys.executable, __file__, "--memory-of", form, "--models", model, "--methods", method]
+    command += ["--batch-size", str(arguments.batch_size), "--device", arguments.device, "--threads", str(arguments.threads)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def report_memory(arguments, device):
+    """The child's side of `memory_of`."""
+    imported = common.peak_resident_bytes()
+    problem = Problem(arguments.models[0], arguments.batch_size, device)
+    form = {name: rest for name, *rest in forms(arguments.methods[0])}[arguments.memory_of]
+    Runner(problem, *form).run(3)
+    answer = {"peak_rss_bytes": common.peak_resident_bytes(), "after_import_bytes": imported}
+    if device.type == "cuda":
+        answer["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
+    print(json.dumps(answer))
+
+
+def start_peer(arguments, problem, method, folder):
+    weights, images = problem.write(folder)
+    return common.Peer(
+        arguments.binary, "--model", problem.model_name, "--method", method, "--batch-size", problem.batch_size,
+        "--device", arguments.device, "--threads", arguments.threads, "--weights", weights, "--images", images,
+    )
+
+
+def gradient_error(problem, peer, folder, limit):
+    """Relative L2 error of our gradient to PyTorch's; exits where it, or the loss, is not the same."""
+    loss, gradient = problem.gradient()
+    path = folder / "gradient.safetensors"
+    our_loss = peer.ask("gradient", path)["loss"]
+    ours, name = load_file(path), f"{problem.model_name}, {problem.batch_size} images"
+    if missing := sorted(gradient.keys() ^ ours.keys()):
+        sys.exit(f"{name}: gradients of one side only: {', '.join(missing)}")
+    for key, value in gradient.items():
+        if value.shape != ours[key].shape:
+            sys.exit(f"{name}: {key} is {tuple(value.shape)} in PyTorch, {tuple(ours[key].shape)} in ours")
+    error = common.relative_error([ours[key] for key in gradient], list(gradient.values()))
+    # Written so that a NaN is refused too.
+    if not (error < limit and abs(our_loss - loss) < LOSS_LIMIT * abs(loss)):
+        sys.exit(f"{name}: not the same computation: gradient differs by {error:.2e}, losses {our_loss} (ours), {loss}")
+    return error
+
+
+def sharp_gradient_error(arguments, model, method, device, folder):
+    """The comparison on a few images without kinks, in a process of its own."""
+    count = 2 if model == "resnet18" else 4
+    problems = (Problem(model, count, device, seed) for seed in range(100, 1100))
+    problem = next(filter(Problem.is_clear_of_kinks, problems), None)
+    if problem is None:
+        sys.exit(f"{model}: found no images without kinks")
+    peer = start_peer(arguments, problem, method, folder)
+    error = gradient_error(problem, peer, folder, SHARP_LIMIT)
+    peer.quit()
+    return error
+
+
+def compare(arguments, device, model, method, folder):
+    problem = Problem(model, arguments.batch_size, device)
+    result = {"model": model, "method": method, "batch_size": arguments.batch_size}
+    if not arguments.self:
+        result["gradient_error"] = sharp_gradient_error(arguments, model, method, device, folder)
+        peer = start_peer(arguments, problem, method, folder)
+        result["timed_gradient_error"] = gradient_error(problem, peer, folder, TIMED_LIMIT)
+    result["form"], runner, result["forms"] = best_form(problem, method, arguments.seconds / 4)
+    count = max(1, round(arguments.seconds / runner.run(1)))
+    theirs, ours = [], []
+    if not arguments.self:
+        peer.ask("steps", 2)
+    for turn in range(arguments.rounds):
+        sides = [lambda: theirs.append(count * problem.batch_size / runner.run(count))]
+        if not arguments.self:
+            sides.append(lambda: ours.append(peer.ask("steps", count)["images_per_s"]))
+        for side in sides if turn % 2 == 0 else reversed(sides):
+            side()
+    result["pytorch_images_per_s"] = common.spread(theirs)
+    result["pytorch_memory"] = memory_of(arguments, model, method, result["form"])
+    if not arguments.self:
+        result["images_per_s"] = common.spread(ours)
+        result["ratio"] = common.spread([a / b for a, b in zip(ours, theirs)])
+        result["memory"] = peer.ask("memory")
+        peer.quit()
+    return result
+
+
+def show(result):
+    name = f"{result['model']} {result['method']}"
+    theirs, memory = result["pytorch_images_per_s"], result["pytorch_memory"]
+    line = f"{name:16} {theirs['median']:9.1f}"
+    if "ratio" in result:
+        ours, ratio = result["images_per_s"], result["ratio"]
+        line += f" {ours['median']:9.1f}  {ratio['median']:5.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
+        line += f"  {result['gradient_error']:8.1e}  {memory['peak_rss_bytes'] / 2**20:6.0f}"
+        line += f" {result['memory']['peak_rss_bytes'] / 2**20:6.0f}"
+    else:
+        line += f"  {memory['peak_rss_bytes'] / 2**20:6.0f} ({memory['after_import_bytes'] / 2**20:.0f} after import)"
+    print(f"{line}  {result['form']}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["resnet8", "resnet20", "resnet18"], choices=common.MODELS)
+    parser.add_argument("--methods", nargs="+", default=["sgd", "sam", "cr-sam"], choices=STEPS)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of one turn of PyTorch, about")
+    parser.add_argument("--binary", help="our side; default: step_peer under target/release")
+    parser.add_argument("--self", action="store_true", help="PyTorch alone")
+    parser.add_argument("--json", type=pathlib.Path, help="write the results there too")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    common.prepare(device, arguments.threads)
+    if arguments.memory_of:
+        return report_memory(arguments, device)
+    if not arguments.self:
+        arguments.binary = common.find_binary("step_peer", arguments.binary)
+
+    machine = common.describe(device, arguments.threads)
+    print(f"{machine}; batch {arguments.batch_size}, {arguments.rounds} rounds of about {arguments.seconds} s; images/s, MiB")
+    columns = " MiB peak" if arguments.self else "      ours  ratio (min-max)   gradient   MiB   ours"
+    print(f"{'':16}   PyTorch {columns}  best PyTorch form")
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for model in arguments.models:
+            for method in arguments.methods:
+                results.append(compare(arguments, device, model, method, pathlib.Path(folder)))
+                show(results[-1])
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,675 @@
+// Batch normalisation of x [rows, channels] (NHWC: rows are the pixels of all images), with the residual addition and the relu
+// that follow it in a ResNet, forward and backward.
+//
+// Forward: statistics (reads x), their combination (tiny), normalisation (reads x, writes y). Backward: the two sums over the
+// rows, their combination, the gradient of x. All sums are two-level: at most kRun rows in the working precision, everything
+// beyond that in double, in an order that depends on the launch shape alone.
+//
+// A block takes a contiguous range of rows. On the GPU its threads form columns of channel groups and lines of rows; on the
+// CPU its one thread walks the range in runs of kRun rows, with as many channels at once as fit in vector registers.
+#include "include/polder.cuh"
+
+namespace {
+
+/// Rows summed in the working precision before the sum moves to double: the rounding error stays near that of one addition.
+constexpr uint32_t kRun = 64;
+
+// ---- Channel groups: the unit of arithmetic, scalars in a GPU thread, vectors on the CPU -------------------------------------
+
+/// N neighbouring channels.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Scalars {
+    typedef T Item;
+    static constexpr int channels = N, items = N;
+    T v[N];
+
+    static __device__ __forceinline__ Scalars load(const T* p) { return *reinterpret_cast<const Scalars*>(p); }
+    __device__ __forceinline__ void store(T* p) const { *reinterpret_cast<Scalars*>(p) = *this; }
+};
+
+#if defined(POLDER_HOST)
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+/// K vector registers of neighbouring channels.
+template <class T, int K>
+struct Vectors {
+    typedef T Item __attribute__((vector_size(kVectorBytes)));
+    static constexpr int channels = K * int(kVectorBytes / sizeof(T)), items = K;
+    Item v[K];
+
+    static __forceinline__ Vectors load(const T* p) {
+        Vectors group;
+        memcpy(&group, p, sizeof group);
+        return group;
+    }
+    __forceinline__ void store(T* p) const { memcpy(p, this, sizeof *this); }
+};
+
+#endif
+
+/// Names a group's type in a call.
+template <class Group>
+struct Of {
+    typedef Group type;
+};
+
+/// The rows of this block.
+struct Rows {
+    uint64_t begin, end;
+};
+
+__device__ __forceinline__ Rows rows_of_block(uint64_t rows, uint32_t block, uint32_t blocks) {
+    return {rows * block / blocks, rows * (block + 1) / blocks};
+}
+
+/// How a launch divides the work: in the CPU's shape, or on the GPU in groups of one or four channels.
+enum Shape { kCpu, kSingle, kFour };
+
+template <Shape shape>
+struct ShapeIs {
+    static constexpr Shape value = shape;
+};
+
+/// Calls `f(ShapeIs<...>{})` for the shape that the wrapper chose: a group's channels on the GPU, 0 for the CPU's shape.
+template <class F>
+__device__ __forceinline__ void with_shape(uint32_t pack, const F& f) {
+#if defined(POLDER_HOST)
+    if (pack == 0) return f(ShapeIs<kCpu>{});
+#endif
+    if (pack == 4) f(ShapeIs<kFour>{});
+    else f(ShapeIs<kSingle>{});
+}
+
+/// Calls `f(Of<Group>{}, first channel, first row, step, count)` for runs of at most kRun rows that cover this thread's share:
+/// on the CPU all channels of the block's rows, on the GPU one group's channels in every blockDim.y-th row of them.
+template <class T, Shape shape, class F>
+__device__ __forceinline__ void for_each_run(uint64_t rows, uint32_t channels, const F& f) {
+    const Rows mine = rows_of_block(rows, blockIdx.x, gridDim.x);
+#if defined(POLDER_HOST)
+    if constexpr (shape == kCpu) {
+        for (uint64_t row = mine.begin; row < mine.end; row += kRun) {
+            const uint32_t count = uint32_t(min(uint64_t(kRun), mine.end - row));
+            uint32_t c = 0;
+            typedef Vectors<T, 2> Two;
+            typedef Vectors<T, 1> One;
+            for (; c + Two::channels <= channels; c += Two::channels) f(Of<Two>{}, c, row, 1u, count);
+            for (; c + One::channels <= channels; c += One::channels) f(Of<One>{}, c, row, 1u, count);
+            for (; c < channels; ++c) f(Of<Scalars<T, 1>>{}, c, row, 1u, count);
+        }
+        return;
+    }
+#endif
+    typedef Scalars<T, shape == kFour ? 4 : 1> Group;
+    const uint32_t c = (blockIdx.y * blockDim.x + threadIdx.x) * Group::channels;
+    if (c >= channels) return;
+    const uint32_t step = blockDim.y;
+    for (uint64_t row = mine.begin + threadIdx.y; row < mine.end; row += uint64_t(step) * kRun) {
+        const uint32_t count = uint32_t(min(uint64_t(kRun), (mine.end - row + step - 1) / step));
+        f(Of<Group>{}, c, row, step, count);
+    }
+}
+
+// ---- Sums over rows, combined in double --------------------------------------------------------------------------------------
+
+/// The mean of `count` values and the sum of their squared deviations from it.
+struct Moments {
+    double count, mean, m2;
+};
+
+/// The moments of two samples together (Chan, Golub and LeVeque 1979); either may be empty.
+__device__ __forceinline__ Moments combine(const Moments& a, const Moments& b) {
+    const double count = a.count + b.count;
+    const double share = count > 0.0 ? b.count / count : 0.0;
+    const double delta = b.mean - a.mean;
+    return {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * (a.count * share)};
+}
+
+/// Combines `value` over the lines of a block (threadIdx.y), for the threads of line 0; `shared` holds one per thread.
+template <class M, class Combine>
+__device__ __forceinline__ M combine_lines(M value, M* shared, Combine combine) {
+    const uint32_t place = threadIdx.y * blockDim.x + threadIdx.x;
+    shared[place] = value;
+    for (uint32_t lines = blockDim.y; lines > 1;) {
+        const uint32_t half = (lines + 1) / 2;
+        __syncthreads();
+        if (threadIdx.y + half < lines) shared[place] = combine(shared[place], shared[place + half * blockDim.x]);
+        lines = half;
+    }
+    __syncthreads();  // before the next use of `shared`
+    return shared[place];
+}
+
+// ---- Statistics of x ---------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct MomentsArgs {
+    const T* x;
+    double* means;  // [blocks, channels]
+    double* m2s;    // [blocks, channels]
+    uint64_t rows;
+    uint32_t channels;
+    uint32_t pack;
+};
+
+/// The moments of one run, per channel: shifted by its first row, so that a mean far from zero cancels before it is squared.
+template <class Group, class T>
+__device__ __forceinline__ void run_moments(const T* x, uint64_t stride, uint32_t count, double (&means)[Group::channels],
+                                            double (&m2s)[Group::channels]) {
+    const Group shift = Group::load(x);
+    Group sum = {}, squares = {};
+#pragma unroll 4
+    for (uint32_t i = 1; i < count; ++i) {
+        const Group value = Group::load(x + i * stride);
+        POLDER_UNROLL
+        for (int k = 0; k < Group::items; ++k) {
+            const typename Group::Item d = value.v[k] - shift.v[k];
+            sum.v[k] = sum.v[k] + d;
+            squares.v[k] = squares.v[k] + d * d;
+        }
+    }
+    T shifts[Group::channels], sums[Group::channels], squared[Group::channels];
+    memcpy(shifts, &shift, sizeof shift);
+    memcpy(sums, &sum, sizeof sum);
+    memcpy(squared, &squares, sizeof squares);
+    const double inverse = 1.0 / double(count);
+    POLDER_UNROLL
+    for (int k = 0; k < Group::channels; ++k) {
+        const double offset = double(sums[k]) * inverse;
+        means[k] = double(shifts[k]) + offset;
+        m2s[k] = double(squared[k]) - double(sums[k]) * offset;
+    }
+}
+
+template <class T, Shape shape>
+__device__ __forceinline__ void moments_of_block(const MomentsArgs<T>& a) {
+    double* const means = a.means + uint64_t(blockIdx.x) * a.channels;
+    double* const m2s = a.m2s + uint64_t(blockIdx.x) * a.channels;
+    const auto moments_of = [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count, auto f) {
+        typedef typename decltype(of)::type Group;
+        double run_means[Group::channels], run_m2s[Group::channels];
+        run_moments<Group>(a.x + row * a.channels + c, uint64_t(step) * a.channels, count, run_means, run_m2s);
+        POLDER_UNROLL
+        for (int k = 0; k < Group::channels; ++k) f(k, Moments{double(count), run_means[k], run_m2s[k]});
+    };
+    if constexpr (shape == kCpu) {
+        for (uint32_t c = 0; c < a.channels; ++c) means[c] = m2s[c] = 0.0;
+        const uint64_t begin = rows_of_block(a.rows, blockIdx.x, gridDim.x).begin;
+        for_each_run<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+            moments_of(of, c, row, step, count, [&](int k, const Moments& run) {
+                const Moments both = combine({double(row - begin), means[c + k], m2s[c + k]}, run);
+                means[c + k] = both.mean;
+                m2s[c + k] = both.m2;
+            });
+        });
+    } else {
+        constexpr int V = shape == kFour ? 4 : 1;
+        POLDER_DYNAMIC_SHARED(Moments, shared);
+        Moments totals[V];
+        POLDER_UNROLL
+        for (int k = 0; k < V; ++k) totals[k] = {0.0, 0.0, 0.0};
+        for_each_run<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+            moments_of(of, c, row, step, count, [&](int k, const Moments& run) { totals[k] = combine(totals[k], run); });
+        });
+        const uint32_t c = (blockIdx.y * blockDim.x + threadIdx.x) * V;
+        POLDER_UNROLL
+        for (int k = 0; k < V; ++k) {
+            const Moments all = combine_lines(totals[k], shared, combine);
+            if (threadIdx.y == 0 && c < a.channels) {
+                means[c + k] = all.mean;
+                m2s[c + k] = all.m2;
+            }
+        }
+    }
+}
+
+/// Every block's mean and sum of squared deviations per channel.
+template <class T>
+__device__ void batch_norm_moments(const MomentsArgs<T>& a) {
+    with_shape(a.pack, [&](auto shape) { moments_of_block<T, decltype(shape)::value>(a); });
+}
+
+template <class T>
+struct StatisticsArgs {
+    const double* means;
+    const double* m2s;
+    T* mean;
+    T* inv_std;
+    const T* running_mean;  // these four null where the running statistics are kept
+    const T* running_var;
+    T* next_mean;
+    T* next_var;
+    double eps;
+    double momentum;
+    uint64_t rows;
+    uint32_t channels;
+    uint32_t blocks;
+};
+
+template <class T>
+__device__ __forceinline__ void write_statistics(const StatisticsArgs<T>& a, uint32_t c, const Moments& all) {
+    const double rows = double(a.rows);
+    const double m2 = all.m2 < 0.0 ? 0.0 : all.m2;  // rounding; a NaN stays
+    a.mean[c] = T(all.mean);
+    a.inv_std[c] = T(1.0 / sqrt(m2 / rows + a.eps));
+    if (a.next_mean == nullptr) return;
+    a.next_mean[c] = T((1.0 - a.momentum) * double(a.running_mean[c]) + a.momentum * all.mean);
+    a.next_var[c] = T((1.0 - a.momentum) * double(a.running_var[c]) + a.momentum * (m2 / (rows - 1.0)));
+}
+
+/// Combines the blocks' moments: mean, 1 / sqrt(var + eps) with the biased variance, and the next running statistics with the
+/// unbiased one. GPU: a block per channel.
+template <class T>
+__device__ void batch_norm_statistics(const StatisticsArgs<T>& a) {
+    const auto moments_of = [&](uint32_t block, uint32_t c) -> Moments {
+        const Rows rows = rows_of_block(a.rows, block, a.blocks);
+        const uint64_t place = uint64_t(block) * a.channels + c;
+        return {double(rows.end - rows.begin), a.means[place], a.m2s[place]};
+    };
+#if defined(POLDER_HOST)
+    if (blockDim.y == 1) {
+        for_each_index(a.channels, [&](uint64_t c) {
+            Moments all = {0.0, 0.0, 0.0};
+            for (uint32_t block = 0; block < a.blocks; ++block) all = combine(all, moments_of(block, uint32_t(c)));
+            write_statistics(a, uint32_t(c), all);
+        });
+        return;
+    }
+#endif
+    POLDER_DYNAMIC_SHARED(Moments, shared);
+    const uint32_t c = blockIdx.x;
+    Moments all = {0.0, 0.0, 0.0};
+    for (uint32_t block = threadIdx.y; block < a.blocks; block += blockDim.y) all = combine(all, moments_of(block, c));
+    all = combine_lines(all, shared, combine);
+    if (threadIdx.y == 0) write_statistics(a, c, all);
+}
+
+template <class T>
+struct RunningArgs {
+    const T* running_mean;
+    const T* running_var;
+    T* mean;
+    T* inv_std;
+    double eps;
+    uint64_t channels;
+};
+
+/// What evaluation normalises with: the running mean, and 1 / sqrt(running_var + eps).
+template <class T>
+__device__ void batch_norm_running(const RunningArgs<T>& a) {
+    for_each_index(a.channels, [&](uint64_t c) {
+        a.mean[c] = a.running_mean[c];
+        a.inv_std[c] = T(1.0 / sqrt(double(a.running_var[c]) + a.eps));
+    });
+}
+
+// ---- Normalisation -----------------------------------------------------------------------------------------------------------
+
+/// The normalised value before the residual and the relu. Forward and backward share it, so that the backward's mask is the
+/// forward's to the bit: the GPU's compiler must not choose the contraction.
+template <class Item>
+__device__ __forceinline__ Item affine(Item x, Item mean, Item scale, Item beta) {
+#if defined(POLDER_HOST)
+    return (x - mean) * scale + beta;
+#else
+    return fmaf(x - mean, scale, beta);
+#endif
+}
+
+/// A NaN passes, so that a diverged activation reaches the loss.
+template <class Item>
+__device__ __forceinline__ Item relu(Item z) {
+    const Item zero = {};
+    return z < zero ? zero : z;
+}
+
+/// The relu's gradient, from its input or its output.
+template <class Item>
+__device__ __forceinline__ Item relu_gradient(Item z, Item dy) {
+    const Item zero = {};
+    return z <= zero ? zero : dy;
+}
+
+template <class T>
+struct NormalizeArgs {
+    const T* x;
+    const T* gamma;
+    const T* beta;
+    const T* mean;
+    const T* inv_std;
+    const T* residual;  // or null
+    T* y;
+    uint64_t rows;
+    uint32_t channels;
+    uint32_t pack;
+    uint32_t relu;
+};
+
+template <class T, Shape shape, bool has_residual, bool has_relu>
+__device__ __forceinline__ void normalize_block(const NormalizeArgs<T>& a) {
+    const uint64_t channels = a.channels;
+    for_each_run<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+        typedef typename decltype(of)::type Group;
+        const Group mean = Group::load(a.mean + c), beta = Group::load(a.beta + c), gamma = Group::load(a.gamma + c);
+        Group scale = Group::load(a.inv_std + c);
+        POLDER_UNROLL
+        for (int k = 0; k < Group::items; ++k) scale.v[k] = gamma.v[k] * scale.v[k];
+        uint64_t place = row * channels + c;
+#pragma unroll 4
+        for (uint32_t i = 0; i < count; ++i, place += step * channels) {
+            const Group x = Group::load(a.x + place);
+            Group residual;
+            if (has_residual) residual = Group::load(a.residual + place);
+            Group y;
+            POLDER_UNROLL
+            for (int k = 0; k < Group::items; ++k) {
+                typename Group::Item z = affine(x.v[k], mean.v[k], scale.v[k], beta.v[k]);
+                if (has_residual) z = z + residual.v[k];
+                y.v[k] = has_relu ? relu(z) : z;
+            }
+            y.store(a.y + place);
+        }
+    });
+}
+
+/// y = act(gamma (x - mean) inv_std + beta + residual)
+template <class T>
+__device__ void batch_norm_normalize(const NormalizeArgs<T>& a) {
+    with_shape(a.pack, [&](auto of) {
+        constexpr Shape shape = decltype(of)::value;
+        if (a.residual != nullptr) {
+            if (a.relu) normalize_block<T, shape, true, true>(a);
+            else normalize_block<T, shape, true, false>(a);
+        } else {
+            if (a.relu) normalize_block<T, shape, false, true>(a);
+            else normalize_block<T, shape, false, false>(a);
+        }
+    });
+}
+
+// ---- Backward ----------------------------------------------------------------------------------------------------------------
+
+/// Where the relu's mask comes from; the numbers are the wrapper's.
+enum Mask : uint32_t {
+    kNoMask = 0,     // there is no relu
+    kOutput = 1,     // the forward's output
+    kRecompute = 2,  // the forward's input, normalised again
+};
+
+/// What both backward passes read.
+template <class T>
+struct Upstream {
+    const T* x;
+    const T* y;  // null unless the mask is kOutput
+    const T* dy;
+    const T* gamma;
+    const T* beta;  // null unless the mask is kRecompute
+    const T* mean;
+    const T* inv_std;
+};
+
+/// The per-channel values that the mask needs, loaded once, and dz = dy where the relu passed.
+template <class Group, Mask mask>
+struct Masked {
+    Group mean, scale, beta;
+
+    template <class T>
+    __device__ __forceinline__ Masked(const Upstream<T>& u, uint32_t c) {
+        mean = Group::load(u.mean + c);
+        if (mask == kRecompute) {
+            const Group gamma = Group::load(u.gamma + c), inv_std = Group::load(u.inv_std + c);
+            POLDER_UNROLL
+            for (int k = 0; k < Group::items; ++k) scale.v[k] = gamma.v[k] * inv_std.v[k];
+            beta = Group::load(u.beta + c);
+        }
+    }
+
+    template <class T>
+    __device__ __forceinline__ Group dz(const Upstream<T>& u, uint64_t place, const Group& x) const {
+        Group dz = Group::load(u.dy + place);
+        if (mask == kOutput) {
+            const Group y = Group::load(u.y + place);
+            POLDER_UNROLL
+            for (int k = 0; k < Group::items; ++k) dz.v[k] = relu_gradient(y.v[k], dz.v[k]);
+        } else if (mask == kRecompute) {
+            POLDER_UNROLL
+            for (int k = 0; k < Group::items; ++k) {
+                dz.v[k] = relu_gradient(affine(x.v[k], mean.v[k], scale.v[k], beta.v[k]), dz.v[k]);
+            }
+        }
+        return dz;
+    }
+};
+
+/// What becomes of the gradient of the residual, which is dz; the numbers are the wrapper's.
+enum Residual : uint32_t { kNone = 0, kWrite = 1, kAccumulate = 2 };
+
+template <class T>
+struct SumsArgs {
+    Upstream<T> upstream;
+    T* residual;   // null where there is none
+    double* dz;    // [blocks, channels]: sums of dz
+    double* dz_x;  // [blocks, channels]: sums of dz (x - mean)
+    uint64_t rows;
+    uint32_t channels;
+    uint32_t pack;
+    uint32_t mask;
+    uint32_t residual_mode;
+};
+
+/// Two sums that are always taken together.
+struct Sums {
+    double dz, dz_x;
+};
+
+__device__ __forceinline__ Sums add(const Sums& a, const Sums& b) { return {a.dz + b.dz, a.dz_x + b.dz_x}; }
+
+template <class T, Shape shape, Mask mask, Residual residual>
+__device__ __forceinline__ void sums_of_block(const SumsArgs<T>& a) {
+    const uint64_t channels = a.channels;
+    // Adds one run's sums to `totals_dz[0..]` and `totals_dz_x[0..]`.
+    const auto add_run = [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count, double* totals_dz,
+                             double* totals_dz_x) {
+        typedef typename decltype(of)::type Group;
+        const Masked<Group, mask> masked(a.upstream, c);
+        Group sum = {}, sum_x = {};
+        uint64_t place = row * channels + c;
+#pragma unroll 2
+        for (uint32_t i = 0; i < count; ++i, place += step * channels) {
+            const Group x = Group::load(a.upstream.x + place);
+            const Group dz = masked.dz(a.upstream, place, x);
+            POLDER_UNROLL
+            for (int k = 0; k < Group::items; ++k) {
+                sum.v[k] = sum.v[k] + dz.v[k];
+                sum_x.v[k] = sum_x.v[k] + dz.v[k] * (x.v[k] - masked.mean.v[k]);
+            }
+            if (residual == kWrite) {
+                dz.store(a.residual + place);
+            } else if (residual == kAccumulate) {
+                Group total = Group::load(a.residual + place);
+                POLDER_UNROLL
+                for (int k = 0; k < Group::items; ++k) total.v[k] = total.v[k] + dz.v[k];
+                total.store(a.residual + place);
+            }
+        }
+        T sums[Group::channels], sums_x[Group::channels];
+        memcpy(sums, &sum, sizeof sum);
+        memcpy(sums_x, &sum_x, sizeof sum_x);
+        POLDER_UNROLL
+        for (int k = 0; k < Group::channels; ++k) {
+            totals_dz[k] += double(sums[k]);
+            totals_dz_x[k] += double(sums_x[k]);
+        }
+    };
+    double* const block_dz = a.dz + uint64_t(blockIdx.x) * channels;
+    double* const block_dz_x = a.dz_x + uint64_t(blockIdx.x) * channels;
+    if constexpr (shape == kCpu) {
+        for (uint64_t c = 0; c < channels; ++c) block_dz[c] = block_dz_x[c] = 0.0;
+        for_each_run<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+            add_run(of, c, row, step, count, block_dz + c, block_dz_x + c);
+        });
+    } else {
+        constexpr int V = shape == kFour ? 4 : 1;
+        POLDER_DYNAMIC_SHARED(Sums, shared);
+        double totals_dz[V] = {}, totals_dz_x[V] = {};
+        for_each_run<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+            add_run(of, c, row, step, count, totals_dz, totals_dz_x);
+        });
+        const uint32_t c = (blockIdx.y * blockDim.x + threadIdx.x) * V;
+        POLDER_UNROLL
+        for (int k = 0; k < V; ++k) {
+            const Sums all = combine_lines(Sums{totals_dz[k], totals_dz_x[k]}, shared, add);
+            if (threadIdx.y == 0 && c < channels) {
+                block_dz[c + k] = all.dz;
+                block_dz_x[c + k] = all.dz_x;
+            }
+        }
+    }
+}
+
+template <class T, Shape shape, Mask mask>
+__device__ __forceinline__ void sums_with_residual(const SumsArgs<T>& a) {
+    if (a.residual_mode == kNone) sums_of_block<T, shape, mask, kNone>(a);
+    else if (a.residual_mode == kWrite) sums_of_block<T, shape, mask, kWrite>(a);
+    else sums_of_block<T, shape, mask, kAccumulate>(a);
+}
+
+/// Every block's sums of dz and dz (x - mean) per channel, and the residual's gradient.
+template <class T>
+__device__ void batch_norm_sums(const SumsArgs<T>& a) {
+    with_shape(a.pack, [&](auto of) {
+        constexpr Shape shape = decltype(of)::value;
+        if (a.mask == kOutput) sums_with_residual<T, shape, kOutput>(a);
+        else if (a.mask == kRecompute) sums_of_block<T, shape, kRecompute, kNone>(a);  // there was no residual
+        else sums_with_residual<T, shape, kNoMask>(a);
+    });
+}
+
+template <class T>
+struct ParametersArgs {
+    const double* dz;
+    const double* dz_x;
+    const T* inv_std;
+    T* dgamma;
+    T* dbeta;
+    uint32_t channels;
+    uint32_t blocks;
+};
+
+/// dbeta = sum dz, dgamma = sum dz xhat, from the blocks' sums. GPU: a block per channel.
+template <class T>
+__device__ void batch_norm_parameters(const ParametersArgs<T>& a) {
+    const auto write = [&](uint32_t c, const Sums& all) {
+        a.dbeta[c] = T(all.dz);
+        a.dgamma[c] = T(all.dz_x * double(a.inv_std[c]));
+    };
+    const auto sums_of = [&](uint32_t block, uint32_t c) -> Sums {
+        const uint64_t place = uint64_t(block) * a.channels + c;
+        return {a.dz[place], a.dz_x[place]};
+    };
+#if defined(POLDER_HOST)
+    if (blockDim.y == 1) {
+        for_each_index(a.channels, [&](uint64_t c) {
+            Sums all = {0.0, 0.0};
+            for (uint32_t block = 0; block < a.blocks; ++block) all = add(all, sums_of(block, uint32_t(c)));
+            write(uint32_t(c), all);
+        });
+        return;
+    }
+#endif
+    POLDER_DYNAMIC_SHARED(Sums, shared);
+    const uint32_t c = blockIdx.x;
+    Sums all = {0.0, 0.0};
+    for (uint32_t block = threadIdx.y; block < a.blocks; block += blockDim.y) all = add(all, sums_of(block, c));
+    all = combine_lines(all, shared, add);
+    if (threadIdx.y == 0) write(c, all);
+}
+
+template <class T>
+struct InputArgs {
+    Upstream<T> upstream;
+    const T* dgamma;
+    const T* dbeta;
+    T* dx;
+    uint64_t rows;
+    uint32_t channels;
+    uint32_t pack;
+    uint32_t mask;
+    uint32_t train;
+};
+
+template <class T, Shape shape, Mask mask, bool train>
+__device__ __forceinline__ void input_of_block(const InputArgs<T>& a) {
+    const uint64_t channels = a.channels;
+    for_each_run<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+        typedef typename decltype(of)::type Group;
+        const Masked<Group, mask> masked(a.upstream, c);
+        const Group gamma = Group::load(a.upstream.gamma + c), inv_std = Group::load(a.upstream.inv_std + c);
+        Group scale, mean_dz, slope;
+        if (train) {
+            mean_dz = Group::load(a.dbeta + c);
+            slope = Group::load(a.dgamma + c);
+        }
+        const T share = T(1.0 / double(a.rows));
+        POLDER_UNROLL
+        for (int k = 0; k < Group::items; ++k) {
+            scale.v[k] = gamma.v[k] * inv_std.v[k];
+            if (train) {
+                mean_dz.v[k] = mean_dz.v[k] * share;
+                slope.v[k] = slope.v[k] * share * inv_std.v[k];
+            }
+        }
+        uint64_t place = row * channels + c;
+#pragma unroll 4
+        for (uint32_t i = 0; i < count; ++i, place += step * channels) {
+            Group x = {};
+            if (train || mask == kRecompute) x = Group::load(a.upstream.x + place);
+            Group dx = masked.dz(a.upstream, place, x);
+            POLDER_UNROLL
+            for (int k = 0; k < Group::items; ++k) {
+                if (train) dx.v[k] = dx.v[k] - mean_dz.v[k] - (x.v[k] - masked.mean.v[k]) * slope.v[k];
+                dx.v[k] = dx.v[k] * scale.v[k];
+            }
+            dx.store(a.dx + place);
+        }
+    });
+}
+
+template <class T, Shape shape, Mask mask>
+__device__ __forceinline__ void input_in_mode(const InputArgs<T>& a) {
+    if (a.train) input_of_block<T, shape, mask, true>(a);
+    else input_of_block<T, shape, mask, false>(a);
+}
+
+/// dx = gamma inv_std (dz - mean(dz) - xhat mean(dz xhat)) in training, gamma inv_std dz in evaluation.
+template <class T>
+__device__ void batch_norm_input(const InputArgs<T>& a) {
+    with_shape(a.pack, [&](auto of) {
+        constexpr Shape shape = decltype(of)::value;
+        if (a.mask == kOutput) input_in_mode<T, shape, kOutput>(a);
+        else if (a.mask == kRecompute) input_in_mode<T, shape, kRecompute>(a);
+        else input_in_mode<T, shape, kNoMask>(a);
+    });
+}
+
+}  // namespace
+
+POLDER_KERNEL(batch_norm_moments_f32, batch_norm_moments<float>, MomentsArgs<float>)
+POLDER_HOST_KERNEL(batch_norm_moments_f64, batch_norm_moments<double>, MomentsArgs<double>)
+POLDER_KERNEL(batch_norm_statistics_f32, batch_norm_statistics<float>, StatisticsArgs<float>)
+POLDER_HOST_KERNEL(batch_norm_statistics_f64, batch_norm_statistics<double>, StatisticsArgs<double>)
+POLDER_KERNEL(batch_norm_running_f32, batch_norm_running<float>, RunningArgs<float>)
+POLDER_HOST_KERNEL(batch_norm_running_f64, batch_norm_running<double>, RunningArgs<double>)
+POLDER_KERNEL(batch_norm_normalize_f32, batch_norm_normalize<float>, NormalizeArgs<float>)
+POLDER_HOST_KERNEL(batch_norm_normalize_f64, batch_norm_normalize<double>, NormalizeArgs<double>)
+POLDER_KERNEL(batch_norm_sums_f32, batch_norm_sums<float>, SumsArgs<float>)
+POLDER_HOST_KERNEL(batch_norm_sums_f64, batch_norm_sums<double>, SumsArgs<double>)
+POLDER_KERNEL(batch_norm_parameters_f32, batch_norm_parameters<float>, ParametersArgs<float>)
+POLDER_HOST_KERNEL(batch_norm_parameters_f64, batch_norm_parameters<double>, ParametersArgs<double>)
+POLDER_KERNEL(batch_norm_input_f32, batch_norm_input<float>, InputArgs<float>)
+POLDER_HOST_KERNEL(batch_norm_input_f64, batch_norm_input<double>, InputArgs<double>)

@@ -1,0 +1,503 @@
+// Convolution on the GPU, NHWC with HWIO weights, as tiled matrix products whose operands are gathered while they are loaded.
+//
+//   forward:          rows = output pixels,            columns = out channels, depth = taps x in channels
+//   input gradient:   rows = input pixels of a class,  columns = in channels,  depth = the class's taps x out channels
+//   weight gradient:  rows = taps x in channels,       columns = out channels, depth = output pixels
+//
+// With a stride the input's pixels fall into stride x stride parity classes, each of which meets its own taps: blockIdx.z
+// is the class, and no zeros between the pixels of the output gradient are multiplied. The weight gradient splits its
+// depth over blockIdx.z into partial sums, which a second kernel adds in their order, so that the bits are always the same.
+//
+// A block of 256 threads computes a tile: its operands pass through shared memory, DEPTH at a time, while the next ones
+// are on their way to registers; each thread holds a square of accumulators.
+#include "include/polder.cuh"
+
+namespace {
+
+struct ConvShape {
+    int32_t batch, height, width, in_channels, out_channels, kernel, stride, padding, out_height, out_width;
+};
+
+template <class T>
+struct ConvArgs {
+    const T* left;   // x, or the output gradient for the input gradient
+    const T* right;  // the weights, or the output gradient for the weight gradient
+    T* out;
+    ConvShape shape;
+    int32_t splits;  // of the weight gradient's depth
+    uint32_t accumulate;
+    uint32_t wide_left, wide_right, wide_out;  // whether packs of 4 channels are whole and aligned
+};
+
+/// Quotients by a fixed divisor without a division, for numbers below 2^31 (Granlund and Montgomery, "Division by invariant
+/// integers using multiplication", PLDI 1994).
+struct Divisor {
+    uint32_t divisor, multiplier, shift;
+
+    __device__ __forceinline__ explicit Divisor(int d) : divisor(uint32_t(d)) {
+        shift = d > 1 ? 32 - __clz(d - 1) : 0;
+        multiplier = uint32_t((((uint64_t(1) << shift) - divisor) << 32) / divisor + 1);
+    }
+    __device__ __forceinline__ int quotient(int n) const {
+        return int((__umulhi(multiplier, uint32_t(n)) + uint32_t(n)) >> shift);
+    }
+};
+
+__device__ __forceinline__ bool inside(int i, int extent) { return unsigned(i) < unsigned(extent); }
+
+/// A pixel's window in an NHWC tensor: the place of its first tap, which may lie outside.
+struct Place {
+    int row, column, offset;  // offset: of the first tap's first channel
+};
+
+/// An NHWC tensor [., height, width, channels] of which every row of the product sees a window of taps; the depth runs over
+/// tap rows, tap columns and channels.
+template <class T>
+struct Windows {
+    const T* tensor;
+    int height, width, channels, depth;
+    Divisor by_channels, by_tap_columns;
+    bool wide;
+
+    __device__ __forceinline__ Windows(const T* tensor, int height, int width, int channels, int tap_rows, int tap_columns,
+                                       bool wide)
+        : tensor(tensor), height(height), width(width), channels(channels), depth(tap_rows * tap_columns * channels),
+          by_channels(channels), by_tap_columns(tap_columns > 0 ? tap_columns : 1), wide(wide) {}
+
+    __device__ __forceinline__ Place place(int image, int row, int column) const {
+        return {row, column, ((image * height + row) * width + column) * channels};
+    }
+    /// One that sees nothing.
+    __device__ __forceinline__ Place nowhere() const { return {-(1 << 30), 0, 0}; }
+
+    __device__ __forceinline__ T element(const Place& at, int tap, int channel) const {
+        const int tap_row = by_tap_columns.quotient(tap), tap_column = tap - tap_row * int(by_tap_columns.divisor);
+        if (!inside(at.row + tap_row, height) || !inside(at.column + tap_column, width)) return T(0);
+        return tensor[at.offset + (tap_row * width + tap_column) * channels + channel];
+    }
+    /// The elements k ... k + 3 of the depth.
+    __device__ __forceinline__ Pack<T, 4> pack(const Place& at, int k) const {
+        Pack<T, 4> result{};
+        int tap = by_channels.quotient(k), channel = k - tap * channels;
+        if (wide) {
+            const int tap_row = by_tap_columns.quotient(tap), tap_column = tap - tap_row * int(by_tap_columns.divisor);
+            if (k < depth && inside(at.row + tap_row, height) && inside(at.column + tap_column, width)) {
+                result = load<4>(tensor, at.offset + (tap_row * width + tap_column) * channels + channel);
+            }
+            return result;
+        }
+        POLDER_UNROLL
+        for (int j = 0; j < 4; ++j) {
+            if (k + j < depth) result.v[j] = element(at, tap, channel);
+            if (++channel == channels) channel = 0, ++tap;
+        }
+        return result;
+    }
+};
+
+/// Elements j ... j + 3 of a row of `count`, zeros beyond its end.
+template <class T>
+__device__ __forceinline__ Pack<T, 4> row_pack(const T* row, int j, int count, bool wide) {
+    Pack<T, 4> result{};
+    if (wide) {
+        if (j < count) result = load<4>(row, j);
+        return result;
+    }
+    POLDER_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        if (j + i < count) result.v[i] = row[j + i];
+    }
+    return result;
+}
+
+// ---- The tiled product ---------------------------------------------------------------------------------------------
+
+/// A block's tile, ROWS x COLUMNS, in steps of DEPTH; a thread computes THREAD_ROWS x THREAD_COLUMNS of it, in squares of 4 x 4
+/// that lie apart, so that a warp reads shared memory without bank conflicts.
+template <int ROWS_, int COLUMNS_, int DEPTH_, int THREAD_ROWS_, int THREAD_COLUMNS_>
+struct Tile {
+    static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, DEPTH = DEPTH_;
+    static constexpr int THREAD_ROWS = THREAD_ROWS_, THREAD_COLUMNS = THREAD_COLUMNS_;
+    static constexpr int THREADS = 256;
+    static_assert(ROWS / THREAD_ROWS * (COLUMNS / THREAD_COLUMNS) == THREADS, "a thread for every square");
+    // Four more than the tile, so that a transposed store does not hit one bank again and again.
+    static constexpr int LEFT_PITCH = ROWS + 4, RIGHT_PITCH = COLUMNS + 4;
+};
+
+/// How a thread's packs of an operand are spread over the operand's EXTENT x DEPTH part in shared memory, [depth][extent].
+template <int EXTENT, int DEPTH, bool ALONG_DEPTH>
+struct Spread {
+    static constexpr int THREADS = 256, PITCH = EXTENT + 4;
+    static constexpr int PACKS = EXTENT * DEPTH / 4, COUNT = PACKS < THREADS ? 1 : PACKS / THREADS;
+    static_assert(PACKS < THREADS || PACKS % THREADS == 0, "threads load equally many packs");
+    static constexpr int IN_A_LINE = (ALONG_DEPTH ? DEPTH : EXTENT) / 4, STEP = THREADS / IN_A_LINE;
+
+    __device__ __forceinline__ static bool has() { return PACKS >= THREADS || int(threadIdx.x) < PACKS; }
+    /// Where pack i begins.
+    __device__ __forceinline__ static int at(int i) {
+        const int line = threadIdx.x / IN_A_LINE + i * STEP, in_line = threadIdx.x % IN_A_LINE * 4;
+        return ALONG_DEPTH ? line : in_line;
+    }
+    __device__ __forceinline__ static int depth_at(int i) {
+        const int line = threadIdx.x / IN_A_LINE + i * STEP, in_line = threadIdx.x % IN_A_LINE * 4;
+        return ALONG_DEPTH ? in_line : line;
+    }
+    template <class T>
+    __device__ __forceinline__ static void put(T* shared, int i, const Pack<T, 4>& pack) {
+        T* to = shared + depth_at(i) * PITCH + at(i);
+        if (ALONG_DEPTH) {
+            POLDER_UNROLL
+            for (int j = 0; j < 4; ++j) to[j * PITCH] = pack.v[j];
+        } else {
+            store<4>(to, 0, pack);
+        }
+    }
+};
+
+/// Adds to sum the product of the operands over depth [begin, end). The problem gives packs of 4, along the depth or across
+/// it: `left(i, k)`, the thread's pack i at depth k, and `right(column, k)`; zeros where the product has ended.
+template <class Tile, class T, class Problem>
+__device__ __forceinline__ void multiply(const Problem& problem, int first_column, int begin, int end,
+                                         T (&sum)[Tile::THREAD_ROWS][Tile::THREAD_COLUMNS]) {
+    using Left = Spread<Tile::ROWS, Tile::DEPTH, Problem::LEFT_ALONG_DEPTH>;
+    using Right = Spread<Tile::COLUMNS, Tile::DEPTH, Problem::RIGHT_ALONG_DEPTH>;
+    constexpr int LEFT_SIZE = Tile::DEPTH * Tile::LEFT_PITCH, RIGHT_SIZE = Tile::DEPTH * Tile::RIGHT_PITCH;
+    constexpr int ROW_SQUARES = Tile::THREAD_ROWS / 4, COLUMN_SQUARES = Tile::THREAD_COLUMNS / 4;
+    constexpr int THREADS_ACROSS = Tile::COLUMNS / Tile::THREAD_COLUMNS;
+    POLDER_DYNAMIC_SHARED(T, shared);
+    T* const left_shared = shared;
+    T* const right_shared = shared + 2 * LEFT_SIZE;
+    const int thread_row = threadIdx.x / THREADS_ACROSS * 4, thread_column = threadIdx.x % THREADS_ACROSS * 4;
+
+    Pack<T, 4> left[Left::COUNT], right[Right::COUNT];
+    const auto fetch = [&](int k) {
+        POLDER_UNROLL
+        for (int i = 0; i < Left::COUNT; ++i) left[i] = problem.left(i, k + Left::depth_at(i));
+        POLDER_UNROLL
+        for (int i = 0; i < Right::COUNT; ++i) {
+            if (Right::has()) right[i] = problem.right(first_column + Right::at(i), k + Right::depth_at(i));
+        }
+    };
+    const auto put = [&](int buffer) {
+        POLDER_UNROLL
+        for (int i = 0; i < Left::COUNT; ++i) Left::put(left_shared + buffer * LEFT_SIZE, i, left[i]);
+        POLDER_UNROLL
+        for (int i = 0; i < Right::COUNT; ++i) {
+            if (Right::has()) Right::put(right_shared + buffer * RIGHT_SIZE, i, right[i]);
+        }
+    };
+
+    if (begin >= end) return;
+    fetch(begin);
+    put(0);
+    __syncthreads();
+    int buffer = 0;
+    for (int k = begin; k < end; k += Tile::DEPTH, buffer ^= 1) {
+        const bool more = k + Tile::DEPTH < end;
+        if (more) fetch(k + Tile::DEPTH);
+        const T* rows = left_shared + buffer * LEFT_SIZE + thread_row;
+        const T* columns = right_shared + buffer * RIGHT_SIZE + thread_column;
+        POLDER_UNROLL
+        for (int d = 0; d < Tile::DEPTH; ++d) {
+            Pack<T, 4> a[ROW_SQUARES], b[COLUMN_SQUARES];
+            POLDER_UNROLL
+            for (int i = 0; i < ROW_SQUARES; ++i) {
+                a[i] = load<4>(rows, d * Tile::LEFT_PITCH + i * (Tile::ROWS / ROW_SQUARES));
+            }
+            POLDER_UNROLL
+            for (int j = 0; j < COLUMN_SQUARES; ++j) {
+                b[j] = load<4>(columns, d * Tile::RIGHT_PITCH + j * (Tile::COLUMNS / COLUMN_SQUARES));
+            }
+            POLDER_UNROLL
+            for (int i = 0; i < Tile::THREAD_ROWS; ++i) {
+                POLDER_UNROLL
+                for (int j = 0; j < Tile::THREAD_COLUMNS; ++j) sum[i][j] += a[i / 4].v[i % 4] * b[j / 4].v[j % 4];
+            }
+        }
+        // The other buffer was last read before the previous barrier.
+        if (more) put(buffer ^ 1);
+        __syncthreads();
+    }
+}
+
+/// The row (or column) of the tile that the thread's accumulator row (column) i belongs to.
+template <class Tile>
+__device__ __forceinline__ int tile_row(int i) {
+    constexpr int SQUARES = Tile::THREAD_ROWS / 4;
+    return int(threadIdx.x) / (Tile::COLUMNS / Tile::THREAD_COLUMNS) * 4 + i / 4 * (Tile::ROWS / SQUARES) + i % 4;
+}
+template <class Tile>
+__device__ __forceinline__ int tile_column(int j) {
+    constexpr int SQUARES = Tile::THREAD_COLUMNS / 4;
+    return int(threadIdx.x) % (Tile::COLUMNS / Tile::THREAD_COLUMNS) * 4 + j / 4 * (Tile::COLUMNS / SQUARES) + j % 4;
+}
+
+/// Writes the thread's row i of the result to `to`, a row of `columns` elements, or adds it.
+template <class Tile, class T>
+__device__ __forceinline__ void write_row(T* to, int first_column, int columns, const T (&sum)[Tile::THREAD_COLUMNS], bool add,
+                                          bool wide) {
+    POLDER_UNROLL
+    for (int j = 0; j < Tile::THREAD_COLUMNS; j += 4) {
+        const int column = first_column + tile_column<Tile>(j);
+        if (column >= columns) continue;
+        if (wide) {
+            Pack<T, 4> pack{};
+            if (add) pack = load<4>(to, column);
+            POLDER_UNROLL
+            for (int i = 0; i < 4; ++i) pack.v[i] += sum[j + i];
+            store<4>(to, column, pack);
+            continue;
+        }
+        POLDER_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            if (column + i < columns) to[column + i] = add ? to[column + i] + sum[j + i] : sum[j + i];
+        }
+    }
+}
+
+/// The block's tile out of a grid whose x runs over column tiles first, so that blocks that share rows run together.
+template <class Tile>
+struct Corner {
+    int row, column;
+    __device__ __forceinline__ explicit Corner(int columns) {
+        const int across = (columns + Tile::COLUMNS - 1) / Tile::COLUMNS;
+        row = int(blockIdx.x) / across * Tile::ROWS;
+        column = int(blockIdx.x) % across * Tile::COLUMNS;
+    }
+};
+
+// ---- Forward -------------------------------------------------------------------------------------------------------
+
+template <class Tile, class T>
+struct ForwardProblem {
+    static constexpr bool LEFT_ALONG_DEPTH = true, RIGHT_ALONG_DEPTH = false;
+    using Left = Spread<Tile::ROWS, Tile::DEPTH, LEFT_ALONG_DEPTH>;
+    const Windows<T> windows;
+    const T* weight;
+    int columns;
+    bool wide_right;
+    Place places[Left::COUNT];
+
+    __device__ __forceinline__ Pack<T, 4> left(int i, int k) const { return windows.pack(places[i], k); }
+    __device__ __forceinline__ Pack<T, 4> right(int column, int k) const {
+        if (k >= windows.depth) return {};
+        return row_pack(weight + int64_t(k) * columns, column, columns, wide_right);
+    }
+};
+
+/// y[n, i, j, o] = sum over taps and c of x[n, i * stride + tap row - padding, j * stride + tap column - padding, c] * weight
+template <class Tile, class T>
+__device__ __forceinline__ void forward(const ConvArgs<T>& a) {
+    using Problem = ForwardProblem<Tile, T>;
+    const ConvShape& s = a.shape;
+    const int pixels = s.batch * s.out_height * s.out_width;
+    const Divisor by_width(s.out_width), by_height(s.out_height);
+    const Corner<Tile> corner(s.out_channels);
+    Problem problem{Windows<T>(a.left, s.height, s.width, s.in_channels, s.kernel, s.kernel, a.wide_left != 0), a.right,
+                    s.out_channels, a.wide_right != 0, {}};
+    POLDER_UNROLL
+    for (int i = 0; i < Problem::Left::COUNT; ++i) {
+        const int pixel = corner.row + Problem::Left::at(i);
+        const int line = by_width.quotient(pixel), image = by_height.quotient(line);
+        problem.places[i] = pixel < pixels ? problem.windows.place(image, (line - image * s.out_height) * s.stride - s.padding,
+                                                                   (pixel - line * s.out_width) * s.stride - s.padding)
+                                           : problem.windows.nowhere();
+    }
+    T sum[Tile::THREAD_ROWS][Tile::THREAD_COLUMNS] = {};
+    multiply<Tile>(problem, corner.column, 0, problem.windows.depth, sum);
+    POLDER_UNROLL
+    for (int i = 0; i < Tile::THREAD_ROWS; ++i) {
+        const int pixel = corner.row + tile_row<Tile>(i);
+        if (pixel >= pixels) continue;
+        write_row<Tile>(a.out + int64_t(pixel) * s.out_channels, corner.column, s.out_channels, sum[i], false,
+                        a.wide_out != 0);
+    }
+}
+
+// ---- Input gradient ------------------------------------------------------------------------------------------------
+
+/// How the rows (or columns) of x that are `remainder` modulo the stride see the output gradient: row
+/// q * stride + remainder is reached from rows q + first ... q + first + taps - 1, through kernel rows that fall by
+/// `stride` from `last_tap`.
+struct ParityClass {
+    int taps, first, last_tap, extent;
+
+    __device__ __forceinline__ ParityClass(const ConvShape& s, int remainder, int whole) {
+        const int tap = (remainder + s.padding) % s.stride;
+        taps = tap < s.kernel ? (s.kernel - tap + s.stride - 1) / s.stride : 0;
+        first = (remainder + s.padding) / s.stride - (taps - 1);
+        last_tap = tap + (taps - 1) * s.stride;
+        extent = (whole - remainder + s.stride - 1) / s.stride;
+    }
+};
+
+template <class Tile, class T>
+struct InputGradientProblem {
+    static constexpr bool LEFT_ALONG_DEPTH = true, RIGHT_ALONG_DEPTH = true;
+    using Left = Spread<Tile::ROWS, Tile::DEPTH, LEFT_ALONG_DEPTH>;
+    const Windows<T> windows;
+    const T* weight;
+    ParityClass rows, columns;
+    int kernel, stride, in_channels;
+    bool wide_right;
+    Place places[Left::COUNT];
+
+    __device__ __forceinline__ Pack<T, 4> left(int i, int k) const { return windows.pack(places[i], k); }
+    /// weight[kernel row][kernel column][channel][out channel of the depth]
+    __device__ __forceinline__ const T* line(int tap, int channel) const {
+        const int row = windows.by_tap_columns.quotient(tap);
+        const int kernel_row = rows.last_tap - row * stride;
+        const int kernel_column = columns.last_tap - (tap - row * int(windows.by_tap_columns.divisor)) * stride;
+        return weight + ((kernel_row * kernel + kernel_column) * int64_t(in_channels) + channel) * windows.channels;
+    }
+    __device__ __forceinline__ Pack<T, 4> right(int channel, int k) const {
+        Pack<T, 4> result{};
+        if (channel >= in_channels) return result;
+        int tap = windows.by_channels.quotient(k), out = k - tap * windows.channels;
+        if (wide_right) {
+            if (k < windows.depth) result = load<4>(line(tap, channel), out);
+            return result;
+        }
+        POLDER_UNROLL
+        for (int j = 0; j < 4; ++j) {
+            if (k + j < windows.depth) result.v[j] = line(tap, channel)[out];
+            if (++out == windows.channels) out = 0, ++tap;
+        }
+        return result;
+    }
+};
+
+/// dx[n, i, j, c] = sum over o and the taps through which y sees x[n, i, j, c] of dy * weight
+template <class Tile, class T>
+__device__ __forceinline__ void input_gradient(const ConvArgs<T>& a) {
+    using Problem = InputGradientProblem<Tile, T>;
+    const ConvShape& s = a.shape;
+    const int row_remainder = int(blockIdx.z) / s.stride, column_remainder = int(blockIdx.z) % s.stride;
+    const ParityClass rows(s, row_remainder, s.height), columns(s, column_remainder, s.width);
+    const int pixels = s.batch * rows.extent * columns.extent;
+    const Corner<Tile> corner(s.in_channels);
+    if (corner.row >= pixels) return;
+    const Divisor by_width(columns.extent), by_height(rows.extent);
+    Problem problem{Windows<T>(a.left, s.out_height, s.out_width, s.out_channels, rows.taps, columns.taps, a.wide_left != 0),
+                    a.right, rows, columns, s.kernel, s.stride, s.in_channels, a.wide_right != 0, {}};
+    POLDER_UNROLL
+    for (int i = 0; i < Problem::Left::COUNT; ++i) {
+        const int pixel = corner.row + Problem::Left::at(i);
+        const int line = by_width.quotient(pixel), image = by_height.quotient(line);
+        problem.places[i] = pixel < pixels ? problem.windows.place(image, line - image * rows.extent + rows.first,
+                                                                   pixel - line * columns.extent + columns.first)
+                                           : problem.windows.nowhere();
+    }
+    T sum[Tile::THREAD_ROWS][Tile::THREAD_COLUMNS] = {};
+    multiply<Tile>(problem, corner.column, 0, problem.windows.depth, sum);
+    POLDER_UNROLL
+    for (int i = 0; i < Tile::THREAD_ROWS; ++i) {
+        const int pixel = corner.row + tile_row<Tile>(i);
+        if (pixel >= pixels) continue;
+        const int line = by_width.quotient(pixel), image = by_height.quotient(line);
+        const int row = (line - image * rows.extent) * s.stride + row_remainder;
+        const int column = (pixel - line * columns.extent) * s.stride + column_remainder;
+        write_row<Tile>(a.out + (int64_t(image * s.height + row) * s.width + column) * s.in_channels, corner.column,
+                        s.in_channels, sum[i], a.accumulate != 0, a.wide_out != 0);
+    }
+}
+
+// ---- Weight gradient -----------------------------------------------------------------------------------------------
+
+template <class Tile, class T>
+struct WeightGradientProblem {
+    static constexpr bool LEFT_ALONG_DEPTH = false, RIGHT_ALONG_DEPTH = false;
+    const Windows<T> windows;
+    const T* dy;
+    Divisor by_width, by_height;
+    int stride, padding, columns, end, first;  // end: of the depth; first: the row of the thread's packs
+    bool wide_right;
+
+    __device__ __forceinline__ Pack<T, 4> left(int, int pixel) const {
+        if (pixel >= end) return {};
+        const int line = by_width.quotient(pixel), image = by_height.quotient(line);
+        const int row = line - image * int(by_height.divisor), column = pixel - line * int(by_width.divisor);
+        return windows.pack(windows.place(image, row * stride - padding, column * stride - padding), first);
+    }
+    __device__ __forceinline__ Pack<T, 4> right(int column, int pixel) const {
+        if (pixel >= end) return {};
+        return row_pack(dy + int64_t(pixel) * columns, column, columns, wide_right);
+    }
+};
+
+/// out[split][tap][c][o] = sum over the split's pixels of x[pixel seen through the tap, c] * dy[pixel, o]
+template <class Tile, class T>
+__device__ __forceinline__ void weight_gradient(const ConvArgs<T>& a) {
+    using Problem = WeightGradientProblem<Tile, T>;
+    using Left = Spread<Tile::ROWS, Tile::DEPTH, Problem::LEFT_ALONG_DEPTH>;
+    const ConvShape& s = a.shape;
+    const int pixels = s.batch * s.out_height * s.out_width;
+    const int begin = int(int64_t(pixels) * blockIdx.z / a.splits), end = int(int64_t(pixels) * (blockIdx.z + 1) / a.splits);
+    const Corner<Tile> corner(s.out_channels);
+    const Problem problem{Windows<T>(a.left, s.height, s.width, s.in_channels, s.kernel, s.kernel, a.wide_left != 0),
+                          a.right, Divisor(s.out_width), Divisor(s.out_height), s.stride, s.padding, s.out_channels, end,
+                          corner.row + Left::at(0), a.wide_right != 0};
+    T sum[Tile::THREAD_ROWS][Tile::THREAD_COLUMNS] = {};
+    multiply<Tile>(problem, corner.column, begin, end, sum);
+    const int rows = problem.windows.depth;
+    T* out = a.out + int64_t(blockIdx.z) * rows * s.out_channels;
+    POLDER_UNROLL
+    for (int i = 0; i < Tile::THREAD_ROWS; ++i) {
+        const int row = corner.row + tile_row<Tile>(i);
+        if (row >= rows) continue;
+        write_row<Tile>(out + int64_t(row) * s.out_channels, corner.column, s.out_channels, sum[i], false, a.wide_out != 0);
+    }
+}
+
+template <class T>
+struct SumSplitsArgs {
+    const T* partial;
+    T* out;
+    uint64_t n;
+    uint64_t splits;
+};
+
+/// out[i] = partial[0][i] + partial[1][i] + ..., in this order
+template <class T>
+__device__ void sum_splits(const SumSplitsArgs<T>& a) {
+    for_each_index(a.n, [&](uint64_t i) {
+        T sum = a.partial[i];
+        for (uint64_t split = 1; split < a.splits; ++split) sum += a.partial[split * a.n + i];
+        a.out[i] = sum;
+    });
+}
+
+// The tiles by their columns; src/kernels/conv.rs chooses among them by the same numbers.
+using Tile16 = Tile<256, 16, 16, 4, 4>;
+using Tile32 = Tile<128, 32, 16, 4, 4>;
+using Tile64 = Tile<128, 64, 16, 8, 4>;
+using Tile128 = Tile<128, 128, 8, 8, 8>;
+
+}  // namespace
+
+POLDER_KERNEL(conv_forward_16_f32, (forward<Tile16, float>), ConvArgs<float>)
+POLDER_KERNEL(conv_forward_32_f32, (forward<Tile32, float>), ConvArgs<float>)
+POLDER_KERNEL(conv_forward_64_f32, (forward<Tile64, float>), ConvArgs<float>)
+POLDER_KERNEL(conv_forward_128_f32, (forward<Tile128, float>), ConvArgs<float>)
+POLDER_KERNEL(conv_input_gradient_16_f32, (input_gradient<Tile16, float>), ConvArgs<float>)
+POLDER_KERNEL(conv_input_gradient_32_f32, (input_gradient<Tile32, float>), ConvArgs<float>)
+POLDER_KERNEL(conv_input_gradient_64_f32, (input_gradient<Tile64, float>), ConvArgs<float>)
+POLDER_KERNEL(conv_input_gradient_128_f32, (input_gradient<Tile128, float>), ConvArgs<float>)
+POLDER_KERNEL(conv_weight_gradient_16_f32, (weight_gradient<Tile16, float>), ConvArgs<float>)
+POLDER_KERNEL(conv_weight_gradient_32_f32, (weight_gradient<Tile32, float>), ConvArgs<float>)
+POLDER_KERNEL(conv_weight_gradient_64_f32, (weight_gradient<Tile64, float>), ConvArgs<float>)
+POLDER_KERNEL(conv_weight_gradient_128_f32, (weight_gradient<Tile128, float>), ConvArgs<float>)
+POLDER_KERNEL(conv_sum_splits_f32, sum_splits<float>, SumSplitsArgs<float>)
+POLDER_HOST_KERNEL(conv_forward_16_f64, (forward<Tile16, double>), ConvArgs<double>)
+POLDER_HOST_KERNEL(conv_forward_32_f64, (forward<Tile32, double>), ConvArgs<double>)
+POLDER_HOST_KERNEL(conv_forward_64_f64, (forward<Tile64, double>), ConvArgs<double>)
+POLDER_HOST_KERNEL(conv_forward_128_f64, (forward<Tile128, double>), ConvArgs<double>)
+POLDER_HOST_KERNEL(conv_input_gradient_16_f64, (input_gradient<Tile16, double>), ConvArgs<double>)
+POLDER_HOST_KERNEL(conv_input_gradient_32_f64, (input_gradient<Tile32, double>), ConvArgs<double>)
+POLDER_HOST_KERNEL(conv_input_gradient_64_f64, (input_gradient<Tile64, double>), ConvArgs<double>)
+POLDER_HOST_KERNEL(conv_input_gradient_128_f64, (input_gradient<Tile128, double>), ConvArgs<double>)
+POLDER_HOST_KERNEL(conv_weight_gradient_16_f64, (weight_gradient<Tile16, double>), ConvArgs<double>)
+POLDER_HOST_KERNEL(conv_weight_gradient_32_f64, (weight_gradient<Tile32, double>), ConvArgs<double>)
+POLDER_HOST_KERNEL(conv_weight_gradient_64_f64, (weight_gradient<Tile64, double>), ConvArgs<double>)
+POLDER_HOST_KERNEL(conv_weight_gradient_128_f64, (weight_gradient<Tile128, double>), ConvArgs<double>)
+POLDER_HOST_KERNEL(conv_sum_splits_f64, sum_splits<double>, SumSplitsArgs<double>)

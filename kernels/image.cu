@@ -1,0 +1,123 @@
+// Assembles a training batch from images of bytes that lie on the device: gathers the samples, flips and crops them at random,
+// and normalises them. One pass: reads a byte and writes a number per value.
+//
+// A sample's random numbers are the Philox4x32-10 block whose key is the seed and whose counter is the batch's counter plus
+// the sample's position, so the same draws come out on every device and at any launch shape.
+#include "include/elementwise.cuh"
+#include "include/philox.cuh"
+
+namespace {
+
+template <class T>
+struct BatchArgs {
+    const uint8_t* images;    // [samples, height, width, channels]
+    const uint32_t* labels;   // [samples]
+    const uint32_t* order;    // [batch]
+    T* out;                   // [batch, height, width, channels]
+    uint32_t* out_labels;     // [batch]
+    uint64_t samples;
+    uint64_t seed;
+    uint64_t counter;
+    uint32_t batch;
+    uint32_t height;
+    uint32_t width;
+    uint32_t channels;
+    uint32_t pad;      // 0: no crop
+    uint32_t flip;     // whether to flip at all
+    uint32_t augment;  // whether to draw at all
+    float mean[4];
+    float std[4];
+};
+
+/// One sample's place in the data and its draws.
+struct Sample {
+    uint64_t index;
+    uint32_t top, left;  // of the crop, in the padded image
+    bool flipped;
+};
+
+template <class T>
+__device__ __forceinline__ Sample draw_sample(const BatchArgs<T>& a, uint32_t n) {
+    Sample sample = {a.order[n], a.pad, a.pad, false};
+    if (a.augment) {
+        const PhiloxBlock random = philox_block(a.seed, a.counter + n);
+        sample.flipped = a.flip && (random.v[0] & 1u) != 0;
+        sample.top = __umulhi(random.v[1], 2 * a.pad + 1);
+        sample.left = __umulhi(random.v[2], 2 * a.pad + 1);
+    }
+    return sample;
+}
+
+template <class T>
+__device__ __forceinline__ T normalized(const BatchArgs<T>& a, uint32_t value, uint32_t channel) {
+    return (T(value) / T(255) - T(a.mean[channel])) / T(a.std[channel]);
+}
+
+/// The labels, and the images normalised; an index beyond the samples gives an image of NaNs and a label that no class has.
+template <class T>
+__device__ void image_batch(const BatchArgs<T>& a) {
+    const uint32_t row_values = a.width * a.channels, values = a.height * row_values;
+    const T nan = T(INFINITY) - T(INFINITY);
+#if defined(POLDER_HOST)
+    if (blockDim.x == 1) {
+        POLDER_DYNAMIC_SHARED(T, table);  // [256, channels]: two divisions per value are too slow here
+        for (uint32_t e = 0; e < 256 * a.channels; ++e) table[e] = normalized(a, e / a.channels, e % a.channels);
+        const uint32_t end = uint32_t(uint64_t(a.batch) * (blockIdx.x + 1) / gridDim.x);
+        for (uint32_t n = uint32_t(uint64_t(a.batch) * blockIdx.x / gridDim.x); n < end; ++n) {
+            const Sample sample = draw_sample(a, n);
+            const bool known = sample.index < a.samples;
+            a.out_labels[n] = known ? a.labels[sample.index] : 0xffffffffu;
+            T* out = a.out + uint64_t(n) * values;
+            if (!known) {
+                for (uint32_t e = 0; e < values; ++e) out[e] = nan;
+                continue;
+            }
+            const uint8_t* const image = a.images + sample.index * values;
+            for (uint32_t i = 0; i < a.height; ++i) {
+                const uint32_t h = i + sample.top - a.pad;  // beyond the height where it lies in the padding
+                for (uint32_t j = 0; j < a.width; ++j) {
+                    uint32_t w = j + sample.left - a.pad;
+                    const bool inside = h < a.height && w < a.width;
+                    if (sample.flipped) w = a.width - 1 - w;
+                    const uint8_t* const pixel = image + (inside ? (h * a.width + w) * a.channels : 0);
+                    for (uint32_t c = 0; c < a.channels; ++c) {
+                        *out++ = table[(inside ? pixel[c] : 0u) * a.channels + c];
+                    }
+                }
+            }
+        }
+        return;
+    }
+#endif
+    // A block works on one sample.
+    const uint32_t n = blockIdx.x;
+    const Sample sample = draw_sample(a, n);
+    const bool known = sample.index < a.samples;
+    if (blockIdx.y == 0 && threadIdx.x == 0) a.out_labels[n] = known ? a.labels[sample.index] : 0xffffffffu;
+    const uint8_t* const image = a.images + (known ? sample.index * values : 0);
+    T* const out = a.out + uint64_t(n) * values;
+    const auto value_at = [&](uint32_t e) -> T {
+        const uint32_t i = e / row_values, j = e % row_values / a.channels, c = e % a.channels;
+        const uint32_t h = i + sample.top - a.pad;
+        uint32_t w = j + sample.left - a.pad;
+        if (!known) return nan;
+        if (h >= a.height || w >= a.width) return normalized(a, 0, c);
+        if (sample.flipped) w = a.width - 1 - w;
+        return normalized(a, image[(h * a.width + w) * a.channels + c], c);
+    };
+    constexpr uint32_t V = 16 / sizeof(T);
+    const uint32_t first = blockIdx.y * blockDim.x + threadIdx.x, step = gridDim.y * blockDim.x;
+    const uint32_t packs = aligned16(out) ? values / V : 0;
+    for (uint32_t p = first; p < packs; p += step) {
+        Pack<T, V> pack;
+        POLDER_UNROLL
+        for (uint32_t v = 0; v < V; ++v) pack.v[v] = value_at(p * V + v);
+        store(out, p * V, pack);
+    }
+    for (uint32_t e = packs * V + first; e < values; e += step) out[e] = value_at(e);
+}
+
+}  // namespace
+
+POLDER_KERNEL(image_batch_f32, image_batch<float>, BatchArgs<float>)
+POLDER_HOST_KERNEL(image_batch_f64, image_batch<double>, BatchArgs<double>)

@@ -1,0 +1,537 @@
+// The small layers of a ResNet over NHWC activations: relu, addition, pooling, the parameter-free shortcut, and the linear
+// classifier, forward and backward. The arithmetic is trivial: each kernel is bound by memory, except the linear layer's
+// products, which a tiled kernel computes (on the CPU plain loops along the contiguous dimension).
+//
+// A backward kernel gathers: each element of dx is computed by one thread from all outputs that it took part in, so there is
+// no order to depend on. Sizes are below 2^32 (the wrappers check), because 64-bit divisions are slow on the GPU.
+#include "include/elementwise.cuh"
+
+namespace {
+
+// ---- Element-wise ------------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct ReluArgs {
+    const T* x;
+    T* y;
+    uint64_t n;
+};
+
+/// y = max(x, 0); a NaN passes, so that a diverged activation reaches the loss.
+template <class T>
+__device__ void relu(const ReluArgs<T>& a) {
+    constexpr int V = 16 / sizeof(T);
+    const T* __restrict__ x = a.x;
+    T* __restrict__ y = a.y;
+    for_each_pack_if<V>(aligned16(x, y), a.n, [=](auto width, uint64_t i) {
+        constexpr int W = decltype(width)::value;
+        Pack<T, W> pack = load<W>(x, i);
+        POLDER_UNROLL
+        for (int v = 0; v < W; ++v) pack.v[v] = pack.v[v] < T(0) ? T(0) : pack.v[v];
+        store(y, i, pack);
+    });
+}
+
+template <class T>
+struct ReluBackwardArgs {
+    const T* y;
+    const T* dy;
+    T* dx;
+    uint64_t n;
+    uint32_t accumulate;
+};
+
+template <class T, bool accumulate>
+__device__ __forceinline__ void relu_backward_into(const ReluBackwardArgs<T>& a) {
+    constexpr int V = 16 / sizeof(T);
+    const T* __restrict__ y = a.y;
+    const T* __restrict__ dy = a.dy;
+    T* __restrict__ dx = a.dx;
+    for_each_pack_if<V>(aligned16(y, dy, dx), a.n, [=](auto width, uint64_t i) {
+        constexpr int W = decltype(width)::value;
+        const Pack<T, W> output = load<W>(y, i);
+        Pack<T, W> gradient = load<W>(dy, i);
+        POLDER_UNROLL
+        for (int v = 0; v < W; ++v) {
+            gradient.v[v] = output.v[v] <= T(0) ? T(0) : gradient.v[v];
+            if (accumulate) gradient.v[v] += dx[i + v];
+        }
+        store(dx, i, gradient);
+    });
+}
+
+/// dx = dy where y > 0, else 0
+template <class T>
+__device__ void relu_backward(const ReluBackwardArgs<T>& a) {
+    if (a.accumulate) relu_backward_into<T, true>(a);
+    else relu_backward_into<T, false>(a);
+}
+
+template <class T>
+struct AddArgs {
+    const T* a;
+    const T* b;
+    T* out;
+    uint64_t n;
+};
+
+/// out = a + b
+template <class T>
+__device__ void add(const AddArgs<T>& args) {
+    constexpr int V = 16 / sizeof(T);
+    const T* __restrict__ a = args.a;
+    const T* __restrict__ b = args.b;
+    T* __restrict__ out = args.out;
+    for_each_pack_if<V>(aligned16(a, b, out), args.n, [=](auto width, uint64_t i) {
+        constexpr int W = decltype(width)::value;
+        Pack<T, W> sum = load<W>(a, i);
+        const Pack<T, W> other = load<W>(b, i);
+        POLDER_UNROLL
+        for (int v = 0; v < W; ++v) sum.v[v] += other.v[v];
+        store(out, i, sum);
+    });
+}
+
+// ---- Pixels ------------------------------------------------------------------------------------------------------------------
+
+/// Calls `f(pixel)(Width<V>{}, c)` for V neighbouring channels c, c + 1, ... of each pixel; what depends on the pixel alone is
+/// computed in the first call. `packs` says whether the channels and addresses allow packs of V.
+template <int V, class F>
+__device__ __forceinline__ void for_each_pixel(uint32_t pixels, uint32_t channels, bool packs, const F& f) {
+#if defined(POLDER_HOST)
+    if (blockDim.x == 1) {
+        const uint32_t end = uint32_t(uint64_t(pixels) * (blockIdx.x + 1) / gridDim.x);
+        for (uint32_t pixel = uint32_t(uint64_t(pixels) * blockIdx.x / gridDim.x); pixel < end; ++pixel) {
+            const auto g = f(pixel);
+#pragma GCC ivdep
+            for (uint32_t c = 0; c < channels; ++c) g(Width<1>{}, c);
+        }
+        return;
+    }
+#endif
+    if (packs) {
+        const uint32_t groups = channels / V;
+        for_each_index(uint64_t(pixels) * groups, [&](uint64_t i) {
+            const uint32_t pixel = uint32_t(i) / groups;
+            f(pixel)(Width<V>{}, (uint32_t(i) - pixel * groups) * V);
+        });
+    } else {
+        for_each_index(uint64_t(pixels) * channels, [&](uint64_t i) {
+            const uint32_t pixel = uint32_t(i) / channels;
+            f(pixel)(Width<1>{}, uint32_t(i) - pixel * channels);
+        });
+    }
+}
+
+/// Writes a gradient, or adds it to what is there.
+template <class T, int W>
+__device__ __forceinline__ void store_gradient(T* dx, uint64_t i, Pack<T, W> gradient, bool accumulate) {
+    if (accumulate) {
+        const Pack<T, W> old = load<W>(const_cast<const T*>(dx), i);
+        POLDER_UNROLL
+        for (int v = 0; v < W; ++v) gradient.v[v] += old.v[v];
+    }
+    store(dx, i, gradient);
+}
+
+/// Average pooling without padding: `from` is the input or the output's gradient, `to` the output or the input's gradient.
+template <class T>
+struct PoolArgs {
+    const T* from;
+    T* to;
+    uint32_t batch;
+    uint32_t height;  // of the input
+    uint32_t width;
+    uint32_t channels;
+    uint32_t out_height;
+    uint32_t out_width;
+    uint32_t kernel;
+    uint32_t stride;
+    uint32_t accumulate;
+};
+
+/// y[n, i, j, c] = the mean of x[n, i s + p, j s + q, c] over 0 <= p, q < kernel
+template <class T>
+__device__ void average_pool(const PoolArgs<T>& a) {
+    constexpr int V = 16 / sizeof(T);
+    const bool packs = a.channels % V == 0 && aligned16(a.from, a.to);
+    for_each_pixel<V>(a.batch * a.out_height * a.out_width, a.channels, packs, [&](uint32_t pixel) {
+        const uint32_t j = pixel % a.out_width, i = pixel / a.out_width % a.out_height;
+        const uint32_t n = pixel / (a.out_width * a.out_height);
+        const uint64_t corner = ((uint64_t(n) * a.height + i * a.stride) * a.width + j * a.stride) * a.channels;
+        return [=, &a](auto width, uint32_t c) {
+            constexpr int W = decltype(width)::value;
+            Pack<T, W> sum = {};
+            for (uint32_t p = 0; p < a.kernel; ++p) {
+                for (uint32_t q = 0; q < a.kernel; ++q) {
+                    const Pack<T, W> x = load<W>(a.from, corner + (uint64_t(p) * a.width + q) * a.channels + c);
+                    POLDER_UNROLL
+                    for (int v = 0; v < W; ++v) sum.v[v] += x.v[v];
+                }
+            }
+            POLDER_UNROLL
+            for (int v = 0; v < W; ++v) sum.v[v] /= T(a.kernel * a.kernel);
+            store(a.to, uint64_t(pixel) * a.channels + c, sum);
+        };
+    });
+}
+
+/// The first output whose window [i s, i s + kernel) holds the input at `position`.
+__device__ __forceinline__ uint32_t first_window(uint32_t position, uint32_t kernel, uint32_t stride) {
+    return position < kernel ? 0 : (position - kernel) / stride + 1;
+}
+
+/// dx = the sum of dy / kernel^2 over the windows that hold the pixel
+template <class T>
+__device__ void average_pool_backward(const PoolArgs<T>& a) {
+    constexpr int V = 16 / sizeof(T);
+    const bool packs = a.channels % V == 0 && aligned16(a.from, a.to);
+    for_each_pixel<V>(a.batch * a.height * a.width, a.channels, packs, [&](uint32_t pixel) {
+        const uint32_t w = pixel % a.width, h = pixel / a.width % a.height, n = pixel / (a.width * a.height);
+        const uint32_t i_begin = first_window(h, a.kernel, a.stride), i_end = min(h / a.stride + 1, a.out_height);
+        const uint32_t j_begin = first_window(w, a.kernel, a.stride), j_end = min(w / a.stride + 1, a.out_width);
+        return [=, &a](auto width, uint32_t c) {
+            constexpr int W = decltype(width)::value;
+            Pack<T, W> sum = {};
+            for (uint32_t i = i_begin; i < i_end; ++i) {
+#pragma unroll 1
+                for (uint32_t j = j_begin; j < j_end; ++j) {
+                    const uint64_t place = (uint64_t(n) * a.out_height + i) * a.out_width + j;
+                    const Pack<T, W> dy = load<W>(a.from, place * a.channels + c);
+                    POLDER_UNROLL
+                    for (int v = 0; v < W; ++v) sum.v[v] += dy.v[v];
+                }
+            }
+            POLDER_UNROLL
+            for (int v = 0; v < W; ++v) sum.v[v] /= T(a.kernel * a.kernel);
+            store_gradient(a.to, uint64_t(pixel) * a.channels + c, sum, a.accumulate);
+        };
+    });
+}
+
+template <class T>
+struct GlobalPoolArgs {
+    const T* from;
+    T* to;
+    uint32_t batch;
+    uint32_t pixels;
+    uint32_t channels;
+    uint32_t accumulate;
+};
+
+/// y[n, c] = the mean of x[n, p, c] over p
+template <class T>
+__device__ void global_average_pool(const GlobalPoolArgs<T>& a) {
+    constexpr int V = 16 / sizeof(T);
+    const bool packs = a.channels % V == 0 && aligned16(a.from, a.to);
+    for_each_pixel<V>(a.batch, a.channels, packs, [&](uint32_t n) {
+        return [=, &a](auto width, uint32_t c) {
+            constexpr int W = decltype(width)::value;
+            const T* const x = a.from + uint64_t(n) * a.pixels * a.channels + c;
+            Pack<T, W> sum = {};
+            for (uint32_t p = 0; p < a.pixels; ++p) {
+                const Pack<T, W> value = load<W>(x, uint64_t(p) * a.channels);
+                POLDER_UNROLL
+                for (int v = 0; v < W; ++v) sum.v[v] += value.v[v];
+            }
+            POLDER_UNROLL
+            for (int v = 0; v < W; ++v) sum.v[v] /= T(a.pixels);
+            store(a.to, uint64_t(n) * a.channels + c, sum);
+        };
+    });
+}
+
+/// dx[n, p, c] = dy[n, c] / pixels
+template <class T>
+__device__ void global_average_pool_backward(const GlobalPoolArgs<T>& a) {
+    constexpr int V = 16 / sizeof(T);
+    const bool packs = a.channels % V == 0 && aligned16(a.from, a.to);
+    for_each_pixel<V>(a.batch * a.pixels, a.channels, packs, [&](uint32_t pixel) {
+        const uint32_t n = pixel / a.pixels;
+        return [=, &a](auto width, uint32_t c) {
+            constexpr int W = decltype(width)::value;
+            Pack<T, W> gradient = load<W>(a.from, uint64_t(n) * a.channels + c);
+            POLDER_UNROLL
+            for (int v = 0; v < W; ++v) gradient.v[v] /= T(a.pixels);
+            store_gradient(a.to, uint64_t(pixel) * a.channels + c, gradient, a.accumulate);
+        };
+    });
+}
+
+/// He et al.'s option A; `from` and `to` as in PoolArgs.
+template <class T>
+struct ShortcutArgs {
+    const T* from;
+    T* to;
+    uint32_t batch;
+    uint32_t height;  // of the input
+    uint32_t width;
+    uint32_t in_channels;
+    uint32_t out_height;
+    uint32_t out_width;
+    uint32_t out_channels;
+    uint32_t stride;
+    uint32_t pad;  // zero channels before those of the input
+    uint32_t accumulate;
+};
+
+/// y[n, i, j, c] = x[n, i s, j s, c - pad], 0 where there is no such channel
+template <class T>
+__device__ void shortcut(const ShortcutArgs<T>& a) {
+    constexpr int V = 16 / sizeof(T);
+    const bool packs = (a.in_channels | a.out_channels | a.pad) % V == 0 && aligned16(a.from, a.to);
+    for_each_pixel<V>(a.batch * a.out_height * a.out_width, a.out_channels, packs, [&](uint32_t pixel) {
+        const uint32_t j = pixel % a.out_width, i = pixel / a.out_width % a.out_height;
+        const uint32_t n = pixel / (a.out_width * a.out_height);
+        const uint64_t source = ((uint64_t(n) * a.height + i * a.stride) * a.width + j * a.stride) * a.in_channels;
+        return [=, &a](auto width, uint32_t c) {
+            constexpr int W = decltype(width)::value;
+            // Unsigned: a channel before the input's is far beyond them.
+            const uint32_t channel = c - a.pad;
+            Pack<T, W> y = {};
+            if (channel < a.in_channels) y = load<W>(a.from, source + channel);
+            store(a.to, uint64_t(pixel) * a.out_channels + c, y);
+        };
+    });
+}
+
+/// dx[n, h, w, c] = dy[n, h / s, w / s, c + pad] where s divides h and w, else 0
+template <class T>
+__device__ void shortcut_backward(const ShortcutArgs<T>& a) {
+    constexpr int V = 16 / sizeof(T);
+    const bool packs = (a.in_channels | a.out_channels | a.pad) % V == 0 && aligned16(a.from, a.to);
+    for_each_pixel<V>(a.batch * a.height * a.width, a.in_channels, packs, [&](uint32_t pixel) {
+        const uint32_t w = pixel % a.width, h = pixel / a.width % a.height, n = pixel / (a.width * a.height);
+        const bool sampled = h % a.stride == 0 && w % a.stride == 0;
+        const uint64_t place = (uint64_t(n) * a.out_height + h / a.stride) * a.out_width + w / a.stride;
+        return [=, &a](auto width, uint32_t c) {
+            constexpr int W = decltype(width)::value;
+            Pack<T, W> gradient = {};
+            if (sampled) gradient = load<W>(a.from, place * a.out_channels + a.pad + c);
+            else if (a.accumulate) return;
+            store_gradient(a.to, uint64_t(pixel) * a.in_channels + c, gradient, a.accumulate);
+        };
+    });
+}
+
+// ---- Linear ------------------------------------------------------------------------------------------------------------------
+
+/// Which index of a factor runs along memory.
+enum class Order { kRows, kColumns };
+
+/// A factor of a product, as rows x columns; an element outside reads as zero.
+template <class T, Order order>
+struct Matrix {
+    static constexpr bool rows_contiguous = order == Order::kColumns;
+    const T* p;
+    uint32_t rows, columns;
+
+    __device__ __forceinline__ T at(uint32_t r, uint32_t c) const {
+        const uint64_t place = rows_contiguous ? uint64_t(c) * rows + r : uint64_t(r) * columns + c;
+        return r < rows && c < columns ? p[place] : T(0);
+    }
+};
+
+constexpr uint32_t kTile = 32;  // rows and columns of the product per block of 16 x 16 threads
+constexpr uint32_t kDepth = 16;  // terms per step
+
+/// out = left right, stored by `write(row, column, value)`. The GPU's block computes one tile; the CPU's takes rows.
+template <class T, Order left_order, Order right_order, class F>
+__device__ __forceinline__ void product(const Matrix<T, left_order>& left, const Matrix<T, right_order>& right, const F& write) {
+    __shared__ T a[kDepth][kTile + 1];
+    __shared__ T b[kDepth][kTile + 1];
+    const uint32_t thread = threadIdx.x, x = thread % 16, y = thread / 16;
+    const uint32_t row = blockIdx.y * kTile, column = blockIdx.x * kTile;
+    T sums[2][2] = {};
+    for (uint32_t k = 0; k < left.columns; k += kDepth) {
+        // Neighbouring threads read along memory.
+        for (uint32_t e = thread; e < kTile * kDepth; e += 256) {
+            const uint32_t m = left.rows_contiguous ? e % kTile : e / kDepth, d = left.rows_contiguous ? e / kTile : e % kDepth;
+            a[d][m] = left.at(row + m, k + d);
+        }
+        for (uint32_t e = thread; e < kTile * kDepth; e += 256) {
+            const uint32_t n = right.rows_contiguous ? e / kDepth : e % kTile, d = right.rows_contiguous ? e % kDepth : e / kTile;
+            b[d][n] = right.at(k + d, column + n);
+        }
+        __syncthreads();
+        POLDER_UNROLL
+        for (uint32_t d = 0; d < kDepth; ++d) {
+            const T a0 = a[d][y], a1 = a[d][y + 16], b0 = b[d][x], b1 = b[d][x + 16];
+            sums[0][0] += a0 * b0;
+            sums[0][1] += a0 * b1;
+            sums[1][0] += a1 * b0;
+            sums[1][1] += a1 * b1;
+        }
+        __syncthreads();
+    }
+    POLDER_UNROLL
+    for (uint32_t e = 0; e < 4; ++e) {
+        const uint32_t r = row + y + e / 2 * 16, c = column + x + e % 2 * 16;
+        if (r < left.rows && c < right.columns) write(r, c, sums[e / 2][e % 2]);
+    }
+}
+
+/// x is [batch, inputs], weight [inputs, outputs], y [batch, outputs].
+template <class T>
+struct LinearArgs {
+    const T* x;
+    const T* weight;
+    const T* bias;
+    T* y;
+    uint32_t batch;
+    uint32_t inputs;
+    uint32_t outputs;
+};
+
+#if defined(POLDER_HOST)
+/// This block's share of n rows.
+struct Range {
+    uint32_t begin, end;
+};
+
+__forceinline__ Range rows_of_block(uint32_t n) {
+    return {uint32_t(uint64_t(n) * blockIdx.x / gridDim.x), uint32_t(uint64_t(n) * (blockIdx.x + 1) / gridDim.x)};
+}
+
+/// y += a x
+template <class T>
+__forceinline__ void axpy(T* __restrict__ y, T a, const T* __restrict__ x, uint32_t n) {
+    for (uint32_t i = 0; i < n; ++i) y[i] += a * x[i];
+}
+
+/// The sum of a[i] b[i], in an order that vectorises on every instruction set alike.
+template <class T>
+__forceinline__ T dot(const T* __restrict__ a, const T* __restrict__ b, uint32_t n) {
+    constexpr uint32_t kLanes = 16;
+    T lanes[kLanes] = {};
+    uint32_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        for (uint32_t lane = 0; lane < kLanes; ++lane) lanes[lane] += a[i + lane] * b[i + lane];
+    }
+    T sum = 0;
+    for (; i < n; ++i) sum += a[i] * b[i];
+    for (uint32_t lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+    return sum;
+}
+#endif
+
+/// y = x weight + bias
+template <class T>
+__device__ void linear(const LinearArgs<T>& a) {
+#if defined(POLDER_HOST)
+    if (blockDim.x == 1) {
+        const Range mine = rows_of_block(a.batch);
+        for (uint32_t n = mine.begin; n < mine.end; ++n) {
+            T* const y = a.y + uint64_t(n) * a.outputs;
+            for (uint32_t o = 0; o < a.outputs; ++o) y[o] = a.bias[o];
+            for (uint32_t i = 0; i < a.inputs; ++i) {
+                axpy(y, a.x[uint64_t(n) * a.inputs + i], a.weight + uint64_t(i) * a.outputs, a.outputs);
+            }
+        }
+        return;
+    }
+#endif
+    const Matrix<T, Order::kRows> x = {a.x, a.batch, a.inputs}, weight = {a.weight, a.inputs, a.outputs};
+    product<T>(x, weight, [&](uint32_t n, uint32_t o, T sum) { a.y[uint64_t(n) * a.outputs + o] = sum + a.bias[o]; });
+}
+
+template <class T>
+struct LinearInputArgs {
+    const T* dy;
+    const T* weight;
+    T* dx;
+    uint32_t batch;
+    uint32_t inputs;
+    uint32_t outputs;
+    uint32_t accumulate;
+};
+
+/// dx = dy weight^T
+template <class T>
+__device__ void linear_input(const LinearInputArgs<T>& a) {
+    const auto write = [&](uint32_t n, uint32_t i, T sum) {
+        T* const dx = a.dx + uint64_t(n) * a.inputs + i;
+        *dx = a.accumulate ? *dx + sum : sum;
+    };
+#if defined(POLDER_HOST)
+    if (blockDim.x == 1) {
+        const Range mine = rows_of_block(a.batch);
+        for (uint32_t n = mine.begin; n < mine.end; ++n) {
+            for (uint32_t i = 0; i < a.inputs; ++i) {
+                write(n, i, dot(a.dy + uint64_t(n) * a.outputs, a.weight + uint64_t(i) * a.outputs, a.outputs));
+            }
+        }
+        return;
+    }
+#endif
+    const Matrix<T, Order::kRows> dy = {a.dy, a.batch, a.outputs};
+    const Matrix<T, Order::kColumns> transposed = {a.weight, a.outputs, a.inputs};
+    product<T>(dy, transposed, write);
+}
+
+template <class T>
+struct LinearWeightArgs {
+    const T* x;
+    const T* dy;
+    T* dweight;
+    T* dbias;
+    uint32_t batch;
+    uint32_t inputs;
+    uint32_t outputs;
+};
+
+/// dweight = x^T dy, and dbias = the column sums of dy, as if x had a further column of ones
+template <class T>
+__device__ void linear_weight(const LinearWeightArgs<T>& a) {
+#if defined(POLDER_HOST)
+    if (blockDim.x == 1) {
+        const Range mine = rows_of_block(a.inputs + 1);
+        for (uint32_t i = mine.begin; i < mine.end; ++i) {
+            T* const row = i < a.inputs ? a.dweight + uint64_t(i) * a.outputs : a.dbias;
+            for (uint32_t o = 0; o < a.outputs; ++o) row[o] = T(0);
+            for (uint32_t n = 0; n < a.batch; ++n) {
+                const T x = i < a.inputs ? a.x[uint64_t(n) * a.inputs + i] : T(1);
+                axpy(row, x, a.dy + uint64_t(n) * a.outputs, a.outputs);
+            }
+        }
+        return;
+    }
+#endif
+    const Matrix<T, Order::kColumns> transposed = {a.x, a.inputs, a.batch};
+    const Matrix<T, Order::kRows> dy = {a.dy, a.batch, a.outputs};
+    product<T>(transposed, dy, [&](uint32_t i, uint32_t o, T sum) { a.dweight[uint64_t(i) * a.outputs + o] = sum; });
+    if (blockIdx.y == 0 && threadIdx.x < kTile) {
+        const uint32_t o = blockIdx.x * kTile + threadIdx.x;
+        if (o >= a.outputs) return;
+        T sum = 0;
+        for (uint32_t n = 0; n < a.batch; ++n) sum += a.dy[uint64_t(n) * a.outputs + o];
+        a.dbias[o] = sum;
+    }
+}
+
+}  // namespace
+
+POLDER_KERNEL(relu_f32, relu<float>, ReluArgs<float>)
+POLDER_HOST_KERNEL(relu_f64, relu<double>, ReluArgs<double>)
+POLDER_KERNEL(relu_backward_f32, relu_backward<float>, ReluBackwardArgs<float>)
+POLDER_HOST_KERNEL(relu_backward_f64, relu_backward<double>, ReluBackwardArgs<double>)
+POLDER_KERNEL(add_f32, add<float>, AddArgs<float>)
+POLDER_HOST_KERNEL(add_f64, add<double>, AddArgs<double>)
+POLDER_KERNEL(average_pool_f32, average_pool<float>, PoolArgs<float>)
+POLDER_HOST_KERNEL(average_pool_f64, average_pool<double>, PoolArgs<double>)
+POLDER_KERNEL(average_pool_backward_f32, average_pool_backward<float>, PoolArgs<float>)
+POLDER_HOST_KERNEL(average_pool_backward_f64, average_pool_backward<double>, PoolArgs<double>)
+POLDER_KERNEL(global_average_pool_f32, global_average_pool<float>, GlobalPoolArgs<float>)
+POLDER_HOST_KERNEL(global_average_pool_f64, global_average_pool<double>, GlobalPoolArgs<double>)
+POLDER_KERNEL(global_average_pool_backward_f32, global_average_pool_backward<float>, GlobalPoolArgs<float>)
+POLDER_HOST_KERNEL(global_average_pool_backward_f64, global_average_pool_backward<double>, GlobalPoolArgs<double>)
+POLDER_KERNEL(shortcut_f32, shortcut<float>, ShortcutArgs<float>)
+POLDER_HOST_KERNEL(shortcut_f64, shortcut<double>, ShortcutArgs<double>)
+POLDER_KERNEL(shortcut_backward_f32, shortcut_backward<float>, ShortcutArgs<float>)
+POLDER_HOST_KERNEL(shortcut_backward_f64, shortcut_backward<double>, ShortcutArgs<double>)
+POLDER_KERNEL(linear_f32, linear<float>, LinearArgs<float>)
+POLDER_HOST_KERNEL(linear_f64, linear<double>, LinearArgs<double>)
+POLDER_KERNEL(linear_input_f32, linear_input<float>, LinearInputArgs<float>)
+POLDER_HOST_KERNEL(linear_input_f64, linear_input<double>, LinearInputArgs<double>)
+POLDER_KERNEL(linear_weight_f32, linear_weight<float>, LinearWeightArgs<float>)
+POLDER_HOST_KERNEL(linear_weight_f64, linear_weight<double>, LinearWeightArgs<double>)

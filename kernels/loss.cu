@@ -1,0 +1,106 @@
+// Cross-entropy of a softmax over class logits, with label smoothing, its gradient, and the count of right predictions.
+//
+// One warp takes one sample (on the CPU one thread takes several); a second kernel of one block sums the samples' losses in
+// double, because sharpness is a small difference of such sums.
+#include "include/reduce.cuh"
+
+namespace {
+
+template <class T>
+struct CrossEntropyArgs {
+    const T* logits;         // [batch, classes]
+    const uint32_t* labels;  // [batch]
+    T* dlogits;              // [batch, classes], or null
+    T* losses;               // [batch]
+    uint32_t* correct;       // one counter, zero before
+    uint32_t batch;
+    uint32_t classes;
+    double smoothing;
+};
+
+__device__ __forceinline__ float exponential(float x) { return expf(x); }
+__device__ __forceinline__ float logarithm(float x) { return logf(x); }
+#if defined(POLDER_HOST)
+__forceinline__ double exponential(double x) { return exp(x); }
+__forceinline__ double logarithm(double x) { return log(x); }
+#endif
+
+/// The largest logit and the first place where it stands. A NaN is never the largest; `classes` says that there is none.
+template <class T>
+struct Largest {
+    T value;
+    uint32_t index;
+
+    __device__ __forceinline__ void take(T other, uint32_t place) {
+        if (other > value || (other == value && place < index)) {
+            value = other;
+            index = place;
+        }
+    }
+};
+
+/// loss = log(sum exp z) - (1 - smoothing) z[label] - smoothing / classes sum z, all about the largest logit; its gradient over
+/// the batch size. A logit that is not finite gives a loss that is not finite: each of them enters through the last term, whose
+/// product with a smoothing of zero is then a NaN.
+template <class T>
+__device__ void cross_entropy(const CrossEntropyArgs<T>& a) {
+    const bool alone = block_threads() == 1;
+    const uint32_t lanes = alone ? 1 : 32, lane = threadIdx.x % lanes;
+    const uint32_t warps = gridDim.x * (blockDim.x / lanes), classes = a.classes;
+    const T scale = T(1.0 / double(a.batch)), infinity = T(INFINITY);
+    const T on = T(1.0 - a.smoothing), off = T(a.smoothing / double(classes));
+    for (uint32_t n = (blockIdx.x * blockDim.x + threadIdx.x) / lanes; n < a.batch; n += warps) {
+        const T* const z = a.logits + uint64_t(n) * classes;
+        const uint32_t label = a.labels[n];
+        Largest<T> largest = {-infinity, classes};
+        for (uint32_t k = lane; k < classes; k += lanes) largest.take(z[k], k);
+        for (uint32_t distance = lanes / 2; distance > 0; distance /= 2) {
+            const T value = __shfl_xor_sync(0xffffffffu, largest.value, int(distance));
+            largest.take(value, __shfl_xor_sync(0xffffffffu, largest.index, int(distance)));
+        }
+        T exponentials = 0, shifted = 0;
+        for (uint32_t k = lane; k < classes; k += lanes) {
+            exponentials += exponential(z[k] - largest.value);
+            shifted += z[k] - largest.value;
+        }
+        if (!alone) {
+            exponentials = warp_sum(exponentials);
+            shifted = warp_sum(shifted);
+        }
+        const bool known = label < classes;
+        const T nan = infinity - infinity;
+        if (lane == 0) {
+            const T at_label = known ? z[label] - largest.value : nan;
+            a.losses[n] = logarithm(exponentials) - on * at_label - off * shifted;
+            if (known && largest.index == label) atomicAdd(a.correct, 1u);
+        }
+        if (a.dlogits == nullptr) continue;
+        T* const dz = a.dlogits + uint64_t(n) * classes;
+        for (uint32_t k = lane; k < classes; k += lanes) {
+            const T target = (k == label ? on : T(0)) + off;
+            const T p = exponential(z[k] - largest.value) / exponentials;
+            dz[k] = known ? (p - target) * scale : nan;
+        }
+    }
+}
+
+template <class T>
+struct MeanLossArgs {
+    const T* losses;
+    double* loss;
+    uint64_t batch;
+};
+
+/// The mean of the samples' losses, by one block.
+template <class T>
+__device__ void mean_loss(const MeanLossArgs<T>& a) {
+    const Sums<1> sum = block_sums_of<1>(a.batch, [](double loss) { return Sums<1>{{loss}}; }, a.losses);
+    if (thread_in_block() == 0) *a.loss = sum.v[0] / double(a.batch);
+}
+
+}  // namespace
+
+POLDER_KERNEL(cross_entropy_f32, cross_entropy<float>, CrossEntropyArgs<float>)
+POLDER_HOST_KERNEL(cross_entropy_f64, cross_entropy<double>, CrossEntropyArgs<double>)
+POLDER_KERNEL(mean_loss_f32, mean_loss<float>, MeanLossArgs<float>)
+POLDER_HOST_KERNEL(mean_loss_f64, mean_loss<double>, MeanLossArgs<double>)

@@ -1,0 +1,97 @@
+// Vectors of random numbers: each element is a function of the seed and its position in the stream alone.
+#include "include/polder.cuh"
+
+#include "include/philox.cuh"
+
+namespace {
+
+template <class T>
+struct RandomArgs {
+    T* out;
+    uint64_t n;
+    uint64_t seed, offset;
+};
+
+template <class T>
+struct Four {
+    T v[4];
+};
+
+/// out[i] = what `from_block` makes of position offset + i. Whole blocks of four first, then the parts of blocks at both
+/// ends, of up to three elements each.
+template <class T, class F>
+__device__ __forceinline__ void for_each_random(const RandomArgs<T>& a, F from_block) {
+    const uint64_t seed = a.seed;
+    const uint64_t head = (4 - (a.offset & 3)) & 3, start = head < a.n ? head : a.n;
+    const uint64_t blocks = (a.n - start) / 4, first_block = (a.offset + start) / 4;
+    T* whole = a.out + start;
+    for_each_index(blocks, [=](uint64_t b) {
+        const Four<T> values = from_block(philox_block(seed, first_block + b));
+        POLDER_UNROLL
+        for (int v = 0; v < 4; ++v) whole[4 * b + v] = values.v[v];
+    });
+    const uint64_t tail = start + 4 * blocks;
+    for_each_index(start + (a.n - tail), [=](uint64_t edge) {
+        const uint64_t i = edge < start ? edge : tail + (edge - start), position = a.offset + i;
+        const Four<T> values = from_block(philox_block(seed, position / 4));
+        const uint32_t lane = uint32_t(position & 3);
+        a.out[i] = lane == 0 ? values.v[0] : lane == 1 ? values.v[1] : lane == 2 ? values.v[2] : values.v[3];
+    });
+}
+
+/// The generator's words themselves.
+__device__ void random_bits_body(const RandomArgs<uint32_t>& a) {
+    for_each_random(a, [](const PhiloxBlock& block) {
+        return Four<uint32_t>{{block.v[0], block.v[1], block.v[2], block.v[3]}};
+    });
+}
+
+/// Uniform in [0, 1), in steps of 2^-24.
+template <class T>
+__device__ void uniform(const RandomArgs<T>& a) {
+    for_each_random(a, [](const PhiloxBlock& block) {
+        return Four<T>{{T(uniform_from(block.v[0])), T(uniform_from(block.v[1])), T(uniform_from(block.v[2])),
+                        T(uniform_from(block.v[3]))}};
+    });
+}
+
+/// +1 or −1.
+template <class T>
+__device__ void rademacher(const RandomArgs<T>& a) {
+    for_each_random(a, [](const PhiloxBlock& block) {
+        return Four<T>{{T(rademacher_from(block.v[0])), T(rademacher_from(block.v[1])), T(rademacher_from(block.v[2])),
+                        T(rademacher_from(block.v[3]))}};
+    });
+}
+
+/// Standard normal.
+template <class T>
+__device__ void normal(const RandomArgs<T>& a) {
+    for_each_random(a, [](const PhiloxBlock& block) {
+        const NormalPair low = normal_from(block.v[0], block.v[1]), high = normal_from(block.v[2], block.v[3]);
+        return Four<T>{{T(low.first), T(low.second), T(high.first), T(high.second)}};
+    });
+}
+
+/// One block of the generator for any counter and key: out[0..4] from counter and key, for the known answers.
+struct PhiloxArgs {
+    uint32_t* out;
+    PhiloxBlock counter;
+    uint32_t key[2];
+};
+
+__device__ void philox_once_body(const PhiloxArgs& a) {
+    const PhiloxBlock block = philox(a.counter, a.key[0], a.key[1]);
+    for (int v = 0; v < 4; ++v) a.out[v] = block.v[v];
+}
+
+}  // namespace
+
+POLDER_KERNEL(random_bits, random_bits_body, RandomArgs<uint32_t>)
+POLDER_KERNEL(philox_once, philox_once_body, PhiloxArgs)
+POLDER_KERNEL(uniform_f32, uniform<float>, RandomArgs<float>)
+POLDER_HOST_KERNEL(uniform_f64, uniform<double>, RandomArgs<double>)
+POLDER_KERNEL(normal_f32, normal<float>, RandomArgs<float>)
+POLDER_HOST_KERNEL(normal_f64, normal<double>, RandomArgs<double>)
+POLDER_KERNEL(rademacher_f32, rademacher<float>, RandomArgs<float>)
+POLDER_HOST_KERNEL(rademacher_f64, rademacher<double>, RandomArgs<double>)

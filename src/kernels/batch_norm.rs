@@ -1,0 +1,595 @@
+//! Batch normalisation (Ioffe and Szegedy 2015) of activations `[rows, channels]` (NHWC: the rows are the pixels of all images),
+//! fused with the residual addition and the relu that follow it in a ResNet (He et al. 2016).
+//!
+//! Per channel, over the `m` rows of the batch:
+//! `mean = Σx / m`, `var = Σ(x − mean)² / m`, `inv_std = 1 / √(var + eps)`, `y = act(gamma · (x − mean) · inv_std + beta + residual)`.
+//!
+//! Rounding: at most 64 rows are summed in `T`, about their own first row, and the partial means and squared deviations are
+//! combined in double (Chan, Golub and LeVeque 1979), so a mean far larger than the deviation does no harm. All sums have a
+//! fixed order: the same inputs give the same bits on every run, whatever the number of threads.
+
+use super::{check_device, check_length, pick};
+use crate::device::{Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
+
+/// The shape of the activations: rows (batch · height · width) and channels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BatchNormShape {
+    /// batch · height · width
+    pub rows: usize,
+    /// The innermost dimension.
+    pub channels: usize,
+}
+
+impl BatchNormShape {
+    /// The length of the `workspace` that [`forward_train`] and [`backward`] need on this device.
+    pub fn workspace_len(&self, device: &Device) -> usize {
+        2 * self.channels * row_blocks(device, *self, PER_SUMMING_THREAD)
+    }
+}
+
+/// What both forward modes read.
+#[derive(Clone, Copy)]
+pub struct Forward<'a, T: Scalar> {
+    /// `[rows, channels]`
+    pub x: Slice<'a, T>,
+    /// Scale, `[channels]`.
+    pub gamma: Slice<'a, T>,
+    /// Shift, `[channels]`.
+    pub beta: Slice<'a, T>,
+    /// Added to the variance.
+    pub eps: f64,
+    /// Added after the normalisation and before the relu, `[rows, channels]`.
+    pub residual: Option<Slice<'a, T>>,
+    /// Whether a relu follows. A NaN passes through it.
+    pub relu: bool,
+}
+
+/// What the forward leaves for the backward, `[channels]` each.
+pub struct Saved<'a, T: Scalar> {
+    /// The mean that was subtracted.
+    pub mean: SliceMut<'a, T>,
+    /// `1 / √(var + eps)`
+    pub inv_std: SliceMut<'a, T>,
+}
+
+/// The running statistics, `[channels]` each: `next = (1 − momentum) · old + momentum · batch`, with the unbiased variance.
+/// They are written beside the old ones, so that a step that is skipped leaves those as they were.
+pub struct Running<'a, T: Scalar> {
+    /// The share of the batch; PyTorch's default is 0.1.
+    pub momentum: f64,
+    /// The running mean before this batch.
+    pub mean: Slice<'a, T>,
+    /// The running variance before this batch.
+    pub var: Slice<'a, T>,
+    /// The running mean after it.
+    pub next_mean: SliceMut<'a, T>,
+    /// The running variance after it.
+    pub next_var: SliceMut<'a, T>,
+}
+
+/// Which statistics the forward normalised with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// The batch's, which depend on x.
+    Train,
+    /// The running ones, which don't.
+    Eval,
+}
+
+/// What followed the normalisation in the forward, and so where the backward's mask comes from.
+#[derive(Clone, Copy)]
+pub enum Activation<'a, T: Scalar> {
+    /// No relu.
+    Identity,
+    /// A relu; the mask is read from its output `y`, `[rows, channels]`.
+    Relu {
+        /// The forward's output.
+        y: Slice<'a, T>,
+    },
+    /// A relu and no residual: the mask is computed from `x` again, by the forward's own expression and so to the same bits,
+    /// which spares reading `y`.
+    ReluRecomputed {
+        /// Shift, `[channels]`.
+        beta: Slice<'a, T>,
+    },
+}
+
+/// What [`backward`] reads; the shapes are those of the forward.
+#[derive(Clone, Copy)]
+pub struct Backward<'a, T: Scalar> {
+    /// The forward's input.
+    pub x: Slice<'a, T>,
+    /// The gradient of its output.
+    pub dy: Slice<'a, T>,
+    /// Scale.
+    pub gamma: Slice<'a, T>,
+    /// What the forward saved.
+    pub mean: Slice<'a, T>,
+    /// What the forward saved.
+    pub inv_std: Slice<'a, T>,
+    /// What followed the normalisation.
+    pub activation: Activation<'a, T>,
+}
+
+/// What [`backward`] writes.
+pub struct Gradients<'a, T: Scalar> {
+    /// `[rows, channels]`
+    pub dx: SliceMut<'a, T>,
+    /// `[channels]`
+    pub dgamma: SliceMut<'a, T>,
+    /// `[channels]`
+    pub dbeta: SliceMut<'a, T>,
+}
+
+/// Where the gradient of the residual goes, `[rows, channels]`.
+pub struct ResidualGradient<'a, T: Scalar> {
+    /// The buffer.
+    pub gradient: SliceMut<'a, T>,
+    /// Whether it is added to what the buffer holds.
+    pub accumulate: bool,
+}
+
+/// How rows and channels are spread over a launch.
+struct Spread {
+    launch: Launch,
+    /// Channels per GPU thread; 0 in the CPU's shape.
+    pack: u32,
+}
+
+impl Spread {
+    /// About `per_thread` elements for a GPU thread. Four channels at once need 16-byte accesses, which all of `addresses`
+    /// (0 for an absent argument) must allow.
+    fn new<T: Scalar>(device: &Device, shape: BatchNormShape, per_thread: usize, addresses: &[u64]) -> Self {
+        let BatchNormShape { rows, channels } = shape;
+        let blocks = row_blocks(device, shape, per_thread);
+        if !device.is_simt() {
+            return Self { launch: Launch::new(blocks as u32, 1), pack: 0 };
+        }
+        let wide = 4 * size_of::<T>() as u64;
+        let pack = if channels % 4 == 0 && addresses.iter().all(|address| address % wide == 0) { 4 } else { 1 };
+        // As many columns as channel groups, but no more than a warp: neighbouring threads read neighbouring addresses.
+        let groups = channels / pack;
+        let tiles = groups.div_ceil(32).max(1);
+        let columns = groups.div_ceil(tiles).max(1);
+        let lines = (256 / columns).min(rows.max(1));
+        let launch = Launch {
+            grid: [blocks as u32, tiles as u32, 1],
+            block: [columns as u32, lines as u32, 1],
+            shared: columns * lines * SHARED_PER_THREAD,
+        };
+        Self { launch, pack: pack as u32 }
+    }
+}
+
+/// The number of row ranges; it depends on the shape and the device alone, because the workspace's length does.
+fn row_blocks(device: &Device, shape: BatchNormShape, per_thread: usize) -> usize {
+    let elements = shape.rows * shape.channels;
+    if !device.is_simt() {
+        return device.elementwise(elements, 1).grid[0] as usize;
+    }
+    let blocks = device.elementwise(elements, per_thread).grid[0] as usize;
+    blocks.div_ceil(shape.channels.div_ceil(128).max(1))
+}
+
+/// Elements per GPU thread in the kernels that sum: enough to pay for the reduction over the block.
+const PER_SUMMING_THREAD: usize = 32;
+/// Elements per GPU thread in the others.
+const PER_THREAD: usize = 16;
+/// The largest entry of a thread in shared memory: count, mean and squared deviations in double.
+const SHARED_PER_THREAD: usize = 24;
+
+/// A launch of one block per channel on the GPU, with a thread for each of a few row blocks.
+fn channel_launch(device: &Device, channels: usize) -> Launch {
+    if !device.is_simt() {
+        return Launch::new(channels.div_ceil(64).max(1) as u32, 1);
+    }
+    Launch { grid: [channels.max(1) as u32, 1, 1], block: [1, 128, 1], shared: 128 * SHARED_PER_THREAD }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct MomentsArgs {
+    x: u64,
+    means: u64,
+    m2s: u64,
+    rows: u64,
+    channels: u32,
+    pack: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct StatisticsArgs {
+    means: u64,
+    m2s: u64,
+    mean: u64,
+    inv_std: u64,
+    running_mean: u64,
+    running_var: u64,
+    next_mean: u64,
+    next_var: u64,
+    eps: f64,
+    momentum: f64,
+    rows: u64,
+    channels: u32,
+    blocks: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RunningArgs {
+    running_mean: u64,
+    running_var: u64,
+    mean: u64,
+    inv_std: u64,
+    eps: f64,
+    channels: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct NormalizeArgs {
+    x: u64,
+    gamma: u64,
+    beta: u64,
+    mean: u64,
+    inv_std: u64,
+    residual: u64,
+    y: u64,
+    rows: u64,
+    channels: u32,
+    pack: u32,
+    relu: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Upstream {
+    x: u64,
+    y: u64,
+    dy: u64,
+    gamma: u64,
+    beta: u64,
+    mean: u64,
+    inv_std: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct SumsArgs {
+    upstream: Upstream,
+    residual: u64,
+    dz: u64,
+    dz_x: u64,
+    rows: u64,
+    channels: u32,
+    pack: u32,
+    mask: u32,
+    residual_mode: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ParametersArgs {
+    dz: u64,
+    dz_x: u64,
+    inv_std: u64,
+    dgamma: u64,
+    dbeta: u64,
+    channels: u32,
+    blocks: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct InputArgs {
+    upstream: Upstream,
+    dgamma: u64,
+    dbeta: u64,
+    dx: u64,
+    rows: u64,
+    channels: u32,
+    pack: u32,
+    mask: u32,
+    train: u32,
+}
+
+/// The kernel's numbers for where the mask comes from.
+const NO_MASK: u32 = 0;
+const MASK_OUTPUT: u32 = 1;
+const MASK_RECOMPUTE: u32 = 2;
+/// The kernel's numbers for what becomes of dz.
+const RESIDUAL_NONE: u32 = 0;
+const RESIDUAL_WRITE: u32 = 1;
+const RESIDUAL_ACCUMULATE: u32 = 2;
+
+fn address<T: Scalar>(slice: Option<Slice<'_, T>>) -> u64 {
+    slice.map_or(0, |slice| slice.address())
+}
+
+/// Checks one operation's arguments: their lengths and that all live on one device.
+struct Check<'a> {
+    operation: &'static str,
+    device: &'a Device,
+    shape: BatchNormShape,
+}
+
+impl Check<'_> {
+    fn argument(&self, name: &'static str, device: &Device, found: usize, expected: usize) -> Result<()> {
+        check_device(self.operation, name, self.device, device)?;
+        check_length(self.operation, name, found, expected)
+    }
+
+    /// An argument of `[rows, channels]`.
+    fn full<T: Scalar>(&self, name: &'static str, slice: Slice<'_, T>) -> Result<()> {
+        self.argument(name, slice.device(), slice.len(), self.shape.rows * self.shape.channels)
+    }
+
+    /// An argument of `[channels]`.
+    fn channels<T: Scalar>(&self, name: &'static str, slice: Slice<'_, T>) -> Result<()> {
+        self.argument(name, slice.device(), slice.len(), self.shape.channels)
+    }
+
+    fn workspace(&self, workspace: Slice<'_, f64>) -> Result<()> {
+        self.argument("workspace", workspace.device(), workspace.len(), self.shape.workspace_len(self.device))
+    }
+
+    fn shape(&self) -> Result<()> {
+        let BatchNormShape { rows, channels } = self.shape;
+        let fits = channels > 0 && channels < 1 << 22 && rows.checked_mul(channels).is_some();
+        let message = || format!("{rows} rows of {channels} channels cannot be normalised");
+        if fits { Ok(()) } else { Err(Error::Argument { operation: self.operation, message: message() }) }
+    }
+
+    fn forward<T: Scalar>(&self, input: &Forward<'_, T>, y: Slice<'_, T>, saved: &Saved<'_, T>) -> Result<()> {
+        self.shape()?;
+        self.full("x", input.x)?;
+        self.channels("gamma", input.gamma)?;
+        self.channels("beta", input.beta)?;
+        if let Some(residual) = input.residual {
+            self.full("residual", residual)?;
+        }
+        self.full("y", y)?;
+        self.channels("mean", saved.mean.view())?;
+        self.channels("inv_std", saved.inv_std.view())
+    }
+}
+
+/// Normalises with the batch's own statistics, which it saves, and takes them into the running ones; without `running` those are
+/// left alone. `workspace` has [`BatchNormShape::workspace_len`] elements and need hold nothing.
+///
+/// Traffic: reads x twice and writes y once, and reads the residual once: 12 bytes per element in f32, 16 with a residual.
+///
+/// # Errors
+/// [`Error::Argument`] for fewer than two rows, which have no unbiased variance; [`Error::Length`] and [`Error::OtherDevice`].
+pub fn forward_train<T: Scalar>(
+    shape: BatchNormShape,
+    input: Forward<'_, T>,
+    mut y: SliceMut<'_, T>,
+    mut saved: Saved<'_, T>,
+    running: Option<Running<'_, T>>,
+    mut workspace: SliceMut<'_, f64>,
+) -> Result<()> {
+    let device = input.x.device();
+    let check = Check { operation: "batch_norm::forward_train", device, shape };
+    check.forward(&input, y.view(), &saved)?;
+    check.workspace(workspace.view())?;
+    if shape.rows < 2 {
+        let message = "training needs at least two values per channel".into();
+        return Err(Error::Argument { operation: check.operation, message });
+    }
+    let mut statistics = StatisticsArgs {
+        means: workspace.address(),
+        m2s: workspace.address() + (workspace.len() / 2 * size_of::<f64>()) as u64,
+        mean: saved.mean.address(),
+        inv_std: saved.inv_std.address(),
+        running_mean: 0,
+        running_var: 0,
+        next_mean: 0,
+        next_var: 0,
+        eps: input.eps,
+        momentum: 0.0,
+        rows: shape.rows as u64,
+        channels: shape.channels as u32,
+        blocks: row_blocks(device, shape, PER_SUMMING_THREAD) as u32,
+    };
+    if let Some(mut running) = running {
+        check.channels("running.mean", running.mean)?;
+        check.channels("running.var", running.var)?;
+        check.channels("running.next_mean", running.next_mean.view())?;
+        check.channels("running.next_var", running.next_var.view())?;
+        statistics.running_mean = running.mean.address();
+        statistics.running_var = running.var.address();
+        statistics.next_mean = running.next_mean.address();
+        statistics.next_var = running.next_var.address();
+        statistics.momentum = running.momentum;
+    }
+    let spread = Spread::new::<T>(device, shape, PER_SUMMING_THREAD, &[input.x.address()]);
+    let moments = MomentsArgs {
+        x: input.x.address(),
+        means: statistics.means,
+        m2s: statistics.m2s,
+        rows: shape.rows as u64,
+        channels: shape.channels as u32,
+        pack: spread.pack,
+    };
+    // SAFETY: the twins of the kernels' structs; every length was checked above, and the launch has as many row blocks as the
+    // workspace has room for.
+    unsafe {
+        device.launch(pick::<T>(id::BATCH_NORM_MOMENTS_F32, id::BATCH_NORM_MOMENTS_F64), spread.launch, &moments)?;
+        let launch = channel_launch(device, shape.channels);
+        device.launch(pick::<T>(id::BATCH_NORM_STATISTICS_F32, id::BATCH_NORM_STATISTICS_F64), launch, &statistics)?;
+    }
+    normalize(shape, input, y.reborrow(), saved)
+}
+
+/// Normalises with the running statistics. Saves what [`backward`] needs: a copy of the running mean, and `inv_std`.
+///
+/// Traffic: reads x and writes y once, and reads the residual once: 8 bytes per element in f32, 12 with a residual.
+///
+/// # Errors
+/// [`Error::Argument`], [`Error::Length`] and [`Error::OtherDevice`].
+pub fn forward_eval<T: Scalar>(
+    shape: BatchNormShape,
+    input: Forward<'_, T>,
+    running_mean: Slice<'_, T>,
+    running_var: Slice<'_, T>,
+    y: SliceMut<'_, T>,
+    mut saved: Saved<'_, T>,
+) -> Result<()> {
+    let device = input.x.device();
+    let check = Check { operation: "batch_norm::forward_eval", device, shape };
+    check.forward(&input, y.view(), &saved)?;
+    check.channels("running_mean", running_mean)?;
+    check.channels("running_var", running_var)?;
+    let args = RunningArgs {
+        running_mean: running_mean.address(),
+        running_var: running_var.address(),
+        mean: saved.mean.address(),
+        inv_std: saved.inv_std.address(),
+        eps: input.eps,
+        channels: shape.channels as u64,
+    };
+    let kernel = pick::<T>(id::BATCH_NORM_RUNNING_F32, id::BATCH_NORM_RUNNING_F64);
+    // SAFETY: the twin of the kernel's struct; every length was checked above.
+    unsafe { device.launch(kernel, device.elementwise(shape.channels, 1), &args)? };
+    normalize(shape, input, y, saved)
+}
+
+/// The second pass of both forward modes; the lengths have been checked.
+fn normalize<T: Scalar>(
+    shape: BatchNormShape,
+    input: Forward<'_, T>,
+    mut y: SliceMut<'_, T>,
+    mut saved: Saved<'_, T>,
+) -> Result<()> {
+    let device = input.x.device();
+    let mut args = NormalizeArgs {
+        x: input.x.address(),
+        gamma: input.gamma.address(),
+        beta: input.beta.address(),
+        mean: saved.mean.address(),
+        inv_std: saved.inv_std.address(),
+        residual: address(input.residual),
+        y: y.address(),
+        rows: shape.rows as u64,
+        channels: shape.channels as u32,
+        pack: 0,
+        relu: input.relu.into(),
+    };
+    let addresses = [args.x, args.gamma, args.beta, args.mean, args.inv_std, args.residual, args.y];
+    let spread = Spread::new::<T>(device, shape, PER_THREAD, &addresses);
+    args.pack = spread.pack;
+    let kernel = pick::<T>(id::BATCH_NORM_NORMALIZE_F32, id::BATCH_NORM_NORMALIZE_F64);
+    // SAFETY: the twin of the kernel's struct; the callers checked every length.
+    unsafe { device.launch(kernel, spread.launch, &args) }
+}
+
+/// The gradients. With `dz = dy` where the activation passed and 0 elsewhere, and `x̂ = (x − mean) · inv_std`:
+/// `dbeta = Σdz`, `dgamma = Σ dz · x̂`, and in training `dx = gamma · inv_std · (dz − Σdz/m − x̂ · Σ(dz · x̂)/m)`, in evaluation
+/// `dx = gamma · inv_std · dz`. The gradient of the residual is `dz`. `workspace` is as in [`forward_train`], also in evaluation.
+///
+/// Traffic in training, f32: 20 bytes per element; 28 if the mask is read from y; another 4 (8 to accumulate) for the gradient of
+/// a residual, which, when it is written rather than added to, saves the second reading of y.
+///
+/// # Errors
+/// [`Error::Argument`] if the mask is to be recomputed though there was a residual; [`Error::Length`] and
+/// [`Error::OtherDevice`].
+pub fn backward<T: Scalar>(
+    shape: BatchNormShape,
+    mode: Mode,
+    input: Backward<'_, T>,
+    mut gradients: Gradients<'_, T>,
+    residual: Option<ResidualGradient<'_, T>>,
+    mut workspace: SliceMut<'_, f64>,
+) -> Result<()> {
+    let device = input.x.device();
+    let check = Check { operation: "batch_norm::backward", device, shape };
+    check.shape()?;
+    check.full("x", input.x)?;
+    check.full("dy", input.dy)?;
+    check.channels("gamma", input.gamma)?;
+    check.channels("mean", input.mean)?;
+    check.channels("inv_std", input.inv_std)?;
+    check.full("dx", gradients.dx.view())?;
+    check.channels("dgamma", gradients.dgamma.view())?;
+    check.channels("dbeta", gradients.dbeta.view())?;
+    check.workspace(workspace.view())?;
+    let (mask, y, beta) = match input.activation {
+        Activation::Identity => (NO_MASK, None, None),
+        Activation::Relu { y } => (MASK_OUTPUT, Some(y), None),
+        Activation::ReluRecomputed { beta } => (MASK_RECOMPUTE, None, Some(beta)),
+    };
+    if let Some(y) = y {
+        check.full("y", y)?;
+    }
+    if let Some(beta) = beta {
+        check.channels("beta", beta)?;
+    }
+    let (mut residual_address, mut residual_mode) = (0, RESIDUAL_NONE);
+    if let Some(mut residual) = residual {
+        check.full("residual", residual.gradient.view())?;
+        if mask == MASK_RECOMPUTE {
+            let message = "with a residual the mask must come from the output".into();
+            return Err(Error::Argument { operation: check.operation, message });
+        }
+        residual_address = residual.gradient.address();
+        residual_mode = if residual.accumulate { RESIDUAL_ACCUMULATE } else { RESIDUAL_WRITE };
+    }
+    let upstream = Upstream {
+        x: input.x.address(),
+        y: address(y),
+        dy: input.dy.address(),
+        gamma: input.gamma.address(),
+        beta: address(beta),
+        mean: input.mean.address(),
+        inv_std: input.inv_std.address(),
+    };
+    let Upstream { x, y, dy, gamma, beta, mean, inv_std } = upstream;
+    let addresses = [x, y, dy, gamma, beta, mean, inv_std, residual_address];
+    let spread = Spread::new::<T>(device, shape, PER_SUMMING_THREAD, &addresses);
+    let sums = SumsArgs {
+        upstream,
+        residual: residual_address,
+        dz: workspace.address(),
+        dz_x: workspace.address() + (workspace.len() / 2 * size_of::<f64>()) as u64,
+        rows: shape.rows as u64,
+        channels: shape.channels as u32,
+        pack: spread.pack,
+        mask,
+        residual_mode,
+    };
+    let parameters = ParametersArgs {
+        dz: sums.dz,
+        dz_x: sums.dz_x,
+        inv_std,
+        dgamma: gradients.dgamma.address(),
+        dbeta: gradients.dbeta.address(),
+        channels: shape.channels as u32,
+        blocks: row_blocks(device, shape, PER_SUMMING_THREAD) as u32,
+    };
+    // Where dz has just been written out, the second pass takes it from there and needs no mask.
+    let from_residual = residual_mode == RESIDUAL_WRITE && mask == MASK_OUTPUT;
+    let mut inputs = InputArgs {
+        upstream: if from_residual { Upstream { dy: residual_address, y: 0, ..upstream } } else { upstream },
+        dgamma: parameters.dgamma,
+        dbeta: parameters.dbeta,
+        dx: gradients.dx.address(),
+        rows: shape.rows as u64,
+        channels: shape.channels as u32,
+        pack: 0,
+        mask: if from_residual { NO_MASK } else { mask },
+        train: (mode == Mode::Train).into(),
+    };
+    let addresses = [x, y, dy, gamma, beta, mean, inv_std, residual_address, inputs.dgamma, inputs.dbeta, inputs.dx];
+    let input_spread = Spread::new::<T>(device, shape, PER_THREAD, &addresses);
+    inputs.pack = input_spread.pack;
+    // SAFETY: the twins of the kernels' structs; every length was checked above, and the first launch has as many row blocks as
+    // the workspace has room for.
+    unsafe {
+        device.launch(pick::<T>(id::BATCH_NORM_SUMS_F32, id::BATCH_NORM_SUMS_F64), spread.launch, &sums)?;
+        let launch = channel_launch(device, shape.channels);
+        device.launch(pick::<T>(id::BATCH_NORM_PARAMETERS_F32, id::BATCH_NORM_PARAMETERS_F64), launch, &parameters)?;
+        device.launch(pick::<T>(id::BATCH_NORM_INPUT_F32, id::BATCH_NORM_INPUT_F64), input_spread.launch, &inputs)
+    }
+}

@@ -1,0 +1,213 @@
+//! Convolution on the GPU's launch shapes: `kernels/conv.cu`, tiled matrix products by 256 threads per block.
+
+use super::{ConvShape, Shape};
+use crate::device::{KernelId, Launch, Result, Scalar, Slice, SliceMut, id};
+use crate::kernels::pick;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ConvArgs {
+    left: u64,
+    right: u64,
+    out: u64,
+    shape: Shape,
+    splits: i32,
+    accumulate: u32,
+    wide_left: u32,
+    wide_right: u32,
+    wide_out: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct SumSplitsArgs {
+    partial: u64,
+    out: u64,
+    n: u64,
+    splits: u64,
+}
+
+/// A block's tile, as `kernels/conv.cu` defines it, with the three passes' kernels in single and in double precision.
+struct Tile {
+    rows: usize,
+    columns: usize,
+    depth: usize,
+    forward: [KernelId; 2],
+    input_gradient: [KernelId; 2],
+    weight_gradient: [KernelId; 2],
+}
+
+/// From the narrowest to the widest.
+static TILES: [Tile; 4] = [
+    Tile {
+        rows: 256,
+        columns: 16,
+        depth: 16,
+        forward: [id::CONV_FORWARD_16_F32, id::CONV_FORWARD_16_F64],
+        input_gradient: [id::CONV_INPUT_GRADIENT_16_F32, id::CONV_INPUT_GRADIENT_16_F64],
+        weight_gradient: [id::CONV_WEIGHT_GRADIENT_16_F32, id::CONV_WEIGHT_GRADIENT_16_F64],
+    },
+    Tile {
+        rows: 128,
+        columns: 32,
+        depth: 16,
+        forward: [id::CONV_FORWARD_32_F32, id::CONV_FORWARD_32_F64],
+        input_gradient: [id::CONV_INPUT_GRADIENT_32_F32, id::CONV_INPUT_GRADIENT_32_F64],
+        weight_gradient: [id::CONV_WEIGHT_GRADIENT_32_F32, id::CONV_WEIGHT_GRADIENT_32_F64],
+    },
+    Tile {
+        rows: 128,
+        columns: 64,
+        depth: 16,
+        forward: [id::CONV_FORWARD_64_F32, id::CONV_FORWARD_64_F64],
+        input_gradient: [id::CONV_INPUT_GRADIENT_64_F32, id::CONV_INPUT_GRADIENT_64_F64],
+        weight_gradient: [id::CONV_WEIGHT_GRADIENT_64_F32, id::CONV_WEIGHT_GRADIENT_64_F64],
+    },
+    Tile {
+        rows: 128,
+        columns: 128,
+        depth: 8,
+        forward: [id::CONV_FORWARD_128_F32, id::CONV_FORWARD_128_F64],
+        input_gradient: [id::CONV_INPUT_GRADIENT_128_F32, id::CONV_INPUT_GRADIENT_128_F64],
+        weight_gradient: [id::CONV_WEIGHT_GRADIENT_128_F32, id::CONV_WEIGHT_GRADIENT_128_F64],
+    },
+];
+
+/// The widest tile is taken from this many of them on: with fewer, narrower ones keep more multiprocessors busy.
+const MANY_TILES: usize = 96;
+
+/// Blocks over which a weight gradient is split, and the fewest pixels worth a block of their own.
+const WEIGHT_GRADIENT_BLOCKS: usize = 512;
+const WEIGHT_GRADIENT_PIXELS: usize = 128;
+
+impl Tile {
+    /// The tile for a product of `rows` times `columns`, computed `copies` times over parts of the depth.
+    fn new(rows: usize, columns: usize, copies: usize) -> &'static Self {
+        let [narrow @ .., widest] = &TILES;
+        if columns > 64 && widest.count(rows, columns) * copies >= MANY_TILES {
+            return widest;
+        }
+        narrow.iter().find(|tile| columns <= tile.columns).unwrap_or(&narrow[2])
+    }
+
+    fn count(&self, rows: usize, columns: usize) -> usize {
+        rows.div_ceil(self.rows) * columns.div_ceil(self.columns)
+    }
+
+    /// Two buffers of both operands, each line four elements longer than the tile.
+    fn launch<T>(&self, rows: usize, columns: usize, copies: usize) -> Launch {
+        let shared = 2 * self.depth * (self.rows + 4 + self.columns + 4) * size_of::<T>();
+        Launch { grid: [self.count(rows, columns) as u32, 1, copies as u32], block: [256, 1, 1], shared }
+    }
+}
+
+/// The tile and the number of splits of a weight gradient.
+fn weight_gradient_tile(shape: &ConvShape) -> (&'static Tile, usize) {
+    let (rows, columns) = (shape.taps() * shape.in_channels, shape.out_channels);
+    let most = (shape.batch * shape.out_height() * shape.out_width()).div_ceil(WEIGHT_GRADIENT_PIXELS);
+    let tile = Tile::new(rows, columns, most);
+    (tile, WEIGHT_GRADIENT_BLOCKS.div_ceil(tile.count(rows, columns)).min(most))
+}
+
+/// Elements of workspace: the weight gradient's partial sums, where it is split.
+pub(super) fn workspace_len(shape: &ConvShape) -> usize {
+    let (_, splits) = weight_gradient_tile(shape);
+    if splits > 1 { splits * shape.weight_len() } else { 0 }
+}
+
+/// Whether rows of `channels` from `address` on consist of whole, aligned packs of four.
+fn wide<T>(channels: usize, address: u64) -> u32 {
+    u32::from(channels.is_multiple_of(4) && address.is_multiple_of(4 * size_of::<T>() as u64))
+}
+
+pub(super) fn forward<T: Scalar>(
+    shape: &ConvShape,
+    x: Slice<'_, T>,
+    weight: Slice<'_, T>,
+    mut y: SliceMut<'_, T>,
+) -> Result<()> {
+    let (rows, columns) = (shape.batch * shape.out_height() * shape.out_width(), shape.out_channels);
+    let tile = Tile::new(rows, columns, 1);
+    let args = ConvArgs {
+        left: x.address(),
+        right: weight.address(),
+        out: y.address(),
+        shape: shape.twin(),
+        splits: 1,
+        accumulate: 0,
+        wide_left: wide::<T>(shape.in_channels, x.address()),
+        wide_right: wide::<T>(columns, weight.address()),
+        wide_out: wide::<T>(columns, y.address()),
+    };
+    let [f32, f64] = tile.forward;
+    // SAFETY: the twin of the kernel's struct; every slice has the length that the shape implies, and the shared memory is
+    // the tile's.
+    unsafe { y.device().clone().launch(pick::<T>(f32, f64), tile.launch::<T>(rows, columns, 1), &args) }
+}
+
+pub(super) fn input_gradient<T: Scalar>(
+    shape: &ConvShape,
+    dy: Slice<'_, T>,
+    weight: Slice<'_, T>,
+    mut dx: SliceMut<'_, T>,
+    accumulate: bool,
+) -> Result<()> {
+    // The first parity class is the largest, and all have the same launch.
+    let (class_height, class_width) = (shape.height.div_ceil(shape.stride), shape.width.div_ceil(shape.stride));
+    let (rows, columns) = (shape.batch * class_height * class_width, shape.in_channels);
+    let classes = shape.stride * shape.stride;
+    let tile = Tile::new(rows, columns, classes);
+    let args = ConvArgs {
+        left: dy.address(),
+        right: weight.address(),
+        out: dx.address(),
+        shape: shape.twin(),
+        splits: 1,
+        accumulate: accumulate.into(),
+        wide_left: wide::<T>(shape.out_channels, dy.address()),
+        wide_right: wide::<T>(shape.out_channels, weight.address()),
+        wide_out: wide::<T>(columns, dx.address()),
+    };
+    let [f32, f64] = tile.input_gradient;
+    // SAFETY: as in `forward`.
+    unsafe { dx.device().clone().launch(pick::<T>(f32, f64), tile.launch::<T>(rows, columns, classes), &args) }
+}
+
+pub(super) fn weight_gradient<T: Scalar>(
+    shape: &ConvShape,
+    x: Slice<'_, T>,
+    dy: Slice<'_, T>,
+    mut dw: SliceMut<'_, T>,
+    mut workspace: SliceMut<'_, T>,
+) -> Result<()> {
+    let device = dw.device().clone();
+    let (rows, columns) = (shape.taps() * shape.in_channels, shape.out_channels);
+    let (tile, splits) = weight_gradient_tile(shape);
+    let out = if splits > 1 { workspace.address() } else { dw.address() };
+    let args = ConvArgs {
+        left: x.address(),
+        right: dy.address(),
+        out,
+        shape: shape.twin(),
+        splits: splits as i32,
+        accumulate: 0,
+        wide_left: wide::<T>(shape.in_channels, x.address()),
+        wide_right: wide::<T>(columns, dy.address()),
+        wide_out: wide::<T>(columns, out),
+    };
+    let [f32, f64] = tile.weight_gradient;
+    // SAFETY: as in `forward`; the workspace holds the partial sums of every split.
+    unsafe {
+        device.launch(pick::<T>(f32, f64), tile.launch::<T>(rows, columns, splits), &args)?;
+        if splits > 1 {
+            let n = shape.weight_len();
+            let sum = SumSplitsArgs { partial: out, out: dw.address(), n: n as u64, splits: splits as u64 };
+            device.launch(
+                pick::<T>(id::CONV_SUM_SPLITS_F32, id::CONV_SUM_SPLITS_F64),
+                device.elementwise(n, 1),
+                &sum,
+            )?;
+        }
+    }
+    Ok(())
+}

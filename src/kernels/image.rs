@@ -1,0 +1,146 @@
+//! Assembles a training batch on the device from a data set of byte images that lies there: gather, flip, crop, normalise.
+
+use super::{check_device, check_length, pick};
+use crate::device::{Error, Launch, Result, Scalar, Slice, SliceMut, id};
+
+/// The shape of a batch, `[batch, height, width, channels]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BatchShape {
+    /// Images.
+    pub batch: usize,
+    /// Of an image.
+    pub height: usize,
+    /// Of an image.
+    pub width: usize,
+    /// One to four.
+    pub channels: usize,
+}
+
+/// A pixel value v becomes `(v / 255 − mean) / std`, per channel.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Normalization {
+    /// As a share of the full range.
+    pub mean: [f32; 4],
+    /// As a share of the full range.
+    pub std: [f32; 4],
+}
+
+/// Random flips and crops. Sample n of the batch draws from the Philox4x32-10 block with key `seed` and counter `counter + n`,
+/// so a training loop that advances the counter by the batch size never draws twice from one block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Augment {
+    /// Black pixels added on every side before a window of the original size is cut out at an offset uniform in
+    /// [0, 2 · pad]²; 0 for no crop.
+    pub pad: usize,
+    /// Whether half of the images are flipped from left to right (before the crop).
+    pub flip: bool,
+    /// The stream of random numbers.
+    pub seed: u64,
+    /// The place in the stream of the batch's first sample.
+    pub counter: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct BatchArgs {
+    images: u64,
+    labels: u64,
+    order: u64,
+    out: u64,
+    out_labels: u64,
+    samples: u64,
+    seed: u64,
+    counter: u64,
+    batch: u32,
+    height: u32,
+    width: u32,
+    channels: u32,
+    pad: u32,
+    flip: u32,
+    augment: u32,
+    mean: [f32; 4],
+    std: [f32; 4],
+}
+
+/// From a data set, `images` `[samples, height, width, channels]` and `labels` `[samples]`, the batch of the samples whose
+/// indices are in `order`, `[batch]`: image n of `out`, `[batch, height, width, channels]`, is sample `order[n]`, flipped, padded
+/// with black (0 before normalisation), cropped and normalised. An index beyond the data set gives an image of NaNs and the label
+/// `u32::MAX`, which no loss takes for a class.
+///
+/// Traffic: reads a byte and writes an element per value.
+///
+/// # Errors
+/// [`Error::Argument`] for channels outside 1..=4, an empty image, a standard deviation that is not above zero or a padding
+/// beyond 65,535; [`Error::Length`] and [`Error::OtherDevice`].
+#[expect(clippy::too_many_arguments, reason = "a data set, a selection and a batch are two or three buffers each")]
+pub fn batch<T: Scalar>(
+    shape: &BatchShape,
+    images: Slice<'_, u8>,
+    labels: Slice<'_, u32>,
+    order: Slice<'_, u32>,
+    normalization: &Normalization,
+    augment: Option<Augment>,
+    mut out: SliceMut<'_, T>,
+    mut out_labels: SliceMut<'_, u32>,
+) -> Result<()> {
+    const NAME: &str = "image::batch";
+    let refused = |message: String| Err(Error::Argument { operation: NAME, message });
+    let BatchShape { batch, height, width, channels } = *shape;
+    let values = [height, width, channels].iter().try_fold(1usize, |product, &extent| product.checked_mul(extent));
+    let values = values.filter(|&values| values > 0 && values <= 1 << 30 && (1..=4).contains(&channels));
+    let Some(values) = values.filter(|_| batch <= i32::MAX as usize) else {
+        return refused(format!("{shape:?} is no batch of images with one to four channels"));
+    };
+    if !normalization.std[..channels].iter().all(|&std| std > 0.0) {
+        return refused(format!("standard deviations {:?} are not all above zero", &normalization.std[..channels]));
+    }
+    let pad = augment.map_or(0, |augment| augment.pad);
+    if pad > usize::from(u16::MAX) {
+        return refused(format!("a padding of {pad} is too large"));
+    }
+    let device = images.device();
+    let check = |name, other, found, expected| {
+        check_device(NAME, name, device, other)?;
+        check_length(NAME, name, found, expected)
+    };
+    let samples = images.len() / values;
+    check("images", device, images.len(), samples * values)?;
+    check("labels", labels.device(), labels.len(), samples)?;
+    check("order", order.device(), order.len(), batch)?;
+    let Some(out_len) = batch.checked_mul(values) else {
+        return refused(format!("{shape:?} is too large"));
+    };
+    check("out", out.device(), out.len(), out_len)?;
+    check("out_labels", out_labels.device(), out_labels.len(), batch)?;
+    if batch == 0 {
+        return Ok(());
+    }
+    let args = BatchArgs {
+        images: images.address(),
+        labels: labels.address(),
+        order: order.address(),
+        out: out.address(),
+        out_labels: out_labels.address(),
+        samples: samples as u64,
+        seed: augment.map_or(0, |augment| augment.seed),
+        counter: augment.map_or(0, |augment| augment.counter),
+        batch: batch as u32,
+        height: height as u32,
+        width: width as u32,
+        channels: channels as u32,
+        pad: pad as u32,
+        flip: augment.is_some_and(|augment| augment.flip).into(),
+        augment: augment.is_some().into(),
+        mean: normalization.mean,
+        std: normalization.std,
+    };
+    let launch = if device.is_simt() {
+        // A block per sample, and several for one sample where it is large.
+        let parts = values.div_ceil(4 * 1024).min(64) as u32;
+        Launch { grid: [batch as u32, parts, 1], block: [256, 1, 1], shared: 0 }
+    } else {
+        device.elementwise(batch * values, 1).with_shared(256 * channels * size_of::<T>())
+    };
+    // SAFETY: the twin of the kernel's struct; every length was checked above, and the kernel reads no sample beyond `samples`.
+    unsafe { device.launch(pick::<T>(id::IMAGE_BATCH_F32, id::IMAGE_BATCH_F64), launch, &args) }
+}

@@ -1,0 +1,591 @@
+//! The small layers of a ResNet over NHWC activations: relu, addition, average pooling, the parameter-free shortcut and the
+//! linear classifier, with their gradients.
+//!
+//! Where a backward function takes `accumulate`, the gradient is added to what `dx` holds instead of replacing it: the rule for
+//! a value that several operations read. Tensors have fewer than 2^32 elements.
+
+use super::{check_device, check_length, pick};
+use crate::device::{Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
+
+/// Checks one operation's arguments: that they live on one device and have the lengths that the shape implies.
+struct Check<'a> {
+    operation: &'static str,
+    device: &'a Device,
+}
+
+impl Check<'_> {
+    fn argument<T: Scalar>(&self, name: &'static str, slice: Slice<'_, T>, expected: usize) -> Result<()> {
+        check_device(self.operation, name, self.device, slice.device())?;
+        check_length(self.operation, name, slice.len(), expected)
+    }
+}
+
+fn refuse<R>(operation: &'static str, message: String) -> Result<R> {
+    Err(Error::Argument { operation, message })
+}
+
+/// The product of a tensor's extents, which the kernels count in 32 bits.
+fn elements(operation: &'static str, extents: &[usize]) -> Result<usize> {
+    let product = extents.iter().try_fold(1usize, |product, &extent| product.checked_mul(extent));
+    match product {
+        Some(elements) if elements <= u32::MAX as usize => Ok(elements),
+        _ => refuse(operation, format!("a tensor of {extents:?} has 2^32 elements or more")),
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ReluArgs {
+    x: u64,
+    y: u64,
+    n: u64,
+}
+
+/// `y = max(x, 0)`; a NaN passes. Traffic: reads n, writes n elements.
+///
+/// # Errors
+/// [`Error::Length`] and [`Error::OtherDevice`].
+pub fn relu<T: Scalar>(x: Slice<'_, T>, mut y: SliceMut<'_, T>) -> Result<()> {
+    let device = x.device();
+    let check = Check { operation: "layers::relu", device };
+    check.argument("y", y.view(), x.len())?;
+    let args = ReluArgs { x: x.address(), y: y.address(), n: x.len() as u64 };
+    // SAFETY: the twin of the kernel's struct; both lengths are n.
+    unsafe { device.launch(pick::<T>(id::RELU_F32, id::RELU_F64), device.elementwise(x.len(), 4), &args) }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ReluBackwardArgs {
+    y: u64,
+    dy: u64,
+    dx: u64,
+    n: u64,
+    accumulate: u32,
+}
+
+/// `dx = dy` where the forward's output `y > 0`, else 0. Traffic: reads 2 n, writes n elements; accumulating reads another n.
+///
+/// # Errors
+/// [`Error::Length`] and [`Error::OtherDevice`].
+pub fn relu_backward<T: Scalar>(
+    y: Slice<'_, T>,
+    dy: Slice<'_, T>,
+    mut dx: SliceMut<'_, T>,
+    accumulate: bool,
+) -> Result<()> {
+    let device = y.device();
+    let check = Check { operation: "layers::relu_backward", device };
+    check.argument("dy", dy, y.len())?;
+    check.argument("dx", dx.view(), y.len())?;
+    let args = ReluBackwardArgs {
+        y: y.address(),
+        dy: dy.address(),
+        dx: dx.address(),
+        n: y.len() as u64,
+        accumulate: accumulate.into(),
+    };
+    let kernel = pick::<T>(id::RELU_BACKWARD_F32, id::RELU_BACKWARD_F64);
+    // SAFETY: the twin of the kernel's struct; all lengths are n.
+    unsafe { device.launch(kernel, device.elementwise(y.len(), 4), &args) }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct AddArgs {
+    a: u64,
+    b: u64,
+    out: u64,
+    n: u64,
+}
+
+/// `out = a + b`. Traffic: reads 2 n, writes n elements.
+///
+/// # Errors
+/// [`Error::Length`] and [`Error::OtherDevice`].
+pub fn add<T: Scalar>(a: Slice<'_, T>, b: Slice<'_, T>, mut out: SliceMut<'_, T>) -> Result<()> {
+    let device = a.device();
+    let check = Check { operation: "layers::add", device };
+    check.argument("b", b, a.len())?;
+    check.argument("out", out.view(), a.len())?;
+    let args = AddArgs { a: a.address(), b: b.address(), out: out.address(), n: a.len() as u64 };
+    // SAFETY: the twin of the kernel's struct; all lengths are n.
+    unsafe { device.launch(pick::<T>(id::ADD_F32, id::ADD_F64), device.elementwise(a.len(), 4), &args) }
+}
+
+/// Average pooling of square windows without padding; rows and columns that no window reaches are left out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolShape {
+    /// Images.
+    pub batch: usize,
+    /// Of the input.
+    pub height: usize,
+    /// Of the input.
+    pub width: usize,
+    /// Of input and output.
+    pub channels: usize,
+    /// Height and width of a window.
+    pub kernel: usize,
+    /// Rows and columns from one window to the next.
+    pub stride: usize,
+}
+
+impl PoolShape {
+    /// `(height − kernel) / stride + 1`, rounded down.
+    pub fn out_height(&self) -> usize {
+        (self.height - self.kernel) / self.stride + 1
+    }
+
+    /// `(width − kernel) / stride + 1`, rounded down.
+    pub fn out_width(&self) -> usize {
+        (self.width - self.kernel) / self.stride + 1
+    }
+
+    /// Fails unless there is a window, and the tensors are small enough.
+    ///
+    /// # Errors
+    /// [`Error::Argument`].
+    pub fn check(&self) -> Result<()> {
+        if self.kernel == 0 || self.stride == 0 || self.kernel > self.height.min(self.width) {
+            return refuse("PoolShape", format!("no window, or a stride of zero: {self:?}"));
+        }
+        elements("PoolShape", &[self.batch, self.height, self.width, self.channels]).map(|_| ())
+    }
+
+    /// Elements of the input.
+    pub fn input_len(&self) -> usize {
+        self.batch * self.height * self.width * self.channels
+    }
+
+    /// Elements of the output.
+    pub fn output_len(&self) -> usize {
+        self.batch * self.out_height() * self.out_width() * self.channels
+    }
+
+    fn args(&self, from: u64, to: u64, accumulate: bool) -> PoolArgs {
+        PoolArgs {
+            from,
+            to,
+            batch: self.batch as u32,
+            height: self.height as u32,
+            width: self.width as u32,
+            channels: self.channels as u32,
+            out_height: self.out_height() as u32,
+            out_width: self.out_width() as u32,
+            kernel: self.kernel as u32,
+            stride: self.stride as u32,
+            accumulate: accumulate.into(),
+        }
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct PoolArgs {
+    from: u64,
+    to: u64,
+    batch: u32,
+    height: u32,
+    width: u32,
+    channels: u32,
+    out_height: u32,
+    out_width: u32,
+    kernel: u32,
+    stride: u32,
+    accumulate: u32,
+}
+
+/// `y[n, i, j, c]` = the mean of `x[n, i·s + p, j·s + q, c]` over `0 ≤ p, q < kernel`; y is
+/// `[batch, out_height, out_width, channels]`. Traffic: reads x, writes y.
+///
+/// # Errors
+/// [`Error::Argument`] for a shape without a window, [`Error::Length`] and [`Error::OtherDevice`].
+pub fn average_pool<T: Scalar>(shape: &PoolShape, x: Slice<'_, T>, mut y: SliceMut<'_, T>) -> Result<()> {
+    let device = x.device();
+    let check = Check { operation: "layers::average_pool", device };
+    shape.check()?;
+    let (input, output) = (shape.input_len(), shape.output_len());
+    check.argument("x", x, input)?;
+    check.argument("y", y.view(), output)?;
+    let args = shape.args(x.address(), y.address(), false);
+    let kernel = pick::<T>(id::AVERAGE_POOL_F32, id::AVERAGE_POOL_F64);
+    // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
+    unsafe { device.launch(kernel, device.elementwise(output, 4), &args) }
+}
+
+/// The gradient of [`average_pool`]. Traffic: reads dy, writes dx; accumulating reads dx too.
+///
+/// # Errors
+/// As [`average_pool`].
+pub fn average_pool_backward<T: Scalar>(
+    shape: &PoolShape,
+    dy: Slice<'_, T>,
+    mut dx: SliceMut<'_, T>,
+    accumulate: bool,
+) -> Result<()> {
+    let device = dy.device();
+    let check = Check { operation: "layers::average_pool_backward", device };
+    shape.check()?;
+    let (input, output) = (shape.input_len(), shape.output_len());
+    check.argument("dy", dy, output)?;
+    check.argument("dx", dx.view(), input)?;
+    let args = shape.args(dy.address(), dx.address(), accumulate);
+    let kernel = pick::<T>(id::AVERAGE_POOL_BACKWARD_F32, id::AVERAGE_POOL_BACKWARD_F64);
+    // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
+    unsafe { device.launch(kernel, device.elementwise(input, 4), &args) }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct GlobalPoolArgs {
+    from: u64,
+    to: u64,
+    batch: u32,
+    pixels: u32,
+    channels: u32,
+    accumulate: u32,
+}
+
+/// `y[n, c]` = the mean of `x[n, p, c]` over the `pixels` p. Traffic: reads x, writes y.
+///
+/// # Errors
+/// [`Error::Argument`] for no pixels, [`Error::Length`] and [`Error::OtherDevice`].
+pub fn global_average_pool<T: Scalar>(
+    batch: usize,
+    pixels: usize,
+    channels: usize,
+    x: Slice<'_, T>,
+    mut y: SliceMut<'_, T>,
+) -> Result<()> {
+    let device = x.device();
+    let check = Check { operation: "layers::global_average_pool", device };
+    if pixels == 0 {
+        return refuse(check.operation, "an image without pixels has no mean".into());
+    }
+    check.argument("x", x, elements(check.operation, &[batch, pixels, channels])?)?;
+    check.argument("y", y.view(), batch * channels)?;
+    let args = GlobalPoolArgs {
+        from: x.address(),
+        to: y.address(),
+        batch: batch as u32,
+        pixels: pixels as u32,
+        channels: channels as u32,
+        accumulate: 0,
+    };
+    let kernel = pick::<T>(id::GLOBAL_AVERAGE_POOL_F32, id::GLOBAL_AVERAGE_POOL_F64);
+    // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
+    unsafe { device.launch(kernel, device.elementwise(x.len(), pixels), &args) }
+}
+
+/// The gradient of [`global_average_pool`]: `dx[n, p, c] = dy[n, c] / pixels`. Traffic: reads dy, writes dx; accumulating reads
+/// dx too.
+///
+/// # Errors
+/// As [`global_average_pool`].
+pub fn global_average_pool_backward<T: Scalar>(
+    batch: usize,
+    pixels: usize,
+    channels: usize,
+    dy: Slice<'_, T>,
+    mut dx: SliceMut<'_, T>,
+    accumulate: bool,
+) -> Result<()> {
+    let device = dy.device();
+    let check = Check { operation: "layers::global_average_pool_backward", device };
+    if pixels == 0 {
+        return refuse(check.operation, "an image without pixels has no mean".into());
+    }
+    check.argument("dx", dx.view(), elements(check.operation, &[batch, pixels, channels])?)?;
+    check.argument("dy", dy, batch * channels)?;
+    let args = GlobalPoolArgs {
+        from: dy.address(),
+        to: dx.address(),
+        batch: batch as u32,
+        pixels: pixels as u32,
+        channels: channels as u32,
+        accumulate: accumulate.into(),
+    };
+    let kernel = pick::<T>(id::GLOBAL_AVERAGE_POOL_BACKWARD_F32, id::GLOBAL_AVERAGE_POOL_BACKWARD_F64);
+    // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
+    unsafe { device.launch(kernel, device.elementwise(dx.len(), 4), &args) }
+}
+
+/// The parameter-free shortcut of He et al. 2016 (option A): every `stride`-th pixel, with zero channels around the input's,
+/// `(out_channels − in_channels) / 2` (rounded down) before them and the rest after.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ShortcutShape {
+    /// Images.
+    pub batch: usize,
+    /// Of the input.
+    pub height: usize,
+    /// Of the input.
+    pub width: usize,
+    /// Of the input.
+    pub in_channels: usize,
+    /// Of the output; no fewer than the input's.
+    pub out_channels: usize,
+    /// Rows and columns from one sampled pixel to the next.
+    pub stride: usize,
+}
+
+impl ShortcutShape {
+    /// `height / stride`, rounded up.
+    pub fn out_height(&self) -> usize {
+        self.height.div_ceil(self.stride)
+    }
+
+    /// `width / stride`, rounded up.
+    pub fn out_width(&self) -> usize {
+        self.width.div_ceil(self.stride)
+    }
+
+    /// Fails for a stride of zero, fewer output than input channels, or tensors that are too large.
+    ///
+    /// # Errors
+    /// [`Error::Argument`].
+    pub fn check(&self) -> Result<()> {
+        if self.stride == 0 || self.out_channels < self.in_channels {
+            return refuse("ShortcutShape", format!("fewer output than input channels, or a stride of zero: {self:?}"));
+        }
+        elements("ShortcutShape", &[self.batch, self.height, self.width, self.in_channels])?;
+        elements("ShortcutShape", &[self.batch, self.out_height(), self.out_width(), self.out_channels]).map(|_| ())
+    }
+
+    /// Elements of the input.
+    pub fn input_len(&self) -> usize {
+        self.batch * self.height * self.width * self.in_channels
+    }
+
+    /// Elements of the output.
+    pub fn output_len(&self) -> usize {
+        self.batch * self.out_height() * self.out_width() * self.out_channels
+    }
+
+    fn args(&self, from: u64, to: u64, accumulate: bool) -> ShortcutArgs {
+        ShortcutArgs {
+            from,
+            to,
+            batch: self.batch as u32,
+            height: self.height as u32,
+            width: self.width as u32,
+            in_channels: self.in_channels as u32,
+            out_height: self.out_height() as u32,
+            out_width: self.out_width() as u32,
+            out_channels: self.out_channels as u32,
+            stride: self.stride as u32,
+            pad: ((self.out_channels - self.in_channels) / 2) as u32,
+            accumulate: accumulate.into(),
+        }
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ShortcutArgs {
+    from: u64,
+    to: u64,
+    batch: u32,
+    height: u32,
+    width: u32,
+    in_channels: u32,
+    out_height: u32,
+    out_width: u32,
+    out_channels: u32,
+    stride: u32,
+    pad: u32,
+    accumulate: u32,
+}
+
+/// `y[n, i, j, c] = x[n, i·s, j·s, c − pad]`, and 0 in the added channels; y is
+/// `[batch, out_height, out_width, out_channels]`. Traffic: reads the sampled pixels of x, writes y.
+///
+/// # Errors
+/// [`Error::Argument`] for a stride of zero or a shrinking number of channels, [`Error::Length`] and [`Error::OtherDevice`].
+pub fn shortcut<T: Scalar>(shape: &ShortcutShape, x: Slice<'_, T>, mut y: SliceMut<'_, T>) -> Result<()> {
+    let device = x.device();
+    let check = Check { operation: "layers::shortcut", device };
+    shape.check()?;
+    let (input, output) = (shape.input_len(), shape.output_len());
+    check.argument("x", x, input)?;
+    check.argument("y", y.view(), output)?;
+    let args = shape.args(x.address(), y.address(), false);
+    let kernel = pick::<T>(id::SHORTCUT_F32, id::SHORTCUT_F64);
+    // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
+    unsafe { device.launch(kernel, device.elementwise(output, 4), &args) }
+}
+
+/// The gradient of [`shortcut`]: zero at the pixels that were not sampled. Traffic: reads dy without the added channels, writes
+/// dx; accumulating reads and writes the sampled pixels of dx alone.
+///
+/// # Errors
+/// As [`shortcut`].
+pub fn shortcut_backward<T: Scalar>(
+    shape: &ShortcutShape,
+    dy: Slice<'_, T>,
+    mut dx: SliceMut<'_, T>,
+    accumulate: bool,
+) -> Result<()> {
+    let device = dy.device();
+    let check = Check { operation: "layers::shortcut_backward", device };
+    shape.check()?;
+    let (input, output) = (shape.input_len(), shape.output_len());
+    check.argument("dy", dy, output)?;
+    check.argument("dx", dx.view(), input)?;
+    let args = shape.args(dy.address(), dx.address(), accumulate);
+    let kernel = pick::<T>(id::SHORTCUT_BACKWARD_F32, id::SHORTCUT_BACKWARD_F64);
+    // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
+    unsafe { device.launch(kernel, device.elementwise(input, 4), &args) }
+}
+
+/// A linear layer: x is `[batch, inputs]`, the weight `[inputs, outputs]`, y `[batch, outputs]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinearShape {
+    /// Samples.
+    pub batch: usize,
+    /// Features of a sample.
+    pub inputs: usize,
+    /// Results per sample.
+    pub outputs: usize,
+}
+
+impl LinearShape {
+    /// The numbers of elements of x, weight and y.
+    fn elements(&self) -> Result<(usize, usize, usize)> {
+        let x = elements("LinearShape", &[self.batch, self.inputs])?;
+        let weight = elements("LinearShape", &[self.inputs, self.outputs])?;
+        Ok((x, weight, elements("LinearShape", &[self.batch, self.outputs])?))
+    }
+}
+
+/// The launch of a product of `rows` x `columns`: tiles of 32 x 32 on the GPU, ranges of rows on the CPU.
+fn product_launch(device: &Device, rows: usize, columns: usize, depth: usize) -> Launch {
+    if device.is_simt() {
+        let tiles = |extent: usize| extent.div_ceil(32).max(1) as u32;
+        return Launch { grid: [tiles(columns), tiles(rows), 1], block: [256, 1, 1], shared: 0 };
+    }
+    let blocks = device.elementwise(rows * columns * depth, 1).grid[0];
+    Launch::new(blocks.min(rows.max(1) as u32), 1)
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct LinearArgs {
+    x: u64,
+    weight: u64,
+    bias: u64,
+    y: u64,
+    batch: u32,
+    inputs: u32,
+    outputs: u32,
+}
+
+/// `y = x · weight + bias`. 2 · batch · inputs · outputs operations; traffic: reads x, weight and bias, writes y.
+///
+/// # Errors
+/// [`Error::Argument`] for tensors that are too large, [`Error::Length`] and [`Error::OtherDevice`].
+pub fn linear<T: Scalar>(
+    shape: &LinearShape,
+    x: Slice<'_, T>,
+    weight: Slice<'_, T>,
+    bias: Slice<'_, T>,
+    mut y: SliceMut<'_, T>,
+) -> Result<()> {
+    let device = x.device();
+    let check = Check { operation: "layers::linear", device };
+    let (x_len, weight_len, y_len) = shape.elements()?;
+    check.argument("x", x, x_len)?;
+    check.argument("weight", weight, weight_len)?;
+    check.argument("bias", bias, shape.outputs)?;
+    check.argument("y", y.view(), y_len)?;
+    let LinearShape { batch, inputs, outputs } = *shape;
+    let args = LinearArgs {
+        x: x.address(),
+        weight: weight.address(),
+        bias: bias.address(),
+        y: y.address(),
+        batch: batch as u32,
+        inputs: inputs as u32,
+        outputs: outputs as u32,
+    };
+    let launch = product_launch(device, batch, outputs, inputs);
+    // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
+    unsafe { device.launch(pick::<T>(id::LINEAR_F32, id::LINEAR_F64), launch, &args) }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct LinearInputArgs {
+    dy: u64,
+    weight: u64,
+    dx: u64,
+    batch: u32,
+    inputs: u32,
+    outputs: u32,
+    accumulate: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct LinearWeightArgs {
+    x: u64,
+    dy: u64,
+    dweight: u64,
+    dbias: u64,
+    batch: u32,
+    inputs: u32,
+    outputs: u32,
+}
+
+/// The gradients of [`linear`]: `dx = dy · weightᵀ` (where asked for; `accumulate` is about it alone), `dweight = xᵀ · dy`, `dbias` = the column sums of dy.
+/// Twice the operations of the forward; traffic: reads x and weight once and dy twice, writes the gradients.
+///
+/// # Errors
+/// As [`linear`].
+#[expect(clippy::too_many_arguments, reason = "the three factors and the three gradients of one product")]
+pub fn linear_backward<T: Scalar>(
+    shape: &LinearShape,
+    x: Slice<'_, T>,
+    weight: Slice<'_, T>,
+    dy: Slice<'_, T>,
+    dx: Option<SliceMut<'_, T>>,
+    accumulate: bool,
+    mut dweight: SliceMut<'_, T>,
+    mut dbias: SliceMut<'_, T>,
+) -> Result<()> {
+    let device = x.device();
+    let check = Check { operation: "layers::linear_backward", device };
+    let (x_len, weight_len, y_len) = shape.elements()?;
+    check.argument("x", x, x_len)?;
+    check.argument("weight", weight, weight_len)?;
+    check.argument("dy", dy, y_len)?;
+    check.argument("dweight", dweight.view(), weight_len)?;
+    check.argument("dbias", dbias.view(), shape.outputs)?;
+    let LinearShape { batch, inputs, outputs } = *shape;
+    if let Some(mut dx) = dx {
+        check.argument("dx", dx.view(), x_len)?;
+        let args = LinearInputArgs {
+            dy: dy.address(),
+            weight: weight.address(),
+            dx: dx.address(),
+            batch: batch as u32,
+            inputs: inputs as u32,
+            outputs: outputs as u32,
+            accumulate: accumulate.into(),
+        };
+        let kernel = pick::<T>(id::LINEAR_INPUT_F32, id::LINEAR_INPUT_F64);
+        // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
+        unsafe { device.launch(kernel, product_launch(device, batch, inputs, outputs), &args)? };
+    }
+    let args = LinearWeightArgs {
+        x: x.address(),
+        dy: dy.address(),
+        dweight: dweight.address(),
+        dbias: dbias.address(),
+        batch: batch as u32,
+        inputs: inputs as u32,
+        outputs: outputs as u32,
+    };
+    let kernel = pick::<T>(id::LINEAR_WEIGHT_F32, id::LINEAR_WEIGHT_F64);
+    // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
+    unsafe { device.launch(kernel, product_launch(device, inputs, outputs, batch), &args) }
+}
