@@ -40,6 +40,8 @@ SHARP_LIMIT, TIMED_LIMIT = 1e-3, 2e-2
 LOSS_LIMIT = 1e-4
 # Float32 noise at the input of the k-th ReLU is about 1.25e-7 k (rms) in these nets: six of it.
 KINK_MARGIN = 7.5e-7
+# Where the search for such images starts: the first success of PyTorch 2.11's generator, found once.
+FIRST_SEED = {"resnet8": 100, "resnet20": 109, "resnet18": 163}
 
 
 class Step:
@@ -325,7 +327,7 @@ def gradient_error(problem, peer, folder, limit):
 def sharp_gradient_error(arguments, model, method, device, folder):
     """The comparison on a few images without kinks, in a process of its own."""
     count = 2 if model == "resnet18" else 4
-    problems = (Problem(model, count, device, seed) for seed in range(100, 1100))
+    problems = (Problem(model, count, device, seed) for seed in range(FIRST_SEED[model], 1000))
     problem = next(filter(Problem.is_clear_of_kinks, problems), None)
     if problem is None:
         sys.exit(f"{model}: found no images without kinks")

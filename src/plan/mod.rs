@@ -71,7 +71,6 @@ pub struct Plan<T: Scalar> {
     pending: Buffer<T>,
     /// Partial sums of batch norm, in double.
     sums: Buffer<f64>,
-    reductions: vector::Reduction,
 }
 
 /// The slot of everything that lies in the arena.
@@ -126,7 +125,6 @@ impl<T: Scalar> Plan<T> {
             labels: device.zeros(shapes[0].batch)?,
             correct: device.zeros(2)?,
             sums: device.zeros(sums.max().unwrap_or(0))?,
-            reductions: vector::Reduction::new(device)?,
             device: device.clone(),
             options,
             ops,
@@ -251,7 +249,8 @@ impl<T: Scalar> Plan<T> {
                             let (next_mean, next_var) = (next.write(means)?, next.write(vars)?);
                             let running = Running { momentum: RUNNING_MOMENTUM, mean, var, next_mean, next_var };
                             let running = (statistics == Statistics::Update).then_some(running);
-                            batch_norm::forward_train(shape, input, y, saved, running, sums.view_mut())?;
+                            let sums = sums.slice_mut(0..shape.workspace_len(&self.device))?;
+                            batch_norm::forward_train(shape, input, y, saved, running, sums)?;
                         }
                         Mode::Eval => batch_norm::forward_eval(shape, input, mean, var, y, saved)?,
                     }
@@ -337,7 +336,8 @@ impl<T: Scalar> Plan<T> {
                     let mut parameters = gradient.disjoint();
                     let (dgamma, dbeta) = (parameters.write(range(scale))?, parameters.write(range(shift))?);
                     let gradients = Gradients { dx, dgamma, dbeta };
-                    batch_norm::backward(shape, self.options.batch_norm, input, gradients, residual, sums.view_mut())?;
+                    let sums = sums.slice_mut(0..shape.workspace_len(&self.device))?;
+                    batch_norm::backward(shape, self.options.batch_norm, input, gradients, residual, sums)?;
                 }
                 &Op::Relu { x, y } => {
                     if let Some(dx) = parts.gradient_if_needed(x)? {
