@@ -27,6 +27,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Train a network; without options, a ResNet-8 with SAM on a generated image set
+    #[command(allow_negative_numbers = true)]
     Train(Box<TrainArgs>),
     /// Measure loss and accuracy of trained weights
     Eval(EvalArgs),

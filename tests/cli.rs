@@ -96,7 +96,8 @@ fn training_writes_what_evaluation_reads_and_the_same_seed_gives_the_same_bits()
         assert_eq!(found["errors"], one["test"]["errors"], "{optimizer}");
         let (a, b) = (found["loss"].as_f64().unwrap(), one["test"]["loss"].as_f64().unwrap());
         assert!((a - b).abs() < 1e-6, "batches of another size round otherwise: {a} and {b}");
-        let npy = npyz::NpyFile::new(&std::fs::read(&logits).unwrap()[..]).unwrap();
+        let bytes = std::fs::read(&logits).unwrap();
+        let npy = npyz::NpyFile::new(&bytes[..]).unwrap();
         assert_eq!(npy.shape(), [50, 2]);
     }
     let log = std::fs::read_to_string(folder.path().join("sam-1/log.jsonl")).unwrap();

@@ -64,15 +64,14 @@ fn check_gradient(name: &str, device: &Device, graph: Graph, logits: Value, opti
         let mut direction = vec![0.0; at.len()];
         direction[range.clone()].fill_with(|| random.normal());
         let slope: f64 = gradient.iter().zip(&direction).map(|(g, d)| g * d).sum();
-        // A ReLU's kink within the step spoils a difference: the smallest of three steps that agrees counts.
-        let errors = [1e-5, 1e-6, 1e-7].map(|h| {
-            let shifted =
-                |sign: f64| -> Vec<f64> { at.iter().zip(&direction).map(|(w, d)| w + sign * h * d).collect() };
-            let difference = (pass(&mut plan, &shifted(1.0)).loss - pass(&mut plan, &shifted(-1.0)).loss) / (2.0 * h);
+        // A ReLU's kink within the step spoils a difference: then a smaller step must agree.
+        let error_with = |plan: &mut Plan<f64>, h: f64| {
+            let shifted = |sign: f64| -> Vec<f64> { at.iter().zip(&direction).map(|(w, d)| w + sign * h * d).collect() };
+            let difference = (pass(plan, &shifted(1.0)).loss - pass(plan, &shifted(-1.0)).loss) / (2.0 * h);
             (difference - slope).abs() / slope.abs().max(1e-2)
-        });
-        let error = errors.into_iter().fold(f64::INFINITY, f64::min);
-        assert!(error < 1e-6, "{name}: {range:?}: error {errors:?} of slope {slope}");
+        };
+        let agrees = [1e-5, 1e-6, 1e-7].into_iter().any(|h| error_with(&mut plan, h) < 1e-6);
+        assert!(agrees, "{name}: {range:?}: slope {slope}, error {:.1e}", error_with(&mut plan, 1e-6));
     }
     let padding = (0..at.len()).filter(|index| !ranges.iter().any(|range| range.contains(index)));
     assert!(padding.into_iter().all(|index| gradient[index] == 0.0), "{name}: gradient in the padding");
@@ -80,11 +79,13 @@ fn check_gradient(name: &str, device: &Device, graph: Graph, logits: Value, opti
 
 #[test]
 fn gradients_of_whole_networks_match_central_differences() {
-    for (device_name, device) in common::host_devices() {
+    // The kernels' own tests run every schedule; here each kind of launch shape is enough.
+    let devices = common::host_devices();
+    for (device_name, device) in devices.into_iter().filter(|(name, _)| name.contains("2 threads") || name.contains("forwards")) {
         for (shortcut, mode, size) in
             [(Shortcut::A, Mode::Train, (7, 6)), (Shortcut::B, Mode::Train, (8, 5)), (Shortcut::B, Mode::Eval, (5, 6))]
         {
-            let shape = Shape { batch: 3, height: size.0, width: size.1, channels: 3 };
+            let shape = Shape { batch: 2, height: size.0, width: size.1, channels: 3 };
             let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut }.trace(shape, 7).unwrap();
             let options = PlanOptions { backward: true, batch_norm: mode, label_smoothing: 0.1 };
             check_gradient(&format!("{shortcut:?} {mode:?} on {device_name}"), &device, graph, logits, options, 5);

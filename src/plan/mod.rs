@@ -345,8 +345,10 @@ impl<T: Scalar> Plan<T> {
                     }
                 }
                 &Op::Add { a, b, y } => {
-                    let dy = parts.gradient(y)?;
                     for (value, accumulate) in [(a, add[0]), (b, add[1])] {
+                        // Both sides may be one activation, so each is borrowed on its own.
+                        let mut parts = Parts { places, arena: arena.disjoint() };
+                        let dy = parts.gradient(y)?;
                         match parts.gradient_if_needed(value)? {
                             Some(dx) if accumulate => vector::axpy(1.0, dy, dx)?,
                             Some(mut dx) => dx.copy_from(dy)?,
