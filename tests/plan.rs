@@ -66,7 +66,8 @@ fn check_gradient(name: &str, device: &Device, graph: Graph, logits: Value, opti
         let slope: f64 = gradient.iter().zip(&direction).map(|(g, d)| g * d).sum();
         // A ReLU's kink within the step spoils a difference: then a smaller step must agree.
         let error_with = |plan: &mut Plan<f64>, h: f64| {
-            let shifted = |sign: f64| -> Vec<f64> { at.iter().zip(&direction).map(|(w, d)| w + sign * h * d).collect() };
+            let shifted =
+                |sign: f64| -> Vec<f64> { at.iter().zip(&direction).map(|(w, d)| w + sign * h * d).collect() };
             let difference = (pass(plan, &shifted(1.0)).loss - pass(plan, &shifted(-1.0)).loss) / (2.0 * h);
             (difference - slope).abs() / slope.abs().max(1e-2)
         };
@@ -81,7 +82,9 @@ fn check_gradient(name: &str, device: &Device, graph: Graph, logits: Value, opti
 fn gradients_of_whole_networks_match_central_differences() {
     // The kernels' own tests run every schedule; here each kind of launch shape is enough.
     let devices = common::host_devices();
-    for (device_name, device) in devices.into_iter().filter(|(name, _)| name.contains("2 threads") || name.contains("forwards")) {
+    for (device_name, device) in
+        devices.into_iter().filter(|(name, _)| name.contains("2 threads") || name.contains("forwards"))
+    {
         for (shortcut, mode, size) in
             [(Shortcut::A, Mode::Train, (7, 6)), (Shortcut::B, Mode::Train, (8, 5)), (Shortcut::B, Mode::Eval, (5, 6))]
         {

@@ -123,7 +123,11 @@ fn values(tensors: &SafeTensors<'_>, name: &str, len: usize) -> Result<Vec<f64>,
         Dtype::F64 => data.as_chunks().0.iter().map(|&bytes| f64::from_le_bytes(bytes)).collect(),
         other => return Err(format!("{name}: {other:?} is neither F32 nor F64").into()),
     };
-    if values.len() == len { Ok(values) } else { Err(format!("{name}: {} values, expected {len}", values.len()).into()) }
+    if values.len() == len {
+        Ok(values)
+    } else {
+        Err(format!("{name}: {} values, expected {len}", values.len()).into())
+    }
 }
 
 fn check(device: &Device, method: Method, n: usize, input: &Path, output: &Path) -> Result<(), Box<dyn Error>> {
@@ -167,7 +171,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         "cpu" => Device::host_with(HostOptions { threads: args.threads, ..HostOptions::default() }),
         name => Device::from_name(name)?,
     };
-    let mut sets = (0..SETS).map(|seed| Vectors::random(&device, args.params, seed)).collect::<DeviceResult<Vec<_>>>()?;
+    let mut sets =
+        (0..SETS).map(|seed| Vectors::random(&device, args.params, seed)).collect::<DeviceResult<Vec<_>>>()?;
     let mut step = Step::new(&device, args.method)?;
     let mut turn = 0;
     for line in std::io::stdin().lock().lines() {
@@ -187,9 +192,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         let answer = match words[..] {
             ["quit"] => break,
             ["steps", count] => steps(count).map(|seconds| json!({ "seconds": seconds })),
-            ["check", input, output] => {
-                check(&device, args.method, args.params, Path::new(input), Path::new(output)).map(|()| json!({ "ok": true }))
-            }
+            ["check", input, output] => check(&device, args.method, args.params, Path::new(input), Path::new(output))
+                .map(|()| json!({ "ok": true })),
             _ => Err(format!("unknown command `{line}`").into()),
         };
         let answer = answer.unwrap_or_else(|error| json!({ "error": error.to_string() }));

@@ -289,8 +289,8 @@ template <class T> struct PolderShuffleSlot {
 // The lane that `lane` reads, as PTX defines it: those beyond its segment of `width` lanes read themselves.
 template <PolderShuffle kind> inline int polder_shuffle_source(int lane, int parameter, int width) {
     const int first = lane & ~(width - 1), last = first + width - 1;
-    // Unsigned, because a delta or a lane mask is, and may exceed the warp.
-    const unsigned offset = unsigned(parameter);
+    // The instruction takes five bits of it.
+    const unsigned offset = unsigned(parameter) & 31u;
     switch (kind) {
         case PolderShuffle::kIndex: return first | (parameter & (width - 1));
         case PolderShuffle::kUp: return offset <= unsigned(lane - first) ? lane - int(offset) : lane;

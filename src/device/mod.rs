@@ -9,6 +9,8 @@ mod cuda;
 mod error;
 mod host;
 mod registry;
+#[cfg(test)]
+mod selftest;
 
 use std::fmt;
 use std::sync::Arc;

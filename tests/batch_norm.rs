@@ -1,0 +1,556 @@
+//! Batch normalisation against its definition in double, on every device and at launch shapes of both kinds.
+
+mod common;
+
+use common::{Random, assert_close, bits, devices, host_devices, to_f64};
+use polder::device::{Buffer, Device, Error, Scalar};
+use polder::kernels::batch_norm::{
+    Activation, Backward, BatchNormShape, Forward, Gradients, Mode, ResidualGradient, Running, Saved, backward,
+    forward_eval, forward_train,
+};
+
+const EPS: f64 = 1e-5;
+const MOMENTUM: f64 = 0.1;
+
+/// Rows and channels: below and above a run of 64 rows, widths that are vectors, parts of vectors, and neither; many channels for
+/// several tiles of columns; enough elements for several blocks.
+const SHAPES: [(usize, usize); 9] =
+    [(11, 1), (30, 3), (65, 17), (131, 16), (1030, 64), (3000, 12), (700, 33), (9, 260), (2600, 32)];
+
+/// One problem: inputs of a forward and a backward.
+#[derive(Clone)]
+struct Problem {
+    shape: BatchNormShape,
+    x: Vec<f64>,
+    gamma: Vec<f64>,
+    beta: Vec<f64>,
+    residual: Option<Vec<f64>>,
+    relu: bool,
+    running_mean: Vec<f64>,
+    running_var: Vec<f64>,
+    dy: Vec<f64>,
+    /// What the buffer for the residual's gradient holds before.
+    accumulated: Vec<f64>,
+}
+
+impl Problem {
+    /// Numbers that `T` holds exactly, so that the reference sees what the kernel sees.
+    fn new<T: Scalar>(random: &mut Random, rows: usize, channels: usize, residual: bool, relu: bool) -> Self {
+        let mut vector = |n: usize| to_f64(&random.vector::<T>(n));
+        let mut x = vector(rows * channels);
+        let offsets = vector(channels);
+        for (i, x) in x.iter_mut().enumerate() {
+            let moved = T::from_f64(*x * (0.5 + (i % channels % 5) as f64) + 3.0 * offsets[i % channels]);
+            *x = moved.into();
+        }
+        Self {
+            shape: BatchNormShape { rows, channels },
+            x,
+            gamma: vector(channels),
+            beta: vector(channels),
+            residual: residual.then(|| vector(rows * channels)),
+            relu,
+            running_mean: vector(channels),
+            running_var: vector(channels).iter().map(|v| v.abs() + 0.1).collect(),
+            dy: vector(rows * channels),
+            accumulated: vector(rows * channels),
+        }
+    }
+
+    fn channel(&self, c: usize) -> impl Iterator<Item = f64> + '_ {
+        self.x.iter().skip(c).step_by(self.shape.channels).copied()
+    }
+
+    /// Mean and biased variance of every channel, in two passes.
+    fn moments(&self) -> (Vec<f64>, Vec<f64>) {
+        let m = self.shape.rows as f64;
+        let means: Vec<f64> = (0..self.shape.channels).map(|c| self.channel(c).sum::<f64>() / m).collect();
+        let deviation = |c: usize| self.channel(c).map(|x| (x - means[c]).powi(2)).sum::<f64>() / m;
+        let vars = (0..self.shape.channels).map(deviation).collect();
+        (means, vars)
+    }
+
+    /// y for a mean and an inverse deviation per channel.
+    fn normalize(&self, mean: &[f64], inv_std: &[f64]) -> Vec<f64> {
+        let channels = self.shape.channels;
+        let element = |i: usize| {
+            let c = i % channels;
+            let z = self.gamma[c] * (self.x[i] - mean[c]) * inv_std[c] + self.beta[c];
+            let z = z + self.residual.as_ref().map_or(0.0, |residual| residual[i]);
+            if self.relu { z.max(0.0) } else { z }
+        };
+        (0..self.x.len()).map(element).collect()
+    }
+
+    fn statistics(&self, mode: Mode) -> (Vec<f64>, Vec<f64>) {
+        let (mean, var) = match mode {
+            Mode::Train => self.moments(),
+            Mode::Eval => (self.running_mean.clone(), self.running_var.clone()),
+        };
+        (mean, var.iter().map(|var| 1.0 / (var + EPS).sqrt()).collect())
+    }
+
+    /// dz for the outputs that the kernel found: an element near the relu's edge is masked as it was there.
+    fn dz(&self, y: &[f64]) -> Vec<f64> {
+        self.dy.iter().zip(y).map(|(&dy, &y)| if self.relu && y <= 0.0 { 0.0 } else { dy }).collect()
+    }
+
+    /// dx, dgamma, dbeta by the chain rule written out.
+    fn gradients(&self, mode: Mode, y: &[f64]) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+        let BatchNormShape { rows, channels } = self.shape;
+        let (mean, inv_std) = self.statistics(mode);
+        let dz = self.dz(y);
+        let (mut dgamma, mut dbeta) = (vec![0.0; channels], vec![0.0; channels]);
+        for i in 0..dz.len() {
+            dgamma[i % channels] += dz[i] * (self.x[i] - mean[i % channels]) * inv_std[i % channels];
+            dbeta[i % channels] += dz[i];
+        }
+        let dx = (0..dz.len())
+            .map(|i| {
+                let c = i % channels;
+                let xhat = (self.x[i] - mean[c]) * inv_std[c];
+                let centred = match mode {
+                    Mode::Train => dz[i] - dbeta[c] / rows as f64 - xhat * dgamma[c] / rows as f64,
+                    Mode::Eval => dz[i],
+                };
+                self.gamma[c] * inv_std[c] * centred
+            })
+            .collect();
+        (dx, dgamma, dbeta)
+    }
+}
+
+fn upload<T: Scalar>(device: &Device, values: &[f64]) -> Buffer<T> {
+    device.upload(&values.iter().map(|&value| T::from_f64(value)).collect::<Vec<_>>()).unwrap()
+}
+
+/// What a forward leaves.
+struct Outputs<T: Scalar> {
+    y: Vec<T>,
+    mean: Vec<T>,
+    inv_std: Vec<T>,
+    next_mean: Vec<T>,
+    next_var: Vec<T>,
+}
+
+/// Runs a forward; in training `running` says whether the running statistics are taken along.
+fn run_forward<T: Scalar>(device: &Device, problem: &Problem, mode: Mode, running: bool) -> Outputs<T> {
+    let shape = problem.shape;
+    let (x, gamma, beta) = (upload(device, &problem.x), upload(device, &problem.gamma), upload(device, &problem.beta));
+    let residual = problem.residual.as_ref().map(|residual| upload::<T>(device, residual));
+    let old_mean = upload::<T>(device, &problem.running_mean);
+    let old_var = upload::<T>(device, &problem.running_var);
+    let mut y = device.poisoned::<T>(shape.rows * shape.channels).unwrap();
+    let per_channel = || device.poisoned::<T>(shape.channels).unwrap();
+    let (mut mean, mut inv_std, mut next_mean, mut next_var) =
+        (per_channel(), per_channel(), per_channel(), per_channel());
+    let mut workspace = device.poisoned::<f64>(shape.workspace_len(device)).unwrap();
+    let input = Forward {
+        x: x.view(),
+        gamma: gamma.view(),
+        beta: beta.view(),
+        eps: EPS,
+        residual: residual.as_ref().map(|residual| residual.view()),
+        relu: problem.relu,
+    };
+    let saved = Saved { mean: mean.view_mut(), inv_std: inv_std.view_mut() };
+    match mode {
+        Mode::Train => {
+            let running = running.then(|| Running {
+                momentum: MOMENTUM,
+                mean: old_mean.view(),
+                var: old_var.view(),
+                next_mean: next_mean.view_mut(),
+                next_var: next_var.view_mut(),
+            });
+            forward_train(shape, input, y.view_mut(), saved, running, workspace.view_mut()).unwrap();
+        }
+        Mode::Eval => forward_eval(shape, input, old_mean.view(), old_var.view(), y.view_mut(), saved).unwrap(),
+    }
+    assert_eq!(bits(&old_mean.to_vec().unwrap()), bits(&upload::<T>(device, &problem.running_mean).to_vec().unwrap()));
+    Outputs {
+        y: y.to_vec().unwrap(),
+        mean: mean.to_vec().unwrap(),
+        inv_std: inv_std.to_vec().unwrap(),
+        next_mean: next_mean.to_vec().unwrap(),
+        next_var: next_var.to_vec().unwrap(),
+    }
+}
+
+/// Where the mask comes from and what becomes of the residual's gradient.
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Variant {
+    /// The mask is read from the output; no gradient of the residual.
+    Output,
+    /// The mask is computed again.
+    Recompute,
+    /// The residual's gradient is written.
+    Write,
+    /// The residual's gradient is added to.
+    Accumulate,
+}
+
+struct Grads<T: Scalar> {
+    dx: Vec<T>,
+    dgamma: Vec<T>,
+    dbeta: Vec<T>,
+    residual: Vec<T>,
+}
+
+fn run_backward<T: Scalar>(
+    device: &Device,
+    problem: &Problem,
+    mode: Mode,
+    forward: &Outputs<T>,
+    variant: Variant,
+) -> Grads<T> {
+    let shape = problem.shape;
+    let len = shape.rows * shape.channels;
+    let (x, gamma, beta) = (upload(device, &problem.x), upload(device, &problem.gamma), upload(device, &problem.beta));
+    let dy = upload::<T>(device, &problem.dy);
+    let (y, mean, inv_std) = (
+        device.upload(&forward.y).unwrap(),
+        device.upload(&forward.mean).unwrap(),
+        device.upload(&forward.inv_std).unwrap(),
+    );
+    let activation = match (problem.relu, variant) {
+        (false, _) => Activation::Identity,
+        (true, Variant::Recompute) => Activation::ReluRecomputed { beta: beta.view() },
+        (true, _) => Activation::Relu { y: y.view() },
+    };
+    let mut dx = device.poisoned::<T>(len).unwrap();
+    let mut dgamma = device.poisoned::<T>(shape.channels).unwrap();
+    let mut dbeta = device.poisoned::<T>(shape.channels).unwrap();
+    let accumulate = variant == Variant::Accumulate;
+    let mut residual_buffer =
+        if accumulate { upload::<T>(device, &problem.accumulated) } else { device.poisoned::<T>(len).unwrap() };
+    let mut workspace = device.poisoned::<f64>(shape.workspace_len(device)).unwrap();
+    let input = Backward {
+        x: x.view(),
+        dy: dy.view(),
+        gamma: gamma.view(),
+        mean: mean.view(),
+        inv_std: inv_std.view(),
+        activation,
+    };
+    let gradients = Gradients { dx: dx.view_mut(), dgamma: dgamma.view_mut(), dbeta: dbeta.view_mut() };
+    let residual = matches!(variant, Variant::Write | Variant::Accumulate)
+        .then(|| ResidualGradient { gradient: residual_buffer.view_mut(), accumulate });
+    backward(shape, mode, input, gradients, residual, workspace.view_mut()).unwrap();
+    Grads {
+        dx: dx.to_vec().unwrap(),
+        dgamma: dgamma.to_vec().unwrap(),
+        dbeta: dbeta.to_vec().unwrap(),
+        residual: residual_buffer.to_vec().unwrap(),
+    }
+}
+
+/// The tolerances of a precision: forward values, and gradients.
+fn tolerances<T: Scalar>() -> (f64, f64) {
+    if T::NAME == "f32" { (1e-6, 3e-6) } else { (1e-14, 3e-14) }
+}
+
+fn matches_the_definition<T: Scalar>(devices: Vec<(String, Device)>) {
+    let (forward_tolerance, backward_tolerance) = tolerances::<T>();
+    for (index, (rows, channels)) in SHAPES.into_iter().enumerate() {
+        let mut random = Random(index as u64);
+        for (has_residual, relu) in [(false, false), (false, true), (true, false), (true, true)] {
+            let problem = Problem::new::<T>(&mut random, rows, channels, has_residual, relu);
+            for mode in [Mode::Train, Mode::Eval] {
+                let (mean, inv_std) = problem.statistics(mode);
+                let y = problem.normalize(&mean, &inv_std);
+                for (name, device) in &devices {
+                    let what = format!("{name}, {rows} x {channels}, residual {has_residual}, relu {relu}, {mode:?}");
+                    let found = run_forward::<T>(device, &problem, mode, true);
+                    assert_close(&format!("{what}: mean"), &found.mean, &mean, forward_tolerance);
+                    assert_close(&format!("{what}: inv_std"), &found.inv_std, &inv_std, forward_tolerance);
+                    assert_close(&format!("{what}: y"), &found.y, &y, forward_tolerance);
+                    let (dx, dgamma, dbeta) = problem.gradients(mode, &to_f64(&found.y));
+                    let dz = problem.dz(&to_f64(&found.y));
+                    let mut variants = vec![Variant::Output];
+                    if has_residual {
+                        variants.extend([Variant::Write, Variant::Accumulate]);
+                    } else if relu {
+                        variants.push(Variant::Recompute);
+                    }
+                    for variant in variants {
+                        let what = format!("{what}, {variant:?}");
+                        let grads = run_backward(device, &problem, mode, &found, variant);
+                        assert_close(&format!("{what}: dx"), &grads.dx, &dx, backward_tolerance);
+                        assert_close(&format!("{what}: dgamma"), &grads.dgamma, &dgamma, backward_tolerance);
+                        assert_close(&format!("{what}: dbeta"), &grads.dbeta, &dbeta, backward_tolerance);
+                        let residual: Vec<f64> = match variant {
+                            Variant::Write => dz.clone(),
+                            Variant::Accumulate => dz.iter().zip(&problem.accumulated).map(|(a, b)| a + b).collect(),
+                            _ => continue,
+                        };
+                        assert_close(&format!("{what}: residual"), &grads.residual, &residual, forward_tolerance);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn single_precision_matches_the_definition() {
+    matches_the_definition::<f32>(devices());
+}
+
+#[test]
+fn double_precision_matches_the_definition() {
+    matches_the_definition::<f64>(host_devices());
+}
+
+/// Every float of a problem's results.
+fn all_bits(device: &Device, problem: &Problem, mode: Mode, variant: Variant) -> Vec<u64> {
+    let forward = run_forward::<f32>(device, problem, mode, true);
+    let grads = run_backward(device, problem, mode, &forward, variant);
+    let vectors = [&forward.y, &forward.mean, &forward.inv_std, &grads.dx, &grads.dgamma, &grads.dbeta];
+    vectors.into_iter().flat_map(|vector| bits(vector)).collect()
+}
+
+#[test]
+fn threads_and_schedules_do_not_change_a_bit() {
+    for (rows, channels) in [(2050, 17), (3000, 64), (5000, 3), (9, 260)] {
+        let problem = Problem::new::<f32>(&mut Random(5), rows, channels, false, true);
+        for variant in [Variant::Output, Variant::Recompute] {
+            let of = |device: &Device| all_bits(device, &problem, Mode::Train, variant);
+            let results: Vec<Vec<u64>> = host_devices().iter().map(|(_, device)| of(device)).collect();
+            assert_eq!(results[0], results[1], "one and two threads, {rows} x {channels}");
+            assert_eq!(results[2], results[3], "forwards and backwards, {rows} x {channels}");
+            assert_eq!(results[2], results[4], "forwards and at random, {rows} x {channels}");
+        }
+    }
+}
+
+/// The mask computed again is the forward's to the bit: with values that lie on the relu's edge up to rounding.
+#[test]
+fn recomputed_mask_is_the_forwards() {
+    let (rows, channels) = (4096, 16);
+    let mut problem = Problem::new::<f32>(&mut Random(11), rows, channels, false, true);
+    // Shifts that put the values of the first row within a few roundings of the edge, and rows that repeat the first.
+    let (mean, inv_std) = problem.statistics(Mode::Eval);
+    for c in 0..channels {
+        problem.beta[c] = f64::from((-(problem.x[c] - mean[c]) * inv_std[c] * problem.gamma[c]) as f32);
+    }
+    for row in (1..rows).step_by(3) {
+        for c in 0..channels {
+            let nudged = f32::from_bits((problem.x[c] as f32).to_bits().wrapping_add((row % 7) as u32).wrapping_sub(3));
+            problem.x[row * channels + c] = nudged.into();
+        }
+    }
+    for (name, device) in devices() {
+        let forward = run_forward::<f32>(&device, &problem, Mode::Eval, false);
+        let read = run_backward(&device, &problem, Mode::Eval, &forward, Variant::Output);
+        let recomputed = run_backward(&device, &problem, Mode::Eval, &forward, Variant::Recompute);
+        let edge = forward.y.iter().filter(|y| **y > 0.0 && **y < 1e-5).count();
+        assert!(edge > 100, "{name}: {edge} outputs just above the edge");
+        assert_eq!(bits(&read.dx), bits(&recomputed.dx), "{name}: dx");
+        assert_eq!(bits(&read.dgamma), bits(&recomputed.dgamma), "{name}: dgamma");
+        assert_eq!(bits(&read.dbeta), bits(&recomputed.dbeta), "{name}: dbeta");
+    }
+}
+
+/// A mean of 1000 with a deviation of 1, an outlier as the first value, and a constant channel.
+#[test]
+fn large_means_do_not_cancel() {
+    let (rows, channels) = (5000, 4);
+    let mut problem = Problem::new::<f32>(&mut Random(3), rows, channels, false, false);
+    for row in 0..rows {
+        let x = &mut problem.x[row * channels..][..channels];
+        for (c, x) in x.iter_mut().enumerate() {
+            let noise = (*x - problem.running_mean[c]) / 3.0;
+            *x = f64::from((1000.0 + noise) as f32);
+        }
+        x[2] = if row == 0 { -1000.0 } else { x[2] };
+        x[3] = 1000.25;
+    }
+    let (mean, var) = problem.moments();
+    for (name, device) in devices() {
+        let found = run_forward::<f32>(&device, &problem, Mode::Train, true);
+        for c in 0..channels {
+            // The mean to half a unit in the last place of a float near 1000, and a little.
+            assert!((f64::from(found.mean[c]) - mean[c]).abs() < 3.2e-5, "{name}: mean[{c}]");
+            let expected = 1.0 / (var[c] + EPS).sqrt();
+            let error = (f64::from(found.inv_std[c]) - expected).abs() / expected;
+            // An outlier in a run's first place, which the run's sums are shifted by, cancels as much as 64 rows outweigh it.
+            let tolerance = if c == 2 { 64.0 * 1e-6 } else { 1e-6 };
+            assert!(error < tolerance, "{name}: inv_std[{c}] is {} instead of {expected}", found.inv_std[c]);
+        }
+        assert_eq!(found.inv_std[3], (1.0 / EPS.sqrt()) as f32, "{name}: a constant has no variance");
+        let constant = found.y.iter().skip(3).step_by(channels);
+        assert!(constant.into_iter().all(|&y| f64::from(y) == problem.beta[3]), "{name}: a constant becomes beta");
+    }
+}
+
+#[test]
+fn running_statistics_follow_the_rule() {
+    let problem = Problem::new::<f64>(&mut Random(8), 77, 5, false, false);
+    let (mean, var) = problem.moments();
+    let rule = |old: &[f64], new: Vec<f64>| -> Vec<f64> {
+        old.iter().zip(new).map(|(old, new)| (1.0 - MOMENTUM) * old + MOMENTUM * new).collect()
+    };
+    let next_mean = rule(&problem.running_mean, mean);
+    let next_var = rule(&problem.running_var, var.iter().map(|var| var * 77.0 / 76.0).collect());
+    for (name, device) in host_devices() {
+        let found = run_forward::<f64>(&device, &problem, Mode::Train, true);
+        assert_close(&format!("{name}: next mean"), &found.next_mean, &next_mean, 4e-15);
+        assert_close(&format!("{name}: next var"), &found.next_var, &next_var, 4e-15);
+        let without = run_forward::<f64>(&device, &problem, Mode::Train, false);
+        assert_eq!(bits(&without.y), bits(&found.y), "{name}: the output does not depend on them");
+        assert!(without.next_mean.iter().chain(&without.next_var).all(|value| value.is_nan()), "{name}: left alone");
+    }
+}
+
+/// Central differences of sum(y · dy) in double; the relu's edge is kept away from.
+#[test]
+fn gradients_are_those_of_the_forward() {
+    const STEP: f64 = 1e-5;
+    for mode in [Mode::Train, Mode::Eval] {
+        for residual in [false, true] {
+            let mut problem = Problem::new::<f64>(&mut Random(21), 15, 6, residual, true);
+            let (mean, inv_std) = problem.statistics(mode);
+            let y = problem.normalize(&mean, &inv_std);
+            let identity = Problem { relu: false, ..problem.clone() };
+            let z = identity.normalize(&mean, &inv_std);
+            assert!(z.iter().all(|z| z.abs() > 20.0 * STEP), "values near the edge make differences meaningless");
+            assert!(y.contains(&0.0) && y.iter().any(|&y| y > 0.0));
+            for (name, device) in host_devices() {
+                let value = |problem: &Problem| -> f64 {
+                    let y = run_forward::<f64>(&device, problem, mode, false).y;
+                    y.iter().zip(&problem.dy).map(|(y, dy)| y * dy).sum()
+                };
+                let forward = run_forward::<f64>(&device, &problem, mode, false);
+                let variant = if residual { Variant::Write } else { Variant::Recompute };
+                let grads = run_backward(&device, &problem, mode, &forward, variant);
+                let mut checks: Vec<(&str, fn(&mut Problem) -> &mut Vec<f64>, &Vec<f64>)> = vec![
+                    ("dx", |problem| &mut problem.x, &grads.dx),
+                    ("dgamma", |problem| &mut problem.gamma, &grads.dgamma),
+                    ("dbeta", |problem| &mut problem.beta, &grads.dbeta),
+                ];
+                if residual {
+                    checks.push(("residual", |problem| problem.residual.as_mut().unwrap(), &grads.residual));
+                }
+                for (what, field, found) in checks {
+                    let mut differences = Vec::new();
+                    for i in 0..found.len() {
+                        let original = field(&mut problem)[i];
+                        field(&mut problem)[i] = original + STEP;
+                        let above = value(&problem);
+                        field(&mut problem)[i] = original - STEP;
+                        let below = value(&problem);
+                        field(&mut problem)[i] = original;
+                        differences.push((above - below) / (2.0 * STEP));
+                    }
+                    assert_close(&format!("{name}, {mode:?}: {what}"), found, &differences, 1e-8);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn slices_at_odd_offsets_work() {
+    let problem = Problem::new::<f32>(&mut Random(9), 200, 8, false, true);
+    let (rows, channels) = (200, 8);
+    for (name, device) in devices() {
+        let expected = run_forward::<f32>(&device, &problem, Mode::Train, false);
+        let shifted = |values: &[f64]| upload::<f32>(&device, &[&[0.0], values].concat());
+        let (x, gamma, beta) = (shifted(&problem.x), shifted(&problem.gamma), shifted(&problem.beta));
+        let mut y = device.poisoned::<f32>(rows * channels + 3).unwrap();
+        let mut saved = device.poisoned::<f32>(2 * channels + 1).unwrap();
+        let mut workspace = device.poisoned::<f64>(problem.shape.workspace_len(&device)).unwrap();
+        let mut parts = saved.disjoint();
+        let input = Forward {
+            x: x.slice(1..x.len()).unwrap(),
+            gamma: gamma.slice(1..1 + channels).unwrap(),
+            beta: beta.slice(1..1 + channels).unwrap(),
+            eps: EPS,
+            residual: None,
+            relu: true,
+        };
+        let saved = Saved {
+            mean: parts.write(1..1 + channels).unwrap(),
+            inv_std: parts.write(1 + channels..1 + 2 * channels).unwrap(),
+        };
+        let part = y.slice_mut(3..3 + rows * channels).unwrap();
+        forward_train(problem.shape, input, part, saved, None, workspace.view_mut()).unwrap();
+        let y = y.to_vec().unwrap();
+        assert!(y[..3].iter().all(|y| y.is_nan()), "{name}: outside the slice");
+        assert_close(&name, &y[3..], &to_f64(&expected.y), 1e-6);
+    }
+}
+
+#[test]
+fn nan_passes_the_relu() {
+    let mut problem = Problem::new::<f32>(&mut Random(2), 40, 8, false, true);
+    problem.x[19] = f64::NAN;
+    for (name, device) in devices() {
+        let found = run_forward::<f32>(&device, &problem, Mode::Train, true);
+        assert!(found.y.iter().skip(3).step_by(8).all(|y| y.is_nan()), "{name}: channel 3");
+        assert!(found.y.iter().skip(4).step_by(8).all(|y| y.is_finite()), "{name}: channel 4");
+        assert!(found.next_mean[3].is_nan() && found.next_var[3].is_nan(), "{name}: the pending statistics show it");
+    }
+}
+
+#[test]
+fn wrong_arguments_are_refused() {
+    let device = Device::host();
+    let shape = BatchNormShape { rows: 6, channels: 4 };
+    let full = device.zeros::<f32>(24).unwrap();
+    let channels = device.zeros::<f32>(4).unwrap();
+    let elsewhere = Device::host().zeros::<f32>(24).unwrap();
+    let refusal = |shape: BatchNormShape, x: &Buffer<f32>, gamma: &Buffer<f32>, workspace: usize| {
+        let mut y = device.zeros::<f32>(24).unwrap();
+        let (mut mean, mut inv_std) = (device.zeros::<f32>(4).unwrap(), device.zeros::<f32>(4).unwrap());
+        let mut workspace = device.zeros::<f64>(workspace).unwrap();
+        let input =
+            Forward { x: x.view(), gamma: gamma.view(), beta: channels.view(), eps: EPS, residual: None, relu: true };
+        let saved = Saved { mean: mean.view_mut(), inv_std: inv_std.view_mut() };
+        forward_train(shape, input, y.view_mut(), saved, None, workspace.view_mut())
+    };
+    let workspace = shape.workspace_len(&device);
+    assert_eq!(refusal(shape, &full, &channels, workspace), Ok(()));
+    let operation = "batch_norm::forward_train";
+    assert_eq!(
+        refusal(shape, &channels, &channels, workspace),
+        Err(Error::Length { operation, argument: "x", found: 4, expected: 24 })
+    );
+    assert_eq!(
+        refusal(shape, &full, &full, workspace),
+        Err(Error::Length { operation, argument: "gamma", found: 24, expected: 4 })
+    );
+    assert_eq!(
+        refusal(shape, &full, &channels, workspace - 1),
+        Err(Error::Length { operation, argument: "workspace", found: workspace - 1, expected: workspace })
+    );
+    // The others are measured against the device of x.
+    let message = refusal(shape, &elsewhere, &channels, workspace).unwrap_err();
+    assert_eq!(message, Error::OtherDevice { operation, argument: "gamma" });
+    let one_row = BatchNormShape { rows: 1, channels: 4 };
+    let single = device.zeros::<f32>(4).unwrap();
+    let refused = refusal(one_row, &single, &channels, one_row.workspace_len(&device));
+    assert!(matches!(refused, Err(Error::Length { argument: "y", .. } | Error::Argument { .. })), "{refused:?}");
+    assert!(matches!(
+        refusal(BatchNormShape { rows: 6, channels: 0 }, &full, &channels, 1),
+        Err(Error::Argument { .. })
+    ));
+
+    // With a residual, the output decides.
+    let mut buffers: Vec<Buffer<f32>> = [24, 4, 4, 24].iter().map(|&len| device.zeros(len).unwrap()).collect();
+    let [dx, dgamma, dbeta, residual] = &mut buffers[..] else { unreachable!() };
+    let mut workspace = device.zeros::<f64>(workspace).unwrap();
+    let input = Backward {
+        x: full.view(),
+        dy: full.view(),
+        gamma: channels.view(),
+        mean: channels.view(),
+        inv_std: channels.view(),
+        activation: Activation::ReluRecomputed { beta: channels.view() },
+    };
+    let gradients = Gradients { dx: dx.view_mut(), dgamma: dgamma.view_mut(), dbeta: dbeta.view_mut() };
+    let residual = ResidualGradient { gradient: residual.view_mut(), accumulate: false };
+    let refused = backward(shape, Mode::Train, input, gradients, Some(residual), workspace.view_mut());
+    assert!(matches!(refused, Err(Error::Argument { .. })), "{refused:?}");
+}

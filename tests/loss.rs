@@ -1,0 +1,238 @@
+//! Cross-entropy against its definition in double, its gradient against central differences, and its edge cases.
+
+mod common;
+
+use common::{Random, assert_close, bits, devices, host_devices, to_f64};
+use polder::device::{Device, Error, Scalar};
+use polder::kernels::loss::{LossShape, cross_entropy};
+
+struct Found<T> {
+    dlogits: Vec<T>,
+    sample_losses: Vec<T>,
+    loss: f64,
+    correct: u32,
+}
+
+fn run<T: Scalar>(device: &Device, classes: usize, logits: &[T], labels: &[u32], smoothing: f64) -> Found<T> {
+    let batch = labels.len();
+    let shape = LossShape { batch, classes };
+    let logits = device.upload(logits).unwrap();
+    let labels = device.upload(labels).unwrap();
+    let mut dlogits = device.poisoned::<T>(batch * classes).unwrap();
+    let mut sample_losses = device.poisoned::<T>(batch).unwrap();
+    let mut loss = device.poisoned::<f64>(1).unwrap();
+    let mut correct = device.poisoned::<u32>(1).unwrap();
+    cross_entropy(
+        &shape,
+        logits.view(),
+        labels.view(),
+        smoothing,
+        Some(dlogits.view_mut()),
+        sample_losses.view_mut(),
+        loss.view_mut(),
+        correct.view_mut(),
+    )
+    .unwrap();
+    let found = Found {
+        dlogits: dlogits.to_vec().unwrap(),
+        sample_losses: sample_losses.to_vec().unwrap(),
+        loss: loss.to_vec().unwrap()[0],
+        correct: correct.to_vec().unwrap()[0],
+    };
+    // Without the gradient the rest is the same.
+    cross_entropy(
+        &shape,
+        logits.view(),
+        labels.view(),
+        smoothing,
+        None,
+        sample_losses.view_mut(),
+        loss.view_mut(),
+        correct.view_mut(),
+    )
+    .unwrap();
+    assert_eq!(bits(&sample_losses.to_vec().unwrap()), bits(&found.sample_losses));
+    assert_eq!(loss.to_vec().unwrap()[0].to_bits(), found.loss.to_bits());
+    assert_eq!(correct.to_vec().unwrap()[0], found.correct);
+    found
+}
+
+/// The losses, the mean's gradient and the count, from the definition.
+fn reference(classes: usize, logits: &[f64], labels: &[u32], smoothing: f64) -> (Vec<f64>, Vec<f64>, u32) {
+    let (mut losses, mut gradient, mut correct) = (Vec::new(), Vec::new(), 0);
+    for (z, &label) in logits.chunks(classes).zip(labels) {
+        let largest = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let sum: f64 = z.iter().map(|z| (z - largest).exp()).sum();
+        let mut loss = 0.0;
+        for (k, z) in z.iter().enumerate() {
+            let log_p = z - largest - sum.ln();
+            let one_hot = if k == label as usize { 1.0 } else { 0.0 };
+            let target = (1.0 - smoothing) * one_hot + smoothing / classes as f64;
+            loss -= target * log_p;
+            gradient.push((log_p.exp() - target) / labels.len() as f64);
+        }
+        losses.push(loss);
+        correct += u32::from(z.iter().position(|&z| z == largest) == Some(label as usize));
+    }
+    (losses, gradient, correct)
+}
+
+fn matches_the_definition<T: Scalar>(devices: Vec<(String, Device)>, tolerance: f64) {
+    for (index, (batch, classes)) in [(1, 1), (7, 3), (37, 10), (300, 17), (5, 1000), (64, 100)].into_iter().enumerate()
+    {
+        let mut random = Random(index as u64);
+        let logits: Vec<T> = (0..batch * classes).map(|_| T::from_f64(4.0 * random.normal() + 30.0)).collect();
+        let labels: Vec<u32> = (0..batch).map(|_| random.below(classes) as u32).collect();
+        for smoothing in [0.0, 0.1, 1.0] {
+            let (losses, gradient, correct) = reference(classes, &to_f64(&logits), &labels, smoothing);
+            for (name, device) in &devices {
+                let what = format!("{name}, {batch} x {classes}, smoothing {smoothing}");
+                let found = run(device, classes, &logits, &labels, smoothing);
+                assert_close(&format!("{what}: losses"), &found.sample_losses, &losses, tolerance);
+                assert_close(&format!("{what}: gradient"), &found.dlogits, &gradient, tolerance);
+                let mean = losses.iter().sum::<f64>() / batch as f64;
+                assert!(
+                    (found.loss - mean).abs() <= tolerance * mean.abs().max(1e-3),
+                    "{what}: {} not {mean}",
+                    found.loss
+                );
+                // The mean of what it wrote, to double precision.
+                let written = to_f64(&found.sample_losses).iter().sum::<f64>() / batch as f64;
+                assert!((found.loss - written).abs() <= 1e-14 * written.abs(), "{what}: {} not {written}", found.loss);
+                assert_eq!(found.correct, correct, "{what}: correct");
+            }
+        }
+    }
+}
+
+#[test]
+fn single_precision_matches_the_definition() {
+    matches_the_definition::<f32>(devices(), 2e-6);
+}
+
+#[test]
+fn double_precision_matches_the_definition() {
+    matches_the_definition::<f64>(host_devices(), 4e-15);
+}
+
+#[test]
+fn gradient_is_that_of_the_loss() {
+    const STEP: f64 = 1e-5;
+    let (batch, classes) = (5, 7);
+    let mut random = Random(4);
+    let mut logits: Vec<f64> = random.vector(batch * classes);
+    let labels: Vec<u32> = (0..batch).map(|_| random.below(classes) as u32).collect();
+    for (name, device) in host_devices() {
+        let found = run(&device, classes, &logits, &labels, 0.1);
+        let mut differences = Vec::new();
+        for i in 0..logits.len() {
+            let original = logits[i];
+            logits[i] = original + STEP;
+            let above = run(&device, classes, &logits, &labels, 0.1).loss;
+            logits[i] = original - STEP;
+            let below = run(&device, classes, &logits, &labels, 0.1).loss;
+            logits[i] = original;
+            differences.push((above - below) / (2.0 * STEP));
+        }
+        assert_close(&name, &found.dlogits, &differences, 1e-9);
+    }
+}
+
+/// Closed forms: equal logits have the loss ln K whatever the smoothing; two classes are a logistic function; logits of 1e4 do
+/// not overflow.
+#[test]
+fn closed_forms() {
+    for (name, device) in devices() {
+        let uniform = run::<f32>(&device, 10, &[7.5; 30], &[0, 4, 9], 0.2);
+        assert!((uniform.loss - 10f64.ln()).abs() < 3e-7, "{name}: {}", uniform.loss);
+        let two = run::<f32>(&device, 2, &[0.0, 2.0], &[0], 0.0);
+        assert!((two.loss - (1.0 + 2f64.exp()).ln()).abs() < 3e-7, "{name}: {}", two.loss);
+        let smoothed = run::<f32>(&device, 2, &[0.0, 2.0], &[0], 0.5);
+        // 3/4 and 1/4 of the two classes' losses.
+        let expected = 0.75 * (1.0 + 2f64.exp()).ln() + 0.25 * (1.0 + (-2f64).exp()).ln();
+        assert!((smoothed.loss - expected).abs() < 3e-7, "{name}: {}", smoothed.loss);
+        let large = run::<f32>(&device, 3, &[1e4, -1e4, 0.0], &[0], 0.0);
+        assert_eq!((large.loss, large.correct), (0.0, 1), "{name}");
+        assert_eq!(large.dlogits, [0.0; 3], "{name}");
+    }
+}
+
+#[test]
+fn first_maximum_wins() {
+    // The label is the first, the second, and a later one of two equal maxima; lanes of one warp hold them at K = 40.
+    for classes in [5, 40] {
+        let mut logits = vec![0f32; 3 * classes];
+        for row in 0..3 {
+            logits[row * classes + 1] = 2.0;
+            logits[row * classes + classes - 1] = 2.0;
+        }
+        for (name, device) in devices() {
+            let found = run(&device, classes, &logits, &[1, classes as u32 - 1, 0], 0.0);
+            assert_eq!(found.correct, 1, "{name}, {classes} classes");
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_shows() {
+    for (name, device) in devices() {
+        for smoothing in [0.0, 0.1] {
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                for place in 0..4 {
+                    let mut logits = [0.5f32, 1.0, -1.0, 0.0, 0.1, 0.2, 0.3, 0.4];
+                    logits[place] = bad;
+                    let found = run(&device, 4, &logits, &[1, 3], smoothing);
+                    assert!(!found.loss.is_finite(), "{name}: {bad} at {place} gives {}", found.loss);
+                    assert!(!found.sample_losses[0].is_finite() && found.sample_losses[1].is_finite(), "{name}");
+                }
+            }
+            let unknown = run(&device, 4, &[0.5f32, 1.0, -1.0, 0.0, 0.1, 0.2, 0.3, 0.4], &[4, 3], smoothing);
+            assert!(unknown.loss.is_nan(), "{name}: a label beyond the classes");
+            assert!(unknown.dlogits[..4].iter().all(|value| value.is_nan()), "{name}");
+            assert!(unknown.dlogits[4..].iter().all(|value| value.is_finite()), "{name}");
+            assert_eq!(unknown.correct, 1, "{name}");
+        }
+    }
+}
+
+#[test]
+fn threads_and_schedules_do_not_change_a_bit() {
+    let (batch, classes) = (700, 33);
+    let mut random = Random(12);
+    let logits: Vec<f32> = random.vector(batch * classes);
+    let labels: Vec<u32> = (0..batch).map(|_| random.below(classes) as u32).collect();
+    let of = |device: &Device| {
+        let found = run(device, classes, &logits, &labels, 0.1);
+        (found.loss.to_bits(), found.correct, bits(&found.dlogits))
+    };
+    let results: Vec<_> = host_devices().iter().map(|(_, device)| of(device)).collect();
+    assert!(results[0] == results[1], "one and two threads");
+    assert!(results[2] == results[3] && results[2] == results[4], "three schedules");
+}
+
+#[test]
+fn wrong_arguments_are_refused() {
+    let device = Device::host();
+    let call = |shape: LossShape, logits: usize, smoothing: f64| {
+        let (logits, labels) = (device.zeros::<f32>(logits).unwrap(), device.zeros::<u32>(2).unwrap());
+        let mut losses = device.zeros::<f32>(2).unwrap();
+        let (mut loss, mut correct) = (device.zeros::<f64>(1).unwrap(), device.zeros::<u32>(1).unwrap());
+        let (loss, correct) = (loss.view_mut(), correct.view_mut());
+        cross_entropy(&shape, logits.view(), labels.view(), smoothing, None, losses.view_mut(), loss, correct)
+    };
+    let operation = "loss::cross_entropy";
+    assert_eq!(call(LossShape { batch: 2, classes: 3 }, 6, 0.1), Ok(()));
+    assert_eq!(
+        call(LossShape { batch: 2, classes: 3 }, 5, 0.1),
+        Err(Error::Length { operation, argument: "logits", found: 5, expected: 6 })
+    );
+    assert_eq!(
+        call(LossShape { batch: 3, classes: 2 }, 6, 0.1),
+        Err(Error::Length { operation, argument: "labels", found: 2, expected: 3 })
+    );
+    for (shape, smoothing) in [((2, 3), -0.1), ((2, 3), 1.5), ((2, 3), f64::NAN), ((2, 0), 0.0), ((0, 3), 0.0)] {
+        let (batch, classes) = shape;
+        let refused = call(LossShape { batch, classes }, batch * classes, smoothing);
+        assert!(matches!(refused, Err(Error::Argument { .. })), "{shape:?}, {smoothing}: {refused:?}");
+    }
+}
