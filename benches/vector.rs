@@ -207,7 +207,8 @@ fn bench_plain(criterion: &mut Criterion, n: usize) -> Result<Vec<Row>> {
         let vectors = Vectors::new(&device, n, seed)?;
         sets.push([vectors.w.to_vec()?, vectors.plus.to_vec()?, vectors.g[0].to_vec()?]);
     }
-    let loops: [(&str, u64, fn(&[f32], &mut [f32], &[f32])); 2] = [
+    type Loop = fn(&[f32], &mut [f32], &[f32]);
+    let loops: [(&str, u64, Loop); 2] = [
         ("axpy", 12, |x, y, _| y.iter_mut().zip(x).for_each(|(y, x)| *y += 1e-3 * x)),
         ("perturb", 12, |x, y, z| y.iter_mut().zip(x.iter().zip(z)).for_each(|(y, (w, g))| *y = w + 1e-5 * g)),
     ];

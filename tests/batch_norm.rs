@@ -15,7 +15,7 @@ const MOMENTUM: f64 = 0.1;
 /// Rows and channels: below and above a run of 64 rows, widths that are vectors, parts of vectors, and neither; many channels for
 /// several tiles of columns; enough elements for several blocks.
 const SHAPES: [(usize, usize); 9] =
-    [(11, 1), (30, 3), (65, 17), (131, 16), (1030, 64), (3000, 12), (700, 33), (9, 260), (2600, 32)];
+    [(11, 1), (30, 3), (65, 17), (131, 16), (520, 64), (900, 12), (300, 33), (9, 260), (600, 32)];
 
 /// One problem: inputs of a forward and a backward.
 #[derive(Clone)]
@@ -424,7 +424,8 @@ fn gradients_are_those_of_the_forward() {
                 let forward = run_forward::<f64>(&device, &problem, mode, false);
                 let variant = if residual { Variant::Write } else { Variant::Recompute };
                 let grads = run_backward(&device, &problem, mode, &forward, variant);
-                let mut checks: Vec<(&str, fn(&mut Problem) -> &mut Vec<f64>, &Vec<f64>)> = vec![
+                type Field = fn(&mut Problem) -> &mut Vec<f64>;
+                let mut checks: Vec<(&str, Field, &Vec<f64>)> = vec![
                     ("dx", |problem| &mut problem.x, &grads.dx),
                     ("dgamma", |problem| &mut problem.gamma, &grads.dgamma),
                     ("dbeta", |problem| &mut problem.beta, &grads.dbeta),

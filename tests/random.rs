@@ -119,7 +119,7 @@ fn numbers_are_made_of_the_words_as_documented() {
             let even = position & !1;
             let radius = (-2.0 * u(even).ln()).sqrt();
             let angle = std::f64::consts::TAU * v(even + 1);
-            let exact = radius * if position % 2 == 0 { angle.cos() } else { angle.sin() };
+            let exact = radius * if position.is_multiple_of(2) { angle.cos() } else { angle.sin() };
             let error = (f64::from(normal[i]) - exact).abs();
             assert!(error <= NORMAL_ERROR * exact.abs() + 1e-14, "{name}, normal {i}: {error:e} of {exact}");
         }

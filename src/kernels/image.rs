@@ -72,7 +72,6 @@ struct BatchArgs {
 /// # Errors
 /// [`Error::Argument`] for channels outside 1..=4, an empty image, a standard deviation that is not above zero or a padding
 /// beyond 65,535; [`Error::Length`] and [`Error::OtherDevice`].
-#[expect(clippy::too_many_arguments, reason = "a data set, a selection and a batch are two or three buffers each")]
 pub fn batch<T: Scalar>(
     shape: &BatchShape,
     images: Slice<'_, u8>,

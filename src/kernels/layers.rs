@@ -541,7 +541,6 @@ struct LinearWeightArgs {
 ///
 /// # Errors
 /// As [`linear`].
-#[expect(clippy::too_many_arguments, reason = "the three factors and the three gradients of one product")]
 pub fn linear_backward<T: Scalar>(
     shape: &LinearShape,
     x: Slice<'_, T>,

@@ -43,7 +43,6 @@ struct MeanLossArgs {
 ///
 /// # Errors
 /// [`Error::Argument`] for an empty shape or a smoothing outside [0, 1]; [`Error::Length`] and [`Error::OtherDevice`].
-#[expect(clippy::too_many_arguments, reason = "three inputs and four results, each a buffer of its own")]
 pub fn cross_entropy<T: Scalar>(
     shape: &LossShape,
     logits: Slice<'_, T>,

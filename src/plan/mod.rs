@@ -228,12 +228,12 @@ impl<T: Scalar> Plan<T> {
         for (index, op) in ops.iter().enumerate() {
             let mut parts = Parts { places, arena: arena.disjoint() };
             let weight = |parameter: usize| weights.slice(self.parameters.tensors()[parameter].range());
-            match op {
-                &Op::Convolution { x, y, weight: w, ref shape } => {
+            match *op {
+                Op::Convolution { x, y, weight: w, ref shape } => {
                     let scratch = parts.scratch(places.scratch[index].0)?;
                     conv::forward(shape, parts.read(x)?, weight(w)?, parts.write(y)?, scratch)?;
                 }
-                &Op::BatchNorm { x, y, scale, shift, statistics: first, residual, relu } => {
+                Op::BatchNorm { x, y, scale, shift, statistics: first, residual, relu } => {
                     let shape = batch_norm_shape(self.shapes[x.0]);
                     let saved = parts.moments_mut(index)?;
                     let residual = residual.map(|value| parts.read(value)).transpose()?;
@@ -255,15 +255,15 @@ impl<T: Scalar> Plan<T> {
                         Mode::Eval => batch_norm::forward_eval(shape, input, mean, var, y, saved)?,
                     }
                 }
-                &Op::Relu { x, y } => layers::relu(parts.read(x)?, parts.write(y)?)?,
-                &Op::Add { a, b, y } => layers::add(parts.read(a)?, parts.read(b)?, parts.write(y)?)?,
-                &Op::AveragePool { x, y, ref shape } => layers::average_pool(shape, parts.read(x)?, parts.write(y)?)?,
-                &Op::GlobalAveragePool { x, y } => {
+                Op::Relu { x, y } => layers::relu(parts.read(x)?, parts.write(y)?)?,
+                Op::Add { a, b, y } => layers::add(parts.read(a)?, parts.read(b)?, parts.write(y)?)?,
+                Op::AveragePool { x, y, ref shape } => layers::average_pool(shape, parts.read(x)?, parts.write(y)?)?,
+                Op::GlobalAveragePool { x, y } => {
                     let Shape { batch, height, width, channels } = self.shapes[x.0];
                     layers::global_average_pool(batch, height * width, channels, parts.read(x)?, parts.write(y)?)?;
                 }
-                &Op::Shortcut { x, y, ref shape } => layers::shortcut(shape, parts.read(x)?, parts.write(y)?)?,
-                &Op::Linear { x, y, weight: w, bias, ref shape } => {
+                Op::Shortcut { x, y, ref shape } => layers::shortcut(shape, parts.read(x)?, parts.write(y)?)?,
+                Op::Linear { x, y, weight: w, bias, ref shape } => {
                     layers::linear(shape, parts.read(x)?, weight(w)?, weight(bias)?, parts.write(y)?)?;
                 }
             }
@@ -301,8 +301,8 @@ impl<T: Scalar> Plan<T> {
             let range = |parameter: usize| self.parameters.tensors()[parameter].range();
             let weight = |parameter: usize| weights.slice(range(parameter));
             let add = places.accumulate[index];
-            match op {
-                &Op::Convolution { x, y, weight: w, ref shape } => {
+            match *op {
+                Op::Convolution { x, y, weight: w, ref shape } => {
                     let dy = parts.gradient(y)?;
                     let mut scratch = parts.scratch(places.scratch[index].1)?;
                     conv::weight_gradient(
@@ -316,7 +316,7 @@ impl<T: Scalar> Plan<T> {
                         conv::input_gradient(shape, dy, weight(w)?, dx, add[0], scratch)?;
                     }
                 }
-                &Op::BatchNorm { x, y, scale, shift, residual, relu, .. } => {
+                Op::BatchNorm { x, y, scale, shift, residual, relu, .. } => {
                     let shape = batch_norm_shape(self.shapes[x.0]);
                     let (mean, inv_std) = parts.moments(index)?;
                     let (gamma, beta) = (weight(scale)?, weight(shift)?);
@@ -339,12 +339,12 @@ impl<T: Scalar> Plan<T> {
                     let sums = sums.slice_mut(0..shape.workspace_len(&self.device))?;
                     batch_norm::backward(shape, self.options.batch_norm, input, gradients, residual, sums)?;
                 }
-                &Op::Relu { x, y } => {
+                Op::Relu { x, y } => {
                     if let Some(dx) = parts.gradient_if_needed(x)? {
                         layers::relu_backward(parts.read(y)?, parts.gradient(y)?, dx, add[0])?;
                     }
                 }
-                &Op::Add { a, b, y } => {
+                Op::Add { a, b, y } => {
                     for (value, accumulate) in [(a, add[0]), (b, add[1])] {
                         // Both sides may be one activation, so each is borrowed on its own.
                         let mut parts = Parts { places, arena: arena.disjoint() };
@@ -356,24 +356,24 @@ impl<T: Scalar> Plan<T> {
                         }
                     }
                 }
-                &Op::AveragePool { x, y, ref shape } => {
+                Op::AveragePool { x, y, ref shape } => {
                     if let Some(dx) = parts.gradient_if_needed(x)? {
                         layers::average_pool_backward(shape, parts.gradient(y)?, dx, add[0])?;
                     }
                 }
-                &Op::GlobalAveragePool { x, y } => {
+                Op::GlobalAveragePool { x, y } => {
                     let Shape { batch, height, width, channels } = self.shapes[x.0];
                     if let Some(dx) = parts.gradient_if_needed(x)? {
                         let dy = parts.gradient(y)?;
                         layers::global_average_pool_backward(batch, height * width, channels, dy, dx, add[0])?;
                     }
                 }
-                &Op::Shortcut { x, y, ref shape } => {
+                Op::Shortcut { x, y, ref shape } => {
                     if let Some(dx) = parts.gradient_if_needed(x)? {
                         layers::shortcut_backward(shape, parts.gradient(y)?, dx, add[0])?;
                     }
                 }
-                &Op::Linear { x, y, weight: w, bias, ref shape } => {
+                Op::Linear { x, y, weight: w, bias, ref shape } => {
                     let mut parameters = gradient.disjoint();
                     let (dweight, dbias) = (parameters.write(range(w))?, parameters.write(range(bias))?);
                     let dx = parts.gradient_if_needed(x)?;
