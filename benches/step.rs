@@ -1,6 +1,7 @@
 //! Whole training steps: SGD, SAM and CR-SAM on the CIFAR ResNets, batch 128, images per second.
 //!
-//! `cargo bench --bench step`; on the CPU, and on the first GPU if there is one (timed with its own events).
+//! `cargo bench --bench step`; on the CPU and on the first GPU if there is one, or on the device that `POLDER_TEST_DEVICE` names.
+//! Timed with the device's own events.
 
 use std::time::Duration;
 
@@ -20,10 +21,13 @@ fn step(criterion: &mut Criterion) {
         ("sam", Method::Sam { rho: 0.05, norm: Norm::Two }),
         ("cr-sam", Method::CrSam { rho: 0.1, terms }),
     ];
-    let mut devices = vec![Device::host()];
-    devices.extend(Device::cuda(0));
+    let devices = match std::env::var("POLDER_TEST_DEVICE") {
+        Ok(name) => vec![Device::from_name(&name).expect("the device that POLDER_TEST_DEVICE names")],
+        Err(_) => [Device::host()].into_iter().chain(Device::cuda(0)).collect(),
+    };
     for device in devices {
-        let models: &[&str] = if device.is_host() { &["resnet8", "resnet20"] } else { &["resnet8", "resnet20", "resnet18"] };
+        let models: &[&str] =
+            if device.is_host() { &["resnet8", "resnet20"] } else { &["resnet8", "resnet20", "resnet18"] };
         let mut group = criterion.benchmark_group(format!("step on {}", device.name()));
         group.throughput(Throughput::Elements(BATCH as u64)).sample_size(10);
         for &name in models {

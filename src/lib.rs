@@ -20,3 +20,8 @@ pub mod optim;
 pub mod plan;
 #[cfg(feature = "train")]
 pub mod train;
+
+/// The examples of the README, compiled and run with the documentation tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

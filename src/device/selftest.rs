@@ -1,7 +1,9 @@
-//! Tests of the host device: that it runs CUDA's device language with CUDA's semantics, in any order and on any number of
-//! threads, and that it names what broke the rules. The kernels, and what each writes, are in `kernels/host/selftest.cu`.
+//! Tests of the host device: that it runs CUDA's device language with CUDA's semantics, in any order and on any number
+//! of threads, and that it names what broke the rules. The kernels, and what each writes, are in
+//! `kernels/host/selftest.cu`.
 //!
-//! Expected values are worked out here from CUDA's definitions, not from the runtime's code. Outputs are NaN before each run.
+//! Expected values are worked out here from CUDA's definitions, not from the runtime's code. Outputs are NaN before each
+//! run.
 
 use std::fmt::Debug;
 use std::io::Read;
@@ -32,8 +34,8 @@ fn on_every_schedule(test: impl Fn(&Device)) {
 
 /// Launches a self-test kernel.
 fn launch<A: Copy>(device: &Device, kernel: KernelId, shape: Launch, args: A) -> Result<()> {
-    // SAFETY: every test hands over the twin of its kernel's argument struct, and buffers as long as the comment at that
-    // struct says for the shape. Those that end in a count which the kernel's struct lacks are read up to there alone.
+    // SAFETY: every test hands over the twin of its kernel's argument struct, and buffers as long as the comment at
+    // that struct says for the shape. Of `MapArgs`, a kernel whose struct lacks the count reads what is before it.
     unsafe { device.launch(kernel, shape, &args) }
 }
 
@@ -421,7 +423,7 @@ fn a_race_shows_in_the_schedules() {
     let run = |threads, schedule| -> Vec<u32> {
         map(&device(threads, schedule), id::SELFTEST_RACE, Launch::new(2, 256), &values, 512).unwrap()
     };
-    // Forwards only the last thread of a block finds that its neighbour, the first, has written; backwards all others do.
+    // Forwards, only the last thread of a block finds that its neighbour, the first, has written; backwards, all others.
     let last = |i: usize| i % 256 == 255;
     let forwards: Vec<u32> = (0..512).map(|i| if last(i) { 2 * values[i - 255] } else { 0 }).collect();
     let backwards: Vec<u32> = (0..512).map(|i| if last(i) { 0 } else { 2 * values[i + 1] }).collect();
@@ -925,7 +927,8 @@ fn a_fault_ends_a_replay() {
 /// Tells a test that it runs in a process of its own, and which part it has there.
 const PART: &str = "POLDER_SELFTEST_PART";
 
-/// Runs one test of this binary in a process of its own, which is ended after a minute; returns its standard output and error.
+/// Runs one test of this binary in a process of its own, which is ended after a minute; returns its standard output and
+/// error.
 fn run_alone(test: &str, variables: &[(&str, &str)]) -> (ExitStatus, String, String) {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args([&format!("device::selftest::{test}"), "--exact", "--nocapture", "--test-threads=1"])
