@@ -164,7 +164,7 @@ fn bench_device(criterion: &mut Criterion, device: &Device, n: usize) -> Result<
     let mut numbers = Numbers::new(device)?;
     let mut rows = Vec::new();
     let mut group = criterion.benchmark_group(format!("{}/{n}", device.name()));
-    group.sample_size(15).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_millis(1500));
+    group.sample_size(10).warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_millis(600));
     for (name, bytes, kernel) in KERNELS {
         let bytes = bytes * n as u64;
         let best = RefCell::new(f64::INFINITY);
@@ -214,7 +214,7 @@ fn bench_plain(criterion: &mut Criterion, n: usize) -> Result<Vec<Row>> {
     ];
     let mut rows = Vec::new();
     let mut group = criterion.benchmark_group(format!("plain loops/{n}"));
-    group.sample_size(15).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_millis(1500));
+    group.sample_size(10).warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_millis(600));
     for (name, bytes, function) in loops {
         let bytes = bytes * n as u64;
         let best = RefCell::new(f64::INFINITY);

@@ -282,7 +282,8 @@ def best_form(problem, method, seconds):
 def memory_of(arguments, model, method, form):
     """Peak memory of PyTorch's form in a process of its own."""
     command = [sys.executable, __file__, "--memory-of", form, "--models", model, "--methods", method]
-    command += ["--batch-size", str(arguments.batch_size), "--device", arguments.device, "--threads", str(arguments.threads)]
+    command += ["--batch-size", str(arguments.batch_size), "--device", arguments.device]
+    command += ["--threads", str(arguments.threads)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
@@ -401,7 +402,7 @@ def main():
         arguments.binary = common.find_binary("step_peer", arguments.binary)
 
     machine = common.describe(device, arguments.threads)
-    print(f"{machine}; batch {arguments.batch_size}, {arguments.rounds} rounds of about {arguments.seconds} s; images/s, MiB")
+    print(f"{machine}; batch {arguments.batch_size}, {arguments.rounds} rounds of about {arguments.seconds} s")
     columns = " MiB peak" if arguments.self else "      ours  ratio (min-max)   gradient   MiB   ours"
     print(f"{'':16}   PyTorch {columns}  best PyTorch form")
     results = []

@@ -33,7 +33,8 @@ from common import A_MIN, ALPHA, B_MIN, BETA, LR, MOMENTUM, RHO, WEIGHT_DECAY
 
 LOSSES = {"l0": 2.3, "l_plus": 2.45, "l_minus": 2.2}
 VECTORS = ("w", "g0", "g_plus", "g_minus", "momentum")
-# A perturbation of 1.5e-5 added to a float32 weight of 0.05 is rounded by 1e-9 rms, 1e-4 of the move: thrice that is allowed.
+# A perturbation of 1.5e-5 added to a float32 weight of 0.05 is rounded by 1e-9 rms, 1e-4 of the move: thrice that is
+# allowed.
 # PyTorch's float32 norm of 11 million values in one tensor is itself off by 4e-4 on a CPU, so its forms are given more.
 OUR_MOVE_LIMIT, PYTORCH_MOVE_LIMIT = 3e-4, 1e-3
 # Bytes per parameter that a step must move if each of norm, perturb and update is one pass over memory.
@@ -59,7 +60,8 @@ def expected(method, given):
         answer["w_minus"] = v["w"] - step
         a, b = v["l_plus"] + v["l_minus"] - 2 * v["l0"], v["l_plus"] - v["l_minus"]
         assert a > A_MIN and b > B_MIN
-        gradient = gradient + ALPHA / a * (v["g_plus"] + v["g_minus"] - 2 * v["g0"]) + BETA / b * (v["g_plus"] - v["g_minus"])
+        curvature = v["g_plus"] + v["g_minus"] - 2 * v["g0"]
+        gradient = gradient + ALPHA / a * curvature + BETA / b * (v["g_plus"] - v["g_minus"])
     answer["momentum"] = MOMENTUM * v["momentum"] + gradient + WEIGHT_DECAY * v["w"]
     answer["w"] = v["w"] - LR * answer["momentum"]
     return answer
@@ -86,18 +88,14 @@ def check(who, given, answer, reference, move_limit):
 
 
 class Buffers:
-    """One set of vectors, flat and as views of the model's tensors."""
+    """A set of vectors, each as a list of the model's tensors (or of the one flat tensor) that are views of it."""
 
-    def __init__(self, given, shapes, device):
+    def __init__(self, given, shapes):
         self.tensors = {}
         for name in VECTORS:
-            flat = given[name].to(device, copy=True)
-            if shapes is None:
-                self.tensors[name] = [flat]
-            else:
-                pieces = flat.split([math.prod(shape) for shape in shapes])
-                self.tensors[name] = [piece.view(shape) for piece, shape in zip(pieces, shapes)]
-        self.losses = [given[name].to(device, torch.float64).squeeze() for name in LOSSES]
+            pieces = given[name].split([math.prod(shape) for shape in shapes])
+            self.tensors[name] = [piece.view(shape) for piece, shape in zip(pieces, shapes)]
+        self.losses = [given[name].double().squeeze() for name in LOSSES]
 
 
 def log_factors(l0, l_plus, l_minus):
@@ -112,7 +110,7 @@ def update(buffers, gradient, **form):
 
 
 def per_tensor(method, buffers, losses):
-    """The widespread SAM code: a loop over the tensors, moved in place and restored from a copy by exchanging storage."""
+    """The widespread SAM code: a loop over the tensors, moved in place and restored by exchanging storage with a copy."""
     g0, w = buffers["g0"], buffers["w"]
     scale = RHO / (torch.norm(torch.stack([g.norm(p=2) for g in g0]), p=2) + 1e-12)
     moved = {}
@@ -131,7 +129,7 @@ def per_tensor(method, buffers, losses):
 
 
 def with_lists(method, buffers, losses, read_back, **form):
-    """torch._foreach_* throughout. Reading the scale back to the host saves passes over memory; on a GPU it costs a wait."""
+    """torch._foreach_* throughout. Reading the scale back saves passes over memory, and costs a wait on a GPU."""
     g0, w = buffers["g0"], buffers["w"]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(g0)))
     scale = RHO / (norm + 1e-12)
@@ -197,10 +195,10 @@ def make_compiled():
 class Form:
     """A form over its rotating sets of buffers."""
 
-    def __init__(self, name, method, step, shapes, arguments, device):
+    def __init__(self, name, method, step, shapes, sets, device):
         self.name, self.method, self.step, self.device = name, method, step, device
         self.shapes, self.turn = shapes, 0
-        self.sets = [Buffers(make_input(arguments.params, seed), shapes, device) for seed in range(arguments.sets)]
+        self.sets = [Buffers(given, shapes) for given in sets]
 
     @torch.no_grad()
     def run(self, count):
@@ -215,23 +213,23 @@ class Form:
 
     @torch.no_grad()
     def answer(self, given):
-        chosen = Buffers(given, self.shapes, self.device)
+        chosen = Buffers({name: value.to(self.device, copy=True) for name, value in given.items()}, self.shapes)
         moved = self.step(self.method, chosen.tensors, chosen.losses)
         values = moved | {"w": chosen.tensors["w"], "momentum": chosen.tensors["momentum"]}
         return {name: torch.cat([t.flatten() for t in tensors]) for name, tensors in values.items()}
 
 
-def make_forms(method, arguments, device):
-    shapes = [tuple(p.shape) for p in common.MODELS["resnet18"]().parameters()]
-    arguments.params = sum(math.prod(shape) for shape in shapes)
+def make_forms(method, shapes, sets, arguments, device):
+    """All forms, over the same buffers."""
+    flat = [(sum(math.prod(shape) for shape in shapes),)]
     forms = [
         ("per-tensor", per_tensor, shapes), ("foreach", foreach, shapes), ("fused", fused, shapes),
         ("fused, scale read back", fused_read_back, shapes),
-        ("flat, fused", fused, None), ("flat, fused, scale read back", fused_read_back, None),
+        ("flat, fused", fused, flat), ("flat, fused, scale read back", fused_read_back, flat),
     ]
     if arguments.compile:
-        forms.append(("flat, torch.compile", make_compiled(), None))
-    return [Form(name, method, step, shapes, arguments, device) for name, step, shapes in forms]
+        forms.append(("flat, torch.compile", make_compiled(), flat))
+    return [Form(name, method, step, layout, sets, device) for name, step, layout in forms]
 
 
 # ---- The comparison ----------------------------------------------------------------------------------------------------
@@ -251,16 +249,19 @@ def copy_bandwidth(device):
 
 
 def compare(arguments, device, method):
-    forms = make_forms(method, arguments, device)
-    given = make_input(arguments.params, 99)
+    shapes = [tuple(p.shape) for p in common.MODELS["resnet18"]().parameters()]
+    params = sum(math.prod(shape) for shape in shapes)
+    sets = [{name: v.to(device) for name, v in make_input(params, seed).items()} for seed in range(arguments.sets)]
+    forms = make_forms(method, shapes, sets, arguments, device)
+    given = make_input(params, 99)
     reference = expected(method, given)
     for form in forms:
         check(form.name, given, form.answer(given), reference, PYTORCH_MOVE_LIMIT)
-    result = {"method": method, "params": arguments.params}
+    result = {"method": method, "params": params}
     if not arguments.self:
         peer = common.Peer(
             arguments.binary, "--method", method, "--device", arguments.device, "--threads", arguments.threads,
-            "--params", arguments.params,
+            "--params", params,
         )
         with tempfile.TemporaryDirectory() as folder:
             source, target = pathlib.Path(folder) / "in.safetensors", pathlib.Path(folder) / "out.safetensors"
@@ -272,7 +273,7 @@ def compare(arguments, device, method):
         contenders["ours"] = lambda count: peer.ask("steps", count)["seconds"]
     counts, times = {}, {name: [] for name in contenders}
     for name, run in contenders.items():
-        run(len(forms[0].sets))
+        run(arguments.sets)
         counts[name] = max(1, round(arguments.seconds / (run(3) / 3)))
     for turn in range(arguments.rounds):
         for name in contenders if turn % 2 == 0 else reversed(contenders):

@@ -83,7 +83,7 @@ struct Outputs {
 };
 
 #if defined(POLDER_HOST)
-/// Outputs of more bytes than this leave no trace in the caches anyway.
+/// An output of more bytes than this has left the caches before anyone reads it.
 constexpr uint64_t kStreamBytes = uint64_t(16) << 20;
 
 /// Copies elements from the stack to memory past the caches, which spares reading each line before it is overwritten.
@@ -123,7 +123,8 @@ template <int V, class D, int N, class F>
 __device__ __forceinline__ void for_each_output(bool packs, uint64_t n, const Outputs<D, N>& outputs, F f) {
 #if defined(POLDER_HOST)
     if (blockDim.x == 1 && n * sizeof(D) > kStreamBytes) {
-        constexpr uint64_t kStage = 1024;
+        // Four lines at a time: with more, the core's loads and the memory's writes no longer overlap.
+        constexpr uint64_t kStage = 256 / sizeof(D);
         alignas(64) D stage[N][kStage];
         Outputs<D, N> staged;
         for (int k = 0; k < N; ++k) staged.p[k] = stage[k];

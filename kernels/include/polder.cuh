@@ -9,9 +9,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// A block never has more than 256 threads, which lets the compiler use 255 registers at full size.
+// A block never has more than 256 threads. Asking for one resident block keeps ptxas from spilling registers for occupancy.
 #define POLDER_KERNEL(NAME, FUNCTION, ARGS) \
-    extern "C" __global__ void __launch_bounds__(256) NAME(const __grid_constant__ ARGS args) { FUNCTION(args); }
+    extern "C" __global__ void __launch_bounds__(256, 1) NAME(const __grid_constant__ ARGS args) { FUNCTION(args); }
 #define POLDER_HOST_KERNEL(NAME, FUNCTION, ARGS)  // double precision and CPU-only shapes stay out of the fatbin
 #define POLDER_DYNAMIC_SHARED(T, NAME)                               \
     extern __shared__ __align__(16) unsigned char polder_dynamic[]; \

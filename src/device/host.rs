@@ -354,7 +354,7 @@ struct Shared {
     chunk: AtomicU64,
     /// Set by a chunk that failed: the others stop early.
     failed: AtomicBool,
-    /// Workers that have not finished the newest job.
+    /// Workers that are at the newest job.
     busy: AtomicUsize,
     stop: AtomicBool,
     job: Mutex<Option<Job>>,
@@ -411,7 +411,6 @@ impl Team {
         shared.blocks.store(blocks, Ordering::Relaxed);
         shared.chunk.store(chunk, Ordering::Relaxed);
         shared.failed.store(false, Ordering::Relaxed);
-        shared.busy.store(self.workers.len(), Ordering::Relaxed);
         {
             let mut job = shared.job.lock().unwrap_or_else(PoisonError::into_inner);
             // SAFETY: only the lifetime changes; this function waits below until no worker uses the pointer any more.
@@ -425,6 +424,8 @@ impl Team {
         }
         shared.wake.notify_all();
         shared.claim(function);
+        // From here on nobody can join; a worker that has not woken by now is not waited for.
+        *shared.job.lock().unwrap_or_else(PoisonError::into_inner) = None;
         while shared.busy.load(Ordering::Acquire) > 0 {
             std::hint::spin_loop();
         }
@@ -462,12 +463,13 @@ impl Shared {
                 return;
             }
             seen = self.generation.load(Ordering::Acquire);
-            let newest = *job;
+            // Without a job the others have done it already.
+            let Some(Job(function)) = *job else { continue };
+            self.busy.fetch_add(1, Ordering::Relaxed);
             drop(job);
-            if let Some(Job(function)) = newest {
-                // SAFETY: `Team::run` keeps the closure alive until `busy` is zero, which this worker says below.
-                self.claim(unsafe { &*function });
-            }
+            // SAFETY: `Team::run` took the job away only after `busy` had counted this worker, and keeps the closure alive
+            // until `busy` is zero, which this worker says below.
+            self.claim(unsafe { &*function });
             self.busy.fetch_sub(1, Ordering::Release);
         }
     }
