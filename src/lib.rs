@@ -21,6 +21,8 @@ pub mod plan;
 #[cfg(feature = "train")]
 pub mod train;
 
+pub use device::{Buffer, Device};
+
 /// The examples of the README, compiled and run with the documentation tests.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
