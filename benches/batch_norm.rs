@@ -1,8 +1,10 @@
 //! Batch normalisation at the shape where a CIFAR ResNet spends most of it (128 images of 32x32 pixels, 16 channels), forward and
 //! backward, beside a plain copy: bytes per second of the traffic that the functions document.
 //!
-//! `cargo bench --bench batch_norm`; the GPU is measured too where there is one, with its own events. The buffers are rotated so
-//! that no cache keeps them from one iteration to the next.
+//! `cargo bench --bench batch_norm`; on the CPU and on the first GPU if there is one, or on the device that `POLDER_TEST_DEVICE`
+//! names, with the device's own events. The buffers are rotated so that no cache keeps them from one iteration to the next.
+
+mod common;
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
 use polder::device::{Buffer, Device, Result};
@@ -121,7 +123,7 @@ fn measure(
 }
 
 fn batch_norm(criterion: &mut Criterion) {
-    for device in [Some(Device::host()), Device::cuda(0).ok()].into_iter().flatten() {
+    for device in common::devices().expect("the device that POLDER_TEST_DEVICE names") {
         let mut group = criterion.benchmark_group(format!("batch_norm/{}", device.name()));
         let mut setup = Setup::new(device).expect("enough memory");
         measure(&mut group, &mut setup, "copy", 8, Setup::copy);

@@ -1,6 +1,8 @@
 //! The convolution's three passes on the layers of CIFAR's ResNet-20 and ResNet-18, batch 128: elements per second are
 //! floating-point operations per second (two per multiply-add). On one CPU thread, on all of them, and on the first GPU
-//! where there is one, timed by the device's own events.
+//! where there is one, or on the device that `POLDER_TEST_DEVICE` names; timed by the device's own events.
+
+mod common;
 
 use std::time::Duration;
 
@@ -95,12 +97,16 @@ fn timed(device: &Device, layer: &mut Layer, pass: &str, count: u64) -> Result<D
 }
 
 fn convolutions(criterion: &mut Criterion) {
-    let mut devices = vec![
-        ("cpu, 1 thread", Device::host_with(HostOptions { threads: 1, ..HostOptions::default() })),
-        ("cpu, all threads", Device::host()),
-    ];
-    if let Ok(device) = Device::cuda(0) {
-        devices.push(("cuda:0", device));
+    let mut devices = Vec::new();
+    for device in common::devices().expect("the device that POLDER_TEST_DEVICE names") {
+        if device.is_host() {
+            devices.push((
+                "cpu, 1 thread".into(),
+                Device::host_with(HostOptions { threads: 1, ..HostOptions::default() }),
+            ));
+        }
+        let threads = if device.is_host() { ", all threads" } else { "" };
+        devices.push((format!("{}{threads}", device.name()), device));
     }
     for (name, device) in &devices {
         let mut group = criterion.benchmark_group(format!("conv {name}"));

@@ -3,10 +3,11 @@
 //! `cargo bench --bench step`; on the CPU and on the first GPU if there is one, or on the device that `POLDER_TEST_DEVICE` names.
 //! Timed with the device's own events.
 
+mod common;
+
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use polder::device::Device;
 use polder::nn::{Model, initial_weights};
 use polder::optim::{Base, CrSamTerms, Form, Method, Norm, Optimizer, Settings};
 use polder::plan::{Plan, PlanOptions, Shape};
@@ -21,11 +22,7 @@ fn step(criterion: &mut Criterion) {
         ("sam", Method::Sam { rho: 0.05, norm: Norm::Two }),
         ("cr-sam", Method::CrSam { rho: 0.1, terms }),
     ];
-    let devices = match std::env::var("POLDER_TEST_DEVICE") {
-        Ok(name) => vec![Device::from_name(&name).expect("the device that POLDER_TEST_DEVICE names")],
-        Err(_) => [Device::host()].into_iter().chain(Device::cuda(0)).collect(),
-    };
-    for device in devices {
+    for device in common::devices().expect("the device that POLDER_TEST_DEVICE names") {
         let models: &[&str] =
             if device.is_host() { &["resnet8", "resnet20"] } else { &["resnet8", "resnet20", "resnet18"] };
         let mut group = criterion.benchmark_group(format!("step on {}", device.name()));

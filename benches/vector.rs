@@ -1,9 +1,12 @@
-//! Every vector kernel, on the CPU and on the first GPU if there is one: `cargo bench --bench vector`.
+//! Every vector kernel: `cargo bench --bench vector`, on the CPU and on the first GPU if there is one, or on the device that
+//! `POLDER_TEST_DEVICE` names.
 //!
 //! Lengths are those of a small and of a large ResNet: the small one's vectors fit in a CPU's last cache. Inputs are random,
 //! and three sets of buffers take turns, because one set of the large length fits in a GPU's cache. Times come from the
 //! device's own events. At the end a table gives each kernel's share of the bandwidth of a copy of the same length: the faster
 //! of the device's copy and of the conversion from `f32` to `f32`, which uses every core.
+
+mod common;
 
 use std::cell::RefCell;
 use std::error::Error;
@@ -253,16 +256,12 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
     let mut criterion = Criterion::default().configure_from_args();
     let mut tables = Vec::new();
     for n in LENGTHS {
-        let device = Device::host();
-        let mut rows = bench_device(&mut criterion, &device, n)?;
-        rows.extend(bench_plain(&mut criterion, n)?);
-        tables.push((format!("cpu ({}), {n} elements", device.description()), rows));
-        match Device::cuda(0) {
-            Ok(gpu) => {
-                let rows = bench_device(&mut criterion, &gpu, n)?;
-                tables.push((format!("cuda:0 ({}), {n} elements", gpu.description()), rows));
+        for device in common::devices()? {
+            let mut rows = bench_device(&mut criterion, &device, n)?;
+            if device.is_host() {
+                rows.extend(bench_plain(&mut criterion, n)?);
             }
-            Err(reason) => eprintln!("{reason}"),
+            tables.push((format!("{} ({}), {n} elements", device.name(), device.description()), rows));
         }
     }
     criterion.final_summary();

@@ -40,17 +40,19 @@ constexpr int kVectorBytes = 16;
 template <class T, int K>
 struct Vectors {
     typedef T Item __attribute__((vector_size(kVectorBytes)));
-    static constexpr int channels = K * int(kVectorBytes / sizeof(T)), items = K;
+    static constexpr int width = kVectorBytes / sizeof(T), channels = K * width, items = K;
     Item v[K];
 
+    // A vector at a time: gcc copies the whole struct through the stack, in pieces that a wider load then waits for.
     static __forceinline__ Vectors load(const T* p) {
         Vectors group;
-        memcpy(&group, p, sizeof group);
+        for (int k = 0; k < K; ++k) memcpy(&group.v[k], p + k * width, sizeof(Item));
         return group;
     }
-    __forceinline__ void store(T* p) const { memcpy(p, this, sizeof *this); }
+    __forceinline__ void store(T* p) const {
+        for (int k = 0; k < K; ++k) memcpy(p + k * width, &v[k], sizeof(Item));
+    }
 };
-
 #endif
 
 /// Names a group's type in a call.
@@ -173,10 +175,12 @@ __device__ __forceinline__ void run_moments(const T* x, uint64_t stride, uint32_
             squares.v[k] = squares.v[k] + d * d;
         }
     }
-    T shifts[Group::channels], sums[Group::channels], squared[Group::channels];
-    memcpy(shifts, &shift, sizeof shift);
-    memcpy(sums, &sum, sizeof sum);
-    memcpy(squared, &squares, sizeof squares);
+    alignas(Group) T shifts[Group::channels];
+    alignas(Group) T sums[Group::channels];
+    alignas(Group) T squared[Group::channels];
+    shift.store(shifts);
+    sum.store(sums);
+    squares.store(squared);
     const double inverse = 1.0 / double(count);
     POLDER_UNROLL
     for (int k = 0; k < Group::channels; ++k) {
@@ -497,9 +501,10 @@ __device__ __forceinline__ void sums_of_block(const SumsArgs<T>& a) {
                 total.store(a.residual + place);
             }
         }
-        T sums[Group::channels], sums_x[Group::channels];
-        memcpy(sums, &sum, sizeof sum);
-        memcpy(sums_x, &sum_x, sizeof sum_x);
+        alignas(Group) T sums[Group::channels];
+        alignas(Group) T sums_x[Group::channels];
+        sum.store(sums);
+        sum_x.store(sums_x);
         POLDER_UNROLL
         for (int k = 0; k < Group::channels; ++k) {
             totals_dz[k] += double(sums[k]);

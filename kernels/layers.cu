@@ -103,6 +103,10 @@ __device__ __forceinline__ void for_each_pixel(uint32_t pixels, uint32_t channel
         const uint32_t end = uint32_t(uint64_t(pixels) * (blockIdx.x + 1) / gridDim.x);
         for (uint32_t pixel = uint32_t(uint64_t(pixels) * blockIdx.x / gridDim.x); pixel < end; ++pixel) {
             const auto g = f(pixel);
+            if (packs) {
+                for (uint32_t c = 0; c < channels; c += V) g(Width<V>{}, c);
+                continue;
+            }
 #pragma GCC ivdep
             for (uint32_t c = 0; c < channels; ++c) g(Width<1>{}, c);
         }

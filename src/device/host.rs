@@ -234,8 +234,9 @@ impl HostDevice {
     }
 
     pub(super) fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Vec<Recorded>> {
-        self.refuse_recording("capture", "a graph cannot capture another")?;
-        self.recording.store(true, Ordering::Relaxed);
+        if self.recording.swap(true, Ordering::Relaxed) {
+            return Err(Error::Argument { operation: "capture", message: "a graph cannot capture another".into() });
+        }
         // Ends the recording also where the work panics.
         let capture = Capture(self);
         work()?;
@@ -311,15 +312,24 @@ unsafe impl Sync for HostMemory {}
 
 impl HostMemory {
     const ALIGNMENT: usize = 256;
+    /// The size of a huge page where there are such, and the alignment of memory that spans several of them.
+    const HUGE_PAGE: usize = 2 << 20;
 
     pub(super) fn filled(device: &HostDevice, bytes: usize, byte: u8) -> Result<Self> {
         device.refuse_recording("allocate", "a graph cannot allocate memory")?;
         let failed = || Error::OutOfMemory { device: "cpu".into(), bytes };
-        let layout = Layout::from_size_align(bytes.max(1), Self::ALIGNMENT).map_err(|_| failed())?;
+        let alignment = if bytes >= 2 * Self::HUGE_PAGE { Self::HUGE_PAGE } else { Self::ALIGNMENT };
+        let layout = Layout::from_size_align(bytes.max(1), alignment).map_err(|_| failed())?;
         // SAFETY: the layout's size is not zero.
         let address = unsafe { alloc::alloc(layout) };
         if address.is_null() {
             return Err(failed());
+        }
+        #[cfg(target_os = "linux")]
+        if alignment == Self::HUGE_PAGE {
+            // Streams over large vectors are bound by address translation otherwise. A kernel that refuses changes nothing.
+            // SAFETY: advice about memory that is ours, in whole huge pages.
+            unsafe { libc::madvise(address.cast(), bytes - bytes % Self::HUGE_PAGE, libc::MADV_HUGEPAGE) };
         }
         // SAFETY: `address` is `layout.size()` writable bytes.
         unsafe { std::ptr::write_bytes(address, byte, layout.size()) };

@@ -88,7 +88,7 @@ pub fn normalization(
         ("--std", std.unwrap_or(data.1), &mut normalization.std),
     ] {
         if values.len() != channels || channels > into.len() {
-            let reason = format!("{} values, but the images have {channels} channels", values.len());
+            let reason = format!("{} values for images with {channels} channel(s)", values.len());
             return Err(TrainError::option(option, reason));
         }
         if values.iter().any(|value| !value.is_finite() || (option == "--std" && *value <= 0.0)) {
