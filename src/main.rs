@@ -350,15 +350,15 @@ impl Display {
                 images_per_second,
                 ..
             }) => {
-                let number = |value: Option<f64>, scale: f64| match value {
-                    Some(value) => format!("{:.3}", value * scale),
+                let number = |value: Option<f64>, decimals: usize| match value {
+                    Some(value) => format!("{value:.decimals$}"),
                     None => "not finite".into(),
                 };
                 self.line(&format!(
                     "epoch {epoch:>3}  train loss {}  accuracy {} %  test loss {}  accuracy {:.2} %  {images_per_second:.0} images/s",
-                    number(train_loss, 1.0),
-                    number(train_accuracy, 100.0),
-                    number(test_loss, 1.0),
+                    number(train_loss, 3),
+                    number(train_accuracy.map(|share| 100.0 * share), 2),
+                    number(test_loss, 3),
                     100.0 * test_accuracy,
                 ));
             }
