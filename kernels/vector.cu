@@ -431,6 +431,10 @@ struct AdamWArgs {
     double lr, beta1, beta2, eps, weight_decay;
 };
 
+// C has one name for each precision: by `sqrt` alone the CPU would leave single precision.
+__device__ __forceinline__ float square_root(float x) { return sqrtf(x); }
+__device__ __forceinline__ double square_root(double x) { return sqrt(x); }
+
 /// base^exponent by squaring: the same on every device.
 __device__ __forceinline__ double power(double base, uint32_t exponent) {
     double result = 1.0;
@@ -469,7 +473,7 @@ __device__ void adamw(const AdamWArgs<T>& a) {
             if (v < decayed) weights.v[v] *= decay;
             first.v[v] = beta1 * first.v[v] + rest1 * g.v[v];
             second.v[v] = beta2 * second.v[v] + rest2 * (g.v[v] * g.v[v]);
-            weights.v[v] -= step_size * first.v[v] / (sqrt(second.v[v]) * root_scale + eps);
+            weights.v[v] -= step_size * first.v[v] / (square_root(second.v[v]) * root_scale + eps);
         }
         store<W>(m, i, first);
         store<W>(s, i, second);

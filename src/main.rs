@@ -179,7 +179,7 @@ fn run_eval(args: &EvalArgs) -> Result<(), TrainError> {
     let published = (data.mean.as_slice(), data.std.as_slice());
     let channels = images.shape.channels;
     let normalization = train::normalization(args.mean.as_deref(), args.std.as_deref(), published, channels)?;
-    let mut evaluator = Evaluator::new(&device, model, &images, normalization, args.batch_size)?;
+    let mut evaluator = Evaluator::new(&device, model, &args.data, &images, normalization, args.batch_size)?;
     let layouts = [evaluator.plan().parameters(), evaluator.plan().statistics_layout()];
     let [parameters, statistics] = weights::load(&args.init, layouts)?;
     let (parameters, statistics) = (device.upload(&parameters)?, device.upload(&statistics)?);
@@ -227,7 +227,11 @@ fn run_train(args: TrainArgs) -> Result<ExitCode, TrainError> {
         }
         (None, None) => Options::default(),
     };
+    let before = args.resume.is_some().then(|| below.clone());
     let options = args.options.over(below).resolve()?;
+    if let Some(before) = before {
+        options.continues(&before.resolve()?)?;
+    }
     let out = args.out.or(args.resume.clone());
 
     let stop = Arc::new(AtomicBool::new(false));

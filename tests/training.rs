@@ -10,7 +10,7 @@ use polder::arena::{Kind, Layout};
 use polder::data::{self, Split};
 use polder::device::{Buffer, Device, HostOptions, Scalar};
 use polder::kernels::image::{self, BatchShape, Normalization};
-use polder::nn::{Model, Shortcut};
+use polder::nn::{Model, Shortcut, initial_weights};
 use polder::objective::{Objective, Statistics};
 use polder::optim::{Base, CrSamTerms, Form, Method, Norm, Optimizer, Settings};
 use polder::plan::{Plan, PlanOptions, Shape};
@@ -202,13 +202,18 @@ fn check_run<T: Scalar>(device: &Device, name: &str, tolerance: f64) {
 
 const RUNS: [&str; 7] = ["sgd", "sgd-nesterov", "adamw", "sam", "sam-inf", "cr-sam-log", "cr-sam-released"];
 
-#[test]
-fn five_steps_match_pytorch_in_float64() {
-    let host = Device::host_with(HostOptions { threads: 2, ..HostOptions::default() });
-    let mut devices = vec![host];
+/// The CPU with two threads, and the device that `POLDER_TEST_DEVICE` names.
+fn fast_devices() -> Vec<Device> {
+    let mut devices = vec![Device::host_with(HostOptions { threads: 2, ..HostOptions::default() })];
     if let Ok(name) = std::env::var("POLDER_TEST_DEVICE") {
         devices.push(Device::from_name(&name).unwrap());
     }
+    devices
+}
+
+#[test]
+fn five_steps_match_pytorch_in_float64() {
+    let devices = fast_devices();
     for run in RUNS {
         for device in &devices {
             check_run::<f32>(device, run, 1e-3);
@@ -251,7 +256,10 @@ fn hash_weights(layout: &Layout) -> Vec<f64> {
 
 #[test]
 fn other_models_and_shapes_match_pytorch_in_float64() {
-    let device = Device::host();
+    fast_devices().iter().for_each(check_other_models);
+}
+
+fn check_other_models(device: &Device) {
     let cases = read_json("hash-models.json");
     let cases = cases["cases"].as_array().unwrap();
     assert!(cases.iter().any(|case| case["model"] == "resnet18") && cases.iter().any(|case| case["shortcut"] == "b"));
@@ -262,10 +270,10 @@ fn other_models_and_shapes_match_pytorch_in_float64() {
         let shortcut = case["shortcut"].as_str().unwrap().parse::<Shortcut>().unwrap();
         let model = Model::from_name(case["model"].as_str().unwrap(), Some(shortcut)).unwrap();
         let (graph, logits) = model.trace(Shape { batch, height, width, channels: 3 }, 10).unwrap();
-        let mut plan = Plan::<f32>::new(&device, graph, logits, PlanOptions::training()).unwrap();
+        let mut plan = Plan::<f32>::new(device, graph, logits, PlanOptions::training()).unwrap();
         assert_eq!(plan.parameters().parameters(), of("parameters"), "{name}");
-        Pool::cropped(&device, height, width).fill(&mut plan, &case["rows"], case);
-        let weights = upload::<f32>(&device, &hash_weights(plan.parameters()));
+        Pool::cropped(device, height, width).fill(&mut plan, &case["rows"], case);
+        let weights = upload::<f32>(device, &hash_weights(plan.parameters()));
         let mut gradient = device.zeros::<f32>(weights.len()).unwrap();
         let (mut loss, mut flag) = (device.poisoned(1).unwrap(), device.zeros(1).unwrap());
         plan.gradient(weights.view(), Statistics::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
@@ -287,6 +295,44 @@ fn other_models_and_shapes_match_pytorch_in_float64() {
     }
 }
 
+/// One step is recorded as a graph, where allocating and waiting are refused, and replayed: the same bits as steps taken one by
+/// one.
+#[test]
+fn a_whole_step_can_be_captured_and_replayed() {
+    let terms = CrSamTerms { form: Form::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
+    for device in fast_devices() {
+        for method in [Method::Plain, Method::Sam { rho: 0.05, norm: Norm::Two }, Method::CrSam { rho: 0.1, terms }] {
+            let run = |captured: bool| {
+                let shape = Shape { batch: 4, height: 8, width: 9, channels: 3 };
+                let model = Model::CifarResNet { blocks: 1, shortcut: Shortcut::B };
+                let (graph, logits) = model.trace(shape, 10).unwrap();
+                let mut plan = Plan::<f32>::new(&device, graph, logits, PlanOptions::training()).unwrap();
+                let (mut images, mut labels) = plan.batch_mut().unwrap();
+                images.write(&Random(3).vector::<f32>(images.len())).unwrap();
+                labels.write(&[1, 7, 0, 9]).unwrap();
+                let len = plan.parameters().len();
+                let mut weights = device.upload(&initial_weights(plan.parameters(), 2).unwrap()).unwrap();
+                let base = Base::Sgd { momentum: 0.9, nesterov: false };
+                let settings = Settings { method, base, weight_decay: 5e-4, decay_len: len };
+                let mut optimizer = Optimizer::new(&device, len, settings).unwrap();
+                optimizer.step(&mut plan, &mut weights, 0.05).unwrap();
+                if captured {
+                    // SAFETY: everything that the step uses lives until the end of this block.
+                    let graph = unsafe { device.capture(|| optimizer.step(&mut plan, &mut weights, 0.05)) }.unwrap();
+                    assert!(graph.operations() > 0);
+                    graph.replay().unwrap();
+                    graph.replay().unwrap();
+                } else {
+                    optimizer.step(&mut plan, &mut weights, 0.05).unwrap();
+                    optimizer.step(&mut plan, &mut weights, 0.05).unwrap();
+                }
+                (common::bits(&weights.to_vec().unwrap()), common::bits(&plan.statistics().to_vec().unwrap()))
+            };
+            assert!(run(true) == run(false), "{method:?} on {}", device.name());
+        }
+    }
+}
+
 /// The pretrained ResNet-20 and the CIFAR-10 test images, if `POLDER_DATA` names a folder that holds them.
 #[test]
 fn the_pretrained_resnet20_makes_827_errors() {
@@ -299,7 +345,7 @@ fn the_pretrained_resnet20_makes_827_errors() {
     let normalization = Normalization { mean: [0.485, 0.456, 0.406, 0.0], std: [0.229, 0.224, 0.225, 1.0] };
     let device = Device::from_name(&std::env::var("POLDER_TEST_DEVICE").unwrap_or("cpu".into())).unwrap();
     let model = Model::CifarResNet { blocks: 3, shortcut: Shortcut::A };
-    let mut evaluator = Evaluator::new(&device, model, &test.images, normalization, 250).unwrap();
+    let mut evaluator = Evaluator::new(&device, model, "cifar-10", &test.images, normalization, 250).unwrap();
     let layouts = [evaluator.plan().parameters(), evaluator.plan().statistics_layout()];
     let [parameters, statistics] = weights::load(&folder.join("pretrained/resnet20.safetensors"), layouts).unwrap();
     let (parameters, statistics) = (device.upload(&parameters).unwrap(), device.upload(&statistics).unwrap());

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Gathers in one folder what a machine with a GPU, but without Rust, needs to test and to measure polder: run.sh, the programs,
-# tests and benchmarks with the GPU's kernels inside, and their data. Needs nvcc (NVCC, CUDA_HOME, CUDA_PATH or PATH).
+# Gathers in one folder what a machine with a GPU, but without Rust, needs to test and to measure polder: run.sh, and in one
+# archive the programs, tests and benchmarks with the GPU's kernels inside, and their data. The programs hold the same kernels,
+# so one archive with a long window is a tenth of their size. Needs nvcc (NVCC, CUDA_HOME, CUDA_PATH or PATH) and Python.
 #
 #   benches/gpu/bundle.sh OUT        then, over there:  OUT/run.sh RESULTS
 set -euo pipefail
@@ -18,9 +19,11 @@ if [ -n "$(ls -A "$out")" ] && [ ! -e "$out/run.sh" ]; then
     exit 2
 fi
 rm -rf "${out:?}"/*
-mkdir -p "$out"/{bin,tests,benches,peers}
 cp benches/gpu/run.sh "$out/"
 chmod +x "$out/run.sh"
+payload=$(mktemp -d)
+trap 'rm -rf "$payload"' EXIT
+mkdir -p "$payload"/{bin,tests,benches,peers}
 
 # Builds, and prints "folder name path" for every executable that cargo reports.
 executables() {
@@ -48,13 +51,19 @@ tests=$(executables test --release)
 benches=$(executables bench --benches)
 while read -r folder name path; do
     case " $left_out " in *" $name "*) continue ;; esac
-    strip -o "$out/$folder/$name" "$path"
+    strip -o "$payload/$folder/$name" "$path"
 done < <(echo "$tests"; grep '^benches ' <<<"$benches")
-cp -r tests/fixtures "$out/tests/"
-find benches/peers -name '*.py' -exec cp {} "$out/peers/" \;
+cp -r tests/fixtures "$payload/tests/"
+find benches/peers -name '*.py' -exec cp {} "$payload/peers/" \;
 
+(cd "$payload" && find . -type f -printf '%k KiB  %P\n' | sort -rn | head -n 30)
+python3 - "$payload" "$out/payload.tar.xz" <<'EOF'
+import lzma, sys, tarfile
+window = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 192 << 20}]
+with lzma.open(sys.argv[2], "w", filters=window) as packed, tarfile.open(fileobj=packed, mode="w") as archive:
+    archive.add(sys.argv[1], ".")
+EOF
 kib=$(du -sk --apparent-size "$out" | cut -f1)
-(cd "$out" && find . -type f -printf '%k KiB  %P\n' | sort -rn | head -n 30)
 echo "$out: $((kib / 1024)) MiB"
 if [ "$kib" -gt $((limit_mib * 1024)) ]; then
     echo "more than $limit_mib MiB" >&2

@@ -17,7 +17,7 @@ our side. WEIGHTS has parameters and running statistics under torchvision's name
 `labels` (i64). It reads commands from stdin and answers each with one line of JSON (`{"error": "..."}` where it cannot):
   gradient OUT.safetensors   writes the batch's gradient at the current weights under the parameters' names; {"loss": ..}
   steps N                    N training steps on the batch; {"seconds": .., "images_per_s": ..}
-  memory                     {"peak_rss_bytes": ..}, on a GPU also "peak_device_bytes"
+  memory                     {"peak_rss_bytes": ..}
   quit                       ends it
 """
 import argparse

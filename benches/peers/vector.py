@@ -160,6 +160,10 @@ def foreach(method, buffers, losses):
     return with_lists(method, buffers, losses, False, foreach=True, fused=False)
 
 
+def foreach_read_back(method, buffers, losses):
+    return with_lists(method, buffers, losses, True, foreach=True, fused=False)
+
+
 def fused(method, buffers, losses):
     """foreach for norm and perturbation, PyTorch's fused SGD kernel for the update."""
     return with_lists(method, buffers, losses, False, foreach=False, fused=True)
@@ -223,7 +227,8 @@ def make_forms(method, shapes, sets, arguments, device):
     """All forms, over the same buffers."""
     flat = [(sum(math.prod(shape) for shape in shapes),)]
     forms = [
-        ("per-tensor", per_tensor, shapes), ("foreach", foreach, shapes), ("fused", fused, shapes),
+        ("per-tensor", per_tensor, shapes), ("foreach", foreach, shapes),
+        ("foreach, scale read back", foreach_read_back, shapes), ("fused", fused, shapes),
         ("fused, scale read back", fused_read_back, shapes),
         ("flat, fused", fused, flat), ("flat, fused, scale read back", fused_read_back, flat),
     ]

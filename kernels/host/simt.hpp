@@ -188,6 +188,12 @@ __forceinline__ double __fma_rn(double a, double b, double c) { return __builtin
 __forceinline__ float __fsqrt_rn(float x) { return __builtin_sqrtf(x); }
 __forceinline__ float __frcp_rn(float x) { return 1.0f / x; }
 __forceinline__ float __fdiv_rn(float a, float b) { return a / b; }
+// Newer C libraries declare some of these themselves: ours have names of their own.
+#define rsqrtf polder_rsqrtf
+#define rsqrt polder_rsqrt
+#define sincospif polder_sincospif
+#define sinpif polder_sinpif
+#define cospif polder_cospif
 __forceinline__ float rsqrtf(float x) { return 1.0f / __builtin_sqrtf(x); }
 __forceinline__ double rsqrt(double x) { return 1.0 / __builtin_sqrt(x); }
 

@@ -16,13 +16,6 @@ struct Add {
     }
 };
 
-struct Maximum {
-    template <class T>
-    static __device__ __forceinline__ T of(T a, T b) {
-        return max(a, b);
-    }
-};
-
 /// K sums that are taken together, in double precision: a product of two floats is exact there, and nothing overflows.
 template <int K>
 struct Sums {
@@ -59,11 +52,6 @@ __device__ __forceinline__ T warp_sum(T value) {
     return warp_reduce<Add>(value);
 }
 
-template <class T>
-__device__ __forceinline__ T warp_max(T value) {
-    return warp_reduce<Maximum>(value);
-}
-
 constexpr int kMaxWarpsPerBlock = 8;
 
 /// Combines K values per thread over the block; every thread gets the results, in the same bits. All threads of the block
@@ -86,20 +74,6 @@ __device__ __forceinline__ void block_reduce(T (&values)[K]) {
         values[k] = result;
     }
     __syncthreads();  // `partial` may be written again
-}
-
-template <class T>
-__device__ __forceinline__ T block_sum(T value) {
-    T values[1] = {value};
-    block_reduce<Add>(values);
-    return values[0];
-}
-
-template <class T>
-__device__ __forceinline__ T block_max(T value) {
-    T values[1] = {value};
-    block_reduce<Maximum>(values);
-    return values[0];
 }
 
 template <int K>

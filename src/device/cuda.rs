@@ -22,15 +22,15 @@ const OLDEST_DRIVER: i32 = 12_080;
 
 /// How many GPUs there are, or in one line why none can be used.
 pub(super) fn count() -> std::result::Result<usize, String> {
-    driver_version()?;
-    let count = result::device::get_count().map_err(describe)?;
-    if count <= 0 {
-        return Err("the CUDA driver finds no GPU".into());
-    }
+    let found = driver_version().and_then(|_| match result::device::get_count().map_err(describe)? {
+        count if count <= 0 => Err("the CUDA driver finds no GPU".into()),
+        count => Ok(count as usize),
+    });
     if FATBINS.is_empty() {
-        return Err("this binary was built without nvcc, so it has no GPU kernels".into());
+        let also = found.err().map(|reason| format!("; {reason}")).unwrap_or_default();
+        return Err(format!("this binary was built without nvcc, so it has no GPU kernels{also}"));
     }
-    Ok(count as usize)
+    found
 }
 
 /// Loads and starts the driver, once; its CUDA version as in 13000, or why there is none.

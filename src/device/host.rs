@@ -29,12 +29,17 @@ pub enum Schedule {
 /// How the CPU acts as a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct HostOptions {
-    /// Threads that run blocks; 0 takes one per core.
+    /// Threads that run blocks; 0 takes one per core, more than [`HostOptions::MOST_THREADS`] that many.
     pub threads: usize,
     /// The order of blocks and threads.
     pub schedule: Schedule,
     /// Launch kernels in the GPU's shapes (many threads per block) instead of the CPU's: slow, and what tests want.
     pub gpu_shapes: bool,
+}
+
+impl HostOptions {
+    /// The most threads that a device starts.
+    pub const MOST_THREADS: usize = 1024;
 }
 
 /// The CPU.
@@ -92,7 +97,7 @@ unsafe impl Sync for PolderLaunch {}
 impl HostDevice {
     pub(super) fn new(options: HostOptions) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-        let threads = if options.threads == 0 { cores } else { options.threads };
+        let threads = if options.threads == 0 { cores } else { options.threads }.min(HostOptions::MOST_THREADS);
         Self {
             options: HostOptions { threads, ..options },
             instruction_set: newest_instruction_set(),

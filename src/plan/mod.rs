@@ -94,8 +94,8 @@ impl<T: Scalar> Plan<T> {
     /// Plans a network that ends in `logits`, for softmax cross-entropy.
     ///
     /// # Errors
-    /// [`PlanError::NoGradient`] where the loss does not depend on some parameter, [`PlanError::Device`] where the memory is
-    /// not to be had.
+    /// [`PlanError::NoGradient`] where the loss does not depend on some parameter, [`PlanError::Shape`] for a batch norm in
+    /// training whose channels have a single value, [`PlanError::Device`] where the memory is not to be had.
     pub fn new(
         device: &Device,
         graph: Graph,
@@ -105,6 +105,16 @@ impl<T: Scalar> Plan<T> {
         let parameters = graph.parameters();
         let statistics_layout = graph.statistics();
         let Graph { ops, shapes, .. } = graph;
+        for op in &ops {
+            if let Op::BatchNorm { x, scale, .. } = op
+                && options.batch_norm == Mode::Train
+                && shapes[x.0].rows() < 2
+            {
+                let operation = parameters.tensors()[*scale].name.clone();
+                let reason = format!("training needs two values per channel or more, found {}", shapes[x.0]);
+                return Err(PlanError::Shape { operation, reason });
+            }
+        }
         let places = Places::new(device, &ops, &shapes, logits, &parameters, options)?;
         let sums = ops.iter().filter_map(|op| match op {
             Op::BatchNorm { x, .. } => Some(batch_norm_shape(shapes[x.0]).workspace_len(device)),

@@ -62,26 +62,30 @@ pub enum TrainError {
     #[error("--model: {0}")]
     Model(#[from] UnknownModel),
     /// The network does not fit the images or the device.
-    #[error("the model does not fit the images: {0}")]
-    Plan(PlanError),
+    #[error("{data}: the model does not fit the images: {source}")]
+    Plan {
+        /// The data set's path or name.
+        data: String,
+        /// What does not fit.
+        source: PlanError,
+    },
     /// The device.
     #[error(transparent)]
     Device(#[from] device::Error),
-}
-
-impl From<PlanError> for TrainError {
-    fn from(error: PlanError) -> Self {
-        match error {
-            PlanError::Device(error) => TrainError::Device(error),
-            other => TrainError::Plan(other),
-        }
-    }
 }
 
 impl TrainError {
     /// Whether the user's input is at fault (exit code 2) rather than the machine (exit code 1).
     pub fn is_input(&self) -> bool {
         !matches!(self, TrainError::Device(error) if !matches!(error, device::Error::Unavailable { .. }))
+    }
+
+    /// An error of planning a model for the images of `data`.
+    pub(crate) fn plan(data: &str) -> impl Fn(PlanError) -> Self + '_ {
+        move |error| match error {
+            PlanError::Device(error) => TrainError::Device(error),
+            source => TrainError::Plan { data: data.into(), source },
+        }
     }
 
     pub(crate) fn option(option: &str, reason: impl Into<String>) -> Self {

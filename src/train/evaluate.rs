@@ -33,21 +33,23 @@ pub struct Evaluator {
 }
 
 impl Evaluator {
-    /// Plans the model for batches of at most `batch_size` of these images.
+    /// Plans the model for batches of at most `batch_size` of these images, which errors call `name`.
     ///
     /// # Errors
     /// A model that does not fit the images, or the device's memory.
     pub fn new(
         device: &Device,
         model: Model,
+        name: &str,
         images: &crate::data::Images,
         normalization: Normalization,
         batch_size: usize,
     ) -> Result<Self, TrainError> {
         let batch = batch_size.min(images.len());
         let crate::data::ImageShape { height, width, channels } = images.shape;
-        let (graph, logits) = model.trace(Shape { batch, height, width, channels }, images.classes)?;
-        let plan = Plan::new(device, graph, logits, PlanOptions::evaluation())?;
+        let shape = Shape { batch, height, width, channels };
+        let (graph, logits) = model.trace(shape, images.classes).map_err(TrainError::plan(name))?;
+        let plan = Plan::new(device, graph, logits, PlanOptions::evaluation()).map_err(TrainError::plan(name))?;
         // The last batch is filled up with the first samples, whose results are not counted.
         let count = images.len().next_multiple_of(batch);
         let order: Vec<u32> = (0..count).map(|sample| (sample % images.len()) as u32).collect();

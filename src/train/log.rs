@@ -20,8 +20,12 @@ pub enum Record {
         epoch: u64,
         /// Mean loss of the batch at the unperturbed weights.
         loss: Option<f64>,
+        /// Accuracy on the batch likewise.
+        accuracy: f64,
         /// Learning rate.
         lr: f64,
+        /// Training images per second since the epoch began.
+        images_per_second: f64,
         /// ‖g‖ at the unperturbed weights.
         gradient_norm: Option<f64>,
         /// `L+ + L− − 2L0`.
@@ -56,6 +60,14 @@ pub enum Record {
         test_accuracy: f64,
         /// Learning rate of its last step.
         lr: f64,
+        /// ‖g‖ at the unperturbed weights of its last step.
+        gradient_norm: Option<f64>,
+        /// `L+ + L− − 2L0` of its last step.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        a: Option<f64>,
+        /// `L+ − L−` of its last step.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        b: Option<f64>,
         /// Training images per second, evaluation left out.
         images_per_second: f64,
         /// Seconds of training since the start, evaluation left out.

@@ -195,15 +195,18 @@ pub fn train(
     let schedule = options.schedule(steps);
 
     let model = options.model()?;
-    let (graph, logits) = model.trace(Shape { batch, height, width, channels }, train.classes)?;
+    let path = options.data.as_deref().unwrap_or("synthetic");
+    let shape = Shape { batch, height, width, channels };
+    let (graph, logits) = model.trace(shape, train.classes).map_err(TrainError::plan(path))?;
     let plan_options =
         PlanOptions { label_smoothing: options.label_smoothing.unwrap_or_default(), ..PlanOptions::training() };
-    let mut plan = Plan::<f32>::new(&device, graph, logits, plan_options)?;
-    let mut evaluator = Evaluator::new(&device, model, &test, normalization, batch)?;
+    let mut plan = Plan::<f32>::new(&device, graph, logits, plan_options).map_err(TrainError::plan(path))?;
+    let mut evaluator = Evaluator::new(&device, model, path, &test, normalization, batch)?;
     let layout = plan.parameters().clone();
     let mut optimizer = Optimizer::<f32>::new(&device, layout.len(), options.optimizer(&layout))?;
     let mut parameters = device.upload(&nn::initial_weights(&layout, seed)?)?;
-    if let Some(file) = &options.init {
+    // A resumed run has its weights; the file that it began with may be gone.
+    if let Some(file) = options.init.as_ref().filter(|_| !resume) {
         let [loaded, statistics] = weights::load(Path::new(file), [&layout, plan.statistics_layout()])?;
         parameters.write(&loaded)?;
         plan.set_statistics(device.upload(&statistics)?.view())?;
@@ -270,7 +273,13 @@ pub fn train(
         let epoch_ends = step % steps_per_epoch == 0 || step == steps;
         let log_step = options.log_every.is_some_and(|every| every > 0 && step % every == 0);
         if log_step && let Some(log) = &mut log {
-            log.write(&step_record(&optimizer.telemetry()?, step, epoch + 1, lr))?;
+            let mut correct = [0];
+            plan.correct()?.read(&mut correct)?;
+            let accuracy = f64::from(correct[0]) / batch as f64;
+            let elapsed = epoch_seconds + clock.elapsed().as_secs_f64();
+            let images_per_second = (step - epoch_started_at) as f64 * batch as f64 / elapsed;
+            let record = step_record(&optimizer.telemetry()?, (step, epoch + 1), lr, accuracy, images_per_second);
+            log.write(&record)?;
         }
         if epoch_ends || reported.elapsed() > REPORT {
             reported = Instant::now();
@@ -285,7 +294,6 @@ pub fn train(
             let elapsed = clock.elapsed().as_secs_f64();
             (seconds, epoch_seconds) = (seconds + elapsed, epoch_seconds + elapsed);
             let sums = read_totals(&totals)?;
-            let finite = |value: f64| value.is_finite().then_some(value);
             let test = evaluator.evaluate(parameters.view(), plan.statistics().view(), |_| Ok(()))?;
             let telemetry = optimizer.telemetry()?;
             let record = Record::Epoch {
@@ -296,13 +304,20 @@ pub fn train(
                 test_loss: finite(test.loss),
                 test_accuracy: test.accuracy,
                 lr,
+                gradient_norm: finite(telemetry.gradient_norm),
+                a: telemetry.a.and_then(finite),
+                b: telemetry.b.and_then(finite),
                 images_per_second: (step - epoch_started_at) as f64 * batch as f64 / epoch_seconds,
                 seconds,
                 skipped: telemetry.skipped,
                 dropped_alpha: telemetry.dropped_alpha,
                 dropped_beta: telemetry.dropped_beta,
             };
-            totals.clear()?;
+            // Sums of an epoch that more steps would complete stay for a run that is resumed with them.
+            let complete = step % steps_per_epoch == 0;
+            if complete {
+                totals.clear()?;
+            }
             if let Some(log) = &mut log {
                 log.write(&record)?;
             }
@@ -344,13 +359,24 @@ fn read_totals(totals: &Buffer<f64>) -> Result<[f64; 3], TrainError> {
     Ok(sums)
 }
 
-fn step_record(telemetry: &Telemetry, step: u64, epoch: u64, lr: f64) -> Record {
-    let finite = |value: f64| value.is_finite().then_some(value);
+fn finite(value: f64) -> Option<f64> {
+    value.is_finite().then_some(value)
+}
+
+fn step_record(
+    telemetry: &Telemetry,
+    (step, epoch): (u64, u64),
+    lr: f64,
+    accuracy: f64,
+    images_per_second: f64,
+) -> Record {
     Record::Step {
         step,
         epoch,
         loss: finite(telemetry.loss),
+        accuracy,
         lr,
+        images_per_second,
         gradient_norm: finite(telemetry.gradient_norm),
         a: telemetry.a.and_then(finite),
         b: telemetry.b.and_then(finite),

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::TrainError;
 use crate::arena::Layout;
+use crate::device::HostOptions;
 use crate::nn::{Model, Shortcut};
 use crate::optim::{self, Base, CrSamTerms, Decay, Form, Method, Norm};
 
@@ -252,6 +253,22 @@ pub struct Options {
     pub log_every: Option<u64>,
 }
 
+/// An option, whatever its type.
+trait Given {
+    fn given(&self) -> bool;
+    fn clear(&mut self);
+}
+
+impl<T> Given for Option<T> {
+    fn given(&self) -> bool {
+        self.is_some()
+    }
+
+    fn clear(&mut self) {
+        *self = None;
+    }
+}
+
 impl Options {
     /// Reads a file of settings.
     ///
@@ -267,9 +284,46 @@ impl Options {
         })
     }
 
-    /// These options, and those of `below` where these are silent.
+    /// The options that only some optimizers have, with those that do.
+    fn of_some_optimizers(&mut self) -> [(&'static str, &mut dyn Given, &'static [OptimizerName]); 8] {
+        use OptimizerName::{CrSam, Sam};
+        [
+            ("--base", &mut self.base, &[Sam, CrSam]),
+            ("--rho", &mut self.rho, &[Sam, CrSam]),
+            ("--p-norm", &mut self.p_norm, &[Sam]),
+            ("--alpha", &mut self.alpha, &[CrSam]),
+            ("--beta", &mut self.beta, &[CrSam]),
+            ("--form", &mut self.form, &[CrSam]),
+            ("--a-min", &mut self.a_min, &[CrSam]),
+            ("--b-min", &mut self.b_min, &[CrSam]),
+        ]
+    }
+
+    /// The options that only SGD has.
+    fn of_sgd(&mut self) -> [(&'static str, &mut dyn Given); 2] {
+        [("--momentum", &mut self.momentum), ("--nesterov", &mut self.nesterov)]
+    }
+
+    fn is_adamw(&self) -> bool {
+        self.optimizer == Some(OptimizerName::AdamW) || self.base == Some(BaseName::AdamW)
+    }
+
+    /// These options, and those of `below` where these are silent. An optimizer chosen here leaves out what the one below has
+    /// alone.
     #[must_use]
-    pub fn over(self, below: Self) -> Self {
+    pub fn over(self, mut below: Self) -> Self {
+        if self.optimizer.is_some() || self.base.is_some() {
+            let optimizer = self.optimizer.or(below.optimizer).unwrap_or(OptimizerName::Sam);
+            for (_, option, optimizers) in below.of_some_optimizers() {
+                if !optimizers.contains(&optimizer) {
+                    option.clear();
+                }
+            }
+            let chosen = Self { optimizer: Some(optimizer), base: self.base.or(below.base), ..Self::default() };
+            if chosen.is_adamw() {
+                below.of_sgd().into_iter().for_each(|(_, option)| option.clear());
+            }
+        }
         // A run is measured in epochs or in steps: the upper layer's choice hides the lower layer's other one.
         let (epochs, steps) = match (self.epochs, self.steps) {
             (None, None) => (below.epochs, below.steps),
@@ -322,18 +376,10 @@ impl Options {
         let optimizer = *self.optimizer.get_or_insert(OptimizerName::Sam);
         let sam = optimizer == OptimizerName::Sam;
         let cr_sam = optimizer == OptimizerName::CrSam;
-        let applies = [
-            ("--base", self.base.is_some(), sam || cr_sam),
-            ("--rho", self.rho.is_some(), sam || cr_sam),
-            ("--p-norm", self.p_norm.is_some(), sam),
-            ("--alpha", self.alpha.is_some(), cr_sam),
-            ("--beta", self.beta.is_some(), cr_sam),
-            ("--form", self.form.is_some(), cr_sam),
-            ("--a-min", self.a_min.is_some(), cr_sam),
-            ("--b-min", self.b_min.is_some(), cr_sam),
-        ];
-        if let Some((option, ..)) = applies.iter().find(|(_, given, applies)| *given && !applies) {
-            return Err(TrainError::option(option, format!("has no meaning for --optimizer {optimizer}")));
+        for (name, option, optimizers) in self.of_some_optimizers() {
+            if option.given() && !optimizers.contains(&optimizer) {
+                return Err(TrainError::option(name, format!("has no meaning for --optimizer {optimizer}")));
+            }
         }
         if sam || cr_sam {
             self.base.get_or_insert(BaseName::Sgd);
@@ -349,12 +395,10 @@ impl Options {
             self.a_min.get_or_insert(1e-8);
             self.b_min.get_or_insert(1e-8);
         }
-        let adamw = optimizer == OptimizerName::AdamW || self.base == Some(BaseName::AdamW);
+        let adamw = self.is_adamw();
         if adamw {
-            for (option, given) in [("--momentum", self.momentum.is_some()), ("--nesterov", self.nesterov.is_some())] {
-                if given {
-                    return Err(TrainError::option(option, "has no meaning for AdamW"));
-                }
+            if let Some((name, _)) = self.of_sgd().into_iter().find(|(_, option)| option.given()) {
+                return Err(TrainError::option(name, "has no meaning for AdamW"));
             }
         } else {
             self.momentum.get_or_insert(0.9);
@@ -387,6 +431,30 @@ impl Options {
         Ok(self)
     }
 
+    /// Fails where these settings would not continue the run that `before` began: the steps that were taken count batches of
+    /// its data and belong to its model and optimizer.
+    ///
+    /// # Errors
+    /// The first option that differs.
+    pub fn continues(&self, before: &Self) -> Result<(), TrainError> {
+        let differs = [
+            ("--data", self.data != before.data),
+            ("--train-size", self.train_size != before.train_size),
+            ("--label-noise", self.label_noise != before.label_noise),
+            ("--batch-size", self.batch_size != before.batch_size),
+            ("--no-shuffle", self.no_shuffle != before.no_shuffle),
+            ("--model", self.model != before.model),
+            ("--shortcut", self.shortcut != before.shortcut),
+            ("--optimizer", self.optimizer != before.optimizer),
+            ("--base", self.base != before.base),
+            ("--seed", self.seed != before.seed),
+        ];
+        match differs.iter().find(|(_, differs)| *differs) {
+            Some((option, _)) => Err(TrainError::option(option, "cannot change when a run is resumed")),
+            None => Ok(()),
+        }
+    }
+
     fn check(&self) -> Result<(), TrainError> {
         let positive = [("--lr", self.lr), ("--rho", self.rho)];
         let not_negative = [
@@ -408,6 +476,10 @@ impl Options {
             if let Some(value) = value.filter(|value| !(least..=most).contains(value)) {
                 return Err(TrainError::option(option, format!("{value}, expected {expected}")));
             }
+        }
+        if let Some(threads) = self.threads.filter(|&threads| threads > HostOptions::MOST_THREADS) {
+            let most = HostOptions::MOST_THREADS;
+            return Err(TrainError::option("--threads", format!("{threads}, expected at most {most}")));
         }
         let counts =
             [("--batch-size", self.batch_size.map(|n| n as u64)), ("--epochs", self.epochs), ("--steps", self.steps)];

@@ -4,7 +4,8 @@
 use polder::device::{Device, HostOptions, Scalar, Schedule};
 
 /// Every way to run a kernel here: the CPU's shapes on one and on two threads, the GPU's shapes on the CPU in three orders, and
-/// the GPU that `POLDER_TEST_DEVICE` names.
+/// the GPU that `POLDER_TEST_DEVICE` names. `POLDER_TEST_ONLY` leaves out all but the first and the last: where there is a GPU,
+/// playing one on the CPU would take its time.
 pub fn devices() -> Vec<(String, Device)> {
     let host = |threads, schedule, gpu_shapes| Device::host_with(HostOptions { threads, schedule, gpu_shapes });
     let mut devices = vec![
@@ -15,6 +16,9 @@ pub fn devices() -> Vec<(String, Device)> {
         ("gpu shapes, random".to_string(), host(1, Schedule::Random(7), true)),
     ];
     if let Ok(name) = std::env::var("POLDER_TEST_DEVICE") {
+        if std::env::var_os("POLDER_TEST_ONLY").is_some() {
+            devices.truncate(1);
+        }
         devices.push((name.clone(), Device::from_name(&name).unwrap()));
     }
     devices
@@ -62,7 +66,7 @@ pub fn to_f64<T: Scalar>(values: &[T]) -> Vec<f64> {
 }
 
 /// Fails unless every element is within `tolerance` of the reference's largest magnitude (so that sums of many terms are
-/// judged by their scale, and a wrong element of any size shows).
+/// judged by their scale).
 pub fn assert_close<T: Scalar>(what: &str, found: &[T], expected: &[f64], tolerance: f64) {
     assert_eq!(found.len(), expected.len(), "{what}: length");
     let scale = expected.iter().fold(0.0f64, |scale, value| scale.max(value.abs())).max(1e-30);
