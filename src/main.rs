@@ -115,7 +115,7 @@ fn main() -> ExitCode {
                 let text = error.render().to_string();
                 let message: Vec<&str> =
                     text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect();
-                eprintln!("{} (see --help)", message.join(" "));
+                tell(&format!("{} (see --help)", message.join(" ")));
             } else {
                 let _ = error.print();
             }
@@ -128,14 +128,25 @@ fn main() -> ExitCode {
         Command::Devices { json } => run_devices(json).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {
-        eprintln!("error: {error}");
+        tell(&format!("error: {error}"));
         ExitCode::from(if error.is_input() { 2 } else { 1 })
     })
 }
 
 /// Prints to standard output; a reader that has gone away is no error of ours.
-fn print(text: &str) {
-    let _ = writeln!(std::io::stdout(), "{text}");
+///
+/// # Errors
+/// Any other reason why the text was lost.
+fn print(text: &str) -> Result<(), TrainError> {
+    match writeln!(std::io::stdout(), "{text}") {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(TrainError::Output(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Says something on standard error; where nobody can hear it, nothing else is to be done.
+fn tell(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 fn run_devices(json: bool) -> Result<(), TrainError> {
@@ -148,13 +159,12 @@ fn run_devices(json: bool) -> Result<(), TrainError> {
                 Err(reason) => json!({"name": name, "usable": false, "reason": reason}),
             })
             .collect();
-        print(&json!({"devices": list}).to_string());
-        return Ok(());
+        return print(&json!({"devices": list}).to_string());
     }
     for (name, found) in devices {
         match found {
-            Ok(description) => print(&format!("{name:<8} {description}")),
-            Err(reason) => print(&format!("{name:<8} not usable: {reason}")),
+            Ok(description) => print(&format!("{name:<8} {description}"))?,
+            Err(reason) => print(&format!("{name:<8} not usable: {reason}"))?,
         }
     }
     Ok(())
@@ -194,13 +204,13 @@ fn run_eval(args: &EvalArgs) -> Result<(), TrainError> {
         write_npy(path, &logits, images.classes).map_err(|source| TrainError::Io { path: path.clone(), source })?;
     }
     if args.json {
-        print(&json!(found).to_string());
+        print(&json!(found).to_string())?;
     } else {
         let percent = 100.0 * found.accuracy;
         print(&format!(
             "{}, {split} split: {} samples, {} errors, accuracy {percent:.2} %, loss {:.5}",
             data.name, found.samples, found.errors, found.loss
-        ));
+        ))?;
     }
     Ok(())
 }
@@ -220,31 +230,23 @@ fn run_train(args: TrainArgs) -> Result<ExitCode, TrainError> {
         (Some(file), _) => Options::from_file(file)?,
         (None, Some(run)) => {
             let file = run.join("config.toml");
-            if !file.exists() {
-                return Err(TrainError::NoCheckpoint { path: run.clone() });
+            if !file.is_file() {
+                return Err(TrainError::NoRun { path: run.clone() });
             }
             Options::from_file(&file)?
         }
         (None, None) => Options::default(),
     };
     let before = args.resume.is_some().then(|| below.clone());
-    let options = args.options.over(below).resolve()?;
+    let options = args.options.over(below).resolve()?.with_absolute_paths();
     if let Some(before) = before {
-        options.continues(&before.resolve()?)?;
+        options.continues(&before.resolve()?.with_absolute_paths())?;
     }
     let out = args.out.or(args.resume.clone());
 
     let stop = Arc::new(AtomicBool::new(false));
-    let asked = stop.clone();
-    // The second signal does not wait for the step. Without a handler a signal would end the program unsaved: go on anyway.
-    let _ = ctrlc::set_handler(move || {
-        if asked.swap(true, Ordering::SeqCst) {
-            std::process::exit(130);
-        }
-        eprintln!("\nstopping after this step; once more to stop at once");
-    });
-
     let mut display = Display::new(args.json);
+    stop_on_signals(&stop, display.bar.clone());
     let summary = train::train(&options, out.as_deref(), args.resume.is_some(), &stop, &mut |p| display.show(p));
     display.finish();
     let summary = summary?;
@@ -262,33 +264,54 @@ fn run_train(args: TrainArgs) -> Result<ExitCode, TrainError> {
                 "options": options,
             })
             .to_string(),
-        );
+        )?;
     }
     if summary.interrupted {
-        match &summary.out {
-            Some(run) => eprintln!(
-                "interrupted after step {}; `polder train --resume {}` goes on from there",
-                summary.steps,
-                run.display()
-            ),
-            None => {
-                eprintln!("interrupted after step {}; nothing was saved, because there was no --out", summary.steps)
-            }
-        }
+        let then = match &summary.out {
+            Some(run) => format!("`polder train --resume {}` goes on from there", run.display()),
+            None => "nothing was saved, because there was no --out".into(),
+        };
+        tell(&format!("interrupted after step {}; {then}", summary.steps));
         return Ok(ExitCode::from(130));
     }
     if let (Some(test), false) = (summary.test, args.json) {
         let (accuracy, skipped) = (100.0 * test.accuracy, summary.skipped);
-        let skips = if skipped > 0 { format!(", {skipped} steps skipped as not finite") } else { String::new() };
+        let skips = if skipped > 0 { format!("; {skipped} steps skipped as not finite") } else { String::new() };
         print(&format!(
             "test accuracy {accuracy:.2} % ({} of {} wrong), test loss {:.4}; {} steps in {:.1} s, {:.0} images/s{skips}",
             test.errors, test.samples, test.loss, summary.steps, summary.seconds, summary.images_per_second
-        ));
+        ))?;
         if let Some(run) = &summary.out {
-            print(&format!("weights: {}", run.join("model.safetensors").display()));
+            print(&format!("weights: {}", run.join("model.safetensors").display()))?;
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Ends the run after its step at the first SIGINT, SIGTERM or SIGHUP, and the program at the second. A signal that the program was
+/// started to ignore (by `nohup`, say) stays ignored.
+fn stop_on_signals(stop: &Arc<AtomicBool>, bar: Option<ProgressBar>) {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    // Linux tells which; elsewhere none is taken to be ignored.
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    let heard = [SIGHUP, SIGINT, SIGTERM].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0);
+    // Without a handler a signal would end the program unsaved: go on anyway.
+    let Ok(mut signals) = signal_hook::iterator::Signals::new(heard) else { return };
+    let asked = stop.clone();
+    std::thread::spawn(move || {
+        for _ in signals.forever() {
+            if asked.swap(true, Ordering::SeqCst) {
+                std::process::exit(130);
+            }
+            let text = "stopping after this step; once more to stop at once";
+            match &bar {
+                Some(bar) => bar.println(text),
+                None => tell(text),
+            }
+        }
+    });
 }
 
 /// What a person sees while training goes on: a bar on a terminal, plain lines otherwise.
@@ -302,7 +325,8 @@ impl Display {
     fn new(json: bool) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::new(0);
-            let template = "{bar:30} {pos}/{len} steps  {msg}  {eta} left";
+            // The message is cut where the line ends, so that the bar never takes two.
+            let template = "{bar:12} {pos}/{len}, {eta} left  {wide_msg}";
             bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar
         });
@@ -312,8 +336,9 @@ impl Display {
     fn line(&self, text: &str) {
         match &self.bar {
             Some(bar) => bar.println(text),
-            None if self.json => eprintln!("{text}"),
-            None => print(text),
+            None if self.json => tell(text),
+            // What cannot be printed at the end either is told there.
+            None => drop(print(text)),
         }
     }
 
@@ -322,13 +347,13 @@ impl Display {
             Progress::Start { device, data, images, parameters, arena_bytes, steps, steps_per_epoch } => {
                 let (train, test) = images;
                 let mebibytes = arena_bytes as f64 / f64::from(1 << 20);
-                self.line(&format!(
-                    "{data}: {train} training and {test} test images; {parameters} parameters; \
-                     activations and gradients {mebibytes:.0} MiB; {device}"
-                ));
+                self.line(&format!("{data}: {train} training and {test} test images; {device}"));
+                self.line(&format!("{parameters} parameters, {mebibytes:.0} MiB of activations and gradients"));
                 let (all, done) = steps;
-                if done > 0 {
+                if done > 0 && done < all {
                     self.line(&format!("resuming at step {done} of {all} (epoch {} on)", done / steps_per_epoch + 1));
+                } else if done > 0 {
+                    self.line(&format!("already at step {done}: nothing left of {all} to train"));
                 }
                 if let Some(bar) = &self.bar {
                     bar.set_length(all);
@@ -340,9 +365,12 @@ impl Display {
                 if let Some(bar) = &self.bar {
                     bar.set_position(step);
                     let percent = 100.0 * accuracy;
-                    bar.set_message(format!(
-                        "loss {loss:.3}  accuracy {percent:.1} %  {images_per_second:.0} images/s"
-                    ));
+                    bar.set_message(format!("loss {loss:.3}, {percent:.1} % right, {images_per_second:.0} images/s"));
+                }
+            }
+            Progress::Testing => {
+                if let Some(bar) = &self.bar {
+                    bar.set_message("testing");
                 }
             }
             Progress::Epoch(Record::Epoch {
@@ -359,7 +387,7 @@ impl Display {
                     None => "not finite".into(),
                 };
                 self.line(&format!(
-                    "epoch {epoch:>3}  train loss {}  accuracy {} %  test loss {}  accuracy {:.2} %  {images_per_second:.0} images/s",
+                    "epoch {epoch:>3}  train loss {} ({} %)  test loss {} ({:.2} %)  {images_per_second:.0} images/s",
                     number(train_loss, 3),
                     number(train_accuracy.map(|share| 100.0 * share), 2),
                     number(test_loss, 3),

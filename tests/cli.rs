@@ -224,7 +224,8 @@ fn every_mistake_is_one_clear_line() {
     std::fs::create_dir(path("taken")).unwrap();
     std::fs::write(path("taken/config.toml"), "lr = 0.1\n").unwrap();
     says(&["train", "--data", data, "--batch-size", "16", "--out", &path("taken")], &["taken", "--resume"]);
-    says(&["train", "--resume", &path("taken")], &["taken", "checkpoint"]);
+    std::fs::create_dir(path("empty")).unwrap();
+    says(&["train", "--resume", &path("empty")], &["empty", "no run"]);
     std::fs::write(path("garbage.safetensors"), vec![7; 100]).unwrap();
     let eval = ["eval", "--model", "resnet8", "--data", data, "--init"];
     says(&[&eval[..], &[&path("garbage.safetensors")]].concat(), &["garbage.safetensors"]);

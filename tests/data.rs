@@ -684,3 +684,19 @@ fn fashion_mnist_as_published() -> TestResult {
     assert!((mean - f64::from(data.mean[0])).abs() < 5.1e-5, "rounded to four digits, {mean}");
     Ok(())
 }
+
+#[test]
+fn a_label_far_beyond_the_others_is_an_error() -> TestResult {
+    let folder = idx_folder()?;
+    let count = 2100u32;
+    let mut labels = [&[0, 0, 8, 1][..], &count.to_be_bytes()].concat();
+    labels.extend((0..count).map(|sample| (sample % 3) as u8));
+    labels[8 + 70] = 200;
+    for name in ["train-labels-idx1-ubyte", "train-labels-idx1-ubyte.gz"] {
+        let _ = fs::remove_file(folder.path().join(name));
+    }
+    fs::write(folder.path().join("train-labels-idx1-ubyte"), labels)?;
+    let message = load(folder.path()).unwrap_err().to_string();
+    assert!(message.contains("label 200 at sample 70, but there are only"), "{message}");
+    Ok(())
+}

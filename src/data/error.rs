@@ -43,6 +43,10 @@ pub enum DataError {
     #[error("{path}: label {label} at sample {index}, expected 0 to {}", classes - 1)]
     Label { path: PathBuf, index: usize, label: u32, classes: usize },
 
+    /// A label so large that most classes below it have no sample: a damaged file.
+    #[error("{path}: label {label} at sample {index}, but there are only {different} different labels")]
+    SparseLabels { path: PathBuf, index: usize, label: u32, different: usize },
+
     /// An IDX file that begins with something else than its magic number.
     #[error("{path}: magic number {found:#010x}, expected {expected:#010x}")]
     Magic { path: PathBuf, found: u32, expected: u32 },

@@ -132,8 +132,17 @@ fn read_split(folder: &Path, split: Split) -> Result<(Images, Option<&'static Pu
                 Some(_) => read_file(folder, other, LABELS)?.values,
                 None => Vec::new(),
             };
-            let largest = label_file.values.iter().chain(&other_labels).max();
-            largest.map_or(0, |&largest| usize::from(largest) + 1)
+            let mut present = [false; 256];
+            label_file.values.iter().chain(&other_labels).for_each(|&label| present[usize::from(label)] = true);
+            let different = present.iter().filter(|&&present| present).count();
+            let classes = present.iter().rposition(|&present| present).map_or(0, |largest| largest + 1);
+            let largest = labels.iter().position(|&label| label as usize + 1 == classes);
+            // Of a few samples most classes may well be absent.
+            let many = labels.len() >= 10 * classes;
+            if let (true, Some(index)) = (many && 2 * different < classes, largest) {
+                return Err(DataError::SparseLabels { path: label_file.path, index, label: labels[index], different });
+            }
+            classes
         }
     };
     if let Some(index) = labels.iter().position(|&label| label as usize >= classes) {

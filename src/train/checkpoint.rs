@@ -57,11 +57,13 @@ impl Checkpoint {
         write(&path, tensors, metadata)
     }
 
+    /// Whether the run has been saved.
+    pub fn exists(run: &Path) -> bool {
+        path(run).is_file()
+    }
+
     pub fn load(run: &Path) -> Result<Self, TrainError> {
         let path = path(run);
-        if !path.is_file() {
-            return Err(TrainError::NoCheckpoint { path: run.into() });
-        }
         let bytes = std::fs::read(&path).map_err(TrainError::io(&path))?;
         let damaged = |reason: String| TrainError::Weights { path: path.clone(), reason: format!("damaged: {reason}") };
         let file = SafeTensors::deserialize(&bytes).map_err(|error| damaged(error.to_string()))?;

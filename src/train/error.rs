@@ -49,12 +49,15 @@ pub enum TrainError {
         /// The folder.
         path: PathBuf,
     },
-    /// The folder to resume from holds no checkpoint.
-    #[error("{}: holds no checkpoint/state.safetensors to resume from", path.display())]
-    NoCheckpoint {
+    /// The folder to resume from holds no run.
+    #[error("{}: holds no run to resume (no config.toml)", path.display())]
+    NoRun {
         /// The folder.
         path: PathBuf,
     },
+    /// What was printed got lost.
+    #[error("standard output: {0}")]
+    Output(std::io::Error),
     /// The data set.
     #[error(transparent)]
     Data(#[from] DataError),
@@ -77,7 +80,12 @@ pub enum TrainError {
 impl TrainError {
     /// Whether the user's input is at fault (exit code 2) rather than the machine (exit code 1).
     pub fn is_input(&self) -> bool {
-        !matches!(self, TrainError::Device(error) if !matches!(error, device::Error::Unavailable { .. }))
+        match self {
+            TrainError::Device(error) => matches!(error, device::Error::Unavailable { .. }),
+            TrainError::Io { source, .. } => source.kind() != std::io::ErrorKind::StorageFull,
+            TrainError::Output(_) => false,
+            _ => true,
+        }
     }
 
     /// An error of planning a model for the images of `data`.

@@ -102,6 +102,8 @@ pub fn normalization(
 /// What a run tells its caller while it goes on.
 #[derive(Debug, Clone)]
 pub enum Progress {
+    /// An epoch's steps are done, its test begins.
+    Testing,
     /// Before the first step.
     Start {
         /// The device's name and description.
@@ -205,16 +207,20 @@ pub fn train(
     let layout = plan.parameters().clone();
     let mut optimizer = Optimizer::<f32>::new(&device, layout.len(), options.optimizer(&layout))?;
     let mut parameters = device.upload(&nn::initial_weights(&layout, seed)?)?;
-    // A resumed run has its weights; the file that it began with may be gone.
-    if let Some(file) = options.init.as_ref().filter(|_| !resume) {
+    // A run that was ended before its first checkpoint begins again.
+    let saved = match out {
+        Some(run) if resume && Checkpoint::exists(run) => Some(Checkpoint::load(run)?),
+        _ => None,
+    };
+    // One with a checkpoint has its weights; the file that it began with may be gone.
+    if let Some(file) = options.init.as_ref().filter(|_| saved.is_none()) {
         let [loaded, statistics] = weights::load(Path::new(file), [&layout, plan.statistics_layout()])?;
         parameters.write(&loaded)?;
         plan.set_statistics(device.upload(&statistics)?.view())?;
     }
     let mut totals = device.zeros::<f64>(3)?;
     let (mut step, mut earlier) = (0, 0.0);
-    if let (true, Some(run)) = (resume, out) {
-        let saved = Checkpoint::load(run)?;
+    if let (Some(saved), Some(run)) = (saved, out) {
         restore(&saved, run, &mut parameters, &mut plan, &mut optimizer, &mut totals)?;
         (step, earlier) = (saved.step, saved.seconds);
     }
@@ -294,6 +300,7 @@ pub fn train(
             let elapsed = clock.elapsed().as_secs_f64();
             (seconds, epoch_seconds) = (seconds + elapsed, epoch_seconds + elapsed);
             let sums = read_totals(&totals)?;
+            progress(Progress::Testing);
             let test = evaluator.evaluate(parameters.view(), plan.statistics().view(), |_| Ok(()))?;
             let telemetry = optimizer.telemetry()?;
             let record = Record::Epoch {

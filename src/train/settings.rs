@@ -136,7 +136,7 @@ pub struct Options {
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL", help_heading = "Data")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub no_shuffle: Option<bool>,
-    /// Images per step [default: 128]
+    /// Images per step; fewer at an epoch's end are left out [default: 128]
     #[arg(long, value_name = "N", help_heading = "Data")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub batch_size: Option<usize>,
@@ -431,28 +431,30 @@ impl Options {
         Ok(self)
     }
 
-    /// Fails where these settings would not continue the run that `before` began: the steps that were taken count batches of
-    /// its data and belong to its model and optimizer.
+    /// Fails where these (resolved) settings would not continue the run that `before` began: only how long it lasts, where it
+    /// computes and what it logs may change.
     ///
     /// # Errors
     /// The first option that differs.
     pub fn continues(&self, before: &Self) -> Result<(), TrainError> {
-        let differs = [
-            ("--data", self.data != before.data),
-            ("--train-size", self.train_size != before.train_size),
-            ("--label-noise", self.label_noise != before.label_noise),
-            ("--batch-size", self.batch_size != before.batch_size),
-            ("--no-shuffle", self.no_shuffle != before.no_shuffle),
-            ("--model", self.model != before.model),
-            ("--shortcut", self.shortcut != before.shortcut),
-            ("--optimizer", self.optimizer != before.optimizer),
-            ("--base", self.base != before.base),
-            ("--seed", self.seed != before.seed),
-        ];
-        match differs.iter().find(|(_, differs)| *differs) {
-            Some((option, _)) => Err(TrainError::option(option, "cannot change when a run is resumed")),
+        // Compared by their keys, so that an option that comes later is not forgotten here.
+        let free = ["epochs", "steps", "threads", "device", "log-every"];
+        let keys = |options: &Self| toml::Table::try_from(options).unwrap_or_default();
+        let (mine, theirs) = (keys(self), keys(before));
+        let differs = |key: &&String| !free.contains(&key.as_str()) && mine.get(*key) != theirs.get(*key);
+        match mine.keys().chain(theirs.keys()).find(differs) {
+            Some(key) => Err(TrainError::option(&format!("--{key}"), "cannot change when a run is resumed")),
             None => Ok(()),
         }
+    }
+
+    /// The same with the paths of files written from the root, so that they hold in any folder.
+    #[must_use]
+    pub fn with_absolute_paths(mut self) -> Self {
+        let absolute = |path: String| std::path::absolute(&path).map_or(path, |path| path.to_string_lossy().into());
+        self.data = self.data.map(|data| if data == "synthetic" || data.is_empty() { data } else { absolute(data) });
+        self.init = self.init.map(absolute);
+        self
     }
 
     fn check(&self) -> Result<(), TrainError> {
