@@ -2,8 +2,9 @@
 // that follow it in a ResNet, forward and backward.
 //
 // Forward: statistics (reads x), their combination (tiny), normalisation (reads x, writes y). Backward: the two sums over the
-// rows, their combination, the gradient of x. All sums are two-level: at most kRun rows in the working precision, everything
-// beyond that in double, in an order that depends on the launch shape alone.
+// rows, their combination, the gradient of x. The tangents of both, for products with the Hessian, have the same passes: the
+// sums, their combination, and what is written per element. All sums are two-level: at most kRun rows in the working precision,
+// everything beyond that in double, in an order that depends on the launch shape alone.
 //
 // A block takes a contiguous range of rows. On the GPU its threads form columns of channel groups and lines of rows; on the
 // CPU its one thread walks the range in runs of kRun rows, with as many channels at once as fit in vector registers.
@@ -433,32 +434,54 @@ struct Masked {
         }
     }
 
+    /// What decides where the relu passed: its output, or its input.
     template <class T>
-    __device__ __forceinline__ Group dz(const Upstream<T>& u, uint64_t place, const Group& x) const {
-        Group dz = Group::load(u.dy + place);
+    __device__ __forceinline__ Group edge(const Upstream<T>& u, uint64_t place, const Group& x) const {
+        Group edge = {};
         if (mask == kOutput) {
-            const Group y = Group::load(u.y + place);
-            POLDER_UNROLL
-            for (int k = 0; k < Group::items; ++k) dz.v[k] = relu_gradient(y.v[k], dz.v[k]);
+            edge = Group::load(u.y + place);
         } else if (mask == kRecompute) {
             POLDER_UNROLL
-            for (int k = 0; k < Group::items; ++k) {
-                dz.v[k] = relu_gradient(affine(x.v[k], mean.v[k], scale.v[k], beta.v[k]), dz.v[k]);
-            }
+            for (int k = 0; k < Group::items; ++k) edge.v[k] = affine(x.v[k], mean.v[k], scale.v[k], beta.v[k]);
         }
-        return dz;
+        return edge;
+    }
+
+    /// `value` where the relu passed, else 0.
+    __device__ __forceinline__ Group passed(const Group& edge, Group value) const {
+        if (mask != kNoMask) {
+            POLDER_UNROLL
+            for (int k = 0; k < Group::items; ++k) value.v[k] = relu_gradient(edge.v[k], value.v[k]);
+        }
+        return value;
+    }
+
+    template <class T>
+    __device__ __forceinline__ Group dz(const Upstream<T>& u, uint64_t place, const Group& x) const {
+        return passed(edge(u, place, x), Group::load(u.dy + place));
     }
 };
 
 /// What becomes of the gradient of the residual, which is dz; the numbers are the wrapper's.
 enum Residual : uint32_t { kNone = 0, kWrite = 1, kAccumulate = 2 };
 
+/// The tangents of what the backward passes read; all null in the backward itself.
+template <class T>
+struct UpstreamTangent {
+    const T* x;
+    const T* dy;
+    const T* gamma;
+    const T* mean;
+    const T* inv_std;
+};
+
 template <class T>
 struct SumsArgs {
     Upstream<T> upstream;
+    UpstreamTangent<T> tangent;
     T* residual;   // null where there is none
-    double* dz;    // [blocks, channels]: sums of dz
-    double* dz_x;  // [blocks, channels]: sums of dz (x - mean)
+    double* dz;    // [blocks, channels]: sums of dz, or of their tangents
+    double* dz_x;  // [blocks, channels]: sums of dz (x - mean), or of their tangents
     uint64_t rows;
     uint32_t channels;
     uint32_t pack;
@@ -473,7 +496,7 @@ struct Sums {
 
 __device__ __forceinline__ Sums add(const Sums& a, const Sums& b) { return {a.dz + b.dz, a.dz_x + b.dz_x}; }
 
-template <class T, Shape shape, Mask mask, Residual residual>
+template <class T, Shape shape, bool tangent, Mask mask, Residual residual>
 __device__ __forceinline__ void sums_of_block(const SumsArgs<T>& a) {
     const uint64_t channels = a.channels;
     // Adds one run's sums to `totals_dz[0..]` and `totals_dz_x[0..]`.
@@ -481,16 +504,27 @@ __device__ __forceinline__ void sums_of_block(const SumsArgs<T>& a) {
                              double* totals_dz_x) {
         typedef typename decltype(of)::type Group;
         const Masked<Group, mask> masked(a.upstream, c);
-        Group sum = {}, sum_x = {};
+        Group sum = {}, sum_x = {}, mean_tangent = {};
+        if (tangent) mean_tangent = Group::load(a.tangent.mean + c);
         uint64_t place = row * channels + c;
 #pragma unroll 2
         for (uint32_t i = 0; i < count; ++i, place += step * channels) {
             const Group x = Group::load(a.upstream.x + place);
-            const Group dz = masked.dz(a.upstream, place, x);
+            const Group edge = masked.edge(a.upstream, place, x);
+            const Group dy = masked.passed(edge, Group::load(a.upstream.dy + place));
+            Group dz = dy;
+            if (tangent) dz = masked.passed(edge, Group::load(a.tangent.dy + place));
             POLDER_UNROLL
             for (int k = 0; k < Group::items; ++k) {
                 sum.v[k] = sum.v[k] + dz.v[k];
                 sum_x.v[k] = sum_x.v[k] + dz.v[k] * (x.v[k] - masked.mean.v[k]);
+            }
+            if (tangent) {
+                const Group x_tangent = Group::load(a.tangent.x + place);
+                POLDER_UNROLL
+                for (int k = 0; k < Group::items; ++k) {
+                    sum_x.v[k] = sum_x.v[k] + dy.v[k] * (x_tangent.v[k] - mean_tangent.v[k]);
+                }
             }
             if (residual == kWrite) {
                 dz.store(a.residual + place);
@@ -537,22 +571,34 @@ __device__ __forceinline__ void sums_of_block(const SumsArgs<T>& a) {
     }
 }
 
-template <class T, Shape shape, Mask mask>
+template <class T, Shape shape, bool tangent, Mask mask>
 __device__ __forceinline__ void sums_with_residual(const SumsArgs<T>& a) {
-    if (a.residual_mode == kNone) sums_of_block<T, shape, mask, kNone>(a);
-    else if (a.residual_mode == kWrite) sums_of_block<T, shape, mask, kWrite>(a);
-    else sums_of_block<T, shape, mask, kAccumulate>(a);
+    if (a.residual_mode == kNone) sums_of_block<T, shape, tangent, mask, kNone>(a);
+    else if (a.residual_mode == kWrite) sums_of_block<T, shape, tangent, mask, kWrite>(a);
+    else sums_of_block<T, shape, tangent, mask, kAccumulate>(a);
+}
+
+template <class T, bool tangent>
+__device__ __forceinline__ void sums(const SumsArgs<T>& a) {
+    with_shape(a.pack, [&](auto of) {
+        constexpr Shape shape = decltype(of)::value;
+        if (a.mask == kOutput) sums_with_residual<T, shape, tangent, kOutput>(a);
+        else if (a.mask == kRecompute) sums_of_block<T, shape, tangent, kRecompute, kNone>(a);  // there was no residual
+        else sums_with_residual<T, shape, tangent, kNoMask>(a);
+    });
 }
 
 /// Every block's sums of dz and dz (x - mean) per channel, and the residual's gradient.
 template <class T>
 __device__ void batch_norm_sums(const SumsArgs<T>& a) {
-    with_shape(a.pack, [&](auto of) {
-        constexpr Shape shape = decltype(of)::value;
-        if (a.mask == kOutput) sums_with_residual<T, shape, kOutput>(a);
-        else if (a.mask == kRecompute) sums_of_block<T, shape, kRecompute, kNone>(a);  // there was no residual
-        else sums_with_residual<T, shape, kNoMask>(a);
-    });
+    sums<T, false>(a);
+}
+
+/// The tangents of these: every block's sums of dz' and dz' (x - mean) + dz (x' - mean') per channel, and dz'. The relu has no
+/// second derivative, so dz' = dy' where it passed.
+template <class T>
+__device__ void batch_norm_sums_tangent(const SumsArgs<T>& a) {
+    sums<T, true>(a);
 }
 
 template <class T>
@@ -566,22 +612,19 @@ struct ParametersArgs {
     uint32_t blocks;
 };
 
-/// dbeta = sum dz, dgamma = sum dz xhat, from the blocks' sums. GPU: a block per channel.
-template <class T>
-__device__ void batch_norm_parameters(const ParametersArgs<T>& a) {
-    const auto write = [&](uint32_t c, const Sums& all) {
-        a.dbeta[c] = T(all.dz);
-        a.dgamma[c] = T(all.dz_x * double(a.inv_std[c]));
-    };
+/// Calls `write(c, sums)` with the blocks' sums of every channel combined. GPU: a block per channel.
+template <class F>
+__device__ __forceinline__ void combine_blocks(const double* dz, const double* dz_x, uint32_t channels, uint32_t blocks,
+                                               const F& write) {
     const auto sums_of = [&](uint32_t block, uint32_t c) -> Sums {
-        const uint64_t place = uint64_t(block) * a.channels + c;
-        return {a.dz[place], a.dz_x[place]};
+        const uint64_t place = uint64_t(block) * channels + c;
+        return {dz[place], dz_x[place]};
     };
 #if defined(POLDER_HOST)
     if (blockDim.y == 1) {
-        for_each_index(a.channels, [&](uint64_t c) {
+        for_each_index(channels, [&](uint64_t c) {
             Sums all = {0.0, 0.0};
-            for (uint32_t block = 0; block < a.blocks; ++block) all = add(all, sums_of(block, uint32_t(c)));
+            for (uint32_t block = 0; block < blocks; ++block) all = add(all, sums_of(block, uint32_t(c)));
             write(uint32_t(c), all);
         });
         return;
@@ -590,9 +633,41 @@ __device__ void batch_norm_parameters(const ParametersArgs<T>& a) {
     POLDER_DYNAMIC_SHARED(Sums, shared);
     const uint32_t c = blockIdx.x;
     Sums all = {0.0, 0.0};
-    for (uint32_t block = threadIdx.y; block < a.blocks; block += blockDim.y) all = add(all, sums_of(block, c));
+    for (uint32_t block = threadIdx.y; block < blocks; block += blockDim.y) all = add(all, sums_of(block, c));
     all = combine_lines(all, shared, add);
     if (threadIdx.y == 0) write(c, all);
+}
+
+/// dbeta = sum dz, dgamma = sum dz xhat, from the blocks' sums.
+template <class T>
+__device__ void batch_norm_parameters(const ParametersArgs<T>& a) {
+    combine_blocks(a.dz, a.dz_x, a.channels, a.blocks, [&](uint32_t c, const Sums& all) {
+        a.dbeta[c] = T(all.dz);
+        a.dgamma[c] = T(all.dz_x * double(a.inv_std[c]));
+    });
+}
+
+template <class T>
+struct ParametersTangentArgs {
+    const double* dz;
+    const double* dz_x;
+    const T* inv_std;
+    const T* inv_std_tangent;
+    const T* dgamma;
+    T* dgamma_tangent;
+    T* dbeta_tangent;
+    uint32_t channels;
+    uint32_t blocks;
+};
+
+/// dbeta' = sum dz'. dgamma' = inv_std (sum dz (x - mean))' + inv_std' sum dz (x - mean), the latter sum being dgamma / inv_std.
+template <class T>
+__device__ void batch_norm_parameters_tangent(const ParametersTangentArgs<T>& a) {
+    combine_blocks(a.dz, a.dz_x, a.channels, a.blocks, [&](uint32_t c, const Sums& all) {
+        const double inv_std = double(a.inv_std[c]), relative = double(a.inv_std_tangent[c]) / inv_std;
+        a.dbeta_tangent[c] = T(all.dz);
+        a.dgamma_tangent[c] = T(all.dz_x * inv_std + double(a.dgamma[c]) * relative);
+    });
 }
 
 template <class T>
@@ -662,6 +737,182 @@ __device__ void batch_norm_input(const InputArgs<T>& a) {
     });
 }
 
+template <class T>
+struct InputTangentArgs {
+    Upstream<T> upstream;
+    UpstreamTangent<T> tangent;
+    const T* dgamma;  // these four are read in training alone
+    const T* dbeta;
+    const T* dgamma_tangent;
+    const T* dbeta_tangent;
+    T* dx_tangent;
+    uint64_t rows;
+    uint32_t channels;
+    uint32_t pack;
+    uint32_t mask;
+    uint32_t train;
+};
+
+template <class T, Shape shape, Mask mask, bool train>
+__device__ __forceinline__ void input_tangent_of_block(const InputTangentArgs<T>& a) {
+    const uint64_t channels = a.channels;
+    for_each_run<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+        typedef typename decltype(of)::type Group;
+        const Masked<Group, mask> masked(a.upstream, c);
+        const Group mean_tangent = Group::load(a.tangent.mean + c);
+        // dx = scale (dz - mean(dz) - (x - mean) slope) with scale = gamma inv_std and slope = inv_std mean(dz xhat).
+        Group scale, scale_tangent, x_factor = {}, x_tangent_factor = {}, constant = {};
+        {
+            const Group gamma = Group::load(a.upstream.gamma + c), inv_std = Group::load(a.upstream.inv_std + c);
+            const Group gamma_tangent = Group::load(a.tangent.gamma + c);
+            const Group inv_std_tangent = Group::load(a.tangent.inv_std + c);
+            POLDER_UNROLL
+            for (int k = 0; k < Group::items; ++k) {
+                scale.v[k] = gamma.v[k] * inv_std.v[k];
+                scale_tangent.v[k] = gamma_tangent.v[k] * inv_std.v[k] + gamma.v[k] * inv_std_tangent.v[k];
+            }
+            if (train) {
+                const T share = T(1.0 / double(a.rows));
+                const Group dgamma = Group::load(a.dgamma + c), dgamma_tangent = Group::load(a.dgamma_tangent + c);
+                const Group dbeta = Group::load(a.dbeta + c), dbeta_tangent = Group::load(a.dbeta_tangent + c);
+                POLDER_UNROLL
+                for (int k = 0; k < Group::items; ++k) {
+                    const auto slope = dgamma.v[k] * share * inv_std.v[k];
+                    const auto slope_tangent =
+                        (dgamma_tangent.v[k] * inv_std.v[k] + dgamma.v[k] * inv_std_tangent.v[k]) * share;
+                    x_factor.v[k] = scale_tangent.v[k] * slope + scale.v[k] * slope_tangent;
+                    x_tangent_factor.v[k] = scale.v[k] * slope;
+                    constant.v[k] = (scale_tangent.v[k] * dbeta.v[k] + scale.v[k] * dbeta_tangent.v[k]) * share;
+                }
+            }
+        }
+        uint64_t place = row * channels + c;
+#pragma unroll 2
+        for (uint32_t i = 0; i < count; ++i, place += step * channels) {
+            Group x = {}, x_tangent = {};
+            if (train || mask == kRecompute) x = Group::load(a.upstream.x + place);
+            if (train) x_tangent = Group::load(a.tangent.x + place);
+            const Group edge = masked.edge(a.upstream, place, x);
+            const Group dz = masked.passed(edge, Group::load(a.upstream.dy + place));
+            Group dx = masked.passed(edge, Group::load(a.tangent.dy + place));
+            POLDER_UNROLL
+            for (int k = 0; k < Group::items; ++k) {
+                dx.v[k] = scale_tangent.v[k] * dz.v[k] + scale.v[k] * dx.v[k];
+                if (train) {
+                    dx.v[k] = dx.v[k] - constant.v[k] - (x.v[k] - masked.mean.v[k]) * x_factor.v[k] -
+                              (x_tangent.v[k] - mean_tangent.v[k]) * x_tangent_factor.v[k];
+                }
+            }
+            dx.store(a.dx_tangent + place);
+        }
+    });
+}
+
+template <class T, Shape shape, Mask mask>
+__device__ __forceinline__ void input_tangent_in_mode(const InputTangentArgs<T>& a) {
+    if (a.train) input_tangent_of_block<T, shape, mask, true>(a);
+    else input_tangent_of_block<T, shape, mask, false>(a);
+}
+
+/// dx', the tangent of batch_norm_input's result.
+template <class T>
+__device__ void batch_norm_input_tangent(const InputTangentArgs<T>& a) {
+    with_shape(a.pack, [&](auto of) {
+        constexpr Shape shape = decltype(of)::value;
+        if (a.mask == kOutput) input_tangent_in_mode<T, shape, kOutput>(a);
+        else if (a.mask == kRecompute) input_tangent_in_mode<T, shape, kRecompute>(a);
+        else input_tangent_in_mode<T, shape, kNoMask>(a);
+    });
+}
+
+// ---- Tangent of the forward --------------------------------------------------------------------------------------------------
+
+template <class T>
+struct StatisticsTangentArgs {
+    const double* x;    // the blocks' sums of x'
+    const double* x_x;  // the blocks' sums of x' (x - mean)
+    const T* inv_std;
+    T* mean_tangent;
+    T* inv_std_tangent;
+    uint64_t rows;
+    uint32_t channels;
+    uint32_t blocks;
+};
+
+/// mean' = mean(x'), inv_std' = -inv_std^3 mean(x' (x - mean)), from the sums that batch_norm_sums takes of dz = x'.
+template <class T>
+__device__ void batch_norm_statistics_tangent(const StatisticsTangentArgs<T>& a) {
+    combine_blocks(a.x, a.x_x, a.channels, a.blocks, [&](uint32_t c, const Sums& all) {
+        const double inv_std = double(a.inv_std[c]), rows = double(a.rows);
+        a.mean_tangent[c] = T(all.dz / rows);
+        a.inv_std_tangent[c] = T(-inv_std * inv_std * inv_std * (all.dz_x / rows));
+    });
+}
+
+template <class T>
+struct NormalizeTangentArgs {
+    Upstream<T> upstream;        // without dy
+    UpstreamTangent<T> tangent;  // without dy
+    const T* beta_tangent;
+    const T* residual_tangent;  // or null
+    T* y_tangent;
+    uint64_t rows;
+    uint32_t channels;
+    uint32_t pack;
+    uint32_t mask;
+};
+
+template <class T, Shape shape, Mask mask, bool has_residual>
+__device__ __forceinline__ void normalize_tangent_block(const NormalizeTangentArgs<T>& a) {
+    const uint64_t channels = a.channels;
+    for_each_run<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+        typedef typename decltype(of)::type Group;
+        const Masked<Group, mask> masked(a.upstream, c);
+        const Group gamma = Group::load(a.upstream.gamma + c), inv_std = Group::load(a.upstream.inv_std + c);
+        const Group gamma_tangent = Group::load(a.tangent.gamma + c), beta_tangent = Group::load(a.beta_tangent + c);
+        const Group mean_tangent = Group::load(a.tangent.mean + c);
+        const Group inv_std_tangent = Group::load(a.tangent.inv_std + c);
+        Group scale, scale_tangent;
+        POLDER_UNROLL
+        for (int k = 0; k < Group::items; ++k) {
+            scale.v[k] = gamma.v[k] * inv_std.v[k];
+            scale_tangent.v[k] = gamma_tangent.v[k] * inv_std.v[k] + gamma.v[k] * inv_std_tangent.v[k];
+        }
+        uint64_t place = row * channels + c;
+#pragma unroll 2
+        for (uint32_t i = 0; i < count; ++i, place += step * channels) {
+            const Group x = Group::load(a.upstream.x + place), x_tangent = Group::load(a.tangent.x + place);
+            Group residual;
+            if (has_residual) residual = Group::load(a.residual_tangent + place);
+            Group z;
+            POLDER_UNROLL
+            for (int k = 0; k < Group::items; ++k) {
+                z.v[k] = (x.v[k] - masked.mean.v[k]) * scale_tangent.v[k] +
+                         ((x_tangent.v[k] - mean_tangent.v[k]) * scale.v[k] + beta_tangent.v[k]);
+                if (has_residual) z.v[k] = z.v[k] + residual.v[k];
+            }
+            masked.passed(masked.edge(a.upstream, place, x), z).store(a.y_tangent + place);
+        }
+    });
+}
+
+template <class T, Shape shape, Mask mask>
+__device__ __forceinline__ void normalize_tangent_with_residual(const NormalizeTangentArgs<T>& a) {
+    if (a.residual_tangent != nullptr) normalize_tangent_block<T, shape, mask, true>(a);
+    else normalize_tangent_block<T, shape, mask, false>(a);
+}
+
+/// y' = (gamma inv_std)' (x - mean) + gamma inv_std (x' - mean') + beta' + residual' where the relu passed, else 0
+template <class T>
+__device__ void batch_norm_normalize_tangent(const NormalizeTangentArgs<T>& a) {
+    with_shape(a.pack, [&](auto of) {
+        constexpr Shape shape = decltype(of)::value;
+        if (a.mask == kOutput) normalize_tangent_with_residual<T, shape, kOutput>(a);
+        else if (a.mask == kRecompute) normalize_tangent_block<T, shape, kRecompute, false>(a);  // there was no residual
+        else normalize_tangent_with_residual<T, shape, kNoMask>(a);
+    });
+}
+
 }  // namespace
 
 POLDER_KERNEL(batch_norm_moments_f32, batch_norm_moments<float>, MomentsArgs<float>)
@@ -678,3 +929,13 @@ POLDER_KERNEL(batch_norm_parameters_f32, batch_norm_parameters<float>, Parameter
 POLDER_HOST_KERNEL(batch_norm_parameters_f64, batch_norm_parameters<double>, ParametersArgs<double>)
 POLDER_KERNEL(batch_norm_input_f32, batch_norm_input<float>, InputArgs<float>)
 POLDER_HOST_KERNEL(batch_norm_input_f64, batch_norm_input<double>, InputArgs<double>)
+POLDER_KERNEL(batch_norm_sums_tangent_f32, batch_norm_sums_tangent<float>, SumsArgs<float>)
+POLDER_HOST_KERNEL(batch_norm_sums_tangent_f64, batch_norm_sums_tangent<double>, SumsArgs<double>)
+POLDER_KERNEL(batch_norm_parameters_tangent_f32, batch_norm_parameters_tangent<float>, ParametersTangentArgs<float>)
+POLDER_HOST_KERNEL(batch_norm_parameters_tangent_f64, batch_norm_parameters_tangent<double>, ParametersTangentArgs<double>)
+POLDER_KERNEL(batch_norm_input_tangent_f32, batch_norm_input_tangent<float>, InputTangentArgs<float>)
+POLDER_HOST_KERNEL(batch_norm_input_tangent_f64, batch_norm_input_tangent<double>, InputTangentArgs<double>)
+POLDER_KERNEL(batch_norm_statistics_tangent_f32, batch_norm_statistics_tangent<float>, StatisticsTangentArgs<float>)
+POLDER_HOST_KERNEL(batch_norm_statistics_tangent_f64, batch_norm_statistics_tangent<double>, StatisticsTangentArgs<double>)
+POLDER_KERNEL(batch_norm_normalize_tangent_f32, batch_norm_normalize_tangent<float>, NormalizeTangentArgs<float>)
+POLDER_HOST_KERNEL(batch_norm_normalize_tangent_f64, batch_norm_normalize_tangent<double>, NormalizeTangentArgs<double>)

@@ -309,7 +309,7 @@ __device__ __forceinline__ void forward(const ConvArgs<T>& a) {
     for (int i = 0; i < Tile::THREAD_ROWS; ++i) {
         const int pixel = corner.row + tile_row<Tile>(i);
         if (pixel >= pixels) continue;
-        write_row<Tile>(a.out + int64_t(pixel) * s.out_channels, corner.column, s.out_channels, sum[i], false,
+        write_row<Tile>(a.out + int64_t(pixel) * s.out_channels, corner.column, s.out_channels, sum[i], a.accumulate != 0,
                         a.wide_out != 0);
     }
 }
@@ -445,7 +445,8 @@ __device__ __forceinline__ void weight_gradient(const ConvArgs<T>& a) {
     for (int i = 0; i < Tile::THREAD_ROWS; ++i) {
         const int row = corner.row + tile_row<Tile>(i);
         if (row >= rows) continue;
-        write_row<Tile>(out + int64_t(row) * s.out_channels, corner.column, s.out_channels, sum[i], false, a.wide_out != 0);
+        write_row<Tile>(out + int64_t(row) * s.out_channels, corner.column, s.out_channels, sum[i], a.accumulate != 0,
+                        a.wide_out != 0);
     }
 }
 
@@ -454,16 +455,17 @@ struct SumSplitsArgs {
     const T* partial;
     T* out;
     uint64_t n;
-    uint64_t splits;
+    uint32_t splits;
+    uint32_t accumulate;
 };
 
-/// out[i] = partial[0][i] + partial[1][i] + ..., in this order
+/// out[i] = partial[0][i] + partial[1][i] + ..., in this order, or added to what is there
 template <class T>
 __device__ void sum_splits(const SumSplitsArgs<T>& a) {
     for_each_index(a.n, [&](uint64_t i) {
         T sum = a.partial[i];
-        for (uint64_t split = 1; split < a.splits; ++split) sum += a.partial[split * a.n + i];
-        a.out[i] = sum;
+        for (uint32_t split = 1; split < a.splits; ++split) sum += a.partial[split * a.n + i];
+        a.out[i] = a.accumulate ? a.out[i] + sum : sum;
     });
 }
 

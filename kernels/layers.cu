@@ -380,11 +380,12 @@ template <class T>
 struct LinearArgs {
     const T* x;
     const T* weight;
-    const T* bias;
+    const T* bias;  // or null
     T* y;
     uint32_t batch;
     uint32_t inputs;
     uint32_t outputs;
+    uint32_t accumulate;
 };
 
 #if defined(POLDER_HOST)
@@ -419,7 +420,7 @@ __forceinline__ T dot(const T* __restrict__ a, const T* __restrict__ b, uint32_t
 }
 #endif
 
-/// y = x weight + bias
+/// y = x weight + bias, or added to what is there
 template <class T>
 __device__ void linear(const LinearArgs<T>& a) {
 #if defined(POLDER_HOST)
@@ -427,7 +428,8 @@ __device__ void linear(const LinearArgs<T>& a) {
         const Range mine = rows_of_block(a.batch);
         for (uint32_t n = mine.begin; n < mine.end; ++n) {
             T* const y = a.y + uint64_t(n) * a.outputs;
-            for (uint32_t o = 0; o < a.outputs; ++o) y[o] = a.bias[o];
+            if (!a.accumulate) memset(y, 0, a.outputs * sizeof(T));
+            if (a.bias != nullptr) axpy(y, T(1), a.bias, a.outputs);
             for (uint32_t i = 0; i < a.inputs; ++i) {
                 axpy(y, a.x[uint64_t(n) * a.inputs + i], a.weight + uint64_t(i) * a.outputs, a.outputs);
             }
@@ -436,7 +438,11 @@ __device__ void linear(const LinearArgs<T>& a) {
     }
 #endif
     const Matrix<T, Order::kRows> x = {a.x, a.batch, a.inputs}, weight = {a.weight, a.inputs, a.outputs};
-    product<T>(x, weight, [&](uint32_t n, uint32_t o, T sum) { a.y[uint64_t(n) * a.outputs + o] = sum + a.bias[o]; });
+    product<T>(x, weight, [&](uint32_t n, uint32_t o, T sum) {
+        T* const y = a.y + uint64_t(n) * a.outputs + o;
+        if (a.bias != nullptr) sum += a.bias[o];
+        *y = a.accumulate ? *y + sum : sum;
+    });
 }
 
 template <class T>
@@ -478,21 +484,22 @@ struct LinearWeightArgs {
     const T* x;
     const T* dy;
     T* dweight;
-    T* dbias;
+    T* dbias;  // or null
     uint32_t batch;
     uint32_t inputs;
     uint32_t outputs;
+    uint32_t accumulate;
 };
 
-/// dweight = x^T dy, and dbias = the column sums of dy, as if x had a further column of ones
+/// dweight = x^T dy, and dbias = the column sums of dy, as if x had a further column of ones; or added to what is there
 template <class T>
 __device__ void linear_weight(const LinearWeightArgs<T>& a) {
 #if defined(POLDER_HOST)
     if (blockDim.x == 1) {
-        const Range mine = rows_of_block(a.inputs + 1);
+        const Range mine = rows_of_block(a.inputs + (a.dbias != nullptr ? 1 : 0));
         for (uint32_t i = mine.begin; i < mine.end; ++i) {
             T* const row = i < a.inputs ? a.dweight + uint64_t(i) * a.outputs : a.dbias;
-            for (uint32_t o = 0; o < a.outputs; ++o) row[o] = T(0);
+            if (!a.accumulate) memset(row, 0, a.outputs * sizeof(T));
             for (uint32_t n = 0; n < a.batch; ++n) {
                 const T x = i < a.inputs ? a.x[uint64_t(n) * a.inputs + i] : T(1);
                 axpy(row, x, a.dy + uint64_t(n) * a.outputs, a.outputs);
@@ -503,13 +510,16 @@ __device__ void linear_weight(const LinearWeightArgs<T>& a) {
 #endif
     const Matrix<T, Order::kColumns> transposed = {a.x, a.inputs, a.batch};
     const Matrix<T, Order::kRows> dy = {a.dy, a.batch, a.outputs};
-    product<T>(transposed, dy, [&](uint32_t i, uint32_t o, T sum) { a.dweight[uint64_t(i) * a.outputs + o] = sum; });
-    if (blockIdx.y == 0 && threadIdx.x < kTile) {
+    product<T>(transposed, dy, [&](uint32_t i, uint32_t o, T sum) {
+        T* const dweight = a.dweight + uint64_t(i) * a.outputs + o;
+        *dweight = a.accumulate ? *dweight + sum : sum;
+    });
+    if (a.dbias != nullptr && blockIdx.y == 0 && threadIdx.x < kTile) {
         const uint32_t o = blockIdx.x * kTile + threadIdx.x;
         if (o >= a.outputs) return;
         T sum = 0;
         for (uint32_t n = 0; n < a.batch; ++n) sum += a.dy[uint64_t(n) * a.outputs + o];
-        a.dbias[o] = sum;
+        a.dbias[o] = a.accumulate ? a.dbias[o] + sum : sum;
     }
 }
 

@@ -1,4 +1,5 @@
-// Cross-entropy of a softmax over class logits, with label smoothing, its gradient, and the count of right predictions.
+// Cross-entropy of a softmax over class logits, with label smoothing, its gradient and the gradient's tangent, and the count of
+// right predictions.
 //
 // One warp takes one sample (on the CPU one thread takes several); a second kernel of one block sums the samples' losses in
 // double, because sharpness is a small difference of such sums.
@@ -85,6 +86,49 @@ __device__ void cross_entropy(const CrossEntropyArgs<T>& a) {
 }
 
 template <class T>
+struct CrossEntropyTangentArgs {
+    const T* logits;          // [batch, classes]
+    const T* logits_tangent;  // [batch, classes]
+    T* dlogits_tangent;       // [batch, classes]
+    uint32_t batch;
+    uint32_t classes;
+};
+
+/// dz' = p (z' - sum p z') / batch with p = softmax(z): the labels are constants, and fall out.
+template <class T>
+__device__ void cross_entropy_tangent(const CrossEntropyTangentArgs<T>& a) {
+    const bool alone = block_threads() == 1;
+    const uint32_t lanes = alone ? 1 : 32, lane = threadIdx.x % lanes;
+    const uint32_t warps = gridDim.x * (blockDim.x / lanes), classes = a.classes;
+    const T scale = T(1.0 / double(a.batch));
+    for (uint32_t n = (blockIdx.x * blockDim.x + threadIdx.x) / lanes; n < a.batch; n += warps) {
+        const T* const z = a.logits + uint64_t(n) * classes;
+        const T* const tangent = a.logits_tangent + uint64_t(n) * classes;
+        T largest = -T(INFINITY);
+        for (uint32_t k = lane; k < classes; k += lanes) largest = max(largest, z[k]);
+        if (!alone) largest = warp_max(largest);
+        // About the first class's tangent, so that what all classes have in common cancels before it is rounded.
+        const T shift = tangent[0];
+        T exponentials = 0, weighted = 0;
+        for (uint32_t k = lane; k < classes; k += lanes) {
+            const T e = exponential(z[k] - largest);
+            exponentials += e;
+            weighted += e * (tangent[k] - shift);
+        }
+        if (!alone) {
+            exponentials = warp_sum(exponentials);
+            weighted = warp_sum(weighted);
+        }
+        const T mean = weighted / exponentials;
+        T* const dz = a.dlogits_tangent + uint64_t(n) * classes;
+        for (uint32_t k = lane; k < classes; k += lanes) {
+            const T p = exponential(z[k] - largest) / exponentials;
+            dz[k] = p * ((tangent[k] - shift) - mean) * scale;
+        }
+    }
+}
+
+template <class T>
 struct MeanLossArgs {
     const T* losses;
     double* loss;
@@ -102,5 +146,7 @@ __device__ void mean_loss(const MeanLossArgs<T>& a) {
 
 POLDER_KERNEL(cross_entropy_f32, cross_entropy<float>, CrossEntropyArgs<float>)
 POLDER_HOST_KERNEL(cross_entropy_f64, cross_entropy<double>, CrossEntropyArgs<double>)
+POLDER_KERNEL(cross_entropy_tangent_f32, cross_entropy_tangent<float>, CrossEntropyTangentArgs<float>)
+POLDER_HOST_KERNEL(cross_entropy_tangent_f64, cross_entropy_tangent<double>, CrossEntropyTangentArgs<double>)
 POLDER_KERNEL(mean_loss_f32, mean_loss<float>, MeanLossArgs<float>)
 POLDER_HOST_KERNEL(mean_loss_f64, mean_loss<double>, MeanLossArgs<double>)

@@ -1,8 +1,8 @@
-//! What an optimizer needs to know of the function it minimises: loss and gradient at given weights.
+//! What an optimizer needs to know of the function it minimises: loss and gradient at given weights, and products with the Hessian.
 //!
 //! A network's [`crate::plan::Plan`] is an objective; so is any function of a flat vector that a user brings.
 
-use crate::device::{Result, Scalar, Slice, SliceMut};
+use crate::device::{Error, Result, Scalar, Slice, SliceMut};
 
 /// What a pass does with batch norm's running statistics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +38,23 @@ pub trait Objective<T: Scalar> {
         loss: SliceMut<'_, f64>,
         flag: SliceMut<'_, u32>,
     ) -> Result<()>;
+
+    /// The Hessian of the loss at `weights` times `direction`, exact, written to `product`; all three are laid out alike. `flag` is
+    /// as in [`Objective::gradient`], for the loss and the product. Batch norm's running statistics stay as they are.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where the objective has no exact product, as by default; those of the device.
+    fn hessian_vector(
+        &mut self,
+        weights: Slice<'_, T>,
+        direction: Slice<'_, T>,
+        product: SliceMut<'_, T>,
+        flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        let _ = (weights, direction, product, flag);
+        let message = "this objective has no exact product with its Hessian".into();
+        Err(Error::Argument { operation: "Objective::hessian_vector", message })
+    }
 
     /// Ends a step: makes the statistics of the pass with [`Statistics::Update`] permanent, unless `skip` (one element, on
     /// the device) is set.

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Random, assert_close, bits, devices, host_devices, to_f64};
-use polder::device::{Buffer, Device, Error, HostOptions, Result, Scalar};
+use polder::device::{Device, Error, HostOptions, Result, Scalar, SliceMut};
 use polder::kernels::conv::{self, ConvShape};
 
 const fn shape(extents: [usize; 5], kernel: usize, stride: usize, padding: usize) -> ConvShape {
@@ -48,12 +48,14 @@ const WIDE_SHAPES: [ConvShape; 4] = [
     shape([2, 12, 13, 65, 68], 1, 1, 0),
 ];
 
-/// `dx` starts from these numbers where the gradient is added to it.
+/// `y`, `dx` and `dw` start from these numbers where the result is added to them.
 struct Case<T> {
     x: Vec<T>,
     weight: Vec<T>,
     dy: Vec<T>,
+    y: Vec<T>,
     dx: Vec<T>,
+    dw: Vec<T>,
 }
 
 fn case<T: Scalar>(shape: &ConvShape, seed: u64) -> Case<T> {
@@ -62,7 +64,9 @@ fn case<T: Scalar>(shape: &ConvShape, seed: u64) -> Case<T> {
         x: random.vector(shape.input_len()),
         weight: random.vector(shape.weight_len()),
         dy: random.vector(shape.output_len()),
+        y: random.vector(shape.output_len()),
         dx: random.vector(shape.input_len()),
+        dw: random.vector(shape.weight_len()),
     }
 }
 
@@ -98,31 +102,43 @@ fn reference(shape: &ConvShape, x: &[f64], weight: &[f64], dy: &[f64]) -> [Vec<f
     results
 }
 
-/// All passes on a device, outputs and workspace poisoned beforehand: y, dx, dx added to `case.dx`, dw.
-fn run<T: Scalar>(device: &Device, shape: &ConvShape, case: &Case<T>) -> Result<[Vec<T>; 4]> {
-    let (x, weight) = (device.upload(&case.x)?, device.upload(&case.weight)?);
-    let (dy, mut added) = (device.upload(&case.dy)?, device.upload(&case.dx)?);
-    let mut y = device.poisoned(case.dy.len())?;
-    let mut dx = device.poisoned(case.x.len())?;
-    let mut dw = device.poisoned(case.weight.len())?;
-    let workspace = || -> Result<Buffer<T>> { device.poisoned(shape.workspace_len(device)) };
-    conv::forward(shape, x.view(), weight.view(), y.view_mut(), workspace()?.view_mut())?;
-    conv::input_gradient(shape, dy.view(), weight.view(), dx.view_mut(), false, workspace()?.view_mut())?;
-    conv::input_gradient(shape, dy.view(), weight.view(), added.view_mut(), true, workspace()?.view_mut())?;
-    conv::weight_gradient(shape, x.view(), dy.view(), dw.view_mut(), workspace()?.view_mut())?;
-    Ok([y.to_vec()?, dx.to_vec()?, added.to_vec()?, dw.to_vec()?])
+/// What a pass writes over poison, and what it adds to the case's numbers.
+type Both<T> = [Vec<T>; 2];
+
+/// All passes on a device, workspace and outputs that are not added to poisoned beforehand: y, dx, dw.
+fn run<T: Scalar>(device: &Device, shape: &ConvShape, case: &Case<T>) -> Result<[Both<T>; 3]> {
+    let (x, weight, dy) = (device.upload(&case.x)?, device.upload(&case.weight)?, device.upload(&case.dy)?);
+    let (x, weight, dy) = (x.view(), weight.view(), dy.view());
+    let both = |start: &[T], pass: &dyn Fn(SliceMut<'_, T>, bool, SliceMut<'_, T>) -> Result<()>| -> Result<Both<T>> {
+        let workspace = || device.poisoned(shape.workspace_len(device));
+        let (mut written, mut added) = (device.poisoned(start.len())?, device.upload(start)?);
+        pass(written.view_mut(), false, workspace()?.view_mut())?;
+        pass(added.view_mut(), true, workspace()?.view_mut())?;
+        Ok([written.to_vec()?, added.to_vec()?])
+    };
+    Ok([
+        both(&case.y, &|y, accumulate, workspace| conv::forward(shape, x, weight, y, accumulate, workspace))?,
+        both(&case.dx, &|dx, accumulate, workspace| {
+            conv::input_gradient(shape, dy, weight, dx, accumulate, workspace)
+        })?,
+        both(&case.dw, &|dw, accumulate, workspace| conv::weight_gradient(shape, x, dy, dw, accumulate, workspace))?,
+    ])
 }
 
 fn check<T: Scalar>(devices: &[(String, Device)], tolerance: f64) {
     for (number, shape) in SHAPES.iter().chain(&WIDE_SHAPES).enumerate() {
         let case = case::<T>(shape, number as u64);
-        let [y, dx, dw] = reference(shape, &to_f64(&case.x), &to_f64(&case.weight), &to_f64(&case.dy));
-        let added: Vec<f64> = dx.iter().zip(&case.dx).map(|(&dx, &start)| dx + start.into()).collect();
+        let expected = reference(shape, &to_f64(&case.x), &to_f64(&case.weight), &to_f64(&case.dy));
+        let starts = [&case.y, &case.dx, &case.dw];
         for (name, device) in devices {
             let found = run(device, shape, &case).unwrap_or_else(|e| panic!("{name}, {shape:?}: {e}"));
-            let passes = [("y", &y), ("dx", &dx), ("dx added", &added), ("dw", &dw)];
-            for (found, (pass, expected)) in found.iter().zip(passes) {
-                assert_close(&format!("{name}, {shape:?}: {pass}"), found, expected, tolerance);
+            for (pass, ([written, added], (expected, start))) in
+                ["y", "dx", "dw"].into_iter().zip(found.iter().zip(expected.iter().zip(starts)))
+            {
+                let what = format!("{name}, {shape:?}: {pass}");
+                assert_close(&what, written, expected, tolerance);
+                let sum: Vec<f64> = expected.iter().zip(to_f64(start)).map(|(&value, start)| value + start).collect();
+                assert_close(&format!("{what} added"), added, &sum, tolerance);
             }
         }
     }
@@ -160,7 +176,8 @@ fn bits_depend_on_neither_threads_nor_schedule() {
         let case = case::<f32>(shape, 100 + number as u64);
         let mut seen: [Option<(String, Vec<Vec<u64>>)>; 2] = [None, None];
         for (name, device) in host_devices() {
-            let found: Vec<Vec<u64>> = run(&device, shape, &case).unwrap().iter().map(|pass| bits(pass)).collect();
+            let found: Vec<Vec<u64>> =
+                run(&device, shape, &case).unwrap().iter().flatten().map(|pass| bits(pass)).collect();
             let group = &mut seen[usize::from(name.starts_with("gpu"))];
             match group {
                 Some((first, expected)) => assert_eq!(*expected, found, "{first} and {name} differ: {shape:?}"),
@@ -180,7 +197,7 @@ fn splits_large_images_and_many_channels() {
         let case = case::<f64>(shape, 200 + number as u64);
         let [y, dx, dw] = reference(shape, &case.x, &case.weight, &case.dy);
         let device = Device::host_with(HostOptions { threads: 2, ..HostOptions::default() });
-        let [found_y, found_dx, _, found_dw] = run(&device, shape, &case).unwrap();
+        let [[found_y, _], [found_dx, _], [found_dw, _]] = run(&device, shape, &case).unwrap();
         assert_close("y", &found_y, &y, 1e-14);
         assert_close("dx", &found_dx, &dx, 1e-14);
         assert_close("dw", &found_dw, &dw, 1e-14);
@@ -199,10 +216,10 @@ fn gradients_equal_central_differences() {
                 let mut y = device.poisoned(shape.output_len()).unwrap();
                 let mut workspace = device.poisoned(shape.workspace_len(&device)).unwrap();
                 let (x, weight) = (device.upload(x).unwrap(), device.upload(weight).unwrap());
-                conv::forward(shape, x.view(), weight.view(), y.view_mut(), workspace.view_mut()).unwrap();
+                conv::forward(shape, x.view(), weight.view(), y.view_mut(), false, workspace.view_mut()).unwrap();
                 y.to_vec().unwrap().iter().zip(&case.dy).map(|(y, dy)| y * dy).sum()
             };
-            let [_, dx, _, dw] = run(&device, shape, &case).unwrap();
+            let [_, [dx, _], [dw, _]] = run(&device, shape, &case).unwrap();
             let along_x: Vec<f64> = random.vector(case.x.len());
             let along_w: Vec<f64> = random.vector(case.weight.len());
             let moved = |from: &[f64], along: &[f64], step: f64| -> Vec<f64> {
@@ -234,8 +251,9 @@ fn refuses_wrong_lengths_devices_and_shapes() {
     let call = |shape: &ConvShape, x: usize, weight: usize, y: usize, workspace: usize| -> Result<()> {
         let (x, weight) = (device.zeros::<f32>(x)?, device.zeros::<f32>(weight)?);
         let (mut y, mut workspace) = (device.zeros::<f32>(y)?, device.zeros::<f32>(workspace)?);
-        conv::forward(shape, x.view(), weight.view(), y.view_mut(), workspace.view_mut())?;
-        conv::weight_gradient(shape, x.view(), y.view(), device.zeros(weight.len())?.view_mut(), workspace.view_mut())?;
+        conv::forward(shape, x.view(), weight.view(), y.view_mut(), false, workspace.view_mut())?;
+        let mut dw = device.zeros(weight.len())?;
+        conv::weight_gradient(shape, x.view(), y.view(), dw.view_mut(), false, workspace.view_mut())?;
         conv::input_gradient(
             shape,
             y.view(),
@@ -263,7 +281,8 @@ fn refuses_wrong_lengths_devices_and_shapes() {
     let foreign = other.zeros::<f32>(weight).unwrap();
     let (input, mut output) = (device.zeros::<f32>(x).unwrap(), device.zeros::<f32>(y).unwrap());
     let mut scratch = device.zeros::<f32>(workspace).unwrap();
-    let error = conv::forward(&right, input.view(), foreign.view(), output.view_mut(), scratch.view_mut()).unwrap_err();
+    let (y, workspace) = (output.view_mut(), scratch.view_mut());
+    let error = conv::forward(&right, input.view(), foreign.view(), y, false, workspace).unwrap_err();
     assert!(matches!(&error, Error::OtherDevice { argument: "weight", .. }), "{error}");
 
     for wrong in [

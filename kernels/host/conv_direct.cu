@@ -286,6 +286,7 @@ struct ForwardArgs {
     T* y;
     ConvShape shape;
     Bands bands;
+    uint32_t accumulate;
 };
 
 /// y[n, i, j, o] = sum over taps and c of x[n, i * stride + tap row - padding, j * stride + tap column - padding, c] * weight
@@ -324,7 +325,7 @@ __device__ void forward(const ForwardArgs<T>& a) {
     }
     T* target = a.y + (int64_t(band.first_image) * s.out_height + band.first_row) * s.out_width * s.out_channels;
     correlate<T>({source, source_at, target, target_at, pixels, s.kernel, row_pitch, s.kernel * C, a.packed, s.out_channels,
-                  false});
+                  a.accumulate != 0});
 }
 
 template <class T>
@@ -510,9 +511,10 @@ struct SumGroupsArgs {
     T* dw;
     ConvShape shape;
     int32_t slice, groups;
+    uint32_t accumulate;
 };
 
-/// dw[tap][c][o] = sum over groups, in their order, of the partial sums
+/// dw[tap][c][o] = sum over groups, in their order, of the partial sums, or added to what is there
 template <class T>
 __device__ void sum_groups(const SumGroupsArgs<T>& a) {
     constexpr int W = kPanel<T>;
@@ -533,7 +535,7 @@ __device__ void sum_groups(const SumGroupsArgs<T>& a) {
             }
             T* to = a.dw + row * O + channel;
             const int columns = O - channel < W ? O - channel : W;
-            for (int j = 0; j < columns; ++j) to[j] = sum[j];
+            for (int j = 0; j < columns; ++j) to[j] = a.accumulate ? to[j] + sum[j] : sum[j];
         }
     });
 }

@@ -21,7 +21,7 @@ pub struct BatchNormShape {
 }
 
 impl BatchNormShape {
-    /// The length of the `workspace` that [`forward_train`] and [`backward`] need on this device.
+    /// The length of the `workspace` that [`forward_train`], [`backward`] and their tangents need on this device.
     pub fn workspace_len(&self, device: &Device) -> usize {
         2 * self.channels * row_blocks(device, *self, PER_SUMMING_THREAD)
     }
@@ -127,6 +127,53 @@ pub struct ResidualGradient<'a, T: Scalar> {
     pub gradient: SliceMut<'a, T>,
     /// Whether it is added to what the buffer holds.
     pub accumulate: bool,
+}
+
+/// What [`forward_tangent`] reads of the forward, whose shapes these are.
+#[derive(Clone, Copy)]
+pub struct Normalized<'a, T: Scalar> {
+    /// Its input.
+    pub x: Slice<'a, T>,
+    /// Scale.
+    pub gamma: Slice<'a, T>,
+    /// What it saved.
+    pub mean: Slice<'a, T>,
+    /// What it saved.
+    pub inv_std: Slice<'a, T>,
+    /// What followed the normalisation.
+    pub activation: Activation<'a, T>,
+}
+
+/// The tangents of what the forward read.
+#[derive(Clone, Copy)]
+pub struct ForwardTangents<'a, T: Scalar> {
+    /// `[rows, channels]`
+    pub x: Slice<'a, T>,
+    /// `[channels]`
+    pub gamma: Slice<'a, T>,
+    /// `[channels]`
+    pub beta: Slice<'a, T>,
+    /// `[rows, channels]`, where there was a residual.
+    pub residual: Option<Slice<'a, T>>,
+}
+
+/// The tangents of what the backward read, and two of its results.
+#[derive(Clone, Copy)]
+pub struct BackwardTangents<'a, T: Scalar> {
+    /// `[rows, channels]`
+    pub x: Slice<'a, T>,
+    /// `[rows, channels]`
+    pub dy: Slice<'a, T>,
+    /// `[channels]`
+    pub gamma: Slice<'a, T>,
+    /// As [`forward_tangent`] left it.
+    pub mean: Slice<'a, T>,
+    /// As [`forward_tangent`] left it.
+    pub inv_std: Slice<'a, T>,
+    /// [`backward`]'s result itself, no tangent.
+    pub dgamma: Slice<'a, T>,
+    /// [`backward`]'s result itself, no tangent.
+    pub dbeta: Slice<'a, T>,
 }
 
 /// How rows and channels are spread over a launch.
@@ -254,10 +301,34 @@ struct Upstream {
     inv_std: u64,
 }
 
+impl Upstream {
+    /// All addresses' bits: of what they are multiples of, each of them is.
+    fn bits(&self) -> u64 {
+        self.x | self.y | self.dy | self.gamma | self.beta | self.mean | self.inv_std
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct UpstreamTangent {
+    x: u64,
+    dy: u64,
+    gamma: u64,
+    mean: u64,
+    inv_std: u64,
+}
+
+impl UpstreamTangent {
+    fn bits(&self) -> u64 {
+        self.x | self.dy | self.gamma | self.mean | self.inv_std
+    }
+}
+
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct SumsArgs {
     upstream: Upstream,
+    tangent: UpstreamTangent,
     residual: u64,
     dz: u64,
     dz_x: u64,
@@ -292,6 +363,64 @@ struct InputArgs {
     pack: u32,
     mask: u32,
     train: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ParametersTangentArgs {
+    dz: u64,
+    dz_x: u64,
+    inv_std: u64,
+    inv_std_tangent: u64,
+    dgamma: u64,
+    dgamma_tangent: u64,
+    dbeta_tangent: u64,
+    channels: u32,
+    blocks: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct InputTangentArgs {
+    upstream: Upstream,
+    tangent: UpstreamTangent,
+    dgamma: u64,
+    dbeta: u64,
+    dgamma_tangent: u64,
+    dbeta_tangent: u64,
+    dx_tangent: u64,
+    rows: u64,
+    channels: u32,
+    pack: u32,
+    mask: u32,
+    train: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct StatisticsTangentArgs {
+    x: u64,
+    x_x: u64,
+    inv_std: u64,
+    mean_tangent: u64,
+    inv_std_tangent: u64,
+    rows: u64,
+    channels: u32,
+    blocks: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct NormalizeTangentArgs {
+    upstream: Upstream,
+    tangent: UpstreamTangent,
+    beta_tangent: u64,
+    residual_tangent: u64,
+    y_tangent: u64,
+    rows: u64,
+    channels: u32,
+    pack: u32,
+    mask: u32,
 }
 
 /// The kernel's numbers for where the mask comes from.
@@ -339,6 +468,60 @@ impl Check<'_> {
         let fits = channels > 0 && channels < 1 << 22 && rows.checked_mul(channels).is_some();
         let message = || format!("{rows} rows of {channels} channels cannot be normalised");
         if fits { Ok(()) } else { Err(Error::Argument { operation: self.operation, message: message() }) }
+    }
+
+    /// Where the mask comes from: the kernel's number, and the addresses of y and beta.
+    fn activation<T: Scalar>(&self, activation: Activation<'_, T>) -> Result<(u32, u64, u64)> {
+        match activation {
+            Activation::Identity => Ok((NO_MASK, 0, 0)),
+            Activation::Relu { y } => {
+                self.full("y", y)?;
+                Ok((MASK_OUTPUT, y.address(), 0))
+            }
+            Activation::ReluRecomputed { beta } => {
+                self.channels("beta", beta)?;
+                Ok((MASK_RECOMPUTE, 0, beta.address()))
+            }
+        }
+    }
+
+    /// A mask that is recomputed knows of no residual.
+    fn no_residual(&self, mask: u32) -> Result<()> {
+        if mask != MASK_RECOMPUTE {
+            return Ok(());
+        }
+        let message = "with a residual the mask must come from the output".into();
+        Err(Error::Argument { operation: self.operation, message })
+    }
+
+    /// What both backward passes, or their tangents, read; with the mask's number.
+    fn backward<T: Scalar>(&self, input: &Backward<'_, T>) -> Result<(Upstream, u32)> {
+        self.shape()?;
+        self.full("x", input.x)?;
+        self.full("dy", input.dy)?;
+        self.channels("gamma", input.gamma)?;
+        self.channels("mean", input.mean)?;
+        self.channels("inv_std", input.inv_std)?;
+        let (mask, y, beta) = self.activation(input.activation)?;
+        let upstream = Upstream {
+            x: input.x.address(),
+            y,
+            dy: input.dy.address(),
+            gamma: input.gamma.address(),
+            beta,
+            mean: input.mean.address(),
+            inv_std: input.inv_std.address(),
+        };
+        Ok((upstream, mask))
+    }
+
+    /// The address of the residual's gradient, and the kernel's number for what becomes of it.
+    fn residual<T: Scalar>(&self, residual: Option<ResidualGradient<'_, T>>, mask: u32) -> Result<(u64, u32)> {
+        let Some(mut residual) = residual else { return Ok((0, RESIDUAL_NONE)) };
+        self.full("residual", residual.gradient.view())?;
+        self.no_residual(mask)?;
+        let mode = if residual.accumulate { RESIDUAL_ACCUMULATE } else { RESIDUAL_WRITE };
+        Ok((residual.gradient.address(), mode))
     }
 
     fn forward<T: Scalar>(&self, input: &Forward<'_, T>, y: Slice<'_, T>, saved: &Saved<'_, T>) -> Result<()> {
@@ -505,51 +688,16 @@ pub fn backward<T: Scalar>(
 ) -> Result<()> {
     let device = input.x.device();
     let check = Check { operation: "batch_norm::backward", device, shape };
-    check.shape()?;
-    check.full("x", input.x)?;
-    check.full("dy", input.dy)?;
-    check.channels("gamma", input.gamma)?;
-    check.channels("mean", input.mean)?;
-    check.channels("inv_std", input.inv_std)?;
+    let (upstream, mask) = check.backward(&input)?;
     check.full("dx", gradients.dx.view())?;
     check.channels("dgamma", gradients.dgamma.view())?;
     check.channels("dbeta", gradients.dbeta.view())?;
     check.workspace(workspace.view())?;
-    let (mask, y, beta) = match input.activation {
-        Activation::Identity => (NO_MASK, None, None),
-        Activation::Relu { y } => (MASK_OUTPUT, Some(y), None),
-        Activation::ReluRecomputed { beta } => (MASK_RECOMPUTE, None, Some(beta)),
-    };
-    if let Some(y) = y {
-        check.full("y", y)?;
-    }
-    if let Some(beta) = beta {
-        check.channels("beta", beta)?;
-    }
-    let (mut residual_address, mut residual_mode) = (0, RESIDUAL_NONE);
-    if let Some(mut residual) = residual {
-        check.full("residual", residual.gradient.view())?;
-        if mask == MASK_RECOMPUTE {
-            let message = "with a residual the mask must come from the output".into();
-            return Err(Error::Argument { operation: check.operation, message });
-        }
-        residual_address = residual.gradient.address();
-        residual_mode = if residual.accumulate { RESIDUAL_ACCUMULATE } else { RESIDUAL_WRITE };
-    }
-    let upstream = Upstream {
-        x: input.x.address(),
-        y: address(y),
-        dy: input.dy.address(),
-        gamma: input.gamma.address(),
-        beta: address(beta),
-        mean: input.mean.address(),
-        inv_std: input.inv_std.address(),
-    };
-    let Upstream { x, y, dy, gamma, beta, mean, inv_std } = upstream;
-    let addresses = [x, y, dy, gamma, beta, mean, inv_std, residual_address];
-    let spread = Spread::new::<T>(device, shape, PER_SUMMING_THREAD, &addresses);
+    let (residual_address, residual_mode) = check.residual(residual, mask)?;
+    let spread = Spread::new::<T>(device, shape, PER_SUMMING_THREAD, &[upstream.bits(), residual_address]);
     let sums = SumsArgs {
         upstream,
+        tangent: UpstreamTangent::default(),
         residual: residual_address,
         dz: workspace.address(),
         dz_x: workspace.address() + (workspace.len() / 2 * size_of::<f64>()) as u64,
@@ -562,7 +710,7 @@ pub fn backward<T: Scalar>(
     let parameters = ParametersArgs {
         dz: sums.dz,
         dz_x: sums.dz_x,
-        inv_std,
+        inv_std: upstream.inv_std,
         dgamma: gradients.dgamma.address(),
         dbeta: gradients.dbeta.address(),
         channels: shape.channels as u32,
@@ -581,7 +729,7 @@ pub fn backward<T: Scalar>(
         mask: if from_residual { NO_MASK } else { mask },
         train: (mode == Mode::Train).into(),
     };
-    let addresses = [x, y, dy, gamma, beta, mean, inv_std, residual_address, inputs.dgamma, inputs.dbeta, inputs.dx];
+    let addresses = [upstream.bits(), residual_address, inputs.dgamma, inputs.dbeta, inputs.dx];
     let input_spread = Spread::new::<T>(device, shape, PER_THREAD, &addresses);
     inputs.pack = input_spread.pack;
     // SAFETY: the twins of the kernels' structs; every length was checked above, and the first launch has as many row blocks as
@@ -591,5 +739,204 @@ pub fn backward<T: Scalar>(
         let launch = channel_launch(device, shape.channels);
         device.launch(pick::<T>(id::BATCH_NORM_PARAMETERS_F32, id::BATCH_NORM_PARAMETERS_F64), launch, &parameters)?;
         device.launch(pick::<T>(id::BATCH_NORM_INPUT_F32, id::BATCH_NORM_INPUT_F64), input_spread.launch, &inputs)
+    }
+}
+
+/// The tangent of [`forward_train`] or [`forward_eval`]: with `scale = gamma · inv_std` and primes for tangents,
+/// `y' = scale' · (x − mean) + scale · (x' − mean') + beta' + residual'` where the activation passed and 0 elsewhere. In training
+/// `mean' = Σx' / m` and `inv_std' = −inv_std³ · Σ x' · (x − mean) / m`, in evaluation both are zero; they are left in `saved` for
+/// [`backward_tangent`]. `workspace` is as in [`forward_train`], also in evaluation.
+///
+/// Traffic, f32: 12 bytes per element, 8 more in training, 4 more each for a mask that is read from y and for a residual.
+///
+/// # Errors
+/// As [`backward`].
+pub fn forward_tangent<T: Scalar>(
+    shape: BatchNormShape,
+    mode: Mode,
+    input: Normalized<'_, T>,
+    tangents: ForwardTangents<'_, T>,
+    mut y: SliceMut<'_, T>,
+    mut saved: Saved<'_, T>,
+    mut workspace: SliceMut<'_, f64>,
+) -> Result<()> {
+    let device = input.x.device();
+    let check = Check { operation: "batch_norm::forward_tangent", device, shape };
+    let Normalized { x, gamma, mean, inv_std, activation } = input;
+    // The kernels read no upstream gradient; for the sums, the tangent of x stands in its place.
+    let (upstream, mask) = check.backward(&Backward { x, dy: tangents.x, gamma, mean, inv_std, activation })?;
+    check.channels("gamma'", tangents.gamma)?;
+    check.channels("beta'", tangents.beta)?;
+    if let Some(residual) = tangents.residual {
+        check.full("residual'", residual)?;
+        check.no_residual(mask)?;
+    }
+    check.full("y'", y.view())?;
+    check.channels("mean'", saved.mean.view())?;
+    check.channels("inv_std'", saved.inv_std.view())?;
+    check.workspace(workspace.view())?;
+    match mode {
+        Mode::Train => {
+            let spread = Spread::new::<T>(device, shape, PER_SUMMING_THREAD, &[upstream.x, upstream.dy, upstream.mean]);
+            let sums = SumsArgs {
+                upstream,
+                tangent: UpstreamTangent::default(),
+                residual: 0,
+                dz: workspace.address(),
+                dz_x: workspace.address() + (workspace.len() / 2 * size_of::<f64>()) as u64,
+                rows: shape.rows as u64,
+                channels: shape.channels as u32,
+                pack: spread.pack,
+                mask: NO_MASK,
+                residual_mode: RESIDUAL_NONE,
+            };
+            let statistics = StatisticsTangentArgs {
+                x: sums.dz,
+                x_x: sums.dz_x,
+                inv_std: upstream.inv_std,
+                mean_tangent: saved.mean.address(),
+                inv_std_tangent: saved.inv_std.address(),
+                rows: shape.rows as u64,
+                channels: shape.channels as u32,
+                blocks: row_blocks(device, shape, PER_SUMMING_THREAD) as u32,
+            };
+            // SAFETY: the twins of the kernels' structs; every length was checked above, and the first launch has as many row
+            // blocks as the workspace has room for.
+            unsafe {
+                device.launch(pick::<T>(id::BATCH_NORM_SUMS_F32, id::BATCH_NORM_SUMS_F64), spread.launch, &sums)?;
+                let kernel = pick::<T>(id::BATCH_NORM_STATISTICS_TANGENT_F32, id::BATCH_NORM_STATISTICS_TANGENT_F64);
+                device.launch(kernel, channel_launch(device, shape.channels), &statistics)?;
+            }
+        }
+        Mode::Eval => {
+            saved.mean.clear()?;
+            saved.inv_std.clear()?;
+        }
+    }
+    let tangent = UpstreamTangent {
+        x: tangents.x.address(),
+        dy: 0,
+        gamma: tangents.gamma.address(),
+        mean: saved.mean.address(),
+        inv_std: saved.inv_std.address(),
+    };
+    let mut args = NormalizeTangentArgs {
+        upstream: Upstream { dy: 0, ..upstream },
+        tangent,
+        beta_tangent: tangents.beta.address(),
+        residual_tangent: address(tangents.residual),
+        y_tangent: y.address(),
+        rows: shape.rows as u64,
+        channels: shape.channels as u32,
+        pack: 0,
+        mask,
+    };
+    let others = args.beta_tangent | args.residual_tangent | args.y_tangent;
+    let spread = Spread::new::<T>(device, shape, PER_THREAD, &[args.upstream.bits(), tangent.bits(), others]);
+    args.pack = spread.pack;
+    let kernel = pick::<T>(id::BATCH_NORM_NORMALIZE_TANGENT_F32, id::BATCH_NORM_NORMALIZE_TANGENT_F64);
+    // SAFETY: the twin of the kernel's struct; every length was checked above.
+    unsafe { device.launch(kernel, spread.launch, &args) }
+}
+
+/// The tangent of [`backward`], whose `input` and `mode` it takes: `gradients` and `residual` are given the tangents of what that
+/// wrote. With `scale` as in [`forward_tangent`], `dz' = dy'` where the activation passed and 0 elsewhere (a relu has no second
+/// derivative), and `slope = inv_std · dgamma / m`:
+///
+/// ```text
+/// dbeta'  = Σ dz'
+/// dgamma' = inv_std · Σ (dz' · (x − mean) + dz · (x' − mean')) + inv_std' · dgamma / inv_std
+/// dx'     = scale' · (dz − dbeta/m) + scale · (dz' − dbeta'/m) − (scale · slope)' · (x − mean) − scale · slope · (x' − mean')
+/// ```
+///
+/// in evaluation without all but the two terms with `dz`. These are the derivatives of [`backward`]'s formulas along the
+/// tangents. `workspace` is as in [`forward_train`], also in evaluation.
+///
+/// Traffic in training, f32: 36 bytes per element; 44 if the mask is read from y; another 4 (8 to accumulate) for the gradient of
+/// a residual.
+///
+/// # Errors
+/// As [`backward`].
+pub fn backward_tangent<T: Scalar>(
+    shape: BatchNormShape,
+    mode: Mode,
+    input: Backward<'_, T>,
+    tangents: BackwardTangents<'_, T>,
+    mut gradients: Gradients<'_, T>,
+    residual: Option<ResidualGradient<'_, T>>,
+    mut workspace: SliceMut<'_, f64>,
+) -> Result<()> {
+    let device = input.x.device();
+    let check = Check { operation: "batch_norm::backward_tangent", device, shape };
+    let (upstream, mask) = check.backward(&input)?;
+    check.full("x'", tangents.x)?;
+    check.full("dy'", tangents.dy)?;
+    check.channels("gamma'", tangents.gamma)?;
+    check.channels("mean'", tangents.mean)?;
+    check.channels("inv_std'", tangents.inv_std)?;
+    check.channels("dgamma", tangents.dgamma)?;
+    check.channels("dbeta", tangents.dbeta)?;
+    check.full("dx'", gradients.dx.view())?;
+    check.channels("dgamma'", gradients.dgamma.view())?;
+    check.channels("dbeta'", gradients.dbeta.view())?;
+    check.workspace(workspace.view())?;
+    let (residual, residual_mode) = check.residual(residual, mask)?;
+    let tangent = UpstreamTangent {
+        x: tangents.x.address(),
+        dy: tangents.dy.address(),
+        gamma: tangents.gamma.address(),
+        mean: tangents.mean.address(),
+        inv_std: tangents.inv_std.address(),
+    };
+    let spread = Spread::new::<T>(device, shape, PER_SUMMING_THREAD, &[upstream.bits(), tangent.bits(), residual]);
+    let sums = SumsArgs {
+        upstream,
+        tangent,
+        residual,
+        dz: workspace.address(),
+        dz_x: workspace.address() + (workspace.len() / 2 * size_of::<f64>()) as u64,
+        rows: shape.rows as u64,
+        channels: shape.channels as u32,
+        pack: spread.pack,
+        mask,
+        residual_mode,
+    };
+    let parameters = ParametersTangentArgs {
+        dz: sums.dz,
+        dz_x: sums.dz_x,
+        inv_std: upstream.inv_std,
+        inv_std_tangent: tangent.inv_std,
+        dgamma: tangents.dgamma.address(),
+        dgamma_tangent: gradients.dgamma.address(),
+        dbeta_tangent: gradients.dbeta.address(),
+        channels: shape.channels as u32,
+        blocks: row_blocks(device, shape, PER_SUMMING_THREAD) as u32,
+    };
+    let mut inputs = InputTangentArgs {
+        upstream,
+        tangent,
+        dgamma: parameters.dgamma,
+        dbeta: tangents.dbeta.address(),
+        dgamma_tangent: parameters.dgamma_tangent,
+        dbeta_tangent: parameters.dbeta_tangent,
+        dx_tangent: gradients.dx.address(),
+        rows: shape.rows as u64,
+        channels: shape.channels as u32,
+        pack: 0,
+        mask,
+        train: (mode == Mode::Train).into(),
+    };
+    let others = inputs.dgamma | inputs.dbeta | inputs.dgamma_tangent | inputs.dbeta_tangent | inputs.dx_tangent;
+    let input_spread = Spread::new::<T>(device, shape, PER_THREAD, &[upstream.bits(), tangent.bits(), others]);
+    inputs.pack = input_spread.pack;
+    // SAFETY: the twins of the kernels' structs; every length was checked above, and the first launch has as many row blocks as
+    // the workspace has room for.
+    unsafe {
+        let kernel = pick::<T>(id::BATCH_NORM_SUMS_TANGENT_F32, id::BATCH_NORM_SUMS_TANGENT_F64);
+        device.launch(kernel, spread.launch, &sums)?;
+        let kernel = pick::<T>(id::BATCH_NORM_PARAMETERS_TANGENT_F32, id::BATCH_NORM_PARAMETERS_TANGENT_F64);
+        device.launch(kernel, channel_launch(device, shape.channels), &parameters)?;
+        let kernel = pick::<T>(id::BATCH_NORM_INPUT_TANGENT_F32, id::BATCH_NORM_INPUT_TANGENT_F64);
+        device.launch(kernel, input_spread.launch, &inputs)
     }
 }

@@ -166,7 +166,7 @@ struct Shape {
     out_width: i32,
 }
 
-/// `y = x * weight`. Traffic: reads x and the weights, writes y.
+/// `y = x * weight`, or with `accumulate` `y += x * weight`. Traffic: reads x and the weights, writes y (and reads it to add).
 ///
 /// # Errors
 /// Those of [`ConvShape::check`]; [`Error::Length`] and [`Error::OtherDevice`] for an argument of another length or device
@@ -176,6 +176,7 @@ pub fn forward<T: Scalar>(
     x: Slice<'_, T>,
     weight: Slice<'_, T>,
     y: SliceMut<'_, T>,
+    accumulate: bool,
     workspace: SliceMut<'_, T>,
 ) -> Result<()> {
     const OPERATION: &str = "conv::forward";
@@ -187,7 +188,11 @@ pub fn forward<T: Scalar>(
     check_device(OPERATION, "x", &device, x.device())?;
     check_device(OPERATION, "weight", &device, weight.device())?;
     check_workspace(OPERATION, shape, &device, &workspace)?;
-    if device.is_simt() { tiled::forward(shape, x, weight, y) } else { direct::forward(shape, x, weight, y, workspace) }
+    if device.is_simt() {
+        tiled::forward(shape, x, weight, y, accumulate)
+    } else {
+        direct::forward(shape, x, weight, y, accumulate, workspace)
+    }
 }
 
 /// The gradient of the loss with respect to `x`, written to `dx` or, with `accumulate`, added to it. Traffic: reads dy and
@@ -219,7 +224,8 @@ pub fn input_gradient<T: Scalar>(
     }
 }
 
-/// The gradient of the loss with respect to the weights, written to `dw`. Traffic: reads x and dy, writes dw.
+/// The gradient of the loss with respect to the weights, written to `dw` or, with `accumulate`, added to it. Traffic: reads x
+/// and dy, writes dw (and reads it to add).
 ///
 /// # Errors
 /// As those of [`forward`].
@@ -228,6 +234,7 @@ pub fn weight_gradient<T: Scalar>(
     x: Slice<'_, T>,
     dy: Slice<'_, T>,
     dw: SliceMut<'_, T>,
+    accumulate: bool,
     workspace: SliceMut<'_, T>,
 ) -> Result<()> {
     const OPERATION: &str = "conv::weight_gradient";
@@ -240,9 +247,9 @@ pub fn weight_gradient<T: Scalar>(
     check_device(OPERATION, "dy", &device, dy.device())?;
     check_workspace(OPERATION, shape, &device, &workspace)?;
     if device.is_simt() {
-        tiled::weight_gradient(shape, x, dy, dw, workspace)
+        tiled::weight_gradient(shape, x, dy, dw, accumulate, workspace)
     } else {
-        direct::weight_gradient(shape, x, dy, dw, workspace)
+        direct::weight_gradient(shape, x, dy, dw, accumulate, workspace)
     }
 }
 

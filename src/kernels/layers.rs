@@ -1,8 +1,9 @@
 //! The small layers of a ResNet over NHWC activations: relu, addition, average pooling, the parameter-free shortcut and the
 //! linear classifier, with their gradients.
 //!
-//! Where a backward function takes `accumulate`, the gradient is added to what `dx` holds instead of replacing it: the rule for
-//! a value that several operations read. Tensors have fewer than 2^32 elements.
+//! Where a function takes `accumulate`, its result is added to what the output holds instead of replacing it: the rule for the
+//! gradient of a value that several operations read, and for a tangent that is a sum of two products. All of them but the relu
+//! and the linear layer are linear maps, and so their own tangents. Tensors have fewer than 2^32 elements.
 
 use super::{check_device, check_length, pick};
 use crate::device::{Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
@@ -477,9 +478,11 @@ struct LinearArgs {
     batch: u32,
     inputs: u32,
     outputs: u32,
+    accumulate: u32,
 }
 
-/// `y = x · weight + bias`. 2 · batch · inputs · outputs operations; traffic: reads x, weight and bias, writes y.
+/// `y = x · weight + bias`, the bias where there is one; with `accumulate` added to `y` instead. 2 · batch · inputs · outputs
+/// operations; traffic: reads x, weight and bias, writes y (and reads it to add).
 ///
 /// # Errors
 /// [`Error::Argument`] for tensors that are too large, [`Error::Length`] and [`Error::OtherDevice`].
@@ -487,25 +490,29 @@ pub fn linear<T: Scalar>(
     shape: &LinearShape,
     x: Slice<'_, T>,
     weight: Slice<'_, T>,
-    bias: Slice<'_, T>,
+    bias: Option<Slice<'_, T>>,
     mut y: SliceMut<'_, T>,
+    accumulate: bool,
 ) -> Result<()> {
     let device = x.device();
     let check = Check { operation: "layers::linear", device };
     let (x_len, weight_len, y_len) = shape.elements()?;
     check.argument("x", x, x_len)?;
     check.argument("weight", weight, weight_len)?;
-    check.argument("bias", bias, shape.outputs)?;
+    if let Some(bias) = bias {
+        check.argument("bias", bias, shape.outputs)?;
+    }
     check.argument("y", y.view(), y_len)?;
     let LinearShape { batch, inputs, outputs } = *shape;
     let args = LinearArgs {
         x: x.address(),
         weight: weight.address(),
-        bias: bias.address(),
+        bias: bias.map_or(0, |bias| bias.address()),
         y: y.address(),
         batch: batch as u32,
         inputs: inputs as u32,
         outputs: outputs as u32,
+        accumulate: accumulate.into(),
     };
     let launch = product_launch(device, batch, outputs, inputs);
     // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
@@ -524,6 +531,39 @@ struct LinearInputArgs {
     accumulate: u32,
 }
 
+/// The gradient of [`linear`] with respect to x: `dx = dy · weightᵀ`. As many operations as the forward; traffic: reads dy and
+/// weight, writes dx; accumulating reads dx too.
+///
+/// # Errors
+/// As [`linear`].
+pub fn linear_input_gradient<T: Scalar>(
+    shape: &LinearShape,
+    dy: Slice<'_, T>,
+    weight: Slice<'_, T>,
+    mut dx: SliceMut<'_, T>,
+    accumulate: bool,
+) -> Result<()> {
+    let device = dy.device();
+    let check = Check { operation: "layers::linear_input_gradient", device };
+    let (x_len, weight_len, y_len) = shape.elements()?;
+    check.argument("dy", dy, y_len)?;
+    check.argument("weight", weight, weight_len)?;
+    check.argument("dx", dx.view(), x_len)?;
+    let LinearShape { batch, inputs, outputs } = *shape;
+    let args = LinearInputArgs {
+        dy: dy.address(),
+        weight: weight.address(),
+        dx: dx.address(),
+        batch: batch as u32,
+        inputs: inputs as u32,
+        outputs: outputs as u32,
+        accumulate: accumulate.into(),
+    };
+    let kernel = pick::<T>(id::LINEAR_INPUT_F32, id::LINEAR_INPUT_F64);
+    // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
+    unsafe { device.launch(kernel, product_launch(device, batch, inputs, outputs), &args) }
+}
+
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct LinearWeightArgs {
@@ -534,56 +574,43 @@ struct LinearWeightArgs {
     batch: u32,
     inputs: u32,
     outputs: u32,
+    accumulate: u32,
 }
 
-/// The gradients of [`linear`]: `dx = dy · weightᵀ` (where asked for; `accumulate` is about it alone), `dweight = xᵀ · dy`, `dbias` = the column sums of dy.
-/// Twice the operations of the forward; traffic: reads x and weight once and dy twice, writes the gradients.
+/// The gradients of [`linear`] with respect to its parameters: `dweight = xᵀ · dy`, and where asked for `dbias` = the column
+/// sums of dy. As many operations as the forward; traffic: reads x and dy, writes the gradients; accumulating reads them too.
 ///
 /// # Errors
 /// As [`linear`].
-pub fn linear_backward<T: Scalar>(
+pub fn linear_weight_gradient<T: Scalar>(
     shape: &LinearShape,
     x: Slice<'_, T>,
-    weight: Slice<'_, T>,
     dy: Slice<'_, T>,
-    dx: Option<SliceMut<'_, T>>,
-    accumulate: bool,
     mut dweight: SliceMut<'_, T>,
-    mut dbias: SliceMut<'_, T>,
+    dbias: Option<SliceMut<'_, T>>,
+    accumulate: bool,
 ) -> Result<()> {
     let device = x.device();
-    let check = Check { operation: "layers::linear_backward", device };
+    let check = Check { operation: "layers::linear_weight_gradient", device };
     let (x_len, weight_len, y_len) = shape.elements()?;
     check.argument("x", x, x_len)?;
-    check.argument("weight", weight, weight_len)?;
     check.argument("dy", dy, y_len)?;
     check.argument("dweight", dweight.view(), weight_len)?;
-    check.argument("dbias", dbias.view(), shape.outputs)?;
     let LinearShape { batch, inputs, outputs } = *shape;
-    if let Some(mut dx) = dx {
-        check.argument("dx", dx.view(), x_len)?;
-        let args = LinearInputArgs {
-            dy: dy.address(),
-            weight: weight.address(),
-            dx: dx.address(),
-            batch: batch as u32,
-            inputs: inputs as u32,
-            outputs: outputs as u32,
-            accumulate: accumulate.into(),
-        };
-        let kernel = pick::<T>(id::LINEAR_INPUT_F32, id::LINEAR_INPUT_F64);
-        // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
-        unsafe { device.launch(kernel, product_launch(device, batch, inputs, outputs), &args)? };
-    }
-    let args = LinearWeightArgs {
+    let mut args = LinearWeightArgs {
         x: x.address(),
         dy: dy.address(),
         dweight: dweight.address(),
-        dbias: dbias.address(),
+        dbias: 0,
         batch: batch as u32,
         inputs: inputs as u32,
         outputs: outputs as u32,
+        accumulate: accumulate.into(),
     };
+    if let Some(mut dbias) = dbias {
+        check.argument("dbias", dbias.view(), outputs)?;
+        args.dbias = dbias.address();
+    }
     let kernel = pick::<T>(id::LINEAR_WEIGHT_F32, id::LINEAR_WEIGHT_F64);
     // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
     unsafe { device.launch(kernel, product_launch(device, inputs, outputs, batch), &args) }

@@ -1,7 +1,7 @@
 //! Cross-entropy of a softmax over class logits, with label smoothing (Szegedy et al. 2016, as PyTorch has it).
 
 use super::{check_device, check_length, pick};
-use crate::device::{Error, Launch, Result, Scalar, Slice, SliceMut, id};
+use crate::device::{Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
 
 /// The shape of the logits, `[batch, classes]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -10,6 +10,21 @@ pub struct LossShape {
     pub batch: usize,
     /// Logits per sample.
     pub classes: usize,
+}
+
+impl LossShape {
+    /// The number of logits.
+    fn elements(&self, operation: &'static str) -> Result<usize> {
+        let Self { batch, classes } = *self;
+        let elements = batch.checked_mul(classes).filter(|&elements| elements > 0 && elements <= u32::MAX as usize);
+        let message = || format!("{batch} samples of {classes} classes are empty or too many");
+        elements.ok_or_else(|| Error::Argument { operation, message: message() })
+    }
+
+    /// A warp per sample on the GPU.
+    fn launch(&self, device: &Device) -> Launch {
+        device.elementwise(if device.is_simt() { self.batch * 32 } else { self.batch * self.classes * 16 }, 1)
+    }
 }
 
 #[repr(C)]
@@ -55,13 +70,10 @@ pub fn cross_entropy<T: Scalar>(
 ) -> Result<()> {
     const NAME: &str = "loss::cross_entropy";
     let LossShape { batch, classes } = *shape;
-    let refused = |message: String| Err(Error::Argument { operation: NAME, message });
-    let elements = batch.checked_mul(classes).filter(|&elements| elements > 0 && elements <= u32::MAX as usize);
-    let Some(elements) = elements else {
-        return refused(format!("{batch} samples of {classes} classes are empty or too many"));
-    };
+    let elements = shape.elements(NAME)?;
     if !(0.0..=1.0).contains(&smoothing) {
-        return refused(format!("a label smoothing of {smoothing} is not between 0 and 1"));
+        let message = format!("a label smoothing of {smoothing} is not between 0 and 1");
+        return Err(Error::Argument { operation: NAME, message });
     }
     let device = logits.device();
     let check = |name, other, found, expected| {
@@ -88,13 +100,54 @@ pub fn cross_entropy<T: Scalar>(
         args.dlogits = dlogits.address();
     }
     let mean = MeanLossArgs { losses: args.losses, loss: loss.address(), batch: batch as u64 };
-    // A warp per sample on the GPU.
-    let launch = device.elementwise(if device.is_simt() { batch * 32 } else { elements * 16 }, 1);
     let block = if device.is_simt() { 256 } else { 1 };
     correct.clear()?;
     // SAFETY: the twins of the kernels' structs; every length was checked above.
     unsafe {
-        device.launch(pick::<T>(id::CROSS_ENTROPY_F32, id::CROSS_ENTROPY_F64), launch, &args)?;
+        device.launch(pick::<T>(id::CROSS_ENTROPY_F32, id::CROSS_ENTROPY_F64), shape.launch(device), &args)?;
         device.launch(pick::<T>(id::MEAN_LOSS_F32, id::MEAN_LOSS_F64), Launch::new(1, block), &mean)
     }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct CrossEntropyTangentArgs {
+    logits: u64,
+    logits_tangent: u64,
+    dlogits_tangent: u64,
+    batch: u32,
+    classes: u32,
+}
+
+/// The tangent of [`cross_entropy`]'s gradient where the logits `z` move along `z'`: with `p = softmax(z)`,
+/// `dlogits' = p (z' − Σ p z') / batch`, whatever the labels and the smoothing. All three are `[batch, classes]`. Traffic: reads
+/// the logits and their tangent, writes the result: 12 bytes per logit in f32.
+///
+/// # Errors
+/// [`Error::Argument`] for an empty shape; [`Error::Length`] and [`Error::OtherDevice`].
+pub fn cross_entropy_tangent<T: Scalar>(
+    shape: &LossShape,
+    logits: Slice<'_, T>,
+    logits_tangent: Slice<'_, T>,
+    mut dlogits_tangent: SliceMut<'_, T>,
+) -> Result<()> {
+    const NAME: &str = "loss::cross_entropy_tangent";
+    let elements = shape.elements(NAME)?;
+    let device = logits.device();
+    let arguments =
+        [("logits", logits), ("logits_tangent", logits_tangent), ("dlogits_tangent", dlogits_tangent.view())];
+    for (name, argument) in arguments {
+        check_device(NAME, name, device, argument.device())?;
+        check_length(NAME, name, argument.len(), elements)?;
+    }
+    let args = CrossEntropyTangentArgs {
+        logits: logits.address(),
+        logits_tangent: logits_tangent.address(),
+        dlogits_tangent: dlogits_tangent.address(),
+        batch: shape.batch as u32,
+        classes: shape.classes as u32,
+    };
+    let kernel = pick::<T>(id::CROSS_ENTROPY_TANGENT_F32, id::CROSS_ENTROPY_TANGENT_F64);
+    // SAFETY: the twin of the kernel's struct; every length was checked above.
+    unsafe { device.launch(kernel, shape.launch(device), &args) }
 }

@@ -82,6 +82,7 @@ struct ForwardArgs {
     y: u64,
     shape: Shape,
     bands: Bands,
+    accumulate: u32,
 }
 
 #[repr(C)]
@@ -115,6 +116,7 @@ struct SumGroupsArgs {
     shape: Shape,
     slice: i32,
     groups: i32,
+    accumulate: u32,
 }
 
 pub(super) fn forward<T: Scalar>(
@@ -122,6 +124,7 @@ pub(super) fn forward<T: Scalar>(
     x: Slice<'_, T>,
     weight: Slice<'_, T>,
     mut y: SliceMut<'_, T>,
+    accumulate: bool,
     mut workspace: SliceMut<'_, T>,
 ) -> Result<()> {
     let device = y.device().clone();
@@ -135,7 +138,8 @@ pub(super) fn forward<T: Scalar>(
     let bands = Bands::new(shape.batch, height, width, 256, SCRATCH_BYTES, bytes);
     let packed = workspace.address();
     let pack = PackArgs { weight: weight.address(), packed, shape: shape.twin() };
-    let args = ForwardArgs { x: x.address(), packed, y: y.address(), shape: shape.twin(), bands };
+    let accumulate = accumulate.into();
+    let args = ForwardArgs { x: x.address(), packed, y: y.address(), shape: shape.twin(), bands, accumulate };
     let launch = Launch::new(bands.count(shape.batch, height) as u32, 1)
         .with_shared(bytes(bands.images as usize, bands.rows as usize));
     // SAFETY: the twins of the kernels' structs; every slice has the length that the shape implies, the workspace holds the
@@ -190,6 +194,7 @@ pub(super) fn weight_gradient<T: Scalar>(
     x: Slice<'_, T>,
     dy: Slice<'_, T>,
     mut dw: SliceMut<'_, T>,
+    accumulate: bool,
     mut workspace: SliceMut<'_, T>,
 ) -> Result<()> {
     let device = dw.device().clone();
@@ -214,8 +219,14 @@ pub(super) fn weight_gradient<T: Scalar>(
         slice: slice as i32,
         groups: groups as i32,
     };
-    let sum =
-        SumGroupsArgs { partial, dw: dw.address(), shape: shape.twin(), slice: slice as i32, groups: groups as i32 };
+    let sum = SumGroupsArgs {
+        partial,
+        dw: dw.address(),
+        shape: shape.twin(),
+        slice: slice as i32,
+        groups: groups as i32,
+        accumulate: accumulate.into(),
+    };
     let mut launch = Launch::new(shape.in_channels.div_ceil(slice) as u32, 1)
         .with_shared(bytes(bands.images as usize, bands.rows as usize));
     launch.grid[1] = groups as u32;

@@ -24,7 +24,8 @@ struct SumSplitsArgs {
     partial: u64,
     out: u64,
     n: u64,
-    splits: u64,
+    splits: u32,
+    accumulate: u32,
 }
 
 /// A block's tile, as `kernels/conv.cu` defines it, with the three passes' kernels in single and in double precision.
@@ -125,6 +126,7 @@ pub(super) fn forward<T: Scalar>(
     x: Slice<'_, T>,
     weight: Slice<'_, T>,
     mut y: SliceMut<'_, T>,
+    accumulate: bool,
 ) -> Result<()> {
     let (rows, columns) = (shape.batch * shape.out_height() * shape.out_width(), shape.out_channels);
     let tile = Tile::new(rows, columns, 1);
@@ -134,7 +136,7 @@ pub(super) fn forward<T: Scalar>(
         out: y.address(),
         shape: shape.twin(),
         splits: 1,
-        accumulate: 0,
+        accumulate: accumulate.into(),
         wide_left: wide::<T>(shape.in_channels, x.address()),
         wide_right: wide::<T>(columns, weight.address()),
         wide_out: wide::<T>(columns, y.address()),
@@ -178,6 +180,7 @@ pub(super) fn weight_gradient<T: Scalar>(
     x: Slice<'_, T>,
     dy: Slice<'_, T>,
     mut dw: SliceMut<'_, T>,
+    accumulate: bool,
     mut workspace: SliceMut<'_, T>,
 ) -> Result<()> {
     let device = dw.device().clone();
@@ -190,7 +193,8 @@ pub(super) fn weight_gradient<T: Scalar>(
         out,
         shape: shape.twin(),
         splits: splits as i32,
-        accumulate: 0,
+        // Partial sums are written; the second kernel adds them.
+        accumulate: (accumulate && splits == 1).into(),
         wide_left: wide::<T>(shape.in_channels, x.address()),
         wide_right: wide::<T>(columns, dy.address()),
         wide_out: wide::<T>(columns, out),
@@ -201,7 +205,8 @@ pub(super) fn weight_gradient<T: Scalar>(
         device.launch(pick::<T>(f32, f64), tile.launch::<T>(rows, columns, splits), &args)?;
         if splits > 1 {
             let n = shape.weight_len();
-            let sum = SumSplitsArgs { partial: out, out: dw.address(), n: n as u64, splits: splits as u64 };
+            let (splits, accumulate) = (splits as u32, accumulate.into());
+            let sum = SumSplitsArgs { partial: out, out: dw.address(), n: n as u64, splits, accumulate };
             device.launch(
                 pick::<T>(id::CONV_SUM_SPLITS_F32, id::CONV_SUM_SPLITS_F64),
                 device.elementwise(n, 1),

@@ -1,0 +1,120 @@
+//! The backward pass.
+
+use super::graph::{Op, Shape};
+use super::places::{BatchNormScratch, Parts};
+use super::{Plan, batch_norm_shape};
+use crate::device::{Result, Scalar, Slice, SliceMut};
+use crate::kernels::batch_norm::{self, Backward, Gradients, ResidualGradient};
+use crate::kernels::{conv, layers, vector};
+
+impl<T: Scalar> Plan<T> {
+    /// The backward of one operation: from the gradient of its output to those of its inputs, and of its parameters where
+    /// `gradient` is to hold them. Without it, batch norm leaves dgamma and dbeta in its scratch.
+    pub(super) fn backward(
+        &mut self,
+        index: usize,
+        weights: Slice<'_, T>,
+        gradient: Option<&mut SliceMut<'_, T>>,
+    ) -> Result<()> {
+        let Self { ops, places, arena, sums, .. } = self;
+        let op = &ops[index];
+        if places.gradients[op.output().0].is_none() {
+            return Ok(()); // the loss does not depend on it, and it has no parameter, or planning had failed
+        }
+        let mut parts = Parts::new(places, arena);
+        let range = |parameter: usize| self.parameters.tensors()[parameter].range();
+        let weight = |parameter: usize| weights.slice(range(parameter));
+        let add = places.accumulate[index];
+        match *op {
+            Op::Convolution { x, y, weight: w, ref shape } => {
+                let dy = parts.gradient(y)?;
+                let mut scratch = parts.scratch(places.scratch[index].1)?;
+                if let Some(gradient) = gradient {
+                    let dw = gradient.slice_mut(range(w))?;
+                    conv::weight_gradient(shape, parts.read(x)?, dy, dw, false, scratch.reborrow())?;
+                }
+                if let Some(dx) = parts.gradient_if_needed(x)? {
+                    conv::input_gradient(shape, dy, weight(w)?, dx, add[0], scratch)?;
+                }
+            }
+            Op::BatchNorm { x, y, scale, shift, residual, relu, .. } => {
+                let shape = batch_norm_shape(self.shapes[x.0]);
+                let (mean, inv_std) = parts.moments(index)?;
+                let (gamma, beta) = (weight(scale)?, weight(shift)?);
+                let activation = parts.activation(relu, residual, y, beta)?;
+                let residual = match residual {
+                    Some(value) => parts
+                        .gradient_if_needed(value)?
+                        .map(|gradient| ResidualGradient { gradient, accumulate: add[1] }),
+                    None => None,
+                };
+                let ranges = BatchNormScratch::new(self.shapes[x.0], add[0]);
+                let mut scratch = parts.scratch(places.scratch[index].1)?;
+                let mut scratch = scratch.disjoint();
+                let (mut dx, sum) = if add[0] {
+                    (scratch.write(ranges.dx)?, Some(parts.gradient_mut(x)?))
+                } else {
+                    (parts.gradient_mut(x)?, None)
+                };
+                let mut parameters = gradient.map(|gradient| gradient.disjoint());
+                let (dgamma, dbeta) = match &mut parameters {
+                    Some(parameters) => (parameters.write(range(scale))?, parameters.write(range(shift))?),
+                    None => (scratch.write(ranges.dgamma)?, scratch.write(ranges.dbeta)?),
+                };
+                let input = Backward { x: parts.read(x)?, dy: parts.gradient(y)?, gamma, mean, inv_std, activation };
+                let gradients = Gradients { dx: dx.reborrow(), dgamma, dbeta };
+                let sums = sums.slice_mut(0..shape.workspace_len(&self.device))?;
+                batch_norm::backward(shape, self.options.batch_norm, input, gradients, residual, sums)?;
+                if let Some(sum) = sum {
+                    vector::axpy(1.0, dx.view(), sum)?;
+                }
+            }
+            Op::Relu { x, y } => {
+                if let Some(dx) = parts.gradient_if_needed(x)? {
+                    layers::relu_backward(parts.read(y)?, parts.gradient(y)?, dx, add[0])?;
+                }
+            }
+            Op::Add { a, b, y } => {
+                for (value, accumulate) in [(a, add[0]), (b, add[1])] {
+                    // Both sides may be one activation, so each is borrowed on its own.
+                    let mut parts = Parts::new(places, arena);
+                    let dy = parts.gradient(y)?;
+                    match parts.gradient_if_needed(value)? {
+                        Some(dx) if accumulate => vector::axpy(1.0, dy, dx)?,
+                        Some(mut dx) => dx.copy_from(dy)?,
+                        None => {}
+                    }
+                }
+            }
+            Op::AveragePool { x, y, ref shape } => {
+                if let Some(dx) = parts.gradient_if_needed(x)? {
+                    layers::average_pool_backward(shape, parts.gradient(y)?, dx, add[0])?;
+                }
+            }
+            Op::GlobalAveragePool { x, y } => {
+                let Shape { batch, height, width, channels } = self.shapes[x.0];
+                if let Some(dx) = parts.gradient_if_needed(x)? {
+                    let dy = parts.gradient(y)?;
+                    layers::global_average_pool_backward(batch, height * width, channels, dy, dx, add[0])?;
+                }
+            }
+            Op::Shortcut { x, y, ref shape } => {
+                if let Some(dx) = parts.gradient_if_needed(x)? {
+                    layers::shortcut_backward(shape, parts.gradient(y)?, dx, add[0])?;
+                }
+            }
+            Op::Linear { x, y, weight: w, bias, ref shape } => {
+                let dy = parts.gradient(y)?;
+                if let Some(gradient) = gradient {
+                    let mut parameters = gradient.disjoint();
+                    let (dw, db) = (parameters.write(range(w))?, parameters.write(range(bias))?);
+                    layers::linear_weight_gradient(shape, parts.read(x)?, dy, dw, Some(db), false)?;
+                }
+                if let Some(dx) = parts.gradient_if_needed(x)? {
+                    layers::linear_input_gradient(shape, dy, weight(w)?, dx, add[0])?;
+                }
+            }
+        }
+        Ok(())
+    }
+}

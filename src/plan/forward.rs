@@ -1,0 +1,89 @@
+//! The forward pass, and the loss.
+
+use super::graph::{Op, Shape};
+use super::places::Parts;
+use super::{EPSILON, Plan, RUNNING_MOMENTUM, batch_norm_shape};
+use crate::device::{Result, Scalar, Slice, SliceMut};
+use crate::kernels::batch_norm::{self, Forward, Mode, Running};
+use crate::kernels::loss::{self, LossShape};
+use crate::kernels::{conv, layers};
+use crate::objective::Statistics;
+
+impl<T: Scalar> Plan<T> {
+    /// All operations in their order.
+    pub(super) fn forward(&mut self, weights: Slice<'_, T>, statistics: Statistics) -> Result<()> {
+        let Self { ops, places, arena, statistics: running, pending, sums, .. } = self;
+        for (index, op) in ops.iter().enumerate() {
+            let mut parts = Parts::new(places, arena);
+            let weight = |parameter: usize| weights.slice(self.parameters.tensors()[parameter].range());
+            match *op {
+                Op::Convolution { x, y, weight: w, ref shape } => {
+                    let scratch = parts.scratch(places.scratch[index].0)?;
+                    conv::forward(shape, parts.read(x)?, weight(w)?, parts.write(y)?, false, scratch)?;
+                }
+                Op::BatchNorm { x, y, scale, shift, statistics: first, residual, relu } => {
+                    let shape = batch_norm_shape(self.shapes[x.0]);
+                    let saved = parts.moments_mut(index)?;
+                    let residual = residual.map(|value| parts.read(value)).transpose()?;
+                    let (gamma, beta) = (weight(scale)?, weight(shift)?);
+                    let input = Forward { x: parts.read(x)?, gamma, beta, eps: EPSILON, residual, relu };
+                    let y = parts.write(y)?;
+                    let tensors = self.statistics_layout.tensors();
+                    let (means, vars) = (tensors[first].range(), tensors[first + 1].range());
+                    let (mean, var) = (running.slice(means.clone())?, running.slice(vars.clone())?);
+                    match self.options.batch_norm {
+                        Mode::Train => {
+                            let mut next = pending.disjoint();
+                            let (next_mean, next_var) = (next.write(means)?, next.write(vars)?);
+                            let running = Running { momentum: RUNNING_MOMENTUM, mean, var, next_mean, next_var };
+                            let running = (statistics == Statistics::Update).then_some(running);
+                            let sums = sums.slice_mut(0..shape.workspace_len(&self.device))?;
+                            batch_norm::forward_train(shape, input, y, saved, running, sums)?;
+                        }
+                        Mode::Eval => batch_norm::forward_eval(shape, input, mean, var, y, saved)?,
+                    }
+                }
+                Op::Relu { x, y } => layers::relu(parts.read(x)?, parts.write(y)?)?,
+                Op::Add { a, b, y } => layers::add(parts.read(a)?, parts.read(b)?, parts.write(y)?)?,
+                Op::AveragePool { x, y, ref shape } => layers::average_pool(shape, parts.read(x)?, parts.write(y)?)?,
+                Op::GlobalAveragePool { x, y } => {
+                    let Shape { batch, height, width, channels } = self.shapes[x.0];
+                    layers::global_average_pool(batch, height * width, channels, parts.read(x)?, parts.write(y)?)?;
+                }
+                Op::Shortcut { x, y, ref shape } => layers::shortcut(shape, parts.read(x)?, parts.write(y)?)?,
+                Op::Linear { x, y, weight: w, bias, ref shape } => {
+                    let (x, y) = (parts.read(x)?, parts.write(y)?);
+                    layers::linear(shape, x, weight(w)?, Some(weight(bias)?), y, false)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The mean loss over the first `samples`, and where asked for its gradient with respect to the logits.
+    pub(super) fn loss(
+        &mut self,
+        samples: usize,
+        gradient: bool,
+        statistics: Statistics,
+        loss: SliceMut<'_, f64>,
+    ) -> Result<()> {
+        let reported = if statistics == Statistics::Update { 0..1 } else { 1..2 };
+        let shape = LossShape { batch: samples, classes: self.classes() };
+        let mut parts = Parts::new(&self.places, &mut self.arena);
+        let len = samples * shape.classes;
+        let logits = parts.read(self.logits)?.slice(0..len)?;
+        let dlogits = if gradient { Some(parts.gradient_mut(self.logits)?) } else { None };
+        let mut sample_losses = parts.slot_mut(self.places.sample_losses)?;
+        loss::cross_entropy(
+            &shape,
+            logits,
+            self.labels.slice(0..samples)?,
+            self.options.label_smoothing,
+            dlogits,
+            sample_losses.slice_mut(0..samples)?,
+            loss,
+            self.correct.slice_mut(reported)?,
+        )
+    }
+}

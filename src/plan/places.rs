@@ -1,0 +1,229 @@
+//! What lies where in a plan's arenas: the steps during which every activation, gradient and piece of scratch lives, and the parts
+//! that one operation borrows.
+
+use std::ops::Range;
+
+use super::PlanOptions;
+use super::error::PlanError;
+use super::graph::{Op, Shape, Value};
+use super::memory::{self, Slot};
+use crate::arena::{ALIGNMENT, Layout};
+use crate::device::{self, Buffer, Device, Disjoint, Scalar, Slice, SliceMut};
+use crate::kernels::batch_norm::{Activation, Saved};
+
+/// The slot of everything that lies in the arena.
+pub(super) struct Places {
+    pub slots: Vec<Slot>,
+    /// By activation.
+    pub values: Vec<usize>,
+    /// By activation; none where no gradient is needed.
+    pub gradients: Vec<Option<usize>>,
+    /// By operation: batch norm's mean and inverse deviation.
+    pub moments: Vec<Option<(usize, usize)>>,
+    /// By operation: scratch of its forward and of its backward. For batch norm see [`BatchNormScratch`].
+    pub scratch: Vec<(Option<usize>, Option<usize>)>,
+    /// By activation: whether it depends on a parameter. The tangent of any other is zero.
+    pub trained: Vec<bool>,
+    /// By operation and input: whether its backward adds to a gradient that another operation has begun.
+    pub accumulate: Vec<[bool; 2]>,
+    pub sample_losses: usize,
+    pub len: usize,
+}
+
+impl Places {
+    pub fn new(
+        device: &Device,
+        ops: &[Op],
+        shapes: &[Shape],
+        logits: Value,
+        parameters: &Layout,
+        options: PlanOptions,
+    ) -> Result<Self, PlanError> {
+        let (loss_step, end) = (ops.len(), 2 * ops.len());
+        let backward_step = |op: usize| end - op;
+        let mut slots = Vec::new();
+        let mut slot = |len: usize, first: usize, last: usize| {
+            slots.push(Slot::new(len, first, last));
+            slots.len() - 1
+        };
+
+        // Which activations lead from a parameter to the loss, and so need a gradient.
+        let mut trained = vec![false; shapes.len()];
+        for op in ops {
+            trained[op.output().0] = op.parameters().iter().any(Option::is_some)
+                || op.inputs().iter().flatten().any(|input| trained[input.0]);
+        }
+        let mut first_use = vec![None; shapes.len()];
+        let mut accumulate = vec![[false; 2]; ops.len()];
+        let mut reached = vec![false; parameters.tensors().len()];
+        first_use[logits.0] = Some(loss_step);
+        for (index, op) in ops.iter().enumerate().rev() {
+            if first_use[op.output().0].is_none() {
+                continue;
+            }
+            op.parameters().iter().flatten().for_each(|&parameter| reached[parameter] = true);
+            for (position, input) in op.inputs().iter().enumerate().filter_map(|(p, v)| Some((p, (*v)?))) {
+                // Batch norm computes its input's gradient in any case.
+                if trained[input.0] || (matches!(op, Op::BatchNorm { .. }) && position == 0) {
+                    accumulate[index][position] = first_use[input.0].is_some();
+                    first_use[input.0].get_or_insert(backward_step(index));
+                }
+            }
+        }
+        if let Some(missing) = reached.iter().position(|&reached| !reached) {
+            return Err(PlanError::NoGradient { parameter: parameters.tensors()[missing].name.clone() });
+        }
+
+        // The batch and the logits stay for all passes and for the caller.
+        let mut last_use: Vec<usize> = vec![0; shapes.len()];
+        let mut made: Vec<usize> = vec![0; shapes.len()];
+        for (index, op) in ops.iter().enumerate() {
+            made[op.output().0] = index;
+            last_use[op.output().0] = index;
+            op.inputs().iter().flatten().for_each(|input| last_use[input.0] = index);
+        }
+        if options.backward {
+            for (index, op) in ops.iter().enumerate() {
+                for value in op.saved().iter().flatten() {
+                    last_use[value.0] = last_use[value.0].max(backward_step(index));
+                }
+            }
+        }
+        (last_use[0], last_use[logits.0]) = (end, end);
+        let values: Vec<usize> =
+            (0..shapes.len()).map(|value| slot(shapes[value].len(), made[value], last_use[value])).collect();
+        let gradients = (0..shapes.len())
+            .map(|value| match first_use[value] {
+                Some(first) if options.backward => Some(slot(shapes[value].len(), first, backward_step(made[value]))),
+                _ => None,
+            })
+            .collect();
+        let mut moments = Vec::new();
+        let mut scratch = Vec::new();
+        for (index, op) in ops.iter().enumerate() {
+            let last = if options.backward { backward_step(index) } else { index };
+            moments.push(match op {
+                Op::BatchNorm { x, .. } => {
+                    let channels = shapes[x.0].channels;
+                    Some((slot(channels, index, last), slot(channels, index, last)))
+                }
+                _ => None,
+            });
+            scratch.push(match op {
+                Op::Convolution { shape, .. } => {
+                    let len = shape.workspace_len(device);
+                    (Some(slot(len, index, index)), options.backward.then(|| slot(len, last, last)))
+                }
+                Op::BatchNorm { x, .. } if options.backward => {
+                    let len = BatchNormScratch::new(shapes[x.0], accumulate[index][0]).len();
+                    (None, Some(slot(len, last, last)))
+                }
+                _ => (None, None),
+            });
+        }
+        let sample_losses = slot(shapes[0].batch, loss_step, loss_step);
+        let len = memory::place(&mut slots);
+        Ok(Self { slots, values, gradients, moments, scratch, trained, accumulate, sample_losses, len })
+    }
+
+    pub fn value(&self, value: Value) -> Range<usize> {
+        self.slots[self.values[value.0]].range()
+    }
+}
+
+/// What batch norm's backward needs beside its outputs: room for dgamma and dbeta where no parameter's gradient is asked for,
+/// and for dx where another operation has begun the gradient of x, because its kernels do not add.
+pub(super) struct BatchNormScratch {
+    pub dgamma: Range<usize>,
+    pub dbeta: Range<usize>,
+    pub dx: Range<usize>,
+}
+
+impl BatchNormScratch {
+    pub fn new(shape: Shape, adds: bool) -> Self {
+        let (channels, pitch) = (shape.channels, shape.channels.next_multiple_of(ALIGNMENT));
+        let dx = 2 * pitch..2 * pitch + if adds { shape.len() } else { 0 };
+        Self { dgamma: 0..channels, dbeta: pitch..pitch + channels, dx }
+    }
+
+    fn len(&self) -> usize {
+        self.dx.end
+    }
+}
+
+/// The parts of an arena that one operation uses.
+pub(super) struct Parts<'p, 'a, T: Scalar> {
+    places: &'p Places,
+    arena: Disjoint<'a, T>,
+}
+
+impl<'p, 'a, T: Scalar> Parts<'p, 'a, T> {
+    pub fn new(places: &'p Places, arena: &'a mut Buffer<T>) -> Self {
+        Self { places, arena: arena.disjoint() }
+    }
+
+    pub fn read(&mut self, value: Value) -> device::Result<Slice<'a, T>> {
+        self.arena.read(self.places.value(value))
+    }
+
+    pub fn write(&mut self, value: Value) -> device::Result<SliceMut<'a, T>> {
+        self.arena.write(self.places.value(value))
+    }
+
+    pub fn slot_mut(&mut self, slot: usize) -> device::Result<SliceMut<'a, T>> {
+        self.arena.write(self.places.slots[slot].range())
+    }
+
+    /// Scratch memory; empty where the operation needs none.
+    pub fn scratch(&mut self, slot: Option<usize>) -> device::Result<SliceMut<'a, T>> {
+        self.arena.write(slot.map_or(0..0, |slot| self.places.slots[slot].range()))
+    }
+
+    fn gradient_range(&self, value: Value) -> Range<usize> {
+        self.places.gradients[value.0].map_or(0..0, |slot| self.places.slots[slot].range())
+    }
+
+    pub fn gradient(&mut self, value: Value) -> device::Result<Slice<'a, T>> {
+        let range = self.gradient_range(value);
+        self.arena.read(range)
+    }
+
+    pub fn gradient_mut(&mut self, value: Value) -> device::Result<SliceMut<'a, T>> {
+        let range = self.gradient_range(value);
+        self.arena.write(range)
+    }
+
+    /// The gradient of an activation, or none where nothing before it is trained.
+    pub fn gradient_if_needed(&mut self, value: Value) -> device::Result<Option<SliceMut<'a, T>>> {
+        if self.places.gradients[value.0].is_none() {
+            return Ok(None);
+        }
+        self.gradient_mut(value).map(Some)
+    }
+
+    pub fn moments(&mut self, op: usize) -> device::Result<(Slice<'a, T>, Slice<'a, T>)> {
+        let (mean, inv_std) = self.places.moments[op].unwrap_or_default();
+        let [mean, inv_std] = [mean, inv_std].map(|slot| self.places.slots[slot].range());
+        Ok((self.arena.read(mean)?, self.arena.read(inv_std)?))
+    }
+
+    pub fn moments_mut(&mut self, op: usize) -> device::Result<Saved<'a, T>> {
+        let (mean, inv_std) = self.places.moments[op].unwrap_or_default();
+        Ok(Saved { mean: self.slot_mut(mean)?, inv_std: self.slot_mut(inv_std)? })
+    }
+
+    /// What followed a batch norm's normalisation, and where its mask comes from.
+    pub fn activation(
+        &mut self,
+        relu: bool,
+        residual: Option<Value>,
+        y: Value,
+        beta: Slice<'a, T>,
+    ) -> device::Result<Activation<'a, T>> {
+        Ok(match (relu, residual) {
+            (false, _) => Activation::Identity,
+            (true, None) => Activation::ReluRecomputed { beta },
+            (true, Some(_)) => Activation::Relu { y: self.read(y)? },
+        })
+    }
+}
