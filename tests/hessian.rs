@@ -1,0 +1,460 @@
+//! Products with the Hessian: against central differences of gradients in double, against PyTorch's double backward, and by what
+//! a Hessian is, a symmetric linear map.
+
+mod common;
+
+use std::path::Path;
+
+use common::{Random, bits};
+use polder::arena::Kind;
+use polder::device::{Buffer, Device, Error, Result, Scalar, Slice, SliceMut};
+use polder::kernels::batch_norm::Mode;
+use polder::nn::{Model, Shortcut};
+use polder::objective::{Objective, Statistics};
+use polder::plan::{Graph, Plan, PlanOptions, Shape, Value};
+use safetensors::SafeTensors;
+
+/// Random weights of a sane size: He's for matrices, near one for scales.
+fn weights<T: Scalar>(plan: &Plan<T>, random: &mut Random) -> Vec<f64> {
+    let mut weights = vec![0.0; plan.parameters().len()];
+    for tensor in plan.parameters().tensors() {
+        for weight in &mut weights[tensor.range()] {
+            *weight = match tensor.kind {
+                Kind::Convolution { kernel, inputs, .. } => {
+                    random.normal() * (2.0 / (kernel * kernel * inputs) as f64).sqrt()
+                }
+                Kind::Linear { inputs, .. } => random.normal() / (inputs as f64).sqrt(),
+                Kind::Scale(_) => 1.0 + 0.2 * random.normal(),
+                _ => 0.2 * random.normal(),
+            };
+        }
+    }
+    weights
+}
+
+/// Normal numbers in every tensor, zeros in the padding.
+fn direction<T: Scalar>(plan: &Plan<T>, random: &mut Random) -> Vec<f64> {
+    let mut direction = vec![0.0; plan.parameters().len()];
+    for tensor in plan.parameters().tensors() {
+        direction[tensor.range()].fill_with(|| random.normal());
+    }
+    direction
+}
+
+fn set_batch<T: Scalar>(plan: &mut Plan<T>, random: &mut Random) {
+    let classes = plan.classes();
+    let (mut images, mut labels) = plan.batch_mut().unwrap();
+    images.write(&random.vector(images.len())).unwrap();
+    let truth: Vec<u32> = (0..labels.len()).map(|_| random.below(classes) as u32).collect();
+    labels.write(&truth).unwrap();
+}
+
+fn upload<T: Scalar>(device: &Device, values: &[f64]) -> Buffer<T> {
+    device.upload(&values.iter().map(|&value| T::from_f64(value)).collect::<Vec<_>>()).unwrap()
+}
+
+/// Zeros in the padding of a result that is otherwise poisoned.
+fn poisoned<T: Scalar>(plan: &Plan<T>) -> Buffer<T> {
+    let mut values = vec![T::from_f64(0.0); plan.parameters().len()];
+    for tensor in plan.parameters().tensors() {
+        values[tensor.range()].fill(T::from_f64(f64::NAN));
+    }
+    plan.device().upload(&values).unwrap()
+}
+
+fn product<T: Scalar>(plan: &mut Plan<T>, at: &[f64], along: &[f64]) -> Vec<T> {
+    let device = plan.device().clone();
+    let (at, along) = (upload::<T>(&device, at), upload::<T>(&device, along));
+    let mut product = poisoned(plan);
+    let mut flag = device.zeros(1).unwrap();
+    plan.hessian_vector(at.view(), along.view(), product.view_mut(), flag.view_mut()).unwrap();
+    assert_eq!(flag.to_vec().unwrap(), [0]);
+    product.to_vec().unwrap()
+}
+
+fn gradient<T: Scalar>(plan: &mut Plan<T>, at: &[f64]) -> Vec<T> {
+    let device = plan.device().clone();
+    let at = upload::<T>(&device, at);
+    let mut gradient = poisoned(plan);
+    let (mut loss, mut flag) = (device.poisoned(1).unwrap(), device.zeros(1).unwrap());
+    plan.gradient(at.view(), Statistics::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
+    assert_eq!(flag.to_vec().unwrap(), [0]);
+    gradient.to_vec().unwrap()
+}
+
+fn moved(at: &[f64], step: f64, along: &[f64]) -> Vec<f64> {
+    at.iter().zip(along).map(|(w, d)| w + step * d).collect()
+}
+
+/// (∇L(w + hd) − ∇L(w − hd)) / 2h
+fn difference<T: Scalar>(plan: &mut Plan<T>, at: &[f64], along: &[f64], step: f64) -> Vec<f64> {
+    let above = common::to_f64(&gradient(plan, &moved(at, step, along)));
+    let below = common::to_f64(&gradient(plan, &moved(at, -step, along)));
+    above.iter().zip(&below).map(|(a, b)| (a - b) / (2.0 * step)).collect()
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+fn norm(a: &[f64]) -> f64 {
+    dot(a, a).sqrt()
+}
+
+/// ‖a − b‖/‖b‖.
+fn relative_error(found: &[f64], reference: &[f64]) -> f64 {
+    norm(&moved(found, -1.0, reference)) / norm(reference)
+}
+
+fn resnet8<T: Scalar>(device: &Device, shortcut: Shortcut, mode: Mode, shape: Shape, classes: usize) -> Plan<T> {
+    let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut }.trace(shape, classes).unwrap();
+    let options = PlanOptions { backward: true, batch_norm: mode, label_smoothing: 0.1 };
+    Plan::new(device, graph, logits, options).unwrap()
+}
+
+/// The CPU's shapes and the GPU's: the kernels' own tests run every schedule.
+fn two_devices() -> impl Iterator<Item = (String, Device)> {
+    common::host_devices().into_iter().filter(|(name, _)| name.contains("2 threads") || name.contains("forwards"))
+}
+
+/// Everything that a product must be, for one network.
+fn check(name: &str, mut plan: Plan<f64>, seed: u64) {
+    let mut random = Random(seed);
+    let at = weights(&plan, &mut random);
+    set_batch(&mut plan, &mut random);
+    let before = bits(&plan.statistics().to_vec().unwrap());
+    let (u, v) = (direction(&plan, &mut random), direction(&plan, &mut random));
+    let hu = product(&mut plan, &at, &u);
+    let hv = product(&mut plan, &at, &v);
+
+    // Each tensor's direction on its own, so that none is lost in the sum. A ReLU's kink within the step spoils a difference:
+    // then a smaller step must agree.
+    let ranges: Vec<_> =
+        plan.parameters().tensors().iter().map(|tensor| (tensor.name.clone(), tensor.range())).collect();
+    let mut worst = 0.0f64;
+    for (tensor, range) in
+        ranges.iter().map(|(name, range)| (name.as_str(), range.clone())).chain([("all", 0..at.len())])
+    {
+        let mut along = vec![0.0; at.len()];
+        along[range.clone()].copy_from_slice(&u[range]);
+        let exact = product(&mut plan, &at, &along);
+        let mut error = f64::INFINITY;
+        for step in [1e-5, 1e-6, 1e-7] {
+            if error > 1e-8 {
+                let difference = difference(&mut plan, &at, &along, step / norm(&along));
+                error = error.min(relative_error(&difference, &exact));
+            }
+        }
+        assert!(error < 1e-6, "{name}: along {tensor}: error {error:.1e}");
+        worst = worst.max(error);
+    }
+    println!("{name}: largest difference from a central difference {worst:.1e}");
+
+    let (uhv, vhu) = (dot(&u, &hv), dot(&v, &hu));
+    let scale = (norm(&u) * norm(&hv)).max(uhv.abs());
+    println!(
+        "{name}: asymmetry {:.1e} of uHv, {:.1e} of its bound",
+        (uhv - vhu).abs() / uhv.abs(),
+        (uhv - vhu).abs() / scale
+    );
+    assert!((uhv - vhu).abs() <= 1e-12 * scale, "{name}: {uhv} and {vhu}");
+    let along = moved(&v, -2.5, &u);
+    let error = relative_error(&product(&mut plan, &at, &along), &moved(&hv, -2.5, &hu));
+    assert!(error < 1e-13, "{name}: not linear: {error:.1e}");
+    assert!(product(&mut plan, &at, &vec![0.0; at.len()]).iter().all(|&value| value == 0.0), "{name}: along nothing");
+    assert_eq!(bits(&product(&mut plan, &at, &u)), bits(&hu), "{name}: the same call again");
+    assert_eq!(bits(&plan.statistics().to_vec().unwrap()), before, "{name}: statistics");
+}
+
+#[test]
+fn products_of_residual_networks_match_central_differences() {
+    for (device_name, device) in two_devices() {
+        for (shortcut, mode, size) in [
+            (Shortcut::A, Mode::Train, (7, 6)),
+            (Shortcut::B, Mode::Train, (8, 5)),
+            (Shortcut::A, Mode::Eval, (6, 7)),
+            (Shortcut::B, Mode::Eval, (5, 6)),
+        ] {
+            let shape = Shape { batch: 2, height: size.0, width: size.1, channels: 3 };
+            let plan = resnet8(&device, shortcut, mode, shape, 7);
+            check(&format!("{shortcut:?} {mode:?} on {device_name}"), plan, 5);
+        }
+    }
+}
+
+/// What the ResNets do not use: separate ReLU and sum, both sides of a sum trained, pools with overlap, values used thrice, a
+/// batch norm whose input another operation reads too, and operations before the first parameter.
+fn every_operation(shape: Shape) -> (Graph, Value) {
+    let mut graph = Graph::new(shape);
+    let x = graph.input();
+    let fixed = graph.average_pool(x, 2, 1).unwrap();
+    let fixed = graph.relu(fixed);
+    let x = graph.convolution(fixed, "a.weight", 5, 3, 1, 0).unwrap();
+    let left = graph.relu(x);
+    let right = graph.convolution(x, "b.weight", 5, 1, 1, 0).unwrap();
+    let sum = graph.add(left, right).unwrap();
+    let sum = graph.add(sum, x).unwrap();
+    let normal = graph.batch_norm(sum, "pre", None, true).unwrap();
+    let sum = graph.add(normal, sum).unwrap();
+    let pooled = graph.average_pool(sum, 3, 2).unwrap();
+    let wide = graph.shortcut(pooled, 8, 1).unwrap();
+    let residual = graph.convolution(pooled, "c.weight", 8, 1, 1, 0).unwrap();
+    let y = graph.batch_norm(wide, "bn", Some(residual), false).unwrap();
+    let doubled = graph.add(y, y).unwrap();
+    let y = graph.global_average_pool(doubled).unwrap();
+    let logits = graph.linear(y, "fc", 3).unwrap();
+    (graph, logits)
+}
+
+#[test]
+fn products_through_every_operation_match_central_differences() {
+    for (name, device) in two_devices() {
+        let (graph, logits) = every_operation(Shape { batch: 4, height: 10, width: 8, channels: 2 });
+        let plan = Plan::<f64>::new(&device, graph, logits, PlanOptions::training()).unwrap();
+        check(&format!("every operation on {name}"), plan, 11);
+    }
+}
+
+#[test]
+fn threads_and_schedules_do_not_change_a_bit() {
+    let results: Vec<Vec<u64>> = common::host_devices()
+        .into_iter()
+        .map(|(_, device)| {
+            let shape = Shape { batch: 3, height: 9, width: 10, channels: 3 };
+            let mut plan = resnet8::<f32>(&device, Shortcut::B, Mode::Train, shape, 10);
+            let mut random = Random(8);
+            let at = weights(&plan, &mut random);
+            set_batch(&mut plan, &mut random);
+            let along = direction(&plan, &mut random);
+            bits(&product(&mut plan, &at, &along))
+        })
+        .collect();
+    assert!(results[0] == results[1], "one and two threads");
+    assert!(results[2] == results[3] && results[2] == results[4], "three schedules");
+}
+
+// ---- PyTorch's double backward: tests/fixtures/README.md says where these come from ----------------------------------------
+
+fn fixture(name: &str) -> Vec<u8> {
+    let folder = std::env::var("POLDER_FIXTURES")
+        .unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures").to_string());
+    std::fs::read(Path::new(&folder).join(name)).unwrap()
+}
+
+fn number(value: &serde_json::Value) -> f64 {
+    value.as_f64().unwrap_or_else(|| panic!("no number: {value}"))
+}
+
+/// The generator's 2u − 1 in [−1, 1) for element `index` of the tensor `name`; see `tests/fixtures/README.md`.
+fn hash_uniform(name: &str, index: usize) -> f64 {
+    let seed =
+        name.bytes().fold(0xCBF2_9CE4_8422_2325u64, |h, byte| (h ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3));
+    2.0 * ((Random(seed.wrapping_add(index as u64)).bits() >> 40) as f64 / f64::from(1 << 24)) - 1.0
+}
+
+/// A vector whose tensors are given by a formula in the files' order.
+fn fill<T: Scalar>(plan: &Plan<T>, value: impl Fn(&str, Kind, usize) -> f64) -> Vec<f64> {
+    let mut vector = vec![0.0; plan.parameters().len()];
+    for tensor in plan.parameters().tensors() {
+        let file: Vec<f64> = (0..tensor.kind.len()).map(|index| value(&tensor.name, tensor.kind, index)).collect();
+        vector[tensor.range()].copy_from_slice(&tensor.kind.from_file(&file));
+    }
+    vector
+}
+
+/// A vector whose tensors are those of a file.
+fn read<T: Scalar>(plan: &Plan<T>, file: &str) -> Vec<f64> {
+    let bytes = fixture(file);
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    fill(plan, |name, _, index| {
+        let data = tensors.tensor(name).unwrap();
+        match data.dtype() {
+            safetensors::Dtype::F32 => f64::from(f32::from_le_bytes(data.data()[4 * index..][..4].try_into().unwrap())),
+            _ => f64::from_le_bytes(data.data()[8 * index..][..8].try_into().unwrap()),
+        }
+    })
+}
+
+/// The weights that both sides compute.
+fn hash_weight(name: &str, kind: Kind, index: usize) -> f64 {
+    let value = hash_uniform(name, index);
+    let weight = match kind {
+        Kind::Convolution { kernel, inputs, .. } => value * (3.0 * (2.0 / (kernel * kernel * inputs) as f64)).sqrt(),
+        Kind::Linear { inputs, .. } => value * (3.0 / inputs as f64).sqrt(),
+        Kind::Scale(_) => 1.0 + 0.1 * value,
+        _ => 0.1 * value,
+    };
+    f64::from(weight as f32)
+}
+
+/// A plan with the case's batch, normalised in double.
+fn case_plan<T: Scalar>(device: &Device, case: &serde_json::Value) -> Plan<T> {
+    let of = |key: &str| case[key].as_u64().unwrap() as usize;
+    let rows: Vec<usize> = case["rows"].as_array().unwrap().iter().map(|row| row.as_u64().unwrap() as usize).collect();
+    let shape = Shape { batch: rows.len(), height: of("height"), width: of("width"), channels: 3 };
+    let shortcut = case["shortcut"].as_str().unwrap().parse::<Shortcut>().unwrap();
+    let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut }.trace(shape, 10).unwrap();
+    let label_smoothing = number(&case["label_smoothing"]);
+    let options = PlanOptions { label_smoothing, ..PlanOptions::training() };
+    let mut plan = Plan::<T>::new(device, graph, logits, options).unwrap();
+    let bytes = fixture("batches.safetensors");
+    let pool = SafeTensors::deserialize(&bytes).unwrap();
+    let (pixels, labels) = (pool.tensor("images").unwrap(), pool.tensor("labels").unwrap());
+    let mut images = Vec::new();
+    for &image in &rows {
+        for row in 0..shape.height {
+            for (i, &pixel) in pixels.data()[(image * 32 + row) * 96..][..shape.width * 3].iter().enumerate() {
+                let (mean, std) = (number(&case["mean"][i % 3]), number(&case["std"][i % 3]));
+                images.push(T::from_f64((f64::from(pixel) / 255.0 - mean) / std));
+            }
+        }
+    }
+    let truth: Vec<u32> = rows.iter().map(|row| u32::from(labels.data()[8 * row])).collect();
+    let (mut to, mut labels) = plan.batch_mut().unwrap();
+    to.write(&images).unwrap();
+    labels.write(&truth).unwrap();
+    plan
+}
+
+fn matches_pytorch<T: Scalar>(device: &Device, name: &str, tolerance: f64) {
+    let cases: serde_json::Value = serde_json::from_slice(&fixture("resnet8-hessian.json")).unwrap();
+    let mut plan = case_plan::<T>(device, &cases["whole"]);
+    let at = read(&plan, "resnet8-init.safetensors");
+    let along = fill(&plan, |name, _, index| hash_uniform(&format!("direction:{name}"), index));
+    let found = common::to_f64(&product(&mut plan, &at, &along));
+    let error = relative_error(&found, &read(&plan, "resnet8-hessian.safetensors"));
+    println!("{name}, {}: relative L2 error of the product {error:.1e}", T::NAME);
+    assert!(error < tolerance, "{name}: {error:.2e}");
+
+    let case = &cases["digest"];
+    let mut plan = case_plan::<T>(device, case);
+    let at = fill(&plan, hash_weight);
+    let along = fill(&plan, |name, _, index| hash_uniform(&format!("direction:{name}"), index));
+    let found = common::to_f64(&product(&mut plan, &at, &along));
+    let mut largest = 0.0f64;
+    for tensor in plan.parameters().tensors() {
+        // A projection on known numbers sees every element and its place; the norm gives the scale.
+        let file = tensor.kind.to_file(&found[tensor.range()]);
+        let probe: Vec<f64> =
+            (0..file.len()).map(|index| hash_uniform(&format!("probe:{}", tensor.name), index)).collect();
+        let expected = &case["tensors"][&tensor.name];
+        let (scale, projection) = (number(&expected["norm"]), number(&expected["projection"]));
+        let error = (norm(&file) - scale).abs().max((dot(&file, &probe) - projection).abs()) / scale;
+        assert!(error < tolerance, "{name}: {}: {error:.2e}", tensor.name);
+        largest = largest.max(error);
+    }
+    println!("{name}, {}: largest relative error of a tensor's norm or projection {largest:.1e}", T::NAME);
+}
+
+#[test]
+fn products_match_pytorchs_double_backward() {
+    for (name, device) in common::devices() {
+        matches_pytorch::<f32>(&device, &name, 1e-4);
+    }
+    for (name, device) in two_devices() {
+        matches_pytorch::<f64>(&device, &name, 1e-10);
+    }
+}
+
+/// A difference of gradients meets the ReLUs' kinks and the change of curvature at large steps, and at small ones what single
+/// precision has rounded away; the exact product neither. Along the gradient, as sharpness-aware methods take it.
+#[test]
+fn a_difference_in_single_precision_is_far_from_the_exact_product() {
+    let cases: serde_json::Value = serde_json::from_slice(&fixture("resnet8-hessian.json")).unwrap();
+    let device = Device::host();
+    let mut double = case_plan::<f64>(&device, &cases["whole"]);
+    let mut single = case_plan::<f32>(&device, &cases["whole"]);
+    let at = read(&double, "resnet8-init.safetensors");
+    let slope = gradient(&mut double, &at);
+    let along: Vec<f64> = slope.iter().map(|g| f64::from((g / norm(&slope)) as f32)).collect();
+    let reference = product(&mut double, &at, &along);
+    let exact = relative_error(&common::to_f64(&product(&mut single, &at, &along)), &reference);
+    println!("exact product in f32: error {exact:.1e}");
+    let errors = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5].map(|step| {
+        let error = relative_error(&difference(&mut single, &at, &along, step), &reference);
+        println!("central difference in f32, step {step:.0e}: error {error:.1e}");
+        error
+    });
+    let best = errors.into_iter().fold(f64::INFINITY, f64::min);
+    assert!(exact < 1e-5 && exact < best / 100.0, "exact {exact:.1e}, best difference {best:.1e}");
+    assert!(errors[0] > 2.0 * best && errors[4] > 2.0 * best, "{errors:?}");
+}
+
+// ---- What is refused, and what shows ---------------------------------------------------------------------------------------
+
+#[test]
+fn what_is_not_finite_shows() {
+    for (name, device) in two_devices() {
+        let shape = Shape { batch: 2, height: 5, width: 6, channels: 3 };
+        let mut plan = resnet8::<f32>(&device, Shortcut::A, Mode::Train, shape, 4);
+        let mut random = Random(2);
+        let (at, along) = (weights(&plan, &mut random), direction(&plan, &mut random));
+        let mut run = |weight: f64, label: u32, step: f64| {
+            let mut random = Random(3);
+            set_batch(&mut plan, &mut random);
+            plan.batch_mut().unwrap().1.write(&[label, 0]).unwrap();
+            let (mut at, mut along) = (at.clone(), along.clone());
+            at[0] *= weight;
+            along[0] *= step;
+            let (at, along) = (upload::<f32>(&device, &at), upload::<f32>(&device, &along));
+            let mut product = poisoned(&plan);
+            let mut flag = device.zeros(1).unwrap();
+            plan.hessian_vector(at.view(), along.view(), product.view_mut(), flag.view_mut()).unwrap();
+            flag.to_vec().unwrap()[0]
+        };
+        assert_eq!(run(1.0, 1, 1.0), 0, "{name}");
+        assert_eq!(run(f64::NAN, 1, 1.0), 1, "{name}: a weight");
+        assert_eq!(run(1.0, 4, 1.0), 1, "{name}: a label beyond the classes");
+        assert_eq!(run(1.0, 1, f64::INFINITY), 1, "{name}: a direction");
+        assert_eq!(run(1.0, 1, 1.0), 0, "{name}: nothing stays");
+    }
+}
+
+struct Bowl;
+
+impl Objective<f64> for Bowl {
+    fn len(&self) -> usize {
+        1
+    }
+
+    fn gradient(
+        &mut self,
+        _: Slice<'_, f64>,
+        _: Statistics,
+        _: SliceMut<'_, f64>,
+        _: SliceMut<'_, f64>,
+        _: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn wrong_arguments_are_refused() {
+    let device = Device::host();
+    let shape = Shape { batch: 2, height: 5, width: 6, channels: 3 };
+    let call = |plan: &mut Plan<f32>, lens: [usize; 3]| {
+        let [at, along, mut product] = lens.map(|len| device.zeros::<f32>(len).unwrap());
+        let mut flag = device.zeros(1).unwrap();
+        plan.hessian_vector(at.view(), along.view(), product.view_mut(), flag.view_mut())
+    };
+    let mut plan = resnet8::<f32>(&device, Shortcut::A, Mode::Train, shape, 4);
+    let n = plan.parameters().len();
+    assert_eq!(call(&mut plan, [n; 3]), Ok(()));
+    let operation = "Plan::hessian_vector";
+    for (position, argument) in ["weights", "direction", "product"].into_iter().enumerate() {
+        let mut lens = [n; 3];
+        lens[position] = n - 1;
+        let refused = Err(Error::Length { operation, argument, found: n - 1, expected: n });
+        assert_eq!(call(&mut plan, lens), refused);
+    }
+    let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(shape, 4).unwrap();
+    let mut plan = Plan::<f32>::new(&device, graph, logits, PlanOptions::evaluation()).unwrap();
+    assert!(matches!(call(&mut plan, [n; 3]), Err(Error::Argument { operation: found, .. }) if found == operation));
+
+    let mut zeros = [1.0f64; 3].map(|value| device.upload(&[value]).unwrap());
+    let [at, along, product] = &mut zeros;
+    let mut flag = device.zeros(1).unwrap();
+    let refused = Bowl.hessian_vector(at.view(), along.view(), product.view_mut(), flag.view_mut()).unwrap_err();
+    assert!(refused.to_string().contains("no exact product"), "{refused}");
+}
