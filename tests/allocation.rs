@@ -1,4 +1,4 @@
-//! A training step after the first allocates nothing: neither on the device (host memory goes through the same allocator
+//! A training step after the first allocates nothing, and so does a product with the Hessian: neither on the device (host memory goes through the same allocator
 //! here) nor beside it.
 
 mod common;
@@ -6,8 +6,10 @@ mod common;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use polder::device::Device;
 use polder::kernels::image::{self, Augment, BatchShape, Normalization};
 use polder::nn::{Model, Shortcut, initial_weights};
+use polder::objective::Objective;
 use polder::optim::{Base, CrSamTerms, Form, Method, Norm, Optimizer, Settings};
 use polder::plan::{Plan, PlanOptions, Shape};
 
@@ -31,8 +33,21 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+/// Allocations during `run(1)`, `run(2)` and `run(3)`, after `run(0)`.
+fn allocations_after_the_first(device: &Device, mut run: impl FnMut(u64)) -> usize {
+    run(0);
+    device.synchronize().unwrap();
+    let before = ALLOCATIONS.load(Ordering::Relaxed);
+    for counter in 1..4 {
+        run(counter);
+    }
+    device.synchronize().unwrap();
+    ALLOCATIONS.load(Ordering::Relaxed) - before
+}
+
+/// One test, because it counts the allocations of the whole process.
 #[test]
-fn a_step_after_the_first_allocates_nothing() {
+fn steps_and_products_after_the_first_allocate_nothing() {
     let terms = CrSamTerms { form: Form::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
     let methods = [Method::Plain, Method::Sam { rho: 0.05, norm: Norm::Two }, Method::CrSam { rho: 0.1, terms }];
     let bases = [Base::Sgd { momentum: 0.9, nesterov: false }, Base::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 }];
@@ -51,7 +66,7 @@ fn a_step_after_the_first_allocates_nothing() {
             let pixels: Vec<u8> = (0..64 * side * side * 3).map(|i| (i * 7919 % 251) as u8).collect();
             let (pixels, labels) = (device.upload(&pixels).unwrap(), device.upload(&[3u32; 64]).unwrap());
             let order = device.upload(&(0..batch as u32).collect::<Vec<_>>()).unwrap();
-            let mut step = |counter| {
+            let steps = allocations_after_the_first(&device, |counter| {
                 let normalization = Normalization { mean: [0.5; 4], std: [0.25; 4] };
                 let shape = BatchShape { batch, height: side, width: side, channels: 3 };
                 let augment = Some(Augment { pad: 4, flip: true, seed: 1, counter });
@@ -59,16 +74,16 @@ fn a_step_after_the_first_allocates_nothing() {
                 image::batch(&shape, pixels.view(), labels.view(), order.view(), &normalization, augment, out, truth)
                     .unwrap();
                 optimizer.step(&mut plan, &mut weights, 0.01).unwrap();
-            };
-            step(0);
-            device.synchronize().unwrap();
-            let before = ALLOCATIONS.load(Ordering::Relaxed);
-            for counter in 1..4 {
-                step(counter);
-            }
-            device.synchronize().unwrap();
-            let allocated = ALLOCATIONS.load(Ordering::Relaxed) - before;
-            assert_eq!(allocated, 0, "{method:?} on {name}: allocations in three steps");
+            });
+            assert_eq!(steps, 0, "{method:?} on {name}: allocations in three steps");
+
+            let direction = device.upload(&vec![0.1f32; len]).unwrap();
+            let mut product = device.zeros::<f32>(len).unwrap();
+            let mut flag = device.zeros(1).unwrap();
+            let products = allocations_after_the_first(&device, |_| {
+                plan.hessian_vector(weights.view(), direction.view(), product.view_mut(), flag.view_mut()).unwrap();
+            });
+            assert_eq!(products, 0, "{name}: allocations in three products");
         }
     }
 }

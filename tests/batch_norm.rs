@@ -5,8 +5,8 @@ mod common;
 use common::{Random, assert_close, bits, devices, host_devices, to_f64};
 use polder::device::{Buffer, Device, Error, Scalar};
 use polder::kernels::batch_norm::{
-    Activation, Backward, BatchNormShape, Forward, Gradients, Mode, ResidualGradient, Running, Saved, backward,
-    forward_eval, forward_train,
+    Activation, Backward, BackwardTangents, BatchNormShape, Forward, ForwardTangents, Gradients, Mode, Normalized,
+    ResidualGradient, Running, Saved, backward, backward_tangent, forward_eval, forward_tangent, forward_train,
 };
 
 const EPS: f64 = 1e-5;
@@ -306,8 +306,11 @@ fn double_precision_matches_the_definition() {
 fn all_bits(device: &Device, problem: &Problem, mode: Mode, variant: Variant) -> Vec<u64> {
     let forward = run_forward::<f32>(device, problem, mode, true);
     let grads = run_backward(device, problem, mode, &forward, variant);
+    let along = Direction::new::<f32>(&mut Random(6), problem);
+    let tangents = run_tangents(device, problem, &along, mode, &forward, variant);
     let vectors = [&forward.y, &forward.mean, &forward.inv_std, &grads.dx, &grads.dgamma, &grads.dbeta];
-    vectors.into_iter().flat_map(|vector| bits(vector)).collect()
+    let moved = [&tangents.mean, &tangents.inv_std, &tangents.y, &tangents.dx, &tangents.dgamma, &tangents.dbeta];
+    vectors.into_iter().chain(moved).flat_map(|vector| bits(vector)).collect()
 }
 
 #[test]
@@ -451,6 +454,294 @@ fn gradients_are_those_of_the_forward() {
     }
 }
 
+// ---- Tangents --------------------------------------------------------------------------------------------------------------
+
+/// A direction: the tangents of a problem's inputs.
+#[derive(Clone)]
+struct Direction {
+    x: Vec<f64>,
+    gamma: Vec<f64>,
+    beta: Vec<f64>,
+    residual: Option<Vec<f64>>,
+    dy: Vec<f64>,
+}
+
+impl Direction {
+    fn new<T: Scalar>(random: &mut Random, problem: &Problem) -> Self {
+        let BatchNormShape { rows, channels } = problem.shape;
+        let mut vector = |n: usize| to_f64(&random.vector::<T>(n));
+        Self {
+            x: vector(rows * channels),
+            gamma: vector(channels),
+            beta: vector(channels),
+            residual: problem.residual.as_ref().map(|_| vector(rows * channels)),
+            dy: vector(rows * channels),
+        }
+    }
+}
+
+/// The tangents of everything that forward and backward compute.
+struct Tangents<V> {
+    mean: V,
+    inv_std: V,
+    y: V,
+    dx: V,
+    dgamma: V,
+    dbeta: V,
+    residual: V,
+}
+
+impl Problem {
+    /// The tangents by the product rule, term by term: of x̂ first, and of the gradients' formulas from it; the mask is that of
+    /// the outputs that the kernel found.
+    fn tangents(&self, mode: Mode, y: &[f64], along: &Direction) -> Tangents<Vec<f64>> {
+        let BatchNormShape { rows, channels } = self.shape;
+        let m = rows as f64;
+        let (mean, inv_std) = self.statistics(mode);
+        let of_channel = |f: &dyn Fn(usize) -> f64| -> Vec<f64> {
+            let mut sums = vec![0.0; channels];
+            (0..rows * channels).for_each(|i| sums[i % channels] += f(i));
+            sums
+        };
+        let (mut d_mean, mut d_inv_std) = (vec![0.0; channels], vec![0.0; channels]);
+        if mode == Mode::Train {
+            d_mean = of_channel(&|i| along.x[i] / m);
+            // (var + eps)^(-1/2), with var' = 2 mean((x - mean) (x' - mean')).
+            let d_var =
+                of_channel(&|i| 2.0 * (self.x[i] - mean[i % channels]) * (along.x[i] - d_mean[i % channels]) / m);
+            d_inv_std = (0..channels).map(|c| -0.5 * inv_std[c].powi(3) * d_var[c]).collect();
+        }
+        let hat: Vec<f64> =
+            (0..self.x.len()).map(|i| (self.x[i] - mean[i % channels]) * inv_std[i % channels]).collect();
+        let d_hat: Vec<f64> = (0..self.x.len())
+            .map(|i| {
+                let c = i % channels;
+                (along.x[i] - d_mean[c]) * inv_std[c] + (self.x[i] - mean[c]) * d_inv_std[c]
+            })
+            .collect();
+        let passed = |i: usize| if self.relu && y[i] <= 0.0 { 0.0 } else { 1.0 };
+        let d_y = (0..self.x.len())
+            .map(|i| {
+                let c = i % channels;
+                let residual = along.residual.as_ref().map_or(0.0, |residual| residual[i]);
+                passed(i) * (along.gamma[c] * hat[i] + self.gamma[c] * d_hat[i] + along.beta[c] + residual)
+            })
+            .collect();
+        let dz = |i: usize| passed(i) * self.dy[i];
+        let d_dz = |i: usize| passed(i) * along.dy[i];
+        let dgamma = of_channel(&|i| dz(i) * hat[i]);
+        let dbeta = of_channel(&dz);
+        let d_dgamma = of_channel(&|i| d_dz(i) * hat[i] + dz(i) * d_hat[i]);
+        let d_dbeta = of_channel(&d_dz);
+        let d_dx = (0..self.x.len())
+            .map(|i| {
+                let c = i % channels;
+                let (mut centred, mut d_centred) = (dz(i), d_dz(i));
+                if mode == Mode::Train {
+                    centred -= dbeta[c] / m + hat[i] * dgamma[c] / m;
+                    d_centred -= d_dbeta[c] / m + (d_hat[i] * dgamma[c] + hat[i] * d_dgamma[c]) / m;
+                }
+                (along.gamma[c] * inv_std[c] + self.gamma[c] * d_inv_std[c]) * centred
+                    + self.gamma[c] * inv_std[c] * d_centred
+            })
+            .collect();
+        let residual = (0..self.x.len()).map(d_dz).collect();
+        Tangents { mean: d_mean, inv_std: d_inv_std, y: d_y, dx: d_dx, dgamma: d_dgamma, dbeta: d_dbeta, residual }
+    }
+}
+
+fn run_tangents<T: Scalar>(
+    device: &Device,
+    problem: &Problem,
+    along: &Direction,
+    mode: Mode,
+    forward: &Outputs<T>,
+    variant: Variant,
+) -> Tangents<Vec<T>> {
+    let shape = problem.shape;
+    let grads = run_backward(device, problem, mode, forward, variant);
+    let values = [&problem.x, &problem.gamma, &problem.beta, &problem.dy].map(|values| upload::<T>(device, values));
+    let [x, gamma, beta, dy] = &values;
+    let saved = [&forward.y, &forward.mean, &forward.inv_std, &grads.dgamma, &grads.dbeta];
+    let saved = saved.map(|values| device.upload(values).unwrap());
+    let [y, mean, inv_std, dgamma, dbeta] = &saved;
+    let moved = [&along.x, &along.gamma, &along.beta, &along.dy].map(|values| upload::<T>(device, values));
+    let [x_tangent, gamma_tangent, beta_tangent, dy_tangent] = &moved;
+    let residual = along.residual.as_ref().map(|residual| upload::<T>(device, residual));
+    let activation = match (problem.relu, variant) {
+        (false, _) => Activation::Identity,
+        (true, Variant::Recompute) => Activation::ReluRecomputed { beta: beta.view() },
+        (true, _) => Activation::Relu { y: y.view() },
+    };
+    let full = || device.poisoned::<T>(shape.rows * shape.channels).unwrap();
+    let per_channel = || device.poisoned::<T>(shape.channels).unwrap();
+    let (mut found_y, mut found_dx) = (full(), full());
+    let [mut found_mean, mut found_inv_std, mut found_dgamma, mut found_dbeta] =
+        [per_channel(), per_channel(), per_channel(), per_channel()];
+    let workspace = || device.poisoned::<f64>(shape.workspace_len(device)).unwrap();
+    let (x, gamma, mean, inv_std) = (x.view(), gamma.view(), mean.view(), inv_std.view());
+    forward_tangent(
+        shape,
+        mode,
+        Normalized { x, gamma, mean, inv_std, activation },
+        ForwardTangents {
+            x: x_tangent.view(),
+            gamma: gamma_tangent.view(),
+            beta: beta_tangent.view(),
+            residual: residual.as_ref().map(|residual| residual.view()),
+        },
+        found_y.view_mut(),
+        Saved { mean: found_mean.view_mut(), inv_std: found_inv_std.view_mut() },
+        workspace().view_mut(),
+    )
+    .unwrap();
+    let accumulate = variant == Variant::Accumulate;
+    let mut found_residual = if accumulate { upload::<T>(device, &problem.accumulated) } else { full() };
+    backward_tangent(
+        shape,
+        mode,
+        Backward { x, dy: dy.view(), gamma, mean, inv_std, activation },
+        BackwardTangents {
+            x: x_tangent.view(),
+            dy: dy_tangent.view(),
+            gamma: gamma_tangent.view(),
+            mean: found_mean.view(),
+            inv_std: found_inv_std.view(),
+            dgamma: dgamma.view(),
+            dbeta: dbeta.view(),
+        },
+        Gradients { dx: found_dx.view_mut(), dgamma: found_dgamma.view_mut(), dbeta: found_dbeta.view_mut() },
+        matches!(variant, Variant::Write | Variant::Accumulate)
+            .then(|| ResidualGradient { gradient: found_residual.view_mut(), accumulate }),
+        workspace().view_mut(),
+    )
+    .unwrap();
+    Tangents {
+        mean: found_mean.to_vec().unwrap(),
+        inv_std: found_inv_std.to_vec().unwrap(),
+        y: found_y.to_vec().unwrap(),
+        dx: found_dx.to_vec().unwrap(),
+        dgamma: found_dgamma.to_vec().unwrap(),
+        dbeta: found_dbeta.to_vec().unwrap(),
+        residual: found_residual.to_vec().unwrap(),
+    }
+}
+
+fn tangents_match_the_definition<T: Scalar>(devices: Vec<(String, Device)>) {
+    // Differences of sums of up to 900 terms, and a deviation taken to its third power.
+    let tolerance = if T::NAME == "f32" { 1e-5 } else { 1e-13 };
+    for (index, (rows, channels)) in SHAPES.into_iter().enumerate() {
+        let mut random = Random(100 + index as u64);
+        for (has_residual, relu) in [(false, false), (false, true), (true, false), (true, true)] {
+            let problem = Problem::new::<T>(&mut random, rows, channels, has_residual, relu);
+            let along = Direction::new::<T>(&mut random, &problem);
+            for mode in [Mode::Train, Mode::Eval] {
+                for (name, device) in &devices {
+                    let what = format!("{name}, {rows} x {channels}, residual {has_residual}, relu {relu}, {mode:?}");
+                    let forward = run_forward::<T>(device, &problem, mode, true);
+                    let expected = problem.tangents(mode, &to_f64(&forward.y), &along);
+                    let mut variants = vec![Variant::Output];
+                    if has_residual {
+                        variants.extend([Variant::Write, Variant::Accumulate]);
+                    } else if relu {
+                        variants.push(Variant::Recompute);
+                    }
+                    for variant in variants {
+                        let found = run_tangents(device, &problem, &along, mode, &forward, variant);
+                        let mut pairs = vec![
+                            ("mean'", &found.mean, expected.mean.clone()),
+                            ("inv_std'", &found.inv_std, expected.inv_std.clone()),
+                            ("y'", &found.y, expected.y.clone()),
+                            ("dx'", &found.dx, expected.dx.clone()),
+                            ("dgamma'", &found.dgamma, expected.dgamma.clone()),
+                            ("dbeta'", &found.dbeta, expected.dbeta.clone()),
+                        ];
+                        match variant {
+                            Variant::Write => pairs.push(("residual'", &found.residual, expected.residual.clone())),
+                            Variant::Accumulate => {
+                                let sum = expected.residual.iter().zip(&problem.accumulated).map(|(a, b)| a + b);
+                                pairs.push(("residual' added", &found.residual, sum.collect()));
+                            }
+                            _ => assert!(
+                                to_f64(&found.residual).iter().all(|value| value.is_nan()),
+                                "{what}: left alone"
+                            ),
+                        }
+                        for (which, found, expected) in pairs {
+                            assert_close(&format!("{what}, {variant:?}: {which}"), found, &expected, tolerance);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn tangents_match_the_definition_in_single_precision() {
+    tangents_match_the_definition::<f32>(devices());
+}
+
+#[test]
+fn tangents_match_the_definition_in_double_precision() {
+    tangents_match_the_definition::<f64>(host_devices());
+}
+
+/// Central differences of the kernels' own forward and backward in double, with everything moved at once.
+#[test]
+fn tangents_are_the_derivatives_of_forward_and_backward() {
+    const STEP: f64 = 1e-5;
+    for mode in [Mode::Train, Mode::Eval] {
+        for residual in [false, true] {
+            let mut random = Random(21);
+            let problem = Problem::new::<f64>(&mut random, 15, 6, residual, true);
+            let along = Direction::new::<f64>(&mut random, &problem);
+            let variant = if residual { Variant::Write } else { Variant::Recompute };
+            let moved = |step: f64| {
+                let add = |from: &[f64], by: &[f64]| from.iter().zip(by).map(|(a, b)| a + step * b).collect();
+                Problem {
+                    x: add(&problem.x, &along.x),
+                    gamma: add(&problem.gamma, &along.gamma),
+                    beta: add(&problem.beta, &along.beta),
+                    residual: problem.residual.as_ref().zip(along.residual.as_ref()).map(|(a, b)| add(a, b)),
+                    dy: add(&problem.dy, &along.dy),
+                    ..problem.clone()
+                }
+            };
+            for (name, device) in host_devices() {
+                let forward = run_forward::<f64>(&device, &problem, mode, false);
+                let found = run_tangents(&device, &problem, &along, mode, &forward, variant);
+                let both = [STEP, -STEP].map(|step| {
+                    let problem = moved(step);
+                    let forward = run_forward::<f64>(&device, &problem, mode, false);
+                    let grads = run_backward(&device, &problem, mode, &forward, variant);
+                    (forward, grads)
+                });
+                let [(above, above_grads), (below, below_grads)] = &both;
+                let masks = |y: &[f64]| y.iter().map(|y| *y > 0.0).collect::<Vec<bool>>();
+                assert_eq!(masks(&above.y), masks(&below.y), "a difference across the relu's edge is meaningless");
+                let difference = |above: &[f64], below: &[f64]| -> Vec<f64> {
+                    above.iter().zip(below).map(|(a, b)| (a - b) / (2.0 * STEP)).collect()
+                };
+                for (what, found, above, below) in [
+                    ("mean'", &found.mean, &above.mean, &below.mean),
+                    ("inv_std'", &found.inv_std, &above.inv_std, &below.inv_std),
+                    ("y'", &found.y, &above.y, &below.y),
+                    ("dx'", &found.dx, &above_grads.dx, &below_grads.dx),
+                    ("dgamma'", &found.dgamma, &above_grads.dgamma, &below_grads.dgamma),
+                    ("dbeta'", &found.dbeta, &above_grads.dbeta, &below_grads.dbeta),
+                ] {
+                    assert_close(&format!("{name}, {mode:?}: {what}"), found, &difference(above, below), 1e-8);
+                }
+                if residual {
+                    let expected = difference(&above_grads.residual, &below_grads.residual);
+                    assert_close(&format!("{name}, {mode:?}: residual'"), &found.residual, &expected, 1e-8);
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn slices_at_odd_offsets_work() {
     let problem = Problem::new::<f32>(&mut Random(9), 200, 8, false, true);
@@ -554,4 +845,22 @@ fn wrong_arguments_are_refused() {
     let residual = ResidualGradient { gradient: residual.view_mut(), accumulate: false };
     let refused = backward(shape, Mode::Train, input, gradients, Some(residual), workspace.view_mut());
     assert!(matches!(refused, Err(Error::Argument { .. })), "{refused:?}");
+    // The tangents check what they take beside it.
+    let short = device.zeros::<f32>(3).unwrap();
+    let (mut y, mut mean, mut inv_std) =
+        (device.zeros(24).unwrap(), device.zeros(4).unwrap(), device.zeros(4).unwrap());
+    let mut refusal = |activation, beta: &Buffer<f32>, residual: Option<&Buffer<f32>>| {
+        let channels = channels.view();
+        let input = Normalized { x: full.view(), gamma: channels, mean: channels, inv_std: channels, activation };
+        let residual = residual.map(|residual| residual.view());
+        let tangents = ForwardTangents { x: full.view(), gamma: channels, beta: beta.view(), residual };
+        let saved = Saved { mean: mean.view_mut(), inv_std: inv_std.view_mut() };
+        forward_tangent(shape, Mode::Train, input, tangents, y.view_mut(), saved, workspace.view_mut())
+    };
+    assert_eq!(refusal(Activation::Identity, &channels, Some(&full)), Ok(()));
+    let operation = "batch_norm::forward_tangent";
+    let refused = Err(Error::Length { operation, argument: "beta'", found: 3, expected: 4 });
+    assert_eq!(refusal(Activation::Identity, &short, None), refused);
+    let recomputed = Activation::ReluRecomputed { beta: channels.view() };
+    assert!(matches!(refusal(recomputed, &channels, Some(&full)), Err(Error::Argument { .. })));
 }

@@ -356,8 +356,9 @@ fn products_match_pytorchs_double_backward() {
     }
 }
 
-/// A difference of gradients meets the ReLUs' kinks and the change of curvature at large steps, and at small ones what single
-/// precision has rounded away; the exact product neither. Along the gradient, as sharpness-aware methods take it.
+/// Over a large step ReLUs switch, the more the longer it is, and their jumps have no common sign: divided by the step, they make
+/// an error that falls only as its inverse square root. Over a small step single precision rounds away what is sought. The exact
+/// product meets neither. Along the gradient, as sharpness-aware methods take it.
 #[test]
 fn a_difference_in_single_precision_is_far_from_the_exact_product() {
     let cases: serde_json::Value = serde_json::from_slice(&fixture("resnet8-hessian.json")).unwrap();
@@ -369,15 +370,16 @@ fn a_difference_in_single_precision_is_far_from_the_exact_product() {
     let along: Vec<f64> = slope.iter().map(|g| f64::from((g / norm(&slope)) as f32)).collect();
     let reference = product(&mut double, &at, &along);
     let exact = relative_error(&common::to_f64(&product(&mut single, &at, &along)), &reference);
-    println!("exact product in f32: error {exact:.1e}");
-    let errors = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5].map(|step| {
+    println!("exact product: error {exact:.1e} in f32");
+    let errors = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7].map(|step| {
         let error = relative_error(&difference(&mut single, &at, &along, step), &reference);
-        println!("central difference in f32, step {step:.0e}: error {error:.1e}");
+        let rounded_less = relative_error(&difference(&mut double, &at, &along, step), &reference);
+        println!("central difference, step {step:.0e}: error {error:.1e} in f32, {rounded_less:.1e} in f64");
         error
     });
     let best = errors.into_iter().fold(f64::INFINITY, f64::min);
-    assert!(exact < 1e-5 && exact < best / 100.0, "exact {exact:.1e}, best difference {best:.1e}");
-    assert!(errors[0] > 2.0 * best && errors[4] > 2.0 * best, "{errors:?}");
+    assert!(exact < 2e-6 && best < 0.1 && exact < best / 1000.0, "exact {exact:.1e}, best difference {best:.1e}");
+    assert!(errors[0] > 5.0 * best && errors[6] > 5.0 * best, "{errors:?}");
 }
 
 // ---- What is refused, and what shows ---------------------------------------------------------------------------------------

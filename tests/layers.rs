@@ -6,7 +6,8 @@ use common::{Random, assert_close, bits, devices, host_devices, to_f64};
 use polder::device::{Buffer, Device, Error, Result, Scalar, Slice, SliceMut};
 use polder::kernels::layers::{
     LinearShape, PoolShape, ShortcutShape, add, average_pool, average_pool_backward, global_average_pool,
-    global_average_pool_backward, linear, linear_backward, relu, relu_backward, shortcut, shortcut_backward,
+    global_average_pool_backward, linear, linear_input_gradient, linear_weight_gradient, relu, relu_backward, shortcut,
+    shortcut_backward,
 };
 
 /// Runs a function from one tensor to another; `out_len` elements, poisoned before.
@@ -264,11 +265,13 @@ fn linear_layers<T: Scalar>(devices: &[(String, Device)]) {
     for (batch, inputs, outputs) in [(1, 1, 1), (5, 7, 3), (33, 64, 10), (32, 16, 32), (70, 45, 37)] {
         let shape = LinearShape { batch, inputs, outputs };
         let mut random = Random((batch * inputs * outputs) as u64);
-        let [x, weight, bias, dy, old]: [Vec<T>; 5] =
-            [batch * inputs, inputs * outputs, outputs, batch * outputs, batch * inputs].map(|n| random.vector(n));
+        let [x, weight, bias, dy]: [Vec<T>; 4] =
+            [batch * inputs, inputs * outputs, outputs, batch * outputs].map(|n| random.vector(n));
+        let [old_x, old_weight, old_bias, old_y]: [Vec<T>; 4] =
+            [batch * inputs, inputs * outputs, outputs, batch * outputs].map(|n| random.vector(n));
         let [x64, weight64, bias64, dy64] = [&x, &weight, &bias, &dy].map(|values| to_f64(values));
-        let mut y = product(batch, outputs, inputs, |n, i| x64[n * inputs + i], |i, o| weight64[i * outputs + o]);
-        y.iter_mut().enumerate().for_each(|(i, y)| *y += bias64[i % outputs]);
+        let unbiased = product(batch, outputs, inputs, |n, i| x64[n * inputs + i], |i, o| weight64[i * outputs + o]);
+        let y: Vec<f64> = unbiased.iter().enumerate().map(|(i, y)| y + bias64[i % outputs]).collect();
         let dx = product(batch, inputs, outputs, |n, o| dy64[n * outputs + o], |o, i| weight64[i * outputs + o]);
         let dweight = product(inputs, outputs, batch, |i, n| x64[n * inputs + i], |n, o| dy64[n * outputs + o]);
         let dbias = product(1, outputs, batch, |_, _| 1.0, |n, o| dy64[n * outputs + o]);
@@ -276,23 +279,32 @@ fn linear_layers<T: Scalar>(devices: &[(String, Device)]) {
         for (name, device) in devices {
             let what = format!("{name}, {shape:?}");
             let [x, weight, bias, dy] = [&x, &weight, &bias, &dy].map(|values| device.upload(values).unwrap());
-            let mut found = device.poisoned::<T>(batch * outputs).unwrap();
-            linear(&shape, x.view(), weight.view(), bias.view(), found.view_mut()).unwrap();
-            assert_close(&format!("{what}: y"), &found.to_vec().unwrap(), &y, tolerance);
-            let gradients = |dx: Option<SliceMut<'_, T>>, accumulate| -> Result<(Vec<T>, Vec<T>)> {
-                let mut dweight = device.poisoned::<T>(inputs * outputs)?;
-                let mut dbias = device.poisoned::<T>(outputs)?;
-                let (x, weight, dy) = (x.view(), weight.view(), dy.view());
-                linear_backward(&shape, x, weight, dy, dx, accumulate, dweight.view_mut(), dbias.view_mut())?;
-                Ok((dweight.to_vec()?, dbias.to_vec()?))
-            };
-            let (found_weight, found_bias) = gradients(None, false).unwrap();
-            assert_close(&format!("{what}: dweight"), &found_weight, &dweight, tolerance);
-            assert_close(&format!("{what}: dbias"), &found_bias, &dbias, tolerance);
-            check_gradient(&what, device, &old, &dx, tolerance, |dx, accumulate| {
-                let (again, _) = gradients(Some(dx), accumulate)?;
-                assert_eq!(bits(&again), bits(&found_weight), "{what}");
-                Ok(())
+            let (x, weight, bias, dy) = (x.view(), weight.view(), bias.view(), dy.view());
+            check_gradient(&format!("{what}: y as"), device, &old_y, &y, tolerance, |y, accumulate| {
+                linear(&shape, x, weight, Some(bias), y, accumulate)
+            });
+            check_gradient(
+                &format!("{what}: y without bias as"),
+                device,
+                &old_y,
+                &unbiased,
+                tolerance,
+                |y, accumulate| linear(&shape, x, weight, None, y, accumulate),
+            );
+            check_gradient(&what, device, &old_x, &dx, tolerance, |dx, accumulate| {
+                linear_input_gradient(&shape, dy, weight, dx, accumulate)
+            });
+            check_gradient(
+                &format!("{what}: dweight as"),
+                device,
+                &old_weight,
+                &dweight,
+                tolerance,
+                |into, accumulate| linear_weight_gradient(&shape, x, dy, into, None, accumulate),
+            );
+            check_gradient(&format!("{what}: dbias as"), device, &old_bias, &dbias, tolerance, |into, accumulate| {
+                let mut beside = device.upload(&old_weight)?;
+                linear_weight_gradient(&shape, x, dy, beside.view_mut(), Some(into), accumulate)
             });
         }
     }
@@ -321,9 +333,10 @@ fn all_bits(device: &Device) -> Vec<u64> {
         [70 * 90, 90 * 40, 40, 70 * 40].map(|n| device.upload(&random.vector(n)).unwrap());
     let [mut y, mut dx, mut dweight, mut dbias]: [Buffer<f32>; 4] =
         [70 * 40, 70 * 90, 90 * 40, 40].map(|n| device.poisoned(n).unwrap());
-    linear(&fully, x.view(), weight.view(), bias.view(), y.view_mut()).unwrap();
-    let (inputs, into) = ((x.view(), weight.view(), dy.view()), (dweight.view_mut(), dbias.view_mut()));
-    linear_backward(&fully, inputs.0, inputs.1, inputs.2, Some(dx.view_mut()), false, into.0, into.1).unwrap();
+    linear(&fully, x.view(), weight.view(), Some(bias.view()), y.view_mut(), false).unwrap();
+    linear_input_gradient(&fully, dy.view(), weight.view(), dx.view_mut(), false).unwrap();
+    let parameters = (dweight.view_mut(), Some(dbias.view_mut()));
+    linear_weight_gradient(&fully, x.view(), dy.view(), parameters.0, parameters.1, false).unwrap();
     for buffer in [y, dx, dweight, dbias] {
         results.extend(bits(&buffer.to_vec().unwrap()));
     }
@@ -375,6 +388,12 @@ fn wrong_arguments_are_refused() {
 
     let shape = LinearShape { batch: 1, inputs: 5, outputs: 1 };
     let (bias, mut y) = (device.zeros::<f32>(2).unwrap(), device.zeros::<f32>(1).unwrap());
-    let refused = linear(&shape, small.view(), small.view(), bias.view(), y.view_mut());
+    let refused = linear(&shape, small.view(), small.view(), Some(bias.view()), y.view_mut(), false);
     assert_eq!(refused, length("layers::linear", "bias", 2, 1));
+    let (mut dweight, mut dbias) = (device.zeros::<f32>(5).unwrap(), device.zeros::<f32>(2).unwrap());
+    let (dy, dw) = (y.view(), dweight.view_mut());
+    let refused = linear_weight_gradient(&shape, small.view(), dy, dw, Some(dbias.view_mut()), false);
+    assert_eq!(refused, length("layers::linear_weight_gradient", "dbias", 2, 1));
+    let refused = linear_input_gradient(&shape, small.view(), small.view(), dweight.view_mut(), false);
+    assert_eq!(refused, length("layers::linear_input_gradient", "dy", 5, 1));
 }

@@ -4,7 +4,7 @@ mod common;
 
 use common::{Random, assert_close, bits, devices, host_devices, to_f64};
 use polder::device::{Device, Error, Scalar};
-use polder::kernels::loss::{LossShape, cross_entropy};
+use polder::kernels::loss::{LossShape, cross_entropy, cross_entropy_tangent};
 
 struct Found<T> {
     dlogits: Vec<T>,
@@ -138,6 +138,74 @@ fn gradient_is_that_of_the_loss() {
     }
 }
 
+fn run_tangent<T: Scalar>(device: &Device, classes: usize, logits: &[T], tangent: &[T]) -> Vec<T> {
+    let shape = LossShape { batch: logits.len() / classes, classes };
+    let (logits, tangent) = (device.upload(logits).unwrap(), device.upload(tangent).unwrap());
+    let mut found = device.poisoned::<T>(logits.len()).unwrap();
+    cross_entropy_tangent(&shape, logits.view(), tangent.view(), found.view_mut()).unwrap();
+    found.to_vec().unwrap()
+}
+
+/// p (z' − Σ p z') / batch, from the definition.
+fn tangent_reference(classes: usize, logits: &[f64], tangent: &[f64]) -> Vec<f64> {
+    let batch = (logits.len() / classes) as f64;
+    let of_sample = |(z, dz): (&[f64], &[f64])| {
+        let largest = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let sum: f64 = z.iter().map(|z| (z - largest).exp()).sum();
+        let p: Vec<f64> = z.iter().map(|z| (z - largest).exp() / sum).collect();
+        let mean: f64 = p.iter().zip(dz).map(|(p, dz)| p * dz).sum();
+        p.iter().zip(dz).map(|(p, dz)| p * (dz - mean) / batch).collect::<Vec<f64>>()
+    };
+    logits.chunks(classes).zip(tangent.chunks(classes)).flat_map(of_sample).collect()
+}
+
+fn tangent_matches_the_definition<T: Scalar>(devices: Vec<(String, Device)>, tolerance: f64) {
+    for (index, (batch, classes)) in [(7, 3), (37, 10), (300, 17), (5, 1000), (64, 100)].into_iter().enumerate() {
+        let mut random = Random(50 + index as u64);
+        let logits: Vec<T> = (0..batch * classes).map(|_| T::from_f64(2.0 * random.normal() + 30.0)).collect();
+        // What all classes have in common must not show; the reference is spared it, by an exact subtraction.
+        let tangent: Vec<T> = (0..batch * classes).map(|_| T::from_f64(random.normal() + 100.0)).collect();
+        let less: Vec<f64> = to_f64(&tangent).iter().map(|tangent| tangent - 100.0).collect();
+        let expected = tangent_reference(classes, &to_f64(&logits), &less);
+        for (name, device) in &devices {
+            let found = run_tangent(device, classes, &logits, &tangent);
+            assert_close(&format!("{name}, {batch} x {classes}"), &found, &expected, tolerance);
+        }
+    }
+    for (name, device) in devices {
+        // One class has the probability 1, whatever its logit; logits of 1e4 do not overflow.
+        let zero = T::from_f64(0.0);
+        let found = run_tangent(&device, 1, &[zero, T::from_f64(3.0)], &[T::from_f64(1.0), T::from_f64(-2.0)]);
+        assert_eq!(to_f64(&found), [0.0; 2], "{name}");
+        let found = run_tangent(&device, 2, &[T::from_f64(1e4), T::from_f64(-1e4)], &[T::from_f64(5.0), zero]);
+        assert_eq!(to_f64(&found), [0.0; 2], "{name}");
+    }
+}
+
+#[test]
+fn the_gradients_tangent_matches_the_definition() {
+    tangent_matches_the_definition::<f32>(devices(), 2e-6);
+    tangent_matches_the_definition::<f64>(host_devices(), 4e-15);
+}
+
+#[test]
+fn the_gradients_tangent_is_its_derivative() {
+    const STEP: f64 = 1e-5;
+    let (batch, classes) = (5, 7);
+    let mut random = Random(6);
+    let [logits, tangent]: [Vec<f64>; 2] = [random.vector(batch * classes), random.vector(batch * classes)];
+    let labels: Vec<u32> = (0..batch).map(|_| random.below(classes) as u32).collect();
+    for (name, device) in host_devices() {
+        let at = |step: f64| {
+            let moved: Vec<f64> = logits.iter().zip(&tangent).map(|(z, dz)| z + step * dz).collect();
+            run(&device, classes, &moved, &labels, 0.1).dlogits
+        };
+        let differences: Vec<f64> =
+            at(STEP).iter().zip(at(-STEP)).map(|(above, below)| (above - below) / (2.0 * STEP)).collect();
+        assert_close(&name, &run_tangent(&device, classes, &logits, &tangent), &differences, 1e-8);
+    }
+}
+
 /// Closed forms: equal logits have the loss ln K whatever the smoothing; two classes are a logistic function; logits of 1e4 do
 /// not overflow.
 #[test]
@@ -203,7 +271,8 @@ fn threads_and_schedules_do_not_change_a_bit() {
     let labels: Vec<u32> = (0..batch).map(|_| random.below(classes) as u32).collect();
     let of = |device: &Device| {
         let found = run(device, classes, &logits, &labels, 0.1);
-        (found.loss.to_bits(), found.correct, bits(&found.dlogits))
+        let tangent = run_tangent(device, classes, &logits, &found.dlogits);
+        (found.loss.to_bits(), found.correct, bits(&found.dlogits), bits(&tangent))
     };
     let results: Vec<_> = host_devices().iter().map(|(_, device)| of(device)).collect();
     assert!(results[0] == results[1], "one and two threads");
@@ -235,4 +304,13 @@ fn wrong_arguments_are_refused() {
         let refused = call(LossShape { batch, classes }, batch * classes, smoothing);
         assert!(matches!(refused, Err(Error::Argument { .. })), "{shape:?}, {smoothing}: {refused:?}");
     }
+    let (logits, short) = (device.zeros::<f32>(6).unwrap(), device.zeros::<f32>(5).unwrap());
+    let mut found = device.zeros::<f32>(6).unwrap();
+    let shape = LossShape { batch: 2, classes: 3 };
+    let refused = cross_entropy_tangent(&shape, logits.view(), short.view(), found.view_mut());
+    let operation = "loss::cross_entropy_tangent";
+    assert_eq!(refused, Err(Error::Length { operation, argument: "logits_tangent", found: 5, expected: 6 }));
+    let empty =
+        cross_entropy_tangent(&LossShape { batch: 0, classes: 3 }, logits.view(), logits.view(), found.view_mut());
+    assert!(matches!(empty, Err(Error::Argument { .. })), "{empty:?}");
 }

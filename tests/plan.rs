@@ -98,7 +98,8 @@ fn gradients_of_whole_networks_match_central_differences() {
 
 #[test]
 fn gradients_through_every_operation_match_central_differences() {
-    // What the ResNets do not use: separate ReLU and sum, both sides of a sum trained, pools with overlap, values used thrice.
+    // What the ResNets do not use: separate ReLU and sum, both sides of a sum trained, pools with overlap, values used thrice, a
+    // batch norm whose input another operation reads too.
     let device = Device::host();
     let mut graph = Graph::new(Shape { batch: 4, height: 9, width: 7, channels: 2 });
     let x = graph.input();
@@ -107,6 +108,8 @@ fn gradients_through_every_operation_match_central_differences() {
     let right = graph.convolution(x, "b.weight", 5, 1, 1, 0).unwrap();
     let sum = graph.add(left, right).unwrap();
     let sum = graph.add(sum, x).unwrap();
+    let normal = graph.batch_norm(sum, "pre", None, true).unwrap();
+    let sum = graph.add(normal, sum).unwrap();
     let pooled = graph.average_pool(sum, 3, 2).unwrap();
     let wide = graph.shortcut(pooled, 8, 1).unwrap();
     let y = graph.batch_norm(wide, "bn", None, false).unwrap();
