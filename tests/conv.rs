@@ -105,23 +105,30 @@ fn reference(shape: &ConvShape, x: &[f64], weight: &[f64], dy: &[f64]) -> [Vec<f
 /// What a pass writes over poison, and what it adds to the case's numbers.
 type Both<T> = [Vec<T>; 2];
 
-/// All passes on a device, workspace and outputs that are not added to poisoned beforehand: y, dx, dw.
+/// One pass, workspace and the output that is not added to poisoned beforehand.
+fn both<T: Scalar>(
+    device: &Device,
+    shape: &ConvShape,
+    start: &[T],
+    pass: impl Fn(SliceMut<'_, T>, bool, SliceMut<'_, T>) -> Result<()>,
+) -> Result<Both<T>> {
+    let workspace = || device.poisoned(shape.workspace_len(device));
+    let (mut written, mut added) = (device.poisoned(start.len())?, device.upload(start)?);
+    pass(written.view_mut(), false, workspace()?.view_mut())?;
+    pass(added.view_mut(), true, workspace()?.view_mut())?;
+    Ok([written.to_vec()?, added.to_vec()?])
+}
+
+/// All passes on a device: y, dx, dw.
 fn run<T: Scalar>(device: &Device, shape: &ConvShape, case: &Case<T>) -> Result<[Both<T>; 3]> {
     let (x, weight, dy) = (device.upload(&case.x)?, device.upload(&case.weight)?, device.upload(&case.dy)?);
     let (x, weight, dy) = (x.view(), weight.view(), dy.view());
-    let both = |start: &[T], pass: &dyn Fn(SliceMut<'_, T>, bool, SliceMut<'_, T>) -> Result<()>| -> Result<Both<T>> {
-        let workspace = || device.poisoned(shape.workspace_len(device));
-        let (mut written, mut added) = (device.poisoned(start.len())?, device.upload(start)?);
-        pass(written.view_mut(), false, workspace()?.view_mut())?;
-        pass(added.view_mut(), true, workspace()?.view_mut())?;
-        Ok([written.to_vec()?, added.to_vec()?])
-    };
     Ok([
-        both(&case.y, &|y, accumulate, workspace| conv::forward(shape, x, weight, y, accumulate, workspace))?,
-        both(&case.dx, &|dx, accumulate, workspace| {
-            conv::input_gradient(shape, dy, weight, dx, accumulate, workspace)
+        both(device, shape, &case.y, |y, add, workspace| conv::forward(shape, x, weight, y, add, workspace))?,
+        both(device, shape, &case.dx, |dx, add, workspace| {
+            conv::input_gradient(shape, dy, weight, dx, add, workspace)
         })?,
-        both(&case.dw, &|dw, accumulate, workspace| conv::weight_gradient(shape, x, dy, dw, accumulate, workspace))?,
+        both(device, shape, &case.dw, |dw, add, workspace| conv::weight_gradient(shape, x, dy, dw, add, workspace))?,
     ])
 }
 

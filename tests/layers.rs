@@ -337,6 +337,13 @@ fn all_bits(device: &Device) -> Vec<u64> {
     linear_input_gradient(&fully, dy.view(), weight.view(), dx.view_mut(), false).unwrap();
     let parameters = (dweight.view_mut(), Some(dbias.view_mut()));
     linear_weight_gradient(&fully, x.view(), dy.view(), parameters.0, parameters.1, false).unwrap();
+    for buffer in [&y, &dx, &dweight, &dbias] {
+        results.extend(bits(&buffer.to_vec().unwrap()));
+    }
+    // Added to what the first products left.
+    linear(&fully, x.view(), weight.view(), None, y.view_mut(), true).unwrap();
+    linear_input_gradient(&fully, dy.view(), weight.view(), dx.view_mut(), true).unwrap();
+    linear_weight_gradient(&fully, x.view(), dy.view(), dweight.view_mut(), Some(dbias.view_mut()), true).unwrap();
     for buffer in [y, dx, dweight, dbias] {
         results.extend(bits(&buffer.to_vec().unwrap()));
     }
