@@ -16,6 +16,13 @@ struct Add {
     }
 };
 
+struct Maximum {
+    template <class T>
+    static __device__ __forceinline__ T of(T a, T b) {
+        return max(a, b);
+    }
+};
+
 /// K sums that are taken together, in double precision: a product of two floats is exact there, and nothing overflows.
 template <int K>
 struct Sums {
@@ -50,6 +57,11 @@ __device__ __forceinline__ T warp_reduce(T value) {
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {
     return warp_reduce<Add>(value);
+}
+
+template <class T>
+__device__ __forceinline__ T warp_max(T value) {
+    return warp_reduce<Maximum>(value);
 }
 
 constexpr int kMaxWarpsPerBlock = 8;
