@@ -80,9 +80,9 @@ impl Layer {
         let (x, y) = &mut self.sets[(turn % count) as usize];
         let (weight, workspace) = (self.weight.view(), self.workspace.view_mut());
         match pass {
-            "forward" => conv::forward(&self.shape, x.view(), weight, y.view_mut(), workspace),
+            "forward" => conv::forward(&self.shape, x.view(), weight, y.view_mut(), false, workspace),
             "input gradient" => conv::input_gradient(&self.shape, y.view(), weight, x.view_mut(), false, workspace),
-            _ => conv::weight_gradient(&self.shape, x.view(), y.view(), self.gradient.view_mut(), workspace),
+            _ => conv::weight_gradient(&self.shape, x.view(), y.view(), self.gradient.view_mut(), false, workspace),
         }
     }
 }
