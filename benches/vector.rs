@@ -16,15 +16,16 @@ use criterion::{Criterion, Throughput};
 use half::f16;
 use polder::device::{Buffer, Device, Result};
 use polder::kernels::random;
-use polder::kernels::vector::{self, AdamWStep, Combination, CrSam, Reduction, SgdStep};
+use polder::kernels::vector::{self, AdamWStep, Combination, CrSam, Rate, Reduction, SgdStep};
 
 /// ResNet-20 for CIFAR-10 and ResNet-18.
 const LENGTHS: [usize; 2] = [269_722, 11_173_962];
 const SETS: usize = 3;
 
-const SGD: SgdStep = SgdStep { lr: 0.01, momentum: 0.9, nesterov: false, weight_decay: 5e-4, decay_len: usize::MAX };
+const SGD: SgdStep =
+    SgdStep { lr: Rate::Fixed(0.01), momentum: 0.9, nesterov: false, weight_decay: 5e-4, decay_len: usize::MAX };
 const ADAMW: AdamWStep =
-    AdamWStep { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, decay_len: usize::MAX };
+    AdamWStep { lr: Rate::Fixed(1e-3), beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, decay_len: usize::MAX };
 
 /// One set of vectors.
 struct Vectors {
@@ -80,7 +81,7 @@ impl Numbers {
             reduction: Reduction::new(device)?,
             norm: device.upload(&[3000.0])?,
             losses: device.upload(&[2.3, 2.45, 2.2])?,
-            coefficients: device.upload(&[1.0, 0.5, -0.25])?,
+            coefficients: device.upload(&[1.0, 0.5, -0.25, 0.0])?,
             curvature: device.zeros(5)?,
             dropped: device.zeros(2)?,
             step: device.upload(&[100u32])?,
@@ -94,7 +95,7 @@ impl Numbers {
 type Kernel = (&'static str, u64, fn(&mut Vectors, &mut Numbers) -> Result<()>);
 
 fn combined<'a>(x: &'a [Buffer<f32>; 3], count: usize, coefficients: &'a Buffer<f64>) -> Combination<'a, f32> {
-    Combination { gradients: [0, 1, 2].map(|k| (k < count).then(|| x[k].view())), coefficients: coefficients.view() }
+    Combination { vectors: [0, 1, 2, 3].map(|k| (k < count).then(|| x[k].view())), coefficients: coefficients.view() }
 }
 
 fn sgd(x: &mut Vectors, y: &mut Numbers, count: usize) -> Result<()> {
@@ -149,7 +150,7 @@ const KERNELS: &[Kernel] = &[
     ("cr_sam_step", 48, |x, y| {
         vector::l2_norm(x.g[0].view(), &mut y.reduction, y.norm.view_mut())?;
         perturb(x, y, true)?;
-        let (coefficients, dropped) = (y.coefficients.view_mut(), y.dropped.view_mut());
+        let (coefficients, dropped) = (y.coefficients.slice_mut(0..3)?, y.dropped.view_mut());
         vector::cr_sam_coefficients(y.losses.view(), CrSam::default(), coefficients, dropped)?;
         sgd(x, y, 3)
     }),

@@ -2,6 +2,7 @@
 #include "include/polder.cuh"
 
 #include "include/philox.cuh"
+#include "include/reduce.cuh"
 
 namespace {
 
@@ -64,12 +65,61 @@ __device__ void rademacher(const RandomArgs<T>& a) {
     });
 }
 
+/// Four standard normal numbers from one block.
+template <class T>
+__device__ __forceinline__ Four<T> normals_from(const PhiloxBlock& block) {
+    const NormalPair low = normal_from(block.v[0], block.v[1]), high = normal_from(block.v[2], block.v[3]);
+    return {{T(low.first), T(low.second), T(high.first), T(high.second)}};
+}
+
 /// Standard normal.
 template <class T>
 __device__ void normal(const RandomArgs<T>& a) {
-    for_each_random(a, [](const PhiloxBlock& block) {
-        const NormalPair low = normal_from(block.v[0], block.v[1]), high = normal_from(block.v[2], block.v[3]);
-        return Four<T>{{T(low.first), T(low.second), T(high.first), T(high.second)}};
+    for_each_random(a, [](const PhiloxBlock& block) { return normals_from<T>(block); });
+}
+
+// ---- Weights displaced along a normal vector that is never stored: it is drawn twice, once for its norm ----------------------
+
+template <class T>
+struct PerturbNormalArgs {
+    const T* w;
+    const double* norm;
+    T* out;
+    double* partials;
+    uint64_t n;
+    uint64_t seed, first_block;
+    double rho;
+};
+
+/// Σ z²
+__device__ void normal_squares_body(const PerturbNormalArgs<float>& a) {
+    const uint64_t seed = a.seed, first_block = a.first_block, n = a.n;
+    const Sums<1> sums = block_sums_of_index<1>((n + 3) / 4, [=](uint64_t b) {
+        const Four<float> z = normals_from<float>(philox_block(seed, first_block + b));
+        double squares = 0.0;
+        POLDER_UNROLL
+        for (int v = 0; v < 4; ++v) squares += 4 * b + v < n ? double(z.v[v]) * double(z.v[v]) : 0.0;
+        return Sums<1>{{squares}};
+    });
+    store_partials(a.partials, sums);
+}
+
+/// out = w + ρ z/(norm + 1e-12)
+template <class T>
+__device__ void perturb_normal(const PerturbNormalArgs<T>& a) {
+    const T* w = a.w;
+    T* out = a.out;
+    const uint64_t seed = a.seed, first_block = a.first_block, blocks = a.n / 4, rest = a.n % 4;
+    const T scale = T(a.rho / (a.norm[0] + 1e-12));
+    for_each_index(blocks, [=](uint64_t b) {
+        const Four<T> z = normals_from<T>(philox_block(seed, first_block + b));
+        POLDER_UNROLL
+        for (int v = 0; v < 4; ++v) out[4 * b + v] = w[4 * b + v] + scale * z.v[v];
+    });
+    for_each_index(rest, [=](uint64_t v) {
+        const Four<T> z = normals_from<T>(philox_block(seed, first_block + blocks));
+        const T drawn = v == 0 ? z.v[0] : v == 1 ? z.v[1] : z.v[2];
+        out[4 * blocks + v] = w[4 * blocks + v] + scale * drawn;
     });
 }
 
@@ -93,5 +143,8 @@ POLDER_KERNEL(uniform_f32, uniform<float>, RandomArgs<float>)
 POLDER_HOST_KERNEL(uniform_f64, uniform<double>, RandomArgs<double>)
 POLDER_KERNEL(normal_f32, normal<float>, RandomArgs<float>)
 POLDER_HOST_KERNEL(normal_f64, normal<double>, RandomArgs<double>)
+POLDER_KERNEL(normal_squares, normal_squares_body, PerturbNormalArgs<float>)
+POLDER_KERNEL(perturb_normal_f32, perturb_normal<float>, PerturbNormalArgs<float>)
+POLDER_HOST_KERNEL(perturb_normal_f64, perturb_normal<double>, PerturbNormalArgs<double>)
 POLDER_KERNEL(rademacher_f32, rademacher<float>, RandomArgs<float>)
 POLDER_HOST_KERNEL(rademacher_f64, rademacher<double>, RandomArgs<double>)

@@ -4,7 +4,7 @@
 // from another (a norm, coefficients, a flag to skip the step) is a number in device memory, so nothing waits for the CPU.
 #include "include/polder.cuh"
 
-#include "include/elementwise.cuh"
+#include "include/combination.cuh"
 #include "include/reduce.cuh"
 
 namespace {
@@ -312,49 +312,6 @@ __device__ void cr_sam_coefficients_body(const CrSamArgs& a) {
 
 // ---- Updates -------------------------------------------------------------------------------------------------------
 
-/// Up to three gradients and where their coefficients lie; `slot` says which of the three each gradient takes.
-template <class T>
-struct CombinationArgs {
-    const T* gradients[3];
-    const double* coefficients;
-    uint32_t slot[4];
-};
-
-template <class T, int N>
-struct Combined {
-    const T* gradients[N];
-    T coefficients[N];
-
-    __device__ __forceinline__ explicit Combined(const CombinationArgs<T>& a) {
-        POLDER_UNROLL
-        for (int k = 0; k < N; ++k) {
-            gradients[k] = a.gradients[k];
-            coefficients[k] = T(a.coefficients[a.slot[k]]);
-        }
-    }
-
-    template <int W>
-    __device__ __forceinline__ Pack<T, W> at(uint64_t i) const {
-        Pack<T, W> sum = load<W>(gradients[0], i);
-        POLDER_UNROLL
-        for (int v = 0; v < W; ++v) sum.v[v] *= coefficients[0];
-        POLDER_UNROLL
-        for (int k = 1; k < N; ++k) {
-            const Pack<T, W> next = load<W>(gradients[k], i);
-            POLDER_UNROLL
-            for (int v = 0; v < W; ++v) sum.v[v] += coefficients[k] * next.v[v];
-        }
-        return sum;
-    }
-
-    __device__ __forceinline__ bool aligned() const {
-        bool all = true;
-        POLDER_UNROLL
-        for (int k = 0; k < N; ++k) all = all && aligned16(gradients[k]);
-        return all;
-    }
-};
-
 /// Calls f(width, i, decayed): of the elements from i on, the first `decayed` are subject to weight decay. On the CPU the
 /// two parts are loops of their own, without a test in either.
 template <int V, class F>
@@ -382,17 +339,24 @@ struct SgdArgs {
     T* m;
     CombinationArgs<T> combination;
     const uint32_t* skip;
+    const double* lr_on_device;  // or null: `lr` is the rate
     uint64_t n, decay_len;
     double lr, momentum, weight_decay;
     uint32_t nesterov;
 };
+
+/// The learning rate: the caller's, or one that lies on the device.
+template <class Args>
+__device__ __forceinline__ double learning_rate(const Args& a) {
+    return a.lr_on_device != nullptr ? *a.lr_on_device : a.lr;
+}
 
 template <class T, int N, bool NESTEROV>
 __device__ __forceinline__ void sgd_by(const SgdArgs<T>& a) {
     const Combined<T, N> gradient(a.combination);
     T* w = a.w;
     T* m = a.m;
-    const T lr = T(a.lr), momentum = T(a.momentum), weight_decay = T(a.weight_decay);
+    const T lr = T(learning_rate(a)), momentum = T(a.momentum), weight_decay = T(a.weight_decay);
     const bool packs = aligned16(w, m) && gradient.aligned();
     for_each_decayed<kPack<T>>(packs, a.n, a.decay_len, [=](auto width, uint64_t i, int decayed) {
         constexpr int W = decltype(width)::value;
@@ -427,6 +391,7 @@ struct AdamWArgs {
     CombinationArgs<T> combination;
     const uint32_t* step;
     const uint32_t* skip;
+    const double* lr_on_device;  // as in SgdArgs
     uint64_t n, decay_len;
     double lr, beta1, beta2, eps, weight_decay;
 };
@@ -452,7 +417,7 @@ __device__ void adamw(const AdamWArgs<T>& a) {
     __shared__ T corrections[2];
     if (thread_in_block() == 0) {
         const uint32_t t = *a.step;
-        corrections[0] = T(a.lr / (1.0 - power(a.beta1, t)));
+        corrections[0] = T(learning_rate(a) / (1.0 - power(a.beta1, t)));
         corrections[1] = T(1.0 / sqrt(1.0 - power(a.beta2, t)));
     }
     __syncthreads();
@@ -462,7 +427,7 @@ __device__ void adamw(const AdamWArgs<T>& a) {
     T* m = a.m;
     T* s = a.v;
     const T beta1 = T(a.beta1), rest1 = T(1.0 - a.beta1), beta2 = T(a.beta2), rest2 = T(1.0 - a.beta2), eps = T(a.eps);
-    const T decay = T(1.0 - a.lr * a.weight_decay);
+    const T decay = T(1.0 - learning_rate(a) * a.weight_decay);
     const bool packs = aligned16(w, m, s) && gradient.aligned();
     for_each_decayed<kPack<T>>(packs, a.n, a.decay_len, [=](auto width, uint64_t i, int decayed) {
         constexpr int W = decltype(width)::value;
@@ -554,13 +519,17 @@ POLDER_KERNEL(cr_sam_coefficients, cr_sam_coefficients_body, CrSamArgs)
 POLDER_KERNEL(sgd1_f32, (sgd<float, 1>), SgdArgs<float>)
 POLDER_KERNEL(sgd2_f32, (sgd<float, 2>), SgdArgs<float>)
 POLDER_KERNEL(sgd3_f32, (sgd<float, 3>), SgdArgs<float>)
+POLDER_KERNEL(sgd4_f32, (sgd<float, 4>), SgdArgs<float>)
 POLDER_HOST_KERNEL(sgd1_f64, (sgd<double, 1>), SgdArgs<double>)
 POLDER_HOST_KERNEL(sgd2_f64, (sgd<double, 2>), SgdArgs<double>)
 POLDER_HOST_KERNEL(sgd3_f64, (sgd<double, 3>), SgdArgs<double>)
+POLDER_HOST_KERNEL(sgd4_f64, (sgd<double, 4>), SgdArgs<double>)
 POLDER_KERNEL(adamw1_f32, (adamw<float, 1>), AdamWArgs<float>)
 POLDER_KERNEL(adamw2_f32, (adamw<float, 2>), AdamWArgs<float>)
 POLDER_KERNEL(adamw3_f32, (adamw<float, 3>), AdamWArgs<float>)
+POLDER_KERNEL(adamw4_f32, (adamw<float, 4>), AdamWArgs<float>)
 POLDER_HOST_KERNEL(adamw1_f64, (adamw<double, 1>), AdamWArgs<double>)
 POLDER_HOST_KERNEL(adamw2_f64, (adamw<double, 2>), AdamWArgs<double>)
 POLDER_HOST_KERNEL(adamw3_f64, (adamw<double, 3>), AdamWArgs<double>)
+POLDER_HOST_KERNEL(adamw4_f64, (adamw<double, 4>), AdamWArgs<double>)
 POLDER_KERNEL(advance, advance_body, AdvanceArgs)

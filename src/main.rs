@@ -238,7 +238,10 @@ fn run_train(args: TrainArgs) -> Result<ExitCode, TrainError> {
         (None, None) => Options::default(),
     };
     let before = args.resume.is_some().then(|| below.clone());
-    let options = args.options.over(below).resolve()?.with_absolute_paths();
+    let given = args.options.clone();
+    let file = args.config.clone().or(args.resume.as_ref().map(|run| run.join("config.toml")));
+    let options = args.options.over(below).resolve().map_err(|error| error.of_file(&given, file.as_deref()))?;
+    let options = options.with_absolute_paths();
     if let Some(before) = before {
         options.continues(&before.resolve()?.with_absolute_paths())?;
     }

@@ -56,6 +56,20 @@ pub trait Objective<T: Scalar> {
         Err(Error::Argument { operation: "Objective::hessian_vector", message })
     }
 
+    /// The number of groups that the mini-batch can be taken in, for m-sharpness: one, unless the objective says otherwise.
+    fn groups(&self) -> usize {
+        1
+    }
+
+    /// Makes group number `group` of the mini-batch the one that the following passes see.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn select(&mut self, group: usize) -> Result<()> {
+        let _ = group;
+        Ok(())
+    }
+
     /// Ends a step: makes the statistics of the pass with [`Statistics::Update`] permanent, unless `skip` (one element, on
     /// the device) is set.
     ///

@@ -10,7 +10,7 @@ use polder::device::Device;
 use polder::kernels::image::{self, Augment, BatchShape, Normalization};
 use polder::nn::{Model, Shortcut, initial_weights};
 use polder::objective::Objective;
-use polder::optim::{Base, CrSamTerms, Form, Method, Norm, Optimizer, Settings};
+use polder::optim::{Base, CrSamTerms, Form, Method, Optimizer, Settings};
 use polder::plan::{Plan, PlanOptions, Shape};
 
 struct Counting;
@@ -49,7 +49,7 @@ fn allocations_after_the_first(device: &Device, mut run: impl FnMut(u64)) -> usi
 #[test]
 fn steps_and_products_after_the_first_allocate_nothing() {
     let terms = CrSamTerms { form: Form::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
-    let methods = [Method::Plain, Method::Sam { rho: 0.05, norm: Norm::Two }, Method::CrSam { rho: 0.1, terms }];
+    let methods = [Method::Plain, Method::sam(0.05), Method::CrSam { rho: 0.1, terms }];
     let bases = [Base::Sgd { momentum: 0.9, nesterov: false }, Base::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 }];
     let mut devices = common::devices();
     devices.retain(|(name, _)| !name.contains("backwards") && !name.contains("random"));
@@ -61,7 +61,7 @@ fn steps_and_products_after_the_first_allocate_nothing() {
             let mut plan = Plan::<f32>::new(&device, graph, logits, PlanOptions::training()).unwrap();
             let len = plan.parameters().len();
             let mut weights = device.upload(&initial_weights(plan.parameters(), 1).unwrap()).unwrap();
-            let settings = Settings { method: *method, base: *base, weight_decay: 5e-4, decay_len: len };
+            let settings = Settings { method: *method, base: *base, weight_decay: 5e-4, decay_len: len, clip: None };
             let mut optimizer = Optimizer::new(&device, len, settings).unwrap();
             let pixels: Vec<u8> = (0..64 * side * side * 3).map(|i| (i * 7919 % 251) as u8).collect();
             let (pixels, labels) = (device.upload(&pixels).unwrap(), device.upload(&[3u32; 64]).unwrap());

@@ -4,10 +4,14 @@
 mod common;
 
 use polder::device::{Buffer, Device, Result, Scalar, Slice, SliceMut};
+use polder::kernels::random;
 use polder::objective::{Objective, Statistics};
-use polder::optim::{Base, CrSamTerms, Form, Method, Norm, Optimizer, Settings};
+use polder::optim::{
+    Base, CrSamTerms, Form, GamTerms, Gnr, Method, Optimizer, Perturbation, Product, Sam, Scaling, Settings, StepSize,
+};
 
-/// A loss and its gradient, written down on the host in double.
+/// A loss and its gradient, written down on the host in double; its Hessian by central differences, of which the functions here
+/// have exact ones to the rounding.
 struct Function<F> {
     len: usize,
     f: F,
@@ -37,10 +41,44 @@ impl<T: Scalar, F: FnMut(&[f64]) -> (f64, Vec<f64>)> Objective<T> for Function<F
         loss.write(&[value])
     }
 
+    fn hessian_vector(
+        &mut self,
+        weights: Slice<'_, T>,
+        direction: Slice<'_, T>,
+        mut product: SliceMut<'_, T>,
+        mut flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        let (w, d): (Vec<f64>, Vec<f64>) = (common::to_f64(&weights.to_vec()?), common::to_f64(&direction.to_vec()?));
+        let mut finite = true;
+        let mut f = |w: &[f64]| {
+            let (loss, slope) = (self.f)(w);
+            finite &= loss.is_finite();
+            (loss, slope)
+        };
+        let found = hessian_times(&mut f, &w, &d);
+        if !finite || found.iter().any(|value| !value.is_finite()) {
+            flag.write(&[1])?;
+        }
+        product.write(&found.into_iter().map(T::from_f64).collect::<Vec<T>>())
+    }
+
     fn commit(&mut self, skip: Slice<'_, u32>) -> Result<()> {
         self.commits += usize::from(skip.to_vec()? == [0]);
         Ok(())
     }
+}
+
+/// A fourth-order central difference along the normalised direction: for polynomials of degree four or less it is exact but for
+/// rounding.
+fn hessian_times(f: &mut impl FnMut(&[f64]) -> (f64, Vec<f64>), w: &[f64], d: &[f64]) -> Vec<f64> {
+    let norm = d.iter().map(|d| d * d).sum::<f64>().sqrt();
+    if norm == 0.0 {
+        return vec![0.0; w.len()];
+    }
+    let h = 0.05;
+    let mut at = |step: f64| f(&w.iter().zip(d).map(|(w, d)| w + step * h * d / norm).collect::<Vec<_>>()).1;
+    let (a, b, c, e) = (at(1.0), at(-1.0), at(2.0), at(-2.0));
+    (0..w.len()).map(|i| norm * (8.0 * (a[i] - b[i]) - (c[i] - e[i])) / (12.0 * h)).collect()
 }
 
 fn function<F: FnMut(&[f64]) -> (f64, Vec<f64>)>(len: usize, f: F) -> Function<F> {
@@ -59,11 +97,17 @@ fn bowl(quartic: bool) -> impl FnMut(&[f64]) -> (f64, Vec<f64>) {
 
 fn sgd(method: Method, len: usize) -> Settings {
     let base = Base::Sgd { momentum: 0.0, nesterov: false };
-    Settings { method, base, weight_decay: 0.0, decay_len: len }
+    Settings { decay_len: len, ..Settings::new(method, base) }
 }
 
 fn cr_sam(form: Form) -> Method {
     Method::CrSam { rho: 0.1, terms: CrSamTerms { form, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 } }
+}
+
+const GAM: Method = Method::Gam { rho: 0.02, rho_norm: 0.2, terms: GamTerms { beta0: 0.5, beta1: 0.6, gamma: 0.03 } };
+
+fn gnr(product: Product) -> Method {
+    Method::Gnr(Gnr { rho: 0.1, alpha: 0.1, product, every: 1, oracle_rho: None })
 }
 
 /// The direction of one step from (1, 1): with a learning rate of one, what is subtracted.
@@ -78,7 +122,7 @@ fn direction<T: Scalar>(device: &Device, method: Method, quartic: bool) -> (Vec<
 
 #[test]
 fn golden_directions() {
-    let sam = Method::Sam { rho: 0.1, norm: Norm::Two };
+    let sam = Method::sam(0.1);
     let golden = [
         ("SAM", sam, false, [10.99503719, 1.00995037]),
         ("CR-SAM released", cr_sam(Form::Released), false, [11.01493793, 1.01014938]),
@@ -86,8 +130,12 @@ fn golden_directions() {
         ("quartic, CR-SAM released", cr_sam(Form::Released), true, [12.34043093, 2.07414310]),
         ("quartic, CR-SAM log", cr_sam(Form::Log), true, [12.36613425, 2.07466923]),
         // sign(g) is (1, 1): the gradient at (1.1, 1.1).
-        ("SAM, p = inf", Method::Sam { rho: 0.1, norm: Norm::Infinity }, false, [11.0, 1.1]),
+        ("SAM, p = inf", Method::with_perturbation(0.1, Perturbation::Linf), false, [11.0, 1.1]),
         ("plain", Method::Plain, true, [11.0, 2.0]),
+        ("GAM", GAM, false, [10.99920221, 1.00139611]),
+        // The gradient is (10, 1), and 0.1 of h_norm = (0.99588500, 0.00906259) is added.
+        ("GNR, exact", gnr(Product::Exact), false, [10.099588500, 1.000906259]),
+        ("GNR, differences", gnr(Product::Difference { radius: 0.01 }), false, [10.099588500, 1.000906259]),
     ];
     for (name, method, quartic, expected) in golden {
         for (device_name, device) in common::host_devices() {
@@ -112,20 +160,354 @@ fn golden_directions() {
     assert!((telemetry.gradient_norm - 125f64.sqrt()).abs() < 1e-12);
 }
 
+/// Every method and mode. Random directions have a seed, ASAM scales two of three weights.
+fn family() -> Vec<Method> {
+    let sam = Sam { rho: 0.05, perturbation: Perturbation::L2, ascent_steps: 1, second_order: false };
+    let step_size = StepSize { eta0: 0.02, delta: 0.02, theta0: 1.0 };
+    let exact = Gnr { rho: 0.1, alpha: 0.1, product: Product::Exact, every: 1, oracle_rho: None };
+    vec![
+        Method::Plain,
+        Method::Sam(sam),
+        Method::with_perturbation(0.05, Perturbation::Linf),
+        Method::with_perturbation(0.1, Perturbation::Adaptive(Scaling { eta: 0.01, scaled_len: 2 })),
+        Method::with_perturbation(0.05, Perturbation::Random { seed: 11 }),
+        Method::Sam(Sam { ascent_steps: 3, ..sam }),
+        Method::Sam(Sam { second_order: true, ..sam }),
+        cr_sam(Form::Log),
+        cr_sam(Form::Released),
+        Method::Gnr(exact),
+        Method::Gnr(Gnr { product: Product::Difference { radius: 0.01 }, ..exact }),
+        Method::Gnr(Gnr { oracle_rho: Some(0.05), every: 2, ..exact }),
+        Method::Gnr(Gnr { oracle_rho: Some(0.05), product: Product::Difference { radius: 0.01 }, ..exact }),
+        GAM,
+        Method::SaSam(step_size),
+        Method::SaSgd(step_size),
+        Method::Gsam { rho: 0.05, alpha: 0.1 },
+        Method::LookSam { rho: 0.05, alpha: 0.7, every: 3 },
+        Method::RSam { rho: 0.05, sigma: 0.05, seed: 12 },
+    ]
+}
+
+// ---- The family once more, from the formulas, in double on the host ---------------------------------------------------------
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+fn norm(a: &[f64]) -> f64 {
+    dot(a, a).sqrt()
+}
+
+/// a + s b
+fn plus(a: &[f64], s: f64, b: &[f64]) -> Vec<f64> {
+    a.iter().zip(b).map(|(a, b)| a + s * b).collect()
+}
+
+fn times(s: f64, a: &[f64]) -> Vec<f64> {
+    a.iter().map(|a| s * a).collect()
+}
+
+/// What a method remembers, and the step's number.
+#[derive(Default)]
+struct Past {
+    step: u64,
+    previous: Vec<f64>,
+    eta: f64,
+    theta: f64,
+    orthogonal: Vec<f64>,
+}
+
+/// The direction and, if the method has its own, the step size.
+fn reference(
+    method: Method,
+    f: &mut impl FnMut(&[f64]) -> (f64, Vec<f64>),
+    w: &[f64],
+    past: &mut Past,
+) -> (Vec<f64>, Option<f64>) {
+    let (l0, g) = f(w);
+    let v = times(1.0 / norm(&g), &g);
+    // The numbers of this step's block of the stream.
+    let drawn = |seed: u64| -> Vec<f64> {
+        let mut z = Device::host().zeros::<f64>(w.len()).unwrap();
+        random::normal(z.view_mut(), seed, past.step * 4 * w.len().div_ceil(4) as u64).unwrap();
+        let z = z.to_vec().unwrap();
+        times(1.0 / norm(&z), &z)
+    };
+    let direction = match method {
+        Method::Plain => g,
+        Method::Sam(Sam { rho, perturbation: Perturbation::Linf, .. }) => {
+            f(&plus(w, rho, &g.iter().map(|g| g.signum()).collect::<Vec<_>>())).1
+        }
+        Method::Sam(Sam { rho, perturbation: Perturbation::Adaptive(scaling), .. }) => {
+            let t: Vec<f64> =
+                (0..w.len()).map(|i| if i < scaling.scaled_len { w[i].abs() + scaling.eta } else { 1.0 }).collect();
+            let tg: Vec<f64> = t.iter().zip(&g).map(|(t, g)| t * g).collect();
+            let ttg: Vec<f64> = t.iter().zip(&tg).map(|(t, g)| t * g).collect();
+            f(&plus(w, rho / norm(&tg), &ttg)).1
+        }
+        Method::Sam(Sam { rho, perturbation: Perturbation::Random { seed }, .. }) => f(&plus(w, rho, &drawn(seed))).1,
+        Method::Sam(Sam { rho, second_order: true, .. }) => {
+            let adversarial = f(&plus(w, rho, &v)).1;
+            let tangent = plus(&adversarial, -dot(&v, &adversarial), &v);
+            plus(&adversarial, rho / norm(&g), &hessian_times(f, w, &tangent))
+        }
+        Method::Sam(Sam { rho, ascent_steps, .. }) => {
+            let mut displacement = vec![0.0; w.len()];
+            for _ in 0..ascent_steps {
+                let there = f(&plus(w, 1.0, &displacement)).1;
+                displacement = plus(&displacement, rho / norm(&there), &there);
+                if norm(&displacement) > rho {
+                    displacement = times(rho / norm(&displacement), &displacement);
+                }
+            }
+            f(&plus(w, 1.0, &displacement)).1
+        }
+        Method::CrSam { rho, terms } => {
+            let ((l1, g1), (l2, g2)) = (f(&plus(w, rho, &v)), f(&plus(w, -rho, &v)));
+            let (a, b) = if terms.form == Form::Log { (l1 + l2 - 2.0 * l0, l1 - l2) } else { (1.0, 1.0) };
+            let curved = plus(&plus(&g1, 1.0, &g2), -2.0, &g);
+            plus(&plus(&g1, terms.alpha / a, &curved), terms.beta / b, &plus(&g1, -1.0, &g2))
+        }
+        Method::Gnr(Gnr { rho, alpha, every, oracle_rho, .. }) => {
+            let oracle = oracle_rho.map_or(g.clone(), |rho| f(&plus(w, rho, &v)).1);
+            if past.step.is_multiple_of(every) {
+                let change = hessian_times(f, w, &v);
+                let there = plus(w, rho / norm(&change), &change);
+                let gradient = f(&there).1;
+                plus(&oracle, alpha * rho / norm(&gradient), &hessian_times(f, &there, &gradient))
+            } else {
+                oracle
+            }
+        }
+        Method::Gam { rho, rho_norm, terms: GamTerms { beta0, beta1, gamma } } => {
+            let g1 = f(&plus(w, rho, &v)).1;
+            let d = plus(&g1, -1.0, &g);
+            let there = plus(w, rho_norm / norm(&d), &d);
+            let g2 = f(&there).1;
+            let g3 = f(&plus(&there, rho / norm(&g2), &g2)).1;
+            let sum = plus(&times(beta1, &g1), 1.0 - beta1, &g3);
+            let m = plus(&g, (1.0 - beta0).abs(), &g2);
+            let orthogonal = plus(&m, -dot(&m, &sum) / dot(&sum, &sum), &sum);
+            plus(&sum, -gamma, &orthogonal)
+        }
+        Method::SaSam(size) | Method::SaSgd(size) => {
+            if past.previous.is_empty() {
+                (past.eta, past.theta) = (size.eta0, size.theta0);
+            } else {
+                let (moved, before) = (plus(w, -1.0, &past.previous), f(&past.previous).1);
+                let changed = plus(&g, -1.0, &before);
+                let grown = (1.0 + size.delta * past.theta).sqrt() * past.eta;
+                let eta = (norm(&moved) / (2.0 * norm(&changed))).min(grown);
+                (past.theta, past.eta) = (eta / past.eta, eta);
+            }
+            past.previous = w.to_vec();
+            if matches!(method, Method::SaSam(_)) { f(&plus(w, past.eta.sqrt(), &v)).1 } else { g }
+        }
+        Method::Gsam { rho, alpha } => {
+            let there = f(&plus(w, rho, &v)).1;
+            let orthogonal = plus(&g, -dot(&g, &there) / dot(&there, &there), &there);
+            plus(&there, -alpha, &orthogonal)
+        }
+        Method::LookSam { rho, alpha, every } => {
+            if past.step.is_multiple_of(every) {
+                let there = f(&plus(w, rho, &v)).1;
+                past.orthogonal = plus(&there, -dot(&there, &v), &v);
+                there
+            } else {
+                plus(&g, alpha * norm(&g) / norm(&past.orthogonal), &past.orthogonal)
+            }
+        }
+        Method::RSam { rho, sigma, seed } => {
+            let there = f(&plus(w, sigma, &drawn(seed))).1;
+            f(&plus(w, rho / norm(&there), &there)).1
+        }
+    };
+    past.step += 1;
+    let own = matches!(method, Method::SaSam(_) | Method::SaSgd(_)).then_some(past.eta);
+    (direction, own)
+}
+
+/// A quartic in nine dimensions whose Hessian is no diagonal.
+fn coupled() -> impl FnMut(&[f64]) -> (f64, Vec<f64>) {
+    let mut random = common::Random(5);
+    let factor: Vec<Vec<f64>> = (0..9).map(|_| random.vector(9)).collect();
+    move |w| {
+        let rows: Vec<f64> = factor.iter().map(|row| dot(row, w)).collect();
+        let quartic = w.iter().map(|w| w.powi(4)).sum::<f64>() / 4.0;
+        let slope = (0..9).map(|j| (0..9).map(|i| factor[i][j] * rows[i]).sum::<f64>() + w[j].powi(3)).collect();
+        (dot(&rows, &rows) / 2.0 + quartic, slope)
+    }
+}
+
+#[test]
+fn every_method_follows_its_formula_for_several_steps() {
+    let start: Vec<f64> = common::Random(6).vector(9);
+    for method in family() {
+        for clip in [None, Some(0.7)] {
+            let (lr, momentum, decay, mut past) = (0.02, 0.9, 0.01, Past::default());
+            let (mut w64, mut m64, mut f) = (start.clone(), vec![0.0; 9], coupled());
+            for _ in 0..5 {
+                let (mut g, own) = reference(method, &mut f, &w64, &mut past);
+                if let Some(largest) = clip {
+                    g = times((largest / (norm(&g) + 1e-6)).min(1.0), &g);
+                }
+                m64 = plus(&times(momentum, &m64), 1.0, &plus(&g, decay, &w64));
+                w64 = plus(&w64, -own.unwrap_or(lr), &m64);
+            }
+            for (name, device) in common::host_devices() {
+                let mut weights = device.upload(&start).unwrap();
+                let base = Base::Sgd { momentum, nesterov: false };
+                let settings = Settings { weight_decay: decay, clip, ..Settings::new(method, base) };
+                let mut optimizer = Optimizer::new(&device, 9, settings).unwrap();
+                let mut objective = function(9, coupled());
+                for _ in 0..5 {
+                    optimizer.step(&mut objective, &mut weights, lr).unwrap();
+                }
+                // GNR's own differences of gradients have a radius of 0.01; the reference's are of fourth order.
+                let approximate = matches!(method, Method::Gnr(Gnr { product: Product::Difference { .. }, .. }));
+                let what = format!("{method:?}, clip {clip:?} on {name}");
+                let tolerance = if approximate { 1e-5 } else { 1e-9 };
+                common::assert_close(&what, &weights.to_vec().unwrap(), &w64, tolerance);
+                assert_eq!(optimizer.telemetry().unwrap().skipped, 0);
+            }
+        }
+    }
+}
+
+#[test]
+fn groups_take_perturbations_of_their_own_and_one_group_changes_no_bit() {
+    let half = |scale: f64| {
+        let mut f = coupled();
+        move |w: &[f64]| {
+            let (loss, slope) = f(&times(scale, w));
+            (loss, times(scale, &slope))
+        }
+    };
+    struct Grouped<F> {
+        parts: Vec<F>,
+        group: usize,
+    }
+    impl<F: FnMut(&[f64]) -> (f64, Vec<f64>)> Objective<f64> for Grouped<F> {
+        fn len(&self) -> usize {
+            9
+        }
+        fn gradient(
+            &mut self,
+            weights: Slice<'_, f64>,
+            _: Statistics,
+            mut gradient: SliceMut<'_, f64>,
+            mut loss: SliceMut<'_, f64>,
+            _: SliceMut<'_, u32>,
+        ) -> Result<()> {
+            let (value, slope) = (self.parts[self.group])(&weights.to_vec()?);
+            loss.write(&[value])?;
+            gradient.write(&slope)
+        }
+        fn groups(&self) -> usize {
+            self.parts.len()
+        }
+        fn select(&mut self, group: usize) -> Result<()> {
+            self.group = group;
+            Ok(())
+        }
+    }
+    let start: Vec<f64> = common::Random(6).vector(9);
+    let base = Base::Sgd { momentum: 0.0, nesterov: false };
+    for method in [Method::sam(0.05), cr_sam(Form::Log), GAM, Method::Gsam { rho: 0.05, alpha: 0.1 }] {
+        let device = Device::host();
+        let step = |objective: &mut dyn FnMut(&mut Optimizer<f64>, &mut Buffer<f64>)| {
+            let mut weights = device.upload(&start).unwrap();
+            let mut optimizer = Optimizer::new(&device, 9, Settings::new(method, base)).unwrap();
+            objective(&mut optimizer, &mut weights);
+            weights.to_vec().unwrap()
+        };
+        let found = step(&mut |optimizer, weights| {
+            let mut objective = Grouped { parts: vec![half(1.0), half(0.5), half(-0.8)], group: 0 };
+            optimizer.step(&mut objective, weights, 0.1).unwrap();
+        });
+        let mean = [1.0, 0.5, -0.8].map(|scale| reference(method, &mut half(scale), &start, &mut Past::default()).0);
+        let mean = times(1.0 / 3.0, &plus(&plus(&mean[0], 1.0, &mean[1]), 1.0, &mean[2]));
+        common::assert_close(&format!("{method:?}"), &found, &plus(&start, -0.1, &mean), 1e-12);
+
+        let one = step(&mut |optimizer, weights| {
+            let mut objective = Grouped { parts: vec![half(0.5)], group: 0 };
+            optimizer.step(&mut objective, weights, 0.1).unwrap();
+        });
+        let plain = step(&mut |optimizer, weights| {
+            optimizer.step(&mut function(9, half(0.5)), weights, 0.1).unwrap();
+        });
+        assert_eq!(common::bits(&one), common::bits(&plain), "{method:?}");
+    }
+    let device = Device::host();
+    let settings = Settings::new(Method::LookSam { rho: 0.05, alpha: 0.7, every: 2 }, base);
+    let mut optimizer = Optimizer::new(&device, 9, settings).unwrap();
+    let mut weights = device.upload(&start).unwrap();
+    let mut objective = Grouped { parts: vec![half(1.0), half(0.5)], group: 0 };
+    assert!(optimizer.step(&mut objective, &mut weights, 0.1).unwrap_err().to_string().contains("remembers"));
+}
+
+#[test]
+fn a_step_whose_update_is_zero_leaves_every_bit() {
+    for method in family() {
+        let device = Device::host();
+        let start: Vec<f32> = common::Random(8).vector(9);
+        let mut weights = device.upload(&start).unwrap();
+        // SA-SAM's rate is its own: a rate of zero stays zero.
+        let method = match method {
+            Method::SaSam(size) => Method::SaSam(StepSize { eta0: 0.0, ..size }),
+            Method::SaSgd(size) => Method::SaSgd(StepSize { eta0: 0.0, ..size }),
+            other => other,
+        };
+        let base = Base::Sgd { momentum: 0.9, nesterov: true };
+        let mut optimizer = Optimizer::new(&device, 9, Settings::new(method, base)).unwrap();
+        let mut objective = function(9, coupled());
+        for _ in 0..50 {
+            optimizer.step(&mut objective, &mut weights, 0.0).unwrap();
+        }
+        assert_eq!(common::bits(&weights.to_vec().unwrap()), common::bits(&start), "{method:?}");
+        assert_eq!(optimizer.telemetry().unwrap().skipped, 0, "{method:?}");
+    }
+}
+
+#[test]
+fn observed_steps_tell_the_cosines() {
+    let device = Device::host();
+    let start: Vec<f64> = common::Random(6).vector(9);
+    let base = Base::Sgd { momentum: 0.0, nesterov: false };
+    for method in [Method::sam(0.05), cr_sam(Form::Log), Method::Gsam { rho: 0.05, alpha: 0.1 }] {
+        let mut weights = device.upload(&start).unwrap();
+        let mut optimizer = Optimizer::new(&device, 9, Settings::new(method, base)).unwrap();
+        optimizer.observe(true);
+        optimizer.step(&mut function(9, coupled()), &mut weights, 0.1).unwrap();
+        let telemetry = optimizer.telemetry().unwrap();
+        let g = coupled()(&start).1;
+        let rho = if matches!(method, Method::CrSam { .. }) { 0.1 } else { 0.05 };
+        let there = coupled()(&plus(&start, rho / norm(&g), &g)).1;
+        let expected = dot(&g, &there) / norm(&g) / norm(&there);
+        assert!((telemetry.cosine_gradients.unwrap() - expected).abs() < 1e-12, "{method:?}: {telemetry:?}");
+        assert!((telemetry.cosine_perturbation.unwrap() - 1.0).abs() < 1e-12, "{method:?}: {telemetry:?}");
+    }
+}
+
 #[test]
 fn a_parabola_converges_with_every_method_and_base() {
     let target = [1.0, -1.0, 1.0];
-    let methods =
-        [Method::Plain, Method::Sam { rho: 0.05, norm: Norm::Two }, Method::Sam { rho: 0.05, norm: Norm::Infinity }];
     // Near the minimum B vanishes with the gradient and the log form's 1/B grows: a higher threshold drops the term there.
     let terms = CrSamTerms { form: Form::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-2 };
-    let methods = methods.into_iter().chain([Method::CrSam { rho: 0.1, terms }, cr_sam(Form::Released)]);
+    let mut methods = family();
+    methods.retain(|method| *method != cr_sam(Form::Log));
+    methods.push(Method::CrSam { rho: 0.1, terms });
     for method in methods {
         for (base, lr, steps) in [
             (Base::Sgd { momentum: 0.9, nesterov: false }, 0.02, 400),
             (Base::Sgd { momentum: 0.9, nesterov: true }, 0.02, 400),
             (Base::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 }, 0.05, 2000),
         ] {
+            // A step size of its own is that of plain gradient descent, and SA-SAM's radius does not fall: with η = 1/4, ρ = 1/2 it
+            // ends on a cycle at a distance of 1/6.
+            let own_step = matches!(method, Method::SaSam(_) | Method::SaSgd(_));
+            let tolerance = if matches!(method, Method::SaSam(_)) { 0.17 } else { 0.02 };
+            let base = if own_step { Base::Sgd { momentum: 0.0, nesterov: false } } else { base };
             let device = Device::host();
             let mut objective = function(3, |w: &[f64]| {
                 let away: Vec<f64> = w.iter().zip(target).map(|(w, t)| w - t).collect();
@@ -141,7 +523,7 @@ fn a_parabola_converges_with_every_method_and_base() {
             }
             let found = weights.to_vec().unwrap();
             let error = found.iter().zip(target).map(|(w, t)| (w - t).abs()).fold(0.0, f64::max);
-            assert!(error < 0.02, "{method:?} over {base:?}: {found:?}");
+            assert!(error < tolerance, "{method:?} over {base:?}: {found:?}");
         }
     }
 }
@@ -170,7 +552,7 @@ fn terms_of_vanishing_curvature_or_slope_are_dropped_and_counted() {
 
     // A constant: no gradient, no curvature, no slope; nothing moves, and nothing is NaN.
     let mut flat = function(2, |_: &[f64]| (1.0, vec![0.0, 0.0]));
-    for method in [Method::Plain, Method::Sam { rho: 0.1, norm: Norm::Two }, cr_sam(Form::Log)] {
+    for method in family() {
         let mut weights = device.upload(&[0.3f64, -7.0]).unwrap();
         let mut optimizer = Optimizer::new(&device, 2, sgd(method, 2)).unwrap();
         optimizer.step(&mut flat, &mut weights, 1.0).unwrap();
@@ -179,19 +561,75 @@ fn terms_of_vanishing_curvature_or_slope_are_dropped_and_counted() {
     }
 }
 
+/// Evaluations of the function in the first two steps.
+fn passes_of(method: Method) -> [usize; 2] {
+    let device = Device::host();
+    let mut weights = device.upload(&[1.0f32, -1.0]).unwrap();
+    let mut optimizer = Optimizer::new(&device, 2, sgd(method, 2)).unwrap();
+    let passes = [0, 1].map(|_| {
+        let (mut calls, mut quartic) = (0, bowl(true));
+        let mut objective = function(2, |w: &[f64]| {
+            calls += 1;
+            quartic(w)
+        });
+        optimizer.step(&mut objective, &mut weights, 0.1).unwrap();
+        calls
+    });
+    let (gradients, products) = method.passes();
+    assert_eq!(passes[0], gradients + 4 * products, "{method:?}: a product here is four gradients");
+    passes
+}
+
+/// What LookSAM keeps for later steps is not touched by a step that is skipped.
+#[test]
+fn a_skipped_step_leaves_no_trace_in_what_a_method_remembers() {
+    for method in family().into_iter().filter(|method| method.has_memory()) {
+        let device = Device::host();
+        let mut weights = device.upload(&common::Random(6).vector::<f64>(9)).unwrap();
+        let base = Base::Sgd { momentum: 0.0, nesterov: false };
+        let mut optimizer = Optimizer::new(&device, 9, Settings::new(method, base)).unwrap();
+        for step in 0..8 {
+            let (mut calls, mut f) = (0, coupled());
+            let mut objective = function(9, |w: &[f64]| {
+                let (loss, mut slope) = f(w);
+                calls += 1;
+                // The newest pass of the fourth step, in which LookSAM renews what it keeps.
+                if step == 3 && calls == method.passes().0 {
+                    slope[4] = f64::NAN;
+                }
+                (loss, slope)
+            });
+            let (memory, scalars) =
+                (optimizer.state().memory.to_vec().unwrap(), optimizer.state().scalars.to_vec().unwrap());
+            optimizer.step(&mut objective, &mut weights, 0.01).unwrap();
+            if step == 3 {
+                assert_eq!(
+                    common::bits(&optimizer.state().memory.to_vec().unwrap()),
+                    common::bits(&memory),
+                    "{method:?}"
+                );
+                common::assert_close("scalars", &optimizer.state().scalars.to_vec().unwrap(), &scalars, 1e-15);
+            }
+        }
+        assert_eq!(optimizer.telemetry().unwrap().skipped, 1, "{method:?}");
+        assert!(weights.to_vec().unwrap().iter().all(|w| w.is_finite()));
+    }
+}
+
 #[test]
 fn a_step_with_a_bad_pass_changes_nothing_and_is_counted() {
-    let methods = [(Method::Plain, 1), (Method::Sam { rho: 0.1, norm: Norm::Two }, 2), (cr_sam(Form::Log), 3)];
-    for (method, passes) in methods {
+    for method in family() {
+        // The gradients that differences for products with the Hessian take count as passes, too.
+        let [first, second] = passes_of(method);
         for base in [Base::Sgd { momentum: 0.9, nesterov: false }, Base::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 }]
         {
-            for (bad_pass, bad_value) in (0..passes).flat_map(|pass| [(pass, f64::NAN), (pass, f64::INFINITY)]) {
+            for (bad_pass, bad_value) in (0..second).flat_map(|pass| [(pass, f64::NAN), (pass, f64::INFINITY)]) {
                 for bad_loss in [true, false] {
                     let device = Device::host();
                     let (mut calls, mut quartic) = (0, bowl(true));
                     let mut objective = function(2, |w: &[f64]| {
                         let (mut loss, mut gradient) = quartic(w);
-                        if calls == passes + bad_pass {
+                        if calls == first + bad_pass {
                             if bad_loss { loss = bad_value } else { gradient[1] = bad_value }
                         }
                         calls += 1;
@@ -226,13 +664,61 @@ fn weight_decay_acts_on_the_prefix_only_and_does_not_bend_the_perturbation() {
         assert_eq!(w, [1.0, 2.0, 3.0, 4.0]);
         (1.0, vec![0.0; 4])
     });
-    let method = Method::Sam { rho: 0.5, norm: Norm::Two };
+    let method = Method::sam(0.5);
     for base in [Base::Sgd { momentum: 0.9, nesterov: false }, Base::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 }] {
-        let settings = Settings { method, base, weight_decay: 0.1, decay_len: 2 };
+        let settings = Settings { method, base, weight_decay: 0.1, decay_len: 2, clip: None };
         let mut weights = device.upload(&[1.0f64, 2.0, 3.0, 4.0]).unwrap();
         let mut optimizer = Optimizer::new(&device, 4, settings).unwrap();
         optimizer.step(&mut flat, &mut weights, 0.5).unwrap();
         common::assert_close("decayed", &weights.to_vec().unwrap(), &[0.95, 1.9, 3.0, 4.0], 1e-15);
     }
-    assert!(Optimizer::<f64>::new(&device, 4, Settings { decay_len: 5, ..sgd(method, 4) }).is_err());
+    let contradiction = Sam { rho: 0.1, perturbation: Perturbation::Linf, ascent_steps: 2, second_order: false };
+    assert!(Optimizer::<f64>::new(&device, 4, sgd(Method::Sam(contradiction), 4)).is_err());
+}
+
+/// An objective whose passes launch nothing: what remains of a step is the method's own.
+struct Silent;
+
+impl Objective<f32> for Silent {
+    fn len(&self) -> usize {
+        1000
+    }
+
+    fn gradient(
+        &mut self,
+        _: Slice<'_, f32>,
+        _: Statistics,
+        _: SliceMut<'_, f32>,
+        _: SliceMut<'_, f64>,
+        _: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        Ok(())
+    }
+
+    fn hessian_vector(
+        &mut self,
+        _: Slice<'_, f32>,
+        _: Slice<'_, f32>,
+        _: SliceMut<'_, f32>,
+        _: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Launches of one step, as `docs/methods.md` lists them: kernels over vectors, second stages of reductions, formulas of a few
+/// numbers, the clearing of the flag and the counting of the step.
+#[test]
+fn a_step_launches_no_more_than_its_table_says() {
+    let launches = [5, 6, 6, 8, 8, 15, 11, 8, 8, 11, 12, 12, 13, 15, 12, 11, 9, 12, 9];
+    assert_eq!(launches.len(), family().len());
+    let device = Device::host();
+    for (method, expected) in family().into_iter().zip(launches) {
+        let base = Base::Sgd { momentum: 0.9, nesterov: false };
+        let mut optimizer = Optimizer::new(&device, 1000, Settings::new(method, base)).unwrap();
+        let mut weights = device.zeros::<f32>(1000).unwrap();
+        // SAFETY: nothing is replayed.
+        let graph = unsafe { device.capture(|| optimizer.step(&mut Silent, &mut weights, 0.1)) }.unwrap();
+        assert_eq!(graph.operations(), expected, "{method:?}");
+    }
 }

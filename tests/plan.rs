@@ -139,7 +139,6 @@ fn shapes_that_do_not_fit_are_errors_when_traced() {
     assert_eq!(graph.shape(y), Shape { batch: 2, height: 2, width: 3, channels: 4 });
     assert!(graph.add(x, y).is_err());
     assert!(graph.batch_norm(y, "bn", Some(x), true).is_err());
-    assert!(graph.batch_norm(y, "bn", Some(y), true).unwrap_err().to_string().contains("the input itself"));
     assert!(graph.linear(y, "fc", 2).is_err());
     assert!(graph.shortcut(y, 3, 1).is_err());
     assert!(graph.average_pool(y, 3, 1).is_err());

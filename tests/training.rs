@@ -1,114 +1,22 @@
-//! Whole networks against float64 PyTorch: gradients, five training steps with every method, and the pretrained ResNet-20 on
-//! the CIFAR-10 test images. `tests/fixtures/README.md` says where the references come from.
+//! Whole networks against float64 PyTorch: gradients, five training steps with the base optimizers, SAM and CR-SAM (the other
+//! methods are in `tests/methods.rs`), and the pretrained ResNet-20 on the CIFAR-10 test images. `tests/fixtures/README.md` says
+//! where the references come from.
 
 mod common;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use common::Random;
+use common::fixtures::{Pool, arena, check_runs, fast_devices, number, plan, read_json, relative_error, upload};
 use polder::arena::{Kind, Layout};
 use polder::data::{self, Split};
-use polder::device::{Buffer, Device, HostOptions, Scalar};
-use polder::kernels::image::{self, BatchShape, Normalization};
+use polder::device::{Device, Scalar};
+use polder::kernels::image::Normalization;
 use polder::nn::{Model, Shortcut, initial_weights};
 use polder::objective::{Objective, Statistics};
-use polder::optim::{Base, CrSamTerms, Form, Method, Norm, Optimizer, Settings};
+use polder::optim::{Base, CrSamTerms, Form, Method, Optimizer, Settings};
 use polder::plan::{Plan, PlanOptions, Shape};
 use polder::train::{Evaluator, weights};
-use safetensors::SafeTensors;
-use serde_json::Value;
-
-fn fixture(name: &str) -> PathBuf {
-    let folder = std::env::var("POLDER_FIXTURES")
-        .unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures").to_string());
-    Path::new(&folder).join(name)
-}
-
-fn read_json(name: &str) -> Value {
-    serde_json::from_str(&std::fs::read_to_string(fixture(name)).unwrap()).unwrap()
-}
-
-fn floats(bytes: &[u8]) -> Vec<f64> {
-    bytes.chunks_exact(4).map(|b| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]]))).collect()
-}
-
-/// The tensors of a fixture in an arena of this layout.
-fn arena(layout: &Layout, file: &str) -> Vec<f64> {
-    let bytes = std::fs::read(fixture(file)).unwrap();
-    let tensors = SafeTensors::deserialize(&bytes).unwrap();
-    let mut arena = vec![0.0; layout.len()];
-    for tensor in layout.tensors() {
-        let view = tensors.tensor(&tensor.name).unwrap();
-        assert_eq!(view.shape(), tensor.kind.file_shape(), "{}", tensor.name);
-        arena[tensor.range()].copy_from_slice(&tensor.kind.from_file(&floats(view.data())));
-    }
-    arena
-}
-
-fn number(value: &Value) -> f64 {
-    value.as_f64().unwrap_or_else(|| panic!("no number: {value}"))
-}
-
-fn array4(value: &Value) -> [f32; 4] {
-    let values: Vec<f32> = value.as_array().unwrap().iter().map(|v| number(v) as f32).collect();
-    [values[0], values[1], values[2], 1.0]
-}
-
-/// The pool of images that the fixtures' batches are rows of, on a device.
-struct Pool {
-    pixels: Buffer<u8>,
-    labels: Buffer<u32>,
-}
-
-impl Pool {
-    fn new(device: &Device) -> Self {
-        Self::cropped(device, 32, 32)
-    }
-
-    /// The upper left part of every image.
-    fn cropped(device: &Device, height: usize, width: usize) -> Self {
-        let bytes = std::fs::read(fixture("batches.safetensors")).unwrap();
-        let tensors = SafeTensors::deserialize(&bytes).unwrap();
-        let labels: Vec<u32> =
-            tensors.tensor("labels").unwrap().data().chunks_exact(8).map(|bytes| u32::from(bytes[0])).collect();
-        let rows = tensors.tensor("images").unwrap();
-        let rows = rows.data().chunks_exact(32 * 3).enumerate().filter(|(row, _)| row % 32 < height);
-        let pixels: Vec<u8> = rows.flat_map(|(_, row)| &row[..width * 3]).copied().collect();
-        Self { pixels: device.upload(&pixels).unwrap(), labels: device.upload(&labels).unwrap() }
-    }
-
-    fn fill<T: Scalar>(&self, plan: &mut Plan<T>, rows: &Value, fixture: &Value) {
-        let rows: Vec<u32> = rows.as_array().unwrap().iter().map(|row| row.as_u64().unwrap() as u32).collect();
-        let order = plan.device().upload(&rows).unwrap();
-        let normalization = Normalization { mean: array4(&fixture["mean"]), std: array4(&fixture["std"]) };
-        let Shape { batch, height, width, channels } = plan.input_shape();
-        let shape = BatchShape { batch, height, width, channels };
-        let (out, truth) = plan.batch_mut().unwrap();
-        image::batch(&shape, self.pixels.view(), self.labels.view(), order.view(), &normalization, None, out, truth)
-            .unwrap();
-    }
-}
-
-fn plan<T: Scalar>(device: &Device, fixture: &Value, batch: usize) -> Plan<T> {
-    let shortcut = fixture["shortcut"].as_str().unwrap().parse::<Shortcut>().unwrap();
-    let model = fixture["model"].as_str().unwrap();
-    let model = Model::from_name(model, Some(shortcut)).unwrap();
-    let shape = Shape { batch, height: 32, width: 32, channels: 3 };
-    let (graph, logits) = model.trace(shape, 10).unwrap();
-    let label_smoothing = fixture["label_smoothing"].as_f64().unwrap_or(0.0);
-    Plan::new(device, graph, logits, PlanOptions { label_smoothing, ..PlanOptions::training() }).unwrap()
-}
-
-fn upload<T: Scalar>(device: &Device, values: &[f64]) -> Buffer<T> {
-    let values: Vec<T> = values.iter().map(|&value| T::from_f64(value)).collect();
-    device.upload(&values).unwrap()
-}
-
-/// ‖a − b‖/‖b‖.
-fn relative_error(found: &[f64], reference: &[f64]) -> f64 {
-    let difference: f64 = found.iter().zip(reference).map(|(a, b)| (a - b).powi(2)).sum();
-    (difference / reference.iter().map(|b| b * b).sum::<f64>()).sqrt()
-}
 
 /// Loss, logits and gradient of one batch; the tolerances are the precision's.
 fn check_gradient<T: Scalar>(device: &Device, name: &str, tolerance: f64) {
@@ -140,87 +48,9 @@ fn a_gradient_matches_pytorch_in_float64() {
     check_gradient::<f64>(&Device::host(), "double", 1e-7);
 }
 
-fn settings(run: &Value, layout: &Layout) -> Settings {
-    let of = |key: &str| number(&run[key]);
-    let method = match run["optimizer"].as_str().unwrap() {
-        "sam" if run["p_norm"] == "inf" => Method::Sam { rho: of("rho"), norm: Norm::Infinity },
-        "sam" => Method::Sam { rho: of("rho"), norm: Norm::Two },
-        "cr-sam" => {
-            let form = if run["form"] == "log" { Form::Log } else { Form::Released };
-            let terms =
-                CrSamTerms { form, alpha: of("alpha"), beta: of("beta"), a_min: of("a_min"), b_min: of("b_min") };
-            Method::CrSam { rho: of("rho"), terms }
-        }
-        _ => Method::Plain,
-    };
-    let base = if run["base"] == "adamw" {
-        Base::AdamW { beta1: of("beta1"), beta2: of("beta2"), eps: of("eps") }
-    } else {
-        Base::Sgd { momentum: of("momentum"), nesterov: run["nesterov"].as_bool().unwrap_or(false) }
-    };
-    let decay_len = if run["decay_norm"] == false { layout.weights_len() } else { layout.len() };
-    Settings { method, base, weight_decay: of("weight_decay"), decay_len }
-}
-
-/// Five steps, each on a batch of its own, from the same start as the reference.
-fn check_run<T: Scalar>(device: &Device, name: &str, tolerance: f64) {
-    let run = read_json(&format!("run-{name}.json"));
-    let (rows, steps) = (run["rows"].as_array().unwrap(), run["steps"].as_array().unwrap());
-    assert_eq!((rows.len(), steps.len()), (5, 5));
-    let mut plan = plan::<T>(device, &run, rows[0].as_array().unwrap().len());
-    let pool = Pool::new(device);
-    let start = arena(plan.parameters(), "resnet8-init.safetensors");
-    let mut weights = upload::<T>(device, &start);
-    let layout = plan.parameters().clone();
-    let mut optimizer = Optimizer::new(device, start.len(), settings(&run, &layout)).unwrap();
-    for (rows, step) in rows.iter().zip(steps) {
-        pool.fill(&mut plan, rows, &run);
-        optimizer.step(&mut plan, &mut weights, number(&run["lr"])).unwrap();
-        let telemetry = optimizer.telemetry().unwrap();
-        let close = |found: f64, key: &str, scale: f64| {
-            let expected = number(&step[key]);
-            assert!((found - expected).abs() <= tolerance * scale, "{name}: {key} {found} instead of {expected}");
-        };
-        close(telemetry.loss, "loss", telemetry.loss);
-        close(telemetry.gradient_norm, "grad_norm", telemetry.gradient_norm);
-        if let (Some(a), Some(b)) = (telemetry.a, telemetry.b) {
-            // Differences of losses: judged on the losses' scale.
-            close(a, "a", telemetry.loss);
-            close(b, "b", telemetry.loss);
-        }
-    }
-    let moved: Vec<f64> = common::to_f64(&weights.to_vec().unwrap()).iter().zip(&start).map(|(w, s)| w - s).collect();
-    let error = relative_error(&moved, &arena(&layout, &format!("run-{name}.safetensors")));
-    println!("{name} in {}: relative error of the five steps {error:.1e}", T::NAME);
-    assert!(error < tolerance, "{name}: relative error of five steps {error:.2e}");
-    let statistics = arena(plan.statistics_layout(), &format!("run-{name}.safetensors"));
-    let found: Vec<f64> = common::to_f64(&plan.statistics().to_vec().unwrap());
-    let error = relative_error(&found, &statistics);
-    assert!(error < tolerance, "{name}: running statistics' relative error {error:.2e}");
-    assert_eq!(optimizer.telemetry().unwrap().skipped, 0);
-}
-
-const RUNS: [&str; 7] = ["sgd", "sgd-nesterov", "adamw", "sam", "sam-inf", "cr-sam-log", "cr-sam-released"];
-
-/// The CPU with two threads, and the device that `POLDER_TEST_DEVICE` names.
-fn fast_devices() -> Vec<Device> {
-    let mut devices = vec![Device::host_with(HostOptions { threads: 2, ..HostOptions::default() })];
-    if let Ok(name) = std::env::var("POLDER_TEST_DEVICE") {
-        devices.push(Device::from_name(&name).unwrap());
-    }
-    devices
-}
-
 #[test]
 fn five_steps_match_pytorch_in_float64() {
-    let devices = fast_devices();
-    for run in RUNS {
-        for device in &devices {
-            check_run::<f32>(device, run, 1e-3);
-        }
-        // In double the formulas must agree to the precision in which the reference is stored.
-        check_run::<f64>(&devices[0], run, 1e-6);
-    }
+    check_runs(&["sgd", "sgd-nesterov", "adamw", "sam", "sam-inf", "cr-sam-log", "cr-sam-released"]);
 }
 
 /// The generator's 2u − 1 in [−1, 1) for element `index` of the tensor `name`; see `tests/fixtures/README.md`.
@@ -301,7 +131,7 @@ fn check_other_models(device: &Device) {
 fn a_whole_step_can_be_captured_and_replayed() {
     let terms = CrSamTerms { form: Form::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
     for device in fast_devices() {
-        for method in [Method::Plain, Method::Sam { rho: 0.05, norm: Norm::Two }, Method::CrSam { rho: 0.1, terms }] {
+        for method in [Method::Plain, Method::sam(0.05), Method::CrSam { rho: 0.1, terms }] {
             let run = |captured: bool| {
                 let shape = Shape { batch: 4, height: 8, width: 9, channels: 3 };
                 let model = Model::CifarResNet { blocks: 1, shortcut: Shortcut::B };
@@ -313,7 +143,7 @@ fn a_whole_step_can_be_captured_and_replayed() {
                 let len = plan.parameters().len();
                 let mut weights = device.upload(&initial_weights(plan.parameters(), 2).unwrap()).unwrap();
                 let base = Base::Sgd { momentum: 0.9, nesterov: false };
-                let settings = Settings { method, base, weight_decay: 5e-4, decay_len: len };
+                let settings = Settings { method, base, weight_decay: 5e-4, decay_len: len, clip: None };
                 let mut optimizer = Optimizer::new(&device, len, settings).unwrap();
                 optimizer.step(&mut plan, &mut weights, 0.05).unwrap();
                 if captured {

@@ -5,7 +5,7 @@ mod common;
 use common::{Random, assert_close, bits, devices, host_devices, to_f64};
 use half::{bf16, f16};
 use polder::device::{Buffer, Device, Error, Scalar};
-use polder::kernels::vector::{self, AdamWStep, Combination, Compute, CrSam, CrSamForm, Reduction, SgdStep};
+use polder::kernels::vector::{self, AdamWStep, Combination, Compute, CrSam, CrSamForm, Rate, Reduction, SgdStep};
 
 const LENGTHS: [usize; 6] = [1, 3, 5, 1023, 4096, 100_003];
 
@@ -651,30 +651,31 @@ fn cr_sam_drops_terms_whose_logarithm_is_undefined() {
 
 // ---- Updates -------------------------------------------------------------------------------------------------------
 
-/// Which of the three gradients take part, with the device's coefficients (those of the absent are NaN: they are not read).
-const COMBINATIONS: [([bool; 3], [f64; 3]); 5] = [
-    ([true, false, false], [1.0, f64::NAN, f64::NAN]),
-    ([false, false, true], [f64::NAN, f64::NAN, 1.5]),
-    ([true, true, false], [-0.5, 1.25, f64::NAN]),
-    ([true, false, true], [2.0, f64::NAN, -0.75]),
-    ([true, true, true], [-1.5, 1.75, 0.5]),
+/// Which of the four gradients take part, with the device's coefficients (those of the absent are NaN: they are not read).
+const COMBINATIONS: [([bool; 4], [f64; 4]); 6] = [
+    ([true, false, false, false], [1.0, f64::NAN, f64::NAN, f64::NAN]),
+    ([false, false, true, false], [f64::NAN, f64::NAN, 1.5, f64::NAN]),
+    ([true, true, false, false], [-0.5, 1.25, f64::NAN, f64::NAN]),
+    ([true, false, false, true], [2.0, f64::NAN, f64::NAN, -0.75]),
+    ([true, true, true, false], [-1.5, 1.75, 0.5, f64::NAN]),
+    ([true, true, true, true], [-1.5, 1.75, 0.5, 0.25]),
 ];
 
 /// Five steps' gradients, and for each step their combination in double precision.
 struct Steps<T> {
-    gradients: Vec<[Vec<T>; 3]>,
+    gradients: Vec<[Vec<T>; 4]>,
     combined: Vec<Vec<f64>>,
 }
 
-fn five_steps<T: Scalar>(n: usize, present: [bool; 3], coefficients: [f64; 3]) -> Steps<T> {
+fn five_steps<T: Scalar>(n: usize, present: [bool; 4], coefficients: [f64; 4]) -> Steps<T> {
     let mut random = Random(400 + n as u64);
-    let gradients: Vec<[Vec<T>; 3]> = (0..5).map(|_| [(); 3].map(|()| random.vector(n))).collect();
+    let gradients: Vec<[Vec<T>; 4]> = (0..5).map(|_| [(); 4].map(|()| random.vector(n))).collect();
     let combined = gradients
         .iter()
         .map(|step| {
             let term =
                 |k: usize, i: usize| if present[k] { coefficients[k] * Into::<f64>::into(step[k][i]) } else { 0.0 };
-            (0..n).map(|i| (0..3).map(|k| term(k, i)).sum()).collect()
+            (0..n).map(|i| (0..4).map(|k| term(k, i)).sum()).collect()
         })
         .collect();
     Steps { gradients, combined }
@@ -684,7 +685,8 @@ fn check_sgd<T: Scalar>(devices: Vec<(String, Device)>, rounding: f64) {
     for (case, n) in LENGTHS.into_iter().enumerate() {
         for (index, (present, coefficients)) in COMBINATIONS.into_iter().enumerate() {
             let decay_len = [0, n / 2, n][(case + index) % 3];
-            let settings = SgdStep { lr: 0.1, momentum: 0.9, nesterov: index % 2 == 1, weight_decay: 0.05, decay_len };
+            let (lr, nesterov) = (0.1, index % 2 == 1);
+            let settings = SgdStep { lr: Rate::Fixed(lr), momentum: 0.9, nesterov, weight_decay: 0.05, decay_len };
             let steps = five_steps::<T>(n, present, coefficients);
             let w: Vec<T> = Random(7).vector(n);
             let (mut w64, mut m64) = (to_f64(&w), vec![0.0; n]);
@@ -692,17 +694,21 @@ fn check_sgd<T: Scalar>(devices: Vec<(String, Device)>, rounding: f64) {
                 for i in 0..n {
                     let g = g[i] + if i < decay_len { settings.weight_decay * w64[i] } else { 0.0 };
                     m64[i] = settings.momentum * m64[i] + g;
-                    w64[i] -= settings.lr * if settings.nesterov { g + settings.momentum * m64[i] } else { m64[i] };
+                    w64[i] -= lr * if settings.nesterov { g + settings.momentum * m64[i] } else { m64[i] };
                 }
             }
             on_devices(devices.clone(), true, |name, device| {
                 let mut weights = device.upload(&w).unwrap();
                 let mut momentum = device.zeros::<T>(n).unwrap();
                 let (on_device, skip) = (device.upload(&coefficients).unwrap(), device.zeros::<u32>(1).unwrap());
+                // The same rate from the device is the same step.
+                let rate = device.upload(&[lr]).unwrap();
+                let settings =
+                    SgdStep { lr: if case % 2 == 0 { settings.lr } else { Rate::Device(rate.view()) }, ..settings };
                 for step in &steps.gradients {
-                    let uploaded = [0, 1, 2].map(|k| present[k].then(|| device.upload(&step[k]).unwrap()));
-                    let gradients = [0, 1, 2].map(|k| uploaded[k].as_ref().map(|g| g.view()));
-                    let combination = Combination { gradients, coefficients: on_device.view() };
+                    let uploaded = [0, 1, 2, 3].map(|k| present[k].then(|| device.upload(&step[k]).unwrap()));
+                    let vectors = [0, 1, 2, 3].map(|k| uploaded[k].as_ref().map(|g| g.view()));
+                    let combination = Combination { vectors, coefficients: on_device.view() };
                     vector::sgd(weights.view_mut(), momentum.view_mut(), combination, settings, skip.view()).unwrap();
                 }
                 let (found_w, found_m) = (weights.to_vec().unwrap(), momentum.to_vec().unwrap());
@@ -728,10 +734,11 @@ fn a_single_gradient_with_coefficient_one_is_exact() {
     let (w, g): (Vec<f32>, Vec<f32>) = (Random(1).vector(n), Random(2).vector(n));
     for (name, device) in devices() {
         let (mut weights, mut momentum) = (device.upload(&w).unwrap(), device.zeros::<f32>(n).unwrap());
-        let (gradient, one) = (device.upload(&g).unwrap(), device.upload(&[1.0, 0.0, 0.0]).unwrap());
+        let (gradient, one) = (device.upload(&g).unwrap(), device.upload(&[1.0, 0.0, 0.0, 0.0]).unwrap());
         let skip = device.zeros::<u32>(1).unwrap();
-        let settings = SgdStep { lr: 1.0, momentum: 0.9, nesterov: false, weight_decay: 0.0, decay_len: n };
-        let gradients = Combination { gradients: [Some(gradient.view()), None, None], coefficients: one.view() };
+        let settings =
+            SgdStep { lr: Rate::Fixed(1.0), momentum: 0.9, nesterov: false, weight_decay: 0.0, decay_len: n };
+        let gradients = Combination { vectors: [Some(gradient.view()), None, None, None], coefficients: one.view() };
         vector::sgd(weights.view_mut(), momentum.view_mut(), gradients, settings, skip.view()).unwrap();
         assert_eq!(momentum.to_vec().unwrap(), g, "{name}");
         let expected: Vec<f32> = w.iter().zip(&g).map(|(w, g)| w - g).collect();
@@ -743,7 +750,9 @@ fn check_adamw<T: Scalar>(devices: Vec<(String, Device)>, rounding: f64) {
     for (case, n) in LENGTHS.into_iter().enumerate() {
         for (index, (present, coefficients)) in COMBINATIONS.into_iter().enumerate() {
             let decay_len = [n, 0, n / 2][(case + index) % 3];
-            let settings = AdamWStep { lr: 0.01, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, decay_len };
+            let lr = 0.01;
+            let settings =
+                AdamWStep { lr: Rate::Fixed(lr), beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, decay_len };
             let steps = five_steps::<T>(n, present, coefficients);
             let w: Vec<T> = Random(7).vector(n);
             let (mut w64, mut m64, mut v64) = (to_f64(&w), vec![0.0f64; n], vec![0.0f64; n]);
@@ -751,11 +760,11 @@ fn check_adamw<T: Scalar>(devices: Vec<(String, Device)>, rounding: f64) {
                 let (correction1, correction2) = (1.0 - 0.9f64.powi(t), 1.0 - 0.999f64.powi(t));
                 for i in 0..n {
                     if i < decay_len {
-                        w64[i] *= 1.0 - settings.lr * settings.weight_decay;
+                        w64[i] *= 1.0 - lr * settings.weight_decay;
                     }
                     m64[i] = 0.9 * m64[i] + (1.0 - 0.9) * g[i];
                     v64[i] = 0.999 * v64[i] + (1.0 - 0.999) * g[i] * g[i];
-                    w64[i] -= settings.lr / correction1 * m64[i] / (v64[i].sqrt() / correction2.sqrt() + settings.eps);
+                    w64[i] -= lr / correction1 * m64[i] / (v64[i].sqrt() / correction2.sqrt() + settings.eps);
                 }
             }
             on_devices(devices.clone(), true, |name, device| {
@@ -763,10 +772,13 @@ fn check_adamw<T: Scalar>(devices: Vec<(String, Device)>, rounding: f64) {
                 let (mut m, mut v) = (device.zeros::<T>(n).unwrap(), device.zeros::<T>(n).unwrap());
                 let (on_device, skip) = (device.upload(&coefficients).unwrap(), device.zeros::<u32>(1).unwrap());
                 let (mut t, mut skipped) = (device.zeros::<u32>(1).unwrap(), device.zeros::<u32>(1).unwrap());
+                let rate = device.upload(&[lr]).unwrap();
+                let settings =
+                    AdamWStep { lr: if case % 2 == 0 { settings.lr } else { Rate::Device(rate.view()) }, ..settings };
                 for step in &steps.gradients {
-                    let uploaded = [0, 1, 2].map(|k| present[k].then(|| device.upload(&step[k]).unwrap()));
-                    let gradients = [0, 1, 2].map(|k| uploaded[k].as_ref().map(|g| g.view()));
-                    let combination = Combination { gradients, coefficients: on_device.view() };
+                    let uploaded = [0, 1, 2, 3].map(|k| present[k].then(|| device.upload(&step[k]).unwrap()));
+                    let vectors = [0, 1, 2, 3].map(|k| uploaded[k].as_ref().map(|g| g.view()));
+                    let combination = Combination { vectors, coefficients: on_device.view() };
                     vector::advance(skip.view(), t.view_mut(), skipped.view_mut()).unwrap();
                     let (weights, m, v) = (weights.view_mut(), m.view_mut(), v.view_mut());
                     vector::adamw(weights, m, v, combination, settings, t.view(), skip.view()).unwrap();
@@ -795,7 +807,8 @@ fn adamw_late_in_training() {
     // The bias corrections are computed on the device; at t = 100 000 the first has vanished and the second nearly.
     for (t, beta2) in [(1, 0.999), (2, 0.999), (37, 0.999), (1000, 0.999), (100_000, 0.99999), (u32::MAX, 0.999)] {
         let (m, v, g) = (0.02, 0.0003, -0.01);
-        let settings = AdamWStep { lr: 0.5, beta1: 0.9, beta2, eps: 1e-8, weight_decay: 0.0, decay_len: 0 };
+        let settings =
+            AdamWStep { lr: Rate::Fixed(0.5), beta1: 0.9, beta2, eps: 1e-8, weight_decay: 0.0, decay_len: 0 };
         let (m_next, v_next) = (0.9 * m + (1.0 - 0.9) * g, beta2 * v + (1.0 - beta2) * g * g);
         let (c1, c2) = (1.0 - 0.9f64.powf(t.into()), 1.0 - beta2.powf(t.into()));
         let expected = 1.0 - 0.5 / c1 * m_next / (v_next.sqrt() / c2.sqrt() + 1e-8);
@@ -803,8 +816,8 @@ fn adamw_late_in_training() {
             let upload = |value: f64| device.upload(&[value]).unwrap();
             let (mut w, mut m, mut v, g) = (upload(1.0), upload(m), upload(v), upload(g));
             let (step, skip) = (device.upload(&[t]).unwrap(), device.zeros::<u32>(1).unwrap());
-            let one = device.upload(&[1.0, 0.0, 0.0]).unwrap();
-            let gradients = Combination { gradients: [Some(g.view()), None, None], coefficients: one.view() };
+            let one = device.upload(&[1.0, 0.0, 0.0, 0.0]).unwrap();
+            let gradients = Combination { vectors: [Some(g.view()), None, None, None], coefficients: one.view() };
             let (w_view, m, v) = (w.view_mut(), m.view_mut(), v.view_mut());
             vector::adamw(w_view, m, v, gradients, settings, step.view(), skip.view()).unwrap();
             let found = w.to_vec().unwrap()[0];
@@ -825,17 +838,24 @@ fn a_skipped_step_changes_no_bit() {
             let upload = |x: &[f32]| device.upload(x).unwrap();
             let (mut weights, mut first, mut second) = (upload(&w), upload(&m), upload(&v));
             let poison = device.poisoned::<f32>(n).unwrap();
-            let coefficients = device.poisoned::<f64>(3).unwrap();
+            let coefficients = device.poisoned::<f64>(4).unwrap();
             let (mut step, mut skipped) = (device.upload(&[4u32]).unwrap(), device.upload(&[2u32]).unwrap());
             vector::advance(skip.view(), step.view_mut(), skipped.view_mut()).unwrap();
             assert_eq!((step.to_vec().unwrap()[0], skipped.to_vec().unwrap()[0]), (4, 3), "{name}");
-            for count in 1..=3 {
-                let gradients = [0, 1, 2].map(|k| (k < count).then(|| poison.view()));
-                let gradients = Combination { gradients, coefficients: coefficients.view() };
-                let settings = SgdStep { lr: 0.1, momentum: 0.9, nesterov: true, weight_decay: 0.1, decay_len: n };
-                vector::sgd(weights.view_mut(), first.view_mut(), gradients, settings, skip.view()).unwrap();
+            for count in 1..=4 {
+                let vectors = [0, 1, 2, 3].map(|k| (k < count).then(|| poison.view()));
+                let gradients = Combination { vectors, coefficients: coefficients.view() };
                 let settings =
-                    AdamWStep { lr: 0.1, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, decay_len: n };
+                    SgdStep { lr: Rate::Fixed(0.1), momentum: 0.9, nesterov: true, weight_decay: 0.1, decay_len: n };
+                vector::sgd(weights.view_mut(), first.view_mut(), gradients, settings, skip.view()).unwrap();
+                let settings = AdamWStep {
+                    lr: Rate::Fixed(0.1),
+                    beta1: 0.9,
+                    beta2: 0.999,
+                    eps: 1e-8,
+                    weight_decay: 0.1,
+                    decay_len: n,
+                };
                 let (weights, first, second) = (weights.view_mut(), first.view_mut(), second.view_mut());
                 vector::adamw(weights, first, second, gradients, settings, step.view(), skip.view()).unwrap();
             }
@@ -966,13 +986,14 @@ fn wrong_lengths_and_devices_are_refused() {
     }
     length(vector::curvature_from_losses(three, 0.1, wide.view_mut()), "out", 5, 3);
 
-    let settings = SgdStep { lr: 0.1, momentum: 0.9, nesterov: false, weight_decay: 0.0, decay_len: 10 };
-    let combine = |gradients| Combination { gradients, coefficients: three };
+    let settings = SgdStep { lr: Rate::Fixed(0.1), momentum: 0.9, nesterov: false, weight_decay: 0.0, decay_len: 10 };
+    let four = device.zeros::<f64>(4).unwrap();
+    let combine = |vectors| Combination { vectors, coefficients: four.view() };
     let mut sgd = |gradients| vector::sgd(out.view_mut(), other.view_mut(), gradients, settings, skip.view());
-    length(sgd(combine([Some(short.view()), None, None])), "gradients[0]", 9, 10);
-    length(sgd(combine([Some(x), None, Some(short.view())])), "gradients[2]", 9, 10);
-    other_device(sgd(combine([None, Some(far.view()), None])), "gradients[1]");
-    length(sgd(Combination { gradients: [Some(x), None, None], coefficients: one }), "coefficients", 1, 3);
-    let error = sgd(combine([None, None, None])).unwrap_err();
+    length(sgd(combine([Some(short.view()), None, None, None])), "vectors[0]", 9, 10);
+    length(sgd(combine([Some(x), None, Some(short.view()), None])), "vectors[2]", 9, 10);
+    other_device(sgd(combine([None, Some(far.view()), None, None])), "vectors[1]");
+    length(sgd(Combination { vectors: [Some(x), None, None, None], coefficients: one }), "coefficients", 1, 4);
+    let error = sgd(combine([None, None, None, None])).unwrap_err();
     assert!(matches!(error, Error::Argument { .. }), "{error}");
 }

@@ -16,7 +16,7 @@ use polder::device::Device;
 use polder::kernels::image::{self, BatchShape, Normalization};
 use polder::nn::Model;
 use polder::objective::{Objective, Statistics};
-use polder::optim::{Base, CrSamTerms, Form, Method, Norm, Optimizer, Settings};
+use polder::optim::{Base, CrSamTerms, Form, Method, Optimizer, Settings};
 use polder::plan::{Plan, PlanOptions, Shape};
 use polder::train::{open_device, weights};
 use safetensors::SafeTensors;
@@ -69,14 +69,15 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut parameters = device.upload(&start)?;
     let method = match args.method {
         MethodName::Sgd => Method::Plain,
-        MethodName::Sam => Method::Sam { rho: 0.05, norm: Norm::Two },
+        MethodName::Sam => Method::sam(0.05),
         MethodName::CrSam => {
             let terms = CrSamTerms { form: Form::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
             Method::CrSam { rho: 0.05, terms }
         }
     };
     let base = Base::Sgd { momentum: 0.9, nesterov: false };
-    let mut optimizer = Optimizer::new(&device, len, Settings { method, base, weight_decay: 5e-4, decay_len: len })?;
+    let mut optimizer =
+        Optimizer::new(&device, len, Settings { method, base, weight_decay: 5e-4, decay_len: len, clip: None })?;
 
     for line in std::io::stdin().lock().lines() {
         let line = line?;

@@ -15,14 +15,15 @@ use std::path::Path;
 use clap::{Parser, ValueEnum};
 use polder::device::{Buffer, Device, HostOptions, Result as DeviceResult};
 use polder::kernels::random;
-use polder::kernels::vector::{self, Combination, CrSam, CrSamForm, Reduction, SgdStep};
+use polder::kernels::vector::{self, Combination, CrSam, CrSamForm, Rate, Reduction, SgdStep};
 use safetensors::tensor::{Dtype, TensorView};
 use safetensors::{SafeTensors, serialize_to_file};
 use serde_json::json;
 
 // The same as in benches/peers/common.py.
 const RHO: f64 = 0.05;
-const SGD: SgdStep = SgdStep { lr: 0.01, momentum: 0.9, nesterov: false, weight_decay: 5e-4, decay_len: usize::MAX };
+const SGD: SgdStep =
+    SgdStep { lr: Rate::Fixed(0.01), momentum: 0.9, nesterov: false, weight_decay: 5e-4, decay_len: usize::MAX };
 const CR_SAM: CrSam = CrSam { form: CrSamForm::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
 
 const SETS: u64 = 3;
@@ -93,7 +94,7 @@ impl Step {
             reduction: Reduction::new(device)?,
             norm: device.zeros(1)?,
             losses: device.upload(&[2.3, 2.45, 2.2])?,
-            coefficients: device.upload(&[0.0, 1.0, 0.0])?,
+            coefficients: device.upload(&[0.0, 1.0, 0.0, 0.0])?,
             dropped: device.zeros(2)?,
             skip: device.zeros(1)?,
         })
@@ -101,15 +102,15 @@ impl Step {
 
     fn run(&mut self, x: &mut Vectors) -> DeviceResult<()> {
         vector::l2_norm(x.g0.view(), &mut self.reduction, self.norm.view_mut())?;
-        let (mut gradients, mut minus) = ([None, Some(x.g_plus.view()), None], None);
+        let (mut vectors, mut minus) = ([None, Some(x.g_plus.view()), None, None], None);
         if self.method == Method::CrSam {
-            gradients = [Some(x.g0.view()), Some(x.g_plus.view()), Some(x.g_minus.view())];
+            vectors = [Some(x.g0.view()), Some(x.g_plus.view()), Some(x.g_minus.view()), None];
             minus = Some(x.w_minus.view_mut());
-            let (coefficients, dropped) = (self.coefficients.view_mut(), self.dropped.view_mut());
+            let (coefficients, dropped) = (self.coefficients.slice_mut(0..3)?, self.dropped.view_mut());
             vector::cr_sam_coefficients(self.losses.view(), CR_SAM, coefficients, dropped)?;
         }
         vector::perturb(x.w.view(), x.g0.view(), self.norm.view(), RHO, x.w_plus.view_mut(), minus)?;
-        let gradients = Combination { gradients, coefficients: self.coefficients.view() };
+        let gradients = Combination { vectors, coefficients: self.coefficients.view() };
         vector::sgd(x.w.view_mut(), x.momentum.view_mut(), gradients, SGD, self.skip.view())
     }
 }

@@ -140,6 +140,19 @@ __device__ __forceinline__ Sums<K> block_sums_of(uint64_t n, F f, const T* x, co
     return block_sum(sums);
 }
 
+/// The sum of f(i), a `Sums<K>`, over this block's share of [0, n); every thread of the block gets it.
+template <int K, class F>
+__device__ __forceinline__ Sums<K> block_sums_of_index(uint64_t n, F f) {
+#if defined(POLDER_HOST)
+    if (block_threads() == 1) {
+        return serial_sums<K>(n * blockIdx.x / gridDim.x, n * (blockIdx.x + 1) / gridDim.x, f);
+    }
+#endif
+    Sums<K> sums = {};
+    for_each_index(n, [&](uint64_t i) { sums.add(f(i)); });
+    return block_sum(sums);
+}
+
 /// Stage one of a grid's reduction: block b leaves its sums in partials[b * K ...].
 template <int K>
 __device__ __forceinline__ void store_partials(double* partials, const Sums<K>& sums) {

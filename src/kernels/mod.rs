@@ -8,6 +8,7 @@ pub mod layers;
 pub mod loss;
 pub mod metrics;
 pub mod random;
+pub mod sharpness;
 pub mod vector;
 
 use crate::device::{Device, Error, KernelId, KernelPair, Result, Scalar};

@@ -3,8 +3,11 @@
 //! depends on `seed` and `offset + i` alone, and has the same bits on every device, in every launch shape, and whatever part
 //! of a vector is generated. Double precision gets the same numbers as single.
 
-use super::{check_length, pick};
-use crate::device::{Element, KernelId, Launch, Result, Scalar, SliceMut, id};
+use super::vector::Reduction;
+use super::{check_device, check_length, pick};
+#[cfg(doc)]
+use crate::device::Error;
+use crate::device::{Element, KernelId, Launch, Result, Scalar, Slice, SliceMut, id};
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -43,6 +46,66 @@ pub fn normal<T: Scalar>(out: SliceMut<'_, T>, seed: u64, offset: u64) -> Result
 /// +1 or −1, each with probability ½: the upper bit of each word. Traffic: writes 4 B per element.
 pub fn rademacher<T: Scalar>(out: SliceMut<'_, T>, seed: u64, offset: u64) -> Result<()> {
     generate(pick::<T>(id::RADEMACHER_F32, id::RADEMACHER_F64), out, seed, offset)
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct PerturbNormalArgs {
+    w: u64,
+    norm: u64,
+    out: u64,
+    partials: u64,
+    n: u64,
+    seed: u64,
+    first_block: u64,
+    rho: f64,
+}
+
+/// `norm[0] = ‖z‖` of the `n` numbers that [`normal`] draws from position `4 · first_block` on. Moves no memory.
+///
+/// # Errors
+/// [`Error::Length`] unless `norm` holds one number, [`Error::OtherDevice`] unless it lives on the reduction's device.
+pub fn normal_norm(
+    n: usize,
+    seed: u64,
+    first_block: u64,
+    reduction: &mut Reduction,
+    norm: SliceMut<'_, f64>,
+) -> Result<()> {
+    let (device, partials) = reduction.parts();
+    let args = PerturbNormalArgs { w: 0, norm: 0, out: 0, partials, n: n as u64, seed, first_block, rho: 0.0 };
+    let shape = device.elementwise(n, 4);
+    // SAFETY: the twin of the kernel's struct, of which this kernel writes `partials` alone, which have room for every block
+    // that `elementwise` can ask for.
+    unsafe { device.launch(id::NORMAL_SQUARES, shape, &args)? };
+    reduction.finish_norm("random::normal_norm", shape, norm)
+}
+
+/// `out = w + ρ z/(norm + 1e-12)`, z as in [`normal_norm`]: a random direction that is never stored. Traffic: 8 B per element.
+///
+/// # Errors
+/// [`Error::Length`] unless `out` is as long as `w` and `norm` holds one number, [`Error::OtherDevice`] unless all live on one
+/// device.
+pub fn perturb_normal<T: Scalar>(
+    w: Slice<'_, T>,
+    seed: u64,
+    first_block: u64,
+    norm: Slice<'_, f64>,
+    rho: f64,
+    mut out: SliceMut<'_, T>,
+) -> Result<()> {
+    let operation = "random::perturb_normal";
+    let device = out.device().clone();
+    let n = out.len();
+    check_length(operation, "w", w.len(), n)?;
+    check_length(operation, "norm", norm.len(), 1)?;
+    check_device(operation, "w", &device, w.device())?;
+    check_device(operation, "norm", &device, norm.device())?;
+    let (w, norm, out) = (w.address(), norm.address(), out.address());
+    let args = PerturbNormalArgs { w, norm, out, partials: 0, n: n as u64, seed, first_block, rho };
+    let kernel = pick::<T>(id::PERTURB_NORMAL_F32, id::PERTURB_NORMAL_F64);
+    // SAFETY: the twin of the kernel's struct; both vectors hold n elements.
+    unsafe { device.launch(kernel, device.elementwise(n, 4), &args) }
 }
 
 #[repr(C)]

@@ -48,12 +48,12 @@ impl Compute for half::bf16 {
 }
 
 /// Elements that one thread of a GPU handles at a time: 16 bytes.
-const fn pack<T>() -> usize {
+pub(super) const fn pack<T>() -> usize {
     16 / size_of::<T>()
 }
 
 /// One block for the second stage of a reduction.
-fn one_block(device: &Device) -> Launch {
+pub(super) fn one_block(device: &Device) -> Launch {
     Launch::new(1, if device.is_simt() { 256 } else { 1 })
 }
 
@@ -73,6 +73,21 @@ impl Reduction {
     pub fn new(device: &Device) -> Result<Self> {
         let blocks = device.elementwise(usize::MAX, 1).grid[0] as usize;
         Ok(Self { partials: device.zeros(blocks * Self::SUMS)? })
+    }
+
+    /// Its device, and the address of its partial sums: room for three of every block that `elementwise` can ask for.
+    pub(super) fn parts(&mut self) -> (Device, u64) {
+        (self.partials.device().clone(), self.partials.view_mut().address())
+    }
+
+    /// Stage two to a norm, after a launch of that shape.
+    pub(super) fn finish_norm(
+        &mut self,
+        operation: &'static str,
+        shape: Launch,
+        norm: SliceMut<'_, f64>,
+    ) -> Result<()> {
+        finish(operation, id::FINISH_NORM, self, u64::from(shape.grid[0]), "norm", norm)
     }
 
     /// Stage one: every block's sums over its part of up to three vectors of one length. Returns how many blocks there were.
@@ -441,51 +456,74 @@ pub fn cr_sam_coefficients(
     unsafe { device.launch(id::CR_SAM_COEFFICIENTS, Launch::new(1, 1), &args) }
 }
 
-/// A gradient that is a sum of up to three: `Σ c_i g_i` over those that are there.
+/// A vector that is a sum of up to four others, read together and never stored: `Σ c_k x_k` over those that are there.
 #[derive(Clone, Copy)]
 pub struct Combination<'a, T: Scalar> {
-    /// The gradients; at least one.
-    pub gradients: [Option<Slice<'a, T>>; 3],
-    /// The three coefficients, on the device; that of an absent gradient is not read.
+    /// The vectors; at least one.
+    pub vectors: [Option<Slice<'a, T>>; 4],
+    /// The four coefficients, on the device; that of an absent vector is not read.
     pub coefficients: Slice<'a, f64>,
 }
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct CombinationArgs {
-    gradients: [u64; 3],
+pub(super) struct CombinationArgs {
+    vectors: [u64; 4],
     coefficients: u64,
     slot: [u32; 4],
 }
 
 impl<T: Scalar> Combination<'_, T> {
-    /// Checks it against the weights and lays it out for a kernel; returns how many gradients there are, too.
-    fn args(&self, operation: &'static str, n: usize, device: &Device) -> Result<(CombinationArgs, usize)> {
-        const NAMES: [&str; 3] = ["gradients[0]", "gradients[1]", "gradients[2]"];
-        check_length(operation, "coefficients", self.coefficients.len(), 3)?;
+    /// Checks it against a length and lays it out for a kernel; returns how many vectors there are, too.
+    pub(super) fn args(&self, operation: &'static str, n: usize, device: &Device) -> Result<(CombinationArgs, usize)> {
+        const NAMES: [&str; 4] = ["vectors[0]", "vectors[1]", "vectors[2]", "vectors[3]"];
+        check_length(operation, "coefficients", self.coefficients.len(), 4)?;
         check_device(operation, "coefficients", device, self.coefficients.device())?;
-        let mut args = CombinationArgs { gradients: [0; 3], coefficients: self.coefficients.address(), slot: [0; 4] };
+        let mut args = CombinationArgs { vectors: [0; 4], coefficients: self.coefficients.address(), slot: [0; 4] };
         let mut count = 0;
-        for (slot, gradient) in self.gradients.iter().enumerate() {
-            let Some(gradient) = gradient else { continue };
-            check_length(operation, NAMES[slot], gradient.len(), n)?;
-            check_device(operation, NAMES[slot], device, gradient.device())?;
-            args.gradients[count] = gradient.address();
+        for (slot, vector) in self.vectors.iter().enumerate() {
+            let Some(vector) = vector else { continue };
+            check_length(operation, NAMES[slot], vector.len(), n)?;
+            check_device(operation, NAMES[slot], device, vector.device())?;
+            args.vectors[count] = vector.address();
             args.slot[count] = slot as u32;
             count += 1;
         }
         if count == 0 {
-            return Err(Error::Argument { operation, message: "a combination of no gradient".into() });
+            return Err(Error::Argument { operation, message: "a combination of no vector".into() });
         }
         Ok((args, count))
     }
 }
 
+/// A learning rate: the caller's, or a number on the device that some kernel has computed.
+#[derive(Clone, Copy)]
+pub enum Rate<'a> {
+    /// This one.
+    Fixed(f64),
+    /// The one that lies there (one element).
+    Device(Slice<'a, f64>),
+}
+
+impl Rate<'_> {
+    /// The address of a rate on the device (0 if there is none), and the caller's.
+    fn args(&self, operation: &'static str, device: &Device) -> Result<(u64, f64)> {
+        match self {
+            Rate::Fixed(lr) => Ok((0, *lr)),
+            Rate::Device(lr) => {
+                check_length(operation, "lr", lr.len(), 1)?;
+                check_device(operation, "lr", device, lr.device())?;
+                Ok((lr.address(), 0.0))
+            }
+        }
+    }
+}
+
 /// One step of SGD.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct SgdStep {
+#[derive(Clone, Copy)]
+pub struct SgdStep<'a> {
     /// Learning rate η.
-    pub lr: f64,
+    pub lr: Rate<'a>,
     /// Momentum μ.
     pub momentum: f64,
     /// Nesterov's form of momentum.
@@ -503,6 +541,7 @@ struct SgdArgs {
     m: u64,
     combination: CombinationArgs,
     skip: u64,
+    lr_on_device: u64,
     n: u64,
     decay_len: u64,
     lr: f64,
@@ -514,16 +553,16 @@ struct SgdArgs {
 /// One step of SGD in one pass: `g = Σ c_i g_i + λ w`, `m = μ m + g`, `w −= η m` (with Nesterov's momentum `w −= η (g + μ m)`).
 /// Nothing is written if `skip[0]` is not zero.
 ///
-/// Traffic: 20 B per element with one gradient, 24 B with two, 28 B with three.
+/// Traffic: 20 B per element with one gradient, and 4 B more with each further one.
 ///
 /// # Errors
 /// [`Error::Length`] unless all vectors are as long as `w` and `skip` holds one number, [`Error::OtherDevice`] unless all
-/// live on one device, [`Error::Argument`] for a combination of no gradient.
+/// live on one device, [`Error::Argument`] for a combination of no vector.
 pub fn sgd<T: Scalar>(
     mut w: SliceMut<'_, T>,
     mut m: SliceMut<'_, T>,
     gradients: Combination<'_, T>,
-    step: SgdStep,
+    step: SgdStep<'_>,
     skip: Slice<'_, u32>,
 ) -> Result<()> {
     let operation = "vector::sgd";
@@ -537,16 +576,19 @@ pub fn sgd<T: Scalar>(
     let kernel = match count {
         1 => pick::<T>(id::SGD1_F32, id::SGD1_F64),
         2 => pick::<T>(id::SGD2_F32, id::SGD2_F64),
-        _ => pick::<T>(id::SGD3_F32, id::SGD3_F64),
+        3 => pick::<T>(id::SGD3_F32, id::SGD3_F64),
+        _ => pick::<T>(id::SGD4_F32, id::SGD4_F64),
     };
+    let (lr_on_device, lr) = step.lr.args(operation, &device)?;
     let args = SgdArgs {
         w: w.address(),
         m: m.address(),
         combination,
         skip: skip.address(),
+        lr_on_device,
         n: n as u64,
         decay_len: step.decay_len as u64,
-        lr: step.lr,
+        lr,
         momentum: step.momentum,
         weight_decay: step.weight_decay,
         nesterov: u32::from(step.nesterov),
@@ -556,10 +598,10 @@ pub fn sgd<T: Scalar>(
 }
 
 /// One step of AdamW.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct AdamWStep {
+#[derive(Clone, Copy)]
+pub struct AdamWStep<'a> {
     /// Learning rate η.
-    pub lr: f64,
+    pub lr: Rate<'a>,
     /// Decay of the first moment.
     pub beta1: f64,
     /// Decay of the second moment.
@@ -581,6 +623,7 @@ struct AdamWArgs {
     combination: CombinationArgs,
     step: u64,
     skip: u64,
+    lr_on_device: u64,
     n: u64,
     decay_len: u64,
     lr: f64,
@@ -594,17 +637,17 @@ struct AdamWArgs {
 /// `w = (1 − ηλ) w − η/(1 − β1^t) · m/(sqrt(v)/sqrt(1 − β2^t) + eps)`. `step[0]` is t, the number of this step from 1 on (see
 /// [`advance`]). Nothing is written if `skip[0]` is not zero.
 ///
-/// Traffic: 28 B per element with one gradient, 32 B with two, 36 B with three.
+/// Traffic: 28 B per element with one gradient, and 4 B more with each further one.
 ///
 /// # Errors
 /// [`Error::Length`] unless all vectors are as long as `w` and `step` and `skip` hold one number each,
-/// [`Error::OtherDevice`] unless all live on one device, [`Error::Argument`] for a combination of no gradient.
+/// [`Error::OtherDevice`] unless all live on one device, [`Error::Argument`] for a combination of no vector.
 pub fn adamw<T: Scalar>(
     mut w: SliceMut<'_, T>,
     mut m: SliceMut<'_, T>,
     mut v: SliceMut<'_, T>,
     gradients: Combination<'_, T>,
-    settings: AdamWStep,
+    settings: AdamWStep<'_>,
     step: Slice<'_, u32>,
     skip: Slice<'_, u32>,
 ) -> Result<()> {
@@ -623,8 +666,10 @@ pub fn adamw<T: Scalar>(
     let kernel = match count {
         1 => pick::<T>(id::ADAMW1_F32, id::ADAMW1_F64),
         2 => pick::<T>(id::ADAMW2_F32, id::ADAMW2_F64),
-        _ => pick::<T>(id::ADAMW3_F32, id::ADAMW3_F64),
+        3 => pick::<T>(id::ADAMW3_F32, id::ADAMW3_F64),
+        _ => pick::<T>(id::ADAMW4_F32, id::ADAMW4_F64),
     };
+    let (lr_on_device, lr) = settings.lr.args(operation, &device)?;
     let args = AdamWArgs {
         w: w.address(),
         m: m.address(),
@@ -632,9 +677,10 @@ pub fn adamw<T: Scalar>(
         combination,
         step: step.address(),
         skip: skip.address(),
+        lr_on_device,
         n: n as u64,
         decay_len: settings.decay_len as u64,
-        lr: settings.lr,
+        lr,
         beta1: settings.beta1,
         beta2: settings.beta2,
         eps: settings.eps,

@@ -2,24 +2,44 @@
 //!
 //! A step is a few passes of the [`Objective`] at chosen points and a handful of kernels over the whole vector. Norms, losses,
 //! coefficients and the flag that skips a step stay on the device: nothing here waits for it. The perturbed weights have
-//! buffers of their own, so `w` is never moved and restored.
+//! buffers of their own, so `w` is never moved and restored. `method.rs` says what each [`Method`] is, `step.rs` how it is
+//! composed; this table what it costs: gradients, and with SGD in f32 the launches beside theirs, the bytes that these move per
+//! parameter, and the vectors held. `docs/methods.md` says more.
 //!
-//! | method | update direction | passes | vector traffic, SGD, f32 |
-//! |---|---|---|---|
-//! | [`Method::Plain`] | `g(w)` | 1 | 24 B/parameter |
-//! | [`Method::Sam`] | `g(w + ε)` | 2 | 36 B/parameter |
-//! | [`Method::CrSam`] | `g+ + α(g+ + g− − 2g0)/A + β(g+ − g−)/B` | 3 | 48 B/parameter |
+//! | method | passes | launches | bytes | vectors |
+//! |---|---|---|---|---|
+//! | [`Method::Plain`] | 1 | 5 | 24 | 1 |
+//! | [`Method::Sam`], p = 2 | 2 | 6 | 36 | 3 |
+//! | p = ∞ | 2 | 6 | 36 | 3 |
+//! | adaptive | 2 | 8 | 44 | 3 |
+//! | random | 1 | 8 | 32 | 2 |
+//! | K ascent steps | 1 + K | 7 + 4 (K − 1) | 40 + 28 (K − 1), less 4 for the last | 4 |
+//! | second order | 2 + a product | 11 | 60 | 4 |
+//! | [`Method::CrSam`] | 3 | 8 | 48 | 5 |
+//! | [`Method::Gnr`], exact | 2 + 2 products | 11 | 48 | 5 |
+//! | [`Method::Gnr`], differences | 6 | 12 | 92 | 7 |
+//! | [`Method::Gam`] | 4 | 15 | 104 | 6 |
+//! | [`Method::SaSam`] | 3 | 12 | 60 | 3, and w_prev |
+//! | [`Method::SaSgd`] | 2 | 11 | 48 | 3, and w_prev |
+//! | [`Method::Gsam`] | 2 | 9 | 48 | 3 |
+//! | [`Method::LookSam`] | 2 in one step of k, else 1 | 12, else 6 | 60, else 28 | 3, and g_v |
+//! | [`Method::RSam`] | 2 | 9 | 44 | 3 |
 //!
-//! The objective reads each gradient once more to see whether it is finite (4 B/parameter and pass).
+//! The objective reads each gradient once more to see whether it is finite (4 B per parameter and pass); clipping adds 4 B for each
+//! vector of the direction.
 
+mod method;
 mod schedule;
+mod step;
 
-pub use crate::kernels::vector::{CrSam as CrSamTerms, CrSamForm as Form};
-pub use schedule::{Decay, Schedule};
+pub use method::{CrSamTerms, Form, GamTerms, Gnr, Method, Perturbation, Product, Sam, Scaling, StepSize};
+pub use schedule::{Decay, RhoSchedule, Schedule};
 
-use crate::device::{Buffer, Device, Result, Scalar};
-use crate::kernels::vector::{self, AdamWStep, Combination, CrSam, Reduction, SgdStep};
+use crate::device::{Buffer, Device, Error, Result, Scalar, Slice};
+use crate::kernels::sharpness;
+use crate::kernels::vector::{self, AdamWStep, Combination, Rate, Reduction, SgdStep};
 use crate::objective::{Objective, Statistics};
+use step::{Coefficients, Direction, Numbers, Point, Step, place};
 
 /// The rule that turns a gradient into a step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -42,50 +62,8 @@ pub enum Base {
     },
 }
 
-/// The norm of SAM's ball.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Norm {
-    /// p = 2: `ε = ρ g/‖g‖`.
-    Two,
-    /// p = ∞: `ε = ρ sign(g)`.
-    Infinity,
-}
-
-/// Where the gradients of a step are taken and how they are combined.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Method {
-    /// The gradient at `w`.
-    Plain,
-    /// Sharpness-aware minimisation (Foret et al. 2021, algorithm 1): the gradient at `w + ε`.
-    Sam {
-        /// The ball's radius, by default 0.05.
-        rho: f64,
-        /// Its norm.
-        norm: Norm,
-    },
-    /// Curvature-regularised SAM (Wu, Luo, Wunsch 2024, eq. 7): gradients at `w`, `w + ρv` and `w − ρv` with
-    /// `A = L+ + L− − 2L0` and `B = L+ − L−`; [`Form::Released`] leaves the divisions out, as the authors' code does. A term
-    /// whose `A` or `B` is at most its threshold is dropped for the step and counted.
-    CrSam {
-        /// The radius, by default 0.1.
-        rho: f64,
-        /// Its coefficients, form and thresholds.
-        terms: CrSam,
-    },
-}
-
-impl Method {
-    /// Forward and backward passes per step.
-    pub fn passes(self) -> usize {
-        match self {
-            Method::Plain => 1,
-            Method::Sam { .. } => 2,
-            Method::CrSam { .. } => 3,
-        }
-    }
-}
-
-/// What an [`Optimizer`] does; its numbers do not change while it lives, except the learning rate, which each step is given.
+/// What an [`Optimizer`] does; its numbers do not change while it lives, except the learning rate, which each step is given, and
+/// the factor of [`Optimizer::scale_rho`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Settings {
     /// The sharpness-aware method.
@@ -97,14 +75,24 @@ pub struct Settings {
     /// Weight decay acts on the first so many elements: all of them, or [`crate::arena::Layout::weights_len`] to exempt biases
     /// and normalisation.
     pub decay_len: usize,
+    /// The largest norm of the combined gradient: a longer one is scaled down to it, as PyTorch's `clip_grad_norm_` does. Weight
+    /// decay is added after that.
+    pub clip: Option<f64>,
+}
+
+impl Settings {
+    /// A method over a base, without weight decay and clipping.
+    pub fn new(method: Method, base: Base) -> Self {
+        Self { method, base, weight_decay: 0.0, decay_len: usize::MAX, clip: None }
+    }
 }
 
 /// What a step left on the device, read back.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Telemetry {
-    /// The loss at `w`.
+    /// The loss at `w` (of R-SAM and the random control at their first point).
     pub loss: f64,
-    /// ‖g(w)‖ over all parameters.
+    /// ‖g‖ there, over all parameters.
     pub gradient_norm: f64,
     /// `A = L+ + L− − 2L0`; CR-SAM only.
     pub a: Option<f64>,
@@ -112,6 +100,14 @@ pub struct Telemetry {
     pub b: Option<f64>,
     /// `A/ρ²`, the curvature along the gradient; CR-SAM only.
     pub vhv: Option<f64>,
+    /// η of the newest step; SA-SAM and SA-SGD only.
+    pub eta: Option<f64>,
+    /// ρ of the newest step; SA-SAM only.
+    pub rho: Option<f64>,
+    /// The cosine between the gradients at `w` and at the perturbed point, of an observed step of a method that has both.
+    pub cosine_gradients: Option<f64>,
+    /// The cosine between the perturbation that survived rounding and the intended one, of an observed step.
+    pub cosine_perturbation: Option<f64>,
     /// Steps whose α-term was dropped because `A` was too small, since the start.
     pub dropped_alpha: u32,
     /// Steps whose β-term was dropped because `B` was too small, since the start.
@@ -126,71 +122,62 @@ pub struct State<T: Scalar> {
     pub momentum: Buffer<T>,
     /// AdamW's second moment; empty for SGD.
     pub second_moment: Buffer<T>,
+    /// What the method remembers: SA-SAM's previous weights, LookSAM's orthogonal gradient; empty for the others.
+    pub memory: Buffer<T>,
+    /// SA-SAM's η, θ and whether it has begun, or LookSAM's ‖g_v‖.
+    pub scalars: Buffer<f64>,
     /// Steps taken (AdamW's t), steps skipped, dropped α-terms, dropped β-terms.
     pub counters: Buffer<u32>,
+    /// Steps so far, skipped ones included: what happens in one of k steps follows it, and so do random directions.
+    pub attempts: u64,
 }
 
 /// A base optimizer with a sharpness-aware method, and the buffers they need.
 ///
-/// Memory, in vectors as long as the weights, beside `w` itself: gradient and momentum (2; AdamW 3), one more for SAM's
-/// perturbed weights, four more for CR-SAM (two sides, two gradients).
+/// Memory, in vectors as long as the weights, beside `w` itself: momentum (AdamW 2), and the method's working vectors, which the
+/// table of [this module](self) counts.
 pub struct Optimizer<T: Scalar> {
     settings: Settings,
     state: State<T>,
-    gradient: Buffer<T>,
-    plus: Buffer<T>,
-    minus: Buffer<T>,
-    gradient_plus: Buffer<T>,
-    gradient_minus: Buffer<T>,
-    /// L0, L+, L−.
-    losses: Buffer<f64>,
-    norm: Buffer<f64>,
-    /// A, B, vᵀHv.
-    curvature: Buffer<f64>,
-    coefficients: Buffer<f64>,
-    /// Whether some loss or gradient of this step was not finite.
-    flag: Buffer<u32>,
+    arena: Buffer<T>,
+    /// The sum over the groups of a mini-batch; empty unless some objective has had several.
+    sum: Buffer<T>,
+    numbers: Numbers,
     reduction: Reduction,
+    len: usize,
+    rho_factor: f64,
+    observe: bool,
 }
 
 impl<T: Scalar> Optimizer<T> {
     /// An optimizer for `len` weights.
     ///
     /// # Errors
-    /// Those of the allocation, or a `decay_len` beyond `len`.
+    /// [`Error::Argument`] for a method whose settings contradict one another, and those of the allocation.
     pub fn new(device: &Device, len: usize, settings: Settings) -> Result<Self> {
-        if settings.decay_len > len {
-            return Err(crate::device::Error::Length {
-                operation: "Optimizer::new",
-                argument: "decay_len",
-                found: settings.decay_len,
-                expected: len,
-            });
-        }
-        let (sides, gradients) = match settings.method {
-            Method::Plain => (0, 0),
-            Method::Sam { .. } => (1, 0),
-            Method::CrSam { .. } => (2, 2),
+        let refused = |message| Error::Argument { operation: "Optimizer::new", message };
+        settings.method.check().map_err(refused)?;
+        let scalars = match settings.method {
+            Method::SaSam(size) | Method::SaSgd(size) => [size.eta0, size.theta0, 0.0],
+            _ => [0.0; 3],
         };
-        let vector_if = |wanted: bool| device.zeros(if wanted { len } else { 0 });
         Ok(Self {
             settings,
             state: State {
                 momentum: device.zeros(len)?,
-                second_moment: vector_if(matches!(settings.base, Base::AdamW { .. }))?,
+                second_moment: device.zeros(if matches!(settings.base, Base::AdamW { .. }) { len } else { 0 })?,
+                memory: device.zeros(if settings.method.has_memory() { len } else { 0 })?,
+                scalars: device.upload(&scalars)?,
                 counters: device.zeros(4)?,
+                attempts: 0,
             },
-            gradient: device.zeros(len)?,
-            plus: vector_if(sides > 0)?,
-            minus: vector_if(sides > 1)?,
-            gradient_plus: vector_if(gradients > 0)?,
-            gradient_minus: vector_if(gradients > 1)?,
-            losses: device.zeros(3)?,
-            norm: device.zeros(1)?,
-            curvature: device.zeros(3)?,
-            coefficients: device.upload(&[1.0, 0.0, 0.0])?,
-            flag: device.zeros(1)?,
+            arena: device.zeros(place(step::slots(settings.method), len).start)?,
+            sum: device.zeros(0)?,
+            numbers: Numbers::new(device, settings.method)?,
             reduction: Reduction::new(device)?,
+            len,
+            rho_factor: 1.0,
+            observe: false,
         })
     }
 
@@ -210,84 +197,131 @@ impl<T: Scalar> Optimizer<T> {
     }
 
     /// The loss at `w` of the newest step: one element, on the device.
-    pub fn loss(&self) -> Result<crate::device::Slice<'_, f64>> {
-        self.losses.slice(0..1)
+    ///
+    /// # Errors
+    /// None: the place lies in its buffer.
+    pub fn loss(&self) -> Result<Slice<'_, f64>> {
+        self.numbers.losses.slice(0..1)
     }
 
     /// Whether the newest step was skipped: one element, on the device.
-    pub fn skipped(&self) -> crate::device::Slice<'_, u32> {
-        self.flag.view()
+    pub fn skipped(&self) -> Slice<'_, u32> {
+        self.numbers.flag.view()
+    }
+
+    /// Multiplies the method's ρ in the steps that follow: what a schedule makes of it.
+    pub fn scale_rho(&mut self, factor: f64) {
+        self.rho_factor = factor;
+    }
+
+    /// Whether the steps that follow leave the telemetry's cosines too: 8 to 20 B per parameter more.
+    pub fn observe(&mut self, observe: bool) {
+        self.observe = observe;
     }
 
     /// One step: the method's passes at `weights` and around it, then the update with learning rate `lr`. Does not wait for
     /// the device. Where a loss or a gradient of any pass is not finite, weights, momenta and statistics keep their bits and
     /// the step is counted as skipped.
     ///
+    /// An objective with several [groups](Objective::groups) has the method's direction taken in each of them, and their mean
+    /// followed: m-sharpness (Foret et al. 2021, section 4.1). Its loss and its running statistics are those of the last and of
+    /// the first group.
+    ///
     /// # Errors
-    /// Those of the objective and of the device.
+    /// Those of the objective and of the device; [`Error::Length`] for weights of another length; [`Error::Argument`] for groups
+    /// and a method that remembers.
     pub fn step(&mut self, objective: &mut impl Objective<T>, weights: &mut Buffer<T>, lr: f64) -> Result<()> {
-        self.flag.clear()?;
-        let loss = self.losses.slice_mut(0..1)?;
-        let flag = self.flag.view_mut();
-        objective.gradient(weights.view(), Statistics::Update, self.gradient.view_mut(), loss, flag)?;
-        vector::l2_norm(self.gradient.view(), &mut self.reduction, self.norm.view_mut())?;
-        match self.settings.method {
-            Method::Plain => self.update(weights, lr)?,
-            Method::Sam { rho, norm } => {
-                let (w, g, plus) = (weights.view(), self.gradient.view(), self.plus.view_mut());
-                match norm {
-                    Norm::Two => vector::perturb(w, g, self.norm.view(), rho, plus, None)?,
-                    Norm::Infinity => vector::perturb_linf(w, g, rho, plus, None)?,
-                }
-                // The gradient at w has done its work: the one at w + ε takes its place.
-                let (plus, gradient) = (self.plus.view(), self.gradient.view_mut());
-                let loss = self.losses.slice_mut(1..2)?;
-                objective.gradient(plus, Statistics::Keep, gradient, loss, self.flag.view_mut())?;
-                self.update(weights, lr)?;
-            }
-            Method::CrSam { rho, terms } => {
-                let (plus, minus) = (self.plus.view_mut(), self.minus.view_mut());
-                vector::perturb(weights.view(), self.gradient.view(), self.norm.view(), rho, plus, Some(minus))?;
-                let loss = self.losses.slice_mut(1..2)?;
-                let (plus, gradient) = (self.plus.view(), self.gradient_plus.view_mut());
-                objective.gradient(plus, Statistics::Keep, gradient, loss, self.flag.view_mut())?;
-                let loss = self.losses.slice_mut(2..3)?;
-                let (minus, gradient) = (self.minus.view(), self.gradient_minus.view_mut());
-                objective.gradient(minus, Statistics::Keep, gradient, loss, self.flag.view_mut())?;
-                vector::curvature_from_losses(self.losses.view(), rho, self.curvature.view_mut())?;
-                let dropped = self.state.counters.slice_mut(2..4)?;
-                vector::cr_sam_coefficients(self.losses.view(), terms, self.coefficients.view_mut(), dropped)?;
-                self.update(weights, lr)?;
-            }
+        const OPERATION: &str = "Optimizer::step";
+        crate::kernels::check_length(OPERATION, "weights", weights.len(), self.len)?;
+        self.numbers.flag.clear()?;
+        if self.observe {
+            // A step without a perturbation leaves no cosines, not those of an earlier one.
+            self.numbers.realised.clear()?;
+            self.numbers.turned.clear()?;
         }
-        objective.commit(self.flag.view())
+        let groups = objective.groups().max(1);
+        if groups > 1 && self.settings.method.has_memory() {
+            let message = "a method that remembers earlier steps cannot be taken in groups of the mini-batch".into();
+            return Err(Error::Argument { operation: OPERATION, message });
+        }
+        if groups > 1 && self.sum.len() != self.len {
+            self.sum = weights.device().zeros(self.len)?;
+        }
+        let mut direction = self.direction(objective, weights, 0)?;
+        if groups > 1 {
+            for group in 1..groups {
+                self.accumulate(direction, 1.0 / groups as f64, group > 1)?;
+                direction = self.direction(objective, weights, group)?;
+            }
+            self.accumulate(direction, 1.0 / groups as f64, true)?;
+        }
+        self.state.attempts += 1;
+        self.update(weights, direction, groups > 1, lr)?;
+        objective.commit(self.numbers.flag.view())
     }
 
-    /// Combine, momentum, decay and update in one pass.
-    fn update(&mut self, weights: &mut Buffer<T>, lr: f64) -> Result<()> {
-        let Self { settings, state, gradient, gradient_plus, gradient_minus, coefficients, flag, .. } = self;
-        let three = matches!(settings.method, Method::CrSam { .. });
-        let gradients = Combination {
-            gradients: [
-                Some(gradient.view()),
-                three.then(|| gradient_plus.view()),
-                three.then(|| gradient_minus.view()),
-            ],
-            coefficients: coefficients.view(),
+    /// The method's direction in one group of the mini-batch.
+    fn direction(&mut self, objective: &mut impl Objective<T>, weights: &Buffer<T>, group: usize) -> Result<Direction> {
+        objective.select(group)?;
+        let method = self.settings.method;
+        let mut step = Step {
+            objective,
+            weights: weights.view(),
+            arena: &mut self.arena,
+            numbers: &mut self.numbers,
+            state: &mut self.state,
+            reduction: &mut self.reduction,
+            rho_factor: self.rho_factor,
+            observe: self.observe,
+            statistics: if group == 0 { Statistics::Update } else { Statistics::Keep },
         };
+        step.direction(method)
+    }
+
+    /// Adds a group's direction to the sum.
+    fn accumulate(&mut self, direction: Direction, weight: f64, add: bool) -> Result<()> {
+        let vectors = vectors(direction, &self.arena, &self.state.memory, self.len)?;
+        let coefficients = coefficients(direction, &self.numbers)?;
+        let combination = combination(&vectors[..direction.count], coefficients);
+        sharpness::combine(combination, weight, add, self.sum.view_mut(), None)
+    }
+
+    /// Clip, combine, momentum, decay and update.
+    fn update(&mut self, weights: &mut Buffer<T>, direction: Direction, summed: bool, lr: f64) -> Result<()> {
+        let Self { settings, state, arena, sum, numbers, reduction, len, .. } = self;
+        // The sum over groups is one vector, whatever it is the sum of.
+        let mut direction = if summed { step::along(0) } else { direction };
+        let vectors = if summed { [sum.view(); 4] } else { vectors(direction, arena, &state.memory, *len)? };
+        let vectors = &vectors[..direction.count];
+        if let Some(largest) = settings.clip {
+            if let Coefficients::Known(row) = direction.coefficients {
+                numbers.coefficients.view_mut().copy_from(step::row(&numbers.constants, row)?)?;
+                direction.coefficients = Coefficients::Computed;
+            }
+            let Numbers { coefficients, products, .. } = &mut *numbers;
+            let c = coefficients.view();
+            sharpness::combined_products(vectors, c, c, reduction, products.view_mut())?;
+            sharpness::clip_coefficients(products.slice(3..4)?, largest, coefficients.view_mut())?;
+        }
+        let gradients = combination(vectors, coefficients(direction, numbers)?);
+        let lr = match settings.method {
+            Method::SaSam(_) | Method::SaSgd(_) => Rate::Device(numbers.rates.slice(0..1)?),
+            _ => Rate::Fixed(lr),
+        };
+        let skip = numbers.flag.view();
         let mut counters = state.counters.disjoint();
         let (mut steps, skipped) = (counters.write(0..1)?, counters.write(1..2)?);
-        vector::advance(flag.view(), steps.reborrow(), skipped)?;
+        vector::advance(skip, steps.reborrow(), skipped)?;
         let Settings { weight_decay, decay_len, .. } = *settings;
         match settings.base {
             Base::Sgd { momentum, nesterov } => {
                 let step = SgdStep { lr, momentum, nesterov, weight_decay, decay_len };
-                vector::sgd(weights.view_mut(), state.momentum.view_mut(), gradients, step, flag.view())
+                vector::sgd(weights.view_mut(), state.momentum.view_mut(), gradients, step, skip)
             }
             Base::AdamW { beta1, beta2, eps } => {
                 let step = AdamWStep { lr, beta1, beta2, eps, weight_decay, decay_len };
                 let (m, v) = (state.momentum.view_mut(), state.second_moment.view_mut());
-                vector::adamw(weights.view_mut(), m, v, gradients, step, steps.view(), flag.view())
+                vector::adamw(weights.view_mut(), m, v, gradients, step, steps.view(), skip)
             }
         }
     }
@@ -297,14 +331,66 @@ impl<T: Scalar> Optimizer<T> {
     /// # Errors
     /// What failed on the device.
     pub fn telemetry(&self) -> Result<Telemetry> {
-        let (mut losses, mut norm, mut curvature, mut counters) = ([0.0; 3], [0.0], [0.0; 3], [0; 4]);
-        self.losses.read(&mut losses)?;
-        self.norm.read(&mut norm)?;
-        self.curvature.read(&mut curvature)?;
+        let Numbers { losses, norms, curvature, rates, realised, turned, .. } = &self.numbers;
+        fn numbers<const N: usize>(buffer: &Buffer<f64>) -> Result<[f64; N]> {
+            let mut values = [0.0; N];
+            buffer.read(&mut values)?;
+            Ok(values)
+        }
+        let (losses, norms, curvature, rates) =
+            (numbers::<4>(losses)?, numbers::<2>(norms)?, numbers::<3>(curvature)?, numbers::<4>(rates)?);
+        let mut counters = [0; 4];
         self.state.counters.read(&mut counters)?;
-        let curved = |value: f64| matches!(self.settings.method, Method::CrSam { .. }).then_some(value);
+        let method = self.settings.method;
+        let curved = |value: f64| matches!(method, Method::CrSam { .. }).then_some(value);
         let [a, b, vhv] = curvature.map(curved);
+        let stepped = matches!(method, Method::SaSam(_) | Method::SaSgd(_)).then_some(rates[0]);
+        let radius = matches!(method, Method::SaSam(_)).then_some(rates[1]);
+        let cosine = |products: &Buffer<f64>| -> Result<Option<f64>> {
+            let [_, ab, _, a, b] = numbers::<{ sharpness::PRODUCTS }>(products)?;
+            Ok((self.observe && a > 0.0 && b > 0.0).then(|| ab / a / b))
+        };
         let [_, skipped, dropped_alpha, dropped_beta] = counters;
-        Ok(Telemetry { loss: losses[0], gradient_norm: norm[0], a, b, vhv, dropped_alpha, dropped_beta, skipped })
+        Ok(Telemetry {
+            loss: losses[0],
+            gradient_norm: norms[0],
+            a,
+            b,
+            vhv,
+            eta: stepped,
+            rho: radius,
+            cosine_gradients: cosine(turned)?,
+            cosine_perturbation: cosine(realised)?,
+            dropped_alpha,
+            dropped_beta,
+            skipped,
+        })
     }
+}
+
+/// The vectors of a direction; beyond its count the first one again.
+fn vectors<'a, T: Scalar>(
+    direction: Direction,
+    arena: &'a Buffer<T>,
+    memory: &'a Buffer<T>,
+    len: usize,
+) -> Result<[Slice<'a, T>; 4]> {
+    let mut vectors = [memory.view(); 4];
+    for (vector, point) in vectors.iter_mut().zip(direction.points) {
+        if let Point::Slot(slot) = point {
+            *vector = arena.slice(place(slot, len))?;
+        }
+    }
+    Ok(vectors)
+}
+
+fn coefficients(direction: Direction, numbers: &Numbers) -> Result<Slice<'_, f64>> {
+    match direction.coefficients {
+        Coefficients::Known(row) => step::row(&numbers.constants, row),
+        Coefficients::Computed => Ok(numbers.coefficients.view()),
+    }
+}
+
+fn combination<'a, T: Scalar>(vectors: &[Slice<'a, T>], coefficients: Slice<'a, f64>) -> Combination<'a, T> {
+    Combination { vectors: std::array::from_fn(|k| vectors.get(k).copied()), coefficients }
 }

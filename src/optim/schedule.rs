@@ -50,6 +50,28 @@ impl Schedule {
     }
 }
 
+/// How a method's ρ moves, as a factor of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RhoSchedule {
+    /// Not at all.
+    Constant,
+    /// Rises linearly from 0 over the run.
+    Linear,
+    /// In proportion to the learning rate, as GSAM does (Zhuang et al. 2022, algorithm 1, with ρ_min = lr_min = 0).
+    LearningRate,
+}
+
+impl RhoSchedule {
+    /// The factor in step number `step`, counted from 0.
+    pub fn factor(self, step: u64, schedule: &Schedule) -> f64 {
+        match self {
+            RhoSchedule::Constant => 1.0,
+            RhoSchedule::Linear => (step + 1) as f64 / schedule.steps.max(1) as f64,
+            RhoSchedule::LearningRate => schedule.rate(step) / schedule.peak,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

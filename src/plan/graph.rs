@@ -254,7 +254,7 @@ impl Graph {
     /// Makes `NAME.weight`, `NAME.bias`, `NAME.running_mean` and `NAME.running_var`.
     ///
     /// # Errors
-    /// A name already taken, a residual of another shape, or one that is `x` itself, which [`Graph::add`] can add.
+    /// A name already taken, or a residual of another shape.
     pub fn batch_norm(
         &mut self,
         x: Value,
@@ -265,10 +265,6 @@ impl Graph {
         let shape = self.shape(x);
         if let Some(residual) = residual {
             self.same_shape(name, x, residual)?;
-            if residual == x {
-                let reason = "the residual is the input itself; add it with `add`".into();
-                return Err(PlanError::Shape { operation: name.into(), reason });
-            }
         }
         let scale = self.parameter(format!("{name}.weight"), Kind::Scale(shape.channels))?;
         let shift = self.parameter(format!("{name}.bias"), Kind::Shift(shape.channels))?;

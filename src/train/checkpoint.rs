@@ -16,6 +16,9 @@ pub(super) struct Checkpoint {
     pub statistics: Vec<f32>,
     pub momentum: Vec<f32>,
     pub second_moment: Vec<f32>,
+    /// What the optimizer's method remembers.
+    pub memory: Vec<f32>,
+    pub scalars: Vec<f64>,
     /// The optimizer's counters on the device.
     pub counters: Vec<u32>,
     /// The running epoch's sums.
@@ -47,6 +50,8 @@ impl Checkpoint {
             ("statistics", view(&self.statistics)),
             ("momentum", view(&self.momentum)),
             ("second_moment", view(&self.second_moment)),
+            ("memory", view(&self.memory)),
+            ("scalars", view(&self.scalars)),
             ("counters", view(&self.counters)),
             ("totals", view(&self.totals)),
         ];
@@ -78,6 +83,8 @@ impl Checkpoint {
             statistics: elements(data("statistics")?, f32::from_le_bytes),
             momentum: elements(data("momentum")?, f32::from_le_bytes),
             second_moment: elements(data("second_moment")?, f32::from_le_bytes),
+            memory: elements(data("memory")?, f32::from_le_bytes),
+            scalars: elements(data("scalars")?, f64::from_le_bytes),
             counters: elements(data("counters")?, u32::from_le_bytes),
             totals: elements(data("totals")?, f64::from_le_bytes),
             step: number("step")?.parse().map_err(|_| damaged("`step` is no number".into()))?,

@@ -1,7 +1,8 @@
 //! What can go wrong between a command line and a trained model. Every message is one line that names the file or the option.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use super::Options;
 use crate::data::DataError;
 use crate::device;
 use crate::nn::UnknownModel;
@@ -85,6 +86,18 @@ impl TrainError {
             TrainError::Io { source, .. } => source.kind() != std::io::ErrorKind::StorageFull,
             TrainError::Output(_) => false,
             _ => true,
+        }
+    }
+
+    /// The same error, laid to the file of settings where the option at fault was not given beside it.
+    #[must_use]
+    pub fn of_file(self, given: &Options, file: Option<&Path>) -> Self {
+        match (self, file) {
+            (TrainError::Option { option, reason }, Some(path)) if !given.has(&option) => {
+                let key = option.trim_start_matches("--");
+                TrainError::Settings { path: path.into(), reason: format!("{key}: {reason}") }
+            }
+            (error, _) => error,
         }
     }
 

@@ -37,6 +37,18 @@ pub enum Record {
         /// `A/ρ²`.
         #[serde(skip_serializing_if = "Option::is_none")]
         vhv: Option<f64>,
+        /// SA-SAM's step size.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        eta: Option<f64>,
+        /// SA-SAM's radius.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        rho: Option<f64>,
+        /// Between the gradients at the unperturbed and at the perturbed weights.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        cosine_gradients: Option<f64>,
+        /// Between the realised and the intended perturbation.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        cosine_perturbation: Option<f64>,
         /// Steps skipped so far because something was not finite.
         skipped: u32,
         /// Curvature terms dropped so far.

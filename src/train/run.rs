@@ -10,10 +10,11 @@ use super::log::{Log, Record};
 use super::settings::{AugmentName, Options};
 use super::{TrainError, weights};
 use crate::data::{self, Dataset, ImageShape, Images, Split, SyntheticSpec};
-use crate::device::{Buffer, Device, HostOptions, Slice};
+use crate::device::{Buffer, Device, HostOptions, Slice, SliceMut};
 use crate::kernels::image::{self, Augment, BatchShape, Normalization};
 use crate::kernels::metrics;
 use crate::nn;
+use crate::objective::{Objective, Statistics};
 use crate::optim::{Optimizer, Telemetry};
 use crate::plan::{Plan, PlanOptions, Shape};
 
@@ -198,7 +199,9 @@ pub fn train(
 
     let model = options.model()?;
     let path = options.data.as_deref().unwrap_or("synthetic");
-    let shape = Shape { batch, height, width, channels };
+    // With m-sharpness the network sees a group at a time.
+    let group = options.m_sharpness.unwrap_or(batch);
+    let shape = Shape { batch: group, height, width, channels };
     let (graph, logits) = model.trace(shape, train.classes).map_err(TrainError::plan(path))?;
     let plan_options =
         PlanOptions { label_smoothing: options.label_smoothing.unwrap_or_default(), ..PlanOptions::training() };
@@ -231,7 +234,8 @@ pub fn train(
 
     let count = train.len();
     let images = DeviceImages::new(&device, &train)?;
-    let batch_shape = BatchShape { batch, height, width, channels };
+    let batch_shape = BatchShape { batch: group, height, width, channels };
+    let rho_schedule = options.rho_schedule();
     progress(Progress::Start {
         device: format!("{} ({})", device.name(), device.description()),
         data: name,
@@ -267,21 +271,30 @@ pub fn train(
             seed,
             counter: step * batch as u64,
         });
-        let chosen = order_on_device.slice(within * batch..(within + 1) * batch)?;
-        let (out_images, out_labels) = plan.batch_mut()?;
         let (pixels, labels) = images.views();
-        image::batch(&batch_shape, pixels, labels, chosen, &normalization, augment, out_images, out_labels)?;
+        let chosen = order_on_device.slice(within * batch..(within + 1) * batch)?;
+        let mut objective = Batch {
+            plan: &mut plan,
+            shape: batch_shape,
+            pixels,
+            labels,
+            chosen,
+            normalization: &normalization,
+            augment,
+        };
         let lr = schedule.rate(step);
-        optimizer.step(&mut plan, &mut parameters, lr)?;
-        metrics::record(optimizer.loss()?, plan.correct()?, optimizer.skipped(), batch, totals.view_mut())?;
+        let log_step = options.log_every.is_some_and(|every| every > 0 && (step + 1) % every == 0) && log.is_some();
+        optimizer.observe(log_step);
+        optimizer.scale_rho(rho_schedule.factor(step, &schedule));
+        optimizer.step(&mut objective, &mut parameters, lr)?;
+        metrics::record(optimizer.loss()?, plan.correct()?, optimizer.skipped(), group, totals.view_mut())?;
         step += 1;
 
         let epoch_ends = step % steps_per_epoch == 0 || step == steps;
-        let log_step = options.log_every.is_some_and(|every| every > 0 && step % every == 0);
         if log_step && let Some(log) = &mut log {
             let mut correct = [0];
             plan.correct()?.read(&mut correct)?;
-            let accuracy = f64::from(correct[0]) / batch as f64;
+            let accuracy = f64::from(correct[0]) / group as f64;
             let elapsed = epoch_seconds + clock.elapsed().as_secs_f64();
             let images_per_second = (step - epoch_started_at) as f64 * batch as f64 / elapsed;
             let record = step_record(&optimizer.telemetry()?, (step, epoch + 1), lr, accuracy, images_per_second);
@@ -360,6 +373,63 @@ pub fn train(
     })
 }
 
+/// A mini-batch of the training images as an optimizer sees it: the plan, filled with one group of them at a time.
+struct Batch<'a> {
+    plan: &'a mut Plan<f32>,
+    /// Of one group.
+    shape: BatchShape,
+    pixels: Slice<'a, u8>,
+    labels: Slice<'a, u32>,
+    /// The samples of the mini-batch.
+    chosen: Slice<'a, u32>,
+    normalization: &'a Normalization,
+    augment: Option<Augment>,
+}
+
+impl Objective<f32> for Batch<'_> {
+    fn len(&self) -> usize {
+        self.plan.len()
+    }
+
+    fn gradient(
+        &mut self,
+        weights: Slice<'_, f32>,
+        statistics: Statistics,
+        gradient: SliceMut<'_, f32>,
+        loss: SliceMut<'_, f64>,
+        flag: SliceMut<'_, u32>,
+    ) -> crate::device::Result<()> {
+        self.plan.gradient(weights, statistics, gradient, loss, flag)
+    }
+
+    fn hessian_vector(
+        &mut self,
+        weights: Slice<'_, f32>,
+        direction: Slice<'_, f32>,
+        product: SliceMut<'_, f32>,
+        flag: SliceMut<'_, u32>,
+    ) -> crate::device::Result<()> {
+        self.plan.hessian_vector(weights, direction, product, flag)
+    }
+
+    fn groups(&self) -> usize {
+        self.chosen.len() / self.shape.batch
+    }
+
+    fn select(&mut self, group: usize) -> crate::device::Result<()> {
+        let first = group * self.shape.batch;
+        let chosen = self.chosen.slice(first..first + self.shape.batch)?;
+        let augment = self.augment.map(|augment| Augment { counter: augment.counter + first as u64, ..augment });
+        let (images, labels) = self.plan.batch_mut()?;
+        let (pixels, truth) = (self.pixels, self.labels);
+        image::batch(&self.shape, pixels, truth, chosen, self.normalization, augment, images, labels)
+    }
+
+    fn commit(&mut self, skip: Slice<'_, u32>) -> crate::device::Result<()> {
+        self.plan.commit(skip)
+    }
+}
+
 fn read_totals(totals: &Buffer<f64>) -> Result<[f64; 3], TrainError> {
     let mut sums = [0.0; 3];
     totals.read(&mut sums)?;
@@ -388,6 +458,10 @@ fn step_record(
         a: telemetry.a.and_then(finite),
         b: telemetry.b.and_then(finite),
         vhv: telemetry.vhv.and_then(finite),
+        eta: telemetry.eta.and_then(finite),
+        rho: telemetry.rho.and_then(finite),
+        cosine_gradients: telemetry.cosine_gradients.and_then(finite),
+        cosine_perturbation: telemetry.cosine_perturbation.and_then(finite),
         skipped: telemetry.skipped,
         dropped_alpha: telemetry.dropped_alpha,
         dropped_beta: telemetry.dropped_beta,
@@ -422,6 +496,8 @@ fn save(
         statistics: plan.statistics().to_vec()?,
         momentum: state.momentum.to_vec()?,
         second_moment: state.second_moment.to_vec()?,
+        memory: state.memory.to_vec()?,
+        scalars: state.scalars.to_vec()?,
         counters: state.counters.to_vec()?,
         totals: totals.to_vec()?,
         step,
@@ -446,6 +522,8 @@ fn restore(
         ("statistics", saved.statistics.len(), plan.statistics().len()),
         ("momentum", saved.momentum.len(), state.momentum.len()),
         ("second_moment", saved.second_moment.len(), state.second_moment.len()),
+        ("memory", saved.memory.len(), state.memory.len()),
+        ("scalars", saved.scalars.len(), state.scalars.len()),
         ("counters", saved.counters.len(), state.counters.len()),
         ("totals", saved.totals.len(), totals.len()),
     ];
@@ -456,6 +534,9 @@ fn restore(
     parameters.write(&saved.weights)?;
     state.momentum.write(&saved.momentum)?;
     state.second_moment.write(&saved.second_moment)?;
+    state.memory.write(&saved.memory)?;
+    state.scalars.write(&saved.scalars)?;
+    state.attempts = saved.step;
     state.counters.write(&saved.counters)?;
     totals.write(&saved.totals)?;
     let statistics = parameters.device().upload(&saved.statistics)?;

@@ -8,7 +8,10 @@ use super::TrainError;
 use crate::arena::Layout;
 use crate::device::HostOptions;
 use crate::nn::{Model, Shortcut};
-use crate::optim::{self, Base, CrSamTerms, Decay, Form, Method, Norm};
+use crate::optim::{
+    self, Base, CrSamTerms, Decay, Form, GamTerms, Gnr, Method, Perturbation, Product, RhoSchedule, Sam, Scaling,
+    StepSize,
+};
 
 /// A choice that is written as one of a few words.
 macro_rules! words {
@@ -36,8 +39,26 @@ words! {
         AdamW = "adamw",
         /// Sharpness-aware minimisation.
         Sam = "sam",
+        /// Adaptive SAM.
+        Asam = "asam",
+        /// SAM along a random direction: the control.
+        RandomSam = "random-sam",
+        /// SAM whose ascent follows the gradient at a random point.
+        RSam = "r-sam",
+        /// SAM that keeps the loss at w low.
+        Gsam = "gsam",
+        /// SAM in one of k steps.
+        LookSam = "looksam",
         /// Curvature-regularised SAM.
         CrSam = "cr-sam",
+        /// Gradient-norm regularisation.
+        Gnr = "gnr",
+        /// Gradient-norm-aware minimisation.
+        Gam = "gam",
+        /// SAM with its own step size and radius.
+        SaSam = "sa-sam",
+        /// SGD with SA-SAM's step size.
+        SaSgd = "sa-sgd",
     }
 }
 words! {
@@ -65,6 +86,35 @@ words! {
         Two = "2",
         /// p = ∞.
         Infinity = "inf",
+    }
+}
+words! {
+    /// `--hvp` of GNR.
+    HvpName {
+        /// By the tangent of the network.
+        Exact = "exact",
+        /// By the difference of two gradients.
+        Difference = "difference",
+    }
+}
+words! {
+    /// `--oracle` of GNR.
+    OracleName {
+        /// The gradient of the loss.
+        Loss = "loss",
+        /// SAM's gradient.
+        Sam = "sam",
+    }
+}
+words! {
+    /// `--rho-schedule`.
+    RhoScheduleName {
+        /// The given radius throughout.
+        Constant = "constant",
+        /// From zero to the given radius.
+        Linear = "linear",
+        /// In proportion to the learning rate.
+        LearningRate = "lr",
     }
 }
 words! {
@@ -101,6 +151,36 @@ words! {
         A = "a",
         /// A 1×1 convolution with batch norm.
         B = "b",
+    }
+}
+
+impl OptimizerName {
+    /// All but the base optimizers themselves.
+    const SHARPNESS_AWARE: [Self; 11] = [
+        Self::Sam,
+        Self::Asam,
+        Self::RandomSam,
+        Self::RSam,
+        Self::Gsam,
+        Self::LookSam,
+        Self::CrSam,
+        Self::Gnr,
+        Self::Gam,
+        Self::SaSam,
+        Self::SaSgd,
+    ];
+
+    /// The ρ and α that are usual for it.
+    fn usual(self) -> (Option<f64>, Option<f64>) {
+        match self {
+            Self::Sgd | Self::AdamW | Self::SaSam | Self::SaSgd => (None, None),
+            Self::Sam | Self::RandomSam | Self::RSam => (Some(0.05), None),
+            Self::Asam => (Some(0.5), None),
+            Self::Gsam => (Some(0.05), Some(0.1)),
+            Self::LookSam => (Some(0.05), Some(0.7)),
+            Self::CrSam | Self::Gnr => (Some(0.1), Some(0.1)),
+            Self::Gam => (Some(0.02), None),
+        }
     }
 }
 
@@ -162,7 +242,7 @@ pub struct Options {
     #[arg(long, value_enum, value_name = "NAME", help_heading = "Optimizer")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub base: Option<BaseName>,
-    /// Radius of the perturbation [default: 0.05 for sam, 0.1 for cr-sam]
+    /// Radius of the perturbation [default: 0.05; asam 0.5, cr-sam and gnr 0.1, gam 0.02]
     #[arg(long, value_name = "RHO", help_heading = "Optimizer")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rho: Option<f64>,
@@ -170,7 +250,7 @@ pub struct Options {
     #[arg(long, value_enum, value_name = "P", help_heading = "Optimizer")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub p_norm: Option<NormName>,
-    /// CR-SAM's weight of the curvature term [default: 0.1]
+    /// Weight of what cr-sam, gnr, gsam and looksam add to the gradient [default: 0.1; looksam 0.7]
     #[arg(long, value_name = "ALPHA", help_heading = "Optimizer")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alpha: Option<f64>,
@@ -190,6 +270,70 @@ pub struct Options {
     #[arg(long, value_name = "B", help_heading = "Optimizer")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub b_min: Option<f64>,
+    /// ASAM's η in T = |w| + η [default: 0.01]
+    #[arg(long, value_name = "ETA", help_heading = "Optimizer")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eta: Option<f64>,
+    /// Steps of SAM's ascent [default: 1]
+    #[arg(long, value_name = "K", help_heading = "Optimizer")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ascent_steps: Option<usize>,
+    /// SAM with the term that it drops: one product with the Hessian
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL", help_heading = "Optimizer")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub second_order: Option<bool>,
+    /// Length of R-SAM's random displacement [default: 0.05]
+    #[arg(long, value_name = "SIGMA", help_heading = "Optimizer")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sigma: Option<f64>,
+    /// LookSAM and GNR: do the whole step once in so many [default: 5 and 1]
+    #[arg(long, value_name = "K", help_heading = "Optimizer")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub every: Option<u64>,
+    /// GNR's products with the Hessian [default: difference]
+    #[arg(long, value_enum, value_name = "KIND", help_heading = "Optimizer")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hvp: Option<HvpName>,
+    /// GNR adds to this gradient [default: loss]
+    #[arg(long, value_enum, value_name = "KIND", help_heading = "Optimizer")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub oracle: Option<OracleName>,
+    /// Radius of GNR's SAM [default: 0.05]
+    #[arg(long, value_name = "RHO", help_heading = "Optimizer")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub oracle_rho: Option<f64>,
+    /// GAM's r, along the change of the gradient (--rho is its r') [default: 0.2]
+    #[arg(long, value_name = "R", help_heading = "Optimizer")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rho_norm: Option<f64>,
+    /// GAM's β0 [default: 0.5]
+    #[arg(long, value_name = "BETA", help_heading = "Optimizer")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub beta0: Option<f64>,
+    /// GAM's β1 [default: 0.6]
+    #[arg(long, value_name = "BETA", help_heading = "Optimizer")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub beta1: Option<f64>,
+    /// GAM's γ [default: 0.03]
+    #[arg(long, value_name = "GAMMA", help_heading = "Optimizer")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gamma: Option<f64>,
+    /// SA-SAM's and SA-SGD's δ; their η_0 is --lr [default: 0.02]
+    #[arg(long, value_name = "DELTA", help_heading = "Optimizer")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub delta: Option<f64>,
+    /// How ρ moves [default: constant]
+    #[arg(long, value_enum, value_name = "KIND", help_heading = "Optimizer")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rho_schedule: Option<RhoScheduleName>,
+    /// Groups of so many images, each with a perturbation of its own [default: the batch]
+    #[arg(long, value_name = "M", help_heading = "Optimizer")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub m_sharpness: Option<usize>,
+    /// Scale a longer combined gradient down to this norm
+    #[arg(long, value_name = "NORM", help_heading = "Optimizer")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clip: Option<f64>,
     /// Peak learning rate [default: 0.1 for SGD, 0.001 for AdamW]
     #[arg(long, value_name = "RATE", help_heading = "Optimizer")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -253,6 +397,11 @@ pub struct Options {
     pub log_every: Option<u64>,
 }
 
+/// The key of a method's random directions, apart from those of the initial weights and the augmentation.
+fn method_seed(seed: u64) -> u64 {
+    seed ^ 0x706f_6c64_6572_7a7a
+}
+
 /// An option, whatever its type.
 trait Given {
     fn given(&self) -> bool;
@@ -285,17 +434,32 @@ impl Options {
     }
 
     /// The options that only some optimizers have, with those that do.
-    fn of_some_optimizers(&mut self) -> [(&'static str, &mut dyn Given, &'static [OptimizerName]); 8] {
-        use OptimizerName::{CrSam, Sam};
+    fn of_some_optimizers(&mut self) -> [(&'static str, &mut dyn Given, &'static [OptimizerName]); 23] {
+        use OptimizerName::{Asam, CrSam, Gam, Gnr, Gsam, LookSam, RSam, RandomSam, SaSam, SaSgd, Sam};
         [
-            ("--base", &mut self.base, &[Sam, CrSam]),
-            ("--rho", &mut self.rho, &[Sam, CrSam]),
+            ("--base", &mut self.base, &OptimizerName::SHARPNESS_AWARE),
+            ("--rho", &mut self.rho, &[Sam, Asam, RandomSam, RSam, Gsam, LookSam, CrSam, Gnr, Gam]),
+            ("--rho-schedule", &mut self.rho_schedule, &[Sam, Asam, RandomSam, RSam, Gsam, LookSam, CrSam, Gnr, Gam]),
             ("--p-norm", &mut self.p_norm, &[Sam]),
-            ("--alpha", &mut self.alpha, &[CrSam]),
+            ("--ascent-steps", &mut self.ascent_steps, &[Sam]),
+            ("--second-order", &mut self.second_order, &[Sam]),
+            ("--eta", &mut self.eta, &[Asam]),
+            ("--sigma", &mut self.sigma, &[RSam]),
+            ("--alpha", &mut self.alpha, &[CrSam, Gnr, Gsam, LookSam]),
             ("--beta", &mut self.beta, &[CrSam]),
             ("--form", &mut self.form, &[CrSam]),
             ("--a-min", &mut self.a_min, &[CrSam]),
             ("--b-min", &mut self.b_min, &[CrSam]),
+            ("--every", &mut self.every, &[LookSam, Gnr]),
+            ("--hvp", &mut self.hvp, &[Gnr]),
+            ("--oracle", &mut self.oracle, &[Gnr]),
+            ("--oracle-rho", &mut self.oracle_rho, &[Gnr]),
+            ("--rho-norm", &mut self.rho_norm, &[Gam]),
+            ("--beta0", &mut self.beta0, &[Gam]),
+            ("--beta1", &mut self.beta1, &[Gam]),
+            ("--gamma", &mut self.gamma, &[Gam]),
+            ("--delta", &mut self.delta, &[SaSam, SaSgd]),
+            ("--m-sharpness", &mut self.m_sharpness, &[Sam, Asam, RandomSam, RSam, Gsam, CrSam, Gnr, Gam]),
         ]
     }
 
@@ -350,6 +514,22 @@ impl Options {
             form: self.form.or(below.form),
             a_min: self.a_min.or(below.a_min),
             b_min: self.b_min.or(below.b_min),
+            eta: self.eta.or(below.eta),
+            ascent_steps: self.ascent_steps.or(below.ascent_steps),
+            second_order: self.second_order.or(below.second_order),
+            sigma: self.sigma.or(below.sigma),
+            every: self.every.or(below.every),
+            hvp: self.hvp.or(below.hvp),
+            oracle: self.oracle.or(below.oracle),
+            oracle_rho: self.oracle_rho.or(below.oracle_rho),
+            rho_norm: self.rho_norm.or(below.rho_norm),
+            beta0: self.beta0.or(below.beta0),
+            beta1: self.beta1.or(below.beta1),
+            gamma: self.gamma.or(below.gamma),
+            delta: self.delta.or(below.delta),
+            rho_schedule: self.rho_schedule.or(below.rho_schedule),
+            m_sharpness: self.m_sharpness.or(below.m_sharpness),
+            clip: self.clip.or(below.clip),
             lr: self.lr.or(below.lr),
             momentum: self.momentum.or(below.momentum),
             nesterov: self.nesterov.or(below.nesterov),
@@ -374,26 +554,52 @@ impl Options {
     /// A value out of its range, or an option that the chosen optimizer does not have.
     pub fn resolve(mut self) -> Result<Self, TrainError> {
         let optimizer = *self.optimizer.get_or_insert(OptimizerName::Sam);
-        let sam = optimizer == OptimizerName::Sam;
-        let cr_sam = optimizer == OptimizerName::CrSam;
         for (name, option, optimizers) in self.of_some_optimizers() {
             if option.given() && !optimizers.contains(&optimizer) {
                 return Err(TrainError::option(name, format!("has no meaning for --optimizer {optimizer}")));
             }
         }
-        if sam || cr_sam {
+        let (rho, alpha) = optimizer.usual();
+        self.rho = self.rho.or(rho);
+        self.alpha = self.alpha.or(alpha);
+        if OptimizerName::SHARPNESS_AWARE.contains(&optimizer) {
             self.base.get_or_insert(BaseName::Sgd);
-            self.rho.get_or_insert(if sam { 0.05 } else { 0.1 });
         }
-        if sam {
-            self.p_norm.get_or_insert(NormName::Two);
+        if rho.is_some() {
+            self.rho_schedule.get_or_insert(RhoScheduleName::Constant);
         }
-        if cr_sam {
-            self.alpha.get_or_insert(0.1);
-            self.beta.get_or_insert(0.01);
-            self.form.get_or_insert(FormName::Log);
-            self.a_min.get_or_insert(1e-8);
-            self.b_min.get_or_insert(1e-8);
+        match optimizer {
+            OptimizerName::Sam => {
+                self.p_norm.get_or_insert(NormName::Two);
+                self.ascent_steps.get_or_insert(1);
+                self.second_order.get_or_insert(false);
+            }
+            OptimizerName::Asam => drop(self.eta.get_or_insert(0.01)),
+            OptimizerName::RSam => drop(self.sigma.get_or_insert(0.05)),
+            OptimizerName::LookSam => drop(self.every.get_or_insert(5)),
+            OptimizerName::CrSam => {
+                self.beta.get_or_insert(0.01);
+                self.form.get_or_insert(FormName::Log);
+                self.a_min.get_or_insert(1e-8);
+                self.b_min.get_or_insert(1e-8);
+            }
+            OptimizerName::Gnr => {
+                self.every.get_or_insert(1);
+                self.hvp.get_or_insert(HvpName::Difference);
+                if *self.oracle.get_or_insert(OracleName::Loss) == OracleName::Sam {
+                    self.oracle_rho.get_or_insert(0.05);
+                } else if self.oracle_rho.is_some() {
+                    return Err(TrainError::option("--oracle-rho", "has no meaning for --oracle loss"));
+                }
+            }
+            OptimizerName::Gam => {
+                self.rho_norm.get_or_insert(0.2);
+                self.beta0.get_or_insert(0.5);
+                self.beta1.get_or_insert(0.6);
+                self.gamma.get_or_insert(0.03);
+            }
+            OptimizerName::SaSam | OptimizerName::SaSgd => drop(self.delta.get_or_insert(0.02)),
+            OptimizerName::Sgd | OptimizerName::AdamW | OptimizerName::RandomSam | OptimizerName::Gsam => {}
         }
         let adamw = self.is_adamw();
         if adamw {
@@ -401,7 +607,9 @@ impl Options {
                 return Err(TrainError::option(name, "has no meaning for AdamW"));
             }
         } else {
-            self.momentum.get_or_insert(0.9);
+            // The step size of SA-SAM is that of plain gradient descent.
+            let own_step = matches!(optimizer, OptimizerName::SaSam | OptimizerName::SaSgd);
+            self.momentum.get_or_insert(if own_step { 0.0 } else { 0.9 });
             self.nesterov.get_or_insert(false);
         }
         self.lr.get_or_insert(if adamw { 1e-3 } else { 0.1 });
@@ -448,6 +656,11 @@ impl Options {
         }
     }
 
+    /// Whether an option, as `--lr`, has a value here.
+    pub(super) fn has(&self, option: &str) -> bool {
+        toml::Table::try_from(self).unwrap_or_default().contains_key(option.trim_start_matches("--"))
+    }
+
     /// The same with the paths of files written from the root, so that they hold in any folder.
     #[must_use]
     pub fn with_absolute_paths(mut self) -> Self {
@@ -458,8 +671,20 @@ impl Options {
     }
 
     fn check(&self) -> Result<(), TrainError> {
-        let positive = [("--lr", self.lr), ("--rho", self.rho)];
+        let positive = [
+            ("--lr", self.lr),
+            ("--rho", self.rho),
+            ("--oracle-rho", self.oracle_rho),
+            ("--rho-norm", self.rho_norm),
+            ("--sigma", self.sigma),
+            ("--clip", self.clip),
+        ];
         let not_negative = [
+            ("--eta", self.eta),
+            ("--gamma", self.gamma),
+            ("--beta0", self.beta0),
+            ("--beta1", self.beta1),
+            ("--delta", self.delta),
             ("--weight-decay", self.weight_decay),
             ("--momentum", self.momentum),
             ("--alpha", self.alpha),
@@ -483,12 +708,32 @@ impl Options {
             let most = HostOptions::MOST_THREADS;
             return Err(TrainError::option("--threads", format!("{threads}, expected at most {most}")));
         }
-        let counts =
-            [("--batch-size", self.batch_size.map(|n| n as u64)), ("--epochs", self.epochs), ("--steps", self.steps)];
+        let counts = [
+            ("--batch-size", self.batch_size.map(|n| n as u64)),
+            ("--epochs", self.epochs),
+            ("--steps", self.steps),
+            ("--every", self.every),
+            ("--ascent-steps", self.ascent_steps.map(|n| n as u64)),
+            ("--m-sharpness", self.m_sharpness.map(|n| n as u64)),
+        ];
         for (option, value) in counts {
             if value == Some(0) {
                 return Err(TrainError::option(option, "0, expected at least 1"));
             }
+        }
+        let plain = self.p_norm != Some(NormName::Infinity);
+        let several = self.ascent_steps.is_some_and(|steps| steps > 1);
+        if several && !plain {
+            return Err(TrainError::option("--ascent-steps", "several are for --p-norm 2"));
+        }
+        if self.second_order == Some(true) && (several || !plain) {
+            return Err(TrainError::option("--second-order", "is for --p-norm 2 and one ascent step"));
+        }
+        if let (Some(group), Some(batch)) = (self.m_sharpness, self.batch_size)
+            && (group == 0 || batch % group != 0)
+        {
+            let reason = format!("{group}, expected a divisor of --batch-size {batch}");
+            return Err(TrainError::option("--m-sharpness", reason));
         }
         Ok(())
     }
@@ -507,21 +752,58 @@ impl Options {
 
     /// What the optimizer does; of resolved options.
     pub(super) fn optimizer(&self, layout: &Layout) -> optim::Settings {
-        let rho = self.rho.unwrap_or_default();
-        let (method, base) = match self.optimizer.unwrap_or(OptimizerName::Sam) {
-            OptimizerName::Sgd => (Method::Plain, BaseName::Sgd),
-            OptimizerName::AdamW => (Method::Plain, BaseName::AdamW),
-            OptimizerName::Sam => {
-                let norm = if self.p_norm == Some(NormName::Infinity) { Norm::Infinity } else { Norm::Two };
-                (Method::Sam { rho, norm }, self.base.unwrap_or(BaseName::Sgd))
+        let number = |option: Option<f64>| option.unwrap_or_default();
+        let (rho, alpha, seed) = (number(self.rho), number(self.alpha), self.seed.unwrap_or_default());
+        let every = self.every.unwrap_or(1);
+        let name = self.optimizer.unwrap_or(OptimizerName::Sam);
+        let step_size = StepSize { eta0: number(self.lr), delta: number(self.delta), theta0: 1.0 };
+        let method = match name {
+            OptimizerName::Sgd | OptimizerName::AdamW => Method::Plain,
+            OptimizerName::Sam => Method::Sam(Sam {
+                rho,
+                perturbation: match self.p_norm {
+                    Some(NormName::Infinity) => Perturbation::Linf,
+                    _ => Perturbation::L2,
+                },
+                ascent_steps: self.ascent_steps.unwrap_or(1),
+                second_order: self.second_order.unwrap_or_default(),
+            }),
+            OptimizerName::Asam => {
+                let scaling = Scaling { eta: number(self.eta), scaled_len: layout.weights_len() };
+                Method::with_perturbation(rho, Perturbation::Adaptive(scaling))
             }
+            OptimizerName::RandomSam => {
+                Method::with_perturbation(rho, Perturbation::Random { seed: method_seed(seed) })
+            }
+            OptimizerName::RSam => Method::RSam { rho, sigma: number(self.sigma), seed: method_seed(seed) },
+            OptimizerName::Gsam => Method::Gsam { rho, alpha },
+            OptimizerName::LookSam => Method::LookSam { rho, alpha, every },
             OptimizerName::CrSam => {
                 let form = if self.form == Some(FormName::Released) { Form::Released } else { Form::Log };
-                let [alpha, beta, a_min, b_min] =
-                    [self.alpha, self.beta, self.a_min, self.b_min].map(Option::unwrap_or_default);
-                let terms = CrSamTerms { form, alpha, beta, a_min, b_min };
-                (Method::CrSam { rho, terms }, self.base.unwrap_or(BaseName::Sgd))
+                let [beta, a_min, b_min] = [self.beta, self.a_min, self.b_min].map(number);
+                Method::CrSam { rho, terms: CrSamTerms { form, alpha, beta, a_min, b_min } }
             }
+            OptimizerName::Gnr => Method::Gnr(Gnr {
+                rho,
+                alpha,
+                product: match self.hvp {
+                    Some(HvpName::Exact) => Product::Exact,
+                    _ => Product::Difference { radius: 0.01 },
+                },
+                every,
+                oracle_rho: self.oracle_rho,
+            }),
+            OptimizerName::Gam => {
+                let [beta0, beta1, gamma] = [self.beta0, self.beta1, self.gamma].map(number);
+                Method::Gam { rho, rho_norm: number(self.rho_norm), terms: GamTerms { beta0, beta1, gamma } }
+            }
+            OptimizerName::SaSam => Method::SaSam(step_size),
+            OptimizerName::SaSgd => Method::SaSgd(step_size),
+        };
+        let base = match name {
+            OptimizerName::Sgd => BaseName::Sgd,
+            OptimizerName::AdamW => BaseName::AdamW,
+            _ => self.base.unwrap_or(BaseName::Sgd),
         };
         let base = match base {
             BaseName::Sgd => {
@@ -535,6 +817,16 @@ impl Options {
             base,
             weight_decay: self.weight_decay.unwrap_or_default(),
             decay_len: if exempt { layout.weights_len() } else { layout.len() },
+            clip: self.clip,
+        }
+    }
+
+    /// How ρ moves; of resolved options.
+    pub(super) fn rho_schedule(&self) -> RhoSchedule {
+        match self.rho_schedule {
+            Some(RhoScheduleName::Linear) => RhoSchedule::Linear,
+            Some(RhoScheduleName::LearningRate) => RhoSchedule::LearningRate,
+            _ => RhoSchedule::Constant,
         }
     }
 

@@ -1,6 +1,9 @@
 //! What the kernel tests share: the devices to run on, seeded numbers, and comparisons that say where two vectors differ.
 #![allow(dead_code)]
 
+#[cfg(feature = "train")]
+pub mod fixtures;
+
 use polder::device::{Device, HostOptions, Scalar, Schedule};
 
 /// Every way to run a kernel here: the CPU's shapes on one and on two threads, the GPU's shapes on the CPU in three orders, and

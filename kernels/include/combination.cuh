@@ -1,0 +1,54 @@
+// Vectors that are sums of a few others, read together and never stored: combined gradients, directions, differences.
+#pragma once
+#include "elementwise.cuh"
+
+namespace {
+
+/// The most vectors of one combination.
+constexpr int kMaxTerms = 4;
+
+/// Up to four vectors and where their coefficients lie; `slot` says which of the four each vector takes.
+template <class T>
+struct CombinationArgs {
+    const T* vectors[kMaxTerms];
+    const double* coefficients;
+    uint32_t slot[kMaxTerms];
+};
+
+/// Σ c_k x_k of N vectors.
+template <class T, int N>
+struct Combined {
+    const T* vectors[N];
+    T coefficients[N];
+
+    __device__ __forceinline__ explicit Combined(const CombinationArgs<T>& a) {
+        POLDER_UNROLL
+        for (int k = 0; k < N; ++k) {
+            vectors[k] = a.vectors[k];
+            coefficients[k] = T(a.coefficients[a.slot[k]]);
+        }
+    }
+
+    template <int W>
+    __device__ __forceinline__ Pack<T, W> at(uint64_t i) const {
+        Pack<T, W> sum = load<W>(vectors[0], i);
+        POLDER_UNROLL
+        for (int v = 0; v < W; ++v) sum.v[v] *= coefficients[0];
+        POLDER_UNROLL
+        for (int k = 1; k < N; ++k) {
+            const Pack<T, W> next = load<W>(vectors[k], i);
+            POLDER_UNROLL
+            for (int v = 0; v < W; ++v) sum.v[v] += coefficients[k] * next.v[v];
+        }
+        return sum;
+    }
+
+    __device__ __forceinline__ bool aligned() const {
+        bool all = true;
+        POLDER_UNROLL
+        for (int k = 0; k < N; ++k) all = all && aligned16(vectors[k]);
+        return all;
+    }
+};
+
+}  // namespace

@@ -1,0 +1,538 @@
+//! What the sharpness-aware methods need beyond [`super::vector`]: products of combined vectors, points displaced along them,
+//! and the formulas that turn norms and products into coefficients, all of it on the device. Traffic is stated in bytes per
+//! element for `f32`.
+//!
+//! Sources: ASAM is Kwon et al. 2021, "ASAM: Adaptive Sharpness-Aware Minimization"; GSAM is Zhuang et al. 2022, "Surrogate Gap
+//! Minimization Improves Sharpness-Aware Training"; LookSAM is Liu et al. 2022, "Towards Efficient and Scalable Sharpness-Aware
+//! Minimization"; GAM is Zhang et al. 2023, "Gradient Norm Aware Minimization"; AdGD is Malitsky and Mishchenko 2020, "Adaptive
+//! Gradient Descent without Descent".
+
+use super::vector::{Combination, CombinationArgs, Reduction, one_block, pack};
+use super::{check_device, check_length, pick};
+use crate::device::{Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
+
+/// Numbers that [`combined_products`] leaves: A·A, A·B, B·B, ‖A‖, ‖B‖.
+pub const PRODUCTS: usize = 5;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct CombinedProductsArgs {
+    vectors: [u64; 4],
+    a: u64,
+    b: u64,
+    partials: u64,
+    n: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct FinishProductsArgs {
+    partials: u64,
+    out: u64,
+    count: u64,
+}
+
+/// With `A = Σ a_k x_k` and `B = Σ b_k x_k`, `out` receives A·A, A·B, B·B, ‖A‖ and ‖B‖, formed and summed in double. `a` and
+/// `b` hold four coefficients each, on the device. Traffic: 4 B per element and vector.
+///
+/// # Errors
+/// [`Error::Argument`] unless there are one to four vectors; [`Error::Length`] unless they are equally long, `a` and `b` hold 4
+/// numbers and `out` 5; [`Error::OtherDevice`] unless all live on the reduction's device.
+pub fn combined_products<T: Scalar>(
+    vectors: &[Slice<'_, T>],
+    a: Slice<'_, f64>,
+    b: Slice<'_, f64>,
+    reduction: &mut Reduction,
+    mut out: SliceMut<'_, f64>,
+) -> Result<()> {
+    let operation = "sharpness::combined_products";
+    let (device, partials) = reduction.parts();
+    let kernel = match vectors.len() {
+        1 => pick::<T>(id::COMBINED_PRODUCTS1_F32, id::COMBINED_PRODUCTS1_F64),
+        2 => pick::<T>(id::COMBINED_PRODUCTS2_F32, id::COMBINED_PRODUCTS2_F64),
+        3 => pick::<T>(id::COMBINED_PRODUCTS3_F32, id::COMBINED_PRODUCTS3_F64),
+        4 => pick::<T>(id::COMBINED_PRODUCTS4_F32, id::COMBINED_PRODUCTS4_F64),
+        count => return Err(Error::Argument { operation, message: format!("{count} vectors, expected 1 to 4") }),
+    };
+    let n = vectors[0].len();
+    let mut addresses = [0; 4];
+    for (address, vector) in addresses.iter_mut().zip(vectors) {
+        check_length(operation, "vectors", vector.len(), n)?;
+        check_device(operation, "vectors", &device, vector.device())?;
+        *address = vector.address();
+    }
+    numbers(operation, &device, &[("a", a, 4), ("b", b, 4), ("out", out.view(), PRODUCTS)])?;
+    let args = CombinedProductsArgs { vectors: addresses, a: a.address(), b: b.address(), partials, n: n as u64 };
+    let shape = device.elementwise(n, pack::<T>());
+    let finish = FinishProductsArgs { partials, out: out.address(), count: u64::from(shape.grid[0]) };
+    // SAFETY: the twins of the kernels' structs; as many vectors as the kernel reads hold n elements each, the partial sums have
+    // room for three of every block, and `out` holds five numbers.
+    unsafe {
+        device.launch(kernel, shape, &args)?;
+        device.launch(id::FINISH_PRODUCTS, one_block(&device), &finish)
+    }
+}
+
+/// Checks some arguments that are a few numbers on the device.
+fn numbers(
+    operation: &'static str,
+    device: &Device,
+    arguments: &[(&'static str, Slice<'_, f64>, usize)],
+) -> Result<()> {
+    for (argument, slice, expected) in arguments {
+        check_length(operation, argument, slice.len(), *expected)?;
+        check_device(operation, argument, device, slice.device())?;
+    }
+    Ok(())
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct CombineArgs {
+    combination: CombinationArgs,
+    out: u64,
+    skip: u64,
+    n: u64,
+    weight: f64,
+    add: u32,
+}
+
+/// `out = weight · Σ c_k x_k`, or, with `add`, added to what `out` holds. Nothing is written where `skip` (one number) is there
+/// and not zero. Traffic: 4 B per element and vector, 4 B to write and 4 B more to add.
+///
+/// # Errors
+/// [`Error::Length`] unless all vectors are as long as `out`, [`Error::OtherDevice`] unless all live on one device,
+/// [`Error::Argument`] for a combination of no vector.
+pub fn combine<T: Scalar>(
+    combination: Combination<'_, T>,
+    weight: f64,
+    add: bool,
+    mut out: SliceMut<'_, T>,
+    skip: Option<Slice<'_, u32>>,
+) -> Result<()> {
+    let operation = "sharpness::combine";
+    let device = out.device().clone();
+    let n = out.len();
+    let (combination, count) = combination.args(operation, n, &device)?;
+    if let Some(skip) = &skip {
+        check_length(operation, "skip", skip.len(), 1)?;
+        check_device(operation, "skip", &device, skip.device())?;
+    }
+    let kernel = match count {
+        1 => pick::<T>(id::COMBINE1_F32, id::COMBINE1_F64),
+        2 => pick::<T>(id::COMBINE2_F32, id::COMBINE2_F64),
+        3 => pick::<T>(id::COMBINE3_F32, id::COMBINE3_F64),
+        _ => pick::<T>(id::COMBINE4_F32, id::COMBINE4_F64),
+    };
+    let skip = skip.map_or(0, |skip| skip.address());
+    let args = CombineArgs { combination, out: out.address(), skip, n: n as u64, weight, add: add.into() };
+    // SAFETY: the twin of the kernel's struct; every vector holds n elements, and `count` of them are set.
+    unsafe { device.launch(kernel, device.elementwise(n, pack::<T>()), &args) }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct PerturbAlongArgs {
+    direction: CombinationArgs,
+    w: u64,
+    norm: u64,
+    out: u64,
+    n: u64,
+    rho: f64,
+}
+
+/// `out = w + ρ d/(norm + 1e-12)` with `d = Σ c_k x_k` of two vectors: a point displaced along a difference of gradients that is
+/// never stored. Traffic: 16 B per element.
+///
+/// # Errors
+/// [`Error::Length`] unless all vectors are as long as `out` and `norm` holds one number, [`Error::OtherDevice`] unless all live
+/// on one device, [`Error::Argument`] unless the combination has two vectors.
+pub fn perturb_along<T: Scalar>(
+    w: Slice<'_, T>,
+    direction: Combination<'_, T>,
+    norm: Slice<'_, f64>,
+    rho: f64,
+    mut out: SliceMut<'_, T>,
+) -> Result<()> {
+    let operation = "sharpness::perturb_along";
+    let device = out.device().clone();
+    let n = out.len();
+    let (direction, count) = direction.args(operation, n, &device)?;
+    if count != 2 {
+        return Err(Error::Argument { operation, message: format!("a direction of {count} vectors, expected 2") });
+    }
+    check_length(operation, "w", w.len(), n)?;
+    check_device(operation, "w", &device, w.device())?;
+    numbers(operation, &device, &[("norm", norm, 1)])?;
+    let args =
+        PerturbAlongArgs { direction, w: w.address(), norm: norm.address(), out: out.address(), n: n as u64, rho };
+    let kernel = pick::<T>(id::PERTURB_ALONG2_F32, id::PERTURB_ALONG2_F64);
+    // SAFETY: the twin of the kernel's struct; every vector holds n elements.
+    unsafe { device.launch(kernel, device.elementwise(n, pack::<T>()), &args) }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct AscendArgs {
+    w: u64,
+    g: u64,
+    displacement: u64,
+    out: u64,
+    coefficients: u64,
+    n: u64,
+    first: u32,
+    last: u32,
+}
+
+/// One step of an ascent: `ε = c_0 ε + c_1 g`, `out = w + ε`. The `first` step has no ε yet and does not read `displacement`, the
+/// `last` does not write it. Traffic: 12 B per element, and 4 B each where ε is read and where it is written.
+///
+/// # Errors
+/// [`Error::Length`] unless all vectors are equally long and `coefficients` holds two numbers, [`Error::OtherDevice`] unless all
+/// live on one device.
+pub fn ascend<T: Scalar>(
+    w: Slice<'_, T>,
+    g: Slice<'_, T>,
+    mut displacement: SliceMut<'_, T>,
+    coefficients: Slice<'_, f64>,
+    mut out: SliceMut<'_, T>,
+    (first, last): (bool, bool),
+) -> Result<()> {
+    let operation = "sharpness::ascend";
+    let device = out.device().clone();
+    let n = out.len();
+    for (argument, vector) in [("w", w), ("g", g), ("displacement", displacement.view())] {
+        check_length(operation, argument, vector.len(), n)?;
+        check_device(operation, argument, &device, vector.device())?;
+    }
+    numbers(operation, &device, &[("coefficients", coefficients, 2)])?;
+    let args = AscendArgs {
+        w: w.address(),
+        g: g.address(),
+        displacement: displacement.address(),
+        out: out.address(),
+        coefficients: coefficients.address(),
+        n: n as u64,
+        first: first.into(),
+        last: last.into(),
+    };
+    // SAFETY: the twin of the kernel's struct; every vector holds n elements.
+    unsafe { device.launch(pick::<T>(id::ASCEND_F32, id::ASCEND_F64), device.elementwise(n, pack::<T>()), &args) }
+}
+
+/// ASAM's scaling of the ball: `T = |w| + η` for the first `scaled_len` elements, `T = 1` for the others.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scaling {
+    /// η, by default 0.01.
+    pub eta: f64,
+    /// The weights that are scaled; biases and normalisation lie behind them.
+    pub scaled_len: usize,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct AdaptiveArgs {
+    w: u64,
+    g: u64,
+    norm: u64,
+    out: u64,
+    partials: u64,
+    n: u64,
+    scaled_len: u64,
+    rho: f64,
+    eta: f64,
+}
+
+impl AdaptiveArgs {
+    fn new<T: Scalar>(
+        operation: &'static str,
+        device: &Device,
+        w: Slice<'_, T>,
+        g: Slice<'_, T>,
+        scaling: Scaling,
+    ) -> Result<Self> {
+        let n = w.len();
+        check_length(operation, "g", g.len(), n)?;
+        check_device(operation, "w", device, w.device())?;
+        check_device(operation, "g", device, g.device())?;
+        let scaled_len = scaling.scaled_len.min(n) as u64;
+        let (w, g, n, eta) = (w.address(), g.address(), n as u64, scaling.eta);
+        Ok(Self { w, g, norm: 0, out: 0, partials: 0, n, scaled_len, rho: 0.0, eta })
+    }
+}
+
+/// `norm[0] = ‖T g‖`. Traffic: 8 B per element.
+///
+/// # Errors
+/// [`Error::Length`] unless `g` is as long as `w` and `norm` holds one number, [`Error::OtherDevice`] unless all live on the
+/// reduction's device.
+pub fn adaptive_norm<T: Scalar>(
+    w: Slice<'_, T>,
+    g: Slice<'_, T>,
+    scaling: Scaling,
+    reduction: &mut Reduction,
+    norm: SliceMut<'_, f64>,
+) -> Result<()> {
+    let operation = "sharpness::adaptive_norm";
+    let (device, partials) = reduction.parts();
+    let args = AdaptiveArgs { partials, ..AdaptiveArgs::new(operation, &device, w, g, scaling)? };
+    let shape = device.elementwise(w.len(), pack::<T>());
+    // SAFETY: the twin of the kernel's struct; both vectors hold n elements, and there is room for every block's sum.
+    unsafe { device.launch(pick::<T>(id::ADAPTIVE_SQUARES_F32, id::ADAPTIVE_SQUARES_F64), shape, &args)? };
+    reduction.finish_norm(operation, shape, norm)
+}
+
+/// `out = w + ρ T² g/(norm + 1e-12)` with the norm of [`adaptive_norm`]. Traffic: 12 B per element. [ASAM, eq. 5]
+///
+/// # Errors
+/// [`Error::Length`] unless all vectors are as long as `out` and `norm` holds one number, [`Error::OtherDevice`] unless all live
+/// on one device.
+pub fn perturb_adaptive<T: Scalar>(
+    w: Slice<'_, T>,
+    g: Slice<'_, T>,
+    scaling: Scaling,
+    norm: Slice<'_, f64>,
+    rho: f64,
+    mut out: SliceMut<'_, T>,
+) -> Result<()> {
+    let operation = "sharpness::perturb_adaptive";
+    let device = out.device().clone();
+    check_length(operation, "out", out.len(), w.len())?;
+    numbers(operation, &device, &[("norm", norm, 1)])?;
+    let args = AdaptiveArgs::new(operation, &device, w, g, scaling)?;
+    let args = AdaptiveArgs { norm: norm.address(), out: out.address(), rho, ..args };
+    let kernel = pick::<T>(id::PERTURB_ADAPTIVE_F32, id::PERTURB_ADAPTIVE_F64);
+    // SAFETY: the twin of the kernel's struct; every vector holds n elements.
+    unsafe { device.launch(kernel, device.elementwise(w.len(), pack::<T>()), &args) }
+}
+
+// ---- Formulas of a few numbers, each a kernel of one thread ------------------------------------------------------------------
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct QuotientArgs {
+    numerator: u64,
+    denominator: u64,
+    coefficients: u64,
+    factor: f64,
+}
+
+/// `coefficients = 1, factor · numerator/(denominator + 1e-12)`; a numerator that is not there is 1.
+///
+/// # Errors
+/// [`Error::Length`] unless `coefficients` holds two numbers and the others one, [`Error::OtherDevice`] unless all live on one
+/// device.
+pub fn quotient(
+    factor: f64,
+    numerator: Option<Slice<'_, f64>>,
+    denominator: Slice<'_, f64>,
+    mut coefficients: SliceMut<'_, f64>,
+) -> Result<()> {
+    let operation = "sharpness::quotient";
+    let device = coefficients.device().clone();
+    let over = numerator.unwrap_or(denominator);
+    let coefficients_read = coefficients.view();
+    let arguments = [("denominator", denominator, 1), ("numerator", over, 1), ("coefficients", coefficients_read, 2)];
+    numbers(operation, &device, &arguments)?;
+    let numerator = numerator.map_or(0, |number| number.address());
+    let (denominator, coefficients) = (denominator.address(), coefficients.address());
+    let args = QuotientArgs { numerator, denominator, coefficients, factor };
+    // SAFETY: the twin of the kernel's struct; the lengths are checked.
+    unsafe { device.launch(id::QUOTIENT, Launch::new(1, 1), &args) }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RejectionArgs {
+    products: u64,
+    coefficients: u64,
+    of_a: f64,
+    weight: f64,
+}
+
+/// `of_a · A + weight · (B − A (A·B)/(A·A))` as coefficients of A and B, from their [`combined_products`]: the second term is the
+/// part of B that is orthogonal to A. GSAM's direction is that of `A = g+`, `B = g0` with `of_a = 1`, `weight = −α`; LookSAM's
+/// orthogonal part that of `A = g0`, `B = g+` with 0 and 1.
+///
+/// # Errors
+/// [`Error::Length`] unless `products` holds 5 numbers and `coefficients` two, [`Error::OtherDevice`] unless they live on one
+/// device.
+pub fn rejection(products: Slice<'_, f64>, of_a: f64, weight: f64, mut coefficients: SliceMut<'_, f64>) -> Result<()> {
+    let operation = "sharpness::rejection";
+    let device = coefficients.device().clone();
+    let arguments = [("products", products, PRODUCTS), ("coefficients", coefficients.view(), 2)];
+    numbers(operation, &device, &arguments)?;
+    let args = RejectionArgs { products: products.address(), coefficients: coefficients.address(), of_a, weight };
+    // SAFETY: the twin of the kernel's struct; the lengths are checked.
+    unsafe { device.launch(id::REJECTION, Launch::new(1, 1), &args) }
+}
+
+/// GAM's hyper-parameters; `β2 = 1 − β0` and `β3 = 1 − β1`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct GamTerms {
+    /// β0.
+    pub beta0: f64,
+    /// β1.
+    pub beta1: f64,
+    /// γ.
+    pub gamma: f64,
+}
+
+impl GamTerms {
+    /// The coefficients of `m = g0 + |β2| g2` and of `G = β1 g1 + β3 g3` over g0 … g3.
+    pub fn combinations(&self) -> ([f64; 4], [f64; 4]) {
+        ([1.0, 0.0, (1.0 - self.beta0).abs(), 0.0], [0.0, self.beta1, 0.0, 1.0 - self.beta1])
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct GamArgs {
+    products: u64,
+    coefficients: u64,
+    beta1: f64,
+    beta2: f64,
+    beta3: f64,
+    gamma: f64,
+}
+
+/// `G − γ (m − G (m·G)/(G·G))` as coefficients of g0 … g3, from the [`combined_products`] of the two combinations that
+/// [`GamTerms::combinations`] names. [the authors' code]
+///
+/// # Errors
+/// [`Error::Length`] unless `products` holds 5 numbers and `coefficients` four, [`Error::OtherDevice`] unless they live on one
+/// device.
+pub fn gam_coefficients(products: Slice<'_, f64>, terms: GamTerms, mut coefficients: SliceMut<'_, f64>) -> Result<()> {
+    let operation = "sharpness::gam_coefficients";
+    let device = coefficients.device().clone();
+    let arguments = [("products", products, PRODUCTS), ("coefficients", coefficients.view(), 4)];
+    numbers(operation, &device, &arguments)?;
+    let args = GamArgs {
+        products: products.address(),
+        coefficients: coefficients.address(),
+        beta1: terms.beta1,
+        beta2: 1.0 - terms.beta0,
+        beta3: 1.0 - terms.beta1,
+        gamma: terms.gamma,
+    };
+    // SAFETY: the twin of the kernel's struct; the lengths are checked.
+    unsafe { device.launch(id::GAM_COEFFICIENTS, Launch::new(1, 1), &args) }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct AscentArgs {
+    products: u64,
+    norm: u64,
+    coefficients: u64,
+    rho: f64,
+    step: f64,
+}
+
+/// The coefficients of [`ascend`]: a step of length `step` along the gradient, and back onto the ball of radius `rho` where it
+/// has left it. From the gradient's `norm` alone for the first step, from the [`combined_products`] of displacement and gradient
+/// for a later one.
+///
+/// # Errors
+/// [`Error::Length`] unless `norm` holds one number, `products` 5 and `coefficients` two, [`Error::OtherDevice`] unless they live
+/// on one device.
+pub fn ascent_coefficients(
+    norm: Slice<'_, f64>,
+    products: Option<Slice<'_, f64>>,
+    rho: f64,
+    step: f64,
+    mut coefficients: SliceMut<'_, f64>,
+) -> Result<()> {
+    let operation = "sharpness::ascent_coefficients";
+    let device = coefficients.device().clone();
+    numbers(operation, &device, &[("norm", norm, 1), ("coefficients", coefficients.view(), 2)])?;
+    if let Some(products) = products {
+        numbers(operation, &device, &[("products", products, PRODUCTS)])?;
+    }
+    let products = products.map_or(0, |products| products.address());
+    let args = AscentArgs { products, norm: norm.address(), coefficients: coefficients.address(), rho, step };
+    // SAFETY: the twin of the kernel's struct; the lengths are checked.
+    unsafe { device.launch(id::ASCENT_COEFFICIENTS, Launch::new(1, 1), &args) }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ClipArgs {
+    norm: u64,
+    coefficients: u64,
+    largest: f64,
+}
+
+/// Scales the four `coefficients` of a combination by `min(1, largest/(norm + 1e-6))`, as PyTorch's `clip_grad_norm_` does.
+///
+/// # Errors
+/// [`Error::Length`] unless `norm` holds one number and `coefficients` four, [`Error::OtherDevice`] unless they live on one
+/// device.
+pub fn clip_coefficients(norm: Slice<'_, f64>, largest: f64, mut coefficients: SliceMut<'_, f64>) -> Result<()> {
+    let operation = "sharpness::clip_coefficients";
+    let device = coefficients.device().clone();
+    numbers(operation, &device, &[("norm", norm, 1), ("coefficients", coefficients.view(), 4)])?;
+    let args = ClipArgs { norm: norm.address(), coefficients: coefficients.address(), largest };
+    // SAFETY: the twin of the kernel's struct; the lengths are checked.
+    unsafe { device.launch(id::CLIP_COEFFICIENTS, Launch::new(1, 1), &args) }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct AdgdRatesArgs {
+    products: u64,
+    norm: u64,
+    state: u64,
+    rates: u64,
+    delta: f64,
+}
+
+/// SA-SAM's step size and radius. With the [`combined_products`] of `A = w − w_prev` and `B = g(w) − g(w_prev)`,
+/// `η = min(‖A‖/(2 ‖B‖), sqrt(1 + δ θ_prev) η_prev)`, `θ = η/η_prev` and `ρ = sqrt(η)`; where `A` or `B` vanishes the second decides.
+/// `state` holds η, θ and whether any step was taken (0 or 1; before the first, η and θ are the initial ones and kept). `rates`
+/// receives η, ρ, θ and ‖g‖/ρ, which [`super::vector::perturb`] takes for a norm with a radius of one. [SA-SAM, algorithm 1; AdGD]
+///
+/// # Errors
+/// [`Error::Length`] unless `products` holds 5 numbers, `norm` 1, `state` 3 and `rates` 4, [`Error::OtherDevice`] unless they
+/// live on one device.
+pub fn adgd_rates(
+    products: Slice<'_, f64>,
+    norm: Slice<'_, f64>,
+    state: Slice<'_, f64>,
+    delta: f64,
+    mut rates: SliceMut<'_, f64>,
+) -> Result<()> {
+    let operation = "sharpness::adgd_rates";
+    let device = rates.device().clone();
+    let rates_read = rates.view();
+    let arguments =
+        [("products", products, PRODUCTS), ("norm", norm, 1), ("state", state, 3), ("rates", rates_read, 4)];
+    numbers(operation, &device, &arguments)?;
+    let (products, norm, state, rates) = (products.address(), norm.address(), state.address(), rates.address());
+    let args = AdgdRatesArgs { products, norm, state, rates, delta };
+    // SAFETY: the twin of the kernel's struct; the lengths are checked.
+    unsafe { device.launch(id::ADGD_RATES, Launch::new(1, 1), &args) }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct AdgdCommitArgs {
+    rates: u64,
+    skip: u64,
+    state: u64,
+}
+
+/// Remembers η and θ in the state of [`adgd_rates`], unless `skip[0]` is not zero.
+///
+/// # Errors
+/// [`Error::Length`] unless `rates` holds 4 numbers, `state` 3 and `skip` 1, [`Error::OtherDevice`] unless they live on one device.
+pub fn adgd_commit(rates: Slice<'_, f64>, skip: Slice<'_, u32>, mut state: SliceMut<'_, f64>) -> Result<()> {
+    let operation = "sharpness::adgd_commit";
+    let device = state.device().clone();
+    numbers(operation, &device, &[("rates", rates, 4), ("state", state.view(), 3)])?;
+    check_length(operation, "skip", skip.len(), 1)?;
+    check_device(operation, "skip", &device, skip.device())?;
+    let args = AdgdCommitArgs { rates: rates.address(), skip: skip.address(), state: state.address() };
+    // SAFETY: the twin of the kernel's struct; the lengths are checked.
+    unsafe { device.launch(id::ADGD_COMMIT, Launch::new(1, 1), &args) }
+}

@@ -1,0 +1,230 @@
+//! What is read from `tests/fixtures` (its README.md says where that comes from), and training runs checked against it.
+
+use std::path::{Path, PathBuf};
+
+use polder::arena::Layout;
+use polder::device::{Buffer, Device, HostOptions, Scalar};
+use polder::kernels::image::{self, BatchShape, Normalization};
+use polder::nn::{Model, Shortcut};
+use polder::optim::{
+    Base, CrSamTerms, Form, GamTerms, Gnr, Method, Optimizer, Perturbation, Product, Sam, Scaling, Settings, StepSize,
+};
+use polder::plan::{Plan, PlanOptions, Shape};
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+use super::to_f64;
+
+fn fixture(name: &str) -> PathBuf {
+    let folder = std::env::var("POLDER_FIXTURES")
+        .unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures").to_string());
+    Path::new(&folder).join(name)
+}
+
+pub fn read_json(name: &str) -> Value {
+    serde_json::from_str(&std::fs::read_to_string(fixture(name)).unwrap()).unwrap()
+}
+
+fn floats(bytes: &[u8]) -> Vec<f64> {
+    bytes.chunks_exact(4).map(|b| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]]))).collect()
+}
+
+/// The tensors of a fixture in an arena of this layout.
+pub fn arena(layout: &Layout, file: &str) -> Vec<f64> {
+    let bytes = std::fs::read(fixture(file)).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let mut arena = vec![0.0; layout.len()];
+    for tensor in layout.tensors() {
+        let view = tensors.tensor(&tensor.name).unwrap();
+        assert_eq!(view.shape(), tensor.kind.file_shape(), "{}", tensor.name);
+        arena[tensor.range()].copy_from_slice(&tensor.kind.from_file(&floats(view.data())));
+    }
+    arena
+}
+
+pub fn number(value: &Value) -> f64 {
+    value.as_f64().unwrap_or_else(|| panic!("no number: {value}"))
+}
+
+fn array4(value: &Value) -> [f32; 4] {
+    let values: Vec<f32> = value.as_array().unwrap().iter().map(|v| number(v) as f32).collect();
+    [values[0], values[1], values[2], 1.0]
+}
+
+/// The pool of images that the fixtures' batches are rows of, on a device.
+pub struct Pool {
+    pixels: Buffer<u8>,
+    labels: Buffer<u32>,
+}
+
+impl Pool {
+    pub fn new(device: &Device) -> Self {
+        Self::cropped(device, 32, 32)
+    }
+
+    /// The upper left part of every image.
+    pub fn cropped(device: &Device, height: usize, width: usize) -> Self {
+        let bytes = std::fs::read(fixture("batches.safetensors")).unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let labels: Vec<u32> =
+            tensors.tensor("labels").unwrap().data().chunks_exact(8).map(|bytes| u32::from(bytes[0])).collect();
+        let rows = tensors.tensor("images").unwrap();
+        let rows = rows.data().chunks_exact(32 * 3).enumerate().filter(|(row, _)| row % 32 < height);
+        let pixels: Vec<u8> = rows.flat_map(|(_, row)| &row[..width * 3]).copied().collect();
+        Self { pixels: device.upload(&pixels).unwrap(), labels: device.upload(&labels).unwrap() }
+    }
+
+    /// Some of its images, normalised as the fixture says, as the plan's batch.
+    pub fn fill<T: Scalar>(&self, plan: &mut Plan<T>, rows: &Value, fixture: &Value) {
+        let rows: Vec<u32> = rows.as_array().unwrap().iter().map(|row| row.as_u64().unwrap() as u32).collect();
+        let order = plan.device().upload(&rows).unwrap();
+        let normalization = Normalization { mean: array4(&fixture["mean"]), std: array4(&fixture["std"]) };
+        let Shape { batch, height, width, channels } = plan.input_shape();
+        let shape = BatchShape { batch, height, width, channels };
+        let (out, truth) = plan.batch_mut().unwrap();
+        image::batch(&shape, self.pixels.view(), self.labels.view(), order.view(), &normalization, None, out, truth)
+            .unwrap();
+    }
+}
+
+/// A training plan of the fixture's model.
+pub fn plan<T: Scalar>(device: &Device, fixture: &Value, batch: usize) -> Plan<T> {
+    let shortcut = fixture["shortcut"].as_str().unwrap().parse::<Shortcut>().unwrap();
+    let model = fixture["model"].as_str().unwrap();
+    let model = Model::from_name(model, Some(shortcut)).unwrap();
+    let shape = Shape { batch, height: 32, width: 32, channels: 3 };
+    let (graph, logits) = model.trace(shape, 10).unwrap();
+    let label_smoothing = fixture["label_smoothing"].as_f64().unwrap_or(0.0);
+    Plan::new(device, graph, logits, PlanOptions { label_smoothing, ..PlanOptions::training() }).unwrap()
+}
+
+pub fn upload<T: Scalar>(device: &Device, values: &[f64]) -> Buffer<T> {
+    let values: Vec<T> = values.iter().map(|&value| T::from_f64(value)).collect();
+    device.upload(&values).unwrap()
+}
+
+/// ‖a − b‖/‖b‖.
+pub fn relative_error(found: &[f64], reference: &[f64]) -> f64 {
+    let difference: f64 = found.iter().zip(reference).map(|(a, b)| (a - b).powi(2)).sum();
+    (difference / reference.iter().map(|b| b * b).sum::<f64>()).sqrt()
+}
+
+/// The CPU with two threads, and the device that `POLDER_TEST_DEVICE` names.
+pub fn fast_devices() -> Vec<Device> {
+    let mut devices = vec![Device::host_with(HostOptions { threads: 2, ..HostOptions::default() })];
+    if let Ok(name) = std::env::var("POLDER_TEST_DEVICE") {
+        devices.push(Device::from_name(&name).unwrap());
+    }
+    devices
+}
+
+/// The optimizer's settings of a run.
+fn settings(run: &Value, layout: &Layout) -> Settings {
+    let base = match run["base"].as_str().unwrap() {
+        "sgd" => Base::Sgd { momentum: number(&run["momentum"]), nesterov: run["nesterov"].as_bool().unwrap() },
+        "adamw" => {
+            let [beta1, beta2, eps] = ["beta1", "beta2", "eps"].map(|key| number(&run[key]));
+            Base::AdamW { beta1, beta2, eps }
+        }
+        other => panic!("no base optimizer: {other}"),
+    };
+    let decay_len = if run["decay_norm"] == false { layout.weights_len() } else { layout.len() };
+    let (method, weight_decay) = (method(run, layout), number(&run["weight_decay"]));
+    Settings { method, base, weight_decay, decay_len, clip: run["clip"].as_f64() }
+}
+
+fn method(run: &Value, layout: &Layout) -> Method {
+    let of = |key: &str| number(&run[key]);
+    let every = || run["every"].as_u64().unwrap();
+    let step_size = || StepSize { eta0: of("eta0"), delta: of("delta"), theta0: of("theta0") };
+    match run["optimizer"].as_str().unwrap() {
+        "sgd" | "adamw" => Method::Plain,
+        "sam" => Method::Sam(Sam {
+            rho: of("rho"),
+            perturbation: if run["p_norm"] == "inf" { Perturbation::Linf } else { Perturbation::L2 },
+            ascent_steps: run["ascent_steps"].as_u64().unwrap_or(1) as usize,
+            second_order: run["second_order"].as_bool().unwrap_or(false),
+        }),
+        "asam" => {
+            let scaling = Scaling { eta: of("eta"), scaled_len: layout.weights_len() };
+            Method::with_perturbation(of("rho"), Perturbation::Adaptive(scaling))
+        }
+        "cr-sam" => {
+            let form = if run["form"] == "log" { Form::Log } else { Form::Released };
+            let terms =
+                CrSamTerms { form, alpha: of("alpha"), beta: of("beta"), a_min: of("a_min"), b_min: of("b_min") };
+            Method::CrSam { rho: of("rho"), terms }
+        }
+        "gnr" => Method::Gnr(Gnr {
+            rho: of("rho"),
+            alpha: of("alpha"),
+            product: Product::Exact,
+            every: every(),
+            oracle_rho: run["oracle_rho"].as_f64(),
+        }),
+        "gam" => {
+            let terms = GamTerms { beta0: of("beta0"), beta1: of("beta1"), gamma: of("gamma") };
+            Method::Gam { rho: of("rho"), rho_norm: of("rho_norm"), terms }
+        }
+        "sa-sam" => Method::SaSam(step_size()),
+        "sa-sgd" => Method::SaSgd(step_size()),
+        "gsam" => Method::Gsam { rho: of("rho"), alpha: of("alpha") },
+        "looksam" => Method::LookSam { rho: of("rho"), alpha: of("alpha"), every: every() },
+        other => panic!("no method: {other}"),
+    }
+}
+
+/// Runs on every fast device in single precision, and on the CPU in double, where the formulas must agree to the precision in
+/// which the reference is stored.
+pub fn check_runs(names: &[&str]) {
+    let devices = fast_devices();
+    for name in names {
+        for device in &devices {
+            check_run::<f32>(device, name, 1e-3);
+        }
+        check_run::<f64>(&devices[0], name, 1e-6);
+    }
+}
+
+/// Five steps, each on a batch of its own, from the same start as the reference.
+fn check_run<T: Scalar>(device: &Device, name: &str, tolerance: f64) {
+    let run = read_json(&format!("run-{name}.json"));
+    let (rows, steps) = (run["rows"].as_array().unwrap(), run["steps"].as_array().unwrap());
+    assert_eq!((rows.len(), steps.len()), (5, 5));
+    let mut plan = plan::<T>(device, &run, rows[0].as_array().unwrap().len());
+    let pool = Pool::new(device);
+    let start = arena(plan.parameters(), "resnet8-init.safetensors");
+    let mut weights = upload::<T>(device, &start);
+    let layout = plan.parameters().clone();
+    let mut optimizer = Optimizer::new(device, start.len(), settings(&run, &layout)).unwrap();
+    for (rows, step) in rows.iter().zip(steps) {
+        pool.fill(&mut plan, rows, &run);
+        // A rate that is not given must not be used.
+        optimizer.step(&mut plan, &mut weights, run["lr"].as_f64().unwrap_or(f64::NAN)).unwrap();
+        let telemetry = optimizer.telemetry().unwrap();
+        let close = |found: f64, key: &str, scale: f64| {
+            let expected = number(&step[key]);
+            assert!((found - expected).abs() <= tolerance * scale, "{name}: {key} {found} instead of {expected}");
+        };
+        close(telemetry.loss, "loss", telemetry.loss);
+        close(telemetry.gradient_norm, "grad_norm", telemetry.gradient_norm);
+        for (key, found) in [("a", telemetry.a), ("b", telemetry.b)] {
+            assert_eq!(found.is_some(), step.get(key).is_some(), "{name}: {key}");
+            // A difference of losses: judged on the losses' scale.
+            found.iter().for_each(|&found| close(found, key, telemetry.loss));
+        }
+        for (key, found) in [("eta", telemetry.eta), ("rho", telemetry.rho)] {
+            assert_eq!(found.is_some(), step.get(key).is_some(), "{name}: {key}");
+            found.iter().for_each(|&found| close(found, key, found));
+        }
+    }
+    let moved: Vec<f64> = to_f64(&weights.to_vec().unwrap()).iter().zip(&start).map(|(w, s)| w - s).collect();
+    let error = relative_error(&moved, &arena(&layout, &format!("run-{name}.safetensors")));
+    println!("{name} in {}: relative error of the five steps {error:.1e}", T::NAME);
+    assert!(error < tolerance, "{name}: relative error of five steps {error:.2e}");
+    let statistics = arena(plan.statistics_layout(), &format!("run-{name}.safetensors"));
+    let found: Vec<f64> = to_f64(&plan.statistics().to_vec().unwrap());
+    let error = relative_error(&found, &statistics);
+    assert!(error < tolerance, "{name}: running statistics' relative error {error:.2e}");
+    assert_eq!(optimizer.telemetry().unwrap().skipped, 0);
+}

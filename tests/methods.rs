@@ -1,0 +1,26 @@
+//! Five steps of the sharpness-aware methods beyond SAM and CR-SAM against float64 PyTorch; `tests/training.rs` has those and the
+//! base optimizers, `tests/fixtures/README.md` says where the references come from.
+
+mod common;
+
+use common::fixtures::check_runs;
+
+#[test]
+fn sam_with_other_perturbations_matches_pytorch() {
+    check_runs(&["asam", "sam-3-steps", "sam-second-order", "sam-clip"]);
+}
+
+#[test]
+fn gradient_norm_regularisation_matches_pytorch() {
+    check_runs(&["gnr", "gnr-sam-every-2", "gam"]);
+}
+
+#[test]
+fn methods_with_a_memory_match_pytorch() {
+    check_runs(&["sa-sam", "sa-sgd", "looksam"]);
+}
+
+#[test]
+fn gsam_matches_pytorch() {
+    check_runs(&["gsam", "gsam-adamw"]);
+}
