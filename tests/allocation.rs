@@ -54,7 +54,8 @@ fn steps_and_products_after_the_first_allocate_nothing() {
     let mut devices = common::devices();
     devices.retain(|(name, _)| !name.contains("backwards") && !name.contains("random"));
     for (name, device) in devices {
-        let (batch, side) = if name.starts_with("gpu shapes") { (2, 8) } else { (16, 32) };
+        // Small, for the sanitizers' sake: after a minute the test harness says that it still waits, and that allocates.
+        let (batch, side) = if name.starts_with("gpu shapes") { (2, 8) } else { (4, 16) };
         for (method, base) in methods.iter().zip(bases.iter().cycle()) {
             let shape = Shape { batch, height: side, width: side, channels: 3 };
             let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut: Shortcut::B }.trace(shape, 10).unwrap();
@@ -77,6 +78,9 @@ fn steps_and_products_after_the_first_allocate_nothing() {
             });
             assert_eq!(steps, 0, "{method:?} on {name}: allocations in three steps");
 
+            if *method != Method::Plain {
+                continue; // the product is the plan's, whatever the method
+            }
             let direction = device.upload(&vec![0.1f32; len]).unwrap();
             let mut product = device.zeros::<f32>(len).unwrap();
             let mut flag = device.zeros(1).unwrap();
