@@ -48,6 +48,12 @@ fn allocations_after_the_first(device: &Device, mut run: impl FnMut(u64)) -> usi
 /// One test, because it counts the allocations of the whole process.
 #[test]
 fn steps_and_products_after_the_first_allocate_nothing() {
+    if std::env::var_os("POLDER_SANITIZE").is_some() {
+        println!(
+            "skipped: under sanitizers this takes over a minute, and the test harness's message about that allocates"
+        );
+        return;
+    }
     let terms = CrSamTerms { form: Form::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
     let methods = [Method::Plain, Method::sam(0.05), Method::CrSam { rho: 0.1, terms }];
     let bases = [Base::Sgd { momentum: 0.9, nesterov: false }, Base::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 }];
