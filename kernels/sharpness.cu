@@ -10,13 +10,6 @@
 
 namespace {
 
-/// Packs of 16 bytes of T.
-template <class T>
-constexpr int kPack = 16 / int(sizeof(T));
-
-/// Keeps a quotient finite where a norm vanishes.
-constexpr double kTiny = 1e-12;
-
 // ---- Products of two combinations of the same vectors ----------------------------------------------------------------------
 
 template <class T>

@@ -9,13 +9,6 @@
 
 namespace {
 
-/// Packs of 16 bytes of T.
-template <class T>
-constexpr int kPack = 16 / int(sizeof(T));
-
-/// Keeps a direction finite where the gradient vanishes.
-constexpr double kTiny = 1e-12;
-
 // ---- Plain element-wise passes -------------------------------------------------------------------------------------
 
 template <class T>

@@ -5,7 +5,7 @@ mod common;
 
 use std::path::Path;
 
-use common::{Random, bits};
+use common::{Random, bits, weights};
 use polder::arena::Kind;
 use polder::device::{Buffer, Device, Error, Result, Scalar, Slice, SliceMut};
 use polder::kernels::batch_norm::Mode;
@@ -13,24 +13,6 @@ use polder::nn::{Model, Shortcut};
 use polder::objective::{Objective, Statistics};
 use polder::plan::{Graph, Plan, PlanOptions, Shape, Value};
 use safetensors::SafeTensors;
-
-/// Random weights of a sane size: He's for matrices, near one for scales.
-fn weights<T: Scalar>(plan: &Plan<T>, random: &mut Random) -> Vec<f64> {
-    let mut weights = vec![0.0; plan.parameters().len()];
-    for tensor in plan.parameters().tensors() {
-        for weight in &mut weights[tensor.range()] {
-            *weight = match tensor.kind {
-                Kind::Convolution { kernel, inputs, .. } => {
-                    random.normal() * (2.0 / (kernel * kernel * inputs) as f64).sqrt()
-                }
-                Kind::Linear { inputs, .. } => random.normal() / (inputs as f64).sqrt(),
-                Kind::Scale(_) => 1.0 + 0.2 * random.normal(),
-                _ => 0.2 * random.normal(),
-            };
-        }
-    }
-    weights
-}
 
 /// Normal numbers in every tensor, zeros in the padding.
 fn direction<T: Scalar>(plan: &Plan<T>, random: &mut Random) -> Vec<f64> {

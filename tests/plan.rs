@@ -2,31 +2,12 @@
 
 mod common;
 
-use common::Random;
-use polder::arena::Kind;
+use common::{Random, weights};
 use polder::device::{Buffer, Device};
 use polder::kernels::batch_norm::Mode;
 use polder::nn::{Model, Shortcut};
 use polder::objective::{Objective, Statistics};
 use polder::plan::{Graph, Plan, PlanError, PlanOptions, Shape, Value};
-
-/// Random weights of a sane size: He's for matrices, near one for scales.
-fn weights(plan: &Plan<f64>, random: &mut Random) -> Vec<f64> {
-    let mut weights = vec![0.0; plan.parameters().len()];
-    for tensor in plan.parameters().tensors() {
-        for weight in &mut weights[tensor.range()] {
-            *weight = match tensor.kind {
-                Kind::Convolution { kernel, inputs, .. } => {
-                    random.normal() * (2.0 / (kernel * kernel * inputs) as f64).sqrt()
-                }
-                Kind::Linear { inputs, .. } => random.normal() / (inputs as f64).sqrt(),
-                Kind::Scale(_) => 1.0 + 0.2 * random.normal(),
-                _ => 0.2 * random.normal(),
-            };
-        }
-    }
-    weights
-}
 
 fn set_batch(plan: &mut Plan<f64>, random: &mut Random) {
     let classes = plan.classes();

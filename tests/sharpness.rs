@@ -5,7 +5,7 @@ mod common;
 
 use std::ops::Range;
 
-use common::{Random, bits, devices, host_devices, to_f64};
+use common::{Random, bits, devices, host_devices, on_devices, to_f64};
 use polder::device::{Buffer, Device, Element, Error, Result, Scalar, Slice, SliceMut};
 use polder::kernels::random;
 use polder::kernels::sharpness::{self, GamTerms, PRODUCTS, Scaling};
@@ -26,23 +26,6 @@ const COMBINATIONS: [([bool; 4], [f64; 4]); 6] = [
     ([true, true, true, false], [-1.5, 1.7, 0.5, f64::NAN]),
     ([true, true, true, true], [-1.5, 1.75, 0.6, 0.25]),
 ];
-
-/// Runs `kernel` on the devices and asserts that its bits do not depend on the schedule or the number of threads: they are
-/// the same on all of the host's devices if `elementwise`, and otherwise within the CPU's and within the GPU's shapes.
-fn on_devices(devices: &[(String, Device)], elementwise: bool, mut kernel: impl FnMut(&str, &Device) -> Vec<Vec<u64>>) {
-    let mut found: Vec<(bool, Vec<Vec<u64>>)> = Vec::new();
-    for (name, device) in devices {
-        let result = kernel(name, device);
-        if !device.is_host() {
-            continue;
-        }
-        let shapes = elementwise || name.starts_with("cpu");
-        match found.iter().find(|(other, _)| *other == shapes) {
-            Some((_, expected)) => assert!(*expected == result, "{name}: other bits than the schedules before it"),
-            None => found.push((shapes, result)),
-        }
-    }
-}
 
 /// A vector on a device that is part of a longer buffer, with sevens on both sides.
 struct Part<T: Scalar> {

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Random, assert_close, bits, devices, host_devices, to_f64};
+use common::{Random, assert_close, bits, devices, host_devices, on_devices, to_f64};
 use half::{bf16, f16};
 use polder::device::{Buffer, Device, Error, Scalar};
 use polder::kernels::vector::{self, AdamWStep, Combination, Compute, CrSam, CrSamForm, Rate, Reduction, SgdStep};
@@ -11,27 +11,6 @@ const LENGTHS: [usize; 6] = [1, 3, 5, 1023, 4096, 100_003];
 
 /// One rounding to single precision, relative.
 const ROUNDING: f64 = 1.0 / 16_777_216.0;
-
-/// Runs `kernel` on the devices and asserts that its bits do not depend on the schedule or the number of threads: they are
-/// the same on all of the host's devices if `elementwise`, and otherwise within the CPU's and within the GPU's shapes.
-fn on_devices(
-    devices: Vec<(String, Device)>,
-    elementwise: bool,
-    mut kernel: impl FnMut(&str, &Device) -> Vec<Vec<u64>>,
-) {
-    let mut found: Vec<(bool, Vec<Vec<u64>>)> = Vec::new();
-    for (name, device) in devices {
-        let result = kernel(&name, &device);
-        if !device.is_host() {
-            continue;
-        }
-        let shapes = elementwise || name.starts_with("cpu");
-        match found.iter().find(|(other, _)| *other == shapes) {
-            Some((_, expected)) => assert!(*expected == result, "{name}: other bits than the schedules before it"),
-            None => found.push((shapes, result)),
-        }
-    }
-}
 
 fn half_bits<P: Compute>(buffer: &Buffer<P>) -> Vec<u64> {
     buffer
@@ -59,7 +38,7 @@ fn check_fill_and_axpy<T: Scalar>(devices: Vec<(String, Device)>, rounding: f64)
         let (x, y) = (random.vector::<T>(n), random.vector::<T>(n));
         let alpha = T::from_f64(-0.37);
         let expected: Vec<f64> = to_f64(&x).iter().zip(to_f64(&y)).map(|(x, y)| y + alpha.into() * x).collect();
-        on_devices(devices.clone(), true, |name, device| {
+        on_devices(&devices, true, |name, device| {
             let mut filled = device.poisoned::<T>(n).unwrap();
             vector::fill(filled.view_mut(), 0.1).unwrap();
             let filled = filled.to_vec().unwrap();
@@ -229,7 +208,7 @@ fn check_norm_and_dot<T: Scalar>(devices: Vec<(String, Device)>) {
         let (x64, y64) = (to_f64(&x), to_f64(&y));
         let dot: f64 = x64.iter().zip(&y64).map(|(x, y)| x * y).sum();
         let scale: f64 = x64.iter().zip(&y64).map(|(x, y)| (x * y).abs()).sum();
-        on_devices(devices.clone(), false, |name, device| {
+        on_devices(&devices, false, |name, device| {
             let (a, b) = (device.upload(&x).unwrap(), device.upload(&y).unwrap());
             let mut reduction = Reduction::new(device).unwrap();
             let mut out = device.poisoned::<f64>(2).unwrap();
@@ -321,7 +300,7 @@ fn check_perturb<T: Scalar, P: Side>(devices: Vec<(String, Device)>, rounding: f
         let (w64, g64) = (to_f64(&w), to_f64(&g));
         let norm = norm_of(&g64).max(0.25);
         let rho = 0.7;
-        on_devices(devices.clone(), true, |name, device| {
+        on_devices(&devices, true, |name, device| {
             let (weights, gradient) = (device.upload(&w).unwrap(), device.upload(&g).unwrap());
             let on_device = device.upload(&[norm]).unwrap();
             let poisoned = || device.poisoned::<P>(n).unwrap();
@@ -461,7 +440,7 @@ fn parts_of_buffers_that_begin_anywhere() {
     let mut random = Random(12);
     let x: Vec<f32> = random.vector(n);
     let y: Vec<f32> = random.vector(n);
-    on_devices(devices(), false, |name, device| {
+    on_devices(&devices(), false, |name, device| {
         let from = device.upload(&x).unwrap();
         let mut reduction = Reduction::new(device).unwrap();
         let mut all = Vec::new();
@@ -504,7 +483,7 @@ fn check_finite_difference<T: Scalar>(devices: Vec<(String, Device)>) {
         let along: f64 =
             a.iter().zip(b.iter().zip(&c)).map(|(g, (p, m))| g * (p - m)).sum::<f64>() / (norm + 1e-12) / (2.0 * rho);
         let expected = [0.125, 0.375, 8.0, along, dot(&a, &b) / norm / norm_of(&b)];
-        on_devices(devices.clone(), false, |name, device| {
+        on_devices(&devices, false, |name, device| {
             let (losses, norm) = (device.upload(&losses).unwrap(), device.upload(&[norm]).unwrap());
             let upload = |x: &[T]| device.upload(x).unwrap();
             let (g0, g_plus, g_minus) = (upload(&g0), upload(&g_plus), upload(&g_minus));
@@ -697,7 +676,7 @@ fn check_sgd<T: Scalar>(devices: Vec<(String, Device)>, rounding: f64) {
                     w64[i] -= lr * if settings.nesterov { g + settings.momentum * m64[i] } else { m64[i] };
                 }
             }
-            on_devices(devices.clone(), true, |name, device| {
+            on_devices(&devices, true, |name, device| {
                 let mut weights = device.upload(&w).unwrap();
                 let mut momentum = device.zeros::<T>(n).unwrap();
                 let (on_device, skip) = (device.upload(&coefficients).unwrap(), device.zeros::<u32>(1).unwrap());
@@ -767,7 +746,7 @@ fn check_adamw<T: Scalar>(devices: Vec<(String, Device)>, rounding: f64) {
                     w64[i] -= lr / correction1 * m64[i] / (v64[i].sqrt() / correction2.sqrt() + settings.eps);
                 }
             }
-            on_devices(devices.clone(), true, |name, device| {
+            on_devices(&devices, true, |name, device| {
                 let mut weights = device.upload(&w).unwrap();
                 let (mut m, mut v) = (device.zeros::<T>(n).unwrap(), device.zeros::<T>(n).unwrap());
                 let (on_device, skip) = (device.upload(&coefficients).unwrap(), device.zeros::<u32>(1).unwrap());

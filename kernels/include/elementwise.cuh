@@ -5,6 +5,13 @@
 
 namespace {
 
+/// Packs of 16 bytes of T.
+template <class T>
+constexpr int kPack = 16 / int(sizeof(T));
+
+/// Added to a norm that divides, so that a quotient stays finite where it vanishes.
+constexpr double kTiny = 1e-12;
+
 /// Whether all of these addresses allow 16-byte accesses: a part of a buffer may begin anywhere.
 template <class... P>
 __device__ __forceinline__ bool aligned16(const P*... p) {

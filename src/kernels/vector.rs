@@ -314,7 +314,6 @@ struct CurvatureArgs {
 /// # Errors
 /// [`Error::Length`] unless the gradients are equally long, `losses` holds 3, `norm` 1 and `out` 5 numbers,
 /// [`Error::OtherDevice`] unless all live on the reduction's device, [`Error::Argument`] unless `rho` is positive.
-#[allow(clippy::too_many_arguments)] // three losses, three gradients: each is a vector of its own
 pub fn finite_difference<T: Scalar>(
     losses: Slice<'_, f64>,
     g0: Slice<'_, T>,

@@ -39,7 +39,7 @@ use crate::device::{Buffer, Device, Error, Result, Scalar, Slice};
 use crate::kernels::sharpness;
 use crate::kernels::vector::{self, AdamWStep, Combination, Rate, Reduction, SgdStep};
 use crate::objective::{Objective, Statistics};
-use step::{Coefficients, Direction, Numbers, Point, Step, place};
+use step::{Coefficients, Direction, Numbers, Point, Step, Store, place};
 
 /// The rule that turns a gradient into a step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -264,12 +264,14 @@ impl<T: Scalar> Optimizer<T> {
     fn direction(&mut self, objective: &mut impl Objective<T>, weights: &Buffer<T>, group: usize) -> Result<Direction> {
         objective.select(group)?;
         let method = self.settings.method;
+        let State { memory, scalars, counters, attempts, .. } = &mut self.state;
         let mut step = Step {
             objective,
-            weights: weights.view(),
-            arena: &mut self.arena,
+            vectors: Store { arena: &mut self.arena, weights: weights.view(), memory },
             numbers: &mut self.numbers,
-            state: &mut self.state,
+            scalars,
+            counters,
+            attempts: *attempts,
             reduction: &mut self.reduction,
             rho_factor: self.rho_factor,
             observe: self.observe,

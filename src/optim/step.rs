@@ -1,7 +1,6 @@
 //! The family on one screen: a method is the points at which it takes gradients and the combination of them that it steps along,
 //! written with a few verbs over vectors and numbers that lie on the device.
 
-use super::State;
 use super::method::{Gnr, Method, Perturbation, Product, Sam, StepSize};
 use crate::arena::ALIGNMENT;
 use crate::device::{Buffer, Device, Disjoint, Result, Scalar, Slice, SliceMut};
@@ -136,12 +135,12 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
             Perturbation::L2 if ascent_steps > 1 => self.ascend(rho, ascent_steps)?,
             Perturbation::Linf => {
                 let rho = rho * self.rho_factor;
-                let mut x = self.vectors();
+                let mut x = self.vectors.open();
                 vector::perturb_linf(x.read(Weights)?, x.read(Slot(G0))?, rho, x.write(P)?, None)?;
             }
             Perturbation::Adaptive(scaling) => {
                 let rho = rho * self.rho_factor;
-                let mut x = Vectors::new(self.arena, self.weights, &self.state.memory);
+                let mut x = self.vectors.open();
                 let (w, g, norms) = (x.read(Weights)?, x.read(Slot(G0))?, &mut self.numbers.norms);
                 sharpness::adaptive_norm(w, g, scaling, self.reduction, norms.slice_mut(1..2)?)?;
                 sharpness::perturb_adaptive(w, g, scaling, norms.slice(1..2)?, rho, x.write(P)?)?;
@@ -153,12 +152,7 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
             return Ok(along(G1));
         }
         // d = g_adv − v vᵀg_adv takes the place of the perturbed point, H d that of the second.
-        self.products(&[Slot(G0), Slot(G1)], FIRST, SECOND)?;
-        self.rejection(0.0, 1.0, Aim::Inner)?;
-        let mut x = Vectors::new(self.arena, self.weights, &self.state.memory);
-        let vectors = [Some(x.read(Slot(G0))?), Some(x.read(Slot(G1))?), None, None];
-        let rejected = Combination { vectors, coefficients: self.numbers.inner.view() };
-        sharpness::combine(rejected, 1.0, false, x.write(P)?, None)?;
+        self.orthogonal(Slot(P))?;
         self.hessian_vector(Weights, P, Q)?;
         self.over_norm(rho * self.rho_factor, 0)?;
         combined([Slot(G1), Slot(Q)])
@@ -170,7 +164,7 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
         self.gradient(Slot(P), 1, G1)?;
         self.gradient(Slot(Q), 2, G2)?;
         let Numbers { losses, curvature, coefficients, .. } = &mut *self.numbers;
-        let (losses, dropped) = (losses.slice(0..3)?, self.state.counters.slice_mut(2..4)?);
+        let (losses, dropped) = (losses.slice(0..3)?, self.counters.slice_mut(2..4)?);
         vector::curvature_from_losses(losses, rho * self.rho_factor, curvature.view_mut())?;
         vector::cr_sam_coefficients(losses, terms, coefficients.slice_mut(0..3)?, dropped)?;
         combined([Slot(G0), Slot(G1), Slot(G2)])
@@ -178,7 +172,7 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
 
     fn gnr(&mut self, Gnr { rho, product, every, oracle_rho, alpha }: Gnr) -> Result<Direction> {
         self.plain()?;
-        let due = self.state.attempts.is_multiple_of(every);
+        let due = self.attempts.is_multiple_of(every);
         let mut oracle = G0;
         if let Some(rho) = oracle_rho {
             self.perturb(Weights, G0, 0, rho, P, None)?;
@@ -233,23 +227,23 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
 
     fn sa_sam(&mut self, StepSize { delta, .. }: StepSize, perturb: bool) -> Result<Direction> {
         // Before the first step that is taken there is no earlier point but this one.
-        let taken = self.state.counters.slice(0..1)?;
-        vector::commit(taken, self.weights, self.state.memory.view_mut())?;
+        let taken = self.counters.slice(0..1)?;
+        self.vectors.remember(taken)?;
         self.plain()?;
         self.gradient(Memory, 2, G1)?;
         self.products(&[Weights, Memory, Slot(G0), Slot(G1)], DIFFERENCE, SECOND_DIFFERENCE)?;
         let Numbers { products, norms, rates, .. } = &mut *self.numbers;
-        let state = self.state.scalars.view();
+        let state = self.scalars.view();
         sharpness::adgd_rates(products.view(), norms.slice(0..1)?, state, delta, rates.view_mut())?;
         if perturb {
-            let mut x = Vectors::new(self.arena, self.weights, &self.state.memory);
+            let mut x = self.vectors.open();
             let (w, g, out) = (x.read(Weights)?, x.read(Slot(G0))?, x.write(P)?);
             vector::perturb(w, g, self.numbers.rates.slice(3..4)?, 1.0, out, None)?;
             self.gradient(Slot(P), 1, G1)?;
         }
         let (rates, skip) = (self.numbers.rates.view(), self.numbers.flag.view());
-        sharpness::adgd_commit(rates, skip, self.state.scalars.view_mut())?;
-        vector::commit(skip, self.weights, self.state.memory.view_mut())?;
+        sharpness::adgd_commit(rates, skip, self.scalars.view_mut())?;
+        self.vectors.remember(skip)?;
         Ok(along(if perturb { G1 } else { G0 }))
     }
 
@@ -264,23 +258,16 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
 
     fn look_sam(&mut self, rho: f64, alpha: f64, every: u64) -> Result<Direction> {
         self.plain()?;
-        if !self.state.attempts.is_multiple_of(every) {
+        if !self.attempts.is_multiple_of(every) {
             let Numbers { norms, coefficients, .. } = &mut *self.numbers;
-            let (norm, kept) = (norms.slice(0..1)?, self.state.scalars.slice(0..1)?);
+            let (norm, kept) = (norms.slice(0..1)?, self.scalars.slice(0..1)?);
             sharpness::quotient(alpha, Some(norm), kept, coefficients.slice_mut(0..2)?)?;
             return combined([Slot(G0), Memory]);
         }
         self.perturb(Weights, G0, 0, rho, P, None)?;
         self.gradient(Slot(P), 1, G1)?;
-        self.products(&[Slot(G0), Slot(G1)], FIRST, SECOND)?;
-        self.rejection(0.0, 1.0, Aim::Inner)?;
-        let mut x = self.arena.disjoint();
-        let len = self.weights.len();
-        let vectors = [Some(x.read(place(G0, len))?), Some(x.read(place(G1, len))?), None, None];
-        let rejected = Combination { vectors, coefficients: self.numbers.inner.view() };
-        let State { memory, scalars, .. } = &mut *self.state;
-        sharpness::combine(rejected, 1.0, false, memory.view_mut(), Some(self.numbers.flag.view()))?;
-        vector::l2_norm(memory.view(), self.reduction, scalars.slice_mut(0..1)?)?;
+        self.orthogonal(Memory)?;
+        vector::l2_norm(self.vectors.open().read(Memory)?, self.reduction, self.scalars.slice_mut(0..1)?)?;
         Ok(along(G1))
     }
 
@@ -349,22 +336,37 @@ pub(super) fn place(slot: usize, len: usize) -> std::ops::Range<usize> {
     start..start + len
 }
 
+/// All vectors of a step.
+pub(super) struct Store<'a, T: Scalar> {
+    pub arena: &'a mut Buffer<T>,
+    pub weights: Slice<'a, T>,
+    pub memory: &'a mut Buffer<T>,
+}
+
+impl<T: Scalar> Store<'_, T> {
+    /// Those that one kernel reads and writes are taken from here.
+    fn open(&mut self) -> Vectors<'_, T> {
+        Vectors { arena: self.arena.disjoint(), weights: self.weights, memory: self.memory.disjoint() }
+    }
+
+    /// The memory becomes w, unless `skip` is set.
+    fn remember(&mut self, skip: Slice<'_, u32>) -> Result<()> {
+        vector::commit(skip, self.weights, self.memory.view_mut())
+    }
+}
+
 /// The vectors that one kernel reads and writes.
 struct Vectors<'a, T: Scalar> {
     arena: Disjoint<'a, T>,
     weights: Slice<'a, T>,
-    memory: Slice<'a, T>,
+    memory: Disjoint<'a, T>,
 }
 
 impl<'a, T: Scalar> Vectors<'a, T> {
-    fn new(arena: &'a mut Buffer<T>, weights: Slice<'a, T>, memory: &'a Buffer<T>) -> Self {
-        Self { arena: arena.disjoint(), weights, memory: memory.view() }
-    }
-
     fn read(&mut self, point: Point) -> Result<Slice<'a, T>> {
         match point {
             Weights => Ok(self.weights),
-            Memory => Ok(self.memory),
+            Memory => self.memory.read(0..self.weights.len()),
             Slot(slot) => self.arena.read(place(slot, self.weights.len())),
         }
     }
@@ -384,10 +386,12 @@ enum Aim {
 /// One step under way.
 pub(super) struct Step<'a, T: Scalar, O> {
     pub objective: &'a mut O,
-    pub weights: Slice<'a, T>,
-    pub arena: &'a mut Buffer<T>,
+    pub vectors: Store<'a, T>,
     pub numbers: &'a mut Numbers,
-    pub state: &'a mut State<T>,
+    /// What the optimizer's [`State`](super::State) holds beside vectors.
+    pub scalars: &'a mut Buffer<f64>,
+    pub counters: &'a mut Buffer<u32>,
+    pub attempts: u64,
     pub reduction: &'a mut Reduction,
     /// What the schedule makes of ρ.
     pub rho_factor: f64,
@@ -398,20 +402,16 @@ pub(super) struct Step<'a, T: Scalar, O> {
 }
 
 impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
-    fn vectors(&mut self) -> Vectors<'_, T> {
-        Vectors::new(self.arena, self.weights, &self.state.memory)
-    }
-
     /// Loss number `loss` and the gradient at `point`. The first loss is the one that is reported, and its pass the one that the
     /// running statistics follow.
     fn gradient(&mut self, point: Point, loss: usize, into: usize) -> Result<()> {
         let Numbers { losses, flag, .. } = &mut *self.numbers;
-        let mut x = Vectors::new(self.arena, self.weights, &self.state.memory);
         let statistics = if loss == 0 { self.statistics } else { Statistics::Keep };
-        let (point_at, gradient) = (x.read(point)?, x.write(into)?);
-        self.objective.gradient(point_at, statistics, gradient, losses.slice_mut(loss..loss + 1)?, flag.view_mut())?;
-        let mut x = Vectors::new(self.arena, self.weights, &self.state.memory);
+        let mut x = self.vectors.open();
+        let (weights, gradient) = (x.read(point)?, x.write(into)?);
+        self.objective.gradient(weights, statistics, gradient, losses.slice_mut(loss..loss + 1)?, flag.view_mut())?;
         if self.observe && point == Slot(P) && into == G1 {
+            let mut x = self.vectors.open();
             let Numbers { turned, constants, .. } = &mut *self.numbers;
             let gradients = [x.read(Slot(G0))?, x.read(Slot(G1))?];
             let (a, b) = (row(constants, FIRST)?, row(constants, SECOND)?);
@@ -422,14 +422,14 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
 
     /// The Hessian at `point` times the vector `direction`, exactly.
     fn hessian_vector(&mut self, point: Point, direction: usize, into: usize) -> Result<()> {
-        let mut x = Vectors::new(self.arena, self.weights, &self.state.memory);
+        let mut x = self.vectors.open();
         let (point, direction, product) = (x.read(point)?, x.read(Slot(direction))?, x.write(into)?);
         self.objective.hessian_vector(point, direction, product, self.numbers.flag.view_mut())
     }
 
     /// Norm number `norm` of a vector.
     fn norm(&mut self, point: Point, norm: usize) -> Result<()> {
-        let mut x = Vectors::new(self.arena, self.weights, &self.state.memory);
+        let mut x = self.vectors.open();
         vector::l2_norm(x.read(point)?, self.reduction, self.numbers.norms.slice_mut(norm..norm + 1)?)
     }
 
@@ -447,7 +447,7 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
         if self.observe && from == Weights {
             // Realised is what became of w + ε in the weights' type, less w.
             let Numbers { realised, constants, .. } = &mut *self.numbers;
-            let mut x = Vectors::new(self.arena, self.weights, &self.state.memory);
+            let mut x = self.vectors.open();
             let vectors = [x.read(Slot(to))?, x.read(Weights)?, x.read(Slot(along))?];
             let (a, b) = (row(constants, DIFFERENCE)?, row(constants, THIRD)?);
             sharpness::combined_products(&vectors, a, b, self.reduction, realised.view_mut())?;
@@ -466,7 +466,7 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
         other: Option<usize>,
     ) -> Result<()> {
         let norm = self.numbers.norms.slice(norm..norm + 1)?;
-        let mut x = Vectors::new(self.arena, self.weights, &self.state.memory);
+        let mut x = self.vectors.open();
         let (from, along) = (x.read(from)?, x.read(Slot(along))?);
         let (to, other) = (x.write(to)?, other.map(|slot| x.write(slot)).transpose()?);
         vector::perturb(from, along, norm, rho, to, other)
@@ -476,22 +476,22 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
     fn perturb_along_difference(&mut self, a: usize, b: usize, rho: f64, to: usize) -> Result<()> {
         self.products(&[Slot(a), Slot(b)], DIFFERENCE, DIFFERENCE)?;
         let Numbers { products, constants, .. } = &mut *self.numbers;
-        let mut x = Vectors::new(self.arena, self.weights, &self.state.memory);
+        let mut x = self.vectors.open();
         let vectors = [Some(x.read(Slot(a))?), Some(x.read(Slot(b))?), None, None];
         let difference = Combination { vectors, coefficients: row(constants, DIFFERENCE)? };
         let rho = rho * self.rho_factor;
-        sharpness::perturb_along(self.weights, difference, products.slice(3..4)?, rho, x.write(to)?)
+        sharpness::perturb_along(x.weights, difference, products.slice(3..4)?, rho, x.write(to)?)
     }
 
     /// `P = w + ρ z/‖z‖`, z normal and another in each step.
     fn perturb_randomly(&mut self, seed: u64, rho: f64) -> Result<()> {
-        let n = self.weights.len();
-        let first_block = self.state.attempts * n.div_ceil(4) as u64;
+        let n = self.vectors.weights.len();
+        let first_block = self.attempts * n.div_ceil(4) as u64;
         let norms = &mut self.numbers.norms;
         random::normal_norm(n, seed, first_block, self.reduction, norms.slice_mut(1..2)?)?;
-        let mut x = Vectors::new(self.arena, self.weights, &self.state.memory);
+        let mut x = self.vectors.open();
         let (norm, rho) = (norms.slice(1..2)?, rho * self.rho_factor);
-        random::perturb_normal(self.weights, seed, first_block, norm, rho, x.write(P)?)
+        random::perturb_normal(x.weights, seed, first_block, norm, rho, x.write(P)?)
     }
 
     /// K steps of projected ascent, each of length ρ, from w onto the ball of radius ρ around it.
@@ -506,11 +506,11 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
             let Numbers { norms, products, inner, .. } = &mut *self.numbers;
             let products = (!first).then(|| products.view());
             sharpness::ascent_coefficients(norms.slice(0..1)?, products, rho, rho, inner.slice_mut(0..2)?)?;
-            let mut x = Vectors::new(self.arena, self.weights, &self.state.memory);
+            let mut x = self.vectors.open();
             let gradient = x.read(Slot(if first { G0 } else { G1 }))?;
             let (displacement, out) = (x.write(Q)?, x.write(P)?);
             let ends = (first, step + 1 == steps);
-            sharpness::ascend(self.weights, gradient, displacement, inner.slice(0..2)?, out, ends)?;
+            sharpness::ascend(x.weights, gradient, displacement, inner.slice(0..2)?, out, ends)?;
         }
         Ok(())
     }
@@ -518,8 +518,8 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
     /// The products of two combinations of some vectors.
     fn products(&mut self, points: &[Point], a: Row, b: Row) -> Result<()> {
         let Numbers { products, constants, .. } = &mut *self.numbers;
-        let mut x = Vectors::new(self.arena, self.weights, &self.state.memory);
-        let mut vectors = [self.weights; 4];
+        let mut x = self.vectors.open();
+        let mut vectors = [x.weights; 4];
         for (vector, point) in vectors.iter_mut().zip(points) {
             *vector = x.read(*point)?;
         }
@@ -532,6 +532,21 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
         let Numbers { products, coefficients, inner, .. } = &mut *self.numbers;
         let into = if aim == Aim::Direction { coefficients } else { inner };
         sharpness::rejection(products.view(), of_a, weight, into.slice_mut(0..2)?)
+    }
+
+    /// The part of g+ that is orthogonal to g, into the memory or a working vector; not where the step will be skipped.
+    fn orthogonal(&mut self, into: Point) -> Result<()> {
+        self.products(&[Slot(G0), Slot(G1)], FIRST, SECOND)?;
+        self.rejection(0.0, 1.0, Aim::Inner)?;
+        let Numbers { inner, flag, .. } = &*self.numbers;
+        let mut x = self.vectors.open();
+        let vectors = [Some(x.read(Slot(G0))?), Some(x.read(Slot(G1))?), None, None];
+        let out = match into {
+            Slot(slot) => x.write(slot)?,
+            _ => x.memory.write(0..x.weights.len())?,
+        };
+        let orthogonal = Combination { vectors, coefficients: inner.view() };
+        sharpness::combine(orthogonal, 1.0, false, out, Some(flag.view()))
     }
 
     /// The direction's coefficients 1 and `factor`/norm number `norm`.

@@ -4,7 +4,9 @@
 #[cfg(feature = "train")]
 pub mod fixtures;
 
+use polder::arena::Kind;
 use polder::device::{Device, HostOptions, Scalar, Schedule};
+use polder::plan::Plan;
 
 /// Every way to run a kernel here: the CPU's shapes on one and on two threads, the GPU's shapes on the CPU in three orders, and
 /// the GPU that `POLDER_TEST_DEVICE` names. `POLDER_TEST_ONLY` leaves out all but the first and the last: where there is a GPU,
@@ -30,6 +32,27 @@ pub fn devices() -> Vec<(String, Device)> {
 /// Those of [`devices`] that have double precision.
 pub fn host_devices() -> Vec<(String, Device)> {
     devices().into_iter().filter(|(_, device)| device.is_host()).collect()
+}
+
+/// Runs `kernel` on the devices and asserts that its bits do not depend on the schedule or the number of threads: they are
+/// the same on all of the host's devices if `elementwise`, and otherwise within the CPU's and within the GPU's shapes.
+pub fn on_devices(
+    devices: &[(String, Device)],
+    elementwise: bool,
+    mut kernel: impl FnMut(&str, &Device) -> Vec<Vec<u64>>,
+) {
+    let mut found: Vec<(bool, Vec<Vec<u64>>)> = Vec::new();
+    for (name, device) in devices {
+        let result = kernel(name, device);
+        if !device.is_host() {
+            continue;
+        }
+        let shapes = elementwise || name.starts_with("cpu");
+        match found.iter().find(|(other, _)| *other == shapes) {
+            Some((_, expected)) => assert!(*expected == result, "{name}: other bits than the schedules before it"),
+            None => found.push((shapes, result)),
+        }
+    }
 }
 
 /// A small seeded generator (SplitMix64), independent of the library's own.
@@ -86,4 +109,22 @@ pub fn assert_close<T: Scalar>(what: &str, found: &[T], expected: &[f64], tolera
 /// The bits of a vector, for comparisons that allow no difference at all.
 pub fn bits<T: Scalar>(values: &[T]) -> Vec<u64> {
     values.iter().map(|&value| Into::<f64>::into(value).to_bits()).collect()
+}
+
+/// Random weights of a sane size: He's for matrices, near one for scales.
+pub fn weights<T: Scalar>(plan: &Plan<T>, random: &mut Random) -> Vec<f64> {
+    let mut weights = vec![0.0; plan.parameters().len()];
+    for tensor in plan.parameters().tensors() {
+        for weight in &mut weights[tensor.range()] {
+            *weight = match tensor.kind {
+                Kind::Convolution { kernel, inputs, .. } => {
+                    random.normal() * (2.0 / (kernel * kernel * inputs) as f64).sqrt()
+                }
+                Kind::Linear { inputs, .. } => random.normal() / (inputs as f64).sqrt(),
+                Kind::Scale(_) => 1.0 + 0.2 * random.normal(),
+                _ => 0.2 * random.normal(),
+            };
+        }
+    }
+    weights
 }
