@@ -8,6 +8,7 @@
 #![warn(missing_docs)]
 
 pub mod arena;
+pub mod curvature;
 #[cfg(feature = "train")]
 pub mod data;
 #[allow(unsafe_code)] // memory, launches and the driver

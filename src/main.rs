@@ -1,4 +1,4 @@
-//! The command line: `polder train`, `polder eval`, `polder devices`.
+//! The command line: `polder train`, `polder eval`, `polder curvature`, `polder devices`.
 //!
 //! Exit codes: 0 done; 1 the machine failed; 2 bad usage or input, told in one line; 130 interrupted, with everything saved.
 
@@ -10,10 +10,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use polder::data::Split;
-use polder::device;
+use polder::curvature::Estimate;
+use polder::data::{Images, Split, SplitImages};
+use polder::device::{self, Buffer, Device};
+use polder::kernels::batch_norm::Mode;
+use polder::kernels::image::Normalization;
 use polder::nn::{Model, Shortcut};
-use polder::train::{self, Evaluator, Options, Progress, Record, ShortcutName, TrainError, weights};
+use polder::plan::Plan;
+use polder::train::{
+    self, CurvatureMeter, Evaluation, Evaluator, Options, Progress, Record, ShortcutName, TrainError, weights,
+};
 use serde_json::json;
 
 /// Sharpness-aware training on hand-written kernels: small ResNets, on the CPU or on a GPU.
@@ -31,6 +37,8 @@ enum Command {
     Train(Box<TrainArgs>),
     /// Measure loss and accuracy of trained weights
     Eval(EvalArgs),
+    /// Measure how flat the loss is around trained weights
+    Curvature(CurvatureArgs),
     /// List the devices that this program can use
     Devices {
         /// Print one JSON object
@@ -63,8 +71,9 @@ enum SplitName {
     Test,
 }
 
+/// Trained weights, and the images to look at them with.
 #[derive(clap::Args)]
-struct EvalArgs {
+struct ModelArgs {
     /// resnet8, 20, 32, 44, 56, 110 (CIFAR ResNets) or resnet18
     #[arg(long, value_name = "NAME")]
     model: String,
@@ -74,12 +83,6 @@ struct EvalArgs {
     /// A folder with CIFAR-10/100 (binary) or IDX files, or `synthetic`
     #[arg(long, value_name = "PATH", default_value = "synthetic")]
     data: String,
-    /// Which images
-    #[arg(long, value_enum, default_value = "test")]
-    split: SplitName,
-    /// The first N images only
-    #[arg(long, value_name = "N")]
-    samples: Option<usize>,
     /// Shortcuts of a CIFAR ResNet where its shape changes
     #[arg(long, value_enum, value_name = "KIND")]
     shortcut: Option<ShortcutName>,
@@ -92,9 +95,6 @@ struct EvalArgs {
     /// Images at a time
     #[arg(long, value_name = "N", default_value_t = 200)]
     batch_size: usize,
-    /// Write the logits (samples × classes, f32) to this file
-    #[arg(long, value_name = "FILE.npy")]
-    logits: Option<PathBuf>,
     /// auto, cpu or cuda:N
     #[arg(long, value_name = "NAME", default_value = "auto")]
     device: String,
@@ -104,6 +104,118 @@ struct EvalArgs {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+}
+
+/// What [`ModelArgs`] name, opened.
+struct Subject {
+    model: Model,
+    device: Device,
+    name: String,
+    images: Images,
+    normalization: Normalization,
+}
+
+impl ModelArgs {
+    /// The first `samples` images of the split, or all.
+    fn open(&self, split: Split, samples: Option<usize>) -> Result<Subject, TrainError> {
+        let shortcut = self.shortcut.map(|name| match name {
+            ShortcutName::A => Shortcut::A,
+            ShortcutName::B => Shortcut::B,
+        });
+        let model = Model::from_name(&self.model, shortcut)?;
+        if self.batch_size == 0 {
+            return Err(TrainError::Option { option: "--batch-size".into(), reason: "0, expected at least 1".into() });
+        }
+        let device = train::open_device(&self.device, self.threads)?;
+        let SplitImages { name, images, mean, std, .. } = train::open_split(&self.data, split)?;
+        let images = match samples {
+            Some(n) => images.take(n)?,
+            None => images,
+        };
+        let channels = images.shape.channels;
+        let normalization = train::normalization(self.mean.as_deref(), self.std.as_deref(), (&mean, &std), channels)?;
+        Ok(Subject { model, device, name, images, normalization })
+    }
+
+    /// Weights and running statistics of a plan for the model.
+    fn load(&self, device: &Device, plan: &Plan<f32>) -> Result<[Buffer<f32>; 2], TrainError> {
+        let [parameters, statistics] = weights::load(&self.init, [plan.parameters(), plan.statistics_layout()])?;
+        Ok([device.upload(&parameters)?, device.upload(&statistics)?])
+    }
+}
+
+#[derive(clap::Args)]
+struct EvalArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Which images
+    #[arg(long, value_enum, default_value = "test")]
+    split: SplitName,
+    /// The first N images only
+    #[arg(long, value_name = "N")]
+    samples: Option<usize>,
+    /// Write the logits (samples × classes, f32) to this file
+    #[arg(long, value_name = "FILE.npy")]
+    logits: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Measure {
+    /// ‖∇L‖
+    GradNorm,
+    /// Trace of the Hessian
+    Trace,
+    /// Tr(H)/‖∇L‖
+    NormalizedTrace,
+}
+
+impl Measure {
+    /// As on the command line and in JSON.
+    fn name(self) -> &'static str {
+        match self {
+            Measure::GradNorm => "grad-norm",
+            Measure::Trace => "trace",
+            Measure::NormalizedTrace => "normalized-trace",
+        }
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum BatchNormName {
+    /// Running statistics
+    Eval,
+    /// Each batch's statistics
+    Train,
+}
+
+#[derive(clap::Args)]
+struct CurvatureArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Which images
+    #[arg(long, value_enum, default_value = "train")]
+    split: SplitName,
+    /// The first N images, a multiple of --batch-size
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    samples: usize,
+    /// What to measure
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        value_name = "LIST",
+        default_value = "grad-norm,trace,normalized-trace"
+    )]
+    measure: Vec<Measure>,
+    /// Random directions for the trace
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    probes: usize,
+    /// Seed of the random directions
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// What batch norm normalises with
+    #[arg(long, value_enum, value_name = "MODE", default_value = "eval")]
+    bn: BatchNormName,
 }
 
 fn main() -> ExitCode {
@@ -125,6 +237,7 @@ fn main() -> ExitCode {
     let done = match cli.command {
         Command::Train(args) => run_train(*args),
         Command::Eval(args) => run_eval(&args).map(|()| ExitCode::SUCCESS),
+        Command::Curvature(args) => run_curvature(&args).map(|()| ExitCode::SUCCESS),
         Command::Devices { json } => run_devices(json).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {
@@ -170,29 +283,21 @@ fn run_devices(json: bool) -> Result<(), TrainError> {
     Ok(())
 }
 
-fn run_eval(args: &EvalArgs) -> Result<(), TrainError> {
-    let shortcut = args.shortcut.map(|name| match name {
-        ShortcutName::A => Shortcut::A,
-        ShortcutName::B => Shortcut::B,
-    });
-    let model = Model::from_name(&args.model, shortcut)?;
-    if args.batch_size == 0 {
-        return Err(TrainError::Option { option: "--batch-size".into(), reason: "0, expected at least 1".into() });
+impl SplitName {
+    fn split(self) -> Split {
+        match self {
+            SplitName::Train => Split::Train,
+            SplitName::Test => Split::Test,
+        }
     }
-    let device = train::open_device(&args.device, args.threads)?;
-    let split = if matches!(args.split, SplitName::Train) { Split::Train } else { Split::Test };
-    let data = train::open_split(&args.data, split)?;
-    let images = match args.samples {
-        Some(n) => data.images.take(n)?,
-        None => data.images,
-    };
-    let published = (data.mean.as_slice(), data.std.as_slice());
-    let channels = images.shape.channels;
-    let normalization = train::normalization(args.mean.as_deref(), args.std.as_deref(), published, channels)?;
-    let mut evaluator = Evaluator::new(&device, model, &args.data, &images, normalization, args.batch_size)?;
-    let layouts = [evaluator.plan().parameters(), evaluator.plan().statistics_layout()];
-    let [parameters, statistics] = weights::load(&args.init, layouts)?;
-    let (parameters, statistics) = (device.upload(&parameters)?, device.upload(&statistics)?);
+}
+
+fn run_eval(args: &EvalArgs) -> Result<(), TrainError> {
+    let split = args.split.split();
+    let Subject { model, device, name, images, normalization } = args.model.open(split, args.samples)?;
+    let ModelArgs { data, batch_size, .. } = &args.model;
+    let mut evaluator = Evaluator::new(&device, model, data, &images, normalization, *batch_size)?;
+    let [parameters, statistics] = args.model.load(&device, evaluator.plan())?;
     let mut logits = Vec::new();
     let found = evaluator.evaluate(parameters.view(), statistics.view(), |batch| {
         if args.logits.is_some() {
@@ -203,14 +308,82 @@ fn run_eval(args: &EvalArgs) -> Result<(), TrainError> {
     if let Some(path) = &args.logits {
         write_npy(path, &logits, images.classes).map_err(|source| TrainError::Io { path: path.clone(), source })?;
     }
-    if args.json {
-        print(&json!(found).to_string())?;
-    } else {
-        let percent = 100.0 * found.accuracy;
-        print(&format!(
-            "{}, {split} split: {} samples, {} errors, accuracy {percent:.2} %, loss {:.5}",
-            data.name, found.samples, found.errors, found.loss
-        ))?;
+    if args.model.json {
+        return print(&json!(found).to_string());
+    }
+    let Evaluation { samples, errors, accuracy, loss } = found;
+    let percent = 100.0 * accuracy;
+    print(&format!(
+        "{name}, {split} split: {samples} samples, {errors} errors, accuracy {percent:.2} %, loss {loss:.5}"
+    ))
+}
+
+fn run_curvature(args: &CurvatureArgs) -> Result<(), TrainError> {
+    if args.probes == 0 {
+        return Err(TrainError::Option { option: "--probes".into(), reason: "0, expected at least 1".into() });
+    }
+    let split = args.split.split();
+    let Subject { model, device, name, images, normalization } = args.model.open(split, Some(args.samples))?;
+    let mode = match args.bn {
+        BatchNormName::Eval => Mode::Eval,
+        BatchNormName::Train => Mode::Train,
+    };
+    let ModelArgs { data, batch_size, .. } = &args.model;
+    let mut meter = CurvatureMeter::new(&device, model, (data, &images), normalization, *batch_size, mode)?;
+    let [parameters, statistics] = args.model.load(&device, meter.plan())?;
+    let at = (parameters.view(), statistics.view());
+    let wants = |measure| args.measure.contains(&measure);
+    let gradient_norm = match wants(Measure::GradNorm) || wants(Measure::NormalizedTrace) {
+        true => Some(meter.gradient_norm(at.0, at.1)?),
+        false => None,
+    };
+    let trace = match wants(Measure::Trace) || wants(Measure::NormalizedTrace) {
+        true => {
+            let bar = std::io::stderr().is_terminal().then(|| ProgressBar::new(args.probes as u64));
+            let step = |done| bar.iter().for_each(|bar| bar.set_position(done as u64));
+            let trace = meter.trace(at.0, at.1, (args.probes, args.seed), step);
+            bar.iter().for_each(ProgressBar::finish_and_clear);
+            Some(trace?)
+        }
+        false => None,
+    };
+    let scaled = |factor: f64| {
+        trace.map(|Estimate { value, standard_error, probes }| Estimate {
+            value: factor * value,
+            standard_error: standard_error.map(|error| factor * error),
+            probes,
+        })
+    };
+    let found = Measure::value_variants().iter().filter(|measure| wants(**measure)).map(|&measure| {
+        let (exact, estimate) = match measure {
+            Measure::GradNorm => (gradient_norm, None),
+            Measure::Trace => (None, trace),
+            Measure::NormalizedTrace => (None, gradient_norm.and_then(|norm| scaled(1.0 / norm))),
+        };
+        (measure.name(), exact, estimate)
+    });
+    if args.model.json {
+        let measures: serde_json::Map<_, _> = found
+            .map(|(name, exact, estimate)| {
+                let value = exact.or(estimate.map(|estimate| estimate.value));
+                let (error, probes) = (estimate.and_then(|e| e.standard_error), estimate.map(|e| e.probes));
+                (name.into(), json!({"value": value, "standard_error": error, "probes": probes}))
+            })
+            .collect();
+        let split = split.to_string();
+        return print(&json!({"samples": images.len(), "split": split, "measures": measures}).to_string());
+    }
+    print(&format!("{name}, {split} split: {} samples", images.len()))?;
+    for (name, exact, estimate) in found {
+        let text = match (exact, estimate) {
+            (Some(value), _) => format!("{value:.6}"),
+            (None, Some(Estimate { value, standard_error: Some(error), probes })) => {
+                format!("{value:.4} ± {error:.4} ({probes} probes)")
+            }
+            (None, Some(Estimate { value, .. })) => format!("{value:.4} (one probe)"),
+            (None, None) => continue,
+        };
+        print(&format!("{name:<17} {text}"))?;
     }
     Ok(())
 }

@@ -2,12 +2,15 @@
 //!
 //! A network's [`crate::plan::Plan`] is an objective; so is any function of a flat vector that a user brings.
 
-use crate::device::{Error, Result, Scalar, Slice, SliceMut};
+use crate::device::{Buffer, Device, Error, Result, Scalar, Slice, SliceMut};
+use crate::kernels::sharpness;
+use crate::kernels::vector::Combination;
 
 /// What a pass does with batch norm's running statistics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Statistics {
-    /// Compute the updated statistics and hold them until [`Objective::commit`]: the pass at the unperturbed weights.
+    /// Compute the updated statistics and hold them until [`Objective::commit`]: the pass at the unperturbed weights. Where a
+    /// step has several of them, on groups or parts of its mini-batch, each goes on from the one before.
     Update,
     /// Leave them alone: every pass at perturbed weights.
     Keep,
@@ -79,4 +82,120 @@ pub trait Objective<T: Scalar> {
         let _ = skip;
         Ok(())
     }
+}
+
+/// Gradient accumulation: makes one mini-batch of several parts that are passed through one after the other, so that a batch
+/// larger than the memory for its activations can be followed.
+///
+/// Beside the objective it holds one vector as long as the weights. Every pass moves 8 B per parameter for the first part and
+/// 12 B for each further one.
+pub struct Accumulator<T: Scalar> {
+    parts: usize,
+    vector: Buffer<T>,
+    loss: Buffer<f64>,
+    one: Buffer<f64>,
+}
+
+impl<T: Scalar> Accumulator<T> {
+    /// For gradients of `len` elements, each taken over `parts` parts.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for no part, and those of the allocation.
+    pub fn new(device: &Device, len: usize, parts: usize) -> Result<Self> {
+        if parts == 0 {
+            let message = "a mini-batch of no part".into();
+            return Err(Error::Argument { operation: "Accumulator::new", message });
+        }
+        let (vector, loss) = (device.zeros(if parts > 1 { len } else { 0 })?, device.zeros(1)?);
+        Ok(Self { parts, vector, loss, one: device.upload(&[1.0, 0.0, 0.0, 0.0])? })
+    }
+
+    /// The objective whose every group is `parts` consecutive groups of `objective`: loss, gradient and product with the Hessian
+    /// are the means of theirs, in each pass. With batch norm in training mode it is not quite that of the whole batch, because
+    /// each part is normalised by itself. Groups of `objective` that do not fill a last one are left out.
+    pub fn over<'a, O: Objective<T>>(&'a mut self, objective: &'a mut O) -> Accumulated<'a, T, O> {
+        Accumulated { accumulator: self, objective, group: 0 }
+    }
+}
+
+/// What [`Accumulator::over`] makes.
+pub struct Accumulated<'a, T: Scalar, O> {
+    accumulator: &'a mut Accumulator<T>,
+    objective: &'a mut O,
+    group: usize,
+}
+
+impl<T: Scalar, O: Objective<T>> Objective<T> for Accumulated<'_, T, O> {
+    fn len(&self) -> usize {
+        self.objective.len()
+    }
+
+    fn gradient(
+        &mut self,
+        weights: Slice<'_, T>,
+        statistics: Statistics,
+        mut gradient: SliceMut<'_, T>,
+        mut loss: SliceMut<'_, f64>,
+        mut flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        let Accumulator { parts, vector, loss: part_loss, one } = &mut *self.accumulator;
+        if *parts == 1 {
+            return self.objective.gradient(weights, statistics, gradient, loss, flag);
+        }
+        for part in 0..*parts {
+            self.objective.select(self.group * *parts + part)?;
+            let (out, out_loss) = (vector.view_mut(), part_loss.view_mut());
+            self.objective.gradient(weights, statistics, out, out_loss, flag.reborrow())?;
+            add_to_mean(vector.view(), one, (part, *parts), gradient.reborrow())?;
+            add_to_mean(part_loss.view(), one, (part, *parts), loss.reborrow())?;
+        }
+        Ok(())
+    }
+
+    fn hessian_vector(
+        &mut self,
+        weights: Slice<'_, T>,
+        direction: Slice<'_, T>,
+        mut product: SliceMut<'_, T>,
+        mut flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        let Accumulator { parts, vector, one, .. } = &mut *self.accumulator;
+        if *parts == 1 {
+            return self.objective.hessian_vector(weights, direction, product, flag);
+        }
+        for part in 0..*parts {
+            self.objective.select(self.group * *parts + part)?;
+            self.objective.hessian_vector(weights, direction, vector.view_mut(), flag.reborrow())?;
+            add_to_mean(vector.view(), one, (part, *parts), product.reborrow())?;
+        }
+        Ok(())
+    }
+
+    fn groups(&self) -> usize {
+        self.objective.groups() / self.accumulator.parts
+    }
+
+    fn select(&mut self, group: usize) -> Result<()> {
+        self.group = group;
+        match self.accumulator.parts {
+            1 => self.objective.select(group),
+            // Each pass goes through the parts itself.
+            _ => Ok(()),
+        }
+    }
+
+    fn commit(&mut self, skip: Slice<'_, u32>) -> Result<()> {
+        self.objective.commit(skip)
+    }
+}
+
+/// Adds one of `parts` terms to their mean; the first begins it.
+fn add_to_mean<S: Scalar>(
+    term: Slice<'_, S>,
+    one: &Buffer<f64>,
+    (part, parts): (usize, usize),
+    mean: SliceMut<'_, S>,
+) -> Result<()> {
+    let term = Combination { vectors: [Some(term), None, None, None], coefficients: one.view() };
+    sharpness::combine(term, 1.0 / parts as f64, part > 0, mean, None)
 }

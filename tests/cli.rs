@@ -230,6 +230,9 @@ fn every_mistake_is_one_clear_line() {
     says(&["train", "--m-sharpness", "48"], &["--m-sharpness", "48", "128"]);
     says(&["train", "--m-sharpness", "0"], &["--m-sharpness", "at least 1"]);
     says(&["train", "--optimizer", "looksam", "--m-sharpness", "64"], &["--m-sharpness", "looksam"]);
+    says(&["train", "--micro-batch", "48"], &["--micro-batch", "48", "--batch-size 128"]);
+    says(&["train", "--micro-batch", "0"], &["--micro-batch", "at least 1"]);
+    says(&["train", "--m-sharpness", "32", "--micro-batch", "64"], &["--micro-batch", "--m-sharpness 32"]);
     says(&["train", "--optimizer", "gnr", "--oracle-rho", "0.1"], &["--oracle-rho", "--oracle loss"]);
     says(&["train", "--clip", "0"], &["--clip", "above 0"]);
     says(&["train", "--label-noise", "2"], &["--label-noise", "0 to 1"]);
@@ -389,8 +392,11 @@ fn every_option_of_a_method_trains_and_one_group_changes_no_bit() {
     let between = |value: &serde_json::Value| value.as_f64().is_some_and(|value| value > 0.0 && value < 1.0001);
     assert!(between(&step["cosine_gradients"]) && between(&step["cosine_perturbation"]), "{step}");
     assert_eq!(run(&["--m-sharpness", "16"]).0, plain);
+    assert_eq!(run(&["--micro-batch", "16"]).0, plain);
     for extra in [
         &["--m-sharpness", "8"][..],
+        &["--micro-batch", "8"],
+        &["--m-sharpness", "8", "--micro-batch", "4"],
         &["--ascent-steps", "2"],
         &["--second-order"],
         &["--clip", "0.1"],
@@ -406,4 +412,40 @@ fn every_option_of_a_method_trains_and_one_group_changes_no_bit() {
     }
     let (_, step) = run(&["--optimizer", "sa-sam"]);
     assert!(between(&step["eta"]) && between(&step["rho"]), "{step}");
+}
+
+#[test]
+fn curvature_is_measured_over_any_parts_of_the_images() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = idx_folder(folder.path());
+    let data = data.to_str().unwrap();
+    let init = short_run(folder.path(), data, &folder.path().join("run"));
+    let common = ["curvature", "--model", "resnet8", "--init", &init, "--data", data, "--device", "cpu"];
+    let run = |extra: &[&str]| polder(&[&common[..], extra].concat());
+    let measure = |extra: &[&str]| json(&run(&[&["--samples", "32", "--probes", "3", "--json"], extra].concat()));
+    let found = measure(&["--batch-size", "32"]);
+    assert_eq!((&found["samples"], &found["split"]), (&32.into(), &"train".into()));
+    let value = |found: &serde_json::Value, name: &str| found["measures"][name]["value"].as_f64().unwrap();
+    let (norm, trace) = (value(&found, "grad-norm"), value(&found, "trace"));
+    assert!(norm > 0.0 && found["measures"]["trace"]["standard_error"].as_f64().unwrap() > 0.0, "{found}");
+    assert!((value(&found, "normalized-trace") / (trace / norm) - 1.0).abs() < 1e-12, "{found}");
+    // With running statistics the parts do not matter but for rounding, with each batch's they do.
+    let parts = measure(&["--batch-size", "8"]);
+    let apart = |other: &serde_json::Value, name: &str| (value(other, name) / value(&found, name) - 1.0).abs();
+    assert!(apart(&parts, "grad-norm") < 1e-4 && apart(&parts, "trace") < 1e-3, "{parts} and {found}");
+    assert!(apart(&measure(&["--batch-size", "8", "--bn", "train"]), "grad-norm") > 1e-3);
+    let only = measure(&["--batch-size", "16", "--measure", "grad-norm"]);
+    assert_eq!(only["measures"].as_object().unwrap().len(), 1);
+    let printed = run(&["--samples", "32", "--batch-size", "16", "--probes", "2"]);
+    let printed = text(&printed.stdout);
+    assert!(printed.lines().count() == 4 && printed.contains("± ") && printed.contains("(2 probes)"), "{printed}");
+    for (wrong, words) in [
+        (&["--samples", "30", "--batch-size", "16"][..], &["--batch-size: 16", "30 images"][..]),
+        (&["--samples", "97"], &["97", "96"]),
+        (&["--probes", "0"], &["--probes", "at least 1"]),
+        (&["--measure", "flatness"], &["flatness", "normalized-trace"]),
+    ] {
+        let message = mistake(&[&common[..], wrong].concat());
+        assert!(words.iter().all(|word| message.contains(word)), "{wrong:?}: {message}");
+    }
 }

@@ -213,6 +213,73 @@ fn threads_and_schedules_do_not_change_a_bit() {
 
 // ---- PyTorch's double backward: tests/fixtures/README.md says where these come from ----------------------------------------
 
+/// Softmax regression: `logits = W x + b` on samples of some features.
+fn regression<T: Scalar>(device: &Device, batch: usize, features: usize, classes: usize) -> Plan<T> {
+    let mut graph = Graph::new(Shape { batch, height: 1, width: 1, channels: features });
+    let x = graph.global_average_pool(graph.input()).unwrap();
+    let logits = graph.linear(x, "fc", classes).unwrap();
+    Plan::new(device, graph, logits, PlanOptions::training()).unwrap()
+}
+
+/// Its Hessian times (D, d), with `p = softmax(W x + b)` and `u = D x + d`: the mean of `(diag p − ppᵀ) u` for the biases and of
+/// that times xᵀ for W. Of two classes `diag p − ppᵀ` is `σ(z)(1 − σ(z)) [1 −1; −1 1]` with `z = z_0 − z_1`: logistic regression.
+fn analytic_product<T: Scalar>(plan: &mut Plan<T>, at: &[f64], along: &[f64]) -> Vec<f64> {
+    let (classes, features, batch) = (plan.classes(), plan.input_shape().channels, plan.input_shape().batch);
+    let find = |name: &str| plan.parameters().find(name).unwrap().range();
+    let (w, b) = (find("fc.weight"), find("fc.bias"));
+    let x = common::to_f64(&plan.batch_mut().unwrap().0.view().to_vec().unwrap());
+    let mut product = vec![0.0; at.len()];
+    for x in x.chunks(features) {
+        // The weights lie with the classes side by side.
+        let column =
+            |from: &[f64], c: usize| -> Vec<f64> { from[w.clone()].iter().skip(c).step_by(classes).copied().collect() };
+        let map = |from: &[f64], c: usize| dot(&column(from, c), x) + from[b.clone()][c];
+        let (z, u): (Vec<f64>, Vec<f64>) = (0..classes).map(|c| (map(at, c), map(along, c))).unzip();
+        let rows: Vec<f64> = if classes == 2 {
+            let sigma = 1.0 / (1.0 + (z[1] - z[0]).exp());
+            let pull = sigma * (1.0 - sigma) * (u[0] - u[1]);
+            vec![pull, -pull]
+        } else {
+            let sum: f64 = z.iter().map(|z| z.exp()).sum();
+            let p: Vec<f64> = z.iter().map(|z| z.exp() / sum).collect();
+            let mean = dot(&p, &u);
+            p.iter().zip(&u).map(|(p, u)| p * (u - mean)).collect()
+        };
+        for (c, row) in rows.iter().enumerate() {
+            product[b.start + c] += row / batch as f64;
+            for (k, x) in x.iter().enumerate() {
+                product[w.start + k * classes + c] += row * x / batch as f64;
+            }
+        }
+    }
+    product
+}
+
+#[test]
+fn logistic_and_softmax_regression_have_their_analytic_hessians() {
+    fn errors<T: Scalar>(device: &Device, classes: usize) -> [f64; 2] {
+        let mut random = Random(41);
+        let mut plan = regression::<T>(device, 7, 5, classes);
+        let (at, along) = (weights(&plan, &mut random), direction(&plan, &mut random));
+        set_batch(&mut plan, &mut random);
+        let rounded = |values: &[f64]| -> Vec<f64> { values.iter().map(|&v| T::from_f64(v).into()).collect() };
+        let (at, along) = (rounded(&at), rounded(&along));
+        let expected = analytic_product(&mut plan, &at, &along);
+        let exact = common::to_f64(&product(&mut plan, &at, &along));
+        [relative_error(&exact, &expected), relative_error(&difference(&mut plan, &at, &along, 1e-4), &expected)]
+    }
+    for (name, device) in two_devices() {
+        for classes in [2, 6] {
+            let [exact, by_difference] = errors::<f64>(&device, classes);
+            assert!(exact < 1e-14, "{name}, {classes} classes: {exact:e}");
+            // The third derivative is left over, 1e-8 of it, and rounding of 1e-16 over a step of 1e-4.
+            assert!(by_difference < 1e-7, "{name}, {classes} classes: {by_difference:e} by difference");
+            let [exact, _] = errors::<f32>(&device, classes);
+            assert!(exact < 5e-7, "{name}, {classes} classes in f32: {exact:e}");
+        }
+    }
+}
+
 fn fixture(name: &str) -> Vec<u8> {
     let folder = std::env::var("POLDER_FIXTURES")
         .unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures").to_string());

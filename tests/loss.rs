@@ -21,7 +21,8 @@ fn run<T: Scalar>(device: &Device, classes: usize, logits: &[T], labels: &[u32],
     let mut dlogits = device.poisoned::<T>(batch * classes).unwrap();
     let mut sample_losses = device.poisoned::<T>(batch).unwrap();
     let mut loss = device.poisoned::<f64>(1).unwrap();
-    let mut correct = device.poisoned::<u32>(1).unwrap();
+    // Counted up from what is there.
+    let mut correct = device.upload(&[1000u32]).unwrap();
     cross_entropy(
         &shape,
         logits.view(),
@@ -37,7 +38,7 @@ fn run<T: Scalar>(device: &Device, classes: usize, logits: &[T], labels: &[u32],
         dlogits: dlogits.to_vec().unwrap(),
         sample_losses: sample_losses.to_vec().unwrap(),
         loss: loss.to_vec().unwrap()[0],
-        correct: correct.to_vec().unwrap()[0],
+        correct: correct.to_vec().unwrap()[0] - 1000,
     };
     // Without the gradient the rest is the same.
     cross_entropy(
@@ -53,7 +54,7 @@ fn run<T: Scalar>(device: &Device, classes: usize, logits: &[T], labels: &[u32],
     .unwrap();
     assert_eq!(bits(&sample_losses.to_vec().unwrap()), bits(&found.sample_losses));
     assert_eq!(loss.to_vec().unwrap()[0].to_bits(), found.loss.to_bits());
-    assert_eq!(correct.to_vec().unwrap()[0], found.correct);
+    assert_eq!(correct.to_vec().unwrap()[0], 1000 + 2 * found.correct);
     found
 }
 

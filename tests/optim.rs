@@ -375,6 +375,36 @@ fn every_method_follows_its_formula_for_several_steps() {
 }
 
 #[test]
+fn least_squares_has_its_analytic_products() {
+    // ‖Xw − y‖²/2n: the Hessian is XᵀX/n everywhere, so GNR adds αρ H ĝ(w_adv) with w_adv = w + ρ Hĝ/‖Hĝ‖.
+    let (n, len) = (9, 4);
+    let mut random = common::Random(53);
+    let (x, y): (Vec<f64>, Vec<f64>) = (random.vector(n * len), random.vector(n));
+    let start: Vec<f64> = random.vector(len);
+    let gradient = |w: &[f64]| -> (f64, Vec<f64>) {
+        let residuals: Vec<f64> = (0..n).map(|i| dot(&x[i * len..][..len], w) - y[i]).collect();
+        let slope = |k: usize| (0..n).map(|i| residuals[i] * x[i * len + k]).sum::<f64>() / n as f64;
+        (dot(&residuals, &residuals) / (2.0 * n as f64), (0..len).map(slope).collect())
+    };
+    let hessian = |d: &[f64]| -> Vec<f64> {
+        let images: Vec<f64> = (0..n).map(|i| dot(&x[i * len..][..len], d)).collect();
+        (0..len).map(|k| (0..n).map(|i| images[i] * x[i * len + k]).sum::<f64>() / n as f64).collect()
+    };
+    let g = gradient(&start).1;
+    let f = hessian(&g);
+    let g_adv = gradient(&plus(&start, 0.1 / norm(&f), &f)).1;
+    let expected = plus(&g, 0.1 * 0.1 / norm(&g_adv), &hessian(&g_adv));
+    let device = Device::host();
+    for (product, tolerance) in [(Product::Exact, 1e-12), (Product::Difference { radius: 0.01 }, 1e-10)] {
+        let mut weights = device.upload(&start).unwrap();
+        let mut optimizer = Optimizer::<f64>::new(&device, len, sgd(gnr(product), len)).unwrap();
+        optimizer.step(&mut function(len, gradient), &mut weights, 1.0).unwrap();
+        let step = plus(&start, -1.0, &weights.to_vec().unwrap());
+        common::assert_close(&format!("{product:?}"), &step, &expected, tolerance);
+    }
+}
+
+#[test]
 fn groups_take_perturbations_of_their_own_and_one_group_changes_no_bit() {
     let half = |scale: f64| {
         let mut f = coupled();

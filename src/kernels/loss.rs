@@ -50,8 +50,8 @@ struct MeanLossArgs {
 
 /// With `p = softmax(logits)` and `t = (1 − smoothing) · onehot(label) + smoothing / classes`: every sample's loss `−Σ t log p`
 /// in `sample_losses`, `[batch]`; in `loss`, one element, their mean, summed in double, because sharpness is a small difference
-/// of such means; in `dlogits`, where asked for, the mean's gradient `(p − t) / batch`; and in `correct`, one element, how many
-/// samples have their largest logit (the first of equals) at the label.
+/// of such means; in `dlogits`, where asked for, the mean's gradient `(p − t) / batch`. To `correct`, one element, is added how
+/// many samples have their largest logit (the first of equals) at the label.
 ///
 /// A logit that is not finite makes its sample's loss not finite, and so does a label that no class has. Traffic: reads the
 /// logits and labels, writes `dlogits` and the losses.
@@ -101,7 +101,6 @@ pub fn cross_entropy<T: Scalar>(
     }
     let mean = MeanLossArgs { losses: args.losses, loss: loss.address(), batch: batch as u64 };
     let block = if device.is_simt() { 256 } else { 1 };
-    correct.clear()?;
     // SAFETY: the twins of the kernels' structs; every length was checked above.
     unsafe {
         device.launch(pick::<T>(id::CROSS_ENTROPY_F32, id::CROSS_ENTROPY_F64), shape.launch(device), &args)?;

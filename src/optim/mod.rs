@@ -38,7 +38,7 @@ pub use schedule::{Decay, RhoSchedule, Schedule};
 use crate::device::{Buffer, Device, Error, Result, Scalar, Slice};
 use crate::kernels::sharpness;
 use crate::kernels::vector::{self, AdamWStep, Combination, Rate, Reduction, SgdStep};
-use crate::objective::{Objective, Statistics};
+use crate::objective::Objective;
 use step::{Coefficients, Direction, Numbers, Point, Step, Store, place};
 
 /// The rule that turns a gradient into a step.
@@ -224,8 +224,8 @@ impl<T: Scalar> Optimizer<T> {
     /// the step is counted as skipped.
     ///
     /// An objective with several [groups](Objective::groups) has the method's direction taken in each of them, and their mean
-    /// followed: m-sharpness (Foret et al. 2021, section 4.1). Its loss and its running statistics are those of the last and of
-    /// the first group.
+    /// followed: m-sharpness (Foret et al. 2021, section 4.1). The loss that is reported is their mean, too; what else the
+    /// telemetry tells is of the last group.
     ///
     /// # Errors
     /// Those of the objective and of the device; [`Error::Length`] for weights of another length; [`Error::Argument`] for groups
@@ -247,21 +247,28 @@ impl<T: Scalar> Optimizer<T> {
         if groups > 1 && self.sum.len() != self.len {
             self.sum = weights.device().zeros(self.len)?;
         }
-        let mut direction = self.direction(objective, weights, 0)?;
+        let mut direction = self.direction(objective, weights, (0, groups))?;
         if groups > 1 {
             for group in 1..groups {
                 self.accumulate(direction, 1.0 / groups as f64, group > 1)?;
-                direction = self.direction(objective, weights, group)?;
+                direction = self.direction(objective, weights, (group, groups))?;
             }
             self.accumulate(direction, 1.0 / groups as f64, true)?;
+            let Numbers { losses, mean_loss, .. } = &mut self.numbers;
+            losses.slice_mut(0..1)?.copy_from(mean_loss.view())?;
         }
         self.state.attempts += 1;
         self.update(weights, direction, groups > 1, lr)?;
         objective.commit(self.numbers.flag.view())
     }
 
-    /// The method's direction in one group of the mini-batch.
-    fn direction(&mut self, objective: &mut impl Objective<T>, weights: &Buffer<T>, group: usize) -> Result<Direction> {
+    /// The method's direction in one of the groups of the mini-batch.
+    fn direction(
+        &mut self,
+        objective: &mut impl Objective<T>,
+        weights: &Buffer<T>,
+        (group, groups): (usize, usize),
+    ) -> Result<Direction> {
         objective.select(group)?;
         let method = self.settings.method;
         let State { memory, scalars, counters, attempts, .. } = &mut self.state;
@@ -272,16 +279,20 @@ impl<T: Scalar> Optimizer<T> {
             scalars,
             counters,
             attempts: *attempts,
+            draw: *attempts * groups as u64 + group as u64,
             reduction: &mut self.reduction,
             rho_factor: self.rho_factor,
             observe: self.observe,
-            statistics: if group == 0 { Statistics::Update } else { Statistics::Keep },
         };
         step.direction(method)
     }
 
-    /// Adds a group's direction to the sum.
+    /// Adds a group's direction and loss to their means.
     fn accumulate(&mut self, direction: Direction, weight: f64, add: bool) -> Result<()> {
+        let Numbers { losses, mean_loss, constants, .. } = &mut self.numbers;
+        let loss = [Some(losses.slice(0..1)?), None, None, None];
+        let loss = Combination { vectors: loss, coefficients: step::row(constants, step::FIRST)? };
+        sharpness::combine(loss, weight, add, mean_loss.view_mut(), None)?;
         let vectors = vectors(direction, &self.arena, &self.state.memory, self.len)?;
         let coefficients = coefficients(direction, &self.numbers)?;
         let combination = combination(&vectors[..direction.count], coefficients);

@@ -44,7 +44,7 @@ pub(super) fn slots(method: Method) -> usize {
 
 /// Rows of the table of coefficients that a method knows beforehand.
 pub(super) type Row = usize;
-const FIRST: Row = 0;
+pub(super) const FIRST: Row = 0;
 const SECOND: Row = 1;
 const DIFFERENCE: Row = 2;
 const SECOND_DIFFERENCE: Row = 3;
@@ -287,6 +287,8 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
 pub(super) struct Numbers {
     /// L at w, and at the further points in a method's order.
     pub losses: Buffer<f64>,
+    /// The mean of the first over the groups of a mini-batch.
+    pub mean_loss: Buffer<f64>,
     /// ‖g(w)‖, and another norm.
     pub norms: Buffer<f64>,
     /// The newest products.
@@ -311,6 +313,7 @@ impl Numbers {
     pub fn new(device: &Device, method: Method) -> Result<Self> {
         Ok(Self {
             losses: device.zeros(4)?,
+            mean_loss: device.zeros(1)?,
             norms: device.zeros(2)?,
             products: device.zeros(sharpness::PRODUCTS)?,
             coefficients: device.zeros(4)?,
@@ -392,13 +395,13 @@ pub(super) struct Step<'a, T: Scalar, O> {
     pub scalars: &'a mut Buffer<f64>,
     pub counters: &'a mut Buffer<u32>,
     pub attempts: u64,
+    /// The number of this step's random direction.
+    pub draw: u64,
     pub reduction: &'a mut Reduction,
     /// What the schedule makes of ρ.
     pub rho_factor: f64,
     /// Whether the cosines of the telemetry are wanted.
     pub observe: bool,
-    /// Whether running statistics are taken from this step's first pass.
-    pub statistics: Statistics,
 }
 
 impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
@@ -406,7 +409,7 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
     /// running statistics follow.
     fn gradient(&mut self, point: Point, loss: usize, into: usize) -> Result<()> {
         let Numbers { losses, flag, .. } = &mut *self.numbers;
-        let statistics = if loss == 0 { self.statistics } else { Statistics::Keep };
+        let statistics = if loss == 0 { Statistics::Update } else { Statistics::Keep };
         let mut x = self.vectors.open();
         let (weights, gradient) = (x.read(point)?, x.write(into)?);
         self.objective.gradient(weights, statistics, gradient, losses.slice_mut(loss..loss + 1)?, flag.view_mut())?;
@@ -483,10 +486,10 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
         sharpness::perturb_along(x.weights, difference, products.slice(3..4)?, rho, x.write(to)?)
     }
 
-    /// `P = w + ρ z/‖z‖`, z normal and another in each step.
+    /// `P = w + ρ z/‖z‖`, z normal and another in each step and group.
     fn perturb_randomly(&mut self, seed: u64, rho: f64) -> Result<()> {
         let n = self.vectors.weights.len();
-        let first_block = self.attempts * n.div_ceil(4) as u64;
+        let first_block = self.draw * n.div_ceil(4) as u64;
         let norms = &mut self.numbers.norms;
         random::normal_norm(n, seed, first_block, self.reduction, norms.slice_mut(1..2)?)?;
         let mut x = self.vectors.open();

@@ -11,8 +11,15 @@ use crate::objective::Statistics;
 
 impl<T: Scalar> Plan<T> {
     /// All operations in their order.
-    pub(super) fn forward(&mut self, weights: Slice<'_, T>, statistics: Statistics) -> Result<()> {
-        let Self { ops, places, arena, statistics: running, pending, sums, .. } = self;
+    pub(super) fn forward(&mut self, weights: Slice<'_, T>, pass: Statistics) -> Result<()> {
+        let Self { ops, places, arena, statistics, pending, reported, sums, .. } = self;
+        // The first reported pass of a step begins with the statistics, each further one with what the one before made of them.
+        let [even, odd] = pending;
+        let (running, next) = match *reported {
+            0 => (&*statistics, even),
+            count if count % 2 == 1 => (&*even, odd),
+            _ => (&*odd, even),
+        };
         for (index, op) in ops.iter().enumerate() {
             let mut parts = Parts::new(places, arena);
             let weight = |parameter: usize| weights.slice(self.parameters.tensors()[parameter].range());
@@ -30,17 +37,20 @@ impl<T: Scalar> Plan<T> {
                     let y = parts.write(y)?;
                     let tensors = self.statistics_layout.tensors();
                     let (means, vars) = (tensors[first].range(), tensors[first + 1].range());
-                    let (mean, var) = (running.slice(means.clone())?, running.slice(vars.clone())?);
                     match self.options.batch_norm {
                         Mode::Train => {
-                            let mut next = pending.disjoint();
+                            let (mean, var) = (running.slice(means.clone())?, running.slice(vars.clone())?);
+                            let mut next = next.disjoint();
                             let (next_mean, next_var) = (next.write(means)?, next.write(vars)?);
                             let running = Running { momentum: RUNNING_MOMENTUM, mean, var, next_mean, next_var };
-                            let running = (statistics == Statistics::Update).then_some(running);
+                            let running = (pass == Statistics::Update).then_some(running);
                             let sums = sums.slice_mut(0..shape.workspace_len(&self.device))?;
                             batch_norm::forward_train(shape, input, y, saved, running, sums)?;
                         }
-                        Mode::Eval => batch_norm::forward_eval(shape, input, mean, var, y, saved)?,
+                        Mode::Eval => {
+                            let (mean, var) = (statistics.slice(means)?, statistics.slice(vars)?);
+                            batch_norm::forward_eval(shape, input, mean, var, y, saved)?;
+                        }
                     }
                 }
                 Op::Relu { x, y } => layers::relu(parts.read(x)?, parts.write(y)?)?,
@@ -60,15 +70,16 @@ impl<T: Scalar> Plan<T> {
         Ok(())
     }
 
-    /// The mean loss over the first `samples`, and where asked for its gradient with respect to the logits.
+    /// The mean loss over the first `samples`, and where asked for its gradient with respect to the logits. Correct predictions are
+    /// added to [`Plan::correct`] if the pass is `reported`.
     pub(super) fn loss(
         &mut self,
         samples: usize,
         gradient: bool,
-        statistics: Statistics,
+        reported: bool,
         loss: SliceMut<'_, f64>,
     ) -> Result<()> {
-        let reported = if statistics == Statistics::Update { 0..1 } else { 1..2 };
+        let counter = if reported { 0..1 } else { 1..2 };
         let shape = LossShape { batch: samples, classes: self.classes() };
         let mut parts = Parts::new(&self.places, &mut self.arena);
         let len = samples * shape.classes;
@@ -83,7 +94,7 @@ impl<T: Scalar> Plan<T> {
             dlogits,
             sample_losses.slice_mut(0..samples)?,
             loss,
-            self.correct.slice_mut(reported)?,
+            self.correct.slice_mut(counter)?,
         )
     }
 }

@@ -69,11 +69,13 @@ pub struct Plan<T: Scalar> {
     places: Places,
     arena: Buffer<T>,
     labels: Buffer<u32>,
-    /// Correct predictions: of the pass that is reported, and of the others.
+    /// Correct predictions: of the passes that are reported, and of the others.
     correct: Buffer<u32>,
     statistics: Buffer<T>,
-    /// What the statistics become when the step is committed.
-    pending: Buffer<T>,
+    /// What the statistics become when the step is committed, written in turns.
+    pending: [Buffer<T>; 2],
+    /// Passes with [`Statistics::Update`] since the last commit.
+    reported: usize,
     /// Partial sums of batch norm, in double.
     sums: Buffer<f64>,
     /// From the first product with the Hessian on.
@@ -118,8 +120,7 @@ impl<T: Scalar> Plan<T> {
             }
         }
         statistics.write(&start)?;
-        let mut pending = device.zeros(statistics_layout.len())?;
-        pending.write(&start)?;
+        let pending = [device.zeros(statistics_layout.len())?, device.zeros(statistics_layout.len())?];
         Ok(Self {
             arena: device.poisoned(places.len)?,
             labels: device.zeros(shapes[0].batch)?,
@@ -135,6 +136,7 @@ impl<T: Scalar> Plan<T> {
             places,
             statistics,
             pending,
+            reported: 0,
             tangent: None,
         })
     }
@@ -192,8 +194,8 @@ impl<T: Scalar> Plan<T> {
         self.arena.slice(self.places.value(self.logits))
     }
 
-    /// How many samples had their largest logit at the label, in the newest evaluation or pass with [`Statistics::Update`]: one
-    /// element. Passes at perturbed weights leave it alone.
+    /// How many samples had their largest logit at the label, in the newest evaluation or in the newest step's passes with
+    /// [`Statistics::Update`]: one element. Passes at perturbed weights leave it alone.
     ///
     /// # Errors
     /// None: the place lies in the buffer.
@@ -211,8 +213,8 @@ impl<T: Scalar> Plan<T> {
     /// # Errors
     /// Those of the copy.
     pub fn set_statistics(&mut self, statistics: Slice<'_, T>) -> Result<()> {
-        self.statistics.view_mut().copy_from(statistics)?;
-        self.pending.view_mut().copy_from(statistics)
+        self.reported = 0;
+        self.statistics.view_mut().copy_from(statistics)
     }
 
     /// A forward pass at `weights`: leaves the logits, the mean loss over the first `samples` of the batch in `loss` (one
@@ -222,7 +224,8 @@ impl<T: Scalar> Plan<T> {
     /// Those of the device.
     pub fn evaluate(&mut self, weights: Slice<'_, T>, samples: usize, loss: SliceMut<'_, f64>) -> Result<()> {
         self.forward(weights, Statistics::Keep)?;
-        self.loss(samples, false, Statistics::Update, loss)
+        self.correct.clear()?;
+        self.loss(samples, false, true, loss)
     }
 }
 
@@ -253,7 +256,12 @@ impl<T: Scalar> Objective<T> for Plan<T> {
         check_length(OPERATION, "weights", weights.len(), self.len())?;
         check_length(OPERATION, "gradient", gradient.len(), self.len())?;
         self.forward(weights, statistics)?;
-        self.loss(self.shapes[0].batch, true, statistics, loss.reborrow())?;
+        let reported = statistics == Statistics::Update;
+        if reported && self.reported == 0 {
+            self.correct.clear()?;
+        }
+        self.loss(self.shapes[0].batch, true, reported, loss.reborrow())?;
+        self.reported += usize::from(reported);
         for index in (0..self.ops.len()).rev() {
             self.backward(index, weights, Some(&mut gradient))?;
         }
@@ -293,7 +301,11 @@ impl<T: Scalar> Objective<T> for Plan<T> {
     }
 
     fn commit(&mut self, skip: Slice<'_, u32>) -> Result<()> {
-        vector::commit(skip, self.pending.view(), self.statistics.view_mut())
+        let passes = std::mem::take(&mut self.reported);
+        if passes == 0 || self.options.batch_norm == Mode::Eval {
+            return Ok(());
+        }
+        vector::commit(skip, self.pending[(passes - 1) % 2].view(), self.statistics.view_mut())
     }
 }
 

@@ -43,7 +43,7 @@ impl<T: Scalar> Plan<T> {
         tangent: &mut Tangent<T>,
     ) -> Result<()> {
         self.forward(weights, Statistics::Keep)?;
-        self.loss(self.shapes[0].batch, true, Statistics::Keep, tangent.loss.view_mut())?;
+        self.loss(self.shapes[0].batch, true, false, tangent.loss.view_mut())?;
         self.forward_tangent(weights, direction, &mut tangent.arena)?;
         self.loss_tangent(&mut tangent.arena)?;
         for index in (0..self.ops.len()).rev() {

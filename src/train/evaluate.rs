@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::TrainError;
-use super::run::DeviceImages;
+use super::images::DeviceImages;
 use crate::device::{Buffer, Device, Slice};
 use crate::kernels::image::{self, BatchShape, Normalization};
 use crate::nn::Model;

@@ -6,99 +6,18 @@ use std::time::{Duration, Instant};
 
 use super::checkpoint::{self, Checkpoint};
 use super::evaluate::{Evaluation, Evaluator};
+use super::images::{Batch, DeviceImages, normalization, open_data, open_device};
 use super::log::{Log, Record};
 use super::settings::{AugmentName, Options};
 use super::{TrainError, weights};
-use crate::data::{self, Dataset, ImageShape, Images, Split, SyntheticSpec};
-use crate::device::{Buffer, Device, HostOptions, Slice, SliceMut};
-use crate::kernels::image::{self, Augment, BatchShape, Normalization};
+use crate::data::{self, Dataset, ImageShape};
+use crate::device::Buffer;
+use crate::kernels::image::{Augment, BatchShape};
 use crate::kernels::metrics;
 use crate::nn;
-use crate::objective::{Objective, Statistics};
+use crate::objective::Accumulator;
 use crate::optim::{Optimizer, Telemetry};
 use crate::plan::{Plan, PlanOptions, Shape};
-
-/// Images and labels of a split, on the device.
-pub(super) struct DeviceImages {
-    pixels: Buffer<u8>,
-    labels: Buffer<u32>,
-    pub count: usize,
-}
-
-impl DeviceImages {
-    pub fn new(device: &Device, images: &Images) -> Result<Self, TrainError> {
-        let (pixels, labels) = (device.upload(&images.pixels)?, device.upload(&images.labels)?);
-        Ok(Self { pixels, labels, count: images.len() })
-    }
-
-    /// Pixels and labels.
-    pub fn views(&self) -> (Slice<'_, u8>, Slice<'_, u32>) {
-        (self.pixels.view(), self.labels.view())
-    }
-}
-
-/// The device that the options name.
-///
-/// # Errors
-/// A name that is not known, or a device that is not there.
-pub fn open_device(name: &str, threads: usize) -> Result<Device, TrainError> {
-    let device = Device::from_name(name)?;
-    if device.is_host() {
-        return Ok(Device::host_with(HostOptions { threads, ..HostOptions::default() }));
-    }
-    Ok(device)
-}
-
-/// The data set that the options name, before any reduction.
-///
-/// # Errors
-/// Those of the files.
-pub fn open_data(path: &str) -> Result<Dataset, TrainError> {
-    match path {
-        "synthetic" => Ok(data::synthetic(&SyntheticSpec::default())?),
-        path => Ok(data::load(Path::new(path))?),
-    }
-}
-
-/// One split of the data set that the options name.
-///
-/// # Errors
-/// Those of the files.
-pub fn open_split(path: &str, split: Split) -> Result<data::SplitImages, TrainError> {
-    if path != "synthetic" {
-        return Ok(data::load_split(Path::new(path), split)?);
-    }
-    let Dataset { name, train, test, mean, std, statistics } = open_data(path)?;
-    let images = if split == Split::Train { train } else { test };
-    Ok(data::SplitImages { name, images, mean, std, statistics })
-}
-
-/// The normalisation that the options ask for, or the data set's.
-///
-/// # Errors
-/// Not one value for each channel, or a deviation that is not positive.
-pub fn normalization(
-    mean: Option<&[f32]>,
-    std: Option<&[f32]>,
-    data: (&[f32], &[f32]),
-    channels: usize,
-) -> Result<Normalization, TrainError> {
-    let mut normalization = Normalization { mean: [0.0; 4], std: [1.0; 4] };
-    for (option, values, into) in [
-        ("--mean", mean.unwrap_or(data.0), &mut normalization.mean),
-        ("--std", std.unwrap_or(data.1), &mut normalization.std),
-    ] {
-        if values.len() != channels || channels > into.len() {
-            let reason = format!("{} values for images with {channels} channel(s)", values.len());
-            return Err(TrainError::option(option, reason));
-        }
-        if values.iter().any(|value| !value.is_finite() || (option == "--std" && *value <= 0.0)) {
-            return Err(TrainError::option(option, "expected finite numbers, and deviations above 0"));
-        }
-        into[..channels].copy_from_slice(values);
-    }
-    Ok(normalization)
-}
 
 /// What a run tells its caller while it goes on.
 #[derive(Debug, Clone)]
@@ -199,9 +118,10 @@ pub fn train(
 
     let model = options.model()?;
     let path = options.data.as_deref().unwrap_or("synthetic");
-    // With m-sharpness the network sees a group at a time.
+    // The network sees a part at a time: of the batch, or with m-sharpness of a group.
     let group = options.m_sharpness.unwrap_or(batch);
-    let shape = Shape { batch: group, height, width, channels };
+    let part = options.micro_batch.unwrap_or(group);
+    let shape = Shape { batch: part, height, width, channels };
     let (graph, logits) = model.trace(shape, train.classes).map_err(TrainError::plan(path))?;
     let plan_options =
         PlanOptions { label_smoothing: options.label_smoothing.unwrap_or_default(), ..PlanOptions::training() };
@@ -233,8 +153,9 @@ pub fn train(
     };
 
     let count = train.len();
-    let images = DeviceImages::new(&device, &train)?;
-    let batch_shape = BatchShape { batch: group, height, width, channels };
+    let train_images = DeviceImages::new(&device, &train)?;
+    let mut accumulator = Accumulator::new(&device, layout.len(), group / part)?;
+    let batch_shape = BatchShape { batch: part, height, width, channels };
     let rho_schedule = options.rho_schedule();
     progress(Progress::Start {
         device: format!("{} ({})", device.name(), device.description()),
@@ -271,9 +192,9 @@ pub fn train(
             seed,
             counter: step * batch as u64,
         });
-        let (pixels, labels) = images.views();
+        let (pixels, labels) = train_images.views();
         let chosen = order_on_device.slice(within * batch..(within + 1) * batch)?;
-        let mut objective = Batch {
+        let mut images = Batch {
             plan: &mut plan,
             shape: batch_shape,
             pixels,
@@ -286,15 +207,15 @@ pub fn train(
         let log_step = options.log_every.is_some_and(|every| every > 0 && (step + 1) % every == 0) && log.is_some();
         optimizer.observe(log_step);
         optimizer.scale_rho(rho_schedule.factor(step, &schedule));
-        optimizer.step(&mut objective, &mut parameters, lr)?;
-        metrics::record(optimizer.loss()?, plan.correct()?, optimizer.skipped(), group, totals.view_mut())?;
+        optimizer.step(&mut accumulator.over(&mut images), &mut parameters, lr)?;
+        metrics::record(optimizer.loss()?, plan.correct()?, optimizer.skipped(), batch, totals.view_mut())?;
         step += 1;
 
         let epoch_ends = step % steps_per_epoch == 0 || step == steps;
         if log_step && let Some(log) = &mut log {
             let mut correct = [0];
             plan.correct()?.read(&mut correct)?;
-            let accuracy = f64::from(correct[0]) / group as f64;
+            let accuracy = f64::from(correct[0]) / batch as f64;
             let elapsed = epoch_seconds + clock.elapsed().as_secs_f64();
             let images_per_second = (step - epoch_started_at) as f64 * batch as f64 / elapsed;
             let record = step_record(&optimizer.telemetry()?, (step, epoch + 1), lr, accuracy, images_per_second);
@@ -371,63 +292,6 @@ pub fn train(
         images_per_second: if trained > 0.0 { trained / (seconds - earlier) } else { 0.0 },
         out: out.map(Path::to_path_buf),
     })
-}
-
-/// A mini-batch of the training images as an optimizer sees it: the plan, filled with one group of them at a time.
-struct Batch<'a> {
-    plan: &'a mut Plan<f32>,
-    /// Of one group.
-    shape: BatchShape,
-    pixels: Slice<'a, u8>,
-    labels: Slice<'a, u32>,
-    /// The samples of the mini-batch.
-    chosen: Slice<'a, u32>,
-    normalization: &'a Normalization,
-    augment: Option<Augment>,
-}
-
-impl Objective<f32> for Batch<'_> {
-    fn len(&self) -> usize {
-        self.plan.len()
-    }
-
-    fn gradient(
-        &mut self,
-        weights: Slice<'_, f32>,
-        statistics: Statistics,
-        gradient: SliceMut<'_, f32>,
-        loss: SliceMut<'_, f64>,
-        flag: SliceMut<'_, u32>,
-    ) -> crate::device::Result<()> {
-        self.plan.gradient(weights, statistics, gradient, loss, flag)
-    }
-
-    fn hessian_vector(
-        &mut self,
-        weights: Slice<'_, f32>,
-        direction: Slice<'_, f32>,
-        product: SliceMut<'_, f32>,
-        flag: SliceMut<'_, u32>,
-    ) -> crate::device::Result<()> {
-        self.plan.hessian_vector(weights, direction, product, flag)
-    }
-
-    fn groups(&self) -> usize {
-        self.chosen.len() / self.shape.batch
-    }
-
-    fn select(&mut self, group: usize) -> crate::device::Result<()> {
-        let first = group * self.shape.batch;
-        let chosen = self.chosen.slice(first..first + self.shape.batch)?;
-        let augment = self.augment.map(|augment| Augment { counter: augment.counter + first as u64, ..augment });
-        let (images, labels) = self.plan.batch_mut()?;
-        let (pixels, truth) = (self.pixels, self.labels);
-        image::batch(&self.shape, pixels, truth, chosen, self.normalization, augment, images, labels)
-    }
-
-    fn commit(&mut self, skip: Slice<'_, u32>) -> crate::device::Result<()> {
-        self.plan.commit(skip)
-    }
 }
 
 fn read_totals(totals: &Buffer<f64>) -> Result<[f64; 3], TrainError> {

@@ -220,6 +220,10 @@ pub struct Options {
     #[arg(long, value_name = "N", help_heading = "Data")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub batch_size: Option<usize>,
+    /// Images per pass: gradients are accumulated over the batch [default: the batch, or --m-sharpness]
+    #[arg(long, value_name = "N", help_heading = "Data")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub micro_batch: Option<usize>,
 
     /// resnet8, 20, 32, 44, 56, 110 (CIFAR ResNets) or resnet18 [default: resnet8]
     #[arg(long, value_name = "NAME", help_heading = "Model")]
@@ -528,6 +532,7 @@ impl Options {
             gamma: self.gamma.or(below.gamma),
             delta: self.delta.or(below.delta),
             rho_schedule: self.rho_schedule.or(below.rho_schedule),
+            micro_batch: self.micro_batch.or(below.micro_batch),
             m_sharpness: self.m_sharpness.or(below.m_sharpness),
             clip: self.clip.or(below.clip),
             lr: self.lr.or(below.lr),
@@ -714,6 +719,7 @@ impl Options {
             ("--steps", self.steps),
             ("--every", self.every),
             ("--ascent-steps", self.ascent_steps.map(|n| n as u64)),
+            ("--micro-batch", self.micro_batch.map(|n| n as u64)),
             ("--m-sharpness", self.m_sharpness.map(|n| n as u64)),
         ];
         for (option, value) in counts {
@@ -734,6 +740,12 @@ impl Options {
         {
             let reason = format!("{group}, expected a divisor of --batch-size {batch}");
             return Err(TrainError::option("--m-sharpness", reason));
+        }
+        if let (Some(part), Some(group)) = (self.micro_batch, self.m_sharpness.or(self.batch_size))
+            && group % part != 0
+        {
+            let whole = if self.m_sharpness.is_some() { "--m-sharpness" } else { "--batch-size" };
+            return Err(TrainError::option("--micro-batch", format!("{part}, expected a divisor of {whole} {group}")));
         }
         Ok(())
     }

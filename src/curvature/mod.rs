@@ -1,0 +1,104 @@
+//! Curvature of a loss at given weights, measured through an [`Objective`]: nothing of the Hessian but its products is ever formed.
+
+use crate::device::{Buffer, Error, Result, Scalar, Slice};
+use crate::kernels::random;
+use crate::kernels::vector::{self, Reduction};
+use crate::objective::{Objective, Statistics};
+
+/// A mean over random probes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Estimate {
+    /// The mean.
+    pub value: f64,
+    /// The standard error of the mean: the probes' deviation over the root of their number. None of a single probe.
+    pub standard_error: Option<f64>,
+    /// How many there were.
+    pub probes: usize,
+}
+
+impl Estimate {
+    fn of(samples: &[f64]) -> Self {
+        let count = samples.len() as f64;
+        let value = samples.iter().sum::<f64>() / count;
+        let squares: f64 = samples.iter().map(|sample| (sample - value).powi(2)).sum();
+        let standard_error = (samples.len() > 1).then(|| (squares / (count - 1.0) / count).sqrt());
+        Self { value, standard_error, probes: samples.len() }
+    }
+}
+
+/// An objective, the weights at which it is looked at, and the vectors that this takes: two as long as the weights.
+pub struct Curvature<'a, T: Scalar, O> {
+    objective: &'a mut O,
+    weights: Slice<'a, T>,
+    direction: Buffer<T>,
+    product: Buffer<T>,
+    number: Buffer<f64>,
+    flag: Buffer<u32>,
+    reduction: Reduction,
+}
+
+impl<'a, T: Scalar, O: Objective<T>> Curvature<'a, T, O> {
+    /// To look at `objective` at `weights`.
+    ///
+    /// # Errors
+    /// [`Error::Length`] for weights of another length than the objective's; those of the allocation.
+    pub fn new(objective: &'a mut O, weights: Slice<'a, T>) -> Result<Self> {
+        crate::kernels::check_length("Curvature::new", "weights", weights.len(), objective.len())?;
+        objective.select(0)?;
+        let device = weights.device();
+        let (direction, product) = (device.zeros(weights.len())?, device.zeros(weights.len())?);
+        let (number, flag, reduction) = (device.zeros(1)?, device.zeros(1)?, Reduction::new(device)?);
+        Ok(Self { objective, weights, direction, product, number, flag, reduction })
+    }
+
+    /// `‖∇L(w)‖`. One gradient.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where loss or gradient is not finite; those of the objective.
+    pub fn gradient_norm(&mut self) -> Result<f64> {
+        let Self { objective, weights, product, number, flag, reduction, .. } = self;
+        flag.clear()?;
+        product.view_mut().clear()?;
+        objective.gradient(*weights, Statistics::Keep, product.view_mut(), number.view_mut(), flag.view_mut())?;
+        vector::l2_norm(product.view(), reduction, number.view_mut())?;
+        self.finite_number("Curvature::gradient_norm")
+    }
+
+    /// The trace of the Hessian by Hutchinson's estimator (1990): the mean of `vᵀHv` over vectors v of random signs, whose expected
+    /// value it is and whose variance is `2 Σ_{i≠j} h_ij²`. One product with the Hessian per probe, whatever their number in the
+    /// same memory; `progress` is told of each. Probe p is drawn from `seed` and p alone, so more probes go on where fewer ended.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for no probe, or where a product is not finite; those of the objective.
+    pub fn trace(&mut self, probes: usize, seed: u64, mut progress: impl FnMut(usize)) -> Result<Estimate> {
+        const OPERATION: &str = "Curvature::trace";
+        if probes == 0 {
+            return Err(Error::Argument { operation: OPERATION, message: "no probe".into() });
+        }
+        let mut samples = Vec::with_capacity(probes);
+        for probe in 0..probes {
+            let Self { objective, weights, direction, product, number, flag, reduction } = self;
+            random::rademacher(direction.view_mut(), seed, (probe * weights.len().next_multiple_of(4)) as u64)?;
+            flag.clear()?;
+            // Zeros, because an objective leaves what lies between its tensors alone.
+            product.view_mut().clear()?;
+            objective.hessian_vector(*weights, direction.view(), product.view_mut(), flag.view_mut())?;
+            vector::dot(direction.view(), product.view(), reduction, number.view_mut())?;
+            samples.push(self.finite_number(OPERATION)?);
+            progress(probe + 1);
+        }
+        Ok(Estimate::of(&samples))
+    }
+
+    /// Reads the newest number, if what it was made of was finite.
+    fn finite_number(&self, operation: &'static str) -> Result<f64> {
+        let (mut value, mut flag) = ([0.0], [0]);
+        self.number.read(&mut value)?;
+        self.flag.read(&mut flag)?;
+        if flag[0] != 0 || !value[0].is_finite() {
+            let message = "the loss or its derivatives at these weights are not finite".into();
+            return Err(Error::Argument { operation, message });
+        }
+        Ok(value[0])
+    }
+}

@@ -1,0 +1,149 @@
+//! The images that a run, an evaluation or a measurement works on: opened, normalised, on the device, and as an objective.
+
+use std::path::Path;
+
+use super::TrainError;
+use crate::data::{self, Dataset, Images, Split, SyntheticSpec};
+use crate::device::{self, Buffer, Device, HostOptions, Slice, SliceMut};
+use crate::kernels::image::{self, Augment, BatchShape, Normalization};
+use crate::objective::{Objective, Statistics};
+use crate::plan::Plan;
+
+/// Images and labels of a split, on the device.
+pub(super) struct DeviceImages {
+    pixels: Buffer<u8>,
+    labels: Buffer<u32>,
+    pub count: usize,
+}
+
+impl DeviceImages {
+    pub fn new(device: &Device, images: &Images) -> Result<Self, TrainError> {
+        let (pixels, labels) = (device.upload(&images.pixels)?, device.upload(&images.labels)?);
+        Ok(Self { pixels, labels, count: images.len() })
+    }
+
+    /// Pixels and labels.
+    pub fn views(&self) -> (Slice<'_, u8>, Slice<'_, u32>) {
+        (self.pixels.view(), self.labels.view())
+    }
+}
+
+/// The device that the options name.
+///
+/// # Errors
+/// A name that is not known, or a device that is not there.
+pub fn open_device(name: &str, threads: usize) -> Result<Device, TrainError> {
+    let device = Device::from_name(name)?;
+    if device.is_host() {
+        return Ok(Device::host_with(HostOptions { threads, ..HostOptions::default() }));
+    }
+    Ok(device)
+}
+
+/// The data set that the options name, before any reduction.
+///
+/// # Errors
+/// Those of the files.
+pub fn open_data(path: &str) -> Result<Dataset, TrainError> {
+    match path {
+        "synthetic" => Ok(data::synthetic(&SyntheticSpec::default())?),
+        path => Ok(data::load(Path::new(path))?),
+    }
+}
+
+/// One split of the data set that the options name.
+///
+/// # Errors
+/// Those of the files.
+pub fn open_split(path: &str, split: Split) -> Result<data::SplitImages, TrainError> {
+    if path != "synthetic" {
+        return Ok(data::load_split(Path::new(path), split)?);
+    }
+    let Dataset { name, train, test, mean, std, statistics } = open_data(path)?;
+    let images = if split == Split::Train { train } else { test };
+    Ok(data::SplitImages { name, images, mean, std, statistics })
+}
+
+/// The normalisation that the options ask for, or the data set's.
+///
+/// # Errors
+/// Not one value for each channel, or a deviation that is not positive.
+pub fn normalization(
+    mean: Option<&[f32]>,
+    std: Option<&[f32]>,
+    data: (&[f32], &[f32]),
+    channels: usize,
+) -> Result<Normalization, TrainError> {
+    let mut normalization = Normalization { mean: [0.0; 4], std: [1.0; 4] };
+    for (option, values, into) in [
+        ("--mean", mean.unwrap_or(data.0), &mut normalization.mean),
+        ("--std", std.unwrap_or(data.1), &mut normalization.std),
+    ] {
+        if values.len() != channels || channels > into.len() {
+            let reason = format!("{} values for images with {channels} channel(s)", values.len());
+            return Err(TrainError::option(option, reason));
+        }
+        if values.iter().any(|value| !value.is_finite() || (option == "--std" && *value <= 0.0)) {
+            return Err(TrainError::option(option, "expected finite numbers, and deviations above 0"));
+        }
+        into[..channels].copy_from_slice(values);
+    }
+    Ok(normalization)
+}
+
+/// Some images of a split as an objective: the plan, filled with one part of them at a time.
+pub(super) struct Batch<'a> {
+    pub plan: &'a mut Plan<f32>,
+    /// Of one part.
+    pub shape: BatchShape,
+    pub pixels: Slice<'a, u8>,
+    pub labels: Slice<'a, u32>,
+    /// The numbers of all samples.
+    pub chosen: Slice<'a, u32>,
+    pub normalization: &'a Normalization,
+    pub augment: Option<Augment>,
+}
+
+impl Objective<f32> for Batch<'_> {
+    fn len(&self) -> usize {
+        self.plan.len()
+    }
+
+    fn gradient(
+        &mut self,
+        weights: Slice<'_, f32>,
+        statistics: Statistics,
+        gradient: SliceMut<'_, f32>,
+        loss: SliceMut<'_, f64>,
+        flag: SliceMut<'_, u32>,
+    ) -> device::Result<()> {
+        self.plan.gradient(weights, statistics, gradient, loss, flag)
+    }
+
+    fn hessian_vector(
+        &mut self,
+        weights: Slice<'_, f32>,
+        direction: Slice<'_, f32>,
+        product: SliceMut<'_, f32>,
+        flag: SliceMut<'_, u32>,
+    ) -> device::Result<()> {
+        self.plan.hessian_vector(weights, direction, product, flag)
+    }
+
+    fn groups(&self) -> usize {
+        self.chosen.len() / self.shape.batch
+    }
+
+    fn select(&mut self, group: usize) -> device::Result<()> {
+        let first = group * self.shape.batch;
+        let chosen = self.chosen.slice(first..first + self.shape.batch)?;
+        let augment = self.augment.map(|augment| Augment { counter: augment.counter + first as u64, ..augment });
+        let (images, labels) = self.plan.batch_mut()?;
+        let (pixels, truth) = (self.pixels, self.labels);
+        image::batch(&self.shape, pixels, truth, chosen, self.normalization, augment, images, labels)
+    }
+
+    fn commit(&mut self, skip: Slice<'_, u32>) -> device::Result<()> {
+        self.plan.commit(skip)
+    }
+}

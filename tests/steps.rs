@@ -1,0 +1,282 @@
+//! Whole steps of an optimizer on networks: gradients accumulated over parts of a batch, and images that are not finite.
+
+mod common;
+
+use common::{Random, assert_close, bits, weights};
+use polder::device::{Buffer, Device, Result, Scalar, Slice, SliceMut};
+use polder::nn::{Model, Shortcut};
+use polder::objective::{Accumulator, Objective, Statistics};
+use polder::optim::{
+    Base, CrSamTerms, Form, GamTerms, Gnr, Method, Optimizer, Perturbation, Product, Sam, Settings, StepSize,
+};
+use polder::plan::{Graph, Plan, PlanOptions, Shape, Value};
+
+/// A plan over some images that lie on the host, a few at a time; in one pass, a value of one image is another.
+struct Images<T: Scalar> {
+    plan: Plan<T>,
+    pixels: Vec<T>,
+    labels: Vec<u32>,
+    group: usize,
+    passes: usize,
+    damage: Option<(usize, f64)>,
+}
+
+impl<T: Scalar> Images<T> {
+    fn new(device: &Device, (graph, logits): (Graph, Value), count: usize, random: &mut Random) -> Self {
+        let plan = Plan::<T>::new(device, graph, logits, PlanOptions::training()).unwrap();
+        let Shape { height, width, channels, .. } = plan.input_shape();
+        let pixels = random.vector(count * height * width * channels);
+        let labels = (0..count).map(|_| random.below(plan.classes()) as u32).collect();
+        Self { plan, pixels, labels, group: 0, passes: 0, damage: None }
+    }
+
+    fn begin_pass(&mut self) -> Result<()> {
+        self.show(self.damage.and_then(|(pass, value)| (pass == self.passes).then_some(value)))?;
+        self.passes += 1;
+        Ok(())
+    }
+
+    fn show(&mut self, damage: Option<f64>) -> Result<()> {
+        let batch = self.plan.input_shape().batch;
+        let size = self.pixels.len() / self.labels.len();
+        let first = self.group * batch;
+        let mut shown = self.pixels[first * size..(first + batch) * size].to_vec();
+        if let Some(value) = damage {
+            let middle = shown.len() / 2;
+            shown[middle] = T::from_f64(value);
+        }
+        let (mut images, mut labels) = self.plan.batch_mut()?;
+        images.write(&shown)?;
+        labels.write(&self.labels[first..first + batch])
+    }
+}
+
+impl<T: Scalar> Objective<T> for Images<T> {
+    fn len(&self) -> usize {
+        self.plan.len()
+    }
+
+    fn gradient(
+        &mut self,
+        weights: Slice<'_, T>,
+        statistics: Statistics,
+        gradient: SliceMut<'_, T>,
+        loss: SliceMut<'_, f64>,
+        flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        self.begin_pass()?;
+        self.plan.gradient(weights, statistics, gradient, loss, flag)
+    }
+
+    fn hessian_vector(
+        &mut self,
+        weights: Slice<'_, T>,
+        direction: Slice<'_, T>,
+        product: SliceMut<'_, T>,
+        flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        self.begin_pass()?;
+        self.plan.hessian_vector(weights, direction, product, flag)
+    }
+
+    fn groups(&self) -> usize {
+        self.labels.len() / self.plan.input_shape().batch
+    }
+
+    fn select(&mut self, group: usize) -> Result<()> {
+        self.group = group;
+        Ok(())
+    }
+
+    fn commit(&mut self, skip: Slice<'_, u32>) -> Result<()> {
+        self.plan.commit(skip)
+    }
+}
+
+fn methods() -> Vec<Method> {
+    let terms = CrSamTerms { form: Form::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
+    let gnr = |product| Method::Gnr(Gnr { rho: 0.1, alpha: 0.1, product, every: 1, oracle_rho: Some(0.05) });
+    let step_size = StepSize { eta0: 0.05, delta: 0.02, theta0: 1.0 };
+    vec![
+        Method::Plain,
+        Method::sam(0.05),
+        Method::with_perturbation(0.01, Perturbation::Linf),
+        Method::Sam(Sam { rho: 0.05, perturbation: Perturbation::L2, ascent_steps: 2, second_order: false }),
+        Method::Sam(Sam { rho: 0.05, perturbation: Perturbation::L2, ascent_steps: 1, second_order: true }),
+        Method::CrSam { rho: 0.1, terms },
+        gnr(Product::Exact),
+        gnr(Product::Difference { radius: 0.01 }),
+        Method::Gam { rho: 0.02, rho_norm: 0.2, terms: GamTerms { beta0: 0.5, beta1: 0.6, gamma: 0.03 } },
+        Method::SaSam(step_size),
+        Method::Gsam { rho: 0.05, alpha: 0.1 },
+        Method::LookSam { rho: 0.05, alpha: 0.7, every: 2 },
+        Method::RSam { rho: 0.05, sigma: 0.05, seed: 3 },
+    ]
+}
+
+const SGD: Base = Base::Sgd { momentum: 0.9, nesterov: false };
+
+/// A network without batch norm, whose loss over a batch is the mean of those of its parts.
+fn plain_network(batch: usize) -> (Graph, Value) {
+    let mut graph = Graph::new(Shape { batch, height: 5, width: 6, channels: 2 });
+    let x = graph.input();
+    let x = graph.convolution(x, "a.weight", 6, 3, 1, 1).unwrap();
+    let x = graph.relu(x);
+    let x = graph.convolution(x, "b.weight", 5, 3, 2, 1).unwrap();
+    let x = graph.relu(x);
+    let x = graph.global_average_pool(x).unwrap();
+    let logits = graph.linear(x, "fc", 4).unwrap();
+    (graph, logits)
+}
+
+#[test]
+fn accumulated_parts_are_the_whole_batch_in_every_pass() {
+    let device = Device::host();
+    for method in methods() {
+        let run = |part: usize| {
+            let mut random = Random(17);
+            let mut images = Images::<f64>::new(&device, plain_network(part), 12, &mut random);
+            let mut parameters = device.upload(&weights(&images.plan, &mut random)).unwrap();
+            let mut optimizer = Optimizer::new(&device, parameters.len(), Settings::new(method, SGD)).unwrap();
+            let mut accumulator = Accumulator::new(&device, parameters.len(), 12 / part).unwrap();
+            let mut losses = Vec::new();
+            for _ in 0..3 {
+                optimizer.step(&mut accumulator.over(&mut images), &mut parameters, 0.1).unwrap();
+                losses.push(optimizer.telemetry().unwrap().loss);
+                // Of all parts, at w alone.
+                losses.push(f64::from(images.plan.correct().unwrap().to_vec().unwrap()[0]));
+            }
+            (parameters.to_vec().unwrap(), losses, images.passes)
+        };
+        let (whole, losses, passes) = run(12);
+        for part in [6, 4] {
+            let (found, found_losses, found_passes) = run(part);
+            assert_eq!(found_passes, passes * 12 / part, "{method:?}");
+            // Rounding, which the differences of two gradients and of two losses magnify.
+            assert_close(&format!("{method:?}, parts of {part}"), &found, &whole, 1e-9);
+            assert_close("losses and correct predictions", &found_losses, &losses, 1e-11);
+        }
+    }
+}
+
+#[test]
+fn one_part_changes_no_bit_and_parts_can_be_gathered_in_groups() {
+    let device = Device::host();
+    let shape = |batch| Shape { batch, height: 5, width: 6, channels: 3 };
+    let model = Model::CifarResNet { blocks: 1, shortcut: Shortcut::A };
+    let network = |batch| model.trace(shape(batch), 4).unwrap();
+    // 8 images in groups of 4 for m-sharpness, in one part or, of a network without batch norm, in two.
+    let run = |network: (Graph, Value), parts: Option<usize>| {
+        let mut random = Random(23);
+        let mut images = Images::<f64>::new(&device, network, 8, &mut random);
+        let mut parameters = device.upload(&weights(&images.plan, &mut random)).unwrap();
+        let settings = Settings::new(Method::sam(0.1), SGD);
+        let mut optimizer = Optimizer::new(&device, parameters.len(), settings).unwrap();
+        for _ in 0..2 {
+            match parts {
+                None => optimizer.step(&mut images, &mut parameters, 0.1).unwrap(),
+                Some(parts) => {
+                    let mut accumulator = Accumulator::new(&device, parameters.len(), parts).unwrap();
+                    optimizer.step(&mut accumulator.over(&mut images), &mut parameters, 0.1).unwrap();
+                }
+            }
+        }
+        let loss = optimizer.telemetry().unwrap().loss;
+        (parameters.to_vec().unwrap(), images.plan.statistics().to_vec().unwrap(), loss)
+    };
+    let (plain, statistics, loss) = run(network(4), None);
+    let (same, same_statistics, same_loss) = run(network(4), Some(1));
+    assert_eq!((bits(&same), bits(&same_statistics)), (bits(&plain), bits(&statistics)));
+    assert_eq!(same_loss.to_bits(), loss.to_bits());
+    let (grouped, _, loss) = run(plain_network(4), None);
+    let (found, _, found_loss) = run(plain_network(2), Some(2));
+    assert_close("two groups of two parts", &found, &grouped, 1e-12);
+    assert!((found_loss - loss).abs() < 1e-13);
+}
+
+#[test]
+fn statistics_of_several_parts_follow_one_another() {
+    let device = Device::host();
+    let shape = Shape { batch: 4, height: 5, width: 6, channels: 3 };
+    let network = || Model::CifarResNet { blocks: 1, shortcut: Shortcut::B }.trace(shape, 4).unwrap();
+    let statistics = |commit_each: bool| {
+        let mut random = Random(29);
+        let mut images = Images::<f64>::new(&device, network(), 12, &mut random);
+        let parameters = device.upload(&weights(&images.plan, &mut random)).unwrap();
+        let mut gradient = device.zeros(parameters.len()).unwrap();
+        let (mut loss, mut flag) = (device.zeros(1).unwrap(), device.zeros(1).unwrap());
+        let skip = device.zeros(1).unwrap();
+        for group in 0..3 {
+            images.select(group).unwrap();
+            let (loss, flag) = (loss.view_mut(), flag.view_mut());
+            images.gradient(parameters.view(), Statistics::Update, gradient.view_mut(), loss, flag).unwrap();
+            if commit_each {
+                images.commit(skip.view()).unwrap();
+            }
+        }
+        images.commit(skip.view()).unwrap();
+        bits(&images.plan.statistics().to_vec().unwrap())
+    };
+    assert_eq!(statistics(false), statistics(true));
+}
+
+fn all_bits<T: Scalar>(
+    parameters: &Buffer<T>,
+    optimizer: &Optimizer<T>,
+    images: &Images<T>,
+) -> (Vec<u64>, Vec<u64>, Vec<u64>) {
+    let read = |buffer: &Buffer<T>| bits(&buffer.to_vec().unwrap());
+    (read(parameters), read(&optimizer.state().momentum), read(images.plan.statistics()))
+}
+
+#[test]
+fn an_image_that_is_not_finite_in_any_pass_skips_the_step() {
+    let device = Device::host();
+    let shape = Shape { batch: 4, height: 6, width: 5, channels: 3 };
+    for method in methods() {
+        let mut random = Random(31);
+        let network = Model::CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(shape, 4).unwrap();
+        let mut images = Images::<f32>::new(&device, network, 4, &mut random);
+        let start: Vec<f32> = weights(&images.plan, &mut random).iter().map(|&w| w as f32).collect();
+        let mut parameters = device.upload(&start).unwrap();
+        let mut optimizer = Optimizer::new(&device, start.len(), Settings::new(method, SGD)).unwrap();
+        let mut step = |images: &mut Images<f32>, parameters: &mut Buffer<f32>| {
+            images.passes = 0;
+            optimizer.step(images, parameters, 0.05).unwrap();
+            let skipped = optimizer.telemetry().unwrap().skipped;
+            (skipped, all_bits(parameters, &optimizer, images))
+        };
+        let (_, mut before) = step(&mut images, &mut parameters);
+        let mut expected = 0;
+        for value in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+            let mut pass = 0;
+            loop {
+                images.damage = Some((pass, value));
+                let (skipped, after) = step(&mut images, &mut parameters);
+                let passes = images.passes;
+                if pass >= passes {
+                    // It had no such pass, so nothing was wrong with it.
+                    assert_eq!(skipped, expected, "{method:?}");
+                    before = after;
+                    break;
+                }
+                expected += 1;
+                assert_eq!(skipped, expected, "{method:?}: {value} in pass {pass}");
+                assert!(after == before, "{method:?}: {value} in pass {pass} left a trace");
+                pass += 1;
+            }
+            images.damage = None;
+            let (skipped, after) = step(&mut images, &mut parameters);
+            assert_eq!(skipped, expected, "{method:?}");
+            assert!(after != before, "{method:?}: training goes on");
+            before = after;
+        }
+        assert!(parameters.to_vec().unwrap().iter().all(|w| w.is_finite()), "{method:?}");
+    }
+}
+
+#[test]
+fn an_accumulator_of_no_part_is_refused() {
+    let error = Accumulator::<f32>::new(&Device::host(), 8, 0).err().unwrap();
+    assert!(error.to_string().contains("no part"), "{error}");
+}
