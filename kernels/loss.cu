@@ -13,7 +13,7 @@ struct CrossEntropyArgs {
     const uint32_t* labels;  // [batch]
     T* dlogits;              // [batch, classes], or null
     T* losses;               // [batch]
-    uint32_t* correct;       // one counter, zero before
+    uint32_t* correct;       // one counter, added to
     uint32_t batch;
     uint32_t classes;
     double smoothing;

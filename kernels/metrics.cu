@@ -1,4 +1,4 @@
-// Sums over an epoch, kept on the device so that the training loop need not wait for each step's loss.
+// Sums and means of losses, kept on the device so that the training loop need not wait for each step's.
 #include "include/polder.cuh"
 
 namespace {
@@ -19,6 +19,20 @@ __device__ void record(const RecordArgs& a) {
     a.totals[2] += a.samples;
 }
 
+struct MeanTermArgs {
+    const double* term;
+    double* mean;
+    double weight;
+    uint32_t add;
+};
+
+/// mean = weight · term, or that more. One thread.
+__device__ void mean_term_body(const MeanTermArgs& a) {
+    if (threadIdx.x != 0 || blockIdx.x != 0) return;
+    a.mean[0] = a.weight * a.term[0] + (a.add ? a.mean[0] : 0.0);
+}
+
 }  // namespace
 
 POLDER_KERNEL(record_step, record, RecordArgs)
+POLDER_KERNEL(mean_term, mean_term_body, MeanTermArgs)

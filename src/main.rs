@@ -124,12 +124,12 @@ impl ModelArgs {
         });
         let model = Model::from_name(&self.model, shortcut)?;
         if self.batch_size == 0 {
-            return Err(TrainError::Option { option: "--batch-size".into(), reason: "0, expected at least 1".into() });
+            return Err(option("--batch-size", "0, expected at least 1"));
         }
         let device = train::open_device(&self.device, self.threads)?;
         let SplitImages { name, images, mean, std, .. } = train::open_split(&self.data, split)?;
         let images = match samples {
-            Some(n) => images.take(n)?,
+            Some(n) => images.take(n).map_err(|error| option("--samples", error))?,
             None => images,
         };
         let channels = images.shape.channels;
@@ -195,9 +195,9 @@ struct CurvatureArgs {
     /// Which images
     #[arg(long, value_enum, default_value = "train")]
     split: SplitName,
-    /// The first N images, a multiple of --batch-size
-    #[arg(long, value_name = "N", default_value_t = 1000)]
-    samples: usize,
+    /// The first N images, a multiple of --batch-size [default: 1000, or as many as there are]
+    #[arg(long, value_name = "N")]
+    samples: Option<usize>,
     /// What to measure
     #[arg(
         long,
@@ -244,6 +244,11 @@ fn main() -> ExitCode {
         tell(&format!("error: {error}"));
         ExitCode::from(if error.is_input() { 2 } else { 1 })
     })
+}
+
+/// An option that cannot be used.
+fn option(option: &str, reason: impl ToString) -> TrainError {
+    TrainError::Option { option: option.into(), reason: reason.to_string() }
 }
 
 /// Prints to standard output; a reader that has gone away is no error of ours.
@@ -320,21 +325,33 @@ fn run_eval(args: &EvalArgs) -> Result<(), TrainError> {
 
 fn run_curvature(args: &CurvatureArgs) -> Result<(), TrainError> {
     if args.probes == 0 {
-        return Err(TrainError::Option { option: "--probes".into(), reason: "0, expected at least 1".into() });
+        return Err(option("--probes", "0, expected at least 1"));
     }
     let split = args.split.split();
-    let Subject { model, device, name, images, normalization } = args.model.open(split, Some(args.samples))?;
+    let Subject { model, device, name, mut images, normalization } = args.model.open(split, args.samples)?;
+    let ModelArgs { data, init, .. } = &args.model;
+    let batch_size = args.model.batch_size.min(images.len());
+    if args.samples.is_none() {
+        let count = images.len().min(1000);
+        images = images.take(count.max(batch_size) / batch_size * batch_size)?;
+    }
     let mode = match args.bn {
         BatchNormName::Eval => Mode::Eval,
         BatchNormName::Train => Mode::Train,
     };
-    let ModelArgs { data, batch_size, .. } = &args.model;
-    let mut meter = CurvatureMeter::new(&device, model, (data, &images), normalization, *batch_size, mode)?;
+    let mut meter = CurvatureMeter::new(&device, model, (data, &images), normalization, batch_size, mode)?;
     let [parameters, statistics] = args.model.load(&device, meter.plan())?;
     let at = (parameters.view(), statistics.view());
     let wants = |measure| args.measure.contains(&measure);
+    // What is not finite is the fault of the weights.
+    let unsound = |error| match error {
+        TrainError::Device(device::Error::Argument { message, .. }) => {
+            TrainError::Weights { path: init.clone(), reason: message }
+        }
+        other => other,
+    };
     let gradient_norm = match wants(Measure::GradNorm) || wants(Measure::NormalizedTrace) {
-        true => Some(meter.gradient_norm(at.0, at.1)?),
+        true => Some(meter.gradient_norm(at.0, at.1).map_err(unsound)?),
         false => None,
     };
     let trace = match wants(Measure::Trace) || wants(Measure::NormalizedTrace) {
@@ -343,7 +360,7 @@ fn run_curvature(args: &CurvatureArgs) -> Result<(), TrainError> {
             let step = |done| bar.iter().for_each(|bar| bar.set_position(done as u64));
             let trace = meter.trace(at.0, at.1, (args.probes, args.seed), step);
             bar.iter().for_each(ProgressBar::finish_and_clear);
-            Some(trace?)
+            Some(trace.map_err(unsound)?)
         }
         false => None,
     };
@@ -358,7 +375,9 @@ fn run_curvature(args: &CurvatureArgs) -> Result<(), TrainError> {
         let (exact, estimate) = match measure {
             Measure::GradNorm => (gradient_norm, None),
             Measure::Trace => (None, trace),
-            Measure::NormalizedTrace => (None, gradient_norm.and_then(|norm| scaled(1.0 / norm))),
+            Measure::NormalizedTrace => {
+                (None, gradient_norm.filter(|norm| *norm > 0.0).and_then(|norm| scaled(1.0 / norm)))
+            }
         };
         (measure.name(), exact, estimate)
     });
@@ -376,16 +395,21 @@ fn run_curvature(args: &CurvatureArgs) -> Result<(), TrainError> {
     print(&format!("{name}, {split} split: {} samples", images.len()))?;
     for (name, exact, estimate) in found {
         let text = match (exact, estimate) {
-            (Some(value), _) => format!("{value:.6}"),
+            (Some(value), _) => digits(value),
             (None, Some(Estimate { value, standard_error: Some(error), probes })) => {
-                format!("{value:.4} ± {error:.4} ({probes} probes)")
+                format!("{} ± {} ({probes} probes)", digits(value), digits(error))
             }
-            (None, Some(Estimate { value, .. })) => format!("{value:.4} (one probe)"),
-            (None, None) => continue,
+            (None, Some(Estimate { value, .. })) => format!("{} (one probe)", digits(value)),
+            (None, None) => "none, because the gradient is zero".into(),
         };
         print(&format!("{name:<17} {text}"))?;
     }
     Ok(())
+}
+
+/// Four digits or more, whatever the size.
+fn digits(value: f64) -> String {
+    if value == 0.0 || (1e-2..1e6).contains(&value.abs()) { format!("{value:.4}") } else { format!("{value:.4e}") }
 }
 
 /// Writes a matrix of f32 with so many columns.

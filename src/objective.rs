@@ -3,8 +3,8 @@
 //! A network's [`crate::plan::Plan`] is an objective; so is any function of a flat vector that a user brings.
 
 use crate::device::{Buffer, Device, Error, Result, Scalar, Slice, SliceMut};
-use crate::kernels::sharpness;
 use crate::kernels::vector::Combination;
+use crate::kernels::{metrics, sharpness};
 
 /// What a pass does with batch norm's running statistics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,7 +73,7 @@ pub trait Objective<T: Scalar> {
         Ok(())
     }
 
-    /// Ends a step: makes the statistics of the pass with [`Statistics::Update`] permanent, unless `skip` (one element, on
+    /// Ends a step: makes the statistics of the passes with [`Statistics::Update`] permanent, unless `skip` (one element, on
     /// the device) is set.
     ///
     /// # Errors
@@ -112,7 +112,8 @@ impl<T: Scalar> Accumulator<T> {
 
     /// The objective whose every group is `parts` consecutive groups of `objective`: loss, gradient and product with the Hessian
     /// are the means of theirs, in each pass. With batch norm in training mode it is not quite that of the whole batch, because
-    /// each part is normalised by itself. Groups of `objective` that do not fill a last one are left out.
+    /// each part is normalised by itself. Groups of `objective` that do not fill a last one are left out; where there are too few for
+    /// one, every pass is an [`Error::Argument`].
     pub fn over<'a, O: Objective<T>>(&'a mut self, objective: &'a mut O) -> Accumulated<'a, T, O> {
         Accumulated { accumulator: self, objective, group: 0 }
     }
@@ -123,6 +124,17 @@ pub struct Accumulated<'a, T: Scalar, O> {
     accumulator: &'a mut Accumulator<T>,
     objective: &'a mut O,
     group: usize,
+}
+
+impl<T: Scalar, O: Objective<T>> Accumulated<'_, T, O> {
+    fn check(&self) -> Result<()> {
+        let (parts, groups) = (self.accumulator.parts, self.objective.groups());
+        if groups >= parts {
+            return Ok(());
+        }
+        let message = format!("{parts} parts of an objective that has {groups} groups");
+        Err(Error::Argument { operation: "Accumulator::over", message })
+    }
 }
 
 impl<T: Scalar, O: Objective<T>> Objective<T> for Accumulated<'_, T, O> {
@@ -138,6 +150,7 @@ impl<T: Scalar, O: Objective<T>> Objective<T> for Accumulated<'_, T, O> {
         mut loss: SliceMut<'_, f64>,
         mut flag: SliceMut<'_, u32>,
     ) -> Result<()> {
+        self.check()?;
         let Accumulator { parts, vector, loss: part_loss, one } = &mut *self.accumulator;
         if *parts == 1 {
             return self.objective.gradient(weights, statistics, gradient, loss, flag);
@@ -146,8 +159,9 @@ impl<T: Scalar, O: Objective<T>> Objective<T> for Accumulated<'_, T, O> {
             self.objective.select(self.group * *parts + part)?;
             let (out, out_loss) = (vector.view_mut(), part_loss.view_mut());
             self.objective.gradient(weights, statistics, out, out_loss, flag.reborrow())?;
-            add_to_mean(vector.view(), one, (part, *parts), gradient.reborrow())?;
-            add_to_mean(part_loss.view(), one, (part, *parts), loss.reborrow())?;
+            let (weight, add) = (1.0 / *parts as f64, part > 0);
+            sharpness::combine(whole(vector, one), weight, add, gradient.reborrow(), None)?;
+            metrics::mean_term(part_loss.view(), weight, add, loss.reborrow())?;
         }
         Ok(())
     }
@@ -159,6 +173,7 @@ impl<T: Scalar, O: Objective<T>> Objective<T> for Accumulated<'_, T, O> {
         mut product: SliceMut<'_, T>,
         mut flag: SliceMut<'_, u32>,
     ) -> Result<()> {
+        self.check()?;
         let Accumulator { parts, vector, one, .. } = &mut *self.accumulator;
         if *parts == 1 {
             return self.objective.hessian_vector(weights, direction, product, flag);
@@ -166,7 +181,7 @@ impl<T: Scalar, O: Objective<T>> Objective<T> for Accumulated<'_, T, O> {
         for part in 0..*parts {
             self.objective.select(self.group * *parts + part)?;
             self.objective.hessian_vector(weights, direction, vector.view_mut(), flag.reborrow())?;
-            add_to_mean(vector.view(), one, (part, *parts), product.reborrow())?;
+            sharpness::combine(whole(vector, one), 1.0 / *parts as f64, part > 0, product.reborrow(), None)?;
         }
         Ok(())
     }
@@ -189,13 +204,7 @@ impl<T: Scalar, O: Objective<T>> Objective<T> for Accumulated<'_, T, O> {
     }
 }
 
-/// Adds one of `parts` terms to their mean; the first begins it.
-fn add_to_mean<S: Scalar>(
-    term: Slice<'_, S>,
-    one: &Buffer<f64>,
-    (part, parts): (usize, usize),
-    mean: SliceMut<'_, S>,
-) -> Result<()> {
-    let term = Combination { vectors: [Some(term), None, None, None], coefficients: one.view() };
-    sharpness::combine(term, 1.0 / parts as f64, part > 0, mean, None)
+/// A vector as a combination of itself alone.
+fn whole<'a, T: Scalar>(vector: &'a Buffer<T>, one: &'a Buffer<f64>) -> Combination<'a, T> {
+    Combination { vectors: [Some(vector.view()), None, None, None], coefficients: one.view() }
 }

@@ -6,10 +6,11 @@ mod common;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use common::Repeated;
 use polder::device::Device;
 use polder::kernels::image::{self, Augment, BatchShape, Normalization};
 use polder::nn::{Model, Shortcut, initial_weights};
-use polder::objective::Objective;
+use polder::objective::{Accumulator, Objective};
 use polder::optim::{Base, CrSamTerms, Form, Method, Optimizer, Settings};
 use polder::plan::{Plan, PlanOptions, Shape};
 
@@ -70,6 +71,7 @@ fn steps_and_products_after_the_first_allocate_nothing() {
             let mut weights = device.upload(&initial_weights(plan.parameters(), 1).unwrap()).unwrap();
             let settings = Settings { method: *method, base: *base, weight_decay: 5e-4, decay_len: len, clip: None };
             let mut optimizer = Optimizer::new(&device, len, settings).unwrap();
+            let mut accumulator = Accumulator::new(&device, len, 2).unwrap();
             let pixels: Vec<u8> = (0..64 * side * side * 3).map(|i| (i * 7919 % 251) as u8).collect();
             let (pixels, labels) = (device.upload(&pixels).unwrap(), device.upload(&[3u32; 64]).unwrap());
             let order = device.upload(&(0..batch as u32).collect::<Vec<_>>()).unwrap();
@@ -80,7 +82,13 @@ fn steps_and_products_after_the_first_allocate_nothing() {
                 let (out, truth) = plan.batch_mut().unwrap();
                 image::batch(&shape, pixels.view(), labels.view(), order.view(), &normalization, augment, out, truth)
                     .unwrap();
-                optimizer.step(&mut plan, &mut weights, 0.01).unwrap();
+                // SAM in groups of several parts, the others on the whole batch.
+                if *method == Method::sam(0.05) {
+                    let mut batch = Repeated { plan: &mut plan, groups: 4 };
+                    optimizer.step(&mut accumulator.over(&mut batch), &mut weights, 0.01).unwrap();
+                } else {
+                    optimizer.step(&mut plan, &mut weights, 0.01).unwrap();
+                }
             });
             assert_eq!(steps, 0, "{method:?} on {name}: allocations in three steps");
 

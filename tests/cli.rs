@@ -244,7 +244,7 @@ fn every_mistake_is_one_clear_line() {
     says(&["train", "--data", data, "--batch-size", "1000"], &["--batch-size", "96"]);
     says(&["train", "--data", data, "--mean", "0.1,0.2"], &["--mean", "1 channel"]);
     says(&["train", "--data", data, "--std", "0"], &["--std"]);
-    says(&["train", "--data", data, "--train-size", "97"], &["97", "96"]);
+    says(&["train", "--data", data, "--train-size", "97"], &["--train-size", "97", "96"]);
     says(&["train", "--config", &path("none.toml")], &["none.toml"]);
     std::fs::write(path("bad.toml"), "lr = 0.1\nlerning-rate = 3\n").unwrap();
     says(&["train", "--config", &path("bad.toml")], &["bad.toml", "line 2", "lerning-rate"]);
@@ -434,6 +434,9 @@ fn curvature_is_measured_over_any_parts_of_the_images() {
     let apart = |other: &serde_json::Value, name: &str| (value(other, name) / value(&found, name) - 1.0).abs();
     assert!(apart(&parts, "grad-norm") < 1e-4 && apart(&parts, "trace") < 1e-3, "{parts} and {found}");
     assert!(apart(&measure(&["--batch-size", "8", "--bn", "train"]), "grad-norm") > 1e-3);
+    // Without a number all of the 96 images are taken, in as many whole parts as they fill.
+    let all = |extra: &[&str]| json(&run(&[&["--measure", "grad-norm", "--json"], extra].concat()))["samples"].clone();
+    assert_eq!((all(&[]), all(&["--batch-size", "36"])), (96.into(), 72.into()));
     let only = measure(&["--batch-size", "16", "--measure", "grad-norm"]);
     assert_eq!(only["measures"].as_object().unwrap().len(), 1);
     let printed = run(&["--samples", "32", "--batch-size", "16", "--probes", "2"]);
@@ -441,7 +444,8 @@ fn curvature_is_measured_over_any_parts_of_the_images() {
     assert!(printed.lines().count() == 4 && printed.contains("± ") && printed.contains("(2 probes)"), "{printed}");
     for (wrong, words) in [
         (&["--samples", "30", "--batch-size", "16"][..], &["--batch-size: 16", "30 images"][..]),
-        (&["--samples", "97"], &["97", "96"]),
+        (&["--samples", "97"], &["--samples", "97", "96"]),
+        (&["--std", "1e-38", "--samples", "32", "--batch-size", "16"], &["init.safetensors", "not finite"]),
         (&["--probes", "0"], &["--probes", "at least 1"]),
         (&["--measure", "flatness"], &["flatness", "normalized-trace"]),
     ] {

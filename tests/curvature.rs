@@ -178,6 +178,8 @@ fn softmax_regression_over_parts_has_its_analytic_trace() {
         / samples as f64;
     let mut parts = Parts { plan, images, labels };
     let weights = device.upload(&weights).unwrap();
+    let error = Curvature::new(&mut parts, weights.view()).err().unwrap();
+    assert!(error.to_string().contains("3 groups, expected one"), "{error}");
     let mut accumulator = Accumulator::new(&device, weights.len(), samples / batch).unwrap();
     let mut all = accumulator.over(&mut parts);
     let found = Curvature::new(&mut all, weights.view()).unwrap().trace(20_000, 11, |_| ()).unwrap();

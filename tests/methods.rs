@@ -12,12 +12,17 @@ fn sam_with_other_perturbations_matches_pytorch() {
 
 #[test]
 fn gradient_norm_regularisation_matches_pytorch() {
-    check_runs(&["gnr", "gnr-sam-every-2", "gam"]);
+    check_runs(&["gnr", "gnr-sam-every-2", "gnr-difference", "gnr-adamw", "gam"]);
 }
 
 #[test]
 fn methods_with_a_memory_match_pytorch() {
     check_runs(&["sa-sam", "sa-sgd", "looksam"]);
+}
+
+#[test]
+fn groups_of_the_batch_match_pytorch() {
+    check_runs(&["sam-in-groups"]);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The epoch's sums against the same sums written down here.
+//! The epoch's sums and the means of losses against the same written down here.
 
 mod common;
 
@@ -20,5 +20,20 @@ fn steps_add_up_and_skipped_ones_do_not_count() {
         let skip = device.zeros::<u32>(1).unwrap();
         let error = metrics::record(one.view(), two.view(), skip.view(), 1, totals.view_mut()).unwrap_err();
         assert!(error.to_string().contains("`correct` has 2 elements, expected 1"), "{error}");
+    }
+}
+
+#[test]
+fn terms_make_their_mean() {
+    for (name, device) in devices() {
+        let mut mean = device.poisoned::<f64>(1).unwrap();
+        for (term, add) in [(3.0, false), (5.0, true), (-1.0, true)] {
+            let term = device.upload(&[term]).unwrap();
+            metrics::mean_term(term.view(), 0.25, add, mean.view_mut()).unwrap();
+        }
+        assert_eq!(mean.to_vec().unwrap(), [1.75], "{name}");
+        let two = device.zeros::<f64>(2).unwrap();
+        let error = metrics::mean_term(two.view(), 1.0, false, mean.view_mut()).unwrap_err();
+        assert!(error.to_string().contains("`term` has 2 elements, expected 1"), "{error}");
     }
 }

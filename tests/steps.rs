@@ -199,14 +199,14 @@ fn statistics_of_several_parts_follow_one_another() {
     let device = Device::host();
     let shape = Shape { batch: 4, height: 5, width: 6, channels: 3 };
     let network = || Model::CifarResNet { blocks: 1, shortcut: Shortcut::B }.trace(shape, 4).unwrap();
-    let statistics = |commit_each: bool| {
+    let statistics = |parts: usize, commit_each: bool| {
         let mut random = Random(29);
         let mut images = Images::<f64>::new(&device, network(), 12, &mut random);
         let parameters = device.upload(&weights(&images.plan, &mut random)).unwrap();
         let mut gradient = device.zeros(parameters.len()).unwrap();
         let (mut loss, mut flag) = (device.zeros(1).unwrap(), device.zeros(1).unwrap());
         let skip = device.zeros(1).unwrap();
-        for group in 0..3 {
+        for group in 0..parts {
             images.select(group).unwrap();
             let (loss, flag) = (loss.view_mut(), flag.view_mut());
             images.gradient(parameters.view(), Statistics::Update, gradient.view_mut(), loss, flag).unwrap();
@@ -217,16 +217,18 @@ fn statistics_of_several_parts_follow_one_another() {
         images.commit(skip.view()).unwrap();
         bits(&images.plan.statistics().to_vec().unwrap())
     };
-    assert_eq!(statistics(false), statistics(true));
+    assert_eq!(statistics(3, false), statistics(3, true));
+    assert!(statistics(0, false) != statistics(1, false) && statistics(1, false) != statistics(3, false));
 }
 
-fn all_bits<T: Scalar>(
-    parameters: &Buffer<T>,
-    optimizer: &Optimizer<T>,
-    images: &Images<T>,
-) -> (Vec<u64>, Vec<u64>, Vec<u64>) {
-    let read = |buffer: &Buffer<T>| bits(&buffer.to_vec().unwrap());
-    (read(parameters), read(&optimizer.state().momentum), read(images.plan.statistics()))
+/// Everything that a step changes: weights, momentum, what the method remembers, running statistics.
+fn all_bits<T: Scalar>(parameters: &Buffer<T>, optimizer: &Optimizer<T>, images: &Images<T>) -> Vec<Vec<u64>> {
+    let state = optimizer.state();
+    let mut all: Vec<Vec<u64>> = [parameters, &state.momentum, &state.memory, images.plan.statistics()]
+        .map(|buffer| bits(&buffer.to_vec().unwrap()))
+        .into();
+    all.push(bits(&state.scalars.to_vec().unwrap()));
+    all
 }
 
 #[test]
@@ -276,7 +278,59 @@ fn an_image_that_is_not_finite_in_any_pass_skips_the_step() {
 }
 
 #[test]
-fn an_accumulator_of_no_part_is_refused() {
-    let error = Accumulator::<f32>::new(&Device::host(), 8, 0).err().unwrap();
+fn accumulators_of_no_part_or_of_too_many_are_refused() {
+    let device = Device::host();
+    let error = Accumulator::<f32>::new(&device, 8, 0).err().unwrap();
     assert!(error.to_string().contains("no part"), "{error}");
+    let mut random = Random(37);
+    let mut images = Images::<f32>::new(&device, plain_network(4), 8, &mut random);
+    let mut parameters = device.zeros(images.len()).unwrap();
+    let mut optimizer = Optimizer::new(&device, parameters.len(), Settings::new(Method::Plain, SGD)).unwrap();
+    let mut accumulator = Accumulator::new(&device, parameters.len(), 3).unwrap();
+    let error = optimizer.step(&mut accumulator.over(&mut images), &mut parameters, 0.1).unwrap_err();
+    assert!(error.to_string().contains("3 parts of an objective that has 2 groups"), "{error}");
+}
+
+#[test]
+fn a_step_that_fails_leaves_nothing_for_the_next() {
+    // Without an exact product the step ends after its first pass.
+    struct NoProduct<'a>(&'a mut Images<f32>);
+    impl Objective<f32> for NoProduct<'_> {
+        fn len(&self) -> usize {
+            self.0.len()
+        }
+        fn gradient(
+            &mut self,
+            weights: Slice<'_, f32>,
+            statistics: Statistics,
+            gradient: SliceMut<'_, f32>,
+            loss: SliceMut<'_, f64>,
+            flag: SliceMut<'_, u32>,
+        ) -> Result<()> {
+            self.0.gradient(weights, statistics, gradient, loss, flag)
+        }
+        fn commit(&mut self, skip: Slice<'_, u32>) -> Result<()> {
+            self.0.commit(skip)
+        }
+    }
+    let device = Device::host();
+    let shape = Shape { batch: 4, height: 6, width: 5, channels: 3 };
+    let run = |failed: bool| {
+        let mut random = Random(43);
+        let network = Model::CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(shape, 4).unwrap();
+        let mut images = Images::<f32>::new(&device, network, 4, &mut random);
+        let start: Vec<f32> = weights(&images.plan, &mut random).iter().map(|&w| w as f32).collect();
+        let mut parameters = device.upload(&start).unwrap();
+        if failed {
+            let gnr = Gnr { rho: 0.1, alpha: 0.1, product: Product::Exact, every: 1, oracle_rho: None };
+            let settings = Settings::new(Method::Gnr(gnr), SGD);
+            let mut optimizer = Optimizer::new(&device, start.len(), settings).unwrap();
+            let error = optimizer.step(&mut NoProduct(&mut images), &mut parameters, 0.1).unwrap_err();
+            assert!(error.to_string().contains("no exact product"), "{error}");
+        }
+        let mut optimizer = Optimizer::new(&device, start.len(), Settings::new(Method::sam(0.1), SGD)).unwrap();
+        optimizer.step(&mut images, &mut parameters, 0.1).unwrap();
+        (all_bits(&parameters, &optimizer, &images), images.plan.correct().unwrap().to_vec().unwrap())
+    };
+    assert!(run(true) == run(false));
 }

@@ -6,14 +6,14 @@ mod common;
 
 use std::path::Path;
 
-use common::Random;
 use common::fixtures::{Pool, arena, check_runs, fast_devices, number, plan, read_json, relative_error, upload};
+use common::{Random, Repeated};
 use polder::arena::{Kind, Layout};
 use polder::data::{self, Split};
 use polder::device::{Device, Scalar};
 use polder::kernels::image::Normalization;
 use polder::nn::{Model, Shortcut, initial_weights};
-use polder::objective::{Objective, Statistics};
+use polder::objective::{Accumulator, Objective, Statistics};
 use polder::optim::{Base, CrSamTerms, Form, Method, Optimizer, Settings};
 use polder::plan::{Plan, PlanOptions, Shape};
 use polder::train::{Evaluator, weights};
@@ -22,7 +22,7 @@ use polder::train::{Evaluator, weights};
 fn check_gradient<T: Scalar>(device: &Device, name: &str, tolerance: f64) {
     let fixture = read_json("resnet8-gradient.json");
     let mut plan = plan::<T>(device, &fixture, fixture["rows"].as_array().unwrap().len());
-    Pool::new(device).fill(&mut plan, &fixture["rows"], &fixture);
+    Pool::new(device).fill(&mut plan, fixture["rows"].as_array().unwrap(), &fixture);
     let weights = upload::<T>(device, &arena(plan.parameters(), "resnet8-init.safetensors"));
     let mut gradient = device.poisoned::<T>(weights.len()).unwrap();
     gradient.clear().unwrap();
@@ -102,7 +102,7 @@ fn check_other_models(device: &Device) {
         let (graph, logits) = model.trace(Shape { batch, height, width, channels: 3 }, 10).unwrap();
         let mut plan = Plan::<f32>::new(device, graph, logits, PlanOptions::training()).unwrap();
         assert_eq!(plan.parameters().parameters(), of("parameters"), "{name}");
-        Pool::cropped(device, height, width).fill(&mut plan, &case["rows"], case);
+        Pool::cropped(device, height, width).fill(&mut plan, case["rows"].as_array().unwrap(), case);
         let weights = upload::<f32>(device, &hash_weights(plan.parameters()));
         let mut gradient = device.zeros::<f32>(weights.len()).unwrap();
         let (mut loss, mut flag) = (device.poisoned(1).unwrap(), device.zeros(1).unwrap());
@@ -145,16 +145,26 @@ fn a_whole_step_can_be_captured_and_replayed() {
                 let base = Base::Sgd { momentum: 0.9, nesterov: false };
                 let settings = Settings { method, base, weight_decay: 5e-4, decay_len: len, clip: None };
                 let mut optimizer = Optimizer::new(&device, len, settings).unwrap();
-                optimizer.step(&mut plan, &mut weights, 0.05).unwrap();
+                let mut accumulator = Accumulator::new(&device, len, 2).unwrap();
+                // SAM in two groups of two parts, the others on the whole batch.
+                let groups = if method == Method::sam(0.05) { 4 } else { 1 };
+                let mut step = || match groups {
+                    1 => optimizer.step(&mut plan, &mut weights, 0.05),
+                    _ => {
+                        let mut batch = Repeated { plan: &mut plan, groups };
+                        optimizer.step(&mut accumulator.over(&mut batch), &mut weights, 0.05)
+                    }
+                };
+                step().unwrap();
                 if captured {
                     // SAFETY: everything that the step uses lives until the end of this block.
-                    let graph = unsafe { device.capture(|| optimizer.step(&mut plan, &mut weights, 0.05)) }.unwrap();
+                    let graph = unsafe { device.capture(&mut step) }.unwrap();
                     assert!(graph.operations() > 0);
                     graph.replay().unwrap();
                     graph.replay().unwrap();
                 } else {
-                    optimizer.step(&mut plan, &mut weights, 0.05).unwrap();
-                    optimizer.step(&mut plan, &mut weights, 0.05).unwrap();
+                    step().unwrap();
+                    step().unwrap();
                 }
                 (common::bits(&weights.to_vec().unwrap()), common::bits(&plan.statistics().to_vec().unwrap()))
             };

@@ -1,4 +1,53 @@
 //! Curvature of a loss at given weights, measured through an [`Objective`]: nothing of the Hessian but its products is ever formed.
+//!
+//! ```
+//! use polder::Device;
+//! use polder::curvature::Curvature;
+//! use polder::device::{Result, Slice, SliceMut};
+//! use polder::objective::{Objective, Statistics};
+//!
+//! /// ½(w_0² + 3 w_1²).
+//! struct Valley;
+//!
+//! impl Objective<f32> for Valley {
+//!     fn len(&self) -> usize {
+//!         2
+//!     }
+//!
+//!     fn gradient(
+//!         &mut self,
+//!         weights: Slice<'_, f32>,
+//!         _: Statistics,
+//!         mut gradient: SliceMut<'_, f32>,
+//!         mut loss: SliceMut<'_, f64>,
+//!         _: SliceMut<'_, u32>,
+//!     ) -> Result<()> {
+//!         let w = weights.to_vec()?;
+//!         loss.write(&[f64::from(0.5 * (w[0] * w[0] + 3.0 * w[1] * w[1]))])?;
+//!         gradient.write(&[w[0], 3.0 * w[1]])
+//!     }
+//!
+//!     fn hessian_vector(
+//!         &mut self,
+//!         _: Slice<'_, f32>,
+//!         direction: Slice<'_, f32>,
+//!         mut product: SliceMut<'_, f32>,
+//!         _: SliceMut<'_, u32>,
+//!     ) -> Result<()> {
+//!         let d = direction.to_vec()?;
+//!         product.write(&[d[0], 3.0 * d[1]])
+//!     }
+//! }
+//!
+//! # fn main() -> Result<()> {
+//! let weights = Device::host().upload(&[4.0f32, 1.0])?;
+//! let mut curvature = Curvature::new(&mut Valley, weights.view())?;
+//! assert_eq!(curvature.gradient_norm()?, 5.0);
+//! let trace = curvature.trace(10, 0, |_| ())?;
+//! assert_eq!((trace.value, trace.standard_error), (4.0, Some(0.0)));
+//! # Ok(())
+//! # }
+//! ```
 
 use crate::device::{Buffer, Error, Result, Scalar, Slice};
 use crate::kernels::random;
@@ -41,9 +90,15 @@ impl<'a, T: Scalar, O: Objective<T>> Curvature<'a, T, O> {
     /// To look at `objective` at `weights`.
     ///
     /// # Errors
-    /// [`Error::Length`] for weights of another length than the objective's; those of the allocation.
+    /// [`Error::Length`] for weights of another length than the objective's; [`Error::Argument`] for an objective of several groups,
+    /// of which an [`Accumulator`](crate::objective::Accumulator) makes one; those of the allocation.
     pub fn new(objective: &'a mut O, weights: Slice<'a, T>) -> Result<Self> {
-        crate::kernels::check_length("Curvature::new", "weights", weights.len(), objective.len())?;
+        const OPERATION: &str = "Curvature::new";
+        crate::kernels::check_length(OPERATION, "weights", weights.len(), objective.len())?;
+        if objective.groups() > 1 {
+            let message = format!("{} groups, expected one: an Accumulator makes one of several", objective.groups());
+            return Err(Error::Argument { operation: OPERATION, message });
+        }
         objective.select(0)?;
         let device = weights.device();
         let (direction, product) = (device.zeros(weights.len())?, device.zeros(weights.len())?);
@@ -75,7 +130,7 @@ impl<'a, T: Scalar, O: Objective<T>> Curvature<'a, T, O> {
         if probes == 0 {
             return Err(Error::Argument { operation: OPERATION, message: "no probe".into() });
         }
-        let mut samples = Vec::with_capacity(probes);
+        let mut samples = Vec::new();
         for probe in 0..probes {
             let Self { objective, weights, direction, product, number, flag, reduction } = self;
             random::rademacher(direction.view_mut(), seed, (probe * weights.len().next_multiple_of(4)) as u64)?;

@@ -1,4 +1,4 @@
-//! Sums over an epoch, kept on the device so that the training loop need not wait for each step's loss.
+//! Sums and means of losses, kept on the device so that the training loop need not wait for each step's.
 
 use super::{check_device, check_length};
 use crate::device::{Launch, Result, Slice, SliceMut, id};
@@ -43,4 +43,28 @@ pub fn record(
     };
     // SAFETY: the twin of the kernel's struct; lengths and device are checked above.
     unsafe { device.launch(id::RECORD_STEP, Launch::new(1, 1), &args) }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct MeanTermArgs {
+    term: u64,
+    mean: u64,
+    weight: f64,
+    add: u32,
+}
+
+/// `mean = weight · term`, or, with `add`, added to what `mean` holds: both of one element. Traffic: a few bytes.
+///
+/// # Errors
+/// Wrong lengths or devices.
+pub fn mean_term(term: Slice<'_, f64>, weight: f64, add: bool, mut mean: SliceMut<'_, f64>) -> Result<()> {
+    const NAME: &str = "metrics::mean_term";
+    check_length(NAME, "term", term.len(), 1)?;
+    check_length(NAME, "mean", mean.len(), 1)?;
+    let device = term.device();
+    check_device(NAME, "mean", device, mean.device())?;
+    let args = MeanTermArgs { term: term.address(), mean: mean.address(), weight, add: add.into() };
+    // SAFETY: the twin of the kernel's struct; lengths and device are checked above.
+    unsafe { device.launch(id::MEAN_TERM, Launch::new(1, 1), &args) }
 }

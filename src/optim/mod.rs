@@ -36,8 +36,8 @@ pub use method::{CrSamTerms, Form, GamTerms, Gnr, Method, Perturbation, Product,
 pub use schedule::{Decay, RhoSchedule, Schedule};
 
 use crate::device::{Buffer, Device, Error, Result, Scalar, Slice};
-use crate::kernels::sharpness;
 use crate::kernels::vector::{self, AdamWStep, Combination, Rate, Reduction, SgdStep};
+use crate::kernels::{metrics, sharpness};
 use crate::objective::Objective;
 use step::{Coefficients, Direction, Numbers, Point, Step, Store, place};
 
@@ -224,13 +224,26 @@ impl<T: Scalar> Optimizer<T> {
     /// the step is counted as skipped.
     ///
     /// An objective with several [groups](Objective::groups) has the method's direction taken in each of them, and their mean
-    /// followed: m-sharpness (Foret et al. 2021, section 4.1). The loss that is reported is their mean, too; what else the
-    /// telemetry tells is of the last group.
+    /// followed: m-sharpness (Foret et al. 2021, section 4.1). It takes one vector more, and 8 B per parameter for the first group's
+    /// vectors and 4 B more each for the others'. The loss that is reported is the groups' mean; what else the telemetry tells is of
+    /// the last group, and dropped terms are counted in each.
+    ///
+    /// A step that fails leaves the weights as they were, and its running statistics are dropped.
     ///
     /// # Errors
     /// Those of the objective and of the device; [`Error::Length`] for weights of another length; [`Error::Argument`] for groups
     /// and a method that remembers.
     pub fn step(&mut self, objective: &mut impl Objective<T>, weights: &mut Buffer<T>, lr: f64) -> Result<()> {
+        let taken = self.take_step(objective, weights, lr);
+        if taken.is_err() {
+            // What the passes before the failure left belongs to no step. Of two failures the first is the one to tell.
+            let dropped = self.numbers.flag.write(&[1]).and_then(|()| objective.commit(self.numbers.flag.view()));
+            drop(dropped);
+        }
+        taken
+    }
+
+    fn take_step(&mut self, objective: &mut impl Objective<T>, weights: &mut Buffer<T>, lr: f64) -> Result<()> {
         const OPERATION: &str = "Optimizer::step";
         crate::kernels::check_length(OPERATION, "weights", weights.len(), self.len)?;
         self.numbers.flag.clear()?;
@@ -289,10 +302,8 @@ impl<T: Scalar> Optimizer<T> {
 
     /// Adds a group's direction and loss to their means.
     fn accumulate(&mut self, direction: Direction, weight: f64, add: bool) -> Result<()> {
-        let Numbers { losses, mean_loss, constants, .. } = &mut self.numbers;
-        let loss = [Some(losses.slice(0..1)?), None, None, None];
-        let loss = Combination { vectors: loss, coefficients: step::row(constants, step::FIRST)? };
-        sharpness::combine(loss, weight, add, mean_loss.view_mut(), None)?;
+        let Numbers { losses, mean_loss, .. } = &mut self.numbers;
+        metrics::mean_term(losses.slice(0..1)?, weight, add, mean_loss.view_mut())?;
         let vectors = vectors(direction, &self.arena, &self.state.memory, self.len)?;
         let coefficients = coefficients(direction, &self.numbers)?;
         let combination = combination(&vectors[..direction.count], coefficients);

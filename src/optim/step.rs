@@ -44,7 +44,7 @@ pub(super) fn slots(method: Method) -> usize {
 
 /// Rows of the table of coefficients that a method knows beforehand.
 pub(super) type Row = usize;
-pub(super) const FIRST: Row = 0;
+const FIRST: Row = 0;
 const SECOND: Row = 1;
 const DIFFERENCE: Row = 2;
 const SECOND_DIFFERENCE: Row = 3;
@@ -152,7 +152,7 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
             return Ok(along(G1));
         }
         // d = g_adv − v vᵀg_adv takes the place of the perturbed point, H d that of the second.
-        self.orthogonal(Slot(P))?;
+        self.orthogonal(Some(P))?;
         self.hessian_vector(Weights, P, Q)?;
         self.over_norm(rho * self.rho_factor, 0)?;
         combined([Slot(G1), Slot(Q)])
@@ -266,7 +266,7 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
         }
         self.perturb(Weights, G0, 0, rho, P, None)?;
         self.gradient(Slot(P), 1, G1)?;
-        self.orthogonal(Memory)?;
+        self.orthogonal(None)?;
         vector::l2_norm(self.vectors.open().read(Memory)?, self.reduction, self.scalars.slice_mut(0..1)?)?;
         Ok(along(G1))
     }
@@ -537,16 +537,16 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
         sharpness::rejection(products.view(), of_a, weight, into.slice_mut(0..2)?)
     }
 
-    /// The part of g+ that is orthogonal to g, into the memory or a working vector; not where the step will be skipped.
-    fn orthogonal(&mut self, into: Point) -> Result<()> {
+    /// The part of g+ that is orthogonal to g, into a working vector or else the memory; not where the step will be skipped.
+    fn orthogonal(&mut self, into: Option<usize>) -> Result<()> {
         self.products(&[Slot(G0), Slot(G1)], FIRST, SECOND)?;
         self.rejection(0.0, 1.0, Aim::Inner)?;
         let Numbers { inner, flag, .. } = &*self.numbers;
         let mut x = self.vectors.open();
         let vectors = [Some(x.read(Slot(G0))?), Some(x.read(Slot(G1))?), None, None];
         let out = match into {
-            Slot(slot) => x.write(slot)?,
-            _ => x.memory.write(0..x.weights.len())?,
+            Some(slot) => x.write(slot)?,
+            None => x.memory.write(0..x.weights.len())?,
         };
         let orthogonal = Combination { vectors, coefficients: inner.view() };
         sharpness::combine(orthogonal, 1.0, false, out, Some(flag.view()))

@@ -1,4 +1,4 @@
-//! Training and evaluation: settings, the loop, logs, weights and checkpoints in files.
+//! Training, evaluation and curvature over images: settings, the loop, logs, weights and checkpoints in files.
 
 mod checkpoint;
 mod curvature;

@@ -94,7 +94,7 @@ pub fn train(
     let Dataset { name, mut train, test, mean, std, .. } = open_data(options.data.as_deref().unwrap_or("synthetic"))?;
     let seed = options.seed.unwrap_or_default();
     if let Some(n) = options.train_size {
-        train = train.take(n)?;
+        train = train.take(n).map_err(|error| TrainError::option("--train-size", error.to_string()))?;
     }
     if let Some(fraction) = options.label_noise {
         train = train.with_label_noise(fraction, seed)?;

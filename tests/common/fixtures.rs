@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use polder::arena::Layout;
-use polder::device::{Buffer, Device, HostOptions, Scalar};
+use polder::device::{Buffer, Device, HostOptions, Result, Scalar, Slice, SliceMut};
 use polder::kernels::image::{self, BatchShape, Normalization};
 use polder::nn::{Model, Shortcut};
+use polder::objective::{Objective, Statistics};
 use polder::optim::{
     Base, CrSamTerms, Form, GamTerms, Gnr, Method, Optimizer, Perturbation, Product, Sam, Scaling, Settings, StepSize,
 };
@@ -75,8 +76,8 @@ impl Pool {
     }
 
     /// Some of its images, normalised as the fixture says, as the plan's batch.
-    pub fn fill<T: Scalar>(&self, plan: &mut Plan<T>, rows: &Value, fixture: &Value) {
-        let rows: Vec<u32> = rows.as_array().unwrap().iter().map(|row| row.as_u64().unwrap() as u32).collect();
+    pub fn fill<T: Scalar>(&self, plan: &mut Plan<T>, rows: &[Value], fixture: &Value) {
+        let rows: Vec<u32> = rows.iter().map(|row| row.as_u64().unwrap() as u32).collect();
         let order = plan.device().upload(&rows).unwrap();
         let normalization = Normalization { mean: array4(&fixture["mean"]), std: array4(&fixture["std"]) };
         let Shape { batch, height, width, channels } = plan.input_shape();
@@ -139,7 +140,7 @@ fn method(run: &Value, layout: &Layout) -> Method {
     let step_size = || StepSize { eta0: of("eta0"), delta: of("delta"), theta0: of("theta0") };
     match run["optimizer"].as_str().unwrap() {
         "sgd" | "adamw" => Method::Plain,
-        "sam" => Method::Sam(Sam {
+        "sam" | "sam-in-groups" => Method::Sam(Sam {
             rho: of("rho"),
             perturbation: if run["p_norm"] == "inf" { Perturbation::Linf } else { Perturbation::L2 },
             ascent_steps: run["ascent_steps"].as_u64().unwrap_or(1) as usize,
@@ -158,7 +159,7 @@ fn method(run: &Value, layout: &Layout) -> Method {
         "gnr" => Method::Gnr(Gnr {
             rho: of("rho"),
             alpha: of("alpha"),
-            product: Product::Exact,
+            product: run["radius"].as_f64().map_or(Product::Exact, |radius| Product::Difference { radius }),
             every: every(),
             oracle_rho: run["oracle_rho"].as_f64(),
         }),
@@ -186,21 +187,72 @@ pub fn check_runs(names: &[&str]) {
     }
 }
 
+/// The images of one batch, of which the plan is shown a group at a time.
+struct Groups<'a, T: Scalar> {
+    plan: &'a mut Plan<T>,
+    pool: &'a Pool,
+    rows: &'a [Value],
+    run: &'a Value,
+}
+
+impl<T: Scalar> Objective<T> for Groups<'_, T> {
+    fn len(&self) -> usize {
+        self.plan.len()
+    }
+
+    fn gradient(
+        &mut self,
+        weights: Slice<'_, T>,
+        statistics: Statistics,
+        gradient: SliceMut<'_, T>,
+        loss: SliceMut<'_, f64>,
+        flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        self.plan.gradient(weights, statistics, gradient, loss, flag)
+    }
+
+    fn hessian_vector(
+        &mut self,
+        weights: Slice<'_, T>,
+        direction: Slice<'_, T>,
+        product: SliceMut<'_, T>,
+        flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        self.plan.hessian_vector(weights, direction, product, flag)
+    }
+
+    fn groups(&self) -> usize {
+        self.rows.len() / self.plan.input_shape().batch
+    }
+
+    fn select(&mut self, group: usize) -> Result<()> {
+        let size = self.plan.input_shape().batch;
+        self.pool.fill(self.plan, &self.rows[group * size..][..size], self.run);
+        Ok(())
+    }
+
+    fn commit(&mut self, skip: Slice<'_, u32>) -> Result<()> {
+        self.plan.commit(skip)
+    }
+}
+
 /// Five steps, each on a batch of its own, from the same start as the reference.
 fn check_run<T: Scalar>(device: &Device, name: &str, tolerance: f64) {
     let run = read_json(&format!("run-{name}.json"));
     let (rows, steps) = (run["rows"].as_array().unwrap(), run["steps"].as_array().unwrap());
     assert_eq!((rows.len(), steps.len()), (5, 5));
-    let mut plan = plan::<T>(device, &run, rows[0].as_array().unwrap().len());
+    let batch = rows[0].as_array().unwrap().len();
+    let mut plan = plan::<T>(device, &run, run["m"].as_u64().map_or(batch, |m| m as usize));
     let pool = Pool::new(device);
     let start = arena(plan.parameters(), "resnet8-init.safetensors");
     let mut weights = upload::<T>(device, &start);
     let layout = plan.parameters().clone();
     let mut optimizer = Optimizer::new(device, start.len(), settings(&run, &layout)).unwrap();
     for (rows, step) in rows.iter().zip(steps) {
-        pool.fill(&mut plan, rows, &run);
+        let rows = rows.as_array().unwrap();
+        let mut images = Groups { plan: &mut plan, pool: &pool, rows, run: &run };
         // A rate that is not given must not be used.
-        optimizer.step(&mut plan, &mut weights, run["lr"].as_f64().unwrap_or(f64::NAN)).unwrap();
+        optimizer.step(&mut images, &mut weights, run["lr"].as_f64().unwrap_or(f64::NAN)).unwrap();
         let telemetry = optimizer.telemetry().unwrap();
         let close = |found: f64, key: &str, scale: f64| {
             let expected = number(&step[key]);

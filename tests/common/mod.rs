@@ -5,7 +5,8 @@
 pub mod fixtures;
 
 use polder::arena::Kind;
-use polder::device::{Device, HostOptions, Scalar, Schedule};
+use polder::device::{Device, HostOptions, Result, Scalar, Schedule, Slice, SliceMut};
+use polder::objective::{Objective, Statistics};
 use polder::plan::Plan;
 
 /// Every way to run a kernel here: the CPU's shapes on one and on two threads, the GPU's shapes on the CPU in three orders, and
@@ -127,4 +128,35 @@ pub fn weights<T: Scalar>(plan: &Plan<T>, random: &mut Random) -> Vec<f64> {
         }
     }
     weights
+}
+
+/// An objective of several groups, each of which is the batch that a plan holds.
+pub struct Repeated<'a, T: Scalar> {
+    pub plan: &'a mut Plan<T>,
+    pub groups: usize,
+}
+
+impl<T: Scalar> Objective<T> for Repeated<'_, T> {
+    fn len(&self) -> usize {
+        self.plan.len()
+    }
+
+    fn gradient(
+        &mut self,
+        weights: Slice<'_, T>,
+        statistics: Statistics,
+        gradient: SliceMut<'_, T>,
+        loss: SliceMut<'_, f64>,
+        flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        self.plan.gradient(weights, statistics, gradient, loss, flag)
+    }
+
+    fn groups(&self) -> usize {
+        self.groups
+    }
+
+    fn commit(&mut self, skip: Slice<'_, u32>) -> Result<()> {
+        self.plan.commit(skip)
+    }
 }
