@@ -168,6 +168,14 @@ impl Layout {
         &self.tensors
     }
 
+    /// What lies between the tensors.
+    pub fn padding(&self) -> Vec<Range<usize>> {
+        let mut tensors: Vec<Range<usize>> = self.tensors.iter().map(Tensor::range).collect();
+        tensors.sort_by_key(|range| range.start);
+        let ends = tensors.iter().skip(1).map(|range| range.start).chain([self.len]);
+        tensors.iter().zip(ends).map(|(tensor, end)| tensor.end..end).filter(|gap| !gap.is_empty()).collect()
+    }
+
     /// The tensor of that name.
     pub fn find(&self, name: &str) -> Option<&Tensor> {
         self.tensors.iter().find(|tensor| tensor.name == name)
@@ -188,6 +196,7 @@ mod tests {
         let offsets: Vec<usize> = layout.tensors().iter().map(|tensor| tensor.offset).collect();
         assert_eq!(offsets, [0, 256, 192]);
         assert_eq!((layout.len(), layout.weights_len(), layout.parameters()), (320, 256, 135 + 5 + 35));
+        assert_eq!(layout.padding(), [135..192, 227..256, 261..320]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use polder::curvature::Estimate;
+use polder::curvature::Density;
 use polder::data::{Images, Split, SplitImages};
 use polder::device::{self, Buffer, Device};
 use polder::kernels::batch_norm::Mode;
@@ -167,16 +167,18 @@ enum Measure {
     Trace,
     /// Tr(H)/‖∇L‖
     NormalizedTrace,
+    /// vᵀHv along the gradient, v = ∇L/‖∇L‖
+    Vhv,
+    /// The largest eigenvalues of the Hessian
+    TopEigenvalues,
+    /// The density of its eigenvalues
+    Spectrum,
 }
 
 impl Measure {
     /// As on the command line and in JSON.
-    fn name(self) -> &'static str {
-        match self {
-            Measure::GradNorm => "grad-norm",
-            Measure::Trace => "trace",
-            Measure::NormalizedTrace => "normalized-trace",
-        }
+    fn name(self) -> String {
+        self.to_possible_value().map(|value| value.get_name().to_string()).unwrap_or_default()
     }
 }
 
@@ -207,9 +209,18 @@ struct CurvatureArgs {
         default_value = "grad-norm,trace,normalized-trace"
     )]
     measure: Vec<Measure>,
-    /// Random directions for the trace
+    /// Random directions for trace and spectrum
     #[arg(long, value_name = "N", default_value_t = 100)]
     probes: usize,
+    /// How many eigenvalues
+    #[arg(long, value_name = "K", default_value_t = 5)]
+    top: usize,
+    /// Lanczos steps: at most for eigenvalues, for each probe of the spectrum
+    #[arg(long, value_name = "N", default_value_t = 80)]
+    steps: usize,
+    /// Eigenvalues are found when none moves by more than this share of the largest
+    #[arg(long, value_name = "T", default_value_t = 1e-4)]
+    tolerance: f64,
     /// Seed of the random directions
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -324,8 +335,16 @@ fn run_eval(args: &EvalArgs) -> Result<(), TrainError> {
 }
 
 fn run_curvature(args: &CurvatureArgs) -> Result<(), TrainError> {
-    if args.probes == 0 {
-        return Err(option("--probes", "0, expected at least 1"));
+    for (name, number) in [("--probes", args.probes), ("--steps", args.steps), ("--top", args.top)] {
+        if number == 0 {
+            return Err(option(name, "0, expected at least 1"));
+        }
+    }
+    if args.top > args.steps {
+        return Err(option("--top", format!("{}, expected at most --steps {}", args.top, args.steps)));
+    }
+    if args.tolerance.is_nan() || args.tolerance < 0.0 {
+        return Err(option("--tolerance", format!("{}, expected 0 or more", args.tolerance)));
     }
     let split = args.split.split();
     let Subject { model, device, name, mut images, normalization } = args.model.open(split, args.samples)?;
@@ -342,7 +361,6 @@ fn run_curvature(args: &CurvatureArgs) -> Result<(), TrainError> {
     let mut meter = CurvatureMeter::new(&device, model, (data, &images), normalization, batch_size, mode)?;
     let [parameters, statistics] = args.model.load(&device, meter.plan())?;
     let at = (parameters.view(), statistics.view());
-    let wants = |measure| args.measure.contains(&measure);
     // What is not finite is the fault of the weights.
     let unsound = |error| match error {
         TrainError::Device(device::Error::Argument { message, .. }) => {
@@ -350,61 +368,93 @@ fn run_curvature(args: &CurvatureArgs) -> Result<(), TrainError> {
         }
         other => other,
     };
-    let gradient_norm = match wants(Measure::GradNorm) || wants(Measure::NormalizedTrace) {
-        true => Some(meter.gradient_norm(at.0, at.1).map_err(unsound)?),
-        false => None,
-    };
-    let trace = match wants(Measure::Trace) || wants(Measure::NormalizedTrace) {
-        true => {
-            let bar = std::io::stderr().is_terminal().then(|| ProgressBar::new(args.probes as u64));
-            let step = |done| bar.iter().for_each(|bar| bar.set_position(done as u64));
-            let trace = meter.trace(at.0, at.1, (args.probes, args.seed), step);
-            bar.iter().for_each(ProgressBar::finish_and_clear);
-            Some(trace.map_err(unsound)?)
+    let mut found: Vec<(Measure, serde_json::Value, String)> = Vec::new();
+    let wants = |measures: &[Measure]| args.measure.iter().any(|measure| measures.contains(measure));
+    let mut tell_value = |measure, value: Option<f64>, otherwise: &str| {
+        if wants(&[measure]) {
+            found.push((measure, json!({"value": value}), value.map_or(otherwise.into(), digits)));
         }
-        false => None,
     };
-    let scaled = |factor: f64| {
-        trace.map(|Estimate { value, standard_error, probes }| Estimate {
-            value: factor * value,
-            standard_error: standard_error.map(|error| factor * error),
-            probes,
-        })
-    };
-    let found = Measure::value_variants().iter().filter(|measure| wants(**measure)).map(|&measure| {
-        let (exact, estimate) = match measure {
-            Measure::GradNorm => (gradient_norm, None),
-            Measure::Trace => (None, trace),
-            Measure::NormalizedTrace => {
-                (None, gradient_norm.filter(|norm| *norm > 0.0).and_then(|norm| scaled(1.0 / norm)))
+    let mut norm = None;
+    if wants(&[Measure::GradNorm, Measure::NormalizedTrace]) {
+        norm = Some(meter.at(at.0, at.1, |curvature| curvature.gradient_norm()).map_err(unsound)?);
+        tell_value(Measure::GradNorm, norm, "");
+    }
+    if wants(&[Measure::Vhv]) {
+        let vhv = meter.at(at.0, at.1, |curvature| curvature.along_gradient()).map_err(unsound)?;
+        tell_value(Measure::Vhv, Some(vhv), "");
+    }
+    if wants(&[Measure::Trace, Measure::NormalizedTrace]) {
+        let bar = progress_bar("trace", args.probes);
+        let step = |done| bar.iter().for_each(|bar| bar.set_position(done as u64));
+        let trace = meter.at(at.0, at.1, |curvature| curvature.trace(args.probes, args.seed, step));
+        bar.iter().for_each(ProgressBar::finish_and_clear);
+        let trace = trace.map_err(unsound)?;
+        // The gradient's norm is exact, so the trace's error is the quotient's.
+        let by_norm = norm.filter(|norm| *norm > 0.0).map(|norm| 1.0 / norm);
+        for (measure, factor) in [(Measure::Trace, Some(1.0)), (Measure::NormalizedTrace, by_norm)] {
+            if !wants(&[measure]) {
+                continue;
             }
-        };
-        (measure.name(), exact, estimate)
-    });
+            let (value, error) =
+                (factor.map(|f| f * trace.value), trace.standard_error.zip(factor).map(|(e, f)| e * f));
+            let text = match (value, error) {
+                (Some(value), Some(error)) => {
+                    format!("{} ± {} ({} probes)", digits(value), digits(error), trace.probes)
+                }
+                (Some(value), None) => format!("{} (one probe)", digits(value)),
+                (None, _) => "none, because the gradient is zero".into(),
+            };
+            found.push((measure, json!({"value": value, "standard_error": error, "probes": trace.probes}), text));
+        }
+    }
+    if wants(&[Measure::TopEigenvalues]) {
+        let bar = progress_bar("top-eigenvalues", args.steps);
+        let step = |done| bar.iter().for_each(|bar| bar.set_position(done as u64));
+        let pairs = meter.at(at.0, at.1, |curvature| {
+            curvature.top_eigenvalues(args.top, (args.steps, args.tolerance), args.seed, step)
+        });
+        bar.iter().for_each(ProgressBar::finish_and_clear);
+        let pairs = pairs.map_err(unsound)?;
+        let values: Vec<f64> = pairs.iter().map(|pair| pair.value).collect();
+        let residuals: Vec<f64> = pairs.iter().map(|pair| pair.residual).collect();
+        let text: Vec<String> =
+            values.iter().zip(&residuals).map(|(v, r)| format!("{} ± {}", digits(*v), digits(*r))).collect();
+        found.push((Measure::TopEigenvalues, json!({"values": values, "residuals": residuals}), text.join(", ")));
+    }
+    if wants(&[Measure::Spectrum]) {
+        let bar = progress_bar("spectrum", args.probes * args.steps);
+        let step = |done| bar.iter().for_each(|bar| bar.set_position(done as u64));
+        let density =
+            meter.at(at.0, at.1, |curvature| curvature.spectral_density(args.probes, args.steps, args.seed, step));
+        bar.iter().for_each(ProgressBar::finish_and_clear);
+        let Density { nodes, weights } = density.map_err(unsound)?;
+        let (least, most) =
+            nodes.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), &node| (a.min(node), b.max(node)));
+        let text = format!("{} … {} ({} probes of {} steps)", digits(least), digits(most), args.probes, args.steps);
+        found.push((Measure::Spectrum, json!({"nodes": nodes, "weights": weights}), text));
+    }
     if args.model.json {
-        let measures: serde_json::Map<_, _> = found
-            .map(|(name, exact, estimate)| {
-                let value = exact.or(estimate.map(|estimate| estimate.value));
-                let (error, probes) = (estimate.and_then(|e| e.standard_error), estimate.map(|e| e.probes));
-                (name.into(), json!({"value": value, "standard_error": error, "probes": probes}))
-            })
-            .collect();
+        let measures: serde_json::Map<_, _> =
+            found.into_iter().map(|(measure, json, _)| (measure.name(), json)).collect();
         let split = split.to_string();
         return print(&json!({"samples": images.len(), "split": split, "measures": measures}).to_string());
     }
     print(&format!("{name}, {split} split: {} samples", images.len()))?;
-    for (name, exact, estimate) in found {
-        let text = match (exact, estimate) {
-            (Some(value), _) => digits(value),
-            (None, Some(Estimate { value, standard_error: Some(error), probes })) => {
-                format!("{} ± {} ({probes} probes)", digits(value), digits(error))
-            }
-            (None, Some(Estimate { value, .. })) => format!("{} (one probe)", digits(value)),
-            (None, None) => "none, because the gradient is zero".into(),
-        };
-        print(&format!("{name:<17} {text}"))?;
+    for (measure, _, text) in found {
+        print(&format!("{:<17} {text}", measure.name()))?;
     }
     Ok(())
+}
+
+/// On a terminal, how far a measure is.
+fn progress_bar(name: &'static str, length: usize) -> Option<ProgressBar> {
+    std::io::stderr().is_terminal().then(|| {
+        let style = ProgressStyle::with_template("{bar:12} {pos}/{len}, {eta} left  {msg}");
+        ProgressBar::new(length as u64)
+            .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+            .with_message(name)
+    })
 }
 
 /// Four digits or more, whatever the size.

@@ -2,6 +2,8 @@
 //!
 //! A network's [`crate::plan::Plan`] is an objective; so is any function of a flat vector that a user brings.
 
+use std::ops::Range;
+
 use crate::device::{Buffer, Device, Error, Result, Scalar, Slice, SliceMut};
 use crate::kernels::vector::Combination;
 use crate::kernels::{metrics, sharpness};
@@ -57,6 +59,11 @@ pub trait Objective<T: Scalar> {
         let _ = (weights, direction, product, flag);
         let message = "this objective has no exact product with its Hessian".into();
         Err(Error::Argument { operation: "Objective::hessian_vector", message })
+    }
+
+    /// The parts of the vector that belong to no weight, such as what lies between aligned tensors: a random direction is zero there.
+    fn padding(&self) -> Vec<Range<usize>> {
+        Vec::new()
     }
 
     /// The number of groups that the mini-batch can be taken in, for m-sharpness: one, unless the objective says otherwise.
@@ -184,6 +191,10 @@ impl<T: Scalar, O: Objective<T>> Objective<T> for Accumulated<'_, T, O> {
             sharpness::combine(whole(vector, one), 1.0 / *parts as f64, part > 0, product.reborrow(), None)?;
         }
         Ok(())
+    }
+
+    fn padding(&self) -> Vec<Range<usize>> {
+        self.objective.padding()
     }
 
     fn groups(&self) -> usize {

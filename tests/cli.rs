@@ -437,6 +437,17 @@ fn curvature_is_measured_over_any_parts_of_the_images() {
     // Without a number all of the 96 images are taken, in as many whole parts as they fill.
     let all = |extra: &[&str]| json(&run(&[&["--measure", "grad-norm", "--json"], extra].concat()))["samples"].clone();
     assert_eq!((all(&[]), all(&["--batch-size", "36"])), (96.into(), 72.into()));
+    let list = "vhv,top-eigenvalues,spectrum";
+    let spectral = measure(&["--batch-size", "16", "--measure", list, "--top", "2", "--steps", "12"]);
+    let numbers = |name: &str, key: &str| -> Vec<f64> {
+        spectral["measures"][name][key].as_array().unwrap().iter().map(|value| value.as_f64().unwrap()).collect()
+    };
+    let (values, nodes) = (numbers("top-eigenvalues", "values"), numbers("spectrum", "nodes"));
+    assert!(values.len() == 2 && values[0] > values[1] && values[0] > 0.0, "{spectral}");
+    assert!(value(&spectral, "vhv") <= values[0] * 1.001, "{spectral}");
+    assert!((numbers("spectrum", "weights").iter().sum::<f64>() - 1.0).abs() < 1e-9 && nodes.len() == 36);
+    let mean: f64 = nodes.iter().zip(numbers("spectrum", "weights")).map(|(node, weight)| node * weight).sum();
+    assert!((mean * 74906.0 / trace - 1.0).abs() < 0.05, "{mean} of the trace {trace}");
     let only = measure(&["--batch-size", "16", "--measure", "grad-norm"]);
     assert_eq!(only["measures"].as_object().unwrap().len(), 1);
     let printed = run(&["--samples", "32", "--batch-size", "16", "--probes", "2"]);
@@ -447,6 +458,8 @@ fn curvature_is_measured_over_any_parts_of_the_images() {
         (&["--samples", "97"], &["--samples", "97", "96"]),
         (&["--std", "1e-38", "--samples", "32", "--batch-size", "16"], &["init.safetensors", "not finite"]),
         (&["--probes", "0"], &["--probes", "at least 1"]),
+        (&["--top", "9", "--steps", "8"], &["--top", "9", "--steps 8"]),
+        (&["--tolerance", "nan"], &["--tolerance", "0 or more"]),
         (&["--measure", "flatness"], &["flatness", "normalized-trace"]),
     ] {
         let message = mistake(&[&common[..], wrong].concat());

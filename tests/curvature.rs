@@ -2,7 +2,10 @@
 
 mod common;
 
+use std::ops::Range;
+
 use common::Random;
+use nalgebra::DMatrix;
 use polder::curvature::Curvature;
 use polder::device::{Device, Result, Slice, SliceMut};
 use polder::objective::{Accumulator, Objective, Statistics};
@@ -74,21 +77,14 @@ fn random_signs_find_the_trace_of_a_diagonal_exactly() {
 #[test]
 fn the_trace_lies_within_its_error_and_the_error_is_the_right_one() {
     let device = Device::host();
-    let mut random = Random(3);
     let len = 23;
-    let mut hessian = vec![0.0; len * len];
-    for i in 0..len {
-        for j in 0..=i {
-            let value = random.normal();
-            (hessian[i * len + j], hessian[j * len + i]) = (value, value);
-        }
-    }
+    let mut objective = symmetric(&mut Random(3), len);
+    let hessian = &objective.hessian;
     let trace: f64 = (0..len).map(|i| hessian[i * len + i]).sum();
     let squares: f64 = hessian.iter().map(|h| h * h).sum::<f64>();
     let diagonal: f64 = (0..len).map(|i| hessian[i * len + i].powi(2)).sum();
     let probes = 2000;
     let expected_error = (2.0 * (squares - diagonal) / probes as f64).sqrt();
-    let mut objective = Quadratic { len, hessian };
     let weights = device.zeros(len).unwrap();
     let mut curvature = Curvature::new(&mut objective, weights.view()).unwrap();
     let mut told = Vec::new();
@@ -140,12 +136,156 @@ impl Objective<f64> for Parts {
         self.labels.len() / self.plan.input_shape().batch
     }
 
+    fn padding(&self) -> Vec<Range<usize>> {
+        self.plan.padding()
+    }
+
     fn select(&mut self, group: usize) -> Result<()> {
         let Shape { batch, channels, .. } = self.plan.input_shape();
         let (mut images, mut labels) = self.plan.batch_mut()?;
         images.write(&self.images[group * batch * channels..][..batch * channels])?;
         labels.write(&self.labels[group * batch..][..batch])
     }
+}
+
+fn symmetric(random: &mut Random, len: usize) -> Quadratic {
+    let mut hessian = vec![0.0; len * len];
+    for i in 0..len {
+        for j in 0..=i {
+            let value = random.normal();
+            (hessian[i * len + j], hessian[j * len + i]) = (value, value);
+        }
+    }
+    Quadratic { len, hessian }
+}
+
+/// All eigenvalues by a dense method, the largest first.
+fn eigenvalues(len: usize, hessian: &[f64]) -> Vec<f64> {
+    let dense = DMatrix::from_row_slice(len, len, hessian);
+    let mut values: Vec<f64> = dense.symmetric_eigenvalues().iter().copied().collect();
+    values.sort_by(|a, b| b.total_cmp(a));
+    values
+}
+
+#[test]
+fn lanczos_finds_the_eigenvalues_and_vectors_of_known_matrices() {
+    let device = Device::host();
+    let mut objective = Quadratic { len: 3, hessian: vec![1.0, 0.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0, 3.0] };
+    let weights = device.zeros(3).unwrap();
+    let mut curvature = Curvature::new(&mut objective, weights.view()).unwrap();
+    let pairs = curvature.top_eigenvalues(3, (3, 1e-12), 1, |_| ()).unwrap();
+    for (pair, expected) in pairs.iter().zip([3.0, 2.0, 1.0]) {
+        assert!((pair.value - expected).abs() < 1e-12 && pair.residual < 1e-12, "{} for {expected}", pair.value);
+        let vector = pair.vector.to_vec().unwrap();
+        for (index, component) in vector.iter().enumerate() {
+            let there = if index == expected as usize - 1 { 1.0 } else { 0.0 };
+            assert!((component.abs() - there).abs() < 1e-12, "{vector:?}");
+        }
+    }
+    assert_eq!(pairs.len(), 3);
+    for (count, most) in [(0, 3), (4, 3)] {
+        assert!(curvature.top_eigenvalues(count, (most, 0.0), 1, |_| ()).is_err());
+    }
+
+    let mut random = Random(13);
+    let mut objective = symmetric(&mut random, 57);
+    let expected = eigenvalues(57, &objective.hessian);
+    let weights = device.zeros(57).unwrap();
+    let mut curvature = Curvature::new(&mut objective, weights.view()).unwrap();
+    let mut steps = 0;
+    let pairs = curvature.top_eigenvalues(4, (57, 1e-9), 2, |step| steps = step).unwrap();
+    assert!(steps < 57, "ended by the tolerance, not by the size");
+    for (pair, expected) in pairs.iter().zip(&expected) {
+        assert!((pair.value - expected).abs() < 1e-8 && pair.residual < 1e-7, "{} for {expected}", pair.value);
+    }
+    // Too few steps show in the residuals, which bound the error.
+    let rough = curvature.top_eigenvalues(2, (6, 0.0), 2, |_| ()).unwrap();
+    for pair in &rough {
+        let nearest = expected.iter().map(|value| (value - pair.value).abs()).fold(f64::INFINITY, f64::min);
+        assert!(pair.residual > 1e-3 && nearest <= pair.residual, "{} ± {}", pair.value, pair.residual);
+    }
+}
+
+#[test]
+fn a_hessian_of_few_different_eigenvalues_ends_the_steps() {
+    let device = Device::host();
+    let len = 12;
+    let mut hessian = vec![0.0; len * len];
+    (0..len).for_each(|i| hessian[i * len + i] = if i < 5 { 7.0 } else { -2.0 });
+    let mut objective = Quadratic { len, hessian };
+    let weights = device.zeros(len).unwrap();
+    let mut curvature = Curvature::new(&mut objective, weights.view()).unwrap();
+    let pairs = curvature.top_eigenvalues(5, (12, 1e-9), 3, |_| ()).unwrap();
+    let values: Vec<f64> = pairs.iter().map(|pair| (pair.value * 1e9).round() / 1e9).collect();
+    assert_eq!(values, [7.0, -2.0]);
+    let mut flat = Quadratic { len, hessian: vec![0.0; len * len] };
+    let pairs = Curvature::new(&mut flat, weights.view()).unwrap().top_eigenvalues(2, (12, 1e-9), 3, |_| ()).unwrap();
+    assert_eq!(pairs.iter().map(|pair| (pair.value, pair.residual)).collect::<Vec<_>>(), [(0.0, 0.0)]);
+}
+
+#[test]
+fn the_density_has_the_moments_of_its_probes_and_the_shape_of_a_wishart_matrix() {
+    let device = Device::host();
+    let mut random = Random(19);
+    // XᵀX/m: by Marchenko and Pastur's law its eigenvalues fill (1 ± sqrt(n/m))².
+    let (n, m) = (90, 180);
+    let x: Vec<f64> = random.vector(n * m);
+    let mut hessian = vec![0.0; n * n];
+    for i in 0..n {
+        for j in 0..n {
+            hessian[i * n + j] = (0..m).map(|k| x[k * n + i] * x[k * n + j]).sum::<f64>() / m as f64;
+        }
+    }
+    let expected = eigenvalues(n, &hessian);
+    let mut objective = Quadratic { len: n, hessian };
+    let weights = device.zeros(n).unwrap();
+    let mut curvature = Curvature::new(&mut objective, weights.view()).unwrap();
+    let (probes, steps) = (12, 40);
+    let density = curvature.spectral_density(probes, steps, 5, |_| ()).unwrap();
+    assert_eq!(density.nodes.len(), probes * steps);
+    let moment = |power: i32| -> f64 {
+        density.nodes.iter().zip(&density.weights).map(|(node, weight)| weight * node.powi(power)).sum()
+    };
+    assert!((moment(0) - 1.0).abs() < 1e-12);
+    // The same probes' vᵀHv.
+    let trace = curvature.trace(probes, 5, |_| ()).unwrap();
+    assert!((moment(1) - trace.value / n as f64).abs() < 1e-12);
+    let squares = expected.iter().map(|value| value * value).sum::<f64>() / n as f64;
+    assert!((moment(2) / squares - 1.0).abs() < 0.1, "{} and {squares}", moment(2));
+    let edge = (n as f64 / m as f64).sqrt();
+    let inside = |value: f64| value > (1.0 - edge).powi(2) * 0.7 && value < (1.0 + edge).powi(2) * 1.1;
+    assert!(density.nodes.iter().all(|&node| inside(node)));
+    // What lies below each tenth of the eigenvalues is about that tenth of the density.
+    for tenth in 1..10 {
+        let limit = expected[n - 1 - n * tenth / 10];
+        let below: f64 =
+            density.nodes.iter().zip(&density.weights).filter(|(node, _)| **node < limit).map(|(_, w)| w).sum();
+        assert!((below - tenth as f64 / 10.0).abs() < 0.06, "{below} below the tenth number {tenth}");
+    }
+    // Smoothed, it still holds one in all.
+    let area: f64 = (-100..500).map(|i| density.at(f64::from(i) * 0.01, 0.05) * 0.01).sum();
+    assert!((area - 1.0).abs() < 1e-6, "{area}");
+    assert!(
+        curvature.spectral_density(0, 3, 5, |_| ()).is_err() && curvature.spectral_density(3, 0, 5, |_| ()).is_err()
+    );
+}
+
+#[test]
+fn the_curvature_along_the_gradient() {
+    let device = Device::host();
+    let mut objective = symmetric(&mut Random(17), 7);
+    let start: Vec<f64> = Random(18).vector(7);
+    let weights = device.upload(&start).unwrap();
+    let g = objective.times(weights.view()).unwrap();
+    let gradient = device.upload(&g).unwrap();
+    let hg = objective.times(gradient.view()).unwrap();
+    let dot = |a: &[f64], b: &[f64]| -> f64 { a.iter().zip(b).map(|(a, b)| a * b).sum() };
+    let expected = dot(&g, &hg) / dot(&g, &g);
+    let found = Curvature::new(&mut objective, weights.view()).unwrap().along_gradient().unwrap();
+    assert!((found / expected - 1.0).abs() < 1e-13, "{found} instead of {expected}");
+    let weights = device.zeros(7).unwrap();
+    let error = Curvature::new(&mut objective, weights.view()).unwrap().along_gradient().unwrap_err();
+    assert!(error.to_string().contains("gradient is zero"), "{error}");
 }
 
 #[test]
@@ -182,9 +322,33 @@ fn softmax_regression_over_parts_has_its_analytic_trace() {
     assert!(error.to_string().contains("3 groups, expected one"), "{error}");
     let mut accumulator = Accumulator::new(&device, weights.len(), samples / batch).unwrap();
     let mut all = accumulator.over(&mut parts);
+    assert_eq!(all.padding().iter().map(|gap| gap.len()).sum::<usize>(), 128 - 18);
     let found = Curvature::new(&mut all, weights.view()).unwrap().trace(20_000, 11, |_| ()).unwrap();
     let error = found.standard_error.unwrap();
     assert!(error < 0.005 * trace && (found.value - trace).abs() < 4.0 * error, "{found:?} instead of {trace}");
+
+    // The vector is padded from 18 weights to 128. Its spectrum is that of the weights alone: the mean of its density is the trace
+    // by their number, and its largest eigenvalue that of the matrix that products with each weight's unit vector make.
+    let mut curvature = Curvature::new(&mut all, weights.view()).unwrap();
+    let density = curvature.spectral_density(300, 3, 13, |_| ()).unwrap();
+    let mean: f64 = density.nodes.iter().zip(&density.weights).map(|(node, weight)| node * weight).sum();
+    assert!((mean / (trace / (classes * (features + 1)) as f64) - 1.0).abs() < 0.1, "{mean} and {trace}");
+    let top = curvature.top_eigenvalues(2, (18, 1e-10), 3, |_| ()).unwrap();
+    let ranges = [w, b];
+    let places: Vec<usize> = ranges.iter().cloned().flatten().collect();
+    let mut dense = Vec::new();
+    for &place in &places {
+        let mut unit = vec![0.0; weights.len()];
+        unit[place] = 1.0;
+        let (unit, mut product) = (device.upload(&unit).unwrap(), device.zeros(weights.len()).unwrap());
+        let mut flag = device.zeros(1).unwrap();
+        all.hessian_vector(weights.view(), unit.view(), product.view_mut(), flag.view_mut()).unwrap();
+        let product = product.to_vec().unwrap();
+        dense.extend(places.iter().map(|&row| product[row]));
+    }
+    for (pair, expected) in top.iter().zip(eigenvalues(places.len(), &dense)) {
+        assert!((pair.value - expected).abs() < 1e-9, "{} instead of {expected}", pair.value);
+    }
 }
 
 #[test]

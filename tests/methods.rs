@@ -21,6 +21,11 @@ fn methods_with_a_memory_match_pytorch() {
 }
 
 #[test]
+fn random_perturbations_match_pytorch() {
+    check_runs(&["random-sam", "r-sam"]);
+}
+
+#[test]
 fn groups_of_the_batch_match_pytorch() {
     check_runs(&["sam-in-groups"]);
 }

@@ -41,13 +41,18 @@
 //!
 //! # fn main() -> Result<()> {
 //! let weights = Device::host().upload(&[4.0f32, 1.0])?;
-//! let mut curvature = Curvature::new(&mut Valley, weights.view())?;
+//! let mut valley = Valley;
+//! let mut curvature = Curvature::new(&mut valley, weights.view())?;
 //! assert_eq!(curvature.gradient_norm()?, 5.0);
 //! let trace = curvature.trace(10, 0, |_| ())?;
 //! assert_eq!((trace.value, trace.standard_error), (4.0, Some(0.0)));
 //! # Ok(())
 //! # }
 //! ```
+
+mod lanczos;
+
+pub use lanczos::{Density, Eigenpair};
 
 use crate::device::{Buffer, Error, Result, Scalar, Slice};
 use crate::kernels::random;
@@ -82,6 +87,8 @@ pub struct Curvature<'a, T: Scalar, O> {
     direction: Buffer<T>,
     product: Buffer<T>,
     number: Buffer<f64>,
+    /// The coefficients of a vector taken alone.
+    one: Buffer<f64>,
     flag: Buffer<u32>,
     reduction: Reduction,
 }
@@ -103,7 +110,8 @@ impl<'a, T: Scalar, O: Objective<T>> Curvature<'a, T, O> {
         let device = weights.device();
         let (direction, product) = (device.zeros(weights.len())?, device.zeros(weights.len())?);
         let (number, flag, reduction) = (device.zeros(1)?, device.zeros(1)?, Reduction::new(device)?);
-        Ok(Self { objective, weights, direction, product, number, flag, reduction })
+        let one = device.upload(&[1.0, 0.0, 0.0, 0.0])?;
+        Ok(Self { objective, weights, direction, product, number, one, flag, reduction })
     }
 
     /// `‖∇L(w)‖`. One gradient.
@@ -111,12 +119,23 @@ impl<'a, T: Scalar, O: Objective<T>> Curvature<'a, T, O> {
     /// # Errors
     /// [`Error::Argument`] where loss or gradient is not finite; those of the objective.
     pub fn gradient_norm(&mut self) -> Result<f64> {
-        let Self { objective, weights, product, number, flag, reduction, .. } = self;
-        flag.clear()?;
-        product.view_mut().clear()?;
-        objective.gradient(*weights, Statistics::Keep, product.view_mut(), number.view_mut(), flag.view_mut())?;
-        vector::l2_norm(product.view(), reduction, number.view_mut())?;
-        self.finite_number("Curvature::gradient_norm")
+        self.gradient()?;
+        self.product_norm("Curvature::gradient_norm")
+    }
+
+    /// `vᵀHv` with `v = ∇L/‖∇L‖`: the curvature that a step of SAM meets. One gradient and one product with the Hessian.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where the gradient is zero, or something is not finite; those of the objective.
+    pub fn along_gradient(&mut self) -> Result<f64> {
+        const OPERATION: &str = "Curvature::along_gradient";
+        self.gradient()?;
+        let norm = self.product_norm(OPERATION)?;
+        if norm == 0.0 {
+            return Err(Error::Argument { operation: OPERATION, message: "the gradient is zero".into() });
+        }
+        self.direction.view_mut().copy_from(self.product.view())?;
+        Ok(self.quadratic_form(OPERATION)? / (norm * norm))
     }
 
     /// The trace of the Hessian by Hutchinson's estimator (1990): the mean of `vᵀHv` over vectors v of random signs, whose expected
@@ -132,17 +151,42 @@ impl<'a, T: Scalar, O: Objective<T>> Curvature<'a, T, O> {
         }
         let mut samples = Vec::new();
         for probe in 0..probes {
-            let Self { objective, weights, direction, product, number, flag, reduction } = self;
-            random::rademacher(direction.view_mut(), seed, (probe * weights.len().next_multiple_of(4)) as u64)?;
-            flag.clear()?;
-            // Zeros, because an objective leaves what lies between its tensors alone.
-            product.view_mut().clear()?;
-            objective.hessian_vector(*weights, direction.view(), product.view_mut(), flag.view_mut())?;
-            vector::dot(direction.view(), product.view(), reduction, number.view_mut())?;
-            samples.push(self.finite_number(OPERATION)?);
+            self.random_signs(seed, probe)?;
+            samples.push(self.quadratic_form(OPERATION)?);
             progress(probe + 1);
         }
         Ok(Estimate::of(&samples))
+    }
+
+    /// Makes the direction one of random signs.
+    fn random_signs(&mut self, seed: u64, probe: usize) -> Result<()> {
+        let first = probe * self.weights.len().next_multiple_of(4);
+        random::rademacher(self.direction.view_mut(), seed, first as u64)
+    }
+
+    /// The gradient in the place of the product.
+    fn gradient(&mut self) -> Result<()> {
+        let Self { objective, weights, product, number, flag, .. } = self;
+        flag.clear()?;
+        product.clear()?;
+        objective.gradient(*weights, Statistics::Keep, product.view_mut(), number.view_mut(), flag.view_mut())
+    }
+
+    /// dᵀHd of the direction d.
+    fn quadratic_form(&mut self, operation: &'static str) -> Result<f64> {
+        let Self { objective, weights, direction, product, number, flag, reduction, .. } = self;
+        flag.clear()?;
+        // Zeros, because an objective leaves what lies between its tensors alone.
+        product.clear()?;
+        objective.hessian_vector(*weights, direction.view(), product.view_mut(), flag.view_mut())?;
+        vector::dot(direction.view(), product.view(), reduction, number.view_mut())?;
+        self.finite_number(operation)
+    }
+
+    /// The norm of the product.
+    fn product_norm(&mut self, operation: &'static str) -> Result<f64> {
+        vector::l2_norm(self.product.view(), &mut self.reduction, self.number.view_mut())?;
+        self.finite_number(operation)
     }
 
     /// Reads the newest number, if what it was made of was finite.

@@ -20,6 +20,8 @@ mod tangent;
 pub use error::PlanError;
 pub use graph::{Graph, Shape, Value};
 
+use std::ops::Range;
+
 use crate::arena::Layout;
 use crate::device::{Buffer, Device, Error, Result, Scalar, Slice, SliceMut};
 use crate::kernels::batch_norm::{BatchNormShape, Mode};
@@ -298,6 +300,10 @@ impl<T: Scalar> Objective<T> for Plan<T> {
         self.tangent = Some(tangent);
         finite?;
         vector::check_finite(product.view(), flag)
+    }
+
+    fn padding(&self) -> Vec<Range<usize>> {
+        self.parameters.padding()
     }
 
     fn commit(&mut self, skip: Slice<'_, u32>) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use super::TrainError;
 use super::images::{Batch, DeviceImages};
-use crate::curvature::{Curvature, Estimate};
+use crate::curvature::Curvature;
 use crate::data::{ImageShape, Images};
 use crate::device::{Buffer, Device, Slice};
 use crate::kernels::batch_norm::Mode;
@@ -61,29 +61,11 @@ impl CurvatureMeter {
         &self.plan
     }
 
-    /// [`Curvature::gradient_norm`] at these weights and running statistics.
+    /// What `measure` finds at these weights and running statistics.
     ///
     /// # Errors
     /// Those of the measurement.
-    pub fn gradient_norm(&mut self, weights: Slice<'_, f32>, statistics: Slice<'_, f32>) -> Result<f64, TrainError> {
-        self.at(weights, statistics, |curvature| curvature.gradient_norm())
-    }
-
-    /// [`Curvature::trace`] at these weights and running statistics.
-    ///
-    /// # Errors
-    /// Those of the measurement.
-    pub fn trace(
-        &mut self,
-        weights: Slice<'_, f32>,
-        statistics: Slice<'_, f32>,
-        (probes, seed): (usize, u64),
-        progress: impl FnMut(usize),
-    ) -> Result<Estimate, TrainError> {
-        self.at(weights, statistics, |curvature| curvature.trace(probes, seed, progress))
-    }
-
-    fn at<R>(
+    pub fn at<R>(
         &mut self,
         weights: Slice<'_, f32>,
         statistics: Slice<'_, f32>,

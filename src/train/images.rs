@@ -1,5 +1,6 @@
 //! The images that a run, an evaluation or a measurement works on: opened, normalised, on the device, and as an objective.
 
+use std::ops::Range;
 use std::path::Path;
 
 use super::TrainError;
@@ -92,16 +93,16 @@ pub fn normalization(
 }
 
 /// Some images of a split as an objective: the plan, filled with one part of them at a time.
-pub(super) struct Batch<'a> {
-    pub plan: &'a mut Plan<f32>,
+pub struct Batch<'a> {
+    pub(super) plan: &'a mut Plan<f32>,
     /// Of one part.
-    pub shape: BatchShape,
-    pub pixels: Slice<'a, u8>,
-    pub labels: Slice<'a, u32>,
+    pub(super) shape: BatchShape,
+    pub(super) pixels: Slice<'a, u8>,
+    pub(super) labels: Slice<'a, u32>,
     /// The numbers of all samples.
-    pub chosen: Slice<'a, u32>,
-    pub normalization: &'a Normalization,
-    pub augment: Option<Augment>,
+    pub(super) chosen: Slice<'a, u32>,
+    pub(super) normalization: &'a Normalization,
+    pub(super) augment: Option<Augment>,
 }
 
 impl Objective<f32> for Batch<'_> {
@@ -128,6 +129,10 @@ impl Objective<f32> for Batch<'_> {
         flag: SliceMut<'_, u32>,
     ) -> device::Result<()> {
         self.plan.hessian_vector(weights, direction, product, flag)
+    }
+
+    fn padding(&self) -> Vec<Range<usize>> {
+        self.plan.padding()
     }
 
     fn groups(&self) -> usize {

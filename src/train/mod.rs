@@ -13,7 +13,7 @@ pub mod weights;
 pub use curvature::CurvatureMeter;
 pub use error::TrainError;
 pub use evaluate::{Evaluation, Evaluator};
-pub use images::{normalization, open_data, open_device, open_split};
+pub use images::{Batch, normalization, open_data, open_device, open_split};
 pub use log::Record;
 pub use run::{Progress, Summary, train};
 pub use settings::{

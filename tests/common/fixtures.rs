@@ -136,6 +136,7 @@ fn settings(run: &Value, layout: &Layout) -> Settings {
 
 fn method(run: &Value, layout: &Layout) -> Method {
     let of = |key: &str| number(&run[key]);
+    let seed = || run["seed"].as_u64().unwrap();
     let every = || run["every"].as_u64().unwrap();
     let step_size = || StepSize { eta0: of("eta0"), delta: of("delta"), theta0: of("theta0") };
     match run["optimizer"].as_str().unwrap() {
@@ -146,6 +147,8 @@ fn method(run: &Value, layout: &Layout) -> Method {
             ascent_steps: run["ascent_steps"].as_u64().unwrap_or(1) as usize,
             second_order: run["second_order"].as_bool().unwrap_or(false),
         }),
+        "random-sam" => Method::with_perturbation(of("rho"), Perturbation::Random { seed: seed() }),
+        "r-sam" => Method::RSam { rho: of("rho"), sigma: of("sigma"), seed: seed() },
         "asam" => {
             let scaling = Scaling { eta: of("eta"), scaled_len: layout.weights_len() };
             Method::with_perturbation(of("rho"), Perturbation::Adaptive(scaling))

@@ -1,0 +1,209 @@
+//! Lanczos's method with full reorthogonalisation: largest eigenvalues and their vectors, and the spectral density.
+
+use nalgebra::{DMatrix, SymmetricEigen};
+
+use super::Curvature;
+use crate::device::{Buffer, Error, Result, Scalar, Slice};
+use crate::kernels::vector::{self, Combination};
+use crate::kernels::{random, sharpness};
+use crate::objective::Objective;
+
+/// An eigenvalue of the Hessian with its vector.
+pub struct Eigenpair<T: Scalar> {
+    /// The eigenvalue λ.
+    pub value: f64,
+    /// `‖Hx − λx‖`: some eigenvalue is no further from λ than this.
+    pub residual: f64,
+    /// x, of length one.
+    pub vector: Buffer<T>,
+}
+
+/// A spectral density as Lanczos's method sees it: a sum of peaks, each at a Ritz value.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Density {
+    /// Where the peaks are.
+    pub nodes: Vec<f64>,
+    /// What each holds of the whole, which is one.
+    pub weights: Vec<f64>,
+}
+
+impl Density {
+    /// The density at `lambda` when every peak is a normal distribution of deviation `sigma`.
+    pub fn at(&self, lambda: f64, sigma: f64) -> f64 {
+        let scale = 1.0 / (sigma * (2.0 * std::f64::consts::PI).sqrt());
+        let peak = |(&node, &weight): (&f64, &f64)| weight * scale * (-0.5 * ((lambda - node) / sigma).powi(2)).exp();
+        self.nodes.iter().zip(&self.weights).map(peak).sum()
+    }
+}
+
+/// An orthonormal basis of a Krylov space and the tridiagonal matrix that the Hessian is in it.
+struct Krylov<T: Scalar> {
+    basis: Vec<Buffer<T>>,
+    diagonal: Vec<f64>,
+    /// `off_diagonal[j]` joins vectors j and j + 1; the last one joins the space to what it leaves out.
+    off_diagonal: Vec<f64>,
+}
+
+/// Eigenvalues of the tridiagonal matrix, the largest first, and their vectors as columns.
+struct Ritz {
+    values: Vec<f64>,
+    vectors: DMatrix<f64>,
+    order: Vec<usize>,
+}
+
+impl<T: Scalar> Krylov<T> {
+    fn ritz(&self) -> Ritz {
+        let n = self.diagonal.len();
+        let matrix = DMatrix::from_fn(n, n, |i, j| match i.abs_diff(j) {
+            0 => self.diagonal[i],
+            1 => self.off_diagonal[i.min(j)],
+            _ => 0.0,
+        });
+        let SymmetricEigen { eigenvalues, eigenvectors } = SymmetricEigen::new(matrix);
+        let mut order: Vec<usize> = (0..n).collect();
+        order.sort_by(|&a, &b| eigenvalues[b].total_cmp(&eigenvalues[a]));
+        Ritz { values: order.iter().map(|&k| eigenvalues[k]).collect(), vectors: eigenvectors, order }
+    }
+
+    /// Whether the Hessian maps the space into itself, so that all of its Ritz values are eigenvalues.
+    fn is_invariant(&self) -> bool {
+        let scale = self.diagonal.iter().chain(&self.off_diagonal).fold(0.0f64, |scale, value| scale.max(value.abs()));
+        let rounding = if size_of::<T>() == 8 { 1e-12 } else { 1e-5 };
+        self.off_diagonal.last().is_some_and(|&left| left <= rounding * scale)
+    }
+}
+
+impl Ritz {
+    /// Component `row` of the vector of the eigenvalue number `index`.
+    fn component(&self, row: usize, index: usize) -> f64 {
+        self.vectors[(row, self.order[index])]
+    }
+}
+
+impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
+    /// The `count` largest eigenvalues of the Hessian, the largest first, by Lanczos's method with full reorthogonalisation: one
+    /// product with the Hessian and one vector of memory per step, and one more product per eigenvalue for its residual. Ends when
+    /// each of them moves by less than `tolerance` of the largest in magnitude, or after `most` steps: the residuals tell. `progress`
+    /// is told of each step. Fewer are found where the Hessian has fewer different ones.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a count of zero or beyond `most`, or where a product is not finite; those of the objective.
+    pub fn top_eigenvalues(
+        &mut self,
+        count: usize,
+        (most, tolerance): (usize, f64),
+        seed: u64,
+        mut progress: impl FnMut(usize),
+    ) -> Result<Vec<Eigenpair<T>>> {
+        const OPERATION: &str = "Curvature::top_eigenvalues";
+        if count == 0 || count > most {
+            let message = format!("{count} eigenvalues by {most} steps");
+            return Err(Error::Argument { operation: OPERATION, message });
+        }
+        random::normal(self.direction.view_mut(), seed, 0)?;
+        let krylov = self.krylov(most, |krylov| {
+            let steps = krylov.diagonal.len();
+            progress(steps);
+            // The small problem is solved every fifth step only.
+            if steps < count || !steps.is_multiple_of(5) {
+                return false;
+            }
+            let (ritz, left) = (krylov.ritz(), krylov.off_diagonal[steps - 1]);
+            let scale = ritz.values.iter().fold(0.0f64, |scale, value| scale.max(value.abs()));
+            (0..count).all(|k| (left * ritz.component(steps - 1, k)).abs() <= tolerance * scale)
+        })?;
+        let ritz = krylov.ritz();
+        let mut pairs = Vec::new();
+        for index in 0..count.min(ritz.values.len()) {
+            let mut vector = self.weights.device().zeros(self.weights.len())?;
+            for (row, basis) in krylov.basis.iter().take(ritz.values.len()).enumerate() {
+                vector::axpy(ritz.component(row, index), basis.view(), vector.view_mut())?;
+            }
+            let value = ritz.values[index];
+            self.multiply(vector.view())?;
+            vector::axpy(-value, vector.view(), self.product.view_mut())?;
+            let residual = self.product_norm(OPERATION)?;
+            pairs.push(Eigenpair { value, residual, vector });
+        }
+        Ok(pairs)
+    }
+
+    /// The density of the Hessian's eigenvalues by stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017): of each of `probes`
+    /// vectors of random signs, the Ritz values after `steps` steps, each weighted by the square of its vector's first component.
+    /// `probes · steps` products with the Hessian, `steps` vectors of memory. The moments up to `2 · steps − 1` of every probe are
+    /// exact. `progress` is told of each product.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for no probe or no step, or where a product is not finite; those of the objective.
+    pub fn spectral_density(
+        &mut self,
+        probes: usize,
+        steps: usize,
+        seed: u64,
+        mut progress: impl FnMut(usize),
+    ) -> Result<Density> {
+        if probes == 0 || steps == 0 {
+            let message = format!("{probes} probes of {steps} steps");
+            return Err(Error::Argument { operation: "Curvature::spectral_density", message });
+        }
+        let mut density = Density::default();
+        for probe in 0..probes {
+            self.random_signs(seed, probe)?;
+            let krylov = self.krylov(steps, |krylov| {
+                progress(probe * steps + krylov.diagonal.len());
+                false
+            })?;
+            let ritz = krylov.ritz();
+            for (index, &value) in ritz.values.iter().enumerate() {
+                density.nodes.push(value);
+                density.weights.push(ritz.component(0, index).powi(2) / probes as f64);
+            }
+        }
+        Ok(density)
+    }
+
+    /// The product with a vector.
+    fn multiply(&mut self, vector: Slice<'_, T>) -> Result<()> {
+        let Self { objective, weights, product, flag, .. } = self;
+        flag.clear()?;
+        product.clear()?;
+        objective.hessian_vector(*weights, vector, product.view_mut(), flag.view_mut())
+    }
+
+    /// Lanczos's steps from the newest direction on, at most `most`, until `enough`.
+    fn krylov(&mut self, most: usize, mut enough: impl FnMut(&Krylov<T>) -> bool) -> Result<Krylov<T>> {
+        const OPERATION: &str = "Lanczos's method";
+        let device = self.weights.device().clone();
+        // What lies between tensors is no direction; zero there, it stays zero.
+        for gap in self.objective.padding() {
+            self.direction.slice_mut(gap)?.clear()?;
+        }
+        self.product.view_mut().copy_from(self.direction.view())?;
+        let mut length = self.product_norm(OPERATION)?;
+        let mut krylov = Krylov { basis: Vec::new(), diagonal: Vec::new(), off_diagonal: Vec::new() };
+        while length > 0.0 && krylov.basis.len() < most.min(self.weights.len()) {
+            let mut newest = device.zeros(self.weights.len())?;
+            let left = [Some(self.product.view()), None, None, None];
+            let left = Combination { vectors: left, coefficients: self.one.view() };
+            sharpness::combine(left, 1.0 / length, false, newest.view_mut(), None)?;
+            self.multiply(newest.view())?;
+            vector::dot(newest.view(), self.product.view(), &mut self.reduction, self.number.view_mut())?;
+            krylov.diagonal.push(self.finite_number(OPERATION)?);
+            krylov.basis.push(newest);
+            // Against all of them, twice: once leaves what rounding makes of a large part that is taken out.
+            for _ in 0..2 {
+                for earlier in krylov.basis.iter().rev() {
+                    vector::dot(earlier.view(), self.product.view(), &mut self.reduction, self.number.view_mut())?;
+                    let along = self.finite_number(OPERATION)?;
+                    vector::axpy(-along, earlier.view(), self.product.view_mut())?;
+                }
+            }
+            length = self.product_norm(OPERATION)?;
+            krylov.off_diagonal.push(length);
+            if krylov.is_invariant() || enough(&krylov) {
+                break;
+            }
+        }
+        Ok(krylov)
+    }
+}
