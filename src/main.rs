@@ -10,12 +10,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use polder::curvature::Density;
+use polder::curvature::{Curvature, Density, Estimate};
 use polder::data::{Images, Split, SplitImages};
 use polder::device::{self, Buffer, Device};
 use polder::kernels::batch_norm::Mode;
 use polder::kernels::image::Normalization;
 use polder::nn::{Model, Shortcut};
+use polder::objective::Objective;
 use polder::plan::Plan;
 use polder::train::{
     self, CurvatureMeter, Evaluation, Evaluator, Options, Progress, Record, ShortcutName, TrainError, weights,
@@ -360,7 +361,6 @@ fn run_curvature(args: &CurvatureArgs) -> Result<(), TrainError> {
     };
     let mut meter = CurvatureMeter::new(&device, model, (data, &images), normalization, batch_size, mode)?;
     let [parameters, statistics] = args.model.load(&device, meter.plan())?;
-    let at = (parameters.view(), statistics.view());
     // What is not finite is the fault of the weights.
     let unsound = |error| match error {
         TrainError::Device(device::Error::Argument { message, .. }) => {
@@ -368,93 +368,104 @@ fn run_curvature(args: &CurvatureArgs) -> Result<(), TrainError> {
         }
         other => other,
     };
-    let mut found: Vec<(Measure, serde_json::Value, String)> = Vec::new();
-    let wants = |measures: &[Measure]| args.measure.iter().any(|measure| measures.contains(measure));
-    let mut tell_value = |measure, value: Option<f64>, otherwise: &str| {
-        if wants(&[measure]) {
-            found.push((measure, json!({"value": value}), value.map_or(otherwise.into(), digits)));
-        }
-    };
-    let mut norm = None;
-    if wants(&[Measure::GradNorm, Measure::NormalizedTrace]) {
-        norm = Some(meter.at(at.0, at.1, |curvature| curvature.gradient_norm()).map_err(unsound)?);
-        tell_value(Measure::GradNorm, norm, "");
-    }
-    if wants(&[Measure::Vhv]) {
-        let vhv = meter.at(at.0, at.1, |curvature| curvature.along_gradient()).map_err(unsound)?;
-        tell_value(Measure::Vhv, Some(vhv), "");
-    }
-    if wants(&[Measure::Trace, Measure::NormalizedTrace]) {
-        let bar = progress_bar("trace", args.probes);
-        let step = |done| bar.iter().for_each(|bar| bar.set_position(done as u64));
-        let trace = meter.at(at.0, at.1, |curvature| curvature.trace(args.probes, args.seed, step));
-        bar.iter().for_each(ProgressBar::finish_and_clear);
-        let trace = trace.map_err(unsound)?;
-        // The gradient's norm is exact, so the trace's error is the quotient's.
-        let by_norm = norm.filter(|norm| *norm > 0.0).map(|norm| 1.0 / norm);
-        for (measure, factor) in [(Measure::Trace, Some(1.0)), (Measure::NormalizedTrace, by_norm)] {
-            if !wants(&[measure]) {
-                continue;
-            }
-            let (value, error) =
-                (factor.map(|f| f * trace.value), trace.standard_error.zip(factor).map(|(e, f)| e * f));
-            let text = match (value, error) {
-                (Some(value), Some(error)) => {
-                    format!("{} ± {} ({} probes)", digits(value), digits(error), trace.probes)
-                }
-                (Some(value), None) => format!("{} (one probe)", digits(value)),
-                (None, _) => "none, because the gradient is zero".into(),
-            };
-            found.push((measure, json!({"value": value, "standard_error": error, "probes": trace.probes}), text));
-        }
-    }
-    if wants(&[Measure::TopEigenvalues]) {
-        let bar = progress_bar("top-eigenvalues", args.steps);
-        let step = |done| bar.iter().for_each(|bar| bar.set_position(done as u64));
-        let pairs = meter.at(at.0, at.1, |curvature| {
-            curvature.top_eigenvalues(args.top, (args.steps, args.tolerance), args.seed, step)
-        });
-        bar.iter().for_each(ProgressBar::finish_and_clear);
-        let pairs = pairs.map_err(unsound)?;
-        let values: Vec<f64> = pairs.iter().map(|pair| pair.value).collect();
-        let residuals: Vec<f64> = pairs.iter().map(|pair| pair.residual).collect();
-        let text: Vec<String> =
-            values.iter().zip(&residuals).map(|(v, r)| format!("{} ± {}", digits(*v), digits(*r))).collect();
-        found.push((Measure::TopEigenvalues, json!({"values": values, "residuals": residuals}), text.join(", ")));
-    }
-    if wants(&[Measure::Spectrum]) {
-        let bar = progress_bar("spectrum", args.probes * args.steps);
-        let step = |done| bar.iter().for_each(|bar| bar.set_position(done as u64));
-        let density =
-            meter.at(at.0, at.1, |curvature| curvature.spectral_density(args.probes, args.steps, args.seed, step));
-        bar.iter().for_each(ProgressBar::finish_and_clear);
-        let Density { nodes, weights } = density.map_err(unsound)?;
-        let (least, most) =
-            nodes.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), &node| (a.min(node), b.max(node)));
-        let text = format!("{} … {} ({} probes of {} steps)", digits(least), digits(most), args.probes, args.steps);
-        found.push((Measure::Spectrum, json!({"nodes": nodes, "weights": weights}), text));
-    }
+    let found =
+        meter.at(parameters.view(), statistics.view(), |curvature| measure(curvature, args)).map_err(unsound)?;
     if args.model.json {
         let measures: serde_json::Map<_, _> =
-            found.into_iter().map(|(measure, json, _)| (measure.name(), json)).collect();
+            found.into_iter().map(|Found { measure, json, .. }| (measure.name(), json)).collect();
         let split = split.to_string();
         return print(&json!({"samples": images.len(), "split": split, "measures": measures}).to_string());
     }
     print(&format!("{name}, {split} split: {} samples", images.len()))?;
-    for (measure, _, text) in found {
+    for Found { measure, text, .. } in found {
         print(&format!("{:<17} {text}", measure.name()))?;
     }
     Ok(())
 }
 
-/// On a terminal, how far a measure is.
-fn progress_bar(name: &'static str, length: usize) -> Option<ProgressBar> {
-    std::io::stderr().is_terminal().then(|| {
+/// What a measure found, for programs and for people.
+struct Found {
+    measure: Measure,
+    json: serde_json::Value,
+    text: String,
+}
+
+impl Found {
+    fn value(measure: Measure, value: f64) -> Self {
+        Self { measure, json: json!({"value": value}), text: digits(value) }
+    }
+
+    fn estimate(measure: Measure, Estimate { value, standard_error, probes }: Estimate) -> Self {
+        let text = match standard_error {
+            Some(error) => format!("{} ± {} ({probes} probes)", digits(value), digits(error)),
+            None => format!("{} (one probe)", digits(value)),
+        };
+        Self { measure, json: json!({"value": value, "standard_error": standard_error, "probes": probes}), text }
+    }
+}
+
+/// Takes the measures that are asked for.
+fn measure<O: Objective<f32>>(
+    curvature: &mut Curvature<'_, f32, O>,
+    args: &CurvatureArgs,
+) -> device::Result<Vec<Found>> {
+    let CurvatureArgs { probes, steps, seed, top, tolerance, .. } = *args;
+    let mut found = Vec::new();
+    let wants = |measure| args.measure.contains(&measure);
+    let mut norm = 0.0;
+    if wants(Measure::GradNorm) || wants(Measure::NormalizedTrace) {
+        norm = curvature.gradient_norm()?;
+    }
+    if wants(Measure::GradNorm) {
+        found.push(Found::value(Measure::GradNorm, norm));
+    }
+    if wants(Measure::Trace) || wants(Measure::NormalizedTrace) {
+        let trace = with_bar("trace", probes, |step| curvature.trace(probes, seed, step))?;
+        if wants(Measure::Trace) {
+            found.push(Found::estimate(Measure::Trace, trace));
+        }
+        if wants(Measure::NormalizedTrace) && norm > 0.0 {
+            found.push(Found::estimate(Measure::NormalizedTrace, trace.over(norm)));
+        } else if wants(Measure::NormalizedTrace) {
+            let text = "none, because the gradient is zero".into();
+            found.push(Found { measure: Measure::NormalizedTrace, json: json!({"value": null}), text });
+        }
+    }
+    if wants(Measure::Vhv) {
+        found.push(Found::value(Measure::Vhv, curvature.along_gradient()?));
+    }
+    if wants(Measure::TopEigenvalues) {
+        let pairs =
+            with_bar("top-eigenvalues", steps, |step| curvature.top_eigenvalues(top, (steps, tolerance), seed, step))?;
+        let values: Vec<f64> = pairs.iter().map(|pair| pair.value).collect();
+        let residuals: Vec<f64> = pairs.iter().map(|pair| pair.residual).collect();
+        let texts: Vec<String> =
+            pairs.iter().map(|pair| format!("{} ± {}", digits(pair.value), digits(pair.residual))).collect();
+        let json = json!({"values": values, "residuals": residuals});
+        found.push(Found { measure: Measure::TopEigenvalues, json, text: texts.join(", ") });
+    }
+    if wants(Measure::Spectrum) {
+        let Density { nodes, weights } = with_bar("spectrum", probes.saturating_mul(steps), |step| {
+            curvature.spectral_density(probes, steps, seed, step)
+        })?;
+        let least = nodes.iter().copied().fold(f64::INFINITY, f64::min);
+        let most = nodes.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let text = format!("{} … {} ({probes} probes of {steps} steps)", digits(least), digits(most));
+        found.push(Found { measure: Measure::Spectrum, json: json!({"nodes": nodes, "weights": weights}), text });
+    }
+    Ok(found)
+}
+
+/// Does something of so many steps, and on a terminal shows how far it is.
+fn with_bar<R>(name: &'static str, length: usize, work: impl FnOnce(&mut dyn FnMut(usize)) -> R) -> R {
+    let bar = std::io::stderr().is_terminal().then(|| {
         let style = ProgressStyle::with_template("{bar:12} {pos}/{len}, {eta} left  {msg}");
-        ProgressBar::new(length as u64)
-            .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-            .with_message(name)
-    })
+        let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+        ProgressBar::new(length as u64).with_style(style).with_message(name)
+    });
+    let done = work(&mut |step| bar.iter().for_each(|bar| bar.set_position(step as u64)));
+    bar.iter().for_each(ProgressBar::finish_and_clear);
+    done
 }
 
 /// Four digits or more, whatever the size.

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use common::Random;
 use nalgebra::DMatrix;
-use polder::curvature::Curvature;
+use polder::curvature::{Curvature, Estimate};
 use polder::device::{Device, Result, Slice, SliceMut};
 use polder::objective::{Accumulator, Objective, Statistics};
 use polder::plan::{Graph, Plan, PlanOptions, Shape};
@@ -67,6 +67,8 @@ fn random_signs_find_the_trace_of_a_diagonal_exactly() {
     let mut curvature = Curvature::new(&mut objective, weights.view()).unwrap();
     let found = curvature.trace(5, 1, |_| ()).unwrap();
     assert_eq!((found.value, found.standard_error, found.probes), (6.0, Some(0.0), 5));
+    let halves = Estimate { standard_error: Some(1.5), ..found }.over(-2.0);
+    assert_eq!((halves.value, halves.standard_error, halves.probes), (-3.0, Some(0.75), 5));
     assert_eq!(curvature.trace(1, 1, |_| ()).unwrap().standard_error, None);
     // The gradient is (1, −2, 6).
     assert!((curvature.gradient_norm().unwrap() - 41f64.sqrt()).abs() < 1e-15);

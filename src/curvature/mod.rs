@@ -78,6 +78,13 @@ impl Estimate {
         let standard_error = (samples.len() > 1).then(|| (squares / (count - 1.0) / count).sqrt());
         Self { value, standard_error, probes: samples.len() }
     }
+
+    /// The mean over a number that is known exactly.
+    #[must_use]
+    pub fn over(self, divisor: f64) -> Self {
+        let standard_error = self.standard_error.map(|error| error / divisor.abs());
+        Self { value: self.value / divisor, standard_error, ..self }
+    }
 }
 
 /// An objective, the weights at which it is looked at, and the vectors that this takes: two as long as the weights.
