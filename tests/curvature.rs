@@ -4,10 +4,10 @@ mod common;
 
 use std::ops::Range;
 
-use common::Random;
+use common::{Random, devices};
 use nalgebra::DMatrix;
 use polder::curvature::{Curvature, Estimate};
-use polder::device::{Device, Result, Slice, SliceMut};
+use polder::device::{Device, Result, Scalar, Slice, SliceMut};
 use polder::objective::{Accumulator, Objective, Statistics};
 use polder::plan::{Graph, Plan, PlanOptions, Shape};
 
@@ -350,6 +350,37 @@ fn softmax_regression_over_parts_has_its_analytic_trace() {
     }
     for (pair, expected) in top.iter().zip(eigenvalues(places.len(), &dense)) {
         assert!((pair.value - expected).abs() < 1e-9, "{} instead of {expected}", pair.value);
+    }
+}
+
+#[test]
+fn single_precision_finds_the_same_on_every_device() {
+    fn measures<T: Scalar>(device: &Device) -> Vec<f64> {
+        let shape = Shape { batch: 16, height: 1, width: 1, channels: 6 };
+        let mut graph = Graph::new(shape);
+        let x = graph.global_average_pool(graph.input()).unwrap();
+        let logits = graph.linear(x, "fc", 4).unwrap();
+        let mut plan = Plan::<T>::new(device, graph, logits, PlanOptions::training()).unwrap();
+        let mut random = Random(61);
+        let weights: Vec<T> = common::weights(&plan, &mut random).into_iter().map(T::from_f64).collect();
+        let (mut images, mut labels) = plan.batch_mut().unwrap();
+        let pixels: Vec<T> = random.vector::<f32>(images.len()).iter().map(|&x| T::from_f64(f64::from(x))).collect();
+        images.write(&pixels).unwrap();
+        labels.write(&(0..16).map(|_| random.below(4) as u32).collect::<Vec<_>>()).unwrap();
+        let weights = device.upload(&weights).unwrap();
+        let mut curvature = Curvature::new(&mut plan, weights.view()).unwrap();
+        let top = curvature.top_eigenvalues(3, (28, 1e-7), 9, |_| ()).unwrap();
+        let density = curvature.spectral_density(4, 6, 9, |_| ()).unwrap();
+        let mean = density.nodes.iter().zip(&density.weights).map(|(node, weight)| node * weight).sum();
+        let trace = curvature.trace(20, 9, |_| ()).unwrap();
+        let mut found =
+            vec![curvature.gradient_norm().unwrap(), curvature.along_gradient().unwrap(), trace.value, mean];
+        found.extend(top.iter().map(|pair| pair.value));
+        found
+    }
+    let expected = measures::<f64>(&Device::host());
+    for (name, device) in devices() {
+        common::assert_close(&name, &measures::<f32>(&device), &expected, 2e-6);
     }
 }
 

@@ -233,48 +233,55 @@ fn all_bits<T: Scalar>(parameters: &Buffer<T>, optimizer: &Optimizer<T>, images:
 
 #[test]
 fn an_image_that_is_not_finite_in_any_pass_skips_the_step() {
-    let device = Device::host();
-    let shape = Shape { batch: 4, height: 6, width: 5, channels: 3 };
-    for method in methods() {
-        let mut random = Random(31);
-        let network = Model::CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(shape, 4).unwrap();
-        let mut images = Images::<f32>::new(&device, network, 4, &mut random);
-        let start: Vec<f32> = weights(&images.plan, &mut random).iter().map(|&w| w as f32).collect();
-        let mut parameters = device.upload(&start).unwrap();
-        let mut optimizer = Optimizer::new(&device, start.len(), Settings::new(method, SGD)).unwrap();
-        let mut step = |images: &mut Images<f32>, parameters: &mut Buffer<f32>| {
-            images.passes = 0;
-            optimizer.step(images, parameters, 0.05).unwrap();
-            let skipped = optimizer.telemetry().unwrap().skipped;
-            (skipped, all_bits(parameters, &optimizer, images))
-        };
-        let (_, mut before) = step(&mut images, &mut parameters);
-        let mut expected = 0;
-        for value in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
-            let mut pass = 0;
-            loop {
-                images.damage = Some((pass, value));
-                let (skipped, after) = step(&mut images, &mut parameters);
-                let passes = images.passes;
-                if pass >= passes {
-                    // It had no such pass, so nothing was wrong with it.
-                    assert_eq!(skipped, expected, "{method:?}");
-                    before = after;
-                    break;
-                }
-                expected += 1;
-                assert_eq!(skipped, expected, "{method:?}: {value} in pass {pass}");
-                assert!(after == before, "{method:?}: {value} in pass {pass} left a trace");
-                pass += 1;
-            }
-            images.damage = None;
-            let (skipped, after) = step(&mut images, &mut parameters);
-            assert_eq!(skipped, expected, "{method:?}");
-            assert!(after != before, "{method:?}: training goes on");
-            before = after;
-        }
-        assert!(parameters.to_vec().unwrap().iter().all(|w| w.is_finite()), "{method:?}");
+    // The CPU, and the GPU where there is one.
+    let devices = common::devices().into_iter().filter(|(name, device)| name == "cpu, 2 threads" || !device.is_host());
+    for ((device_name, device), method) in
+        devices.flat_map(|device| methods().into_iter().map(move |m| (device.clone(), m)))
+    {
+        skips_damaged_images(&device_name, &device, method);
     }
+}
+
+fn skips_damaged_images(device_name: &str, device: &Device, method: Method) {
+    let shape = Shape { batch: 4, height: 6, width: 5, channels: 3 };
+    let mut random = Random(31);
+    let network = Model::CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(shape, 4).unwrap();
+    let mut images = Images::<f32>::new(device, network, 4, &mut random);
+    let start: Vec<f32> = weights(&images.plan, &mut random).iter().map(|&w| w as f32).collect();
+    let mut parameters = device.upload(&start).unwrap();
+    let mut optimizer = Optimizer::new(device, start.len(), Settings::new(method, SGD)).unwrap();
+    let mut step = |images: &mut Images<f32>, parameters: &mut Buffer<f32>| {
+        images.passes = 0;
+        optimizer.step(images, parameters, 0.05).unwrap();
+        let skipped = optimizer.telemetry().unwrap().skipped;
+        (skipped, all_bits(parameters, &optimizer, images))
+    };
+    let (_, mut before) = step(&mut images, &mut parameters);
+    let mut expected = 0;
+    for value in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+        let mut pass = 0;
+        loop {
+            images.damage = Some((pass, value));
+            let (skipped, after) = step(&mut images, &mut parameters);
+            let passes = images.passes;
+            if pass >= passes {
+                // It had no such pass, so nothing was wrong with it.
+                assert_eq!(skipped, expected, "{device_name}, {method:?}");
+                before = after;
+                break;
+            }
+            expected += 1;
+            assert_eq!(skipped, expected, "{device_name}, {method:?}: {value} in pass {pass}");
+            assert!(after == before, "{device_name}, {method:?}: {value} in pass {pass} left a trace");
+            pass += 1;
+        }
+        images.damage = None;
+        let (skipped, after) = step(&mut images, &mut parameters);
+        assert_eq!(skipped, expected, "{device_name}, {method:?}");
+        assert!(after != before, "{device_name}, {method:?}: training goes on");
+        before = after;
+    }
+    assert!(parameters.to_vec().unwrap().iter().all(|w| w.is_finite()), "{device_name}, {method:?}");
 }
 
 #[test]
