@@ -27,7 +27,7 @@ CRITERION_HOME=$(mktemp -d)
 export CRITERION_HOME
 
 # Tests of whole runs, which launch the same kernels as the others and take long under compute-sanitizer.
-not_sanitized="lib data training allocation"
+not_sanitized="lib data training allocation curvature hessian methods plan steps"
 
 row() { printf '%-32s %-10s %5s s\n' "$1" "$2" "$3" >>"$table"; }
 
