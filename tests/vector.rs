@@ -4,8 +4,8 @@ mod common;
 
 use common::{Random, assert_close, bits, devices, host_devices, on_devices, to_f64};
 use half::{bf16, f16};
-use polder::device::{Buffer, Device, Error, Scalar};
-use polder::kernels::vector::{self, AdamWStep, Combination, Compute, CrSam, CrSamForm, Rate, Reduction, SgdStep};
+use polder::device::{Buffer, Compute, Device, Error, Scalar};
+use polder::kernels::vector::{self, AdamWStep, Combination, CrSam, CrSamForm, Rate, Reduction, SgdStep};
 
 const LENGTHS: [usize; 6] = [1, 3, 5, 1023, 4096, 100_003];
 

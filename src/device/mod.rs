@@ -27,42 +27,74 @@ use host::HostDevice;
 pub trait Element: bytemuck::Pod + Send + Sync {}
 impl<T: bytemuck::Pod + Send + Sync> Element for T {}
 
-/// The floating-point type of a network's or an optimizer's vectors: `f32` everywhere, `f64` on the CPU alone, where it makes
-/// gradient checks sharp.
-pub trait Scalar: Element + fmt::Debug + PartialOrd + Default + Into<f64> {
-    /// The type's name as in `f32`.
+/// A type that numbers are stored in: `f32`, `half::f16` and `half::bf16` everywhere, and `f64` on the CPU alone.
+pub trait Compute: Element {
+    /// The type that sums of them are taken in, and of which the weights behind them are.
+    type Master: Scalar;
+    /// The type's name as in `bf16`.
     const NAME: &'static str;
-    /// Rounds a double to this type.
-    fn from_f64(value: f64) -> Self;
     #[doc(hidden)]
-    fn pick(pair: KernelPair) -> KernelId;
+    fn choose(kernels: ComputeKernels) -> KernelId;
 }
 
-/// The ids of one kernel in its two precisions.
+/// The floating-point type of weights and of an optimizer's vectors: `f32` everywhere, `f64` on the CPU alone, where it makes
+/// gradient checks sharp.
+pub trait Scalar: Compute<Master = Self> + fmt::Debug + PartialOrd + Default + Into<f64> {
+    /// Rounds a double to this type.
+    fn from_f64(value: f64) -> Self;
+}
+
+/// The ids of one kernel for every type.
 #[doc(hidden)]
 #[derive(Clone, Copy)]
-pub struct KernelPair {
+pub struct ComputeKernels {
     pub(crate) f32: KernelId,
     pub(crate) f64: KernelId,
+    pub(crate) f16: KernelId,
+    pub(crate) bf16: KernelId,
+}
+
+impl Compute for f32 {
+    type Master = f32;
+    const NAME: &'static str = "f32";
+    fn choose(kernels: ComputeKernels) -> KernelId {
+        kernels.f32
+    }
+}
+
+impl Compute for f64 {
+    type Master = f64;
+    const NAME: &'static str = "f64";
+    fn choose(kernels: ComputeKernels) -> KernelId {
+        kernels.f64
+    }
+}
+
+impl Compute for half::f16 {
+    type Master = f32;
+    const NAME: &'static str = "f16";
+    fn choose(kernels: ComputeKernels) -> KernelId {
+        kernels.f16
+    }
+}
+
+impl Compute for half::bf16 {
+    type Master = f32;
+    const NAME: &'static str = "bf16";
+    fn choose(kernels: ComputeKernels) -> KernelId {
+        kernels.bf16
+    }
 }
 
 impl Scalar for f32 {
-    const NAME: &'static str = "f32";
     fn from_f64(value: f64) -> Self {
         value as f32
-    }
-    fn pick(pair: KernelPair) -> KernelId {
-        pair.f32
     }
 }
 
 impl Scalar for f64 {
-    const NAME: &'static str = "f64";
     fn from_f64(value: f64) -> Self {
         value
-    }
-    fn pick(pair: KernelPair) -> KernelId {
-        pair.f64
     }
 }
 

@@ -11,7 +11,7 @@ pub mod random;
 pub mod sharpness;
 pub mod vector;
 
-use crate::device::{Device, Error, KernelId, KernelPair, Result, Scalar};
+use crate::device::{ComputeKernels, Device, Error, KernelId, Result, Scalar};
 
 /// Fails unless `found` is `expected`.
 pub(crate) fn check_length(
@@ -35,5 +35,5 @@ pub(crate) fn check_device(
 
 /// The kernel for `T` out of its two precisions. Double precision exists on the CPU alone.
 pub(crate) fn pick<T: Scalar>(f32: KernelId, f64: KernelId) -> KernelId {
-    T::pick(KernelPair { f32, f64 })
+    T::choose(ComputeKernels { f32, f64, f16: f32, bf16: f32 })
 }

@@ -10,42 +10,8 @@
 
 use super::{check_device, check_length, pick};
 use crate::device::{
-    Buffer, Device, Element, Error, KernelId, KernelPair, Launch, Result, Scalar, Slice, SliceMut, id,
+    Buffer, Compute, ComputeKernels, Device, Element, Error, KernelId, Launch, Result, Scalar, Slice, SliceMut, id,
 };
-
-/// A type that weights can be computed in: `f32`, `half::f16` and `half::bf16` everywhere, and `f64` on the CPU.
-pub trait Compute: Element {
-    #[doc(hidden)]
-    fn choose(kernels: ComputeKernels) -> KernelId;
-}
-
-/// The ids of one kernel for every compute type.
-#[doc(hidden)]
-#[derive(Clone, Copy)]
-pub struct ComputeKernels {
-    f32: KernelId,
-    f64: KernelId,
-    f16: KernelId,
-    bf16: KernelId,
-}
-
-impl<T: Scalar> Compute for T {
-    fn choose(kernels: ComputeKernels) -> KernelId {
-        T::pick(KernelPair { f32: kernels.f32, f64: kernels.f64 })
-    }
-}
-
-impl Compute for half::f16 {
-    fn choose(kernels: ComputeKernels) -> KernelId {
-        kernels.f16
-    }
-}
-
-impl Compute for half::bf16 {
-    fn choose(kernels: ComputeKernels) -> KernelId {
-        kernels.bf16
-    }
-}
 
 /// Elements that one thread of a GPU handles at a time: 16 bytes.
 pub(super) const fn pack<T>() -> usize {
