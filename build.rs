@@ -278,6 +278,19 @@ fn write_registry(out: &Path, sources: &[PathBuf], sets: &[&InstructionSet]) {
     for (index, (name, _)) in kernels.iter().enumerate() {
         let _ = writeln!(text, "    pub(crate) const {}: KernelId = KernelId({index});", name.to_uppercase());
     }
+    // A kernel that exists for every type can be chosen by type.
+    let has = |name: String| kernels.iter().any(|(kernel, _)| *kernel == name);
+    for base in kernels.iter().filter_map(|(name, _)| name.strip_suffix("_f64")) {
+        if ["f32", "f16", "bf16"].iter().all(|suffix| has(format!("{base}_{suffix}"))) {
+            let base = base.to_uppercase();
+            let fields = ["f32", "f64", "f16", "bf16"].map(|field| format!("{field}: {base}_{}", field.to_uppercase()));
+            let _ = writeln!(
+                text,
+                "    pub(crate) const {base}: crate::device::ComputeKernels = crate::device::ComputeKernels {{ {} }};",
+                fields.join(", ")
+            );
+        }
+    }
     text.push_str("}\n");
     fs::write(out.join("registry.rs"), text).expect("a writable OUT_DIR");
 }

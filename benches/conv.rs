@@ -71,7 +71,7 @@ impl Layer {
             sets,
             weight: noise(device, shape.weight_len(), 0)?,
             gradient: device.zeros(shape.weight_len())?,
-            workspace: device.zeros(shape.workspace_len(device))?,
+            workspace: device.zeros(shape.workspace_len::<f32>(device))?,
         })
     }
 

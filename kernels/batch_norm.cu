@@ -8,7 +8,7 @@
 //
 // A block takes a contiguous range of rows. On the GPU its threads form columns of channel groups and lines of rows; on the
 // CPU its one thread walks the range in runs of kRun rows, with as many channels at once as fit in vector registers.
-#include "include/polder.cuh"
+#include "include/elementwise.cuh"
 
 namespace {
 
@@ -19,13 +19,18 @@ constexpr uint32_t kRun = 64;
 
 /// N neighbouring channels.
 template <class T, int N>
-struct alignas(sizeof(T) * N) Scalars {
+struct Scalars : Pack<T, N> {
     typedef T Item;
     static constexpr int channels = N, items = N;
-    T v[N];
 
-    static __device__ __forceinline__ Scalars load(const T* p) { return *reinterpret_cast<const Scalars*>(p); }
-    __device__ __forceinline__ void store(T* p) const { *reinterpret_cast<Scalars*>(p) = *this; }
+    template <class S>
+    static __device__ __forceinline__ Scalars load(const S* p) {
+        return {fetch<N>(p, 0)};
+    }
+    template <class S>
+    __device__ __forceinline__ void store(S* p) const {
+        put(p, 0, static_cast<const Pack<T, N>&>(*this));
+    }
 };
 
 #if defined(POLDER_HOST)
@@ -45,13 +50,31 @@ struct Vectors {
     Item v[K];
 
     // A vector at a time: gcc copies the whole struct through the stack, in pieces that a wider load then waits for.
-    static __forceinline__ Vectors load(const T* p) {
+    template <class S>
+    static __forceinline__ Vectors load(const S* p) {
         Vectors group;
-        for (int k = 0; k < K; ++k) memcpy(&group.v[k], p + k * width, sizeof(Item));
+        for (int k = 0; k < K; ++k) {
+            if constexpr (Same<S, T>::value) {
+                memcpy(&group.v[k], p + k * width, sizeof(Item));
+            } else {
+                T wide[width];
+                for (int i = 0; i < width; ++i) wide[i] = widen(p[k * width + i]);
+                memcpy(&group.v[k], wide, sizeof(Item));
+            }
+        }
         return group;
     }
-    __forceinline__ void store(T* p) const {
-        for (int k = 0; k < K; ++k) memcpy(p + k * width, &v[k], sizeof(Item));
+    template <class S>
+    __forceinline__ void store(S* p) const {
+        for (int k = 0; k < K; ++k) {
+            if constexpr (Same<S, T>::value) {
+                memcpy(p + k * width, &v[k], sizeof(Item));
+            } else {
+                T wide[width];
+                memcpy(wide, &v[k], sizeof(Item));
+                for (int i = 0; i < width; ++i) p[k * width + i] = convert_to<S>(wide[i]);
+            }
+        }
     }
 };
 #endif
@@ -150,9 +173,9 @@ __device__ __forceinline__ M combine_lines(M value, M* shared, Combine combine) 
 
 // ---- Statistics of x ---------------------------------------------------------------------------------------------------------
 
-template <class T>
+template <class S>
 struct MomentsArgs {
-    const T* x;
+    const S* x;
     double* means;  // [blocks, channels]
     double* m2s;    // [blocks, channels]
     uint64_t rows;
@@ -161,8 +184,8 @@ struct MomentsArgs {
 };
 
 /// The moments of one run, per channel: shifted by its first row, so that a mean far from zero cancels before it is squared.
-template <class Group, class T>
-__device__ __forceinline__ void run_moments(const T* x, uint64_t stride, uint32_t count, double (&means)[Group::channels],
+template <class Group, class S>
+__device__ __forceinline__ void run_moments(const S* x, uint64_t stride, uint32_t count, double (&means)[Group::channels],
                                             double (&m2s)[Group::channels]) {
     const Group shift = Group::load(x);
     Group sum = {}, squares = {};
@@ -176,6 +199,7 @@ __device__ __forceinline__ void run_moments(const T* x, uint64_t stride, uint32_
             squares.v[k] = squares.v[k] + d * d;
         }
     }
+    typedef Arithmetic<S> T;
     alignas(Group) T shifts[Group::channels];
     alignas(Group) T sums[Group::channels];
     alignas(Group) T squared[Group::channels];
@@ -191,8 +215,9 @@ __device__ __forceinline__ void run_moments(const T* x, uint64_t stride, uint32_
     }
 }
 
-template <class T, Shape shape>
-__device__ __forceinline__ void moments_of_block(const MomentsArgs<T>& a) {
+template <class S, Shape shape>
+__device__ __forceinline__ void moments_of_block(const MomentsArgs<S>& a) {
+    typedef Arithmetic<S> T;
     double* const means = a.means + uint64_t(blockIdx.x) * a.channels;
     double* const m2s = a.m2s + uint64_t(blockIdx.x) * a.channels;
     const auto moments_of = [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count, auto f) {
@@ -234,9 +259,9 @@ __device__ __forceinline__ void moments_of_block(const MomentsArgs<T>& a) {
 }
 
 /// Every block's mean and sum of squared deviations per channel.
-template <class T>
-__device__ void batch_norm_moments(const MomentsArgs<T>& a) {
-    with_shape(a.pack, [&](auto shape) { moments_of_block<T, decltype(shape)::value>(a); });
+template <class S>
+__device__ void batch_norm_moments(const MomentsArgs<S>& a) {
+    with_shape(a.pack, [&](auto shape) { moments_of_block<S, decltype(shape)::value>(a); });
 }
 
 template <class T>
@@ -340,23 +365,24 @@ __device__ __forceinline__ Item relu_gradient(Item z, Item dy) {
     return z <= zero ? zero : dy;
 }
 
-template <class T>
+template <class S, class T = Arithmetic<S>>
 struct NormalizeArgs {
-    const T* x;
+    const S* x;
     const T* gamma;
     const T* beta;
     const T* mean;
     const T* inv_std;
-    const T* residual;  // or null
-    T* y;
+    const S* residual;  // or null
+    S* y;
     uint64_t rows;
     uint32_t channels;
     uint32_t pack;
     uint32_t relu;
 };
 
-template <class T, Shape shape, bool has_residual, bool has_relu>
-__device__ __forceinline__ void normalize_block(const NormalizeArgs<T>& a) {
+template <class S, Shape shape, bool has_residual, bool has_relu>
+__device__ __forceinline__ void normalize_block(const NormalizeArgs<S>& a) {
+    typedef Arithmetic<S> T;
     const uint64_t channels = a.channels;
     for_each_run<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
         typedef typename decltype(of)::type Group;
@@ -383,16 +409,16 @@ __device__ __forceinline__ void normalize_block(const NormalizeArgs<T>& a) {
 }
 
 /// y = act(gamma (x - mean) inv_std + beta + residual)
-template <class T>
-__device__ void batch_norm_normalize(const NormalizeArgs<T>& a) {
+template <class S>
+__device__ void batch_norm_normalize(const NormalizeArgs<S>& a) {
     with_shape(a.pack, [&](auto of) {
         constexpr Shape shape = decltype(of)::value;
         if (a.residual != nullptr) {
-            if (a.relu) normalize_block<T, shape, true, true>(a);
-            else normalize_block<T, shape, true, false>(a);
+            if (a.relu) normalize_block<S, shape, true, true>(a);
+            else normalize_block<S, shape, true, false>(a);
         } else {
-            if (a.relu) normalize_block<T, shape, false, true>(a);
-            else normalize_block<T, shape, false, false>(a);
+            if (a.relu) normalize_block<S, shape, false, true>(a);
+            else normalize_block<S, shape, false, false>(a);
         }
     });
 }
@@ -407,11 +433,11 @@ enum Mask : uint32_t {
 };
 
 /// What both backward passes read.
-template <class T>
+template <class S, class T = Arithmetic<S>>
 struct Upstream {
-    const T* x;
-    const T* y;  // null unless the mask is kOutput
-    const T* dy;
+    const S* x;
+    const S* y;  // null unless the mask is kOutput
+    const S* dy;
     const T* gamma;
     const T* beta;  // null unless the mask is kRecompute
     const T* mean;
@@ -423,8 +449,8 @@ template <class Group, Mask mask>
 struct Masked {
     Group mean, scale, beta;
 
-    template <class T>
-    __device__ __forceinline__ Masked(const Upstream<T>& u, uint32_t c) {
+    template <class S>
+    __device__ __forceinline__ Masked(const Upstream<S>& u, uint32_t c) {
         mean = Group::load(u.mean + c);
         if (mask == kRecompute) {
             const Group gamma = Group::load(u.gamma + c), inv_std = Group::load(u.inv_std + c);
@@ -435,8 +461,8 @@ struct Masked {
     }
 
     /// What decides where the relu passed: its output, or its input.
-    template <class T>
-    __device__ __forceinline__ Group edge(const Upstream<T>& u, uint64_t place, const Group& x) const {
+    template <class S>
+    __device__ __forceinline__ Group edge(const Upstream<S>& u, uint64_t place, const Group& x) const {
         Group edge = {};
         if (mask == kOutput) {
             edge = Group::load(u.y + place);
@@ -456,8 +482,8 @@ struct Masked {
         return value;
     }
 
-    template <class T>
-    __device__ __forceinline__ Group dz(const Upstream<T>& u, uint64_t place, const Group& x) const {
+    template <class S>
+    __device__ __forceinline__ Group dz(const Upstream<S>& u, uint64_t place, const Group& x) const {
         return passed(edge(u, place, x), Group::load(u.dy + place));
     }
 };
@@ -466,20 +492,20 @@ struct Masked {
 enum Residual : uint32_t { kNone = 0, kWrite = 1, kAccumulate = 2 };
 
 /// The tangents of what the backward passes read; all null in the backward itself.
-template <class T>
+template <class S, class T = Arithmetic<S>>
 struct UpstreamTangent {
-    const T* x;
-    const T* dy;
+    const S* x;
+    const S* dy;
     const T* gamma;
     const T* mean;
     const T* inv_std;
 };
 
-template <class T>
+template <class S>
 struct SumsArgs {
-    Upstream<T> upstream;
-    UpstreamTangent<T> tangent;
-    T* residual;   // null where there is none
+    Upstream<S> upstream;
+    UpstreamTangent<S> tangent;
+    S* residual;   // null where there is none
     double* dz;    // [blocks, channels]: sums of dz, or of their tangents
     double* dz_x;  // [blocks, channels]: sums of dz (x - mean), or of their tangents
     uint64_t rows;
@@ -496,8 +522,9 @@ struct Sums {
 
 __device__ __forceinline__ Sums add(const Sums& a, const Sums& b) { return {a.dz + b.dz, a.dz_x + b.dz_x}; }
 
-template <class T, Shape shape, bool tangent, Mask mask, Residual residual>
-__device__ __forceinline__ void sums_of_block(const SumsArgs<T>& a) {
+template <class S, Shape shape, bool tangent, Mask mask, Residual residual>
+__device__ __forceinline__ void sums_of_block(const SumsArgs<S>& a) {
+    typedef Arithmetic<S> T;
     const uint64_t channels = a.channels;
     // Adds one run's sums to `totals_dz[0..]` and `totals_dz_x[0..]`.
     const auto add_run = [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count, double* totals_dz,
@@ -571,34 +598,34 @@ __device__ __forceinline__ void sums_of_block(const SumsArgs<T>& a) {
     }
 }
 
-template <class T, Shape shape, bool tangent, Mask mask>
-__device__ __forceinline__ void sums_with_residual(const SumsArgs<T>& a) {
-    if (a.residual_mode == kNone) sums_of_block<T, shape, tangent, mask, kNone>(a);
-    else if (a.residual_mode == kWrite) sums_of_block<T, shape, tangent, mask, kWrite>(a);
-    else sums_of_block<T, shape, tangent, mask, kAccumulate>(a);
+template <class S, Shape shape, bool tangent, Mask mask>
+__device__ __forceinline__ void sums_with_residual(const SumsArgs<S>& a) {
+    if (a.residual_mode == kNone) sums_of_block<S, shape, tangent, mask, kNone>(a);
+    else if (a.residual_mode == kWrite) sums_of_block<S, shape, tangent, mask, kWrite>(a);
+    else sums_of_block<S, shape, tangent, mask, kAccumulate>(a);
 }
 
-template <class T, bool tangent>
-__device__ __forceinline__ void sums(const SumsArgs<T>& a) {
+template <class S, bool tangent>
+__device__ __forceinline__ void sums(const SumsArgs<S>& a) {
     with_shape(a.pack, [&](auto of) {
         constexpr Shape shape = decltype(of)::value;
-        if (a.mask == kOutput) sums_with_residual<T, shape, tangent, kOutput>(a);
-        else if (a.mask == kRecompute) sums_of_block<T, shape, tangent, kRecompute, kNone>(a);  // there was no residual
-        else sums_with_residual<T, shape, tangent, kNoMask>(a);
+        if (a.mask == kOutput) sums_with_residual<S, shape, tangent, kOutput>(a);
+        else if (a.mask == kRecompute) sums_of_block<S, shape, tangent, kRecompute, kNone>(a);  // there was no residual
+        else sums_with_residual<S, shape, tangent, kNoMask>(a);
     });
 }
 
 /// Every block's sums of dz and dz (x - mean) per channel, and the residual's gradient.
-template <class T>
-__device__ void batch_norm_sums(const SumsArgs<T>& a) {
-    sums<T, false>(a);
+template <class S>
+__device__ void batch_norm_sums(const SumsArgs<S>& a) {
+    sums<S, false>(a);
 }
 
 /// The tangents of these: every block's sums of dz' and dz' (x - mean) + dz (x' - mean') per channel, and dz'. The relu has no
 /// second derivative, so dz' = dy' where it passed.
-template <class T>
-__device__ void batch_norm_sums_tangent(const SumsArgs<T>& a) {
-    sums<T, true>(a);
+template <class S>
+__device__ void batch_norm_sums_tangent(const SumsArgs<S>& a) {
+    sums<S, true>(a);
 }
 
 template <class T>
@@ -670,12 +697,12 @@ __device__ void batch_norm_parameters_tangent(const ParametersTangentArgs<T>& a)
     });
 }
 
-template <class T>
+template <class S, class T = Arithmetic<S>>
 struct InputArgs {
-    Upstream<T> upstream;
+    Upstream<S> upstream;
     const T* dgamma;
     const T* dbeta;
-    T* dx;
+    S* dx;
     uint64_t rows;
     uint32_t channels;
     uint32_t pack;
@@ -683,8 +710,9 @@ struct InputArgs {
     uint32_t train;
 };
 
-template <class T, Shape shape, Mask mask, bool train>
-__device__ __forceinline__ void input_of_block(const InputArgs<T>& a) {
+template <class S, Shape shape, Mask mask, bool train>
+__device__ __forceinline__ void input_of_block(const InputArgs<S>& a) {
+    typedef Arithmetic<S> T;
     const uint64_t channels = a.channels;
     for_each_run<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
         typedef typename decltype(of)::type Group;
@@ -720,32 +748,32 @@ __device__ __forceinline__ void input_of_block(const InputArgs<T>& a) {
     });
 }
 
-template <class T, Shape shape, Mask mask>
-__device__ __forceinline__ void input_in_mode(const InputArgs<T>& a) {
-    if (a.train) input_of_block<T, shape, mask, true>(a);
-    else input_of_block<T, shape, mask, false>(a);
+template <class S, Shape shape, Mask mask>
+__device__ __forceinline__ void input_in_mode(const InputArgs<S>& a) {
+    if (a.train) input_of_block<S, shape, mask, true>(a);
+    else input_of_block<S, shape, mask, false>(a);
 }
 
 /// dx = gamma inv_std (dz - mean(dz) - xhat mean(dz xhat)) in training, gamma inv_std dz in evaluation.
-template <class T>
-__device__ void batch_norm_input(const InputArgs<T>& a) {
+template <class S>
+__device__ void batch_norm_input(const InputArgs<S>& a) {
     with_shape(a.pack, [&](auto of) {
         constexpr Shape shape = decltype(of)::value;
-        if (a.mask == kOutput) input_in_mode<T, shape, kOutput>(a);
-        else if (a.mask == kRecompute) input_in_mode<T, shape, kRecompute>(a);
-        else input_in_mode<T, shape, kNoMask>(a);
+        if (a.mask == kOutput) input_in_mode<S, shape, kOutput>(a);
+        else if (a.mask == kRecompute) input_in_mode<S, shape, kRecompute>(a);
+        else input_in_mode<S, shape, kNoMask>(a);
     });
 }
 
-template <class T>
+template <class S, class T = Arithmetic<S>>
 struct InputTangentArgs {
-    Upstream<T> upstream;
-    UpstreamTangent<T> tangent;
+    Upstream<S> upstream;
+    UpstreamTangent<S> tangent;
     const T* dgamma;  // these four are read in training alone
     const T* dbeta;
     const T* dgamma_tangent;
     const T* dbeta_tangent;
-    T* dx_tangent;
+    S* dx_tangent;
     uint64_t rows;
     uint32_t channels;
     uint32_t pack;
@@ -753,8 +781,9 @@ struct InputTangentArgs {
     uint32_t train;
 };
 
-template <class T, Shape shape, Mask mask, bool train>
-__device__ __forceinline__ void input_tangent_of_block(const InputTangentArgs<T>& a) {
+template <class S, Shape shape, Mask mask, bool train>
+__device__ __forceinline__ void input_tangent_of_block(const InputTangentArgs<S>& a) {
+    typedef Arithmetic<S> T;
     const uint64_t channels = a.channels;
     for_each_run<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
         typedef typename decltype(of)::type Group;
@@ -808,20 +837,20 @@ __device__ __forceinline__ void input_tangent_of_block(const InputTangentArgs<T>
     });
 }
 
-template <class T, Shape shape, Mask mask>
-__device__ __forceinline__ void input_tangent_in_mode(const InputTangentArgs<T>& a) {
-    if (a.train) input_tangent_of_block<T, shape, mask, true>(a);
-    else input_tangent_of_block<T, shape, mask, false>(a);
+template <class S, Shape shape, Mask mask>
+__device__ __forceinline__ void input_tangent_in_mode(const InputTangentArgs<S>& a) {
+    if (a.train) input_tangent_of_block<S, shape, mask, true>(a);
+    else input_tangent_of_block<S, shape, mask, false>(a);
 }
 
 /// dx', the tangent of batch_norm_input's result.
-template <class T>
-__device__ void batch_norm_input_tangent(const InputTangentArgs<T>& a) {
+template <class S>
+__device__ void batch_norm_input_tangent(const InputTangentArgs<S>& a) {
     with_shape(a.pack, [&](auto of) {
         constexpr Shape shape = decltype(of)::value;
-        if (a.mask == kOutput) input_tangent_in_mode<T, shape, kOutput>(a);
-        else if (a.mask == kRecompute) input_tangent_in_mode<T, shape, kRecompute>(a);
-        else input_tangent_in_mode<T, shape, kNoMask>(a);
+        if (a.mask == kOutput) input_tangent_in_mode<S, shape, kOutput>(a);
+        else if (a.mask == kRecompute) input_tangent_in_mode<S, shape, kRecompute>(a);
+        else input_tangent_in_mode<S, shape, kNoMask>(a);
     });
 }
 
@@ -849,21 +878,22 @@ __device__ void batch_norm_statistics_tangent(const StatisticsTangentArgs<T>& a)
     });
 }
 
-template <class T>
+template <class S, class T = Arithmetic<S>>
 struct NormalizeTangentArgs {
-    Upstream<T> upstream;        // without dy
-    UpstreamTangent<T> tangent;  // without dy
+    Upstream<S> upstream;        // without dy
+    UpstreamTangent<S> tangent;  // without dy
     const T* beta_tangent;
-    const T* residual_tangent;  // or null
-    T* y_tangent;
+    const S* residual_tangent;  // or null
+    S* y_tangent;
     uint64_t rows;
     uint32_t channels;
     uint32_t pack;
     uint32_t mask;
 };
 
-template <class T, Shape shape, Mask mask, bool has_residual>
-__device__ __forceinline__ void normalize_tangent_block(const NormalizeTangentArgs<T>& a) {
+template <class S, Shape shape, Mask mask, bool has_residual>
+__device__ __forceinline__ void normalize_tangent_block(const NormalizeTangentArgs<S>& a) {
+    typedef Arithmetic<S> T;
     const uint64_t channels = a.channels;
     for_each_run<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
         typedef typename decltype(of)::type Group;
@@ -896,46 +926,60 @@ __device__ __forceinline__ void normalize_tangent_block(const NormalizeTangentAr
     });
 }
 
-template <class T, Shape shape, Mask mask>
-__device__ __forceinline__ void normalize_tangent_with_residual(const NormalizeTangentArgs<T>& a) {
-    if (a.residual_tangent != nullptr) normalize_tangent_block<T, shape, mask, true>(a);
-    else normalize_tangent_block<T, shape, mask, false>(a);
+template <class S, Shape shape, Mask mask>
+__device__ __forceinline__ void normalize_tangent_with_residual(const NormalizeTangentArgs<S>& a) {
+    if (a.residual_tangent != nullptr) normalize_tangent_block<S, shape, mask, true>(a);
+    else normalize_tangent_block<S, shape, mask, false>(a);
 }
 
 /// y' = (gamma inv_std)' (x - mean) + gamma inv_std (x' - mean') + beta' + residual' where the relu passed, else 0
-template <class T>
-__device__ void batch_norm_normalize_tangent(const NormalizeTangentArgs<T>& a) {
+template <class S>
+__device__ void batch_norm_normalize_tangent(const NormalizeTangentArgs<S>& a) {
     with_shape(a.pack, [&](auto of) {
         constexpr Shape shape = decltype(of)::value;
-        if (a.mask == kOutput) normalize_tangent_with_residual<T, shape, kOutput>(a);
-        else if (a.mask == kRecompute) normalize_tangent_block<T, shape, kRecompute, false>(a);  // there was no residual
-        else normalize_tangent_with_residual<T, shape, kNoMask>(a);
+        if (a.mask == kOutput) normalize_tangent_with_residual<S, shape, kOutput>(a);
+        else if (a.mask == kRecompute) normalize_tangent_block<S, shape, kRecompute, false>(a);  // there was no residual
+        else normalize_tangent_with_residual<S, shape, kNoMask>(a);
     });
 }
 
 }  // namespace
 
 POLDER_KERNEL(batch_norm_moments_f32, batch_norm_moments<float>, MomentsArgs<float>)
+POLDER_KERNEL(batch_norm_moments_f16, batch_norm_moments<__half>, MomentsArgs<__half>)
+POLDER_KERNEL(batch_norm_moments_bf16, batch_norm_moments<__nv_bfloat16>, MomentsArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(batch_norm_moments_f64, batch_norm_moments<double>, MomentsArgs<double>)
 POLDER_KERNEL(batch_norm_statistics_f32, batch_norm_statistics<float>, StatisticsArgs<float>)
 POLDER_HOST_KERNEL(batch_norm_statistics_f64, batch_norm_statistics<double>, StatisticsArgs<double>)
 POLDER_KERNEL(batch_norm_running_f32, batch_norm_running<float>, RunningArgs<float>)
 POLDER_HOST_KERNEL(batch_norm_running_f64, batch_norm_running<double>, RunningArgs<double>)
 POLDER_KERNEL(batch_norm_normalize_f32, batch_norm_normalize<float>, NormalizeArgs<float>)
+POLDER_KERNEL(batch_norm_normalize_f16, batch_norm_normalize<__half>, NormalizeArgs<__half>)
+POLDER_KERNEL(batch_norm_normalize_bf16, batch_norm_normalize<__nv_bfloat16>, NormalizeArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(batch_norm_normalize_f64, batch_norm_normalize<double>, NormalizeArgs<double>)
 POLDER_KERNEL(batch_norm_sums_f32, batch_norm_sums<float>, SumsArgs<float>)
+POLDER_KERNEL(batch_norm_sums_f16, batch_norm_sums<__half>, SumsArgs<__half>)
+POLDER_KERNEL(batch_norm_sums_bf16, batch_norm_sums<__nv_bfloat16>, SumsArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(batch_norm_sums_f64, batch_norm_sums<double>, SumsArgs<double>)
 POLDER_KERNEL(batch_norm_parameters_f32, batch_norm_parameters<float>, ParametersArgs<float>)
 POLDER_HOST_KERNEL(batch_norm_parameters_f64, batch_norm_parameters<double>, ParametersArgs<double>)
 POLDER_KERNEL(batch_norm_input_f32, batch_norm_input<float>, InputArgs<float>)
+POLDER_KERNEL(batch_norm_input_f16, batch_norm_input<__half>, InputArgs<__half>)
+POLDER_KERNEL(batch_norm_input_bf16, batch_norm_input<__nv_bfloat16>, InputArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(batch_norm_input_f64, batch_norm_input<double>, InputArgs<double>)
 POLDER_KERNEL(batch_norm_sums_tangent_f32, batch_norm_sums_tangent<float>, SumsArgs<float>)
+POLDER_KERNEL(batch_norm_sums_tangent_f16, batch_norm_sums_tangent<__half>, SumsArgs<__half>)
+POLDER_KERNEL(batch_norm_sums_tangent_bf16, batch_norm_sums_tangent<__nv_bfloat16>, SumsArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(batch_norm_sums_tangent_f64, batch_norm_sums_tangent<double>, SumsArgs<double>)
 POLDER_KERNEL(batch_norm_parameters_tangent_f32, batch_norm_parameters_tangent<float>, ParametersTangentArgs<float>)
 POLDER_HOST_KERNEL(batch_norm_parameters_tangent_f64, batch_norm_parameters_tangent<double>, ParametersTangentArgs<double>)
 POLDER_KERNEL(batch_norm_input_tangent_f32, batch_norm_input_tangent<float>, InputTangentArgs<float>)
+POLDER_KERNEL(batch_norm_input_tangent_f16, batch_norm_input_tangent<__half>, InputTangentArgs<__half>)
+POLDER_KERNEL(batch_norm_input_tangent_bf16, batch_norm_input_tangent<__nv_bfloat16>, InputTangentArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(batch_norm_input_tangent_f64, batch_norm_input_tangent<double>, InputTangentArgs<double>)
 POLDER_KERNEL(batch_norm_statistics_tangent_f32, batch_norm_statistics_tangent<float>, StatisticsTangentArgs<float>)
 POLDER_HOST_KERNEL(batch_norm_statistics_tangent_f64, batch_norm_statistics_tangent<double>, StatisticsTangentArgs<double>)
 POLDER_KERNEL(batch_norm_normalize_tangent_f32, batch_norm_normalize_tangent<float>, NormalizeTangentArgs<float>)
+POLDER_KERNEL(batch_norm_normalize_tangent_f16, batch_norm_normalize_tangent<__half>, NormalizeTangentArgs<__half>)
+POLDER_KERNEL(batch_norm_normalize_tangent_bf16, batch_norm_normalize_tangent<__nv_bfloat16>, NormalizeTangentArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(batch_norm_normalize_tangent_f64, batch_norm_normalize_tangent<double>, NormalizeTangentArgs<double>)

@@ -8,12 +8,12 @@
 
 namespace {
 
-template <class T>
+template <class S>
 struct BatchArgs {
     const uint8_t* images;    // [samples, height, width, channels]
     const uint32_t* labels;   // [samples]
     const uint32_t* order;    // [batch]
-    T* out;                   // [batch, height, width, channels]
+    S* out;                   // [batch, height, width, channels]
     uint32_t* out_labels;     // [batch]
     uint64_t samples;
     uint64_t seed;
@@ -36,8 +36,8 @@ struct Sample {
     bool flipped;
 };
 
-template <class T>
-__device__ __forceinline__ Sample draw_sample(const BatchArgs<T>& a, uint32_t n) {
+template <class S>
+__device__ __forceinline__ Sample draw_sample(const BatchArgs<S>& a, uint32_t n) {
     Sample sample = {a.order[n], a.pad, a.pad, false};
     if (a.augment) {
         const PhiloxBlock random = philox_block(a.seed, a.counter + n);
@@ -48,26 +48,27 @@ __device__ __forceinline__ Sample draw_sample(const BatchArgs<T>& a, uint32_t n)
     return sample;
 }
 
-template <class T>
-__device__ __forceinline__ T normalized(const BatchArgs<T>& a, uint32_t value, uint32_t channel) {
-    return (T(value) / T(255) - T(a.mean[channel])) / T(a.std[channel]);
+template <class S>
+__device__ __forceinline__ S normalized(const BatchArgs<S>& a, uint32_t value, uint32_t channel) {
+    typedef Arithmetic<S> T;
+    return convert_to<S>((T(value) / T(255) - T(a.mean[channel])) / T(a.std[channel]));
 }
 
 /// The labels, and the images normalised; an index beyond the samples gives an image of NaNs and a label that no class has.
-template <class T>
-__device__ void image_batch(const BatchArgs<T>& a) {
+template <class S>
+__device__ void image_batch(const BatchArgs<S>& a) {
     const uint32_t row_values = a.width * a.channels, values = a.height * row_values;
-    const T nan = T(INFINITY) - T(INFINITY);
+    const S nan = convert_to<S>(INFINITY - INFINITY);
 #if defined(POLDER_HOST)
     if (blockDim.x == 1) {
-        POLDER_DYNAMIC_SHARED(T, table);  // [256, channels]: two divisions per value are too slow here
+        POLDER_DYNAMIC_SHARED(S, table);  // [256, channels]: two divisions per value are too slow here
         for (uint32_t e = 0; e < 256 * a.channels; ++e) table[e] = normalized(a, e / a.channels, e % a.channels);
         const uint32_t end = uint32_t(uint64_t(a.batch) * (blockIdx.x + 1) / gridDim.x);
         for (uint32_t n = uint32_t(uint64_t(a.batch) * blockIdx.x / gridDim.x); n < end; ++n) {
             const Sample sample = draw_sample(a, n);
             const bool known = sample.index < a.samples;
             a.out_labels[n] = known ? a.labels[sample.index] : 0xffffffffu;
-            T* out = a.out + uint64_t(n) * values;
+            S* out = a.out + uint64_t(n) * values;
             if (!known) {
                 for (uint32_t e = 0; e < values; ++e) out[e] = nan;
                 continue;
@@ -95,8 +96,8 @@ __device__ void image_batch(const BatchArgs<T>& a) {
     const bool known = sample.index < a.samples;
     if (blockIdx.y == 0 && threadIdx.x == 0) a.out_labels[n] = known ? a.labels[sample.index] : 0xffffffffu;
     const uint8_t* const image = a.images + (known ? sample.index * values : 0);
-    T* const out = a.out + uint64_t(n) * values;
-    const auto value_at = [&](uint32_t e) -> T {
+    S* const out = a.out + uint64_t(n) * values;
+    const auto value_at = [&](uint32_t e) -> S {
         const uint32_t i = e / row_values, j = e % row_values / a.channels, c = e % a.channels;
         const uint32_t h = i + sample.top - a.pad;
         uint32_t w = j + sample.left - a.pad;
@@ -105,11 +106,11 @@ __device__ void image_batch(const BatchArgs<T>& a) {
         if (sample.flipped) w = a.width - 1 - w;
         return normalized(a, image[(h * a.width + w) * a.channels + c], c);
     };
-    constexpr uint32_t V = 16 / sizeof(T);
+    constexpr uint32_t V = kPack<S>;
     const uint32_t first = blockIdx.y * blockDim.x + threadIdx.x, step = gridDim.y * blockDim.x;
     const uint32_t packs = aligned16(out) ? values / V : 0;
     for (uint32_t p = first; p < packs; p += step) {
-        Pack<T, V> pack;
+        Pack<S, V> pack;
         POLDER_UNROLL
         for (uint32_t v = 0; v < V; ++v) pack.v[v] = value_at(p * V + v);
         store(out, p * V, pack);
@@ -120,4 +121,6 @@ __device__ void image_batch(const BatchArgs<T>& a) {
 }  // namespace
 
 POLDER_KERNEL(image_batch_f32, image_batch<float>, BatchArgs<float>)
+POLDER_KERNEL(image_batch_f16, image_batch<__half>, BatchArgs<__half>)
+POLDER_KERNEL(image_batch_bf16, image_batch<__nv_bfloat16>, BatchArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(image_batch_f64, image_batch<double>, BatchArgs<double>)

@@ -10,85 +10,115 @@ namespace {
 
 // ---- Element-wise ------------------------------------------------------------------------------------------------------------
 
-template <class T>
+template <class S>
 struct ReluArgs {
-    const T* x;
-    T* y;
+    const S* x;
+    S* y;
     uint64_t n;
 };
 
 /// y = max(x, 0); a NaN passes, so that a diverged activation reaches the loss.
-template <class T>
-__device__ void relu(const ReluArgs<T>& a) {
-    constexpr int V = 16 / sizeof(T);
-    const T* __restrict__ x = a.x;
-    T* __restrict__ y = a.y;
+template <class S>
+__device__ void relu(const ReluArgs<S>& a) {
+    constexpr int V = kPack<S>;
+    typedef Arithmetic<S> T;
+    const S* __restrict__ x = a.x;
+    S* __restrict__ y = a.y;
     for_each_pack_if<V>(aligned16(x, y), a.n, [=](auto width, uint64_t i) {
         constexpr int W = decltype(width)::value;
-        Pack<T, W> pack = load<W>(x, i);
+        Pack<T, W> pack = fetch<W>(x, i);
         POLDER_UNROLL
         for (int v = 0; v < W; ++v) pack.v[v] = pack.v[v] < T(0) ? T(0) : pack.v[v];
-        store(y, i, pack);
+        put(y, i, pack);
     });
 }
 
-template <class T>
+/// Writes a gradient, or adds it to what is there.
+template <class S, class T, int W>
+__device__ __forceinline__ void store_gradient(S* dx, uint64_t i, Pack<T, W> gradient, bool accumulate) {
+    if (accumulate) {
+        const Pack<T, W> old = fetch<W>(const_cast<const S*>(dx), i);
+        POLDER_UNROLL
+        for (int v = 0; v < W; ++v) gradient.v[v] += old.v[v];
+    }
+    put(dx, i, gradient);
+}
+
+template <class S>
 struct ReluBackwardArgs {
-    const T* y;
-    const T* dy;
-    T* dx;
+    const S* y;
+    const S* dy;
+    S* dx;
     uint64_t n;
     uint32_t accumulate;
 };
 
-template <class T, bool accumulate>
-__device__ __forceinline__ void relu_backward_into(const ReluBackwardArgs<T>& a) {
-    constexpr int V = 16 / sizeof(T);
-    const T* __restrict__ y = a.y;
-    const T* __restrict__ dy = a.dy;
-    T* __restrict__ dx = a.dx;
+template <class S, bool accumulate>
+__device__ __forceinline__ void relu_backward_into(const ReluBackwardArgs<S>& a) {
+    constexpr int V = kPack<S>;
+    typedef Arithmetic<S> T;
+    const S* __restrict__ y = a.y;
+    const S* __restrict__ dy = a.dy;
+    S* __restrict__ dx = a.dx;
     for_each_pack_if<V>(aligned16(y, dy, dx), a.n, [=](auto width, uint64_t i) {
         constexpr int W = decltype(width)::value;
-        const Pack<T, W> output = load<W>(y, i);
-        Pack<T, W> gradient = load<W>(dy, i);
+        const Pack<T, W> output = fetch<W>(y, i);
+        Pack<T, W> gradient = fetch<W>(dy, i);
         POLDER_UNROLL
-        for (int v = 0; v < W; ++v) {
-            gradient.v[v] = output.v[v] <= T(0) ? T(0) : gradient.v[v];
-            if (accumulate) gradient.v[v] += dx[i + v];
-        }
-        store(dx, i, gradient);
+        for (int v = 0; v < W; ++v) gradient.v[v] = output.v[v] <= T(0) ? T(0) : gradient.v[v];
+        store_gradient(dx, i, gradient, accumulate);
     });
 }
 
 /// dx = dy where y > 0, else 0
-template <class T>
-__device__ void relu_backward(const ReluBackwardArgs<T>& a) {
-    if (a.accumulate) relu_backward_into<T, true>(a);
-    else relu_backward_into<T, false>(a);
+template <class S>
+__device__ void relu_backward(const ReluBackwardArgs<S>& a) {
+    if (a.accumulate) relu_backward_into<S, true>(a);
+    else relu_backward_into<S, false>(a);
 }
 
-template <class T>
+template <class S>
 struct AddArgs {
-    const T* a;
-    const T* b;
-    T* out;
+    const S* a;
+    const S* b;
+    S* out;
     uint64_t n;
 };
 
 /// out = a + b
-template <class T>
-__device__ void add(const AddArgs<T>& args) {
-    constexpr int V = 16 / sizeof(T);
-    const T* __restrict__ a = args.a;
-    const T* __restrict__ b = args.b;
-    T* __restrict__ out = args.out;
+template <class S>
+__device__ void add(const AddArgs<S>& args) {
+    constexpr int V = kPack<S>;
+    typedef Arithmetic<S> T;
+    const S* __restrict__ a = args.a;
+    const S* __restrict__ b = args.b;
+    S* __restrict__ out = args.out;
     for_each_pack_if<V>(aligned16(a, b, out), args.n, [=](auto width, uint64_t i) {
         constexpr int W = decltype(width)::value;
-        Pack<T, W> sum = load<W>(a, i);
-        const Pack<T, W> other = load<W>(b, i);
+        Pack<T, W> sum = fetch<W>(a, i);
+        const Pack<T, W> other = fetch<W>(b, i);
         POLDER_UNROLL
         for (int v = 0; v < W; ++v) sum.v[v] += other.v[v];
-        store(out, i, sum);
+        put(out, i, sum);
+    });
+}
+
+template <class S>
+struct AddToArgs {
+    const S* x;
+    S* sum;
+    uint64_t n;
+};
+
+/// sum = sum + x
+template <class S>
+__device__ void add_to(const AddToArgs<S>& a) {
+    constexpr int V = kPack<S>;
+    const S* __restrict__ x = a.x;
+    S* __restrict__ sum = a.sum;
+    for_each_pack_if<V>(aligned16(x, sum), a.n, [=](auto width, uint64_t i) {
+        constexpr int W = decltype(width)::value;
+        store_gradient(sum, i, fetch<W>(x, i), true);
     });
 }
 
@@ -127,22 +157,11 @@ __device__ __forceinline__ void for_each_pixel(uint32_t pixels, uint32_t channel
     }
 }
 
-/// Writes a gradient, or adds it to what is there.
-template <class T, int W>
-__device__ __forceinline__ void store_gradient(T* dx, uint64_t i, Pack<T, W> gradient, bool accumulate) {
-    if (accumulate) {
-        const Pack<T, W> old = load<W>(const_cast<const T*>(dx), i);
-        POLDER_UNROLL
-        for (int v = 0; v < W; ++v) gradient.v[v] += old.v[v];
-    }
-    store(dx, i, gradient);
-}
-
 /// Average pooling without padding: `from` is the input or the output's gradient, `to` the output or the input's gradient.
-template <class T>
+template <class S>
 struct PoolArgs {
-    const T* from;
-    T* to;
+    const S* from;
+    S* to;
     uint32_t batch;
     uint32_t height;  // of the input
     uint32_t width;
@@ -155,9 +174,10 @@ struct PoolArgs {
 };
 
 /// y[n, i, j, c] = the mean of x[n, i s + p, j s + q, c] over 0 <= p, q < kernel
-template <class T>
-__device__ void average_pool(const PoolArgs<T>& a) {
-    constexpr int V = 16 / sizeof(T);
+template <class S>
+__device__ void average_pool(const PoolArgs<S>& a) {
+    constexpr int V = kPack<S>;
+    typedef Arithmetic<S> T;
     const bool packs = a.channels % V == 0 && aligned16(a.from, a.to);
     for_each_pixel<V>(a.batch * a.out_height * a.out_width, a.channels, packs, [&](uint32_t pixel) {
         const uint32_t j = pixel % a.out_width, i = pixel / a.out_width % a.out_height;
@@ -168,14 +188,14 @@ __device__ void average_pool(const PoolArgs<T>& a) {
             Pack<T, W> sum = {};
             for (uint32_t p = 0; p < a.kernel; ++p) {
                 for (uint32_t q = 0; q < a.kernel; ++q) {
-                    const Pack<T, W> x = load<W>(a.from, corner + (uint64_t(p) * a.width + q) * a.channels + c);
+                    const Pack<T, W> x = fetch<W>(a.from, corner + (uint64_t(p) * a.width + q) * a.channels + c);
                     POLDER_UNROLL
                     for (int v = 0; v < W; ++v) sum.v[v] += x.v[v];
                 }
             }
             POLDER_UNROLL
             for (int v = 0; v < W; ++v) sum.v[v] /= T(a.kernel * a.kernel);
-            store(a.to, uint64_t(pixel) * a.channels + c, sum);
+            put(a.to, uint64_t(pixel) * a.channels + c, sum);
         };
     });
 }
@@ -186,9 +206,10 @@ __device__ __forceinline__ uint32_t first_window(uint32_t position, uint32_t ker
 }
 
 /// dx = the sum of dy / kernel^2 over the windows that hold the pixel
-template <class T>
-__device__ void average_pool_backward(const PoolArgs<T>& a) {
-    constexpr int V = 16 / sizeof(T);
+template <class S>
+__device__ void average_pool_backward(const PoolArgs<S>& a) {
+    constexpr int V = kPack<S>;
+    typedef Arithmetic<S> T;
     const bool packs = a.channels % V == 0 && aligned16(a.from, a.to);
     for_each_pixel<V>(a.batch * a.height * a.width, a.channels, packs, [&](uint32_t pixel) {
         const uint32_t w = pixel % a.width, h = pixel / a.width % a.height, n = pixel / (a.width * a.height);
@@ -201,7 +222,7 @@ __device__ void average_pool_backward(const PoolArgs<T>& a) {
 #pragma unroll 1
                 for (uint32_t j = j_begin; j < j_end; ++j) {
                     const uint64_t place = (uint64_t(n) * a.out_height + i) * a.out_width + j;
-                    const Pack<T, W> dy = load<W>(a.from, place * a.channels + c);
+                    const Pack<T, W> dy = fetch<W>(a.from, place * a.channels + c);
                     POLDER_UNROLL
                     for (int v = 0; v < W; ++v) sum.v[v] += dy.v[v];
                 }
@@ -213,10 +234,10 @@ __device__ void average_pool_backward(const PoolArgs<T>& a) {
     });
 }
 
-template <class T>
+template <class S>
 struct GlobalPoolArgs {
-    const T* from;
-    T* to;
+    const S* from;
+    S* to;
     uint32_t batch;
     uint32_t pixels;
     uint32_t channels;
@@ -224,37 +245,39 @@ struct GlobalPoolArgs {
 };
 
 /// y[n, c] = the mean of x[n, p, c] over p
-template <class T>
-__device__ void global_average_pool(const GlobalPoolArgs<T>& a) {
-    constexpr int V = 16 / sizeof(T);
+template <class S>
+__device__ void global_average_pool(const GlobalPoolArgs<S>& a) {
+    constexpr int V = kPack<S>;
+    typedef Arithmetic<S> T;
     const bool packs = a.channels % V == 0 && aligned16(a.from, a.to);
     for_each_pixel<V>(a.batch, a.channels, packs, [&](uint32_t n) {
         return [=, &a](auto width, uint32_t c) {
             constexpr int W = decltype(width)::value;
-            const T* const x = a.from + uint64_t(n) * a.pixels * a.channels + c;
+            const S* const x = a.from + uint64_t(n) * a.pixels * a.channels + c;
             Pack<T, W> sum = {};
             for (uint32_t p = 0; p < a.pixels; ++p) {
-                const Pack<T, W> value = load<W>(x, uint64_t(p) * a.channels);
+                const Pack<T, W> value = fetch<W>(x, uint64_t(p) * a.channels);
                 POLDER_UNROLL
                 for (int v = 0; v < W; ++v) sum.v[v] += value.v[v];
             }
             POLDER_UNROLL
             for (int v = 0; v < W; ++v) sum.v[v] /= T(a.pixels);
-            store(a.to, uint64_t(n) * a.channels + c, sum);
+            put(a.to, uint64_t(n) * a.channels + c, sum);
         };
     });
 }
 
 /// dx[n, p, c] = dy[n, c] / pixels
-template <class T>
-__device__ void global_average_pool_backward(const GlobalPoolArgs<T>& a) {
-    constexpr int V = 16 / sizeof(T);
+template <class S>
+__device__ void global_average_pool_backward(const GlobalPoolArgs<S>& a) {
+    constexpr int V = kPack<S>;
+    typedef Arithmetic<S> T;
     const bool packs = a.channels % V == 0 && aligned16(a.from, a.to);
     for_each_pixel<V>(a.batch * a.pixels, a.channels, packs, [&](uint32_t pixel) {
         const uint32_t n = pixel / a.pixels;
         return [=, &a](auto width, uint32_t c) {
             constexpr int W = decltype(width)::value;
-            Pack<T, W> gradient = load<W>(a.from, uint64_t(n) * a.channels + c);
+            Pack<T, W> gradient = fetch<W>(a.from, uint64_t(n) * a.channels + c);
             POLDER_UNROLL
             for (int v = 0; v < W; ++v) gradient.v[v] /= T(a.pixels);
             store_gradient(a.to, uint64_t(pixel) * a.channels + c, gradient, a.accumulate);
@@ -263,10 +286,10 @@ __device__ void global_average_pool_backward(const GlobalPoolArgs<T>& a) {
 }
 
 /// He et al.'s option A; `from` and `to` as in PoolArgs.
-template <class T>
+template <class S>
 struct ShortcutArgs {
-    const T* from;
-    T* to;
+    const S* from;
+    S* to;
     uint32_t batch;
     uint32_t height;  // of the input
     uint32_t width;
@@ -280,9 +303,10 @@ struct ShortcutArgs {
 };
 
 /// y[n, i, j, c] = x[n, i s, j s, c - pad], 0 where there is no such channel
-template <class T>
-__device__ void shortcut(const ShortcutArgs<T>& a) {
-    constexpr int V = 16 / sizeof(T);
+template <class S>
+__device__ void shortcut(const ShortcutArgs<S>& a) {
+    constexpr int V = kPack<S>;
+    typedef Arithmetic<S> T;
     const bool packs = (a.in_channels | a.out_channels | a.pad) % V == 0 && aligned16(a.from, a.to);
     for_each_pixel<V>(a.batch * a.out_height * a.out_width, a.out_channels, packs, [&](uint32_t pixel) {
         const uint32_t j = pixel % a.out_width, i = pixel / a.out_width % a.out_height;
@@ -293,16 +317,17 @@ __device__ void shortcut(const ShortcutArgs<T>& a) {
             // Unsigned: a channel before the input's is far beyond them.
             const uint32_t channel = c - a.pad;
             Pack<T, W> y = {};
-            if (channel < a.in_channels) y = load<W>(a.from, source + channel);
-            store(a.to, uint64_t(pixel) * a.out_channels + c, y);
+            if (channel < a.in_channels) y = fetch<W>(a.from, source + channel);
+            put(a.to, uint64_t(pixel) * a.out_channels + c, y);
         };
     });
 }
 
 /// dx[n, h, w, c] = dy[n, h / s, w / s, c + pad] where s divides h and w, else 0
-template <class T>
-__device__ void shortcut_backward(const ShortcutArgs<T>& a) {
-    constexpr int V = 16 / sizeof(T);
+template <class S>
+__device__ void shortcut_backward(const ShortcutArgs<S>& a) {
+    constexpr int V = kPack<S>;
+    typedef Arithmetic<S> T;
     const bool packs = (a.in_channels | a.out_channels | a.pad) % V == 0 && aligned16(a.from, a.to);
     for_each_pixel<V>(a.batch * a.height * a.width, a.in_channels, packs, [&](uint32_t pixel) {
         const uint32_t w = pixel % a.width, h = pixel / a.width % a.height, n = pixel / (a.width * a.height);
@@ -311,7 +336,7 @@ __device__ void shortcut_backward(const ShortcutArgs<T>& a) {
         return [=, &a](auto width, uint32_t c) {
             constexpr int W = decltype(width)::value;
             Pack<T, W> gradient = {};
-            if (sampled) gradient = load<W>(a.from, place * a.out_channels + a.pad + c);
+            if (sampled) gradient = fetch<W>(a.from, place * a.out_channels + a.pad + c);
             else if (a.accumulate) return;
             store_gradient(a.to, uint64_t(pixel) * a.in_channels + c, gradient, a.accumulate);
         };
@@ -324,15 +349,15 @@ __device__ void shortcut_backward(const ShortcutArgs<T>& a) {
 enum class Order { kRows, kColumns };
 
 /// A factor of a product, as rows x columns; an element outside reads as zero.
-template <class T, Order order>
+template <class S, Order order>
 struct Matrix {
     static constexpr bool rows_contiguous = order == Order::kColumns;
-    const T* p;
+    const S* p;
     uint32_t rows, columns;
 
-    __device__ __forceinline__ T at(uint32_t r, uint32_t c) const {
+    __device__ __forceinline__ Arithmetic<S> at(uint32_t r, uint32_t c) const {
         const uint64_t place = rows_contiguous ? uint64_t(c) * rows + r : uint64_t(r) * columns + c;
-        return r < rows && c < columns ? p[place] : T(0);
+        return r < rows && c < columns ? widen(p[place]) : Arithmetic<S>(0);
     }
 };
 
@@ -340,8 +365,8 @@ constexpr uint32_t kTile = 32;  // rows and columns of the product per block of 
 constexpr uint32_t kDepth = 16;  // terms per step
 
 /// out = left right, stored by `write(row, column, value)`. The GPU's block computes one tile; the CPU's takes rows.
-template <class T, Order left_order, Order right_order, class F>
-__device__ __forceinline__ void product(const Matrix<T, left_order>& left, const Matrix<T, right_order>& right, const F& write) {
+template <class T, class Left, class Right, class F>
+__device__ __forceinline__ void product(const Left& left, const Right& right, const F& write) {
     __shared__ T a[kDepth][kTile + 1];
     __shared__ T b[kDepth][kTile + 1];
     const uint32_t thread = threadIdx.x, x = thread % 16, y = thread / 16;
@@ -375,10 +400,11 @@ __device__ __forceinline__ void product(const Matrix<T, left_order>& left, const
     }
 }
 
-/// x is [batch, inputs], weight [inputs, outputs], y [batch, outputs].
-template <class T>
+/// x is [batch, inputs], weight [inputs, outputs], y [batch, outputs]. Only x and its gradient are stored as S: the classifier is
+/// small, and its results are the logits, whose rounding the loss would feel.
+template <class S, class T = Arithmetic<S>>
 struct LinearArgs {
-    const T* x;
+    const S* x;
     const T* weight;
     const T* bias;  // or null
     T* y;
@@ -421,8 +447,9 @@ __forceinline__ T dot(const T* __restrict__ a, const T* __restrict__ b, uint32_t
 #endif
 
 /// y = x weight + bias, or added to what is there
-template <class T>
-__device__ void linear(const LinearArgs<T>& a) {
+template <class S>
+__device__ void linear(const LinearArgs<S>& a) {
+    typedef Arithmetic<S> T;
 #if defined(POLDER_HOST)
     if (blockDim.x == 1) {
         const Range mine = rows_of_block(a.batch);
@@ -431,13 +458,14 @@ __device__ void linear(const LinearArgs<T>& a) {
             if (!a.accumulate) memset(y, 0, a.outputs * sizeof(T));
             if (a.bias != nullptr) axpy(y, T(1), a.bias, a.outputs);
             for (uint32_t i = 0; i < a.inputs; ++i) {
-                axpy(y, a.x[uint64_t(n) * a.inputs + i], a.weight + uint64_t(i) * a.outputs, a.outputs);
+                axpy(y, widen(a.x[uint64_t(n) * a.inputs + i]), a.weight + uint64_t(i) * a.outputs, a.outputs);
             }
         }
         return;
     }
 #endif
-    const Matrix<T, Order::kRows> x = {a.x, a.batch, a.inputs}, weight = {a.weight, a.inputs, a.outputs};
+    const Matrix<S, Order::kRows> x = {a.x, a.batch, a.inputs};
+    const Matrix<T, Order::kRows> weight = {a.weight, a.inputs, a.outputs};
     product<T>(x, weight, [&](uint32_t n, uint32_t o, T sum) {
         T* const y = a.y + uint64_t(n) * a.outputs + o;
         if (a.bias != nullptr) sum += a.bias[o];
@@ -445,11 +473,11 @@ __device__ void linear(const LinearArgs<T>& a) {
     });
 }
 
-template <class T>
+template <class S, class T = Arithmetic<S>>
 struct LinearInputArgs {
     const T* dy;
     const T* weight;
-    T* dx;
+    S* dx;
     uint32_t batch;
     uint32_t inputs;
     uint32_t outputs;
@@ -457,11 +485,12 @@ struct LinearInputArgs {
 };
 
 /// dx = dy weight^T
-template <class T>
-__device__ void linear_input(const LinearInputArgs<T>& a) {
+template <class S>
+__device__ void linear_input(const LinearInputArgs<S>& a) {
+    typedef Arithmetic<S> T;
     const auto write = [&](uint32_t n, uint32_t i, T sum) {
-        T* const dx = a.dx + uint64_t(n) * a.inputs + i;
-        *dx = a.accumulate ? *dx + sum : sum;
+        S* const dx = a.dx + uint64_t(n) * a.inputs + i;
+        *dx = convert_to<S>(a.accumulate ? widen(*dx) + sum : sum);
     };
 #if defined(POLDER_HOST)
     if (blockDim.x == 1) {
@@ -479,9 +508,9 @@ __device__ void linear_input(const LinearInputArgs<T>& a) {
     product<T>(dy, transposed, write);
 }
 
-template <class T>
+template <class S, class T = Arithmetic<S>>
 struct LinearWeightArgs {
-    const T* x;
+    const S* x;
     const T* dy;
     T* dweight;
     T* dbias;  // or null
@@ -492,8 +521,9 @@ struct LinearWeightArgs {
 };
 
 /// dweight = x^T dy, and dbias = the column sums of dy, as if x had a further column of ones; or added to what is there
-template <class T>
-__device__ void linear_weight(const LinearWeightArgs<T>& a) {
+template <class S>
+__device__ void linear_weight(const LinearWeightArgs<S>& a) {
+    typedef Arithmetic<S> T;
 #if defined(POLDER_HOST)
     if (blockDim.x == 1) {
         const Range mine = rows_of_block(a.inputs + (a.dbias != nullptr ? 1 : 0));
@@ -501,14 +531,14 @@ __device__ void linear_weight(const LinearWeightArgs<T>& a) {
             T* const row = i < a.inputs ? a.dweight + uint64_t(i) * a.outputs : a.dbias;
             if (!a.accumulate) memset(row, 0, a.outputs * sizeof(T));
             for (uint32_t n = 0; n < a.batch; ++n) {
-                const T x = i < a.inputs ? a.x[uint64_t(n) * a.inputs + i] : T(1);
+                const T x = i < a.inputs ? widen(a.x[uint64_t(n) * a.inputs + i]) : T(1);
                 axpy(row, x, a.dy + uint64_t(n) * a.outputs, a.outputs);
             }
         }
         return;
     }
 #endif
-    const Matrix<T, Order::kColumns> transposed = {a.x, a.inputs, a.batch};
+    const Matrix<S, Order::kColumns> transposed = {a.x, a.inputs, a.batch};
     const Matrix<T, Order::kRows> dy = {a.dy, a.batch, a.outputs};
     product<T>(transposed, dy, [&](uint32_t i, uint32_t o, T sum) {
         T* const dweight = a.dweight + uint64_t(i) * a.outputs + o;
@@ -526,26 +556,54 @@ __device__ void linear_weight(const LinearWeightArgs<T>& a) {
 }  // namespace
 
 POLDER_KERNEL(relu_f32, relu<float>, ReluArgs<float>)
+POLDER_KERNEL(relu_f16, relu<__half>, ReluArgs<__half>)
+POLDER_KERNEL(relu_bf16, relu<__nv_bfloat16>, ReluArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(relu_f64, relu<double>, ReluArgs<double>)
 POLDER_KERNEL(relu_backward_f32, relu_backward<float>, ReluBackwardArgs<float>)
+POLDER_KERNEL(relu_backward_f16, relu_backward<__half>, ReluBackwardArgs<__half>)
+POLDER_KERNEL(relu_backward_bf16, relu_backward<__nv_bfloat16>, ReluBackwardArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(relu_backward_f64, relu_backward<double>, ReluBackwardArgs<double>)
 POLDER_KERNEL(add_f32, add<float>, AddArgs<float>)
+POLDER_KERNEL(add_f16, add<__half>, AddArgs<__half>)
+POLDER_KERNEL(add_bf16, add<__nv_bfloat16>, AddArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(add_f64, add<double>, AddArgs<double>)
+POLDER_KERNEL(add_to_f32, add_to<float>, AddToArgs<float>)
+POLDER_KERNEL(add_to_f16, add_to<__half>, AddToArgs<__half>)
+POLDER_KERNEL(add_to_bf16, add_to<__nv_bfloat16>, AddToArgs<__nv_bfloat16>)
+POLDER_HOST_KERNEL(add_to_f64, add_to<double>, AddToArgs<double>)
 POLDER_KERNEL(average_pool_f32, average_pool<float>, PoolArgs<float>)
+POLDER_KERNEL(average_pool_f16, average_pool<__half>, PoolArgs<__half>)
+POLDER_KERNEL(average_pool_bf16, average_pool<__nv_bfloat16>, PoolArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(average_pool_f64, average_pool<double>, PoolArgs<double>)
 POLDER_KERNEL(average_pool_backward_f32, average_pool_backward<float>, PoolArgs<float>)
+POLDER_KERNEL(average_pool_backward_f16, average_pool_backward<__half>, PoolArgs<__half>)
+POLDER_KERNEL(average_pool_backward_bf16, average_pool_backward<__nv_bfloat16>, PoolArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(average_pool_backward_f64, average_pool_backward<double>, PoolArgs<double>)
 POLDER_KERNEL(global_average_pool_f32, global_average_pool<float>, GlobalPoolArgs<float>)
+POLDER_KERNEL(global_average_pool_f16, global_average_pool<__half>, GlobalPoolArgs<__half>)
+POLDER_KERNEL(global_average_pool_bf16, global_average_pool<__nv_bfloat16>, GlobalPoolArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(global_average_pool_f64, global_average_pool<double>, GlobalPoolArgs<double>)
 POLDER_KERNEL(global_average_pool_backward_f32, global_average_pool_backward<float>, GlobalPoolArgs<float>)
+POLDER_KERNEL(global_average_pool_backward_f16, global_average_pool_backward<__half>, GlobalPoolArgs<__half>)
+POLDER_KERNEL(global_average_pool_backward_bf16, global_average_pool_backward<__nv_bfloat16>, GlobalPoolArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(global_average_pool_backward_f64, global_average_pool_backward<double>, GlobalPoolArgs<double>)
 POLDER_KERNEL(shortcut_f32, shortcut<float>, ShortcutArgs<float>)
+POLDER_KERNEL(shortcut_f16, shortcut<__half>, ShortcutArgs<__half>)
+POLDER_KERNEL(shortcut_bf16, shortcut<__nv_bfloat16>, ShortcutArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(shortcut_f64, shortcut<double>, ShortcutArgs<double>)
 POLDER_KERNEL(shortcut_backward_f32, shortcut_backward<float>, ShortcutArgs<float>)
+POLDER_KERNEL(shortcut_backward_f16, shortcut_backward<__half>, ShortcutArgs<__half>)
+POLDER_KERNEL(shortcut_backward_bf16, shortcut_backward<__nv_bfloat16>, ShortcutArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(shortcut_backward_f64, shortcut_backward<double>, ShortcutArgs<double>)
 POLDER_KERNEL(linear_f32, linear<float>, LinearArgs<float>)
+POLDER_KERNEL(linear_f16, linear<__half>, LinearArgs<__half>)
+POLDER_KERNEL(linear_bf16, linear<__nv_bfloat16>, LinearArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(linear_f64, linear<double>, LinearArgs<double>)
 POLDER_KERNEL(linear_input_f32, linear_input<float>, LinearInputArgs<float>)
+POLDER_KERNEL(linear_input_f16, linear_input<__half>, LinearInputArgs<__half>)
+POLDER_KERNEL(linear_input_bf16, linear_input<__nv_bfloat16>, LinearInputArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(linear_input_f64, linear_input<double>, LinearInputArgs<double>)
 POLDER_KERNEL(linear_weight_f32, linear_weight<float>, LinearWeightArgs<float>)
+POLDER_KERNEL(linear_weight_f16, linear_weight<__half>, LinearWeightArgs<__half>)
+POLDER_KERNEL(linear_weight_bf16, linear_weight<__nv_bfloat16>, LinearWeightArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(linear_weight_f64, linear_weight<double>, LinearWeightArgs<double>)

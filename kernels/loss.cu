@@ -14,10 +14,17 @@ struct CrossEntropyArgs {
     T* dlogits;              // [batch, classes], or null
     T* losses;               // [batch]
     uint32_t* correct;       // one counter, added to
+    const double* scale;     // of the gradient, or null for 1
     uint32_t batch;
     uint32_t classes;
     double smoothing;
 };
+
+/// What turns a sample's gradient into its share of the mean's, times the loss scale.
+template <class T>
+__device__ __forceinline__ T gradient_scale(const double* scale, uint32_t batch) {
+    return T((scale != nullptr ? scale[0] : 1.0) / double(batch));
+}
 
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ float logarithm(float x) { return logf(x); }
@@ -41,14 +48,14 @@ struct Largest {
 };
 
 /// loss = log(sum exp z) - (1 - smoothing) z[label] - smoothing / classes sum z, all about the largest logit; its gradient over
-/// the batch size. A logit that is not finite gives a loss that is not finite: each of them enters through the last term, whose
+/// the batch size, times the loss scale. A logit that is not finite gives a loss that is not finite: each of them enters through the last term, whose
 /// product with a smoothing of zero is then a NaN.
 template <class T>
 __device__ void cross_entropy(const CrossEntropyArgs<T>& a) {
     const bool alone = block_threads() == 1;
     const uint32_t lanes = alone ? 1 : 32, lane = threadIdx.x % lanes;
     const uint32_t warps = gridDim.x * (blockDim.x / lanes), classes = a.classes;
-    const T scale = T(1.0 / double(a.batch)), infinity = T(INFINITY);
+    const T scale = gradient_scale<T>(a.scale, a.batch), infinity = T(INFINITY);
     const T on = T(1.0 - a.smoothing), off = T(a.smoothing / double(classes));
     for (uint32_t n = (blockIdx.x * blockDim.x + threadIdx.x) / lanes; n < a.batch; n += warps) {
         const T* const z = a.logits + uint64_t(n) * classes;
@@ -90,6 +97,7 @@ struct CrossEntropyTangentArgs {
     const T* logits;          // [batch, classes]
     const T* logits_tangent;  // [batch, classes]
     T* dlogits_tangent;       // [batch, classes]
+    const double* scale;      // of it, or null for 1
     uint32_t batch;
     uint32_t classes;
 };
@@ -100,7 +108,7 @@ __device__ void cross_entropy_tangent(const CrossEntropyTangentArgs<T>& a) {
     const bool alone = block_threads() == 1;
     const uint32_t lanes = alone ? 1 : 32, lane = threadIdx.x % lanes;
     const uint32_t warps = gridDim.x * (blockDim.x / lanes), classes = a.classes;
-    const T scale = T(1.0 / double(a.batch));
+    const T scale = gradient_scale<T>(a.scale, a.batch);
     for (uint32_t n = (blockIdx.x * blockDim.x + threadIdx.x) / lanes; n < a.batch; n += warps) {
         const T* const z = a.logits + uint64_t(n) * classes;
         const T* const tangent = a.logits_tangent + uint64_t(n) * classes;

@@ -3,7 +3,8 @@
 mod common;
 
 use common::{Random, assert_close, bits, devices, host_devices, to_f64};
-use polder::device::{Device, Error, HostOptions, Result, Scalar, SliceMut};
+use half::{bf16, f16};
+use polder::device::{Compute, Device, Error, HostOptions, Result, SliceMut};
 use polder::kernels::conv::{self, ConvShape};
 
 const fn shape(extents: [usize; 5], kernel: usize, stride: usize, padding: usize) -> ConvShape {
@@ -49,16 +50,16 @@ const WIDE_SHAPES: [ConvShape; 4] = [
 ];
 
 /// `y`, `dx` and `dw` start from these numbers where the result is added to them.
-struct Case<T> {
-    x: Vec<T>,
-    weight: Vec<T>,
-    dy: Vec<T>,
-    y: Vec<T>,
-    dx: Vec<T>,
-    dw: Vec<T>,
+struct Case<S: Compute> {
+    x: Vec<S>,
+    weight: Vec<S>,
+    dy: Vec<S>,
+    y: Vec<S>,
+    dx: Vec<S>,
+    dw: Vec<S::Master>,
 }
 
-fn case<T: Scalar>(shape: &ConvShape, seed: u64) -> Case<T> {
+fn case<S: Compute>(shape: &ConvShape, seed: u64) -> Case<S> {
     let mut random = Random(seed);
     Case {
         x: random.vector(shape.input_len()),
@@ -105,48 +106,55 @@ fn reference(shape: &ConvShape, x: &[f64], weight: &[f64], dy: &[f64]) -> [Vec<f
 /// What a pass writes over poison, and what it adds to the case's numbers.
 type Both<T> = [Vec<T>; 2];
 
+/// y, dx and dw.
+type Found<S> = (Both<S>, Both<S>, Both<<S as Compute>::Master>);
+
 /// One pass, workspace and the output that is not added to poisoned beforehand.
-fn both<T: Scalar>(
+fn both<S: Compute, T: Compute>(
     device: &Device,
     shape: &ConvShape,
     start: &[T],
-    pass: impl Fn(SliceMut<'_, T>, bool, SliceMut<'_, T>) -> Result<()>,
+    pass: impl Fn(SliceMut<'_, T>, bool, SliceMut<'_, S::Master>) -> Result<()>,
 ) -> Result<Both<T>> {
-    let workspace = || device.poisoned(shape.workspace_len(device));
+    let workspace = || device.poisoned(shape.workspace_len::<S>(device));
     let (mut written, mut added) = (device.poisoned(start.len())?, device.upload(start)?);
     pass(written.view_mut(), false, workspace()?.view_mut())?;
     pass(added.view_mut(), true, workspace()?.view_mut())?;
     Ok([written.to_vec()?, added.to_vec()?])
 }
 
-/// All passes on a device: y, dx, dw.
-fn run<T: Scalar>(device: &Device, shape: &ConvShape, case: &Case<T>) -> Result<[Both<T>; 3]> {
+/// All passes on a device.
+fn run<S: Compute>(device: &Device, shape: &ConvShape, case: &Case<S>) -> Result<Found<S>> {
     let (x, weight, dy) = (device.upload(&case.x)?, device.upload(&case.weight)?, device.upload(&case.dy)?);
     let (x, weight, dy) = (x.view(), weight.view(), dy.view());
-    Ok([
-        both(device, shape, &case.y, |y, add, workspace| conv::forward(shape, x, weight, y, add, workspace))?,
-        both(device, shape, &case.dx, |dx, add, workspace| {
+    Ok((
+        both::<S, S>(device, shape, &case.y, |y, add, workspace| conv::forward(shape, x, weight, y, add, workspace))?,
+        both::<S, S>(device, shape, &case.dx, |dx, add, workspace| {
             conv::input_gradient(shape, dy, weight, dx, add, workspace)
         })?,
-        both(device, shape, &case.dw, |dw, add, workspace| conv::weight_gradient(shape, x, dy, dw, add, workspace))?,
-    ])
+        both::<S, S::Master>(device, shape, &case.dw, |dw, add, workspace| {
+            conv::weight_gradient(shape, x, dy, dw, add, workspace)
+        })?,
+    ))
 }
 
-fn check<T: Scalar>(devices: &[(String, Device)], tolerance: f64) {
+fn check_pass<T: Compute>(what: &str, [written, added]: &Both<T>, expected: &[f64], start: &[T], tolerance: f64) {
+    assert_close(what, written, expected, tolerance);
+    let sum: Vec<f64> = expected.iter().zip(to_f64(start)).map(|(&value, start)| value + start).collect();
+    assert_close(&format!("{what} added"), added, &sum, tolerance);
+}
+
+/// Fails unless every element of y and dx is within `stored` of the largest one's magnitude, and of dw within `sums`.
+fn check<S: Compute>(devices: &[(String, Device)], stored: f64, sums: f64) {
     for (number, shape) in SHAPES.iter().chain(&WIDE_SHAPES).enumerate() {
-        let case = case::<T>(shape, number as u64);
-        let expected = reference(shape, &to_f64(&case.x), &to_f64(&case.weight), &to_f64(&case.dy));
-        let starts = [&case.y, &case.dx, &case.dw];
+        let case = case::<S>(shape, number as u64);
+        let [y, dx, dw] = reference(shape, &to_f64(&case.x), &to_f64(&case.weight), &to_f64(&case.dy));
         for (name, device) in devices {
             let found = run(device, shape, &case).unwrap_or_else(|e| panic!("{name}, {shape:?}: {e}"));
-            for (pass, ([written, added], (expected, start))) in
-                ["y", "dx", "dw"].into_iter().zip(found.iter().zip(expected.iter().zip(starts)))
-            {
-                let what = format!("{name}, {shape:?}: {pass}");
-                assert_close(&what, written, expected, tolerance);
-                let sum: Vec<f64> = expected.iter().zip(to_f64(start)).map(|(&value, start)| value + start).collect();
-                assert_close(&format!("{what} added"), added, &sum, tolerance);
-            }
+            let what = format!("{}, {name}, {shape:?}", S::NAME);
+            check_pass(&format!("{what}: y"), &found.0, &y, &case.y, stored);
+            check_pass(&format!("{what}: dx"), &found.1, &dx, &case.dx, stored);
+            check_pass(&format!("{what}: dw"), &found.2, &dw, &case.dw, sums);
         }
     }
 }
@@ -154,12 +162,19 @@ fn check<T: Scalar>(devices: &[(String, Device)], tolerance: f64) {
 #[test]
 fn equals_the_definition_in_single_precision() {
     // Sums of up to 1170 terms, each rounded to 2^-24 of the running sum.
-    check::<f32>(&devices(), 3e-6);
+    check::<f32>(&devices(), 3e-6, 3e-6);
+}
+
+/// Products of 16-bit numbers are exact in single precision, in which they are summed; the result is rounded once.
+#[test]
+fn equals_the_definition_in_sixteen_bits() {
+    check::<f16>(&devices(), 2f64.powi(-11) + 3e-6, 3e-6);
+    check::<bf16>(&devices(), 2f64.powi(-8) + 3e-6, 3e-6);
 }
 
 #[test]
 fn equals_the_definition_in_double_precision() {
-    check::<f64>(&host_devices(), 1e-14);
+    check::<f64>(&host_devices(), 1e-14, 1e-14);
 }
 
 /// The baseline instruction set is chosen when a process starts to use the device, so the test runs itself again.
@@ -167,24 +182,24 @@ fn equals_the_definition_in_double_precision() {
 fn equals_the_definition_on_the_oldest_instruction_set() {
     let this = std::env::current_exe().unwrap();
     let status = std::process::Command::new(this)
-        .args(["--exact", "equals_the_definition_in_single_precision", "equals_the_definition_in_double_precision"])
+        .args(["equals_the_definition_in"])
         .env("POLDER_ISA", "baseline")
         .env_remove("POLDER_TEST_DEVICE")
         .output()
         .unwrap();
     let output = String::from_utf8_lossy(&status.stdout);
-    assert!(status.status.success() && output.contains("2 passed"), "{output}");
+    assert!(status.status.success() && output.contains("3 passed"), "{output}");
 }
 
 /// The CPU's shapes on one thread and on many, and the GPU's shapes in every order, are each deterministic to the bit.
-#[test]
-fn bits_depend_on_neither_threads_nor_schedule() {
+fn check_bits<S: Compute>() {
     for (number, shape) in SHAPES.iter().chain(&WIDE_SHAPES).enumerate() {
-        let case = case::<f32>(shape, 100 + number as u64);
+        let case = case::<S>(shape, 100 + number as u64);
         let mut seen: [Option<(String, Vec<Vec<u64>>)>; 2] = [None, None];
         for (name, device) in host_devices() {
-            let found: Vec<Vec<u64>> =
-                run(&device, shape, &case).unwrap().iter().flatten().map(|pass| bits(pass)).collect();
+            let (y, dx, dw) = run(&device, shape, &case).unwrap();
+            let stored = y.iter().chain(&dx).map(|pass| bits(pass));
+            let found: Vec<Vec<u64>> = stored.chain(dw.iter().map(|pass| bits(pass))).collect();
             let group = &mut seen[usize::from(name.starts_with("gpu"))];
             match group {
                 Some((first, expected)) => assert_eq!(*expected, found, "{first} and {name} differ: {shape:?}"),
@@ -193,6 +208,12 @@ fn bits_depend_on_neither_threads_nor_schedule() {
         }
         assert!(seen.iter().all(Option::is_some));
     }
+}
+
+#[test]
+fn bits_depend_on_neither_threads_nor_schedule() {
+    check_bits::<f32>();
+    check_bits::<f16>();
 }
 
 /// A shape large enough that images are split into bands and the depth into blocks, on the CPU's own shapes.
@@ -204,7 +225,7 @@ fn splits_large_images_and_many_channels() {
         let case = case::<f64>(shape, 200 + number as u64);
         let [y, dx, dw] = reference(shape, &case.x, &case.weight, &case.dy);
         let device = Device::host_with(HostOptions { threads: 2, ..HostOptions::default() });
-        let [[found_y, _], [found_dx, _], [found_dw, _]] = run(&device, shape, &case).unwrap();
+        let ([found_y, _], [found_dx, _], [found_dw, _]) = run(&device, shape, &case).unwrap();
         assert_close("y", &found_y, &y, 1e-14);
         assert_close("dx", &found_dx, &dx, 1e-14);
         assert_close("dw", &found_dw, &dw, 1e-14);
@@ -221,12 +242,12 @@ fn gradients_equal_central_differences() {
         for (name, device) in host_devices() {
             let loss = |x: &[f64], weight: &[f64]| -> f64 {
                 let mut y = device.poisoned(shape.output_len()).unwrap();
-                let mut workspace = device.poisoned(shape.workspace_len(&device)).unwrap();
+                let mut workspace = device.poisoned(shape.workspace_len::<f64>(&device)).unwrap();
                 let (x, weight) = (device.upload(x).unwrap(), device.upload(weight).unwrap());
                 conv::forward(shape, x.view(), weight.view(), y.view_mut(), false, workspace.view_mut()).unwrap();
                 y.to_vec().unwrap().iter().zip(&case.dy).map(|(y, dy)| y * dy).sum()
             };
-            let [_, [dx, _], [dw, _]] = run(&device, shape, &case).unwrap();
+            let (_, [dx, _], [dw, _]) = run(&device, shape, &case).unwrap();
             let along_x: Vec<f64> = random.vector(case.x.len());
             let along_w: Vec<f64> = random.vector(case.weight.len());
             let moved = |from: &[f64], along: &[f64], step: f64| -> Vec<f64> {
@@ -270,7 +291,7 @@ fn refuses_wrong_lengths_devices_and_shapes() {
             workspace.view_mut(),
         )
     };
-    let lengths = [right.input_len(), right.weight_len(), right.output_len(), right.workspace_len(&device)];
+    let lengths = [right.input_len(), right.weight_len(), right.output_len(), right.workspace_len::<f32>(&device)];
     let [x, weight, y, workspace] = lengths;
     call(&right, x, weight, y, workspace).unwrap();
     call(&right, x, weight, y, workspace + 5).unwrap();

@@ -5,6 +5,7 @@ mod common;
 use common::{Random, assert_close, bits, devices, host_devices, to_f64};
 use polder::device::{Device, Error, Scalar};
 use polder::kernels::loss::{LossShape, cross_entropy, cross_entropy_tangent};
+use polder::kernels::loss_scale;
 
 struct Found<T> {
     dlogits: Vec<T>,
@@ -29,6 +30,7 @@ fn run<T: Scalar>(device: &Device, classes: usize, logits: &[T], labels: &[u32],
         labels.view(),
         smoothing,
         Some(dlogits.view_mut()),
+        None,
         sample_losses.view_mut(),
         loss.view_mut(),
         correct.view_mut(),
@@ -46,6 +48,7 @@ fn run<T: Scalar>(device: &Device, classes: usize, logits: &[T], labels: &[u32],
         logits.view(),
         labels.view(),
         smoothing,
+        None,
         None,
         sample_losses.view_mut(),
         loss.view_mut(),
@@ -139,11 +142,88 @@ fn gradient_is_that_of_the_loss() {
     }
 }
 
+/// A power of two scales the gradient and its tangent to the bit, and nothing else.
+#[test]
+fn a_loss_scale_multiplies_gradients_alone() {
+    let (batch, classes) = (37, 10);
+    let mut random = Random(5);
+    let logits: Vec<f32> = random.vector(batch * classes);
+    let direction: Vec<f32> = random.vector(batch * classes);
+    let labels: Vec<u32> = (0..batch).map(|_| random.below(classes) as u32).collect();
+    let shape = LossShape { batch, classes };
+    for (name, device) in devices() {
+        let plain = run(&device, classes, &logits, &labels, 0.1);
+        let scaled = |values: &[f32]| values.iter().map(|value| value * 4096.0).collect::<Vec<f32>>();
+        let plain_tangent = run_tangent(&device, classes, &logits, &direction);
+        let (logits, direction) = (device.upload(&logits).unwrap(), device.upload(&direction).unwrap());
+        let (labels, scale) = (device.upload(&labels).unwrap(), device.upload(&[4096.0, 7.0]).unwrap());
+        let mut dlogits = device.poisoned::<f32>(batch * classes).unwrap();
+        let (mut losses, mut loss) = (device.poisoned::<f32>(batch).unwrap(), device.poisoned(1).unwrap());
+        let mut correct = device.zeros(1).unwrap();
+        let (out, scale) = (Some(dlogits.view_mut()), Some(scale.view()));
+        let results = (losses.view_mut(), loss.view_mut(), correct.view_mut());
+        cross_entropy(&shape, logits.view(), labels.view(), 0.1, out, scale, results.0, results.1, results.2).unwrap();
+        assert_eq!(dlogits.to_vec().unwrap(), scaled(&plain.dlogits), "{name}");
+        assert_eq!(loss.to_vec().unwrap(), [plain.loss], "{name}");
+        cross_entropy_tangent(&shape, logits.view(), direction.view(), dlogits.view_mut(), scale).unwrap();
+        assert_eq!(dlogits.to_vec().unwrap(), scaled(&plain_tangent), "{name}");
+    }
+}
+
+/// Division by the scale is exact, NaN and infinity are seen wherever they are, and the flag is never taken back.
+#[test]
+fn a_result_is_unscaled_and_checked() {
+    let mut random = Random(6);
+    let whole: Vec<f32> = random.vector(5003);
+    for (name, device) in devices() {
+        let state = device.upload(&[65536.0, 3.0]).unwrap();
+        for len in [1, 3, 4, 1001, 5003] {
+            let values = &whole[..len];
+            let check = |values: &[f32], flag: u32| {
+                let scaled: Vec<f32> = values.iter().map(|value| value * 65536.0).collect();
+                let mut x = device.upload(&scaled).unwrap();
+                let mut flag = device.upload(&[flag]).unwrap();
+                loss_scale::unscale(x.view_mut(), state.view(), flag.view_mut()).unwrap();
+                (x.to_vec().unwrap(), flag.to_vec().unwrap()[0])
+            };
+            assert_eq!(check(values, 0), (values.to_vec(), 0), "{name}, {len}");
+            assert_eq!(check(values, 1).1, 1, "{name}, {len}");
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX] {
+                let mut damaged = values.to_vec();
+                damaged[random.below(len)] = bad;
+                assert_eq!(check(&damaged, 0).1, 1, "{name}, {len}, {bad}");
+            }
+        }
+    }
+}
+
+/// Half after a skipped step, twice after so many good ones in a row; never below 1 nor above 2^24.
+#[test]
+fn the_loss_scale_follows_the_steps() {
+    for (name, device) in devices() {
+        let (good, skipped) = (device.upload(&[0u32]).unwrap(), device.upload(&[1u32]).unwrap());
+        let after = |start: [f64; 2], skip: &polder::device::Buffer<u32>| {
+            let mut state = device.upload(&start).unwrap();
+            loss_scale::update(state.view_mut(), skip.view()).unwrap();
+            state.to_vec().unwrap()
+        };
+        let last = loss_scale::GROWTH_INTERVAL - 1.0;
+        assert_eq!(after([65536.0, 5.0], &good), [65536.0, 6.0], "{name}");
+        assert_eq!(after([65536.0, last], &good), [131072.0, 0.0], "{name}");
+        assert_eq!(after([65536.0, last], &skipped), [32768.0, 0.0], "{name}");
+        assert_eq!(after([1.0, 5.0], &skipped), [1.0, 0.0], "{name}");
+        assert_eq!(after([16777216.0, last], &good), [16777216.0, 0.0], "{name}");
+        let mut state = device.zeros::<f64>(1).unwrap();
+        let refused = loss_scale::update(state.view_mut(), good.view());
+        assert!(matches!(refused, Err(Error::Length { argument: "state", .. })), "{refused:?}");
+    }
+}
+
 fn run_tangent<T: Scalar>(device: &Device, classes: usize, logits: &[T], tangent: &[T]) -> Vec<T> {
     let shape = LossShape { batch: logits.len() / classes, classes };
     let (logits, tangent) = (device.upload(logits).unwrap(), device.upload(tangent).unwrap());
     let mut found = device.poisoned::<T>(logits.len()).unwrap();
-    cross_entropy_tangent(&shape, logits.view(), tangent.view(), found.view_mut()).unwrap();
+    cross_entropy_tangent(&shape, logits.view(), tangent.view(), found.view_mut(), None).unwrap();
     found.to_vec().unwrap()
 }
 
@@ -288,7 +368,7 @@ fn wrong_arguments_are_refused() {
         let mut losses = device.zeros::<f32>(2).unwrap();
         let (mut loss, mut correct) = (device.zeros::<f64>(1).unwrap(), device.zeros::<u32>(1).unwrap());
         let (loss, correct) = (loss.view_mut(), correct.view_mut());
-        cross_entropy(&shape, logits.view(), labels.view(), smoothing, None, losses.view_mut(), loss, correct)
+        cross_entropy(&shape, logits.view(), labels.view(), smoothing, None, None, losses.view_mut(), loss, correct)
     };
     let operation = "loss::cross_entropy";
     assert_eq!(call(LossShape { batch: 2, classes: 3 }, 6, 0.1), Ok(()));
@@ -308,10 +388,15 @@ fn wrong_arguments_are_refused() {
     let (logits, short) = (device.zeros::<f32>(6).unwrap(), device.zeros::<f32>(5).unwrap());
     let mut found = device.zeros::<f32>(6).unwrap();
     let shape = LossShape { batch: 2, classes: 3 };
-    let refused = cross_entropy_tangent(&shape, logits.view(), short.view(), found.view_mut());
+    let refused = cross_entropy_tangent(&shape, logits.view(), short.view(), found.view_mut(), None);
     let operation = "loss::cross_entropy_tangent";
     assert_eq!(refused, Err(Error::Length { operation, argument: "logits_tangent", found: 5, expected: 6 }));
-    let empty =
-        cross_entropy_tangent(&LossShape { batch: 0, classes: 3 }, logits.view(), logits.view(), found.view_mut());
+    let empty = cross_entropy_tangent(
+        &LossShape { batch: 0, classes: 3 },
+        logits.view(),
+        logits.view(),
+        found.view_mut(),
+        None,
+    );
     assert!(matches!(empty, Err(Error::Argument { .. })), "{empty:?}");
 }

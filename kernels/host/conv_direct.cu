@@ -9,7 +9,9 @@
 //
 // One thread per block. A block pads a band of an image, or several small images, into its scratch memory (which stays
 // in the L2 cache); bands depend on the shape alone, and so do all sums.
-#include "../include/polder.cuh"
+//
+// Numbers stored in 16 bits (S) become floats (T) where weights are packed and images are padded, and results are rounded once.
+#include "../include/elementwise.cuh"
 
 // Fused multiply-adds, where the instruction set has them: nothing here is compared between instruction sets.
 #if defined(__clang__)
@@ -67,25 +69,26 @@ __forceinline__ ParityClass parity_class(const ConvShape& s, int remainder) {
 
 // ---- Packing -------------------------------------------------------------------------------------------------------
 
-template <class T>
+template <class S, class T = Arithmetic<S>>
 struct PackArgs {
-    const T* weight;
+    const S* weight;
     T* packed;
     ConvShape shape;
 };
 
 /// weight [taps][in][out] to packed [panel of out][taps][in][kPanel], zeros beyond the last channel.
-template <class T>
-__device__ void pack_forward(const PackArgs<T>& a) {
+template <class S>
+__device__ void pack_forward(const PackArgs<S>& a) {
+    typedef Arithmetic<S> T;
     constexpr int W = kPanel<T>;
     const int n = a.shape.out_channels;
     const uint64_t rows = uint64_t(a.shape.kernel) * a.shape.kernel * a.shape.in_channels;
     for_each_index(rows, [&](uint64_t row) {
         for (int first = 0; first < n; first += W) {
-            const T* __restrict__ from = a.weight + row * n + first;
+            const S* __restrict__ from = a.weight + row * n + first;
             T* __restrict__ to = a.packed + (first / W * rows + row) * W;
             const int columns = n - first < W ? n - first : W;
-            for (int j = 0; j < columns; ++j) to[j] = from[j];
+            for (int j = 0; j < columns; ++j) to[j] = widen(from[j]);
             for (int j = columns; j < W; ++j) to[j] = T(0);
         }
     });
@@ -93,8 +96,9 @@ __device__ void pack_forward(const PackArgs<T>& a) {
 
 /// weight [taps][in][out] to, for every parity class, packed [panel of in][class's taps][out][kPanel]: the taps in the order
 /// in which a pixel meets rising rows and columns of the output gradient.
-template <class T>
-__device__ void pack_input_gradient(const PackArgs<T>& a) {
+template <class S>
+__device__ void pack_input_gradient(const PackArgs<S>& a) {
+    typedef Arithmetic<S> T;
     constexpr int W = kPanel<T>;
     const ConvShape& s = a.shape;
     const int panels = (s.in_channels + W - 1) / W;
@@ -116,14 +120,14 @@ __device__ void pack_input_gradient(const PackArgs<T>& a) {
         const int kernel_row = rows.last_tap - tap / columns.taps * s.stride;
         const int kernel_column = columns.last_tap - tap % columns.taps * s.stride;
         const int channels = s.in_channels - panel * W < W ? s.in_channels - panel * W : W;
-        const T* from = a.weight + (uint64_t(kernel_row * s.kernel + kernel_column) * s.in_channels + panel * W) *
+        const S* from = a.weight + (uint64_t(kernel_row * s.kernel + kernel_column) * s.in_channels + panel * W) *
                                        s.out_channels;
         T* to = packed + (uint64_t(panel) * rows.taps * columns.taps + tap) * s.out_channels * W;
         // A panel's square at a time, so that the transposition stays in the cache.
         for (int first = 0; first < s.out_channels; first += W) {
             const int last = first + W < s.out_channels ? first + W : s.out_channels;
             for (int c = 0; c < W; ++c) {
-                for (int o = first; o < last; ++o) to[o * W + c] = c < channels ? from[c * s.out_channels + o] : T(0);
+                for (int o = first; o < last; ++o) to[o * W + c] = c < channels ? widen(from[c * s.out_channels + o]) : T(0);
             }
         }
     });
@@ -134,9 +138,19 @@ struct Window {
     int first_row, rows, first_column, columns;  // in the unpadded image; may lie outside
 };
 
+/// Copies count numbers, widened where they are stored in fewer bits.
+template <class S, class T>
+__forceinline__ void copy_widened(T* __restrict__ to, const S* __restrict__ from, size_t count) {
+    if constexpr (Same<S, T>::value) {
+        memcpy(to, from, count * sizeof(T));
+    } else {
+        for (size_t i = 0; i < count; ++i) to[i] = widen(from[i]);
+    }
+}
+
 /// Copies `width` of the `channels` channels of an image's window, zeros where it lies outside the image.
-template <class T>
-__forceinline__ void copy_window(T* to, const T* image, int height, int image_width, int channels, int width,
+template <class S, class T>
+__forceinline__ void copy_window(T* to, const S* image, int height, int image_width, int channels, int width,
                                  const Window& window) {
     const int end = window.first_column + window.columns;
     const int left = window.first_column < 0 ? (end < 0 ? window.columns : -window.first_column) : 0;
@@ -149,15 +163,15 @@ __forceinline__ void copy_window(T* to, const T* image, int height, int image_wi
             memset(to, 0, row_bytes);
             continue;
         }
-        const T* from = image + (int64_t(row) * image_width + window.first_column + left) * channels;
+        const S* from = image + (int64_t(row) * image_width + window.first_column + left) * channels;
         memset(to, 0, size_t(left) * width * sizeof(T));
         T* at = to + left * width;
         if (width == channels) {
-            memcpy(at, from, size_t(inside) * width * sizeof(T));
+            copy_widened(at, from, size_t(inside) * width);
         } else if (width == kPanel<T>) {
-            for (int i = 0; i < inside; ++i) memcpy(at + i * kPanel<T>, from + int64_t(i) * channels, 64);
+            for (int i = 0; i < inside; ++i) copy_widened(at + i * kPanel<T>, from + int64_t(i) * channels, kPanel<T>);
         } else {
-            for (int i = 0; i < inside; ++i) memcpy(at + i * width, from + int64_t(i) * channels, size_t(width) * sizeof(T));
+            for (int i = 0; i < inside; ++i) copy_widened(at + i * width, from + int64_t(i) * channels, size_t(width));
         }
         memset(at + inside * width, 0, size_t(right) * width * sizeof(T));
     }
@@ -170,11 +184,11 @@ __forceinline__ void copy_window(T* to, const T* image, int height, int image_wi
 constexpr int kBlockDepth = 256;
 
 /// A convolution of the pixels of a band, each a place in the padded source and one in the target.
-template <class T>
+template <class S, class T = Arithmetic<S>>
 struct Correlation {
     const T* source;
     const int32_t* source_at;
-    T* target;
+    S* target;
     const int32_t* target_at;
     int pixels;
     int tap_rows, row_pitch;  // rows of taps, and the elements between them in the source
@@ -185,13 +199,13 @@ struct Correlation {
 };
 
 /// ROWS pixels by one panel, over `rows` rows of taps and `length` elements of each; `columns` of the panel are stored.
-template <int ROWS, class T>
-__forceinline__ void correlate_tile(const Correlation<T>& job, int pixel, int row, int rows, int start, int length,
+template <int ROWS, class S, class T>
+__forceinline__ void correlate_tile(const Correlation<S, T>& job, int pixel, int row, int rows, int start, int length,
                                     const T* __restrict__ b, int channel, int columns, bool add) {
     using V = typename Vector<T>::type;
     constexpr int L = Vector<T>::lanes;
     const T* a[ROWS];
-    T* c[ROWS];
+    S* c[ROWS];
     V sum[ROWS][2];
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; ++i) {
@@ -211,32 +225,36 @@ __forceinline__ void correlate_tile(const Correlation<T>& job, int pixel, int ro
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; ++i) a[i] += job.row_pitch;
     }
-    if (columns == kPanel<T>) {
+    if constexpr (Same<S, T>::value) {
+        if (columns == kPanel<T>) {
 #pragma GCC unroll 6
-        for (int i = 0; i < ROWS; ++i) {
-            if (add) {
-                sum[i][0] += load_vector(c[i]);
-                sum[i][1] += load_vector(c[i] + L);
+            for (int i = 0; i < ROWS; ++i) {
+                if (add) {
+                    sum[i][0] += load_vector(c[i]);
+                    sum[i][1] += load_vector(c[i] + L);
+                }
+                store_vector(c[i], sum[i][0]);
+                store_vector(c[i] + L, sum[i][1]);
             }
-            store_vector(c[i], sum[i][0]);
-            store_vector(c[i] + L, sum[i][1]);
+            return;
         }
-        return;
     }
     for (int i = 0; i < ROWS; ++i) {
         T tile[kPanel<T>];
         store_vector(tile, sum[i][0]);
         store_vector(tile + L, sum[i][1]);
-        for (int j = 0; j < columns; ++j) c[i][j] = add ? c[i][j] + tile[j] : tile[j];
+        for (int j = 0; j < columns; ++j) c[i][j] = convert_to<S>(add ? widen(c[i][j]) + tile[j] : tile[j]);
     }
 }
 
-template <class T>
-__forceinline__ void correlate(const Correlation<T>& job) {
+template <class S, class T>
+__forceinline__ void correlate(const Correlation<S, T>& job) {
     constexpr int W = kPanel<T>;
     const int depth = job.tap_rows * job.run;
-    const int rows_at_once = job.run > kBlockDepth ? 1 : kBlockDepth / job.run;
-    const int parts = (job.run + kBlockDepth - 1) / kBlockDepth, length_at_once = (job.run + parts - 1) / parts;
+    // A target in fewer bits holds no sums on the way: there the whole depth is one block, so that they are rounded once.
+    const int block = Same<S, T>::value ? kBlockDepth : depth;
+    const int rows_at_once = job.run > block ? 1 : block / job.run;
+    const int parts = (job.run + block - 1) / block, length_at_once = (job.run + parts - 1) / parts;
     for (int channel = 0; channel < job.target_channels; channel += W) {
         const int columns = job.target_channels - channel < W ? job.target_channels - channel : W;
         const T* panel = job.packed + int64_t(channel) * depth;
@@ -279,32 +297,35 @@ __forceinline__ Band band_at(const Bands& bands, int index, int batch, int total
             total_rows - first_row < bands.rows ? total_rows - first_row : bands.rows};
 }
 
-template <class T>
+template <class S, class T = Arithmetic<S>>
 struct ForwardArgs {
-    const T* x;
+    const S* x;
     const T* packed;
-    T* y;
+    S* y;
     ConvShape shape;
     Bands bands;
     uint32_t accumulate;
 };
 
 /// y[n, i, j, o] = sum over taps and c of x[n, i * stride + tap row - padding, j * stride + tap column - padding, c] * weight
-template <class T>
-__device__ void forward(const ForwardArgs<T>& a) {
+template <class S>
+__device__ void forward(const ForwardArgs<S>& a) {
+    typedef Arithmetic<S> T;
+    constexpr bool widens = !Same<S, T>::value;
     const ConvShape& s = a.shape;
     const int C = s.in_channels;
     const Band band = band_at(a.bands, blockIdx.x, s.batch, s.out_height);
     const Window window{band.first_row * s.stride - s.padding, (band.rows - 1) * s.stride + s.kernel, -s.padding,
                         (s.out_width - 1) * s.stride + s.kernel};
-    const T* image = a.x + int64_t(band.first_image) * s.height * s.width * C;
+    const S* image = a.x + int64_t(band.first_image) * s.height * s.width * C;
     int image_pitch = s.height * s.width * C, row_pitch = s.width * C;
 
     POLDER_DYNAMIC_SHARED(int32_t, tables);
     const int table = round_up(a.bands.images * a.bands.rows * s.out_width, 16);
     int32_t *source_at = tables, *target_at = tables + table;
-    const T* source = image + int64_t(window.first_row) * row_pitch;
-    if (s.padding > 0) {
+    const T* source = nullptr;
+    if constexpr (!widens) source = image + int64_t(window.first_row) * row_pitch;
+    if (widens || s.padding > 0) {
         T* padded = reinterpret_cast<T*>(tables + 2 * table);
         source = padded;
         for (int n = 0; n < band.images; ++n, padded += window.rows * window.columns * C) {
@@ -323,24 +344,25 @@ __device__ void forward(const ForwardArgs<T>& a) {
             }
         }
     }
-    T* target = a.y + (int64_t(band.first_image) * s.out_height + band.first_row) * s.out_width * s.out_channels;
-    correlate<T>({source, source_at, target, target_at, pixels, s.kernel, row_pitch, s.kernel * C, a.packed, s.out_channels,
+    S* target = a.y + (int64_t(band.first_image) * s.out_height + band.first_row) * s.out_width * s.out_channels;
+    correlate<S, T>({source, source_at, target, target_at, pixels, s.kernel, row_pitch, s.kernel * C, a.packed, s.out_channels,
                   a.accumulate != 0});
 }
 
-template <class T>
+template <class S, class T = Arithmetic<S>>
 struct InputGradientArgs {
-    const T* dy;
+    const S* dy;
     const T* packed;
-    T* dx;
+    S* dx;
     ConvShape shape;
     Bands bands;  // in rows of a parity class
     uint32_t accumulate;
 };
 
 /// dx[n, i, j, c] = sum over o and the taps through which y sees x[n, i, j, c] of dy * weight
-template <class T>
-__device__ void input_gradient(const InputGradientArgs<T>& a) {
+template <class S>
+__device__ void input_gradient(const InputGradientArgs<S>& a) {
+    typedef Arithmetic<S> T;
     const ConvShape& s = a.shape;
     const int C = s.in_channels, O = s.out_channels;
     const int class_rows = (s.height + s.stride - 1) / s.stride, class_columns = (s.width + s.stride - 1) / s.stride;
@@ -361,10 +383,10 @@ __device__ void input_gradient(const InputGradientArgs<T>& a) {
     T* const source = reinterpret_cast<T*>(tables + 2 * table);
     const int row_pitch = window.columns * O, image_pitch = window.rows * row_pitch;
     for (int n = 0; n < band.images; ++n) {
-        const T* image = a.dy + int64_t(band.first_image + n) * s.out_height * s.out_width * O;
+        const S* image = a.dy + int64_t(band.first_image + n) * s.out_height * s.out_width * O;
         copy_window(source + n * image_pitch, image, s.out_height, s.out_width, O, O, window);
     }
-    T* target = a.dx + (int64_t(band.first_image) * s.height + band.first_row * s.stride) * s.width * C;
+    S* target = a.dx + (int64_t(band.first_image) * s.height + band.first_row * s.stride) * s.width * C;
     const T* packed = a.packed;
     for (int cls = 0; cls < s.stride * s.stride; ++cls) {
         const int row_remainder = cls / s.stride, column_remainder = cls % s.stride;
@@ -383,10 +405,10 @@ __device__ void input_gradient(const InputGradientArgs<T>& a) {
             }
         }
         if (rows.taps * columns.taps > 0) {
-            correlate<T>({source, source_at, target, target_at, pixels, rows.taps, row_pitch, columns.taps * O, packed, C,
+            correlate<S, T>({source, source_at, target, target_at, pixels, rows.taps, row_pitch, columns.taps * O, packed, C,
                           a.accumulate != 0});
         } else if (a.accumulate == 0) {
-            for (int i = 0; i < pixels; ++i) memset(target + target_at[i], 0, size_t(C) * sizeof(T));
+            for (int i = 0; i < pixels; ++i) memset(target + target_at[i], 0, size_t(C) * sizeof(S));
         }
         packed += int64_t(rows.taps) * columns.taps * O * round_up(C, kPanel<T>);
     }
@@ -394,10 +416,10 @@ __device__ void input_gradient(const InputGradientArgs<T>& a) {
 
 // ---- Weight gradient -----------------------------------------------------------------------------------------------
 
-template <class T>
+template <class S, class T = Arithmetic<S>>
 struct WeightGradientArgs {
-    const T* x;
-    const T* dy;
+    const S* x;
+    const S* dy;
     T* partial;  // [group][slice of in][panel of out][tap row][tap column][in of the slice][kPanel]
     ConvShape shape;
     Bands bands;
@@ -434,8 +456,9 @@ __forceinline__ void outer_tile(const T* a, const int32_t* at, int64_t pixels, c
 }
 
 /// The sum over one group's images for one slice of the input channels.
-template <class T>
-__device__ void weight_gradient(const WeightGradientArgs<T>& a) {
+template <class S>
+__device__ void weight_gradient(const WeightGradientArgs<S>& a) {
+    typedef Arithmetic<S> T;
     constexpr int W = kPanel<T>;
     const ConvShape& s = a.shape;
     const int C = s.in_channels, O = s.out_channels;
@@ -464,25 +487,27 @@ __device__ void weight_gradient(const WeightGradientArgs<T>& a) {
         const int64_t image = first_image + band.first_image;
         const Window window{band.first_row * s.stride - s.padding, (band.rows - 1) * s.stride + s.kernel, -s.padding, columns};
         for (int n = 0; n < band.images; ++n) {
-            const T* x = a.x + (image + n) * s.height * s.width * C + first_channel;
+            const S* x = a.x + (image + n) * s.height * s.width * C + first_channel;
             copy_window(padded + n * image_pitch, x, s.height, s.width, C, width, window);
         }
-        const T* dy = a.dy + (image * s.out_height + band.first_row) * s.out_width * O;
+        const S* dy = a.dy + (image * s.out_height + band.first_row) * s.out_width * O;
         const int pixels = band.images * band.rows * s.out_width;
         for (int channel = 0; channel < O; channel += W) {
-            const T* b = dy;
-            if (O != W) {
+            const T* b = packed;
+            if constexpr (Same<S, T>::value) {
+                if (O == W) b = dy;
+            }
+            if (b == packed) {
                 const int filled = O - channel < W ? O - channel : W;
                 for (int pixel = 0; pixel < pixels; ++pixel) {
-                    const T* from = dy + int64_t(pixel) * O + channel;
+                    const S* from = dy + int64_t(pixel) * O + channel;
                     T* to = packed + pixel * W;
                     if (filled == W) {
-                        memcpy(to, from, W * sizeof(T));
+                        copy_widened(to, from, W);
                     } else {
-                        for (int j = 0; j < W; ++j) to[j] = j < filled ? from[j] : T(0);
+                        for (int j = 0; j < W; ++j) to[j] = j < filled ? widen(from[j]) : T(0);
                     }
                 }
-                b = packed;
             }
             T* sums = partial + channel * taps * width;
             for (int tap_row = 0; tap_row < s.kernel; ++tap_row) {
@@ -543,14 +568,24 @@ __device__ void sum_groups(const SumGroupsArgs<T>& a) {
 }  // namespace
 
 POLDER_HOST_KERNEL(conv_direct_pack_forward_f32, pack_forward<float>, PackArgs<float>)
+POLDER_HOST_KERNEL(conv_direct_pack_forward_f16, pack_forward<__half>, PackArgs<__half>)
+POLDER_HOST_KERNEL(conv_direct_pack_forward_bf16, pack_forward<__nv_bfloat16>, PackArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(conv_direct_pack_forward_f64, pack_forward<double>, PackArgs<double>)
 POLDER_HOST_KERNEL(conv_direct_pack_input_gradient_f32, pack_input_gradient<float>, PackArgs<float>)
+POLDER_HOST_KERNEL(conv_direct_pack_input_gradient_f16, pack_input_gradient<__half>, PackArgs<__half>)
+POLDER_HOST_KERNEL(conv_direct_pack_input_gradient_bf16, pack_input_gradient<__nv_bfloat16>, PackArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(conv_direct_pack_input_gradient_f64, pack_input_gradient<double>, PackArgs<double>)
 POLDER_HOST_KERNEL(conv_direct_forward_f32, forward<float>, ForwardArgs<float>)
+POLDER_HOST_KERNEL(conv_direct_forward_f16, forward<__half>, ForwardArgs<__half>)
+POLDER_HOST_KERNEL(conv_direct_forward_bf16, forward<__nv_bfloat16>, ForwardArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(conv_direct_forward_f64, forward<double>, ForwardArgs<double>)
 POLDER_HOST_KERNEL(conv_direct_input_gradient_f32, input_gradient<float>, InputGradientArgs<float>)
+POLDER_HOST_KERNEL(conv_direct_input_gradient_f16, input_gradient<__half>, InputGradientArgs<__half>)
+POLDER_HOST_KERNEL(conv_direct_input_gradient_bf16, input_gradient<__nv_bfloat16>, InputGradientArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(conv_direct_input_gradient_f64, input_gradient<double>, InputGradientArgs<double>)
 POLDER_HOST_KERNEL(conv_direct_weight_gradient_f32, weight_gradient<float>, WeightGradientArgs<float>)
+POLDER_HOST_KERNEL(conv_direct_weight_gradient_f16, weight_gradient<__half>, WeightGradientArgs<__half>)
+POLDER_HOST_KERNEL(conv_direct_weight_gradient_bf16, weight_gradient<__nv_bfloat16>, WeightGradientArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(conv_direct_weight_gradient_f64, weight_gradient<double>, WeightGradientArgs<double>)
 POLDER_HOST_KERNEL(conv_direct_sum_groups_f32, sum_groups<float>, SumGroupsArgs<float>)
 POLDER_HOST_KERNEL(conv_direct_sum_groups_f64, sum_groups<double>, SumGroupsArgs<double>)

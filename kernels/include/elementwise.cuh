@@ -81,6 +81,37 @@ __device__ __forceinline__ D convert_to(S x) {
     }
 }
 
+/// What numbers stored as S are computed in: themselves, or floats for the 16-bit types.
+template <class S>
+using Arithmetic = decltype(widen(S{}));
+
+/// V neighbours, loaded in one access and widened.
+template <int V, class S>
+__device__ __forceinline__ Pack<Arithmetic<S>, V> fetch(const S* p, uint64_t i) {
+    if constexpr (Same<S, Arithmetic<S>>::value) {
+        return load<V>(p, i);
+    } else {
+        const Pack<S, V> stored = load<V>(p, i);
+        Pack<Arithmetic<S>, V> pack;
+        POLDER_UNROLL
+        for (int v = 0; v < V; ++v) pack.v[v] = widen(stored.v[v]);
+        return pack;
+    }
+}
+
+/// Rounds V neighbours to S and stores them in one access.
+template <class S, class T, int V>
+__device__ __forceinline__ void put(S* p, uint64_t i, const Pack<T, V>& pack) {
+    if constexpr (Same<S, T>::value) {
+        store(p, i, pack);
+    } else {
+        Pack<S, V> rounded;
+        POLDER_UNROLL
+        for (int v = 0; v < V; ++v) rounded.v[v] = convert_to<S>(pack.v[v]);
+        store(p, i, rounded);
+    }
+}
+
 // ---- Pure outputs --------------------------------------------------------------------------------------------------
 
 /// Where a pass writes: N vectors of one type.

@@ -129,6 +129,17 @@ fn check_range(operation: &'static str, range: &Range<usize>, len: usize) -> Res
     Err(Error::Range { operation, start: range.start, end: range.end, reason })
 }
 
+/// Whether `len` elements of U lie within `found` elements of T.
+fn check_cast<T: Element, U: Element>(operation: &'static str, found: usize, len: usize) -> Result<()> {
+    let fits = len.checked_mul(size_of::<U>()).is_some_and(|bytes| bytes <= found * size_of::<T>());
+    let message = || format!("{len} elements of {} bytes in {found} of {}", size_of::<U>(), size_of::<T>());
+    if fits && align_of::<U>() <= align_of::<T>() {
+        Ok(())
+    } else {
+        Err(Error::Argument { operation, message: message() })
+    }
+}
+
 fn check_length(operation: &'static str, argument: &'static str, found: usize, expected: usize) -> Result<()> {
     if found == expected { Ok(()) } else { Err(Error::Length { operation, argument, found, expected }) }
 }
@@ -171,6 +182,12 @@ impl<'a, T: Element> Slice<'a, T> {
         check_range("Slice::slice", &range, self.len)?;
         let address = self.address + (range.start * size_of::<T>()) as u64;
         Ok(Slice { address, len: range.len(), ..self })
+    }
+
+    /// The first `len` elements of the same memory as another type, no more strictly aligned.
+    pub(crate) fn cast<U: Element>(self, len: usize) -> Result<Slice<'a, U>> {
+        check_cast::<T, U>("Slice::cast", self.len, len)?;
+        Ok(Slice { device: self.device, address: self.address, len, borrow: PhantomData })
     }
 
     /// Waits for the device and copies to the host.
@@ -248,6 +265,12 @@ impl<'a, T: Element> SliceMut<'a, T> {
         check_range("SliceMut::slice_mut", &range, self.len)?;
         let address = self.address + (range.start * size_of::<T>()) as u64;
         Ok(SliceMut { device: self.device, address, len: range.len(), borrow: PhantomData })
+    }
+
+    /// As [`Slice::cast`].
+    pub(crate) fn cast<U: Element>(self, len: usize) -> Result<SliceMut<'a, U>> {
+        check_cast::<T, U>("SliceMut::cast", self.len, len)?;
+        Ok(SliceMut { device: self.device, address: self.address, len, borrow: PhantomData })
     }
 
     /// Copies `values` from the host, in the device's order.

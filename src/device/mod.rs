@@ -28,21 +28,24 @@ pub trait Element: bytemuck::Pod + Send + Sync {}
 impl<T: bytemuck::Pod + Send + Sync> Element for T {}
 
 /// A type that numbers are stored in: `f32`, `half::f16` and `half::bf16` everywhere, and `f64` on the CPU alone.
-pub trait Compute: Element {
+pub trait Compute: Element + fmt::Debug + PartialOrd {
     /// The type that sums of them are taken in, and of which the weights behind them are.
     type Master: Scalar;
     /// The type's name as in `bf16`.
     const NAME: &'static str;
+    /// Whether its exponents are so few that gradients need a scale to be stored.
+    const SCALES_LOSS: bool;
+    /// Rounds a double to this type.
+    fn from_f64(value: f64) -> Self;
+    /// Exactly.
+    fn to_f64(self) -> f64;
     #[doc(hidden)]
     fn choose(kernels: ComputeKernels) -> KernelId;
 }
 
 /// The floating-point type of weights and of an optimizer's vectors: `f32` everywhere, `f64` on the CPU alone, where it makes
 /// gradient checks sharp.
-pub trait Scalar: Compute<Master = Self> + fmt::Debug + PartialOrd + Default + Into<f64> {
-    /// Rounds a double to this type.
-    fn from_f64(value: f64) -> Self;
-}
+pub trait Scalar: Compute<Master = Self> + Default + Into<f64> {}
 
 /// The ids of one kernel for every type.
 #[doc(hidden)]
@@ -57,6 +60,13 @@ pub struct ComputeKernels {
 impl Compute for f32 {
     type Master = f32;
     const NAME: &'static str = "f32";
+    const SCALES_LOSS: bool = false;
+    fn from_f64(value: f64) -> Self {
+        value as f32
+    }
+    fn to_f64(self) -> f64 {
+        f64::from(self)
+    }
     fn choose(kernels: ComputeKernels) -> KernelId {
         kernels.f32
     }
@@ -65,6 +75,13 @@ impl Compute for f32 {
 impl Compute for f64 {
     type Master = f64;
     const NAME: &'static str = "f64";
+    const SCALES_LOSS: bool = false;
+    fn from_f64(value: f64) -> Self {
+        value
+    }
+    fn to_f64(self) -> f64 {
+        self
+    }
     fn choose(kernels: ComputeKernels) -> KernelId {
         kernels.f64
     }
@@ -73,6 +90,13 @@ impl Compute for f64 {
 impl Compute for half::f16 {
     type Master = f32;
     const NAME: &'static str = "f16";
+    const SCALES_LOSS: bool = true;
+    fn from_f64(value: f64) -> Self {
+        half::f16::from_f32(round_to_odd(value))
+    }
+    fn to_f64(self) -> f64 {
+        half::f16::to_f64(self)
+    }
     fn choose(kernels: ComputeKernels) -> KernelId {
         kernels.f16
     }
@@ -81,22 +105,32 @@ impl Compute for half::f16 {
 impl Compute for half::bf16 {
     type Master = f32;
     const NAME: &'static str = "bf16";
+    const SCALES_LOSS: bool = false;
+    fn from_f64(value: f64) -> Self {
+        half::bf16::from_f32(round_to_odd(value))
+    }
+    fn to_f64(self) -> f64 {
+        half::bf16::to_f64(self)
+    }
     fn choose(kernels: ComputeKernels) -> KernelId {
         kernels.bf16
     }
 }
 
-impl Scalar for f32 {
-    fn from_f64(value: f64) -> Self {
-        value as f32
+/// The value as a float whose last bit says that something was cut off: rounding it once more to 16 bits gives what rounding the
+/// value itself would (`half`'s own conversions look at 20 bits of the mantissa alone).
+fn round_to_odd(value: f64) -> f32 {
+    let nearest = value as f32;
+    let back = f64::from(nearest);
+    if back == value || value.is_nan() {
+        return nearest;
     }
+    let below = nearest.to_bits() - u32::from(back.abs() > value.abs());
+    f32::from_bits(below | 1)
 }
 
-impl Scalar for f64 {
-    fn from_f64(value: f64) -> Self {
-        value
-    }
-}
+impl Scalar for f32 {}
+impl Scalar for f64 {}
 
 /// The shape of a launch: blocks, threads per block (at most 256 in all), and bytes of dynamic shared memory per block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -9,7 +9,7 @@
 //! fixed order: the same inputs give the same bits on every run, whatever the number of threads.
 
 use super::{check_device, check_length, pick};
-use crate::device::{Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
+use crate::device::{Compute, Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
 
 /// The shape of the activations: rows (batch · height · width) and channels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,17 +29,17 @@ impl BatchNormShape {
 
 /// What both forward modes read.
 #[derive(Clone, Copy)]
-pub struct Forward<'a, T: Scalar> {
+pub struct Forward<'a, S: Compute> {
     /// `[rows, channels]`
-    pub x: Slice<'a, T>,
+    pub x: Slice<'a, S>,
     /// Scale, `[channels]`.
-    pub gamma: Slice<'a, T>,
+    pub gamma: Slice<'a, S::Master>,
     /// Shift, `[channels]`.
-    pub beta: Slice<'a, T>,
+    pub beta: Slice<'a, S::Master>,
     /// Added to the variance.
     pub eps: f64,
     /// Added after the normalisation and before the relu, `[rows, channels]`.
-    pub residual: Option<Slice<'a, T>>,
+    pub residual: Option<Slice<'a, S>>,
     /// Whether a relu follows. A NaN passes through it.
     pub relu: bool,
 }
@@ -78,102 +78,102 @@ pub enum Mode {
 
 /// What followed the normalisation in the forward, and so where the backward's mask comes from.
 #[derive(Clone, Copy)]
-pub enum Activation<'a, T: Scalar> {
+pub enum Activation<'a, S: Compute> {
     /// No relu.
     Identity,
     /// A relu; the mask is read from its output `y`, `[rows, channels]`.
     Relu {
         /// The forward's output.
-        y: Slice<'a, T>,
+        y: Slice<'a, S>,
     },
     /// A relu and no residual: the mask is computed from `x` again, by the forward's own expression and so to the same bits,
     /// which spares reading `y`.
     ReluRecomputed {
         /// Shift, `[channels]`.
-        beta: Slice<'a, T>,
+        beta: Slice<'a, S::Master>,
     },
 }
 
 /// What [`backward`] reads; the shapes are those of the forward.
 #[derive(Clone, Copy)]
-pub struct Backward<'a, T: Scalar> {
+pub struct Backward<'a, S: Compute> {
     /// The forward's input.
-    pub x: Slice<'a, T>,
+    pub x: Slice<'a, S>,
     /// The gradient of its output.
-    pub dy: Slice<'a, T>,
+    pub dy: Slice<'a, S>,
     /// Scale.
-    pub gamma: Slice<'a, T>,
+    pub gamma: Slice<'a, S::Master>,
     /// What the forward saved.
-    pub mean: Slice<'a, T>,
+    pub mean: Slice<'a, S::Master>,
     /// What the forward saved.
-    pub inv_std: Slice<'a, T>,
+    pub inv_std: Slice<'a, S::Master>,
     /// What followed the normalisation.
-    pub activation: Activation<'a, T>,
+    pub activation: Activation<'a, S>,
 }
 
 /// What [`backward`] writes.
-pub struct Gradients<'a, T: Scalar> {
+pub struct Gradients<'a, S: Compute> {
     /// `[rows, channels]`
-    pub dx: SliceMut<'a, T>,
+    pub dx: SliceMut<'a, S>,
     /// `[channels]`
-    pub dgamma: SliceMut<'a, T>,
+    pub dgamma: SliceMut<'a, S::Master>,
     /// `[channels]`
-    pub dbeta: SliceMut<'a, T>,
+    pub dbeta: SliceMut<'a, S::Master>,
 }
 
 /// Where the gradient of the residual goes, `[rows, channels]`.
-pub struct ResidualGradient<'a, T: Scalar> {
+pub struct ResidualGradient<'a, S: Compute> {
     /// The buffer.
-    pub gradient: SliceMut<'a, T>,
+    pub gradient: SliceMut<'a, S>,
     /// Whether it is added to what the buffer holds.
     pub accumulate: bool,
 }
 
 /// What [`forward_tangent`] reads of the forward, whose shapes these are.
 #[derive(Clone, Copy)]
-pub struct Normalized<'a, T: Scalar> {
+pub struct Normalized<'a, S: Compute> {
     /// Its input.
-    pub x: Slice<'a, T>,
+    pub x: Slice<'a, S>,
     /// Scale.
-    pub gamma: Slice<'a, T>,
+    pub gamma: Slice<'a, S::Master>,
     /// What it saved.
-    pub mean: Slice<'a, T>,
+    pub mean: Slice<'a, S::Master>,
     /// What it saved.
-    pub inv_std: Slice<'a, T>,
+    pub inv_std: Slice<'a, S::Master>,
     /// What followed the normalisation.
-    pub activation: Activation<'a, T>,
+    pub activation: Activation<'a, S>,
 }
 
 /// The tangents of what the forward read.
 #[derive(Clone, Copy)]
-pub struct ForwardTangents<'a, T: Scalar> {
+pub struct ForwardTangents<'a, S: Compute> {
     /// `[rows, channels]`
-    pub x: Slice<'a, T>,
+    pub x: Slice<'a, S>,
     /// `[channels]`
-    pub gamma: Slice<'a, T>,
+    pub gamma: Slice<'a, S::Master>,
     /// `[channels]`
-    pub beta: Slice<'a, T>,
+    pub beta: Slice<'a, S::Master>,
     /// `[rows, channels]`, where there was a residual.
-    pub residual: Option<Slice<'a, T>>,
+    pub residual: Option<Slice<'a, S>>,
 }
 
 /// The tangents of what the backward read, and two of its results.
 #[derive(Clone, Copy)]
-pub struct BackwardTangents<'a, T: Scalar> {
+pub struct BackwardTangents<'a, S: Compute> {
     /// `[rows, channels]`
-    pub x: Slice<'a, T>,
+    pub x: Slice<'a, S>,
     /// `[rows, channels]`
-    pub dy: Slice<'a, T>,
+    pub dy: Slice<'a, S>,
     /// `[channels]`
-    pub gamma: Slice<'a, T>,
+    pub gamma: Slice<'a, S::Master>,
     /// As [`forward_tangent`] left it.
-    pub mean: Slice<'a, T>,
+    pub mean: Slice<'a, S::Master>,
     /// As [`forward_tangent`] left it.
-    pub inv_std: Slice<'a, T>,
+    pub inv_std: Slice<'a, S::Master>,
     /// [`backward`]'s result itself, no tangent.
-    pub dgamma: Slice<'a, T>,
+    pub dgamma: Slice<'a, S::Master>,
     /// [`backward`]'s result itself, no tangent.
-    pub dbeta: Slice<'a, T>,
+    pub dbeta: Slice<'a, S::Master>,
 }
 
 /// How rows and channels are spread over a launch.
@@ -186,13 +186,14 @@ struct Spread {
 impl Spread {
     /// About `per_thread` elements for a GPU thread. Four channels at once need 16-byte accesses, which all of `addresses`
     /// (0 for an absent argument) must allow.
-    fn new<T: Scalar>(device: &Device, shape: BatchNormShape, per_thread: usize, addresses: &[u64]) -> Self {
+    fn new<S: Compute>(device: &Device, shape: BatchNormShape, per_thread: usize, addresses: &[u64]) -> Self {
         let BatchNormShape { rows, channels } = shape;
         let blocks = row_blocks(device, shape, per_thread);
         if !device.is_simt() {
             return Self { launch: Launch::new(blocks as u32, 1), pack: 0 };
         }
-        let wide = 4 * size_of::<T>() as u64;
+        // The parameters' loads are the widest.
+        let wide = 4 * size_of::<S::Master>() as u64;
         let pack = if channels % 4 == 0 && addresses.iter().all(|address| address % wide == 0) { 4 } else { 1 };
         // As many columns as channel groups, but no more than a warp: neighbouring threads read neighbouring addresses.
         let groups = channels / pack;
@@ -432,7 +433,7 @@ const RESIDUAL_NONE: u32 = 0;
 const RESIDUAL_WRITE: u32 = 1;
 const RESIDUAL_ACCUMULATE: u32 = 2;
 
-fn address<T: Scalar>(slice: Option<Slice<'_, T>>) -> u64 {
+fn address<S: Compute>(slice: Option<Slice<'_, S>>) -> u64 {
     slice.map_or(0, |slice| slice.address())
 }
 
@@ -450,7 +451,7 @@ impl Check<'_> {
     }
 
     /// An argument of `[rows, channels]`.
-    fn full<T: Scalar>(&self, name: &'static str, slice: Slice<'_, T>) -> Result<()> {
+    fn full<S: Compute>(&self, name: &'static str, slice: Slice<'_, S>) -> Result<()> {
         self.argument(name, slice.device(), slice.len(), self.shape.rows * self.shape.channels)
     }
 
@@ -471,7 +472,7 @@ impl Check<'_> {
     }
 
     /// Where the mask comes from: the kernel's number, and the addresses of y and beta.
-    fn activation<T: Scalar>(&self, activation: Activation<'_, T>) -> Result<(u32, u64, u64)> {
+    fn activation<S: Compute>(&self, activation: Activation<'_, S>) -> Result<(u32, u64, u64)> {
         match activation {
             Activation::Identity => Ok((NO_MASK, 0, 0)),
             Activation::Relu { y } => {
@@ -495,7 +496,7 @@ impl Check<'_> {
     }
 
     /// What both backward passes, or their tangents, read; with the mask's number.
-    fn backward<T: Scalar>(&self, input: &Backward<'_, T>) -> Result<(Upstream, u32)> {
+    fn backward<S: Compute>(&self, input: &Backward<'_, S>) -> Result<(Upstream, u32)> {
         self.shape()?;
         self.full("x", input.x)?;
         self.full("dy", input.dy)?;
@@ -516,7 +517,7 @@ impl Check<'_> {
     }
 
     /// The address of the residual's gradient, and the kernel's number for what becomes of it.
-    fn residual<T: Scalar>(&self, residual: Option<ResidualGradient<'_, T>>, mask: u32) -> Result<(u64, u32)> {
+    fn residual<S: Compute>(&self, residual: Option<ResidualGradient<'_, S>>, mask: u32) -> Result<(u64, u32)> {
         let Some(mut residual) = residual else { return Ok((0, RESIDUAL_NONE)) };
         self.full("residual", residual.gradient.view())?;
         self.no_residual(mask)?;
@@ -524,7 +525,7 @@ impl Check<'_> {
         Ok((residual.gradient.address(), mode))
     }
 
-    fn forward<T: Scalar>(&self, input: &Forward<'_, T>, y: Slice<'_, T>, saved: &Saved<'_, T>) -> Result<()> {
+    fn forward<S: Compute>(&self, input: &Forward<'_, S>, y: Slice<'_, S>, saved: &Saved<'_, S::Master>) -> Result<()> {
         self.shape()?;
         self.full("x", input.x)?;
         self.channels("gamma", input.gamma)?;
@@ -545,12 +546,12 @@ impl Check<'_> {
 ///
 /// # Errors
 /// [`Error::Argument`] for fewer than two rows, which have no unbiased variance; [`Error::Length`] and [`Error::OtherDevice`].
-pub fn forward_train<T: Scalar>(
+pub fn forward_train<S: Compute>(
     shape: BatchNormShape,
-    input: Forward<'_, T>,
-    mut y: SliceMut<'_, T>,
-    mut saved: Saved<'_, T>,
-    running: Option<Running<'_, T>>,
+    input: Forward<'_, S>,
+    mut y: SliceMut<'_, S>,
+    mut saved: Saved<'_, S::Master>,
+    running: Option<Running<'_, S::Master>>,
     mut workspace: SliceMut<'_, f64>,
 ) -> Result<()> {
     let device = input.x.device();
@@ -587,7 +588,7 @@ pub fn forward_train<T: Scalar>(
         statistics.next_var = running.next_var.address();
         statistics.momentum = running.momentum;
     }
-    let spread = Spread::new::<T>(device, shape, PER_SUMMING_THREAD, &[input.x.address()]);
+    let spread = Spread::new::<S>(device, shape, PER_SUMMING_THREAD, &[input.x.address()]);
     let moments = MomentsArgs {
         x: input.x.address(),
         means: statistics.means,
@@ -599,9 +600,13 @@ pub fn forward_train<T: Scalar>(
     // SAFETY: the twins of the kernels' structs; every length was checked above, and the launch has as many row blocks as the
     // workspace has room for.
     unsafe {
-        device.launch(pick::<T>(id::BATCH_NORM_MOMENTS_F32, id::BATCH_NORM_MOMENTS_F64), spread.launch, &moments)?;
+        device.launch(S::choose(id::BATCH_NORM_MOMENTS), spread.launch, &moments)?;
         let launch = channel_launch(device, shape.channels);
-        device.launch(pick::<T>(id::BATCH_NORM_STATISTICS_F32, id::BATCH_NORM_STATISTICS_F64), launch, &statistics)?;
+        device.launch(
+            pick::<S::Master>(id::BATCH_NORM_STATISTICS_F32, id::BATCH_NORM_STATISTICS_F64),
+            launch,
+            &statistics,
+        )?;
     }
     normalize(shape, input, y.reborrow(), saved)
 }
@@ -612,13 +617,13 @@ pub fn forward_train<T: Scalar>(
 ///
 /// # Errors
 /// [`Error::Argument`], [`Error::Length`] and [`Error::OtherDevice`].
-pub fn forward_eval<T: Scalar>(
+pub fn forward_eval<S: Compute>(
     shape: BatchNormShape,
-    input: Forward<'_, T>,
-    running_mean: Slice<'_, T>,
-    running_var: Slice<'_, T>,
-    y: SliceMut<'_, T>,
-    mut saved: Saved<'_, T>,
+    input: Forward<'_, S>,
+    running_mean: Slice<'_, S::Master>,
+    running_var: Slice<'_, S::Master>,
+    y: SliceMut<'_, S>,
+    mut saved: Saved<'_, S::Master>,
 ) -> Result<()> {
     let device = input.x.device();
     let check = Check { operation: "batch_norm::forward_eval", device, shape };
@@ -633,18 +638,18 @@ pub fn forward_eval<T: Scalar>(
         eps: input.eps,
         channels: shape.channels as u64,
     };
-    let kernel = pick::<T>(id::BATCH_NORM_RUNNING_F32, id::BATCH_NORM_RUNNING_F64);
+    let kernel = pick::<S::Master>(id::BATCH_NORM_RUNNING_F32, id::BATCH_NORM_RUNNING_F64);
     // SAFETY: the twin of the kernel's struct; every length was checked above.
     unsafe { device.launch(kernel, device.elementwise(shape.channels, 1), &args)? };
     normalize(shape, input, y, saved)
 }
 
 /// The second pass of both forward modes; the lengths have been checked.
-fn normalize<T: Scalar>(
+fn normalize<S: Compute>(
     shape: BatchNormShape,
-    input: Forward<'_, T>,
-    mut y: SliceMut<'_, T>,
-    mut saved: Saved<'_, T>,
+    input: Forward<'_, S>,
+    mut y: SliceMut<'_, S>,
+    mut saved: Saved<'_, S::Master>,
 ) -> Result<()> {
     let device = input.x.device();
     let mut args = NormalizeArgs {
@@ -661,9 +666,9 @@ fn normalize<T: Scalar>(
         relu: input.relu.into(),
     };
     let addresses = [args.x, args.gamma, args.beta, args.mean, args.inv_std, args.residual, args.y];
-    let spread = Spread::new::<T>(device, shape, PER_THREAD, &addresses);
+    let spread = Spread::new::<S>(device, shape, PER_THREAD, &addresses);
     args.pack = spread.pack;
-    let kernel = pick::<T>(id::BATCH_NORM_NORMALIZE_F32, id::BATCH_NORM_NORMALIZE_F64);
+    let kernel = S::choose(id::BATCH_NORM_NORMALIZE);
     // SAFETY: the twin of the kernel's struct; the callers checked every length.
     unsafe { device.launch(kernel, spread.launch, &args) }
 }
@@ -678,12 +683,12 @@ fn normalize<T: Scalar>(
 /// # Errors
 /// [`Error::Argument`] if the mask is to be recomputed though there was a residual; [`Error::Length`] and
 /// [`Error::OtherDevice`].
-pub fn backward<T: Scalar>(
+pub fn backward<S: Compute>(
     shape: BatchNormShape,
     mode: Mode,
-    input: Backward<'_, T>,
-    mut gradients: Gradients<'_, T>,
-    residual: Option<ResidualGradient<'_, T>>,
+    input: Backward<'_, S>,
+    mut gradients: Gradients<'_, S>,
+    residual: Option<ResidualGradient<'_, S>>,
     mut workspace: SliceMut<'_, f64>,
 ) -> Result<()> {
     let device = input.x.device();
@@ -694,7 +699,7 @@ pub fn backward<T: Scalar>(
     check.channels("dbeta", gradients.dbeta.view())?;
     check.workspace(workspace.view())?;
     let (residual_address, residual_mode) = check.residual(residual, mask)?;
-    let spread = Spread::new::<T>(device, shape, PER_SUMMING_THREAD, &[upstream.bits(), residual_address]);
+    let spread = Spread::new::<S>(device, shape, PER_SUMMING_THREAD, &[upstream.bits(), residual_address]);
     let sums = SumsArgs {
         upstream,
         tangent: UpstreamTangent::default(),
@@ -730,15 +735,19 @@ pub fn backward<T: Scalar>(
         train: (mode == Mode::Train).into(),
     };
     let addresses = [upstream.bits(), residual_address, inputs.dgamma, inputs.dbeta, inputs.dx];
-    let input_spread = Spread::new::<T>(device, shape, PER_THREAD, &addresses);
+    let input_spread = Spread::new::<S>(device, shape, PER_THREAD, &addresses);
     inputs.pack = input_spread.pack;
     // SAFETY: the twins of the kernels' structs; every length was checked above, and the first launch has as many row blocks as
     // the workspace has room for.
     unsafe {
-        device.launch(pick::<T>(id::BATCH_NORM_SUMS_F32, id::BATCH_NORM_SUMS_F64), spread.launch, &sums)?;
+        device.launch(S::choose(id::BATCH_NORM_SUMS), spread.launch, &sums)?;
         let launch = channel_launch(device, shape.channels);
-        device.launch(pick::<T>(id::BATCH_NORM_PARAMETERS_F32, id::BATCH_NORM_PARAMETERS_F64), launch, &parameters)?;
-        device.launch(pick::<T>(id::BATCH_NORM_INPUT_F32, id::BATCH_NORM_INPUT_F64), input_spread.launch, &inputs)
+        device.launch(
+            pick::<S::Master>(id::BATCH_NORM_PARAMETERS_F32, id::BATCH_NORM_PARAMETERS_F64),
+            launch,
+            &parameters,
+        )?;
+        device.launch(S::choose(id::BATCH_NORM_INPUT), input_spread.launch, &inputs)
     }
 }
 
@@ -751,13 +760,13 @@ pub fn backward<T: Scalar>(
 ///
 /// # Errors
 /// As [`backward`].
-pub fn forward_tangent<T: Scalar>(
+pub fn forward_tangent<S: Compute>(
     shape: BatchNormShape,
     mode: Mode,
-    input: Normalized<'_, T>,
-    tangents: ForwardTangents<'_, T>,
-    mut y: SliceMut<'_, T>,
-    mut saved: Saved<'_, T>,
+    input: Normalized<'_, S>,
+    tangents: ForwardTangents<'_, S>,
+    mut y: SliceMut<'_, S>,
+    mut saved: Saved<'_, S::Master>,
     mut workspace: SliceMut<'_, f64>,
 ) -> Result<()> {
     let device = input.x.device();
@@ -777,7 +786,7 @@ pub fn forward_tangent<T: Scalar>(
     check.workspace(workspace.view())?;
     match mode {
         Mode::Train => {
-            let spread = Spread::new::<T>(device, shape, PER_SUMMING_THREAD, &[upstream.x, upstream.dy, upstream.mean]);
+            let spread = Spread::new::<S>(device, shape, PER_SUMMING_THREAD, &[upstream.x, upstream.dy, upstream.mean]);
             let sums = SumsArgs {
                 upstream,
                 tangent: UpstreamTangent::default(),
@@ -803,8 +812,9 @@ pub fn forward_tangent<T: Scalar>(
             // SAFETY: the twins of the kernels' structs; every length was checked above, and the first launch has as many row
             // blocks as the workspace has room for.
             unsafe {
-                device.launch(pick::<T>(id::BATCH_NORM_SUMS_F32, id::BATCH_NORM_SUMS_F64), spread.launch, &sums)?;
-                let kernel = pick::<T>(id::BATCH_NORM_STATISTICS_TANGENT_F32, id::BATCH_NORM_STATISTICS_TANGENT_F64);
+                device.launch(S::choose(id::BATCH_NORM_SUMS), spread.launch, &sums)?;
+                let kernel =
+                    pick::<S::Master>(id::BATCH_NORM_STATISTICS_TANGENT_F32, id::BATCH_NORM_STATISTICS_TANGENT_F64);
                 device.launch(kernel, channel_launch(device, shape.channels), &statistics)?;
             }
         }
@@ -832,9 +842,9 @@ pub fn forward_tangent<T: Scalar>(
         mask,
     };
     let others = args.beta_tangent | args.residual_tangent | args.y_tangent;
-    let spread = Spread::new::<T>(device, shape, PER_THREAD, &[args.upstream.bits(), tangent.bits(), others]);
+    let spread = Spread::new::<S>(device, shape, PER_THREAD, &[args.upstream.bits(), tangent.bits(), others]);
     args.pack = spread.pack;
-    let kernel = pick::<T>(id::BATCH_NORM_NORMALIZE_TANGENT_F32, id::BATCH_NORM_NORMALIZE_TANGENT_F64);
+    let kernel = S::choose(id::BATCH_NORM_NORMALIZE_TANGENT);
     // SAFETY: the twin of the kernel's struct; every length was checked above.
     unsafe { device.launch(kernel, spread.launch, &args) }
 }
@@ -857,13 +867,13 @@ pub fn forward_tangent<T: Scalar>(
 ///
 /// # Errors
 /// As [`backward`].
-pub fn backward_tangent<T: Scalar>(
+pub fn backward_tangent<S: Compute>(
     shape: BatchNormShape,
     mode: Mode,
-    input: Backward<'_, T>,
-    tangents: BackwardTangents<'_, T>,
-    mut gradients: Gradients<'_, T>,
-    residual: Option<ResidualGradient<'_, T>>,
+    input: Backward<'_, S>,
+    tangents: BackwardTangents<'_, S>,
+    mut gradients: Gradients<'_, S>,
+    residual: Option<ResidualGradient<'_, S>>,
     mut workspace: SliceMut<'_, f64>,
 ) -> Result<()> {
     let device = input.x.device();
@@ -888,7 +898,7 @@ pub fn backward_tangent<T: Scalar>(
         mean: tangents.mean.address(),
         inv_std: tangents.inv_std.address(),
     };
-    let spread = Spread::new::<T>(device, shape, PER_SUMMING_THREAD, &[upstream.bits(), tangent.bits(), residual]);
+    let spread = Spread::new::<S>(device, shape, PER_SUMMING_THREAD, &[upstream.bits(), tangent.bits(), residual]);
     let sums = SumsArgs {
         upstream,
         tangent,
@@ -927,16 +937,16 @@ pub fn backward_tangent<T: Scalar>(
         train: (mode == Mode::Train).into(),
     };
     let others = inputs.dgamma | inputs.dbeta | inputs.dgamma_tangent | inputs.dbeta_tangent | inputs.dx_tangent;
-    let input_spread = Spread::new::<T>(device, shape, PER_THREAD, &[upstream.bits(), tangent.bits(), others]);
+    let input_spread = Spread::new::<S>(device, shape, PER_THREAD, &[upstream.bits(), tangent.bits(), others]);
     inputs.pack = input_spread.pack;
     // SAFETY: the twins of the kernels' structs; every length was checked above, and the first launch has as many row blocks as
     // the workspace has room for.
     unsafe {
-        let kernel = pick::<T>(id::BATCH_NORM_SUMS_TANGENT_F32, id::BATCH_NORM_SUMS_TANGENT_F64);
+        let kernel = S::choose(id::BATCH_NORM_SUMS_TANGENT);
         device.launch(kernel, spread.launch, &sums)?;
-        let kernel = pick::<T>(id::BATCH_NORM_PARAMETERS_TANGENT_F32, id::BATCH_NORM_PARAMETERS_TANGENT_F64);
+        let kernel = pick::<S::Master>(id::BATCH_NORM_PARAMETERS_TANGENT_F32, id::BATCH_NORM_PARAMETERS_TANGENT_F64);
         device.launch(kernel, channel_launch(device, shape.channels), &parameters)?;
-        let kernel = pick::<T>(id::BATCH_NORM_INPUT_TANGENT_F32, id::BATCH_NORM_INPUT_TANGENT_F64);
+        let kernel = S::choose(id::BATCH_NORM_INPUT_TANGENT);
         device.launch(kernel, input_spread.launch, &inputs)
     }
 }

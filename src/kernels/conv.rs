@@ -17,7 +17,7 @@ mod direct;
 mod tiled;
 
 use super::{check_device, check_length};
-use crate::device::{Device, Error, Result, Scalar, Slice, SliceMut};
+use crate::device::{Compute, Device, Error, Result, Slice, SliceMut};
 use direct::PANEL;
 
 /// The shape of a convolution with square kernel, stride and zero padding alike in both directions.
@@ -128,9 +128,9 @@ impl ConvShape {
         Ok(())
     }
 
-    /// Elements of workspace that suffice for all three passes on `device`. The passes may share one workspace; nothing in
+    /// Elements of workspace, of the master type, that suffice for all three passes on `device`. The passes may share one workspace; nothing in
     /// it need be kept from one call to the next.
-    pub fn workspace_len(&self, device: &Device) -> usize {
+    pub fn workspace_len<S: Compute>(&self, device: &Device) -> usize {
         if device.is_simt() { tiled::workspace_len(self) } else { direct::workspace_len(self) }
     }
 
@@ -171,13 +171,13 @@ struct Shape {
 /// # Errors
 /// Those of [`ConvShape::check`]; [`Error::Length`] and [`Error::OtherDevice`] for an argument of another length or device
 /// (the workspace may be longer than [`ConvShape::workspace_len`]).
-pub fn forward<T: Scalar>(
+pub fn forward<S: Compute>(
     shape: &ConvShape,
-    x: Slice<'_, T>,
-    weight: Slice<'_, T>,
-    y: SliceMut<'_, T>,
+    x: Slice<'_, S>,
+    weight: Slice<'_, S>,
+    y: SliceMut<'_, S>,
     accumulate: bool,
-    workspace: SliceMut<'_, T>,
+    workspace: SliceMut<'_, S::Master>,
 ) -> Result<()> {
     const OPERATION: &str = "conv::forward";
     shape.check()?;
@@ -187,7 +187,7 @@ pub fn forward<T: Scalar>(
     check_length(OPERATION, "y", y.len(), shape.output_len())?;
     check_device(OPERATION, "x", &device, x.device())?;
     check_device(OPERATION, "weight", &device, weight.device())?;
-    check_workspace(OPERATION, shape, &device, &workspace)?;
+    check_workspace::<S>(OPERATION, shape, &device, &workspace)?;
     if device.is_simt() {
         tiled::forward(shape, x, weight, y, accumulate)
     } else {
@@ -200,13 +200,13 @@ pub fn forward<T: Scalar>(
 ///
 /// # Errors
 /// As those of [`forward`].
-pub fn input_gradient<T: Scalar>(
+pub fn input_gradient<S: Compute>(
     shape: &ConvShape,
-    dy: Slice<'_, T>,
-    weight: Slice<'_, T>,
-    dx: SliceMut<'_, T>,
+    dy: Slice<'_, S>,
+    weight: Slice<'_, S>,
+    dx: SliceMut<'_, S>,
     accumulate: bool,
-    workspace: SliceMut<'_, T>,
+    workspace: SliceMut<'_, S::Master>,
 ) -> Result<()> {
     const OPERATION: &str = "conv::input_gradient";
     shape.check()?;
@@ -216,7 +216,7 @@ pub fn input_gradient<T: Scalar>(
     check_length(OPERATION, "dx", dx.len(), shape.input_len())?;
     check_device(OPERATION, "dy", &device, dy.device())?;
     check_device(OPERATION, "weight", &device, weight.device())?;
-    check_workspace(OPERATION, shape, &device, &workspace)?;
+    check_workspace::<S>(OPERATION, shape, &device, &workspace)?;
     if device.is_simt() {
         tiled::input_gradient(shape, dy, weight, dx, accumulate)
     } else {
@@ -229,13 +229,13 @@ pub fn input_gradient<T: Scalar>(
 ///
 /// # Errors
 /// As those of [`forward`].
-pub fn weight_gradient<T: Scalar>(
+pub fn weight_gradient<S: Compute>(
     shape: &ConvShape,
-    x: Slice<'_, T>,
-    dy: Slice<'_, T>,
-    dw: SliceMut<'_, T>,
+    x: Slice<'_, S>,
+    dy: Slice<'_, S>,
+    dw: SliceMut<'_, S::Master>,
     accumulate: bool,
-    workspace: SliceMut<'_, T>,
+    workspace: SliceMut<'_, S::Master>,
 ) -> Result<()> {
     const OPERATION: &str = "conv::weight_gradient";
     shape.check()?;
@@ -245,7 +245,7 @@ pub fn weight_gradient<T: Scalar>(
     check_length(OPERATION, "dw", dw.len(), shape.weight_len())?;
     check_device(OPERATION, "x", &device, x.device())?;
     check_device(OPERATION, "dy", &device, dy.device())?;
-    check_workspace(OPERATION, shape, &device, &workspace)?;
+    check_workspace::<S>(OPERATION, shape, &device, &workspace)?;
     if device.is_simt() {
         tiled::weight_gradient(shape, x, dy, dw, accumulate, workspace)
     } else {
@@ -253,13 +253,13 @@ pub fn weight_gradient<T: Scalar>(
     }
 }
 
-fn check_workspace<T: Scalar>(
+fn check_workspace<S: Compute>(
     operation: &'static str,
     shape: &ConvShape,
     device: &Device,
-    workspace: &SliceMut<'_, T>,
+    workspace: &SliceMut<'_, S::Master>,
 ) -> Result<()> {
-    let expected = shape.workspace_len(device);
+    let expected = shape.workspace_len::<S>(device);
     if workspace.len() < expected {
         return check_length(operation, "workspace", workspace.len(), expected);
     }

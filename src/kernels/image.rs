@@ -1,7 +1,7 @@
 //! Assembles a training batch on the device from a data set of byte images that lies there: gather, flip, crop, normalise.
 
-use super::{check_device, check_length, pick};
-use crate::device::{Error, Launch, Result, Scalar, Slice, SliceMut, id};
+use super::{check_device, check_length};
+use crate::device::{Compute, Error, Launch, Result, Slice, SliceMut, id};
 
 /// The shape of a batch, `[batch, height, width, channels]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,14 +72,14 @@ struct BatchArgs {
 /// # Errors
 /// [`Error::Argument`] for channels outside 1..=4, an empty image, a standard deviation that is not above zero or a padding
 /// beyond 65,535; [`Error::Length`] and [`Error::OtherDevice`].
-pub fn batch<T: Scalar>(
+pub fn batch<S: Compute>(
     shape: &BatchShape,
     images: Slice<'_, u8>,
     labels: Slice<'_, u32>,
     order: Slice<'_, u32>,
     normalization: &Normalization,
     augment: Option<Augment>,
-    mut out: SliceMut<'_, T>,
+    mut out: SliceMut<'_, S>,
     mut out_labels: SliceMut<'_, u32>,
 ) -> Result<()> {
     const NAME: &str = "image::batch";
@@ -138,8 +138,8 @@ pub fn batch<T: Scalar>(
         let parts = values.div_ceil(4 * 1024).min(64) as u32;
         Launch { grid: [batch as u32, parts, 1], block: [256, 1, 1], shared: 0 }
     } else {
-        device.elementwise(batch * values, 1).with_shared(256 * channels * size_of::<T>())
+        device.elementwise(batch * values, 1).with_shared(256 * channels * size_of::<S>())
     };
     // SAFETY: the twin of the kernel's struct; every length was checked above, and the kernel reads no sample beyond `samples`.
-    unsafe { device.launch(pick::<T>(id::IMAGE_BATCH_F32, id::IMAGE_BATCH_F64), launch, &args) }
+    unsafe { device.launch(S::choose(id::IMAGE_BATCH), launch, &args) }
 }

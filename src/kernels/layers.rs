@@ -1,12 +1,13 @@
 //! The small layers of a ResNet over NHWC activations: relu, addition, average pooling, the parameter-free shortcut and the
-//! linear classifier, with their gradients.
+//! linear classifier, with their gradients. They store activations as any type and compute in its master type; the linear layer's parameters and results
+//! are of the latter, because its results are logits.
 //!
 //! Where a function takes `accumulate`, its result is added to what the output holds instead of replacing it: the rule for the
 //! gradient of a value that several operations read, and for a tangent that is a sum of two products. All of them but the relu
 //! and the linear layer are linear maps, and so their own tangents. Tensors have fewer than 2^32 elements.
 
-use super::{check_device, check_length, pick};
-use crate::device::{Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
+use super::{check_device, check_length};
+use crate::device::{Compute, Device, Error, Launch, Result, Slice, SliceMut, id};
 
 /// Checks one operation's arguments: that they live on one device and have the lengths that the shape implies.
 struct Check<'a> {
@@ -15,7 +16,7 @@ struct Check<'a> {
 }
 
 impl Check<'_> {
-    fn argument<T: Scalar>(&self, name: &'static str, slice: Slice<'_, T>, expected: usize) -> Result<()> {
+    fn argument<S: Compute>(&self, name: &'static str, slice: Slice<'_, S>, expected: usize) -> Result<()> {
         check_device(self.operation, name, self.device, slice.device())?;
         check_length(self.operation, name, slice.len(), expected)
     }
@@ -46,13 +47,13 @@ struct ReluArgs {
 ///
 /// # Errors
 /// [`Error::Length`] and [`Error::OtherDevice`].
-pub fn relu<T: Scalar>(x: Slice<'_, T>, mut y: SliceMut<'_, T>) -> Result<()> {
+pub fn relu<S: Compute>(x: Slice<'_, S>, mut y: SliceMut<'_, S>) -> Result<()> {
     let device = x.device();
     let check = Check { operation: "layers::relu", device };
     check.argument("y", y.view(), x.len())?;
     let args = ReluArgs { x: x.address(), y: y.address(), n: x.len() as u64 };
     // SAFETY: the twin of the kernel's struct; both lengths are n.
-    unsafe { device.launch(pick::<T>(id::RELU_F32, id::RELU_F64), device.elementwise(x.len(), 4), &args) }
+    unsafe { device.launch(S::choose(id::RELU), device.elementwise(x.len(), 4), &args) }
 }
 
 #[repr(C)]
@@ -69,10 +70,10 @@ struct ReluBackwardArgs {
 ///
 /// # Errors
 /// [`Error::Length`] and [`Error::OtherDevice`].
-pub fn relu_backward<T: Scalar>(
-    y: Slice<'_, T>,
-    dy: Slice<'_, T>,
-    mut dx: SliceMut<'_, T>,
+pub fn relu_backward<S: Compute>(
+    y: Slice<'_, S>,
+    dy: Slice<'_, S>,
+    mut dx: SliceMut<'_, S>,
     accumulate: bool,
 ) -> Result<()> {
     let device = y.device();
@@ -86,7 +87,7 @@ pub fn relu_backward<T: Scalar>(
         n: y.len() as u64,
         accumulate: accumulate.into(),
     };
-    let kernel = pick::<T>(id::RELU_BACKWARD_F32, id::RELU_BACKWARD_F64);
+    let kernel = S::choose(id::RELU_BACKWARD);
     // SAFETY: the twin of the kernel's struct; all lengths are n.
     unsafe { device.launch(kernel, device.elementwise(y.len(), 4), &args) }
 }
@@ -104,14 +105,35 @@ struct AddArgs {
 ///
 /// # Errors
 /// [`Error::Length`] and [`Error::OtherDevice`].
-pub fn add<T: Scalar>(a: Slice<'_, T>, b: Slice<'_, T>, mut out: SliceMut<'_, T>) -> Result<()> {
+pub fn add<S: Compute>(a: Slice<'_, S>, b: Slice<'_, S>, mut out: SliceMut<'_, S>) -> Result<()> {
     let device = a.device();
     let check = Check { operation: "layers::add", device };
     check.argument("b", b, a.len())?;
     check.argument("out", out.view(), a.len())?;
     let args = AddArgs { a: a.address(), b: b.address(), out: out.address(), n: a.len() as u64 };
     // SAFETY: the twin of the kernel's struct; all lengths are n.
-    unsafe { device.launch(pick::<T>(id::ADD_F32, id::ADD_F64), device.elementwise(a.len(), 4), &args) }
+    unsafe { device.launch(S::choose(id::ADD), device.elementwise(a.len(), 4), &args) }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct AddToArgs {
+    x: u64,
+    sum: u64,
+    n: u64,
+}
+
+/// `sum = sum + x`. Traffic: reads 2n, writes n elements.
+///
+/// # Errors
+/// [`Error::Length`] and [`Error::OtherDevice`].
+pub fn add_to<S: Compute>(x: Slice<'_, S>, mut sum: SliceMut<'_, S>) -> Result<()> {
+    let device = x.device();
+    let check = Check { operation: "layers::add_to", device };
+    check.argument("sum", sum.view(), x.len())?;
+    let args = AddToArgs { x: x.address(), sum: sum.address(), n: x.len() as u64 };
+    // SAFETY: the twin of the kernel's struct; both lengths are n.
+    unsafe { device.launch(S::choose(id::ADD_TO), device.elementwise(x.len(), 4), &args) }
 }
 
 /// Average pooling of square windows without padding; rows and columns that no window reaches are left out.
@@ -201,7 +223,7 @@ struct PoolArgs {
 ///
 /// # Errors
 /// [`Error::Argument`] for a shape without a window, [`Error::Length`] and [`Error::OtherDevice`].
-pub fn average_pool<T: Scalar>(shape: &PoolShape, x: Slice<'_, T>, mut y: SliceMut<'_, T>) -> Result<()> {
+pub fn average_pool<S: Compute>(shape: &PoolShape, x: Slice<'_, S>, mut y: SliceMut<'_, S>) -> Result<()> {
     let device = x.device();
     let check = Check { operation: "layers::average_pool", device };
     shape.check()?;
@@ -209,7 +231,7 @@ pub fn average_pool<T: Scalar>(shape: &PoolShape, x: Slice<'_, T>, mut y: SliceM
     check.argument("x", x, input)?;
     check.argument("y", y.view(), output)?;
     let args = shape.args(x.address(), y.address(), false);
-    let kernel = pick::<T>(id::AVERAGE_POOL_F32, id::AVERAGE_POOL_F64);
+    let kernel = S::choose(id::AVERAGE_POOL);
     // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
     unsafe { device.launch(kernel, device.elementwise(output, 4), &args) }
 }
@@ -218,10 +240,10 @@ pub fn average_pool<T: Scalar>(shape: &PoolShape, x: Slice<'_, T>, mut y: SliceM
 ///
 /// # Errors
 /// As [`average_pool`].
-pub fn average_pool_backward<T: Scalar>(
+pub fn average_pool_backward<S: Compute>(
     shape: &PoolShape,
-    dy: Slice<'_, T>,
-    mut dx: SliceMut<'_, T>,
+    dy: Slice<'_, S>,
+    mut dx: SliceMut<'_, S>,
     accumulate: bool,
 ) -> Result<()> {
     let device = dy.device();
@@ -231,7 +253,7 @@ pub fn average_pool_backward<T: Scalar>(
     check.argument("dy", dy, output)?;
     check.argument("dx", dx.view(), input)?;
     let args = shape.args(dy.address(), dx.address(), accumulate);
-    let kernel = pick::<T>(id::AVERAGE_POOL_BACKWARD_F32, id::AVERAGE_POOL_BACKWARD_F64);
+    let kernel = S::choose(id::AVERAGE_POOL_BACKWARD);
     // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
     unsafe { device.launch(kernel, device.elementwise(input, 4), &args) }
 }
@@ -251,12 +273,12 @@ struct GlobalPoolArgs {
 ///
 /// # Errors
 /// [`Error::Argument`] for no pixels, [`Error::Length`] and [`Error::OtherDevice`].
-pub fn global_average_pool<T: Scalar>(
+pub fn global_average_pool<S: Compute>(
     batch: usize,
     pixels: usize,
     channels: usize,
-    x: Slice<'_, T>,
-    mut y: SliceMut<'_, T>,
+    x: Slice<'_, S>,
+    mut y: SliceMut<'_, S>,
 ) -> Result<()> {
     let device = x.device();
     let check = Check { operation: "layers::global_average_pool", device };
@@ -273,7 +295,7 @@ pub fn global_average_pool<T: Scalar>(
         channels: channels as u32,
         accumulate: 0,
     };
-    let kernel = pick::<T>(id::GLOBAL_AVERAGE_POOL_F32, id::GLOBAL_AVERAGE_POOL_F64);
+    let kernel = S::choose(id::GLOBAL_AVERAGE_POOL);
     // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
     unsafe { device.launch(kernel, device.elementwise(x.len(), pixels), &args) }
 }
@@ -283,12 +305,12 @@ pub fn global_average_pool<T: Scalar>(
 ///
 /// # Errors
 /// As [`global_average_pool`].
-pub fn global_average_pool_backward<T: Scalar>(
+pub fn global_average_pool_backward<S: Compute>(
     batch: usize,
     pixels: usize,
     channels: usize,
-    dy: Slice<'_, T>,
-    mut dx: SliceMut<'_, T>,
+    dy: Slice<'_, S>,
+    mut dx: SliceMut<'_, S>,
     accumulate: bool,
 ) -> Result<()> {
     let device = dy.device();
@@ -306,7 +328,7 @@ pub fn global_average_pool_backward<T: Scalar>(
         channels: channels as u32,
         accumulate: accumulate.into(),
     };
-    let kernel = pick::<T>(id::GLOBAL_AVERAGE_POOL_BACKWARD_F32, id::GLOBAL_AVERAGE_POOL_BACKWARD_F64);
+    let kernel = S::choose(id::GLOBAL_AVERAGE_POOL_BACKWARD);
     // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
     unsafe { device.launch(kernel, device.elementwise(dx.len(), 4), &args) }
 }
@@ -402,7 +424,7 @@ struct ShortcutArgs {
 ///
 /// # Errors
 /// [`Error::Argument`] for a stride of zero or a shrinking number of channels, [`Error::Length`] and [`Error::OtherDevice`].
-pub fn shortcut<T: Scalar>(shape: &ShortcutShape, x: Slice<'_, T>, mut y: SliceMut<'_, T>) -> Result<()> {
+pub fn shortcut<S: Compute>(shape: &ShortcutShape, x: Slice<'_, S>, mut y: SliceMut<'_, S>) -> Result<()> {
     let device = x.device();
     let check = Check { operation: "layers::shortcut", device };
     shape.check()?;
@@ -410,7 +432,7 @@ pub fn shortcut<T: Scalar>(shape: &ShortcutShape, x: Slice<'_, T>, mut y: SliceM
     check.argument("x", x, input)?;
     check.argument("y", y.view(), output)?;
     let args = shape.args(x.address(), y.address(), false);
-    let kernel = pick::<T>(id::SHORTCUT_F32, id::SHORTCUT_F64);
+    let kernel = S::choose(id::SHORTCUT);
     // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
     unsafe { device.launch(kernel, device.elementwise(output, 4), &args) }
 }
@@ -420,10 +442,10 @@ pub fn shortcut<T: Scalar>(shape: &ShortcutShape, x: Slice<'_, T>, mut y: SliceM
 ///
 /// # Errors
 /// As [`shortcut`].
-pub fn shortcut_backward<T: Scalar>(
+pub fn shortcut_backward<S: Compute>(
     shape: &ShortcutShape,
-    dy: Slice<'_, T>,
-    mut dx: SliceMut<'_, T>,
+    dy: Slice<'_, S>,
+    mut dx: SliceMut<'_, S>,
     accumulate: bool,
 ) -> Result<()> {
     let device = dy.device();
@@ -433,7 +455,7 @@ pub fn shortcut_backward<T: Scalar>(
     check.argument("dy", dy, output)?;
     check.argument("dx", dx.view(), input)?;
     let args = shape.args(dy.address(), dx.address(), accumulate);
-    let kernel = pick::<T>(id::SHORTCUT_BACKWARD_F32, id::SHORTCUT_BACKWARD_F64);
+    let kernel = S::choose(id::SHORTCUT_BACKWARD);
     // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
     unsafe { device.launch(kernel, device.elementwise(input, 4), &args) }
 }
@@ -486,12 +508,12 @@ struct LinearArgs {
 ///
 /// # Errors
 /// [`Error::Argument`] for tensors that are too large, [`Error::Length`] and [`Error::OtherDevice`].
-pub fn linear<T: Scalar>(
+pub fn linear<S: Compute>(
     shape: &LinearShape,
-    x: Slice<'_, T>,
-    weight: Slice<'_, T>,
-    bias: Option<Slice<'_, T>>,
-    mut y: SliceMut<'_, T>,
+    x: Slice<'_, S>,
+    weight: Slice<'_, S::Master>,
+    bias: Option<Slice<'_, S::Master>>,
+    mut y: SliceMut<'_, S::Master>,
     accumulate: bool,
 ) -> Result<()> {
     let device = x.device();
@@ -516,7 +538,7 @@ pub fn linear<T: Scalar>(
     };
     let launch = product_launch(device, batch, outputs, inputs);
     // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
-    unsafe { device.launch(pick::<T>(id::LINEAR_F32, id::LINEAR_F64), launch, &args) }
+    unsafe { device.launch(S::choose(id::LINEAR), launch, &args) }
 }
 
 #[repr(C)]
@@ -536,11 +558,11 @@ struct LinearInputArgs {
 ///
 /// # Errors
 /// As [`linear`].
-pub fn linear_input_gradient<T: Scalar>(
+pub fn linear_input_gradient<S: Compute>(
     shape: &LinearShape,
-    dy: Slice<'_, T>,
-    weight: Slice<'_, T>,
-    mut dx: SliceMut<'_, T>,
+    dy: Slice<'_, S::Master>,
+    weight: Slice<'_, S::Master>,
+    mut dx: SliceMut<'_, S>,
     accumulate: bool,
 ) -> Result<()> {
     let device = dy.device();
@@ -559,7 +581,7 @@ pub fn linear_input_gradient<T: Scalar>(
         outputs: outputs as u32,
         accumulate: accumulate.into(),
     };
-    let kernel = pick::<T>(id::LINEAR_INPUT_F32, id::LINEAR_INPUT_F64);
+    let kernel = S::choose(id::LINEAR_INPUT);
     // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
     unsafe { device.launch(kernel, product_launch(device, batch, inputs, outputs), &args) }
 }
@@ -582,12 +604,12 @@ struct LinearWeightArgs {
 ///
 /// # Errors
 /// As [`linear`].
-pub fn linear_weight_gradient<T: Scalar>(
+pub fn linear_weight_gradient<S: Compute>(
     shape: &LinearShape,
-    x: Slice<'_, T>,
-    dy: Slice<'_, T>,
-    mut dweight: SliceMut<'_, T>,
-    dbias: Option<SliceMut<'_, T>>,
+    x: Slice<'_, S>,
+    dy: Slice<'_, S::Master>,
+    mut dweight: SliceMut<'_, S::Master>,
+    dbias: Option<SliceMut<'_, S::Master>>,
     accumulate: bool,
 ) -> Result<()> {
     let device = x.device();
@@ -611,7 +633,7 @@ pub fn linear_weight_gradient<T: Scalar>(
         check.argument("dbias", dbias.view(), outputs)?;
         args.dbias = dbias.address();
     }
-    let kernel = pick::<T>(id::LINEAR_WEIGHT_F32, id::LINEAR_WEIGHT_F64);
+    let kernel = S::choose(id::LINEAR_WEIGHT);
     // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
     unsafe { device.launch(kernel, product_launch(device, inputs, outputs, batch), &args) }
 }

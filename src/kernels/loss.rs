@@ -35,6 +35,7 @@ struct CrossEntropyArgs {
     dlogits: u64,
     losses: u64,
     correct: u64,
+    scale: u64,
     batch: u32,
     classes: u32,
     smoothing: f64,
@@ -50,7 +51,8 @@ struct MeanLossArgs {
 
 /// With `p = softmax(logits)` and `t = (1 − smoothing) · onehot(label) + smoothing / classes`: every sample's loss `−Σ t log p`
 /// in `sample_losses`, `[batch]`; in `loss`, one element, their mean, summed in double, because sharpness is a small difference
-/// of such means; in `dlogits`, where asked for, the mean's gradient `(p − t) / batch`. To `correct`, one element, is added how
+/// of such means; in `dlogits`, where asked for, the mean's gradient `(p − t) / batch`, times the first element of `scale` where there
+/// is one (see [`super::loss_scale`]). To `correct`, one element, is added how
 /// many samples have their largest logit (the first of equals) at the label.
 ///
 /// A logit that is not finite makes its sample's loss not finite, and so does a label that no class has. Traffic: reads the
@@ -64,6 +66,7 @@ pub fn cross_entropy<T: Scalar>(
     labels: Slice<'_, u32>,
     smoothing: f64,
     dlogits: Option<SliceMut<'_, T>>,
+    scale: Option<Slice<'_, f64>>,
     mut sample_losses: SliceMut<'_, T>,
     mut loss: SliceMut<'_, f64>,
     mut correct: SliceMut<'_, u32>,
@@ -91,6 +94,7 @@ pub fn cross_entropy<T: Scalar>(
         dlogits: 0,
         losses: sample_losses.address(),
         correct: correct.address(),
+        scale: scale_address(NAME, device, scale)?,
         batch: batch as u32,
         classes: classes as u32,
         smoothing,
@@ -108,18 +112,26 @@ pub fn cross_entropy<T: Scalar>(
     }
 }
 
+/// Where the loss scale lies, 0 where there is none.
+fn scale_address(operation: &'static str, device: &Device, scale: Option<Slice<'_, f64>>) -> Result<u64> {
+    let Some(scale) = scale else { return Ok(0) };
+    check_device(operation, "scale", device, scale.device())?;
+    scale.slice(0..1).map(|scale| scale.address())
+}
+
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct CrossEntropyTangentArgs {
     logits: u64,
     logits_tangent: u64,
     dlogits_tangent: u64,
+    scale: u64,
     batch: u32,
     classes: u32,
 }
 
 /// The tangent of [`cross_entropy`]'s gradient where the logits `z` move along `z'`: with `p = softmax(z)`,
-/// `dlogits' = p (z' − Σ p z') / batch`, whatever the labels and the smoothing. All three are `[batch, classes]`. Traffic: reads
+/// `dlogits' = p (z' − Σ p z') / batch`, whatever the labels and the smoothing, times the first element of `scale` where there is one. All three are `[batch, classes]`. Traffic: reads
 /// the logits and their tangent, writes the result: 12 bytes per logit in f32.
 ///
 /// # Errors
@@ -129,6 +141,7 @@ pub fn cross_entropy_tangent<T: Scalar>(
     logits: Slice<'_, T>,
     logits_tangent: Slice<'_, T>,
     mut dlogits_tangent: SliceMut<'_, T>,
+    scale: Option<Slice<'_, f64>>,
 ) -> Result<()> {
     const NAME: &str = "loss::cross_entropy_tangent";
     let elements = shape.elements(NAME)?;
@@ -143,6 +156,7 @@ pub fn cross_entropy_tangent<T: Scalar>(
         logits: logits.address(),
         logits_tangent: logits_tangent.address(),
         dlogits_tangent: dlogits_tangent.address(),
+        scale: scale_address(NAME, device, scale)?,
         batch: shape.batch as u32,
         classes: shape.classes as u32,
     };

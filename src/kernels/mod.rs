@@ -6,6 +6,7 @@ pub mod conv;
 pub mod image;
 pub mod layers;
 pub mod loss;
+pub mod loss_scale;
 pub mod metrics;
 pub mod random;
 pub mod sharpness;

@@ -2,26 +2,26 @@
 
 use super::graph::{Op, Shape};
 use super::places::{BatchNormScratch, Parts};
-use super::{Plan, batch_norm_shape};
-use crate::device::{Result, Scalar, Slice, SliceMut};
+use super::{Plan, batch_norm_shape, convolved};
+use crate::device::{Compute, Result, Slice, SliceMut};
 use crate::kernels::batch_norm::{self, Backward, Gradients, ResidualGradient};
-use crate::kernels::{conv, layers, vector};
+use crate::kernels::{conv, layers};
 
-impl<T: Scalar> Plan<T> {
+impl<S: Compute> Plan<S> {
     /// The backward of one operation: from the gradient of its output to those of its inputs, and of its parameters where
-    /// `gradient` is to hold them. Without it, batch norm leaves dgamma and dbeta in its scratch.
+    /// `gradient` is to hold them. Without it, batch norm leaves dgamma and dbeta in its scratch. The forward has been at `weights`.
     pub(super) fn backward(
         &mut self,
         index: usize,
-        weights: Slice<'_, T>,
-        gradient: Option<&mut SliceMut<'_, T>>,
+        weights: Slice<'_, S::Master>,
+        gradient: Option<&mut SliceMut<'_, S::Master>>,
     ) -> Result<()> {
-        let Self { ops, places, arena, sums, .. } = self;
+        let Self { ops, places, arena, rounded, sums, .. } = self;
         let op = &ops[index];
         if places.gradients[op.output().0].is_none() {
             return Ok(()); // the loss does not depend on it, and it has no parameter, or planning had failed
         }
-        let mut parts = Parts::new(places, arena);
+        let mut parts = Parts::<S>::new(places, arena);
         let range = |parameter: usize| self.parameters.tensors()[parameter].range();
         let weight = |parameter: usize| weights.slice(range(parameter));
         let add = places.accumulate[index];
@@ -34,7 +34,8 @@ impl<T: Scalar> Plan<T> {
                     conv::weight_gradient(shape, parts.read(x)?, dy, dw, false, scratch.reborrow())?;
                 }
                 if let Some(dx) = parts.gradient_if_needed(x)? {
-                    conv::input_gradient(shape, dy, weight(w)?, dx, add[0], scratch)?;
+                    let weight = convolved(weights, rounded)?.slice(range(w))?;
+                    conv::input_gradient(shape, dy, weight, dx, add[0], scratch)?;
                 }
             }
             Op::BatchNorm { x, y, scale, shift, residual, relu, .. } => {
@@ -48,11 +49,12 @@ impl<T: Scalar> Plan<T> {
                         .map(|gradient| ResidualGradient { gradient, accumulate: add[1] }),
                     None => None,
                 };
-                let ranges = BatchNormScratch::new(self.shapes[x.0], add[0]);
+                let ranges = BatchNormScratch::new::<S>(self.shapes[x.0], add[0]);
                 let mut scratch = parts.scratch(places.scratch[index].1)?;
                 let mut scratch = scratch.disjoint();
                 let (mut dx, sum) = if add[0] {
-                    (scratch.write(ranges.dx)?, Some(parts.gradient_mut(x)?))
+                    let sum = parts.gradient_mut(x)?;
+                    (scratch.write(ranges.dx)?.cast(sum.len())?, Some(sum))
                 } else {
                     (parts.gradient_mut(x)?, None)
                 };
@@ -66,7 +68,7 @@ impl<T: Scalar> Plan<T> {
                 let sums = sums.slice_mut(0..shape.workspace_len(&self.device))?;
                 batch_norm::backward(shape, self.options.batch_norm, input, gradients, residual, sums)?;
                 if let Some(sum) = sum {
-                    vector::axpy(1.0, dx.view(), sum)?;
+                    layers::add_to(dx.view(), sum)?;
                 }
             }
             Op::Relu { x, y } => {
@@ -77,10 +79,10 @@ impl<T: Scalar> Plan<T> {
             Op::Add { a, b, y } => {
                 for (value, accumulate) in [(a, add[0]), (b, add[1])] {
                     // Both sides may be one activation, so each is borrowed on its own.
-                    let mut parts = Parts::new(places, arena);
+                    let mut parts = Parts::<S>::new(places, arena);
                     let dy = parts.gradient(y)?;
                     match parts.gradient_if_needed(value)? {
-                        Some(dx) if accumulate => vector::axpy(1.0, dy, dx)?,
+                        Some(dx) if accumulate => layers::add_to(dy, dx)?,
                         Some(mut dx) => dx.copy_from(dy)?,
                         None => {}
                     }
@@ -104,7 +106,7 @@ impl<T: Scalar> Plan<T> {
                 }
             }
             Op::Linear { x, y, weight: w, bias, ref shape } => {
-                let dy = parts.gradient(y)?;
+                let dy = parts.gradient_wide(y)?;
                 if let Some(gradient) = gradient {
                     let mut parameters = gradient.disjoint();
                     let (dw, db) = (parameters.write(range(w))?, parameters.write(range(bias))?);

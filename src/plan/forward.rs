@@ -2,17 +2,21 @@
 
 use super::graph::{Op, Shape};
 use super::places::Parts;
-use super::{EPSILON, Plan, RUNNING_MOMENTUM, batch_norm_shape};
-use crate::device::{Result, Scalar, Slice, SliceMut};
+use super::{EPSILON, Plan, RUNNING_MOMENTUM, batch_norm_shape, convolved};
+use crate::device::{Compute, Result, Slice, SliceMut};
 use crate::kernels::batch_norm::{self, Forward, Mode, Running};
 use crate::kernels::loss::{self, LossShape};
-use crate::kernels::{conv, layers};
+use crate::kernels::{conv, layers, vector};
 use crate::objective::Statistics;
 
-impl<T: Scalar> Plan<T> {
+impl<S: Compute> Plan<S> {
     /// All operations in their order.
-    pub(super) fn forward(&mut self, weights: Slice<'_, T>, pass: Statistics) -> Result<()> {
-        let Self { ops, places, arena, statistics, pending, reported, sums, .. } = self;
+    pub(super) fn forward(&mut self, weights: Slice<'_, S::Master>, pass: Statistics) -> Result<()> {
+        let Self { ops, places, arena, rounded, statistics, pending, reported, sums, .. } = self;
+        if !rounded.is_empty() {
+            vector::convert(weights, rounded.view_mut())?;
+        }
+        let convolved = convolved(weights, rounded)?;
         // The first reported pass of a step begins with the statistics, each further one with what the one before made of them.
         let [even, odd] = pending;
         let (running, next) = match *reported {
@@ -21,12 +25,13 @@ impl<T: Scalar> Plan<T> {
             _ => (&*odd, even),
         };
         for (index, op) in ops.iter().enumerate() {
-            let mut parts = Parts::new(places, arena);
+            let mut parts = Parts::<S>::new(places, arena);
             let weight = |parameter: usize| weights.slice(self.parameters.tensors()[parameter].range());
             match *op {
                 Op::Convolution { x, y, weight: w, ref shape } => {
                     let scratch = parts.scratch(places.scratch[index].0)?;
-                    conv::forward(shape, parts.read(x)?, weight(w)?, parts.write(y)?, false, scratch)?;
+                    let weight = convolved.slice(self.parameters.tensors()[w].range())?;
+                    conv::forward(shape, parts.read(x)?, weight, parts.write(y)?, false, scratch)?;
                 }
                 Op::BatchNorm { x, y, scale, shift, statistics: first, residual, relu } => {
                     let shape = batch_norm_shape(self.shapes[x.0]);
@@ -62,7 +67,7 @@ impl<T: Scalar> Plan<T> {
                 }
                 Op::Shortcut { x, y, ref shape } => layers::shortcut(shape, parts.read(x)?, parts.write(y)?)?,
                 Op::Linear { x, y, weight: w, bias, ref shape } => {
-                    let (x, y) = (parts.read(x)?, parts.write(y)?);
+                    let (x, y) = (parts.read(x)?, parts.write_wide(y)?);
                     layers::linear(shape, x, weight(w)?, Some(weight(bias)?), y, false)?;
                 }
             }
@@ -81,10 +86,10 @@ impl<T: Scalar> Plan<T> {
     ) -> Result<()> {
         let counter = if reported { 0..1 } else { 1..2 };
         let shape = LossShape { batch: samples, classes: self.classes() };
-        let mut parts = Parts::new(&self.places, &mut self.arena);
+        let mut parts = Parts::<S>::new(&self.places, &mut self.arena);
         let len = samples * shape.classes;
-        let logits = parts.read(self.logits)?.slice(0..len)?;
-        let dlogits = if gradient { Some(parts.gradient_mut(self.logits)?) } else { None };
+        let logits = parts.read_wide(self.logits)?.slice(0..len)?;
+        let dlogits = if gradient { Some(parts.gradient_wide_mut(self.logits)?) } else { None };
         let mut sample_losses = parts.slot_mut(self.places.sample_losses)?;
         loss::cross_entropy(
             &shape,
@@ -92,6 +97,7 @@ impl<T: Scalar> Plan<T> {
             self.labels.slice(0..samples)?,
             self.options.label_smoothing,
             dlogits,
+            self.loss_scale.as_ref().map(|state| state.view()),
             sample_losses.slice_mut(0..samples)?,
             loss,
             self.correct.slice_mut(counter)?,

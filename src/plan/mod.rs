@@ -6,6 +6,10 @@
 //! Time in a plan is counted in steps: the forward operations 0 … n−1, the loss n, the backward operations n+1 … 2n (the
 //! backward of operation i at 2n − i). Memory is planned over these steps.
 //!
+//! A `Plan<S>` stores activations as `S` and computes in its master type, of which weights and gradients are. In f16 and bf16 the
+//! weights of convolutions are rounded to `S` before each pass, and the logits are kept wide. In f16 the loss is scaled for the
+//! backward pass (`kernels::loss_scale`).
+//!
 //! Every operation has its forward in `forward.rs`, its backward in `backward.rs`, and the tangents of both, of which products
 //! with the Hessian consist, in `tangent.rs`.
 
@@ -23,12 +27,12 @@ pub use graph::{Graph, Shape, Value};
 use std::ops::Range;
 
 use crate::arena::Layout;
-use crate::device::{Buffer, Device, Error, Result, Scalar, Slice, SliceMut};
+use crate::device::{Buffer, Compute, Device, Error, Result, Slice, SliceMut};
 use crate::kernels::batch_norm::{BatchNormShape, Mode};
-use crate::kernels::{check_length, vector};
+use crate::kernels::{check_length, loss_scale, vector};
 use crate::objective::{Objective, Statistics};
 use graph::Op;
-use places::Places;
+use places::{Parts, Places};
 use tangent::Tangent;
 
 /// Added to the variance in batch norm, as everywhere in the field.
@@ -59,8 +63,8 @@ impl PlanOptions {
     }
 }
 
-/// A network ready to run on one device for one batch shape.
-pub struct Plan<T: Scalar> {
+/// A network ready to run on one device for one batch shape, its activations stored as `S`.
+pub struct Plan<S: Compute> {
     device: Device,
     options: PlanOptions,
     ops: Vec<Op>,
@@ -69,27 +73,31 @@ pub struct Plan<T: Scalar> {
     parameters: Layout,
     statistics_layout: Layout,
     places: Places,
-    arena: Buffer<T>,
+    arena: Buffer<S::Master>,
+    /// The newest pass's weights as convolutions read them; empty where that is as they are.
+    rounded: Buffer<S>,
+    /// The state of [`loss_scale`]; none where gradients need no scaling.
+    loss_scale: Option<Buffer<f64>>,
     labels: Buffer<u32>,
     /// Correct predictions: of the passes that are reported, and of the others.
     correct: Buffer<u32>,
-    statistics: Buffer<T>,
+    statistics: Buffer<S::Master>,
     /// What the statistics become when the step is committed, written in turns.
-    pending: [Buffer<T>; 2],
+    pending: [Buffer<S::Master>; 2],
     /// Passes with [`Statistics::Update`] since the last commit.
     reported: usize,
     /// Partial sums of batch norm, in double.
     sums: Buffer<f64>,
     /// From the first product with the Hessian on.
-    tangent: Option<Tangent<T>>,
+    tangent: Option<Tangent<S>>,
 }
 
-impl<T: Scalar> Plan<T> {
+impl<S: Compute> Plan<S> {
     /// Plans a network that ends in `logits`, for softmax cross-entropy.
     ///
     /// # Errors
     /// [`PlanError::NoGradient`] where the loss does not depend on some parameter, [`PlanError::Shape`] for a batch norm in
-    /// training whose channels have a single value, [`PlanError::Device`] where the memory is not to be had.
+    /// training whose channels have a single value and for a linear layer before the last in 16 bits, [`PlanError::Device`] where the memory is not to be had.
     pub fn new(
         device: &Device,
         graph: Graph,
@@ -109,22 +117,31 @@ impl<T: Scalar> Plan<T> {
                 return Err(PlanError::Shape { operation, reason });
             }
         }
-        let places = Places::new(device, &ops, &shapes, logits, &parameters, options)?;
+        // Only what nothing follows is kept wide.
+        let narrow = size_of::<S>() < size_of::<S::Master>();
+        let classifies = |op: &Op| matches!(op, Op::Linear { .. });
+        if narrow && ops.iter().any(|op| classifies(op) != (op.output() == logits)) {
+            let reason = format!("in {} the logits come from a linear layer, and it is the only one", S::NAME);
+            return Err(PlanError::Shape { operation: "Plan::new".into(), reason });
+        }
+        let places = Places::new::<S>(device, &ops, &shapes, logits, &parameters, options)?;
         let sums = ops.iter().filter_map(|op| match op {
             Op::BatchNorm { x, .. } => Some(batch_norm_shape(shapes[x.0]).workspace_len(device)),
             _ => None,
         });
         let mut statistics = device.zeros(statistics_layout.len())?;
-        let mut start = vec![T::default(); statistics_layout.len()];
+        let mut start = vec![S::Master::default(); statistics_layout.len()];
         for tensor in statistics_layout.tensors() {
             if matches!(tensor.kind, crate::arena::Kind::RunningVar(_)) {
-                start[tensor.range()].fill(T::from_f64(1.0));
+                start[tensor.range()].fill(S::Master::from_f64(1.0));
             }
         }
         statistics.write(&start)?;
         let pending = [device.zeros(statistics_layout.len())?, device.zeros(statistics_layout.len())?];
         Ok(Self {
             arena: device.poisoned(places.len)?,
+            rounded: device.zeros(if narrow { parameters.len() } else { 0 })?,
+            loss_scale: if S::SCALES_LOSS { Some(device.upload(&loss_scale::START)?) } else { None },
             labels: device.zeros(shapes[0].batch)?,
             correct: device.zeros(2)?,
             sums: device.zeros(sums.max().unwrap_or(0))?,
@@ -161,12 +178,12 @@ impl<T: Scalar> Plan<T> {
     /// Bytes of the arena that holds activations, their gradients and scratch. The first product with the Hessian takes as many
     /// for their tangents.
     pub fn arena_bytes(&self) -> usize {
-        self.places.len * size_of::<T>()
+        self.places.len * size_of::<S::Master>()
     }
 
     /// Bytes that the same slots would take if none shared memory.
     pub fn unshared_bytes(&self) -> usize {
-        self.places.slots.iter().map(|slot| slot.len).sum::<usize>() * size_of::<T>()
+        self.places.slots.iter().map(|slot| slot.len).sum::<usize>() * size_of::<S::Master>()
     }
 
     /// The shape of the input batch.
@@ -183,16 +200,16 @@ impl<T: Scalar> Plan<T> {
     ///
     /// # Errors
     /// None: the places lie in their buffers.
-    pub fn batch_mut(&mut self) -> Result<(SliceMut<'_, T>, SliceMut<'_, u32>)> {
-        let input = self.places.value(Value(0));
-        Ok((self.arena.slice_mut(input)?, self.labels.view_mut()))
+    pub fn batch_mut(&mut self) -> Result<(SliceMut<'_, S>, SliceMut<'_, u32>)> {
+        let images = Parts::new(&self.places, &mut self.arena).write(Value(0))?;
+        Ok((images, self.labels.view_mut()))
     }
 
     /// The logits of the newest pass.
     ///
     /// # Errors
     /// None: the place lies in the buffer.
-    pub fn logits(&self) -> Result<Slice<'_, T>> {
+    pub fn logits(&self) -> Result<Slice<'_, S::Master>> {
         self.arena.slice(self.places.value(self.logits))
     }
 
@@ -206,7 +223,7 @@ impl<T: Scalar> Plan<T> {
     }
 
     /// The running statistics.
-    pub fn statistics(&self) -> &Buffer<T> {
+    pub fn statistics(&self) -> &Buffer<S::Master> {
         &self.statistics
     }
 
@@ -214,9 +231,19 @@ impl<T: Scalar> Plan<T> {
     ///
     /// # Errors
     /// Those of the copy.
-    pub fn set_statistics(&mut self, statistics: Slice<'_, T>) -> Result<()> {
+    pub fn set_statistics(&mut self, statistics: Slice<'_, S::Master>) -> Result<()> {
         self.reported = 0;
         self.statistics.view_mut().copy_from(statistics)
+    }
+
+    /// The state of dynamic loss scaling (see [`loss_scale`]), in f16: the scale, and its good steps in a row.
+    pub fn loss_scale(&self) -> Option<&Buffer<f64>> {
+        self.loss_scale.as_ref()
+    }
+
+    /// The same, to set it.
+    pub fn loss_scale_mut(&mut self) -> Option<&mut Buffer<f64>> {
+        self.loss_scale.as_mut()
     }
 
     /// A forward pass at `weights`: leaves the logits, the mean loss over the first `samples` of the batch in `loss` (one
@@ -224,32 +251,48 @@ impl<T: Scalar> Plan<T> {
     ///
     /// # Errors
     /// Those of the device.
-    pub fn evaluate(&mut self, weights: Slice<'_, T>, samples: usize, loss: SliceMut<'_, f64>) -> Result<()> {
+    pub fn evaluate(&mut self, weights: Slice<'_, S::Master>, samples: usize, loss: SliceMut<'_, f64>) -> Result<()> {
         self.forward(weights, Statistics::Keep)?;
         self.correct.clear()?;
         self.loss(samples, false, true, loss)
     }
 }
 
-impl<T: Scalar> Plan<T> {
+impl<S: Compute> Plan<S> {
     fn check_backward(&self, operation: &'static str) -> Result<()> {
         if self.options.backward {
             return Ok(());
         }
         Err(Error::Argument { operation, message: "the plan was made without gradients".into() })
     }
+
+    /// Takes the scale out of a result, and checks it.
+    fn finish(&self, mut result: SliceMut<'_, S::Master>, flag: SliceMut<'_, u32>) -> Result<()> {
+        match &self.loss_scale {
+            Some(state) => {
+                let len = result.len();
+                loss_scale::unscale(result.reborrow().cast(len)?, state.view(), flag)
+            }
+            None => vector::check_finite(result.view(), flag),
+        }
+    }
 }
 
-impl<T: Scalar> Objective<T> for Plan<T> {
+/// The weights as convolutions read them.
+fn convolved<'a, S: Compute>(weights: Slice<'a, S::Master>, rounded: &'a Buffer<S>) -> Result<Slice<'a, S>> {
+    if rounded.is_empty() { weights.cast(weights.len()) } else { Ok(rounded.view()) }
+}
+
+impl<S: Compute> Objective<S::Master> for Plan<S> {
     fn len(&self) -> usize {
         self.parameters.len()
     }
 
     fn gradient(
         &mut self,
-        weights: Slice<'_, T>,
+        weights: Slice<'_, S::Master>,
         statistics: Statistics,
-        mut gradient: SliceMut<'_, T>,
+        mut gradient: SliceMut<'_, S::Master>,
         mut loss: SliceMut<'_, f64>,
         mut flag: SliceMut<'_, u32>,
     ) -> Result<()> {
@@ -268,7 +311,7 @@ impl<T: Scalar> Objective<T> for Plan<T> {
             self.backward(index, weights, Some(&mut gradient))?;
         }
         vector::check_finite_f64(loss.view(), flag.reborrow())?;
-        vector::check_finite(gradient.view(), flag)
+        self.finish(gradient, flag)
     }
 
     /// The exact product, by differentiating forward and backward along `direction` (Pearlmutter, "Fast exact multiplication by
@@ -278,11 +321,13 @@ impl<T: Scalar> Objective<T> for Plan<T> {
     /// Costs 8/3 of a gradient, counted in convolutions: a gradient takes three per layer, a product three in the forward pass and
     /// five in the backward pass, where the weights' own gradients are left out. The first call allocates a second arena as large
     /// as the first; later calls allocate nothing. As in the gradient, the padding between tensors is left as it was.
+    ///
+    /// In 16 bits the direction is rounded to them where it moves convolutions: what lies below 6e-8 vanishes in f16.
     fn hessian_vector(
         &mut self,
-        weights: Slice<'_, T>,
-        direction: Slice<'_, T>,
-        mut product: SliceMut<'_, T>,
+        weights: Slice<'_, S::Master>,
+        direction: Slice<'_, S::Master>,
+        mut product: SliceMut<'_, S::Master>,
         mut flag: SliceMut<'_, u32>,
     ) -> Result<()> {
         const OPERATION: &str = "Plan::hessian_vector";
@@ -293,13 +338,13 @@ impl<T: Scalar> Objective<T> for Plan<T> {
         // Out of the plan for the time of the passes, which borrow both.
         let mut tangent = match self.tangent.take() {
             Some(tangent) => tangent,
-            None => Tangent::new(&self.device, &self.places)?,
+            None => Tangent::new(&self.device, &self.places, self.rounded.len())?,
         };
         let passes = self.tangent_passes(weights, direction, &mut product, &mut tangent);
         let finite = passes.and_then(|()| vector::check_finite_f64(tangent.loss.view(), flag.reborrow()));
         self.tangent = Some(tangent);
         finite?;
-        vector::check_finite(product.view(), flag)
+        self.finish(product, flag)
     }
 
     fn padding(&self) -> Vec<Range<usize>> {
@@ -307,6 +352,9 @@ impl<T: Scalar> Objective<T> for Plan<T> {
     }
 
     fn commit(&mut self, skip: Slice<'_, u32>) -> Result<()> {
+        if let Some(state) = &mut self.loss_scale {
+            loss_scale::update(state.view_mut(), skip)?;
+        }
         let passes = std::mem::take(&mut self.reported);
         if passes == 0 || self.options.batch_norm == Mode::Eval {
             return Ok(());

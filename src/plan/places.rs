@@ -1,5 +1,8 @@
 //! What lies where in a plan's arenas: the steps during which every activation, gradient and piece of scratch lives, and the parts
 //! that one operation borrows.
+//!
+//! An arena consists of elements of the master type. Activations and their gradients are stored as `S`, in as many of these as
+//! they fill; the logits, batch norm's moments and scratch are of the master type itself.
 
 use std::ops::Range;
 
@@ -8,7 +11,7 @@ use super::error::PlanError;
 use super::graph::{Op, Shape, Value};
 use super::memory::{self, Slot};
 use crate::arena::{ALIGNMENT, Layout};
-use crate::device::{self, Buffer, Device, Disjoint, Scalar, Slice, SliceMut};
+use crate::device::{self, Buffer, Compute, Device, Disjoint, Slice, SliceMut};
 use crate::kernels::batch_norm::{Activation, Saved};
 
 /// The slot of everything that lies in the arena.
@@ -16,6 +19,8 @@ pub(super) struct Places {
     pub slots: Vec<Slot>,
     /// By activation.
     pub values: Vec<usize>,
+    /// By activation: its elements.
+    elements: Vec<usize>,
     /// By activation; none where no gradient is needed.
     pub gradients: Vec<Option<usize>>,
     /// By operation: batch norm's mean and inverse deviation.
@@ -30,8 +35,13 @@ pub(super) struct Places {
     pub len: usize,
 }
 
+/// Elements of the master type that `len` elements of `S` fill.
+fn stored<S: Compute>(len: usize) -> usize {
+    (len * size_of::<S>()).div_ceil(size_of::<S::Master>())
+}
+
 impl Places {
-    pub fn new(
+    pub fn new<S: Compute>(
         device: &Device,
         ops: &[Op],
         shapes: &[Shape],
@@ -90,11 +100,15 @@ impl Places {
             }
         }
         (last_use[0], last_use[logits.0]) = (end, end);
+        let elements: Vec<usize> = shapes.iter().map(|shape| shape.len()).collect();
+        let lens: Vec<usize> = (0..shapes.len())
+            .map(|value| if value == logits.0 { elements[value] } else { stored::<S>(elements[value]) })
+            .collect();
         let values: Vec<usize> =
-            (0..shapes.len()).map(|value| slot(shapes[value].len(), made[value], last_use[value])).collect();
+            (0..shapes.len()).map(|value| slot(lens[value], made[value], last_use[value])).collect();
         let gradients = (0..shapes.len())
             .map(|value| match first_use[value] {
-                Some(first) if options.backward => Some(slot(shapes[value].len(), first, backward_step(made[value]))),
+                Some(first) if options.backward => Some(slot(lens[value], first, backward_step(made[value]))),
                 _ => None,
             })
             .collect();
@@ -111,11 +125,11 @@ impl Places {
             });
             scratch.push(match op {
                 Op::Convolution { shape, .. } => {
-                    let len = shape.workspace_len(device);
+                    let len = shape.workspace_len::<S>(device);
                     (Some(slot(len, index, index)), options.backward.then(|| slot(len, last, last)))
                 }
                 Op::BatchNorm { x, .. } if options.backward => {
-                    let len = BatchNormScratch::new(shapes[x.0], accumulate[index][0]).len();
+                    let len = BatchNormScratch::new::<S>(shapes[x.0], accumulate[index][0]).len();
                     (None, Some(slot(len, last, last)))
                 }
                 _ => (None, None),
@@ -123,7 +137,7 @@ impl Places {
         }
         let sample_losses = slot(shapes[0].batch, loss_step, loss_step);
         let len = memory::place(&mut slots);
-        Ok(Self { slots, values, gradients, moments, scratch, trained, accumulate, sample_losses, len })
+        Ok(Self { slots, values, elements, gradients, moments, scratch, trained, accumulate, sample_losses, len })
     }
 
     pub fn value(&self, value: Value) -> Range<usize> {
@@ -140,9 +154,9 @@ pub(super) struct BatchNormScratch {
 }
 
 impl BatchNormScratch {
-    pub fn new(shape: Shape, adds: bool) -> Self {
+    pub fn new<S: Compute>(shape: Shape, adds: bool) -> Self {
         let (channels, pitch) = (shape.channels, shape.channels.next_multiple_of(ALIGNMENT));
-        let dx = 2 * pitch..2 * pitch + if adds { shape.len() } else { 0 };
+        let dx = 2 * pitch..2 * pitch + if adds { stored::<S>(shape.len()) } else { 0 };
         Self { dgamma: 0..channels, dbeta: pitch..pitch + channels, dx }
     }
 
@@ -151,63 +165,88 @@ impl BatchNormScratch {
     }
 }
 
+/// Batch norm's mean and inverse deviation.
+type Pair<'a, T> = (Slice<'a, T>, Slice<'a, T>);
+
 /// The parts of an arena that one operation uses.
-pub(super) struct Parts<'p, 'a, T: Scalar> {
+pub(super) struct Parts<'p, 'a, S: Compute> {
     places: &'p Places,
-    arena: Disjoint<'a, T>,
+    arena: Disjoint<'a, S::Master>,
 }
 
-impl<'p, 'a, T: Scalar> Parts<'p, 'a, T> {
-    pub fn new(places: &'p Places, arena: &'a mut Buffer<T>) -> Self {
+impl<'p, 'a, S: Compute> Parts<'p, 'a, S> {
+    pub fn new(places: &'p Places, arena: &'a mut Buffer<S::Master>) -> Self {
         Self { places, arena: arena.disjoint() }
     }
 
-    pub fn read(&mut self, value: Value) -> device::Result<Slice<'a, T>> {
+    pub fn read(&mut self, value: Value) -> device::Result<Slice<'a, S>> {
+        self.arena.read(self.places.value(value))?.cast(self.places.elements[value.0])
+    }
+
+    pub fn write(&mut self, value: Value) -> device::Result<SliceMut<'a, S>> {
+        self.arena.write(self.places.value(value))?.cast(self.places.elements[value.0])
+    }
+
+    /// What a linear layer makes, which is of the master type.
+    pub fn read_wide(&mut self, value: Value) -> device::Result<Slice<'a, S::Master>> {
         self.arena.read(self.places.value(value))
     }
 
-    pub fn write(&mut self, value: Value) -> device::Result<SliceMut<'a, T>> {
+    /// As [`Parts::read_wide`].
+    pub fn write_wide(&mut self, value: Value) -> device::Result<SliceMut<'a, S::Master>> {
         self.arena.write(self.places.value(value))
     }
 
-    pub fn slot_mut(&mut self, slot: usize) -> device::Result<SliceMut<'a, T>> {
+    pub fn slot_mut(&mut self, slot: usize) -> device::Result<SliceMut<'a, S::Master>> {
         self.arena.write(self.places.slots[slot].range())
     }
 
     /// Scratch memory; empty where the operation needs none.
-    pub fn scratch(&mut self, slot: Option<usize>) -> device::Result<SliceMut<'a, T>> {
+    pub fn scratch(&mut self, slot: Option<usize>) -> device::Result<SliceMut<'a, S::Master>> {
         self.arena.write(slot.map_or(0..0, |slot| self.places.slots[slot].range()))
     }
 
-    fn gradient_range(&self, value: Value) -> Range<usize> {
-        self.places.gradients[value.0].map_or(0..0, |slot| self.places.slots[slot].range())
+    /// The place of a gradient, and its elements; empty where none is needed.
+    fn gradient_place(&self, value: Value) -> (Range<usize>, usize) {
+        let place = |slot: usize| (self.places.slots[slot].range(), self.places.elements[value.0]);
+        self.places.gradients[value.0].map_or((0..0, 0), place)
     }
 
-    pub fn gradient(&mut self, value: Value) -> device::Result<Slice<'a, T>> {
-        let range = self.gradient_range(value);
-        self.arena.read(range)
+    pub fn gradient(&mut self, value: Value) -> device::Result<Slice<'a, S>> {
+        let (range, elements) = self.gradient_place(value);
+        self.arena.read(range)?.cast(elements)
     }
 
-    pub fn gradient_mut(&mut self, value: Value) -> device::Result<SliceMut<'a, T>> {
-        let range = self.gradient_range(value);
-        self.arena.write(range)
+    pub fn gradient_mut(&mut self, value: Value) -> device::Result<SliceMut<'a, S>> {
+        let (range, elements) = self.gradient_place(value);
+        self.arena.write(range)?.cast(elements)
+    }
+
+    /// As [`Parts::read_wide`].
+    pub fn gradient_wide(&mut self, value: Value) -> device::Result<Slice<'a, S::Master>> {
+        self.arena.read(self.gradient_place(value).0)
+    }
+
+    /// As [`Parts::read_wide`].
+    pub fn gradient_wide_mut(&mut self, value: Value) -> device::Result<SliceMut<'a, S::Master>> {
+        self.arena.write(self.gradient_place(value).0)
     }
 
     /// The gradient of an activation, or none where nothing before it is trained.
-    pub fn gradient_if_needed(&mut self, value: Value) -> device::Result<Option<SliceMut<'a, T>>> {
+    pub fn gradient_if_needed(&mut self, value: Value) -> device::Result<Option<SliceMut<'a, S>>> {
         if self.places.gradients[value.0].is_none() {
             return Ok(None);
         }
         self.gradient_mut(value).map(Some)
     }
 
-    pub fn moments(&mut self, op: usize) -> device::Result<(Slice<'a, T>, Slice<'a, T>)> {
+    pub fn moments(&mut self, op: usize) -> device::Result<Pair<'a, S::Master>> {
         let (mean, inv_std) = self.places.moments[op].unwrap_or_default();
         let [mean, inv_std] = [mean, inv_std].map(|slot| self.places.slots[slot].range());
         Ok((self.arena.read(mean)?, self.arena.read(inv_std)?))
     }
 
-    pub fn moments_mut(&mut self, op: usize) -> device::Result<Saved<'a, T>> {
+    pub fn moments_mut(&mut self, op: usize) -> device::Result<Saved<'a, S::Master>> {
         let (mean, inv_std) = self.places.moments[op].unwrap_or_default();
         Ok(Saved { mean: self.slot_mut(mean)?, inv_std: self.slot_mut(inv_std)? })
     }
@@ -218,8 +257,8 @@ impl<'p, 'a, T: Scalar> Parts<'p, 'a, T> {
         relu: bool,
         residual: Option<Value>,
         y: Value,
-        beta: Slice<'a, T>,
-    ) -> device::Result<Activation<'a, T>> {
+        beta: Slice<'a, S::Master>,
+    ) -> device::Result<Activation<'a, S>> {
         Ok(match (relu, residual) {
             (false, _) => Activation::Identity,
             (true, None) => Activation::ReluRecomputed { beta },

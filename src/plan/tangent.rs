@@ -8,8 +8,8 @@
 
 use super::graph::{Op, Shape, Value};
 use super::places::{BatchNormScratch, Parts, Places};
-use super::{Plan, batch_norm_shape};
-use crate::device::{Buffer, Device, Result, Scalar, Slice, SliceMut};
+use super::{Plan, batch_norm_shape, convolved};
+use crate::device::{Buffer, Compute, Device, Result, Slice, SliceMut};
 use crate::kernels::batch_norm::{
     self, Backward, BackwardTangents, ForwardTangents, Gradients, Normalized, ResidualGradient,
 };
@@ -18,37 +18,42 @@ use crate::kernels::{conv, layers, vector};
 use crate::objective::Statistics;
 
 /// What a product with the Hessian needs beside what a gradient does.
-pub(super) struct Tangent<T: Scalar> {
-    arena: Buffer<T>,
+pub(super) struct Tangent<S: Compute> {
+    arena: Buffer<S::Master>,
+    /// The direction as convolutions read it; empty where that is as it is.
+    rounded: Buffer<S>,
     /// The loss itself, which shows whether the passes were finite.
     pub loss: Buffer<f64>,
 }
 
-impl<T: Scalar> Tangent<T> {
-    pub fn new(device: &Device, places: &Places) -> Result<Self> {
+impl<S: Compute> Tangent<S> {
+    pub fn new(device: &Device, places: &Places, rounded: usize) -> Result<Self> {
         let mut arena = device.poisoned(places.len)?;
         // The batch does not move. Its place is its own during all steps.
         arena.slice_mut(places.value(Value(0)))?.clear()?;
-        Ok(Self { arena, loss: device.zeros(1)? })
+        Ok(Self { arena, rounded: device.zeros(rounded)?, loss: device.zeros(1)? })
     }
 }
 
-impl<T: Scalar> Plan<T> {
+impl<S: Compute> Plan<S> {
     /// The product of the Hessian with `direction`.
     pub(super) fn tangent_passes(
         &mut self,
-        weights: Slice<'_, T>,
-        direction: Slice<'_, T>,
-        product: &mut SliceMut<'_, T>,
-        tangent: &mut Tangent<T>,
+        weights: Slice<'_, S::Master>,
+        direction: Slice<'_, S::Master>,
+        product: &mut SliceMut<'_, S::Master>,
+        tangent: &mut Tangent<S>,
     ) -> Result<()> {
         self.forward(weights, Statistics::Keep)?;
         self.loss(self.shapes[0].batch, true, false, tangent.loss.view_mut())?;
-        self.forward_tangent(weights, direction, &mut tangent.arena)?;
+        if !tangent.rounded.is_empty() {
+            vector::convert(direction, tangent.rounded.view_mut())?;
+        }
+        self.forward_tangent(weights, direction, tangent)?;
         self.loss_tangent(&mut tangent.arena)?;
         for index in (0..self.ops.len()).rev() {
             self.backward(index, weights, None)?;
-            self.backward_tangent(index, weights, direction, product, &mut tangent.arena)?;
+            self.backward_tangent(index, weights, direction, product, tangent)?;
         }
         Ok(())
     }
@@ -56,14 +61,17 @@ impl<T: Scalar> Plan<T> {
     /// Of all operations in their order.
     fn forward_tangent(
         &mut self,
-        weights: Slice<'_, T>,
-        direction: Slice<'_, T>,
-        tangents: &mut Buffer<T>,
+        weights: Slice<'_, S::Master>,
+        direction: Slice<'_, S::Master>,
+        tangents: &mut Tangent<S>,
     ) -> Result<()> {
-        let Self { ops, places, arena, sums, .. } = self;
+        let Self { ops, places, arena, rounded, sums, .. } = self;
+        let Tangent { arena: tangents, rounded: rounded_direction, .. } = tangents;
+        let convolved_weights = convolved(weights, rounded)?;
+        let convolved_direction = convolved(direction, rounded_direction)?;
         for (index, op) in ops.iter().enumerate() {
-            let mut parts = Parts::new(places, arena);
-            let mut tangent = Parts::new(places, tangents);
+            let mut parts = Parts::<S>::new(places, arena);
+            let mut tangent = Parts::<S>::new(places, tangents);
             if !places.trained[op.output().0] {
                 tangent.write(op.output())?.clear()?;
                 continue;
@@ -73,13 +81,15 @@ impl<T: Scalar> Plan<T> {
             let weight_tangent = |parameter: usize| direction.slice(range(parameter));
             match *op {
                 Op::Convolution { x, y, weight: w, ref shape } => {
+                    let kernel = convolved_weights.slice(range(w))?;
+                    let kernel_tangent = convolved_direction.slice(range(w))?;
                     let mut scratch = tangent.scratch(places.scratch[index].0)?;
                     let mut y = tangent.write(y)?;
                     let moves = places.trained[x.0];
                     if moves {
-                        conv::forward(shape, tangent.read(x)?, weight(w)?, y.reborrow(), false, scratch.reborrow())?;
+                        conv::forward(shape, tangent.read(x)?, kernel, y.reborrow(), false, scratch.reborrow())?;
                     }
-                    conv::forward(shape, parts.read(x)?, weight_tangent(w)?, y, moves, scratch)?;
+                    conv::forward(shape, parts.read(x)?, kernel_tangent, y, moves, scratch)?;
                 }
                 Op::BatchNorm { x, y, scale, shift, residual, relu, .. } => {
                     let shape = batch_norm_shape(self.shapes[x.0]);
@@ -111,7 +121,7 @@ impl<T: Scalar> Plan<T> {
                 }
                 Op::Shortcut { x, y, ref shape } => layers::shortcut(shape, tangent.read(x)?, tangent.write(y)?)?,
                 Op::Linear { x, y, weight: w, bias, ref shape } => {
-                    let mut y = tangent.write(y)?;
+                    let mut y = tangent.write_wide(y)?;
                     let bias = weight_tangent(bias)?;
                     layers::linear(shape, tangent.read(x)?, weight(w)?, Some(bias), y.reborrow(), false)?;
                     layers::linear(shape, parts.read(x)?, weight_tangent(w)?, None, y, true)?;
@@ -121,30 +131,34 @@ impl<T: Scalar> Plan<T> {
         Ok(())
     }
 
-    fn loss_tangent(&mut self, tangents: &mut Buffer<T>) -> Result<()> {
+    fn loss_tangent(&mut self, tangents: &mut Buffer<S::Master>) -> Result<()> {
         let shape = LossShape { batch: self.shapes[0].batch, classes: self.classes() };
         let logits = self.logits()?;
-        let mut tangent = Parts::new(&self.places, tangents);
-        let (moved, dlogits) = (tangent.read(self.logits)?, tangent.gradient_mut(self.logits)?);
-        loss::cross_entropy_tangent(&shape, logits, moved, dlogits)
+        let scale = self.loss_scale.as_ref().map(|state| state.view());
+        let mut tangent = Parts::<S>::new(&self.places, tangents);
+        let (moved, dlogits) = (tangent.read_wide(self.logits)?, tangent.gradient_wide_mut(self.logits)?);
+        loss::cross_entropy_tangent(&shape, logits, moved, dlogits, scale)
     }
 
     /// Of one operation, after its backward: the tangents of its parameters' gradients go to `product`.
     fn backward_tangent(
         &mut self,
         index: usize,
-        weights: Slice<'_, T>,
-        direction: Slice<'_, T>,
-        product: &mut SliceMut<'_, T>,
-        tangents: &mut Buffer<T>,
+        weights: Slice<'_, S::Master>,
+        direction: Slice<'_, S::Master>,
+        product: &mut SliceMut<'_, S::Master>,
+        tangents: &mut Tangent<S>,
     ) -> Result<()> {
-        let Self { ops, places, arena, sums, .. } = self;
+        let Self { ops, places, arena, rounded, sums, .. } = self;
+        let Tangent { arena: tangents, rounded: rounded_direction, .. } = tangents;
+        let convolved_weights = convolved(weights, rounded)?;
+        let convolved_direction = convolved(direction, rounded_direction)?;
         let op = &ops[index];
         if places.gradients[op.output().0].is_none() {
             return Ok(()); // as in the backward
         }
-        let mut parts = Parts::new(places, arena);
-        let mut tangent = Parts::new(places, tangents);
+        let mut parts = Parts::<S>::new(places, arena);
+        let mut tangent = Parts::<S>::new(places, tangents);
         let range = |parameter: usize| self.parameters.tensors()[parameter].range();
         let weight = |parameter: usize| weights.slice(range(parameter));
         let weight_tangent = |parameter: usize| direction.slice(range(parameter));
@@ -160,8 +174,15 @@ impl<T: Scalar> Plan<T> {
                 }
                 if let Some(mut dx) = tangent.gradient_if_needed(x)? {
                     let into = dx.reborrow();
-                    conv::input_gradient(shape, dy_tangent, weight(w)?, into, add[0], scratch.reborrow())?;
-                    conv::input_gradient(shape, dy, weight_tangent(w)?, dx, true, scratch)?;
+                    conv::input_gradient(
+                        shape,
+                        dy_tangent,
+                        convolved_weights.slice(range(w))?,
+                        into,
+                        add[0],
+                        scratch.reborrow(),
+                    )?;
+                    conv::input_gradient(shape, dy, convolved_direction.slice(range(w))?, dx, true, scratch)?;
                 }
             }
             Op::BatchNorm { x, y, scale, shift, residual, relu, .. } => {
@@ -171,7 +192,7 @@ impl<T: Scalar> Plan<T> {
                 let (x_value, dy, gamma) = (parts.read(x)?, parts.gradient(y)?, weight(scale)?);
                 let input = Backward { x: x_value, dy, gamma, mean, inv_std, activation };
                 // The backward left these there.
-                let ranges = BatchNormScratch::new(self.shapes[x.0], add[0]);
+                let ranges = BatchNormScratch::new::<S>(self.shapes[x.0], add[0]);
                 let parameters = parts.scratch(places.scratch[index].1)?;
                 let (mean, inv_std) = tangent.moments(index)?;
                 let tangents = BackwardTangents {
@@ -191,7 +212,8 @@ impl<T: Scalar> Plan<T> {
                 };
                 let mut scratch = tangent.scratch(places.scratch[index].1)?;
                 let (mut dx, sum) = if add[0] {
-                    (scratch.slice_mut(ranges.dx)?, Some(tangent.gradient_mut(x)?))
+                    let sum = tangent.gradient_mut(x)?;
+                    (scratch.slice_mut(ranges.dx)?.cast(sum.len())?, Some(sum))
                 } else {
                     (tangent.gradient_mut(x)?, None)
                 };
@@ -202,7 +224,7 @@ impl<T: Scalar> Plan<T> {
                 let mode = self.options.batch_norm;
                 batch_norm::backward_tangent(shape, mode, input, tangents, gradients, residual, sums)?;
                 if let Some(sum) = sum {
-                    vector::axpy(1.0, dx.view(), sum)?;
+                    layers::add_to(dx.view(), sum)?;
                 }
             }
             // From here on the backward is linear, and its tangent the same function.
@@ -213,10 +235,10 @@ impl<T: Scalar> Plan<T> {
             }
             Op::Add { a, b, y } => {
                 for (value, accumulate) in [(a, add[0]), (b, add[1])] {
-                    let mut tangent = Parts::new(places, tangents);
+                    let mut tangent = Parts::<S>::new(places, tangents);
                     let dy = tangent.gradient(y)?;
                     match tangent.gradient_if_needed(value)? {
-                        Some(dx) if accumulate => vector::axpy(1.0, dy, dx)?,
+                        Some(dx) if accumulate => layers::add_to(dy, dx)?,
                         Some(mut dx) => dx.copy_from(dy)?,
                         None => {}
                     }
@@ -241,7 +263,7 @@ impl<T: Scalar> Plan<T> {
             }
             // Linear in the output's gradient, but with a product more each.
             Op::Linear { x, y, weight: w, bias, ref shape } => {
-                let (dy, dy_tangent) = (parts.gradient(y)?, tangent.gradient(y)?);
+                let (dy, dy_tangent) = (parts.gradient_wide(y)?, tangent.gradient_wide(y)?);
                 let mut product = product.disjoint();
                 let (mut dw, db) = (product.write(range(w))?, product.write(range(bias))?);
                 layers::linear_weight_gradient(shape, parts.read(x)?, dy_tangent, dw.reborrow(), Some(db), false)?;

@@ -23,6 +23,8 @@ pub(super) struct Checkpoint {
     pub counters: Vec<u32>,
     /// The running epoch's sums.
     pub totals: Vec<f64>,
+    /// In f16, the state of the loss scale; else nothing.
+    pub loss_scale: Vec<f64>,
     /// Steps done.
     pub step: u64,
     /// Seconds of training so far.
@@ -54,6 +56,7 @@ impl Checkpoint {
             ("scalars", view(&self.scalars)),
             ("counters", view(&self.counters)),
             ("totals", view(&self.totals)),
+            ("loss_scale", view(&self.loss_scale)),
         ];
         let metadata = HashMap::from([
             ("step".to_string(), self.step.to_string()),
@@ -87,6 +90,7 @@ impl Checkpoint {
             scalars: elements(data("scalars")?, f64::from_le_bytes),
             counters: elements(data("counters")?, u32::from_le_bytes),
             totals: elements(data("totals")?, f64::from_le_bytes),
+            loss_scale: elements(data("loss_scale")?, f64::from_le_bytes),
             step: number("step")?.parse().map_err(|_| damaged("`step` is no number".into()))?,
             seconds: number("seconds")?.parse().map_err(|_| damaged("`seconds` is no number".into()))?,
         })

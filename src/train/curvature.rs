@@ -69,7 +69,7 @@ impl CurvatureMeter {
         &mut self,
         weights: Slice<'_, f32>,
         statistics: Slice<'_, f32>,
-        measure: impl FnOnce(&mut Curvature<'_, f32, Accumulated<'_, f32, Batch<'_>>>) -> crate::device::Result<R>,
+        measure: impl FnOnce(&mut Curvature<'_, f32, Accumulated<'_, f32, Batch<'_, f32>>>) -> crate::device::Result<R>,
     ) -> Result<R, TrainError> {
         self.plan.set_statistics(statistics)?;
         let (pixels, labels) = self.images.views();

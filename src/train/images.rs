@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::TrainError;
 use crate::data::{self, Dataset, Images, Split, SyntheticSpec};
-use crate::device::{self, Buffer, Device, HostOptions, Slice, SliceMut};
+use crate::device::{self, Buffer, Compute, Device, HostOptions, Slice, SliceMut};
 use crate::kernels::image::{self, Augment, BatchShape, Normalization};
 use crate::objective::{Objective, Statistics};
 use crate::plan::Plan;
@@ -93,8 +93,8 @@ pub fn normalization(
 }
 
 /// Some images of a split as an objective: the plan, filled with one part of them at a time.
-pub struct Batch<'a> {
-    pub(super) plan: &'a mut Plan<f32>,
+pub struct Batch<'a, S: Compute> {
+    pub(super) plan: &'a mut Plan<S>,
     /// Of one part.
     pub(super) shape: BatchShape,
     pub(super) pixels: Slice<'a, u8>,
@@ -105,7 +105,7 @@ pub struct Batch<'a> {
     pub(super) augment: Option<Augment>,
 }
 
-impl Objective<f32> for Batch<'_> {
+impl<S: Compute<Master = f32>> Objective<f32> for Batch<'_, S> {
     fn len(&self) -> usize {
         self.plan.len()
     }

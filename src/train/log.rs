@@ -49,6 +49,9 @@ pub enum Record {
         /// Between the realised and the intended perturbation.
         #[serde(skip_serializing_if = "Option::is_none")]
         cosine_perturbation: Option<f64>,
+        /// In f16, the factor of the loss in the backward pass, after the step.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        loss_scale: Option<f64>,
         /// Steps skipped so far because something was not finite.
         skipped: u32,
         /// Curvature terms dropped so far.

@@ -4,14 +4,16 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use half::{bf16, f16};
+
 use super::checkpoint::{self, Checkpoint};
 use super::evaluate::{Evaluation, Evaluator};
 use super::images::{Batch, DeviceImages, normalization, open_data, open_device};
 use super::log::{Log, Record};
-use super::settings::{AugmentName, Options};
+use super::settings::{AugmentName, Options, PrecisionName};
 use super::{TrainError, weights};
 use crate::data::{self, Dataset, ImageShape};
-use crate::device::Buffer;
+use crate::device::{Buffer, Compute};
 use crate::kernels::image::{Augment, BatchShape};
 use crate::kernels::metrics;
 use crate::nn;
@@ -90,6 +92,21 @@ pub fn train(
     stop: &AtomicBool,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Summary, TrainError> {
+    match options.precision.unwrap_or(PrecisionName::F32) {
+        PrecisionName::F32 => train_as::<f32>(options, out, resume, stop, progress),
+        PrecisionName::F16 => train_as::<f16>(options, out, resume, stop, progress),
+        PrecisionName::Bf16 => train_as::<bf16>(options, out, resume, stop, progress),
+    }
+}
+
+/// With activations stored as `S`. The test is in f32 in any case: of the weights as they are saved.
+fn train_as<S: Compute<Master = f32>>(
+    options: &Options,
+    out: Option<&Path>,
+    resume: bool,
+    stop: &AtomicBool,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Summary, TrainError> {
     let device = open_device(options.device.as_deref().unwrap_or("auto"), options.threads.unwrap_or_default())?;
     let Dataset { name, mut train, test, mean, std, .. } = open_data(options.data.as_deref().unwrap_or("synthetic"))?;
     let seed = options.seed.unwrap_or_default();
@@ -125,7 +142,7 @@ pub fn train(
     let (graph, logits) = model.trace(shape, train.classes).map_err(TrainError::plan(path))?;
     let plan_options =
         PlanOptions { label_smoothing: options.label_smoothing.unwrap_or_default(), ..PlanOptions::training() };
-    let mut plan = Plan::<f32>::new(&device, graph, logits, plan_options).map_err(TrainError::plan(path))?;
+    let mut plan = Plan::<S>::new(&device, graph, logits, plan_options).map_err(TrainError::plan(path))?;
     let mut evaluator = Evaluator::new(&device, model, path, &test, normalization, batch)?;
     let layout = plan.parameters().clone();
     let mut optimizer = Optimizer::<f32>::new(&device, layout.len(), options.optimizer(&layout))?;
@@ -218,7 +235,9 @@ pub fn train(
             let accuracy = f64::from(correct[0]) / batch as f64;
             let elapsed = epoch_seconds + clock.elapsed().as_secs_f64();
             let images_per_second = (step - epoch_started_at) as f64 * batch as f64 / elapsed;
-            let record = step_record(&optimizer.telemetry()?, (step, epoch + 1), lr, accuracy, images_per_second);
+            let scale = read_loss_scale(&plan)?.map(|[scale, _]| scale);
+            let record =
+                step_record(&optimizer.telemetry()?, (step, epoch + 1), lr, accuracy, images_per_second, scale);
             log.write(&record)?;
         }
         if epoch_ends || reported.elapsed() > REPORT {
@@ -300,6 +319,13 @@ fn read_totals(totals: &Buffer<f64>) -> Result<[f64; 3], TrainError> {
     Ok(sums)
 }
 
+fn read_loss_scale<S: Compute>(plan: &Plan<S>) -> Result<Option<[f64; 2]>, TrainError> {
+    let Some(state) = plan.loss_scale() else { return Ok(None) };
+    let mut scale = [0.0; 2];
+    state.read(&mut scale)?;
+    Ok(Some(scale))
+}
+
 fn finite(value: f64) -> Option<f64> {
     value.is_finite().then_some(value)
 }
@@ -310,6 +336,7 @@ fn step_record(
     lr: f64,
     accuracy: f64,
     images_per_second: f64,
+    loss_scale: Option<f64>,
 ) -> Record {
     Record::Step {
         step,
@@ -326,6 +353,7 @@ fn step_record(
         rho: telemetry.rho.and_then(finite),
         cosine_gradients: telemetry.cosine_gradients.and_then(finite),
         cosine_perturbation: telemetry.cosine_perturbation.and_then(finite),
+        loss_scale,
         skipped: telemetry.skipped,
         dropped_alpha: telemetry.dropped_alpha,
         dropped_beta: telemetry.dropped_beta,
@@ -345,10 +373,10 @@ fn open_run(run: &Path, options: &Options, resume: bool, step: u64) -> Result<Lo
     Log::open(&run.join("log.jsonl"), step)
 }
 
-fn save(
+fn save<S: Compute<Master = f32>>(
     run: &Path,
     parameters: &Buffer<f32>,
-    plan: &Plan<f32>,
+    plan: &Plan<S>,
     optimizer: &Optimizer<f32>,
     totals: &Buffer<f64>,
     step: u64,
@@ -364,6 +392,7 @@ fn save(
         scalars: state.scalars.to_vec()?,
         counters: state.counters.to_vec()?,
         totals: totals.to_vec()?,
+        loss_scale: read_loss_scale(plan)?.map(|state| state.to_vec()).unwrap_or_default(),
         step,
         seconds,
     };
@@ -372,11 +401,11 @@ fn save(
     checkpoint.save(run)
 }
 
-fn restore(
+fn restore<S: Compute<Master = f32>>(
     saved: &Checkpoint,
     run: &Path,
     parameters: &mut Buffer<f32>,
-    plan: &mut Plan<f32>,
+    plan: &mut Plan<S>,
     optimizer: &mut Optimizer<f32>,
     totals: &mut Buffer<f64>,
 ) -> Result<(), TrainError> {
@@ -390,6 +419,7 @@ fn restore(
         ("scalars", saved.scalars.len(), state.scalars.len()),
         ("counters", saved.counters.len(), state.counters.len()),
         ("totals", saved.totals.len(), totals.len()),
+        ("loss_scale", saved.loss_scale.len(), plan.loss_scale().map_or(0, Buffer::len)),
     ];
     if let Some((name, found, expected)) = lengths.iter().find(|(_, found, expected)| found != expected) {
         let reason = format!("`{name}` has {found} elements, these settings need {expected}");
@@ -403,6 +433,9 @@ fn restore(
     state.attempts = saved.step;
     state.counters.write(&saved.counters)?;
     totals.write(&saved.totals)?;
+    if let Some(state) = plan.loss_scale_mut() {
+        state.write(&saved.loss_scale)?;
+    }
     let statistics = parameters.device().upload(&saved.statistics)?;
     plan.set_statistics(statistics.view())?;
     Ok(())

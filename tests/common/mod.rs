@@ -5,7 +5,7 @@
 pub mod fixtures;
 
 use polder::arena::Kind;
-use polder::device::{Device, HostOptions, Result, Scalar, Schedule, Slice, SliceMut};
+use polder::device::{Compute, Device, HostOptions, Result, Scalar, Schedule, Slice, SliceMut};
 use polder::objective::{Objective, Statistics};
 use polder::plan::Plan;
 
@@ -83,22 +83,22 @@ impl Random {
     }
 
     /// `n` normal numbers, rounded to `T`.
-    pub fn vector<T: Scalar>(&mut self, n: usize) -> Vec<T> {
+    pub fn vector<T: Compute>(&mut self, n: usize) -> Vec<T> {
         (0..n).map(|_| T::from_f64(self.normal())).collect()
     }
 }
 
-pub fn to_f64<T: Scalar>(values: &[T]) -> Vec<f64> {
-    values.iter().map(|&value| value.into()).collect()
+pub fn to_f64<T: Compute>(values: &[T]) -> Vec<f64> {
+    values.iter().map(|&value| value.to_f64()).collect()
 }
 
 /// Fails unless every element is within `tolerance` of the reference's largest magnitude (so that sums of many terms are
 /// judged by their scale).
-pub fn assert_close<T: Scalar>(what: &str, found: &[T], expected: &[f64], tolerance: f64) {
+pub fn assert_close<T: Compute>(what: &str, found: &[T], expected: &[f64], tolerance: f64) {
     assert_eq!(found.len(), expected.len(), "{what}: length");
     let scale = expected.iter().fold(0.0f64, |scale, value| scale.max(value.abs())).max(1e-30);
     for (index, (&value, &reference)) in found.iter().zip(expected).enumerate() {
-        let value: f64 = value.into();
+        let value = value.to_f64();
         let error = (value - reference).abs() / scale;
         assert!(
             error <= tolerance,
@@ -108,12 +108,12 @@ pub fn assert_close<T: Scalar>(what: &str, found: &[T], expected: &[f64], tolera
 }
 
 /// The bits of a vector, for comparisons that allow no difference at all.
-pub fn bits<T: Scalar>(values: &[T]) -> Vec<u64> {
-    values.iter().map(|&value| Into::<f64>::into(value).to_bits()).collect()
+pub fn bits<T: Compute>(values: &[T]) -> Vec<u64> {
+    values.iter().map(|&value| value.to_f64().to_bits()).collect()
 }
 
 /// Random weights of a sane size: He's for matrices, near one for scales.
-pub fn weights<T: Scalar>(plan: &Plan<T>, random: &mut Random) -> Vec<f64> {
+pub fn weights<T: Compute>(plan: &Plan<T>, random: &mut Random) -> Vec<f64> {
     let mut weights = vec![0.0; plan.parameters().len()];
     for tensor in plan.parameters().tensors() {
         for weight in &mut weights[tensor.range()] {

@@ -1,7 +1,7 @@
 //! Convolution on the CPU's own launch shapes: `kernels/host/conv_direct.cu`, one thread per block.
 
 use super::{ConvShape, Shape};
-use crate::device::{Launch, Result, Scalar, Slice, SliceMut, id};
+use crate::device::{Compute, Launch, Result, Slice, SliceMut, id};
 use crate::kernels::pick;
 
 /// Channels to which packed weights are filled up: a panel of the CPU's kernels (half of it in double precision).
@@ -119,21 +119,23 @@ struct SumGroupsArgs {
     accumulate: u32,
 }
 
-pub(super) fn forward<T: Scalar>(
+pub(super) fn forward<S: Compute>(
     shape: &ConvShape,
-    x: Slice<'_, T>,
-    weight: Slice<'_, T>,
-    mut y: SliceMut<'_, T>,
+    x: Slice<'_, S>,
+    weight: Slice<'_, S>,
+    mut y: SliceMut<'_, S>,
     accumulate: bool,
-    mut workspace: SliceMut<'_, T>,
+    mut workspace: SliceMut<'_, S::Master>,
 ) -> Result<()> {
     let device = y.device().clone();
     let (height, width) = (shape.out_height(), shape.out_width());
+    // What is stored in fewer bits is widened on the way, padded or not.
+    let narrow = size_of::<S>() < size_of::<S::Master>();
     let bytes = |images: usize, rows: usize| {
         let columns = (width - 1) * shape.stride + shape.kernel;
         let padded = images * ((rows - 1) * shape.stride + shape.kernel) * columns * shape.in_channels;
         2 * 4 * (images * rows * width).next_multiple_of(16)
-            + if shape.padding > 0 { padded * size_of::<T>() } else { 0 }
+            + if shape.padding > 0 || narrow { padded * size_of::<S::Master>() } else { 0 }
     };
     let bands = Bands::new(shape.batch, height, width, 256, SCRATCH_BYTES, bytes);
     let packed = workspace.address();
@@ -145,19 +147,19 @@ pub(super) fn forward<T: Scalar>(
     // SAFETY: the twins of the kernels' structs; every slice has the length that the shape implies, the workspace holds the
     // packed weights, and the scratch memory one band.
     unsafe {
-        let kernel = pick::<T>(id::CONV_DIRECT_PACK_FORWARD_F32, id::CONV_DIRECT_PACK_FORWARD_F64);
+        let kernel = S::choose(id::CONV_DIRECT_PACK_FORWARD);
         device.launch(kernel, packing(shape), &pack)?;
-        device.launch(pick::<T>(id::CONV_DIRECT_FORWARD_F32, id::CONV_DIRECT_FORWARD_F64), launch, &args)
+        device.launch(S::choose(id::CONV_DIRECT_FORWARD), launch, &args)
     }
 }
 
-pub(super) fn input_gradient<T: Scalar>(
+pub(super) fn input_gradient<S: Compute>(
     shape: &ConvShape,
-    dy: Slice<'_, T>,
-    weight: Slice<'_, T>,
-    mut dx: SliceMut<'_, T>,
+    dy: Slice<'_, S>,
+    weight: Slice<'_, S>,
+    mut dx: SliceMut<'_, S>,
     accumulate: bool,
-    mut workspace: SliceMut<'_, T>,
+    mut workspace: SliceMut<'_, S::Master>,
 ) -> Result<()> {
     let device = dx.device().clone();
     // Rows and columns of a parity class, and how many more its taps see.
@@ -165,7 +167,7 @@ pub(super) fn input_gradient<T: Scalar>(
     let reach = (shape.kernel - 1).div_ceil(shape.stride);
     let bytes = |images: usize, rows: usize| {
         let padded = images * (rows + reach) * (width + reach) * shape.out_channels;
-        2 * 4 * (images * rows * width).next_multiple_of(16) + padded * size_of::<T>()
+        2 * 4 * (images * rows * width).next_multiple_of(16) + padded * size_of::<S::Master>()
     };
     let bands = Bands::new(shape.batch, height, width, 256, SCRATCH_BYTES, bytes);
     let packed = workspace.address();
@@ -182,20 +184,20 @@ pub(super) fn input_gradient<T: Scalar>(
         .with_shared(bytes(bands.images as usize, bands.rows as usize));
     // SAFETY: as in `forward`.
     unsafe {
-        let kernel = pick::<T>(id::CONV_DIRECT_PACK_INPUT_GRADIENT_F32, id::CONV_DIRECT_PACK_INPUT_GRADIENT_F64);
+        let kernel = S::choose(id::CONV_DIRECT_PACK_INPUT_GRADIENT);
         device.launch(kernel, packing(shape), &pack)?;
-        let kernel = pick::<T>(id::CONV_DIRECT_INPUT_GRADIENT_F32, id::CONV_DIRECT_INPUT_GRADIENT_F64);
+        let kernel = S::choose(id::CONV_DIRECT_INPUT_GRADIENT);
         device.launch(kernel, launch, &args)
     }
 }
 
-pub(super) fn weight_gradient<T: Scalar>(
+pub(super) fn weight_gradient<S: Compute>(
     shape: &ConvShape,
-    x: Slice<'_, T>,
-    dy: Slice<'_, T>,
-    mut dw: SliceMut<'_, T>,
+    x: Slice<'_, S>,
+    dy: Slice<'_, S>,
+    mut dw: SliceMut<'_, S::Master>,
     accumulate: bool,
-    mut workspace: SliceMut<'_, T>,
+    mut workspace: SliceMut<'_, S::Master>,
 ) -> Result<()> {
     let device = dw.device().clone();
     let (height, width) = (shape.out_height(), shape.out_width());
@@ -204,7 +206,7 @@ pub(super) fn weight_gradient<T: Scalar>(
         let columns = (width - 1) * shape.stride + shape.kernel;
         let padded = images * ((rows - 1) * shape.stride + shape.kernel) * columns * slice;
         let pixels = images * rows * width;
-        (pixels * PANEL + padded.next_multiple_of(16)) * size_of::<T>() + 4 * pixels
+        (pixels * PANEL + padded.next_multiple_of(16)) * size_of::<S::Master>() + 4 * pixels
     };
     // A band of 128 pixels, its input and one panel of its output gradient about fill the L1 cache; longer bands up to this
     // limit repeat fewer of their neighbours' rows.
@@ -232,9 +234,9 @@ pub(super) fn weight_gradient<T: Scalar>(
     launch.grid[1] = groups as u32;
     // SAFETY: as in `forward`; the workspace holds every group's partial sums.
     unsafe {
-        let kernel = pick::<T>(id::CONV_DIRECT_WEIGHT_GRADIENT_F32, id::CONV_DIRECT_WEIGHT_GRADIENT_F64);
+        let kernel = S::choose(id::CONV_DIRECT_WEIGHT_GRADIENT);
         device.launch(kernel, launch, &args)?;
-        let kernel = pick::<T>(id::CONV_DIRECT_SUM_GROUPS_F32, id::CONV_DIRECT_SUM_GROUPS_F64);
+        let kernel = pick::<S::Master>(id::CONV_DIRECT_SUM_GROUPS_F32, id::CONV_DIRECT_SUM_GROUPS_F64);
         device.launch(kernel, packing(shape), &sum)
     }
 }

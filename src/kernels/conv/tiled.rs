@@ -1,8 +1,7 @@
 //! Convolution on the GPU's launch shapes: `kernels/conv.cu`, tiled matrix products by 256 threads per block.
 
 use super::{ConvShape, Shape};
-use crate::device::{KernelId, Launch, Result, Scalar, Slice, SliceMut, id};
-use crate::kernels::pick;
+use crate::device::{Compute, ComputeKernels, KernelId, Launch, Result, Slice, SliceMut, id};
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -102,6 +101,11 @@ impl Tile {
     }
 }
 
+/// The kernel for a type as wide as its master: the others have tensor cores.
+fn full_precision<S: Compute>([f32, f64]: [KernelId; 2]) -> KernelId {
+    S::choose(ComputeKernels { f32, f64, f16: f32, bf16: f32 })
+}
+
 /// The tile and the number of splits of a weight gradient.
 fn weight_gradient_tile(shape: &ConvShape) -> (&'static Tile, usize) {
     let (rows, columns) = (shape.taps() * shape.in_channels, shape.out_channels);
@@ -121,11 +125,11 @@ fn wide<T>(channels: usize, address: u64) -> u32 {
     u32::from(channels.is_multiple_of(4) && address.is_multiple_of(4 * size_of::<T>() as u64))
 }
 
-pub(super) fn forward<T: Scalar>(
+pub(super) fn forward<S: Compute>(
     shape: &ConvShape,
-    x: Slice<'_, T>,
-    weight: Slice<'_, T>,
-    mut y: SliceMut<'_, T>,
+    x: Slice<'_, S>,
+    weight: Slice<'_, S>,
+    mut y: SliceMut<'_, S>,
     accumulate: bool,
 ) -> Result<()> {
     let (rows, columns) = (shape.batch * shape.out_height() * shape.out_width(), shape.out_channels);
@@ -137,21 +141,21 @@ pub(super) fn forward<T: Scalar>(
         shape: shape.twin(),
         splits: 1,
         accumulate: accumulate.into(),
-        wide_left: wide::<T>(shape.in_channels, x.address()),
-        wide_right: wide::<T>(columns, weight.address()),
-        wide_out: wide::<T>(columns, y.address()),
+        wide_left: wide::<S>(shape.in_channels, x.address()),
+        wide_right: wide::<S>(columns, weight.address()),
+        wide_out: wide::<S>(columns, y.address()),
     };
-    let [f32, f64] = tile.forward;
+    let kernel = full_precision::<S>(tile.forward);
     // SAFETY: the twin of the kernel's struct; every slice has the length that the shape implies, and the shared memory is
     // the tile's.
-    unsafe { y.device().clone().launch(pick::<T>(f32, f64), tile.launch::<T>(rows, columns, 1), &args) }
+    unsafe { y.device().clone().launch(kernel, tile.launch::<S>(rows, columns, 1), &args) }
 }
 
-pub(super) fn input_gradient<T: Scalar>(
+pub(super) fn input_gradient<S: Compute>(
     shape: &ConvShape,
-    dy: Slice<'_, T>,
-    weight: Slice<'_, T>,
-    mut dx: SliceMut<'_, T>,
+    dy: Slice<'_, S>,
+    weight: Slice<'_, S>,
+    mut dx: SliceMut<'_, S>,
     accumulate: bool,
 ) -> Result<()> {
     // The first parity class is the largest, and all have the same launch.
@@ -166,22 +170,22 @@ pub(super) fn input_gradient<T: Scalar>(
         shape: shape.twin(),
         splits: 1,
         accumulate: accumulate.into(),
-        wide_left: wide::<T>(shape.out_channels, dy.address()),
-        wide_right: wide::<T>(shape.out_channels, weight.address()),
-        wide_out: wide::<T>(columns, dx.address()),
+        wide_left: wide::<S>(shape.out_channels, dy.address()),
+        wide_right: wide::<S>(shape.out_channels, weight.address()),
+        wide_out: wide::<S>(columns, dx.address()),
     };
-    let [f32, f64] = tile.input_gradient;
+    let kernel = full_precision::<S>(tile.input_gradient);
     // SAFETY: as in `forward`.
-    unsafe { dx.device().clone().launch(pick::<T>(f32, f64), tile.launch::<T>(rows, columns, classes), &args) }
+    unsafe { dx.device().clone().launch(kernel, tile.launch::<S>(rows, columns, classes), &args) }
 }
 
-pub(super) fn weight_gradient<T: Scalar>(
+pub(super) fn weight_gradient<S: Compute>(
     shape: &ConvShape,
-    x: Slice<'_, T>,
-    dy: Slice<'_, T>,
-    mut dw: SliceMut<'_, T>,
+    x: Slice<'_, S>,
+    dy: Slice<'_, S>,
+    mut dw: SliceMut<'_, S::Master>,
     accumulate: bool,
-    mut workspace: SliceMut<'_, T>,
+    mut workspace: SliceMut<'_, S::Master>,
 ) -> Result<()> {
     let device = dw.device().clone();
     let (rows, columns) = (shape.taps() * shape.in_channels, shape.out_channels);
@@ -195,20 +199,20 @@ pub(super) fn weight_gradient<T: Scalar>(
         splits: splits as i32,
         // Partial sums are written; the second kernel adds them.
         accumulate: (accumulate && splits == 1).into(),
-        wide_left: wide::<T>(shape.in_channels, x.address()),
-        wide_right: wide::<T>(columns, dy.address()),
-        wide_out: wide::<T>(columns, out),
+        wide_left: wide::<S>(shape.in_channels, x.address()),
+        wide_right: wide::<S>(columns, dy.address()),
+        wide_out: wide::<S>(columns, out),
     };
-    let [f32, f64] = tile.weight_gradient;
+    let kernel = full_precision::<S>(tile.weight_gradient);
     // SAFETY: as in `forward`; the workspace holds the partial sums of every split.
     unsafe {
-        device.launch(pick::<T>(f32, f64), tile.launch::<T>(rows, columns, splits), &args)?;
+        device.launch(kernel, tile.launch::<S>(rows, columns, splits), &args)?;
         if splits > 1 {
             let n = shape.weight_len();
             let (splits, accumulate) = (splits as u32, accumulate.into());
             let sum = SumSplitsArgs { partial: out, out: dw.address(), n: n as u64, splits, accumulate };
             device.launch(
-                pick::<T>(id::CONV_SUM_SPLITS_F32, id::CONV_SUM_SPLITS_F64),
+                full_precision::<S>([id::CONV_SUM_SPLITS_F32, id::CONV_SUM_SPLITS_F64]),
                 device.elementwise(n, 1),
                 &sum,
             )?;

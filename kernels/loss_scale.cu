@@ -1,0 +1,53 @@
+// Dynamic loss scaling (Micikevicius et al., "Mixed precision training", ICLR 2018): in f16 a small gradient would vanish, so the
+// loss is multiplied by a power of two before the backward pass, and its gradient divided by it after.
+//
+// The scale lies on the device, and changes there once per step: a step in which anything overflowed is skipped and halves it,
+// many good ones in a row double it.
+#include "include/elementwise.cuh"
+
+namespace {
+
+struct UnscaleArgs {
+    float* x;
+    const double* state;  // the scale, and the good steps in a row
+    uint32_t* flag;
+    uint64_t n;
+};
+
+/// x = x / scale, exactly; flag[0] = 1 if any x[i] was infinite or NaN. Every thread that writes writes the same value.
+__device__ void unscale_body(const UnscaleArgs& a) {
+    const float inverse = float(1.0 / a.state[0]);
+    float* __restrict__ x = a.x;
+    uint32_t seen = 0;
+    for_each_pack_if<kPack<float>>(aligned16(x), a.n, [=, &seen](auto width, uint64_t i) {
+        constexpr int W = decltype(width)::value;
+        Pack<float, W> pack = load<W>(x, i);
+        POLDER_UNROLL
+        for (int v = 0; v < W; ++v) {
+            seen |= uint32_t((__float_as_uint(pack.v[v]) & 0x7f800000u) == 0x7f800000u);
+            pack.v[v] *= inverse;
+        }
+        store(x, i, pack);
+    });
+    if (seen) atomicOr(a.flag, 1u);
+}
+
+struct UpdateScaleArgs {
+    double* state;
+    const uint32_t* skip;
+    double interval, least, most;
+};
+
+/// After a step: half the scale if it was skipped, twice the scale after `interval` good ones. One thread.
+__device__ void update_scale(const UpdateScaleArgs& a) {
+    if (threadIdx.x != 0 || blockIdx.x != 0) return;
+    const bool skipped = a.skip[0] != 0, due = a.state[1] + 1.0 >= a.interval;
+    if (skipped) a.state[0] = max(a.state[0] * 0.5, a.least);
+    else if (due) a.state[0] = min(a.state[0] * 2.0, a.most);
+    a.state[1] = skipped || due ? 0.0 : a.state[1] + 1.0;
+}
+
+}  // namespace
+
+POLDER_KERNEL(unscale, unscale_body, UnscaleArgs)
+POLDER_KERNEL(loss_scale_update, update_scale, UpdateScaleArgs)
