@@ -14,6 +14,8 @@
 //! an image, and writes its result once. All sums are taken in an order that the shape alone fixes.
 
 mod direct;
+#[cfg(test)]
+mod tensor;
 mod tiled;
 
 use super::{check_device, check_length};
