@@ -10,105 +10,9 @@
 //
 // A block of 256 threads computes a tile: its operands pass through shared memory, DEPTH at a time, while the next ones
 // are on their way to registers; each thread holds a square of accumulators.
-#include "include/polder.cuh"
+#include "include/conv.cuh"
 
 namespace {
-
-struct ConvShape {
-    int32_t batch, height, width, in_channels, out_channels, kernel, stride, padding, out_height, out_width;
-};
-
-template <class T>
-struct ConvArgs {
-    const T* left;   // x, or the output gradient for the input gradient
-    const T* right;  // the weights, or the output gradient for the weight gradient
-    T* out;
-    ConvShape shape;
-    int32_t splits;  // of the weight gradient's depth
-    uint32_t accumulate;
-    uint32_t wide_left, wide_right, wide_out;  // whether packs of 4 channels are whole and aligned
-};
-
-/// Quotients by a fixed divisor without a division, for numbers below 2^31 (Granlund and Montgomery, "Division by invariant
-/// integers using multiplication", PLDI 1994).
-struct Divisor {
-    uint32_t divisor, multiplier, shift;
-
-    __device__ __forceinline__ explicit Divisor(int d) : divisor(uint32_t(d)) {
-        shift = d > 1 ? 32 - __clz(d - 1) : 0;
-        multiplier = uint32_t((((uint64_t(1) << shift) - divisor) << 32) / divisor + 1);
-    }
-    __device__ __forceinline__ int quotient(int n) const {
-        return int((__umulhi(multiplier, uint32_t(n)) + uint32_t(n)) >> shift);
-    }
-};
-
-__device__ __forceinline__ bool inside(int i, int extent) { return unsigned(i) < unsigned(extent); }
-
-/// A pixel's window in an NHWC tensor: the place of its first tap, which may lie outside.
-struct Place {
-    int row, column, offset;  // offset: of the first tap's first channel
-};
-
-/// An NHWC tensor [., height, width, channels] of which every row of the product sees a window of taps; the depth runs over
-/// tap rows, tap columns and channels.
-template <class T>
-struct Windows {
-    const T* tensor;
-    int height, width, channels, depth;
-    Divisor by_channels, by_tap_columns;
-    bool wide;
-
-    __device__ __forceinline__ Windows(const T* tensor, int height, int width, int channels, int tap_rows, int tap_columns,
-                                       bool wide)
-        : tensor(tensor), height(height), width(width), channels(channels), depth(tap_rows * tap_columns * channels),
-          by_channels(channels), by_tap_columns(tap_columns > 0 ? tap_columns : 1), wide(wide) {}
-
-    __device__ __forceinline__ Place place(int image, int row, int column) const {
-        return {row, column, ((image * height + row) * width + column) * channels};
-    }
-    /// One that sees nothing.
-    __device__ __forceinline__ Place nowhere() const { return {-(1 << 30), 0, 0}; }
-
-    __device__ __forceinline__ T element(const Place& at, int tap, int channel) const {
-        const int tap_row = by_tap_columns.quotient(tap), tap_column = tap - tap_row * int(by_tap_columns.divisor);
-        if (!inside(at.row + tap_row, height) || !inside(at.column + tap_column, width)) return T(0);
-        return tensor[at.offset + (tap_row * width + tap_column) * channels + channel];
-    }
-    /// The elements k ... k + 3 of the depth.
-    __device__ __forceinline__ Pack<T, 4> pack(const Place& at, int k) const {
-        Pack<T, 4> result{};
-        int tap = by_channels.quotient(k), channel = k - tap * channels;
-        if (wide) {
-            const int tap_row = by_tap_columns.quotient(tap), tap_column = tap - tap_row * int(by_tap_columns.divisor);
-            if (k < depth && inside(at.row + tap_row, height) && inside(at.column + tap_column, width)) {
-                result = load<4>(tensor, at.offset + (tap_row * width + tap_column) * channels + channel);
-            }
-            return result;
-        }
-        POLDER_UNROLL
-        for (int j = 0; j < 4; ++j) {
-            if (k + j < depth) result.v[j] = element(at, tap, channel);
-            if (++channel == channels) channel = 0, ++tap;
-        }
-        return result;
-    }
-};
-
-/// Elements j ... j + 3 of a row of `count`, zeros beyond its end.
-template <class T>
-__device__ __forceinline__ Pack<T, 4> row_pack(const T* row, int j, int count, bool wide) {
-    Pack<T, 4> result{};
-    if (wide) {
-        if (j < count) result = load<4>(row, j);
-        return result;
-    }
-    POLDER_UNROLL
-    for (int i = 0; i < 4; ++i) {
-        if (j + i < count) result.v[i] = row[j + i];
-    }
-    return result;
-}
 
 // ---- The tiled product ---------------------------------------------------------------------------------------------
 
@@ -255,17 +159,6 @@ __device__ __forceinline__ void write_row(T* to, int first_column, int columns, 
     }
 }
 
-/// The block's tile out of a grid whose x runs over column tiles first, so that blocks that share rows run together.
-template <class Tile>
-struct Corner {
-    int row, column;
-    __device__ __forceinline__ explicit Corner(int columns) {
-        const int across = (columns + Tile::COLUMNS - 1) / Tile::COLUMNS;
-        row = int(blockIdx.x) / across * Tile::ROWS;
-        column = int(blockIdx.x) % across * Tile::COLUMNS;
-    }
-};
-
 // ---- Forward -------------------------------------------------------------------------------------------------------
 
 template <class Tile, class T>
@@ -278,10 +171,10 @@ struct ForwardProblem {
     bool wide_right;
     Place places[Left::COUNT];
 
-    __device__ __forceinline__ Pack<T, 4> left(int i, int k) const { return windows.pack(places[i], k); }
+    __device__ __forceinline__ Pack<T, 4> left(int i, int k) const { return windows.template pack<4>(places[i], k); }
     __device__ __forceinline__ Pack<T, 4> right(int column, int k) const {
         if (k >= windows.depth) return {};
-        return row_pack(weight + int64_t(k) * columns, column, columns, wide_right);
+        return row_pack<4>(weight + int64_t(k) * columns, column, columns, wide_right);
     }
 };
 
@@ -291,17 +184,17 @@ __device__ __forceinline__ void forward(const ConvArgs<T>& a) {
     using Problem = ForwardProblem<Tile, T>;
     const ConvShape& s = a.shape;
     const int pixels = s.batch * s.out_height * s.out_width;
-    const Divisor by_width(s.out_width), by_height(s.out_height);
+    const Raster raster(s.out_height, s.out_width);
     const Corner<Tile> corner(s.out_channels);
     Problem problem{Windows<T>(a.left, s.height, s.width, s.in_channels, s.kernel, s.kernel, a.wide_left != 0), a.right,
                     s.out_channels, a.wide_right != 0, {}};
     POLDER_UNROLL
     for (int i = 0; i < Problem::Left::COUNT; ++i) {
-        const int pixel = corner.row + Problem::Left::at(i);
-        const int line = by_width.quotient(pixel), image = by_height.quotient(line);
-        problem.places[i] = pixel < pixels ? problem.windows.place(image, (line - image * s.out_height) * s.stride - s.padding,
-                                                                   (pixel - line * s.out_width) * s.stride - s.padding)
-                                           : problem.windows.nowhere();
+        const int number = corner.row + Problem::Left::at(i);
+        const Pixel pixel = raster.pixel(number);
+        problem.places[i] = number < pixels ? problem.windows.place(pixel.image, pixel.row * s.stride - s.padding,
+                                                                    pixel.column * s.stride - s.padding)
+                                            : problem.windows.nowhere();
     }
     T sum[Tile::THREAD_ROWS][Tile::THREAD_COLUMNS] = {};
     multiply<Tile>(problem, corner.column, 0, problem.windows.depth, sum);
@@ -316,55 +209,16 @@ __device__ __forceinline__ void forward(const ConvArgs<T>& a) {
 
 // ---- Input gradient ------------------------------------------------------------------------------------------------
 
-/// How the rows (or columns) of x that are `remainder` modulo the stride see the output gradient: row
-/// q * stride + remainder is reached from rows q + first ... q + first + taps - 1, through kernel rows that fall by
-/// `stride` from `last_tap`.
-struct ParityClass {
-    int taps, first, last_tap, extent;
-
-    __device__ __forceinline__ ParityClass(const ConvShape& s, int remainder, int whole) {
-        const int tap = (remainder + s.padding) % s.stride;
-        taps = tap < s.kernel ? (s.kernel - tap + s.stride - 1) / s.stride : 0;
-        first = (remainder + s.padding) / s.stride - (taps - 1);
-        last_tap = tap + (taps - 1) * s.stride;
-        extent = (whole - remainder + s.stride - 1) / s.stride;
-    }
-};
-
 template <class Tile, class T>
 struct InputGradientProblem {
     static constexpr bool LEFT_ALONG_DEPTH = true, RIGHT_ALONG_DEPTH = true;
     using Left = Spread<Tile::ROWS, Tile::DEPTH, LEFT_ALONG_DEPTH>;
     const Windows<T> windows;
-    const T* weight;
-    ParityClass rows, columns;
-    int kernel, stride, in_channels;
-    bool wide_right;
+    const ClassWeights<T> weights;
     Place places[Left::COUNT];
 
-    __device__ __forceinline__ Pack<T, 4> left(int i, int k) const { return windows.pack(places[i], k); }
-    /// weight[kernel row][kernel column][channel][out channel of the depth]
-    __device__ __forceinline__ const T* line(int tap, int channel) const {
-        const int row = windows.by_tap_columns.quotient(tap);
-        const int kernel_row = rows.last_tap - row * stride;
-        const int kernel_column = columns.last_tap - (tap - row * int(windows.by_tap_columns.divisor)) * stride;
-        return weight + ((kernel_row * kernel + kernel_column) * int64_t(in_channels) + channel) * windows.channels;
-    }
-    __device__ __forceinline__ Pack<T, 4> right(int channel, int k) const {
-        Pack<T, 4> result{};
-        if (channel >= in_channels) return result;
-        int tap = windows.by_channels.quotient(k), out = k - tap * windows.channels;
-        if (wide_right) {
-            if (k < windows.depth) result = load<4>(line(tap, channel), out);
-            return result;
-        }
-        POLDER_UNROLL
-        for (int j = 0; j < 4; ++j) {
-            if (k + j < windows.depth) result.v[j] = line(tap, channel)[out];
-            if (++out == windows.channels) out = 0, ++tap;
-        }
-        return result;
-    }
+    __device__ __forceinline__ Pack<T, 4> left(int i, int k) const { return windows.template pack<4>(places[i], k); }
+    __device__ __forceinline__ Pack<T, 4> right(int channel, int k) const { return weights.template pack<4>(channel, k); }
 };
 
 /// dx[n, i, j, c] = sum over o and the taps through which y sees x[n, i, j, c] of dy * weight
@@ -377,27 +231,26 @@ __device__ __forceinline__ void input_gradient(const ConvArgs<T>& a) {
     const int pixels = s.batch * rows.extent * columns.extent;
     const Corner<Tile> corner(s.in_channels);
     if (corner.row >= pixels) return;
-    const Divisor by_width(columns.extent), by_height(rows.extent);
+    const Raster raster(rows.extent, columns.extent);
     Problem problem{Windows<T>(a.left, s.out_height, s.out_width, s.out_channels, rows.taps, columns.taps, a.wide_left != 0),
-                    a.right, rows, columns, s.kernel, s.stride, s.in_channels, a.wide_right != 0, {}};
+                    ClassWeights<T>(a.right, s, rows, columns, a.wide_right != 0), {}};
     POLDER_UNROLL
     for (int i = 0; i < Problem::Left::COUNT; ++i) {
-        const int pixel = corner.row + Problem::Left::at(i);
-        const int line = by_width.quotient(pixel), image = by_height.quotient(line);
-        problem.places[i] = pixel < pixels ? problem.windows.place(image, line - image * rows.extent + rows.first,
-                                                                   pixel - line * columns.extent + columns.first)
-                                           : problem.windows.nowhere();
+        const int number = corner.row + Problem::Left::at(i);
+        const Pixel pixel = raster.pixel(number);
+        problem.places[i] = number < pixels ? problem.windows.place(pixel.image, pixel.row + rows.first,
+                                                                    pixel.column + columns.first)
+                                            : problem.windows.nowhere();
     }
     T sum[Tile::THREAD_ROWS][Tile::THREAD_COLUMNS] = {};
     multiply<Tile>(problem, corner.column, 0, problem.windows.depth, sum);
     POLDER_UNROLL
     for (int i = 0; i < Tile::THREAD_ROWS; ++i) {
-        const int pixel = corner.row + tile_row<Tile>(i);
-        if (pixel >= pixels) continue;
-        const int line = by_width.quotient(pixel), image = by_height.quotient(line);
-        const int row = (line - image * rows.extent) * s.stride + row_remainder;
-        const int column = (pixel - line * columns.extent) * s.stride + column_remainder;
-        write_row<Tile>(a.out + (int64_t(image * s.height + row) * s.width + column) * s.in_channels, corner.column,
+        const int number = corner.row + tile_row<Tile>(i);
+        if (number >= pixels) continue;
+        const Pixel pixel = raster.pixel(number);
+        const int row = pixel.row * s.stride + row_remainder, column = pixel.column * s.stride + column_remainder;
+        write_row<Tile>(a.out + (int64_t(pixel.image * s.height + row) * s.width + column) * s.in_channels, corner.column,
                         s.in_channels, sum[i], a.accumulate != 0, a.wide_out != 0);
     }
 }
@@ -409,19 +262,19 @@ struct WeightGradientProblem {
     static constexpr bool LEFT_ALONG_DEPTH = false, RIGHT_ALONG_DEPTH = false;
     const Windows<T> windows;
     const T* dy;
-    Divisor by_width, by_height;
+    Raster raster;
     int stride, padding, columns, end, first;  // end: of the depth; first: the row of the thread's packs
     bool wide_right;
 
-    __device__ __forceinline__ Pack<T, 4> left(int, int pixel) const {
-        if (pixel >= end) return {};
-        const int line = by_width.quotient(pixel), image = by_height.quotient(line);
-        const int row = line - image * int(by_height.divisor), column = pixel - line * int(by_width.divisor);
-        return windows.pack(windows.place(image, row * stride - padding, column * stride - padding), first);
+    __device__ __forceinline__ Pack<T, 4> left(int, int number) const {
+        if (number >= end) return {};
+        const Pixel pixel = raster.pixel(number);
+        const int row = pixel.row * stride - padding, column = pixel.column * stride - padding;
+        return windows.template pack<4>(windows.place(pixel.image, row, column), first);
     }
-    __device__ __forceinline__ Pack<T, 4> right(int column, int pixel) const {
-        if (pixel >= end) return {};
-        return row_pack(dy + int64_t(pixel) * columns, column, columns, wide_right);
+    __device__ __forceinline__ Pack<T, 4> right(int column, int number) const {
+        if (number >= end) return {};
+        return row_pack<4>(dy + int64_t(number) * columns, column, columns, wide_right);
     }
 };
 
@@ -435,7 +288,7 @@ __device__ __forceinline__ void weight_gradient(const ConvArgs<T>& a) {
     const int begin = int(int64_t(pixels) * blockIdx.z / a.splits), end = int(int64_t(pixels) * (blockIdx.z + 1) / a.splits);
     const Corner<Tile> corner(s.out_channels);
     const Problem problem{Windows<T>(a.left, s.height, s.width, s.in_channels, s.kernel, s.kernel, a.wide_left != 0),
-                          a.right, Divisor(s.out_width), Divisor(s.out_height), s.stride, s.padding, s.out_channels, end,
+                          a.right, Raster(s.out_height, s.out_width), s.stride, s.padding, s.out_channels, end,
                           corner.row + Left::at(0), a.wide_right != 0};
     T sum[Tile::THREAD_ROWS][Tile::THREAD_COLUMNS] = {};
     multiply<Tile>(problem, corner.column, begin, end, sum);

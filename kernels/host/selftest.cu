@@ -1,5 +1,6 @@
 // Kernels that test the host device itself: that it runs CUDA's device language with CUDA's semantics, and reports what
 // CUDA leaves undefined. They are never compiled for a GPU.
+#include "../include/mma.cuh"
 #include "../include/polder.cuh"
 
 namespace {
@@ -103,6 +104,58 @@ __device__ void exited_syncwarp(const ExitedSyncwarpArgs& a) {
     shared[threadIdx.x] = a.in[global_thread()];
     __syncwarp();
     a.out[global_thread()] = shared[threadIdx.x ^ 1u];
+}
+
+// ---- Tensor cores: whole warps, at most 256 threads in x ------------------------------------------------------------
+
+// out[4 i ..] = the fragment of c + a * b, of the fragments a = in[10 i ..], b = in[10 i + 4 ..], c = in[10 i + 6 ..].
+struct MmaArgs { const uint32_t* in; float* out; };
+template <class T> __device__ void multiply_fragments(const MmaArgs& a) {
+    const uint32_t* in = a.in + 10 * global_thread();
+    const uint32_t left[4] = {in[0], in[1], in[2], in[3]}, right[2] = {in[4], in[5]};
+    float sum[4];
+    for (int i = 0; i < 4; ++i) sum[i] = __uint_as_float(in[6 + i]);
+    mma<T>(sum, left, right);
+    for (int i = 0; i < 4; ++i) a.out[4 * global_thread() + i] = sum[i];
+}
+
+// out[i] = in[i] rounded to TF32.
+struct RoundArgs { const float* in; uint32_t* out; uint64_t n; };
+__device__ void round_to_tf32(const RoundArgs& a) {
+    for (uint64_t i = global_thread(); i < a.n; i += global_threads()) a.out[i] = to_tf32(a.in[i]);
+}
+
+// out[4 i ..] = what ldmatrix gives thread i, which names a row of in[4 i ..]. The rows lie apart and in disorder.
+struct LdmatrixArgs { const uint4* in; uint4* out; };
+template <bool TRANSPOSED> __device__ void load_matrices(const LdmatrixArgs& a) {
+    alignas(16) __shared__ uint4 rows[512];
+    uint4* row = &rows[2 * (threadIdx.x ^ 21u)];
+    *row = a.in[global_thread()];
+    __syncwarp();
+    uint32_t matrices[4];
+    ldmatrix<TRANSPOSED>(row, matrices);
+    a.out[global_thread()] = {matrices[0], matrices[1], matrices[2], matrices[3]};
+}
+
+// Two copies by each thread, a group each: of in[i], and of in[i] again where i is even, otherwise of nothing. out[5 i ..] =
+// the first before and after it is waited for, the second then and after it is waited for, the first of the neighbour.
+struct AsyncArgs { const uint4* in; uint4* out; };
+__device__ void copy_asynchronously(const AsyncArgs& a) {
+    alignas(16) __shared__ uint4 shared[2][256];
+    const uint4* in = a.in + global_thread();
+    uint4* out = a.out + 5 * global_thread();
+    AsyncCopies copies;
+    copies.copy<true>(&shared[0][threadIdx.x], in, true);
+    copies.commit();
+    copies.copy<false>(&shared[1][threadIdx.x], in, threadIdx.x % 2 == 0);
+    copies.commit();
+    out[0] = shared[0][threadIdx.x];
+    copies.wait<1>();
+    out[1] = shared[0][threadIdx.x], out[2] = shared[1][threadIdx.x];
+    copies.wait<0>();
+    out[3] = shared[1][threadIdx.x];
+    __syncthreads();
+    out[4] = shared[0][threadIdx.x ^ 1u];
 }
 
 // ---- Blocks: of 256 threads in x where shared arrays are static ----------------------------------------------------
@@ -341,6 +394,13 @@ POLDER_HOST_KERNEL(selftest_outside_mask, outside_mask, OutsideMaskArgs)
 POLDER_HOST_KERNEL(selftest_vote, vote, VoteArgs)
 POLDER_HOST_KERNEL(selftest_warp_reduce, warp_reduce, WarpReduceArgs)
 POLDER_HOST_KERNEL(selftest_exited_syncwarp, exited_syncwarp, ExitedSyncwarpArgs)
+POLDER_HOST_KERNEL(selftest_mma_f16, multiply_fragments<__half>, MmaArgs)
+POLDER_HOST_KERNEL(selftest_mma_bf16, multiply_fragments<__nv_bfloat16>, MmaArgs)
+POLDER_HOST_KERNEL(selftest_mma_tf32, multiply_fragments<float>, MmaArgs)
+POLDER_HOST_KERNEL(selftest_round_to_tf32, round_to_tf32, RoundArgs)
+POLDER_HOST_KERNEL(selftest_ldmatrix, load_matrices<false>, LdmatrixArgs)
+POLDER_HOST_KERNEL(selftest_ldmatrix_transposed, load_matrices<true>, LdmatrixArgs)
+POLDER_HOST_KERNEL(selftest_async_copies, copy_asynchronously, AsyncArgs)
 POLDER_HOST_KERNEL(selftest_sync_count, sync_count, SyncCountArgs)
 POLDER_HOST_KERNEL(selftest_block_sum_static, block_sum_static, BlockSumArgs)
 POLDER_HOST_KERNEL(selftest_block_sum_dynamic, block_sum_dynamic, BlockSumArgs)

@@ -33,6 +33,8 @@ pub trait Compute: Element + fmt::Debug + PartialOrd {
     type Master: Scalar;
     /// The type's name as in `bf16`.
     const NAME: &'static str;
+    /// Whether it has fewer bits than its master.
+    const NARROW: bool = size_of::<Self>() < size_of::<Self::Master>();
     /// Whether its exponents are so few that gradients need a scale to be stored.
     const SCALES_LOSS: bool;
     /// Rounds a double to this type.

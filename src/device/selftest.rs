@@ -334,6 +334,157 @@ fn syncwarp_does_not_wait_for_lanes_that_have_exited() {
     });
 }
 
+// ---- Tensor cores --------------------------------------------------------------------------------------------------
+
+/// Element i of a lane's fragments as the PTX manual places it, with `packed` elements in a register: (row, depth) in a,
+/// (depth, column) in b, (row, column) in c.
+fn place_in_a(lane: usize, i: usize, packed: usize) -> (usize, usize) {
+    let (group, member, register) = (lane / 4, lane % 4, i / packed);
+    (group + 8 * (register % 2), member * packed + i % packed + 4 * packed * (register / 2))
+}
+
+fn place_in_b(lane: usize, i: usize, packed: usize) -> (usize, usize) {
+    (lane % 4 * packed + i % packed + 4 * packed * (i / packed), lane / 4)
+}
+
+fn place_in_c(lane: usize, i: usize) -> (usize, usize) {
+    (lane / 4 + 8 * (i / 2), lane % 4 * 2 + i % 2)
+}
+
+/// Products of fragments full of random numbers in one type, given by the bits of a number and how to read them.
+fn check_mma(kernel: KernelId, packed: usize, bits_of: impl Fn(f32) -> u32, read: impl Fn(u32) -> f64) {
+    const WARPS: usize = 6;
+    let depth = 8 * packed;
+    let numbers = random_f32(WARPS * (16 * depth + depth * 8 + 16 * 8), 16);
+    let mut input = vec![0u32; WARPS * 32 * 10];
+    let mut expected = vec![0f32; WARPS * 32 * 4];
+    for (warp, numbers) in numbers.chunks(numbers.len() / WARPS).enumerate() {
+        let (a, rest) = numbers.split_at(16 * depth);
+        let (b, c) = rest.split_at(depth * 8);
+        for lane in 0..32 {
+            let registers = &mut input[(warp * 32 + lane) * 10..][..10];
+            for i in 0..4 * packed {
+                let (row, k) = place_in_a(lane, i, packed);
+                registers[i / packed] |= bits_of(a[row * depth + k]) << (i % packed * 16);
+            }
+            for i in 0..2 * packed {
+                let (k, column) = place_in_b(lane, i, packed);
+                registers[4 + i / packed] |= bits_of(b[k * 8 + column]) << (i % packed * 16);
+            }
+            for i in 0..4 {
+                let (row, column) = place_in_c(lane, i);
+                let rounded = |x: f32| read(bits_of(x));
+                let terms = (0..depth).map(|k| rounded(a[row * depth + k]) * rounded(b[k * 8 + column]));
+                let start = c[row * 8 + column];
+                registers[6 + i] = start.to_bits();
+                expected[(warp * 32 + lane) * 4 + i] = (f64::from(start) + terms.sum::<f64>()) as f32;
+            }
+        }
+    }
+    on_every_schedule(|device| {
+        for warps in [1, 2, 6] {
+            let shape = Launch::new((WARPS / warps) as u32, 32 * warps as u32);
+            let out: Vec<f32> = map(device, kernel, shape, &input, expected.len()).unwrap();
+            assert_same(&bits(&out), &bits(&expected), (kernel.name(), shape));
+        }
+    });
+}
+
+/// x to 10 bits of fraction, ties away from zero: exact in double.
+fn tf32(x: f32) -> f32 {
+    if x == 0.0 || !x.is_finite() {
+        return x;
+    }
+    let exponent = (x.to_bits() >> 23 & 0xff).max(1) as i32 - 127;
+    let unit = 2f64.powi(exponent - 10);
+    ((f64::from(x) / unit).round() * unit) as f32
+}
+
+#[test]
+fn tensor_cores_multiply() {
+    let f16_bits = |x: f32| u32::from(f16::from_f32(x).to_bits());
+    let bf16_bits = |x: f32| u32::from(bf16::from_f32(x).to_bits());
+    check_mma(id::SELFTEST_MMA_F16, 2, f16_bits, |bits| f16::from_bits(bits as u16).into());
+    check_mma(id::SELFTEST_MMA_BF16, 2, bf16_bits, |bits| bf16::from_bits(bits as u16).into());
+    check_mma(id::SELFTEST_MMA_TF32, 1, |x| tf32(x).to_bits(), |bits| f32::from_bits(bits).into());
+}
+
+/// Of one element that is no TF32 number, in row 5 at depth 6 of a, the whole row of the product is NaN.
+#[test]
+fn what_is_not_rounded_to_tf32_is_nan() {
+    on_every_schedule(|device| {
+        let mut input = vec![0u32; 320];
+        let lane = (0..32).find(|&lane| place_in_a(lane, 2, 1) == (5, 6)).unwrap();
+        input[lane * 10 + 2] = 1.0f32.to_bits() + 1;
+        let out: Vec<f32> = map(device, id::SELFTEST_MMA_TF32, Launch::new(1, 32), &input, 128).unwrap();
+        for (i, value) in out.iter().enumerate() {
+            assert_eq!(value.is_nan(), place_in_c(i / 4, i % 4).0 == 5, "{i}");
+        }
+    });
+}
+
+#[test]
+fn rounds_to_tf32() {
+    let mut values: Vec<f32> = random_u32(20_000, 17).iter().map(|&bits| f32::from_bits(bits)).collect();
+    for bits in random_u32(2_000, 18) {
+        let (exact, tie) = (bits & !0x1fff, (bits & !0x1fff) | 0x1000);
+        values.extend([exact, exact | 1, tie - 1, tie, tie + 1].map(f32::from_bits));
+    }
+    values.extend([0.0, -0.0, f32::MAX, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MIN_POSITIVE, 1e-45]);
+    on_every_schedule(|device| {
+        let out: Vec<u32> = map(device, id::SELFTEST_ROUND_TO_TF32, Launch::new(4, 64), &values, values.len()).unwrap();
+        for (&x, &found) in values.iter().zip(&out) {
+            if x.is_nan() {
+                assert!(f32::from_bits(found).is_nan(), "{:#x}", x.to_bits());
+            } else {
+                assert_eq!(found, tf32(x).to_bits(), "{x:e}");
+            }
+        }
+    });
+}
+
+#[test]
+fn matrices_are_loaded_by_rows_and_by_columns() {
+    let numbers: Vec<u16> = random_u32(192 * 8, 19).iter().map(|&bits| bits as u16).collect();
+    for (kernel, transposed) in [(id::SELFTEST_LDMATRIX, false), (id::SELFTEST_LDMATRIX_TRANSPOSED, true)] {
+        let element = |warp: usize, matrix: usize, row: usize, column: usize| {
+            numbers[((warp * 4 + matrix) * 8 + row) * 8 + column]
+        };
+        let expected: Vec<u16> = (0..192 * 8)
+            .map(|i| {
+                let (thread, matrix, half) = (i / 8, i / 2 % 4, i % 2);
+                let (warp, group, first) = (thread / 32, thread % 32 / 4, thread % 4 * 2);
+                let (row, column) = if transposed { (first + half, group) } else { (group, first + half) };
+                element(warp, matrix, row, column)
+            })
+            .collect();
+        on_every_schedule(|device| {
+            for block in [32, 64, 192] {
+                let shape = Launch::new(192 / block, block);
+                let out: Vec<u16> = map(device, kernel, shape, &numbers, 192 * 8).unwrap();
+                assert_same(&out, &expected, (kernel.name(), shape));
+            }
+        });
+    }
+}
+
+#[test]
+fn asynchronous_copies_are_there_once_they_are_waited_for() {
+    const NAN: [u32; 4] = [u32::MAX; 4];
+    let values: Vec<[u32; 4]> =
+        random_u32(4 * 192, 20).chunks(4).map(|chunk| chunk.try_into().expect("four")).collect();
+    let expected: Vec<[u32; 4]> = (0..192)
+        .flat_map(|i| [NAN, values[i], NAN, if i % 2 == 0 { values[i] } else { [0; 4] }, values[i ^ 1]])
+        .collect();
+    on_every_schedule(|device| {
+        for block in [32, 192] {
+            let shape = Launch::new(192 / block, block);
+            let out: Vec<[u32; 4]> = map(device, id::SELFTEST_ASYNC_COPIES, shape, &values, 5 * 192).unwrap();
+            assert_same(&out, &expected, shape);
+        }
+    });
+}
+
 // ---- Blocks --------------------------------------------------------------------------------------------------------
 
 #[test]

@@ -12,8 +12,12 @@
 //! (Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", arXiv:1603.07285). Each pass does
 //! [`ConvShape::macs`] multiply-adds, reads each of its two operands once from main memory where the caches hold a band of
 //! an image, and writes its result once. All sums are taken in an order that the shape alone fixes.
+//!
+//! In f16 and bf16 the operands are of 16 bits, and the GPU multiplies them on its tensor cores. Sums are taken in f32; `y` and `dx`
+//! are rounded once, and `dw` stays in f32.
 
 mod direct;
+mod tensor;
 mod tiled;
 
 use super::{check_device, check_length};
@@ -131,7 +135,13 @@ impl ConvShape {
     /// Elements of workspace, of the master type, that suffice for all three passes on `device`. The passes may share one workspace; nothing in
     /// it need be kept from one call to the next.
     pub fn workspace_len<S: Compute>(&self, device: &Device) -> usize {
-        if device.is_simt() { tiled::workspace_len(self) } else { direct::workspace_len(self) }
+        if !device.is_simt() {
+            direct::workspace_len(self)
+        } else if S::NARROW {
+            tensor::workspace_len(self)
+        } else {
+            tiled::workspace_len(self)
+        }
     }
 
     /// The kernels' own struct of it.
@@ -188,10 +198,12 @@ pub fn forward<S: Compute>(
     check_device(OPERATION, "x", &device, x.device())?;
     check_device(OPERATION, "weight", &device, weight.device())?;
     check_workspace::<S>(OPERATION, shape, &device, &workspace)?;
-    if device.is_simt() {
-        tiled::forward(shape, x, weight, y, accumulate)
-    } else {
+    if !device.is_simt() {
         direct::forward(shape, x, weight, y, accumulate, workspace)
+    } else if S::NARROW {
+        tensor::forward(shape, x, weight, y, accumulate)
+    } else {
+        tiled::forward(shape, x, weight, y, accumulate)
     }
 }
 
@@ -217,10 +229,12 @@ pub fn input_gradient<S: Compute>(
     check_device(OPERATION, "dy", &device, dy.device())?;
     check_device(OPERATION, "weight", &device, weight.device())?;
     check_workspace::<S>(OPERATION, shape, &device, &workspace)?;
-    if device.is_simt() {
-        tiled::input_gradient(shape, dy, weight, dx, accumulate)
-    } else {
+    if !device.is_simt() {
         direct::input_gradient(shape, dy, weight, dx, accumulate, workspace)
+    } else if S::NARROW {
+        tensor::input_gradient(shape, dy, weight, dx, accumulate)
+    } else {
+        tiled::input_gradient(shape, dy, weight, dx, accumulate)
     }
 }
 
@@ -246,10 +260,12 @@ pub fn weight_gradient<S: Compute>(
     check_device(OPERATION, "x", &device, x.device())?;
     check_device(OPERATION, "dy", &device, dy.device())?;
     check_workspace::<S>(OPERATION, shape, &device, &workspace)?;
-    if device.is_simt() {
-        tiled::weight_gradient(shape, x, dy, dw, accumulate, workspace)
-    } else {
+    if !device.is_simt() {
         direct::weight_gradient(shape, x, dy, dw, accumulate, workspace)
+    } else if S::NARROW {
+        tensor::weight_gradient(shape, x, dy, dw, accumulate, workspace)
+    } else {
+        tiled::weight_gradient(shape, x, dy, dw, accumulate, workspace)
     }
 }
 

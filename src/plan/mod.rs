@@ -118,9 +118,8 @@ impl<S: Compute> Plan<S> {
             }
         }
         // Only what nothing follows is kept wide.
-        let narrow = size_of::<S>() < size_of::<S::Master>();
         let classifies = |op: &Op| matches!(op, Op::Linear { .. });
-        if narrow && ops.iter().any(|op| classifies(op) != (op.output() == logits)) {
+        if S::NARROW && ops.iter().any(|op| classifies(op) != (op.output() == logits)) {
             let reason = format!("in {} the logits come from a linear layer, and it is the only one", S::NAME);
             return Err(PlanError::Shape { operation: "Plan::new".into(), reason });
         }
@@ -140,7 +139,7 @@ impl<S: Compute> Plan<S> {
         let pending = [device.zeros(statistics_layout.len())?, device.zeros(statistics_layout.len())?];
         Ok(Self {
             arena: device.poisoned(places.len)?,
-            rounded: device.zeros(if narrow { parameters.len() } else { 0 })?,
+            rounded: device.zeros(if S::NARROW { parameters.len() } else { 0 })?,
             loss_scale: if S::SCALES_LOSS { Some(device.upload(&loss_scale::START)?) } else { None },
             labels: device.zeros(shapes[0].batch)?,
             correct: device.zeros(2)?,

@@ -130,12 +130,11 @@ pub(super) fn forward<S: Compute>(
     let device = y.device().clone();
     let (height, width) = (shape.out_height(), shape.out_width());
     // What is stored in fewer bits is widened on the way, padded or not.
-    let narrow = size_of::<S>() < size_of::<S::Master>();
     let bytes = |images: usize, rows: usize| {
         let columns = (width - 1) * shape.stride + shape.kernel;
         let padded = images * ((rows - 1) * shape.stride + shape.kernel) * columns * shape.in_channels;
         2 * 4 * (images * rows * width).next_multiple_of(16)
-            + if shape.padding > 0 || narrow { padded * size_of::<S::Master>() } else { 0 }
+            + if shape.padding > 0 || S::NARROW { padded * size_of::<S::Master>() } else { 0 }
     };
     let bands = Bands::new(shape.batch, height, width, 256, SCRATCH_BYTES, bytes);
     let packed = workspace.address();

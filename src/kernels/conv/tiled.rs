@@ -1,20 +1,22 @@
 //! Convolution on the GPU's launch shapes: `kernels/conv.cu`, tiled matrix products by 256 threads per block.
 
 use super::{ConvShape, Shape};
-use crate::device::{Compute, ComputeKernels, KernelId, Launch, Result, Slice, SliceMut, id};
+use crate::device::{Compute, ComputeKernels, KernelId, Launch, Result, Scalar, Slice, SliceMut, id};
+use crate::kernels::pick;
 
+/// The argument struct of all tiled convolutions, on tensor cores too.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct ConvArgs {
-    left: u64,
-    right: u64,
-    out: u64,
-    shape: Shape,
-    splits: i32,
-    accumulate: u32,
-    wide_left: u32,
-    wide_right: u32,
-    wide_out: u32,
+pub(super) struct ConvArgs {
+    pub left: u64,
+    pub right: u64,
+    pub out: u64,
+    pub shape: Shape,
+    pub splits: i32,
+    pub accumulate: u32,
+    pub wide_left: u32,
+    pub wide_right: u32,
+    pub wide_out: u32,
 }
 
 #[repr(C)]
@@ -205,18 +207,27 @@ pub(super) fn weight_gradient<S: Compute>(
     };
     let kernel = full_precision::<S>(tile.weight_gradient);
     // SAFETY: as in `forward`; the workspace holds the partial sums of every split.
-    unsafe {
-        device.launch(kernel, tile.launch::<S>(rows, columns, splits), &args)?;
-        if splits > 1 {
-            let n = shape.weight_len();
-            let (splits, accumulate) = (splits as u32, accumulate.into());
-            let sum = SumSplitsArgs { partial: out, out: dw.address(), n: n as u64, splits, accumulate };
-            device.launch(
-                full_precision::<S>([id::CONV_SUM_SPLITS_F32, id::CONV_SUM_SPLITS_F64]),
-                device.elementwise(n, 1),
-                &sum,
-            )?;
-        }
-    }
-    Ok(())
+    unsafe { device.launch(kernel, tile.launch::<S>(rows, columns, splits), &args)? };
+    if splits > 1 { sum_splits(workspace, splits, dw, accumulate) } else { Ok(()) }
+}
+
+/// Writes to `out` the sum of the `splits` vectors that lie one after the other in `partial`, or adds it.
+pub(super) fn sum_splits<T: Scalar>(
+    mut partial: SliceMut<'_, T>,
+    splits: usize,
+    mut out: SliceMut<'_, T>,
+    accumulate: bool,
+) -> Result<()> {
+    let (n, device) = (out.len(), out.device().clone());
+    assert!(partial.len() >= splits * n, "partial sums for every split");
+    let args = SumSplitsArgs {
+        partial: partial.address(),
+        out: out.address(),
+        n: n as u64,
+        splits: splits as u32,
+        accumulate: accumulate.into(),
+    };
+    let kernel = pick::<T>(id::CONV_SUM_SPLITS_F32, id::CONV_SUM_SPLITS_F64);
+    // SAFETY: the twin of the kernel's struct; both slices are as long as it reads and writes.
+    unsafe { device.launch(kernel, device.elementwise(n, 1), &args) }
 }

@@ -1,0 +1,192 @@
+// What the tiled convolutions share: shapes, the pixels' windows of taps, and the parity classes of a strided input gradient.
+#pragma once
+#include "polder.cuh"
+
+namespace {
+
+struct ConvShape {
+    int32_t batch, height, width, in_channels, out_channels, kernel, stride, padding, out_height, out_width;
+};
+
+/// Operands of type T, a result of type D.
+template <class T, class D = T>
+struct ConvArgs {
+    const T* left;   // x, or the output gradient for the input gradient
+    const T* right;  // the weights, or the output gradient for the weight gradient
+    D* out;
+    ConvShape shape;
+    int32_t splits;  // of the weight gradient's depth
+    uint32_t accumulate;
+    uint32_t wide_left, wide_right, wide_out;  // whether packs of channels are whole and aligned
+};
+
+/// Quotients by a fixed divisor without a division, for numbers below 2^31 (Granlund and Montgomery, "Division by invariant
+/// integers using multiplication", PLDI 1994).
+struct Divisor {
+    uint32_t divisor, multiplier, shift;
+
+    __device__ __forceinline__ explicit Divisor(int d) : divisor(uint32_t(d)) {
+        shift = d > 1 ? 32 - __clz(d - 1) : 0;
+        multiplier = uint32_t((((uint64_t(1) << shift) - divisor) << 32) / divisor + 1);
+    }
+    __device__ __forceinline__ int quotient(int n) const {
+        return int((__umulhi(multiplier, uint32_t(n)) + uint32_t(n)) >> shift);
+    }
+};
+
+__device__ __forceinline__ bool inside(int i, int extent) { return unsigned(i) < unsigned(extent); }
+
+struct Pixel {
+    int image, row, column;
+};
+
+/// The pixels of a batch of images, counted through.
+struct Raster {
+    Divisor by_width, by_height;
+
+    __device__ __forceinline__ Raster(int height, int width) : by_width(width), by_height(height) {}
+    __device__ __forceinline__ Pixel pixel(int number) const {
+        const int line = by_width.quotient(number), image = by_height.quotient(line);
+        return {image, line - image * int(by_height.divisor), number - line * int(by_width.divisor)};
+    }
+};
+
+/// A pixel's window in an NHWC tensor: the place of its first tap, which may lie outside.
+struct Place {
+    int row, column, offset;  // offset: of the first tap's first channel
+};
+
+/// Where an element of an operand lies, if it lies anywhere.
+struct Found {
+    bool there;
+    int64_t offset;
+};
+
+/// An NHWC tensor [., height, width, channels] of which every row of the product sees a window of taps; the depth runs over
+/// tap rows, tap columns and channels.
+template <class T>
+struct Windows {
+    const T* tensor;
+    int height, width, channels, depth;
+    Divisor by_channels, by_tap_columns;
+    bool wide;
+
+    __device__ __forceinline__ Windows(const T* tensor, int height, int width, int channels, int tap_rows, int tap_columns,
+                                       bool wide)
+        : tensor(tensor), height(height), width(width), channels(channels), depth(tap_rows * tap_columns * channels),
+          by_channels(channels), by_tap_columns(tap_columns > 0 ? tap_columns : 1), wide(wide) {}
+
+    __device__ __forceinline__ Place place(int image, int row, int column) const {
+        return {row, column, ((image * height + row) * width + column) * channels};
+    }
+    /// One that sees nothing.
+    __device__ __forceinline__ Place nowhere() const { return {-(1 << 30), 0, 0}; }
+
+    __device__ __forceinline__ Found find(const Place& at, int tap, int channel) const {
+        const int tap_row = by_tap_columns.quotient(tap), tap_column = tap - tap_row * int(by_tap_columns.divisor);
+        return {inside(at.row + tap_row, height) && inside(at.column + tap_column, width),
+                at.offset + (tap_row * width + tap_column) * channels + channel};
+    }
+    /// The elements k ... k + V - 1 of the depth.
+    template <int V>
+    __device__ __forceinline__ Pack<T, V> pack(const Place& at, int k) const {
+        Pack<T, V> result{};
+        int tap = by_channels.quotient(k), channel = k - tap * channels;
+        if (wide) {
+            const Found found = find(at, tap, channel);
+            if (k < depth && found.there) result = load<V>(tensor, found.offset);
+            return result;
+        }
+        POLDER_UNROLL
+        for (int j = 0; j < V; ++j) {
+            const Found found = find(at, tap, channel);
+            if (k + j < depth && found.there) result.v[j] = tensor[found.offset];
+            if (++channel == channels) channel = 0, ++tap;
+        }
+        return result;
+    }
+};
+
+/// Elements j ... j + V - 1 of a row of `count`, zeros beyond its end.
+template <int V, class T>
+__device__ __forceinline__ Pack<T, V> row_pack(const T* row, int j, int count, bool wide) {
+    Pack<T, V> result{};
+    if (wide) {
+        if (j < count) result = load<V>(row, j);
+        return result;
+    }
+    POLDER_UNROLL
+    for (int i = 0; i < V; ++i) {
+        if (j + i < count) result.v[i] = row[j + i];
+    }
+    return result;
+}
+
+/// How the rows (or columns) of x that are `remainder` modulo the stride see the output gradient: row
+/// q * stride + remainder is reached from rows q + first ... q + first + taps - 1, through kernel rows that fall by
+/// `stride` from `last_tap`.
+struct ParityClass {
+    int taps, first, last_tap, extent;
+
+    __device__ __forceinline__ ParityClass(const ConvShape& s, int remainder, int whole) {
+        const int tap = (remainder + s.padding) % s.stride;
+        taps = tap < s.kernel ? (s.kernel - tap + s.stride - 1) / s.stride : 0;
+        first = (remainder + s.padding) / s.stride - (taps - 1);
+        last_tap = tap + (taps - 1) * s.stride;
+        extent = (whole - remainder + s.stride - 1) / s.stride;
+    }
+};
+
+/// The weights [kernel row][kernel column][channel][out channel] as the input gradient of one class meets them: the depth
+/// runs over its taps, last kernel row and column first, and over the out channels.
+template <class T>
+struct ClassWeights {
+    const T* tensor;
+    ParityClass rows, columns;
+    int kernel, stride, channels, out_channels, depth;
+    Divisor by_out_channels, by_tap_columns;
+    bool wide;
+
+    __device__ __forceinline__ ClassWeights(const T* tensor, const ConvShape& s, const ParityClass& rows,
+                                            const ParityClass& columns, bool wide)
+        : tensor(tensor), rows(rows), columns(columns), kernel(s.kernel), stride(s.stride), channels(s.in_channels),
+          out_channels(s.out_channels), depth(rows.taps * columns.taps * s.out_channels), by_out_channels(s.out_channels),
+          by_tap_columns(columns.taps > 0 ? columns.taps : 1), wide(wide) {}
+
+    __device__ __forceinline__ int64_t offset(int tap, int channel, int out) const {
+        const int row = by_tap_columns.quotient(tap);
+        const int kernel_row = rows.last_tap - row * stride;
+        const int kernel_column = columns.last_tap - (tap - row * int(by_tap_columns.divisor)) * stride;
+        return ((kernel_row * kernel + kernel_column) * int64_t(channels) + channel) * out_channels + out;
+    }
+    /// The elements k ... k + V - 1 of the depth.
+    template <int V>
+    __device__ __forceinline__ Pack<T, V> pack(int channel, int k) const {
+        Pack<T, V> result{};
+        if (channel >= channels) return result;
+        int tap = by_out_channels.quotient(k), out = k - tap * out_channels;
+        if (wide) {
+            if (k < depth) result = load<V>(tensor, offset(tap, channel, out));
+            return result;
+        }
+        POLDER_UNROLL
+        for (int j = 0; j < V; ++j) {
+            if (k + j < depth) result.v[j] = tensor[offset(tap, channel, out)];
+            if (++out == out_channels) out = 0, ++tap;
+        }
+        return result;
+    }
+};
+
+/// The block's tile out of a grid whose x runs over column tiles first, so that blocks that share rows run together.
+template <class Tile>
+struct Corner {
+    int row, column;
+    __device__ __forceinline__ explicit Corner(int columns) {
+        const int across = (columns + Tile::COLUMNS - 1) / Tile::COLUMNS;
+        row = int(blockIdx.x) / across * Tile::ROWS;
+        column = int(blockIdx.x) % across * Tile::COLUMNS;
+    }
+};
+
+}  // namespace

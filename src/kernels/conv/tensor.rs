@@ -1,0 +1,459 @@
+//! Convolution on tensor cores: `kernels/conv_tensor.cu`, for operands of 16 bits.
+
+use super::ConvShape;
+use super::tiled::{ConvArgs, sum_splits};
+use crate::device::{Compute, ComputeKernels, KernelId, Launch, Result, Slice, SliceMut, id};
+
+/// A block's tile, as `kernels/conv_tensor.cu` defines it, with the three passes' kernels.
+struct Tile {
+    rows: usize,
+    columns: usize,
+    threads: u32,
+    stages: usize,
+    forward: ComputeKernels,
+    input_gradient: ComputeKernels,
+    weight_gradient: ComputeKernels,
+}
+
+/// The kernels of one pass and tile. Single and double precision never come here.
+const fn kernels(f16: KernelId, bf16: KernelId) -> ComputeKernels {
+    ComputeKernels { f32: f16, f64: f16, f16, bf16 }
+}
+
+/// From the narrowest to the widest.
+static TILES: [Tile; 4] = [
+    Tile {
+        rows: 256,
+        columns: 16,
+        threads: 256,
+        stages: 4,
+        forward: kernels(id::CONV_TENSOR_FORWARD_16_F16, id::CONV_TENSOR_FORWARD_16_BF16),
+        input_gradient: kernels(id::CONV_TENSOR_INPUT_GRADIENT_16_F16, id::CONV_TENSOR_INPUT_GRADIENT_16_BF16),
+        weight_gradient: kernels(id::CONV_TENSOR_WEIGHT_GRADIENT_16_F16, id::CONV_TENSOR_WEIGHT_GRADIENT_16_BF16),
+    },
+    Tile {
+        rows: 128,
+        columns: 32,
+        threads: 128,
+        stages: 4,
+        forward: kernels(id::CONV_TENSOR_FORWARD_32_F16, id::CONV_TENSOR_FORWARD_32_BF16),
+        input_gradient: kernels(id::CONV_TENSOR_INPUT_GRADIENT_32_F16, id::CONV_TENSOR_INPUT_GRADIENT_32_BF16),
+        weight_gradient: kernels(id::CONV_TENSOR_WEIGHT_GRADIENT_32_F16, id::CONV_TENSOR_WEIGHT_GRADIENT_32_BF16),
+    },
+    Tile {
+        rows: 128,
+        columns: 64,
+        threads: 128,
+        stages: 4,
+        forward: kernels(id::CONV_TENSOR_FORWARD_64_F16, id::CONV_TENSOR_FORWARD_64_BF16),
+        input_gradient: kernels(id::CONV_TENSOR_INPUT_GRADIENT_64_F16, id::CONV_TENSOR_INPUT_GRADIENT_64_BF16),
+        weight_gradient: kernels(id::CONV_TENSOR_WEIGHT_GRADIENT_64_F16, id::CONV_TENSOR_WEIGHT_GRADIENT_64_BF16),
+    },
+    Tile {
+        rows: 128,
+        columns: 128,
+        threads: 128,
+        stages: 3,
+        forward: kernels(id::CONV_TENSOR_FORWARD_128_F16, id::CONV_TENSOR_FORWARD_128_BF16),
+        input_gradient: kernels(id::CONV_TENSOR_INPUT_GRADIENT_128_F16, id::CONV_TENSOR_INPUT_GRADIENT_128_BF16),
+        weight_gradient: kernels(id::CONV_TENSOR_WEIGHT_GRADIENT_128_F16, id::CONV_TENSOR_WEIGHT_GRADIENT_128_BF16),
+    },
+];
+
+/// The widest tile is taken from this many of them on: with fewer, narrower ones keep more multiprocessors busy.
+const MANY_TILES: usize = 96;
+
+/// Blocks over which a weight gradient is split, and the fewest pixels worth a block of their own.
+const WEIGHT_GRADIENT_BLOCKS: usize = 512;
+const WEIGHT_GRADIENT_PIXELS: usize = 128;
+
+/// Bytes of the depth of one row or column in one stage.
+const DEPTH_BYTES: usize = 64;
+
+impl Tile {
+    /// The tile for a product of `rows` times `columns`, computed `copies` times over parts of the depth.
+    fn new(rows: usize, columns: usize, copies: usize) -> &'static Self {
+        let [narrow @ .., widest] = &TILES;
+        if columns > 64 && widest.count(rows, columns) * copies >= MANY_TILES {
+            return widest;
+        }
+        narrow.iter().find(|tile| columns <= tile.columns).unwrap_or(&narrow[2])
+    }
+
+    fn count(&self, rows: usize, columns: usize) -> usize {
+        rows.div_ceil(self.rows) * columns.div_ceil(self.columns)
+    }
+
+    fn launch(&self, rows: usize, columns: usize, copies: usize) -> Launch {
+        let shared = self.stages * (self.rows + self.columns) * DEPTH_BYTES;
+        Launch { grid: [self.count(rows, columns) as u32, 1, copies as u32], block: [self.threads, 1, 1], shared }
+    }
+}
+
+/// The tile and the number of splits of a weight gradient.
+fn weight_gradient_tile(shape: &ConvShape) -> (&'static Tile, usize) {
+    let (rows, columns) = (shape.taps() * shape.in_channels, shape.out_channels);
+    let most = (shape.batch * shape.out_height() * shape.out_width()).div_ceil(WEIGHT_GRADIENT_PIXELS);
+    let tile = Tile::new(rows, columns, most);
+    (tile, WEIGHT_GRADIENT_BLOCKS.div_ceil(tile.count(rows, columns)).min(most))
+}
+
+/// Elements of workspace: the weight gradient's partial sums, where it is split.
+pub(super) fn workspace_len(shape: &ConvShape) -> usize {
+    let (_, splits) = weight_gradient_tile(shape);
+    if splits > 1 { splits * shape.weight_len() } else { 0 }
+}
+
+/// Whether rows of `channels` from `address` on consist of whole, aligned packs of `bytes`.
+fn whole_packs<T>(channels: usize, address: u64, bytes: usize) -> u32 {
+    u32::from((channels * size_of::<T>()).is_multiple_of(bytes) && address.is_multiple_of(bytes as u64))
+}
+
+/// Whether an operand can be copied 16 bytes at a time.
+fn wide<T>(channels: usize, address: u64) -> u32 {
+    whole_packs::<T>(channels, address, 16)
+}
+
+/// Whether a result can be written two elements at a time.
+fn wide_out<T>(channels: usize, address: u64) -> u32 {
+    whole_packs::<T>(channels, address, 2 * size_of::<T>())
+}
+
+pub(super) fn forward<A: Compute>(
+    shape: &ConvShape,
+    x: Slice<'_, A>,
+    weight: Slice<'_, A>,
+    mut y: SliceMut<'_, A>,
+    accumulate: bool,
+) -> Result<()> {
+    let (rows, columns) = (shape.batch * shape.out_height() * shape.out_width(), shape.out_channels);
+    let tile = Tile::new(rows, columns, 1);
+    let args = ConvArgs {
+        left: x.address(),
+        right: weight.address(),
+        out: y.address(),
+        shape: shape.twin(),
+        splits: 1,
+        accumulate: accumulate.into(),
+        wide_left: wide::<A>(shape.in_channels, x.address()),
+        wide_right: wide::<A>(columns, weight.address()),
+        wide_out: wide_out::<A>(columns, y.address()),
+    };
+    // SAFETY: the twin of the kernel's struct; every slice has the length that the shape implies, and the block and the
+    // shared memory are the tile's.
+    unsafe { y.device().clone().launch(A::choose(tile.forward), tile.launch(rows, columns, 1), &args) }
+}
+
+pub(super) fn input_gradient<A: Compute>(
+    shape: &ConvShape,
+    dy: Slice<'_, A>,
+    weight: Slice<'_, A>,
+    mut dx: SliceMut<'_, A>,
+    accumulate: bool,
+) -> Result<()> {
+    // The first parity class is the largest, and all have the same launch.
+    let (class_height, class_width) = (shape.height.div_ceil(shape.stride), shape.width.div_ceil(shape.stride));
+    let (rows, columns) = (shape.batch * class_height * class_width, shape.in_channels);
+    let classes = shape.stride * shape.stride;
+    let tile = Tile::new(rows, columns, classes);
+    let args = ConvArgs {
+        left: dy.address(),
+        right: weight.address(),
+        out: dx.address(),
+        shape: shape.twin(),
+        splits: 1,
+        accumulate: accumulate.into(),
+        wide_left: wide::<A>(shape.out_channels, dy.address()),
+        wide_right: wide::<A>(shape.out_channels, weight.address()),
+        wide_out: wide_out::<A>(columns, dx.address()),
+    };
+    // SAFETY: as in `forward`.
+    unsafe { dx.device().clone().launch(A::choose(tile.input_gradient), tile.launch(rows, columns, classes), &args) }
+}
+
+pub(super) fn weight_gradient<A: Compute>(
+    shape: &ConvShape,
+    x: Slice<'_, A>,
+    dy: Slice<'_, A>,
+    mut dw: SliceMut<'_, A::Master>,
+    accumulate: bool,
+    mut workspace: SliceMut<'_, A::Master>,
+) -> Result<()> {
+    let (rows, columns) = (shape.taps() * shape.in_channels, shape.out_channels);
+    let (tile, splits) = weight_gradient_tile(shape);
+    let out = if splits > 1 { workspace.address() } else { dw.address() };
+    let args = ConvArgs {
+        left: x.address(),
+        right: dy.address(),
+        out,
+        shape: shape.twin(),
+        splits: splits as i32,
+        // Partial sums are written; the second kernel adds them.
+        accumulate: (accumulate && splits == 1).into(),
+        wide_left: wide::<A>(shape.in_channels, x.address()),
+        wide_right: wide::<A>(columns, dy.address()),
+        wide_out: wide_out::<A::Master>(columns, out),
+    };
+    // SAFETY: as in `forward`; the workspace holds the partial sums of every split.
+    unsafe {
+        dw.device().clone().launch(A::choose(tile.weight_gradient), tile.launch(rows, columns, splits), &args)?;
+    }
+    if splits > 1 { sum_splits(workspace, splits, dw, accumulate) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::{bf16, f16};
+
+    use super::*;
+    use crate::device::{Buffer, Device, HostOptions, Schedule};
+
+    const fn shape(extents: [usize; 5], kernel: usize, stride: usize, padding: usize) -> ConvShape {
+        let [batch, height, width, in_channels, out_channels] = extents;
+        ConvShape { batch, height, width, in_channels, out_channels, kernel, stride, padding }
+    }
+
+    /// Whole chunks and elements in both operands, every tile with its tails, one split and several, all strides and paddings.
+    const SHAPES: [ConvShape; 22] = [
+        shape([2, 5, 6, 3, 16], 3, 1, 1),
+        shape([1, 5, 6, 1, 10], 3, 2, 1),
+        shape([3, 7, 5, 20, 17], 3, 1, 0),
+        shape([5, 9, 7, 16, 16], 3, 1, 1),
+        shape([2, 8, 8, 16, 32], 3, 2, 1),
+        shape([2, 7, 9, 24, 33], 3, 2, 1),
+        shape([2, 8, 7, 17, 16], 3, 2, 0),
+        shape([1, 9, 8, 33, 10], 3, 2, 0),
+        shape([3, 5, 6, 16, 32], 1, 2, 0),
+        shape([2, 4, 3, 5, 6], 1, 1, 1),
+        shape([2, 5, 4, 8, 6], 1, 2, 1),
+        shape([2, 11, 9, 40, 24], 3, 1, 1),
+        shape([1, 4, 4, 64, 64], 3, 1, 1),
+        shape([3, 3, 3, 96, 20], 3, 2, 1),
+        shape([1, 1, 1, 3, 2], 3, 1, 1),
+        shape([2, 10, 12, 3, 8], 5, 2, 2),
+        shape([1, 13, 14, 8, 9], 7, 2, 3),
+        shape([1, 7, 8, 2, 3], 3, 3, 1),
+        shape([1, 8, 9, 8, 8], 3, 3, 2),
+        shape([1, 6, 9, 2, 3], 2, 3, 0),
+        shape([1, 3, 4, 2, 3], 1, 1, 2),
+        shape([1, 6, 7, 136, 72], 3, 1, 1),
+    ];
+
+    /// Cheap, and yet large enough for the widest tile and for a split weight gradient: one tap, many pixels.
+    const WIDE_SHAPES: [ConvShape; 4] = [
+        shape([13, 32, 30, 2, 72], 1, 1, 0),
+        shape([13, 30, 32, 72, 2], 1, 1, 0),
+        shape([2, 12, 13, 65, 68], 1, 1, 0),
+        shape([1, 24, 25, 136, 200], 1, 1, 0),
+    ];
+
+    /// The GPU's shapes on the CPU in three orders, and the GPU that `POLDER_TEST_DEVICE` names.
+    fn devices() -> Vec<Device> {
+        let host = |threads, schedule| Device::host_with(HostOptions { threads, schedule, gpu_shapes: true });
+        let mut devices = vec![host(2, Schedule::Forwards), host(1, Schedule::Backwards), host(1, Schedule::Random(7))];
+        if let Ok(name) = std::env::var("POLDER_TEST_DEVICE") {
+            devices.push(Device::from_name(&name).unwrap());
+        }
+        devices
+    }
+
+    /// A stored type, its rounding, and half a unit of its last place: relative, and at least absolute.
+    trait Stored: Compute<Master = f32> + Into<f64> {
+        const HALF_ULP: [f64; 2];
+        fn round(value: f64) -> Self;
+    }
+
+    impl Stored for f16 {
+        const HALF_ULP: [f64; 2] = [1.0 / 2048.0, 1.0 / 33_554_432.0];
+        fn round(value: f64) -> Self {
+            Self::from_f64(value)
+        }
+    }
+
+    impl Stored for bf16 {
+        const HALF_ULP: [f64; 2] = [1.0 / 256.0, 0.0];
+        fn round(value: f64) -> Self {
+            Self::from_f64(value)
+        }
+    }
+
+    /// A seeded generator (splitmix64) of numbers in [-1, 1), which are asymmetric enough for sums of products.
+    fn random<A: Stored>(count: usize, seed: u64) -> Vec<A> {
+        let mix = |i: u64| {
+            let mut x = seed.wrapping_add(i).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            (x >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+        };
+        (1..=count as u64).map(|i| A::round(mix(i))).collect()
+    }
+
+    /// A sum of products, that of their magnitudes, and how many there are.
+    #[derive(Clone, Copy, Default)]
+    struct Sum {
+        value: f64,
+        magnitude: f64,
+        terms: f64,
+    }
+
+    impl Sum {
+        fn add(&mut self, a: f64, b: f64) {
+            self.value += a * b;
+            self.magnitude += (a * b).abs();
+            self.terms += 1.0;
+        }
+    }
+
+    /// The definition, term by term: y, dx, dw.
+    fn reference<A: Stored>(shape: &ConvShape, x: &[A], weight: &[A], dy: &[A]) -> [Vec<Sum>; 3] {
+        let doubles = |values: &[A]| values.iter().map(|&value| value.into()).collect::<Vec<f64>>();
+        let (x, weight, dy) = (doubles(x), doubles(weight), doubles(dy));
+        let (channels, outs) = (shape.in_channels, shape.out_channels);
+        let mut results = [shape.output_len(), shape.input_len(), shape.weight_len()].map(|n| vec![Sum::default(); n]);
+        let [y, dx, dw] = &mut results;
+        for pixel in 0..shape.batch * shape.out_height() * shape.out_width() {
+            let (line, j) = (pixel / shape.out_width(), pixel % shape.out_width());
+            let (n, i) = (line / shape.out_height(), line % shape.out_height());
+            for tap in 0..shape.taps() {
+                let row = (i * shape.stride + tap / shape.kernel).wrapping_sub(shape.padding);
+                let column = (j * shape.stride + tap % shape.kernel).wrapping_sub(shape.padding);
+                if row >= shape.height || column >= shape.width {
+                    continue;
+                }
+                let input = ((n * shape.height + row) * shape.width + column) * channels;
+                for (channel, out) in (0..channels).flat_map(|channel| (0..outs).map(move |out| (channel, out))) {
+                    let (w, input, output) =
+                        ((tap * channels + channel) * outs + out, input + channel, pixel * outs + out);
+                    y[output].add(x[input], weight[w]);
+                    dx[input].add(dy[output], weight[w]);
+                    dw[w].add(x[input], dy[output]);
+                }
+            }
+        }
+        results
+    }
+
+    /// Sums in f32, each of `terms` roundings by chance up or down, rounded once more to the type of the result.
+    fn check<D: Copy + Into<f64>>(what: &str, found: &[D], expected: &[Sum], start: &[f64], half_ulp: [f64; 2]) {
+        assert_eq!(found.len(), expected.len(), "{what}: length");
+        for (index, (&found, sum)) in found.iter().zip(expected).enumerate() {
+            let (found, start) = (found.into(), start.get(index).copied().unwrap_or(0.0));
+            let (value, magnitude) = (sum.value + start, sum.magnitude + start.abs());
+            let in_sum = 4.0 * f64::from(f32::EPSILON) * (sum.terms + 1.0).sqrt() * magnitude;
+            let [relative, absolute] = half_ulp;
+            let tolerance = in_sum + (relative * (value.abs() + in_sum)).max(absolute);
+            assert!(
+                (found - value).abs() <= tolerance,
+                "{what}[{index}]: {found} instead of {value}, off by {:e}, allowed {tolerance:e}",
+                (found - value).abs()
+            );
+        }
+    }
+
+    /// A buffer of `offset` elements and then these, so that they begin at an address of our choice.
+    fn placed<T: Compute>(device: &Device, offset: usize, values: &[T]) -> Buffer<T> {
+        let mut buffer = device.poisoned(offset + values.len()).unwrap();
+        buffer.slice_mut(offset..offset + values.len()).unwrap().write(values).unwrap();
+        buffer
+    }
+
+    /// The bytes that a pass leaves where it writes, over NaN, and where it adds to `start`; nothing lies before or after.
+    fn both<T: Compute>(
+        device: &Device,
+        offset: usize,
+        start: &[T],
+        pass: impl Fn(SliceMut<'_, T>, bool) -> Result<()>,
+    ) -> [Vec<T>; 2] {
+        [false, true].map(|accumulate| {
+            let len = start.len();
+            let mut buffer = device.poisoned::<T>(offset + len + 1).unwrap();
+            if accumulate {
+                buffer.slice_mut(offset..offset + len).unwrap().write(start).unwrap();
+            }
+            pass(buffer.slice_mut(offset..offset + len).unwrap(), accumulate).unwrap();
+            let mut all = buffer.to_vec().unwrap();
+            let last = all.pop().unwrap();
+            let outside = all[..offset].iter().chain([&last]).flat_map(bytemuck::bytes_of);
+            assert!(outside.copied().all(|byte| byte == 0xFF), "a write outside the result");
+            all.split_off(offset)
+        })
+    }
+
+    /// All passes on every device, at `offset` elements from an aligned address: near the definition, and the same bits in
+    /// every schedule.
+    fn check_shape<A: Stored>(shape: &ConvShape, seed: u64, offset: usize) {
+        let numbers = |count, which| random::<A>(count, (seed * 16 + which) << 40);
+        let (x, weight) = (numbers(shape.input_len(), 0), numbers(shape.weight_len(), 1));
+        let (dy, y, dx) =
+            (numbers(shape.output_len(), 2), numbers(shape.output_len(), 3), numbers(shape.input_len(), 4));
+        let dw: Vec<f32> = numbers(shape.weight_len(), 5).iter().map(|&value| value.into() as f32).collect();
+        let expected = reference(shape, &x, &weight, &dy);
+        let mut bits: Option<Vec<u8>> = None;
+        for device in devices() {
+            let upload = |values: &[A]| placed(&device, offset, values);
+            let (x, weight, dy_) = (upload(&x), upload(&weight), upload(&dy));
+            fn view<A: Stored>(buffer: &Buffer<A>, offset: usize) -> Slice<'_, A> {
+                buffer.slice(offset..buffer.len()).unwrap()
+            }
+            let (x, weight, dy_) = (view(&x, offset), view(&weight, offset), view(&dy_, offset));
+            let ys = both(&device, offset, &y, |y, add| forward(shape, x, weight, y, add));
+            let dxs = both(&device, offset, &dx, |dx, add| input_gradient(shape, dy_, weight, dx, add));
+            let dws = both(&device, offset, &dw, |dw, add| {
+                let mut workspace = device.poisoned(workspace_len(shape)).unwrap();
+                weight_gradient(shape, x, dy_, dw, add, workspace.view_mut())
+            });
+            let starts = |values: &[A]| [vec![], values.iter().map(|&value| value.into()).collect()];
+            let dw_starts = [vec![], dw.iter().map(|&value| value.into()).collect()];
+            for i in 0..2 {
+                let what = |pass| format!("{} on {}, {shape:?}, {pass}, added: {}", A::NAME, device.name(), i == 1);
+                check(&what("y"), &ys[i], &expected[0], &starts(&y)[i], A::HALF_ULP);
+                check(&what("dx"), &dxs[i], &expected[1], &starts(&dx)[i], A::HALF_ULP);
+                check(&what("dw"), &dws[i], &expected[2], &dw_starts[i], [0.0; 2]);
+            }
+            if device.is_host() {
+                let all: Vec<u8> = (ys.iter().chain(&dxs).flat_map(|values| bytemuck::cast_slice(values)))
+                    .chain(dws.iter().flat_map(|values| bytemuck::cast_slice(values)))
+                    .copied()
+                    .collect();
+                assert!(bits.get_or_insert_with(|| all.clone()) == &all, "{shape:?}: the schedule changes the bits");
+            }
+        }
+    }
+
+    #[test]
+    fn equals_the_definition_in_half_precision() {
+        for (number, shape) in SHAPES.iter().chain(&WIDE_SHAPES).enumerate() {
+            check_shape::<f16>(shape, number as u64, 0);
+        }
+    }
+
+    #[test]
+    fn equals_the_definition_in_bfloat16() {
+        for (number, shape) in SHAPES.iter().chain(&WIDE_SHAPES).enumerate() {
+            check_shape::<bf16>(shape, 100 + number as u64, 0);
+        }
+    }
+
+    /// Whole chunks of channels at addresses that do not allow 16-byte copies.
+    #[test]
+    fn operands_may_begin_anywhere() {
+        for (number, shape) in [shape([2, 5, 6, 8, 16], 3, 1, 1), shape([2, 8, 7, 40, 24], 3, 2, 1)].iter().enumerate()
+        {
+            for offset in [1, 2, 4] {
+                check_shape::<bf16>(shape, 200 + number as u64, offset);
+            }
+        }
+    }
+
+    #[test]
+    fn the_shapes_reach_every_tile_and_several_splits() {
+        let all = || SHAPES.iter().chain(&WIDE_SHAPES);
+        for tile in &TILES {
+            let is = |found: &Tile| found.columns == tile.columns;
+            assert!(all().any(|s| is(Tile::new(s.output_len() / s.out_channels, s.out_channels, 1))));
+            assert!(all().any(|s| s.stride == 1 && is(Tile::new(s.input_len() / s.in_channels, s.in_channels, 1))));
+            assert!(all().any(|s| is(weight_gradient_tile(s).0)));
+        }
+        assert!(all().any(|shape| weight_gradient_tile(shape).1 > 1));
+    }
+}
