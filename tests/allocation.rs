@@ -6,7 +6,7 @@ mod common;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use common::Repeated;
+use common::Grouped;
 use polder::device::Device;
 use polder::kernels::image::{self, Augment, BatchShape, Normalization};
 use polder::nn::{Model, Shortcut, initial_weights};
@@ -84,7 +84,7 @@ fn steps_and_products_after_the_first_allocate_nothing() {
                     .unwrap();
                 // SAM in groups of several parts, the others on the whole batch.
                 if *method == Method::sam(0.05) {
-                    let mut batch = Repeated { plan: &mut plan, groups: 4 };
+                    let mut batch = Grouped { plan: &mut plan, groups: 4, show: |_: &mut Plan<f32>, _| Ok(()) };
                     optimizer.step(&mut accumulator.over(&mut batch), &mut weights, 0.01).unwrap();
                 } else {
                     optimizer.step(&mut plan, &mut weights, 0.01).unwrap();

@@ -2,9 +2,7 @@
 
 mod common;
 
-use std::ops::Range;
-
-use common::{Random, devices};
+use common::{Grouped, Random, devices};
 use nalgebra::DMatrix;
 use polder::curvature::{Curvature, Estimate};
 use polder::device::{Device, Result, Scalar, Slice, SliceMut};
@@ -99,55 +97,6 @@ fn the_trace_lies_within_its_error_and_the_error_is_the_right_one() {
     // Other seeds draw other probes, the same seed the same.
     assert_ne!(curvature.trace(8, 8, |_| ()).unwrap(), curvature.trace(8, 7, |_| ()).unwrap());
     assert_eq!(curvature.trace(8, 7, |_| ()).unwrap(), curvature.trace(8, 7, |_| ()).unwrap());
-}
-
-/// A plan that shows its images a part at a time.
-struct Parts {
-    plan: Plan<f64>,
-    images: Vec<f64>,
-    labels: Vec<u32>,
-}
-
-impl Objective<f64> for Parts {
-    fn len(&self) -> usize {
-        self.plan.len()
-    }
-
-    fn gradient(
-        &mut self,
-        weights: Slice<'_, f64>,
-        statistics: Statistics,
-        gradient: SliceMut<'_, f64>,
-        loss: SliceMut<'_, f64>,
-        flag: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        self.plan.gradient(weights, statistics, gradient, loss, flag)
-    }
-
-    fn hessian_vector(
-        &mut self,
-        weights: Slice<'_, f64>,
-        direction: Slice<'_, f64>,
-        product: SliceMut<'_, f64>,
-        flag: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        self.plan.hessian_vector(weights, direction, product, flag)
-    }
-
-    fn groups(&self) -> usize {
-        self.labels.len() / self.plan.input_shape().batch
-    }
-
-    fn padding(&self) -> Vec<Range<usize>> {
-        self.plan.padding()
-    }
-
-    fn select(&mut self, group: usize) -> Result<()> {
-        let Shape { batch, channels, .. } = self.plan.input_shape();
-        let (mut images, mut labels) = self.plan.batch_mut()?;
-        images.write(&self.images[group * batch * channels..][..batch * channels])?;
-        labels.write(&self.labels[group * batch..][..batch])
-    }
 }
 
 fn symmetric(random: &mut Random, len: usize) -> Quadratic {
@@ -298,11 +247,11 @@ fn softmax_regression_over_parts_has_its_analytic_trace() {
     let mut graph = Graph::new(Shape { batch, height: 1, width: 1, channels: features });
     let x = graph.global_average_pool(graph.input()).unwrap();
     let logits = graph.linear(x, "fc", classes).unwrap();
-    let plan = Plan::new(&device, graph, logits, PlanOptions::training()).unwrap();
+    let mut plan = Plan::new(&device, graph, logits, PlanOptions::training()).unwrap();
     let mut random = Random(5);
     let weights = common::weights(&plan, &mut random);
     let images: Vec<f64> = random.vector(samples * features);
-    let labels = (0..samples).map(|_| random.below(classes) as u32).collect();
+    let labels: Vec<u32> = (0..samples).map(|_| random.below(classes) as u32).collect();
     let find = |name: &str| plan.parameters().find(name).unwrap().range();
     let (w, b) = (find("fc.weight"), find("fc.bias"));
     let trace: f64 = images
@@ -318,7 +267,12 @@ fn softmax_regression_over_parts_has_its_analytic_trace() {
         })
         .sum::<f64>()
         / samples as f64;
-    let mut parts = Parts { plan, images, labels };
+    let show = |plan: &mut Plan<f64>, group: usize| {
+        let (mut shown, mut truth) = plan.batch_mut()?;
+        shown.write(&images[group * batch * features..][..batch * features])?;
+        truth.write(&labels[group * batch..][..batch])
+    };
+    let mut parts = Grouped { plan: &mut plan, groups: samples / batch, show };
     let weights = device.upload(&weights).unwrap();
     let error = Curvature::new(&mut parts, weights.view()).err().unwrap();
     assert!(error.to_string().contains("3 groups, expected one"), "{error}");

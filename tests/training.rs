@@ -7,7 +7,7 @@ mod common;
 use std::path::Path;
 
 use common::fixtures::{Pool, arena, check_runs, fast_devices, number, plan, read_json, relative_error, upload};
-use common::{Random, Repeated};
+use common::{Grouped, Random};
 use polder::arena::{Kind, Layout};
 use polder::data::{self, Split};
 use polder::device::{Device, Scalar};
@@ -151,7 +151,7 @@ fn a_whole_step_can_be_captured_and_replayed() {
                 let mut step = || match groups {
                     1 => optimizer.step(&mut plan, &mut weights, 0.05),
                     _ => {
-                        let mut batch = Repeated { plan: &mut plan, groups };
+                        let mut batch = Grouped { plan: &mut plan, groups, show: |_: &mut Plan<f32>, _| Ok(()) };
                         optimizer.step(&mut accumulator.over(&mut batch), &mut weights, 0.05)
                     }
                 };

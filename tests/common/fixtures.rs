@@ -3,10 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use polder::arena::Layout;
-use polder::device::{Buffer, Device, HostOptions, Result, Scalar, Slice, SliceMut};
+use polder::device::{Buffer, Compute, Device, HostOptions, Scalar};
 use polder::kernels::image::{self, BatchShape, Normalization};
 use polder::nn::{Model, Shortcut};
-use polder::objective::{Objective, Statistics};
 use polder::optim::{
     Base, CrSamTerms, Form, GamTerms, Gnr, Method, Optimizer, Perturbation, Product, Sam, Scaling, Settings, StepSize,
 };
@@ -14,7 +13,7 @@ use polder::plan::{Plan, PlanOptions, Shape};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-use super::to_f64;
+use super::{Grouped, to_f64};
 
 fn fixture(name: &str) -> PathBuf {
     let folder = std::env::var("POLDER_FIXTURES")
@@ -76,7 +75,7 @@ impl Pool {
     }
 
     /// Some of its images, normalised as the fixture says, as the plan's batch.
-    pub fn fill<T: Scalar>(&self, plan: &mut Plan<T>, rows: &[Value], fixture: &Value) {
+    pub fn fill<S: Compute>(&self, plan: &mut Plan<S>, rows: &[Value], fixture: &Value) {
         let rows: Vec<u32> = rows.iter().map(|row| row.as_u64().unwrap() as u32).collect();
         let order = plan.device().upload(&rows).unwrap();
         let normalization = Normalization { mean: array4(&fixture["mean"]), std: array4(&fixture["std"]) };
@@ -89,7 +88,7 @@ impl Pool {
 }
 
 /// A training plan of the fixture's model.
-pub fn plan<T: Scalar>(device: &Device, fixture: &Value, batch: usize) -> Plan<T> {
+pub fn plan<S: Compute>(device: &Device, fixture: &Value, batch: usize) -> Plan<S> {
     let shortcut = fixture["shortcut"].as_str().unwrap().parse::<Shortcut>().unwrap();
     let model = fixture["model"].as_str().unwrap();
     let model = Model::from_name(model, Some(shortcut)).unwrap();
@@ -190,70 +189,26 @@ pub fn check_runs(names: &[&str]) {
     }
 }
 
-/// The images of one batch, of which the plan is shown a group at a time.
-struct Groups<'a, T: Scalar> {
-    plan: &'a mut Plan<T>,
-    pool: &'a Pool,
-    rows: &'a [Value],
-    run: &'a Value,
-}
-
-impl<T: Scalar> Objective<T> for Groups<'_, T> {
-    fn len(&self) -> usize {
-        self.plan.len()
-    }
-
-    fn gradient(
-        &mut self,
-        weights: Slice<'_, T>,
-        statistics: Statistics,
-        gradient: SliceMut<'_, T>,
-        loss: SliceMut<'_, f64>,
-        flag: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        self.plan.gradient(weights, statistics, gradient, loss, flag)
-    }
-
-    fn hessian_vector(
-        &mut self,
-        weights: Slice<'_, T>,
-        direction: Slice<'_, T>,
-        product: SliceMut<'_, T>,
-        flag: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        self.plan.hessian_vector(weights, direction, product, flag)
-    }
-
-    fn groups(&self) -> usize {
-        self.rows.len() / self.plan.input_shape().batch
-    }
-
-    fn select(&mut self, group: usize) -> Result<()> {
-        let size = self.plan.input_shape().batch;
-        self.pool.fill(self.plan, &self.rows[group * size..][..size], self.run);
-        Ok(())
-    }
-
-    fn commit(&mut self, skip: Slice<'_, u32>) -> Result<()> {
-        self.plan.commit(skip)
-    }
-}
-
 /// Five steps, each on a batch of its own, from the same start as the reference.
-fn check_run<T: Scalar>(device: &Device, name: &str, tolerance: f64) {
+pub fn check_run<S: Compute>(device: &Device, name: &str, tolerance: f64) {
     let run = read_json(&format!("run-{name}.json"));
     let (rows, steps) = (run["rows"].as_array().unwrap(), run["steps"].as_array().unwrap());
     assert_eq!((rows.len(), steps.len()), (5, 5));
     let batch = rows[0].as_array().unwrap().len();
-    let mut plan = plan::<T>(device, &run, run["m"].as_u64().map_or(batch, |m| m as usize));
+    let mut plan = plan::<S>(device, &run, run["m"].as_u64().map_or(batch, |m| m as usize));
     let pool = Pool::new(device);
     let start = arena(plan.parameters(), "resnet8-init.safetensors");
-    let mut weights = upload::<T>(device, &start);
+    let mut weights = upload::<S::Master>(device, &start);
     let layout = plan.parameters().clone();
     let mut optimizer = Optimizer::new(device, start.len(), settings(&run, &layout)).unwrap();
     for (rows, step) in rows.iter().zip(steps) {
         let rows = rows.as_array().unwrap();
-        let mut images = Groups { plan: &mut plan, pool: &pool, rows, run: &run };
+        let size = plan.input_shape().batch;
+        let show = |plan: &mut Plan<S>, group: usize| {
+            pool.fill(plan, &rows[group * size..][..size], &run);
+            Ok(())
+        };
+        let mut images = Grouped { plan: &mut plan, groups: rows.len() / size, show };
         // A rate that is not given must not be used.
         optimizer.step(&mut images, &mut weights, run["lr"].as_f64().unwrap_or(f64::NAN)).unwrap();
         let telemetry = optimizer.telemetry().unwrap();
@@ -275,7 +230,7 @@ fn check_run<T: Scalar>(device: &Device, name: &str, tolerance: f64) {
     }
     let moved: Vec<f64> = to_f64(&weights.to_vec().unwrap()).iter().zip(&start).map(|(w, s)| w - s).collect();
     let error = relative_error(&moved, &arena(&layout, &format!("run-{name}.safetensors")));
-    println!("{name} in {}: relative error of the five steps {error:.1e}", T::NAME);
+    println!("{name} in {}: relative error of the five steps {error:.1e}", S::NAME);
     assert!(error < tolerance, "{name}: relative error of five steps {error:.2e}");
     let statistics = arena(plan.statistics_layout(), &format!("run-{name}.safetensors"));
     let found: Vec<f64> = to_f64(&plan.statistics().to_vec().unwrap());

@@ -4,8 +4,10 @@
 #[cfg(feature = "train")]
 pub mod fixtures;
 
+use std::ops::Range;
+
 use polder::arena::Kind;
-use polder::device::{Compute, Device, HostOptions, Result, Scalar, Schedule, Slice, SliceMut};
+use polder::device::{Compute, Device, HostOptions, Result, Schedule, Slice, SliceMut};
 use polder::objective::{Objective, Statistics};
 use polder::plan::Plan;
 
@@ -130,30 +132,49 @@ pub fn weights<T: Compute>(plan: &Plan<T>, random: &mut Random) -> Vec<f64> {
     weights
 }
 
-/// An objective of several groups, each of which is the batch that a plan holds.
-pub struct Repeated<'a, T: Scalar> {
-    pub plan: &'a mut Plan<T>,
+/// An objective of several groups: `show` makes one of them the plan's batch.
+pub struct Grouped<'a, S: Compute, F> {
+    pub plan: &'a mut Plan<S>,
     pub groups: usize,
+    pub show: F,
 }
 
-impl<T: Scalar> Objective<T> for Repeated<'_, T> {
+impl<S: Compute, F: FnMut(&mut Plan<S>, usize) -> Result<()>> Objective<S::Master> for Grouped<'_, S, F> {
     fn len(&self) -> usize {
         self.plan.len()
     }
 
     fn gradient(
         &mut self,
-        weights: Slice<'_, T>,
+        weights: Slice<'_, S::Master>,
         statistics: Statistics,
-        gradient: SliceMut<'_, T>,
+        gradient: SliceMut<'_, S::Master>,
         loss: SliceMut<'_, f64>,
         flag: SliceMut<'_, u32>,
     ) -> Result<()> {
         self.plan.gradient(weights, statistics, gradient, loss, flag)
     }
 
+    fn hessian_vector(
+        &mut self,
+        weights: Slice<'_, S::Master>,
+        direction: Slice<'_, S::Master>,
+        product: SliceMut<'_, S::Master>,
+        flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        self.plan.hessian_vector(weights, direction, product, flag)
+    }
+
+    fn padding(&self) -> Vec<Range<usize>> {
+        self.plan.padding()
+    }
+
     fn groups(&self) -> usize {
         self.groups
+    }
+
+    fn select(&mut self, group: usize) -> Result<()> {
+        (self.show)(self.plan, group)
     }
 
     fn commit(&mut self, skip: Slice<'_, u32>) -> Result<()> {
