@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use crate::device::{Buffer, Device, Error, Result, Scalar, Slice, SliceMut};
-use crate::kernels::vector::Combination;
+use crate::kernels::vector::{self, Combination};
 use crate::kernels::{metrics, sharpness};
 
 /// What a pass does with batch norm's running statistics.
@@ -59,6 +59,15 @@ pub trait Objective<T: Scalar> {
         let _ = (weights, direction, product, flag);
         let message = "this objective has no exact product with its Hessian".into();
         Err(Error::Argument { operation: "Objective::hessian_vector", message })
+    }
+
+    /// Writes to `out` what becomes of the step from `from` to `to`: their difference, and where the objective rounds weights before
+    /// it uses them, that of the rounded ones. For observation; three vectors laid out alike.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn displacement(&mut self, from: Slice<'_, T>, to: Slice<'_, T>, out: SliceMut<'_, T>) -> Result<()> {
+        difference(from, to, out)
     }
 
     /// The parts of the vector that belong to no weight, such as what lies between aligned tensors: a random direction is zero there.
@@ -193,6 +202,10 @@ impl<T: Scalar, O: Objective<T>> Objective<T> for Accumulated<'_, T, O> {
         Ok(())
     }
 
+    fn displacement(&mut self, from: Slice<'_, T>, to: Slice<'_, T>, out: SliceMut<'_, T>) -> Result<()> {
+        self.objective.displacement(from, to, out)
+    }
+
     fn padding(&self) -> Vec<Range<usize>> {
         self.objective.padding()
     }
@@ -213,6 +226,12 @@ impl<T: Scalar, O: Objective<T>> Objective<T> for Accumulated<'_, T, O> {
     fn commit(&mut self, skip: Slice<'_, u32>) -> Result<()> {
         self.objective.commit(skip)
     }
+}
+
+/// `out = to − from`
+pub(crate) fn difference<T: Scalar>(from: Slice<'_, T>, to: Slice<'_, T>, mut out: SliceMut<'_, T>) -> Result<()> {
+    out.copy_from(to)?;
+    vector::axpy(-1.0, from, out)
 }
 
 /// A vector as a combination of itself alone.

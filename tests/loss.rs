@@ -5,7 +5,7 @@ mod common;
 use common::{Random, assert_close, bits, devices, host_devices, to_f64};
 use polder::device::{Device, Error, Scalar};
 use polder::kernels::loss::{LossShape, cross_entropy, cross_entropy_tangent};
-use polder::kernels::loss_scale;
+use polder::kernels::precision;
 
 struct Found<T> {
     dlogits: Vec<T>,
@@ -183,7 +183,7 @@ fn a_result_is_unscaled_and_checked() {
                 let scaled: Vec<f32> = values.iter().map(|value| value * 65536.0).collect();
                 let mut x = device.upload(&scaled).unwrap();
                 let mut flag = device.upload(&[flag]).unwrap();
-                loss_scale::unscale(x.view_mut(), state.view(), flag.view_mut()).unwrap();
+                precision::unscale(x.view_mut(), state.view(), flag.view_mut()).unwrap();
                 (x.to_vec().unwrap(), flag.to_vec().unwrap()[0])
             };
             assert_eq!(check(values, 0), (values.to_vec(), 0), "{name}, {len}");
@@ -204,17 +204,17 @@ fn the_loss_scale_follows_the_steps() {
         let (good, skipped) = (device.upload(&[0u32]).unwrap(), device.upload(&[1u32]).unwrap());
         let after = |start: [f64; 2], skip: &polder::device::Buffer<u32>| {
             let mut state = device.upload(&start).unwrap();
-            loss_scale::update(state.view_mut(), skip.view()).unwrap();
+            precision::update_scale(state.view_mut(), skip.view()).unwrap();
             state.to_vec().unwrap()
         };
-        let last = loss_scale::GROWTH_INTERVAL - 1.0;
+        let last = precision::SCALE_GROWTH_INTERVAL - 1.0;
         assert_eq!(after([65536.0, 5.0], &good), [65536.0, 6.0], "{name}");
         assert_eq!(after([65536.0, last], &good), [131072.0, 0.0], "{name}");
         assert_eq!(after([65536.0, last], &skipped), [32768.0, 0.0], "{name}");
         assert_eq!(after([1.0, 5.0], &skipped), [1.0, 0.0], "{name}");
         assert_eq!(after([16777216.0, last], &good), [16777216.0, 0.0], "{name}");
         let mut state = device.zeros::<f64>(1).unwrap();
-        let refused = loss_scale::update(state.view_mut(), good.view());
+        let refused = precision::update_scale(state.view_mut(), good.view());
         assert!(matches!(refused, Err(Error::Length { argument: "state", .. })), "{refused:?}");
     }
 }

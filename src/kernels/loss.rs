@@ -52,7 +52,7 @@ struct MeanLossArgs {
 /// With `p = softmax(logits)` and `t = (1 − smoothing) · onehot(label) + smoothing / classes`: every sample's loss `−Σ t log p`
 /// in `sample_losses`, `[batch]`; in `loss`, one element, their mean, summed in double, because sharpness is a small difference
 /// of such means; in `dlogits`, where asked for, the mean's gradient `(p − t) / batch`, times the first element of `scale` where there
-/// is one (see [`super::loss_scale`]). To `correct`, one element, is added how
+/// is one (see [`super::precision`]). To `correct`, one element, is added how
 /// many samples have their largest logit (the first of equals) at the label.
 ///
 /// A logit that is not finite makes its sample's loss not finite, and so does a label that no class has. Traffic: reads the

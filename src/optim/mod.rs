@@ -142,6 +142,8 @@ pub struct Optimizer<T: Scalar> {
     arena: Buffer<T>,
     /// The sum over the groups of a mini-batch; empty unless some objective has had several.
     sum: Buffer<T>,
+    /// What the objective sees of a perturbation; empty unless some step was observed.
+    displacement: Buffer<T>,
     numbers: Numbers,
     reduction: Reduction,
     len: usize,
@@ -173,6 +175,7 @@ impl<T: Scalar> Optimizer<T> {
             },
             arena: device.zeros(place(step::slots(settings.method), len).start)?,
             sum: device.zeros(0)?,
+            displacement: device.zeros(0)?,
             numbers: Numbers::new(device, settings.method)?,
             reduction: Reduction::new(device)?,
             len,
@@ -214,7 +217,8 @@ impl<T: Scalar> Optimizer<T> {
         self.rho_factor = factor;
     }
 
-    /// Whether the steps that follow leave the telemetry's cosines too: 8 to 20 B per parameter more.
+    /// Whether the steps that follow leave the telemetry's cosines too: 8 to 40 B per parameter more, and a vector that the first of
+    /// them allocates.
     pub fn observe(&mut self, observe: bool) {
         self.observe = observe;
     }
@@ -224,8 +228,8 @@ impl<T: Scalar> Optimizer<T> {
     /// the step is counted as skipped.
     ///
     /// An objective with several [groups](Objective::groups) has the method's direction taken in each of them, and their mean
-    /// followed: m-sharpness (Foret et al. 2021, section 4.1). It takes one vector more, and 8 B per parameter for the first group's
-    /// vectors and 4 B more each for the others'. The loss that is reported is the groups' mean; what else the telemetry tells is of
+    /// followed: m-sharpness (Foret et al. 2021, section 4.1). It takes one vector more, and reads each of a direction's k vectors
+    /// once more: 4k + 4 B per parameter for the first group, 4k + 8 B for each further one. The loss that is reported is the groups' mean; what else the telemetry tells is of
     /// the last group, and dropped terms are counted in each.
     ///
     /// A step that fails leaves the weights as they were, and its running statistics are dropped.
@@ -251,6 +255,9 @@ impl<T: Scalar> Optimizer<T> {
             // A step without a perturbation leaves no cosines, not those of an earlier one.
             self.numbers.realised.clear()?;
             self.numbers.turned.clear()?;
+            if self.displacement.len() != self.len {
+                self.displacement = weights.device().zeros(self.len)?;
+            }
         }
         let groups = objective.groups().max(1);
         if groups > 1 && self.settings.method.has_memory() {
@@ -296,6 +303,7 @@ impl<T: Scalar> Optimizer<T> {
             reduction: &mut self.reduction,
             rho_factor: self.rho_factor,
             observe: self.observe,
+            displacement: &mut self.displacement,
         };
         step.direction(method)
     }

@@ -48,9 +48,8 @@ const FIRST: Row = 0;
 const SECOND: Row = 1;
 const DIFFERENCE: Row = 2;
 const SECOND_DIFFERENCE: Row = 3;
-const THIRD: Row = 4;
-const OWN_A: Row = 5;
-const OWN_B: Row = 6;
+const OWN_A: Row = 4;
+const OWN_B: Row = 5;
 
 /// The table: rows of four.
 pub(super) fn constants(method: Method) -> Vec<f64> {
@@ -62,8 +61,8 @@ pub(super) fn constants(method: Method) -> Vec<f64> {
         }
         _ => ([0.0; 4], [0.0; 4]),
     };
-    let (first, second, third) = ([1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]);
-    [first, second, [1.0, -1.0, 0.0, 0.0], [0.0, 0.0, 1.0, -1.0], third, a, b].concat()
+    let (first, second) = ([1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]);
+    [first, second, [1.0, -1.0, 0.0, 0.0], [0.0, 0.0, 1.0, -1.0], a, b].concat()
 }
 
 /// Where the coefficients of a direction lie.
@@ -402,6 +401,8 @@ pub(super) struct Step<'a, T: Scalar, O> {
     pub rho_factor: f64,
     /// Whether the cosines of the telemetry are wanted.
     pub observe: bool,
+    /// What the objective sees of a perturbation; empty until a step is observed.
+    pub displacement: &'a mut Buffer<T>,
 }
 
 impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
@@ -448,11 +449,12 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
     ) -> Result<()> {
         self.fixed_perturb(from, along, norm, rho * self.rho_factor, to, other)?;
         if self.observe && from == Weights {
-            // Realised is what became of w + ε in the weights' type, less w.
+            // Realised is what the objective sees of ε once weights are rounded.
             let Numbers { realised, constants, .. } = &mut *self.numbers;
             let mut x = self.vectors.open();
-            let vectors = [x.read(Slot(to))?, x.read(Weights)?, x.read(Slot(along))?];
-            let (a, b) = (row(constants, DIFFERENCE)?, row(constants, THIRD)?);
+            self.objective.displacement(x.read(Weights)?, x.read(Slot(to))?, self.displacement.view_mut())?;
+            let vectors = [self.displacement.view(), x.read(Slot(along))?];
+            let (a, b) = (row(constants, FIRST)?, row(constants, SECOND)?);
             sharpness::combined_products(&vectors, a, b, self.reduction, realised.view_mut())?;
         }
         Ok(())

@@ -8,7 +8,7 @@
 //!
 //! A `Plan<S>` stores activations as `S` and computes in its master type, of which weights and gradients are. In f16 and bf16 the
 //! weights of convolutions are rounded to `S` before each pass, and the logits are kept wide. In f16 the loss is scaled for the
-//! backward pass (`kernels::loss_scale`).
+//! backward pass (`kernels::precision`).
 //!
 //! Every operation has its forward in `forward.rs`, its backward in `backward.rs`, and the tangents of both, of which products
 //! with the Hessian consist, in `tangent.rs`.
@@ -29,8 +29,8 @@ use std::ops::Range;
 use crate::arena::Layout;
 use crate::device::{Buffer, Compute, Device, Error, Result, Slice, SliceMut};
 use crate::kernels::batch_norm::{BatchNormShape, Mode};
-use crate::kernels::{check_length, loss_scale, vector};
-use crate::objective::{Objective, Statistics};
+use crate::kernels::{check_length, precision, vector};
+use crate::objective::{Objective, Statistics, difference};
 use graph::Op;
 use places::{Parts, Places};
 use tangent::Tangent;
@@ -76,7 +76,7 @@ pub struct Plan<S: Compute> {
     arena: Buffer<S::Master>,
     /// The newest pass's weights as convolutions read them; empty where that is as they are.
     rounded: Buffer<S>,
-    /// The state of [`loss_scale`]; none where gradients need no scaling.
+    /// The state of [`precision`]; none where gradients need no scaling.
     loss_scale: Option<Buffer<f64>>,
     labels: Buffer<u32>,
     /// Correct predictions: of the passes that are reported, and of the others.
@@ -140,7 +140,7 @@ impl<S: Compute> Plan<S> {
         Ok(Self {
             arena: device.poisoned(places.len)?,
             rounded: device.zeros(if S::NARROW { parameters.len() } else { 0 })?,
-            loss_scale: if S::SCALES_LOSS { Some(device.upload(&loss_scale::START)?) } else { None },
+            loss_scale: if S::SCALES_LOSS { Some(device.upload(&precision::SCALE_START)?) } else { None },
             labels: device.zeros(shapes[0].batch)?,
             correct: device.zeros(2)?,
             sums: device.zeros(sums.max().unwrap_or(0))?,
@@ -235,7 +235,7 @@ impl<S: Compute> Plan<S> {
         self.statistics.view_mut().copy_from(statistics)
     }
 
-    /// The state of dynamic loss scaling (see [`loss_scale`]), in f16: the scale, and its good steps in a row.
+    /// The state of dynamic loss scaling (see [`precision`]), in f16: the scale, and its good steps in a row.
     pub fn loss_scale(&self) -> Option<&Buffer<f64>> {
         self.loss_scale.as_ref()
     }
@@ -270,7 +270,7 @@ impl<S: Compute> Plan<S> {
         match &self.loss_scale {
             Some(state) => {
                 let len = result.len();
-                loss_scale::unscale(result.reborrow().cast(len)?, state.view(), flag)
+                precision::unscale(result.reborrow().cast(len)?, state.view(), flag)
             }
             None => vector::check_finite(result.view(), flag),
         }
@@ -346,13 +346,27 @@ impl<S: Compute> Objective<S::Master> for Plan<S> {
         self.finish(product, flag)
     }
 
+    fn displacement(
+        &mut self,
+        from: Slice<'_, S::Master>,
+        to: Slice<'_, S::Master>,
+        mut out: SliceMut<'_, S::Master>,
+    ) -> Result<()> {
+        if !S::NARROW {
+            return difference(from, to, out);
+        }
+        // A narrow type's master is f32.
+        let len = out.len();
+        precision::rounded_difference::<S>(from.cast(from.len())?, to.cast(to.len())?, out.reborrow().cast(len)?)
+    }
+
     fn padding(&self) -> Vec<Range<usize>> {
         self.parameters.padding()
     }
 
     fn commit(&mut self, skip: Slice<'_, u32>) -> Result<()> {
         if let Some(state) = &mut self.loss_scale {
-            loss_scale::update(state.view_mut(), skip)?;
+            precision::update_scale(state.view_mut(), skip)?;
         }
         let passes = std::mem::take(&mut self.reported);
         if passes == 0 || self.options.batch_norm == Mode::Eval {

@@ -131,6 +131,10 @@ impl<S: Compute<Master = f32>> Objective<f32> for Batch<'_, S> {
         self.plan.hessian_vector(weights, direction, product, flag)
     }
 
+    fn displacement(&mut self, from: Slice<'_, f32>, to: Slice<'_, f32>, out: SliceMut<'_, f32>) -> device::Result<()> {
+        self.plan.displacement(from, to, out)
+    }
+
     fn padding(&self) -> Vec<Range<usize>> {
         self.plan.padding()
     }

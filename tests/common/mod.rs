@@ -165,6 +165,15 @@ impl<S: Compute, F: FnMut(&mut Plan<S>, usize) -> Result<()>> Objective<S::Maste
         self.plan.hessian_vector(weights, direction, product, flag)
     }
 
+    fn displacement(
+        &mut self,
+        from: Slice<'_, S::Master>,
+        to: Slice<'_, S::Master>,
+        out: SliceMut<'_, S::Master>,
+    ) -> Result<()> {
+        self.plan.displacement(from, to, out)
+    }
+
     fn padding(&self) -> Vec<Range<usize>> {
         self.plan.padding()
     }

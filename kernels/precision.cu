@@ -1,3 +1,5 @@
+// What networks in 16 bits need beside their layers: dynamic loss scaling, and a look at what rounding leaves of a displacement.
+//
 // Dynamic loss scaling (Micikevicius et al., "Mixed precision training", ICLR 2018): in f16 a small gradient would vanish, so the
 // loss is multiplied by a power of two before the backward pass, and its gradient divided by it after.
 //
@@ -47,7 +49,32 @@ __device__ void update_scale(const UpdateScaleArgs& a) {
     a.state[1] = skipped || due ? 0.0 : a.state[1] + 1.0;
 }
 
+struct DifferenceArgs {
+    const float* from;
+    const float* to;
+    float* out;
+    uint64_t n;
+};
+
+/// out = S(to) - S(from)
+template <class S>
+__device__ void rounded_difference(const DifferenceArgs& a) {
+    const float* __restrict__ from = a.from;
+    const float* __restrict__ to = a.to;
+    float* __restrict__ out = a.out;
+    for_each_pack_if<kPack<float>>(aligned16(from, to, out), a.n, [=](auto width, uint64_t i) {
+        constexpr int W = decltype(width)::value;
+        const Pack<float, W> begin = load<W>(from, i), end = load<W>(to, i);
+        Pack<float, W> difference;
+        POLDER_UNROLL
+        for (int v = 0; v < W; ++v) difference.v[v] = widen(convert_to<S>(end.v[v])) - widen(convert_to<S>(begin.v[v]));
+        store(out, i, difference);
+    });
+}
+
 }  // namespace
 
+POLDER_KERNEL(rounded_difference_f16, rounded_difference<__half>, DifferenceArgs)
+POLDER_KERNEL(rounded_difference_bf16, rounded_difference<__nv_bfloat16>, DifferenceArgs)
 POLDER_KERNEL(unscale, unscale_body, UnscaleArgs)
 POLDER_KERNEL(loss_scale_update, update_scale, UpdateScaleArgs)

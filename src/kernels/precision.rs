@@ -1,0 +1,100 @@
+//! What networks in 16 bits need beside their layers: dynamic loss scaling, and a look at what rounding leaves of a displacement.
+//!
+//! Loss scaling (Micikevicius et al., "Mixed precision training", ICLR 2018) is for f16, in which small gradients would vanish: the
+//! loss is multiplied by a power of two before the backward pass, its gradient divided by it after. The state is two numbers on the device: the scale, and how many good steps in a row it has seen.
+
+use super::{check_device, check_length};
+use crate::device::{Compute, ComputeKernels, Launch, Result, Slice, SliceMut, id};
+
+/// What a run begins with: the scale 2¹⁶, and no good step yet.
+pub const SCALE_START: [f64; 2] = [65536.0, 0.0];
+/// Good steps in a row after which the scale is doubled.
+pub const SCALE_GROWTH_INTERVAL: f64 = 2000.0;
+/// The range of the scale: what lies above would overflow f16 in the first gradient, that of the logits.
+const SCALE_RANGE: [f64; 2] = [1.0, 16777216.0];
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct UnscaleArgs {
+    x: u64,
+    state: u64,
+    flag: u64,
+    n: u64,
+}
+
+/// Divides `x` by the scale, which is exact but for what becomes subnormal, and sets `flag` (one element) to 1 if any element was
+/// infinite or NaN. Traffic: 8 B per element.
+///
+/// # Errors
+/// Wrong lengths or devices.
+pub fn unscale(mut x: SliceMut<'_, f32>, state: Slice<'_, f64>, mut flag: SliceMut<'_, u32>) -> Result<()> {
+    const NAME: &str = "precision::unscale";
+    check_length(NAME, "state", state.len(), SCALE_START.len())?;
+    check_length(NAME, "flag", flag.len(), 1)?;
+    let device = x.device().clone();
+    check_device(NAME, "state", &device, state.device())?;
+    check_device(NAME, "flag", &device, flag.device())?;
+    let args = UnscaleArgs { x: x.address(), state: state.address(), flag: flag.address(), n: x.len() as u64 };
+    // SAFETY: the twin of the kernel's struct; lengths and devices are checked above.
+    unsafe { device.launch(id::UNSCALE, device.elementwise(x.len(), 4), &args) }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct UpdateArgs {
+    state: u64,
+    skip: u64,
+    interval: f64,
+    least: f64,
+    most: f64,
+}
+
+/// Ends a step: halves the scale if `skip` (one element) is set, and doubles it after [`SCALE_GROWTH_INTERVAL`] steps in a row in which
+/// it was not. Traffic: a few bytes.
+///
+/// # Errors
+/// Wrong lengths or devices.
+pub fn update_scale(mut state: SliceMut<'_, f64>, skip: Slice<'_, u32>) -> Result<()> {
+    const NAME: &str = "precision::update_scale";
+    check_length(NAME, "state", state.len(), SCALE_START.len())?;
+    check_length(NAME, "skip", skip.len(), 1)?;
+    let device = state.device().clone();
+    check_device(NAME, "skip", &device, skip.device())?;
+    let [least, most] = SCALE_RANGE;
+    let args =
+        UpdateArgs { state: state.address(), skip: skip.address(), interval: SCALE_GROWTH_INTERVAL, least, most };
+    // SAFETY: the twin of the kernel's struct; lengths and devices are checked above.
+    unsafe { device.launch(id::LOSS_SCALE_UPDATE, Launch::new(1, 1), &args) }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct DifferenceArgs {
+    from: u64,
+    to: u64,
+    out: u64,
+    n: u64,
+}
+
+/// `out = S(to) − S(from)`, of a type `S` of 16 bits: what is left of a displacement of weights that are rounded before they are used.
+/// Traffic: 12 B per element.
+///
+/// # Errors
+/// Wrong lengths or devices.
+pub fn rounded_difference<S: Compute>(
+    from: Slice<'_, f32>,
+    to: Slice<'_, f32>,
+    mut out: SliceMut<'_, f32>,
+) -> Result<()> {
+    const NAME: &str = "precision::rounded_difference";
+    let (n, device) = (out.len(), out.device().clone());
+    for (name, argument) in [("from", from), ("to", to)] {
+        check_length(NAME, name, argument.len(), n)?;
+        check_device(NAME, name, &device, argument.device())?;
+    }
+    let (f16, bf16) = (id::ROUNDED_DIFFERENCE_F16, id::ROUNDED_DIFFERENCE_BF16);
+    let kernel = S::choose(ComputeKernels { f32: f16, f64: f16, f16, bf16 });
+    let args = DifferenceArgs { from: from.address(), to: to.address(), out: out.address(), n: n as u64 };
+    // SAFETY: the twin of the kernel's struct; all three vectors hold n elements.
+    unsafe { device.launch(kernel, device.elementwise(n, 4), &args) }
+}
