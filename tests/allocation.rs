@@ -1,5 +1,5 @@
-//! A training step after the first allocates nothing, and so does a product with the Hessian: neither on the device (host memory goes through the same allocator
-//! here) nor beside it.
+//! A training step after the first allocates nothing, and so does a product with the Hessian: neither on the device (host memory
+//! goes through the same allocator here) nor beside it.
 
 mod common;
 
@@ -7,7 +7,8 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::Grouped;
-use polder::device::Device;
+use half::f16;
+use polder::device::{Compute, Device};
 use polder::kernels::image::{self, Augment, BatchShape, Normalization};
 use polder::nn::{Model, Shortcut, initial_weights};
 use polder::objective::{Accumulator, Objective};
@@ -58,15 +59,19 @@ fn steps_and_products_after_the_first_allocate_nothing() {
     let terms = CrSamTerms { form: Form::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
     let methods = [Method::Plain, Method::sam(0.05), Method::CrSam { rho: 0.1, terms }];
     let bases = [Base::Sgd { momentum: 0.9, nesterov: false }, Base::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 }];
+    count::<f32>(&methods, &bases);
+    count::<f16>(&methods, &bases);
+}
+
+fn count<S: Compute<Master = f32>>(methods: &[Method], bases: &[Base]) {
     let mut devices = common::devices();
     devices.retain(|(name, _)| !name.contains("backwards") && !name.contains("random"));
     for (name, device) in devices {
-        // Small, for the sanitizers' sake: after a minute the test harness says that it still waits, and that allocates.
         let (batch, side) = if name.starts_with("gpu shapes") { (2, 8) } else { (4, 16) };
         for (method, base) in methods.iter().zip(bases.iter().cycle()) {
             let shape = Shape { batch, height: side, width: side, channels: 3 };
             let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut: Shortcut::B }.trace(shape, 10).unwrap();
-            let mut plan = Plan::<f32>::new(&device, graph, logits, PlanOptions::training()).unwrap();
+            let mut plan = Plan::<S>::new(&device, graph, logits, PlanOptions::training()).unwrap();
             let len = plan.parameters().len();
             let mut weights = device.upload(&initial_weights(plan.parameters(), 1).unwrap()).unwrap();
             let settings = Settings { method: *method, base: *base, weight_decay: 5e-4, decay_len: len, clip: None };
@@ -84,13 +89,13 @@ fn steps_and_products_after_the_first_allocate_nothing() {
                     .unwrap();
                 // SAM in groups of several parts, the others on the whole batch.
                 if *method == Method::sam(0.05) {
-                    let mut batch = Grouped { plan: &mut plan, groups: 4, show: |_: &mut Plan<f32>, _| Ok(()) };
+                    let mut batch = Grouped { plan: &mut plan, groups: 4, show: |_: &mut Plan<S>, _| Ok(()) };
                     optimizer.step(&mut accumulator.over(&mut batch), &mut weights, 0.01).unwrap();
                 } else {
                     optimizer.step(&mut plan, &mut weights, 0.01).unwrap();
                 }
             });
-            assert_eq!(steps, 0, "{method:?} on {name}: allocations in three steps");
+            assert_eq!(steps, 0, "{} and {method:?} on {name}: allocations in three steps", S::NAME);
 
             if *method != Method::Plain {
                 continue; // the product is the plan's, whatever the method
@@ -101,7 +106,7 @@ fn steps_and_products_after_the_first_allocate_nothing() {
             let products = allocations_after_the_first(&device, |_| {
                 plan.hessian_vector(weights.view(), direction.view(), product.view_mut(), flag.view_mut()).unwrap();
             });
-            assert_eq!(products, 0, "{name}: allocations in three products");
+            assert_eq!(products, 0, "{} on {name}: allocations in three products", S::NAME);
         }
     }
 }

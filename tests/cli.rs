@@ -124,7 +124,9 @@ fn a_resumed_run_ends_with_the_same_bits() {
     let folder = tempfile::tempdir().unwrap();
     let data = idx_folder(folder.path());
     let data = data.to_str().unwrap();
-    for optimizer in ["cr-sam", "adamw", "sa-sam", "looksam", "r-sam"] {
+    let runs =
+        [("cr-sam", "f32"), ("adamw", "bf16"), ("sa-sam", "f32"), ("looksam", "f32"), ("r-sam", "f32"), ("sam", "f16")];
+    for (optimizer, precision) in runs {
         let common = [
             "train",
             "--data",
@@ -135,6 +137,8 @@ fn a_resumed_run_ends_with_the_same_bits() {
             "cpu",
             "--optimizer",
             optimizer,
+            "--precision",
+            precision,
             "--log-every",
             "1",
         ];
@@ -167,6 +171,7 @@ fn a_resumed_run_ends_with_the_same_bits() {
         };
         assert_eq!(steps(&parts), steps(&constant), "{optimizer}");
         assert_eq!(steps(&parts).len(), 18);
+        assert_eq!(steps(&parts)[17]["loss_scale"].is_number(), precision == "f16", "{optimizer}");
         // A finished run can be resumed: it only says what it reached.
         let again = json(&polder(&["train", "--resume", parts_out, "--json"]));
         assert_eq!(again["steps"], 18);
@@ -235,6 +240,7 @@ fn every_mistake_is_one_clear_line() {
     says(&["train", "--m-sharpness", "32", "--micro-batch", "64"], &["--micro-batch", "--m-sharpness 32"]);
     says(&["train", "--optimizer", "gnr", "--oracle-rho", "0.1"], &["--oracle-rho", "--oracle loss"]);
     says(&["train", "--clip", "0"], &["--clip", "above 0"]);
+    says(&["train", "--precision", "f8"], &["f8", "f32", "bf16"]);
     says(&["train", "--label-noise", "2"], &["--label-noise", "0 to 1"]);
     says(&["train", "--model", "resnet9"], &["resnet9", "resnet20"]);
     says(&["train", "--model", "resnet18", "--shortcut", "a"], &["resnet18"]);

@@ -395,7 +395,7 @@ pub struct Options {
     #[arg(long, value_name = "N", help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
-    /// Arithmetic [default: f32]
+    /// What activations and the convolutions' weights are stored in; f16 scales the loss [default: f32]
     #[arg(long, value_enum, value_name = "TYPE", help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub precision: Option<PrecisionName>,
