@@ -4,7 +4,7 @@
 mod common;
 
 use common::{Random, devices};
-use polder::device::{Buffer, Device, Error, Graph, Result, available};
+use polder::device::{Buffer, Device, Error, Result, available};
 use polder::kernels::vector::fill;
 
 /// Runs `test` on every device and says on which it failed.
@@ -13,12 +13,6 @@ fn on_every_device(test: impl Fn(&Device)) {
         eprintln!("device: {name}");
         test(&device);
     }
-}
-
-/// Captures work whose buffers the test keeps until after the last replay.
-fn capture(device: &Device, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
-    // SAFETY: every test here declares its buffers before the graph, so that they are dropped after it.
-    unsafe { device.capture(work) }
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {
@@ -213,7 +207,7 @@ fn a_graph_does_its_work_at_each_replay() {
         let mut input = device.upload(&[1.0f32, 2.0, 3.0]).unwrap();
         let mut output = device.poisoned::<f32>(12).unwrap();
         let mut written = vec![9.0f32, 8.0, 7.0];
-        let graph = capture(device, || {
+        let graph = device.capture(|| {
             let mut parts = output.disjoint();
             fill(parts.write(0..3)?, 4.0)?;
             parts.write(3..6)?.copy_from(input.view())?;
@@ -243,7 +237,7 @@ fn replays_keep_their_order() {
     on_every_device(|device| {
         let len = 1000;
         let mut line = device.zeros::<u32>(2 * len).unwrap();
-        let graph = capture(device, || {
+        let graph = device.capture(|| {
             let mut parts = line.disjoint();
             parts.write(len + 1..2 * len)?.copy_from(parts.read(0..len - 1)?)?;
             let mut parts = line.disjoint();
@@ -263,7 +257,7 @@ fn replays_keep_their_order() {
 #[test]
 fn an_empty_graph_does_nothing() {
     on_every_device(|device| {
-        let graph = capture(device, || Ok(())).unwrap();
+        let graph = device.capture(|| Ok(())).unwrap();
         assert_eq!(graph.operations(), 0);
         graph.replay().unwrap();
         device.synchronize().unwrap();
@@ -274,7 +268,7 @@ fn an_empty_graph_does_nothing() {
 fn work_that_cannot_be_recorded_fails_and_leaves_the_device_usable() {
     on_every_device(|device| {
         let mut buffer = device.upload(&[1.0f32, 2.0]).unwrap();
-        let graph = capture(device, || fill(buffer.view_mut(), 0.0)).unwrap();
+        let graph = device.capture(|| fill(buffer.view_mut(), 0.0)).unwrap();
         type Work<'a> = Box<dyn FnOnce() -> Result<()> + 'a>;
         let refused: [(&str, Work); 6] = [
             ("read", Box::new(|| buffer.to_vec().map(|_| ()))),
@@ -282,10 +276,10 @@ fn work_that_cannot_be_recorded_fails_and_leaves_the_device_usable() {
             ("event", Box::new(|| device.event().map(|_| ()))),
             ("synchronize", Box::new(|| device.synchronize())),
             ("replay", Box::new(|| graph.replay())),
-            ("capture", Box::new(|| capture(device, || Ok(())).map(|_| ()))),
+            ("capture", Box::new(|| device.capture(|| Ok(())).map(|_| ()))),
         ];
         for (name, work) in refused {
-            match capture(device, work).map(|_| ()) {
+            match device.capture(work).map(|_| ()) {
                 Err(Error::Argument { operation, .. }) => assert_eq!(operation, name),
                 other => panic!("{name} inside a capture: {other:?}"),
             }
@@ -294,9 +288,9 @@ fn work_that_cannot_be_recorded_fails_and_leaves_the_device_usable() {
 
         // What a failed capture recorded before its error is gone.
         let failure = Error::Argument { operation: "test", message: "stop".into() };
-        let stopped = capture(device, || fill(buffer.view_mut(), 5.0).and(Err(failure.clone()))).map(|_| ());
+        let stopped = device.capture(|| fill(buffer.view_mut(), 5.0).and(Err(failure.clone()))).map(|_| ());
         assert_eq!(stopped.unwrap_err(), failure);
-        let second = capture(device, || buffer.slice_mut(0..1)?.clear()).unwrap();
+        let second = device.capture(|| buffer.slice_mut(0..1)?.clear()).unwrap();
         assert_eq!(second.operations(), 1);
         second.replay().unwrap();
         assert_eq!(buffer.to_vec().unwrap(), [0.0, 2.0]);
@@ -308,7 +302,7 @@ fn a_panic_inside_a_capture_leaves_the_device_usable() {
     on_every_device(|device| {
         let mut buffer = device.upload(&[1u32, 2]).unwrap();
         let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            let _ = capture(device, || {
+            let _ = device.capture(|| {
                 buffer.clear()?;
                 panic!("on purpose")
             });
@@ -325,7 +319,7 @@ fn a_buffer_may_be_dropped_during_a_capture() {
     on_every_device(|device| {
         let mut kept = device.upload(&[1u32, 2, 3]).unwrap();
         let mut dropped: Option<Buffer<u32>> = Some(device.upload(&[4u32, 5, 6]).unwrap());
-        let graph = capture(device, || {
+        let graph = device.capture(|| {
             drop(dropped.take());
             kept.clear()
         });
@@ -339,13 +333,32 @@ fn a_buffer_may_be_dropped_during_a_capture() {
     });
 }
 
+/// Memory that a graph uses is held for it: a replay after the buffer was dropped writes to no other buffer.
+#[test]
+fn a_buffer_may_be_dropped_before_a_replay() {
+    on_every_device(|device| {
+        let len = 100_000;
+        let mut dropped = device.upload(&vec![7u32; len]).unwrap();
+        let graphs = [device.capture(|| dropped.clear()).unwrap(), device.capture(|| dropped.clear()).unwrap()];
+        drop(dropped);
+        // The allocators would give the same memory out again.
+        let others: Vec<Buffer<u32>> = (0..8).map(|_| device.upload(&vec![9u32; len]).unwrap()).collect();
+        for graph in graphs {
+            graph.replay().unwrap();
+        }
+        for other in &others {
+            assert!(other.to_vec().unwrap().iter().all(|&value| value == 9));
+        }
+    });
+}
+
 #[test]
 fn a_graph_may_be_dropped_right_after_its_replay() {
     on_every_device(|device| {
         let len = 500_000;
         let mut buffer = device.poisoned::<u32>(len).unwrap();
         for number in 0..10u32 {
-            let graph = capture(device, || buffer.write(&vec![number; len])).unwrap();
+            let graph = device.capture(|| buffer.write(&vec![number; len])).unwrap();
             graph.replay().unwrap();
             drop(graph);
             assert!(buffer.to_vec().unwrap().iter().all(|&value| value == number));

@@ -157,8 +157,7 @@ fn a_whole_step_can_be_captured_and_replayed() {
                 };
                 step().unwrap();
                 if captured {
-                    // SAFETY: everything that the step uses lives until the end of this block.
-                    let graph = unsafe { device.capture(&mut step) }.unwrap();
+                    let graph = device.capture(&mut step).unwrap();
                     assert!(graph.operations() > 0);
                     graph.replay().unwrap();
                     graph.replay().unwrap();

@@ -95,6 +95,10 @@ struct State {
     recording: Option<Recording>,
     /// Memory of dropped graphs, which a replay may still be reading: freed when the stream has been waited for.
     retired: Vec<Pinned>,
+    /// How many graphs there are, a capture under way included.
+    graphs: usize,
+    /// Device memory dropped meanwhile, which a replay may still use: freed with the last graph.
+    held: Vec<sys::CUdeviceptr>,
 }
 
 /// Host-side belongings of a graph while it is being captured.
@@ -102,8 +106,6 @@ struct State {
 struct Recording {
     /// The bytes of recorded writes.
     written: Vec<Pinned>,
-    /// Device memory dropped meanwhile: freed after the capture, for freeing it at once would become part of the graph.
-    dropped: Vec<sys::CUdeviceptr>,
 }
 
 impl State {
@@ -166,7 +168,7 @@ impl CudaDevice {
             context,
             stream,
             kernels,
-            state: Mutex::new(State { staging, recording: None, retired: Vec::new() }),
+            state: Mutex::new(State { staging, recording: None, retired: Vec::new(), graphs: 0, held: Vec::new() }),
         })
     }
 
@@ -386,9 +388,17 @@ impl CudaDevice {
     fn free(&self, address: sys::CUdeviceptr) {
         // Held until the memory is freed, so that no capture begins between the question and the answer.
         let mut state = self.lock();
-        match &mut state.recording {
-            Some(recording) => recording.dropped.push(address),
-            None => self.free_in_order(address),
+        match state.graphs {
+            0 => self.free_in_order(address),
+            _ => state.held.push(address),
+        }
+    }
+
+    /// A graph is gone, or its capture has failed.
+    fn forget_graph(&self, state: &mut State) {
+        state.graphs -= 1;
+        if state.graphs == 0 {
+            state.held.drain(..).for_each(|address| self.free_in_order(address));
         }
     }
 
@@ -411,11 +421,7 @@ impl CudaDevice {
         let kept = self.bind();
         let ended = self.stream.end_capture(sys::CUgraphInstantiate_flags(0)).map_err(failed("capturing a graph"));
         let graph = kept.and(ended);
-        let mut recording = state.recording.take().unwrap_or_default();
-        for address in recording.dropped.drain(..) {
-            self.free_in_order(address);
-        }
-        (graph, recording)
+        (graph, state.recording.take().unwrap_or_default())
     }
 }
 
@@ -591,6 +597,7 @@ impl<'a> Capture<'a> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         device.stream.begin_capture(mode).map_err(failed("capturing a graph"))?;
         state.recording = Some(Recording::default());
+        state.graphs += 1;
         Ok(Self { device, active: true })
     }
 
@@ -598,13 +605,15 @@ impl<'a> Capture<'a> {
         self.active = false;
         let (graph, recording) = self.device.end_capture();
         let broken = || Error::Cuda { call: "capturing a graph", message: "the work cannot be captured".into() };
-        let graph = graph?.ok_or_else(broken)?;
-        let mut operations = 0;
+        let graph = graph.and_then(|graph| graph.ok_or_else(broken)).inspect_err(|_| {
+            self.device.forget_graph(&mut self.device.lock());
+        })?;
+        let mut graph = CudaGraph { device: self.device.clone(), graph, operations: 0, written: recording.written };
         // SAFETY: the graph is alive; without an array to fill, the call only counts the nodes.
-        unsafe { sys::cuGraphGetNodes(graph.cu_graph(), ptr::null_mut(), &mut operations) }
+        unsafe { sys::cuGraphGetNodes(graph.graph.cu_graph(), ptr::null_mut(), &mut graph.operations) }
             .result()
             .map_err(failed("counting a graph's nodes"))?;
-        Ok(CudaGraph { device: self.device.clone(), graph, operations, written: recording.written })
+        Ok(graph)
     }
 }
 
@@ -613,6 +622,7 @@ impl Drop for Capture<'_> {
         if self.active {
             // The error that ended the work is the one to report, not what ending the capture says.
             drop(self.device.end_capture());
+            self.device.forget_graph(&mut self.device.lock());
         }
     }
 }
@@ -649,6 +659,8 @@ impl Drop for CudaGraph {
     fn drop(&mut self) {
         self.device.context.record_err(self.device.context.bind_to_thread());
         // The driver lets a replay under way finish, but not with memory that has been freed.
-        self.device.lock().retired.append(&mut self.written);
+        let mut state = self.device.lock();
+        state.retired.append(&mut self.written);
+        self.device.forget_graph(&mut state);
     }
 }

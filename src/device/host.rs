@@ -48,7 +48,18 @@ pub(super) struct HostDevice {
     instruction_set: usize,
     team: Team,
     recording: AtomicBool,
-    recorded: Mutex<Vec<Recorded>>,
+    graphs: Mutex<Graphs>,
+}
+
+/// What a device knows of its graphs.
+#[derive(Default)]
+struct Graphs {
+    /// Of the capture under way.
+    recorded: Vec<Recorded>,
+    /// How many there are, a capture under way included.
+    alive: usize,
+    /// Memory dropped meanwhile, which a replay may still use: freed with the last graph.
+    held: Vec<Block>,
 }
 
 /// One recorded operation of a graph.
@@ -103,7 +114,7 @@ impl HostDevice {
             instruction_set: newest_instruction_set(),
             team: Team::new(threads),
             recording: AtomicBool::new(false),
-            recorded: Mutex::new(Vec::new()),
+            graphs: Mutex::default(),
         }
     }
 
@@ -131,7 +142,7 @@ impl HostDevice {
                     size_of::<A>(),
                 );
             }
-            self.lock().push(Recorded::Launch(kernel, shape, words));
+            self.lock().recorded.push(Recorded::Launch(kernel, shape, words));
             return Ok(());
         }
         // SAFETY: the caller's.
@@ -185,6 +196,7 @@ impl HostDevice {
     /// `address` is the start of live device memory at least as long as `bytes`.
     pub(super) unsafe fn read(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
         self.refuse_recording("read", "a graph cannot read back to the host")?;
+        let _turn = self.team.turn();
         // SAFETY: the caller's; host memory of the program and of the device never overlap.
         unsafe { std::ptr::copy_nonoverlapping(address as *const u8, bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
@@ -194,9 +206,10 @@ impl HostDevice {
     /// `address` is the start of live device memory, borrowed exclusively, at least as long as `bytes`.
     pub(super) unsafe fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
         if self.recording.load(Ordering::Relaxed) {
-            self.lock().push(Recorded::Write(address, bytes.to_vec()));
+            self.lock().recorded.push(Recorded::Write(address, bytes.to_vec()));
             return Ok(());
         }
+        let _turn = self.team.turn();
         // SAFETY: the caller's.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), address as *mut u8, bytes.len()) };
         Ok(())
@@ -206,9 +219,10 @@ impl HostDevice {
     /// Both addresses are live device memory of at least `bytes`, and the two parts do not overlap.
     pub(super) unsafe fn copy(&self, source: u64, destination: u64, bytes: usize) -> Result<()> {
         if self.recording.load(Ordering::Relaxed) {
-            self.lock().push(Recorded::Copy(source, destination, bytes));
+            self.lock().recorded.push(Recorded::Copy(source, destination, bytes));
             return Ok(());
         }
+        let _turn = self.team.turn();
         // SAFETY: the caller's.
         unsafe { std::ptr::copy_nonoverlapping(source as *const u8, destination as *mut u8, bytes) };
         Ok(())
@@ -218,9 +232,10 @@ impl HostDevice {
     /// `address` is the start of live device memory, borrowed exclusively, of at least `bytes`.
     pub(super) unsafe fn clear(&self, address: u64, bytes: usize) -> Result<()> {
         if self.recording.load(Ordering::Relaxed) {
-            self.lock().push(Recorded::Clear(address, bytes));
+            self.lock().recorded.push(Recorded::Clear(address, bytes));
             return Ok(());
         }
+        let _turn = self.team.turn();
         // SAFETY: the caller's.
         unsafe { std::ptr::write_bytes(address as *mut u8, 0, bytes) };
         Ok(())
@@ -234,34 +249,21 @@ impl HostDevice {
         Ok(())
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Recorded>> {
-        self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Graphs> {
+        self.graphs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Vec<Recorded>> {
-        if self.recording.swap(true, Ordering::Relaxed) {
+    pub(super) fn capture(this: &Arc<Self>, work: impl FnOnce() -> Result<()>) -> Result<HostGraph> {
+        if this.recording.swap(true, Ordering::Relaxed) {
             return Err(Error::Argument { operation: "capture", message: "a graph cannot capture another".into() });
         }
-        // Ends the recording also where the work panics.
-        let capture = Capture(self);
+        this.lock().alive += 1;
+        // Also where the work fails or panics, the recording ends and the graph is gone.
+        let mut graph = HostGraph { recorded: Vec::new(), device: this.clone() };
+        let capture = Capture(this);
         work()?;
-        Ok(capture.end())
-    }
-
-    pub(super) fn replay(&self, recorded: &[Recorded]) -> Result<()> {
-        self.refuse_recording("replay", "a graph cannot replay another")?;
-        for operation in recorded {
-            // SAFETY: whoever captured the graph vouches that the buffers outlive it, and each operation was checked then.
-            unsafe {
-                match operation {
-                    Recorded::Launch(kernel, shape, words) => self.run(*kernel, *shape, words.as_ptr().cast())?,
-                    Recorded::Copy(source, destination, bytes) => self.copy(*source, *destination, *bytes)?,
-                    Recorded::Clear(address, bytes) => self.clear(*address, *bytes)?,
-                    Recorded::Write(address, bytes) => self.write(*address, bytes)?,
-                }
-            }
-        }
-        Ok(())
+        graph.recorded = capture.end();
+        Ok(graph)
     }
 }
 
@@ -271,13 +273,52 @@ struct Capture<'a>(&'a HostDevice);
 impl Capture<'_> {
     fn end(&self) -> Vec<Recorded> {
         self.0.recording.store(false, Ordering::Relaxed);
-        std::mem::take(&mut *self.0.lock())
+        std::mem::take(&mut self.0.lock().recorded)
     }
 }
 
 impl Drop for Capture<'_> {
     fn drop(&mut self) {
         self.end();
+    }
+}
+
+/// Captured work.
+pub(super) struct HostGraph {
+    recorded: Vec<Recorded>,
+    device: Arc<HostDevice>,
+}
+
+impl HostGraph {
+    pub(super) fn replay(&self) -> Result<()> {
+        let device = &self.device;
+        device.refuse_recording("replay", "a graph cannot replay another")?;
+        for operation in &self.recorded {
+            // SAFETY: each operation was checked when it was recorded, and memory dropped since is held for the graph.
+            unsafe {
+                match operation {
+                    Recorded::Launch(kernel, shape, words) => device.run(*kernel, *shape, words.as_ptr().cast())?,
+                    Recorded::Copy(source, destination, bytes) => device.copy(*source, *destination, *bytes)?,
+                    Recorded::Clear(address, bytes) => device.clear(*address, *bytes)?,
+                    Recorded::Write(address, bytes) => device.write(*address, bytes)?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn operations(&self) -> usize {
+        self.recorded.len()
+    }
+}
+
+impl Drop for HostGraph {
+    fn drop(&mut self) {
+        let mut graphs = self.device.lock();
+        graphs.alive -= 1;
+        if graphs.alive == 0 {
+            graphs.held.clear();
+        }
     }
 }
 
@@ -306,21 +347,28 @@ fn newest_instruction_set() -> usize {
 
 /// Host memory, aligned for the widest vectors and for the GPU's rules alike.
 pub(super) struct HostMemory {
+    /// There until it is dropped.
+    block: Option<Block>,
+    device: Arc<HostDevice>,
+}
+
+/// Allocated bytes.
+struct Block {
     address: *mut u8,
     layout: Layout,
 }
 
 // SAFETY: it owns its memory, which the typed wrappers around it borrow by Rust's rules.
-unsafe impl Send for HostMemory {}
+unsafe impl Send for Block {}
 // SAFETY: as above.
-unsafe impl Sync for HostMemory {}
+unsafe impl Sync for Block {}
 
 impl HostMemory {
     const ALIGNMENT: usize = 256;
     /// The size of a huge page where there are such, and the alignment of memory that spans several of them.
     const HUGE_PAGE: usize = 2 << 20;
 
-    pub(super) fn filled(device: &HostDevice, bytes: usize, byte: u8) -> Result<Self> {
+    pub(super) fn filled(device: &Arc<HostDevice>, bytes: usize, byte: u8) -> Result<Self> {
         device.refuse_recording("allocate", "a graph cannot allocate memory")?;
         let failed = || Error::OutOfMemory { device: "cpu".into(), bytes };
         let alignment = if bytes >= 2 * Self::HUGE_PAGE { Self::HUGE_PAGE } else { Self::ALIGNMENT };
@@ -338,15 +386,24 @@ impl HostMemory {
         }
         // SAFETY: `address` is `layout.size()` writable bytes.
         unsafe { std::ptr::write_bytes(address, byte, layout.size()) };
-        Ok(Self { address, layout })
+        Ok(Self { block: Some(Block { address, layout }), device: device.clone() })
     }
 
     pub(super) fn address(&self) -> u64 {
-        self.address as u64
+        self.block.as_ref().map_or(0, |block| block.address as u64)
     }
 }
 
 impl Drop for HostMemory {
+    fn drop(&mut self) {
+        let mut graphs = self.device.lock();
+        if graphs.alive > 0 {
+            graphs.held.extend(self.block.take());
+        }
+    }
+}
+
+impl Drop for Block {
     fn drop(&mut self) {
         // SAFETY: allocated with this layout, and freed once.
         unsafe { alloc::dealloc(self.address, self.layout) };
@@ -388,6 +445,11 @@ unsafe impl Send for Job {}
 const SPIN: Duration = Duration::from_micros(100);
 
 impl Team {
+    /// Waits for what other threads are about on this device: a replay writes to memory that they may be reading.
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        self.caller.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn new(threads: usize) -> Self {
         let shared = Arc::new(Shared {
             generation: AtomicU64::new(0),
@@ -420,7 +482,7 @@ impl Team {
             }
             return;
         }
-        let _one_at_a_time = self.caller.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = self.turn();
         let shared = &*self.shared;
         shared.next.store(0, Ordering::Relaxed);
         shared.blocks.store(blocks, Ordering::Relaxed);

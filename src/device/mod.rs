@@ -285,11 +285,11 @@ impl Device {
     /// Those of `work`. Inside `work`, allocating, reading back, waiting, timing, and capturing or replaying a graph fail.
     /// Other threads should leave the device alone meanwhile: what they ask for is recorded too.
     ///
-    /// # Safety
-    /// The graph does not own the buffers that `work` uses: they must outlive its last replay.
-    pub unsafe fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
+    /// A buffer that is dropped while the device has a graph keeps its memory until the last graph is dropped: a replay finds what
+    /// it recorded, though nobody else does.
+    pub fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
         match &self.0 {
-            Inner::Host(host) => Ok(Graph(GraphInner::Host(host.clone(), host.capture(work)?))),
+            Inner::Host(host) => Ok(Graph(GraphInner::Host(HostDevice::capture(host, work)?))),
             Inner::Cuda(cuda) => Ok(Graph(GraphInner::Cuda(CudaDevice::capture(cuda, work)?))),
         }
     }
@@ -348,7 +348,7 @@ impl Event {
 pub struct Graph(GraphInner);
 
 enum GraphInner {
-    Host(Arc<HostDevice>, Vec<host::Recorded>),
+    Host(host::HostGraph),
     Cuda(cuda::CudaGraph),
 }
 
@@ -356,7 +356,7 @@ impl Graph {
     /// Does the recorded work again, in order with everything else on the device.
     pub fn replay(&self) -> Result<()> {
         match &self.0 {
-            GraphInner::Host(host, recorded) => host.replay(recorded),
+            GraphInner::Host(graph) => graph.replay(),
             GraphInner::Cuda(graph) => graph.replay(),
         }
     }
@@ -364,7 +364,7 @@ impl Graph {
     /// How many operations (launches, copies, fills) one replay performs.
     pub fn operations(&self) -> usize {
         match &self.0 {
-            GraphInner::Host(_, recorded) => recorded.len(),
+            GraphInner::Host(graph) => graph.operations(),
             GraphInner::Cuda(graph) => graph.operations(),
         }
     }

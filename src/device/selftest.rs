@@ -972,9 +972,8 @@ fn a_graph_is_recorded_and_replayed() {
         let mut copy = device.poisoned::<f32>(100).unwrap();
         let mut written = device.poisoned::<u32>(3).unwrap();
         let mut cleared = device.poisoned::<u32>(5).unwrap();
-        // SAFETY: the buffers live until the end of this closure, after the last replay.
-        let graph = unsafe {
-            device.capture(|| {
+        let graph = device
+            .capture(|| {
                 // The numbers to write are the recording's own: these here do not outlive it.
                 let mut numbers = vec![7u32, 8, 9];
                 written.write(&numbers)?;
@@ -983,8 +982,7 @@ fn a_graph_is_recorded_and_replayed() {
                 launch(device, id::SELFTEST_GRID_STRIDE, Launch::new(4, 32), MapArgs::new(&x, &mut doubled))?;
                 copy.copy_from(&doubled)
             })
-        }
-        .unwrap();
+            .unwrap();
         assert_eq!(graph.operations(), 4);
         assert!(doubled.to_vec().unwrap().iter().chain(&copy.to_vec().unwrap()).all(|value| value.is_nan()));
         assert_eq!((written.to_vec().unwrap(), cleared.to_vec().unwrap()), (vec![u32::MAX; 3], vec![u32::MAX; 5]));
@@ -1007,8 +1005,7 @@ fn a_graph_is_recorded_and_replayed() {
 fn what_a_graph_cannot_record_is_refused() {
     let device = device(2, Schedule::Forwards);
     let buffer = device.upload(&[1.0f32; 8]).unwrap();
-    // SAFETY: nothing is recorded that uses a buffer.
-    let empty = unsafe { device.capture(|| Ok(())) }.unwrap();
+    let empty = device.capture(|| Ok(())).unwrap();
     assert_eq!(empty.operations(), 0);
     empty.replay().unwrap();
     let refused: [(&str, &dyn Fn() -> Result<()>); 6] = [
@@ -1016,13 +1013,11 @@ fn what_a_graph_cannot_record_is_refused() {
         ("allocate", &|| device.zeros::<f32>(1).map(drop)),
         ("synchronize", &|| device.synchronize()),
         ("event", &|| device.event().map(drop)),
-        // SAFETY: as above.
-        ("capture", &|| unsafe { device.capture(|| Ok(())) }.map(drop)),
+        ("capture", &|| device.capture(|| Ok(())).map(drop)),
         ("replay", &|| empty.replay()),
     ];
     for (name, work) in refused {
-        // SAFETY: the recording is dropped.
-        let error = unsafe { device.capture(work) }.err();
+        let error = device.capture(work).err();
         let named = matches!(&error, Some(Error::Argument { operation, .. }) if *operation == name);
         assert!(named, "{name}: {error:?}");
         assert_eq!(work(), Ok(()), "{name} after the capture");
@@ -1037,18 +1032,15 @@ fn a_capture_that_fails_leaves_nothing_behind() {
     let args = MapArgs::new(&input, &mut output);
     let record = || launch(&device, id::SELFTEST_GRID_STRIDE, Launch::new(2, 32), args);
     let failure = || Error::Argument { operation: "test", message: "on purpose".into() };
-    // SAFETY: the buffers outlive this function's graphs, which are dropped here.
-    let failed = unsafe { device.capture(|| record().and(Err(failure()))) };
+    let failed = device.capture(|| record().and(Err(failure())));
     assert_eq!(failed.err(), Some(failure()));
     let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        // SAFETY: as above.
-        unsafe { device.capture(|| record().map(|()| panic!("on purpose"))) }
+        device.capture(|| record().map(|()| panic!("on purpose")))
     }));
     assert!(panicked.is_err());
 
     assert!(output.to_vec().unwrap().iter().all(|value| value.is_nan()));
-    // SAFETY: as above.
-    let graph = unsafe { device.capture(record) }.unwrap();
+    let graph = device.capture(record).unwrap();
     assert_eq!(graph.operations(), 1);
     record().unwrap();
     assert_eq!(output.to_vec().unwrap(), [3.0; 64]);
@@ -1060,14 +1052,11 @@ fn a_fault_ends_a_replay() {
     let mut out = device.zeros::<u32>(128).unwrap();
     let mut after = device.poisoned::<u32>(1).unwrap();
     let args = FaultArgs { output: out.view_mut().address(), block: 1, which: 5 };
-    // SAFETY: the buffers outlive the graph.
-    let graph = unsafe {
-        device.capture(|| {
-            launch(&device, id::SELFTEST_FAULT, Launch::new(2, 64), args)?;
-            after.clear()
-        })
-    }
-    .unwrap();
+    let graph = device.capture(|| {
+        launch(&device, id::SELFTEST_FAULT, Launch::new(2, 64), args)?;
+        after.clear()
+    });
+    let graph = graph.unwrap();
     let error = graph.replay().unwrap_err();
     assert!(matches!(error, Error::Fault { block: [1, 0, 0], .. }), "{error}");
     assert_eq!(after.to_vec().unwrap(), [u32::MAX]);
