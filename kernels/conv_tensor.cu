@@ -1,4 +1,5 @@
-// Convolution on tensor cores, NHWC with HWIO weights, for operands of 16 bits, as the matrix products of conv.cu:
+// Convolution on tensor cores, NHWC with HWIO weights, as the matrix products of conv.cu, for operands of 16 bits, and for
+// those of 32 bits that are rounded to TF32 on their way:
 //
 //   forward:          rows = output pixels,            columns = out channels, depth = taps x in channels
 //   input gradient:   rows = input pixels of a class,  columns = in channels,  depth = the class's taps x out channels
@@ -18,7 +19,7 @@
 //    chunk in its line is XORed with bits of the line's number, so that the eight rows of a matrix that ldmatrix reads, one
 //    chunk in each of eight lines, lie in different banks.
 // 3. Shared memory to registers. ldmatrix yields the fragments as mma takes them, transposed where memory runs across the
-//    depth.
+//    depth. It cannot transpose elements of 32 bits, which are then read one by one.
 //
 // A warp computes a part of the tile as large as its registers allow, since each fragment is used once for every fragment of
 // the other operand: at 64 x 64, shared memory keeps up with the tensor cores.
@@ -47,66 +48,100 @@ struct Tile {
 
 // ---- Operands in shared memory ---------------------------------------------------------------------------------------
 
-/// A warp's fragments of 16 rows (or columns) of an operand: [upper 8][upper half of an mma's depth].
+enum class Side { kLeft, kRight };
+
+/// A warp's fragments of 16 rows of the left operand, which is one fragment of an mma, or of 16 columns of the right one, which
+/// are two.
 struct Fragments {
-    uint32_t r[2][2];
+    uint32_t r[4];
 };
 
 /// An operand's part in shared memory, EXTENT rows (or columns) of the product, and how a block's threads fill it. A thread's
 /// chunks all lie at the same place of their lines, so most of what it takes to find them is computed once.
-template <class T, int EXTENT, int THREADS, bool ALONG_DEPTH>
+template <class T, Side SIDE, int EXTENT, int THREADS, bool ALONG_DEPTH>
 struct Operand {
-    static constexpr int CHUNK = Tensor<T>::CHUNK, DEPTH = 64 / int(sizeof(T));
+    static constexpr int CHUNK = Tensor<T>::CHUNK, DEPTH = 2 * Tensor<T>::DEPTH;
     static constexpr int LINES = ALONG_DEPTH ? EXTENT : DEPTH, CHUNKS = (ALONG_DEPTH ? DEPTH : EXTENT) / CHUNK;
+    static constexpr int LINE_BYTES = CHUNKS * 16;
+    /// Whether fragments are read element by element: a matrix is then two chunks in each of four lines.
+    static constexpr bool BY_ELEMENTS = sizeof(T) == 4 && !ALONG_DEPTH;
+    /// The lines after which the order of the chunks repeats.
+    static constexpr int PERIOD = BY_ELEMENTS ? 4 : 8;
     static constexpr int STEP = THREADS / CHUNKS, COUNT = LINES < STEP ? 1 : LINES / STEP;
     static_assert(THREADS % CHUNKS == 0 && (LINES < STEP || LINES % STEP == 0), "threads copy equally many chunks");
+    static_assert(COUNT == 1 || STEP % PERIOD == 0, "a thread's chunks are equally far apart");
 
-    __device__ __forceinline__ static int line(int i) { return int(threadIdx.x) / CHUNKS + i * STEP; }
-    __device__ __forceinline__ static int first_in_line() { return int(threadIdx.x) % CHUNKS * CHUNK; }
+    __device__ __forceinline__ static int line() { return int(threadIdx.x) / CHUNKS; }
+    __device__ __forceinline__ static int chunk() { return int(threadIdx.x) % CHUNKS; }
     /// The row (or column) and the depth at which the thread's chunk i begins.
-    __device__ __forceinline__ static int at(int i) { return ALONG_DEPTH ? line(i) : first_in_line(); }
-    __device__ __forceinline__ static int depth_at(int i) { return ALONG_DEPTH ? first_in_line() : line(i); }
+    __device__ __forceinline__ static int at(int i) { return ALONG_DEPTH ? line() + i * STEP : chunk() * CHUNK; }
+    __device__ __forceinline__ static int depth_at(int i) { return ALONG_DEPTH ? chunk() * CHUNK : line() + i * STEP; }
 
-    /// Bytes from the part's beginning to a chunk.
+    /// Bytes from a line whose number the period divides to a chunk of the lines from there on.
     __device__ __forceinline__ static int place(int line, int chunk) {
-        // Eight chunks fill all banks once. Lines shorter than that share them, so fewer of their numbers' bits are needed.
-        constexpr int SWIZZLED = CHUNKS < 8 ? CHUNKS : 8;
-        return (line * CHUNKS + (chunk ^ (line / (8 / SWIZZLED) % SWIZZLED))) * 16;
+        // Eight chunks fill all banks once. Several lines shorter than that do so together and need not be told apart.
+        constexpr int TOLD_APART = CHUNKS < 8 ? CHUNKS : 8;
+        const int number = line / (8 / TOLD_APART) * (BY_ELEMENTS ? 2 : 1);
+        return line * LINE_BYTES + (chunk ^ number % TOLD_APART) * 16;
     }
 
-    /// Starts to fill the part with what the source has from `depth` on.
-    template <class Source>
+    /// Starts to fill the part with what the source has from row (or column) `first` and depth `depth` on. `WIDE`: the source
+    /// is known to consist of whole chunks.
+    template <bool WIDE, class Source>
     __device__ __forceinline__ static void fill(unsigned char* part, const Source& source, int first, int depth,
                                                 AsyncCopies& copies) {
-        if (LINES < STEP && line(0) >= LINES) return;
-        if (source.wide) {
+        if (LINES < STEP && line() >= LINES) return;
+        unsigned char* to = part + place(line(), chunk());
+        if (WIDE || source.wide) {
             POLDER_UNROLL
             for (int i = 0; i < COUNT; ++i) {
                 const Found found = source.find(i, first + at(i), depth + depth_at(i));
-                copies.copy<Source::READ_AGAIN>(part + place(line(i), first_in_line() / CHUNK),
-                                                source.tensor + (found.there ? found.offset : 0), found.there);
+                copies.copy<Source::READ_AGAIN>(to + i * STEP * LINE_BYTES, source.tensor + (found.there ? found.offset : 0),
+                                                found.there);
             }
         } else {
             POLDER_UNROLL
             for (int i = 0; i < COUNT; ++i) {
                 const Pack<T, CHUNK> pack = source.pack(i, first + at(i), depth + depth_at(i));
-                store<CHUNK>(reinterpret_cast<T*>(part + place(line(i), first_in_line() / CHUNK)), 0, pack);
+                store<CHUNK>(reinterpret_cast<T*>(to + i * STEP * LINE_BYTES), 0, pack);
             }
         }
     }
 
+    /// Which of an mma's registers holds the upper eight rows (or columns), and the deeper half.
+    __device__ __forceinline__ static constexpr int number(int upper, int deeper) {
+        return SIDE == Side::kLeft ? upper + 2 * deeper : 2 * upper + deeper;
+    }
     /// The fragments of the 16 rows (or columns) from `first` on at step `step` of a stage's two.
     __device__ __forceinline__ static Fragments fragments(const unsigned char* part, int first, int step) {
-        // ldmatrix reads four matrices: first down the lines, then along them.
-        const int lane = int(threadIdx.x) % 32, line = lane % 16, chunk = lane / 16;
-        uint32_t m[4];
-        if constexpr (ALONG_DEPTH) {
-            ldmatrix<false>(part + place(first + line, step * 2 + chunk), m);
-            return {{{m[0], m[2]}, {m[1], m[3]}}};
+        const int lane = int(threadIdx.x) % 32;
+        Fragments result;
+        if constexpr (BY_ELEMENTS) {
+            const int group = lane / 4, member = lane % 4;
+            POLDER_UNROLL
+            for (int upper = 0; upper < 2; ++upper) {
+                const int in_lines = place(member, first / CHUNK + upper * 2 + group / CHUNK) + group % CHUNK * int(sizeof(T));
+                POLDER_UNROLL
+                for (int deeper = 0; deeper < 2; ++deeper) {
+                    const unsigned char* lines = part + (step * Tensor<T>::DEPTH + deeper * PERIOD) * LINE_BYTES;
+                    result.r[number(upper, deeper)] = to_tf32(*reinterpret_cast<const float*>(lines + in_lines));
+                }
+            }
         } else {
-            ldmatrix<true>(part + place(step * Tensor<T>::DEPTH + line, first / CHUNK + chunk), m);
-            return {{{m[0], m[1]}, {m[2], m[3]}}};
+            // The lane's row belongs to the matrix whose numbers go to register lane / 8.
+            const int upper = lane / (SIDE == Side::kLeft ? 8 : 16) % 2, deeper = lane / (SIDE == Side::kLeft ? 16 : 8) % 2;
+            const int line = (ALONG_DEPTH ? upper : deeper) * 8 + lane % 8;
+            if constexpr (ALONG_DEPTH) {
+                ldmatrix<false>(part + first * LINE_BYTES + place(line, step * 2 + deeper), result.r);
+            } else {
+                ldmatrix<true>(part + step * Tensor<T>::DEPTH * LINE_BYTES + place(line, first / CHUNK + upper), result.r);
+            }
+            if constexpr (sizeof(T) == 4) {
+                POLDER_UNROLL
+                for (uint32_t& bits : result.r) bits = to_tf32(__uint_as_float(bits));
+            }
         }
+        return result;
     }
 };
 
@@ -172,7 +207,7 @@ struct Matrix {
     int columns, end;
 
     __device__ __forceinline__ Found find(int, int column, int depth) const {
-        return {column < columns && depth < end, int64_t(depth) * columns + column};
+        return {column < columns && depth < end, uint32_t(depth) * columns + column};
     }
     __device__ __forceinline__ Pack<T, Columns::CHUNK> pack(int, int column, int depth) const {
         if (depth >= end) return {};
@@ -204,33 +239,31 @@ struct ClassMatrix {
 // ---- The product -------------------------------------------------------------------------------------------------------
 
 /// Adds to the warp's sums its part of the block's tile of left * right over the depth [begin, end).
-template <class Tile, class T, class Rows, class Columns, class Left, class Right>
-__device__ __forceinline__ void multiply(const Left& left, const Right& right, const Corner<Tile>& corner, int begin, int end,
-                                         typename Tile::Sums& sum) {
+template <bool WIDE, class Tile, class T, class Rows, class Columns, class Left, class Right>
+__device__ __forceinline__ void multiply_as(const Left& left, const Right& right, const Corner<Tile>& corner, int begin, int end,
+                                            typename Tile::Sums& sum) {
     constexpr int STAGES = Tile::STAGES, STAGE_BYTES = Tile::LEFT_BYTES + Tile::RIGHT_BYTES;
     POLDER_DYNAMIC_SHARED(unsigned char, shared);
     AsyncCopies copies;
-    int filled = 0;  // the stage to fill next
+    int filled = 0, read = 0;
+    // Past the end of the depth a stage fills with zeros, and is not read.
     const auto fill = [&](int depth) {
-        if (depth < end) {
-            unsigned char* stage = shared + filled * STAGE_BYTES;
-            Rows::fill(stage, left, corner.row, depth, copies);
-            Columns::fill(stage + Tile::LEFT_BYTES, right, corner.column, depth, copies);
-        }
-        // Empty groups keep the count right at the end.
+        unsigned char* stage = shared + filled * STAGE_BYTES;
+        Rows::template fill<WIDE>(stage, left, corner.row, depth, copies);
+        Columns::template fill<WIDE>(stage + Tile::LEFT_BYTES, right, corner.column, depth, copies);
         copies.commit();
         filled = filled + 1 == STAGES ? 0 : filled + 1;
     };
     for (int stage = 0; stage < STAGES - 1; ++stage) fill(begin + stage * Rows::DEPTH);
-    int read = 0;
     for (int depth = begin; depth < end; depth += Rows::DEPTH) {
         copies.template wait<STAGES - 2>();
         // Now everyone's part of this stage is there, and everyone has done with the one before, which is filled again.
         __syncthreads();
-        fill(depth + (STAGES - 1) * Rows::DEPTH);
         const unsigned char* rows = shared + read * STAGE_BYTES;
         const unsigned char* columns = rows + Tile::LEFT_BYTES;
         read = read + 1 == STAGES ? 0 : read + 1;
+        const int ahead = depth + (STAGES - 1) * Rows::DEPTH;
+        if (!WIDE) fill(ahead);
         POLDER_UNROLL
         for (int step = 0; step < 2; ++step) {
             Fragments a[Tile::WARP_ROWS / 16], b[Tile::WARP_COLUMNS / 16];
@@ -240,21 +273,89 @@ __device__ __forceinline__ void multiply(const Left& left, const Right& right, c
             for (int j = 0; j < Tile::WARP_COLUMNS / 16; ++j) {
                 b[j] = Columns::fragments(columns, Tile::warp_column() + j * 16, step);
             }
+            // Here, and without branches, what it takes to find the chunks runs between the products.
+            if (WIDE && step == 0) fill(ahead);
             POLDER_UNROLL
             for (int i = 0; i < Tile::WARP_ROWS / 16; ++i) {
-                const uint32_t rows16[4] = {a[i].r[0][0], a[i].r[1][0], a[i].r[0][1], a[i].r[1][1]};
                 POLDER_UNROLL
-                for (int j = 0; j < Tile::WARP_COLUMNS / 8; ++j) mma<T>(sum[i][j], rows16, b[j / 2].r[j % 2]);
+                for (int j = 0; j < Tile::WARP_COLUMNS / 8; ++j) {
+                    const uint32_t* columns8 = &b[j / 2].r[j % 2 * 2];
+                    mma<T>(sum[i][j], a[i].r, {columns8[0], columns8[1]});
+                }
             }
         }
     }
 }
 
-/// Writes the warp's sums, or adds them: `row_at(row)` is where the tile's row lies, null past the end of the product. `pairs`:
-/// whether neighbouring columns can be written as one.
+/// The same, by the loop that fits the operands.
+template <class Tile, class T, class Rows, class Columns, class Left, class Right>
+__device__ __forceinline__ void multiply(const Left& left, const Right& right, const Corner<Tile>& corner, int begin, int end,
+                                         typename Tile::Sums& sum) {
+    if (left.wide && right.wide) {
+        multiply_as<true, Tile, T, Rows, Columns>(left, right, corner, begin, end, sum);
+    } else {
+        multiply_as<false, Tile, T, Rows, Columns>(left, right, corner, begin, end, sum);
+    }
+}
+
+/// Four lanes with four words each: word w of lane l becomes word l of lane w.
+__device__ __forceinline__ void transpose_among_four(uint32_t (&words)[4]) {
+    POLDER_UNROLL
+    for (int distance = 1; distance < 4; distance *= 2) {
+        const bool upper = (int(threadIdx.x) & distance) != 0;
+        POLDER_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            uint32_t &low = words[distance == 1 ? 2 * i : i], &high = words[distance == 1 ? 2 * i + 1 : i + 2];
+            const uint32_t received = __shfl_xor_sync(0xffffffffu, upper ? low : high, distance);
+            (upper ? low : high) = received;
+        }
+    }
+}
+
+/// Writes the warp's sums in chunks of eight, or adds them. Of a 16 x 16 part, four lanes hold two rows, two columns of each
+/// eight; they exchange them for one chunk each, since single pairs would reach the memory as halves of its sectors.
 template <class Tile, class D, class RowAt>
-__device__ __forceinline__ void write(const typename Tile::Sums& sum, int first_column, int columns, bool add, bool pairs,
+__device__ __forceinline__ void write_chunks(const typename Tile::Sums& sum, int first_column, int columns, bool add,
+                                             RowAt row_at) {
+    const int lane = int(threadIdx.x) % 32, group = lane / 4, member = lane % 4;
+    POLDER_UNROLL
+    for (int i = 0; i < Tile::WARP_ROWS / 16; ++i) {
+        const int first_row = Tile::warp_row() + i * 16 + group;
+        D* to = row_at(first_row + member % 2 * 8);
+        POLDER_UNROLL
+        for (int j = 0; j < Tile::WARP_COLUMNS / 16; ++j) {
+            const int first = first_column + Tile::warp_column() + j * 16;
+            uint32_t words[4];
+            POLDER_UNROLL
+            for (int part = 0; part < 4; ++part) {
+                const int lower = part % 2, right = part / 2, column = first + right * 8 + member * 2;
+                const float* both = &sum[i][2 * j + right][2 * lower];
+                Pack<D, 2> old{}, pair;
+                if (add) {
+                    const D* from = row_at(first_row + lower * 8);
+                    if (from != nullptr && column < columns) old = load<2>(from, column);
+                }
+                POLDER_UNROLL
+                for (int e = 0; e < 2; ++e) pair.v[e] = convert_to<D>(add ? widen(old.v[e]) + both[e] : both[e]);
+                memcpy(&words[part], &pair, sizeof pair);
+            }
+            transpose_among_four(words);
+            const int column = first + member / 2 * 8;
+            Pack<D, 8> chunk;
+            memcpy(&chunk, words, sizeof chunk);
+            if (to != nullptr && column < columns) store<8>(to, column, chunk);
+        }
+    }
+}
+
+/// Writes the warp's sums, or adds them: `row_at(row)` is where the tile's row lies, null past the end of the product. `wide`:
+/// whether rows consist of whole, aligned chunks of eight 16-bit results or pairs of 32-bit ones.
+template <class Tile, class D, class RowAt>
+__device__ __forceinline__ void write(const typename Tile::Sums& sum, int first_column, int columns, bool add, bool wide,
                                       RowAt row_at) {
+    if constexpr (sizeof(D) == 2) {
+        if (wide) return write_chunks<Tile, D>(sum, first_column, columns, add, row_at);
+    }
     const int lane = int(threadIdx.x) % 32;
     first_column += Tile::warp_column() + lane % 4 * 2;
     POLDER_UNROLL
@@ -264,13 +365,13 @@ __device__ __forceinline__ void write(const typename Tile::Sums& sum, int first_
         POLDER_UNROLL
         for (int j = 0; j < Tile::WARP_COLUMNS / 8; ++j) {
             const int column = first_column + j * 8;
-            if (column >= columns) continue;
             const float* both = &sum[i / 2][j][i % 2 * 2];
-            if (pairs) {
+            if (sizeof(D) == 4 && wide) {
+                if (column >= columns) continue;
                 Pack<D, 2> pack{};
                 if (add) pack = load<2>(to, column);
                 POLDER_UNROLL
-                for (int e = 0; e < 2; ++e) pack.v[e] = convert_to<D>(add ? widen(pack.v[e]) + both[e] : both[e]);
+                for (int e = 0; e < 2; ++e) pack.v[e] = convert_to<D>(widen(pack.v[e]) + both[e]);
                 store<2>(to, column, pack);
                 continue;
             }
@@ -288,8 +389,8 @@ __device__ __forceinline__ void write(const typename Tile::Sums& sum, int first_
 /// y[n, i, j, o] = sum over taps and c of x[n, i * stride + tap row - padding, j * stride + tap column - padding, c] * weight
 template <class Tile, class T>
 __device__ __forceinline__ void forward(const ConvArgs<T>& a) {
-    using Rows = Operand<T, Tile::ROWS, Tile::THREADS, true>;
-    using Columns = Operand<T, Tile::COLUMNS, Tile::THREADS, false>;
+    using Rows = Operand<T, Side::kLeft, Tile::ROWS, Tile::THREADS, true>;
+    using Columns = Operand<T, Side::kRight, Tile::COLUMNS, Tile::THREADS, false>;
     const ConvShape& s = a.shape;
     const int pixels = s.batch * s.out_height * s.out_width;
     const Raster raster(s.out_height, s.out_width);
@@ -316,8 +417,8 @@ __device__ __forceinline__ void forward(const ConvArgs<T>& a) {
 /// dx[n, i, j, c] = sum over o and the taps through which y sees x[n, i, j, c] of dy * weight
 template <class Tile, class T>
 __device__ __forceinline__ void input_gradient(const ConvArgs<T>& a) {
-    using Rows = Operand<T, Tile::ROWS, Tile::THREADS, true>;
-    using Columns = Operand<T, Tile::COLUMNS, Tile::THREADS, true>;
+    using Rows = Operand<T, Side::kLeft, Tile::ROWS, Tile::THREADS, true>;
+    using Columns = Operand<T, Side::kRight, Tile::COLUMNS, Tile::THREADS, true>;
     const ConvShape& s = a.shape;
     const int row_remainder = int(blockIdx.z) / s.stride, column_remainder = int(blockIdx.z) % s.stride;
     const ParityClass rows(s, row_remainder, s.height), columns(s, column_remainder, s.width);
@@ -354,8 +455,8 @@ using WeightGradientArgs = ConvArgs<T, float>;
 /// out[split][tap][c][o] = sum over the split's pixels of x[pixel seen through the tap, c] * dy[pixel, o]
 template <class Tile, class T>
 __device__ __forceinline__ void weight_gradient(const WeightGradientArgs<T>& a) {
-    using Rows = Operand<T, Tile::ROWS, Tile::THREADS, false>;
-    using Columns = Operand<T, Tile::COLUMNS, Tile::THREADS, false>;
+    using Rows = Operand<T, Side::kLeft, Tile::ROWS, Tile::THREADS, false>;
+    using Columns = Operand<T, Side::kRight, Tile::COLUMNS, Tile::THREADS, false>;
     const ConvShape& s = a.shape;
     const int pixels = s.batch * s.out_height * s.out_width;
     const int begin = int(int64_t(pixels) * blockIdx.z / a.splits), end = int(int64_t(pixels) * (blockIdx.z + 1) / a.splits);
@@ -373,7 +474,7 @@ __device__ __forceinline__ void weight_gradient(const WeightGradientArgs<T>& a) 
 }
 
 // The tiles by their columns; src/kernels/conv/tensor.rs chooses among them by the same numbers.
-using Tile16 = Tile<256, 16, 32, 16, 4>;
+using Tile16 = Tile<128, 16, 32, 16, 4>;
 using Tile32 = Tile<128, 32, 32, 32, 4>;
 using Tile64 = Tile<128, 64, 64, 32, 4>;
 using Tile128 = Tile<128, 128, 64, 64, 3>;
@@ -404,3 +505,15 @@ POLDER_KERNEL(conv_tensor_weight_gradient_16_bf16, (weight_gradient<Tile16, __nv
 POLDER_KERNEL(conv_tensor_weight_gradient_32_bf16, (weight_gradient<Tile32, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_weight_gradient_64_bf16, (weight_gradient<Tile64, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_weight_gradient_128_bf16, (weight_gradient<Tile128, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>)
+POLDER_KERNEL(conv_tensor_forward_16_tf32, (forward<Tile16, float>), ConvArgs<float>)
+POLDER_KERNEL(conv_tensor_forward_32_tf32, (forward<Tile32, float>), ConvArgs<float>)
+POLDER_KERNEL(conv_tensor_forward_64_tf32, (forward<Tile64, float>), ConvArgs<float>)
+POLDER_KERNEL(conv_tensor_forward_128_tf32, (forward<Tile128, float>), ConvArgs<float>)
+POLDER_KERNEL(conv_tensor_input_gradient_16_tf32, (input_gradient<Tile16, float>), ConvArgs<float>)
+POLDER_KERNEL(conv_tensor_input_gradient_32_tf32, (input_gradient<Tile32, float>), ConvArgs<float>)
+POLDER_KERNEL(conv_tensor_input_gradient_64_tf32, (input_gradient<Tile64, float>), ConvArgs<float>)
+POLDER_KERNEL(conv_tensor_input_gradient_128_tf32, (input_gradient<Tile128, float>), ConvArgs<float>)
+POLDER_KERNEL(conv_tensor_weight_gradient_16_tf32, (weight_gradient<Tile16, float>), WeightGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_weight_gradient_32_tf32, (weight_gradient<Tile32, float>), WeightGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_weight_gradient_64_tf32, (weight_gradient<Tile64, float>), WeightGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_weight_gradient_128_tf32, (weight_gradient<Tile128, float>), WeightGradientArgs<float>)

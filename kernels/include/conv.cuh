@@ -56,10 +56,10 @@ struct Place {
     int row, column, offset;  // offset: of the first tap's first channel
 };
 
-/// Where an element of an operand lies, if it lies anywhere.
+/// Where an element of an operand lies, if it lies anywhere; no tensor has 2^31 elements.
 struct Found {
     bool there;
-    int64_t offset;
+    uint32_t offset;
 };
 
 /// An NHWC tensor [., height, width, channels] of which every row of the product sees a window of taps; the depth runs over
@@ -85,7 +85,7 @@ struct Windows {
     __device__ __forceinline__ Found find(const Place& at, int tap, int channel) const {
         const int tap_row = by_tap_columns.quotient(tap), tap_column = tap - tap_row * int(by_tap_columns.divisor);
         return {inside(at.row + tap_row, height) && inside(at.column + tap_column, width),
-                at.offset + (tap_row * width + tap_column) * channels + channel};
+                uint32_t(at.offset + (tap_row * width + tap_column) * channels + channel)};
     }
     /// The elements k ... k + V - 1 of the depth.
     template <int V>
@@ -153,11 +153,11 @@ struct ClassWeights {
           out_channels(s.out_channels), depth(rows.taps * columns.taps * s.out_channels), by_out_channels(s.out_channels),
           by_tap_columns(columns.taps > 0 ? columns.taps : 1), wide(wide) {}
 
-    __device__ __forceinline__ int64_t offset(int tap, int channel, int out) const {
+    __device__ __forceinline__ uint32_t offset(int tap, int channel, int out) const {
         const int row = by_tap_columns.quotient(tap);
         const int kernel_row = rows.last_tap - row * stride;
         const int kernel_column = columns.last_tap - (tap - row * int(by_tap_columns.divisor)) * stride;
-        return ((kernel_row * kernel + kernel_column) * int64_t(channels) + channel) * out_channels + out;
+        return (uint32_t(kernel_row * kernel + kernel_column) * channels + channel) * out_channels + out;
     }
     /// The elements k ... k + V - 1 of the depth.
     template <int V>

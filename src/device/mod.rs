@@ -10,7 +10,7 @@ mod error;
 mod host;
 mod registry;
 #[cfg(test)]
-mod selftest;
+pub(crate) mod selftest;
 
 use std::fmt;
 use std::sync::Arc;

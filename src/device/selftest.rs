@@ -84,7 +84,7 @@ fn random_u32(count: usize, seed: u64) -> Vec<u32> {
 }
 
 /// Random numbers in [-1, 1).
-fn random_f32(count: usize, seed: u64) -> Vec<f32> {
+pub(crate) fn random_f32(count: usize, seed: u64) -> Vec<f32> {
     random_u32(count, seed).iter().map(|&bits| (bits >> 8) as f32 / (1 << 23) as f32 - 1.0).collect()
 }
 
@@ -391,7 +391,7 @@ fn check_mma(kernel: KernelId, packed: usize, bits_of: impl Fn(f32) -> u32, read
 }
 
 /// x to 10 bits of fraction, ties away from zero: exact in double.
-fn tf32(x: f32) -> f32 {
+pub(crate) fn tf32(x: f32) -> f32 {
     if x == 0.0 || !x.is_finite() {
         return x;
     }

@@ -1,62 +1,107 @@
-//! Convolution on tensor cores: `kernels/conv_tensor.cu`, for operands of 16 bits.
+//! Convolution on tensor cores: `kernels/conv_tensor.cu`, for operands of 16 bits, and for `f32` rounded to TF32.
 
 use super::ConvShape;
 use super::tiled::{ConvArgs, sum_splits};
 use crate::device::{Compute, ComputeKernels, KernelId, Launch, Result, Slice, SliceMut, id};
 
+/// Rows of every tile, and threads of a block.
+const ROWS: usize = 128;
+const THREADS: u32 = 128;
+
+/// Bytes of the depth of one row or column in one stage.
+const DEPTH_BYTES: usize = 64;
+
 /// A block's tile, as `kernels/conv_tensor.cu` defines it, with the three passes' kernels.
 struct Tile {
-    rows: usize,
     columns: usize,
-    threads: u32,
     stages: usize,
     forward: ComputeKernels,
     input_gradient: ComputeKernels,
     weight_gradient: ComputeKernels,
 }
 
-/// The kernels of one pass and tile. Single and double precision never come here.
-const fn kernels(f16: KernelId, bf16: KernelId) -> ComputeKernels {
-    ComputeKernels { f32: f16, f64: f16, f16, bf16 }
+/// The kernels of one pass and tile. Double precision never comes here.
+const fn kernels(f16: KernelId, bf16: KernelId, tf32: KernelId) -> ComputeKernels {
+    ComputeKernels { f32: tf32, f64: tf32, f16, bf16 }
 }
 
 /// From the narrowest to the widest.
 static TILES: [Tile; 4] = [
     Tile {
-        rows: 256,
         columns: 16,
-        threads: 256,
         stages: 4,
-        forward: kernels(id::CONV_TENSOR_FORWARD_16_F16, id::CONV_TENSOR_FORWARD_16_BF16),
-        input_gradient: kernels(id::CONV_TENSOR_INPUT_GRADIENT_16_F16, id::CONV_TENSOR_INPUT_GRADIENT_16_BF16),
-        weight_gradient: kernels(id::CONV_TENSOR_WEIGHT_GRADIENT_16_F16, id::CONV_TENSOR_WEIGHT_GRADIENT_16_BF16),
+        forward: kernels(
+            id::CONV_TENSOR_FORWARD_16_F16,
+            id::CONV_TENSOR_FORWARD_16_BF16,
+            id::CONV_TENSOR_FORWARD_16_TF32,
+        ),
+        input_gradient: kernels(
+            id::CONV_TENSOR_INPUT_GRADIENT_16_F16,
+            id::CONV_TENSOR_INPUT_GRADIENT_16_BF16,
+            id::CONV_TENSOR_INPUT_GRADIENT_16_TF32,
+        ),
+        weight_gradient: kernels(
+            id::CONV_TENSOR_WEIGHT_GRADIENT_16_F16,
+            id::CONV_TENSOR_WEIGHT_GRADIENT_16_BF16,
+            id::CONV_TENSOR_WEIGHT_GRADIENT_16_TF32,
+        ),
     },
     Tile {
-        rows: 128,
         columns: 32,
-        threads: 128,
         stages: 4,
-        forward: kernels(id::CONV_TENSOR_FORWARD_32_F16, id::CONV_TENSOR_FORWARD_32_BF16),
-        input_gradient: kernels(id::CONV_TENSOR_INPUT_GRADIENT_32_F16, id::CONV_TENSOR_INPUT_GRADIENT_32_BF16),
-        weight_gradient: kernels(id::CONV_TENSOR_WEIGHT_GRADIENT_32_F16, id::CONV_TENSOR_WEIGHT_GRADIENT_32_BF16),
+        forward: kernels(
+            id::CONV_TENSOR_FORWARD_32_F16,
+            id::CONV_TENSOR_FORWARD_32_BF16,
+            id::CONV_TENSOR_FORWARD_32_TF32,
+        ),
+        input_gradient: kernels(
+            id::CONV_TENSOR_INPUT_GRADIENT_32_F16,
+            id::CONV_TENSOR_INPUT_GRADIENT_32_BF16,
+            id::CONV_TENSOR_INPUT_GRADIENT_32_TF32,
+        ),
+        weight_gradient: kernels(
+            id::CONV_TENSOR_WEIGHT_GRADIENT_32_F16,
+            id::CONV_TENSOR_WEIGHT_GRADIENT_32_BF16,
+            id::CONV_TENSOR_WEIGHT_GRADIENT_32_TF32,
+        ),
     },
     Tile {
-        rows: 128,
         columns: 64,
-        threads: 128,
         stages: 4,
-        forward: kernels(id::CONV_TENSOR_FORWARD_64_F16, id::CONV_TENSOR_FORWARD_64_BF16),
-        input_gradient: kernels(id::CONV_TENSOR_INPUT_GRADIENT_64_F16, id::CONV_TENSOR_INPUT_GRADIENT_64_BF16),
-        weight_gradient: kernels(id::CONV_TENSOR_WEIGHT_GRADIENT_64_F16, id::CONV_TENSOR_WEIGHT_GRADIENT_64_BF16),
+        forward: kernels(
+            id::CONV_TENSOR_FORWARD_64_F16,
+            id::CONV_TENSOR_FORWARD_64_BF16,
+            id::CONV_TENSOR_FORWARD_64_TF32,
+        ),
+        input_gradient: kernels(
+            id::CONV_TENSOR_INPUT_GRADIENT_64_F16,
+            id::CONV_TENSOR_INPUT_GRADIENT_64_BF16,
+            id::CONV_TENSOR_INPUT_GRADIENT_64_TF32,
+        ),
+        weight_gradient: kernels(
+            id::CONV_TENSOR_WEIGHT_GRADIENT_64_F16,
+            id::CONV_TENSOR_WEIGHT_GRADIENT_64_BF16,
+            id::CONV_TENSOR_WEIGHT_GRADIENT_64_TF32,
+        ),
     },
     Tile {
-        rows: 128,
         columns: 128,
-        threads: 128,
         stages: 3,
-        forward: kernels(id::CONV_TENSOR_FORWARD_128_F16, id::CONV_TENSOR_FORWARD_128_BF16),
-        input_gradient: kernels(id::CONV_TENSOR_INPUT_GRADIENT_128_F16, id::CONV_TENSOR_INPUT_GRADIENT_128_BF16),
-        weight_gradient: kernels(id::CONV_TENSOR_WEIGHT_GRADIENT_128_F16, id::CONV_TENSOR_WEIGHT_GRADIENT_128_BF16),
+        forward: kernels(
+            id::CONV_TENSOR_FORWARD_128_F16,
+            id::CONV_TENSOR_FORWARD_128_BF16,
+            id::CONV_TENSOR_FORWARD_128_TF32,
+        ),
+        input_gradient: kernels(
+            id::CONV_TENSOR_INPUT_GRADIENT_128_F16,
+            id::CONV_TENSOR_INPUT_GRADIENT_128_BF16,
+            id::CONV_TENSOR_INPUT_GRADIENT_128_TF32,
+        ),
+        weight_gradient: kernels(
+            id::CONV_TENSOR_WEIGHT_GRADIENT_128_F16,
+            id::CONV_TENSOR_WEIGHT_GRADIENT_128_BF16,
+            id::CONV_TENSOR_WEIGHT_GRADIENT_128_TF32,
+        ),
     },
 ];
 
@@ -66,9 +111,6 @@ const MANY_TILES: usize = 96;
 /// Blocks over which a weight gradient is split, and the fewest pixels worth a block of their own.
 const WEIGHT_GRADIENT_BLOCKS: usize = 512;
 const WEIGHT_GRADIENT_PIXELS: usize = 128;
-
-/// Bytes of the depth of one row or column in one stage.
-const DEPTH_BYTES: usize = 64;
 
 impl Tile {
     /// The tile for a product of `rows` times `columns`, computed `copies` times over parts of the depth.
@@ -81,12 +123,12 @@ impl Tile {
     }
 
     fn count(&self, rows: usize, columns: usize) -> usize {
-        rows.div_ceil(self.rows) * columns.div_ceil(self.columns)
+        rows.div_ceil(ROWS) * columns.div_ceil(self.columns)
     }
 
     fn launch(&self, rows: usize, columns: usize, copies: usize) -> Launch {
-        let shared = self.stages * (self.rows + self.columns) * DEPTH_BYTES;
-        Launch { grid: [self.count(rows, columns) as u32, 1, copies as u32], block: [self.threads, 1, 1], shared }
+        let shared = self.stages * (ROWS + self.columns) * DEPTH_BYTES;
+        Launch { grid: [self.count(rows, columns) as u32, 1, copies as u32], block: [THREADS, 1, 1], shared }
     }
 }
 
@@ -114,9 +156,9 @@ fn wide<T>(channels: usize, address: u64) -> u32 {
     whole_packs::<T>(channels, address, 16)
 }
 
-/// Whether a result can be written two elements at a time.
+/// Whether a result can be written eight elements of 16 bits, or two of 32, at a time.
 fn wide_out<T>(channels: usize, address: u64) -> u32 {
-    whole_packs::<T>(channels, address, 2 * size_of::<T>())
+    whole_packs::<T>(channels, address, if size_of::<T>() == 2 { 16 } else { 8 })
 }
 
 pub(super) fn forward<A: Compute>(
@@ -206,6 +248,7 @@ mod tests {
     use half::{bf16, f16};
 
     use super::*;
+    use crate::device::selftest::{random_f32, tf32};
     use crate::device::{Buffer, Device, HostOptions, Schedule};
 
     const fn shape(extents: [usize; 5], kernel: usize, stride: usize, padding: usize) -> ConvShape {
@@ -257,35 +300,42 @@ mod tests {
         devices
     }
 
-    /// A stored type, its rounding, and half a unit of its last place: relative, and at least absolute.
+    /// A stored type, its rounding, what of it is multiplied, and half a unit of its last place: relative, and at least absolute.
     trait Stored: Compute<Master = f32> + Into<f64> {
         const HALF_ULP: [f64; 2];
-        fn round(value: f64) -> Self;
+        fn round(value: f32) -> Self;
+        fn operand(self) -> f64 {
+            self.into()
+        }
     }
 
     impl Stored for f16 {
         const HALF_ULP: [f64; 2] = [1.0 / 2048.0, 1.0 / 33_554_432.0];
-        fn round(value: f64) -> Self {
-            Self::from_f64(value)
+        fn round(value: f32) -> Self {
+            Self::from_f32(value)
         }
     }
 
     impl Stored for bf16 {
         const HALF_ULP: [f64; 2] = [1.0 / 256.0, 0.0];
-        fn round(value: f64) -> Self {
-            Self::from_f64(value)
+        fn round(value: f32) -> Self {
+            Self::from_f32(value)
         }
     }
 
-    /// A seeded generator (splitmix64) of numbers in [-1, 1), which are asymmetric enough for sums of products.
+    /// As TF32.
+    impl Stored for f32 {
+        const HALF_ULP: [f64; 2] = [0.0; 2];
+        fn round(value: f32) -> Self {
+            value
+        }
+        fn operand(self) -> f64 {
+            tf32(self).into()
+        }
+    }
+
     fn random<A: Stored>(count: usize, seed: u64) -> Vec<A> {
-        let mix = |i: u64| {
-            let mut x = seed.wrapping_add(i).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-            (x >> 11) as f64 / (1u64 << 52) as f64 - 1.0
-        };
-        (1..=count as u64).map(|i| A::round(mix(i))).collect()
+        random_f32(count, seed).into_iter().map(A::round).collect()
     }
 
     /// A sum of products, that of their magnitudes, and how many there are.
@@ -306,7 +356,7 @@ mod tests {
 
     /// The definition, term by term: y, dx, dw.
     fn reference<A: Stored>(shape: &ConvShape, x: &[A], weight: &[A], dy: &[A]) -> [Vec<Sum>; 3] {
-        let doubles = |values: &[A]| values.iter().map(|&value| value.into()).collect::<Vec<f64>>();
+        let doubles = |values: &[A]| values.iter().map(|&value| value.operand()).collect::<Vec<f64>>();
         let (x, weight, dy) = (doubles(x), doubles(weight), doubles(dy));
         let (channels, outs) = (shape.in_channels, shape.out_channels);
         let mut results = [shape.output_len(), shape.input_len(), shape.weight_len()].map(|n| vec![Sum::default(); n]);
@@ -382,11 +432,11 @@ mod tests {
     /// All passes on every device, at `offset` elements from an aligned address: near the definition, and the same bits in
     /// every schedule.
     fn check_shape<A: Stored>(shape: &ConvShape, seed: u64, offset: usize) {
-        let numbers = |count, which| random::<A>(count, (seed * 16 + which) << 40);
+        let numbers = |count, which| random::<A>(count, 16 * seed + which);
         let (x, weight) = (numbers(shape.input_len(), 0), numbers(shape.weight_len(), 1));
         let (dy, y, dx) =
             (numbers(shape.output_len(), 2), numbers(shape.output_len(), 3), numbers(shape.input_len(), 4));
-        let dw: Vec<f32> = numbers(shape.weight_len(), 5).iter().map(|&value| value.into() as f32).collect();
+        let dw = random_f32(shape.weight_len(), 16 * seed + 5);
         let expected = reference(shape, &x, &weight, &dy);
         let mut bits: Option<Vec<u8>> = None;
         for device in devices() {
@@ -421,16 +471,23 @@ mod tests {
     }
 
     #[test]
-    fn equals_the_definition_in_half_precision() {
+    fn equals_the_definition_in_bfloat16() {
         for (number, shape) in SHAPES.iter().chain(&WIDE_SHAPES).enumerate() {
-            check_shape::<f16>(shape, number as u64, 0);
+            check_shape::<bf16>(shape, number as u64, 0);
         }
     }
 
     #[test]
-    fn equals_the_definition_in_bfloat16() {
+    fn equals_the_definition_in_half_precision() {
+        for (number, shape) in SHAPES.iter().enumerate() {
+            check_shape::<f16>(shape, 100 + number as u64, 0);
+        }
+    }
+
+    #[test]
+    fn equals_the_definition_in_tf32() {
         for (number, shape) in SHAPES.iter().chain(&WIDE_SHAPES).enumerate() {
-            check_shape::<bf16>(shape, 100 + number as u64, 0);
+            check_shape::<f32>(shape, 200 + number as u64, 0);
         }
     }
 
@@ -440,7 +497,8 @@ mod tests {
         for (number, shape) in [shape([2, 5, 6, 8, 16], 3, 1, 1), shape([2, 8, 7, 40, 24], 3, 2, 1)].iter().enumerate()
         {
             for offset in [1, 2, 4] {
-                check_shape::<bf16>(shape, 200 + number as u64, offset);
+                check_shape::<bf16>(shape, 300 + number as u64, offset);
+                check_shape::<f32>(shape, 400 + number as u64, offset);
             }
         }
     }

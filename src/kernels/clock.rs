@@ -1,0 +1,39 @@
+//! Where a training run is, on the device: what changes from step to step is read there, so that one recorded step can be
+//! replayed.
+
+use super::{check_device, check_length};
+use crate::device::{Launch, Result, Slice, SliceMut, id};
+
+/// Numbers of a clock: batches since the epoch began, and steps since the run began.
+pub const LEN: usize = 2;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct AdvanceClockArgs {
+    clock: u64,
+    rates: u64,
+    rate: u64,
+    count: u64,
+}
+
+/// Ends a step: adds one to both numbers of `clock`, and writes to `rate` (one element) the learning rate that `rates` (one for each
+/// step of the epoch) has for the next; 0 after the last. Traffic: a few bytes.
+///
+/// # Errors
+/// Wrong lengths or devices.
+pub fn advance(mut clock: SliceMut<'_, u64>, rates: Slice<'_, f64>, mut rate: SliceMut<'_, f64>) -> Result<()> {
+    const NAME: &str = "clock::advance";
+    check_length(NAME, "clock", clock.len(), LEN)?;
+    check_length(NAME, "rate", rate.len(), 1)?;
+    let device = clock.device().clone();
+    check_device(NAME, "rates", &device, rates.device())?;
+    check_device(NAME, "rate", &device, rate.device())?;
+    let args = AdvanceClockArgs {
+        clock: clock.address(),
+        rates: rates.address(),
+        rate: rate.address(),
+        count: rates.len() as u64,
+    };
+    // SAFETY: the twin of the kernel's struct; lengths and devices are checked above.
+    unsafe { device.launch(id::CLOCK_ADVANCE, Launch::new(1, 1), &args) }
+}
