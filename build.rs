@@ -181,7 +181,7 @@ fn link_host(objects: &[PathBuf]) {
 /// Compiles one `.cu` as C++. The note of the command goes first and comes last, so that what a failure leaves is not taken for
 /// up to date.
 fn compile(compiler: Command, source: &Path, object: &Path) {
-    let (line, note) = (format!("{compiler:?}"), object.with_extension("command"));
+    let (line, note) = (words(&compiler), object.with_extension("command"));
     let _ = fs::remove_file(&note);
     let mut command = compiler;
     command.args(["-x", "c++", "-c"]).arg(source).arg("-o").arg(object);
@@ -192,7 +192,13 @@ fn compile(compiler: Command, source: &Path, object: &Path) {
 /// Whether an object is older than its source or a header, or was built by another command.
 fn is_stale(object: &Path, source: &Path, compiler: &Command) -> bool {
     let built_by = fs::read_to_string(object.with_extension("command")).unwrap_or_default();
-    built_by != format!("{compiler:?}") || is_older(object, source)
+    built_by != words(compiler) || is_older(object, source)
+}
+
+/// A command as it is typed, without its environment.
+fn words(command: &Command) -> String {
+    let words = [command.get_program()].into_iter().chain(command.get_args());
+    words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
 }
 
 fn is_older(output: &Path, source: &Path) -> bool {
@@ -346,7 +352,7 @@ fn compile_cuda(nvcc: &Path, source: &Path, fatbin: &Path) {
     // Compressed, line tables and all, a fatbin takes a seventh of the room in every binary.
     command.args(["-Xfatbin", "-compress-all", "-Xptxas", "-v", "-Wno-deprecated-gpu-targets"]).args(TARGETS);
     command.arg(source).arg("-o").arg(fatbin);
-    let line = format!("{command:?}");
+    let line = words(&command);
     let note = fatbin.with_extension("command");
     if fs::read_to_string(&note).unwrap_or_default() == line && !is_older(fatbin, source) {
         return;

@@ -2,7 +2,8 @@
 // and normalises them. One pass: reads a byte and writes a number per value.
 //
 // A sample's random numbers are the Philox4x32-10 block whose key is the seed and whose counter is the batch's counter plus
-// the sample's position, so the same draws come out on every device and at any launch shape.
+// the sample's position, so the same draws come out on every device and at any launch shape. Order and counter can follow a
+// clock on the device, so that one recorded launch serves every step.
 #include "include/elementwise.cuh"
 #include "include/philox.cuh"
 
@@ -12,12 +13,16 @@ template <class S>
 struct BatchArgs {
     const uint8_t* images;    // [samples, height, width, channels]
     const uint32_t* labels;   // [samples]
-    const uint32_t* order;    // [batch]
+    const uint32_t* order;    // [order_len]
+    const uint64_t* clock;    // batches and steps done, or null for none
     S* out;                   // [batch, height, width, channels]
     uint32_t* out_labels;     // [batch]
     uint64_t samples;
     uint64_t seed;
     uint64_t counter;
+    uint64_t order_len;
+    uint64_t first;   // the batch's place in the order, and in the stream of random numbers
+    uint64_t stride;  // samples of one tick of the clock, by which both move on
     uint32_t batch;
     uint32_t height;
     uint32_t width;
@@ -38,9 +43,12 @@ struct Sample {
 
 template <class S>
 __device__ __forceinline__ Sample draw_sample(const BatchArgs<S>& a, uint32_t n) {
-    Sample sample = {a.order[n], a.pad, a.pad, false};
+    const uint64_t batches = a.clock != nullptr ? a.clock[0] : 0, steps = a.clock != nullptr ? a.clock[1] : 0;
+    const uint64_t place = a.first + batches * a.stride + n;
+    // Past the order's end there is no sample.
+    Sample sample = {place < a.order_len ? a.order[place] : a.samples, a.pad, a.pad, false};
     if (a.augment) {
-        const PhiloxBlock random = philox_block(a.seed, a.counter + n);
+        const PhiloxBlock random = philox_block(a.seed, a.counter + a.first + steps * a.stride + n);
         sample.flipped = a.flip && (random.v[0] & 1u) != 0;
         sample.top = __umulhi(random.v[1], 2 * a.pad + 1);
         sample.left = __umulhi(random.v[2], 2 * a.pad + 1);

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use common::Grouped;
 use half::f16;
 use polder::device::{Compute, Device};
-use polder::kernels::image::{self, Augment, BatchShape, Normalization};
+use polder::kernels::image::{self, Augment, BatchShape, Normalization, Position};
 use polder::nn::{Model, Shortcut, initial_weights};
 use polder::objective::{Accumulator, Objective};
 use polder::optim::{Base, CrSamTerms, Form, Method, Optimizer, Settings};
@@ -85,8 +85,8 @@ fn count<S: Compute<Master = f32>>(methods: &[Method], bases: &[Base]) {
                 let shape = BatchShape { batch, height: side, width: side, channels: 3 };
                 let augment = Some(Augment { pad: 4, flip: true, seed: 1, counter });
                 let (out, truth) = plan.batch_mut().unwrap();
-                image::batch(&shape, pixels.view(), labels.view(), order.view(), &normalization, augment, out, truth)
-                    .unwrap();
+                let (pixels, labels, start) = (pixels.view(), labels.view(), Position::default());
+                image::batch(&shape, pixels, labels, order.view(), start, &normalization, augment, out, truth).unwrap();
                 // SAM in groups of several parts, the others on the whole batch.
                 if *method == Method::sam(0.05) {
                     let mut batch = Grouped { plan: &mut plan, groups: 4, show: |_: &mut Plan<S>, _| Ok(()) };

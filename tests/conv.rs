@@ -4,7 +4,7 @@ mod common;
 
 use common::{Random, assert_close, bits, devices, host_devices, to_f64};
 use half::{bf16, f16};
-use polder::device::{Compute, Device, Error, HostOptions, Result, SliceMut};
+use polder::device::{Compute, Device, Error, HostOptions, Result, SliceMut, Tf32};
 use polder::kernels::conv::{self, ConvShape};
 
 const fn shape(extents: [usize; 5], kernel: usize, stride: usize, padding: usize) -> ConvShape {
@@ -172,6 +172,14 @@ fn equals_the_definition_in_sixteen_bits() {
     check::<bf16>(&devices(), 2f64.powi(-8) + 3e-6, 3e-6);
 }
 
+/// On the GPU's shapes both factors of every product are rounded to 11 bits; the errors of the sum's terms are independent.
+#[test]
+fn equals_the_definition_in_tf32() {
+    let (gpu, cpu): (Vec<_>, Vec<_>) = devices().into_iter().partition(|(name, _)| !name.starts_with("cpu"));
+    check::<Tf32>(&gpu, 2f64.powi(-10), 2f64.powi(-10));
+    check::<Tf32>(&cpu, 3e-6, 3e-6);
+}
+
 #[test]
 fn equals_the_definition_in_double_precision() {
     check::<f64>(&host_devices(), 1e-14, 1e-14);
@@ -188,7 +196,7 @@ fn equals_the_definition_on_the_oldest_instruction_set() {
         .output()
         .unwrap();
     let output = String::from_utf8_lossy(&status.stdout);
-    assert!(status.status.success() && output.contains("3 passed"), "{output}");
+    assert!(status.status.success() && output.contains("4 passed"), "{output}");
 }
 
 /// The CPU's shapes on one thread and on many, and the GPU's shapes in every order, are each deterministic to the bit.
@@ -214,6 +222,7 @@ fn check_bits<S: Compute>() {
 fn bits_depend_on_neither_threads_nor_schedule() {
     check_bits::<f32>();
     check_bits::<f16>();
+    check_bits::<Tf32>();
 }
 
 /// A shape large enough that images are split into bands and the depth into blocks, on the CPU's own shapes.

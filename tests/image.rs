@@ -4,7 +4,7 @@ mod common;
 
 use common::{Random, bits, devices, host_devices};
 use polder::device::{Device, Error, Result, Scalar};
-use polder::kernels::image::{Augment, BatchShape, Normalization, batch};
+use polder::kernels::image::{Augment, BatchShape, Normalization, Position, batch};
 
 const NORMALIZATION: Normalization =
     Normalization { mean: [0.4914, 0.4822, 0.4465, 0.1], std: [0.247, 0.2435, 0.2616, 0.5] };
@@ -82,7 +82,17 @@ impl DataSet {
         let mut out = device.poisoned::<T>(order.len() * self.height * self.width * self.channels)?;
         let mut out_labels = device.poisoned::<u32>(order.len())?;
         let (images, labels, order) = (pixels.view(), labels.view(), order.view());
-        batch(&shape, images, labels, order, &NORMALIZATION, augment, out.view_mut(), out_labels.view_mut())?;
+        batch(
+            &shape,
+            images,
+            labels,
+            order,
+            Position::default(),
+            &NORMALIZATION,
+            augment,
+            out.view_mut(),
+            out_labels.view_mut(),
+        )?;
         Ok((out.to_vec()?, out_labels.to_vec()?))
     }
 
@@ -189,7 +199,17 @@ fn wrong_arguments_are_refused() {
         let mut out_labels = device.zeros::<u32>(2).unwrap();
         let normalization = Normalization { mean: [0.0; 4], std: [std; 4] };
         let (images, labels, order) = (images.view(), labels.view(), order.view());
-        batch(&shape, images, labels, order, &normalization, None, out.view_mut(), out_labels.view_mut())
+        batch(
+            &shape,
+            images,
+            labels,
+            order,
+            Position::default(),
+            &normalization,
+            None,
+            out.view_mut(),
+            out_labels.view_mut(),
+        )
     };
     let shape = BatchShape { batch: 2, height: 2, width: 3, channels: 2 };
     let operation = "image::batch";

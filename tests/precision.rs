@@ -1,4 +1,4 @@
-//! Networks whose activations are stored in 16 bits: how far their gradients and steps are from double precision, what the loss
+//! Networks in fewer than 32 bits: how far their gradients and steps are from double precision, what the loss
 //! scale is for, and that a step which overflowed leaves nothing behind.
 
 mod common;
@@ -6,7 +6,7 @@ mod common;
 use common::fixtures::{Pool, arena, fast_devices, number, plan, read_json, relative_error, upload};
 use common::{Grouped, Random, bits, devices, to_f64};
 use half::{bf16, f16};
-use polder::device::{Compute, Device};
+use polder::device::{Compute, Device, Tf32};
 use polder::kernels::vector::{self, Reduction};
 use polder::nn::{Model, Shortcut, initial_weights};
 use polder::objective::{Accumulator, Objective, Statistics};
@@ -15,7 +15,7 @@ use polder::plan::{Graph, Plan, PlanError, PlanOptions, Shape};
 
 /// Half a unit in the last place of a number in [1, 2).
 fn roundoff<S: Compute>() -> f64 {
-    if S::NAME == "f16" { 2f64.powi(-11) } else { 2f64.powi(-8) }
+    if S::NAME == "bf16" { 2f64.powi(-8) } else { 2f64.powi(-11) }
 }
 
 /// The relative error of a ResNet-8's gradient against float64 PyTorch, of its loss, and of a product with its Hessian against the
@@ -62,6 +62,7 @@ fn check_errors<S: Compute<Master = f32>>(device: &Device) {
 #[test]
 fn gradients_and_products_are_near_those_in_double_precision() {
     for device in fast_devices() {
+        check_errors::<Tf32>(&device);
         check_errors::<f16>(&device);
         check_errors::<bf16>(&device);
     }
@@ -134,6 +135,7 @@ fn check_smooth<S: Compute>() {
 
 #[test]
 fn a_smooth_network_is_off_by_a_few_roundings() {
+    check_smooth::<Tf32>();
     check_smooth::<f16>();
     check_smooth::<bf16>();
 }

@@ -10,7 +10,7 @@ use polder::kernels::batch_norm::{
     self, Activation, Backward, BackwardTangents, BatchNormShape, Forward, ForwardTangents, Gradients, Mode,
     Normalized, ResidualGradient, Running, Saved,
 };
-use polder::kernels::image::{self, Augment, BatchShape, Normalization};
+use polder::kernels::image::{self, Augment, BatchShape, Normalization, Position};
 use polder::kernels::layers::{self, LinearShape, PoolShape, ShortcutShape};
 
 /// Results by what they are stored as.
@@ -136,7 +136,8 @@ impl<S: Compute<Master = f32>, R: Compute> Runner<'_, S, R> {
         let mut out = self.device.poisoned::<S>(5 * 126)?;
         let mut out_labels = self.device.zeros(5)?;
         let (views, into) = ((pixels.view(), labels.view()), (out.view_mut(), out_labels.view_mut()));
-        image::batch(&shape, views.0, views.1, order.view(), &normalization, augment, into.0, into.1)?;
+        let start = Position::default();
+        image::batch(&shape, views.0, views.1, order.view(), start, &normalization, augment, into.0, into.1)?;
         self.keep("image::batch", &out);
         Ok(())
     }

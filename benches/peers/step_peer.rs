@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use clap::{Parser, ValueEnum};
 use polder::device::Device;
-use polder::kernels::image::{self, BatchShape, Normalization};
+use polder::kernels::image::{self, BatchShape, Normalization, Position};
 use polder::nn::Model;
 use polder::objective::{Objective, Statistics};
 use polder::optim::{Base, CrSamTerms, Form, Method, Optimizer, Settings};
@@ -119,7 +119,8 @@ fn set_batch(device: &Device, plan: &mut Plan<f32>, pixels: &[u8], labels: &[u32
     let order = device.upload(&(0..batch as u32).collect::<Vec<_>>())?;
     let shape = BatchShape { batch, height, width, channels };
     let (out, truth) = plan.batch_mut()?;
-    image::batch(&shape, pixels.view(), labels.view(), order.view(), &normalization, None, out, truth)?;
+    let start = Position::default();
+    image::batch(&shape, pixels.view(), labels.view(), order.view(), start, &normalization, None, out, truth)?;
     device.synchronize()?;
     Ok(())
 }

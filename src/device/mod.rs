@@ -27,7 +27,7 @@ use host::HostDevice;
 pub trait Element: bytemuck::Pod + Send + Sync {}
 impl<T: bytemuck::Pod + Send + Sync> Element for T {}
 
-/// A type that numbers are stored in: `f32`, `half::f16` and `half::bf16` everywhere, and `f64` on the CPU alone.
+/// A type that numbers are stored in: `f32`, [`Tf32`], `half::f16` and `half::bf16` everywhere, and `f64` on the CPU alone.
 pub trait Compute: Element + fmt::Debug + PartialOrd {
     /// The type that sums of them are taken in, and of which the weights behind them are.
     type Master: Scalar;
@@ -35,6 +35,8 @@ pub trait Compute: Element + fmt::Debug + PartialOrd {
     const NAME: &'static str;
     /// Whether it has fewer bits than its master.
     const NARROW: bool = size_of::<Self>() < size_of::<Self::Master>();
+    /// Whether a GPU multiplies them on its tensor cores.
+    const TENSOR_CORES: bool;
     /// Whether its exponents are so few that gradients need a scale to be stored.
     const SCALES_LOSS: bool;
     /// Rounds a double to this type.
@@ -62,6 +64,7 @@ pub struct ComputeKernels {
 impl Compute for f32 {
     type Master = f32;
     const NAME: &'static str = "f32";
+    const TENSOR_CORES: bool = false;
     const SCALES_LOSS: bool = false;
     fn from_f64(value: f64) -> Self {
         value as f32
@@ -77,6 +80,7 @@ impl Compute for f32 {
 impl Compute for f64 {
     type Master = f64;
     const NAME: &'static str = "f64";
+    const TENSOR_CORES: bool = false;
     const SCALES_LOSS: bool = false;
     fn from_f64(value: f64) -> Self {
         value
@@ -92,6 +96,7 @@ impl Compute for f64 {
 impl Compute for half::f16 {
     type Master = f32;
     const NAME: &'static str = "f16";
+    const TENSOR_CORES: bool = true;
     const SCALES_LOSS: bool = true;
     fn from_f64(value: f64) -> Self {
         half::f16::from_f32(round_to_odd(value))
@@ -107,6 +112,7 @@ impl Compute for half::f16 {
 impl Compute for half::bf16 {
     type Master = f32;
     const NAME: &'static str = "bf16";
+    const TENSOR_CORES: bool = true;
     const SCALES_LOSS: bool = false;
     fn from_f64(value: f64) -> Self {
         half::bf16::from_f32(round_to_odd(value))
@@ -129,6 +135,33 @@ fn round_to_odd(value: f64) -> f32 {
     }
     let below = nearest.to_bits() - u32::from(back.abs() > value.abs());
     f32::from_bits(below | 1)
+}
+
+/// A float that a GPU's tensor cores round to TF32, with 10 bits of fraction, when a convolution multiplies it; all other arithmetic,
+/// and all of it on the CPU, is that of `f32`.
+#[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
+#[repr(transparent)]
+pub struct Tf32(pub f32);
+
+// SAFETY: a float, for which zero bits are a value.
+unsafe impl bytemuck::Zeroable for Tf32 {}
+// SAFETY: a float, which has no padding, and every pattern of bits is one.
+unsafe impl bytemuck::Pod for Tf32 {}
+
+impl Compute for Tf32 {
+    type Master = f32;
+    const NAME: &'static str = "tf32";
+    const TENSOR_CORES: bool = true;
+    const SCALES_LOSS: bool = false;
+    fn from_f64(value: f64) -> Self {
+        Self(value as f32)
+    }
+    fn to_f64(self) -> f64 {
+        f64::from(self.0)
+    }
+    fn choose(kernels: ComputeKernels) -> KernelId {
+        kernels.f32
+    }
 }
 
 impl Scalar for f32 {}

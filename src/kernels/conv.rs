@@ -13,8 +13,8 @@
 //! [`ConvShape::macs`] multiply-adds, reads each of its two operands once from main memory where the caches hold a band of
 //! an image, and writes its result once. All sums are taken in an order that the shape alone fixes.
 //!
-//! In f16 and bf16 the operands are of 16 bits, and the GPU multiplies them on its tensor cores. Sums are taken in f32; `y` and `dx`
-//! are rounded once, and `dw` stays in f32.
+//! In f16 and bf16 the operands are of 16 bits, in TF32 they are rounded to 19, and the GPU multiplies them on its tensor cores. Sums are
+//! taken in f32; `y` and `dx` are rounded once to their type, and `dw` stays in f32.
 
 mod direct;
 mod tensor;
@@ -137,7 +137,7 @@ impl ConvShape {
     pub fn workspace_len<S: Compute>(&self, device: &Device) -> usize {
         if !device.is_simt() {
             direct::workspace_len(self)
-        } else if S::NARROW {
+        } else if S::TENSOR_CORES {
             tensor::workspace_len(self)
         } else {
             tiled::workspace_len(self)
@@ -200,7 +200,7 @@ pub fn forward<S: Compute>(
     check_workspace::<S>(OPERATION, shape, &device, &workspace)?;
     if !device.is_simt() {
         direct::forward(shape, x, weight, y, accumulate, workspace)
-    } else if S::NARROW {
+    } else if S::TENSOR_CORES {
         tensor::forward(shape, x, weight, y, accumulate)
     } else {
         tiled::forward(shape, x, weight, y, accumulate)
@@ -231,7 +231,7 @@ pub fn input_gradient<S: Compute>(
     check_workspace::<S>(OPERATION, shape, &device, &workspace)?;
     if !device.is_simt() {
         direct::input_gradient(shape, dy, weight, dx, accumulate, workspace)
-    } else if S::NARROW {
+    } else if S::TENSOR_CORES {
         tensor::input_gradient(shape, dy, weight, dx, accumulate)
     } else {
         tiled::input_gradient(shape, dy, weight, dx, accumulate)
@@ -262,7 +262,7 @@ pub fn weight_gradient<S: Compute>(
     check_workspace::<S>(OPERATION, shape, &device, &workspace)?;
     if !device.is_simt() {
         direct::weight_gradient(shape, x, dy, dw, accumulate, workspace)
-    } else if S::NARROW {
+    } else if S::TENSOR_CORES {
         tensor::weight_gradient(shape, x, dy, dw, accumulate, workspace)
     } else {
         tiled::weight_gradient(shape, x, dy, dw, accumulate, workspace)

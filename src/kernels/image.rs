@@ -1,6 +1,6 @@
 //! Assembles a training batch on the device from a data set of byte images that lies there: gather, flip, crop, normalise.
 
-use super::{check_device, check_length};
+use super::{check_device, check_length, clock};
 use crate::device::{Compute, Error, Launch, Result, Slice, SliceMut, id};
 
 /// The shape of a batch, `[batch, height, width, channels]`.
@@ -25,8 +25,8 @@ pub struct Normalization {
     pub std: [f32; 4],
 }
 
-/// Random flips and crops. Sample n of the batch draws from the Philox4x32-10 block with key `seed` and counter `counter + n`,
-/// so a training loop that advances the counter by the batch size never draws twice from one block.
+/// Random flips and crops. Sample n of a batch at the beginning of the order draws from the Philox4x32-10 block with key `seed` and
+/// counter `counter + n`, so a training loop that advances the counter by the batch size never draws twice from one block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Augment {
     /// Black pixels added on every side before a window of the original size is cut out at an offset uniform in
@@ -40,17 +40,31 @@ pub struct Augment {
     pub counter: u64,
 }
 
+/// Which part of the order a batch is.
+#[derive(Clone, Copy, Default)]
+pub struct Position<'a> {
+    /// Where it begins; the augmentation's counter begins as far on.
+    pub first: usize,
+    /// A clock (see [`super::clock`]), and the samples by which every tick moves on: the order by the first of its numbers, the
+    /// augmentation by the second. What the order does not reach counts as an index beyond the data set.
+    pub clock: Option<(Slice<'a, u64>, usize)>,
+}
+
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct BatchArgs {
     images: u64,
     labels: u64,
     order: u64,
+    clock: u64,
     out: u64,
     out_labels: u64,
     samples: u64,
     seed: u64,
     counter: u64,
+    order_len: u64,
+    first: u64,
+    stride: u64,
     batch: u32,
     height: u32,
     width: u32,
@@ -63,8 +77,8 @@ struct BatchArgs {
 }
 
 /// From a data set, `images` `[samples, height, width, channels]` and `labels` `[samples]`, the batch of the samples whose
-/// indices are in `order`, `[batch]`: image n of `out`, `[batch, height, width, channels]`, is sample `order[n]`, flipped, padded
-/// with black (0 before normalisation), cropped and normalised. An index beyond the data set gives an image of NaNs and the label
+/// indices lie at `position` in `order`: image n of `out`, `[batch, height, width, channels]`, is sample `order[first + n]`, flipped,
+/// padded with black (0 before normalisation), cropped and normalised. An index beyond the data set gives an image of NaNs and the label
 /// `u32::MAX`, which no loss takes for a class.
 ///
 /// Traffic: reads a byte and writes an element per value.
@@ -77,6 +91,7 @@ pub fn batch<S: Compute>(
     images: Slice<'_, u8>,
     labels: Slice<'_, u32>,
     order: Slice<'_, u32>,
+    position: Position<'_>,
     normalization: &Normalization,
     augment: Option<Augment>,
     mut out: SliceMut<'_, S>,
@@ -105,7 +120,12 @@ pub fn batch<S: Compute>(
     let samples = images.len() / values;
     check("images", device, images.len(), samples * values)?;
     check("labels", labels.device(), labels.len(), samples)?;
-    check("order", order.device(), order.len(), batch)?;
+    check_device(NAME, "order", device, order.device())?;
+    if let Some((clock, _)) = position.clock {
+        check("clock", clock.device(), clock.len(), clock::LEN)?;
+    } else if order.len() < position.first + batch {
+        check_length(NAME, "order", order.len(), position.first + batch)?;
+    }
     let Some(out_len) = batch.checked_mul(values) else {
         return refused(format!("{shape:?} is too large"));
     };
@@ -118,11 +138,15 @@ pub fn batch<S: Compute>(
         images: images.address(),
         labels: labels.address(),
         order: order.address(),
+        clock: position.clock.map_or(0, |(clock, _)| clock.address()),
         out: out.address(),
         out_labels: out_labels.address(),
         samples: samples as u64,
         seed: augment.map_or(0, |augment| augment.seed),
         counter: augment.map_or(0, |augment| augment.counter),
+        order_len: order.len() as u64,
+        first: position.first as u64,
+        stride: position.clock.map_or(0, |(_, stride)| stride as u64),
         batch: batch as u32,
         height: height as u32,
         width: width as u32,

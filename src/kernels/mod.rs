@@ -2,6 +2,7 @@
 //! traffic. Element types are `f32`, and on the CPU `f64` too, which makes gradient checks sharp.
 
 pub mod batch_norm;
+pub mod clock;
 pub mod conv;
 pub mod image;
 pub mod layers;

@@ -470,6 +470,12 @@ pub enum Rate<'a> {
     Device(Slice<'a, f64>),
 }
 
+impl From<f64> for Rate<'_> {
+    fn from(lr: f64) -> Self {
+        Rate::Fixed(lr)
+    }
+}
+
 impl Rate<'_> {
     /// The address of a rate on the device (0 if there is none), and the caller's.
     fn args(&self, operation: &'static str, device: &Device) -> Result<(u64, f64)> {

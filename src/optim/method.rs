@@ -136,6 +136,18 @@ pub struct StepSize {
 }
 
 impl Method {
+    /// Whether a step does the same as the one before, with the same numbers but for what lies on the device, so that one recorded
+    /// step stands for all.
+    pub fn repeats(self) -> bool {
+        match self {
+            Method::LookSam { every, .. } | Method::Gnr(Gnr { every, .. }) => every == 1,
+            Method::Sam(Sam { perturbation, .. }) => !matches!(perturbation, Perturbation::Random { .. }),
+            Method::RSam { .. } => false,
+            Method::Plain | Method::CrSam { .. } | Method::Gam { .. } | Method::Gsam { .. } => true,
+            Method::SaSam(_) | Method::SaSgd(_) => true,
+        }
+    }
+
     /// SAM as it is mostly used: p = 2, one step.
     pub fn sam(rho: f64) -> Self {
         Self::with_perturbation(rho, Perturbation::L2)

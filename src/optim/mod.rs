@@ -223,8 +223,8 @@ impl<T: Scalar> Optimizer<T> {
         self.observe = observe;
     }
 
-    /// One step: the method's passes at `weights` and around it, then the update with learning rate `lr`. Does not wait for
-    /// the device. Where a loss or a gradient of any pass is not finite, weights, momenta and statistics keep their bits and
+    /// One step: the method's passes at `weights` and around it, then the update with learning rate `lr`, a number or one on the
+    /// device. Does not wait for the device. Where a loss or a gradient of any pass is not finite, weights, momenta and statistics keep their bits and
     /// the step is counted as skipped.
     ///
     /// An objective with several [groups](Objective::groups) has the method's direction taken in each of them, and their mean
@@ -237,8 +237,13 @@ impl<T: Scalar> Optimizer<T> {
     /// # Errors
     /// Those of the objective and of the device; [`Error::Length`] for weights of another length; [`Error::Argument`] for groups
     /// and a method that remembers.
-    pub fn step(&mut self, objective: &mut impl Objective<T>, weights: &mut Buffer<T>, lr: f64) -> Result<()> {
-        let taken = self.take_step(objective, weights, lr);
+    pub fn step<'r>(
+        &mut self,
+        objective: &mut impl Objective<T>,
+        weights: &mut Buffer<T>,
+        lr: impl Into<Rate<'r>>,
+    ) -> Result<()> {
+        let taken = self.take_step(objective, weights, lr.into());
         if taken.is_err() {
             // What the passes before the failure left belongs to no step. Of two failures the first is the one to tell.
             let dropped = self.numbers.flag.write(&[1]).and_then(|()| objective.commit(self.numbers.flag.view()));
@@ -247,7 +252,7 @@ impl<T: Scalar> Optimizer<T> {
         taken
     }
 
-    fn take_step(&mut self, objective: &mut impl Objective<T>, weights: &mut Buffer<T>, lr: f64) -> Result<()> {
+    fn take_step(&mut self, objective: &mut impl Objective<T>, weights: &mut Buffer<T>, lr: Rate<'_>) -> Result<()> {
         const OPERATION: &str = "Optimizer::step";
         crate::kernels::check_length(OPERATION, "weights", weights.len(), self.len)?;
         self.numbers.flag.clear()?;
@@ -319,7 +324,7 @@ impl<T: Scalar> Optimizer<T> {
     }
 
     /// Clip, combine, momentum, decay and update.
-    fn update(&mut self, weights: &mut Buffer<T>, direction: Direction, summed: bool, lr: f64) -> Result<()> {
+    fn update(&mut self, weights: &mut Buffer<T>, direction: Direction, summed: bool, lr: Rate<'_>) -> Result<()> {
         let Self { settings, state, arena, sum, numbers, reduction, len, .. } = self;
         // The sum over groups is one vector, whatever it is the sum of.
         let mut direction = if summed { step::along(0) } else { direction };
@@ -338,7 +343,7 @@ impl<T: Scalar> Optimizer<T> {
         let gradients = combination(vectors, coefficients(direction, numbers)?);
         let lr = match settings.method {
             Method::SaSam(_) | Method::SaSgd(_) => Rate::Device(numbers.rates.slice(0..1)?),
-            _ => Rate::Fixed(lr),
+            _ => lr,
         };
         let skip = numbers.flag.view();
         let mut counters = state.counters.disjoint();

@@ -78,7 +78,9 @@ impl CurvatureMeter {
             shape: self.shape,
             pixels,
             labels,
-            chosen: self.order.view(),
+            order: self.order.view(),
+            samples: self.order.len(),
+            clock: None,
             normalization: &self.normalization,
             augment: None,
         };

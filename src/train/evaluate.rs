@@ -5,7 +5,7 @@ use serde::Serialize;
 use super::TrainError;
 use super::images::DeviceImages;
 use crate::device::{Buffer, Device, Slice};
-use crate::kernels::image::{self, BatchShape, Normalization};
+use crate::kernels::image::{self, BatchShape, Normalization, Position};
 use crate::nn::Model;
 use crate::plan::{Plan, PlanOptions, Shape};
 
@@ -82,7 +82,8 @@ impl Evaluator {
             let order = self.order.slice(first..first + batch)?;
             let (out, labels) = self.plan.batch_mut()?;
             let (pixels, truth) = self.images.views();
-            image::batch(&shape, pixels, truth, order, &self.normalization, None, out, labels)?;
+            let start = Position::default();
+            image::batch(&shape, pixels, truth, order, start, &self.normalization, None, out, labels)?;
             self.plan.evaluate(weights, counted, self.loss.view_mut())?;
             let (mut loss, mut hits) = ([0.0], [0]);
             self.loss.read(&mut loss)?;

@@ -6,7 +6,7 @@ use std::path::Path;
 use super::TrainError;
 use crate::data::{self, Dataset, Images, Split, SyntheticSpec};
 use crate::device::{self, Buffer, Compute, Device, HostOptions, Slice, SliceMut};
-use crate::kernels::image::{self, Augment, BatchShape, Normalization};
+use crate::kernels::image::{self, Augment, BatchShape, Normalization, Position};
 use crate::objective::{Objective, Statistics};
 use crate::plan::Plan;
 
@@ -99,8 +99,11 @@ pub struct Batch<'a, S: Compute> {
     pub(super) shape: BatchShape,
     pub(super) pixels: Slice<'a, u8>,
     pub(super) labels: Slice<'a, u32>,
-    /// The numbers of all samples.
-    pub(super) chosen: Slice<'a, u32>,
+    /// The numbers of the samples to choose from.
+    pub(super) order: Slice<'a, u32>,
+    /// How many of them this is: the first, or those that the clock points at.
+    pub(super) samples: usize,
+    pub(super) clock: Option<Slice<'a, u64>>,
     pub(super) normalization: &'a Normalization,
     pub(super) augment: Option<Augment>,
 }
@@ -140,16 +143,15 @@ impl<S: Compute<Master = f32>> Objective<f32> for Batch<'_, S> {
     }
 
     fn groups(&self) -> usize {
-        self.chosen.len() / self.shape.batch
+        self.samples / self.shape.batch
     }
 
     fn select(&mut self, group: usize) -> device::Result<()> {
-        let first = group * self.shape.batch;
-        let chosen = self.chosen.slice(first..first + self.shape.batch)?;
-        let augment = self.augment.map(|augment| Augment { counter: augment.counter + first as u64, ..augment });
+        let clock = self.clock.map(|clock| (clock, self.samples));
+        let position = Position { first: group * self.shape.batch, clock };
         let (images, labels) = self.plan.batch_mut()?;
-        let (pixels, truth) = (self.pixels, self.labels);
-        image::batch(&self.shape, pixels, truth, chosen, self.normalization, augment, images, labels)
+        let (pixels, truth, order) = (self.pixels, self.labels, self.order);
+        image::batch(&self.shape, pixels, truth, order, position, self.normalization, self.augment, images, labels)
     }
 
     fn commit(&mut self, skip: Slice<'_, u32>) -> device::Result<()> {

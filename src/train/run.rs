@@ -13,12 +13,13 @@ use super::log::{Log, Record};
 use super::settings::{AugmentName, Options, PrecisionName};
 use super::{TrainError, weights};
 use crate::data::{self, Dataset, ImageShape};
-use crate::device::{Buffer, Compute};
-use crate::kernels::image::{Augment, BatchShape};
-use crate::kernels::metrics;
+use crate::device::{self, Buffer, Compute, Graph, Tf32};
+use crate::kernels::image::{Augment, BatchShape, Normalization};
+use crate::kernels::vector::Rate;
+use crate::kernels::{clock, metrics};
 use crate::nn;
 use crate::objective::Accumulator;
-use crate::optim::{Optimizer, Telemetry};
+use crate::optim::{Optimizer, RhoSchedule, Telemetry};
 use crate::plan::{Plan, PlanOptions, Shape};
 
 /// What a run tells its caller while it goes on.
@@ -94,6 +95,7 @@ pub fn train(
 ) -> Result<Summary, TrainError> {
     match options.precision.unwrap_or(PrecisionName::F32) {
         PrecisionName::F32 => train_as::<f32>(options, out, resume, stop, progress),
+        PrecisionName::Tf32 => train_as::<Tf32>(options, out, resume, stop, progress),
         PrecisionName::F16 => train_as::<f16>(options, out, resume, stop, progress),
         PrecisionName::Bf16 => train_as::<bf16>(options, out, resume, stop, progress),
     }
@@ -142,11 +144,31 @@ fn train_as<S: Compute<Master = f32>>(
     let (graph, logits) = model.trace(shape, train.classes).map_err(TrainError::plan(path))?;
     let plan_options =
         PlanOptions { label_smoothing: options.label_smoothing.unwrap_or_default(), ..PlanOptions::training() };
-    let mut plan = Plan::<S>::new(&device, graph, logits, plan_options).map_err(TrainError::plan(path))?;
+    let plan = Plan::<S>::new(&device, graph, logits, plan_options).map_err(TrainError::plan(path))?;
     let mut evaluator = Evaluator::new(&device, model, path, &test, normalization, batch)?;
     let layout = plan.parameters().clone();
-    let mut optimizer = Optimizer::<f32>::new(&device, layout.len(), options.optimizer(&layout))?;
-    let mut parameters = device.upload(&nn::initial_weights(&layout, seed)?)?;
+    let rho_schedule = options.rho_schedule();
+    let mut training = Training {
+        optimizer: Optimizer::new(&device, layout.len(), options.optimizer(&layout))?,
+        parameters: device.upload(&nn::initial_weights(&layout, seed)?)?,
+        accumulator: Accumulator::new(&device, layout.len(), group / part)?,
+        plan,
+        images: DeviceImages::new(&device, &train)?,
+        normalization,
+        augment: (options.augment == Some(AugmentName::Basic)).then_some(Augment {
+            pad: 4,
+            flip: true,
+            seed,
+            counter: 0,
+        }),
+        part: BatchShape { batch: part, height, width, channels },
+        batch,
+        order: device.upload(&(0..train.len() as u32).collect::<Vec<u32>>())?,
+        rates: device.zeros(steps_per_epoch as usize)?,
+        rate: device.zeros(1)?,
+        clock: device.zeros(clock::LEN)?,
+        totals: device.zeros(3)?,
+    };
     // A run that was ended before its first checkpoint begins again.
     let saved = match out {
         Some(run) if resume && Checkpoint::exists(run) => Some(Checkpoint::load(run)?),
@@ -154,14 +176,13 @@ fn train_as<S: Compute<Master = f32>>(
     };
     // One with a checkpoint has its weights; the file that it began with may be gone.
     if let Some(file) = options.init.as_ref().filter(|_| saved.is_none()) {
-        let [loaded, statistics] = weights::load(Path::new(file), [&layout, plan.statistics_layout()])?;
-        parameters.write(&loaded)?;
-        plan.set_statistics(device.upload(&statistics)?.view())?;
+        let [loaded, statistics] = weights::load(Path::new(file), [&layout, training.plan.statistics_layout()])?;
+        training.parameters.write(&loaded)?;
+        training.plan.set_statistics(device.upload(&statistics)?.view())?;
     }
-    let mut totals = device.zeros::<f64>(3)?;
     let (mut step, mut earlier) = (0, 0.0);
     if let (Some(saved), Some(run)) = (saved, out) {
-        restore(&saved, run, &mut parameters, &mut plan, &mut optimizer, &mut totals)?;
+        training.restore(&saved, run)?;
         (step, earlier) = (saved.step, saved.seconds);
     }
     let mut log = match out {
@@ -170,25 +191,22 @@ fn train_as<S: Compute<Master = f32>>(
     };
 
     let count = train.len();
-    let train_images = DeviceImages::new(&device, &train)?;
-    let mut accumulator = Accumulator::new(&device, layout.len(), group / part)?;
-    let batch_shape = BatchShape { batch: part, height, width, channels };
-    let rho_schedule = options.rho_schedule();
     progress(Progress::Start {
         device: format!("{} ({})", device.name(), device.description()),
         data: name,
         images: (count, test.len()),
         parameters: layout.parameters(),
-        arena_bytes: plan.arena_bytes(),
+        arena_bytes: training.plan.arena_bytes(),
         steps: (steps, step),
         steps_per_epoch,
     });
 
     let mut order: Vec<u32> = (0..count as u32).collect();
-    let mut order_on_device = device.upload(&order)?;
     let mut seconds = earlier;
     let mut epoch_seconds = 0.0;
     let started_at = step;
+    let repeats = training.optimizer.settings().method.repeats() && rho_schedule == RhoSchedule::Constant;
+    let mut recorded: Option<Graph> = None;
     let mut epoch_started_at = step;
     let mut prepared_epoch = None;
     let mut reported = Instant::now();
@@ -199,50 +217,50 @@ fn train_as<S: Compute<Master = f32>>(
         if prepared_epoch != Some(epoch) {
             if !options.no_shuffle.unwrap_or_default() {
                 data::epoch_order(seed, epoch, &mut order);
-                order_on_device.write(&order)?;
+                training.order.write(&order)?;
             }
+            let first = epoch * steps_per_epoch;
+            let rates: Vec<f64> = (first..first + steps_per_epoch).map(|step| schedule.rate(step)).collect();
+            training.rates.write(&rates)?;
+            training.rate.write(&rates[within..=within])?;
+            training.clock.write(&[within as u64, step])?;
             prepared_epoch = Some(epoch);
         }
-        let augment = (options.augment == Some(AugmentName::Basic)).then_some(Augment {
-            pad: 4,
-            flip: true,
-            seed,
-            counter: step * batch as u64,
-        });
-        let (pixels, labels) = train_images.views();
-        let chosen = order_on_device.slice(within * batch..(within + 1) * batch)?;
-        let mut images = Batch {
-            plan: &mut plan,
-            shape: batch_shape,
-            pixels,
-            labels,
-            chosen,
-            normalization: &normalization,
-            augment,
-        };
         let lr = schedule.rate(step);
         let log_step = options.log_every.is_some_and(|every| every > 0 && (step + 1) % every == 0) && log.is_some();
-        optimizer.observe(log_step);
-        optimizer.scale_rho(rho_schedule.factor(step, &schedule));
-        optimizer.step(&mut accumulator.over(&mut images), &mut parameters, lr)?;
-        metrics::record(optimizer.loss()?, plan.correct()?, optimizer.skipped(), batch, totals.view_mut())?;
+        training.optimizer.observe(log_step);
+        training.optimizer.scale_rho(rho_schedule.factor(step, &schedule));
+        // The first step allocates, and those that are logged do more.
+        match &recorded {
+            Some(graph) if !log_step => graph.replay()?,
+            None if repeats && !log_step && step > started_at => {
+                recorded.insert(device.capture(|| training.step())?).replay()?;
+            }
+            _ => training.step()?,
+        }
         step += 1;
 
         let epoch_ends = step % steps_per_epoch == 0 || step == steps;
         if log_step && let Some(log) = &mut log {
             let mut correct = [0];
-            plan.correct()?.read(&mut correct)?;
+            training.plan.correct()?.read(&mut correct)?;
             let accuracy = f64::from(correct[0]) / batch as f64;
             let elapsed = epoch_seconds + clock.elapsed().as_secs_f64();
             let images_per_second = (step - epoch_started_at) as f64 * batch as f64 / elapsed;
-            let scale = read_loss_scale(&plan)?.map(|[scale, _]| scale);
-            let record =
-                step_record(&optimizer.telemetry()?, (step, epoch + 1), lr, accuracy, images_per_second, scale);
+            let scale = training.loss_scale()?.map(|[scale, _]| scale);
+            let record = step_record(
+                &training.optimizer.telemetry()?,
+                (step, epoch + 1),
+                lr,
+                accuracy,
+                images_per_second,
+                scale,
+            );
             log.write(&record)?;
         }
         if epoch_ends || reported.elapsed() > REPORT {
             reported = Instant::now();
-            let sums = read_totals(&totals)?;
+            let sums = training.read_totals()?;
             let elapsed = epoch_seconds + clock.elapsed().as_secs_f64();
             let images_per_second = (step - epoch_started_at) as f64 * batch as f64 / elapsed;
             let (loss, accuracy) = (sums[0] / sums[2], sums[1] / sums[2]);
@@ -252,10 +270,10 @@ fn train_as<S: Compute<Master = f32>>(
             device.synchronize()?;
             let elapsed = clock.elapsed().as_secs_f64();
             (seconds, epoch_seconds) = (seconds + elapsed, epoch_seconds + elapsed);
-            let sums = read_totals(&totals)?;
+            let sums = training.read_totals()?;
             progress(Progress::Testing);
-            let test = evaluator.evaluate(parameters.view(), plan.statistics().view(), |_| Ok(()))?;
-            let telemetry = optimizer.telemetry()?;
+            let test = evaluator.evaluate(training.parameters.view(), training.plan.statistics().view(), |_| Ok(()))?;
+            let telemetry = training.optimizer.telemetry()?;
             let record = Record::Epoch {
                 epoch: epoch + 1,
                 step,
@@ -276,13 +294,13 @@ fn train_as<S: Compute<Master = f32>>(
             // Sums of an epoch that more steps would complete stay for a run that is resumed with them.
             let complete = step % steps_per_epoch == 0;
             if complete {
-                totals.clear()?;
+                training.totals.clear()?;
             }
             if let Some(log) = &mut log {
                 log.write(&record)?;
             }
             if let Some(run) = out {
-                save(run, &parameters, &plan, &optimizer, &totals, step, seconds)?;
+                training.save(run, step, seconds)?;
             }
             progress(Progress::Epoch(record));
             test_result = Some(test);
@@ -295,35 +313,23 @@ fn train_as<S: Compute<Master = f32>>(
     if interrupted {
         seconds += clock.elapsed().as_secs_f64();
         if let Some(run) = out {
-            save(run, &parameters, &plan, &optimizer, &totals, step, seconds)?;
+            training.save(run, step, seconds)?;
         }
     } else if test_result.is_none() {
         // A finished run was resumed: there is nothing to train, but its result can still be told.
-        test_result = Some(evaluator.evaluate(parameters.view(), plan.statistics().view(), |_| Ok(()))?);
+        test_result =
+            Some(evaluator.evaluate(training.parameters.view(), training.plan.statistics().view(), |_| Ok(()))?);
     }
     let trained = (step - started_at) as f64 * batch as f64;
     Ok(Summary {
         interrupted,
         steps: step,
-        skipped: optimizer.telemetry()?.skipped,
+        skipped: training.optimizer.telemetry()?.skipped,
         test: if interrupted { None } else { test_result },
         seconds,
         images_per_second: if trained > 0.0 { trained / (seconds - earlier) } else { 0.0 },
         out: out.map(Path::to_path_buf),
     })
-}
-
-fn read_totals(totals: &Buffer<f64>) -> Result<[f64; 3], TrainError> {
-    let mut sums = [0.0; 3];
-    totals.read(&mut sums)?;
-    Ok(sums)
-}
-
-fn read_loss_scale<S: Compute>(plan: &Plan<S>) -> Result<Option<[f64; 2]>, TrainError> {
-    let Some(state) = plan.loss_scale() else { return Ok(None) };
-    let mut scale = [0.0; 2];
-    state.read(&mut scale)?;
-    Ok(Some(scale))
 }
 
 fn finite(value: f64) -> Option<f64> {
@@ -373,70 +379,117 @@ fn open_run(run: &Path, options: &Options, resume: bool, step: u64) -> Result<Lo
     Log::open(&run.join("log.jsonl"), step)
 }
 
-fn save<S: Compute<Master = f32>>(
-    run: &Path,
-    parameters: &Buffer<f32>,
-    plan: &Plan<S>,
-    optimizer: &Optimizer<f32>,
-    totals: &Buffer<f64>,
-    step: u64,
-    seconds: f64,
-) -> Result<(), TrainError> {
-    let state = optimizer.state();
-    let checkpoint = Checkpoint {
-        weights: parameters.to_vec()?,
-        statistics: plan.statistics().to_vec()?,
-        momentum: state.momentum.to_vec()?,
-        second_moment: state.second_moment.to_vec()?,
-        memory: state.memory.to_vec()?,
-        scalars: state.scalars.to_vec()?,
-        counters: state.counters.to_vec()?,
-        totals: totals.to_vec()?,
-        loss_scale: read_loss_scale(plan)?.map(|state| state.to_vec()).unwrap_or_default(),
-        step,
-        seconds,
-    };
-    let model = [(plan.parameters(), &*checkpoint.weights), (plan.statistics_layout(), &*checkpoint.statistics)];
-    weights::save(&run.join("model.safetensors"), &model)?;
-    checkpoint.save(run)
+/// Everything that a step reads and writes, on the device.
+struct Training<S: Compute<Master = f32>> {
+    plan: Plan<S>,
+    optimizer: Optimizer<f32>,
+    parameters: Buffer<f32>,
+    accumulator: Accumulator<f32>,
+    images: DeviceImages,
+    normalization: Normalization,
+    augment: Option<Augment>,
+    /// What the network sees at a time.
+    part: BatchShape,
+    /// Images of a step.
+    batch: usize,
+    /// Of the images, in this epoch.
+    order: Buffer<u32>,
+    /// The learning rates of the epoch's steps, and that of the next.
+    rates: Buffer<f64>,
+    rate: Buffer<f64>,
+    /// Steps of the epoch, and of the run.
+    clock: Buffer<u64>,
+    /// The epoch's sums: loss, correct predictions, samples.
+    totals: Buffer<f64>,
 }
 
-fn restore<S: Compute<Master = f32>>(
-    saved: &Checkpoint,
-    run: &Path,
-    parameters: &mut Buffer<f32>,
-    plan: &mut Plan<S>,
-    optimizer: &mut Optimizer<f32>,
-    totals: &mut Buffer<f64>,
-) -> Result<(), TrainError> {
-    let state = optimizer.state_mut();
-    let lengths = [
-        ("weights", saved.weights.len(), parameters.len()),
-        ("statistics", saved.statistics.len(), plan.statistics().len()),
-        ("momentum", saved.momentum.len(), state.momentum.len()),
-        ("second_moment", saved.second_moment.len(), state.second_moment.len()),
-        ("memory", saved.memory.len(), state.memory.len()),
-        ("scalars", saved.scalars.len(), state.scalars.len()),
-        ("counters", saved.counters.len(), state.counters.len()),
-        ("totals", saved.totals.len(), totals.len()),
-        ("loss_scale", saved.loss_scale.len(), plan.loss_scale().map_or(0, Buffer::len)),
-    ];
-    if let Some((name, found, expected)) = lengths.iter().find(|(_, found, expected)| found != expected) {
-        let reason = format!("`{name}` has {found} elements, these settings need {expected}");
-        return Err(TrainError::Weights { path: checkpoint::path(run), reason });
+impl<S: Compute<Master = f32>> Training<S> {
+    /// One step where the clock is, which it moves on: what changes from step to step lies on the device, so that a recorded step
+    /// can be replayed.
+    fn step(&mut self) -> device::Result<()> {
+        let Self { plan, optimizer, parameters, totals, clock, rates, rate, .. } = self;
+        let (pixels, labels) = self.images.views();
+        let mut images = Batch {
+            plan: &mut *plan,
+            shape: self.part,
+            pixels,
+            labels,
+            order: self.order.view(),
+            samples: self.batch,
+            clock: Some(clock.view()),
+            normalization: &self.normalization,
+            augment: self.augment,
+        };
+        optimizer.step(&mut self.accumulator.over(&mut images), parameters, Rate::Device(rate.view()))?;
+        metrics::record(optimizer.loss()?, plan.correct()?, optimizer.skipped(), self.batch, totals.view_mut())?;
+        clock::advance(clock.view_mut(), rates.view(), rate.view_mut())
     }
-    parameters.write(&saved.weights)?;
-    state.momentum.write(&saved.momentum)?;
-    state.second_moment.write(&saved.second_moment)?;
-    state.memory.write(&saved.memory)?;
-    state.scalars.write(&saved.scalars)?;
-    state.attempts = saved.step;
-    state.counters.write(&saved.counters)?;
-    totals.write(&saved.totals)?;
-    if let Some(state) = plan.loss_scale_mut() {
-        state.write(&saved.loss_scale)?;
+
+    fn read_totals(&self) -> Result<[f64; 3], TrainError> {
+        let mut sums = [0.0; 3];
+        self.totals.read(&mut sums)?;
+        Ok(sums)
     }
-    let statistics = parameters.device().upload(&saved.statistics)?;
-    plan.set_statistics(statistics.view())?;
-    Ok(())
+
+    fn loss_scale(&self) -> Result<Option<[f64; 2]>, TrainError> {
+        let Some(state) = self.plan.loss_scale() else { return Ok(None) };
+        let mut scale = [0.0; 2];
+        state.read(&mut scale)?;
+        Ok(Some(scale))
+    }
+
+    fn save(&self, run: &Path, step: u64, seconds: f64) -> Result<(), TrainError> {
+        let state = self.optimizer.state();
+        let checkpoint = Checkpoint {
+            weights: self.parameters.to_vec()?,
+            statistics: self.plan.statistics().to_vec()?,
+            momentum: state.momentum.to_vec()?,
+            second_moment: state.second_moment.to_vec()?,
+            memory: state.memory.to_vec()?,
+            scalars: state.scalars.to_vec()?,
+            counters: state.counters.to_vec()?,
+            totals: self.totals.to_vec()?,
+            loss_scale: self.loss_scale()?.map(|state| state.to_vec()).unwrap_or_default(),
+            step,
+            seconds,
+        };
+        let layouts = [self.plan.parameters(), self.plan.statistics_layout()];
+        let model = [(layouts[0], &*checkpoint.weights), (layouts[1], &*checkpoint.statistics)];
+        weights::save(&run.join("model.safetensors"), &model)?;
+        checkpoint.save(run)
+    }
+
+    fn restore(&mut self, saved: &Checkpoint, run: &Path) -> Result<(), TrainError> {
+        let Self { plan, parameters, totals, .. } = self;
+        let state = self.optimizer.state_mut();
+        let lengths = [
+            ("weights", saved.weights.len(), parameters.len()),
+            ("statistics", saved.statistics.len(), plan.statistics().len()),
+            ("momentum", saved.momentum.len(), state.momentum.len()),
+            ("second_moment", saved.second_moment.len(), state.second_moment.len()),
+            ("memory", saved.memory.len(), state.memory.len()),
+            ("scalars", saved.scalars.len(), state.scalars.len()),
+            ("counters", saved.counters.len(), state.counters.len()),
+            ("totals", saved.totals.len(), totals.len()),
+            ("loss_scale", saved.loss_scale.len(), plan.loss_scale().map_or(0, Buffer::len)),
+        ];
+        if let Some((name, found, expected)) = lengths.iter().find(|(_, found, expected)| found != expected) {
+            let reason = format!("`{name}` has {found} elements, these settings need {expected}");
+            return Err(TrainError::Weights { path: checkpoint::path(run), reason });
+        }
+        parameters.write(&saved.weights)?;
+        state.momentum.write(&saved.momentum)?;
+        state.second_moment.write(&saved.second_moment)?;
+        state.memory.write(&saved.memory)?;
+        state.scalars.write(&saved.scalars)?;
+        state.attempts = saved.step;
+        state.counters.write(&saved.counters)?;
+        totals.write(&saved.totals)?;
+        if let Some(state) = plan.loss_scale_mut() {
+            state.write(&saved.loss_scale)?;
+        }
+        let statistics = parameters.device().upload(&saved.statistics)?;
+        plan.set_statistics(statistics.view())?;
+        Ok(())
+    }
 }

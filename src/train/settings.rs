@@ -142,6 +142,8 @@ words! {
     PrecisionName {
         /// 32-bit floats throughout.
         F32 = "f32",
+        /// The same, but a GPU's convolutions round their factors to 10 bits of mantissa.
+        Tf32 = "tf32",
         /// Activations and the convolutions' weights in 16 bits with 10 of mantissa, the loss scaled.
         F16 = "f16",
         /// The same in 16 bits with 7 of mantissa, and the range of f32.

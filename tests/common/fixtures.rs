@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use polder::arena::Layout;
 use polder::device::{Buffer, Compute, Device, HostOptions, Scalar};
-use polder::kernels::image::{self, BatchShape, Normalization};
+use polder::kernels::image::{self, BatchShape, Normalization, Position};
 use polder::nn::{Model, Shortcut};
 use polder::optim::{
     Base, CrSamTerms, Form, GamTerms, Gnr, Method, Optimizer, Perturbation, Product, Sam, Scaling, Settings, StepSize,
@@ -82,8 +82,8 @@ impl Pool {
         let Shape { batch, height, width, channels } = plan.input_shape();
         let shape = BatchShape { batch, height, width, channels };
         let (out, truth) = plan.batch_mut().unwrap();
-        image::batch(&shape, self.pixels.view(), self.labels.view(), order.view(), &normalization, None, out, truth)
-            .unwrap();
+        let (pixels, labels, start) = (self.pixels.view(), self.labels.view(), Position::default());
+        image::batch(&shape, pixels, labels, order.view(), start, &normalization, None, out, truth).unwrap();
     }
 }
 
