@@ -176,7 +176,8 @@ impl<T: Scalar, O: Objective<T>> Objective<T> for Accumulated<'_, T, O> {
             let (out, out_loss) = (vector.view_mut(), part_loss.view_mut());
             self.objective.gradient(weights, statistics, out, out_loss, flag.reborrow())?;
             let (weight, add) = (1.0 / *parts as f64, part > 0);
-            sharpness::combine(whole(vector, one), weight, add, gradient.reborrow(), None)?;
+            let term = Combination::alone(vector.view(), one.view());
+            sharpness::combine(term, weight, add, gradient.reborrow(), None)?;
             metrics::mean_term(part_loss.view(), weight, add, loss.reborrow())?;
         }
         Ok(())
@@ -197,7 +198,8 @@ impl<T: Scalar, O: Objective<T>> Objective<T> for Accumulated<'_, T, O> {
         for part in 0..*parts {
             self.objective.select(self.group * *parts + part)?;
             self.objective.hessian_vector(weights, direction, vector.view_mut(), flag.reborrow())?;
-            sharpness::combine(whole(vector, one), 1.0 / *parts as f64, part > 0, product.reborrow(), None)?;
+            let term = Combination::alone(vector.view(), one.view());
+            sharpness::combine(term, 1.0 / *parts as f64, part > 0, product.reborrow(), None)?;
         }
         Ok(())
     }
@@ -232,9 +234,4 @@ impl<T: Scalar, O: Objective<T>> Objective<T> for Accumulated<'_, T, O> {
 pub(crate) fn difference<T: Scalar>(from: Slice<'_, T>, to: Slice<'_, T>, mut out: SliceMut<'_, T>) -> Result<()> {
     out.copy_from(to)?;
     vector::axpy(-1.0, from, out)
-}
-
-/// A vector as a combination of itself alone.
-fn whole<'a, T: Scalar>(vector: &'a Buffer<T>, one: &'a Buffer<f64>) -> Combination<'a, T> {
-    Combination { vectors: [Some(vector.view()), None, None, None], coefficients: one.view() }
 }

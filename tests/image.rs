@@ -3,7 +3,8 @@
 mod common;
 
 use common::{Random, bits, devices, host_devices};
-use polder::device::{Device, Error, Result, Scalar};
+use polder::device::{Buffer, Device, Error, Result, Scalar};
+use polder::kernels::clock;
 use polder::kernels::image::{Augment, BatchShape, Normalization, Position, batch};
 
 const NORMALIZATION: Normalization =
@@ -76,23 +77,25 @@ impl DataSet {
     }
 
     fn run<T: Scalar>(&self, device: &Device, order: &[u32], augment: Option<Augment>) -> Result<(Vec<T>, Vec<u32>)> {
-        let shape = BatchShape { batch: order.len(), height: self.height, width: self.width, channels: self.channels };
-        let (pixels, labels) = (device.upload(&self.pixels)?, device.upload(&self.labels)?);
         let order = device.upload(order)?;
-        let mut out = device.poisoned::<T>(order.len() * self.height * self.width * self.channels)?;
-        let mut out_labels = device.poisoned::<u32>(order.len())?;
+        self.run_at(device, order.len(), &order, Position::default(), augment)
+    }
+
+    fn run_at<T: Scalar>(
+        &self,
+        device: &Device,
+        count: usize,
+        order: &Buffer<u32>,
+        position: Position<'_>,
+        augment: Option<Augment>,
+    ) -> Result<(Vec<T>, Vec<u32>)> {
+        let shape = BatchShape { batch: count, height: self.height, width: self.width, channels: self.channels };
+        let (pixels, labels) = (device.upload(&self.pixels)?, device.upload(&self.labels)?);
+        let mut out = device.poisoned::<T>(count * self.height * self.width * self.channels)?;
+        let mut out_labels = device.poisoned::<u32>(count)?;
         let (images, labels, order) = (pixels.view(), labels.view(), order.view());
-        batch(
-            &shape,
-            images,
-            labels,
-            order,
-            Position::default(),
-            &NORMALIZATION,
-            augment,
-            out.view_mut(),
-            out_labels.view_mut(),
-        )?;
+        let into = (out.view_mut(), out_labels.view_mut());
+        batch(&shape, images, labels, order, position, &NORMALIZATION, augment, into.0, into.1)?;
         Ok((out.to_vec()?, out_labels.to_vec()?))
     }
 
@@ -173,6 +176,40 @@ fn successive_batches_continue_the_stream() {
         let (first, _) = data.run::<f32>(&device, &order[..5], augment(100)).unwrap();
         let (rest, _) = data.run::<f32>(&device, &order[5..], augment(105)).unwrap();
         assert_eq!(whole, [first, rest].concat(), "{name}");
+    }
+}
+
+/// A clock moves on through the order by the epoch's batches, and through the random numbers by the run's steps; past the order's
+/// end nothing is read.
+#[test]
+fn a_clock_points_at_the_batch() {
+    let mut random = Random(8);
+    let data = DataSet::new(&mut random, 10, 4, 5, 3);
+    let order = data.order(&mut random, 21);
+    let augment = |counter| Some(Augment { pad: 3, flip: true, seed: 9, counter });
+    for (name, device) in devices() {
+        let on_device = device.upload(&order).unwrap();
+        let rates = device.upload(&[0.5, 0.25, 0.125]).unwrap();
+        let mut rate = device.upload(&[0.5]).unwrap();
+        let mut clock = device.upload(&[0u64, 40]).unwrap();
+        for tick in 0..3 {
+            assert_eq!(rate.to_vec().unwrap(), [0.5 / f64::from(1 << tick)], "{name}");
+            for first in [0, 3] {
+                let place = 8 * tick + first;
+                let position = Position { first, clock: Some((clock.view(), 8)) };
+                let (found, labels) = data.run_at::<f32>(&device, 4, &on_device, position, augment(7)).unwrap();
+                let known = &order[place..(place + 4).min(order.len())];
+                let expected = data.gather(known, augment((7 + 8 * (40 + tick) + first) as u64).as_ref());
+                assert_eq!(bits(&found[..expected.len()]), bits(&expected), "{name}, tick {tick}, from {first}");
+                assert!(found[expected.len()..].iter().all(|value| value.is_nan()), "{name}");
+                assert!(labels[known.len()..].iter().all(|&label| label == u32::MAX), "{name}");
+            }
+            clock::advance(clock.view_mut(), rates.view(), rate.view_mut()).unwrap();
+        }
+        assert_eq!((clock.to_vec().unwrap(), rate.to_vec().unwrap()), (vec![3, 43], vec![0.0]), "{name}");
+        let position = Position { first: 20, clock: None };
+        let refused = data.run_at::<f32>(&device, 4, &on_device, position, None);
+        assert!(matches!(refused, Err(Error::Length { argument: "order", expected: 24, .. })), "{refused:?}");
     }
 }
 

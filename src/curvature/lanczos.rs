@@ -2,8 +2,8 @@
 
 use nalgebra::{DMatrix, SymmetricEigen};
 
-use super::Curvature;
-use crate::device::{Buffer, Error, Result, Scalar, Slice};
+use super::{Curvature, multiply};
+use crate::device::{Buffer, Error, Result, Scalar};
 use crate::kernels::vector::{self, Combination};
 use crate::kernels::{random, sharpness};
 use crate::objective::Objective;
@@ -83,7 +83,7 @@ impl Ritz {
 impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
     /// The `count` largest eigenvalues of the Hessian, the largest first, by Lanczos's method with full reorthogonalisation: one
     /// product with the Hessian and one vector of memory per step, and one more product per eigenvalue for its residual. Ends when
-    /// each of them moves by less than `tolerance` of the largest in magnitude, or after `most` steps: the residuals tell. `progress`
+    /// the residual of each is within `tolerance` of the largest in magnitude, or after `most` steps: the residuals tell. `progress`
     /// is told of each step. Fewer are found where the Hessian has fewer different ones.
     ///
     /// # Errors
@@ -120,7 +120,7 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
                 vector::axpy(ritz.component(row, index), basis.view(), vector.view_mut())?;
             }
             let value = ritz.values[index];
-            self.multiply(vector.view())?;
+            multiply(self.objective, self.weights, vector.view(), &mut self.product, &mut self.flag)?;
             vector::axpy(-value, vector.view(), self.product.view_mut())?;
             let residual = self.product_norm(OPERATION)?;
             pairs.push(Eigenpair { value, residual, vector });
@@ -162,14 +162,6 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
         Ok(density)
     }
 
-    /// The product with a vector.
-    fn multiply(&mut self, vector: Slice<'_, T>) -> Result<()> {
-        let Self { objective, weights, product, flag, .. } = self;
-        flag.clear()?;
-        product.clear()?;
-        objective.hessian_vector(*weights, vector, product.view_mut(), flag.view_mut())
-    }
-
     /// Lanczos's steps from the newest direction on, at most `most`, until `enough`.
     fn krylov(&mut self, most: usize, mut enough: impl FnMut(&Krylov<T>) -> bool) -> Result<Krylov<T>> {
         const OPERATION: &str = "Lanczos's method";
@@ -183,10 +175,9 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
         let mut krylov = Krylov { basis: Vec::new(), diagonal: Vec::new(), off_diagonal: Vec::new() };
         while length > 0.0 && krylov.basis.len() < most.min(self.weights.len()) {
             let mut newest = device.zeros(self.weights.len())?;
-            let left = [Some(self.product.view()), None, None, None];
-            let left = Combination { vectors: left, coefficients: self.one.view() };
+            let left = Combination::alone(self.product.view(), self.one.view());
             sharpness::combine(left, 1.0 / length, false, newest.view_mut(), None)?;
-            self.multiply(newest.view())?;
+            multiply(self.objective, self.weights, newest.view(), &mut self.product, &mut self.flag)?;
             vector::dot(newest.view(), self.product.view(), &mut self.reduction, self.number.view_mut())?;
             krylov.diagonal.push(self.finite_number(OPERATION)?);
             krylov.basis.push(newest);

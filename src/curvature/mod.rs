@@ -182,10 +182,7 @@ impl<'a, T: Scalar, O: Objective<T>> Curvature<'a, T, O> {
     /// dᵀHd of the direction d.
     fn quadratic_form(&mut self, operation: &'static str) -> Result<f64> {
         let Self { objective, weights, direction, product, number, flag, reduction, .. } = self;
-        flag.clear()?;
-        // Zeros, because an objective leaves what lies between its tensors alone.
-        product.clear()?;
-        objective.hessian_vector(*weights, direction.view(), product.view_mut(), flag.view_mut())?;
+        multiply(*objective, *weights, direction.view(), product, flag)?;
         vector::dot(direction.view(), product.view(), reduction, number.view_mut())?;
         self.finite_number(operation)
     }
@@ -207,4 +204,18 @@ impl<'a, T: Scalar, O: Objective<T>> Curvature<'a, T, O> {
         }
         Ok(value[0])
     }
+}
+
+/// The product of the Hessian with a vector.
+fn multiply<T: Scalar>(
+    objective: &mut impl Objective<T>,
+    weights: Slice<'_, T>,
+    vector: Slice<'_, T>,
+    product: &mut Buffer<T>,
+    flag: &mut Buffer<u32>,
+) -> Result<()> {
+    flag.clear()?;
+    // Zeros, because an objective leaves what lies between its tensors alone.
+    product.clear()?;
+    objective.hessian_vector(weights, vector, product.view_mut(), flag.view_mut())
 }

@@ -438,7 +438,12 @@ pub(super) struct CombinationArgs {
     slot: [u32; 4],
 }
 
-impl<T: Scalar> Combination<'_, T> {
+impl<'a, T: Scalar> Combination<'a, T> {
+    /// One vector, times the first of the coefficients.
+    pub(crate) fn alone(vector: Slice<'a, T>, coefficients: Slice<'a, f64>) -> Self {
+        Self { vectors: [Some(vector), None, None, None], coefficients }
+    }
+
     /// Checks it against a length and lays it out for a kernel; returns how many vectors there are, too.
     pub(super) fn args(&self, operation: &'static str, n: usize, device: &Device) -> Result<(CombinationArgs, usize)> {
         const NAMES: [&str; 4] = ["vectors[0]", "vectors[1]", "vectors[2]", "vectors[3]"];
