@@ -15,13 +15,16 @@ use std::sync::Mutex;
 use std::thread;
 use std::time::SystemTime;
 
-/// Machine code for the data-centre and consumer chips of three generations, and PTX for everything later.
-const TARGETS: [&str; 4] = [
+/// Machine code for chips of compute capability 8.x (that of 8.0 runs on 8.6 and 8.9, which have nothing that these kernels could use)
+/// and 9.0, and PTX for everything later.
+const TARGETS: [&str; 3] = [
     "-gencode=arch=compute_80,code=sm_80",
-    "-gencode=arch=compute_89,code=sm_89",
     "-gencode=arch=compute_90,code=sm_90",
     "-gencode=arch=compute_80,code=compute_80",
 ];
+
+/// Sources of which the CPU's own launch shapes use nothing: there they play the GPU, for tests, which one instruction set serves.
+const GPU_SHAPES: [&str; 2] = ["conv.cu", "conv_tensor.cu"];
 
 fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
@@ -145,7 +148,7 @@ fn plan_host<'a>(
         let folder = out.join(set.name);
         fs::create_dir_all(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
         build.define("POLDER_ISA", set.name);
-        for source in sources {
+        for source in sources.iter().filter(|source| built.is_empty() || !plays_the_gpu(source)) {
             let object = folder.join(source.file_name().expect("a file")).with_extension("o");
             let compiler = build.get_compiler().to_command();
             if is_stale(&object, source, &compiler) {
@@ -157,6 +160,10 @@ fn plan_host<'a>(
         built.push(set);
     }
     (built, objects)
+}
+
+fn plays_the_gpu(source: &Path) -> bool {
+    GPU_SHAPES.iter().any(|name| source.ends_with(name))
 }
 
 /// Compiles the runtime and makes one library of it and the kernels.
@@ -229,16 +236,25 @@ fn run(mut command: Command, what: &str) {
     }
 }
 
-/// The kernels' names, in the order in which the sources register them; `true` for those of the host alone.
-fn registered(sources: &[PathBuf]) -> Vec<(String, bool)> {
+/// A kernel as its source registers it.
+struct Kernel {
+    name: String,
+    /// Whether it exists on the host alone.
+    host_only: bool,
+    /// Whether it is built for the first instruction set alone.
+    once: bool,
+}
+
+/// The kernels in the order in which the sources register them.
+fn registered(sources: &[PathBuf]) -> Vec<Kernel> {
     let mut kernels = Vec::new();
     for source in sources {
         let text = fs::read_to_string(source).unwrap_or_else(|e| panic!("{}: {e}", source.display()));
         for line in text.lines() {
             for (marker, host_only) in [("POLDER_KERNEL(", false), ("POLDER_HOST_KERNEL(", true)] {
                 if let Some(rest) = line.strip_prefix(marker) {
-                    let name = rest.split(',').next().unwrap_or_default().trim();
-                    kernels.push((name.to_string(), host_only));
+                    let name = rest.split(',').next().unwrap_or_default().trim().to_string();
+                    kernels.push(Kernel { name, host_only, once: plays_the_gpu(source) });
                 }
             }
         }
@@ -253,17 +269,17 @@ fn write_registry(out: &Path, sources: &[PathBuf], sets: &[&InstructionSet]) {
     let count = kernels.len();
     let _ = writeln!(text, "/// Every kernel's name, NUL-terminated for the host runtime.");
     let _ = writeln!(text, "pub(crate) static NAMES: [&std::ffi::CStr; {count}] = [");
-    for (name, _) in &kernels {
+    for Kernel { name, .. } in &kernels {
         let _ = writeln!(text, "    c\"{name}\",");
     }
     let _ = writeln!(text, "];\n/// Whether a kernel exists on the host alone.");
     let _ = writeln!(text, "pub(crate) static HOST_ONLY: [bool; {count}] = [");
-    for (_, host_only) in &kernels {
+    for Kernel { host_only, .. } in &kernels {
         let _ = writeln!(text, "    {host_only},");
     }
     let _ = writeln!(text, "];\nunsafe extern \"C\" {{");
-    for set in sets {
-        for (name, _) in &kernels {
+    for (index, set) in sets.iter().enumerate() {
+        for Kernel { name, .. } in kernels.iter().filter(|kernel| index == 0 || !kernel.once) {
             let _ = writeln!(text, "    fn polder_{}_{name}(args: *const std::ffi::c_void);", set.name);
         }
     }
@@ -272,8 +288,8 @@ fn write_registry(out: &Path, sources: &[PathBuf], sets: &[&InstructionSet]) {
     let _ = writeln!(text, "pub(crate) static HOST: [(&str, [Entry; {count}]); {}] = [", sets.len());
     for set in sets {
         let _ = writeln!(text, "    (\"{}\", [", set.name);
-        for (name, _) in &kernels {
-            let _ = writeln!(text, "        polder_{}_{name},", set.name);
+        for Kernel { name, once, .. } in &kernels {
+            let _ = writeln!(text, "        polder_{}_{name},", if *once { sets[0].name } else { set.name });
         }
         let _ = writeln!(text, "    ]),");
     }
@@ -281,12 +297,12 @@ fn write_registry(out: &Path, sources: &[PathBuf], sets: &[&InstructionSet]) {
         text,
         "];\n/// An id for every kernel.\n#[allow(dead_code)]\npub(crate) mod id {{\n    use super::KernelId;"
     );
-    for (index, (name, _)) in kernels.iter().enumerate() {
+    for (index, Kernel { name, .. }) in kernels.iter().enumerate() {
         let _ = writeln!(text, "    pub(crate) const {}: KernelId = KernelId({index});", name.to_uppercase());
     }
     // A kernel that exists for every type can be chosen by type.
-    let has = |name: String| kernels.iter().any(|(kernel, _)| *kernel == name);
-    for base in kernels.iter().filter_map(|(name, _)| name.strip_suffix("_f64")) {
+    let has = |name: String| kernels.iter().any(|kernel| kernel.name == name);
+    for base in kernels.iter().filter_map(|kernel| kernel.name.strip_suffix("_f64")) {
         if ["f32", "f16", "bf16"].iter().all(|suffix| has(format!("{base}_{suffix}"))) {
             let base = base.to_uppercase();
             let fields = ["f32", "f64", "f16", "bf16"].map(|field| format!("{field}: {base}_{}", field.to_uppercase()));
