@@ -1,0 +1,56 @@
+"""Looks into the machine code of the GPU's kernels for what the sources mean by it: products on tensor cores fed by asynchronous
+copies, 16-byte accesses where a kernel streams, and no memory of a thread's own, which spilled or indexed registers would need.
+
+    sass.py CUOBJDUMP FOLDER_WITH_FATBINS
+"""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+# A kernel whose name matches the first must have the instruction that the second matches.
+STREAMS = r"(perturb|perturb_linf)_f32_\w+|(sgd|adamw)\d_f32|(squares|products|differences|check_finite|commit|axpy)_f32|convert_f32_\w+"
+STREAMS += r"|unscale|rounded_difference_\w+|(relu|relu_backward|add|add_to|average_pool|shortcut)_\w+"
+STREAMS += r"|batch_norm_(moments|normalize|sums|input)_f32"
+RULES = [
+    (r"conv_tensor_\w+", r"HMMA\.16(816|88)\.F32", "tensor cores"),
+    (r"conv_tensor_\w+", r"LDGSTS\.E\.(BYPASS\.)?128", "asynchronous copies of 16 bytes"),
+    # Both operands of a TF32 weight gradient run across the depth, where ldmatrix has no transposition of 32 bits.
+    (r"conv_tensor_(?!weight_gradient_\d+_tf32)\w+", r"LDSM\.16", "ldmatrix"),
+    (STREAMS, r"LDG\.E\.([A-Z]+\.)*128", "16-byte loads"),
+    (r"conv_(forward|input_gradient|weight_gradient)_\d+_f32", r"LDG\.E\.([A-Z]+\.)*128", "16-byte loads"),
+]
+
+
+def kernels(cuobjdump, fatbin):
+    """The machine code of every kernel, by architecture and name."""
+    text = subprocess.run([cuobjdump, "-sass", fatbin], check=True, capture_output=True, text=True).stdout
+    code, target, name = {}, None, None
+    for line in text.splitlines():
+        if match := re.search(r"arch = (sm_\d+)", line):
+            target = match[1]
+        elif match := re.search(r"Function : (\w+)", line):
+            name = (target, match[1])
+            code[name] = []
+        elif name:
+            code[name].append(line)
+    return {name: "\n".join(lines) for name, lines in code.items()}
+
+
+def main():
+    cuobjdump, folder = sys.argv[1:]
+    fatbins = sorted(pathlib.Path(folder).glob("*.fatbin"))
+    code = {key: text for fatbin in fatbins for key, text in kernels(cuobjdump, fatbin).items()}
+    targets = sorted({target for target, _ in code})
+    faults = [f"{target} {name}: local memory" for (target, name), text in code.items() if re.search(r"\b(LDL|STL)\b", text)]
+    for kernel, instruction, what in RULES:
+        matching = {key: text for key, text in code.items() if re.fullmatch(kernel, key[1])}
+        missing = [f"{target} {name}: no {what}" for (target, name), text in matching.items() if not re.search(instruction, text)]
+        print(f"{what}: {len(matching) - len(missing)} of {len(matching)} kernels")
+        faults += missing or ([] if matching else [f"no kernel is called {kernel}"])
+    print(f"{len(code)} kernels for {', '.join(targets)}; local memory in none" if not faults else "\n".join(faults))
+    sys.exit(bool(faults) or len(targets) < 2)
+
+
+main()
