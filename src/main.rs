@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use polder::curvature::{Curvature, Density, Estimate};
+use polder::arena::Layout;
+use polder::curvature::{Curvature, Density, Estimate, Rise};
 use polder::data::{Images, Split, SplitImages};
 use polder::device::{self, Buffer, Device};
 use polder::kernels::batch_norm::Mode;
@@ -168,8 +169,25 @@ enum Measure {
     Trace,
     /// Tr(H)/‖∇L‖
     NormalizedTrace,
+    /// The trace by Hutch++, with --probes products
+    #[value(name = "hutch++")]
+    HutchPlusPlus,
+    /// The trace of each layer's block of the Hessian
+    LayerTraces,
     /// vᵀHv along the gradient, v = ∇L/‖∇L‖
     Vhv,
+    /// The same by the difference of losses at --rho to either side
+    VhvDifference,
+    /// How far the loss rises within --rho: by one step, and by --ascent-steps
+    Sharpness,
+    /// The same for the loss of every --batch-size images
+    MSharpness,
+    /// What of the rise one step finds, for the loss of every --batch-size images
+    ApproximationRatio,
+    /// --rho times the largest ‖∇L‖ within it
+    Gnr,
+    /// Local minima and maxima within 0.1 along --probes random lines
+    Extrema,
     /// The largest eigenvalues of the Hessian
     TopEigenvalues,
     /// The density of its eigenvalues
@@ -210,7 +228,7 @@ struct CurvatureArgs {
         default_value = "grad-norm,trace,normalized-trace"
     )]
     measure: Vec<Measure>,
-    /// Random directions for trace and spectrum
+    /// Random directions for traces, spectrum and extrema
     #[arg(long, value_name = "N", default_value_t = 100)]
     probes: usize,
     /// How many eigenvalues
@@ -222,6 +240,12 @@ struct CurvatureArgs {
     /// Eigenvalues are found when none moves by more than this share of the largest
     #[arg(long, value_name = "T", default_value_t = 1e-4)]
     tolerance: f64,
+    /// Radius of the neighbourhood that sharpness and its like look at
+    #[arg(long, value_name = "RHO", default_value_t = 0.05)]
+    rho: f64,
+    /// Steps of the ascents there
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    ascent_steps: usize,
     /// Seed of the random directions
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -336,13 +360,25 @@ fn run_eval(args: &EvalArgs) -> Result<(), TrainError> {
 }
 
 fn run_curvature(args: &CurvatureArgs) -> Result<(), TrainError> {
-    for (name, number) in [("--probes", args.probes), ("--steps", args.steps), ("--top", args.top)] {
+    let counts = [
+        ("--probes", args.probes),
+        ("--steps", args.steps),
+        ("--top", args.top),
+        ("--ascent-steps", args.ascent_steps),
+    ];
+    for (name, number) in counts {
         if number == 0 {
             return Err(option(name, "0, expected at least 1"));
         }
     }
     if args.top > args.steps {
         return Err(option("--top", format!("{}, expected at most --steps {}", args.top, args.steps)));
+    }
+    if !args.rho.is_finite() || args.rho <= 0.0 {
+        return Err(option("--rho", format!("{}, expected a finite number above 0", args.rho)));
+    }
+    if args.measure.contains(&Measure::HutchPlusPlus) && args.probes < 3 {
+        return Err(option("--probes", format!("{}, expected at least 3 for hutch++", args.probes)));
     }
     if args.tolerance.is_nan() || args.tolerance < 0.0 {
         return Err(option("--tolerance", format!("{}, expected 0 or more", args.tolerance)));
@@ -368,8 +404,24 @@ fn run_curvature(args: &CurvatureArgs) -> Result<(), TrainError> {
         }
         other => other,
     };
-    let found =
-        meter.at(parameters.view(), statistics.view(), |curvature| measure(curvature, args)).map_err(unsound)?;
+    let layout = meter.plan().parameters().clone();
+    let (w, running) = (parameters.view(), statistics.view());
+    let mut found = meter.at(w, running, |curvature| measure(curvature, args, &layout)).map_err(unsound)?;
+    let of_parts = [Measure::MSharpness, Measure::ApproximationRatio].map(|measure| args.measure.contains(&measure));
+    if of_parts.contains(&true) {
+        let rises = meter.at_each_part(w, running, |part| part.rise(args.rho, args.ascent_steps, args.seed));
+        let rises = rises.map_err(unsound)?;
+        if of_parts[0] {
+            let largest: Vec<f64> = rises.iter().map(|rise| rise.largest).collect();
+            found.push(Found::estimate(Measure::MSharpness, Estimate::of(&largest), "parts"));
+        }
+        let ratios: Vec<f64> = rises.iter().filter_map(Rise::approximation_ratio).collect();
+        if of_parts[1] && ratios.is_empty() {
+            found.push(Found::none(Measure::ApproximationRatio, "none, because the loss does not rise"));
+        } else if of_parts[1] {
+            found.push(Found::estimate(Measure::ApproximationRatio, Estimate::of(&ratios), "parts"));
+        }
+    }
     if args.model.json {
         let measures: serde_json::Map<_, _> =
             found.into_iter().map(|Found { measure, json, .. }| (measure.name(), json)).collect();
@@ -378,7 +430,7 @@ fn run_curvature(args: &CurvatureArgs) -> Result<(), TrainError> {
     }
     print(&format!("{name}, {split} split: {} samples", images.len()))?;
     for Found { measure, text, .. } in found {
-        print(&format!("{:<17} {text}", measure.name()))?;
+        print(&format!("{:<19} {text}", measure.name()))?;
     }
     Ok(())
 }
@@ -395,21 +447,33 @@ impl Found {
         Self { measure, json: json!({"value": value}), text: digits(value) }
     }
 
-    fn estimate(measure: Measure, Estimate { value, standard_error, probes }: Estimate) -> Self {
-        let text = match standard_error {
-            Some(error) => format!("{} ± {} ({probes} probes)", digits(value), digits(error)),
-            None => format!("{} (one probe)", digits(value)),
-        };
-        Self { measure, json: json!({"value": value, "standard_error": standard_error, "probes": probes}), text }
+    /// The mean over so many of what the word says.
+    fn estimate(measure: Measure, estimate: Estimate, of: &str) -> Self {
+        let Estimate { value, standard_error, probes } = estimate;
+        let json = json!({"value": value, "standard_error": standard_error, of: probes});
+        Self { measure, json, text: format!("{} ({probes} {of})", with_error(estimate)) }
+    }
+
+    fn none(measure: Measure, text: &str) -> Self {
+        Self { measure, json: json!({"value": null}), text: text.into() }
     }
 }
 
-/// Takes the measures that are asked for.
+/// A value and its standard error, if it has one.
+fn with_error(Estimate { value, standard_error, .. }: Estimate) -> String {
+    match standard_error {
+        Some(error) => format!("{} ± {}", digits(value), digits(error)),
+        None => digits(value),
+    }
+}
+
+/// Takes the measures that are asked for, but for those of parts.
 fn measure<O: Objective<f32>>(
     curvature: &mut Curvature<'_, f32, O>,
     args: &CurvatureArgs,
+    layout: &Layout,
 ) -> device::Result<Vec<Found>> {
-    let CurvatureArgs { probes, steps, seed, top, tolerance, .. } = *args;
+    let CurvatureArgs { probes, steps, seed, top, tolerance, rho, ascent_steps, .. } = *args;
     let mut found = Vec::new();
     let wants = |measure| args.measure.contains(&measure);
     let mut norm = 0.0;
@@ -422,17 +486,57 @@ fn measure<O: Objective<f32>>(
     if wants(Measure::Trace) || wants(Measure::NormalizedTrace) {
         let trace = with_bar("trace", probes, |step| curvature.trace(probes, seed, step))?;
         if wants(Measure::Trace) {
-            found.push(Found::estimate(Measure::Trace, trace));
+            found.push(Found::estimate(Measure::Trace, trace, "probes"));
         }
         if wants(Measure::NormalizedTrace) && norm > 0.0 {
-            found.push(Found::estimate(Measure::NormalizedTrace, trace.over(norm)));
+            found.push(Found::estimate(Measure::NormalizedTrace, trace.over(norm), "probes"));
         } else if wants(Measure::NormalizedTrace) {
-            let text = "none, because the gradient is zero".into();
-            found.push(Found { measure: Measure::NormalizedTrace, json: json!({"value": null}), text });
+            found.push(Found::none(Measure::NormalizedTrace, "none, because the gradient is zero"));
         }
+    }
+    if wants(Measure::HutchPlusPlus) {
+        let trace = with_bar("hutch++", probes, |step| curvature.trace_hutch_plus_plus(probes, seed, step))?;
+        found.push(Found::estimate(Measure::HutchPlusPlus, trace, "probes"));
+    }
+    if wants(Measure::LayerTraces) {
+        let parts: Vec<_> = layout.tensors().iter().map(|tensor| tensor.range()).collect();
+        let traces = with_bar("layer-traces", probes, |step| curvature.traces(&parts, probes, seed, step))?;
+        let (mut lines, mut layers) = (format!("({probes} probes)"), serde_json::Map::new());
+        for (tensor, trace) in layout.tensors().iter().zip(traces) {
+            lines += &format!("\n  {:<30} {}", tensor.name, with_error(trace));
+            let Estimate { value, standard_error, .. } = trace;
+            layers.insert(tensor.name.clone(), json!({"value": value, "standard_error": standard_error}));
+        }
+        let json = json!({"probes": probes, "layers": layers});
+        found.push(Found { measure: Measure::LayerTraces, json, text: lines });
     }
     if wants(Measure::Vhv) {
         found.push(Found::value(Measure::Vhv, curvature.along_gradient()?));
+    }
+    if wants(Measure::VhvDifference) {
+        found.push(Found::value(Measure::VhvDifference, curvature.along_gradient_by_difference(rho)?));
+    }
+    if wants(Measure::Sharpness) {
+        let Rise { one_step, largest } = curvature.rise(rho, ascent_steps, seed)?;
+        let text = format!("{} (one step {}, {ascent_steps} steps of ascent)", digits(largest), digits(one_step));
+        let json = json!({"value": largest, "one_step": one_step, "ascent_steps": ascent_steps, "rho": rho});
+        found.push(Found { measure: Measure::Sharpness, json, text });
+    }
+    if wants(Measure::Gnr) {
+        let value = curvature.steepest(rho, ascent_steps, seed)?;
+        let json = json!({"value": value, "ascent_steps": ascent_steps, "rho": rho});
+        let text = format!("{} ({ascent_steps} steps of ascent)", digits(value));
+        found.push(Found { measure: Measure::Gnr, json, text });
+    }
+    if wants(Measure::Extrema) {
+        let lines = (10, 0.01);
+        let counts = with_bar("extrema", probes, |step| curvature.extrema(probes, lines, seed, step))?;
+        let [minima, maxima] = counts.map(with_error);
+        let text = format!("{minima} minima, {maxima} maxima ({probes} lines)");
+        let [minima, maxima] =
+            counts.map(|count| json!({"value": count.value, "standard_error": count.standard_error}));
+        let json = json!({"minima": minima, "maxima": maxima, "lines": probes});
+        found.push(Found { measure: Measure::Extrema, json, text });
     }
     if wants(Measure::TopEigenvalues) {
         let pairs =
@@ -441,8 +545,11 @@ fn measure<O: Objective<f32>>(
         let residuals: Vec<f64> = pairs.iter().map(|pair| pair.residual).collect();
         let texts: Vec<String> =
             pairs.iter().map(|pair| format!("{} ± {}", digits(pair.value), digits(pair.residual))).collect();
-        let json = json!({"values": values, "residuals": residuals});
-        found.push(Found { measure: Measure::TopEigenvalues, json, text: texts.join(", ") });
+        // λ1/λ5, which papers tell.
+        let ratio = values.get(4).map(|fifth| values[0] / fifth);
+        let json = json!({"values": values, "residuals": residuals, "first_over_fifth": ratio});
+        let ratio = ratio.map_or(String::new(), |ratio| format!("; first over fifth {}", digits(ratio)));
+        found.push(Found { measure: Measure::TopEigenvalues, json, text: texts.join(", ") + &ratio });
     }
     if wants(Measure::Spectrum) {
         let Density { nodes, weights } = with_bar("spectrum", probes.saturating_mul(steps), |step| {

@@ -454,6 +454,22 @@ fn curvature_is_measured_over_any_parts_of_the_images() {
     assert!((numbers("spectrum", "weights").iter().sum::<f64>() - 1.0).abs() < 1e-9 && nodes.len() == 36);
     let mean: f64 = nodes.iter().zip(numbers("spectrum", "weights")).map(|(node, weight)| node * weight).sum();
     assert!((mean * 74906.0 / trace - 1.0).abs() < 0.05, "{mean} of the trace {trace}");
+    let list =
+        "trace,hutch++,layer-traces,vhv,vhv-difference,sharpness,m-sharpness,approximation-ratio,gnr,extrema,grad-norm";
+    let around = measure(&["--batch-size", "16", "--measure", list, "--rho", "0.01", "--ascent-steps", "5"]);
+    let layers = around["measures"]["layer-traces"]["layers"].as_object().unwrap();
+    let sum: f64 = layers.values().map(|layer| layer["value"].as_f64().unwrap()).sum();
+    assert!(layers.len() == 23 && (sum / value(&around, "trace") - 1.0).abs() < 1e-4, "{around}");
+    let (rise, one_step) = (value(&around, "sharpness"), &around["measures"]["sharpness"]["one_step"]);
+    assert!(rise >= one_step.as_f64().unwrap() && one_step.as_f64().unwrap() > 0.0, "{around}");
+    // Over so small a radius the loss is nearly its own first two terms.
+    let expected = 0.01 * value(&around, "grad-norm") + 0.5e-4 * value(&around, "vhv");
+    assert!((one_step.as_f64().unwrap() / expected - 1.0).abs() < 0.1, "{around}: {expected}");
+    assert!((value(&around, "gnr") / (0.01 * value(&around, "grad-norm"))) >= 1.0, "{around}");
+    let ratio = value(&around, "approximation-ratio");
+    assert!(ratio > 0.5 && ratio <= 1.0 && around["measures"]["m-sharpness"]["parts"] == 2, "{around}");
+    assert!(value(&around, "hutch++").is_finite() && value(&around, "vhv-difference").is_finite(), "{around}");
+    assert_eq!(around["measures"]["extrema"]["lines"], 3);
     let only = measure(&["--batch-size", "16", "--measure", "grad-norm"]);
     assert_eq!(only["measures"].as_object().unwrap().len(), 1);
     let printed = run(&["--samples", "32", "--batch-size", "16", "--probes", "2"]);
@@ -466,6 +482,9 @@ fn curvature_is_measured_over_any_parts_of_the_images() {
         (&["--probes", "0"], &["--probes", "at least 1"]),
         (&["--top", "9", "--steps", "8"], &["--top", "9", "--steps 8"]),
         (&["--tolerance", "nan"], &["--tolerance", "0 or more"]),
+        (&["--rho", "0"], &["--rho", "above 0"]),
+        (&["--ascent-steps", "0"], &["--ascent-steps", "at least 1"]),
+        (&["--measure", "hutch++", "--probes", "2"], &["--probes", "at least 3"]),
         (&["--measure", "flatness"], &["flatness", "normalized-trace"]),
     ] {
         let message = mistake(&[&common[..], wrong].concat());

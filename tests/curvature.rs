@@ -4,7 +4,7 @@ mod common;
 
 use common::{Grouped, Random, devices};
 use nalgebra::DMatrix;
-use polder::curvature::{Curvature, Estimate};
+use polder::curvature::{Curvature, Estimate, Rise};
 use polder::device::{Device, Result, Scalar, Slice, SliceMut};
 use polder::objective::{Accumulator, Objective, Statistics};
 use polder::plan::{Graph, Plan, PlanOptions, Shape};
@@ -349,4 +349,164 @@ fn what_is_not_finite_is_an_error() {
     }
     let mut objective = Quadratic { len: 2, hessian: vec![1.0; 4] };
     assert!(Curvature::new(&mut objective, weights.view()).is_err());
+}
+
+/// A function of one weight: value, slope and curvature.
+struct Line(fn(f64) -> [f64; 3]);
+
+impl Objective<f64> for Line {
+    fn len(&self) -> usize {
+        1
+    }
+
+    fn gradient(
+        &mut self,
+        weights: Slice<'_, f64>,
+        _: Statistics,
+        mut gradient: SliceMut<'_, f64>,
+        mut loss: SliceMut<'_, f64>,
+        _: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        let [value, slope, _] = self.0(weights.to_vec()?[0]);
+        loss.write(&[value])?;
+        gradient.write(&[slope])
+    }
+
+    fn hessian_vector(
+        &mut self,
+        weights: Slice<'_, f64>,
+        direction: Slice<'_, f64>,
+        mut product: SliceMut<'_, f64>,
+        _: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        product.write(&[self.0(weights.to_vec()?[0])[2] * direction.to_vec()?[0]])
+    }
+}
+
+/// cos(kπθ + π).
+fn wave<const K: usize>(theta: f64) -> [f64; 3] {
+    let k = K as f64 * std::f64::consts::PI;
+    let (sine, cosine) = (k * theta + std::f64::consts::PI).sin_cos();
+    [cosine, -k * sine, -k * k * cosine]
+}
+
+/// Section 2.3 of the GNR paper: at θ = 0 with ρ = 1, the sharpness of SAM is 2 for one wave and for three, and GNR's value tells them
+/// apart: π and 3π.
+#[test]
+fn waves_have_the_same_sharpness_and_another_steepness() {
+    use std::f64::consts::PI;
+    let device = Device::host();
+    let weights = device.zeros(1).unwrap();
+    for (objective, steepest) in [(Line(wave::<1>), PI), (Line(wave::<3>), 3.0 * PI)] {
+        let mut objective = objective;
+        let mut curvature = Curvature::new(&mut objective, weights.view()).unwrap();
+        let rise = curvature.rise(1.0, 400, 1).unwrap();
+        // The last steps are 4/400² and less long, and the top is flat.
+        assert!((rise.largest - 2.0).abs() < 1e-6, "{rise:?}");
+        assert_eq!(
+            (rise.one_step, rise.approximation_ratio()),
+            (0.0, Some(0.0)),
+            "a gradient that vanishes has no step"
+        );
+        let found = curvature.steepest(1.0, 400, 1).unwrap();
+        assert!((found - steepest).abs() < 1e-6, "{found} instead of {steepest}");
+    }
+    // Eight waves from one side to the other: seven tops between, and eight bottoms, one of them at the start.
+    let mut objective = Line(wave::<16>);
+    let mut curvature = Curvature::new(&mut objective, weights.view()).unwrap();
+    let [minima, maxima] = curvature.extrema(3, (160, 1.0 / 160.0), 1, |_| ()).unwrap();
+    assert_eq!((minima.value, maxima.value, minima.standard_error, minima.probes), (7.0, 8.0, Some(0.0), 3));
+    for rho in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let error = curvature.rise(rho, 3, 1).err().unwrap();
+        assert!(error.to_string().contains("radius"), "{error}");
+    }
+    assert!(curvature.extrema(0, (10, 0.01), 1, |_| ()).is_err());
+}
+
+#[test]
+fn one_step_finds_all_of_a_linear_rise() {
+    let device = Device::host();
+    let weights = device.upload(&[0.3]).unwrap();
+    let mut objective = Line(|theta| [5.0 - 2.0 * theta, -2.0, 0.0]);
+    let mut curvature = Curvature::new(&mut objective, weights.view()).unwrap();
+    let rise = curvature.rise(0.25, 20, 1).unwrap();
+    assert!((rise.one_step - 0.5).abs() < 1e-15 && rise.approximation_ratio() == Some(1.0), "{rise:?}");
+    assert_eq!(curvature.steepest(0.25, 20, 1).unwrap(), 0.5);
+    let flat = Rise { one_step: 0.0, largest: 0.0 };
+    assert_eq!(flat.approximation_ratio(), None);
+}
+
+/// ½wᵀHw rises most along the top eigenvector, and its difference along the gradient is exact.
+#[test]
+fn a_quadratic_rises_as_its_largest_eigenvalue_says() {
+    let device = Device::host();
+    let mut objective = Quadratic { len: 3, hessian: vec![1.0, 0.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0, 30.0] };
+    let weights = device.zeros(3).unwrap();
+    let mut curvature = Curvature::new(&mut objective, weights.view()).unwrap();
+    let rise = curvature.rise(0.1, 200, 5).unwrap();
+    // From below: what of the random start lies across the eigenvector fades with every step.
+    let within = |found: f64, most: f64| found <= most * (1.0 + 1e-12) && found > 0.999 * most;
+    assert!(within(rise.largest, 0.5 * 30.0 * 0.01), "{rise:?}");
+    let steepest = curvature.steepest(0.1, 200, 5).unwrap();
+    assert!(within(steepest, 0.1 * 30.0 * 0.1), "{steepest}");
+    let error = curvature.along_gradient_by_difference(0.1).err().unwrap();
+    assert!(error.to_string().contains("gradient is zero"), "{error}");
+    let weights = device.upload(&[4.0, -1.0, 0.5]).unwrap();
+    let mut curvature = Curvature::new(&mut objective, weights.view()).unwrap();
+    let (exact, difference) =
+        (curvature.along_gradient().unwrap(), curvature.along_gradient_by_difference(0.1).unwrap());
+    assert!((exact / difference - 1.0).abs() < 1e-11, "{exact} and {difference}");
+}
+
+#[test]
+fn traces_of_parts_add_up() {
+    let device = Device::host();
+    let len = 23;
+    let mut objective = symmetric(&mut Random(3), len);
+    let weights = device.zeros(len).unwrap();
+    let of = |range: std::ops::Range<usize>, hessian: &[f64]| range.map(|i| hessian[i * len + i]).sum::<f64>();
+    let parts = [0..5, 5..6, 6..23];
+    let expected = parts.clone().map(|part| of(part, &objective.hessian));
+    let mut curvature = Curvature::new(&mut objective, weights.view()).unwrap();
+    let found = curvature.traces(&parts, 500, 7, |_| ()).unwrap();
+    for (found, expected) in found.iter().zip(expected) {
+        assert!((found.value - expected).abs() < 4.0 * found.standard_error.unwrap(), "{found:?}, not {expected}");
+    }
+    let whole = curvature.trace(500, 7, |_| ()).unwrap().value;
+    assert!((found.iter().map(|part| part.value).sum::<f64>() - whole).abs() < 1e-10);
+    assert!(curvature.traces(&[0..1, 20..24], 1, 7, |_| ()).is_err());
+}
+
+/// Of a matrix of low rank the trace is exact, with an error that says so; of one with few large eigenvalues it is better than
+/// Hutchinson's at the same cost, and its error is the right one.
+#[test]
+fn hutch_plus_plus_takes_out_what_is_large() {
+    let device = Device::host();
+    let (len, rank) = (40, 4);
+    let mut random = Random(21);
+    let factors: Vec<f64> = random.vector(len * rank);
+    let entry = |i: usize, j: usize| (0..rank).map(|k| factors[i * rank + k] * factors[j * rank + k]).sum::<f64>();
+    let mut low = Quadratic { len, hessian: (0..len * len).map(|at| entry(at / len, at % len)).collect() };
+    let trace = |hessian: &[f64]| (0..len).map(|i| hessian[i * len + i]).sum::<f64>();
+    let expected = trace(&low.hessian);
+    let weights = device.zeros(len).unwrap();
+    let mut told = 0;
+    let mut curvature = Curvature::new(&mut low, weights.view()).unwrap();
+    let estimate = curvature.trace_hutch_plus_plus(18, 3, |done| told = done).unwrap();
+    assert!((estimate.value / expected - 1.0).abs() < 1e-12, "{estimate:?} instead of {expected}");
+    assert!(estimate.standard_error.unwrap() < 1e-12 * expected);
+    // Six products for the space, of which four directions come; as many for these; six probes for the rest.
+    assert_eq!((estimate.probes, told), (6, 6 + 4 + 6));
+    assert!(curvature.trace_hutch_plus_plus(2, 3, |_| ()).is_err());
+
+    let small = symmetric(&mut random, len);
+    let hessian = low.hessian.iter().zip(&small.hessian).map(|(low, small)| low + 0.05 * small).collect();
+    let mut mixed = Quadratic { len, hessian };
+    let expected = trace(&mixed.hessian);
+    let mut curvature = Curvature::new(&mut mixed, weights.view()).unwrap();
+    let plain = curvature.trace(60, 5, |_| ()).unwrap();
+    let better = curvature.trace_hutch_plus_plus(60, 5, |_| ()).unwrap();
+    let error = better.standard_error.unwrap();
+    assert!(error < 0.2 * plain.standard_error.unwrap(), "{better:?} and {plain:?}");
+    assert!((better.value - expected).abs() < 4.0 * error, "{better:?} instead of {expected}");
 }

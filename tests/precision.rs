@@ -3,8 +3,7 @@
 
 mod common;
 
-use common::fixtures::{Pool, arena, fast_devices, number, plan, read_json, relative_error, upload};
-use common::{Grouped, Random, bits, devices, to_f64};
+use common::{Grouped, Random, bits, devices, fast_devices, relative_error, roundoff, to_f64, upload};
 use half::{bf16, f16};
 use polder::device::{Compute, Device, Tf32};
 use polder::kernels::vector::{self, Reduction};
@@ -12,61 +11,6 @@ use polder::nn::{Model, Shortcut, initial_weights};
 use polder::objective::{Accumulator, Objective, Statistics};
 use polder::optim::{Base, CrSamTerms, Form, Method, Optimizer, Settings};
 use polder::plan::{Graph, Plan, PlanError, PlanOptions, Shape};
-
-/// Half a unit in the last place of a number in [1, 2).
-fn roundoff<S: Compute>() -> f64 {
-    if S::NAME == "bf16" { 2f64.powi(-8) } else { 2f64.powi(-11) }
-}
-
-/// The relative error of a ResNet-8's gradient against float64 PyTorch, of its loss, and of a product with its Hessian against the
-/// same in double precision.
-fn errors<S: Compute<Master = f32>>(device: &Device) -> [f64; 3] {
-    let fixture = read_json("resnet8-gradient.json");
-    let rows = fixture["rows"].as_array().unwrap();
-    let mut narrow = plan::<S>(device, &fixture, rows.len());
-    Pool::new(device).fill(&mut narrow, rows, &fixture);
-    let start = arena(narrow.parameters(), "resnet8-init.safetensors");
-    let weights = upload::<f32>(device, &start);
-    let mut gradient = device.zeros::<f32>(weights.len()).unwrap();
-    let (mut loss, mut flag) = (device.poisoned(1).unwrap(), device.zeros(1).unwrap());
-    narrow.gradient(weights.view(), Statistics::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
-    let reference = arena(narrow.parameters(), "resnet8-gradient.safetensors");
-    let found = to_f64(&gradient.to_vec().unwrap());
-    let loss = loss.to_vec().unwrap()[0] / number(&fixture["loss"]) - 1.0;
-
-    let host = Device::host();
-    let mut double = plan::<f64>(&host, &fixture, rows.len());
-    Pool::new(&host).fill(&mut double, rows, &fixture);
-    let (w, v) = (upload::<f64>(&host, &start), upload::<f64>(&host, &reference));
-    let (mut product, mut host_flag) = (host.zeros::<f64>(w.len()).unwrap(), host.zeros(1).unwrap());
-    double.hessian_vector(w.view(), v.view(), product.view_mut(), host_flag.view_mut()).unwrap();
-    let expected = product.to_vec().unwrap();
-    let direction = upload::<f32>(device, &reference);
-    let mut product = device.zeros::<f32>(weights.len()).unwrap();
-    narrow.hessian_vector(weights.view(), direction.view(), product.view_mut(), flag.view_mut()).unwrap();
-    assert_eq!(flag.to_vec().unwrap(), [0]);
-    [relative_error(&found, &reference), loss.abs(), relative_error(&to_f64(&product.to_vec().unwrap()), &expected)]
-}
-
-/// Of the ReLU units, a share as large as the rounding lies so close to zero that it switches, and each changes the gradient by
-/// what passes through it: errors are of the order of the rounding's square root.
-fn check_errors<S: Compute<Master = f32>>(device: &Device) {
-    let [gradient, loss, product] = errors::<S>(device);
-    let (name, roundoff) = (S::NAME, roundoff::<S>());
-    println!("{name}: gradient {gradient:.1e}, loss {loss:.1e}, product with the Hessian {product:.1e}");
-    assert!(gradient < roundoff.sqrt(), "{name}: gradient's relative error {gradient:.1e}");
-    assert!(product < roundoff.sqrt(), "{name}: product's relative error {product:.1e}");
-    assert!(loss < roundoff, "{name}: loss's relative error {loss:.1e}");
-}
-
-#[test]
-fn gradients_and_products_are_near_those_in_double_precision() {
-    for device in fast_devices() {
-        check_errors::<Tf32>(&device);
-        check_errors::<f16>(&device);
-        check_errors::<bf16>(&device);
-    }
-}
 
 /// Two convolutions, batch norms, a residual and a classifier, without a ReLU: nothing switches.
 fn smooth(batch: usize) -> (Graph, polder::plan::Value) {

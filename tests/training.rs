@@ -6,11 +6,12 @@ mod common;
 
 use std::path::Path;
 
-use common::fixtures::{Pool, arena, check_runs, fast_devices, number, plan, read_json, relative_error, upload};
-use common::{Grouped, Random};
+use common::fixtures::{Pool, arena, check_runs, number, plan, read_json};
+use common::{Grouped, Random, fast_devices, relative_error, roundoff, to_f64, upload};
+use half::{bf16, f16};
 use polder::arena::{Kind, Layout};
 use polder::data::{self, Split};
-use polder::device::{Device, Scalar};
+use polder::device::{Compute, Device, Scalar, Tf32};
 use polder::kernels::image::Normalization;
 use polder::nn::{Model, Shortcut, initial_weights};
 use polder::objective::{Accumulator, Objective, Statistics};
@@ -46,6 +47,56 @@ fn a_gradient_matches_pytorch_in_float64() {
     }
     // The reference gradient is stored as f32.
     check_gradient::<f64>(&Device::host(), "double", 1e-7);
+}
+
+/// The relative error of a ResNet-8's gradient against float64 PyTorch, of its loss, and of a product with its Hessian against the
+/// same in double precision.
+fn errors<S: Compute<Master = f32>>(device: &Device) -> [f64; 3] {
+    let fixture = read_json("resnet8-gradient.json");
+    let rows = fixture["rows"].as_array().unwrap();
+    let mut narrow = plan::<S>(device, &fixture, rows.len());
+    Pool::new(device).fill(&mut narrow, rows, &fixture);
+    let start = arena(narrow.parameters(), "resnet8-init.safetensors");
+    let weights = upload::<f32>(device, &start);
+    let mut gradient = device.zeros::<f32>(weights.len()).unwrap();
+    let (mut loss, mut flag) = (device.poisoned(1).unwrap(), device.zeros(1).unwrap());
+    narrow.gradient(weights.view(), Statistics::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
+    let reference = arena(narrow.parameters(), "resnet8-gradient.safetensors");
+    let found = to_f64(&gradient.to_vec().unwrap());
+    let loss = loss.to_vec().unwrap()[0] / number(&fixture["loss"]) - 1.0;
+
+    let host = Device::host();
+    let mut double = plan::<f64>(&host, &fixture, rows.len());
+    Pool::new(&host).fill(&mut double, rows, &fixture);
+    let (w, v) = (upload::<f64>(&host, &start), upload::<f64>(&host, &reference));
+    let (mut product, mut host_flag) = (host.zeros::<f64>(w.len()).unwrap(), host.zeros(1).unwrap());
+    double.hessian_vector(w.view(), v.view(), product.view_mut(), host_flag.view_mut()).unwrap();
+    let expected = product.to_vec().unwrap();
+    let direction = upload::<f32>(device, &reference);
+    let mut product = device.zeros::<f32>(weights.len()).unwrap();
+    narrow.hessian_vector(weights.view(), direction.view(), product.view_mut(), flag.view_mut()).unwrap();
+    assert_eq!(flag.to_vec().unwrap(), [0]);
+    [relative_error(&found, &reference), loss.abs(), relative_error(&to_f64(&product.to_vec().unwrap()), &expected)]
+}
+
+/// Of the ReLU units, a share as large as the rounding lies so close to zero that it switches, and each changes the gradient by
+/// what passes through it: errors are of the order of the rounding's square root.
+fn check_errors<S: Compute<Master = f32>>(device: &Device) {
+    let [gradient, loss, product] = errors::<S>(device);
+    let (name, roundoff) = (S::NAME, roundoff::<S>());
+    println!("{name}: gradient {gradient:.1e}, loss {loss:.1e}, product with the Hessian {product:.1e}");
+    assert!(gradient < roundoff.sqrt(), "{name}: gradient's relative error {gradient:.1e}");
+    assert!(product < roundoff.sqrt(), "{name}: product's relative error {product:.1e}");
+    assert!(loss < roundoff, "{name}: loss's relative error {loss:.1e}");
+}
+
+#[test]
+fn gradients_and_products_are_near_those_in_double_precision() {
+    for device in fast_devices() {
+        check_errors::<Tf32>(&device);
+        check_errors::<f16>(&device);
+        check_errors::<bf16>(&device);
+    }
 }
 
 #[test]

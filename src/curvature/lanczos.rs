@@ -167,9 +167,7 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
         const OPERATION: &str = "Lanczos's method";
         let device = self.weights.device().clone();
         // What lies between tensors is no direction; zero there, it stays zero.
-        for gap in self.objective.padding() {
-            self.direction.slice_mut(gap)?.clear()?;
-        }
+        self.clear_padding()?;
         self.product.view_mut().copy_from(self.direction.view())?;
         let mut length = self.product_norm(OPERATION)?;
         let mut krylov = Krylov { basis: Vec::new(), diagonal: Vec::new(), off_diagonal: Vec::new() };

@@ -51,8 +51,11 @@
 //! ```
 
 mod lanczos;
+mod neighbourhood;
+mod trace;
 
 pub use lanczos::{Density, Eigenpair};
+pub use neighbourhood::Rise;
 
 use crate::device::{Buffer, Error, Result, Scalar, Slice};
 use crate::kernels::random;
@@ -71,7 +74,8 @@ pub struct Estimate {
 }
 
 impl Estimate {
-    fn of(samples: &[f64]) -> Self {
+    /// The mean of such samples.
+    pub fn of(samples: &[f64]) -> Self {
         let count = samples.len() as f64;
         let value = samples.iter().sum::<f64>() / count;
         let squares: f64 = samples.iter().map(|sample| (sample - value).powi(2)).sum();
@@ -145,24 +149,12 @@ impl<'a, T: Scalar, O: Objective<T>> Curvature<'a, T, O> {
         Ok(self.quadratic_form(OPERATION)? / (norm * norm))
     }
 
-    /// The trace of the Hessian by Hutchinson's estimator (1990): the mean of `vᵀHv` over vectors v of random signs, whose expected
-    /// value it is and whose variance is `2 Σ_{i≠j} h_ij²`. One product with the Hessian per probe, whatever their number in the
-    /// same memory; `progress` is told of each. Probe p is drawn from `seed` and p alone, so more probes go on where fewer ended.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] for no probe, or where a product is not finite; those of the objective.
-    pub fn trace(&mut self, probes: usize, seed: u64, mut progress: impl FnMut(usize)) -> Result<Estimate> {
-        const OPERATION: &str = "Curvature::trace";
-        if probes == 0 {
-            return Err(Error::Argument { operation: OPERATION, message: "no probe".into() });
+    /// Zeros where no weight is.
+    fn clear_padding(&mut self) -> Result<()> {
+        for gap in self.objective.padding() {
+            self.direction.slice_mut(gap)?.clear()?;
         }
-        let mut samples = Vec::new();
-        for probe in 0..probes {
-            self.random_signs(seed, probe)?;
-            samples.push(self.quadratic_form(OPERATION)?);
-            progress(probe + 1);
-        }
-        Ok(Estimate::of(&samples))
+        Ok(())
     }
 
     /// Makes the direction one of random signs.

@@ -87,4 +87,34 @@ impl CurvatureMeter {
         let mut all = self.accumulator.over(&mut images);
         Ok(measure(&mut Curvature::new(&mut all, weights)?)?)
     }
+
+    /// What `measure` finds for the loss of each part by itself.
+    ///
+    /// # Errors
+    /// Those of the measurement.
+    pub fn at_each_part<R>(
+        &mut self,
+        weights: Slice<'_, f32>,
+        statistics: Slice<'_, f32>,
+        mut measure: impl FnMut(&mut Curvature<'_, f32, Batch<'_, f32>>) -> crate::device::Result<R>,
+    ) -> Result<Vec<R>, TrainError> {
+        self.plan.set_statistics(statistics)?;
+        let (pixels, labels) = self.images.views();
+        let part = self.shape.batch;
+        let found = (0..self.order.len() / part).map(|number| {
+            let mut images = Batch {
+                plan: &mut self.plan,
+                shape: self.shape,
+                pixels,
+                labels,
+                order: self.order.slice(number * part..(number + 1) * part)?,
+                samples: part,
+                clock: None,
+                normalization: &self.normalization,
+                augment: None,
+            };
+            Ok(measure(&mut Curvature::new(&mut images, weights)?)?)
+        });
+        found.collect()
+    }
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use polder::arena::Layout;
-use polder::device::{Buffer, Compute, Device, HostOptions, Scalar};
+use polder::device::{Buffer, Compute, Device};
 use polder::kernels::image::{self, BatchShape, Normalization, Position};
 use polder::nn::{Model, Shortcut};
 use polder::optim::{
@@ -13,7 +13,7 @@ use polder::plan::{Plan, PlanOptions, Shape};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-use super::{Grouped, to_f64};
+use super::{Grouped, fast_devices, relative_error, to_f64, upload};
 
 fn fixture(name: &str) -> PathBuf {
     let folder = std::env::var("POLDER_FIXTURES")
@@ -96,26 +96,6 @@ pub fn plan<S: Compute>(device: &Device, fixture: &Value, batch: usize) -> Plan<
     let (graph, logits) = model.trace(shape, 10).unwrap();
     let label_smoothing = fixture["label_smoothing"].as_f64().unwrap_or(0.0);
     Plan::new(device, graph, logits, PlanOptions { label_smoothing, ..PlanOptions::training() }).unwrap()
-}
-
-pub fn upload<T: Scalar>(device: &Device, values: &[f64]) -> Buffer<T> {
-    let values: Vec<T> = values.iter().map(|&value| T::from_f64(value)).collect();
-    device.upload(&values).unwrap()
-}
-
-/// ‖a − b‖/‖b‖.
-pub fn relative_error(found: &[f64], reference: &[f64]) -> f64 {
-    let difference: f64 = found.iter().zip(reference).map(|(a, b)| (a - b).powi(2)).sum();
-    (difference / reference.iter().map(|b| b * b).sum::<f64>()).sqrt()
-}
-
-/// The CPU with two threads, and the device that `POLDER_TEST_DEVICE` names.
-pub fn fast_devices() -> Vec<Device> {
-    let mut devices = vec![Device::host_with(HostOptions { threads: 2, ..HostOptions::default() })];
-    if let Ok(name) = std::env::var("POLDER_TEST_DEVICE") {
-        devices.push(Device::from_name(&name).unwrap());
-    }
-    devices
 }
 
 /// The optimizer's settings of a run.

@@ -7,7 +7,7 @@ pub mod fixtures;
 use std::ops::Range;
 
 use polder::arena::Kind;
-use polder::device::{Compute, Device, HostOptions, Result, Schedule, Slice, SliceMut};
+use polder::device::{Buffer, Compute, Device, HostOptions, Result, Scalar, Schedule, Slice, SliceMut};
 use polder::objective::{Objective, Statistics};
 use polder::plan::Plan;
 
@@ -112,6 +112,31 @@ pub fn assert_close<T: Compute>(what: &str, found: &[T], expected: &[f64], toler
 /// The bits of a vector, for comparisons that allow no difference at all.
 pub fn bits<T: Compute>(values: &[T]) -> Vec<u64> {
     values.iter().map(|&value| value.to_f64().to_bits()).collect()
+}
+
+pub fn upload<T: Scalar>(device: &Device, values: &[f64]) -> Buffer<T> {
+    let values: Vec<T> = values.iter().map(|&value| T::from_f64(value)).collect();
+    device.upload(&values).unwrap()
+}
+
+/// ‖a − b‖/‖b‖.
+pub fn relative_error(found: &[f64], reference: &[f64]) -> f64 {
+    let difference: f64 = found.iter().zip(reference).map(|(a, b)| (a - b).powi(2)).sum();
+    (difference / reference.iter().map(|b| b * b).sum::<f64>()).sqrt()
+}
+
+/// The CPU with two threads, and the device that `POLDER_TEST_DEVICE` names.
+pub fn fast_devices() -> Vec<Device> {
+    let mut devices = vec![Device::host_with(HostOptions { threads: 2, ..HostOptions::default() })];
+    if let Ok(name) = std::env::var("POLDER_TEST_DEVICE") {
+        devices.push(Device::from_name(&name).unwrap());
+    }
+    devices
+}
+
+/// Half a unit in the last place of a number in [1, 2).
+pub fn roundoff<S: Compute>() -> f64 {
+    if S::NAME == "bf16" { 2f64.powi(-8) } else { 2f64.powi(-11) }
 }
 
 /// Random weights of a sane size: He's for matrices, near one for scales.

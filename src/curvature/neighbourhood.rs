@@ -1,0 +1,193 @@
+//! The loss around the weights: how far it rises within a ball, how steep it gets there, how bumpy it is along random lines.
+
+use super::{Curvature, Estimate, multiply};
+use crate::device::{Error, Result, Scalar, Slice};
+use crate::kernels::vector::{self, Combination};
+use crate::kernels::{random, sharpness};
+use crate::objective::{Objective, Statistics};
+
+/// A gradient no longer than this points nowhere: an ascent goes on in a random direction.
+const STATIONARY: f64 = 1e-12;
+
+/// How far the loss rises from `L(w)` within the ball of radius ρ around w.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rise {
+    /// `L(w + ρv) − L(w)`, v = ∇L/‖∇L‖: SAM's estimate. 0 where the gradient vanishes.
+    pub one_step: f64,
+    /// The largest rise that was found, by one step or by several.
+    pub largest: f64,
+}
+
+impl Rise {
+    /// How much of the rise one step finds; CR-SAM's approximation ratio, at most 1. None where the loss does not rise.
+    pub fn approximation_ratio(&self) -> Option<f64> {
+        (self.largest > 0.0).then(|| self.one_step / self.largest)
+    }
+}
+
+impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
+    /// `(L(w + ρv) + L(w − ρv) − 2 L(w))/ρ²`, v = ∇L/‖∇L‖: the curvature along the gradient as CR-SAM sees it, over a distance, where
+    /// [`Curvature::along_gradient`] has it at w itself. Three gradients.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a ρ that is not above zero, where the gradient is zero, or something is not finite; those of the
+    /// objective.
+    pub fn along_gradient_by_difference(&mut self, rho: f64) -> Result<f64> {
+        const OPERATION: &str = "Curvature::along_gradient_by_difference";
+        check_rho(OPERATION, rho)?;
+        let middle = self.loss_at(self.weights)?;
+        let norm = self.product_norm(OPERATION)?;
+        if norm <= STATIONARY {
+            return Err(Error::Argument { operation: OPERATION, message: "the gradient is zero".into() });
+        }
+        self.direction.view_mut().copy_from(self.product.view())?;
+        let mut point = self.weights.device().zeros(self.weights.len())?;
+        let mut sum = 0.0;
+        for side in [rho, -rho] {
+            point.view_mut().copy_from(self.weights)?;
+            vector::axpy(side / norm, self.direction.view(), point.view_mut())?;
+            sum += self.loss_at(point.view())? - middle;
+        }
+        Ok(sum / (rho * rho))
+    }
+
+    /// How far the loss rises within the ball of radius ρ: after one step along the gradient (Foret et al. 2021), and at the highest
+    /// point of `steps` steps of projected ascent, whose lengths fall from 4ρ/steps to zero (CR-SAM's section 3 takes 20). `steps` + 2
+    /// gradients. Where the gradient vanishes an ascent begins in a random direction, drawn from `seed`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a ρ that is not above zero, or where something is not finite; those of the objective.
+    pub fn rise(&mut self, rho: f64, steps: usize, seed: u64) -> Result<Rise> {
+        const OPERATION: &str = "Curvature::rise";
+        check_rho(OPERATION, rho)?;
+        let start = self.loss_at(self.weights)?;
+        let norm = self.product_norm(OPERATION)?;
+        let mut one_step = 0.0;
+        if norm > STATIONARY {
+            let mut point = self.weights.device().zeros(self.weights.len())?;
+            point.view_mut().copy_from(self.weights)?;
+            vector::axpy(rho / norm, self.product.view(), point.view_mut())?;
+            one_step = self.loss_at(point.view())? - start;
+        }
+        let highest = self.ascend((rho, steps, seed), |curvature, point| curvature.loss_at(point))?;
+        Ok(Rise { one_step, largest: (highest - start).max(one_step) })
+    }
+
+    /// `ρ · max ‖∇L(w + ε)‖` over ‖ε‖ ≤ ρ, the value that GNR bounds the sharpness with (its section 2.3), at the highest point of
+    /// `steps` steps of projected ascent as in [`Curvature::rise`]: along `H∇L`, which is where the norm grows. `steps` + 1 gradients and
+    /// products with the Hessian.
+    ///
+    /// # Errors
+    /// As [`Curvature::rise`].
+    pub fn steepest(&mut self, rho: f64, steps: usize, seed: u64) -> Result<f64> {
+        const OPERATION: &str = "Curvature::steepest";
+        check_rho(OPERATION, rho)?;
+        let steepest = self.ascend((rho, steps, seed), |curvature, point| {
+            curvature.loss_at(point)?;
+            let norm = curvature.product_norm(OPERATION)?;
+            let Curvature { objective, direction, product, flag, .. } = curvature;
+            direction.view_mut().copy_from(product.view())?;
+            multiply(*objective, point, direction.view(), product, flag)?;
+            Ok(norm)
+        })?;
+        Ok(rho * steepest)
+    }
+
+    /// How many local minima and maxima the loss has along a line from w in a random direction, at its inner points: means over
+    /// `directions` lines of `steps` steps of this length (GNR's section 3.1 has 100, 10 and 0.01). One gradient per point; `progress` is
+    /// told of each line.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for no direction, or where a loss is not finite; those of the objective.
+    pub fn extrema(
+        &mut self,
+        directions: usize,
+        (steps, length): (usize, f64),
+        seed: u64,
+        mut progress: impl FnMut(usize),
+    ) -> Result<[Estimate; 2]> {
+        const OPERATION: &str = "Curvature::extrema";
+        if directions == 0 {
+            return Err(Error::Argument { operation: OPERATION, message: "no direction".into() });
+        }
+        let start = self.loss_at(self.weights)?;
+        let mut point = self.weights.device().zeros(self.weights.len())?;
+        let mut counts = [Vec::new(), Vec::new()];
+        for line in 0..directions {
+            let norm = self.random_direction(seed, line)?;
+            let mut losses = vec![start];
+            for step in 1..=steps {
+                point.view_mut().copy_from(self.weights)?;
+                vector::axpy(step as f64 * length / norm, self.direction.view(), point.view_mut())?;
+                losses.push(self.loss_at(point.view())?);
+            }
+            let inner = |sign: f64| {
+                let above = |of: &[f64]| sign * of[1] > sign * of[0] && sign * of[1] > sign * of[2];
+                losses.windows(3).filter(|of| above(of)).count() as f64
+            };
+            counts[0].push(inner(-1.0));
+            counts[1].push(inner(1.0));
+            progress(line + 1);
+        }
+        Ok(counts.map(|counts| Estimate::of(&counts)))
+    }
+
+    /// The loss at a point; its gradient is left in the product.
+    fn loss_at(&mut self, point: Slice<'_, T>) -> Result<f64> {
+        let Self { objective, product, number, flag, .. } = self;
+        flag.clear()?;
+        product.clear()?;
+        objective.gradient(point, Statistics::Keep, product.view_mut(), number.view_mut(), flag.view_mut())?;
+        self.finite_number("Curvature")
+    }
+
+    /// Makes the direction a normal one, and returns its length.
+    fn random_direction(&mut self, seed: u64, number: usize) -> Result<f64> {
+        let first = number * self.weights.len().next_multiple_of(4);
+        random::normal(self.direction.view_mut(), seed, first as u64)?;
+        self.clear_padding()?;
+        vector::l2_norm(self.direction.view(), &mut self.reduction, self.number.view_mut())?;
+        self.finite_number("Curvature")
+    }
+
+    /// Ascends from w within the ball of radius ρ. `uphill` tells how high a point is and leaves in the product where it goes up
+    /// there; the highest is returned.
+    fn ascend(
+        &mut self,
+        (rho, steps, seed): (f64, usize, u64),
+        mut uphill: impl FnMut(&mut Self, Slice<'_, T>) -> Result<f64>,
+    ) -> Result<f64> {
+        let (device, len) = (self.weights.device().clone(), self.weights.len());
+        let (mut point, mut displacement) = (device.zeros(len)?, device.zeros(len)?);
+        let mut highest = uphill(self, self.weights)?;
+        for step in 0..steps {
+            let length = 4.0 * rho / steps as f64 * (1.0 - step as f64 / steps as f64);
+            vector::l2_norm(self.product.view(), &mut self.reduction, self.number.view_mut())?;
+            let norm = self.finite_number("Curvature")?;
+            if norm > STATIONARY {
+                vector::axpy(length / norm, self.product.view(), displacement.view_mut())?;
+            } else {
+                let norm = self.random_direction(seed, step)?;
+                vector::axpy(length / norm, self.direction.view(), displacement.view_mut())?;
+            }
+            vector::l2_norm(displacement.view(), &mut self.reduction, self.number.view_mut())?;
+            let from_centre = self.finite_number("Curvature")?;
+            if from_centre > rho {
+                let alone = Combination::alone(displacement.view(), self.one.view());
+                sharpness::combine(alone, rho / from_centre, false, self.product.view_mut(), None)?;
+                displacement.view_mut().copy_from(self.product.view())?;
+            }
+            point.view_mut().copy_from(self.weights)?;
+            vector::axpy(1.0, displacement.view(), point.view_mut())?;
+            highest = highest.max(uphill(self, point.view())?);
+        }
+        Ok(highest)
+    }
+}
+
+fn check_rho(operation: &'static str, rho: f64) -> Result<()> {
+    if rho.is_finite() && rho > 0.0 {
+        return Ok(());
+    }
+    Err(Error::Argument { operation, message: format!("a radius of {rho}, expected a finite number above 0") })
+}

@@ -1,0 +1,135 @@
+//! The trace of the Hessian: as a whole, by parts of the weights, and with most of its variance taken out.
+
+use std::ops::Range;
+
+use super::{Curvature, Estimate, multiply};
+use crate::device::{Buffer, Error, Result, Scalar};
+use crate::kernels::sharpness;
+use crate::kernels::vector::{self, Combination};
+use crate::objective::Objective;
+
+impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
+    /// The trace of the Hessian by Hutchinson's estimator (1990): the mean of `vᵀHv` over vectors v of random signs, whose expected
+    /// value it is and whose variance is `2 Σ_{i≠j} h_ij²`. One product with the Hessian per probe, whatever their number in the
+    /// same memory; `progress` is told of each. Probe p is drawn from `seed` and p alone, so more probes go on where fewer ended.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for no probe, or where a product is not finite; those of the objective.
+    pub fn trace(&mut self, probes: usize, seed: u64, mut progress: impl FnMut(usize)) -> Result<Estimate> {
+        const OPERATION: &str = "Curvature::trace";
+        check_probes(OPERATION, probes)?;
+        let mut samples = Vec::new();
+        for probe in 0..probes {
+            self.random_signs(seed, probe)?;
+            samples.push(self.quadratic_form(OPERATION)?);
+            progress(probe + 1);
+        }
+        Ok(Estimate::of(&samples))
+    }
+
+    /// The traces of the Hessian's diagonal blocks: of each of these parts of the weights. By Hutchinson's estimator with the probes
+    /// of [`Curvature::trace`], whose products each serve all parts.
+    ///
+    /// # Errors
+    /// As [`Curvature::trace`], and [`Error::Range`] for a part that is none.
+    pub fn traces(
+        &mut self,
+        parts: &[Range<usize>],
+        probes: usize,
+        seed: u64,
+        mut progress: impl FnMut(usize),
+    ) -> Result<Vec<Estimate>> {
+        const OPERATION: &str = "Curvature::traces";
+        check_probes(OPERATION, probes)?;
+        let mut samples = vec![Vec::new(); parts.len()];
+        for probe in 0..probes {
+            self.random_signs(seed, probe)?;
+            multiply(self.objective, self.weights, self.direction.view(), &mut self.product, &mut self.flag)?;
+            for (part, samples) in parts.iter().zip(&mut samples) {
+                let (signs, product) = (self.direction.slice(part.clone())?, self.product.slice(part.clone())?);
+                vector::dot(signs, product, &mut self.reduction, self.number.view_mut())?;
+                samples.push(self.finite_number(OPERATION)?);
+            }
+            progress(probe + 1);
+        }
+        Ok(samples.iter().map(|samples| Estimate::of(samples)).collect())
+    }
+
+    /// The trace by Hutch++ (Meyer, Musco, Musco and Woodruff 2021): a third of the `products` finds directions in which the Hessian is
+    /// large, a third its trace there, exactly, and Hutchinson's estimator takes the rest for what is left. Its error falls as the
+    /// inverse of the products instead of their root where few eigenvalues are large. The standard error is that of the last part.
+    /// Memory: a vector for each three products.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for fewer than three products, or where one is not finite; those of the objective.
+    pub fn trace_hutch_plus_plus(
+        &mut self,
+        products: usize,
+        seed: u64,
+        mut progress: impl FnMut(usize),
+    ) -> Result<Estimate> {
+        const OPERATION: &str = "Curvature::trace_hutch_plus_plus";
+        let directions = products / 3;
+        if directions == 0 {
+            let message = format!("{products} products, expected at least 3");
+            return Err(Error::Argument { operation: OPERATION, message });
+        }
+        let mut done = 0;
+        let mut tell = || {
+            done += 1;
+            progress(done);
+        };
+        let mut basis: Vec<Buffer<T>> = Vec::new();
+        for probe in 0..directions {
+            self.random_signs(seed, probe)?;
+            multiply(self.objective, self.weights, self.direction.view(), &mut self.product, &mut self.flag)?;
+            tell();
+            let whole = self.product_norm(OPERATION)?;
+            self.direction.view_mut().copy_from(self.product.view())?;
+            // Twice: once leaves what rounding makes of a large part that is taken out.
+            self.take_out(&basis)?;
+            self.take_out(&basis)?;
+            self.product.view_mut().copy_from(self.direction.view())?;
+            let left = self.product_norm(OPERATION)?;
+            // What lies in the space already, but for rounding, is no new direction.
+            if left > 1e-5 * whole {
+                let mut unit = self.weights.device().zeros(self.weights.len())?;
+                let alone = Combination::alone(self.direction.view(), self.one.view());
+                sharpness::combine(alone, 1.0 / left, false, unit.view_mut(), None)?;
+                basis.push(unit);
+            }
+        }
+        let mut inside = 0.0;
+        for unit in &basis {
+            self.direction.view_mut().copy_from(unit.view())?;
+            inside += self.quadratic_form(OPERATION)?;
+            tell();
+        }
+        let mut outside = Vec::new();
+        for probe in directions..products - directions {
+            self.random_signs(seed, probe)?;
+            self.take_out(&basis)?;
+            outside.push(self.quadratic_form(OPERATION)?);
+            tell();
+        }
+        let outside = Estimate::of(&outside);
+        Ok(Estimate { value: inside + outside.value, ..outside })
+    }
+
+    /// Takes the parts along these orthonormal vectors out of the direction.
+    fn take_out(&mut self, basis: &[Buffer<T>]) -> Result<()> {
+        for unit in basis {
+            vector::dot(unit.view(), self.direction.view(), &mut self.reduction, self.number.view_mut())?;
+            let along = self.finite_number("Curvature")?;
+            vector::axpy(-along, unit.view(), self.direction.view_mut())?;
+        }
+        Ok(())
+    }
+}
+
+fn check_probes(operation: &'static str, probes: usize) -> Result<()> {
+    if probes > 0 {
+        return Ok(());
+    }
+    Err(Error::Argument { operation, message: "no probe".into() })
+}
