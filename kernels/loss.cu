@@ -48,8 +48,8 @@ struct Largest {
 };
 
 /// loss = log(sum exp z) - (1 - smoothing) z[label] - smoothing / classes sum z, all about the largest logit; its gradient over
-/// the batch size, times the loss scale. A logit that is not finite gives a loss that is not finite: each of them enters through the last term, whose
-/// product with a smoothing of zero is then a NaN.
+/// the batch size, times the loss scale. A logit that is not finite gives a loss that is not finite: each of them enters
+/// through the last term, whose product with a smoothing of zero is then a NaN.
 template <class T>
 __device__ void cross_entropy(const CrossEntropyArgs<T>& a) {
     const bool alone = block_threads() == 1;

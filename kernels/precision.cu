@@ -16,7 +16,8 @@ struct UnscaleArgs {
     uint64_t n;
 };
 
-/// x = x / scale, exactly; flag[0] = 1 if any x[i] was infinite or NaN. Every thread that writes writes the same value.
+/// x = x / scale, exactly but for what becomes subnormal; flag[0] = 1 if any x[i] was infinite or NaN. Every thread that writes
+/// writes the same value.
 __device__ void unscale_body(const UnscaleArgs& a) {
     const float inverse = float(1.0 / a.state[0]);
     float* __restrict__ x = a.x;
@@ -49,6 +50,26 @@ __device__ void update_scale(const UpdateScaleArgs& a) {
     a.state[1] = skipped || due ? 0.0 : a.state[1] + 1.0;
 }
 
+struct DirectionScaleArgs {
+    const double* norm;
+    const double* state;
+    double* out;
+    double target;
+};
+
+/// The power of two that brings a vector of this norm nearest to the target, as the coefficients of a vector alone, and then
+/// what its product with the Hessian has to be divided by, laid out as a loss scale. One thread.
+__device__ void scale_direction(const DirectionScaleArgs& a) {
+    if (threadIdx.x != 0 || blockIdx.x != 0) return;
+    const double exponent = rint(log2(a.target / a.norm[0]));
+    // A norm that is zero, infinite or a NaN is left to the passes.
+    const double factor = exponent > -100.0 && exponent < 100.0 ? exp2(exponent) : 1.0;
+    a.out[0] = factor;
+    a.out[1] = a.out[2] = a.out[3] = 0.0;
+    a.out[4] = factor * a.state[0];
+    a.out[5] = 0.0;
+}
+
 struct DifferenceArgs {
     const float* from;
     const float* to;
@@ -78,3 +99,4 @@ POLDER_KERNEL(rounded_difference_f16, rounded_difference<__half>, DifferenceArgs
 POLDER_KERNEL(rounded_difference_bf16, rounded_difference<__nv_bfloat16>, DifferenceArgs)
 POLDER_KERNEL(unscale, unscale_body, UnscaleArgs)
 POLDER_KERNEL(loss_scale_update, update_scale, UpdateScaleArgs)
+POLDER_KERNEL(direction_scale, scale_direction, DirectionScaleArgs)

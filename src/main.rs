@@ -237,7 +237,7 @@ struct CurvatureArgs {
     /// Lanczos steps: at most for eigenvalues, for each probe of the spectrum
     #[arg(long, value_name = "N", default_value_t = 80)]
     steps: usize,
-    /// Eigenvalues are found when none moves by more than this share of the largest
+    /// Eigenvalues are found when no residual is more than this share of the largest
     #[arg(long, value_name = "T", default_value_t = 1e-4)]
     tolerance: f64,
     /// Radius of the neighbourhood that sharpness and its like look at

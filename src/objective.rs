@@ -61,8 +61,8 @@ pub trait Objective<T: Scalar> {
         Err(Error::Argument { operation: "Objective::hessian_vector", message })
     }
 
-    /// Writes to `out` what becomes of the step from `from` to `to`: their difference, and where the objective rounds weights before
-    /// it uses them, that of the rounded ones. For observation; three vectors laid out alike.
+    /// Writes to `out` what becomes of the step from `from` to `to`: their difference, and where the objective rounds weights
+    /// before it uses them, that of the rounded ones. For observation; three vectors laid out alike.
     ///
     /// # Errors
     /// Those of the device.
@@ -70,7 +70,8 @@ pub trait Objective<T: Scalar> {
         difference(from, to, out)
     }
 
-    /// The parts of the vector that belong to no weight, such as what lies between aligned tensors: a random direction is zero there.
+    /// The parts of the vector that belong to no weight, such as what lies between aligned tensors: a random direction is zero
+    /// there.
     fn padding(&self) -> Vec<Range<usize>> {
         Vec::new()
     }
@@ -88,6 +89,9 @@ pub trait Objective<T: Scalar> {
         let _ = group;
         Ok(())
     }
+
+    /// Ends a step that has failed with an error: drops what its passes have left for the end. It cannot fail itself.
+    fn abandon(&mut self) {}
 
     /// Ends a step: makes the statistics of the passes with [`Statistics::Update`] permanent, unless `skip` (one element, on
     /// the device) is set.
@@ -128,8 +132,8 @@ impl<T: Scalar> Accumulator<T> {
 
     /// The objective whose every group is `parts` consecutive groups of `objective`: loss, gradient and product with the Hessian
     /// are the means of theirs, in each pass. With batch norm in training mode it is not quite that of the whole batch, because
-    /// each part is normalised by itself. Groups of `objective` that do not fill a last one are left out; where there are too few for
-    /// one, every pass is an [`Error::Argument`].
+    /// each part is normalised by itself. Groups of `objective` that do not fill a last one are left out; where there are too
+    /// few for one, every pass is an [`Error::Argument`].
     pub fn over<'a, O: Objective<T>>(&'a mut self, objective: &'a mut O) -> Accumulated<'a, T, O> {
         Accumulated { accumulator: self, objective, group: 0 }
     }
@@ -223,6 +227,10 @@ impl<T: Scalar, O: Objective<T>> Objective<T> for Accumulated<'_, T, O> {
             // Each pass goes through the parts itself.
             _ => Ok(()),
         }
+    }
+
+    fn abandon(&mut self) {
+        self.objective.abandon();
     }
 
     fn commit(&mut self, skip: Slice<'_, u32>) -> Result<()> {

@@ -179,6 +179,48 @@ fn a_resumed_run_ends_with_the_same_bits() {
     }
 }
 
+/// A run records a step and replays it; one that is logged at every step takes them all one by one. Both end with the same
+/// bits, and so does one that was cut off and resumed.
+#[test]
+fn replayed_steps_are_the_steps_themselves() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = idx_folder(folder.path());
+    let data = data.to_str().unwrap();
+    let runs: [&[&str]; 10] = [
+        &["--optimizer", "sgd"],
+        &["--optimizer", "adamw", "--precision", "bf16"],
+        &["--optimizer", "sam", "--precision", "f16", "--warmup", "5"],
+        &["--optimizer", "sam", "--m-sharpness", "8", "--micro-batch", "4", "--clip", "0.5"],
+        &["--optimizer", "asam", "--base", "adamw"],
+        &["--optimizer", "cr-sam"],
+        &["--optimizer", "gnr", "--hvp", "exact", "--oracle", "sam"],
+        &["--optimizer", "gam"],
+        &["--optimizer", "gsam", "--rho-schedule", "lr"],
+        &["--optimizer", "sa-sam"],
+    ];
+    for (number, run) in runs.into_iter().enumerate() {
+        let model = |name: &str, steps: &str, extra: &[&str]| {
+            let out = folder.path().join(format!("{number}-{name}"));
+            let common = ["train", "--data", data, "--batch-size", "16", "--device", "cpu", "--steps", steps, "--out"];
+            let arguments = [&common[..], &[out.to_str().unwrap()], run, extra].concat();
+            let done = polder(&arguments);
+            assert!(done.status.success(), "{arguments:?}: {}", text(&done.stderr));
+            (out.clone(), move || std::fs::read(out.join("model.safetensors")).unwrap())
+        };
+        let (_, replayed) = model("replayed", "15", &[]);
+        let (_, direct) = model("direct", "15", &["--log-every", "1"]);
+        assert!(replayed() == direct(), "{run:?}: replayed steps have other bits");
+        if number == 2 {
+            // The schedule is that of the whole run.
+            let constant = ["--schedule", "constant"];
+            let (_, whole) = model("whole", "15", &constant);
+            let (cut, parts) = model("cut", "8", &constant);
+            assert!(polder(&["train", "--resume", cut.to_str().unwrap(), "--steps", "15"]).status.success());
+            assert!(whole() == parts(), "{run:?}: resumed and replayed steps have other bits");
+        }
+    }
+}
+
 #[cfg(unix)]
 #[test]
 fn an_interrupt_finishes_the_step_and_the_run_can_go_on() {

@@ -390,8 +390,8 @@ fn wave<const K: usize>(theta: f64) -> [f64; 3] {
     [cosine, -k * sine, -k * k * cosine]
 }
 
-/// Section 2.3 of the GNR paper: at θ = 0 with ρ = 1, the sharpness of SAM is 2 for one wave and for three, and GNR's value tells them
-/// apart: π and 3π.
+/// Section 2.3 of the GNR paper: at θ = 0 with ρ = 1, the sharpness of SAM is 2 for one wave and for three, and GNR's value
+/// tells them apart: π and 3π.
 #[test]
 fn waves_have_the_same_sharpness_and_another_steepness() {
     use std::f64::consts::PI;
@@ -411,7 +411,7 @@ fn waves_have_the_same_sharpness_and_another_steepness() {
         let found = curvature.steepest(1.0, 400, 1).unwrap();
         assert!((found - steepest).abs() < 1e-6, "{found} instead of {steepest}");
     }
-    // Eight waves from one side to the other: seven tops between, and eight bottoms, one of them at the start.
+    // Eight waves from the start, at a bottom, to the end, at another: eight tops between, and seven bottoms.
     let mut objective = Line(wave::<16>);
     let mut curvature = Curvature::new(&mut objective, weights.view()).unwrap();
     let [minima, maxima] = curvature.extrema(3, (160, 1.0 / 160.0), 1, |_| ()).unwrap();

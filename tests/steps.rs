@@ -88,6 +88,10 @@ impl<T: Scalar> Objective<T> for Images<T> {
         Ok(())
     }
 
+    fn abandon(&mut self) {
+        self.plan.abandon();
+    }
+
     fn commit(&mut self, skip: Slice<'_, u32>) -> Result<()> {
         self.plan.commit(skip)
     }
@@ -315,6 +319,9 @@ fn a_step_that_fails_leaves_nothing_for_the_next() {
             flag: SliceMut<'_, u32>,
         ) -> Result<()> {
             self.0.gradient(weights, statistics, gradient, loss, flag)
+        }
+        fn abandon(&mut self) {
+            self.0.abandon();
         }
         fn commit(&mut self, skip: Slice<'_, u32>) -> Result<()> {
             self.0.commit(skip)

@@ -27,7 +27,7 @@ CRITERION_HOME=$(mktemp -d)
 export CRITERION_HOME
 
 # Tests of whole runs, which launch the same kernels as the others and take long under compute-sanitizer.
-not_sanitized="lib data training allocation curvature hessian methods plan steps"
+not_sanitized="lib data training allocation curvature hessian methods plan steps precision"
 
 row() { printf '%-32s %-10s %5s s\n' "$1" "$2" "$3" >>"$table"; }
 
@@ -106,6 +106,9 @@ for pair in pytorch:step_peer vector:vector_peer; do
         run peers "$script" 80 python3 "$script" --device cuda:0 --binary "$binary" $quick
     fi
 done
+# On tensor cores. With more time: every model and method, --rounds 30, and the other precisions.
+run peers "peers/pytorch.py in f16" 120 python3 peers/pytorch.py --device cuda:0 --binary bin/step_peer \
+    --models resnet20 resnet18 --methods sam --rounds 3 --seconds 0.3 --precision f16
 
 for name in vector batch_norm step conv; do
     run benches "bench $name" 60 "benches/$name" --bench

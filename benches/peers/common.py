@@ -142,13 +142,13 @@ class Peer:
 # ---- Measuring ---------------------------------------------------------------------------------------------------------
 
 
-def prepare(device, threads):
-    """Float32 arithmetic as ours: TF32 off, cuDNN free to choose its algorithms."""
+def prepare(device, threads, precision="f32"):
+    """Arithmetic as ours: TF32 where it is asked for alone, cuDNN free to choose its algorithms."""
     torch.manual_seed(1)
     torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = False
 
 

@@ -9,7 +9,9 @@ A ReLU input within float32 rounding of zero falls on either side, and each one 
 memory formats differ by 1e-3 to 4e-3 from each other on the batches timed. So the sharp comparison (1e-3) runs on a few images
 whose ReLU inputs all keep clear of zero, and the batch that is timed is compared more loosely (2e-2).
 PyTorch runs in its best form here, found by trial: contiguous or channels_last, per-parameter or foreach SAM, each of its
-SGD implementations. Then both sides take turns on the same batch, and the ratio is taken within each turn, so that whatever
+SGD implementations; on a GPU also with the model compiled (reduce-overhead, max-autotune) and with the whole step as one
+CUDA graph. A form that PyTorch refuses is left out and named. With --precision f16 or bf16 it runs under autocast, in f16
+with the loss scaled; gradients then agree as far as ReLU inputs within the rounding of zero let them. Then both sides take turns on the same batch, and the ratio is taken within each turn, so that whatever
 else slows the machine slows both.
 
 `step_peer --model M --method sgd|sam|cr-sam --batch-size B --device cpu|cuda:N --threads T --weights FILE --images FILE` holds
@@ -38,6 +40,10 @@ from common import A_MIN, ALPHA, B_MIN, BETA, RHO
 # Largest relative L2 error of the gradient: on the images without kinks, and on the batch that is timed.
 SHARP_LIMIT, TIMED_LIMIT = 1e-3, 2e-2
 LOSS_LIMIT = 1e-4
+# In 16 bits a share of the ReLUs as large as the rounding switches, on either side: errors of the order of its root.
+NARROW_LIMIT = {"f16": 0.05, "bf16": 0.2, "tf32": 0.05}
+AUTOCAST = {"f16": torch.float16, "bf16": torch.bfloat16}
+LOSS_SCALE = 65536.0
 # Float32 noise at the input of the k-th ReLU is about 1.25e-7 k (rms) in these nets: six of it.
 KINK_MARGIN = 7.5e-7
 # Where the search for such images starts: the first success of PyTorch 2.11's generator, found once.
@@ -47,8 +53,10 @@ FIRST_SEED = {"resnet8": 100, "resnet20": 109, "resnet18": 163}
 class Step:
     """One training step in PyTorch, as its users write it. Subclasses say how the gradient comes about."""
 
-    def __init__(self, model, optimizer):
+    def __init__(self, model, optimizer, precision="f32"):
         self.model, self.parameters = model, list(model.parameters())
+        self.device_type, self.dtype = self.parameters[0].device.type, AUTOCAST.get(precision)
+        self.scale_of_loss = LOSS_SCALE if precision == "f16" else 1.0
         self.norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
         self.optimizer = torch.optim.SGD(
             self.parameters, common.LR, common.MOMENTUM, weight_decay=common.WEIGHT_DECAY, **optimizer
@@ -57,8 +65,11 @@ class Step:
     def backward(self, x, y):
         """Loss of a pass; its gradients replace those in `.grad`."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(self.model(x), y)
-        loss.backward()
+        with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
+            loss = F.cross_entropy(self.model(x).float(), y)
+        (loss * self.scale_of_loss).backward()
+        if self.scale_of_loss != 1.0:
+            torch._foreach_mul_([p.grad for p in self.parameters], 1.0 / self.scale_of_loss)
         return loss.detach()
 
     def freeze_running_statistics(self, frozen):
@@ -184,12 +195,25 @@ STEPS = {
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-def forms(method):
-    """(name, memory format, step class, SGD options) of every form tried."""
+# How a step is run: the model compiled in a mode of torch.compile, and whether the step is captured.
+EAGER = {"": (None, False)}
+CAPTURED = {
+    "": (None, False), ", CUDA graph": (None, True), ", reduce-overhead": ("reduce-overhead", False),
+    ", max-autotune": ("max-autotune-no-cudagraphs", False), ", max-autotune in a CUDA graph": ("max-autotune-no-cudagraphs", True),
+}
+
+
+def forms(method, device):
+    """(name, memory format, step class, SGD options, mode of torch.compile, captured) of every form tried."""
     for format_name, memory_format in FORMATS.items():
         for step_name, step in STEPS[method].items():
             for optimizer_name, options in OPTIMIZERS.items():
-                yield f"{step_name}{optimizer_name}, {format_name}", memory_format, step, options
+                for way_name, way in (CAPTURED if device.type == "cuda" else EAGER).items():
+                    name = f"{step_name}{optimizer_name}, {format_name}{way_name}"
+                    # Compiled or captured, the plainest forms are not in the running.
+                    if way_name and ("per-parameter" in name or "loop SGD" in name):
+                        continue
+                    yield name, memory_format, step, options, *way
 
 
 def make_batch(batch_size, seed):
@@ -204,8 +228,9 @@ def make_batch(batch_size, seed):
 class Problem:
     """A model's initial weights and one batch, normalised and on the device."""
 
-    def __init__(self, model_name, batch_size, device, seed=5):
+    def __init__(self, model_name, batch_size, device, seed=5, precision="f32"):
         torch.manual_seed(1)
+        self.precision = precision
         self.device, self.batch_size = device, batch_size
         self.model_name, model = model_name, common.MODELS[model_name]()
         self.weights = {k: v.clone() for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
@@ -236,8 +261,7 @@ class Problem:
 
     def gradient(self):
         model = self.model()
-        loss = F.cross_entropy(model(self.x), self.y)
-        loss.backward()
+        loss = Sgd(model, {}, self.precision).backward(self.x, self.y)
         return loss.item(), {name: p.grad.cpu() for name, p in model.named_parameters()}
 
     def write(self, folder):
@@ -250,16 +274,31 @@ class Problem:
 class Runner:
     """A form of a method, ready to run: `run(n)` takes n steps and returns the seconds."""
 
-    def __init__(self, problem, memory_format, step, options):
+    def __init__(self, problem, memory_format, step, options, compiled=None, captured=False):
         self.device = problem.device
-        self.x, self.y = problem.x.contiguous(memory_format=memory_format), problem.y
-        self.step = step(problem.model(memory_format), options)
+        x, y = problem.x.contiguous(memory_format=memory_format), problem.y
+        step = step(problem.model(memory_format), options, problem.precision)
+        if compiled:
+            step.model = torch.compile(step.model, mode=compiled)
+        self.step = lambda: step(x, y)
+        if captured:
+            # Momentum, and what is compiled or chosen at the first call, must be there before the capture.
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    step(x, y)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step(x, y)
+            self.step = graph.replay
 
     def run(self, count):
         common.synchronise(self.device)
         start = time.perf_counter()
         for _ in range(count):
-            self.step(self.x, self.y)
+            self.step()
         common.synchronise(self.device)
         return time.perf_counter() - start
 
@@ -267,9 +306,14 @@ class Runner:
 def best_form(problem, method, seconds):
     """Tries every form for about `seconds`, twice in turns; returns (name, runner, images per second of all)."""
     runners, best = {}, {}
-    for name, *form in forms(method):
-        runners[name] = Runner(problem, *form)
-        runners[name].run(2)
+    for name, *form in forms(method, problem.device):
+        try:
+            runner = Runner(problem, *form)
+            runner.run(2)
+        except Exception as error:  # whatever it is, the other forms are to be had
+            print(f"left out: {name}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+            continue
+        runners[name] = runner
     for _ in range(2):
         for name, runner in runners.items():
             once = runner.run(1)
@@ -283,15 +327,15 @@ def memory_of(arguments, model, method, form):
     """Peak memory of PyTorch's form in a process of its own."""
     command = [sys.executable, __file__, "--memory-of", form, "--models", model, "--methods", method]
     command += ["--batch-size", str(arguments.batch_size), "--device", arguments.device]
-    command += ["--threads", str(arguments.threads)]
+    command += ["--threads", str(arguments.threads), "--precision", arguments.precision]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def report_memory(arguments, device):
     """The child's side of `memory_of`."""
     imported = common.peak_resident_bytes()
-    problem = Problem(arguments.models[0], arguments.batch_size, device)
-    form = {name: rest for name, *rest in forms(arguments.methods[0])}[arguments.memory_of]
+    problem = Problem(arguments.models[0], arguments.batch_size, device, precision=arguments.precision)
+    form = {name: rest for name, *rest in forms(arguments.methods[0], device)}[arguments.memory_of]
     Runner(problem, *form).run(3)
     answer = {"peak_rss_bytes": common.peak_resident_bytes(), "after_import_bytes": imported}
     if device.type == "cuda":
@@ -304,6 +348,7 @@ def start_peer(arguments, problem, method, folder):
     return common.Peer(
         arguments.binary, "--model", problem.model_name, "--method", method, "--batch-size", problem.batch_size,
         "--device", arguments.device, "--threads", arguments.threads, "--weights", weights, "--images", images,
+        "--precision", arguments.precision,
     )
 
 
@@ -320,7 +365,8 @@ def gradient_error(problem, peer, folder, limit):
             sys.exit(f"{name}: {key} is {tuple(value.shape)} in PyTorch, {tuple(ours[key].shape)} in ours")
     error = common.relative_error([ours[key] for key in gradient], list(gradient.values()))
     # Written so that a NaN is refused too.
-    if not (error < limit and abs(our_loss - loss) < LOSS_LIMIT * abs(loss)):
+    loss_limit = NARROW_LIMIT.get(problem.precision, LOSS_LIMIT)
+    if not (error < NARROW_LIMIT.get(problem.precision, limit) and abs(our_loss - loss) < loss_limit * abs(loss)):
         sys.exit(f"{name}: not the same computation: gradient differs by {error:.2e}, losses {our_loss} (ours), {loss}")
     return error
 
@@ -328,7 +374,8 @@ def gradient_error(problem, peer, folder, limit):
 def sharp_gradient_error(arguments, model, method, device, folder):
     """The comparison on a few images without kinks, in a process of its own."""
     count = 2 if model == "resnet18" else 4
-    problems = (Problem(model, count, device, seed) for seed in range(FIRST_SEED[model], 1000))
+    seeds = range(FIRST_SEED[model], 1000)
+    problems = (Problem(model, count, device, seed, arguments.precision) for seed in seeds)
     problem = next(filter(Problem.is_clear_of_kinks, problems), None)
     if problem is None:
         sys.exit(f"{model}: found no images without kinks")
@@ -339,7 +386,7 @@ def sharp_gradient_error(arguments, model, method, device, folder):
 
 
 def compare(arguments, device, model, method, folder):
-    problem = Problem(model, arguments.batch_size, device)
+    problem = Problem(model, arguments.batch_size, device, precision=arguments.precision)
     result = {"model": model, "method": method, "batch_size": arguments.batch_size}
     if not arguments.self:
         result["gradient_error"] = sharp_gradient_error(arguments, model, method, device, folder)
@@ -387,6 +434,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--precision", default="f32", choices=["f32", "tf32", "f16", "bf16"])
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
     parser.add_argument("--seconds", type=float, default=2.0, help="length of one turn of PyTorch, about")
     parser.add_argument("--binary", help="our side; default: step_peer under target/release")
@@ -395,14 +443,14 @@ def main():
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    common.prepare(device, arguments.threads)
+    common.prepare(device, arguments.threads, arguments.precision)
     if arguments.memory_of:
         return report_memory(arguments, device)
     if not arguments.self:
         arguments.binary = common.find_binary("step_peer", arguments.binary)
 
     machine = common.describe(device, arguments.threads)
-    print(f"{machine}; batch {arguments.batch_size}, {arguments.rounds} rounds of about {arguments.seconds} s")
+    print(f"{machine}; {arguments.precision}; batch {arguments.batch_size}, {arguments.rounds} rounds of about {arguments.seconds} s")
     columns = " MiB peak" if arguments.self else "      ours  ratio (min-max)   gradient   MiB   ours"
     print(f"{'':16}   PyTorch {columns}  best PyTorch form")
     results = []
@@ -412,7 +460,7 @@ def main():
                 results.append(compare(arguments, device, model, method, pathlib.Path(folder)))
                 show(results[-1])
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({"machine": machine, "precision": arguments.precision, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

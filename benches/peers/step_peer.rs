@@ -2,7 +2,8 @@
 //! batch, and answers commands on standard input with one JSON line each.
 //!
 //! - `gradient FILE`: writes the gradient of the batch's loss (batch norm in train mode) and answers `{"loss": …}`;
-//! - `steps N`: takes N training steps on the batch and answers `{"seconds": …, "images_per_s": …}`;
+//! - `steps N`: takes N training steps on the batch, all but the first of them replays of a recorded one as in `polder train`, and
+//!   answers `{"seconds": …, "images_per_s": …}`;
 //! - `memory`: answers `{"peak_rss_bytes": …}` (on Linux; 0 elsewhere);
 //! - `quit`.
 
@@ -12,13 +13,14 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::{Parser, ValueEnum};
-use polder::device::Device;
+use half::{bf16, f16};
+use polder::device::{Compute, Device, Graph, Tf32};
 use polder::kernels::image::{self, BatchShape, Normalization, Position};
 use polder::nn::Model;
 use polder::objective::{Objective, Statistics};
 use polder::optim::{Base, CrSamTerms, Form, Method, Optimizer, Settings};
 use polder::plan::{Plan, PlanOptions, Shape};
-use polder::train::{open_device, weights};
+use polder::train::{PrecisionName, open_device, weights};
 use safetensors::SafeTensors;
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -40,6 +42,8 @@ struct Args {
     device: String,
     #[arg(long, default_value_t = 2)]
     threads: usize,
+    #[arg(long, value_enum, default_value = "f32")]
+    precision: PrecisionName,
     /// Weights and running statistics, with torchvision's names.
     #[arg(long)]
     weights: PathBuf,
@@ -50,6 +54,15 @@ struct Args {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
+    match args.precision {
+        PrecisionName::F32 => answer::<f32>(&args),
+        PrecisionName::Tf32 => answer::<Tf32>(&args),
+        PrecisionName::F16 => answer::<f16>(&args),
+        PrecisionName::Bf16 => answer::<bf16>(&args),
+    }
+}
+
+fn answer<S: Compute<Master = f32>>(args: &Args) -> Result<(), Box<dyn Error>> {
     let device = open_device(&args.device, args.threads)?;
     let file = std::fs::read(&args.images)?;
     let tensors = SafeTensors::deserialize(&file)?;
@@ -61,7 +74,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let labels: Vec<u32> = labels.data().chunks_exact(8).map(|bytes| u32::from(bytes[0])).collect();
     let shape = Shape { batch: args.batch_size, height, width, channels };
     let (graph, logits) = Model::from_name(&args.model, None)?.trace(shape, 10)?;
-    let mut plan = Plan::<f32>::new(&device, graph, logits, PlanOptions::training())?;
+    let mut plan = Plan::<S>::new(&device, graph, logits, PlanOptions::training())?;
     set_batch(&device, &mut plan, images.data(), &labels)?;
     let [start, statistics] = weights::load(&args.weights, [plan.parameters(), plan.statistics_layout()])?;
     plan.set_statistics(device.upload(&statistics)?.view())?;
@@ -78,6 +91,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let base = Base::Sgd { momentum: 0.9, nesterov: false };
     let mut optimizer =
         Optimizer::new(&device, len, Settings { method, base, weight_decay: 5e-4, decay_len: len, clip: None })?;
+    let mut recorded: Option<Graph> = None;
 
     for line in std::io::stdin().lock().lines() {
         let line = line?;
@@ -96,7 +110,13 @@ fn main() -> Result<(), Box<dyn Error>> {
                 // The wall's time, as the other side measures its own.
                 let start = Instant::now();
                 for _ in 0..count {
-                    optimizer.step(&mut plan, &mut parameters, 0.01)?;
+                    if let Some(graph) = &recorded {
+                        graph.replay()?;
+                        continue;
+                    }
+                    let mut step = || optimizer.step(&mut plan, &mut parameters, 0.01);
+                    step()?;
+                    recorded = Some(device.capture(step)?);
                 }
                 device.synchronize()?;
                 let seconds = start.elapsed().as_secs_f64();
@@ -112,7 +132,12 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 /// The first batch, normalised with CIFAR-10's published values.
-fn set_batch(device: &Device, plan: &mut Plan<f32>, pixels: &[u8], labels: &[u32]) -> Result<(), Box<dyn Error>> {
+fn set_batch<S: Compute>(
+    device: &Device,
+    plan: &mut Plan<S>,
+    pixels: &[u8],
+    labels: &[u32],
+) -> Result<(), Box<dyn Error>> {
     let Shape { batch, height, width, channels } = plan.input_shape();
     let normalization = Normalization { mean: [0.4914, 0.4822, 0.4465, 0.0], std: [0.2470, 0.2435, 0.2616, 1.0] };
     let (pixels, labels) = (device.upload(pixels)?, device.upload(labels)?);

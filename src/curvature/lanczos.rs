@@ -83,8 +83,8 @@ impl Ritz {
 impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
     /// The `count` largest eigenvalues of the Hessian, the largest first, by Lanczos's method with full reorthogonalisation: one
     /// product with the Hessian and one vector of memory per step, and one more product per eigenvalue for its residual. Ends when
-    /// the residual of each is within `tolerance` of the largest in magnitude, or after `most` steps: the residuals tell. `progress`
-    /// is told of each step. Fewer are found where the Hessian has fewer different ones.
+    /// the residual of each is within `tolerance` of the largest in magnitude, or after `most` steps: the residuals tell.
+    /// `progress` is told of each step. Fewer are found where the Hessian has fewer different ones.
     ///
     /// # Errors
     /// [`Error::Argument`] for a count of zero or beyond `most`, or where a product is not finite; those of the objective.

@@ -108,8 +108,8 @@ impl<'a, T: Scalar, O: Objective<T>> Curvature<'a, T, O> {
     /// To look at `objective` at `weights`.
     ///
     /// # Errors
-    /// [`Error::Length`] for weights of another length than the objective's; [`Error::Argument`] for an objective of several groups,
-    /// of which an [`Accumulator`](crate::objective::Accumulator) makes one; those of the allocation.
+    /// [`Error::Length`] for weights of another length than the objective's; [`Error::Argument`] for an objective of several
+    /// groups, of which an [`Accumulator`](crate::objective::Accumulator) makes one; those of the allocation.
     pub fn new(objective: &'a mut O, weights: Slice<'a, T>) -> Result<Self> {
         const OPERATION: &str = "Curvature::new";
         crate::kernels::check_length(OPERATION, "weights", weights.len(), objective.len())?;

@@ -26,8 +26,8 @@ impl Rise {
 }
 
 impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
-    /// `(L(w + ρv) + L(w − ρv) − 2 L(w))/ρ²`, v = ∇L/‖∇L‖: the curvature along the gradient as CR-SAM sees it, over a distance, where
-    /// [`Curvature::along_gradient`] has it at w itself. Three gradients.
+    /// `(L(w + ρv) + L(w − ρv) − 2 L(w))/ρ²`, v = ∇L/‖∇L‖: the curvature along the gradient as CR-SAM sees it, over a distance,
+    /// where [`Curvature::along_gradient`] has it at w itself. Three gradients.
     ///
     /// # Errors
     /// [`Error::Argument`] for a ρ that is not above zero, where the gradient is zero, or something is not finite; those of the
@@ -51,9 +51,9 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
         Ok(sum / (rho * rho))
     }
 
-    /// How far the loss rises within the ball of radius ρ: after one step along the gradient (Foret et al. 2021), and at the highest
-    /// point of `steps` steps of projected ascent, whose lengths fall from 4ρ/steps to zero (CR-SAM's section 3 takes 20). `steps` + 2
-    /// gradients. Where the gradient vanishes an ascent begins in a random direction, drawn from `seed`.
+    /// How far the loss rises within the ball of radius ρ: after one step along the gradient (Foret et al. 2021), and at the
+    /// highest point of `steps` steps of projected ascent, whose lengths fall from 4ρ/steps to zero (CR-SAM's section 3 takes
+    /// 20). `steps` + 3 gradients. Where the gradient vanishes an ascent begins in a random direction, drawn from `seed`.
     ///
     /// # Errors
     /// [`Error::Argument`] for a ρ that is not above zero, or where something is not finite; those of the objective.
@@ -74,8 +74,8 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
     }
 
     /// `ρ · max ‖∇L(w + ε)‖` over ‖ε‖ ≤ ρ, the value that GNR bounds the sharpness with (its section 2.3), at the highest point of
-    /// `steps` steps of projected ascent as in [`Curvature::rise`]: along `H∇L`, which is where the norm grows. `steps` + 1 gradients and
-    /// products with the Hessian.
+    /// `steps` steps of projected ascent as in [`Curvature::rise`]: along `H∇L`, which is where the norm grows. `steps` + 1
+    /// gradients and products with the Hessian.
     ///
     /// # Errors
     /// As [`Curvature::rise`].
@@ -94,8 +94,8 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
     }
 
     /// How many local minima and maxima the loss has along a line from w in a random direction, at its inner points: means over
-    /// `directions` lines of `steps` steps of this length (GNR's section 3.1 has 100, 10 and 0.01). One gradient per point; `progress` is
-    /// told of each line.
+    /// `directions` lines of `steps` steps of this length (GNR's section 3.1 has 100, 10 and 0.01). One gradient per point;
+    /// `progress` is told of each line.
     ///
     /// # Errors
     /// [`Error::Argument`] for no direction, or where a loss is not finite; those of the objective.

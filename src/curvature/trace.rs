@@ -27,8 +27,8 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
         Ok(Estimate::of(&samples))
     }
 
-    /// The traces of the Hessian's diagonal blocks: of each of these parts of the weights. By Hutchinson's estimator with the probes
-    /// of [`Curvature::trace`], whose products each serve all parts.
+    /// The traces of the Hessian's diagonal blocks: of each of these parts of the weights. By Hutchinson's estimator with the
+    /// probes of [`Curvature::trace`], whose products each serve all parts.
     ///
     /// # Errors
     /// As [`Curvature::trace`], and [`Error::Range`] for a part that is none.
@@ -55,10 +55,10 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
         Ok(samples.iter().map(|samples| Estimate::of(samples)).collect())
     }
 
-    /// The trace by Hutch++ (Meyer, Musco, Musco and Woodruff 2021): a third of the `products` finds directions in which the Hessian is
-    /// large, a third its trace there, exactly, and Hutchinson's estimator takes the rest for what is left. Its error falls as the
-    /// inverse of the products instead of their root where few eigenvalues are large. The standard error is that of the last part.
-    /// Memory: a vector for each three products.
+    /// The trace by Hutch++ (Meyer, Musco, Musco and Woodruff 2021): a third of the `products` finds directions in which the
+    /// Hessian is large, a third its trace there, exactly, and Hutchinson's estimator takes the rest for what is left. Its
+    /// error falls as the inverse of the products instead of their root where few eigenvalues are large. The standard error is
+    /// that of the last part. Memory: a vector for each three products.
     ///
     /// # Errors
     /// [`Error::Argument`] for fewer than three products, or where one is not finite; those of the objective.

@@ -47,6 +47,7 @@ pub(super) struct HostDevice {
     options: HostOptions,
     instruction_set: usize,
     team: Team,
+    /// Whether a graph is being captured: what most operations look at before they ask under the lock.
     recording: AtomicBool,
     graphs: Mutex<Graphs>,
 }
@@ -54,8 +55,8 @@ pub(super) struct HostDevice {
 /// What a device knows of its graphs.
 #[derive(Default)]
 struct Graphs {
-    /// Of the capture under way.
-    recorded: Vec<Recorded>,
+    /// Of the capture under way, if there is one.
+    recorded: Option<Vec<Recorded>>,
     /// How many there are, a capture under way included.
     alive: usize,
     /// Memory dropped meanwhile, which a replay may still use: freed with the last graph.
@@ -132,7 +133,7 @@ impl HostDevice {
     /// # Safety
     /// As [`super::Device::launch`].
     pub(super) unsafe fn launch<A: Copy>(&self, kernel: KernelId, shape: Launch, args: &A) -> Result<()> {
-        if self.recording.load(Ordering::Relaxed) {
+        let operation = || {
             let mut words = vec![0u128; size_of::<A>().div_ceil(16)];
             // SAFETY: `words` has room for the struct, which is plain data (`Copy`), and the two do not overlap.
             unsafe {
@@ -142,7 +143,9 @@ impl HostDevice {
                     size_of::<A>(),
                 );
             }
-            self.lock().recorded.push(Recorded::Launch(kernel, shape, words));
+            Recorded::Launch(kernel, shape, words)
+        };
+        if self.is_recorded(operation) {
             return Ok(());
         }
         // SAFETY: the caller's.
@@ -205,40 +208,67 @@ impl HostDevice {
     /// # Safety
     /// `address` is the start of live device memory, borrowed exclusively, at least as long as `bytes`.
     pub(super) unsafe fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
-        if self.recording.load(Ordering::Relaxed) {
-            self.lock().recorded.push(Recorded::Write(address, bytes.to_vec()));
-            return Ok(());
+        if !self.is_recorded(|| Recorded::Write(address, bytes.to_vec())) {
+            // SAFETY: the caller's.
+            unsafe { self.write_now(address, bytes) };
         }
+        Ok(())
+    }
+
+    /// # Safety
+    /// As [`HostDevice::write`].
+    unsafe fn write_now(&self, address: u64, bytes: &[u8]) {
         let _turn = self.team.turn();
         // SAFETY: the caller's.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), address as *mut u8, bytes.len()) };
-        Ok(())
     }
 
     /// # Safety
     /// Both addresses are live device memory of at least `bytes`, and the two parts do not overlap.
     pub(super) unsafe fn copy(&self, source: u64, destination: u64, bytes: usize) -> Result<()> {
-        if self.recording.load(Ordering::Relaxed) {
-            self.lock().recorded.push(Recorded::Copy(source, destination, bytes));
-            return Ok(());
+        if !self.is_recorded(|| Recorded::Copy(source, destination, bytes)) {
+            // SAFETY: the caller's.
+            unsafe { self.copy_now(source, destination, bytes) };
         }
+        Ok(())
+    }
+
+    /// # Safety
+    /// As [`HostDevice::copy`].
+    unsafe fn copy_now(&self, source: u64, destination: u64, bytes: usize) {
         let _turn = self.team.turn();
         // SAFETY: the caller's.
         unsafe { std::ptr::copy_nonoverlapping(source as *const u8, destination as *mut u8, bytes) };
-        Ok(())
     }
 
     /// # Safety
     /// `address` is the start of live device memory, borrowed exclusively, of at least `bytes`.
     pub(super) unsafe fn clear(&self, address: u64, bytes: usize) -> Result<()> {
-        if self.recording.load(Ordering::Relaxed) {
-            self.lock().recorded.push(Recorded::Clear(address, bytes));
-            return Ok(());
+        if !self.is_recorded(|| Recorded::Clear(address, bytes)) {
+            // SAFETY: the caller's.
+            unsafe { self.clear_now(address, bytes) };
         }
+        Ok(())
+    }
+
+    /// # Safety
+    /// As [`HostDevice::clear`].
+    unsafe fn clear_now(&self, address: u64, bytes: usize) {
         let _turn = self.team.turn();
         // SAFETY: the caller's.
         unsafe { std::ptr::write_bytes(address as *mut u8, 0, bytes) };
-        Ok(())
+    }
+
+    /// Whether the operation has become part of a graph that is being captured.
+    fn is_recorded(&self, operation: impl FnOnce() -> Recorded) -> bool {
+        if !self.recording.load(Ordering::Relaxed) {
+            return false;
+        }
+        match &mut self.lock().recorded {
+            Some(recorded) => recorded.push(operation()),
+            None => return false,
+        }
+        true
     }
 
     /// Fails while a graph is being captured: what a GPU cannot record fails here too.
@@ -254,15 +284,21 @@ impl HostDevice {
     }
 
     pub(super) fn capture(this: &Arc<Self>, work: impl FnOnce() -> Result<()>) -> Result<HostGraph> {
-        if this.recording.swap(true, Ordering::Relaxed) {
-            return Err(Error::Argument { operation: "capture", message: "a graph cannot capture another".into() });
+        {
+            let mut graphs = this.lock();
+            if graphs.recorded.is_some() {
+                return Err(Error::Argument { operation: "capture", message: "a graph cannot capture another".into() });
+            }
+            graphs.recorded = Some(Vec::new());
+            graphs.alive += 1;
+            this.recording.store(true, Ordering::Relaxed);
         }
-        this.lock().alive += 1;
         // Also where the work fails or panics, the recording ends and the graph is gone.
         let mut graph = HostGraph { recorded: Vec::new(), device: this.clone() };
         let capture = Capture(this);
         work()?;
         graph.recorded = capture.end();
+        std::mem::forget(capture);
         Ok(graph)
     }
 }
@@ -272,8 +308,9 @@ struct Capture<'a>(&'a HostDevice);
 
 impl Capture<'_> {
     fn end(&self) -> Vec<Recorded> {
+        let mut graphs = self.0.lock();
         self.0.recording.store(false, Ordering::Relaxed);
-        std::mem::take(&mut self.0.lock().recorded)
+        graphs.recorded.take().unwrap_or_default()
     }
 }
 
@@ -298,9 +335,9 @@ impl HostGraph {
             unsafe {
                 match operation {
                     Recorded::Launch(kernel, shape, words) => device.run(*kernel, *shape, words.as_ptr().cast())?,
-                    Recorded::Copy(source, destination, bytes) => device.copy(*source, *destination, *bytes)?,
-                    Recorded::Clear(address, bytes) => device.clear(*address, *bytes)?,
-                    Recorded::Write(address, bytes) => device.write(*address, bytes)?,
+                    Recorded::Copy(source, destination, bytes) => device.copy_now(*source, *destination, *bytes),
+                    Recorded::Clear(address, bytes) => device.clear_now(*address, *bytes),
+                    Recorded::Write(address, bytes) => device.write_now(*address, bytes),
                 }
             }
         }
@@ -475,6 +512,7 @@ impl Team {
     /// Calls `function(first, last)` for chunks that cover [0, blocks), on all threads; returns when all are done. A function
     /// that returns false keeps further chunks from being started.
     fn run(&self, blocks: u64, chunk: u64, function: &(dyn Fn(u64, u64) -> bool + Sync)) {
+        let _turn = self.turn();
         if blocks <= chunk || self.workers.is_empty() {
             let mut first = 0;
             while first < blocks && function(first, (first + chunk).min(blocks)) {
@@ -482,7 +520,6 @@ impl Team {
             }
             return;
         }
-        let _turn = self.turn();
         let shared = &*self.shared;
         shared.next.store(0, Ordering::Relaxed);
         shared.blocks.store(blocks, Ordering::Relaxed);

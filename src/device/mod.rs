@@ -137,8 +137,8 @@ fn round_to_odd(value: f64) -> f32 {
     f32::from_bits(below | 1)
 }
 
-/// A float that a GPU's tensor cores round to TF32, with 10 bits of fraction, when a convolution multiplies it; all other arithmetic,
-/// and all of it on the CPU, is that of `f32`.
+/// A float that a GPU's tensor cores round to TF32, with 10 bits of fraction, when a convolution multiplies it; all other
+/// arithmetic, and all of it on the CPU, is that of `f32`.
 #[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
 #[repr(transparent)]
 pub struct Tf32(pub f32);

@@ -1151,6 +1151,10 @@ fn instruction_sets_agree() {
         println!("\n{line}\n{}", device.description());
         return;
     }
+    if super::registry::HOST.len() == 1 {
+        println!("skipped: built for one instruction set");
+        return;
+    }
     let (status, output, error) = run_alone("instruction_sets_agree", &[(PART, "digest"), ("POLDER_ISA", "baseline")]);
     assert!(status.success(), "{output}\n{error}");
     assert!(output.contains("baseline kernels"), "{output}");

@@ -16,8 +16,8 @@ struct AdvanceClockArgs {
     count: u64,
 }
 
-/// Ends a step: adds one to both numbers of `clock`, and writes to `rate` (one element) the learning rate that `rates` (one for each
-/// step of the epoch) has for the next; 0 after the last. Traffic: a few bytes.
+/// Ends a step: adds one to both numbers of `clock`, and writes to `rate` (one element) the learning rate that `rates` (one for
+/// each step of the epoch) has for the next; 0 after the last. Traffic: a few bytes.
 ///
 /// # Errors
 /// Wrong lengths or devices.

@@ -13,8 +13,8 @@
 //! [`ConvShape::macs`] multiply-adds, reads each of its two operands once from main memory where the caches hold a band of
 //! an image, and writes its result once. All sums are taken in an order that the shape alone fixes.
 //!
-//! In f16 and bf16 the operands are of 16 bits, in TF32 they are rounded to 19, and the GPU multiplies them on its tensor cores. Sums are
-//! taken in f32; `y` and `dx` are rounded once to their type, and `dw` stays in f32.
+//! In f16 and bf16 the operands are of 16 bits, in TF32 they are rounded to 19, and the GPU multiplies them on its tensor
+//! cores. Sums are taken in f32; `y` and `dx` are rounded once to their type, and `dw` stays in f32.
 
 mod direct;
 mod tensor;
@@ -132,8 +132,8 @@ impl ConvShape {
         Ok(())
     }
 
-    /// Elements of workspace, of the master type, that suffice for all three passes on `device`. The passes may share one workspace; nothing in
-    /// it need be kept from one call to the next.
+    /// Elements of workspace, of the master type, that suffice for all three passes on `device`. The passes may share one
+    /// workspace; nothing in it need be kept from one call to the next.
     pub fn workspace_len<S: Compute>(&self, device: &Device) -> usize {
         if !device.is_simt() {
             direct::workspace_len(self)

@@ -77,9 +77,9 @@ struct BatchArgs {
 }
 
 /// From a data set, `images` `[samples, height, width, channels]` and `labels` `[samples]`, the batch of the samples whose
-/// indices lie at `position` in `order`: image n of `out`, `[batch, height, width, channels]`, is sample `order[first + n]`, flipped,
-/// padded with black (0 before normalisation), cropped and normalised. An index beyond the data set gives an image of NaNs and the label
-/// `u32::MAX`, which no loss takes for a class.
+/// indices lie at `position` in `order`: image n of `out`, `[batch, height, width, channels]`, is sample `order[first + n]`,
+/// flipped, padded with black (0 before normalisation), cropped and normalised. An index beyond the data set gives an image of
+/// NaNs and the label `u32::MAX`, which no loss takes for a class.
 ///
 /// Traffic: reads a byte and writes an element per value.
 ///

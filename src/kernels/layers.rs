@@ -1,6 +1,6 @@
 //! The small layers of a ResNet over NHWC activations: relu, addition, average pooling, the parameter-free shortcut and the
-//! linear classifier, with their gradients. They store activations as any type and compute in its master type; the linear layer's parameters and results
-//! are of the latter, because its results are logits.
+//! linear classifier, with their gradients. They store activations as any type and compute in its master type; the linear
+//! layer's parameters and results are of the latter, because its results are logits.
 //!
 //! Where a function takes `accumulate`, its result is added to what the output holds instead of replacing it: the rule for the
 //! gradient of a value that several operations read, and for a tangent that is a sum of two products. All of them but the relu

@@ -51,9 +51,9 @@ struct MeanLossArgs {
 
 /// With `p = softmax(logits)` and `t = (1 − smoothing) · onehot(label) + smoothing / classes`: every sample's loss `−Σ t log p`
 /// in `sample_losses`, `[batch]`; in `loss`, one element, their mean, summed in double, because sharpness is a small difference
-/// of such means; in `dlogits`, where asked for, the mean's gradient `(p − t) / batch`, times the first element of `scale` where there
-/// is one (see [`super::precision`]). To `correct`, one element, is added how
-/// many samples have their largest logit (the first of equals) at the label.
+/// of such means; in `dlogits`, where asked for, the mean's gradient `(p − t) / batch`, times the first element of `scale`
+/// where there is one (see [`super::precision`]). To `correct`, one element, is added how many samples have their largest logit
+/// (the first of equals) at the label.
 ///
 /// A logit that is not finite makes its sample's loss not finite, and so does a label that no class has. Traffic: reads the
 /// logits and labels, writes `dlogits` and the losses.
@@ -131,8 +131,9 @@ struct CrossEntropyTangentArgs {
 }
 
 /// The tangent of [`cross_entropy`]'s gradient where the logits `z` move along `z'`: with `p = softmax(z)`,
-/// `dlogits' = p (z' − Σ p z') / batch`, whatever the labels and the smoothing, times the first element of `scale` where there is one. All three are `[batch, classes]`. Traffic: reads
-/// the logits and their tangent, writes the result: 12 bytes per logit in f32.
+/// `dlogits' = p (z' − Σ p z') / batch`, whatever the labels and the smoothing, times the first element of `scale` where there
+/// is one. All three are `[batch, classes]`. Traffic: reads the logits and their tangent, writes the result: 12 bytes per logit
+/// in f32.
 ///
 /// # Errors
 /// [`Error::Argument`] for an empty shape; [`Error::Length`] and [`Error::OtherDevice`].

@@ -1,16 +1,17 @@
 //! What networks in 16 bits need beside their layers: dynamic loss scaling, and a look at what rounding leaves of a displacement.
 //!
 //! Loss scaling (Micikevicius et al., "Mixed precision training", ICLR 2018) is for f16, in which small gradients would vanish: the
-//! loss is multiplied by a power of two before the backward pass, its gradient divided by it after. The state is two numbers on the device: the scale, and how many good steps in a row it has seen.
+//! loss is multiplied by a power of two before the backward pass, its gradient divided by it after. The state is two numbers on
+//! the device: the scale, and how many good steps in a row it has seen.
 
 use super::{check_device, check_length};
-use crate::device::{Compute, ComputeKernels, Launch, Result, Slice, SliceMut, id};
+use crate::device::{Compute, ComputeKernels, Error, Launch, Result, Slice, SliceMut, id};
 
 /// What a run begins with: the scale 2¹⁶, and no good step yet.
 pub const SCALE_START: [f64; 2] = [65536.0, 0.0];
 /// Good steps in a row after which the scale is doubled.
 pub const SCALE_GROWTH_INTERVAL: f64 = 2000.0;
-/// The range of the scale: what lies above would overflow f16 in the first gradient, that of the logits.
+/// The range that the scale is kept in.
 const SCALE_RANGE: [f64; 2] = [1.0, 16777216.0];
 
 #[repr(C)]
@@ -49,8 +50,8 @@ struct UpdateArgs {
     most: f64,
 }
 
-/// Ends a step: halves the scale if `skip` (one element) is set, and doubles it after [`SCALE_GROWTH_INTERVAL`] steps in a row in which
-/// it was not. Traffic: a few bytes.
+/// Ends a step: halves the scale if `skip` (one element) is set, and doubles it after [`SCALE_GROWTH_INTERVAL`] steps in a row
+/// in which it was not. Traffic: a few bytes.
 ///
 /// # Errors
 /// Wrong lengths or devices.
@@ -69,6 +70,40 @@ pub fn update_scale(mut state: SliceMut<'_, f64>, skip: Slice<'_, u32>) -> Resul
 
 #[repr(C)]
 #[derive(Clone, Copy)]
+struct DirectionScaleArgs {
+    norm: u64,
+    state: u64,
+    out: u64,
+    target: f64,
+}
+
+/// For the direction of a product with the Hessian, which f16 could not hold as it is: writes to `out` (six elements) the power
+/// of two that brings its `norm` (one element) nearest to `target`, as the four coefficients of a vector alone, and then a
+/// state whose scale is that factor times the one in `state`, by which [`unscale`] makes the product right again. Traffic: a
+/// few bytes.
+///
+/// # Errors
+/// Wrong lengths or devices.
+pub fn direction_scale(
+    norm: Slice<'_, f64>,
+    state: Slice<'_, f64>,
+    target: f64,
+    mut out: SliceMut<'_, f64>,
+) -> Result<()> {
+    const NAME: &str = "precision::direction_scale";
+    check_length(NAME, "norm", norm.len(), 1)?;
+    check_length(NAME, "state", state.len(), SCALE_START.len())?;
+    check_length(NAME, "out", out.len(), 4 + SCALE_START.len())?;
+    let device = out.device().clone();
+    check_device(NAME, "norm", &device, norm.device())?;
+    check_device(NAME, "state", &device, state.device())?;
+    let args = DirectionScaleArgs { norm: norm.address(), state: state.address(), out: out.address(), target };
+    // SAFETY: the twin of the kernel's struct; lengths and devices are checked above.
+    unsafe { device.launch(id::DIRECTION_SCALE, Launch::new(1, 1), &args) }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
 struct DifferenceArgs {
     from: u64,
     to: u64,
@@ -76,17 +111,20 @@ struct DifferenceArgs {
     n: u64,
 }
 
-/// `out = S(to) − S(from)`, of a type `S` of 16 bits: what is left of a displacement of weights that are rounded before they are used.
-/// Traffic: 12 B per element.
+/// `out = S(to) − S(from)`, of a type `S` of 16 bits: what is left of a displacement of weights that are rounded before they
+/// are used. Traffic: 12 B per element.
 ///
 /// # Errors
-/// Wrong lengths or devices.
+/// [`Error::Argument`] for a type that is no narrower than `f32`; wrong lengths or devices.
 pub fn rounded_difference<S: Compute>(
     from: Slice<'_, f32>,
     to: Slice<'_, f32>,
     mut out: SliceMut<'_, f32>,
 ) -> Result<()> {
     const NAME: &str = "precision::rounded_difference";
+    if !S::NARROW {
+        return Err(Error::Argument { operation: NAME, message: format!("{} is not rounded to", S::NAME) });
+    }
     let (n, device) = (out.len(), out.device().clone());
     for (name, argument) in [("from", from), ("to", to)] {
         check_length(NAME, name, argument.len(), n)?;

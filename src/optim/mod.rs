@@ -25,8 +25,8 @@
 //! | [`Method::LookSam`] | 2 in one step of k, else 1 | 12, else 6 | 60, else 28 | 3, and g_v |
 //! | [`Method::RSam`] | 2 | 9 | 44 | 3 |
 //!
-//! The objective reads each gradient once more to see whether it is finite (4 B per parameter and pass); clipping adds 4 B for each
-//! vector of the direction.
+//! The objective reads each gradient once more to see whether it is finite (4 B per parameter and pass; in f16, where it takes the
+//! loss scale out, 8 B, and 6 B to round the weights in 16 bits); clipping adds 4 B for each vector of the direction.
 
 mod method;
 mod schedule;
@@ -128,7 +128,8 @@ pub struct State<T: Scalar> {
     pub scalars: Buffer<f64>,
     /// Steps taken (AdamW's t), steps skipped, dropped α-terms, dropped β-terms.
     pub counters: Buffer<u32>,
-    /// Steps so far, skipped ones included: what happens in one of k steps follows it, and so do random directions.
+    /// Steps asked for so far, skipped ones included: what happens in one of k steps follows it, and so do random directions.
+    /// Replays of a recorded step are not counted; see [`Method::repeats`].
     pub attempts: u64,
 }
 
@@ -217,20 +218,20 @@ impl<T: Scalar> Optimizer<T> {
         self.rho_factor = factor;
     }
 
-    /// Whether the steps that follow leave the telemetry's cosines too: 8 to 40 B per parameter more, and a vector that the first of
-    /// them allocates.
+    /// Whether the steps that follow leave the telemetry's cosines too: up to 64 B per parameter more (36 for SAM and CR-SAM),
+    /// and a vector that the first of them allocates.
     pub fn observe(&mut self, observe: bool) {
         self.observe = observe;
     }
 
     /// One step: the method's passes at `weights` and around it, then the update with learning rate `lr`, a number or one on the
-    /// device. Does not wait for the device. Where a loss or a gradient of any pass is not finite, weights, momenta and statistics keep their bits and
-    /// the step is counted as skipped.
+    /// device. Does not wait for the device. Where a loss or a gradient of any pass is not finite, weights, momenta and
+    /// statistics keep their bits and the step is counted as skipped.
     ///
     /// An objective with several [groups](Objective::groups) has the method's direction taken in each of them, and their mean
     /// followed: m-sharpness (Foret et al. 2021, section 4.1). It takes one vector more, and reads each of a direction's k vectors
-    /// once more: 4k + 4 B per parameter for the first group, 4k + 8 B for each further one. The loss that is reported is the groups' mean; what else the telemetry tells is of
-    /// the last group, and dropped terms are counted in each.
+    /// once more: 4k + 4 B per parameter for the first group, 4k + 8 B for each further one. The loss that is reported is the
+    /// groups' mean; what else the telemetry tells is of the last group, and dropped terms are counted in each.
     ///
     /// A step that fails leaves the weights as they were, and its running statistics are dropped.
     ///
@@ -245,9 +246,7 @@ impl<T: Scalar> Optimizer<T> {
     ) -> Result<()> {
         let taken = self.take_step(objective, weights, lr.into());
         if taken.is_err() {
-            // What the passes before the failure left belongs to no step. Of two failures the first is the one to tell.
-            let dropped = self.numbers.flag.write(&[1]).and_then(|()| objective.commit(self.numbers.flag.view()));
-            drop(dropped);
+            objective.abandon();
         }
         taken
     }

@@ -9,7 +9,8 @@ use crate::kernels::{conv, layers};
 
 impl<S: Compute> Plan<S> {
     /// The backward of one operation: from the gradient of its output to those of its inputs, and of its parameters where
-    /// `gradient` is to hold them. Without it, batch norm leaves dgamma and dbeta in its scratch. The forward has been at `weights`.
+    /// `gradient` is to hold them. Without it, batch norm leaves dgamma and dbeta in its scratch. The forward has been at
+    /// `weights`.
     pub(super) fn backward(
         &mut self,
         index: usize,

@@ -26,14 +26,14 @@ pub use graph::{Graph, Shape, Value};
 
 use std::ops::Range;
 
-use crate::arena::Layout;
-use crate::device::{Buffer, Compute, Device, Error, Result, Slice, SliceMut};
+use crate::arena::{Kind, Layout};
+use crate::device::{Buffer, Compute, Device, Error, Result, Scalar, Slice, SliceMut};
 use crate::kernels::batch_norm::{BatchNormShape, Mode};
 use crate::kernels::{check_length, precision, vector};
 use crate::objective::{Objective, Statistics, difference};
 use graph::Op;
 use places::{Parts, Places};
-use tangent::Tangent;
+use tangent::{Scaled, Tangent};
 
 /// Added to the variance in batch norm, as everywhere in the field.
 const EPSILON: f64 = 1e-5;
@@ -88,8 +88,9 @@ pub struct Plan<S: Compute> {
     reported: usize,
     /// Partial sums of batch norm, in double.
     sums: Buffer<f64>,
-    /// From the first product with the Hessian on.
+    /// From the first product with the Hessian on; the second where the loss is scaled.
     tangent: Option<Tangent<S>>,
+    scaled: Option<Scaled<S::Master>>,
 }
 
 impl<S: Compute> Plan<S> {
@@ -97,7 +98,8 @@ impl<S: Compute> Plan<S> {
     ///
     /// # Errors
     /// [`PlanError::NoGradient`] where the loss does not depend on some parameter, [`PlanError::Shape`] for a batch norm in
-    /// training whose channels have a single value and for a linear layer before the last in 16 bits, [`PlanError::Device`] where the memory is not to be had.
+    /// training whose channels have a single value and for a linear layer before the last in 16 bits, [`PlanError::Device`]
+    /// where the memory is not to be had.
     pub fn new(
         device: &Device,
         graph: Graph,
@@ -131,7 +133,7 @@ impl<S: Compute> Plan<S> {
         let mut statistics = device.zeros(statistics_layout.len())?;
         let mut start = vec![S::Master::default(); statistics_layout.len()];
         for tensor in statistics_layout.tensors() {
-            if matches!(tensor.kind, crate::arena::Kind::RunningVar(_)) {
+            if matches!(tensor.kind, Kind::RunningVar(_)) {
                 start[tensor.range()].fill(S::Master::from_f64(1.0));
             }
         }
@@ -156,6 +158,7 @@ impl<S: Compute> Plan<S> {
             pending,
             reported: 0,
             tangent: None,
+            scaled: None,
         })
     }
 
@@ -264,16 +267,20 @@ impl<S: Compute> Plan<S> {
         }
         Err(Error::Argument { operation, message: "the plan was made without gradients".into() })
     }
+}
 
-    /// Takes the scale out of a result, and checks it.
-    fn finish(&self, mut result: SliceMut<'_, S::Master>, flag: SliceMut<'_, u32>) -> Result<()> {
-        match &self.loss_scale {
-            Some(state) => {
-                let len = result.len();
-                precision::unscale(result.reborrow().cast(len)?, state.view(), flag)
-            }
-            None => vector::check_finite(result.view(), flag),
+/// Takes the scale, if there is one, out of a result, and checks it.
+fn finish<T: Scalar>(
+    mut result: SliceMut<'_, T>,
+    scale: Option<Slice<'_, f64>>,
+    flag: SliceMut<'_, u32>,
+) -> Result<()> {
+    match scale {
+        Some(state) => {
+            let len = result.len();
+            precision::unscale(result.reborrow().cast(len)?, state, flag)
         }
+        None => vector::check_finite(result.view(), flag),
     }
 }
 
@@ -310,7 +317,7 @@ impl<S: Compute> Objective<S::Master> for Plan<S> {
             self.backward(index, weights, Some(&mut gradient))?;
         }
         vector::check_finite_f64(loss.view(), flag.reborrow())?;
-        self.finish(gradient, flag)
+        finish(gradient, self.loss_scale.as_ref().map(|state| state.view()), flag)
     }
 
     /// The exact product, by differentiating forward and backward along `direction` (Pearlmutter, "Fast exact multiplication by
@@ -321,7 +328,8 @@ impl<S: Compute> Objective<S::Master> for Plan<S> {
     /// five in the backward pass, where the weights' own gradients are left out. The first call allocates a second arena as large
     /// as the first; later calls allocate nothing. As in the gradient, the padding between tensors is left as it was.
     ///
-    /// In 16 bits the direction is rounded to them where it moves convolutions: what lies below 6e-8 vanishes in f16.
+    /// In 16 bits the direction is rounded to them where it moves convolutions. In f16 it is brought to a size that they hold
+    /// before, in a vector of its own, and the product back after: 12 B per parameter.
     fn hessian_vector(
         &mut self,
         weights: Slice<'_, S::Master>,
@@ -339,11 +347,21 @@ impl<S: Compute> Objective<S::Master> for Plan<S> {
             Some(tangent) => tangent,
             None => Tangent::new(&self.device, &self.places, self.rounded.len())?,
         };
+        let mut scaled = self.scaled.take();
+        if self.loss_scale.is_some() && scaled.is_none() {
+            scaled = Some(Scaled::new(&self.device, self.len())?);
+        }
+        let direction = match (&mut scaled, &self.loss_scale) {
+            (Some(scaled), Some(state)) => scaled.scale(direction, state.view())?,
+            _ => direction,
+        };
         let passes = self.tangent_passes(weights, direction, &mut product, &mut tangent);
         let finite = passes.and_then(|()| vector::check_finite_f64(tangent.loss.view(), flag.reborrow()));
         self.tangent = Some(tangent);
         finite?;
-        self.finish(product, flag)
+        finish(product, scaled.as_ref().map(Scaled::state).transpose()?, flag)?;
+        self.scaled = scaled;
+        Ok(())
     }
 
     fn displacement(
@@ -352,16 +370,24 @@ impl<S: Compute> Objective<S::Master> for Plan<S> {
         to: Slice<'_, S::Master>,
         mut out: SliceMut<'_, S::Master>,
     ) -> Result<()> {
-        if !S::NARROW {
-            return difference(from, to, out);
+        difference(from, to, out.reborrow())?;
+        // Convolutions alone read rounded weights. (TF32's rounding belongs to the products, and is not seen here.)
+        let convolutions =
+            self.parameters.tensors().iter().filter(|tensor| matches!(tensor.kind, Kind::Convolution { .. }));
+        for tensor in convolutions.filter(|_| S::NARROW) {
+            let (range, len) = (tensor.range(), tensor.range().len());
+            let (from, to) = (from.slice(range.clone())?.cast(len)?, to.slice(range.clone())?.cast(len)?);
+            precision::rounded_difference::<S>(from, to, out.slice_mut(range)?.cast(len)?)?;
         }
-        // A narrow type's master is f32.
-        let len = out.len();
-        precision::rounded_difference::<S>(from.cast(from.len())?, to.cast(to.len())?, out.reborrow().cast(len)?)
+        Ok(())
     }
 
     fn padding(&self) -> Vec<Range<usize>> {
         self.parameters.padding()
+    }
+
+    fn abandon(&mut self) {
+        self.reported = 0;
     }
 
     fn commit(&mut self, skip: Slice<'_, u32>) -> Result<()> {

@@ -9,12 +9,13 @@
 use super::graph::{Op, Shape, Value};
 use super::places::{BatchNormScratch, Parts, Places};
 use super::{Plan, batch_norm_shape, convolved};
-use crate::device::{Buffer, Compute, Device, Result, Slice, SliceMut};
+use crate::device::{Buffer, Compute, Device, Result, Scalar, Slice, SliceMut};
 use crate::kernels::batch_norm::{
     self, Backward, BackwardTangents, ForwardTangents, Gradients, Normalized, ResidualGradient,
 };
 use crate::kernels::loss::{self, LossShape};
-use crate::kernels::{conv, layers, vector};
+use crate::kernels::vector::{self, Combination, Reduction};
+use crate::kernels::{conv, layers, precision, sharpness};
 use crate::objective::Statistics;
 
 /// What a product with the Hessian needs beside what a gradient does.
@@ -24,6 +25,39 @@ pub(super) struct Tangent<S: Compute> {
     rounded: Buffer<S>,
     /// The loss itself, which shows whether the passes were finite.
     pub loss: Buffer<f64>,
+}
+
+/// A direction at a size that f16 holds: a product with the Hessian is linear in it, and what brings it there is taken out of the
+/// product with the loss scale.
+pub(super) struct Scaled<T: Scalar> {
+    direction: Buffer<T>,
+    norm: Buffer<f64>,
+    /// See [`precision::direction_scale`].
+    factors: Buffer<f64>,
+    reduction: Reduction,
+}
+
+impl<T: Scalar> Scaled<T> {
+    pub fn new(device: &Device, len: usize) -> Result<Self> {
+        let (direction, reduction) = (device.zeros(len)?, Reduction::new(device)?);
+        Ok(Self { direction, norm: device.zeros(1)?, factors: device.zeros(6)?, reduction })
+    }
+
+    /// The direction brought to a mean square near that of a network's weights.
+    pub fn scale(&mut self, direction: Slice<'_, T>, loss_scale: Slice<'_, f64>) -> Result<Slice<'_, T>> {
+        let Self { direction: scaled, norm, factors, reduction } = self;
+        let target = (direction.len() as f64).sqrt() / 64.0;
+        vector::l2_norm(direction, reduction, norm.view_mut())?;
+        precision::direction_scale(norm.view(), loss_scale, target, factors.view_mut())?;
+        let alone = Combination::alone(direction, factors.slice(0..4)?);
+        sharpness::combine(alone, 1.0, false, scaled.view_mut(), None)?;
+        Ok(scaled.view())
+    }
+
+    /// What the product has to be divided by, as a loss scale.
+    pub fn state(&self) -> Result<Slice<'_, f64>> {
+        self.factors.slice(4..6)
+    }
 }
 
 impl<S: Compute> Tangent<S> {

@@ -154,6 +154,10 @@ impl<S: Compute<Master = f32>> Objective<f32> for Batch<'_, S> {
         image::batch(&self.shape, pixels, truth, order, position, self.normalization, self.augment, images, labels)
     }
 
+    fn abandon(&mut self) {
+        self.plan.abandon();
+    }
+
     fn commit(&mut self, skip: Slice<'_, u32>) -> device::Result<()> {
         self.plan.commit(skip)
     }

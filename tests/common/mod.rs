@@ -211,6 +211,10 @@ impl<S: Compute, F: FnMut(&mut Plan<S>, usize) -> Result<()>> Objective<S::Maste
         (self.show)(self.plan, group)
     }
 
+    fn abandon(&mut self) {
+        self.plan.abandon();
+    }
+
     fn commit(&mut self, skip: Slice<'_, u32>) -> Result<()> {
         self.plan.commit(skip)
     }
