@@ -1,7 +1,7 @@
 //! Convolution on tensor cores: `kernels/conv_tensor.cu`, for operands of 16 bits, and for `f32` rounded to TF32.
 
 use super::ConvShape;
-use super::tiled::{ConvArgs, sum_splits};
+use super::tiled::{ConvArgs, MANY_TILES, WEIGHT_GRADIENT_BLOCKS, WEIGHT_GRADIENT_PIXELS, sum_splits};
 use crate::device::{Compute, ComputeKernels, KernelId, Launch, Result, Slice, SliceMut, id};
 
 /// Rows of every tile, and threads of a block.
@@ -105,13 +105,6 @@ static TILES: [Tile; 4] = [
     },
 ];
 
-/// The widest tile is taken from this many of them on: with fewer, narrower ones keep more multiprocessors busy.
-const MANY_TILES: usize = 96;
-
-/// Blocks over which a weight gradient is split, and the fewest pixels worth a block of their own.
-const WEIGHT_GRADIENT_BLOCKS: usize = 512;
-const WEIGHT_GRADIENT_PIXELS: usize = 128;
-
 impl Tile {
     /// The tile for a product of `rows` times `columns`, computed `copies` times over parts of the depth.
     fn new(rows: usize, columns: usize, copies: usize) -> &'static Self {
@@ -170,17 +163,13 @@ pub(super) fn forward<A: Compute>(
 ) -> Result<()> {
     let (rows, columns) = (shape.batch * shape.out_height() * shape.out_width(), shape.out_channels);
     let tile = Tile::new(rows, columns, 1);
-    let args = ConvArgs {
-        left: x.address(),
-        right: weight.address(),
-        out: y.address(),
-        shape: shape.twin(),
-        splits: 1,
-        accumulate: accumulate.into(),
-        wide_left: wide::<A>(shape.in_channels, x.address()),
-        wide_right: wide::<A>(columns, weight.address()),
-        wide_out: wide_out::<A>(columns, y.address()),
-    };
+    let addresses = [x.address(), weight.address(), y.address()];
+    let wide = [
+        wide::<A>(shape.in_channels, x.address()),
+        wide::<A>(columns, weight.address()),
+        wide_out::<A>(columns, y.address()),
+    ];
+    let args = ConvArgs::new(shape, addresses, wide, 1, accumulate);
     // SAFETY: the twin of the kernel's struct; every slice has the length that the shape implies, and the block and the
     // shared memory are the tile's.
     unsafe { y.device().clone().launch(A::choose(tile.forward), tile.launch(rows, columns, 1), &args) }
@@ -198,17 +187,13 @@ pub(super) fn input_gradient<A: Compute>(
     let (rows, columns) = (shape.batch * class_height * class_width, shape.in_channels);
     let classes = shape.stride * shape.stride;
     let tile = Tile::new(rows, columns, classes);
-    let args = ConvArgs {
-        left: dy.address(),
-        right: weight.address(),
-        out: dx.address(),
-        shape: shape.twin(),
-        splits: 1,
-        accumulate: accumulate.into(),
-        wide_left: wide::<A>(shape.out_channels, dy.address()),
-        wide_right: wide::<A>(shape.out_channels, weight.address()),
-        wide_out: wide_out::<A>(columns, dx.address()),
-    };
+    let addresses = [dy.address(), weight.address(), dx.address()];
+    let wide = [
+        wide::<A>(shape.out_channels, dy.address()),
+        wide::<A>(shape.out_channels, weight.address()),
+        wide_out::<A>(columns, dx.address()),
+    ];
+    let args = ConvArgs::new(shape, addresses, wide, 1, accumulate);
     // SAFETY: as in `forward`.
     unsafe { dx.device().clone().launch(A::choose(tile.input_gradient), tile.launch(rows, columns, classes), &args) }
 }
@@ -224,18 +209,14 @@ pub(super) fn weight_gradient<A: Compute>(
     let (rows, columns) = (shape.taps() * shape.in_channels, shape.out_channels);
     let (tile, splits) = weight_gradient_tile(shape);
     let out = if splits > 1 { workspace.address() } else { dw.address() };
-    let args = ConvArgs {
-        left: x.address(),
-        right: dy.address(),
-        out,
-        shape: shape.twin(),
-        splits: splits as i32,
-        // Partial sums are written; the second kernel adds them.
-        accumulate: (accumulate && splits == 1).into(),
-        wide_left: wide::<A>(shape.in_channels, x.address()),
-        wide_right: wide::<A>(columns, dy.address()),
-        wide_out: wide_out::<A::Master>(columns, out),
-    };
+    let addresses = [x.address(), dy.address(), out];
+    let wide = [
+        wide::<A>(shape.in_channels, x.address()),
+        wide::<A>(columns, dy.address()),
+        wide_out::<A::Master>(columns, out),
+    ];
+    // Partial sums are written; the second kernel adds them.
+    let args = ConvArgs::new(shape, addresses, wide, splits, accumulate && splits == 1);
     // SAFETY: as in `forward`; the workspace holds the partial sums of every split.
     unsafe {
         dw.device().clone().launch(A::choose(tile.weight_gradient), tile.launch(rows, columns, splits), &args)?;

@@ -8,15 +8,24 @@ use crate::kernels::pick;
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(super) struct ConvArgs {
-    pub left: u64,
-    pub right: u64,
-    pub out: u64,
-    pub shape: Shape,
-    pub splits: i32,
-    pub accumulate: u32,
-    pub wide_left: u32,
-    pub wide_right: u32,
-    pub wide_out: u32,
+    left: u64,
+    right: u64,
+    out: u64,
+    shape: Shape,
+    splits: i32,
+    accumulate: u32,
+    wide_left: u32,
+    wide_right: u32,
+    wide_out: u32,
+}
+
+impl ConvArgs {
+    /// For operands and result (left, right, out) at these addresses, and whether packs of each are whole and aligned.
+    pub fn new(shape: &ConvShape, addresses: [u64; 3], wide: [u32; 3], splits: usize, accumulate: bool) -> Self {
+        let ([left, right, out], [wide_left, wide_right, wide_out]) = (addresses, wide);
+        let (shape, splits, accumulate) = (shape.twin(), splits as i32, accumulate.into());
+        Self { left, right, out, shape, splits, accumulate, wide_left, wide_right, wide_out }
+    }
 }
 
 #[repr(C)]
@@ -76,11 +85,11 @@ static TILES: [Tile; 4] = [
 ];
 
 /// The widest tile is taken from this many of them on: with fewer, narrower ones keep more multiprocessors busy.
-const MANY_TILES: usize = 96;
+pub(super) const MANY_TILES: usize = 96;
 
 /// Blocks over which a weight gradient is split, and the fewest pixels worth a block of their own.
-const WEIGHT_GRADIENT_BLOCKS: usize = 512;
-const WEIGHT_GRADIENT_PIXELS: usize = 128;
+pub(super) const WEIGHT_GRADIENT_BLOCKS: usize = 512;
+pub(super) const WEIGHT_GRADIENT_PIXELS: usize = 128;
 
 impl Tile {
     /// The tile for a product of `rows` times `columns`, computed `copies` times over parts of the depth.
@@ -136,17 +145,13 @@ pub(super) fn forward<S: Compute>(
 ) -> Result<()> {
     let (rows, columns) = (shape.batch * shape.out_height() * shape.out_width(), shape.out_channels);
     let tile = Tile::new(rows, columns, 1);
-    let args = ConvArgs {
-        left: x.address(),
-        right: weight.address(),
-        out: y.address(),
-        shape: shape.twin(),
-        splits: 1,
-        accumulate: accumulate.into(),
-        wide_left: wide::<S>(shape.in_channels, x.address()),
-        wide_right: wide::<S>(columns, weight.address()),
-        wide_out: wide::<S>(columns, y.address()),
-    };
+    let addresses = [x.address(), weight.address(), y.address()];
+    let wide = [
+        wide::<S>(shape.in_channels, x.address()),
+        wide::<S>(columns, weight.address()),
+        wide::<S>(columns, y.address()),
+    ];
+    let args = ConvArgs::new(shape, addresses, wide, 1, accumulate);
     let kernel = full_precision::<S>(tile.forward);
     // SAFETY: the twin of the kernel's struct; every slice has the length that the shape implies, and the shared memory is
     // the tile's.
@@ -165,17 +170,13 @@ pub(super) fn input_gradient<S: Compute>(
     let (rows, columns) = (shape.batch * class_height * class_width, shape.in_channels);
     let classes = shape.stride * shape.stride;
     let tile = Tile::new(rows, columns, classes);
-    let args = ConvArgs {
-        left: dy.address(),
-        right: weight.address(),
-        out: dx.address(),
-        shape: shape.twin(),
-        splits: 1,
-        accumulate: accumulate.into(),
-        wide_left: wide::<S>(shape.out_channels, dy.address()),
-        wide_right: wide::<S>(shape.out_channels, weight.address()),
-        wide_out: wide::<S>(columns, dx.address()),
-    };
+    let addresses = [dy.address(), weight.address(), dx.address()];
+    let wide = [
+        wide::<S>(shape.out_channels, dy.address()),
+        wide::<S>(shape.out_channels, weight.address()),
+        wide::<S>(columns, dx.address()),
+    ];
+    let args = ConvArgs::new(shape, addresses, wide, 1, accumulate);
     let kernel = full_precision::<S>(tile.input_gradient);
     // SAFETY: as in `forward`.
     unsafe { dx.device().clone().launch(kernel, tile.launch::<S>(rows, columns, classes), &args) }
@@ -193,18 +194,10 @@ pub(super) fn weight_gradient<S: Compute>(
     let (rows, columns) = (shape.taps() * shape.in_channels, shape.out_channels);
     let (tile, splits) = weight_gradient_tile(shape);
     let out = if splits > 1 { workspace.address() } else { dw.address() };
-    let args = ConvArgs {
-        left: x.address(),
-        right: dy.address(),
-        out,
-        shape: shape.twin(),
-        splits: splits as i32,
-        // Partial sums are written; the second kernel adds them.
-        accumulate: (accumulate && splits == 1).into(),
-        wide_left: wide::<S>(shape.in_channels, x.address()),
-        wide_right: wide::<S>(columns, dy.address()),
-        wide_out: wide::<S>(columns, out),
-    };
+    let addresses = [x.address(), dy.address(), out];
+    let wide = [wide::<S>(shape.in_channels, x.address()), wide::<S>(columns, dy.address()), wide::<S>(columns, out)];
+    // Partial sums are written; the second kernel adds them.
+    let args = ConvArgs::new(shape, addresses, wide, splits, accumulate && splits == 1);
     let kernel = full_precision::<S>(tile.weight_gradient);
     // SAFETY: as in `forward`; the workspace holds the partial sums of every split.
     unsafe { device.launch(kernel, tile.launch::<S>(rows, columns, splits), &args)? };
