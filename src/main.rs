@@ -762,7 +762,7 @@ impl Display {
                     100.0 * test_accuracy,
                 ));
             }
-            Progress::Epoch(Record::Step { .. }) => {}
+            Progress::Epoch(Record::Step { .. } | Record::Curvature { .. }) => {}
         }
     }
 

@@ -1,4 +1,4 @@
-//! `log.jsonl`: a line per epoch, and per step where asked for.
+//! `log.jsonl`: a line per epoch, and where asked for, per step and for what curvature was found.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -94,12 +94,21 @@ pub enum Record {
         /// Slope terms dropped so far.
         dropped_beta: u32,
     },
+    /// The curvature at the weights after an epoch.
+    Curvature {
+        /// Counted from 1.
+        epoch: u64,
+        /// Steps done.
+        step: u64,
+        /// What was found, by measure, as `polder curvature --json` has it.
+        measures: serde_json::Map<String, serde_json::Value>,
+    },
 }
 
 impl Record {
     fn step(&self) -> u64 {
         match self {
-            Record::Step { step, .. } | Record::Epoch { step, .. } => *step,
+            Record::Step { step, .. } | Record::Epoch { step, .. } | Record::Curvature { step, .. } => *step,
         }
     }
 }
