@@ -120,7 +120,8 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
                 vector::axpy(ritz.component(row, index), basis.view(), vector.view_mut())?;
             }
             let value = ritz.values[index];
-            multiply(self.objective, self.weights, vector.view(), &mut self.product, &mut self.flag)?;
+            let into = (&mut self.product, &mut self.flag, &mut self.passes);
+            multiply(self.objective, self.weights, vector.view(), into)?;
             vector::axpy(-value, vector.view(), self.product.view_mut())?;
             let residual = self.product_norm(OPERATION)?;
             pairs.push(Eigenpair { value, residual, vector });
@@ -175,7 +176,8 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
             let mut newest = device.zeros(self.weights.len())?;
             let left = Combination::alone(self.product.view(), self.one.view());
             sharpness::combine(left, 1.0 / length, false, newest.view_mut(), None)?;
-            multiply(self.objective, self.weights, newest.view(), &mut self.product, &mut self.flag)?;
+            let into = (&mut self.product, &mut self.flag, &mut self.passes);
+            multiply(self.objective, self.weights, newest.view(), into)?;
             vector::dot(newest.view(), self.product.view(), &mut self.reduction, self.number.view_mut())?;
             krylov.diagonal.push(self.finite_number(OPERATION)?);
             krylov.basis.push(newest);

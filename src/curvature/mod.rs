@@ -51,10 +51,13 @@
 //! ```
 
 mod lanczos;
+mod landscape;
 mod neighbourhood;
+mod power;
 mod trace;
 
 pub use lanczos::{Density, Eigenpair};
+pub use landscape::filter_normalized;
 pub use neighbourhood::Rise;
 
 use crate::device::{Buffer, Error, Result, Scalar, Slice};
@@ -91,6 +94,15 @@ impl Estimate {
     }
 }
 
+/// What has been asked of an objective.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Passes {
+    /// Losses with their gradients.
+    pub gradients: u64,
+    /// Products with the Hessian, each of the cost of 8/3 gradients.
+    pub products: u64,
+}
+
 /// An objective, the weights at which it is looked at, and the vectors that this takes: two as long as the weights.
 pub struct Curvature<'a, T: Scalar, O> {
     objective: &'a mut O,
@@ -102,6 +114,7 @@ pub struct Curvature<'a, T: Scalar, O> {
     one: Buffer<f64>,
     flag: Buffer<u32>,
     reduction: Reduction,
+    passes: Passes,
 }
 
 impl<'a, T: Scalar, O: Objective<T>> Curvature<'a, T, O> {
@@ -122,7 +135,13 @@ impl<'a, T: Scalar, O: Objective<T>> Curvature<'a, T, O> {
         let (direction, product) = (device.zeros(weights.len())?, device.zeros(weights.len())?);
         let (number, flag, reduction) = (device.zeros(1)?, device.zeros(1)?, Reduction::new(device)?);
         let one = device.upload(&[1.0, 0.0, 0.0, 0.0])?;
-        Ok(Self { objective, weights, direction, product, number, one, flag, reduction })
+        let passes = Passes::default();
+        Ok(Self { objective, weights, direction, product, number, one, flag, reduction, passes })
+    }
+
+    /// Passes through the objective so far.
+    pub fn passes(&self) -> Passes {
+        self.passes
     }
 
     /// `‖∇L(w)‖`. One gradient.
@@ -165,17 +184,28 @@ impl<'a, T: Scalar, O: Objective<T>> Curvature<'a, T, O> {
 
     /// The gradient in the place of the product.
     fn gradient(&mut self) -> Result<()> {
-        let Self { objective, weights, product, number, flag, .. } = self;
+        self.gradient_at(self.weights)
+    }
+
+    /// Loss and gradient at a point, in the places of the number and of the product.
+    fn gradient_at(&mut self, point: Slice<'_, T>) -> Result<()> {
+        let Self { objective, product, number, flag, passes, .. } = self;
         flag.clear()?;
         product.clear()?;
-        objective.gradient(*weights, Statistics::Keep, product.view_mut(), number.view_mut(), flag.view_mut())
+        passes.gradients += 1;
+        objective.gradient(point, Statistics::Keep, product.view_mut(), number.view_mut(), flag.view_mut())
+    }
+
+    /// The product of the Hessian at the weights with the direction.
+    fn multiply(&mut self) -> Result<()> {
+        let Self { objective, weights, direction, product, flag, passes, .. } = self;
+        multiply(*objective, *weights, direction.view(), (product, flag, passes))
     }
 
     /// dᵀHd of the direction d.
     fn quadratic_form(&mut self, operation: &'static str) -> Result<f64> {
-        let Self { objective, weights, direction, product, number, flag, reduction, .. } = self;
-        multiply(*objective, *weights, direction.view(), product, flag)?;
-        vector::dot(direction.view(), product.view(), reduction, number.view_mut())?;
+        self.multiply()?;
+        vector::dot(self.direction.view(), self.product.view(), &mut self.reduction, self.number.view_mut())?;
         self.finite_number(operation)
     }
 
@@ -203,9 +233,9 @@ fn multiply<T: Scalar>(
     objective: &mut impl Objective<T>,
     weights: Slice<'_, T>,
     vector: Slice<'_, T>,
-    product: &mut Buffer<T>,
-    flag: &mut Buffer<u32>,
+    (product, flag, passes): (&mut Buffer<T>, &mut Buffer<u32>, &mut Passes),
 ) -> Result<()> {
+    passes.products += 1;
     flag.clear()?;
     // Zeros, because an objective leaves what lies between its tensors alone.
     product.clear()?;

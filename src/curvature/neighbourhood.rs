@@ -4,7 +4,7 @@ use super::{Curvature, Estimate, multiply};
 use crate::device::{Error, Result, Scalar, Slice};
 use crate::kernels::vector::{self, Combination};
 use crate::kernels::{random, sharpness};
-use crate::objective::{Objective, Statistics};
+use crate::objective::Objective;
 
 /// A gradient no longer than this points nowhere: an ascent goes on in a random direction.
 const STATIONARY: f64 = 1e-12;
@@ -85,9 +85,9 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
         let steepest = self.ascend((rho, steps, seed), |curvature, point| {
             curvature.loss_at(point)?;
             let norm = curvature.product_norm(OPERATION)?;
-            let Curvature { objective, direction, product, flag, .. } = curvature;
+            let Curvature { objective, direction, product, flag, passes, .. } = curvature;
             direction.view_mut().copy_from(product.view())?;
-            multiply(*objective, point, direction.view(), product, flag)?;
+            multiply(*objective, point, direction.view(), (product, flag, passes))?;
             Ok(norm)
         })?;
         Ok(rho * steepest)
@@ -134,10 +134,7 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
 
     /// The loss at a point; its gradient is left in the product.
     fn loss_at(&mut self, point: Slice<'_, T>) -> Result<f64> {
-        let Self { objective, product, number, flag, .. } = self;
-        flag.clear()?;
-        product.clear()?;
-        objective.gradient(point, Statistics::Keep, product.view_mut(), number.view_mut(), flag.view_mut())?;
+        self.gradient_at(point)?;
         self.finite_number("Curvature")
     }
 

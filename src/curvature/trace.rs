@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Curvature, Estimate, multiply};
+use super::{Curvature, Estimate};
 use crate::device::{Buffer, Error, Result, Scalar};
 use crate::kernels::sharpness;
 use crate::kernels::vector::{self, Combination};
@@ -44,7 +44,7 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
         let mut samples = vec![Vec::new(); parts.len()];
         for probe in 0..probes {
             self.random_signs(seed, probe)?;
-            multiply(self.objective, self.weights, self.direction.view(), &mut self.product, &mut self.flag)?;
+            self.multiply()?;
             for (part, samples) in parts.iter().zip(&mut samples) {
                 let (signs, product) = (self.direction.slice(part.clone())?, self.product.slice(part.clone())?);
                 vector::dot(signs, product, &mut self.reduction, self.number.view_mut())?;
@@ -82,7 +82,7 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
         let mut basis: Vec<Buffer<T>> = Vec::new();
         for probe in 0..directions {
             self.random_signs(seed, probe)?;
-            multiply(self.objective, self.weights, self.direction.view(), &mut self.product, &mut self.flag)?;
+            self.multiply()?;
             tell();
             let whole = self.product_norm(OPERATION)?;
             self.direction.view_mut().copy_from(self.product.view())?;

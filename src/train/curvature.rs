@@ -1,15 +1,208 @@
-//! Curvature of a model's loss over images.
+//! Curvature of a model's loss over images: any of the measures, at any weights.
 
-use super::TrainError;
+use serde_json::{Map, Value, json};
+
 use super::images::{Batch, DeviceImages};
-use crate::curvature::Curvature;
+use super::{Measure, TrainError};
+use crate::curvature::{Curvature, Density, Estimate, Passes, Rise};
 use crate::data::{ImageShape, Images};
-use crate::device::{Buffer, Device, Slice};
+use crate::device::{self, Buffer, Device, Slice};
 use crate::kernels::batch_norm::Mode;
 use crate::kernels::image::{BatchShape, Normalization};
 use crate::nn::Model;
-use crate::objective::{Accumulated, Accumulator};
+use crate::objective::{Accumulated, Accumulator, Objective};
 use crate::plan::{Plan, PlanOptions, Shape};
+
+/// What to measure, and how closely.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CurvatureSettings {
+    /// In any order.
+    pub measures: Vec<Measure>,
+    /// Random directions for traces, spectrum and extrema.
+    pub probes: usize,
+    /// How many eigenvalues.
+    pub top: usize,
+    /// Steps of Lanczos's method, or products of power iteration for each eigenvalue: at most for eigenvalues, for each probe
+    /// of the spectrum.
+    pub steps: usize,
+    /// Eigenvalues are found when no residual is more than this share of the largest.
+    pub tolerance: f64,
+    /// Radius of the neighbourhood that sharpness and its like look at.
+    pub rho: f64,
+    /// Steps of the ascents there.
+    pub ascent_steps: usize,
+    /// Seed of the random directions.
+    pub seed: u64,
+}
+
+impl Default for CurvatureSettings {
+    /// Gradient norm, trace and normalised trace from 100 probes; 5 eigenvalues in at most 80 steps to 1e-4; 20 steps of ascent
+    /// within 0.05.
+    fn default() -> Self {
+        Self {
+            measures: vec![Measure::GradNorm, Measure::Trace, Measure::NormalizedTrace],
+            probes: 100,
+            top: 5,
+            steps: 80,
+            tolerance: 1e-4,
+            rho: 0.05,
+            ascent_steps: 20,
+            seed: 0,
+        }
+    }
+}
+
+impl CurvatureSettings {
+    /// Fails for a value that nothing can be measured with; options begin with `prefix` (`--`, or `--curvature-`).
+    ///
+    /// # Errors
+    /// [`TrainError::Option`].
+    pub fn check(&self, prefix: &str) -> Result<(), TrainError> {
+        let wrong = |option: &str, reason: String| Err(TrainError::option(&format!("{prefix}{option}"), reason));
+        let counts =
+            [("probes", self.probes), ("steps", self.steps), ("top", self.top), ("ascent-steps", self.ascent_steps)];
+        if let Some((option, _)) = counts.iter().find(|(_, count)| *count == 0) {
+            return wrong(option, "0, expected at least 1".into());
+        }
+        if self.top > self.steps {
+            return wrong("top", format!("{}, expected at most {prefix}steps {}", self.top, self.steps));
+        }
+        if !self.rho.is_finite() || self.rho <= 0.0 {
+            return wrong("rho", format!("{}, expected a finite number above 0", self.rho));
+        }
+        if self.measures.contains(&Measure::HutchPlusPlus) && self.probes < 3 {
+            return wrong("probes", format!("{}, expected at least 3 for hutch++", self.probes));
+        }
+        if self.tolerance.is_nan() || self.tolerance < 0.0 {
+            return wrong("tolerance", format!("{}, expected 0 or more", self.tolerance));
+        }
+        Ok(())
+    }
+}
+
+/// What a measure found.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Finding {
+    /// A number without an error of sampling.
+    Number(f64),
+    /// A mean over random probes, or over parts of the images: the word says of what.
+    Mean(Estimate, &'static str),
+    /// Nothing, for this reason.
+    None(String),
+    /// How far the loss rises within the radius, by this many steps of ascent at most.
+    Rise {
+        /// By one step and in all.
+        rise: Rise,
+        /// The radius.
+        rho: f64,
+        /// Of the ascent.
+        steps: usize,
+    },
+    /// The radius times the largest norm of a gradient within it, by this many steps of ascent.
+    Steepest {
+        /// That product.
+        value: f64,
+        /// The radius.
+        rho: f64,
+        /// Of the ascent.
+        steps: usize,
+    },
+    /// A mean over random probes for each tensor, by its name.
+    Layers(Vec<(String, Estimate)>),
+    /// Mean numbers of local minima and maxima over random lines.
+    Extrema([Estimate; 2]),
+    /// Eigenvalues, each with its residual.
+    Eigenvalues {
+        /// The largest first.
+        pairs: Vec<(f64, f64)>,
+        /// Whether as many were found as were asked for, with residuals within the tolerance.
+        converged: bool,
+    },
+    /// The density of the eigenvalues.
+    Density(Density),
+}
+
+fn with_error(estimate: &Estimate) -> Value {
+    json!({"value": estimate.value, "standard_error": estimate.standard_error})
+}
+
+impl Finding {
+    fn eigenvalues(pairs: Vec<(f64, f64)>, settings: &CurvatureSettings) -> Self {
+        let largest = pairs.iter().fold(0.0f64, |largest, (value, _)| largest.max(value.abs()));
+        let within = pairs.iter().all(|(_, residual)| *residual <= settings.tolerance * largest);
+        Self::Eigenvalues { converged: within && pairs.len() == settings.top, pairs }
+    }
+
+    /// λ1/λ5, which papers tell.
+    pub fn first_over_fifth(pairs: &[(f64, f64)]) -> Option<f64> {
+        pairs.get(4).map(|fifth| pairs[0].0 / fifth.0)
+    }
+
+    /// As an object for programs.
+    pub fn json(&self) -> Value {
+        match self {
+            Self::Number(value) => json!({"value": value}),
+            Self::Mean(estimate, of) => {
+                json!({"value": estimate.value, "standard_error": estimate.standard_error, *of: estimate.probes})
+            }
+            Self::None(reason) => json!({"value": null, "reason": reason}),
+            Self::Rise { rise: Rise { one_step, largest }, rho, steps } => {
+                json!({"value": largest, "one_step": one_step, "ascent_steps": steps, "rho": rho})
+            }
+            Self::Steepest { value, rho, steps } => json!({"value": value, "ascent_steps": steps, "rho": rho}),
+            Self::Layers(layers) => {
+                let probes = layers.first().map_or(0, |(_, estimate)| estimate.probes);
+                let layers: Map<_, _> = layers.iter().map(|(name, found)| (name.clone(), with_error(found))).collect();
+                json!({"probes": probes, "layers": layers})
+            }
+            Self::Extrema([minima, maxima]) => {
+                json!({"minima": with_error(minima), "maxima": with_error(maxima), "lines": minima.probes})
+            }
+            Self::Eigenvalues { pairs, converged } => {
+                let (values, residuals): (Vec<f64>, Vec<f64>) = pairs.iter().copied().unzip();
+                let ratio = Self::first_over_fifth(pairs);
+                json!({"values": values, "residuals": residuals, "first_over_fifth": ratio, "converged": converged})
+            }
+            Self::Density(Density { nodes, weights }) => json!({"nodes": nodes, "weights": weights}),
+        }
+    }
+
+    /// Its numbers, each with a name of its own within the measure (often none), and a standard error or residual if it has one.
+    /// A density is none.
+    pub fn numbers(&self) -> Vec<(String, f64, Option<f64>)> {
+        let of = |name: &str, estimate: &Estimate| (name.to_string(), estimate.value, estimate.standard_error);
+        match self {
+            Self::Number(value) | Self::Steepest { value, .. } => vec![(String::new(), *value, None)],
+            Self::Mean(estimate, _) => vec![of("", estimate)],
+            Self::Rise { rise, .. } => {
+                vec![(String::new(), rise.largest, None), ("one-step".into(), rise.one_step, None)]
+            }
+            Self::Layers(layers) => layers.iter().map(|(name, estimate)| of(name, estimate)).collect(),
+            Self::Extrema([minima, maxima]) => vec![of("minima", minima), of("maxima", maxima)],
+            Self::Eigenvalues { pairs, .. } => {
+                let numbered = pairs.iter().enumerate();
+                numbered.map(|(index, (value, residual))| (format!("{}", index + 1), *value, Some(*residual))).collect()
+            }
+            Self::None(_) | Self::Density(_) => Vec::new(),
+        }
+    }
+}
+
+/// What was found, measure by measure.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Findings {
+    /// In a fixed order, whatever the order in which they were asked for.
+    pub list: Vec<(Measure, Finding)>,
+    /// What it took, over all of the images or over a part of them.
+    pub passes: Passes,
+}
+
+impl Findings {
+    /// An object for programs, with a key for each measure.
+    pub fn json(&self) -> Map<String, Value> {
+        self.list.iter().map(|(measure, finding)| (measure.to_string(), finding.json())).collect()
+    }
+}
 
 /// A model and the images over which its mean loss is looked at, in equal parts.
 pub struct CurvatureMeter {
@@ -56,6 +249,11 @@ impl CurvatureMeter {
         })
     }
 
+    /// How many of so many images are looked at where nobody says: 1,000, or as many as there are, in whole parts of this size.
+    pub fn usual_samples(images: usize, part: usize) -> usize {
+        images.min(1000).max(part) / part * part
+    }
+
     /// The plan that it runs.
     pub fn plan(&self) -> &Plan<f32> {
         &self.plan
@@ -69,7 +267,7 @@ impl CurvatureMeter {
         &mut self,
         weights: Slice<'_, f32>,
         statistics: Slice<'_, f32>,
-        measure: impl FnOnce(&mut Curvature<'_, f32, Accumulated<'_, f32, Batch<'_, f32>>>) -> crate::device::Result<R>,
+        measure: impl FnOnce(&mut Curvature<'_, f32, Accumulated<'_, f32, Batch<'_, f32>>>) -> device::Result<R>,
     ) -> Result<R, TrainError> {
         self.plan.set_statistics(statistics)?;
         let (pixels, labels) = self.images.views();
@@ -96,7 +294,7 @@ impl CurvatureMeter {
         &mut self,
         weights: Slice<'_, f32>,
         statistics: Slice<'_, f32>,
-        mut measure: impl FnMut(&mut Curvature<'_, f32, Batch<'_, f32>>) -> crate::device::Result<R>,
+        mut measure: impl FnMut(&mut Curvature<'_, f32, Batch<'_, f32>>) -> device::Result<R>,
     ) -> Result<Vec<R>, TrainError> {
         self.plan.set_statistics(statistics)?;
         let (pixels, labels) = self.images.views();
@@ -117,4 +315,127 @@ impl CurvatureMeter {
         });
         found.collect()
     }
+
+    /// Takes these measures at these weights and running statistics. `progress` is told which measure is being taken, how far it
+    /// is, and how far it goes.
+    ///
+    /// # Errors
+    /// [`device::Error::Argument`] where something is not finite; those of the device.
+    pub fn measure(
+        &mut self,
+        weights: Slice<'_, f32>,
+        statistics: Slice<'_, f32>,
+        settings: &CurvatureSettings,
+        progress: &mut dyn FnMut(Measure, usize, usize),
+    ) -> Result<Findings, TrainError> {
+        let tensors = self.plan.parameters().tensors();
+        let tensors: Vec<_> = tensors.iter().map(|tensor| (tensor.name.clone(), tensor.range())).collect();
+        let mut found = self.at(weights, statistics, |curvature| measure(curvature, settings, &tensors, progress))?;
+        let CurvatureSettings { rho, ascent_steps, seed, .. } = *settings;
+        let wants = |measure| settings.measures.contains(&measure);
+        if !wants(Measure::MSharpness) && !wants(Measure::ApproximationRatio) {
+            return Ok(found);
+        }
+        let (parts, mut done) = (self.order.len() / self.shape.batch, 0);
+        let rises = self.at_each_part(weights, statistics, |part| {
+            let rise = part.rise(rho, ascent_steps, seed)?;
+            done += 1;
+            progress(Measure::MSharpness, done, parts);
+            found.passes.gradients += part.passes().gradients;
+            Ok(rise)
+        })?;
+        if wants(Measure::MSharpness) {
+            let largest: Vec<f64> = rises.iter().map(|rise| rise.largest).collect();
+            found.list.push((Measure::MSharpness, Finding::Mean(Estimate::of(&largest), "parts")));
+        }
+        if wants(Measure::ApproximationRatio) {
+            let ratios: Vec<f64> = rises.iter().filter_map(Rise::approximation_ratio).collect();
+            let finding = match ratios.is_empty() {
+                true => Finding::None("the loss does not rise".into()),
+                false => Finding::Mean(Estimate::of(&ratios), "parts"),
+            };
+            found.list.push((Measure::ApproximationRatio, finding));
+        }
+        Ok(found)
+    }
+}
+
+/// Takes the measures that are asked for, but for those of parts.
+fn measure<O: Objective<f32>>(
+    curvature: &mut Curvature<'_, f32, O>,
+    settings: &CurvatureSettings,
+    tensors: &[(String, std::ops::Range<usize>)],
+    progress: &mut dyn FnMut(Measure, usize, usize),
+) -> device::Result<Findings> {
+    let CurvatureSettings { probes, steps, seed, top, tolerance, rho, ascent_steps, .. } = *settings;
+    let wants = |measure| settings.measures.contains(&measure);
+    let mut list = Vec::new();
+    let mut norm = 0.0;
+    if wants(Measure::GradNorm) || wants(Measure::NormalizedTrace) {
+        norm = curvature.gradient_norm()?;
+    }
+    if wants(Measure::GradNorm) {
+        list.push((Measure::GradNorm, Finding::Number(norm)));
+    }
+    if wants(Measure::Trace) || wants(Measure::NormalizedTrace) {
+        let trace = curvature.trace(probes, seed, |done| progress(Measure::Trace, done, probes))?;
+        if wants(Measure::Trace) {
+            list.push((Measure::Trace, Finding::Mean(trace, "probes")));
+        }
+        if wants(Measure::NormalizedTrace) {
+            let finding = match norm > 0.0 {
+                true => Finding::Mean(trace.over(norm), "probes"),
+                false => Finding::None("the gradient is zero".into()),
+            };
+            list.push((Measure::NormalizedTrace, finding));
+        }
+    }
+    if wants(Measure::HutchPlusPlus) {
+        let on = |done| progress(Measure::HutchPlusPlus, done, probes);
+        list.push((
+            Measure::HutchPlusPlus,
+            Finding::Mean(curvature.trace_hutch_plus_plus(probes, seed, on)?, "probes"),
+        ));
+    }
+    if wants(Measure::LayerTraces) {
+        let parts: Vec<_> = tensors.iter().map(|(_, range)| range.clone()).collect();
+        let traces = curvature.traces(&parts, probes, seed, |done| progress(Measure::LayerTraces, done, probes))?;
+        let names = tensors.iter().map(|(name, _)| name.clone());
+        list.push((Measure::LayerTraces, Finding::Layers(names.zip(traces).collect())));
+    }
+    if wants(Measure::Vhv) {
+        list.push((Measure::Vhv, Finding::Number(curvature.along_gradient()?)));
+    }
+    if wants(Measure::VhvDifference) {
+        list.push((Measure::VhvDifference, Finding::Number(curvature.along_gradient_by_difference(rho)?)));
+    }
+    if wants(Measure::Sharpness) {
+        let rise = curvature.rise(rho, ascent_steps, seed)?;
+        list.push((Measure::Sharpness, Finding::Rise { rise, rho, steps: ascent_steps }));
+    }
+    if wants(Measure::Gnr) {
+        let value = curvature.steepest(rho, ascent_steps, seed)?;
+        list.push((Measure::Gnr, Finding::Steepest { value, rho, steps: ascent_steps }));
+    }
+    if wants(Measure::Extrema) {
+        let on = |done| progress(Measure::Extrema, done, probes);
+        list.push((Measure::Extrema, Finding::Extrema(curvature.extrema(probes, (10, 0.01), seed, on)?)));
+    }
+    if wants(Measure::TopEigenvalues) {
+        let on = |done| progress(Measure::TopEigenvalues, done, steps);
+        let pairs = curvature.top_eigenvalues(top, (steps, tolerance), seed, on)?;
+        let pairs = pairs.iter().map(|pair| (pair.value, pair.residual)).collect();
+        list.push((Measure::TopEigenvalues, Finding::eigenvalues(pairs, settings)));
+    }
+    if wants(Measure::PowerIteration) {
+        let on = |done| progress(Measure::PowerIteration, done, top.saturating_mul(steps));
+        let pairs = curvature.power_iteration(top, (steps, tolerance), seed, on)?;
+        let pairs = pairs.iter().map(|pair| (pair.value, pair.residual)).collect();
+        list.push((Measure::PowerIteration, Finding::eigenvalues(pairs, settings)));
+    }
+    if wants(Measure::Spectrum) {
+        let on = |done| progress(Measure::Spectrum, done, probes.saturating_mul(steps));
+        list.push((Measure::Spectrum, Finding::Density(curvature.spectral_density(probes, steps, seed, on)?)));
+    }
+    Ok(Findings { list, passes: curvature.passes() })
 }

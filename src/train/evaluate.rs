@@ -5,6 +5,7 @@ use serde::Serialize;
 use super::TrainError;
 use super::images::DeviceImages;
 use crate::device::{Buffer, Device, Slice};
+use crate::kernels::batch_norm::Mode;
 use crate::kernels::image::{self, BatchShape, Normalization, Position};
 use crate::nn::Model;
 use crate::plan::{Plan, PlanOptions, Shape};
@@ -33,10 +34,12 @@ pub struct Evaluator {
 }
 
 impl Evaluator {
-    /// Plans the model for batches of at most `batch_size` of these images, which errors call `name`.
+    /// Plans the model for batches of at most `batch_size` of these images, which errors call `name`. With [`Mode::Train`] each
+    /// batch is normalised by itself.
     ///
     /// # Errors
-    /// A model that does not fit the images, or the device's memory.
+    /// A model that does not fit the images, the device's memory, or with [`Mode::Train`] [`TrainError::Option`] where the batches
+    /// do not make up the images.
     pub fn new(
         device: &Device,
         model: Model,
@@ -44,12 +47,18 @@ impl Evaluator {
         images: &crate::data::Images,
         normalization: Normalization,
         batch_size: usize,
+        batch_norm: Mode,
     ) -> Result<Self, TrainError> {
         let batch = batch_size.min(images.len());
+        if batch_norm == Mode::Train && !images.len().is_multiple_of(batch) {
+            let reason = format!("{batch}, expected a divisor of the {} images", images.len());
+            return Err(TrainError::option("--batch-size", reason));
+        }
         let crate::data::ImageShape { height, width, channels } = images.shape;
         let shape = Shape { batch, height, width, channels };
         let (graph, logits) = model.trace(shape, images.classes).map_err(TrainError::plan(name))?;
-        let plan = Plan::new(device, graph, logits, PlanOptions::evaluation()).map_err(TrainError::plan(name))?;
+        let plan = Plan::new(device, graph, logits, PlanOptions { batch_norm, ..PlanOptions::evaluation() })
+            .map_err(TrainError::plan(name))?;
         // The last batch is filled up with the first samples, whose results are not counted.
         let count = images.len().next_multiple_of(batch);
         let order: Vec<u32> = (0..count).map(|sample| (sample % images.len()) as u32).collect();

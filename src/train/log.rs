@@ -117,6 +117,8 @@ impl Record {
 pub(super) struct Log {
     path: PathBuf,
     file: File,
+    /// The step of the newest line about curvature.
+    pub newest_curvature: Option<u64>,
 }
 
 impl Log {
@@ -128,10 +130,17 @@ impl Log {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
             Err(error) => return Err(TrainError::io(path)(error)),
         };
-        let kept: Vec<&str> = text
-            .lines()
-            .filter(|line| serde_json::from_str::<Record>(line).is_ok_and(|record| record.step() <= step))
-            .collect();
+        let (mut kept, mut newest_curvature) = (Vec::new(), None);
+        for line in text.lines() {
+            let Ok(record) = serde_json::from_str::<Record>(line) else { continue };
+            if record.step() > step {
+                continue;
+            }
+            kept.push(line);
+            if let Record::Curvature { step, .. } = record {
+                newest_curvature = Some(step);
+            }
+        }
         let mut whole = kept.join("\n");
         if !whole.is_empty() {
             whole.push('\n');
@@ -142,7 +151,7 @@ impl Log {
             std::fs::rename(&partial, path).map_err(TrainError::io(path))?;
         }
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(TrainError::io(path))?;
-        Ok(Self { path: path.into(), file })
+        Ok(Self { path: path.into(), file, newest_curvature })
     }
 
     pub fn write(&mut self, record: &Record) -> Result<(), TrainError> {

@@ -5,17 +5,19 @@ mod curvature;
 mod error;
 mod evaluate;
 mod images;
+pub mod landscape;
 mod log;
 mod run;
 mod settings;
 pub mod weights;
 
-pub use curvature::CurvatureMeter;
+pub use curvature::{CurvatureMeter, CurvatureSettings, Finding, Findings};
 pub use error::TrainError;
 pub use evaluate::{Evaluation, Evaluator};
 pub use images::{Batch, normalization, open_data, open_device, open_split};
 pub use log::Record;
 pub use run::{Progress, Summary, train};
 pub use settings::{
-    AugmentName, BaseName, FormName, NormName, OptimizerName, Options, PrecisionName, ScheduleName, ShortcutName,
+    AugmentName, BaseName, FormName, Measure, NormName, OptimizerName, Options, PrecisionName, ScheduleName,
+    ShortcutName,
 };

@@ -1,5 +1,6 @@
 //! The training loop.
 
+use std::cmp::Ordering::{Equal, Less};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -7,13 +8,15 @@ use std::time::{Duration, Instant};
 use half::{bf16, f16};
 
 use super::checkpoint::{self, Checkpoint};
+use super::curvature::{CurvatureMeter, CurvatureSettings, Finding, Findings};
 use super::evaluate::{Evaluation, Evaluator};
 use super::images::{Batch, DeviceImages, normalization, open_data, open_device};
 use super::log::{Log, Record};
-use super::settings::{AugmentName, Options, PrecisionName};
+use super::settings::{AugmentName, Measure, Options, PrecisionName};
 use super::{TrainError, weights};
-use crate::data::{self, Dataset, ImageShape};
+use crate::data::{self, Dataset, ImageShape, Images};
 use crate::device::{self, Buffer, Compute, Graph, Tf32};
+use crate::kernels::batch_norm::Mode;
 use crate::kernels::image::{Augment, BatchShape, Normalization};
 use crate::kernels::vector::Rate;
 use crate::kernels::{clock, metrics};
@@ -55,7 +58,14 @@ pub enum Progress {
         /// Images per second of the epoch so far.
         images_per_second: f64,
     },
-    /// After each epoch.
+    /// The curvature after an epoch is being measured.
+    Measuring {
+        /// By this.
+        measure: Measure,
+        /// Done, and in all.
+        steps: (usize, usize),
+    },
+    /// After each epoch, and after each measurement of the curvature.
     Epoch(Record),
 }
 
@@ -64,11 +74,13 @@ pub enum Progress {
 pub struct Summary {
     /// Whether it was told to stop before its end.
     pub interrupted: bool,
+    /// The mean loss that ended it before its end, by `max_loss`: not finite where no step had a finite one.
+    pub diverged: Option<f64>,
     /// Steps done.
     pub steps: u64,
     /// Of these, skipped because something was not finite.
     pub skipped: u32,
-    /// The model on the test images; none if interrupted.
+    /// The model on the test images; none if interrupted or diverged.
     pub test: Option<Evaluation>,
     /// Seconds of training, evaluation left out, over all its parts.
     pub seconds: f64,
@@ -77,6 +89,11 @@ pub struct Summary {
     /// Where its files are.
     pub out: Option<PathBuf>,
 }
+
+/// After every so many steps, and after each epoch, a run looks whether its loss has diverged.
+const DIVERGENCE_STEPS: u64 = 50;
+/// Images at a time when the curvature is measured, as `polder curvature` takes them.
+const CURVATURE_PART: usize = 200;
 
 /// How often a run reads its sums from the device to report them.
 const REPORT: Duration = Duration::from_millis(250);
@@ -145,7 +162,15 @@ fn train_as<S: Compute<Master = f32>>(
     let plan_options =
         PlanOptions { label_smoothing: options.label_smoothing.unwrap_or_default(), ..PlanOptions::training() };
     let plan = Plan::<S>::new(&device, graph, logits, plan_options).map_err(TrainError::plan(path))?;
-    let mut evaluator = Evaluator::new(&device, model, path, &test, normalization, batch)?;
+    let mut evaluator = Evaluator::new(&device, model, path, &test, normalization, batch, Mode::Eval)?;
+    let mut curvature = match options.curvature() {
+        None => None,
+        Some((every, settings)) => {
+            let (part, images) = curvature_images(options, &train)?;
+            let meter = CurvatureMeter::new(&device, model, (path, &images), normalization, part, Mode::Eval)?;
+            Some(CurvatureLog { every, settings, meter })
+        }
+    };
     let layout = plan.parameters().clone();
     let rho_schedule = options.rho_schedule();
     let mut training = Training {
@@ -201,6 +226,14 @@ fn train_as<S: Compute<Master = f32>>(
         steps_per_epoch,
     });
 
+    // A run that was stopped between its checkpoint and the measurement there makes up for it.
+    if let Some(curvature) = &mut curvature
+        && step > 0
+        && (step % steps_per_epoch == 0 || step == steps)
+        && log.as_ref().is_some_and(|log| log.newest_curvature != Some(step))
+    {
+        curvature.measure(&training, (step.div_ceil(steps_per_epoch), step), log.as_mut(), progress)?;
+    }
     let mut order: Vec<u32> = (0..count as u32).collect();
     let mut seconds = earlier;
     let mut epoch_seconds = 0.0;
@@ -211,6 +244,9 @@ fn train_as<S: Compute<Master = f32>>(
     let mut prepared_epoch = None;
     let mut reported = Instant::now();
     let mut test_result = None;
+    let mut diverged = None;
+    // The epoch's sums when it was last looked at.
+    let mut looked_at = training.read_totals()?;
     let mut clock = Instant::now();
     while step < steps && !stop.load(Ordering::Relaxed) {
         let (epoch, within) = (step / steps_per_epoch, (step % steps_per_epoch) as usize);
@@ -240,7 +276,19 @@ fn train_as<S: Compute<Master = f32>>(
         }
         step += 1;
 
-        let epoch_ends = step % steps_per_epoch == 0 || step == steps;
+        let mut epoch_ends = step % steps_per_epoch == 0 || step == steps;
+        if let Some(most) = options.max_loss
+            && (epoch_ends || step % DIVERGENCE_STEPS == 0)
+        {
+            let sums = training.read_totals()?;
+            let loss = (sums[0] - looked_at[0]) / (sums[2] - looked_at[2]);
+            looked_at = if step % steps_per_epoch == 0 { [0.0; 3] } else { sums };
+            // Also where it is not a number.
+            if !matches!(loss.partial_cmp(&most), Some(Less | Equal)) {
+                diverged = Some(loss);
+                epoch_ends = true;
+            }
+        }
         if log_step && let Some(log) = &mut log {
             let mut correct = [0];
             training.plan.correct()?.read(&mut correct)?;
@@ -299,23 +347,32 @@ fn train_as<S: Compute<Master = f32>>(
             if let Some(log) = &mut log {
                 log.write(&record)?;
             }
-            if let Some(run) = out {
+            // What has diverged does not take the place of weights that had not.
+            if let Some(run) = out.filter(|_| diverged.is_none()) {
                 training.save(run, step, seconds)?;
             }
             progress(Progress::Epoch(record));
+            if diverged.is_some() {
+                break;
+            }
+            if let Some(curvature) = &mut curvature
+                && !stop.load(Ordering::Relaxed)
+            {
+                curvature.measure(&training, (epoch + 1, step), log.as_mut(), progress)?;
+            }
             test_result = Some(test);
             (epoch_seconds, epoch_started_at) = (0.0, step);
             clock = Instant::now();
         }
     }
     device.synchronize()?;
-    let interrupted = step < steps;
+    let interrupted = step < steps && diverged.is_none();
     if interrupted {
         seconds += clock.elapsed().as_secs_f64();
         if let Some(run) = out {
             training.save(run, step, seconds)?;
         }
-    } else if test_result.is_none() {
+    } else if test_result.is_none() && diverged.is_none() {
         // A finished run was resumed: there is nothing to train, but its result can still be told.
         test_result =
             Some(evaluator.evaluate(training.parameters.view(), training.plan.statistics().view(), |_| Ok(()))?);
@@ -323,13 +380,29 @@ fn train_as<S: Compute<Master = f32>>(
     let trained = (step - started_at) as f64 * batch as f64;
     Ok(Summary {
         interrupted,
+        diverged,
         steps: step,
         skipped: training.optimizer.telemetry()?.skipped,
-        test: if interrupted { None } else { test_result },
+        test: test_result.filter(|_| !interrupted && diverged.is_none()),
         seconds,
         images_per_second: if trained > 0.0 { trained / (seconds - earlier) } else { 0.0 },
         out: out.map(Path::to_path_buf),
     })
+}
+
+/// The images that the curvature is measured over, and how many of them at a time.
+fn curvature_images(options: &Options, train: &Images) -> Result<(usize, Images), TrainError> {
+    let part = CURVATURE_PART.min(options.curvature_samples.unwrap_or(train.len())).min(train.len());
+    let samples = options.curvature_samples.unwrap_or_else(|| CurvatureMeter::usual_samples(train.len(), part));
+    if samples == 0 || samples > train.len() || !samples.is_multiple_of(part) {
+        let reason = format!(
+            "{samples}, expected at most {CURVATURE_PART} or a multiple of it, of the {} training images",
+            train.len()
+        );
+        return Err(TrainError::option("--curvature-samples", reason));
+    }
+    let (pixels, labels) = (&train.pixels[..samples * train.shape.bytes()], &train.labels[..samples]);
+    Ok((part, Images { pixels: pixels.into(), labels: labels.into(), ..*train }))
 }
 
 fn finite(value: f64) -> Option<f64> {
@@ -377,6 +450,45 @@ fn open_run(run: &Path, options: &Options, resume: bool, step: u64) -> Result<Lo
         .map_err(|error| TrainError::Settings { path: config.clone(), reason: error.to_string() })?;
     std::fs::write(&config, text).map_err(TrainError::io(&config))?;
     Log::open(&run.join("log.jsonl"), step)
+}
+
+/// What writes the curvature to the log.
+struct CurvatureLog {
+    /// Epochs.
+    every: u64,
+    settings: CurvatureSettings,
+    meter: CurvatureMeter,
+}
+
+impl CurvatureLog {
+    /// Measures where the training is, at the end of an epoch, if it is due.
+    fn measure<S: Compute<Master = f32>>(
+        &mut self,
+        training: &Training<S>,
+        (epoch, step): (u64, u64),
+        log: Option<&mut Log>,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<(), TrainError> {
+        if !epoch.is_multiple_of(self.every) {
+            return Ok(());
+        }
+        let (weights, statistics) = (training.parameters.view(), training.plan.statistics().view());
+        let mut tell = |measure, done, of| progress(Progress::Measuring { measure, steps: (done, of) });
+        let found = match self.meter.measure(weights, statistics, &self.settings, &mut tell) {
+            // A loss that is not finite ends the measurement, not the run.
+            Err(TrainError::Device(device::Error::Argument { message, .. })) => {
+                let none = |&measure| (measure, Finding::None(message.clone()));
+                Findings { list: self.settings.measures.iter().map(none).collect(), ..Findings::default() }
+            }
+            found => found?,
+        };
+        let record = Record::Curvature { epoch, step, measures: found.json() };
+        if let Some(log) = log {
+            log.write(&record)?;
+        }
+        progress(Progress::Epoch(record));
+        Ok(())
+    }
 }
 
 /// Everything that a step reads and writes, on the device.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::TrainError;
+use super::{CurvatureSettings, TrainError};
 use crate::arena::Layout;
 use crate::device::HostOptions;
 use crate::nn::{Model, Shortcut};
@@ -148,6 +148,41 @@ words! {
         F16 = "f16",
         /// The same in 16 bits with 7 of mantissa, and the range of f32.
         Bf16 = "bf16",
+    }
+}
+words! {
+    /// `--measure` of `polder curvature` and `--curvature-measures` of `polder train`.
+    Measure {
+        /// ‖∇L‖
+        GradNorm = "grad-norm",
+        /// Trace of the Hessian
+        Trace = "trace",
+        /// Tr(H)/‖∇L‖
+        NormalizedTrace = "normalized-trace",
+        /// The trace by Hutch++, with as many products as there are probes
+        HutchPlusPlus = "hutch++",
+        /// The trace of each layer's block of the Hessian
+        LayerTraces = "layer-traces",
+        /// vᵀHv along the gradient, v = ∇L/‖∇L‖
+        Vhv = "vhv",
+        /// The same by the difference of losses at ρ to either side
+        VhvDifference = "vhv-difference",
+        /// How far the loss rises within ρ: by one step, and by several of ascent
+        Sharpness = "sharpness",
+        /// The same for the loss of each part of the images
+        MSharpness = "m-sharpness",
+        /// What of the rise one step finds, for the loss of each part of the images
+        ApproximationRatio = "approximation-ratio",
+        /// ρ times the largest ‖∇L‖ within it
+        Gnr = "gnr",
+        /// Local minima and maxima within 0.1 along random lines
+        Extrema = "extrema",
+        /// The largest eigenvalues of the Hessian, by Lanczos's method
+        TopEigenvalues = "top-eigenvalues",
+        /// The eigenvalues largest in magnitude, by power iteration
+        PowerIteration = "power-iteration",
+        /// The density of the eigenvalues
+        Spectrum = "spectrum",
     }
 }
 words! {
@@ -405,6 +440,27 @@ pub struct Options {
     #[arg(long, value_name = "N", help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub log_every: Option<u64>,
+    /// End the run once the mean loss of 50 steps or of an epoch is above this, or none of the steps had a finite one
+    #[arg(long, value_name = "LOSS", help_heading = "Run")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_loss: Option<f64>,
+
+    /// Measure the curvature after every N epochs and write it to log.jsonl; 0 for never [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Curvature")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub curvature_every: Option<u64>,
+    /// What to measure [default: grad-norm,trace,normalized-trace]
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "LIST", help_heading = "Curvature")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub curvature_measures: Option<Vec<Measure>>,
+    /// Over the first N training images, at most 200 or a multiple of 200 [default: 1000, or as many as there are]
+    #[arg(long, value_name = "N", help_heading = "Curvature")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub curvature_samples: Option<usize>,
+    /// Random directions for traces, spectrum and extrema [default: 20]
+    #[arg(long, value_name = "N", help_heading = "Curvature")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub curvature_probes: Option<usize>,
 }
 
 /// The key of a method's random directions, apart from those of the initial weights and the augmentation.
@@ -498,6 +554,9 @@ impl Options {
                 below.of_sgd().into_iter().for_each(|(_, option)| option.clear());
             }
         }
+        if self.curvature_every == Some(0) {
+            (below.curvature_measures, below.curvature_samples, below.curvature_probes) = (None, None, None);
+        }
         // A run is measured in epochs or in steps: the upper layer's choice hides the lower layer's other one.
         let (epochs, steps) = match (self.epochs, self.steps) {
             (None, None) => (below.epochs, below.steps),
@@ -556,6 +615,11 @@ impl Options {
             threads: self.threads.or(below.threads),
             precision: self.precision.or(below.precision),
             log_every: self.log_every.or(below.log_every),
+            max_loss: self.max_loss.or(below.max_loss),
+            curvature_every: self.curvature_every.or(below.curvature_every),
+            curvature_measures: self.curvature_measures.or(below.curvature_measures),
+            curvature_samples: self.curvature_samples.or(below.curvature_samples),
+            curvature_probes: self.curvature_probes.or(below.curvature_probes),
         }
     }
 
@@ -646,6 +710,11 @@ impl Options {
         self.threads.get_or_insert(0);
         self.precision.get_or_insert(PrecisionName::F32);
         self.log_every.get_or_insert(0);
+        if *self.curvature_every.get_or_insert(0) > 0 {
+            let CurvatureSettings { measures, .. } = CurvatureSettings::default();
+            self.curvature_measures.get_or_insert(measures);
+            self.curvature_probes.get_or_insert(20);
+        }
         self.check()?;
         Ok(self)
     }
@@ -657,10 +726,11 @@ impl Options {
     /// The first option that differs.
     pub fn continues(&self, before: &Self) -> Result<(), TrainError> {
         // Compared by their keys, so that an option that comes later is not forgotten here.
-        let free = ["epochs", "steps", "threads", "device", "log-every"];
+        let free = ["epochs", "steps", "threads", "device", "log-every", "max-loss"];
+        let free = |key: &str| free.contains(&key) || key.starts_with("curvature-");
         let keys = |options: &Self| toml::Table::try_from(options).unwrap_or_default();
         let (mine, theirs) = (keys(self), keys(before));
-        let differs = |key: &&String| !free.contains(&key.as_str()) && mine.get(*key) != theirs.get(*key);
+        let differs = |key: &&String| !free(key) && mine.get(*key) != theirs.get(*key);
         match mine.keys().chain(theirs.keys()).find(differs) {
             Some(key) => Err(TrainError::option(&format!("--{key}"), "cannot change when a run is resumed")),
             None => Ok(()),
@@ -689,6 +759,7 @@ impl Options {
             ("--rho-norm", self.rho_norm),
             ("--sigma", self.sigma),
             ("--clip", self.clip),
+            ("--max-loss", self.max_loss),
         ];
         let not_negative = [
             ("--eta", self.eta),
@@ -731,6 +802,19 @@ impl Options {
         for (option, value) in counts {
             if value == Some(0) {
                 return Err(TrainError::option(option, "0, expected at least 1"));
+            }
+        }
+        match self.curvature() {
+            Some((_, curvature)) => curvature.check("--curvature-")?,
+            None => {
+                let given = [
+                    ("--curvature-measures", self.curvature_measures.is_some()),
+                    ("--curvature-samples", self.curvature_samples.is_some()),
+                    ("--curvature-probes", self.curvature_probes.is_some()),
+                ];
+                if let Some((option, _)) = given.iter().find(|(_, given)| *given) {
+                    return Err(TrainError::option(option, "has no meaning without --curvature-every"));
+                }
             }
         }
         let plain = self.p_norm != Some(NormName::Infinity);
@@ -840,6 +924,15 @@ impl Options {
     }
 
     /// How ρ moves; of resolved options.
+    /// After every how many epochs to measure the curvature, and what of it.
+    pub(super) fn curvature(&self) -> Option<(u64, CurvatureSettings)> {
+        let every = self.curvature_every.filter(|&every| every > 0)?;
+        let mut settings = CurvatureSettings { seed: self.seed.unwrap_or_default(), ..CurvatureSettings::default() };
+        settings.measures = self.curvature_measures.clone().unwrap_or(settings.measures);
+        settings.probes = self.curvature_probes.unwrap_or(settings.probes);
+        Some((every, settings))
+    }
+
     pub(super) fn rho_schedule(&self) -> RhoSchedule {
         match self.rho_schedule {
             Some(RhoScheduleName::Linear) => RhoSchedule::Linear,

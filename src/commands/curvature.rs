@@ -1,0 +1,188 @@
+//! `polder curvature`: how flat the loss is around trained weights.
+
+use std::path::PathBuf;
+
+use polder::curvature::{Density, Estimate, Passes, Rise};
+use polder::device;
+use polder::train::{CurvatureMeter, CurvatureSettings, Finding, Findings, Measure, TrainError};
+use serde_json::json;
+
+use super::model::{BatchNormName, ModelArgs, SplitName};
+use super::{Bar, make_folder, print, write_whole};
+
+#[derive(clap::Args)]
+pub struct CurvatureArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Which images
+    #[arg(long, value_enum, default_value = "train")]
+    split: SplitName,
+    /// The first N images, a multiple of --batch-size [default: 1000, or as many as there are]
+    #[arg(long, value_name = "N")]
+    samples: Option<usize>,
+    /// What to measure
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        value_name = "LIST",
+        default_value = "grad-norm,trace,normalized-trace"
+    )]
+    measure: Vec<Measure>,
+    /// Random directions for traces, spectrum and extrema
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    probes: usize,
+    /// How many eigenvalues
+    #[arg(long, value_name = "K", default_value_t = 5)]
+    top: usize,
+    /// Lanczos steps: at most for eigenvalues, for each probe of the spectrum; products of power iteration for each eigenvalue
+    #[arg(long, value_name = "N", default_value_t = 80)]
+    steps: usize,
+    /// Eigenvalues are found when no residual is more than this share of the largest
+    #[arg(long, value_name = "T", default_value_t = 1e-4)]
+    tolerance: f64,
+    /// Radius of the neighbourhood that sharpness and its like look at
+    #[arg(long, value_name = "RHO", default_value_t = 0.05)]
+    rho: f64,
+    /// Steps of the ascents there
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    ascent_steps: usize,
+    /// Seed of the random directions
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// What batch norm normalises with
+    #[arg(long, value_enum, value_name = "MODE", default_value = "eval")]
+    bn: BatchNormName,
+    /// Write curvature.json, curvature.csv and, with a spectrum, spectrum.csv to this folder
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+pub fn run(args: &CurvatureArgs) -> Result<(), TrainError> {
+    let settings = CurvatureSettings {
+        measures: args.measure.clone(),
+        probes: args.probes,
+        top: args.top,
+        steps: args.steps,
+        tolerance: args.tolerance,
+        rho: args.rho,
+        ascent_steps: args.ascent_steps,
+        seed: args.seed,
+    };
+    settings.check("--")?;
+    let split = args.split.split();
+    let mut subject = args.model.open(split, args.samples)?;
+    let batch_size = args.model.batch_size.min(subject.images.len());
+    if args.samples.is_none() {
+        let samples = CurvatureMeter::usual_samples(subject.images.len(), batch_size);
+        subject.images = subject.images.take(samples)?;
+    }
+    // A folder that cannot be written to is told before the work.
+    if let Some(out) = &args.out {
+        make_folder(out)?;
+    }
+    let images = (&*subject.data, &subject.images);
+    let mut meter =
+        CurvatureMeter::new(&subject.device, subject.model, images, subject.normalization, batch_size, args.bn.mode())?;
+    let [parameters, statistics] = subject.load(&subject.init, meter.plan())?;
+    let bar = Bar::new();
+    let mut progress = |measure: Measure, done, of| bar.show(&measure.to_string(), done, of);
+    let found = meter.measure(parameters.view(), statistics.view(), &settings, &mut progress);
+    drop(bar);
+    let found = found.map_err(|error| match error {
+        // What is not finite is the fault of the weights.
+        TrainError::Device(device::Error::Argument { message, .. }) => {
+            TrainError::Weights { path: subject.init.clone(), reason: message }
+        }
+        other => other,
+    })?;
+    let samples = subject.images.len();
+    let Passes { gradients, products } = found.passes;
+    let object = json!({
+        "samples": samples,
+        "split": split.to_string(),
+        "passes": {"gradients": gradients, "products": products},
+        "measures": found.json(),
+    });
+    if let Some(out) = &args.out {
+        write_whole(&out.join("curvature.json"), &format!("{object}\n"))?;
+        write_whole(&out.join("curvature.csv"), &table(&found))?;
+        for (_, finding) in &found.list {
+            if let Finding::Density(Density { nodes, weights }) = finding {
+                let lines: String =
+                    nodes.iter().zip(weights).map(|(node, weight)| format!("{node},{weight}\n")).collect();
+                write_whole(&out.join("spectrum.csv"), &format!("node,weight\n{lines}"))?;
+            }
+        }
+    }
+    if args.model.json {
+        return print(&object.to_string());
+    }
+    print(&format!(
+        "{}, {split} split: {samples} samples; {gradients} gradients, {products} products with the Hessian",
+        subject.name
+    ))?;
+    for (measure, finding) in &found.list {
+        print(&format!("{:<19} {}", measure.to_string(), words(finding, &settings)))?;
+    }
+    Ok(())
+}
+
+/// A line for each number.
+fn table(found: &Findings) -> String {
+    let mut text = "measure,of,value,error\n".to_string();
+    for (measure, finding) in &found.list {
+        for (of, value, error) in finding.numbers() {
+            let error = error.map_or(String::new(), |error| error.to_string());
+            text += &format!("{measure},{of},{value},{error}\n");
+        }
+    }
+    text
+}
+
+/// A finding for people, in a line or several.
+fn words(finding: &Finding, settings: &CurvatureSettings) -> String {
+    let CurvatureSettings { probes, steps: most, .. } = settings;
+    match finding {
+        Finding::Number(value) => digits(*value),
+        Finding::Mean(estimate, of) => format!("{} ({} {of})", with_error(estimate), estimate.probes),
+        Finding::None(reason) => format!("none: {reason}"),
+        Finding::Rise { rise: Rise { one_step, largest }, steps, .. } => {
+            format!("{} (one step {}, {steps} steps of ascent)", digits(*largest), digits(*one_step))
+        }
+        Finding::Steepest { value, steps, .. } => format!("{} ({steps} steps of ascent)", digits(*value)),
+        Finding::Layers(layers) => {
+            let line = |(name, estimate): &(String, Estimate)| format!("\n  {name:<30} {}", with_error(estimate));
+            format!("({probes} probes){}", layers.iter().map(line).collect::<String>())
+        }
+        Finding::Extrema([minima, maxima]) => {
+            format!("{} minima, {} maxima ({probes} lines)", with_error(minima), with_error(maxima))
+        }
+        Finding::Eigenvalues { pairs, converged } => {
+            let each: Vec<String> =
+                pairs.iter().map(|(value, residual)| format!("{} ± {}", digits(*value), digits(*residual))).collect();
+            let ratio = Finding::first_over_fifth(pairs);
+            let ratio = ratio.map_or(String::new(), |ratio| format!("; first over fifth {}", digits(ratio)));
+            let open = if *converged { "" } else { "; not all within the tolerance" };
+            format!("{}{ratio}{open}", each.join(", "))
+        }
+        Finding::Density(Density { nodes, .. }) => {
+            let least = nodes.iter().copied().fold(f64::INFINITY, f64::min);
+            let largest = nodes.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            format!("{} … {} ({probes} probes of {most} steps)", digits(least), digits(largest))
+        }
+    }
+}
+
+/// A value and its standard error, if it has one.
+fn with_error(Estimate { value, standard_error, .. }: &Estimate) -> String {
+    match standard_error {
+        Some(error) => format!("{} ± {}", digits(*value), digits(*error)),
+        None => digits(*value),
+    }
+}
+
+/// Four digits or more, whatever the size.
+fn digits(value: f64) -> String {
+    if value == 0.0 || (1e-2..1e6).contains(&value.abs()) { format!("{value:.4}") } else { format!("{value:.4e}") }
+}

@@ -1,0 +1,28 @@
+//! `polder devices`: what this program can compute on.
+
+use polder::device;
+use polder::train::TrainError;
+use serde_json::json;
+
+use super::print;
+
+pub fn run(json: bool) -> Result<(), TrainError> {
+    let devices = device::available();
+    if json {
+        let list: Vec<_> = devices
+            .iter()
+            .map(|(name, found)| match found {
+                Ok(description) => json!({"name": name, "usable": true, "description": description}),
+                Err(reason) => json!({"name": name, "usable": false, "reason": reason}),
+            })
+            .collect();
+        return print(&json!({"devices": list}).to_string());
+    }
+    for (name, found) in devices {
+        match found {
+            Ok(description) => print(&format!("{name:<8} {description}"))?,
+            Err(reason) => print(&format!("{name:<8} not usable: {reason}"))?,
+        }
+    }
+    Ok(())
+}

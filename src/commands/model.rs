@@ -1,0 +1,164 @@
+//! The options that eval, curvature and landscape share: trained weights, and the images to look at them with.
+
+use std::path::{Path, PathBuf};
+
+use clap::ValueEnum;
+use polder::data::{Images, Split, SplitImages};
+use polder::device::{Buffer, Device};
+use polder::kernels::batch_norm::Mode;
+use polder::kernels::image::Normalization;
+use polder::nn::{Model, Shortcut};
+use polder::plan::Plan;
+use polder::train::{self, Options, ShortcutName, TrainError, weights};
+
+use super::option;
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum SplitName {
+    Train,
+    Test,
+}
+
+impl SplitName {
+    pub fn split(self) -> Split {
+        match self {
+            SplitName::Train => Split::Train,
+            SplitName::Test => Split::Test,
+        }
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum BatchNormName {
+    /// Running statistics
+    Eval,
+    /// Each batch's statistics
+    Train,
+}
+
+impl BatchNormName {
+    pub fn mode(self) -> Mode {
+        match self {
+            BatchNormName::Eval => Mode::Eval,
+            BatchNormName::Train => Mode::Train,
+        }
+    }
+}
+
+#[derive(clap::Args)]
+pub struct ModelArgs {
+    /// The folder of a run: model, weights, data and normalisation are its own where they are not given
+    #[arg(long, value_name = "DIR")]
+    pub run: Option<PathBuf>,
+    /// resnet8, 20, 32, 44, 56, 110 (CIFAR ResNets) or resnet18
+    #[arg(long, value_name = "NAME", required_unless_present = "run")]
+    model: Option<String>,
+    /// The weights
+    #[arg(long, value_name = "FILE.safetensors", required_unless_present = "run")]
+    init: Option<PathBuf>,
+    /// A folder with CIFAR-10/100 (binary) or IDX files, or `synthetic` [default: synthetic]
+    #[arg(long, value_name = "PATH")]
+    data: Option<String>,
+    /// Shortcuts of a CIFAR ResNet where its shape changes [default: a]
+    #[arg(long, value_enum, value_name = "KIND")]
+    shortcut: Option<ShortcutName>,
+    /// Mean of pixel/255 per channel [default: the data set's published values]
+    #[arg(long, value_name = "A,B,C", value_delimiter = ',')]
+    mean: Option<Vec<f32>>,
+    /// Standard deviation of pixel/255 per channel [default: the data set's published values]
+    #[arg(long, value_name = "A,B,C", value_delimiter = ',')]
+    std: Option<Vec<f32>>,
+    /// Images at a time
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    pub batch_size: usize,
+    /// auto, cpu or cuda:N
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    device: String,
+    /// CPU threads; 0 takes one per core
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    threads: usize,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What [`ModelArgs`] name, opened.
+pub struct Subject {
+    pub model: Model,
+    /// The model's name and its shortcut, as given.
+    pub model_name: String,
+    pub device: Device,
+    /// The data set's name.
+    pub name: String,
+    /// Its path, or `synthetic`.
+    pub data: String,
+    pub images: Images,
+    pub normalization: Normalization,
+    /// The file of the weights.
+    pub init: PathBuf,
+}
+
+impl ModelArgs {
+    /// The first `samples` images of the split, or all. Of a run's training images, those that it was trained on, with its labels.
+    pub fn open(&self, split: Split, samples: Option<usize>) -> Result<Subject, TrainError> {
+        let run = match &self.run {
+            None => Options::default(),
+            Some(run) => {
+                let file = run.join("config.toml");
+                if !file.is_file() {
+                    return Err(TrainError::NoRun { path: run.clone() });
+                }
+                Options::from_file(&file)?
+            }
+        };
+        let model_name = self.model.clone().or(run.model).unwrap_or_else(|| "resnet8".into());
+        let shortcut = self.shortcut.or(run.shortcut.filter(|_| self.model.is_none()));
+        let model = Model::from_name(
+            &model_name,
+            shortcut.map(|name| match name {
+                ShortcutName::A => Shortcut::A,
+                ShortcutName::B => Shortcut::B,
+            }),
+        )?;
+        let model_name = match shortcut {
+            Some(shortcut) => format!("{model_name}, shortcut {shortcut}"),
+            None => model_name,
+        };
+        let folder = self.run.as_deref().unwrap_or(Path::new(""));
+        let init = self.init.clone().unwrap_or_else(|| folder.join("model.safetensors"));
+        if self.batch_size == 0 {
+            return Err(option("--batch-size", "0, expected at least 1"));
+        }
+        let device = train::open_device(&self.device, self.threads)?;
+        let data = self.data.clone().or(run.data.clone()).unwrap_or_else(|| "synthetic".into());
+        let SplitImages { name, mut images, mean, std, .. } = train::open_split(&data, split)?;
+        // What a run did to the images it was trained on is no part of other images.
+        let of_run = self.data.is_none();
+        if split == Split::Train && of_run {
+            if let Some(n) = run.train_size {
+                images = images.take(n)?;
+            }
+            if let Some(fraction) = run.label_noise {
+                images = images.with_label_noise(fraction, run.seed.unwrap_or_default())?;
+            }
+        }
+        let images = match samples {
+            Some(n) => images.take(n).map_err(|error| option("--samples", error))?,
+            None => images,
+        };
+        let channels = images.shape.channels;
+        let own = |given: &Option<Vec<f32>>, of: Option<Vec<f32>>| given.clone().or(of.filter(|_| of_run));
+        let (wanted_mean, wanted_std) = (own(&self.mean, run.mean), own(&self.std, run.std));
+        let wanted = (wanted_mean.as_deref(), wanted_std.as_deref());
+        let normalization = train::normalization(wanted.0, wanted.1, (&mean, &std), channels)?;
+        Ok(Subject { model, model_name, device, name, data, images, normalization, init })
+    }
+}
+
+impl Subject {
+    /// Parameters and running statistics in a file, for a plan of the model.
+    pub fn load(&self, file: &Path, plan: &Plan<f32>) -> Result<[Buffer<f32>; 2], TrainError> {
+        let [parameters, statistics] = weights::load(file, [plan.parameters(), plan.statistics_layout()])?;
+        Ok([self.device.upload(&parameters)?, self.device.upload(&statistics)?])
+    }
+}

@@ -1,0 +1,239 @@
+//! `polder train`: settings from flags and files, what a person sees meanwhile, and how a run ends early.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use polder::train::{self, Options, Progress, Record, TrainError};
+use serde_json::json;
+
+use super::{print, tell};
+
+#[derive(clap::Args)]
+pub struct TrainArgs {
+    #[command(flatten)]
+    options: Options,
+    /// Take the options that are not given from this file
+    #[arg(long, value_name = "FILE.toml", help_heading = "Run")]
+    config: Option<PathBuf>,
+    /// Write settings, log, weights and checkpoints to this folder
+    #[arg(long, value_name = "DIR", help_heading = "Run")]
+    out: Option<PathBuf>,
+    /// Go on with the run in this folder
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["out", "config", "init"], help_heading = "Run")]
+    resume: Option<PathBuf>,
+    /// Print one JSON object on standard output, everything else on standard error
+    #[arg(long, help_heading = "Run")]
+    json: bool,
+}
+
+pub fn run(args: TrainArgs) -> Result<ExitCode, TrainError> {
+    let below = match (&args.config, &args.resume) {
+        (Some(file), _) => Options::from_file(file)?,
+        (None, Some(run)) => {
+            let file = run.join("config.toml");
+            if !file.is_file() {
+                return Err(TrainError::NoRun { path: run.clone() });
+            }
+            Options::from_file(&file)?
+        }
+        (None, None) => Options::default(),
+    };
+    let before = args.resume.is_some().then(|| below.clone());
+    let given = args.options.clone();
+    let file = args.config.clone().or(args.resume.as_ref().map(|run| run.join("config.toml")));
+    let options = args.options.over(below).resolve().map_err(|error| error.of_file(&given, file.as_deref()))?;
+    let options = options.with_absolute_paths();
+    if let Some(before) = before {
+        options.continues(&before.resolve()?.with_absolute_paths())?;
+    }
+    let out = args.out.or(args.resume.clone());
+
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut display = Display::new(args.json);
+    stop_on_signals(&stop, "step", display.bar.clone());
+    let summary = train::train(&options, out.as_deref(), args.resume.is_some(), &stop, &mut |p| display.show(p));
+    display.finish();
+    let summary = summary?;
+    if args.json {
+        let test = summary.test;
+        print(
+            &json!({
+                "interrupted": summary.interrupted,
+                "diverged": summary.diverged.is_some(),
+                "steps": summary.steps,
+                "skipped": summary.skipped,
+                "test": test,
+                "seconds": summary.seconds,
+                "images_per_second": summary.images_per_second,
+                "out": summary.out,
+                "options": options,
+            })
+            .to_string(),
+        )?;
+    }
+    if summary.interrupted {
+        let then = match &summary.out {
+            Some(run) => format!("`polder train --resume {}` goes on from there", run.display()),
+            None => "nothing was saved, because there was no --out".into(),
+        };
+        tell(&format!("interrupted after step {}; {then}", summary.steps));
+        return Ok(ExitCode::from(130));
+    }
+    if let Some(loss) = summary.diverged {
+        let most = options.max_loss.unwrap_or_default();
+        let found = if loss.is_finite() { format!("a mean loss of {loss:.4}") } else { "no finite loss".into() };
+        let log = match &summary.out {
+            Some(run) => format!("; the log is in {}", run.join("log.jsonl").display()),
+            None => String::new(),
+        };
+        tell(&format!("error: diverged: {found} up to step {}, --max-loss {most}{log}", summary.steps));
+        return Ok(ExitCode::FAILURE);
+    }
+    if let (Some(test), false) = (summary.test, args.json) {
+        let (accuracy, skipped) = (100.0 * test.accuracy, summary.skipped);
+        let skips = if skipped > 0 { format!("; {skipped} steps skipped as not finite") } else { String::new() };
+        print(&format!(
+            "test accuracy {accuracy:.2} % ({} of {} wrong), test loss {:.4}; {} steps in {:.1} s, {:.0} images/s{skips}",
+            test.errors, test.samples, test.loss, summary.steps, summary.seconds, summary.images_per_second
+        ))?;
+        if let Some(run) = &summary.out {
+            print(&format!("weights: {}", run.join("model.safetensors").display()))?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Ends a work after its step (by this name) at the first SIGINT, SIGTERM or SIGHUP, and the program at the second. A signal that the program was
+/// started to ignore (by `nohup`, say) stays ignored.
+pub fn stop_on_signals(stop: &Arc<AtomicBool>, step: &'static str, bar: Option<ProgressBar>) {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    // Linux tells which; elsewhere none is taken to be ignored.
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    let heard = [SIGHUP, SIGINT, SIGTERM].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0);
+    // Without a handler a signal would end the program unsaved: go on anyway.
+    let Ok(mut signals) = signal_hook::iterator::Signals::new(heard) else { return };
+    let asked = stop.clone();
+    std::thread::spawn(move || {
+        for _ in signals.forever() {
+            if asked.swap(true, Ordering::SeqCst) {
+                std::process::exit(130);
+            }
+            let text = format!("stopping after this {step}; once more to stop at once");
+            match &bar {
+                Some(bar) => bar.println(text),
+                None => tell(&text),
+            }
+        }
+    });
+}
+
+/// What a person sees while training goes on: a bar on a terminal, plain lines otherwise.
+struct Display {
+    bar: Option<ProgressBar>,
+    /// Whether standard output belongs to the JSON object.
+    json: bool,
+}
+
+impl Display {
+    fn new(json: bool) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(0);
+            // The message is cut where the line ends, so that the bar never takes two.
+            let template = "{bar:12} {pos}/{len}, {eta} left  {wide_msg}";
+            bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar
+        });
+        Self { bar, json }
+    }
+
+    fn line(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(text),
+            None if self.json => tell(text),
+            // What cannot be printed at the end either is told there.
+            None => drop(print(text)),
+        }
+    }
+
+    fn show(&mut self, progress: Progress) {
+        match progress {
+            Progress::Start { device, data, images, parameters, arena_bytes, steps, steps_per_epoch } => {
+                let (train, test) = images;
+                let mebibytes = arena_bytes as f64 / f64::from(1 << 20);
+                self.line(&format!("{data}: {train} training and {test} test images; {device}"));
+                self.line(&format!("{parameters} parameters, {mebibytes:.0} MiB of activations and gradients"));
+                let (all, done) = steps;
+                if done > 0 && done < all {
+                    self.line(&format!("resuming at step {done} of {all} (epoch {} on)", done / steps_per_epoch + 1));
+                } else if done > 0 {
+                    self.line(&format!("already at step {done}: nothing left of {all} to train"));
+                }
+                if let Some(bar) = &self.bar {
+                    bar.set_length(all);
+                    bar.set_position(done);
+                    bar.reset_eta();
+                }
+            }
+            Progress::Step { step, loss, accuracy, images_per_second } => {
+                if let Some(bar) = &self.bar {
+                    bar.set_position(step);
+                    let percent = 100.0 * accuracy;
+                    bar.set_message(format!("loss {loss:.3}, {percent:.1} % right, {images_per_second:.0} images/s"));
+                }
+            }
+            Progress::Testing => {
+                if let Some(bar) = &self.bar {
+                    bar.set_message("testing");
+                }
+            }
+            Progress::Epoch(Record::Epoch {
+                epoch,
+                train_loss,
+                train_accuracy,
+                test_loss,
+                test_accuracy,
+                images_per_second,
+                ..
+            }) => {
+                let number = |value: Option<f64>, decimals: usize| match value {
+                    Some(value) => format!("{value:.decimals$}"),
+                    None => "not finite".into(),
+                };
+                self.line(&format!(
+                    "epoch {epoch:>3}  train loss {} ({} %)  test loss {} ({:.2} %)  {images_per_second:.0} images/s",
+                    number(train_loss, 3),
+                    number(train_accuracy.map(|share| 100.0 * share), 2),
+                    number(test_loss, 3),
+                    100.0 * test_accuracy,
+                ));
+            }
+            Progress::Measuring { measure, steps: (done, of) } => {
+                if let Some(bar) = &self.bar {
+                    bar.set_message(format!("measuring {measure}: {done} of {of}"));
+                }
+            }
+            Progress::Epoch(Record::Curvature { epoch, measures, .. }) => {
+                let value = |(name, found): (&String, &serde_json::Value)| {
+                    let list = found.get("values").and_then(|values| values.get(0));
+                    let value = found.get("value").or(list)?.as_f64()?;
+                    Some(format!("{name} {value:.4}"))
+                };
+                let found: Vec<String> = measures.iter().filter_map(value).collect();
+                self.line(&format!("epoch {epoch:>3}  {}", found.join("  ")));
+            }
+            Progress::Epoch(Record::Step { .. }) => {}
+        }
+    }
+
+    fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}

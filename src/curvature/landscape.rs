@@ -1,0 +1,41 @@
+//! Directions in which a landscape of the loss is looked at.
+
+use crate::arena::{Kind, Layout};
+use crate::device::{Buffer, Result, Slice};
+use crate::kernels::check_length;
+use crate::kernels::random;
+
+/// Random direction number `number` of `seed`, filter-normalised (Li, Xu, Taylor, Studer and Goldstein 2018, section 4): normal
+/// numbers, those of each filter (what makes up one output of a convolution or of a linear layer) scaled to the length of that
+/// filter in `weights`; zero for biases and batch norm. So networks whose filters have other scales, which batch norm makes up
+/// for, can be compared. The lengths are taken on the host, in double.
+///
+/// # Errors
+/// [`crate::device::Error::Length`] for weights that are not laid out so; those of the device.
+pub fn filter_normalized(layout: &Layout, weights: Slice<'_, f32>, seed: u64, number: usize) -> Result<Buffer<f32>> {
+    check_length("curvature::filter_normalized", "weights", weights.len(), layout.len())?;
+    let mut direction = weights.device().zeros(layout.len())?;
+    let first = number * layout.len().next_multiple_of(4);
+    random::normal(direction.view_mut(), seed, first as u64)?;
+    let (weights, normal) = (weights.to_vec()?, direction.to_vec()?);
+    let mut scaled = vec![0.0f32; layout.len()];
+    for tensor in layout.tensors() {
+        // The output is the last extent of both.
+        let (Kind::Convolution { outputs, .. } | Kind::Linear { outputs, .. }) = tensor.kind else { continue };
+        let range = tensor.range();
+        let squares = |values: &[f32]| {
+            let mut squares = vec![0.0f64; outputs];
+            for (index, &value) in values[range.clone()].iter().enumerate() {
+                squares[index % outputs] += f64::from(value).powi(2);
+            }
+            squares
+        };
+        let (wanted, drawn) = (squares(&weights), squares(&normal));
+        for index in range.clone() {
+            let filter = (index - range.start) % outputs;
+            scaled[index] = (f64::from(normal[index]) * (wanted[filter] / drawn[filter]).sqrt()) as f32;
+        }
+    }
+    direction.write(&scaled)?;
+    Ok(direction)
+}

@@ -1,0 +1,79 @@
+//! Power iteration with deflation: eigenvalues one after the other, in the memory of the vectors that are found.
+
+use super::{Curvature, Eigenpair};
+use crate::device::{Buffer, Error, Result, Scalar};
+use crate::kernels::vector::{self, Combination};
+use crate::kernels::{random, sharpness};
+use crate::objective::Objective;
+
+impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
+    /// The `count` eigenvalues of the Hessian that are largest in magnitude, the largest first, by power iteration: each vector
+    /// is multiplied until its residual is within `tolerance` of the eigenvalue's magnitude or after `most` products, and is
+    /// taken out of those that follow. It needs one vector of memory per eigenvalue where
+    /// [`Curvature::top_eigenvalues`] needs one per step, and many more products: the error falls by λ2/λ1 with each. `progress`
+    /// is told of each product. Fewer are found where the Hessian has no more that are not zero.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a count or `most` of zero, or where a product is not finite; those of the objective.
+    pub fn power_iteration(
+        &mut self,
+        count: usize,
+        (most, tolerance): (usize, f64),
+        seed: u64,
+        mut progress: impl FnMut(usize),
+    ) -> Result<Vec<Eigenpair<T>>> {
+        const OPERATION: &str = "Curvature::power_iteration";
+        if count == 0 || most == 0 {
+            let message = format!("{count} eigenvalues by {most} products each");
+            return Err(Error::Argument { operation: OPERATION, message });
+        }
+        let mut pairs: Vec<Eigenpair<T>> = Vec::new();
+        for index in 0..count {
+            let first = index * self.weights.len().next_multiple_of(4);
+            random::normal(self.direction.view_mut(), seed, first as u64)?;
+            self.clear_padding()?;
+            self.product.view_mut().copy_from(self.direction.view())?;
+            let mut value = 0.0;
+            for step in 1..=most {
+                // The newest product, without what is found already, is the next vector.
+                self.deflate(&pairs)?;
+                let length = self.product_norm(OPERATION)?;
+                if length == 0.0 {
+                    return Ok(pairs);
+                }
+                let alone = Combination::alone(self.product.view(), self.one.view());
+                sharpness::combine(alone, 1.0 / length, false, self.direction.view_mut(), None)?;
+                value = self.quadratic_form(OPERATION)?;
+                progress(index * most + step);
+                self.deflate(&pairs)?;
+                vector::axpy(-value, self.direction.view(), self.product.view_mut())?;
+                if self.product_norm(OPERATION)? <= tolerance * value.abs() {
+                    break;
+                }
+                vector::axpy(value, self.direction.view(), self.product.view_mut())?;
+            }
+            if value == 0.0 {
+                return Ok(pairs);
+            }
+            // Of the whole Hessian, not of what deflation leaves of it.
+            self.multiply()?;
+            vector::axpy(-value, self.direction.view(), self.product.view_mut())?;
+            let residual = self.product_norm(OPERATION)?;
+            let mut vector: Buffer<T> = self.weights.device().zeros(self.weights.len())?;
+            vector.view_mut().copy_from(self.direction.view())?;
+            pairs.push(Eigenpair { value, residual, vector });
+        }
+        Ok(pairs)
+    }
+
+    /// Takes the parts along these orthonormal vectors out of the product.
+    fn deflate(&mut self, pairs: &[Eigenpair<T>]) -> Result<()> {
+        // Twice: once leaves what rounding makes of a large part that is taken out.
+        for Eigenpair { vector: earlier, .. } in pairs.iter().chain(pairs) {
+            vector::dot(earlier.view(), self.product.view(), &mut self.reduction, self.number.view_mut())?;
+            let along = self.finite_number("Curvature")?;
+            vector::axpy(-along, earlier.view(), self.product.view_mut())?;
+        }
+        Ok(())
+    }
+}

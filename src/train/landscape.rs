@@ -1,0 +1,285 @@
+//! Loss and accuracy of a model on a grid around its weights, in a folder that holds all that is needed to go on after an
+//! interruption: `landscape.json`, what it is of; `direction-1.safetensors` …; `landscape.csv`, a line per point as it is found.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Evaluator, TrainError, weights};
+use crate::arena::Layout;
+use crate::device::{Buffer, Slice};
+use crate::kernels::vector;
+
+/// An axis of the grid.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Axis {
+    /// What it leads along.
+    pub name: String,
+    /// The places on it, in units of its direction.
+    pub values: Vec<f64>,
+}
+
+/// What a landscape is of: `landscape.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Landscape {
+    /// For people.
+    pub title: String,
+    /// One or two.
+    pub axes: Vec<Axis>,
+    /// All that its values depend on, by the names of the options: a landscape goes on only as it began.
+    pub settings: BTreeMap<String, String>,
+}
+
+impl Landscape {
+    /// Reads what the landscape in a folder is of.
+    ///
+    /// # Errors
+    /// The file, or what it holds.
+    pub fn read(folder: &Path) -> Result<Self, TrainError> {
+        let path = folder.join("landscape.json");
+        let text = std::fs::read_to_string(&path).map_err(TrainError::io(&path))?;
+        serde_json::from_str(&text).map_err(|error| TrainError::Settings { path, reason: error.to_string() })
+    }
+
+    /// Whether the folder holds a landscape, which then must be of the same.
+    ///
+    /// # Errors
+    /// The first setting that differs; those of [`Landscape::read`].
+    pub fn begun(folder: &Path, settings: &BTreeMap<String, String>) -> Result<Option<Self>, TrainError> {
+        if !folder.join("landscape.json").exists() {
+            return Ok(None);
+        }
+        let found = Self::read(folder)?;
+        let (theirs, mine) = (&found.settings, settings);
+        let differs = mine.keys().chain(theirs.keys()).find(|key| mine.get(*key) != theirs.get(*key));
+        if let Some(key) = differs {
+            let value = |of: &BTreeMap<String, String>| of.get(key).map_or("not given".into(), |value| value.clone());
+            let reason = format!(
+                "holds a landscape whose {key} is {}, not {}; choose another --out",
+                value(theirs),
+                value(mine)
+            );
+            return Err(TrainError::Settings { path: folder.into(), reason });
+        }
+        Ok(Some(found))
+    }
+
+    /// Writes it to its folder.
+    ///
+    /// # Errors
+    /// Those of the file.
+    pub fn write(&self, folder: &Path) -> Result<(), TrainError> {
+        let (path, partial) = (folder.join("landscape.json"), folder.join("landscape.json.partial"));
+        let text = serde_json::to_string_pretty(self).map_err(|error| TrainError::io(&path)(error.into()))?;
+        std::fs::write(&partial, text).map_err(TrainError::io(&partial))?;
+        std::fs::rename(&partial, &path).map_err(TrainError::io(&path))
+    }
+
+    /// The number of points.
+    pub fn len(&self) -> usize {
+        self.axes.iter().map(|axis| axis.values.len()).product()
+    }
+
+    /// Whether there is no point.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Where a point lies: the first axis varies fastest.
+    pub fn place(&self, mut point: usize) -> Vec<f64> {
+        let mut place = Vec::new();
+        for Axis { values, .. } in &self.axes {
+            place.push(values[point % values.len()]);
+            point /= values.len();
+        }
+        place
+    }
+}
+
+/// Where a folder keeps the direction of an axis.
+fn direction_path(folder: &Path, axis: usize) -> PathBuf {
+    folder.join(format!("direction-{}.safetensors", axis + 1))
+}
+
+/// Keeps a direction, under the names of the parameters.
+///
+/// # Errors
+/// Those of the file.
+pub fn save_direction(folder: &Path, axis: usize, layout: &Layout, direction: &[f32]) -> Result<(), TrainError> {
+    weights::save(&direction_path(folder, axis), &[(layout, direction)])
+}
+
+/// The direction of an axis that was kept.
+///
+/// # Errors
+/// The file, or one of another model.
+pub fn load_direction(folder: &Path, axis: usize, layout: &Layout) -> Result<Vec<f32>, TrainError> {
+    let [direction, _] = weights::load(&direction_path(folder, axis), [layout, &Layout::default()])?;
+    Ok(direction)
+}
+
+/// Loss and accuracy at a point.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Height {
+    /// Mean cross-entropy; may be infinite or not a number.
+    pub loss: f64,
+    /// Fraction rightly classified.
+    pub accuracy: f64,
+}
+
+/// The points that have been found, in `landscape.csv`.
+pub struct Heights {
+    path: PathBuf,
+    file: File,
+    list: Vec<Height>,
+}
+
+impl Heights {
+    /// Opens the points of a landscape: those that are there stay, but for a line that was cut off.
+    ///
+    /// # Errors
+    /// The file; lines that belong to another grid.
+    pub fn open(folder: &Path, landscape: &Landscape) -> Result<Self, TrainError> {
+        let path = folder.join("landscape.csv");
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(error) => return Err(TrainError::io(&path)(error)),
+        };
+        let header = if landscape.axes.len() == 1 { "x,loss,accuracy" } else { "x,y,loss,accuracy" };
+        // What has no end of line was cut off.
+        let whole = text.rfind('\n').map_or("", |end| &text[..=end]);
+        let mut list = Vec::new();
+        for (number, line) in whole.lines().enumerate() {
+            let read = || {
+                let numbers: Vec<f64> = line.split(',').map(|cell| cell.parse().ok()).collect::<Option<_>>()?;
+                let (place, height) = numbers.split_at_checked(landscape.axes.len())?;
+                let &[loss, accuracy] = height else { return None };
+                let known = number <= landscape.len() && place == landscape.place(number - 1);
+                known.then_some(Height { loss, accuracy })
+            };
+            match number {
+                0 if line == header => {}
+                0 => return Err(damaged(&path, 1)),
+                _ => list.push(read().ok_or_else(|| damaged(&path, number + 1))?),
+            }
+        }
+        let file = OpenOptions::new().create(true).write(true).truncate(false).open(&path);
+        let mut file = file.map_err(TrainError::io(&path))?;
+        let begun = !whole.is_empty();
+        let mut start = || {
+            file.set_len(whole.len() as u64)?;
+            std::io::Seek::seek(&mut file, std::io::SeekFrom::End(0))?;
+            if begun { Ok(()) } else { writeln!(file, "{header}") }
+        };
+        start().map_err(TrainError::io(&path))?;
+        Ok(Self { path, file, list })
+    }
+
+    /// The points so far.
+    pub fn list(&self) -> &[Height] {
+        &self.list
+    }
+
+    fn push(&mut self, place: &[f64], height: Height) -> Result<(), TrainError> {
+        let line: String = place.iter().map(|coordinate| format!("{coordinate},")).collect();
+        let line = format!("{line}{},{}\n", height.loss, height.accuracy);
+        self.file.write_all(line.as_bytes()).map_err(TrainError::io(&self.path))?;
+        self.list.push(height);
+        Ok(())
+    }
+
+    /// Finds the points that are missing, at `weights` moved along the directions; running statistics stay. Each is kept as it
+    /// is found. `go_on` is told how many there are, and ends this by saying no.
+    ///
+    /// # Errors
+    /// Those of the device and of the file.
+    pub fn complete(
+        &mut self,
+        landscape: &Landscape,
+        evaluator: &mut Evaluator,
+        (weights, statistics): (Slice<'_, f32>, Slice<'_, f32>),
+        directions: &[Buffer<f32>],
+        mut go_on: impl FnMut(usize) -> bool,
+    ) -> Result<(), TrainError> {
+        let mut moved = weights.device().zeros(weights.len())?;
+        while self.list.len() < landscape.len() && go_on(self.list.len()) {
+            let place = landscape.place(self.list.len());
+            moved.view_mut().copy_from(weights)?;
+            for (&along, direction) in place.iter().zip(directions) {
+                vector::axpy(along, direction.view(), moved.view_mut())?;
+            }
+            let found = evaluator.evaluate(moved.view(), statistics, |_| Ok(()))?;
+            self.push(&place, Height { loss: found.loss, accuracy: found.accuracy })?;
+        }
+        Ok(())
+    }
+}
+
+fn damaged(path: &Path, line: usize) -> TrainError {
+    TrainError::Settings { path: path.into(), reason: format!("line {line} is not one of this landscape") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn landscape() -> Landscape {
+        let axis = |name: &str, values: &[f64]| Axis { name: name.into(), values: values.into() };
+        let axes = vec![axis("a", &[-1.0, 0.1, 1.0]), axis("b", &[-2.0, 2.0])];
+        Landscape { title: "a plane".into(), axes, settings: BTreeMap::from([("seed".into(), "7".into())]) }
+    }
+
+    #[test]
+    fn a_landscape_that_was_cut_off_goes_on_where_its_last_whole_line_ends() {
+        let folder = tempfile::tempdir().unwrap();
+        let landscape = landscape();
+        let height = |point: usize| Height { loss: 0.1 + point as f64 / 3.0, accuracy: 0.5 };
+        let mut heights = Heights::open(folder.path(), &landscape).unwrap();
+        for point in 0..4 {
+            heights.push(&landscape.place(point), height(point)).unwrap();
+        }
+        heights.push(&landscape.place(4), Height { loss: f64::NAN, accuracy: 0.0 }).unwrap();
+        let path = folder.path().join("landscape.csv");
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.starts_with("x,y,loss,accuracy\n-1,-2,0.1,0.5\n0.1,-2,"), "{text}");
+        let heights = Heights::open(folder.path(), &landscape).unwrap();
+        assert_eq!(heights.list()[..4], [0, 1, 2, 3].map(height));
+        assert!(heights.list()[4].loss.is_nan());
+        std::fs::write(&path, &text[..text.len() - 3]).unwrap();
+        let mut heights = Heights::open(folder.path(), &landscape).unwrap();
+        assert_eq!(heights.list(), [0, 1, 2, 3].map(height));
+        heights.push(&landscape.place(4), height(4)).unwrap();
+        assert_eq!(Heights::open(folder.path(), &landscape).unwrap().list().len(), 5);
+        // A line of another grid, one that is no line, one too many.
+        for (wrong, line) in [("0.2,-2,1,1", 3), ("0.1,-2,1", 3), ("0.1,-2,x,1", 3)] {
+            std::fs::write(&path, format!("x,y,loss,accuracy\n-1,-2,0.1,0.5\n{wrong}\n")).unwrap();
+            let error = Heights::open(folder.path(), &landscape).err().unwrap().to_string();
+            assert!(error.contains("landscape.csv") && error.contains(&format!("line {line}")), "{error}");
+        }
+        std::fs::write(&path, "x,loss,accuracy\n").unwrap();
+        assert!(Heights::open(folder.path(), &landscape).err().unwrap().to_string().contains("line 1"));
+    }
+
+    #[test]
+    fn a_landscape_goes_on_only_as_it_began() {
+        let folder = tempfile::tempdir().unwrap();
+        let landscape = landscape();
+        assert_eq!(Landscape::begun(folder.path(), &landscape.settings).unwrap(), None);
+        landscape.write(folder.path()).unwrap();
+        assert_eq!(Landscape::begun(folder.path(), &landscape.settings).unwrap(), Some(landscape));
+        let other = BTreeMap::from([("seed".into(), "8".into())]);
+        let error = Landscape::begun(folder.path(), &other).unwrap_err().to_string();
+        assert!(error.contains("seed is 7, not 8"), "{error}");
+    }
+
+    #[test]
+    fn places_go_along_the_first_axis_first() {
+        let landscape = landscape();
+        let places: Vec<Vec<f64>> = (0..landscape.len()).map(|point| landscape.place(point)).collect();
+        assert_eq!(places, [[-1.0, -2.0], [0.1, -2.0], [1.0, -2.0], [-1.0, 2.0], [0.1, 2.0], [1.0, 2.0]]);
+    }
+}
