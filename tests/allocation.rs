@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::Grouped;
 use half::f16;
+use polder::curvature::Curvature;
 use polder::device::{Compute, Device};
 use polder::kernels::image::{self, Augment, BatchShape, Normalization, Position};
 use polder::nn::{Model, Shortcut, initial_weights};
@@ -18,15 +19,21 @@ use polder::plan::{Plan, PlanOptions, Shape};
 struct Counting;
 
 static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+/// Bytes that are allocated now, and the most that were.
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
 
 // SAFETY: every call goes to the system's allocator unchanged.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        let live = LIVE.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
+        PEAK.fetch_max(live, Ordering::Relaxed);
         // SAFETY: the caller's.
         unsafe { System.alloc(layout) }
     }
     unsafe fn dealloc(&self, address: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), Ordering::Relaxed);
         // SAFETY: the caller's.
         unsafe { System.dealloc(address, layout) }
     }
@@ -61,6 +68,32 @@ fn steps_and_products_after_the_first_allocate_nothing() {
     let bases = [Base::Sgd { momentum: 0.9, nesterov: false }, Base::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 }];
     count::<f32>(&methods, &bases);
     count::<f16>(&methods, &bases);
+    a_thousand_probes_take_the_memory_of_one();
+}
+
+/// Of a trace by 1,000 probes only the 1,000 numbers, whose list doubles when it is full, take more memory than of one, and
+/// nothing stays.
+fn a_thousand_probes_take_the_memory_of_one() {
+    let device = Device::host();
+    let shape = Shape { batch: 2, height: 8, width: 8, channels: 3 };
+    let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(shape, 10).unwrap();
+    let mut plan = Plan::<f32>::new(&device, graph, logits, PlanOptions::training()).unwrap();
+    let weights = device.upload(&initial_weights(plan.parameters(), 1).unwrap()).unwrap();
+    let (mut images, mut labels) = plan.batch_mut().unwrap();
+    images.write(&(0..images.len()).map(|i| (i % 17) as f32 / 9.0 - 1.0).collect::<Vec<_>>()).unwrap();
+    labels.write(&[3, 7]).unwrap();
+    let mut curvature = Curvature::new(&mut plan, weights.view()).unwrap();
+    // The first product allocates what it keeps for the next.
+    curvature.trace(1, 5, |_| ()).unwrap();
+    let mut more_at_most = |probes: usize| {
+        let before = LIVE.load(Ordering::Relaxed);
+        PEAK.store(before, Ordering::Relaxed);
+        curvature.trace(probes, 5, |_| ()).unwrap();
+        assert_eq!(LIVE.load(Ordering::Relaxed), before, "bytes that stay after {probes} probes");
+        PEAK.load(Ordering::Relaxed) - before
+    };
+    let (one, thousand) = (more_at_most(1), more_at_most(1000));
+    assert!(thousand <= one + 3 * 8 * 1024, "{one} bytes for one probe, {thousand} for 1,000");
 }
 
 fn count<S: Compute<Master = f32>>(methods: &[Method], bases: &[Base]) {

@@ -4,7 +4,8 @@ mod common;
 
 use common::{Grouped, Random, devices};
 use nalgebra::DMatrix;
-use polder::curvature::{Curvature, Estimate, Rise};
+use polder::arena::{Kind, Layout};
+use polder::curvature::{Curvature, Estimate, Passes, Rise, filter_normalized};
 use polder::device::{Device, Result, Scalar, Slice, SliceMut};
 use polder::objective::{Accumulator, Objective, Statistics};
 use polder::plan::{Graph, Plan, PlanOptions, Shape};
@@ -509,4 +510,235 @@ fn hutch_plus_plus_takes_out_what_is_large() {
     let error = better.standard_error.unwrap();
     assert!(error < 0.2 * plain.standard_error.unwrap(), "{better:?} and {plain:?}");
     assert!((better.value - expected).abs() < 4.0 * error, "{better:?} instead of {expected}");
+}
+
+#[test]
+fn power_iteration_finds_what_is_largest_in_magnitude() {
+    let device = Device::host();
+    // Apart enough to converge: 5, −4, 2.5, −1, and small ones, in random orthogonal directions.
+    let (len, known) = (31, [5.0, -4.0, 2.5, -1.0]);
+    let mut random = Random(17);
+    let basis = DMatrix::<f64>::from_vec(len, len, random.vector(len * len)).qr().q();
+    let value = |i: usize| known.get(i).copied().unwrap_or(0.3 * (i as f64).sin());
+    let dense: DMatrix<f64> =
+        &basis * DMatrix::from_diagonal(&nalgebra::DVector::from_fn(len, |i, _| value(i))) * basis.transpose();
+    let mut objective = Quadratic { len, hessian: dense.iter().copied().collect() };
+    let weights = device.zeros(len).unwrap();
+    let mut curvature = Curvature::new(&mut objective, weights.view()).unwrap();
+    let mut told = Vec::new();
+    let pairs = curvature.power_iteration(4, (2000, 1e-9), 3, |product| told.push(product)).unwrap();
+    assert_eq!(pairs.len(), 4);
+    for (index, (pair, expected)) in pairs.iter().zip(known).enumerate() {
+        assert!((pair.value - expected).abs() < 1e-8 && pair.residual < 1e-8 * 5.0, "{} for {expected}", pair.value);
+        let along: f64 = pair.vector.to_vec().unwrap().iter().zip(basis.column(index).iter()).map(|(a, b)| a * b).sum();
+        assert!((along.abs() - 1.0).abs() < 1e-8, "the vector of {expected}: {along}");
+    }
+    assert!(told.windows(2).all(|pair| pair[0] < pair[1]) && told.len() < 1000, "ended by the tolerance: {told:?}");
+    // One more product for each residual.
+    assert_eq!(curvature.passes(), Passes { gradients: 0, products: told.len() as u64 + 4 });
+    // Too few products show in the residual.
+    let rough = curvature.power_iteration(1, (3, 1e-9), 3, |_| ()).unwrap();
+    let nearest = known.iter().map(|value| (value - rough[0].value).abs()).fold(f64::INFINITY, f64::min);
+    assert!(rough[0].residual > 1e-3 && nearest <= rough[0].residual, "{} ± {}", rough[0].value, rough[0].residual);
+    // No Hessian, no eigenvalue; nothing asked for, an error.
+    let mut flat = Quadratic { len, hessian: vec![0.0; len * len] };
+    let mut curvature = Curvature::new(&mut flat, weights.view()).unwrap();
+    assert_eq!(curvature.power_iteration(2, (10, 1e-9), 3, |_| ()).unwrap().len(), 0);
+    for (count, most) in [(0, 3), (1, 0)] {
+        assert!(curvature.power_iteration(count, (most, 0.0), 1, |_| ()).is_err());
+    }
+}
+
+/// What the documentation says that each measure costs.
+#[test]
+fn passes_are_counted() {
+    let device = Device::host();
+    let len = 9;
+    let mut objective = symmetric(&mut Random(29), len);
+    let weights = device.upload(&Random(4).vector::<f64>(len)).unwrap();
+    type Measure = fn(&mut Curvature<'_, f64, Quadratic>) -> Result<()>;
+    let cases: [(&str, Measure, u64, u64); 10] = [
+        ("gradient norm", |c| c.gradient_norm().map(drop), 1, 0),
+        ("trace", |c| c.trace(7, 1, |_| ()).map(drop), 0, 7),
+        ("traces", |c| c.traces(&[0..3, 3..9], 7, 1, |_| ()).map(drop), 0, 7),
+        ("hutch++", |c| c.trace_hutch_plus_plus(9, 1, |_| ()).map(drop), 0, 9),
+        ("along the gradient", |c| c.along_gradient().map(drop), 1, 1),
+        ("by difference", |c| c.along_gradient_by_difference(0.1).map(drop), 3, 0),
+        ("rise", |c| c.rise(0.1, 5, 1).map(drop), 5 + 3, 0),
+        ("steepest", |c| c.steepest(0.1, 5, 1).map(drop), 5 + 1, 5 + 1),
+        ("extrema", |c| c.extrema(3, (4, 0.1), 1, |_| ()).map(drop), 1 + 3 * 4, 0),
+        ("density", |c| c.spectral_density(3, 4, 1, |_| ()).map(drop), 0, 3 * 4),
+    ];
+    for (name, measure, gradients, products) in cases {
+        let mut curvature = Curvature::new(&mut objective, weights.view()).unwrap();
+        measure(&mut curvature).unwrap();
+        assert_eq!(curvature.passes(), Passes { gradients, products }, "{name}");
+    }
+}
+
+/// Least squares: `L = ½ mean (xᵀw − y)²`, H = XᵀX/n. Logistic regression: `L = mean log(1 + exp(−y xᵀw))`,
+/// H = Xᵀ diag(p (1 − p)) X/n. Products through the data, eigenvalues and trace against the dense matrix.
+struct Regression {
+    features: usize,
+    data: Vec<f64>,
+    targets: Vec<f64>,
+    logistic: bool,
+}
+
+impl Regression {
+    fn rows(&self) -> impl Iterator<Item = (&[f64], f64)> {
+        self.data.chunks(self.features).zip(self.targets.iter().copied())
+    }
+
+    /// Loss, slope and curvature of a sample in its output.
+    fn of_output(&self, output: f64, target: f64) -> [f64; 3] {
+        if !self.logistic {
+            return [0.5 * (output - target).powi(2), output - target, 1.0];
+        }
+        let p = 1.0 / (1.0 + (-target * output).exp());
+        [-p.ln(), target * (p - 1.0), p * (1.0 - p)]
+    }
+
+    /// The mean over the samples of x times what `weigh` makes of the output and target.
+    fn gather(&self, w: &[f64], weigh: impl Fn([f64; 3], &[f64]) -> f64) -> Vec<f64> {
+        let mut sum = vec![0.0; self.features];
+        for (x, target) in self.rows() {
+            let weight = weigh(self.of_output(dot(x, w), target), x);
+            sum.iter_mut().zip(x).for_each(|(sum, x)| *sum += weight * x / self.targets.len() as f64);
+        }
+        sum
+    }
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+impl Objective<f64> for Regression {
+    fn len(&self) -> usize {
+        self.features
+    }
+
+    fn gradient(
+        &mut self,
+        weights: Slice<'_, f64>,
+        _: Statistics,
+        mut gradient: SliceMut<'_, f64>,
+        mut loss: SliceMut<'_, f64>,
+        _: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        let w = weights.to_vec()?;
+        let total: f64 = self.rows().map(|(x, target)| self.of_output(dot(x, &w), target)[0]).sum();
+        loss.write(&[total / self.targets.len() as f64])?;
+        gradient.write(&self.gather(&w, |[_, slope, _], _| slope))
+    }
+
+    fn hessian_vector(
+        &mut self,
+        weights: Slice<'_, f64>,
+        direction: Slice<'_, f64>,
+        mut product: SliceMut<'_, f64>,
+        _: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        let (w, d) = (weights.to_vec()?, direction.to_vec()?);
+        product.write(&self.gather(&w, |[_, _, bend], x| bend * dot(x, &d)))
+    }
+}
+
+#[test]
+fn regressions_have_their_analytic_hessians() {
+    let device = Device::host();
+    for logistic in [false, true] {
+        let (samples, features) = (41, 7);
+        let mut random = Random(31);
+        let data: Vec<f64> = random.vector(samples * features);
+        let targets = (0..samples).map(|_| if logistic { random.normal().signum() } else { random.normal() }).collect();
+        let mut regression = Regression { features, data, targets, logistic };
+        let w: Vec<f64> = random.vector(features);
+        // The dense matrix, written down on its own.
+        let x = DMatrix::from_row_slice(samples, features, &regression.data);
+        let weigh = |row: usize| {
+            let p = 1.0 / (1.0 + (-dot(&regression.data[row * features..][..features], &w)).exp());
+            if logistic { p * (1.0 - p) / samples as f64 } else { 1.0 / samples as f64 }
+        };
+        let scales = DMatrix::from_diagonal(&nalgebra::DVector::from_fn(samples, |row, _| weigh(row)));
+        let dense = x.transpose() * scales * &x;
+        let trace = dense.trace();
+        let expected = eigenvalues(features, dense.as_slice());
+        let weights = device.upload(&w).unwrap();
+        let mut curvature = Curvature::new(&mut regression, weights.view()).unwrap();
+        let pairs = curvature.top_eigenvalues(features, (features, 1e-12), 1, |_| ()).unwrap();
+        assert_eq!(pairs.len(), features);
+        for (pair, expected) in pairs.iter().zip(&expected) {
+            assert!((pair.value - expected).abs() < 1e-10, "logistic {logistic}: {} for {expected}", pair.value);
+        }
+        let found = curvature.trace(3000, 3, |_| ()).unwrap();
+        let error = found.standard_error.unwrap();
+        assert!(error < 0.02 * trace && (found.value - trace).abs() < 4.0 * error, "{found:?} instead of {trace}");
+        let whole = curvature.trace_hutch_plus_plus(3 * features, 3, |_| ()).unwrap();
+        assert!((whole.value - trace).abs() < 1e-10 * trace, "{whole:?} instead of {trace}");
+        // The gradient is that of the loss.
+        let norm = curvature.gradient_norm().unwrap();
+        let mut slope = Vec::new();
+        for index in 0..features {
+            let at = |step: f64| {
+                let mut w = w.clone();
+                w[index] += step;
+                let loss = |(x, target): (&[f64], f64)| {
+                    let output = dot(x, &w);
+                    if logistic { (-target * output).exp().ln_1p() } else { 0.5 * (output - target).powi(2) }
+                };
+                regression.rows().map(loss).sum::<f64>() / samples as f64
+            };
+            slope.push((at(1e-6) - at(-1e-6)) / 2e-6);
+        }
+        assert!((norm - dot(&slope, &slope).sqrt()).abs() < 1e-8, "{norm} and {slope:?}");
+    }
+}
+
+#[test]
+fn a_filter_normalised_direction_has_the_lengths_of_the_filters() {
+    let layout = Layout::new(vec![
+        ("conv.weight".into(), Kind::Convolution { kernel: 3, inputs: 2, outputs: 5 }),
+        ("bn.weight".into(), Kind::Scale(5)),
+        ("fc.weight".into(), Kind::Linear { inputs: 5, outputs: 3 }),
+        ("fc.bias".into(), Kind::Bias(3)),
+    ]);
+    for (name, device) in devices() {
+        let mut random = Random(37);
+        let mut weights = vec![0.0f32; layout.len()];
+        for tensor in layout.tensors() {
+            weights[tensor.range()].fill_with(|| random.normal() as f32);
+        }
+        // A filter of zeros has no length to give.
+        let conv = layout.find("conv.weight").unwrap().range();
+        weights[conv].iter_mut().skip(4).step_by(5).for_each(|w| *w = 0.0);
+        let uploaded = device.upload(&weights).unwrap();
+        let direction =
+            |seed, number| filter_normalized(&layout, uploaded.view(), seed, number).unwrap().to_vec().unwrap();
+        let found = direction(3, 0);
+        for tensor in layout.tensors() {
+            let (found, weights) = (&found[tensor.range()], &weights[tensor.range()]);
+            // As files have them: one output after the other.
+            let (found, weights) = (tensor.kind.to_file(found), tensor.kind.to_file(weights));
+            if !tensor.kind.is_weight() {
+                assert!(found.iter().all(|&value| value == 0.0), "{name}: {}", tensor.name);
+                continue;
+            }
+            let size = found.len() / tensor.kind.file_shape()[0];
+            for (filter, (found, weights)) in found.chunks(size).zip(weights.chunks(size)).enumerate() {
+                let length = |values: &[f32]| values.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+                let (found_length, expected) = (length(found), length(weights));
+                let close = (found_length - expected).abs() <= 1e-6 * expected;
+                assert!(close, "{name}: {} {filter}: {found_length}, not {expected}", tensor.name);
+                assert!(expected == 0.0 || found.iter().any(|v| v.is_sign_negative()), "{name}: {found:?}");
+            }
+        }
+        for gap in layout.padding() {
+            assert!(found[gap].iter().all(|&value| value == 0.0), "{name}");
+        }
+        assert_eq!(found, direction(3, 0), "{name}");
+        assert!(found != direction(3, 1) && found != direction(4, 0), "{name}");
+        assert!(filter_normalized(&layout, uploaded.slice(1..layout.len()).unwrap(), 3, 0).is_err());
+    }
 }

@@ -6,10 +6,10 @@ mod common;
 
 use std::path::Path;
 
-use common::fixtures::{Pool, arena, check_runs, number, plan, read_json};
+use common::fixtures::{Pool, arena, check_runs, hash_uniform, hash_weights, number, plan, read_json};
 use common::{Grouped, Random, fast_devices, relative_error, roundoff, to_f64, upload};
 use half::{bf16, f16};
-use polder::arena::{Kind, Layout};
+use polder::curvature::Curvature;
 use polder::data::{self, Split};
 use polder::device::{Compute, Device, Scalar, Tf32};
 use polder::kernels::batch_norm::Mode;
@@ -106,37 +106,6 @@ fn five_steps_match_pytorch_in_float64() {
     check_runs(&["sgd", "sgd-nesterov", "adamw", "sam", "sam-inf", "cr-sam-log", "cr-sam-released"]);
 }
 
-/// The generator's 2u − 1 in [−1, 1) for element `index` of the tensor `name`; see `tests/fixtures/README.md`.
-fn hash_uniform(name: &str, index: usize) -> f64 {
-    let seed =
-        name.bytes().fold(0xCBF2_9CE4_8422_2325u64, |h, byte| (h ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3));
-    let bits = Random(seed.wrapping_add(index as u64)).bits();
-    2.0 * ((bits >> 40) as f64 / f64::from(1 << 24)) - 1.0
-}
-
-/// Weights that both sides compute, because they are too large to keep.
-fn hash_weights(layout: &Layout) -> Vec<f64> {
-    let mut weights = vec![0.0; layout.len()];
-    for tensor in layout.tensors() {
-        let file: Vec<f64> = (0..tensor.kind.len())
-            .map(|index| {
-                let value = hash_uniform(&tensor.name, index);
-                let rounded = match tensor.kind {
-                    Kind::Convolution { kernel, inputs, .. } => {
-                        value * (3.0 * (2.0 / (kernel * kernel * inputs) as f64)).sqrt()
-                    }
-                    Kind::Linear { inputs, .. } => value * (3.0 / inputs as f64).sqrt(),
-                    Kind::Scale(_) => 1.0 + 0.1 * value,
-                    _ => 0.1 * value,
-                };
-                f64::from(rounded as f32)
-            })
-            .collect();
-        weights[tensor.range()].copy_from_slice(&tensor.kind.from_file(&file));
-    }
-    weights
-}
-
 #[test]
 fn other_models_and_shapes_match_pytorch_in_float64() {
     fast_devices().iter().for_each(check_other_models);
@@ -223,6 +192,48 @@ fn a_whole_step_can_be_captured_and_replayed() {
             assert!(run(true) == run(false), "{method:?} on {}", device.name());
         }
     }
+}
+
+/// Gradient norm, eigenvalues and trace of the Hessian from PyTorch's double backward, in double.
+#[test]
+fn curvature_matches_pytorch_in_float64() {
+    let cases = read_json("curvature.json");
+    let cases = cases["cases"].as_array().unwrap();
+    assert_eq!(cases.iter().map(|case| case["model"].as_str().unwrap()).collect::<Vec<_>>(), ["resnet8", "resnet20"]);
+    for case in cases {
+        check_curvature::<f64>(&Device::host(), case, [1e-7, 1e-6]);
+        fast_devices().iter().for_each(|device| check_curvature::<f32>(device, case, [1e-4, 1e-3]));
+    }
+}
+
+/// Tolerances of the gradient's norm and of the eigenvalues; the trace has that of its probes.
+fn check_curvature<T: Scalar>(device: &Device, case: &serde_json::Value, [norm, eigenvalue]: [f64; 2]) {
+    let name = format!("{} in {} on {}", case["model"], T::NAME, device.name());
+    let rows = case["rows"].as_array().unwrap();
+    let mut plan = plan::<T>(device, case, rows.len());
+    Pool::new(device).fill(&mut plan, rows, case);
+    let start = match case["init"].as_str().unwrap() {
+        "hash" => hash_weights(plan.parameters()),
+        file => arena(plan.parameters(), file),
+    };
+    let weights = upload::<T>(device, &start);
+    let mut curvature = Curvature::new(&mut plan, weights.view()).unwrap();
+    let relative = |found: f64, expected: &serde_json::Value| (found / number(expected) - 1.0).abs();
+    let error = relative(curvature.gradient_norm().unwrap(), &case["grad_norm"]);
+    assert!(error < norm, "{name}: the gradient's norm is off by {error:.1e}");
+    let expected = case["top_eigenvalues"].as_array().unwrap();
+    let found = curvature.top_eigenvalues(expected.len(), (200, 1e-6), 3, |_| ()).unwrap();
+    assert_eq!(found.len(), expected.len());
+    for (pair, expected) in found.iter().zip(expected) {
+        let error = relative(pair.value, expected);
+        assert!(error < eigenvalue, "{name}: eigenvalue {} instead of {expected}", pair.value);
+    }
+    let (value, error) = (number(&case["trace"]["value"]), number(&case["trace"]["standard_error"]));
+    let found = curvature.trace(40, 5, |_| ()).unwrap();
+    let both = found.standard_error.unwrap().hypot(error);
+    println!("{name}: trace {found:?}, PyTorch's {value} ± {error}");
+    assert!((found.value - value).abs() < 3.0 * both, "{name}: {found:?} instead of {value} ± {error}");
+    assert!(both < 0.2 * value, "{name}: errors so large say nothing: {found:?}");
 }
 
 /// The pretrained ResNet-20 and the CIFAR-10 test images, if `POLDER_DATA` names a folder that holds them.

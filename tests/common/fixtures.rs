@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use polder::arena::Layout;
+use polder::arena::{Kind, Layout};
 use polder::device::{Buffer, Compute, Device};
 use polder::kernels::image::{self, BatchShape, Normalization, Position};
 use polder::nn::{Model, Shortcut};
@@ -13,7 +13,7 @@ use polder::plan::{Plan, PlanOptions, Shape};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-use super::{Grouped, fast_devices, relative_error, to_f64, upload};
+use super::{Grouped, Random, fast_devices, relative_error, to_f64, upload};
 
 fn fixture(name: &str) -> PathBuf {
     let folder = std::env::var("POLDER_FIXTURES")
@@ -217,4 +217,35 @@ pub fn check_run<S: Compute>(device: &Device, name: &str, tolerance: f64) {
     let error = relative_error(&found, &statistics);
     assert!(error < tolerance, "{name}: running statistics' relative error {error:.2e}");
     assert_eq!(optimizer.telemetry().unwrap().skipped, 0);
+}
+
+/// The generator's 2u − 1 in [−1, 1) for element `index` of the tensor `name`; see `tests/fixtures/README.md`.
+pub fn hash_uniform(name: &str, index: usize) -> f64 {
+    let seed =
+        name.bytes().fold(0xCBF2_9CE4_8422_2325u64, |h, byte| (h ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3));
+    let bits = Random(seed.wrapping_add(index as u64)).bits();
+    2.0 * ((bits >> 40) as f64 / f64::from(1 << 24)) - 1.0
+}
+
+/// Weights that both sides compute, because they are too large to keep.
+pub fn hash_weights(layout: &Layout) -> Vec<f64> {
+    let mut weights = vec![0.0; layout.len()];
+    for tensor in layout.tensors() {
+        let file: Vec<f64> = (0..tensor.kind.len())
+            .map(|index| {
+                let value = hash_uniform(&tensor.name, index);
+                let rounded = match tensor.kind {
+                    Kind::Convolution { kernel, inputs, .. } => {
+                        value * (3.0 * (2.0 / (kernel * kernel * inputs) as f64)).sqrt()
+                    }
+                    Kind::Linear { inputs, .. } => value * (3.0 / inputs as f64).sqrt(),
+                    Kind::Scale(_) => 1.0 + 0.1 * value,
+                    _ => 0.1 * value,
+                };
+                f64::from(rounded as f32)
+            })
+            .collect();
+        weights[tensor.range()].copy_from_slice(&tensor.kind.from_file(&file));
+    }
+    weights
 }
