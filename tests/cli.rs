@@ -533,3 +533,264 @@ fn curvature_is_measured_over_any_parts_of_the_images() {
         assert!(words.iter().all(|word| message.contains(word)), "{wrong:?}: {message}");
     }
 }
+
+#[test]
+fn curvature_is_logged_during_training_and_after_a_resumption() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = idx_folder(folder.path());
+    let data = data.to_str().unwrap();
+    let log = |out: &str| -> Vec<serde_json::Value> {
+        let text = std::fs::read_to_string(Path::new(out).join("log.jsonl")).unwrap();
+        let lines: Vec<_> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        lines.into_iter().filter(|line: &serde_json::Value| line["kind"] == "curvature").collect()
+    };
+    let common = ["train", "--data", data, "--batch-size", "16", "--device", "cpu", "--json"];
+    let measures = ["--curvature-measures", "grad-norm,trace,top-eigenvalues", "--curvature-probes", "3"];
+    let out = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let (plain, whole, parts) = (out("plain"), out("whole"), out("parts"));
+    let train = |extra: &[&str]| json(&polder(&[&common[..], extra].concat()));
+    let every = [&["--epochs", "4", "--curvature-every", "2"][..], &measures].concat();
+    train(&["--epochs", "4", "--out", &plain]);
+    train(&[&every[..], &["--out", &whole]].concat());
+    let model = |run: &str| std::fs::read(Path::new(run).join("model.safetensors")).unwrap();
+    assert_eq!(model(&plain), model(&whole), "a measurement changes nothing");
+    let found = log(&whole);
+    let epochs: Vec<_> = found.iter().map(|line| line["epoch"].as_u64().unwrap()).collect();
+    assert_eq!(epochs, [2, 4]);
+    let last = &found[1]["measures"];
+    assert!(last["grad-norm"]["value"].as_f64().unwrap() > 0.0 && last["trace"]["probes"] == 3, "{last}");
+    assert_eq!(last["top-eigenvalues"]["values"].as_array().unwrap().len(), 5);
+    // As `polder curvature` finds it at the weights of the end, over the same images.
+    let run = ["curvature", "--run", &whole, "--probes", "3", "--device", "cpu", "--batch-size", "96", "--json"];
+    let after = json(&polder(&run));
+    for measure in ["grad-norm", "trace"] {
+        let (there, here) = (&after["measures"][measure]["value"], &last[measure]["value"]);
+        assert!((there.as_f64().unwrap() / here.as_f64().unwrap() - 1.0).abs() < 1e-5, "{measure}: {there} and {here}");
+    }
+    // In two parts, the second of which finds the line of epoch 2 missing.
+    train(&[&["--steps", "12", "--schedule", "constant", "--out", &parts][..], &every[2..]].concat());
+    let path = Path::new(&parts).join("log.jsonl");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let without: Vec<&str> = text.lines().filter(|line| !line.contains("curvature")).collect();
+    assert!(without.len() + 1 == text.lines().count(), "{text}");
+    std::fs::write(&path, without.join("\n") + "\n").unwrap();
+    json(&polder(&["train", "--resume", &parts, "--steps", "24", "--json"]));
+    let resumed = std::fs::read_to_string(&path).unwrap();
+    assert_eq!(text.lines().find(|line| line.contains("curvature")), resumed.lines().find(|l| l.contains("curvature")));
+    assert_eq!(log(&parts).len(), 2);
+    for (wrong, words) in [
+        (&["--curvature-probes", "3"][..], &["--curvature-probes", "without --curvature-every"][..]),
+        (&["--curvature-every", "1", "--curvature-samples", "97"], &["--curvature-samples: 97", "96"]),
+        (&["--curvature-every", "1", "--curvature-samples", "0"], &["--curvature-samples: 0"]),
+        (&["--curvature-every", "1", "--curvature-probes", "0"], &["--curvature-probes: 0"]),
+        (&["--curvature-every", "1", "--curvature-measures", "hutch++", "--curvature-probes", "2"], &["at least 3"]),
+    ] {
+        let message = mistake(&[&common[..], wrong].concat());
+        assert!(words.iter().all(|word| message.contains(word)), "{wrong:?}: {message}");
+    }
+}
+
+#[test]
+fn a_run_ends_when_its_loss_diverges_and_keeps_its_log() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = idx_folder(folder.path());
+    let out = folder.path().join("run");
+    let common =
+        ["train", "--data", data.to_str().unwrap(), "--batch-size", "16", "--device", "cpu", "--optimizer", "sgd"];
+    let arguments = ["--lr", "1e6", "--epochs", "50", "--max-loss", "20", "--out", out.to_str().unwrap()];
+    for extra in [&[][..], &["--json"]] {
+        let _ = std::fs::remove_dir_all(&out);
+        let output = polder(&[&common[..], &arguments, extra].concat());
+        assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+        let message = text(&output.stderr);
+        assert!(message.contains("error: diverged: ") && message.contains("--max-loss 20"), "{message}");
+        let log = std::fs::read_to_string(out.join("log.jsonl")).unwrap();
+        let epochs = log.lines().count();
+        assert!((1..49).contains(&epochs) && message.contains("log.jsonl"), "{log}");
+        if !extra.is_empty() {
+            let object: serde_json::Value = serde_json::from_str(&text(&output.stdout)).unwrap();
+            assert_eq!((&object["diverged"], &object["interrupted"]), (&true.into(), &false.into()));
+        }
+    }
+    // One that behaves is left alone.
+    let fine = [&common[..], &["--epochs", "2", "--max-loss", "20", "--json"]].concat();
+    assert_eq!(json(&polder(&fine))["diverged"], false);
+}
+
+#[test]
+fn a_landscape_is_mapped_drawn_and_continued() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = idx_folder(folder.path());
+    let data = data.to_str().unwrap();
+    let run = folder.path().join("run");
+    let init = short_run(folder.path(), data, &run);
+    let run = run.to_str().unwrap();
+    let common = ["landscape", "--device", "cpu", "--samples", "48", "--batch-size", "16", "--json"];
+    let map = |extra: &[&str]| json(&polder(&[&common[..], extra].concat()));
+    let found = map(&["--run", run, "--points", "3"]);
+    assert_eq!((&found["points"], &found["not_finite"]), (&9.into(), &0.into()));
+    let out = Path::new(run).join("landscape");
+    let csv = std::fs::read_to_string(out.join("landscape.csv")).unwrap();
+    let rows: Vec<Vec<f64>> =
+        csv.lines().skip(1).map(|line| line.split(',').map(|cell| cell.parse().unwrap()).collect()).collect();
+    assert_eq!(rows.len(), 9);
+    assert_eq!(
+        rows.iter().map(|row| (row[0], row[1])).collect::<Vec<_>>()[..4],
+        [(-1.0, -1.0), (0.0, -1.0), (1.0, -1.0), (-1.0, 0.0)]
+    );
+    let npy = |name: &str| {
+        let bytes = std::fs::read(out.join(name)).unwrap();
+        let file = npyz::NpyFile::new(&bytes[..]).unwrap();
+        (file.shape().to_vec(), file.into_vec::<f64>().unwrap())
+    };
+    let column = |index: usize| rows.iter().map(|row| row[index]).collect::<Vec<f64>>();
+    assert_eq!((npy("loss.npy"), npy("accuracy.npy")), ((vec![3, 3], column(2)), (vec![3, 3], column(3))));
+    // The middle is the model itself.
+    let eval = ["eval", "--run", run, "--split", "train", "--samples", "48", "--device", "cpu", "--json"];
+    let middle = json(&polder(&eval));
+    assert!((rows[4][2] - middle["loss"].as_f64().unwrap()).abs() < 1e-6, "{middle} and {rows:?}");
+    assert_eq!(rows[4][3], middle["accuracy"].as_f64().unwrap());
+    assert_ne!(rows[0][2], rows[4][2]);
+
+    // Cut off in the middle of a line: the same command goes on, to the same end.
+    std::fs::write(out.join("landscape.csv"), &csv[..csv.len() / 2]).unwrap();
+    map(&["--run", run, "--points", "3"]);
+    assert_eq!(std::fs::read_to_string(out.join("landscape.csv")).unwrap(), csv);
+    // Another one has no place there.
+    let message = mistake(&[&common[..], &["--run", run, "--points", "4"]].concat());
+    assert!(message.contains("landscape") && message.contains("points is 3, not 4"), "{message}");
+
+    // Between two models: at 0 the one, at 1 the other.
+    let to = Path::new(run).join("model.safetensors");
+    let line = folder.path().join("line");
+    let (to, line) = (to.to_str().unwrap(), line.to_str().unwrap());
+    let model = ["--model", "resnet8", "--init", &init, "--data", data];
+    map(&[&model[..], &["--to", to, "--points", "3", "--range", "0,1", "--out", line, "--bn", "train"]].concat());
+    let text_of = |folder: &str| std::fs::read_to_string(Path::new(folder).join("landscape.csv")).unwrap();
+    let rows: Vec<Vec<f64>> =
+        text_of(line).lines().skip(1).map(|line| line.split(',').map(|cell| cell.parse().unwrap()).collect()).collect();
+    assert_eq!(rows.iter().map(|row| row[0]).collect::<Vec<_>>(), [0.0, 0.5, 1.0]);
+    assert!(text_of(line).starts_with("x,loss,accuracy\n"));
+    // From the other end it is the same line. (Each batch is normalised by its own statistics, so nothing of them moves.)
+    let back = folder.path().join("back");
+    let back = back.to_str().unwrap();
+    let model = ["--model", "resnet8", "--init", to, "--data", data];
+    map(&[&model[..], &["--to", &init, "--points", "3", "--range", "0,1", "--out", back, "--bn", "train"]].concat());
+    for (one, other) in
+        text_of(line).lines().skip(1).zip(text_of(back).lines().skip(1).collect::<Vec<_>>().iter().rev())
+    {
+        let loss = |line: &str| line.split(',').nth(1).unwrap().parse::<f64>().unwrap();
+        assert!((loss(one) / loss(other) - 1.0).abs() < 1e-4, "{one} and {other}");
+    }
+
+    // Along the steepest eigenvector the loss bends as the eigenvalue says.
+    let eigen = folder.path().join("eigen");
+    let eigen = eigen.to_str().unwrap();
+    let along = ["--directions", "eigenvectors", "--dimensions", "1", "--points", "3", "--range", "-0.01,0.01"];
+    let found = map(&[&["--run", run, "--out", eigen][..], &along].concat());
+    let name = found["axes"][0]["name"].as_str().unwrap();
+    let lambda: f64 = name.split("λ = ").nth(1).unwrap().trim_end_matches(')').parse().unwrap();
+    let losses: Vec<f64> =
+        text_of(eigen).lines().skip(1).map(|line| line.split(',').nth(1).unwrap().parse().unwrap()).collect();
+    let bend = (losses[0] + losses[2] - 2.0 * losses[1]) / 1e-4;
+    assert!((bend / lambda - 1.0).abs() < 0.1, "{bend} and {lambda}: {losses:?}");
+
+    let blocked = folder.path().join("blocked");
+    std::fs::write(&blocked, "a file").unwrap();
+    let fresh = folder.path().join("fresh");
+    let fresh = fresh.to_str().unwrap();
+    for (wrong, words) in [
+        (&["--run", run, "--points", "1"][..], &["--points: 1"][..]),
+        (&["--run", run, "--range", "1,0"], &["--range: 1,0"]),
+        (&["--run", run, "--range", "1"], &["--range: 1 numbers"]),
+        (&["--run", run, "--dimensions", "3"], &["--dimensions", "3"]),
+        (&["--run", run, "--samples", "97"], &["--samples", "97"]),
+        (&["--run", "no/such/run"], &["no/such/run", "no run"]),
+        (&["--run", run, "--model", "resnet20", "--out", eigen], &["eigen", "choose another --out"]),
+        (&["--run", run, "--model", "resnet20", "--out", fresh], &["model.safetensors", "missing"]),
+        (&["--run", run, "--out", blocked.to_str().unwrap()], &["blocked"]),
+        (&["--run", run, "--to", to, "--directions", "random"], &["--to", "--directions"]),
+        (&["--run", run, "--to", "no/such/file"], &["no/such/file"]),
+        (&["--model", "resnet8"], &["--init"]),
+    ] {
+        let message = mistake(&[&["landscape", "--device", "cpu"][..], wrong].concat());
+        assert!(words.iter().all(|word| message.contains(word)), "{wrong:?}: {message}");
+    }
+}
+
+/// Ends the second of two landscapes with a signal: what it has found stays, and the same command completes it.
+#[cfg(unix)]
+#[test]
+fn an_interrupted_landscape_keeps_its_points() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = idx_folder(folder.path());
+    let run = folder.path().join("run");
+    short_run(folder.path(), data.to_str().unwrap(), &run);
+    let arguments =
+        ["landscape", "--run", run.to_str().unwrap(), "--device", "cpu", "--points", "60", "--samples", "16"];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_polder"));
+    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let csv = run.join("landscape/landscape.csv");
+    let lines = || std::fs::read_to_string(&csv).map_or(0, |text| text.lines().count());
+    while lines() < 4 {
+        assert!(child.try_wait().unwrap().is_none(), "it ended by itself");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let id = child.id().to_string();
+    assert!(Command::new("kill").args(["-INT", &id]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("the same command goes on"), "{}", text(&output.stderr));
+    let kept = std::fs::read_to_string(&csv).unwrap();
+    assert!(kept.ends_with('\n') && (4..3601).contains(&kept.lines().count()), "{}", kept.lines().count());
+    let output = polder(&arguments);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let whole = std::fs::read_to_string(&csv).unwrap();
+    assert!(whole.starts_with(&kept) && whole.lines().count() == 3601);
+}
+
+#[test]
+fn findings_are_written_to_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = idx_folder(folder.path());
+    let run = folder.path().join("run");
+    short_run(folder.path(), data.to_str().unwrap(), &run);
+    let (run, out) = (run.to_str().unwrap(), folder.path().join("found"));
+    let list = "grad-norm,trace,top-eigenvalues,power-iteration,spectrum,layer-traces";
+    let common =
+        ["curvature", "--run", run, "--device", "cpu", "--samples", "16", "--batch-size", "16", "--probes", "2"];
+    let more = ["--measure", list, "--steps", "60", "--top", "2", "--tolerance", "1e-3"];
+    let found = json(&polder(&[&common[..], &more, &["--json", "--out", out.to_str().unwrap()]].concat()));
+    let file = |name: &str| std::fs::read_to_string(out.join(name)).unwrap();
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&file("curvature.json")).unwrap(), found);
+    let table = file("curvature.csv");
+    let lines: Vec<Vec<&str>> = table.lines().map(|line| line.split(',').collect()).collect();
+    assert_eq!(lines[0], ["measure", "of", "value", "error"]);
+    assert!(lines.iter().all(|line| line.len() == 4), "{table}");
+    assert_eq!(lines.len(), 1 + 1 + 1 + 2 + 2 + 23, "{table}");
+    let value = |measure: &str, of: &str| -> f64 {
+        lines.iter().find(|line| line[0] == measure && line[1] == of).unwrap()[2].parse().unwrap()
+    };
+    let of = |measure: &str, key: &str| found["measures"][measure][key].clone();
+    assert_eq!(of("trace", "value"), value("trace", ""));
+    assert_eq!(of("top-eigenvalues", "values")[1], value("top-eigenvalues", "2"));
+    let (lanczos, power) = (value("top-eigenvalues", "1"), value("power-iteration", "1"));
+    assert!((power / lanczos - 1.0).abs() < 1e-2, "{power} and {lanczos}");
+    assert_eq!((of("top-eigenvalues", "converged"), &found["split"]), (true.into(), &"train".into()));
+    assert_eq!(found["passes"]["gradients"], 1);
+    assert!(file("spectrum.csv").starts_with("node,weight\n") && file("spectrum.csv").lines().count() == 121);
+    // With --run everything is the run's own: the same as said one by one.
+    let init = Path::new(run).join("model.safetensors");
+    let said = ["--model", "resnet8", "--init", init.to_str().unwrap(), "--data", data.to_str().unwrap()];
+    let plain = |model: &[&str]| json(&polder(&[&["curvature"], model, &common[3..], &["--json"]].concat()));
+    assert_eq!(plain(&said), plain(&["--run", run]));
+    let blocked = folder.path().join("blocked");
+    std::fs::write(&blocked, "a file").unwrap();
+    let message = mistake(&[&common[..], &["--out", blocked.to_str().unwrap()]].concat());
+    assert!(message.contains("blocked"), "{message}");
+    // A few products are not enough, which is said.
+    let rough = ["--measure", "top-eigenvalues", "--steps", "3", "--top", "2"];
+    let printed = text(&polder(&[&common[..], &rough].concat()).stdout);
+    assert!(printed.contains("not all within the tolerance"), "{printed}");
+}

@@ -55,7 +55,7 @@ pub struct LandscapeArgs {
     #[arg(long, value_name = "N", default_value_t = 21)]
     points: usize,
     /// The ends of each axis [default: -1,1; with --to -0.5,1.5]
-    #[arg(long, value_name = "LOW,HIGH", value_delimiter = ',', num_args = 1, allow_negative_numbers = true)]
+    #[arg(long, value_name = "LOW,HIGH", value_delimiter = ',', num_args = 1, allow_hyphen_values = true)]
     range: Option<Vec<f64>>,
     /// Seed of random directions
     #[arg(long, value_name = "N", default_value_t = 0)]
