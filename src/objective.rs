@@ -61,6 +61,24 @@ pub trait Objective<T: Scalar> {
         Err(Error::Argument { operation: "Objective::hessian_vector", message })
     }
 
+    /// Two such products at once, where one pass over the network's own numbers serves both: as many bits as one by one. By default
+    /// they are taken one by one.
+    ///
+    /// # Errors
+    /// As [`Objective::hessian_vector`].
+    fn hessian_vector_pair(
+        &mut self,
+        weights: Slice<'_, T>,
+        directions: [Slice<'_, T>; 2],
+        products: [SliceMut<'_, T>; 2],
+        mut flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        for (direction, product) in directions.into_iter().zip(products) {
+            self.hessian_vector(weights, direction, product, flag.reborrow())?;
+        }
+        Ok(())
+    }
+
     /// Writes to `out` what becomes of the step from `from` to `to`: their difference, and where the objective rounds weights
     /// before it uses them, that of the rounded ones. For observation; three vectors laid out alike.
     ///
@@ -107,11 +125,13 @@ pub trait Objective<T: Scalar> {
 /// Gradient accumulation: makes one mini-batch of several parts that are passed through one after the other, so that a batch
 /// larger than the memory for its activations can be followed.
 ///
-/// Beside the objective it holds one vector as long as the weights. Every pass moves 8 B per parameter for the first part and
+/// Beside the objective it holds one vector as long as the weights, and two from the first pair of products on. Every pass moves 8 B per parameter for the first part and
 /// 12 B for each further one.
 pub struct Accumulator<T: Scalar> {
     parts: usize,
     vector: Buffer<T>,
+    /// For the second of a pair of products; empty before.
+    second: Buffer<T>,
     loss: Buffer<f64>,
     one: Buffer<f64>,
 }
@@ -127,7 +147,7 @@ impl<T: Scalar> Accumulator<T> {
             return Err(Error::Argument { operation: "Accumulator::new", message });
         }
         let (vector, loss) = (device.zeros(if parts > 1 { len } else { 0 })?, device.zeros(1)?);
-        Ok(Self { parts, vector, loss, one: device.upload(&[1.0, 0.0, 0.0, 0.0])? })
+        Ok(Self { parts, vector, second: device.zeros(0)?, loss, one: device.upload(&[1.0, 0.0, 0.0, 0.0])? })
     }
 
     /// The objective whose every group is `parts` consecutive groups of `objective`: loss, gradient and product with the Hessian
@@ -171,7 +191,7 @@ impl<T: Scalar, O: Objective<T>> Objective<T> for Accumulated<'_, T, O> {
         mut flag: SliceMut<'_, u32>,
     ) -> Result<()> {
         self.check()?;
-        let Accumulator { parts, vector, loss: part_loss, one } = &mut *self.accumulator;
+        let Accumulator { parts, vector, loss: part_loss, one, .. } = &mut *self.accumulator;
         if *parts == 1 {
             return self.objective.gradient(weights, statistics, gradient, loss, flag);
         }
@@ -204,6 +224,33 @@ impl<T: Scalar, O: Objective<T>> Objective<T> for Accumulated<'_, T, O> {
             self.objective.hessian_vector(weights, direction, vector.view_mut(), flag.reborrow())?;
             let term = Combination::alone(vector.view(), one.view());
             sharpness::combine(term, 1.0 / *parts as f64, part > 0, product.reborrow(), None)?;
+        }
+        Ok(())
+    }
+
+    fn hessian_vector_pair(
+        &mut self,
+        weights: Slice<'_, T>,
+        directions: [Slice<'_, T>; 2],
+        mut products: [SliceMut<'_, T>; 2],
+        mut flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        self.check()?;
+        let Accumulator { parts, vector, second, one, .. } = &mut *self.accumulator;
+        if *parts == 1 {
+            return self.objective.hessian_vector_pair(weights, directions, products, flag);
+        }
+        if second.is_empty() {
+            *second = weights.device().zeros(vector.len())?;
+        }
+        for part in 0..*parts {
+            self.objective.select(self.group * *parts + part)?;
+            let into = [vector.view_mut(), second.view_mut()];
+            self.objective.hessian_vector_pair(weights, directions, into, flag.reborrow())?;
+            for (found, product) in [vector.view(), second.view()].into_iter().zip(&mut products) {
+                let term = Combination::alone(found, one.view());
+                sharpness::combine(term, 1.0 / *parts as f64, part > 0, product.reborrow(), None)?;
+            }
         }
         Ok(())
     }

@@ -6,10 +6,11 @@ mod common;
 use std::path::Path;
 
 use common::{Random, bits, weights};
+use half::{bf16, f16};
 use polder::arena::Kind;
-use polder::device::{Buffer, Device, Error, Result, Scalar, Slice, SliceMut};
+use polder::device::{Buffer, Compute, Device, Error, Result, Scalar, Slice, SliceMut};
 use polder::kernels::batch_norm::Mode;
-use polder::nn::{Model, Shortcut};
+use polder::nn::{Model, Shortcut, initial_weights};
 use polder::objective::{Objective, Statistics};
 use polder::plan::{Graph, Plan, PlanOptions, Shape, Value};
 use safetensors::SafeTensors;
@@ -504,4 +505,44 @@ fn wrong_arguments_are_refused() {
     let mut flag = device.zeros(1).unwrap();
     let refused = Bowl.hessian_vector(at.view(), along.view(), product.view_mut(), flag.view_mut()).unwrap_err();
     assert!(refused.to_string().contains("no exact product"), "{refused}");
+}
+
+/// Two products at once are the same as one after the other, to the bit, in every type; a third one after them finds
+/// nothing of theirs.
+#[test]
+fn a_pair_of_products_has_the_bits_of_two() {
+    fn pair<S: Compute<Master = f32>>(name: &str, device: &Device) {
+        let shape = Shape { batch: 3, height: 9, width: 10, channels: 3 };
+        let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut: Shortcut::B }.trace(shape, 5).unwrap();
+        let mut plan = Plan::<S>::new(device, graph, logits, PlanOptions::training()).unwrap();
+        let mut random = Random(41);
+        let at = device.upload(&initial_weights(plan.parameters(), 3).unwrap()).unwrap();
+        let len = at.len();
+        let directions: [Vec<f32>; 3] = std::array::from_fn(|_| random.vector(len));
+        let (mut images, mut labels) = plan.batch_mut().unwrap();
+        images.write(&random.vector(images.len())).unwrap();
+        labels.write(&[4, 0, 2]).unwrap();
+        let directions = directions.map(|values| device.upload(&values).unwrap());
+        let mut flag = device.zeros(1).unwrap();
+        let blank = || device.upload(&vec![0.0f32; len]).unwrap();
+        let mut one_by_one = [blank(), blank(), blank()];
+        for (direction, product) in directions.iter().zip(&mut one_by_one) {
+            plan.hessian_vector(at.view(), direction.view(), product.view_mut(), flag.view_mut()).unwrap();
+        }
+        let [mut first, mut second, mut third] = [blank(), blank(), blank()];
+        let [a, b, c] = &directions;
+        for order in [[a, b], [b, a]] {
+            let (products, along) = ([first.view_mut(), second.view_mut()], order.map(Buffer::view));
+            plan.hessian_vector_pair(at.view(), along, products, flag.view_mut()).unwrap();
+        }
+        plan.hessian_vector(at.view(), c.view(), third.view_mut(), flag.view_mut()).unwrap();
+        let found = [second, first, third].map(|product| bits(&product.to_vec().unwrap()));
+        assert!(found == one_by_one.map(|product| bits(&product.to_vec().unwrap())), "{} on {name}", S::NAME);
+        assert_eq!(flag.to_vec().unwrap(), [0], "{} on {name}", S::NAME);
+    }
+    for (name, device) in two_devices() {
+        pair::<f32>(&name, &device);
+        pair::<f16>(&name, &device);
+        pair::<bf16>(&name, &device);
+    }
 }

@@ -103,12 +103,15 @@ pub struct Passes {
     pub products: u64,
 }
 
-/// An objective, the weights at which it is looked at, and the vectors that this takes: two as long as the weights.
+/// An objective, the weights at which it is looked at, and the vectors that this takes: two as long as the weights, and two more
+/// from the first trace on.
 pub struct Curvature<'a, T: Scalar, O> {
     objective: &'a mut O,
     weights: Slice<'a, T>,
     direction: Buffer<T>,
     product: Buffer<T>,
+    /// Direction and product of the second probe of a pair.
+    second: Option<[Buffer<T>; 2]>,
     number: Buffer<f64>,
     /// The coefficients of a vector taken alone.
     one: Buffer<f64>,
@@ -136,7 +139,7 @@ impl<'a, T: Scalar, O: Objective<T>> Curvature<'a, T, O> {
         let (number, flag, reduction) = (device.zeros(1)?, device.zeros(1)?, Reduction::new(device)?);
         let one = device.upload(&[1.0, 0.0, 0.0, 0.0])?;
         let passes = Passes::default();
-        Ok(Self { objective, weights, direction, product, number, one, flag, reduction, passes })
+        Ok(Self { objective, weights, direction, product, second: None, number, one, flag, reduction, passes })
     }
 
     /// Passes through the objective so far.

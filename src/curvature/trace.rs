@@ -10,8 +10,8 @@ use crate::objective::Objective;
 
 impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
     /// The trace of the Hessian by Hutchinson's estimator (1990): the mean of `vᵀHv` over vectors v of random signs, whose expected
-    /// value it is and whose variance is `2 Σ_{i≠j} h_ij²`. One product with the Hessian per probe, whatever their number in the
-    /// same memory; `progress` is told of each. Probe p is drawn from `seed` and p alone, so more probes go on where fewer ended.
+    /// value it is and whose variance is `2 Σ_{i≠j} h_ij²`. One product with the Hessian per probe, two at a time, whatever their
+    /// number in the same memory; `progress` is told of them. Probe p is drawn from `seed` and p alone, so more probes go on where fewer ended.
     ///
     /// # Errors
     /// [`Error::Argument`] for no probe, or where a product is not finite; those of the objective.
@@ -20,8 +20,9 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
         check_probes(OPERATION, probes)?;
         let mut samples = Vec::new();
         for probe in 0..probes {
-            self.random_signs(seed, probe)?;
-            samples.push(self.quadratic_form(OPERATION)?);
+            self.probe(seed, probe, probes)?;
+            vector::dot(self.direction.view(), self.product.view(), &mut self.reduction, self.number.view_mut())?;
+            samples.push(self.finite_number(OPERATION)?);
             progress(probe + 1);
         }
         Ok(Estimate::of(&samples))
@@ -43,8 +44,7 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
         check_probes(OPERATION, probes)?;
         let mut samples = vec![Vec::new(); parts.len()];
         for probe in 0..probes {
-            self.random_signs(seed, probe)?;
-            self.multiply()?;
+            self.probe(seed, probe, probes)?;
             for (part, samples) in parts.iter().zip(&mut samples) {
                 let (signs, product) = (self.direction.slice(part.clone())?, self.product.slice(part.clone())?);
                 vector::dot(signs, product, &mut self.reduction, self.number.view_mut())?;
@@ -114,6 +114,44 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
         }
         let outside = Estimate::of(&outside);
         Ok(Estimate { value: inside + outside.value, ..outside })
+    }
+
+    /// Random signs and their product, for probe after probe from the first on: two are taken at once, which costs less.
+    fn probe(&mut self, seed: u64, probe: usize, probes: usize) -> Result<()> {
+        if probe % 2 == 1 {
+            self.swap_second();
+            return Ok(());
+        }
+        if probe + 1 == probes {
+            self.random_signs(seed, probe)?;
+            return self.multiply();
+        }
+        let [mut second_direction, mut second_product] = match self.second.take() {
+            Some(second) => second,
+            None => {
+                [self.weights.device().zeros(self.weights.len())?, self.weights.device().zeros(self.weights.len())?]
+            }
+        };
+        self.random_signs(seed, probe + 1)?;
+        std::mem::swap(&mut self.direction, &mut second_direction);
+        self.random_signs(seed, probe)?;
+        let Self { objective, weights, direction, product, flag, passes, .. } = self;
+        passes.products += 2;
+        flag.clear()?;
+        product.clear()?;
+        second_product.clear()?;
+        let directions = [direction.view(), second_direction.view()];
+        let products = [product.view_mut(), second_product.view_mut()];
+        objective.hessian_vector_pair(*weights, directions, products, flag.view_mut())?;
+        self.second = Some([second_direction, second_product]);
+        Ok(())
+    }
+
+    fn swap_second(&mut self) {
+        if let Some([direction, product]) = &mut self.second {
+            std::mem::swap(&mut self.direction, direction);
+            std::mem::swap(&mut self.product, product);
+        }
     }
 
     /// Takes the parts along these orthonormal vectors out of the direction.

@@ -43,15 +43,19 @@ impl<T: Scalar> Scaled<T> {
         Ok(Self { direction, norm: device.zeros(1)?, factors: device.zeros(6)?, reduction })
     }
 
-    /// The direction brought to a mean square near that of a network's weights.
-    pub fn scale(&mut self, direction: Slice<'_, T>, loss_scale: Slice<'_, f64>) -> Result<Slice<'_, T>> {
+    /// Brings a direction to a mean square near that of a network's weights.
+    pub fn scale(&mut self, direction: Slice<'_, T>, loss_scale: Slice<'_, f64>) -> Result<()> {
         let Self { direction: scaled, norm, factors, reduction } = self;
         let target = (direction.len() as f64).sqrt() / 64.0;
         vector::l2_norm(direction, reduction, norm.view_mut())?;
         precision::direction_scale(norm.view(), loss_scale, target, factors.view_mut())?;
         let alone = Combination::alone(direction, factors.slice(0..4)?);
-        sharpness::combine(alone, 1.0, false, scaled.view_mut(), None)?;
-        Ok(scaled.view())
+        sharpness::combine(alone, 1.0, false, scaled.view_mut(), None)
+    }
+
+    /// What became of it.
+    pub fn direction(&self) -> Slice<'_, T> {
+        self.direction.view()
     }
 
     /// What the product has to be divided by, as a loss scale.
@@ -70,24 +74,28 @@ impl<S: Compute> Tangent<S> {
 }
 
 impl<S: Compute> Plan<S> {
-    /// The product of the Hessian with `direction`.
-    pub(super) fn tangent_passes(
+    /// The products of the Hessian with some directions, and the loss in the first of the tangents.
+    pub(super) fn tangent_passes<const N: usize>(
         &mut self,
         weights: Slice<'_, S::Master>,
-        direction: Slice<'_, S::Master>,
-        product: &mut SliceMut<'_, S::Master>,
-        tangent: &mut Tangent<S>,
+        directions: [Slice<'_, S::Master>; N],
+        products: &mut [SliceMut<'_, S::Master>; N],
+        tangents: &mut [Tangent<S>],
     ) -> Result<()> {
         self.forward(weights, Statistics::Keep)?;
-        self.loss(self.shapes[0].batch, true, false, tangent.loss.view_mut())?;
-        if !tangent.rounded.is_empty() {
-            vector::convert(direction, tangent.rounded.view_mut())?;
+        self.loss(self.shapes[0].batch, true, false, tangents[0].loss.view_mut())?;
+        for (direction, tangent) in directions.into_iter().zip(&mut *tangents) {
+            if !tangent.rounded.is_empty() {
+                vector::convert(direction, tangent.rounded.view_mut())?;
+            }
+            self.forward_tangent(weights, direction, tangent)?;
+            self.loss_tangent(&mut tangent.arena)?;
         }
-        self.forward_tangent(weights, direction, tangent)?;
-        self.loss_tangent(&mut tangent.arena)?;
         for index in (0..self.ops.len()).rev() {
             self.backward(index, weights, None)?;
-            self.backward_tangent(index, weights, direction, product, tangent)?;
+            for ((direction, product), tangent) in directions.into_iter().zip(&mut *products).zip(&mut *tangents) {
+                self.backward_tangent(index, weights, direction, product, tangent)?;
+            }
         }
         Ok(())
     }

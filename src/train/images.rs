@@ -134,6 +134,16 @@ impl<S: Compute<Master = f32>> Objective<f32> for Batch<'_, S> {
         self.plan.hessian_vector(weights, direction, product, flag)
     }
 
+    fn hessian_vector_pair(
+        &mut self,
+        weights: Slice<'_, f32>,
+        directions: [Slice<'_, f32>; 2],
+        products: [SliceMut<'_, f32>; 2],
+        flag: SliceMut<'_, u32>,
+    ) -> device::Result<()> {
+        self.plan.hessian_vector_pair(weights, directions, products, flag)
+    }
+
     fn displacement(&mut self, from: Slice<'_, f32>, to: Slice<'_, f32>, out: SliceMut<'_, f32>) -> device::Result<()> {
         self.plan.displacement(from, to, out)
     }
