@@ -110,7 +110,7 @@ done
 run peers "peers/pytorch.py in f16" 120 python3 peers/pytorch.py --device cuda:0 --binary bin/step_peer \
     --models resnet20 resnet18 --methods sam --rounds 3 --seconds 0.3 --precision f16
 
-for name in vector batch_norm step conv; do
+for name in vector batch_norm step curvature conv; do
     run benches "bench $name" 60 "benches/$name" --bench
 done
 
