@@ -20,6 +20,8 @@ pub mod objective;
 pub mod optim;
 pub mod plan;
 #[cfg(feature = "train")]
+pub mod report;
+#[cfg(feature = "train")]
 pub mod train;
 
 pub use device::{Buffer, Device};

@@ -56,6 +56,14 @@ pub enum TrainError {
         /// The folder.
         path: PathBuf,
     },
+    /// Results in files that cannot be used.
+    #[error("{}: {reason}", path.display())]
+    Results {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// What was printed got lost.
     #[error("standard output: {0}")]
     Output(std::io::Error),

@@ -1,0 +1,312 @@
+//! Axes with their ticks, and charts of lines over them.
+
+use super::drawing::{Anchor, Drawing, Ink, Shape};
+
+/// How large the labels of ticks and of axes are.
+pub(super) const SMALL: f64 = 11.0;
+/// How dark the labels of ticks are.
+pub(super) const FAINT: Ink = Ink::Text(0.72);
+const RULE: Ink = Ink::Text(0.45);
+const GRID: Ink = Ink::Text(0.11);
+
+/// Values over more than this ratio are drawn on a logarithmic scale.
+pub(super) const LOGARITHMIC_FROM: f64 = 30.0;
+
+/// A range of values and what they are.
+#[derive(Debug, Clone)]
+pub(super) struct Axis {
+    pub label: String,
+    pub low: f64,
+    pub high: f64,
+    pub logarithmic: bool,
+}
+
+impl Axis {
+    /// From `low` to `high` and no further.
+    pub fn exact(label: &str, low: f64, high: f64, logarithmic: bool) -> Self {
+        let (low, high) = if low < high { (low, high) } else { around(low) };
+        Self { label: label.into(), low, high, logarithmic: logarithmic && low > 0.0 }
+    }
+
+    /// With room for the finite ones of these values; logarithmic where they are positive and far apart. None where there is none.
+    pub fn fitting(label: &str, values: impl Iterator<Item = f64>) -> Option<Self> {
+        let (low, high) = range(values)?;
+        if low > 0.0 && high / low >= LOGARITHMIC_FROM {
+            let margin = (high / low).powf(0.04);
+            return Some(Self::exact(label, low / margin, high * margin, true));
+        }
+        if low == high {
+            return Some(Self::exact(label, low, high, false));
+        }
+        let margin = 0.05 * (high - low);
+        // What cannot be negative keeps its floor.
+        let floor = if low >= 0.0 { 0.0 } else { f64::NEG_INFINITY };
+        Some(Self::exact(label, (low - margin).max(floor), high + margin, false))
+    }
+
+    /// From 0 to 1 along the axis; not a number for what has no place on it.
+    pub fn place(&self, value: f64) -> f64 {
+        let Self { low, high, .. } = *self;
+        let share = if self.logarithmic {
+            (value / low).ln() / (high / low).ln()
+        } else {
+            // Halved, so that the range of the largest numbers does not overflow.
+            (0.5 * value - 0.5 * low) / (0.5 * high - 0.5 * low)
+        };
+        if share.is_finite() { share } else { f64::NAN }
+    }
+
+    /// Values at which to say where one is, with their names.
+    pub fn ticks(&self, most: usize) -> Vec<(f64, String)> {
+        let values = if self.logarithmic { log_steps(self.low, self.high, most) } else { Vec::new() };
+        // Within less than a decade there may be no round number of that kind.
+        let values = if values.len() < 2 { linear_steps(self.low, self.high, most) } else { values };
+        let step = values.windows(2).map(|pair| pair[1] - pair[0]).fold(f64::INFINITY, f64::min);
+        values.iter().map(|&value| (value, tick_name(value, step))).collect()
+    }
+}
+
+/// Room about a single value.
+fn around(value: f64) -> (f64, f64) {
+    let value = if value.is_finite() { value } else { 0.0 };
+    let margin = if value == 0.0 { 1.0 } else { 0.1 * value.abs() };
+    (value - margin, value + margin)
+}
+
+/// The smallest and the largest of the finite values.
+pub(super) fn range(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
+    values.filter(|value| value.is_finite()).fold(None, |range, value| match range {
+        None => Some((value, value)),
+        Some((low, high)) => Some((value.min(low), value.max(high))),
+    })
+}
+
+/// Multiples of 1, 2 or 5 times a power of ten from `low` to `high`, at most so many.
+pub(super) fn linear_steps(low: f64, high: f64, most: usize) -> Vec<f64> {
+    let span = high - low;
+    if !span.is_finite() || span <= 0.0 {
+        return Vec::new();
+    }
+    let power = 10f64.powf((span / most.max(1) as f64).log10().floor());
+    for factor in [1.0, 2.0, 5.0, 10.0, 20.0] {
+        let step = factor * power;
+        let (first, last) = ((low / step - 1e-9).ceil(), (high / step + 1e-9).floor());
+        if last - first < most as f64 && step.is_normal() {
+            return (0..=(last - first).max(-1.0) as i64).map(|index| (first + index as f64) * step).collect();
+        }
+    }
+    Vec::new()
+}
+
+/// Powers of ten from `low` to `high`, or with twice and five times them where there is room.
+pub(super) fn log_steps(low: f64, high: f64, most: usize) -> Vec<f64> {
+    let (first, last) = (low.log10().floor() as i32, high.log10().ceil() as i32);
+    let inside = |value: &f64| (low * (1.0 - 1e-9)..=high * (1.0 + 1e-9)).contains(value);
+    let powers = |factors: &[f64], stride: i32| -> Vec<f64> {
+        let exponents = (first..=last).filter(|exponent| exponent.rem_euclid(stride) == 0);
+        exponents.flat_map(|e| factors.iter().map(move |f| f * 10f64.powi(e))).filter(inside).collect()
+    };
+    let ways = [(&[1.0, 2.0, 5.0][..], 1), (&[1.0, 3.0], 1), (&[1.0], 1), (&[1.0], 2), (&[1.0], 5), (&[1.0], 20)];
+    let mut found = ways.iter().map(|(factors, stride)| powers(factors, *stride));
+    found.find(|values| values.len() <= most).unwrap_or_else(|| powers(&[1.0], 100))
+}
+
+/// The name of a tick among others this far away.
+pub(super) fn tick_name(value: f64, step: f64) -> String {
+    let size = value.abs();
+    if value == 0.0 || size < 1e-9 * step {
+        return "0".into();
+    }
+    let exponent = size.log10().floor() as i32;
+    if !(1e-3..1e5).contains(&size) {
+        let mantissa = value / 10f64.powi(exponent);
+        let digits = if step.is_finite() { (exponent - step.log10().floor() as i32).clamp(0, 3) as usize } else { 1 };
+        let mantissa = format!("{mantissa:.digits$}");
+        let mantissa =
+            if mantissa.contains('.') { mantissa.trim_end_matches('0').trim_end_matches('.') } else { &mantissa };
+        return format!("{mantissa}e{exponent}").replace('-', "−");
+    }
+    let step = if step.is_finite() { step.min(size) } else { size };
+    let decimals = (-(step.log10() + 1e-9).floor()).clamp(0.0, 6.0) as usize;
+    let text = format!("{value:.decimals$}");
+    let text = if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.') } else { &text };
+    text.replace('-', "−")
+}
+
+/// The part of a drawing in which a chart's lines are.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Panel {
+    pub left: f64,
+    pub top: f64,
+    pub right: f64,
+    pub bottom: f64,
+}
+
+impl Panel {
+    pub fn x(&self, share: f64) -> f64 {
+        self.left + share * (self.right - self.left)
+    }
+
+    pub fn y(&self, share: f64) -> f64 {
+        self.bottom - share * (self.bottom - self.top)
+    }
+
+    /// Grid, ticks and names of two axes.
+    pub fn axes(&self, drawing: &mut Drawing, x: &Axis, y: &Axis) {
+        let mut grid = Vec::new();
+        for (value, name) in y.ticks(((self.bottom - self.top) / 32.0) as usize) {
+            let at = self.y(y.place(value));
+            grid.push(vec![[self.left, at], [self.right, at]]);
+            drawing.label([self.left - 6.0, at + 0.35 * SMALL], name, SMALL, Anchor::End, FAINT);
+        }
+        drawing.shape(Shape { paths: grid, stroke: Some((GRID, 1.0)), ..Shape::default() });
+        self.x_ticks(drawing, x);
+        drawing.line(vec![[self.left, self.bottom], [self.right, self.bottom]], RULE, 1.0);
+        drawing.vertical_label([12.0, self.y(0.5)], y.label.clone(), SMALL, FAINT);
+    }
+
+    /// Ticks and name of the axis below.
+    pub fn x_ticks(&self, drawing: &mut Drawing, x: &Axis) {
+        let mut ticks = Vec::new();
+        for (value, name) in x.ticks(((self.right - self.left) / 44.0) as usize) {
+            let at = self.x(x.place(value));
+            ticks.push(vec![[at, self.bottom], [at, self.bottom + 4.0]]);
+            drawing.label([at, self.bottom + 16.0], name, SMALL, Anchor::Middle, FAINT);
+        }
+        drawing.shape(Shape { paths: ticks, stroke: Some((RULE, 1.0)), ..Shape::default() });
+        drawing.label([self.x(0.5), self.bottom + 33.0], x.label.clone(), SMALL, Anchor::Middle, FAINT);
+    }
+}
+
+/// How the lines of one series are told from others: by colour, by dashes and by markers.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Style(pub usize);
+
+impl Style {
+    /// As many dashes as share no divisor with the number of colours, so that few series have both in common.
+    const DASHES: [&'static [f64]; 4] = [&[], &[7.0, 3.0], &[2.0, 2.5], &[9.0, 3.0, 2.0, 3.0]];
+
+    pub fn ink(self, opacity: f64) -> Ink {
+        Ink::Series(self.0, opacity)
+    }
+
+    pub fn dash(self) -> &'static [f64] {
+        Self::DASHES[self.0 % Self::DASHES.len()]
+    }
+
+    /// The outline of its marker about a point.
+    pub fn marker(self, [x, y]: [f64; 2], radius: f64) -> Vec<[f64; 2]> {
+        // Corners, the turn of the first, and how much larger than a disc to look as heavy.
+        let (corners, turn, size) =
+            [(20, 0.0, 1.0), (4, 0.125, 1.2), (3, 0.25, 1.35), (4, 0.0, 1.25), (3, 0.75, 1.35)][self.0 % 5];
+        let corner = |index| {
+            let angle = (index as f64 / corners as f64 + turn) * std::f64::consts::TAU;
+            [x + size * radius * angle.cos(), y - size * radius * angle.sin()]
+        };
+        (0..corners).map(corner).collect()
+    }
+
+    /// A stretch of its line with a marker, for a legend.
+    pub fn sample(self, drawing: &mut Drawing, [x, y]: [f64; 2], length: f64) {
+        drawing.shape(Shape {
+            paths: vec![vec![[x, y], [x + length, y]]],
+            stroke: Some((self.ink(1.0), 2.0)),
+            dash: self.dash(),
+            ..Shape::default()
+        });
+        drawing.polygon(self.marker([x + 0.5 * length, y], 3.2), self.ink(1.0));
+    }
+}
+
+/// A series of a chart.
+#[derive(Debug, Clone)]
+pub(super) struct Line {
+    pub name: String,
+    pub style: Style,
+    /// A value that is not finite interrupts the line.
+    pub points: Vec<[f64; 2]>,
+    /// Abscissa, lowest and highest value.
+    pub band: Vec<[f64; 3]>,
+    /// Whether single points are marked and tell their values.
+    pub markers: bool,
+}
+
+impl Line {
+    fn values(&self) -> impl Iterator<Item = f64> {
+        self.points.iter().map(|point| point[1]).chain(self.band.iter().flat_map(|&[_, low, high]| [low, high]))
+    }
+}
+
+/// Draws lines where their axes lie.
+pub(super) fn draw_lines(drawing: &mut Drawing, panel: Panel, x: &Axis, y: &Axis, lines: &[Line]) {
+    let at = |[abscissa, value]: [f64; 2]| {
+        let (right, up) = (x.place(abscissa), y.place(value));
+        // What the axes have no room for interrupts the line like what is not finite.
+        let inside = |share: &f64| (-0.01..=1.01).contains(share);
+        (inside(&right) && inside(&up)).then(|| [panel.x(right), panel.y(up)])
+    };
+    for Line { style, band, .. } in lines {
+        for part in band.split(|&[x, low, high]| at([x, low]).is_none() || at([x, high]).is_none()) {
+            let below = part.iter().filter_map(|&[x, low, _]| at([x, low]));
+            let above = part.iter().rev().filter_map(|&[x, _, high]| at([x, high]));
+            drawing.polygon(below.chain(above).collect(), style.ink(0.16));
+        }
+    }
+    for Line { name, style, points, markers, .. } in lines {
+        let parts = points.split(|&point| at(point).is_none());
+        let paths = parts.map(|part| part.iter().filter_map(|&point| at(point)).collect()).collect();
+        let stroke = Some((style.ink(1.0), 2.0));
+        drawing.shape(Shape { paths, stroke, dash: style.dash(), ..Shape::default() });
+        if !markers {
+            continue;
+        }
+        // Beyond some thirty, markers would hide the line that they are on.
+        let stride = points.len().div_ceil(30).max(1);
+        for &[abscissa, value] in points.iter().rev().step_by(stride) {
+            let Some(place) = at([abscissa, value]) else { continue };
+            let tip = Some(format!("{name}: {} at {}", digits(value), digits(abscissa)));
+            let fill = Some(style.ink(1.0));
+            let paths = vec![style.marker(place, 2.8)];
+            drawing.shape(Shape { paths, closed: true, fill, tip, ..Shape::default() });
+        }
+    }
+}
+
+/// How large the charts of the page are, in the page's pixels where there is room.
+pub(super) const CHART: (f64, f64) = (360.0, 240.0);
+
+/// A chart of lines; none where no value is finite.
+pub(super) fn line_chart(title: &str, x: Axis, y_label: &str, lines: &[Line]) -> Option<Drawing> {
+    let y = Axis::fitting(y_label, lines.iter().flat_map(Line::values))?;
+    let (width, height) = CHART;
+    let mut drawing = Drawing::new(width, height, title);
+    let panel = Panel { left: 58.0, top: 12.0, right: width - 14.0, bottom: height - 42.0 };
+    panel.axes(&mut drawing, &x, &y);
+    draw_lines(&mut drawing, panel, &x, &y, lines);
+    Some(drawing)
+}
+
+/// A number with four sensible digits.
+pub(super) fn digits(value: f64) -> String {
+    significant(value, 4)
+}
+
+/// A number with so many digits that count.
+pub(super) fn significant(value: f64, count: i32) -> String {
+    if !value.is_finite() {
+        return "not finite".into();
+    }
+    if value == 0.0 {
+        return "0".into();
+    }
+    let exponent = value.abs().log10().floor() as i32;
+    if !(-3..6).contains(&exponent) {
+        let decimals = (count - 1).max(0) as usize;
+        return format!("{value:.decimals$e}").replace('-', "−");
+    }
+    let decimals = (count - 1 - exponent).max(0) as usize;
+    let text = format!("{value:.decimals$}");
+    // Whole numbers such as epochs need no zeros behind the point.
+    let text = if value.fract() == 0.0 && text.contains('.') { format!("{value:.0}") } else { text };
+    text.replace('-', "−")
+}

@@ -1,0 +1,373 @@
+//! A drawing as a list of shapes and labels, and how it is written: as SVG for the page or for paper, and as PNG.
+
+use std::fmt::Write;
+
+use tiny_skia::{FillRule, LineCap, LineJoin, Paint, Path, PathBuilder, Pixmap, StrokeDash, Transform};
+
+/// Pixels of a PNG for each unit of a drawing.
+const PNG_SCALE: f64 = 3.0;
+
+/// The colours of series after Okabe and Ito, darkened where they would be faint on white.
+pub(super) const SERIES: [[u8; 3]; 7] =
+    [[0, 114, 178], [213, 94, 0], [0, 158, 115], [184, 92, 144], [201, 133, 0], [58, 155, 214], [90, 90, 90]];
+/// The same on a dark page.
+pub(super) const SERIES_ON_DARK: [[u8; 3]; 7] =
+    [[86, 168, 224], [255, 138, 61], [44, 199, 154], [227, 155, 196], [240, 180, 41], [140, 203, 245], [187, 187, 187]];
+
+/// What something is drawn with; the numbers are opacities.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Ink {
+    /// The colour of text.
+    Text(f64),
+    /// The colour of the series of this number.
+    Series(usize, f64),
+    /// This colour.
+    Colour([u8; 3], f64),
+}
+
+impl Ink {
+    fn opacity(self) -> f64 {
+        let (Ink::Text(opacity) | Ink::Series(_, opacity) | Ink::Colour(_, opacity)) = self;
+        opacity
+    }
+
+    /// On paper, where text is black.
+    fn rgb(self) -> [u8; 3] {
+        match self {
+            Ink::Text(_) => [0, 0, 0],
+            Ink::Series(series, _) => SERIES[series % SERIES.len()],
+            Ink::Colour(colour, _) => colour,
+        }
+    }
+
+    fn css(self, medium: Medium) -> String {
+        match (self, medium) {
+            (Ink::Text(_), Medium::Page) => "currentColor".into(),
+            (Ink::Series(series, _), Medium::Page) => format!("var(--series-{})", series % SERIES.len()),
+            _ => hex(self.rgb()),
+        }
+    }
+}
+
+/// As CSS writes a colour.
+pub(super) fn hex([r, g, b]: [u8; 3]) -> String {
+    format!("#{r:02x}{g:02x}{b:02x}")
+}
+
+/// Where an SVG is shown.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Medium {
+    /// Inside the page, whose colours it takes.
+    Page,
+    /// In a file of its own, on white.
+    Paper,
+}
+
+/// Lines through points, filled or stroked.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Shape {
+    pub paths: Vec<Vec<[f64; 2]>>,
+    pub closed: bool,
+    pub fill: Option<Ink>,
+    /// The ink and the width.
+    pub stroke: Option<(Ink, f64)>,
+    /// Lengths of strokes and gaps in turn; none for a whole line.
+    pub dash: &'static [f64],
+    /// What is told where the pointer rests.
+    pub tip: Option<String>,
+}
+
+/// Where a label lies from its place.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Anchor {
+    Start,
+    Middle,
+    End,
+}
+
+#[derive(Debug, Clone)]
+struct Label {
+    at: [f64; 2],
+    text: String,
+    size: f64,
+    anchor: Anchor,
+    ink: Ink,
+    /// Read from below to above.
+    vertical: bool,
+}
+
+#[derive(Debug, Clone)]
+enum Mark {
+    Shape(Shape),
+    Label(Label),
+}
+
+/// Shapes and labels, later ones over earlier ones.
+#[derive(Debug, Clone)]
+pub(super) struct Drawing {
+    pub width: f64,
+    pub height: f64,
+    /// What it shows, for those who cannot see it.
+    pub title: String,
+    marks: Vec<Mark>,
+}
+
+impl Drawing {
+    pub fn new(width: f64, height: f64, title: impl Into<String>) -> Self {
+        Self { width, height, title: title.into(), marks: Vec::new() }
+    }
+
+    pub fn shape(&mut self, shape: Shape) {
+        if shape.paths.iter().any(|path| !path.is_empty()) {
+            self.marks.push(Mark::Shape(shape));
+        }
+    }
+
+    pub fn line(&mut self, points: Vec<[f64; 2]>, ink: Ink, width: f64) {
+        self.shape(Shape { paths: vec![points], stroke: Some((ink, width)), ..Shape::default() });
+    }
+
+    pub fn polygon(&mut self, points: Vec<[f64; 2]>, fill: Ink) {
+        self.shape(Shape { paths: vec![points], closed: true, fill: Some(fill), ..Shape::default() });
+    }
+
+    pub fn label(&mut self, at: [f64; 2], text: impl Into<String>, size: f64, anchor: Anchor, ink: Ink) {
+        self.marks.push(Mark::Label(Label { at, text: text.into(), size, anchor, ink, vertical: false }));
+    }
+
+    /// A label that is read from below to above, about its middle.
+    pub fn vertical_label(&mut self, at: [f64; 2], text: impl Into<String>, size: f64, ink: Ink) {
+        let anchor = Anchor::Middle;
+        self.marks.push(Mark::Label(Label { at, text: text.into(), size, anchor, ink, vertical: true }));
+    }
+
+    pub fn svg(&self, medium: Medium) -> String {
+        let Self { width, height, .. } = self;
+        let title = escape(&self.title);
+        let mut text = format!(r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}""#);
+        text += &match medium {
+            Medium::Page => format!(r#" role="img" aria-label="{title}"><title>{title}</title>"#),
+            Medium::Paper => format!(
+                concat!(
+                    r#" width="{width}" height="{height}" font-family="DejaVu Sans, Verdana, sans-serif">"#,
+                    r##"<title>{title}</title><rect width="100%" height="100%" fill="#ffffff"/>"##
+                ),
+                width = width,
+                height = height,
+                title = title
+            ),
+        };
+        for mark in &self.marks {
+            match mark {
+                Mark::Shape(shape) => shape.write_svg(medium, &mut text),
+                Mark::Label(label) => label.write_svg(medium, &mut text),
+            }
+        }
+        text + "</svg>"
+    }
+
+    /// # Errors
+    /// Where there is no memory for so many pixels.
+    pub fn png(&self) -> std::io::Result<Vec<u8>> {
+        let pixels = |length: f64| (length * PNG_SCALE).ceil() as u32;
+        let mut pixmap = Pixmap::new(pixels(self.width), pixels(self.height))
+            .ok_or_else(|| std::io::Error::other("a picture of no size"))?;
+        pixmap.fill(tiny_skia::Color::WHITE);
+        let face = ttf_parser::Face::parse(dejavu::sans::regular(), 0).map_err(std::io::Error::other)?;
+        for mark in &self.marks {
+            match mark {
+                Mark::Shape(shape) => shape.paint(&mut pixmap),
+                Mark::Label(label) => label.paint(&face, &mut pixmap),
+            }
+        }
+        pixmap.encode_png().map_err(std::io::Error::other)
+    }
+}
+
+fn paint(ink: Ink) -> Paint<'static> {
+    let [r, g, b] = ink.rgb();
+    let mut paint = Paint::default();
+    paint.set_color_rgba8(r, g, b, (255.0 * ink.opacity()).round() as u8);
+    paint
+}
+
+fn to_pixels() -> Transform {
+    Transform::from_scale(PNG_SCALE as f32, PNG_SCALE as f32)
+}
+
+impl Shape {
+    fn write_svg(&self, medium: Medium, text: &mut String) {
+        *text += "<path d=\"";
+        for path in self.paths.iter().filter(|path| !path.is_empty()) {
+            for (index, &[x, y]) in path.iter().enumerate() {
+                *text += if index == 0 { "M" } else { "L" };
+                *text += &format!("{} {}", number(x), number(y));
+            }
+            if self.closed {
+                *text += "Z";
+            }
+        }
+        *text += "\"";
+        let opacity = |ink: Ink, name: &str| match ink.opacity() {
+            1.0 => String::new(),
+            opacity => format!(" {name}-opacity=\"{}\"", number(opacity)),
+        };
+        *text += &match self.fill {
+            Some(ink) => format!(" fill=\"{}\"{}", ink.css(medium), opacity(ink, "fill")),
+            None => " fill=\"none\"".into(),
+        };
+        if let Some((ink, width)) = self.stroke {
+            *text += &format!(" stroke=\"{}\" stroke-width=\"{}\"", ink.css(medium), number(width));
+            *text += &opacity(ink, "stroke");
+            *text += " stroke-linejoin=\"round\"";
+            if !self.dash.is_empty() {
+                let lengths: Vec<String> = self.dash.iter().map(|&length| number(length)).collect();
+                *text += &format!(" stroke-dasharray=\"{}\"", lengths.join(" "));
+            }
+        }
+        *text += &match &self.tip {
+            Some(tip) => format!("><title>{}</title></path>", escape(tip)),
+            None => "/>".into(),
+        };
+    }
+
+    fn path(&self) -> Option<Path> {
+        let mut builder = PathBuilder::new();
+        for path in &self.paths {
+            for (index, &[x, y]) in path.iter().enumerate() {
+                match index {
+                    0 => builder.move_to(x as f32, y as f32),
+                    _ => builder.line_to(x as f32, y as f32),
+                }
+            }
+            if self.closed {
+                builder.close();
+            }
+        }
+        builder.finish()
+    }
+
+    fn paint(&self, pixmap: &mut Pixmap) {
+        let Some(path) = self.path() else { return };
+        if let Some(ink) = self.fill {
+            pixmap.fill_path(&path, &paint(ink), FillRule::Winding, to_pixels(), None);
+        }
+        if let Some((ink, width)) = self.stroke {
+            let dash = self.dash.iter().map(|&length| length as f32).collect();
+            let stroke = tiny_skia::Stroke {
+                width: width as f32,
+                line_cap: LineCap::Butt,
+                line_join: LineJoin::Round,
+                dash: StrokeDash::new(dash, 0.0),
+                ..tiny_skia::Stroke::default()
+            };
+            pixmap.stroke_path(&path, &paint(ink), &stroke, to_pixels(), None);
+        }
+    }
+}
+
+impl Label {
+    fn write_svg(&self, medium: Medium, text: &mut String) {
+        let [x, y] = self.at.map(number);
+        let anchor = match self.anchor {
+            Anchor::Start => "start",
+            Anchor::Middle => "middle",
+            Anchor::End => "end",
+        };
+        let turn = if self.vertical { format!(" transform=\"rotate(-90 {x} {y})\"") } else { String::new() };
+        let (size, fill, opacity) = (number(self.size), self.ink.css(medium), number(self.ink.opacity()));
+        let _ = write!(
+            text,
+            "<text x=\"{x}\" y=\"{y}\" font-size=\"{size}\" text-anchor=\"{anchor}\" fill=\"{fill}\" fill-opacity=\"{opacity}\"{turn}>{}</text>",
+            escape(&self.text)
+        );
+    }
+
+    fn paint(&self, face: &ttf_parser::Face, pixmap: &mut Pixmap) {
+        let scale = self.size / f64::from(face.units_per_em());
+        let glyphs: Vec<_> =
+            self.text.chars().map(|character| face.glyph_index(character).unwrap_or_default()).collect();
+        let advance = |glyph| f64::from(face.glyph_hor_advance(glyph).unwrap_or_default()) * scale;
+        let width: f64 = glyphs.iter().map(|&glyph| advance(glyph)).sum();
+        let mut pen = match self.anchor {
+            Anchor::Start => 0.0,
+            Anchor::Middle => -0.5 * width,
+            Anchor::End => -width,
+        };
+        let mut outline = Outline { builder: PathBuilder::new(), scale, pen };
+        for glyph in glyphs {
+            outline.pen = pen;
+            face.outline_glyph(glyph, &mut outline);
+            pen += advance(glyph);
+        }
+        let Some(path) = outline.builder.finish() else { return };
+        let [x, y] = self.at.map(|coordinate| coordinate as f32);
+        let turn = if self.vertical { Transform::from_rotate(-90.0) } else { Transform::identity() };
+        let place = turn.post_translate(x, y).post_concat(to_pixels());
+        pixmap.fill_path(&path, &paint(self.ink), FillRule::Winding, place, None);
+    }
+}
+
+/// The outlines of glyphs one after another, with the pen where the next begins.
+struct Outline {
+    builder: PathBuilder,
+    scale: f64,
+    pen: f64,
+}
+
+impl Outline {
+    fn at(&self, x: f32, y: f32) -> (f32, f32) {
+        ((self.pen + f64::from(x) * self.scale) as f32, (-f64::from(y) * self.scale) as f32)
+    }
+}
+
+impl ttf_parser::OutlineBuilder for Outline {
+    fn move_to(&mut self, x: f32, y: f32) {
+        let (x, y) = self.at(x, y);
+        self.builder.move_to(x, y);
+    }
+
+    fn line_to(&mut self, x: f32, y: f32) {
+        let (x, y) = self.at(x, y);
+        self.builder.line_to(x, y);
+    }
+
+    fn quad_to(&mut self, x1: f32, y1: f32, x: f32, y: f32) {
+        let ((x1, y1), (x, y)) = (self.at(x1, y1), self.at(x, y));
+        self.builder.quad_to(x1, y1, x, y);
+    }
+
+    fn curve_to(&mut self, x1: f32, y1: f32, x2: f32, y2: f32, x: f32, y: f32) {
+        let ((x1, y1), (x2, y2), (x, y)) = (self.at(x1, y1), self.at(x2, y2), self.at(x, y));
+        self.builder.cubic_to(x1, y1, x2, y2, x, y);
+    }
+
+    fn close(&mut self) {
+        self.builder.close();
+    }
+}
+
+/// To a hundredth, without zeros at the end.
+fn number(value: f64) -> String {
+    let text = format!("{value:.2}");
+    let short = text.trim_end_matches('0').trim_end_matches('.');
+    if short == "-0" { "0".into() } else { short.into() }
+}
+
+/// Text as HTML and XML write it, also inside quotes. What XML has no characters for becomes the replacement character.
+pub(super) fn escape(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            '&' => escaped += "&amp;",
+            '<' => escaped += "&lt;",
+            '>' => escaped += "&gt;",
+            '"' => escaped += "&quot;",
+            '\'' => escaped += "&#39;",
+            '\t' | '\n' | '\r' => escaped.push(' '),
+            '\0'..='\u{1f}' | '\u{7f}'..='\u{9f}' | '\u{fffe}' | '\u{ffff}' => escaped.push('\u{fffd}'),
+            character => escaped.push(character),
+        }
+    }
+    escaped
+}

@@ -1,0 +1,498 @@
+//! Loss landscapes: how they are read, and pictures of them: contours and a surface over two axes, a curve over one.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::chart::{
+    self, Axis, FAINT, LOGARITHMIC_FROM, Line, Panel, SMALL, Style, draw_lines, linear_steps, log_steps, range,
+    significant,
+};
+use super::drawing::{Anchor, Drawing, Ink, Medium, Shape};
+use super::write_whole;
+use crate::train::TrainError;
+
+/// A grid of losses in a file is no larger than this; what claims to be is damaged.
+const MOST_POINTS: usize = 4_000_000;
+
+#[derive(Debug, Clone, Deserialize)]
+struct Description {
+    title: String,
+    axes: Vec<Direction>,
+}
+
+/// One of the directions along which the weights moved.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Direction {
+    pub name: String,
+    pub values: Vec<f64>,
+}
+
+/// Losses over one or two directions.
+#[derive(Debug, Clone)]
+pub(super) struct Landscape {
+    pub title: String,
+    pub axes: Vec<Direction>,
+    /// The first direction varies fastest; none where it has not been evaluated.
+    pub loss: Vec<Option<f64>>,
+    /// Not a number where it is unknown.
+    pub accuracy: Vec<f64>,
+}
+
+impl Landscape {
+    /// Reads `landscape.json` and as much as there is of `landscape.csv`.
+    pub fn read(folder: &Path) -> Result<Self, TrainError> {
+        let path = folder.join("landscape.json");
+        let text = std::fs::read_to_string(&path).map_err(TrainError::io(&path))?;
+        let unusable = |reason: String| TrainError::Results { path: path.clone(), reason };
+        let Description { title, axes } = serde_json::from_str(&text).map_err(|error| unusable(error.to_string()))?;
+        if !(1..=2).contains(&axes.len()) {
+            return Err(unusable(format!("{} axes, expected one or two", axes.len())));
+        }
+        for Direction { name, values } in &axes {
+            let rises = values.windows(2).all(|pair| pair[0] < pair[1]);
+            if values.len() < 2 || !rises || values.iter().any(|value| !value.is_finite()) {
+                return Err(unusable(format!("the values of axis `{name}`: expected two or more, finite and rising")));
+            }
+        }
+        let count = axes.iter().try_fold(1usize, |count, axis| count.checked_mul(axis.values.len()));
+        let count = count.filter(|&count| count <= MOST_POINTS).ok_or_else(|| unusable("too many points".into()))?;
+        let path = folder.join("landscape.csv");
+        let text = std::fs::read_to_string(&path).map_err(TrainError::io(&path))?;
+        let mut landscape = Self { title, axes, loss: vec![None; count], accuracy: vec![f64::NAN; count] };
+        // A last line without its end was cut off, and may lack digits.
+        for line in text.split_inclusive('\n').skip(1).filter_map(|line| line.strip_suffix('\n')) {
+            landscape.take_row(line);
+        }
+        Ok(landscape)
+    }
+
+    /// Takes one line of the table; one that cannot be read counts as not evaluated.
+    fn take_row(&mut self, line: &str) -> Option<()> {
+        let fields: Vec<f64> = line.split(',').map(|field| field.trim().parse().ok()).collect::<Option<_>>()?;
+        let (places, results) = fields.split_at_checked(self.axes.len())?;
+        let &[loss, accuracy] = results else { return None };
+        let (mut index, mut stride) = (0, 1);
+        for (axis, &place) in self.axes.iter().zip(places) {
+            index += stride * axis.nearest(place)?;
+            stride *= axis.values.len();
+        }
+        (self.loss[index], self.accuracy[index]) = (Some(loss), accuracy);
+        Some(())
+    }
+
+    /// How many points have been evaluated, and for how many of those the loss is not finite.
+    pub fn counts(&self) -> (usize, usize) {
+        let found = || self.loss.iter().flatten();
+        (found().count(), found().filter(|loss| !loss.is_finite()).count())
+    }
+
+    /// What a reader of the picture should know about missing points.
+    pub fn remark(&self) -> Option<String> {
+        let (found, wild) = self.counts();
+        let missing = (found < self.loss.len()).then(|| format!("{found} of {} points evaluated", self.loss.len()));
+        let what = if self.axes.len() == 2 { "drawn as the highest" } else { "left out" };
+        let wild = (wild > 0).then(|| format!("{wild} not finite, {what}"));
+        let remarks: Vec<String> = missing.into_iter().chain(wild).collect();
+        (!remarks.is_empty()).then(|| remarks.join("; "))
+    }
+
+    fn finite_losses(&self) -> impl Iterator<Item = f64> {
+        self.loss.iter().flatten().copied()
+    }
+}
+
+impl Direction {
+    /// The number of the value that this is but for rounding.
+    fn nearest(&self, place: f64) -> Option<usize> {
+        let (index, value) = self
+            .values
+            .iter()
+            .enumerate()
+            .min_by(|(_, a), (_, b)| (*a - place).abs().total_cmp(&(*b - place).abs()))?;
+        let span = self.values.last()? - self.values.first()?;
+        ((value - place).abs() <= 1e-6 * span).then_some(index)
+    }
+
+    pub fn axis(&self) -> Axis {
+        let (low, high) = range(self.values.iter().copied()).unwrap_or_default();
+        Axis::exact(&self.name, low, high, false)
+    }
+}
+
+/// The losses at which bands of colour meet.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Levels {
+    pub bounds: Vec<f64>,
+    pub logarithmic: bool,
+}
+
+impl Levels {
+    const MOST: usize = 13;
+
+    /// Round numbers that divide the losses of all the landscapes; logarithmic where these are far apart. None where no loss is finite.
+    pub fn of(landscapes: &[&Landscape]) -> Option<Self> {
+        let losses = || landscapes.iter().flat_map(|landscape| landscape.finite_losses());
+        let (low, high) = range(losses())?;
+        // A loss of zero is below every level; it shall not keep the others from a logarithmic scale.
+        let floor = range(losses().filter(|&loss| loss > 0.0)).map_or(low, |(least, _)| least.max(1e-6 * high));
+        let logarithmic = low >= 0.0 && floor > 0.0 && high / floor >= LOGARITHMIC_FROM;
+        let bounds = match logarithmic {
+            true => log_steps(floor, high, Self::MOST),
+            false => linear_steps(low, high, Self::MOST),
+        };
+        let bounds = bounds.into_iter().filter(|&bound| bound > low && bound < high).collect();
+        Some(Self { bounds, logarithmic })
+    }
+
+    /// The colour of band number `band`: below the first bound is band 0.
+    pub fn colour(&self, band: usize) -> [u8; 3] {
+        colour(band as f64 / self.bounds.len().max(1) as f64)
+    }
+
+    /// How high a loss is between its neighbours: where levels are logarithmic, so are lines from point to point.
+    fn height(&self, loss: f64) -> f64 {
+        match self.bounds.first() {
+            // What is far below the lowest level shall not pull the line towards it.
+            Some(&lowest) if self.logarithmic => loss.max(0.1 * lowest).ln(),
+            _ => loss,
+        }
+    }
+
+    /// Names of the bounds.
+    fn names(&self) -> Vec<String> {
+        let step = self.bounds.windows(2).map(|pair| pair[1] - pair[0]).fold(f64::INFINITY, f64::min);
+        // On a logarithmic scale the smallest step would ask for too many digits of the others.
+        let name = |&bound: &f64| chart::tick_name(bound, if self.logarithmic { bound } else { step });
+        self.bounds.iter().map(name).collect()
+    }
+}
+
+/// From dark blue to pale yellow, lighter throughout, so that it also reads in grey and to the colour-blind.
+fn colour(share: f64) -> [u8; 3] {
+    const STOPS: [[f64; 3]; 6] = [
+        [22.0, 24.0, 72.0],
+        [32.0, 72.0, 130.0],
+        [30.0, 124.0, 142.0],
+        [70.0, 172.0, 124.0],
+        [170.0, 208.0, 96.0],
+        [252.0, 236.0, 150.0],
+    ];
+    let place = share.clamp(0.0, 1.0) * (STOPS.len() - 1) as f64;
+    let index = (place as usize).min(STOPS.len() - 2);
+    let part = place - index as f64;
+    std::array::from_fn(|c| (STOPS[index][c] + part * (STOPS[index + 1][c] - STOPS[index][c])).round() as u8)
+}
+
+/// The part of a cell at or above a level, as a polygon, and where the level runs through the cell.
+fn part_above(corners: [([f64; 2], f64); 4], level: f64) -> (Vec<[f64; 2]>, Vec<Vec<[f64; 2]>>) {
+    let (mut polygon, mut crossings) = (Vec::new(), Vec::new());
+    for index in 0..4 {
+        let ((from, a), (to, b)) = (corners[index], corners[(index + 1) % 4]);
+        if a >= level {
+            polygon.push(from);
+        }
+        if (a >= level) != (b >= level) {
+            // Reckoned from the lower end in both cells at this edge, so that they agree to the last bit.
+            let (low, high, share) =
+                if a < b { (from, to, (level - a) / (b - a)) } else { (to, from, (level - b) / (a - b)) };
+            let crossing = [low[0] + share * (high[0] - low[0]), low[1] + share * (high[1] - low[1])];
+            polygon.push(crossing);
+            crossings.push((crossing, a < b));
+        }
+    }
+    // The border of what is above runs from where the perimeter leaves it to where it is entered next.
+    let count = crossings.len();
+    let leaves = (0..count).filter(|&index| !crossings[index].1);
+    let lines = leaves.map(|index| vec![crossings[index].0, crossings[(index + 1) % count].0]).collect();
+    (polygon, lines)
+}
+
+/// Bands of colour between the levels, lines along them, and a cross at the origin.
+fn draw_contours(drawing: &mut Drawing, panel: Panel, landscape: &Landscape, levels: &Levels) {
+    let [x, y] = &landscape.axes[..] else { return };
+    let (across, up) = (x.axis(), y.axis());
+    let place = |i: usize, j: usize| [panel.x(across.place(x.values[i])), panel.y(up.place(y.values[j]))];
+    // What is not finite is higher than anything else, but no further than a line can be interpolated to.
+    let highest = range(landscape.finite_losses()).map_or(0.0, |(_, high)| high);
+    let top = levels.bounds.last().map_or(highest, |&bound| highest.max(bound));
+    let value = |i: usize, j: usize| {
+        let loss = landscape.loss[j * x.values.len() + i]?;
+        Some(levels.height(if loss.is_finite() { loss } else { top }))
+    };
+    let mut cells = Vec::new();
+    for j in 0..y.values.len() - 1 {
+        for i in 0..x.values.len() - 1 {
+            let corner = |(i, j): (usize, usize)| Some((place(i, j), value(i, j)?));
+            let corners = [(i, j), (i + 1, j), (i + 1, j + 1), (i, j + 1)].map(corner);
+            if let [Some(a), Some(b), Some(c), Some(d)] = corners {
+                cells.push([a, b, c, d]);
+            }
+        }
+    }
+    // Each band covers all that is higher too and the next is laid over it: so no seam shows between them.
+    let below = f64::NEG_INFINITY;
+    for (band, level) in
+        std::iter::once(below).chain(levels.bounds.iter().map(|&bound| levels.height(bound))).enumerate()
+    {
+        let (mut paths, mut lines) = (Vec::<Vec<[f64; 2]>>::new(), Vec::new());
+        // Whether the last path is a rectangle of whole cells, which the next may prolong.
+        let mut whole = false;
+        for &cell in &cells {
+            let (polygon, border) = part_above(cell, level);
+            let is_whole = border.is_empty() && !polygon.is_empty();
+            match paths.last_mut() {
+                Some(last) if whole && is_whole && (last[1], last[2]) == (polygon[0], polygon[3]) => {
+                    (last[1], last[2]) = (polygon[1], polygon[2]);
+                }
+                _ if !polygon.is_empty() => paths.push(polygon),
+                _ => {}
+            }
+            whole = is_whole;
+            lines.extend(border);
+        }
+        let fill = Some(Ink::Colour(levels.colour(band), 1.0));
+        drawing.shape(Shape { paths, closed: true, fill, ..Shape::default() });
+        let stroke = Some((Ink::Colour([255, 255, 255], 0.5), 0.8));
+        drawing.shape(Shape { paths: lines, stroke, ..Shape::default() });
+    }
+    let (left, bottom) = (across.place(0.0), up.place(0.0));
+    if (0.0..=1.0).contains(&left) && (0.0..=1.0).contains(&bottom) {
+        let ([x, y], arm) = ([panel.x(left), panel.y(bottom)], 5.0);
+        let cross = vec![vec![[x - arm, y - arm], [x + arm, y + arm]], vec![[x - arm, y + arm], [x + arm, y - arm]]];
+        for (ink, width) in [(Ink::Colour([0, 0, 0], 0.7), 4.0), (Ink::Colour([255, 255, 255], 1.0), 1.8)] {
+            drawing.shape(Shape { paths: cross.clone(), stroke: Some((ink, width)), ..Shape::default() });
+        }
+    }
+}
+
+/// The bands of colour from below to above, with the losses at which they meet.
+fn draw_colour_bar(drawing: &mut Drawing, panel: Panel, levels: &Levels) {
+    let bands = levels.bounds.len() + 1;
+    let height = |bound: usize| panel.y(bound as f64 / bands as f64);
+    for band in 0..bands {
+        let (low, high) = (height(band), height(band + 1));
+        let corners = vec![[panel.left, low], [panel.right, low], [panel.right, high], [panel.left, high]];
+        drawing.polygon(corners, Ink::Colour(levels.colour(band), 1.0));
+    }
+    for (index, name) in levels.names().into_iter().enumerate() {
+        let at = height(index + 1) + 0.35 * SMALL;
+        drawing.label([panel.right + 5.0, at], name, SMALL, Anchor::Start, FAINT);
+    }
+    drawing.label([panel.left, panel.top - 7.0], "loss", SMALL, Anchor::Start, FAINT);
+}
+
+/// The colour bar of several pictures, lying.
+pub(super) fn colour_bar(levels: &Levels) -> Drawing {
+    let names = levels.names();
+    let bands = levels.bounds.len() + 1;
+    let (width, height) = (chart::CHART.0, 46.0);
+    let mut drawing = Drawing::new(width, height, "colours of the loss");
+    let place = |bound: usize| 10.0 + (width - 20.0) * bound as f64 / bands as f64;
+    for band in 0..bands {
+        let (left, right) = (place(band), place(band + 1));
+        let corners = vec![[left, 4.0], [right, 4.0], [right, 16.0], [left, 16.0]];
+        drawing.polygon(corners, Ink::Colour(levels.colour(band), 1.0));
+    }
+    for (index, name) in names.into_iter().enumerate() {
+        drawing.label([place(index + 1), 28.0], name, 9.5, Anchor::Middle, FAINT);
+    }
+    drawing.label([0.5 * width, 42.0], "loss", SMALL, Anchor::Middle, FAINT);
+    drawing
+}
+
+/// Contours over two axes, without a colour bar or with one.
+pub(super) fn contour_chart(landscape: &Landscape, title: &str, levels: &Levels, with_bar: bool) -> Option<Drawing> {
+    let [x, y] = &landscape.axes[..] else { return None };
+    let (side, bar) = (300.0, if with_bar { 82.0 } else { 0.0 });
+    let (left, top) = (58.0, if with_bar { 34.0 } else { 12.0 });
+    let mut drawing = Drawing::new(left + side + 14.0 + bar, top + side + 42.0, title);
+    let panel = Panel { left, top, right: left + side, bottom: top + side };
+    panel.axes(&mut drawing, &x.axis(), &y.axis());
+    draw_contours(&mut drawing, panel, landscape, levels);
+    if with_bar {
+        drawing.label([panel.x(0.5), 18.0], title, 13.0, Anchor::Middle, Ink::Text(1.0));
+        let (left, right) = (panel.right + 16.0, panel.right + 32.0);
+        draw_colour_bar(&mut drawing, Panel { left, right, top: panel.top + 12.0, bottom: panel.bottom }, levels);
+    }
+    Some(drawing)
+}
+
+/// A surface over two axes, seen from above one of its corners.
+fn surface(landscape: &Landscape, levels: &Levels) -> Option<Drawing> {
+    let [x, y] = &landscape.axes[..] else { return None };
+    let (low, high) = range(landscape.finite_losses())?;
+    let up = match levels.logarithmic {
+        // Zeros lie on the floor.
+        true => {
+            let least = range(landscape.finite_losses().filter(|&loss| loss > 0.0)).map_or(low, |(least, _)| least);
+            Axis::exact("loss", least.max(1e-6 * high), high, true)
+        }
+        false => Axis::exact("loss", low, high, false),
+    };
+    let (across, along) = (x.axis(), y.axis());
+
+    // Turned about the upright axis, then seen from this far above the horizon, in parallel projection.
+    let (turn, above) = (35f64.to_radians(), 32f64.to_radians());
+    let (width, height, size) = (580.0, 470.0, 160.0);
+    // The three coordinates go from 0 to 1.
+    let depth = |x: f64, y: f64| (2.0 * x - 1.0) * turn.sin() + (2.0 * y - 1.0) * turn.cos();
+    let see = |[x, y, z]: [f64; 3]| {
+        let right = (2.0 * x - 1.0) * turn.cos() - (2.0 * y - 1.0) * turn.sin();
+        let upward = 1.1 * z * above.cos() + depth(x, y) * above.sin();
+        [0.5 * width + 12.0 + size * right, 325.0 - size * upward]
+    };
+    let mut drawing = Drawing::new(width, height, format!("{}: surface of the loss", landscape.title));
+    drawing.label([0.5 * width, 22.0], landscape.title.as_str(), 13.0, Anchor::Middle, Ink::Text(1.0));
+
+    // Walls behind the surface with the heights, and the edges of the floor.
+    let heights = up.ticks(6);
+    let share = |value: f64| up.place(value).clamp(0.0, 1.0);
+    let wall = |value: f64| {
+        let z = share(value);
+        [[0.0, 1.0, z], [1.0, 1.0, z], [1.0, 0.0, z]].map(see).to_vec()
+    };
+    let mut paths: Vec<_> = heights.iter().map(|&(value, _)| wall(value)).collect();
+    paths.extend([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0]].map(|[x, y]| vec![see([x, y, 0.0]), see([x, y, 1.0])]));
+    drawing.shape(Shape { paths, stroke: Some((Ink::Text(0.16), 1.0)), ..Shape::default() });
+    let floor = [[0.0, 1.0], [1.0, 1.0], [1.0, 0.0], [0.0, 0.0]].map(|[x, y]| see([x, y, 0.0]));
+    drawing.shape(Shape {
+        paths: vec![floor.to_vec()],
+        closed: true,
+        stroke: Some((Ink::Text(0.35), 1.0)),
+        ..Shape::default()
+    });
+
+    let mut cells = Vec::new();
+    for j in 0..y.values.len() - 1 {
+        for i in 0..x.values.len() - 1 {
+            let corner = |(i, j): (usize, usize)| {
+                let loss = landscape.loss[j * x.values.len() + i]?;
+                let z = if loss.is_finite() { share(loss.max(up.low)) } else { 1.0 };
+                Some([across.place(x.values[i]), along.place(y.values[j]), z])
+            };
+            if let [Some(a), Some(b), Some(c), Some(d)] = [(i, j), (i + 1, j), (i + 1, j + 1), (i, j + 1)].map(corner) {
+                let far = depth(0.5 * (a[0] + c[0]), 0.5 * (a[1] + c[1]));
+                cells.push((far, [a, b, c, d]));
+            }
+        }
+    }
+    cells.sort_by(|(a, _), (b, _)| b.total_cmp(a));
+    for (_, cell) in cells {
+        let mean = cell.iter().map(|corner| corner[2]).sum::<f64>() / 4.0;
+        let paths = vec![cell.map(see).to_vec()];
+        let (fill, stroke) = (Some(Ink::Colour(colour(mean), 1.0)), Some((Ink::Colour([0, 0, 0], 0.35), 0.4)));
+        drawing.shape(Shape { paths, closed: true, fill, stroke, ..Shape::default() });
+    }
+
+    for (value, name) in heights {
+        let [x, y] = see([0.0, 1.0, share(value)]);
+        drawing.label([x - 8.0, y + 4.0], name, SMALL, Anchor::End, FAINT);
+    }
+    let [left, top] = see([0.0, 1.0, 1.0]);
+    drawing.label([left, top - 14.0], "loss", SMALL, Anchor::End, FAINT);
+    for (value, name) in across.ticks(6) {
+        let [x, y] = see([across.place(value), 0.0, 0.0]);
+        drawing.label([x + 4.0, y + 15.0], name, SMALL, Anchor::Middle, FAINT);
+    }
+    for (value, name) in along.ticks(6) {
+        let [x, y] = see([0.0, along.place(value), 0.0]);
+        drawing.label([x - 7.0, y + 13.0], name, SMALL, Anchor::End, FAINT);
+    }
+    let [x_name, y_name] = [[0.5, 0.0, 0.0], [0.0, 0.5, 0.0]].map(see);
+    drawing.label([x_name[0] + 24.0, x_name[1] + 38.0], x.name.as_str(), SMALL, Anchor::Start, FAINT);
+    drawing.label([y_name[0] - 32.0, y_name[1] + 34.0], y.name.as_str(), SMALL, Anchor::End, FAINT);
+    Some(drawing)
+}
+
+/// The line of a landscape over one axis.
+pub(super) fn line(landscape: &Landscape, values: impl Iterator<Item = f64>, name: &str, style: Style) -> Line {
+    let places = landscape.axes.first().map(|axis| axis.values.clone()).unwrap_or_default();
+    let points = places.into_iter().zip(values).map(|(x, value)| [x, value]).collect();
+    Line { name: name.into(), style, points, band: Vec::new(), markers: false }
+}
+
+/// The losses, not a number where there is none.
+pub(super) fn losses(landscape: &Landscape) -> impl Iterator<Item = f64> {
+    landscape.loss.iter().map(|loss| loss.unwrap_or(f64::NAN))
+}
+
+/// Loss and accuracy over one axis, each with an axis of its own.
+fn curve(landscape: &Landscape) -> Option<Drawing> {
+    let [direction] = &landscape.axes[..] else { return None };
+    let (width, height) = (520.0, 350.0);
+    let mut drawing = Drawing::new(width, height, format!("{}: curve of the loss", landscape.title));
+    drawing.label([0.5 * width, 20.0], landscape.title.as_str(), 13.0, Anchor::Middle, Ink::Text(1.0));
+    let panel = Panel { left: 64.0, top: 56.0, right: width - 62.0, bottom: height - 46.0 };
+    let x = direction.axis();
+    let loss = Axis::fitting("loss", losses(landscape))?;
+    panel.axes(&mut drawing, &x, &loss);
+    let percent = || landscape.accuracy.iter().map(|share| 100.0 * share);
+    let right = Axis::fitting("accuracy (%)", percent()).map(|axis| {
+        Axis::exact(&axis.label, axis.low.max(0.0), axis.high.min(100.0).max(axis.low.max(0.0) + 1.0), false)
+    });
+    let (first, second) = (Style(0), Style(1));
+    draw_lines(&mut drawing, panel, &x, &loss, &[line(landscape, losses(landscape), "loss", first)]);
+    let mut legend = vec![("loss (left)", first)];
+    if let Some(accuracy) = &right {
+        draw_lines(&mut drawing, panel, &x, accuracy, &[line(landscape, percent(), "accuracy", second)]);
+        for (value, name) in accuracy.ticks(6) {
+            let at = panel.y(accuracy.place(value)) + 0.35 * SMALL;
+            drawing.label([panel.right + 6.0, at], name, SMALL, Anchor::Start, FAINT);
+        }
+        drawing.vertical_label([width - 10.0, panel.y(0.5)], accuracy.label.as_str(), SMALL, FAINT);
+        legend.push(("accuracy (right)", second));
+    }
+    for (index, (name, style)) in legend.into_iter().enumerate() {
+        let left = panel.left + 130.0 * index as f64;
+        drawing.shape(Shape {
+            paths: vec![vec![[left, 40.0], [left + 26.0, 40.0]]],
+            stroke: Some((style.ink(1.0), 2.0)),
+            dash: style.dash(),
+            ..Shape::default()
+        });
+        drawing.label([left + 32.0, 44.0], name, SMALL, Anchor::Start, FAINT);
+    }
+    Some(drawing)
+}
+
+/// Adds what a reader should know below a picture.
+fn with_remark(mut drawing: Drawing, landscape: &Landscape) -> Drawing {
+    let least = range(landscape.finite_losses())
+        .map(|(low, high)| format!("loss {} to {}", significant(low, 3), significant(high, 3)));
+    let remarks: Vec<String> = least.into_iter().chain(landscape.remark()).collect();
+    drawing.height += 14.0;
+    drawing.label([8.0, drawing.height - 7.0], remarks.join("; "), 9.5, Anchor::Start, FAINT);
+    drawing
+}
+
+/// Writes pictures of the landscape in this folder (`landscape.json` and `landscape.csv`) beside them, as SVG and as PNG on white:
+/// `contour` and `surface` of one with two axes, `curve` of one with a single axis. Points that have not been evaluated stay blank.
+/// Levels and heights are logarithmic where the largest loss is thirty times the smallest or more. Returns what was written: nothing,
+/// if no loss is finite.
+///
+/// # Errors
+/// Files that cannot be read as a landscape, or not be written.
+pub fn landscape_pictures(folder: &Path) -> Result<Vec<PathBuf>, TrainError> {
+    let landscape = Landscape::read(folder)?;
+    let Some(levels) = Levels::of(&[&landscape]) else { return Ok(Vec::new()) };
+    let pictures = [
+        ("contour", contour_chart(&landscape, &landscape.title, &levels, true)),
+        ("surface", surface(&landscape, &levels)),
+        ("curve", curve(&landscape)),
+    ];
+    let mut written = Vec::new();
+    for (name, picture) in pictures {
+        let Some(picture) = picture else { continue };
+        written.extend(write_picture(&with_remark(picture, &landscape), &folder.join(name))?);
+    }
+    Ok(written)
+}
+
+/// Writes a drawing as SVG and as PNG, and returns where.
+pub(super) fn write_picture(drawing: &Drawing, stem: &Path) -> Result<[PathBuf; 2], TrainError> {
+    let paths = ["svg", "png"].map(|extension| stem.with_extension(extension));
+    write_whole(&paths[0], drawing.svg(Medium::Paper).as_bytes())?;
+    write_whole(&paths[1], &drawing.png().map_err(TrainError::io(&paths[1]))?)?;
+    Ok(paths)
+}

@@ -1,0 +1,80 @@
+//! Spectral densities as curves.
+
+use std::path::{Path, PathBuf};
+
+use super::chart::{Axis, Line, Panel, Style, draw_lines, range};
+use super::drawing::{Anchor, Drawing, Ink};
+use super::landscape::write_picture;
+use crate::curvature::Density;
+use crate::train::TrainError;
+
+/// Densities smaller than the largest by more than this factor are left out: they are the tails of the smoothing.
+const SMALLEST: f64 = 1e-6;
+
+/// Finite peaks only, and the range of eigenvalues that they span.
+pub(super) fn usable(nodes: &[f64], weights: &[f64]) -> Option<(Density, f64, f64)> {
+    let sound = |&(node, weight): &(&f64, &f64)| node.is_finite() && weight.is_finite() && *weight >= 0.0;
+    let (nodes, weights): (Vec<f64>, Vec<f64>) = nodes.iter().zip(weights).filter(sound).unzip();
+    let (low, high) = range(nodes.iter().copied())?;
+    (weights.iter().sum::<f64>() > 0.0).then_some((Density { nodes, weights }, low, high))
+}
+
+/// Densities over a common range of eigenvalues, every peak smoothed to a hundredth of it.
+pub(super) fn lines(densities: &[(&str, Style, Density)]) -> Option<(Axis, Axis, Vec<Line>)> {
+    let nodes = || densities.iter().flat_map(|(_, _, density)| density.nodes.iter().copied());
+    let (low, high) = range(nodes())?;
+    let span = if high > low { high - low } else { low.abs().max(1.0) };
+    let sigma = span / 100.0;
+    let (left, right) = (low - 5.5 * sigma, high + 5.5 * sigma);
+    const POINTS: usize = 400;
+    let lambda = |index| left + (right - left) * index as f64 / (POINTS - 1) as f64;
+    let mut lines: Vec<Line> = densities
+        .iter()
+        .map(|(name, style, density)| {
+            let points = (0..POINTS).map(|index| [lambda(index), density.at(lambda(index), sigma)]).collect();
+            Line { name: name.to_string(), style: *style, points, band: Vec::new(), markers: false }
+        })
+        .collect();
+    let (_, most) = range(lines.iter().flat_map(|line| line.points.iter().map(|point| point[1])))?;
+    for point in lines.iter_mut().flat_map(|line| &mut line.points) {
+        if point[1] < SMALLEST * most {
+            point[1] = f64::NAN;
+        }
+    }
+    let (least, _) = range(lines.iter().flat_map(|line| line.points.iter().map(|point| point[1])))?;
+    let up = Axis::exact("density", 0.6 * least, 2.0 * most, true);
+    Some((Axis::exact("eigenvalue of the Hessian", left, right, false), up, lines))
+}
+
+/// Draws densities, from `top` downwards.
+pub(super) fn spectrum(
+    title: &str,
+    densities: &[(&str, Style, Density)],
+    (width, height): (f64, f64),
+    top: f64,
+) -> Option<Drawing> {
+    let (x, y, lines) = lines(densities)?;
+    let mut drawing = Drawing::new(width, height, title);
+    let panel = Panel { left: 62.0, top, right: width - 14.0, bottom: height - 42.0 };
+    panel.axes(&mut drawing, &x, &y);
+    draw_lines(&mut drawing, panel, &x, &y, &lines);
+    Some(drawing)
+}
+
+/// Writes `spectrum.svg` and `spectrum.png` to a folder: the density of eigenvalues that is a sum of peaks (`nodes` with their
+/// `weights`, as `polder curvature --measure spectrum --json` has them), each smoothed by a normal distribution whose deviation is a
+/// hundredth of the range, over a logarithmic scale. Returns what was written: nothing, if there is no finite peak.
+///
+/// # Errors
+/// A folder that cannot be written to.
+pub fn spectrum_picture(nodes: &[f64], weights: &[f64], folder: &Path) -> Result<Vec<PathBuf>, TrainError> {
+    let Some((density, low, high)) = usable(nodes, weights) else { return Ok(Vec::new()) };
+    let title =
+        format!("Spectral density, eigenvalues {} to {}", super::chart::digits(low), super::chart::digits(high));
+    let (width, top) = (520.0, 34.0);
+    let Some(mut drawing) = spectrum(&title, &[("density", Style(0), density)], (width, 350.0), top) else {
+        return Ok(Vec::new());
+    };
+    drawing.label([0.5 * width, 20.0], title, 13.0, Anchor::Middle, Ink::Text(1.0));
+    Ok(write_picture(&drawing, &folder.join("spectrum"))?.to_vec())
+}
