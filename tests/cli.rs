@@ -651,6 +651,13 @@ fn a_landscape_is_mapped_drawn_and_continued() {
     assert!((rows[4][2] - middle["loss"].as_f64().unwrap()).abs() < 1e-6, "{middle} and {rows:?}");
     assert_eq!(rows[4][3], middle["accuracy"].as_f64().unwrap());
     assert_ne!(rows[0][2], rows[4][2]);
+    let pictures: Vec<&str> = found["pictures"].as_array().unwrap().iter().map(|path| path.as_str().unwrap()).collect();
+    assert_eq!(pictures.len(), 4);
+    for (picture, name) in pictures.iter().zip(["contour.svg", "contour.png", "surface.svg", "surface.png"]) {
+        let bytes = std::fs::read(picture).unwrap();
+        let signature = if name.ends_with("png") { &b"\x89PNG"[..] } else { b"<svg" };
+        assert!(picture.ends_with(name) && bytes.starts_with(signature), "{picture}");
+    }
 
     // Cut off in the middle of a line: the same command goes on, to the same end.
     std::fs::write(out.join("landscape.csv"), &csv[..csv.len() / 2]).unwrap();
@@ -780,6 +787,7 @@ fn findings_are_written_to_files() {
     assert_eq!((of("top-eigenvalues", "converged"), &found["split"]), (true.into(), &"train".into()));
     assert_eq!(found["passes"]["gradients"], 1);
     assert!(file("spectrum.csv").starts_with("node,weight\n") && file("spectrum.csv").lines().count() == 121);
+    assert!(out.join("spectrum.svg").is_file() && out.join("spectrum.png").is_file());
     // With --run everything is the run's own: the same as said one by one.
     let init = Path::new(run).join("model.safetensors");
     let said = ["--model", "resnet8", "--init", init.to_str().unwrap(), "--data", data.to_str().unwrap()];

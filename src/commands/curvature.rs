@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use polder::curvature::{Density, Estimate, Passes, Rise};
 use polder::device;
+use polder::report::spectrum_picture;
 use polder::train::{CurvatureMeter, CurvatureSettings, Finding, Findings, Measure, TrainError};
 use serde_json::json;
 
@@ -53,7 +54,7 @@ pub struct CurvatureArgs {
     /// What batch norm normalises with
     #[arg(long, value_enum, value_name = "MODE", default_value = "eval")]
     bn: BatchNormName,
-    /// Write curvature.json, curvature.csv and, with a spectrum, spectrum.csv to this folder
+    /// Write curvature.json, curvature.csv and, with a spectrum, spectrum.csv and pictures of it to this folder
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
@@ -112,6 +113,7 @@ pub fn run(args: &CurvatureArgs) -> Result<(), TrainError> {
                 let lines: String =
                     nodes.iter().zip(weights).map(|(node, weight)| format!("{node},{weight}\n")).collect();
                 write_whole(&out.join("spectrum.csv"), &format!("node,weight\n{lines}"))?;
+                spectrum_picture(nodes, weights, out)?;
             }
         }
     }

@@ -12,6 +12,7 @@ use polder::curvature::filter_normalized;
 use polder::device::{self, Buffer};
 use polder::kernels::batch_norm::Mode;
 use polder::kernels::vector;
+use polder::report::landscape_pictures;
 use polder::train::landscape::{Axis, Heights, Landscape, load_direction, save_direction};
 use polder::train::{CurvatureMeter, CurvatureSettings, Evaluator, TrainError};
 use serde_json::json;
@@ -210,7 +211,7 @@ fn directions(
             vector::axpy(-1.0, weights.view(), vector.view_mut())?;
             found.push(Direction { name: format!("to {}", short(file)), vector });
         }
-        return Ok((format!("from {}", short(init)), found));
+        return Ok((format!("Loss from {}", short(init)), found));
     }
     let mut meter = CurvatureMeter::new(device, *model, (data, images), *normalization, batch_size, mode)?;
     if args.directions == DirectionsName::Random {
@@ -220,7 +221,7 @@ fn directions(
             Ok(Direction { name: format!("direction {}", axis + 1), vector })
         };
         let found = (0..dimensions).map(direction).collect::<device::Result<_>>()?;
-        return Ok(("along filter-normalised random directions".into(), found));
+        return Ok(("Loss along filter-normalised random directions".into(), found));
     }
     let [_, statistics] = subject.load(init, meter.plan())?;
     let CurvatureSettings { steps, tolerance, .. } = CurvatureSettings::default();
@@ -243,7 +244,7 @@ fn directions(
         name: format!("eigenvector {} (λ = {:.3})", axis + 1, pair.value),
         vector: pair.vector,
     });
-    Ok(("along eigenvectors of the Hessian".into(), found.collect()))
+    Ok(("Loss along eigenvectors of the Hessian".into(), found.collect()))
 }
 
 /// A file by its folder and name, which tell one run from another.
@@ -265,7 +266,7 @@ fn tell_result(args: &LandscapeArgs, out: &Path, landscape: &Landscape, heights:
         let place: Vec<String> = landscape.place(point).iter().map(|coordinate| format!("{coordinate:.3}")).collect();
         place.join(", ")
     };
-    let files = Vec::<PathBuf>::new();
+    let pictures = landscape_pictures(out)?;
     if args.model.json {
         let extreme = |found: Option<&(f64, usize)>| {
             found.map(|&(loss, point)| json!({"loss": loss, "at": landscape.place(point)}))
@@ -279,20 +280,23 @@ fn tell_result(args: &LandscapeArgs, out: &Path, landscape: &Landscape, heights:
                 "highest": extreme(finite.last()),
                 "not_finite": landscape.len() - finite.len(),
                 "out": out,
-                "pictures": files,
+                "pictures": pictures,
             })
             .to_string(),
         );
     }
     match (finite.first(), finite.last()) {
         (Some(&(lowest, a)), Some(&(highest, b))) => print(&format!(
-            "{} points, {}: loss from {lowest:.4} at {} to {highest:.4} at {}",
-            landscape.len(),
+            "{}: {} points, from {lowest:.4} at {} to {highest:.4} at {}",
             landscape.title,
+            landscape.len(),
             at(a),
             at(b)
         ))?,
-        _ => print(&format!("{} points, {}: no loss is finite", landscape.len(), landscape.title))?,
+        _ => print(&format!("{}: {} points, none finite", landscape.title, landscape.len()))?,
     }
-    print(&format!("landscape: {}", out.display()))
+    for picture in pictures {
+        print(&format!("picture: {}", picture.display()))?;
+    }
+    Ok(())
 }
