@@ -46,6 +46,13 @@
 //! assert_eq!(curvature.gradient_norm()?, 5.0);
 //! let trace = curvature.trace(10, 0, |_| ())?;
 //! assert_eq!((trace.value, trace.standard_error), (4.0, Some(0.0)));
+//!
+//! // Eigenvalues, each with a vector and a residual; and how far the loss rises within 0.5 of these weights.
+//! let largest = &curvature.top_eigenvalues(2, (2, 1e-6), 0, |_| ())?[0];
+//! assert!((largest.value - 3.0).abs() < 1e-6 && largest.residual < 1e-5);
+//! let rise = curvature.rise(0.5, 20, 0)?;
+//! assert!(rise.one_step > 0.0 && rise.largest >= rise.one_step);
+//! assert_eq!(curvature.passes().products, 10 + 2 + 2);
 //! # Ok(())
 //! # }
 //! ```
