@@ -10,8 +10,8 @@ use clap::ValueEnum;
 use flate2::Crc;
 use polder::curvature::filter_normalized;
 use polder::device::{self, Buffer};
-use polder::kernels::batch_norm::Mode;
 use polder::kernels::vector;
+use polder::plan::Plan;
 use polder::report::landscape_pictures;
 use polder::train::landscape::{Axis, Heights, Landscape, load_direction, save_direction};
 use polder::train::{CurvatureMeter, CurvatureSettings, Evaluator, TrainError};
@@ -114,7 +114,7 @@ pub fn run(args: &LandscapeArgs) -> Result<ExitCode, TrainError> {
             (landscape, directions)
         }
         None => {
-            let (title, found) = directions(args, &subject, dimensions, &weights)?;
+            let (title, found) = directions(args, &subject, dimensions, evaluator.plan(), [&weights, &statistics])?;
             let step = (high - low) / (args.points - 1) as f64;
             let values: Vec<f64> = (0..args.points).map(|point| low + step * point as f64).collect();
             let (mut axes, mut directions) = (Vec::new(), Vec::new());
@@ -198,32 +198,29 @@ fn directions(
     args: &LandscapeArgs,
     subject: &Subject,
     dimensions: usize,
-    weights: &Buffer<f32>,
+    plan: &Plan<f32>,
+    [weights, statistics]: [&Buffer<f32>; 2],
 ) -> Result<(String, Vec<Direction>), TrainError> {
     let Subject { model, device, data, images, normalization, init, .. } = subject;
-    let mode = if args.to.is_empty() { args.bn.mode() } else { Mode::Eval };
-    let batch_size = args.model.batch_size.min(images.len());
     if !args.to.is_empty() {
-        let evaluator = Evaluator::new(device, *model, data, images, *normalization, batch_size, mode)?;
         let mut found = Vec::new();
         for file in &args.to {
-            let [mut vector, _] = subject.load(file, evaluator.plan())?;
+            let [mut vector, _] = subject.load(file, plan)?;
             vector::axpy(-1.0, weights.view(), vector.view_mut())?;
             found.push(Direction { name: format!("to {}", short(file)), vector });
         }
         return Ok((format!("Loss from {}", short(init)), found));
     }
-    let mut meter = CurvatureMeter::new(device, *model, (data, images), *normalization, batch_size, mode)?;
     if args.directions == DirectionsName::Random {
-        let layout = meter.plan().parameters();
         let direction = |axis: usize| {
-            let vector = filter_normalized(layout, weights.view(), args.seed, axis)?;
+            let vector = filter_normalized(plan.parameters(), weights.view(), args.seed, axis)?;
             Ok(Direction { name: format!("direction {}", axis + 1), vector })
         };
         let found = (0..dimensions).map(direction).collect::<device::Result<_>>()?;
         return Ok(("Loss along filter-normalised random directions".into(), found));
     }
-    let [_, statistics] = subject.load(init, meter.plan())?;
+    let batch_size = args.model.batch_size.min(images.len());
+    let mut meter = CurvatureMeter::new(device, *model, (data, images), *normalization, batch_size, args.bn.mode())?;
     let CurvatureSettings { steps, tolerance, .. } = CurvatureSettings::default();
     let bar = Bar::new();
     let progress = |done| bar.show("eigenvectors", done, steps);
