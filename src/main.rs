@@ -1,4 +1,4 @@
-//! The command line: `polder train`, `polder eval`, `polder curvature`, `polder devices`.
+//! The command line: `polder train`, `polder eval`, `polder curvature`, `polder report`, `polder devices`.
 //!
 //! Exit codes: 0 done; 1 the machine failed; 2 bad usage or input, told in one line; 130 interrupted, with everything saved.
 
@@ -19,6 +19,7 @@ use polder::kernels::image::Normalization;
 use polder::nn::{Model, Shortcut};
 use polder::objective::Objective;
 use polder::plan::Plan;
+use polder::report;
 use polder::train::{
     self, CurvatureMeter, Evaluation, Evaluator, Options, Progress, Record, ShortcutName, TrainError, weights,
 };
@@ -41,6 +42,8 @@ enum Command {
     Eval(EvalArgs),
     /// Measure how flat the loss is around trained weights
     Curvature(CurvatureArgs),
+    /// Compare runs on one HTML page: accuracy, learning curves, curvature, loss landscapes, settings
+    Report(ReportArgs),
     /// List the devices that this program can use
     Devices {
         /// Print one JSON object
@@ -254,6 +257,22 @@ struct CurvatureArgs {
     bn: BatchNormName,
 }
 
+#[derive(clap::Args)]
+struct ReportArgs {
+    /// Folders that `polder train --out` wrote
+    #[arg(value_name = "RUN", required = true)]
+    runs: Vec<PathBuf>,
+    /// The page [default: report.html, of one run in its folder]
+    #[arg(long, value_name = "FILE.html")]
+    out: Option<PathBuf>,
+    /// Also write each run's log for TensorBoard, to tensorboard/ in its folder
+    #[arg(long)]
+    tensorboard: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -274,6 +293,7 @@ fn main() -> ExitCode {
         Command::Train(args) => run_train(*args),
         Command::Eval(args) => run_eval(&args).map(|()| ExitCode::SUCCESS),
         Command::Curvature(args) => run_curvature(&args).map(|()| ExitCode::SUCCESS),
+        Command::Report(args) => run_report(&args).map(|()| ExitCode::SUCCESS),
         Command::Devices { json } => run_devices(json).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {
@@ -322,6 +342,23 @@ fn run_devices(json: bool) -> Result<(), TrainError> {
         }
     }
     Ok(())
+}
+
+fn run_report(args: &ReportArgs) -> Result<(), TrainError> {
+    let report = report::report(&args.runs, args.out.as_deref(), args.tensorboard)?;
+    if args.json {
+        return print(&json!(report).to_string());
+    }
+    for group in &report.groups {
+        print(&group.to_string())?;
+    }
+    if let Some(order) = &report.curvature_order {
+        print(&order.to_string())?;
+    }
+    for path in &report.tensorboard {
+        print(&format!("TensorBoard: {}", path.display()))?;
+    }
+    print(&format!("report: {}", report.report.display()))
 }
 
 impl SplitName {
