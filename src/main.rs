@@ -1,4 +1,4 @@
-//! The command line: `polder train`, `eval`, `curvature`, `landscape`, `devices`.
+//! The command line: `polder train`, `eval`, `curvature`, `landscape`, `report`, `devices`.
 //!
 //! Exit codes: 0 done; 1 the machine failed, or a loss diverged; 2 bad usage or input, told in one line; 130 interrupted, with
 //! everything saved.
@@ -8,7 +8,7 @@ mod commands;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use commands::{curvature, devices, eval, landscape, tell, train};
+use commands::{curvature, devices, eval, landscape, report, tell, train};
 
 /// Sharpness-aware training on hand-written kernels: small ResNets, on the CPU or on a GPU.
 #[derive(Parser)]
@@ -29,6 +29,8 @@ enum Command {
     Curvature(curvature::CurvatureArgs),
     /// Map the loss on a line or a plane around trained weights, and draw it
     Landscape(landscape::LandscapeArgs),
+    /// Compare runs on one HTML page: accuracy, learning curves, curvature, loss landscapes, settings
+    Report(report::ReportArgs),
     /// List the devices that this program can use
     Devices {
         /// Print one JSON object
@@ -58,6 +60,7 @@ fn main() -> ExitCode {
         Command::Eval(args) => eval::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Curvature(args) => curvature::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Landscape(args) => landscape::run(&args),
+        Command::Report(args) => report::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Devices { json } => devices::run(json).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {

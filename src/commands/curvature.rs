@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use polder::curvature::{Density, Estimate, Passes, Rise};
 use polder::device;
 use polder::report::spectrum_picture;
-use polder::train::{CurvatureMeter, CurvatureSettings, Finding, Findings, Measure, TrainError};
+use polder::train::{CurvatureMeter, CurvatureSettings, Finding, Findings, Measure, TrainError, write_whole};
 use serde_json::json;
 
 use super::model::{BatchNormName, ModelArgs, SplitName};
-use super::{Bar, make_folder, print, write_whole};
+use super::{Bar, make_folder, print};
 
 #[derive(clap::Args)]
 pub struct CurvatureArgs {
@@ -106,13 +106,13 @@ pub fn run(args: &CurvatureArgs) -> Result<(), TrainError> {
         "measures": found.json(),
     });
     if let Some(out) = &args.out {
-        write_whole(&out.join("curvature.json"), &format!("{object}\n"))?;
-        write_whole(&out.join("curvature.csv"), &table(&found))?;
+        write_whole(&out.join("curvature.json"), format!("{object}\n").as_bytes())?;
+        write_whole(&out.join("curvature.csv"), table(&found).as_bytes())?;
         for (_, finding) in &found.list {
             if let Finding::Density(Density { nodes, weights }) = finding {
                 let lines: String =
                     nodes.iter().zip(weights).map(|(node, weight)| format!("{node},{weight}\n")).collect();
-                write_whole(&out.join("spectrum.csv"), &format!("node,weight\n{lines}"))?;
+                write_whole(&out.join("spectrum.csv"), format!("node,weight\n{lines}").as_bytes())?;
                 spectrum_picture(nodes, weights, out)?;
             }
         }

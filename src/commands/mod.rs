@@ -5,6 +5,7 @@ pub mod devices;
 pub mod eval;
 pub mod landscape;
 mod model;
+pub mod report;
 pub mod train;
 
 use std::io::{IsTerminal, Write};
@@ -71,16 +72,6 @@ impl Drop for Bar {
 /// Those of the folder.
 fn make_folder(folder: &Path) -> Result<(), TrainError> {
     std::fs::create_dir_all(folder).map_err(|source| TrainError::Io { path: folder.into(), source })
-}
-
-/// Writes a file as a whole or not at all: beside its place first, then moved there.
-///
-/// # Errors
-/// Those of the file.
-fn write_whole(path: &Path, text: &str) -> Result<(), TrainError> {
-    let partial = path.with_extension("partial");
-    let written = std::fs::write(&partial, text).and_then(|()| std::fs::rename(&partial, path));
-    written.map_err(|source| TrainError::Io { path: path.into(), source })
 }
 
 /// Writes an array in C order.

@@ -19,13 +19,17 @@ pub(super) struct Axis {
     pub low: f64,
     pub high: f64,
     pub logarithmic: bool,
+    /// Whether only whole numbers have a meaning.
+    pub whole: bool,
 }
 
 impl Axis {
     /// From `low` to `high` and no further.
     pub fn exact(label: &str, low: f64, high: f64, logarithmic: bool) -> Self {
-        let (low, high) = if low < high { (low, high) } else { around(low) };
-        Self { label: label.into(), low, high, logarithmic: logarithmic && low > 0.0 }
+        // Values that differ by rounding only are one value.
+        let apart = high - low > 1e-9 * low.abs().max(high.abs());
+        let (low, high) = if apart { (low, high) } else { around(low) };
+        Self { label: label.into(), low, high, logarithmic: logarithmic && low > 0.0, whole: false }
     }
 
     /// With room for the finite ones of these values; logarithmic where they are positive and far apart. None where there is none.
@@ -35,8 +39,8 @@ impl Axis {
             let margin = (high / low).powf(0.04);
             return Some(Self::exact(label, low / margin, high * margin, true));
         }
-        if low == high {
-            return Some(Self::exact(label, low, high, false));
+        if high - low <= 1e-9 * low.abs().max(high.abs()) {
+            return Some(Self::exact(label, low, low, false));
         }
         let margin = 0.05 * (high - low);
         // What cannot be negative keeps its floor.
@@ -60,7 +64,8 @@ impl Axis {
     pub fn ticks(&self, most: usize) -> Vec<(f64, String)> {
         let values = if self.logarithmic { log_steps(self.low, self.high, most) } else { Vec::new() };
         // Within less than a decade there may be no round number of that kind.
-        let values = if values.len() < 2 { linear_steps(self.low, self.high, most) } else { values };
+        let mut values = if values.len() < 2 { linear_steps(self.low, self.high, most) } else { values };
+        values.retain(|value| !self.whole || (value - value.round()).abs() < 1e-6);
         let step = values.windows(2).map(|pair| pair[1] - pair[0]).fold(f64::INFINITY, f64::min);
         values.iter().map(|&value| (value, tick_name(value, step))).collect()
     }

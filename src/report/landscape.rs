@@ -9,11 +9,13 @@ use super::chart::{
     significant,
 };
 use super::drawing::{Anchor, Drawing, Ink, Medium, Shape};
-use super::write_whole;
-use crate::train::TrainError;
+use crate::train::{TrainError, write_whole};
 
 /// A grid of losses in a file is no larger than this; what claims to be is damaged.
 const MOST_POINTS: usize = 4_000_000;
+
+/// On a logarithmic scale, losses below the largest by more than this factor are as good as zero.
+const NEGLIGIBLE: f64 = 1e-12;
 
 #[derive(Debug, Clone, Deserialize)]
 struct Description {
@@ -135,7 +137,7 @@ impl Levels {
         let losses = || landscapes.iter().flat_map(|landscape| landscape.finite_losses());
         let (low, high) = range(losses())?;
         // A loss of zero is below every level; it shall not keep the others from a logarithmic scale.
-        let floor = range(losses().filter(|&loss| loss > 0.0)).map_or(low, |(least, _)| least.max(1e-6 * high));
+        let floor = range(losses().filter(|&loss| loss > 0.0)).map_or(low, |(least, _)| least.max(NEGLIGIBLE * high));
         let logarithmic = low >= 0.0 && floor > 0.0 && high / floor >= LOGARITHMIC_FROM;
         let bounds = match logarithmic {
             true => log_steps(floor, high, Self::MOST),
@@ -326,7 +328,7 @@ fn surface(landscape: &Landscape, levels: &Levels) -> Option<Drawing> {
         // Zeros lie on the floor.
         true => {
             let least = range(landscape.finite_losses().filter(|&loss| loss > 0.0)).map_or(low, |(least, _)| least);
-            Axis::exact("loss", least.max(1e-6 * high), high, true)
+            Axis::exact("loss", least.max(NEGLIGIBLE * high), high, true)
         }
         false => Axis::exact("loss", low, high, false),
     };

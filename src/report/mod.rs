@@ -1,25 +1,158 @@
-//! Pictures of loss landscapes and spectra.
+//! What runs found, for people: a page that compares them, pictures of loss landscapes and spectra, and logs for TensorBoard.
 
 mod chart;
 mod drawing;
+mod events;
 mod landscape;
+mod page;
+mod runs;
 mod spectrum;
 
 pub use landscape::landscape_pictures;
+pub use runs::Statistics;
 pub use spectrum::spectrum_picture;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use crate::train::TrainError;
+use serde::Serialize;
 
-/// Writes a file beside its place and moves it there, so that it is whole or not there.
-fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(".partial");
-    let partial = Path::new(&partial);
-    std::fs::write(partial, bytes).and_then(|()| std::fs::rename(partial, path)).map_err(|error| {
-        // What is left of it is of no use to anyone; that it cannot be removed either is no further error.
-        let _ = std::fs::remove_file(partial);
-        TrainError::io(path)(error)
+use crate::train::{TrainError, write_whole};
+use page::plus_minus;
+use runs::Run;
+
+/// What a report says of runs that differ in nothing but the seed.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct GroupSummary {
+    /// The optimizer, and what else tells the group from the others.
+    pub name: String,
+    /// The folders of its runs.
+    pub runs: Vec<PathBuf>,
+    /// Test accuracy of the last epoch.
+    pub test_accuracy: Statistics,
+    /// Test loss of the last epoch.
+    pub test_loss: Statistics,
+    /// Seconds of training.
+    pub seconds: Statistics,
+    /// Training images per second.
+    pub images_per_second: Statistics,
+    /// The curvature at the end, by measure.
+    pub curvature: serde_json::Map<String, serde_json::Value>,
+}
+
+impl std::fmt::Display for GroupSummary {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let percent = Statistics::of(self.test_accuracy.values.iter().map(|share| 100.0 * share).collect());
+        let (accuracy, loss, count) = (plus_minus(&percent), plus_minus(&self.test_loss), self.runs.len());
+        let runs = if count == 1 { "run" } else { "runs" };
+        write!(f, "{}: test accuracy {accuracy} %, test loss {loss} ({count} {runs})", self.name)
+    }
+}
+
+/// Whether curvature falls from each group to the next, in the order in which they were named.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct CurvatureOrder {
+    /// What was compared: the trace, or else the largest eigenvalue.
+    pub measure: String,
+    /// Whether each group has less of it than the one before.
+    pub falls: bool,
+    /// The groups that have it, and their means.
+    pub means: Vec<(String, f64)>,
+}
+
+impl CurvatureOrder {
+    fn of(groups: &[runs::Group]) -> Option<Self> {
+        let found: Vec<_> = groups.iter().map(|group| (group.name.clone(), group.curvature())).collect();
+        ["trace", "top eigenvalue"].into_iter().find_map(|measure| {
+            let mean = |(group, numbers): &(String, Vec<(String, Statistics)>)| {
+                let (_, statistics) = numbers.iter().find(|(name, _)| name == measure)?;
+                Some((group.clone(), statistics.mean))
+            };
+            let means: Vec<(String, f64)> = found.iter().filter_map(mean).collect();
+            let falls = means.windows(2).all(|pair| pair[1].1 < pair[0].1);
+            (means.len() > 1).then(|| Self { measure: measure.into(), falls, means })
+        })
+    }
+}
+
+impl std::fmt::Display for CurvatureOrder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { measure, falls, means } = self;
+        let measure = if measure == "trace" { "trace of the Hessian" } else { "largest eigenvalue of the Hessian" };
+        let means: Vec<String> = means.iter().map(|(name, mean)| format!("{name} {}", chart::digits(*mean))).collect();
+        let falls = if *falls { "falls" } else { "does not fall" };
+        write!(f, "The {measure} {falls} in the order of the groups: {}.", means.join("; "))
+    }
+}
+
+/// What [`report`] wrote and found.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct Report {
+    /// The page.
+    pub report: PathBuf,
+    /// Files for TensorBoard.
+    pub tensorboard: Vec<PathBuf>,
+    /// In the order in which their first runs were named.
+    pub groups: Vec<GroupSummary>,
+    /// None where fewer than two groups have a measure of curvature in common.
+    pub curvature_order: Option<CurvatureOrder>,
+    /// Lines of logs that were passed over because they could not be read.
+    pub unreadable_lines: usize,
+}
+
+/// Compares runs, each a folder that [`train`](crate::train::train) wrote, on one HTML page: `out`, or `report.html` in the folder of
+/// a single run or in the current folder. The page needs no other file. With `tensorboard`, each run's log is also written to
+/// `tensorboard/` in its folder.
+///
+/// # Errors
+/// A folder that holds no run or no line of a log; files that cannot be read or written.
+pub fn report(runs: &[PathBuf], out: Option<&Path>, tensorboard: bool) -> Result<Report, TrainError> {
+    let mut seen = Vec::new();
+    let mut found = Vec::new();
+    for path in runs {
+        // A folder named twice is one run, not two with the same result.
+        let place = path.canonicalize().map_err(TrainError::io(path))?;
+        if !seen.contains(&place) {
+            seen.push(place);
+            found.push(Run::read(path)?);
+        }
+    }
+    let path = match (out, &found[..]) {
+        (_, []) => return Err(TrainError::option("RUN", "none given, expected one or more")),
+        (Some(out), _) => out.to_path_buf(),
+        (None, [run]) => run.path.join("report.html"),
+        (None, _) => "report.html".into(),
+    };
+    let unreadable_lines = found.iter().map(|run| run.unreadable).sum();
+    let mut event_files = Vec::new();
+    if tensorboard {
+        for run in &found {
+            event_files.push(events::write(run)?);
+        }
+    }
+    let groups = runs::group(found);
+    let curvature_order = CurvatureOrder::of(&groups);
+    write_whole(&path, page::page(&groups, curvature_order.as_ref()).as_bytes())?;
+    let summary = |group: &runs::Group| GroupSummary {
+        name: group.name.clone(),
+        runs: group.runs.iter().map(|run| run.path.clone()).collect(),
+        test_accuracy: group.test_accuracy(),
+        test_loss: group.test_loss(),
+        seconds: group.seconds(),
+        images_per_second: group.images_per_second(),
+        curvature: group
+            .curvature()
+            .into_iter()
+            .map(|(name, statistics)| (name, serde_json::json!(statistics)))
+            .collect(),
+    };
+    Ok(Report {
+        report: path,
+        tensorboard: event_files,
+        groups: groups.iter().map(summary).collect(),
+        curvature_order,
+        unreadable_lines,
     })
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Evaluator, TrainError, weights};
+use super::{Evaluator, TrainError, weights, write_whole};
 use crate::arena::Layout;
 use crate::device::{Buffer, Slice};
 use crate::kernels::vector;
@@ -41,7 +41,7 @@ impl Landscape {
     pub fn read(folder: &Path) -> Result<Self, TrainError> {
         let path = folder.join("landscape.json");
         let text = std::fs::read_to_string(&path).map_err(TrainError::io(&path))?;
-        serde_json::from_str(&text).map_err(|error| TrainError::Settings { path, reason: error.to_string() })
+        serde_json::from_str(&text).map_err(|error| TrainError::Results { path, reason: error.to_string() })
     }
 
     /// Whether the folder holds a landscape, which then must be of the same.
@@ -62,7 +62,7 @@ impl Landscape {
                 value(theirs),
                 value(mine)
             );
-            return Err(TrainError::Settings { path: folder.into(), reason });
+            return Err(TrainError::Results { path: folder.into(), reason });
         }
         Ok(Some(found))
     }
@@ -72,10 +72,9 @@ impl Landscape {
     /// # Errors
     /// Those of the file.
     pub fn write(&self, folder: &Path) -> Result<(), TrainError> {
-        let (path, partial) = (folder.join("landscape.json"), folder.join("landscape.json.partial"));
+        let path = folder.join("landscape.json");
         let text = serde_json::to_string_pretty(self).map_err(|error| TrainError::io(&path)(error.into()))?;
-        std::fs::write(&partial, text).map_err(TrainError::io(&partial))?;
-        std::fs::rename(&partial, &path).map_err(TrainError::io(&path))
+        write_whole(&path, text.as_bytes())
     }
 
     /// The number of points.
@@ -220,7 +219,7 @@ impl Heights {
 }
 
 fn damaged(path: &Path, line: usize) -> TrainError {
-    TrainError::Settings { path: path.into(), reason: format!("line {line} is not one of this landscape") }
+    TrainError::Results { path: path.into(), reason: format!("line {line} is not one of this landscape") }
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::TrainError;
+use super::{TrainError, write_whole};
 
 /// A line of the log.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -146,9 +146,7 @@ impl Log {
             whole.push('\n');
         }
         if whole != text {
-            let partial = path.with_extension("partial");
-            std::fs::write(&partial, whole).map_err(TrainError::io(&partial))?;
-            std::fs::rename(&partial, path).map_err(TrainError::io(path))?;
+            write_whole(path, whole.as_bytes())?;
         }
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(TrainError::io(path))?;
         Ok(Self { path: path.into(), file, newest_curvature })

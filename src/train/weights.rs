@@ -6,7 +6,7 @@ use std::path::Path;
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
-use super::TrainError;
+use super::{TrainError, write_whole};
 use crate::arena::{Layout, Tensor};
 
 /// Writes a model: parameters and running statistics under torchvision's names, f32, so that PyTorch's `load_state_dict`
@@ -60,9 +60,7 @@ pub(super) fn write<'a>(
 ) -> Result<(), TrainError> {
     let bytes = safetensors::serialize(tensors, Some(metadata))
         .map_err(|error| TrainError::Weights { path: path.into(), reason: error.to_string() })?;
-    let partial = path.with_extension("partial");
-    std::fs::write(&partial, bytes).map_err(TrainError::io(&partial))?;
-    std::fs::rename(&partial, path).map_err(TrainError::io(path))
+    write_whole(path, &bytes)
 }
 
 /// Reads a model into arenas of these layouts, padding zero. A `module.` prefix and the usual other names (`linear` for `fc`,

@@ -1,0 +1,42 @@
+//! `polder report`: runs compared on one page.
+
+use std::path::PathBuf;
+
+use polder::report;
+use polder::train::TrainError;
+use serde_json::json;
+
+use super::print;
+
+#[derive(clap::Args)]
+pub struct ReportArgs {
+    /// Folders that `polder train --out` wrote
+    #[arg(value_name = "RUN", required = true)]
+    runs: Vec<PathBuf>,
+    /// The page [default: report.html, of one run in its folder]
+    #[arg(long, value_name = "FILE.html")]
+    out: Option<PathBuf>,
+    /// Also write each run's log for TensorBoard, to tensorboard/ in its folder
+    #[arg(long)]
+    tensorboard: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: &ReportArgs) -> Result<(), TrainError> {
+    let report = report::report(&args.runs, args.out.as_deref(), args.tensorboard)?;
+    if args.json {
+        return print(&json!(report).to_string());
+    }
+    for group in &report.groups {
+        print(&group.to_string())?;
+    }
+    if let Some(order) = &report.curvature_order {
+        print(&order.to_string())?;
+    }
+    for path in &report.tensorboard {
+        print(&format!("TensorBoard: {}", path.display()))?;
+    }
+    print(&format!("report: {}", report.report.display()))
+}

@@ -1,0 +1,156 @@
+//! A run's log as TensorBoard reads it: an event file, which is a sequence of TFRecords, each an `Event` in protocol buffers' encoding.
+//! Only scalars are written, so of both formats only a few lines are needed.
+
+use std::path::PathBuf;
+
+use super::runs::{Run, numbers};
+use crate::train::{Record, TrainError, write_whole};
+
+/// CRC-32C (Castagnoli), bit by bit.
+fn crc32c(bytes: &[u8]) -> u32 {
+    let shifted = |crc: u32| if crc & 1 == 1 { crc >> 1 ^ 0x82f6_3b78 } else { crc >> 1 };
+    !bytes.iter().fold(!0, |crc, &byte| (0..8).fold(crc ^ u32::from(byte), |crc, _| shifted(crc)))
+}
+
+/// The checksum as TFRecord has it, so that the sum of data with sums inside is not itself such a sum.
+fn masked(bytes: &[u8]) -> [u8; 4] {
+    crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8).to_le_bytes()
+}
+
+fn append_record(file: &mut Vec<u8>, data: &[u8]) {
+    let length = (data.len() as u64).to_le_bytes();
+    for part in [&length[..], &masked(&length), data, &masked(data)] {
+        file.extend_from_slice(part);
+    }
+}
+
+fn append_varint(message: &mut Vec<u8>, mut value: u64) {
+    while value >= 0x80 {
+        message.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    message.push(value as u8);
+}
+
+/// A field that is a text or another message.
+fn append_bytes(message: &mut Vec<u8>, field: u8, bytes: &[u8]) {
+    message.push(field << 3 | 2);
+    append_varint(message, bytes.len() as u64);
+    message.extend_from_slice(bytes);
+}
+
+/// An `Event` at a time in seconds since 1970.
+fn event(time: f64) -> Vec<u8> {
+    let mut event = vec![1 << 3 | 1];
+    event.extend(time.to_le_bytes());
+    event
+}
+
+/// The `Event` that some scalars belong to one step.
+fn scalars(time: f64, step: u64, values: &[(String, f64)]) -> Vec<u8> {
+    let mut summary = Vec::new();
+    for (tag, value) in values {
+        let mut entry = Vec::new();
+        append_bytes(&mut entry, 1, tag.as_bytes());
+        entry.push(2 << 3 | 5);
+        entry.extend((*value as f32).to_le_bytes());
+        append_bytes(&mut summary, 1, &entry);
+    }
+    let mut event = event(time);
+    event.push(2 << 3);
+    append_varint(&mut event, step);
+    append_bytes(&mut event, 5, &summary);
+    event
+}
+
+/// The scalars of a line of the log, and the step that they belong to.
+fn of_record(record: &Record) -> (u64, Vec<(String, f64)>) {
+    let named = |prefix: &str, values: &[(&str, Option<f64>)]| -> Vec<(String, f64)> {
+        values.iter().filter_map(|&(name, value)| Some((format!("{prefix}/{name}"), value?))).collect()
+    };
+    match record {
+        Record::Step {
+            step,
+            loss,
+            accuracy,
+            lr,
+            gradient_norm,
+            a,
+            b,
+            vhv,
+            eta,
+            rho,
+            cosine_gradients,
+            cosine_perturbation,
+            loss_scale,
+            ..
+        } => {
+            let values = [
+                ("loss", *loss),
+                ("accuracy", Some(*accuracy)),
+                ("lr", Some(*lr)),
+                ("gradient_norm", *gradient_norm),
+                ("a", *a),
+                ("b", *b),
+                ("vhv", *vhv),
+                ("eta", *eta),
+                ("rho", *rho),
+                ("cosine_gradients", *cosine_gradients),
+                ("cosine_perturbation", *cosine_perturbation),
+                ("loss_scale", *loss_scale),
+            ];
+            (*step, named("step", &values))
+        }
+        Record::Epoch {
+            step,
+            train_loss,
+            train_accuracy,
+            test_loss,
+            test_accuracy,
+            lr,
+            gradient_norm,
+            images_per_second,
+            skipped,
+            ..
+        } => {
+            let values = [
+                ("train_loss", *train_loss),
+                ("train_accuracy", *train_accuracy),
+                ("test_loss", *test_loss),
+                ("test_accuracy", Some(*test_accuracy)),
+                ("lr", Some(*lr)),
+                ("gradient_norm", *gradient_norm),
+                ("images_per_second", Some(*images_per_second)),
+                ("skipped", Some(f64::from(*skipped))),
+            ];
+            (*step, named("epoch", &values))
+        }
+        Record::Curvature { step, measures, .. } => {
+            // TensorBoard takes letters, digits and a few signs in names.
+            let plain = |name: &str| name.replace('λ', "lambda").replace(['/', ' ', ','], "_");
+            let values = numbers(measures).into_iter();
+            (*step, values.map(|(name, value)| (format!("curvature/{}", plain(&name)), value)).collect())
+        }
+    }
+}
+
+/// Writes the log of a run to `tensorboard/` in its folder, over what an earlier report wrote there.
+pub(super) fn write(run: &Run) -> Result<PathBuf, TrainError> {
+    let log = run.path.join("log.jsonl");
+    let modified = std::fs::metadata(&log).and_then(|data| data.modified()).map_err(TrainError::io(&log))?;
+    // The log does not say when a line was written; it ended when the file did.
+    let time = modified.duration_since(std::time::UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
+    let mut file = Vec::new();
+    let mut first = event(time);
+    append_bytes(&mut first, 3, b"brain.Event:2");
+    append_record(&mut file, &first);
+    for record in &run.records {
+        let (step, values) = of_record(record);
+        append_record(&mut file, &scalars(time, step, &values));
+    }
+    let folder = run.path.join("tensorboard");
+    std::fs::create_dir_all(&folder).map_err(TrainError::io(&folder))?;
+    let path = folder.join("events.out.tfevents.polder");
+    write_whole(&path, &file)?;
+    Ok(path)
+}

@@ -1,0 +1,392 @@
+//! The runs that a report compares: how their folders are read, which belong together, and the numbers of each group.
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::landscape::Landscape;
+use crate::train::{Options, Record, TrainError};
+
+/// What was measured, by the measure's name, as `polder curvature --json` has it.
+pub(super) type Measures = Map<String, Value>;
+
+/// A folder that `polder train --out` wrote.
+pub(super) struct Run {
+    pub path: PathBuf,
+    /// Every setting that has a value.
+    pub settings: toml::Table,
+    pub records: Vec<Record>,
+    /// Lines of the log that could not be read.
+    pub unreadable: usize,
+    /// What `curvature.json` holds.
+    pub curvature: Option<Measured>,
+    /// Names of folders with what they hold.
+    pub landscapes: Vec<(String, Landscape)>,
+}
+
+/// Measures, and over what they were taken, in words.
+#[derive(Clone)]
+pub(super) struct Measured {
+    pub measures: Measures,
+    pub over: String,
+}
+
+/// The line of the log for one epoch.
+#[derive(Clone, Copy)]
+pub(super) struct Epoch {
+    pub epoch: u64,
+    pub train_loss: Option<f64>,
+    pub test_loss: Option<f64>,
+    pub test_accuracy: f64,
+    pub lr: f64,
+    pub gradient_norm: Option<f64>,
+    pub images_per_second: f64,
+    pub seconds: f64,
+}
+
+impl Run {
+    pub fn read(path: &Path) -> Result<Self, TrainError> {
+        let unusable = |path: &Path, reason: &str| TrainError::Results { path: path.into(), reason: reason.into() };
+        let listing = std::fs::read_dir(path).map_err(TrainError::io(path))?;
+        let config = path.join("config.toml");
+        if !config.is_file() {
+            return Err(unusable(path, "holds no run (no config.toml)"));
+        }
+        let settings = toml::Table::try_from(Options::from_file(&config)?)
+            .map_err(|error| TrainError::Settings { path: config, reason: error.to_string() })?;
+
+        let log = path.join("log.jsonl");
+        let text = std::fs::read(&log).map_err(TrainError::io(&log))?;
+        // A line that was cut off inside a character is unreadable like one that was cut off elsewhere.
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<Option<Record>> =
+            text.lines().filter(|line| !line.trim().is_empty()).map(|line| serde_json::from_str(line).ok()).collect();
+        let unreadable = lines.iter().filter(|line| line.is_none()).count();
+        let records: Vec<Record> = lines.into_iter().flatten().collect();
+        if records.is_empty() {
+            return Err(unusable(&log, "no line of the log can be read, so there is nothing to report"));
+        }
+
+        let curvature = read_curvature(&path.join("curvature.json"))?;
+        let mut landscapes = Vec::new();
+        for entry in listing {
+            let entry = entry.map_err(TrainError::io(path))?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.starts_with("landscape") && entry.path().join("landscape.json").is_file() {
+                landscapes.push((name, Landscape::read(&entry.path())?));
+            }
+        }
+        // Of a landscape without a single finite loss nothing can be drawn.
+        landscapes.retain(|(_, landscape)| landscape.counts().0 > landscape.counts().1);
+        landscapes.sort_by(|(a, _), (b, _)| a.cmp(b));
+        Ok(Self { path: path.into(), settings, records, unreadable, curvature, landscapes })
+    }
+
+    /// The lines of its epochs; of one that was written again, the last.
+    pub fn epochs(&self) -> Vec<Epoch> {
+        let mut epochs: Vec<Epoch> = Vec::new();
+        for record in &self.records {
+            let &Record::Epoch {
+                epoch,
+                train_loss,
+                test_loss,
+                test_accuracy,
+                lr,
+                gradient_norm,
+                images_per_second,
+                seconds,
+                ..
+            } = record
+            else {
+                continue;
+            };
+            epochs.retain(|earlier| earlier.epoch < epoch);
+            epochs.push(Epoch {
+                epoch,
+                train_loss,
+                test_loss,
+                test_accuracy,
+                lr,
+                gradient_norm,
+                images_per_second,
+                seconds,
+            });
+        }
+        epochs
+    }
+
+    /// The epochs after which curvature was measured, and what was found.
+    pub fn curvatures(&self) -> impl Iterator<Item = (u64, &Measures)> {
+        self.records.iter().filter_map(|record| match record {
+            Record::Curvature { epoch, measures, .. } => Some((*epoch, measures)),
+            _ => None,
+        })
+    }
+
+    /// The curvature at the end: what was measured by itself, or else the log's last.
+    pub fn final_curvature(&self) -> Option<Measured> {
+        let logged = || {
+            let (epoch, measures) = self.curvatures().last()?;
+            Some(Measured { measures: measures.clone(), over: format!("logged after epoch {epoch}") })
+        };
+        self.curvature.clone().or_else(logged)
+    }
+
+    /// Steps done and steps skipped, as far as the log tells.
+    pub fn steps(&self) -> (u64, u32) {
+        let skipped = |record: &Record| match record {
+            Record::Step { skipped, .. } | Record::Epoch { skipped, .. } => *skipped,
+            Record::Curvature { .. } => 0,
+        };
+        let step = |record: &Record| match record {
+            Record::Step { step, .. } | Record::Epoch { step, .. } | Record::Curvature { step, .. } => *step,
+        };
+        (self.records.iter().map(step).max().unwrap_or(0), self.records.iter().map(skipped).max().unwrap_or(0))
+    }
+
+    /// A mean of the epochs' rates, each as long as it took.
+    pub fn images_per_second(&self) -> Option<f64> {
+        let epochs = self.epochs();
+        let mut before = 0.0;
+        let (mut images, mut seconds) = (0.0, 0.0);
+        for epoch in &epochs {
+            let took = epoch.seconds - before;
+            // Where a run was resumed without its earlier lines, the first epoch's share of the time is unknown.
+            if took > 0.0 && took.is_finite() {
+                images += epoch.images_per_second * took;
+                seconds += took;
+            }
+            before = epoch.seconds;
+        }
+        (seconds > 0.0).then(|| images / seconds)
+    }
+
+    /// A setting as a user would write it; nothing where it has no value.
+    pub fn setting(&self, key: &str) -> String {
+        self.settings.get(key).map(written).unwrap_or_default()
+    }
+}
+
+fn written(value: &toml::Value) -> String {
+    match value {
+        toml::Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
+fn read_curvature(path: &Path) -> Result<Option<Measured>, TrainError> {
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(TrainError::io(path)(error)),
+    };
+    let unusable = |reason: String| TrainError::Results { path: path.into(), reason };
+    let whole: Value = serde_json::from_str(&text).map_err(|error| unusable(error.to_string()))?;
+    let Some(measures) = whole.get("measures").and_then(Value::as_object) else {
+        return Err(unusable("no `measures`, as `polder curvature --json` writes them".into()));
+    };
+    let samples = whole.get("samples").and_then(Value::as_u64).map(|samples| format!("{samples} "));
+    let split = whole.get("split").and_then(Value::as_str).unwrap_or_default();
+    let over = format!("over {}{split} images", samples.unwrap_or_default());
+    Ok(Some(Measured { measures: measures.clone(), over: over.replace("train ", "training ") }))
+}
+
+/// The numbers that a measure comes down to, by name: eigenvalues to the largest, extrema to two counts. A spectrum and traces by layer
+/// have none.
+pub(super) fn numbers(measures: &Measures) -> Vec<(String, f64)> {
+    let mut found = Vec::new();
+    for (name, measure) in measures {
+        let number = |key: &str| measure.get(key).and_then(Value::as_f64);
+        let mut add = |name: String, value: Option<f64>| found.extend(value.map(|value| (name, value)));
+        add(name.clone(), number("value"));
+        match name.as_str() {
+            "top-eigenvalues" => {
+                add("top eigenvalue".into(), measure.get("values").and_then(|values| values.get(0)?.as_f64()));
+                add("λ1/λ5".into(), number("first_over_fifth"));
+            }
+            "extrema" => {
+                for key in ["minima", "maxima"] {
+                    add(key.into(), measure.get(key).and_then(|count| count.get("value")?.as_f64()));
+                }
+            }
+            "sharpness" => add("sharpness, one step".into(), number("one_step")),
+            _ => {}
+        }
+    }
+    found
+}
+
+/// The traces of layers, in their order.
+pub(super) fn layer_traces(measures: &Measures) -> Vec<(String, f64)> {
+    let layers = measures.get("layer-traces").and_then(|traces| traces.get("layers")?.as_object());
+    let trace = |(name, trace): (&String, &Value)| Some((name.clone(), trace.get("value")?.as_f64()?));
+    layers.into_iter().flatten().filter_map(trace).collect()
+}
+
+/// The peaks of a spectrum and their weights.
+pub(super) fn spectrum(measures: &Measures) -> Option<[Vec<f64>; 2]> {
+    let spectrum = measures.get("spectrum")?;
+    let numbers = |key: &str| -> Option<Vec<f64>> {
+        spectrum.get(key)?.as_array()?.iter().map(Value::as_f64).collect::<Option<_>>()
+    };
+    Some([numbers("nodes")?, numbers("weights")?])
+}
+
+/// A number that several runs have.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct Statistics {
+    /// Not a number where that of any run is not finite, or where no run has one.
+    pub mean: f64,
+    /// The standard deviation, with one less than the number of runs as the divisor; none of a single run.
+    pub deviation: Option<f64>,
+    /// That of each run.
+    pub values: Vec<f64>,
+}
+
+impl Statistics {
+    pub(super) fn of(values: Vec<f64>) -> Self {
+        let count = values.len() as f64;
+        // Of no values 0/0, which is what it should be.
+        let mean = values.iter().sum::<f64>() / count;
+        let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
+        let deviation = (values.len() > 1).then(|| (squares / (count - 1.0)).sqrt());
+        Self { mean, deviation, values }
+    }
+}
+
+/// Runs that differ in nothing but the seed.
+pub(super) struct Group {
+    /// What tells it from the others.
+    pub name: String,
+    pub runs: Vec<Run>,
+}
+
+impl Group {
+    /// A number of each run's last epoch; not a number where it was not finite.
+    pub fn last(&self, number: impl Fn(&Epoch) -> f64) -> Statistics {
+        Statistics::of(self.runs.iter().filter_map(|run| run.epochs().last().map(&number)).collect())
+    }
+
+    pub fn test_accuracy(&self) -> Statistics {
+        self.last(|epoch| epoch.test_accuracy)
+    }
+
+    pub fn test_loss(&self) -> Statistics {
+        self.last(|epoch| epoch.test_loss.unwrap_or(f64::NAN))
+    }
+
+    pub fn seconds(&self) -> Statistics {
+        self.last(|epoch| epoch.seconds)
+    }
+
+    pub fn images_per_second(&self) -> Statistics {
+        Statistics::of(self.runs.iter().filter_map(Run::images_per_second).collect())
+    }
+
+    /// The numbers of the curvature at the end, by name, in the order in which they occur.
+    pub fn curvature(&self) -> Vec<(String, Statistics)> {
+        let measured = self.runs.iter().filter_map(Run::final_curvature);
+        by_name(measured.flat_map(|measured| numbers(&measured.measures)))
+    }
+
+    /// The traces of layers at the end.
+    pub fn layer_traces(&self) -> Vec<(String, Statistics)> {
+        let measured = self.runs.iter().filter_map(Run::final_curvature);
+        by_name(measured.flat_map(|measured| layer_traces(&measured.measures)))
+    }
+
+    /// The spectrum of the first run that has one: the last that was measured.
+    pub fn spectrum(&self) -> Option<[Vec<f64>; 2]> {
+        let of = |run: &Run| {
+            let logged = || run.curvatures().filter_map(|(_, measures)| spectrum(measures)).last();
+            run.curvature.as_ref().and_then(|measured| spectrum(&measured.measures)).or_else(logged)
+        };
+        self.runs.iter().find_map(of)
+    }
+}
+
+fn by_name(numbers: impl Iterator<Item = (String, f64)>) -> Vec<(String, Statistics)> {
+    let mut found: Vec<(String, Vec<f64>)> = Vec::new();
+    for (name, number) in numbers {
+        match found.iter_mut().find(|(other, _)| *other == name) {
+            Some((_, values)) => values.push(number),
+            None => found.push((name, vec![number])),
+        }
+    }
+    found.into_iter().map(|(name, values)| (name, Statistics::of(values))).collect()
+}
+
+/// Puts runs that differ in nothing but the seed together, in the order in which they were named.
+pub(super) fn group(runs: Vec<Run>) -> Vec<Group> {
+    let but_seed = |run: &Run| {
+        let mut settings = run.settings.clone();
+        settings.remove("seed");
+        settings
+    };
+    let mut groups: Vec<Group> = Vec::new();
+    for run in runs {
+        let same =
+            groups.iter_mut().find(|group| group.runs.first().is_some_and(|first| but_seed(first) == but_seed(&run)));
+        match same {
+            Some(group) => group.runs.push(run),
+            None => groups.push(Group { name: String::new(), runs: vec![run] }),
+        }
+    }
+    for (group, name) in names(&groups).into_iter().enumerate() {
+        groups[group].name = name;
+    }
+    groups
+}
+
+/// The settings in which not all of the groups agree, the optimizer first.
+pub(super) fn differing(groups: &[Group]) -> Vec<String> {
+    let firsts: Vec<&Run> = groups.iter().filter_map(|group| group.runs.first()).collect();
+    let mut keys: Vec<&String> = firsts.iter().flat_map(|run| run.settings.keys()).collect();
+    keys.sort();
+    keys.dedup();
+    keys.retain(|&key| key != "seed" && firsts.iter().any(|run| run.settings.get(key) != firsts[0].settings.get(key)));
+    keys.sort_by_key(|&key| key != "optimizer");
+    keys.into_iter().cloned().collect()
+}
+
+/// The optimizer of each group, with as many further settings as it takes to tell them apart.
+fn names(groups: &[Group]) -> Vec<String> {
+    let firsts: Vec<&Run> = groups.iter().filter_map(|group| group.runs.first()).collect();
+    let part = |run: &Run, key: &str| match run.settings.get(key) {
+        None => String::new(),
+        Some(toml::Value::Boolean(true)) => format!(", {key}"),
+        Some(toml::Value::Boolean(false)) => String::new(),
+        // Of a path, its end tells enough.
+        Some(toml::Value::String(text)) if key == "data" || key == "init" => {
+            let end = Path::new(text).file_name().map(|name| name.to_string_lossy().into_owned());
+            format!(", {}", end.unwrap_or_else(|| text.clone()))
+        }
+        Some(value) => format!(", {key} {}", written(value)),
+    };
+    let mut names: Vec<String> =
+        firsts.iter().map(|run| run.settings.get("optimizer").map_or_else(|| "sam".into(), written)).collect();
+    let different = |names: &[String]| {
+        let mut names = names.to_vec();
+        names.sort();
+        names.dedup();
+        names.len()
+    };
+    for key in differing(groups) {
+        let longer: Vec<String> =
+            names.iter().zip(&firsts).map(|(name, run)| format!("{name}{}", part(run, &key))).collect();
+        if different(&longer) > different(&names) {
+            names = longer;
+        }
+    }
+    // What still has the name of an earlier one differs in how something is written, not in what a reader would see.
+    let plain = names.clone();
+    for index in 1..names.len() {
+        let same = plain[..index].iter().filter(|&name| *name == plain[index]).count();
+        if same > 0 {
+            names[index] += &format!(" ({})", same + 1);
+        }
+    }
+    names
+}

@@ -1,0 +1,20 @@
+//! How results are written.
+
+use std::path::Path;
+
+use super::TrainError;
+
+/// Writes a file beside its place and moves it there, so that it is whole or not there.
+///
+/// # Errors
+/// Those of the file.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(".partial");
+    let partial = Path::new(&partial);
+    std::fs::write(partial, bytes).and_then(|()| std::fs::rename(partial, path)).map_err(|error| {
+        // What is left of it is of no use to anyone; that it cannot be removed either is no further error.
+        let _ = std::fs::remove_file(partial);
+        TrainError::io(path)(error)
+    })
+}

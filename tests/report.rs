@@ -1,0 +1,550 @@
+//! `polder report` and the pictures, over folders made up so that every number is known.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use polder::report::{landscape_pictures, report, spectrum_picture};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tiny_skia::Pixmap;
+
+/// A line of the log for an epoch, by loss, accuracy and seconds.
+fn epoch(epoch: u64, test_loss: Option<f64>, test_accuracy: f64, seconds: f64) -> String {
+    let train_loss = test_loss.map(|loss| 0.5 * loss);
+    json!({
+        "kind": "epoch", "epoch": epoch, "step": 10 * epoch, "train_loss": train_loss, "train_accuracy": 0.5,
+        "test_loss": test_loss, "test_accuracy": test_accuracy, "lr": 0.1 / epoch as f64, "gradient_norm": 2.0,
+        "images_per_second": 100.0 * epoch as f64, "seconds": seconds, "skipped": 3, "dropped_alpha": 0, "dropped_beta": 0,
+    })
+    .to_string()
+}
+
+fn curvature(epoch: u64, measures: &Value) -> String {
+    json!({"kind": "curvature", "epoch": epoch, "step": 10 * epoch, "measures": measures}).to_string()
+}
+
+/// Makes the folder of a run.
+fn run(parent: &Path, name: &str, settings: &str, log: &[String]) -> PathBuf {
+    let folder = parent.join(name);
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(folder.join("config.toml"), settings).unwrap();
+    std::fs::write(folder.join("log.jsonl"), log.join("\n") + "\n").unwrap();
+    folder
+}
+
+/// A landscape over so many points to each side of the origin, of which `rows` are there.
+fn landscape(folder: &Path, title: &str, axes: usize, rows: usize, loss: impl Fn(f64, f64) -> f64) {
+    std::fs::create_dir_all(folder).unwrap();
+    let values: Vec<f64> = (-5..=5).map(|index| f64::from(index) / 5.0).collect();
+    let names = ["first <b>direction</b>", "second direction"];
+    let described: Vec<Value> = names[..axes].iter().map(|name| json!({"name": name, "values": values})).collect();
+    let description = json!({"title": title, "axes": described, "seed": 0});
+    std::fs::write(folder.join("landscape.json"), description.to_string()).unwrap();
+    let mut lines = vec![if axes == 2 { "x,y,loss,accuracy" } else { "x,loss,accuracy" }.to_string()];
+    for &y in if axes == 2 { &values[..] } else { &[0.0] } {
+        for &x in &values {
+            let place = if axes == 2 { format!("{x},{y}") } else { x.to_string() };
+            lines.push(format!("{place},{},0.5", loss(x, y)));
+        }
+    }
+    lines.truncate(1 + rows);
+    std::fs::write(folder.join("landscape.csv"), lines.join("\n") + "\n").unwrap();
+}
+
+/// Writes the report of these runs and returns it with the numbers.
+fn page(runs: &[PathBuf]) -> (String, polder::report::Report) {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("page.html");
+    let found = report(runs, Some(&out), false).unwrap();
+    let html = std::fs::read_to_string(&out).unwrap();
+    check_page(&html);
+    (html, found)
+}
+
+/// Every picture is well-formed XML, and nothing comes from elsewhere or runs.
+fn check_page(html: &str) {
+    for part in html.split("<svg").skip(1) {
+        let svg = format!("<svg{}</svg>", part.split("</svg>").next().unwrap());
+        let document = roxmltree::Document::parse(&svg).unwrap_or_else(|error| panic!("{error}: {svg}"));
+        for number in document.descendants().filter_map(|node| node.attribute("d")) {
+            assert!(!number.contains("NaN") && !number.contains("inf"), "{number}");
+        }
+    }
+    let bare = html.replace("xmlns=\"http://www.w3.org/2000/svg\"", "");
+    for foreign in ["http://", "https://", "<script", "<link", "<img", "src=", "url(", "@import"] {
+        assert!(!bare.contains(foreign), "{foreign}");
+    }
+    let (opened, closed) = (html.matches("<section>").count(), html.matches("</section>").count());
+    assert_eq!(opened, closed);
+    assert!(html.ends_with("</html>\n"));
+}
+
+fn headings(html: &str) -> Vec<&str> {
+    html.split("<h2>").skip(1).map(|part| part.split("</h2>").next().unwrap()).collect()
+}
+
+/// The row of a table that begins with a name, without tags.
+fn row(html: &str, name: &str) -> Vec<String> {
+    let found = html.split("<tr>").skip(1).map(|row| row.split("</tr>").next().unwrap());
+    let cells = |row: &str| -> Vec<String> {
+        let cells = row.split("</th>").flat_map(|part| part.split("</td>"));
+        let plain = |cell: &str| {
+            // What a tag leaves between two is text.
+            cell.split('<').map(|part| part.split_once('>').map_or(part, |(_, text)| text)).collect::<String>()
+        };
+        cells.map(plain).collect()
+    };
+    found.map(cells).find(|cells| cells[0] == name).unwrap_or_else(|| panic!("no row {name}"))
+}
+
+#[test]
+fn runs_that_differ_in_the_seed_alone_are_one_group_with_its_mean_and_deviation() {
+    let folder = tempfile::tempdir().unwrap();
+    let sgd = |seed: u64, loss: f64, accuracy: f64| {
+        let log = [epoch(1, Some(2.0), 0.1, 10.0), epoch(2, Some(loss), accuracy, 14.0 + seed as f64)];
+        run(folder.path(), &format!("sgd-{seed}"), &format!("optimizer = \"sgd\"\nlr = 0.1\nseed = {seed}\n"), &log)
+    };
+    let sam = |name: &str, rho: f64, accuracy: f64| {
+        let settings = format!("optimizer = \"sam\"\nrho = {rho}\nlr = 0.1\nseed = 0\n");
+        run(folder.path(), name, &settings, &[epoch(1, Some(0.9), accuracy, 30.0)])
+    };
+    let runs = [sgd(0, 0.5, 0.80), sam("a", 0.05, 0.70), sgd(1, 0.6, 0.82), sgd(2, 0.7, 0.84), sam("b", 0.1, 0.60)];
+    let (html, found) = page(&runs);
+
+    let names: Vec<&str> = found.groups.iter().map(|group| group.name.as_str()).collect();
+    assert_eq!(names, ["sgd", "sam, rho 0.05", "sam, rho 0.1"]);
+    let group = &found.groups[0];
+    assert_eq!(group.runs, [&runs[0], &runs[2], &runs[3]].map(Clone::clone));
+    let close = |a: f64, b: f64| (a - b).abs() < 1e-12;
+    assert!(close(group.test_accuracy.mean, 0.82) && close(group.test_accuracy.deviation.unwrap(), 0.02));
+    assert!(close(group.test_loss.mean, 0.6) && close(group.test_loss.deviation.unwrap(), 0.1));
+    assert!(close(group.seconds.mean, 15.0) && close(group.seconds.deviation.unwrap(), 1.0));
+    // The first epoch's 100 images/s for 10 s, the second's 200 for 4, 5 or 6 s.
+    let rates = [1800.0 / 14.0, 2000.0 / 15.0, 2200.0 / 16.0];
+    for (found, expected) in group.images_per_second.values.iter().zip(rates) {
+        assert!(close(*found, expected), "{found} and {expected}");
+    }
+    assert_eq!(found.groups[1].test_accuracy.deviation, None);
+
+    assert_eq!(row(&html, "sgd")[1..6], ["82.0 ± 2.0 %", "0.60 ± 0.10", "3", "2", "15.0 ± 1.0"]);
+    assert_eq!(row(&html, "sam, rho 0.1")[1..4], ["60 %", "0.9000", "1"]);
+    assert!(html.contains("<td class=\"best\">82.0 ± 2.0 %</td><td class=\"best\">0.60 ± 0.10</td>"));
+    assert_eq!(html.matches("class=\"best\"").count(), 2);
+    assert_eq!(row(&html, "rho"), ["rho", "–", "0.05", "0.1", ""]);
+    assert_eq!(row(&html, "seed"), ["seed", "0, 1, 2", "0", "0", ""]);
+    assert_eq!(row(&html, "lr"), ["lr", "0.1", ""], "what all have in common");
+    assert_eq!(row(&html, runs[2].to_str().unwrap())[1..6], ["sgd", "1", "20", "3", "15"]);
+}
+
+#[test]
+fn a_section_is_there_only_if_there_is_something_to_show() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = [epoch(1, Some(1.0), 0.5, 3.0), epoch(2, Some(0.9), 0.55, 6.0)];
+    let bare = run(folder.path(), "bare", "optimizer = \"sgd\"\n", &log);
+    let (html, found) = page(std::slice::from_ref(&bare));
+    assert_eq!(headings(&html), ["Accuracy", "Learning curves", "Settings", "Runs"]);
+    assert_eq!(found.curvature_order, None);
+    assert!(!html.contains("class=\"best\"") && !html.contains("class=\"legend\""), "there is one group only");
+    assert!(html.contains("Learning rate"), "it changes");
+
+    let measures = json!({
+        "trace": {"value": 10.0, "standard_error": 1.0, "probes": 5},
+        "top-eigenvalues": {"values": [4.0, 2.0], "residuals": [0.1, 0.1], "first_over_fifth": null},
+        "spectrum": {"nodes": [-1.0, 0.0, 8.0], "weights": [0.2, 0.7, 0.1]},
+        "layer-traces": {"probes": 5, "layers": {"fc.weight": {"value": 3.0, "standard_error": 0.1}}},
+        "extrema": {"minima": {"value": 0.25}, "maxima": {"value": 0.5}, "lines": 4},
+    });
+    let log = [log[0].clone(), curvature(1, &measures), log[1].clone()];
+    let full = run(folder.path(), "full", "optimizer = \"sam\"\n", &log);
+    landscape(&full.join("landscape"), "plane", 2, 121, |x, y| 0.1 + x * x + y * y);
+    landscape(&full.join("landscape-line"), "line", 1, 11, |x, _| 0.1 + x * x);
+    landscape(&full.join("landscape-empty"), "EMPTY", 2, 0, |_, _| 0.0);
+    std::fs::create_dir(full.join("landscape-other")).unwrap();
+    let (html, _) = page(&[bare, full]);
+    let expected = [
+        "Accuracy",
+        "Learning curves",
+        "Curvature during training",
+        "Curvature at the end",
+        "Curvature by layer",
+        "Spectrum of the Hessian",
+        "Loss landscapes",
+        "Settings",
+        "Runs",
+    ];
+    assert_eq!(headings(&html), expected);
+    for measure in ["Trace of the Hessian", "Largest eigenvalue", "Local minima along random lines"] {
+        assert!(html.contains(&format!("<b>{measure}</b>")), "{measure}");
+    }
+    let at_the_end = html.split("<h2>Curvature at the end</h2>").nth(1).unwrap();
+    assert_eq!(row(at_the_end, "sam")[1..6], ["10", "4", "0.2500", "0.5000", "logged after epoch 1"]);
+    assert!(html.contains("aria-label=\"loss over two directions, plane\""));
+    assert!(html.contains("aria-label=\"Loss along a line, line\""));
+    assert!(!html.contains("EMPTY"));
+}
+
+#[test]
+fn the_report_says_whether_curvature_falls_in_the_order_of_the_groups() {
+    let folder = tempfile::tempdir().unwrap();
+    let make = |name: &str, optimizer: &str, logged: Option<f64>, own: Option<f64>| {
+        let mut log = vec![epoch(1, Some(1.0), 0.5, 3.0)];
+        log.extend(logged.map(|trace| curvature(1, &json!({"trace": {"value": trace}}))));
+        let path = run(folder.path(), name, &format!("optimizer = \"{optimizer}\"\n"), &log);
+        if let Some(trace) = own {
+            let whole = json!({"samples": 1000, "split": "train", "measures": {"trace": {"value": trace}}});
+            std::fs::write(path.join("curvature.json"), whole.to_string()).unwrap();
+        }
+        path
+    };
+    // What was measured by itself counts, not what was logged.
+    let (a, b) = (make("a", "sgd", Some(5.0), Some(100.0)), make("b", "sam", Some(50.0), None));
+    let c = make("c", "adamw", None, None);
+    let (html, found) = page(&[a.clone(), c.clone(), b.clone()]);
+    let order = found.curvature_order.unwrap();
+    assert!(order.falls);
+    assert_eq!(order.means, [("sgd".into(), 100.0), ("sam".into(), 50.0)]);
+    assert!(html.contains("The trace of the Hessian falls in the order of the groups: sgd 100; sam 50."));
+    assert!(html.contains("over 1000 training images") && html.contains("logged after epoch 1"));
+
+    let (html, found) = page(&[b, a.clone()]);
+    assert!(!found.curvature_order.unwrap().falls);
+    assert!(html.contains("The trace of the Hessian does not fall in the order of the groups: sam 50; sgd 100."));
+    assert_eq!(page(&[a, c]).1.curvature_order, None, "one group has nothing to be compared with");
+}
+
+#[test]
+fn what_users_write_is_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let evil = "<script>alert('\"&')<";
+    let settings = "optimizer = \"sgd\"\nmodel = \"<b>bold</b>\"\ndata = \"/x/<i>\\\"&\"\n";
+    let measures = json!({
+        "<u>measure</u>": {"value": 1.0},
+        "layer-traces": {"layers": {"<s>layer</s>": {"value": 1.0}}},
+    });
+    let log = [epoch(1, Some(1.0), 0.5, 1.0), curvature(1, &measures), "<p>no json".into()];
+    let path = run(folder.path(), evil, settings, &log);
+    landscape(&path.join("landscape-<a>"), "<em>title\u{1}</em>", 2, 121, |x, y| x * x + y);
+    landscape(&path.join("landscape-<c>"), "<em>title</em>", 1, 5, |x, _| x * x);
+    let other = run(folder.path(), "other", &settings.replace("<i>", "<q>"), &log);
+    let (html, _) = page(&[path.clone(), other]);
+    for tag in ["<script", "<b>bold", "<i>", "<q>", "<u>", "<s>", "<em>", "<a>", "<c>", "<p>no", "<b>direction"] {
+        assert!(!html.contains(tag), "{tag}");
+    }
+    let told =
+        ["&lt;b&gt;bold", "&lt;i&gt;&quot;&amp;", "&lt;u&gt;measure", "&lt;em&gt;title", "&lt;script&gt;alert(&#39;"];
+    for text in told {
+        assert!(html.contains(text), "{text}");
+    }
+    for svg in
+        landscape_pictures(&path.join("landscape-<a>")).unwrap().iter().filter(|path| path.ends_with("contour.svg"))
+    {
+        let text = std::fs::read_to_string(svg).unwrap();
+        assert!(
+            roxmltree::Document::parse(&text)
+                .unwrap()
+                .descendants()
+                .any(|n| n.text() == Some("<em>title\u{fffd}</em>"))
+        );
+    }
+}
+
+#[test]
+fn lines_that_cannot_be_read_are_passed_over_and_counted() {
+    let folder = tempfile::tempdir().unwrap();
+    let good = epoch(1, Some(1.0), 0.5, 3.0);
+    let log = ["nonsense".into(), good.clone(), String::new(), good[..good.len() / 2].into()];
+    let path = run(folder.path(), "run", "optimizer = \"sgd\"\n", &log);
+    // The last line ends inside a character.
+    let mut bytes = std::fs::read(path.join("log.jsonl")).unwrap();
+    bytes.extend("{\"é".bytes().take(3));
+    std::fs::write(path.join("log.jsonl"), bytes).unwrap();
+    let (html, found) = page(&[path]);
+    assert_eq!(found.unreadable_lines, 3);
+    assert!(html.contains("3 lines could not be read and were passed over"));
+    assert_eq!(row(&html, "sgd")[1..3], ["50 %", "1"]);
+}
+
+#[test]
+fn losses_that_are_not_finite_leave_gaps_and_are_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let make = |seed: u64, last: Option<f64>| {
+        let log = [epoch(1, Some(1.0), 0.5, 3.0), epoch(2, None, 0.1, 6.0), epoch(3, last, 0.1, 9.0)];
+        run(folder.path(), &format!("run-{seed}"), &format!("optimizer = \"sgd\"\nseed = {seed}\n"), &log)
+    };
+    let (html, found) = page(&[make(0, Some(2.0)), make(1, None)]);
+    assert!(found.groups[0].test_loss.mean.is_nan());
+    assert_eq!(row(&html, "sgd")[2], "not finite in 1 of 2");
+    assert_eq!(serde_json::to_value(&found).unwrap()["groups"][0]["test_loss"]["mean"], Value::Null);
+
+    let nothing = run(folder.path(), "nothing", "optimizer = \"sgd\"\n", &[epoch(1, None, 0.1, 3.0)]);
+    let (html, _) = page(&[nothing]);
+    assert_eq!(row(&html, "sgd")[2], "not finite");
+    assert!(!html.contains("<b>Test loss</b>") && html.contains("<b>Test accuracy</b>"));
+}
+
+#[test]
+fn one_epoch_or_none_is_enough() {
+    let folder = tempfile::tempdir().unwrap();
+    let one = run(folder.path(), "one", "optimizer = \"sgd\"\nepochs = 4\n", &[epoch(1, Some(1.0), 0.5, 3.0)]);
+    let (html, _) = page(&[one]);
+    assert_eq!(row(&html, "sgd")[4], "1 of 4");
+    let chart = html.split("<b>Test loss</b>").nth(1).unwrap().split("</svg>").next().unwrap();
+    assert!(chart.contains("<title>sgd: 1 at 1</title>"), "its marker");
+
+    let step = json!({
+        "kind": "step", "step": 7, "epoch": 1, "loss": 2.0, "accuracy": 0.1, "lr": 0.1, "images_per_second": 10.0,
+        "gradient_norm": 1.0, "skipped": 1, "dropped_alpha": 0, "dropped_beta": 0,
+    });
+    let path = run(folder.path(), "none", "optimizer = \"sgd\"\n", &[step.to_string()]);
+    let (html, _) = page(std::slice::from_ref(&path));
+    assert!(html.contains("No epoch has been finished yet."));
+    assert_eq!(row(&html, path.to_str().unwrap())[3..7], ["7", "1", "–", "–"]);
+}
+
+#[test]
+fn a_folder_named_twice_is_one_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = run(folder.path(), "one", "optimizer = \"sgd\"\n", &[epoch(1, Some(1.0), 0.5, 3.0)]);
+    let (_, found) = page(&[path.clone(), path.join("../one")]);
+    assert_eq!((found.groups.len(), found.groups[0].runs.len()), (1, 1));
+}
+
+/// The colour of a picture at a place that is a share of its width and height.
+fn pixel(picture: &Pixmap, x: f64, y: f64) -> [u8; 3] {
+    let at = |share: f64, length: u32| (share * f64::from(length)) as u32;
+    let pixel = picture.pixel(at(x, picture.width()), at(y, picture.height())).unwrap();
+    [pixel.red(), pixel.green(), pixel.blue()]
+}
+
+fn brightness(colour: [u8; 3]) -> u32 {
+    colour.iter().map(|&channel| u32::from(channel)).sum()
+}
+
+fn check_picture(stem: &Path) -> Pixmap {
+    let text = std::fs::read_to_string(stem.with_extension("svg")).unwrap();
+    let document = roxmltree::Document::parse(&text).unwrap();
+    let size = ["width", "height"].map(|key| document.root_element().attribute(key).unwrap().parse::<f64>().unwrap());
+    assert!(document.descendants().all(|node| node.attribute("d").is_none_or(|d| !d.contains("NaN"))));
+    assert!(
+        !text.contains("currentColor") && !text.contains("var("),
+        "a file of its own has no page to take colours from"
+    );
+    let picture = Pixmap::decode_png(&std::fs::read(stem.with_extension("png")).unwrap()).unwrap();
+    assert_eq!([picture.width(), picture.height()].map(f64::from), size.map(|length| 3.0 * length));
+    assert_eq!(pixel(&picture, 0.002, 0.002), [255; 3], "on white");
+    picture
+}
+
+#[test]
+fn a_landscape_over_two_directions_becomes_contours_and_a_surface() {
+    let folder = tempfile::tempdir().unwrap();
+    landscape(folder.path(), "bowl", 2, 121, |x, y| 1.0 + x * x + 3.0 * y * y);
+    let written = landscape_pictures(folder.path()).unwrap();
+    let names: Vec<_> = written.iter().map(|path| path.file_name().unwrap().to_str().unwrap()).collect();
+    assert_eq!(names, ["contour.svg", "contour.png", "surface.svg", "surface.png"]);
+    let contour = check_picture(&folder.path().join("contour"));
+    // Near the cross in the middle, towards an edge along the flat direction, and the steep one.
+    let [middle, aside, above] =
+        [(0.42, 0.45), (0.2, 0.45), (0.45, 0.12)].map(|(x, y)| brightness(pixel(&contour, x, y)));
+    assert!(middle < aside && aside < above, "{middle} {aside} {above}");
+    let surface = check_picture(&folder.path().join("surface"));
+    assert_ne!(pixel(&surface, 0.5, 0.5), [255; 3]);
+    let whole = std::fs::read_to_string(folder.path().join("contour.svg")).unwrap();
+    assert!(whole.contains(">loss 1 to 5<") && whole.contains("first &lt;b&gt;direction&lt;/b&gt;"));
+
+    // Of the lower half, the upper one is blank.
+    landscape(folder.path(), "bowl", 2, 60, |x, y| 1.0 + x * x + 3.0 * y * y);
+    landscape_pictures(folder.path()).unwrap();
+    let half = check_picture(&folder.path().join("contour"));
+    assert_eq!(pixel(&half, 0.3, 0.3), [255; 3]);
+    assert_ne!(pixel(&half, 0.3, 0.7), [255; 3]);
+    let text = std::fs::read_to_string(folder.path().join("contour.svg")).unwrap();
+    assert!(text.contains("60 of 121 points evaluated"));
+}
+
+#[test]
+fn points_that_are_not_finite_are_the_highest() {
+    let folder = tempfile::tempdir().unwrap();
+    let corner = |x: f64, y: f64| match (x > 0.5, y > 0.5) {
+        (true, true) => f64::INFINITY,
+        (false, true) => f64::NAN,
+        _ => 1.0 + x * x,
+    };
+    landscape(folder.path(), "corners", 2, 121, corner);
+    landscape_pictures(folder.path()).unwrap();
+    let contour = check_picture(&folder.path().join("contour"));
+    let [infinite, low] = [(0.67, 0.11), (0.42, 0.6)].map(|(x, y)| brightness(pixel(&contour, x, y)));
+    assert!(infinite > low, "{infinite} {low}");
+    check_picture(&folder.path().join("surface"));
+    let text = std::fs::read_to_string(folder.path().join("contour.svg")).unwrap();
+    assert!(text.contains("33 not finite, drawn as the highest"), "3 rows of 11");
+
+    landscape(folder.path(), "nothing", 2, 121, |_, _| f64::NAN);
+    assert!(landscape_pictures(folder.path()).unwrap().is_empty());
+}
+
+#[test]
+fn levels_are_logarithmic_where_the_loss_spans_decades() {
+    let folder = tempfile::tempdir().unwrap();
+    landscape(folder.path(), "decades", 2, 121, |x, y| 1e-3 * (10.0 * (x * x + y * y)).exp());
+    landscape_pictures(folder.path()).unwrap();
+    let text = std::fs::read_to_string(folder.path().join("contour.svg")).unwrap();
+    for level in [">0.01<", ">1<", ">1000<"] {
+        assert!(text.contains(level), "{level}");
+    }
+    landscape(folder.path(), "flat", 2, 121, |_, _| 0.25);
+    landscape_pictures(folder.path()).unwrap();
+    check_picture(&folder.path().join("contour"));
+    check_picture(&folder.path().join("surface"));
+}
+
+#[test]
+fn a_landscape_over_one_direction_becomes_a_curve_as_far_as_it_goes() {
+    let folder = tempfile::tempdir().unwrap();
+    for rows in [11, 4, 1] {
+        landscape(folder.path(), "line", 1, rows, |x, _| if x == 0.0 { f64::NAN } else { 1.0 + x * x });
+        let written = landscape_pictures(folder.path()).unwrap();
+        assert_eq!(written, ["curve.svg", "curve.png"].map(|name| folder.path().join(name)));
+        check_picture(&folder.path().join("curve"));
+        let text = std::fs::read_to_string(&written[0]).unwrap();
+        assert!(text.contains("accuracy (%)") && text.contains("loss (left)"));
+        assert_eq!(text.contains("points evaluated"), rows < 11);
+        assert_eq!(text.contains("1 not finite, left out"), rows == 11);
+    }
+    // Without its end, a row may lack digits: 2 rows and the beginning of a third.
+    let path = folder.path().join("landscape.csv");
+    std::fs::write(&path, "x,loss,accuracy\n-1,2,0.5\n-0.8,1.64,0.5\n-0.6,1.36,0.").unwrap();
+    landscape_pictures(folder.path()).unwrap();
+    assert!(std::fs::read_to_string(folder.path().join("curve.svg")).unwrap().contains("2 of 11 points evaluated"));
+}
+
+#[test]
+fn a_spectrum_becomes_a_picture() {
+    let folder = tempfile::tempdir().unwrap();
+    let written = spectrum_picture(&[-1.0, 0.0, 9.0], &[0.3, 0.6, 0.1], folder.path()).unwrap();
+    assert_eq!(written, ["spectrum.svg", "spectrum.png"].map(|name| folder.path().join(name)));
+    check_picture(&folder.path().join("spectrum"));
+    assert!(spectrum_picture(&[], &[], folder.path()).unwrap().is_empty());
+    assert!(spectrum_picture(&[f64::NAN], &[1.0], folder.path()).unwrap().is_empty());
+    assert!(!spectrum_picture(&[2.0], &[1.0], folder.path()).unwrap().is_empty(), "one eigenvalue alone");
+}
+
+#[test]
+fn damaged_landscapes_are_told_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let description = folder.path().join("landscape.json");
+    std::fs::write(folder.path().join("landscape.csv"), "x,loss,accuracy\n").unwrap();
+    let axis = |values: &str| format!("{{\"title\": \"t\", \"axes\": [{{\"name\": \"a\", \"values\": {values}}}]}}");
+    let cases = [
+        ("{".to_string(), "EOF"),
+        ("{\"title\": \"t\", \"axes\": []}".into(), "0 axes, expected one or two"),
+        (axis("[0]"), "`a`: expected two or more, finite and rising"),
+        (axis("[0, 1, 1]"), "`a`: expected two or more, finite and rising"),
+    ];
+    for (text, reason) in cases {
+        std::fs::write(&description, text).unwrap();
+        let message = landscape_pictures(folder.path()).unwrap_err().to_string();
+        assert!(message.starts_with(&format!("{}: ", description.display())) && message.contains(reason), "{message}");
+    }
+    std::fs::remove_file(folder.path().join("landscape.csv")).unwrap();
+    std::fs::write(&description, axis("[0, 1]")).unwrap();
+    let message = landscape_pictures(folder.path()).unwrap_err().to_string();
+    assert!(message.contains("landscape.csv: No such file"), "{message}");
+}
+
+#[test]
+fn event_files_are_what_tensorboard_writes_itself() {
+    let folder = tempfile::tempdir().unwrap();
+    let line = json!({
+        "kind": "epoch", "epoch": 1, "step": 300, "train_loss": 1.25, "train_accuracy": 0.5, "test_loss": null,
+        "test_accuracy": 0.75, "lr": 0.1, "gradient_norm": 2.0, "images_per_second": 800.0, "seconds": 1.0, "skipped": 3,
+        "dropped_alpha": 0, "dropped_beta": 0,
+    });
+    let measures = json!({"trace": {"value": -40.0}, "top-eigenvalues": {"values": [12.5]}, "spectrum": {"nodes": []}});
+    let measured = json!({"kind": "curvature", "epoch": 1, "step": 300, "measures": measures}).to_string();
+    let path = run(folder.path(), "run", "optimizer = \"sgd\"\n", &[line.to_string(), measured]);
+    let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_700_000_000);
+    let log = std::fs::OpenOptions::new().write(true).open(path.join("log.jsonl")).unwrap();
+    log.set_modified(time).unwrap();
+    let found = report(std::slice::from_ref(&path), None, true).unwrap();
+    assert_eq!(found.report, path.join("report.html"));
+    assert_eq!(found.tensorboard, [path.join("tensorboard/events.out.tfevents.polder")]);
+    let bytes = std::fs::read(&found.tensorboard[0]).unwrap();
+    // The same events, written by the record writer of TensorBoard 2.21.
+    let expected = concat!(
+        "1800000000000000a37f4b220900000040fc54d9411a0d627261696e2e4576656e743a32eced8f9dc40000000000000040f1",
+        "e57d0900000040fc54d94110ac022ab5010a170a1065706f63682f747261696e5f6c6f7373150000a03f0a1b0a1465706f63",
+        "682f747261696e5f6163637572616379150000003f0a1a0a1365706f63682f746573745f6163637572616379150000403f0a",
+        "0f0a0865706f63682f6c7215cdcccc3d0a1a0a1365706f63682f6772616469656e745f6e6f726d15000000400a1e0a176570",
+        "6f63682f696d616765735f7065725f7365636f6e6415000048440a140a0d65706f63682f736b697070656415000040408c56",
+        "9bf24700000000000000bac3fb9b0900000040fc54d94110ac022a390a1f0a186375727661747572652f746f705f65696765",
+        "6e76616c756515000048410a160a0f6375727661747572652f747261636515000020c2bc2a0e67",
+    );
+    assert_eq!(bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>(), expected);
+}
+
+fn polder(folder: &TempDir, arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_polder"));
+    command.arg("report").args(arguments).current_dir(folder.path()).stdin(Stdio::null()).output().unwrap()
+}
+
+/// The one line of a mistake: exit code 2, nothing on standard output, one line on standard error.
+fn mistake(folder: &TempDir, arguments: &[&str]) -> String {
+    let output = polder(folder, arguments);
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{arguments:?}: {message}");
+    assert!(output.stdout.is_empty(), "{arguments:?}");
+    assert_eq!(message.lines().count(), 1, "{arguments:?}: {message}");
+    message
+}
+
+#[test]
+fn the_command_writes_the_page_and_prints_the_numbers() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, optimizer, accuracy) in [("a", "sgd", 0.5), ("b", "sam", 0.625)] {
+        run(folder.path(), name, &format!("optimizer = \"{optimizer}\"\n"), &[epoch(1, Some(1.0), accuracy, 4.0)]);
+    }
+    let output = polder(&folder, &["a", "b", "--json"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(found["report"], "report.html");
+    assert_eq!(found["groups"][1]["name"], "sam");
+    assert_eq!(found["groups"][1]["test_accuracy"], json!({"mean": 0.625, "deviation": null, "values": [0.625]}));
+    assert_eq!(found["groups"][1]["runs"], json!(["b"]));
+    assert!(folder.path().join("report.html").is_file(), "of several runs in the current folder");
+
+    let output = polder(&folder, &["a"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(text.lines().next(), Some("sgd: test accuracy 50 %, test loss 1 (1 run)"));
+    assert!(folder.path().join("a/report.html").is_file(), "of one run in its folder");
+    check_page(&std::fs::read_to_string(folder.path().join("a/report.html")).unwrap());
+    assert!(!folder.path().join("a/tensorboard").exists(), "not asked for");
+}
+
+#[test]
+fn mistakes_are_told_in_one_line_that_names_the_path() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = [epoch(1, Some(1.0), 0.5, 3.0)];
+    let good = run(folder.path(), "good", "optimizer = \"sgd\"\n", &log);
+    assert!(mistake(&folder, &[]).contains("<RUN>"));
+    assert!(mistake(&folder, &["good", "missing"]).contains("missing: No such file or directory"));
+    assert!(!folder.path().join("report.html").exists(), "nothing is written of a comparison that failed");
+    std::fs::create_dir(folder.path().join("empty")).unwrap();
+    assert!(mistake(&folder, &["empty"]).contains("empty: holds no run (no config.toml)"));
+    run(folder.path(), "broken", "optimizer = \"sgd\"\nspeed = 3\n", &log);
+    assert!(mistake(&folder, &["broken"]).contains("broken/config.toml: line 2: unknown field `speed`"));
+    run(folder.path(), "silent", "optimizer = \"sgd\"\n", &["{\"kind\":".into()]);
+    assert!(mistake(&folder, &["silent"]).contains("silent/log.jsonl: no line of the log can be read"));
+    std::fs::remove_file(folder.path().join("silent/log.jsonl")).unwrap();
+    assert!(mistake(&folder, &["silent"]).contains("silent/log.jsonl: No such file"));
+    assert!(mistake(&folder, &["good", "--out", "no/such/page.html"]).contains("no/such/page.html: No such file"));
+    assert!(mistake(&folder, &["good", "--out", "good"]).contains("good: Is a directory"));
+    assert!(!folder.path().join("good.partial").exists(), "what was begun is removed");
+
+    std::fs::write(good.join("curvature.json"), "{\"samples\": 3}").unwrap();
+    assert!(mistake(&folder, &["good"]).contains("good/curvature.json: no `measures`"));
+    std::fs::remove_file(good.join("curvature.json")).unwrap();
+    std::fs::create_dir(good.join("landscape")).unwrap();
+    std::fs::write(good.join("landscape/landscape.json"), "[]").unwrap();
+    assert!(mistake(&folder, &["good"]).contains("good/landscape/landscape.json: "));
+}
