@@ -1,0 +1,237 @@
+// The tangents of batch normalisation, forward and backward, for products with the Hessian: where x, its parameters and the
+// gradient of the output move, so does every result of batch_norm.cu.
+//
+// The passes are those of what they are the tangents of: the sums, their combination, and what is written per element. A prime
+// marks a tangent.
+#include "include/batch_norm.cuh"
+
+namespace {
+
+// ---- Forward -----------------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct StatisticsTangentArgs {
+    const double* x;    // the blocks' sums of x'
+    const double* x_x;  // the blocks' sums of x' (x - mean)
+    const T* inv_std;
+    T* mean_tangent;
+    T* inv_std_tangent;
+    uint64_t rows;
+    uint32_t channels;
+    uint32_t blocks;
+};
+
+/// mean' = mean(x'), inv_std' = -inv_std^3 mean(x' (x - mean)), from the sums that batch_norm_sums takes of dz = x'.
+template <class T>
+__device__ void batch_norm_statistics_tangent(const StatisticsTangentArgs<T>& a) {
+    combine_blocks(a.x, a.x_x, a.channels, a.blocks, [&](uint32_t c, const Sums& all) {
+        const double inv_std = double(a.inv_std[c]), rows = double(a.rows);
+        a.mean_tangent[c] = T(all.dz / rows);
+        a.inv_std_tangent[c] = T(-inv_std * inv_std * inv_std * (all.dz_x / rows));
+    });
+}
+
+template <class S, class T = Arithmetic<S>>
+struct NormalizeTangentArgs {
+    Upstream<S> upstream;        // without dy
+    UpstreamTangent<S> tangent;  // without dy
+    const T* beta_tangent;
+    const S* residual_tangent;  // or null
+    S* y_tangent;
+    uint64_t rows;
+    uint32_t channels;
+    uint32_t pack;
+    uint32_t mask;
+};
+
+template <class S, Shape shape, Mask mask, bool has_residual>
+__device__ __forceinline__ void normalize_tangent_block(const NormalizeTangentArgs<S>& a) {
+    typedef Arithmetic<S> T;
+    const uint64_t channels = a.channels;
+    for_each_run<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+        typedef typename decltype(of)::type Group;
+        const Masked<Group, mask> masked(a.upstream, c);
+        const Group gamma = Group::load(a.upstream.gamma + c), inv_std = Group::load(a.upstream.inv_std + c);
+        const Group gamma_tangent = Group::load(a.tangent.gamma + c), beta_tangent = Group::load(a.beta_tangent + c);
+        const Group mean_tangent = Group::load(a.tangent.mean + c);
+        const Group inv_std_tangent = Group::load(a.tangent.inv_std + c);
+        Group scale, scale_tangent;
+        POLDER_UNROLL
+        for (int k = 0; k < Group::items; ++k) {
+            scale.v[k] = gamma.v[k] * inv_std.v[k];
+            scale_tangent.v[k] = gamma_tangent.v[k] * inv_std.v[k] + gamma.v[k] * inv_std_tangent.v[k];
+        }
+        uint64_t place = row * channels + c;
+#pragma unroll 2
+        for (uint32_t i = 0; i < count; ++i, place += step * channels) {
+            const Group x = Group::load(a.upstream.x + place), x_tangent = Group::load(a.tangent.x + place);
+            Group residual;
+            if (has_residual) residual = Group::load(a.residual_tangent + place);
+            Group z;
+            POLDER_UNROLL
+            for (int k = 0; k < Group::items; ++k) {
+                z.v[k] = (x.v[k] - masked.mean.v[k]) * scale_tangent.v[k] +
+                         ((x_tangent.v[k] - mean_tangent.v[k]) * scale.v[k] + beta_tangent.v[k]);
+                if (has_residual) z.v[k] = z.v[k] + residual.v[k];
+            }
+            masked.passed(masked.edge(a.upstream, place, x), z).store(a.y_tangent + place);
+        }
+    });
+}
+
+template <class S, Shape shape, Mask mask>
+__device__ __forceinline__ void normalize_tangent_with_residual(const NormalizeTangentArgs<S>& a) {
+    if (a.residual_tangent != nullptr) normalize_tangent_block<S, shape, mask, true>(a);
+    else normalize_tangent_block<S, shape, mask, false>(a);
+}
+
+/// y' = (gamma inv_std)' (x - mean) + gamma inv_std (x' - mean') + beta' + residual' where the relu passed, else 0
+template <class S>
+__device__ void batch_norm_normalize_tangent(const NormalizeTangentArgs<S>& a) {
+    with_shape(a.pack, [&](auto of) {
+        constexpr Shape shape = decltype(of)::value;
+        if (a.mask == kOutput) normalize_tangent_with_residual<S, shape, kOutput>(a);
+        else if (a.mask == kRecompute) normalize_tangent_block<S, shape, kRecompute, false>(a);  // there was no residual
+        else normalize_tangent_with_residual<S, shape, kNoMask>(a);
+    });
+}
+
+// ---- Backward ----------------------------------------------------------------------------------------------------------------
+
+/// The tangents of these: every block's sums of dz' and dz' (x - mean) + dz (x' - mean') per channel, and dz'. The relu has no
+/// second derivative, so dz' = dy' where it passed.
+template <class S>
+__device__ void batch_norm_sums_tangent(const SumsArgs<S>& a) {
+    sums<S, true>(a);
+}
+
+template <class T>
+struct ParametersTangentArgs {
+    const double* dz;
+    const double* dz_x;
+    const T* inv_std;
+    const T* inv_std_tangent;
+    const T* dgamma;
+    T* dgamma_tangent;
+    T* dbeta_tangent;
+    uint32_t channels;
+    uint32_t blocks;
+};
+
+/// dbeta' = sum dz'. dgamma' = inv_std (sum dz (x - mean))' + inv_std' sum dz (x - mean), the latter sum being dgamma / inv_std.
+template <class T>
+__device__ void batch_norm_parameters_tangent(const ParametersTangentArgs<T>& a) {
+    combine_blocks(a.dz, a.dz_x, a.channels, a.blocks, [&](uint32_t c, const Sums& all) {
+        const double inv_std = double(a.inv_std[c]), relative = double(a.inv_std_tangent[c]) / inv_std;
+        a.dbeta_tangent[c] = T(all.dz);
+        a.dgamma_tangent[c] = T(all.dz_x * inv_std + double(a.dgamma[c]) * relative);
+    });
+}
+
+template <class S, class T = Arithmetic<S>>
+struct InputTangentArgs {
+    Upstream<S> upstream;
+    UpstreamTangent<S> tangent;
+    const T* dgamma;  // these four are read in training alone
+    const T* dbeta;
+    const T* dgamma_tangent;
+    const T* dbeta_tangent;
+    S* dx_tangent;
+    uint64_t rows;
+    uint32_t channels;
+    uint32_t pack;
+    uint32_t mask;
+    uint32_t train;
+};
+
+template <class S, Shape shape, Mask mask, bool train>
+__device__ __forceinline__ void input_tangent_of_block(const InputTangentArgs<S>& a) {
+    typedef Arithmetic<S> T;
+    const uint64_t channels = a.channels;
+    for_each_run<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+        typedef typename decltype(of)::type Group;
+        const Masked<Group, mask> masked(a.upstream, c);
+        const Group mean_tangent = Group::load(a.tangent.mean + c);
+        // dx = scale (dz - mean(dz) - (x - mean) slope) with scale = gamma inv_std and slope = inv_std mean(dz xhat).
+        Group scale, scale_tangent, x_factor = {}, x_tangent_factor = {}, constant = {};
+        {
+            const Group gamma = Group::load(a.upstream.gamma + c), inv_std = Group::load(a.upstream.inv_std + c);
+            const Group gamma_tangent = Group::load(a.tangent.gamma + c);
+            const Group inv_std_tangent = Group::load(a.tangent.inv_std + c);
+            POLDER_UNROLL
+            for (int k = 0; k < Group::items; ++k) {
+                scale.v[k] = gamma.v[k] * inv_std.v[k];
+                scale_tangent.v[k] = gamma_tangent.v[k] * inv_std.v[k] + gamma.v[k] * inv_std_tangent.v[k];
+            }
+            if (train) {
+                const T share = T(1.0 / double(a.rows));
+                const Group dgamma = Group::load(a.dgamma + c), dgamma_tangent = Group::load(a.dgamma_tangent + c);
+                const Group dbeta = Group::load(a.dbeta + c), dbeta_tangent = Group::load(a.dbeta_tangent + c);
+                POLDER_UNROLL
+                for (int k = 0; k < Group::items; ++k) {
+                    const auto slope = dgamma.v[k] * share * inv_std.v[k];
+                    const auto slope_tangent =
+                        (dgamma_tangent.v[k] * inv_std.v[k] + dgamma.v[k] * inv_std_tangent.v[k]) * share;
+                    x_factor.v[k] = scale_tangent.v[k] * slope + scale.v[k] * slope_tangent;
+                    x_tangent_factor.v[k] = scale.v[k] * slope;
+                    constant.v[k] = (scale_tangent.v[k] * dbeta.v[k] + scale.v[k] * dbeta_tangent.v[k]) * share;
+                }
+            }
+        }
+        uint64_t place = row * channels + c;
+#pragma unroll 2
+        for (uint32_t i = 0; i < count; ++i, place += step * channels) {
+            Group x = {}, x_tangent = {};
+            if (train || mask == kRecompute) x = Group::load(a.upstream.x + place);
+            if (train) x_tangent = Group::load(a.tangent.x + place);
+            const Group edge = masked.edge(a.upstream, place, x);
+            const Group dz = masked.passed(edge, Group::load(a.upstream.dy + place));
+            Group dx = masked.passed(edge, Group::load(a.tangent.dy + place));
+            POLDER_UNROLL
+            for (int k = 0; k < Group::items; ++k) {
+                dx.v[k] = scale_tangent.v[k] * dz.v[k] + scale.v[k] * dx.v[k];
+                if (train) {
+                    dx.v[k] = dx.v[k] - constant.v[k] - (x.v[k] - masked.mean.v[k]) * x_factor.v[k] -
+                              (x_tangent.v[k] - mean_tangent.v[k]) * x_tangent_factor.v[k];
+                }
+            }
+            dx.store(a.dx_tangent + place);
+        }
+    });
+}
+
+template <class S, Shape shape, Mask mask>
+__device__ __forceinline__ void input_tangent_in_mode(const InputTangentArgs<S>& a) {
+    if (a.train) input_tangent_of_block<S, shape, mask, true>(a);
+    else input_tangent_of_block<S, shape, mask, false>(a);
+}
+
+/// dx', the tangent of batch_norm_input's result.
+template <class S>
+__device__ void batch_norm_input_tangent(const InputTangentArgs<S>& a) {
+    with_shape(a.pack, [&](auto of) {
+        constexpr Shape shape = decltype(of)::value;
+        if (a.mask == kOutput) input_tangent_in_mode<S, shape, kOutput>(a);
+        else if (a.mask == kRecompute) input_tangent_in_mode<S, shape, kRecompute>(a);
+        else input_tangent_in_mode<S, shape, kNoMask>(a);
+    });
+}
+
+}  // namespace
+
+POLDER_KERNEL(batch_norm_statistics_tangent_f32, batch_norm_statistics_tangent<float>, StatisticsTangentArgs<float>)
+POLDER_HOST_KERNEL(batch_norm_statistics_tangent_f64, batch_norm_statistics_tangent<double>, StatisticsTangentArgs<double>)
+POLDER_KERNEL(batch_norm_normalize_tangent_f32, batch_norm_normalize_tangent<float>, NormalizeTangentArgs<float>)
+POLDER_KERNEL(batch_norm_normalize_tangent_f16, batch_norm_normalize_tangent<__half>, NormalizeTangentArgs<__half>)
+POLDER_KERNEL(batch_norm_normalize_tangent_bf16, batch_norm_normalize_tangent<__nv_bfloat16>, NormalizeTangentArgs<__nv_bfloat16>)
+POLDER_HOST_KERNEL(batch_norm_normalize_tangent_f64, batch_norm_normalize_tangent<double>, NormalizeTangentArgs<double>)
+POLDER_KERNEL(batch_norm_sums_tangent_f32, batch_norm_sums_tangent<float>, SumsArgs<float>)
+POLDER_KERNEL(batch_norm_sums_tangent_f16, batch_norm_sums_tangent<__half>, SumsArgs<__half>)
+POLDER_KERNEL(batch_norm_sums_tangent_bf16, batch_norm_sums_tangent<__nv_bfloat16>, SumsArgs<__nv_bfloat16>)
+POLDER_HOST_KERNEL(batch_norm_sums_tangent_f64, batch_norm_sums_tangent<double>, SumsArgs<double>)
+POLDER_KERNEL(batch_norm_parameters_tangent_f32, batch_norm_parameters_tangent<float>, ParametersTangentArgs<float>)
+POLDER_HOST_KERNEL(batch_norm_parameters_tangent_f64, batch_norm_parameters_tangent<double>, ParametersTangentArgs<double>)
+POLDER_KERNEL(batch_norm_input_tangent_f32, batch_norm_input_tangent<float>, InputTangentArgs<float>)
+POLDER_KERNEL(batch_norm_input_tangent_f16, batch_norm_input_tangent<__half>, InputTangentArgs<__half>)
+POLDER_KERNEL(batch_norm_input_tangent_bf16, batch_norm_input_tangent<__nv_bfloat16>, InputTangentArgs<__nv_bfloat16>)
+POLDER_HOST_KERNEL(batch_norm_input_tangent_f64, batch_norm_input_tangent<double>, InputTangentArgs<double>)

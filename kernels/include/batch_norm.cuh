@@ -1,0 +1,395 @@
+// What batch normalisation and its tangents share: how the work is divided, the relu's mask, and sums over rows.
+//
+// All sums are two-level: at most kRun rows in the working precision, everything beyond that in double, in an order that depends
+// on the launch shape alone.
+//
+// A block takes a contiguous range of rows. On the GPU its threads form columns of channel groups and lines of rows; on the
+// CPU its one thread walks the range in runs of kRun rows, with as many channels at once as fit in vector registers.
+#pragma once
+#include "elementwise.cuh"
+
+namespace {
+
+/// Rows summed in the working precision before the sum moves to double: the rounding error stays near that of one addition.
+constexpr uint32_t kRun = 64;
+
+// ---- Channel groups: the unit of arithmetic, scalars in a GPU thread, vectors on the CPU -------------------------------------
+
+/// N neighbouring channels.
+template <class T, int N>
+struct Scalars : Pack<T, N> {
+    typedef T Item;
+    static constexpr int channels = N, items = N;
+
+    template <class S>
+    static __device__ __forceinline__ Scalars load(const S* p) {
+        return {fetch<N>(p, 0)};
+    }
+    template <class S>
+    __device__ __forceinline__ void store(S* p) const {
+        put(p, 0, static_cast<const Pack<T, N>&>(*this));
+    }
+};
+
+#if defined(POLDER_HOST)
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+/// K vector registers of neighbouring channels.
+template <class T, int K>
+struct Vectors {
+    typedef T Item __attribute__((vector_size(kVectorBytes)));
+    static constexpr int width = kVectorBytes / sizeof(T), channels = K * width, items = K;
+    Item v[K];
+
+    // A vector at a time: gcc copies the whole struct through the stack, in pieces that a wider load then waits for.
+    template <class S>
+    static __forceinline__ Vectors load(const S* p) {
+        Vectors group;
+        for (int k = 0; k < K; ++k) {
+            if constexpr (Same<S, T>::value) {
+                memcpy(&group.v[k], p + k * width, sizeof(Item));
+            } else {
+                T wide[width];
+                for (int i = 0; i < width; ++i) wide[i] = widen(p[k * width + i]);
+                memcpy(&group.v[k], wide, sizeof(Item));
+            }
+        }
+        return group;
+    }
+    template <class S>
+    __forceinline__ void store(S* p) const {
+        for (int k = 0; k < K; ++k) {
+            if constexpr (Same<S, T>::value) {
+                memcpy(p + k * width, &v[k], sizeof(Item));
+            } else {
+                T wide[width];
+                memcpy(wide, &v[k], sizeof(Item));
+                for (int i = 0; i < width; ++i) p[k * width + i] = convert_to<S>(wide[i]);
+            }
+        }
+    }
+};
+#endif
+
+/// Names a group's type in a call.
+template <class Group>
+struct Of {
+    typedef Group type;
+};
+
+/// The rows of this block.
+struct Rows {
+    uint64_t begin, end;
+};
+
+__device__ __forceinline__ Rows rows_of_block(uint64_t rows, uint32_t block, uint32_t blocks) {
+    return {rows * block / blocks, rows * (block + 1) / blocks};
+}
+
+/// How a launch divides the work: in the CPU's shape, or on the GPU in groups of one or four channels.
+enum Shape { kCpu, kSingle, kFour };
+
+template <Shape shape>
+struct ShapeIs {
+    static constexpr Shape value = shape;
+};
+
+/// Calls `f(ShapeIs<...>{})` for the shape that the wrapper chose: a group's channels on the GPU, 0 for the CPU's shape.
+template <class F>
+__device__ __forceinline__ void with_shape(uint32_t pack, const F& f) {
+#if defined(POLDER_HOST)
+    if (pack == 0) return f(ShapeIs<kCpu>{});
+#endif
+    if (pack == 4) f(ShapeIs<kFour>{});
+    else f(ShapeIs<kSingle>{});
+}
+
+/// Calls `f(Of<Group>{}, first channel, first row, step, count)` for runs of at most kRun rows that cover this thread's share:
+/// on the CPU all channels of the block's rows, on the GPU one group's channels in every blockDim.y-th row of them.
+template <class T, Shape shape, class F>
+__device__ __forceinline__ void for_each_run(uint64_t rows, uint32_t channels, const F& f) {
+    const Rows mine = rows_of_block(rows, blockIdx.x, gridDim.x);
+#if defined(POLDER_HOST)
+    if constexpr (shape == kCpu) {
+        for (uint64_t row = mine.begin; row < mine.end; row += kRun) {
+            const uint32_t count = uint32_t(min(uint64_t(kRun), mine.end - row));
+            uint32_t c = 0;
+            typedef Vectors<T, 2> Two;
+            typedef Vectors<T, 1> One;
+            for (; c + Two::channels <= channels; c += Two::channels) f(Of<Two>{}, c, row, 1u, count);
+            for (; c + One::channels <= channels; c += One::channels) f(Of<One>{}, c, row, 1u, count);
+            for (; c < channels; ++c) f(Of<Scalars<T, 1>>{}, c, row, 1u, count);
+        }
+        return;
+    }
+#endif
+    typedef Scalars<T, shape == kFour ? 4 : 1> Group;
+    const uint32_t c = (blockIdx.y * blockDim.x + threadIdx.x) * Group::channels;
+    if (c >= channels) return;
+    const uint32_t step = blockDim.y;
+    for (uint64_t row = mine.begin + threadIdx.y; row < mine.end; row += uint64_t(step) * kRun) {
+        const uint32_t count = uint32_t(min(uint64_t(kRun), (mine.end - row + step - 1) / step));
+        f(Of<Group>{}, c, row, step, count);
+    }
+}
+
+// ---- The relu's mask ---------------------------------------------------------------------------------------------------------
+
+/// The normalised value before the residual and the relu. Forward and backward share it, so that the backward's mask is the
+/// forward's to the bit: the GPU's compiler must not choose the contraction.
+template <class Item>
+__device__ __forceinline__ Item affine(Item x, Item mean, Item scale, Item beta) {
+#if defined(POLDER_HOST)
+    return (x - mean) * scale + beta;
+#else
+    return fmaf(x - mean, scale, beta);
+#endif
+}
+
+/// The relu's gradient, from its input or its output.
+template <class Item>
+__device__ __forceinline__ Item relu_gradient(Item z, Item dy) {
+    const Item zero = {};
+    return z <= zero ? zero : dy;
+}
+
+/// Where the relu's mask comes from; the numbers are the wrapper's.
+enum Mask : uint32_t {
+    kNoMask = 0,     // there is no relu
+    kOutput = 1,     // the forward's output
+    kRecompute = 2,  // the forward's input, normalised again
+};
+
+/// What both backward passes read.
+template <class S, class T = Arithmetic<S>>
+struct Upstream {
+    const S* x;
+    const S* y;  // null unless the mask is kOutput
+    const S* dy;
+    const T* gamma;
+    const T* beta;  // null unless the mask is kRecompute
+    const T* mean;
+    const T* inv_std;
+};
+
+/// The per-channel values that the mask needs, loaded once, and dz = dy where the relu passed.
+template <class Group, Mask mask>
+struct Masked {
+    Group mean, scale, beta;
+
+    template <class S>
+    __device__ __forceinline__ Masked(const Upstream<S>& u, uint32_t c) {
+        mean = Group::load(u.mean + c);
+        if (mask == kRecompute) {
+            const Group gamma = Group::load(u.gamma + c), inv_std = Group::load(u.inv_std + c);
+            POLDER_UNROLL
+            for (int k = 0; k < Group::items; ++k) scale.v[k] = gamma.v[k] * inv_std.v[k];
+            beta = Group::load(u.beta + c);
+        }
+    }
+
+    /// What decides where the relu passed: its output, or its input.
+    template <class S>
+    __device__ __forceinline__ Group edge(const Upstream<S>& u, uint64_t place, const Group& x) const {
+        Group edge = {};
+        if (mask == kOutput) {
+            edge = Group::load(u.y + place);
+        } else if (mask == kRecompute) {
+            POLDER_UNROLL
+            for (int k = 0; k < Group::items; ++k) edge.v[k] = affine(x.v[k], mean.v[k], scale.v[k], beta.v[k]);
+        }
+        return edge;
+    }
+
+    /// `value` where the relu passed, else 0.
+    __device__ __forceinline__ Group passed(const Group& edge, Group value) const {
+        if (mask != kNoMask) {
+            POLDER_UNROLL
+            for (int k = 0; k < Group::items; ++k) value.v[k] = relu_gradient(edge.v[k], value.v[k]);
+        }
+        return value;
+    }
+
+    template <class S>
+    __device__ __forceinline__ Group dz(const Upstream<S>& u, uint64_t place, const Group& x) const {
+        return passed(edge(u, place, x), Group::load(u.dy + place));
+    }
+};
+
+// ---- Sums over rows, combined in double --------------------------------------------------------------------------------------
+
+/// Combines `value` over the lines of a block (threadIdx.y), for the threads of line 0; `shared` holds one per thread.
+template <class M, class Combine>
+__device__ __forceinline__ M combine_lines(M value, M* shared, Combine combine) {
+    const uint32_t place = threadIdx.y * blockDim.x + threadIdx.x;
+    shared[place] = value;
+    for (uint32_t lines = blockDim.y; lines > 1;) {
+        const uint32_t half = (lines + 1) / 2;
+        __syncthreads();
+        if (threadIdx.y + half < lines) shared[place] = combine(shared[place], shared[place + half * blockDim.x]);
+        lines = half;
+    }
+    __syncthreads();  // before the next use of `shared`
+    return shared[place];
+}
+
+/// What becomes of the gradient of the residual, which is dz; the numbers are the wrapper's.
+enum Residual : uint32_t { kNone = 0, kWrite = 1, kAccumulate = 2 };
+
+/// The tangents of what the backward passes read; all null in the backward itself.
+template <class S, class T = Arithmetic<S>>
+struct UpstreamTangent {
+    const S* x;
+    const S* dy;
+    const T* gamma;
+    const T* mean;
+    const T* inv_std;
+};
+
+template <class S>
+struct SumsArgs {
+    Upstream<S> upstream;
+    UpstreamTangent<S> tangent;
+    S* residual;   // null where there is none
+    double* dz;    // [blocks, channels]: sums of dz, or of their tangents
+    double* dz_x;  // [blocks, channels]: sums of dz (x - mean), or of their tangents
+    uint64_t rows;
+    uint32_t channels;
+    uint32_t pack;
+    uint32_t mask;
+    uint32_t residual_mode;
+};
+
+/// Two sums that are always taken together.
+struct Sums {
+    double dz, dz_x;
+};
+
+__device__ __forceinline__ Sums add(const Sums& a, const Sums& b) { return {a.dz + b.dz, a.dz_x + b.dz_x}; }
+
+template <class S, Shape shape, bool tangent, Mask mask, Residual residual>
+__device__ __forceinline__ void sums_of_block(const SumsArgs<S>& a) {
+    typedef Arithmetic<S> T;
+    const uint64_t channels = a.channels;
+    // Adds one run's sums to `totals_dz[0..]` and `totals_dz_x[0..]`.
+    const auto add_run = [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count, double* totals_dz,
+                             double* totals_dz_x) {
+        typedef typename decltype(of)::type Group;
+        const Masked<Group, mask> masked(a.upstream, c);
+        Group sum = {}, sum_x = {}, mean_tangent = {};
+        if (tangent) mean_tangent = Group::load(a.tangent.mean + c);
+        uint64_t place = row * channels + c;
+#pragma unroll 2
+        for (uint32_t i = 0; i < count; ++i, place += step * channels) {
+            const Group x = Group::load(a.upstream.x + place);
+            const Group edge = masked.edge(a.upstream, place, x);
+            const Group dy = masked.passed(edge, Group::load(a.upstream.dy + place));
+            Group dz = dy;
+            if (tangent) dz = masked.passed(edge, Group::load(a.tangent.dy + place));
+            POLDER_UNROLL
+            for (int k = 0; k < Group::items; ++k) {
+                sum.v[k] = sum.v[k] + dz.v[k];
+                sum_x.v[k] = sum_x.v[k] + dz.v[k] * (x.v[k] - masked.mean.v[k]);
+            }
+            if (tangent) {
+                const Group x_tangent = Group::load(a.tangent.x + place);
+                POLDER_UNROLL
+                for (int k = 0; k < Group::items; ++k) {
+                    sum_x.v[k] = sum_x.v[k] + dy.v[k] * (x_tangent.v[k] - mean_tangent.v[k]);
+                }
+            }
+            if (residual == kWrite) {
+                dz.store(a.residual + place);
+            } else if (residual == kAccumulate) {
+                Group total = Group::load(a.residual + place);
+                POLDER_UNROLL
+                for (int k = 0; k < Group::items; ++k) total.v[k] = total.v[k] + dz.v[k];
+                total.store(a.residual + place);
+            }
+        }
+        alignas(Group) T sums[Group::channels];
+        alignas(Group) T sums_x[Group::channels];
+        sum.store(sums);
+        sum_x.store(sums_x);
+        POLDER_UNROLL
+        for (int k = 0; k < Group::channels; ++k) {
+            totals_dz[k] += double(sums[k]);
+            totals_dz_x[k] += double(sums_x[k]);
+        }
+    };
+    double* const block_dz = a.dz + uint64_t(blockIdx.x) * channels;
+    double* const block_dz_x = a.dz_x + uint64_t(blockIdx.x) * channels;
+    if constexpr (shape == kCpu) {
+        for (uint64_t c = 0; c < channels; ++c) block_dz[c] = block_dz_x[c] = 0.0;
+        for_each_run<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+            add_run(of, c, row, step, count, block_dz + c, block_dz_x + c);
+        });
+    } else {
+        constexpr int V = shape == kFour ? 4 : 1;
+        POLDER_DYNAMIC_SHARED(Sums, shared);
+        double totals_dz[V] = {}, totals_dz_x[V] = {};
+        for_each_run<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+            add_run(of, c, row, step, count, totals_dz, totals_dz_x);
+        });
+        const uint32_t c = (blockIdx.y * blockDim.x + threadIdx.x) * V;
+        POLDER_UNROLL
+        for (int k = 0; k < V; ++k) {
+            const Sums all = combine_lines(Sums{totals_dz[k], totals_dz_x[k]}, shared, add);
+            if (threadIdx.y == 0 && c < channels) {
+                block_dz[c + k] = all.dz;
+                block_dz_x[c + k] = all.dz_x;
+            }
+        }
+    }
+}
+
+template <class S, Shape shape, bool tangent, Mask mask>
+__device__ __forceinline__ void sums_with_residual(const SumsArgs<S>& a) {
+    if (a.residual_mode == kNone) sums_of_block<S, shape, tangent, mask, kNone>(a);
+    else if (a.residual_mode == kWrite) sums_of_block<S, shape, tangent, mask, kWrite>(a);
+    else sums_of_block<S, shape, tangent, mask, kAccumulate>(a);
+}
+
+template <class S, bool tangent>
+__device__ __forceinline__ void sums(const SumsArgs<S>& a) {
+    with_shape(a.pack, [&](auto of) {
+        constexpr Shape shape = decltype(of)::value;
+        if (a.mask == kOutput) sums_with_residual<S, shape, tangent, kOutput>(a);
+        else if (a.mask == kRecompute) sums_of_block<S, shape, tangent, kRecompute, kNone>(a);  // there was no residual
+        else sums_with_residual<S, shape, tangent, kNoMask>(a);
+    });
+}
+
+/// Calls `write(c, sums)` with the blocks' sums of every channel combined. GPU: a block per channel.
+template <class F>
+__device__ __forceinline__ void combine_blocks(const double* dz, const double* dz_x, uint32_t channels, uint32_t blocks,
+                                               const F& write) {
+    const auto sums_of = [&](uint32_t block, uint32_t c) -> Sums {
+        const uint64_t place = uint64_t(block) * channels + c;
+        return {dz[place], dz_x[place]};
+    };
+#if defined(POLDER_HOST)
+    if (blockDim.y == 1) {
+        for_each_index(channels, [&](uint64_t c) {
+            Sums all = {0.0, 0.0};
+            for (uint32_t block = 0; block < blocks; ++block) all = add(all, sums_of(block, uint32_t(c)));
+            write(uint32_t(c), all);
+        });
+        return;
+    }
+#endif
+    POLDER_DYNAMIC_SHARED(Sums, shared);
+    const uint32_t c = blockIdx.x;
+    Sums all = {0.0, 0.0};
+    for (uint32_t block = threadIdx.y; block < blocks; block += blockDim.y) all = add(all, sums_of(block, c));
+    all = combine_lines(all, shared, add);
+    if (threadIdx.y == 0) write(c, all);
+}
+
+}  // namespace
