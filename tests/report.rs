@@ -159,7 +159,9 @@ fn a_section_is_there_only_if_there_is_something_to_show() {
     landscape(&full.join("landscape"), "plane", 2, 121, |x, y| 0.1 + x * x + y * y);
     landscape(&full.join("landscape-line"), "line", 1, 11, |x, _| 0.1 + x * x);
     landscape(&full.join("landscape-empty"), "EMPTY", 2, 0, |_, _| 0.0);
-    std::fs::create_dir(full.join("landscape-other")).unwrap();
+    // Not begun yet.
+    landscape(&full.join("landscape-other"), "OTHER", 2, 0, |_, _| 0.0);
+    std::fs::remove_file(full.join("landscape-other/landscape.csv")).unwrap();
     let (html, _) = page(&[bare, full]);
     let expected = [
         "Accuracy",
@@ -180,7 +182,7 @@ fn a_section_is_there_only_if_there_is_something_to_show() {
     assert_eq!(row(at_the_end, "sam")[1..6], ["10", "4", "0.2500", "0.5000", "logged after epoch 1"]);
     assert!(html.contains("aria-label=\"loss over two directions, plane\""));
     assert!(html.contains("aria-label=\"Loss along a line, line\""));
-    assert!(!html.contains("EMPTY"));
+    assert!(!html.contains("EMPTY") && !html.contains("OTHER"));
 }
 
 #[test]
@@ -544,7 +546,7 @@ fn mistakes_are_told_in_one_line_that_names_the_path() {
     std::fs::write(good.join("curvature.json"), "{\"samples\": 3}").unwrap();
     assert!(mistake(&folder, &["good"]).contains("good/curvature.json: no `measures`"));
     std::fs::remove_file(good.join("curvature.json")).unwrap();
-    std::fs::create_dir(good.join("landscape")).unwrap();
+    landscape(&good.join("landscape"), "bowl", 2, 121, |x, y| x * x + y * y);
     std::fs::write(good.join("landscape/landscape.json"), "[]").unwrap();
     assert!(mistake(&folder, &["good"]).contains("good/landscape/landscape.json: "));
 }
