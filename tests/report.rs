@@ -141,7 +141,7 @@ fn a_section_is_there_only_if_there_is_something_to_show() {
     let folder = tempfile::tempdir().unwrap();
     let log = [epoch(1, Some(1.0), 0.5, 3.0), epoch(2, Some(0.9), 0.55, 6.0)];
     let bare = run(folder.path(), "bare", "optimizer = \"sgd\"\n", &log);
-    let (html, found) = page(&[bare.clone()]);
+    let (html, found) = page(std::slice::from_ref(&bare));
     assert_eq!(headings(&html), ["Accuracy", "Learning curves", "Settings", "Runs"]);
     assert_eq!(found.curvature_order, None);
     assert!(!html.contains("class=\"best\"") && !html.contains("class=\"legend\""), "there is one group only");
@@ -159,7 +159,9 @@ fn a_section_is_there_only_if_there_is_something_to_show() {
     landscape(&full.join("landscape"), "plane", 2, 121, |x, y| 0.1 + x * x + y * y);
     landscape(&full.join("landscape-line"), "line", 1, 11, |x, _| 0.1 + x * x);
     landscape(&full.join("landscape-empty"), "EMPTY", 2, 0, |_, _| 0.0);
-    std::fs::create_dir(full.join("landscape-other")).unwrap();
+    // Not begun yet.
+    landscape(&full.join("landscape-other"), "OTHER", 2, 0, |_, _| 0.0);
+    std::fs::remove_file(full.join("landscape-other/landscape.csv")).unwrap();
     let (html, _) = page(&[bare, full]);
     let expected = [
         "Accuracy",
@@ -180,7 +182,7 @@ fn a_section_is_there_only_if_there_is_something_to_show() {
     assert_eq!(row(at_the_end, "sam")[1..6], ["10", "4", "0.2500", "0.5000", "logged after epoch 1"]);
     assert!(html.contains("aria-label=\"loss over two directions, plane\""));
     assert!(html.contains("aria-label=\"Loss along a line, line\""));
-    assert!(!html.contains("EMPTY"));
+    assert!(!html.contains("EMPTY") && !html.contains("OTHER"));
 }
 
 #[test]
@@ -296,7 +298,7 @@ fn one_epoch_or_none_is_enough() {
         "gradient_norm": 1.0, "skipped": 1, "dropped_alpha": 0, "dropped_beta": 0,
     });
     let path = run(folder.path(), "none", "optimizer = \"sgd\"\n", &[step.to_string()]);
-    let (html, _) = page(&[path.clone()]);
+    let (html, _) = page(std::slice::from_ref(&path));
     assert!(html.contains("No epoch has been finished yet."));
     assert_eq!(row(&html, path.to_str().unwrap())[3..7], ["7", "1", "–", "–"]);
 }
@@ -466,7 +468,7 @@ fn event_files_are_what_tensorboard_writes_itself() {
     let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_700_000_000);
     let log = std::fs::OpenOptions::new().write(true).open(path.join("log.jsonl")).unwrap();
     log.set_modified(time).unwrap();
-    let found = report(&[path.clone()], None, true).unwrap();
+    let found = report(std::slice::from_ref(&path), None, true).unwrap();
     assert_eq!(found.report, path.join("report.html"));
     assert_eq!(found.tensorboard, [path.join("tensorboard/events.out.tfevents.polder")]);
     let bytes = std::fs::read(&found.tensorboard[0]).unwrap();
@@ -544,7 +546,7 @@ fn mistakes_are_told_in_one_line_that_names_the_path() {
     std::fs::write(good.join("curvature.json"), "{\"samples\": 3}").unwrap();
     assert!(mistake(&folder, &["good"]).contains("good/curvature.json: no `measures`"));
     std::fs::remove_file(good.join("curvature.json")).unwrap();
-    std::fs::create_dir(good.join("landscape")).unwrap();
+    landscape(&good.join("landscape"), "bowl", 2, 121, |x, y| x * x + y * y);
     std::fs::write(good.join("landscape/landscape.json"), "[]").unwrap();
     assert!(mistake(&folder, &["good"]).contains("good/landscape/landscape.json: "));
 }

@@ -73,7 +73,8 @@ impl Run {
         for entry in listing {
             let entry = entry.map_err(TrainError::io(path))?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            if name.starts_with("landscape") && entry.path().join("landscape.json").is_file() {
+            let has = |file: &str| entry.path().join(file).is_file();
+            if name.starts_with("landscape") && has("landscape.json") && has("landscape.csv") {
                 landscapes.push((name, Landscape::read(&entry.path())?));
             }
         }
