@@ -212,6 +212,18 @@ fn the_report_says_whether_curvature_falls_in_the_order_of_the_groups() {
     assert!(!found.curvature_order.unwrap().falls);
     assert!(html.contains("The trace of the Hessian does not fall in the order of the groups: sam 50; sgd 100."));
     assert_eq!(page(&[a, c]).1.curvature_order, None, "one group has nothing to be compared with");
+
+    // What was not measured by itself is the log's.
+    let measures =
+        json!({"trace": {"value": 7.0}, "grad-norm": {"value": 3.0}, "power-iteration": {"values": [-5.0, 1.0]}});
+    let d = run(folder.path(), "d", "optimizer = \"gam\"\n", &[epoch(1, Some(1.0), 0.5, 1.0), curvature(1, &measures)]);
+    let whole = json!({"samples": 1000, "split": "train", "measures": {"trace": {"value": 9.0}}});
+    std::fs::write(d.join("curvature.json"), whole.to_string()).unwrap();
+    let (html, found) = page(std::slice::from_ref(&d));
+    let mut means: Vec<f64> = found.groups[0].curvature.values().map(|of| of["mean"].as_f64().unwrap()).collect();
+    means.sort_by(f64::total_cmp);
+    assert_eq!(means, [-5.0, 3.0, 9.0]);
+    assert!(html.contains("over 1000 training images; others logged after epoch 1"), "{html}");
 }
 
 #[test]

@@ -305,12 +305,13 @@ fn runs(groups: &[Group]) -> impl Iterator<Item = &Run> {
 }
 
 /// Measures in the order in which they are told, what readers call them, and their units on an axis.
-const MEASURES: [(&str, &str, &str); 15] = [
+const MEASURES: [(&str, &str, &str); 16] = [
     ("trace", "Trace of the Hessian", "Tr(H)"),
     ("hutch++", "Trace of the Hessian, by Hutch++", "Tr(H)"),
     ("grad-norm", "Norm of the gradient", "‖∇L‖"),
     ("normalized-trace", "Normalised trace", "Tr(H)/‖∇L‖"),
     ("top eigenvalue", "Largest eigenvalue", "λ1"),
+    ("power eigenvalue", "Eigenvalue largest in magnitude", "λ"),
     ("λ1/λ5", "Largest eigenvalue over the fifth", "λ1/λ5"),
     ("vhv", "Curvature along the gradient", "vᵀHv"),
     ("vhv-difference", "Curvature along the gradient, by a difference", "vᵀHv"),

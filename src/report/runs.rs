@@ -125,13 +125,15 @@ impl Run {
         })
     }
 
-    /// The curvature at the end: what was measured by itself, or else the log's last.
+    /// The curvature at the end: what was measured by itself, and the log's last for what was not.
     pub fn final_curvature(&self) -> Option<Measured> {
-        let logged = || {
-            let (epoch, measures) = self.curvatures().last()?;
-            Some(Measured { measures: measures.clone(), over: format!("logged after epoch {epoch}") })
-        };
-        self.curvature.clone().or_else(logged)
+        let logged = self.curvatures().last();
+        let Some((epoch, logged)) = logged else { return self.curvature.clone() };
+        let (mut measures, over) = (logged.clone(), format!("logged after epoch {epoch}"));
+        let Some(measured) = &self.curvature else { return Some(Measured { measures, over }) };
+        measures.extend(measured.measures.clone());
+        let rest = if measures.len() > measured.measures.len() { format!("; others {over}") } else { String::new() };
+        Some(Measured { measures, over: format!("{}{rest}", measured.over) })
     }
 
     /// Steps done and steps skipped, as far as the log tells.
@@ -202,9 +204,11 @@ pub(super) fn numbers(measures: &Measures) -> Vec<(String, f64)> {
         let mut add = |name: String, value: Option<f64>| found.extend(value.map(|value| (name, value)));
         add(name.clone(), number("value"));
         match name.as_str() {
-            "top-eigenvalues" => {
-                add("top eigenvalue".into(), measure.get("values").and_then(|values| values.get(0)?.as_f64()));
-                add("λ1/λ5".into(), number("first_over_fifth"));
+            "top-eigenvalues" | "power-iteration" => {
+                let first = measure.get("values").and_then(|values| values.get(0)?.as_f64());
+                let lanczos = name == "top-eigenvalues";
+                add(if lanczos { "top eigenvalue" } else { "power eigenvalue" }.into(), first);
+                add("λ1/λ5".into(), number("first_over_fifth").filter(|_| lanczos));
             }
             "extrema" => {
                 for key in ["minima", "maxima"] {
