@@ -1,7 +1,7 @@
 //! The command line: `polder train`, `eval`, `curvature`, `landscape`, `report`, `devices`.
 //!
-//! Exit codes: 0 done; 1 the machine failed, or a loss diverged; 2 bad usage or input, told in one line; 130 interrupted, with
-//! everything saved.
+//! Exit codes: 0 done; 1 the machine failed, or a loss diverged; 2 bad usage or input, told in one line; 130 a
+//! run or a landscape was interrupted, with everything saved.
 
 mod commands;
 

@@ -522,7 +522,7 @@ fn curvature_is_measured_over_any_parts_of_the_images() {
         (&["--samples", "97"], &["--samples", "97", "96"]),
         (&["--std", "1e-38", "--samples", "32", "--batch-size", "16"], &["init.safetensors", "not finite"]),
         (&["--probes", "0"], &["--probes", "at least 1"]),
-        (&["--top", "9", "--steps", "8"], &["--top", "9", "--steps 8"]),
+        (&["--measure", "top-eigenvalues", "--top", "9", "--steps", "8"], &["--top", "9", "--steps 8"]),
         (&["--tolerance", "nan"], &["--tolerance", "0 or more"]),
         (&["--rho", "0"], &["--rho", "above 0"]),
         (&["--ascent-steps", "0"], &["--ascent-steps", "at least 1"]),
@@ -667,6 +667,25 @@ fn a_landscape_is_mapped_drawn_and_continued() {
     let message = mistake(&[&common[..], &["--run", run, "--points", "4"]].concat());
     assert!(message.contains("landscape") && message.contains("points is 3, not 4"), "{message}");
 
+    // Points without what they are of are nobody's.
+    let orphan = folder.path().join("orphan");
+    std::fs::create_dir(&orphan).unwrap();
+    std::fs::copy(out.join("landscape.csv"), orphan.join("landscape.csv")).unwrap();
+    let message =
+        mistake(&[&common[..7], &["--run", run, "--points", "3", "--out", orphan.to_str().unwrap()]].concat());
+    assert!(message.contains("orphan/landscape.csv: points of an unknown landscape"), "{message}");
+    // Other labels are another loss.
+    let noisy = folder.path().join("noisy");
+    let noise = ["--label-noise", "0.5", "--init", &init, "--steps", "1", "--batch-size", "16", "--data", data];
+    json(&polder(&[&["train", "--device", "cpu", "--json", "--out", noisy.to_str().unwrap()][..], &noise].concat()));
+    std::fs::remove_dir_all(&orphan).unwrap();
+    let there = ["--points", "2", "--out", orphan.to_str().unwrap()];
+    map(&[&["--run", noisy.to_str().unwrap()][..], &there].concat());
+    let weights = noisy.join("model.safetensors");
+    let clean = ["--model", "resnet8", "--shortcut", "a", "--data", data, "--init", weights.to_str().unwrap()];
+    let message = mistake(&[&common[..], &clean, &there].concat());
+    assert!(message.contains("whose images is checksum"), "{message}");
+
     // Between two models: at 0 the one, at 1 the other.
     let to = Path::new(run).join("model.safetensors");
     let line = folder.path().join("line");
@@ -710,6 +729,9 @@ fn a_landscape_is_mapped_drawn_and_continued() {
         (&["--run", run, "--points", "1"][..], &["--points: 1"][..]),
         (&["--run", run, "--range", "1,0"], &["--range: 1,0"]),
         (&["--run", run, "--range", "1"], &["--range: 1 numbers"]),
+        (&["--run", run, "--range=-1e308,1e308"], &["--range: "]),
+        (&["--run", run, "--points", "18446744073709551615"], &["--points: ", "4000000"]),
+        (&["--run", run, "--points", "2001"], &["--points: 2001"]),
         (&["--run", run, "--dimensions", "3"], &["--dimensions", "3"]),
         (&["--run", run, "--samples", "97"], &["--samples", "97"]),
         (&["--run", "no/such/run"], &["no/such/run", "no run"]),
@@ -797,6 +819,16 @@ fn findings_are_written_to_files() {
     std::fs::write(&blocked, "a file").unwrap();
     let message = mistake(&[&common[..], &["--out", blocked.to_str().unwrap()]].concat());
     assert!(message.contains("blocked"), "{message}");
+    // What cannot be measured does not take the rest with it; what all of it meets is the fault of the weights.
+    let wild = ["--measure", "grad-norm,sharpness", "--rho", "1e30", "--out", out.to_str().unwrap()];
+    let rest = json(&polder(&[&common[..], &wild, &["--json"]].concat()));
+    assert!(rest["measures"]["grad-norm"]["value"].as_f64().unwrap() > 0.0, "{rest}");
+    assert!(rest["measures"]["sharpness"]["reason"].as_str().unwrap().contains("not finite"), "{rest}");
+    assert!(!out.join("spectrum.csv").exists(), "one of an earlier measurement");
+    let sharp = [&common[..], &["--measure", "sharpness", "--rho", "1e30"]].concat();
+    assert!(mistake(&sharp).contains("model.safetensors"));
+    // --top is for eigenvalues.
+    assert!(polder(&[&common[..], &["--measure", "spectrum", "--steps", "3"]].concat()).status.success());
     // A few products are not enough, which is said.
     let rough = ["--measure", "top-eigenvalues", "--steps", "3", "--top", "2"];
     let printed = text(&polder(&[&common[..], &rough].concat()).stdout);

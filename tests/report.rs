@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use polder::report::{landscape_pictures, report, spectrum_picture};
+use polder::train::checksum;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tiny_skia::Pixmap;
@@ -224,6 +225,17 @@ fn the_report_says_whether_curvature_falls_in_the_order_of_the_groups() {
     means.sort_by(f64::total_cmp);
     assert_eq!(means, [-5.0, 3.0, 9.0]);
     assert!(html.contains("over 1000 training images; others logged after epoch 1"), "{html}");
+    // What is of other weights than the run has now is left out, and said to be.
+    std::fs::write(d.join("model.safetensors"), "weights").unwrap();
+    let whole =
+        json!({"measures": {"trace": {"value": 9.0}}, "weights": checksum(&d.join("model.safetensors")).unwrap()});
+    std::fs::write(d.join("curvature.json"), whole.to_string()).unwrap();
+    let (html, _) = page(std::slice::from_ref(&d));
+    assert!(!html.contains("other weights by now"), "{html}");
+    std::fs::write(d.join("model.safetensors"), "trained on").unwrap();
+    let (html, found) = page(std::slice::from_ref(&d));
+    assert!(html.contains("left out because the run has other weights by now: curvature.json."), "{html}");
+    assert!(found.groups[0].curvature.values().any(|of| of["mean"] == 7.0), "{:?}", found.groups);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //
 // Every kernel source is compiled several times through this header, once per instruction set (-DPOLDER_ISA=avx2 ...),
 // and linked with one runtime.cpp. So everything with code in it has internal linkage: the linker must never take a
-// function compiled for AVX-512 for one compiled for the baseline. No C++ standard header is included for that reason.
+// function compiled for AVX2 for one compiled for the baseline. No C++ standard header is included for that reason.
 //
 // A kernel runs as CUDA runs it: a block's threads are fibers on one OS thread, `__syncthreads` and the warp operations
 // wait for all whom they concern, shared memory is shared by a block, and atomics hold between blocks, which run on

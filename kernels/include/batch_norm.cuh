@@ -32,9 +32,7 @@ struct Scalars : Pack<T, N> {
 };
 
 #if defined(POLDER_HOST)
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX__)
+#if defined(__AVX__)
 constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;

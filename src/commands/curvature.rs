@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 
 use polder::curvature::{Density, Estimate, Passes, Rise};
-use polder::device;
+use polder::kernels::batch_norm::Mode;
 use polder::report::spectrum_picture;
-use polder::train::{CurvatureMeter, CurvatureSettings, Finding, Findings, Measure, TrainError, write_whole};
+use polder::train::{CurvatureMeter, CurvatureSettings, Finding, Findings, Measure, TrainError, checksum, write_whole};
 use serde_json::json;
 
-use super::model::{BatchNormName, ModelArgs, SplitName};
+use super::model::{BatchNormName, ModelArgs, Samples, SplitName};
 use super::{Bar, make_folder, print};
 
 #[derive(clap::Args)]
@@ -18,7 +18,7 @@ pub struct CurvatureArgs {
     /// Which images
     #[arg(long, value_enum, default_value = "train")]
     split: SplitName,
-    /// The first N images, a multiple of --batch-size [default: 1000, or as many as there are]
+    /// The first N images, a multiple of --batch-size [default: 1000 or as many as there are, in whole batches]
     #[arg(long, value_name = "N")]
     samples: Option<usize>,
     /// What to measure
@@ -54,7 +54,7 @@ pub struct CurvatureArgs {
     /// What batch norm normalises with
     #[arg(long, value_enum, value_name = "MODE", default_value = "eval")]
     bn: BatchNormName,
-    /// Write curvature.json, curvature.csv and, with a spectrum, spectrum.csv and pictures of it to this folder
+    /// Write curvature.json, curvature.csv and, with a spectrum, spectrum.csv and pictures of it to this folder, in place of earlier ones
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
@@ -72,12 +72,8 @@ pub fn run(args: &CurvatureArgs) -> Result<(), TrainError> {
     };
     settings.check("--")?;
     let split = args.split.split();
-    let mut subject = args.model.open(split, args.samples)?;
+    let subject = args.model.open(split, args.samples.map_or(Samples::Usual, Samples::First))?;
     let batch_size = args.model.batch_size.min(subject.images.len());
-    if args.samples.is_none() {
-        let samples = CurvatureMeter::usual_samples(subject.images.len(), batch_size);
-        subject.images = subject.images.take(samples)?;
-    }
     // A folder that cannot be written to is told before the work.
     if let Some(out) = &args.out {
         make_folder(out)?;
@@ -90,24 +86,39 @@ pub fn run(args: &CurvatureArgs) -> Result<(), TrainError> {
     let mut progress = |measure: Measure, done, of| bar.show(&measure.to_string(), done, of);
     let found = meter.measure(parameters.view(), statistics.view(), &settings, &mut progress);
     drop(bar);
-    let found = found.map_err(|error| match error {
-        // What is not finite is the fault of the weights.
-        TrainError::Device(device::Error::Argument { message, .. }) => {
-            TrainError::Weights { path: subject.init.clone(), reason: message }
-        }
-        other => other,
-    })?;
+    let found = found?;
+    // Where everything failed, nothing is written over what was found before.
+    if let [(_, Finding::Failed(reason)), rest @ ..] = &found.list[..]
+        && rest.iter().all(|(_, finding)| matches!(finding, Finding::Failed(_)))
+    {
+        return Err(subject.unsound(reason.clone()));
+    }
     let samples = subject.images.len();
     let Passes { gradients, products } = found.passes;
     let object = json!({
         "samples": samples,
         "split": split.to_string(),
         "passes": {"gradients": gradients, "products": products},
+        "weights": checksum(&subject.init)?,
+        "settings": {
+            "bn": if args.bn.mode() == Mode::Eval { "eval" } else { "train" },
+            "batch_size": batch_size,
+            "probes": args.probes,
+            "steps": args.steps,
+            "tolerance": args.tolerance,
+            "rho": args.rho,
+            "ascent_steps": args.ascent_steps,
+            "seed": args.seed,
+        },
         "measures": found.json(),
     });
     if let Some(out) = &args.out {
         write_whole(&out.join("curvature.json"), format!("{object}\n").as_bytes())?;
         write_whole(&out.join("curvature.csv"), table(&found).as_bytes())?;
+        // One of an earlier measurement would not belong to these files.
+        for name in ["spectrum.csv", "spectrum.svg", "spectrum.png"] {
+            let _ = std::fs::remove_file(out.join(name));
+        }
         for (_, finding) in &found.list {
             if let Finding::Density(Density { nodes, weights }) = finding {
                 let lines: String =
@@ -148,7 +159,7 @@ fn words(finding: &Finding, settings: &CurvatureSettings) -> String {
     match finding {
         Finding::Number(value) => digits(*value),
         Finding::Mean(estimate, of) => format!("{} ({} {of})", with_error(estimate), estimate.probes),
-        Finding::None(reason) => format!("none: {reason}"),
+        Finding::None(reason) | Finding::Failed(reason) => format!("none: {reason}"),
         Finding::Rise { rise: Rise { one_step, largest }, steps, .. } => {
             format!("{} (one step {}, {steps} steps of ascent)", digits(*largest), digits(*one_step))
         }

@@ -6,7 +6,7 @@ use polder::kernels::batch_norm::Mode;
 use polder::train::{Evaluation, Evaluator, TrainError};
 use serde_json::json;
 
-use super::model::{ModelArgs, SplitName, Subject};
+use super::model::{ModelArgs, Samples, SplitName, Subject};
 use super::{print, write_npy};
 
 #[derive(clap::Args)]
@@ -26,7 +26,7 @@ pub struct EvalArgs {
 
 pub fn run(args: &EvalArgs) -> Result<(), TrainError> {
     let split = args.split.split();
-    let subject = args.model.open(split, args.samples)?;
+    let subject = args.model.open(split, args.samples.map_or(Samples::All, Samples::First))?;
     let Subject { model, device, name, data, images, normalization, init, .. } = &subject;
     let batch_size = args.model.batch_size;
     let mut evaluator = Evaluator::new(device, *model, data, images, *normalization, batch_size, Mode::Eval)?;

@@ -14,12 +14,11 @@ use polder::kernels::vector;
 use polder::plan::Plan;
 use polder::report::landscape_pictures;
 use polder::train::landscape::{Axis, Heights, Landscape, load_direction, save_direction};
-use polder::train::{CurvatureMeter, CurvatureSettings, Evaluator, TrainError};
+use polder::train::{CurvatureMeter, CurvatureSettings, Evaluator, TrainError, checksum};
 use serde_json::json;
 
-use super::model::{BatchNormName, ModelArgs, SplitName, Subject};
-use super::train::stop_on_signals;
-use super::{Bar, make_folder, option, print, tell, write_npy};
+use super::model::{BatchNormName, ModelArgs, Samples, SplitName, Subject};
+use super::{Bar, make_folder, option, print, stop_on_signals, tell, write_npy};
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 enum DirectionsName {
@@ -40,7 +39,7 @@ pub struct LandscapeArgs {
     /// Which images
     #[arg(long, value_enum, default_value = "train")]
     split: SplitName,
-    /// The first N images [default: 1000, or as many as there are]
+    /// The first N images [default: 1000 or as many as there are, in whole batches]
     #[arg(long, value_name = "N")]
     samples: Option<usize>,
     /// 1 for a line, 2 for a plane [default: 2; the number of --to]
@@ -84,17 +83,17 @@ pub fn run(args: &LandscapeArgs) -> Result<ExitCode, TrainError> {
     let [low, high] = *range else {
         return Err(option("--range", format!("{} numbers, expected LOW,HIGH", range.len())));
     };
-    if !low.is_finite() || !high.is_finite() || low >= high {
+    if !low.is_finite() || !high.is_finite() || !(high - low).is_finite() || low >= high {
         return Err(option("--range", format!("{low},{high}, expected finite numbers, the lower one first")));
     }
     let split = args.split.split();
-    let mut subject = args.model.open(split, args.samples)?;
-    let batch_size = args.model.batch_size.min(subject.images.len());
-    if args.samples.is_none() {
-        let samples = CurvatureMeter::usual_samples(subject.images.len(), batch_size);
-        subject.images = subject.images.take(samples)?;
-    }
     let dimensions = if args.to.is_empty() { usize::from(args.dimensions.unwrap_or(2)) } else { args.to.len() };
+    if args.points.checked_pow(dimensions as u32).is_none_or(|points| points > Landscape::MOST_POINTS) {
+        let reason = format!("{}, expected at most {} points in all", args.points, Landscape::MOST_POINTS);
+        return Err(option("--points", reason));
+    }
+    let subject = args.model.open(split, args.samples.map_or(Samples::Usual, Samples::First))?;
+    let batch_size = args.model.batch_size.min(subject.images.len());
     let out = match (&args.out, &args.model.run) {
         (Some(out), _) => out.clone(),
         (None, run) => run.clone().unwrap_or_default().join("landscape"),
@@ -162,15 +161,18 @@ fn settings(
     let list = |values: &[f32]| values.iter().map(f32::to_string).collect::<Vec<_>>().join(",");
     let file = |path: &Path| -> Result<String, TrainError> {
         let failed = |source| TrainError::Io { path: path.into(), source };
-        let mut sum = Crc::new();
-        sum.update(&std::fs::read(path).map_err(failed)?);
-        let path = std::path::absolute(path).map_err(failed)?;
-        Ok(format!("{} (checksum {:08x})", path.display(), sum.sum()))
+        let whole = std::path::absolute(path).map_err(failed)?;
+        Ok(format!("{} (checksum {})", whole.display(), checksum(path)?))
     };
+    let mut images = Crc::new();
+    images.update(&subject.images.pixels);
+    subject.images.labels.iter().for_each(|label| images.update(&label.to_le_bytes()));
     let name = |value: Option<clap::builder::PossibleValue>| value.map_or(String::new(), |v| v.get_name().to_string());
     let mut settings: BTreeMap<&str, String> = BTreeMap::from([
         ("model", subject.model_name.clone()),
         ("init", file(&subject.init)?),
+        ("weights", checksum(&subject.init)?),
+        ("images", format!("checksum {:08x}", images.sum())),
         ("data", subject.data.clone()),
         ("mean", list(&subject.normalization.mean[..channels])),
         ("std", list(&subject.normalization.std[..channels])),
@@ -228,14 +230,12 @@ fn directions(
         curvature.top_eigenvalues(dimensions, (steps, tolerance), args.seed, progress)
     });
     let pairs = pairs.map_err(|error| match error {
-        TrainError::Device(device::Error::Argument { message, .. }) => {
-            TrainError::Weights { path: init.clone(), reason: message }
-        }
+        TrainError::Device(device::Error::Argument { message, .. }) => subject.unsound(message),
         other => other,
     })?;
     if pairs.len() < dimensions {
         let reason = format!("the Hessian has only {} eigenvectors that could be told apart", pairs.len());
-        return Err(TrainError::Weights { path: init.clone(), reason });
+        return Err(subject.unsound(reason));
     }
     let found = pairs.into_iter().enumerate().map(|(axis, pair)| Direction {
         name: format!("eigenvector {} (λ = {:.3})", axis + 1, pair.value),
@@ -276,8 +276,8 @@ fn tell_result(args: &LandscapeArgs, out: &Path, landscape: &Landscape, heights:
                 "lowest": extreme(finite.first()),
                 "highest": extreme(finite.last()),
                 "not_finite": landscape.len() - finite.len(),
-                "out": out,
-                "pictures": pictures,
+                "out": out.display().to_string(),
+                "pictures": pictures.iter().map(|path| path.display().to_string()).collect::<Vec<_>>(),
             })
             .to_string(),
         );

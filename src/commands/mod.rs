@@ -10,6 +10,8 @@ pub mod train;
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use polder::train::TrainError;
@@ -66,12 +68,42 @@ impl Drop for Bar {
     }
 }
 
-/// Makes a folder for results.
+/// Ends a work after its step (by this name) at the first SIGINT, SIGTERM or SIGHUP, and the program at the second. A signal that
+/// the program was started to ignore (by `nohup`, say) stays ignored.
+fn stop_on_signals(stop: &Arc<AtomicBool>, step: &'static str, bar: Option<ProgressBar>) {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    // Linux tells which; elsewhere none is taken to be ignored.
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    let heard = [SIGHUP, SIGINT, SIGTERM].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0);
+    // Without a handler a signal would end the program unsaved: go on anyway.
+    let Ok(mut signals) = signal_hook::iterator::Signals::new(heard) else { return };
+    let asked = stop.clone();
+    std::thread::spawn(move || {
+        for _ in signals.forever() {
+            if asked.swap(true, Ordering::SeqCst) {
+                std::process::exit(130);
+            }
+            let text = format!("stopping after this {step}; once more to stop at once");
+            match &bar {
+                Some(bar) => bar.println(text),
+                None => tell(&text),
+            }
+        }
+    });
+}
+
+/// Makes a folder for results, and sees whether a file can be written there.
 ///
 /// # Errors
 /// Those of the folder.
 fn make_folder(folder: &Path) -> Result<(), TrainError> {
-    std::fs::create_dir_all(folder).map_err(|source| TrainError::Io { path: folder.into(), source })
+    let probe = folder.join("probe.partial");
+    let writable = std::fs::create_dir_all(folder)
+        .and_then(|()| std::fs::write(&probe, ""))
+        .and_then(|()| std::fs::remove_file(&probe));
+    writable.map_err(|source| TrainError::Io { path: folder.into(), source })
 }
 
 /// Writes an array in C order.

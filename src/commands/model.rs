@@ -7,9 +7,9 @@ use polder::data::{Images, Split, SplitImages};
 use polder::device::{Buffer, Device};
 use polder::kernels::batch_norm::Mode;
 use polder::kernels::image::Normalization;
-use polder::nn::{Model, Shortcut};
+use polder::nn::Model;
 use polder::plan::Plan;
-use polder::train::{self, Options, ShortcutName, TrainError, weights};
+use polder::train::{self, CurvatureMeter, Options, ShortcutName, TrainError, weights};
 
 use super::option;
 
@@ -47,7 +47,7 @@ impl BatchNormName {
 
 #[derive(clap::Args)]
 pub struct ModelArgs {
-    /// The folder of a run: model, weights, data and normalisation are its own where they are not given
+    /// The folder of a run: model, weights and data are its own where they are not given, and normalisation and labels of its data
     #[arg(long, value_name = "DIR")]
     pub run: Option<PathBuf>,
     /// resnet8, 20, 32, 44, 56, 110 (CIFAR ResNets) or resnet18
@@ -82,6 +82,14 @@ pub struct ModelArgs {
     pub json: bool,
 }
 
+/// How many images of a split.
+pub enum Samples {
+    First(usize),
+    /// The first 1,000 in whole batches, or as many as there are.
+    Usual,
+    All,
+}
+
 /// What [`ModelArgs`] name, opened.
 pub struct Subject {
     pub model: Model,
@@ -99,8 +107,8 @@ pub struct Subject {
 }
 
 impl ModelArgs {
-    /// The first `samples` images of the split, or all. Of a run's training images, those that it was trained on, with its labels.
-    pub fn open(&self, split: Split, samples: Option<usize>) -> Result<Subject, TrainError> {
+    /// Opens what is named. Of a run's training images, those that it was trained on, with its labels.
+    pub fn open(&self, split: Split, samples: Samples) -> Result<Subject, TrainError> {
         let run = match &self.run {
             None => Options::default(),
             Some(run) => {
@@ -113,13 +121,7 @@ impl ModelArgs {
         };
         let model_name = self.model.clone().or(run.model).unwrap_or_else(|| "resnet8".into());
         let shortcut = self.shortcut.or(run.shortcut.filter(|_| self.model.is_none()));
-        let model = Model::from_name(
-            &model_name,
-            shortcut.map(|name| match name {
-                ShortcutName::A => Shortcut::A,
-                ShortcutName::B => Shortcut::B,
-            }),
-        )?;
+        let model = Options { model: Some(model_name.clone()), shortcut, ..Options::default() }.model()?;
         let model_name = match shortcut {
             Some(shortcut) => format!("{model_name}, shortcut {shortcut}"),
             None => model_name,
@@ -133,7 +135,9 @@ impl ModelArgs {
         let data = self.data.clone().or(run.data.clone()).unwrap_or_else(|| "synthetic".into());
         let SplitImages { name, mut images, mean, std, .. } = train::open_split(&data, split)?;
         // What a run did to the images it was trained on is no part of other images.
-        let of_run = self.data.is_none();
+        let of_run = run.data.as_ref().is_some_and(|own| {
+            *own == data || std::path::absolute(&data).is_ok_and(|path| path.as_os_str() == own.as_str())
+        });
         if split == Split::Train && of_run {
             if let Some(n) = run.train_size {
                 images = images.take(n)?;
@@ -143,8 +147,12 @@ impl ModelArgs {
             }
         }
         let images = match samples {
-            Some(n) => images.take(n).map_err(|error| option("--samples", error))?,
-            None => images,
+            Samples::First(n) => images.take(n).map_err(|error| option("--samples", error))?,
+            Samples::Usual => {
+                let usual = CurvatureMeter::usual_samples(images.len(), self.batch_size.min(images.len()));
+                images.take(usual)?
+            }
+            Samples::All => images,
         };
         let channels = images.shape.channels;
         let own = |given: &Option<Vec<f32>>, of: Option<Vec<f32>>| given.clone().or(of.filter(|_| of_run));
@@ -156,6 +164,11 @@ impl ModelArgs {
 }
 
 impl Subject {
+    /// Lays it to the weights where nothing could be computed because something is not finite.
+    pub fn unsound(&self, message: String) -> TrainError {
+        TrainError::Weights { path: self.init.clone(), reason: message }
+    }
+
     /// Parameters and running statistics in a file, for a plan of the model.
     pub fn load(&self, file: &Path, plan: &Plan<f32>) -> Result<[Buffer<f32>; 2], TrainError> {
         let [parameters, statistics] = weights::load(file, [plan.parameters(), plan.statistics_layout()])?;

@@ -4,13 +4,12 @@ use std::path::PathBuf;
 
 use polder::report;
 use polder::train::TrainError;
-use serde_json::json;
 
-use super::print;
+use super::{option, print};
 
 #[derive(clap::Args)]
 pub struct ReportArgs {
-    /// Folders that `polder train --out` wrote
+    /// Folders that `polder train --out` wrote, with curvature.json and folders landscape… in them
     #[arg(value_name = "RUN", required = true)]
     runs: Vec<PathBuf>,
     /// The page [default: report.html, of one run in its folder]
@@ -27,7 +26,8 @@ pub struct ReportArgs {
 pub fn run(args: &ReportArgs) -> Result<(), TrainError> {
     let report = report::report(&args.runs, args.out.as_deref(), args.tensorboard)?;
     if args.json {
-        return print(&json!(report).to_string());
+        let text = serde_json::to_string(&report).map_err(|error| option("--json", error))?;
+        return print(&text);
     }
     for group in &report.groups {
         print(&group.to_string())?;

@@ -4,13 +4,13 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use polder::train::{self, Options, Progress, Record, TrainError};
 use serde_json::json;
 
-use super::{print, tell};
+use super::{print, stop_on_signals, tell};
 
 #[derive(clap::Args)]
 pub struct TrainArgs {
@@ -69,7 +69,7 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, TrainError> {
                 "test": test,
                 "seconds": summary.seconds,
                 "images_per_second": summary.images_per_second,
-                "out": summary.out,
+                "out": summary.out.as_ref().map(|run| run.display().to_string()),
                 "options": options,
             })
             .to_string(),
@@ -105,32 +105,6 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, TrainError> {
         }
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// Ends a work after its step (by this name) at the first SIGINT, SIGTERM or SIGHUP, and the program at the second. A signal that the program was
-/// started to ignore (by `nohup`, say) stays ignored.
-pub fn stop_on_signals(stop: &Arc<AtomicBool>, step: &'static str, bar: Option<ProgressBar>) {
-    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-    // Linux tells which; elsewhere none is taken to be ignored.
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let ignored = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
-    let heard = [SIGHUP, SIGINT, SIGTERM].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0);
-    // Without a handler a signal would end the program unsaved: go on anyway.
-    let Ok(mut signals) = signal_hook::iterator::Signals::new(heard) else { return };
-    let asked = stop.clone();
-    std::thread::spawn(move || {
-        for _ in signals.forever() {
-            if asked.swap(true, Ordering::SeqCst) {
-                std::process::exit(130);
-            }
-            let text = format!("stopping after this {step}; once more to stop at once");
-            match &bar {
-                Some(bar) => bar.println(text),
-                None => tell(&text),
-            }
-        }
-    });
 }
 
 /// What a person sees while training goes on: a bar on a terminal, plain lines otherwise.

@@ -368,13 +368,6 @@ fn newest_instruction_set() -> usize {
         "avx2" => {
             is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
         }
-        #[cfg(target_arch = "x86_64")]
-        "avx512" => ["avx512f", "avx512vl", "avx512dq", "avx512bw"].iter().all(|&feature| match feature {
-            "avx512f" => is_x86_feature_detected!("avx512f"),
-            "avx512vl" => is_x86_feature_detected!("avx512vl"),
-            "avx512dq" => is_x86_feature_detected!("avx512dq"),
-            _ => is_x86_feature_detected!("avx512bw"),
-        }),
         _ => false,
     };
     let wanted = std::env::var("POLDER_ISA").ok();

@@ -1,5 +1,6 @@
 //! Loss landscapes: how they are read, and pictures of them: contours and a surface over two axes, a curve over one.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -9,10 +10,7 @@ use super::chart::{
     significant,
 };
 use super::drawing::{Anchor, Drawing, Ink, Medium, Shape};
-use crate::train::{TrainError, write_whole};
-
-/// A grid of losses in a file is no larger than this; what claims to be is damaged.
-const MOST_POINTS: usize = 4_000_000;
+use crate::train::{self, TrainError, write_whole};
 
 /// On a logarithmic scale, losses below the largest by more than this factor are as good as zero.
 const NEGLIGIBLE: f64 = 1e-12;
@@ -21,6 +19,8 @@ const NEGLIGIBLE: f64 = 1e-12;
 struct Description {
     title: String,
     axes: Vec<Direction>,
+    #[serde(default)]
+    settings: BTreeMap<String, String>,
 }
 
 /// One of the directions along which the weights moved.
@@ -39,6 +39,8 @@ pub(super) struct Landscape {
     pub loss: Vec<Option<f64>>,
     /// Not a number where it is unknown.
     pub accuracy: Vec<f64>,
+    /// The checksum of the weights, where it is known.
+    pub weights: Option<String>,
 }
 
 impl Landscape {
@@ -47,7 +49,8 @@ impl Landscape {
         let path = folder.join("landscape.json");
         let text = std::fs::read_to_string(&path).map_err(TrainError::io(&path))?;
         let unusable = |reason: String| TrainError::Results { path: path.clone(), reason };
-        let Description { title, axes } = serde_json::from_str(&text).map_err(|error| unusable(error.to_string()))?;
+        let Description { title, axes, settings } =
+            serde_json::from_str(&text).map_err(|error| unusable(error.to_string()))?;
         if !(1..=2).contains(&axes.len()) {
             return Err(unusable(format!("{} axes, expected one or two", axes.len())));
         }
@@ -58,10 +61,13 @@ impl Landscape {
             }
         }
         let count = axes.iter().try_fold(1usize, |count, axis| count.checked_mul(axis.values.len()));
-        let count = count.filter(|&count| count <= MOST_POINTS).ok_or_else(|| unusable("too many points".into()))?;
+        let count = count
+            .filter(|&count| count <= train::landscape::Landscape::MOST_POINTS)
+            .ok_or_else(|| unusable("too many points".into()))?;
         let path = folder.join("landscape.csv");
         let text = std::fs::read_to_string(&path).map_err(TrainError::io(&path))?;
-        let mut landscape = Self { title, axes, loss: vec![None; count], accuracy: vec![f64::NAN; count] };
+        let weights = settings.get("weights").cloned();
+        let mut landscape = Self { title, axes, loss: vec![None; count], accuracy: vec![f64::NAN; count], weights };
         // A last line without its end was cut off, and may lack digits.
         for line in text.split_inclusive('\n').skip(1).filter_map(|line| line.strip_suffix('\n')) {
             landscape.take_row(line);

@@ -24,7 +24,7 @@ pub(super) fn page(groups: &[Group], order: Option<&CurvatureOrder>) -> String {
         include_str!("page.css").replace("LIGHT", &variables(&SERIES)).replace("DARK", &variables(&SERIES_ON_DARK));
     let sections = [
         accuracy(groups),
-        unreadable(groups),
+        left_out(groups),
         learning(groups),
         curvature_over_epochs(groups),
         final_curvature(groups, order),
@@ -199,7 +199,7 @@ fn epochs_done(group: &Group) -> String {
     if planned.is_empty() || planned == done { done } else { format!("{done} of {}", escape(&planned)) }
 }
 
-fn unreadable(groups: &[Group]) -> Option<String> {
+fn left_out(groups: &[Group]) -> Option<String> {
     let runs = groups.iter().flat_map(|group| &group.runs).filter(|run| run.unreadable > 0);
     let line = |run: &Run| {
         let (lines, was) = match run.unreadable {
@@ -208,7 +208,12 @@ fn unreadable(groups: &[Group]) -> Option<String> {
         };
         note(&format!("{}: {lines} could not be read and {was} passed over.", run.path.join("log.jsonl").display()))
     };
-    let notes: String = runs.map(line).collect();
+    let stale = |run: &Run| {
+        let (files, path) = (run.stale.join(", "), run.path.display());
+        note(&format!("{path}: left out because the run has other weights by now: {files}."))
+    };
+    let others = groups.iter().flat_map(|group| &group.runs).filter(|run| !run.stale.is_empty());
+    let notes: String = runs.map(line).chain(others.map(stale)).collect();
     (!notes.is_empty()).then_some(notes)
 }
 
@@ -346,7 +351,7 @@ fn curvature_over_epochs(groups: &[Group]) -> Option<String> {
     for name in &names {
         let (title, unit) = measure_name(name);
         figures.extend(chart_over_epochs(groups, title, unit, |run| {
-            run.curvatures().filter_map(|(epoch, measures)| Some((epoch, value(measures, name)?))).collect()
+            run.curvatures().into_iter().filter_map(|(epoch, measures)| Some((epoch, value(measures, name)?))).collect()
         }));
     }
     (!figures.is_empty()).then(|| section("Curvature during training", &(legend(groups) + &charts(&figures))))

@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::landscape::Landscape;
-use crate::train::{Options, Record, TrainError};
+use crate::train::{Options, Record, TrainError, checksum};
 
 /// What was measured, by the measure's name, as `polder curvature --json` has it.
 pub(super) type Measures = Map<String, Value>;
@@ -23,6 +23,8 @@ pub(super) struct Run {
     pub curvature: Option<Measured>,
     /// Names of folders with what they hold.
     pub landscapes: Vec<(String, Landscape)>,
+    /// Files that are left out because they are of other weights than the run has now.
+    pub stale: Vec<String>,
 }
 
 /// Measures, and over what they were taken, in words.
@@ -30,6 +32,8 @@ pub(super) struct Run {
 pub(super) struct Measured {
     pub measures: Measures,
     pub over: String,
+    /// The checksum of the weights, where it is known.
+    weights: Option<String>,
 }
 
 /// The line of the log for one epoch.
@@ -68,20 +72,34 @@ impl Run {
             return Err(unusable(&log, "no line of the log can be read, so there is nothing to report"));
         }
 
-        let curvature = read_curvature(&path.join("curvature.json"))?;
+        // What a run has trained on since it was measured is not what was measured.
+        let model = path.join("model.safetensors");
+        let weights = if model.is_file() { Some(checksum(&model)?) } else { None };
+        let is_stale = |of: &Option<String>| of.is_some() && weights.is_some() && *of != weights;
+        let mut stale = Vec::new();
+        let mut curvature = read_curvature(&path.join("curvature.json"))?;
+        if curvature.as_ref().is_some_and(|measured| is_stale(&measured.weights)) {
+            curvature = None;
+            stale.push("curvature.json".to_string());
+        }
         let mut landscapes = Vec::new();
         for entry in listing {
             let entry = entry.map_err(TrainError::io(path))?;
             let name = entry.file_name().to_string_lossy().into_owned();
             let has = |file: &str| entry.path().join(file).is_file();
             if name.starts_with("landscape") && has("landscape.json") && has("landscape.csv") {
-                landscapes.push((name, Landscape::read(&entry.path())?));
+                let landscape = Landscape::read(&entry.path())?;
+                match is_stale(&landscape.weights) {
+                    true => stale.push(name),
+                    false => landscapes.push((name, landscape)),
+                }
             }
         }
         // Of a landscape without a single finite loss nothing can be drawn.
         landscapes.retain(|(_, landscape)| landscape.counts().0 > landscape.counts().1);
         landscapes.sort_by(|(a, _), (b, _)| a.cmp(b));
-        Ok(Self { path: path.into(), settings, records, unreadable, curvature, landscapes })
+        stale.sort();
+        Ok(Self { path: path.into(), settings, records, unreadable, curvature, landscapes, stale })
     }
 
     /// The lines of its epochs; of one that was written again, the last.
@@ -117,23 +135,26 @@ impl Run {
         epochs
     }
 
-    /// The epochs after which curvature was measured, and what was found.
-    pub fn curvatures(&self) -> impl Iterator<Item = (u64, &Measures)> {
-        self.records.iter().filter_map(|record| match record {
-            Record::Curvature { epoch, measures, .. } => Some((*epoch, measures)),
-            _ => None,
-        })
+    /// The epochs after which curvature was measured, and what was found; of one that was measured again, the last.
+    pub fn curvatures(&self) -> Vec<(u64, &Measures)> {
+        let mut found: Vec<(u64, &Measures)> = Vec::new();
+        for record in &self.records {
+            let Record::Curvature { epoch, measures, .. } = record else { continue };
+            found.retain(|(earlier, _)| earlier < epoch);
+            found.push((*epoch, measures));
+        }
+        found
     }
 
     /// The curvature at the end: what was measured by itself, and the log's last for what was not.
     pub fn final_curvature(&self) -> Option<Measured> {
-        let logged = self.curvatures().last();
+        let logged = self.curvatures().pop();
         let Some((epoch, logged)) = logged else { return self.curvature.clone() };
         let (mut measures, over) = (logged.clone(), format!("logged after epoch {epoch}"));
-        let Some(measured) = &self.curvature else { return Some(Measured { measures, over }) };
+        let Some(measured) = &self.curvature else { return Some(Measured { measures, over, weights: None }) };
         measures.extend(measured.measures.clone());
         let rest = if measures.len() > measured.measures.len() { format!("; others {over}") } else { String::new() };
-        Some(Measured { measures, over: format!("{}{rest}", measured.over) })
+        Some(Measured { measures, over: format!("{}{rest}", measured.over), weights: None })
     }
 
     /// Steps done and steps skipped, as far as the log tells.
@@ -192,7 +213,12 @@ fn read_curvature(path: &Path) -> Result<Option<Measured>, TrainError> {
     let samples = whole.get("samples").and_then(Value::as_u64).map(|samples| format!("{samples} "));
     let split = whole.get("split").and_then(Value::as_str).unwrap_or_default();
     let over = format!("over {}{split} images", samples.unwrap_or_default());
-    Ok(Some(Measured { measures: measures.clone(), over: over.replace("train ", "training ") }))
+    let settings = whole.get("settings");
+    let own_statistics = settings.and_then(|settings| settings.get("bn")?.as_str()) == Some("train");
+    let own_statistics = if own_statistics { ", batch norm with each batch's statistics" } else { "" };
+    let over = over.replace("train ", "training ") + own_statistics;
+    let weights = whole.get("weights").and_then(Value::as_str).map(String::from);
+    Ok(Some(Measured { measures: measures.clone(), over, weights }))
 }
 
 /// The numbers that a measure comes down to, by name: eigenvalues to the largest, extrema to two counts. A spectrum and traces by layer
@@ -305,7 +331,7 @@ impl Group {
     /// The spectrum of the first run that has one: the last that was measured.
     pub fn spectrum(&self) -> Option<[Vec<f64>; 2]> {
         let of = |run: &Run| {
-            let logged = || run.curvatures().filter_map(|(_, measures)| spectrum(measures)).last();
+            let logged = || run.curvatures().into_iter().filter_map(|(_, measures)| spectrum(measures)).next_back();
             run.curvature.as_ref().and_then(|measured| spectrum(&measured.measures)).or_else(logged)
         };
         self.runs.iter().find_map(of)

@@ -4,9 +4,9 @@ use serde_json::{Map, Value, json};
 
 use super::images::{Batch, DeviceImages};
 use super::{Measure, TrainError};
-use crate::curvature::{Curvature, Density, Estimate, Passes, Rise};
+use crate::curvature::{Curvature, Density, Eigenpair, Estimate, Passes, Rise};
 use crate::data::{ImageShape, Images};
-use crate::device::{self, Buffer, Device, Slice};
+use crate::device::{self, Buffer, Device, Error, Slice};
 use crate::kernels::batch_norm::Mode;
 use crate::kernels::image::{BatchShape, Normalization};
 use crate::nn::Model;
@@ -64,7 +64,7 @@ impl CurvatureSettings {
         if let Some((option, _)) = counts.iter().find(|(_, count)| *count == 0) {
             return wrong(option, "0, expected at least 1".into());
         }
-        if self.top > self.steps {
+        if self.measures.contains(&Measure::TopEigenvalues) && self.top > self.steps {
             return wrong("top", format!("{}, expected at most {prefix}steps {}", self.top, self.steps));
         }
         if !self.rho.is_finite() || self.rho <= 0.0 {
@@ -89,6 +89,8 @@ pub enum Finding {
     Mean(Estimate, &'static str),
     /// Nothing, for this reason.
     None(String),
+    /// Nothing, because something was not finite.
+    Failed(String),
     /// How far the loss rises within the radius, by this many steps of ascent at most.
     Rise {
         /// By one step and in all.
@@ -145,7 +147,7 @@ impl Finding {
             Self::Mean(estimate, of) => {
                 json!({"value": estimate.value, "standard_error": estimate.standard_error, *of: estimate.probes})
             }
-            Self::None(reason) => json!({"value": null, "reason": reason}),
+            Self::None(reason) | Self::Failed(reason) => json!({"value": null, "reason": reason}),
             Self::Rise { rise: Rise { one_step, largest }, rho, steps } => {
                 json!({"value": largest, "one_step": one_step, "ascent_steps": steps, "rho": rho})
             }
@@ -183,7 +185,7 @@ impl Finding {
                 let numbered = pairs.iter().enumerate();
                 numbered.map(|(index, (value, residual))| (format!("{}", index + 1), *value, Some(*residual))).collect()
             }
-            Self::None(_) | Self::Density(_) => Vec::new(),
+            Self::None(_) | Self::Failed(_) | Self::Density(_) => Vec::new(),
         }
     }
 }
@@ -316,11 +318,12 @@ impl CurvatureMeter {
         found.collect()
     }
 
-    /// Takes these measures at these weights and running statistics. `progress` is told which measure is being taken, how far it
-    /// is, and how far it goes.
+    /// Takes these measures at these weights and running statistics. One that meets something that is not finite is
+    /// [`Finding::Failed`], and the others go on. `progress` is told which measure is being taken, how far it is, and how far it
+    /// goes.
     ///
     /// # Errors
-    /// [`device::Error::Argument`] where something is not finite; those of the device.
+    /// Those of the device.
     pub fn measure(
         &mut self,
         weights: Slice<'_, f32>,
@@ -332,35 +335,53 @@ impl CurvatureMeter {
         let tensors: Vec<_> = tensors.iter().map(|tensor| (tensor.name.clone(), tensor.range())).collect();
         let mut found = self.at(weights, statistics, |curvature| measure(curvature, settings, &tensors, progress))?;
         let CurvatureSettings { rho, ascent_steps, seed, .. } = *settings;
-        let wants = |measure| settings.measures.contains(&measure);
-        if !wants(Measure::MSharpness) && !wants(Measure::ApproximationRatio) {
+        let wants = |measure: &Measure| settings.measures.contains(measure);
+        let of_parts: Vec<Measure> =
+            [Measure::MSharpness, Measure::ApproximationRatio].into_iter().filter(wants).collect();
+        if of_parts.is_empty() {
             return Ok(found);
         }
         let (parts, mut done) = (self.order.len() / self.shape.batch, 0);
         let rises = self.at_each_part(weights, statistics, |part| {
-            let rise = part.rise(rho, ascent_steps, seed)?;
+            let rise = part.rise(rho, ascent_steps, seed);
             done += 1;
             progress(Measure::MSharpness, done, parts);
             found.passes.gradients += part.passes().gradients;
-            Ok(rise)
-        })?;
-        if wants(Measure::MSharpness) {
-            let largest: Vec<f64> = rises.iter().map(|rise| rise.largest).collect();
-            found.list.push((Measure::MSharpness, Finding::Mean(Estimate::of(&largest), "parts")));
-        }
-        if wants(Measure::ApproximationRatio) {
+            rise
+        });
+        let rises = match rises {
+            Err(TrainError::Device(Error::Argument { message, .. })) => {
+                found.list.extend(of_parts.iter().map(|&measure| (measure, Finding::Failed(message.clone()))));
+                return Ok(found);
+            }
+            rises => rises?,
+        };
+        for measure in of_parts {
             let ratios: Vec<f64> = rises.iter().filter_map(Rise::approximation_ratio).collect();
-            let finding = match ratios.is_empty() {
-                true => Finding::None("the loss does not rise".into()),
-                false => Finding::Mean(Estimate::of(&ratios), "parts"),
+            let finding = match measure {
+                Measure::MSharpness => {
+                    let largest: Vec<f64> = rises.iter().map(|rise| rise.largest).collect();
+                    Finding::Mean(Estimate::of(&largest), "parts")
+                }
+                _ if ratios.is_empty() => Finding::None("the loss does not rise".into()),
+                _ => Finding::Mean(Estimate::of(&ratios), "parts"),
             };
-            found.list.push((Measure::ApproximationRatio, finding));
+            found.list.push((measure, finding));
         }
         Ok(found)
     }
 }
 
-/// Takes the measures that are asked for, but for those of parts.
+/// What is not finite leaves a measure without a number; any other error is one.
+fn settled<R>(found: device::Result<R>) -> device::Result<Result<R, Finding>> {
+    match found {
+        Ok(found) => Ok(Ok(found)),
+        Err(Error::Argument { message, .. }) => Ok(Err(Finding::Failed(message))),
+        Err(other) => Err(other),
+    }
+}
+
+/// Takes the measures that are asked for, but for those of parts, in a fixed order.
 fn measure<O: Objective<f32>>(
     curvature: &mut Curvature<'_, f32, O>,
     settings: &CurvatureSettings,
@@ -368,74 +389,76 @@ fn measure<O: Objective<f32>>(
     progress: &mut dyn FnMut(Measure, usize, usize),
 ) -> device::Result<Findings> {
     let CurvatureSettings { probes, steps, seed, top, tolerance, rho, ascent_steps, .. } = *settings;
-    let wants = |measure| settings.measures.contains(&measure);
+    let wants = |measure: Measure| settings.measures.contains(&measure);
+    // Two measures that a third is made of.
+    let either = |measure: Measure| wants(measure) || wants(Measure::NormalizedTrace);
+    let norm = if either(Measure::GradNorm) { Some(settled(curvature.gradient_norm())?) } else { None };
+    let trace = match either(Measure::Trace) {
+        true => Some(settled(curvature.trace(probes, seed, |done| progress(Measure::Trace, done, probes)))?),
+        false => None,
+    };
     let mut list = Vec::new();
-    let mut norm = 0.0;
-    if wants(Measure::GradNorm) || wants(Measure::NormalizedTrace) {
-        norm = curvature.gradient_norm()?;
-    }
-    if wants(Measure::GradNorm) {
-        list.push((Measure::GradNorm, Finding::Number(norm)));
-    }
-    if wants(Measure::Trace) || wants(Measure::NormalizedTrace) {
-        let trace = curvature.trace(probes, seed, |done| progress(Measure::Trace, done, probes))?;
-        if wants(Measure::Trace) {
-            list.push((Measure::Trace, Finding::Mean(trace, "probes")));
-        }
-        if wants(Measure::NormalizedTrace) {
-            let finding = match norm > 0.0 {
-                true => Finding::Mean(trace.over(norm), "probes"),
-                false => Finding::None("the gradient is zero".into()),
-            };
-            list.push((Measure::NormalizedTrace, finding));
-        }
-    }
-    if wants(Measure::HutchPlusPlus) {
-        let on = |done| progress(Measure::HutchPlusPlus, done, probes);
-        list.push((
-            Measure::HutchPlusPlus,
-            Finding::Mean(curvature.trace_hutch_plus_plus(probes, seed, on)?, "probes"),
-        ));
-    }
-    if wants(Measure::LayerTraces) {
-        let parts: Vec<_> = tensors.iter().map(|(_, range)| range.clone()).collect();
-        let traces = curvature.traces(&parts, probes, seed, |done| progress(Measure::LayerTraces, done, probes))?;
-        let names = tensors.iter().map(|(name, _)| name.clone());
-        list.push((Measure::LayerTraces, Finding::Layers(names.zip(traces).collect())));
-    }
-    if wants(Measure::Vhv) {
-        list.push((Measure::Vhv, Finding::Number(curvature.along_gradient()?)));
-    }
-    if wants(Measure::VhvDifference) {
-        list.push((Measure::VhvDifference, Finding::Number(curvature.along_gradient_by_difference(rho)?)));
-    }
-    if wants(Measure::Sharpness) {
-        let rise = curvature.rise(rho, ascent_steps, seed)?;
-        list.push((Measure::Sharpness, Finding::Rise { rise, rho, steps: ascent_steps }));
-    }
-    if wants(Measure::Gnr) {
-        let value = curvature.steepest(rho, ascent_steps, seed)?;
-        list.push((Measure::Gnr, Finding::Steepest { value, rho, steps: ascent_steps }));
-    }
-    if wants(Measure::Extrema) {
-        let on = |done| progress(Measure::Extrema, done, probes);
-        list.push((Measure::Extrema, Finding::Extrema(curvature.extrema(probes, (10, 0.01), seed, on)?)));
-    }
-    if wants(Measure::TopEigenvalues) {
-        let on = |done| progress(Measure::TopEigenvalues, done, steps);
-        let pairs = curvature.top_eigenvalues(top, (steps, tolerance), seed, on)?;
-        let pairs = pairs.iter().map(|pair| (pair.value, pair.residual)).collect();
-        list.push((Measure::TopEigenvalues, Finding::eigenvalues(pairs, settings)));
-    }
-    if wants(Measure::PowerIteration) {
-        let on = |done| progress(Measure::PowerIteration, done, top.saturating_mul(steps));
-        let pairs = curvature.power_iteration(top, (steps, tolerance), seed, on)?;
-        let pairs = pairs.iter().map(|pair| (pair.value, pair.residual)).collect();
-        list.push((Measure::PowerIteration, Finding::eigenvalues(pairs, settings)));
-    }
-    if wants(Measure::Spectrum) {
-        let on = |done| progress(Measure::Spectrum, done, probes.saturating_mul(steps));
-        list.push((Measure::Spectrum, Finding::Density(curvature.spectral_density(probes, steps, seed, on)?)));
+    for measure in <Measure as clap::ValueEnum>::value_variants().iter().copied().filter(|&measure| wants(measure)) {
+        let on =
+            |of: usize| move |progress: &mut dyn FnMut(Measure, usize, usize), done: usize| progress(measure, done, of);
+        let pairs = |pairs: Vec<Eigenpair<f32>>| {
+            Finding::eigenvalues(pairs.iter().map(|pair| (pair.value, pair.residual)).collect(), settings)
+        };
+        let found = match measure {
+            Measure::GradNorm => match &norm {
+                Some(norm) => Ok(norm.clone().map_or_else(|failed| failed, Finding::Number)),
+                None => continue,
+            },
+            Measure::Trace => match &trace {
+                Some(trace) => Ok(trace.clone().map_or_else(|failed| failed, |trace| Finding::Mean(trace, "probes"))),
+                None => continue,
+            },
+            Measure::NormalizedTrace => match (&norm, &trace) {
+                (Some(Ok(norm)), Some(Ok(_))) if *norm == 0.0 => Ok(Finding::None("the gradient is zero".into())),
+                (Some(Ok(norm)), Some(Ok(trace))) => Ok(Finding::Mean(trace.over(*norm), "probes")),
+                (Some(Err(failed)), _) | (_, Some(Err(failed))) => Ok(failed.clone()),
+                _ => continue,
+            },
+            Measure::HutchPlusPlus => {
+                let on = on(probes);
+                let trace = curvature.trace_hutch_plus_plus(probes, seed, |done| on(progress, done));
+                trace.map(|trace| Finding::Mean(trace, "probes"))
+            }
+            Measure::LayerTraces => {
+                let (parts, on): (Vec<_>, _) = (tensors.iter().map(|(_, range)| range.clone()).collect(), on(probes));
+                let names = tensors.iter().map(|(name, _)| name.clone());
+                let traces = curvature.traces(&parts, probes, seed, |done| on(progress, done));
+                traces.map(|traces| Finding::Layers(names.zip(traces).collect()))
+            }
+            Measure::Vhv => curvature.along_gradient().map(Finding::Number),
+            Measure::VhvDifference => curvature.along_gradient_by_difference(rho).map(Finding::Number),
+            Measure::Sharpness => {
+                let rise = curvature.rise(rho, ascent_steps, seed);
+                rise.map(|rise| Finding::Rise { rise, rho, steps: ascent_steps })
+            }
+            Measure::Gnr => {
+                let value = curvature.steepest(rho, ascent_steps, seed);
+                value.map(|value| Finding::Steepest { value, rho, steps: ascent_steps })
+            }
+            Measure::Extrema => {
+                let on = on(probes);
+                curvature.extrema(probes, (10, 0.01), seed, |done| on(progress, done)).map(Finding::Extrema)
+            }
+            Measure::TopEigenvalues => {
+                let on = on(steps);
+                curvature.top_eigenvalues(top, (steps, tolerance), seed, |done| on(progress, done)).map(pairs)
+            }
+            Measure::PowerIteration => {
+                let on = on(top.saturating_mul(steps));
+                curvature.power_iteration(top, (steps, tolerance), seed, |done| on(progress, done)).map(pairs)
+            }
+            Measure::Spectrum => {
+                let on = on(probes.saturating_mul(steps));
+                curvature.spectral_density(probes, steps, seed, |done| on(progress, done)).map(Finding::Density)
+            }
+            Measure::MSharpness | Measure::ApproximationRatio => continue,
+        };
+        list.push((measure, settled(found)?.unwrap_or_else(|failed| failed)));
     }
     Ok(Findings { list, passes: curvature.passes() })
 }

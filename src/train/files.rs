@@ -1,6 +1,8 @@
-//! How results are written.
+//! How results are written, and told from those of other weights.
 
 use std::path::Path;
+
+use flate2::Crc;
 
 use super::TrainError;
 
@@ -17,4 +19,14 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
         let _ = std::fs::remove_file(partial);
         TrainError::io(path)(error)
     })
+}
+
+/// A checksum of a file, by which results know the weights that they are of.
+///
+/// # Errors
+/// Those of the file.
+pub fn checksum(path: &Path) -> Result<String, TrainError> {
+    let mut sum = Crc::new();
+    sum.update(&std::fs::read(path).map_err(TrainError::io(path))?);
+    Ok(format!("{:08x}", sum.sum()))
 }

@@ -34,6 +34,9 @@ pub struct Landscape {
 }
 
 impl Landscape {
+    /// A landscape of more points is more than its pictures can show.
+    pub const MOST_POINTS: usize = 4_000_000;
+
     /// Reads what the landscape in a folder is of.
     ///
     /// # Errors
@@ -50,6 +53,11 @@ impl Landscape {
     /// The first setting that differs; those of [`Landscape::read`].
     pub fn begun(folder: &Path, settings: &BTreeMap<String, String>) -> Result<Option<Self>, TrainError> {
         if !folder.join("landscape.json").exists() {
+            let points = folder.join("landscape.csv");
+            if points.exists() {
+                let reason = "points of an unknown landscape (there is no landscape.json); choose another --out".into();
+                return Err(TrainError::Results { path: points, reason });
+            }
             return Ok(None);
         }
         let found = Self::read(folder)?;
@@ -268,6 +276,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let landscape = landscape();
         assert_eq!(Landscape::begun(folder.path(), &landscape.settings).unwrap(), None);
+        let points = folder.path().join("landscape.csv");
+        std::fs::write(&points, "x,y,loss,accuracy\n").unwrap();
+        let error = Landscape::begun(folder.path(), &landscape.settings).unwrap_err().to_string();
+        assert!(error.contains("landscape.csv: points of an unknown landscape"), "{error}");
+        std::fs::remove_file(&points).unwrap();
         landscape.write(folder.path()).unwrap();
         assert_eq!(Landscape::begun(folder.path(), &landscape.settings).unwrap(), Some(landscape));
         let other = BTreeMap::from([("seed".into(), "8".into())]);

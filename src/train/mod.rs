@@ -15,7 +15,7 @@ pub mod weights;
 pub use curvature::{CurvatureMeter, CurvatureSettings, Finding, Findings};
 pub use error::TrainError;
 pub use evaluate::{Evaluation, Evaluator};
-pub use files::write_whole;
+pub use files::{checksum, write_whole};
 pub use images::{Batch, normalization, open_data, open_device, open_split};
 pub use log::Record;
 pub use run::{Progress, Summary, train};

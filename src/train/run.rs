@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use half::{bf16, f16};
 
 use super::checkpoint::{self, Checkpoint};
-use super::curvature::{CurvatureMeter, CurvatureSettings, Finding, Findings};
+use super::curvature::{CurvatureMeter, CurvatureSettings};
 use super::evaluate::{Evaluation, Evaluator};
 use super::images::{Batch, DeviceImages, normalization, open_data, open_device};
 use super::log::{Log, Record};
@@ -74,7 +74,7 @@ pub enum Progress {
 pub struct Summary {
     /// Whether it was told to stop before its end.
     pub interrupted: bool,
-    /// The mean loss that ended it before its end, by `max_loss`: not finite where no step had a finite one.
+    /// The mean loss of some steps that ended it before its end, by `max_loss`: not a number where none had a finite one.
     pub diverged: Option<f64>,
     /// Steps done.
     pub steps: u64,
@@ -90,7 +90,7 @@ pub struct Summary {
     pub out: Option<PathBuf>,
 }
 
-/// After every so many steps, and after each epoch, a run looks whether its loss has diverged.
+/// Over so many steps, and over each epoch, a run looks whether its loss has diverged.
 const DIVERGENCE_STEPS: u64 = 50;
 /// Images at a time when the curvature is measured, as `polder curvature` takes them.
 const CURVATURE_PART: usize = 200;
@@ -245,8 +245,8 @@ fn train_as<S: Compute<Master = f32>>(
     let mut reported = Instant::now();
     let mut test_result = None;
     let mut diverged = None;
-    // The epoch's sums when it was last looked at.
-    let mut looked_at = training.read_totals()?;
+    let mut unmeasured = false;
+    let mut window = Window { earlier: [0.0; 3], start: training.read_totals()? };
     let mut clock = Instant::now();
     while step < steps && !stop.load(Ordering::Relaxed) {
         let (epoch, within) = (step / steps_per_epoch, (step % steps_per_epoch) as usize);
@@ -281,13 +281,16 @@ fn train_as<S: Compute<Master = f32>>(
             && (epoch_ends || step % DIVERGENCE_STEPS == 0)
         {
             let sums = training.read_totals()?;
-            let loss = (sums[0] - looked_at[0]) / (sums[2] - looked_at[2]);
-            looked_at = if step % steps_per_epoch == 0 { [0.0; 3] } else { sums };
-            // Also where it is not a number.
-            if !matches!(loss.partial_cmp(&most), Some(Less | Equal)) {
-                diverged = Some(loss);
-                epoch_ends = true;
+            if step % DIVERGENCE_STEPS == 0 {
+                // Also where it is not a number, because none of the steps counted.
+                diverged = Some(window.end(sums)).filter(|loss| !matches!(loss.partial_cmp(&most), Some(Less | Equal)));
             }
+            if step % steps_per_epoch == 0 {
+                window.cross_epoch(sums);
+            }
+            // Of an epoch's few steps all may have been skipped for once.
+            diverged = diverged.or(Some(sums[0] / sums[2]).filter(|loss| epoch_ends && *loss > most));
+            epoch_ends |= diverged.is_some();
         }
         if log_step && let Some(log) = &mut log {
             let mut correct = [0];
@@ -355,10 +358,11 @@ fn train_as<S: Compute<Master = f32>>(
             if diverged.is_some() {
                 break;
             }
-            if let Some(curvature) = &mut curvature
-                && !stop.load(Ordering::Relaxed)
-            {
-                curvature.measure(&training, (epoch + 1, step), log.as_mut(), progress)?;
+            if let Some(curvature) = &mut curvature {
+                unmeasured = stop.load(Ordering::Relaxed) && (epoch + 1).is_multiple_of(curvature.every);
+                if !unmeasured {
+                    curvature.measure(&training, (epoch + 1, step), log.as_mut(), progress)?;
+                }
             }
             test_result = Some(test);
             (epoch_seconds, epoch_started_at) = (0.0, step);
@@ -366,7 +370,8 @@ fn train_as<S: Compute<Master = f32>>(
         }
     }
     device.synchronize()?;
-    let interrupted = step < steps && diverged.is_none();
+    // A run that is stopped before its last measurement makes up for it when it is resumed.
+    let interrupted = (step < steps || unmeasured) && diverged.is_none();
     if interrupted {
         seconds += clock.elapsed().as_secs_f64();
         if let Some(run) = out {
@@ -452,6 +457,30 @@ fn open_run(run: &Path, options: &Options, resume: bool, step: u64) -> Result<Lo
     Log::open(&run.join("log.jsonl"), step)
 }
 
+/// The sums (loss, correct predictions, samples) of the steps since the loss was last looked at.
+struct Window {
+    /// Of those in epochs that have ended.
+    earlier: [f64; 3],
+    /// The running epoch's sums when the window or the epoch began.
+    start: [f64; 3],
+}
+
+impl Window {
+    /// The mean loss; the next window begins.
+    fn end(&mut self, sums: [f64; 3]) -> f64 {
+        let of = |k: usize| self.earlier[k] + sums[k] - self.start[k];
+        let loss = of(0) / of(2);
+        *self = Self { earlier: [0.0; 3], start: sums };
+        loss
+    }
+
+    /// An epoch ends, after which its sums begin at zero again.
+    fn cross_epoch(&mut self, sums: [f64; 3]) {
+        let earlier = std::array::from_fn(|k| self.earlier[k] + sums[k] - self.start[k]);
+        *self = Self { earlier, start: [0.0; 3] };
+    }
+}
+
 /// What writes the curvature to the log.
 struct CurvatureLog {
     /// Epochs.
@@ -474,14 +503,7 @@ impl CurvatureLog {
         }
         let (weights, statistics) = (training.parameters.view(), training.plan.statistics().view());
         let mut tell = |measure, done, of| progress(Progress::Measuring { measure, steps: (done, of) });
-        let found = match self.meter.measure(weights, statistics, &self.settings, &mut tell) {
-            // A loss that is not finite ends the measurement, not the run.
-            Err(TrainError::Device(device::Error::Argument { message, .. })) => {
-                let none = |&measure| (measure, Finding::None(message.clone()));
-                Findings { list: self.settings.measures.iter().map(none).collect(), ..Findings::default() }
-            }
-            found => found?,
-        };
+        let found = self.meter.measure(weights, statistics, &self.settings, &mut tell)?;
         let record = Record::Curvature { epoch, step, measures: found.json() };
         if let Some(log) = log {
             log.write(&record)?;
@@ -603,5 +625,24 @@ impl<S: Compute<Master = f32>> Training<S> {
         let statistics = parameters.device().upload(&saved.statistics)?;
         plan.set_statistics(statistics.view())?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Window;
+
+    #[test]
+    fn a_window_is_the_mean_over_its_steps_whatever_epochs_they_belong_to() {
+        // Losses 1, 2, 3 in an epoch of three steps; then 4, 5, skipped, 6 in the next.
+        let mut window = Window { earlier: [0.0; 3], start: [0.0; 3] };
+        assert_eq!(window.end([3.0, 0.0, 2.0]), 1.5);
+        window.cross_epoch([6.0, 0.0, 3.0]);
+        assert_eq!(window.end([9.0, 0.0, 2.0]), (3.0 + 4.0 + 5.0) / 3.0);
+        assert!(window.end([9.0, 0.0, 2.0]).is_nan(), "no step counted");
+        assert_eq!(window.end([15.0, 0.0, 3.0]), 6.0);
+        // A window that ends where its epoch does leaves nothing to the next.
+        window.cross_epoch([15.0, 0.0, 3.0]);
+        assert_eq!(window.end([7.0, 0.0, 1.0]), 7.0);
     }
 }

@@ -453,7 +453,7 @@ pub struct Options {
     #[arg(long, value_enum, value_delimiter = ',', value_name = "LIST", help_heading = "Curvature")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub curvature_measures: Option<Vec<Measure>>,
-    /// Over the first N training images, at most 200 or a multiple of 200 [default: 1000, or as many as there are]
+    /// Over the first N training images, at most 200 or a multiple of 200 [default: 1000, or as many as there are in 200s]
     #[arg(long, value_name = "N", help_heading = "Curvature")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub curvature_samples: Option<usize>,
@@ -923,7 +923,6 @@ impl Options {
         }
     }
 
-    /// How ρ moves; of resolved options.
     /// After every how many epochs to measure the curvature, and what of it.
     pub(super) fn curvature(&self) -> Option<(u64, CurvatureSettings)> {
         let every = self.curvature_every.filter(|&every| every > 0)?;
@@ -933,6 +932,7 @@ impl Options {
         Some((every, settings))
     }
 
+    /// How ρ moves; of resolved options.
     pub(super) fn rho_schedule(&self) -> RhoSchedule {
         match self.rho_schedule {
             Some(RhoScheduleName::Linear) => RhoSchedule::Linear,
