@@ -120,8 +120,6 @@ fn host_compiler() -> cc::Build {
     if sanitize() {
         build.opt_level(1).flag("-fsanitize=address,undefined").flag("-fno-sanitize-recover=all");
         build.flag("-fno-omit-frame-pointer");
-        // The checks of memory as calls: in place, the same checks take the compiler half as long again.
-        build.flag_if_supported("--param=asan-instrumentation-with-call-threshold=0");
     }
     build
 }
