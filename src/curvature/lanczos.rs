@@ -183,11 +183,7 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
             krylov.basis.push(newest);
             // Against all of them, twice: once leaves what rounding makes of a large part that is taken out.
             for _ in 0..2 {
-                for earlier in krylov.basis.iter().rev() {
-                    vector::dot(earlier.view(), self.product.view(), &mut self.reduction, self.number.view_mut())?;
-                    let along = self.finite_number(OPERATION)?;
-                    vector::axpy(-along, earlier.view(), self.product.view_mut())?;
-                }
+                self.take_out(krylov.basis.iter().rev())?;
             }
             length = self.product_norm(OPERATION)?;
             krylov.off_diagonal.push(length);

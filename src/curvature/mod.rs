@@ -219,6 +219,16 @@ impl<'a, T: Scalar, O: Objective<T>> Curvature<'a, T, O> {
         self.finite_number(operation)
     }
 
+    /// Takes the parts along these orthonormal vectors out of the product, one after the other.
+    fn take_out<'b>(&mut self, basis: impl IntoIterator<Item = &'b Buffer<T>>) -> Result<()> {
+        for unit in basis {
+            vector::dot(unit.view(), self.product.view(), &mut self.reduction, self.number.view_mut())?;
+            let along = self.finite_number("Curvature")?;
+            vector::axpy(-along, unit.view(), self.product.view_mut())?;
+        }
+        Ok(())
+    }
+
     /// The norm of the product.
     fn product_norm(&mut self, operation: &'static str) -> Result<f64> {
         vector::l2_norm(self.product.view(), &mut self.reduction, self.number.view_mut())?;

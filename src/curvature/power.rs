@@ -27,6 +27,9 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
             let message = format!("{count} eigenvalues by {most} products each");
             return Err(Error::Argument { operation: OPERATION, message });
         }
+        fn found<T: Scalar>(pairs: &[Eigenpair<T>]) -> impl Iterator<Item = &Buffer<T>> {
+            pairs.iter().map(|pair| &pair.vector)
+        }
         let mut pairs: Vec<Eigenpair<T>> = Vec::new();
         for index in 0..count {
             let first = index * self.weights.len().next_multiple_of(4);
@@ -35,8 +38,9 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
             self.product.view_mut().copy_from(self.direction.view())?;
             let mut value = 0.0;
             for step in 1..=most {
-                // The newest product, without what is found already, is the next vector.
-                self.deflate(&pairs)?;
+                // The newest product, without what is found already, is the next vector. Twice: once leaves what rounding makes
+                // of a large part that is taken out.
+                self.take_out(found(&pairs).chain(found(&pairs)))?;
                 let length = self.product_norm(OPERATION)?;
                 if length == 0.0 {
                     return Ok(pairs);
@@ -45,7 +49,7 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
                 sharpness::combine(alone, 1.0 / length, false, self.direction.view_mut(), None)?;
                 value = self.quadratic_form(OPERATION)?;
                 progress(index * most + step);
-                self.deflate(&pairs)?;
+                self.take_out(found(&pairs).chain(found(&pairs)))?;
                 vector::axpy(-value, self.direction.view(), self.product.view_mut())?;
                 if self.product_norm(OPERATION)? <= tolerance * value.abs() {
                     break;
@@ -64,16 +68,5 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
             pairs.push(Eigenpair { value, residual, vector });
         }
         Ok(pairs)
-    }
-
-    /// Takes the parts along these orthonormal vectors out of the product.
-    fn deflate(&mut self, pairs: &[Eigenpair<T>]) -> Result<()> {
-        // Twice: once leaves what rounding makes of a large part that is taken out.
-        for Eigenpair { vector: earlier, .. } in pairs.iter().chain(pairs) {
-            vector::dot(earlier.view(), self.product.view(), &mut self.reduction, self.number.view_mut())?;
-            let along = self.finite_number("Curvature")?;
-            vector::axpy(-along, earlier.view(), self.product.view_mut())?;
-        }
-        Ok(())
     }
 }

@@ -85,16 +85,14 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
             self.multiply()?;
             tell();
             let whole = self.product_norm(OPERATION)?;
-            self.direction.view_mut().copy_from(self.product.view())?;
             // Twice: once leaves what rounding makes of a large part that is taken out.
             self.take_out(&basis)?;
             self.take_out(&basis)?;
-            self.product.view_mut().copy_from(self.direction.view())?;
             let left = self.product_norm(OPERATION)?;
             // What lies in the space already, but for rounding, is no new direction.
             if left > 1e-5 * whole {
                 let mut unit = self.weights.device().zeros(self.weights.len())?;
-                let alone = Combination::alone(self.direction.view(), self.one.view());
+                let alone = Combination::alone(self.product.view(), self.one.view());
                 sharpness::combine(alone, 1.0 / left, false, unit.view_mut(), None)?;
                 basis.push(unit);
             }
@@ -108,7 +106,9 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
         let mut outside = Vec::new();
         for probe in directions..products - directions {
             self.random_signs(seed, probe)?;
+            std::mem::swap(&mut self.direction, &mut self.product);
             self.take_out(&basis)?;
+            std::mem::swap(&mut self.direction, &mut self.product);
             outside.push(self.quadratic_form(OPERATION)?);
             tell();
         }
@@ -152,16 +152,6 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
             std::mem::swap(&mut self.direction, direction);
             std::mem::swap(&mut self.product, product);
         }
-    }
-
-    /// Takes the parts along these orthonormal vectors out of the direction.
-    fn take_out(&mut self, basis: &[Buffer<T>]) -> Result<()> {
-        for unit in basis {
-            vector::dot(unit.view(), self.direction.view(), &mut self.reduction, self.number.view_mut())?;
-            let along = self.finite_number("Curvature")?;
-            vector::axpy(-along, unit.view(), self.direction.view_mut())?;
-        }
-        Ok(())
     }
 }
 
