@@ -9,7 +9,8 @@ mod common;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
 use polder::device::{Buffer, Device, Result};
 use polder::kernels::batch_norm::{
-    Activation, Backward, BatchNormShape, Forward, Gradients, Mode, ResidualGradient, Saved, backward, forward_train,
+    Activation, Backward, BatchNormShape, Forward, Gradients, Mode, ResidualGradient, Saved, Workspace, backward,
+    forward_train,
 };
 use std::time::Duration;
 
@@ -33,7 +34,7 @@ struct Setup {
     inv_std: Buffer<f32>,
     dgamma: Buffer<f32>,
     dbeta: Buffer<f32>,
-    workspace: Buffer<f64>,
+    workspace: Workspace,
 }
 
 impl Setup {
@@ -54,7 +55,7 @@ impl Setup {
             inv_std: device.zeros(channels)?,
             dgamma: device.zeros(channels)?,
             dbeta: device.zeros(channels)?,
-            workspace: device.zeros(SHAPE.workspace_len(&device))?,
+            workspace: Workspace::new(&device, [SHAPE])?,
             device,
         })
     }
@@ -75,7 +76,7 @@ impl Setup {
             relu: true,
         };
         let saved = Saved { mean: self.mean.view_mut(), inv_std: self.inv_std.view_mut() };
-        forward_train(SHAPE, input, y.view_mut(), saved, None, self.workspace.view_mut())
+        forward_train(SHAPE, input, y.view_mut(), saved, None, &mut self.workspace)
     }
 
     fn backward(&mut self, set: usize, with_residual: bool) -> Result<()> {
@@ -96,7 +97,7 @@ impl Setup {
         let gradients =
             Gradients { dx: set.dx.view_mut(), dgamma: self.dgamma.view_mut(), dbeta: self.dbeta.view_mut() };
         let residual = with_residual.then(|| ResidualGradient { gradient: other.dx.view_mut(), accumulate: false });
-        backward(SHAPE, Mode::Train, input, gradients, residual, self.workspace.view_mut())
+        backward(SHAPE, Mode::Train, input, gradients, residual, &mut self.workspace)
     }
 }
 

@@ -1,8 +1,8 @@
 // Batch normalisation of x [rows, channels] (NHWC: rows are the pixels of all images), with the residual addition and the relu
 // that follow it in a ResNet, forward and backward; batch_norm_tangent.cu has the tangents of both.
 //
-// Forward: statistics (reads x), their combination (tiny), normalisation (reads x, writes y). Backward: the two sums over the
-// rows, their combination, the gradient of x.
+// Forward: statistics (reads x, unless the convolution that made x took them along), their combination (tiny), normalisation
+// (reads x, writes y). Backward: the two sums over the rows, which the last block combines, and the gradient of x.
 #include "include/batch_norm.cuh"
 
 namespace {
@@ -115,8 +115,9 @@ __device__ void batch_norm_moments(const MomentsArgs<S>& a) {
 
 template <class T>
 struct StatisticsArgs {
-    const double* means;
+    const double* means;   // [blocks, channels], from batch_norm_moments
     const double* m2s;
+    const T* tiles;        // or [channels][blocks][mean, m2], of `tile_rows` rows each, from the convolution that made x
     T* mean;
     T* inv_std;
     const T* running_mean;  // these four null where the running statistics are kept
@@ -128,6 +129,7 @@ struct StatisticsArgs {
     uint64_t rows;
     uint32_t channels;
     uint32_t blocks;
+    uint32_t tile_rows;
 };
 
 template <class T>
@@ -146,6 +148,11 @@ __device__ __forceinline__ void write_statistics(const StatisticsArgs<T>& a, uin
 template <class T>
 __device__ void batch_norm_statistics(const StatisticsArgs<T>& a) {
     const auto moments_of = [&](uint32_t block, uint32_t c) -> Moments {
+        if (a.tiles != nullptr) {
+            const uint64_t left = a.rows - uint64_t(block) * a.tile_rows;
+            const Pack<T, 2> pair = load<2>(a.tiles, (uint64_t(c) * a.blocks + block) * 2);
+            return {double(min(uint64_t(a.tile_rows), left)), double(pair.v[0]), double(pair.v[1])};
+        }
         const Rows rows = rows_of_block(a.rows, block, a.blocks);
         const uint64_t place = uint64_t(block) * a.channels + c;
         return {double(rows.end - rows.begin), a.means[place], a.m2s[place]};
@@ -256,30 +263,12 @@ __device__ void batch_norm_normalize(const NormalizeArgs<S>& a) {
 
 // ---- Backward ----------------------------------------------------------------------------------------------------------------
 
-/// Every block's sums of dz and dz (x - mean) per channel, and the residual's gradient.
+/// Every block's sums of dz and dz (x - mean) per channel, and the residual's gradient; with tickets, dgamma and dbeta too.
 template <class S>
 __device__ void batch_norm_sums(const SumsArgs<S>& a) {
     sums<S, false>(a);
-}
-
-template <class T>
-struct ParametersArgs {
-    const double* dz;
-    const double* dz_x;
-    const T* inv_std;
-    T* dgamma;
-    T* dbeta;
-    uint32_t channels;
-    uint32_t blocks;
-};
-
-/// dbeta = sum dz, dgamma = sum dz xhat, from the blocks' sums.
-template <class T>
-__device__ void batch_norm_parameters(const ParametersArgs<T>& a) {
-    combine_blocks(a.dz, a.dz_x, a.channels, a.blocks, [&](uint32_t c, const Sums& all) {
-        a.dbeta[c] = T(all.dz);
-        a.dgamma[c] = T(all.dz_x * double(a.inv_std[c]));
-    });
+    if (a.tickets == nullptr) return;
+    with_shape(a.pack, [&](auto of) { finish_parameters<S, decltype(of)::value>(a); });
 }
 
 template <class S, class T = Arithmetic<S>>
@@ -368,8 +357,6 @@ POLDER_KERNEL(batch_norm_sums_f32, batch_norm_sums<float>, SumsArgs<float>)
 POLDER_KERNEL(batch_norm_sums_f16, batch_norm_sums<__half>, SumsArgs<__half>)
 POLDER_KERNEL(batch_norm_sums_bf16, batch_norm_sums<__nv_bfloat16>, SumsArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(batch_norm_sums_f64, batch_norm_sums<double>, SumsArgs<double>)
-POLDER_KERNEL(batch_norm_parameters_f32, batch_norm_parameters<float>, ParametersArgs<float>)
-POLDER_HOST_KERNEL(batch_norm_parameters_f64, batch_norm_parameters<double>, ParametersArgs<double>)
 POLDER_KERNEL(batch_norm_input_f32, batch_norm_input<float>, InputArgs<float>)
 POLDER_KERNEL(batch_norm_input_f16, batch_norm_input<__half>, InputArgs<__half>)
 POLDER_KERNEL(batch_norm_input_bf16, batch_norm_input<__nv_bfloat16>, InputArgs<__nv_bfloat16>)

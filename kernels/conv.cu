@@ -303,23 +303,56 @@ __device__ __forceinline__ void weight_gradient(const ConvArgs<T>& a) {
     }
 }
 
+/// A result that lies in `splits` parts, one after the other.
+struct SplitSum {
+    uint64_t partial, out;  // the first elements, from the arguments' pointers on
+    uint64_t n;
+    uint64_t splits;
+    uint64_t first;  // of the elements that a block adds up
+};
+
 template <class T>
 struct SumSplitsArgs {
     const T* partial;
     T* out;
-    uint64_t n;
-    uint32_t splits;
+    const SplitSum* table;  // a block each; null where there is one result alone
+    SplitSum alone;
     uint32_t accumulate;
 };
 
-/// out[i] = partial[0][i] + partial[1][i] + ..., in this order, or added to what is there
+/// Elements of a result that a block of 32 x 8 threads adds up, and so many parts at a time.
+constexpr uint32_t kSumElements = 128, kSumParts = 8;
+
+/// out[i] = partial[0][i] + partial[1][i] + ..., in a fixed order, or added to what is there. Threads of one x take the same
+/// elements of every eighth part, so that as many loads are under way as a memory's latency asks for.
 template <class T>
 __device__ void sum_splits(const SumSplitsArgs<T>& a) {
-    for_each_index(a.n, [&](uint64_t i) {
-        T sum = a.partial[i];
-        for (uint32_t split = 1; split < a.splits; ++split) sum += a.partial[split * a.n + i];
-        a.out[i] = a.accumulate ? a.out[i] + sum : sum;
-    });
+    SplitSum s = a.alone;
+    if (a.table != nullptr) s = a.table[blockIdx.x];
+    else s.first = uint64_t(blockIdx.x) * kSumElements;
+    constexpr int V = kSumElements / 32;
+    POLDER_DYNAMIC_SHARED(T, shared);  // [kSumParts][kSumElements]
+    const T* const partial = a.partial + s.partial;
+    T sums[V] = {};
+#pragma unroll 4
+    for (uint64_t split = threadIdx.y; split < s.splits; split += kSumParts) {
+        POLDER_UNROLL
+        for (int v = 0; v < V; ++v) {
+            const uint64_t i = s.first + threadIdx.x + v * 32;
+            if (i < s.n) sums[v] += partial[split * s.n + i];
+        }
+    }
+    POLDER_UNROLL
+    for (int v = 0; v < V; ++v) shared[threadIdx.y * kSumElements + threadIdx.x + v * 32] = sums[v];
+    __syncthreads();
+    const uint32_t thread = threadIdx.y * 32 + threadIdx.x;
+    const uint64_t i = s.first + thread;
+    if (thread >= kSumElements || i >= s.n) return;
+    T sum = shared[thread];
+    POLDER_UNROLL
+    for (uint32_t part = 1; part < kSumParts; ++part) sum += shared[part * kSumElements + thread];
+    T* const out = a.out + s.out + i;
+    *out = a.accumulate ? *out + sum : sum;
 }
 
 // The tiles by their columns; src/kernels/conv.rs chooses among them by the same numbers.

@@ -285,6 +285,9 @@ __device__ __forceinline__ void multiply_as(const Left& left, const Right& right
             }
         }
     }
+    // What was copied past the end of the depth: from here on the shared memory is free for other uses.
+    copies.template wait<0>();
+    __syncthreads();
 }
 
 /// The same, by the loop that fits the operands.
@@ -384,6 +387,67 @@ __device__ __forceinline__ void write(const typename Tile::Sums& sum, int first_
     }
 }
 
+/// Over the tile's first `rows` rows, the mean of each column and the sum of its squared deviations from it, of values as they are
+/// stored: what batch norm's statistics are combined from. The mean comes first and on its own, so that nothing cancels.
+template <class Tile, class D>
+__device__ __forceinline__ void write_moments(const typename Tile::Sums& sum, int rows, int first_column, int columns, int tile,
+                                              int tiles, float* moments) {
+    constexpr int LINES = Tile::ROWS / Tile::WARP_ROWS, PAIRS = Tile::WARP_COLUMNS / 8;
+    POLDER_DYNAMIC_SHARED(float, shared);
+    float* const sums = shared;                        // [LINES][COLUMNS]
+    float* const m2s = shared + LINES * Tile::COLUMNS;  // [LINES][COLUMNS]
+    const int lane = int(threadIdx.x) % 32, line = Tile::warp_row() / Tile::WARP_ROWS;
+    const auto stored = [&](int i, int j, int e) { return float(widen(convert_to<D>(sum[i / 2][j][i % 2 * 2 + e]))); };
+    // The column's sum over a warp's rows: a thread has every eighth of them, and lanes four apart hold the same columns.
+    const auto for_each_column = [&](float* to, auto value) {
+        POLDER_UNROLL
+        for (int j = 0; j < PAIRS; ++j) {
+            POLDER_UNROLL
+            for (int e = 0; e < 2; ++e) {
+                const int column = Tile::warp_column() + j * 8 + lane % 4 * 2 + e;
+                float total = value(j, e, column);
+                POLDER_UNROLL
+                for (int distance = 4; distance < 32; distance *= 2) {
+                    total += __shfl_xor_sync(0xffffffffu, total, distance);
+                }
+                if (lane < 4) to[line * Tile::COLUMNS + column] = total;
+            }
+        }
+    };
+    const auto over_lines = [&](const float* of, int column) {
+        float total = of[column];
+        POLDER_UNROLL
+        for (int other = 1; other < LINES; ++other) total += of[other * Tile::COLUMNS + column];
+        return total;
+    };
+    // Rows past the end of the product are zero.
+    for_each_column(sums, [&](int j, int e, int) {
+        float total = 0.0f;
+        POLDER_UNROLL
+        for (int i = 0; i < Tile::WARP_ROWS / 8; ++i) total += stored(i, j, e);
+        return total;
+    });
+    __syncthreads();
+    const float share = 1.0f / float(rows);
+    for_each_column(m2s, [&](int j, int e, int column) {
+        const float mean = over_lines(sums, column) * share;
+        float total = 0.0f;
+        POLDER_UNROLL
+        for (int i = 0; i < Tile::WARP_ROWS / 8; ++i) {
+            const float deviation = stored(i, j, e) - mean;
+            if (Tile::warp_row() + i * 8 + lane / 4 < rows) total += deviation * deviation;
+        }
+        return total;
+    });
+    __syncthreads();
+    for (int column = int(threadIdx.x); column < Tile::COLUMNS; column += Tile::THREADS) {
+        if (first_column + column >= columns) continue;
+        float* to = moments + (int64_t(first_column + column) * tiles + tile) * 2;
+        to[0] = over_lines(sums, column) * share;
+        to[1] = over_lines(m2s, column);
+    }
+}
+
 // ---- The three passes --------------------------------------------------------------------------------------------------
 
 /// y[n, i, j, o] = sum over taps and c of x[n, i * stride + tap row - padding, j * stride + tap column - padding, c] * weight
@@ -412,6 +476,10 @@ __device__ __forceinline__ void forward(const ConvArgs<T>& a) {
     write<Tile, T>(sum, corner.column, s.out_channels, a.accumulate != 0, a.wide_out != 0, [&](int row) {
         return corner.row + row < pixels ? a.out + int64_t(corner.row + row) * s.out_channels : nullptr;
     });
+    if (a.moments == nullptr) return;
+    const int rows = pixels - corner.row < Tile::ROWS ? pixels - corner.row : Tile::ROWS;
+    const int tile = corner.row / Tile::ROWS, tiles = (pixels + Tile::ROWS - 1) / Tile::ROWS;
+    write_moments<Tile, T>(sum, rows, corner.column, s.out_channels, tile, tiles, a.moments);
 }
 
 /// dx[n, i, j, c] = sum over o and the taps through which y sees x[n, i, j, c] of dy * weight

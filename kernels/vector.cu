@@ -162,6 +162,52 @@ __device__ void differences(const PartialsArgs<T>& a) {
     store_partials(a.partials, block_sums_of<3>(a.n, terms, a.x, a.y, a.z));
 }
 
+template <class T>
+struct GradientArgs {
+    T* x;
+    const double* state;  // the loss scale, where there is one
+    uint32_t* flag;
+    double* partials;
+    uint64_t n;
+};
+
+/// In one pass over a gradient: x = x / scale, exactly but for what becomes subnormal; flag[0] = 1 if any x[i] was infinite or NaN;
+/// and the partial sums of its squares.
+template <class T, bool SCALED>
+__device__ void finish_gradient(const GradientArgs<T>& a) {
+    T* const x = a.x;
+    const T inverse = SCALED ? T(1.0 / a.state[0]) : T(1);
+    uint32_t seen = 0;
+    const auto square = [&seen, inverse](T& value) -> Sums<1> {
+        seen |= exponent_overflow(value);
+        if (SCALED) value *= inverse;
+        return {{double(value) * double(value)}};
+    };
+    Sums<1> sums = {};
+#if defined(POLDER_HOST)
+    if (block_threads() == 1) {
+        sums = serial_sums<1>(a.n * blockIdx.x / gridDim.x, a.n * (blockIdx.x + 1) / gridDim.x, [&](uint64_t i) {
+            T value = x[i];
+            const Sums<1> term = square(value);
+            if (SCALED) x[i] = value;
+            return term;
+        });
+        store_partials(a.partials, sums);
+        if (seen >> 31) atomicOr(a.flag, 1u);
+        return;
+    }
+#endif
+    for_each_pack_if<kPack<T>>(aligned16(x), a.n, [&](auto width, uint64_t i) {
+        constexpr int W = decltype(width)::value;
+        Pack<T, W> pack = load<W>(x, i);
+        POLDER_UNROLL
+        for (int v = 0; v < W; ++v) sums.add(square(pack.v[v]));
+        if (SCALED) store(x, i, pack);
+    });
+    store_partials(a.partials, block_sum(sums));
+    if (seen >> 31) atomicOr(a.flag, 1u);
+}
+
 struct FinishArgs {
     const double* partials;
     double* out;
@@ -482,6 +528,9 @@ POLDER_HOST_KERNEL(convert_f64_bf16, (convert<double, __nv_bfloat16>), ConvertAr
 
 POLDER_KERNEL(squares_f32, squares<float>, PartialsArgs<float>)
 POLDER_HOST_KERNEL(squares_f64, squares<double>, PartialsArgs<double>)
+POLDER_KERNEL(finish_gradient_f32, (finish_gradient<float, false>), GradientArgs<float>)
+POLDER_HOST_KERNEL(finish_gradient_f64, (finish_gradient<double, false>), GradientArgs<double>)
+POLDER_KERNEL(finish_scaled_gradient, (finish_gradient<float, true>), GradientArgs<float>)
 POLDER_KERNEL(products_f32, products<float>, PartialsArgs<float>)
 POLDER_HOST_KERNEL(products_f64, products<double>, PartialsArgs<double>)
 POLDER_KERNEL(differences_f32, differences<float>, PartialsArgs<float>)

@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use crate::device::{Buffer, Device, Error, Result, Scalar, Slice, SliceMut};
-use crate::kernels::vector::{self, Combination};
+use crate::kernels::vector::{self, Combination, Reduction};
 use crate::kernels::{metrics, sharpness};
 
 /// What a pass does with batch norm's running statistics.
@@ -43,6 +43,26 @@ pub trait Objective<T: Scalar> {
         loss: SliceMut<'_, f64>,
         flag: SliceMut<'_, u32>,
     ) -> Result<()>;
+
+    /// As [`Objective::gradient`], and writes the gradient's norm to `norm` (one element). By default that is a pass of its own;
+    /// an objective that looks at its gradient once more anyway, as a plan does, has it for nothing.
+    ///
+    /// # Errors
+    /// Those of the device.
+    #[allow(clippy::too_many_arguments, reason = "where each result goes")]
+    fn gradient_and_norm(
+        &mut self,
+        weights: Slice<'_, T>,
+        statistics: Statistics,
+        mut gradient: SliceMut<'_, T>,
+        loss: SliceMut<'_, f64>,
+        flag: SliceMut<'_, u32>,
+        reduction: &mut Reduction,
+        norm: SliceMut<'_, f64>,
+    ) -> Result<()> {
+        self.gradient(weights, statistics, gradient.reborrow(), loss, flag)?;
+        vector::l2_norm(gradient.view(), reduction, norm)
+    }
 
     /// The Hessian of the loss at `weights` times `direction`, exact, written to `product`; all three are laid out alike. `flag` is
     /// as in [`Objective::gradient`], for the loss and the product. Batch norm's running statistics stay as they are.
@@ -205,6 +225,24 @@ impl<T: Scalar, O: Objective<T>> Objective<T> for Accumulated<'_, T, O> {
             metrics::mean_term(part_loss.view(), weight, add, loss.reborrow())?;
         }
         Ok(())
+    }
+
+    fn gradient_and_norm(
+        &mut self,
+        weights: Slice<'_, T>,
+        statistics: Statistics,
+        mut gradient: SliceMut<'_, T>,
+        loss: SliceMut<'_, f64>,
+        flag: SliceMut<'_, u32>,
+        reduction: &mut Reduction,
+        norm: SliceMut<'_, f64>,
+    ) -> Result<()> {
+        if self.accumulator.parts == 1 {
+            self.check()?;
+            return self.objective.gradient_and_norm(weights, statistics, gradient, loss, flag, reduction, norm);
+        }
+        self.gradient(weights, statistics, gradient.reborrow(), loss, flag)?;
+        vector::l2_norm(gradient.view(), reduction, norm)
     }
 
     fn hessian_vector(

@@ -3,10 +3,11 @@
 mod common;
 
 use common::{Random, assert_close, bits, devices, host_devices, to_f64};
-use polder::device::{Buffer, Device, Error, Scalar};
+use polder::device::{Buffer, Device, Error, Scalar, Slice};
 use polder::kernels::batch_norm::{
     Activation, Backward, BackwardTangents, BatchNormShape, Forward, ForwardTangents, Gradients, Mode, Normalized,
-    ResidualGradient, Running, Saved, backward, backward_tangent, forward_eval, forward_tangent, forward_train,
+    ResidualGradient, Running, Saved, Workspace, backward, backward_tangent, forward_eval, forward_from_moments,
+    forward_tangent, forward_train,
 };
 
 const EPS: f64 = 1e-5;
@@ -144,7 +145,7 @@ fn run_forward<T: Scalar>(device: &Device, problem: &Problem, mode: Mode, runnin
     let per_channel = || device.poisoned::<T>(shape.channels).unwrap();
     let (mut mean, mut inv_std, mut next_mean, mut next_var) =
         (per_channel(), per_channel(), per_channel(), per_channel());
-    let mut workspace = device.poisoned::<f64>(shape.workspace_len(device)).unwrap();
+    let mut workspace = Workspace::new(device, [shape]).unwrap();
     let input = Forward {
         x: x.view(),
         gamma: gamma.view(),
@@ -163,7 +164,7 @@ fn run_forward<T: Scalar>(device: &Device, problem: &Problem, mode: Mode, runnin
                 next_mean: next_mean.view_mut(),
                 next_var: next_var.view_mut(),
             });
-            forward_train(shape, input, y.view_mut(), saved, running, workspace.view_mut()).unwrap();
+            forward_train(shape, input, y.view_mut(), saved, running, &mut workspace).unwrap();
         }
         Mode::Eval => forward_eval(shape, input, old_mean.view(), old_var.view(), y.view_mut(), saved).unwrap(),
     }
@@ -224,7 +225,8 @@ fn run_backward<T: Scalar>(
     let accumulate = variant == Variant::Accumulate;
     let mut residual_buffer =
         if accumulate { upload::<T>(device, &problem.accumulated) } else { device.poisoned::<T>(len).unwrap() };
-    let mut workspace = device.poisoned::<f64>(shape.workspace_len(device)).unwrap();
+    let other = BatchNormShape { rows: 40, channels: 3 };
+    let mut workspace = Workspace::new(device, [other, shape]).unwrap();
     let input = Backward {
         x: x.view(),
         dy: dy.view(),
@@ -233,10 +235,14 @@ fn run_backward<T: Scalar>(
         inv_std: inv_std.view(),
         activation,
     };
+    // Once for the workspace, which has to come out as it went in.
+    let mut unused = [len, shape.channels, shape.channels].map(|len| device.poisoned::<T>(len).unwrap());
+    let [dx_, dgamma_, dbeta_] = unused.each_mut().map(|buffer| buffer.view_mut());
+    backward(shape, mode, input, Gradients { dx: dx_, dgamma: dgamma_, dbeta: dbeta_ }, None, &mut workspace).unwrap();
     let gradients = Gradients { dx: dx.view_mut(), dgamma: dgamma.view_mut(), dbeta: dbeta.view_mut() };
     let residual = matches!(variant, Variant::Write | Variant::Accumulate)
         .then(|| ResidualGradient { gradient: residual_buffer.view_mut(), accumulate });
-    backward(shape, mode, input, gradients, residual, workspace.view_mut()).unwrap();
+    backward(shape, mode, input, gradients, residual, &mut workspace).unwrap();
     Grads {
         dx: dx.to_vec().unwrap(),
         dgamma: dgamma.to_vec().unwrap(),
@@ -578,7 +584,7 @@ fn run_tangents<T: Scalar>(
     let (mut found_y, mut found_dx) = (full(), full());
     let [mut found_mean, mut found_inv_std, mut found_dgamma, mut found_dbeta] =
         [per_channel(), per_channel(), per_channel(), per_channel()];
-    let workspace = || device.poisoned::<f64>(shape.workspace_len(device)).unwrap();
+    let mut workspace = Workspace::new(device, [shape]).unwrap();
     let (x, gamma, mean, inv_std) = (x.view(), gamma.view(), mean.view(), inv_std.view());
     forward_tangent(
         shape,
@@ -592,7 +598,7 @@ fn run_tangents<T: Scalar>(
         },
         found_y.view_mut(),
         Saved { mean: found_mean.view_mut(), inv_std: found_inv_std.view_mut() },
-        workspace().view_mut(),
+        &mut workspace,
     )
     .unwrap();
     let accumulate = variant == Variant::Accumulate;
@@ -613,7 +619,7 @@ fn run_tangents<T: Scalar>(
         Gradients { dx: found_dx.view_mut(), dgamma: found_dgamma.view_mut(), dbeta: found_dbeta.view_mut() },
         matches!(variant, Variant::Write | Variant::Accumulate)
             .then(|| ResidualGradient { gradient: found_residual.view_mut(), accumulate }),
-        workspace().view_mut(),
+        &mut workspace,
     )
     .unwrap();
     Tangents {
@@ -752,7 +758,7 @@ fn slices_at_odd_offsets_work() {
         let (x, gamma, beta) = (shifted(&problem.x), shifted(&problem.gamma), shifted(&problem.beta));
         let mut y = device.poisoned::<f32>(rows * channels + 3).unwrap();
         let mut saved = device.poisoned::<f32>(2 * channels + 1).unwrap();
-        let mut workspace = device.poisoned::<f64>(problem.shape.workspace_len(&device)).unwrap();
+        let mut workspace = Workspace::new(&device, [problem.shape]).unwrap();
         let mut parts = saved.disjoint();
         let input = Forward {
             x: x.slice(1..x.len()).unwrap(),
@@ -767,7 +773,7 @@ fn slices_at_odd_offsets_work() {
             inv_std: parts.write(1 + channels..1 + 2 * channels).unwrap(),
         };
         let part = y.slice_mut(3..3 + rows * channels).unwrap();
-        forward_train(problem.shape, input, part, saved, None, workspace.view_mut()).unwrap();
+        forward_train(problem.shape, input, part, saved, None, &mut workspace).unwrap();
         let y = y.to_vec().unwrap();
         assert!(y[..3].iter().all(|y| y.is_nan()), "{name}: outside the slice");
         assert_close(&name, &y[3..], &to_f64(&expected.y), 1e-6);
@@ -786,6 +792,91 @@ fn nan_passes_the_relu() {
     }
 }
 
+/// What a convolution leaves of its tiles stands for a pass over x; and so do three tiles and a short one for a mean far from zero.
+#[test]
+fn moments_of_tiles_are_as_good_as_x() {
+    let (rows, channels) = (3 * 128 + 17, 6);
+    let mut problem = Problem::new::<f32>(&mut Random(15), rows, channels, true, true);
+    problem.x.iter_mut().for_each(|x| *x = f64::from((*x + 50.0) as f32));
+    let tiles = rows.div_ceil(128);
+    let mut moments = vec![0.0; 2 * channels * tiles];
+    for (c, tile) in (0..channels).flat_map(|c| (0..tiles).map(move |tile| (c, tile))) {
+        let values: Vec<f64> = problem.channel(c).skip(tile * 128).take(128).collect();
+        let mean = values.iter().sum::<f64>() / values.len() as f64;
+        moments[(c * tiles + tile) * 2] = mean;
+        moments[(c * tiles + tile) * 2 + 1] = values.iter().map(|x| (x - mean).powi(2)).sum();
+    }
+    for (name, device) in devices() {
+        let expected = run_forward::<f32>(&device, &problem, Mode::Train, true);
+        let [x, gamma, beta, residual, old_mean, old_var, moments] = [
+            &problem.x,
+            &problem.gamma,
+            &problem.beta,
+            problem.residual.as_ref().unwrap(),
+            &problem.running_mean,
+            &problem.running_var,
+            &moments,
+        ]
+        .map(|values| upload::<f32>(&device, values));
+        let mut y = device.poisoned::<f32>(rows * channels).unwrap();
+        let [mut mean, mut inv_std, mut next_mean, mut next_var] =
+            std::array::from_fn(|_| device.poisoned::<f32>(channels).unwrap());
+        let input = Forward {
+            x: x.view(),
+            gamma: gamma.view(),
+            beta: beta.view(),
+            eps: EPS,
+            residual: Some(residual.view()),
+            relu: true,
+        };
+        let mut run = |moments: Slice<'_, f32>| {
+            let saved = Saved { mean: mean.view_mut(), inv_std: inv_std.view_mut() };
+            let running = Running {
+                momentum: MOMENTUM,
+                mean: old_mean.view(),
+                var: old_var.view(),
+                next_mean: next_mean.view_mut(),
+                next_var: next_var.view_mut(),
+            };
+            forward_from_moments(problem.shape, input, moments, y.view_mut(), saved, Some(running))
+        };
+        run(moments.view()).unwrap();
+        let short = run(moments.slice(1..moments.len()).unwrap()).unwrap_err();
+        assert!(matches!(short, Error::Length { argument: "moments", .. }), "{short:?}");
+        // Both are within a few roundings of the truth; a mean of 50 loses six bits of the deviations.
+        for (what, found, expected, tolerance) in [
+            ("mean", &mean, &expected.mean, 1e-6),
+            ("inv_std", &inv_std, &expected.inv_std, 1e-5),
+            ("next_mean", &next_mean, &expected.next_mean, 1e-6),
+            ("next_var", &next_var, &expected.next_var, 2e-5),
+            ("y", &y, &expected.y, 1e-4),
+        ] {
+            assert_close(&format!("{name}: {what}"), &found.to_vec().unwrap(), &to_f64(expected), tolerance);
+        }
+    }
+}
+
+/// So many row blocks that their sums are combined in groups, on the CPU and where it plays a GPU, with one column of blocks and
+/// with several.
+#[test]
+fn the_last_block_combines_the_sums_of_all() {
+    for (rows, channels) in [(9100, 60), (700, 260), (3001, 9)] {
+        let problem = Problem::new::<f64>(&mut Random(31), rows, channels, false, true);
+        let mut bits_of: [Option<Vec<u64>>; 2] = [None, None];
+        for (name, device) in host_devices() {
+            let simt = name.starts_with("gpu");
+            let outputs = run_forward::<f64>(&device, &problem, Mode::Train, false);
+            let found = run_backward(&device, &problem, Mode::Train, &outputs, Variant::Recompute);
+            let (_, dgamma, dbeta) = problem.gradients(Mode::Train, &to_f64(&outputs.y));
+            assert_close(&format!("{name}: dgamma"), &found.dgamma, &dgamma, 1e-12);
+            assert_close(&format!("{name}: dbeta"), &found.dbeta, &dbeta, 1e-12);
+            let bits = bits(&[found.dgamma, found.dbeta].concat());
+            let first = bits_of[usize::from(simt)].get_or_insert_with(|| bits.clone());
+            assert!(*first == bits, "{name}: other bits than the schedules before it");
+        }
+    }
+}
+
 #[test]
 fn wrong_arguments_are_refused() {
     let device = Device::host();
@@ -793,46 +884,45 @@ fn wrong_arguments_are_refused() {
     let full = device.zeros::<f32>(24).unwrap();
     let channels = device.zeros::<f32>(4).unwrap();
     let elsewhere = Device::host().zeros::<f32>(24).unwrap();
-    let refusal = |shape: BatchNormShape, x: &Buffer<f32>, gamma: &Buffer<f32>, workspace: usize| {
+    let refusal = |shape: BatchNormShape, x: &Buffer<f32>, gamma: &Buffer<f32>, made_for: BatchNormShape| {
         let mut y = device.zeros::<f32>(24).unwrap();
         let (mut mean, mut inv_std) = (device.zeros::<f32>(4).unwrap(), device.zeros::<f32>(4).unwrap());
-        let mut workspace = device.zeros::<f64>(workspace).unwrap();
+        let mut workspace = Workspace::new(&device, [made_for]).unwrap();
         let input =
             Forward { x: x.view(), gamma: gamma.view(), beta: channels.view(), eps: EPS, residual: None, relu: true };
         let saved = Saved { mean: mean.view_mut(), inv_std: inv_std.view_mut() };
-        forward_train(shape, input, y.view_mut(), saved, None, workspace.view_mut())
+        forward_train(shape, input, y.view_mut(), saved, None, &mut workspace)
     };
-    let workspace = shape.workspace_len(&device);
-    assert_eq!(refusal(shape, &full, &channels, workspace), Ok(()));
+    assert_eq!(refusal(shape, &full, &channels, shape), Ok(()));
     let operation = "batch_norm::forward_train";
     assert_eq!(
-        refusal(shape, &channels, &channels, workspace),
+        refusal(shape, &channels, &channels, shape),
         Err(Error::Length { operation, argument: "x", found: 4, expected: 24 })
     );
     assert_eq!(
-        refusal(shape, &full, &full, workspace),
+        refusal(shape, &full, &full, shape),
         Err(Error::Length { operation, argument: "gamma", found: 24, expected: 4 })
     );
     assert_eq!(
-        refusal(shape, &full, &channels, workspace - 1),
-        Err(Error::Length { operation, argument: "workspace", found: workspace - 1, expected: workspace })
+        refusal(shape, &full, &channels, BatchNormShape { rows: 6, channels: 3 }),
+        Err(Error::Length { operation, argument: "workspace", found: 6, expected: 8 })
     );
     // The others are measured against the device of x.
-    let message = refusal(shape, &elsewhere, &channels, workspace).unwrap_err();
+    let message = refusal(shape, &elsewhere, &channels, shape).unwrap_err();
     assert_eq!(message, Error::OtherDevice { operation, argument: "gamma" });
     let one_row = BatchNormShape { rows: 1, channels: 4 };
     let single = device.zeros::<f32>(4).unwrap();
-    let refused = refusal(one_row, &single, &channels, one_row.workspace_len(&device));
+    let refused = refusal(one_row, &single, &channels, one_row);
     assert!(matches!(refused, Err(Error::Length { argument: "y", .. } | Error::Argument { .. })), "{refused:?}");
     assert!(matches!(
-        refusal(BatchNormShape { rows: 6, channels: 0 }, &full, &channels, 1),
+        refusal(BatchNormShape { rows: 6, channels: 0 }, &full, &channels, shape),
         Err(Error::Argument { .. })
     ));
 
     // With a residual, the output decides.
     let mut buffers: Vec<Buffer<f32>> = [24, 4, 4, 24].iter().map(|&len| device.zeros(len).unwrap()).collect();
     let [dx, dgamma, dbeta, residual] = &mut buffers[..] else { unreachable!() };
-    let mut workspace = device.zeros::<f64>(workspace).unwrap();
+    let mut workspace = Workspace::new(&device, [shape]).unwrap();
     let input = Backward {
         x: full.view(),
         dy: full.view(),
@@ -843,7 +933,7 @@ fn wrong_arguments_are_refused() {
     };
     let gradients = Gradients { dx: dx.view_mut(), dgamma: dgamma.view_mut(), dbeta: dbeta.view_mut() };
     let residual = ResidualGradient { gradient: residual.view_mut(), accumulate: false };
-    let refused = backward(shape, Mode::Train, input, gradients, Some(residual), workspace.view_mut());
+    let refused = backward(shape, Mode::Train, input, gradients, Some(residual), &mut workspace);
     assert!(matches!(refused, Err(Error::Argument { .. })), "{refused:?}");
     // The tangents check what they take beside it.
     let short = device.zeros::<f32>(3).unwrap();
@@ -855,7 +945,7 @@ fn wrong_arguments_are_refused() {
         let residual = residual.map(|residual| residual.view());
         let tangents = ForwardTangents { x: full.view(), gamma: channels, beta: beta.view(), residual };
         let saved = Saved { mean: mean.view_mut(), inv_std: inv_std.view_mut() };
-        forward_tangent(shape, Mode::Train, input, tangents, y.view_mut(), saved, workspace.view_mut())
+        forward_tangent(shape, Mode::Train, input, tangents, y.view_mut(), saved, &mut workspace)
     };
     assert_eq!(refusal(Activation::Identity, &channels, Some(&full)), Ok(()));
     let operation = "batch_norm::forward_tangent";

@@ -278,6 +278,49 @@ fn gradients_equal_central_differences() {
     }
 }
 
+/// The parts of several layers' gradients, added up in one launch, are the gradients themselves, and nothing else is written.
+#[test]
+fn parts_of_several_gradients_are_summed_at_once() {
+    let shapes =
+        [shape([3, 12, 11, 3, 7], 3, 1, 1), shape([4, 17, 15, 5, 20], 3, 2, 1), shape([5, 9, 8, 4, 33], 1, 1, 0)];
+    for (name, device) in host_devices().into_iter().filter(|(name, _)| name.starts_with("gpu")) {
+        let splits = shapes.map(|shape| shape.weight_gradient_splits::<f64>(&device));
+        assert!(splits.iter().any(|&splits| splits > 2), "{splits:?}");
+        let (mut partial_len, mut out_len) = (5, 3);
+        let places: Vec<_> = (shapes.iter().zip(splits))
+            .map(|(shape, splits)| {
+                let (partial, out) = (partial_len, out_len);
+                partial_len += splits * shape.weight_len() + 2;
+                out_len += shape.weight_len() + 1;
+                (partial..partial_len - 2, out..out_len - 1)
+            })
+            .collect();
+        let (mut partials, mut out) = (device.poisoned::<f64>(partial_len).unwrap(), device.poisoned(out_len).unwrap());
+        let sums = conv::PartSums::new(&device, &places).unwrap();
+        let mut expected = vec![f64::NAN; out_len];
+        for (number, (shape, (partial, place))) in shapes.iter().zip(&places).enumerate() {
+            let case = case::<f64>(shape, 500 + number as u64);
+            let (x, dy) = (device.upload(&case.x).unwrap(), device.upload(&case.dy).unwrap());
+            let parts = partials.slice_mut(partial.clone()).unwrap();
+            conv::partial_weight_gradients(shape, x.view(), dy.view(), parts).unwrap();
+            let (_, _, [dw, _]) = run(&device, shape, &case).unwrap();
+            expected[place.clone()].copy_from_slice(&dw);
+        }
+        sums.sum(partials.view(), out.view_mut()).unwrap();
+        let found = out.to_vec().unwrap();
+        let same = |(a, b): (&f64, &f64)| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
+        assert!(found.iter().zip(&expected).all(same), "{name}");
+        // Vectors that the places do not fit into, and parts that are no multiple of their sum.
+        let short = partials.slice(0..partial_len - 3).unwrap();
+        assert!(matches!(sums.sum(short, out.view_mut()), Err(Error::Length { argument: "partials", .. })));
+        let error = sums.sum(partials.view(), out.slice_mut(0..out_len - 2).unwrap());
+        assert!(matches!(error, Err(Error::Length { argument: "out", .. })));
+        for (partial, out) in [(0..7, 0..3), (0..0, 0..3), (0..4, 2..2)] {
+            assert!(matches!(conv::PartSums::new(&device, &[(partial, out)]), Err(Error::Length { .. })));
+        }
+    }
+}
+
 #[test]
 fn refuses_wrong_lengths_devices_and_shapes() {
     let right = shape([2, 5, 6, 3, 7], 3, 1, 1);

@@ -3,10 +3,13 @@
 mod common;
 
 use common::{Random, weights};
-use polder::device::{Buffer, Device};
+use half::f16;
+use polder::device::{Buffer, Compute, Device, HostOptions};
 use polder::kernels::batch_norm::Mode;
+use polder::kernels::vector::{self, Reduction};
 use polder::nn::{Model, Shortcut};
 use polder::objective::{Objective, Statistics};
+use polder::optim::{Base, Method, Optimizer, Perturbation, Sam, Settings};
 use polder::plan::{Graph, Plan, PlanError, PlanOptions, Shape, Value};
 
 fn set_batch(plan: &mut Plan<f64>, random: &mut Random) {
@@ -184,4 +187,122 @@ fn statistics_follow_the_rule_and_the_commit() {
         assert!((at("bn.running_mean") - 0.1 * mean).abs() < 1e-14);
         assert!((at("bn.running_var") - (0.9 + 0.1 * unbiased)).abs() < 1e-14);
     }
+}
+
+/// A batch so large that weight gradients are made in parts where the CPU plays a GPU, and kept until the end of the pass.
+#[test]
+fn gradients_in_parts_are_the_gradients() {
+    let shape = Shape { batch: 24, height: 9, width: 7, channels: 3 };
+    let mut gradients: Vec<Vec<f64>> = Vec::new();
+    for gpu_shapes in [false, true] {
+        let device = Device::host_with(HostOptions { threads: 2, gpu_shapes, ..HostOptions::default() });
+        let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut: Shortcut::B }.trace(shape, 7).unwrap();
+        let mut plan = Plan::<f64>::new(&device, graph, logits, PlanOptions::training()).unwrap();
+        let mut random = Random(8);
+        let at = weights(&plan, &mut random);
+        set_batch(&mut plan, &mut random);
+        gradients.push(pass(&mut plan, &at).gradient);
+    }
+    common::assert_close("in parts", &gradients[1], &gradients[0], 1e-11);
+}
+
+/// The norm that a pass has for nothing is the norm of its gradient, with a loss scale and without.
+#[test]
+fn the_norm_comes_with_the_gradient() {
+    fn check<S: Compute<Master = f32>>(device: &Device) {
+        let shape = Shape { batch: 8, height: 8, width: 8, channels: 3 };
+        let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(shape, 5).unwrap();
+        let mut plan = Plan::<S>::new(device, graph, logits, PlanOptions::training()).unwrap();
+        let mut random = Random(4);
+        let at: Vec<f32> = weights(&plan, &mut random).into_iter().map(|weight| weight as f32).collect();
+        let (mut images, mut labels) = plan.batch_mut().unwrap();
+        let pixels: Vec<S> = (0..images.len()).map(|_| S::from_f64(random.normal())).collect();
+        images.write(&pixels).unwrap();
+        labels.write(&[0, 1, 2, 3, 4, 0, 1, 2]).unwrap();
+        let at = device.upload(&at).unwrap();
+        let mut reduction = Reduction::new(device).unwrap();
+        let (mut first, mut second) = (device.zeros(at.len()).unwrap(), device.zeros(at.len()).unwrap());
+        let (mut losses, mut norms) = (device.poisoned::<f64>(2).unwrap(), device.poisoned::<f64>(2).unwrap());
+        let mut flag = device.zeros::<u32>(1).unwrap();
+        let keep = Statistics::Keep;
+        let loss = losses.slice_mut(0..1).unwrap();
+        plan.gradient(at.view(), keep, first.view_mut(), loss, flag.view_mut()).unwrap();
+        vector::l2_norm(first.view(), &mut reduction, norms.slice_mut(0..1).unwrap()).unwrap();
+        let (loss, norm) = (losses.slice_mut(1..2).unwrap(), norms.slice_mut(1..2).unwrap());
+        plan.gradient_and_norm(at.view(), keep, second.view_mut(), loss, flag.view_mut(), &mut reduction, norm)
+            .unwrap();
+        assert_eq!(flag.to_vec().unwrap(), [0]);
+        assert_eq!(common::bits(&first.to_vec().unwrap()), common::bits(&second.to_vec().unwrap()));
+        let (losses, norms) = (losses.to_vec().unwrap(), norms.to_vec().unwrap());
+        assert!(losses[0] == losses[1] && norms[0] == norms[1] && norms[0] > 0.0, "{losses:?}, {norms:?}");
+    }
+    for (_, device) in common::devices() {
+        check::<f32>(&device);
+        check::<f16>(&device);
+    }
+}
+
+/// ResNet-20 of operations that do one thing each.
+fn unfused_resnet20(images: Shape) -> (Graph, Value) {
+    let mut graph = Graph::new(images);
+    let x = graph.input();
+    let layer = |graph: &mut Graph, x: Value, name: String, width: usize, stride: usize| {
+        let y = graph.convolution(x, &format!("{name}.weight"), width, 3, stride, 1).unwrap();
+        graph.batch_norm(y, &format!("{name}.bn"), None, false).unwrap()
+    };
+    let first = layer(&mut graph, x, "conv1".into(), 16, 1);
+    let mut x = graph.relu(first);
+    for (stage, width) in [16, 32, 64].into_iter().enumerate() {
+        for block in 0..3 {
+            let stride = if stage > 0 && block == 0 { 2 } else { 1 };
+            let y = layer(&mut graph, x, format!("{stage}.{block}.1"), width, stride);
+            let y = graph.relu(y);
+            let y = layer(&mut graph, y, format!("{stage}.{block}.2"), width, 1);
+            let shortcut = if stride == 1 { x } else { graph.shortcut(x, width, stride).unwrap() };
+            let sum = graph.add(y, shortcut).unwrap();
+            x = graph.relu(sum);
+        }
+    }
+    let x = graph.global_average_pool(x).unwrap();
+    let logits = graph.linear(x, "fc", 10).unwrap();
+    (graph, logits)
+}
+
+/// What one step of SAM asks of a GPU, by name.
+fn launches_of_a_step<S: Compute<Master = f32>>((graph, logits): (Graph, Value)) -> Vec<String> {
+    let device = Device::host_with(HostOptions { gpu_shapes: true, ..HostOptions::default() });
+    let mut plan = Plan::<S>::new(&device, graph, logits, PlanOptions::training()).unwrap();
+    let mut weights = device.zeros::<f32>(plan.len()).unwrap();
+    let sam = Sam { rho: 0.05, perturbation: Perturbation::L2, ascent_steps: 1, second_order: false };
+    let settings = Settings::new(Method::Sam(sam), Base::Sgd { momentum: 0.9, nesterov: false });
+    let mut optimizer = Optimizer::new(&device, plan.len(), settings).unwrap();
+    device.capture(|| optimizer.step(&mut plan, &mut weights, 0.1)).unwrap().list().unwrap()
+}
+
+/// Networks of CIFAR's size are bound by the number of launches. Against a plan of operations that do one thing each, with a kernel
+/// of its own for every stage, a step of SAM for ResNet-20 in f16 has at most 60 % of them.
+#[test]
+fn a_step_of_resnet20_launches_few_kernels() {
+    let images = Shape { batch: 128, height: 32, width: 32, channels: 3 };
+    let model = Model::CifarResNet { blocks: 3, shortcut: Shortcut::A };
+    let fused = launches_of_a_step::<f16>(model.trace(images, 10).unwrap());
+    let apart = launches_of_a_step::<f16>(unfused_resnet20(images));
+    let count = |list: &[String], name: &str| list.iter().filter(|launch| launch.contains(name)).count();
+    let (convolutions, passes) = (19, 2);
+    // What the kernels of the second plan still do beside their own: the moments of batch norm's input, its dgamma and dbeta, the
+    // sums of a split weight gradient, and the norm with the look at whether a gradient is finite.
+    let stages = passes * (convolutions + convolutions + convolutions - 1) + 1;
+    let unfused = apart.len() + stages;
+    let mut names: Vec<&String> = fused.iter().collect();
+    names.sort();
+    names.dedup();
+    for name in names {
+        println!("{:4} {name}", fused.iter().filter(|launch| *launch == name).count());
+    }
+    println!("{} of {unfused}", fused.len());
+    assert_eq!(count(&fused, "conv_tensor_forward"), passes * convolutions);
+    assert_eq!(count(&fused, "batch_norm_moments"), 0);
+    assert_eq!(count(&fused, "batch_norm"), passes * convolutions * 4);
+    assert_eq!(count(&fused, "conv_sum_splits"), passes);
+    assert!(fused.len() * 10 <= unfused * 6, "{} launches of {unfused}", fused.len());
 }

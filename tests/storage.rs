@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use polder::device::{Buffer, Compute, Device, Result};
 use polder::kernels::batch_norm::{
     self, Activation, Backward, BackwardTangents, BatchNormShape, Forward, ForwardTangents, Gradients, Mode,
-    Normalized, ResidualGradient, Running, Saved,
+    Normalized, ResidualGradient, Running, Saved, Workspace,
 };
 use polder::kernels::image::{self, Augment, BatchShape, Normalization, Position};
 use polder::kernels::layers::{self, LinearShape, PoolShape, ShortcutShape};
@@ -152,7 +152,7 @@ impl<S: Compute<Master = f32>, R: Compute> Runner<'_, S, R> {
             let (mut mean, mut inv_std) = (device.poisoned::<f32>(channels)?, device.poisoned::<f32>(channels)?);
             let (mut next_mean, mut next_var) = (device.poisoned::<f32>(channels)?, device.poisoned::<f32>(channels)?);
             let mut y = device.poisoned::<S>(n)?;
-            let mut workspace = device.poisoned(shape.workspace_len(device))?;
+            let mut workspace = Workspace::new(device, [shape])?;
             let input = Forward {
                 x: x.view(),
                 gamma: gamma.view(),
@@ -169,7 +169,7 @@ impl<S: Compute<Master = f32>, R: Compute> Runner<'_, S, R> {
                 next_var: next_var.view_mut(),
             };
             let saved = Saved { mean: mean.view_mut(), inv_std: inv_std.view_mut() };
-            batch_norm::forward_train(shape, input, y.view_mut(), saved, Some(running), workspace.view_mut())?;
+            batch_norm::forward_train(shape, input, y.view_mut(), saved, Some(running), &mut workspace)?;
             self.keep("forward_train", &y);
             for (name, buffer) in
                 [("mean", &mean), ("inv_std", &inv_std), ("next_mean", &next_mean), ("next_var", &next_var)]
@@ -209,7 +209,7 @@ impl<S: Compute<Master = f32>, R: Compute> Runner<'_, S, R> {
                 let accumulate = case != 2;
                 let residual = (case != 1).then(|| ResidualGradient { gradient: gradient.view_mut(), accumulate });
                 let gradients = Gradients { dx: dx.view_mut(), dgamma: dgamma.view_mut(), dbeta: dbeta.view_mut() };
-                batch_norm::backward(shape, mode, input, gradients, residual, workspace.view_mut())?;
+                batch_norm::backward(shape, mode, input, gradients, residual, &mut workspace)?;
                 self.keep("dx", &dx);
                 self.keep("residual", &gradient);
                 self.keep_wide("dgamma", &dgamma);
@@ -231,7 +231,7 @@ impl<S: Compute<Master = f32>, R: Compute> Runner<'_, S, R> {
                 let mut y_tangent = device.poisoned::<S>(n)?;
                 let mut moved = (device.poisoned::<f32>(channels)?, device.poisoned::<f32>(channels)?);
                 let saved = Saved { mean: moved.0.view_mut(), inv_std: moved.1.view_mut() };
-                let sums = workspace.view_mut();
+                let sums = &mut workspace;
                 batch_norm::forward_tangent(shape, mode, normalized, tangents, y_tangent.view_mut(), saved, sums)?;
                 self.keep("y tangent", &y_tangent);
                 self.keep_wide("mean tangent", &moved.0);
@@ -250,7 +250,7 @@ impl<S: Compute<Master = f32>, R: Compute> Runner<'_, S, R> {
                 let mut parameters = (device.poisoned::<f32>(channels)?, device.poisoned::<f32>(channels)?);
                 let gradients =
                     Gradients { dx: dx.view_mut(), dgamma: parameters.0.view_mut(), dbeta: parameters.1.view_mut() };
-                batch_norm::backward_tangent(shape, mode, input, tangents, gradients, None, workspace.view_mut())?;
+                batch_norm::backward_tangent(shape, mode, input, tangents, gradients, None, &mut workspace)?;
                 self.keep("dx tangent", &dx);
                 self.keep_wide("dgamma tangent", &parameters.0);
                 self.keep_wide("dbeta tangent", &parameters.1);

@@ -4,7 +4,8 @@ mod common;
 
 use common::{Random, assert_close, bits, devices, host_devices, on_devices, to_f64};
 use half::{bf16, f16};
-use polder::device::{Buffer, Compute, Device, Error, Scalar};
+use polder::device::{Buffer, Compute, Device, Error, Result, Scalar, Slice, SliceMut};
+use polder::kernels::precision;
 use polder::kernels::vector::{self, AdamWStep, Combination, CrSam, CrSamForm, Rate, Reduction, SgdStep};
 
 const LENGTHS: [usize; 6] = [1, 3, 5, 1023, 4096, 100_003];
@@ -905,6 +906,43 @@ fn check_finite_finds_a_single_bad_element_anywhere() {
         assert_eq!(flag_of(&device, &[1.0, f64::NAN, 2.0], 0), 1, "{name}");
         assert_eq!(flag_of(&device, &[1.0, f64::MAX, 2.0], 0), 0, "{name}");
     }
+}
+
+/// The passes that end a gradient one by one, but for the norm.
+type InTurn<T> = fn(&mut Buffer<T>, Option<Slice<'_, f64>>, SliceMut<'_, u32>) -> Result<()>;
+
+fn check_finish_gradient<T: Scalar>(devices: &[(String, Device)], scale: Option<f64>, in_turn: InTurn<T>) {
+    for (name, device) in devices {
+        let (mut reduction, mut random) = (Reduction::new(device).unwrap(), Random(77));
+        for (n, bad) in [(1, None), (5, Some(4)), (4099, None), (4099, Some(1234)), (600_001, None)] {
+            let mut values = random.vector::<T>(n);
+            if let Some(bad) = bad {
+                values[bad] = T::from_f64(f64::INFINITY);
+            }
+            let state = scale.map(|scale| device.upload(&[scale, 3.0]).unwrap());
+            let state = state.as_ref().map(|state| state.view());
+            let (mut x, mut apart) = (device.upload(&values).unwrap(), device.upload(&values).unwrap());
+            let (mut flags, mut norms) = (device.zeros::<u32>(2).unwrap(), device.poisoned::<f64>(2).unwrap());
+            let norm = norms.slice_mut(0..1).unwrap();
+            vector::finish_gradient(x.view_mut(), state, flags.slice_mut(0..1).unwrap(), &mut reduction, norm).unwrap();
+            in_turn(&mut apart, state, flags.slice_mut(1..2).unwrap()).unwrap();
+            vector::l2_norm(apart.view(), &mut reduction, norms.slice_mut(1..2).unwrap()).unwrap();
+            let (flags, norms) = (flags.to_vec().unwrap(), norms.to_vec().unwrap());
+            assert_eq!(flags, [u32::from(bad.is_some()); 2], "{name}, n = {n}");
+            assert_eq!(norms[0].to_bits(), norms[1].to_bits(), "{name}, n = {n}");
+            assert_eq!(bits(&x.to_vec().unwrap()), bits(&apart.to_vec().unwrap()), "{name}, n = {n}");
+        }
+    }
+}
+
+/// One pass for what otherwise takes two or three, to the same bits.
+#[test]
+fn a_gradient_is_finished_in_one_pass() {
+    check_finish_gradient::<f32>(&devices(), None, |x, _, flag| vector::check_finite(x.view(), flag));
+    check_finish_gradient::<f64>(&host_devices(), None, |x, _, flag| vector::check_finite(x.view(), flag));
+    check_finish_gradient::<f32>(&devices(), Some(1024.0), |x, state, flag| {
+        precision::unscale(x.view_mut(), state.expect("there is a scale"), flag)
+    });
 }
 
 // ---- Errors --------------------------------------------------------------------------------------------------------

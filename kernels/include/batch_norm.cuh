@@ -262,6 +262,10 @@ struct SumsArgs {
     uint32_t pack;
     uint32_t mask;
     uint32_t residual_mode;
+    Arithmetic<S>* dgamma;  // these three null where a kernel of its own combines the blocks' sums
+    Arithmetic<S>* dbeta;
+    uint32_t* tickets;
+    uint32_t group;  // blocks of which the last one to come combines the sums
 };
 
 /// Two sums that are always taken together.
@@ -362,6 +366,77 @@ __device__ __forceinline__ void sums(const SumsArgs<S>& a) {
         else if (a.mask == kRecompute) sums_of_block<S, shape, tangent, kRecompute, kNone>(a);  // there was no residual
         else sums_with_residual<S, shape, tangent, kNoMask>(a);
     });
+}
+
+// ---- Sums over blocks: by the last of them to come, or by a kernel of their own -----------------------------------------------
+
+/// Whether this block is the last of `count` to come here. If so, it sees all that the others wrote before they came, and the
+/// ticket is zero again for the next launch.
+__device__ __forceinline__ bool last_to_come(uint32_t* ticket, uint32_t count) {
+    __shared__ uint32_t last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0 && threadIdx.y == 0) {
+        last = atomicAdd(ticket, 1u) + 1 == count;
+        if (last) *ticket = 0;
+    }
+    __syncthreads();
+    const bool result = last != 0;
+    if (result) __threadfence();
+    return result;
+}
+
+/// What all blocks of a launch have left in `a.dz` and `a.dz_x` becomes dbeta = sum dz and dgamma = sum dz xhat, by the last
+/// block that comes here; in an order that does not depend on which one that is. It would take too long over all the sums of a
+/// large layer, so the last of each group combines the group's, and the last of those the groups'.
+template <class S, Shape shape>
+__device__ __forceinline__ void finish_parameters(const SumsArgs<S>& a) {
+    typedef Arithmetic<S> T;
+    const uint64_t channels = a.channels;
+    const auto finish = [&](uint64_t c, const Sums& all) {
+        a.dbeta[c] = T(all.dz);
+        a.dgamma[c] = T(all.dz_x * double(a.upstream.inv_std[c]));
+    };
+    // The sums of `count` rows of channels, `step` rows apart from row `first` on, go to `write`.
+    const auto combine = [&](uint64_t first, uint32_t count, uint32_t step, auto write) {
+        double* const dz = a.dz + first * channels;
+        double* const dz_x = a.dz_x + first * channels;
+        const uint64_t pitch = step * channels;
+        if constexpr (shape == kCpu) {
+            for (uint32_t i = 1; i < count; ++i) {
+                for (uint64_t c = 0; c < channels; ++c) {
+                    dz[c] += dz[i * pitch + c];
+                    dz_x[c] += dz_x[i * pitch + c];
+                }
+            }
+            for (uint64_t c = 0; c < channels; ++c) write(c, Sums{dz[c], dz_x[c]});
+        } else {
+            constexpr int V = shape == kFour ? 4 : 1;
+            POLDER_DYNAMIC_SHARED(Sums, shared);
+            const uint64_t c = uint64_t(blockIdx.y * blockDim.x + threadIdx.x) * V;
+            POLDER_UNROLL
+            for (int k = 0; k < V; ++k) {
+                Sums all = {0.0, 0.0};
+                if (c < channels) {
+                    for (uint32_t i = threadIdx.y; i < count; i += blockDim.y) {
+                        all = add(all, Sums{dz[i * pitch + c + k], dz_x[i * pitch + c + k]});
+                    }
+                }
+                all = combine_lines(all, shared, add);
+                if (threadIdx.y == 0 && c < channels) write(c + k, all);
+            }
+        }
+    };
+    const uint32_t blocks = gridDim.x, groups = (blocks + a.group - 1) / a.group;
+    const uint32_t group = blockIdx.x / a.group, first = group * a.group, members = min(a.group, blocks - first);
+    uint32_t* const tickets = a.tickets + blockIdx.y * (groups + 1);
+    if (!last_to_come(tickets + group, members)) return;
+    if (groups == 1) return combine(0, members, 1, finish);
+    combine(first, members, 1, [&](uint64_t c, const Sums& all) {
+        a.dz[first * channels + c] = all.dz;
+        a.dz_x[first * channels + c] = all.dz_x;
+    });
+    if (last_to_come(tickets + groups, groups)) combine(0, groups, a.group, finish);
 }
 
 /// Calls `write(c, sums)` with the blocks' sums of every channel combined. GPU: a block per channel.

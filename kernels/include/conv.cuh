@@ -18,6 +18,7 @@ struct ConvArgs {
     int32_t splits;  // of the weight gradient's depth
     uint32_t accumulate;
     uint32_t wide_left, wide_right, wide_out;  // whether packs of channels are whole and aligned
+    float* moments;  // of the forward's result, on tensor cores: [out channels][row tiles][mean, m2], or null
 };
 
 /// Quotients by a fixed divisor without a division, for numbers below 2^31 (Granlund and Montgomery, "Division by invariant

@@ -347,6 +347,16 @@ impl HostGraph {
     pub(super) fn operations(&self) -> usize {
         self.recorded.len()
     }
+
+    pub(super) fn list(&self) -> Vec<String> {
+        let name = |operation: &Recorded| match operation {
+            Recorded::Launch(kernel, ..) => kernel.to_name(),
+            Recorded::Copy(..) => "copy".into(),
+            Recorded::Clear(..) => "clear".into(),
+            Recorded::Write(..) => "write".into(),
+        };
+        self.recorded.iter().map(name).collect()
+    }
 }
 
 impl Drop for HostGraph {

@@ -403,6 +403,23 @@ impl Graph {
     }
 }
 
+impl Graph {
+    /// What one replay does, in its order: the names of kernels, `copy`, `clear` and `write`.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] for a GPU's graph, of which the driver keeps no names. The CPU told to take a GPU's shapes lists the
+    /// same operations without doing them.
+    pub fn list(&self) -> Result<Vec<String>> {
+        match &self.0 {
+            GraphInner::Host(graph) => Ok(graph.list()),
+            GraphInner::Cuda(_) => {
+                let reason = "its graphs keep no names of kernels".into();
+                Err(Error::Unavailable { device: "cuda".into(), reason })
+            }
+        }
+    }
+}
+
 /// What device names this binary could use here: `(name, description or the reason why not)`.
 pub fn available() -> Vec<(String, std::result::Result<String, String>)> {
     let mut devices = vec![("cpu".to_string(), Ok(Device::host().description()))];

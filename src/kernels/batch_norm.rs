@@ -9,7 +9,7 @@
 //! fixed order: the same inputs give the same bits on every run, whatever the number of threads.
 
 use super::{check_device, check_length, pick};
-use crate::device::{Compute, Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
+use crate::device::{Buffer, Compute, Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
 
 /// The shape of the activations: rows (batch · height · width) and channels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,10 +21,45 @@ pub struct BatchNormShape {
 }
 
 impl BatchNormShape {
-    /// The length of the `workspace` that [`forward_train`], [`backward`] and their tangents need on this device.
-    pub fn workspace_len(&self, device: &Device) -> usize {
+    /// Two sums for every channel and row block.
+    fn sums_len(&self, device: &Device) -> usize {
         2 * self.channels * row_blocks(device, *self, PER_SUMMING_THREAD)
     }
+
+    /// A ticket for each group of row blocks and one for all groups, in every column of blocks: of those there are the most with
+    /// one channel for each of 32 threads.
+    fn tickets_len(&self, device: &Device) -> usize {
+        self.channels.div_ceil(32) * (row_blocks(device, *self, PER_SUMMING_THREAD).div_ceil(group_blocks(device)) + 1)
+    }
+}
+
+/// What [`forward_train`], [`backward`] and their tangents need to sum over rows: room for every block's sums, and the tickets by
+/// which the last block knows that it is. One workspace serves any number of calls, one after the other, of all the shapes that it
+/// was made for.
+pub struct Workspace {
+    sums: Buffer<f64>,
+    /// Zero between launches.
+    tickets: Buffer<u32>,
+}
+
+impl Workspace {
+    /// Room for each of these shapes.
+    ///
+    /// # Errors
+    /// Those of the allocation.
+    pub fn new(device: &Device, shapes: impl IntoIterator<Item = BatchNormShape>) -> Result<Self> {
+        let (mut sums, mut tickets) = (0, 0);
+        for shape in shapes {
+            sums = sums.max(shape.sums_len(device));
+            tickets = tickets.max(shape.tickets_len(device));
+        }
+        Ok(Self { sums: device.poisoned(sums)?, tickets: device.zeros(tickets)? })
+    }
+}
+
+/// Row blocks whose sums the last of them combines; fewer where the CPU plays a GPU, which launches so few.
+fn group_blocks(device: &Device) -> usize {
+    if device.is_host() && device.is_simt() { 2 } else { 32 }
 }
 
 /// What both forward modes read.
@@ -219,6 +254,9 @@ fn row_blocks(device: &Device, shape: BatchNormShape, per_thread: usize) -> usiz
     blocks.div_ceil(shape.channels.div_ceil(128).max(1))
 }
 
+/// Rows of a tile of which a convolution leaves moments.
+pub(super) const TILE_ROWS: usize = 128;
+
 /// Elements per GPU thread in the kernels that sum: enough to pay for the reduction over the block.
 const PER_SUMMING_THREAD: usize = 32;
 /// Elements per GPU thread in the others.
@@ -250,6 +288,7 @@ struct MomentsArgs {
 struct StatisticsArgs {
     means: u64,
     m2s: u64,
+    tiles: u64,
     mean: u64,
     inv_std: u64,
     running_mean: u64,
@@ -261,6 +300,7 @@ struct StatisticsArgs {
     rows: u64,
     channels: u32,
     blocks: u32,
+    tile_rows: u32,
 }
 
 #[repr(C)]
@@ -338,18 +378,10 @@ struct SumsArgs {
     pack: u32,
     mask: u32,
     residual_mode: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct ParametersArgs {
-    dz: u64,
-    dz_x: u64,
-    inv_std: u64,
     dgamma: u64,
     dbeta: u64,
-    channels: u32,
-    blocks: u32,
+    tickets: u64,
+    group: u32,
 }
 
 #[repr(C)]
@@ -460,8 +492,18 @@ impl Check<'_> {
         self.argument(name, slice.device(), slice.len(), self.shape.channels)
     }
 
-    fn workspace(&self, workspace: Slice<'_, f64>) -> Result<()> {
-        self.argument("workspace", workspace.device(), workspace.len(), self.shape.workspace_len(self.device))
+    /// The addresses of every block's first and second sum, and of the tickets.
+    fn workspace(&self, workspace: &mut Workspace) -> Result<[u64; 3]> {
+        let Workspace { sums, tickets } = workspace;
+        check_device(self.operation, "workspace", self.device, sums.device())?;
+        let needed = self.shape.sums_len(self.device);
+        for (found, expected) in [(sums.len(), needed), (tickets.len(), self.shape.tickets_len(self.device))] {
+            if found < expected {
+                check_length(self.operation, "workspace", found, expected)?;
+            }
+        }
+        let first = sums.view_mut().address();
+        Ok([first, first + (needed / 2 * size_of::<f64>()) as u64, tickets.view_mut().address()])
     }
 
     fn shape(&self) -> Result<()> {
@@ -525,6 +567,14 @@ impl Check<'_> {
         Ok((residual.gradient.address(), mode))
     }
 
+    fn two_rows(&self) -> Result<()> {
+        if self.shape.rows >= 2 {
+            return Ok(());
+        }
+        let message = "training needs at least two values per channel".into();
+        Err(Error::Argument { operation: self.operation, message })
+    }
+
     fn forward<S: Compute>(&self, input: &Forward<'_, S>, y: Slice<'_, S>, saved: &Saved<'_, S::Master>) -> Result<()> {
         self.shape()?;
         self.full("x", input.x)?;
@@ -540,7 +590,7 @@ impl Check<'_> {
 }
 
 /// Normalises with the batch's own statistics, which it saves, and takes them into the running ones; without `running` those are
-/// left alone. `workspace` has [`BatchNormShape::workspace_len`] elements and need hold nothing.
+/// left alone. `workspace` was made for this shape among others.
 ///
 /// Traffic: reads x twice and writes y once, and reads the residual once: 12 bytes per element in f32, 16 with a residual.
 ///
@@ -549,22 +599,78 @@ impl Check<'_> {
 pub fn forward_train<S: Compute>(
     shape: BatchNormShape,
     input: Forward<'_, S>,
-    mut y: SliceMut<'_, S>,
-    mut saved: Saved<'_, S::Master>,
+    y: SliceMut<'_, S>,
+    saved: Saved<'_, S::Master>,
     running: Option<Running<'_, S::Master>>,
-    mut workspace: SliceMut<'_, f64>,
+    workspace: &mut Workspace,
 ) -> Result<()> {
     let device = input.x.device();
     let check = Check { operation: "batch_norm::forward_train", device, shape };
     check.forward(&input, y.view(), &saved)?;
-    check.workspace(workspace.view())?;
-    if shape.rows < 2 {
-        let message = "training needs at least two values per channel".into();
-        return Err(Error::Argument { operation: check.operation, message });
-    }
-    let mut statistics = StatisticsArgs {
-        means: workspace.address(),
-        m2s: workspace.address() + (workspace.len() / 2 * size_of::<f64>()) as u64,
+    let [means, m2s, _] = check.workspace(workspace)?;
+    let spread = Spread::new::<S>(device, shape, PER_SUMMING_THREAD, &[input.x.address()]);
+    let moments = MomentsArgs {
+        x: input.x.address(),
+        means,
+        m2s,
+        rows: shape.rows as u64,
+        channels: shape.channels as u32,
+        pack: spread.pack,
+    };
+    let found = Found { means, m2s, tiles: 0, blocks: spread.launch.grid[0] as usize, tile_rows: 0 };
+    check.two_rows()?;
+    // SAFETY: the twin of the kernel's struct; every length was checked above, and the launch has as many row blocks as the
+    // workspace has room for.
+    unsafe { device.launch(S::choose(id::BATCH_NORM_MOMENTS), spread.launch, &moments)? };
+    statistics(&check, input, y, saved, running, found)
+}
+
+/// As [`forward_train`], with the moments that [`conv::forward_with_moments`](super::conv::forward_with_moments) has left of x, and
+/// so without a pass over x for the statistics: 8 bytes per element in f32, 12 with a residual.
+///
+/// # Errors
+/// As [`forward_train`].
+pub fn forward_from_moments<S: Compute>(
+    shape: BatchNormShape,
+    input: Forward<'_, S>,
+    moments: Slice<'_, S::Master>,
+    y: SliceMut<'_, S>,
+    saved: Saved<'_, S::Master>,
+    running: Option<Running<'_, S::Master>>,
+) -> Result<()> {
+    let device = input.x.device();
+    let check = Check { operation: "batch_norm::forward_from_moments", device, shape };
+    check.forward(&input, y.view(), &saved)?;
+    check.two_rows()?;
+    let blocks = shape.rows.div_ceil(TILE_ROWS);
+    check.argument("moments", moments.device(), moments.len(), 2 * shape.channels * blocks)?;
+    let found = Found { means: 0, m2s: 0, tiles: moments.address(), blocks, tile_rows: TILE_ROWS };
+    statistics(&check, input, y, saved, running, found)
+}
+
+/// Where the blocks' moments of x lie: in two arrays, or in the convolution's tiles.
+struct Found {
+    means: u64,
+    m2s: u64,
+    tiles: u64,
+    blocks: usize,
+    tile_rows: usize,
+}
+
+/// Combines what was found, and normalises; the lengths have been checked.
+fn statistics<S: Compute>(
+    check: &Check<'_>,
+    input: Forward<'_, S>,
+    y: SliceMut<'_, S>,
+    mut saved: Saved<'_, S::Master>,
+    running: Option<Running<'_, S::Master>>,
+    found: Found,
+) -> Result<()> {
+    let Check { device, shape, .. } = *check;
+    let mut args = StatisticsArgs {
+        means: found.means,
+        m2s: found.m2s,
+        tiles: found.tiles,
         mean: saved.mean.address(),
         inv_std: saved.inv_std.address(),
         running_mean: 0,
@@ -575,40 +681,24 @@ pub fn forward_train<S: Compute>(
         momentum: 0.0,
         rows: shape.rows as u64,
         channels: shape.channels as u32,
-        blocks: row_blocks(device, shape, PER_SUMMING_THREAD) as u32,
+        blocks: found.blocks as u32,
+        tile_rows: found.tile_rows as u32,
     };
     if let Some(mut running) = running {
         check.channels("running.mean", running.mean)?;
         check.channels("running.var", running.var)?;
         check.channels("running.next_mean", running.next_mean.view())?;
         check.channels("running.next_var", running.next_var.view())?;
-        statistics.running_mean = running.mean.address();
-        statistics.running_var = running.var.address();
-        statistics.next_mean = running.next_mean.address();
-        statistics.next_var = running.next_var.address();
-        statistics.momentum = running.momentum;
+        args.running_mean = running.mean.address();
+        args.running_var = running.var.address();
+        args.next_mean = running.next_mean.address();
+        args.next_var = running.next_var.address();
+        args.momentum = running.momentum;
     }
-    let spread = Spread::new::<S>(device, shape, PER_SUMMING_THREAD, &[input.x.address()]);
-    let moments = MomentsArgs {
-        x: input.x.address(),
-        means: statistics.means,
-        m2s: statistics.m2s,
-        rows: shape.rows as u64,
-        channels: shape.channels as u32,
-        pack: spread.pack,
-    };
-    // SAFETY: the twins of the kernels' structs; every length was checked above, and the launch has as many row blocks as the
-    // workspace has room for.
-    unsafe {
-        device.launch(S::choose(id::BATCH_NORM_MOMENTS), spread.launch, &moments)?;
-        let launch = channel_launch(device, shape.channels);
-        device.launch(
-            pick::<S::Master>(id::BATCH_NORM_STATISTICS_F32, id::BATCH_NORM_STATISTICS_F64),
-            launch,
-            &statistics,
-        )?;
-    }
-    normalize(shape, input, y.reborrow(), saved)
+    let kernel = pick::<S::Master>(id::BATCH_NORM_STATISTICS_F32, id::BATCH_NORM_STATISTICS_F64);
+    // SAFETY: the twin of the kernel's struct; every length was checked, and so many blocks' moments lie where `found` says.
+    unsafe { device.launch(kernel, channel_launch(device, shape.channels), &args)? };
+    normalize(shape, input, y, saved)
 }
 
 /// Normalises with the running statistics. Saves what [`backward`] needs: a copy of the running mean, and `inv_std`.
@@ -689,7 +779,7 @@ pub fn backward<S: Compute>(
     input: Backward<'_, S>,
     mut gradients: Gradients<'_, S>,
     residual: Option<ResidualGradient<'_, S>>,
-    mut workspace: SliceMut<'_, f64>,
+    workspace: &mut Workspace,
 ) -> Result<()> {
     let device = input.x.device();
     let check = Check { operation: "batch_norm::backward", device, shape };
@@ -697,36 +787,31 @@ pub fn backward<S: Compute>(
     check.full("dx", gradients.dx.view())?;
     check.channels("dgamma", gradients.dgamma.view())?;
     check.channels("dbeta", gradients.dbeta.view())?;
-    check.workspace(workspace.view())?;
+    let [dz, dz_x, tickets] = check.workspace(workspace)?;
     let (residual_address, residual_mode) = check.residual(residual, mask)?;
     let spread = Spread::new::<S>(device, shape, PER_SUMMING_THREAD, &[upstream.bits(), residual_address]);
     let sums = SumsArgs {
         upstream,
         tangent: UpstreamTangent::default(),
         residual: residual_address,
-        dz: workspace.address(),
-        dz_x: workspace.address() + (workspace.len() / 2 * size_of::<f64>()) as u64,
+        dz,
+        dz_x,
         rows: shape.rows as u64,
         channels: shape.channels as u32,
         pack: spread.pack,
         mask,
         residual_mode,
-    };
-    let parameters = ParametersArgs {
-        dz: sums.dz,
-        dz_x: sums.dz_x,
-        inv_std: upstream.inv_std,
         dgamma: gradients.dgamma.address(),
         dbeta: gradients.dbeta.address(),
-        channels: shape.channels as u32,
-        blocks: row_blocks(device, shape, PER_SUMMING_THREAD) as u32,
+        tickets,
+        group: group_blocks(device) as u32,
     };
     // Where dz has just been written out, the second pass takes it from there and needs no mask.
     let from_residual = residual_mode == RESIDUAL_WRITE && mask == MASK_OUTPUT;
     let mut inputs = InputArgs {
         upstream: if from_residual { Upstream { dy: residual_address, y: 0, ..upstream } } else { upstream },
-        dgamma: parameters.dgamma,
-        dbeta: parameters.dbeta,
+        dgamma: sums.dgamma,
+        dbeta: sums.dbeta,
         dx: gradients.dx.address(),
         rows: shape.rows as u64,
         channels: shape.channels as u32,
@@ -741,12 +826,6 @@ pub fn backward<S: Compute>(
     // the workspace has room for.
     unsafe {
         device.launch(S::choose(id::BATCH_NORM_SUMS), spread.launch, &sums)?;
-        let launch = channel_launch(device, shape.channels);
-        device.launch(
-            pick::<S::Master>(id::BATCH_NORM_PARAMETERS_F32, id::BATCH_NORM_PARAMETERS_F64),
-            launch,
-            &parameters,
-        )?;
         device.launch(S::choose(id::BATCH_NORM_INPUT), input_spread.launch, &inputs)
     }
 }
@@ -767,7 +846,7 @@ pub fn forward_tangent<S: Compute>(
     tangents: ForwardTangents<'_, S>,
     mut y: SliceMut<'_, S>,
     mut saved: Saved<'_, S::Master>,
-    mut workspace: SliceMut<'_, f64>,
+    workspace: &mut Workspace,
 ) -> Result<()> {
     let device = input.x.device();
     let check = Check { operation: "batch_norm::forward_tangent", device, shape };
@@ -783,7 +862,7 @@ pub fn forward_tangent<S: Compute>(
     check.full("y'", y.view())?;
     check.channels("mean'", saved.mean.view())?;
     check.channels("inv_std'", saved.inv_std.view())?;
-    check.workspace(workspace.view())?;
+    let [dz, dz_x, _] = check.workspace(workspace)?;
     match mode {
         Mode::Train => {
             let spread = Spread::new::<S>(device, shape, PER_SUMMING_THREAD, &[upstream.x, upstream.dy, upstream.mean]);
@@ -791,13 +870,17 @@ pub fn forward_tangent<S: Compute>(
                 upstream,
                 tangent: UpstreamTangent::default(),
                 residual: 0,
-                dz: workspace.address(),
-                dz_x: workspace.address() + (workspace.len() / 2 * size_of::<f64>()) as u64,
+                dz,
+                dz_x,
                 rows: shape.rows as u64,
                 channels: shape.channels as u32,
                 pack: spread.pack,
                 mask: NO_MASK,
                 residual_mode: RESIDUAL_NONE,
+                dgamma: 0,
+                dbeta: 0,
+                tickets: 0,
+                group: 0,
             };
             let statistics = StatisticsTangentArgs {
                 x: sums.dz,
@@ -874,7 +957,7 @@ pub fn backward_tangent<S: Compute>(
     tangents: BackwardTangents<'_, S>,
     mut gradients: Gradients<'_, S>,
     residual: Option<ResidualGradient<'_, S>>,
-    mut workspace: SliceMut<'_, f64>,
+    workspace: &mut Workspace,
 ) -> Result<()> {
     let device = input.x.device();
     let check = Check { operation: "batch_norm::backward_tangent", device, shape };
@@ -889,7 +972,7 @@ pub fn backward_tangent<S: Compute>(
     check.full("dx'", gradients.dx.view())?;
     check.channels("dgamma'", gradients.dgamma.view())?;
     check.channels("dbeta'", gradients.dbeta.view())?;
-    check.workspace(workspace.view())?;
+    let [dz, dz_x, _] = check.workspace(workspace)?;
     let (residual, residual_mode) = check.residual(residual, mask)?;
     let tangent = UpstreamTangent {
         x: tangents.x.address(),
@@ -903,13 +986,17 @@ pub fn backward_tangent<S: Compute>(
         upstream,
         tangent,
         residual,
-        dz: workspace.address(),
-        dz_x: workspace.address() + (workspace.len() / 2 * size_of::<f64>()) as u64,
+        dz,
+        dz_x,
         rows: shape.rows as u64,
         channels: shape.channels as u32,
         pack: spread.pack,
         mask,
         residual_mode,
+        dgamma: 0,
+        dbeta: 0,
+        tickets: 0,
+        group: 0,
     };
     let parameters = ParametersTangentArgs {
         dz: sums.dz,

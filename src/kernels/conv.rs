@@ -20,9 +20,12 @@ mod direct;
 mod tensor;
 mod tiled;
 
+use std::ops::Range;
+
 use super::{check_device, check_length};
-use crate::device::{Compute, Device, Error, Result, Slice, SliceMut};
+use crate::device::{Buffer, Compute, Device, Error, Result, Scalar, Slice, SliceMut};
 use direct::PANEL;
+use tiled::{SUM_ELEMENTS, SplitSum};
 
 /// The shape of a convolution with square kernel, stride and zero padding alike in both directions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -133,15 +136,31 @@ impl ConvShape {
     }
 
     /// Elements of workspace, of the master type, that suffice for all three passes on `device`. The passes may share one
-    /// workspace; nothing in it need be kept from one call to the next.
+    /// workspace; nothing in it need be kept from one call to the next. On a GPU, the weight gradient alone needs it.
     pub fn workspace_len<S: Compute>(&self, device: &Device) -> usize {
         if !device.is_simt() {
-            direct::workspace_len(self)
-        } else if S::TENSOR_CORES {
-            tensor::workspace_len(self)
-        } else {
-            tiled::workspace_len(self)
+            return direct::workspace_len(self);
         }
+        match self.weight_gradient_splits::<S>(device) {
+            1 => 0,
+            splits => splits * self.weight_len(),
+        }
+    }
+
+    /// The parts that [`partial_weight_gradients`] leaves: so many gradients over some of the pixels each. One where the gradient
+    /// is made at once.
+    pub fn weight_gradient_splits<S: Compute>(&self, device: &Device) -> usize {
+        match (device.is_simt(), S::TENSOR_CORES) {
+            (false, _) => 1,
+            (true, true) => tensor::splits::<S>(self),
+            (true, false) => tiled::splits(self),
+        }
+    }
+
+    /// Elements of the moments that [`forward_with_moments`] leaves; none where the convolution has no such form: it is the tensor
+    /// cores'.
+    pub fn moments_len<S: Compute>(&self, device: &Device) -> Option<usize> {
+        (device.is_simt() && S::TENSOR_CORES).then(|| tensor::moments_len(self))
     }
 
     /// The kernels' own struct of it.
@@ -190,21 +209,58 @@ pub fn forward<S: Compute>(
     workspace: SliceMut<'_, S::Master>,
 ) -> Result<()> {
     const OPERATION: &str = "conv::forward";
-    shape.check()?;
-    let device = y.device().clone();
-    check_length(OPERATION, "x", x.len(), shape.input_len())?;
-    check_length(OPERATION, "weight", weight.len(), shape.weight_len())?;
-    check_length(OPERATION, "y", y.len(), shape.output_len())?;
-    check_device(OPERATION, "x", &device, x.device())?;
-    check_device(OPERATION, "weight", &device, weight.device())?;
-    check_workspace::<S>(OPERATION, shape, &device, &workspace)?;
+    let device = check_forward(OPERATION, shape, x, weight, y.view())?;
     if !device.is_simt() {
+        check_workspace::<S>(OPERATION, shape, &device, &workspace)?;
         direct::forward(shape, x, weight, y, accumulate, workspace)
     } else if S::TENSOR_CORES {
-        tensor::forward(shape, x, weight, y, accumulate)
+        tensor::forward(shape, x, weight, y, accumulate, None)
     } else {
         tiled::forward(shape, x, weight, y, accumulate)
     }
+}
+
+/// As [`forward`] without `accumulate`, and leaves of every channel the moments of y's tiles, from which
+/// [`batch_norm::forward_from_moments`](super::batch_norm::forward_from_moments) goes on: of each 128 rows of y as a matrix
+/// `[N OH OW, O]` the mean and the sum of squared deviations from it, of the numbers as they are stored, `[O][tiles][2]`. They are
+/// taken from registers and cost 8 bytes per 128 elements.
+///
+/// # Errors
+/// As those of [`forward`]; [`Error::Argument`] where [`ConvShape::moments_len`] is none.
+pub fn forward_with_moments<S: Compute>(
+    shape: &ConvShape,
+    x: Slice<'_, S>,
+    weight: Slice<'_, S>,
+    y: SliceMut<'_, S>,
+    moments: SliceMut<'_, S::Master>,
+) -> Result<()> {
+    const OPERATION: &str = "conv::forward_with_moments";
+    let device = check_forward(OPERATION, shape, x, weight, y.view())?;
+    let Some(expected) = shape.moments_len::<S>(&device) else {
+        let message = format!("convolutions in {} leave no moments on {}", S::NAME, device.name());
+        return Err(Error::Argument { operation: OPERATION, message });
+    };
+    check_length(OPERATION, "moments", moments.len(), expected)?;
+    check_device(OPERATION, "moments", &device, moments.device())?;
+    tensor::forward(shape, x, weight, y, false, Some(moments))
+}
+
+/// Checks what both forms of the forward read and write; returns the device.
+fn check_forward<S: Compute>(
+    operation: &'static str,
+    shape: &ConvShape,
+    x: Slice<'_, S>,
+    weight: Slice<'_, S>,
+    y: Slice<'_, S>,
+) -> Result<Device> {
+    shape.check()?;
+    let device = y.device().clone();
+    check_length(operation, "x", x.len(), shape.input_len())?;
+    check_length(operation, "weight", weight.len(), shape.weight_len())?;
+    check_length(operation, "y", y.len(), shape.output_len())?;
+    check_device(operation, "x", &device, x.device())?;
+    check_device(operation, "weight", &device, weight.device())?;
+    Ok(device)
 }
 
 /// The gradient of the loss with respect to `x`, written to `dx` or, with `accumulate`, added to it. Traffic: reads dy and
@@ -228,8 +284,8 @@ pub fn input_gradient<S: Compute>(
     check_length(OPERATION, "dx", dx.len(), shape.input_len())?;
     check_device(OPERATION, "dy", &device, dy.device())?;
     check_device(OPERATION, "weight", &device, weight.device())?;
-    check_workspace::<S>(OPERATION, shape, &device, &workspace)?;
     if !device.is_simt() {
+        check_workspace::<S>(OPERATION, shape, &device, &workspace)?;
         direct::input_gradient(shape, dy, weight, dx, accumulate, workspace)
     } else if S::TENSOR_CORES {
         tensor::input_gradient(shape, dy, weight, dx, accumulate)
@@ -252,13 +308,7 @@ pub fn weight_gradient<S: Compute>(
     workspace: SliceMut<'_, S::Master>,
 ) -> Result<()> {
     const OPERATION: &str = "conv::weight_gradient";
-    shape.check()?;
-    let device = dw.device().clone();
-    check_length(OPERATION, "x", x.len(), shape.input_len())?;
-    check_length(OPERATION, "dy", dy.len(), shape.output_len())?;
-    check_length(OPERATION, "dw", dw.len(), shape.weight_len())?;
-    check_device(OPERATION, "x", &device, x.device())?;
-    check_device(OPERATION, "dy", &device, dy.device())?;
+    let device = check_weight_gradient(OPERATION, shape, x, dy, dw.view(), shape.weight_len())?;
     check_workspace::<S>(OPERATION, shape, &device, &workspace)?;
     if !device.is_simt() {
         direct::weight_gradient(shape, x, dy, dw, accumulate, workspace)
@@ -266,6 +316,102 @@ pub fn weight_gradient<S: Compute>(
         tensor::weight_gradient(shape, x, dy, dw, accumulate, workspace)
     } else {
         tiled::weight_gradient(shape, x, dy, dw, accumulate, workspace)
+    }
+}
+
+/// The first half of [`weight_gradient`] where that takes two: writes to `parts` the gradients over each of
+/// [`ConvShape::weight_gradient_splits`] parts of the pixels, one after the other. [`PartSums`] adds up those of many layers in one
+/// launch.
+///
+/// # Errors
+/// As those of [`forward`]; [`Error::Argument`] where the gradient is made at once.
+pub fn partial_weight_gradients<S: Compute>(
+    shape: &ConvShape,
+    x: Slice<'_, S>,
+    dy: Slice<'_, S>,
+    mut parts: SliceMut<'_, S::Master>,
+) -> Result<()> {
+    const OPERATION: &str = "conv::partial_weight_gradients";
+    let splits = shape.weight_gradient_splits::<S>(parts.device());
+    check_weight_gradient(OPERATION, shape, x, dy, parts.view(), splits * shape.weight_len())?;
+    if splits == 1 {
+        return Err(Error::Argument { operation: OPERATION, message: format!("made at once: {shape:?}") });
+    }
+    match S::TENSOR_CORES {
+        true => tensor::partial_weight_gradients(shape, x, dy, parts.address(), false),
+        false => tiled::partial_weight_gradients(shape, x, dy, parts.address(), false),
+    }
+}
+
+/// Checks what both forms of the weight gradient read and write; returns the device.
+fn check_weight_gradient<S: Compute>(
+    operation: &'static str,
+    shape: &ConvShape,
+    x: Slice<'_, S>,
+    dy: Slice<'_, S>,
+    dw: Slice<'_, S::Master>,
+    expected: usize,
+) -> Result<Device> {
+    shape.check()?;
+    let device = dw.device().clone();
+    check_length(operation, "x", x.len(), shape.input_len())?;
+    check_length(operation, "dy", dy.len(), shape.output_len())?;
+    check_length(operation, "dw", dw.len(), expected)?;
+    check_device(operation, "x", &device, x.device())?;
+    check_device(operation, "dy", &device, dy.device())?;
+    Ok(device)
+}
+
+/// The sums of many layers' partial weight gradients, in one launch.
+pub struct PartSums {
+    table: Buffer<SplitSum>,
+    partial_len: usize,
+    out_len: usize,
+}
+
+impl PartSums {
+    /// Of each gradient: where in one vector its parts lie, one after the other, and where in another their sum belongs.
+    ///
+    /// # Errors
+    /// [`Error::Length`] for parts that are no multiple of their sum; those of the allocation.
+    pub fn new(device: &Device, gradients: &[(Range<usize>, Range<usize>)]) -> Result<Self> {
+        let mut table = Vec::new();
+        let (mut partial_len, mut out_len) = (0, 0);
+        for (partial, out) in gradients {
+            let n = out.len();
+            if n == 0 || partial.is_empty() || !partial.len().is_multiple_of(n) {
+                check_length("PartSums::new", "partial", partial.len(), partial.len().div_ceil(n.max(1)).max(1) * n)?;
+            }
+            (partial_len, out_len) = (partial_len.max(partial.end), out_len.max(out.end));
+            table.extend((0..n).step_by(SUM_ELEMENTS).map(|first| SplitSum {
+                partial: partial.start as u64,
+                out: out.start as u64,
+                n: n as u64,
+                splits: (partial.len() / n) as u64,
+                first: first as u64,
+            }));
+        }
+        Ok(Self { table: device.upload(&table)?, partial_len, out_len })
+    }
+
+    /// Writes the sums to their places in `out`, in an order that the numbers of parts alone fix. Traffic: reads each part once and
+    /// writes each sum once.
+    ///
+    /// # Errors
+    /// [`Error::Length`] for vectors too short for the places, [`Error::OtherDevice`] for those of another device.
+    pub fn sum<T: Scalar>(&self, partials: Slice<'_, T>, out: SliceMut<'_, T>) -> Result<()> {
+        const OPERATION: &str = "PartSums::sum";
+        let device = self.table.device();
+        for (name, found, needed) in [("partials", partials.len(), self.partial_len), ("out", out.len(), self.out_len)]
+        {
+            if found < needed {
+                check_length(OPERATION, name, found, needed)?;
+            }
+        }
+        check_device(OPERATION, "partials", device, partials.device())?;
+        check_device(OPERATION, "out", device, out.device())?;
+        // SAFETY: the places lie in the two vectors, and an entry's parts in its place.
+        unsafe { tiled::sum_table(self.table.view(), partials, out) }
     }
 }
 

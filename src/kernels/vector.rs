@@ -126,6 +126,53 @@ pub fn l2_norm<T: Scalar>(x: Slice<'_, T>, reduction: &mut Reduction, norm: Slic
     finish(operation, id::FINISH_NORM, reduction, count, "norm", norm)
 }
 
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct GradientArgs {
+    x: u64,
+    state: u64,
+    flag: u64,
+    partials: u64,
+    n: u64,
+}
+
+/// Ends a gradient in one pass: [`check_finite`] and [`l2_norm`] at once, to the same bits, and with a `scale`, the state of
+/// [`super::precision`], [`super::precision::unscale`] too. Traffic: 4 B per element, 8 B with a scale.
+///
+/// # Errors
+/// [`Error::Length`] unless `flag` and `norm` hold one number and `scale` two, [`Error::OtherDevice`] unless all live on the
+/// reduction's device, [`Error::Argument`] for a scale in double precision.
+pub fn finish_gradient<T: Scalar>(
+    mut x: SliceMut<'_, T>,
+    scale: Option<Slice<'_, f64>>,
+    mut flag: SliceMut<'_, u32>,
+    reduction: &mut Reduction,
+    norm: SliceMut<'_, f64>,
+) -> Result<()> {
+    let operation = "vector::finish_gradient";
+    let (device, partials) = reduction.parts();
+    check_length(operation, "flag", flag.len(), 1)?;
+    check_device(operation, "x", &device, x.device())?;
+    check_device(operation, "flag", &device, flag.device())?;
+    let mut kernel = pick::<T>(id::FINISH_GRADIENT_F32, id::FINISH_GRADIENT_F64);
+    if let Some(scale) = scale {
+        check_length(operation, "scale", scale.len(), super::precision::SCALE_START.len())?;
+        check_device(operation, "scale", &device, scale.device())?;
+        if size_of::<T>() != size_of::<f32>() {
+            let message = format!("a gradient in {} has no scale", T::NAME);
+            return Err(Error::Argument { operation, message });
+        }
+        kernel = id::FINISH_SCALED_GRADIENT;
+    }
+    let state = scale.map_or(0, |scale| scale.address());
+    let shape = device.elementwise(x.len(), pack::<T>());
+    let args = GradientArgs { x: x.address(), state, flag: flag.address(), partials, n: x.len() as u64 };
+    // SAFETY: the twin of the kernel's struct; lengths and devices are checked above, and there is room for the partial sums of
+    // every block.
+    unsafe { device.launch(kernel, shape, &args)? };
+    reduction.finish_norm(operation, shape, norm)
+}
+
 /// `out[0] = Σ x y`, multiplied and summed in double precision. Traffic: 8 B per element.
 ///
 /// # Errors

@@ -117,16 +117,14 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
     }
 
     fn plain(&mut self) -> Result<Direction> {
-        self.gradient(Weights, 0, G0)?;
-        self.norm(Slot(G0), 0)?;
+        self.gradient_and_norm(Weights, 0, G0, 0)?;
         Ok(along(G0))
     }
 
     fn sam(&mut self, Sam { rho, perturbation, ascent_steps, second_order }: Sam) -> Result<Direction> {
         if let Perturbation::Random { seed } = perturbation {
             self.perturb_randomly(seed, rho)?;
-            self.gradient(Slot(P), 0, G0)?;
-            self.norm(Slot(G0), 0)?;
+            self.gradient_and_norm(Slot(P), 0, G0, 0)?;
             return Ok(along(G0));
         }
         self.plain()?;
@@ -186,8 +184,7 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
                 self.hessian_vector(Weights, G0, G1)?;
                 self.norm(Slot(G1), 1)?;
                 self.perturb(Weights, G1, 1, rho, P, None)?;
-                self.gradient(Slot(P), 1, G1)?;
-                self.norm(Slot(G1), 1)?;
+                self.gradient_and_norm(Slot(P), 1, G1, 1)?;
                 self.hessian_vector(Slot(P), G1, G2)?;
                 self.over_norm(alpha * rho, 1)?;
                 combined([Slot(oracle), Slot(G2)])
@@ -197,8 +194,7 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
                 self.gradient(Slot(P), 1, G1)?;
                 self.gradient(Slot(Q), 2, G2)?;
                 self.perturb_along_difference(G1, G2, rho, P)?;
-                self.gradient(Slot(P), 1, G1)?;
-                self.norm(Slot(G1), 1)?;
+                self.gradient_and_norm(Slot(P), 1, G1, 1)?;
                 // The points of the second difference lie around w_adv, which is read once more for both.
                 self.fixed_perturb(Slot(P), G1, 1, radius, Q, Some(G3))?;
                 self.gradient(Slot(Q), 1, G1)?;
@@ -213,8 +209,7 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
         self.perturb(Weights, G0, 0, rho, P, None)?;
         self.gradient(Slot(P), 1, G1)?;
         self.perturb_along_difference(G1, G0, rho_norm, Q)?;
-        self.gradient(Slot(Q), 2, G2)?;
-        self.norm(Slot(G2), 1)?;
+        self.gradient_and_norm(Slot(Q), 2, G2, 1)?;
         self.perturb(Slot(Q), G2, 1, rho, P, None)?;
         self.gradient(Slot(P), 3, G3)?;
         let gradients = [Slot(G0), Slot(G1), Slot(G2), Slot(G3)];
@@ -272,8 +267,7 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
 
     fn r_sam(&mut self, rho: f64, sigma: f64, seed: u64) -> Result<Direction> {
         self.perturb_randomly(seed, sigma)?;
-        self.gradient(Slot(P), 0, G0)?;
-        self.norm(Slot(G0), 0)?;
+        self.gradient_and_norm(Slot(P), 0, G0, 0)?;
         self.perturb(Weights, G0, 0, rho, P, None)?;
         self.gradient(Slot(P), 1, G1)?;
         Ok(along(G1))
@@ -405,23 +399,45 @@ pub(super) struct Step<'a, T: Scalar, O> {
     pub displacement: &'a mut Buffer<T>,
 }
 
+/// Whether the running statistics follow the pass of this loss.
+fn followed_by_statistics(loss: usize) -> Statistics {
+    if loss == 0 { Statistics::Update } else { Statistics::Keep }
+}
+
 impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
     /// Loss number `loss` and the gradient at `point`. The first loss is the one that is reported, and its pass the one that the
     /// running statistics follow.
     fn gradient(&mut self, point: Point, loss: usize, into: usize) -> Result<()> {
         let Numbers { losses, flag, .. } = &mut *self.numbers;
-        let statistics = if loss == 0 { Statistics::Update } else { Statistics::Keep };
         let mut x = self.vectors.open();
         let (weights, gradient) = (x.read(point)?, x.write(into)?);
-        self.objective.gradient(weights, statistics, gradient, losses.slice_mut(loss..loss + 1)?, flag.view_mut())?;
-        if self.observe && point == Slot(P) && into == G1 {
-            let mut x = self.vectors.open();
-            let Numbers { turned, constants, .. } = &mut *self.numbers;
-            let gradients = [x.read(Slot(G0))?, x.read(Slot(G1))?];
-            let (a, b) = (row(constants, FIRST)?, row(constants, SECOND)?);
-            sharpness::combined_products(&gradients, a, b, self.reduction, turned.view_mut())?;
+        let loss_value = losses.slice_mut(loss..loss + 1)?;
+        self.objective.gradient(weights, followed_by_statistics(loss), gradient, loss_value, flag.view_mut())?;
+        self.observe_turn(point, into)
+    }
+
+    /// The same, with norm number `norm` of the gradient.
+    fn gradient_and_norm(&mut self, point: Point, loss: usize, into: usize, norm: usize) -> Result<()> {
+        let Numbers { losses, norms, flag, .. } = &mut *self.numbers;
+        let mut x = self.vectors.open();
+        let (weights, gradient) = (x.read(point)?, x.write(into)?);
+        let loss_value = losses.slice_mut(loss..loss + 1)?;
+        let (statistics, norm) = (followed_by_statistics(loss), norms.slice_mut(norm..norm + 1)?);
+        let flag = flag.view_mut();
+        self.objective.gradient_and_norm(weights, statistics, gradient, loss_value, flag, self.reduction, norm)?;
+        self.observe_turn(point, into)
+    }
+
+    /// Where it is asked for: how far the gradient at the perturbed point has turned.
+    fn observe_turn(&mut self, point: Point, into: usize) -> Result<()> {
+        if !self.observe || point != Slot(P) || into != G1 {
+            return Ok(());
         }
-        Ok(())
+        let mut x = self.vectors.open();
+        let Numbers { turned, constants, .. } = &mut *self.numbers;
+        let gradients = [x.read(Slot(G0))?, x.read(Slot(G1))?];
+        let (a, b) = (row(constants, FIRST)?, row(constants, SECOND)?);
+        sharpness::combined_products(&gradients, a, b, self.reduction, turned.view_mut())
     }
 
     /// The Hessian at `point` times the vector `direction`, exactly.

@@ -31,8 +31,13 @@ impl<S: Compute> Plan<S> {
                 let dy = parts.gradient(y)?;
                 let mut scratch = parts.scratch(places.scratch[index].1)?;
                 if let Some(gradient) = gradient {
-                    let dw = gradient.slice_mut(range(w))?;
-                    conv::weight_gradient(shape, parts.read(x)?, dy, dw, false, scratch.reborrow())?;
+                    if places.in_parts[index] {
+                        conv::partial_weight_gradients(shape, parts.read(x)?, dy, scratch.reborrow())?;
+                        scratch = parts.scratch(None)?; // what it holds is kept
+                    } else {
+                        let dw = gradient.slice_mut(range(w))?;
+                        conv::weight_gradient(shape, parts.read(x)?, dy, dw, false, scratch.reborrow())?;
+                    }
                 }
                 if let Some(dx) = parts.gradient_if_needed(x)? {
                     let weight = convolved(weights, rounded)?.slice(range(w))?;
@@ -66,7 +71,6 @@ impl<S: Compute> Plan<S> {
                 };
                 let input = Backward { x: parts.read(x)?, dy: parts.gradient(y)?, gamma, mean, inv_std, activation };
                 let gradients = Gradients { dx: dx.reborrow(), dgamma, dbeta };
-                let sums = sums.slice_mut(0..shape.workspace_len(&self.device))?;
                 batch_norm::backward(shape, self.options.batch_norm, input, gradients, residual, sums)?;
                 if let Some(sum) = sum {
                     layers::add_to(dx.view(), sum)?;

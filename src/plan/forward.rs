@@ -31,7 +31,11 @@ impl<S: Compute> Plan<S> {
                 Op::Convolution { x, y, weight: w, ref shape } => {
                     let scratch = parts.scratch(places.scratch[index].0)?;
                     let weight = convolved.slice(self.parameters.tensors()[w].range())?;
-                    conv::forward(shape, parts.read(x)?, weight, parts.write(y)?, false, scratch)?;
+                    let (x, moments) = (parts.read(x)?, parts.tile_moments_mut(y)?);
+                    match moments {
+                        Some(moments) => conv::forward_with_moments(shape, x, weight, parts.write(y)?, moments)?,
+                        None => conv::forward(shape, x, weight, parts.write(y)?, false, scratch)?,
+                    }
                 }
                 Op::BatchNorm { x, y, scale, shift, statistics: first, residual, relu } => {
                     let shape = batch_norm_shape(self.shapes[x.0]);
@@ -49,8 +53,12 @@ impl<S: Compute> Plan<S> {
                             let (next_mean, next_var) = (next.write(means)?, next.write(vars)?);
                             let running = Running { momentum: RUNNING_MOMENTUM, mean, var, next_mean, next_var };
                             let running = (pass == Statistics::Update).then_some(running);
-                            let sums = sums.slice_mut(0..shape.workspace_len(&self.device))?;
-                            batch_norm::forward_train(shape, input, y, saved, running, sums)?;
+                            match parts.tile_moments(x)? {
+                                Some(moments) => {
+                                    batch_norm::forward_from_moments(shape, input, moments, y, saved, running)?;
+                                }
+                                None => batch_norm::forward_train(shape, input, y, saved, running, sums)?,
+                            }
                         }
                         Mode::Eval => {
                             let (mean, var) = (statistics.slice(means)?, statistics.slice(vars)?);

@@ -28,7 +28,9 @@ use std::ops::Range;
 
 use crate::arena::{Kind, Layout};
 use crate::device::{Buffer, Compute, Device, Error, Result, Scalar, Slice, SliceMut};
-use crate::kernels::batch_norm::{BatchNormShape, Mode};
+use crate::kernels::batch_norm::{self, BatchNormShape, Mode};
+use crate::kernels::conv::PartSums;
+use crate::kernels::vector::Reduction;
 use crate::kernels::{check_length, precision, vector};
 use crate::objective::{Objective, Statistics, difference};
 use graph::Op;
@@ -86,8 +88,10 @@ pub struct Plan<S: Compute> {
     pending: [Buffer<S::Master>; 2],
     /// Passes with [`Statistics::Update`] since the last commit.
     reported: usize,
-    /// Partial sums of batch norm, in double.
-    sums: Buffer<f64>,
+    /// Of the weight gradients that the backward leaves in parts; none where there are none.
+    part_sums: Option<PartSums>,
+    /// For batch norm's sums over rows.
+    sums: batch_norm::Workspace,
     /// From the first product with the Hessian on, one for each that is taken at once; the second where the loss is scaled.
     tangents: Vec<Tangent<S>>,
     scaled: Vec<Scaled<S::Master>>,
@@ -126,10 +130,20 @@ impl<S: Compute> Plan<S> {
             return Err(PlanError::Shape { operation: "Plan::new".into(), reason });
         }
         let places = Places::new::<S>(device, &ops, &shapes, logits, &parameters, options)?;
-        let sums = ops.iter().filter_map(|op| match op {
-            Op::BatchNorm { x, .. } => Some(batch_norm_shape(shapes[x.0]).workspace_len(device)),
+        let in_parts = ops.iter().enumerate().filter_map(|(index, op)| match op {
+            Op::Convolution { weight, .. } if places.in_parts[index] => {
+                let parts = places.slots[places.scratch[index].1?].range();
+                Some((parts, parameters.tensors()[*weight].range()))
+            }
             _ => None,
         });
+        let in_parts: Vec<_> = in_parts.collect();
+        let part_sums = if in_parts.is_empty() { None } else { Some(PartSums::new(device, &in_parts)?) };
+        let normalized = ops.iter().filter_map(|op| match op {
+            Op::BatchNorm { x, .. } => Some(batch_norm_shape(shapes[x.0])),
+            _ => None,
+        });
+        let sums = batch_norm::Workspace::new(device, normalized)?;
         let mut statistics = device.zeros(statistics_layout.len())?;
         let mut start = vec![S::Master::default(); statistics_layout.len()];
         for tensor in statistics_layout.tensors() {
@@ -145,7 +159,8 @@ impl<S: Compute> Plan<S> {
             loss_scale: if S::SCALES_LOSS { Some(device.upload(&precision::SCALE_START)?) } else { None },
             labels: device.zeros(shapes[0].batch)?,
             correct: device.zeros(2)?,
-            sums: device.zeros(sums.max().unwrap_or(0))?,
+            part_sums,
+            sums,
             device: device.clone(),
             options,
             ops,
@@ -302,6 +317,35 @@ impl<S: Compute> Plan<S> {
         done
     }
 
+    /// Forward, loss and backward. The gradient is still multiplied by the loss scale, and only the loss has been looked at.
+    fn gradient_pass(
+        &mut self,
+        weights: Slice<'_, S::Master>,
+        statistics: Statistics,
+        mut gradient: SliceMut<'_, S::Master>,
+        mut loss: SliceMut<'_, f64>,
+        flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        const OPERATION: &str = "Plan::gradient";
+        self.check_backward(OPERATION)?;
+        check_length(OPERATION, "weights", weights.len(), self.parameters.len())?;
+        check_length(OPERATION, "gradient", gradient.len(), self.parameters.len())?;
+        self.forward(weights, statistics)?;
+        let reported = statistics == Statistics::Update;
+        if reported && self.reported == 0 {
+            self.correct.clear()?;
+        }
+        self.loss(self.shapes[0].batch, true, reported, loss.reborrow())?;
+        self.reported += usize::from(reported);
+        for index in (0..self.ops.len()).rev() {
+            self.backward(index, weights, Some(&mut gradient))?;
+        }
+        if let Some(sums) = &self.part_sums {
+            sums.sum(self.arena.view(), gradient)?;
+        }
+        vector::check_finite_f64(loss.view(), flag)
+    }
+
     fn check_backward(&self, operation: &'static str) -> Result<()> {
         if self.options.backward {
             return Ok(());
@@ -340,25 +384,26 @@ impl<S: Compute> Objective<S::Master> for Plan<S> {
         weights: Slice<'_, S::Master>,
         statistics: Statistics,
         mut gradient: SliceMut<'_, S::Master>,
-        mut loss: SliceMut<'_, f64>,
+        loss: SliceMut<'_, f64>,
         mut flag: SliceMut<'_, u32>,
     ) -> Result<()> {
-        const OPERATION: &str = "Plan::gradient";
-        self.check_backward(OPERATION)?;
-        check_length(OPERATION, "weights", weights.len(), self.len())?;
-        check_length(OPERATION, "gradient", gradient.len(), self.len())?;
-        self.forward(weights, statistics)?;
-        let reported = statistics == Statistics::Update;
-        if reported && self.reported == 0 {
-            self.correct.clear()?;
-        }
-        self.loss(self.shapes[0].batch, true, reported, loss.reborrow())?;
-        self.reported += usize::from(reported);
-        for index in (0..self.ops.len()).rev() {
-            self.backward(index, weights, Some(&mut gradient))?;
-        }
-        vector::check_finite_f64(loss.view(), flag.reborrow())?;
+        self.gradient_pass(weights, statistics, gradient.reborrow(), loss, flag.reborrow())?;
         finish(gradient, self.loss_scale.as_ref().map(|state| state.view()), flag)
+    }
+
+    fn gradient_and_norm(
+        &mut self,
+        weights: Slice<'_, S::Master>,
+        statistics: Statistics,
+        mut gradient: SliceMut<'_, S::Master>,
+        loss: SliceMut<'_, f64>,
+        mut flag: SliceMut<'_, u32>,
+        reduction: &mut Reduction,
+        norm: SliceMut<'_, f64>,
+    ) -> Result<()> {
+        self.gradient_pass(weights, statistics, gradient.reborrow(), loss, flag.reborrow())?;
+        let scale = self.loss_scale.as_ref().map(|state| state.view());
+        vector::finish_gradient(gradient, scale, flag, reduction, norm)
     }
 
     /// The exact product, by differentiating forward and backward along `direction` (Pearlmutter, "Fast exact multiplication by

@@ -12,7 +12,7 @@ use super::graph::{Op, Shape, Value};
 use super::memory::{self, Slot};
 use crate::arena::{ALIGNMENT, Layout};
 use crate::device::{self, Buffer, Compute, Device, Disjoint, Slice, SliceMut};
-use crate::kernels::batch_norm::{Activation, Saved};
+use crate::kernels::batch_norm::{Activation, Mode, Saved};
 
 /// The slot of everything that lies in the arena.
 pub(super) struct Places {
@@ -25,8 +25,12 @@ pub(super) struct Places {
     pub gradients: Vec<Option<usize>>,
     /// By operation: batch norm's mean and inverse deviation.
     pub moments: Vec<Option<(usize, usize)>>,
+    /// By activation: the moments of its tiles, where a convolution leaves them to batch norm.
+    tile_moments: Vec<Option<usize>>,
     /// By operation: scratch of its forward and of its backward. For batch norm see [`BatchNormScratch`].
     pub scratch: Vec<(Option<usize>, Option<usize>)>,
+    /// By operation: whether a convolution's backward leaves its weight gradient in parts, which are added up when all are there.
+    pub in_parts: Vec<bool>,
     /// By activation: whether it depends on a parameter. The tangent of any other is zero.
     pub trained: Vec<bool>,
     /// By operation and input: whether its backward adds to a gradient that another operation has begun.
@@ -34,6 +38,9 @@ pub(super) struct Places {
     pub sample_losses: usize,
     pub len: usize,
 }
+
+/// Bytes of a weight gradient's parts that are kept until the end of the pass.
+const LARGEST_KEPT_PARTS: usize = 4 << 20;
 
 /// Elements of the master type that `len` elements of `S` fill.
 fn stored<S: Compute>(len: usize) -> usize {
@@ -112,10 +119,23 @@ impl Places {
                 _ => None,
             })
             .collect();
+        let mut tile_moments = vec![None; shapes.len()];
+        for (index, op) in ops.iter().enumerate() {
+            if let Op::BatchNorm { x, .. } = op
+                && options.batch_norm == Mode::Train
+                && let Op::Convolution { shape, y, .. } = &ops[made[x.0]]
+                && y == x
+                && let Some(len) = shape.moments_len::<S>(device)
+            {
+                tile_moments[x.0] = Some(slot(len, made[x.0], index));
+            }
+        }
         let mut moments = Vec::new();
         let mut scratch = Vec::new();
+        let mut in_parts = Vec::new();
         for (index, op) in ops.iter().enumerate() {
             let last = if options.backward { backward_step(index) } else { index };
+            in_parts.push(false);
             moments.push(match op {
                 Op::BatchNorm { x, .. } => {
                     let channels = shapes[x.0].channels;
@@ -126,7 +146,11 @@ impl Places {
             scratch.push(match op {
                 Op::Convolution { shape, .. } => {
                     let len = shape.workspace_len::<S>(device);
-                    (Some(slot(len, index, index)), options.backward.then(|| slot(len, last, last)))
+                    // Large parts are added up at once, while a GPU's cache still holds them.
+                    let small = len * size_of::<S::Master>() <= LARGEST_KEPT_PARTS;
+                    in_parts[index] = shape.weight_gradient_splits::<S>(device) > 1 && small;
+                    let until = if in_parts[index] { end } else { last };
+                    (Some(slot(len, index, index)), options.backward.then(|| slot(len, last, until)))
                 }
                 Op::BatchNorm { x, .. } if options.backward => {
                     let len = BatchNormScratch::new::<S>(shapes[x.0], accumulate[index][0]).len();
@@ -137,7 +161,20 @@ impl Places {
         }
         let sample_losses = slot(shapes[0].batch, loss_step, loss_step);
         let len = memory::place(&mut slots);
-        Ok(Self { slots, values, elements, gradients, moments, scratch, trained, accumulate, sample_losses, len })
+        Ok(Self {
+            slots,
+            values,
+            elements,
+            gradients,
+            moments,
+            tile_moments,
+            scratch,
+            in_parts,
+            trained,
+            accumulate,
+            sample_losses,
+            len,
+        })
     }
 
     pub fn value(&self, value: Value) -> Range<usize> {
@@ -249,6 +286,15 @@ impl<'p, 'a, S: Compute> Parts<'p, 'a, S> {
     pub fn moments_mut(&mut self, op: usize) -> device::Result<Saved<'a, S::Master>> {
         let (mean, inv_std) = self.places.moments[op].unwrap_or_default();
         Ok(Saved { mean: self.slot_mut(mean)?, inv_std: self.slot_mut(inv_std)? })
+    }
+
+    pub fn tile_moments(&mut self, value: Value) -> device::Result<Option<Slice<'a, S::Master>>> {
+        let slot = self.places.tile_moments[value.0];
+        slot.map(|slot| self.arena.read(self.places.slots[slot].range())).transpose()
+    }
+
+    pub fn tile_moments_mut(&mut self, value: Value) -> device::Result<Option<SliceMut<'a, S::Master>>> {
+        self.places.tile_moments[value.0].map(|slot| self.slot_mut(slot)).transpose()
     }
 
     /// What followed a batch norm's normalisation, and where its mask comes from.

@@ -145,7 +145,6 @@ impl<S: Compute> Plan<S> {
                         residual: residual.map(|value| tangent.read(value)).transpose()?,
                     };
                     let (y, saved) = (tangent.write(y)?, tangent.moments_mut(index)?);
-                    let sums = sums.slice_mut(0..shape.workspace_len(&self.device))?;
                     batch_norm::forward_tangent(shape, self.options.batch_norm, input, tangents, y, saved, sums)?;
                 }
                 // The same factor of 0 or 1 as in the backward.
@@ -262,7 +261,6 @@ impl<S: Compute> Plan<S> {
                 let mut product = product.disjoint();
                 let (dgamma, dbeta) = (product.write(range(scale))?, product.write(range(shift))?);
                 let gradients = Gradients { dx: dx.reborrow(), dgamma, dbeta };
-                let sums = sums.slice_mut(0..shape.workspace_len(&self.device))?;
                 let mode = self.options.batch_norm;
                 batch_norm::backward_tangent(shape, mode, input, tangents, gradients, residual, sums)?;
                 if let Some(sum) = sum {

@@ -1,11 +1,12 @@
 //! Convolution on tensor cores: `kernels/conv_tensor.cu`, for operands of 16 bits, and for `f32` rounded to TF32.
 
 use super::ConvShape;
-use super::tiled::{ConvArgs, MANY_TILES, WEIGHT_GRADIENT_BLOCKS, WEIGHT_GRADIENT_PIXELS, sum_splits};
+use super::tiled::{ConvArgs, MANY_TILES, WEIGHT_GRADIENT_PIXELS, sum_splits};
 use crate::device::{Compute, ComputeKernels, KernelId, Launch, Result, Slice, SliceMut, id};
+use crate::kernels::batch_norm::TILE_ROWS;
 
 /// Rows of every tile, and threads of a block.
-const ROWS: usize = 128;
+const ROWS: usize = TILE_ROWS;
 const THREADS: u32 = 128;
 
 /// Bytes of the depth of one row or column in one stage.
@@ -125,18 +126,24 @@ impl Tile {
     }
 }
 
+/// Blocks over which a weight gradient is split: two for each multiprocessor of an H100, or one where the parts' traffic would
+/// be more than half of the operands'.
+const WEIGHT_GRADIENT_BLOCKS: [usize; 2] = [264, 132];
+
 /// The tile and the number of splits of a weight gradient.
-fn weight_gradient_tile(shape: &ConvShape) -> (&'static Tile, usize) {
+fn weight_gradient_tile<A: Compute>(shape: &ConvShape) -> (&'static Tile, usize) {
     let (rows, columns) = (shape.taps() * shape.in_channels, shape.out_channels);
     let most = (shape.batch * shape.out_height() * shape.out_width()).div_ceil(WEIGHT_GRADIENT_PIXELS);
     let tile = Tile::new(rows, columns, most);
-    (tile, WEIGHT_GRADIENT_BLOCKS.div_ceil(tile.count(rows, columns)).min(most))
+    let [many, few] = WEIGHT_GRADIENT_BLOCKS.map(|blocks| blocks.div_ceil(tile.count(rows, columns)).min(most));
+    let operands = (shape.input_len() + shape.output_len()) * size_of::<A>();
+    let parts = 2 * many * shape.weight_len() * size_of::<A::Master>();
+    (tile, if 2 * parts > operands { few } else { many })
 }
 
-/// Elements of workspace: the weight gradient's partial sums, where it is split.
-pub(super) fn workspace_len(shape: &ConvShape) -> usize {
-    let (_, splits) = weight_gradient_tile(shape);
-    if splits > 1 { splits * shape.weight_len() } else { 0 }
+/// The parts in which a weight gradient is made.
+pub(super) fn splits<A: Compute>(shape: &ConvShape) -> usize {
+    weight_gradient_tile::<A>(shape).1
 }
 
 /// Whether rows of `channels` from `address` on consist of whole, aligned packs of `bytes`.
@@ -154,12 +161,18 @@ fn wide_out<T>(channels: usize, address: u64) -> u32 {
     whole_packs::<T>(channels, address, if size_of::<T>() == 2 { 16 } else { 8 })
 }
 
+/// Elements of the moments that a forward leaves: mean and squared deviations of every channel in every tile.
+pub(super) fn moments_len(shape: &ConvShape) -> usize {
+    2 * shape.out_channels * (shape.batch * shape.out_height() * shape.out_width()).div_ceil(ROWS)
+}
+
 pub(super) fn forward<A: Compute>(
     shape: &ConvShape,
     x: Slice<'_, A>,
     weight: Slice<'_, A>,
     mut y: SliceMut<'_, A>,
     accumulate: bool,
+    moments: Option<SliceMut<'_, A::Master>>,
 ) -> Result<()> {
     let (rows, columns) = (shape.batch * shape.out_height() * shape.out_width(), shape.out_channels);
     let tile = Tile::new(rows, columns, 1);
@@ -169,7 +182,8 @@ pub(super) fn forward<A: Compute>(
         wide::<A>(columns, weight.address()),
         wide_out::<A>(columns, y.address()),
     ];
-    let args = ConvArgs::new(shape, addresses, wide, 1, accumulate);
+    let moments = moments.map_or(0, |mut moments| moments.address());
+    let args = ConvArgs::new(shape, addresses, wide, 1, accumulate).with_moments(moments);
     // SAFETY: the twin of the kernel's struct; every slice has the length that the shape implies, and the block and the
     // shared memory are the tile's.
     unsafe { y.device().clone().launch(A::choose(tile.forward), tile.launch(rows, columns, 1), &args) }
@@ -206,22 +220,33 @@ pub(super) fn weight_gradient<A: Compute>(
     accumulate: bool,
     mut workspace: SliceMut<'_, A::Master>,
 ) -> Result<()> {
+    let splits = splits::<A>(shape);
+    if splits == 1 {
+        return partial_weight_gradients(shape, x, dy, dw.address(), accumulate);
+    }
+    partial_weight_gradients(shape, x, dy, workspace.address(), false)?;
+    sum_splits(workspace, splits, dw, accumulate)
+}
+
+/// Writes to address `out` the gradients over each split's pixels, one after the other, or adds the only one.
+pub(super) fn partial_weight_gradients<A: Compute>(
+    shape: &ConvShape,
+    x: Slice<'_, A>,
+    dy: Slice<'_, A>,
+    out: u64,
+    accumulate: bool,
+) -> Result<()> {
     let (rows, columns) = (shape.taps() * shape.in_channels, shape.out_channels);
-    let (tile, splits) = weight_gradient_tile(shape);
-    let out = if splits > 1 { workspace.address() } else { dw.address() };
+    let (tile, splits) = weight_gradient_tile::<A>(shape);
     let addresses = [x.address(), dy.address(), out];
     let wide = [
         wide::<A>(shape.in_channels, x.address()),
         wide::<A>(columns, dy.address()),
         wide_out::<A::Master>(columns, out),
     ];
-    // Partial sums are written; the second kernel adds them.
-    let args = ConvArgs::new(shape, addresses, wide, splits, accumulate && splits == 1);
-    // SAFETY: as in `forward`; the workspace holds the partial sums of every split.
-    unsafe {
-        dw.device().clone().launch(A::choose(tile.weight_gradient), tile.launch(rows, columns, splits), &args)?;
-    }
-    if splits > 1 { sum_splits(workspace, splits, dw, accumulate) } else { Ok(()) }
+    let args = ConvArgs::new(shape, addresses, wide, splits, accumulate);
+    // SAFETY: as in `forward`; the callers' memory holds the gradients of every split.
+    unsafe { x.device().launch(A::choose(tile.weight_gradient), tile.launch(rows, columns, splits), &args) }
 }
 
 #[cfg(test)]
@@ -410,6 +435,27 @@ mod tests {
         })
     }
 
+    /// The moments of every channel in every tile, against those of the numbers as they are stored, in double.
+    fn check_moments<A: Stored>(shape: &ConvShape, y: &[A], moments: &[f32]) {
+        let (rows, channels) = (y.len() / shape.out_channels, shape.out_channels);
+        let tiles = rows.div_ceil(ROWS);
+        for (channel, tile) in (0..channels).flat_map(|channel| (0..tiles).map(move |tile| (channel, tile))) {
+            let inside = tile * ROWS..((tile + 1) * ROWS).min(rows);
+            let values: Vec<f64> = inside.map(|row| y[row * channels + channel].into()).collect();
+            let mean = values.iter().sum::<f64>() / values.len() as f64;
+            let magnitude = values.iter().map(|value| value.abs()).sum::<f64>() / values.len() as f64;
+            let m2: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
+            let at = (channel * tiles + tile) * 2;
+            let [found_mean, found_m2] = [moments[at], moments[at + 1]].map(f64::from);
+            // Trees of at most 128 additions in f32, and in the second the rounded mean, squared.
+            let eps = f64::from(f32::EPSILON);
+            let what = format!("{shape:?}, channel {channel}, tile {tile}");
+            assert!((found_mean - mean).abs() <= 8.0 * eps * magnitude, "{what}: mean {found_mean}, not {mean}");
+            let most = 16.0 * eps * m2 + values.len() as f64 * (8.0 * eps * magnitude).powi(2);
+            assert!((found_m2 - m2).abs() <= most, "{what}: squares {found_m2}, not {m2}");
+        }
+    }
+
     /// All passes on every device, at `offset` elements from an aligned address: near the definition, and the same bits in
     /// every schedule.
     fn check_shape<A: Stored>(shape: &ConvShape, seed: u64, offset: usize) {
@@ -427,10 +473,16 @@ mod tests {
                 buffer.slice(offset..buffer.len()).unwrap()
             }
             let (x, weight, dy_) = (view(&x, offset), view(&weight, offset), view(&dy_, offset));
-            let ys = both(&device, offset, &y, |y, add| forward(shape, x, weight, y, add));
+            let ys = both(&device, offset, &y, |y, add| forward(shape, x, weight, y, add, None));
+            let mut moments = device.poisoned(moments_len(shape)).unwrap();
+            let mut again = device.poisoned(shape.output_len()).unwrap();
+            forward(shape, x, weight, again.view_mut(), false, Some(moments.view_mut())).unwrap();
+            let moments = moments.to_vec().unwrap();
+            assert!(again.to_vec().unwrap() == ys[0], "{shape:?}: moments change the result");
+            check_moments(shape, &ys[0], &moments);
             let dxs = both(&device, offset, &dx, |dx, add| input_gradient(shape, dy_, weight, dx, add));
             let dws = both(&device, offset, &dw, |dw, add| {
-                let mut workspace = device.poisoned(workspace_len(shape)).unwrap();
+                let mut workspace = device.poisoned(splits::<A>(shape) * shape.weight_len()).unwrap();
                 weight_gradient(shape, x, dy_, dw, add, workspace.view_mut())
             });
             let starts = |values: &[A]| [vec![], values.iter().map(|&value| value.into()).collect()];
@@ -444,6 +496,7 @@ mod tests {
             if device.is_host() {
                 let all: Vec<u8> = (ys.iter().chain(&dxs).flat_map(|values| bytemuck::cast_slice(values)))
                     .chain(dws.iter().flat_map(|values| bytemuck::cast_slice(values)))
+                    .chain(bytemuck::cast_slice(&moments))
                     .copied()
                     .collect();
                 assert!(bits.get_or_insert_with(|| all.clone()) == &all, "{shape:?}: the schedule changes the bits");
@@ -491,8 +544,8 @@ mod tests {
             let is = |found: &Tile| found.columns == tile.columns;
             assert!(all().any(|s| is(Tile::new(s.output_len() / s.out_channels, s.out_channels, 1))));
             assert!(all().any(|s| s.stride == 1 && is(Tile::new(s.input_len() / s.in_channels, s.in_channels, 1))));
-            assert!(all().any(|s| is(weight_gradient_tile(s).0)));
+            assert!(all().any(|s| is(weight_gradient_tile::<f16>(s).0)));
         }
-        assert!(all().any(|shape| weight_gradient_tile(shape).1 > 1));
+        assert!(all().any(|shape| splits::<f16>(shape) > 1));
     }
 }

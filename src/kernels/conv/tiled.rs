@@ -17,6 +17,7 @@ pub(super) struct ConvArgs {
     wide_left: u32,
     wide_right: u32,
     wide_out: u32,
+    moments: u64,
 }
 
 impl ConvArgs {
@@ -24,7 +25,12 @@ impl ConvArgs {
     pub fn new(shape: &ConvShape, addresses: [u64; 3], wide: [u32; 3], splits: usize, accumulate: bool) -> Self {
         let ([left, right, out], [wide_left, wide_right, wide_out]) = (addresses, wide);
         let (shape, splits, accumulate) = (shape.twin(), splits as i32, accumulate.into());
-        Self { left, right, out, shape, splits, accumulate, wide_left, wide_right, wide_out }
+        Self { left, right, out, shape, splits, accumulate, wide_left, wide_right, wide_out, moments: 0 }
+    }
+
+    /// The same for a forward that leaves its tiles' moments there; 0 for none.
+    pub fn with_moments(self, moments: u64) -> Self {
+        Self { moments, ..self }
     }
 }
 
@@ -33,9 +39,30 @@ impl ConvArgs {
 struct SumSplitsArgs {
     partial: u64,
     out: u64,
-    n: u64,
-    splits: u32,
+    table: u64,
+    alone: SplitSum,
     accumulate: u32,
+}
+
+/// A result that lies in `splits` parts, `n` elements each, one after the other from element `partial` on; its place, and the
+/// first of the elements that a block adds up.
+#[repr(C)]
+#[derive(Clone, Copy, Default, bytemuck::Pod, bytemuck::Zeroable)]
+pub(super) struct SplitSum {
+    pub partial: u64,
+    pub out: u64,
+    pub n: u64,
+    pub splits: u64,
+    pub first: u64,
+}
+
+/// Elements that a block adds up, and the parts that it reads at a time.
+pub(super) const SUM_ELEMENTS: usize = 128;
+const SUM_PARTS: usize = 8;
+
+fn sum_launch<T>(blocks: usize) -> Launch {
+    let shared = SUM_PARTS * SUM_ELEMENTS * size_of::<T>();
+    Launch { grid: [blocks as u32, 1, 1], block: [32, SUM_PARTS as u32, 1], shared }
 }
 
 /// A block's tile, as `kernels/conv.cu` defines it, with the three passes' kernels in single and in double precision.
@@ -125,10 +152,9 @@ fn weight_gradient_tile(shape: &ConvShape) -> (&'static Tile, usize) {
     (tile, WEIGHT_GRADIENT_BLOCKS.div_ceil(tile.count(rows, columns)).min(most))
 }
 
-/// Elements of workspace: the weight gradient's partial sums, where it is split.
-pub(super) fn workspace_len(shape: &ConvShape) -> usize {
-    let (_, splits) = weight_gradient_tile(shape);
-    if splits > 1 { splits * shape.weight_len() } else { 0 }
+/// The parts in which a weight gradient is made.
+pub(super) fn splits(shape: &ConvShape) -> usize {
+    weight_gradient_tile(shape).1
 }
 
 /// Whether rows of `channels` from `address` on consist of whole, aligned packs of four.
@@ -190,18 +216,30 @@ pub(super) fn weight_gradient<S: Compute>(
     accumulate: bool,
     mut workspace: SliceMut<'_, S::Master>,
 ) -> Result<()> {
-    let device = dw.device().clone();
+    let splits = splits(shape);
+    if splits == 1 {
+        return partial_weight_gradients(shape, x, dy, dw.address(), accumulate);
+    }
+    partial_weight_gradients(shape, x, dy, workspace.address(), false)?;
+    sum_splits(workspace, splits, dw, accumulate)
+}
+
+/// Writes to address `out` the gradients over each split's pixels, one after the other, or adds the only one.
+pub(super) fn partial_weight_gradients<S: Compute>(
+    shape: &ConvShape,
+    x: Slice<'_, S>,
+    dy: Slice<'_, S>,
+    out: u64,
+    accumulate: bool,
+) -> Result<()> {
     let (rows, columns) = (shape.taps() * shape.in_channels, shape.out_channels);
     let (tile, splits) = weight_gradient_tile(shape);
-    let out = if splits > 1 { workspace.address() } else { dw.address() };
     let addresses = [x.address(), dy.address(), out];
     let wide = [wide::<S>(shape.in_channels, x.address()), wide::<S>(columns, dy.address()), wide::<S>(columns, out)];
-    // Partial sums are written; the second kernel adds them.
-    let args = ConvArgs::new(shape, addresses, wide, splits, accumulate && splits == 1);
+    let args = ConvArgs::new(shape, addresses, wide, splits, accumulate);
     let kernel = full_precision::<S>(tile.weight_gradient);
-    // SAFETY: as in `forward`; the workspace holds the partial sums of every split.
-    unsafe { device.launch(kernel, tile.launch::<S>(rows, columns, splits), &args)? };
-    if splits > 1 { sum_splits(workspace, splits, dw, accumulate) } else { Ok(()) }
+    // SAFETY: as in `forward`; the callers' memory holds the gradients of every split.
+    unsafe { x.device().launch(kernel, tile.launch::<S>(rows, columns, splits), &args) }
 }
 
 /// Writes to `out` the sum of the `splits` vectors that lie one after the other in `partial`, or adds it.
@@ -216,11 +254,28 @@ pub(super) fn sum_splits<T: Scalar>(
     let args = SumSplitsArgs {
         partial: partial.address(),
         out: out.address(),
-        n: n as u64,
-        splits: splits as u32,
+        table: 0,
+        alone: SplitSum { n: n as u64, splits: splits as u64, ..SplitSum::default() },
         accumulate: accumulate.into(),
     };
     let kernel = pick::<T>(id::CONV_SUM_SPLITS_F32, id::CONV_SUM_SPLITS_F64);
     // SAFETY: the twin of the kernel's struct; both slices are as long as it reads and writes.
-    unsafe { device.launch(kernel, device.elementwise(n, 1), &args) }
+    unsafe { device.launch(kernel, sum_launch::<T>(n.div_ceil(SUM_ELEMENTS)), &args) }
+}
+
+/// The sums of a table: an entry for each block.
+///
+/// # Safety
+/// All that the entries name lies in the two slices.
+pub(super) unsafe fn sum_table<T: Scalar>(
+    table: Slice<'_, SplitSum>,
+    partial: Slice<'_, T>,
+    mut out: SliceMut<'_, T>,
+) -> Result<()> {
+    let (blocks, device) = (table.len(), out.device().clone());
+    let (partial, out) = (partial.address(), out.address());
+    let args = SumSplitsArgs { partial, out, table: table.address(), alone: SplitSum::default(), accumulate: 0 };
+    let kernel = pick::<T>(id::CONV_SUM_SPLITS_F32, id::CONV_SUM_SPLITS_F64);
+    // SAFETY: the twin of the kernel's struct; the caller vouches for the entries.
+    unsafe { device.launch(kernel, sum_launch::<T>(blocks), &args) }
 }
