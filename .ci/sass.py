@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 # A kernel whose name matches the first must have the instruction that the second matches.
-STREAMS = r"(perturb|perturb_linf)_f32_\w+|(sgd|adamw)\d_f32|(squares|products|differences|check_finite|commit|axpy)_f32|convert_f32_\w+"
+STREAMS = r"(perturb|perturb_linf)_f32_\w+|(sgd|adamw)\d_f32|(squares|products|differences|check_finite|finish_gradient|commit|axpy)_f32|finish_scaled_gradient|convert_f32_\w+"
 STREAMS += r"|unscale|rounded_difference_\w+|(relu|relu_backward|add|add_to|average_pool|shortcut)_\w+"
 STREAMS += r"|batch_norm_(moments|normalize|sums|input)_f32"
 RULES = [

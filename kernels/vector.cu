@@ -437,7 +437,7 @@ struct AdamWArgs {
 
 // C has one name for each precision: by `sqrt` alone the CPU would leave single precision.
 __device__ __forceinline__ float square_root(float x) { return sqrtf(x); }
-__device__ __forceinline__ double square_root(double x) { return sqrt(x); }
+[[maybe_unused]] __device__ __forceinline__ double square_root(double x) { return sqrt(x); }
 
 /// base^exponent by squaring: the same on every device.
 __device__ __forceinline__ double power(double base, uint32_t exponent) {

@@ -26,8 +26,19 @@ export POLDER_FIXTURES=$PWD/tests/fixtures
 CRITERION_HOME=$(mktemp -d)
 export CRITERION_HOME
 
-# Tests of whole runs, which launch the same kernels as the others and take long under compute-sanitizer.
-not_sanitized="lib data training allocation curvature hessian methods plan steps precision"
+# "program module" for each module of tests: a process each, for an error on a GPU is the end of all that its process does there.
+# What has no modules is named alone.
+modules() {
+    local path name
+    for path in tests/*; do
+        [ -f "$path" ] || continue
+        name=${path##*/}
+        case $name in
+            kernels | networks) "$path" --list | sed -n 's/^\([a-z_]*\)::.*: test$/\1/p' | sort -u | sed "s/^/$name /" ;;
+            *) echo "$name" ;;
+        esac
+    done
+}
 
 row() { printf '%-32s %-10s %5s s\n' "$1" "$2" "$3" >>"$table"; }
 
@@ -64,14 +75,13 @@ find_sanitizer() {
 # sanitize TOOL SECONDS: the kernels' tests under one tool, sharing the seconds. Calls of the driver that fail are left to the
 # tests: some provoke them.
 sanitize() {
-    local tool=$1 until=$((SECONDS + $2)) path name
-    for path in tests/*; do
-        name=${path##*/}
-        [ -f "$path" ] || continue
-        case " $not_sanitized " in *" $name "*) continue ;; esac
-        run "$tool" "$tool $name" $((until - SECONDS)) \
-            "$sanitizer" --tool "$tool" --report-api-errors no --error-exitcode 9 "$path"
-    done
+    local tool=$1 until=$((SECONDS + $2)) program module
+    # Whole networks launch the same kernels and take long.
+    while read -r program module; do
+        case $program in kernels | device | cuda) ;; *) continue ;; esac
+        run "$tool" "$tool $program $module" $((until - SECONDS)) \
+            "$sanitizer" --tool "$tool" --report-api-errors no --error-exitcode 9 "tests/$program" ${module:+"$module::"}
+    done < <(modules)
 }
 
 : >"$table"
@@ -79,9 +89,9 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limi
     echo "nvidia-smi: no answer" >>"$table"
 bin/polder devices >>"$table" 2>&1
 
-for path in tests/*; do
-    [ -f "$path" ] && run tests "test ${path##*/}" 60 "$path"
-done
+while read -r program module; do
+    run tests "test $program $module" 60 "tests/$program" ${module:+"$module::"}
+done < <(modules)
 
 sanitizer=$(find_sanitizer)
 if [ -n "$sanitizer" ]; then

@@ -15,7 +15,8 @@ use serde_json::Value;
 
 use super::{Grouped, Random, fast_devices, relative_error, to_f64, upload};
 
-fn fixture(name: &str) -> PathBuf {
+/// The path of a fixture.
+pub fn fixture(name: &str) -> PathBuf {
     let folder = std::env::var("POLDER_FIXTURES")
         .unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures").to_string());
     Path::new(&folder).join(name)

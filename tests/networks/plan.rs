@@ -1,8 +1,6 @@
 //! The plan: gradients of whole networks against central differences in double, memory, statistics, and planning errors.
 
-mod common;
-
-use common::{Random, weights};
+use crate::common::{self, Random, weights};
 use half::f16;
 use polder::device::{Buffer, Compute, Device, HostOptions};
 use polder::kernels::batch_norm::Mode;

@@ -1,8 +1,6 @@
 //! Measures of curvature on functions whose Hessians are known.
 
-mod common;
-
-use common::{Grouped, Random, devices};
+use crate::common::{self, Grouped, Random, devices};
 use nalgebra::DMatrix;
 use polder::arena::{Kind, Layout};
 use polder::curvature::{Curvature, Estimate, Passes, Rise, filter_normalized};

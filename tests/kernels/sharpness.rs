@@ -1,11 +1,9 @@
 //! The kernels of the sharpness-aware methods against double-precision references, on every device, in every launch shape and
 //! schedule, with vectors that are parts of longer buffers.
 
-mod common;
-
 use std::ops::Range;
 
-use common::{Random, bits, devices, host_devices, on_devices, to_f64};
+use crate::common::{Random, bits, devices, host_devices, on_devices, to_f64};
 use polder::device::{Buffer, Device, Element, Error, Result, Scalar, Slice, SliceMut};
 use polder::kernels::random;
 use polder::kernels::sharpness::{self, GamTerms, PRODUCTS, Scaling};

@@ -1,8 +1,6 @@
 //! Cross-entropy against its definition in double, its gradient against central differences, and its edge cases.
 
-mod common;
-
-use common::{Random, assert_close, bits, devices, host_devices, to_f64};
+use crate::common::{Random, assert_close, bits, devices, host_devices, to_f64};
 use polder::device::{Device, Error, Scalar};
 use polder::kernels::loss::{LossShape, cross_entropy, cross_entropy_tangent};
 use polder::kernels::precision;

@@ -1,8 +1,6 @@
 //! Convolutions against a direct sum in double precision, on every device and in every schedule.
 
-mod common;
-
-use common::{Random, assert_close, bits, devices, host_devices, to_f64};
+use crate::common::{Random, assert_close, bits, devices, host_devices, to_f64};
 use half::{bf16, f16};
 use polder::device::{Compute, Device, Error, HostOptions, Result, SliceMut, Tf32};
 use polder::kernels::conv::{self, ConvShape};

@@ -1,8 +1,6 @@
 //! Whole steps of an optimizer on networks: gradients accumulated over parts of a batch, and images that are not finite.
 
-mod common;
-
-use common::{Random, assert_close, bits, weights};
+use crate::common::{self, Random, assert_close, bits, weights};
 use polder::device::{Buffer, Device, Result, Scalar, Slice, SliceMut};
 use polder::nn::{Model, Shortcut};
 use polder::objective::{Accumulator, Objective, Statistics};

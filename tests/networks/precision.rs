@@ -1,9 +1,7 @@
 //! Networks in fewer than 32 bits: how far their gradients and steps are from double precision, what the loss
 //! scale is for, and that a step which overflowed leaves nothing behind.
 
-mod common;
-
-use common::{Grouped, Random, bits, devices, fast_devices, relative_error, roundoff, to_f64, upload};
+use crate::common::{self, Grouped, Random, bits, devices, fast_devices, relative_error, roundoff, to_f64, upload};
 use half::{bf16, f16};
 use polder::arena::Kind;
 use polder::device::{Compute, Device, Tf32};

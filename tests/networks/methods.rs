@@ -1,9 +1,7 @@
-//! Five steps of the sharpness-aware methods beyond SAM and CR-SAM against float64 PyTorch; `tests/training.rs` has those and the
+//! Five steps of the sharpness-aware methods beyond SAM and CR-SAM against float64 PyTorch; `tests/networks/training.rs` has those and the
 //! base optimizers, `tests/fixtures/README.md` says where the references come from.
 
-mod common;
-
-use common::fixtures::check_runs;
+use crate::common::fixtures::check_runs;
 
 #[test]
 fn sam_with_other_perturbations_matches_pytorch() {

@@ -1,13 +1,11 @@
 //! Whole networks against float64 PyTorch: gradients, five training steps with the base optimizers, SAM and CR-SAM (the other
-//! methods are in `tests/methods.rs`), and the pretrained ResNet-20 on the CIFAR-10 test images. `tests/fixtures/README.md` says
+//! methods are in `tests/networks/methods.rs`), and the pretrained ResNet-20 on the CIFAR-10 test images. `tests/fixtures/README.md` says
 //! where the references come from.
-
-mod common;
 
 use std::path::Path;
 
-use common::fixtures::{Pool, arena, check_runs, hash_uniform, hash_weights, number, plan, read_json};
-use common::{Grouped, Random, fast_devices, relative_error, roundoff, to_f64, upload};
+use crate::common::fixtures::{Pool, arena, check_runs, hash_uniform, hash_weights, number, plan, read_json};
+use crate::common::{self, Grouped, Random, fast_devices, relative_error, roundoff, to_f64, upload};
 use half::{bf16, f16};
 use polder::curvature::Curvature;
 use polder::data::{self, Split};

@@ -1,8 +1,6 @@
 //! The epoch's sums and the means of losses against the same written down here.
 
-mod common;
-
-use common::devices;
+use crate::common::devices;
 use polder::kernels::metrics;
 
 #[test]

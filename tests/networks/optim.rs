@@ -1,8 +1,7 @@
 //! The sharpness-aware methods on functions with closed forms: golden directions, convergence, and the rules for steps that
 //! cannot be taken.
 
-mod common;
-
+use crate::common;
 use polder::device::{Buffer, Device, Result, Scalar, Slice, SliceMut};
 use polder::kernels::random;
 use polder::objective::{Objective, Statistics};

@@ -1,9 +1,7 @@
 //! The random generator: its published known answers, that an element depends on seed and position alone, that every device
 //! gives the same bits, and that the numbers have their distributions.
 
-mod common;
-
-use common::{bits as bits_of, devices, host_devices};
+use crate::common::{bits as bits_of, devices, host_devices};
 use polder::device::{Device, Error, Scalar};
 use polder::kernels::random;
 

@@ -1,13 +1,9 @@
 //! Products with the Hessian: against central differences of gradients in double, against PyTorch's double backward, and by what
 //! a Hessian is, a symmetric linear map.
 
-mod common;
-
-use std::path::Path;
-
-use common::{Random, bits, weights};
+use crate::common::fixtures::{fixture, hash_uniform, hash_weights, number, read_json};
+use crate::common::{self, Random, bits, weights};
 use half::{bf16, f16};
-use polder::arena::Kind;
 use polder::device::{Buffer, Compute, Device, Error, Result, Scalar, Slice, SliceMut};
 use polder::kernels::batch_norm::Mode;
 use polder::nn::{Model, Shortcut, initial_weights};
@@ -281,28 +277,11 @@ fn logistic_and_softmax_regression_have_their_analytic_hessians() {
     }
 }
 
-fn fixture(name: &str) -> Vec<u8> {
-    let folder = std::env::var("POLDER_FIXTURES")
-        .unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures").to_string());
-    std::fs::read(Path::new(&folder).join(name)).unwrap()
-}
-
-fn number(value: &serde_json::Value) -> f64 {
-    value.as_f64().unwrap_or_else(|| panic!("no number: {value}"))
-}
-
-/// The generator's 2u − 1 in [−1, 1) for element `index` of the tensor `name`; see `tests/fixtures/README.md`.
-fn hash_uniform(name: &str, index: usize) -> f64 {
-    let seed =
-        name.bytes().fold(0xCBF2_9CE4_8422_2325u64, |h, byte| (h ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3));
-    2.0 * ((Random(seed.wrapping_add(index as u64)).bits() >> 40) as f64 / f64::from(1 << 24)) - 1.0
-}
-
 /// A vector whose tensors are given by a formula in the files' order.
-fn fill<T: Scalar>(plan: &Plan<T>, value: impl Fn(&str, Kind, usize) -> f64) -> Vec<f64> {
+fn fill<T: Scalar>(plan: &Plan<T>, value: impl Fn(&str, usize) -> f64) -> Vec<f64> {
     let mut vector = vec![0.0; plan.parameters().len()];
     for tensor in plan.parameters().tensors() {
-        let file: Vec<f64> = (0..tensor.kind.len()).map(|index| value(&tensor.name, tensor.kind, index)).collect();
+        let file: Vec<f64> = (0..tensor.kind.len()).map(|index| value(&tensor.name, index)).collect();
         vector[tensor.range()].copy_from_slice(&tensor.kind.from_file(&file));
     }
     vector
@@ -310,27 +289,15 @@ fn fill<T: Scalar>(plan: &Plan<T>, value: impl Fn(&str, Kind, usize) -> f64) -> 
 
 /// A vector whose tensors are those of a file.
 fn read<T: Scalar>(plan: &Plan<T>, file: &str) -> Vec<f64> {
-    let bytes = fixture(file);
+    let bytes = std::fs::read(fixture(file)).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
-    fill(plan, |name, _, index| {
+    fill(plan, |name, index| {
         let data = tensors.tensor(name).unwrap();
         match data.dtype() {
             safetensors::Dtype::F32 => f64::from(f32::from_le_bytes(data.data()[4 * index..][..4].try_into().unwrap())),
             _ => f64::from_le_bytes(data.data()[8 * index..][..8].try_into().unwrap()),
         }
     })
-}
-
-/// The weights that both sides compute.
-fn hash_weight(name: &str, kind: Kind, index: usize) -> f64 {
-    let value = hash_uniform(name, index);
-    let weight = match kind {
-        Kind::Convolution { kernel, inputs, .. } => value * (3.0 * (2.0 / (kernel * kernel * inputs) as f64)).sqrt(),
-        Kind::Linear { inputs, .. } => value * (3.0 / inputs as f64).sqrt(),
-        Kind::Scale(_) => 1.0 + 0.1 * value,
-        _ => 0.1 * value,
-    };
-    f64::from(weight as f32)
 }
 
 /// A plan with the case's batch, normalised in double.
@@ -343,7 +310,7 @@ fn case_plan<T: Scalar>(device: &Device, case: &serde_json::Value) -> Plan<T> {
     let label_smoothing = number(&case["label_smoothing"]);
     let options = PlanOptions { label_smoothing, ..PlanOptions::training() };
     let mut plan = Plan::<T>::new(device, graph, logits, options).unwrap();
-    let bytes = fixture("batches.safetensors");
+    let bytes = std::fs::read(fixture("batches.safetensors")).unwrap();
     let pool = SafeTensors::deserialize(&bytes).unwrap();
     let (pixels, labels) = (pool.tensor("images").unwrap(), pool.tensor("labels").unwrap());
     let mut images = Vec::new();
@@ -363,10 +330,10 @@ fn case_plan<T: Scalar>(device: &Device, case: &serde_json::Value) -> Plan<T> {
 }
 
 fn matches_pytorch<T: Scalar>(device: &Device, name: &str, tolerance: f64) {
-    let cases: serde_json::Value = serde_json::from_slice(&fixture("resnet8-hessian.json")).unwrap();
+    let cases: serde_json::Value = read_json("resnet8-hessian.json");
     let mut plan = case_plan::<T>(device, &cases["whole"]);
     let at = read(&plan, "resnet8-init.safetensors");
-    let along = fill(&plan, |name, _, index| hash_uniform(&format!("direction:{name}"), index));
+    let along = fill(&plan, |name, index| hash_uniform(&format!("direction:{name}"), index));
     let found = common::to_f64(&product(&mut plan, &at, &along));
     let error = relative_error(&found, &read(&plan, "resnet8-hessian.safetensors"));
     println!("{name}, {}: relative L2 error of the product {error:.1e}", T::NAME);
@@ -374,8 +341,8 @@ fn matches_pytorch<T: Scalar>(device: &Device, name: &str, tolerance: f64) {
 
     let case = &cases["digest"];
     let mut plan = case_plan::<T>(device, case);
-    let at = fill(&plan, hash_weight);
-    let along = fill(&plan, |name, _, index| hash_uniform(&format!("direction:{name}"), index));
+    let at = hash_weights(plan.parameters());
+    let along = fill(&plan, |name, index| hash_uniform(&format!("direction:{name}"), index));
     let found = common::to_f64(&product(&mut plan, &at, &along));
     let mut largest = 0.0f64;
     for tensor in plan.parameters().tensors() {
@@ -407,7 +374,7 @@ fn products_match_pytorchs_double_backward() {
 /// product meets neither. Along the gradient, as sharpness-aware methods take it.
 #[test]
 fn a_difference_in_single_precision_is_far_from_the_exact_product() {
-    let cases: serde_json::Value = serde_json::from_slice(&fixture("resnet8-hessian.json")).unwrap();
+    let cases: serde_json::Value = read_json("resnet8-hessian.json");
     let device = Device::host();
     let mut double = case_plan::<f64>(&device, &cases["whole"]);
     let mut single = case_plan::<f32>(&device, &cases["whole"]);

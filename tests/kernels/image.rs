@@ -1,8 +1,6 @@
 //! Batches of augmented images against an explicit gather with the same random numbers, which this file computes on its own.
 
-mod common;
-
-use common::{Random, bits, devices, host_devices};
+use crate::common::{self, Random, bits, devices, host_devices};
 use polder::device::{Buffer, Device, Error, Result, Scalar};
 use polder::kernels::clock;
 use polder::kernels::image::{Augment, BatchShape, Normalization, Position, batch};

@@ -1,8 +1,6 @@
 //! The vector kernels against double-precision references, on every device, in every launch shape and schedule.
 
-mod common;
-
-use common::{Random, assert_close, bits, devices, host_devices, on_devices, to_f64};
+use crate::common::{Random, assert_close, bits, devices, host_devices, on_devices, to_f64};
 use half::{bf16, f16};
 use polder::device::{Buffer, Compute, Device, Error, Result, Scalar, Slice, SliceMut};
 use polder::kernels::precision;

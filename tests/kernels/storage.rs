@@ -1,9 +1,7 @@
 //! What is stored in 16 bits is computed as in single precision and rounded once: every kernel of the network's small layers
 //! gives, to the bit, what its f32 form gives for the same numbers. (`tests/conv.rs` has the convolutions.)
 
-mod common;
-
-use common::{Random, devices};
+use crate::common::{Random, devices};
 use half::{bf16, f16};
 use polder::device::{Buffer, Compute, Device, Result};
 use polder::kernels::batch_norm::{

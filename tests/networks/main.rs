@@ -1,0 +1,17 @@
+//! The tests of what is made of kernels: plans, objectives, optimizers, curvature, and training as a whole; one module for each, as
+//! those of kernels.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod curvature;
+#[cfg(feature = "train")]
+mod hessian;
+#[cfg(feature = "train")]
+mod methods;
+mod optim;
+mod plan;
+mod precision;
+mod steps;
+#[cfg(feature = "train")]
+mod training;
