@@ -1,13 +1,14 @@
 //! The convolution's three passes on the layers of CIFAR's ResNet-20 and ResNet-18, batch 128: elements per second are
-//! floating-point operations per second (two per multiply-add). On one CPU thread, on all of them, and on the first GPU
-//! where there is one, or on the device that `POLDER_TEST_DEVICE` names; timed by the device's own events.
+//! floating-point operations per second (two per multiply-add). On one CPU thread and on all of them in f32, and on the first GPU
+//! where there is one, or on the device that `POLDER_TEST_DEVICE` names, in f16, tf32 and f32; timed by the device's own events.
 
 mod common;
 
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use polder::device::{Buffer, Device, HostOptions, Result};
+use half::f16;
+use polder::device::{Buffer, Compute, Device, HostOptions, Result, Tf32};
 use polder::kernels::conv::{self, ConvShape};
 
 const BATCH: usize = 128;
@@ -36,31 +37,31 @@ const LAYERS: [(usize, usize, usize, usize, usize); 16] = [
 /// a training step, too, finds most of them in memory.
 const ROTATED_BYTES: usize = 192 << 20;
 
-struct Layer {
+struct Layer<S: Compute> {
     shape: ConvShape,
-    sets: Vec<(Buffer<f32>, Buffer<f32>)>,
-    weight: Buffer<f32>,
-    gradient: Buffer<f32>,
-    workspace: Buffer<f32>,
+    sets: Vec<(Buffer<S>, Buffer<S>)>,
+    weight: Buffer<S>,
+    gradient: Buffer<S::Master>,
+    workspace: Buffer<S::Master>,
 }
 
 /// Numbers without a pattern that a cache or a branch could profit from.
-fn noise(device: &Device, len: usize, seed: u32) -> Result<Buffer<f32>> {
+fn noise<S: Compute>(device: &Device, len: usize, seed: u32) -> Result<Buffer<S>> {
     let mut state = seed.wrapping_mul(0x9E37_79B9) | 1;
-    let values: Vec<f32> = std::iter::repeat_with(|| {
+    let values: Vec<S> = std::iter::repeat_with(|| {
         state ^= state << 13;
         state ^= state >> 17;
         state ^= state << 5;
-        state as f32 / u32::MAX as f32 - 0.5
+        S::from_f64(f64::from(state) / f64::from(u32::MAX) - 0.5)
     })
     .take(len)
     .collect();
     device.upload(&values)
 }
 
-impl Layer {
+impl<S: Compute> Layer<S> {
     fn new(device: &Device, shape: ConvShape) -> Result<Self> {
-        let bytes = 4 * (shape.input_len() + shape.output_len());
+        let bytes = size_of::<S>() * (shape.input_len() + shape.output_len());
         let sets = (0..ROTATED_BYTES.div_ceil(bytes) as u32)
             .map(|seed| {
                 Ok((noise(device, shape.input_len(), 2 * seed + 1)?, noise(device, shape.output_len(), 2 * seed + 2)?))
@@ -71,7 +72,7 @@ impl Layer {
             sets,
             weight: noise(device, shape.weight_len(), 0)?,
             gradient: device.zeros(shape.weight_len())?,
-            workspace: device.zeros(shape.workspace_len::<f32>(device))?,
+            workspace: device.zeros(shape.workspace_len::<S>(device))?,
         })
     }
 
@@ -88,7 +89,7 @@ impl Layer {
 }
 
 /// The time that `count` calls take on the device.
-fn timed(device: &Device, layer: &mut Layer, pass: &str, count: u64) -> Result<Duration> {
+fn timed<S: Compute>(device: &Device, layer: &mut Layer<S>, pass: &str, count: u64) -> Result<Duration> {
     let start = device.event()?;
     for turn in 0..count {
         layer.run(pass, turn)?;
@@ -109,30 +110,33 @@ fn convolutions(criterion: &mut Criterion) {
         devices.push((format!("{}{threads}", device.name()), device));
     }
     for (name, device) in &devices {
-        let mut group = criterion.benchmark_group(format!("conv {name}"));
-        group.sample_size(10).warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_secs(1));
-        for (size, in_channels, out_channels, kernel, stride) in LAYERS {
-            let shape = ConvShape {
-                batch: BATCH,
-                height: size,
-                width: size,
-                in_channels,
-                out_channels,
-                kernel,
-                stride,
-                padding: kernel / 2,
-            };
-            let mut layer = Layer::new(device, shape).expect("memory for one layer");
-            group.throughput(Throughput::Elements(2 * shape.macs()));
-            for pass in ["forward", "input gradient", "weight gradient"] {
-                let layer_name = format!("{size}x{size} {in_channels}-{out_channels} k{kernel} s{stride}");
-                group.bench_function(BenchmarkId::new(pass, layer_name), |bencher| {
-                    bencher.iter_custom(|count| timed(device, &mut layer, pass, count).expect("a launch"));
-                });
-            }
+        if !device.is_host() {
+            layers::<f16>(criterion, name, device);
+            layers::<Tf32>(criterion, name, device);
         }
-        group.finish();
+        layers::<f32>(criterion, name, device);
     }
+}
+
+fn layers<S: Compute>(criterion: &mut Criterion, name: &str, device: &Device) {
+    let mut group = criterion.benchmark_group(format!("conv {} {name}", S::NAME));
+    // A GPU's launches are short and alike.
+    let milliseconds = if device.is_host() { 1000 } else { 200 };
+    group.sample_size(10).warm_up_time(Duration::from_millis(milliseconds / 4));
+    group.measurement_time(Duration::from_millis(milliseconds));
+    for (size, in_channels, out_channels, kernel, stride) in LAYERS {
+        let (batch, height, width, padding) = (BATCH, size, size, kernel / 2);
+        let shape = ConvShape { batch, height, width, in_channels, out_channels, kernel, stride, padding };
+        let mut layer = Layer::<S>::new(device, shape).expect("memory for one layer");
+        group.throughput(Throughput::Elements(2 * shape.macs()));
+        for pass in ["forward", "input gradient", "weight gradient"] {
+            let layer_name = format!("{size}x{size} {in_channels}-{out_channels} k{kernel} s{stride}");
+            group.bench_function(BenchmarkId::new(pass, layer_name), |bencher| {
+                bencher.iter_custom(|count| timed(device, &mut layer, pass, count).expect("a launch"));
+            });
+        }
+    }
+    group.finish();
 }
 
 criterion_group!(benches, convolutions);

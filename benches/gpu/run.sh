@@ -120,8 +120,8 @@ done
 run peers "peers/pytorch.py in f16" 120 python3 peers/pytorch.py --device cuda:0 --binary bin/step_peer \
     --models resnet20 resnet18 --methods sam --rounds 3 --seconds 0.3 --precision f16
 
-for name in vector batch_norm step curvature conv; do
-    run benches "bench $name" 60 "benches/$name" --bench
+for name in vector batch_norm step curvature fusion conv; do
+    run benches "bench $name" 90 "benches/$name" --bench
 done
 
 rm -rf "$CRITERION_HOME" "$unpacked"

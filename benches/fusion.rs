@@ -1,0 +1,151 @@
+//! What each fusion gains: the same work with its stages apart and together, timed by the device's own events, in f16 on the first
+//! GPU where there is one, or on the device that `POLDER_TEST_DEVICE` names. Without a GPU the CPU's own kernels have the last pair
+//! alone.
+
+mod common;
+
+use std::time::Duration;
+
+use criterion::{BenchmarkGroup, Criterion, criterion_group, criterion_main, measurement::WallTime};
+use half::f16;
+use polder::device::{Buffer, Device, Result};
+use polder::kernels::batch_norm::{self, BatchNormShape, Forward, Saved, Workspace};
+use polder::kernels::conv::{self, ConvShape, PartSums};
+use polder::kernels::vector::{self, Reduction};
+
+const BATCH: usize = 128;
+
+/// A 3×3 convolution on images of `size`×`size`.
+fn layer(size: usize, in_channels: usize, out_channels: usize) -> ConvShape {
+    let (height, width, kernel) = (size, size, 3);
+    ConvShape { batch: BATCH, height, width, in_channels, out_channels, kernel, stride: 1, padding: 1 }
+}
+
+/// Numbers without a pattern.
+fn noise(device: &Device, len: usize) -> Result<Buffer<f16>> {
+    let value = |i: usize| f16::from_f32((i.wrapping_mul(2654435761) >> 8 & 0xFFFF) as f32 / 32768.0 - 1.0);
+    device.upload(&(0..len).map(value).collect::<Vec<_>>())
+}
+
+/// Times `work`, called with whether its stages are together.
+fn pair(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    device: &Device,
+    name: &str,
+    mut work: impl FnMut(bool) -> Result<()>,
+) {
+    for (form, together) in [("apart", false), ("together", true)] {
+        group.bench_function(format!("{name}, {form}"), |bencher| {
+            bencher.iter_custom(|count| {
+                let mut timed = || -> Result<Duration> {
+                    let start = device.event()?;
+                    for _ in 0..count {
+                        work(together)?;
+                    }
+                    Ok(Duration::from_secs_f64(device.event()?.elapsed_since(&start)?))
+                };
+                timed().expect("a launch")
+            });
+        });
+    }
+}
+
+/// A convolution and batch norm with a ReLU, whose moments come from a pass over x or from the convolution's registers.
+fn moments(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, shape: ConvShape) -> Result<()> {
+    let Some(len) = shape.moments_len::<f16>(device) else { return Ok(()) };
+    let (x, weight) = (noise(device, shape.input_len())?, noise(device, shape.weight_len())?);
+    let (mut y, mut out) = (device.zeros(shape.output_len())?, device.zeros::<f16>(shape.output_len())?);
+    let channels = shape.out_channels;
+    let rows = BatchNormShape { rows: shape.output_len() / channels, channels };
+    let (gamma, beta) = (device.upload(&vec![1.5; channels])?, device.upload(&vec![0.1; channels])?);
+    let (mut mean, mut inv_std) = (device.zeros(channels)?, device.zeros(channels)?);
+    let (mut tiles, mut workspace) = (device.zeros(len)?, Workspace::new(device, [rows])?);
+    let mut scratch = device.zeros(shape.workspace_len::<f16>(device))?;
+    let name = format!("convolution and batch norm, {}x{} {channels}", shape.height, shape.width);
+    pair(group, device, &name, |together| {
+        let saved = Saved { mean: mean.view_mut(), inv_std: inv_std.view_mut() };
+        let (gamma, beta) = (gamma.view(), beta.view());
+        if together {
+            conv::forward_with_moments(&shape, x.view(), weight.view(), y.view_mut(), tiles.view_mut())?;
+            let input = Forward { x: y.view(), gamma, beta, eps: 1e-5, residual: None, relu: true };
+            batch_norm::forward_from_moments(rows, input, tiles.view(), out.view_mut(), saved, None)
+        } else {
+            conv::forward(&shape, x.view(), weight.view(), y.view_mut(), false, scratch.view_mut())?;
+            let input = Forward { x: y.view(), gamma, beta, eps: 1e-5, residual: None, relu: true };
+            batch_norm::forward_train(rows, input, out.view_mut(), saved, None, &mut workspace)
+        }
+    });
+    Ok(())
+}
+
+/// The weight gradients of ResNet-20's layers that keep their size, whose parts are added up layer by layer or all at once.
+fn parts(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device) -> Result<()> {
+    let layers: Vec<ConvShape> = [(32, 16, 7), (16, 32, 6), (8, 64, 6)]
+        .iter()
+        .flat_map(|&(size, c, count)| vec![layer(size, c, c); count])
+        .collect();
+    if layers.iter().any(|shape| shape.weight_gradient_splits::<f16>(device) < 2) {
+        return Ok(());
+    }
+    let operands: Vec<_> = layers
+        .iter()
+        .map(|shape| Ok((noise(device, shape.input_len())?, noise(device, shape.output_len())?)))
+        .collect::<Result<_>>()?;
+    let (mut partial, mut out) = (0, 0);
+    let places: Vec<_> = (layers.iter())
+        .map(|shape| {
+            let (from, to) = (partial, out);
+            partial += shape.workspace_len::<f16>(device);
+            out += shape.weight_len();
+            (from..partial, to..out)
+        })
+        .collect();
+    let sums = PartSums::new(device, &places)?;
+    let (mut partials, mut gradient) = (device.zeros::<f32>(partial)?, device.zeros::<f32>(out)?);
+    pair(group, device, "weight gradients of 19 layers", |together| {
+        for ((shape, (x, dy)), (from, to)) in layers.iter().zip(&operands).zip(&places) {
+            let scratch = partials.slice_mut(from.clone())?;
+            if together {
+                conv::partial_weight_gradients(shape, x.view(), dy.view(), scratch)?;
+            } else {
+                let dw = gradient.slice_mut(to.clone())?;
+                conv::weight_gradient(shape, x.view(), dy.view(), dw, false, scratch)?;
+            }
+        }
+        if together { sums.sum(partials.view(), gradient.view_mut()) } else { Ok(()) }
+    });
+    Ok(())
+}
+
+/// The look at whether a gradient is finite, and its norm.
+fn norm(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, len: usize) -> Result<()> {
+    let mut gradient = device.upload(&vec![0.1f32; len])?;
+    let (mut flag, mut norm, mut reduction) = (device.zeros(1)?, device.zeros(1)?, Reduction::new(device)?);
+    pair(group, device, &format!("norm of {len} elements"), |together| {
+        if together {
+            let (flag, norm) = (flag.view_mut(), norm.view_mut());
+            return vector::finish_gradient(gradient.view_mut(), None, flag, &mut reduction, norm);
+        }
+        vector::check_finite(gradient.view(), flag.view_mut())?;
+        vector::l2_norm(gradient.view(), &mut reduction, norm.view_mut())
+    });
+    Ok(())
+}
+
+fn fusions(criterion: &mut Criterion) {
+    for device in common::devices().expect("the device that POLDER_TEST_DEVICE names") {
+        let mut group = criterion.benchmark_group(format!("fusion {}", device.name()));
+        group.sample_size(10).warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_secs(1));
+        for (size, channels) in [(32, 16), (32, 64), (16, 128), (8, 256), (4, 512)] {
+            moments(&mut group, &device, layer(size, channels, channels)).expect("memory for one layer");
+        }
+        parts(&mut group, &device).expect("memory for the layers");
+        for len in [272_474, 11_173_962] {
+            norm(&mut group, &device, len).expect("memory for a gradient");
+        }
+        group.finish();
+    }
+}
+
+criterion_group!(benches, fusions);
+criterion_main!(benches);
