@@ -1,34 +1,17 @@
 //! Loss landscapes: how they are read, and pictures of them: contours and a surface over two axes, a curve over one.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-
-use serde::Deserialize;
 
 use super::chart::{
     self, Axis, FAINT, LOGARITHMIC_FROM, Line, Panel, SMALL, Style, draw_lines, linear_steps, log_steps, range,
     significant,
 };
 use super::drawing::{Anchor, Drawing, Ink, Medium, Shape};
-use crate::train::{self, TrainError, write_whole};
+use crate::train::landscape::{Axis as Direction, Landscape as Description};
+use crate::train::{TrainError, write_whole};
 
 /// On a logarithmic scale, losses below the largest by more than this factor are as good as zero.
 const NEGLIGIBLE: f64 = 1e-12;
-
-#[derive(Debug, Clone, Deserialize)]
-struct Description {
-    title: String,
-    axes: Vec<Direction>,
-    #[serde(default)]
-    settings: BTreeMap<String, String>,
-}
-
-/// One of the directions along which the weights moved.
-#[derive(Debug, Clone, Deserialize)]
-pub(super) struct Direction {
-    pub name: String,
-    pub values: Vec<f64>,
-}
 
 /// Losses over one or two directions.
 #[derive(Debug, Clone)]
@@ -46,11 +29,8 @@ pub(super) struct Landscape {
 impl Landscape {
     /// Reads `landscape.json` and as much as there is of `landscape.csv`.
     pub fn read(folder: &Path) -> Result<Self, TrainError> {
-        let path = folder.join("landscape.json");
-        let text = std::fs::read_to_string(&path).map_err(TrainError::io(&path))?;
-        let unusable = |reason: String| TrainError::Results { path: path.clone(), reason };
-        let Description { title, axes, settings } =
-            serde_json::from_str(&text).map_err(|error| unusable(error.to_string()))?;
+        let Description { title, axes, settings } = Description::read(folder)?;
+        let unusable = |reason: String| TrainError::Results { path: folder.join("landscape.json"), reason };
         if !(1..=2).contains(&axes.len()) {
             return Err(unusable(format!("{} axes, expected one or two", axes.len())));
         }
@@ -62,7 +42,7 @@ impl Landscape {
         }
         let count = axes.iter().try_fold(1usize, |count, axis| count.checked_mul(axis.values.len()));
         let count = count
-            .filter(|&count| count <= train::landscape::Landscape::MOST_POINTS)
+            .filter(|&count| count <= Description::MOST_POINTS)
             .ok_or_else(|| unusable("too many points".into()))?;
         let path = folder.join("landscape.csv");
         let text = std::fs::read_to_string(&path).map_err(TrainError::io(&path))?;
@@ -122,7 +102,7 @@ impl Direction {
         ((value - place).abs() <= 1e-6 * span).then_some(index)
     }
 
-    pub fn axis(&self) -> Axis {
+    pub(super) fn axis(&self) -> Axis {
         let (low, high) = range(self.values.iter().copied()).unwrap_or_default();
         Axis::exact(&self.name, low, high, false)
     }

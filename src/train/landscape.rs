@@ -29,7 +29,9 @@ pub struct Landscape {
     pub title: String,
     /// One or two.
     pub axes: Vec<Axis>,
-    /// All that its values depend on, by the names of the options: a landscape goes on only as it began.
+    /// All that its values depend on, by the names of the options: a landscape goes on only as it began. None where somebody else
+    /// has written the file, for a picture.
+    #[serde(default)]
     pub settings: BTreeMap<String, String>,
 }
 
