@@ -150,8 +150,8 @@ __device__ void batch_norm_statistics(const StatisticsArgs<T>& a) {
     const auto moments_of = [&](uint32_t block, uint32_t c) -> Moments {
         if (a.tiles != nullptr) {
             const uint64_t left = a.rows - uint64_t(block) * a.tile_rows;
-            const Pack<T, 2> pair = load<2>(a.tiles, (uint64_t(c) * a.blocks + block) * 2);
-            return {double(min(uint64_t(a.tile_rows), left)), double(pair.v[0]), double(pair.v[1])};
+            const T* const pair = a.tiles + (uint64_t(c) * a.blocks + block) * 2;
+            return {double(min(uint64_t(a.tile_rows), left)), double(pair[0]), double(pair[1])};
         }
         const Rows rows = rows_of_block(a.rows, block, a.blocks);
         const uint64_t place = uint64_t(block) * a.channels + c;

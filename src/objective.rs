@@ -49,7 +49,6 @@ pub trait Objective<T: Scalar> {
     ///
     /// # Errors
     /// Those of the device.
-    #[allow(clippy::too_many_arguments, reason = "where each result goes")]
     fn gradient_and_norm(
         &mut self,
         weights: Slice<'_, T>,
@@ -62,6 +61,24 @@ pub trait Objective<T: Scalar> {
     ) -> Result<()> {
         self.gradient(weights, statistics, gradient.reborrow(), loss, flag)?;
         vector::l2_norm(gradient.view(), reduction, norm)
+    }
+
+    /// As [`Objective::gradient`] at two points, without the running statistics. By default one after the other; where an objective
+    /// can, both at the same time.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn gradient_pair(
+        &mut self,
+        weights: [Slice<'_, T>; 2],
+        gradients: [SliceMut<'_, T>; 2],
+        losses: [SliceMut<'_, f64>; 2],
+        mut flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        for ((weights, gradient), loss) in weights.into_iter().zip(gradients).zip(losses) {
+            self.gradient(weights, Statistics::Keep, gradient, loss, flag.reborrow())?;
+        }
+        Ok(())
     }
 
     /// The Hessian of the loss at `weights` times `direction`, exact, written to `product`; all three are laid out alike. `flag` is
@@ -243,6 +260,23 @@ impl<T: Scalar, O: Objective<T>> Objective<T> for Accumulated<'_, T, O> {
         }
         self.gradient(weights, statistics, gradient.reborrow(), loss, flag)?;
         vector::l2_norm(gradient.view(), reduction, norm)
+    }
+
+    fn gradient_pair(
+        &mut self,
+        weights: [Slice<'_, T>; 2],
+        gradients: [SliceMut<'_, T>; 2],
+        losses: [SliceMut<'_, f64>; 2],
+        mut flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        if self.accumulator.parts == 1 {
+            self.check()?;
+            return self.objective.gradient_pair(weights, gradients, losses, flag);
+        }
+        for ((weights, gradient), loss) in weights.into_iter().zip(gradients).zip(losses) {
+            self.gradient(weights, Statistics::Keep, gradient, loss, flag.reborrow())?;
+        }
+        Ok(())
     }
 
     fn hessian_vector(

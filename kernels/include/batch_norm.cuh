@@ -378,7 +378,7 @@ __device__ __forceinline__ bool last_to_come(uint32_t* ticket, uint32_t count) {
     __syncthreads();
     if (threadIdx.x == 0 && threadIdx.y == 0) {
         last = atomicAdd(ticket, 1u) + 1 == count;
-        if (last) *ticket = 0;
+        if (last) atomicExch(ticket, 0u);
     }
     __syncthreads();
     const bool result = last != 0;

@@ -1,9 +1,11 @@
 //! A CUDA GPU as a device: the driver (found at run time), memory, copies, launches, events and graphs.
 //!
-//! A device has one stream of its own, so everything happens in the order in which it was asked for. Host memory reaches the
+//! A device has one stream of its own, so everything happens in the order in which it was asked for; a second one takes the second
+//! of two pieces of work that may run at the same time ([`CudaDevice::both`]). Host memory reaches the
 //! GPU through a small page-locked area ([`Staging`]): a write copies into it and returns, so that the caller's slice is free
 //! at once and the CPU runs ahead of the GPU.
 
+use std::cell::Cell;
 use std::ffi::c_void;
 use std::ptr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -83,9 +85,25 @@ pub(super) struct CudaDevice {
     description: String,
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    /// For the second of two pieces of work; between such pairs the first stream has waited for it.
+    side: Arc<CudaStream>,
     /// By [`KernelId`]; `None` for a kernel of the CPU alone.
     kernels: Vec<Option<Kernel>>,
     state: Mutex<State>,
+}
+
+thread_local! {
+    /// Whether this thread's work goes to the side stream.
+    static ON_SIDE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Dropped, it leads this thread's work back, after a panic too.
+struct OnSide;
+
+impl Drop for OnSide {
+    fn drop(&mut self) {
+        ON_SIDE.set(false);
+    }
 }
 
 /// What changes while a device is used.
@@ -144,7 +162,7 @@ impl CudaDevice {
         }
         // SAFETY: no `CudaSlice` is ever made, which is all that event tracking is for.
         unsafe { context.disable_event_tracking() };
-        let stream = context.new_stream().map_err(describe)?;
+        let (stream, side) = (context.new_stream().map_err(describe)?, context.new_stream().map_err(describe)?);
         keep_freed_memory(&context).map_err(describe)?;
         let staging = Staging::new(&context).map_err(describe)?;
 
@@ -167,6 +185,7 @@ impl CudaDevice {
             description,
             context,
             stream,
+            side,
             kernels,
             state: Mutex::new(State { staging, recording: None, retired: Vec::new(), graphs: 0, held: Vec::new() }),
         })
@@ -192,6 +211,31 @@ impl CudaDevice {
     /// It also reports what went wrong where no error could be returned (in a destructor).
     fn bind(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(failed("using the GPU"))
+    }
+
+    /// The stream that the calling thread's work goes to.
+    fn current(&self) -> &CudaStream {
+        if ON_SIDE.get() { &self.side } else { &self.stream }
+    }
+
+    /// Calls `work(0)`, then `work(1)` for the side stream, which begins where the first began; what comes after waits for both.
+    pub(super) fn both(&self, mut work: impl FnMut(usize) -> Result<()>) -> Result<()> {
+        let failed = failed("doing two things at once");
+        if ON_SIDE.get() {
+            let message = "one of two pieces of work cannot consist of two".into();
+            return Err(Error::Argument { operation: "both", message });
+        }
+        self.bind()?;
+        self.side.join(&self.stream).map_err(&failed)?;
+        let first = work(0);
+        let second = first.and_then(|()| {
+            ON_SIDE.set(true);
+            let _side = OnSide;
+            work(1)
+        });
+        // Also after a failure: the side stream, if nothing else, has begun to wait, and a capture must not end with a loose branch.
+        let joined = self.stream.join(&self.side).map_err(&failed);
+        second.and(joined)
     }
 
     pub(super) fn synchronize(&self) -> Result<()> {
@@ -235,7 +279,7 @@ impl CudaDevice {
                 (x, y, z),
                 (block_x, block_y, block_z),
                 shape.shared as u32,
-                self.stream.cu_stream(),
+                self.current().cu_stream(),
                 &mut parameters,
             )
         }
@@ -330,8 +374,8 @@ impl CudaDevice {
             return Ok(());
         }
         self.bind()?;
-        // SAFETY: the caller's; all memory of this device is used on this one stream.
-        unsafe { result::memcpy_dtod_async(destination, source, bytes, self.stream.cu_stream()) }
+        // SAFETY: the caller's; all memory of this device is used in the order of its streams.
+        unsafe { result::memcpy_dtod_async(destination, source, bytes, self.current().cu_stream()) }
             .map_err(failed("copying on the GPU"))
     }
 
@@ -350,7 +394,7 @@ impl CudaDevice {
         }
         self.bind()?;
         // SAFETY: the caller's; any byte is valid in device memory, whose types are plain bits.
-        unsafe { result::memset_d8_async(address, byte, bytes, self.stream.cu_stream()) }
+        unsafe { result::memset_d8_async(address, byte, bytes, self.current().cu_stream()) }
             .map_err(failed("filling memory on the GPU"))
     }
 
@@ -428,6 +472,7 @@ impl CudaDevice {
 impl Drop for CudaDevice {
     /// Waits, so that no kernel runs when its module is unloaded and no copy when the staging memory is freed.
     fn drop(&mut self) {
+        self.context.record_err(self.side.synchronize());
         self.context.record_err(self.stream.synchronize());
     }
 }
@@ -652,6 +697,10 @@ impl CudaGraph {
 
     pub(super) fn operations(&self) -> usize {
         self.operations
+    }
+
+    pub(super) fn ordinal(&self) -> usize {
+        self.device.ordinal
     }
 }
 

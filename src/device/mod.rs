@@ -1,7 +1,8 @@
 //! Devices: memory, launches, timing and graphs, the same for the CPU and for CUDA.
 //!
 //! A [`Device`] is a cheap handle. All its work is ordered as it was asked for (one stream), so a kernel sees what the
-//! previous one wrote without further ado. On the CPU a launch has finished when the call returns; on a GPU
+//! previous one wrote without further ado; of two passes that do not depend on one another a GPU may run both at the same time,
+//! which nobody outside sees. On the CPU a launch has finished when the call returns; on a GPU
 //! [`Device::synchronize`], [`Buffer::read`] and [`Event::elapsed_since`] wait.
 
 mod buffer;
@@ -327,6 +328,16 @@ impl Device {
         }
     }
 
+    /// Calls `work(0)` and `work(1)`, of which neither may use what the other writes: a GPU runs their launches, copies and fills
+    /// side by side. What is asked for afterwards comes after both. Inside, nothing may allocate, write from the host, read back,
+    /// wait or drop a buffer.
+    pub(crate) fn both(&self, mut work: impl FnMut(usize) -> Result<()>) -> Result<()> {
+        match &self.0 {
+            Inner::Host(_) => work(0).and_then(|()| work(1)),
+            Inner::Cuda(cuda) => cuda.both(work),
+        }
+    }
+
     /// Launches a kernel with its one argument struct.
     ///
     /// # Safety
@@ -401,9 +412,7 @@ impl Graph {
             GraphInner::Cuda(graph) => graph.operations(),
         }
     }
-}
 
-impl Graph {
     /// What one replay does, in its order: the names of kernels, `copy`, `clear` and `write`.
     ///
     /// # Errors
@@ -412,9 +421,9 @@ impl Graph {
     pub fn list(&self) -> Result<Vec<String>> {
         match &self.0 {
             GraphInner::Host(graph) => Ok(graph.list()),
-            GraphInner::Cuda(_) => {
+            GraphInner::Cuda(graph) => {
                 let reason = "its graphs keep no names of kernels".into();
-                Err(Error::Unavailable { device: "cuda".into(), reason })
+                Err(Error::Unavailable { device: format!("cuda:{}", graph.ordinal()), reason })
             }
         }
     }

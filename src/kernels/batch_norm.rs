@@ -4,8 +4,9 @@
 //! Per channel, over the `m` rows of the batch:
 //! `mean = Σx / m`, `var = Σ(x − mean)² / m`, `inv_std = 1 / √(var + eps)`, `y = act(gamma · (x − mean) · inv_std + beta + residual)`.
 //!
-//! Rounding: at most 64 rows are summed in `T`, about their own first row, and the partial means and squared deviations are
-//! combined in double (Chan, Golub and LeVeque 1979), so a mean far larger than the deviation does no harm. All sums have a
+//! Rounding: at most 64 rows are summed in `T`, about their own first row, or 128 by a convolution, about their mean, and the
+//! partial means and squared deviations are combined in double (Chan, Golub and LeVeque 1979), so a mean far larger than the
+//! deviation does no harm. All sums have a
 //! fixed order: the same inputs give the same bits on every run, whatever the number of threads.
 
 use super::{check_device, check_length, pick};
@@ -617,12 +618,12 @@ pub fn forward_train<S: Compute>(
         channels: shape.channels as u32,
         pack: spread.pack,
     };
-    let found = Found { means, m2s, tiles: 0, blocks: spread.launch.grid[0] as usize, tile_rows: 0 };
+    let moments_of_blocks = BlockMoments { means, m2s, tiles: 0, blocks: spread.launch.grid[0] as usize, tile_rows: 0 };
     check.two_rows()?;
     // SAFETY: the twin of the kernel's struct; every length was checked above, and the launch has as many row blocks as the
     // workspace has room for.
     unsafe { device.launch(S::choose(id::BATCH_NORM_MOMENTS), spread.launch, &moments)? };
-    statistics(&check, input, y, saved, running, found)
+    statistics(&check, input, y, saved, running, moments_of_blocks)
 }
 
 /// As [`forward_train`], with the moments that [`conv::forward_with_moments`](super::conv::forward_with_moments) has left of x, and
@@ -644,12 +645,12 @@ pub fn forward_from_moments<S: Compute>(
     check.two_rows()?;
     let blocks = shape.rows.div_ceil(TILE_ROWS);
     check.argument("moments", moments.device(), moments.len(), 2 * shape.channels * blocks)?;
-    let found = Found { means: 0, m2s: 0, tiles: moments.address(), blocks, tile_rows: TILE_ROWS };
-    statistics(&check, input, y, saved, running, found)
+    let moments = BlockMoments { means: 0, m2s: 0, tiles: moments.address(), blocks, tile_rows: TILE_ROWS };
+    statistics(&check, input, y, saved, running, moments)
 }
 
 /// Where the blocks' moments of x lie: in two arrays, or in the convolution's tiles.
-struct Found {
+struct BlockMoments {
     means: u64,
     m2s: u64,
     tiles: u64,
@@ -657,20 +658,20 @@ struct Found {
     tile_rows: usize,
 }
 
-/// Combines what was found, and normalises; the lengths have been checked.
+/// Combines the blocks' moments, and normalises; the lengths have been checked.
 fn statistics<S: Compute>(
     check: &Check<'_>,
     input: Forward<'_, S>,
     y: SliceMut<'_, S>,
     mut saved: Saved<'_, S::Master>,
     running: Option<Running<'_, S::Master>>,
-    found: Found,
+    moments: BlockMoments,
 ) -> Result<()> {
     let Check { device, shape, .. } = *check;
     let mut args = StatisticsArgs {
-        means: found.means,
-        m2s: found.m2s,
-        tiles: found.tiles,
+        means: moments.means,
+        m2s: moments.m2s,
+        tiles: moments.tiles,
         mean: saved.mean.address(),
         inv_std: saved.inv_std.address(),
         running_mean: 0,
@@ -681,8 +682,8 @@ fn statistics<S: Compute>(
         momentum: 0.0,
         rows: shape.rows as u64,
         channels: shape.channels as u32,
-        blocks: found.blocks as u32,
-        tile_rows: found.tile_rows as u32,
+        blocks: moments.blocks as u32,
+        tile_rows: moments.tile_rows as u32,
     };
     if let Some(mut running) = running {
         check.channels("running.mean", running.mean)?;
@@ -696,7 +697,7 @@ fn statistics<S: Compute>(
         args.momentum = running.momentum;
     }
     let kernel = pick::<S::Master>(id::BATCH_NORM_STATISTICS_F32, id::BATCH_NORM_STATISTICS_F64);
-    // SAFETY: the twin of the kernel's struct; every length was checked, and so many blocks' moments lie where `found` says.
+    // SAFETY: the twin of the kernel's struct; every length was checked, and so many blocks' moments lie where they are said to.
     unsafe { device.launch(kernel, channel_launch(device, shape.channels), &args)? };
     normalize(shape, input, y, saved)
 }

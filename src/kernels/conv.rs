@@ -308,7 +308,7 @@ pub fn weight_gradient<S: Compute>(
     workspace: SliceMut<'_, S::Master>,
 ) -> Result<()> {
     const OPERATION: &str = "conv::weight_gradient";
-    let device = check_weight_gradient(OPERATION, shape, x, dy, dw.view(), shape.weight_len())?;
+    let device = check_weight_gradient(OPERATION, shape, x, dy, ("dw", dw.view(), shape.weight_len()))?;
     check_workspace::<S>(OPERATION, shape, &device, &workspace)?;
     if !device.is_simt() {
         direct::weight_gradient(shape, x, dy, dw, accumulate, workspace)
@@ -332,8 +332,9 @@ pub fn partial_weight_gradients<S: Compute>(
     mut parts: SliceMut<'_, S::Master>,
 ) -> Result<()> {
     const OPERATION: &str = "conv::partial_weight_gradients";
+    shape.check()?;
     let splits = shape.weight_gradient_splits::<S>(parts.device());
-    check_weight_gradient(OPERATION, shape, x, dy, parts.view(), splits * shape.weight_len())?;
+    check_weight_gradient(OPERATION, shape, x, dy, ("parts", parts.view(), splits * shape.weight_len()))?;
     if splits == 1 {
         return Err(Error::Argument { operation: OPERATION, message: format!("made at once: {shape:?}") });
     }
@@ -343,20 +344,19 @@ pub fn partial_weight_gradients<S: Compute>(
     }
 }
 
-/// Checks what both forms of the weight gradient read and write; returns the device.
+/// Checks what both forms of the weight gradient read and write, this by name and length; returns the device.
 fn check_weight_gradient<S: Compute>(
     operation: &'static str,
     shape: &ConvShape,
     x: Slice<'_, S>,
     dy: Slice<'_, S>,
-    dw: Slice<'_, S::Master>,
-    expected: usize,
+    (name, out, expected): (&'static str, Slice<'_, S::Master>, usize),
 ) -> Result<Device> {
     shape.check()?;
-    let device = dw.device().clone();
+    let device = out.device().clone();
     check_length(operation, "x", x.len(), shape.input_len())?;
     check_length(operation, "dy", dy.len(), shape.output_len())?;
-    check_length(operation, "dw", dw.len(), expected)?;
+    check_length(operation, name, out.len(), expected)?;
     check_device(operation, "x", &device, x.device())?;
     check_device(operation, "dy", &device, dy.device())?;
     Ok(device)
@@ -373,8 +373,15 @@ impl PartSums {
     /// Of each gradient: where in one vector its parts lie, one after the other, and where in another their sum belongs.
     ///
     /// # Errors
-    /// [`Error::Length`] for parts that are no multiple of their sum; those of the allocation.
+    /// [`Error::Length`] for parts that are no multiple of their sum, [`Error::Argument`] for two sums in one place; those of the
+    /// allocation.
     pub fn new(device: &Device, gradients: &[(Range<usize>, Range<usize>)]) -> Result<Self> {
+        let mut places: Vec<&Range<usize>> = gradients.iter().map(|(_, out)| out).collect();
+        places.sort_by_key(|out| out.start);
+        if let Some(pair) = places.windows(2).find(|pair| pair[0].end > pair[1].start) {
+            let message = format!("two sums meet: {:?} and {:?}", pair[0], pair[1]);
+            return Err(Error::Argument { operation: "PartSums::new", message });
+        }
         let mut table = Vec::new();
         let (mut partial_len, mut out_len) = (0, 0);
         for (partial, out) in gradients {
@@ -410,7 +417,7 @@ impl PartSums {
         }
         check_device(OPERATION, "partials", device, partials.device())?;
         check_device(OPERATION, "out", device, out.device())?;
-        // SAFETY: the places lie in the two vectors, and an entry's parts in its place.
+        // SAFETY: the places lie in the two vectors, an entry's parts in its place, and no two sums meet.
         unsafe { tiled::sum_table(self.table.view(), partials, out) }
     }
 }

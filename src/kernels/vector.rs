@@ -152,8 +152,10 @@ pub fn finish_gradient<T: Scalar>(
     let operation = "vector::finish_gradient";
     let (device, partials) = reduction.parts();
     check_length(operation, "flag", flag.len(), 1)?;
+    check_length(operation, "norm", norm.len(), 1)?;
     check_device(operation, "x", &device, x.device())?;
     check_device(operation, "flag", &device, flag.device())?;
+    check_device(operation, "norm", &device, norm.device())?;
     let mut kernel = pick::<T>(id::FINISH_GRADIENT_F32, id::FINISH_GRADIENT_F64);
     if let Some(scale) = scale {
         check_length(operation, "scale", scale.len(), super::precision::SCALE_START.len())?;

@@ -158,8 +158,7 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
     fn cr_sam(&mut self, rho: f64, terms: super::CrSamTerms) -> Result<Direction> {
         self.plain()?;
         self.perturb(Weights, G0, 0, rho, P, Some(Q))?;
-        self.gradient(Slot(P), 1, G1)?;
-        self.gradient(Slot(Q), 2, G2)?;
+        self.gradient_pair([Slot(P), Slot(Q)], [G1, G2])?;
         let Numbers { losses, curvature, coefficients, .. } = &mut *self.numbers;
         let (losses, dropped) = (losses.slice(0..3)?, self.counters.slice_mut(2..4)?);
         vector::curvature_from_losses(losses, rho * self.rho_factor, curvature.view_mut())?;
@@ -191,14 +190,12 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
             }
             Product::Difference { radius } => {
                 self.fixed_perturb(Weights, G0, 0, radius, P, Some(Q))?;
-                self.gradient(Slot(P), 1, G1)?;
-                self.gradient(Slot(Q), 2, G2)?;
+                self.gradient_pair([Slot(P), Slot(Q)], [G1, G2])?;
                 self.perturb_along_difference(G1, G2, rho, P)?;
                 self.gradient_and_norm(Slot(P), 1, G1, 1)?;
                 // The points of the second difference lie around w_adv, which is read once more for both.
                 self.fixed_perturb(Slot(P), G1, 1, radius, Q, Some(G3))?;
-                self.gradient(Slot(Q), 1, G1)?;
-                self.gradient(Slot(G3), 2, G2)?;
+                self.gradient_pair([Slot(Q), Slot(G3)], [G1, G2])?;
                 Ok(Direction::new([Slot(oracle), Slot(G1), Slot(G2)], Coefficients::Known(OWN_A)))
             }
         }
@@ -426,6 +423,17 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
         let flag = flag.view_mut();
         self.objective.gradient_and_norm(weights, statistics, gradient, loss_value, flag, self.reduction, norm)?;
         self.observe_turn(point, into)
+    }
+
+    /// Losses number 1 and 2 and the gradients at two points, which do not depend on one another.
+    fn gradient_pair(&mut self, points: [Point; 2], into: [usize; 2]) -> Result<()> {
+        let Numbers { losses, flag, .. } = &mut *self.numbers;
+        let (mut x, mut losses) = (self.vectors.open(), losses.disjoint());
+        let weights = [x.read(points[0])?, x.read(points[1])?];
+        let gradients = [x.write(into[0])?, x.write(into[1])?];
+        let losses = [losses.write(1..2)?, losses.write(2..3)?];
+        self.objective.gradient_pair(weights, gradients, losses, flag.view_mut())?;
+        self.observe_turn(points[0], into[0])
     }
 
     /// Where it is asked for: how far the gradient at the perturbed point has turned.

@@ -92,6 +92,8 @@ pub struct Plan<S: Compute> {
     part_sums: Option<PartSums>,
     /// For batch norm's sums over rows.
     sums: batch_norm::Workspace,
+    /// For the second of two passes at the same time, from the first pair on.
+    beside: Beside<S>,
     /// From the first product with the Hessian on, one for each that is taken at once; the second where the loss is scaled.
     tangents: Vec<Tangent<S>>,
     scaled: Vec<Scaled<S::Master>>,
@@ -139,11 +141,7 @@ impl<S: Compute> Plan<S> {
         });
         let in_parts: Vec<_> = in_parts.collect();
         let part_sums = if in_parts.is_empty() { None } else { Some(PartSums::new(device, &in_parts)?) };
-        let normalized = ops.iter().filter_map(|op| match op {
-            Op::BatchNorm { x, .. } => Some(batch_norm_shape(shapes[x.0])),
-            _ => None,
-        });
-        let sums = batch_norm::Workspace::new(device, normalized)?;
+        let sums = batch_norm::Workspace::new(device, normalized(&ops, &shapes))?;
         let mut statistics = device.zeros(statistics_layout.len())?;
         let mut start = vec![S::Master::default(); statistics_layout.len()];
         for tensor in statistics_layout.tensors() {
@@ -172,6 +170,7 @@ impl<S: Compute> Plan<S> {
             statistics,
             pending,
             reported: 0,
+            beside: Beside::Unasked,
             tangents: Vec::new(),
             scaled: Vec::new(),
         })
@@ -275,7 +274,52 @@ impl<S: Compute> Plan<S> {
     }
 }
 
+/// What a pass writes beside its results: a second one at the same time needs its own.
+struct Scene<S: Compute> {
+    arena: Buffer<S::Master>,
+    rounded: Buffer<S>,
+    sums: batch_norm::Workspace,
+}
+
+/// Whether there is a second scene.
+enum Beside<S: Compute> {
+    Unasked,
+    There(Box<Scene<S>>),
+    /// The memory did not suffice for it.
+    NoRoom,
+}
+
 impl<S: Compute> Plan<S> {
+    /// Makes room for a second pass at the same time; whether there is some.
+    fn make_room_beside(&mut self) -> Result<bool> {
+        if matches!(self.beside, Beside::Unasked) {
+            let scene = || -> Result<Scene<S>> {
+                let arena = self.device.poisoned(self.places.len)?;
+                let rounded = self.device.zeros(self.rounded.len())?;
+                Ok(Scene {
+                    arena,
+                    rounded,
+                    sums: batch_norm::Workspace::new(&self.device, normalized(&self.ops, &self.shapes))?,
+                })
+            };
+            self.beside = match scene() {
+                Ok(scene) => Beside::There(Box::new(scene)),
+                Err(Error::OutOfMemory { .. }) => Beside::NoRoom,
+                Err(error) => return Err(error),
+            };
+        }
+        Ok(matches!(self.beside, Beside::There(_)))
+    }
+
+    /// What passes write beside their results becomes the other's.
+    fn swap_scenes(&mut self) {
+        if let Beside::There(scene) = &mut self.beside {
+            std::mem::swap(&mut self.arena, &mut scene.arena);
+            std::mem::swap(&mut self.rounded, &mut scene.rounded);
+            std::mem::swap(&mut self.sums, &mut scene.sums);
+        }
+    }
+
     /// Several products with the Hessian at once.
     fn products<const N: usize>(
         &mut self,
@@ -369,6 +413,14 @@ fn finish<T: Scalar>(
     }
 }
 
+/// What batch norms normalise.
+fn normalized(ops: &[Op], shapes: &[Shape]) -> impl Iterator<Item = BatchNormShape> {
+    ops.iter().filter_map(|op| match op {
+        Op::BatchNorm { x, .. } => Some(batch_norm_shape(shapes[x.0])),
+        _ => None,
+    })
+}
+
 /// The weights as convolutions read them.
 fn convolved<'a, S: Compute>(weights: Slice<'a, S::Master>, rounded: &'a Buffer<S>) -> Result<Slice<'a, S>> {
     if rounded.is_empty() { weights.cast(weights.len()) } else { Ok(rounded.view()) }
@@ -404,6 +456,34 @@ impl<S: Compute> Objective<S::Master> for Plan<S> {
         self.gradient_pass(weights, statistics, gradient.reborrow(), loss, flag.reborrow())?;
         let scale = self.loss_scale.as_ref().map(|state| state.view());
         vector::finish_gradient(gradient, scale, flag, reduction, norm)
+    }
+
+    /// On a GPU both passes run at the same time, in a second arena that the first call allocates, or one after the other where
+    /// there is no room for it. The bits are the same. [`Plan::logits`] are the first pass's.
+    fn gradient_pair(
+        &mut self,
+        weights: [Slice<'_, S::Master>; 2],
+        mut gradients: [SliceMut<'_, S::Master>; 2],
+        mut losses: [SliceMut<'_, f64>; 2],
+        mut flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        let device = self.device.clone();
+        let beside = device.is_simt() && self.make_room_beside()?;
+        if let (true, Beside::There(scene)) = (beside, &mut self.beside) {
+            let batch = self.places.value(Value(0));
+            scene.arena.slice_mut(batch.clone())?.copy_from(self.arena.slice(batch)?)?;
+        }
+        let mut pass = |index: usize| {
+            let (gradient, loss) = (gradients[index].reborrow(), losses[index].reborrow());
+            if index == 0 || !beside {
+                return self.gradient(weights[index], Statistics::Keep, gradient, loss, flag.reborrow());
+            }
+            self.swap_scenes();
+            let done = self.gradient(weights[index], Statistics::Keep, gradient, loss, flag.reborrow());
+            self.swap_scenes();
+            done
+        };
+        if beside { device.both(pass) } else { pass(0).and_then(|()| pass(1)) }
     }
 
     /// The exact product, by differentiating forward and backward along `direction` (Pearlmutter, "Fast exact multiplication by

@@ -121,13 +121,13 @@ impl Places {
             .collect();
         let mut tile_moments = vec![None; shapes.len()];
         for (index, op) in ops.iter().enumerate() {
-            if let Op::BatchNorm { x, .. } = op
+            let normalizes = |op: &Op| matches!(op, Op::BatchNorm { x, .. } if *x == ops[index].output());
+            if let Op::Convolution { shape, y, .. } = op
                 && options.batch_norm == Mode::Train
-                && let Op::Convolution { shape, y, .. } = &ops[made[x.0]]
-                && y == x
+                && let Some(last) = ops.iter().rposition(normalizes)
                 && let Some(len) = shape.moments_len::<S>(device)
             {
-                tile_moments[x.0] = Some(slot(len, made[x.0], index));
+                tile_moments[y.0] = Some(slot(len, index, last));
             }
         }
         let mut moments = Vec::new();

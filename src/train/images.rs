@@ -7,6 +7,7 @@ use super::TrainError;
 use crate::data::{self, Dataset, Images, Split, SyntheticSpec};
 use crate::device::{self, Buffer, Compute, Device, HostOptions, Slice, SliceMut};
 use crate::kernels::image::{self, Augment, BatchShape, Normalization, Position};
+use crate::kernels::vector::Reduction;
 use crate::objective::{Objective, Statistics};
 use crate::plan::Plan;
 
@@ -124,6 +125,29 @@ impl<S: Compute<Master = f32>> Objective<f32> for Batch<'_, S> {
         self.plan.gradient(weights, statistics, gradient, loss, flag)
     }
 
+    fn gradient_and_norm(
+        &mut self,
+        weights: Slice<'_, f32>,
+        statistics: Statistics,
+        gradient: SliceMut<'_, f32>,
+        loss: SliceMut<'_, f64>,
+        flag: SliceMut<'_, u32>,
+        reduction: &mut Reduction,
+        norm: SliceMut<'_, f64>,
+    ) -> device::Result<()> {
+        self.plan.gradient_and_norm(weights, statistics, gradient, loss, flag, reduction, norm)
+    }
+
+    fn gradient_pair(
+        &mut self,
+        weights: [Slice<'_, f32>; 2],
+        gradients: [SliceMut<'_, f32>; 2],
+        losses: [SliceMut<'_, f64>; 2],
+        flag: SliceMut<'_, u32>,
+    ) -> device::Result<()> {
+        self.plan.gradient_pair(weights, gradients, losses, flag)
+    }
+
     fn hessian_vector(
         &mut self,
         weights: Slice<'_, f32>,
@@ -170,5 +194,56 @@ impl<S: Compute<Master = f32>> Objective<f32> for Batch<'_, S> {
 
     fn commit(&mut self, skip: Slice<'_, u32>) -> device::Result<()> {
         self.plan.commit(skip)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::{Device, HostOptions};
+    use crate::nn::{Model, Shortcut};
+    use crate::objective::Accumulator;
+    use crate::optim::{Base, CrSamTerms, Form, Method, Optimizer, Settings};
+    use crate::plan::{PlanOptions, Shape};
+
+    /// What a plan does better than one by one reaches an optimizer through what lies between them: CR-SAM's first gradient comes
+    /// with its norm, and its others as a pair, for which the batch is copied.
+    #[test]
+    fn a_step_of_training_has_all_that_the_plan_offers() {
+        let device = Device::host_with(HostOptions { gpu_shapes: true, ..HostOptions::default() });
+        let images = Shape { batch: 2, height: 8, width: 8, channels: 3 };
+        let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(images, 5).unwrap();
+        let mut plan = Plan::<f32>::new(&device, graph, logits, PlanOptions::training()).unwrap();
+        let pixels: Vec<u8> = (0..2 * 8 * 8 * 3).map(|i| (i * 37 % 251) as u8).collect();
+        let pixels = device.upload(&pixels).unwrap();
+        let (labels, order) = (device.upload(&[1u32, 3]).unwrap(), device.upload(&[0u32, 1]).unwrap());
+        let mut weights = device.upload(&vec![0.1f32; plan.len()]).unwrap();
+        let terms = CrSamTerms { form: Form::Released, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
+        let method = Method::CrSam { rho: 0.1, terms };
+        let settings = Settings::new(method, Base::Sgd { momentum: 0.9, nesterov: false });
+        let mut optimizer = Optimizer::new(&device, plan.len(), settings).unwrap();
+        let mut accumulator = Accumulator::new(&device, plan.len(), 1).unwrap();
+        let normalization = Normalization { mean: [0.5; 4], std: [0.25; 4] };
+        let mut batch = Batch {
+            plan: &mut plan,
+            shape: BatchShape { batch: 2, height: 8, width: 8, channels: 3 },
+            pixels: pixels.view(),
+            labels: labels.view(),
+            order: order.view(),
+            samples: 2,
+            clock: None,
+            normalization: &normalization,
+            augment: None,
+        };
+        let mut step = || optimizer.step(&mut accumulator.over(&mut batch), &mut weights, 0.1);
+        step().unwrap();
+        let list = device.capture(step).unwrap().list().unwrap();
+        let count = |name: &str| list.iter().filter(|operation| *operation == name).count();
+        assert_eq!(
+            (count("finish_gradient_f32"), count("squares_f32"), count("check_finite_f32")),
+            (1, 0, 2),
+            "{list:?}"
+        );
+        assert_eq!(count("copy"), 1, "{list:?}");
     }
 }

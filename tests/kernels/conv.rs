@@ -2,7 +2,8 @@
 
 use crate::common::{Random, assert_close, bits, devices, host_devices, to_f64};
 use half::{bf16, f16};
-use polder::device::{Compute, Device, Error, HostOptions, Result, SliceMut, Tf32};
+use polder::device::{Buffer, Compute, Device, Error, HostOptions, Result, SliceMut, Tf32};
+use polder::kernels::batch_norm::{self, BatchNormShape, Forward, Saved, Workspace};
 use polder::kernels::conv::{self, ConvShape};
 
 const fn shape(extents: [usize; 5], kernel: usize, stride: usize, padding: usize) -> ConvShape {
@@ -276,14 +277,21 @@ fn gradients_equal_central_differences() {
     }
 }
 
-/// The parts of several layers' gradients, added up in one launch, are the gradients themselves, and nothing else is written.
-#[test]
-fn parts_of_several_gradients_are_summed_at_once() {
+fn check_part_sums<S: Compute>(devices: Vec<(String, Device)>) {
     let shapes =
         [shape([3, 12, 11, 3, 7], 3, 1, 1), shape([4, 17, 15, 5, 20], 3, 2, 1), shape([5, 9, 8, 4, 33], 1, 1, 0)];
-    for (name, device) in host_devices().into_iter().filter(|(name, _)| name.starts_with("gpu")) {
-        let splits = shapes.map(|shape| shape.weight_gradient_splits::<f64>(&device));
-        assert!(splits.iter().any(|&splits| splits > 2), "{splits:?}");
+    for (name, device) in devices {
+        let splits = shapes.map(|shape| shape.weight_gradient_splits::<S>(&device));
+        let (first, dy) = (device.zeros::<S>(shapes[0].input_len()), device.zeros::<S>(shapes[0].output_len()));
+        if splits[0] == 1 {
+            // The CPU's own form.
+            let mut parts = device.zeros(shapes[0].weight_len()).unwrap();
+            let (x, dy) = (first.unwrap(), dy.unwrap());
+            let refused = conv::partial_weight_gradients(&shapes[0], x.view(), dy.view(), parts.view_mut());
+            assert!(matches!(refused, Err(Error::Argument { .. })), "{refused:?}");
+            continue;
+        }
+        assert!(splits.iter().all(|&splits| splits > 1) && splits.iter().any(|&splits| splits > 2), "{splits:?}");
         let (mut partial_len, mut out_len) = (5, 3);
         let places: Vec<_> = (shapes.iter().zip(splits))
             .map(|(shape, splits)| {
@@ -293,11 +301,12 @@ fn parts_of_several_gradients_are_summed_at_once() {
                 (partial..partial_len - 2, out..out_len - 1)
             })
             .collect();
-        let (mut partials, mut out) = (device.poisoned::<f64>(partial_len).unwrap(), device.poisoned(out_len).unwrap());
+        let mut partials = device.poisoned::<S::Master>(partial_len).unwrap();
+        let mut out = device.poisoned::<S::Master>(out_len).unwrap();
         let sums = conv::PartSums::new(&device, &places).unwrap();
-        let mut expected = vec![f64::NAN; out_len];
+        let mut expected = out.to_vec().unwrap();
         for (number, (shape, (partial, place))) in shapes.iter().zip(&places).enumerate() {
-            let case = case::<f64>(shape, 500 + number as u64);
+            let case = case::<S>(shape, 500 + number as u64);
             let (x, dy) = (device.upload(&case.x).unwrap(), device.upload(&case.dy).unwrap());
             let parts = partials.slice_mut(partial.clone()).unwrap();
             conv::partial_weight_gradients(shape, x.view(), dy.view(), parts).unwrap();
@@ -305,10 +314,8 @@ fn parts_of_several_gradients_are_summed_at_once() {
             expected[place.clone()].copy_from_slice(&dw);
         }
         sums.sum(partials.view(), out.view_mut()).unwrap();
-        let found = out.to_vec().unwrap();
-        let same = |(a, b): (&f64, &f64)| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
-        assert!(found.iter().zip(&expected).all(same), "{name}");
-        // Vectors that the places do not fit into, and parts that are no multiple of their sum.
+        assert_eq!(bytes(&out.to_vec().unwrap()), bytes(&expected), "{name}");
+        // Vectors that the places do not fit into, parts that are no multiple of their sum, and two sums in one place.
         let short = partials.slice(0..partial_len - 3).unwrap();
         assert!(matches!(sums.sum(short, out.view_mut()), Err(Error::Length { argument: "partials", .. })));
         let error = sums.sum(partials.view(), out.slice_mut(0..out_len - 2).unwrap());
@@ -316,6 +323,71 @@ fn parts_of_several_gradients_are_summed_at_once() {
         for (partial, out) in [(0..7, 0..3), (0..0, 0..3), (0..4, 2..2)] {
             assert!(matches!(conv::PartSums::new(&device, &[(partial, out)]), Err(Error::Length { .. })));
         }
+        let meeting = conv::PartSums::new(&device, &[(0..6, 2..5), (6..12, 0..3)]);
+        assert!(matches!(meeting, Err(Error::Argument { .. })));
+    }
+}
+
+/// The bytes of numbers, so that poison equals poison.
+fn bytes<T: Compute>(values: &[T]) -> &[u8] {
+    bytemuck::cast_slice(values)
+}
+
+/// The parts of several layers' gradients, added up in one launch, are the gradients themselves, and nothing else is written.
+#[test]
+fn parts_of_several_gradients_are_summed_at_once() {
+    check_part_sums::<f64>(host_devices());
+    check_part_sums::<f32>(devices());
+    check_part_sums::<f16>(devices());
+}
+
+/// The moments that a convolution leaves change no bit of its result, and serve batch norm as well as a pass over it.
+#[test]
+fn moments_of_a_convolution_serve_batch_norm() {
+    let shape = shape([3, 11, 13, 20, 40], 3, 1, 1);
+    let case = case::<f16>(&shape, 600);
+    let (channels, len) = (shape.out_channels, shape.output_len());
+    let rows = BatchNormShape { rows: len / channels, channels };
+    for (name, device) in devices() {
+        let (x, weight) = (device.upload(&case.x).unwrap(), device.upload(&case.weight).unwrap());
+        let (mut plain, mut y) = (device.poisoned::<f16>(len).unwrap(), device.poisoned::<f16>(len).unwrap());
+        let Some(moments_len) = shape.moments_len::<f16>(&device) else {
+            let mut moments = device.zeros(0).unwrap();
+            let refused = conv::forward_with_moments(&shape, x.view(), weight.view(), y.view_mut(), moments.view_mut());
+            assert!(matches!(refused, Err(Error::Argument { .. })), "{name}: {refused:?}");
+            continue;
+        };
+        let mut moments = device.poisoned::<f32>(moments_len + 1).unwrap();
+        let forward = |moments: SliceMut<'_, f32>, y: &mut Buffer<f16>| {
+            conv::forward_with_moments(&shape, x.view(), weight.view(), y.view_mut(), moments)
+        };
+        let refused = forward(moments.view_mut(), &mut y);
+        assert!(matches!(refused, Err(Error::Length { argument: "moments", .. })), "{name}: {refused:?}");
+        forward(moments.slice_mut(0..moments_len).unwrap(), &mut y).unwrap();
+        let mut workspace = device.zeros(shape.workspace_len::<f16>(&device)).unwrap();
+        conv::forward(&shape, x.view(), weight.view(), plain.view_mut(), false, workspace.view_mut()).unwrap();
+        assert_eq!(bytes(&y.to_vec().unwrap()), bytes(&plain.to_vec().unwrap()), "{name}");
+        assert!(moments.to_vec().unwrap()[moments_len].is_nan(), "{name}: a write past the moments");
+
+        let (gamma, beta) = (device.upload(&vec![1.5f32; channels]).unwrap(), device.zeros::<f32>(channels).unwrap());
+        let input =
+            Forward { x: y.view(), gamma: gamma.view(), beta: beta.view(), eps: 1e-5, residual: None, relu: false };
+        let normalize = |from_moments: bool| {
+            let [mut mean, mut inv_std] = std::array::from_fn(|_| device.poisoned::<f32>(channels).unwrap());
+            let mut out = device.poisoned::<f16>(len).unwrap();
+            let saved = Saved { mean: mean.view_mut(), inv_std: inv_std.view_mut() };
+            if from_moments {
+                let moments = moments.slice(0..moments_len).unwrap();
+                batch_norm::forward_from_moments(rows, input, moments, out.view_mut(), saved, None).unwrap();
+            } else {
+                let mut workspace = Workspace::new(&device, [rows]).unwrap();
+                batch_norm::forward_train(rows, input, out.view_mut(), saved, None, &mut workspace).unwrap();
+            }
+            [mean.to_vec().unwrap(), inv_std.to_vec().unwrap()].map(|values| to_f64(&values))
+        };
+        let ([mean, inv_std], [expected_mean, expected_inv_std]) = (normalize(true), normalize(false));
+        assert_close(&format!("{name}: mean"), &mean, &expected_mean, 1e-6);
+        assert_close(&format!("{name}: inv_std"), &inv_std, &expected_inv_std, 1e-6);
     }
 }
 

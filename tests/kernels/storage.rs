@@ -1,5 +1,5 @@
 //! What is stored in 16 bits is computed as in single precision and rounded once: every kernel of the network's small layers
-//! gives, to the bit, what its f32 form gives for the same numbers. (`tests/conv.rs` has the convolutions.)
+//! gives, to the bit, what its f32 form gives for the same numbers. (`tests/kernels/conv.rs` has the convolutions.)
 
 use crate::common::{Random, devices};
 use half::{bf16, f16};

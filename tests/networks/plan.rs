@@ -200,24 +200,36 @@ fn gradients_in_parts_are_the_gradients() {
         let at = weights(&plan, &mut random);
         set_batch(&mut plan, &mut random);
         gradients.push(pass(&mut plan, &at).gradient);
+        let (at, mut gradient) = (device.upload(&at).unwrap(), device.zeros(at.len()).unwrap());
+        let (mut loss, mut flag) = (device.zeros(1).unwrap(), device.zeros(1).unwrap());
+        let again =
+            || plan.gradient(at.view(), Statistics::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut());
+        let list = device.capture(again).unwrap().list().unwrap();
+        let sums = list.iter().filter(|name| *name == "conv_sum_splits_f64").count();
+        assert_eq!(sums, usize::from(gpu_shapes), "{list:?}");
     }
     common::assert_close("in parts", &gradients[1], &gradients[0], 1e-11);
+}
+
+/// A small plan with a batch, weights for it on its device, and others near them.
+fn small_plan<S: Compute<Master = f32>>(device: &Device) -> (Plan<S>, [Buffer<f32>; 2]) {
+    let shape = Shape { batch: 8, height: 8, width: 8, channels: 3 };
+    let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(shape, 5).unwrap();
+    let mut plan = Plan::<S>::new(device, graph, logits, PlanOptions::training()).unwrap();
+    let mut random = Random(4);
+    let at = weights(&plan, &mut random);
+    let (mut images, mut labels) = plan.batch_mut().unwrap();
+    images.write(&random.vector::<S>(images.len())).unwrap();
+    labels.write(&[0, 1, 2, 3, 4, 0, 1, 2]).unwrap();
+    let near: Vec<f64> = at.iter().map(|weight| weight * 1.1).collect();
+    (plan, [common::upload(device, &at), common::upload(device, &near)])
 }
 
 /// The norm that a pass has for nothing is the norm of its gradient, with a loss scale and without.
 #[test]
 fn the_norm_comes_with_the_gradient() {
     fn check<S: Compute<Master = f32>>(device: &Device) {
-        let shape = Shape { batch: 8, height: 8, width: 8, channels: 3 };
-        let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(shape, 5).unwrap();
-        let mut plan = Plan::<S>::new(device, graph, logits, PlanOptions::training()).unwrap();
-        let mut random = Random(4);
-        let at: Vec<f32> = weights(&plan, &mut random).into_iter().map(|weight| weight as f32).collect();
-        let (mut images, mut labels) = plan.batch_mut().unwrap();
-        let pixels: Vec<S> = (0..images.len()).map(|_| S::from_f64(random.normal())).collect();
-        images.write(&pixels).unwrap();
-        labels.write(&[0, 1, 2, 3, 4, 0, 1, 2]).unwrap();
-        let at = device.upload(&at).unwrap();
+        let (mut plan, [at, _]) = small_plan::<S>(device);
         let mut reduction = Reduction::new(device).unwrap();
         let (mut first, mut second) = (device.zeros(at.len()).unwrap(), device.zeros(at.len()).unwrap());
         let (mut losses, mut norms) = (device.poisoned::<f64>(2).unwrap(), device.poisoned::<f64>(2).unwrap());
@@ -233,6 +245,50 @@ fn the_norm_comes_with_the_gradient() {
         assert_eq!(common::bits(&first.to_vec().unwrap()), common::bits(&second.to_vec().unwrap()));
         let (losses, norms) = (losses.to_vec().unwrap(), norms.to_vec().unwrap());
         assert!(losses[0] == losses[1] && norms[0] == norms[1] && norms[0] > 0.0, "{losses:?}, {norms:?}");
+    }
+    for (_, device) in common::devices() {
+        check::<f32>(&device);
+        check::<f16>(&device);
+    }
+}
+
+/// Two passes at the same time are two passes: the same bits, in a graph too, whatever batch is shown next, and no trace in the pass
+/// that follows.
+#[test]
+fn a_pair_of_gradients_is_two_gradients() {
+    fn check<S: Compute<Master = f32>>(device: &Device) {
+        let (mut plan, at) = small_plan::<S>(device);
+        let len = at[0].len();
+        let mut flag = device.zeros::<u32>(1).unwrap();
+        let mut alone = |plan: &mut Plan<S>, at: &Buffer<f32>| {
+            let (mut gradient, mut loss) = (device.zeros::<f32>(len).unwrap(), device.poisoned::<f64>(1).unwrap());
+            let (into, loss_into) = (gradient.view_mut(), loss.view_mut());
+            plan.gradient(at.view(), Statistics::Keep, into, loss_into, flag.view_mut()).unwrap();
+            (common::bits(&gradient.to_vec().unwrap()), loss.to_vec().unwrap())
+        };
+        let mut flags = device.zeros::<u32>(1).unwrap();
+        let (mut g0, mut g1) = (device.zeros::<f32>(len).unwrap(), device.zeros::<f32>(len).unwrap());
+        let (mut l0, mut l1) = (device.poisoned::<f64>(1).unwrap(), device.poisoned::<f64>(1).unwrap());
+        for round in 0..3 {
+            let expected = [alone(&mut plan, &at[0]), alone(&mut plan, &at[1])];
+            let mut pair = || {
+                let weights = [at[0].view(), at[1].view()];
+                let gradients = [g0.view_mut(), g1.view_mut()];
+                plan.gradient_pair(weights, gradients, [l0.view_mut(), l1.view_mut()], flags.view_mut())
+            };
+            // The first pair allocates; the others may be recorded.
+            match round {
+                0 => pair().unwrap(),
+                _ => device.capture(pair).unwrap().replay().unwrap(),
+            }
+            let found = [(&g0, &l0), (&g1, &l1)]
+                .map(|(gradient, loss)| (common::bits(&gradient.to_vec().unwrap()), loss.to_vec().unwrap()));
+            assert!(found == expected && found[0] != found[1], "{} {}, round {round}", S::NAME, device.name());
+            assert!(alone(&mut plan, &at[0]) == expected[0], "the pass after a pair");
+            let (mut images, _) = plan.batch_mut().unwrap();
+            images.write(&Random(50 + round).vector::<S>(images.len())).unwrap();
+        }
+        assert_eq!(flags.to_vec().unwrap(), [0]);
     }
     for (_, device) in common::devices() {
         check::<f32>(&device);

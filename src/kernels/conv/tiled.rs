@@ -115,7 +115,7 @@ static TILES: [Tile; 4] = [
 pub(super) const MANY_TILES: usize = 96;
 
 /// Blocks over which a weight gradient is split, and the fewest pixels worth a block of their own.
-pub(super) const WEIGHT_GRADIENT_BLOCKS: usize = 512;
+const WEIGHT_GRADIENT_BLOCKS: usize = 512;
 pub(super) const WEIGHT_GRADIENT_PIXELS: usize = 128;
 
 impl Tile {
