@@ -1,4 +1,4 @@
-//! What each fusion gains: the same work with its stages apart and together, timed by the device's own events, in f16 on the first
+//! What each fusion gains, and two passes at the same time: the same work with its stages apart and together, timed by the device's own events, in f16 on the first
 //! GPU where there is one, or on the device that `POLDER_TEST_DEVICE` names. Without a GPU the CPU's own kernels have the last pair
 //! alone.
 
@@ -12,6 +12,9 @@ use polder::device::{Buffer, Device, Result};
 use polder::kernels::batch_norm::{self, BatchNormShape, Forward, Saved, Workspace};
 use polder::kernels::conv::{self, ConvShape, PartSums};
 use polder::kernels::vector::{self, Reduction};
+use polder::nn::{Model, initial_weights};
+use polder::objective::{Objective, Statistics};
+use polder::plan::{Plan, PlanOptions, Shape};
 
 const BATCH: usize = 128;
 
@@ -132,6 +135,41 @@ fn norm(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, len: usize) -
     Ok(())
 }
 
+/// Two passes at the weights' two sides, one after the other or at the same time, each form replayed as a graph.
+fn passes(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, name: &str) -> Result<()> {
+    if device.is_host() {
+        return Ok(());
+    }
+    let model = Model::from_name(name, None).expect("a model's name");
+    let images = Shape { batch: BATCH, height: 32, width: 32, channels: 3 };
+    let (graph, logits) = model.trace(images, 10).expect("images large enough");
+    let mut plan = Plan::<f16>::new(device, graph, logits, PlanOptions::training()).expect("memory for a plan");
+    let initial = initial_weights(plan.parameters(), 1)?;
+    let sides = [1.0, 1.01].map(|factor| initial.iter().map(|weight| weight * factor).collect::<Vec<f32>>());
+    let weights = [device.upload(&sides[0])?, device.upload(&sides[1])?];
+    let (mut images, mut labels) = plan.batch_mut()?;
+    let pixels = noise(device, images.len())?;
+    images.copy_from(pixels.view())?;
+    labels.clear()?;
+    let [mut plus, mut minus] = [device.zeros::<f32>(initial.len())?, device.zeros::<f32>(initial.len())?];
+    let ([mut loss_plus, mut loss_minus], mut flag) = ([device.zeros(1)?, device.zeros(1)?], device.zeros(1)?);
+    let mut both = |together: bool| -> Result<()> {
+        let [at_plus, at_minus] = [weights[0].view(), weights[1].view()];
+        if together {
+            let (gradients, losses) =
+                ([plus.view_mut(), minus.view_mut()], [loss_plus.view_mut(), loss_minus.view_mut()]);
+            return plan.gradient_pair([at_plus, at_minus], gradients, losses, flag.view_mut());
+        }
+        let keep = Statistics::Keep;
+        plan.gradient(at_plus, keep, plus.view_mut(), loss_plus.view_mut(), flag.view_mut())?;
+        plan.gradient(at_minus, keep, minus.view_mut(), loss_minus.view_mut(), flag.view_mut())
+    };
+    both(true)?;
+    let recorded = [device.capture(|| both(false))?, device.capture(|| both(true))?];
+    pair(group, device, &format!("two passes of {name}"), |together| recorded[usize::from(together)].replay());
+    Ok(())
+}
+
 fn fusions(criterion: &mut Criterion) {
     for device in common::devices().expect("the device that POLDER_TEST_DEVICE names") {
         let mut group = criterion.benchmark_group(format!("fusion {}", device.name()));
@@ -140,6 +178,9 @@ fn fusions(criterion: &mut Criterion) {
             moments(&mut group, &device, layer(size, channels, channels)).expect("memory for one layer");
         }
         parts(&mut group, &device).expect("memory for the layers");
+        for name in ["resnet20", "resnet56", "resnet18"] {
+            passes(&mut group, &device, name).expect("memory for two passes");
+        }
         for len in [272_474, 11_173_962] {
             norm(&mut group, &device, len).expect("memory for a gradient");
         }

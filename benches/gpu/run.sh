@@ -108,7 +108,7 @@ else
 fi
 
 # A short turn of each; the defaults are for an afternoon.
-quick="--models resnet20 resnet18 --methods sam cr-sam --rounds 3 --seconds 0.3"
+quick="--models resnet20 resnet18 --methods sam cr-sam --rounds 3 --seconds 0.3 --ways eager graph"
 for pair in pytorch:step_peer vector:vector_peer; do
     script=peers/${pair%%:*}.py binary=bin/${pair##*:}
     if ! python3 -c 'import torch, safetensors' 2>>"$results/peers.log"; then
@@ -120,9 +120,9 @@ for pair in pytorch:step_peer vector:vector_peer; do
         run peers "$script" 80 python3 "$script" --device cuda:0 --binary "$binary" $quick
     fi
 done
-# On tensor cores. With more time: every model and method, --rounds 30, and the other precisions.
+# On tensor cores. With more time: every model and method, as many rounds as by default, all ways, and the other precisions.
 run peers "peers/pytorch.py in f16" 120 python3 peers/pytorch.py --device cuda:0 --binary bin/step_peer \
-    --models resnet20 resnet18 --methods sam --rounds 3 --seconds 0.3 --precision f16
+    --models resnet20 resnet18 --methods sam --rounds 3 --seconds 0.3 --precision f16 --ways eager graph reduce-overhead
 
 for name in vector batch_norm step curvature fusion conv; do
     run benches "bench $name" 90 "benches/$name" --bench

@@ -85,6 +85,7 @@ class ResNet(nn.Module):
 MODELS = {
     "resnet8": lambda: ResNet((16, 32, 64), 1, projection=False),
     "resnet20": lambda: ResNet((16, 32, 64), 3, projection=False),
+    "resnet56": lambda: ResNet((16, 32, 64), 9, projection=False),
     "resnet18": lambda: ResNet((64, 128, 256, 512), 2, projection=True),
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Whole training steps (SGD, SAM, CR-SAM) of ResNet-8/20/18: PyTorch and ours on the same device, in turns.
+"""Whole training steps (SGD, SAM, CR-SAM) of ResNet-8/20/56/18: PyTorch and ours on the same device, in turns.
 
     python3 benches/peers/pytorch.py                              # ours is looked for under target/release
     python3 benches/peers/pytorch.py --self --models resnet8      # PyTorch's forms alone
@@ -7,12 +7,15 @@
 For each model and method the gradients of both sides are compared first; timing an unequal computation is refused (exit 1).
 A ReLU input within float32 rounding of zero falls on either side, and each one that differs moves the gradient: PyTorch's two
 memory formats differ by 1e-3 to 4e-3 from each other on the batches timed. So the sharp comparison (1e-3) runs on a few images
-whose ReLU inputs all keep clear of zero, and the batch that is timed is compared more loosely (2e-2).
-PyTorch runs in its best form here, found by trial: contiguous or channels_last, per-parameter or foreach SAM, each of its
-SGD implementations; on a GPU also with the model compiled (reduce-overhead, max-autotune) and with the whole step as one
-CUDA graph. A form that PyTorch refuses is left out and named. With --precision f16 or bf16 it runs under autocast, in f16
-with the loss scaled; gradients then agree as far as ReLU inputs within the rounding of zero let them. Then both sides take turns on the same batch, and the ratio is taken within each turn, so that whatever
-else slows the machine slows both.
+whose ReLU inputs all keep clear of zero (ResNet-56 has too many for such to be found), and the batch that is timed is compared
+more loosely (2e-2). With --precision f16 or bf16 PyTorch runs under autocast, in f16 with the loss scaled; gradients then
+agree as far as ReLU inputs within the rounding of zero let them.
+
+PyTorch's forms are tried in turn: contiguous or channels_last, per-parameter or foreach SAM, each of its SGD implementations;
+on a GPU also with the model compiled (reduce-overhead, max-autotune) and with the whole step as one CUDA graph. One that
+PyTorch refuses is left out and named. Three go on: the best of those that people write (per-parameter SAM, eager), the best
+eager one, and the fastest, this one twice, which shows the noise. In each round all of them and ours take a turn on the same
+batch, in an order drawn anew, and ratios are taken within a round, so that whatever else slows the machine slows all.
 
 `step_peer --model M --method sgd|sam|cr-sam --batch-size B --device cpu|cuda:N --threads T --weights FILE --images FILE` holds
 our side. WEIGHTS has parameters and running statistics under torchvision's names; IMAGES has `images` (u8, N, H, W, C) and
@@ -25,6 +28,7 @@ our side. WEIGHTS has parameters and running statistics under torchvision's name
 import argparse
 import json
 import pathlib
+import random
 import subprocess
 import sys
 import tempfile
@@ -195,25 +199,33 @@ STEPS = {
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-# How a step is run: the model compiled in a mode of torch.compile, and whether the step is captured.
-EAGER = {"": (None, False)}
-CAPTURED = {
-    "": (None, False), ", CUDA graph": (None, True), ", reduce-overhead": ("reduce-overhead", False),
-    ", max-autotune": ("max-autotune-no-cudagraphs", False), ", max-autotune in a CUDA graph": ("max-autotune-no-cudagraphs", True),
+# How a step is run: the model compiled in a mode of torch.compile, and whether the step is captured. Only a GPU has them all.
+WAYS = {
+    "eager": (None, False), "graph": (None, True), "reduce-overhead": ("reduce-overhead", False),
+    "max-autotune": ("max-autotune-no-cudagraphs", False), "max-autotune-graph": ("max-autotune-no-cudagraphs", True),
 }
 
 
-def forms(method, device):
+def forms(method, ways):
     """(name, memory format, step class, SGD options, mode of torch.compile, captured) of every form tried."""
     for format_name, memory_format in FORMATS.items():
         for step_name, step in STEPS[method].items():
             for optimizer_name, options in OPTIMIZERS.items():
-                for way_name, way in (CAPTURED if device.type == "cuda" else EAGER).items():
-                    name = f"{step_name}{optimizer_name}, {format_name}{way_name}"
+                for way in ways:
+                    name = f"{step_name}{optimizer_name}, {format_name}, {way}"
                     # Compiled or captured, the plainest forms are not in the running.
-                    if way_name and ("per-parameter" in name or "loop SGD" in name):
+                    if way != "eager" and ("per-parameter" in name or "loop SGD" in name):
                         continue
-                    yield name, memory_format, step, options, *way
+                    yield name, memory_format, step, options, *WAYS[way]
+
+
+def is_eager(name):
+    return name.endswith(", eager")
+
+
+def is_as_written(name):
+    """Whether it is the code that people use: a loop over the parameters around SGD as PyTorch chooses it."""
+    return is_eager(name) and not any(word in name for word in ("foreach SAM", "foreach CR-SAM", "fused"))
 
 
 def make_batch(batch_size, seed):
@@ -303,15 +315,17 @@ class Runner:
         return time.perf_counter() - start
 
 
-def best_form(problem, method, seconds):
-    """Tries every form for about `seconds`, twice in turns; returns (name, runner, images per second of all)."""
+def contenders(problem, method, ways, seconds):
+    """Tries every form for about `seconds`, twice in turns; returns those that go on as {role: (name, runner)}, and the
+    images per second of all."""
     runners, best = {}, {}
-    for name, *form in forms(method, problem.device):
+    tried = {name: form for name, *form in forms(method, ways)}
+    for name, form in tried.items():
         try:
             runner = Runner(problem, *form)
             runner.run(2)
         except Exception as error:  # whatever it is, the other forms are to be had
-            print(f"left out: {name}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+            print(f"left out: {name}: {(str(error).strip() or repr(error)).splitlines()[0]}", file=sys.stderr)
             continue
         runners[name] = runner
     for _ in range(2):
@@ -319,8 +333,17 @@ def best_form(problem, method, seconds):
             once = runner.run(1)
             count = max(1, round(seconds / once))
             best[name] = min(best.get(name, once), runner.run(count) / count)
-    name = min(best, key=best.get)
-    return name, runners[name], {key: problem.batch_size / value for key, value in best.items()}
+    roles = {}
+    for role, belongs in {"fastest": lambda name: True, "eager": is_eager, "as written": is_as_written}.items():
+        names = [name for name in best if belongs(name)]
+        if names:
+            name = min(names, key=best.get)
+            roles[role] = (name, runners[name])
+    if not roles:
+        sys.exit("PyTorch refuses every form")
+    name = roles["fastest"][0]
+    roles["again"] = (name, Runner(problem, *tried[name]))
+    return roles, {key: problem.batch_size / value for key, value in best.items()}
 
 
 def memory_of(arguments, model, method, form):
@@ -335,7 +358,7 @@ def report_memory(arguments, device):
     """The child's side of `memory_of`."""
     imported = common.peak_resident_bytes()
     problem = Problem(arguments.models[0], arguments.batch_size, device, precision=arguments.precision)
-    form = {name: rest for name, *rest in forms(arguments.methods[0], device)}[arguments.memory_of]
+    form = {name: rest for name, *rest in forms(arguments.methods[0], WAYS)}[arguments.memory_of]
     Runner(problem, *form).run(3)
     answer = {"peak_rss_bytes": common.peak_resident_bytes(), "after_import_bytes": imported}
     if device.type == "cuda":
@@ -373,6 +396,8 @@ def gradient_error(problem, peer, folder, limit):
 
 def sharp_gradient_error(arguments, model, method, device, folder):
     """The comparison on a few images without kinks, in a process of its own."""
+    if model not in FIRST_SEED:
+        return None
     count = 2 if model == "resnet18" else 4
     seeds = range(FIRST_SEED[model], 1000)
     problems = (Problem(model, count, device, seed, arguments.precision) for seed in seeds)
@@ -392,57 +417,78 @@ def compare(arguments, device, model, method, folder):
         result["gradient_error"] = sharp_gradient_error(arguments, model, method, device, folder)
         peer = start_peer(arguments, problem, method, folder)
         result["timed_gradient_error"] = gradient_error(problem, peer, folder, TIMED_LIMIT)
-    result["form"], runner, result["forms"] = best_form(problem, method, arguments.seconds / 4)
+    roles, result["forms"] = contenders(problem, method, arguments.ways, arguments.seconds / 4)
+    fastest, runner = roles["fastest"]
     count = max(1, round(arguments.seconds / runner.run(1)))
-    theirs, ours = [], []
+    # A form may have several roles, and takes one turn for all of them.
+    size = count * problem.batch_size
+    turns = {id(runner): (lambda runner=runner: size / runner.run(count)) for _, runner in roles.values()}
     if not arguments.self:
         peer.ask("steps", 2)
-    for turn in range(arguments.rounds):
-        sides = [lambda: theirs.append(count * problem.batch_size / runner.run(count))]
+        turns["ours"] = lambda: peer.ask("steps", count)["images_per_s"]
+    rates = {key: [] for key in turns}
+    shuffled, order = list(turns), random.Random(1)
+    for _ in range(arguments.rounds):
+        order.shuffle(shuffled)
+        for key in shuffled:
+            rates[key].append(turns[key]())
+    result["pytorch"] = {}
+    for role, (name, runner) in roles.items():
+        theirs = rates[id(runner)]
+        result["pytorch"][role] = {"form": name, "images_per_s": common.spread(theirs)}
         if not arguments.self:
-            sides.append(lambda: ours.append(peer.ask("steps", count)["images_per_s"]))
-        for side in sides if turn % 2 == 0 else reversed(sides):
-            side()
-    result["pytorch_images_per_s"] = common.spread(theirs)
-    result["pytorch_memory"] = memory_of(arguments, model, method, result["form"])
+            result["pytorch"][role]["ratio"] = common.spread([a / b for a, b in zip(rates["ours"], theirs)])
+    again = rates[id(roles["again"][1])]
+    result["noise"] = common.spread([a / b for a, b in zip(again, rates[id(roles["fastest"][1])])])
+    result["pytorch_memory"] = memory_of(arguments, model, method, fastest)
     if not arguments.self:
-        result["images_per_s"] = common.spread(ours)
-        result["ratio"] = common.spread([a / b for a, b in zip(ours, theirs)])
+        result["images_per_s"] = common.spread(rates["ours"])
         result["memory"] = peer.ask("memory")
         peer.quit()
     return result
 
 
 def show(result):
-    name = f"{result['model']} {result['method']}"
-    theirs, memory = result["pytorch_images_per_s"], result["pytorch_memory"]
-    line = f"{name:16} {theirs['median']:9.1f}"
-    if "ratio" in result:
-        ours, ratio = result["images_per_s"], result["ratio"]
-        line += f" {ours['median']:9.1f}  {ratio['median']:5.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
-        line += f"  {result['gradient_error']:8.1e}  {memory['peak_rss_bytes'] / 2**20:6.0f}"
-        line += f" {result['memory']['peak_rss_bytes'] / 2**20:6.0f}"
+    name, memory = f"{result['model']} {result['method']}", result["pytorch_memory"]
+    if "images_per_s" in result:
+        error = result["gradient_error"] or result["timed_gradient_error"]
+        ours, mebibytes = result["images_per_s"]["median"], result["memory"]["peak_rss_bytes"] / 2**20
+        print(f"{name}: ours {ours:.1f} images/s, {mebibytes:.0f} MiB; gradient differs by {error:.1e}")
     else:
-        line += f"  {memory['peak_rss_bytes'] / 2**20:6.0f} ({memory['after_import_bytes'] / 2**20:.0f} after import)"
-    print(f"{line}  {result['form']}", flush=True)
+        print(f"{name}:")
+    for role, contender in result["pytorch"].items():
+        if role == "again":
+            continue
+        line = f"  {role:10} {contender['images_per_s']['median']:9.1f} images/s"
+        if "ratio" in contender:
+            ratio = contender["ratio"]
+            line += f"   ours is {ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f}) times as fast"
+        print(f"{line}   {contender['form']}")
+    noise = result["noise"]
+    peak, imported = (memory[key] / 2**20 for key in ("peak_rss_bytes", "after_import_bytes"))
+    print(f"  the fastest against itself: {noise['median']:.2f} ({noise['min']:.2f}-{noise['max']:.2f}); "
+          f"{peak:.0f} MiB, {imported:.0f} of them after import", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["resnet8", "resnet20", "resnet18"], choices=common.MODELS)
+    parser.add_argument("--models", nargs="+", default=["resnet8", "resnet20", "resnet18"],
+                        choices=common.MODELS)
     parser.add_argument("--methods", nargs="+", default=["sgd", "sam", "cr-sam"], choices=STEPS)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", default="f32", choices=["f32", "tf32", "f16", "bf16"])
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
-    parser.add_argument("--seconds", type=float, default=2.0, help="length of one turn of PyTorch, about")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, help="how PyTorch is run; default: on a GPU all, else eager")
+    parser.add_argument("--rounds", type=int, default=30, help="turns of each")
+    parser.add_argument("--seconds", type=float, default=0.5, help="length of one turn of PyTorch's fastest form, about")
     parser.add_argument("--binary", help="our side; default: step_peer under target/release")
     parser.add_argument("--self", action="store_true", help="PyTorch alone")
     parser.add_argument("--json", type=pathlib.Path, help="write the results there too")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    arguments.ways = arguments.ways or (list(WAYS) if device.type == "cuda" else ["eager"])
     common.prepare(device, arguments.threads, arguments.precision)
     if arguments.memory_of:
         return report_memory(arguments, device)
@@ -450,9 +496,8 @@ def main():
         arguments.binary = common.find_binary("step_peer", arguments.binary)
 
     machine = common.describe(device, arguments.threads)
-    print(f"{machine}; {arguments.precision}; batch {arguments.batch_size}, {arguments.rounds} rounds of about {arguments.seconds} s")
-    columns = " MiB peak" if arguments.self else "      ours  ratio (min-max)   gradient   MiB   ours"
-    print(f"{'':16}   PyTorch {columns}  best PyTorch form")
+    turns = f"{arguments.rounds} rounds of about {arguments.seconds} s"
+    print(f"{machine}; {arguments.precision}; batch {arguments.batch_size}, {turns}")
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for model in arguments.models:
@@ -460,7 +505,8 @@ def main():
                 results.append(compare(arguments, device, model, method, pathlib.Path(folder)))
                 show(results[-1])
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "precision": arguments.precision, "results": results}, indent=1) + "\n")
+        written = {"machine": machine, "precision": arguments.precision, "results": results}
+        arguments.json.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import pathlib
+import random
 import sys
 import tempfile
 import time
@@ -280,8 +281,10 @@ def compare(arguments, device, method):
     for name, run in contenders.items():
         run(arguments.sets)
         counts[name] = max(1, round(arguments.seconds / (run(3) / 3)))
-    for turn in range(arguments.rounds):
-        for name in contenders if turn % 2 == 0 else reversed(contenders):
+    shuffled, order = list(contenders), random.Random(1)
+    for _ in range(arguments.rounds):
+        order.shuffle(shuffled)
+        for name in shuffled:
             times[name].append(contenders[name](counts[name]) / counts[name])
     result["seconds"] = {name: common.spread(values) for name, values in times.items()}
     result["best_form"] = min((form.name for form in forms), key=lambda name: result["seconds"][name]["median"])
@@ -310,7 +313,7 @@ def main():
     parser.add_argument("--methods", nargs="+", default=["sam", "cr-sam"], choices=LEAST_BYTES)
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=0.3, help="length of one turn of one form, about")
     parser.add_argument("--sets", type=int, default=3, help="sets of buffers to rotate through")
     parser.add_argument("--compile", action="store_true", help="also the flat vector under torch.compile")

@@ -93,16 +93,36 @@ pub(super) struct CudaDevice {
 }
 
 thread_local! {
-    /// Whether this thread's work goes to the side stream.
-    static ON_SIDE: Cell<bool> = const { Cell::new(false) };
+    /// The device to whose side stream this thread's work goes.
+    static ON_SIDE: Cell<*const CudaDevice> = const { Cell::new(ptr::null()) };
 }
 
-/// Dropped, it leads this thread's work back, after a panic too.
-struct OnSide;
+/// Work on the side stream. Dropped, after a failure or a panic too, it leads this thread's work back, and the first stream waits
+/// for the side stream: memory is freed in the first one's order, and a capture must not end with a loose branch.
+struct Branch<'a> {
+    device: &'a CudaDevice,
+    joined: bool,
+}
 
-impl Drop for OnSide {
+impl<'a> Branch<'a> {
+    fn begin(device: &'a CudaDevice) -> Result<Self> {
+        device.side.join(&device.stream).map_err(failed("doing two things at once"))?;
+        Ok(Self { device, joined: false })
+    }
+
+    fn end(mut self) -> Result<()> {
+        self.joined = true;
+        self.device.join_side()
+    }
+}
+
+impl Drop for Branch<'_> {
     fn drop(&mut self) {
-        ON_SIDE.set(false);
+        ON_SIDE.set(ptr::null());
+        if !self.joined {
+            // The error or the panic that ended the work is the one to report.
+            let _ = self.device.join_side();
+        }
     }
 }
 
@@ -215,30 +235,57 @@ impl CudaDevice {
 
     /// The stream that the calling thread's work goes to.
     fn current(&self) -> &CudaStream {
-        if ON_SIDE.get() { &self.side } else { &self.stream }
+        if self.is_on_side() { &self.side } else { &self.stream }
+    }
+
+    fn is_on_side(&self) -> bool {
+        ptr::eq(ON_SIDE.get(), self)
+    }
+
+    /// Fails on the side stream: what needs the first one's order is not for one of two pieces of work.
+    fn refuse_side(&self, operation: &'static str) -> Result<()> {
+        match self.is_on_side() {
+            false => Ok(()),
+            true => Err(Error::Argument { operation, message: super::ONE_OF_TWO.into() }),
+        }
+    }
+
+    fn join_side(&self) -> Result<()> {
+        // Asked first, for an error that a destructor kept would otherwise come up instead of the join.
+        let kept = self.bind();
+        let joined = self.stream.join(&self.side).map_err(failed("doing two things at once"));
+        if joined.is_err() {
+            // What the side stream still uses must not be freed. (In a capture this fails, which is broken then anyway.)
+            let _ = self.side.synchronize();
+        }
+        kept.and(joined)
+    }
+
+    /// Whether a graph is being captured.
+    pub(super) fn is_recording(&self) -> bool {
+        self.lock().recording.is_some()
+    }
+
+    /// Bytes of memory that nobody has taken. What the pool keeps for reuse does not count.
+    pub(super) fn free_bytes(&self) -> Result<usize> {
+        self.bind()?;
+        result::mem_get_info().map(|(free, _)| free).map_err(failed("asking for free memory"))
     }
 
     /// Calls `work(0)`, then `work(1)` for the side stream, which begins where the first began; what comes after waits for both.
     pub(super) fn both(&self, mut work: impl FnMut(usize) -> Result<()>) -> Result<()> {
-        let failed = failed("doing two things at once");
-        if ON_SIDE.get() {
-            let message = "one of two pieces of work cannot consist of two".into();
-            return Err(Error::Argument { operation: "both", message });
-        }
+        self.refuse_side("both")?;
         self.bind()?;
-        self.side.join(&self.stream).map_err(&failed)?;
-        let first = work(0);
-        let second = first.and_then(|()| {
-            ON_SIDE.set(true);
-            let _side = OnSide;
-            work(1)
-        });
-        // Also after a failure: the side stream, if nothing else, has begun to wait, and a capture must not end with a loose branch.
-        let joined = self.stream.join(&self.side).map_err(&failed);
-        second.and(joined)
+        let branch = Branch::begin(self)?;
+        work(0)?;
+        ON_SIDE.set(self);
+        work(1)?;
+        ON_SIDE.set(ptr::null());
+        branch.end()
     }
 
     pub(super) fn synchronize(&self) -> Result<()> {
+        self.refuse_side("synchronize")?;
         let retired = {
             let mut state = self.lock();
             state.refuse_recording("synchronize", "a graph cannot wait for itself")?;
@@ -250,6 +297,7 @@ impl CudaDevice {
     }
 
     pub(super) fn event(&self) -> Result<CudaEvent> {
+        self.refuse_side("event")?;
         self.lock().refuse_recording("event", "a graph cannot be timed from inside")?;
         let event = self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT));
         Ok(CudaEvent(event.map_err(failed("recording an event"))?))
@@ -314,6 +362,7 @@ impl CudaDevice {
     /// # Safety
     /// `address` is the start of live device memory at least as long as `bytes`.
     pub(super) unsafe fn read(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
+        self.refuse_side("read")?;
         let failed = failed("copying to the host");
         let mut state = self.lock();
         state.refuse_recording("read", "a graph cannot read back to the host")?;
@@ -339,6 +388,7 @@ impl CudaDevice {
     /// # Safety
     /// `address` is the start of live device memory, borrowed exclusively, at least as long as `bytes`.
     pub(super) unsafe fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        self.refuse_side("write")?;
         let failed = failed("copying from the host");
         let mut state = self.lock();
         self.bind()?;
@@ -401,6 +451,7 @@ impl CudaDevice {
     /// Device memory that nothing has written yet. Freed memory waits in the pool for reuse in the same sizes; where that
     /// leaves too little, it is given back and the allocation tried once more.
     fn allocate(&self, bytes: usize) -> Result<sys::CUdeviceptr> {
+        self.refuse_side("allocate")?;
         let state = self.lock();
         state.refuse_recording("allocate", "a graph cannot allocate memory")?;
         self.bind()?;
@@ -430,6 +481,7 @@ impl CudaDevice {
     /// Frees device memory when the work asked for so far is done with it. Called by destructors: an error is kept for the
     /// next call that can return one.
     fn free(&self, address: sys::CUdeviceptr) {
+        debug_assert!(!self.is_on_side(), "the other of two pieces of work may be using it");
         // Held until the memory is freed, so that no capture begins between the question and the answer.
         let mut state = self.lock();
         match state.graphs {
@@ -447,7 +499,8 @@ impl CudaDevice {
     }
 
     fn free_in_order(&self, address: sys::CUdeviceptr) {
-        // SAFETY: the address came from `allocate`, on this stream, and is freed once, by the `CudaMemory` that owned it.
+        // SAFETY: the address came from `allocate`, on this stream, and is freed once, by the `CudaMemory` that owned it. What the
+        // side stream did with it, this one has waited for.
         let free = || unsafe { result::free_async(address, self.stream.cu_stream()) };
         self.context.record_err(self.context.bind_to_thread().and_then(|()| free()));
     }

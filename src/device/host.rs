@@ -49,6 +49,8 @@ pub(super) struct HostDevice {
     team: Team,
     /// Whether a graph is being captured: what most operations look at before they ask under the lock.
     recording: AtomicBool,
+    /// Whether one of two pieces of work is under way that a GPU would do at once.
+    paired: AtomicBool,
     graphs: Mutex<Graphs>,
 }
 
@@ -115,6 +117,7 @@ impl HostDevice {
             instruction_set: newest_instruction_set(),
             team: Team::new(threads),
             recording: AtomicBool::new(false),
+            paired: AtomicBool::new(false),
             graphs: Mutex::default(),
         }
     }
@@ -208,6 +211,7 @@ impl HostDevice {
     /// # Safety
     /// `address` is the start of live device memory, borrowed exclusively, at least as long as `bytes`.
     pub(super) unsafe fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        self.refuse_paired("write")?;
         if !self.is_recorded(|| Recorded::Write(address, bytes.to_vec())) {
             // SAFETY: the caller's.
             unsafe { self.write_now(address, bytes) };
@@ -276,7 +280,33 @@ impl HostDevice {
         if self.recording.load(Ordering::Relaxed) {
             return Err(Error::Argument { operation, message: message.into() });
         }
-        Ok(())
+        self.refuse_paired(operation)
+    }
+
+    fn refuse_paired(&self, operation: &'static str) -> Result<()> {
+        match self.paired.load(Ordering::Relaxed) {
+            false => Ok(()),
+            true => Err(Error::Argument { operation, message: super::ONE_OF_TWO.into() }),
+        }
+    }
+
+    pub(super) fn is_recording(&self) -> bool {
+        self.recording.load(Ordering::Relaxed)
+    }
+
+    /// One piece of work after the other, in the schedule's order, under the rules of a GPU.
+    pub(super) fn both(&self, mut work: impl FnMut(usize) -> Result<()>) -> Result<()> {
+        struct Paired<'a>(&'a AtomicBool);
+        impl Drop for Paired<'_> {
+            fn drop(&mut self) {
+                self.0.store(false, Ordering::Relaxed);
+            }
+        }
+        self.refuse_paired("both")?;
+        self.paired.store(true, Ordering::Relaxed);
+        let _paired = Paired(&self.paired);
+        let order = if self.options.schedule == Schedule::Backwards { [1, 0] } else { [0, 1] };
+        order.into_iter().try_for_each(&mut work)
     }
 
     fn lock(&self) -> MutexGuard<'_, Graphs> {

@@ -168,6 +168,9 @@ impl Compute for Tf32 {
 impl Scalar for f32 {}
 impl Scalar for f64 {}
 
+/// Why something fails inside [`Device::both`].
+const ONE_OF_TWO: &str = "one of two pieces of work at once can only launch, copy and clear";
+
 /// The shape of a launch: blocks, threads per block (at most 256 in all), and bytes of dynamic shared memory per block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Launch {
@@ -328,13 +331,30 @@ impl Device {
         }
     }
 
-    /// Calls `work(0)` and `work(1)`, of which neither may use what the other writes: a GPU runs their launches, copies and fills
-    /// side by side. What is asked for afterwards comes after both. Inside, nothing may allocate, write from the host, read back,
-    /// wait or drop a buffer.
-    pub(crate) fn both(&self, mut work: impl FnMut(usize) -> Result<()>) -> Result<()> {
+    /// Calls `work(0)` and `work(1)`, of which neither may use what the other writes, but for what both change by atomics alone: a
+    /// GPU runs their launches, copies and fills side by side. What is asked for afterwards comes after both. Inside, allocating,
+    /// writing from the host, reading back, waiting and timing fail, and no buffer may be dropped. On the CPU the schedule says
+    /// which comes first.
+    pub(crate) fn both(&self, work: impl FnMut(usize) -> Result<()>) -> Result<()> {
         match &self.0 {
-            Inner::Host(_) => work(0).and_then(|()| work(1)),
+            Inner::Host(host) => host.both(work),
             Inner::Cuda(cuda) => cuda.both(work),
+        }
+    }
+
+    /// Whether a graph is being captured.
+    pub(crate) fn is_recording(&self) -> bool {
+        match &self.0 {
+            Inner::Host(host) => host.is_recording(),
+            Inner::Cuda(cuda) => cuda.is_recording(),
+        }
+    }
+
+    /// Whether a GPU has this much memory free; the CPU is not asked.
+    pub(crate) fn has_free(&self, bytes: usize) -> Result<bool> {
+        match &self.0 {
+            Inner::Host(_) => Ok(true),
+            Inner::Cuda(cuda) => Ok(cuda.free_bytes()? >= bytes),
         }
     }
 

@@ -1046,6 +1046,66 @@ fn a_capture_that_fails_leaves_nothing_behind() {
     assert_eq!(output.to_vec().unwrap(), [3.0; 64]);
 }
 
+/// Two pieces of work at once, on the GPU that `POLDER_TEST_DEVICE` names too: both are done when they are asked about, and whatever
+/// goes wrong in one leaves the device usable.
+#[test]
+fn two_pieces_of_work_are_done_at_once() {
+    let check = |device: &Device| {
+        let ones = device.upload(&[1u32; 1000]).unwrap();
+        let mut out = [(); 2].map(|()| device.poisoned::<u32>(1000).unwrap());
+        let mut order = Vec::new();
+        let mut both = |failing: Option<usize>| {
+            order.clear();
+            device.both(|index| {
+                order.push(index);
+                let [cleared, copied] = &mut out;
+                match index {
+                    0 => cleared.clear()?,
+                    _ => copied.copy_from(&ones)?,
+                }
+                match failing == Some(index) {
+                    true => Err(Error::Argument { operation: "test", message: "on purpose".into() }),
+                    false => Ok(()),
+                }
+            })
+        };
+        assert_eq!(both(None), Ok(()));
+        for failing in 0..2 {
+            assert!(matches!(both(Some(failing)), Err(Error::Argument { operation: "test", .. })));
+        }
+        assert_eq!(device.capture(|| both(None)).unwrap().replay(), Ok(()));
+        let found = out.each_ref().map(|buffer| buffer.to_vec().unwrap());
+        assert_eq!(found, [vec![0; 1000], vec![1; 1000]]);
+        order.sort();
+        assert_eq!(order, [0, 1]);
+
+        let mut written = device.zeros::<u32>(4).unwrap();
+        let mut refused: [(&str, &mut dyn FnMut() -> Result<()>); 6] = [
+            ("read", &mut || ones.to_vec().map(drop)),
+            ("write", &mut || written.write(&[1; 4])),
+            ("allocate", &mut || device.zeros::<f32>(1).map(drop)),
+            ("synchronize", &mut || device.synchronize()),
+            ("event", &mut || device.event().map(drop)),
+            ("both", &mut || device.both(|_| Ok(()))),
+        ];
+        for (name, work) in &mut refused {
+            let error = device.both(|index| if index == 1 { work() } else { Ok(()) }).err();
+            let named = matches!(&error, Some(Error::Argument { operation, .. }) if operation == name);
+            assert!(named, "{name}: {error:?}");
+            assert_eq!(work(), Ok(()), "{name} afterwards");
+        }
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            device.both(|index| if index == 1 { panic!("on purpose") } else { Ok(()) })
+        }));
+        assert!(panicked.is_err());
+        assert_eq!(ones.to_vec().unwrap(), [1; 1000]);
+    };
+    on_every_schedule(check);
+    if let Ok(name) = std::env::var("POLDER_TEST_DEVICE") {
+        check(&Device::from_name(&name).unwrap());
+    }
+}
+
 #[test]
 fn a_fault_ends_a_replay() {
     let device = device(2, Schedule::Forwards);

@@ -25,8 +25,10 @@
 //! | [`Method::LookSam`] | 2 in one step of k, else 1 | 12, else 6 | 60, else 28 | 3, and g_v |
 //! | [`Method::RSam`] | 2 | 9 | 44 | 3 |
 //!
-//! The objective reads each gradient once more to see whether it is finite (4 B per parameter and pass; in f16, where it takes the
-//! loss scale out, 8 B, and 6 B to round the weights in 16 bits); clipping adds 4 B for each vector of the direction.
+//! The objective reads each gradient once more to see whether it is finite (4 B per parameter and pass, of which a network's plan
+//! has back those of the norm; in f16, where it takes the loss scale out, 8 B, and 6 B to round the weights in 16 bits); clipping
+//! adds 4 B for each vector of the direction. On a GPU the pairs of passes of CR-SAM and of GNR's differences run at the same time,
+//! for which a plan takes its arena twice.
 
 mod method;
 mod schedule;

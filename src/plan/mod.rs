@@ -192,7 +192,7 @@ impl<S: Compute> Plan<S> {
     }
 
     /// Bytes of the arena that holds activations, their gradients and scratch. The first product with the Hessian takes as many
-    /// for their tangents.
+    /// for their tangents, and on a GPU the first [pair of gradients](Objective::gradient_pair) as many for its second pass.
     pub fn arena_bytes(&self) -> usize {
         self.places.len * size_of::<S::Master>()
     }
@@ -221,7 +221,7 @@ impl<S: Compute> Plan<S> {
         Ok((images, self.labels.view_mut()))
     }
 
-    /// The logits of the newest pass.
+    /// The logits of the newest pass; of a pair, of one of the two.
     ///
     /// # Errors
     /// None: the place lies in the buffer.
@@ -274,7 +274,7 @@ impl<S: Compute> Plan<S> {
     }
 }
 
-/// What a pass writes beside its results: a second one at the same time needs its own.
+/// What a pass writes beside its results and counters: a second one at the same time needs its own.
 struct Scene<S: Compute> {
     arena: Buffer<S::Master>,
     rounded: Buffer<S>,
@@ -285,17 +285,25 @@ struct Scene<S: Compute> {
 enum Beside<S: Compute> {
     Unasked,
     There(Box<Scene<S>>),
-    /// The memory did not suffice for it.
+    /// There is too little memory for it.
     NoRoom,
 }
 
 impl<S: Compute> Plan<S> {
-    /// Makes room for a second pass at the same time; whether there is some.
+    /// Makes room for a second pass at the same time; whether there is some. On a GPU as much again must stay free, for what comes
+    /// later and cannot be done without; and while a graph is recorded nothing can be allocated.
     fn make_room_beside(&mut self) -> Result<bool> {
         if matches!(self.beside, Beside::Unasked) {
+            if self.device.is_recording() {
+                return Ok(false);
+            }
+            if !self.device.has_free(2 * self.arena_bytes())? {
+                self.beside = Beside::NoRoom;
+                return Ok(false);
+            }
             let scene = || -> Result<Scene<S>> {
-                let arena = self.device.poisoned(self.places.len)?;
                 let rounded = self.device.zeros(self.rounded.len())?;
+                let arena = self.device.poisoned(self.places.len)?;
                 Ok(Scene {
                     arena,
                     rounded,
@@ -458,8 +466,9 @@ impl<S: Compute> Objective<S::Master> for Plan<S> {
         vector::finish_gradient(gradient, scale, flag, reduction, norm)
     }
 
-    /// On a GPU both passes run at the same time, in a second arena that the first call allocates, or one after the other where
-    /// there is no room for it. The bits are the same. [`Plan::logits`] are the first pass's.
+    /// On a GPU both passes run at the same time, for which the first call allocates another arena, or one after the other where there
+    /// is no room for it, and while a graph is recorded before there is one. The bits are the same. [`Plan::logits`] are those of one
+    /// of the two.
     fn gradient_pair(
         &mut self,
         weights: [Slice<'_, S::Master>; 2],
@@ -467,16 +476,20 @@ impl<S: Compute> Objective<S::Master> for Plan<S> {
         mut losses: [SliceMut<'_, f64>; 2],
         mut flag: SliceMut<'_, u32>,
     ) -> Result<()> {
+        const OPERATION: &str = "Plan::gradient_pair";
+        self.check_backward(OPERATION)?;
+        weights.iter().try_for_each(|w| check_length(OPERATION, "weights", w.len(), self.len()))?;
+        gradients.iter().try_for_each(|g| check_length(OPERATION, "gradient", g.len(), self.len()))?;
         let device = self.device.clone();
         let beside = device.is_simt() && self.make_room_beside()?;
-        if let (true, Beside::There(scene)) = (beside, &mut self.beside) {
-            let batch = self.places.value(Value(0));
-            scene.arena.slice_mut(batch.clone())?.copy_from(self.arena.slice(batch)?)?;
-        }
         let mut pass = |index: usize| {
             let (gradient, loss) = (gradients[index].reborrow(), losses[index].reborrow());
             if index == 0 || !beside {
                 return self.gradient(weights[index], Statistics::Keep, gradient, loss, flag.reborrow());
+            }
+            if let Beside::There(scene) = &mut self.beside {
+                let batch = self.places.value(Value(0));
+                scene.arena.slice_mut(batch.clone())?.copy_from(self.arena.slice(batch)?)?;
             }
             self.swap_scenes();
             let done = self.gradient(weights[index], Statistics::Keep, gradient, loss, flag.reborrow());
@@ -491,7 +504,7 @@ impl<S: Compute> Objective<S::Master> for Plan<S> {
     /// [`Plan::gradient`](Objective::gradient).
     ///
     /// Costs 8/3 of a gradient, counted in convolutions: a gradient takes three per layer, a product three in the forward pass and
-    /// five in the backward pass, where the weights' own gradients are left out. The first call allocates a second arena as large
+    /// five in the backward pass, where the weights' own gradients are left out. The first call allocates another arena as large
     /// as the first; later calls allocate nothing. As in the gradient, the padding between tensors is left as it was.
     ///
     /// In 16 bits the direction is rounded to them where it moves convolutions. In f16 it is brought to a size that they hold
@@ -507,7 +520,7 @@ impl<S: Compute> Objective<S::Master> for Plan<S> {
     }
 
     /// Costs 14/3 of a gradient, 7/8 of two products: the passes of the network itself, two convolutions of eight per layer, are
-    /// the same for both. The first call allocates a third arena.
+    /// the same for both. The first call allocates one more arena.
     fn hessian_vector_pair(
         &mut self,
         weights: Slice<'_, S::Master>,

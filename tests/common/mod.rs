@@ -184,6 +184,16 @@ impl<S: Compute, F: FnMut(&mut Plan<S>, usize) -> Result<()>> Objective<S::Maste
         self.plan.gradient(weights, statistics, gradient, loss, flag)
     }
 
+    fn gradient_pair(
+        &mut self,
+        weights: [Slice<'_, S::Master>; 2],
+        gradients: [SliceMut<'_, S::Master>; 2],
+        losses: [SliceMut<'_, f64>; 2],
+        flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        self.plan.gradient_pair(weights, gradients, losses, flag)
+    }
+
     fn hessian_vector(
         &mut self,
         weights: Slice<'_, S::Master>,

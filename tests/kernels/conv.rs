@@ -282,11 +282,11 @@ fn check_part_sums<S: Compute>(devices: Vec<(String, Device)>) {
         [shape([3, 12, 11, 3, 7], 3, 1, 1), shape([4, 17, 15, 5, 20], 3, 2, 1), shape([5, 9, 8, 4, 33], 1, 1, 0)];
     for (name, device) in devices {
         let splits = shapes.map(|shape| shape.weight_gradient_splits::<S>(&device));
-        let (first, dy) = (device.zeros::<S>(shapes[0].input_len()), device.zeros::<S>(shapes[0].output_len()));
         if splits[0] == 1 {
             // The CPU's own form.
             let mut parts = device.zeros(shapes[0].weight_len()).unwrap();
-            let (x, dy) = (first.unwrap(), dy.unwrap());
+            let x = device.zeros::<S>(shapes[0].input_len()).unwrap();
+            let dy = device.zeros::<S>(shapes[0].output_len()).unwrap();
             let refused = conv::partial_weight_gradients(&shapes[0], x.view(), dy.view(), parts.view_mut());
             assert!(matches!(refused, Err(Error::Argument { .. })), "{refused:?}");
             continue;

@@ -269,17 +269,17 @@ fn a_pair_of_gradients_is_two_gradients() {
         let mut flags = device.zeros::<u32>(1).unwrap();
         let (mut g0, mut g1) = (device.zeros::<f32>(len).unwrap(), device.zeros::<f32>(len).unwrap());
         let (mut l0, mut l1) = (device.poisoned::<f64>(1).unwrap(), device.poisoned::<f64>(1).unwrap());
-        for round in 0..3 {
+        for round in 0..4 {
             let expected = [alone(&mut plan, &at[0]), alone(&mut plan, &at[1])];
             let mut pair = || {
                 let weights = [at[0].view(), at[1].view()];
                 let gradients = [g0.view_mut(), g1.view_mut()];
                 plan.gradient_pair(weights, gradients, [l0.view_mut(), l1.view_mut()], flags.view_mut())
             };
-            // The first pair allocates; the others may be recorded.
+            // Recorded before there is a second arena, then twice as it is, then recorded once more.
             match round {
-                0 => pair().unwrap(),
-                _ => device.capture(pair).unwrap().replay().unwrap(),
+                0 | 3 => device.capture(pair).unwrap().replay().unwrap(),
+                _ => pair().unwrap(),
             }
             let found = [(&g0, &l0), (&g1, &l1)]
                 .map(|(gradient, loss)| (common::bits(&gradient.to_vec().unwrap()), loss.to_vec().unwrap()));
@@ -289,6 +289,14 @@ fn a_pair_of_gradients_is_two_gradients() {
             images.write(&Random(50 + round).vector::<S>(images.len())).unwrap();
         }
         assert_eq!(flags.to_vec().unwrap(), [0]);
+        // A second pass that is not finite shows.
+        let mut broken = at[1].to_vec().unwrap();
+        broken[7] = f32::NAN;
+        let broken = device.upload(&broken).unwrap();
+        let (gradients, losses) = ([g0.view_mut(), g1.view_mut()], [l0.view_mut(), l1.view_mut()]);
+        plan.gradient_pair([at[0].view(), broken.view()], gradients, losses, flags.view_mut()).unwrap();
+        assert_eq!(flags.to_vec().unwrap(), [1]);
+        assert!(l0.to_vec().unwrap()[0].is_finite() && l1.to_vec().unwrap()[0].is_nan());
     }
     for (_, device) in common::devices() {
         check::<f32>(&device);
