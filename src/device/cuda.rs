@@ -280,7 +280,6 @@ impl CudaDevice {
         work(0)?;
         ON_SIDE.set(self);
         work(1)?;
-        ON_SIDE.set(ptr::null());
         branch.end()
     }
 

@@ -49,7 +49,7 @@ pub(super) struct HostDevice {
     team: Team,
     /// Whether a graph is being captured: what most operations look at before they ask under the lock.
     recording: AtomicBool,
-    /// Whether one of two pieces of work is under way that a GPU would do at once.
+    /// Whether one of two pieces of work is under way that a GPU would do at once: for all threads, as `recording`.
     paired: AtomicBool,
     graphs: Mutex<Graphs>,
 }

@@ -311,12 +311,36 @@ pub fn weight_gradient<S: Compute>(
     let device = check_weight_gradient(OPERATION, shape, x, dy, ("dw", dw.view(), shape.weight_len()))?;
     check_workspace::<S>(OPERATION, shape, &device, &workspace)?;
     if !device.is_simt() {
-        direct::weight_gradient(shape, x, dy, dw, accumulate, workspace)
-    } else if S::TENSOR_CORES {
-        tensor::weight_gradient(shape, x, dy, dw, accumulate, workspace)
-    } else {
-        tiled::weight_gradient(shape, x, dy, dw, accumulate, workspace)
+        return direct::weight_gradient(shape, x, dy, dw, accumulate, workspace);
     }
+    let splits = shape.weight_gradient_splits::<S>(&device);
+    weight_gradient_by(partial::<S>(), splits, shape, x, dy, dw, accumulate, workspace)
+}
+
+/// Writes the gradients over each split's pixels, one after the other, or adds the only one.
+type Partial<S> = fn(&ConvShape, Slice<'_, S>, Slice<'_, S>, SliceMut<'_, <S as Compute>::Master>, bool) -> Result<()>;
+
+/// The GPU's form for this type.
+fn partial<S: Compute>() -> Partial<S> {
+    if S::TENSOR_CORES { tensor::partial_weight_gradients } else { tiled::partial_weight_gradients }
+}
+
+/// The weight gradient, at once or in parts that are then added up.
+fn weight_gradient_by<S: Compute>(
+    partial: Partial<S>,
+    splits: usize,
+    shape: &ConvShape,
+    x: Slice<'_, S>,
+    dy: Slice<'_, S>,
+    dw: SliceMut<'_, S::Master>,
+    accumulate: bool,
+    mut workspace: SliceMut<'_, S::Master>,
+) -> Result<()> {
+    if splits == 1 {
+        return partial(shape, x, dy, dw, accumulate);
+    }
+    partial(shape, x, dy, workspace.reborrow(), false)?;
+    tiled::sum_splits(workspace, splits, dw, accumulate)
 }
 
 /// The first half of [`weight_gradient`] where that takes two: writes to `parts` the gradients over each of
@@ -329,7 +353,7 @@ pub fn partial_weight_gradients<S: Compute>(
     shape: &ConvShape,
     x: Slice<'_, S>,
     dy: Slice<'_, S>,
-    mut parts: SliceMut<'_, S::Master>,
+    parts: SliceMut<'_, S::Master>,
 ) -> Result<()> {
     const OPERATION: &str = "conv::partial_weight_gradients";
     shape.check()?;
@@ -338,10 +362,7 @@ pub fn partial_weight_gradients<S: Compute>(
     if splits == 1 {
         return Err(Error::Argument { operation: OPERATION, message: format!("made at once: {shape:?}") });
     }
-    match S::TENSOR_CORES {
-        true => tensor::partial_weight_gradients(shape, x, dy, parts.address(), false),
-        false => tiled::partial_weight_gradients(shape, x, dy, parts.address(), false),
-    }
+    partial::<S>()(shape, x, dy, parts, false)
 }
 
 /// Checks what both forms of the weight gradient read and write, this by name and length; returns the device.

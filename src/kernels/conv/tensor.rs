@@ -1,7 +1,7 @@
 //! Convolution on tensor cores: `kernels/conv_tensor.cu`, for operands of 16 bits, and for `f32` rounded to TF32.
 
 use super::ConvShape;
-use super::tiled::{ConvArgs, MANY_TILES, WEIGHT_GRADIENT_PIXELS, sum_splits};
+use super::tiled::{ConvArgs, MANY_TILES, WEIGHT_GRADIENT_PIXELS};
 use crate::device::{Compute, ComputeKernels, KernelId, Launch, Result, Slice, SliceMut, id};
 use crate::kernels::batch_norm::TILE_ROWS;
 
@@ -212,40 +212,25 @@ pub(super) fn input_gradient<A: Compute>(
     unsafe { dx.device().clone().launch(A::choose(tile.input_gradient), tile.launch(rows, columns, classes), &args) }
 }
 
-pub(super) fn weight_gradient<A: Compute>(
-    shape: &ConvShape,
-    x: Slice<'_, A>,
-    dy: Slice<'_, A>,
-    mut dw: SliceMut<'_, A::Master>,
-    accumulate: bool,
-    mut workspace: SliceMut<'_, A::Master>,
-) -> Result<()> {
-    let splits = splits::<A>(shape);
-    if splits == 1 {
-        return partial_weight_gradients(shape, x, dy, dw.address(), accumulate);
-    }
-    partial_weight_gradients(shape, x, dy, workspace.address(), false)?;
-    sum_splits(workspace, splits, dw, accumulate)
-}
-
-/// Writes to address `out` the gradients over each split's pixels, one after the other, or adds the only one.
+/// Writes to `out` the gradients over each split's pixels, one after the other, or adds the only one: it has room for them.
 pub(super) fn partial_weight_gradients<A: Compute>(
     shape: &ConvShape,
     x: Slice<'_, A>,
     dy: Slice<'_, A>,
-    out: u64,
+    mut out: SliceMut<'_, A::Master>,
     accumulate: bool,
 ) -> Result<()> {
     let (rows, columns) = (shape.taps() * shape.in_channels, shape.out_channels);
     let (tile, splits) = weight_gradient_tile::<A>(shape);
-    let addresses = [x.address(), dy.address(), out];
+    let out_address = out.address();
+    let addresses = [x.address(), dy.address(), out_address];
     let wide = [
         wide::<A>(shape.in_channels, x.address()),
         wide::<A>(columns, dy.address()),
-        wide_out::<A::Master>(columns, out),
+        wide_out::<A::Master>(columns, out_address),
     ];
     let args = ConvArgs::new(shape, addresses, wide, splits, accumulate);
-    // SAFETY: as in `forward`; the callers' memory holds the gradients of every split.
+    // SAFETY: as in `forward`; `out` holds the gradients of every split.
     unsafe { x.device().launch(A::choose(tile.weight_gradient), tile.launch(rows, columns, splits), &args) }
 }
 
@@ -253,6 +238,7 @@ pub(super) fn partial_weight_gradients<A: Compute>(
 mod tests {
     use half::{bf16, f16};
 
+    use super::super::weight_gradient_by;
     use super::*;
     use crate::device::selftest::{random_f32, tf32};
     use crate::device::{Buffer, Device, HostOptions, Schedule};
@@ -486,7 +472,16 @@ mod tests {
             let dxs = both(&device, offset, &dx, |dx, add| input_gradient(shape, dy_, weight, dx, add));
             let dws = both(&device, offset, &dw, |dw, add| {
                 let mut workspace = device.poisoned(splits::<A>(shape) * shape.weight_len()).unwrap();
-                weight_gradient(shape, x, dy_, dw, add, workspace.view_mut())
+                weight_gradient_by(
+                    partial_weight_gradients,
+                    splits::<A>(shape),
+                    shape,
+                    x,
+                    dy_,
+                    dw,
+                    add,
+                    workspace.view_mut(),
+                )
             });
             let starts = |values: &[A]| [vec![], values.iter().map(|&value| value.into()).collect()];
             let dw_starts = [vec![], dw.iter().map(|&value| value.into()).collect()];

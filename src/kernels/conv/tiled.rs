@@ -208,37 +208,23 @@ pub(super) fn input_gradient<S: Compute>(
     unsafe { dx.device().clone().launch(kernel, tile.launch::<S>(rows, columns, classes), &args) }
 }
 
-pub(super) fn weight_gradient<S: Compute>(
-    shape: &ConvShape,
-    x: Slice<'_, S>,
-    dy: Slice<'_, S>,
-    mut dw: SliceMut<'_, S::Master>,
-    accumulate: bool,
-    mut workspace: SliceMut<'_, S::Master>,
-) -> Result<()> {
-    let splits = splits(shape);
-    if splits == 1 {
-        return partial_weight_gradients(shape, x, dy, dw.address(), accumulate);
-    }
-    partial_weight_gradients(shape, x, dy, workspace.address(), false)?;
-    sum_splits(workspace, splits, dw, accumulate)
-}
-
-/// Writes to address `out` the gradients over each split's pixels, one after the other, or adds the only one.
+/// Writes to `out` the gradients over each split's pixels, one after the other, or adds the only one: it has room for them.
 pub(super) fn partial_weight_gradients<S: Compute>(
     shape: &ConvShape,
     x: Slice<'_, S>,
     dy: Slice<'_, S>,
-    out: u64,
+    mut out: SliceMut<'_, S::Master>,
     accumulate: bool,
 ) -> Result<()> {
     let (rows, columns) = (shape.taps() * shape.in_channels, shape.out_channels);
     let (tile, splits) = weight_gradient_tile(shape);
-    let addresses = [x.address(), dy.address(), out];
-    let wide = [wide::<S>(shape.in_channels, x.address()), wide::<S>(columns, dy.address()), wide::<S>(columns, out)];
+    let out_address = out.address();
+    let addresses = [x.address(), dy.address(), out_address];
+    let wide =
+        [wide::<S>(shape.in_channels, x.address()), wide::<S>(columns, dy.address()), wide::<S>(columns, out_address)];
     let args = ConvArgs::new(shape, addresses, wide, splits, accumulate);
     let kernel = full_precision::<S>(tile.weight_gradient);
-    // SAFETY: as in `forward`; the callers' memory holds the gradients of every split.
+    // SAFETY: as in `forward`; `out` holds the gradients of every split.
     unsafe { x.device().launch(kernel, tile.launch::<S>(rows, columns, splits), &args) }
 }
 
