@@ -45,32 +45,21 @@ struct Layer<S: Compute> {
     workspace: Buffer<S::Master>,
 }
 
-/// Numbers without a pattern that a cache or a branch could profit from.
-fn noise<S: Compute>(device: &Device, len: usize, seed: u32) -> Result<Buffer<S>> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9) | 1;
-    let values: Vec<S> = std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 17;
-        state ^= state << 5;
-        S::from_f64(f64::from(state) / f64::from(u32::MAX) - 0.5)
-    })
-    .take(len)
-    .collect();
-    device.upload(&values)
-}
-
 impl<S: Compute> Layer<S> {
     fn new(device: &Device, shape: ConvShape) -> Result<Self> {
         let bytes = size_of::<S>() * (shape.input_len() + shape.output_len());
         let sets = (0..ROTATED_BYTES.div_ceil(bytes) as u32)
             .map(|seed| {
-                Ok((noise(device, shape.input_len(), 2 * seed + 1)?, noise(device, shape.output_len(), 2 * seed + 2)?))
+                Ok((
+                    common::noise(device, shape.input_len(), 2 * seed + 1)?,
+                    common::noise(device, shape.output_len(), 2 * seed + 2)?,
+                ))
             })
             .collect::<Result<_>>()?;
         Ok(Self {
             shape,
             sets,
-            weight: noise(device, shape.weight_len(), 0)?,
+            weight: common::noise(device, shape.weight_len(), 0)?,
             gradient: device.zeros(shape.weight_len())?,
             workspace: device.zeros(shape.workspace_len::<S>(device))?,
         })

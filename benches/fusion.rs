@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use criterion::{BenchmarkGroup, Criterion, criterion_group, criterion_main, measurement::WallTime};
 use half::f16;
-use polder::device::{Buffer, Device, Result};
+use polder::device::{Device, Result};
 use polder::kernels::batch_norm::{self, BatchNormShape, Forward, Saved, Workspace};
 use polder::kernels::conv::{self, ConvShape, PartSums};
 use polder::kernels::vector::{self, Reduction};
@@ -22,12 +22,6 @@ const BATCH: usize = 128;
 fn layer(size: usize, in_channels: usize, out_channels: usize) -> ConvShape {
     let (height, width, kernel) = (size, size, 3);
     ConvShape { batch: BATCH, height, width, in_channels, out_channels, kernel, stride: 1, padding: 1 }
-}
-
-/// Numbers without a pattern.
-fn noise(device: &Device, len: usize) -> Result<Buffer<f16>> {
-    let value = |i: usize| f16::from_f32((i.wrapping_mul(2654435761) >> 8 & 0xFFFF) as f32 / 32768.0 - 1.0);
-    device.upload(&(0..len).map(value).collect::<Vec<_>>())
 }
 
 /// Times `work`, called with whether its stages are together.
@@ -56,7 +50,8 @@ fn pair(
 /// A convolution and batch norm with a ReLU, whose moments come from a pass over x or from the convolution's registers.
 fn moments(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, shape: ConvShape) -> Result<()> {
     let Some(len) = shape.moments_len::<f16>(device) else { return Ok(()) };
-    let (x, weight) = (noise(device, shape.input_len())?, noise(device, shape.weight_len())?);
+    let (x, weight) =
+        (common::noise::<f16>(device, shape.input_len(), 1)?, common::noise::<f16>(device, shape.weight_len(), 1)?);
     let (mut y, mut out) = (device.zeros(shape.output_len())?, device.zeros::<f16>(shape.output_len())?);
     let channels = shape.out_channels;
     let rows = BatchNormShape { rows: shape.output_len() / channels, channels };
@@ -92,7 +87,12 @@ fn parts(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device) -> Result<()
     }
     let operands: Vec<_> = layers
         .iter()
-        .map(|shape| Ok((noise(device, shape.input_len())?, noise(device, shape.output_len())?)))
+        .map(|shape| {
+            Ok((
+                common::noise::<f16>(device, shape.input_len(), 1)?,
+                common::noise::<f16>(device, shape.output_len(), 1)?,
+            ))
+        })
         .collect::<Result<_>>()?;
     let (mut partial, mut out) = (0, 0);
     let places: Vec<_> = (layers.iter())
@@ -148,7 +148,7 @@ fn passes(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, name: &str)
     let sides = [1.0, 1.01].map(|factor| initial.iter().map(|weight| weight * factor).collect::<Vec<f32>>());
     let weights = [device.upload(&sides[0])?, device.upload(&sides[1])?];
     let (mut images, mut labels) = plan.batch_mut()?;
-    let pixels = noise(device, images.len())?;
+    let pixels = common::noise::<f16>(device, images.len(), 1)?;
     images.copy_from(pixels.view())?;
     labels.clear()?;
     let [mut plus, mut minus] = [device.zeros::<f32>(initial.len())?, device.zeros::<f32>(initial.len())?];

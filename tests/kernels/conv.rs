@@ -314,7 +314,7 @@ fn check_part_sums<S: Compute>(devices: Vec<(String, Device)>) {
             expected[place.clone()].copy_from_slice(&dw);
         }
         sums.sum(partials.view(), out.view_mut()).unwrap();
-        assert_eq!(bytes(&out.to_vec().unwrap()), bytes(&expected), "{name}");
+        assert_eq!(bits(&out.to_vec().unwrap()), bits(&expected), "{name}");
         // Vectors that the places do not fit into, parts that are no multiple of their sum, and two sums in one place.
         let short = partials.slice(0..partial_len - 3).unwrap();
         assert!(matches!(sums.sum(short, out.view_mut()), Err(Error::Length { argument: "partials", .. })));
@@ -326,11 +326,6 @@ fn check_part_sums<S: Compute>(devices: Vec<(String, Device)>) {
         let meeting = conv::PartSums::new(&device, &[(0..6, 2..5), (6..12, 0..3)]);
         assert!(matches!(meeting, Err(Error::Argument { .. })));
     }
-}
-
-/// The bytes of numbers, so that poison equals poison.
-fn bytes<T: Compute>(values: &[T]) -> &[u8] {
-    bytemuck::cast_slice(values)
 }
 
 /// The parts of several layers' gradients, added up in one launch, are the gradients themselves, and nothing else is written.
@@ -366,7 +361,7 @@ fn moments_of_a_convolution_serve_batch_norm() {
         forward(moments.slice_mut(0..moments_len).unwrap(), &mut y).unwrap();
         let mut workspace = device.zeros(shape.workspace_len::<f16>(&device)).unwrap();
         conv::forward(&shape, x.view(), weight.view(), plain.view_mut(), false, workspace.view_mut()).unwrap();
-        assert_eq!(bytes(&y.to_vec().unwrap()), bytes(&plain.to_vec().unwrap()), "{name}");
+        assert_eq!(bits(&y.to_vec().unwrap()), bits(&plain.to_vec().unwrap()), "{name}");
         assert!(moments.to_vec().unwrap()[moments_len].is_nan(), "{name}: a write past the moments");
 
         let (gamma, beta) = (device.upload(&vec![1.5f32; channels]).unwrap(), device.zeros::<f32>(channels).unwrap());

@@ -341,7 +341,7 @@ fn launches_of_a_step<S: Compute<Master = f32>>((graph, logits): (Graph, Value))
     device.capture(|| optimizer.step(&mut plan, &mut weights, 0.1)).unwrap().list().unwrap()
 }
 
-/// Networks of CIFAR's size are bound by the number of launches. Against a plan of operations that do one thing each, with a kernel
+/// On a GPU, networks of CIFAR's size should be bound by the number of launches. Against a plan of operations that do one thing each, with a kernel
 /// of its own for every stage, a step of SAM for ResNet-20 in f16 has at most 60 % of them.
 #[test]
 fn a_step_of_resnet20_launches_few_kernels() {
