@@ -20,7 +20,7 @@ use std::time::SystemTime;
 const TARGETS: [&str; 3] = [
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90,code=sm_90",
-    "-gencode=arch=compute_80,code=compute_80",
+    "-gencode=arch=compute_90,code=compute_90",
 ];
 
 /// Sources of which the CPU's own launch shapes use nothing: there they play the GPU, for tests, which one instruction set serves.

@@ -1,5 +1,6 @@
 """Looks into the machine code of the GPU's kernels for what the sources mean by it: products on tensor cores fed by asynchronous
-copies, 16-byte accesses where a kernel streams, and no memory of a thread's own, which spilled or indexed registers would need.
+copies, 16-byte accesses where a kernel streams, and no memory of a thread's own, which spilled or indexed registers would need. On
+9.0 a kernel may be launched before the one before it is done, so each has to wait before it touches global memory.
 
     sass.py CUOBJDUMP FOLDER_WITH_FATBINS
 """
@@ -23,6 +24,15 @@ RULES = [
 ]
 
 
+WAITS = r"\bACQBULK\b"  # griddepcontrol.wait
+GLOBAL = r"\b(LDG|STG|LDGSTS|ATOM|ATOMG|RED|REDG|LD|ST)\b"
+
+
+def waits_first(text):
+    wait, access = re.search(WAITS, text), re.search(GLOBAL, text)
+    return wait and (not access or wait.start() < access.start())
+
+
 def kernels(cuobjdump, fatbin):
     """The machine code of every kernel, by architecture and name."""
     text = subprocess.run([cuobjdump, "-sass", fatbin], check=True, capture_output=True, text=True).stdout
@@ -44,6 +54,10 @@ def main():
     code = {key: text for fatbin in fatbins for key, text in kernels(cuobjdump, fatbin).items()}
     targets = sorted({target for target, _ in code})
     faults = [f"{target} {name}: local memory" for (target, name), text in code.items() if re.search(r"\b(LDL|STL)\b", text)]
+    early = {key: text for key, text in code.items() if key[0] == "sm_90"}
+    waiting = [key for key, text in early.items() if waits_first(text)]
+    print(f"waits for the kernel before it touches memory: {len(waiting)} of {len(early)} kernels")
+    faults += [f"{target} {name}: touches memory before it has waited" for target, name in early.keys() - set(waiting)]
     for kernel, instruction, what in RULES:
         matching = {key: text for key, text in code.items() if re.fullmatch(kernel, key[1])}
         missing = [f"{target} {name}: no {what}" for (target, name), text in matching.items() if not re.search(instruction, text)]

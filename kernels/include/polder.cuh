@@ -10,8 +10,11 @@
 #include <cuda_fp16.h>
 
 // A block never has more than 256 threads. Asking for one resident block keeps ptxas from spilling registers for occupancy.
-#define POLDER_KERNEL(NAME, FUNCTION, ARGS) \
-    extern "C" __global__ void __launch_bounds__(256, 1) NAME(const __grid_constant__ ARGS args) { FUNCTION(args); }
+#define POLDER_KERNEL(NAME, FUNCTION, ARGS)                                                                           \
+    extern "C" __global__ void __launch_bounds__(256, 1) NAME(const __grid_constant__ ARGS args) {                    \
+        polder_begin();                                                                                               \
+        FUNCTION(args);                                                                                               \
+    }
 #define POLDER_HOST_KERNEL(NAME, FUNCTION, ARGS)  // double precision and CPU-only shapes stay out of the fatbin
 #define POLDER_DYNAMIC_SHARED(T, NAME)                               \
     extern __shared__ __align__(16) unsigned char polder_dynamic[]; \
@@ -25,6 +28,18 @@
 #endif
 
 namespace {
+
+#if defined(__CUDACC__)
+/// How every kernel begins. A launch on Hopper may put its blocks in place while the last ones of the kernel before still run
+/// (programmatic dependent launch): they wait here until all its memory can be seen. Then the kernel after this one may come as
+/// near. src/device/cuda.rs launches code in this way only if it was compiled for 9.0 or later, and so waits.
+__device__ __forceinline__ void polder_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+#endif
 
 /// `V` neighbours, loaded and stored as one 16-byte access where V * sizeof(T) is 16.
 template <class T, int V>

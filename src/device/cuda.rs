@@ -156,11 +156,18 @@ impl State {
     }
 }
 
-/// A kernel's function on this GPU, and the most dynamic shared memory that it may be launched with so far.
+/// A kernel's function on this GPU.
 struct Kernel {
     function: CudaFunction,
+    /// The most dynamic shared memory that it may be launched with so far.
     shared_limit: AtomicUsize,
+    /// Whether it begins with waiting for the kernel before it.
+    waits: bool,
 }
+
+/// The virtual architecture from which on kernels begin with waiting for the one before (`polder_begin` in
+/// `kernels/include/polder.cuh`).
+const WAITS_FROM: i32 = 90;
 
 impl CudaDevice {
     pub(super) fn new(ordinal: usize) -> Result<Self> {
@@ -306,7 +313,7 @@ impl CudaDevice {
     /// As [`super::Device::launch`].
     pub(super) unsafe fn launch<A: Copy>(&self, kernel: KernelId, shape: Launch, args: &A) -> Result<()> {
         let refused = |message| Error::Launch { kernel: kernel.to_name(), message };
-        let Some(Kernel { function, shared_limit }) = &self.kernels[kernel.0] else {
+        let Some(Kernel { function, shared_limit, waits }) = &self.kernels[kernel.0] else {
             return Err(refused("exists on the CPU alone (double precision)".into()));
         };
         if shape.grid.contains(&0) {
@@ -317,19 +324,33 @@ impl CudaDevice {
             self.raise_shared_limit(function, shared_limit, shape.shared).map_err(refused)?;
         }
         let mut parameters = [(&raw const *args).cast_mut().cast::<c_void>()];
-        let ([x, y, z], [block_x, block_y, block_z]) = (shape.grid, shape.block);
+        let (grid, block) = (shape.grid, shape.block);
+        // Programmatic dependent launch: its blocks may take their places before the kernel before it is done, and wait there.
+        // Where something else comes before it, or the chip knows no such thing, it is launched like any other.
+        let mut early = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: Default::default(),
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid[0],
+            gridDimY: grid[1],
+            gridDimZ: grid[2],
+            blockDimX: block[0],
+            blockDimY: block[1],
+            blockDimZ: block[2],
+            sharedMemBytes: shape.shared as u32,
+            hStream: self.current().cu_stream(),
+            attrs: &raw mut early,
+            numAttrs: (*waits).into(),
+        };
         // SAFETY: the function belongs to a module that `self.kernels` keeps loaded. It takes one parameter, whose twin `args`
-        // is by the caller's word; the driver copies it before the call returns. The caller vouches for the addresses in it.
+        // is by the caller's word; the driver copies it, and the attribute, before the call returns. The caller vouches for the
+        // addresses in it. A kernel that is launched early waits before it touches memory.
         unsafe {
-            result::launch_kernel(
-                function.cu_function(),
-                (x, y, z),
-                (block_x, block_y, block_z),
-                shape.shared as u32,
-                self.current().cu_stream(),
-                &mut parameters,
-            )
+            sys::cuLaunchKernelEx(&raw const config, function.cu_function(), parameters.as_mut_ptr(), ptr::null_mut())
         }
+        .result()
         .map_err(|error| {
             let Launch { grid, block, shared } = shape;
             refused(format!("{}; grid {grid:?}, block {block:?}, {shared} bytes of shared memory", describe(error)))
@@ -560,9 +581,12 @@ fn load_kernels(context: &Arc<CudaContext>) -> std::result::Result<Vec<Option<Ke
             Some(found) => found.map_err(|error| format!("kernel {name}: {}", describe(error)))?,
             None => return Err(format!("kernel {name} is in no fatbin of this binary")),
         };
-        let attribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        let limit = function.get_attribute(attribute).map_err(|error| format!("kernel {name}: {}", describe(error)))?;
-        Ok(Kernel { function, shared_limit: AtomicUsize::new(usize::try_from(limit).unwrap_or(0)) })
+        let ask = |attribute| {
+            function.get_attribute(attribute).map_err(|error| format!("kernel {name}: {}", describe(error)))
+        };
+        let limit = ask(FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES)?;
+        let waits = ask(FunctionAttribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)? >= WAITS_FROM;
+        Ok(Kernel { function, shared_limit: AtomicUsize::new(usize::try_from(limit).unwrap_or(0)), waits })
     };
     let ids = (0..NAMES.len()).map(KernelId);
     ids.map(|id| if HOST_ONLY[id.0] { Ok(None) } else { find(id).map(Some) }).collect()
