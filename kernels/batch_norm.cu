@@ -277,11 +277,13 @@ struct InputArgs {
     const T* dgamma;
     const T* dbeta;
     S* dx;
+    S* residual;  // to be given dz; null where there is none, or it was given by the sums' pass
     uint64_t rows;
     uint32_t channels;
     uint32_t pack;
     uint32_t mask;
     uint32_t train;
+    uint32_t accumulate;  // whether dz is added to the residual's gradient
 };
 
 template <class S, Shape shape, Mask mask, bool train>
@@ -312,6 +314,16 @@ __device__ __forceinline__ void input_of_block(const InputArgs<S>& a) {
             Group x = {};
             if (train || mask == kRecompute) x = Group::load(a.upstream.x + place);
             Group dx = masked.dz(a.upstream, place, x);
+            // Only where a convolution has left the sums, which the CPU's shape has not.
+            if (shape != kCpu && mask == kNoMask && a.residual != nullptr) {
+                Group total = dx;
+                if (a.accumulate) {
+                    const Group before = Group::load(a.residual + place);
+                    POLDER_UNROLL
+                    for (int k = 0; k < Group::items; ++k) total.v[k] = before.v[k] + total.v[k];
+                }
+                total.store(a.residual + place);
+            }
             POLDER_UNROLL
             for (int k = 0; k < Group::items; ++k) {
                 if (train) dx.v[k] = dx.v[k] - mean_dz.v[k] - (x.v[k] - masked.mean.v[k]) * slope.v[k];

@@ -23,8 +23,8 @@
 //
 // A warp computes a part of the tile as large as its registers allow, since each fragment is used once for every fragment of
 // the other operand: at 64 x 64, shared memory keeps up with the tensor cores.
+#include "include/batch_norm.cuh"
 #include "include/conv.cuh"
-#include "include/elementwise.cuh"
 #include "include/mma.cuh"
 
 namespace {
@@ -315,37 +315,62 @@ __device__ __forceinline__ void transpose_among_four(uint32_t (&words)[4]) {
     }
 }
 
-/// Writes the warp's sums in chunks of eight, or adds them. Of a 16 x 16 part, four lanes hold two rows, two columns of each
-/// eight; they exchange them for one chunk each, since single pairs would reach the memory as halves of its sectors.
+/// The warp's sums as chunks of eight results of 16 bits. Of a 16 x 16 part, four lanes hold two rows, two columns of each eight;
+/// they exchange them for one chunk each, since single pairs would reach the memory as halves of its sectors.
+template <class Tile, class D>
+struct Chunks {
+    static_assert(sizeof(D) == 2, "pairs are words");
+
+    /// The row and the column of this lane's chunk (i, j) in the block's tile.
+    __device__ __forceinline__ static int row(int i) { return row(i, int(threadIdx.x) % 2); }
+    __device__ __forceinline__ static int column(int j) {
+        return Tile::warp_column() + j * 16 + int(threadIdx.x) % 4 / 2 * 8;
+    }
+    /// The two rows of which it holds sums before the exchange.
+    __device__ __forceinline__ static int row(int i, int lower) {
+        return Tile::warp_row() + i * 16 + int(threadIdx.x) % 32 / 4 + lower * 8;
+    }
+
+    /// Chunk (i, j) of the sums, with `add` of their totals with what stands there: `row_at(i, lower)` is where such a row lies,
+    /// null past the end of the product.
+    template <class RowAt>
+    __device__ __forceinline__ static Pack<D, 8> chunk(const typename Tile::Sums& sum, int i, int j, int first_column,
+                                                       int columns, bool add, RowAt row_at) {
+        uint32_t words[4];
+        POLDER_UNROLL
+        for (int part = 0; part < 4; ++part) {
+            const int lower = part % 2, right = part / 2;
+            const int column = first_column + Tile::warp_column() + j * 16 + right * 8 + int(threadIdx.x) % 4 * 2;
+            const float* both = &sum[i][2 * j + right][2 * lower];
+            Pack<D, 2> old{}, pair;
+            if (add) {
+                const D* from = row_at(i, lower);
+                if (from != nullptr && column < columns) old = load<2>(from, column);
+            }
+            POLDER_UNROLL
+            for (int e = 0; e < 2; ++e) pair.v[e] = convert_to<D>(add ? widen(old.v[e]) + both[e] : both[e]);
+            memcpy(&words[part], &pair, sizeof pair);
+        }
+        transpose_among_four(words);
+        Pack<D, 8> chunk;
+        memcpy(&chunk, words, sizeof chunk);
+        return chunk;
+    }
+};
+
+/// Writes the warp's sums in chunks, or adds them; `row_at` as below.
 template <class Tile, class D, class RowAt>
 __device__ __forceinline__ void write_chunks(const typename Tile::Sums& sum, int first_column, int columns, bool add,
                                              RowAt row_at) {
-    const int lane = int(threadIdx.x) % 32, group = lane / 4, member = lane % 4;
+    typedef Chunks<Tile, D> Chunks;
     POLDER_UNROLL
     for (int i = 0; i < Tile::WARP_ROWS / 16; ++i) {
-        const int first_row = Tile::warp_row() + i * 16 + group;
-        D* to = row_at(first_row + member % 2 * 8);
+        D* to = row_at(Chunks::row(i));
         POLDER_UNROLL
         for (int j = 0; j < Tile::WARP_COLUMNS / 16; ++j) {
-            const int first = first_column + Tile::warp_column() + j * 16;
-            uint32_t words[4];
-            POLDER_UNROLL
-            for (int part = 0; part < 4; ++part) {
-                const int lower = part % 2, right = part / 2, column = first + right * 8 + member * 2;
-                const float* both = &sum[i][2 * j + right][2 * lower];
-                Pack<D, 2> old{}, pair;
-                if (add) {
-                    const D* from = row_at(first_row + lower * 8);
-                    if (from != nullptr && column < columns) old = load<2>(from, column);
-                }
-                POLDER_UNROLL
-                for (int e = 0; e < 2; ++e) pair.v[e] = convert_to<D>(add ? widen(old.v[e]) + both[e] : both[e]);
-                memcpy(&words[part], &pair, sizeof pair);
-            }
-            transpose_among_four(words);
-            const int column = first + member / 2 * 8;
-            Pack<D, 8> chunk;
-            memcpy(&chunk, words, sizeof chunk);
+            const Pack<D, 8> chunk = Chunks::chunk(sum, i, j, first_column, columns, add,
+                                                   [&](int i, int lower) { return row_at(Chunks::row(i, lower)); });
+            const int column = first_column + Chunks::column(j);
             if (to != nullptr && column < columns) store<8>(to, column, chunk);
         }
     }
@@ -448,6 +473,125 @@ __device__ __forceinline__ void write_moments(const typename Tile::Sums& sum, in
     }
 }
 
+// ---- A gradient that goes on into batch norm -----------------------------------------------------------------------------
+
+/// Shared memory of a block that ends here: what batch norm has for each column, as it was in the forward, and the lines' sums.
+template <class Tile>
+struct NormShared {
+    static constexpr int LINES = Tile::ROWS / Tile::WARP_ROWS;
+    float gamma[Tile::COLUMNS], beta[Tile::COLUMNS], mean[Tile::COLUMNS], inv_std[Tile::COLUMNS];
+    float dz[LINES][Tile::COLUMNS], dz_x[LINES][Tile::COLUMNS];
+};
+
+/// Writes dz, the result where the relu passed and zero elsewhere, and leaves each line's sums of dz and dz (x - mean) over the
+/// columns, of dz as it is stored. `offset_at(row)` is where the tile's row begins in dz, as in x and y; -1 past the end.
+template <class Tile, Mask mask, class D, class OffsetAt>
+__device__ __forceinline__ void write_masked(const typename Tile::Sums& sum, const SumsArgs<D>& a, NormShared<Tile>& shared, D* out,
+                                             int first_column, bool accumulate, OffsetAt offset_at) {
+    typedef Chunks<Tile, D> Chunks;
+    typedef Scalars<float, 8> Group;
+    constexpr int PARTS = Tile::WARP_ROWS / 16;
+    const int lane = int(threadIdx.x) % 32, columns = int(a.channels), line = Tile::warp_row() / Tile::WARP_ROWS;
+    const Upstream<D> upstream{a.upstream.x, a.upstream.y, nullptr, shared.gamma, shared.beta, shared.mean, shared.inv_std};
+    int offsets[PARTS][2];
+    POLDER_UNROLL
+    for (int i = 0; i < PARTS; ++i) {
+        POLDER_UNROLL
+        for (int lower = 0; lower < 2; ++lower) offsets[i][lower] = offset_at(Chunks::row(i, lower));
+    }
+    const auto row_at = [&](int i, int lower) { return offsets[i][lower] < 0 ? nullptr : out + offsets[i][lower]; };
+    POLDER_UNROLL
+    for (int j = 0; j < Tile::WARP_COLUMNS / 16; ++j) {
+        const int column = first_column + Chunks::column(j);
+        const Masked<Group, mask> masked(upstream, uint32_t(Chunks::column(j)));
+        Group total = {}, total_x = {};
+        POLDER_UNROLL
+        for (int i = 0; i < PARTS; ++i) {
+            const Pack<D, 8> chunk = Chunks::chunk(sum, i, j, first_column, columns, accumulate, row_at);
+            const int offset = lane % 2 == 0 ? offsets[i][0] : offsets[i][1];
+            if (offset >= 0 && column < columns) {
+                const uint64_t place = uint64_t(offset) + uint64_t(column);
+                const Group x = Group::load(a.upstream.x + place);
+                Group dz;
+                POLDER_UNROLL
+                for (int e = 0; e < 8; ++e) dz.v[e] = widen(chunk.v[e]);
+                dz = masked.passed(masked.edge(upstream, place, x), dz);
+                dz.store(out + place);
+                POLDER_UNROLL
+                for (int e = 0; e < 8; ++e) {
+                    total.v[e] += dz.v[e];
+                    total_x.v[e] += dz.v[e] * (x.v[e] - masked.mean.v[e]);
+                }
+            }
+        }
+        // Lanes that differ in all but bit 1 hold the same columns.
+        POLDER_UNROLL
+        for (int e = 0; e < 8; ++e) {
+            POLDER_UNROLL
+            for (int distance = 1; distance < 32; distance = distance == 1 ? 4 : distance * 2) {
+                total.v[e] += __shfl_xor_sync(0xffffffffu, total.v[e], distance);
+                total_x.v[e] += __shfl_xor_sync(0xffffffffu, total_x.v[e], distance);
+            }
+        }
+        if ((lane & ~2) == 0) {
+            total.store(&shared.dz[line][Chunks::column(j)]);
+            total_x.store(&shared.dz_x[line][Chunks::column(j)]);
+        }
+    }
+}
+
+/// The end of an input gradient whose result, dy of a batch norm, is wanted as dz, with dgamma and dbeta, which the last block
+/// writes: what `batch_norm_sums` would do in a pass over x and dy. Blocks without a pixel come here too.
+template <class Tile, class D, class OffsetAt>
+__device__ __forceinline__ void write_for_batch_norm(const typename Tile::Sums& sum, const SumsArgs<D>& a, D* out,
+                                                     const Corner<Tile>& corner, bool accumulate, OffsetAt offset_at) {
+    POLDER_DYNAMIC_SHARED(NormShared<Tile>, shared);
+    const uint32_t channels = a.channels;
+    for (int c = int(threadIdx.x); c < Tile::COLUMNS; c += Tile::THREADS) {
+        const uint32_t column = uint32_t(corner.column + c);
+        const auto of = [&](const float* values) { return values != nullptr && column < channels ? values[column] : 0.0f; };
+        shared->gamma[c] = of(a.upstream.gamma);
+        shared->beta[c] = of(a.upstream.beta);
+        shared->mean[c] = of(a.upstream.mean);
+        shared->inv_std[c] = of(a.upstream.inv_std);
+    }
+    __syncthreads();
+    if (a.mask == kOutput) write_masked<Tile, kOutput>(sum, a, *shared, out, corner.column, accumulate, offset_at);
+    else if (a.mask == kRecompute) write_masked<Tile, kRecompute>(sum, a, *shared, out, corner.column, accumulate, offset_at);
+    else write_masked<Tile, kNoMask>(sum, a, *shared, out, corner.column, accumulate, offset_at);
+    __syncthreads();
+    const uint32_t across = (channels + Tile::COLUMNS - 1) / Tile::COLUMNS, down = gridDim.x / across;
+    const uint32_t block = blockIdx.z * down + uint32_t(corner.row / Tile::ROWS), blocks = gridDim.z * down;
+    for (int c = int(threadIdx.x); c < Tile::COLUMNS; c += Tile::THREADS) {
+        const uint32_t column = uint32_t(corner.column + c);
+        if (column >= channels) continue;
+        Sums all = {0.0, 0.0};
+        POLDER_UNROLL
+        for (int line = 0; line < NormShared<Tile>::LINES; ++line) {
+            all = add(all, Sums{double(shared->dz[line][c]), double(shared->dz_x[line][c])});
+        }
+        a.dz[uint64_t(block) * channels + column] = all.dz;
+        a.dz_x[uint64_t(block) * channels + column] = all.dz_x;
+    }
+    const auto combine = [&](uint64_t first, uint32_t count, uint32_t step, auto write) {
+        POLDER_DYNAMIC_SHARED(Sums, lines);
+        constexpr uint32_t COLUMNS = Tile::COLUMNS;
+        const Lines at{threadIdx.x % COLUMNS, COLUMNS, threadIdx.x / COLUMNS, uint32_t(Tile::THREADS) / COLUMNS};
+        const uint32_t column = uint32_t(corner.column) + at.column;
+        Sums all = {0.0, 0.0};
+        if (column < channels) {
+            for (uint32_t i = at.line; i < count; i += at.lines) {
+                const uint64_t place = (first + uint64_t(i) * step) * channels + column;
+                all = add(all, Sums{a.dz[place], a.dz_x[place]});
+            }
+        }
+        all = combine_lines(all, lines, add, at);
+        if (at.line == 0 && column < channels) write(column, all);
+    };
+    uint32_t* const tickets = a.tickets + uint32_t(corner.column / Tile::COLUMNS) * tickets_of_column(blocks, a.group);
+    combine_by_last(a, tickets, block, blocks, combine);
+}
+
 // ---- The three passes --------------------------------------------------------------------------------------------------
 
 /// y[n, i, j, o] = sum over taps and c of x[n, i * stride + tap row - padding, j * stride + tap column - padding, c] * weight
@@ -482,9 +626,16 @@ __device__ __forceinline__ void forward(const ConvArgs<T>& a) {
     write_moments<Tile, T>(sum, rows, corner.column, s.out_channels, tile, tiles, a.moments);
 }
 
+template <class T>
+struct InputGradientArgs {
+    ConvArgs<T> conv;
+    SumsArgs<T> norm;  // of the batch norm whose output is x, if its `tickets` are given: dx is then masked
+};
+
 /// dx[n, i, j, c] = sum over o and the taps through which y sees x[n, i, j, c] of dy * weight
 template <class Tile, class T>
-__device__ __forceinline__ void input_gradient(const ConvArgs<T>& a) {
+__device__ __forceinline__ void input_gradient(const InputGradientArgs<T>& args) {
+    const ConvArgs<T>& a = args.conv;
     using Rows = Operand<T, Side::kLeft, Tile::ROWS, Tile::THREADS, true>;
     using Columns = Operand<T, Side::kRight, Tile::COLUMNS, Tile::THREADS, true>;
     const ConvShape& s = a.shape;
@@ -492,8 +643,9 @@ __device__ __forceinline__ void input_gradient(const ConvArgs<T>& a) {
     const ParityClass rows(s, row_remainder, s.height), columns(s, column_remainder, s.width);
     const int pixels = s.batch * rows.extent * columns.extent;
     const Corner<Tile> corner(s.in_channels);
-    if (corner.row >= pixels) return;
-    const Raster raster(rows.extent, columns.extent);
+    const bool normalized = sizeof(T) == 2 && args.norm.tickets != nullptr;
+    if (corner.row >= pixels && !normalized) return;
+    const Raster raster(max(rows.extent, 1), max(columns.extent, 1));  // a class may have no pixel
     WindowRows<Rows, T> left(
         Windows<T>(a.left, s.out_height, s.out_width, s.out_channels, rows.taps, columns.taps, a.wide_left != 0));
     POLDER_UNROLL
@@ -506,13 +658,21 @@ __device__ __forceinline__ void input_gradient(const ConvArgs<T>& a) {
     }
     const ClassMatrix<Columns, T> right(ClassWeights<T>(a.right, s, rows, columns, a.wide_right != 0));
     typename Tile::Sums sum = {};
-    multiply<Tile, T, Rows, Columns>(left, right, corner, 0, left.windows.depth, sum);
-    write<Tile, T>(sum, corner.column, s.in_channels, a.accumulate != 0, a.wide_out != 0, [&](int row) -> T* {
+    multiply<Tile, T, Rows, Columns>(left, right, corner, 0, corner.row < pixels ? left.windows.depth : 0, sum);
+    // No tensor has 2^31 elements.
+    const auto offset_at = [&](int row) {
         const int number = corner.row + row;
-        if (number >= pixels) return nullptr;
+        if (number >= pixels) return -1;
         const Pixel pixel = raster.pixel(number);
         const int image_row = pixel.row * s.stride + row_remainder, image_column = pixel.column * s.stride + column_remainder;
-        return a.out + (int64_t(pixel.image * s.height + image_row) * s.width + image_column) * s.in_channels;
+        return ((pixel.image * s.height + image_row) * s.width + image_column) * s.in_channels;
+    };
+    if constexpr (sizeof(T) == 2) {
+        if (normalized) return write_for_batch_norm<Tile>(sum, args.norm, a.out, corner, a.accumulate != 0, offset_at);
+    }
+    write<Tile, T>(sum, corner.column, s.in_channels, a.accumulate != 0, a.wide_out != 0, [&](int row) {
+        const int offset = offset_at(row);
+        return offset < 0 ? nullptr : a.out + offset;
     });
 }
 
@@ -553,10 +713,10 @@ POLDER_KERNEL(conv_tensor_forward_16_f16, (forward<Tile16, __half>), ConvArgs<__
 POLDER_KERNEL(conv_tensor_forward_32_f16, (forward<Tile32, __half>), ConvArgs<__half>)
 POLDER_KERNEL(conv_tensor_forward_64_f16, (forward<Tile64, __half>), ConvArgs<__half>)
 POLDER_KERNEL(conv_tensor_forward_128_f16, (forward<Tile128, __half>), ConvArgs<__half>)
-POLDER_KERNEL(conv_tensor_input_gradient_16_f16, (input_gradient<Tile16, __half>), ConvArgs<__half>)
-POLDER_KERNEL(conv_tensor_input_gradient_32_f16, (input_gradient<Tile32, __half>), ConvArgs<__half>)
-POLDER_KERNEL(conv_tensor_input_gradient_64_f16, (input_gradient<Tile64, __half>), ConvArgs<__half>)
-POLDER_KERNEL(conv_tensor_input_gradient_128_f16, (input_gradient<Tile128, __half>), ConvArgs<__half>)
+POLDER_KERNEL(conv_tensor_input_gradient_16_f16, (input_gradient<Tile16, __half>), InputGradientArgs<__half>)
+POLDER_KERNEL(conv_tensor_input_gradient_32_f16, (input_gradient<Tile32, __half>), InputGradientArgs<__half>)
+POLDER_KERNEL(conv_tensor_input_gradient_64_f16, (input_gradient<Tile64, __half>), InputGradientArgs<__half>)
+POLDER_KERNEL(conv_tensor_input_gradient_128_f16, (input_gradient<Tile128, __half>), InputGradientArgs<__half>)
 POLDER_KERNEL(conv_tensor_weight_gradient_16_f16, (weight_gradient<Tile16, __half>), WeightGradientArgs<__half>)
 POLDER_KERNEL(conv_tensor_weight_gradient_32_f16, (weight_gradient<Tile32, __half>), WeightGradientArgs<__half>)
 POLDER_KERNEL(conv_tensor_weight_gradient_64_f16, (weight_gradient<Tile64, __half>), WeightGradientArgs<__half>)
@@ -565,10 +725,10 @@ POLDER_KERNEL(conv_tensor_forward_16_bf16, (forward<Tile16, __nv_bfloat16>), Con
 POLDER_KERNEL(conv_tensor_forward_32_bf16, (forward<Tile32, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_forward_64_bf16, (forward<Tile64, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_forward_128_bf16, (forward<Tile128, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
-POLDER_KERNEL(conv_tensor_input_gradient_16_bf16, (input_gradient<Tile16, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
-POLDER_KERNEL(conv_tensor_input_gradient_32_bf16, (input_gradient<Tile32, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
-POLDER_KERNEL(conv_tensor_input_gradient_64_bf16, (input_gradient<Tile64, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
-POLDER_KERNEL(conv_tensor_input_gradient_128_bf16, (input_gradient<Tile128, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
+POLDER_KERNEL(conv_tensor_input_gradient_16_bf16, (input_gradient<Tile16, __nv_bfloat16>), InputGradientArgs<__nv_bfloat16>)
+POLDER_KERNEL(conv_tensor_input_gradient_32_bf16, (input_gradient<Tile32, __nv_bfloat16>), InputGradientArgs<__nv_bfloat16>)
+POLDER_KERNEL(conv_tensor_input_gradient_64_bf16, (input_gradient<Tile64, __nv_bfloat16>), InputGradientArgs<__nv_bfloat16>)
+POLDER_KERNEL(conv_tensor_input_gradient_128_bf16, (input_gradient<Tile128, __nv_bfloat16>), InputGradientArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_weight_gradient_16_bf16, (weight_gradient<Tile16, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_weight_gradient_32_bf16, (weight_gradient<Tile32, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_weight_gradient_64_bf16, (weight_gradient<Tile64, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>)
@@ -577,10 +737,10 @@ POLDER_KERNEL(conv_tensor_forward_16_tf32, (forward<Tile16, float>), ConvArgs<fl
 POLDER_KERNEL(conv_tensor_forward_32_tf32, (forward<Tile32, float>), ConvArgs<float>)
 POLDER_KERNEL(conv_tensor_forward_64_tf32, (forward<Tile64, float>), ConvArgs<float>)
 POLDER_KERNEL(conv_tensor_forward_128_tf32, (forward<Tile128, float>), ConvArgs<float>)
-POLDER_KERNEL(conv_tensor_input_gradient_16_tf32, (input_gradient<Tile16, float>), ConvArgs<float>)
-POLDER_KERNEL(conv_tensor_input_gradient_32_tf32, (input_gradient<Tile32, float>), ConvArgs<float>)
-POLDER_KERNEL(conv_tensor_input_gradient_64_tf32, (input_gradient<Tile64, float>), ConvArgs<float>)
-POLDER_KERNEL(conv_tensor_input_gradient_128_tf32, (input_gradient<Tile128, float>), ConvArgs<float>)
+POLDER_KERNEL(conv_tensor_input_gradient_16_tf32, (input_gradient<Tile16, float>), InputGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_input_gradient_32_tf32, (input_gradient<Tile32, float>), InputGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_input_gradient_64_tf32, (input_gradient<Tile64, float>), InputGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_input_gradient_128_tf32, (input_gradient<Tile128, float>), InputGradientArgs<float>)
 POLDER_KERNEL(conv_tensor_weight_gradient_16_tf32, (weight_gradient<Tile16, float>), WeightGradientArgs<float>)
 POLDER_KERNEL(conv_tensor_weight_gradient_32_tf32, (weight_gradient<Tile32, float>), WeightGradientArgs<float>)
 POLDER_KERNEL(conv_tensor_weight_gradient_64_tf32, (weight_gradient<Tile64, float>), WeightGradientArgs<float>)

@@ -222,15 +222,22 @@ struct Masked {
 
 // ---- Sums over rows, combined in double --------------------------------------------------------------------------------------
 
-/// Combines `value` over the lines of a block (threadIdx.y), for the threads of line 0; `shared` holds one per thread.
+/// A block's threads as lines of equally many columns.
+struct Lines {
+    uint32_t column, columns, line, lines;
+
+    __device__ __forceinline__ static Lines of_block() { return {threadIdx.x, blockDim.x, threadIdx.y, blockDim.y}; }
+};
+
+/// Combines `value` over the lines of a block, for the threads of line 0; `shared` holds one per thread.
 template <class M, class Combine>
-__device__ __forceinline__ M combine_lines(M value, M* shared, Combine combine) {
-    const uint32_t place = threadIdx.y * blockDim.x + threadIdx.x;
+__device__ __forceinline__ M combine_lines(M value, M* shared, Combine combine, const Lines& at = Lines::of_block()) {
+    const uint32_t place = at.line * at.columns + at.column;
     shared[place] = value;
-    for (uint32_t lines = blockDim.y; lines > 1;) {
+    for (uint32_t lines = at.lines; lines > 1;) {
         const uint32_t half = (lines + 1) / 2;
         __syncthreads();
-        if (threadIdx.y + half < lines) shared[place] = combine(shared[place], shared[place + half * blockDim.x]);
+        if (at.line + half < lines) shared[place] = combine(shared[place], shared[place + half * at.columns]);
         lines = half;
     }
     __syncthreads();  // before the next use of `shared`
@@ -386,18 +393,40 @@ __device__ __forceinline__ bool last_to_come(uint32_t* ticket, uint32_t count) {
     return result;
 }
 
-/// What all blocks of a launch have left in `a.dz` and `a.dz_x` becomes dbeta = sum dz and dgamma = sum dz xhat, by the last
-/// block that comes here; in an order that does not depend on which one that is. It would take too long over all the sums of a
-/// large layer, so the last of each group combines the group's, and the last of those the groups'.
+/// dbeta = sum dz and dgamma = sum dz xhat.
+template <class S>
+__device__ __forceinline__ void write_parameters(const SumsArgs<S>& a, uint64_t c, const Sums& all) {
+    typedef Arithmetic<S> T;
+    a.dbeta[c] = T(all.dz);
+    a.dgamma[c] = T(all.dz_x * double(a.upstream.inv_std[c]));
+}
+
+/// What `blocks` blocks have left in `a.dz` and `a.dz_x`, this one as number `block`, becomes dbeta and dgamma by the last one that
+/// comes here; in an order that does not depend on which one that is. It would take too long over all the sums of a large layer, so
+/// the last of each group combines the group's, and the last of those the groups'. `combine(first, count, step, write)` calls
+/// `write(c, sums)` with the sums of `count` blocks, `step` apart from `first` on, for all channels that these blocks share.
+template <class S, class Combine>
+__device__ __forceinline__ void combine_by_last(const SumsArgs<S>& a, uint32_t* tickets, uint32_t block, uint32_t blocks,
+                                                const Combine& combine) {
+    const auto finish = [&](uint64_t c, const Sums& all) { write_parameters(a, c, all); };
+    const uint32_t groups = (blocks + a.group - 1) / a.group;
+    const uint32_t group = block / a.group, first = group * a.group, members = min(a.group, blocks - first);
+    if (!last_to_come(tickets + group, members)) return;
+    if (groups == 1) return combine(0, members, 1, finish);
+    combine(first, members, 1, [&](uint64_t c, const Sums& all) {
+        a.dz[uint64_t(first) * a.channels + c] = all.dz;
+        a.dz_x[uint64_t(first) * a.channels + c] = all.dz_x;
+    });
+    if (last_to_come(tickets + groups, groups)) combine(0, groups, a.group, finish);
+}
+
+/// The tickets of one column of blocks, of `blocks` in all columns.
+__device__ __forceinline__ uint32_t tickets_of_column(uint32_t blocks, uint32_t group) { return (blocks + group - 1) / group + 1; }
+
+/// The same for a launch of `batch_norm_sums`.
 template <class S, Shape shape>
 __device__ __forceinline__ void finish_parameters(const SumsArgs<S>& a) {
-    typedef Arithmetic<S> T;
     const uint64_t channels = a.channels;
-    const auto finish = [&](uint64_t c, const Sums& all) {
-        a.dbeta[c] = T(all.dz);
-        a.dgamma[c] = T(all.dz_x * double(a.upstream.inv_std[c]));
-    };
-    // The sums of `count` rows of channels, `step` rows apart from row `first` on, go to `write`.
     const auto combine = [&](uint64_t first, uint32_t count, uint32_t step, auto write) {
         double* const dz = a.dz + first * channels;
         double* const dz_x = a.dz_x + first * channels;
@@ -427,16 +456,8 @@ __device__ __forceinline__ void finish_parameters(const SumsArgs<S>& a) {
             }
         }
     };
-    const uint32_t blocks = gridDim.x, groups = (blocks + a.group - 1) / a.group;
-    const uint32_t group = blockIdx.x / a.group, first = group * a.group, members = min(a.group, blocks - first);
-    uint32_t* const tickets = a.tickets + blockIdx.y * (groups + 1);
-    if (!last_to_come(tickets + group, members)) return;
-    if (groups == 1) return combine(0, members, 1, finish);
-    combine(first, members, 1, [&](uint64_t c, const Sums& all) {
-        a.dz[first * channels + c] = all.dz;
-        a.dz_x[first * channels + c] = all.dz_x;
-    });
-    if (last_to_come(tickets + groups, groups)) combine(0, groups, a.group, finish);
+    uint32_t* const tickets = a.tickets + blockIdx.y * tickets_of_column(gridDim.x, a.group);
+    combine_by_last(a, tickets, blockIdx.x, gridDim.x, combine);
 }
 
 /// Calls `write(c, sums)` with the blocks' sums of every channel combined. GPU: a block per channel.

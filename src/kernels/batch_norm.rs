@@ -9,6 +9,7 @@
 //! deviation does no harm. All sums have a
 //! fixed order: the same inputs give the same bits on every run, whatever the number of threads.
 
+use super::conv::ConvShape;
 use super::{check_device, check_length, pick};
 use crate::device::{Buffer, Compute, Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
 
@@ -55,6 +56,38 @@ impl Workspace {
             tickets = tickets.max(shape.tickets_len(device));
         }
         Ok(Self { sums: device.poisoned(sums)?, tickets: device.zeros(tickets)? })
+    }
+
+    /// The same, with room for the sums of [`conv::input_gradient_with_sums`](super::conv::input_gradient_with_sums) for each of
+    /// these convolutions that has that form.
+    ///
+    /// # Errors
+    /// Those of the allocation.
+    pub fn with_convolutions<'a, S: Compute>(self, shapes: impl IntoIterator<Item = &'a ConvShape>) -> Result<Self> {
+        let device = self.sums.device();
+        let (mut sums, mut tickets) = (self.sums.len(), self.tickets.len());
+        for room in shapes.into_iter().filter_map(|shape| shape.sums_room::<S>(device)) {
+            sums = sums.max(room.sums_len());
+            tickets = tickets.max(room.tickets_len(device));
+        }
+        Ok(Self { sums: device.poisoned(sums)?, tickets: device.zeros(tickets)? })
+    }
+}
+
+/// What the blocks of a convolution leave: sums for each channel in every row block.
+pub(super) struct SumsRoom {
+    pub channels: usize,
+    pub row_blocks: usize,
+    pub column_blocks: usize,
+}
+
+impl SumsRoom {
+    fn sums_len(&self) -> usize {
+        2 * self.channels * self.row_blocks
+    }
+
+    fn tickets_len(&self, device: &Device) -> usize {
+        self.column_blocks * (self.row_blocks.div_ceil(group_blocks(device)) + 1)
     }
 }
 
@@ -165,7 +198,27 @@ pub struct ResidualGradient<'a, S: Compute> {
     pub accumulate: bool,
 }
 
-/// What [`forward_tangent`] reads of the forward, whose shapes these are.
+/// What [`backward_from_sums`] reads; the shapes are those of the forward.
+#[derive(Clone, Copy)]
+pub struct Summed<'a, S: Compute> {
+    /// The forward's input.
+    pub x: Slice<'a, S>,
+    /// The gradient of its output where the activation passed, and zero elsewhere.
+    pub dz: Slice<'a, S>,
+    /// Scale.
+    pub gamma: Slice<'a, S::Master>,
+    /// What the forward saved.
+    pub mean: Slice<'a, S::Master>,
+    /// What the forward saved.
+    pub inv_std: Slice<'a, S::Master>,
+    /// `[channels]`
+    pub dgamma: Slice<'a, S::Master>,
+    /// `[channels]`
+    pub dbeta: Slice<'a, S::Master>,
+}
+
+/// What [`forward_tangent`] reads of the forward, and
+/// [`conv::input_gradient_with_sums`](super::conv::input_gradient_with_sums); the shapes are the forward's.
 #[derive(Clone, Copy)]
 pub struct Normalized<'a, S: Compute> {
     /// Its input.
@@ -332,7 +385,7 @@ struct NormalizeArgs {
 }
 
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct Upstream {
     x: u64,
     y: u64,
@@ -366,9 +419,10 @@ impl UpstreamTangent {
     }
 }
 
+/// The default asks for nothing.
 #[repr(C)]
-#[derive(Clone, Copy)]
-struct SumsArgs {
+#[derive(Clone, Copy, Default)]
+pub(super) struct SumsArgs {
     upstream: Upstream,
     tangent: UpstreamTangent,
     residual: u64,
@@ -392,11 +446,13 @@ struct InputArgs {
     dgamma: u64,
     dbeta: u64,
     dx: u64,
+    residual: u64,
     rows: u64,
     channels: u32,
     pack: u32,
     mask: u32,
     train: u32,
+    accumulate: u32,
 }
 
 #[repr(C)]
@@ -495,10 +551,14 @@ impl Check<'_> {
 
     /// The addresses of every block's first and second sum, and of the tickets.
     fn workspace(&self, workspace: &mut Workspace) -> Result<[u64; 3]> {
+        self.room(workspace, self.shape.sums_len(self.device), self.shape.tickets_len(self.device))
+    }
+
+    /// The same for so many sums and tickets.
+    fn room(&self, workspace: &mut Workspace, needed: usize, tickets_needed: usize) -> Result<[u64; 3]> {
         let Workspace { sums, tickets } = workspace;
         check_device(self.operation, "workspace", self.device, sums.device())?;
-        let needed = self.shape.sums_len(self.device);
-        for (found, expected) in [(sums.len(), needed), (tickets.len(), self.shape.tickets_len(self.device))] {
+        for (found, expected) in [(sums.len(), needed), (tickets.len(), tickets_needed)] {
             if found < expected {
                 check_length(self.operation, "workspace", found, expected)?;
             }
@@ -807,28 +867,115 @@ pub fn backward<S: Compute>(
         tickets,
         group: group_blocks(device) as u32,
     };
+    // SAFETY: the twin of the kernel's struct; every length was checked above, and the launch has as many row blocks as the
+    // workspace has room for.
+    unsafe { device.launch(S::choose(id::BATCH_NORM_SUMS), spread.launch, &sums)? };
     // Where dz has just been written out, the second pass takes it from there and needs no mask.
     let from_residual = residual_mode == RESIDUAL_WRITE && mask == MASK_OUTPUT;
-    let mut inputs = InputArgs {
+    let inputs = InputArgs {
         upstream: if from_residual { Upstream { dy: residual_address, y: 0, ..upstream } } else { upstream },
         dgamma: sums.dgamma,
         dbeta: sums.dbeta,
         dx: gradients.dx.address(),
+        residual: 0,
         rows: shape.rows as u64,
         channels: shape.channels as u32,
         pack: 0,
         mask: if from_residual { NO_MASK } else { mask },
         train: (mode == Mode::Train).into(),
+        accumulate: 0,
     };
-    let addresses = [upstream.bits(), residual_address, inputs.dgamma, inputs.dbeta, inputs.dx];
-    let input_spread = Spread::new::<S>(device, shape, PER_THREAD, &addresses);
-    inputs.pack = input_spread.pack;
-    // SAFETY: the twins of the kernels' structs; every length was checked above, and the first launch has as many row blocks as
-    // the workspace has room for.
-    unsafe {
-        device.launch(S::choose(id::BATCH_NORM_SUMS), spread.launch, &sums)?;
-        device.launch(S::choose(id::BATCH_NORM_INPUT), input_spread.launch, &inputs)
+    launch_input::<S>(device, shape, inputs)
+}
+
+/// The second pass of both backward modes; the lengths have been checked.
+fn launch_input<S: Compute>(device: &Device, shape: BatchNormShape, mut args: InputArgs) -> Result<()> {
+    let addresses = [args.upstream.bits(), args.residual, args.dgamma, args.dbeta, args.dx];
+    let spread = Spread::new::<S>(device, shape, PER_THREAD, &addresses);
+    args.pack = spread.pack;
+    // SAFETY: the twin of the kernel's struct; the callers checked every length.
+    unsafe { device.launch(S::choose(id::BATCH_NORM_INPUT), spread.launch, &args) }
+}
+
+/// What a convolution has to know to leave dz, dgamma and dbeta of the batch norm that made its input, checked.
+pub(super) fn sums_in_convolution<S: Compute>(
+    operation: &'static str,
+    device: &Device,
+    rows: usize,
+    room: &SumsRoom,
+    normalized: Normalized<'_, S>,
+    mut dgamma: SliceMut<'_, S::Master>,
+    mut dbeta: SliceMut<'_, S::Master>,
+    workspace: &mut Workspace,
+) -> Result<SumsArgs> {
+    let shape = BatchNormShape { rows, channels: room.channels };
+    let check = Check { operation, device, shape };
+    let Normalized { x, gamma, mean, inv_std, activation } = normalized;
+    let (upstream, mask) = check.backward(&Backward { x, dy: x, gamma, mean, inv_std, activation })?;
+    check.channels("dgamma", dgamma.view())?;
+    check.channels("dbeta", dbeta.view())?;
+    let [dz, dz_x, tickets] = check.room(workspace, room.sums_len(), room.tickets_len(device))?;
+    if !(upstream.x | upstream.y).is_multiple_of(16) {
+        let message = "what was normalised, or its result, does not begin at a multiple of 16 bytes".into();
+        return Err(Error::Argument { operation, message });
     }
+    Ok(SumsArgs {
+        upstream: Upstream { dy: 0, ..upstream },
+        dz,
+        dz_x,
+        rows: rows as u64,
+        channels: room.channels as u32,
+        mask,
+        dgamma: dgamma.address(),
+        dbeta: dbeta.address(),
+        tickets,
+        group: group_blocks(device) as u32,
+        ..SumsArgs::default()
+    })
+}
+
+/// The rest of [`backward`] where [`conv::input_gradient_with_sums`](super::conv::input_gradient_with_sums) has left dz, dgamma and
+/// dbeta: dx, and the residual's gradient. On a GPU's launch shapes.
+///
+/// Traffic in training, f32: 12 bytes per element; another 4 (8 to accumulate) for the gradient of a residual.
+///
+/// # Errors
+/// [`Error::Argument`] in the CPU's own shape; [`Error::Length`] and [`Error::OtherDevice`].
+pub fn backward_from_sums<S: Compute>(
+    shape: BatchNormShape,
+    mode: Mode,
+    summed: Summed<'_, S>,
+    mut dx: SliceMut<'_, S>,
+    residual: Option<ResidualGradient<'_, S>>,
+) -> Result<()> {
+    const OPERATION: &str = "batch_norm::backward_from_sums";
+    let Summed { x, dz, gamma, mean, inv_std, dgamma, dbeta } = summed;
+    let device = x.device();
+    if !device.is_simt() {
+        let message = format!("no convolution leaves sums on {}", device.name());
+        return Err(Error::Argument { operation: OPERATION, message });
+    }
+    let check = Check { operation: OPERATION, device, shape };
+    let activation = Activation::Identity;
+    let (upstream, mask) = check.backward(&Backward { x, dy: dz, gamma, mean, inv_std, activation })?;
+    check.full("dx", dx.view())?;
+    check.channels("dgamma", dgamma)?;
+    check.channels("dbeta", dbeta)?;
+    let (residual, residual_mode) = check.residual(residual, mask)?;
+    let inputs = InputArgs {
+        upstream,
+        dgamma: dgamma.address(),
+        dbeta: dbeta.address(),
+        dx: dx.address(),
+        residual,
+        rows: shape.rows as u64,
+        channels: shape.channels as u32,
+        pack: 0,
+        mask,
+        train: (mode == Mode::Train).into(),
+        accumulate: (residual_mode == RESIDUAL_ACCUMULATE).into(),
+    };
+    launch_input::<S>(device, shape, inputs)
 }
 
 /// The tangent of [`forward_train`] or [`forward_eval`]: with `scale = gamma · inv_std` and primes for tangents,

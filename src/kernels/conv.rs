@@ -22,6 +22,7 @@ mod tiled;
 
 use std::ops::Range;
 
+use super::batch_norm::{self, Normalized, SumsArgs, SumsRoom, Workspace};
 use super::{check_device, check_length};
 use crate::device::{Buffer, Compute, Device, Error, Result, Scalar, Slice, SliceMut};
 use direct::PANEL;
@@ -163,6 +164,16 @@ impl ConvShape {
         (device.is_simt() && S::TENSOR_CORES).then(|| tensor::moments_len(self))
     }
 
+    /// Whether [`input_gradient_with_sums`] is to be had: on tensor cores, in types of 16 bits, for input channels in whole eights.
+    pub fn leaves_sums<S: Compute>(&self, device: &Device) -> bool {
+        self.sums_room::<S>(device).is_some()
+    }
+
+    /// What that takes of batch norm's workspace.
+    pub(super) fn sums_room<S: Compute>(&self, device: &Device) -> Option<SumsRoom> {
+        if device.is_simt() && S::TENSOR_CORES { tensor::sums_room::<S>(self) } else { None }
+    }
+
     /// The kernels' own struct of it.
     fn twin(&self) -> Shape {
         Shape {
@@ -277,21 +288,70 @@ pub fn input_gradient<S: Compute>(
     workspace: SliceMut<'_, S::Master>,
 ) -> Result<()> {
     const OPERATION: &str = "conv::input_gradient";
-    shape.check()?;
-    let device = dx.device().clone();
-    check_length(OPERATION, "dy", dy.len(), shape.output_len())?;
-    check_length(OPERATION, "weight", weight.len(), shape.weight_len())?;
-    check_length(OPERATION, "dx", dx.len(), shape.input_len())?;
-    check_device(OPERATION, "dy", &device, dy.device())?;
-    check_device(OPERATION, "weight", &device, weight.device())?;
+    let device = check_input_gradient(OPERATION, shape, dy, weight, ("dx", dx.view()))?;
     if !device.is_simt() {
         check_workspace::<S>(OPERATION, shape, &device, &workspace)?;
         direct::input_gradient(shape, dy, weight, dx, accumulate, workspace)
     } else if S::TENSOR_CORES {
-        tensor::input_gradient(shape, dy, weight, dx, accumulate)
+        tensor::input_gradient(shape, dy, weight, dx, accumulate, SumsArgs::default())
     } else {
         tiled::input_gradient(shape, dy, weight, dx, accumulate)
     }
+}
+
+/// As [`input_gradient`] where batch norm has made the convolution's input, and no other gradient of that is to be added any more:
+/// writes (or with `accumulate` adds up) `dz`, the gradient where the activation after batch norm passed and zero elsewhere, and
+/// dgamma and dbeta, as [`batch_norm::backward`](super::batch_norm::backward) does.
+/// [`batch_norm::backward_from_sums`](super::batch_norm::backward_from_sums) goes on from there.
+///
+/// Traffic: that of [`input_gradient`], reads batch norm's input once, and y where the mask comes from it; 16 bytes per channel and
+/// 128 pixels. Blocks leave their sums of dz, rounded as it is stored, and of dz (x − mean), taken in f32 over at most 64 rows and in
+/// double from there; the last block to come combines them.
+///
+/// # Errors
+/// As those of [`input_gradient`] and of batch norm's backward; [`Error::Argument`] where [`ConvShape::leaves_sums`] is false, or an
+/// activation does not begin at a multiple of 16 bytes.
+pub fn input_gradient_with_sums<S: Compute>(
+    shape: &ConvShape,
+    dy: Slice<'_, S>,
+    weight: Slice<'_, S>,
+    mut dz: SliceMut<'_, S>,
+    accumulate: bool,
+    normalized: Normalized<'_, S>,
+    dgamma: SliceMut<'_, S::Master>,
+    dbeta: SliceMut<'_, S::Master>,
+    workspace: &mut Workspace,
+) -> Result<()> {
+    const OPERATION: &str = "conv::input_gradient_with_sums";
+    let device = check_input_gradient(OPERATION, shape, dy, weight, ("dz", dz.view()))?;
+    let refused = |message: String| Err(Error::Argument { operation: OPERATION, message });
+    let Some(room) = shape.sums_room::<S>(&device) else {
+        return refused(format!("this convolution in {} leaves no sums on {}: {shape:?}", S::NAME, device.name()));
+    };
+    if !dz.address().is_multiple_of(16) {
+        return refused("dz does not begin at a multiple of 16 bytes".into());
+    }
+    let rows = shape.batch * shape.height * shape.width;
+    let norm = batch_norm::sums_in_convolution(OPERATION, &device, rows, &room, normalized, dgamma, dbeta, workspace)?;
+    tensor::input_gradient(shape, dy, weight, dz, accumulate, norm)
+}
+
+/// Checks what both forms of the input gradient read and write, this by name; returns the device.
+fn check_input_gradient<S: Compute>(
+    operation: &'static str,
+    shape: &ConvShape,
+    dy: Slice<'_, S>,
+    weight: Slice<'_, S>,
+    (name, out): (&'static str, Slice<'_, S>),
+) -> Result<Device> {
+    shape.check()?;
+    let device = out.device().clone();
+    check_length(operation, "dy", dy.len(), shape.output_len())?;
+    check_length(operation, "weight", weight.len(), shape.weight_len())?;
+    check_length(operation, name, out.len(), shape.input_len())?;
+    check_device(operation, "dy", &device, dy.device())?;
+    check_device(operation, "weight", &device, weight.device())?;
+    Ok(device)
 }
 
 /// The gradient of the loss with respect to the weights, written to `dw` or, with `accumulate`, added to it. Traffic: reads x

@@ -4,7 +4,7 @@ use super::graph::{Op, Shape};
 use super::places::{BatchNormScratch, Parts};
 use super::{Plan, batch_norm_shape, convolved};
 use crate::device::{Compute, Result, Slice, SliceMut};
-use crate::kernels::batch_norm::{self, Backward, Gradients, ResidualGradient};
+use crate::kernels::batch_norm::{self, Backward, Gradients, Normalized, ResidualGradient, Summed};
 use crate::kernels::{conv, layers};
 
 impl<S: Compute> Plan<S> {
@@ -15,7 +15,7 @@ impl<S: Compute> Plan<S> {
         &mut self,
         index: usize,
         weights: Slice<'_, S::Master>,
-        gradient: Option<&mut SliceMut<'_, S::Master>>,
+        mut gradient: Option<&mut SliceMut<'_, S::Master>>,
     ) -> Result<()> {
         let Self { ops, places, arena, rounded, sums, .. } = self;
         let op = &ops[index];
@@ -30,7 +30,7 @@ impl<S: Compute> Plan<S> {
             Op::Convolution { x, y, weight: w, ref shape } => {
                 let dy = parts.gradient(y)?;
                 let mut scratch = parts.scratch(places.scratch[index].1)?;
-                if let Some(gradient) = gradient {
+                if let Some(gradient) = gradient.as_deref_mut() {
                     if places.in_parts[index] {
                         conv::partial_weight_gradients(shape, parts.read(x)?, dy, scratch.reborrow())?;
                         scratch = parts.scratch(None)?; // what it holds is kept
@@ -40,8 +40,26 @@ impl<S: Compute> Plan<S> {
                     }
                 }
                 if let Some(dx) = parts.gradient_if_needed(x)? {
-                    let weight = convolved(weights, rounded)?.slice(range(w))?;
-                    conv::input_gradient(shape, dy, weight, dx, add[0], scratch)?;
+                    let kernel = convolved(weights, rounded)?.slice(range(w))?;
+                    let Some(norm) = places.sums_for[index] else {
+                        return conv::input_gradient(shape, dy, kernel, dx, add[0], scratch);
+                    };
+                    let Op::BatchNorm { x: input, y, scale, shift, residual, relu, .. } = ops[norm] else {
+                        unreachable!("sums are for batch norms")
+                    };
+                    let (mean, inv_std) = parts.moments(norm)?;
+                    let activation = parts.activation(relu, residual, y, weight(shift)?)?;
+                    let normalized =
+                        Normalized { x: parts.read(input)?, gamma: weight(scale)?, mean, inv_std, activation };
+                    let ranges = BatchNormScratch::new::<S>(self.shapes[input.0], places.accumulate[norm][0]);
+                    let mut norm_scratch = parts.scratch(places.scratch[norm].1)?;
+                    let mut norm_scratch = norm_scratch.disjoint();
+                    let mut parameters = gradient.map(|gradient| gradient.disjoint());
+                    let (dgamma, dbeta) = match &mut parameters {
+                        Some(parameters) => (parameters.write(range(scale))?, parameters.write(range(shift))?),
+                        None => (norm_scratch.write(ranges.dgamma)?, norm_scratch.write(ranges.dbeta)?),
+                    };
+                    conv::input_gradient_with_sums(shape, dy, kernel, dx, add[0], normalized, dgamma, dbeta, sums)?;
                 }
             }
             Op::BatchNorm { x, y, scale, shift, residual, relu, .. } => {
@@ -69,9 +87,16 @@ impl<S: Compute> Plan<S> {
                     Some(parameters) => (parameters.write(range(scale))?, parameters.write(range(shift))?),
                     None => (scratch.write(ranges.dgamma)?, scratch.write(ranges.dbeta)?),
                 };
-                let input = Backward { x: parts.read(x)?, dy: parts.gradient(y)?, gamma, mean, inv_std, activation };
-                let gradients = Gradients { dx: dx.reborrow(), dgamma, dbeta };
-                batch_norm::backward(shape, self.options.batch_norm, input, gradients, residual, sums)?;
+                let (x, dy, mode) = (parts.read(x)?, parts.gradient(y)?, self.options.batch_norm);
+                if places.summed[index] {
+                    let (dgamma, dbeta) = (dgamma.view(), dbeta.view());
+                    let summed = Summed { x, dz: dy, gamma, mean, inv_std, dgamma, dbeta };
+                    batch_norm::backward_from_sums(shape, mode, summed, dx.reborrow(), residual)?;
+                } else {
+                    let input = Backward { x, dy, gamma, mean, inv_std, activation };
+                    let gradients = Gradients { dx: dx.reborrow(), dgamma, dbeta };
+                    batch_norm::backward(shape, mode, input, gradients, residual, sums)?;
+                }
                 if let Some(sum) = sum {
                     layers::add_to(dx.view(), sum)?;
                 }

@@ -141,7 +141,7 @@ impl<S: Compute> Plan<S> {
         });
         let in_parts: Vec<_> = in_parts.collect();
         let part_sums = if in_parts.is_empty() { None } else { Some(PartSums::new(device, &in_parts)?) };
-        let sums = batch_norm::Workspace::new(device, normalized(&ops, &shapes))?;
+        let sums = workspace::<S>(device, &ops, &shapes)?;
         let mut statistics = device.zeros(statistics_layout.len())?;
         let mut start = vec![S::Master::default(); statistics_layout.len()];
         for tensor in statistics_layout.tensors() {
@@ -304,11 +304,7 @@ impl<S: Compute> Plan<S> {
             let scene = || -> Result<Scene<S>> {
                 let rounded = self.device.zeros(self.rounded.len())?;
                 let arena = self.device.poisoned(self.places.len)?;
-                Ok(Scene {
-                    arena,
-                    rounded,
-                    sums: batch_norm::Workspace::new(&self.device, normalized(&self.ops, &self.shapes))?,
-                })
+                Ok(Scene { arena, rounded, sums: workspace::<S>(&self.device, &self.ops, &self.shapes)? })
             };
             self.beside = match scene() {
                 Ok(scene) => Beside::There(Box::new(scene)),
@@ -421,12 +417,17 @@ fn finish<T: Scalar>(
     }
 }
 
-/// What batch norms normalise.
-fn normalized(ops: &[Op], shapes: &[Shape]) -> impl Iterator<Item = BatchNormShape> {
-    ops.iter().filter_map(|op| match op {
+/// Batch norm's workspace for all that a pass does.
+fn workspace<S: Compute>(device: &Device, ops: &[Op], shapes: &[Shape]) -> Result<batch_norm::Workspace> {
+    let normalized = ops.iter().filter_map(|op| match op {
         Op::BatchNorm { x, .. } => Some(batch_norm_shape(shapes[x.0])),
         _ => None,
-    })
+    });
+    let convolutions = ops.iter().filter_map(|op| match op {
+        Op::Convolution { shape, .. } => Some(shape),
+        _ => None,
+    });
+    batch_norm::Workspace::new(device, normalized)?.with_convolutions::<S>(convolutions)
 }
 
 /// The weights as convolutions read them.

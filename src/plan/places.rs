@@ -29,6 +29,10 @@ pub(super) struct Places {
     tile_moments: Vec<Option<usize>>,
     /// By operation: scratch of its forward and of its backward. For batch norm see [`BatchNormScratch`].
     pub scratch: Vec<(Option<usize>, Option<usize>)>,
+    /// By operation: of a convolution, the batch norm that made its input and whose dz, dgamma and dbeta its backward leaves.
+    pub sums_for: Vec<Option<usize>>,
+    /// By operation: of a batch norm, whether it finds them.
+    pub summed: Vec<bool>,
     /// By operation: whether a convolution's backward leaves its weight gradient in parts, which are added up when all are there.
     pub in_parts: Vec<bool>,
     /// By activation: whether it depends on a parameter. The tangent of any other is zero.
@@ -130,6 +134,21 @@ impl Places {
                 tile_moments[y.0] = Some(slot(len, index, last));
             }
         }
+        // The first operation to read an activation is the last to add to its gradient.
+        let (mut sums_for, mut summed_by) = (vec![None; ops.len()], vec![None; ops.len()]);
+        for (norm, op) in ops.iter().enumerate() {
+            let reads = |reader: &Op| reader.inputs().contains(&Some(op.output()));
+            if matches!(op, Op::BatchNorm { .. })
+                && options.backward
+                && op.output() != logits
+                && let Some(first) = ops.iter().position(reads)
+                && let Op::Convolution { shape, .. } = &ops[first]
+                && first_use[ops[first].output().0].is_some()
+                && shape.leaves_sums::<S>(device)
+            {
+                (sums_for[first], summed_by[norm]) = (Some(norm), Some(first));
+            }
+        }
         let mut moments = Vec::new();
         let mut scratch = Vec::new();
         let mut in_parts = Vec::new();
@@ -154,7 +173,7 @@ impl Places {
                 }
                 Op::BatchNorm { x, .. } if options.backward => {
                     let len = BatchNormScratch::new::<S>(shapes[x.0], accumulate[index][0]).len();
-                    (None, Some(slot(len, last, last)))
+                    (None, Some(slot(len, summed_by[index].map_or(last, backward_step), last)))
                 }
                 _ => (None, None),
             });
@@ -169,6 +188,8 @@ impl Places {
             moments,
             tile_moments,
             scratch,
+            sums_for,
+            summed: summed_by.iter().map(Option::is_some).collect(),
             in_parts,
             trained,
             accumulate,

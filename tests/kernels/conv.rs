@@ -3,7 +3,10 @@
 use crate::common::{Random, assert_close, bits, devices, host_devices, to_f64};
 use half::{bf16, f16};
 use polder::device::{Buffer, Compute, Device, Error, HostOptions, Result, SliceMut, Tf32};
-use polder::kernels::batch_norm::{self, BatchNormShape, Forward, Saved, Workspace};
+use polder::kernels::batch_norm::{
+    self, Activation, Backward, BatchNormShape, Forward, Gradients, Mode, Normalized, ResidualGradient, Saved, Summed,
+    Workspace,
+};
 use polder::kernels::conv::{self, ConvShape};
 
 const fn shape(extents: [usize; 5], kernel: usize, stride: usize, padding: usize) -> ConvShape {
@@ -384,6 +387,186 @@ fn moments_of_a_convolution_serve_batch_norm() {
         assert_close(&format!("{name}: mean"), &mean, &expected_mean, 1e-6);
         assert_close(&format!("{name}: inv_std"), &inv_std, &expected_inv_std, 1e-6);
     }
+}
+
+/// Input gradients that go on into batch norm: whole tiles and tails of each, parity classes without taps and without pixels.
+const NORMALIZED_SHAPES: [ConvShape; 7] = [
+    shape([3, 11, 13, 24, 12], 3, 1, 1),
+    shape([2, 8, 8, 16, 32], 3, 2, 1),
+    shape([5, 13, 11, 72, 3], 1, 2, 0),
+    shape([4, 1, 9, 8, 8], 1, 2, 0),
+    shape([1, 6, 7, 136, 20], 3, 1, 1),
+    shape([3, 16, 15, 32, 4], 3, 1, 0),
+    shape([13, 30, 32, 72, 2], 1, 1, 0),
+];
+
+/// What follows batch norm in a case: a residual, a relu, and whether the residual's gradient is added to another.
+const FOLLOWERS: [(bool, bool, bool); 4] =
+    [(false, false, false), (false, true, false), (true, true, false), (true, true, true)];
+
+fn check_sums_for_batch_norm<S: Compute<Master = f32>>(
+    shape: &ConvShape,
+    device: &Device,
+    name: &str,
+    dx_tolerance: f64,
+) {
+    let case = case::<S>(shape, 700);
+    let (channels, len) = (shape.in_channels, shape.input_len());
+    let rows = BatchNormShape { rows: len / channels, channels };
+    let mut random = Random(701);
+    let upload = |values: &[f32]| device.upload(values).unwrap();
+    let (gamma, beta) = (upload(&random.vector(channels)), upload(&random.vector(channels)));
+    let (x, dy) = (device.upload(&case.x).unwrap(), device.upload(&case.dy).unwrap());
+    let weight = device.upload(&case.weight).unwrap();
+    let other = device.upload(&random.vector::<S>(len)).unwrap();
+    let mut conv_workspace = device.zeros(shape.workspace_len::<S>(device)).unwrap();
+    let mut workspace = Workspace::new(device, [rows]).unwrap().with_convolutions::<S>([shape]).unwrap();
+    for ((residual, relu, add_residual), accumulate) in FOLLOWERS.into_iter().flat_map(|f| [(f, false), (f, true)]) {
+        let name = format!("{name}, {}, {shape:?}, residual {residual}, relu {relu}, add {accumulate}", S::NAME);
+        let mut y = device.poisoned::<S>(len).unwrap();
+        let [mut mean, mut inv_std] = std::array::from_fn(|_| device.poisoned::<f32>(channels).unwrap());
+        let input = Forward {
+            x: x.view(),
+            gamma: gamma.view(),
+            beta: beta.view(),
+            eps: 1e-5,
+            residual: residual.then(|| other.view()),
+            relu,
+        };
+        let saved = Saved { mean: mean.view_mut(), inv_std: inv_std.view_mut() };
+        batch_norm::forward_train(rows, input, y.view_mut(), saved, None, &mut workspace).unwrap();
+        let activation = match (relu, residual) {
+            (false, _) => Activation::Identity,
+            (true, false) => Activation::ReluRecomputed { beta: beta.view() },
+            (true, true) => Activation::Relu { y: y.view() },
+        };
+        let (gamma, mean, inv_std) = (gamma.view(), mean.view(), inv_std.view());
+
+        // The two kernels apart.
+        let begin = || if accumulate { device.upload(&case.dx).unwrap() } else { device.poisoned::<S>(len).unwrap() };
+        let mut plain = begin();
+        conv::input_gradient(shape, dy.view(), weight.view(), plain.view_mut(), accumulate, conv_workspace.view_mut())
+            .unwrap();
+        let mut expected_residual = device.upload(&case.dx).unwrap();
+        let [mut dgamma, mut dbeta] = std::array::from_fn(|_| device.poisoned::<f32>(channels).unwrap());
+        let mut dx = device.poisoned::<S>(len).unwrap();
+        let gradients = Gradients { dx: dx.view_mut(), dgamma: dgamma.view_mut(), dbeta: dbeta.view_mut() };
+        let to =
+            residual.then(|| ResidualGradient { gradient: expected_residual.view_mut(), accumulate: add_residual });
+        let backward = Backward { x: x.view(), dy: plain.view(), gamma, mean, inv_std, activation };
+        batch_norm::backward(rows, Mode::Train, backward, gradients, to, &mut workspace).unwrap();
+
+        // And together, twice: the tickets are as they were.
+        let mut found = Vec::new();
+        for _ in 0..2 {
+            let mut dz = begin();
+            let [mut dgamma, mut dbeta] = std::array::from_fn(|_| device.poisoned::<f32>(channels).unwrap());
+            let normalized = Normalized { x: x.view(), gamma, mean, inv_std, activation };
+            let (dgamma_out, dbeta_out) = (dgamma.view_mut(), dbeta.view_mut());
+            conv::input_gradient_with_sums(
+                shape,
+                dy.view(),
+                weight.view(),
+                dz.view_mut(),
+                accumulate,
+                normalized,
+                dgamma_out,
+                dbeta_out,
+                &mut workspace,
+            )
+            .unwrap();
+            let mut dx = device.poisoned::<S>(len).unwrap();
+            let mut residual_gradient = device.upload(&case.dx).unwrap();
+            let to =
+                residual.then(|| ResidualGradient { gradient: residual_gradient.view_mut(), accumulate: add_residual });
+            let (dgamma_in, dbeta_in) = (dgamma.view(), dbeta.view());
+            let summed =
+                Summed { x: x.view(), dz: dz.view(), gamma, mean, inv_std, dgamma: dgamma_in, dbeta: dbeta_in };
+            batch_norm::backward_from_sums(rows, Mode::Train, summed, dx.view_mut(), to).unwrap();
+            let wide = [dgamma, dbeta].map(|buffer| buffer.to_vec().unwrap());
+            found.push(([dz, dx, residual_gradient].map(|buffer| buffer.to_vec().unwrap()), wide));
+        }
+        let ([dz, dx_found, residual_found], [dgamma_found, dbeta_found]) = &found[0];
+        assert_eq!(bits(dz), bits(&found[1].0[0]), "{name}: dz again");
+        assert_eq!(bits(dgamma_found), bits(&found[1].1[0]), "{name}: dgamma again");
+
+        let (plain, y) = (plain.to_vec().unwrap(), y.to_vec().unwrap());
+        let masked = plain.iter().zip(&y).map(|(&dy, y)| if relu && y.to_f64() <= 0.0 { S::from_f64(0.0) } else { dy });
+        assert_eq!(bits(dz), bits(&masked.collect::<Vec<S>>()), "{name}: dz");
+        if residual {
+            assert_eq!(bits(residual_found), bits(&expected_residual.to_vec().unwrap()), "{name}: residual");
+        }
+        let (mean, inv_std) = (mean.to_vec().unwrap(), inv_std.to_vec().unwrap());
+        for (c, (&dgamma, &dbeta)) in dgamma_found.iter().zip(dbeta_found).enumerate() {
+            let (mut sums, mut magnitudes) = ([0.0; 2], [0.0; 2]);
+            for place in (c..len).step_by(channels) {
+                let dz = dz[place].to_f64();
+                let xhat = (case.x[place].to_f64() - f64::from(mean[c])) * f64::from(inv_std[c]);
+                for (i, term) in [dz * xhat, dz].into_iter().enumerate() {
+                    sums[i] += term;
+                    magnitudes[i] += term.abs();
+                }
+            }
+            // Up to 64 rows are added up in f32.
+            for (i, value) in [dgamma, dbeta].into_iter().enumerate() {
+                let error = (f64::from(value) - sums[i]).abs();
+                assert!(error <= 1e-6 * magnitudes[i], "{name}: sum {i} of channel {c}: {value}, not {}", sums[i]);
+            }
+        }
+        assert_close(&format!("{name}: dx"), dx_found, &to_f64(&dx.to_vec().unwrap()), dx_tolerance);
+    }
+}
+
+/// An input gradient that leaves dz, dgamma and dbeta for batch norm is the input gradient and batch norm's first pass over it: dz
+/// and the residual's gradient to the bit, the sums to the rounding of short f32 sums, and dx to a unit of its last place.
+#[test]
+fn input_gradients_leave_sums_for_batch_norm() {
+    for (name, device) in devices().into_iter().filter(|(_, device)| NORMALIZED_SHAPES[0].leaves_sums::<f16>(device)) {
+        for shape in &NORMALIZED_SHAPES {
+            check_sums_for_batch_norm::<f16>(shape, &device, &name, 1.0 / 1024.0);
+            check_sums_for_batch_norm::<bf16>(shape, &device, &name, 1.0 / 128.0);
+        }
+    }
+}
+
+#[test]
+fn sums_for_batch_norm_are_refused_where_there_are_none() {
+    let shape = shape([2, 5, 6, 16, 8], 3, 1, 1);
+    let channels = shape.in_channels;
+    let simt = Device::host_with(HostOptions { gpu_shapes: true, ..HostOptions::default() });
+    assert!(shape.leaves_sums::<f16>(&simt) && !shape.leaves_sums::<f16>(&Device::host()));
+    assert!(!shape.leaves_sums::<Tf32>(&simt) && !ConvShape { in_channels: 12, ..shape }.leaves_sums::<f16>(&simt));
+    let call = |device: &Device, offset: usize, dgamma_len: usize, room: &[ConvShape]| {
+        let buffer = |len: usize| device.zeros::<f16>(len + offset).unwrap();
+        let (x, dy, weight) = (buffer(shape.input_len()), buffer(shape.output_len()), buffer(shape.weight_len()));
+        let mut dz = buffer(shape.input_len());
+        let vector = device.zeros::<f32>(channels).unwrap();
+        let (mut dgamma, mut dbeta) = (device.zeros(dgamma_len).unwrap(), device.zeros(channels).unwrap());
+        let mut workspace = Workspace::new(device, []).unwrap().with_convolutions::<f16>(room).unwrap();
+        let normalized = Normalized {
+            x: x.slice(0..shape.input_len()).unwrap(),
+            gamma: vector.view(),
+            mean: vector.view(),
+            inv_std: vector.view(),
+            activation: Activation::Identity,
+        };
+        conv::input_gradient_with_sums(
+            &shape,
+            dy.slice(offset..dy.len()).unwrap(),
+            weight.slice(offset..weight.len()).unwrap(),
+            dz.slice_mut(offset..offset + shape.input_len()).unwrap(),
+            false,
+            normalized,
+            dgamma.view_mut(),
+            dbeta.view_mut(),
+            &mut workspace,
+        )
+    };
+    call(&simt, 0, channels, &[shape]).unwrap();
+    assert!(matches!(call(&Device::host(), 0, channels, &[shape]), Err(Error::Argument { .. })));
+    assert!(matches!(call(&simt, 1, channels, &[shape]), Err(Error::Argument { .. })));
+    assert!(matches!(call(&simt, 0, channels - 1, &[shape]), Err(Error::Length { argument: "dgamma", .. })));
+    assert!(matches!(call(&simt, 0, channels, &[]), Err(Error::Length { argument: "workspace", .. })));
 }
 
 #[test]

@@ -342,7 +342,7 @@ fn launches_of_a_step<S: Compute<Master = f32>>((graph, logits): (Graph, Value))
 }
 
 /// On a GPU, networks of CIFAR's size should be bound by the number of launches. Against a plan of operations that do one thing each, with a kernel
-/// of its own for every stage, a step of SAM for ResNet-20 in f16 has at most 60 % of them.
+/// of its own for every stage, a step of SAM for ResNet-20 in f16 has at most half of them.
 #[test]
 fn a_step_of_resnet20_launches_few_kernels() {
     let images = Shape { batch: 128, height: 32, width: 32, channels: 3 };
@@ -364,7 +364,9 @@ fn a_step_of_resnet20_launches_few_kernels() {
     println!("{} of {unfused}", fused.len());
     assert_eq!(count(&fused, "conv_tensor_forward"), passes * convolutions);
     assert_eq!(count(&fused, "batch_norm_moments"), 0);
-    assert_eq!(count(&fused, "batch_norm"), passes * convolutions * 4);
+    // Only the last one's sums are not taken along by the convolution that reads its output: there is none.
+    assert_eq!(count(&fused, "batch_norm_sums"), passes);
+    assert_eq!(count(&fused, "batch_norm"), passes * (convolutions * 3 + 1));
     assert_eq!(count(&fused, "conv_sum_splits"), passes);
-    assert!(fused.len() * 10 <= unfused * 6, "{} launches of {unfused}", fused.len());
+    assert!(fused.len() * 2 <= unfused, "{} launches of {unfused}", fused.len());
 }

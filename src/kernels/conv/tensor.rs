@@ -3,7 +3,7 @@
 use super::ConvShape;
 use super::tiled::{ConvArgs, MANY_TILES, WEIGHT_GRADIENT_PIXELS};
 use crate::device::{Compute, ComputeKernels, KernelId, Launch, Result, Slice, SliceMut, id};
-use crate::kernels::batch_norm::TILE_ROWS;
+use crate::kernels::batch_norm::{SumsArgs, SumsRoom, TILE_ROWS};
 
 /// Rows of every tile, and threads of a block.
 const ROWS: usize = TILE_ROWS;
@@ -189,17 +189,37 @@ pub(super) fn forward<A: Compute>(
     unsafe { y.device().clone().launch(A::choose(tile.forward), tile.launch(rows, columns, 1), &args) }
 }
 
+/// The rows, columns and copies of an input gradient: the first parity class is the largest, and all have the same launch.
+fn input_gradient_product(shape: &ConvShape) -> (usize, usize, usize) {
+    let (class_height, class_width) = (shape.height.div_ceil(shape.stride), shape.width.div_ceil(shape.stride));
+    (shape.batch * class_height * class_width, shape.in_channels, shape.stride * shape.stride)
+}
+
+/// What an input gradient leaves for batch norm; none where its results are not written in whole chunks.
+pub(super) fn sums_room<A: Compute>(shape: &ConvShape) -> Option<SumsRoom> {
+    let (rows, channels, classes) = input_gradient_product(shape);
+    let column_blocks = channels.div_ceil(Tile::new(rows, channels, classes).columns);
+    let room = SumsRoom { channels, row_blocks: classes * rows.div_ceil(ROWS), column_blocks };
+    (size_of::<A>() == 2 && channels.is_multiple_of(8)).then_some(room)
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct InputGradientArgs {
+    conv: ConvArgs,
+    norm: SumsArgs,
+}
+
+/// With `norm`, masked, and with the sums for batch norm: its room is [`sums_room`]'s.
 pub(super) fn input_gradient<A: Compute>(
     shape: &ConvShape,
     dy: Slice<'_, A>,
     weight: Slice<'_, A>,
     mut dx: SliceMut<'_, A>,
     accumulate: bool,
+    norm: SumsArgs,
 ) -> Result<()> {
-    // The first parity class is the largest, and all have the same launch.
-    let (class_height, class_width) = (shape.height.div_ceil(shape.stride), shape.width.div_ceil(shape.stride));
-    let (rows, columns) = (shape.batch * class_height * class_width, shape.in_channels);
-    let classes = shape.stride * shape.stride;
+    let (rows, columns, classes) = input_gradient_product(shape);
     let tile = Tile::new(rows, columns, classes);
     let addresses = [dy.address(), weight.address(), dx.address()];
     let wide = [
@@ -207,7 +227,7 @@ pub(super) fn input_gradient<A: Compute>(
         wide::<A>(shape.out_channels, weight.address()),
         wide_out::<A>(columns, dx.address()),
     ];
-    let args = ConvArgs::new(shape, addresses, wide, 1, accumulate);
+    let args = InputGradientArgs { conv: ConvArgs::new(shape, addresses, wide, 1, accumulate), norm };
     // SAFETY: as in `forward`.
     unsafe { dx.device().clone().launch(A::choose(tile.input_gradient), tile.launch(rows, columns, classes), &args) }
 }
@@ -469,7 +489,8 @@ mod tests {
             let moments = moments.to_vec().unwrap();
             assert!(again.to_vec().unwrap() == ys[0], "{shape:?}: moments change the result");
             check_moments(shape, &ys[0], &moments);
-            let dxs = both(&device, offset, &dx, |dx, add| input_gradient(shape, dy_, weight, dx, add));
+            let dxs =
+                both(&device, offset, &dx, |dx, add| input_gradient(shape, dy_, weight, dx, add, SumsArgs::default()));
             let dws = both(&device, offset, &dw, |dw, add| {
                 let mut workspace = device.poisoned(splits::<A>(shape) * shape.weight_len()).unwrap();
                 weight_gradient_by(
