@@ -9,7 +9,9 @@ use std::time::Duration;
 use criterion::{BenchmarkGroup, Criterion, criterion_group, criterion_main, measurement::WallTime};
 use half::f16;
 use polder::device::{Device, Result};
-use polder::kernels::batch_norm::{self, BatchNormShape, Forward, Saved, Workspace};
+use polder::kernels::batch_norm::{
+    self, Activation, Backward, BatchNormShape, Forward, Gradients, Mode, Normalized, Saved, Summed, Workspace,
+};
 use polder::kernels::conv::{self, ConvShape, PartSums};
 use polder::kernels::vector::{self, Reduction};
 use polder::nn::{Model, initial_weights};
@@ -71,6 +73,54 @@ fn moments(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, shape: Con
             conv::forward(&shape, x.view(), weight.view(), y.view_mut(), false, scratch.view_mut())?;
             let input = Forward { x: y.view(), gamma, beta, eps: 1e-5, residual: None, relu: true };
             batch_norm::forward_train(rows, input, out.view_mut(), saved, None, &mut workspace)
+        }
+    });
+    Ok(())
+}
+
+/// An input gradient and the backward of the batch norm, with a ReLU, that made the convolution's input: with a pass for its sums, or
+/// with sums from the convolution's registers.
+fn sums(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, shape: ConvShape) -> Result<()> {
+    if !shape.leaves_sums::<f16>(device) {
+        return Ok(());
+    }
+    let (channels, len) = (shape.in_channels, shape.input_len());
+    let rows = BatchNormShape { rows: len / channels, channels };
+    let (x, dy) = (common::noise::<f16>(device, len, 1)?, common::noise::<f16>(device, shape.output_len(), 2)?);
+    let weight = common::noise::<f16>(device, shape.weight_len(), 3)?;
+    let (gamma, beta) = (device.upload(&vec![1.5; channels])?, device.upload(&vec![0.1; channels])?);
+    let (mean, inv_std) = (device.zeros(channels)?, device.upload(&vec![1.0; channels])?);
+    let (mut dz, mut dx) = (device.zeros::<f16>(len)?, device.zeros::<f16>(len)?);
+    let (mut dgamma, mut dbeta) = (device.zeros(channels)?, device.zeros(channels)?);
+    let mut workspace = Workspace::new(device, [rows])?.with_convolutions::<f16>([&shape])?;
+    let mut scratch = device.zeros(shape.workspace_len::<f16>(device))?;
+    let name = format!("input gradient and batch norm, {}x{} {channels}", shape.height, shape.width);
+    pair(group, device, &name, |together| {
+        let (x, gamma, mean, inv_std) = (x.view(), gamma.view(), mean.view(), inv_std.view());
+        let activation = Activation::ReluRecomputed { beta: beta.view() };
+        let (dy, weight) = (dy.view(), weight.view());
+        if together {
+            let normalized = Normalized { x, gamma, mean, inv_std, activation };
+            let (to, dgamma_out, dbeta_out) = (dz.view_mut(), dgamma.view_mut(), dbeta.view_mut());
+            conv::input_gradient_with_sums(
+                &shape,
+                dy,
+                weight,
+                to,
+                false,
+                normalized,
+                dgamma_out,
+                dbeta_out,
+                &mut workspace,
+            )?;
+            let (dz, dgamma, dbeta) = (dz.view(), dgamma.view(), dbeta.view());
+            let summed = Summed { x, dz, gamma, mean, inv_std, dgamma, dbeta };
+            batch_norm::backward_from_sums(rows, Mode::Train, summed, dx.view_mut(), None)
+        } else {
+            conv::input_gradient(&shape, dy, weight, dz.view_mut(), false, scratch.view_mut())?;
+            let input = Backward { x, dy: dz.view(), gamma, mean, inv_std, activation };
+            let gradients = Gradients { dx: dx.view_mut(), dgamma: dgamma.view_mut(), dbeta: dbeta.view_mut() };
+            batch_norm::backward(rows, Mode::Train, input, gradients, None, &mut workspace)
         }
     });
     Ok(())
@@ -176,6 +226,7 @@ fn fusions(criterion: &mut Criterion) {
         group.sample_size(10).warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_secs(1));
         for (size, channels) in [(32, 16), (32, 64), (16, 128), (8, 256), (4, 512)] {
             moments(&mut group, &device, layer(size, channels, channels)).expect("memory for one layer");
+            sums(&mut group, &device, layer(size, channels, channels)).expect("memory for one layer");
         }
         parts(&mut group, &device).expect("memory for the layers");
         for name in ["resnet20", "resnet56", "resnet18"] {

@@ -412,30 +412,55 @@ __device__ __forceinline__ void write(const typename Tile::Sums& sum, int first_
     }
 }
 
+// Sums over a tile's rows, one for each column, are first taken over lines of 32 rows, in every tile alike: which tile a product is
+// computed by changes none of their bits.
+constexpr int LINE_ROWS = 32;
+
+/// Adds up each of the first COUNT values, a power of two, over the lanes that differ in the bits DISTANCE, REST. They are shared out:
+/// a lane has the totals from the one on whose number is returned, in v[0] and on, COUNT / lanes of them, but at least one.
+template <int COUNT, int DISTANCE, int... REST, int N>
+__device__ __forceinline__ int total_over_lanes(float (&v)[N]) {
+    const bool upper = (int(threadIdx.x) & DISTANCE) != 0;
+    constexpr int HALF = COUNT > 1 ? COUNT / 2 : 1;
+    POLDER_UNROLL
+    for (int k = 0; k < HALF; ++k) {
+        if constexpr (COUNT > 1) {
+            const float given = upper ? v[k] : v[HALF + k], kept = upper ? v[HALF + k] : v[k];
+            v[k] = kept + __shfl_xor_sync(0xffffffffu, given, DISTANCE);
+        } else {
+            v[k] += __shfl_xor_sync(0xffffffffu, v[k], DISTANCE);
+        }
+    }
+    int first = COUNT > 1 && upper ? HALF : 0;
+    if constexpr (sizeof...(REST) > 0) first += total_over_lanes<HALF, REST...>(v);
+    return first;
+}
+
 /// Over the tile's first `rows` rows, the mean of each column and the sum of its squared deviations from it, of values as they are
 /// stored: what batch norm's statistics are combined from. The mean comes first and on its own, so that nothing cancels.
 template <class Tile, class D>
 __device__ __forceinline__ void write_moments(const typename Tile::Sums& sum, int rows, int first_column, int columns, int tile,
                                               int tiles, float* moments) {
-    constexpr int LINES = Tile::ROWS / Tile::WARP_ROWS, PAIRS = Tile::WARP_COLUMNS / 8;
+    constexpr int LINES = Tile::ROWS / LINE_ROWS, COUNT = Tile::WARP_COLUMNS / 8 * 2, PARTS = LINE_ROWS / 8;
     POLDER_DYNAMIC_SHARED(float, shared);
     float* const sums = shared;                        // [LINES][COLUMNS]
     float* const m2s = shared + LINES * Tile::COLUMNS;  // [LINES][COLUMNS]
-    const int lane = int(threadIdx.x) % 32, line = Tile::warp_row() / Tile::WARP_ROWS;
+    const int lane = int(threadIdx.x) % 32, line = Tile::warp_row() / LINE_ROWS;
+    const auto column_of = [&](int k) { return Tile::warp_column() + k / 2 * 8 + lane % 4 * 2 + k % 2; };
     const auto stored = [&](int i, int j, int e) { return float(widen(convert_to<D>(sum[i / 2][j][i % 2 * 2 + e]))); };
-    // The column's sum over a warp's rows: a thread has every eighth of them, and lanes four apart hold the same columns.
-    const auto for_each_column = [&](float* to, auto value) {
+    // The columns' sums over a line: a thread has every eighth of its rows, and lanes four apart hold the same columns.
+    // `value(i, j, e)` is the sum over its four rows from eighth i on.
+    const auto for_each_line = [&](float* to, auto value) {
         POLDER_UNROLL
-        for (int j = 0; j < PAIRS; ++j) {
+        for (int part = 0; part < Tile::WARP_ROWS / LINE_ROWS; ++part) {
+            float values[COUNT];
             POLDER_UNROLL
-            for (int e = 0; e < 2; ++e) {
-                const int column = Tile::warp_column() + j * 8 + lane % 4 * 2 + e;
-                float total = value(j, e, column);
-                POLDER_UNROLL
-                for (int distance = 4; distance < 32; distance *= 2) {
-                    total += __shfl_xor_sync(0xffffffffu, total, distance);
-                }
-                if (lane < 4) to[line * Tile::COLUMNS + column] = total;
+            for (int k = 0; k < COUNT; ++k) values[k] = value(part * PARTS, k / 2, k % 2);
+            const int first = total_over_lanes<COUNT, 4, 8, 16>(values);
+            if (COUNT < 8 && lane >= 16) continue;  // the lower lanes have the same
+            POLDER_UNROLL
+            for (int k = 0; k < (COUNT > 8 ? COUNT / 8 : 1); ++k) {
+                to[(line + part) * Tile::COLUMNS + column_of(first + k)] = values[k];
             }
         }
     };
@@ -446,19 +471,19 @@ __device__ __forceinline__ void write_moments(const typename Tile::Sums& sum, in
         return total;
     };
     // Rows past the end of the product are zero.
-    for_each_column(sums, [&](int j, int e, int) {
+    for_each_line(sums, [&](int first, int j, int e) {
         float total = 0.0f;
         POLDER_UNROLL
-        for (int i = 0; i < Tile::WARP_ROWS / 8; ++i) total += stored(i, j, e);
+        for (int i = first; i < first + PARTS; ++i) total += stored(i, j, e);
         return total;
     });
     __syncthreads();
     const float share = 1.0f / float(rows);
-    for_each_column(m2s, [&](int j, int e, int column) {
-        const float mean = over_lines(sums, column) * share;
+    for_each_line(m2s, [&](int first, int j, int e) {
+        const float mean = over_lines(sums, column_of(2 * j + e)) * share;
         float total = 0.0f;
         POLDER_UNROLL
-        for (int i = 0; i < Tile::WARP_ROWS / 8; ++i) {
+        for (int i = first; i < first + PARTS; ++i) {
             const float deviation = stored(i, j, e) - mean;
             if (Tile::warp_row() + i * 8 + lane / 4 < rows) total += deviation * deviation;
         }
@@ -478,7 +503,7 @@ __device__ __forceinline__ void write_moments(const typename Tile::Sums& sum, in
 /// Shared memory of a block that ends here: what batch norm has for each column, as it was in the forward, and the lines' sums.
 template <class Tile>
 struct NormShared {
-    static constexpr int LINES = Tile::ROWS / Tile::WARP_ROWS;
+    static constexpr int LINES = Tile::ROWS / LINE_ROWS;
     float gamma[Tile::COLUMNS], beta[Tile::COLUMNS], mean[Tile::COLUMNS], inv_std[Tile::COLUMNS];
     float dz[LINES][Tile::COLUMNS], dz_x[LINES][Tile::COLUMNS];
 };
@@ -491,7 +516,7 @@ __device__ __forceinline__ void write_masked(const typename Tile::Sums& sum, con
     typedef Chunks<Tile, D> Chunks;
     typedef Scalars<float, 8> Group;
     constexpr int PARTS = Tile::WARP_ROWS / 16;
-    const int lane = int(threadIdx.x) % 32, columns = int(a.channels), line = Tile::warp_row() / Tile::WARP_ROWS;
+    const int lane = int(threadIdx.x) % 32, columns = int(a.channels), line = Tile::warp_row() / LINE_ROWS;
     const Upstream<D> upstream{a.upstream.x, a.upstream.y, nullptr, shared.gamma, shared.beta, shared.mean, shared.inv_std};
     int offsets[PARTS][2];
     POLDER_UNROLL
@@ -504,7 +529,7 @@ __device__ __forceinline__ void write_masked(const typename Tile::Sums& sum, con
     for (int j = 0; j < Tile::WARP_COLUMNS / 16; ++j) {
         const int column = first_column + Chunks::column(j);
         const Masked<Group, mask> masked(upstream, uint32_t(Chunks::column(j)));
-        Group total = {}, total_x = {};
+        float totals[16] = {};  // of dz, and of dz (x - mean)
         POLDER_UNROLL
         for (int i = 0; i < PARTS; ++i) {
             const Pack<D, 8> chunk = Chunks::chunk(sum, i, j, first_column, columns, accumulate, row_at);
@@ -519,23 +544,17 @@ __device__ __forceinline__ void write_masked(const typename Tile::Sums& sum, con
                 dz.store(out + place);
                 POLDER_UNROLL
                 for (int e = 0; e < 8; ++e) {
-                    total.v[e] += dz.v[e];
-                    total_x.v[e] += dz.v[e] * (x.v[e] - masked.mean.v[e]);
+                    totals[e] += dz.v[e];
+                    totals[8 + e] += dz.v[e] * (x.v[e] - masked.mean.v[e]);
                 }
             }
-        }
-        // Lanes that differ in all but bit 1 hold the same columns.
-        POLDER_UNROLL
-        for (int e = 0; e < 8; ++e) {
+            if (i * 16 % LINE_ROWS != LINE_ROWS - 16) continue;
+            // The line is complete. Lanes that differ in all but bit 1 hold the same columns; each gets one of the totals.
+            const int number = total_over_lanes<16, 1, 4, 8, 16>(totals);
+            auto& sums = number < 8 ? shared.dz : shared.dz_x;
+            sums[line + i * 16 / LINE_ROWS][Chunks::column(j) + number % 8] = totals[0];
             POLDER_UNROLL
-            for (int distance = 1; distance < 32; distance = distance == 1 ? 4 : distance * 2) {
-                total.v[e] += __shfl_xor_sync(0xffffffffu, total.v[e], distance);
-                total_x.v[e] += __shfl_xor_sync(0xffffffffu, total_x.v[e], distance);
-            }
-        }
-        if ((lane & ~2) == 0) {
-            total.store(&shared.dz[line][Chunks::column(j)]);
-            total_x.store(&shared.dz_x[line][Chunks::column(j)]);
+            for (float& total : totals) total = 0.0f;
         }
     }
 }
@@ -547,7 +566,9 @@ __device__ __forceinline__ void write_for_batch_norm(const typename Tile::Sums& 
                                                      const Corner<Tile>& corner, bool accumulate, OffsetAt offset_at) {
     POLDER_DYNAMIC_SHARED(NormShared<Tile>, shared);
     const uint32_t channels = a.channels;
-    for (int c = int(threadIdx.x); c < Tile::COLUMNS; c += Tile::THREADS) {
+    static_assert(Tile::COLUMNS <= Tile::THREADS, "a thread for each column");
+    if (int(threadIdx.x) < Tile::COLUMNS) {
+        const int c = int(threadIdx.x);
         const uint32_t column = uint32_t(corner.column + c);
         const auto of = [&](const float* values) { return values != nullptr && column < channels ? values[column] : 0.0f; };
         shared->gamma[c] = of(a.upstream.gamma);
@@ -562,9 +583,10 @@ __device__ __forceinline__ void write_for_batch_norm(const typename Tile::Sums& 
     __syncthreads();
     const uint32_t across = (channels + Tile::COLUMNS - 1) / Tile::COLUMNS, down = gridDim.x / across;
     const uint32_t block = blockIdx.z * down + uint32_t(corner.row / Tile::ROWS), blocks = gridDim.z * down;
-    for (int c = int(threadIdx.x); c < Tile::COLUMNS; c += Tile::THREADS) {
-        const uint32_t column = uint32_t(corner.column + c);
-        if (column >= channels) continue;
+    // A thread for each column: the order of its sums is the same in every tile.
+    const uint32_t c = threadIdx.x, column = uint32_t(corner.column) + c;
+    const bool mine = c < uint32_t(Tile::COLUMNS) && column < channels;
+    if (mine) {
         Sums all = {0.0, 0.0};
         POLDER_UNROLL
         for (int line = 0; line < NormShared<Tile>::LINES; ++line) {
@@ -574,19 +596,14 @@ __device__ __forceinline__ void write_for_batch_norm(const typename Tile::Sums& 
         a.dz_x[uint64_t(block) * channels + column] = all.dz_x;
     }
     const auto combine = [&](uint64_t first, uint32_t count, uint32_t step, auto write) {
-        POLDER_DYNAMIC_SHARED(Sums, lines);
-        constexpr uint32_t COLUMNS = Tile::COLUMNS;
-        const Lines at{threadIdx.x % COLUMNS, COLUMNS, threadIdx.x / COLUMNS, uint32_t(Tile::THREADS) / COLUMNS};
-        const uint32_t column = uint32_t(corner.column) + at.column;
+        if (!mine) return;
         Sums all = {0.0, 0.0};
-        if (column < channels) {
-            for (uint32_t i = at.line; i < count; i += at.lines) {
-                const uint64_t place = (first + uint64_t(i) * step) * channels + column;
-                all = add(all, Sums{a.dz[place], a.dz_x[place]});
-            }
+#pragma unroll 8
+        for (uint32_t i = 0; i < count; ++i) {
+            const uint64_t place = (first + uint64_t(i) * step) * channels + column;
+            all = add(all, Sums{a.dz[place], a.dz_x[place]});
         }
-        all = combine_lines(all, lines, add, at);
-        if (at.line == 0 && column < channels) write(column, all);
+        write(column, all);
     };
     uint32_t* const tickets = a.tickets + uint32_t(corner.column / Tile::COLUMNS) * tickets_of_column(blocks, a.group);
     combine_by_last(a, tickets, block, blocks, combine);

@@ -222,22 +222,15 @@ struct Masked {
 
 // ---- Sums over rows, combined in double --------------------------------------------------------------------------------------
 
-/// A block's threads as lines of equally many columns.
-struct Lines {
-    uint32_t column, columns, line, lines;
-
-    __device__ __forceinline__ static Lines of_block() { return {threadIdx.x, blockDim.x, threadIdx.y, blockDim.y}; }
-};
-
-/// Combines `value` over the lines of a block, for the threads of line 0; `shared` holds one per thread.
+/// Combines `value` over the lines of a block (threadIdx.y), for the threads of line 0; `shared` holds one per thread.
 template <class M, class Combine>
-__device__ __forceinline__ M combine_lines(M value, M* shared, Combine combine, const Lines& at = Lines::of_block()) {
-    const uint32_t place = at.line * at.columns + at.column;
+__device__ __forceinline__ M combine_lines(M value, M* shared, Combine combine) {
+    const uint32_t place = threadIdx.y * blockDim.x + threadIdx.x;
     shared[place] = value;
-    for (uint32_t lines = at.lines; lines > 1;) {
+    for (uint32_t lines = blockDim.y; lines > 1;) {
         const uint32_t half = (lines + 1) / 2;
         __syncthreads();
-        if (at.line + half < lines) shared[place] = combine(shared[place], shared[place + half * at.columns]);
+        if (threadIdx.y + half < lines) shared[place] = combine(shared[place], shared[place + half * blockDim.x]);
         lines = half;
     }
     __syncthreads();  // before the next use of `shared`

@@ -243,6 +243,14 @@ impl Device {
         }
     }
 
+    /// Which device it is, in this process: 0 for the CPU.
+    pub(crate) fn number(&self) -> usize {
+        match &self.0 {
+            Inner::Host(_) => 0,
+            Inner::Cuda(cuda) => 1 + cuda.ordinal(),
+        }
+    }
+
     /// A line for people: the chip, and what limits it (threads and instruction set, or memory and multiprocessors).
     pub fn description(&self) -> String {
         match &self.0 {

@@ -174,6 +174,21 @@ impl ConvShape {
         if device.is_simt() && S::TENSOR_CORES { tensor::sums_room::<S>(self) } else { None }
     }
 
+    /// Measures on a GPU which of the tensor cores' tiles computes the forward fastest, and with `backward` each of the gradients,
+    /// unless that is known already. It takes some milliseconds and the memory of the operands; without that memory, or while a
+    /// graph is recorded, nothing is measured, and a rule of thumb stands. No bit of any result depends on it. A plan asks for it
+    /// when it is made.
+    ///
+    /// # Errors
+    /// Those of [`ConvShape::check`] and of the device.
+    pub fn measure_tiles<S: Compute>(&self, backward: bool, device: &Device) -> Result<()> {
+        self.check()?;
+        if device.is_host() || !S::TENSOR_CORES || device.is_recording() {
+            return Ok(());
+        }
+        tensor::measure_tiles::<S>(self, backward, device)
+    }
+
     /// The kernels' own struct of it.
     fn twin(&self) -> Shape {
         Shape {

@@ -100,7 +100,8 @@ pub struct Plan<S: Compute> {
 }
 
 impl<S: Compute> Plan<S> {
-    /// Plans a network that ends in `logits`, for softmax cross-entropy.
+    /// Plans a network that ends in `logits`, for softmax cross-entropy. On a GPU's tensor cores it measures first which tiles suit
+    /// its convolutions ([`ConvShape::measure_tiles`](crate::kernels::conv::ConvShape::measure_tiles)).
     ///
     /// # Errors
     /// [`PlanError::NoGradient`] where the loss does not depend on some parameter, [`PlanError::Shape`] for a batch norm in
@@ -130,6 +131,11 @@ impl<S: Compute> Plan<S> {
         if S::NARROW && ops.iter().any(|op| classifies(op) != (op.output() == logits)) {
             let reason = format!("in {} the logits come from a linear layer, and it is the only one", S::NAME);
             return Err(PlanError::Shape { operation: "Plan::new".into(), reason });
+        }
+        for op in &ops {
+            if let Op::Convolution { shape, .. } = op {
+                shape.measure_tiles::<S>(options.backward, device)?;
+            }
         }
         let places = Places::new::<S>(device, &ops, &shapes, logits, &parameters, options)?;
         let in_parts = ops.iter().enumerate().filter_map(|(index, op)| match op {

@@ -1,8 +1,11 @@
 //! Convolution on tensor cores: `kernels/conv_tensor.cu`, for operands of 16 bits, and for `f32` rounded to TF32.
 
+use std::collections::HashMap;
+use std::sync::{LazyLock, PoisonError, RwLock};
+
 use super::ConvShape;
 use super::tiled::{ConvArgs, MANY_TILES, WEIGHT_GRADIENT_PIXELS};
-use crate::device::{Compute, ComputeKernels, KernelId, Launch, Result, Slice, SliceMut, id};
+use crate::device::{Compute, ComputeKernels, Device, Error, KernelId, Launch, Result, Slice, SliceMut, id};
 use crate::kernels::batch_norm::{SumsArgs, SumsRoom, TILE_ROWS};
 
 /// Rows of every tile, and threads of a block.
@@ -107,13 +110,24 @@ static TILES: [Tile; 4] = [
 ];
 
 impl Tile {
-    /// The tile for a product of `rows` times `columns`, computed `copies` times over parts of the depth.
+    /// The tile for a product of `rows` times `columns`, computed `copies` times over parts of the depth, where none has been
+    /// chosen by measurement.
     fn new(rows: usize, columns: usize, copies: usize) -> &'static Self {
         let [narrow @ .., widest] = &TILES;
         if columns > 64 && widest.count(rows, columns) * copies >= MANY_TILES {
             return widest;
         }
         narrow.iter().find(|tile| columns <= tile.columns).unwrap_or(&narrow[2])
+    }
+
+    /// The tile for this pass.
+    fn of<A: Compute>(pass: Pass, shape: &ConvShape, device: &Device) -> &'static Self {
+        let key = (device.number(), A::NAME, *shape, pass);
+        let chosen = CHOSEN.read().unwrap_or_else(PoisonError::into_inner).get(&key).copied();
+        chosen.unwrap_or_else(|| {
+            let (rows, columns, copies) = pass.product::<A>(shape);
+            Self::new(rows, columns, copies)
+        })
     }
 
     fn count(&self, rows: usize, columns: usize) -> usize {
@@ -126,24 +140,111 @@ impl Tile {
     }
 }
 
+/// A pass, which has its own product, and so its own best tile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Pass {
+    Forward,
+    InputGradient,
+    WeightGradient,
+}
+
+impl Pass {
+    /// Rows, columns and copies of the product.
+    fn product<A: Compute>(self, shape: &ConvShape) -> (usize, usize, usize) {
+        match self {
+            Self::Forward => (shape.batch * shape.out_height() * shape.out_width(), shape.out_channels, 1),
+            // The first parity class is the largest, and all have the same launch.
+            Self::InputGradient => {
+                let (height, width) = (shape.height.div_ceil(shape.stride), shape.width.div_ceil(shape.stride));
+                (shape.batch * height * width, shape.in_channels, shape.stride * shape.stride)
+            }
+            Self::WeightGradient => (shape.taps() * shape.in_channels, shape.out_channels, splits::<A>(shape)),
+        }
+    }
+
+    /// The tiles that may be the best: not much wider than the product, and not so narrow that they read one operand over and over.
+    fn candidates<A: Compute>(self, shape: &ConvShape) -> impl Iterator<Item = &'static Tile> {
+        let columns = self.product::<A>(shape).1.next_power_of_two();
+        TILES.iter().filter(move |tile| tile.columns <= columns.max(16) && 4 * tile.columns >= columns.min(128))
+    }
+}
+
+/// The device's number, the type's name, and what is computed.
+type Key = (usize, &'static str, ConvShape, Pass);
+
+/// The tiles that have been chosen by measurement. A product's bits do not depend on its tile, so a choice that falls differently
+/// the next time changes no result.
+static CHOSEN: LazyLock<RwLock<HashMap<Key, &'static Tile>>> = LazyLock::new(RwLock::default);
+
+fn choose(key: Key, tile: &'static Tile) {
+    CHOSEN.write().unwrap_or_else(PoisonError::into_inner).insert(key, tile);
+}
+
+/// Launches that are timed together, and how often; the shortest time counts.
+const TIMED_LAUNCHES: usize = 8;
+const TIMINGS: usize = 3;
+
+/// Chooses by measurement the tiles of the forward, and with `backward` of the gradients too, where that has not been done and there
+/// is memory for the operands.
+pub(super) fn measure_tiles<A: Compute>(shape: &ConvShape, backward: bool, device: &Device) -> Result<()> {
+    let passes = [Pass::Forward, Pass::InputGradient, Pass::WeightGradient];
+    for pass in passes.into_iter().take(if backward { 3 } else { 1 }) {
+        let key = (device.number(), A::NAME, *shape, pass);
+        let known = CHOSEN.read().unwrap_or_else(PoisonError::into_inner).contains_key(&key);
+        if known || pass.candidates::<A>(shape).count() < 2 {
+            continue;
+        }
+        match measure_pass::<A>(key, device) {
+            Err(Error::OutOfMemory { .. }) => {}
+            other => other?,
+        }
+    }
+    Ok(())
+}
+
+fn measure_pass<A: Compute>(key: Key, device: &Device) -> Result<()> {
+    let (.., shape, pass) = key;
+    let (mut x, mut y) = (device.zeros::<A>(shape.input_len())?, device.zeros::<A>(shape.output_len())?);
+    let weight = device.zeros::<A>(shape.weight_len())?;
+    let parts = if pass == Pass::WeightGradient { splits::<A>(&shape) * shape.weight_len() } else { 0 };
+    let mut parts = device.zeros::<A::Master>(parts)?;
+    let mut launch = || match pass {
+        Pass::Forward => forward(&shape, x.view(), weight.view(), y.view_mut(), false, None),
+        Pass::InputGradient => {
+            input_gradient(&shape, y.view(), weight.view(), x.view_mut(), false, SumsArgs::default())
+        }
+        Pass::WeightGradient => partial_weight_gradients(&shape, x.view(), y.view(), parts.view_mut(), false),
+    };
+    let mut times: Vec<(f64, &'static Tile)> = pass.candidates::<A>(&shape).map(|tile| (f64::INFINITY, tile)).collect();
+    for _ in 0..TIMINGS {
+        for (shortest, tile) in &mut times {
+            choose(key, tile);
+            let start = device.event()?;
+            for _ in 0..TIMED_LAUNCHES {
+                launch()?;
+            }
+            *shortest = shortest.min(device.event()?.elapsed_since(&start)?);
+        }
+    }
+    if let Some((_, fastest)) = times.into_iter().min_by(|(a, _), (b, _)| a.total_cmp(b)) {
+        choose(key, fastest);
+    }
+    Ok(())
+}
+
 /// Blocks over which a weight gradient is split: two for each multiprocessor of an H100, or one where the parts' traffic would
 /// be more than half of the operands'.
 const WEIGHT_GRADIENT_BLOCKS: [usize; 2] = [264, 132];
 
-/// The tile and the number of splits of a weight gradient.
-fn weight_gradient_tile<A: Compute>(shape: &ConvShape) -> (&'static Tile, usize) {
+/// The parts in which a weight gradient is made. They depend on the shape alone, for the bits of their sum depend on them.
+pub(super) fn splits<A: Compute>(shape: &ConvShape) -> usize {
     let (rows, columns) = (shape.taps() * shape.in_channels, shape.out_channels);
     let most = (shape.batch * shape.out_height() * shape.out_width()).div_ceil(WEIGHT_GRADIENT_PIXELS);
     let tile = Tile::new(rows, columns, most);
     let [many, few] = WEIGHT_GRADIENT_BLOCKS.map(|blocks| blocks.div_ceil(tile.count(rows, columns)).min(most));
     let operands = (shape.input_len() + shape.output_len()) * size_of::<A>();
     let parts = 2 * many * shape.weight_len() * size_of::<A::Master>();
-    (tile, if 2 * parts > operands { few } else { many })
-}
-
-/// The parts in which a weight gradient is made.
-pub(super) fn splits<A: Compute>(shape: &ConvShape) -> usize {
-    weight_gradient_tile::<A>(shape).1
+    if 2 * parts > operands { few } else { many }
 }
 
 /// Whether rows of `channels` from `address` on consist of whole, aligned packs of `bytes`.
@@ -174,8 +275,8 @@ pub(super) fn forward<A: Compute>(
     accumulate: bool,
     moments: Option<SliceMut<'_, A::Master>>,
 ) -> Result<()> {
-    let (rows, columns) = (shape.batch * shape.out_height() * shape.out_width(), shape.out_channels);
-    let tile = Tile::new(rows, columns, 1);
+    let (rows, columns, _) = Pass::Forward.product::<A>(shape);
+    let tile = Tile::of::<A>(Pass::Forward, shape, x.device());
     let addresses = [x.address(), weight.address(), y.address()];
     let wide = [
         wide::<A>(shape.in_channels, x.address()),
@@ -189,16 +290,10 @@ pub(super) fn forward<A: Compute>(
     unsafe { y.device().clone().launch(A::choose(tile.forward), tile.launch(rows, columns, 1), &args) }
 }
 
-/// The rows, columns and copies of an input gradient: the first parity class is the largest, and all have the same launch.
-fn input_gradient_product(shape: &ConvShape) -> (usize, usize, usize) {
-    let (class_height, class_width) = (shape.height.div_ceil(shape.stride), shape.width.div_ceil(shape.stride));
-    (shape.batch * class_height * class_width, shape.in_channels, shape.stride * shape.stride)
-}
-
 /// What an input gradient leaves for batch norm; none where its results are not written in whole chunks.
 pub(super) fn sums_room<A: Compute>(shape: &ConvShape) -> Option<SumsRoom> {
-    let (rows, channels, classes) = input_gradient_product(shape);
-    let column_blocks = channels.div_ceil(Tile::new(rows, channels, classes).columns);
+    let (rows, channels, classes) = Pass::InputGradient.product::<A>(shape);
+    let column_blocks = channels.div_ceil(TILES[0].columns); // the most of them
     let room = SumsRoom { channels, row_blocks: classes * rows.div_ceil(ROWS), column_blocks };
     (size_of::<A>() == 2 && channels.is_multiple_of(8)).then_some(room)
 }
@@ -219,8 +314,8 @@ pub(super) fn input_gradient<A: Compute>(
     accumulate: bool,
     norm: SumsArgs,
 ) -> Result<()> {
-    let (rows, columns, classes) = input_gradient_product(shape);
-    let tile = Tile::new(rows, columns, classes);
+    let (rows, columns, classes) = Pass::InputGradient.product::<A>(shape);
+    let tile = Tile::of::<A>(Pass::InputGradient, shape, dy.device());
     let addresses = [dy.address(), weight.address(), dx.address()];
     let wide = [
         wide::<A>(shape.out_channels, dy.address()),
@@ -240,8 +335,8 @@ pub(super) fn partial_weight_gradients<A: Compute>(
     mut out: SliceMut<'_, A::Master>,
     accumulate: bool,
 ) -> Result<()> {
-    let (rows, columns) = (shape.taps() * shape.in_channels, shape.out_channels);
-    let (tile, splits) = weight_gradient_tile::<A>(shape);
+    let (rows, columns, splits) = Pass::WeightGradient.product::<A>(shape);
+    let tile = Tile::of::<A>(Pass::WeightGradient, shape, x.device());
     let out_address = out.address();
     let addresses = [x.address(), dy.address(), out_address];
     let wide = [
@@ -261,7 +356,8 @@ mod tests {
     use super::super::weight_gradient_by;
     use super::*;
     use crate::device::selftest::{random_f32, tf32};
-    use crate::device::{Buffer, Device, HostOptions, Schedule};
+    use crate::device::{Buffer, HostOptions, Schedule};
+    use crate::kernels::batch_norm::{Activation, Normalized, Workspace};
 
     const fn shape(extents: [usize; 5], kernel: usize, stride: usize, padding: usize) -> ConvShape {
         let [batch, height, width, in_channels, out_channels] = extents;
@@ -556,14 +652,100 @@ mod tests {
         }
     }
 
+    /// All that the passes leave: y, its tiles' moments, dx, and as dz with the sums for batch norm, and the parts of dw.
+    fn everything<A: Stored>(shape: &ConvShape, device: &Device) -> Vec<u8> {
+        let upload = |len, seed| device.upload(&random::<A>(len, seed)).unwrap();
+        let x = upload(shape.input_len(), 500);
+        let (weight, dy) = (upload(shape.weight_len(), 501), upload(shape.output_len(), 502));
+        let (mut y, mut dx) =
+            (device.poisoned(shape.output_len()).unwrap(), device.poisoned(shape.input_len()).unwrap());
+        let mut moments = device.poisoned::<f32>(moments_len(shape)).unwrap();
+        let mut dw = device.poisoned::<f32>(splits::<A>(shape) * shape.weight_len()).unwrap();
+        forward(shape, x.view(), weight.view(), y.view_mut(), false, Some(moments.view_mut())).unwrap();
+        input_gradient(shape, dy.view(), weight.view(), dx.view_mut(), false, SumsArgs::default()).unwrap();
+        partial_weight_gradients(shape, x.view(), dy.view(), dw.view_mut(), false).unwrap();
+        let mut all = [y.to_vec().unwrap(), dx.to_vec().unwrap()].concat();
+        let mut wide = [moments.to_vec().unwrap(), dw.to_vec().unwrap()].concat();
+        if shape.leaves_sums::<A>(device) {
+            let channels = shape.in_channels;
+            let vectors: Vec<_> = (510..514).map(|seed| device.upload(&random_f32(channels, seed)).unwrap()).collect();
+            let [gamma, beta, mean, inv_std] = std::array::from_fn(|i| vectors[i].view());
+            let activation = Activation::ReluRecomputed { beta };
+            let normalized = Normalized { x: x.view(), gamma, mean, inv_std, activation };
+            let mut dz = device.poisoned::<A>(shape.input_len()).unwrap();
+            let [mut dgamma, mut dbeta] = std::array::from_fn(|_| device.poisoned::<f32>(channels).unwrap());
+            let mut workspace = Workspace::new(device, []).unwrap().with_convolutions::<A>([shape]).unwrap();
+            super::super::input_gradient_with_sums(
+                shape,
+                dy.view(),
+                weight.view(),
+                dz.view_mut(),
+                false,
+                normalized,
+                dgamma.view_mut(),
+                dbeta.view_mut(),
+                &mut workspace,
+            )
+            .unwrap();
+            all.extend(dz.to_vec().unwrap());
+            wide.extend([dgamma.to_vec().unwrap(), dbeta.to_vec().unwrap()].concat());
+        }
+        [bytemuck::cast_slice(&all), bytemuck::cast_slice::<f32, u8>(&wide)].concat()
+    }
+
+    fn check_tiles<A: Stored>() {
+        let shapes = [
+            shape([2, 9, 11, 16, 40], 3, 1, 1),
+            shape([3, 8, 7, 72, 16], 3, 2, 1),
+            shape([4, 10, 11, 16, 136], 1, 1, 0),
+            shape([2, 6, 5, 3, 10], 3, 1, 1),
+        ];
+        // Schedules are another test's.
+        for device in devices().into_iter().filter(|device| !device.is_host()).chain(devices().into_iter().take(1)) {
+            for shape in &shapes {
+                let expected = everything::<A>(shape, &device);
+                for tile in &TILES {
+                    for pass in [Pass::Forward, Pass::InputGradient, Pass::WeightGradient] {
+                        choose((device.number(), A::NAME, *shape, pass), tile);
+                    }
+                    let found = everything::<A>(shape, &device);
+                    assert!(found == expected, "{}: {} columns change bits of {shape:?}", device.name(), tile.columns);
+                }
+                CHOSEN.write().unwrap().retain(|(_, name, known, _), _| *name != A::NAME || known != shape);
+                if shape != &shapes[0] {
+                    continue;
+                }
+                // And by measurement, which leaves a candidate of each pass.
+                measure_tiles::<A>(shape, true, &device).unwrap();
+                for pass in [Pass::Forward, Pass::InputGradient, Pass::WeightGradient] {
+                    let tile = Tile::of::<A>(pass, shape, &device);
+                    assert!(pass.candidates::<A>(shape).any(|candidate| std::ptr::eq(candidate, tile)), "{shape:?}");
+                    let key = (device.number(), A::NAME, *shape, pass);
+                    let chosen = CHOSEN.read().unwrap().contains_key(&key);
+                    assert_eq!(chosen, pass.candidates::<A>(shape).count() > 1, "{shape:?}, {pass:?}");
+                }
+                assert!(everything::<A>(shape, &device) == expected, "{shape:?}: measured tiles change bits");
+            }
+        }
+    }
+
+    /// Tiles can be chosen by their speed, because results do not depend on them.
+    #[test]
+    fn no_tile_changes_a_bit() {
+        check_tiles::<f16>();
+        check_tiles::<bf16>();
+        check_tiles::<f32>();
+    }
+
     #[test]
     fn the_shapes_reach_every_tile_and_several_splits() {
         let all = || SHAPES.iter().chain(&WIDE_SHAPES);
+        let device = Device::host();
         for tile in &TILES {
             let is = |found: &Tile| found.columns == tile.columns;
             assert!(all().any(|s| is(Tile::new(s.output_len() / s.out_channels, s.out_channels, 1))));
             assert!(all().any(|s| s.stride == 1 && is(Tile::new(s.input_len() / s.in_channels, s.in_channels, 1))));
-            assert!(all().any(|s| is(weight_gradient_tile::<f16>(s).0)));
+            assert!(all().any(|s| is(Tile::of::<f16>(Pass::WeightGradient, s, &device))));
         }
         assert!(all().any(|shape| splits::<f16>(shape) > 1));
     }
