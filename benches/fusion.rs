@@ -185,6 +185,27 @@ fn norm(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, len: usize) -
     Ok(())
 }
 
+/// What a launch takes inside a graph, by many that have next to nothing to do. `POLDER_EARLY_LAUNCH=0` shows what it takes when none
+/// is launched before the one before it is done.
+fn launches(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device) -> Result<()> {
+    const COUNT: u32 = 256;
+    let mut out = device.zeros::<f32>(1024)?;
+    let recorded = device.capture(|| (0..COUNT).try_for_each(|_| vector::fill(out.view_mut(), 1.0)))?;
+    group.bench_function("one launch in a graph", |bencher| {
+        bencher.iter_custom(|count| {
+            let timed = || -> Result<Duration> {
+                let start = device.event()?;
+                for _ in 0..count {
+                    recorded.replay()?;
+                }
+                Ok(Duration::from_secs_f64(device.event()?.elapsed_since(&start)?) / COUNT)
+            };
+            timed().expect("a launch")
+        });
+    });
+    Ok(())
+}
+
 /// Two passes at the weights' two sides, one after the other or at the same time, each form replayed as a graph.
 fn passes(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, name: &str) -> Result<()> {
     if device.is_host() {
@@ -229,6 +250,7 @@ fn fusions(criterion: &mut Criterion) {
             sums(&mut group, &device, layer(size, channels, channels)).expect("memory for one layer");
         }
         parts(&mut group, &device).expect("memory for the layers");
+        launches(&mut group, &device).expect("memory for a vector");
         for name in ["resnet20", "resnet56", "resnet18"] {
             passes(&mut group, &device, name).expect("memory for two passes");
         }

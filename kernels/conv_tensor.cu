@@ -510,14 +510,14 @@ struct NormShared {
 
 /// Writes dz, the result where the relu passed and zero elsewhere, and leaves each line's sums of dz and dz (x - mean) over the
 /// columns, of dz as it is stored. `offset_at(row)` is where the tile's row begins in dz, as in x and y; -1 past the end.
-template <class Tile, Mask mask, class D, class OffsetAt>
+template <class Tile, class D, class OffsetAt>
 __device__ __forceinline__ void write_masked(const typename Tile::Sums& sum, const SumsArgs<D>& a, NormShared<Tile>& shared, D* out,
                                              int first_column, bool accumulate, OffsetAt offset_at) {
     typedef Chunks<Tile, D> Chunks;
     typedef Scalars<float, 8> Group;
     constexpr int PARTS = Tile::WARP_ROWS / 16;
     const int lane = int(threadIdx.x) % 32, columns = int(a.channels), line = Tile::warp_row() / LINE_ROWS;
-    const Upstream<D> upstream{a.upstream.x, a.upstream.y, nullptr, shared.gamma, shared.beta, shared.mean, shared.inv_std};
+    const Upstream<D> upstream{nullptr, nullptr, nullptr, shared.gamma, shared.beta, shared.mean, shared.inv_std};
     int offsets[PARTS][2];
     POLDER_UNROLL
     for (int i = 0; i < PARTS; ++i) {
@@ -528,7 +528,7 @@ __device__ __forceinline__ void write_masked(const typename Tile::Sums& sum, con
     POLDER_UNROLL
     for (int j = 0; j < Tile::WARP_COLUMNS / 16; ++j) {
         const int column = first_column + Chunks::column(j);
-        const Masked<Group, mask> masked(upstream, uint32_t(Chunks::column(j)));
+        const Masked<Group, kRecompute> masked(upstream, uint32_t(Chunks::column(j)));
         float totals[16] = {};  // of dz, and of dz (x - mean)
         POLDER_UNROLL
         for (int i = 0; i < PARTS; ++i) {
@@ -540,7 +540,8 @@ __device__ __forceinline__ void write_masked(const typename Tile::Sums& sum, con
                 Group dz;
                 POLDER_UNROLL
                 for (int e = 0; e < 8; ++e) dz.v[e] = widen(chunk.v[e]);
-                dz = masked.passed(masked.edge(upstream, place, x), dz);
+                if (a.mask == kOutput) dz = masked.passed(Group::load(a.upstream.y + place), dz);
+                else if (a.mask == kRecompute) dz = masked.passed(masked.edge(upstream, place, x), dz);
                 dz.store(out + place);
                 POLDER_UNROLL
                 for (int e = 0; e < 8; ++e) {
@@ -577,9 +578,7 @@ __device__ __forceinline__ void write_for_batch_norm(const typename Tile::Sums& 
         shared->inv_std[c] = of(a.upstream.inv_std);
     }
     __syncthreads();
-    if (a.mask == kOutput) write_masked<Tile, kOutput>(sum, a, *shared, out, corner.column, accumulate, offset_at);
-    else if (a.mask == kRecompute) write_masked<Tile, kRecompute>(sum, a, *shared, out, corner.column, accumulate, offset_at);
-    else write_masked<Tile, kNoMask>(sum, a, *shared, out, corner.column, accumulate, offset_at);
+    write_masked(sum, a, *shared, out, corner.column, accumulate, offset_at);
     __syncthreads();
     const uint32_t across = (channels + Tile::COLUMNS - 1) / Tile::COLUMNS, down = gridDim.x / across;
     const uint32_t block = blockIdx.z * down + uint32_t(corner.row / Tile::ROWS), blocks = gridDim.z * down;
@@ -722,6 +721,7 @@ __device__ __forceinline__ void weight_gradient(const WeightGradientArgs<T>& a) 
 using Tile16 = Tile<128, 16, 32, 16, 4>;
 using Tile32 = Tile<128, 32, 32, 32, 4>;
 using Tile64 = Tile<128, 64, 64, 32, 4>;
+using Tile64By8 = Tile<128, 64, 32, 32, 4>;  // by eight warps, where there are so few tiles that four leave a multiprocessor idle
 using Tile128 = Tile<128, 128, 64, 64, 3>;
 
 }  // namespace
@@ -729,36 +729,45 @@ using Tile128 = Tile<128, 128, 64, 64, 3>;
 POLDER_KERNEL(conv_tensor_forward_16_f16, (forward<Tile16, __half>), ConvArgs<__half>)
 POLDER_KERNEL(conv_tensor_forward_32_f16, (forward<Tile32, __half>), ConvArgs<__half>)
 POLDER_KERNEL(conv_tensor_forward_64_f16, (forward<Tile64, __half>), ConvArgs<__half>)
+POLDER_KERNEL(conv_tensor_forward_64_by_8_f16, (forward<Tile64By8, __half>), ConvArgs<__half>)
 POLDER_KERNEL(conv_tensor_forward_128_f16, (forward<Tile128, __half>), ConvArgs<__half>)
 POLDER_KERNEL(conv_tensor_input_gradient_16_f16, (input_gradient<Tile16, __half>), InputGradientArgs<__half>)
 POLDER_KERNEL(conv_tensor_input_gradient_32_f16, (input_gradient<Tile32, __half>), InputGradientArgs<__half>)
 POLDER_KERNEL(conv_tensor_input_gradient_64_f16, (input_gradient<Tile64, __half>), InputGradientArgs<__half>)
+POLDER_KERNEL(conv_tensor_input_gradient_64_by_8_f16, (input_gradient<Tile64By8, __half>), InputGradientArgs<__half>)
 POLDER_KERNEL(conv_tensor_input_gradient_128_f16, (input_gradient<Tile128, __half>), InputGradientArgs<__half>)
 POLDER_KERNEL(conv_tensor_weight_gradient_16_f16, (weight_gradient<Tile16, __half>), WeightGradientArgs<__half>)
 POLDER_KERNEL(conv_tensor_weight_gradient_32_f16, (weight_gradient<Tile32, __half>), WeightGradientArgs<__half>)
 POLDER_KERNEL(conv_tensor_weight_gradient_64_f16, (weight_gradient<Tile64, __half>), WeightGradientArgs<__half>)
+POLDER_KERNEL(conv_tensor_weight_gradient_64_by_8_f16, (weight_gradient<Tile64By8, __half>), WeightGradientArgs<__half>)
 POLDER_KERNEL(conv_tensor_weight_gradient_128_f16, (weight_gradient<Tile128, __half>), WeightGradientArgs<__half>)
 POLDER_KERNEL(conv_tensor_forward_16_bf16, (forward<Tile16, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_forward_32_bf16, (forward<Tile32, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_forward_64_bf16, (forward<Tile64, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
+POLDER_KERNEL(conv_tensor_forward_64_by_8_bf16, (forward<Tile64By8, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_forward_128_bf16, (forward<Tile128, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_input_gradient_16_bf16, (input_gradient<Tile16, __nv_bfloat16>), InputGradientArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_input_gradient_32_bf16, (input_gradient<Tile32, __nv_bfloat16>), InputGradientArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_input_gradient_64_bf16, (input_gradient<Tile64, __nv_bfloat16>), InputGradientArgs<__nv_bfloat16>)
+POLDER_KERNEL(conv_tensor_input_gradient_64_by_8_bf16, (input_gradient<Tile64By8, __nv_bfloat16>), InputGradientArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_input_gradient_128_bf16, (input_gradient<Tile128, __nv_bfloat16>), InputGradientArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_weight_gradient_16_bf16, (weight_gradient<Tile16, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_weight_gradient_32_bf16, (weight_gradient<Tile32, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_weight_gradient_64_bf16, (weight_gradient<Tile64, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>)
+POLDER_KERNEL(conv_tensor_weight_gradient_64_by_8_bf16, (weight_gradient<Tile64By8, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_weight_gradient_128_bf16, (weight_gradient<Tile128, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_forward_16_tf32, (forward<Tile16, float>), ConvArgs<float>)
 POLDER_KERNEL(conv_tensor_forward_32_tf32, (forward<Tile32, float>), ConvArgs<float>)
 POLDER_KERNEL(conv_tensor_forward_64_tf32, (forward<Tile64, float>), ConvArgs<float>)
+POLDER_KERNEL(conv_tensor_forward_64_by_8_tf32, (forward<Tile64By8, float>), ConvArgs<float>)
 POLDER_KERNEL(conv_tensor_forward_128_tf32, (forward<Tile128, float>), ConvArgs<float>)
 POLDER_KERNEL(conv_tensor_input_gradient_16_tf32, (input_gradient<Tile16, float>), InputGradientArgs<float>)
 POLDER_KERNEL(conv_tensor_input_gradient_32_tf32, (input_gradient<Tile32, float>), InputGradientArgs<float>)
 POLDER_KERNEL(conv_tensor_input_gradient_64_tf32, (input_gradient<Tile64, float>), InputGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_input_gradient_64_by_8_tf32, (input_gradient<Tile64By8, float>), InputGradientArgs<float>)
 POLDER_KERNEL(conv_tensor_input_gradient_128_tf32, (input_gradient<Tile128, float>), InputGradientArgs<float>)
 POLDER_KERNEL(conv_tensor_weight_gradient_16_tf32, (weight_gradient<Tile16, float>), WeightGradientArgs<float>)
 POLDER_KERNEL(conv_tensor_weight_gradient_32_tf32, (weight_gradient<Tile32, float>), WeightGradientArgs<float>)
 POLDER_KERNEL(conv_tensor_weight_gradient_64_tf32, (weight_gradient<Tile64, float>), WeightGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_weight_gradient_64_by_8_tf32, (weight_gradient<Tile64By8, float>), WeightGradientArgs<float>)
 POLDER_KERNEL(conv_tensor_weight_gradient_128_tf32, (weight_gradient<Tile128, float>), WeightGradientArgs<float>)

@@ -128,6 +128,9 @@ for name in vector batch_norm step curvature fusion conv; do
     run benches "bench $name" 90 "benches/$name" --bench
 done
 
+# What it gains to launch kernels before the ones before them are done.
+POLDER_EARLY_LAUNCH=0 run benches "bench fusion, in order" 90 benches/fusion --bench "launch in a graph|passes"
+
 rm -rf "$CRITERION_HOME" "$unpacked"
 grep -h "^test result\|^ERROR SUMMARY\|^========= ERROR SUMMARY\|time: " "$results"/*.log | sort | uniq -c | sort -rn | head -n 20
 printf '\n'

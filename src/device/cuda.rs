@@ -8,7 +8,7 @@
 use std::cell::Cell;
 use std::ffi::c_void;
 use std::ptr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::result::{self, DriverError};
@@ -87,6 +87,8 @@ pub(super) struct CudaDevice {
     stream: Arc<CudaStream>,
     /// For the second of two pieces of work; between such pairs the first stream has waited for it.
     side: Arc<CudaStream>,
+    /// Whether what comes next, on the first stream and on the side one, follows the other stream's work too.
+    joined: [AtomicBool; 2],
     /// By [`KernelId`]; `None` for a kernel of the CPU alone.
     kernels: Vec<Option<Kernel>>,
     state: Mutex<State>,
@@ -107,6 +109,7 @@ struct Branch<'a> {
 impl<'a> Branch<'a> {
     fn begin(device: &'a CudaDevice) -> Result<Self> {
         device.side.join(&device.stream).map_err(failed("doing two things at once"))?;
+        device.joined[1].store(true, Ordering::Relaxed);
         Ok(Self { device, joined: false })
     }
 
@@ -161,13 +164,19 @@ struct Kernel {
     function: CudaFunction,
     /// The most dynamic shared memory that it may be launched with so far.
     shared_limit: AtomicUsize,
-    /// Whether it begins with waiting for the kernel before it.
-    waits: bool,
+    /// Whether it is launched before the kernel before it is done, for which it begins with waiting.
+    early: bool,
 }
 
 /// The virtual architecture from which on kernels begin with waiting for the one before (`polder_begin` in
 /// `kernels/include/polder.cuh`).
 const WAITS_FROM: i32 = 90;
+
+/// Whether kernels that wait may be launched early; `POLDER_EARLY_LAUNCH=0` forbids it, to measure what it gains, or where a driver
+/// gets it wrong.
+fn early_launch() -> bool {
+    std::env::var("POLDER_EARLY_LAUNCH").map_or(true, |value| value != "0")
+}
 
 impl CudaDevice {
     pub(super) fn new(ordinal: usize) -> Result<Self> {
@@ -213,6 +222,7 @@ impl CudaDevice {
             context,
             stream,
             side,
+            joined: Default::default(),
             kernels,
             state: Mutex::new(State { staging, recording: None, retired: Vec::new(), graphs: 0, held: Vec::new() }),
         })
@@ -261,6 +271,7 @@ impl CudaDevice {
         // Asked first, for an error that a destructor kept would otherwise come up instead of the join.
         let kept = self.bind();
         let joined = self.stream.join(&self.side).map_err(failed("doing two things at once"));
+        self.joined[0].store(true, Ordering::Relaxed);
         if joined.is_err() {
             // What the side stream still uses must not be freed. (In a capture this fails, which is broken then anyway.)
             let _ = self.side.synchronize();
@@ -313,7 +324,7 @@ impl CudaDevice {
     /// As [`super::Device::launch`].
     pub(super) unsafe fn launch<A: Copy>(&self, kernel: KernelId, shape: Launch, args: &A) -> Result<()> {
         let refused = |message| Error::Launch { kernel: kernel.to_name(), message };
-        let Some(Kernel { function, shared_limit, waits }) = &self.kernels[kernel.0] else {
+        let Some(Kernel { function, shared_limit, early }) = &self.kernels[kernel.0] else {
             return Err(refused("exists on the CPU alone (double precision)".into()));
         };
         if shape.grid.contains(&0) {
@@ -326,8 +337,9 @@ impl CudaDevice {
         let mut parameters = [(&raw const *args).cast_mut().cast::<c_void>()];
         let (grid, block) = (shape.grid, shape.block);
         // Programmatic dependent launch: its blocks may take their places before the kernel before it is done, and wait there.
-        // Where something else comes before it, or the chip knows no such thing, it is launched like any other.
-        let mut early = sys::CUlaunchAttribute {
+        // After a copy, say, the driver launches it like any other; after two streams' work we do.
+        let early = *early && !self.joined[usize::from(self.is_on_side())].swap(false, Ordering::Relaxed);
+        let mut serialization = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: Default::default(),
             value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
@@ -341,8 +353,8 @@ impl CudaDevice {
             blockDimZ: block[2],
             sharedMemBytes: shape.shared as u32,
             hStream: self.current().cu_stream(),
-            attrs: &raw mut early,
-            numAttrs: (*waits).into(),
+            attrs: &raw mut serialization,
+            numAttrs: early.into(),
         };
         // SAFETY: the function belongs to a module that `self.kernels` keeps loaded. It takes one parameter, whose twin `args`
         // is by the caller's word; the driver copies it, and the attribute, before the call returns. The caller vouches for the
@@ -571,6 +583,7 @@ fn load_kernels(context: &Arc<CudaContext>) -> std::result::Result<Vec<Option<Ke
         modules
             .push(module.map_err(|error| format!("the kernels of {name}.cu cannot be loaded: {}", describe(error)))?);
     }
+    let may_be_early = early_launch();
     let find = |id: KernelId| {
         let name = id.to_name();
         let found = modules
@@ -585,8 +598,8 @@ fn load_kernels(context: &Arc<CudaContext>) -> std::result::Result<Vec<Option<Ke
             function.get_attribute(attribute).map_err(|error| format!("kernel {name}: {}", describe(error)))
         };
         let limit = ask(FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES)?;
-        let waits = ask(FunctionAttribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)? >= WAITS_FROM;
-        Ok(Kernel { function, shared_limit: AtomicUsize::new(usize::try_from(limit).unwrap_or(0)), waits })
+        let early = may_be_early && ask(FunctionAttribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)? >= WAITS_FROM;
+        Ok(Kernel { function, shared_limit: AtomicUsize::new(usize::try_from(limit).unwrap_or(0)), early })
     };
     let ids = (0..NAMES.len()).map(KernelId);
     ids.map(|id| if HOST_ONLY[id.0] { Ok(None) } else { find(id).map(Some) }).collect()
