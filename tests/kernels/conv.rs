@@ -422,6 +422,7 @@ fn check_sums_for_batch_norm<S: Compute<Master = f32>>(
     let mut workspace = Workspace::new(device, [rows]).unwrap().with_convolutions::<S>([shape]).unwrap();
     for ((residual, relu, add_residual), accumulate) in FOLLOWERS.into_iter().flat_map(|f| [(f, false), (f, true)]) {
         let name = format!("{name}, {}, {shape:?}, residual {residual}, relu {relu}, add {accumulate}", S::NAME);
+        let mode = if accumulate { Mode::Eval } else { Mode::Train }; // either would do
         let mut y = device.poisoned::<S>(len).unwrap();
         let [mut mean, mut inv_std] = std::array::from_fn(|_| device.poisoned::<f32>(channels).unwrap());
         let input = Forward {
@@ -453,7 +454,7 @@ fn check_sums_for_batch_norm<S: Compute<Master = f32>>(
         let to =
             residual.then(|| ResidualGradient { gradient: expected_residual.view_mut(), accumulate: add_residual });
         let backward = Backward { x: x.view(), dy: plain.view(), gamma, mean, inv_std, activation };
-        batch_norm::backward(rows, Mode::Train, backward, gradients, to, &mut workspace).unwrap();
+        batch_norm::backward(rows, mode, backward, gradients, to, &mut workspace).unwrap();
 
         // And together, twice: the tickets are as they were.
         let mut found = Vec::new();
@@ -481,7 +482,7 @@ fn check_sums_for_batch_norm<S: Compute<Master = f32>>(
             let (dgamma_in, dbeta_in) = (dgamma.view(), dbeta.view());
             let summed =
                 Summed { x: x.view(), dz: dz.view(), gamma, mean, inv_std, dgamma: dgamma_in, dbeta: dbeta_in };
-            batch_norm::backward_from_sums(rows, Mode::Train, summed, dx.view_mut(), to).unwrap();
+            batch_norm::backward_from_sums(rows, mode, summed, dx.view_mut(), to).unwrap();
             let wide = [dgamma, dbeta].map(|buffer| buffer.to_vec().unwrap());
             found.push(([dz, dx, residual_gradient].map(|buffer| buffer.to_vec().unwrap()), wide));
         }
