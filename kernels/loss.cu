@@ -136,18 +136,24 @@ __device__ void cross_entropy_tangent(const CrossEntropyTangentArgs<T>& a) {
     }
 }
 
+constexpr double kLargestDouble = 1.7976931348623157e308;
+
 template <class T>
 struct MeanLossArgs {
     const T* losses;
     double* loss;
+    uint32_t* flag;  // or null
     uint64_t batch;
 };
 
-/// The mean of the samples' losses, by one block.
+/// The mean of the samples' losses, by one block; flag[0] = 1 if it is infinite or NaN.
 template <class T>
 __device__ void mean_loss(const MeanLossArgs<T>& a) {
     const Sums<1> sum = block_sums_of<1>(a.batch, [](double loss) { return Sums<1>{{loss}}; }, a.losses);
-    if (thread_in_block() == 0) *a.loss = sum.v[0] / double(a.batch);
+    if (thread_in_block() != 0) return;
+    const double loss = sum.v[0] / double(a.batch);
+    *a.loss = loss;
+    if (a.flag != nullptr && !(fabs(loss) <= kLargestDouble)) atomicOr(a.flag, 1u);
 }
 
 }  // namespace

@@ -46,6 +46,7 @@ struct CrossEntropyArgs {
 struct MeanLossArgs {
     losses: u64,
     loss: u64,
+    flag: u64,
     batch: u64,
 }
 
@@ -55,7 +56,8 @@ struct MeanLossArgs {
 /// where there is one (see [`super::precision`]). To `correct`, one element, is added how many samples have their largest logit
 /// (the first of equals) at the label.
 ///
-/// A logit that is not finite makes its sample's loss not finite, and so does a label that no class has. Traffic: reads the
+/// A logit that is not finite makes its sample's loss not finite, and so does a label that no class has; where the mean is not
+/// finite, `flag`, one element, is set to 1 if it is given, and otherwise left. Traffic: reads the
 /// logits and labels, writes `dlogits` and the losses.
 ///
 /// # Errors
@@ -70,6 +72,7 @@ pub fn cross_entropy<T: Scalar>(
     mut sample_losses: SliceMut<'_, T>,
     mut loss: SliceMut<'_, f64>,
     mut correct: SliceMut<'_, u32>,
+    flag: Option<SliceMut<'_, u32>>,
 ) -> Result<()> {
     const NAME: &str = "loss::cross_entropy";
     let LossShape { batch, classes } = *shape;
@@ -103,7 +106,11 @@ pub fn cross_entropy<T: Scalar>(
         check("dlogits", dlogits.device(), dlogits.len(), elements)?;
         args.dlogits = dlogits.address();
     }
-    let mean = MeanLossArgs { losses: args.losses, loss: loss.address(), batch: batch as u64 };
+    let mut mean = MeanLossArgs { losses: args.losses, loss: loss.address(), flag: 0, batch: batch as u64 };
+    if let Some(mut flag) = flag {
+        check("flag", flag.device(), flag.len(), 1)?;
+        mean.flag = flag.address();
+    }
     let block = if device.is_simt() { 256 } else { 1 };
     // SAFETY: the twins of the kernels' structs; every length was checked above.
     unsafe {

@@ -84,13 +84,14 @@ impl<S: Compute> Plan<S> {
     }
 
     /// The mean loss over the first `samples`, and where asked for its gradient with respect to the logits. Correct predictions are
-    /// added to [`Plan::correct`] if the pass is `reported`.
+    /// added to [`Plan::correct`] if the pass is `reported`. `flag` is set where the loss is not finite.
     pub(super) fn loss(
         &mut self,
         samples: usize,
         gradient: bool,
         reported: bool,
         loss: SliceMut<'_, f64>,
+        flag: Option<SliceMut<'_, u32>>,
     ) -> Result<()> {
         let counter = if reported { 0..1 } else { 1..2 };
         let shape = LossShape { batch: samples, classes: self.classes() };
@@ -109,6 +110,7 @@ impl<S: Compute> Plan<S> {
             sample_losses.slice_mut(0..samples)?,
             loss,
             self.correct.slice_mut(counter)?,
+            flag,
         )
     }
 }

@@ -74,16 +74,17 @@ impl<S: Compute> Tangent<S> {
 }
 
 impl<S: Compute> Plan<S> {
-    /// The products of the Hessian with some directions, and the loss in the first of the tangents.
+    /// The products of the Hessian with some directions, and the loss in the first of the tangents, which alone is looked at.
     pub(super) fn tangent_passes<const N: usize>(
         &mut self,
         weights: Slice<'_, S::Master>,
         directions: [Slice<'_, S::Master>; N],
         products: &mut [SliceMut<'_, S::Master>; N],
         tangents: &mut [Tangent<S>],
+        flag: SliceMut<'_, u32>,
     ) -> Result<()> {
         self.forward(weights, Statistics::Keep)?;
-        self.loss(self.shapes[0].batch, true, false, tangents[0].loss.view_mut())?;
+        self.loss(self.shapes[0].batch, true, false, tangents[0].loss.view_mut(), Some(flag))?;
         for (direction, tangent) in directions.into_iter().zip(&mut *tangents) {
             if !tangent.rounded.is_empty() {
                 vector::convert(direction, tangent.rounded.view_mut())?;

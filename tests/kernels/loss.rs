@@ -22,6 +22,7 @@ fn run<T: Scalar>(device: &Device, classes: usize, logits: &[T], labels: &[u32],
     let mut loss = device.poisoned::<f64>(1).unwrap();
     // Counted up from what is there.
     let mut correct = device.upload(&[1000u32]).unwrap();
+    let mut flag = device.zeros::<u32>(1).unwrap();
     cross_entropy(
         &shape,
         logits.view(),
@@ -32,6 +33,7 @@ fn run<T: Scalar>(device: &Device, classes: usize, logits: &[T], labels: &[u32],
         sample_losses.view_mut(),
         loss.view_mut(),
         correct.view_mut(),
+        Some(flag.view_mut()),
     )
     .unwrap();
     let found = Found {
@@ -51,10 +53,12 @@ fn run<T: Scalar>(device: &Device, classes: usize, logits: &[T], labels: &[u32],
         sample_losses.view_mut(),
         loss.view_mut(),
         correct.view_mut(),
+        None,
     )
     .unwrap();
     assert_eq!(bits(&sample_losses.to_vec().unwrap()), bits(&found.sample_losses));
     assert_eq!(loss.to_vec().unwrap()[0].to_bits(), found.loss.to_bits());
+    assert_eq!(flag.to_vec().unwrap()[0], u32::from(!found.loss.is_finite()), "{}", found.loss);
     assert_eq!(correct.to_vec().unwrap()[0], 1000 + 2 * found.correct);
     found
 }
@@ -160,7 +164,8 @@ fn a_loss_scale_multiplies_gradients_alone() {
         let mut correct = device.zeros(1).unwrap();
         let (out, scale) = (Some(dlogits.view_mut()), Some(scale.view()));
         let results = (losses.view_mut(), loss.view_mut(), correct.view_mut());
-        cross_entropy(&shape, logits.view(), labels.view(), 0.1, out, scale, results.0, results.1, results.2).unwrap();
+        cross_entropy(&shape, logits.view(), labels.view(), 0.1, out, scale, results.0, results.1, results.2, None)
+            .unwrap();
         assert_eq!(dlogits.to_vec().unwrap(), scaled(&plain.dlogits), "{name}");
         assert_eq!(loss.to_vec().unwrap(), [plain.loss], "{name}");
         cross_entropy_tangent(&shape, logits.view(), direction.view(), dlogits.view_mut(), scale).unwrap();
@@ -363,7 +368,18 @@ fn wrong_arguments_are_refused() {
         let mut losses = device.zeros::<f32>(2).unwrap();
         let (mut loss, mut correct) = (device.zeros::<f64>(1).unwrap(), device.zeros::<u32>(1).unwrap());
         let (loss, correct) = (loss.view_mut(), correct.view_mut());
-        cross_entropy(&shape, logits.view(), labels.view(), smoothing, None, None, losses.view_mut(), loss, correct)
+        cross_entropy(
+            &shape,
+            logits.view(),
+            labels.view(),
+            smoothing,
+            None,
+            None,
+            losses.view_mut(),
+            loss,
+            correct,
+            None,
+        )
     };
     let operation = "loss::cross_entropy";
     assert_eq!(call(LossShape { batch: 2, classes: 3 }, 6, 0.1), Ok(()));
