@@ -1,6 +1,7 @@
 """Looks into the machine code of the GPU's kernels for what the sources mean by it: products on tensor cores fed by asynchronous
 copies, 16-byte accesses where a kernel streams, and no memory of a thread's own, which spilled or indexed registers would need. On
-9.0 a kernel may be launched before the one before it is done, so each has to wait before it touches global memory.
+9.0 a kernel may be launched before the one before it is done, so each has to wait before it touches global memory, and none may load
+through the cache for what is constant during a kernel, which knows of no such wait.
 
     sass.py CUOBJDUMP FOLDER_WITH_FATBINS
 """
@@ -18,7 +19,7 @@ RULES = [
     (r"conv_tensor_\w+", r"HMMA\.16(816|88)\.F32", "tensor cores"),
     (r"conv_tensor_\w+", r"LDGSTS\.E\.(BYPASS\.)?128", "asynchronous copies of 16 bytes"),
     # Both operands of a TF32 weight gradient run across the depth, where ldmatrix has no transposition of 32 bits.
-    (r"conv_tensor_(?!weight_gradient_\d+_tf32)\w+", r"LDSM\.16", "ldmatrix"),
+    (r"conv_tensor_(?!weight_gradient_\w+_tf32)\w+", r"LDSM\.16", "ldmatrix"),
     (STREAMS, r"LDG\.E\.([A-Z]+\.)*128", "16-byte loads"),
     (r"conv_(forward|input_gradient|weight_gradient)_\d+_f32", r"LDG\.E\.([A-Z]+\.)*128", "16-byte loads"),
 ]
@@ -58,6 +59,7 @@ def main():
     waiting = [key for key, text in early.items() if waits_first(text)]
     print(f"waits for the kernel before it touches memory: {len(waiting)} of {len(early)} kernels")
     faults += [f"{target} {name}: touches memory before it has waited" for target, name in early.keys() - set(waiting)]
+    faults += [f"{target} {name}: loads as constant" for (target, name), text in early.items() if re.search(r"LDG\S*CONSTANT", text)]
     for kernel, instruction, what in RULES:
         matching = {key: text for key, text in code.items() if re.fullmatch(kernel, key[1])}
         missing = [f"{target} {name}: no {what}" for (target, name), text in matching.items() if not re.search(instruction, text)]

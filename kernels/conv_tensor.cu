@@ -29,13 +29,17 @@
 
 namespace {
 
+/// Sums over a tile's rows, one for each column, are first taken over lines of so many rows, in every tile alike: which tile a product
+/// is computed by changes none of their bits.
+constexpr int LINE_ROWS = 32;
+
 /// A block's tile, ROWS x COLUMNS, of which each warp computes WARP_ROWS x WARP_COLUMNS, with operands in STAGES stages.
 template <int ROWS_, int COLUMNS_, int WARP_ROWS_, int WARP_COLUMNS_, int STAGES_>
 struct Tile {
     static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, WARP_ROWS = WARP_ROWS_, WARP_COLUMNS = WARP_COLUMNS_;
     static constexpr int STAGES = STAGES_;
     static constexpr int WARPS_ACROSS = COLUMNS / WARP_COLUMNS, THREADS = ROWS / WARP_ROWS * WARPS_ACROSS * 32;
-    static_assert(WARP_ROWS % 16 == 0 && WARP_COLUMNS % 16 == 0, "whole fragments");
+    static_assert(WARP_ROWS % LINE_ROWS == 0 && WARP_COLUMNS % 16 == 0, "whole lines, and whole fragments");
     /// Bytes of the depth in a stage, and with them the bytes of the operands' parts.
     static constexpr int DEPTH_BYTES = 64, LEFT_BYTES = ROWS * DEPTH_BYTES, RIGHT_BYTES = COLUMNS * DEPTH_BYTES;
 
@@ -412,14 +416,11 @@ __device__ __forceinline__ void write(const typename Tile::Sums& sum, int first_
     }
 }
 
-// Sums over a tile's rows, one for each column, are first taken over lines of 32 rows, in every tile alike: which tile a product is
-// computed by changes none of their bits.
-constexpr int LINE_ROWS = 32;
-
 /// Adds up each of the first COUNT values, a power of two, over the lanes that differ in the bits DISTANCE, REST. They are shared out:
 /// a lane has the totals from the one on whose number is returned, in v[0] and on, COUNT / lanes of them, but at least one.
 template <int COUNT, int DISTANCE, int... REST, int N>
 __device__ __forceinline__ int total_over_lanes(float (&v)[N]) {
+    static_assert((COUNT & (COUNT - 1)) == 0 && COUNT <= N, "halves of halves");
     const bool upper = (int(threadIdx.x) & DISTANCE) != 0;
     constexpr int HALF = COUNT > 1 ? COUNT / 2 : 1;
     POLDER_UNROLL
@@ -480,12 +481,12 @@ __device__ __forceinline__ void write_moments(const typename Tile::Sums& sum, in
     __syncthreads();
     const float share = 1.0f / float(rows);
     for_each_line(m2s, [&](int first, int j, int e) {
-        const float mean = over_lines(sums, column_of(2 * j + e)) * share;
+        const float mean = rounded_product(over_lines(sums, column_of(2 * j + e)), share);
         float total = 0.0f;
         POLDER_UNROLL
         for (int i = first; i < first + PARTS; ++i) {
             const float deviation = stored(i, j, e) - mean;
-            if (Tile::warp_row() + i * 8 + lane / 4 < rows) total += deviation * deviation;
+            if (Tile::warp_row() + i * 8 + lane / 4 < rows) total = multiply_add(deviation, deviation, total);
         }
         return total;
     });
@@ -493,7 +494,7 @@ __device__ __forceinline__ void write_moments(const typename Tile::Sums& sum, in
     for (int column = int(threadIdx.x); column < Tile::COLUMNS; column += Tile::THREADS) {
         if (first_column + column >= columns) continue;
         float* to = moments + (int64_t(first_column + column) * tiles + tile) * 2;
-        to[0] = over_lines(sums, column) * share;
+        to[0] = rounded_product(over_lines(sums, column), share);
         to[1] = over_lines(m2s, column);
     }
 }
@@ -546,7 +547,7 @@ __device__ __forceinline__ void write_masked(const typename Tile::Sums& sum, con
                 POLDER_UNROLL
                 for (int e = 0; e < 8; ++e) {
                     totals[e] += dz.v[e];
-                    totals[8 + e] += dz.v[e] * (x.v[e] - masked.mean.v[e]);
+                    totals[8 + e] = multiply_add(dz.v[e], x.v[e] - masked.mean.v[e], totals[8 + e]);
                 }
             }
             if (i * 16 % LINE_ROWS != LINE_ROWS - 16) continue;

@@ -112,6 +112,26 @@ __device__ __forceinline__ void put(S* p, uint64_t i, const Pack<T, V>& pack) {
     }
 }
 
+// ---- Products whose bits do not depend on what the GPU's compiler contracts around them --------------------------------
+
+/// a b, rounded.
+__device__ __forceinline__ float rounded_product(float a, float b) {
+#if defined(POLDER_HOST)
+    return a * b;
+#else
+    return __fmul_rn(a, b);
+#endif
+}
+
+/// a b + c, on the GPU rounded once.
+__device__ __forceinline__ float multiply_add(float a, float b, float c) {
+#if defined(POLDER_HOST)
+    return a * b + c;
+#else
+    return fmaf(a, b, c);
+#endif
+}
+
 // ---- Pure outputs --------------------------------------------------------------------------------------------------
 
 /// Where a pass writes: N vectors of one type.

@@ -17,7 +17,7 @@
     }
 #define POLDER_HOST_KERNEL(NAME, FUNCTION, ARGS)  // double precision and CPU-only shapes stay out of the fatbin
 #define POLDER_DYNAMIC_SHARED(T, NAME)                               \
-    extern __shared__ __align__(16) unsigned char polder_dynamic[]; \
+    extern __shared__ __align__(32) unsigned char polder_dynamic[]; \
     T* NAME = reinterpret_cast<T*>(polder_dynamic)
 #define POLDER_UNROLL _Pragma("unroll")
 #else

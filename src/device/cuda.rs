@@ -108,8 +108,8 @@ struct Branch<'a> {
 
 impl<'a> Branch<'a> {
     fn begin(device: &'a CudaDevice) -> Result<Self> {
-        device.side.join(&device.stream).map_err(failed("doing two things at once"))?;
         device.joined[1].store(true, Ordering::Relaxed);
+        device.side.join(&device.stream).map_err(failed("doing two things at once"))?;
         Ok(Self { device, joined: false })
     }
 
@@ -270,6 +270,8 @@ impl CudaDevice {
     fn join_side(&self) -> Result<()> {
         // Asked first, for an error that a destructor kept would otherwise come up instead of the join.
         let kept = self.bind();
+        // Before and after, for another thread may be launching.
+        self.joined[0].store(true, Ordering::Relaxed);
         let joined = self.stream.join(&self.side).map_err(failed("doing two things at once"));
         self.joined[0].store(true, Ordering::Relaxed);
         if joined.is_err() {
@@ -284,10 +286,27 @@ impl CudaDevice {
         self.lock().recording.is_some()
     }
 
-    /// Bytes of memory that nobody has taken. What the pool keeps for reuse does not count.
+    /// Bytes of memory that nobody uses: what nobody has taken, and what the pool keeps for reuse.
     pub(super) fn free_bytes(&self) -> Result<usize> {
         self.bind()?;
-        result::mem_get_info().map(|(free, _)| free).map_err(failed("asking for free memory"))
+        let asked = || -> std::result::Result<usize, DriverError> {
+            let (untaken, _) = result::mem_get_info()?;
+            let [reserved, used] = [
+                sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT,
+                sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT,
+            ]
+            .map(|attribute| {
+                let mut bytes = 0u64;
+                // SAFETY: the device is the context's own, and both attributes are 64-bit integers.
+                unsafe {
+                    let pool = result::device::get_default_mem_pool(self.context.cu_device())?;
+                    result::mem_pool::get_attribute(pool, attribute, (&raw mut bytes).cast())?;
+                }
+                Ok(bytes as usize)
+            });
+            Ok(untaken + reserved?.saturating_sub(used?))
+        };
+        asked().map_err(failed("asking for free memory"))
     }
 
     /// Calls `work(0)`, then `work(1)` for the side stream, which begins where the first began; what comes after waits for both.
@@ -550,6 +569,8 @@ impl CudaDevice {
         let kept = self.bind();
         let ended = self.stream.end_capture(sys::CUgraphInstantiate_flags(0)).map_err(failed("capturing a graph"));
         let graph = kept.and(ended);
+        // What was launched meanwhile is in the graph, and what comes next follows what came before.
+        self.joined.iter().for_each(|joined| joined.store(true, Ordering::Relaxed));
         (graph, state.recording.take().unwrap_or_default())
     }
 }

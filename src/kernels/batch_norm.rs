@@ -70,6 +70,9 @@ impl Workspace {
             sums = sums.max(room.sums_len());
             tickets = tickets.max(room.tickets_len(device));
         }
+        if sums == self.sums.len() && tickets == self.tickets.len() {
+            return Ok(self);
+        }
         Ok(Self { sums: device.poisoned(sums)?, tickets: device.zeros(tickets)? })
     }
 }
@@ -937,7 +940,7 @@ pub(super) fn sums_in_convolution<S: Compute>(
 /// The rest of [`backward`] where [`conv::input_gradient_with_sums`](super::conv::input_gradient_with_sums) has left dz, dgamma and
 /// dbeta: dx, and the residual's gradient. On a GPU's launch shapes.
 ///
-/// Traffic in training, f32: 12 bytes per element; another 4 (8 to accumulate) for the gradient of a residual.
+/// Traffic in training, in 16 bits: 6 bytes per element; another 2 (4 to accumulate) for the gradient of a residual.
 ///
 /// # Errors
 /// [`Error::Argument`] in the CPU's own shape; [`Error::Length`] and [`Error::OtherDevice`].

@@ -320,7 +320,7 @@ pub fn input_gradient<S: Compute>(
 /// [`batch_norm::backward_from_sums`](super::batch_norm::backward_from_sums) goes on from there.
 ///
 /// Traffic: that of [`input_gradient`], reads batch norm's input once, and y where the mask comes from it; 16 bytes per channel and
-/// 128 pixels. Blocks leave their sums of dz, rounded as it is stored, and of dz (x − mean), taken in f32 over at most 64 rows and in
+/// 128 pixels. Blocks leave their sums of dz, rounded as it is stored, and of dz (x − mean), taken in f32 over at most 32 rows and in
 /// double from there; the last block to come combines them.
 ///
 /// # Errors

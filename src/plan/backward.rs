@@ -1,11 +1,21 @@
 //! The backward pass.
 
+use std::ops::Range;
+
 use super::graph::{Op, Shape};
 use super::places::{BatchNormScratch, Parts};
 use super::{Plan, batch_norm_shape, convolved};
-use crate::device::{Compute, Result, Slice, SliceMut};
+use crate::device::{Compute, Disjoint, Result, Scalar, Slice, SliceMut};
 use crate::kernels::batch_norm::{self, Backward, Gradients, Normalized, ResidualGradient, Summed};
 use crate::kernels::{conv, layers};
+
+/// Room for dgamma and dbeta.
+fn pair<'a, T: Scalar>(
+    within: &mut Disjoint<'a, T>,
+    [dgamma, dbeta]: [Range<usize>; 2],
+) -> Result<(SliceMut<'a, T>, SliceMut<'a, T>)> {
+    Ok((within.write(dgamma)?, within.write(dbeta)?))
+}
 
 impl<S: Compute> Plan<S> {
     /// The backward of one operation: from the gradient of its output to those of its inputs, and of its parameters where
@@ -56,8 +66,8 @@ impl<S: Compute> Plan<S> {
                     let mut norm_scratch = norm_scratch.disjoint();
                     let mut parameters = gradient.map(|gradient| gradient.disjoint());
                     let (dgamma, dbeta) = match &mut parameters {
-                        Some(parameters) => (parameters.write(range(scale))?, parameters.write(range(shift))?),
-                        None => (norm_scratch.write(ranges.dgamma)?, norm_scratch.write(ranges.dbeta)?),
+                        Some(parameters) => pair(parameters, [range(scale), range(shift)])?,
+                        None => pair(&mut norm_scratch, [ranges.dgamma, ranges.dbeta])?,
                     };
                     conv::input_gradient_with_sums(shape, dy, kernel, dx, add[0], normalized, dgamma, dbeta, sums)?;
                 }
@@ -84,8 +94,8 @@ impl<S: Compute> Plan<S> {
                 };
                 let mut parameters = gradient.map(|gradient| gradient.disjoint());
                 let (dgamma, dbeta) = match &mut parameters {
-                    Some(parameters) => (parameters.write(range(scale))?, parameters.write(range(shift))?),
-                    None => (scratch.write(ranges.dgamma)?, scratch.write(ranges.dbeta)?),
+                    Some(parameters) => pair(parameters, [range(scale), range(shift)])?,
+                    None => pair(&mut scratch, [ranges.dgamma, ranges.dbeta])?,
                 };
                 let (x, dy, mode) = (parts.read(x)?, parts.gradient(y)?, self.options.batch_norm);
                 if places.summed[index] {

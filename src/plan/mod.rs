@@ -147,7 +147,7 @@ impl<S: Compute> Plan<S> {
         });
         let in_parts: Vec<_> = in_parts.collect();
         let part_sums = if in_parts.is_empty() { None } else { Some(PartSums::new(device, &in_parts)?) };
-        let sums = workspace::<S>(device, &ops, &shapes)?;
+        let sums = workspace::<S>(device, &ops, &shapes, &places)?;
         let mut statistics = device.zeros(statistics_layout.len())?;
         let mut start = vec![S::Master::default(); statistics_layout.len()];
         for tensor in statistics_layout.tensors() {
@@ -310,7 +310,7 @@ impl<S: Compute> Plan<S> {
             let scene = || -> Result<Scene<S>> {
                 let rounded = self.device.zeros(self.rounded.len())?;
                 let arena = self.device.poisoned(self.places.len)?;
-                Ok(Scene { arena, rounded, sums: workspace::<S>(&self.device, &self.ops, &self.shapes)? })
+                Ok(Scene { arena, rounded, sums: workspace::<S>(&self.device, &self.ops, &self.shapes, &self.places)? })
             };
             self.beside = match scene() {
                 Ok(scene) => Beside::There(Box::new(scene)),
@@ -423,13 +423,18 @@ fn finish<T: Scalar>(
 }
 
 /// Batch norm's workspace for all that a pass does.
-fn workspace<S: Compute>(device: &Device, ops: &[Op], shapes: &[Shape]) -> Result<batch_norm::Workspace> {
+fn workspace<S: Compute>(
+    device: &Device,
+    ops: &[Op],
+    shapes: &[Shape],
+    places: &Places,
+) -> Result<batch_norm::Workspace> {
     let normalized = ops.iter().filter_map(|op| match op {
         Op::BatchNorm { x, .. } => Some(batch_norm_shape(shapes[x.0])),
         _ => None,
     });
-    let convolutions = ops.iter().filter_map(|op| match op {
-        Op::Convolution { shape, .. } => Some(shape),
+    let convolutions = ops.iter().zip(&places.sums_for).filter_map(|(op, sums_for)| match op {
+        Op::Convolution { shape, .. } if sums_for.is_some() => Some(shape),
         _ => None,
     });
     batch_norm::Workspace::new(device, normalized)?.with_convolutions::<S>(convolutions)

@@ -389,14 +389,17 @@ fn moments_of_a_convolution_serve_batch_norm() {
     }
 }
 
-/// Input gradients that go on into batch norm: whole tiles and tails, parity classes without taps and without pixels.
-const NORMALIZED_SHAPES: [ConvShape; 6] = [
+/// Input gradients that go on into batch norm: whole tiles and tails, parity classes without taps and without pixels, and more blocks
+/// than a GPU's last one combines at once.
+const NORMALIZED_SHAPES: [ConvShape; 8] = [
     shape([3, 11, 13, 24, 12], 3, 1, 1),
     shape([2, 8, 8, 16, 32], 3, 2, 1),
     shape([5, 13, 11, 72, 3], 1, 2, 0),
     shape([4, 1, 9, 8, 8], 1, 2, 0),
     shape([1, 6, 7, 136, 20], 3, 1, 1),
     shape([3, 16, 15, 32, 4], 3, 1, 0),
+    shape([8, 24, 24, 8, 8], 1, 1, 0),
+    shape([5, 32, 31, 8, 8], 1, 2, 0),
 ];
 
 /// What follows batch norm in a case: a residual, a relu, and whether the residual's gradient is added to another.
@@ -507,7 +510,7 @@ fn check_sums_for_batch_norm<S: Compute<Master = f32>>(
                     magnitudes[i] += term.abs();
                 }
             }
-            // Up to 64 rows are added up in f32.
+            // Up to 32 rows are added up in f32.
             for (i, value) in [dgamma, dbeta].into_iter().enumerate() {
                 let error = (f64::from(value) - sums[i]).abs();
                 assert!(error <= 1e-6 * magnitudes[i], "{name}: sum {i} of channel {c}: {value}, not {}", sums[i]);
@@ -538,15 +541,15 @@ fn sums_for_batch_norm_are_refused_where_there_are_none() {
     let simt = Device::host_with(HostOptions { gpu_shapes: true, ..HostOptions::default() });
     assert!(shape.leaves_sums::<f16>(&simt) && !shape.leaves_sums::<f16>(&Device::host()));
     assert!(!shape.leaves_sums::<Tf32>(&simt) && !ConvShape { in_channels: 12, ..shape }.leaves_sums::<f16>(&simt));
-    let call = |device: &Device, offset: usize, dgamma_len: usize, room: &[ConvShape]| {
-        let buffer = |len: usize| device.zeros::<f16>(len + offset).unwrap();
+    let call = |device: &Device, x_offset: usize, offset: usize, dgamma_len: usize, room: &[ConvShape]| {
+        let buffer = |len: usize| device.zeros::<f16>(len + offset + x_offset).unwrap();
         let (x, dy, weight) = (buffer(shape.input_len()), buffer(shape.output_len()), buffer(shape.weight_len()));
         let mut dz = buffer(shape.input_len());
         let vector = device.zeros::<f32>(channels).unwrap();
         let (mut dgamma, mut dbeta) = (device.zeros(dgamma_len).unwrap(), device.zeros(channels).unwrap());
         let mut workspace = Workspace::new(device, []).unwrap().with_convolutions::<f16>(room).unwrap();
         let normalized = Normalized {
-            x: x.slice(0..shape.input_len()).unwrap(),
+            x: x.slice(x_offset..x_offset + shape.input_len()).unwrap(),
             gamma: vector.view(),
             mean: vector.view(),
             inv_std: vector.view(),
@@ -554,8 +557,8 @@ fn sums_for_batch_norm_are_refused_where_there_are_none() {
         };
         conv::input_gradient_with_sums(
             &shape,
-            dy.slice(offset..dy.len()).unwrap(),
-            weight.slice(offset..weight.len()).unwrap(),
+            dy.slice(0..shape.output_len()).unwrap(),
+            weight.slice(0..shape.weight_len()).unwrap(),
             dz.slice_mut(offset..offset + shape.input_len()).unwrap(),
             false,
             normalized,
@@ -564,11 +567,12 @@ fn sums_for_batch_norm_are_refused_where_there_are_none() {
             &mut workspace,
         )
     };
-    call(&simt, 0, channels, &[shape]).unwrap();
-    assert!(matches!(call(&Device::host(), 0, channels, &[shape]), Err(Error::Argument { .. })));
-    assert!(matches!(call(&simt, 1, channels, &[shape]), Err(Error::Argument { .. })));
-    assert!(matches!(call(&simt, 0, channels - 1, &[shape]), Err(Error::Length { argument: "dgamma", .. })));
-    assert!(matches!(call(&simt, 0, channels, &[]), Err(Error::Length { argument: "workspace", .. })));
+    call(&simt, 0, 0, channels, &[shape]).unwrap();
+    assert!(matches!(call(&Device::host(), 0, 0, channels, &[shape]), Err(Error::Argument { .. })));
+    assert!(matches!(call(&simt, 1, 0, channels, &[shape]), Err(Error::Argument { .. })));
+    assert!(matches!(call(&simt, 0, 1, channels, &[shape]), Err(Error::Argument { .. })));
+    assert!(matches!(call(&simt, 0, 0, channels - 1, &[shape]), Err(Error::Length { argument: "dgamma", .. })));
+    assert!(matches!(call(&simt, 0, 0, channels, &[]), Err(Error::Length { argument: "workspace", .. })));
 }
 
 #[test]

@@ -1,12 +1,13 @@
 //! Convolution on tensor cores: `kernels/conv_tensor.cu`, for operands of 16 bits, and for `f32` rounded to TF32.
 
 use std::collections::HashMap;
-use std::sync::{LazyLock, PoisonError, RwLock};
+use std::sync::{LazyLock, Mutex, PoisonError, RwLock};
 
 use super::ConvShape;
 use super::tiled::{ConvArgs, MANY_TILES, WEIGHT_GRADIENT_PIXELS};
-use crate::device::{Compute, ComputeKernels, Device, Error, KernelId, Launch, Result, Slice, SliceMut, id};
+use crate::device::{Buffer, Compute, ComputeKernels, Device, Error, KernelId, Launch, Result, Slice, SliceMut, id};
 use crate::kernels::batch_norm::{SumsArgs, SumsRoom, TILE_ROWS};
+use crate::kernels::{random, vector};
 
 /// Rows of every tile.
 const ROWS: usize = TILE_ROWS;
@@ -211,6 +212,9 @@ const TIMINGS: usize = 3;
 /// Chooses by measurement the tiles of the forward, and with `backward` of the gradients too, where that has not been done and there
 /// is memory for the operands.
 pub(super) fn measure_tiles<A: Compute>(shape: &ConvShape, backward: bool, device: &Device) -> Result<()> {
+    // One at a time: two would time each other.
+    static MEASURING: Mutex<()> = Mutex::new(());
+    let _alone = MEASURING.lock().unwrap_or_else(PoisonError::into_inner);
     let passes = [Pass::Forward, Pass::InputGradient, Pass::WeightGradient];
     for pass in passes.into_iter().take(if backward { 3 } else { 1 }) {
         let key = (device.number(), A::NAME, *shape, pass);
@@ -218,42 +222,52 @@ pub(super) fn measure_tiles<A: Compute>(shape: &ConvShape, backward: bool, devic
         if known || pass.candidates::<A>(shape).count() < 2 {
             continue;
         }
-        match measure_pass::<A>(key, device) {
+        match fastest_tile::<A>(pass, shape, device) {
+            Ok(tile) => choose(key, tile),
             Err(Error::OutOfMemory { .. }) => {}
-            other => other?,
+            Err(error) => return Err(error),
         }
     }
     Ok(())
 }
 
-fn measure_pass<A: Compute>(key: Key, device: &Device) -> Result<()> {
-    let (.., shape, pass) = key;
-    let (mut x, mut y) = (device.zeros::<A>(shape.input_len())?, device.zeros::<A>(shape.output_len())?);
-    let weight = device.zeros::<A>(shape.weight_len())?;
-    let parts = if pass == Pass::WeightGradient { splits::<A>(&shape) * shape.weight_len() } else { 0 };
+/// Noise: on zeros a GPU would draw less power, and run faster.
+fn noise<A: Compute>(device: &Device, len: usize, seed: u64) -> Result<Buffer<A>> {
+    let (mut wide, mut noise) = (device.zeros::<A::Master>(len)?, device.zeros::<A>(len)?);
+    random::normal(wide.view_mut(), seed, 0)?;
+    vector::convert(wide.view(), noise.view_mut())?;
+    Ok(noise)
+}
+
+/// Times replays of a graph, for the CPU takes longer to ask for a small launch than the GPU for it. What an input gradient leaves for
+/// batch norm is not asked for: it costs every tile about the same.
+fn fastest_tile<A: Compute>(pass: Pass, shape: &ConvShape, device: &Device) -> Result<&'static Tile> {
+    let (mut x, mut y) = (noise::<A>(device, shape.input_len(), 1)?, noise::<A>(device, shape.output_len(), 2)?);
+    let weight = noise::<A>(device, shape.weight_len(), 3)?;
+    let parts = if pass == Pass::WeightGradient { splits::<A>(shape) * shape.weight_len() } else { 0 };
     let mut parts = device.zeros::<A::Master>(parts)?;
-    let mut launch = || match pass {
-        Pass::Forward => forward(&shape, x.view(), weight.view(), y.view_mut(), false, None),
+    let mut launch = |tile| match pass {
+        Pass::Forward => forward_by(tile, shape, x.view(), weight.view(), y.view_mut(), false, None),
         Pass::InputGradient => {
-            input_gradient(&shape, y.view(), weight.view(), x.view_mut(), false, SumsArgs::default())
+            let norm = SumsArgs::default();
+            input_gradient_by(tile, shape, y.view(), weight.view(), x.view_mut(), false, norm)
         }
-        Pass::WeightGradient => partial_weight_gradients(&shape, x.view(), y.view(), parts.view_mut(), false),
+        Pass::WeightGradient => partial_weight_gradients_by(tile, shape, x.view(), y.view(), parts.view_mut(), false),
     };
-    let mut times: Vec<(f64, &'static Tile)> = pass.candidates::<A>(&shape).map(|tile| (f64::INFINITY, tile)).collect();
-    for _ in 0..TIMINGS {
-        for (shortest, tile) in &mut times {
-            choose(key, tile);
-            let start = device.event()?;
-            for _ in 0..TIMED_LAUNCHES {
-                launch()?;
-            }
-            *shortest = shortest.min(device.event()?.elapsed_since(&start)?);
+    let mut recorded = Vec::new();
+    for tile in pass.candidates::<A>(shape) {
+        recorded.push((tile, device.capture(|| (0..TIMED_LAUNCHES).try_for_each(|_| launch(tile)))?));
+    }
+    let (mut fastest, mut shortest) = (recorded[0].0, f64::INFINITY);
+    for (tile, graph) in recorded.iter().cycle().take(TIMINGS * recorded.len()) {
+        let start = device.event()?;
+        graph.replay()?;
+        let seconds = device.event()?.elapsed_since(&start)?;
+        if seconds < shortest {
+            (fastest, shortest) = (*tile, seconds);
         }
     }
-    if let Some((_, fastest)) = times.into_iter().min_by(|(a, _), (b, _)| a.total_cmp(b)) {
-        choose(key, fastest);
-    }
-    Ok(())
+    Ok(fastest)
 }
 
 /// Blocks over which a weight gradient is split: two for each multiprocessor of an H100, or one where the parts' traffic would
@@ -295,12 +309,23 @@ pub(super) fn forward<A: Compute>(
     shape: &ConvShape,
     x: Slice<'_, A>,
     weight: Slice<'_, A>,
+    y: SliceMut<'_, A>,
+    accumulate: bool,
+    moments: Option<SliceMut<'_, A::Master>>,
+) -> Result<()> {
+    forward_by(Tile::of::<A>(Pass::Forward, shape, x.device()), shape, x, weight, y, accumulate, moments)
+}
+
+fn forward_by<A: Compute>(
+    tile: &Tile,
+    shape: &ConvShape,
+    x: Slice<'_, A>,
+    weight: Slice<'_, A>,
     mut y: SliceMut<'_, A>,
     accumulate: bool,
     moments: Option<SliceMut<'_, A::Master>>,
 ) -> Result<()> {
     let (rows, columns, _) = Pass::Forward.product::<A>(shape);
-    let tile = Tile::of::<A>(Pass::Forward, shape, x.device());
     let addresses = [x.address(), weight.address(), y.address()];
     let wide = [
         wide::<A>(shape.in_channels, x.address()),
@@ -334,12 +359,23 @@ pub(super) fn input_gradient<A: Compute>(
     shape: &ConvShape,
     dy: Slice<'_, A>,
     weight: Slice<'_, A>,
+    dx: SliceMut<'_, A>,
+    accumulate: bool,
+    norm: SumsArgs,
+) -> Result<()> {
+    input_gradient_by(Tile::of::<A>(Pass::InputGradient, shape, dy.device()), shape, dy, weight, dx, accumulate, norm)
+}
+
+fn input_gradient_by<A: Compute>(
+    tile: &Tile,
+    shape: &ConvShape,
+    dy: Slice<'_, A>,
+    weight: Slice<'_, A>,
     mut dx: SliceMut<'_, A>,
     accumulate: bool,
     norm: SumsArgs,
 ) -> Result<()> {
     let (rows, columns, classes) = Pass::InputGradient.product::<A>(shape);
-    let tile = Tile::of::<A>(Pass::InputGradient, shape, dy.device());
     let addresses = [dy.address(), weight.address(), dx.address()];
     let wide = [
         wide::<A>(shape.out_channels, dy.address()),
@@ -356,11 +392,21 @@ pub(super) fn partial_weight_gradients<A: Compute>(
     shape: &ConvShape,
     x: Slice<'_, A>,
     dy: Slice<'_, A>,
+    out: SliceMut<'_, A::Master>,
+    accumulate: bool,
+) -> Result<()> {
+    partial_weight_gradients_by(Tile::of::<A>(Pass::WeightGradient, shape, x.device()), shape, x, dy, out, accumulate)
+}
+
+fn partial_weight_gradients_by<A: Compute>(
+    tile: &Tile,
+    shape: &ConvShape,
+    x: Slice<'_, A>,
+    dy: Slice<'_, A>,
     mut out: SliceMut<'_, A::Master>,
     accumulate: bool,
 ) -> Result<()> {
     let (rows, columns, splits) = Pass::WeightGradient.product::<A>(shape);
-    let tile = Tile::of::<A>(Pass::WeightGradient, shape, x.device());
     let out_address = out.address();
     let addresses = [x.address(), dy.address(), out_address];
     let wide = [
@@ -380,7 +426,7 @@ mod tests {
     use super::super::weight_gradient_by;
     use super::*;
     use crate::device::selftest::{random_f32, tf32};
-    use crate::device::{Buffer, HostOptions, Schedule};
+    use crate::device::{HostOptions, Schedule};
     use crate::kernels::batch_norm::{Activation, Normalized, Workspace};
 
     const fn shape(extents: [usize; 5], kernel: usize, stride: usize, padding: usize) -> ConvShape {
@@ -767,8 +813,10 @@ mod tests {
     fn the_shapes_reach_every_tile_and_several_splits() {
         let all = || SHAPES.iter().chain(&WIDE_SHAPES);
         let device = Device::host();
-        for tile in &TILES {
-            let is = |found: &Tile| found.columns == tile.columns;
+        // The rule never takes the second of two tiles with equally many columns: that is reached by the test above.
+        let ruled = TILES.iter().filter(|tile| tile.threads == 128);
+        for tile in ruled {
+            let is = |found: &Tile| std::ptr::eq(found, tile);
             assert!(all().any(|s| is(Tile::new(s.output_len() / s.out_channels, s.out_channels, 1))));
             assert!(all().any(|s| s.stride == 1 && is(Tile::new(s.input_len() / s.in_channels, s.in_channels, 1))));
             assert!(all().any(|s| is(Tile::of::<f16>(Pass::WeightGradient, s, &device))));
