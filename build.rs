@@ -34,10 +34,13 @@ fn main() {
     println!("cargo:rerun-if-changed=kernels");
     println!("cargo:rerun-if-changed=build.rs");
 
-    let device_sources = sources(Path::new("kernels"));
-    let host_sources = sources(Path::new("kernels/host"));
-    // The long jobs are best begun first: the CPU's convolution is one, the last of the device's sources is none.
-    let all: Vec<PathBuf> = host_sources.iter().chain(&device_sources).cloned().collect();
+    // The long jobs are best begun first: nvcc's, and of all compilers those on long sources.
+    let long_first = |mut sources: Vec<PathBuf>| {
+        sources.sort_by_key(|source| std::cmp::Reverse(fs::metadata(source).map_or(0, |found| found.len())));
+        sources
+    };
+    let device_sources = long_first(sources(Path::new("kernels")));
+    let all = long_first([sources(Path::new("kernels/host")), device_sources.clone()].concat());
     let sets = instruction_sets();
     if is_lint() {
         write_registry(&out, &all, &sets.iter().collect::<Vec<_>>());
@@ -45,8 +48,8 @@ fn main() {
         return;
     }
     let mut jobs = Vec::new();
-    let (built, objects) = plan_host(&out, &all, &sets, &mut jobs);
     let fatbins = plan_cuda(&out, &device_sources, &mut jobs);
+    let (built, objects) = plan_host(&out, &all, &sets, &mut jobs);
     run_all(jobs);
     link_host(&objects);
     write_registry(&out, &all, &built);

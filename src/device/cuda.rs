@@ -286,6 +286,11 @@ impl CudaDevice {
         self.lock().recording.is_some()
     }
 
+    /// Whether there is a graph, or one is being captured: memory that is dropped is then held.
+    pub(super) fn has_graphs(&self) -> bool {
+        self.lock().graphs > 0
+    }
+
     /// Bytes of memory that nobody uses: what nobody has taken, and what the pool keeps for reuse.
     pub(super) fn free_bytes(&self) -> Result<usize> {
         self.bind()?;

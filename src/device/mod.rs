@@ -358,6 +358,14 @@ impl Device {
         }
     }
 
+    /// Whether memory that is dropped stays taken, because a GPU has a graph that might use it.
+    pub(crate) fn holds_memory(&self) -> bool {
+        match &self.0 {
+            Inner::Host(_) => false,
+            Inner::Cuda(cuda) => cuda.has_graphs(),
+        }
+    }
+
     /// Whether a GPU has this much memory free; the CPU is not asked.
     pub(crate) fn has_free(&self, bytes: usize) -> Result<bool> {
         match &self.0 {

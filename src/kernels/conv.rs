@@ -175,15 +175,15 @@ impl ConvShape {
     }
 
     /// Measures on a GPU which of the tensor cores' tiles computes the forward fastest, and with `backward` each of the gradients,
-    /// unless that is known already. It takes some milliseconds and the memory of the operands; without that memory, or while a
-    /// graph is recorded, nothing is measured, and a rule of thumb stands. No bit of any result depends on it. A plan asks for it
-    /// when it is made.
+    /// unless that is known already. It takes some milliseconds and the memory of the operands; without that memory, or while the
+    /// device has a graph, which would keep it, nothing is measured, and a rule of thumb stands. No bit of any result depends on it. A
+    /// plan asks for it when it is made.
     ///
     /// # Errors
     /// Those of [`ConvShape::check`] and of the device.
     pub fn measure_tiles<S: Compute>(&self, backward: bool, device: &Device) -> Result<()> {
         self.check()?;
-        if device.is_host() || !S::TENSOR_CORES || device.is_recording() {
+        if device.is_host() || !S::TENSOR_CORES || device.holds_memory() {
             return Ok(());
         }
         tensor::measure_tiles::<S>(self, backward, device)
@@ -247,7 +247,7 @@ pub fn forward<S: Compute>(
 }
 
 /// As [`forward`] without `accumulate`, and leaves of every channel the moments of y's tiles, from which
-/// [`batch_norm::forward_from_moments`](super::batch_norm::forward_from_moments) goes on: of each 128 rows of y as a matrix
+/// [`batch_norm::forward_from_moments`] goes on: of each 128 rows of y as a matrix
 /// `[N OH OW, O]` the mean and the sum of squared deviations from it, of the numbers as they are stored, `[O][tiles][2]`. They are
 /// taken from registers and cost 8 bytes per 128 elements.
 ///
@@ -316,8 +316,8 @@ pub fn input_gradient<S: Compute>(
 
 /// As [`input_gradient`] where batch norm has made the convolution's input, and no other gradient of that is to be added any more:
 /// writes (or with `accumulate` adds up) `dz`, the gradient where the activation after batch norm passed and zero elsewhere, and
-/// dgamma and dbeta, as [`batch_norm::backward`](super::batch_norm::backward) does.
-/// [`batch_norm::backward_from_sums`](super::batch_norm::backward_from_sums) goes on from there.
+/// dgamma and dbeta, as [`batch_norm::backward`] does.
+/// [`batch_norm::backward_from_sums`] goes on from there.
 ///
 /// Traffic: that of [`input_gradient`], reads batch norm's input once, and y where the mask comes from it; 16 bytes per channel and
 /// 128 pixels. Blocks leave their sums of dz, rounded as it is stored, and of dz (x − mean), taken in f32 over at most 32 rows and in
