@@ -525,10 +525,12 @@ fn check_sums_for_batch_norm<S: Compute<Master = f32>>(
 #[test]
 fn input_gradients_leave_sums_for_batch_norm() {
     for (name, device) in devices().into_iter().filter(|(_, device)| NORMALIZED_SHAPES[0].leaves_sums::<f16>(device)) {
-        for shape in &NORMALIZED_SHAPES {
+        // Under sanitizers without what runs the same code: the last two shapes, which are large, and the other type.
+        let sanitized = std::env::var_os("POLDER_SANITIZE").is_some();
+        for shape in NORMALIZED_SHAPES.iter().take(if sanitized { 6 } else { 8 }) {
             check_sums_for_batch_norm::<f16>(shape, &device, &name, 1.0 / 1024.0);
-            if std::env::var_os("POLDER_SANITIZE").is_none() {
-                check_sums_for_batch_norm::<bf16>(shape, &device, &name, 1.0 / 128.0); // the same code
+            if !sanitized {
+                check_sums_for_batch_norm::<bf16>(shape, &device, &name, 1.0 / 128.0);
             }
         }
     }
