@@ -698,6 +698,9 @@ mod tests {
 
     #[test]
     fn equals_the_definition_in_half_precision() {
+        if std::env::var_os("POLDER_SANITIZE").is_some() {
+            return; // the same code as for bfloat16
+        }
         for (number, shape) in SHAPES.iter().enumerate() {
             check_shape::<f16>(shape, 100 + number as u64, 0);
         }
