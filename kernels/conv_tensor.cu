@@ -722,7 +722,7 @@ __device__ __forceinline__ void weight_gradient(const WeightGradientArgs<T>& a) 
 using Tile16 = Tile<128, 16, 32, 16, 4>;
 using Tile32 = Tile<128, 32, 32, 32, 4>;
 using Tile64 = Tile<128, 64, 64, 32, 4>;
-using Tile64By8 = Tile<128, 64, 32, 32, 4>;  // by eight warps, where there are so few tiles that four leave a multiprocessor idle
+using Tile64By8 = Tile<128, 64, 32, 32, 4>;  // by eight warps, meant for products of few tiles
 using Tile128 = Tile<128, 128, 64, 64, 3>;
 
 }  // namespace

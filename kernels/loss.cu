@@ -136,8 +136,6 @@ __device__ void cross_entropy_tangent(const CrossEntropyTangentArgs<T>& a) {
     }
 }
 
-constexpr double kLargestDouble = 1.7976931348623157e308;
-
 template <class T>
 struct MeanLossArgs {
     const T* losses;
@@ -153,7 +151,7 @@ __device__ void mean_loss(const MeanLossArgs<T>& a) {
     if (thread_in_block() != 0) return;
     const double loss = sum.v[0] / double(a.batch);
     *a.loss = loss;
-    if (a.flag != nullptr && !(fabs(loss) <= kLargestDouble)) atomicOr(a.flag, 1u);
+    if (a.flag != nullptr && !(fabs(loss) < double(INFINITY))) atomicOr(a.flag, 1u);
 }
 
 }  // namespace

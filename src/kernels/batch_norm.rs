@@ -603,9 +603,16 @@ impl Check<'_> {
 
     /// What both backward passes, or their tangents, read; with the mask's number.
     fn backward<S: Compute>(&self, input: &Backward<'_, S>) -> Result<(Upstream, u32)> {
+        let Backward { x, dy, gamma, mean, inv_std, activation } = *input;
+        let (upstream, mask) = self.normalized(Normalized { x, gamma, mean, inv_std, activation })?;
+        self.full("dy", dy)?;
+        Ok((Upstream { dy: dy.address(), ..upstream }, mask))
+    }
+
+    /// The same without the gradient.
+    fn normalized<S: Compute>(&self, input: Normalized<'_, S>) -> Result<(Upstream, u32)> {
         self.shape()?;
         self.full("x", input.x)?;
-        self.full("dy", input.dy)?;
         self.channels("gamma", input.gamma)?;
         self.channels("mean", input.mean)?;
         self.channels("inv_std", input.inv_std)?;
@@ -613,7 +620,7 @@ impl Check<'_> {
         let upstream = Upstream {
             x: input.x.address(),
             y,
-            dy: input.dy.address(),
+            dy: 0,
             gamma: input.gamma.address(),
             beta,
             mean: input.mean.address(),
@@ -913,8 +920,7 @@ pub(super) fn sums_in_convolution<S: Compute>(
 ) -> Result<SumsArgs> {
     let shape = BatchNormShape { rows, channels: room.channels };
     let check = Check { operation, device, shape };
-    let Normalized { x, gamma, mean, inv_std, activation } = normalized;
-    let (upstream, mask) = check.backward(&Backward { x, dy: x, gamma, mean, inv_std, activation })?;
+    let (upstream, mask) = check.normalized(normalized)?;
     check.channels("dgamma", dgamma.view())?;
     check.channels("dbeta", dbeta.view())?;
     let [dz, dz_x, tickets] = check.room(workspace, room.sums_len(), room.tickets_len(device))?;
@@ -923,7 +929,7 @@ pub(super) fn sums_in_convolution<S: Compute>(
         return Err(Error::Argument { operation, message });
     }
     Ok(SumsArgs {
-        upstream: Upstream { dy: 0, ..upstream },
+        upstream,
         dz,
         dz_x,
         rows: rows as u64,

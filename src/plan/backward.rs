@@ -98,7 +98,7 @@ impl<S: Compute> Plan<S> {
                     None => pair(&mut scratch, [ranges.dgamma, ranges.dbeta])?,
                 };
                 let (x, dy, mode) = (parts.read(x)?, parts.gradient(y)?, self.options.batch_norm);
-                if places.summed[index] {
+                if places.sums_for.contains(&Some(index)) {
                     let (dgamma, dbeta) = (dgamma.view(), dbeta.view());
                     let summed = Summed { x, dz: dy, gamma, mean, inv_std, dgamma, dbeta };
                     batch_norm::backward_from_sums(shape, mode, summed, dx.reborrow(), residual)?;

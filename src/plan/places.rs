@@ -31,8 +31,6 @@ pub(super) struct Places {
     pub scratch: Vec<(Option<usize>, Option<usize>)>,
     /// By operation: of a convolution, the batch norm that made its input and whose dz, dgamma and dbeta its backward leaves.
     pub sums_for: Vec<Option<usize>>,
-    /// By operation: of a batch norm, whether it finds them.
-    pub summed: Vec<bool>,
     /// By operation: whether a convolution's backward leaves its weight gradient in parts, which are added up when all are there.
     pub in_parts: Vec<bool>,
     /// By activation: whether it depends on a parameter. The tangent of any other is zero.
@@ -189,7 +187,6 @@ impl Places {
             tile_moments,
             scratch,
             sums_for,
-            summed: summed_by.iter().map(Option::is_some).collect(),
             in_parts,
             trained,
             accumulate,

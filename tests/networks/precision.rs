@@ -27,6 +27,15 @@ fn smooth(batch: usize) -> (Graph, polder::plan::Value) {
     (graph, logits)
 }
 
+/// Makes a batch of noise, the same pixels in every precision, and these labels.
+fn write_batch<S: Compute>(plan: &mut Plan<S>, random: &mut Random, classes: &[u32]) {
+    let pixels: Vec<bf16> = random.vector(plan.input_shape().len());
+    let pixels: Vec<S> = pixels.into_iter().map(|value| S::from_f64(value.to_f64())).collect();
+    let (mut images, mut labels) = plan.batch_mut().unwrap();
+    images.write(&pixels).unwrap();
+    labels.write(classes).unwrap();
+}
+
 /// Gradient and product with the Hessian of the smooth network, as doubles, and the bits of both.
 fn smooth_results<S: Compute>(device: &Device, scale: Option<f64>) -> ([Vec<f64>; 2], Vec<u64>) {
     smooth_along::<S>(device, scale, 0.1)
@@ -38,12 +47,7 @@ fn smooth_along<S: Compute>(device: &Device, scale: Option<f64>, size: f64) -> (
     let mut plan = Plan::<S>::new(device, graph, logits, PlanOptions::training()).unwrap();
     let mut random = Random(31);
     let weights = common::weights(&plan, &mut random);
-    // The same pixels in every precision.
-    let pixels: Vec<bf16> = random.vector(plan.input_shape().len());
-    let pixels: Vec<S> = pixels.into_iter().map(|value| S::from_f64(value.to_f64())).collect();
-    let (mut images, mut labels) = plan.batch_mut().unwrap();
-    images.write(&pixels).unwrap();
-    labels.write(&[1, 4, 0, 2]).unwrap();
+    write_batch(&mut plan, &mut random, &[1, 4, 0, 2]);
     if let (Some(scale), Some(state)) = (scale, plan.loss_scale_mut()) {
         state.write(&[scale, 0.0]).unwrap();
     }
@@ -283,11 +287,7 @@ fn resnet_results<S: Compute>(device: &Device, shortcut: Shortcut) -> Vec<(Strin
     let mut plan = Plan::<S>::new(device, graph, logits, PlanOptions::training()).unwrap();
     let mut random = Random(41);
     let weights = common::weights(&plan, &mut random);
-    let pixels: Vec<bf16> = random.vector(plan.input_shape().len());
-    let pixels: Vec<S> = pixels.into_iter().map(|value| S::from_f64(value.to_f64())).collect();
-    let (mut images, mut labels) = plan.batch_mut().unwrap();
-    images.write(&pixels).unwrap();
-    labels.write(&[1, 7, 0, 9, 3, 3, 2, 5, 4, 6, 8, 1]).unwrap();
+    write_batch(&mut plan, &mut random, &[1, 7, 0, 9, 3, 3, 2, 5, 4, 6, 8, 1]);
     let direction: Vec<f64> = weights.iter().map(|_| 0.1 * random.normal()).collect();
     let [weights, direction] = [weights, direction].map(|vector| upload::<S::Master>(device, &vector));
     let [mut gradient, mut product] = std::array::from_fn(|_| device.zeros::<S::Master>(weights.len()).unwrap());
