@@ -2,7 +2,8 @@
 //!
 //! Weights, gradients, momenta and perturbed copies of a model all share one [`Layout`], so that the algebra of an optimizer
 //! is a few kernels over one long vector. Tensors begin at multiples of [`ALIGNMENT`] elements; the padding between them is
-//! zero in every role and stays zero, because every kernel of the algebra maps zeros to zeros.
+//! zero in the weights, in gradients and in what an optimizer makes of both, because every kernel of the algebra maps zeros to
+//! zeros. Random perturbations alone fill it, and nothing reads it there.
 
 use std::ops::Range;
 

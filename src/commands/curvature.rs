@@ -88,10 +88,8 @@ pub fn run(args: &CurvatureArgs) -> Result<(), TrainError> {
     drop(bar);
     let found = found?;
     // Where everything failed, nothing is written over what was found before.
-    if let [(_, Finding::Failed(reason)), rest @ ..] = &found.list[..]
-        && rest.iter().all(|(_, finding)| matches!(finding, Finding::Failed(_)))
-    {
-        return Err(subject.unsound(reason.clone()));
+    if found.list.iter().all(|(_, finding)| matches!(finding, Finding::NotFinite)) {
+        return Err(subject.unsound(Finding::NOT_FINITE.into()));
     }
     let samples = subject.images.len();
     let Passes { gradients, products } = found.passes;
@@ -159,7 +157,8 @@ fn words(finding: &Finding, settings: &CurvatureSettings) -> String {
     match finding {
         Finding::Number(value) => digits(*value),
         Finding::Mean(estimate, of) => format!("{} ({} {of})", with_error(estimate), estimate.probes),
-        Finding::None(reason) | Finding::Failed(reason) => format!("none: {reason}"),
+        Finding::None(reason) => format!("none: {reason}"),
+        Finding::NotFinite => format!("none: {}", Finding::NOT_FINITE),
         Finding::Rise { rise: Rise { one_step, largest }, steps, .. } => {
             format!("{} (one step {}, {steps} steps of ascent)", digits(*largest), digits(*one_step))
         }

@@ -14,7 +14,7 @@ use polder::kernels::vector;
 use polder::plan::Plan;
 use polder::report::landscape_pictures;
 use polder::train::landscape::{Axis, Heights, Landscape, load_direction, save_direction};
-use polder::train::{CurvatureMeter, CurvatureSettings, Evaluator, TrainError, checksum};
+use polder::train::{CurvatureMeter, CurvatureSettings, Evaluator, Finding, TrainError, checksum};
 use serde_json::json;
 
 use super::model::{BatchNormName, ModelArgs, Samples, SplitName, Subject};
@@ -150,7 +150,7 @@ pub fn run(args: &LandscapeArgs) -> Result<ExitCode, TrainError> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// All that the values depend on.
+/// All that the values depend on; files by what they hold, so that a run and its landscape can be moved.
 fn settings(
     args: &LandscapeArgs,
     subject: &Subject,
@@ -159,21 +159,14 @@ fn settings(
 ) -> Result<BTreeMap<String, String>, TrainError> {
     let channels = subject.images.shape.channels;
     let list = |values: &[f32]| values.iter().map(f32::to_string).collect::<Vec<_>>().join(",");
-    let file = |path: &Path| -> Result<String, TrainError> {
-        let failed = |source| TrainError::Io { path: path.into(), source };
-        let whole = std::path::absolute(path).map_err(failed)?;
-        Ok(format!("{} (checksum {})", whole.display(), checksum(path)?))
-    };
     let mut images = Crc::new();
     images.update(&subject.images.pixels);
     subject.images.labels.iter().for_each(|label| images.update(&label.to_le_bytes()));
     let name = |value: Option<clap::builder::PossibleValue>| value.map_or(String::new(), |v| v.get_name().to_string());
     let mut settings: BTreeMap<&str, String> = BTreeMap::from([
         ("model", subject.model_name.clone()),
-        ("init", file(&subject.init)?),
         ("weights", checksum(&subject.init)?),
         ("images", format!("checksum {:08x}", images.sum())),
-        ("data", subject.data.clone()),
         ("mean", list(&subject.normalization.mean[..channels])),
         ("std", list(&subject.normalization.std[..channels])),
         ("split", args.split.split().to_string()),
@@ -188,8 +181,8 @@ fn settings(
     match &*args.to {
         [] => drop(settings.insert("directions", name(args.directions.to_possible_value()))),
         files => {
-            let files: Vec<String> = files.iter().map(|path| file(path)).collect::<Result<_, _>>()?;
-            settings.insert("to", files.join(", "));
+            let files: Vec<String> = files.iter().map(|path| checksum(path)).collect::<Result<_, _>>()?;
+            settings.insert("to", format!("weights of checksum {}", files.join(", ")));
         }
     }
     Ok(settings.into_iter().map(|(key, value)| (key.to_string(), value)).collect())
@@ -230,7 +223,7 @@ fn directions(
         curvature.top_eigenvalues(dimensions, (steps, tolerance), args.seed, progress)
     });
     let pairs = pairs.map_err(|error| match error {
-        TrainError::Device(device::Error::Argument { message, .. }) => subject.unsound(message),
+        TrainError::Device(device::Error::NotFinite { .. }) => subject.unsound(Finding::NOT_FINITE.into()),
         other => other,
     })?;
     if pairs.len() < dimensions {

@@ -2,7 +2,7 @@
 
 use nalgebra::{DMatrix, SymmetricEigen};
 
-use super::{Curvature, multiply};
+use super::{Curvature, PURPOSE, multiply};
 use crate::device::{Buffer, Error, Result, Scalar};
 use crate::kernels::vector::{self, Combination};
 use crate::kernels::{random, sharpness};
@@ -87,7 +87,7 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
     /// `progress` is told of each step. Fewer are found where the Hessian has fewer different ones.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a count of zero or beyond `most`, or where a product is not finite; those of the objective.
+    /// [`Error::Argument`] for a count of zero or beyond `most`; [`Error::NotFinite`]; those of the objective.
     pub fn top_eigenvalues(
         &mut self,
         count: usize,
@@ -100,7 +100,7 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
             let message = format!("{count} eigenvalues by {most} steps");
             return Err(Error::Argument { operation: OPERATION, message });
         }
-        random::normal(self.direction.view_mut(), seed, 0)?;
+        random::normal(self.direction.view_mut(), random::key(seed, PURPOSE), 0)?;
         let krylov = self.krylov(most, |krylov| {
             let steps = krylov.diagonal.len();
             progress(steps);
@@ -135,7 +135,7 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
     /// exact. `progress` is told of each product.
     ///
     /// # Errors
-    /// [`Error::Argument`] for no probe or no step, or where a product is not finite; those of the objective.
+    /// [`Error::Argument`] for no probe or no step; [`Error::NotFinite`]; those of the objective.
     pub fn spectral_density(
         &mut self,
         probes: usize,

@@ -6,7 +6,7 @@ use crate::kernels::check_length;
 use crate::kernels::random;
 
 /// Random direction number `number` of `seed`, filter-normalised (Li, Xu, Taylor, Studer and Goldstein 2018, section 4): normal
-/// numbers, those of each filter (what makes up one output of a convolution or of a linear layer) scaled to the length of that
+/// numbers, none of them of the initial weights of the same seed, those of each filter (what makes up one output of a convolution or of a linear layer) scaled to the length of that
 /// filter in `weights`; zero for biases and batch norm. So networks whose filters have other scales, which batch norm makes up
 /// for, can be compared. The lengths are taken on the host, in double.
 ///
@@ -16,7 +16,7 @@ pub fn filter_normalized(layout: &Layout, weights: Slice<'_, f32>, seed: u64, nu
     check_length("curvature::filter_normalized", "weights", weights.len(), layout.len())?;
     let mut direction = weights.device().zeros(layout.len())?;
     let first = number * layout.len().next_multiple_of(4);
-    random::normal(direction.view_mut(), seed, first as u64)?;
+    random::normal(direction.view_mut(), random::key(seed, b"landscap"), first as u64)?;
     let (weights, normal) = (weights.to_vec()?, direction.to_vec()?);
     let mut scaled = vec![0.0f32; layout.len()];
     for tensor in layout.tensors() {

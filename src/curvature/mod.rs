@@ -72,6 +72,9 @@ use crate::kernels::random;
 use crate::kernels::vector::{self, Reduction};
 use crate::objective::{Objective, Statistics};
 
+/// What the key of normal directions is for, so that they are none of the initial weights of the same seed.
+const PURPOSE: &[u8; 8] = b"curvatur";
+
 /// A mean over random probes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Estimate {
@@ -157,7 +160,7 @@ impl<'a, T: Scalar, O: Objective<T>> Curvature<'a, T, O> {
     /// `‖∇L(w)‖`. One gradient.
     ///
     /// # Errors
-    /// [`Error::Argument`] where loss or gradient is not finite; those of the objective.
+    /// [`Error::NotFinite`]; those of the objective.
     pub fn gradient_norm(&mut self) -> Result<f64> {
         self.gradient()?;
         self.product_norm("Curvature::gradient_norm")
@@ -166,13 +169,13 @@ impl<'a, T: Scalar, O: Objective<T>> Curvature<'a, T, O> {
     /// `vᵀHv` with `v = ∇L/‖∇L‖`: the curvature that a step of SAM meets. One gradient and one product with the Hessian.
     ///
     /// # Errors
-    /// [`Error::Argument`] where the gradient is zero, or something is not finite; those of the objective.
+    /// [`Error::ZeroGradient`], [`Error::NotFinite`]; those of the objective.
     pub fn along_gradient(&mut self) -> Result<f64> {
         const OPERATION: &str = "Curvature::along_gradient";
         self.gradient()?;
         let norm = self.product_norm(OPERATION)?;
         if norm == 0.0 {
-            return Err(Error::Argument { operation: OPERATION, message: "the gradient is zero".into() });
+            return Err(Error::ZeroGradient { operation: OPERATION });
         }
         self.direction.view_mut().copy_from(self.product.view())?;
         Ok(self.quadratic_form(OPERATION)? / (norm * norm))
@@ -241,8 +244,7 @@ impl<'a, T: Scalar, O: Objective<T>> Curvature<'a, T, O> {
         self.number.read(&mut value)?;
         self.flag.read(&mut flag)?;
         if flag[0] != 0 || !value[0].is_finite() {
-            let message = "the loss or its derivatives at these weights are not finite".into();
-            return Err(Error::Argument { operation, message });
+            return Err(Error::NotFinite { operation });
         }
         Ok(value[0])
     }

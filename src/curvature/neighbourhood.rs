@@ -1,6 +1,6 @@
 //! The loss around the weights: how far it rises within a ball, how steep it gets there, how bumpy it is along random lines.
 
-use super::{Curvature, Estimate, multiply};
+use super::{Curvature, Estimate, PURPOSE, multiply};
 use crate::device::{Error, Result, Scalar, Slice};
 use crate::kernels::vector::{self, Combination};
 use crate::kernels::{random, sharpness};
@@ -30,15 +30,14 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
     /// where [`Curvature::along_gradient`] has it at w itself. Three gradients.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a ρ that is not above zero, where the gradient is zero, or something is not finite; those of the
-    /// objective.
+    /// [`Error::Argument`] for a ρ that is not above zero; [`Error::ZeroGradient`], [`Error::NotFinite`]; those of the objective.
     pub fn along_gradient_by_difference(&mut self, rho: f64) -> Result<f64> {
         const OPERATION: &str = "Curvature::along_gradient_by_difference";
         check_rho(OPERATION, rho)?;
         let middle = self.loss_at(self.weights)?;
         let norm = self.product_norm(OPERATION)?;
         if norm <= STATIONARY {
-            return Err(Error::Argument { operation: OPERATION, message: "the gradient is zero".into() });
+            return Err(Error::ZeroGradient { operation: OPERATION });
         }
         self.direction.view_mut().copy_from(self.product.view())?;
         let mut point = self.weights.device().zeros(self.weights.len())?;
@@ -56,7 +55,7 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
     /// 20). `steps` + 3 gradients. Where the gradient vanishes an ascent begins in a random direction, drawn from `seed`.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a ρ that is not above zero, or where something is not finite; those of the objective.
+    /// [`Error::Argument`] for a ρ that is not above zero; [`Error::NotFinite`]; those of the objective.
     pub fn rise(&mut self, rho: f64, steps: usize, seed: u64) -> Result<Rise> {
         const OPERATION: &str = "Curvature::rise";
         check_rho(OPERATION, rho)?;
@@ -98,7 +97,7 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
     /// `progress` is told of each line.
     ///
     /// # Errors
-    /// [`Error::Argument`] for no direction, or where a loss is not finite; those of the objective.
+    /// [`Error::Argument`] for no direction; [`Error::NotFinite`]; those of the objective.
     pub fn extrema(
         &mut self,
         directions: usize,
@@ -141,7 +140,7 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
     /// Makes the direction a normal one, and returns its length.
     fn random_direction(&mut self, seed: u64, number: usize) -> Result<f64> {
         let first = number * self.weights.len().next_multiple_of(4);
-        random::normal(self.direction.view_mut(), seed, first as u64)?;
+        random::normal(self.direction.view_mut(), random::key(seed, PURPOSE), first as u64)?;
         self.clear_padding()?;
         vector::l2_norm(self.direction.view(), &mut self.reduction, self.number.view_mut())?;
         self.finite_number("Curvature")

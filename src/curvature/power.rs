@@ -1,6 +1,6 @@
 //! Power iteration with deflation: eigenvalues one after the other, in the memory of the vectors that are found.
 
-use super::{Curvature, Eigenpair};
+use super::{Curvature, Eigenpair, PURPOSE};
 use crate::device::{Buffer, Error, Result, Scalar};
 use crate::kernels::vector::{self, Combination};
 use crate::kernels::{random, sharpness};
@@ -14,7 +14,7 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
     /// is told of each product. Fewer are found where the Hessian has no more that are not zero.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a count or `most` of zero, or where a product is not finite; those of the objective.
+    /// [`Error::Argument`] for a count or `most` of zero; [`Error::NotFinite`]; those of the objective.
     pub fn power_iteration(
         &mut self,
         count: usize,
@@ -33,7 +33,7 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
         let mut pairs: Vec<Eigenpair<T>> = Vec::new();
         for index in 0..count {
             let first = index * self.weights.len().next_multiple_of(4);
-            random::normal(self.direction.view_mut(), seed, first as u64)?;
+            random::normal(self.direction.view_mut(), random::key(seed, PURPOSE), first as u64)?;
             self.clear_padding()?;
             self.product.view_mut().copy_from(self.direction.view())?;
             let mut value = 0.0;

@@ -14,7 +14,7 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
     /// number in the same memory; `progress` is told of them. Probe p is drawn from `seed` and p alone, so more probes go on where fewer ended.
     ///
     /// # Errors
-    /// [`Error::Argument`] for no probe, or where a product is not finite; those of the objective.
+    /// [`Error::Argument`] for no probe; [`Error::NotFinite`]; those of the objective.
     pub fn trace(&mut self, probes: usize, seed: u64, mut progress: impl FnMut(usize)) -> Result<Estimate> {
         const OPERATION: &str = "Curvature::trace";
         check_probes(OPERATION, probes)?;
@@ -61,7 +61,7 @@ impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
     /// that of the last part. Memory: a vector for each three products.
     ///
     /// # Errors
-    /// [`Error::Argument`] for fewer than three products, or where one is not finite; those of the objective.
+    /// [`Error::Argument`] for fewer than three products; [`Error::NotFinite`]; those of the objective.
     pub fn trace_hutch_plus_plus(
         &mut self,
         products: usize,

@@ -80,6 +80,18 @@ pub enum Error {
         /// What is wrong.
         message: String,
     },
+    /// A loss, or something that is derived from it, is not finite where a number of it was wanted.
+    #[error("{operation}: the loss or its derivatives at these weights are not finite")]
+    NotFinite {
+        /// The function that was called.
+        operation: &'static str,
+    },
+    /// The gradient is zero, and so has no direction.
+    #[error("{operation}: the gradient is zero")]
+    ZeroGradient {
+        /// The function that was called.
+        operation: &'static str,
+    },
     /// Two buffers of one operation live on different devices.
     #[error("{operation}: `{argument}` lives on another device")]
     OtherDevice {

@@ -26,6 +26,11 @@ fn generate<T: Element>(kernel: KernelId, mut out: SliceMut<'_, T>, seed: u64, o
     unsafe { device.launch(kernel, device.elementwise(n, 4), &args) }
 }
 
+/// The key of what is drawn from a seed for a purpose: one seed gives unrelated numbers for unrelated things.
+pub fn key(seed: u64, purpose: &[u8; 8]) -> u64 {
+    seed ^ u64::from_be_bytes(*purpose)
+}
+
 /// The generator's words. Traffic: writes 4 B per element.
 pub fn bits(out: SliceMut<'_, u32>, seed: u64, offset: u64) -> Result<()> {
     generate(id::RANDOM_BITS, out, seed, offset)

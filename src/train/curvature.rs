@@ -90,7 +90,7 @@ pub enum Finding {
     /// Nothing, for this reason.
     None(String),
     /// Nothing, because something was not finite.
-    Failed(String),
+    NotFinite,
     /// How far the loss rises within the radius, by this many steps of ascent at most.
     Rise {
         /// By one step and in all.
@@ -129,6 +129,9 @@ fn with_error(estimate: &Estimate) -> Value {
 }
 
 impl Finding {
+    /// Why there is nothing where something was not finite.
+    pub const NOT_FINITE: &str = "the loss or its derivatives at these weights are not finite";
+
     fn eigenvalues(pairs: Vec<(f64, f64)>, settings: &CurvatureSettings) -> Self {
         let largest = pairs.iter().fold(0.0f64, |largest, (value, _)| largest.max(value.abs()));
         let within = pairs.iter().all(|(_, residual)| *residual <= settings.tolerance * largest);
@@ -147,7 +150,8 @@ impl Finding {
             Self::Mean(estimate, of) => {
                 json!({"value": estimate.value, "standard_error": estimate.standard_error, *of: estimate.probes})
             }
-            Self::None(reason) | Self::Failed(reason) => json!({"value": null, "reason": reason}),
+            Self::None(reason) => json!({"value": null, "reason": reason}),
+            Self::NotFinite => json!({"value": null, "reason": Self::NOT_FINITE}),
             Self::Rise { rise: Rise { one_step, largest }, rho, steps } => {
                 json!({"value": largest, "one_step": one_step, "ascent_steps": steps, "rho": rho})
             }
@@ -185,7 +189,7 @@ impl Finding {
                 let numbered = pairs.iter().enumerate();
                 numbered.map(|(index, (value, residual))| (format!("{}", index + 1), *value, Some(*residual))).collect()
             }
-            Self::None(_) | Self::Failed(_) | Self::Density(_) => Vec::new(),
+            Self::None(_) | Self::NotFinite | Self::Density(_) => Vec::new(),
         }
     }
 }
@@ -253,6 +257,7 @@ impl CurvatureMeter {
 
     /// How many of so many images are looked at where nobody says: 1,000, or as many as there are, in whole parts of this size.
     pub fn usual_samples(images: usize, part: usize) -> usize {
+        let part = part.max(1);
         images.min(1000).max(part) / part * part
     }
 
@@ -319,7 +324,7 @@ impl CurvatureMeter {
     }
 
     /// Takes these measures at these weights and running statistics. One that meets something that is not finite is
-    /// [`Finding::Failed`], and the others go on. `progress` is told which measure is being taken, how far it is, and how far it
+    /// [`Finding::NotFinite`], and the others go on. `progress` is told which measure is being taken, how far it is, and how far it
     /// goes.
     ///
     /// # Errors
@@ -345,13 +350,13 @@ impl CurvatureMeter {
         let rises = self.at_each_part(weights, statistics, |part| {
             let rise = part.rise(rho, ascent_steps, seed);
             done += 1;
-            progress(Measure::MSharpness, done, parts);
+            progress(of_parts[0], done, parts);
             found.passes.gradients += part.passes().gradients;
             rise
         });
         let rises = match rises {
-            Err(TrainError::Device(Error::Argument { message, .. })) => {
-                found.list.extend(of_parts.iter().map(|&measure| (measure, Finding::Failed(message.clone()))));
+            Err(TrainError::Device(Error::NotFinite { .. })) => {
+                found.list.extend(of_parts.iter().map(|&measure| (measure, Finding::NotFinite)));
                 return Ok(found);
             }
             rises => rises?,
@@ -372,11 +377,12 @@ impl CurvatureMeter {
     }
 }
 
-/// What is not finite leaves a measure without a number; any other error is one.
+/// What is not finite leaves a measure without a number, and so does a gradient of zero; any other error is one.
 fn settled<R>(found: device::Result<R>) -> device::Result<Result<R, Finding>> {
     match found {
         Ok(found) => Ok(Ok(found)),
-        Err(Error::Argument { message, .. }) => Ok(Err(Finding::Failed(message))),
+        Err(Error::NotFinite { .. }) => Ok(Err(Finding::NotFinite)),
+        Err(Error::ZeroGradient { .. }) => Ok(Err(Finding::None("the gradient is zero".into()))),
         Err(other) => Err(other),
     }
 }
