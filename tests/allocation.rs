@@ -69,6 +69,35 @@ fn steps_and_products_after_the_first_allocate_nothing() {
     count::<f32>(&methods, &bases);
     count::<f16>(&methods, &bases);
     a_thousand_probes_take_the_memory_of_two();
+    #[cfg(feature = "train")]
+    measuring_the_curvature_of_a_run_leaves_nothing();
+}
+
+/// While a run has a recorded step, memory that is dropped is kept for it; what a measurement took must not be.
+#[cfg(feature = "train")]
+fn measuring_the_curvature_of_a_run_leaves_nothing() {
+    let options = polder::train::Options {
+        model: Some("resnet8".into()),
+        train_size: Some(48),
+        batch_size: Some(16),
+        epochs: Some(4),
+        curvature_every: Some(1),
+        curvature_samples: Some(16),
+        curvature_probes: Some(2),
+        device: Some("cpu".into()),
+        ..Default::default()
+    };
+    let mut live = Vec::new();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    polder::train::train(&options, None, false, &stop, &mut |progress| {
+        if matches!(progress, polder::train::Progress::Epoch(polder::train::Record::Curvature { .. })) {
+            live.push(LIVE.load(Ordering::Relaxed));
+        }
+    })
+    .unwrap();
+    // The first makes room for tangents. A vector as long as the weights is 300 kB.
+    assert_eq!(live.len(), 4);
+    assert!(live[1].abs_diff(live[3]) < 50_000, "bytes after each measurement: {live:?}");
 }
 
 /// Of a trace by 1,000 probes only the 1,000 numbers, whose list doubles when it is full, take more memory than of two, and

@@ -146,18 +146,17 @@ fn a_resumed_run_ends_with_the_same_bits() {
         let parts = folder.path().join(format!("{optimizer}-parts"));
         let (whole_out, parts_out) = (whole.to_str().unwrap(), parts.to_str().unwrap());
         assert!(polder(&[&common[..], &["--epochs", "3", "--out", whole_out]].concat()).status.success());
-        // Stop after one epoch and two steps, in the middle of the second; the rate must be that of the whole run.
-        let cut = [&common[..], &["--steps", "8", "--schedule", "constant", "--out", parts_out]].concat();
+        // Stop after one epoch and two steps, in the middle of the second; the rate must be that of the whole run. SA-SAM's is its own.
+        let schedule = if optimizer == "sa-sam" { &[][..] } else { &["--schedule", "constant"] };
+        let cut = [&common[..], &["--steps", "8", "--out", parts_out], schedule].concat();
         let constant = folder.path().join(format!("{optimizer}-constant"));
-        let uncut =
-            [&common[..], &["--steps", "18", "--schedule", "constant", "--out", constant.to_str().unwrap()]].concat();
+        let uncut = [&common[..], &["--steps", "18", "--out", constant.to_str().unwrap()], schedule].concat();
         assert!(polder(&cut).status.success());
         assert!(polder(&uncut).status.success());
         assert!(polder(&["train", "--resume", parts_out, "--steps", "18"]).status.success());
         let read = |run: &Path, file: &str| std::fs::read(run.join(file)).unwrap();
         assert_eq!(read(&parts, "model.safetensors"), read(&constant, "model.safetensors"), "{optimizer}");
         if optimizer != "sa-sam" {
-            // SA-SAM's rate is its own.
             assert_ne!(read(&parts, "model.safetensors"), read(&whole, "model.safetensors"));
         }
         let steps = |run: &Path| {
@@ -227,12 +226,12 @@ fn an_interrupt_finishes_the_step_and_the_run_can_go_on() {
     let folder = tempfile::tempdir().unwrap();
     let data = idx_folder(folder.path());
     let out = folder.path().join("run");
-    let arguments =
-        ["train", "--data", data.to_str().unwrap(), "--batch-size", "16", "--steps", "100000", "--device", "cpu"];
+    let common = ["train", "--data", data.to_str().unwrap(), "--batch-size", "16", "--device", "cpu"];
+    let arguments = [&common[..], &["--schedule", "constant", "--steps"]].concat();
     let program = std::env::var("POLDER_PROGRAM").unwrap_or_else(|_| env!("CARGO_BIN_EXE_polder").into());
     let mut child = Command::new(program)
-        .args(arguments)
-        .args(["--out", out.to_str().unwrap()])
+        .args(&arguments)
+        .args(["100000", "--out", out.to_str().unwrap()])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -248,11 +247,19 @@ fn an_interrupt_finishes_the_step_and_the_run_can_go_on() {
     let message = text(&output.stderr);
     assert_eq!(output.status.code(), Some(130), "{message}");
     assert!(message.contains("--resume"), "{message}");
-    let log = std::fs::read_to_string(out.join("log.jsonl")).unwrap();
-    let last: serde_json::Value = serde_json::from_str(log.lines().last().unwrap()).unwrap();
-    let more = (last["step"].as_u64().unwrap() + 20).to_string();
+    let (_, after) = message.split_once("interrupted after step ").expect(&message);
+    let steps = after.split_once(';').expect(&message).0;
+    let saved = std::fs::read(&checkpoint).unwrap();
+    let (_, metadata) = safetensors::SafeTensors::read_metadata(&saved).unwrap();
+    assert_eq!(metadata.metadata().as_ref().unwrap()["step"], steps, "what was told is what was saved");
+    // It goes on to the bits of a run that nobody interrupted.
+    let more = (steps.parse::<u64>().unwrap() + 20).to_string();
     let resumed = json(&polder(&["train", "--resume", out.to_str().unwrap(), "--steps", &more, "--json"]));
     assert_eq!(resumed["interrupted"], false);
+    let whole = folder.path().join("whole");
+    assert!(polder(&[&arguments[..], &[&more, "--out", whole.to_str().unwrap()]].concat()).status.success());
+    let model = |run: &Path| std::fs::read(run.join("model.safetensors")).unwrap();
+    assert!(model(&out) == model(&whole), "interrupted after step {steps}, the run ended with other bits");
 }
 
 #[test]
@@ -299,6 +306,9 @@ fn every_mistake_is_one_clear_line() {
     std::fs::write(path("rate.toml"), "lr = -1.0\n").unwrap();
     says(&["train", "--config", &path("rate.toml")], &["rate.toml: lr: -1"]);
     says(&["train", "--config", &path("rate.toml"), "--lr", "-2"], &["--lr: -2"]);
+    std::fs::write(path("both.toml"), "epochs = 3\nsteps = 20\n").unwrap();
+    says(&["train", "--config", &path("both.toml")], &["both.toml", "steps", "--epochs"]);
+    says(&["train", "--optimizer", "sa-sam", "--schedule", "step"], &["--schedule", "sa-sam"]);
     says(&["train", "--resume", &path("nowhere")], &["nowhere"]);
     std::fs::create_dir(path("taken")).unwrap();
     std::fs::write(path("taken/config.toml"), "lr = 0.1\n").unwrap();
@@ -325,6 +335,10 @@ fn devices_lists_the_cpu_and_says_why_there_is_no_gpu() {
     let devices = list["devices"].as_array().unwrap();
     assert_eq!((&devices[0]["name"], &devices[0]["usable"]), (&"cpu".into(), &true.into()));
     assert!(devices.len() > 1);
+    for device in devices.iter().filter(|device| device["usable"] == false) {
+        let reason = device["reason"].as_str().unwrap();
+        assert!(!reason.is_empty() && !reason.contains('\n'), "{device}");
+    }
     assert!(text(&polder(&["devices"]).stdout).starts_with("cpu"));
 }
 
@@ -460,6 +474,7 @@ fn every_option_of_a_method_trains_and_one_group_changes_no_bit() {
     }
     let (_, step) = run(&["--optimizer", "sa-sam"]);
     assert!(between(&step["eta"]) && between(&step["rho"]), "{step}");
+    assert_eq!(step["lr"], step["eta"], "{step}");
 }
 
 #[test]
@@ -612,6 +627,17 @@ fn a_run_ends_when_its_loss_diverges_and_keeps_its_log() {
             assert_eq!((&object["diverged"], &object["interrupted"]), (&true.into(), &false.into()));
         }
     }
+    // What diverged does not take the place of what had not.
+    let good = folder.path().join("good");
+    let good_out = good.to_str().unwrap();
+    let constant = ["--schedule", "constant", "--epochs", "1", "--out", good_out];
+    assert!(polder(&[&common[..], &constant].concat()).status.success());
+    let files = ["model.safetensors", "checkpoint/state.safetensors"];
+    let read = || files.map(|file| std::fs::read(good.join(file)).unwrap());
+    let before = read();
+    let further = polder(&["train", "--resume", good_out, "--epochs", "3", "--max-loss", "0.001"]);
+    assert_eq!(further.status.code(), Some(1), "{}", text(&further.stderr));
+    assert!(read() == before, "a run that diverged was saved");
     // One that behaves is left alone.
     let fine = [&common[..], &["--epochs", "2", "--max-loss", "20", "--json"]].concat();
     assert_eq!(json(&polder(&fine))["diverged"], false);
@@ -663,6 +689,11 @@ fn a_landscape_is_mapped_drawn_and_continued() {
     std::fs::write(out.join("landscape.csv"), &csv[..csv.len() / 2]).unwrap();
     map(&["--run", run, "--points", "3"]);
     assert_eq!(std::fs::read_to_string(out.join("landscape.csv")).unwrap(), csv);
+    // So it does where the run has been moved.
+    let moved = folder.path().join("moved");
+    std::fs::rename(run, &moved).unwrap();
+    map(&["--run", moved.to_str().unwrap(), "--points", "3"]);
+    std::fs::rename(&moved, run).unwrap();
     // Another one has no place there.
     let message = mistake(&[&common[..], &["--run", run, "--points", "4"]].concat());
     assert!(message.contains("landscape") && message.contains("points is 3, not 4"), "{message}");

@@ -1,5 +1,6 @@
 //! What can go wrong between a command line and a trained model. Every message is one line that names the file or the option.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use super::Options;
@@ -91,7 +92,19 @@ impl TrainError {
     pub fn is_input(&self) -> bool {
         match self {
             TrainError::Device(error) => matches!(error, device::Error::Unavailable { .. }),
-            TrainError::Io { source, .. } => source.kind() != std::io::ErrorKind::StorageFull,
+            TrainError::Io { source, .. } => matches!(
+                source.kind(),
+                ErrorKind::NotFound
+                    | ErrorKind::PermissionDenied
+                    | ErrorKind::AlreadyExists
+                    | ErrorKind::NotADirectory
+                    | ErrorKind::IsADirectory
+                    | ErrorKind::ReadOnlyFilesystem
+                    | ErrorKind::InvalidFilename
+                    | ErrorKind::InvalidInput
+                    | ErrorKind::InvalidData
+                    | ErrorKind::UnexpectedEof
+            ),
             TrainError::Output(_) => false,
             _ => true,
         }

@@ -22,7 +22,7 @@ pub enum Record {
         loss: Option<f64>,
         /// Accuracy on the batch likewise.
         accuracy: f64,
-        /// Learning rate.
+        /// Learning rate: the schedule's, or the step size that SA-SAM takes itself.
         lr: f64,
         /// Training images per second since the epoch began.
         images_per_second: f64,
@@ -117,8 +117,8 @@ impl Record {
 pub(super) struct Log {
     path: PathBuf,
     file: File,
-    /// The step of the newest line about curvature.
-    pub newest_curvature: Option<u64>,
+    /// The step of the newest line about curvature that it was opened with.
+    newest_curvature: Option<u64>,
 }
 
 impl Log {
@@ -150,6 +150,11 @@ impl Log {
         }
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(TrainError::io(path))?;
         Ok(Self { path: path.into(), file, newest_curvature })
+    }
+
+    /// Whether a line about the curvature after `step` steps was there when the log was opened.
+    pub fn has_curvature_of(&self, step: u64) -> bool {
+        self.newest_curvature == Some(step)
     }
 
     pub fn write(&mut self, record: &Record) -> Result<(), TrainError> {

@@ -20,6 +20,6 @@ pub use images::{Batch, normalization, open_data, open_device, open_split};
 pub use log::Record;
 pub use run::{Progress, Summary, train};
 pub use settings::{
-    AugmentName, BaseName, FormName, Measure, NormName, OptimizerName, Options, PrecisionName, ScheduleName,
-    ShortcutName,
+    AugmentName, BaseName, FormName, HvpName, Measure, NormName, OptimizerName, Options, OracleName, PrecisionName,
+    RhoScheduleName, ScheduleName, ShortcutName,
 };

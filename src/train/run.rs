@@ -13,16 +13,16 @@ use super::evaluate::{Evaluation, Evaluator};
 use super::images::{Batch, DeviceImages, normalization, open_data, open_device};
 use super::log::{Log, Record};
 use super::settings::{AugmentName, Measure, Options, PrecisionName};
-use super::{TrainError, weights};
+use super::{TrainError, weights, write_whole};
 use crate::data::{self, Dataset, ImageShape, Images};
-use crate::device::{self, Buffer, Compute, Graph, Tf32};
+use crate::device::{self, Buffer, Compute, Device, Graph, Tf32};
 use crate::kernels::batch_norm::Mode;
 use crate::kernels::image::{Augment, BatchShape, Normalization};
 use crate::kernels::vector::Rate;
 use crate::kernels::{clock, metrics};
 use crate::nn;
 use crate::objective::Accumulator;
-use crate::optim::{Optimizer, RhoSchedule, Telemetry};
+use crate::optim::{Optimizer, RhoSchedule, Schedule, Telemetry};
 use crate::plan::{Plan, PlanOptions, Shape};
 
 /// What a run tells its caller while it goes on.
@@ -94,12 +94,15 @@ pub struct Summary {
 const DIVERGENCE_STEPS: u64 = 50;
 /// Images at a time when the curvature is measured, as `polder curvature` takes them.
 const CURVATURE_PART: usize = 200;
+/// Steps that a GPU is handed at once, as one graph, where nothing has to be looked at between them.
+const STEPS_PER_LAUNCH: u64 = 8;
 
 /// How often a run reads its sums from the device to report them.
 const REPORT: Duration = Duration::from_millis(250);
 
-/// Trains a model as the (resolved) options say. With `out`, writes `config.toml`, `log.jsonl`, `model.safetensors` and
-/// `checkpoint/` there; with `resume`, goes on from the checkpoint there. Setting `stop` ends the run after the current step.
+/// Trains a model as the options say. With `out`, writes `config.toml`, `log.jsonl`, `model.safetensors` and `checkpoint/`
+/// there; with `resume`, goes on from the checkpoint there. Setting `stop` ends the run after the current step, on a GPU after
+/// the few that it has been handed.
 ///
 /// # Errors
 /// Bad options or files, and what fails on the device. Whatever was saved before stays.
@@ -110,289 +113,462 @@ pub fn train(
     stop: &AtomicBool,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Summary, TrainError> {
+    let options = options.clone().resolve()?;
     match options.precision.unwrap_or(PrecisionName::F32) {
-        PrecisionName::F32 => train_as::<f32>(options, out, resume, stop, progress),
-        PrecisionName::Tf32 => train_as::<Tf32>(options, out, resume, stop, progress),
-        PrecisionName::F16 => train_as::<f16>(options, out, resume, stop, progress),
-        PrecisionName::Bf16 => train_as::<bf16>(options, out, resume, stop, progress),
+        PrecisionName::F32 => Run::<f32>::open(&options, out, resume)?.train(stop, progress),
+        PrecisionName::Tf32 => Run::<Tf32>::open(&options, out, resume)?.train(stop, progress),
+        PrecisionName::F16 => Run::<f16>::open(&options, out, resume)?.train(stop, progress),
+        PrecisionName::Bf16 => Run::<bf16>::open(&options, out, resume)?.train(stop, progress),
     }
 }
 
-/// With activations stored as `S`. The test is in f32 in any case: of the weights as they are saved.
-fn train_as<S: Compute<Master = f32>>(
-    options: &Options,
-    out: Option<&Path>,
-    resume: bool,
-    stop: &AtomicBool,
-    progress: &mut dyn FnMut(Progress),
-) -> Result<Summary, TrainError> {
-    let device = open_device(options.device.as_deref().unwrap_or("auto"), options.threads.unwrap_or_default())?;
-    let Dataset { name, mut train, test, mean, std, .. } = open_data(options.data.as_deref().unwrap_or("synthetic"))?;
-    let seed = options.seed.unwrap_or_default();
-    if let Some(n) = options.train_size {
-        train = train.take(n).map_err(|error| TrainError::option("--train-size", error.to_string()))?;
-    }
-    if let Some(fraction) = options.label_noise {
-        train = train.with_label_noise(fraction, seed)?;
-    }
-    let ImageShape { height, width, channels } = train.shape;
-    if test.shape != train.shape {
-        let (found, expected) = (test.shape, train.shape);
-        return Err(TrainError::option("--data", format!("test images are {found}, training images {expected}")));
-    }
-    let (mean, std) = (mean.as_slice(), std.as_slice());
-    let normalization = normalization(options.mean.as_deref(), options.std.as_deref(), (mean, std), channels)?;
+/// A run under way, its activations stored as `S`: what trains, what looks on, and how far it is. The test is in f32 in any case:
+/// of the weights as they are saved.
+struct Run<'a, S: Compute<Master = f32>> {
+    options: &'a Options,
+    out: Option<&'a Path>,
+    device: Device,
+    data: String,
+    images: (usize, usize),
+    training: Training<S>,
+    evaluator: Evaluator,
+    curvature: Option<CurvatureLog>,
+    log: Option<Log>,
+    schedule: Schedule,
+    rho_schedule: RhoSchedule,
+    /// In all, and in an epoch.
+    steps: u64,
+    steps_per_epoch: u64,
+    steps_per_launch: u64,
+    /// Steps done, now and when this part of the run began.
+    step: u64,
+    started_at: u64,
+    /// The epoch whose order and learning rates the device has.
+    prepared_epoch: Option<u64>,
+    recorded: Recorded,
+    window: Window,
+    /// The mean loss for which the run is given up.
+    diverged: Option<f64>,
+    /// Seconds of training: up to the epoch's beginning, and of that before this part of the run.
+    seconds: f64,
+    earlier: f64,
+    /// Since the epoch, or this part of it, began at this step.
+    clock: Instant,
+    epoch_started_at: u64,
+    reported: Instant,
+}
 
-    let batch = options.batch_size.unwrap_or(128);
-    let steps_per_epoch = (train.len() / batch) as u64;
-    if steps_per_epoch == 0 {
-        let reason = format!("{batch}, but there are only {} training images", train.len());
-        return Err(TrainError::option("--batch-size", reason));
-    }
-    let steps = options.steps.unwrap_or_else(|| options.epochs.unwrap_or_default().saturating_mul(steps_per_epoch));
-    let schedule = options.schedule(steps);
+/// Steps as graphs, each recorded when it is wanted first.
+#[derive(Default)]
+struct Recorded {
+    one: Option<Graph>,
+    several: Option<Graph>,
+}
 
-    let model = options.model()?;
-    let path = options.data.as_deref().unwrap_or("synthetic");
-    // The network sees a part at a time: of the batch, or with m-sharpness of a group.
-    let group = options.m_sharpness.unwrap_or(batch);
-    let part = options.micro_batch.unwrap_or(group);
-    let shape = Shape { batch: part, height, width, channels };
-    let (graph, logits) = model.trace(shape, train.classes).map_err(TrainError::plan(path))?;
-    let plan_options =
-        PlanOptions { label_smoothing: options.label_smoothing.unwrap_or_default(), ..PlanOptions::training() };
-    let plan = Plan::<S>::new(&device, graph, logits, plan_options).map_err(TrainError::plan(path))?;
-    let mut evaluator = Evaluator::new(&device, model, path, &test, normalization, batch, Mode::Eval)?;
-    let mut curvature = match options.curvature() {
-        None => None,
-        Some((every, settings)) => {
-            let (part, images) = curvature_images(options, &train)?;
-            let meter = CurvatureMeter::new(&device, model, (path, &images), normalization, part, Mode::Eval)?;
-            Some(CurvatureLog { every, settings, meter })
+impl<'a, S: Compute<Master = f32>> Run<'a, S> {
+    /// Opens data, device and model, and goes to where the run was left, if it is resumed.
+    fn open(options: &'a Options, out: Option<&'a Path>, resume: bool) -> Result<Self, TrainError> {
+        let device = open_device(options.device.as_deref().unwrap_or("auto"), options.threads.unwrap_or_default())?;
+        let path = options.data.as_deref().unwrap_or("synthetic");
+        let Dataset { name, mut train, test, mean, std, .. } = open_data(path)?;
+        let seed = options.seed.unwrap_or_default();
+        if let Some(n) = options.train_size {
+            train = train.take(n).map_err(|error| TrainError::option("--train-size", error.to_string()))?;
         }
-    };
-    let layout = plan.parameters().clone();
-    let rho_schedule = options.rho_schedule();
-    let mut training = Training {
-        optimizer: Optimizer::new(&device, layout.len(), options.optimizer(&layout))?,
-        parameters: device.upload(&nn::initial_weights(&layout, seed)?)?,
-        accumulator: Accumulator::new(&device, layout.len(), group / part)?,
-        plan,
-        images: DeviceImages::new(&device, &train)?,
-        normalization,
-        augment: (options.augment == Some(AugmentName::Basic)).then_some(Augment {
-            pad: 4,
-            flip: true,
-            seed,
-            counter: 0,
-        }),
-        part: BatchShape { batch: part, height, width, channels },
-        batch,
-        order: device.upload(&(0..train.len() as u32).collect::<Vec<u32>>())?,
-        rates: device.zeros(steps_per_epoch as usize)?,
-        rate: device.zeros(1)?,
-        clock: device.zeros(clock::LEN)?,
-        totals: device.zeros(3)?,
-    };
-    // A run that was ended before its first checkpoint begins again.
-    let saved = match out {
-        Some(run) if resume && Checkpoint::exists(run) => Some(Checkpoint::load(run)?),
-        _ => None,
-    };
-    // One with a checkpoint has its weights; the file that it began with may be gone.
-    if let Some(file) = options.init.as_ref().filter(|_| saved.is_none()) {
-        let [loaded, statistics] = weights::load(Path::new(file), [&layout, training.plan.statistics_layout()])?;
-        training.parameters.write(&loaded)?;
-        training.plan.set_statistics(device.upload(&statistics)?.view())?;
-    }
-    let (mut step, mut earlier) = (0, 0.0);
-    if let (Some(saved), Some(run)) = (saved, out) {
-        training.restore(&saved, run)?;
-        (step, earlier) = (saved.step, saved.seconds);
-    }
-    let mut log = match out {
-        None => None,
-        Some(run) => Some(open_run(run, options, resume, step)?),
-    };
+        if let Some(fraction) = options.label_noise {
+            train = train.with_label_noise(fraction, seed)?;
+        }
+        let ImageShape { height, width, channels } = train.shape;
+        if test.shape != train.shape {
+            let (found, expected) = (test.shape, train.shape);
+            return Err(TrainError::option("--data", format!("test images are {found}, training images {expected}")));
+        }
+        let (mean, std) = (mean.as_slice(), std.as_slice());
+        let normalization = normalization(options.mean.as_deref(), options.std.as_deref(), (mean, std), channels)?;
 
-    let count = train.len();
-    progress(Progress::Start {
-        device: format!("{} ({})", device.name(), device.description()),
-        data: name,
-        images: (count, test.len()),
-        parameters: layout.parameters(),
-        arena_bytes: training.plan.arena_bytes(),
-        steps: (steps, step),
-        steps_per_epoch,
-    });
+        let batch = options.batch_size.unwrap_or(128);
+        let steps_per_epoch = (train.len() / batch) as u64;
+        if steps_per_epoch == 0 {
+            let reason = format!("{batch}, but there are only {} training images", train.len());
+            return Err(TrainError::option("--batch-size", reason));
+        }
+        let steps = options.steps.unwrap_or_else(|| options.epochs.unwrap_or_default().saturating_mul(steps_per_epoch));
 
-    // A run that was stopped between its checkpoint and the measurement there makes up for it.
-    if let Some(curvature) = &mut curvature
-        && step > 0
-        && (step % steps_per_epoch == 0 || step == steps)
-        && log.as_ref().is_some_and(|log| log.newest_curvature != Some(step))
-    {
-        curvature.measure(&training, (step.div_ceil(steps_per_epoch), step), log.as_mut(), progress)?;
-    }
-    let mut order: Vec<u32> = (0..count as u32).collect();
-    let mut seconds = earlier;
-    let mut epoch_seconds = 0.0;
-    let started_at = step;
-    let repeats = training.optimizer.settings().method.repeats() && rho_schedule == RhoSchedule::Constant;
-    let mut recorded: Option<Graph> = None;
-    let mut epoch_started_at = step;
-    let mut prepared_epoch = None;
-    let mut reported = Instant::now();
-    let mut test_result = None;
-    let mut diverged = None;
-    let mut unmeasured = false;
-    let mut window = Window { earlier: [0.0; 3], start: training.read_totals()? };
-    let mut clock = Instant::now();
-    while step < steps && !stop.load(Ordering::Relaxed) {
-        let (epoch, within) = (step / steps_per_epoch, (step % steps_per_epoch) as usize);
-        if prepared_epoch != Some(epoch) {
-            if !options.no_shuffle.unwrap_or_default() {
-                data::epoch_order(seed, epoch, &mut order);
-                training.order.write(&order)?;
+        let model = options.model()?;
+        // The network sees a part at a time: of the batch, or with m-sharpness of a group.
+        let group = options.m_sharpness.unwrap_or(batch);
+        let part = options.micro_batch.unwrap_or(group);
+        let shape = Shape { batch: part, height, width, channels };
+        let (graph, logits) = model.trace(shape, train.classes).map_err(TrainError::plan(path))?;
+        let plan_options =
+            PlanOptions { label_smoothing: options.label_smoothing.unwrap_or_default(), ..PlanOptions::training() };
+        let plan = Plan::<S>::new(&device, graph, logits, plan_options).map_err(TrainError::plan(path))?;
+        let evaluator = Evaluator::new(&device, model, path, &test, normalization, batch, Mode::Eval)?;
+        let curvature = match options.curvature() {
+            None => None,
+            Some((every, settings)) => {
+                let (part, images) = curvature_images(options, &train)?;
+                let meter = CurvatureMeter::new(&device, model, (path, &images), normalization, part, Mode::Eval)?;
+                Some(CurvatureLog { every, settings, meter })
             }
-            let first = epoch * steps_per_epoch;
-            let rates: Vec<f64> = (first..first + steps_per_epoch).map(|step| schedule.rate(step)).collect();
-            training.rates.write(&rates)?;
-            training.rate.write(&rates[within..=within])?;
-            training.clock.write(&[within as u64, step])?;
-            prepared_epoch = Some(epoch);
+        };
+        let layout = plan.parameters().clone();
+        let mut training = Training {
+            optimizer: Optimizer::new(&device, layout.len(), options.optimizer(&layout))?,
+            parameters: device.upload(&nn::initial_weights(&layout, seed)?)?,
+            accumulator: Accumulator::new(&device, layout.len(), group / part)?,
+            plan,
+            images: DeviceImages::new(&device, &train)?,
+            normalization,
+            augment: (options.augment == Some(AugmentName::Basic)).then_some(Augment {
+                pad: 4,
+                flip: true,
+                seed,
+                counter: 0,
+            }),
+            part: BatchShape { batch: part, height, width, channels },
+            batch,
+            order: device.upload(&(0..train.len() as u32).collect::<Vec<u32>>())?,
+            rates: device.zeros(steps_per_epoch as usize)?,
+            rate: device.zeros(1)?,
+            clock: device.zeros(clock::LEN)?,
+            totals: device.zeros(3)?,
+        };
+        // A run that was ended before its first checkpoint begins again.
+        let saved = match out {
+            Some(run) if resume && Checkpoint::exists(run) => Some(Checkpoint::load(run)?),
+            _ => None,
+        };
+        // One with a checkpoint has its weights; the file that it began with may be gone.
+        if let Some(file) = options.init.as_ref().filter(|_| saved.is_none()) {
+            let [loaded, statistics] = weights::load(Path::new(file), [&layout, training.plan.statistics_layout()])?;
+            training.parameters.write(&loaded)?;
+            training.plan.set_statistics(device.upload(&statistics)?.view())?;
         }
-        let lr = schedule.rate(step);
-        let log_step = options.log_every.is_some_and(|every| every > 0 && (step + 1) % every == 0) && log.is_some();
-        training.optimizer.observe(log_step);
-        training.optimizer.scale_rho(rho_schedule.factor(step, &schedule));
-        // The first step allocates, and those that are logged do more.
-        match &recorded {
-            Some(graph) if !log_step => graph.replay()?,
-            None if repeats && !log_step && step > started_at => {
-                recorded.insert(device.capture(|| training.step())?).replay()?;
-            }
-            _ => training.step()?,
+        let (mut step, mut earlier) = (0, 0.0);
+        if let (Some(saved), Some(run)) = (saved, out) {
+            training.restore(&saved, run)?;
+            (step, earlier) = (saved.step, saved.seconds);
         }
-        step += 1;
+        let log = out.map(|run| open_run(run, options, resume, step)).transpose()?;
+        Ok(Self {
+            options,
+            out,
+            data: name,
+            images: (train.len(), test.len()),
+            window: Window { earlier: [0.0; 3], start: training.read_totals()? },
+            training,
+            evaluator,
+            curvature,
+            log,
+            schedule: options.schedule(steps),
+            rho_schedule: options.rho_schedule(),
+            steps,
+            steps_per_epoch,
+            // On the CPU nothing would be gained, and a run would be slower to stop.
+            steps_per_launch: if device.is_host() { 1 } else { STEPS_PER_LAUNCH },
+            device,
+            step,
+            started_at: step,
+            prepared_epoch: None,
+            recorded: Recorded::default(),
+            diverged: None,
+            seconds: earlier,
+            earlier,
+            clock: Instant::now(),
+            epoch_started_at: step,
+            reported: Instant::now(),
+        })
+    }
 
-        let mut epoch_ends = step % steps_per_epoch == 0 || step == steps;
-        if let Some(most) = options.max_loss
-            && (epoch_ends || step % DIVERGENCE_STEPS == 0)
+    /// To the end, or until it is told to stop or diverges.
+    fn train(mut self, stop: &AtomicBool, progress: &mut dyn FnMut(Progress)) -> Result<Summary, TrainError> {
+        progress(Progress::Start {
+            device: format!("{} ({})", self.device.name(), self.device.description()),
+            data: self.data.clone(),
+            images: self.images,
+            parameters: self.training.plan.parameters().parameters(),
+            arena_bytes: self.training.plan.arena_bytes(),
+            steps: (self.steps, self.step),
+            steps_per_epoch: self.steps_per_epoch,
+        });
+        // A run that was stopped between its checkpoint and the measurement there makes up for it.
+        if self.step > 0 && self.at_epoch_end() && self.log.as_ref().is_some_and(|log| !log.has_curvature_of(self.step))
         {
-            let sums = training.read_totals()?;
-            if step % DIVERGENCE_STEPS == 0 {
-                // Also where it is not a number, because none of the steps counted.
-                diverged = Some(window.end(sums)).filter(|loss| !matches!(loss.partial_cmp(&most), Some(Less | Equal)));
-            }
-            if step % steps_per_epoch == 0 {
-                window.cross_epoch(sums);
-            }
-            // Of an epoch's few steps all may have been skipped for once.
-            diverged = diverged.or(Some(sums[0] / sums[2]).filter(|loss| epoch_ends && *loss > most));
-            epoch_ends |= diverged.is_some();
+            self.measure_curvature(progress)?;
         }
-        if log_step && let Some(log) = &mut log {
-            let mut correct = [0];
-            training.plan.correct()?.read(&mut correct)?;
-            let accuracy = f64::from(correct[0]) / batch as f64;
-            let elapsed = epoch_seconds + clock.elapsed().as_secs_f64();
-            let images_per_second = (step - epoch_started_at) as f64 * batch as f64 / elapsed;
-            let scale = training.loss_scale()?.map(|[scale, _]| scale);
-            let record = step_record(
-                &training.optimizer.telemetry()?,
-                (step, epoch + 1),
-                lr,
-                accuracy,
-                images_per_second,
-                scale,
-            );
+        let (mut test, mut unmeasured) = (None, false);
+        self.clock = Instant::now();
+        while self.step < self.steps && self.diverged.is_none() && !stop.load(Ordering::Relaxed) {
+            self.prepare_epoch()?;
+            let logged = self.is_logged(self.step + 1);
+            self.advance(logged)?;
+            self.look_at_loss()?;
+            if logged {
+                self.log_step()?;
+            }
+            if self.at_epoch_end() || self.diverged.is_some() {
+                self.report(progress)?;
+                test = Some(self.end_epoch(progress)?);
+                if self.diverged.is_none() && self.curvature_is_due() {
+                    unmeasured = stop.load(Ordering::Relaxed);
+                    if !unmeasured {
+                        self.measure_curvature(progress)?;
+                    }
+                }
+                (self.clock, self.epoch_started_at) = (Instant::now(), self.step);
+            } else if self.reported.elapsed() > REPORT {
+                self.report(progress)?;
+            }
+        }
+        self.device.synchronize()?;
+        // A run that is stopped before its last measurement makes up for it when it is resumed.
+        let interrupted = (self.step < self.steps || unmeasured) && self.diverged.is_none();
+        if interrupted {
+            self.seconds += self.clock.elapsed().as_secs_f64();
+            self.save()?;
+        } else if test.is_none() {
+            // A finished run was resumed: there is nothing to train, but its result can still be told.
+            test = Some(self.evaluate()?);
+        }
+        let trained = (self.step - self.started_at) as f64 * self.training.batch as f64;
+        let seconds = self.seconds - self.earlier;
+        Ok(Summary {
+            interrupted,
+            diverged: self.diverged,
+            steps: self.step,
+            skipped: self.training.optimizer.telemetry()?.skipped,
+            test: test.filter(|_| !interrupted && self.diverged.is_none()),
+            seconds: self.seconds,
+            images_per_second: if trained > 0.0 { trained / seconds } else { 0.0 },
+            out: self.out.map(Path::to_path_buf),
+        })
+    }
+
+    /// Hands the device the order of the epoch's images and its learning rates, once.
+    fn prepare_epoch(&mut self) -> Result<(), TrainError> {
+        let Self { training, options, schedule, step, steps_per_epoch, .. } = self;
+        let (epoch, within) = (*step / *steps_per_epoch, (*step % *steps_per_epoch) as usize);
+        if self.prepared_epoch.replace(epoch) == Some(epoch) {
+            return Ok(());
+        }
+        if !options.no_shuffle.unwrap_or_default() {
+            let mut order = vec![0; training.order.len()];
+            data::epoch_order(options.seed.unwrap_or_default(), epoch, &mut order);
+            training.order.write(&order)?;
+        }
+        let first = epoch * *steps_per_epoch;
+        let rates: Vec<f64> = (first..first + *steps_per_epoch).map(|step| schedule.rate(step)).collect();
+        training.rates.write(&rates)?;
+        training.rate.write(&rates[within..=within])?;
+        training.clock.write(&[within as u64, *step])?;
+        Ok(())
+    }
+
+    /// The next step, or the next few.
+    fn advance(&mut self, logged: bool) -> Result<(), TrainError> {
+        let alone = self.steps_alone();
+        let Self { training, recorded, device, step, .. } = self;
+        training.optimizer.observe(logged);
+        training.optimizer.scale_rho(self.rho_schedule.factor(*step, &self.schedule));
+        let repeats = training.optimizer.settings().method.repeats() && self.rho_schedule == RhoSchedule::Constant;
+        // The first step allocates, and those that are logged do more.
+        if logged || !repeats || *step == self.started_at {
+            training.step()?;
+            *step += 1;
+            return Ok(());
+        }
+        let (slot, count) = match self.steps_per_launch {
+            several if several <= alone => (&mut recorded.several, several),
+            _ => (&mut recorded.one, 1),
+        };
+        let graph = match slot {
+            Some(graph) => graph,
+            None => slot.insert(device.capture(|| (0..count).try_for_each(|_| training.step()))?),
+        };
+        graph.replay()?;
+        *step += count;
+        Ok(())
+    }
+
+    /// How many of the next steps come before anything has to be looked at or changed.
+    fn steps_alone(&self) -> u64 {
+        let until = |every: u64| every - self.step % every;
+        let mut alone = until(self.steps_per_epoch).min(self.steps - self.step);
+        if self.options.max_loss.is_some() {
+            alone = alone.min(until(DIVERGENCE_STEPS));
+        }
+        match self.log_every() {
+            // The one that is logged is taken by itself.
+            Some(every) => alone.min(until(every) - 1),
+            None => alone,
+        }
+    }
+
+    fn log_every(&self) -> Option<u64> {
+        self.options.log_every.filter(|&every| every > 0 && self.log.is_some())
+    }
+
+    fn is_logged(&self, step: u64) -> bool {
+        self.log_every().is_some_and(|every| step.is_multiple_of(every))
+    }
+
+    /// Whether the newest step was the last of its epoch, or of the run.
+    fn at_epoch_end(&self) -> bool {
+        self.step.is_multiple_of(self.steps_per_epoch) || self.step == self.steps
+    }
+
+    /// The epoch of the newest step, counted from 1.
+    fn epoch(&self) -> u64 {
+        self.step.div_ceil(self.steps_per_epoch)
+    }
+
+    /// Where the loss is bounded, whether it has diverged.
+    fn look_at_loss(&mut self) -> Result<(), TrainError> {
+        let (window_ends, epoch_ends) = (self.step.is_multiple_of(DIVERGENCE_STEPS), self.at_epoch_end());
+        let Some(most) = self.options.max_loss.filter(|_| window_ends || epoch_ends) else { return Ok(()) };
+        let sums = self.training.read_totals()?;
+        if window_ends {
+            // Also where it is not a number, because none of the steps counted.
+            self.diverged =
+                Some(self.window.end(sums)).filter(|loss| !matches!(loss.partial_cmp(&most), Some(Less | Equal)));
+        }
+        if self.step.is_multiple_of(self.steps_per_epoch) {
+            self.window.cross_epoch(sums);
+        }
+        // Of an epoch's few steps all may have been skipped for once.
+        self.diverged = self.diverged.or(Some(sums[0] / sums[2]).filter(|loss| epoch_ends && *loss > most));
+        Ok(())
+    }
+
+    /// Since the epoch began, or the part of it that this part of the run does.
+    fn images_per_second(&self) -> f64 {
+        let images = (self.step - self.epoch_started_at) as f64 * self.training.batch as f64;
+        images / self.clock.elapsed().as_secs_f64()
+    }
+
+    /// That of the newest step: the schedule's, or the method's own, which a step that is not taken has none of.
+    fn learning_rate(&self, telemetry: &Telemetry) -> f64 {
+        let own = telemetry.eta.map(|eta| if eta.is_finite() { eta } else { 0.0 });
+        own.unwrap_or_else(|| self.schedule.rate(self.step - 1))
+    }
+
+    /// Writes the newest step to the log.
+    fn log_step(&mut self) -> Result<(), TrainError> {
+        let mut correct = [0];
+        self.training.plan.correct()?.read(&mut correct)?;
+        let telemetry = self.training.optimizer.telemetry()?;
+        let record = Record::Step {
+            step: self.step,
+            epoch: self.epoch(),
+            loss: finite(telemetry.loss),
+            accuracy: f64::from(correct[0]) / self.training.batch as f64,
+            lr: self.learning_rate(&telemetry),
+            images_per_second: self.images_per_second(),
+            gradient_norm: finite(telemetry.gradient_norm),
+            a: telemetry.a.and_then(finite),
+            b: telemetry.b.and_then(finite),
+            vhv: telemetry.vhv.and_then(finite),
+            eta: telemetry.eta.and_then(finite),
+            rho: telemetry.rho.and_then(finite),
+            cosine_gradients: telemetry.cosine_gradients.and_then(finite),
+            cosine_perturbation: telemetry.cosine_perturbation.and_then(finite),
+            loss_scale: self.training.loss_scale()?.map(|[scale, _]| scale),
+            skipped: telemetry.skipped,
+            dropped_alpha: telemetry.dropped_alpha,
+            dropped_beta: telemetry.dropped_beta,
+        };
+        match &mut self.log {
+            Some(log) => log.write(&record),
+            None => Ok(()),
+        }
+    }
+
+    /// Tells how the epoch goes.
+    fn report(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<(), TrainError> {
+        self.reported = Instant::now();
+        let [loss, correct, samples] = self.training.read_totals()?;
+        let (loss, accuracy) = (loss / samples, correct / samples);
+        progress(Progress::Step { step: self.step, loss, accuracy, images_per_second: self.images_per_second() });
+        Ok(())
+    }
+
+    fn evaluate(&mut self) -> Result<Evaluation, TrainError> {
+        let Self { evaluator, training, .. } = self;
+        evaluator.evaluate(training.parameters.view(), training.plan.statistics().view(), |_| Ok(()))
+    }
+
+    /// Tests, logs and saves what the epoch, or what there is of it, has come to.
+    fn end_epoch(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<Evaluation, TrainError> {
+        self.device.synchronize()?;
+        let images_per_second = self.images_per_second();
+        self.seconds += self.clock.elapsed().as_secs_f64();
+        let [loss, correct, samples] = self.training.read_totals()?;
+        progress(Progress::Testing);
+        let test = self.evaluate()?;
+        let telemetry = self.training.optimizer.telemetry()?;
+        let record = Record::Epoch {
+            epoch: self.epoch(),
+            step: self.step,
+            train_loss: finite(loss / samples),
+            train_accuracy: finite(correct / samples),
+            test_loss: finite(test.loss),
+            test_accuracy: test.accuracy,
+            lr: self.learning_rate(&telemetry),
+            gradient_norm: finite(telemetry.gradient_norm),
+            a: telemetry.a.and_then(finite),
+            b: telemetry.b.and_then(finite),
+            images_per_second,
+            seconds: self.seconds,
+            skipped: telemetry.skipped,
+            dropped_alpha: telemetry.dropped_alpha,
+            dropped_beta: telemetry.dropped_beta,
+        };
+        // Sums of an epoch that more steps would complete stay for a run that is resumed with them.
+        if self.step.is_multiple_of(self.steps_per_epoch) {
+            self.training.totals.clear()?;
+        }
+        if let Some(log) = &mut self.log {
             log.write(&record)?;
         }
-        if epoch_ends || reported.elapsed() > REPORT {
-            reported = Instant::now();
-            let sums = training.read_totals()?;
-            let elapsed = epoch_seconds + clock.elapsed().as_secs_f64();
-            let images_per_second = (step - epoch_started_at) as f64 * batch as f64 / elapsed;
-            let (loss, accuracy) = (sums[0] / sums[2], sums[1] / sums[2]);
-            progress(Progress::Step { step, loss, accuracy, images_per_second });
+        // What has diverged does not take the place of weights that had not.
+        if self.diverged.is_none() {
+            self.save()?;
         }
-        if epoch_ends {
-            device.synchronize()?;
-            let elapsed = clock.elapsed().as_secs_f64();
-            (seconds, epoch_seconds) = (seconds + elapsed, epoch_seconds + elapsed);
-            let sums = training.read_totals()?;
-            progress(Progress::Testing);
-            let test = evaluator.evaluate(training.parameters.view(), training.plan.statistics().view(), |_| Ok(()))?;
-            let telemetry = training.optimizer.telemetry()?;
-            let record = Record::Epoch {
-                epoch: epoch + 1,
-                step,
-                train_loss: finite(sums[0] / sums[2]),
-                train_accuracy: finite(sums[1] / sums[2]),
-                test_loss: finite(test.loss),
-                test_accuracy: test.accuracy,
-                lr,
-                gradient_norm: finite(telemetry.gradient_norm),
-                a: telemetry.a.and_then(finite),
-                b: telemetry.b.and_then(finite),
-                images_per_second: (step - epoch_started_at) as f64 * batch as f64 / epoch_seconds,
-                seconds,
-                skipped: telemetry.skipped,
-                dropped_alpha: telemetry.dropped_alpha,
-                dropped_beta: telemetry.dropped_beta,
-            };
-            // Sums of an epoch that more steps would complete stay for a run that is resumed with them.
-            let complete = step % steps_per_epoch == 0;
-            if complete {
-                training.totals.clear()?;
-            }
-            if let Some(log) = &mut log {
-                log.write(&record)?;
-            }
-            // What has diverged does not take the place of weights that had not.
-            if let Some(run) = out.filter(|_| diverged.is_none()) {
-                training.save(run, step, seconds)?;
-            }
-            progress(Progress::Epoch(record));
-            if diverged.is_some() {
-                break;
-            }
-            if let Some(curvature) = &mut curvature {
-                unmeasured = stop.load(Ordering::Relaxed) && (epoch + 1).is_multiple_of(curvature.every);
-                if !unmeasured {
-                    curvature.measure(&training, (epoch + 1, step), log.as_mut(), progress)?;
-                }
-            }
-            test_result = Some(test);
-            (epoch_seconds, epoch_started_at) = (0.0, step);
-            clock = Instant::now();
+        progress(Progress::Epoch(record));
+        Ok(test)
+    }
+
+    fn curvature_is_due(&self) -> bool {
+        self.curvature.as_ref().is_some_and(|curvature| self.epoch().is_multiple_of(curvature.every))
+    }
+
+    /// Measures the curvature where the run is, if it is due there, and writes it to the log.
+    fn measure_curvature(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<(), TrainError> {
+        let (epoch, step) = (self.epoch(), self.step);
+        let due = self.curvature_is_due();
+        let Some(CurvatureLog { settings, meter, .. }) = self.curvature.as_mut().filter(|_| due) else { return Ok(()) };
+        // What is dropped while there is a graph keeps its memory, and measuring takes vectors each time. The next steps are
+        // recorded again.
+        self.recorded = Recorded::default();
+        let (weights, statistics) = (self.training.parameters.view(), self.training.plan.statistics().view());
+        let mut tell = |measure, done, of| progress(Progress::Measuring { measure, steps: (done, of) });
+        let found = meter.measure(weights, statistics, settings, &mut tell)?;
+        let record = Record::Curvature { epoch, step, measures: found.json() };
+        if let Some(log) = &mut self.log {
+            log.write(&record)?;
+        }
+        progress(Progress::Epoch(record));
+        Ok(())
+    }
+
+    /// Saves the run where it is, if it has a folder.
+    fn save(&self) -> Result<(), TrainError> {
+        match self.out {
+            Some(run) => self.training.save(run, self.step, self.seconds),
+            None => Ok(()),
         }
     }
-    device.synchronize()?;
-    // A run that is stopped before its last measurement makes up for it when it is resumed.
-    let interrupted = (step < steps || unmeasured) && diverged.is_none();
-    if interrupted {
-        seconds += clock.elapsed().as_secs_f64();
-        if let Some(run) = out {
-            training.save(run, step, seconds)?;
-        }
-    } else if test_result.is_none() && diverged.is_none() {
-        // A finished run was resumed: there is nothing to train, but its result can still be told.
-        test_result =
-            Some(evaluator.evaluate(training.parameters.view(), training.plan.statistics().view(), |_| Ok(()))?);
-    }
-    let trained = (step - started_at) as f64 * batch as f64;
-    Ok(Summary {
-        interrupted,
-        diverged,
-        steps: step,
-        skipped: training.optimizer.telemetry()?.skipped,
-        test: test_result.filter(|_| !interrupted && diverged.is_none()),
-        seconds,
-        images_per_second: if trained > 0.0 { trained / (seconds - earlier) } else { 0.0 },
-        out: out.map(Path::to_path_buf),
-    })
 }
 
 /// The images that the curvature is measured over, and how many of them at a time.
@@ -414,36 +590,6 @@ fn finite(value: f64) -> Option<f64> {
     value.is_finite().then_some(value)
 }
 
-fn step_record(
-    telemetry: &Telemetry,
-    (step, epoch): (u64, u64),
-    lr: f64,
-    accuracy: f64,
-    images_per_second: f64,
-    loss_scale: Option<f64>,
-) -> Record {
-    Record::Step {
-        step,
-        epoch,
-        loss: finite(telemetry.loss),
-        accuracy,
-        lr,
-        images_per_second,
-        gradient_norm: finite(telemetry.gradient_norm),
-        a: telemetry.a.and_then(finite),
-        b: telemetry.b.and_then(finite),
-        vhv: telemetry.vhv.and_then(finite),
-        eta: telemetry.eta.and_then(finite),
-        rho: telemetry.rho.and_then(finite),
-        cosine_gradients: telemetry.cosine_gradients.and_then(finite),
-        cosine_perturbation: telemetry.cosine_perturbation.and_then(finite),
-        loss_scale,
-        skipped: telemetry.skipped,
-        dropped_alpha: telemetry.dropped_alpha,
-        dropped_beta: telemetry.dropped_beta,
-    }
-}
-
 /// Prepares the folder of a run and its log.
 fn open_run(run: &Path, options: &Options, resume: bool, step: u64) -> Result<Log, TrainError> {
     let config = run.join("config.toml");
@@ -453,7 +599,10 @@ fn open_run(run: &Path, options: &Options, resume: bool, step: u64) -> Result<Lo
     std::fs::create_dir_all(run).map_err(TrainError::io(run))?;
     let text = toml::to_string(options)
         .map_err(|error| TrainError::Settings { path: config.clone(), reason: error.to_string() })?;
-    std::fs::write(&config, text).map_err(TrainError::io(&config))?;
+    // A run that goes on as it was leaves its settings alone: without them nobody could go on with it.
+    if std::fs::read(&config).map_or(true, |found| found != text.as_bytes()) {
+        write_whole(&config, text.as_bytes())?;
+    }
     Log::open(&run.join("log.jsonl"), step)
 }
 
@@ -481,36 +630,12 @@ impl Window {
     }
 }
 
-/// What writes the curvature to the log.
+/// How the curvature is followed.
 struct CurvatureLog {
     /// Epochs.
     every: u64,
     settings: CurvatureSettings,
     meter: CurvatureMeter,
-}
-
-impl CurvatureLog {
-    /// Measures where the training is, at the end of an epoch, if it is due.
-    fn measure<S: Compute<Master = f32>>(
-        &mut self,
-        training: &Training<S>,
-        (epoch, step): (u64, u64),
-        log: Option<&mut Log>,
-        progress: &mut dyn FnMut(Progress),
-    ) -> Result<(), TrainError> {
-        if !epoch.is_multiple_of(self.every) {
-            return Ok(());
-        }
-        let (weights, statistics) = (training.parameters.view(), training.plan.statistics().view());
-        let mut tell = |measure, done, of| progress(Progress::Measuring { measure, steps: (done, of) });
-        let found = self.meter.measure(weights, statistics, &self.settings, &mut tell)?;
-        let record = Record::Curvature { epoch, step, measures: found.json() };
-        if let Some(log) = log {
-            log.write(&record)?;
-        }
-        progress(Progress::Epoch(record));
-        Ok(())
-    }
 }
 
 /// Everything that a step reads and writes, on the device.
@@ -630,7 +755,47 @@ impl<S: Compute<Master = f32>> Training<S> {
 
 #[cfg(test)]
 mod tests {
-    use super::Window;
+    use std::sync::atomic::AtomicBool;
+
+    use super::{Options, Run, Window};
+
+    #[test]
+    fn steps_of_one_launch_are_the_steps_themselves() {
+        // 21 steps in epochs of 8, logged after 7 and 14, looked at after 8, 16 and 21.
+        let options = Options {
+            model: Some("resnet8".into()),
+            train_size: Some(64),
+            batch_size: Some(8),
+            steps: Some(21),
+            log_every: Some(7),
+            max_loss: Some(1e3),
+            device: Some("cpu".into()),
+            ..Options::default()
+        };
+        let options = options.resolve().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let train = |steps_per_launch: u64| {
+            let out = folder.path().join(steps_per_launch.to_string());
+            let mut run = Run::<f32>::open(&options, Some(&out), false).unwrap();
+            run.steps_per_launch = steps_per_launch;
+            let summary = run.train(&AtomicBool::new(false), &mut |_| ()).unwrap();
+            assert_eq!((summary.steps, summary.skipped), (21, 0));
+            let log = std::fs::read_to_string(out.join("log.jsonl")).unwrap();
+            let mut records: Vec<serde_json::Value> =
+                log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+            for key in ["images_per_second", "seconds"] {
+                records.iter_mut().for_each(|record| record[key] = 0.into());
+            }
+            (records, std::fs::read(out.join("model.safetensors")).unwrap())
+        };
+        let one_by_one = train(1);
+        assert_eq!(one_by_one.0.iter().filter(|record| record["kind"] == "step").count(), 3);
+        for several in [2, 3, 5] {
+            let (log, model) = train(several);
+            assert_eq!(log, one_by_one.0, "{several} steps per launch");
+            assert!(model == one_by_one.1, "{several} steps per launch have other bits");
+        }
+    }
 
     #[test]
     fn a_window_is_the_mean_over_its_steps_whatever_epochs_they_belong_to() {

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{CurvatureSettings, TrainError};
 use crate::arena::Layout;
 use crate::device::HostOptions;
+use crate::kernels::random;
 use crate::nn::{Model, Shortcut};
 use crate::optim::{
     self, Base, CrSamTerms, Decay, Form, GamTerms, Gnr, Method, Perturbation, Product, RhoSchedule, Sam, Scaling,
@@ -420,7 +421,7 @@ pub struct Options {
     #[arg(long, value_name = "STEPS", help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub warmup: Option<u64>,
-    /// Seed of initial weights, order, augmentation and label noise [default: 0]
+    /// Seed of all that is random: weights, order, augmentation, label noise, directions, probes [default: 0]
     #[arg(long, value_name = "N", help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
@@ -463,9 +464,9 @@ pub struct Options {
     pub curvature_probes: Option<usize>,
 }
 
-/// The key of a method's random directions, apart from those of the initial weights and the augmentation.
+/// The key of a method's random directions.
 fn method_seed(seed: u64) -> u64 {
-    seed ^ 0x706f_6c64_6572_7a7a
+    random::key(seed, b"polderzz")
 }
 
 /// An option, whatever its type.
@@ -500,9 +501,13 @@ impl Options {
     }
 
     /// The options that only some optimizers have, with those that do.
-    fn of_some_optimizers(&mut self) -> [(&'static str, &mut dyn Given, &'static [OptimizerName]); 23] {
-        use OptimizerName::{Asam, CrSam, Gam, Gnr, Gsam, LookSam, RSam, RandomSam, SaSam, SaSgd, Sam};
+    fn of_some_optimizers(&mut self) -> [(&'static str, &mut dyn Given, &'static [OptimizerName]); 25] {
+        use OptimizerName::{AdamW, Asam, CrSam, Gam, Gnr, Gsam, LookSam, RSam, RandomSam, SaSam, SaSgd, Sam, Sgd};
+        // SA-SAM finds its step size itself.
+        const SCHEDULED: &[OptimizerName] = &[Sgd, AdamW, Sam, Asam, RandomSam, RSam, Gsam, LookSam, CrSam, Gnr, Gam];
         [
+            ("--schedule", &mut self.schedule, SCHEDULED),
+            ("--warmup", &mut self.warmup, SCHEDULED),
             ("--base", &mut self.base, &OptimizerName::SHARPNESS_AWARE),
             ("--rho", &mut self.rho, &[Sam, Asam, RandomSam, RSam, Gsam, LookSam, CrSam, Gnr, Gam]),
             ("--rho-schedule", &mut self.rho_schedule, &[Sam, Asam, RandomSam, RSam, Gsam, LookSam, CrSam, Gnr, Gam]),
@@ -634,6 +639,10 @@ impl Options {
                 return Err(TrainError::option(name, format!("has no meaning for --optimizer {optimizer}")));
             }
         }
+        if !matches!(optimizer, OptimizerName::SaSam | OptimizerName::SaSgd) {
+            self.schedule.get_or_insert(ScheduleName::Cosine);
+            self.warmup.get_or_insert(0);
+        }
         let (rho, alpha) = optimizer.usual();
         self.rho = self.rho.or(rho);
         self.alpha = self.alpha.or(alpha);
@@ -703,8 +712,6 @@ impl Options {
         if self.steps.is_none() {
             self.epochs.get_or_insert(10);
         }
-        self.schedule.get_or_insert(ScheduleName::Cosine);
-        self.warmup.get_or_insert(0);
         self.seed.get_or_insert(0);
         self.device.get_or_insert_with(|| "auto".into());
         self.threads.get_or_insert(0);
@@ -803,6 +810,9 @@ impl Options {
             if value == Some(0) {
                 return Err(TrainError::option(option, "0, expected at least 1"));
             }
+        }
+        if self.steps.is_some() && self.epochs.is_some() {
+            return Err(TrainError::option("--steps", "cannot be given together with --epochs"));
         }
         match self.curvature() {
             Some((_, curvature)) => curvature.check("--curvature-")?,
@@ -943,7 +953,7 @@ impl Options {
 
     /// How the learning rate moves over `steps` steps; of resolved options.
     pub(super) fn schedule(&self, steps: u64) -> optim::Schedule {
-        let decay = match self.schedule.unwrap_or(ScheduleName::Cosine) {
+        let decay = match self.schedule.unwrap_or(ScheduleName::Constant) {
             ScheduleName::Constant => Decay::Constant,
             ScheduleName::Cosine => Decay::Cosine,
             ScheduleName::Step => Decay::Step,

@@ -145,14 +145,14 @@ fn check_other_models(device: &Device) {
     }
 }
 
-/// One step is recorded as a graph, where allocating and waiting are refused, and replayed: the same bits as steps taken one by
+/// A step, or two, are recorded as a graph, where allocating and waiting are refused, and replayed: the same bits as steps taken one by
 /// one.
 #[test]
 fn a_whole_step_can_be_captured_and_replayed() {
     let terms = CrSamTerms { form: Form::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
     for device in fast_devices() {
         for method in [Method::Plain, Method::sam(0.05), Method::CrSam { rho: 0.1, terms }] {
-            let run = |captured: bool| {
+            let run = |recorded: usize| {
                 let shape = Shape { batch: 4, height: 8, width: 9, channels: 3 };
                 let model = Model::CifarResNet { blocks: 1, shortcut: Shortcut::B };
                 let (graph, logits) = model.trace(shape, 10).unwrap();
@@ -176,18 +176,20 @@ fn a_whole_step_can_be_captured_and_replayed() {
                     }
                 };
                 step().unwrap();
-                if captured {
-                    let graph = device.capture(&mut step).unwrap();
-                    assert!(graph.operations() > 0);
-                    graph.replay().unwrap();
-                    graph.replay().unwrap();
+                if recorded == 0 {
+                    step().unwrap();
+                    step().unwrap();
                 } else {
-                    step().unwrap();
-                    step().unwrap();
+                    let graph = device.capture(|| (0..recorded).try_for_each(|_| step())).unwrap();
+                    assert!(graph.operations() > 0);
+                    (0..2).step_by(recorded).for_each(|_| graph.replay().unwrap());
                 }
                 (common::bits(&weights.to_vec().unwrap()), common::bits(&plan.statistics().to_vec().unwrap()))
             };
-            assert!(run(true) == run(false), "{method:?} on {}", device.name());
+            let direct = run(0);
+            for recorded in [1, 2] {
+                assert!(run(recorded) == direct, "{recorded} steps of {method:?} on {}", device.name());
+            }
         }
     }
 }
