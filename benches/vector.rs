@@ -151,7 +151,7 @@ const KERNELS: &[Kernel] = &[
         vector::l2_norm(x.g[0].view(), &mut y.reduction, y.norm.view_mut())?;
         perturb(x, y, true)?;
         let (coefficients, dropped) = (y.coefficients.slice_mut(0..3)?, y.dropped.view_mut());
-        vector::cr_sam_coefficients(y.losses.view(), CrSam::default(), coefficients, dropped)?;
+        vector::cr_sam_coefficients(y.losses.view(), CrSam::default(), coefficients, y.skip.view(), dropped)?;
         sgd(x, y, 3)
     }),
 ];

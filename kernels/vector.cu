@@ -328,6 +328,7 @@ __device__ void perturb_linf(const PerturbArgs<T>& a) {
 struct CrSamArgs {
     const double* losses;
     double* coefficients;
+    const uint32_t* skip;
     uint32_t* dropped;
     double alpha, beta, a_min, b_min;
     uint32_t log_form;
@@ -339,8 +340,10 @@ __device__ void cr_sam_coefficients_body(const CrSamArgs& a) {
     if (a.log_form != 0) {
         const LossDifferences d = loss_differences(a.losses);
         const bool use_alpha = isfinite(d.a) && d.a > a.a_min, use_beta = isfinite(d.b) && d.b > a.b_min;
-        a.dropped[0] += alpha != 0 && !use_alpha;
-        a.dropped[1] += beta != 0 && !use_beta;
+        // A step that will be skipped drops nothing: it is not taken.
+        const bool taken = a.skip[0] == 0;
+        a.dropped[0] += taken && alpha != 0 && !use_alpha;
+        a.dropped[1] += taken && beta != 0 && !use_beta;
         alpha = use_alpha ? alpha / d.a : 0.0;
         beta = use_beta ? beta / d.b : 0.0;
     }

@@ -107,7 +107,7 @@ impl Step {
             vectors = [Some(x.g0.view()), Some(x.g_plus.view()), Some(x.g_minus.view()), None];
             minus = Some(x.w_minus.view_mut());
             let (coefficients, dropped) = (self.coefficients.slice_mut(0..3)?, self.dropped.view_mut());
-            vector::cr_sam_coefficients(self.losses.view(), CR_SAM, coefficients, dropped)?;
+            vector::cr_sam_coefficients(self.losses.view(), CR_SAM, coefficients, self.skip.view(), dropped)?;
         }
         vector::perturb(x.w.view(), x.g0.view(), self.norm.view(), RHO, x.w_plus.view_mut(), minus)?;
         let gradients = Combination { vectors, coefficients: self.coefficients.view() };

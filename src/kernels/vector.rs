@@ -425,6 +425,7 @@ impl Default for CrSam {
 struct CrSamArgs {
     losses: u64,
     coefficients: u64,
+    skip: u64,
     dropped: u64,
     alpha: f64,
     beta: f64,
@@ -438,27 +439,31 @@ struct CrSamArgs {
 /// `c+ = 1 + α/A + β/B`, `c− = α/A − β/B`, `c0 = −2α/A`; the released form has 1 for `A` and `B`. [CR-SAM, eq. 7]
 ///
 /// The log form drops a term whose `A` or `B` is at most its threshold or not finite, and adds one to `dropped[0]` (α) or
-/// `dropped[1]` (β); a term of weight 0 is not counted.
+/// `dropped[1]` (β); a term of weight 0 is not counted, nor is any where `skip` is set, which the update of the step is told too.
 ///
 /// # Errors
-/// [`Error::Length`] unless `losses` and `coefficients` hold 3 numbers and `dropped` 2, [`Error::OtherDevice`] unless they
-/// live on one device.
+/// [`Error::Length`] unless `losses` and `coefficients` hold 3 numbers, `skip` 1 and `dropped` 2, [`Error::OtherDevice`] unless
+/// they live on one device.
 pub fn cr_sam_coefficients(
     losses: Slice<'_, f64>,
     settings: CrSam,
     mut coefficients: SliceMut<'_, f64>,
+    skip: Slice<'_, u32>,
     mut dropped: SliceMut<'_, u32>,
 ) -> Result<()> {
     let operation = "vector::cr_sam_coefficients";
     let device = coefficients.device().clone();
     check_length(operation, "losses", losses.len(), 3)?;
     check_length(operation, "coefficients", coefficients.len(), 3)?;
+    check_length(operation, "skip", skip.len(), 1)?;
     check_length(operation, "dropped", dropped.len(), 2)?;
     check_device(operation, "losses", &device, losses.device())?;
+    check_device(operation, "skip", &device, skip.device())?;
     check_device(operation, "dropped", &device, dropped.device())?;
     let args = CrSamArgs {
         losses: losses.address(),
         coefficients: coefficients.address(),
+        skip: skip.address(),
         dropped: dropped.address(),
         alpha: settings.alpha,
         beta: settings.beta,

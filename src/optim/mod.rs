@@ -215,7 +215,8 @@ impl<T: Scalar> Optimizer<T> {
         self.numbers.flag.view()
     }
 
-    /// Multiplies the method's ρ in the steps that follow: what a schedule makes of it.
+    /// Multiplies the method's ρ in the steps that follow: what a schedule makes of it. The weight α ρ of GNR's regularizer and the
+    /// distance of its differences stay.
     pub fn scale_rho(&mut self, factor: f64) {
         self.rho_factor = factor;
     }

@@ -159,10 +159,10 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
         self.plain()?;
         self.perturb(Weights, G0, 0, rho, P, Some(Q))?;
         self.gradient_pair([Slot(P), Slot(Q)], [G1, G2])?;
-        let Numbers { losses, curvature, coefficients, .. } = &mut *self.numbers;
+        let Numbers { losses, curvature, coefficients, flag, .. } = &mut *self.numbers;
         let (losses, dropped) = (losses.slice(0..3)?, self.counters.slice_mut(2..4)?);
         vector::curvature_from_losses(losses, rho * self.rho_factor, curvature.view_mut())?;
-        vector::cr_sam_coefficients(losses, terms, coefficients.slice_mut(0..3)?, dropped)?;
+        vector::cr_sam_coefficients(losses, terms, coefficients.slice_mut(0..3)?, flag.view(), dropped)?;
         combined([Slot(G0), Slot(G1), Slot(G2)])
     }
 

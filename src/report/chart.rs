@@ -119,7 +119,8 @@ pub(super) fn log_steps(low: f64, high: f64, most: usize) -> Vec<f64> {
 /// The name of a tick among others this far away.
 pub(super) fn tick_name(value: f64, step: f64) -> String {
     let size = value.abs();
-    if value == 0.0 || size < 1e-9 * step {
+    // What rounding leaves of zero; a single tick has no step.
+    if value == 0.0 || (step.is_finite() && size < 1e-9 * step) {
         return "0".into();
     }
     let exponent = size.log10().floor() as i32;

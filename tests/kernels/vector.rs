@@ -552,7 +552,8 @@ fn cr_sam_direction(device: &Device, form: CrSamForm, quartic: f64) -> [f64; 2] 
     let mut coefficients = device.poisoned::<f64>(3).unwrap();
     let mut dropped = device.zeros::<u32>(2).unwrap();
     let settings = CrSam { form, ..CrSam::default() };
-    vector::cr_sam_coefficients(losses.view(), settings, coefficients.view_mut(), dropped.view_mut()).unwrap();
+    let (skip, out) = (device.zeros(1).unwrap(), coefficients.view_mut());
+    vector::cr_sam_coefficients(losses.view(), settings, out, skip.view(), dropped.view_mut()).unwrap();
     assert_eq!(dropped.to_vec().unwrap(), [0, 0]);
     let c = coefficients.to_vec().unwrap();
     [0, 1].map(|i| c[0] * g0[i] + c[1] * plus[i] + c[2] * minus[i])
@@ -591,14 +592,15 @@ fn cr_sam_drops_terms_whose_logarithm_is_undefined() {
         ([1.0, f64::INFINITY, 0.75], true, true),
     ];
     for (name, device) in devices() {
+        let (go_on, skip) = (device.zeros(1).unwrap(), device.upload(&[1]).unwrap());
         let mut dropped = device.zeros::<u32>(2).unwrap();
         let mut expected_dropped = [0, 0];
         for (losses, no_alpha, no_beta) in cases {
             let on_device = device.upload(&losses).unwrap();
             let mut coefficients = device.poisoned::<f64>(3).unwrap();
             let settings = CrSam { alpha, beta, ..CrSam::default() };
-            vector::cr_sam_coefficients(on_device.view(), settings, coefficients.view_mut(), dropped.view_mut())
-                .unwrap();
+            let out = coefficients.view_mut();
+            vector::cr_sam_coefficients(on_device.view(), settings, out, go_on.view(), dropped.view_mut()).unwrap();
             let a = if no_alpha { 0.0 } else { alpha / (losses[1] + losses[2] - 2.0 * losses[0]) };
             let b = if no_beta { 0.0 } else { beta / (losses[1] - losses[2]) };
             assert_close(&name, &coefficients.to_vec().unwrap(), &[-2.0 * a, 1.0 + a + b, a - b], 1e-15);
@@ -609,7 +611,7 @@ fn cr_sam_drops_terms_whose_logarithm_is_undefined() {
                 [CrSam { form: CrSamForm::Released, ..settings }, CrSam { alpha: 0.0, beta: 0.0, ..settings }]
             {
                 let out = coefficients.view_mut();
-                vector::cr_sam_coefficients(on_device.view(), settings, out, dropped.view_mut()).unwrap();
+                vector::cr_sam_coefficients(on_device.view(), settings, out, go_on.view(), dropped.view_mut()).unwrap();
                 let (a, b) = if settings.form == CrSamForm::Released { (alpha, beta) } else { (0.0, 0.0) };
                 assert_close(&name, &coefficients.to_vec().unwrap(), &[-2.0 * a, 1.0 + a + b, a - b], 1e-15);
                 assert_eq!(dropped.to_vec().unwrap(), expected_dropped, "{name}: {losses:?}");
@@ -621,7 +623,12 @@ fn cr_sam_drops_terms_whose_logarithm_is_undefined() {
             let mut dropped = device.zeros::<u32>(2).unwrap();
             let mut coefficients = device.poisoned::<f64>(3).unwrap();
             let settings = CrSam { a_min, b_min, ..CrSam::default() };
-            vector::cr_sam_coefficients(losses.view(), settings, coefficients.view_mut(), dropped.view_mut()).unwrap();
+            let out = coefficients.view_mut();
+            vector::cr_sam_coefficients(losses.view(), settings, out, go_on.view(), dropped.view_mut()).unwrap();
+            assert_eq!(dropped.to_vec().unwrap(), expected, "{name}");
+            // A step that is skipped drops nothing.
+            let out = coefficients.view_mut();
+            vector::cr_sam_coefficients(losses.view(), settings, out, skip.view(), dropped.view_mut()).unwrap();
             assert_eq!(dropped.to_vec().unwrap(), expected, "{name}");
         }
     }
