@@ -26,6 +26,7 @@ enum Command {
     /// Measure loss and accuracy of trained weights
     Eval(eval::EvalArgs),
     /// Measure how flat the loss is around trained weights
+    #[command(allow_negative_numbers = true)]
     Curvature(curvature::CurvatureArgs),
     /// Map the loss on a line or a plane around trained weights, and draw it
     Landscape(landscape::LandscapeArgs),

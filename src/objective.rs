@@ -18,6 +18,48 @@ pub enum Statistics {
     Keep,
 }
 
+/// Weights on both sides of others: `from ± ρ along/(norm + 1e-12)`, as [`vector::perturb`] makes them.
+#[derive(Clone, Copy)]
+pub struct Displacement<'a, T: Scalar> {
+    /// The weights between them.
+    pub from: Slice<'a, T>,
+    /// The direction.
+    pub along: Slice<'a, T>,
+    /// Its norm: one element.
+    pub norm: Slice<'a, f64>,
+    /// ρ.
+    pub rho: f64,
+}
+
+impl<T: Scalar> Displacement<'_, T> {
+    /// Loss and gradient at the displaced weights, which are written to `point`, by a pass of its own.
+    pub(crate) fn gradient(
+        &self,
+        objective: &mut (impl Objective<T> + ?Sized),
+        mut point: SliceMut<'_, T>,
+        gradient: SliceMut<'_, T>,
+        loss: SliceMut<'_, f64>,
+        flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        vector::perturb(self.from, self.along, self.norm, self.rho, point.reborrow(), None)?;
+        objective.gradient(point.view(), Statistics::Keep, gradient, loss, flag)
+    }
+
+    /// The same on both sides.
+    pub(crate) fn gradients(
+        &self,
+        objective: &mut (impl Objective<T> + ?Sized),
+        [mut plus, mut minus]: [SliceMut<'_, T>; 2],
+        gradients: [SliceMut<'_, T>; 2],
+        losses: [SliceMut<'_, f64>; 2],
+        flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        let (here, there) = (plus.reborrow(), Some(minus.reborrow()));
+        vector::perturb(self.from, self.along, self.norm, self.rho, here, there)?;
+        objective.gradient_pair([plus.view(), minus.view()], gradients, losses, flag)
+    }
+}
+
 /// A loss over a flat vector of weights.
 ///
 /// Every pass of one optimizer step sees the same mini-batch: the caller changes the batch between steps only.
@@ -79,6 +121,38 @@ pub trait Objective<T: Scalar> {
             self.gradient(weights, Statistics::Keep, gradient, loss, flag.reborrow())?;
         }
         Ok(())
+    }
+
+    /// As [`Objective::gradient`] at displaced weights, `from + ρ …`, without the running statistics. `point` is room for them, as
+    /// long as they are; afterwards nobody should read it. By default they are written there and passed on; an objective that
+    /// rounds weights before it uses them can have them rounded at once.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn gradient_displaced(
+        &mut self,
+        displacement: Displacement<'_, T>,
+        point: SliceMut<'_, T>,
+        gradient: SliceMut<'_, T>,
+        loss: SliceMut<'_, f64>,
+        flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        displacement.gradient(self, point, gradient, loss, flag)
+    }
+
+    /// As [`Objective::gradient_pair`] at the weights on both sides, `from + ρ …` and `from − ρ …`, with room for both.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn gradient_pair_displaced(
+        &mut self,
+        displacement: Displacement<'_, T>,
+        points: [SliceMut<'_, T>; 2],
+        gradients: [SliceMut<'_, T>; 2],
+        losses: [SliceMut<'_, f64>; 2],
+        flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        displacement.gradients(self, points, gradients, losses, flag)
     }
 
     /// The Hessian of the loss at `weights` times `direction`, exact, written to `product`; all three are laid out alike. `flag` is
@@ -277,6 +351,36 @@ impl<T: Scalar, O: Objective<T>> Objective<T> for Accumulated<'_, T, O> {
             self.gradient(weights, Statistics::Keep, gradient, loss, flag.reborrow())?;
         }
         Ok(())
+    }
+
+    fn gradient_displaced(
+        &mut self,
+        displacement: Displacement<'_, T>,
+        point: SliceMut<'_, T>,
+        gradient: SliceMut<'_, T>,
+        loss: SliceMut<'_, f64>,
+        flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        if self.accumulator.parts == 1 {
+            self.check()?;
+            return self.objective.gradient_displaced(displacement, point, gradient, loss, flag);
+        }
+        displacement.gradient(self, point, gradient, loss, flag)
+    }
+
+    fn gradient_pair_displaced(
+        &mut self,
+        displacement: Displacement<'_, T>,
+        points: [SliceMut<'_, T>; 2],
+        gradients: [SliceMut<'_, T>; 2],
+        losses: [SliceMut<'_, f64>; 2],
+        flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        if self.accumulator.parts == 1 {
+            self.check()?;
+            return self.objective.gradient_pair_displaced(displacement, points, gradients, losses, flag);
+        }
+        displacement.gradients(self, points, gradients, losses, flag)
     }
 
     fn hessian_vector(

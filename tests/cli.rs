@@ -263,6 +263,54 @@ fn an_interrupt_finishes_the_step_and_the_run_can_go_on() {
 }
 
 #[test]
+fn a_run_goes_on_only_as_it_was_begun() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = idx_folder(folder.path());
+    let out = folder.path().join("run");
+    short_run(folder.path(), data.to_str().unwrap(), &out);
+    let path = |name: &str| out.join(name);
+    let (config, checkpoint) = (path("config.toml"), path("checkpoint/state.safetensors"));
+    let resume = |more: &[&'static str]| [&["train", "--resume", out.to_str().unwrap()], more].concat();
+    let settings = std::fs::read_to_string(&config).unwrap();
+    // It is longer than this already, and stays what it is.
+    assert!(polder(&resume(&["--steps", "1"])).status.success());
+    assert_eq!(std::fs::read_to_string(&config).unwrap(), settings);
+    for other in [String::new(), settings.replace("seed = 0", "seed = 1")] {
+        std::fs::write(&config, &other).unwrap();
+        let message = mistake(&resume(&["--device", "cpu"]));
+        assert!(message.contains("config.toml: `") && message.contains("checkpoint"), "{message}");
+        assert_eq!(std::fs::read_to_string(&config).unwrap(), other);
+    }
+    std::fs::write(&config, &settings).unwrap();
+    // Another bit of any number, or no checkpoint at all.
+    let good = std::fs::read(&checkpoint).unwrap();
+    let mut bad = good.clone();
+    *bad.last_mut().unwrap() ^= 1;
+    std::fs::write(&checkpoint, &bad).unwrap();
+    let message = mistake(&resume(&[]));
+    assert!(message.contains("state.safetensors: damaged: its checksum"), "{message}");
+    std::fs::remove_file(&checkpoint).unwrap();
+    let weights = std::fs::read(path("model.safetensors")).unwrap();
+    let message = mistake(&resume(&[]));
+    assert!(message.contains("state.safetensors: is missing"), "{message}");
+    assert!(std::fs::read(path("model.safetensors")).unwrap() == weights);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn what_is_no_file_is_written_to_and_not_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = idx_folder(folder.path());
+    let out = folder.path().join("run");
+    short_run(folder.path(), data.to_str().unwrap(), &out);
+    let full = folder.path().join("full");
+    std::os::unix::fs::symlink("/dev/full", &full).unwrap();
+    let output = polder(&["report", out.to_str().unwrap(), "--out", full.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    assert!(full.is_symlink());
+}
+
+#[test]
 fn every_mistake_is_one_clear_line() {
     let folder = tempfile::tempdir().unwrap();
     let data = idx_folder(folder.path());
@@ -299,6 +347,8 @@ fn every_mistake_is_one_clear_line() {
     says(&["train", "--data", data, "--batch-size", "1000"], &["--batch-size", "96"]);
     says(&["train", "--data", data, "--mean", "0.1,0.2"], &["--mean", "1 channel"]);
     says(&["train", "--data", data, "--std", "0"], &["--std"]);
+    says(&["train", "--data", data, "--std", "-1"], &["--std", "above 0"]);
+    says(&["curvature", "--model", "resnet8", "--data", data, "--init", "none", "--rho", "-1"], &["--rho", "-1"]);
     says(&["train", "--data", data, "--train-size", "97"], &["--train-size", "97", "96"]);
     says(&["train", "--config", &path("none.toml")], &["none.toml"]);
     std::fs::write(path("bad.toml"), "lr = 0.1\nlerning-rate = 3\n").unwrap();
@@ -627,6 +677,11 @@ fn a_run_ends_when_its_loss_diverges_and_keeps_its_log() {
             assert_eq!((&object["diverged"], &object["interrupted"]), (&true.into(), &false.into()));
         }
     }
+    // A run that is too short for the fifty steps is told apart, too.
+    let short = [&common[..], &["--lr", "1e30", "--epochs", "3", "--max-loss", "20"]].concat();
+    let output = polder(&short);
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("no finite loss"), "{}", text(&output.stderr));
     // What diverged does not take the place of what had not.
     let good = folder.path().join("good");
     let good_out = good.to_str().unwrap();

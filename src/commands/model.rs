@@ -63,10 +63,10 @@ pub struct ModelArgs {
     #[arg(long, value_enum, value_name = "KIND")]
     shortcut: Option<ShortcutName>,
     /// Mean of pixel/255 per channel [default: the data set's published values]
-    #[arg(long, value_name = "A,B,C", value_delimiter = ',')]
+    #[arg(long, value_name = "A,B,C", value_delimiter = ',', allow_hyphen_values = true)]
     mean: Option<Vec<f32>>,
     /// Standard deviation of pixel/255 per channel [default: the data set's published values]
-    #[arg(long, value_name = "A,B,C", value_delimiter = ',')]
+    #[arg(long, value_name = "A,B,C", value_delimiter = ',', allow_hyphen_values = true)]
     std: Option<Vec<f32>>,
     /// Images at a time
     #[arg(long, value_name = "N", default_value_t = 200)]
@@ -111,13 +111,7 @@ impl ModelArgs {
     pub fn open(&self, split: Split, samples: Samples) -> Result<Subject, TrainError> {
         let run = match &self.run {
             None => Options::default(),
-            Some(run) => {
-                let file = run.join("config.toml");
-                if !file.is_file() {
-                    return Err(TrainError::NoRun { path: run.clone() });
-                }
-                Options::from_file(&file)?
-            }
+            Some(run) => Options::of_run(run)?,
         };
         let model_name = self.model.clone().or(run.model).unwrap_or_else(|| "resnet8".into());
         let shortcut = self.shortcut.or(run.shortcut.filter(|_| self.model.is_none()));

@@ -33,13 +33,7 @@ pub struct TrainArgs {
 pub fn run(args: TrainArgs) -> Result<ExitCode, TrainError> {
     let below = match (&args.config, &args.resume) {
         (Some(file), _) => Options::from_file(file)?,
-        (None, Some(run)) => {
-            let file = run.join("config.toml");
-            if !file.is_file() {
-                return Err(TrainError::NoRun { path: run.clone() });
-            }
-            Options::from_file(&file)?
-        }
+        (None, Some(run)) => Options::of_run(run)?,
         (None, None) => Options::default(),
     };
     let before = args.resume.is_some().then(|| below.clone());
@@ -199,7 +193,8 @@ impl Display {
                     Some(format!("{name} {value:.4}"))
                 };
                 let found: Vec<String> = measures.iter().filter_map(value).collect();
-                self.line(&format!("epoch {epoch:>3}  {}", found.join("  ")));
+                let found = if found.is_empty() { "no curvature was found".into() } else { found.join("  ") };
+                self.line(&format!("epoch {epoch:>3}  {found}"));
             }
             Progress::Epoch(Record::Step { .. }) => {}
         }

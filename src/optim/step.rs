@@ -6,7 +6,7 @@ use crate::arena::ALIGNMENT;
 use crate::device::{Buffer, Device, Disjoint, Result, Scalar, Slice, SliceMut};
 use crate::kernels::vector::{self, Combination, Reduction};
 use crate::kernels::{random, sharpness};
-use crate::objective::{Objective, Statistics};
+use crate::objective::{Displacement, Objective, Statistics};
 
 /// A vector: the weights, what a method remembers from step to step, or a working vector by its number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -129,7 +129,8 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
         }
         self.plain()?;
         match perturbation {
-            Perturbation::L2 if ascent_steps > 1 => self.ascend(rho, ascent_steps)?,
+            Perturbation::L2 if ascent_steps == 1 => self.gradient_beside(Weights, G0, 0, rho, 1, G1)?,
+            Perturbation::L2 | Perturbation::Random { .. } => self.ascend(rho, ascent_steps)?,
             Perturbation::Linf => {
                 let rho = rho * self.rho_factor;
                 let mut x = self.vectors.open();
@@ -142,9 +143,10 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
                 sharpness::adaptive_norm(w, g, scaling, self.reduction, norms.slice_mut(1..2)?)?;
                 sharpness::perturb_adaptive(w, g, scaling, norms.slice(1..2)?, rho, x.write(P)?)?;
             }
-            _ => self.perturb(Weights, G0, 0, rho, P, None)?,
         }
-        self.gradient(Slot(P), 1, G1)?;
+        if perturbation != Perturbation::L2 || ascent_steps > 1 {
+            self.gradient(Slot(P), 1, G1)?;
+        }
         if !second_order {
             return Ok(along(G1));
         }
@@ -157,8 +159,7 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
 
     fn cr_sam(&mut self, rho: f64, terms: super::CrSamTerms) -> Result<Direction> {
         self.plain()?;
-        self.perturb(Weights, G0, 0, rho, P, Some(Q))?;
-        self.gradient_pair([Slot(P), Slot(Q)], [G1, G2])?;
+        self.gradients_beside(rho, [G1, G2])?;
         let Numbers { losses, curvature, coefficients, flag, .. } = &mut *self.numbers;
         let (losses, dropped) = (losses.slice(0..3)?, self.counters.slice_mut(2..4)?);
         vector::curvature_from_losses(losses, rho * self.rho_factor, curvature.view_mut())?;
@@ -171,9 +172,8 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
         let due = self.attempts.is_multiple_of(every);
         let mut oracle = G0;
         if let Some(rho) = oracle_rho {
-            self.perturb(Weights, G0, 0, rho, P, None)?;
             oracle = if due { H } else { G1 };
-            self.gradient(Slot(P), 3, oracle)?;
+            self.gradient_beside(Weights, G0, 0, rho, 3, oracle)?;
         }
         if !due {
             return Ok(along(oracle));
@@ -203,12 +203,10 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
 
     fn gam(&mut self, rho: f64, rho_norm: f64, terms: super::GamTerms) -> Result<Direction> {
         self.plain()?;
-        self.perturb(Weights, G0, 0, rho, P, None)?;
-        self.gradient(Slot(P), 1, G1)?;
+        self.gradient_beside(Weights, G0, 0, rho, 1, G1)?;
         self.perturb_along_difference(G1, G0, rho_norm, Q)?;
         self.gradient_and_norm(Slot(Q), 2, G2, 1)?;
-        self.perturb(Slot(Q), G2, 1, rho, P, None)?;
-        self.gradient(Slot(P), 3, G3)?;
+        self.gradient_beside(Slot(Q), G2, 1, rho, 3, G3)?;
         let gradients = [Slot(G0), Slot(G1), Slot(G2), Slot(G3)];
         self.products(&gradients, OWN_A, OWN_B)?;
         let Numbers { products, coefficients, .. } = &mut *self.numbers;
@@ -240,8 +238,7 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
 
     fn gsam(&mut self, rho: f64, alpha: f64) -> Result<Direction> {
         self.plain()?;
-        self.perturb(Weights, G0, 0, rho, P, None)?;
-        self.gradient(Slot(P), 1, G1)?;
+        self.gradient_beside(Weights, G0, 0, rho, 1, G1)?;
         self.products(&[Slot(G1), Slot(G0)], FIRST, SECOND)?;
         self.rejection(1.0, -alpha, Aim::Direction)?;
         combined([Slot(G1), Slot(G0)])
@@ -255,8 +252,7 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
             sharpness::quotient(alpha, Some(norm), kept, coefficients.slice_mut(0..2)?)?;
             return combined([Slot(G0), Memory]);
         }
-        self.perturb(Weights, G0, 0, rho, P, None)?;
-        self.gradient(Slot(P), 1, G1)?;
+        self.gradient_beside(Weights, G0, 0, rho, 1, G1)?;
         self.orthogonal(None)?;
         vector::l2_norm(self.vectors.open().read(Memory)?, self.reduction, self.scalars.slice_mut(0..1)?)?;
         Ok(along(G1))
@@ -265,8 +261,7 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
     fn r_sam(&mut self, rho: f64, sigma: f64, seed: u64) -> Result<Direction> {
         self.perturb_randomly(seed, sigma)?;
         self.gradient_and_norm(Slot(P), 0, G0, 0)?;
-        self.perturb(Weights, G0, 0, rho, P, None)?;
-        self.gradient(Slot(P), 1, G1)?;
+        self.gradient_beside(Weights, G0, 0, rho, 1, G1)?;
         Ok(along(G1))
     }
 }
@@ -423,6 +418,43 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
         let flag = flag.view_mut();
         self.objective.gradient_and_norm(weights, statistics, gradient, loss_value, flag, self.reduction, norm)?;
         self.observe_turn(point, into)
+    }
+
+    /// Loss number `loss` and the gradient at `from + ρ x/norm`, x the vector `along`. P is room for that point.
+    fn gradient_beside(
+        &mut self,
+        from: Point,
+        along: usize,
+        norm: usize,
+        rho: f64,
+        loss: usize,
+        into: usize,
+    ) -> Result<()> {
+        if self.observe {
+            self.perturb(from, along, norm, rho, P, None)?;
+            return self.gradient(Slot(P), loss, into);
+        }
+        let Numbers { losses, norms, flag, .. } = &mut *self.numbers;
+        let mut x = self.vectors.open();
+        let (norm, rho) = (norms.slice(norm..norm + 1)?, rho * self.rho_factor);
+        let displacement = Displacement { from: x.read(from)?, along: x.read(Slot(along))?, norm, rho };
+        let (point, gradient, loss) = (x.write(P)?, x.write(into)?, losses.slice_mut(loss..loss + 1)?);
+        self.objective.gradient_displaced(displacement, point, gradient, loss, flag.view_mut())
+    }
+
+    /// Losses number 1 and 2 and the gradients on both sides of w, at `w ± ρ v`. P and Q are room for these points.
+    fn gradients_beside(&mut self, rho: f64, into: [usize; 2]) -> Result<()> {
+        if self.observe {
+            self.perturb(Weights, G0, 0, rho, P, Some(Q))?;
+            return self.gradient_pair([Slot(P), Slot(Q)], into);
+        }
+        let Numbers { losses, norms, flag, .. } = &mut *self.numbers;
+        let (mut x, mut losses) = (self.vectors.open(), losses.disjoint());
+        let (norm, rho) = (norms.slice(0..1)?, rho * self.rho_factor);
+        let displacement = Displacement { from: x.read(Weights)?, along: x.read(Slot(G0))?, norm, rho };
+        let (points, gradients) = ([x.write(P)?, x.write(Q)?], [x.write(into[0])?, x.write(into[1])?]);
+        let losses = [losses.write(1..2)?, losses.write(2..3)?];
+        self.objective.gradient_pair_displaced(displacement, points, gradients, losses, flag.view_mut())
     }
 
     /// Losses number 1 and 2 and the gradients at two points, which do not depend on one another.

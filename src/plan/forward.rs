@@ -6,16 +6,13 @@ use super::{EPSILON, Plan, RUNNING_MOMENTUM, batch_norm_shape, convolved};
 use crate::device::{Compute, Result, Slice, SliceMut};
 use crate::kernels::batch_norm::{self, Forward, Mode, Running};
 use crate::kernels::loss::{self, LossShape};
-use crate::kernels::{conv, layers, vector};
+use crate::kernels::{conv, layers};
 use crate::objective::Statistics;
 
 impl<S: Compute> Plan<S> {
-    /// All operations in their order.
+    /// All operations in their order. The weights have been [rounded](Plan::round).
     pub(super) fn forward(&mut self, weights: Slice<'_, S::Master>, pass: Statistics) -> Result<()> {
         let Self { ops, places, arena, rounded, statistics, pending, reported, sums, .. } = self;
-        if !rounded.is_empty() {
-            vector::convert(weights, rounded.view_mut())?;
-        }
         let convolved = convolved(weights, rounded)?;
         // The first reported pass of a step begins with the statistics, each further one with what the one before made of them.
         let [even, odd] = pending;

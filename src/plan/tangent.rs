@@ -8,7 +8,7 @@
 
 use super::graph::{Op, Shape, Value};
 use super::places::{BatchNormScratch, Parts, Places};
-use super::{Plan, batch_norm_shape, convolved};
+use super::{Plan, batch_norm_shape, convolved, round};
 use crate::device::{Buffer, Compute, Device, Result, Scalar, Slice, SliceMut};
 use crate::kernels::batch_norm::{
     self, Backward, BackwardTangents, ForwardTangents, Gradients, Normalized, ResidualGradient,
@@ -83,12 +83,11 @@ impl<S: Compute> Plan<S> {
         tangents: &mut [Tangent<S>],
         flag: SliceMut<'_, u32>,
     ) -> Result<()> {
+        self.round(weights)?;
         self.forward(weights, Statistics::Keep)?;
         self.loss(self.shapes[0].batch, true, false, tangents[0].loss.view_mut(), Some(flag))?;
         for (direction, tangent) in directions.into_iter().zip(&mut *tangents) {
-            if !tangent.rounded.is_empty() {
-                vector::convert(direction, tangent.rounded.view_mut())?;
-            }
+            round(direction, &mut tangent.rounded)?;
             self.forward_tangent(weights, direction, tangent)?;
             self.loss_tangent(&mut tangent.arena)?;
         }

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use bytemuck::Pod;
+use flate2::Crc;
 use safetensors::tensor::SafeTensors;
 
 use super::TrainError;
@@ -25,10 +26,23 @@ pub(super) struct Checkpoint {
     pub totals: Vec<f64>,
     /// In f16, the state of the loss scale; else nothing.
     pub loss_scale: Vec<f64>,
+    /// The settings that it was made with, as TOML.
+    pub settings: String,
     /// Steps done.
     pub step: u64,
     /// Seconds of training so far.
     pub seconds: f64,
+}
+
+/// The tensors of the file, in the order of [`Checkpoint`]'s fields.
+const TENSORS: [&str; 9] =
+    ["weights", "statistics", "momentum", "second_moment", "memory", "scalars", "counters", "totals", "loss_scale"];
+
+/// Of all tensors, one after the other: damage within numbers would go unseen.
+fn checksum<'a>(tensors: impl Iterator<Item = &'a [u8]>) -> String {
+    let mut sum = Crc::new();
+    tensors.for_each(|bytes| sum.update(bytes));
+    format!("{:08x}", sum.sum())
 }
 
 /// Where a run keeps it.
@@ -47,27 +61,25 @@ impl Checkpoint {
             let bytes: &[u8] = bytemuck::cast_slice(values);
             View { shape: vec![bytes.len() / 4], bytes }
         }
-        let tensors = vec![
-            ("weights", view(&self.weights)),
-            ("statistics", view(&self.statistics)),
-            ("momentum", view(&self.momentum)),
-            ("second_moment", view(&self.second_moment)),
-            ("memory", view(&self.memory)),
-            ("scalars", view(&self.scalars)),
-            ("counters", view(&self.counters)),
-            ("totals", view(&self.totals)),
-            ("loss_scale", view(&self.loss_scale)),
+        let views = [
+            view(&self.weights),
+            view(&self.statistics),
+            view(&self.momentum),
+            view(&self.second_moment),
+            view(&self.memory),
+            view(&self.scalars),
+            view(&self.counters),
+            view(&self.totals),
+            view(&self.loss_scale),
         ];
+        let tensors: Vec<(&str, View<'_>)> = TENSORS.into_iter().zip(views).collect();
         let metadata = HashMap::from([
+            ("checksum".to_string(), checksum(tensors.iter().map(|(_, view)| view.bytes))),
+            ("settings".to_string(), self.settings.clone()),
             ("step".to_string(), self.step.to_string()),
             ("seconds".to_string(), self.seconds.to_string()),
         ]);
         write(&path, tensors, metadata)
-    }
-
-    /// Whether the run has been saved.
-    pub fn exists(run: &Path) -> bool {
-        path(run).is_file()
     }
 
     pub fn load(run: &Path) -> Result<Self, TrainError> {
@@ -76,11 +88,15 @@ impl Checkpoint {
         let damaged = |reason: String| TrainError::Weights { path: path.clone(), reason: format!("damaged: {reason}") };
         let file = SafeTensors::deserialize(&bytes).map_err(|error| damaged(error.to_string()))?;
         let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|error| damaged(error.to_string()))?;
-        let number = |key: &str| {
+        let entry = |key: &str| {
             let text = metadata.metadata().as_ref().and_then(|entries| entries.get(key));
             text.ok_or_else(|| damaged(format!("no `{key}`")))
         };
         let data = |name: &str| file.tensor(name).map(|view| view.data()).map_err(|error| damaged(error.to_string()));
+        let all = TENSORS.into_iter().map(data).collect::<Result<Vec<_>, _>>()?;
+        if checksum(all.into_iter()) != *entry("checksum")? {
+            return Err(damaged("its checksum is another".into()));
+        }
         Ok(Self {
             weights: elements(data("weights")?, f32::from_le_bytes),
             statistics: elements(data("statistics")?, f32::from_le_bytes),
@@ -91,8 +107,9 @@ impl Checkpoint {
             counters: elements(data("counters")?, u32::from_le_bytes),
             totals: elements(data("totals")?, f64::from_le_bytes),
             loss_scale: elements(data("loss_scale")?, f64::from_le_bytes),
-            step: number("step")?.parse().map_err(|_| damaged("`step` is no number".into()))?,
-            seconds: number("seconds")?.parse().map_err(|_| damaged("`seconds` is no number".into()))?,
+            settings: entry("settings")?.clone(),
+            step: entry("step")?.parse().map_err(|_| damaged("`step` is no number".into()))?,
+            seconds: entry("seconds")?.parse().map_err(|_| damaged("`seconds` is no number".into()))?,
         })
     }
 }

@@ -130,7 +130,7 @@ fn with_error(estimate: &Estimate) -> Value {
 
 impl Finding {
     /// Why there is nothing where something was not finite.
-    pub const NOT_FINITE: &str = "the loss or its derivatives at these weights are not finite";
+    pub const NOT_FINITE: &str = "the loss or its derivatives at or around these weights are not finite";
 
     fn eigenvalues(pairs: Vec<(f64, f64)>, settings: &CurvatureSettings) -> Self {
         let largest = pairs.iter().fold(0.0f64, |largest, (value, _)| largest.max(value.abs()));

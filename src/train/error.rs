@@ -51,8 +51,8 @@ pub enum TrainError {
         /// The folder.
         path: PathBuf,
     },
-    /// The folder to resume from holds no run.
-    #[error("{}: holds no run to resume (no config.toml)", path.display())]
+    /// The folder of a run holds none.
+    #[error("{}: holds no run (no config.toml)", path.display())]
     NoRun {
         /// The folder.
         path: PathBuf,

@@ -6,11 +6,15 @@ use flate2::Crc;
 
 use super::TrainError;
 
-/// Writes a file beside its place and moves it there, so that it is whole or not there.
+/// Writes a file beside its place and moves it there, so that it is whole or not there. What is there and is no file, such as a
+/// pipe, is written to.
 ///
 /// # Errors
 /// Those of the file.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
+    if std::fs::metadata(path).is_ok_and(|found| !found.is_file()) {
+        return std::fs::write(path, bytes).map_err(TrainError::io(path));
+    }
     let mut partial = path.as_os_str().to_owned();
     partial.push(".partial");
     let partial = Path::new(&partial);

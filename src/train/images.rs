@@ -8,7 +8,7 @@ use crate::data::{self, Dataset, Images, Split, SyntheticSpec};
 use crate::device::{self, Buffer, Compute, Device, HostOptions, Slice, SliceMut};
 use crate::kernels::image::{self, Augment, BatchShape, Normalization, Position};
 use crate::kernels::vector::Reduction;
-use crate::objective::{Objective, Statistics};
+use crate::objective::{Displacement, Objective, Statistics};
 use crate::plan::Plan;
 
 /// Images and labels of a split, on the device.
@@ -148,6 +148,28 @@ impl<S: Compute<Master = f32>> Objective<f32> for Batch<'_, S> {
         self.plan.gradient_pair(weights, gradients, losses, flag)
     }
 
+    fn gradient_displaced(
+        &mut self,
+        displacement: Displacement<'_, f32>,
+        point: SliceMut<'_, f32>,
+        gradient: SliceMut<'_, f32>,
+        loss: SliceMut<'_, f64>,
+        flag: SliceMut<'_, u32>,
+    ) -> device::Result<()> {
+        self.plan.gradient_displaced(displacement, point, gradient, loss, flag)
+    }
+
+    fn gradient_pair_displaced(
+        &mut self,
+        displacement: Displacement<'_, f32>,
+        points: [SliceMut<'_, f32>; 2],
+        gradients: [SliceMut<'_, f32>; 2],
+        losses: [SliceMut<'_, f64>; 2],
+        flag: SliceMut<'_, u32>,
+    ) -> device::Result<()> {
+        self.plan.gradient_pair_displaced(displacement, points, gradients, losses, flag)
+    }
+
     fn hessian_vector(
         &mut self,
         weights: Slice<'_, f32>,
@@ -199,6 +221,8 @@ impl<S: Compute<Master = f32>> Objective<f32> for Batch<'_, S> {
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
     use crate::device::{Device, HostOptions};
     use crate::nn::{Model, Shortcut};
@@ -207,13 +231,33 @@ mod tests {
     use crate::plan::{PlanOptions, Shape};
 
     /// What a plan does better than one by one reaches an optimizer through what lies between them: CR-SAM's first gradient comes
-    /// with its norm, and its others as a pair, for which the batch is copied.
+    /// with its norm, and its others as a pair, for which the batch is copied, and in 16 bits at weights that are rounded as they are
+    /// displaced.
     #[test]
     fn a_step_of_training_has_all_that_the_plan_offers() {
+        let list = operations::<f32>();
+        let count = |name: &str| list.iter().filter(|operation| *operation == name).count();
+        assert_eq!(
+            (count("finish_gradient_f32"), count("squares_f32"), count("check_finite_f32")),
+            (1, 0, 2),
+            "{list:?}"
+        );
+        assert_eq!((count("copy"), count("perturb_f32_f32")), (1, 1), "{list:?}");
+        let list = operations::<bf16>();
+        let count = |name: &str| list.iter().filter(|operation| *operation == name).count();
+        assert_eq!(
+            (count("convert_f32_bf16"), count("perturb_f32_bf16"), count("perturb_f32_f32")),
+            (1, 1, 1),
+            "{list:?}"
+        );
+    }
+
+    /// What a step of CR-SAM asks of the device.
+    fn operations<S: Compute<Master = f32>>() -> Vec<String> {
         let device = Device::host_with(HostOptions { gpu_shapes: true, ..HostOptions::default() });
         let images = Shape { batch: 2, height: 8, width: 8, channels: 3 };
         let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(images, 5).unwrap();
-        let mut plan = Plan::<f32>::new(&device, graph, logits, PlanOptions::training()).unwrap();
+        let mut plan = Plan::<S>::new(&device, graph, logits, PlanOptions::training()).unwrap();
         let pixels: Vec<u8> = (0..2 * 8 * 8 * 3).map(|i| (i * 37 % 251) as u8).collect();
         let pixels = device.upload(&pixels).unwrap();
         let (labels, order) = (device.upload(&[1u32, 3]).unwrap(), device.upload(&[0u32, 1]).unwrap());
@@ -237,13 +281,6 @@ mod tests {
         };
         let mut step = || optimizer.step(&mut accumulator.over(&mut batch), &mut weights, 0.1);
         step().unwrap();
-        let list = device.capture(step).unwrap().list().unwrap();
-        let count = |name: &str| list.iter().filter(|operation| *operation == name).count();
-        assert_eq!(
-            (count("finish_gradient_f32"), count("squares_f32"), count("check_finite_f32")),
-            (1, 0, 2),
-            "{list:?}"
-        );
-        assert_eq!(count("copy"), 1, "{list:?}");
+        device.capture(step).unwrap().list().unwrap()
     }
 }

@@ -234,10 +234,9 @@ impl<'a, S: Compute<Master = f32>> Run<'a, S> {
             clock: device.zeros(clock::LEN)?,
             totals: device.zeros(3)?,
         };
-        // A run that was ended before its first checkpoint begins again.
-        let saved = match out {
-            Some(run) if resume && Checkpoint::exists(run) => Some(Checkpoint::load(run)?),
-            _ => None,
+        let saved = match out.filter(|_| resume) {
+            Some(run) => saved(run, options)?,
+            None => None,
         };
         // One with a checkpoint has its weights; the file that it began with may be gone.
         if let Some(file) = options.init.as_ref().filter(|_| saved.is_none()) {
@@ -250,7 +249,7 @@ impl<'a, S: Compute<Master = f32>> Run<'a, S> {
             training.restore(&saved, run)?;
             (step, earlier) = (saved.step, saved.seconds);
         }
-        let log = out.map(|run| open_run(run, options, resume, step)).transpose()?;
+        let log = out.map(|run| open_run(run, options, resume, (step, steps))).transpose()?;
         Ok(Self {
             options,
             out,
@@ -436,8 +435,10 @@ impl<'a, S: Compute<Master = f32>> Run<'a, S> {
         if self.step.is_multiple_of(self.steps_per_epoch) {
             self.window.cross_epoch(sums);
         }
-        // Of an epoch's few steps all may have been skipped for once.
-        self.diverged = self.diverged.or(Some(sums[0] / sums[2]).filter(|loss| epoch_ends && *loss > most));
+        // Of an epoch's few steps all may have been skipped for once; but not all of a run's last ones.
+        let loss = sums[0] / sums[2];
+        let diverged = epoch_ends && (loss > most || loss.is_nan() && self.step == self.steps);
+        self.diverged = self.diverged.or(Some(loss).filter(|_| diverged));
         Ok(())
     }
 
@@ -565,7 +566,7 @@ impl<'a, S: Compute<Master = f32>> Run<'a, S> {
     /// Saves the run where it is, if it has a folder.
     fn save(&self) -> Result<(), TrainError> {
         match self.out {
-            Some(run) => self.training.save(run, self.step, self.seconds),
+            Some(run) => self.training.save(run, settings(self.options, run)?, self.step, self.seconds),
             None => Ok(()),
         }
     }
@@ -590,17 +591,51 @@ fn finite(value: f64) -> Option<f64> {
     value.is_finite().then_some(value)
 }
 
-/// Prepares the folder of a run and its log.
-fn open_run(run: &Path, options: &Options, resume: bool, step: u64) -> Result<Log, TrainError> {
+/// All settings as TOML, for the run in a folder.
+fn settings(options: &Options, run: &Path) -> Result<String, TrainError> {
+    toml::to_string(options)
+        .map_err(|error| TrainError::Settings { path: run.join("config.toml"), reason: error.to_string() })
+}
+
+/// The checkpoint of a run that is resumed. One that was ended before its first begins again.
+fn saved(run: &Path, options: &Options) -> Result<Option<Checkpoint>, TrainError> {
+    let path = checkpoint::path(run);
+    if !path.is_file() {
+        if !run.join("model.safetensors").exists() {
+            return Ok(None);
+        }
+        let reason = "is missing: the run has weights, but cannot go on without its checkpoint".into();
+        return Err(TrainError::Weights { path, reason });
+    }
+    let saved = Checkpoint::load(run)?;
+    let damaged = |error: toml::de::Error| TrainError::Weights {
+        path: path.clone(),
+        reason: format!("damaged: `settings`: {}", error.message().replace('\n', "; ")),
+    };
+    let before: Options = toml::from_str(&saved.settings).map_err(damaged)?;
+    // Files may have been moved.
+    let before = Options { data: options.data.clone(), init: options.init.clone(), ..before };
+    options.continues(&before).map_err(|error| match error {
+        TrainError::Option { option, .. } => {
+            let key = option.trim_start_matches("--");
+            let reason = format!("`{key}` is not what the run was begun with, as its checkpoint has it");
+            TrainError::Settings { path: run.join("config.toml"), reason }
+        }
+        other => other,
+    })?;
+    Ok(Some(saved))
+}
+
+/// Prepares the folder of a run that has done `step` of `steps` steps, and its log.
+fn open_run(run: &Path, options: &Options, resume: bool, (step, steps): (u64, u64)) -> Result<Log, TrainError> {
     let config = run.join("config.toml");
     if !resume && config.exists() {
         return Err(TrainError::RunExists { path: run.into() });
     }
     std::fs::create_dir_all(run).map_err(TrainError::io(run))?;
-    let text = toml::to_string(options)
-        .map_err(|error| TrainError::Settings { path: config.clone(), reason: error.to_string() })?;
-    // A run that goes on as it was leaves its settings alone: without them nobody could go on with it.
-    if std::fs::read(&config).map_or(true, |found| found != text.as_bytes()) {
+    let text = settings(options, run)?;
+    // A run that goes on as it was, or is longer already, leaves its settings alone.
+    if step <= steps && std::fs::read(&config).map_or(true, |found| found != text.as_bytes()) {
         write_whole(&config, text.as_bytes())?;
     }
     Log::open(&run.join("log.jsonl"), step)
@@ -697,7 +732,7 @@ impl<S: Compute<Master = f32>> Training<S> {
         Ok(Some(scale))
     }
 
-    fn save(&self, run: &Path, step: u64, seconds: f64) -> Result<(), TrainError> {
+    fn save(&self, run: &Path, settings: String, step: u64, seconds: f64) -> Result<(), TrainError> {
         let state = self.optimizer.state();
         let checkpoint = Checkpoint {
             weights: self.parameters.to_vec()?,
@@ -709,13 +744,15 @@ impl<S: Compute<Master = f32>> Training<S> {
             counters: state.counters.to_vec()?,
             totals: self.totals.to_vec()?,
             loss_scale: self.loss_scale()?.map(|state| state.to_vec()).unwrap_or_default(),
+            settings,
             step,
             seconds,
         };
         let layouts = [self.plan.parameters(), self.plan.statistics_layout()];
         let model = [(layouts[0], &*checkpoint.weights), (layouts[1], &*checkpoint.statistics)];
-        weights::save(&run.join("model.safetensors"), &model)?;
-        checkpoint.save(run)
+        // The run can go on from the moment that it has the first.
+        checkpoint.save(run)?;
+        weights::save(&run.join("model.safetensors"), &model)
     }
 
     fn restore(&mut self, saved: &Checkpoint, run: &Path) -> Result<(), TrainError> {

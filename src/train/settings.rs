@@ -243,11 +243,11 @@ pub struct Options {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub label_noise: Option<f64>,
     /// Mean of pixel/255 per channel [default: the data set's published values]
-    #[arg(long, value_name = "A,B,C", value_delimiter = ',', help_heading = "Data")]
+    #[arg(long, value_name = "A,B,C", value_delimiter = ',', allow_hyphen_values = true, help_heading = "Data")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mean: Option<Vec<f32>>,
     /// Standard deviation of pixel/255 per channel [default: the data set's published values]
-    #[arg(long, value_name = "A,B,C", value_delimiter = ',', help_heading = "Data")]
+    #[arg(long, value_name = "A,B,C", value_delimiter = ',', allow_hyphen_values = true, help_heading = "Data")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub std: Option<Vec<f32>>,
     /// Random changes to training images [default: basic]
@@ -441,7 +441,8 @@ pub struct Options {
     #[arg(long, value_name = "N", help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub log_every: Option<u64>,
-    /// End the run once the mean loss of 50 steps or of an epoch is above this, or none of the steps had a finite one
+    /// End the run once the mean loss of 50 steps or of an epoch is above this, or none of 50 steps, or of a shorter run's, had a
+    /// finite one
     #[arg(long, value_name = "LOSS", help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_loss: Option<f64>,
@@ -486,6 +487,18 @@ impl<T> Given for Option<T> {
 }
 
 impl Options {
+    /// The settings of the run in a folder.
+    ///
+    /// # Errors
+    /// [`TrainError::NoRun`]; those of [`Options::from_file`].
+    pub fn of_run(run: &Path) -> Result<Self, TrainError> {
+        let file = run.join("config.toml");
+        if !file.is_file() {
+            return Err(TrainError::NoRun { path: run.into() });
+        }
+        Self::from_file(&file)
+    }
+
     /// Reads a file of settings.
     ///
     /// # Errors

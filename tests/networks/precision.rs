@@ -8,7 +8,7 @@ use polder::device::{Compute, Device, Tf32};
 use polder::kernels::vector::{self, Reduction};
 use polder::nn::{Model, Shortcut, initial_weights};
 use polder::objective::{Accumulator, Objective, Statistics};
-use polder::optim::{Base, CrSamTerms, Form, Method, Optimizer, Settings, StepSize};
+use polder::optim::{Base, CrSamTerms, Form, GamTerms, Method, Optimizer, Settings, StepSize};
 use polder::plan::{Graph, Plan, PlanError, PlanOptions, Shape};
 
 /// Convolutions, batch norms, a residual and a classifier, without a ReLU: nothing switches. Of channels in whole eights, so that on a
@@ -323,6 +323,48 @@ fn sums_in_convolutions_are_as_good_as_those_of_their_own() {
 }
 
 /// The telemetry tells what is left of the perturbation once the weights are rounded, also through groups and parts.
+/// Some steps, by a plan that rounds weights as they are displaced, or one that is handed displaced weights.
+fn displaced_steps<S: Compute<Master = f32>>(device: &Device, method: Method, at_once: bool) -> (Vec<u64>, Vec<u64>) {
+    let mut plan = small_resnet::<S>(device);
+    let len = plan.len();
+    let mut random = Random(41);
+    let mut weights = upload::<f32>(device, &common::weights(&plan, &mut random));
+    let labels: Vec<u32> = (0..plan.input_shape().batch as u32).map(|sample| sample % 5).collect();
+    write_batch(&mut plan, &mut random, &labels);
+    let mut optimizer = Optimizer::new(device, len, settings(method, len)).unwrap();
+    for _ in 0..3 {
+        if at_once {
+            optimizer.step(&mut plan, &mut weights, 0.05).unwrap();
+        } else {
+            let mut plain = Grouped { plan: &mut plan, groups: 1, show: |_: &mut Plan<S>, _| Ok(()) };
+            optimizer.step(&mut plain, &mut weights, 0.05).unwrap();
+        }
+    }
+    assert_eq!(optimizer.telemetry().unwrap().skipped, 0, "{method:?} in {}", S::NAME);
+    (bits(&weights.to_vec().unwrap()), bits(&plan.statistics().to_vec().unwrap()))
+}
+
+#[test]
+fn weights_are_rounded_alike_as_they_are_displaced_and_after() {
+    let terms = CrSamTerms { form: Form::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
+    let gam = GamTerms { beta0: 0.5, beta1: 0.6, gamma: 0.03 };
+    let methods = [
+        Method::sam(0.05),
+        Method::CrSam { rho: 0.1, terms },
+        Method::Gam { rho: 0.02, rho_norm: 0.2, terms: gam },
+        Method::Gsam { rho: 0.05, alpha: 0.1 },
+    ];
+    for device in fast_devices() {
+        for method in methods {
+            let name = format!("{method:?} on {}", device.name());
+            let halves = [true, false].map(|at_once| displaced_steps::<f16>(&device, method, at_once));
+            assert!(halves[0] == halves[1], "f16, {name}");
+            let brains = [true, false].map(|at_once| displaced_steps::<bf16>(&device, method, at_once));
+            assert!(brains[0] == brains[1], "bf16, {name}");
+        }
+    }
+}
+
 #[test]
 fn telemetry_tells_what_rounding_leaves_of_the_perturbation() {
     fn cosine<S: Compute<Master = f32>>(device: &Device, groups: usize) -> f64 {
