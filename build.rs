@@ -123,6 +123,8 @@ fn host_compiler() -> cc::Build {
     if sanitize() {
         build.opt_level(1).flag("-fsanitize=address,undefined").flag("-fno-sanitize-recover=all");
         build.flag("-fno-omit-frame-pointer");
+        // What pointers that wrap lead to is checked anyway; without them gcc takes a sixth less time.
+        build.flag("-fno-sanitize=pointer-overflow");
     }
     build
 }

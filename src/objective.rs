@@ -236,8 +236,8 @@ pub trait Objective<T: Scalar> {
 /// Gradient accumulation: makes one mini-batch of several parts that are passed through one after the other, so that a batch
 /// larger than the memory for its activations can be followed.
 ///
-/// Beside the objective it holds one vector as long as the weights, and two from the first pair of products on. Every pass moves 8 B per parameter for the first part and
-/// 12 B for each further one.
+/// Beside the objective it holds one vector as long as the weights, and two from the first pair of products on. Every pass moves
+/// 8 B per parameter for the first part and 12 B for each further one.
 pub struct Accumulator<T: Scalar> {
     parts: usize,
     vector: Buffer<T>,

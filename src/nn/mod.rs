@@ -4,7 +4,6 @@ mod init;
 
 pub use init::initial_weights;
 
-use std::fmt;
 use std::str::FromStr;
 
 use crate::plan::{Graph, PlanError, Shape, Value};
@@ -119,11 +118,5 @@ impl FromStr for Shortcut {
             "b" => Ok(Shortcut::B),
             _ => Err(UnknownModel(format!("shortcut `{text}`: expected a or b"))),
         }
-    }
-}
-
-impl fmt::Display for Shortcut {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if *self == Shortcut::A { "a" } else { "b" })
     }
 }

@@ -128,9 +128,9 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
             return Ok(along(G0));
         }
         self.plain()?;
+        let along_gradient = perturbation == Perturbation::L2 && ascent_steps == 1;
         match perturbation {
-            Perturbation::L2 if ascent_steps == 1 => self.gradient_beside(Weights, G0, 0, rho, 1, G1)?,
-            Perturbation::L2 | Perturbation::Random { .. } => self.ascend(rho, ascent_steps)?,
+            _ if along_gradient => self.gradient_beside(Weights, G0, 0, rho, 1, G1)?,
             Perturbation::Linf => {
                 let rho = rho * self.rho_factor;
                 let mut x = self.vectors.open();
@@ -143,8 +143,9 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
                 sharpness::adaptive_norm(w, g, scaling, self.reduction, norms.slice_mut(1..2)?)?;
                 sharpness::perturb_adaptive(w, g, scaling, norms.slice(1..2)?, rho, x.write(P)?)?;
             }
+            _ => self.ascend(rho, ascent_steps)?,
         }
-        if perturbation != Perturbation::L2 || ascent_steps > 1 {
+        if !along_gradient {
             self.gradient(Slot(P), 1, G1)?;
         }
         if !second_order {

@@ -7,8 +7,8 @@
 //! backward of operation i at 2n − i). Memory is planned over these steps.
 //!
 //! A `Plan<S>` stores activations as `S` and computes in its master type, of which weights and gradients are. In f16 and bf16 the
-//! weights of convolutions are rounded to `S` before each pass, or where they are displaced for it, and the logits are kept wide. In f16 the loss is scaled for the
-//! backward pass (`kernels::precision`).
+//! weights of convolutions are rounded to `S` before each pass, or as they are displaced for it, and the logits are kept wide. In
+//! f16 the loss is scaled for the backward pass (`kernels::precision`).
 //!
 //! Every operation has its forward in `forward.rs`, its backward in `backward.rs`, and the tangents of both, of which products
 //! with the Hessian consist, in `tangent.rs`.
@@ -377,7 +377,8 @@ impl<S: Compute> Plan<S> {
         round(weights, &mut self.rounded)
     }
 
-    /// Forward, loss and backward; the weights have been [rounded](Self::round). The gradient is still multiplied by the loss scale, and only the loss has been looked at.
+    /// Forward, loss and backward; the weights have been [rounded](Self::round). The gradient is still multiplied by the loss
+    /// scale, and only the loss has been looked at.
     fn gradient_pass(
         &mut self,
         weights: Slice<'_, S::Master>,

@@ -35,11 +35,12 @@ impl DeviceImages {
 /// # Errors
 /// A name that is not known, or a device that is not there.
 pub fn open_device(name: &str, threads: usize) -> Result<Device, TrainError> {
-    let device = Device::from_name(name)?;
-    if device.is_host() {
-        return Ok(Device::host_with(HostOptions { threads, ..HostOptions::default() }));
+    let host = || Device::host_with(HostOptions { threads, ..HostOptions::default() });
+    match name {
+        "cpu" => Ok(host()),
+        "auto" => Ok(Device::cuda(0).unwrap_or_else(|_| host())),
+        name => Ok(Device::from_name(name)?),
     }
-    Ok(device)
 }
 
 /// The data set that the options name, before any reduction.
