@@ -340,7 +340,7 @@ __device__ void cr_sam_coefficients_body(const CrSamArgs& a) {
     if (a.log_form != 0) {
         const LossDifferences d = loss_differences(a.losses);
         const bool use_alpha = isfinite(d.a) && d.a > a.a_min, use_beta = isfinite(d.b) && d.b > a.b_min;
-        // A step that will be skipped drops nothing: it is not taken.
+        // A step that is known to be skipped drops nothing.
         const bool taken = a.skip[0] == 0;
         a.dropped[0] += taken && alpha != 0 && !use_alpha;
         a.dropped[1] += taken && beta != 0 && !use_beta;

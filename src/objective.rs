@@ -199,8 +199,8 @@ pub trait Objective<T: Scalar> {
         difference(from, to, out)
     }
 
-    /// The parts of the vector that belong to no weight, such as what lies between aligned tensors: a random direction whose
-    /// length counts is zero there when curvature is measured.
+    /// The parts of the vector that belong to no weight, such as what lies between aligned tensors. Where curvature is measured
+    /// along a random direction, that is zero there.
     fn padding(&self) -> Vec<Range<usize>> {
         Vec::new()
     }

@@ -88,7 +88,7 @@ pub fn run(args: &CurvatureArgs) -> Result<(), TrainError> {
     drop(bar);
     let found = found?;
     // Where everything failed, nothing is written over what was found before.
-    if found.list.iter().all(|(_, finding)| matches!(finding, Finding::NotFinite)) {
+    if !found.list.is_empty() && found.list.iter().all(|(_, finding)| matches!(finding, Finding::NotFinite)) {
         return Err(subject.unsound(Finding::NOT_FINITE.into()));
     }
     let samples = subject.images.len();

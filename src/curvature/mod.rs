@@ -72,7 +72,7 @@ use crate::kernels::random;
 use crate::kernels::vector::{self, Reduction};
 use crate::objective::{Objective, Statistics};
 
-/// What the key of normal directions is for, so that they are none of the initial weights of the same seed.
+/// What the key of directions is for, so that they have nothing of the initial weights of the same seed.
 const PURPOSE: &[u8; 8] = b"curvatur";
 
 /// A mean over random probes.
@@ -192,7 +192,7 @@ impl<'a, T: Scalar, O: Objective<T>> Curvature<'a, T, O> {
     /// Makes the direction one of random signs.
     fn random_signs(&mut self, seed: u64, probe: usize) -> Result<()> {
         let first = probe * self.weights.len().next_multiple_of(4);
-        random::rademacher(self.direction.view_mut(), seed, first as u64)
+        random::rademacher(self.direction.view_mut(), random::key(seed, PURPOSE), first as u64)
     }
 
     /// The gradient in the place of the product.

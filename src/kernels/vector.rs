@@ -439,7 +439,7 @@ struct CrSamArgs {
 /// `c+ = 1 + α/A + β/B`, `c− = α/A − β/B`, `c0 = −2α/A`; the released form has 1 for `A` and `B`. [CR-SAM, eq. 7]
 ///
 /// The log form drops a term whose `A` or `B` is at most its threshold or not finite, and adds one to `dropped[0]` (α) or
-/// `dropped[1]` (β); a term of weight 0 is not counted, nor is any where `skip` is set, which the update of the step is told too.
+/// `dropped[1]` (β); a term of weight 0 is not counted, nor is any where `skip` is set already.
 ///
 /// # Errors
 /// [`Error::Length`] unless `losses` and `coefficients` hold 3 numbers, `skip` 1 and `dropped` 2, [`Error::OtherDevice`] unless

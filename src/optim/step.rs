@@ -128,13 +128,12 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
             return Ok(along(G0));
         }
         self.plain()?;
-        let along_gradient = perturbation == Perturbation::L2 && ascent_steps == 1;
         match perturbation {
-            _ if along_gradient => self.gradient_beside(Weights, G0, 0, rho, 1, G1)?,
             Perturbation::Linf => {
                 let rho = rho * self.rho_factor;
                 let mut x = self.vectors.open();
                 vector::perturb_linf(x.read(Weights)?, x.read(Slot(G0))?, rho, x.write(P)?, None)?;
+                self.gradient(Slot(P), 1, G1)?;
             }
             Perturbation::Adaptive(scaling) => {
                 let rho = rho * self.rho_factor;
@@ -142,11 +141,13 @@ impl<T: Scalar, O: Objective<T>> Step<'_, T, O> {
                 let (w, g, norms) = (x.read(Weights)?, x.read(Slot(G0))?, &mut self.numbers.norms);
                 sharpness::adaptive_norm(w, g, scaling, self.reduction, norms.slice_mut(1..2)?)?;
                 sharpness::perturb_adaptive(w, g, scaling, norms.slice(1..2)?, rho, x.write(P)?)?;
+                self.gradient(Slot(P), 1, G1)?;
             }
-            _ => self.ascend(rho, ascent_steps)?,
-        }
-        if !along_gradient {
-            self.gradient(Slot(P), 1, G1)?;
+            _ if ascent_steps == 1 => self.gradient_beside(Weights, G0, 0, rho, 1, G1)?,
+            _ => {
+                self.ascend(rho, ascent_steps)?;
+                self.gradient(Slot(P), 1, G1)?;
+            }
         }
         if !second_order {
             return Ok(along(G1));

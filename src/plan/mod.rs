@@ -407,21 +407,19 @@ impl<S: Compute> Plan<S> {
         }
     }
 
-    /// Two gradients, at the same time where there is room, of weights that have been rounded for both passes or not.
+    /// Two gradients: with [room](Self::make_room_beside) at the same time, and then the weights may have been rounded for both.
     fn pair(
         &mut self,
         weights: [Slice<'_, S::Master>; 2],
-        rounded: bool,
+        (beside, rounded): (bool, bool),
         mut gradients: [SliceMut<'_, S::Master>; 2],
         mut losses: [SliceMut<'_, f64>; 2],
         mut flag: SliceMut<'_, u32>,
     ) -> Result<()> {
         const OPERATION: &str = "Plan::gradient_pair";
-        self.check_backward(OPERATION)?;
         weights.iter().try_for_each(|w| check_length(OPERATION, "weights", w.len(), self.len()))?;
         gradients.iter().try_for_each(|g| check_length(OPERATION, "gradient", g.len(), self.len()))?;
         let device = self.device.clone();
-        let beside = device.is_simt() && self.make_room_beside()?;
         let mut pass = |index: usize| {
             let (mut gradient, loss) = (gradients[index].reborrow(), losses[index].reborrow());
             let run = |plan: &mut Self| {
@@ -466,15 +464,21 @@ fn round<S: Compute>(wide: Slice<'_, S::Master>, rounded: &mut Buffer<S>) -> Res
     if rounded.is_empty() { Ok(()) } else { vector::convert(wide.slice(0..rounded.len())?, rounded.view_mut()) }
 }
 
-/// Displaced weights as a pass reads them: rounded as far as convolutions alone do, and behind that in the vector; and on the other
-/// side where there is one.
+/// `len` displaced weights as a pass reads them: rounded as far as convolutions alone do, and behind that in the vector; and on the
+/// other side where it is asked for.
 fn displace<S: Compute>(
+    len: usize,
     Displacement { from, along, norm, rho }: Displacement<'_, S::Master>,
     (rounded, mut wide): (&mut Buffer<S>, SliceMut<'_, S::Master>),
     other: Option<(&mut Buffer<S>, SliceMut<'_, S::Master>)>,
 ) -> Result<()> {
-    let (first, rest) = (0..rounded.len(), rounded.len()..from.len());
+    let (first, rest) = (0..rounded.len(), rounded.len()..len);
     let (other_rounded, mut other_wide) = other.unzip();
+    let lengths = [("from", from.len()), ("along", along.len()), ("point", wide.len())];
+    let other_length = other_wide.as_ref().map(|wide| ("point", wide.len()));
+    for (name, found) in lengths.into_iter().chain(other_length) {
+        check_length("Plan::gradient_displaced", name, found, len)?;
+    }
     let other_rounded = other_rounded.map(Buffer::view_mut);
     vector::perturb(from.slice(first.clone())?, along.slice(first)?, norm, rho, rounded.view_mut(), other_rounded)?;
     let other_wide = other_wide.as_mut().map(|wide| wide.slice_mut(rest.clone())).transpose()?;
@@ -564,7 +568,9 @@ impl<S: Compute> Objective<S::Master> for Plan<S> {
         losses: [SliceMut<'_, f64>; 2],
         flag: SliceMut<'_, u32>,
     ) -> Result<()> {
-        self.pair(weights, false, gradients, losses, flag)
+        self.check_backward("Plan::gradient_pair")?;
+        let beside = self.device.is_simt() && self.make_room_beside()?;
+        self.pair(weights, (beside, false), gradients, losses, flag)
     }
 
     /// In 16 bits what convolutions read is rounded as it is displaced, and only the rest of `point` is written: 10 B per parameter
@@ -580,7 +586,7 @@ impl<S: Compute> Objective<S::Master> for Plan<S> {
         if self.rounded.is_empty() {
             return displacement.gradient(self, point, gradient, loss, flag);
         }
-        displace(displacement, (&mut self.rounded, point.reborrow()), None)?;
+        displace(self.parameters.len(), displacement, (&mut self.rounded, point.reborrow()), None)?;
         self.gradient_pass(point.view(), Statistics::Keep, gradient.reborrow(), loss, flag.reborrow())?;
         finish(gradient, self.loss_scale.as_ref().map(|state| state.view()), flag)
     }
@@ -594,14 +600,15 @@ impl<S: Compute> Objective<S::Master> for Plan<S> {
         losses: [SliceMut<'_, f64>; 2],
         flag: SliceMut<'_, u32>,
     ) -> Result<()> {
+        self.check_backward("Plan::gradient_pair_displaced")?;
         if self.rounded.is_empty() || !self.device.is_simt() || !self.make_room_beside()? {
             return displacement.gradients(self, [plus, minus], gradients, losses, flag);
         }
         if let Beside::There(scene) = &mut self.beside {
             let other = (&mut scene.rounded, minus.reborrow());
-            displace(displacement, (&mut self.rounded, plus.reborrow()), Some(other))?;
+            displace(self.parameters.len(), displacement, (&mut self.rounded, plus.reborrow()), Some(other))?;
         }
-        self.pair([plus.view(), minus.view()], true, gradients, losses, flag)
+        self.pair([plus.view(), minus.view()], (true, true), gradients, losses, flag)
     }
 
     /// The exact product, by differentiating forward and backward along `direction` (Pearlmutter, "Fast exact multiplication by

@@ -38,10 +38,13 @@ pub(super) struct Checkpoint {
 const TENSORS: [&str; 9] =
     ["weights", "statistics", "momentum", "second_moment", "memory", "scalars", "counters", "totals", "loss_scale"];
 
-/// Of all tensors, one after the other: damage within numbers would go unseen.
-fn checksum<'a>(tensors: impl Iterator<Item = &'a [u8]>) -> String {
+/// What stands beside them.
+const ENTRIES: [&str; 3] = ["settings", "step", "seconds"];
+
+/// Of all that a checkpoint holds, one after the other: damage within numbers would go unseen.
+fn checksum<'a>(parts: impl Iterator<Item = &'a [u8]>) -> String {
     let mut sum = Crc::new();
-    tensors.for_each(|bytes| sum.update(bytes));
+    parts.for_each(|bytes| sum.update(bytes));
     format!("{:08x}", sum.sum())
 }
 
@@ -73,12 +76,14 @@ impl Checkpoint {
             view(&self.loss_scale),
         ];
         let tensors: Vec<(&str, View<'_>)> = TENSORS.into_iter().zip(views).collect();
-        let metadata = HashMap::from([
-            ("checksum".to_string(), checksum(tensors.iter().map(|(_, view)| view.bytes))),
+        let mut metadata = HashMap::from([
             ("settings".to_string(), self.settings.clone()),
             ("step".to_string(), self.step.to_string()),
             ("seconds".to_string(), self.seconds.to_string()),
         ]);
+        let words = ENTRIES.iter().filter_map(|&entry| metadata.get(entry)).map(String::as_bytes);
+        let sum = checksum(tensors.iter().map(|(_, view)| view.bytes).chain(words));
+        metadata.insert("checksum".to_string(), sum);
         write(&path, tensors, metadata)
     }
 
@@ -93,7 +98,8 @@ impl Checkpoint {
             text.ok_or_else(|| damaged(format!("no `{key}`")))
         };
         let data = |name: &str| file.tensor(name).map(|view| view.data()).map_err(|error| damaged(error.to_string()));
-        let all = TENSORS.into_iter().map(data).collect::<Result<Vec<_>, _>>()?;
+        let words = ENTRIES.into_iter().map(|name| entry(name).map(String::as_bytes));
+        let all = TENSORS.into_iter().map(data).chain(words).collect::<Result<Vec<_>, _>>()?;
         if checksum(all.into_iter()) != *entry("checksum")? {
             return Err(damaged("its checksum is another".into()));
         }

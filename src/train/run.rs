@@ -292,12 +292,12 @@ impl<'a, S: Compute<Master = f32>> Run<'a, S> {
             steps_per_epoch: self.steps_per_epoch,
         });
         // A run that was stopped between its checkpoint and the measurement there makes up for it.
-        if self.step > 0 && self.at_epoch_end() && self.log.as_ref().is_some_and(|log| !log.has_curvature_of(self.step))
-        {
+        let unknown = self.log.as_ref().is_some_and(|log| !log.has_curvature_of(self.step));
+        if self.step > 0 && self.at_epoch_end() && self.curvature_is_due() && unknown {
             self.measure_curvature(progress)?;
         }
         let (mut test, mut unmeasured) = (None, false);
-        self.clock = Instant::now();
+        (self.clock, self.reported) = (Instant::now(), Instant::now());
         while self.step < self.steps && self.diverged.is_none() && !stop.load(Ordering::Relaxed) {
             self.prepare_epoch()?;
             let logged = self.is_logged(self.step + 1);
@@ -327,8 +327,10 @@ impl<'a, S: Compute<Master = f32>> Run<'a, S> {
             self.seconds += self.clock.elapsed().as_secs_f64();
             self.save()?;
         } else if test.is_none() {
-            // A finished run was resumed: there is nothing to train, but its result can still be told.
+            // A finished run was resumed: there is nothing to train, but its result can still be told, and written, if it was
+            // ended when it had a checkpoint of its end and not yet the weights.
             test = Some(self.evaluate()?);
+            self.out.map_or(Ok(()), |run| self.training.save_model(run))?;
         }
         let trained = (self.step - self.started_at) as f64 * self.training.batch as f64;
         let seconds = self.seconds - self.earlier;
@@ -378,7 +380,7 @@ impl<'a, S: Compute<Master = f32>> Run<'a, S> {
             return Ok(());
         }
         let (slot, count) = match self.steps_per_launch {
-            several if several <= alone => (&mut recorded.several, several),
+            several if several > 1 && several <= alone => (&mut recorded.several, several),
             _ => (&mut recorded.one, 1),
         };
         let graph = match slot {
@@ -435,9 +437,9 @@ impl<'a, S: Compute<Master = f32>> Run<'a, S> {
         if self.step.is_multiple_of(self.steps_per_epoch) {
             self.window.cross_epoch(sums);
         }
-        // Of an epoch's few steps all may have been skipped for once; but not all of a run's last ones.
-        let loss = sums[0] / sums[2];
-        let diverged = epoch_ends && (loss > most || loss.is_nan() && self.step == self.steps);
+        // Of an epoch's few steps all may have been skipped for once; but not several that the run ends with.
+        let (loss, several) = (sums[0] / sums[2], self.step % self.steps_per_epoch != 1 && self.steps_per_epoch > 1);
+        let diverged = epoch_ends && (loss > most || loss.is_nan() && several && self.step == self.steps);
         self.diverged = self.diverged.or(Some(loss).filter(|_| diverged));
         Ok(())
     }
@@ -448,10 +450,9 @@ impl<'a, S: Compute<Master = f32>> Run<'a, S> {
         images / self.clock.elapsed().as_secs_f64()
     }
 
-    /// That of the newest step: the schedule's, or the method's own, which a step that is not taken has none of.
+    /// That of the newest step: the method's own, or the schedule's.
     fn learning_rate(&self, telemetry: &Telemetry) -> f64 {
-        let own = telemetry.eta.map(|eta| if eta.is_finite() { eta } else { 0.0 });
-        own.unwrap_or_else(|| self.schedule.rate(self.step - 1))
+        telemetry.eta.unwrap_or_else(|| self.schedule.rate(self.step - 1))
     }
 
     /// Writes the newest step to the log.
@@ -544,11 +545,10 @@ impl<'a, S: Compute<Master = f32>> Run<'a, S> {
         self.curvature.as_ref().is_some_and(|curvature| self.epoch().is_multiple_of(curvature.every))
     }
 
-    /// Measures the curvature where the run is, if it is due there, and writes it to the log.
+    /// Measures the curvature where the run is, and writes it to the log.
     fn measure_curvature(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<(), TrainError> {
         let (epoch, step) = (self.epoch(), self.step);
-        let due = self.curvature_is_due();
-        let Some(CurvatureLog { settings, meter, .. }) = self.curvature.as_mut().filter(|_| due) else { return Ok(()) };
+        let Some(CurvatureLog { settings, meter, .. }) = &mut self.curvature else { return Ok(()) };
         // What is dropped while there is a graph keeps its memory, and measuring takes vectors each time. The next steps are
         // recorded again.
         self.recorded = Recorded::default();
@@ -748,10 +748,14 @@ impl<S: Compute<Master = f32>> Training<S> {
             step,
             seconds,
         };
-        let layouts = [self.plan.parameters(), self.plan.statistics_layout()];
-        let model = [(layouts[0], &*checkpoint.weights), (layouts[1], &*checkpoint.statistics)];
         // The run can go on from the moment that it has the first.
         checkpoint.save(run)?;
+        self.save_model(run)
+    }
+
+    fn save_model(&self, run: &Path) -> Result<(), TrainError> {
+        let (parameters, statistics) = (self.parameters.to_vec()?, self.plan.statistics().to_vec()?);
+        let model = [(self.plan.parameters(), &*parameters), (self.plan.statistics_layout(), &*statistics)];
         weights::save(&run.join("model.safetensors"), &model)
     }
 
@@ -794,26 +798,33 @@ impl<S: Compute<Master = f32>> Training<S> {
 mod tests {
     use std::sync::atomic::AtomicBool;
 
-    use super::{Options, Run, Window};
+    use half::bf16;
+
+    use super::{Compute, Options, Run, Window};
 
     #[test]
     fn steps_of_one_launch_are_the_steps_themselves() {
-        // 21 steps in epochs of 8, logged after 7 and 14, looked at after 8, 16 and 21.
+        every_way::<f32>();
+        every_way::<bf16>();
+    }
+
+    /// 21 steps in epochs of 8, logged after 7, 14 and 21 or not at all, looked at after 8, 16 and 21.
+    fn every_way<S: Compute<Master = f32>>() {
         let options = Options {
             model: Some("resnet8".into()),
             train_size: Some(64),
             batch_size: Some(8),
             steps: Some(21),
-            log_every: Some(7),
             max_loss: Some(1e3),
             device: Some("cpu".into()),
             ..Options::default()
         };
         let options = options.resolve().unwrap();
         let folder = tempfile::tempdir().unwrap();
-        let train = |steps_per_launch: u64| {
-            let out = folder.path().join(steps_per_launch.to_string());
-            let mut run = Run::<f32>::open(&options, Some(&out), false).unwrap();
+        let train = |steps_per_launch: u64, log_every: u64| {
+            let out = folder.path().join(format!("{steps_per_launch}-{log_every}"));
+            let options = Options { log_every: Some(log_every), ..options.clone() };
+            let mut run = Run::<S>::open(&options, Some(&out), false).unwrap();
             run.steps_per_launch = steps_per_launch;
             let summary = run.train(&AtomicBool::new(false), &mut |_| ()).unwrap();
             assert_eq!((summary.steps, summary.skipped), (21, 0));
@@ -825,13 +836,14 @@ mod tests {
             }
             (records, std::fs::read(out.join("model.safetensors")).unwrap())
         };
-        let one_by_one = train(1);
+        let one_by_one = train(1, 7);
         assert_eq!(one_by_one.0.iter().filter(|record| record["kind"] == "step").count(), 3);
         for several in [2, 3, 5] {
-            let (log, model) = train(several);
-            assert_eq!(log, one_by_one.0, "{several} steps per launch");
-            assert!(model == one_by_one.1, "{several} steps per launch have other bits");
+            let (log, model) = train(several, 7);
+            assert_eq!(log, one_by_one.0, "{several} steps per launch in {}", S::NAME);
+            assert!(model == one_by_one.1, "{several} steps per launch have other bits in {}", S::NAME);
         }
+        assert!(train(1, 0).1 == one_by_one.1, "steps that nobody sees have other bits in {}", S::NAME);
     }
 
     #[test]

@@ -441,7 +441,7 @@ pub struct Options {
     #[arg(long, value_name = "N", help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub log_every: Option<u64>,
-    /// End the run once the mean loss of 50 steps or of an epoch is above this, or none of 50 steps, or of a shorter run's, had a
+    /// End the run once the mean loss of 50 steps or of an epoch is above this, or none of 50 steps, or of the last epoch's, had a
     /// finite one
     #[arg(long, value_name = "LOSS", help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -695,16 +695,55 @@ fn regressions_have_their_analytic_hessians() {
     }
 }
 
-/// A run and its landscape have the same seed, unless somebody says otherwise.
+/// The identity as a Hessian, which keeps what it is multiplied with.
+struct Watching(Vec<Vec<f32>>, usize);
+
+impl Objective<f32> for Watching {
+    fn len(&self) -> usize {
+        self.1
+    }
+
+    fn gradient(
+        &mut self,
+        _: Slice<'_, f32>,
+        _: Statistics,
+        mut gradient: SliceMut<'_, f32>,
+        mut loss: SliceMut<'_, f64>,
+        _: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        loss.clear()?;
+        gradient.clear()
+    }
+
+    fn hessian_vector(
+        &mut self,
+        _: Slice<'_, f32>,
+        direction: Slice<'_, f32>,
+        mut product: SliceMut<'_, f32>,
+        _: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        self.0.push(direction.to_vec()?);
+        product.copy_from(direction)
+    }
+}
+
+/// A run, its curvature and its landscape have the same seed, unless somebody says otherwise.
 #[test]
-fn a_filter_normalised_direction_does_not_lead_to_the_initial_weights() {
+fn random_directions_do_not_lead_to_the_initial_weights() {
     let layout = Layout::new(vec![("conv.weight".into(), Kind::Convolution { kernel: 3, inputs: 20, outputs: 20 })]);
     let weights = initial_weights(&layout, 0).unwrap();
     let uploaded = Device::host().upload(&weights).unwrap();
-    for number in 0..2 {
-        let direction = filter_normalized(&layout, uploaded.view(), 0, number).unwrap().to_vec().unwrap();
-        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>();
-        let cosine = dot(&direction, &weights) / (dot(&direction, &direction) * dot(&weights, &weights)).sqrt();
+    let mut watching = Watching(Vec::new(), layout.len());
+    let mut curvature = Curvature::new(&mut watching, uploaded.view()).unwrap();
+    curvature.trace(2, 0, |_| ()).unwrap();
+    curvature.top_eigenvalues(1, (1, 1e-3), 0, |_| ()).unwrap();
+    curvature.power_iteration(1, (1, 1e-3), 0, |_| ()).unwrap();
+    let mut directions = watching.0;
+    assert!(directions.len() >= 4);
+    directions.extend((0..2).map(|n| filter_normalized(&layout, uploaded.view(), 0, n).unwrap().to_vec().unwrap()));
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>();
+    for (number, direction) in directions.iter().enumerate() {
+        let cosine = dot(direction, &weights) / (dot(direction, direction) * dot(&weights, &weights)).sqrt();
         // Of 3,600 independent numbers: a standard deviation of 1/60.
         assert!(cosine.abs() < 4.0 / 60.0, "direction {number}: {cosine}");
     }
