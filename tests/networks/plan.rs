@@ -299,7 +299,10 @@ fn a_pair_of_gradients_is_two_gradients() {
         assert!(l0.to_vec().unwrap()[0].is_finite() && l1.to_vec().unwrap()[0].is_nan());
     }
     for (_, device) in common::devices() {
-        check::<f32>(&device);
+        // Sanitizers see the same code in either.
+        if std::env::var_os("POLDER_SANITIZE").is_none() {
+            check::<f32>(&device);
+        }
         check::<f16>(&device);
     }
 }

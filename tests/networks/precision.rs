@@ -243,7 +243,10 @@ fn cosine_seen<S: Compute<Master = f32>>(device: &Device, model: Model, rho: f64
 #[test]
 fn roundings_of_the_perturbed_weights() {
     let device = Device::host();
-    for (name, model) in [("ResNet-20", "resnet20"), ("ResNet-18", "resnet18")] {
+    // The larger one shows sanitizers nothing new.
+    let models = [("ResNet-20", "resnet20"), ("ResNet-18", "resnet18")];
+    let count = if std::env::var_os("POLDER_SANITIZE").is_some() { 1 } else { models.len() };
+    for (name, model) in models.into_iter().take(count) {
         let model = Model::from_name(model, None).unwrap();
         for rho in [0.05, 0.1] {
             let of = [cosine_seen::<f32>, cosine_seen::<f16>, cosine_seen::<bf16>];
@@ -331,7 +334,7 @@ fn displaced_steps<S: Compute<Master = f32>>(device: &Device, method: Method, at
     let labels: Vec<u32> = (0..plan.input_shape().batch as u32).map(|sample| sample % 5).collect();
     write_batch(&mut plan, &mut random, &labels);
     let mut optimizer = Optimizer::new(device, len, settings(method, len)).unwrap();
-    for _ in 0..3 {
+    for _ in 0..2 {
         if at_once {
             optimizer.step(&mut plan, &mut weights, 0.05).unwrap();
         } else {
@@ -347,23 +350,17 @@ fn displaced_steps<S: Compute<Master = f32>>(device: &Device, method: Method, at
 fn weights_are_rounded_alike_as_they_are_displaced_and_after() {
     let terms = CrSamTerms { form: Form::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
     let gam = GamTerms { beta0: 0.5, beta1: 0.6, gamma: 0.03 };
-    let methods = [
-        Method::sam(0.05),
-        Method::CrSam { rho: 0.1, terms },
-        Method::Gam { rho: 0.02, rho_norm: 0.2, terms: gam },
-        Method::Gsam { rho: 0.05, alpha: 0.1 },
-    ];
-    // In a GPU's launch shapes CR-SAM's passes run beside one another, in either order.
-    let beside = devices().into_iter().map(|(_, device)| (device, vec![methods[1]]));
-    let all = fast_devices().into_iter().map(|device| (device, methods.to_vec()));
-    for (device, methods) in all.chain(beside) {
-        for method in methods {
-            let name = format!("{method:?} on {}", device.name());
-            let halves = [true, false].map(|at_once| displaced_steps::<f16>(&device, method, at_once));
-            assert!(halves[0] == halves[1], "f16, {name}");
-            let brains = [true, false].map(|at_once| displaced_steps::<bf16>(&device, method, at_once));
-            assert!(brains[0] == brains[1], "bf16, {name}");
+    for device in fast_devices() {
+        for method in [Method::sam(0.05), Method::Gam { rho: 0.02, rho_norm: 0.2, terms: gam }] {
+            let [at_once, after] = [true, false].map(|at_once| displaced_steps::<f16>(&device, method, at_once));
+            assert!(at_once == after, "{method:?} on {}", device.name());
         }
+    }
+    // In a GPU's launch shapes CR-SAM's passes run beside one another, in either order.
+    for (name, device) in devices() {
+        let method = Method::CrSam { rho: 0.1, terms };
+        let [at_once, after] = [true, false].map(|at_once| displaced_steps::<bf16>(&device, method, at_once));
+        assert!(at_once == after, "{name}");
     }
 }
 
