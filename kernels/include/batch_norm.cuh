@@ -387,9 +387,10 @@ __device__ __forceinline__ bool last_to_come(uint32_t* ticket, uint32_t count) {
 }
 
 /// What `blocks` blocks have left in `a.dz` and `a.dz_x`, this one as number `block`, becomes dbeta = sum dz and dgamma = sum dz xhat by
-/// the last one that comes here; in an order that does not depend on which one that is. It would take too long over all the sums of a large layer, so
-/// the last of each group combines the group's, and the last of those the groups'. `combine(first, count, step, write)` calls
-/// `write(c, sums)` with the sums of `count` blocks, `step` apart from `first` on, for all channels that these blocks share.
+/// the last one that comes here; in an order that does not depend on which one that is. It would take too long over all the sums of
+/// a large layer, so the last of each group combines the group's, and the last of those the groups'. `combine(first, count, step,
+/// write)` calls `write(c, sums)` with the sums of `count` blocks, `step` apart from `first` on, for all channels that these blocks
+/// share.
 template <class S, class Combine>
 __device__ __forceinline__ void combine_by_last(const SumsArgs<S>& a, uint32_t* tickets, uint32_t block, uint32_t blocks,
                                                 const Combine& combine) {

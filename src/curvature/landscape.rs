@@ -6,9 +6,9 @@ use crate::kernels::check_length;
 use crate::kernels::random;
 
 /// Random direction number `number` of `seed`, filter-normalised (Li, Xu, Taylor, Studer and Goldstein 2018, section 4): normal
-/// numbers (others than the initial weights have of that seed), those of each filter (what makes up one output of a convolution or of a linear layer) scaled to the length of that
-/// filter in `weights`; zero for biases and batch norm. So networks whose filters have other scales, which batch norm makes up
-/// for, can be compared. The lengths are taken on the host, in double.
+/// numbers (others than the initial weights have of that seed), those of each filter (what makes up one output of a convolution or
+/// of a linear layer) scaled to the length of that filter in `weights`; zero for biases and batch norm. So networks whose filters
+/// have other scales, which batch norm makes up for, can be compared. The lengths are taken on the host, in double.
 ///
 /// # Errors
 /// [`crate::device::Error::Length`] for weights that are not laid out so; those of the device.

@@ -175,9 +175,9 @@ impl ConvShape {
     }
 
     /// Measures on a GPU which of the tensor cores' tiles computes the forward fastest, and with `backward` each of the gradients,
-    /// unless that is known already. It takes 24 launches of each tile in question and the memory of the operands; without that memory, or while the
-    /// device has a graph, which would keep it, nothing is measured, and a rule of thumb stands. No bit of any result depends on it. A
-    /// plan asks for it when it is made.
+    /// unless that is known already. It takes 24 launches of each tile in question and the memory of the operands; without that
+    /// memory, or while the device has a graph, which would keep it, nothing is measured, and a rule of thumb stands. No bit of any
+    /// result depends on it. A plan asks for it when it is made.
     ///
     /// # Errors
     /// Those of [`ConvShape::check`] and of the device.

@@ -407,6 +407,19 @@ impl<S: Compute> Plan<S> {
         }
     }
 
+    /// A [pass](Self::gradient_pass), and the gradient as it is, looked at.
+    fn finished_pass(
+        &mut self,
+        weights: Slice<'_, S::Master>,
+        statistics: Statistics,
+        mut gradient: SliceMut<'_, S::Master>,
+        loss: SliceMut<'_, f64>,
+        mut flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        self.gradient_pass(weights, statistics, gradient.reborrow(), loss, flag.reborrow())?;
+        finish(gradient, self.loss_scale.as_ref().map(|state| state.view()), flag)
+    }
+
     /// Two gradients: with [room](Self::make_room_beside) at the same time, and then the weights may have been rounded for both.
     fn pair(
         &mut self,
@@ -421,13 +434,12 @@ impl<S: Compute> Plan<S> {
         gradients.iter().try_for_each(|g| check_length(OPERATION, "gradient", g.len(), self.len()))?;
         let device = self.device.clone();
         let mut pass = |index: usize| {
-            let (mut gradient, loss) = (gradients[index].reborrow(), losses[index].reborrow());
+            let (gradient, loss) = (gradients[index].reborrow(), losses[index].reborrow());
             let run = |plan: &mut Self| {
                 if !rounded {
                     plan.round(weights[index])?;
                 }
-                plan.gradient_pass(weights[index], Statistics::Keep, gradient.reborrow(), loss, flag.reborrow())?;
-                finish(gradient, plan.loss_scale.as_ref().map(|state| state.view()), flag.reborrow())
+                plan.finished_pass(weights[index], Statistics::Keep, gradient, loss, flag.reborrow())
             };
             if index == 0 || !beside {
                 return run(self);
@@ -533,13 +545,12 @@ impl<S: Compute> Objective<S::Master> for Plan<S> {
         &mut self,
         weights: Slice<'_, S::Master>,
         statistics: Statistics,
-        mut gradient: SliceMut<'_, S::Master>,
+        gradient: SliceMut<'_, S::Master>,
         loss: SliceMut<'_, f64>,
-        mut flag: SliceMut<'_, u32>,
+        flag: SliceMut<'_, u32>,
     ) -> Result<()> {
         self.round(weights)?;
-        self.gradient_pass(weights, statistics, gradient.reborrow(), loss, flag.reborrow())?;
-        finish(gradient, self.loss_scale.as_ref().map(|state| state.view()), flag)
+        self.finished_pass(weights, statistics, gradient, loss, flag)
     }
 
     fn gradient_and_norm(
@@ -579,16 +590,15 @@ impl<S: Compute> Objective<S::Master> for Plan<S> {
         &mut self,
         displacement: Displacement<'_, S::Master>,
         mut point: SliceMut<'_, S::Master>,
-        mut gradient: SliceMut<'_, S::Master>,
+        gradient: SliceMut<'_, S::Master>,
         loss: SliceMut<'_, f64>,
-        mut flag: SliceMut<'_, u32>,
+        flag: SliceMut<'_, u32>,
     ) -> Result<()> {
         if self.rounded.is_empty() {
             return displacement.gradient(self, point, gradient, loss, flag);
         }
         displace(self.parameters.len(), displacement, (&mut self.rounded, point.reborrow()), None)?;
-        self.gradient_pass(point.view(), Statistics::Keep, gradient.reborrow(), loss, flag.reborrow())?;
-        finish(gradient, self.loss_scale.as_ref().map(|state| state.view()), flag)
+        self.finished_pass(point.view(), Statistics::Keep, gradient, loss, flag)
     }
 
     /// The same on both sides, where both passes run at the same time: 12 B per parameter instead of 16 and then twice 6.

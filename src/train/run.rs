@@ -438,7 +438,7 @@ impl<'a, S: Compute<Master = f32>> Run<'a, S> {
             self.window.cross_epoch(sums);
         }
         // Of an epoch's few steps all may have been skipped for once; but not several that the run ends with.
-        let (loss, several) = (sums[0] / sums[2], self.step % self.steps_per_epoch != 1 && self.steps_per_epoch > 1);
+        let (loss, several) = (sums[0] / sums[2], !(self.step - 1).is_multiple_of(self.steps_per_epoch));
         let diverged = epoch_ends && (loss > most || loss.is_nan() && several && self.step == self.steps);
         self.diverged = self.diverged.or(Some(loss).filter(|_| diverged));
         Ok(())

@@ -652,7 +652,9 @@ impl Options {
                 return Err(TrainError::option(name, format!("has no meaning for --optimizer {optimizer}")));
             }
         }
-        if !matches!(optimizer, OptimizerName::SaSam | OptimizerName::SaSgd) {
+        // The step size of SA-SAM is its own, and that of plain gradient descent.
+        let own_step = matches!(optimizer, OptimizerName::SaSam | OptimizerName::SaSgd);
+        if !own_step {
             self.schedule.get_or_insert(ScheduleName::Cosine);
             self.warmup.get_or_insert(0);
         }
@@ -704,8 +706,6 @@ impl Options {
                 return Err(TrainError::option(name, "has no meaning for AdamW"));
             }
         } else {
-            // The step size of SA-SAM is that of plain gradient descent.
-            let own_step = matches!(optimizer, OptimizerName::SaSam | OptimizerName::SaSgd);
             self.momentum.get_or_insert(if own_step { 0.0 } else { 0.9 });
             self.nesterov.get_or_insert(false);
         }
