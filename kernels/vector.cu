@@ -303,7 +303,8 @@ __device__ __forceinline__ void perturb_by(const PerturbArgs<T>& a, F displaceme
 template <class T, class P>
 __device__ void perturb(const PerturbArgs<T>& a) {
     const T scale = T(a.rho / (a.norm[0] + kTiny));
-    const auto displacement = [=](T g) { return scale * g; };
+    // One side alone has the bits that it has beside the other.
+    const auto displacement = [=](T g) { return rounded_product(scale, g); };
     if (a.minus == nullptr) {
         perturb_by<T, P, 1>(a, displacement);
     } else {

@@ -115,7 +115,8 @@ __device__ __forceinline__ void put(S* p, uint64_t i, const Pack<T, V>& pack) {
 // ---- Products whose bits do not depend on what the GPU's compiler contracts around them --------------------------------
 
 /// a b, rounded.
-__device__ __forceinline__ float rounded_product(float a, float b) {
+template <class T>
+__device__ __forceinline__ T rounded_product(T a, T b) {
 #if defined(POLDER_HOST)
     return a * b;
 #else

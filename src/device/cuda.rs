@@ -87,8 +87,9 @@ pub(super) struct CudaDevice {
     stream: Arc<CudaStream>,
     /// For the second of two pieces of work; between such pairs the first stream has waited for it.
     side: Arc<CudaStream>,
-    /// Whether what comes next, on the first stream and on the side one, follows the other stream's work too.
-    joined: [AtomicBool; 2],
+    /// Whether what comes next, on the first stream and on the side one, follows something else than a kernel of its own stream: the
+    /// other stream's work, a copy, a graph, or nothing, at a capture's beginning.
+    behind_other: [AtomicBool; 2],
     /// By [`KernelId`]; `None` for a kernel of the CPU alone.
     kernels: Vec<Option<Kernel>>,
     state: Mutex<State>,
@@ -108,7 +109,7 @@ struct Branch<'a> {
 
 impl<'a> Branch<'a> {
     fn begin(device: &'a CudaDevice) -> Result<Self> {
-        device.joined[1].store(true, Ordering::Relaxed);
+        device.follow_other(1);
         device.side.join(&device.stream).map_err(failed("doing two things at once"))?;
         Ok(Self { device, joined: false })
     }
@@ -222,7 +223,7 @@ impl CudaDevice {
             context,
             stream,
             side,
-            joined: Default::default(),
+            behind_other: Default::default(),
             kernels,
             state: Mutex::new(State { staging, recording: None, retired: Vec::new(), graphs: 0, held: Vec::new() }),
         })
@@ -259,6 +260,11 @@ impl CudaDevice {
         ptr::eq(ON_SIDE.get(), self)
     }
 
+    /// The next launch, on the first stream (0) or on the side one (1), waits for all before it in the ordinary way.
+    fn follow_other(&self, stream: usize) {
+        self.behind_other[stream].store(true, Ordering::Relaxed);
+    }
+
     /// Fails on the side stream: what needs the first one's order is not for one of two pieces of work.
     fn refuse_side(&self, operation: &'static str) -> Result<()> {
         match self.is_on_side() {
@@ -271,9 +277,9 @@ impl CudaDevice {
         // Asked first, for an error that a destructor kept would otherwise come up instead of the join.
         let kept = self.bind();
         // Before and after, for another thread may be launching.
-        self.joined[0].store(true, Ordering::Relaxed);
+        self.follow_other(0);
         let joined = self.stream.join(&self.side).map_err(failed("doing two things at once"));
-        self.joined[0].store(true, Ordering::Relaxed);
+        self.follow_other(0);
         if joined.is_err() {
             // What the side stream still uses must not be freed. (In a capture this fails, which is broken then anyway.)
             let _ = self.side.synchronize();
@@ -361,8 +367,8 @@ impl CudaDevice {
         let mut parameters = [(&raw const *args).cast_mut().cast::<c_void>()];
         let (grid, block) = (shape.grid, shape.block);
         // Programmatic dependent launch: its blocks may take their places before the kernel before it is done, and wait there.
-        // After a copy, say, the driver launches it like any other; after two streams' work we do.
-        let early = *early && !self.joined[usize::from(self.is_on_side())].swap(false, Ordering::Relaxed);
+        let behind_other = self.behind_other[usize::from(self.is_on_side())].swap(false, Ordering::Relaxed);
+        let early = *early && !behind_other;
         let mut serialization = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: Default::default(),
@@ -470,6 +476,7 @@ impl CudaDevice {
             copied.result().map_err(&failed)?;
             done += length;
         }
+        self.follow_other(0);
         Ok(())
     }
 
@@ -482,7 +489,9 @@ impl CudaDevice {
         self.bind()?;
         // SAFETY: the caller's; all memory of this device is used in the order of its streams.
         unsafe { result::memcpy_dtod_async(destination, source, bytes, self.current().cu_stream()) }
-            .map_err(failed("copying on the GPU"))
+            .map_err(failed("copying on the GPU"))?;
+        self.follow_other(usize::from(self.is_on_side()));
+        Ok(())
     }
 
     /// # Safety
@@ -501,7 +510,9 @@ impl CudaDevice {
         self.bind()?;
         // SAFETY: the caller's; any byte is valid in device memory, whose types are plain bits.
         unsafe { result::memset_d8_async(address, byte, bytes, self.current().cu_stream()) }
-            .map_err(failed("filling memory on the GPU"))
+            .map_err(failed("filling memory on the GPU"))?;
+        self.follow_other(usize::from(self.is_on_side()));
+        Ok(())
     }
 
     /// Device memory that nothing has written yet. Freed memory waits in the pool for reuse in the same sizes; where that
@@ -575,7 +586,7 @@ impl CudaDevice {
         let ended = self.stream.end_capture(sys::CUgraphInstantiate_flags(0)).map_err(failed("capturing a graph"));
         let graph = kept.and(ended);
         // What was launched meanwhile is in the graph, and what comes next follows what came before.
-        self.joined.iter().for_each(|joined| joined.store(true, Ordering::Relaxed));
+        (0..2).for_each(|stream| self.follow_other(stream));
         (graph, state.recording.take().unwrap_or_default())
     }
 }
@@ -756,6 +767,7 @@ impl<'a> Capture<'a> {
         // Relaxed: page-locked memory for recorded writes has to be allocated meanwhile, which the stricter modes forbid.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         device.stream.begin_capture(mode).map_err(failed("capturing a graph"))?;
+        device.follow_other(0);
         state.recording = Some(Recording::default());
         state.graphs += 1;
         Ok(Self { device, active: true })
@@ -807,7 +819,9 @@ impl CudaGraph {
     pub(super) fn replay(&self) -> Result<()> {
         let state = self.device.lock();
         state.refuse_recording("replay", "a graph cannot replay another")?;
-        self.graph.launch().map_err(failed("replaying a graph"))
+        self.graph.launch().map_err(failed("replaying a graph"))?;
+        self.device.follow_other(0);
+        Ok(())
     }
 
     pub(super) fn operations(&self) -> usize {
