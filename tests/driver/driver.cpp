@@ -1,0 +1,511 @@
+// A CUDA driver (libcuda) without a GPU: as much of it as src/device/cuda.rs calls, for one device, whose kernels are interpreted.
+//
+// Work that is asked for runs as late as it may, when somebody waits for it, and streams and a graph's branches take turns at random
+// (DRIVER_SEED): whoever forgot to wait, or lets go of memory too early, reads or writes something else than on a slow day.
+// A misuse that a real driver might let pass ends the process with what it was.
+//
+// DRIVER_IMAGES names a folder with the kernels: for every NAME.fatbin that is loaded, its PTX as NAME.ptx.
+#include <cuda.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <iterator>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <set>
+
+#include "ptx.hpp"
+
+namespace {
+
+using Work = std::function<void()>;
+
+struct Node {
+    Work work;
+    std::vector<int> after;
+    bool is_kernel;
+};
+struct Graph {
+    std::vector<Node> nodes;
+};
+
+/// Something that a stream does: a piece of work, waiting for an event, or a graph's nodes one by one.
+struct Item {
+    Work work;
+    std::shared_ptr<bool> waits_for;
+    std::shared_ptr<const Graph> graph;
+    std::vector<bool> done;
+    size_t left = 0;
+};
+
+struct Stream {
+    std::deque<Item> items;
+    /// The graph being captured, and the nodes that the next one comes after.
+    std::shared_ptr<Graph> capture;
+    bool began_capture = false;
+    std::vector<int> last;
+};
+
+struct Event {
+    bool is_timed = false;
+    std::shared_ptr<bool> passed = std::make_shared<bool>(true);
+    std::shared_ptr<double> time = std::make_shared<double>(0.0);
+    /// Recorded in a capture: the place in its graph.
+    std::shared_ptr<Graph> capture;
+    std::vector<int> last;
+};
+
+struct Module {
+    Kernels kernels;
+};
+
+struct Executable {
+    std::shared_ptr<const Graph> graph;
+};
+
+/// One lock for everything: tests run in parallel, and the interpreter has threads of its own.
+std::recursive_mutex everything;
+thread_local bool has_context = false;
+std::vector<Stream*> streams;
+std::map<const char*, size_t> page_locked;
+std::mt19937 dice(uint32_t(setting("DRIVER_SEED", 0)));
+char context;
+
+/// How every call begins that works in a context.
+#define POLDER_DRIVER                                             \
+    const std::lock_guard<std::recursive_mutex> lock(everything); \
+    if (!has_context) fail("%s: this thread has no context", __func__)
+
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+/// Takes one step of a stream's first item; whether there was one to take.
+bool step(Stream& stream) {
+    if (stream.items.empty()) return false;
+    Item& item = stream.items.front();
+    if (item.waits_for != nullptr && !*item.waits_for) return false;
+    if (item.graph != nullptr && item.left > 0) {
+        const std::vector<Node>& nodes = item.graph->nodes;
+        std::vector<size_t> ready;
+        for (size_t n = 0; n < nodes.size() && ready.size() < 4; ++n) {
+            const auto& after = nodes[n].after;
+            if (!item.done[n] && std::all_of(after.begin(), after.end(), [&](int m) { return item.done[m]; })) ready.push_back(n);
+        }
+        const size_t chosen = ready[dice() % ready.size()];
+        nodes[chosen].work();
+        item.done[chosen] = true;
+        if (--item.left > 0) return true;
+    }
+    const Work work = std::move(item.work);
+    stream.items.pop_front();
+    if (work) work();
+    return true;
+}
+
+/// Lets the streams take turns until the condition holds.
+template <class F>
+void work_until(F holds) {
+    while (!holds()) {
+        std::vector<Stream*> turns = streams;
+        std::shuffle(turns.begin(), turns.end(), dice);
+        bool any = false;
+        for (Stream* stream : turns) {
+            for (auto steps = dice() % 4 + 1; steps > 0 && !holds(); --steps) any = step(*stream) || any;
+        }
+        if (!any && !holds()) fail("streams wait for one another");
+    }
+}
+
+/// Adds work to a stream, or to the graph that it captures.
+void submit(CUstream handle, Work work, bool is_kernel = false) {
+    Stream& stream = *reinterpret_cast<Stream*>(handle);
+    if (stream.capture == nullptr) {
+        stream.items.push_back({.work = std::move(work), .waits_for = {}, .graph = {}, .done = {}});
+        return;
+    }
+    auto& nodes = stream.capture->nodes;
+    nodes.push_back({std::move(work), stream.last, is_kernel});
+    stream.last = {int(nodes.size()) - 1};
+}
+
+void check_page_locked(const void* address, size_t bytes) {
+    const char* at = static_cast<const char*>(address);
+    auto found = page_locked.upper_bound(at);
+    if (found == page_locked.begin() || at + bytes > std::prev(found)->first + std::prev(found)->second) {
+        fail("an asynchronous copy of %zu bytes with host memory that is not page-locked, or no longer", bytes);
+    }
+}
+
+std::string read_file(const std::filesystem::path& path) {
+    std::ifstream file(path, std::ios::binary);
+    if (!file) fail("%s cannot be read", path.c_str());
+    return {std::istreambuf_iterator<char>(file), {}};
+}
+
+/// The kernels of a fatbin, by what it holds.
+const Kernels* find_kernels(const char* image) {
+    static std::map<std::string, Kernels> known;
+    const char* folder = getenv("DRIVER_IMAGES");
+    if (folder == nullptr) fail("DRIVER_IMAGES is not set");
+    uint16_t header;
+    uint64_t bytes;
+    memcpy(&header, image + 6, sizeof header);
+    memcpy(&bytes, image + 8, sizeof bytes);
+    for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+        const std::filesystem::path& path = entry.path();
+        if (path.extension() != ".fatbin" || entry.file_size() < header + bytes) continue;
+        if (memcmp(read_file(path).data(), image, header + bytes) != 0) continue;
+        const std::string name = path.stem();
+        if (known.count(name) == 0) known[name] = parse(read_file(std::filesystem::path(path).replace_extension(".ptx")), name);
+        return &known[name];
+    }
+    return nullptr;
+}
+
+}  // namespace
+
+extern "C" {
+
+// ---- The driver and its device ---------------------------------------------------------------------------------------
+
+CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
+CUresult cuDriverGetVersion(int* version) { return *version = 13000, CUDA_SUCCESS; }
+CUresult cuGetErrorName(CUresult error, const char** name) {
+    static thread_local char text[32];
+    snprintf(text, sizeof text, "error %d", int(error));
+    return *name = text, CUDA_SUCCESS;
+}
+CUresult cuGetErrorString(CUresult error, const char** text) { return cuGetErrorName(error, text); }
+CUresult cuDeviceGetCount(int* count) { return *count = 1, CUDA_SUCCESS; }
+CUresult cuDeviceGet(CUdevice* device, int number) {
+    if (number != 0) return CUDA_ERROR_INVALID_DEVICE;
+    return *device = 0, CUDA_SUCCESS;
+}
+CUresult cuDeviceGetName(char* name, int room, CUdevice) { return snprintf(name, size_t(room), "interpreted PTX"), CUDA_SUCCESS; }
+CUresult cuDeviceTotalMem_v2(size_t* bytes, CUdevice) { return *bytes = Memory::CAPACITY, CUDA_SUCCESS; }
+CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice) {
+    switch (attribute) {
+        case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = 132; break;
+        case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = 9; break;
+        case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = 0; break;
+        case CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED: *value = 1; break;
+        default: return CUDA_ERROR_INVALID_VALUE;
+    }
+    return CUDA_SUCCESS;
+}
+CUresult cuDevicePrimaryCtxRetain(CUcontext* result, CUdevice) {
+    return *result = reinterpret_cast<CUcontext>(&context), CUDA_SUCCESS;
+}
+CUresult cuDevicePrimaryCtxRelease_v2(CUdevice) { return CUDA_SUCCESS; }
+CUresult cuCtxGetCurrent(CUcontext* result) {
+    return *result = has_context ? reinterpret_cast<CUcontext>(&context) : nullptr, CUDA_SUCCESS;
+}
+CUresult cuCtxSetCurrent(CUcontext current) { return has_context = current != nullptr, CUDA_SUCCESS; }
+
+// ---- Memory --------------------------------------------------------------------------------------------------------
+
+CUresult cuMemGetInfo_v2(size_t* free, size_t* total) {
+    POLDER_DRIVER;
+    return *total = Memory::CAPACITY, *free = Memory::CAPACITY - memory().used(), CUDA_SUCCESS;
+}
+CUresult cuDeviceGetDefaultMemPool(CUmemoryPool* pool, CUdevice) {
+    return *pool = reinterpret_cast<CUmemoryPool>(&context), CUDA_SUCCESS;
+}
+CUresult cuMemPoolSetAttribute(CUmemoryPool, CUmemPool_attribute, void*) { return CUDA_SUCCESS; }
+CUresult cuMemPoolGetAttribute(CUmemoryPool, CUmemPool_attribute, void* value) {
+    POLDER_DRIVER;
+    const cuuint64_t used = memory().used();
+    return memcpy(value, &used, sizeof used), CUDA_SUCCESS;
+}
+CUresult cuMemPoolTrimTo(CUmemoryPool, size_t) { return CUDA_SUCCESS; }
+CUresult cuMemAllocAsync(CUdeviceptr* address, size_t bytes, CUstream stream) {
+    POLDER_DRIVER;
+    if (reinterpret_cast<Stream*>(stream)->capture != nullptr) fail("an allocation in a capture");
+    *address = memory().allocate(bytes);
+    return *address != 0 ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
+}
+CUresult cuMemFreeAsync(CUdeviceptr address, CUstream stream) {
+    POLDER_DRIVER;
+    if (reinterpret_cast<Stream*>(stream)->capture != nullptr) fail("memory is freed in a capture");
+    submit(stream, [=] { memory().release(address); });
+    return CUDA_SUCCESS;
+}
+CUresult cuMemHostAlloc(void** address, size_t bytes, unsigned) {
+    POLDER_DRIVER;
+    *address = malloc(bytes);
+    memset(*address, 0x99, bytes);
+    page_locked[static_cast<char*>(*address)] = bytes;
+    return CUDA_SUCCESS;
+}
+CUresult cuMemFreeHost(void* address) {
+    POLDER_DRIVER;
+    if (page_locked.erase(static_cast<char*>(address)) == 0) fail("page-locked memory is freed that was not there");
+    free(address);
+    return CUDA_SUCCESS;
+}
+CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char byte, size_t bytes, CUstream stream) {
+    POLDER_DRIVER;
+    submit(stream, [=] {
+        memory().check(to, bytes, "a fill");
+        memset(reinterpret_cast<void*>(to), byte, bytes);
+    });
+    return CUDA_SUCCESS;
+}
+CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t bytes, CUstream stream) {
+    POLDER_DRIVER;
+    submit(stream, [=] {
+        check_page_locked(from, bytes);
+        memory().check(to, bytes, "a copy to the device");
+        memcpy(reinterpret_cast<void*>(to), from, bytes);
+    });
+    return CUDA_SUCCESS;
+}
+CUresult cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t bytes, CUstream stream) {
+    POLDER_DRIVER;
+    submit(stream, [=] {
+        check_page_locked(to, bytes);
+        memory().check(from, bytes, "a copy to the host");
+        memcpy(to, reinterpret_cast<const void*>(from), bytes);
+    });
+    return CUDA_SUCCESS;
+}
+CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream) {
+    POLDER_DRIVER;
+    if (to < from + bytes && from < to + bytes) fail("a copy of %zu bytes onto itself", bytes);
+    submit(stream, [=] {
+        memory().check(from, bytes, "a copy's source");
+        memory().check(to, bytes, "a copy's destination");
+        memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
+    });
+    return CUDA_SUCCESS;
+}
+
+// ---- Streams and events ----------------------------------------------------------------------------------------------
+
+CUresult cuStreamCreate(CUstream* stream, unsigned) {
+    POLDER_DRIVER;
+    streams.push_back(new Stream);
+    return *stream = reinterpret_cast<CUstream>(streams.back()), CUDA_SUCCESS;
+}
+CUresult cuStreamSynchronize(CUstream handle) {
+    POLDER_DRIVER;
+    const Stream& stream = *reinterpret_cast<Stream*>(handle);
+    if (stream.capture != nullptr) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+    work_until([&] { return stream.items.empty(); });
+    return CUDA_SUCCESS;
+}
+CUresult cuStreamDestroy_v2(CUstream handle) {
+    POLDER_DRIVER;
+    Stream* stream = reinterpret_cast<Stream*>(handle);
+    work_until([&] { return stream->items.empty(); });
+    std::erase(streams, stream);
+    delete stream;
+    return CUDA_SUCCESS;
+}
+CUresult cuEventCreate(CUevent* event, unsigned flags) {
+    POLDER_DRIVER;
+    Event* made = new Event;
+    made->is_timed = (flags & CU_EVENT_DISABLE_TIMING) == 0;
+    return *event = reinterpret_cast<CUevent>(made), CUDA_SUCCESS;
+}
+CUresult cuEventDestroy_v2(CUevent event) {
+    POLDER_DRIVER;
+    delete reinterpret_cast<Event*>(event);
+    return CUDA_SUCCESS;
+}
+CUresult cuEventRecord(CUevent handle, CUstream stream_handle) {
+    POLDER_DRIVER;
+    Event& event = *reinterpret_cast<Event*>(handle);
+    const Stream& stream = *reinterpret_cast<Stream*>(stream_handle);
+    event.capture = stream.capture;
+    event.last = stream.last;
+    if (stream.capture != nullptr) return CUDA_SUCCESS;
+    event.passed = std::make_shared<bool>(false);
+    event.time = std::make_shared<double>(0.0);
+    submit(stream_handle, [passed = event.passed, time = event.time] {
+        *passed = true;
+        *time = seconds();
+    });
+    return CUDA_SUCCESS;
+}
+CUresult cuEventSynchronize(CUevent handle) {
+    POLDER_DRIVER;
+    const Event& event = *reinterpret_cast<Event*>(handle);
+    if (event.capture != nullptr) return CUDA_ERROR_CAPTURED_EVENT;
+    work_until([passed = event.passed] { return *passed; });
+    return CUDA_SUCCESS;
+}
+#undef cuEventElapsedTime
+CUresult cuEventElapsedTime_v2(float* milliseconds, CUevent from, CUevent to) {
+    POLDER_DRIVER;
+    const Event &first = *reinterpret_cast<Event*>(from), &second = *reinterpret_cast<Event*>(to);
+    if (!first.is_timed || !second.is_timed) return CUDA_ERROR_INVALID_HANDLE;
+    if (!*first.passed || !*second.passed) return CUDA_ERROR_NOT_READY;
+    return *milliseconds = float((*second.time - *first.time) * 1e3), CUDA_SUCCESS;
+}
+CUresult cuStreamWaitEvent(CUstream handle, CUevent event_handle, unsigned) {
+    POLDER_DRIVER;
+    Stream& stream = *reinterpret_cast<Stream*>(handle);
+    const Event& event = *reinterpret_cast<Event*>(event_handle);
+    if (event.capture == nullptr) {
+        if (stream.capture != nullptr) return CUDA_ERROR_STREAM_CAPTURE_ISOLATION;
+        stream.items.push_back({.work = {}, .waits_for = event.passed, .graph = {}, .done = {}});
+        return CUDA_SUCCESS;
+    }
+    // Waiting for an event of a capture is how a stream joins it.
+    if (stream.capture == nullptr) {
+        stream.capture = event.capture;
+        stream.last.clear();
+    }
+    if (stream.capture != event.capture) return CUDA_ERROR_STREAM_CAPTURE_MERGE;
+    std::set<int> last(stream.last.begin(), stream.last.end());
+    last.insert(event.last.begin(), event.last.end());
+    stream.last.assign(last.begin(), last.end());
+    return CUDA_SUCCESS;
+}
+
+// ---- Kernels -------------------------------------------------------------------------------------------------------
+
+CUresult cuModuleLoadData(CUmodule* module, const void* image) {
+    POLDER_DRIVER;
+    if (reinterpret_cast<uintptr_t>(image) % 8 != 0) fail("a fatbin that is not aligned");
+    const Kernels* kernels = find_kernels(static_cast<const char*>(image));
+    if (kernels == nullptr) return CUDA_ERROR_NO_BINARY_FOR_GPU;
+    Module* loaded = new Module;
+    for (const auto& [name, kernel] : *kernels) loaded->kernels[name] = std::make_shared<Kernel>(*kernel);
+    return *module = reinterpret_cast<CUmodule>(loaded), CUDA_SUCCESS;
+}
+CUresult cuModuleUnload(CUmodule module) {
+    POLDER_DRIVER;
+    delete reinterpret_cast<Module*>(module);
+    return CUDA_SUCCESS;
+}
+CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
+    POLDER_DRIVER;
+    const Kernels& kernels = reinterpret_cast<Module*>(module)->kernels;
+    const auto found = kernels.find(name);
+    if (found == kernels.end()) return CUDA_ERROR_NOT_FOUND;
+    return *function = reinterpret_cast<CUfunction>(found->second.get()), CUDA_SUCCESS;
+}
+constexpr uint32_t MOST_SHARED = 227 << 10;
+CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfunction function) {
+    POLDER_DRIVER;
+    const Kernel& kernel = *reinterpret_cast<Kernel*>(function);
+    switch (attribute) {
+        case CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: *value = int(kernel.shared_limit - kernel.static_shared); break;
+        case CU_FUNC_ATTRIBUTE_PTX_VERSION: *value = 90; break;
+        default: return CUDA_ERROR_INVALID_VALUE;
+    }
+    return CUDA_SUCCESS;
+}
+CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
+    POLDER_DRIVER;
+    Kernel& kernel = *reinterpret_cast<Kernel*>(function);
+    if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES || value < 0) return CUDA_ERROR_INVALID_VALUE;
+    if (uint32_t(value) + kernel.static_shared > MOST_SHARED) return CUDA_ERROR_INVALID_VALUE;
+    return kernel.shared_limit = uint32_t(value) + kernel.static_shared, CUDA_SUCCESS;
+}
+CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters, void**) {
+    POLDER_DRIVER;
+    const Kernel& kernel = *reinterpret_cast<Kernel*>(function);
+    const Stream& stream = *reinterpret_cast<Stream*>(config->hStream);
+    const uint32_t grid[3] = {config->gridDimX, config->gridDimY, config->gridDimZ};
+    const uint32_t block[3] = {config->blockDimX, config->blockDimY, config->blockDimZ};
+    const uint64_t threads = uint64_t(block[0]) * block[1] * block[2];
+    const bool empty = threads == 0 || uint64_t(grid[0]) * grid[1] * grid[2] == 0;
+    if (empty || threads > kernel.most_threads || block[2] > 64 || grid[0] > INT32_MAX || grid[1] > 65535 || grid[2] > 65535) {
+        return CUDA_ERROR_INVALID_VALUE;
+    }
+    if (config->sharedMemBytes + kernel.static_shared > kernel.shared_limit) return CUDA_ERROR_INVALID_VALUE;
+    for (unsigned n = 0; n < config->numAttrs; ++n) {
+        if (config->attrs[n].id != CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) return CUDA_ERROR_INVALID_VALUE;
+        if (!kernel.waits) fail("%s is launched early and does not wait", kernel.name.c_str());
+        // In a capture, an edge along which the next kernel comes early can lead from a kernel alone.
+        if (stream.capture == nullptr) continue;
+        if (stream.last.size() != 1 || !stream.capture->nodes[stream.last[0]].is_kernel) {
+            fail("%s is captured as an early launch, but not behind one kernel", kernel.name.c_str());
+        }
+    }
+    const uint8_t* given = static_cast<const uint8_t*>(parameters[0]);
+    submit(
+        config->hStream,
+        [&kernel, grid = std::to_array(grid), block = std::to_array(block), shared = config->sharedMemBytes,
+         copied = std::vector<uint8_t>(given, given + kernel.parameter_bytes)] {
+            run(kernel, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared, copied);
+        },
+        true);
+    return CUDA_SUCCESS;
+}
+
+// ---- Graphs --------------------------------------------------------------------------------------------------------
+
+CUresult cuStreamBeginCapture_v2(CUstream handle, CUstreamCaptureMode) {
+    POLDER_DRIVER;
+    Stream& stream = *reinterpret_cast<Stream*>(handle);
+    if (stream.capture != nullptr) return CUDA_ERROR_ILLEGAL_STATE;
+    stream.capture = std::make_shared<Graph>();
+    stream.began_capture = true;
+    stream.last.clear();
+    return CUDA_SUCCESS;
+}
+CUresult cuStreamEndCapture(CUstream handle, CUgraph* graph) {
+    POLDER_DRIVER;
+    Stream& stream = *reinterpret_cast<Stream*>(handle);
+    *graph = nullptr;
+    if (!stream.began_capture) return CUDA_ERROR_ILLEGAL_STATE;
+    const std::shared_ptr<Graph> captured = stream.capture;
+    // Every node must lead to this stream.
+    std::set<int> joined(stream.last.begin(), stream.last.end());
+    for (auto n = joined.rbegin(); n != joined.rend(); ++n) {
+        const std::vector<int>& after = captured->nodes[*n].after;
+        joined.insert(after.begin(), after.end());
+    }
+    for (Stream* other : streams) {
+        if (other->capture == captured) {
+            other->capture = nullptr;
+            other->began_capture = false;
+            other->last.clear();
+        }
+    }
+    if (joined.size() != captured->nodes.size()) return CUDA_ERROR_STREAM_CAPTURE_UNJOINED;
+    return *graph = reinterpret_cast<CUgraph>(new Graph(*captured)), CUDA_SUCCESS;
+}
+CUresult cuGraphGetNodes(CUgraph graph, CUgraphNode* nodes, size_t* count) {
+    POLDER_DRIVER;
+    *count = reinterpret_cast<Graph*>(graph)->nodes.size();
+    return nodes == nullptr ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+CUresult cuGraphInstantiateWithFlags(CUgraphExec* executable, CUgraph graph, unsigned long long) {
+    POLDER_DRIVER;
+    auto made = new Executable{std::make_shared<Graph>(*reinterpret_cast<Graph*>(graph))};
+    return *executable = reinterpret_cast<CUgraphExec>(made), CUDA_SUCCESS;
+}
+CUresult cuGraphLaunch(CUgraphExec executable, CUstream handle) {
+    POLDER_DRIVER;
+    Stream& stream = *reinterpret_cast<Stream*>(handle);
+    if (stream.capture != nullptr) fail("a graph is launched in a capture");
+    const auto graph = reinterpret_cast<Executable*>(executable)->graph;
+    const size_t nodes = graph->nodes.size();
+    stream.items.push_back({.work = {}, .waits_for = {}, .graph = graph, .done = std::vector<bool>(nodes), .left = nodes});
+    return CUDA_SUCCESS;
+}
+CUresult cuGraphExecDestroy(CUgraphExec executable) {
+    POLDER_DRIVER;
+    delete reinterpret_cast<Executable*>(executable);
+    return CUDA_SUCCESS;
+}
+CUresult cuGraphDestroy(CUgraph graph) {
+    POLDER_DRIVER;
+    delete reinterpret_cast<Graph*>(graph);
+    return CUDA_SUCCESS;
+}
+
+}  // extern "C"

@@ -1,0 +1,179 @@
+// What the parts of the stand-in driver share: kernels as they are parsed, warps and blocks as they run, and the device's memory.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+/// Ends the process with a message: a fault here is a fault of the program under test.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+/// A whole number from the environment.
+long setting(const char* name, long otherwise);
+
+// ---- Memory --------------------------------------------------------------------------------------------------------
+
+/// The device's global memory: host addresses of which it knows, for every granule, how many bytes are somebody's. Addresses are never
+/// used again, so that a late access to what has been freed is found.
+class Memory {
+public:
+    static constexpr uint64_t CAPACITY = 80ull << 30;
+
+    Memory();
+    /// 0 where there is too little left.
+    uint64_t allocate(uint64_t bytes);
+    void release(uint64_t address);
+    uint64_t used() const { return used_; }
+    /// Fails unless all the bytes lie in one allocation.
+    void check(uint64_t address, uint64_t bytes, const char* what);
+    /// Whether at most 16 aligned bytes lie in an allocation.
+    bool has(uint64_t address, uint32_t bytes) const {
+        const uint64_t offset = address - uint64_t(base_);
+        return offset < SPACE && offset % GRANULE + bytes <= valid_[offset / GRANULE];
+    }
+
+private:
+    static constexpr uint64_t SPACE = 1ull << 38, GRANULE = 256;
+    uint8_t* base_;
+    uint16_t* valid_;
+    uint64_t next_ = GRANULE, used_ = 0;
+    std::mutex mutex_;
+    std::map<uint64_t, uint64_t> live_;  // bytes by offset
+};
+
+Memory& memory();
+
+// ---- Kernels -------------------------------------------------------------------------------------------------------
+
+constexpr int LANES = 32;
+constexpr uint32_t NOWHERE = ~0u;
+
+struct Warp;
+struct Instruction;
+/// Executes an instruction for the lanes in `mask`.
+using Execute = void (*)(Warp&, const Instruction&, uint32_t mask);
+
+/// How the scheduler treats an instruction: `kTogether` are those that the whole warp executes at once.
+enum class Kind : uint8_t { kPlain, kBranch, kReturn, kBarrier, kTogether, kShuffle };
+enum class Space : uint8_t { kGlobal, kShared, kParameter };
+
+/// An operand is a row of registers, one of each lane, by its place in the warp's registers; a predicate is one word, a bit for each
+/// lane. What is constant or special has a row too.
+struct Instruction {
+    Execute execute = nullptr;
+    Kind kind = Kind::kPlain;
+    uint32_t guard = NOWHERE;
+    bool negated = false;
+    uint32_t d = NOWHERE, a = NOWHERE, b = NOWHERE, c = NOWHERE, e = NOWHERE;
+    /// Of vectors and of mma (d, a, b, one after the other).
+    uint32_t list[10] = {};
+    // Of what accesses memory: elements, bytes of each in memory and in registers, and where the address comes from.
+    uint8_t elements = 1, bytes = 0, register_bytes = 0, address_bytes = 0;
+    bool is_signed = false;
+    Space space = Space::kGlobal;
+    int64_t offset = 0;
+    int target = -1;
+    std::string text;
+    int line = 0;
+};
+
+struct Kernel {
+    std::string name, source;
+    std::vector<Instruction> code;
+    uint32_t parameter_bytes = 0, static_shared = 0, shared_limit = 48 << 10, most_threads = 1024;
+    /// Whether it waits for the kernel before it, so that it may be launched early.
+    bool waits = false;
+    /// The warp's registers as they begin: rows of constants are filled in.
+    std::vector<uint8_t> registers;
+};
+
+/// Rows of registers that every kernel has: tid, ntid, ctaid, nctaid (x, y, z each), laneid, and the parameters' address.
+constexpr uint32_t ROW = LANES * 4, SPECIAL_ROWS = 13, PARAMETERS_ROW = SPECIAL_ROWS * ROW;
+
+/// The kernels of a module by name.
+using Kernels = std::map<std::string, std::shared_ptr<Kernel>>;
+Kernels parse(const std::string& ptx, const std::string& source);
+
+/// What an instruction of registers alone does, and the bytes of its operands (1: a predicate): the destination, then the sources.
+struct Operation {
+    Execute execute;
+    std::vector<uint8_t> operands;
+};
+/// Null for an instruction that is not known.
+const Operation* find_operation(const std::string& name);
+
+namespace execute {
+void nothing(Warp&, const Instruction&, uint32_t), fence(Warp&, const Instruction&, uint32_t);
+void load(Warp&, const Instruction&, uint32_t), store(Warp&, const Instruction&, uint32_t);
+void atomic_add(Warp&, const Instruction&, uint32_t), atomic_exchange(Warp&, const Instruction&, uint32_t);
+void atomic_or(Warp&, const Instruction&, uint32_t);
+void copy_async(Warp&, const Instruction&, uint32_t), commit_group(Warp&, const Instruction&, uint32_t);
+void wait_group(Warp&, const Instruction&, uint32_t);
+void shuffle_xor(Warp&, const Instruction&, uint32_t);
+void load_matrices(Warp&, const Instruction&, uint32_t), load_matrices_transposed(Warp&, const Instruction&, uint32_t);
+void mma_f16(Warp&, const Instruction&, uint32_t), mma_bf16(Warp&, const Instruction&, uint32_t);
+void mma_tf32(Warp&, const Instruction&, uint32_t);
+void pack32(Warp&, const Instruction&, uint32_t), pack64(Warp&, const Instruction&, uint32_t);
+void unpack32(Warp&, const Instruction&, uint32_t), unpack64(Warp&, const Instruction&, uint32_t);
+}  // namespace execute
+
+// ---- Running -------------------------------------------------------------------------------------------------------
+
+/// A cp.async under way.
+struct AsyncCopy {
+    uint32_t to, bytes, given;
+    uint64_t from;
+    int thread;
+};
+
+/// Lanes that are at the same place.
+struct Group {
+    int at;
+    uint32_t mask;
+    bool waiting;
+};
+
+/// Who touched two bytes of shared memory last, in which interval between barriers.
+struct Touched {
+    uint32_t written = 0, read = 0;
+    int16_t writer = -1, reader = -1;
+};
+constexpr int16_t SEVERAL = -2;
+
+struct Block {
+    const Kernel* kernel;
+    std::vector<uint8_t> parameters;
+    std::vector<uint8_t> shared;
+    std::vector<Touched> touched;
+    std::vector<Warp> warps;
+    uint32_t interval = 0;
+    uint32_t index[3];
+};
+
+struct Warp {
+    Block* block;
+    int number;
+    uint8_t* registers;
+    std::vector<Group> groups;
+    uint32_t live;
+    bool at_barrier, done;
+    std::vector<AsyncCopy> open;
+    std::vector<std::vector<AsyncCopy>> committed;
+
+    template <class T>
+    T* row(uint32_t place) {
+        return reinterpret_cast<T*>(registers + place);
+    }
+    int thread(int lane) const { return number * LANES + lane; }
+};
+
+/// Fails with the instruction, the block and the thread.
+[[noreturn]] void fault(Warp& warp, const Instruction& instruction, int lane, const char* format, ...)
+    __attribute__((format(printf, 4, 5)));
+
+/// Runs all blocks of a grid to their end.
+void run(const Kernel& kernel, const uint32_t (&grid)[3], const uint32_t (&block)[3], uint32_t dynamic_shared,
+         const std::vector<uint8_t>& parameters);
