@@ -257,7 +257,9 @@ fn registered(sources: &[PathBuf]) -> Vec<Kernel> {
     for source in sources {
         let text = fs::read_to_string(source).unwrap_or_else(|e| panic!("{}: {e}", source.display()));
         for line in text.lines() {
-            for (marker, host_only) in [("POLDER_KERNEL(", false), ("POLDER_HOST_KERNEL(", true)] {
+            let markers =
+                [("POLDER_KERNEL(", false), ("POLDER_RESIDENT_KERNEL(", false), ("POLDER_HOST_KERNEL(", true)];
+            for (marker, host_only) in markers {
                 if let Some(rest) = line.strip_prefix(marker) {
                     let name = rest.split(',').next().unwrap_or_default().trim().to_string();
                     kernels.push(Kernel { name, host_only, once: plays_the_gpu(source) });

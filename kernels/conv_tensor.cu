@@ -61,8 +61,9 @@ struct Fragments {
 };
 
 /// An operand's part in shared memory, EXTENT rows (or columns) of the product, and how a block's threads fill it. A thread's
-/// chunks all lie at the same place of their lines, so most of what it takes to find them is computed once.
-template <class T, Side SIDE, int EXTENT, int THREADS, bool ALONG_DEPTH>
+/// chunks all lie at the same place of their lines or, BY_LINE, in the same line, so most of what it takes to find them is computed
+/// once: along the depth the tap, across it a line's pixel.
+template <class T, Side SIDE, int EXTENT, int THREADS, bool ALONG_DEPTH, bool BY_LINE = false>
 struct Operand {
     static constexpr int CHUNK = Tensor<T>::CHUNK, DEPTH = 2 * Tensor<T>::DEPTH;
     static constexpr int LINES = ALONG_DEPTH ? EXTENT : DEPTH, CHUNKS = (ALONG_DEPTH ? DEPTH : EXTENT) / CHUNK;
@@ -71,15 +72,26 @@ struct Operand {
     static constexpr bool BY_ELEMENTS = sizeof(T) == 4 && !ALONG_DEPTH;
     /// The lines after which the order of the chunks repeats.
     static constexpr int PERIOD = BY_ELEMENTS ? 4 : 8;
-    static constexpr int STEP = THREADS / CHUNKS, COUNT = LINES < STEP ? 1 : LINES / STEP;
-    static_assert(THREADS % CHUNKS == 0 && (LINES < STEP || LINES % STEP == 0), "threads copy equally many chunks");
-    static_assert(COUNT == 1 || STEP % PERIOD == 0, "a thread's chunks are equally far apart");
+    /// How many lines a thread's chunks are apart or, BY_LINE, how many places.
+    static constexpr int STEP = THREADS / (BY_LINE ? LINES : CHUNKS), COPIED = BY_LINE ? CHUNKS : LINES;
+    static constexpr int COUNT = COPIED < STEP ? 1 : COPIED / STEP;
+    static_assert(THREADS % (BY_LINE ? LINES : CHUNKS) == 0 && (COPIED < STEP || COPIED % STEP == 0), "equally many chunks each");
+    static_assert(BY_LINE || COUNT == 1 || STEP % PERIOD == 0, "a thread's chunks are equally far apart");
+    static_assert(!BY_LINE || (STEP & (STEP - 1)) == 0, "bits of a chunk's number that its thread's first one has not");
 
-    __device__ __forceinline__ static int line() { return int(threadIdx.x) / CHUNKS; }
-    __device__ __forceinline__ static int chunk() { return int(threadIdx.x) % CHUNKS; }
+    /// Of the thread's chunk i.
+    __device__ __forceinline__ static int line(int i) {
+        if (!BY_LINE) return int(threadIdx.x) / CHUNKS + i * STEP;
+        const int number = int(threadIdx.x) / STEP;
+        // Eight lanes write at once. Where they are of two lines, these differ in the bit that moves a chunk to other banks.
+        return STEP == 4 ? (number & ~7) | (number & 1) << 2 | (number >> 1 & 3) : number;
+    }
+    __device__ __forceinline__ static int chunk(int i) {
+        return BY_LINE ? int(threadIdx.x) % STEP + i * STEP : int(threadIdx.x) % CHUNKS;
+    }
     /// The row (or column) and the depth at which the thread's chunk i begins.
-    __device__ __forceinline__ static int at(int i) { return ALONG_DEPTH ? line() + i * STEP : chunk() * CHUNK; }
-    __device__ __forceinline__ static int depth_at(int i) { return ALONG_DEPTH ? chunk() * CHUNK : line() + i * STEP; }
+    __device__ __forceinline__ static int at(int i) { return ALONG_DEPTH ? line(i) : chunk(i) * CHUNK; }
+    __device__ __forceinline__ static int depth_at(int i) { return ALONG_DEPTH ? chunk(i) * CHUNK : line(i); }
 
     /// Bytes from a line whose number the period divides to a chunk of the lines from there on.
     __device__ __forceinline__ static int place(int line, int chunk) {
@@ -94,20 +106,26 @@ struct Operand {
     template <bool WIDE, class Source>
     __device__ __forceinline__ static void fill(unsigned char* part, const Source& source, int first, int depth,
                                                 AsyncCopies& copies) {
-        if (LINES < STEP && line() >= LINES) return;
-        unsigned char* to = part + place(line(), chunk());
+        if (!BY_LINE && LINES < STEP && line(0) >= LINES) return;
+        // place(line(i), chunk(i)): in a line, STEP chunks further are other bits of the place, which is XORed as a whole.
+        const int first_place = place(line(0), chunk(0));
+        const auto to = [&](int i) {
+            if (!BY_LINE) return part + first_place + i * STEP * LINE_BYTES;
+            return part + (first_place ^ i * STEP % 8 * 16) + i * STEP / 8 * 128;
+        };
         if (WIDE || source.wide) {
+            const auto shared = source.share(depth + depth_at(0));
             POLDER_UNROLL
             for (int i = 0; i < COUNT; ++i) {
-                const Found found = source.find(i, first + at(i), depth + depth_at(i));
-                copies.copy<Source::READ_AGAIN>(to + i * STEP * LINE_BYTES, source.tensor + (found.there ? found.offset : 0),
-                                                found.there);
+                const Found found = source.find(i, shared, first + at(i), depth + depth_at(i));
+                // Where nothing is there, the address may be anybody's: nothing is read.
+                copies.copy<Source::READ_AGAIN>(to(i), source.tensor + found.offset, found.there);
             }
         } else {
             POLDER_UNROLL
             for (int i = 0; i < COUNT; ++i) {
                 const Pack<T, CHUNK> pack = source.pack(i, first + at(i), depth + depth_at(i));
-                store<CHUNK>(reinterpret_cast<T*>(to + i * STEP * LINE_BYTES), 0, pack);
+                store<CHUNK>(reinterpret_cast<T*>(to(i)), 0, pack);
             }
         }
     }
@@ -149,7 +167,7 @@ struct Operand {
     }
 };
 
-// ---- Operands in global memory: where the source's chunk i of a thread lies, and the same element by element -----------
+// ---- Operands in global memory: what finding a thread's chunks shares, where its chunk i lies, and the same element by element ---------
 
 /// Windows as rows of the product, along the depth. Those of neighbouring pixels and taps overlap.
 template <class Rows, class T>
@@ -163,11 +181,10 @@ struct WindowRows {
     __device__ __forceinline__ explicit WindowRows(const Windows<T>& windows)
         : tensor(windows.tensor), wide(windows.wide), windows(windows) {}
 
-    __device__ __forceinline__ Found find(int i, int, int depth) const {
-        const int tap = windows.by_channels.quotient(depth);
-        const Found found = windows.find(places[i], tap, depth - tap * windows.channels);
-        return {found.there && depth < windows.depth, found.offset};
+    __device__ __forceinline__ Place share(int depth) const {
+        return depth < windows.depth ? windows.step(depth) : windows.nowhere();
     }
+    __device__ __forceinline__ Found find(int i, const Place& step, int, int) const { return windows.find(places[i], step); }
     __device__ __forceinline__ Pack<T, Rows::CHUNK> pack(int i, int, int depth) const {
         return windows.template pack<Rows::CHUNK>(places[i], depth);
     }
@@ -182,23 +199,29 @@ struct WindowColumns {
     const Windows<T> windows;
     const Raster raster;
     int stride, padding, end;
+    /// Of the taps and channels of the thread's chunks: what lies between the first tap's first channel and them.
+    Place steps[Rows::COUNT];
 
-    __device__ __forceinline__ WindowColumns(const Windows<T>& windows, const ConvShape& s, int end)
+    __device__ __forceinline__ WindowColumns(const Windows<T>& windows, const ConvShape& s, int first_row, int end)
         : tensor(windows.tensor), wide(windows.wide), windows(windows), raster(s.out_height, s.out_width), stride(s.stride),
-          padding(s.padding), end(end) {}
+          padding(s.padding), end(end) {
+        POLDER_UNROLL
+        for (int i = 0; i < Rows::COUNT; ++i) {
+            const int row = first_row + Rows::at(i);
+            // Rows past the end of the product see nothing. Selected rather than branched to: registers are few.
+            steps[i] = windows.step(row < windows.depth ? row : 0);
+            if (row >= windows.depth) steps[i].row = windows.nowhere().row;
+        }
+    }
 
-    __device__ __forceinline__ Place place(int number) const {
+    __device__ __forceinline__ Place share(int number) const {
         if (number >= end) return windows.nowhere();
         const Pixel pixel = raster.pixel(number);
         return windows.place(pixel.image, pixel.row * stride - padding, pixel.column * stride - padding);
     }
-    __device__ __forceinline__ Found find(int, int row, int number) const {
-        const int tap = windows.by_channels.quotient(row);
-        const Found found = windows.find(place(number), tap, row - tap * windows.channels);
-        return {found.there && row < windows.depth, found.offset};
-    }
+    __device__ __forceinline__ Found find(int i, const Place& place, int, int) const { return windows.find(place, steps[i]); }
     __device__ __forceinline__ Pack<T, Rows::CHUNK> pack(int, int row, int number) const {
-        return windows.template pack<Rows::CHUNK>(place(number), row);
+        return windows.template pack<Rows::CHUNK>(share(number), row);
     }
 };
 
@@ -210,8 +233,10 @@ struct Matrix {
     bool wide;
     int columns, end;
 
-    __device__ __forceinline__ Found find(int, int column, int depth) const {
-        return {column < columns && depth < end, uint32_t(depth) * columns + column};
+    struct Nothing {};
+    __device__ __forceinline__ Nothing share(int) const { return {}; }
+    __device__ __forceinline__ Found find(int, Nothing, int column, int depth) const {
+        return {column < columns && depth < end, int32_t(uint32_t(depth) * columns + column)};
     }
     __device__ __forceinline__ Pack<T, Columns::CHUNK> pack(int, int column, int depth) const {
         if (depth >= end) return {};
@@ -230,10 +255,12 @@ struct ClassMatrix {
     __device__ __forceinline__ explicit ClassMatrix(const ClassWeights<T>& weights)
         : tensor(weights.tensor), wide(weights.wide), weights(weights) {}
 
-    __device__ __forceinline__ Found find(int, int channel, int depth) const {
+    __device__ __forceinline__ uint32_t share(int depth) const {
         const int tap = weights.by_out_channels.quotient(depth);
-        return {channel < weights.channels && depth < weights.depth,
-                weights.offset(tap, channel, depth - tap * weights.out_channels)};
+        return weights.offset(tap, 0, depth - tap * weights.out_channels);
+    }
+    __device__ __forceinline__ Found find(int, uint32_t offset, int channel, int depth) const {
+        return {channel < weights.channels && depth < weights.depth, int32_t(offset + uint32_t(channel) * weights.out_channels)};
     }
     __device__ __forceinline__ Pack<T, Columns::CHUNK> pack(int, int channel, int depth) const {
         return weights.template pack<Columns::CHUNK>(channel, depth);
@@ -700,14 +727,14 @@ using WeightGradientArgs = ConvArgs<T, float>;
 /// out[split][tap][c][o] = sum over the split's pixels of x[pixel seen through the tap, c] * dy[pixel, o]
 template <class Tile, class T>
 __device__ __forceinline__ void weight_gradient(const WeightGradientArgs<T>& a) {
-    using Rows = Operand<T, Side::kLeft, Tile::ROWS, Tile::THREADS, false>;
+    using Rows = Operand<T, Side::kLeft, Tile::ROWS, Tile::THREADS, false, true>;
     using Columns = Operand<T, Side::kRight, Tile::COLUMNS, Tile::THREADS, false>;
     const ConvShape& s = a.shape;
     const int pixels = s.batch * s.out_height * s.out_width;
     const int begin = int(int64_t(pixels) * blockIdx.z / a.splits), end = int(int64_t(pixels) * (blockIdx.z + 1) / a.splits);
     const Corner<Tile> corner(s.out_channels);
     const WindowColumns<Rows, T> left(
-        Windows<T>(a.left, s.height, s.width, s.in_channels, s.kernel, s.kernel, a.wide_left != 0), s, end);
+        Windows<T>(a.left, s.height, s.width, s.in_channels, s.kernel, s.kernel, a.wide_left != 0), s, corner.row, end);
     const Matrix<Columns, T> right{a.right, a.wide_right != 0, s.out_channels, end};
     typename Tile::Sums sum = {};
     multiply<Tile, T, Rows, Columns>(left, right, corner, begin, end, sum);
@@ -740,7 +767,7 @@ POLDER_KERNEL(conv_tensor_input_gradient_128_f16, (input_gradient<Tile128, __hal
 POLDER_KERNEL(conv_tensor_weight_gradient_16_f16, (weight_gradient<Tile16, __half>), WeightGradientArgs<__half>)
 POLDER_KERNEL(conv_tensor_weight_gradient_32_f16, (weight_gradient<Tile32, __half>), WeightGradientArgs<__half>)
 POLDER_KERNEL(conv_tensor_weight_gradient_64_f16, (weight_gradient<Tile64, __half>), WeightGradientArgs<__half>)
-POLDER_KERNEL(conv_tensor_weight_gradient_64_by_8_f16, (weight_gradient<Tile64By8, __half>), WeightGradientArgs<__half>)
+POLDER_RESIDENT_KERNEL(conv_tensor_weight_gradient_64_by_8_f16, (weight_gradient<Tile64By8, __half>), WeightGradientArgs<__half>, 2)
 POLDER_KERNEL(conv_tensor_weight_gradient_128_f16, (weight_gradient<Tile128, __half>), WeightGradientArgs<__half>)
 POLDER_KERNEL(conv_tensor_forward_16_bf16, (forward<Tile16, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_forward_32_bf16, (forward<Tile32, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
@@ -755,7 +782,7 @@ POLDER_KERNEL(conv_tensor_input_gradient_128_bf16, (input_gradient<Tile128, __nv
 POLDER_KERNEL(conv_tensor_weight_gradient_16_bf16, (weight_gradient<Tile16, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_weight_gradient_32_bf16, (weight_gradient<Tile32, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_weight_gradient_64_bf16, (weight_gradient<Tile64, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>)
-POLDER_KERNEL(conv_tensor_weight_gradient_64_by_8_bf16, (weight_gradient<Tile64By8, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>)
+POLDER_RESIDENT_KERNEL(conv_tensor_weight_gradient_64_by_8_bf16, (weight_gradient<Tile64By8, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>, 2)
 POLDER_KERNEL(conv_tensor_weight_gradient_128_bf16, (weight_gradient<Tile128, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_forward_16_tf32, (forward<Tile16, float>), ConvArgs<float>)
 POLDER_KERNEL(conv_tensor_forward_32_tf32, (forward<Tile32, float>), ConvArgs<float>)
@@ -770,5 +797,5 @@ POLDER_KERNEL(conv_tensor_input_gradient_128_tf32, (input_gradient<Tile128, floa
 POLDER_KERNEL(conv_tensor_weight_gradient_16_tf32, (weight_gradient<Tile16, float>), WeightGradientArgs<float>)
 POLDER_KERNEL(conv_tensor_weight_gradient_32_tf32, (weight_gradient<Tile32, float>), WeightGradientArgs<float>)
 POLDER_KERNEL(conv_tensor_weight_gradient_64_tf32, (weight_gradient<Tile64, float>), WeightGradientArgs<float>)
-POLDER_KERNEL(conv_tensor_weight_gradient_64_by_8_tf32, (weight_gradient<Tile64By8, float>), WeightGradientArgs<float>)
+POLDER_RESIDENT_KERNEL(conv_tensor_weight_gradient_64_by_8_tf32, (weight_gradient<Tile64By8, float>), WeightGradientArgs<float>, 2)
 POLDER_KERNEL(conv_tensor_weight_gradient_128_tf32, (weight_gradient<Tile128, float>), WeightGradientArgs<float>)

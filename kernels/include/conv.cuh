@@ -60,7 +60,7 @@ struct Place {
 /// Where an element of an operand lies, if it lies anywhere; no tensor has 2^31 elements.
 struct Found {
     bool there;
-    uint32_t offset;
+    int32_t offset;
 };
 
 /// An NHWC tensor [., height, width, channels] of which every row of the product sees a window of taps; the depth runs over
@@ -83,10 +83,17 @@ struct Windows {
     /// One that sees nothing.
     __device__ __forceinline__ Place nowhere() const { return {-(1 << 30), 0, 0}; }
 
-    __device__ __forceinline__ Found find(const Place& at, int tap, int channel) const {
+    /// From a window's place to element k of its depth.
+    __device__ __forceinline__ Place step(int k) const {
+        const int tap = by_channels.quotient(k);
+        return step(tap, k - tap * channels);
+    }
+    __device__ __forceinline__ Place step(int tap, int channel) const {
         const int tap_row = by_tap_columns.quotient(tap), tap_column = tap - tap_row * int(by_tap_columns.divisor);
-        return {inside(at.row + tap_row, height) && inside(at.column + tap_column, width),
-                uint32_t(at.offset + (tap_row * width + tap_column) * channels + channel)};
+        return {tap_row, tap_column, (tap_row * width + tap_column) * channels + channel};
+    }
+    __device__ __forceinline__ Found find(const Place& at, const Place& step) const {
+        return {inside(at.row + step.row, height) && inside(at.column + step.column, width), at.offset + step.offset};
     }
     /// The elements k ... k + V - 1 of the depth.
     template <int V>
@@ -94,13 +101,13 @@ struct Windows {
         Pack<T, V> result{};
         int tap = by_channels.quotient(k), channel = k - tap * channels;
         if (wide) {
-            const Found found = find(at, tap, channel);
+            const Found found = find(at, step(tap, channel));
             if (k < depth && found.there) result = load<V>(tensor, found.offset);
             return result;
         }
         POLDER_UNROLL
         for (int j = 0; j < V; ++j) {
-            const Found found = find(at, tap, channel);
+            const Found found = find(at, step(tap, channel));
             if (k + j < depth && found.there) result.v[j] = tensor[found.offset];
             if (++channel == channels) channel = 0, ++tap;
         }

@@ -184,7 +184,7 @@ struct AsyncCopies {
     Copy pending[MOST];
     int count = 0, group = 0;
 
-    /// Copies 16 bytes, or writes 16 zeros if `there` is false: then `from` need only be an address in global memory.
+    /// Copies 16 bytes, or writes 16 zeros if `there` is false: then nothing is read, and `from` need only be aligned.
     /// L1 keeps what is likely to be read again by the same block.
     template <bool L1>
     void copy(void* to, const void* from, bool there) {
@@ -212,7 +212,7 @@ struct AsyncCopies {
         count = left;
     }
 #else
-    /// Copies 16 bytes, or writes 16 zeros if `there` is false: then `from` need only be an address in global memory.
+    /// Copies 16 bytes, or writes 16 zeros if `there` is false: then nothing is read, and `from` need only be aligned.
     /// L1 keeps what is likely to be read again by the same block.
     template <bool L1>
     __device__ __forceinline__ void copy(void* to, const void* from, bool there) {

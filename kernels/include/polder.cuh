@@ -9,9 +9,11 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// A block never has more than 256 threads. Asking for one resident block keeps ptxas from spilling registers for occupancy.
-#define POLDER_KERNEL(NAME, FUNCTION, ARGS)                                                                           \
-    extern "C" __global__ void __launch_bounds__(256, 1) NAME(const __grid_constant__ ARGS args) {                    \
+// A block never has more than 256 threads. Asking for one resident block keeps ptxas from spilling registers for occupancy; where
+// BLOCKS of 256 threads are to be resident at a time, POLDER_RESIDENT_KERNEL says so.
+#define POLDER_KERNEL(NAME, FUNCTION, ARGS) POLDER_RESIDENT_KERNEL(NAME, FUNCTION, ARGS, 1)
+#define POLDER_RESIDENT_KERNEL(NAME, FUNCTION, ARGS, BLOCKS)                                                          \
+    extern "C" __global__ void __launch_bounds__(256, BLOCKS) NAME(const __grid_constant__ ARGS args) {               \
         polder_begin();                                                                                               \
         FUNCTION(args);                                                                                               \
     }
@@ -23,6 +25,7 @@
 #else
 #define POLDER_HOST 1
 #include "../host/simt.hpp"
+#define POLDER_RESIDENT_KERNEL(NAME, FUNCTION, ARGS, BLOCKS) POLDER_KERNEL(NAME, FUNCTION, ARGS)
 // gcc and clang unroll these short fixed loops by themselves once they are inlined.
 #define POLDER_UNROLL
 #endif
