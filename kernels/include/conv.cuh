@@ -52,9 +52,9 @@ struct Raster {
     }
 };
 
-/// A pixel's window in an NHWC tensor: the place of its first tap, which may lie outside.
+/// A pixel's window in an NHWC tensor: the place of its first tap, which may lie outside. Or a step from such a place to another.
 struct Place {
-    int row, column, offset;  // offset: of the first tap's first channel
+    int row, column, offset;  // offset: of the first tap's first channel, in elements
 };
 
 /// Where an element of an operand lies, if it lies anywhere; no tensor has 2^31 elements.

@@ -8,7 +8,7 @@
 use std::cell::Cell;
 use std::ffi::c_void;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::result::{self, DriverError};
@@ -88,8 +88,8 @@ pub(super) struct CudaDevice {
     /// For the second of two pieces of work; between such pairs the first stream has waited for it.
     side: Arc<CudaStream>,
     /// Whether what comes next, on the first stream and on the side one, follows something else than a kernel of its own stream: the
-    /// other stream's work, a copy, a graph, or nothing, at a capture's beginning.
-    behind_other: [AtomicBool; 2],
+    /// other stream's work, a copy, a graph, or nothing, at a capture's beginning. Locked while the stream is given anything.
+    behind_other: [Mutex<bool>; 2],
     /// By [`KernelId`]; `None` for a kernel of the CPU alone.
     kernels: Vec<Option<Kernel>>,
     state: Mutex<State>,
@@ -109,8 +109,7 @@ struct Branch<'a> {
 
 impl<'a> Branch<'a> {
     fn begin(device: &'a CudaDevice) -> Result<Self> {
-        device.follow_other(1);
-        device.side.join(&device.stream).map_err(failed("doing two things at once"))?;
+        device.give_other(1, || device.side.join(&device.stream)).map_err(failed("doing two things at once"))?;
         Ok(Self { device, joined: false })
     }
 
@@ -223,7 +222,7 @@ impl CudaDevice {
             context,
             stream,
             side,
-            behind_other: Default::default(),
+            behind_other: [true, true].map(Mutex::new),
             kernels,
             state: Mutex::new(State { staging, recording: None, retired: Vec::new(), graphs: 0, held: Vec::new() }),
         })
@@ -260,9 +259,16 @@ impl CudaDevice {
         ptr::eq(ON_SIDE.get(), self)
     }
 
-    /// The next launch, on the first stream (0) or on the side one (1), waits for all before it in the ordinary way.
-    fn follow_other(&self, stream: usize) {
-        self.behind_other[stream].store(true, Ordering::Relaxed);
+    fn order(&self, stream: usize) -> MutexGuard<'_, bool> {
+        self.behind_other[stream].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives the first stream (0) or the side one (1) something else than a kernel: the next launch waits for all before it in the
+    /// ordinary way.
+    fn give_other<R>(&self, stream: usize, give: impl FnOnce() -> R) -> R {
+        let mut behind_other = self.order(stream);
+        *behind_other = true;
+        give()
     }
 
     /// Fails on the side stream: what needs the first one's order is not for one of two pieces of work.
@@ -276,10 +282,7 @@ impl CudaDevice {
     fn join_side(&self) -> Result<()> {
         // Asked first, for an error that a destructor kept would otherwise come up instead of the join.
         let kept = self.bind();
-        // Before and after, for another thread may be launching.
-        self.follow_other(0);
-        let joined = self.stream.join(&self.side).map_err(failed("doing two things at once"));
-        self.follow_other(0);
+        let joined = self.give_other(0, || self.stream.join(&self.side)).map_err(failed("doing two things at once"));
         if joined.is_err() {
             // What the side stream still uses must not be freed. (In a capture this fails, which is broken then anyway.)
             let _ = self.side.synchronize();
@@ -367,7 +370,8 @@ impl CudaDevice {
         let mut parameters = [(&raw const *args).cast_mut().cast::<c_void>()];
         let (grid, block) = (shape.grid, shape.block);
         // Programmatic dependent launch: its blocks may take their places before the kernel before it is done, and wait there.
-        let behind_other = self.behind_other[usize::from(self.is_on_side())].swap(false, Ordering::Relaxed);
+        let mut order = self.order(usize::from(self.is_on_side()));
+        let behind_other = std::mem::take(&mut *order);
         let early = *early && !behind_other;
         let mut serialization = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
@@ -435,8 +439,8 @@ impl CudaDevice {
             let source = address + done as u64;
             // SAFETY: `place` is `length` bytes of page-locked memory that no copy under way uses; the caller vouches for the
             // source.
-            let copied = unsafe { sys::cuMemcpyDtoHAsync_v2(place.cast(), source, length, self.stream.cu_stream()) };
-            copied.result().map_err(&failed)?;
+            let copy = || unsafe { sys::cuMemcpyDtoHAsync_v2(place.cast(), source, length, self.stream.cu_stream()) };
+            self.give_other(0, copy).result().map_err(&failed)?;
             self.stream.synchronize().map_err(&failed)?;
             // SAFETY: the GPU has finished writing `place`; the destination is the next `length` bytes of `bytes`.
             unsafe { ptr::copy_nonoverlapping(place, bytes[done..].as_mut_ptr(), length) };
@@ -471,12 +475,11 @@ impl CudaDevice {
             let destination = address + done as u64;
             // SAFETY: the bytes stay at `place` until the GPU has read them: staging memory is reused only after that, a graph
             // owns its own. The caller vouches for the destination.
-            let copied =
-                unsafe { sys::cuMemcpyHtoDAsync_v2(destination, place.cast(), length, self.stream.cu_stream()) };
-            copied.result().map_err(&failed)?;
+            let copy =
+                || unsafe { sys::cuMemcpyHtoDAsync_v2(destination, place.cast(), length, self.stream.cu_stream()) };
+            self.give_other(0, copy).result().map_err(&failed)?;
             done += length;
         }
-        self.follow_other(0);
         Ok(())
     }
 
@@ -488,10 +491,8 @@ impl CudaDevice {
         }
         self.bind()?;
         // SAFETY: the caller's; all memory of this device is used in the order of its streams.
-        unsafe { result::memcpy_dtod_async(destination, source, bytes, self.current().cu_stream()) }
-            .map_err(failed("copying on the GPU"))?;
-        self.follow_other(usize::from(self.is_on_side()));
-        Ok(())
+        let copy = || unsafe { result::memcpy_dtod_async(destination, source, bytes, self.current().cu_stream()) };
+        self.give_other(usize::from(self.is_on_side()), copy).map_err(failed("copying on the GPU"))
     }
 
     /// # Safety
@@ -509,10 +510,8 @@ impl CudaDevice {
         }
         self.bind()?;
         // SAFETY: the caller's; any byte is valid in device memory, whose types are plain bits.
-        unsafe { result::memset_d8_async(address, byte, bytes, self.current().cu_stream()) }
-            .map_err(failed("filling memory on the GPU"))?;
-        self.follow_other(usize::from(self.is_on_side()));
-        Ok(())
+        let fill = || unsafe { result::memset_d8_async(address, byte, bytes, self.current().cu_stream()) };
+        self.give_other(usize::from(self.is_on_side()), fill).map_err(failed("filling memory on the GPU"))
     }
 
     /// Device memory that nothing has written yet. Freed memory waits in the pool for reuse in the same sizes; where that
@@ -586,7 +585,7 @@ impl CudaDevice {
         let ended = self.stream.end_capture(sys::CUgraphInstantiate_flags(0)).map_err(failed("capturing a graph"));
         let graph = kept.and(ended);
         // What was launched meanwhile is in the graph, and what comes next follows what came before.
-        (0..2).for_each(|stream| self.follow_other(stream));
+        (0..2).for_each(|stream| self.give_other(stream, || ()));
         (graph, state.recording.take().unwrap_or_default())
     }
 }
@@ -766,8 +765,7 @@ impl<'a> Capture<'a> {
         state.refuse_recording("capture", "a graph cannot capture another")?;
         // Relaxed: page-locked memory for recorded writes has to be allocated meanwhile, which the stricter modes forbid.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        device.stream.begin_capture(mode).map_err(failed("capturing a graph"))?;
-        device.follow_other(0);
+        device.give_other(0, || device.stream.begin_capture(mode)).map_err(failed("capturing a graph"))?;
         state.recording = Some(Recording::default());
         state.graphs += 1;
         Ok(Self { device, active: true })
@@ -819,9 +817,7 @@ impl CudaGraph {
     pub(super) fn replay(&self) -> Result<()> {
         let state = self.device.lock();
         state.refuse_recording("replay", "a graph cannot replay another")?;
-        self.graph.launch().map_err(failed("replaying a graph"))?;
-        self.device.follow_other(0);
-        Ok(())
+        self.device.give_other(0, || self.graph.launch()).map_err(failed("replaying a graph"))
     }
 
     pub(super) fn operations(&self) -> usize {

@@ -32,10 +32,10 @@ using Work = std::function<void()>;
 struct Node {
     Work work;
     std::vector<int> after;
-    bool is_kernel;
 };
 struct Graph {
     std::vector<Node> nodes;
+    bool is_complete = false;
 };
 
 /// Something that a stream does: a piece of work, waiting for an event, or a graph's nodes one by one.
@@ -53,6 +53,8 @@ struct Stream {
     std::shared_ptr<Graph> capture;
     bool began_capture = false;
     std::vector<int> last;
+    /// Whether the last thing it was given is a kernel, which the next one may be launched early behind.
+    bool behind_kernel = false;
 };
 
 struct Event {
@@ -64,8 +66,13 @@ struct Event {
     std::vector<int> last;
 };
 
+/// A kernel of a loaded module, with the most shared memory that it may be launched with so far.
+struct Function {
+    std::shared_ptr<const Kernel> kernel;
+    uint32_t shared_limit = 48 << 10;
+};
 struct Module {
-    Kernels kernels;
+    std::map<std::string, Function> functions;
 };
 
 struct Executable {
@@ -73,7 +80,7 @@ struct Executable {
 };
 
 /// One lock for everything: tests run in parallel, and the interpreter has threads of its own.
-std::recursive_mutex everything;
+std::mutex everything;
 thread_local bool has_context = false;
 std::vector<Stream*> streams;
 std::map<const char*, size_t> page_locked;
@@ -81,8 +88,8 @@ std::mt19937 dice(uint32_t(setting("DRIVER_SEED", 0)));
 char context;
 
 /// How every call begins that works in a context.
-#define POLDER_DRIVER                                             \
-    const std::lock_guard<std::recursive_mutex> lock(everything); \
+#define POLDER_DRIVER                                   \
+    const std::lock_guard<std::mutex> lock(everything); \
     if (!has_context) fail("%s: this thread has no context", __func__)
 
 double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
@@ -125,15 +132,20 @@ void work_until(F holds) {
 }
 
 /// Adds work to a stream, or to the graph that it captures.
-void submit(CUstream handle, Work work, bool is_kernel = false) {
+void submit(CUstream handle, Work work) {
     Stream& stream = *reinterpret_cast<Stream*>(handle);
     if (stream.capture == nullptr) {
         stream.items.push_back({.work = std::move(work), .waits_for = {}, .graph = {}, .done = {}});
         return;
     }
     auto& nodes = stream.capture->nodes;
-    nodes.push_back({std::move(work), stream.last, is_kernel});
+    nodes.push_back({std::move(work), stream.last});
     stream.last = {int(nodes.size()) - 1};
+}
+
+void submit_copy(CUstream handle, Work work) {
+    submit(handle, std::move(work));
+    reinterpret_cast<Stream*>(handle)->behind_kernel = false;
 }
 
 void check_page_locked(const void* address, size_t bytes) {
@@ -159,13 +171,12 @@ const Kernels* find_kernels(const char* image) {
     uint64_t bytes;
     memcpy(&header, image + 6, sizeof header);
     memcpy(&bytes, image + 8, sizeof bytes);
+    const std::string content(image, header + bytes);
+    if (const auto found = known.find(content); found != known.end()) return &found->second;
     for (const auto& entry : std::filesystem::directory_iterator(folder)) {
         const std::filesystem::path& path = entry.path();
-        if (path.extension() != ".fatbin" || entry.file_size() < header + bytes) continue;
-        if (memcmp(read_file(path).data(), image, header + bytes) != 0) continue;
-        const std::string name = path.stem();
-        if (known.count(name) == 0) known[name] = parse(read_file(std::filesystem::path(path).replace_extension(".ptx")), name);
-        return &known[name];
+        if (path.extension() != ".fatbin" || read_file(path).compare(0, content.size(), content) != 0) continue;
+        return &(known[content] = parse(read_file(std::filesystem::path(path).replace_extension(".ptx")), path.stem()));
     }
     return nullptr;
 }
@@ -253,7 +264,7 @@ CUresult cuMemFreeHost(void* address) {
 }
 CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char byte, size_t bytes, CUstream stream) {
     POLDER_DRIVER;
-    submit(stream, [=] {
+    submit_copy(stream, [=] {
         memory().check(to, bytes, "a fill");
         memset(reinterpret_cast<void*>(to), byte, bytes);
     });
@@ -261,7 +272,7 @@ CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char byte, size_t bytes, CUstr
 }
 CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t bytes, CUstream stream) {
     POLDER_DRIVER;
-    submit(stream, [=] {
+    submit_copy(stream, [=] {
         check_page_locked(from, bytes);
         memory().check(to, bytes, "a copy to the device");
         memcpy(reinterpret_cast<void*>(to), from, bytes);
@@ -270,7 +281,7 @@ CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t bytes, CU
 }
 CUresult cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t bytes, CUstream stream) {
     POLDER_DRIVER;
-    submit(stream, [=] {
+    submit_copy(stream, [=] {
         check_page_locked(to, bytes);
         memory().check(from, bytes, "a copy to the host");
         memcpy(to, reinterpret_cast<const void*>(from), bytes);
@@ -280,7 +291,7 @@ CUresult cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t bytes, CUstream
 CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream) {
     POLDER_DRIVER;
     if (to < from + bytes && from < to + bytes) fail("a copy of %zu bytes onto itself", bytes);
-    submit(stream, [=] {
+    submit_copy(stream, [=] {
         memory().check(from, bytes, "a copy's source");
         memory().check(to, bytes, "a copy's destination");
         memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
@@ -343,7 +354,6 @@ CUresult cuEventSynchronize(CUevent handle) {
     work_until([passed = event.passed] { return *passed; });
     return CUDA_SUCCESS;
 }
-#undef cuEventElapsedTime
 CUresult cuEventElapsedTime_v2(float* milliseconds, CUevent from, CUevent to) {
     POLDER_DRIVER;
     const Event &first = *reinterpret_cast<Event*>(from), &second = *reinterpret_cast<Event*>(to);
@@ -355,12 +365,14 @@ CUresult cuStreamWaitEvent(CUstream handle, CUevent event_handle, unsigned) {
     POLDER_DRIVER;
     Stream& stream = *reinterpret_cast<Stream*>(handle);
     const Event& event = *reinterpret_cast<Event*>(event_handle);
+    stream.behind_kernel = false;
     if (event.capture == nullptr) {
         if (stream.capture != nullptr) return CUDA_ERROR_STREAM_CAPTURE_ISOLATION;
         stream.items.push_back({.work = {}, .waits_for = event.passed, .graph = {}, .done = {}});
         return CUDA_SUCCESS;
     }
     // Waiting for an event of a capture is how a stream joins it.
+    if (event.capture->is_complete) fail("a stream waits for an event of a capture that has ended");
     if (stream.capture == nullptr) {
         stream.capture = event.capture;
         stream.last.clear();
@@ -380,7 +392,7 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
     const Kernels* kernels = find_kernels(static_cast<const char*>(image));
     if (kernels == nullptr) return CUDA_ERROR_NO_BINARY_FOR_GPU;
     Module* loaded = new Module;
-    for (const auto& [name, kernel] : *kernels) loaded->kernels[name] = std::make_shared<Kernel>(*kernel);
+    for (const auto& [name, kernel] : *kernels) loaded->functions[name].kernel = kernel;
     return *module = reinterpret_cast<CUmodule>(loaded), CUDA_SUCCESS;
 }
 CUresult cuModuleUnload(CUmodule module) {
@@ -390,33 +402,37 @@ CUresult cuModuleUnload(CUmodule module) {
 }
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
     POLDER_DRIVER;
-    const Kernels& kernels = reinterpret_cast<Module*>(module)->kernels;
-    const auto found = kernels.find(name);
-    if (found == kernels.end()) return CUDA_ERROR_NOT_FOUND;
-    return *function = reinterpret_cast<CUfunction>(found->second.get()), CUDA_SUCCESS;
+    auto& functions = reinterpret_cast<Module*>(module)->functions;
+    const auto found = functions.find(name);
+    if (found == functions.end()) return CUDA_ERROR_NOT_FOUND;
+    return *function = reinterpret_cast<CUfunction>(&found->second), CUDA_SUCCESS;
 }
 constexpr uint32_t MOST_SHARED = 227 << 10;
-CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfunction function) {
+CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfunction handle) {
     POLDER_DRIVER;
-    const Kernel& kernel = *reinterpret_cast<Kernel*>(function);
+    const Function& function = *reinterpret_cast<Function*>(handle);
     switch (attribute) {
-        case CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: *value = int(kernel.shared_limit - kernel.static_shared); break;
+        case CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES:
+            *value = int(function.shared_limit - function.kernel->static_shared);
+            break;
         case CU_FUNC_ATTRIBUTE_PTX_VERSION: *value = 90; break;
         default: return CUDA_ERROR_INVALID_VALUE;
     }
     return CUDA_SUCCESS;
 }
-CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
+CUresult cuFuncSetAttribute(CUfunction handle, CUfunction_attribute attribute, int value) {
     POLDER_DRIVER;
-    Kernel& kernel = *reinterpret_cast<Kernel*>(function);
+    Function& function = *reinterpret_cast<Function*>(handle);
     if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES || value < 0) return CUDA_ERROR_INVALID_VALUE;
-    if (uint32_t(value) + kernel.static_shared > MOST_SHARED) return CUDA_ERROR_INVALID_VALUE;
-    return kernel.shared_limit = uint32_t(value) + kernel.static_shared, CUDA_SUCCESS;
+    const uint32_t limit = uint32_t(value) + function.kernel->static_shared;
+    if (limit > MOST_SHARED) return CUDA_ERROR_INVALID_VALUE;
+    return function.shared_limit = limit, CUDA_SUCCESS;
 }
-CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters, void**) {
+CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction handle, void** parameters, void**) {
     POLDER_DRIVER;
-    const Kernel& kernel = *reinterpret_cast<Kernel*>(function);
-    const Stream& stream = *reinterpret_cast<Stream*>(config->hStream);
+    const Function& function = *reinterpret_cast<Function*>(handle);
+    const Kernel& kernel = *function.kernel;
+    Stream& stream = *reinterpret_cast<Stream*>(config->hStream);
     const uint32_t grid[3] = {config->gridDimX, config->gridDimY, config->gridDimZ};
     const uint32_t block[3] = {config->blockDimX, config->blockDimY, config->blockDimZ};
     const uint64_t threads = uint64_t(block[0]) * block[1] * block[2];
@@ -424,24 +440,19 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
     if (empty || threads > kernel.most_threads || block[2] > 64 || grid[0] > INT32_MAX || grid[1] > 65535 || grid[2] > 65535) {
         return CUDA_ERROR_INVALID_VALUE;
     }
-    if (config->sharedMemBytes + kernel.static_shared > kernel.shared_limit) return CUDA_ERROR_INVALID_VALUE;
+    if (config->sharedMemBytes + kernel.static_shared > function.shared_limit) return CUDA_ERROR_INVALID_VALUE;
     for (unsigned n = 0; n < config->numAttrs; ++n) {
         if (config->attrs[n].id != CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) return CUDA_ERROR_INVALID_VALUE;
         if (!kernel.waits) fail("%s is launched early and does not wait", kernel.name.c_str());
-        // In a capture, an edge along which the next kernel comes early can lead from a kernel alone.
-        if (stream.capture == nullptr) continue;
-        if (stream.last.size() != 1 || !stream.capture->nodes[stream.last[0]].is_kernel) {
-            fail("%s is captured as an early launch, but not behind one kernel", kernel.name.c_str());
-        }
+        if (!stream.behind_kernel) fail("%s is launched early, but not behind a kernel of its stream", kernel.name.c_str());
     }
     const uint8_t* given = static_cast<const uint8_t*>(parameters[0]);
-    submit(
-        config->hStream,
-        [&kernel, grid = std::to_array(grid), block = std::to_array(block), shared = config->sharedMemBytes,
-         copied = std::vector<uint8_t>(given, given + kernel.parameter_bytes)] {
-            run(kernel, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared, copied);
-        },
-        true);
+    submit(config->hStream,
+           [kernel = function.kernel, grid = std::to_array(grid), block = std::to_array(block), shared = config->sharedMemBytes,
+            copied = std::vector<uint8_t>(given, given + kernel.parameter_bytes)] {
+               run(*kernel, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared, copied);
+           });
+    stream.behind_kernel = true;
     return CUDA_SUCCESS;
 }
 
@@ -453,6 +464,7 @@ CUresult cuStreamBeginCapture_v2(CUstream handle, CUstreamCaptureMode) {
     if (stream.capture != nullptr) return CUDA_ERROR_ILLEGAL_STATE;
     stream.capture = std::make_shared<Graph>();
     stream.began_capture = true;
+    stream.behind_kernel = false;
     stream.last.clear();
     return CUDA_SUCCESS;
 }
@@ -462,6 +474,7 @@ CUresult cuStreamEndCapture(CUstream handle, CUgraph* graph) {
     *graph = nullptr;
     if (!stream.began_capture) return CUDA_ERROR_ILLEGAL_STATE;
     const std::shared_ptr<Graph> captured = stream.capture;
+    captured->is_complete = true;
     // Every node must lead to this stream.
     std::set<int> joined(stream.last.begin(), stream.last.end());
     for (auto n = joined.rbegin(); n != joined.rend(); ++n) {
@@ -471,7 +484,7 @@ CUresult cuStreamEndCapture(CUstream handle, CUgraph* graph) {
     for (Stream* other : streams) {
         if (other->capture == captured) {
             other->capture = nullptr;
-            other->began_capture = false;
+            other->began_capture = other->behind_kernel = false;
             other->last.clear();
         }
     }
@@ -495,6 +508,7 @@ CUresult cuGraphLaunch(CUgraphExec executable, CUstream handle) {
     const auto graph = reinterpret_cast<Executable*>(executable)->graph;
     const size_t nodes = graph->nodes.size();
     stream.items.push_back({.work = {}, .waits_for = {}, .graph = graph, .done = std::vector<bool>(nodes), .left = nodes});
+    stream.behind_kernel = false;
     return CUDA_SUCCESS;
 }
 CUresult cuGraphExecDestroy(CUgraphExec executable) {

@@ -62,7 +62,7 @@ uint8_t* reach(Warp& w, const Instruction& i, int lane, uint64_t address, uint32
             if (!memory().has(address, bytes)) fault(w, i, lane, "%s of %u bytes at %lx, which is nobody's", verb, bytes, address);
             return reinterpret_cast<uint8_t*>(address);
         case Space::kShared:
-            if (address + bytes > b.shared.size()) {
+            if (address > b.shared.size() || bytes > b.shared.size() - address) {
                 fault(w, i, lane, "%s of %u bytes at %lu of %zu bytes of shared memory", verb, bytes, address, b.shared.size());
             }
             touch(w, i, uint32_t(address), bytes, writes, w.thread(lane));
@@ -70,7 +70,8 @@ uint8_t* reach(Warp& w, const Instruction& i, int lane, uint64_t address, uint32
         case Space::kParameter: break;
     }
     const uint64_t offset = address - uint64_t(b.parameters.data());
-    if (offset + bytes > b.parameters.size()) fault(w, i, lane, "parameter bytes at %lu of %zu", offset, b.parameters.size());
+    if (offset > b.parameters.size() || bytes > b.parameters.size() - offset)
+        fault(w, i, lane, "parameter bytes at %lu of %zu", offset, b.parameters.size());
     return reinterpret_cast<uint8_t*>(address);
 }
 
@@ -214,6 +215,7 @@ void copy_async(Warp& w, const Instruction& i, uint32_t mask) {
         const uint32_t given = i.c == NOWHERE ? i.bytes : w.row<uint32_t>(i.c)[lane];
         const uint64_t from = w.row<uint64_t>(i.a)[lane] + i.offset;
         if (given > i.bytes) fault(w, i, lane, "a copy of %u bytes", given);
+        if (from % i.bytes != 0) fault(w, i, lane, "a copy from %lx, which is not aligned to %u bytes", from, i.bytes);
         if (given > 0) reach(w, i, lane, from, i.bytes, Space::kGlobal, false);
         const uint32_t to = w.row<uint32_t>(i.d)[lane];
         memset(reach(w, i, lane, to, i.bytes, Space::kShared, true), 0xA5, i.bytes);

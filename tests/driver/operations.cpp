@@ -124,8 +124,6 @@ POLDER_OPERATION(Absolute, (T a), std::fabs(a))
 POLDER_OPERATION(Root, (T a), std::sqrt(a))
 POLDER_OPERATION(Reciprocal, (T a), T(1) / a)
 POLDER_OPERATION(Nearest, (T a), std::nearbyint(a))
-POLDER_OPERATION(Exponential2, (T a), std::exp2(a))
-POLDER_OPERATION(Logarithm2, (T a), std::log2(a))
 POLDER_OPERATION(Saturated, (T a), !(a > 0) ? T(0) : a > 1 ? T(1) : a)
 POLDER_OPERATION(Add, (T a, T b), T(a + b))
 POLDER_OPERATION(Subtract, (T a, T b), T(a - b))
@@ -138,10 +136,33 @@ POLDER_OPERATION(Inverse, (T a, T), T(~a))
 POLDER_OPERATION(First, (T a, T), a)
 POLDER_OPERATION(Smaller, (T a, T b), a < b ? a : b)
 POLDER_OPERATION(Larger, (T a, T b), a > b ? a : b)
-POLDER_OPERATION(SmallerNumber, (T a, T b), std::fmin(a, b))
-POLDER_OPERATION(LargerNumber, (T a, T b), std::fmax(a, b))
 POLDER_OPERATION(MultiplyAdd, (T a, T b, T c), T(a * b + c))
 POLDER_OPERATION(Fused, (T a, T b, T c), std::fma(a, b, c))
+
+/// Of a number and a NaN the number, of two NaNs the canonical one; -0 is less than +0.
+struct SmallerNumber {
+    template <class T>
+    static T of(T a, T b) {
+        if (a != a || b != b) return a == a ? a : b == b ? b : std::numeric_limits<T>::quiet_NaN();
+        return a < b || (a == b && std::signbit(a)) ? a : b;
+    }
+};
+struct LargerNumber {
+    template <class T>
+    static T of(T a, T b) {
+        if (a != a || b != b) return a == a ? a : b == b ? b : std::numeric_limits<T>::quiet_NaN();
+        return a > b || (a == b && std::signbit(b)) ? a : b;
+    }
+};
+
+/// With zeros for what is too small to be normal, as `.ftz` says.
+template <class T>
+T flushed(T a) {
+    return std::fabs(a) < std::numeric_limits<T>::min() ? std::copysign(T(0), a) : a;
+}
+struct Exponential2 {
+    static float of(float a) { return flushed(std::exp2(flushed(a))); }
+};
 
 /// Division by zero gives all ones, as the chip does, and does not trap here.
 struct WholeQuotient {
@@ -174,7 +195,8 @@ struct Right {
 struct UpperHalf {
     static uint32_t of(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 };
-/// Rounded towards minus infinity. A double holds the product, a long double what its sum with c is compared with.
+/// Rounded towards minus infinity. A double holds the product, a long double its sum with c, where they are not too far apart: `expf`
+/// adds a product between 0 and some hundreds to a half or so.
 struct FusedDown {
     static float of(float a, float b, float c) {
         const long double exact = static_cast<long double>(double(a) * double(b)) + c;
@@ -185,7 +207,7 @@ struct FusedDown {
 /// To some 20 bits: whoever takes more from the chip's approximation is found out.
 struct RoughReciprocal {
     static double of(double a) {
-        const double reciprocal = 1 / a;
+        const double reciprocal = flushed(1 / flushed(a));
         uint64_t bits;
         memcpy(&bits, &reciprocal, 8);
         bits &= ~0xffffffffull;
@@ -360,8 +382,6 @@ Table make_table() {
 
     table["fma.rm.f32"] = {ternary<float, FusedDown>, {4, 4, 4, 4}};
     table["ex2.approx.ftz.f32"] = {unary<float, Exponential2>, {4, 4}};
-    table["lg2.approx.ftz.f32"] = {unary<float, Logarithm2>, {4, 4}};
-    table["rcp.approx.ftz.f32"] = {unary<float, Reciprocal>, {4, 4}};
     table["rcp.approx.ftz.f64"] = {unary<double, RoughReciprocal>, {8, 8}};
     table["cvt.sat.f32.f32"] = {unary<float, Saturated>, {4, 4}};
 

@@ -1,6 +1,7 @@
 // Reads PTX as nvcc writes it for this project's kernels: entries with one parameter, no functions, no local memory. What it does not
 // know ends the process with the line.
 #include <algorithm>
+#include <cctype>
 #include <cstdlib>
 #include <cstring>
 #include <set>

@@ -83,7 +83,7 @@ struct Instruction {
 struct Kernel {
     std::string name, source;
     std::vector<Instruction> code;
-    uint32_t parameter_bytes = 0, static_shared = 0, shared_limit = 48 << 10, most_threads = 1024;
+    uint32_t parameter_bytes = 0, static_shared = 0, most_threads = 1024;
     /// Whether it waits for the kernel before it, so that it may be launched early.
     bool waits = false;
     /// The warp's registers as they begin: rows of constants are filled in.
@@ -94,7 +94,7 @@ struct Kernel {
 constexpr uint32_t ROW = LANES * 4, SPECIAL_ROWS = 13, PARAMETERS_ROW = SPECIAL_ROWS * ROW;
 
 /// The kernels of a module by name.
-using Kernels = std::map<std::string, std::shared_ptr<Kernel>>;
+using Kernels = std::map<std::string, std::shared_ptr<const Kernel>>;
 Kernels parse(const std::string& ptx, const std::string& source);
 
 /// What an instruction of registers alone does, and the bytes of its operands (1: a predicate): the destination, then the sources.
@@ -159,7 +159,7 @@ struct Warp {
     uint8_t* registers;
     std::vector<Group> groups;
     uint32_t live;
-    bool at_barrier, done;
+    bool done;
     std::vector<AsyncCopy> open;
     std::vector<std::vector<AsyncCopy>> committed;
 

@@ -2,7 +2,6 @@
 // far as they go together. Warps and blocks take turns in an order that DRIVER_SEED sets, for no order is promised.
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <numeric>
 #include <random>
 #include <thread>
@@ -22,10 +21,7 @@ void advance(Warp& w) {
             if (!group->waiting && (behind == w.groups.end() || group->at < behind->at)) behind = group;
         }
         if (behind == w.groups.end()) {
-            if (w.groups.size() == 1 && kernel.code[w.groups[0].at].kind == Kind::kBarrier) {
-                w.at_barrier = true;
-                return;
-            }
+            if (w.groups.size() == 1 && kernel.code[w.groups[0].at].kind == Kind::kBarrier) return;
             fault(w, kernel.code[w.groups[0].at], 0, "lanes of a warp wait for one another in %zu places", w.groups.size());
         }
         Group group = *behind;
@@ -91,6 +87,7 @@ void advance(Warp& w) {
             }
         }
     }
+    if (!w.open.empty()) fail("%s ends with copies that nobody has committed", kernel.name.c_str());
     for (const auto& copies : w.committed) {
         if (!copies.empty()) fail("%s ends with copies that nobody has waited for", kernel.name.c_str());
     }
@@ -119,7 +116,7 @@ void run_block(Block& b, const uint32_t (&grid)[3], const uint32_t (&size)[3], u
         w.live = lanes == LANES ? ~0u : (1u << lanes) - 1;
         w.registers = registers.of_warps[w.number].data();
         w.groups = {{0, w.live, false}};
-        w.at_barrier = w.done = false;
+        w.done = false;
         w.open.clear();
         w.committed.clear();
         for (int lane = 0; lane < LANES; ++lane) {
@@ -147,7 +144,6 @@ void run_block(Block& b, const uint32_t (&grid)[3], const uint32_t (&size)[3], u
         for (Warp& w : b.warps) {
             if (w.groups[0].at != at) fault(w, kernel.code[w.groups[0].at], 0, "warps meet at different barriers");
             w.groups[0] = {at + 1, w.live, false};
-            w.at_barrier = false;
         }
         ++b.interval;
     }

@@ -13,7 +13,7 @@ rm -rf "$to"
 mkdir -p "$to"
 
 # A line for each test program, its name and its path, and one for the folder of the fatbins that all of them hold.
-cargo test --release --no-run --message-format json >"$to/cargo.json"
+cargo test --release --no-run --message-format json-render-diagnostics >"$to/cargo.json"
 built=$(python3 - "$to/cargo.json" <<'END'
 import json, sys
 
@@ -29,8 +29,8 @@ END
 path_of() { awk -v name="$1" '$1 == name { print $2; found = 1 } END { exit !found }' <<<"$built"; }
 fatbins=$(path_of fatbins)
 
-# Contraction is off, for PTX says itself where it multiplies and adds with one rounding.
-flags=(-std=c++20 -O3 -mavx2 -mfma -mf16c -ffp-contract=off -fno-strict-aliasing -fPIC -Wall -Wextra -Werror)
+# Contraction is off, for PTX says itself where it multiplies and adds with one rounding, and its integers wrap.
+flags=(-std=c++20 -O3 -mavx2 -mfma -mf16c -ffp-contract=off -fwrapv -fno-strict-aliasing -fPIC -Wall -Wextra -Werror)
 for source in tests/driver/*.cpp; do
     g++ "${flags[@]}" -I "$tools/../include" -c "$source" -o "$to/$(basename "$source" .cpp).o" &
     building+=($!)
@@ -41,13 +41,21 @@ for fatbin in "$fatbins"/*.fatbin; do
 done
 for one in "${building[@]}"; do wait "$one"; done
 g++ -shared -o "$to/libcuda.so.1" "$to"/*.o -pthread
+# The name that is looked for first, so that no real driver is found before it.
+ln -s libcuda.so.1 "$to/libcuda.so"
+export LD_LIBRARY_PATH=$to${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} DRIVER_IMAGES=$to POLDER_TEST_DEVICE=cuda:0 POLDER_TEST_ONLY=1
+"$(path_of cuda)" --nocapture the_description 2>&1 | grep "interpreted PTX"
 
 run() {
     local program
     program=$(path_of "$1") || { echo "no test program $1" >&2; exit 1; }
     printf '\n%s\n' "$*"
     shift
-    LD_LIBRARY_PATH=$to DRIVER_IMAGES=$to POLDER_TEST_DEVICE=cuda:0 POLDER_TEST_ONLY=1 "$program" "$@"
+    local filter
+    for filter in "$@"; do
+        [[ $filter = -* ]] || "$program" --list "$filter" | grep ': test$' >/dev/null || { echo "no test is called $filter" >&2; exit 1; }
+    done
+    "$program" "$@"
 }
 
 # faulty KERNELS EDIT PROGRAM FILTER MESSAGE: with so edited PTX the program must end with the message, or the tests prove nothing.
@@ -74,11 +82,13 @@ if [ $# -gt 0 ]; then
 else
     faulty layers 's/^bar\.sync/\/\/ &/' kernels layers::linear "a race"
     faulty conv_tensor 's/wait_group 2;/wait_group 3;/' polder no_tile_changes_a_bit "a race"
-    faulty conv_tensor 's/m8n8\.x4\.trans/m8n8.x4/' polder equals_the_definition_in_half "panicked"
+    faulty conv_tensor 's/m8n8\.x4\.trans/m8n8.x4/' polder equals_the_definition_in_half " instead of "
     faulty vector 's/^\(st\.global\.f32 \[%rd[0-9]*\)\]/\1+4096]/' kernels vector::sgd "which is nobody's"
     run cuda
     run device
     run kernels
     run polder kernels:: train::run::
     run networks plan:: precision::weights_are_rounded
+    # Other orders of blocks, warps and streams.
+    DRIVER_SEED=1 run kernels batch_norm:: vector::norm
 fi

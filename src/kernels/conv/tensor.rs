@@ -476,6 +476,9 @@ mod tests {
             devices.truncate(1); // as in tests/common
         }
         if let Ok(name) = std::env::var("POLDER_TEST_DEVICE") {
+            if std::env::var_os("POLDER_TEST_ONLY").is_some() {
+                devices.truncate(1); // likewise
+            }
             devices.push(Device::from_name(&name).unwrap());
         }
         devices
