@@ -167,9 +167,9 @@ struct Operand {
     }
 };
 
-// ---- Operands in global memory: what finding a thread's chunks shares, where its chunk i lies, and the same element by element ---------
+// ---- Operands in global memory: what finding a thread's chunks shares, where its chunk i lies, and the same element by element
 
-/// Windows as rows of the product, along the depth. Those of neighbouring pixels and taps overlap.
+/// Windows as rows of the product, along the depth: a thread's chunks share the tap. Windows of neighbouring pixels and taps overlap.
 template <class Rows, class T>
 struct WindowRows {
     static constexpr bool READ_AGAIN = true;
@@ -190,7 +190,8 @@ struct WindowRows {
     }
 };
 
-/// Windows as columns of the depth: the weight gradient's rows run over taps and channels, its depth over pixels up to `end`.
+/// Windows as columns of the depth: the weight gradient's rows run over taps and channels, its depth over pixels up to `end`. A
+/// thread's chunks share the pixel, so `Rows` is an operand BY_LINE.
 template <class Rows, class T>
 struct WindowColumns {
     static constexpr bool READ_AGAIN = true;

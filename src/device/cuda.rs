@@ -259,6 +259,7 @@ impl CudaDevice {
         ptr::eq(ON_SIDE.get(), self)
     }
 
+    /// Holds the order in which the stream is given things.
     fn order(&self, stream: usize) -> MutexGuard<'_, bool> {
         self.behind_other[stream].lock().unwrap_or_else(PoisonError::into_inner)
     }

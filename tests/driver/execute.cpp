@@ -70,16 +70,10 @@ uint8_t* reach(Warp& w, const Instruction& i, int lane, uint64_t address, uint32
         case Space::kParameter: break;
     }
     const uint64_t offset = address - uint64_t(b.parameters.data());
-    if (offset > b.parameters.size() || bytes > b.parameters.size() - offset)
+    if (offset > b.parameters.size() || bytes > b.parameters.size() - offset) {
         fault(w, i, lane, "parameter bytes at %lu of %zu", offset, b.parameters.size());
-    return reinterpret_cast<uint8_t*>(address);
-}
-
-template <class F>
-void for_lanes(uint32_t mask, F f) {
-    for (int lane = 0; lane < LANES; ++lane) {
-        if (mask >> lane & 1) f(lane);
     }
+    return reinterpret_cast<uint8_t*>(address);
 }
 
 template <class F>
@@ -186,7 +180,7 @@ void load(Warp& w, const Instruction& i, uint32_t mask) {
             memcpy(&bits, from + n * i.bytes, i.bytes);
             const int unused = 64 - 8 * i.bytes;
             if (i.is_signed) bits = uint64_t(int64_t(bits << unused) >> unused);
-            memcpy(w.registers + i.list[n] + lane * i.register_bytes, &bits, i.register_bytes);
+            memcpy(&w.registers[i.list[n] + lane * i.register_bytes], &bits, i.register_bytes);
         }
     });
 }
@@ -194,7 +188,7 @@ void load(Warp& w, const Instruction& i, uint32_t mask) {
 void store(Warp& w, const Instruction& i, uint32_t mask) {
     for_lanes(mask, [&](int lane) {
         uint8_t* to = reach(w, i, lane, address_of(w, i, lane), i.bytes * i.elements, i.space, true);
-        for (int n = 0; n < i.elements; ++n) memcpy(to + n * i.bytes, w.registers + i.list[n] + lane * i.register_bytes, i.bytes);
+        for (int n = 0; n < i.elements; ++n) memcpy(to + n * i.bytes, &w.registers[i.list[n] + lane * i.register_bytes], i.bytes);
     });
 }
 

@@ -12,18 +12,6 @@
 
 namespace {
 
-/// For every lane in the mask; all of them in a loop that vectorises.
-template <class F>
-inline void for_lanes(uint32_t mask, F f) {
-    if (mask == ~0u) {
-        for (int lane = 0; lane < LANES; ++lane) f(lane);
-    } else {
-        for (int lane = 0; lane < LANES; ++lane) {
-            if (mask >> lane & 1) f(lane);
-        }
-    }
-}
-
 template <class T, class F>
 void unary(Warp& w, const Instruction& i, uint32_t mask) {
     T* d = w.row<T>(i.d);
@@ -287,6 +275,18 @@ struct ToTf32 {
 
 using Table = std::unordered_map<std::string, Operation>;
 
+/// Those that hold of numbers alone, which for whole ones are all.
+template <class T>
+void add_comparisons(Table& table, const std::string& type) {
+    const auto add = [&](const char* name, Execute execute) { table[name + type] = {execute, {1, sizeof(T), sizeof(T)}}; };
+    add("setp.eq.", compare<T, Equal>);
+    add("setp.ne.", compare<T, Unequal>);
+    add("setp.lt.", compare<T, Less>);
+    add("setp.le.", compare<T, AtMost>);
+    add("setp.gt.", compare<T, More>);
+    add("setp.ge.", compare<T, AtLeast>);
+}
+
 template <class T>
 void add_whole(Table& table, const std::string& type) {
     constexpr uint8_t N = sizeof(T);
@@ -301,13 +301,7 @@ void add_whole(Table& table, const std::string& type) {
     table["mad.lo." + type] = {ternary<T, MultiplyAdd>, {N, N, N, N}};
     table["neg." + type] = {unary<T, Negative>, {N, N}};
     table["shr." + type] = {shift<T, Right>, {N, N, 4}};
-    const auto compared = [&](const char* name, Execute execute) { table[name + type] = {execute, {1, N, N}}; };
-    compared("setp.eq.", compare<T, Equal>);
-    compared("setp.ne.", compare<T, Unequal>);
-    compared("setp.lt.", compare<T, Less>);
-    compared("setp.le.", compare<T, AtMost>);
-    compared("setp.gt.", compare<T, More>);
-    compared("setp.ge.", compare<T, AtLeast>);
+    add_comparisons<T>(table, type);
 }
 
 /// Of any type of this many bits.
@@ -344,13 +338,14 @@ void add_floating(Table& table, const std::string& type) {
     table["sqrt.rn." + type] = {unary<T, Root>, {N, N}};
     table["rcp.rn." + type] = {unary<T, Reciprocal>, {N, N}};
     table["cvt.rni." + type + "." + type] = {unary<T, Nearest>, {N, N}};
-    const auto compared = [&](const std::string& name, Execute execute) { table["setp." + name + "." + type] = {execute, {1, N, N}}; };
-    compared("eq", compare<T, Equal>), compared("equ", compare<T, EqualOrNot>);
-    compared("ne", compare<T, Unequal>), compared("neu", compare<T, UnequalOrNot>);
-    compared("lt", compare<T, Less>), compared("ltu", compare<T, LessOrNot>);
-    compared("le", compare<T, AtMost>), compared("leu", compare<T, AtMostOrNot>);
-    compared("gt", compare<T, More>), compared("gtu", compare<T, MoreOrNot>);
-    compared("ge", compare<T, AtLeast>), compared("geu", compare<T, AtLeastOrNot>);
+    add_comparisons<T>(table, type);
+    const auto add_unordered = [&](const char* name, Execute execute) { table[name + type] = {execute, {1, N, N}}; };
+    add_unordered("setp.equ.", compare<T, EqualOrNot>);
+    add_unordered("setp.neu.", compare<T, UnequalOrNot>);
+    add_unordered("setp.ltu.", compare<T, LessOrNot>);
+    add_unordered("setp.leu.", compare<T, AtMostOrNot>);
+    add_unordered("setp.gtu.", compare<T, MoreOrNot>);
+    add_unordered("setp.geu.", compare<T, AtLeastOrNot>);
 }
 
 template <class D, class S, class F = To<D>>

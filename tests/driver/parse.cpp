@@ -285,14 +285,10 @@ private:
             i.execute = execute::nothing;
         } else if (verb == "membar" || verb == "fence") {
             i.execute = execute::fence;
-        } else if (begins_with(name, "atom.global.") && parts.back() == "u32") {
+        } else if (name == "atom.global.add.u32" || name == "atom.global.exch.b32" || name == "atom.global.or.b32") {
             i.d = row(operands[0], 4), i.b = row(operands[2], 4);
             address(i, operands[1]);
-            i.execute = has("add") ? execute::atomic_add : nullptr;
-        } else if (begins_with(name, "atom.global.") && parts.back() == "b32") {
-            i.d = row(operands[0], 4), i.b = row(operands[2], 4);
-            address(i, operands[1]);
-            i.execute = has("exch") ? execute::atomic_exchange : has("or") ? execute::atomic_or : nullptr;
+            i.execute = has("add") ? execute::atomic_add : has("exch") ? execute::atomic_exchange : execute::atomic_or;
         } else if (name == "cp.async.commit_group") {
             i.execute = execute::commit_group;
         } else if (name == "cp.async.wait_group") {

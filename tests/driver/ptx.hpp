@@ -156,7 +156,7 @@ struct Block {
 struct Warp {
     Block* block;
     int number;
-    uint8_t* registers;
+    std::vector<uint8_t> registers;
     std::vector<Group> groups;
     uint32_t live;
     bool done;
@@ -165,10 +165,22 @@ struct Warp {
 
     template <class T>
     T* row(uint32_t place) {
-        return reinterpret_cast<T*>(registers + place);
+        return reinterpret_cast<T*>(registers.data() + place);
     }
     int thread(int lane) const { return number * LANES + lane; }
 };
+
+/// For every lane in the mask; all of them in a loop that vectorises.
+template <class F>
+inline void for_lanes(uint32_t mask, F f) {
+    if (mask == ~0u) {
+        for (int lane = 0; lane < LANES; ++lane) f(lane);
+    } else {
+        for (int lane = 0; lane < LANES; ++lane) {
+            if (mask >> lane & 1) f(lane);
+        }
+    }
+}
 
 /// Fails with the instruction, the block and the thread.
 [[noreturn]] void fault(Warp& warp, const Instruction& instruction, int lane, const char* format, ...)

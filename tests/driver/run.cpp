@@ -94,15 +94,7 @@ void advance(Warp& w) {
     w.done = true;
 }
 
-/// Registers of a block's warps, in which constants stand for good.
-struct Registers {
-    std::vector<std::vector<uint8_t>> of_warps;
-
-    Registers(const Kernel& kernel, size_t warps) : of_warps(warps, kernel.registers) {}
-};
-
-void run_block(Block& b, const uint32_t (&grid)[3], const uint32_t (&size)[3], uint64_t number, Registers& registers,
-               std::mt19937* order) {
+void run_block(Block& b, const uint32_t (&grid)[3], const uint32_t (&size)[3], uint64_t number, std::mt19937* order) {
     const Kernel& kernel = *b.kernel;
     b.index[0] = uint32_t(number % grid[0]);
     b.index[1] = uint32_t(number / grid[0] % grid[1]);
@@ -114,7 +106,6 @@ void run_block(Block& b, const uint32_t (&grid)[3], const uint32_t (&size)[3], u
     for (Warp& w : b.warps) {
         const uint32_t lanes = std::min<uint32_t>(LANES, threads - w.number * LANES);
         w.live = lanes == LANES ? ~0u : (1u << lanes) - 1;
-        w.registers = registers.of_warps[w.number].data();
         w.groups = {{0, w.live, false}};
         w.done = false;
         w.open.clear();
@@ -175,11 +166,12 @@ void run(const Kernel& kernel, const uint32_t (&grid)[3], const uint32_t (&size)
         for (uint32_t number = 0; number < warps; ++number) {
             b.warps[number].block = &b;
             b.warps[number].number = int(number);
+            // Constants stand there for good; the rest is rubbish, at first of our own.
+            b.warps[number].registers = kernel.registers;
         }
-        Registers registers(kernel, warps);
         std::mt19937 order(uint32_t(seed) + launch * 31 + worker);
         for (uint64_t n = next++; n < blocks; n = next++) {
-            run_block(b, grid, size, seed != 0 ? turns[n] : n, registers, seed != 0 ? &order : nullptr);
+            run_block(b, grid, size, seed != 0 ? turns[n] : n, seed != 0 ? &order : nullptr);
         }
     };
     std::vector<std::thread> others;
