@@ -12,7 +12,9 @@ use polder::device::{Device, Result};
 use polder::kernels::batch_norm::{
     self, Activation, Backward, BatchNormShape, Forward, Gradients, Mode, Normalized, Saved, Summed, Workspace,
 };
-use polder::kernels::conv::{self, ConvShape, PartSums};
+use polder::kernels::conv::{self, ConvShape};
+use polder::kernels::gradient::{GradientStages, Stage, Unfinished};
+use polder::kernels::precision::SCALE_START;
 use polder::kernels::vector::{self, Reduction};
 use polder::nn::{Model, initial_weights};
 use polder::objective::{Objective, Statistics};
@@ -126,14 +128,16 @@ fn sums(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, shape: ConvSh
     Ok(())
 }
 
-/// The weight gradients of ResNet-20's layers that keep their size, whose parts are added up layer by layer or all at once.
-fn parts(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device) -> Result<()> {
-    let layers: Vec<ConvShape> = [(32, 16, 7), (16, 32, 6), (8, 64, 6)]
-        .iter()
-        .flat_map(|&(size, c, count)| vec![layer(size, c, c); count])
-        .collect();
-    if layers.iter().any(|shape| shape.weight_gradient_splits::<f16>(device) < 2) {
-        return Ok(());
+/// Layers' weight gradients as a step of SAM in f16 wants them: added up where they are made in parts, without the loss scale, looked
+/// at, and with their norm; in passes one after the other, or where they are written for the last time.
+fn gradients(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    device: &Device,
+    name: &str,
+    layers: &[ConvShape],
+) -> Result<()> {
+    if layers.iter().any(|shape| shape.moments_len::<f16>(device).is_none()) {
+        return Ok(()); // no tensor cores
     }
     let operands: Vec<_> = layers
         .iter()
@@ -153,19 +157,37 @@ fn parts(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device) -> Result<()
             (from..partial, to..out)
         })
         .collect();
-    let sums = PartSums::new(device, &places)?;
+    let (mut stages, mut rest) = (Vec::new(), Vec::new());
+    for (shape, (parts, place)) in layers.iter().zip(&places) {
+        match shape.finished_squares::<f16>(device) {
+            Some(squares) => stages.push(Stage::Convolution(squares)),
+            None => rest.push(Unfinished { parts: Some(parts.clone()), place: place.clone() }),
+        }
+    }
+    stages.push(Stage::Launch(rest));
+    let mut stages = GradientStages::new(device, &stages)?;
     let (mut partials, mut gradient) = (device.zeros::<f32>(partial)?, device.zeros::<f32>(out)?);
-    pair(group, device, "weight gradients of 19 layers", |together| {
+    let (mut flag, mut norm, mut reduction) = (device.zeros(1)?, device.zeros(1)?, Reduction::new(device)?);
+    let scale = device.upload(&SCALE_START)?;
+    pair(group, device, name, |together| {
+        let mut stage = 0;
         for ((shape, (x, dy)), (from, to)) in layers.iter().zip(&operands).zip(&places) {
-            let scratch = partials.slice_mut(from.clone())?;
-            if together {
-                conv::partial_weight_gradients(shape, x.view(), dy.view(), scratch)?;
-            } else {
-                let dw = gradient.slice_mut(to.clone())?;
+            let (scratch, dw) = (partials.slice_mut(from.clone())?, gradient.slice_mut(to.clone())?);
+            if !together {
                 conv::weight_gradient(shape, x.view(), dy.view(), dw, false, scratch)?;
+            } else if scratch.is_empty() {
+                let finish = stages.finish(stage, Some(scale.view()), flag.view_mut(), true)?;
+                conv::finished_weight_gradient(shape, x.view(), dy.view(), dw, finish)?;
+                stage += 1;
+            } else {
+                conv::partial_weight_gradients(shape, x.view(), dy.view(), scratch)?;
             }
         }
-        if together { sums.sum(partials.view(), gradient.view_mut()) } else { Ok(()) }
+        let (gradient, scale, flag, norm) = (gradient.view_mut(), Some(scale.view()), flag.view_mut(), norm.view_mut());
+        if together {
+            return stages.end(partials.view(), gradient, scale, flag, Some(norm));
+        }
+        vector::finish_gradient(gradient, scale, flag, &mut reduction, norm)
     });
     Ok(())
 }
@@ -249,7 +271,12 @@ fn fusions(criterion: &mut Criterion) {
             moments(&mut group, &device, layer(size, channels, channels)).expect("memory for one layer");
             sums(&mut group, &device, layer(size, channels, channels)).expect("memory for one layer");
         }
-        parts(&mut group, &device).expect("memory for the layers");
+        let small = [(32, 16, 7), (16, 32, 6), (8, 64, 6)].map(|(size, c, count)| vec![layer(size, c, c); count]);
+        let name = "weight gradients of 19 layers, finished";
+        gradients(&mut group, &device, name, &small.concat()).expect("memory for the layers");
+        let large = [layer(4, 512, 512); 3];
+        let name = "weight gradients of 3 layers of 512 channels, finished";
+        gradients(&mut group, &device, name, &large).expect("memory for the layers");
         launches(&mut group, &device).expect("memory for a vector");
         for name in ["resnet20", "resnet56", "resnet18"] {
             passes(&mut group, &device, name).expect("memory for two passes");

@@ -25,6 +25,7 @@
 // the other operand: at 64 x 64, shared memory keeps up with the tensor cores.
 #include "include/batch_norm.cuh"
 #include "include/conv.cuh"
+#include "include/finish.cuh"
 #include "include/mma.cuh"
 
 namespace {
@@ -446,15 +447,15 @@ __device__ __forceinline__ void write(const typename Tile::Sums& sum, int first_
 
 /// Adds up each of the first COUNT values, a power of two, over the lanes that differ in the bits DISTANCE, REST. They are shared out:
 /// a lane has the totals from the one on whose number is returned, in v[0] and on, COUNT / lanes of them, but at least one.
-template <int COUNT, int DISTANCE, int... REST, int N>
-__device__ __forceinline__ int total_over_lanes(float (&v)[N]) {
+template <int COUNT, int DISTANCE, int... REST, class T, int N>
+__device__ __forceinline__ int total_over_lanes(T (&v)[N]) {
     static_assert((COUNT & (COUNT - 1)) == 0 && COUNT <= N, "halves of halves");
     const bool upper = (int(threadIdx.x) & DISTANCE) != 0;
     constexpr int HALF = COUNT > 1 ? COUNT / 2 : 1;
     POLDER_UNROLL
     for (int k = 0; k < HALF; ++k) {
         if constexpr (COUNT > 1) {
-            const float given = upper ? v[k] : v[HALF + k], kept = upper ? v[HALF + k] : v[k];
+            const T given = upper ? v[k] : v[HALF + k], kept = upper ? v[HALF + k] : v[k];
             v[k] = kept + __shfl_xor_sync(0xffffffffu, given, DISTANCE);
         } else {
             v[k] += __shfl_xor_sync(0xffffffffu, v[k], DISTANCE);
@@ -721,13 +722,59 @@ __device__ __forceinline__ void input_gradient(const InputGradientArgs<T>& args)
     });
 }
 
-/// The result and its partial sums are f32, whatever the operands.
+/// Columns of a tile over which squares are summed together.
+constexpr int SQUARE_COLUMNS = 16;
+
+/// Finishes the warp's sums where they are a weight gradient as it will be read, and leaves the block's sums of squares:
+/// [row tiles][groups of SQUARE_COLUMNS columns], over lines of rows first and those in their order, so that no tile changes a bit.
+/// Where a gradient is finite, sums past the end of the product are zero.
+template <class Tile>
+__device__ __forceinline__ void finish_sums(typename Tile::Sums& sum, const Finish& a, const Corner<Tile>& corner, int columns) {
+    constexpr int LINES = Tile::ROWS / LINE_ROWS, GROUPS = Tile::COLUMNS / SQUARE_COLUMNS;
+    constexpr int COUNT = Tile::WARP_COLUMNS / SQUARE_COLUMNS, FRAGMENTS = LINE_ROWS / 16;
+    POLDER_DYNAMIC_SHARED(double, shared);  // [LINES][GROUPS]
+    const int lane = int(threadIdx.x) % 32, line = Tile::warp_row() / LINE_ROWS;
+    Finished<float> finished(a);
+    POLDER_UNROLL
+    for (int part = 0; part < Tile::WARP_ROWS / LINE_ROWS; ++part) {
+        double values[COUNT] = {};
+        POLDER_UNROLL
+        for (int i = part * FRAGMENTS; i < (part + 1) * FRAGMENTS; ++i) {
+            POLDER_UNROLL
+            for (int j = 0; j < Tile::WARP_COLUMNS / 8; ++j) {
+                POLDER_UNROLL
+                for (float& value : sum[i][j]) {
+                    value = finished.value(value);
+                    values[j * 8 / SQUARE_COLUMNS] += double(value) * double(value);
+                }
+            }
+        }
+        if (a.squares == nullptr) continue;
+        const int group = total_over_lanes<COUNT, 1, 2, 4, 8, 16>(values);
+        if (lane < COUNT) shared[(line + part) * GROUPS + Tile::warp_column() / SQUARE_COLUMNS + group] = values[0];
+    }
+    finished.raise(a);
+    if (a.squares == nullptr) return;
+    __syncthreads();
+    const int group = int(threadIdx.x), groups = (columns + SQUARE_COLUMNS - 1) / SQUARE_COLUMNS;
+    const int first = corner.column / SQUARE_COLUMNS;
+    if (group >= GROUPS || first + group >= groups) return;
+    double total = 0.0;
+    POLDER_UNROLL
+    for (int of = 0; of < LINES; ++of) total += shared[of * GROUPS + group];
+    a.squares[int64_t(corner.row / Tile::ROWS) * groups + first + group] = total;
+}
+
 template <class T>
-using WeightGradientArgs = ConvArgs<T, float>;
+struct WeightGradientArgs {
+    ConvArgs<T, float> conv;  // the result and its partial sums are f32, whatever the operands
+    Finish finish;            // if its `flag` is given, of a gradient in one part that is not added to anything
+};
 
 /// out[split][tap][c][o] = sum over the split's pixels of x[pixel seen through the tap, c] * dy[pixel, o]
 template <class Tile, class T>
-__device__ __forceinline__ void weight_gradient(const WeightGradientArgs<T>& a) {
+__device__ __forceinline__ void weight_gradient(const WeightGradientArgs<T>& args) {
+    const ConvArgs<T, float>& a = args.conv;
     using Rows = Operand<T, Side::kLeft, Tile::ROWS, Tile::THREADS, false, true>;
     using Columns = Operand<T, Side::kRight, Tile::COLUMNS, Tile::THREADS, false>;
     const ConvShape& s = a.shape;
@@ -739,6 +786,7 @@ __device__ __forceinline__ void weight_gradient(const WeightGradientArgs<T>& a) 
     const Matrix<Columns, T> right{a.right, a.wide_right != 0, s.out_channels, end};
     typename Tile::Sums sum = {};
     multiply<Tile, T, Rows, Columns>(left, right, corner, begin, end, sum);
+    if (args.finish.flag != nullptr) finish_sums<Tile>(sum, args.finish, corner, s.out_channels);
     const int rows = left.windows.depth;
     float* out = a.out + int64_t(blockIdx.z) * rows * s.out_channels;
     write<Tile, float>(sum, corner.column, s.out_channels, a.accumulate != 0, a.wide_out != 0, [&](int row) {

@@ -6,6 +6,7 @@
 // The scale lies on the device, and changes there once per step: a step in which anything overflowed is skipped and halves it,
 // many good ones in a row double it.
 #include "include/elementwise.cuh"
+#include "include/finish.cuh"
 
 namespace {
 
@@ -16,23 +17,19 @@ struct UnscaleArgs {
     uint64_t n;
 };
 
-/// x = x / scale, exactly but for what becomes subnormal; flag[0] = 1 if any x[i] was infinite or NaN. Every thread that writes
-/// writes the same value.
+/// x = x / scale, exactly but for what becomes subnormal; flag[0] = 1 if any x[i] was infinite or NaN.
 __device__ void unscale_body(const UnscaleArgs& a) {
-    const float inverse = float(1.0 / a.state[0]);
     float* __restrict__ x = a.x;
-    uint32_t seen = 0;
-    for_each_pack_if<kPack<float>>(aligned16(x), a.n, [=, &seen](auto width, uint64_t i) {
+    const Finish finish{a.state, a.flag, nullptr};
+    Finished<float> finished(finish);
+    for_each_pack_if<kPack<float>>(aligned16(x), a.n, [=, &finished](auto width, uint64_t i) {
         constexpr int W = decltype(width)::value;
         Pack<float, W> pack = load<W>(x, i);
         POLDER_UNROLL
-        for (int v = 0; v < W; ++v) {
-            seen |= uint32_t((__float_as_uint(pack.v[v]) & 0x7f800000u) == 0x7f800000u);
-            pack.v[v] *= inverse;
-        }
+        for (int v = 0; v < W; ++v) pack.v[v] = finished.value(pack.v[v]);
         store(x, i, pack);
     });
-    if (seen) atomicOr(a.flag, 1u);
+    finished.raise(finish);
 }
 
 struct UpdateScaleArgs {

@@ -5,6 +5,7 @@
 #include "include/polder.cuh"
 
 #include "include/combination.cuh"
+#include "include/finish.cuh"
 #include "include/reduce.cuh"
 
 namespace {
@@ -108,14 +109,6 @@ struct CheckFiniteArgs {
     uint64_t n;
 };
 
-/// The top bit of the result is set if x is infinite or NaN: its exponent, all ones, overflows by one.
-__device__ __forceinline__ uint32_t exponent_overflow(float x) {
-    return (__float_as_uint(x) & 0x7fffffffu) + 0x00800000u;
-}
-__device__ __forceinline__ uint32_t exponent_overflow(double x) {
-    return (uint32_t(uint64_t(__double_as_longlong(x)) >> 32) & 0x7fffffffu) + 0x00100000u;
-}
-
 /// flag[0] = 1 if any x[i] is infinite or NaN. Every thread that writes writes the same value.
 template <class T>
 __device__ void check_finite(const CheckFiniteArgs<T>& a) {
@@ -176,11 +169,10 @@ struct GradientArgs {
 template <class T, bool SCALED>
 __device__ void finish_gradient(const GradientArgs<T>& a) {
     T* const x = a.x;
-    const T inverse = SCALED ? T(1.0 / a.state[0]) : T(1);
-    uint32_t seen = 0;
-    const auto square = [&seen, inverse](T& value) -> Sums<1> {
-        seen |= exponent_overflow(value);
-        if (SCALED) value *= inverse;
+    const Finish finish{SCALED ? a.state : nullptr, a.flag, a.partials};
+    Finished<T> finished(finish);
+    const auto square = [&finished](T& value) -> Sums<1> {
+        value = finished.value(value);
         return {{double(value) * double(value)}};
     };
     Sums<1> sums = {};
@@ -193,7 +185,7 @@ __device__ void finish_gradient(const GradientArgs<T>& a) {
             return term;
         });
         store_partials(a.partials, sums);
-        if (seen >> 31) atomicOr(a.flag, 1u);
+        finished.raise(finish);
         return;
     }
 #endif
@@ -205,7 +197,7 @@ __device__ void finish_gradient(const GradientArgs<T>& a) {
         if (SCALED) store(x, i, pack);
     });
     store_partials(a.partials, block_sum(sums));
-    if (seen >> 31) atomicOr(a.flag, 1u);
+    finished.raise(finish);
 }
 
 struct FinishArgs {

@@ -7,6 +7,7 @@
 // CPU its one thread walks the range in runs of kRun rows, with as many channels at once as fit in vector registers.
 #pragma once
 #include "elementwise.cuh"
+#include "ticket.cuh"
 
 namespace {
 
@@ -369,22 +370,6 @@ __device__ __forceinline__ void sums(const SumsArgs<S>& a) {
 }
 
 // ---- Sums over blocks: by the last of them to come, or by a kernel of their own -----------------------------------------------
-
-/// Whether this block is the last of `count` to come here. If so, it sees all that the others wrote before they came, and the
-/// ticket is zero again for the next launch.
-__device__ __forceinline__ bool last_to_come(uint32_t* ticket, uint32_t count) {
-    __shared__ uint32_t last;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0 && threadIdx.y == 0) {
-        last = atomicAdd(ticket, 1u) + 1 == count;
-        if (last) atomicExch(ticket, 0u);
-    }
-    __syncthreads();
-    const bool result = last != 0;
-    if (result) __threadfence();
-    return result;
-}
 
 /// What `blocks` blocks have left in `a.dz` and `a.dz_x`, this one as number `block`, becomes dbeta = sum dz and dgamma = sum dz xhat by
 /// the last one that comes here; in an order that does not depend on which one that is. It would take too long over all the sums of

@@ -20,13 +20,11 @@ mod direct;
 mod tensor;
 mod tiled;
 
-use std::ops::Range;
-
 use super::batch_norm::{self, Normalized, SumsArgs, SumsRoom, Workspace};
+use super::gradient::{self, Finish};
 use super::{check_device, check_length};
-use crate::device::{Buffer, Compute, Device, Error, Result, Scalar, Slice, SliceMut};
+use crate::device::{Compute, Device, Error, Result, Slice, SliceMut};
 use direct::PANEL;
-use tiled::{SUM_ELEMENTS, SplitSum};
 
 /// The shape of a convolution with square kernel, stride and zero padding alike in both directions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -156,6 +154,13 @@ impl ConvShape {
             (true, true) => tensor::splits::<S>(self),
             (true, false) => tiled::splits(self),
         }
+    }
+
+    /// The sums of squares that [`finished_weight_gradient`] leaves; none where the convolution has no such form: it is the tensor
+    /// cores', where the gradient is made at once.
+    pub fn finished_squares<S: Compute>(&self, device: &Device) -> Option<usize> {
+        let at_once = device.is_simt() && S::TENSOR_CORES && self.weight_gradient_splits::<S>(device) == 1;
+        at_once.then(|| tensor::finished_squares(self))
     }
 
     /// Elements of the moments that [`forward_with_moments`] leaves; none where the convolution has no such form: it is the tensor
@@ -415,12 +420,12 @@ fn weight_gradient_by<S: Compute>(
         return partial(shape, x, dy, dw, accumulate);
     }
     partial(shape, x, dy, workspace.reborrow(), false)?;
-    tiled::sum_splits(workspace, splits, dw, accumulate)
+    gradient::sum_parts(workspace, splits, dw, accumulate)
 }
 
 /// The first half of [`weight_gradient`] where that takes two: writes to `parts` the gradients over each of
-/// [`ConvShape::weight_gradient_splits`] parts of the pixels, one after the other. [`PartSums`] adds up those of many layers in one
-/// launch.
+/// [`ConvShape::weight_gradient_splits`] parts of the pixels, one after the other. [`gradient::GradientStages`] add up those of many
+/// layers in one launch.
 ///
 /// # Errors
 /// As those of [`forward`]; [`Error::Argument`] where the gradient is made at once.
@@ -440,7 +445,29 @@ pub fn partial_weight_gradients<S: Compute>(
     partial::<S>()(shape, x, dy, parts, false)
 }
 
-/// Checks what both forms of the weight gradient read and write, this by name and length; returns the device.
+/// As [`weight_gradient`] where that is the last stage of a gradient: it is [finished](Finish) before it is written, at no traffic but
+/// 8 bytes per 128 × 16 weights. No bit depends on the tile.
+///
+/// # Errors
+/// As those of [`forward`], and of what `finish` names; [`Error::Argument`] where [`ConvShape::finished_squares`] is none.
+pub fn finished_weight_gradient<S: Compute>(
+    shape: &ConvShape,
+    x: Slice<'_, S>,
+    dy: Slice<'_, S>,
+    dw: SliceMut<'_, S::Master>,
+    mut finish: Finish<'_>,
+) -> Result<()> {
+    const OPERATION: &str = "conv::finished_weight_gradient";
+    let device = check_weight_gradient(OPERATION, shape, x, dy, ("dw", dw.view(), shape.weight_len()))?;
+    let Some(squares) = shape.finished_squares::<S>(&device) else {
+        let message = format!("this convolution in {} does not finish on {}: {shape:?}", S::NAME, device.name());
+        return Err(Error::Argument { operation: OPERATION, message });
+    };
+    let finish = finish.args::<S::Master>(OPERATION, &device, squares)?;
+    tensor::weight_gradient(shape, x, dy, dw, false, finish)
+}
+
+/// Checks what all forms of the weight gradient read and write, this by name and length; returns the device.
 fn check_weight_gradient<S: Compute>(
     operation: &'static str,
     shape: &ConvShape,
@@ -456,66 +483,6 @@ fn check_weight_gradient<S: Compute>(
     check_device(operation, "x", &device, x.device())?;
     check_device(operation, "dy", &device, dy.device())?;
     Ok(device)
-}
-
-/// The sums of many layers' partial weight gradients, in one launch.
-pub struct PartSums {
-    table: Buffer<SplitSum>,
-    partial_len: usize,
-    out_len: usize,
-}
-
-impl PartSums {
-    /// Of each gradient: where in one vector its parts lie, one after the other, and where in another their sum belongs.
-    ///
-    /// # Errors
-    /// [`Error::Length`] for parts that are no multiple of their sum, [`Error::Argument`] for two sums in one place; those of the
-    /// allocation.
-    pub fn new(device: &Device, gradients: &[(Range<usize>, Range<usize>)]) -> Result<Self> {
-        let mut places: Vec<&Range<usize>> = gradients.iter().map(|(_, out)| out).collect();
-        places.sort_by_key(|out| out.start);
-        if let Some(pair) = places.windows(2).find(|pair| pair[0].end > pair[1].start) {
-            let message = format!("two sums meet: {:?} and {:?}", pair[0], pair[1]);
-            return Err(Error::Argument { operation: "PartSums::new", message });
-        }
-        let mut table = Vec::new();
-        let (mut partial_len, mut out_len) = (0, 0);
-        for (partial, out) in gradients {
-            let n = out.len();
-            if n == 0 || partial.is_empty() || !partial.len().is_multiple_of(n) {
-                check_length("PartSums::new", "partial", partial.len(), partial.len().div_ceil(n.max(1)).max(1) * n)?;
-            }
-            (partial_len, out_len) = (partial_len.max(partial.end), out_len.max(out.end));
-            table.extend((0..n).step_by(SUM_ELEMENTS).map(|first| SplitSum {
-                partial: partial.start as u64,
-                out: out.start as u64,
-                n: n as u64,
-                splits: (partial.len() / n) as u64,
-                first: first as u64,
-            }));
-        }
-        Ok(Self { table: device.upload(&table)?, partial_len, out_len })
-    }
-
-    /// Writes the sums to their places in `out`, in an order that the numbers of parts alone fix. Traffic: reads each part once and
-    /// writes each sum once.
-    ///
-    /// # Errors
-    /// [`Error::Length`] for vectors too short for the places, [`Error::OtherDevice`] for those of another device.
-    pub fn sum<T: Scalar>(&self, partials: Slice<'_, T>, out: SliceMut<'_, T>) -> Result<()> {
-        const OPERATION: &str = "PartSums::sum";
-        let device = self.table.device();
-        for (name, found, needed) in [("partials", partials.len(), self.partial_len), ("out", out.len(), self.out_len)]
-        {
-            if found < needed {
-                check_length(OPERATION, name, found, needed)?;
-            }
-        }
-        check_device(OPERATION, "partials", device, partials.device())?;
-        check_device(OPERATION, "out", device, out.device())?;
-        // SAFETY: the places lie in the two vectors, an entry's parts in its place, and no two sums meet.
-        unsafe { tiled::sum_table(self.table.view(), partials, out) }
-    }
 }
 
 fn check_workspace<S: Compute>(

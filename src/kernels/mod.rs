@@ -4,6 +4,7 @@
 pub mod batch_norm;
 pub mod clock;
 pub mod conv;
+pub mod gradient;
 pub mod image;
 pub mod layers;
 pub mod loss;

@@ -5,7 +5,7 @@
 //! the device: the scale, and how many good steps in a row it has seen.
 
 use super::{check_device, check_length};
-use crate::device::{Compute, ComputeKernels, Error, Launch, Result, Slice, SliceMut, id};
+use crate::device::{Compute, ComputeKernels, Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
 
 /// What a run begins with: the scale 2¹⁶, and no good step yet.
 pub const SCALE_START: [f64; 2] = [65536.0, 0.0];
@@ -13,6 +13,16 @@ pub const SCALE_START: [f64; 2] = [65536.0, 0.0];
 pub const SCALE_GROWTH_INTERVAL: f64 = 2000.0;
 /// The range that the scale is kept in.
 const SCALE_RANGE: [f64; 2] = [1.0, 16777216.0];
+
+/// Fails unless `scale` is a state of loss scaling on `device`, and `T` a type whose gradients may be scaled.
+pub(super) fn check_scale<T: Scalar>(operation: &'static str, device: &Device, scale: Slice<'_, f64>) -> Result<()> {
+    check_length(operation, "scale", scale.len(), SCALE_START.len())?;
+    check_device(operation, "scale", device, scale.device())?;
+    if size_of::<T>() == size_of::<f32>() {
+        return Ok(());
+    }
+    Err(Error::Argument { operation, message: format!("a gradient in {} has no scale", T::NAME) })
+}
 
 #[repr(C)]
 #[derive(Clone, Copy)]

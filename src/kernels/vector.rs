@@ -158,12 +158,7 @@ pub fn finish_gradient<T: Scalar>(
     check_device(operation, "norm", &device, norm.device())?;
     let mut kernel = pick::<T>(id::FINISH_GRADIENT_F32, id::FINISH_GRADIENT_F64);
     if let Some(scale) = scale {
-        check_length(operation, "scale", scale.len(), super::precision::SCALE_START.len())?;
-        check_device(operation, "scale", &device, scale.device())?;
-        if size_of::<T>() != size_of::<f32>() {
-            let message = format!("a gradient in {} has no scale", T::NAME);
-            return Err(Error::Argument { operation, message });
-        }
+        super::precision::check_scale::<T>(operation, &device, scale)?;
         kernel = id::FINISH_SCALED_GRADIENT;
     }
     let state = scale.map_or(0, |scale| scale.address());

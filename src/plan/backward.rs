@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use super::graph::{Op, Shape};
-use super::places::{BatchNormScratch, Parts};
-use super::{Plan, batch_norm_shape, convolved};
+use super::places::{BatchNormScratch, Parts, WeightGradient};
+use super::{Plan, Target, batch_norm_shape, convolved};
 use crate::device::{Compute, Disjoint, Result, Scalar, Slice, SliceMut};
 use crate::kernels::batch_norm::{self, Backward, Gradients, Normalized, ResidualGradient, Summed};
 use crate::kernels::{conv, layers};
@@ -18,16 +18,16 @@ fn pair<'a, T: Scalar>(
 }
 
 impl<S: Compute> Plan<S> {
-    /// The backward of one operation: from the gradient of its output to those of its inputs, and of its parameters where
-    /// `gradient` is to hold them. Without it, batch norm leaves dgamma and dbeta in its scratch. The forward has been at
+    /// The backward of one operation: from the gradient of its output to those of its inputs, and of its parameters where there is
+    /// something to leave them `into`. Without it, batch norm leaves dgamma and dbeta in its scratch. The forward has been at
     /// `weights`.
     pub(super) fn backward(
         &mut self,
         index: usize,
         weights: Slice<'_, S::Master>,
-        mut gradient: Option<&mut SliceMut<'_, S::Master>>,
+        mut into: Option<Target<'_, S::Master>>,
     ) -> Result<()> {
-        let Self { ops, places, arena, rounded, sums, .. } = self;
+        let Self { ops, places, arena, rounded, sums, stages, loss_scale, .. } = self;
         let op = &ops[index];
         if places.gradients[op.output().0].is_none() {
             return Ok(()); // the loss does not depend on it, and it has no parameter, or planning had failed
@@ -40,13 +40,26 @@ impl<S: Compute> Plan<S> {
             Op::Convolution { x, y, weight: w, ref shape } => {
                 let dy = parts.gradient(y)?;
                 let mut scratch = parts.scratch(places.scratch[index].1)?;
-                if let Some(gradient) = gradient.as_deref_mut() {
-                    if places.in_parts[index] {
-                        conv::partial_weight_gradients(shape, parts.read(x)?, dy, scratch.reborrow())?;
-                        scratch = parts.scratch(None)?; // what it holds is kept
-                    } else {
-                        let dw = gradient.slice_mut(range(w))?;
-                        conv::weight_gradient(shape, parts.read(x)?, dy, dw, false, scratch.reborrow())?;
+                if let Some(Target { gradient, flag, norm }) = &mut into {
+                    let (x, flag, norm) = (parts.read(x)?, flag.reborrow(), *norm);
+                    let scale = loss_scale.as_ref().map(|state| state.view());
+                    match (places.weight_gradients[index], stages) {
+                        (WeightGradient::Finished(stage), Some(stages)) => {
+                            let finish = stages.finish(stage, scale, flag, norm)?;
+                            conv::finished_weight_gradient(shape, x, dy, gradient.slice_mut(range(w))?, finish)?;
+                        }
+                        (WeightGradient::Summed(stage), Some(stages)) => {
+                            conv::partial_weight_gradients(shape, x, dy, scratch.reborrow())?;
+                            stages.launch(stage, scratch.view(), gradient.reborrow(), scale, flag, norm)?;
+                        }
+                        (WeightGradient::Parts, Some(_)) => {
+                            conv::partial_weight_gradients(shape, x, dy, scratch.reborrow())?;
+                            scratch = parts.scratch(None)?; // what it holds is kept
+                        }
+                        _ => {
+                            let dw = gradient.slice_mut(range(w))?;
+                            conv::weight_gradient(shape, x, dy, dw, false, scratch.reborrow())?;
+                        }
                     }
                 }
                 if let Some(dx) = parts.gradient_if_needed(x)? {
@@ -64,7 +77,7 @@ impl<S: Compute> Plan<S> {
                     let ranges = BatchNormScratch::new::<S>(self.shapes[input.0], places.accumulate[norm][0]);
                     let mut norm_scratch = parts.scratch(places.scratch[norm].1)?;
                     let mut norm_scratch = norm_scratch.disjoint();
-                    let mut parameters = gradient.map(|gradient| gradient.disjoint());
+                    let mut parameters = into.as_mut().map(|into| into.gradient.disjoint());
                     let (dgamma, dbeta) = match &mut parameters {
                         Some(parameters) => pair(parameters, [range(scale), range(shift)])?,
                         None => pair(&mut norm_scratch, [ranges.dgamma, ranges.dbeta])?,
@@ -92,7 +105,7 @@ impl<S: Compute> Plan<S> {
                 } else {
                     (parts.gradient_mut(x)?, None)
                 };
-                let mut parameters = gradient.map(|gradient| gradient.disjoint());
+                let mut parameters = into.as_mut().map(|into| into.gradient.disjoint());
                 let (dgamma, dbeta) = match &mut parameters {
                     Some(parameters) => pair(parameters, [range(scale), range(shift)])?,
                     None => pair(&mut scratch, [ranges.dgamma, ranges.dbeta])?,
@@ -147,8 +160,8 @@ impl<S: Compute> Plan<S> {
             }
             Op::Linear { x, y, weight: w, bias, ref shape } => {
                 let dy = parts.gradient_wide(y)?;
-                if let Some(gradient) = gradient {
-                    let mut parameters = gradient.disjoint();
+                if let Some(into) = &mut into {
+                    let mut parameters = into.gradient.disjoint();
                     let (dw, db) = (parameters.write(range(w))?, parameters.write(range(bias))?);
                     layers::linear_weight_gradient(shape, parts.read(x)?, dy, dw, Some(db), false)?;
                 }

@@ -29,12 +29,12 @@ use std::ops::Range;
 use crate::arena::{Kind, Layout};
 use crate::device::{Buffer, Compute, Device, Error, Result, Scalar, Slice, SliceMut};
 use crate::kernels::batch_norm::{self, BatchNormShape, Mode};
-use crate::kernels::conv::PartSums;
+use crate::kernels::gradient::{GradientStages, Stage, Unfinished};
 use crate::kernels::vector::Reduction;
 use crate::kernels::{check_length, precision, vector};
 use crate::objective::{Displacement, Objective, Statistics, difference};
 use graph::Op;
-use places::{Parts, Places};
+use places::{Parts, Places, WeightGradient};
 use tangent::{Scaled, Tangent};
 
 /// Added to the variance in batch norm, as everywhere in the field.
@@ -88,8 +88,8 @@ pub struct Plan<S: Compute> {
     pending: [Buffer<S::Master>; 2],
     /// Passes with [`Statistics::Update`] since the last commit.
     reported: usize,
-    /// Of the weight gradients that the backward leaves in parts; none where there are none.
-    part_sums: Option<PartSums>,
+    /// What finishes a gradient on a GPU. The CPU goes over it once more.
+    stages: Option<GradientStages>,
     /// For batch norm's sums over rows.
     sums: batch_norm::Workspace,
     /// For the second of two passes at the same time, from the first pair on.
@@ -138,15 +138,10 @@ impl<S: Compute> Plan<S> {
             }
         }
         let places = Places::new::<S>(device, &ops, &shapes, logits, &parameters, options)?;
-        let in_parts = ops.iter().enumerate().filter_map(|(index, op)| match op {
-            Op::Convolution { weight, .. } if places.in_parts[index] => {
-                let parts = places.slots[places.scratch[index].1?].range();
-                Some((parts, parameters.tensors()[*weight].range()))
-            }
-            _ => None,
-        });
-        let in_parts: Vec<_> = in_parts.collect();
-        let part_sums = if in_parts.is_empty() { None } else { Some(PartSums::new(device, &in_parts)?) };
+        let stages = match options.backward && device.is_simt() {
+            true => Some(GradientStages::new(device, &stages::<S>(device, &ops, &places, &parameters))?),
+            false => None,
+        };
         let sums = workspace::<S>(device, &ops, &shapes, &places)?;
         let mut statistics = device.zeros(statistics_layout.len())?;
         let mut start = vec![S::Master::default(); statistics_layout.len()];
@@ -163,7 +158,7 @@ impl<S: Compute> Plan<S> {
             loss_scale: if S::SCALES_LOSS { Some(device.upload(&precision::SCALE_START)?) } else { None },
             labels: device.zeros(shapes[0].batch)?,
             correct: device.zeros(2)?,
-            part_sums,
+            stages,
             sums,
             device: device.clone(),
             options,
@@ -377,15 +372,16 @@ impl<S: Compute> Plan<S> {
         round(weights, &mut self.rounded)
     }
 
-    /// Forward, loss and backward; the weights have been [rounded](Self::round). The gradient is still multiplied by the loss
-    /// scale, and only the loss has been looked at.
-    fn gradient_pass(
+    /// Forward, loss and backward, and the gradient finished, with its norm where that is asked for; the weights have been
+    /// [rounded](Self::round).
+    fn finished_pass(
         &mut self,
         weights: Slice<'_, S::Master>,
         statistics: Statistics,
         mut gradient: SliceMut<'_, S::Master>,
         loss: SliceMut<'_, f64>,
-        flag: SliceMut<'_, u32>,
+        mut flag: SliceMut<'_, u32>,
+        norm: Option<(&mut Reduction, SliceMut<'_, f64>)>,
     ) -> Result<()> {
         const OPERATION: &str = "Plan::gradient";
         self.check_backward(OPERATION)?;
@@ -396,28 +392,18 @@ impl<S: Compute> Plan<S> {
         if reported && self.reported == 0 {
             self.correct.clear()?;
         }
-        self.loss(self.shapes[0].batch, true, reported, loss, Some(flag))?;
+        self.loss(self.shapes[0].batch, true, reported, loss, Some(flag.reborrow()))?;
         self.reported += usize::from(reported);
         for index in (0..self.ops.len()).rev() {
-            self.backward(index, weights, Some(&mut gradient))?;
+            let (gradient, flag) = (gradient.reborrow(), flag.reborrow());
+            self.backward(index, weights, Some(Target { gradient, flag, norm: norm.is_some() }))?;
         }
-        match &self.part_sums {
-            Some(sums) => sums.sum(self.arena.view(), gradient),
-            None => Ok(()),
+        let scale = self.loss_scale.as_ref().map(|state| state.view());
+        match (&mut self.stages, norm) {
+            (Some(stages), norm) => stages.end(self.arena.view(), gradient, scale, flag, norm.map(|(_, norm)| norm)),
+            (None, Some((reduction, norm))) => vector::finish_gradient(gradient, scale, flag, reduction, norm),
+            (None, None) => finish(gradient, scale, flag),
         }
-    }
-
-    /// A [pass](Self::gradient_pass), and the gradient as it is, looked at.
-    fn finished_pass(
-        &mut self,
-        weights: Slice<'_, S::Master>,
-        statistics: Statistics,
-        mut gradient: SliceMut<'_, S::Master>,
-        loss: SliceMut<'_, f64>,
-        mut flag: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        self.gradient_pass(weights, statistics, gradient.reborrow(), loss, flag.reborrow())?;
-        finish(gradient, self.loss_scale.as_ref().map(|state| state.view()), flag)
     }
 
     /// Two gradients: with [room](Self::make_room_beside) at the same time, and then the weights may have been rounded for both.
@@ -439,7 +425,7 @@ impl<S: Compute> Plan<S> {
                 if !rounded {
                     plan.round(weights[index])?;
                 }
-                plan.finished_pass(weights[index], Statistics::Keep, gradient, loss, flag.reborrow())
+                plan.finished_pass(weights[index], Statistics::Keep, gradient, loss, flag.reborrow(), None)
             };
             if index == 0 || !beside {
                 return run(self);
@@ -513,6 +499,36 @@ fn finish<T: Scalar>(
     }
 }
 
+/// Where a pass leaves a gradient: that of the parameters, the flag for what is not finite, and whether its norm is asked for.
+struct Target<'a, T: Scalar> {
+    gradient: SliceMut<'a, T>,
+    flag: SliceMut<'a, u32>,
+    norm: bool,
+}
+
+/// What finishes every parameter's gradient: the stages that [`Places`] number, in their order, and at the end all the others.
+fn stages<S: Compute>(device: &Device, ops: &[Op], places: &Places, parameters: &Layout) -> Vec<Stage> {
+    let (mut stages, mut rest) = (Vec::new(), Vec::new());
+    for (index, op) in ops.iter().enumerate() {
+        let scratch = places.scratch[index].1.map_or(0..0, |slot| places.slots[slot].range());
+        for parameter in op.parameters().into_iter().flatten() {
+            let place = parameters.tensors()[parameter].range();
+            match (places.weight_gradients[index], op) {
+                (WeightGradient::Finished(_), Op::Convolution { shape, .. }) => {
+                    stages.push(Stage::Convolution(shape.finished_squares::<S>(device).unwrap_or_default()));
+                }
+                (WeightGradient::Summed(_), _) => {
+                    stages.push(Stage::Launch(vec![Unfinished { parts: Some(0..scratch.len()), place }]));
+                }
+                (WeightGradient::Parts, _) => rest.push(Unfinished { parts: Some(scratch.clone()), place }),
+                _ => rest.push(Unfinished { parts: None, place }),
+            }
+        }
+    }
+    stages.push(Stage::Launch(rest));
+    stages
+}
+
 /// Batch norm's workspace for all that a pass does.
 fn workspace<S: Compute>(
     device: &Device,
@@ -550,23 +566,21 @@ impl<S: Compute> Objective<S::Master> for Plan<S> {
         flag: SliceMut<'_, u32>,
     ) -> Result<()> {
         self.round(weights)?;
-        self.finished_pass(weights, statistics, gradient, loss, flag)
+        self.finished_pass(weights, statistics, gradient, loss, flag, None)
     }
 
     fn gradient_and_norm(
         &mut self,
         weights: Slice<'_, S::Master>,
         statistics: Statistics,
-        mut gradient: SliceMut<'_, S::Master>,
+        gradient: SliceMut<'_, S::Master>,
         loss: SliceMut<'_, f64>,
-        mut flag: SliceMut<'_, u32>,
+        flag: SliceMut<'_, u32>,
         reduction: &mut Reduction,
         norm: SliceMut<'_, f64>,
     ) -> Result<()> {
         self.round(weights)?;
-        self.gradient_pass(weights, statistics, gradient.reborrow(), loss, flag.reborrow())?;
-        let scale = self.loss_scale.as_ref().map(|state| state.view());
-        vector::finish_gradient(gradient, scale, flag, reduction, norm)
+        self.finished_pass(weights, statistics, gradient, loss, flag, Some((reduction, norm)))
     }
 
     /// On a GPU both passes run at the same time, for which the first call allocates another arena, or one after the other where there
@@ -598,7 +612,7 @@ impl<S: Compute> Objective<S::Master> for Plan<S> {
             return displacement.gradient(self, point, gradient, loss, flag);
         }
         displace(self.parameters.len(), displacement, (&mut self.rounded, point.reborrow()), None)?;
-        self.finished_pass(point.view(), Statistics::Keep, gradient, loss, flag)
+        self.finished_pass(point.view(), Statistics::Keep, gradient, loss, flag, None)
     }
 
     /// The same on both sides, where both passes run at the same time: 12 B per parameter instead of 16 and then twice 6.

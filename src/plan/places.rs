@@ -31,14 +31,27 @@ pub(super) struct Places {
     pub scratch: Vec<(Option<usize>, Option<usize>)>,
     /// By operation: of a convolution, the batch norm that made its input and whose dz, dgamma and dbeta its backward leaves.
     pub sums_for: Vec<Option<usize>>,
-    /// By operation: whether a convolution's backward leaves its weight gradient in parts, which are added up when all are there.
-    pub in_parts: Vec<bool>,
+    /// By operation: how a convolution's backward leaves its weight gradient.
+    pub weight_gradients: Vec<WeightGradient>,
     /// By activation: whether it depends on a parameter. The tangent of any other is zero.
     pub trained: Vec<bool>,
     /// By operation and input: whether its backward adds to a gradient that another operation has begun.
     pub accumulate: Vec<[bool; 2]>,
     pub sample_losses: usize,
     pub len: usize,
+}
+
+/// How a convolution's backward leaves its weight gradient, for [`crate::kernels::gradient`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum WeightGradient {
+    /// As a whole, to be finished at the end of the pass.
+    Whole,
+    /// In parts, to be added up then.
+    Parts,
+    /// Finished by the stage of that number: large parts are added up at once, while a GPU's cache still holds them.
+    Summed(usize),
+    /// Finished by the stage of that number, which is the convolution.
+    Finished(usize),
 }
 
 /// Bytes of a weight gradient's parts that are kept until the end of the pass.
@@ -149,10 +162,10 @@ impl Places {
         }
         let mut moments = Vec::new();
         let mut scratch = Vec::new();
-        let mut in_parts = Vec::new();
+        let mut weight_gradients = vec![WeightGradient::Whole; ops.len()];
+        let mut stages = 0;
         for (index, op) in ops.iter().enumerate() {
             let last = if options.backward { backward_step(index) } else { index };
-            in_parts.push(false);
             moments.push(match op {
                 Op::BatchNorm { x, .. } => {
                     let channels = shapes[x.0].channels;
@@ -163,10 +176,19 @@ impl Places {
             scratch.push(match op {
                 Op::Convolution { shape, .. } => {
                     let len = shape.workspace_len::<S>(device);
-                    // Large parts are added up at once, while a GPU's cache still holds them.
                     let small = len * size_of::<S::Master>() <= LARGEST_KEPT_PARTS;
-                    in_parts[index] = shape.weight_gradient_splits::<S>(device) > 1 && small;
-                    let until = if in_parts[index] { end } else { last };
+                    weight_gradients[index] = match shape.weight_gradient_splits::<S>(device) {
+                        1 if shape.finished_squares::<S>(device).is_some() => WeightGradient::Finished(stages),
+                        1 => WeightGradient::Whole,
+                        _ if small => WeightGradient::Parts,
+                        _ => WeightGradient::Summed(stages),
+                    };
+                    let (stage, until) = match weight_gradients[index] {
+                        WeightGradient::Finished(_) | WeightGradient::Summed(_) => (1, last),
+                        WeightGradient::Parts => (0, end),
+                        WeightGradient::Whole => (0, last),
+                    };
+                    stages += stage;
                     (Some(slot(len, index, index)), options.backward.then(|| slot(len, last, until)))
                 }
                 Op::BatchNorm { x, .. } if options.backward => {
@@ -187,7 +209,7 @@ impl Places {
             tile_moments,
             scratch,
             sums_for,
-            in_parts,
+            weight_gradients,
             trained,
             accumulate,
             sample_losses,

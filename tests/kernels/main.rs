@@ -6,6 +6,7 @@ mod common;
 
 mod batch_norm;
 mod conv;
+mod gradient;
 mod image;
 mod layers;
 mod loss;

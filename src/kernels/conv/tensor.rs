@@ -7,6 +7,7 @@ use super::ConvShape;
 use super::tiled::{ConvArgs, MANY_TILES, WEIGHT_GRADIENT_PIXELS};
 use crate::device::{Buffer, Compute, ComputeKernels, Device, Error, KernelId, Launch, Result, Slice, SliceMut, id};
 use crate::kernels::batch_norm::{SumsArgs, SumsRoom, TILE_ROWS};
+use crate::kernels::gradient::FinishArgs;
 use crate::kernels::{random, vector};
 
 /// Rows of every tile.
@@ -252,7 +253,10 @@ fn fastest_tile<A: Compute>(pass: Pass, shape: &ConvShape, device: &Device) -> R
             let norm = SumsArgs::default();
             input_gradient_by(tile, shape, y.view(), weight.view(), x.view_mut(), false, norm)
         }
-        Pass::WeightGradient => partial_weight_gradients_by(tile, shape, x.view(), y.view(), parts.view_mut(), false),
+        Pass::WeightGradient => {
+            let finish = FinishArgs::default();
+            weight_gradient_by(tile, shape, x.view(), y.view(), parts.view_mut(), false, finish)
+        }
     };
     let mut recorded = Vec::new();
     for tile in pass.candidates::<A>(shape) {
@@ -395,16 +399,45 @@ pub(super) fn partial_weight_gradients<A: Compute>(
     out: SliceMut<'_, A::Master>,
     accumulate: bool,
 ) -> Result<()> {
-    partial_weight_gradients_by(Tile::of::<A>(Pass::WeightGradient, shape, x.device()), shape, x, dy, out, accumulate)
+    weight_gradient(shape, x, dy, out, accumulate, FinishArgs::default())
 }
 
-fn partial_weight_gradients_by<A: Compute>(
+/// Columns over which squares are summed together, as `kernels/conv_tensor.cu` defines it.
+const SQUARE_COLUMNS: usize = 16;
+
+/// The sums of squares that a finished weight gradient leaves.
+pub(super) fn finished_squares(shape: &ConvShape) -> usize {
+    (shape.taps() * shape.in_channels).div_ceil(ROWS) * shape.out_channels.div_ceil(SQUARE_COLUMNS)
+}
+
+/// The same, finished where `finish` says how: of one part alone, to which nothing is added.
+pub(super) fn weight_gradient<A: Compute>(
+    shape: &ConvShape,
+    x: Slice<'_, A>,
+    dy: Slice<'_, A>,
+    out: SliceMut<'_, A::Master>,
+    accumulate: bool,
+    finish: FinishArgs,
+) -> Result<()> {
+    let tile = Tile::of::<A>(Pass::WeightGradient, shape, x.device());
+    weight_gradient_by(tile, shape, x, dy, out, accumulate, finish)
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct WeightGradientArgs {
+    conv: ConvArgs,
+    finish: FinishArgs,
+}
+
+fn weight_gradient_by<A: Compute>(
     tile: &Tile,
     shape: &ConvShape,
     x: Slice<'_, A>,
     dy: Slice<'_, A>,
     mut out: SliceMut<'_, A::Master>,
     accumulate: bool,
+    finish: FinishArgs,
 ) -> Result<()> {
     let (rows, columns, splits) = Pass::WeightGradient.product::<A>(shape);
     let out_address = out.address();
@@ -414,8 +447,8 @@ fn partial_weight_gradients_by<A: Compute>(
         wide::<A>(columns, dy.address()),
         wide_out::<A::Master>(columns, out_address),
     ];
-    let args = ConvArgs::new(shape, addresses, wide, splits, accumulate);
-    // SAFETY: as in `forward`; `out` holds the gradients of every split.
+    let args = WeightGradientArgs { conv: ConvArgs::new(shape, addresses, wide, splits, accumulate), finish };
+    // SAFETY: as in `forward`; `out` holds the gradients of every split, and what finishes has been checked.
     unsafe { x.device().launch(A::choose(tile.weight_gradient), tile.launch(rows, columns, splits), &args) }
 }
 
@@ -423,11 +456,11 @@ fn partial_weight_gradients_by<A: Compute>(
 mod tests {
     use half::{bf16, f16};
 
-    use super::super::weight_gradient_by;
     use super::*;
     use crate::device::selftest::{random_f32, tf32};
     use crate::device::{HostOptions, Schedule};
     use crate::kernels::batch_norm::{Activation, Normalized, Workspace};
+    use crate::kernels::gradient::Finish;
 
     const fn shape(extents: [usize; 5], kernel: usize, stride: usize, padding: usize) -> ConvShape {
         let [batch, height, width, in_channels, out_channels] = extents;
@@ -662,7 +695,7 @@ mod tests {
                 both(&device, offset, &dx, |dx, add| input_gradient(shape, dy_, weight, dx, add, SumsArgs::default()));
             let dws = both(&device, offset, &dw, |dw, add| {
                 let mut workspace = device.poisoned(splits::<A>(shape) * shape.weight_len()).unwrap();
-                weight_gradient_by(
+                super::super::weight_gradient_by(
                     partial_weight_gradients,
                     splits::<A>(shape),
                     shape,
@@ -728,7 +761,8 @@ mod tests {
         }
     }
 
-    /// All that the passes leave: y, its tiles' moments, dx, and as dz with the sums for batch norm, and the parts of dw.
+    /// All that the passes leave: y, its tiles' moments, dx, and as dz with the sums for batch norm, the parts of dw, and where there
+    /// is one alone its squares.
     fn everything<A: Stored>(shape: &ConvShape, device: &Device) -> Vec<u8> {
         let upload = |len, seed| device.upload(&random::<A>(len, seed)).unwrap();
         let x = upload(shape.input_len(), 500);
@@ -766,7 +800,18 @@ mod tests {
             all.extend(dz.to_vec().unwrap());
             wide.extend([dgamma.to_vec().unwrap(), dbeta.to_vec().unwrap()].concat());
         }
-        [bytemuck::cast_slice(&all), bytemuck::cast_slice::<f32, u8>(&wide)].concat()
+        let mut squares = Vec::new();
+        if splits::<A>(shape) == 1 {
+            let mut dw = device.poisoned::<f32>(shape.weight_len()).unwrap();
+            let mut sums = device.poisoned::<f64>(finished_squares(shape)).unwrap();
+            let mut flag = device.zeros(1).unwrap();
+            let mut finish = Finish { scale: None, flag: flag.view_mut(), squares: Some(sums.view_mut()) };
+            let finish = finish.args::<f32>("finish", device, finished_squares(shape)).unwrap();
+            weight_gradient(shape, x.view(), dy.view(), dw.view_mut(), false, finish).unwrap();
+            wide.extend(dw.to_vec().unwrap());
+            squares = sums.to_vec().unwrap();
+        }
+        [bytemuck::cast_slice(&all), bytemuck::cast_slice::<f32, u8>(&wide), bytemuck::cast_slice(&squares)].concat()
     }
 
     fn check_tiles<A: Stored>() {
@@ -775,6 +820,7 @@ mod tests {
             shape([3, 8, 7, 72, 16], 3, 2, 1),
             shape([4, 10, 11, 16, 136], 1, 1, 0),
             shape([2, 6, 5, 3, 10], 3, 1, 1),
+            shape([1, 5, 7, 24, 200], 3, 1, 1),
         ];
         // Schedules are another test's.
         for device in devices().into_iter().filter(|device| !device.is_host()).chain(devices().into_iter().take(1)) {

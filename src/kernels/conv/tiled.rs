@@ -1,8 +1,7 @@
 //! Convolution on the GPU's launch shapes: `kernels/conv.cu`, tiled matrix products by 256 threads per block.
 
 use super::{ConvShape, Shape};
-use crate::device::{Compute, ComputeKernels, KernelId, Launch, Result, Scalar, Slice, SliceMut, id};
-use crate::kernels::pick;
+use crate::device::{Compute, ComputeKernels, KernelId, Launch, Result, Slice, SliceMut, id};
 
 /// The argument struct of all tiled convolutions, on tensor cores too.
 #[repr(C)]
@@ -32,37 +31,6 @@ impl ConvArgs {
     pub fn with_moments(self, moments: u64) -> Self {
         Self { moments, ..self }
     }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct SumSplitsArgs {
-    partial: u64,
-    out: u64,
-    table: u64,
-    alone: SplitSum,
-    accumulate: u32,
-}
-
-/// A result that lies in `splits` parts, `n` elements each, one after the other from element `partial` on; its place, and the
-/// first of the elements that a block adds up.
-#[repr(C)]
-#[derive(Clone, Copy, Default, bytemuck::Pod, bytemuck::Zeroable)]
-pub(super) struct SplitSum {
-    pub partial: u64,
-    pub out: u64,
-    pub n: u64,
-    pub splits: u64,
-    pub first: u64,
-}
-
-/// Elements that a block adds up, and the parts that it reads at a time.
-pub(super) const SUM_ELEMENTS: usize = 128;
-const SUM_PARTS: usize = 8;
-
-fn sum_launch<T>(blocks: usize) -> Launch {
-    let shared = SUM_PARTS * SUM_ELEMENTS * size_of::<T>();
-    Launch { grid: [blocks as u32, 1, 1], block: [32, SUM_PARTS as u32, 1], shared }
 }
 
 /// A block's tile, as `kernels/conv.cu` defines it, with the three passes' kernels in single and in double precision.
@@ -226,42 +194,4 @@ pub(super) fn partial_weight_gradients<S: Compute>(
     let kernel = full_precision::<S>(tile.weight_gradient);
     // SAFETY: as in `forward`; `out` holds the gradients of every split.
     unsafe { x.device().launch(kernel, tile.launch::<S>(rows, columns, splits), &args) }
-}
-
-/// Writes to `out` the sum of the `splits` vectors that lie one after the other in `partial`, or adds it.
-pub(super) fn sum_splits<T: Scalar>(
-    mut partial: SliceMut<'_, T>,
-    splits: usize,
-    mut out: SliceMut<'_, T>,
-    accumulate: bool,
-) -> Result<()> {
-    let (n, device) = (out.len(), out.device().clone());
-    assert!(partial.len() >= splits * n, "partial sums for every split");
-    let args = SumSplitsArgs {
-        partial: partial.address(),
-        out: out.address(),
-        table: 0,
-        alone: SplitSum { n: n as u64, splits: splits as u64, ..SplitSum::default() },
-        accumulate: accumulate.into(),
-    };
-    let kernel = pick::<T>(id::CONV_SUM_SPLITS_F32, id::CONV_SUM_SPLITS_F64);
-    // SAFETY: the twin of the kernel's struct; both slices are as long as it reads and writes.
-    unsafe { device.launch(kernel, sum_launch::<T>(n.div_ceil(SUM_ELEMENTS)), &args) }
-}
-
-/// The sums of a table: an entry for each block.
-///
-/// # Safety
-/// All that the entries name lies in the two slices.
-pub(super) unsafe fn sum_table<T: Scalar>(
-    table: Slice<'_, SplitSum>,
-    partial: Slice<'_, T>,
-    mut out: SliceMut<'_, T>,
-) -> Result<()> {
-    let (blocks, device) = (table.len(), out.device().clone());
-    let (partial, out) = (partial.address(), out.address());
-    let args = SumSplitsArgs { partial, out, table: table.address(), alone: SplitSum::default(), accumulate: 0 };
-    let kernel = pick::<T>(id::CONV_SUM_SPLITS_F32, id::CONV_SUM_SPLITS_F64);
-    // SAFETY: the twin of the kernel's struct; the caller vouches for the entries.
-    unsafe { device.launch(kernel, sum_launch::<T>(blocks), &args) }
 }

@@ -1,0 +1,41 @@
+// What is done to a gradient where its last stage writes it, whichever kernel that is: the loss scale is taken out, a flag raised
+// where an element is not finite, and squares summed for its norm, which then costs no pass of its own.
+#pragma once
+#include "polder.cuh"
+
+namespace {
+
+/// The top bit of the result is set if x is infinite or NaN: its exponent, all ones, overflows by one.
+__device__ __forceinline__ uint32_t exponent_overflow(float x) {
+    return (__float_as_uint(x) & 0x7fffffffu) + 0x00800000u;
+}
+__device__ __forceinline__ uint32_t exponent_overflow(double x) {
+    return (uint32_t(uint64_t(__double_as_longlong(x)) >> 32) & 0x7fffffffu) + 0x00100000u;
+}
+
+struct Finish {
+    const double* scale;  // the loss scale; null where there is none
+    uint32_t* flag;       // becomes 1 where something is not finite; null where this is not the last stage
+    double* squares;      // where the launch's partial sums of squares begin; null where no norm is asked for
+};
+
+/// What a thread has seen of the elements it finished.
+template <class T>
+struct Finished {
+    T inverse;
+    uint32_t seen = 0;
+
+    __device__ __forceinline__ explicit Finished(const Finish& a) : inverse(a.scale != nullptr ? T(1.0 / a.scale[0]) : T(1)) {}
+
+    /// The element without the loss scale: a power of two, so exact but for what becomes subnormal.
+    __device__ __forceinline__ T value(T scaled) {
+        seen |= exponent_overflow(scaled);
+        return scaled * inverse;
+    }
+    /// Every thread that writes writes the same value.
+    __device__ __forceinline__ void raise(const Finish& a) const {
+        if (seen >> 31) atomicOr(a.flag, 1u);
+    }
+};
+
+}  // namespace

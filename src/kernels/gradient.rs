@@ -1,0 +1,334 @@
+//! The last stage of a network's gradient: `gradient_pieces` of `kernels/conv.cu`, and the end of a weight gradient on tensor cores.
+//!
+//! Every element of a gradient is written for the last time by some kernel. That one also takes out the loss scale, sees whether the
+//! element is finite, and sums its square, so that neither the look at a gradient nor its norm costs a pass over it:
+//!
+//! - weight gradients that a convolution makes in one piece, by the convolution
+//!   ([`conv::finished_weight_gradient`](super::conv::finished_weight_gradient));
+//! - those made in large parts, right after, while the cache still holds them, by a launch of their own;
+//! - those in small parts, and what other layers have written, by one launch at the end, whose last block makes the norm.
+//!
+//! Of N elements in K parts, a launch reads 4 K N bytes and writes 4 N; what is there as a whole is read, and written only to take out
+//! a scale. Squares are summed in double precision, in an order that the places and the device fix.
+
+use std::ops::Range;
+
+use super::{check_device, check_length, pick};
+use crate::device::{Buffer, Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
+use crate::kernels::precision;
+
+/// The threads of a block, and the elements that they take at once, of one part or of several.
+const THREADS: u32 = 256;
+const ELEMENTS: usize = 1024;
+
+/// The parts that a block reads at once.
+fn parts_at_once(splits: usize) -> usize {
+    [8, 4, 2].into_iter().find(|&count| splits >= count).unwrap_or(1)
+}
+
+/// Where a gradient lies before its last stage.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unfinished {
+    /// Its parts, one after the other in one vector; none where it is there as a whole.
+    pub parts: Option<Range<usize>>,
+    /// Its place in another vector.
+    pub place: Range<usize>,
+}
+
+/// What finishes some of a network's gradients.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stage {
+    /// A launch for them.
+    Launch(Vec<Unfinished>),
+    /// A convolution that leaves so many sums of squares:
+    /// [`ConvShape::finished_squares`](super::conv::ConvShape::finished_squares).
+    Convolution(usize),
+}
+
+/// What the last stage of a gradient does beside writing it.
+pub struct Finish<'a> {
+    /// The state of [`precision`] by whose scale it divides.
+    pub scale: Option<Slice<'a, f64>>,
+    /// One element, which becomes 1 where one of the gradient's is infinite or NaN.
+    pub flag: SliceMut<'a, u32>,
+    /// Where the sums of squares belong that it leaves; none where no norm is asked for.
+    pub squares: Option<SliceMut<'a, f64>>,
+}
+
+/// The kernels' own struct of it.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(super) struct FinishArgs {
+    scale: u64,
+    flag: u64,
+    squares: u64,
+}
+
+impl Finish<'_> {
+    /// Checks it, for a launch that leaves `squares` sums.
+    pub(super) fn args<T: Scalar>(
+        &mut self,
+        operation: &'static str,
+        device: &Device,
+        squares: usize,
+    ) -> Result<FinishArgs> {
+        if let Some(scale) = self.scale {
+            precision::check_scale::<T>(operation, device, scale)?;
+        }
+        check_length(operation, "flag", self.flag.len(), 1)?;
+        check_device(operation, "flag", device, self.flag.device())?;
+        if let Some(found) = &self.squares {
+            check_length(operation, "squares", found.len(), squares)?;
+            check_device(operation, "squares", device, found.device())?;
+        }
+        Ok(FinishArgs {
+            scale: self.scale.map_or(0, |scale| scale.address()),
+            flag: self.flag.address(),
+            squares: self.squares.as_mut().map_or(0, |squares| squares.address()),
+        })
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default, bytemuck::Pod, bytemuck::Zeroable)]
+struct Piece {
+    parts: u64,
+    out: u64,
+    n: u64,
+    splits: u64,
+    first: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct PiecesArgs {
+    parts: u64,
+    out: u64,
+    table: u64,
+    alone: Piece,
+    pieces: u64,
+    accumulate: u32,
+    finish: FinishArgs,
+    norm: u64,
+    all_squares: u64,
+    all_squares_count: u64,
+    ticket: u64,
+}
+
+/// # Safety
+/// All that the arguments name lies where the kernel reads and writes.
+unsafe fn launch<T: Scalar>(device: &Device, blocks: usize, args: &PiecesArgs) -> Result<()> {
+    let shape = Launch { grid: [blocks as u32, 1, 1], block: [THREADS, 1, 1], shared: ELEMENTS * size_of::<T>() };
+    // SAFETY: the twin of the kernel's struct; the caller vouches for what it names.
+    unsafe { device.launch(pick::<T>(id::GRADIENT_PIECES_F32, id::GRADIENT_PIECES_F64), shape, args) }
+}
+
+/// Writes to `out` the sum of the `splits` vectors that lie one after the other in `parts`, or adds it.
+pub(super) fn sum_parts<T: Scalar>(
+    mut parts: SliceMut<'_, T>,
+    splits: usize,
+    mut out: SliceMut<'_, T>,
+    accumulate: bool,
+) -> Result<()> {
+    let (n, device) = (out.len(), out.device().clone());
+    assert!(parts.len() >= splits * n, "sums of every part");
+    let pieces = n.div_ceil(ELEMENTS / parts_at_once(splits));
+    let args = PiecesArgs {
+        parts: parts.address(),
+        out: out.address(),
+        alone: Piece { n: n as u64, splits: splits as u64, ..Piece::default() },
+        pieces: pieces as u64,
+        accumulate: accumulate.into(),
+        ..PiecesArgs::default()
+    };
+    // SAFETY: both slices are as long as the kernel reads and writes.
+    unsafe { launch::<T>(&device, pieces, &args) }
+}
+
+/// A stage's pieces, and the sums of squares that it leaves.
+#[derive(Clone)]
+struct Places {
+    pieces: Range<usize>,
+    squares: Range<usize>,
+    /// As long as the vectors of parts and of gradients must be.
+    parts_len: usize,
+    out_len: usize,
+    /// Or else a convolution's.
+    launched: bool,
+}
+
+/// The last stages of a network's gradient, in their order, the last of which is a launch.
+pub struct GradientStages {
+    table: Buffer<Piece>,
+    stages: Vec<Places>,
+    squares: Buffer<f64>,
+    ticket: Buffer<u32>,
+}
+
+impl GradientStages {
+    /// Room and tables for these stages.
+    ///
+    /// # Errors
+    /// [`Error::Length`] for parts that are no multiple of their gradient, [`Error::Argument`] for two gradients of a stage in one
+    /// place and where the last stage is no launch; those of the allocation.
+    pub fn new(device: &Device, stages: &[Stage]) -> Result<Self> {
+        const OPERATION: &str = "GradientStages::new";
+        let refused = |message: String| Err(Error::Argument { operation: OPERATION, message });
+        if !matches!(stages.last(), Some(Stage::Launch(_))) {
+            return refused("the last stage is no launch".into());
+        }
+        let most_blocks = device.elementwise(usize::MAX, 1).grid[0] as usize;
+        let (mut table, mut places, mut squares_len) = (Vec::new(), Vec::new(), 0);
+        for stage in stages {
+            let first = table.len();
+            let (mut parts_len, mut out_len) = (0, 0);
+            let squares = match stage {
+                Stage::Convolution(squares) => *squares,
+                Stage::Launch(gradients) => {
+                    let mut sorted: Vec<&Range<usize>> = gradients.iter().map(|gradient| &gradient.place).collect();
+                    sorted.sort_by_key(|place| place.start);
+                    if let Some(pair) = sorted.windows(2).find(|pair| pair[0].end > pair[1].start) {
+                        return refused(format!("two gradients meet: {:?} and {:?}", pair[0], pair[1]));
+                    }
+                    for Unfinished { parts, place } in gradients {
+                        let n = place.len();
+                        let parts = parts.clone().unwrap_or_default();
+                        let whole = parts.is_empty();
+                        if n == 0 || !parts.len().is_multiple_of(n) {
+                            let expected = parts.len().div_ceil(n.max(1)).max(1) * n;
+                            check_length(OPERATION, "parts", parts.len(), expected)?;
+                        }
+                        (parts_len, out_len) = (parts_len.max(parts.end), out_len.max(place.end));
+                        let splits = if whole { 0 } else { parts.len() / n };
+                        table.extend((0..n).step_by(ELEMENTS / parts_at_once(splits)).map(|first| Piece {
+                            parts: parts.start as u64,
+                            out: place.start as u64,
+                            n: n as u64,
+                            splits: splits as u64,
+                            first: first as u64,
+                        }));
+                    }
+                    (table.len() - first).clamp(1, most_blocks)
+                }
+            };
+            let squares = squares_len..squares_len + squares;
+            squares_len = squares.end;
+            let launched = matches!(stage, Stage::Launch(_));
+            places.push(Places { pieces: first..table.len(), squares, parts_len, out_len, launched });
+        }
+        Ok(Self {
+            table: device.upload(&table)?,
+            stages: places,
+            squares: device.zeros(squares_len)?,
+            ticket: device.zeros(1)?,
+        })
+    }
+
+    /// What a convolution that is stage number `stage` does. `norm`: whether one is asked for at the end.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where there is no such stage of a convolution.
+    pub fn finish<'a>(
+        &'a mut self,
+        stage: usize,
+        scale: Option<Slice<'a, f64>>,
+        flag: SliceMut<'a, u32>,
+        norm: bool,
+    ) -> Result<Finish<'a>> {
+        let place = self.place("GradientStages::finish", stage, false)?.squares.clone();
+        let squares = if norm { Some(self.squares.slice_mut(place)?) } else { None };
+        Ok(Finish { scale, flag, squares })
+    }
+
+    /// Launches stage number `stage`: the sums of `parts` go to their places in `out`, and the gradients that are there as a whole stay,
+    /// but for the scale. `norm`: whether one is asked for at the end.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where there is no such launch, [`Error::Length`] for vectors too short for its places,
+    /// [`Error::OtherDevice`] for those of another device.
+    pub fn launch<T: Scalar>(
+        &mut self,
+        stage: usize,
+        parts: Slice<'_, T>,
+        out: SliceMut<'_, T>,
+        scale: Option<Slice<'_, f64>>,
+        flag: SliceMut<'_, u32>,
+        norm: bool,
+    ) -> Result<()> {
+        let norm = if norm { Norm::Later } else { Norm::None };
+        self.run("GradientStages::launch", stage, parts, out, scale, flag, norm)
+    }
+
+    /// Launches the last stage, and where it is asked for writes the norm of all that the stages have finished: one element.
+    ///
+    /// # Errors
+    /// As those of [`GradientStages::launch`].
+    pub fn end<T: Scalar>(
+        &mut self,
+        parts: Slice<'_, T>,
+        out: SliceMut<'_, T>,
+        scale: Option<Slice<'_, f64>>,
+        flag: SliceMut<'_, u32>,
+        norm: Option<SliceMut<'_, f64>>,
+    ) -> Result<()> {
+        let norm = norm.map_or(Norm::None, Norm::Now);
+        self.run("GradientStages::end", self.stages.len() - 1, parts, out, scale, flag, norm)
+    }
+
+    fn place(&self, operation: &'static str, stage: usize, launched: bool) -> Result<&Places> {
+        let found = self.stages.get(stage).filter(|place| place.launched == launched);
+        found.ok_or_else(|| {
+            let what = if launched { "launch" } else { "convolution" };
+            Error::Argument { operation, message: format!("stage {stage} of {} is no {what}", self.stages.len()) }
+        })
+    }
+
+    fn run<T: Scalar>(
+        &mut self,
+        operation: &'static str,
+        stage: usize,
+        parts: Slice<'_, T>,
+        mut out: SliceMut<'_, T>,
+        scale: Option<Slice<'_, f64>>,
+        flag: SliceMut<'_, u32>,
+        norm: Norm<'_>,
+    ) -> Result<()> {
+        let device = self.table.device().clone();
+        let Places { pieces, squares, parts_len, out_len, .. } = self.place(operation, stage, true)?.clone();
+        for (name, found, needed) in [("parts", parts.len(), parts_len), ("out", out.len(), out_len)] {
+            if found < needed {
+                check_length(operation, name, found, needed)?;
+            }
+        }
+        check_device(operation, "parts", &device, parts.device())?;
+        check_device(operation, "out", &device, out.device())?;
+        let (blocks, table) = (squares.len(), self.table.slice(pieces.clone())?.address());
+        let mut args = PiecesArgs {
+            parts: parts.address(),
+            out: out.address(),
+            table,
+            pieces: pieces.len() as u64,
+            all_squares: self.squares.view().address(),
+            all_squares_count: self.squares.len() as u64,
+            ticket: self.ticket.view_mut().address(),
+            ..PiecesArgs::default()
+        };
+        let squares = if matches!(norm, Norm::None) { None } else { Some(self.squares.slice_mut(squares)?) };
+        args.finish = Finish { scale, flag, squares }.args::<T>(operation, &device, blocks)?;
+        if let Norm::Now(mut norm) = norm {
+            check_length(operation, "norm", norm.len(), 1)?;
+            check_device(operation, "norm", &device, norm.device())?;
+            args.norm = norm.address();
+        }
+        // SAFETY: the pieces' places lie in the two vectors and no two of them meet; there is a sum of squares for every block, and
+        // the stages before this one have left theirs.
+        unsafe { launch::<T>(&device, blocks, &args) }
+    }
+}
+
+/// Whether a launch leaves sums of squares, and what becomes of them.
+enum Norm<'a> {
+    None,
+    Later,
+    Now(SliceMut<'a, f64>),
+}
