@@ -24,7 +24,7 @@ const TARGETS: [&str; 3] = [
 ];
 
 /// Sources of which the CPU's own launch shapes use nothing: there they play the GPU, for tests, which one instruction set serves.
-const GPU_SHAPES: [&str; 2] = ["conv.cu", "conv_tensor.cu"];
+const GPU_SHAPES: [&str; 3] = ["conv.cu", "conv_tensor.cu", "gradient.cu"];
 
 fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));

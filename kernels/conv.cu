@@ -6,15 +6,11 @@
 //
 // With a stride the input's pixels fall into stride x stride parity classes, each of which meets its own taps: blockIdx.z
 // is the class, and no zeros between the pixels of the output gradient are multiplied. The weight gradient splits its
-// depth over blockIdx.z into partial sums, which a second kernel adds in their order, so that the bits are always the same. That is
-// the last stage of a gradient, which finishes it too.
+// depth over blockIdx.z into partial sums, which a second kernel (gradient.cu) adds in their order, so that the bits are always the same.
 //
 // A block of 256 threads computes a tile: its operands pass through shared memory, DEPTH at a time, while the next ones
 // are on their way to registers; each thread holds a square of accumulators.
 #include "include/conv.cuh"
-#include "include/finish.cuh"
-#include "include/reduce.cuh"
-#include "include/ticket.cuh"
 
 namespace {
 
@@ -307,95 +303,6 @@ __device__ __forceinline__ void weight_gradient(const ConvArgs<T>& a) {
     }
 }
 
-// ---- The last stage of a gradient ----------------------------------------------------------------------------------
-
-/// A stretch of a gradient that a block takes at once.
-struct GradientPiece {
-    uint64_t parts, out;  // where the gradient's parts and the gradient itself begin, from the arguments' pointers on
-    uint64_t n;           // elements of the gradient, and of each part
-    uint64_t splits;      // parts, one after the other; 0 where the gradient is there as a whole
-    uint64_t first;       // element of the stretch
-};
-
-template <class T>
-struct GradientPiecesArgs {
-    const T* parts;
-    T* out;
-    const GradientPiece* table;  // null where one gradient is all there is, in parts
-    GradientPiece alone;
-    uint64_t pieces;
-    uint32_t accumulate;
-    Finish finish;
-    double* norm;  // the root of all squares, by the last block to come; null where others are to follow
-    const double* all_squares;
-    uint64_t all_squares_count;
-    uint32_t* ticket;
-};
-
-/// Threads of a block, and the elements of so many parts that they read at once.
-constexpr uint32_t kPieceThreads = 256, kPieceElements = 1024;
-
-/// How many times the parts of a gradient that a block reads at once have been doubled: the fewer, the longer its stretch of each.
-__device__ __forceinline__ uint32_t doublings(uint64_t splits) { return splits >= 8 ? 3 : splits >= 4 ? 2 : splits >= 2 ? 1 : 0; }
-
-/// out[i] = partial[0][i] + partial[1][i] + ..., in an order that the number of parts fixes, or added to what is there; finished where
-/// that is asked for. As many loads are under way as a memory's latency asks for, whether the parts are many and short or few and long.
-template <class T>
-__device__ void gradient_pieces(const GradientPiecesArgs<T>& a) {
-    constexpr uint32_t V = kPieceElements / kPieceThreads;
-    POLDER_DYNAMIC_SHARED(T, shared);  // [parts at once][elements of each]
-    const uint32_t thread = threadIdx.x;
-    Finished<T> finished(a.finish);
-    Sums<1> squares = {};
-    for (uint64_t number = blockIdx.x; number < a.pieces; number += gridDim.x) {
-        GradientPiece piece = a.alone;
-        if (a.table != nullptr) piece = a.table[number];
-        const uint32_t doubled = doublings(piece.splits), at_once = 1u << doubled, across = kPieceThreads >> doubled;
-        if (a.table == nullptr) piece.first = number * (across * V);
-        T* const out = a.out + piece.out;
-        const T* const from = piece.splits > 0 ? a.parts + piece.parts : out;
-        const auto write = [&](uint64_t i, T value) {
-            if (i >= piece.n) return;
-            if (a.accumulate != 0) value += out[i];
-            value = finished.value(value);
-            squares.add({{double(value) * double(value)}});
-            if (piece.splits > 0 || a.finish.scale != nullptr) out[i] = value;
-        };
-        const uint32_t column = thread & (across - 1), row = thread * at_once / kPieceThreads;
-        T sums[V] = {};
-#pragma unroll 4
-        for (uint64_t split = row; split < max(piece.splits, uint64_t(1)); split += at_once) {
-            POLDER_UNROLL
-            for (uint32_t v = 0; v < V; ++v) {
-                const uint64_t i = piece.first + column + v * across;
-                if (i < piece.n) sums[v] += from[split * piece.n + i];
-            }
-        }
-        if (at_once == 1) {
-            POLDER_UNROLL
-            for (uint32_t v = 0; v < V; ++v) write(piece.first + column + v * across, sums[v]);
-            continue;
-        }
-        const uint32_t length = across * V;
-        POLDER_UNROLL
-        for (uint32_t v = 0; v < V; ++v) shared[row * length + column + v * across] = sums[v];
-        __syncthreads();
-        for (uint32_t i = thread; i < length; i += kPieceThreads) {
-            T sum = shared[i];
-            for (uint32_t part = 1; part < at_once; ++part) sum += shared[part * length + i];
-            write(piece.first + i, sum);
-        }
-        __syncthreads();  // `shared` may be written again
-    }
-    if (a.finish.flag != nullptr) finished.raise(a.finish);
-    if (a.finish.squares == nullptr) return;
-    squares = block_sum(squares);
-    if (thread == 0) a.finish.squares[blockIdx.x] = squares.v[0];
-    if (a.norm == nullptr || !last_to_come(a.ticket, gridDim.x)) return;
-    const Sums<1> all = sum_partials<1>(a.all_squares, unsigned(a.all_squares_count));
-    if (thread == 0) a.norm[0] = sqrt(all.v[0]);
-}
-
 // The tiles by their columns; src/kernels/conv.rs chooses among them by the same numbers.
 using Tile16 = Tile<256, 16, 16, 4, 4>;
 using Tile32 = Tile<128, 32, 16, 4, 4>;
@@ -416,7 +323,6 @@ POLDER_KERNEL(conv_weight_gradient_16_f32, (weight_gradient<Tile16, float>), Con
 POLDER_KERNEL(conv_weight_gradient_32_f32, (weight_gradient<Tile32, float>), ConvArgs<float>)
 POLDER_KERNEL(conv_weight_gradient_64_f32, (weight_gradient<Tile64, float>), ConvArgs<float>)
 POLDER_KERNEL(conv_weight_gradient_128_f32, (weight_gradient<Tile128, float>), ConvArgs<float>)
-POLDER_KERNEL(gradient_pieces_f32, gradient_pieces<float>, GradientPiecesArgs<float>)
 POLDER_HOST_KERNEL(conv_forward_16_f64, (forward<Tile16, double>), ConvArgs<double>)
 POLDER_HOST_KERNEL(conv_forward_32_f64, (forward<Tile32, double>), ConvArgs<double>)
 POLDER_HOST_KERNEL(conv_forward_64_f64, (forward<Tile64, double>), ConvArgs<double>)
@@ -429,4 +335,3 @@ POLDER_HOST_KERNEL(conv_weight_gradient_16_f64, (weight_gradient<Tile16, double>
 POLDER_HOST_KERNEL(conv_weight_gradient_32_f64, (weight_gradient<Tile32, double>), ConvArgs<double>)
 POLDER_HOST_KERNEL(conv_weight_gradient_64_f64, (weight_gradient<Tile64, double>), ConvArgs<double>)
 POLDER_HOST_KERNEL(conv_weight_gradient_128_f64, (weight_gradient<Tile128, double>), ConvArgs<double>)
-POLDER_HOST_KERNEL(gradient_pieces_f64, gradient_pieces<double>, GradientPiecesArgs<double>)

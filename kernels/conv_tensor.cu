@@ -734,6 +734,7 @@ __device__ __forceinline__ void finish_sums(typename Tile::Sums& sum, const Fini
     constexpr int COUNT = Tile::WARP_COLUMNS / SQUARE_COLUMNS, FRAGMENTS = LINE_ROWS / 16;
     POLDER_DYNAMIC_SHARED(double, shared);  // [LINES][GROUPS]
     const int lane = int(threadIdx.x) % 32, line = Tile::warp_row() / LINE_ROWS;
+    const bool squared = a.squares != nullptr;
     Finished<float> finished(a);
     POLDER_UNROLL
     for (int part = 0; part < Tile::WARP_ROWS / LINE_ROWS; ++part) {
@@ -745,16 +746,16 @@ __device__ __forceinline__ void finish_sums(typename Tile::Sums& sum, const Fini
                 POLDER_UNROLL
                 for (float& value : sum[i][j]) {
                     value = finished.value(value);
-                    values[j * 8 / SQUARE_COLUMNS] += double(value) * double(value);
+                    if (squared) values[j * 8 / SQUARE_COLUMNS] += double(value) * double(value);
                 }
             }
         }
-        if (a.squares == nullptr) continue;
+        if (!squared) continue;
         const int group = total_over_lanes<COUNT, 1, 2, 4, 8, 16>(values);
         if (lane < COUNT) shared[(line + part) * GROUPS + Tile::warp_column() / SQUARE_COLUMNS + group] = values[0];
     }
     finished.raise(a);
-    if (a.squares == nullptr) return;
+    if (!squared) return;
     __syncthreads();
     const int group = int(threadIdx.x), groups = (columns + SQUARE_COLUMNS - 1) / SQUARE_COLUMNS;
     const int first = corner.column / SQUARE_COLUMNS;

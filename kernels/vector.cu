@@ -169,7 +169,7 @@ struct GradientArgs {
 template <class T, bool SCALED>
 __device__ void finish_gradient(const GradientArgs<T>& a) {
     T* const x = a.x;
-    const Finish finish{SCALED ? a.state : nullptr, a.flag, a.partials};
+    const Finish finish{SCALED ? a.state : nullptr, a.flag, nullptr};
     Finished<T> finished(finish);
     const auto square = [&finished](T& value) -> Sums<1> {
         value = finished.value(value);
@@ -200,20 +200,20 @@ __device__ void finish_gradient(const GradientArgs<T>& a) {
     finished.raise(finish);
 }
 
-struct FinishArgs {
+struct SumArgs {
     const double* partials;
     double* out;
     uint64_t count;
 };
 
 /// out[0] = Σ partials
-__device__ void finish_sum_body(const FinishArgs& a) {
+__device__ void finish_sum_body(const SumArgs& a) {
     const Sums<1> sums = sum_partials<1>(a.partials, a.count);
     if (thread_in_block() == 0) a.out[0] = sums.v[0];
 }
 
 /// out[0] = sqrt(Σ partials)
-__device__ void finish_norm_body(const FinishArgs& a) {
+__device__ void finish_norm_body(const SumArgs& a) {
     const Sums<1> sums = sum_partials<1>(a.partials, a.count);
     if (thread_in_block() == 0) a.out[0] = sqrt(sums.v[0]);
 }
@@ -531,8 +531,8 @@ POLDER_KERNEL(products_f32, products<float>, PartialsArgs<float>)
 POLDER_HOST_KERNEL(products_f64, products<double>, PartialsArgs<double>)
 POLDER_KERNEL(differences_f32, differences<float>, PartialsArgs<float>)
 POLDER_HOST_KERNEL(differences_f64, differences<double>, PartialsArgs<double>)
-POLDER_KERNEL(finish_sum, finish_sum_body, FinishArgs)
-POLDER_KERNEL(finish_norm, finish_norm_body, FinishArgs)
+POLDER_KERNEL(finish_sum, finish_sum_body, SumArgs)
+POLDER_KERNEL(finish_norm, finish_norm_body, SumArgs)
 POLDER_KERNEL(finish_finite_difference, finish_finite_difference_body, CurvatureArgs)
 POLDER_KERNEL(curvature_from_losses, curvature_from_losses_body, CurvatureArgs)
 

@@ -87,7 +87,8 @@ pub trait Objective<T: Scalar> {
     ) -> Result<()>;
 
     /// As [`Objective::gradient`], and writes the gradient's norm to `norm` (one element). By default that is a pass of its own;
-    /// an objective that looks at its gradient once more anyway, as a plan does, has it for nothing.
+    /// an objective that looks at its gradient anyway, as a plan does, has it for nothing. What padding there is between tensors is taken
+    /// to be zero.
     ///
     /// # Errors
     /// Those of the device.

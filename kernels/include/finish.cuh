@@ -34,7 +34,7 @@ struct Finished {
     }
     /// Every thread that writes writes the same value.
     __device__ __forceinline__ void raise(const Finish& a) const {
-        if (seen >> 31) atomicOr(a.flag, 1u);
+        if (seen >> 31 && a.flag != nullptr) atomicOr(a.flag, 1u);
     }
 };
 

@@ -1,12 +1,13 @@
-//! The last stage of a network's gradient: `gradient_pieces` of `kernels/conv.cu`, and the end of a weight gradient on tensor cores.
+//! The last stage of a network's gradient: `kernels/gradient.cu`, and the end of a weight gradient on tensor cores.
 //!
-//! Every element of a gradient is written for the last time by some kernel. That one also takes out the loss scale, sees whether the
-//! element is finite, and sums its square, so that neither the look at a gradient nor its norm costs a pass over it:
+//! Every weight gradient of a convolution is written for the last time by some kernel. That one also takes out the loss scale, sees
+//! whether the elements are finite, and sums their squares, so that neither the look at a gradient nor its norm costs a pass over them:
 //!
-//! - weight gradients that a convolution makes in one piece, by the convolution
+//! - what a convolution on tensor cores makes in one part, by the convolution
 //!   ([`conv::finished_weight_gradient`](super::conv::finished_weight_gradient));
-//! - those made in large parts, right after, while the cache still holds them, by a launch of their own;
-//! - those in small parts, and what other layers have written, by one launch at the end, whose last block makes the norm.
+//! - what is made in large parts, right after, while the cache still holds them, by a launch of their own;
+//! - what is made in small parts, by one launch at the end, whose last block makes the norm. That one also goes over what other layers
+//!   have left, a few numbers of each, and over what convolutions without tensor cores make in one part.
 //!
 //! Of N elements in K parts, a launch reads 4 K N bytes and writes 4 N; what is there as a whole is read, and written only to take out
 //! a scale. Squares are summed in double precision, in an order that the places and the device fix.
@@ -17,13 +18,18 @@ use super::{check_device, check_length, pick};
 use crate::device::{Buffer, Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
 use crate::kernels::precision;
 
-/// The threads of a block, and the elements that they take at once, of one part or of several.
+/// The threads of a block, and the elements that they read at once, of one part or of several; as `kernels/gradient.cu` defines them.
 const THREADS: u32 = 256;
 const ELEMENTS: usize = 1024;
 
-/// The parts that a block reads at once.
-fn parts_at_once(splits: usize) -> usize {
-    [8, 4, 2].into_iter().find(|&count| splits >= count).unwrap_or(1)
+/// Of how many parts a block reads so many elements at once: of 2 to this power.
+fn doublings(splits: usize) -> u32 {
+    splits.clamp(1, 8).ilog2()
+}
+
+/// The elements of a gradient in so many parts that a block sums at once.
+fn stretch(splits: usize) -> usize {
+    ELEMENTS >> doublings(splits)
 }
 
 /// Where a gradient lies before its last stage.
@@ -43,6 +49,16 @@ pub enum Stage {
     /// A convolution that leaves so many sums of squares:
     /// [`ConvShape::finished_squares`](super::conv::ConvShape::finished_squares).
     Convolution(usize),
+}
+
+impl Stage {
+    /// The gradients that a launch finishes.
+    fn launched(&self) -> &[Unfinished] {
+        match self {
+            Self::Launch(gradients) => gradients,
+            Self::Convolution(_) => &[],
+        }
+    }
 }
 
 /// What the last stage of a gradient does beside writing it.
@@ -97,6 +113,7 @@ struct Piece {
     n: u64,
     splits: u64,
     first: u64,
+    doublings: u64,
 }
 
 #[repr(C)]
@@ -132,11 +149,11 @@ pub(super) fn sum_parts<T: Scalar>(
 ) -> Result<()> {
     let (n, device) = (out.len(), out.device().clone());
     assert!(parts.len() >= splits * n, "sums of every part");
-    let pieces = n.div_ceil(ELEMENTS / parts_at_once(splits));
+    let pieces = n.div_ceil(stretch(splits));
     let args = PiecesArgs {
         parts: parts.address(),
         out: out.address(),
-        alone: Piece { n: n as u64, splits: splits as u64, ..Piece::default() },
+        alone: Piece { n: n as u64, splits: splits as u64, doublings: doublings(splits).into(), ..Piece::default() },
         pieces: pieces as u64,
         accumulate: accumulate.into(),
         ..PiecesArgs::default()
@@ -147,7 +164,7 @@ pub(super) fn sum_parts<T: Scalar>(
 
 /// A stage's pieces, and the sums of squares that it leaves.
 #[derive(Clone)]
-struct Places {
+struct Extent {
     pieces: Range<usize>,
     squares: Range<usize>,
     /// As long as the vectors of parts and of gradients must be.
@@ -157,10 +174,13 @@ struct Places {
     launched: bool,
 }
 
-/// The last stages of a network's gradient, in their order, the last of which is a launch.
+/// The last stages of a network's gradient, in their order, the last of which is a launch. For each gradient all of them run once, and
+/// either all are told that a norm is asked for or none: it would else be made with the squares of another gradient.
+///
+/// Without a norm, gradients that are made at the same time may share the stages.
 pub struct GradientStages {
     table: Buffer<Piece>,
-    stages: Vec<Places>,
+    stages: Vec<Extent>,
     squares: Buffer<f64>,
     ticket: Buffer<u32>,
 }
@@ -169,13 +189,18 @@ impl GradientStages {
     /// Room and tables for these stages.
     ///
     /// # Errors
-    /// [`Error::Length`] for parts that are no multiple of their gradient, [`Error::Argument`] for two gradients of a stage in one
-    /// place and where the last stage is no launch; those of the allocation.
+    /// [`Error::Length`] for parts that are no multiple of their gradient, [`Error::Argument`] for two gradients in one place and where
+    /// the last stage is no launch; those of the allocation.
     pub fn new(device: &Device, stages: &[Stage]) -> Result<Self> {
         const OPERATION: &str = "GradientStages::new";
         let refused = |message: String| Err(Error::Argument { operation: OPERATION, message });
         if !matches!(stages.last(), Some(Stage::Launch(_))) {
             return refused("the last stage is no launch".into());
+        }
+        let mut sorted: Vec<&Range<usize>> = stages.iter().flat_map(Stage::launched).map(|one| &one.place).collect();
+        sorted.sort_by_key(|place| place.start);
+        if let Some(pair) = sorted.windows(2).find(|pair| pair[0].end > pair[1].start) {
+            return refused(format!("two gradients meet: {:?} and {:?}", pair[0], pair[1]));
         }
         let most_blocks = device.elementwise(usize::MAX, 1).grid[0] as usize;
         let (mut table, mut places, mut squares_len) = (Vec::new(), Vec::new(), 0);
@@ -185,27 +210,24 @@ impl GradientStages {
             let squares = match stage {
                 Stage::Convolution(squares) => *squares,
                 Stage::Launch(gradients) => {
-                    let mut sorted: Vec<&Range<usize>> = gradients.iter().map(|gradient| &gradient.place).collect();
-                    sorted.sort_by_key(|place| place.start);
-                    if let Some(pair) = sorted.windows(2).find(|pair| pair[0].end > pair[1].start) {
-                        return refused(format!("two gradients meet: {:?} and {:?}", pair[0], pair[1]));
-                    }
                     for Unfinished { parts, place } in gradients {
                         let n = place.len();
-                        let parts = parts.clone().unwrap_or_default();
-                        let whole = parts.is_empty();
-                        if n == 0 || !parts.len().is_multiple_of(n) {
+                        if let Some(parts) = parts
+                            && (n == 0 || parts.is_empty() || !parts.len().is_multiple_of(n))
+                        {
                             let expected = parts.len().div_ceil(n.max(1)).max(1) * n;
                             check_length(OPERATION, "parts", parts.len(), expected)?;
                         }
+                        let parts = parts.clone().unwrap_or_default();
                         (parts_len, out_len) = (parts_len.max(parts.end), out_len.max(place.end));
-                        let splits = if whole { 0 } else { parts.len() / n };
-                        table.extend((0..n).step_by(ELEMENTS / parts_at_once(splits)).map(|first| Piece {
+                        let splits = parts.len() / n.max(1);
+                        table.extend((0..n).step_by(stretch(splits)).map(|first| Piece {
                             parts: parts.start as u64,
                             out: place.start as u64,
                             n: n as u64,
                             splits: splits as u64,
                             first: first as u64,
+                            doublings: doublings(splits).into(),
                         }));
                     }
                     (table.len() - first).clamp(1, most_blocks)
@@ -214,7 +236,7 @@ impl GradientStages {
             let squares = squares_len..squares_len + squares;
             squares_len = squares.end;
             let launched = matches!(stage, Stage::Launch(_));
-            places.push(Places { pieces: first..table.len(), squares, parts_len, out_len, launched });
+            places.push(Extent { pieces: first..table.len(), squares, parts_len, out_len, launched });
         }
         Ok(Self {
             table: device.upload(&table)?,
@@ -275,7 +297,7 @@ impl GradientStages {
         self.run("GradientStages::end", self.stages.len() - 1, parts, out, scale, flag, norm)
     }
 
-    fn place(&self, operation: &'static str, stage: usize, launched: bool) -> Result<&Places> {
+    fn place(&self, operation: &'static str, stage: usize, launched: bool) -> Result<&Extent> {
         let found = self.stages.get(stage).filter(|place| place.launched == launched);
         found.ok_or_else(|| {
             let what = if launched { "launch" } else { "convolution" };
@@ -294,7 +316,7 @@ impl GradientStages {
         norm: Norm<'_>,
     ) -> Result<()> {
         let device = self.table.device().clone();
-        let Places { pieces, squares, parts_len, out_len, .. } = self.place(operation, stage, true)?.clone();
+        let Extent { pieces, squares, parts_len, out_len, .. } = self.place(operation, stage, true)?.clone();
         for (name, found, needed) in [("parts", parts.len(), parts_len), ("out", out.len(), out_len)] {
             if found < needed {
                 check_length(operation, name, found, needed)?;
@@ -321,7 +343,7 @@ impl GradientStages {
             args.norm = norm.address();
         }
         // SAFETY: the pieces' places lie in the two vectors and no two of them meet; there is a sum of squares for every block, and
-        // the stages before this one have left theirs.
+        // all of them are numbers from the beginning.
         unsafe { launch::<T>(&device, blocks, &args) }
     }
 }

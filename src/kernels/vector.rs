@@ -93,7 +93,7 @@ struct PartialsArgs {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct FinishArgs {
+struct SumArgs {
     partials: u64,
     out: u64,
     count: u64,
@@ -111,7 +111,7 @@ fn finish(
     let device = reduction.partials.device().clone();
     check_length(operation, argument, out.len(), 1)?;
     check_device(operation, argument, &device, out.device())?;
-    let args = FinishArgs { partials: reduction.partials.view().address(), out: out.address(), count };
+    let args = SumArgs { partials: reduction.partials.view().address(), out: out.address(), count };
     // SAFETY: the twin of the kernel's struct; stage one wrote `count` partial sums, and `out` is one number.
     unsafe { device.launch(kernel, one_block(&device), &args) }
 }

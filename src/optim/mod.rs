@@ -25,9 +25,9 @@
 //! | [`Method::LookSam`] | 2 in one step of k, else 1 | 12, else 6 | 60, else 28 | 3, and g_v |
 //! | [`Method::RSam`] | 2 | 9 | 44 | 3 |
 //!
-//! The objective reads each gradient once more to see whether it is finite (4 B per parameter and pass, of which a network's plan
-//! has back those of the norm; in f16, where it takes the loss scale out, 8 B, and 6 B to round the weights in 16 bits); clipping
-//! adds 4 B for each vector of the direction. On a GPU the pairs of passes of CR-SAM and of GNR's differences run at the same time,
+//! Beside it the objective sees whether each gradient is finite. A network's plan has it for nothing on a GPU, with the norm; on the CPU
+//! it reads the gradient once more (4 B per parameter and pass, of which it has back those of the norm; in f16, where it takes the loss
+//! scale out, 8 B). Rounding weights to 16 bits takes 6 B; clipping adds 4 B for each vector of the direction. On a GPU the pairs of passes of CR-SAM and of GNR's differences run at the same time,
 //! for which a plan takes its arena twice.
 
 mod method;

@@ -27,7 +27,7 @@ impl<S: Compute> Plan<S> {
         weights: Slice<'_, S::Master>,
         mut into: Option<Target<'_, S::Master>>,
     ) -> Result<()> {
-        let Self { ops, places, arena, rounded, sums, stages, loss_scale, .. } = self;
+        let Self { ops, places, arena, rounded, sums, stages, stage_numbers, loss_scale, .. } = self;
         let op = &ops[index];
         if places.gradients[op.output().0].is_none() {
             return Ok(()); // the loss does not depend on it, and it has no parameter, or planning had failed
@@ -43,12 +43,13 @@ impl<S: Compute> Plan<S> {
                 if let Some(Target { gradient, flag, norm }) = &mut into {
                     let (x, flag, norm) = (parts.read(x)?, flag.reborrow(), *norm);
                     let scale = loss_scale.as_ref().map(|state| state.view());
+                    let stage = stage_numbers[index];
                     match (places.weight_gradients[index], stages) {
-                        (WeightGradient::Finished(stage), Some(stages)) => {
+                        (WeightGradient::Finished, Some(stages)) => {
                             let finish = stages.finish(stage, scale, flag, norm)?;
                             conv::finished_weight_gradient(shape, x, dy, gradient.slice_mut(range(w))?, finish)?;
                         }
-                        (WeightGradient::Summed(stage), Some(stages)) => {
+                        (WeightGradient::Summed, Some(stages)) => {
                             conv::partial_weight_gradients(shape, x, dy, scratch.reborrow())?;
                             stages.launch(stage, scratch.view(), gradient.reborrow(), scale, flag, norm)?;
                         }

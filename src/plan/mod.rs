@@ -88,8 +88,10 @@ pub struct Plan<S: Compute> {
     pending: [Buffer<S::Master>; 2],
     /// Passes with [`Statistics::Update`] since the last commit.
     reported: usize,
-    /// What finishes a gradient on a GPU. The CPU goes over it once more.
+    /// What finishes a gradient on a GPU, in two passes at the same time too, which ask for no norm. The CPU goes over it once more.
     stages: Option<GradientStages>,
+    /// By operation: the number of its own stage.
+    stage_numbers: Vec<usize>,
     /// For batch norm's sums over rows.
     sums: batch_norm::Workspace,
     /// For the second of two passes at the same time, from the first pair on.
@@ -138,10 +140,9 @@ impl<S: Compute> Plan<S> {
             }
         }
         let places = Places::new::<S>(device, &ops, &shapes, logits, &parameters, options)?;
-        let stages = match options.backward && device.is_simt() {
-            true => Some(GradientStages::new(device, &stages::<S>(device, &ops, &places, &parameters))?),
-            false => None,
-        };
+        let (stages, stage_numbers) = stages::<S>(device, &ops, &places, &parameters);
+        let stages =
+            if options.backward && device.is_simt() { Some(GradientStages::new(device, &stages)?) } else { None };
         let sums = workspace::<S>(device, &ops, &shapes, &places)?;
         let mut statistics = device.zeros(statistics_layout.len())?;
         let mut start = vec![S::Master::default(); statistics_layout.len()];
@@ -159,6 +160,7 @@ impl<S: Compute> Plan<S> {
             labels: device.zeros(shapes[0].batch)?,
             correct: device.zeros(2)?,
             stages,
+            stage_numbers,
             sums,
             device: device.clone(),
             options,
@@ -506,18 +508,20 @@ struct Target<'a, T: Scalar> {
     norm: bool,
 }
 
-/// What finishes every parameter's gradient: the stages that [`Places`] number, in their order, and at the end all the others.
-fn stages<S: Compute>(device: &Device, ops: &[Op], places: &Places, parameters: &Layout) -> Vec<Stage> {
-    let (mut stages, mut rest) = (Vec::new(), Vec::new());
+/// What finishes every parameter's gradient: the stages of operations that have their own, and at the end one for all the others. And by
+/// operation the number of its own.
+fn stages<S: Compute>(device: &Device, ops: &[Op], places: &Places, parameters: &Layout) -> (Vec<Stage>, Vec<usize>) {
+    let (mut stages, mut numbers, mut rest) = (Vec::new(), Vec::new(), Vec::new());
     for (index, op) in ops.iter().enumerate() {
+        numbers.push(stages.len());
         let scratch = places.scratch[index].1.map_or(0..0, |slot| places.slots[slot].range());
         for parameter in op.parameters().into_iter().flatten() {
             let place = parameters.tensors()[parameter].range();
             match (places.weight_gradients[index], op) {
-                (WeightGradient::Finished(_), Op::Convolution { shape, .. }) => {
+                (WeightGradient::Finished, Op::Convolution { shape, .. }) => {
                     stages.push(Stage::Convolution(shape.finished_squares::<S>(device).unwrap_or_default()));
                 }
-                (WeightGradient::Summed(_), _) => {
+                (WeightGradient::Summed, _) => {
                     stages.push(Stage::Launch(vec![Unfinished { parts: Some(0..scratch.len()), place }]));
                 }
                 (WeightGradient::Parts, _) => rest.push(Unfinished { parts: Some(scratch.clone()), place }),
@@ -526,7 +530,7 @@ fn stages<S: Compute>(device: &Device, ops: &[Op], places: &Places, parameters: 
         }
     }
     stages.push(Stage::Launch(rest));
-    stages
+    (stages, numbers)
 }
 
 /// Batch norm's workspace for all that a pass does.

@@ -48,10 +48,10 @@ pub(super) enum WeightGradient {
     Whole,
     /// In parts, to be added up then.
     Parts,
-    /// Finished by the stage of that number: large parts are added up at once, while a GPU's cache still holds them.
-    Summed(usize),
-    /// Finished by the stage of that number, which is the convolution.
-    Finished(usize),
+    /// Finished by a stage of its own: large parts are added up at once, while a GPU's cache still holds them.
+    Summed,
+    /// Finished by a stage of its own, which is the convolution.
+    Finished,
 }
 
 /// Bytes of a weight gradient's parts that are kept until the end of the pass.
@@ -163,7 +163,6 @@ impl Places {
         let mut moments = Vec::new();
         let mut scratch = Vec::new();
         let mut weight_gradients = vec![WeightGradient::Whole; ops.len()];
-        let mut stages = 0;
         for (index, op) in ops.iter().enumerate() {
             let last = if options.backward { backward_step(index) } else { index };
             moments.push(match op {
@@ -178,17 +177,12 @@ impl Places {
                     let len = shape.workspace_len::<S>(device);
                     let small = len * size_of::<S::Master>() <= LARGEST_KEPT_PARTS;
                     weight_gradients[index] = match shape.weight_gradient_splits::<S>(device) {
-                        1 if shape.finished_squares::<S>(device).is_some() => WeightGradient::Finished(stages),
+                        1 if shape.finished_squares::<S>(device).is_some() => WeightGradient::Finished,
                         1 => WeightGradient::Whole,
                         _ if small => WeightGradient::Parts,
-                        _ => WeightGradient::Summed(stages),
+                        _ => WeightGradient::Summed,
                     };
-                    let (stage, until) = match weight_gradients[index] {
-                        WeightGradient::Finished(_) | WeightGradient::Summed(_) => (1, last),
-                        WeightGradient::Parts => (0, end),
-                        WeightGradient::Whole => (0, last),
-                    };
-                    stages += stage;
+                    let until = if weight_gradients[index] == WeightGradient::Parts { end } else { last };
                     (Some(slot(len, index, index)), options.backward.then(|| slot(len, last, until)))
                 }
                 Op::BatchNorm { x, .. } if options.backward => {

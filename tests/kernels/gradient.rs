@@ -123,12 +123,16 @@ fn check_exactly<T: Scalar>(devices: Vec<(String, Device)>, scales: &[Option<f64
         }
         // What is not finite is seen wherever it stands, in a part or in a whole gradient.
         for Unfinished { parts: from, place } in gradients(&case.stages) {
-            let at = from.as_ref().unwrap_or(place).end - 1;
-            for bad in [f64::INFINITY, f64::NAN] {
+            let within = from.as_ref().unwrap_or(place);
+            // On the first device all places, on the last, which may be a GPU, one.
+            let cases = [(0, within.start), (0, within.start + within.len() / 2), (0, within.end - 1)];
+            for (device, at) in cases.into_iter().chain([(devices.len() - 1, within.end - 1)]) {
                 let (mut parts, mut whole) = (parts.clone(), whole.clone());
+                let bad = if at % 2 == 0 { f64::INFINITY } else { f64::NAN };
                 (if from.is_some() { &mut parts } else { &mut whole })[at] = T::from_f64(bad);
-                let (_, flag, norm) = run(&devices[0].1, &case, (&parts, &whole), scale, true);
-                assert!(flag == 1 && !norm.is_finite(), "{place:?}, {bad}: {flag}, {norm}");
+                let (name, device) = &devices[device];
+                let (_, flag, norm) = run(device, &case, (&parts, &whole), scale, true);
+                assert!(flag == 1 && !norm.is_finite(), "{name}, {place:?}, {bad} at {at}: {flag}, {norm}");
             }
         }
     }
@@ -164,6 +168,8 @@ fn check_convolution<S: Compute<Master = f32>>() {
             let state = device.upload(&[4096.0, 0.0]).unwrap();
             let mut flag = device.zeros::<u32>(1).unwrap();
             let squares = shape.finished_squares::<S>(&device);
+            // Of so few pixels every gradient is made in one part.
+            assert_eq!(squares.is_some(), shape.moments_len::<S>(&device).is_some(), "{name}: {shape:?}");
             let mut sums = device.poisoned::<f64>(squares.unwrap_or(1)).unwrap();
             for bad in [false, true] {
                 if bad {
@@ -179,6 +185,11 @@ fn check_convolution<S: Compute<Master = f32>>() {
                     continue;
                 }
                 done.unwrap();
+                let mut longer = device.zeros(sums.len() + 1).unwrap();
+                let mut untouched = device.zeros(1).unwrap();
+                let finish = Finish { scale: None, flag: untouched.view_mut(), squares: Some(longer.view_mut()) };
+                let refused = conv::finished_weight_gradient(&shape, x.view(), dy.view(), plain.view_mut(), finish);
+                assert!(matches!(refused, Err(Error::Length { argument: "squares", .. })), "{name}: {refused:?}");
                 let mut scratch = device.poisoned(shape.workspace_len::<S>(&device)).unwrap();
                 let scratch = scratch.view_mut();
                 conv::weight_gradient(&shape, x.view(), dy.view(), plain.view_mut(), false, scratch).unwrap();
@@ -217,12 +228,17 @@ fn what_does_not_fit_is_refused() {
     let device = Device::host();
     let launch = |parts: Option<Range<usize>>, place| Stage::Launch(vec![Unfinished { parts, place }]);
     // Parts that are no multiple of their gradient.
-    for (parts, place) in [(0..7, 0..3), (0..4, 2..2)] {
+    for (parts, place) in [(0..7, 0..3), (0..0, 0..3), (0..4, 2..2)] {
         let refused = GradientStages::new(&device, &[launch(Some(parts), place)]).err();
         assert!(matches!(refused, Some(Error::Length { argument: "parts", .. })), "{refused:?}");
     }
     let meeting = [(Some(0..6), 2..5), (None, 0..3)].map(|(parts, place)| Unfinished { parts, place });
-    for stages in [vec![Stage::Launch(meeting.to_vec())], vec![], vec![launch(None, 0..2), Stage::Convolution(1)]] {
+    for stages in [
+        vec![Stage::Launch(meeting.to_vec())],
+        vec![launch(Some(0..6), 2..5), launch(None, 0..3)],
+        vec![],
+        vec![launch(None, 0..2), Stage::Convolution(1)],
+    ] {
         let refused = GradientStages::new(&device, &stages).err();
         assert!(matches!(refused, Some(Error::Argument { .. })), "{stages:?}: {refused:?}");
     }
@@ -248,4 +264,21 @@ fn what_does_not_fit_is_refused() {
         let refused = stages.finish(stage, None, one.view_mut(), true).err();
         assert!(matches!(refused, Some(Error::Argument { .. })), "{refused:?}");
     }
+    // Another device's vectors, and a scale where there is none.
+    let elsewhere = Device::host();
+    let (other_parts, mut other_out) = (elsewhere.zeros::<f32>(7).unwrap(), elsewhere.zeros::<f32>(8).unwrap());
+    let (mut other_flag, mut other_norm) = (elsewhere.zeros::<u32>(1).unwrap(), elsewhere.zeros::<f64>(1).unwrap());
+    let refused = [
+        ("parts", stages.end(other_parts.view(), out.view_mut(), None, one.view_mut(), None)),
+        ("out", stages.end(parts.view(), other_out.view_mut(), None, one.view_mut(), None)),
+        ("flag", stages.end(parts.view(), out.view_mut(), None, other_flag.view_mut(), None)),
+        ("norm", stages.end(parts.view(), out.view_mut(), None, one.view_mut(), Some(other_norm.view_mut()))),
+    ];
+    for (name, refused) in refused {
+        assert!(matches!(refused, Err(Error::OtherDevice { argument, .. }) if argument == name), "{name}: {refused:?}");
+    }
+    let (wide, mut wide_out) = (device.zeros::<f64>(7).unwrap(), device.zeros::<f64>(8).unwrap());
+    let scale = device.upload(&[2.0, 0.0]).unwrap();
+    let refused = stages.end(wide.view(), wide_out.view_mut(), Some(scale.view()), one.view_mut(), None);
+    assert!(matches!(refused, Err(Error::Argument { .. })), "{refused:?}");
 }

@@ -4,6 +4,7 @@ use crate::common::{self, Random, relative_error, to_f64, weights};
 use half::f16;
 use polder::device::{Buffer, Compute, Device, HostOptions};
 use polder::kernels::batch_norm::Mode;
+use polder::kernels::conv::ConvShape;
 use polder::kernels::vector::{self, Reduction};
 use polder::nn::{Model, Shortcut};
 use polder::objective::{Objective, Statistics};
@@ -244,6 +245,17 @@ fn every_stage_finishes_its_gradients() {
             };
             pass().unwrap();
             let list = device.capture(&mut pass).unwrap().list().unwrap();
+            let one = ConvShape {
+                batch: 9,
+                height: 4,
+                width: 2,
+                in_channels: 8,
+                out_channels: 24,
+                kernel: 3,
+                stride: 1,
+                padding: 1,
+            };
+            assert_eq!(one.finished_squares::<S>(&device).is_some(), gpu_shapes && S::NARROW);
             let launches = list.iter().filter(|name| name.starts_with("gradient_pieces")).count();
             assert_eq!(launches, if gpu_shapes { 2 } else { 0 }, "{list:?}");
             assert_eq!(flag.to_vec().unwrap(), [0]);

@@ -241,7 +241,7 @@ fn noise<A: Compute>(device: &Device, len: usize, seed: u64) -> Result<Buffer<A>
 }
 
 /// Times replays of a graph: the CPU may take longer to ask for a small launch than the GPU for it. What an input gradient leaves for
-/// batch norm is not asked for: every tile has the same of it to do.
+/// batch norm and what finishes a weight gradient is not asked for: every tile has the same of it to do.
 fn fastest_tile<A: Compute>(pass: Pass, shape: &ConvShape, device: &Device) -> Result<&'static Tile> {
     let (mut x, mut y) = (noise::<A>(device, shape.input_len(), 1)?, noise::<A>(device, shape.output_len(), 2)?);
     let weight = noise::<A>(device, shape.weight_len(), 3)?;

@@ -1,0 +1,99 @@
+// The last stage of a gradient that no convolution finishes itself: sums of weight gradients that were made in parts, and what other
+// layers have left, of a whole network in one launch.
+#include "include/elementwise.cuh"
+#include "include/finish.cuh"
+#include "include/reduce.cuh"
+#include "include/ticket.cuh"
+
+namespace {
+
+/// A stretch of a gradient that a block takes at once.
+struct GradientPiece {
+    uint64_t parts, out;  // where the gradient's parts and the gradient itself begin, from the arguments' pointers on
+    uint64_t n;           // elements of the gradient, and of each part
+    uint64_t splits;      // parts, one after the other; 0 where the gradient is there as a whole
+    uint64_t first;       // element of the stretch
+    uint64_t doublings;   // a block reads 2^doublings parts at once: the fewer, the longer its stretch of each
+};
+
+template <class T>
+struct GradientPiecesArgs {
+    const T* parts;
+    T* out;
+    const GradientPiece* table;  // null where one gradient is all there is, in parts
+    GradientPiece alone;
+    uint64_t pieces;
+    uint32_t accumulate;
+    Finish finish;
+    double* norm;  // the root of all squares, by the last block to come; null where others are to follow
+    const double* all_squares;
+    uint64_t all_squares_count;
+    uint32_t* ticket;
+};
+
+/// Threads of a block, and the elements that they read at once, of one part or of several; src/kernels/gradient.rs has the same.
+constexpr uint32_t kPieceThreads = 256, kPieceElements = 1024;
+
+/// out[i] = partial[0][i] + partial[1][i] + ..., in an order that the number of parts fixes, or added to what is there; finished where
+/// that is asked for. As many loads are under way as a memory's latency asks for, whether the parts are many and short or few and long.
+template <class T>
+__device__ void gradient_pieces(const GradientPiecesArgs<T>& a) {
+    constexpr uint32_t V = kPieceElements / kPieceThreads;
+    POLDER_DYNAMIC_SHARED(T, shared);  // [parts at once][elements of each]
+    const uint32_t thread = threadIdx.x;
+    const bool squared = a.finish.squares != nullptr;
+    Finished<T> finished(a.finish);
+    Sums<1> squares = {};
+    for (uint64_t number = blockIdx.x; number < a.pieces; number += gridDim.x) {
+        GradientPiece piece = a.alone;
+        if (a.table != nullptr) piece = a.table[number];
+        const uint32_t doublings = uint32_t(piece.doublings), at_once = 1u << doublings, across = kPieceThreads >> doublings;
+        if (a.table == nullptr) piece.first = number * (across * V);
+        T* const out = a.out + piece.out;
+        const T* const from = piece.splits > 0 ? a.parts + piece.parts : out;
+        const auto write = [&](uint64_t i, T value) {
+            if (i >= piece.n) return;
+            if (a.accumulate != 0) value += out[i];
+            value = finished.value(value);
+            if (squared) squares.add({{double(value) * double(value)}});
+            if (piece.splits > 0 || a.finish.scale != nullptr) out[i] = value;
+        };
+        const uint32_t column = thread & (across - 1), row = thread * at_once / kPieceThreads;
+        T sums[V] = {};
+#pragma unroll 4
+        for (uint64_t split = row; split < max(piece.splits, uint64_t(1)); split += at_once) {
+            POLDER_UNROLL
+            for (uint32_t v = 0; v < V; ++v) {
+                const uint64_t i = piece.first + column + v * across;
+                if (i < piece.n) sums[v] += from[split * piece.n + i];
+            }
+        }
+        if (at_once == 1) {
+            POLDER_UNROLL
+            for (uint32_t v = 0; v < V; ++v) write(piece.first + column + v * across, sums[v]);
+            continue;
+        }
+        const uint32_t length = across * V;
+        POLDER_UNROLL
+        for (uint32_t v = 0; v < V; ++v) shared[row * length + column + v * across] = sums[v];
+        __syncthreads();
+        for (uint32_t i = thread; i < length; i += kPieceThreads) {
+            T sum = shared[i];
+            for (uint32_t part = 1; part < at_once; ++part) sum += shared[part * length + i];
+            write(piece.first + i, sum);
+        }
+        __syncthreads();  // `shared` may be written again
+    }
+    finished.raise(a.finish);
+    if (!squared) return;
+    squares = block_sum(squares);
+    if (thread == 0) a.finish.squares[blockIdx.x] = squares.v[0];
+    if (a.norm == nullptr || !last_to_come(a.ticket, gridDim.x)) return;
+    const Sums<1> all = sum_partials<1>(a.all_squares, unsigned(a.all_squares_count));
+    if (thread == 0) a.norm[0] = sqrt(all.v[0]);
+}
+
+}  // namespace
+
+POLDER_KERNEL(gradient_pieces_f32, gradient_pieces<float>, GradientPiecesArgs<float>)
+POLDER_HOST_KERNEL(gradient_pieces_f64, gradient_pieces<double>, GradientPiecesArgs<double>)
