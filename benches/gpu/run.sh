@@ -124,6 +124,9 @@ done
 run peers "peers/pytorch.py in f16" 120 python3 peers/pytorch.py --device cuda:0 --binary bin/step_peer \
     --models resnet20 resnet18 --methods sam --rounds 3 --seconds 0.3 --precision f16 --ways eager graph reduce-overhead
 
+# Layer by layer against cuDNN, in results and in time.
+run peers "peers/conv.py in f16" 60 python3 peers/conv.py --device cuda:0 --binary bin/conv_peer --precision f16 --rounds 5 --seconds 0.02
+
 for name in vector batch_norm step curvature fusion conv; do
     run benches "bench $name" 90 "benches/$name" --bench
 done

@@ -1,5 +1,5 @@
 //! polder's side of the paired comparison with PyTorch (`benches/peers/pytorch.py`): a process that takes weights and one
-//! batch, and answers commands on standard input with one JSON line each.
+//! batch, and answers commands on standard input with one JSON line each (`{"error": "..."}` where it cannot).
 //!
 //! - `gradient FILE`: writes the gradient of the batch's loss (batch norm in train mode) and answers `{"loss": …}`;
 //! - `steps N`: takes N training steps on the batch, all but the first of them replays of a recorded one as in `polder train`, and
@@ -7,8 +7,9 @@
 //! - `memory`: answers `{"peak_rss_bytes": …}` (on Linux; 0 elsewhere);
 //! - `quit`.
 
-use std::error::Error;
-use std::io::BufRead;
+#[path = "protocol.rs"]
+mod protocol;
+
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -21,7 +22,9 @@ use polder::objective::{Objective, Statistics};
 use polder::optim::{Base, CrSamTerms, Form, Method, Optimizer, Settings};
 use polder::plan::{Plan, PlanOptions, Shape};
 use polder::train::{PrecisionName, open_device, weights};
+use protocol::{Answer, number};
 use safetensors::SafeTensors;
+use serde_json::json;
 
 #[derive(Clone, Copy, ValueEnum)]
 enum MethodName {
@@ -52,7 +55,7 @@ struct Args {
     images: PathBuf,
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> Answer<()> {
     let args = Args::parse();
     match args.precision {
         PrecisionName::F32 => answer::<f32>(&args),
@@ -62,7 +65,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
 }
 
-fn answer<S: Compute<Master = f32>>(args: &Args) -> Result<(), Box<dyn Error>> {
+fn answer<S: Compute<Master = f32>>(args: &Args) -> Answer<()> {
     let device = open_device(&args.device, args.threads)?;
     let file = std::fs::read(&args.images)?;
     let tensors = SafeTensors::deserialize(&file)?;
@@ -93,51 +96,41 @@ fn answer<S: Compute<Master = f32>>(args: &Args) -> Result<(), Box<dyn Error>> {
         Optimizer::new(&device, len, Settings { method, base, weight_decay: 5e-4, decay_len: len, clip: None })?;
     let mut recorded: Option<Graph> = None;
 
-    for line in std::io::stdin().lock().lines() {
-        let line = line?;
-        match line.split_whitespace().collect::<Vec<_>>()[..] {
-            ["gradient", path] => {
-                let (mut gradient, mut loss) = (device.zeros(len)?, device.zeros(1)?);
-                let mut flag = device.zeros(1)?;
-                let (g, l) = (gradient.view_mut(), loss.view_mut());
-                plan.gradient(parameters.view(), Statistics::Keep, g, l, flag.view_mut())?;
-                weights::save(Path::new(path), &[(plan.parameters(), &gradient.to_vec()?)])?;
-                println!("{}", serde_json::json!({"loss": loss.to_vec()?[0]}));
-            }
-            ["steps", count] => {
-                let count: usize = count.parse()?;
-                device.synchronize()?;
-                // The wall's time, as the other side measures its own.
-                let start = Instant::now();
-                for _ in 0..count {
-                    if let Some(graph) = &recorded {
-                        graph.replay()?;
-                        continue;
-                    }
-                    let mut step = || optimizer.step(&mut plan, &mut parameters, 0.01);
-                    step()?;
-                    recorded = Some(device.capture(step)?);
-                }
-                device.synchronize()?;
-                let seconds = start.elapsed().as_secs_f64();
-                let images_per_s = (count * args.batch_size) as f64 / seconds;
-                println!("{}", serde_json::json!({"seconds": seconds, "images_per_s": images_per_s}));
-            }
-            ["memory"] => println!("{}", serde_json::json!({"peak_rss_bytes": peak_memory()})),
-            ["quit"] => break,
-            _ => return Err(format!("unknown command: {line}").into()),
+    protocol::serve(|words| match *words {
+        ["gradient", path] => {
+            let (mut gradient, mut loss) = (device.zeros(len)?, device.zeros(1)?);
+            let mut flag = device.zeros(1)?;
+            let (g, l) = (gradient.view_mut(), loss.view_mut());
+            plan.gradient(parameters.view(), Statistics::Keep, g, l, flag.view_mut())?;
+            weights::save(Path::new(path), &[(plan.parameters(), &gradient.to_vec()?)])?;
+            Ok(json!({"loss": loss.to_vec()?[0]}))
         }
-    }
-    Ok(())
+        ["steps", count] => {
+            let count: usize = number(count)?;
+            device.synchronize()?;
+            // The wall's time, as the other side measures its own.
+            let start = Instant::now();
+            for _ in 0..count {
+                if let Some(graph) = &recorded {
+                    graph.replay()?;
+                    continue;
+                }
+                let mut step = || optimizer.step(&mut plan, &mut parameters, 0.01);
+                step()?;
+                recorded = Some(device.capture(step)?);
+            }
+            device.synchronize()?;
+            let seconds = start.elapsed().as_secs_f64();
+            let images_per_s = (count * args.batch_size) as f64 / seconds;
+            Ok(json!({"seconds": seconds, "images_per_s": images_per_s}))
+        }
+        ["memory"] => Ok(json!({"peak_rss_bytes": peak_memory()})),
+        _ => protocol::unknown(words),
+    })
 }
 
 /// The first batch, normalised with CIFAR-10's published values.
-fn set_batch<S: Compute>(
-    device: &Device,
-    plan: &mut Plan<S>,
-    pixels: &[u8],
-    labels: &[u32],
-) -> Result<(), Box<dyn Error>> {
+fn set_batch<S: Compute>(device: &Device, plan: &mut Plan<S>, pixels: &[u8], labels: &[u32]) -> Answer<()> {
     let Shape { batch, height, width, channels } = plan.input_shape();
     let normalization = Normalization { mean: [0.4914, 0.4822, 0.4465, 0.0], std: [0.2470, 0.2435, 0.2616, 1.0] };
     let (pixels, labels) = (device.upload(pixels)?, device.upload(labels)?);

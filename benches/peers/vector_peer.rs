@@ -8,16 +8,19 @@
 //!   for CR-SAM, `w_minus` to OUT; `{"ok": true}`;
 //! - `quit`.
 
-use std::error::Error;
-use std::io::{BufRead, Write};
+#[path = "protocol.rs"]
+mod protocol;
+#[path = "tensors.rs"]
+mod tensors;
+
 use std::path::Path;
 
 use clap::{Parser, ValueEnum};
-use polder::device::{Buffer, Device, HostOptions, Result as DeviceResult};
+use polder::device::{Buffer, Device, Result as DeviceResult};
 use polder::kernels::random;
 use polder::kernels::vector::{self, Combination, CrSam, CrSamForm, Rate, Reduction, SgdStep};
-use safetensors::tensor::{Dtype, TensorView};
-use safetensors::{SafeTensors, serialize_to_file};
+use polder::train::open_device;
+use protocol::{Answer, number};
 use serde_json::json;
 
 // The same as in benches/peers/common.py.
@@ -115,72 +118,44 @@ impl Step {
     }
 }
 
-/// The values of a floating-point tensor.
-fn values(tensors: &SafeTensors<'_>, name: &str, len: usize) -> Result<Vec<f64>, Box<dyn Error>> {
-    let tensor = tensors.tensor(name).map_err(|error| format!("{name}: {error}"))?;
-    let data = tensor.data();
-    let values: Vec<f64> = match tensor.dtype() {
-        Dtype::F32 => data.as_chunks().0.iter().map(|&bytes| f64::from(f32::from_le_bytes(bytes))).collect(),
-        Dtype::F64 => data.as_chunks().0.iter().map(|&bytes| f64::from_le_bytes(bytes)).collect(),
-        other => return Err(format!("{name}: {other:?} is neither F32 nor F64").into()),
-    };
-    if values.len() == len {
-        Ok(values)
-    } else {
-        Err(format!("{name}: {} values, expected {len}", values.len()).into())
-    }
-}
-
-fn check(device: &Device, method: Method, n: usize, input: &Path, output: &Path) -> Result<(), Box<dyn Error>> {
-    let file = std::fs::read(input).map_err(|error| format!("{}: {error}", input.display()))?;
-    let tensors = SafeTensors::deserialize(&file).map_err(|error| format!("{}: {error}", input.display()))?;
-    let upload = |name: &str| -> Result<Buffer<f32>, Box<dyn Error>> {
-        let values: Vec<f32> = values(&tensors, name, n)?.into_iter().map(|value| value as f32).collect();
-        Ok(device.upload(&values)?)
-    };
+fn check(device: &Device, method: Method, n: usize, input: &Path, output: &Path) -> Answer<()> {
+    let tensors =
+        [("w", n), ("g0", n), ("g_plus", n), ("g_minus", n), ("momentum", n), ("l0", 1), ("l_plus", 1), ("l_minus", 1)];
+    let [w, g0, g_plus, g_minus, momentum, l0, l_plus, l_minus] = tensors::read(input, tensors)?;
+    let upload = |values: Vec<f64>| device.upload(&values.into_iter().map(|value| value as f32).collect::<Vec<_>>());
     let mut vectors = Vectors {
-        w: upload("w")?,
-        momentum: upload("momentum")?,
-        g0: upload("g0")?,
-        g_plus: upload("g_plus")?,
-        g_minus: upload("g_minus")?,
+        w: upload(w)?,
+        momentum: upload(momentum)?,
+        g0: upload(g0)?,
+        g_plus: upload(g_plus)?,
+        g_minus: upload(g_minus)?,
         w_plus: device.poisoned(n)?,
         w_minus: device.poisoned(n)?,
     };
     let mut step = Step::new(device, method)?;
-    let loss = |name| values(&tensors, name, 1).map(|values| values[0]);
-    step.losses.write(&[loss("l0")?, loss("l_plus")?, loss("l_minus")?])?;
+    step.losses.write(&[l0[0], l_plus[0], l_minus[0]])?;
     step.run(&mut vectors)?;
-    let mut written = vec![("w", vectors.w), ("momentum", vectors.momentum), ("w_plus", vectors.w_plus)];
+    let mut written = vec![
+        ("w", vectors.w.to_vec()?),
+        ("momentum", vectors.momentum.to_vec()?),
+        ("w_plus", vectors.w_plus.to_vec()?),
+    ];
     if method == Method::CrSam {
-        written.push(("w_minus", vectors.w_minus));
+        written.push(("w_minus", vectors.w_minus.to_vec()?));
     }
-    let mut read = Vec::new();
-    for (name, buffer) in written {
-        read.push((name, buffer.to_vec()?));
-    }
-    let views = read.iter().map(|(name, values)| {
-        TensorView::new(Dtype::F32, vec![n], bytemuck::cast_slice(values)).map(|view| (*name, view))
-    });
-    let views = views.collect::<Result<Vec<_>, _>>()?;
-    Ok(serialize_to_file(views, None, output).map_err(|error| format!("{}: {error}", output.display()))?)
+    tensors::write(output, &written)
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> Answer<()> {
     let args = Args::parse();
-    let device = match args.device.as_str() {
-        "cpu" => Device::host_with(HostOptions { threads: args.threads, ..HostOptions::default() }),
-        name => Device::from_name(name)?,
-    };
+    let device = open_device(&args.device, args.threads)?;
     let mut sets =
         (0..SETS).map(|seed| Vectors::random(&device, args.params, seed)).collect::<DeviceResult<Vec<_>>>()?;
     let mut step = Step::new(&device, args.method)?;
     let mut turn = 0;
-    for line in std::io::stdin().lock().lines() {
-        let line = line?;
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let mut steps = |count: &str| -> Result<f64, Box<dyn Error>> {
-            let count: usize = count.parse().map_err(|_| format!("steps {count}: not a number"))?;
+    protocol::serve(|words| match *words {
+        ["steps", count] => {
+            let count: usize = number(count)?;
             device.synchronize()?;
             let start = std::time::Instant::now();
             for _ in 0..count {
@@ -188,18 +163,12 @@ fn main() -> Result<(), Box<dyn Error>> {
                 turn = (turn + 1) % sets.len();
             }
             device.synchronize()?;
-            Ok(start.elapsed().as_secs_f64())
-        };
-        let answer = match words[..] {
-            ["quit"] => break,
-            ["steps", count] => steps(count).map(|seconds| json!({ "seconds": seconds })),
-            ["check", input, output] => check(&device, args.method, args.params, Path::new(input), Path::new(output))
-                .map(|()| json!({ "ok": true })),
-            _ => Err(format!("unknown command `{line}`").into()),
-        };
-        let answer = answer.unwrap_or_else(|error| json!({ "error": error.to_string() }));
-        println!("{answer}");
-        std::io::stdout().flush()?;
-    }
-    Ok(())
+            Ok(json!({ "seconds": start.elapsed().as_secs_f64() }))
+        }
+        ["check", input, output] => {
+            check(&device, args.method, args.params, Path::new(input), Path::new(output))?;
+            Ok(json!({ "ok": true }))
+        }
+        _ => protocol::unknown(words),
+    })
 }
