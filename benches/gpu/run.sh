@@ -1,14 +1,24 @@
 #!/usr/bin/env bash
-# Runs a bundle (bundle.sh) on the first GPU, in under nine minutes: the tests, compute-sanitizer over the kernels' tests, the
-# benchmarks, and the comparison with PyTorch. Full logs go to RESULTS, a table of all runs comes last (and to RESULTS/table.txt).
+# Runs a bundle (bundle.sh) on the first GPU: the tests, compute-sanitizer over the kernels' tests, the comparison with PyTorch, and the
+# benchmarks, or the stages that are named. Where the machine is lent for minutes, a call for each stage or two has time for all of it.
+# Full logs go to RESULTS, a table of all runs comes last (and to RESULTS/table.txt).
 # Needs Python; PyTorch and compute-sanitizer where they are to be run: their absence is a failure.
 #
-#   run.sh RESULTS
+#   run.sh RESULTS [tests] [sanitizers] [peers] [benches]
+#
+# RUN_SECONDS (default 530) is how long it may take; what no time is left for counts as failed.
 set -u
 
-[ $# -eq 1 ] || { echo "usage: $0 RESULTS" >&2; exit 2; }
+stages="tests sanitizers peers benches"
+[ $# -ge 1 ] || { echo "usage: $0 RESULTS [STAGE...], of $stages" >&2; exit 2; }
+for stage in "${@:2}"; do
+    case " $stages " in *" $stage "*) ;; *) echo "$stage is none of $stages" >&2; exit 2 ;; esac
+done
 mkdir -p "$1"
 results=$(cd "$1" && pwd)
+asked=" ${*:2} "
+[ $# -gt 1 ] || asked=" $stages "
+wants() { case $asked in *" $1 "*) ;; *) return 1 ;; esac; }
 unpacked=$(mktemp -d)
 python3 - "$(dirname "$0")/payload.tar.xz" "$unpacked" <<'EOF' || exit 1
 import sys, tarfile
@@ -17,7 +27,7 @@ with tarfile.open(sys.argv[1]) as archive:
 EOF
 cd "$unpacked" || exit 1
 table=$results/table.txt
-deadline=$((SECONDS + 530))
+deadline=$((SECONDS + ${RUN_SECONDS:-530}))
 failures=0
 
 # Without the CPU's ways to play a GPU, which are tested where there is none.
@@ -93,46 +103,49 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limi
     echo "nvidia-smi: no answer" >>"$table"
 bin/polder devices >>"$table" 2>&1
 
-while read -r program module; do
-    run tests "test $program $module" 60 "tests/$program" ${module:+"$module::"}
-done < <(modules)
-
-sanitizer=$(find_sanitizer)
-if [ -n "$sanitizer" ]; then
-    sanitize memcheck 80
-    sanitize racecheck 60
-    sanitize synccheck 40
-else
-    failures=$((failures + 1))
-    row "compute-sanitizer" "missing" 0
+if wants tests; then
+    while read -r program module; do
+        run tests "test $program $module" 60 "tests/$program" ${module:+"$module::"}
+    done < <(modules)
 fi
 
-# A short turn of each; the defaults are for an afternoon.
-quick="--models resnet20 resnet18 --methods sam cr-sam --rounds 3 --seconds 0.3 --ways eager graph"
-for pair in pytorch:step_peer vector:vector_peer; do
-    script=peers/${pair%%:*}.py binary=bin/${pair##*:}
-    if ! python3 -c 'import torch, safetensors' 2>>"$results/peers.log"; then
-        row "$script" "no torch" 0
-        failures=$((failures + 1))
-    else
-        [ "$script" = peers/pytorch.py ] || quick="--rounds 5 --seconds 0.1"
-        # shellcheck disable=SC2086  # a list of words
-        run peers "$script" 80 python3 "$script" --device cuda:0 --binary "$binary" $quick
-    fi
-done
-# On tensor cores. With more time: every model and method, as many rounds as by default, all ways, and the other precisions.
-run peers "peers/pytorch.py in f16" 120 python3 peers/pytorch.py --device cuda:0 --binary bin/step_peer \
-    --models resnet20 resnet18 --methods sam --rounds 3 --seconds 0.3 --precision f16 --ways eager graph reduce-overhead
+sanitizer=$(find_sanitizer)
+if wants sanitizers && [ -z "$sanitizer" ]; then
+    failures=$((failures + 1))
+    row "compute-sanitizer" "missing" 0
+elif wants sanitizers; then
+    sanitize memcheck 180
+    sanitize racecheck 150
+    sanitize synccheck 100
+fi
 
-# Layer by layer against cuDNN, in results and in time.
-run peers "peers/conv.py in f16" 60 python3 peers/conv.py --device cuda:0 --binary bin/conv_peer --precision f16 --rounds 5 --seconds 0.02
+# peer SCRIPT SECONDS ARGUMENT...: one of our sides against PyTorch's.
+peer() {
+    local script=peers/$1.py limit=$2
+    case $1 in pytorch) local binary=bin/step_peer ;; *) local binary=bin/$1_peer ;; esac
+    shift 2
+    run peers "$script $1 $2" "$limit" python3 "$script" --device cuda:0 --binary "$binary" "$@"
+}
 
-for name in vector batch_norm step curvature fusion conv; do
-    run benches "bench $name" 90 "benches/$name" --bench
-done
+if wants peers && ! python3 -c 'import torch, safetensors' 2>>"$results/peers.log"; then
+    row "peers" "no torch" 0
+    failures=$((failures + 1))
+elif wants peers; then
+    # A short turn of each; the defaults are for an afternoon, with every model and method, all ways and the other precisions.
+    peer pytorch 120 --precision f16 --methods sam --models resnet20 resnet18 --rounds 3 --seconds 0.3 --ways eager graph reduce-overhead
+    peer vector 80 --rounds 5 --seconds 0.1
+    # Layer by layer against cuDNN, in results and in time.
+    peer conv 90 --precision f16 --rounds 5 --seconds 0.02
+    peer pytorch 80 --methods sam cr-sam --models resnet20 resnet18 --rounds 3 --seconds 0.3 --ways eager graph
+fi
 
-# What it gains to launch kernels before the ones before them are done.
-POLDER_EARLY_LAUNCH=0 run benches "bench fusion, in order" 90 benches/fusion --bench "launch in a graph|passes"
+if wants benches; then
+    for name in fusion conv vector batch_norm step curvature; do
+        run benches "bench $name" 90 "benches/$name" --bench
+    done
+    # What it gains to launch kernels before the ones before them are done.
+    POLDER_EARLY_LAUNCH=0 run benches "bench fusion, in order" 90 benches/fusion --bench "launch in a graph|passes"
+fi
 
 rm -rf "$CRITERION_HOME" "$unpacked"
 grep -h "^test result\|^ERROR SUMMARY\|^========= ERROR SUMMARY\|time: " "$results"/*.log | sort | uniq -c | sort -rn | head -n 20
