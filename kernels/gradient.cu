@@ -1,5 +1,5 @@
-// The last stage of a gradient that no convolution finishes itself: sums of weight gradients that were made in parts, and what other
-// layers have left, of a whole network in one launch.
+// The last stage of a gradient that no convolution finishes itself: sums of weight gradients that were made in parts, and what is
+// there as a whole, of a whole network in one launch.
 #include "include/elementwise.cuh"
 #include "include/finish.cuh"
 #include "include/reduce.cuh"

@@ -441,6 +441,22 @@ fn a_run_is_resumed_without_the_file_it_began_with_and_as_what_it_was() {
     let (long, short) = (folder.path().join("long"), folder.path().join("short"));
     let init = short_run(folder.path(), data, &short);
     let resume = short.to_str().unwrap();
+    // Not by two processes at the same time.
+    let other = std::fs::File::open(&short).unwrap();
+    other.try_lock().unwrap();
+    assert!(mistake(&["train", "--resume", resume]).contains("short: another process writes to it"));
+    drop(other);
+    // Nothing that a run has left is written over, were it weights alone.
+    for kept in ["model.safetensors", "log.jsonl"] {
+        let left = folder.path().join(format!("left-{kept}"));
+        std::fs::create_dir(&left).unwrap();
+        std::fs::copy(short.join(kept), left.join(kept)).unwrap();
+        let before = std::fs::read(left.join(kept)).unwrap();
+        let begun = ["train", "--data", data, "--batch-size", "16", "--steps", "1", "--out", left.to_str().unwrap()];
+        let message = mistake(&begun);
+        assert!(message.contains("left of one"), "{message}");
+        assert_eq!(std::fs::read(left.join(kept)).unwrap(), before);
+    }
     for (option, value) in [
         ("--batch-size", "8"),
         ("--optimizer", "sgd"),
@@ -753,6 +769,14 @@ fn a_landscape_is_mapped_drawn_and_continued() {
     std::fs::rename(run, &moved).unwrap();
     map(&["--run", moved.to_str().unwrap(), "--points", "3"]);
     std::fs::rename(&moved, run).unwrap();
+    // So it does at places that are no sums of halves, whatever their digits.
+    let fine = folder.path().join("fine");
+    let line = ["--run", run, "--dimensions", "1", "--points", "31", "--out", fine.to_str().unwrap()];
+    map(&line);
+    let whole = std::fs::read_to_string(fine.join("landscape.csv")).unwrap();
+    std::fs::write(fine.join("landscape.csv"), &whole[..whole.len() / 2]).unwrap();
+    map(&line);
+    assert_eq!(std::fs::read_to_string(fine.join("landscape.csv")).unwrap(), whole);
     // Another one has no place there.
     let message = mistake(&[&common[..], &["--run", run, "--points", "4"]].concat());
     assert!(message.contains("landscape") && message.contains("points is 3, not 4"), "{message}");
@@ -910,11 +934,13 @@ fn findings_are_written_to_files() {
     let message = mistake(&[&common[..], &["--out", blocked.to_str().unwrap()]].concat());
     assert!(message.contains("blocked"), "{message}");
     // What cannot be measured does not take the rest with it; what all of it meets is the fault of the weights.
-    let wild = ["--measure", "grad-norm,sharpness", "--rho", "1e30", "--out", out.to_str().unwrap()];
+    let again = mistake(&[&common[..], &["--out", out.to_str().unwrap()]].concat());
+    assert!(again.contains("found: holds measurements already"), "{again}");
+    let wild = ["--measure", "grad-norm,sharpness", "--rho", "1e30"];
     let rest = json(&polder(&[&common[..], &wild, &["--json"]].concat()));
     assert!(rest["measures"]["grad-norm"]["value"].as_f64().unwrap() > 0.0, "{rest}");
     assert!(rest["measures"]["sharpness"]["reason"].as_str().unwrap().contains("not finite"), "{rest}");
-    assert!(!out.join("spectrum.csv").exists(), "one of an earlier measurement");
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&file("curvature.json")).unwrap(), found);
     let sharp = [&common[..], &["--measure", "sharpness", "--rho", "1e30"]].concat();
     assert!(mistake(&sharp).contains("model.safetensors"));
     // --top is for eigenvalues.

@@ -74,9 +74,13 @@ pub fn run(args: &CurvatureArgs) -> Result<(), TrainError> {
     let split = args.split.split();
     let subject = args.model.open(split, args.samples.map_or(Samples::Usual, Samples::First))?;
     let batch_size = args.model.batch_size.min(subject.images.len());
-    // A folder that cannot be written to is told before the work.
+    // A folder that cannot be written to is told before the work, and so is one whose measurements would be lost.
     if let Some(out) = &args.out {
         make_folder(out)?;
+        if out.join("curvature.json").exists() {
+            let reason = "holds measurements already (curvature.json); choose another --out".into();
+            return Err(TrainError::Results { path: out.clone(), reason });
+        }
     }
     let images = (&*subject.data, &subject.images);
     let mut meter =
@@ -87,7 +91,7 @@ pub fn run(args: &CurvatureArgs) -> Result<(), TrainError> {
     let found = meter.measure(parameters.view(), statistics.view(), &settings, &mut progress);
     drop(bar);
     let found = found?;
-    // Where everything failed, nothing is written over what was found before.
+    // Where everything failed, nothing is written.
     if !found.list.is_empty() && found.list.iter().all(|(_, finding)| matches!(finding, Finding::NotFinite)) {
         return Err(subject.unsound(Finding::NOT_FINITE.into()));
     }
@@ -113,10 +117,6 @@ pub fn run(args: &CurvatureArgs) -> Result<(), TrainError> {
     if let Some(out) = &args.out {
         write_whole(&out.join("curvature.json"), format!("{object}\n").as_bytes())?;
         write_whole(&out.join("curvature.csv"), table(&found).as_bytes())?;
-        // One of an earlier measurement would not belong to these files.
-        for name in ["spectrum.csv", "spectrum.svg", "spectrum.png"] {
-            let _ = std::fs::remove_file(out.join(name));
-        }
         for (_, finding) in &found.list {
             if let Finding::Density(Density { nodes, weights }) = finding {
                 let lines: String =

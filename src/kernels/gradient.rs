@@ -1,7 +1,7 @@
 //! The last stage of a network's gradient: `kernels/gradient.cu`, and the end of a weight gradient on tensor cores.
 //!
 //! Every weight gradient of a convolution is written for the last time by some kernel. That one also takes out the loss scale, sees
-//! whether the elements are finite, and sums their squares, so that neither the look at a gradient nor its norm costs a pass over them:
+//! whether the elements are finite, and sums their squares: neither the look at a gradient nor its norm needs a pass of its own.
 //!
 //! - what a convolution on tensor cores makes in one part, by the convolution
 //!   ([`conv::finished_weight_gradient`](super::conv::finished_weight_gradient));

@@ -322,13 +322,13 @@ fn surface(landscape: &Landscape, levels: &Levels) -> Option<Drawing> {
 
     // Turned about the upright axis, then seen from this far above the horizon, in parallel projection.
     let (turn, above) = (35f64.to_radians(), 32f64.to_radians());
-    let (width, height, size) = (580.0, 470.0, 160.0);
+    let (width, height, size) = (660.0, 470.0, 160.0);
     // The three coordinates go from 0 to 1.
     let depth = |x: f64, y: f64| (2.0 * x - 1.0) * turn.sin() + (2.0 * y - 1.0) * turn.cos();
     let see = |[x, y, z]: [f64; 3]| {
         let right = (2.0 * x - 1.0) * turn.cos() - (2.0 * y - 1.0) * turn.sin();
         let upward = 1.1 * z * above.cos() + depth(x, y) * above.sin();
-        [0.5 * width + 12.0 + size * right, 325.0 - size * upward]
+        [0.5 * width + 20.0 + size * right, 325.0 - size * upward]
     };
     let mut drawing = Drawing::new(width, height, format!("{}: surface of the loss", landscape.title));
     drawing.label([0.5 * width, 22.0], landscape.title.as_str(), 13.0, Anchor::Middle, Ink::Text(1.0));

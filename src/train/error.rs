@@ -46,9 +46,15 @@ pub enum TrainError {
         reason: String,
     },
     /// The folder for a run's results already holds a run.
-    #[error("{0}: already holds a run; `--resume {0}` continues it, another `--out` begins a new one", path.display())]
+    #[error("{0}: already holds a run or what is left of one; `--resume {0}` continues it, another `--out` begins a new one", path.display())]
     RunExists {
         /// The folder.
+        path: PathBuf,
+    },
+    /// Another process writes to the run.
+    #[error("{}: another process writes to it", path.display())]
+    InUse {
+        /// Its folder.
         path: PathBuf,
     },
     /// The folder of a run holds none.

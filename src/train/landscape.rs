@@ -64,7 +64,10 @@ impl Landscape {
         }
         let found = Self::read(folder)?;
         let (theirs, mine) = (&found.settings, settings);
-        let differs = mine.keys().chain(theirs.keys()).find(|key| mine.get(*key) != theirs.get(*key));
+        // A batch is no larger than the samples, so these are looked at first.
+        let keys =
+            mine.get_key_value("samples").map(|(key, _)| key).into_iter().chain(mine.keys()).chain(theirs.keys());
+        let differs = keys.into_iter().find(|key| mine.get(*key) != theirs.get(*key));
         if let Some(key) = differs {
             let value = |of: &BTreeMap<String, String>| of.get(key).map_or("not given".into(), |value| value.clone());
             let reason = format!(

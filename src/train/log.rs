@@ -119,12 +119,14 @@ pub(super) struct Log {
     file: File,
     /// The step of the newest line about curvature that it was opened with.
     newest_curvature: Option<u64>,
+    /// What keeps other processes from the run.
+    _claim: Option<File>,
 }
 
 impl Log {
     /// Opens the log of a run that has done `step` steps: later lines, of a run that was cut off after its checkpoint, are
     /// taken out, since they will be written again.
-    pub fn open(path: &Path, step: u64) -> Result<Self, TrainError> {
+    pub fn open(path: &Path, step: u64, claim: Option<File>) -> Result<Self, TrainError> {
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
@@ -149,7 +151,7 @@ impl Log {
             write_whole(path, whole.as_bytes())?;
         }
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(TrainError::io(path))?;
-        Ok(Self { path: path.into(), file, newest_curvature })
+        Ok(Self { path: path.into(), file, newest_curvature, _claim: claim })
     }
 
     /// Whether a line about the curvature after `step` steps was there when the log was opened.

@@ -1,6 +1,7 @@
 //! The training loop.
 
 use std::cmp::Ordering::{Equal, Less};
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -626,19 +627,34 @@ fn saved(run: &Path, options: &Options) -> Result<Option<Checkpoint>, TrainError
     Ok(Some(saved))
 }
 
+/// What a run keeps in its folder, each of which says that there is one, or what is left of it.
+const KEPT: [&str; 4] = ["config.toml", "log.jsonl", "model.safetensors", "checkpoint"];
+
 /// Prepares the folder of a run that has done `step` of `steps` steps, and its log.
 fn open_run(run: &Path, options: &Options, resume: bool, (step, steps): (u64, u64)) -> Result<Log, TrainError> {
     let config = run.join("config.toml");
-    if !resume && config.exists() {
+    if !resume && KEPT.iter().any(|name| run.join(name).exists()) {
         return Err(TrainError::RunExists { path: run.into() });
     }
     std::fs::create_dir_all(run).map_err(TrainError::io(run))?;
+    let claim = claim(run)?;
     let text = settings(options, run)?;
     // A run that goes on as it was, or is longer already, leaves its settings alone.
     if step <= steps && std::fs::read(&config).map_or(true, |found| found != text.as_bytes()) {
         write_whole(&config, text.as_bytes())?;
     }
-    Log::open(&run.join("log.jsonl"), step)
+    Log::open(&run.join("log.jsonl"), step, claim)
+}
+
+/// Locks the folder for as long as the result lives: two processes would each write their lines and weights. None where folders cannot
+/// be locked.
+fn claim(run: &Path) -> Result<Option<File>, TrainError> {
+    let Ok(folder) = File::open(run) else { return Ok(None) };
+    match folder.try_lock() {
+        Err(TryLockError::WouldBlock) => Err(TrainError::InUse { path: run.into() }),
+        Err(TryLockError::Error(_)) => Ok(None),
+        Ok(()) => Ok(Some(folder)),
+    }
 }
 
 /// The sums (loss, correct predictions, samples) of the steps since the loss was last looked at.
