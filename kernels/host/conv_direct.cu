@@ -193,7 +193,9 @@ struct Correlation {
     int pixels;
     int tap_rows, row_pitch;  // rows of taps, and the elements between them in the source
     int run;                  // elements that one row of taps sees: tap columns x source channels
-    const T* packed;          // [panel][tap_rows][run][kPanel]
+    const T* packed;          // [panel][tap_rows][run][kPanel], with rows of taps more between the panels
+    int panel_depth;          // all rows of taps x run
+    int first_tap_row;        // of these, among all
     int target_channels;
     bool accumulate;
 };
@@ -247,19 +249,21 @@ __forceinline__ void correlate_tile(const Correlation<S, T>& job, int pixel, int
     }
 }
 
+/// A call of its own: within a kernel's loops gcc would keep the tile's pointers on the stack.
 template <class S, class T>
-__forceinline__ void correlate(const Correlation<S, T>& job) {
+__attribute__((noinline)) void correlate(const Correlation<S, T>& job) {
     constexpr int W = kPanel<T>;
-    const int depth = job.tap_rows * job.run;
     // A target in fewer bits holds no sums on the way: there the whole depth is one block, so that they are rounded once.
-    const int block = Same<S, T>::value ? kBlockDepth : depth;
+    const int block = Same<S, T>::value ? kBlockDepth : job.panel_depth;
+    // Blocks begin at the same rows of taps for every pixel: rows left out, which add zeros, then change no bit.
     const int rows_at_once = job.run > block ? 1 : block / job.run;
     const int parts = (job.run + block - 1) / block, length_at_once = (job.run + parts - 1) / parts;
     for (int channel = 0; channel < job.target_channels; channel += W) {
         const int columns = job.target_channels - channel < W ? job.target_channels - channel : W;
-        const T* panel = job.packed + int64_t(channel) * depth;
-        for (int row = 0; row < job.tap_rows; row += rows_at_once) {
-            const int rows = job.tap_rows - row < rows_at_once ? job.tap_rows - row : rows_at_once;
+        const T* panel = job.packed + int64_t(channel) * job.panel_depth;
+        for (int row = 0, rows; row < job.tap_rows; row += rows) {
+            rows = rows_at_once - (job.first_tap_row + row) % rows_at_once;
+            if (rows > job.tap_rows - row) rows = job.tap_rows - row;
             for (int start = 0; start < job.run; start += length_at_once) {
                 const int length = job.run - start < length_at_once ? job.run - start : length_at_once;
                 const T* b = panel + (int64_t(row) * job.run + start) * W;
@@ -278,6 +282,31 @@ __forceinline__ void correlate(const Correlation<S, T>& job) {
                 }
             }
         }
+    }
+}
+
+/// Rows of taps, up to `end`, that lie inside the other image; one that sees zeros where none does.
+struct TapRows {
+    int begin, end;
+};
+
+/// Of the pixels that see the other image's rows from `first` on through `taps` rows of taps.
+__forceinline__ TapRows tap_rows(int first, int taps, int height) {
+    const int begin = first < 0 ? -first : 0, end = height - first < taps ? height - first : taps;
+    return begin < end ? TapRows{begin, end} : TapRows{0, 1};
+}
+
+/// Calls f(row, next, taps) for each stretch of rows [row, next), of `rows`, that see the same rows of taps: what lies outside the
+/// image is zero, and on small images a good part of it. `of(row)` are a row's.
+template <class Of, class F>
+__forceinline__ void for_each_stretch(int rows, Of of, F f) {
+    for (int row = 0, next; row < rows; row = next) {
+        const TapRows taps = of(row);
+        for (next = row + 1; next < rows; ++next) {
+            const TapRows other = of(next);
+            if (other.begin != taps.begin || other.end != taps.end) break;
+        }
+        f(row, next, taps);
     }
 }
 
@@ -334,19 +363,25 @@ __device__ void forward(const ForwardArgs<S>& a) {
         image_pitch = window.rows * window.columns * C;
         row_pitch = window.columns * C;
     }
-    int pixels = 0;
-    for (int n = 0; n < band.images; ++n) {
-        for (int row = 0; row < band.rows; ++row) {
-            const int from = n * image_pitch + row * s.stride * row_pitch;
-            for (int column = 0; column < s.out_width; ++column, ++pixels) {
-                source_at[pixels] = from + column * s.stride * C;
-                target_at[pixels] = pixels * s.out_channels;
+    S* target = a.y + (int64_t(band.first_image) * s.out_height + band.first_row) * s.out_width * s.out_channels;
+    const int run = s.kernel * C;
+    const auto taps_of = [&](int row) { return tap_rows((band.first_row + row) * s.stride - s.padding, s.kernel, s.height); };
+    for_each_stretch(band.rows, taps_of, [&](int begin, int end, TapRows taps) {
+        int pixels = 0;
+        for (int n = 0; n < band.images; ++n) {
+            for (int row = begin; row < end; ++row) {
+                const int from = n * image_pitch + (row * s.stride + taps.begin) * row_pitch;
+                const int to = (n * band.rows + row) * s.out_width * s.out_channels;
+                for (int column = 0; column < s.out_width; ++column, ++pixels) {
+                    source_at[pixels] = from + column * s.stride * C;
+                    target_at[pixels] = to + column * s.out_channels;
+                }
             }
         }
-    }
-    S* target = a.y + (int64_t(band.first_image) * s.out_height + band.first_row) * s.out_width * s.out_channels;
-    correlate<S, T>({source, source_at, target, target_at, pixels, s.kernel, row_pitch, s.kernel * C, a.packed, s.out_channels,
-                  a.accumulate != 0});
+        correlate<S, T>({source, source_at, target, target_at, pixels, taps.end - taps.begin, row_pitch, run,
+                         a.packed + int64_t(taps.begin) * run * kPanel<T>, s.kernel * run, taps.begin, s.out_channels,
+                         a.accumulate != 0});
+    });
 }
 
 template <class S, class T = Arithmetic<S>>
@@ -391,25 +426,32 @@ __device__ void input_gradient(const InputGradientArgs<S>& a) {
     for (int cls = 0; cls < s.stride * s.stride; ++cls) {
         const int row_remainder = cls / s.stride, column_remainder = cls % s.stride;
         const ParityClass rows = parity_class(s, row_remainder), columns = parity_class(s, column_remainder);
-        int pixels = 0;
-        for (int n = 0; n < band.images; ++n) {
-            for (int q = 0; q < band.rows; ++q) {
-                const int row = q * s.stride + row_remainder;
-                if (band.first_row * s.stride + row >= s.height) break;
-                const int from = n * image_pitch + (q + rows.first - first) * row_pitch + (columns.first - first) * O;
-                const int to = (n * s.height + row) * s.width * C + column_remainder * C;
-                for (int p = 0; p * s.stride + column_remainder < s.width; ++p, ++pixels) {
-                    source_at[pixels] = from + p * O;
-                    target_at[pixels] = to + p * s.stride * C;
+        const int run = columns.taps * O;
+        // Rows of this class in the band.
+        int count = 0;
+        while (count < band.rows && (band.first_row + count) * s.stride + row_remainder < s.height) ++count;
+        const auto taps_of = [&](int q) { return tap_rows(band.first_row + q + rows.first, rows.taps, s.out_height); };
+        for_each_stretch(count, taps_of, [&](int begin, int end, TapRows taps) {
+            int pixels = 0;
+            for (int n = 0; n < band.images; ++n) {
+                for (int q = begin; q < end; ++q) {
+                    const int row = q * s.stride + row_remainder;
+                    const int from = n * image_pitch + (q + rows.first - first + taps.begin) * row_pitch + (columns.first - first) * O;
+                    const int to = (n * s.height + row) * s.width * C + column_remainder * C;
+                    for (int p = 0; p * s.stride + column_remainder < s.width; ++p, ++pixels) {
+                        source_at[pixels] = from + p * O;
+                        target_at[pixels] = to + p * s.stride * C;
+                    }
                 }
             }
-        }
-        if (rows.taps * columns.taps > 0) {
-            correlate<S, T>({source, source_at, target, target_at, pixels, rows.taps, row_pitch, columns.taps * O, packed, C,
-                          a.accumulate != 0});
-        } else if (a.accumulate == 0) {
-            for (int i = 0; i < pixels; ++i) memset(target + target_at[i], 0, size_t(C) * sizeof(S));
-        }
+            if (rows.taps * columns.taps > 0) {
+                correlate<S, T>({source, source_at, target, target_at, pixels, taps.end - taps.begin, row_pitch, run,
+                                 packed + int64_t(taps.begin) * run * kPanel<T>, rows.taps * run, taps.begin, C,
+                                 a.accumulate != 0});
+            } else if (a.accumulate == 0) {
+                for (int i = 0; i < pixels; ++i) memset(target + target_at[i], 0, size_t(C) * sizeof(S));
+            }
+        });
         packed += int64_t(rows.taps) * columns.taps * O * round_up(C, kPanel<T>);
     }
 }
