@@ -102,8 +102,8 @@ fn instruction_sets() -> Vec<InstructionSet> {
     if env::var("CARGO_CFG_TARGET_ARCH").is_ok_and(|arch| arch == "x86_64") {
         sets.push(InstructionSet { name: "avx2", flags: &["-mavx2", "-mfma", "-mf16c"] });
         // AVX-512 would be half as much to build again. Tried in the convolutions on a Zen 4, which takes two cycles for 64 bytes: the
-        // forward as fast, the weight gradient a tenth faster, the input gradient, as gcc compiles it, a quarter slower. The
-        // sanitizers' builds are for tests, on machines of today.
+        // forward as fast, the weight gradient a tenth faster, the input gradient a quarter slower, whose loop gcc spilled (it was no
+        // call of its own then). The sanitizers' builds are for tests, on machines of today.
         if sanitize() {
             return sets.split_off(1);
         }

@@ -193,8 +193,8 @@ struct Correlation {
     int pixels;
     int tap_rows, row_pitch;  // rows of taps, and the elements between them in the source
     int run;                  // elements that one row of taps sees: tap columns x source channels
-    const T* packed;          // [panel][tap_rows][run][kPanel], with rows of taps more between the panels
-    int panel_depth;          // all rows of taps x run
+    const T* packed;          // [panel][tap_rows][run][kPanel], where one panel begins panel_depth x kPanel after the other
+    int panel_depth;          // all rows of taps, these and what lies outside the image, x run
     int first_tap_row;        // of these, among all
     int target_channels;
     bool accumulate;

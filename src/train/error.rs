@@ -46,7 +46,7 @@ pub enum TrainError {
         reason: String,
     },
     /// The folder for a run's results already holds a run.
-    #[error("{0}: already holds a run or what is left of one; `--resume {0}` continues it, another `--out` begins a new one", path.display())]
+    #[error("{0}: already holds a run or what is left of one; `--resume {0}` continues a whole one, another `--out` begins a new one", path.display())]
     RunExists {
         /// The folder.
         path: PathBuf,

@@ -232,8 +232,8 @@ mod tests {
     use crate::plan::{PlanOptions, Shape};
 
     /// What a plan does better than one by one reaches an optimizer through what lies between them: CR-SAM's first gradient comes
-    /// with its norm, no gradient is gone over once more, and the others come as a pair, for which the batch is copied, and in 16 bits at weights that are rounded as they are
-    /// displaced.
+    /// with its norm, no gradient is gone over once more, and the others come as a pair, for which the batch is copied, and in 16 bits
+    /// at weights that are rounded as they are displaced.
     #[test]
     fn a_step_of_training_has_all_that_the_plan_offers() {
         let list = operations::<f32>();

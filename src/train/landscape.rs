@@ -65,9 +65,9 @@ impl Landscape {
         let found = Self::read(folder)?;
         let (theirs, mine) = (&found.settings, settings);
         // A batch is no larger than the samples, so these are looked at first.
-        let keys =
+        let mut keys =
             mine.get_key_value("samples").map(|(key, _)| key).into_iter().chain(mine.keys()).chain(theirs.keys());
-        let differs = keys.into_iter().find(|key| mine.get(*key) != theirs.get(*key));
+        let differs = keys.find(|key| mine.get(*key) != theirs.get(*key));
         if let Some(key) = differs {
             let value = |of: &BTreeMap<String, String>| of.get(key).map_or("not given".into(), |value| value.clone());
             let reason = format!(
