@@ -91,24 +91,34 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// An instruction set the host code is built for: its name in symbols and the compiler's flags.
+/// An instruction set the host code is built for: its name in symbols, the compiler's flags, and which sources are built for it; the
+/// other ones' kernels are those of the set before it.
 struct InstructionSet {
     name: &'static str,
     flags: &'static [&'static str],
+    builds: fn(&Path) -> bool,
 }
 
 fn instruction_sets() -> Vec<InstructionSet> {
-    let mut sets = vec![InstructionSet { name: "baseline", flags: &[] }];
-    if env::var("CARGO_CFG_TARGET_ARCH").is_ok_and(|arch| arch == "x86_64") {
-        sets.push(InstructionSet { name: "avx2", flags: &["-mavx2", "-mfma", "-mf16c"] });
-        // AVX-512 would be half as much to build again. Tried in the convolutions on a Zen 4, which takes two cycles for 64 bytes: the
-        // forward as fast, the weight gradient a tenth faster, the input gradient a quarter slower, whose loop gcc spilled (it was no
-        // call of its own then). The sanitizers' builds are for tests, on machines of today.
-        if sanitize() {
-            return sets.split_off(1);
-        }
+    const AVX2: &[&str] = &["-mavx2", "-mfma", "-mf16c"];
+    const AVX512: &[&str] = &["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"];
+    if env::var("CARGO_CFG_TARGET_ARCH").is_ok_and(|arch| arch != "x86_64") {
+        return vec![InstructionSet { name: "baseline", flags: &[], builds: |_| true }];
     }
-    sets
+    // The sanitizers' builds are for tests, on machines of today.
+    if sanitize() {
+        return vec![InstructionSet { name: "avx2", flags: AVX2, builds: |_| true }];
+    }
+    vec![
+        InstructionSet { name: "baseline", flags: &[], builds: |_| true },
+        InstructionSet { name: "avx2", flags: AVX2, builds: |source| !is_one_of(source, &GPU_SHAPES) },
+        // The rest is bound by memory.
+        InstructionSet { name: "avx512", flags: AVX512, builds: |source| is_one_of(source, &["conv_direct.cu"]) },
+    ]
+}
+
+fn is_one_of(source: &Path, names: &[&str]) -> bool {
+    names.iter().any(|name| source.ends_with(name))
 }
 
 /// One compiler configuration for the host: C++17, contraction only where the source asks for it (so that the same source
@@ -155,7 +165,7 @@ fn plan_host<'a>(
         let folder = out.join(set.name);
         fs::create_dir_all(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
         build.define("POLDER_ISA", set.name);
-        for source in sources.iter().filter(|source| built.is_empty() || !plays_the_gpu(source)) {
+        for source in sources.iter().filter(|source| (set.builds)(source)) {
             let object = folder.join(source.file_name().expect("a file")).with_extension("o");
             let compiler = build.get_compiler().to_command();
             if is_stale(&object, source, &compiler) {
@@ -167,10 +177,6 @@ fn plan_host<'a>(
         built.push(set);
     }
     (built, objects)
-}
-
-fn plays_the_gpu(source: &Path) -> bool {
-    GPU_SHAPES.iter().any(|name| source.ends_with(name))
 }
 
 /// Compiles the runtime and makes one library of it and the kernels.
@@ -248,8 +254,7 @@ struct Kernel {
     name: String,
     /// Whether it exists on the host alone.
     host_only: bool,
-    /// Whether it is built for the first instruction set alone.
-    once: bool,
+    source: PathBuf,
 }
 
 /// The kernels in the order in which the sources register them.
@@ -263,7 +268,7 @@ fn registered(sources: &[PathBuf]) -> Vec<Kernel> {
             for (marker, host_only) in markers {
                 if let Some(rest) = line.strip_prefix(marker) {
                     let name = rest.split(',').next().unwrap_or_default().trim().to_string();
-                    kernels.push(Kernel { name, host_only, once: plays_the_gpu(source) });
+                    kernels.push(Kernel { name, host_only, source: source.clone() });
                 }
             }
         }
@@ -287,18 +292,20 @@ fn write_registry(out: &Path, sources: &[PathBuf], sets: &[&InstructionSet]) {
         let _ = writeln!(text, "    {host_only},");
     }
     let _ = writeln!(text, "];\nunsafe extern \"C\" {{");
-    for (index, set) in sets.iter().enumerate() {
-        for Kernel { name, .. } in kernels.iter().filter(|kernel| index == 0 || !kernel.once) {
+    for set in sets {
+        for Kernel { name, .. } in kernels.iter().filter(|kernel| (set.builds)(&kernel.source)) {
             let _ = writeln!(text, "    fn polder_{}_{name}(args: *const std::ffi::c_void);", set.name);
         }
     }
     let _ =
         writeln!(text, "}}\n/// Instruction sets from the oldest to the newest, with the entry point of every kernel.");
     let _ = writeln!(text, "pub(crate) static HOST: [(&str, [Entry; {count}]); {}] = [", sets.len());
-    for set in sets {
+    for (index, set) in sets.iter().enumerate() {
         let _ = writeln!(text, "    (\"{}\", [", set.name);
-        for Kernel { name, once, .. } in &kernels {
-            let _ = writeln!(text, "        polder_{}_{name},", if *once { sets[0].name } else { set.name });
+        for Kernel { name, source, .. } in &kernels {
+            let newest =
+                sets[..=index].iter().rfind(|set| (set.builds)(source)).expect("the first set builds everything");
+            let _ = writeln!(text, "        polder_{}_{name},", newest.name);
         }
         let _ = writeln!(text, "    ]),");
     }

@@ -1,11 +1,11 @@
 // Convolution on the CPU, NHWC with HWIO weights: forward, input gradient and weight gradient, without im2col.
 //
-// All three are products of small register tiles. A tile of the forward pass is up to 6 output pixels by one panel of 64
-// bytes of output channels: for every tap row, the tap columns times channels of a pixel are one contiguous run of the
-// zero-padded image, so the inner loop broadcasts one number of each pixel's run and multiplies it with one packed row of
-// weights. The input gradient is the same loop over the padded output gradient with transposed weights; with a stride
+// All three are products of small register tiles. A tile of the forward pass is a few output pixels (12 with AVX-512, 6 without)
+// by one panel of 64 bytes of output channels: for every tap row, the tap columns times channels of a pixel are one contiguous
+// run of the zero-padded image, so the inner loop broadcasts one number of each pixel's run and multiplies it with one packed row
+// of weights. The input gradient is the same loop over the padded output gradient with transposed weights; with a stride
 // its pixels fall into stride x stride classes, each of which sees its own taps, so that no zeros are multiplied. A tile
-// of the weight gradient is up to 6 neighbours of such a run by one panel, summed over pixels.
+// of the weight gradient is as many neighbours of such a run by one panel, summed over pixels.
 //
 // One thread per block. A block pads a band of an image, or several small images, into its scratch memory (which stays
 // in the L2 cache); bands depend on the shape alone, and so do all sums.
@@ -23,13 +23,21 @@
 
 namespace {
 
-constexpr int kTileRows = 6;  // by two vectors: 12 accumulators, two panel vectors and one broadcast fill 16 registers
+// A tile's rows by the vectors of a panel: 12 sums, as many as cover the latency of two multiply-adds at a time.
+#if defined(__AVX512F__)
+// A row's number is broadcast as an operand of its multiply-add. Each row has a pointer of its own; more find no room.
+constexpr int kVectorBytes = 64, kTileRows = 12;
+#else
+// With two vectors of the panel and one broadcast they are 15 of 16 registers.
+constexpr int kVectorBytes = 32, kTileRows = 6;
+#endif
+constexpr int kVectors = 64 / kVectorBytes;
 
-/// Half a panel: one register of AVX2, two of narrower instruction sets.
+/// A panel or half of it: one register of AVX-512 or AVX2, two of narrower instruction sets.
 template <class T>
 struct Vector {
-    typedef T type __attribute__((vector_size(32)));
-    static constexpr int lanes = 32 / sizeof(T);
+    typedef T type __attribute__((vector_size(kVectorBytes)));
+    static constexpr int lanes = kVectorBytes / sizeof(T);
 };
 
 /// Channels of a panel: 16 floats, 8 doubles.
@@ -183,6 +191,22 @@ __forceinline__ void copy_window(T* to, const S* image, int height, int image_wi
 /// 16 KiB, which leaves the pixels their share of the L1 cache.
 constexpr int kBlockDepth = 256;
 
+/// A number of a tile's rows that the compiler knows.
+template <int ROWS>
+struct Rows {
+    static constexpr int value = ROWS;
+};
+
+/// Calls f(Rows<rows>{}) for 1 ... MOST rows, and not for 0.
+template <int MOST, class F>
+__forceinline__ void with_rows(int rows, F f) {
+    if (rows == MOST) {
+        f(Rows<MOST>{});
+    } else if constexpr (MOST > 1) {
+        with_rows<MOST - 1>(rows, f);
+    }
+}
+
 /// A convolution of the pixels of a band, each a place in the padded source and one in the target.
 template <class S, class T = Arithmetic<S>>
 struct Correlation {
@@ -208,43 +232,40 @@ __forceinline__ void correlate_tile(const Correlation<S, T>& job, int pixel, int
     constexpr int L = Vector<T>::lanes;
     const T* a[ROWS];
     S* c[ROWS];
-    V sum[ROWS][2];
-#pragma GCC unroll 6
+    V sum[ROWS][kVectors];
+#pragma GCC unroll 12
     for (int i = 0; i < ROWS; ++i) {
         a[i] = job.source + job.source_at[pixel + i] + int64_t(row) * job.row_pitch + start;
         c[i] = job.target + job.target_at[pixel + i] + channel;
-        sum[i][0] = sum[i][1] = V{};
+        for (V& lanes : sum[i]) lanes = V{};
     }
     for (int r = 0; r < rows; ++r) {
-        for (int64_t k = 0; k < length; ++k, b += 2 * L) {
-            const V b0 = load_vector(b), b1 = load_vector(b + L);
-#pragma GCC unroll 6
+        for (int64_t k = 0; k < length; ++k, b += kPanel<T>) {
+            V panel[kVectors];
+            for (int v = 0; v < kVectors; ++v) panel[v] = load_vector(b + v * L);
+#pragma GCC unroll 12
             for (int i = 0; i < ROWS; ++i) {
-                sum[i][0] += a[i][k] * b0;
-                sum[i][1] += a[i][k] * b1;
+                for (int v = 0; v < kVectors; ++v) sum[i][v] += a[i][k] * panel[v];
             }
         }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
         for (int i = 0; i < ROWS; ++i) a[i] += job.row_pitch;
     }
     if constexpr (Same<S, T>::value) {
         if (columns == kPanel<T>) {
-#pragma GCC unroll 6
+#pragma GCC unroll 12
             for (int i = 0; i < ROWS; ++i) {
-                if (add) {
-                    sum[i][0] += load_vector(c[i]);
-                    sum[i][1] += load_vector(c[i] + L);
+                for (int v = 0; v < kVectors; ++v) {
+                    if (add) sum[i][v] += load_vector(c[i] + v * L);
+                    store_vector(c[i] + v * L, sum[i][v]);
                 }
-                store_vector(c[i], sum[i][0]);
-                store_vector(c[i] + L, sum[i][1]);
             }
             return;
         }
     }
     for (int i = 0; i < ROWS; ++i) {
         T tile[kPanel<T>];
-        store_vector(tile, sum[i][0]);
-        store_vector(tile + L, sum[i][1]);
+        for (int v = 0; v < kVectors; ++v) store_vector(tile + v * L, sum[i][v]);
         for (int j = 0; j < columns; ++j) c[i][j] = convert_to<S>(add ? widen(c[i][j]) + tile[j] : tile[j]);
     }
 }
@@ -272,14 +293,9 @@ __attribute__((noinline)) void correlate(const Correlation<S, T>& job) {
                 for (; pixel + kTileRows <= job.pixels; pixel += kTileRows) {
                     correlate_tile<kTileRows>(job, pixel, row, rows, start, length, b, channel, columns, add);
                 }
-                switch (job.pixels - pixel) {
-                    case 5: correlate_tile<5>(job, pixel, row, rows, start, length, b, channel, columns, add); break;
-                    case 4: correlate_tile<4>(job, pixel, row, rows, start, length, b, channel, columns, add); break;
-                    case 3: correlate_tile<3>(job, pixel, row, rows, start, length, b, channel, columns, add); break;
-                    case 2: correlate_tile<2>(job, pixel, row, rows, start, length, b, channel, columns, add); break;
-                    case 1: correlate_tile<1>(job, pixel, row, rows, start, length, b, channel, columns, add); break;
-                    default: break;
-                }
+                with_rows<kTileRows - 1>(job.pixels - pixel, [&](auto rest) {
+                    correlate_tile<decltype(rest)::value>(job, pixel, row, rows, start, length, b, channel, columns, add);
+                });
             }
         }
     }
@@ -468,33 +484,53 @@ struct WeightGradientArgs {
     int32_t slice, groups;  // input channels of a slice; groups of images
 };
 
+/// Pixels of a band: `pixels` from `first` on, and as many of `stretches - 1` images more, each `pitch` pixels after the one before.
+struct Stretches {
+    int stretches, first, pixels, pitch;
+};
+
 /// ROWS neighbours of a run by one panel, summed over pixels and added to the partial sums.
 template <int ROWS, class T>
-__forceinline__ void outer_tile(const T* a, const int32_t* at, int64_t pixels, const T* __restrict__ b, T* partial,
-                                bool add) {
+__forceinline__ void outer_tile(const T* a, const int32_t* at, Stretches seen, const T* __restrict__ b, T* partial, bool add) {
     using V = typename Vector<T>::type;
     constexpr int L = Vector<T>::lanes;
-    V sum[ROWS][2];
-#pragma GCC unroll 6
-    for (int i = 0; i < ROWS; ++i) sum[i][0] = sum[i][1] = V{};
-    for (int64_t k = 0; k < pixels; ++k, b += 2 * L) {
-        const T* pixel = a + at[k];
-        const V b0 = load_vector(b), b1 = load_vector(b + L);
-#pragma GCC unroll 6
-        for (int i = 0; i < ROWS; ++i) {
-            sum[i][0] += pixel[i] * b0;
-            sum[i][1] += pixel[i] * b1;
+    V sum[ROWS][kVectors];
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; ++i) {
+        for (V& lanes : sum[i]) lanes = V{};
+    }
+    at += seen.first;
+    b += int64_t(seen.first) * kPanel<T>;
+    for (int stretch = 0; stretch < seen.stretches; ++stretch) {
+        for (int64_t k = 0; k < seen.pixels; ++k) {
+            const T* pixel = a + at[k];
+            V panel[kVectors];
+            for (int v = 0; v < kVectors; ++v) panel[v] = load_vector(b + k * kPanel<T> + v * L);
+#pragma GCC unroll 12
+            for (int i = 0; i < ROWS; ++i) {
+                for (int v = 0; v < kVectors; ++v) sum[i][v] += pixel[i] * panel[v];
+            }
+        }
+        at += seen.pitch;
+        b += int64_t(seen.pitch) * kPanel<T>;
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; ++i) {
+        for (int v = 0; v < kVectors; ++v, partial += L) {
+            if (add) sum[i][v] += load_vector(partial);
+            store_vector(partial, sum[i][v]);
         }
     }
-#pragma GCC unroll 6
-    for (int i = 0; i < ROWS; ++i, partial += 2 * L) {
-        if (add) {
-            sum[i][0] += load_vector(partial);
-            sum[i][1] += load_vector(partial + L);
-        }
-        store_vector(partial, sum[i][0]);
-        store_vector(partial + L, sum[i][1]);
-    }
+}
+
+/// A band's pixels that see a row of the image, and not the zeros beside it, through a row of taps.
+__forceinline__ Stretches inside(const Band& band, const ConvShape& s, int tap_row) {
+    int first = 0, end = band.rows;
+    while (first < end && (band.first_row + first) * s.stride + tap_row < s.padding) ++first;
+    while (first < end && (band.first_row + end - 1) * s.stride + tap_row - s.padding >= s.height) --end;
+    const int pitch = band.rows * s.out_width;
+    if (end - first == band.rows) return {1, 0, band.images * pitch, 0};
+    return {band.images, first * s.out_width, (end - first) * s.out_width, pitch};
 }
 
 /// The sum over one group's images for one slice of the input channels.
@@ -553,19 +589,15 @@ __device__ void weight_gradient(const WeightGradientArgs<S>& a) {
             }
             T* sums = partial + channel * taps * width;
             for (int tap_row = 0; tap_row < s.kernel; ++tap_row) {
+                const Stretches seen = inside(band, s, tap_row);
                 for (int tile = 0; tile < tiles; ++tile) {
                     const int start = run * tile / tiles, rows = run * (tile + 1) / tiles - start;
                     const T* from = padded + tap_row * row_pitch + start;
                     T* to = sums + (tap_row * run + start) * W;
                     const bool add = index > 0;
-                    switch (rows) {
-                        case 6: outer_tile<6>(from, at, pixels, b, to, add); break;
-                        case 5: outer_tile<5>(from, at, pixels, b, to, add); break;
-                        case 4: outer_tile<4>(from, at, pixels, b, to, add); break;
-                        case 3: outer_tile<3>(from, at, pixels, b, to, add); break;
-                        case 2: outer_tile<2>(from, at, pixels, b, to, add); break;
-                        default: outer_tile<1>(from, at, pixels, b, to, add); break;
-                    }
+                    with_rows<kTileRows>(rows, [&](auto rows) {
+                        outer_tile<decltype(rows)::value>(from, at, seen, b, to, add);
+                    });
                 }
             }
         }

@@ -402,11 +402,18 @@ impl Drop for HostGraph {
 /// The index in [`HOST`] of the newest instruction set that this CPU has, or of the one that `POLDER_ISA` names (an older one,
 /// for tests; a name that is not there or that the CPU lacks is passed over).
 fn newest_instruction_set() -> usize {
+    #[cfg(target_arch = "x86_64")]
+    let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
     let usable = |name: &str| match name {
         "baseline" => true,
         #[cfg(target_arch = "x86_64")]
-        "avx2" => {
-            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+        "avx2" => avx2,
+        #[cfg(target_arch = "x86_64")]
+        "avx512" => {
+            avx2 && is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl")
         }
         _ => false,
     };
