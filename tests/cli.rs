@@ -348,6 +348,7 @@ fn every_mistake_is_one_clear_line() {
     says(&["train", "--device", "tpu"], &["tpu"]);
     says(&["train", "--device", "cuda:99"], &["cuda:99"]);
     says(&["train", "--data", &path("nowhere")], &["nowhere"]);
+    says(&["train", "--data", ""], &["--data: empty"]);
     says(&["train", "--data", data, "--batch-size", "1000"], &["--batch-size", "96"]);
     says(&["train", "--data", data, "--mean", "0.1,0.2"], &["--mean", "1 channel"]);
     says(&["train", "--data", data, "--std", "0"], &["--std"]);

@@ -558,6 +558,14 @@ fn mistakes_are_told_in_one_line_that_names_the_path() {
     assert!(!folder.path().join("report.html").exists(), "nothing is written of a comparison that failed");
     std::fs::create_dir(folder.path().join("empty")).unwrap();
     assert!(mistake(&folder, &["empty"]).contains("empty: holds no run (no config.toml)"));
+    std::fs::write(folder.path().join("page.html"), "").unwrap();
+    assert!(mistake(&folder, &["page.html", "empty"]).contains("page.html: holds no run (no config.toml)"));
+    let output = polder(&folder, &["good", "page.html", "empty"]);
+    assert!(output.status.success() && folder.path().join("good/report.html").is_file());
+    let told = String::from_utf8(output.stderr).unwrap();
+    let passed_over =
+        ["page.html", "empty"].map(|path| format!("passed over: {path}: holds no run (no config.toml)\n"));
+    assert_eq!(told, passed_over.concat());
     run(folder.path(), "broken", "optimizer = \"sgd\"\nspeed = 3\n", &log);
     assert!(mistake(&folder, &["broken"]).contains("broken/config.toml: line 2: unknown field `speed`"));
     run(folder.path(), "silent", "optimizer = \"sgd\"\n", &["{\"kind\":".into()]);

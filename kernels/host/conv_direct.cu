@@ -185,6 +185,46 @@ __forceinline__ void copy_window(T* to, const S* image, int height, int image_wi
     }
 }
 
+// ---- Bands ---------------------------------------------------------------------------------------------------------
+
+/// Which part of the batch a block works on: `images` whole images, or `rows` rows of one.
+struct Bands {
+    int32_t images, rows;
+};
+
+struct Band {
+    int first_image, images, first_row, rows;
+};
+
+__forceinline__ Band band_at(const Bands& bands, int index, int batch, int total_rows) {
+    const int per_image = (total_rows + bands.rows - 1) / bands.rows;
+    const int first_image = index / per_image * bands.images, first_row = index % per_image * bands.rows;
+    return {first_image, batch - first_image < bands.images ? batch - first_image : bands.images, first_row,
+            total_rows - first_row < bands.rows ? total_rows - first_row : bands.rows};
+}
+
+/// The one after it, of `count`; empty after the last.
+__forceinline__ Band band_after(const Bands& bands, int index, int count, int batch, int total_rows) {
+    return index + 1 < count ? band_at(bands, index + 1, batch, total_rows) : Band{};
+}
+
+/// Memory that is fetched into the cache while other work is done, so that what comes next need not wait for it.
+struct Ahead {
+    const char* line;
+    int64_t pitch, left, at_once;  // bytes from line to line, and lines
+
+    /// `count` lines, some of them in each of `parts` parts of that work: none where they would hold up a part too small to hide them.
+    Ahead(const void* from, int64_t pitch, int64_t count, int64_t parts)
+        : line(static_cast<const char*>(from)), pitch(pitch), left(count <= 32 * parts ? count : 0),
+          at_once(left > 0 ? (left + parts - 1) / parts : 0) {}
+
+    __forceinline__ void fetch() {
+        for (int64_t i = 0; i < at_once && left > 0; ++i, --left, line += pitch) __builtin_prefetch(line, 0, 2);
+    }
+};
+
+constexpr int64_t kLineBytes = 64;
+
 // ---- Forward and input gradient ------------------------------------------------------------------------------------
 
 /// Rows of packed weights that are multiplied with all pixels of a band before the next are taken up: a quarter of them is
@@ -222,7 +262,13 @@ struct Correlation {
     int first_tap_row;        // of these, among all
     int target_channels;
     bool accumulate;
+    Ahead* ahead;  // the next band
 };
+
+/// The whole tiles of a band, about.
+__forceinline__ int64_t tiles_of(int64_t pixels, int depth, int target_channels, int panel) {
+    return pixels / kTileRows * ((depth + kBlockDepth - 1) / kBlockDepth) * ((target_channels + panel - 1) / panel);
+}
 
 /// ROWS pixels by one panel, over `rows` rows of taps and `length` elements of each; `columns` of the panel are stored.
 template <int ROWS, class S, class T>
@@ -239,6 +285,9 @@ __forceinline__ void correlate_tile(const Correlation<S, T>& job, int pixel, int
         c[i] = job.target + job.target_at[pixel + i] + channel;
         for (V& lanes : sum[i]) lanes = V{};
     }
+    // Written at the end, by stores that would wait for memory one after the other.
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; ++i) __builtin_prefetch(c[i], 1);
     for (int r = 0; r < rows; ++r) {
         for (int64_t k = 0; k < length; ++k, b += kPanel<T>) {
             V panel[kVectors];
@@ -291,6 +340,7 @@ __attribute__((noinline)) void correlate(const Correlation<S, T>& job) {
                 const bool add = job.accumulate || row > 0 || start > 0;
                 int pixel = 0;
                 for (; pixel + kTileRows <= job.pixels; pixel += kTileRows) {
+                    job.ahead->fetch();
                     correlate_tile<kTileRows>(job, pixel, row, rows, start, length, b, channel, columns, add);
                 }
                 with_rows<kTileRows - 1>(job.pixels - pixel, [&](auto rest) {
@@ -324,22 +374,6 @@ __forceinline__ void for_each_stretch(int rows, Of of, F f) {
         }
         f(row, next, taps);
     }
-}
-
-/// Which part of the batch a block works on: `images` whole images, or `rows` rows of one.
-struct Bands {
-    int32_t images, rows;
-};
-
-struct Band {
-    int first_image, images, first_row, rows;
-};
-
-__forceinline__ Band band_at(const Bands& bands, int index, int batch, int total_rows) {
-    const int per_image = (total_rows + bands.rows - 1) / bands.rows;
-    const int first_image = index / per_image * bands.images, first_row = index % per_image * bands.rows;
-    return {first_image, batch - first_image < bands.images ? batch - first_image : bands.images, first_row,
-            total_rows - first_row < bands.rows ? total_rows - first_row : bands.rows};
 }
 
 template <class S, class T = Arithmetic<S>>
@@ -381,6 +415,10 @@ __device__ void forward(const ForwardArgs<S>& a) {
     }
     S* target = a.y + (int64_t(band.first_image) * s.out_height + band.first_row) * s.out_width * s.out_channels;
     const int run = s.kernel * C;
+    const Band next = band_after(a.bands, blockIdx.x, gridDim.x, s.batch, s.out_height);
+    const int64_t next_lines = int64_t(next.images) * next.rows * s.stride * s.width * C * int(sizeof(S)) / kLineBytes;
+    Ahead ahead(a.x + (int64_t(next.first_image) * s.height + next.first_row * s.stride) * s.width * C, kLineBytes, next_lines,
+                tiles_of(int64_t(band.images) * band.rows * s.out_width, s.kernel * run, s.out_channels, kPanel<T>));
     const auto taps_of = [&](int row) { return tap_rows((band.first_row + row) * s.stride - s.padding, s.kernel, s.height); };
     for_each_stretch(band.rows, taps_of, [&](int begin, int end, TapRows taps) {
         int pixels = 0;
@@ -396,7 +434,7 @@ __device__ void forward(const ForwardArgs<S>& a) {
         }
         correlate<S, T>({source, source_at, target, target_at, pixels, taps.end - taps.begin, row_pitch, run,
                          a.packed + int64_t(taps.begin) * run * kPanel<T>, s.kernel * run, taps.begin, s.out_channels,
-                         a.accumulate != 0});
+                         a.accumulate != 0, &ahead});
     });
 }
 
@@ -437,6 +475,10 @@ __device__ void input_gradient(const InputGradientArgs<S>& a) {
         const S* image = a.dy + int64_t(band.first_image + n) * s.out_height * s.out_width * O;
         copy_window(source + n * image_pitch, image, s.out_height, s.out_width, O, O, window);
     }
+    const Band next = band_after(a.bands, blockIdx.x, gridDim.x, s.batch, class_rows);
+    const int64_t next_lines = int64_t(next.images) * next.rows * s.out_width * O * int(sizeof(S)) / kLineBytes;
+    Ahead ahead(a.dy + (int64_t(next.first_image) * s.out_height + next.first_row) * s.out_width * O, kLineBytes, next_lines,
+                tiles_of(int64_t(band.images) * band.rows * class_columns, s.kernel * s.kernel * O, C, kPanel<T>));
     S* target = a.dx + (int64_t(band.first_image) * s.height + band.first_row * s.stride) * s.width * C;
     const T* packed = a.packed;
     for (int cls = 0; cls < s.stride * s.stride; ++cls) {
@@ -463,7 +505,7 @@ __device__ void input_gradient(const InputGradientArgs<S>& a) {
             if (rows.taps * columns.taps > 0) {
                 correlate<S, T>({source, source_at, target, target_at, pixels, taps.end - taps.begin, row_pitch, run,
                                  packed + int64_t(taps.begin) * run * kPanel<T>, rows.taps * run, taps.begin, C,
-                                 a.accumulate != 0});
+                                 a.accumulate != 0, &ahead});
             } else if (a.accumulate == 0) {
                 for (int i = 0; i < pixels; ++i) memset(target + target_at[i], 0, size_t(C) * sizeof(S));
             }
@@ -570,6 +612,16 @@ __device__ void weight_gradient(const WeightGradientArgs<S>& a) {
         }
         const S* dy = a.dy + (image * s.out_height + band.first_row) * s.out_width * O;
         const int pixels = band.images * band.rows * s.out_width;
+        const Band next = band_after(a.bands, index, count, group_images, s.out_height);
+        const int64_t next_image = first_image + next.first_image, next_rows = int64_t(next.images) * next.rows;
+        const int64_t parts = int64_t((O + W - 1) / W) * s.kernel * tiles;
+        Ahead dy_ahead(a.dy + (next_image * s.out_height + next.first_row) * s.out_width * O, kLineBytes,
+                       next_rows * s.out_width * O * int(sizeof(S)) / kLineBytes, parts);
+        // Of a slice, a line of every pixel.
+        const bool whole = width == C;
+        const int64_t next_pixels = next_rows * s.stride * s.width, pixel_bytes = C * int(sizeof(S));
+        Ahead x_ahead(a.x + (next_image * s.height + next.first_row * s.stride) * s.width * C + first_channel,
+                      whole ? kLineBytes : pixel_bytes, whole ? next_pixels * pixel_bytes / kLineBytes : next_pixels, parts);
         for (int channel = 0; channel < O; channel += W) {
             const T* b = packed;
             if constexpr (Same<S, T>::value) {
@@ -591,6 +643,8 @@ __device__ void weight_gradient(const WeightGradientArgs<S>& a) {
             for (int tap_row = 0; tap_row < s.kernel; ++tap_row) {
                 const Stretches seen = inside(band, s, tap_row);
                 for (int tile = 0; tile < tiles; ++tile) {
+                    dy_ahead.fetch();
+                    x_ahead.fetch();
                     const int start = run * tile / tiles, rows = run * (tile + 1) / tiles - start;
                     const T* from = padded + tap_row * row_pitch + start;
                     T* to = sums + (tap_row * run + start) * W;

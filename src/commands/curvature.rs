@@ -9,7 +9,7 @@ use polder::train::{CurvatureMeter, CurvatureSettings, Finding, Findings, Measur
 use serde_json::json;
 
 use super::model::{BatchNormName, ModelArgs, Samples, SplitName};
-use super::{Bar, make_folder, print};
+use super::{Bar, counted, make_folder, print};
 
 #[derive(clap::Args)]
 pub struct CurvatureArgs {
@@ -156,19 +156,21 @@ fn words(finding: &Finding, settings: &CurvatureSettings) -> String {
     let CurvatureSettings { probes, steps: most, .. } = settings;
     match finding {
         Finding::Number(value) => digits(*value),
-        Finding::Mean(estimate, of) => format!("{} ({} {of})", with_error(estimate), estimate.probes),
+        Finding::Mean(estimate, of) => {
+            format!("{} ({})", with_error(estimate), counted(estimate.probes, of.trim_end_matches('s')))
+        }
         Finding::None(reason) => format!("none: {reason}"),
         Finding::NotFinite => format!("none: {}", Finding::NOT_FINITE),
         Finding::Rise { rise: Rise { one_step, largest }, steps, .. } => {
-            format!("{} (one step {}, {steps} steps of ascent)", digits(*largest), digits(*one_step))
+            format!("{} (one step {}, {} of ascent)", digits(*largest), digits(*one_step), counted(*steps, "step"))
         }
-        Finding::Steepest { value, steps, .. } => format!("{} ({steps} steps of ascent)", digits(*value)),
+        Finding::Steepest { value, steps, .. } => format!("{} ({} of ascent)", digits(*value), counted(*steps, "step")),
         Finding::Layers(layers) => {
             let line = |(name, estimate): &(String, Estimate)| format!("\n  {name:<30} {}", with_error(estimate));
-            format!("({probes} probes){}", layers.iter().map(line).collect::<String>())
+            format!("({}){}", counted(*probes, "probe"), layers.iter().map(line).collect::<String>())
         }
         Finding::Extrema([minima, maxima]) => {
-            format!("{} minima, {} maxima ({probes} lines)", with_error(minima), with_error(maxima))
+            format!("{} minima, {} maxima ({})", with_error(minima), with_error(maxima), counted(*probes, "line"))
         }
         Finding::Eigenvalues { pairs, converged } => {
             let each: Vec<String> =
@@ -181,7 +183,8 @@ fn words(finding: &Finding, settings: &CurvatureSettings) -> String {
         Finding::Density(Density { nodes, .. }) => {
             let least = nodes.iter().copied().fold(f64::INFINITY, f64::min);
             let largest = nodes.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            format!("{} … {} ({probes} probes of {most} steps)", digits(least), digits(largest))
+            let (probes, most) = (counted(*probes, "probe"), counted(*most, "step"));
+            format!("{} … {} ({probes} of {most})", digits(least), digits(largest))
         }
     }
 }

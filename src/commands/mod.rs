@@ -16,6 +16,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use indicatif::{ProgressBar, ProgressStyle};
 use polder::train::TrainError;
 
+/// "1 step", "2 steps".
+fn counted<N: std::fmt::Display + PartialEq + From<u8>>(count: N, noun: &str) -> String {
+    let ending = if count == N::from(1) { "" } else { "s" };
+    format!("{count} {noun}{ending}")
+}
+
 /// An option that cannot be used.
 fn option(option: &str, reason: impl ToString) -> TrainError {
     TrainError::Option { option: option.into(), reason: reason.to_string() }

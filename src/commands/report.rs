@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use polder::report;
 use polder::train::TrainError;
 
-use super::{option, print};
+use super::{option, print, tell};
 
 #[derive(clap::Args)]
 pub struct ReportArgs {
@@ -25,6 +25,9 @@ pub struct ReportArgs {
 
 pub fn run(args: &ReportArgs) -> Result<(), TrainError> {
     let report = report::report(&args.runs, args.out.as_deref(), args.tensorboard)?;
+    for path in &report.passed_over {
+        tell(&format!("passed over: {}", TrainError::NoRun { path: path.clone() }));
+    }
     if args.json {
         let text = serde_json::to_string(&report).map_err(|error| option("--json", error))?;
         return print(&text);

@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use polder::train::{self, Options, Progress, Record, TrainError};
 use serde_json::json;
 
-use super::{print, stop_on_signals, tell};
+use super::{counted, print, stop_on_signals, tell};
 
 #[derive(clap::Args)]
 pub struct TrainArgs {
@@ -89,10 +89,16 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, TrainError> {
     }
     if let (Some(test), false) = (summary.test, args.json) {
         let (accuracy, skipped) = (100.0 * test.accuracy, summary.skipped);
-        let skips = if skipped > 0 { format!("; {skipped} steps skipped as not finite") } else { String::new() };
+        let skips =
+            if skipped > 0 { format!("; {} skipped as not finite", counted(skipped, "step")) } else { String::new() };
         print(&format!(
-            "test accuracy {accuracy:.2} % ({} of {} wrong), test loss {:.4}; {} steps in {:.1} s, {:.0} images/s{skips}",
-            test.errors, test.samples, test.loss, summary.steps, summary.seconds, summary.images_per_second
+            "test accuracy {accuracy:.2} % ({} of {} wrong), test loss {:.4}; {} in {:.1} s, {:.0} images/s{skips}",
+            test.errors,
+            test.samples,
+            test.loss,
+            counted(summary.steps, "step"),
+            summary.seconds,
+            summary.images_per_second
         ))?;
         if let Some(run) = &summary.out {
             print(&format!("weights: {}", run.join("model.safetensors").display()))?;

@@ -51,11 +51,9 @@ pub(super) struct Epoch {
 
 impl Run {
     pub fn read(path: &Path) -> Result<Self, TrainError> {
-        let unusable = |path: &Path, reason: &str| TrainError::Results { path: path.into(), reason: reason.into() };
-        let listing = std::fs::read_dir(path).map_err(TrainError::io(path))?;
         let config = path.join("config.toml");
         if !config.is_file() {
-            return Err(unusable(path, "holds no run (no config.toml)"));
+            return Err(TrainError::NoRun { path: path.into() });
         }
         let settings = toml::Table::try_from(Options::from_file(&config)?)
             .map_err(|error| TrainError::Settings { path: config, reason: error.to_string() })?;
@@ -69,7 +67,8 @@ impl Run {
         let unreadable = lines.iter().filter(|line| line.is_none()).count();
         let records: Vec<Record> = lines.into_iter().flatten().collect();
         if records.is_empty() {
-            return Err(unusable(&log, "no line of the log can be read, so there is nothing to report"));
+            let reason = "no line of the log can be read, so there is nothing to report".into();
+            return Err(TrainError::Results { path: log, reason });
         }
 
         // What a run has trained on since it was measured is not what was measured.
@@ -83,7 +82,7 @@ impl Run {
             stale.push("curvature.json".to_string());
         }
         let mut landscapes = Vec::new();
-        for entry in listing {
+        for entry in std::fs::read_dir(path).map_err(TrainError::io(path))? {
             let entry = entry.map_err(TrainError::io(path))?;
             let name = entry.file_name().to_string_lossy().into_owned();
             let has = |file: &str| entry.path().join(file).is_file();

@@ -50,6 +50,7 @@ pub fn open_device(name: &str, threads: usize) -> Result<Device, TrainError> {
 pub fn open_data(path: &str) -> Result<Dataset, TrainError> {
     match path {
         "synthetic" => Ok(data::synthetic(&SyntheticSpec::default())?),
+        "" => Err(TrainError::option("--data", "empty, expected a folder or synthetic")),
         path => Ok(data::load(Path::new(path))?),
     }
 }
@@ -59,7 +60,7 @@ pub fn open_data(path: &str) -> Result<Dataset, TrainError> {
 /// # Errors
 /// Those of the files.
 pub fn open_split(path: &str, split: Split) -> Result<data::SplitImages, TrainError> {
-    if path != "synthetic" {
+    if path != "synthetic" && !path.is_empty() {
         return Ok(data::load_split(Path::new(path), split)?);
     }
     let Dataset { name, train, test, mean, std, statistics } = open_data(path)?;
