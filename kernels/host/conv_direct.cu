@@ -227,8 +227,8 @@ constexpr int64_t kLineBytes = 64;
 
 // ---- Forward and input gradient ------------------------------------------------------------------------------------
 
-/// Rows of packed weights that are multiplied with all pixels of a band before the next are taken up: a quarter of them is
-/// 16 KiB, which leaves the pixels their share of the L1 cache.
+/// Rows of packed weights that are multiplied with all pixels of a band before the next are taken up: of one panel they are 16 KiB,
+/// which leaves the pixels their share of the L1 cache.
 constexpr int kBlockDepth = 256;
 
 /// A number of a tile's rows that the compiler knows.

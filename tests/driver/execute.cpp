@@ -76,9 +76,20 @@ uint8_t* reach(Warp& w, const Instruction& i, int lane, uint64_t address, uint32
     return reinterpret_cast<uint8_t*>(address);
 }
 
+/// Counts an access, where that is asked for; `address` tells a lane's.
+template <class F>
+void count(Warp& w, const Instruction& i, uint32_t mask, uint32_t bytes, Space space, bool writes, F address) {
+    std::vector<Count>& counts = w.block->counts;
+    if (counts.empty()) return;
+    uint64_t addresses[LANES] = {};
+    for_lanes(mask, [&](int lane) { addresses[lane] = address(lane); });
+    count_access(counts[size_t(&i - w.block->kernel->code.data())], mask, addresses, bytes, space, writes);
+}
+
 template <class F>
 void atomic(Warp& w, const Instruction& i, uint32_t mask, F change) {
     const uint32_t* b = w.row<uint32_t>(i.b);
+    count(w, i, mask, 4, i.space, true, [&](int lane) { return address_of(w, i, lane); });
     for_lanes(mask, [&](int lane) {
         const uint32_t old =
             change(reinterpret_cast<uint32_t*>(reach(w, i, lane, address_of(w, i, lane), 4, i.space, true)), b[lane]);
@@ -93,6 +104,8 @@ void whole_warp(Warp& w, const Instruction& i, uint32_t mask) {
 template <bool TRANSPOSED>
 void matrices(Warp& w, const Instruction& i, uint32_t mask) {
     whole_warp(w, i, mask);
+    const uint32_t naming = ~0u >> (LANES - 8 * i.elements);
+    count(w, i, naming, 16, Space::kShared, false, [&](int lane) { return address_of(w, i, lane); });
     uint16_t matrix[4][8][8];
     for (int m = 0; m < i.elements; ++m) {
         for (int row = 0; row < 8; ++row) {
@@ -172,6 +185,7 @@ void nothing(Warp&, const Instruction&, uint32_t) {}
 void fence(Warp&, const Instruction&, uint32_t) { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
 void load(Warp& w, const Instruction& i, uint32_t mask) {
+    count(w, i, mask, i.bytes * i.elements, i.space, false, [&](int lane) { return address_of(w, i, lane); });
     for_lanes(mask, [&](int lane) {
         const uint8_t* from = reach(w, i, lane, address_of(w, i, lane), i.bytes * i.elements, i.space, false);
         for (int n = 0; n < i.elements; ++n) {
@@ -186,6 +200,7 @@ void load(Warp& w, const Instruction& i, uint32_t mask) {
 }
 
 void store(Warp& w, const Instruction& i, uint32_t mask) {
+    count(w, i, mask, i.bytes * i.elements, i.space, true, [&](int lane) { return address_of(w, i, lane); });
     for_lanes(mask, [&](int lane) {
         uint8_t* to = reach(w, i, lane, address_of(w, i, lane), i.bytes * i.elements, i.space, true);
         for (int n = 0; n < i.elements; ++n) memcpy(to + n * i.bytes, &w.registers[i.list[n] + lane * i.register_bytes], i.bytes);
@@ -205,9 +220,15 @@ void atomic_or(Warp& w, const Instruction& i, uint32_t mask) {
 /// A copy arrives as late as it may, when it is waited for; until then its destination holds rubbish. To shared memory it is a write
 /// when it begins and when it ends.
 void copy_async(Warp& w, const Instruction& i, uint32_t mask) {
+    const auto given_to = [&](int lane) { return i.c == NOWHERE ? i.bytes : w.row<uint32_t>(i.c)[lane]; };
+    const auto source_of = [&](int lane) { return w.row<uint64_t>(i.a)[lane] + i.offset; };
+    uint32_t reading = 0;
+    for_lanes(mask, [&](int lane) { reading |= uint32_t(given_to(lane) > 0) << lane; });
+    count(w, i, reading, i.bytes, Space::kGlobal, false, source_of);
+    count(w, i, mask, i.bytes, Space::kShared, true, [&](int lane) { return w.row<uint32_t>(i.d)[lane]; });
     for_lanes(mask, [&](int lane) {
-        const uint32_t given = i.c == NOWHERE ? i.bytes : w.row<uint32_t>(i.c)[lane];
-        const uint64_t from = w.row<uint64_t>(i.a)[lane] + i.offset;
+        const uint32_t given = given_to(lane);
+        const uint64_t from = source_of(lane);
         if (given > i.bytes) fault(w, i, lane, "a copy of %u bytes", given);
         if (from % i.bytes != 0) fault(w, i, lane, "a copy from %lx, which is not aligned to %u bytes", from, i.bytes);
         if (given > 0) reach(w, i, lane, from, i.bytes, Space::kGlobal, false);

@@ -143,8 +143,15 @@ struct Touched {
 };
 constexpr int16_t SEVERAL = -2;
 
+/// What an instruction has asked of memory: sectors of global and wavefronts of shared memory, and the least of each.
+struct Count {
+    uint64_t read = 0, written = 0, least_sectors = 0, wavefronts = 0, least_wavefronts = 0;
+};
+
 struct Block {
     const Kernel* kernel;
+    /// By instruction; none where nothing is counted.
+    std::vector<Count> counts;
     std::vector<uint8_t> parameters;
     std::vector<uint8_t> shared;
     std::vector<Touched> touched;
@@ -185,6 +192,12 @@ inline void for_lanes(uint32_t mask, F f) {
 /// Fails with the instruction, the block and the thread.
 [[noreturn]] void fault(Warp& warp, const Instruction& instruction, int lane, const char* format, ...)
     __attribute__((format(printf, 4, 5)));
+
+bool is_counting();
+/// Counts an access of the lanes in the mask, `bytes` each.
+void count_access(Count& count, uint32_t mask, const uint64_t (&addresses)[LANES], uint32_t bytes, Space space, bool writes);
+/// Adds what the blocks of a launch, or some of them, have counted.
+void add_counts(const Kernel& kernel, const std::vector<Count>& counts, bool is_launch);
 
 /// Runs all blocks of a grid to their end.
 void run(const Kernel& kernel, const uint32_t (&grid)[3], const uint32_t (&block)[3], uint32_t dynamic_shared,

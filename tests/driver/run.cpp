@@ -159,6 +159,7 @@ void run(const Kernel& kernel, const uint32_t (&grid)[3], const uint32_t (&size)
         Block b;
         b.kernel = &kernel;
         b.parameters = parameters;
+        if (is_counting()) b.counts.resize(kernel.code.size());
         b.shared.resize(kernel.static_shared + dynamic_shared);
         b.touched.resize(b.shared.size() / 2 + 1);
         const uint32_t warps = (size[0] * size[1] * size[2] + LANES - 1) / LANES;
@@ -173,6 +174,7 @@ void run(const Kernel& kernel, const uint32_t (&grid)[3], const uint32_t (&size)
         for (uint64_t n = next++; n < blocks; n = next++) {
             run_block(b, grid, size, seed != 0 ? turns[n] : n, seed != 0 ? &order : nullptr);
         }
+        if (is_counting()) add_counts(kernel, b.counts, worker == 0);
     };
     std::vector<std::thread> others;
     for (long worker = 1; worker < std::min<long>(workers, long(blocks)); ++worker) others.emplace_back(work, uint32_t(worker));

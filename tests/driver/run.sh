@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Runs tests on a GPU that is none: builds the stand-in driver (README.md) for the kernels that cargo builds, then runs what has most to
-# see there, or one test program (`polder` is the library's own) with its arguments. Needs nvcc, cuobjdump beside it, g++ and Python.
+# see there, or one test program (`polder` is the library's own) with its arguments; or trains for a step and counts what its kernels
+# ask of memory. Needs nvcc, cuobjdump beside it, g++ and Python.
 #
 #   run.sh [PROGRAM [ARGUMENT...]]
+#   run.sh --count [TRAINING OPTION...]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 NVCC=${NVCC:-$(command -v nvcc)} || { echo "nvcc was not found (NVCC, PATH)" >&2; exit 1; }
@@ -21,6 +23,9 @@ messages = [json.loads(line) for line in open(sys.argv[1])]
 tests = [each for each in messages if each["reason"] == "compiler-artifact" and each["executable"] and each["profile"]["test"]]
 for test in tests:
     print(test["target"]["name"], test["executable"])
+for each in messages:
+    if each["reason"] == "compiler-artifact" and each["executable"] and each["target"]["name"] == "polder" and each not in tests:
+        print("program", each["executable"])
 for each in messages:
     if each["reason"] == "build-script-executed" and each["package_id"] == tests[0]["package_id"]:
         print("fatbins", each["out_dir"])
@@ -77,7 +82,26 @@ faulty() {
     echo "$kernels.ptx with $edit: $message"
 }
 
-if [ $# -gt 0 ]; then
+# Trains for a step on 16 images of rubbish, writes what its kernels asked of memory to count.txt, and prints that but for the lines.
+count() {
+    python3 - "$to/images" <<'END'
+import pathlib, random, sys
+
+folder = pathlib.Path(sys.argv[1])
+folder.mkdir()
+random.seed(0)
+for name in [f"data_batch_{n}" for n in range(1, 6)] + ["test_batch"]:
+    (folder / f"{name}.bin").write_bytes(b"".join(bytes([random.randrange(10)]) + random.randbytes(3072) for _ in range(16)))
+END
+    local program
+    program=$(path_of program)
+    DRIVER_COUNT=$to/count.txt "$program" train --device cuda --data "$to/images" --batch-size 16 --steps 1 "$@"
+    grep -v '^ ' "$to/count.txt"
+}
+
+if [ "${1-}" = --count ]; then
+    count "${@:2}"
+elif [ $# -gt 0 ]; then
     run "$@"
 else
     faulty layers 's/^bar\.sync/\/\/ &/' kernels layers::linear "a race"
@@ -91,4 +115,8 @@ else
     run networks plan:: precision::weights_are_rounded
     # Other orders of blocks, warps and streams.
     DRIVER_SEED=1 run kernels batch_norm:: vector::norm
+    # In 16 bits nothing of a convolution waits for a bank of shared memory, and little is read that nobody asked for.
+    printf '\nwhat a step asks of memory\n'
+    count --model resnet8 --precision f16
+    awk '/^conv_tensor/ { ++seen; if ($5 > 1.05 || $7 > 1.01) { print "too much:", $0; bad = 1 } } END { exit bad || seen < 8 }' "$to/count.txt"
 fi

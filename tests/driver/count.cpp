@@ -1,0 +1,123 @@
+// Counts what kernels ask of memory, for which no chip is needed: sectors of 32 bytes that a warp's access to global memory touches, and
+// wavefronts that one to shared memory takes, each beside the least that would have served. With DRIVER_COUNT=FILE the table is
+// written there when the process ends, with the lines of PTX that take more than they need.
+#include <algorithm>
+#include <cinttypes>
+#include <cstdio>
+#include <cstdlib>
+
+#include "ptx.hpp"
+
+namespace {
+
+/// A kernel's counts over all of its launches, by instruction.
+struct Total {
+    std::string source;
+    uint64_t launches = 0;
+    std::vector<Count> counts;
+    std::vector<std::string> places;
+};
+
+struct Totals {
+    std::mutex mutex;
+    std::map<std::string, Total> by_name;
+};
+
+/// Never destroyed: it is written at the process's end.
+Totals& totals() {
+    static Totals& all = *new Totals;
+    return all;
+}
+
+void add(Count& to, const Count& from) {
+    to.read += from.read;
+    to.written += from.written;
+    to.least_sectors += from.least_sectors;
+    to.wavefronts += from.wavefronts;
+    to.least_wavefronts += from.least_wavefronts;
+}
+
+double times(uint64_t taken, uint64_t least) { return least > 0 ? double(taken) / double(least) : 1.0; }
+
+void write() {
+    FILE* file = fopen(getenv("DRIVER_COUNT"), "w");
+    if (file == nullptr) fail("DRIVER_COUNT: %s cannot be written", getenv("DRIVER_COUNT"));
+    fprintf(file, "%-44s %8s %10s %10s %9s %12s %9s\n", "kernel", "launches", "KiB read", "written", "of least", "wavefronts", "of least");
+    for (const auto& [name, total] : totals().by_name) {
+        Count all;
+        for (const Count& count : total.counts) add(all, count);
+        fprintf(file, "%-44s %8" PRIu64 " %10" PRIu64 " %10" PRIu64 " %9.2f %12" PRIu64 " %9.2f\n", name.c_str(), total.launches,
+                all.read / 32, all.written / 32, times(all.read + all.written, all.least_sectors), all.wavefronts,
+                times(all.wavefronts, all.least_wavefronts));
+        for (size_t n = 0; n < total.counts.size(); ++n) {
+            const Count& count = total.counts[n];
+            const double sectors = times(count.read + count.written, count.least_sectors);
+            const double wavefronts = times(count.wavefronts, count.least_wavefronts);
+            if (std::max(sectors, wavefronts) < 1.05) continue;
+            fprintf(file, "    %.2f times the sectors, %.2f times the wavefronts: %s\n", sectors, wavefronts, total.places[n].c_str());
+        }
+    }
+    if (fclose(file) != 0) fail("DRIVER_COUNT: %s cannot be written", getenv("DRIVER_COUNT"));
+}
+
+/// Wavefronts of an access to shared memory: as many lanes at once as have 128 bytes, and again for every other word in a bank.
+uint32_t wavefronts(const uint64_t (&addresses)[LANES], uint32_t mask, uint32_t bytes, bool least) {
+    constexpr uint32_t WORD = 4, BANKS = 32;
+    const int at_once = std::min<int>(LANES, int(BANKS * WORD / bytes));
+    uint32_t result = 0;
+    for (int first = 0; first < LANES; first += at_once) {
+        std::vector<uint64_t> banks[BANKS];
+        size_t most = 0;
+        for (int lane = first; lane < first + at_once; ++lane) {
+            if ((mask >> lane & 1) == 0) continue;
+            for (uint64_t word = addresses[lane] / WORD; word * WORD < addresses[lane] + bytes; ++word) {
+                std::vector<uint64_t>& bank = banks[word % BANKS];
+                if (std::find(bank.begin(), bank.end(), word) == bank.end()) bank.push_back(word);
+                most = std::max(most, bank.size());
+            }
+        }
+        result += least ? most > 0 : uint32_t(most);
+    }
+    return result;
+}
+
+/// How many different units of `size` bytes an access touches.
+uint32_t touched(const uint64_t (&addresses)[LANES], uint32_t mask, uint32_t bytes, uint32_t size) {
+    std::vector<uint64_t> units;
+    for_lanes(mask, [&](int lane) {
+        for (uint64_t unit = addresses[lane] / size; unit * size < addresses[lane] + bytes; ++unit) units.push_back(unit);
+    });
+    std::sort(units.begin(), units.end());
+    return uint32_t(std::unique(units.begin(), units.end()) - units.begin());
+}
+
+}  // namespace
+
+bool is_counting() {
+    static const bool asked = getenv("DRIVER_COUNT") != nullptr;
+    return asked;
+}
+
+void count_access(Count& count, uint32_t mask, const uint64_t (&addresses)[LANES], uint32_t bytes, Space space, bool writes) {
+    if (space == Space::kShared) {
+        count.wavefronts += wavefronts(addresses, mask, bytes, false);
+        count.least_wavefronts += wavefronts(addresses, mask, bytes, true);
+    } else if (space == Space::kGlobal) {
+        constexpr uint32_t SECTOR = 32;
+        (writes ? count.written : count.read) += touched(addresses, mask, bytes, SECTOR);
+        // As if the bytes that were asked for lay side by side.
+        count.least_sectors += (touched(addresses, mask, bytes, 1) + SECTOR - 1) / SECTOR;
+    }
+}
+
+void add_counts(const Kernel& kernel, const std::vector<Count>& counts, bool is_launch) {
+    std::lock_guard lock(totals().mutex);
+    if (totals().by_name.empty()) atexit(write);
+    Total& total = totals().by_name[kernel.name];
+    if (total.counts.empty()) {
+        total.counts.resize(kernel.code.size());
+        for (const Instruction& i : kernel.code) total.places.push_back(kernel.source + ".ptx:" + std::to_string(i.line) + ": " + i.text);
+    }
+    total.launches += is_launch;
+    for (size_t n = 0; n < counts.size(); ++n) add(total.counts[n], counts[n]);
+}
