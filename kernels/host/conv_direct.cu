@@ -13,7 +13,8 @@
 // Numbers stored in 16 bits (S) become floats (T) where weights are packed and images are padded, and results are rounded once.
 #include "../include/elementwise.cuh"
 
-// Fused multiply-adds, where the instruction set has them: nothing here is compared between instruction sets.
+// Fused multiply-adds, where the instruction set has them: as AVX2 and AVX-512 do, whose results are the same to the bit; the
+// baseline's are its own.
 #if defined(__clang__)
 #pragma clang fp contract(fast)
 #elif defined(__GNUC__)
@@ -25,7 +26,7 @@ namespace {
 
 // A tile's rows by the vectors of a panel: 12 sums, as many as cover the latency of two multiply-adds at a time.
 #if defined(__AVX512F__)
-// A row's number is broadcast as an operand of its multiply-add. Each row has a pointer of its own; more find no room.
+// A row's number is broadcast as an operand of its multiply-add. Each row has a pointer of its own; there is no room for more.
 constexpr int kVectorBytes = 64, kTileRows = 12;
 #else
 // With two vectors of the panel and one broadcast they are 15 of 16 registers.
@@ -203,23 +204,27 @@ __forceinline__ Band band_at(const Bands& bands, int index, int batch, int total
             total_rows - first_row < bands.rows ? total_rows - first_row : bands.rows};
 }
 
-/// The one after it, of `count`; empty after the last.
-__forceinline__ Band band_after(const Bands& bands, int index, int count, int batch, int total_rows) {
-    return index + 1 < count ? band_at(bands, index + 1, batch, total_rows) : Band{};
+/// The one after it, where there is one; otherwise empty.
+__forceinline__ Band band_after(const Bands& bands, int index, bool follows, int batch, int total_rows) {
+    return follows ? band_at(bands, index + 1, batch, total_rows) : Band{};
 }
 
 /// Memory that is fetched into the cache while other work is done, so that what comes next need not wait for it.
 struct Ahead {
-    const char* line;
+    uintptr_t line;
     int64_t pitch, left, at_once;  // bytes from line to line, and lines
 
-    /// `count` lines, some of them in each of `parts` parts of that work: none where they would hold up a part too small to hide them.
-    Ahead(const void* from, int64_t pitch, int64_t count, int64_t parts)
-        : line(static_cast<const char*>(from)), pitch(pitch), left(count <= 32 * parts ? count : 0),
-          at_once(left > 0 ? (left + parts - 1) / parts : 0) {}
+    /// `count` lines from element `first` of `tensor` on, some of them in each of `parts` parts of that work: none where they would
+    /// hold up a part too small to hide them.
+    template <class S>
+    Ahead(const S* tensor, int64_t first, int64_t pitch, int64_t count, int64_t parts)
+        : line(reinterpret_cast<uintptr_t>(tensor) + first * int64_t(sizeof(S))), pitch(pitch),
+          left(count <= 32 * parts ? count : 0), at_once(left > 0 ? (left + parts - 1) / parts : 0) {}
 
     __forceinline__ void fetch() {
-        for (int64_t i = 0; i < at_once && left > 0; ++i, --left, line += pitch) __builtin_prefetch(line, 0, 2);
+        for (int64_t i = 0; i < at_once && left > 0; ++i, --left, line += pitch) {
+            __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
+        }
     }
 };
 
@@ -265,9 +270,17 @@ struct Correlation {
     Ahead* ahead;  // the next band
 };
 
+/// A target in fewer bits holds no sums on the way: there the whole depth is one block, so that they are rounded once.
+template <class S, class T>
+__forceinline__ int block_depth(int depth) {
+    return Same<S, T>::value ? kBlockDepth : depth;
+}
+
 /// The whole tiles of a band, about.
-__forceinline__ int64_t tiles_of(int64_t pixels, int depth, int target_channels, int panel) {
-    return pixels / kTileRows * ((depth + kBlockDepth - 1) / kBlockDepth) * ((target_channels + panel - 1) / panel);
+template <class S, class T>
+__forceinline__ int64_t tiles_of(int64_t pixels, int depth, int target_channels) {
+    const int block = block_depth<S, T>(depth);
+    return pixels / kTileRows * ((depth + block - 1) / block) * (round_up(target_channels, kPanel<T>) / kPanel<T>);
 }
 
 /// ROWS pixels by one panel, over `rows` rows of taps and `length` elements of each; `columns` of the panel are stored.
@@ -281,7 +294,7 @@ __forceinline__ void correlate_tile(const Correlation<S, T>& job, int pixel, int
     V sum[ROWS][kVectors];
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; ++i) {
-        a[i] = job.source + job.source_at[pixel + i] + int64_t(row) * job.row_pitch + start;
+        a[i] = job.source + job.source_at[pixel + i] + int64_t(row) * job.row_pitch + start + length;
         c[i] = job.target + job.target_at[pixel + i] + channel;
         for (V& lanes : sum[i]) lanes = V{};
     }
@@ -289,7 +302,8 @@ __forceinline__ void correlate_tile(const Correlation<S, T>& job, int pixel, int
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; ++i) __builtin_prefetch(c[i], 1);
     for (int r = 0; r < rows; ++r) {
-        for (int64_t k = 0; k < length; ++k, b += kPanel<T>) {
+        // The pointers are at the end of their runs, for an end of its own would take one register too many.
+        for (int64_t k = -int64_t(length); k < 0; ++k, b += kPanel<T>) {
             V panel[kVectors];
             for (int v = 0; v < kVectors; ++v) panel[v] = load_vector(b + v * L);
 #pragma GCC unroll 12
@@ -323,8 +337,7 @@ __forceinline__ void correlate_tile(const Correlation<S, T>& job, int pixel, int
 template <class S, class T>
 __attribute__((noinline)) void correlate(const Correlation<S, T>& job) {
     constexpr int W = kPanel<T>;
-    // A target in fewer bits holds no sums on the way: there the whole depth is one block, so that they are rounded once.
-    const int block = Same<S, T>::value ? kBlockDepth : job.panel_depth;
+    const int block = block_depth<S, T>(job.panel_depth);
     // Blocks begin at the same rows of taps for every pixel: rows left out, which add zeros, then change no bit.
     const int rows_at_once = job.run > block ? 1 : block / job.run;
     const int parts = (job.run + block - 1) / block, length_at_once = (job.run + parts - 1) / parts;
@@ -415,10 +428,10 @@ __device__ void forward(const ForwardArgs<S>& a) {
     }
     S* target = a.y + (int64_t(band.first_image) * s.out_height + band.first_row) * s.out_width * s.out_channels;
     const int run = s.kernel * C;
-    const Band next = band_after(a.bands, blockIdx.x, gridDim.x, s.batch, s.out_height);
+    const Band next = band_after(a.bands, blockIdx.x, polder_position.another_follows, s.batch, s.out_height);
     const int64_t next_lines = int64_t(next.images) * next.rows * s.stride * s.width * C * int(sizeof(S)) / kLineBytes;
-    Ahead ahead(a.x + (int64_t(next.first_image) * s.height + next.first_row * s.stride) * s.width * C, kLineBytes, next_lines,
-                tiles_of(int64_t(band.images) * band.rows * s.out_width, s.kernel * run, s.out_channels, kPanel<T>));
+    Ahead ahead(a.x, (int64_t(next.first_image) * s.height + next.first_row * s.stride) * s.width * C, kLineBytes, next_lines,
+                tiles_of<S, T>(int64_t(band.images) * band.rows * s.out_width, s.kernel * run, s.out_channels));
     const auto taps_of = [&](int row) { return tap_rows((band.first_row + row) * s.stride - s.padding, s.kernel, s.height); };
     for_each_stretch(band.rows, taps_of, [&](int begin, int end, TapRows taps) {
         int pixels = 0;
@@ -475,10 +488,10 @@ __device__ void input_gradient(const InputGradientArgs<S>& a) {
         const S* image = a.dy + int64_t(band.first_image + n) * s.out_height * s.out_width * O;
         copy_window(source + n * image_pitch, image, s.out_height, s.out_width, O, O, window);
     }
-    const Band next = band_after(a.bands, blockIdx.x, gridDim.x, s.batch, class_rows);
+    const Band next = band_after(a.bands, blockIdx.x, polder_position.another_follows, s.batch, class_rows);
     const int64_t next_lines = int64_t(next.images) * next.rows * s.out_width * O * int(sizeof(S)) / kLineBytes;
-    Ahead ahead(a.dy + (int64_t(next.first_image) * s.out_height + next.first_row) * s.out_width * O, kLineBytes, next_lines,
-                tiles_of(int64_t(band.images) * band.rows * class_columns, s.kernel * s.kernel * O, C, kPanel<T>));
+    Ahead ahead(a.dy, (int64_t(next.first_image) * s.out_height + next.first_row) * s.out_width * O, kLineBytes, next_lines,
+                tiles_of<S, T>(int64_t(band.images) * band.rows * class_columns, s.kernel * s.kernel * O, C));
     S* target = a.dx + (int64_t(band.first_image) * s.height + band.first_row * s.stride) * s.width * C;
     const T* packed = a.packed;
     for (int cls = 0; cls < s.stride * s.stride; ++cls) {
@@ -541,20 +554,19 @@ __forceinline__ void outer_tile(const T* a, const int32_t* at, Stretches seen, c
     for (int i = 0; i < ROWS; ++i) {
         for (V& lanes : sum[i]) lanes = V{};
     }
-    at += seen.first;
-    b += int64_t(seen.first) * kPanel<T>;
     for (int stretch = 0; stretch < seen.stretches; ++stretch) {
+        const int64_t first = seen.first + int64_t(stretch) * seen.pitch;
+        const int32_t* const places = at + first;
+        const T* const right = b + first * kPanel<T>;
         for (int64_t k = 0; k < seen.pixels; ++k) {
-            const T* pixel = a + at[k];
+            const T* pixel = a + places[k];
             V panel[kVectors];
-            for (int v = 0; v < kVectors; ++v) panel[v] = load_vector(b + k * kPanel<T> + v * L);
+            for (int v = 0; v < kVectors; ++v) panel[v] = load_vector(right + k * kPanel<T> + v * L);
 #pragma GCC unroll 12
             for (int i = 0; i < ROWS; ++i) {
                 for (int v = 0; v < kVectors; ++v) sum[i][v] += pixel[i] * panel[v];
             }
         }
-        at += seen.pitch;
-        b += int64_t(seen.pitch) * kPanel<T>;
     }
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; ++i) {
@@ -612,15 +624,15 @@ __device__ void weight_gradient(const WeightGradientArgs<S>& a) {
         }
         const S* dy = a.dy + (image * s.out_height + band.first_row) * s.out_width * O;
         const int pixels = band.images * band.rows * s.out_width;
-        const Band next = band_after(a.bands, index, count, group_images, s.out_height);
+        const Band next = band_after(a.bands, index, index + 1 < count, group_images, s.out_height);
         const int64_t next_image = first_image + next.first_image, next_rows = int64_t(next.images) * next.rows;
         const int64_t parts = int64_t((O + W - 1) / W) * s.kernel * tiles;
-        Ahead dy_ahead(a.dy + (next_image * s.out_height + next.first_row) * s.out_width * O, kLineBytes,
+        Ahead dy_ahead(a.dy, (next_image * s.out_height + next.first_row) * s.out_width * O, kLineBytes,
                        next_rows * s.out_width * O * int(sizeof(S)) / kLineBytes, parts);
         // Of a slice, a line of every pixel.
         const bool whole = width == C;
         const int64_t next_pixels = next_rows * s.stride * s.width, pixel_bytes = C * int(sizeof(S));
-        Ahead x_ahead(a.x + (next_image * s.height + next.first_row * s.stride) * s.width * C + first_channel,
+        Ahead x_ahead(a.x, (next_image * s.height + next.first_row * s.stride) * s.width * C + first_channel,
                       whole ? kLineBytes : pixel_bytes, whole ? next_pixels * pixel_bytes / kLineBytes : next_pixels, parts);
         for (int channel = 0; channel < O; channel += W) {
             const T* b = packed;

@@ -566,6 +566,7 @@ __attribute__((noinline)) void run_blocks(Worker& worker, uint64_t first_block, 
         if (launch.schedule == kBackwards) block = last_block - 1 - i;
         if (launch.schedule == kRandom) block = first_block + permuted(i, count, launch.seed);
         enter_block(launch, block);
+        polder_position.another_follows = launch.schedule == kForwards && i + 1 < count;
         if (worker.thread_count == 1) {
             launch.entry(launch.args);
         } else if (!run_fibers(worker, block)) {

@@ -85,6 +85,7 @@ extern "C" {
 struct PolderPosition {
     uint3 thread, block, block_dim, grid_dim;
     void* shared;
+    bool another_follows;  // whether this OS thread runs the next block of the grid next
 };
 extern __thread PolderPosition polder_position;
 

@@ -9,7 +9,8 @@ use super::{option, print, tell};
 
 #[derive(clap::Args)]
 pub struct ReportArgs {
-    /// Folders that `polder train --out` wrote, with curvature.json and folders landscape… in them
+    /// Folders that `polder train --out` wrote, with curvature.json and folders landscape… in them; beside one, what is no run is
+    /// passed over
     #[arg(value_name = "RUN", required = true)]
     runs: Vec<PathBuf>,
     /// The page [default: report.html, of one run in its folder]

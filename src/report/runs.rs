@@ -1,5 +1,6 @@
 //! The runs that a report compares: how their folders are read, which belong together, and the numbers of each group.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -52,9 +53,12 @@ pub(super) struct Epoch {
 impl Run {
     pub fn read(path: &Path) -> Result<Self, TrainError> {
         let config = path.join("config.toml");
-        if !config.is_file() {
-            return Err(TrainError::NoRun { path: path.into() });
-        }
+        match std::fs::metadata(&config) {
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                return Err(TrainError::NoRun { path: path.into() });
+            }
+            found => found.map_err(TrainError::io(&config))?,
+        };
         let settings = toml::Table::try_from(Options::from_file(&config)?)
             .map_err(|error| TrainError::Settings { path: config, reason: error.to_string() })?;
 

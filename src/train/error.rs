@@ -57,10 +57,10 @@ pub enum TrainError {
         /// Its folder.
         path: PathBuf,
     },
-    /// The folder of a run holds none.
+    /// What is named as a run is none.
     #[error("{}: holds no run (no config.toml)", path.display())]
     NoRun {
-        /// The folder.
+        /// The folder, or what is no folder.
         path: PathBuf,
     },
     /// Results in files that cannot be used.

@@ -46,7 +46,7 @@ pub fn open_device(name: &str, threads: usize) -> Result<Device, TrainError> {
 /// The data set that the options name, before any reduction.
 ///
 /// # Errors
-/// Those of the files.
+/// Those of the files; an empty path.
 pub fn open_data(path: &str) -> Result<Dataset, TrainError> {
     match path {
         "synthetic" => Ok(data::synthetic(&SyntheticSpec::default())?),
@@ -58,7 +58,7 @@ pub fn open_data(path: &str) -> Result<Dataset, TrainError> {
 /// One split of the data set that the options name.
 ///
 /// # Errors
-/// Those of the files.
+/// Those of the files; an empty path.
 pub fn open_split(path: &str, split: Split) -> Result<data::SplitImages, TrainError> {
     if path != "synthetic" && !path.is_empty() {
         return Ok(data::load_split(Path::new(path), split)?);

@@ -1,6 +1,6 @@
 // Counts what kernels ask of memory, for which no chip is needed: sectors of 32 bytes that a warp's access to global memory touches, and
-// wavefronts that one to shared memory takes, each beside the least that would have served. With DRIVER_COUNT=FILE the table is
-// written there when the process ends, with the lines of PTX that take more than they need.
+// wavefronts that one to shared memory takes, each beside the least that would have served. With DRIVER_COUNT=FILE they are written there
+// when the process ends, a line for each kernel and for each of its instructions that accessed memory; count.py makes tables of that.
 #include <algorithm>
 #include <cinttypes>
 #include <cstdio>
@@ -12,10 +12,9 @@ namespace {
 
 /// A kernel's counts over all of its launches, by instruction.
 struct Total {
-    std::string source;
+    const Kernel* kernel = nullptr;
     uint64_t launches = 0;
     std::vector<Count> counts;
-    std::vector<std::string> places;
 };
 
 struct Totals {
@@ -37,24 +36,19 @@ void add(Count& to, const Count& from) {
     to.least_wavefronts += from.least_wavefronts;
 }
 
-double times(uint64_t taken, uint64_t least) { return least > 0 ? double(taken) / double(least) : 1.0; }
-
+/// Kernels live as long as the driver, which was there before this was asked for.
 void write() {
+    std::lock_guard lock(totals().mutex);
     FILE* file = fopen(getenv("DRIVER_COUNT"), "w");
     if (file == nullptr) fail("DRIVER_COUNT: %s cannot be written", getenv("DRIVER_COUNT"));
-    fprintf(file, "%-44s %8s %10s %10s %9s %12s %9s\n", "kernel", "launches", "KiB read", "written", "of least", "wavefronts", "of least");
     for (const auto& [name, total] : totals().by_name) {
-        Count all;
-        for (const Count& count : total.counts) add(all, count);
-        fprintf(file, "%-44s %8" PRIu64 " %10" PRIu64 " %10" PRIu64 " %9.2f %12" PRIu64 " %9.2f\n", name.c_str(), total.launches,
-                all.read / 32, all.written / 32, times(all.read + all.written, all.least_sectors), all.wavefronts,
-                times(all.wavefronts, all.least_wavefronts));
+        fprintf(file, "%s\t%" PRIu64 "\n", name.c_str(), total.launches);
         for (size_t n = 0; n < total.counts.size(); ++n) {
-            const Count& count = total.counts[n];
-            const double sectors = times(count.read + count.written, count.least_sectors);
-            const double wavefronts = times(count.wavefronts, count.least_wavefronts);
-            if (std::max(sectors, wavefronts) < 1.05) continue;
-            fprintf(file, "    %.2f times the sectors, %.2f times the wavefronts: %s\n", sectors, wavefronts, total.places[n].c_str());
+            const Count& c = total.counts[n];
+            const Instruction& i = total.kernel->code[n];
+            if (c.least_sectors + c.least_wavefronts == 0) continue;
+            fprintf(file, "%s\t%" PRIu64 "\t%" PRIu64 "\t%" PRIu64 "\t%" PRIu64 "\t%" PRIu64 "\t%s.ptx:%d: %s\n", name.c_str(), c.read,
+                    c.written, c.least_sectors, c.wavefronts, c.least_wavefronts, total.kernel->source.c_str(), i.line, i.text.c_str());
         }
     }
     if (fclose(file) != 0) fail("DRIVER_COUNT: %s cannot be written", getenv("DRIVER_COUNT"));
@@ -114,10 +108,8 @@ void add_counts(const Kernel& kernel, const std::vector<Count>& counts, bool is_
     std::lock_guard lock(totals().mutex);
     if (totals().by_name.empty()) atexit(write);
     Total& total = totals().by_name[kernel.name];
-    if (total.counts.empty()) {
-        total.counts.resize(kernel.code.size());
-        for (const Instruction& i : kernel.code) total.places.push_back(kernel.source + ".ptx:" + std::to_string(i.line) + ": " + i.text);
-    }
+    total.kernel = &kernel;
+    total.counts.resize(kernel.code.size());
     total.launches += is_launch;
     for (size_t n = 0; n < counts.size(); ++n) add(total.counts[n], counts[n]);
 }

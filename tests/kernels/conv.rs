@@ -186,25 +186,56 @@ fn equals_the_definition_in_double_precision() {
     check::<f64>(&host_devices(), 1e-14, 1e-14);
 }
 
+/// A number made of every bit of every pass.
+fn digest<S: Compute>(device: &Device) -> u64 {
+    let mut digest = 0xcbf2_9ce4_8422_2325u64;
+    for (number, shape) in SHAPES.iter().chain(&WIDE_SHAPES).enumerate() {
+        let (y, dx, dw) = run(device, shape, &case::<S>(shape, 200 + number as u64)).unwrap();
+        let all = y.iter().chain(&dx).map(|pass| bits(pass)).chain(dw.iter().map(|pass| bits(pass)));
+        digest = all
+            .flatten()
+            .fold(digest, |digest, bits| (digest ^ bits).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(29));
+    }
+    digest
+}
+
 /// An instruction set is chosen when a process starts to use the device, so the test runs itself again. The newest one that this CPU
 /// has is what the tests themselves run on.
 #[test]
-fn equals_the_definition_on_older_instruction_sets() {
-    if std::env::var_os("POLDER_SANITIZE").is_some() {
-        println!("skipped: the sanitizers' build has one instruction set");
+fn older_instruction_sets_are_right_and_avx2_is_avx512_to_the_bit() {
+    let device = Device::host();
+    let used = device.description();
+    let digests = format!(
+        "digests {:016x} {:016x} {:016x}",
+        digest::<f32>(&device),
+        digest::<f16>(&device),
+        digest::<f64>(&device)
+    );
+    println!("\n{used}\n{digests}");
+    if std::env::var_os("POLDER_ISA").is_some() || used.contains("baseline kernels") {
+        println!("skipped: there is no older instruction set, or it was asked for this one");
         return;
     }
-    let this = std::env::current_exe().unwrap();
-    for older in ["baseline", "avx2"] {
-        let status = std::process::Command::new(&this)
-            .args(["equals_the_definition_in"])
-            .env("POLDER_ISA", older)
-            .env_remove("POLDER_TEST_DEVICE")
-            .output()
-            .unwrap();
-        let output = String::from_utf8_lossy(&status.stdout);
-        assert!(status.status.success() && output.contains("3 passed"), "{older}: {output}");
+    let again = |older: &str, tests: &[&str]| {
+        let this = std::env::current_exe().unwrap();
+        let mut child = std::process::Command::new(this);
+        child.args(tests).args(["older_instruction_sets", "--nocapture"]).env("POLDER_ISA", older);
+        let output = child.env_remove("POLDER_TEST_DEVICE").output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let passed = format!("{} passed", 1 + 3 * tests.len());
+        assert!(
+            output.status.success() && text.contains(&passed) && text.contains(&format!("{older} kernels")),
+            "{text}"
+        );
+        text
+    };
+    let avx2 = again("avx2", &[]);
+    assert!(avx2.lines().any(|found| found == digests), "{used}: {digests}, and on {avx2}");
+    if std::env::var_os("POLDER_SANITIZE").is_some() {
+        println!("skipped: the sanitizers' build has no baseline");
+        return;
     }
+    again("baseline", &["equals_the_definition_in"]);
 }
 
 /// The CPU's shapes on one thread and on many, and the GPU's shapes in every order, are each deterministic to the bit.
