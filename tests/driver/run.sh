@@ -93,12 +93,12 @@ folder = pathlib.Path(sys.argv[1])
 folder.mkdir()
 random.seed(0)
 for name in [f"data_batch_{n}" for n in range(1, 6)] + ["test_batch"]:
-    (folder / f"{name}.bin").write_bytes(b"".join(bytes([random.randrange(10)]) + random.randbytes(3072) for _ in range(16)))
+    (folder / f"{name}.bin").write_bytes(b"".join(bytes([random.randrange(10)]) + random.randbytes(3072) for _ in range(4)))
 END
     local program steps
     program=$(path_of program)
     for steps in 1 2; do
-        DRIVER_COUNT=$to/count-$steps "$program" train --device cuda --data "$to/images" --batch-size 16 --steps $steps "$@"
+        DRIVER_COUNT=$to/count-$steps "$program" train --device cuda --data "$to/images" --batch-size 4 --steps $steps "$@"
     done
     python3 tests/driver/count.py "$to/count-2" "$to/count-1" "${limits[@]}"
 }
