@@ -26,7 +26,8 @@ def read(path):
 
 
 def multiples(read, written, least_sectors, wavefronts, least_wavefronts):
-    return (read + written) / (least_sectors or 1) if least_sectors else 1.0, wavefronts / least_wavefronts if least_wavefronts else 1.0
+    """Sectors and wavefronts as multiples of the least; 1 where there are none."""
+    return [taken / least if least else 1.0 for taken, least in ((read + written, least_sectors), (wavefronts, least_wavefronts))]
 
 
 def main():

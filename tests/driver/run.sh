@@ -24,10 +24,8 @@ tests = [each for each in messages if each["reason"] == "compiler-artifact" and 
 for test in tests:
     print(test["target"]["name"], test["executable"])
 for each in messages:
-    if each["reason"] == "compiler-artifact" and each["target"]["kind"] == ["bin"] and not each["profile"]["test"]:
-        if each["target"]["name"] == "polder":
-            print("program", each["executable"])
-for each in messages:
+    if each["reason"] == "compiler-artifact" and each["executable"] and each["target"]["name"] == "polder" and not each["profile"]["test"]:
+        print("program", each["executable"])
     if each["reason"] == "build-script-executed" and each["package_id"] == tests[0]["package_id"]:
         print("fatbins", each["out_dir"])
 END
