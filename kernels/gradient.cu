@@ -88,7 +88,7 @@ __device__ void gradient_pieces(const GradientPiecesArgs<T>& a) {
     if (!squared) return;
     squares = block_sum(squares);
     if (thread == 0) a.finish.squares[blockIdx.x] = squares.v[0];
-    if (a.norm == nullptr || !last_to_come(a.ticket, gridDim.x)) return;
+    if (a.norm == nullptr || !is_last_block(a.ticket, gridDim.x)) return;
     const Sums<1> all = sum_partials<1>(a.all_squares, unsigned(a.all_squares_count));
     if (thread == 0) a.norm[0] = sqrt(all.v[0]);
 }

@@ -18,7 +18,7 @@ use std::time::Instant;
 
 use clap::Parser;
 use half::{bf16, f16};
-use polder::device::{Buffer, Compute, Device, Graph, Result as DeviceResult, Tf32};
+use polder::device::{Buffer, Compute, Device, RecordedGraph, Result as DeviceResult, Tf32};
 use polder::kernels::conv::{self, ConvShape};
 use polder::kernels::{random, vector};
 use polder::train::{PrecisionName, open_device};
@@ -121,7 +121,7 @@ fn serve<S: Compute>(args: &Args) -> Answer<()> {
     let device = open_device(&args.device, args.threads)?;
     let mut layer: Option<Layer<S>> = None;
     // What was recorded of a pass holds the layer's addresses.
-    let mut recorded: Option<(Pass, Graph)> = None;
+    let mut recorded: Option<(Pass, RecordedGraph)> = None;
     protocol::serve(|words| match *words {
         ["layer", batch, size, in_channels, out_channels, kernel, stride, sets] => {
             let (size, kernel) = (number(size)?, number::<usize>(kernel)?);

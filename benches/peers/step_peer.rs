@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use clap::{Parser, ValueEnum};
 use half::{bf16, f16};
-use polder::device::{Compute, Device, Graph, Tf32};
+use polder::device::{Compute, Device, RecordedGraph, Tf32};
 use polder::kernels::image::{self, BatchShape, Normalization, Position};
 use polder::nn::Model;
 use polder::objective::{Objective, Statistics};
@@ -94,7 +94,7 @@ fn answer<S: Compute<Master = f32>>(args: &Args) -> Answer<()> {
     let base = Base::Sgd { momentum: 0.9, nesterov: false };
     let mut optimizer =
         Optimizer::new(&device, len, Settings { method, base, weight_decay: 5e-4, decay_len: len, clip: None })?;
-    let mut recorded: Option<Graph> = None;
+    let mut recorded: Option<RecordedGraph> = None;
 
     protocol::serve(|words| match *words {
         ["gradient", path] => {

@@ -386,13 +386,13 @@ __device__ __forceinline__ void combine_by_last(const SumsArgs<S>& a, uint32_t* 
     };
     const uint32_t groups = (blocks + a.group - 1) / a.group;
     const uint32_t group = block / a.group, first = group * a.group, members = min(a.group, blocks - first);
-    if (!last_to_come(tickets + group, members)) return;
+    if (!is_last_block(tickets + group, members)) return;
     if (groups == 1) return combine(0, members, 1, finish);
     combine(first, members, 1, [&](uint64_t c, const Sums& all) {
         a.dz[uint64_t(first) * a.channels + c] = all.dz;
         a.dz_x[uint64_t(first) * a.channels + c] = all.dz_x;
     });
-    if (last_to_come(tickets + groups, groups)) combine(0, groups, a.group, finish);
+    if (is_last_block(tickets + groups, groups)) combine(0, groups, a.group, finish);
 }
 
 /// The tickets of one column of blocks, of `blocks` in all columns.

@@ -6,7 +6,7 @@ namespace {
 
 /// Whether this block is the last of `count` to come here. If so, it sees all that the others wrote before they came, and the
 /// ticket is zero again for the next launch.
-__device__ __forceinline__ bool last_to_come(uint32_t* ticket, uint32_t count) {
+__device__ __forceinline__ bool is_last_block(uint32_t* ticket, uint32_t count) {
     __shared__ uint32_t last;
     __threadfence();
     __syncthreads();

@@ -109,7 +109,9 @@ struct Branch<'a> {
 
 impl<'a> Branch<'a> {
     fn begin(device: &'a CudaDevice) -> Result<Self> {
-        device.give_other(1, || device.side.join(&device.stream)).map_err(failed("doing two things at once"))?;
+        device
+            .enqueue_non_kernel(1, || device.side.join(&device.stream))
+            .map_err(failed("doing two things at once"))?;
         Ok(Self { device, joined: false })
     }
 
@@ -266,7 +268,7 @@ impl CudaDevice {
 
     /// Gives the first stream (0) or the side one (1) something else than a kernel: the next launch waits for all before it in the
     /// ordinary way.
-    fn give_other<R>(&self, stream: usize, give: impl FnOnce() -> R) -> R {
+    fn enqueue_non_kernel<R>(&self, stream: usize, give: impl FnOnce() -> R) -> R {
         let mut behind_other = self.order(stream);
         *behind_other = true;
         give()
@@ -283,7 +285,8 @@ impl CudaDevice {
     fn join_side(&self) -> Result<()> {
         // Asked first, for an error that a destructor kept would otherwise come up instead of the join.
         let kept = self.bind();
-        let joined = self.give_other(0, || self.stream.join(&self.side)).map_err(failed("doing two things at once"));
+        let joined =
+            self.enqueue_non_kernel(0, || self.stream.join(&self.side)).map_err(failed("doing two things at once"));
         if joined.is_err() {
             // What the side stream still uses must not be freed. (In a capture this fails, which is broken then anyway.)
             let _ = self.side.synchronize();
@@ -441,7 +444,7 @@ impl CudaDevice {
             // SAFETY: `place` is `length` bytes of page-locked memory that no copy under way uses; the caller vouches for the
             // source.
             let copy = || unsafe { sys::cuMemcpyDtoHAsync_v2(place.cast(), source, length, self.stream.cu_stream()) };
-            self.give_other(0, copy).result().map_err(&failed)?;
+            self.enqueue_non_kernel(0, copy).result().map_err(&failed)?;
             self.stream.synchronize().map_err(&failed)?;
             // SAFETY: the GPU has finished writing `place`; the destination is the next `length` bytes of `bytes`.
             unsafe { ptr::copy_nonoverlapping(place, bytes[done..].as_mut_ptr(), length) };
@@ -478,7 +481,7 @@ impl CudaDevice {
             // owns its own. The caller vouches for the destination.
             let copy =
                 || unsafe { sys::cuMemcpyHtoDAsync_v2(destination, place.cast(), length, self.stream.cu_stream()) };
-            self.give_other(0, copy).result().map_err(&failed)?;
+            self.enqueue_non_kernel(0, copy).result().map_err(&failed)?;
             done += length;
         }
         Ok(())
@@ -493,7 +496,7 @@ impl CudaDevice {
         self.bind()?;
         // SAFETY: the caller's; all memory of this device is used in the order of its streams.
         let copy = || unsafe { result::memcpy_dtod_async(destination, source, bytes, self.current().cu_stream()) };
-        self.give_other(usize::from(self.is_on_side()), copy).map_err(failed("copying on the GPU"))
+        self.enqueue_non_kernel(usize::from(self.is_on_side()), copy).map_err(failed("copying on the GPU"))
     }
 
     /// # Safety
@@ -512,7 +515,7 @@ impl CudaDevice {
         self.bind()?;
         // SAFETY: the caller's; any byte is valid in device memory, whose types are plain bits.
         let fill = || unsafe { result::memset_d8_async(address, byte, bytes, self.current().cu_stream()) };
-        self.give_other(usize::from(self.is_on_side()), fill).map_err(failed("filling memory on the GPU"))
+        self.enqueue_non_kernel(usize::from(self.is_on_side()), fill).map_err(failed("filling memory on the GPU"))
     }
 
     /// Device memory that nothing has written yet. Freed memory waits in the pool for reuse in the same sizes; where that
@@ -586,7 +589,7 @@ impl CudaDevice {
         let ended = self.stream.end_capture(sys::CUgraphInstantiate_flags(0)).map_err(failed("capturing a graph"));
         let graph = kept.and(ended);
         // What was launched meanwhile is in the graph, and what comes next follows what came before.
-        (0..2).for_each(|stream| self.give_other(stream, || ()));
+        (0..2).for_each(|stream| self.enqueue_non_kernel(stream, || ()));
         (graph, state.recording.take().unwrap_or_default())
     }
 }
@@ -766,7 +769,7 @@ impl<'a> Capture<'a> {
         state.refuse_recording("capture", "a graph cannot capture another")?;
         // Relaxed: page-locked memory for recorded writes has to be allocated meanwhile, which the stricter modes forbid.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        device.give_other(0, || device.stream.begin_capture(mode)).map_err(failed("capturing a graph"))?;
+        device.enqueue_non_kernel(0, || device.stream.begin_capture(mode)).map_err(failed("capturing a graph"))?;
         state.recording = Some(Recording::default());
         state.graphs += 1;
         Ok(Self { device, active: true })
@@ -818,7 +821,7 @@ impl CudaGraph {
     pub(super) fn replay(&self) -> Result<()> {
         let state = self.device.lock();
         state.refuse_recording("replay", "a graph cannot replay another")?;
-        self.device.give_other(0, || self.graph.launch()).map_err(failed("replaying a graph"))
+        self.device.enqueue_non_kernel(0, || self.graph.launch()).map_err(failed("replaying a graph"))
     }
 
     pub(super) fn operations(&self) -> usize {

@@ -16,7 +16,7 @@ use super::{Error, Launch, Result};
 /// The order in which the host runs the blocks of a launch and the threads of a block. A right kernel yields the same bits in
 /// every order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Schedule {
+pub enum BlockOrder {
     /// In rising order, blocks spread over the cores.
     #[default]
     Forwards,
@@ -32,9 +32,9 @@ pub struct HostOptions {
     /// Threads that run blocks; 0 takes one per core, more than [`HostOptions::MOST_THREADS`] that many.
     pub threads: usize,
     /// The order of blocks and threads.
-    pub schedule: Schedule,
+    pub order: BlockOrder,
     /// Launch kernels in the GPU's shapes (many threads per block) instead of the CPU's: slow, and what tests want.
-    pub gpu_shapes: bool,
+    pub emulate_gpu: bool,
 }
 
 impl HostOptions {
@@ -86,7 +86,7 @@ struct PolderLaunch {
     grid: [u32; 3],
     block: [u32; 3],
     shared_bytes: u64,
-    schedule: u32,
+    order: u32,
     reserved: u32,
     seed: u64,
 }
@@ -122,14 +122,14 @@ impl HostDevice {
         }
     }
 
-    pub(super) fn gpu_shapes(&self) -> bool {
-        self.options.gpu_shapes
+    pub(super) fn emulate_gpu(&self) -> bool {
+        self.options.emulate_gpu
     }
 
     pub(super) fn description(&self) -> String {
         let threads = self.options.threads;
         let plural = if threads == 1 { "" } else { "s" };
-        let shapes = if self.options.gpu_shapes { ", GPU launch shapes" } else { "" };
+        let shapes = if self.options.emulate_gpu { ", GPU launch shapes" } else { "" };
         format!("{threads} thread{plural}, {} kernels{shapes}", HOST[self.instruction_set].0)
     }
 
@@ -158,10 +158,10 @@ impl HostDevice {
     /// # Safety
     /// `args` points to the kernel's argument struct, as [`super::Device::launch`] asks.
     unsafe fn run(&self, kernel: KernelId, shape: Launch, args: *const c_void) -> Result<()> {
-        let (schedule, seed) = match self.options.schedule {
-            Schedule::Forwards => (0, 0),
-            Schedule::Backwards => (1, 0),
-            Schedule::Random(seed) => (2, seed),
+        let (order, seed) = match self.options.order {
+            BlockOrder::Forwards => (0, 0),
+            BlockOrder::Backwards => (1, 0),
+            BlockOrder::Random(seed) => (2, seed),
         };
         let launch = PolderLaunch {
             entry: HOST[self.instruction_set].1[kernel.0],
@@ -170,13 +170,13 @@ impl HostDevice {
             grid: shape.grid,
             block: shape.block,
             shared_bytes: shape.shared as u64,
-            schedule,
+            order,
             reserved: 0,
             seed,
         };
         let blocks: u64 = shape.grid.iter().map(|&extent| u64::from(extent)).product();
         // Several chunks for each thread even out blocks of unequal cost; another order is meant for the whole grid at once.
-        let chunk = if schedule == 0 { (blocks / (self.options.threads as u64 * 8)).max(1) } else { blocks.max(1) };
+        let chunk = if order == 0 { (blocks / (self.options.threads as u64 * 8)).max(1) } else { blocks.max(1) };
         let first_fault: Mutex<Option<PolderFault>> = Mutex::new(None);
         self.team.run(blocks, chunk, &|first, last| {
             let mut fault = PolderFault { kind: 0, block: [0; 3], thread: [0; 3], message: [0; 236] };
@@ -294,7 +294,7 @@ impl HostDevice {
         self.recording.load(Ordering::Relaxed)
     }
 
-    /// One piece of work after the other, in the schedule's order, under the rules of a GPU.
+    /// One piece of work after the other, in the chosen order, under the rules of a GPU.
     pub(super) fn both(&self, mut work: impl FnMut(usize) -> Result<()>) -> Result<()> {
         struct Paired<'a>(&'a AtomicBool);
         impl Drop for Paired<'_> {
@@ -305,7 +305,7 @@ impl HostDevice {
         self.refuse_paired("both")?;
         self.paired.store(true, Ordering::Relaxed);
         let _paired = Paired(&self.paired);
-        let order = if self.options.schedule == Schedule::Backwards { [1, 0] } else { [0, 1] };
+        let order = if self.options.order == BlockOrder::Backwards { [1, 0] } else { [0, 1] };
         order.into_iter().try_for_each(&mut work)
     }
 

@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 pub use buffer::{Buffer, Disjoint, Slice, SliceMut};
 pub use error::{Error, Result};
-pub use host::{HostOptions, Schedule};
+pub use host::{BlockOrder, HostOptions};
 pub(crate) use registry::{KernelId, id};
 
 use cuda::CudaDevice;
@@ -267,7 +267,7 @@ impl Device {
     /// Whether kernels are launched with many threads per block: a GPU, or a CPU told to take a GPU's shapes.
     pub(crate) fn is_simt(&self) -> bool {
         match &self.0 {
-            Inner::Host(host) => host.gpu_shapes(),
+            Inner::Host(host) => host.emulate_gpu(),
             Inner::Cuda(_) => true,
         }
     }
@@ -323,7 +323,7 @@ impl Device {
         }
     }
 
-    /// Records what `work` asks of the device, without doing it, for [`Graph::replay`]. The numbers and addresses that it
+    /// Records what `work` asks of the device, without doing it, for [`RecordedGraph::replay`]. The numbers and addresses that it
     /// passes are fixed in the recording; what lies at the addresses is read at each replay.
     ///
     /// # Errors
@@ -332,10 +332,10 @@ impl Device {
     ///
     /// A buffer that is dropped while the device has a graph keeps its memory until the last graph is dropped: a replay finds what
     /// it recorded, though nobody else does.
-    pub fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
+    pub fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<RecordedGraph> {
         match &self.0 {
-            Inner::Host(host) => Ok(Graph(GraphInner::Host(HostDevice::capture(host, work)?))),
-            Inner::Cuda(cuda) => Ok(Graph(GraphInner::Cuda(CudaDevice::capture(cuda, work)?))),
+            Inner::Host(host) => Ok(RecordedGraph(RecordedGraphInner::Host(HostDevice::capture(host, work)?))),
+            Inner::Cuda(cuda) => Ok(RecordedGraph(RecordedGraphInner::Cuda(CudaDevice::capture(cuda, work)?))),
         }
     }
 
@@ -425,27 +425,27 @@ impl Event {
 }
 
 /// Recorded work, replayed with one call.
-pub struct Graph(GraphInner);
+pub struct RecordedGraph(RecordedGraphInner);
 
-enum GraphInner {
+enum RecordedGraphInner {
     Host(host::HostGraph),
     Cuda(cuda::CudaGraph),
 }
 
-impl Graph {
+impl RecordedGraph {
     /// Does the recorded work again, in order with everything else on the device.
     pub fn replay(&self) -> Result<()> {
         match &self.0 {
-            GraphInner::Host(graph) => graph.replay(),
-            GraphInner::Cuda(graph) => graph.replay(),
+            RecordedGraphInner::Host(graph) => graph.replay(),
+            RecordedGraphInner::Cuda(graph) => graph.replay(),
         }
     }
 
     /// How many operations (launches, copies, fills) one replay performs.
     pub fn operations(&self) -> usize {
         match &self.0 {
-            GraphInner::Host(graph) => graph.operations(),
-            GraphInner::Cuda(graph) => graph.operations(),
+            RecordedGraphInner::Host(graph) => graph.operations(),
+            RecordedGraphInner::Cuda(graph) => graph.operations(),
         }
     }
 
@@ -456,8 +456,8 @@ impl Graph {
     /// same operations without doing them.
     pub fn list(&self) -> Result<Vec<String>> {
         match &self.0 {
-            GraphInner::Host(graph) => Ok(graph.list()),
-            GraphInner::Cuda(graph) => {
+            RecordedGraphInner::Host(graph) => Ok(graph.list()),
+            RecordedGraphInner::Cuda(graph) => {
                 let reason = "its graphs keep no names of kernels".into();
                 Err(Error::Unavailable { device: format!("cuda:{}", graph.ordinal()), reason })
             }

@@ -13,22 +13,22 @@ use std::time::{Duration, Instant};
 
 use half::{bf16, f16};
 
-use super::{Buffer, Device, Element, Error, HostOptions, KernelId, Launch, Result, Schedule, id};
+use super::{BlockOrder, Buffer, Device, Element, Error, HostOptions, KernelId, Launch, Result, id};
 
 const FULL: u32 = u32::MAX;
 
-fn device(threads: usize, schedule: Schedule) -> Device {
-    Device::host_with(HostOptions { threads, schedule, ..HostOptions::default() })
+fn device(threads: usize, order: BlockOrder) -> Device {
+    Device::host_with(HostOptions { threads, order, ..HostOptions::default() })
 }
 
 /// Runs a test on devices that differ in threads and order, each of which is printed where the test fails.
-fn on_every_schedule(test: impl Fn(&Device)) {
-    use Schedule::{Backwards, Forwards, Random};
-    let schedules =
+fn in_every_order(test: impl Fn(&Device)) {
+    use BlockOrder::{Backwards, Forwards, Random};
+    let orders =
         [(1, Forwards), (2, Forwards), (3, Forwards), (1, Backwards), (2, Backwards), (1, Random(1)), (2, Random(77))];
-    for (threads, schedule) in schedules {
-        println!("{threads} threads, {schedule:?}");
-        test(&device(threads, schedule));
+    for (threads, order) in orders {
+        println!("{threads} threads, {order:?}");
+        test(&device(threads, order));
     }
 }
 
@@ -113,7 +113,7 @@ fn positions() {
         ([1, 2, 1], [32, 16, 2]),
         ([40, 1, 1], [1, 1, 1]),
     ];
-    on_every_schedule(|device| {
+    in_every_order(|device| {
         for (grid, block) in shapes {
             let mut expected = Vec::new();
             let places = |[x, y, z]: [u32; 3]| {
@@ -142,7 +142,7 @@ fn grid_stride() {
         Launch::new(1, 1),
         Launch { grid: [2, 2, 1], block: [8, 4, 2], shared: 0 },
     ];
-    on_every_schedule(|device| {
+    in_every_order(|device| {
         for n in [0, 1, 31, 1000, 5003] {
             let x = random_f32(n, 1);
             let expected: Vec<f32> = x.iter().map(|x| 2.0 * x).collect();
@@ -156,7 +156,7 @@ fn grid_stride() {
 
 #[test]
 fn an_empty_grid_does_nothing() {
-    on_every_schedule(|device| {
+    in_every_order(|device| {
         for grid in [[0, 1, 1], [3, 0, 1], [2, 2, 0]] {
             for block in [1, 64] {
                 let shape = Launch { grid, block: [block, 1, 1], shared: 0 };
@@ -169,7 +169,7 @@ fn an_empty_grid_does_nothing() {
 
 #[test]
 fn a_block_has_1_to_1024_threads() {
-    on_every_schedule(|device| {
+    in_every_order(|device| {
         for block in [[1025, 1, 1], [32, 33, 1], [2, 2, 257], [u32::MAX; 3], [0, 1, 1], [64, 0, 1]] {
             let shape = Launch { grid: [2, 1, 1], block, shared: 0 };
             let error = map::<f32, f32>(device, id::SELFTEST_GRID_STRIDE, shape, &[1.0; 9], 9).unwrap_err();
@@ -231,7 +231,7 @@ fn shuffles() {
     let values = random_u64(192, 3);
     let words: Vec<u32> = values.iter().map(|&bits| bits as u32).collect();
     let halves: Vec<u16> = values.iter().map(|&bits| bits as u16).collect();
-    on_every_schedule(|device| {
+    in_every_order(|device| {
         check_shuffle(device, &[id::SELFTEST_SHUFFLE_U64, id::SELFTEST_SHUFFLE_F64], &values);
         check_shuffle(device, &[id::SELFTEST_SHUFFLE_I32, id::SELFTEST_SHUFFLE_F32], &words);
         check_shuffle(device, &[id::SELFTEST_SHUFFLE_F16, id::SELFTEST_SHUFFLE_BF16], &halves);
@@ -251,7 +251,7 @@ fn half_warps_take_ways_of_their_own() {
     let expected: Vec<u32> = (0..256)
         .flat_map(|i| [shuffled[i], (0..32).map(|lane| (shuffled[i / 32 * 32 + lane] & 1) << lane).sum()])
         .collect();
-    on_every_schedule(|device| {
+    in_every_order(|device| {
         for block in [32, 128, 256] {
             let shape = Launch::new(256 / block, block);
             let out: Vec<u32> = map(device, id::SELFTEST_HALF_WARPS, shape, &values, 512).unwrap();
@@ -263,7 +263,7 @@ fn half_warps_take_ways_of_their_own() {
 #[test]
 fn a_shuffle_from_outside_the_mask_is_nan() {
     let values = random_f32(192, 5);
-    on_every_schedule(|device| {
+    in_every_order(|device| {
         let out: Vec<f32> = map(device, id::SELFTEST_OUTSIDE_MASK, Launch::new(3, 64), &values, 192).unwrap();
         for (i, &out) in out.iter().enumerate() {
             match i % 32 {
@@ -288,7 +288,7 @@ fn votes() {
             [ballot, u32::from(any), u32::from(all), 1]
         })
         .collect();
-    on_every_schedule(|device| {
+    in_every_order(|device| {
         for block in [32, 64, 256] {
             let shape = Launch::new(256 / block, block);
             let out: Vec<u32> = map(device, id::SELFTEST_VOTE, shape, &values, 4 * 256).unwrap();
@@ -315,7 +315,7 @@ fn warp_reductions() {
             [sum, least, most, sum, low, high, and, or, xor]
         })
         .collect();
-    on_every_schedule(|device| {
+    in_every_order(|device| {
         let out: Vec<u32> = map(device, id::SELFTEST_WARP_REDUCE, Launch::new(2, 128), &values, 9 * 256).unwrap();
         assert_same(&out, &expected, "2 blocks of 128");
     });
@@ -325,7 +325,7 @@ fn warp_reductions() {
 fn syncwarp_does_not_wait_for_lanes_that_have_exited() {
     let values = random_u32(256, 8);
     let expected: Vec<u32> = (0..256).map(|i| if i % 32 < 16 { values[i ^ 1] } else { u32::MAX }).collect();
-    on_every_schedule(|device| {
+    in_every_order(|device| {
         for block in [32, 64, 256] {
             let shape = Launch::new(256 / block, block);
             let out: Vec<u32> = map(device, id::SELFTEST_EXITED_SYNCWARP, shape, &values, 256).unwrap();
@@ -381,7 +381,7 @@ fn check_mma(kernel: KernelId, packed: usize, bits_of: impl Fn(f32) -> u32, read
             }
         }
     }
-    on_every_schedule(|device| {
+    in_every_order(|device| {
         for warps in [1, 2, 6] {
             let shape = Launch::new((WARPS / warps) as u32, 32 * warps as u32);
             let out: Vec<f32> = map(device, kernel, shape, &input, expected.len()).unwrap();
@@ -412,7 +412,7 @@ fn tensor_cores_multiply() {
 /// Of one element that is no TF32 number, in row 5 at depth 6 of a, the whole row of the product is NaN.
 #[test]
 fn what_is_not_rounded_to_tf32_is_nan() {
-    on_every_schedule(|device| {
+    in_every_order(|device| {
         let mut input = vec![0u32; 320];
         let lane = (0..32).find(|&lane| place_in_a(lane, 2, 1) == (5, 6)).unwrap();
         input[lane * 10 + 2] = 1.0f32.to_bits() + 1;
@@ -431,7 +431,7 @@ fn rounds_to_tf32() {
         values.extend([exact, exact | 1, tie - 1, tie, tie + 1].map(f32::from_bits));
     }
     values.extend([0.0, -0.0, f32::MAX, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MIN_POSITIVE, 1e-45]);
-    on_every_schedule(|device| {
+    in_every_order(|device| {
         let out: Vec<u32> = map(device, id::SELFTEST_ROUND_TO_TF32, Launch::new(4, 64), &values, values.len()).unwrap();
         for (&x, &found) in values.iter().zip(&out) {
             if x.is_nan() {
@@ -458,7 +458,7 @@ fn matrices_are_loaded_by_rows_and_by_columns() {
                 element(warp, matrix, row, column)
             })
             .collect();
-        on_every_schedule(|device| {
+        in_every_order(|device| {
             for block in [32, 64, 192] {
                 let shape = Launch::new(192 / block, block);
                 let out: Vec<u16> = map(device, kernel, shape, &numbers, 192 * 8).unwrap();
@@ -476,7 +476,7 @@ fn asynchronous_copies_are_there_once_they_are_waited_for() {
     let expected: Vec<[u32; 4]> = (0..192)
         .flat_map(|i| [NAN, values[i], NAN, if i % 2 == 0 { values[i] } else { [0; 4] }, values[i ^ 1]])
         .collect();
-    on_every_schedule(|device| {
+    in_every_order(|device| {
         for block in [32, 192] {
             let shape = Launch::new(192 / block, block);
             let out: Vec<[u32; 4]> = map(device, id::SELFTEST_ASYNC_COPIES, shape, &values, 5 * 192).unwrap();
@@ -489,7 +489,7 @@ fn asynchronous_copies_are_there_once_they_are_waited_for() {
 
 #[test]
 fn barriers_that_count() {
-    on_every_schedule(|device| {
+    in_every_order(|device| {
         for block in [1, 7, 32, 100, 256] {
             // All, none, all but one, one, and some; negative numbers and even ones are true as well.
             let mut values = vec![-2; 5 * block];
@@ -531,7 +531,7 @@ fn block_sum(device: &Device, kernel: KernelId, shape: Launch, values: &[f32]) -
 #[test]
 fn block_sums() {
     let values = random_f32(1500, 10);
-    on_every_schedule(|device| {
+    in_every_order(|device| {
         let expected: Vec<f32> = values.chunks(256).map(|chunk| tree_sum(chunk, 256)).collect();
         let sums = block_sum(device, id::SELFTEST_BLOCK_SUM_STATIC, Launch::new(6, 256), &values);
         assert_eq!(sums, bits(&expected));
@@ -558,7 +558,7 @@ fn block_sums() {
 
 #[test]
 fn uninitialised_shared_memory_is_nan() {
-    on_every_schedule(|device| {
+    in_every_order(|device| {
         for block in [2, 33, 256, 1024] {
             let shape = Launch::new(5, block).with_shared(4 * block as usize);
             let mut out = device.zeros::<f32>(5 * block as usize).unwrap();
@@ -569,22 +569,22 @@ fn uninitialised_shared_memory_is_nan() {
 }
 
 #[test]
-fn a_race_shows_in_the_schedules() {
+fn a_race_shows_in_the_orders() {
     let values: Vec<u32> = (1..=512).collect();
-    let run = |threads, schedule| -> Vec<u32> {
-        map(&device(threads, schedule), id::SELFTEST_RACE, Launch::new(2, 256), &values, 512).unwrap()
+    let run = |threads, order| -> Vec<u32> {
+        map(&device(threads, order), id::SELFTEST_RACE, Launch::new(2, 256), &values, 512).unwrap()
     };
     // Forwards, only the last thread of a block finds that its neighbour, the first, has written; backwards, all others.
     let last = |i: usize| i % 256 == 255;
     let forwards: Vec<u32> = (0..512).map(|i| if last(i) { 2 * values[i - 255] } else { 0 }).collect();
     let backwards: Vec<u32> = (0..512).map(|i| if last(i) { 0 } else { 2 * values[i + 1] }).collect();
     for threads in [1, 2, 3] {
-        assert_same(&run(threads, Schedule::Forwards), &forwards, (threads, "forwards"));
-        assert_same(&run(threads, Schedule::Backwards), &backwards, (threads, "backwards"));
+        assert_same(&run(threads, BlockOrder::Forwards), &forwards, (threads, "forwards"));
+        assert_same(&run(threads, BlockOrder::Backwards), &backwards, (threads, "backwards"));
     }
-    let random = run(1, Schedule::Random(5));
-    assert_same(&random, &run(2, Schedule::Random(5)), "the same seed");
-    for other in [run(1, Schedule::Random(6)), forwards, backwards] {
+    let random = run(1, BlockOrder::Random(5));
+    assert_same(&random, &run(2, BlockOrder::Random(5)), "the same seed");
+    for other in [run(1, BlockOrder::Random(6)), forwards, backwards] {
         assert!(random != other);
     }
     // Blocks have orders of their own.
@@ -604,7 +604,7 @@ struct AtomicsArgs {
 
 #[test]
 fn atomics() {
-    on_every_schedule(|device| {
+    in_every_order(|device| {
         for shape in [Launch::new(20, 256), Launch::new(5003, 1), Launch::new(9, 33)] {
             let n = u64::from(shape.grid[0] * shape.block[0]);
             let sum = n * (n - 1) / 2;
@@ -694,7 +694,7 @@ fn convert(device: &Device, shape: Launch, values: &[f32]) -> Halves {
 #[test]
 fn half_conversions() {
     let values = values_to_round();
-    on_every_schedule(|device| {
+    in_every_order(|device| {
         // One thread a block, so that the conversions are vectorised, and many.
         for shape in [Launch::new(64, 1), Launch::new(4, 256)] {
             let halves = convert(device, shape, &values);
@@ -747,7 +747,7 @@ fn sin_pi(x: f64) -> f64 {
 fn math() {
     let arguments = arguments();
     let n = arguments.len();
-    on_every_schedule(|device| {
+    in_every_order(|device| {
         for shape in [Launch::new(16, 1), Launch::new(3, 64)] {
             let out: Vec<f32> = map(device, id::SELFTEST_MATH, shape, &arguments, 10 * n).unwrap();
             for (&x, out) in arguments.iter().zip(out.chunks(10)) {
@@ -781,7 +781,7 @@ fn bit_operations() {
             [x.count_ones(), x.leading_zeros(), first_set, high as u32, x]
         })
         .collect();
-    on_every_schedule(|device| {
+    in_every_order(|device| {
         for shape in [Launch::new(16, 1), Launch::new(3, 64)] {
             let out: Vec<u32> = map(device, id::SELFTEST_BITS, shape, &values, expected.len()).unwrap();
             assert_same(&out, &expected, shape);
@@ -832,7 +832,7 @@ const FAULTS: [(u32, u32, &[u32], &str); 11] = [
 fn faults_are_named_and_leave_the_device_usable() {
     let values = random_f32(768, 14);
     let sums = bits(&values.chunks(256).map(|chunk| tree_sum(chunk, 256)).collect::<Vec<_>>());
-    on_every_schedule(|device| {
+    in_every_order(|device| {
         for (which, threads, named, expected) in FAULTS {
             let shape = Launch { grid: [2, 3, 2], block: [threads, 1, 1], shared: 0 };
             let (result, out) = run_fault(device, shape, 7, which);
@@ -861,14 +861,14 @@ fn a_fault_stops_the_launch() {
         assert!(matches!(result, Err(Error::Fault { .. })), "{result:?}");
         out.chunks(64).map(|block| block.iter().all(|&done| done == 1)).collect()
     };
-    let done = blocks_done(&device(1, Schedule::Forwards), 200, 60);
+    let done = blocks_done(&device(1, BlockOrder::Forwards), 200, 60);
     assert_eq!(done, (0..200).map(|block| block < 60).collect::<Vec<_>>());
-    let done = blocks_done(&device(1, Schedule::Backwards), 200, 60);
+    let done = blocks_done(&device(1, BlockOrder::Backwards), 200, 60);
     assert_eq!(done, (0..200).map(|block| block > 60).collect::<Vec<_>>());
     // On several threads the others finish what they have begun: how much is up to the system, which may even hold the
     // thread with the fault until they have done everything, but not every time.
     for threads in [2, 3] {
-        let device = device(threads, Schedule::Forwards);
+        let device = device(threads, BlockOrder::Forwards);
         let stops = (0..20).any(|_| blocks_done(&device, 20_000, 0).iter().filter(|&&done| done).count() < 19_999);
         assert!(stops, "{threads} threads");
     }
@@ -892,7 +892,7 @@ fn within(limit: Duration, work: impl FnOnce() + Send + 'static) {
 #[test]
 fn several_threads_launch_at_once() {
     within(Duration::from_secs(120), || {
-        on_every_schedule(|device| {
+        in_every_order(|device| {
             std::thread::scope(|scope| {
                 for caller in 0..4u32 {
                     scope.spawn(move || {
@@ -919,7 +919,7 @@ fn no_wake_up_is_lost() {
     // Small launches from two callers, now at once, now after a pause in which the team's threads fall asleep.
     for threads in [2, 3] {
         within(Duration::from_secs(60), move || {
-            let device = device(threads, Schedule::Forwards);
+            let device = device(threads, BlockOrder::Forwards);
             let end = Instant::now() + Duration::from_millis(300);
             std::thread::scope(|scope| {
                 for caller in 0..2 {
@@ -951,7 +951,7 @@ fn devices_come_and_go() {
     // A team may be told to stop before its threads have begun, while they spin, or while they sleep.
     within(Duration::from_secs(60), || {
         for repetition in 0..60 {
-            let device = device(3, Schedule::Forwards);
+            let device = device(3, BlockOrder::Forwards);
             if repetition % 2 == 0 {
                 let out: Vec<f32> =
                     map(&device, id::SELFTEST_GRID_STRIDE, Launch::new(64, 1), &[1.5f32; 64], 64).unwrap();
@@ -966,7 +966,7 @@ fn devices_come_and_go() {
 
 #[test]
 fn a_graph_is_recorded_and_replayed() {
-    on_every_schedule(|device| {
+    in_every_order(|device| {
         let mut x = device.upload(&[1.0f32; 100]).unwrap();
         let mut doubled = device.poisoned::<f32>(100).unwrap();
         let mut copy = device.poisoned::<f32>(100).unwrap();
@@ -1003,7 +1003,7 @@ fn a_graph_is_recorded_and_replayed() {
 
 #[test]
 fn what_a_graph_cannot_record_is_refused() {
-    let device = device(2, Schedule::Forwards);
+    let device = device(2, BlockOrder::Forwards);
     let buffer = device.upload(&[1.0f32; 8]).unwrap();
     let empty = device.capture(|| Ok(())).unwrap();
     assert_eq!(empty.operations(), 0);
@@ -1026,7 +1026,7 @@ fn what_a_graph_cannot_record_is_refused() {
 
 #[test]
 fn a_capture_that_fails_leaves_nothing_behind() {
-    let device = device(2, Schedule::Forwards);
+    let device = device(2, BlockOrder::Forwards);
     let input = device.upload(&[1.5f32; 64]).unwrap();
     let mut output = device.poisoned::<f32>(64).unwrap();
     let args = MapArgs::new(&input, &mut output);
@@ -1100,7 +1100,7 @@ fn two_pieces_of_work_are_done_at_once() {
         assert!(panicked.is_err());
         assert_eq!(ones.to_vec().unwrap(), [1; 1000]);
     };
-    on_every_schedule(check);
+    in_every_order(check);
     if let Ok(name) = std::env::var("POLDER_TEST_DEVICE") {
         check(&Device::from_name(&name).unwrap());
     }
@@ -1108,7 +1108,7 @@ fn two_pieces_of_work_are_done_at_once() {
 
 #[test]
 fn a_fault_ends_a_replay() {
-    let device = device(2, Schedule::Forwards);
+    let device = device(2, BlockOrder::Forwards);
     let mut out = device.zeros::<u32>(128).unwrap();
     let mut after = device.poisoned::<u32>(1).unwrap();
     let args = FaultArgs { output: out.view_mut().address(), block: 1, which: 5 };
@@ -1171,19 +1171,18 @@ fn descend(device: &Device, shape: Launch, depth: u32) -> Vec<u32> {
 
 #[test]
 fn a_stack_overflow_ends_the_process_and_says_where() {
-    let schedules = [("forwards", Schedule::Forwards), ("backwards", Schedule::Backwards)];
+    let orders = [("forwards", BlockOrder::Forwards), ("backwards", BlockOrder::Backwards)];
     if let Ok(part) = std::env::var(PART) {
-        let (_, schedule) = schedules.into_iter().find(|(name, _)| *name == part).unwrap();
-        descend(&device(1, schedule), Launch::new(3, 40), 100_000);
+        let (_, order) = orders.into_iter().find(|(name, _)| *name == part).unwrap();
+        descend(&device(1, order), Launch::new(3, 40), 100_000);
         panic!("{part}: the launch came back");
     }
-    on_every_schedule(|device| {
+    in_every_order(|device| {
         assert_eq!(descend(device, Launch::new(3, 40), 60), [60; 120]);
         // A block of one thread has the stack of the OS thread.
         assert_eq!(descend(device, Launch::new(3, 1), 400), [400; 3]);
     });
-    for ((part, _), place) in
-        schedules.into_iter().zip(["block (0,0,0) thread (0,0,0)", "block (2,0,0) thread (39,0,0)"])
+    for ((part, _), place) in orders.into_iter().zip(["block (0,0,0) thread (0,0,0)", "block (2,0,0) thread (39,0,0)"])
     {
         let (status, output, error) = run_alone("a_stack_overflow_ends_the_process_and_says_where", &[(PART, part)]);
         assert_eq!(status.code(), Some(134), "{output}\n{error}");
@@ -1194,7 +1193,7 @@ fn a_stack_overflow_ends_the_process_and_says_where() {
 
 #[test]
 fn instruction_sets_agree() {
-    let device = device(2, Schedule::Forwards);
+    let device = device(2, BlockOrder::Forwards);
     let arguments = arguments();
     let halves = convert(&device, Launch::new(64, 1), &values_to_round());
     let math: Vec<u32> = map(&device, id::SELFTEST_MATH, Launch::new(16, 1), &arguments, 10 * arguments.len()).unwrap();

@@ -258,7 +258,7 @@ mod tests {
 
     /// What a step of CR-SAM asks of the device.
     fn operations<S: Compute<Master = f32>>() -> Vec<String> {
-        let device = Device::host_with(HostOptions { gpu_shapes: true, ..HostOptions::default() });
+        let device = Device::host_with(HostOptions { emulate_gpu: true, ..HostOptions::default() });
         let images = Shape { batch: 2, height: 8, width: 8, channels: 3 };
         let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(images, 5).unwrap();
         let mut plan = Plan::<S>::new(&device, graph, logits, PlanOptions::training()).unwrap();

@@ -16,7 +16,7 @@ use super::log::{Log, Record};
 use super::settings::{AugmentName, Measure, Options, PrecisionName};
 use super::{TrainError, weights, write_whole};
 use crate::data::{self, Dataset, ImageShape, Images};
-use crate::device::{self, Buffer, Compute, Device, Graph, Tf32};
+use crate::device::{self, Buffer, Compute, Device, RecordedGraph, Tf32};
 use crate::kernels::batch_norm::Mode;
 use crate::kernels::image::{Augment, BatchShape, Normalization};
 use crate::kernels::vector::Rate;
@@ -162,8 +162,8 @@ struct Run<'a, S: Compute<Master = f32>> {
 /// Steps as graphs, each recorded when it is wanted first.
 #[derive(Default)]
 struct Recorded {
-    one: Option<Graph>,
-    several: Option<Graph>,
+    one: Option<RecordedGraph>,
+    several: Option<RecordedGraph>,
 }
 
 impl<'a, S: Compute<Master = f32>> Run<'a, S> {

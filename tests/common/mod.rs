@@ -7,7 +7,7 @@ pub mod fixtures;
 use std::ops::Range;
 
 use polder::arena::Kind;
-use polder::device::{Buffer, Compute, Device, HostOptions, Result, Scalar, Schedule, Slice, SliceMut};
+use polder::device::{BlockOrder, Buffer, Compute, Device, HostOptions, Result, Scalar, Slice, SliceMut};
 use polder::objective::{Objective, Statistics};
 use polder::plan::Plan;
 
@@ -16,13 +16,13 @@ use polder::plan::Plan;
 /// playing one on the CPU would take its time. Under sanitizers there is one of each kind of shape: the others run the same code,
 /// and what their bits would tell is told without.
 pub fn devices() -> Vec<(String, Device)> {
-    let host = |threads, schedule, gpu_shapes| Device::host_with(HostOptions { threads, schedule, gpu_shapes });
+    let host = |threads, order, emulate_gpu| Device::host_with(HostOptions { threads, order, emulate_gpu });
     let mut devices = vec![
-        ("cpu, 1 thread".to_string(), host(1, Schedule::Forwards, false)),
-        ("cpu, 2 threads".to_string(), host(2, Schedule::Forwards, false)),
-        ("gpu shapes, forwards".to_string(), host(2, Schedule::Forwards, true)),
-        ("gpu shapes, backwards".to_string(), host(1, Schedule::Backwards, true)),
-        ("gpu shapes, random".to_string(), host(1, Schedule::Random(7), true)),
+        ("cpu, 1 thread".to_string(), host(1, BlockOrder::Forwards, false)),
+        ("cpu, 2 threads".to_string(), host(2, BlockOrder::Forwards, false)),
+        ("gpu shapes, forwards".to_string(), host(2, BlockOrder::Forwards, true)),
+        ("gpu shapes, backwards".to_string(), host(1, BlockOrder::Backwards, true)),
+        ("gpu shapes, random".to_string(), host(1, BlockOrder::Random(7), true)),
     ];
     if std::env::var_os("POLDER_SANITIZE").is_some() {
         devices.retain(|(name, _)| name == "cpu, 2 threads" || name == "gpu shapes, forwards");

@@ -556,7 +556,7 @@ fn input_gradients_leave_sums_for_batch_norm() {
 fn sums_for_batch_norm_are_refused_where_there_are_none() {
     let shape = shape([2, 5, 6, 16, 8], 3, 1, 1);
     let channels = shape.in_channels;
-    let simt = Device::host_with(HostOptions { gpu_shapes: true, ..HostOptions::default() });
+    let simt = Device::host_with(HostOptions { emulate_gpu: true, ..HostOptions::default() });
     assert!(shape.leaves_sums::<f16>(&simt) && !shape.leaves_sums::<f16>(&Device::host()));
     assert!(!shape.leaves_sums::<Tf32>(&simt) && !ConvShape { in_channels: 12, ..shape }.leaves_sums::<f16>(&simt));
     let call = |device: &Device, x_offset: usize, offset: usize, dgamma_len: usize, room: &[ConvShape]| {

@@ -193,8 +193,8 @@ fn statistics_follow_the_rule_and_the_commit() {
 fn gradients_in_parts_are_the_gradients() {
     let shape = Shape { batch: 24, height: 9, width: 7, channels: 3 };
     let mut gradients: Vec<Vec<f64>> = Vec::new();
-    for gpu_shapes in [false, true] {
-        let device = Device::host_with(HostOptions { threads: 2, gpu_shapes, ..HostOptions::default() });
+    for emulate_gpu in [false, true] {
+        let device = Device::host_with(HostOptions { threads: 2, emulate_gpu, ..HostOptions::default() });
         let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut: Shortcut::B }.trace(shape, 7).unwrap();
         let mut plan = Plan::<f64>::new(&device, graph, logits, PlanOptions::training()).unwrap();
         let mut random = Random(8);
@@ -207,7 +207,7 @@ fn gradients_in_parts_are_the_gradients() {
             || plan.gradient(at.view(), Statistics::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut());
         let list = device.capture(again).unwrap().list().unwrap();
         let sums = list.iter().filter(|name| *name == "gradient_pieces_f64").count();
-        assert_eq!(sums, usize::from(gpu_shapes), "{list:?}");
+        assert_eq!(sums, usize::from(emulate_gpu), "{list:?}");
     }
     common::assert_close("in parts", &gradients[1], &gradients[0], 1e-11);
 }
@@ -218,8 +218,8 @@ fn gradients_in_parts_are_the_gradients() {
 fn every_stage_finishes_its_gradients() {
     fn check<S: Compute>(tolerance: f64) {
         let mut gradients: Vec<Vec<f64>> = Vec::new();
-        for gpu_shapes in [false, true] {
-            let device = Device::host_with(HostOptions { threads: 2, gpu_shapes, ..HostOptions::default() });
+        for emulate_gpu in [false, true] {
+            let device = Device::host_with(HostOptions { threads: 2, emulate_gpu, ..HostOptions::default() });
             let mut graph = Graph::new(Shape { batch: 9, height: 16, width: 8, channels: 256 });
             let x = graph.input();
             let x = graph.convolution(x, "large.weight", 512, 1, 1, 0).unwrap();
@@ -255,9 +255,9 @@ fn every_stage_finishes_its_gradients() {
                 stride: 1,
                 padding: 1,
             };
-            assert_eq!(one.finished_squares::<S>(&device).is_some(), gpu_shapes && S::NARROW);
+            assert_eq!(one.finished_squares::<S>(&device).is_some(), emulate_gpu && S::NARROW);
             let launches = list.iter().filter(|name| name.starts_with("gradient_pieces")).count();
-            assert_eq!(launches, if gpu_shapes { 2 } else { 0 }, "{list:?}");
+            assert_eq!(launches, if emulate_gpu { 2 } else { 0 }, "{list:?}");
             assert_eq!(flag.to_vec().unwrap(), [0]);
             let found = to_f64(&gradient.to_vec().unwrap());
             let expected = found.iter().map(|value| value * value).sum::<f64>().sqrt();
@@ -398,7 +398,7 @@ fn unfused_resnet20(images: Shape) -> (Graph, Value) {
 
 /// What one step of SAM asks of a GPU, by name.
 fn launches_of_a_step<S: Compute<Master = f32>>((graph, logits): (Graph, Value)) -> Vec<String> {
-    let device = Device::host_with(HostOptions { gpu_shapes: true, ..HostOptions::default() });
+    let device = Device::host_with(HostOptions { emulate_gpu: true, ..HostOptions::default() });
     let mut plan = Plan::<S>::new(&device, graph, logits, PlanOptions::training()).unwrap();
     let mut weights = device.zeros::<f32>(plan.len()).unwrap();
     let sam = Sam { rho: 0.05, perturbation: Perturbation::L2, ascent_steps: 1, second_order: false };

@@ -458,7 +458,7 @@ mod tests {
 
     use super::*;
     use crate::device::selftest::{random_f32, tf32};
-    use crate::device::{HostOptions, Schedule};
+    use crate::device::{BlockOrder, HostOptions};
     use crate::kernels::batch_norm::{Activation, Normalized, Workspace};
     use crate::kernels::gradient::Finish;
 
@@ -503,8 +503,9 @@ mod tests {
 
     /// The GPU's shapes on the CPU in three orders, and the GPU that `POLDER_TEST_DEVICE` names.
     fn devices() -> Vec<Device> {
-        let host = |threads, schedule| Device::host_with(HostOptions { threads, schedule, gpu_shapes: true });
-        let mut devices = vec![host(2, Schedule::Forwards), host(1, Schedule::Backwards), host(1, Schedule::Random(7))];
+        let host = |threads, order| Device::host_with(HostOptions { threads, order, emulate_gpu: true });
+        let mut devices =
+            vec![host(2, BlockOrder::Forwards), host(1, BlockOrder::Backwards), host(1, BlockOrder::Random(7))];
         if std::env::var_os("POLDER_SANITIZE").is_some() {
             devices.truncate(1); // as in tests/common
         }
