@@ -18,13 +18,12 @@ mod error;
 mod forward;
 mod graph;
 mod memory;
+mod objective;
 mod places;
 mod tangent;
 
 pub use error::PlanError;
 pub use graph::{Graph, Shape, Value};
-
-use std::ops::Range;
 
 use crate::arena::{Kind, Layout};
 use crate::device::{Buffer, Compute, Device, Error, Result, Scalar, Slice, SliceMut};
@@ -32,7 +31,7 @@ use crate::kernels::batch_norm::{self, BatchNormShape, Mode};
 use crate::kernels::gradient::{GradientStages, Stage, Unfinished};
 use crate::kernels::vector::Reduction;
 use crate::kernels::{check_length, precision, vector};
-use crate::objective::{Displacement, Objective, Statistics, difference};
+use crate::objective::{Displacement, Statistics};
 use graph::Op;
 use places::{Parts, Places, WeightGradient};
 use tangent::{Scaled, Tangent};
@@ -41,6 +40,13 @@ use tangent::{Scaled, Tangent};
 const EPSILON: f64 = 1e-5;
 /// How much of a running statistic is replaced by each batch's.
 const RUNNING_MOMENTUM: f64 = 0.1;
+
+/// A network: a function from the shape of a batch of images and the number of classes to a traced graph and its logits.
+/// [`nn::Model`](crate::nn::Model) gives one by name; any closure over [`Graph`]'s methods is another.
+///
+/// # Errors
+/// A network that the image shape or the number of classes does not fit.
+pub type Network<'a> = &'a dyn Fn(Shape, usize) -> std::result::Result<(Graph, Value), PlanError>;
 
 /// What a plan is made for.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -195,7 +201,7 @@ impl<S: Compute> Plan<S> {
     }
 
     /// Bytes of the arena that holds activations, their gradients and scratch. The first product with the Hessian takes as many
-    /// for their tangents, and on a GPU the first [pair of gradients](Objective::gradient_pair) as many for its second pass.
+    /// for their tangents, and on a GPU the first [pair of gradients](crate::objective::Objective::gradient_pair) as many for its second pass.
     pub fn arena_bytes(&self) -> usize {
         self.places.len * size_of::<S::Master>()
     }
@@ -338,14 +344,14 @@ impl<S: Compute> Plan<S> {
     ) -> Result<()> {
         const OPERATION: &str = "Plan::hessian_vector";
         self.check_backward(OPERATION)?;
-        check_length(OPERATION, "weights", weights.len(), self.len())?;
-        directions.iter().try_for_each(|d| check_length(OPERATION, "direction", d.len(), self.len()))?;
-        products.iter().try_for_each(|p| check_length(OPERATION, "product", p.len(), self.len()))?;
+        check_length(OPERATION, "weights", weights.len(), self.parameters.len())?;
+        directions.iter().try_for_each(|d| check_length(OPERATION, "direction", d.len(), self.parameters.len()))?;
+        products.iter().try_for_each(|p| check_length(OPERATION, "product", p.len(), self.parameters.len()))?;
         while self.tangents.len() < N {
             self.tangents.push(Tangent::new(&self.device, &self.places, self.rounded.len())?);
         }
         while self.loss_scale.is_some() && self.scaled.len() < N {
-            self.scaled.push(Scaled::new(&self.device, self.len())?);
+            self.scaled.push(Scaled::new(&self.device, self.parameters.len())?);
         }
         // Out of the plan for the time of the passes, which borrow all of it.
         let (mut tangents, mut scaled) = (std::mem::take(&mut self.tangents), std::mem::take(&mut self.scaled));
@@ -418,8 +424,8 @@ impl<S: Compute> Plan<S> {
         mut flag: SliceMut<'_, u32>,
     ) -> Result<()> {
         const OPERATION: &str = "Plan::gradient_pair";
-        weights.iter().try_for_each(|w| check_length(OPERATION, "weights", w.len(), self.len()))?;
-        gradients.iter().try_for_each(|g| check_length(OPERATION, "gradient", g.len(), self.len()))?;
+        weights.iter().try_for_each(|w| check_length(OPERATION, "weights", w.len(), self.parameters.len()))?;
+        gradients.iter().try_for_each(|g| check_length(OPERATION, "gradient", g.len(), self.parameters.len()))?;
         let device = self.device.clone();
         let mut pass = |index: usize| {
             let (gradient, loss) = (gradients[index].reborrow(), losses[index].reborrow());
@@ -554,159 +560,6 @@ fn workspace<S: Compute>(
 /// The weights as convolutions read them.
 fn convolved<'a, S: Compute>(weights: Slice<'a, S::Master>, rounded: &'a Buffer<S>) -> Result<Slice<'a, S>> {
     if S::NARROW { Ok(rounded.view()) } else { weights.cast(weights.len()) }
-}
-
-impl<S: Compute> Objective<S::Master> for Plan<S> {
-    fn len(&self) -> usize {
-        self.parameters.len()
-    }
-
-    fn gradient(
-        &mut self,
-        weights: Slice<'_, S::Master>,
-        statistics: Statistics,
-        gradient: SliceMut<'_, S::Master>,
-        loss: SliceMut<'_, f64>,
-        flag: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        self.round(weights)?;
-        self.finished_pass(weights, statistics, gradient, loss, flag, None)
-    }
-
-    fn gradient_and_norm(
-        &mut self,
-        weights: Slice<'_, S::Master>,
-        statistics: Statistics,
-        gradient: SliceMut<'_, S::Master>,
-        loss: SliceMut<'_, f64>,
-        flag: SliceMut<'_, u32>,
-        reduction: &mut Reduction,
-        norm: SliceMut<'_, f64>,
-    ) -> Result<()> {
-        self.round(weights)?;
-        self.finished_pass(weights, statistics, gradient, loss, flag, Some((reduction, norm)))
-    }
-
-    /// On a GPU both passes run at the same time, for which the first call allocates another arena, or one after the other where there
-    /// is no room for it, and while a graph is recorded before there is one. The bits are the same. [`Plan::logits`] are those of one
-    /// of the two.
-    fn gradient_pair(
-        &mut self,
-        weights: [Slice<'_, S::Master>; 2],
-        gradients: [SliceMut<'_, S::Master>; 2],
-        losses: [SliceMut<'_, f64>; 2],
-        flag: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        self.check_backward("Plan::gradient_pair")?;
-        let beside = self.device.is_simt() && self.make_room_beside()?;
-        self.pair(weights, (beside, false), gradients, losses, flag)
-    }
-
-    /// In 16 bits what convolutions read is rounded as it is displaced, and only the rest of `point` is written: 10 B per parameter
-    /// instead of 12 and then 6.
-    fn gradient_displaced(
-        &mut self,
-        displacement: Displacement<'_, S::Master>,
-        mut point: SliceMut<'_, S::Master>,
-        gradient: SliceMut<'_, S::Master>,
-        loss: SliceMut<'_, f64>,
-        flag: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        if self.rounded.is_empty() {
-            return displacement.gradient(self, point, gradient, loss, flag);
-        }
-        displace(self.parameters.len(), displacement, (&mut self.rounded, point.reborrow()), None)?;
-        self.finished_pass(point.view(), Statistics::Keep, gradient, loss, flag, None)
-    }
-
-    /// The same on both sides, where both passes run at the same time: 12 B per parameter instead of 16 and then twice 6.
-    fn gradient_pair_displaced(
-        &mut self,
-        displacement: Displacement<'_, S::Master>,
-        [mut plus, mut minus]: [SliceMut<'_, S::Master>; 2],
-        gradients: [SliceMut<'_, S::Master>; 2],
-        losses: [SliceMut<'_, f64>; 2],
-        flag: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        self.check_backward("Plan::gradient_pair_displaced")?;
-        if self.rounded.is_empty() || !self.device.is_simt() || !self.make_room_beside()? {
-            return displacement.gradients(self, [plus, minus], gradients, losses, flag);
-        }
-        if let Beside::There(scene) = &mut self.beside {
-            let other = (&mut scene.rounded, minus.reborrow());
-            displace(self.parameters.len(), displacement, (&mut self.rounded, plus.reborrow()), Some(other))?;
-        }
-        self.pair([plus.view(), minus.view()], (true, true), gradients, losses, flag)
-    }
-
-    /// The exact product, by differentiating forward and backward along `direction` (Pearlmutter, "Fast exact multiplication by
-    /// the Hessian", Neural Computation 1994). Where a ReLU's input is exactly zero its derivative counts as zero, as in
-    /// [`Plan::gradient`](Objective::gradient).
-    ///
-    /// Costs 8/3 of a gradient, counted in convolutions: a gradient takes three per layer, a product three in the forward pass and
-    /// five in the backward pass, where the weights' own gradients are left out. The first call allocates another arena as large
-    /// as the first; later calls allocate nothing. As in the gradient, the padding between tensors is left as it was.
-    ///
-    /// In 16 bits the direction is rounded to them where it moves convolutions. In f16 it is brought to a size that they hold
-    /// before, in a vector of its own, and the product back after: 12 B per parameter.
-    fn hessian_vector(
-        &mut self,
-        weights: Slice<'_, S::Master>,
-        direction: Slice<'_, S::Master>,
-        product: SliceMut<'_, S::Master>,
-        flag: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        self.products(weights, [direction], [product], flag)
-    }
-
-    /// Costs 14/3 of a gradient, 7/8 of two products: the passes of the network itself, two convolutions of eight per layer, are
-    /// the same for both. The first call allocates one more arena.
-    fn hessian_vector_pair(
-        &mut self,
-        weights: Slice<'_, S::Master>,
-        directions: [Slice<'_, S::Master>; 2],
-        products: [SliceMut<'_, S::Master>; 2],
-        flag: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        self.products(weights, directions, products, flag)
-    }
-
-    fn displacement(
-        &mut self,
-        from: Slice<'_, S::Master>,
-        to: Slice<'_, S::Master>,
-        mut out: SliceMut<'_, S::Master>,
-    ) -> Result<()> {
-        difference(from, to, out.reborrow())?;
-        // Convolutions alone read rounded weights. (TF32's rounding belongs to the products, and is not seen here.)
-        let convolutions =
-            self.parameters.tensors().iter().filter(|tensor| matches!(tensor.kind, Kind::Convolution { .. }));
-        for tensor in convolutions.filter(|_| S::NARROW) {
-            let (range, len) = (tensor.range(), tensor.range().len());
-            let (from, to) = (from.slice(range.clone())?.cast(len)?, to.slice(range.clone())?.cast(len)?);
-            precision::rounded_difference::<S>(from, to, out.slice_mut(range)?.cast(len)?)?;
-        }
-        Ok(())
-    }
-
-    fn padding(&self) -> Vec<Range<usize>> {
-        self.parameters.padding()
-    }
-
-    fn abandon(&mut self) {
-        self.reported = 0;
-    }
-
-    fn commit(&mut self, skip: Slice<'_, u32>) -> Result<()> {
-        if let Some(state) = &mut self.loss_scale {
-            precision::update_scale(state.view_mut(), skip)?;
-        }
-        let passes = std::mem::take(&mut self.reported);
-        if passes == 0 || self.options.batch_norm == Mode::Eval {
-            return Ok(());
-        }
-        vector::commit(skip, self.pending[(passes - 1) % 2].view(), self.statistics.view_mut())
-    }
 }
 
 fn batch_norm_shape(shape: Shape) -> BatchNormShape {
