@@ -27,7 +27,7 @@ mkdir -p "$payload"/{bin,tests,benches,peers}
 
 # Builds, and prints "folder name path" for every executable that cargo reports.
 executables() {
-    cargo "$@" --no-run --message-format=json-render-diagnostics | python3 -c '
+    cargo "$@" --message-format=json-render-diagnostics | python3 -c '
 import json, sys
 for line in sys.stdin:
     message = json.loads(line)
@@ -47,12 +47,13 @@ for line in sys.stdin:
 }
 
 export POLDER_REQUIRE_CUDA=1
-tests=$(executables test --release)
-benches=$(executables bench --benches)
+tests=$(executables test --release --no-run)
+peers=$(executables build --release -p polder-peers)
+benches=$(executables bench --benches --no-run)
 while read -r folder name path; do
     case " $left_out " in *" $name "*) continue ;; esac
     strip -o "$payload/$folder/$name" "$path"
-done < <(echo "$tests"; grep '^benches ' <<<"$benches")
+done < <(echo "$tests"; echo "$peers"; grep '^benches ' <<<"$benches")
 cp -r tests/fixtures "$payload/tests/"
 find benches/peers -name '*.py' -exec cp {} "$payload/peers/" \;
 

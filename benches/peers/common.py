@@ -93,17 +93,14 @@ MODELS = {
 
 
 def find_binary(name, given):
-    """`given`, or target/release/NAME, or the newest target/release/deps/NAME-* that cargo bench left."""
+    """`given`, or target/release/NAME, which `cargo build --release -p polder-peers` makes."""
     if given:
         return given
     root = pathlib.Path(__file__).resolve().parents[2]
     release = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", root / "target")) / "release"
-    hashed = [path for path in release.glob(f"deps/{name}-*") if path.suffix == "" and os.access(path, os.X_OK)]
-    candidates = [release / name] + sorted(hashed, key=lambda path: -path.stat().st_mtime)
-    for path in candidates:
-        if path.is_file():
-            return path
-    sys.exit(f"no {name} under {release}: build it, name it with --binary, or measure PyTorch alone with --self")
+    if (release / name).is_file():
+        return release / name
+    sys.exit(f"no {name} under {release}: run `cargo build --release -p polder-peers`, give --binary, or use --self")
 
 
 class Peer:

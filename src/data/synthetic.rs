@@ -11,7 +11,7 @@
 //! the last bit.
 
 use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::RngCore;
+use rand_chacha::rand_core::Rng;
 
 use super::{DataError, Dataset, ImageShape, Images, Statistics, below, generator, mean_and_std};
 

@@ -1,4 +1,4 @@
-//! What our sides of the comparisons with PyTorch share: they answer each command, a line on standard input, with one line of JSON.
+//! The protocol between a script and our side: one command per line on standard input, one line of JSON as the answer.
 
 use std::error::Error;
 use std::io::{BufRead, Write};
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 pub type Answer<T = Value> = Result<T, Box<dyn Error>>;
 
-/// Answers the words of every command until `quit`; what it cannot do, with `{"error": "..."}`.
+/// Passes the words of every command to `answer` until `quit`. An error becomes the answer `{"error": "..."}`.
 pub fn serve(mut answer: impl FnMut(&[&str]) -> Answer) -> Answer<()> {
     for line in std::io::stdin().lock().lines() {
         let line = line?;

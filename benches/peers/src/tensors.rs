@@ -1,4 +1,4 @@
-//! Vectors of numbers in safetensors files, in which the sides of a comparison hand them to one another.
+//! Vectors in safetensors files: the two sides of a comparison exchange them this way.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use safetensors::{SafeTensors, serialize_to_file};
 
 use crate::protocol::Answer;
 
-/// The values of floating-point tensors of so many elements.
+/// Reads floating-point tensors, each given by its name and its expected number of elements.
 pub fn read<const N: usize>(path: &Path, tensors: [(&str, usize); N]) -> Answer<[Vec<f64>; N]> {
     let named = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
     let file = std::fs::read(path).map_err(|error| named(&error))?;

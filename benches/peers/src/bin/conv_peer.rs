@@ -8,11 +8,6 @@
 //! - `run PASS N`: the pass (`forward`, `input-gradient`, `weight-gradient`) N times on every set; `{"seconds": ..}`;
 //! - `quit`.
 
-#[path = "protocol.rs"]
-mod protocol;
-#[path = "tensors.rs"]
-mod tensors;
-
 use std::path::Path;
 use std::time::Instant;
 
@@ -21,8 +16,9 @@ use half::{bf16, f16};
 use polder::device::{Buffer, Compute, Device, RecordedGraph, Result as DeviceResult, Tf32};
 use polder::kernels::conv::{self, ConvShape};
 use polder::kernels::{random, vector};
-use polder::train::{PrecisionName, open_device};
-use protocol::{Answer, number};
+use polder::train::open_device;
+use polder_peers::protocol::{self, Answer, number};
+use polder_peers::{Precision, tensors};
 use serde_json::json;
 
 #[derive(Parser)]
@@ -32,7 +28,7 @@ struct Args {
     #[arg(long, default_value_t = 2)]
     threads: usize,
     #[arg(long, value_enum, default_value = "f32")]
-    precision: PrecisionName,
+    precision: Precision,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -165,9 +161,9 @@ fn serve<S: Compute>(args: &Args) -> Answer<()> {
 fn main() -> Answer<()> {
     let args = Args::parse();
     match args.precision {
-        PrecisionName::F32 => serve::<f32>(&args),
-        PrecisionName::Tf32 => serve::<Tf32>(&args),
-        PrecisionName::F16 => serve::<f16>(&args),
-        PrecisionName::Bf16 => serve::<bf16>(&args),
+        Precision::F32 => serve::<f32>(&args),
+        Precision::Tf32 => serve::<Tf32>(&args),
+        Precision::F16 => serve::<f16>(&args),
+        Precision::Bf16 => serve::<bf16>(&args),
     }
 }

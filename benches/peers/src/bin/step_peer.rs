@@ -7,9 +7,6 @@
 //! - `memory`: answers `{"peak_rss_bytes": …}` (on Linux; 0 elsewhere);
 //! - `quit`.
 
-#[path = "protocol.rs"]
-mod protocol;
-
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -21,8 +18,9 @@ use polder::nn::Model;
 use polder::objective::{Objective, Statistics};
 use polder::optim::{Base, CrSamTerms, Form, Method, Optimizer, Settings};
 use polder::plan::{Plan, PlanOptions, Shape};
-use polder::train::{PrecisionName, open_device, weights};
-use protocol::{Answer, number};
+use polder::train::{open_device, weights};
+use polder_peers::Precision;
+use polder_peers::protocol::{self, Answer, number};
 use safetensors::SafeTensors;
 use serde_json::json;
 
@@ -46,7 +44,7 @@ struct Args {
     #[arg(long, default_value_t = 2)]
     threads: usize,
     #[arg(long, value_enum, default_value = "f32")]
-    precision: PrecisionName,
+    precision: Precision,
     /// Weights and running statistics, with torchvision's names.
     #[arg(long)]
     weights: PathBuf,
@@ -58,10 +56,10 @@ struct Args {
 fn main() -> Answer<()> {
     let args = Args::parse();
     match args.precision {
-        PrecisionName::F32 => answer::<f32>(&args),
-        PrecisionName::Tf32 => answer::<Tf32>(&args),
-        PrecisionName::F16 => answer::<f16>(&args),
-        PrecisionName::Bf16 => answer::<bf16>(&args),
+        Precision::F32 => answer::<f32>(&args),
+        Precision::Tf32 => answer::<Tf32>(&args),
+        Precision::F16 => answer::<f16>(&args),
+        Precision::Bf16 => answer::<bf16>(&args),
     }
 }
 

@@ -8,11 +8,6 @@
 //!   for CR-SAM, `w_minus` to OUT; `{"ok": true}`;
 //! - `quit`.
 
-#[path = "protocol.rs"]
-mod protocol;
-#[path = "tensors.rs"]
-mod tensors;
-
 use std::path::Path;
 
 use clap::{Parser, ValueEnum};
@@ -20,7 +15,8 @@ use polder::device::{Buffer, Device, Result as DeviceResult};
 use polder::kernels::random;
 use polder::kernels::vector::{self, Combination, CrSam, CrSamForm, Rate, Reduction, SgdStep};
 use polder::train::open_device;
-use protocol::{Answer, number};
+use polder_peers::protocol::{self, Answer, number};
+use polder_peers::tensors;
 use serde_json::json;
 
 // The same as in benches/peers/common.py.
