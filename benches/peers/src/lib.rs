@@ -1,5 +1,5 @@
-//! What our sides of the comparisons with PyTorch share. Each side is a program under `src/bin`; the Python script of the same
-//! comparison starts it and talks to it.
+//! Shared by our sides of the comparisons with PyTorch. Each side is a program under `src/bin`, which the Python script
+//! of the same name without `_peer` starts (`pytorch.py` starts `step_peer`).
 
 pub mod protocol;
 pub mod tensors;
