@@ -21,6 +21,7 @@ pub mod optim;
 pub mod plan;
 #[cfg(feature = "train")]
 pub mod report;
+pub mod settings;
 #[cfg(feature = "train")]
 pub mod train;
 
