@@ -8,7 +8,7 @@ mod common;
 use criterion::{Criterion, criterion_group, criterion_main};
 use polder::curvature::Curvature;
 use polder::nn::{Model, initial_weights};
-use polder::objective::{Objective, Statistics};
+use polder::objective::{Objective, RunningStats};
 use polder::plan::{Plan, PlanOptions, Shape};
 
 const BATCH: usize = 128;
@@ -40,7 +40,7 @@ fn curvature(criterion: &mut Criterion) {
             group.bench_function("gradient", |bencher| {
                 bencher.iter(|| {
                     let (out, loss, flag) = (products[0].view_mut(), loss.view_mut(), flag.view_mut());
-                    plan.gradient(at, Statistics::Keep, out, loss, flag).expect("a gradient");
+                    plan.gradient(at, RunningStats::Keep, out, loss, flag).expect("a gradient");
                     device.synchronize().expect("a device in order");
                 });
             });

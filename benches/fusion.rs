@@ -17,7 +17,7 @@ use polder::kernels::gradient::{GradientStages, Stage, Unfinished};
 use polder::kernels::precision::SCALE_START;
 use polder::kernels::vector::{self, Reduction};
 use polder::nn::{Model, initial_weights};
-use polder::objective::{Objective, Statistics};
+use polder::objective::{Objective, RunningStats};
 use polder::plan::{Plan, PlanOptions, Shape};
 
 const BATCH: usize = 128;
@@ -253,7 +253,7 @@ fn passes(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, name: &str)
                 ([plus.view_mut(), minus.view_mut()], [loss_plus.view_mut(), loss_minus.view_mut()]);
             return plan.gradient_pair([at_plus, at_minus], gradients, losses, flag.view_mut());
         }
-        let keep = Statistics::Keep;
+        let keep = RunningStats::Keep;
         plan.gradient(at_plus, keep, plus.view_mut(), loss_plus.view_mut(), flag.view_mut())?;
         plan.gradient(at_minus, keep, minus.view_mut(), loss_minus.view_mut(), flag.view_mut())
     };

@@ -9,15 +9,18 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use polder::nn::{Model, initial_weights};
-use polder::optim::{Base, CrSamTerms, Form, Method, Optimizer, Settings};
+use polder::optim::{Base, CrSam, Method, Optimizer, Plain, Sam, Settings};
 use polder::plan::{Plan, PlanOptions, Shape};
 
 const BATCH: usize = 128;
 
 /// A step's images are noise, and its labels too: the time does not depend on them.
 fn step(criterion: &mut Criterion) {
-    let terms = CrSamTerms { form: Form::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
-    let methods = [("sgd", Method::Plain), ("sam", Method::sam(0.05)), ("cr-sam", Method::CrSam { rho: 0.1, terms })];
+    let methods: [(&str, fn() -> Box<dyn Method<f32>>); 3] = [
+        ("sgd", || Box::new(Plain {})),
+        ("sam", || Box::new(Sam::new(0.05))),
+        ("cr-sam", || Box::new(CrSam::default())),
+    ];
     for device in common::devices().expect("the device that POLDER_TEST_DEVICE names") {
         let models: &[&str] =
             if device.is_host() { &["resnet8", "resnet20"] } else { &["resnet8", "resnet20", "resnet18"] };
@@ -37,7 +40,7 @@ fn step(criterion: &mut Criterion) {
                 images.write(&noise).expect("a copy");
                 labels.write(&(0..BATCH as u32).map(|i| i % 10).collect::<Vec<_>>()).expect("a copy");
                 let base = Base::Sgd { momentum: 0.9, nesterov: false };
-                let settings = Settings { method, base, weight_decay: 5e-4, decay_len: len, clip: None };
+                let settings = Settings { weight_decay: 5e-4, decay_len: len, ..Settings::boxed(method(), base) };
                 let mut optimizer = Optimizer::new(&device, len, settings).expect("memory");
                 group.bench_function(BenchmarkId::new(method_name, name), |bencher| {
                     bencher.iter_custom(|count| {

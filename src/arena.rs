@@ -122,6 +122,7 @@ pub struct Layout {
     tensors: Vec<Tensor>,
     len: usize,
     weights_len: usize,
+    padding: Vec<Range<usize>>,
 }
 
 impl Layout {
@@ -141,6 +142,11 @@ impl Layout {
                 layout.weights_len = layout.len;
             }
         }
+        let mut tensors: Vec<Range<usize>> = layout.tensors.iter().map(Tensor::range).collect();
+        tensors.sort_by_key(|range| range.start);
+        let ends = tensors.iter().skip(1).map(|range| range.start).chain([layout.len]);
+        layout.padding =
+            tensors.iter().zip(ends).map(|(tensor, end)| tensor.end..end).filter(|gap| !gap.is_empty()).collect();
         layout
     }
 
@@ -169,12 +175,9 @@ impl Layout {
         &self.tensors
     }
 
-    /// What lies between the tensors.
-    pub fn padding(&self) -> Vec<Range<usize>> {
-        let mut tensors: Vec<Range<usize>> = self.tensors.iter().map(Tensor::range).collect();
-        tensors.sort_by_key(|range| range.start);
-        let ends = tensors.iter().skip(1).map(|range| range.start).chain([self.len]);
-        tensors.iter().zip(ends).map(|(tensor, end)| tensor.end..end).filter(|gap| !gap.is_empty()).collect()
+    /// The gaps between the tensors, and behind the last.
+    pub fn padding(&self) -> &[Range<usize>] {
+        &self.padding
     }
 
     /// The tensor of that name.

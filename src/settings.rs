@@ -369,6 +369,14 @@ pub enum SettingError {
         /// What it takes.
         expected: String,
     },
+    /// A value that contradicts the others.
+    #[error("{name}: {reason}")]
+    Contradiction {
+        /// The option.
+        name: &'static str,
+        /// What it contradicts.
+        reason: &'static str,
+    },
     /// A number out of its range.
     #[error("{name}: {found}, expected {expected}")]
     Range {
@@ -714,7 +722,7 @@ macro_rules! settings {
                 &mut self,
                 name: &str,
                 value: &$crate::settings::Value,
-            ) -> Result<(), $crate::settings::SettingError> {
+            ) -> ::std::result::Result<(), $crate::settings::SettingError> {
                 let unknown = || $crate::settings::SettingError::Unknown { name: name.into() };
                 let option = Self::OPTIONS.iter().find(|option| option.name == name).ok_or_else(unknown)?;
                 option.check(value)?;

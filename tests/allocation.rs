@@ -7,13 +7,14 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::Grouped;
+use common::methods::AnyMethod;
 use half::f16;
 use polder::curvature::Curvature;
 use polder::device::{Compute, Device};
 use polder::kernels::image::{self, Augment, BatchShape, Normalization, Position};
 use polder::nn::{Model, Shortcut, initial_weights};
 use polder::objective::{Accumulator, Objective};
-use polder::optim::{Base, CrSamTerms, Form, Method, Optimizer, Settings};
+use polder::optim::{Base, CrSam, Optimizer, Settings};
 use polder::plan::{Plan, PlanOptions, Shape};
 
 struct Counting;
@@ -63,8 +64,7 @@ fn steps_and_products_after_the_first_allocate_nothing() {
         );
         return;
     }
-    let terms = CrSamTerms { form: Form::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
-    let methods = [Method::Plain, Method::sam(0.05), Method::CrSam { rho: 0.1, terms }];
+    let methods = [AnyMethod::PLAIN, AnyMethod::sam(0.05), CrSam::default().into()];
     let bases = [Base::Sgd { momentum: 0.9, nesterov: false }, Base::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 }];
     count::<f32>(&methods, &bases);
     count::<f16>(&methods, &bases);
@@ -125,7 +125,7 @@ fn a_thousand_probes_take_the_memory_of_two() {
     assert!(thousand <= two + 3 * 8 * 1024, "{two} bytes for two probes, {thousand} for 1,000");
 }
 
-fn count<S: Compute<Master = f32>>(methods: &[Method], bases: &[Base]) {
+fn count<S: Compute<Master = f32>>(methods: &[AnyMethod], bases: &[Base]) {
     let mut devices = common::devices();
     devices.retain(|(name, _)| !name.contains("backwards") && !name.contains("random"));
     for (name, device) in devices {
@@ -136,7 +136,7 @@ fn count<S: Compute<Master = f32>>(methods: &[Method], bases: &[Base]) {
             let mut plan = Plan::<S>::new(&device, graph, logits, PlanOptions::training()).unwrap();
             let len = plan.parameters().len();
             let mut weights = device.upload(&initial_weights(plan.parameters(), 1).unwrap()).unwrap();
-            let settings = Settings { method: *method, base: *base, weight_decay: 5e-4, decay_len: len, clip: None };
+            let settings = Settings { weight_decay: 5e-4, decay_len: len, ..method.over(*base) };
             let mut optimizer = Optimizer::new(&device, len, settings).unwrap();
             let mut accumulator = Accumulator::new(&device, len, 2).unwrap();
             let pixels: Vec<u8> = (0..64 * side * side * 3).map(|i| (i * 7919 % 251) as u8).collect();
@@ -150,7 +150,7 @@ fn count<S: Compute<Master = f32>>(methods: &[Method], bases: &[Base]) {
                 let (pixels, labels, start) = (pixels.view(), labels.view(), Position::default());
                 image::batch(&shape, pixels, labels, order.view(), start, &normalization, augment, out, truth).unwrap();
                 // SAM in groups of several parts, the others on the whole batch.
-                if *method == Method::sam(0.05) {
+                if *method == AnyMethod::sam(0.05) {
                     let mut batch = Grouped { plan: &mut plan, groups: 4, show: |_: &mut Plan<S>, _| Ok(()) };
                     optimizer.step(&mut accumulator.over(&mut batch), &mut weights, 0.01).unwrap();
                 } else {
@@ -159,7 +159,7 @@ fn count<S: Compute<Master = f32>>(methods: &[Method], bases: &[Base]) {
             });
             assert_eq!(steps, 0, "{} and {method:?} on {name}: allocations in three steps", S::NAME);
 
-            if *method != Method::Plain {
+            if *method != AnyMethod::PLAIN {
                 continue; // the product is the plan's, whatever the method
             }
             let direction = device.upload(&vec![0.1f32; len]).unwrap();

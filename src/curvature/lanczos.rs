@@ -6,7 +6,6 @@ use super::{Curvature, PURPOSE, multiply};
 use crate::device::{Buffer, Error, Result, Scalar};
 use crate::kernels::vector::{self, Combination};
 use crate::kernels::{random, sharpness};
-use crate::objective::Objective;
 
 /// An eigenvalue of the Hessian with its vector.
 pub struct Eigenpair<T: Scalar> {
@@ -80,7 +79,7 @@ impl Ritz {
     }
 }
 
-impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
+impl<T: Scalar> Curvature<'_, T> {
     /// The `count` largest eigenvalues of the Hessian, the largest first, by Lanczos's method with full reorthogonalisation: one
     /// product with the Hessian and one vector of memory per step, and one more product per eigenvalue for its residual. Ends when
     /// the residual of each is within `tolerance` of the largest in magnitude, or after `most` steps: the residuals tell.

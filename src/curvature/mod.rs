@@ -3,39 +3,30 @@
 //! ```
 //! use polder::Device;
 //! use polder::curvature::Curvature;
-//! use polder::device::{Result, Slice, SliceMut};
-//! use polder::objective::{Objective, Statistics};
+//! use polder::device::Result;
+//! use polder::objective::{Domain, Objective, Pass};
 //!
 //! /// ½(w_0² + 3 w_1²).
 //! struct Valley;
 //!
 //! impl Objective<f32> for Valley {
-//!     fn len(&self) -> usize {
-//!         2
+//!     fn domain(&self) -> Domain<'_> {
+//!         Domain::of_len(2)
 //!     }
 //!
-//!     fn gradient(
-//!         &mut self,
-//!         weights: Slice<'_, f32>,
-//!         _: Statistics,
-//!         mut gradient: SliceMut<'_, f32>,
-//!         mut loss: SliceMut<'_, f64>,
-//!         _: SliceMut<'_, u32>,
-//!     ) -> Result<()> {
-//!         let w = weights.to_vec()?;
-//!         loss.write(&[f64::from(0.5 * (w[0] * w[0] + 3.0 * w[1] * w[1]))])?;
-//!         gradient.write(&[w[0], 3.0 * w[1]])
-//!     }
-//!
-//!     fn hessian_vector(
-//!         &mut self,
-//!         _: Slice<'_, f32>,
-//!         direction: Slice<'_, f32>,
-//!         mut product: SliceMut<'_, f32>,
-//!         _: SliceMut<'_, u32>,
-//!     ) -> Result<()> {
-//!         let d = direction.to_vec()?;
-//!         product.write(&[d[0], 3.0 * d[1]])
+//!     fn pass(&mut self, pass: Pass<'_, f32>) -> Result<()> {
+//!         match pass {
+//!             Pass::Gradient { weights, mut gradient, mut loss, .. } => {
+//!                 let w = weights.to_vec()?;
+//!                 loss.write(&[f64::from(0.5 * (w[0] * w[0] + 3.0 * w[1] * w[1]))])?;
+//!                 gradient.write(&[w[0], 3.0 * w[1]])
+//!             }
+//!             Pass::HessianVector { direction, mut product, .. } => {
+//!                 let d = direction.to_vec()?;
+//!                 product.write(&[d[0], 3.0 * d[1]])
+//!             }
+//!             other => other.split(self),
+//!         }
 //!     }
 //! }
 //!
@@ -70,7 +61,8 @@ pub use neighbourhood::Rise;
 use crate::device::{Buffer, Error, Result, Scalar, Slice};
 use crate::kernels::random;
 use crate::kernels::vector::{self, Reduction};
-use crate::objective::{Objective, Statistics};
+pub use crate::objective::Passes;
+use crate::objective::{Objective, RunningStats};
 
 /// What the key of directions is for, so that they have nothing of the initial weights of the same seed.
 const PURPOSE: &[u8; 8] = b"curvatur";
@@ -104,19 +96,10 @@ impl Estimate {
     }
 }
 
-/// What has been asked of an objective.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Passes {
-    /// Losses with their gradients.
-    pub gradients: u64,
-    /// Products with the Hessian, each of the cost of 8/3 gradients.
-    pub products: u64,
-}
-
 /// An objective, the weights at which it is looked at, and the vectors that this takes: two as long as the weights, and two more
 /// from the first trace on.
-pub struct Curvature<'a, T: Scalar, O> {
-    objective: &'a mut O,
+pub struct Curvature<'a, T: Scalar> {
+    objective: &'a mut dyn Objective<T>,
     weights: Slice<'a, T>,
     direction: Buffer<T>,
     product: Buffer<T>,
@@ -130,17 +113,18 @@ pub struct Curvature<'a, T: Scalar, O> {
     passes: Passes,
 }
 
-impl<'a, T: Scalar, O: Objective<T>> Curvature<'a, T, O> {
+impl<'a, T: Scalar> Curvature<'a, T> {
     /// To look at `objective` at `weights`.
     ///
     /// # Errors
     /// [`Error::Length`] for weights of another length than the objective's; [`Error::Argument`] for an objective of several
     /// groups, of which an [`Accumulator`](crate::objective::Accumulator) makes one; those of the allocation.
-    pub fn new(objective: &'a mut O, weights: Slice<'a, T>) -> Result<Self> {
+    pub fn new(objective: &'a mut dyn Objective<T>, weights: Slice<'a, T>) -> Result<Self> {
         const OPERATION: &str = "Curvature::new";
         crate::kernels::check_length(OPERATION, "weights", weights.len(), objective.len())?;
-        if objective.groups() > 1 {
-            let message = format!("{} groups, expected one: an Accumulator makes one of several", objective.groups());
+        let groups = objective.domain().groups;
+        if groups > 1 {
+            let message = format!("{groups} groups, expected one: an Accumulator makes one of several");
             return Err(Error::Argument { operation: OPERATION, message });
         }
         objective.select(0)?;
@@ -183,7 +167,7 @@ impl<'a, T: Scalar, O: Objective<T>> Curvature<'a, T, O> {
 
     /// Zeros where no weight is.
     fn clear_padding(&mut self) -> Result<()> {
-        for gap in self.objective.padding() {
+        for gap in self.objective.domain().padding.iter().cloned() {
             self.direction.slice_mut(gap)?.clear()?;
         }
         Ok(())
@@ -206,7 +190,7 @@ impl<'a, T: Scalar, O: Objective<T>> Curvature<'a, T, O> {
         flag.clear()?;
         product.clear()?;
         passes.gradients += 1;
-        objective.gradient(point, Statistics::Keep, product.view_mut(), number.view_mut(), flag.view_mut())
+        objective.gradient(point, RunningStats::Keep, product.view_mut(), number.view_mut(), flag.view_mut())
     }
 
     /// The product of the Hessian at the weights with the direction.
@@ -252,7 +236,7 @@ impl<'a, T: Scalar, O: Objective<T>> Curvature<'a, T, O> {
 
 /// The product of the Hessian with a vector.
 fn multiply<T: Scalar>(
-    objective: &mut impl Objective<T>,
+    objective: &mut dyn Objective<T>,
     weights: Slice<'_, T>,
     vector: Slice<'_, T>,
     (product, flag, passes): (&mut Buffer<T>, &mut Buffer<u32>, &mut Passes),

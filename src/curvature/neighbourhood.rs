@@ -4,7 +4,6 @@ use super::{Curvature, Estimate, PURPOSE, multiply};
 use crate::device::{Error, Result, Scalar, Slice};
 use crate::kernels::vector::{self, Combination};
 use crate::kernels::{random, sharpness};
-use crate::objective::Objective;
 
 /// A gradient no longer than this points nowhere: an ascent goes on in a random direction.
 const STATIONARY: f64 = 1e-12;
@@ -25,7 +24,7 @@ impl Rise {
     }
 }
 
-impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
+impl<T: Scalar> Curvature<'_, T> {
     /// `(L(w + ρv) + L(w − ρv) − 2 L(w))/ρ²`, v = ∇L/‖∇L‖: the curvature along the gradient as CR-SAM sees it, over a distance,
     /// where [`Curvature::along_gradient`] has it at w itself. Three gradients.
     ///

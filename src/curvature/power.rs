@@ -4,9 +4,8 @@ use super::{Curvature, Eigenpair, PURPOSE};
 use crate::device::{Buffer, Error, Result, Scalar};
 use crate::kernels::vector::{self, Combination};
 use crate::kernels::{random, sharpness};
-use crate::objective::Objective;
 
-impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
+impl<T: Scalar> Curvature<'_, T> {
     /// The `count` eigenvalues of the Hessian that are largest in magnitude, the largest first, by power iteration: each vector
     /// is multiplied until its residual is within `tolerance` of the eigenvalue's magnitude or after `most` products, and is
     /// taken out of those that follow. It needs one vector of memory per eigenvalue where

@@ -6,9 +6,8 @@ use super::{Curvature, Estimate};
 use crate::device::{Buffer, Error, Result, Scalar};
 use crate::kernels::sharpness;
 use crate::kernels::vector::{self, Combination};
-use crate::objective::Objective;
 
-impl<T: Scalar, O: Objective<T>> Curvature<'_, T, O> {
+impl<T: Scalar> Curvature<'_, T> {
     /// The trace of the Hessian by Hutchinson's estimator (1990): the mean of `vᵀHv` over vectors v of random signs, whose expected
     /// value it is and whose variance is `2 Σ_{i≠j} h_ij²`. One product with the Hessian per probe, two at a time, whatever their
     /// number in the same memory; `progress` is told of them. Probe p is drawn from `seed` and p alone, so more probes go on where fewer ended.

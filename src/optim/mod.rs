@@ -1,47 +1,67 @@
 //! Optimizers over a flat vector of weights: a base (SGD, AdamW) and the sharpness-aware methods on top of it.
 //!
 //! A step is a few passes of the [`Objective`] at chosen points and a handful of kernels over the whole vector. Norms, losses,
-//! coefficients and the flag that skips a step stay on the device: nothing here waits for it. The perturbed weights have
-//! buffers of their own, so `w` is never moved and restored. `method.rs` says what each [`Method`] is, `step.rs` how it is
-//! composed; this table what it costs: gradients, and with SGD in f32 the launches beside theirs, the bytes that these move per
-//! parameter, and the vectors held. `docs/methods.md` says more.
+//! coefficients and the flag that skips a step stay on the device: nothing here waits for it. The perturbed weights have buffers of
+//! their own, so `w` is never moved and restored.
+//!
+//! Each method is one file in `methods/`, a struct of its settings that implements [`Method`]; [`METHODS`] lists them. `method.rs`
+//! says what a method is, `step.rs` has the verbs that methods are written with. This table lists what a step costs: gradients, and
+//! with SGD in f32 the launches beside theirs, the bytes per parameter that these launches move, and the vectors held.
+//! `docs/methods.md` says more.
 //!
 //! | method | passes | launches | bytes | vectors |
 //! |---|---|---|---|---|
-//! | [`Method::Plain`] | 1 | 5 | 24 | 1 |
-//! | [`Method::Sam`], p = 2 | 2 | 6 | 36 | 3 |
+//! | [`Plain`] | 1 | 5 | 24 | 1 |
+//! | [`Sam`], p = 2 | 2 | 6 | 36 | 3 |
 //! | p = ∞ | 2 | 6 | 36 | 3 |
-//! | adaptive | 2 | 8 | 44 | 3 |
-//! | random | 1 | 8 | 32 | 2 |
 //! | K ascent steps | 1 + K | 7 + 4 (K − 1) | 40 + 28 (K − 1), less 4 for the last | 4 |
 //! | second order | 2 + a product | 11 | 60 | 4 |
-//! | [`Method::CrSam`] | 3 | 8 | 48 | 5 |
-//! | [`Method::Gnr`], exact | 2 + 2 products | 11 | 48 | 5 |
-//! | [`Method::Gnr`], differences | 6 | 12 | 92 | 7 |
-//! | [`Method::Gam`] | 4 | 15 | 104 | 6 |
-//! | [`Method::SaSam`] | 3 | 12 | 60 | 3, and w_prev |
-//! | [`Method::SaSgd`] | 2 | 11 | 48 | 3, and w_prev |
-//! | [`Method::Gsam`] | 2 | 9 | 48 | 3 |
-//! | [`Method::LookSam`] | 2 in one step of k, else 1 | 12, else 6 | 60, else 28 | 3, and g_v |
-//! | [`Method::RSam`] | 2 | 9 | 44 | 3 |
+//! | [`Asam`] | 2 | 8 | 44 | 3 |
+//! | [`RandomSam`] | 1 | 8 | 32 | 2 |
+//! | [`RSam`] | 2 | 9 | 44 | 3 |
+//! | [`Gsam`] | 2 | 9 | 48 | 3 |
+//! | [`LookSam`] | 2 in one step of k, else 1 | 12, else 6 | 60, else 28 | 3, and g_v |
+//! | [`CrSam`] | 3 | 8 | 48 | 5 |
+//! | [`Gnr`], exact | 2 + 2 products | 11 | 48 | 5 |
+//! | [`Gnr`], differences | 6 | 12 | 92 | 7 |
+//! | [`Gam`] | 4 | 15 | 104 | 6 |
+//! | [`SaSam`] | 3 | 12 | 60 | 3, and w_prev |
+//! | [`SaSgd`] | 2 | 11 | 48 | 3, and w_prev |
 //!
-//! Beside it the objective sees whether each gradient is finite. A network's plan has it for nothing on a GPU, with the norm; on the CPU
-//! it reads the gradient once more (4 B per parameter and pass, of which it has back those of the norm; in f16, where it takes the loss
-//! scale out, 8 B). Rounding weights to 16 bits takes 6 B; clipping adds 4 B for each vector of the direction. On a GPU the pairs of passes of CR-SAM and of GNR's differences run at the same time,
-//! for which a plan takes its arena twice.
+//! The objective also checks whether each gradient is finite. On a GPU the kernels that write a network's gradient do this and
+//! compute its norm, without another pass. On the CPU the check reads the gradient once more: 4 B per parameter and pass, minus the
+//! bytes of the norm, which it computes as well; in f16, where it also takes out the loss scale, 8 B. Rounding weights to 16 bits
+//! moves 6 B; clipping adds 4 B for each vector of the direction. On a GPU the pairs of passes of CR-SAM and of GNR's differences run
+//! concurrently; a plan allocates a second arena for that.
 
 mod method;
+mod methods;
 mod schedule;
 mod step;
 
-pub use method::{CrSamTerms, Form, GamTerms, Gnr, Method, Perturbation, Product, Sam, Scaling, StepSize};
+pub use method::{Context, Entry, Method, Needs};
+pub use methods::{
+    Asam, CrSam, Form, Gam, Gnr, Gsam, Hvp, LookSam, METHODS, Norm, Oracle, Plain, RSam, RandomSam, SaSam, SaSgd, Sam,
+};
 pub use schedule::{Decay, RhoSchedule, Schedule};
+pub use step::{Coefficients, Direction, Numbers, Row, Step, Store, Vector, Vectors, work};
 
 use crate::device::{Buffer, Device, Error, Result, Scalar, Slice};
 use crate::kernels::vector::{self, AdamWStep, Combination, Rate, Reduction, SgdStep};
-use crate::kernels::{metrics, sharpness};
-use crate::objective::Objective;
-use step::{Coefficients, Direction, Numbers, Point, Step, Store, place};
+use crate::kernels::{metrics, random, sharpness};
+use crate::objective::{Objective, Pass};
+use crate::settings::SettingError;
+use step::{place, room};
+
+/// The key of the random directions of a run's methods, from the seed of the run.
+pub fn direction_seed(seed: u64) -> u64 {
+    random::key(seed, b"polderzz")
+}
+
+/// The entry of that name in [`METHODS`].
+pub fn find(name: &str) -> Option<&'static Entry> {
+    METHODS.iter().find(|entry| entry.name == name)
+}
 
 /// The rule that turns a gradient into a step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -64,51 +84,60 @@ pub enum Base {
     },
 }
 
-/// What an [`Optimizer`] does; its numbers do not change while it lives, except the learning rate, which each step is given, and
-/// the factor of [`Optimizer::scale_rho`].
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Settings {
+impl Base {
+    /// AdamW with PyTorch's defaults.
+    pub const ADAMW: Self = Base::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
+
+    /// SGD without Nesterov's form.
+    pub const fn sgd(momentum: f64) -> Self {
+        Base::Sgd { momentum, nesterov: false }
+    }
+}
+
+/// What an [`Optimizer`] does. The numbers do not change while it lives, except the learning rate, which each step is given, and the
+/// factor of [`Optimizer::scale_rho`].
+#[derive(Debug)]
+pub struct Settings<T: Scalar> {
     /// The sharpness-aware method.
-    pub method: Method,
-    /// The rule it feeds.
+    pub method: Box<dyn Method<T>>,
+    /// The base optimizer, which follows the method's direction.
     pub base: Base,
-    /// λ: coupled for SGD, decoupled for AdamW. It does not bend the direction of the perturbation.
+    /// λ: coupled for SGD, decoupled for AdamW. It does not change the direction of the perturbation.
     pub weight_decay: f64,
     /// Weight decay acts on the first so many elements: all of them, or [`crate::arena::Layout::weights_len`] to exempt biases
     /// and normalisation.
     pub decay_len: usize,
-    /// The largest norm of the combined gradient: a longer one is scaled down to it, as PyTorch's `clip_grad_norm_` does. Weight
+    /// The largest norm of the combined gradient. A longer one is scaled down to it, as PyTorch's `clip_grad_norm_` does. Weight
     /// decay is added after that.
     pub clip: Option<f64>,
 }
 
-impl Settings {
+impl<T: Scalar> Settings<T> {
     /// A method over a base, without weight decay and clipping.
-    pub fn new(method: Method, base: Base) -> Self {
+    pub fn new(method: impl Method<T> + 'static, base: Base) -> Self {
+        Self::boxed(Box::new(method), base)
+    }
+
+    /// The same for a method whose type is not known at compile time.
+    pub fn boxed(method: Box<dyn Method<T>>, base: Base) -> Self {
         Self { method, base, weight_decay: 0.0, decay_len: usize::MAX, clip: None }
     }
 }
 
 /// What a step left on the device, read back.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Telemetry {
-    /// The loss at `w` (of R-SAM and the random control at their first point).
+    /// The loss at `w`. For methods that take no gradient there, at their first point.
     pub loss: f64,
-    /// ‖g‖ there, over all parameters.
+    /// The norm of the gradient there, over all parameters.
     pub gradient_norm: f64,
-    /// `A = L+ + L− − 2L0`; CR-SAM only.
-    pub a: Option<f64>,
-    /// `B = L+ − L−`; CR-SAM only.
-    pub b: Option<f64>,
-    /// `A/ρ²`, the curvature along the gradient; CR-SAM only.
-    pub vhv: Option<f64>,
-    /// η of the newest step; SA-SAM and SA-SGD only.
-    pub eta: Option<f64>,
-    /// ρ of the newest step; SA-SAM only.
-    pub rho: Option<f64>,
-    /// The cosine between the gradients at `w` and at the perturbed point, of an observed step of a method that has both.
+    /// The method's own numbers by name, as [`Method::telemetry`] names them: A, B and A/ρ² of CR-SAM, η and ρ of SA-SAM.
+    pub method: Vec<(&'static str, f64)>,
+    /// The step size that the method computed, if it computes one.
+    pub own_rate: Option<f64>,
+    /// The cosine between the gradients at `w` and at the perturbed point, in an observed step of a method that has both.
     pub cosine_gradients: Option<f64>,
-    /// The cosine between the perturbation that survived rounding and the intended one, of an observed step.
+    /// The cosine between the perturbation that survived rounding and the intended one, in an observed step.
     pub cosine_perturbation: Option<f64>,
     /// Steps whose α-term was dropped because `A` was too small, since the start.
     pub dropped_alpha: u32,
@@ -118,34 +147,42 @@ pub struct Telemetry {
     pub skipped: u32,
 }
 
-/// The buffers of an optimizer that a checkpoint must hold for a run to go on bit for bit.
+impl Telemetry {
+    /// The method's own number of that name.
+    pub fn get(&self, name: &str) -> Option<f64> {
+        self.method.iter().find(|(own, _)| *own == name).map(|(_, value)| *value)
+    }
+}
+
+/// The buffers of an optimizer that a checkpoint must hold, so that a resumed run has the same bits.
 pub struct State<T: Scalar> {
     /// SGD's momentum or AdamW's first moment.
     pub momentum: Buffer<T>,
     /// AdamW's second moment; empty for SGD.
     pub second_moment: Buffer<T>,
-    /// What the method remembers: SA-SAM's previous weights, LookSAM's orthogonal gradient; empty for the others.
+    /// The vectors that the method keeps: [`Needs::memory`] of them, such as SA-SAM's previous weights.
     pub memory: Buffer<T>,
-    /// SA-SAM's η, θ and whether it has begun, or LookSAM's ‖g_v‖.
+    /// The numbers that the method keeps: [`Needs::scalars`].
     pub scalars: Buffer<f64>,
     /// Steps taken (AdamW's t), steps skipped, dropped α-terms, dropped β-terms.
     pub counters: Buffer<u32>,
-    /// Steps asked for so far, skipped ones included: what happens in one of k steps follows it, and so do random directions.
-    /// Replays of a recorded step are not counted; see [`Method::repeats`].
+    /// Steps asked for so far, skipped ones included. Methods that do something every k steps count by it, and random directions
+    /// are drawn by it. Replays of a recorded step are not counted; see [`Method::repeats`].
     pub attempts: u64,
 }
 
 /// A base optimizer with a sharpness-aware method, and the buffers they need.
 ///
-/// Memory, in vectors as long as the weights, beside `w` itself: momentum (AdamW 2), and the method's working vectors, which the
-/// table of [this module](self) counts.
+/// Memory, in vectors as long as the weights, beside `w` itself: momentum (two vectors for AdamW), and the method's working vectors,
+/// which the table of [this module](self) counts.
 pub struct Optimizer<T: Scalar> {
-    settings: Settings,
+    settings: Settings<T>,
     state: State<T>,
-    arena: Buffer<T>,
-    /// The sum over the groups of a mini-batch; empty unless some objective has had several.
+    /// The method's working vectors.
+    work: Buffer<T>,
+    /// The sum over the groups of a mini-batch; empty unless some objective had several.
     sum: Buffer<T>,
-    /// What the objective sees of a perturbation; empty unless some step was observed.
+    /// The realised perturbation; empty unless some step was observed.
     displacement: Buffer<T>,
     numbers: Numbers,
     reduction: Reduction,
@@ -158,37 +195,34 @@ impl<T: Scalar> Optimizer<T> {
     /// An optimizer for `len` weights.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a method whose settings contradict one another, and those of the allocation.
-    pub fn new(device: &Device, len: usize, settings: Settings) -> Result<Self> {
-        let refused = |message| Error::Argument { operation: "Optimizer::new", message };
-        settings.method.check().map_err(refused)?;
-        let scalars = match settings.method {
-            Method::SaSam(size) | Method::SaSgd(size) => [size.eta0, size.theta0, 0.0],
-            _ => [0.0; 3],
-        };
+    /// [`Error::Argument`] for a method whose settings are out of range or contradict each other, and those of the allocation.
+    pub fn new(device: &Device, len: usize, settings: Settings<T>) -> Result<Self> {
+        let refused = |error: SettingError| Error::Argument { operation: "Optimizer::new", message: error.to_string() };
+        settings.method.check().and_then(|()| settings.method.check_combination()).map_err(refused)?;
+        let needs = settings.method.needs();
         Ok(Self {
-            settings,
             state: State {
                 momentum: device.zeros(len)?,
                 second_moment: device.zeros(if matches!(settings.base, Base::AdamW { .. }) { len } else { 0 })?,
-                memory: device.zeros(if settings.method.has_memory() { len } else { 0 })?,
-                scalars: device.upload(&scalars)?,
+                memory: device.zeros(room(needs.memory, len))?,
+                scalars: device.upload(&needs.scalars)?,
                 counters: device.zeros(4)?,
                 attempts: 0,
             },
-            arena: device.zeros(place(step::slots(settings.method), len).start)?,
+            work: device.zeros(room(needs.vectors, len))?,
             sum: device.zeros(0)?,
             displacement: device.zeros(0)?,
-            numbers: Numbers::new(device, settings.method)?,
+            numbers: Numbers::new(device, &needs)?,
             reduction: Reduction::new(device)?,
+            settings,
             len,
             rho_factor: 1.0,
             observe: false,
         })
     }
 
-    /// What it was made with.
-    pub fn settings(&self) -> &Settings {
+    /// What it does.
+    pub fn settings(&self) -> &Settings<T> {
         &self.settings
     }
 
@@ -215,60 +249,61 @@ impl<T: Scalar> Optimizer<T> {
         self.numbers.flag.view()
     }
 
-    /// Multiplies the method's ρ in the steps that follow: what a schedule makes of it. The weight α ρ of GNR's regularizer and the
-    /// distance of its differences stay.
+    /// Multiplies the method's ρ in the steps that follow, as a schedule asks. The weight α ρ of GNR's regularizer and the distance of
+    /// its differences stay.
     pub fn scale_rho(&mut self, factor: f64) {
         self.rho_factor = factor;
     }
 
-    /// Whether the steps that follow leave the telemetry's cosines too: up to 64 B per parameter more (36 for SAM and CR-SAM),
-    /// and a vector that the first of them allocates.
+    /// Whether the steps that follow also compute the telemetry's cosines. This moves up to 64 B per parameter more (36 for SAM and
+    /// CR-SAM) and needs a vector that the first observed step allocates.
     pub fn observe(&mut self, observe: bool) {
         self.observe = observe;
     }
 
     /// One step: the method's passes at `weights` and around it, then the update with learning rate `lr`, a number or one on the
-    /// device. Does not wait for the device. Where a loss or a gradient of any pass is not finite, weights, momenta and
-    /// statistics keep their bits and the step is counted as skipped.
+    /// device. Does not wait for the device. If a loss or a gradient of any pass is not finite, weights, momenta and statistics keep
+    /// their bits and the step is counted as skipped.
     ///
-    /// An objective with several [groups](Objective::groups) has the method's direction taken in each of them, and their mean
-    /// followed: m-sharpness (Foret et al. 2021, section 4.1). It takes one vector more, and reads each of a direction's k vectors
-    /// once more: 4k + 4 B per parameter for the first group, 4k + 8 B for each further one. The loss that is reported is the
-    /// groups' mean; what else the telemetry tells is of the last group, and dropped terms are counted in each.
+    /// For an objective with several groups, the method's direction is taken in each of them, and their mean is followed: m-sharpness
+    /// (Foret et al. 2021, section 4.1). It needs one vector more, and reads each of a direction's k vectors once more: 4k + 4 B per
+    /// parameter for the first group, 4k + 8 B for each further one. The reported loss is the groups' mean; the rest of the telemetry
+    /// is of the last group, and dropped terms are counted in each.
     ///
-    /// A step that fails leaves the weights as they were, and its running statistics are dropped.
+    /// A step that fails leaves the weights as they were, and its running statistics are discarded.
     ///
     /// # Errors
-    /// Those of the objective and of the device; [`Error::Length`] for weights of another length; [`Error::Argument`] for groups
-    /// and a method that remembers.
+    /// Those of the objective and of the device; [`Error::Length`] for weights of another length; [`Error::Argument`] for several
+    /// groups with a method that has memory.
     pub fn step<'r>(
         &mut self,
-        objective: &mut impl Objective<T>,
+        objective: &mut dyn Objective<T>,
         weights: &mut Buffer<T>,
         lr: impl Into<Rate<'r>>,
     ) -> Result<()> {
         let taken = self.take_step(objective, weights, lr.into());
         if taken.is_err() {
-            objective.abandon();
+            // It does not fail, and the error of the step is the one to report.
+            let _ = objective.pass(Pass::Abandon);
         }
         taken
     }
 
-    fn take_step(&mut self, objective: &mut impl Objective<T>, weights: &mut Buffer<T>, lr: Rate<'_>) -> Result<()> {
+    fn take_step(&mut self, objective: &mut dyn Objective<T>, weights: &mut Buffer<T>, lr: Rate<'_>) -> Result<()> {
         const OPERATION: &str = "Optimizer::step";
         crate::kernels::check_length(OPERATION, "weights", weights.len(), self.len)?;
         self.numbers.flag.clear()?;
         if self.observe {
-            // A step without a perturbation leaves no cosines, not those of an earlier one.
+            // A step without a perturbation leaves no cosines. Those of an earlier step must not stay.
             self.numbers.realised.clear()?;
             self.numbers.turned.clear()?;
             if self.displacement.len() != self.len {
                 self.displacement = weights.device().zeros(self.len)?;
             }
         }
-        let groups = objective.groups().max(1);
-        if groups > 1 && self.settings.method.has_memory() {
-            let message = "a method that remembers earlier steps cannot be taken in groups of the mini-batch".into();
+        let groups = objective.domain().groups.max(1);
+        if groups > 1 && !self.state.memory.is_empty() {
+            let message = "a method with memory cannot be taken in groups of the mini-batch".into();
             return Err(Error::Argument { operation: OPERATION, message });
         }
         if groups > 1 && self.sum.len() != self.len {
@@ -292,16 +327,15 @@ impl<T: Scalar> Optimizer<T> {
     /// The method's direction in one of the groups of the mini-batch.
     fn direction(
         &mut self,
-        objective: &mut impl Objective<T>,
+        objective: &mut dyn Objective<T>,
         weights: &Buffer<T>,
         (group, groups): (usize, usize),
     ) -> Result<Direction> {
         objective.select(group)?;
-        let method = self.settings.method;
         let State { memory, scalars, counters, attempts, .. } = &mut self.state;
         let mut step = Step {
             objective,
-            vectors: Store { arena: &mut self.arena, weights: weights.view(), memory },
+            vectors: Store { work: &mut self.work, weights: weights.view(), memory },
             numbers: &mut self.numbers,
             scalars,
             counters,
@@ -312,14 +346,14 @@ impl<T: Scalar> Optimizer<T> {
             observe: self.observe,
             displacement: &mut self.displacement,
         };
-        step.direction(method)
+        self.settings.method.direction(&mut step)
     }
 
     /// Adds a group's direction and loss to their means.
     fn accumulate(&mut self, direction: Direction, weight: f64, add: bool) -> Result<()> {
         let Numbers { losses, mean_loss, .. } = &mut self.numbers;
         metrics::mean_term(losses.slice(0..1)?, weight, add, mean_loss.view_mut())?;
-        let vectors = vectors(direction, &self.arena, &self.state.memory, self.len)?;
+        let vectors = vectors(direction, &self.work, &self.state.memory, self.len)?;
         let coefficients = coefficients(direction, &self.numbers)?;
         let combination = combination(&vectors[..direction.count], coefficients);
         sharpness::combine(combination, weight, add, self.sum.view_mut(), None)
@@ -327,14 +361,14 @@ impl<T: Scalar> Optimizer<T> {
 
     /// Clip, combine, momentum, decay and update.
     fn update(&mut self, weights: &mut Buffer<T>, direction: Direction, summed: bool, lr: Rate<'_>) -> Result<()> {
-        let Self { settings, state, arena, sum, numbers, reduction, len, .. } = self;
-        // The sum over groups is one vector, whatever it is the sum of.
-        let mut direction = if summed { step::along(0) } else { direction };
-        let vectors = if summed { [sum.view(); 4] } else { vectors(direction, arena, &state.memory, *len)? };
+        let Self { settings, state, work, sum, numbers, reduction, len, .. } = self;
+        // The sum over groups is a single vector.
+        let mut direction = if summed { Direction::along(Vector::Work(0)) } else { direction };
+        let vectors = if summed { [sum.view(); 4] } else { vectors(direction, work, &state.memory, *len)? };
         let vectors = &vectors[..direction.count];
         if let Some(largest) = settings.clip {
             if let Coefficients::Known(row) = direction.coefficients {
-                numbers.coefficients.view_mut().copy_from(step::row(&numbers.constants, row)?)?;
+                numbers.copy_row(row)?;
                 direction.coefficients = Coefficients::Computed;
             }
             let Numbers { coefficients, products, .. } = &mut *numbers;
@@ -343,9 +377,9 @@ impl<T: Scalar> Optimizer<T> {
             sharpness::clip_coefficients(products.slice(3..4)?, largest, coefficients.view_mut())?;
         }
         let gradients = combination(vectors, coefficients(direction, numbers)?);
-        let lr = match settings.method {
-            Method::SaSam(_) | Method::SaSgd(_) => Rate::Device(numbers.rates.slice(0..1)?),
-            _ => lr,
+        let lr = match settings.method.own_rate() {
+            Some(index) => Rate::Device(numbers.own.slice(index..index + 1)?),
+            None => lr,
         };
         let skip = numbers.flag.view();
         let mut counters = state.counters.disjoint();
@@ -365,39 +399,28 @@ impl<T: Scalar> Optimizer<T> {
         }
     }
 
-    /// Waits for the device and reads what the newest step left there.
+    /// Waits for the device and reads the newest step's telemetry.
     ///
     /// # Errors
     /// What failed on the device.
     pub fn telemetry(&self) -> Result<Telemetry> {
-        let Numbers { losses, norms, curvature, rates, realised, turned, .. } = &self.numbers;
-        fn numbers<const N: usize>(buffer: &Buffer<f64>) -> Result<[f64; N]> {
-            let mut values = [0.0; N];
-            buffer.read(&mut values)?;
-            Ok(values)
-        }
-        let (losses, norms, curvature, rates) =
-            (numbers::<4>(losses)?, numbers::<2>(norms)?, numbers::<3>(curvature)?, numbers::<4>(rates)?);
+        let Numbers { losses, norms, own, realised, turned, .. } = &self.numbers;
+        let method = &self.settings.method;
+        let (losses, norms, own) = (losses.to_vec()?, norms.to_vec()?, own.to_vec()?);
         let mut counters = [0; 4];
         self.state.counters.read(&mut counters)?;
-        let method = self.settings.method;
-        let curved = |value: f64| matches!(method, Method::CrSam { .. }).then_some(value);
-        let [a, b, vhv] = curvature.map(curved);
-        let stepped = matches!(method, Method::SaSam(_) | Method::SaSgd(_)).then_some(rates[0]);
-        let radius = matches!(method, Method::SaSam(_)).then_some(rates[1]);
         let cosine = |products: &Buffer<f64>| -> Result<Option<f64>> {
-            let [_, ab, _, a, b] = numbers::<{ sharpness::PRODUCTS }>(products)?;
+            let mut values = [0.0; sharpness::PRODUCTS];
+            products.read(&mut values)?;
+            let [_, ab, _, a, b] = values;
             Ok((self.observe && a > 0.0 && b > 0.0).then(|| ab / a / b))
         };
         let [_, skipped, dropped_alpha, dropped_beta] = counters;
         Ok(Telemetry {
             loss: losses[0],
             gradient_norm: norms[0],
-            a,
-            b,
-            vhv,
-            eta: stepped,
-            rho: radius,
+            own_rate: method.own_rate().and_then(|index| own.get(index).copied()),
+            method: method.telemetry().iter().copied().zip(own).collect(),
             cosine_gradients: cosine(turned)?,
             cosine_perturbation: cosine(realised)?,
             dropped_alpha,
@@ -407,25 +430,30 @@ impl<T: Scalar> Optimizer<T> {
     }
 }
 
-/// The vectors of a direction; beyond its count the first one again.
+/// The vectors of a direction. Those beyond its count are copies of the first.
 fn vectors<'a, T: Scalar>(
     direction: Direction,
-    arena: &'a Buffer<T>,
+    work: &'a Buffer<T>,
     memory: &'a Buffer<T>,
     len: usize,
 ) -> Result<[Slice<'a, T>; 4]> {
     let mut vectors = [memory.view(); 4];
-    for (vector, point) in vectors.iter_mut().zip(direction.points) {
-        if let Point::Slot(slot) = point {
-            *vector = arena.slice(place(slot, len))?;
-        }
+    for (slice, vector) in vectors.iter_mut().zip(direction.vectors) {
+        *slice = match vector {
+            Vector::Work(index) => work.slice(place(index, len))?,
+            Vector::Memory(index) => memory.slice(place(index, len))?,
+            Vector::Weights => {
+                let message = "a direction cannot contain the weights".into();
+                return Err(Error::Argument { operation: "Optimizer::step", message });
+            }
+        };
     }
     Ok(vectors)
 }
 
 fn coefficients(direction: Direction, numbers: &Numbers) -> Result<Slice<'_, f64>> {
     match direction.coefficients {
-        Coefficients::Known(row) => step::row(&numbers.constants, row),
+        Coefficients::Known(row) => numbers.row(row),
         Coefficients::Computed => Ok(numbers.coefficients.view()),
     }
 }

@@ -7,11 +7,11 @@ use crate::device::{Compute, Result, Slice, SliceMut};
 use crate::kernels::batch_norm::{self, Forward, Mode, Running};
 use crate::kernels::loss::{self, LossShape};
 use crate::kernels::{conv, layers};
-use crate::objective::Statistics;
+use crate::objective::RunningStats;
 
 impl<S: Compute> Plan<S> {
     /// All operations in their order. The weights have been [rounded](Plan::round).
-    pub(super) fn forward(&mut self, weights: Slice<'_, S::Master>, pass: Statistics) -> Result<()> {
+    pub(super) fn forward(&mut self, weights: Slice<'_, S::Master>, pass: RunningStats) -> Result<()> {
         let Self { ops, places, arena, rounded, statistics, pending, reported, sums, .. } = self;
         let convolved = convolved(weights, rounded)?;
         // The first reported pass of a step begins with the statistics, each further one with what the one before made of them.
@@ -49,7 +49,7 @@ impl<S: Compute> Plan<S> {
                             let mut next = next.disjoint();
                             let (next_mean, next_var) = (next.write(means)?, next.write(vars)?);
                             let running = Running { momentum: RUNNING_MOMENTUM, mean, var, next_mean, next_var };
-                            let running = (pass == Statistics::Update).then_some(running);
+                            let running = (pass == RunningStats::Update).then_some(running);
                             match parts.tile_moments(x)? {
                                 Some(moments) => {
                                     batch_norm::forward_from_moments(shape, input, moments, y, saved, running)?;

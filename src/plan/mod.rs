@@ -31,7 +31,7 @@ use crate::kernels::batch_norm::{self, BatchNormShape, Mode};
 use crate::kernels::gradient::{GradientStages, Stage, Unfinished};
 use crate::kernels::vector::Reduction;
 use crate::kernels::{check_length, precision, vector};
-use crate::objective::{Displacement, Statistics};
+use crate::objective::{Displacement, RunningStats};
 use graph::Op;
 use places::{Parts, Places, WeightGradient};
 use tangent::{Scaled, Tangent};
@@ -92,7 +92,7 @@ pub struct Plan<S: Compute> {
     statistics: Buffer<S::Master>,
     /// What the statistics become when the step is committed, written in turns.
     pending: [Buffer<S::Master>; 2],
-    /// Passes with [`Statistics::Update`] since the last commit.
+    /// Passes with [`RunningStats::Update`] since the last commit.
     reported: usize,
     /// What finishes a gradient on a GPU, in two passes at the same time too, which ask for no norm. The CPU goes over it once more.
     stages: Option<GradientStages>,
@@ -201,7 +201,7 @@ impl<S: Compute> Plan<S> {
     }
 
     /// Bytes of the arena that holds activations, their gradients and scratch. The first product with the Hessian takes as many
-    /// for their tangents, and on a GPU the first [pair of gradients](crate::objective::Objective::gradient_pair) as many for its second pass.
+    /// for their tangents, and on a GPU the first [pair of gradients](crate::objective::Pass::GradientPair) as many for its second pass.
     pub fn arena_bytes(&self) -> usize {
         self.places.len * size_of::<S::Master>()
     }
@@ -239,7 +239,7 @@ impl<S: Compute> Plan<S> {
     }
 
     /// How many samples had their largest logit at the label, in the newest evaluation or in the newest step's passes with
-    /// [`Statistics::Update`]: one element. Passes at perturbed weights leave it alone.
+    /// [`RunningStats::Update`]: one element. Passes at perturbed weights leave it alone.
     ///
     /// # Errors
     /// None: the place lies in the buffer.
@@ -278,7 +278,7 @@ impl<S: Compute> Plan<S> {
     /// Those of the device.
     pub fn evaluate(&mut self, weights: Slice<'_, S::Master>, samples: usize, loss: SliceMut<'_, f64>) -> Result<()> {
         self.round(weights)?;
-        self.forward(weights, Statistics::Keep)?;
+        self.forward(weights, RunningStats::Keep)?;
         self.correct.clear()?;
         self.loss(samples, false, true, loss, None)
     }
@@ -385,7 +385,7 @@ impl<S: Compute> Plan<S> {
     fn finished_pass(
         &mut self,
         weights: Slice<'_, S::Master>,
-        statistics: Statistics,
+        statistics: RunningStats,
         mut gradient: SliceMut<'_, S::Master>,
         loss: SliceMut<'_, f64>,
         mut flag: SliceMut<'_, u32>,
@@ -396,7 +396,7 @@ impl<S: Compute> Plan<S> {
         check_length(OPERATION, "weights", weights.len(), self.parameters.len())?;
         check_length(OPERATION, "gradient", gradient.len(), self.parameters.len())?;
         self.forward(weights, statistics)?;
-        let reported = statistics == Statistics::Update;
+        let reported = statistics == RunningStats::Update;
         if reported && self.reported == 0 {
             self.correct.clear()?;
         }
@@ -433,7 +433,7 @@ impl<S: Compute> Plan<S> {
                 if !rounded {
                     plan.round(weights[index])?;
                 }
-                plan.finished_pass(weights[index], Statistics::Keep, gradient, loss, flag.reborrow(), None)
+                plan.finished_pass(weights[index], RunningStats::Keep, gradient, loss, flag.reborrow(), None)
             };
             if index == 0 || !beside {
                 return run(self);

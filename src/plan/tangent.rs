@@ -16,7 +16,7 @@ use crate::kernels::batch_norm::{
 use crate::kernels::loss::{self, LossShape};
 use crate::kernels::vector::{self, Combination, Reduction};
 use crate::kernels::{conv, layers, precision, sharpness};
-use crate::objective::Statistics;
+use crate::objective::RunningStats;
 
 /// What a product with the Hessian needs beside what a gradient does.
 pub(super) struct Tangent<S: Compute> {
@@ -84,7 +84,7 @@ impl<S: Compute> Plan<S> {
         flag: SliceMut<'_, u32>,
     ) -> Result<()> {
         self.round(weights)?;
-        self.forward(weights, Statistics::Keep)?;
+        self.forward(weights, RunningStats::Keep)?;
         self.loss(self.shapes[0].batch, true, false, tangents[0].loss.view_mut(), Some(flag))?;
         for (direction, tangent) in directions.into_iter().zip(&mut *tangents) {
             round(direction, &mut tangent.rounded)?;

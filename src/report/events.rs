@@ -75,11 +75,7 @@ fn of_record(record: &Record) -> (u64, Vec<(String, f64)>) {
             accuracy,
             lr,
             gradient_norm,
-            a,
-            b,
-            vhv,
-            eta,
-            rho,
+            method,
             cosine_gradients,
             cosine_perturbation,
             loss_scale,
@@ -90,16 +86,12 @@ fn of_record(record: &Record) -> (u64, Vec<(String, f64)>) {
                 ("accuracy", Some(*accuracy)),
                 ("lr", Some(*lr)),
                 ("gradient_norm", *gradient_norm),
-                ("a", *a),
-                ("b", *b),
-                ("vhv", *vhv),
-                ("eta", *eta),
-                ("rho", *rho),
                 ("cosine_gradients", *cosine_gradients),
                 ("cosine_perturbation", *cosine_perturbation),
                 ("loss_scale", *loss_scale),
             ];
-            (*step, named("step", &values))
+            let own = method.iter().map(|(name, value)| (format!("step/{name}"), *value));
+            (*step, named("step", &values).into_iter().chain(own).collect())
         }
         Record::Epoch {
             step,

@@ -10,7 +10,7 @@ use crate::device::{self, Buffer, Device, Error, Slice};
 use crate::kernels::batch_norm::Mode;
 use crate::kernels::image::{BatchShape, Normalization};
 use crate::nn::Model;
-use crate::objective::{Accumulated, Accumulator, Objective};
+use crate::objective::Accumulator;
 use crate::plan::{Plan, PlanOptions, Shape};
 
 /// What to measure, and how closely.
@@ -274,7 +274,7 @@ impl CurvatureMeter {
         &mut self,
         weights: Slice<'_, f32>,
         statistics: Slice<'_, f32>,
-        measure: impl FnOnce(&mut Curvature<'_, f32, Accumulated<'_, f32, Batch<'_, f32>>>) -> device::Result<R>,
+        measure: impl FnOnce(&mut Curvature<'_, f32>) -> device::Result<R>,
     ) -> Result<R, TrainError> {
         self.plan.set_statistics(statistics)?;
         let (pixels, labels) = self.images.views();
@@ -301,7 +301,7 @@ impl CurvatureMeter {
         &mut self,
         weights: Slice<'_, f32>,
         statistics: Slice<'_, f32>,
-        mut measure: impl FnMut(&mut Curvature<'_, f32, Batch<'_, f32>>) -> device::Result<R>,
+        mut measure: impl FnMut(&mut Curvature<'_, f32>) -> device::Result<R>,
     ) -> Result<Vec<R>, TrainError> {
         self.plan.set_statistics(statistics)?;
         let (pixels, labels) = self.images.views();
@@ -388,8 +388,8 @@ fn settled<R>(found: device::Result<R>) -> device::Result<Result<R, Finding>> {
 }
 
 /// Takes the measures that are asked for, but for those of parts, in a fixed order.
-fn measure<O: Objective<f32>>(
-    curvature: &mut Curvature<'_, f32, O>,
+fn measure(
+    curvature: &mut Curvature<'_, f32>,
     settings: &CurvatureSettings,
     tensors: &[(String, std::ops::Range<usize>)],
     progress: &mut dyn FnMut(Measure, usize, usize),

@@ -1,14 +1,12 @@
 //! The images that a run, an evaluation or a measurement works on: opened, normalised, on the device, and as an objective.
 
-use std::ops::Range;
 use std::path::Path;
 
 use super::TrainError;
 use crate::data::{self, Dataset, Images, Split, SyntheticSpec};
-use crate::device::{self, Buffer, Compute, Device, HostOptions, Slice, SliceMut};
+use crate::device::{self, Buffer, Compute, Device, HostOptions, Slice};
 use crate::kernels::image::{self, Augment, BatchShape, Normalization, Position};
-use crate::kernels::vector::Reduction;
-use crate::objective::{Displacement, Objective, Statistics};
+use crate::objective::{Domain, Objective, Pass};
 use crate::plan::Plan;
 
 /// Images and labels of a split, on the device.
@@ -112,112 +110,17 @@ pub struct Batch<'a, S: Compute> {
 }
 
 impl<S: Compute<Master = f32>> Objective<f32> for Batch<'_, S> {
-    fn len(&self) -> usize {
-        self.plan.len()
+    fn domain(&self) -> Domain<'_> {
+        Domain { groups: self.samples / self.shape.batch, ..self.plan.domain() }
     }
 
-    fn gradient(
-        &mut self,
-        weights: Slice<'_, f32>,
-        statistics: Statistics,
-        gradient: SliceMut<'_, f32>,
-        loss: SliceMut<'_, f64>,
-        flag: SliceMut<'_, u32>,
-    ) -> device::Result<()> {
-        self.plan.gradient(weights, statistics, gradient, loss, flag)
-    }
-
-    fn gradient_and_norm(
-        &mut self,
-        weights: Slice<'_, f32>,
-        statistics: Statistics,
-        gradient: SliceMut<'_, f32>,
-        loss: SliceMut<'_, f64>,
-        flag: SliceMut<'_, u32>,
-        reduction: &mut Reduction,
-        norm: SliceMut<'_, f64>,
-    ) -> device::Result<()> {
-        self.plan.gradient_and_norm(weights, statistics, gradient, loss, flag, reduction, norm)
-    }
-
-    fn gradient_pair(
-        &mut self,
-        weights: [Slice<'_, f32>; 2],
-        gradients: [SliceMut<'_, f32>; 2],
-        losses: [SliceMut<'_, f64>; 2],
-        flag: SliceMut<'_, u32>,
-    ) -> device::Result<()> {
-        self.plan.gradient_pair(weights, gradients, losses, flag)
-    }
-
-    fn gradient_displaced(
-        &mut self,
-        displacement: Displacement<'_, f32>,
-        point: SliceMut<'_, f32>,
-        gradient: SliceMut<'_, f32>,
-        loss: SliceMut<'_, f64>,
-        flag: SliceMut<'_, u32>,
-    ) -> device::Result<()> {
-        self.plan.gradient_displaced(displacement, point, gradient, loss, flag)
-    }
-
-    fn gradient_pair_displaced(
-        &mut self,
-        displacement: Displacement<'_, f32>,
-        points: [SliceMut<'_, f32>; 2],
-        gradients: [SliceMut<'_, f32>; 2],
-        losses: [SliceMut<'_, f64>; 2],
-        flag: SliceMut<'_, u32>,
-    ) -> device::Result<()> {
-        self.plan.gradient_pair_displaced(displacement, points, gradients, losses, flag)
-    }
-
-    fn hessian_vector(
-        &mut self,
-        weights: Slice<'_, f32>,
-        direction: Slice<'_, f32>,
-        product: SliceMut<'_, f32>,
-        flag: SliceMut<'_, u32>,
-    ) -> device::Result<()> {
-        self.plan.hessian_vector(weights, direction, product, flag)
-    }
-
-    fn hessian_vector_pair(
-        &mut self,
-        weights: Slice<'_, f32>,
-        directions: [Slice<'_, f32>; 2],
-        products: [SliceMut<'_, f32>; 2],
-        flag: SliceMut<'_, u32>,
-    ) -> device::Result<()> {
-        self.plan.hessian_vector_pair(weights, directions, products, flag)
-    }
-
-    fn displacement(&mut self, from: Slice<'_, f32>, to: Slice<'_, f32>, out: SliceMut<'_, f32>) -> device::Result<()> {
-        self.plan.displacement(from, to, out)
-    }
-
-    fn padding(&self) -> Vec<Range<usize>> {
-        self.plan.padding()
-    }
-
-    fn groups(&self) -> usize {
-        self.samples / self.shape.batch
-    }
-
-    fn select(&mut self, group: usize) -> device::Result<()> {
+    fn pass(&mut self, pass: Pass<'_, f32>) -> device::Result<()> {
+        let Pass::Select { group } = pass else { return self.plan.pass(pass) };
         let clock = self.clock.map(|clock| (clock, self.samples));
         let position = Position { first: group * self.shape.batch, clock };
         let (images, labels) = self.plan.batch_mut()?;
         let (pixels, truth, order) = (self.pixels, self.labels, self.order);
         image::batch(&self.shape, pixels, truth, order, position, self.normalization, self.augment, images, labels)
-    }
-
-    fn abandon(&mut self) {
-        self.plan.abandon();
-    }
-
-    fn commit(&mut self, skip: Slice<'_, u32>) -> device::Result<()> {
-        self.plan.commit(skip)
     }
 }
 
@@ -229,7 +132,7 @@ mod tests {
     use crate::device::{Device, HostOptions};
     use crate::nn::{Model, Shortcut};
     use crate::objective::Accumulator;
-    use crate::optim::{Base, CrSamTerms, Form, Method, Optimizer, Settings};
+    use crate::optim::{Base, CrSam, Form, Optimizer, Settings};
     use crate::plan::{PlanOptions, Shape};
 
     /// What a plan does better than one by one reaches an optimizer through what lies between them: CR-SAM's first gradient comes
@@ -266,9 +169,8 @@ mod tests {
         let pixels = device.upload(&pixels).unwrap();
         let (labels, order) = (device.upload(&[1u32, 3]).unwrap(), device.upload(&[0u32, 1]).unwrap());
         let mut weights = device.upload(&vec![0.1f32; plan.len()]).unwrap();
-        let terms = CrSamTerms { form: Form::Released, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
-        let method = Method::CrSam { rho: 0.1, terms };
-        let settings = Settings::new(method, Base::Sgd { momentum: 0.9, nesterov: false });
+        let method = CrSam { form: Form::Released, ..CrSam::default() };
+        let settings = Settings::new(method, Base::sgd(0.9));
         let mut optimizer = Optimizer::new(&device, plan.len(), settings).unwrap();
         let mut accumulator = Accumulator::new(&device, plan.len(), 1).unwrap();
         let normalization = Normalization { mean: [0.5; 4], std: [0.25; 4] };

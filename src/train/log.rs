@@ -1,5 +1,6 @@
 //! `log.jsonl`: a line per epoch, and where asked for, per step and for what curvature was found.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -28,21 +29,9 @@ pub enum Record {
         images_per_second: f64,
         /// ‖g‖ at the unperturbed weights.
         gradient_norm: Option<f64>,
-        /// `L+ + L− − 2L0`.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        a: Option<f64>,
-        /// `L+ − L−`.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        b: Option<f64>,
-        /// `A/ρ²`.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        vhv: Option<f64>,
-        /// SA-SAM's step size.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        eta: Option<f64>,
-        /// SA-SAM's radius.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        rho: Option<f64>,
+        /// The method's own numbers, under the names that [`Method::telemetry`](crate::optim::Method::telemetry) gives them.
+        #[serde(flatten)]
+        method: BTreeMap<String, f64>,
         /// Between the gradients at the unperturbed and at the perturbed weights.
         #[serde(skip_serializing_if = "Option::is_none")]
         cosine_gradients: Option<f64>,
@@ -77,12 +66,9 @@ pub enum Record {
         lr: f64,
         /// ‖g‖ at the unperturbed weights of its last step.
         gradient_norm: Option<f64>,
-        /// `L+ + L− − 2L0` of its last step.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        a: Option<f64>,
-        /// `L+ − L−` of its last step.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        b: Option<f64>,
+        /// The method's own numbers in its last step.
+        #[serde(flatten)]
+        method: BTreeMap<String, f64>,
         /// Training images per second, evaluation left out.
         images_per_second: f64,
         /// Seconds of training since the start, evaluation left out.

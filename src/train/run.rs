@@ -1,6 +1,7 @@
 //! The training loop.
 
 use std::cmp::Ordering::{Equal, Less};
+use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -453,7 +454,7 @@ impl<'a, S: Compute<Master = f32>> Run<'a, S> {
 
     /// That of the newest step: the method's own, or the schedule's.
     fn learning_rate(&self, telemetry: &Telemetry) -> f64 {
-        telemetry.eta.unwrap_or_else(|| self.schedule.rate(self.step - 1))
+        telemetry.own_rate.unwrap_or_else(|| self.schedule.rate(self.step - 1))
     }
 
     /// Writes the newest step to the log.
@@ -469,11 +470,7 @@ impl<'a, S: Compute<Master = f32>> Run<'a, S> {
             lr: self.learning_rate(&telemetry),
             images_per_second: self.images_per_second(),
             gradient_norm: finite(telemetry.gradient_norm),
-            a: telemetry.a.and_then(finite),
-            b: telemetry.b.and_then(finite),
-            vhv: telemetry.vhv.and_then(finite),
-            eta: telemetry.eta.and_then(finite),
-            rho: telemetry.rho.and_then(finite),
+            method: finite_numbers(&telemetry),
             cosine_gradients: telemetry.cosine_gradients.and_then(finite),
             cosine_perturbation: telemetry.cosine_perturbation.and_then(finite),
             loss_scale: self.training.loss_scale()?.map(|[scale, _]| scale),
@@ -519,8 +516,7 @@ impl<'a, S: Compute<Master = f32>> Run<'a, S> {
             test_accuracy: test.accuracy,
             lr: self.learning_rate(&telemetry),
             gradient_norm: finite(telemetry.gradient_norm),
-            a: telemetry.a.and_then(finite),
-            b: telemetry.b.and_then(finite),
+            method: finite_numbers(&telemetry),
             images_per_second,
             seconds: self.seconds,
             skipped: telemetry.skipped,
@@ -590,6 +586,12 @@ fn curvature_images(options: &Options, train: &Images) -> Result<(usize, Images)
 
 fn finite(value: f64) -> Option<f64> {
     value.is_finite().then_some(value)
+}
+
+/// The method's own numbers, by name. Those that are not finite are left out.
+fn finite_numbers(telemetry: &Telemetry) -> BTreeMap<String, f64> {
+    let finite = telemetry.method.iter().filter(|(_, value)| value.is_finite());
+    finite.map(|(name, value)| (name.to_string(), *value)).collect()
 }
 
 /// All settings as TOML, for the run in a folder.

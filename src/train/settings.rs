@@ -7,11 +7,10 @@ use serde::{Deserialize, Serialize};
 use super::{CurvatureSettings, TrainError};
 use crate::arena::Layout;
 use crate::device::HostOptions;
-use crate::kernels::random;
 use crate::nn::{Model, Shortcut};
 use crate::optim::{
-    self, Base, CrSamTerms, Decay, Form, GamTerms, Gnr, Method, Perturbation, Product, RhoSchedule, Sam, Scaling,
-    StepSize,
+    self, Asam, Base, Context, CrSam, Decay, Form, Gam, Gnr, Gsam, Hvp, LookSam, Method, Norm, Oracle, Plain, RSam,
+    RandomSam, RhoSchedule, SaSam, SaSgd, Sam,
 };
 
 /// A choice that is written as one of a few words.
@@ -465,11 +464,6 @@ pub struct Options {
     pub curvature_probes: Option<usize>,
 }
 
-/// The key of a method's random directions.
-fn method_seed(seed: u64) -> u64 {
-    random::key(seed, b"polderzz")
-}
-
 /// An option, whatever its type.
 trait Given {
     fn given(&self) -> bool;
@@ -875,56 +869,53 @@ impl Options {
         Ok(Model::from_name(self.model.as_deref().unwrap_or("resnet8"), shortcut)?)
     }
 
-    /// What the optimizer does; of resolved options.
-    pub(super) fn optimizer(&self, layout: &Layout) -> optim::Settings {
+    /// The method with its settings; of resolved options.
+    fn method(&self) -> Box<dyn Method<f32>> {
         let number = |option: Option<f64>| option.unwrap_or_default();
-        let (rho, alpha, seed) = (number(self.rho), number(self.alpha), self.seed.unwrap_or_default());
+        let (rho, alpha) = (number(self.rho), number(self.alpha));
         let every = self.every.unwrap_or(1);
-        let name = self.optimizer.unwrap_or(OptimizerName::Sam);
-        let step_size = StepSize { eta0: number(self.lr), delta: number(self.delta), theta0: 1.0 };
-        let method = match name {
-            OptimizerName::Sgd | OptimizerName::AdamW => Method::Plain,
-            OptimizerName::Sam => Method::Sam(Sam {
+        match self.optimizer.unwrap_or(OptimizerName::Sam) {
+            OptimizerName::Sgd | OptimizerName::AdamW => Box::new(Plain {}),
+            OptimizerName::Sam => Box::new(Sam {
                 rho,
-                perturbation: match self.p_norm {
-                    Some(NormName::Infinity) => Perturbation::Linf,
-                    _ => Perturbation::L2,
-                },
+                p_norm: if self.p_norm == Some(NormName::Infinity) { Norm::Infinity } else { Norm::Two },
                 ascent_steps: self.ascent_steps.unwrap_or(1),
                 second_order: self.second_order.unwrap_or_default(),
             }),
-            OptimizerName::Asam => {
-                let scaling = Scaling { eta: number(self.eta), scaled_len: layout.weights_len() };
-                Method::with_perturbation(rho, Perturbation::Adaptive(scaling))
-            }
-            OptimizerName::RandomSam => {
-                Method::with_perturbation(rho, Perturbation::Random { seed: method_seed(seed) })
-            }
-            OptimizerName::RSam => Method::RSam { rho, sigma: number(self.sigma), seed: method_seed(seed) },
-            OptimizerName::Gsam => Method::Gsam { rho, alpha },
-            OptimizerName::LookSam => Method::LookSam { rho, alpha, every },
+            OptimizerName::Asam => Box::new(Asam { rho, eta: number(self.eta), ..Asam::default() }),
+            OptimizerName::RandomSam => Box::new(RandomSam { rho, ..RandomSam::default() }),
+            OptimizerName::RSam => Box::new(RSam { rho, sigma: number(self.sigma), ..RSam::default() }),
+            OptimizerName::Gsam => Box::new(Gsam { rho, alpha }),
+            OptimizerName::LookSam => Box::new(LookSam { rho, alpha, every }),
             OptimizerName::CrSam => {
                 let form = if self.form == Some(FormName::Released) { Form::Released } else { Form::Log };
                 let [beta, a_min, b_min] = [self.beta, self.a_min, self.b_min].map(number);
-                Method::CrSam { rho, terms: CrSamTerms { form, alpha, beta, a_min, b_min } }
+                Box::new(CrSam { rho, alpha, beta, form, a_min, b_min })
             }
-            OptimizerName::Gnr => Method::Gnr(Gnr {
+            OptimizerName::Gnr => Box::new(Gnr {
                 rho,
                 alpha,
-                product: match self.hvp {
-                    Some(HvpName::Exact) => Product::Exact,
-                    _ => Product::Difference { radius: 0.01 },
-                },
+                hvp: if self.hvp == Some(HvpName::Exact) { Hvp::Exact } else { Hvp::Difference },
+                oracle: if self.oracle == Some(OracleName::Sam) { Oracle::Sam } else { Oracle::Loss },
+                oracle_rho: number(self.oracle_rho),
                 every,
-                oracle_rho: self.oracle_rho,
+                ..Gnr::default()
             }),
             OptimizerName::Gam => {
                 let [beta0, beta1, gamma] = [self.beta0, self.beta1, self.gamma].map(number);
-                Method::Gam { rho, rho_norm: number(self.rho_norm), terms: GamTerms { beta0, beta1, gamma } }
+                Box::new(Gam { rho, rho_norm: number(self.rho_norm), beta0, beta1, gamma })
             }
-            OptimizerName::SaSam => Method::SaSam(step_size),
-            OptimizerName::SaSgd => Method::SaSgd(step_size),
-        };
+            OptimizerName::SaSam => Box::new(SaSam { delta: number(self.delta), ..SaSam::default() }),
+            OptimizerName::SaSgd => Box::new(SaSgd { delta: number(self.delta), ..SaSgd::default() }),
+        }
+    }
+
+    /// What the optimizer does; of resolved options.
+    pub(super) fn optimizer(&self, layout: &Layout) -> optim::Settings<f32> {
+        let mut method = self.method();
+        let (seed, learning_rate) = (self.seed.unwrap_or_default(), self.lr.unwrap_or_default());
+        method.prepare(&Context { layout, seed, learning_rate });
+        let name = self.optimizer.unwrap_or(OptimizerName::Sam);
         let base = match name {
             OptimizerName::Sgd => BaseName::Sgd,
             OptimizerName::AdamW => BaseName::AdamW,

@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use polder::arena::{Kind, Layout};
-use polder::device::{Buffer, Compute, Device};
+use polder::device::{Buffer, Compute, Device, Scalar};
 use polder::kernels::image::{self, BatchShape, Normalization, Position};
 use polder::nn::{Model, Shortcut};
 use polder::optim::{
-    Base, CrSamTerms, Form, GamTerms, Gnr, Method, Optimizer, Perturbation, Product, Sam, Scaling, Settings, StepSize,
+    Asam, Base, CrSam, Form, Gam, Gnr, Gsam, Hvp, LookSam, Method, Norm, Optimizer, Oracle, Plain, RSam, RandomSam,
+    SaSam, SaSgd, Sam, Settings,
 };
 use polder::plan::{Plan, PlanOptions, Shape};
 use safetensors::SafeTensors;
@@ -100,7 +101,7 @@ pub fn plan<S: Compute>(device: &Device, fixture: &Value, batch: usize) -> Plan<
 }
 
 /// The optimizer's settings of a run.
-fn settings(run: &Value, layout: &Layout) -> Settings {
+fn settings<T: Scalar>(run: &Value, layout: &Layout) -> Settings<T> {
     let base = match run["base"].as_str().unwrap() {
         "sgd" => Base::Sgd { momentum: number(&run["momentum"]), nesterov: run["nesterov"].as_bool().unwrap() },
         "adamw" => {
@@ -114,46 +115,49 @@ fn settings(run: &Value, layout: &Layout) -> Settings {
     Settings { method, base, weight_decay, decay_len, clip: run["clip"].as_f64() }
 }
 
-fn method(run: &Value, layout: &Layout) -> Method {
+fn method<T: Scalar>(run: &Value, layout: &Layout) -> Box<dyn Method<T>> {
     let of = |key: &str| number(&run[key]);
     let seed = || run["seed"].as_u64().unwrap();
     let every = || run["every"].as_u64().unwrap();
-    let step_size = || StepSize { eta0: of("eta0"), delta: of("delta"), theta0: of("theta0") };
     match run["optimizer"].as_str().unwrap() {
-        "sgd" | "adamw" => Method::Plain,
-        "sam" | "sam-in-groups" => Method::Sam(Sam {
+        "sgd" | "adamw" => Box::new(Plain {}),
+        "sam" | "sam-in-groups" => Box::new(Sam {
             rho: of("rho"),
-            perturbation: if run["p_norm"] == "inf" { Perturbation::Linf } else { Perturbation::L2 },
+            p_norm: if run["p_norm"] == "inf" { Norm::Infinity } else { Norm::Two },
             ascent_steps: run["ascent_steps"].as_u64().unwrap_or(1) as usize,
             second_order: run["second_order"].as_bool().unwrap_or(false),
         }),
-        "random-sam" => Method::with_perturbation(of("rho"), Perturbation::Random { seed: seed() }),
-        "r-sam" => Method::RSam { rho: of("rho"), sigma: of("sigma"), seed: seed() },
-        "asam" => {
-            let scaling = Scaling { eta: of("eta"), scaled_len: layout.weights_len() };
-            Method::with_perturbation(of("rho"), Perturbation::Adaptive(scaling))
-        }
-        "cr-sam" => {
-            let form = if run["form"] == "log" { Form::Log } else { Form::Released };
-            let terms =
-                CrSamTerms { form, alpha: of("alpha"), beta: of("beta"), a_min: of("a_min"), b_min: of("b_min") };
-            Method::CrSam { rho: of("rho"), terms }
-        }
-        "gnr" => Method::Gnr(Gnr {
+        "random-sam" => Box::new(RandomSam { rho: of("rho"), seed: seed() }),
+        "r-sam" => Box::new(RSam { rho: of("rho"), sigma: of("sigma"), seed: seed() }),
+        "asam" => Box::new(Asam { rho: of("rho"), eta: of("eta"), scaled_len: layout.weights_len() }),
+        "cr-sam" => Box::new(CrSam {
             rho: of("rho"),
             alpha: of("alpha"),
-            product: run["radius"].as_f64().map_or(Product::Exact, |radius| Product::Difference { radius }),
-            every: every(),
-            oracle_rho: run["oracle_rho"].as_f64(),
+            beta: of("beta"),
+            form: if run["form"] == "log" { Form::Log } else { Form::Released },
+            a_min: of("a_min"),
+            b_min: of("b_min"),
         }),
-        "gam" => {
-            let terms = GamTerms { beta0: of("beta0"), beta1: of("beta1"), gamma: of("gamma") };
-            Method::Gam { rho: of("rho"), rho_norm: of("rho_norm"), terms }
-        }
-        "sa-sam" => Method::SaSam(step_size()),
-        "sa-sgd" => Method::SaSgd(step_size()),
-        "gsam" => Method::Gsam { rho: of("rho"), alpha: of("alpha") },
-        "looksam" => Method::LookSam { rho: of("rho"), alpha: of("alpha"), every: every() },
+        "gnr" => Box::new(Gnr {
+            rho: of("rho"),
+            alpha: of("alpha"),
+            hvp: if run["radius"].is_null() { Hvp::Exact } else { Hvp::Difference },
+            radius: run["radius"].as_f64().unwrap_or(f64::NAN),
+            oracle: if run["oracle_rho"].is_null() { Oracle::Loss } else { Oracle::Sam },
+            oracle_rho: run["oracle_rho"].as_f64().unwrap_or(1.0),
+            every: every(),
+        }),
+        "gam" => Box::new(Gam {
+            rho: of("rho"),
+            rho_norm: of("rho_norm"),
+            beta0: of("beta0"),
+            beta1: of("beta1"),
+            gamma: of("gamma"),
+        }),
+        "sa-sam" => Box::new(SaSam { delta: of("delta"), eta0: of("eta0"), theta0: of("theta0") }),
+        "sa-sgd" => Box::new(SaSgd { delta: of("delta"), eta0: of("eta0"), theta0: of("theta0") }),
+        "gsam" => Box::new(Gsam { rho: of("rho"), alpha: of("alpha") }),
+        "looksam" => Box::new(LookSam { rho: of("rho"), alpha: of("alpha"), every: every() }),
         other => panic!("no method: {other}"),
     }
 }
@@ -199,12 +203,12 @@ pub fn check_run<S: Compute>(device: &Device, name: &str, tolerance: f64) {
         };
         close(telemetry.loss, "loss", telemetry.loss);
         close(telemetry.gradient_norm, "grad_norm", telemetry.gradient_norm);
-        for (key, found) in [("a", telemetry.a), ("b", telemetry.b)] {
+        for (key, found) in ["a", "b"].map(|key| (key, telemetry.get(key))) {
             assert_eq!(found.is_some(), step.get(key).is_some(), "{name}: {key}");
             // A difference of losses: judged on the losses' scale.
             found.iter().for_each(|&found| close(found, key, telemetry.loss));
         }
-        for (key, found) in [("eta", telemetry.eta), ("rho", telemetry.rho)] {
+        for (key, found) in ["eta", "rho"].map(|key| (key, telemetry.get(key))) {
             assert_eq!(found.is_some(), step.get(key).is_some(), "{name}: {key}");
             found.iter().for_each(|&found| close(found, key, found));
         }

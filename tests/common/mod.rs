@@ -3,12 +3,11 @@
 
 #[cfg(feature = "train")]
 pub mod fixtures;
-
-use std::ops::Range;
+pub mod methods;
 
 use polder::arena::Kind;
-use polder::device::{BlockOrder, Buffer, Compute, Device, HostOptions, Result, Scalar, Slice, SliceMut};
-use polder::objective::{Objective, Statistics};
+use polder::device::{BlockOrder, Buffer, Compute, Device, HostOptions, Result, Scalar};
+use polder::objective::{Domain, Objective, Pass};
 use polder::plan::Plan;
 
 /// Every way to run a kernel here: the CPU's shapes on one and on two threads, the GPU's shapes on the CPU in three orders, and
@@ -178,67 +177,14 @@ pub struct Grouped<'a, S: Compute, F> {
 }
 
 impl<S: Compute, F: FnMut(&mut Plan<S>, usize) -> Result<()>> Objective<S::Master> for Grouped<'_, S, F> {
-    fn len(&self) -> usize {
-        self.plan.len()
+    fn domain(&self) -> Domain<'_> {
+        Domain { groups: self.groups, ..self.plan.domain() }
     }
 
-    fn gradient(
-        &mut self,
-        weights: Slice<'_, S::Master>,
-        statistics: Statistics,
-        gradient: SliceMut<'_, S::Master>,
-        loss: SliceMut<'_, f64>,
-        flag: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        self.plan.gradient(weights, statistics, gradient, loss, flag)
-    }
-
-    fn gradient_pair(
-        &mut self,
-        weights: [Slice<'_, S::Master>; 2],
-        gradients: [SliceMut<'_, S::Master>; 2],
-        losses: [SliceMut<'_, f64>; 2],
-        flag: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        self.plan.gradient_pair(weights, gradients, losses, flag)
-    }
-
-    fn hessian_vector(
-        &mut self,
-        weights: Slice<'_, S::Master>,
-        direction: Slice<'_, S::Master>,
-        product: SliceMut<'_, S::Master>,
-        flag: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        self.plan.hessian_vector(weights, direction, product, flag)
-    }
-
-    fn displacement(
-        &mut self,
-        from: Slice<'_, S::Master>,
-        to: Slice<'_, S::Master>,
-        out: SliceMut<'_, S::Master>,
-    ) -> Result<()> {
-        self.plan.displacement(from, to, out)
-    }
-
-    fn padding(&self) -> Vec<Range<usize>> {
-        self.plan.padding()
-    }
-
-    fn groups(&self) -> usize {
-        self.groups
-    }
-
-    fn select(&mut self, group: usize) -> Result<()> {
-        (self.show)(self.plan, group)
-    }
-
-    fn abandon(&mut self) {
-        self.plan.abandon();
-    }
-
-    fn commit(&mut self, skip: Slice<'_, u32>) -> Result<()> {
-        self.plan.commit(skip)
+    fn pass(&mut self, pass: Pass<'_, S::Master>) -> Result<()> {
+        match pass {
+            Pass::Select { group } => (self.show)(self.plan, group),
+            other => self.plan.pass(other),
+        }
     }
 }

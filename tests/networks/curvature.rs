@@ -4,9 +4,9 @@ use crate::common::{self, Grouped, Random, devices};
 use nalgebra::DMatrix;
 use polder::arena::{Kind, Layout};
 use polder::curvature::{Curvature, Estimate, Passes, Rise, filter_normalized};
-use polder::device::{Device, Result, Scalar, Slice, SliceMut};
+use polder::device::{Device, Result, Scalar, Slice};
 use polder::nn::initial_weights;
-use polder::objective::{Accumulator, Objective, Statistics};
+use polder::objective::{Accumulator, Domain, Objective, Pass, RunningStats};
 use polder::plan::{Graph, Plan, PlanOptions, Shape};
 
 /// ½ wᵀHw, H symmetric.
@@ -24,36 +24,25 @@ impl Quadratic {
 }
 
 impl Objective<f64> for Quadratic {
-    fn len(&self) -> usize {
-        self.len
+    fn domain(&self) -> Domain<'_> {
+        Domain::of_len(self.len)
     }
 
-    fn gradient(
-        &mut self,
-        weights: Slice<'_, f64>,
-        statistics: Statistics,
-        mut gradient: SliceMut<'_, f64>,
-        mut loss: SliceMut<'_, f64>,
-        mut flag: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        assert_eq!(statistics, Statistics::Keep, "a measurement changes nothing");
-        let slope = self.times(weights)?;
-        let value: f64 = 0.5 * slope.iter().zip(weights.to_vec()?).map(|(g, w)| g * w).sum::<f64>();
-        if !value.is_finite() {
-            flag.write(&[1])?;
+    fn pass(&mut self, pass: Pass<'_, f64>) -> Result<()> {
+        match pass {
+            Pass::Gradient { weights, running_stats, mut gradient, mut loss, mut flag } => {
+                assert_eq!(running_stats, RunningStats::Keep, "a measurement changes nothing");
+                let slope = self.times(weights)?;
+                let value: f64 = 0.5 * slope.iter().zip(weights.to_vec()?).map(|(g, w)| g * w).sum::<f64>();
+                if !value.is_finite() {
+                    flag.write(&[1])?;
+                }
+                loss.write(&[value])?;
+                gradient.write(&slope)
+            }
+            Pass::HessianVector { direction, mut product, .. } => product.write(&self.times(direction)?),
+            other => other.split(self),
         }
-        loss.write(&[value])?;
-        gradient.write(&slope)
-    }
-
-    fn hessian_vector(
-        &mut self,
-        _: Slice<'_, f64>,
-        direction: Slice<'_, f64>,
-        mut product: SliceMut<'_, f64>,
-        _: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        product.write(&self.times(direction)?)
     }
 }
 
@@ -278,7 +267,7 @@ fn softmax_regression_over_parts_has_its_analytic_trace() {
     assert!(error.to_string().contains("3 groups, expected one"), "{error}");
     let mut accumulator = Accumulator::new(&device, weights.len(), samples / batch).unwrap();
     let mut all = accumulator.over(&mut parts);
-    assert_eq!(all.padding().iter().map(|gap| gap.len()).sum::<usize>(), 128 - 18);
+    assert_eq!(all.domain().padding.iter().map(|gap| gap.len()).sum::<usize>(), 128 - 18);
     let found = Curvature::new(&mut all, weights.view()).unwrap().trace(20_000, 11, |_| ()).unwrap();
     let error = found.standard_error.unwrap();
     assert!(error < 0.005 * trace && (found.value - trace).abs() < 4.0 * error, "{found:?} instead of {trace}");
@@ -355,31 +344,22 @@ fn what_is_not_finite_is_an_error() {
 struct Line(fn(f64) -> [f64; 3]);
 
 impl Objective<f64> for Line {
-    fn len(&self) -> usize {
-        1
+    fn domain(&self) -> Domain<'_> {
+        Domain::of_len(1)
     }
 
-    fn gradient(
-        &mut self,
-        weights: Slice<'_, f64>,
-        _: Statistics,
-        mut gradient: SliceMut<'_, f64>,
-        mut loss: SliceMut<'_, f64>,
-        _: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        let [value, slope, _] = self.0(weights.to_vec()?[0]);
-        loss.write(&[value])?;
-        gradient.write(&[slope])
-    }
-
-    fn hessian_vector(
-        &mut self,
-        weights: Slice<'_, f64>,
-        direction: Slice<'_, f64>,
-        mut product: SliceMut<'_, f64>,
-        _: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        product.write(&[self.0(weights.to_vec()?[0])[2] * direction.to_vec()?[0]])
+    fn pass(&mut self, pass: Pass<'_, f64>) -> Result<()> {
+        match pass {
+            Pass::Gradient { weights, mut gradient, mut loss, .. } => {
+                let [value, slope, _] = self.0(weights.to_vec()?[0]);
+                loss.write(&[value])?;
+                gradient.write(&[slope])
+            }
+            Pass::HessianVector { weights, direction, mut product, .. } => {
+                product.write(&[self.0(weights.to_vec()?[0])[2] * direction.to_vec()?[0]])
+            }
+            other => other.split(self),
+        }
     }
 }
 
@@ -555,7 +535,7 @@ fn passes_are_counted() {
     let len = 9;
     let mut objective = symmetric(&mut Random(29), len);
     let weights = device.upload(&Random(4).vector::<f64>(len)).unwrap();
-    type Measure = fn(&mut Curvature<'_, f64, Quadratic>) -> Result<()>;
+    type Measure = fn(&mut Curvature<'_, f64>) -> Result<()>;
     let cases: [(&str, Measure, u64, u64); 10] = [
         ("gradient norm", |c| c.gradient_norm().map(drop), 1, 0),
         ("trace", |c| c.trace(7, 1, |_| ()).map(drop), 0, 7),
@@ -614,33 +594,24 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 }
 
 impl Objective<f64> for Regression {
-    fn len(&self) -> usize {
-        self.features
+    fn domain(&self) -> Domain<'_> {
+        Domain::of_len(self.features)
     }
 
-    fn gradient(
-        &mut self,
-        weights: Slice<'_, f64>,
-        _: Statistics,
-        mut gradient: SliceMut<'_, f64>,
-        mut loss: SliceMut<'_, f64>,
-        _: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        let w = weights.to_vec()?;
-        let total: f64 = self.rows().map(|(x, target)| self.of_output(dot(x, &w), target)[0]).sum();
-        loss.write(&[total / self.targets.len() as f64])?;
-        gradient.write(&self.gather(&w, |[_, slope, _], _| slope))
-    }
-
-    fn hessian_vector(
-        &mut self,
-        weights: Slice<'_, f64>,
-        direction: Slice<'_, f64>,
-        mut product: SliceMut<'_, f64>,
-        _: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        let (w, d) = (weights.to_vec()?, direction.to_vec()?);
-        product.write(&self.gather(&w, |[_, _, bend], x| bend * dot(x, &d)))
+    fn pass(&mut self, pass: Pass<'_, f64>) -> Result<()> {
+        match pass {
+            Pass::Gradient { weights, mut gradient, mut loss, .. } => {
+                let w = weights.to_vec()?;
+                let total: f64 = self.rows().map(|(x, target)| self.of_output(dot(x, &w), target)[0]).sum();
+                loss.write(&[total / self.targets.len() as f64])?;
+                gradient.write(&self.gather(&w, |[_, slope, _], _| slope))
+            }
+            Pass::HessianVector { weights, direction, mut product, .. } => {
+                let (w, d) = (weights.to_vec()?, direction.to_vec()?);
+                product.write(&self.gather(&w, |[_, _, bend], x| bend * dot(x, &d)))
+            }
+            other => other.split(self),
+        }
     }
 }
 
@@ -700,31 +671,22 @@ fn regressions_have_their_analytic_hessians() {
 struct Watching(Vec<Vec<f32>>, usize);
 
 impl Objective<f32> for Watching {
-    fn len(&self) -> usize {
-        self.1
+    fn domain(&self) -> Domain<'_> {
+        Domain::of_len(self.1)
     }
 
-    fn gradient(
-        &mut self,
-        _: Slice<'_, f32>,
-        _: Statistics,
-        mut gradient: SliceMut<'_, f32>,
-        mut loss: SliceMut<'_, f64>,
-        _: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        loss.clear()?;
-        gradient.clear()
-    }
-
-    fn hessian_vector(
-        &mut self,
-        _: Slice<'_, f32>,
-        direction: Slice<'_, f32>,
-        mut product: SliceMut<'_, f32>,
-        _: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        self.0.push(direction.to_vec()?);
-        product.copy_from(direction)
+    fn pass(&mut self, pass: Pass<'_, f32>) -> Result<()> {
+        match pass {
+            Pass::Gradient { mut gradient, mut loss, .. } => {
+                loss.clear()?;
+                gradient.clear()
+            }
+            Pass::HessianVector { direction, mut product, .. } => {
+                self.0.push(direction.to_vec()?);
+                product.copy_from(direction)
+            }
+            other => other.split(self),
+        }
     }
 }
 
@@ -789,7 +751,7 @@ fn a_filter_normalised_direction_has_the_lengths_of_the_filters() {
             }
         }
         for gap in layout.padding() {
-            assert!(found[gap].iter().all(|&value| value == 0.0), "{name}");
+            assert!(found[gap.clone()].iter().all(|&value| value == 0.0), "{name}");
         }
         assert_eq!(found, direction(3, 0), "{name}");
         assert!(found != direction(3, 1) && found != direction(4, 0), "{name}");

@@ -4,10 +4,10 @@
 use crate::common::fixtures::{fixture, hash_uniform, hash_weights, number, read_json};
 use crate::common::{self, Random, bits, weights};
 use half::{bf16, f16};
-use polder::device::{Buffer, Compute, Device, Error, Result, Scalar, Slice, SliceMut};
+use polder::device::{Buffer, Compute, Device, Error, Result, Scalar};
 use polder::kernels::batch_norm::Mode;
 use polder::nn::{Model, Shortcut, initial_weights};
-use polder::objective::{Objective, Statistics};
+use polder::objective::{Domain, Objective, Pass, RunningStats};
 use polder::plan::{Graph, Plan, PlanOptions, Shape, Value};
 use safetensors::SafeTensors;
 
@@ -56,7 +56,7 @@ fn gradient<T: Scalar>(plan: &mut Plan<T>, at: &[f64]) -> Vec<T> {
     let at = upload::<T>(&device, at);
     let mut gradient = poisoned(plan);
     let (mut loss, mut flag) = (device.poisoned(1).unwrap(), device.zeros(1).unwrap());
-    plan.gradient(at.view(), Statistics::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
+    plan.gradient(at.view(), RunningStats::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
     assert_eq!(flag.to_vec().unwrap(), [0]);
     gradient.to_vec().unwrap()
 }
@@ -431,19 +431,15 @@ fn what_is_not_finite_shows() {
 struct Bowl;
 
 impl Objective<f64> for Bowl {
-    fn len(&self) -> usize {
-        1
+    fn domain(&self) -> Domain<'_> {
+        Domain::of_len(1)
     }
 
-    fn gradient(
-        &mut self,
-        _: Slice<'_, f64>,
-        _: Statistics,
-        _: SliceMut<'_, f64>,
-        _: SliceMut<'_, f64>,
-        _: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        Ok(())
+    fn pass(&mut self, pass: Pass<'_, f64>) -> Result<()> {
+        match pass {
+            Pass::Gradient { .. } => Ok(()),
+            other => other.split(self),
+        }
     }
 }
 

@@ -2,12 +2,13 @@
 //! cannot be taken.
 
 use crate::common;
-use polder::device::{Buffer, Device, Result, Scalar, Slice, SliceMut};
+use crate::common::methods::AnyMethod;
+use polder::device::{Buffer, Device, Result, Scalar};
 use polder::kernels::random;
-use polder::objective::{Objective, Statistics};
+use polder::objective::{Domain, Objective, Pass, Passes};
 use polder::optim::{
-    Base, CrSamTerms, Form, GamTerms, Gnr, Method, Optimizer, Perturbation, Product, Sam, Scaling, Settings, StepSize,
-    Telemetry,
+    Asam, Base, CrSam, Form, Gam, Gnr, Gsam, Hvp, LookSam, Norm, Optimizer, Oracle, RSam, RandomSam, SaSam, SaSgd, Sam,
+    Settings, Telemetry,
 };
 
 /// A loss and its gradient, written down on the host in double; its Hessian by central differences, of which the functions here
@@ -19,52 +20,42 @@ struct Function<F> {
 }
 
 impl<T: Scalar, F: FnMut(&[f64]) -> (f64, Vec<f64>)> Objective<T> for Function<F> {
-    fn len(&self) -> usize {
-        self.len
+    fn domain(&self) -> Domain<'_> {
+        Domain::of_len(self.len)
     }
 
-    fn gradient(
-        &mut self,
-        weights: Slice<'_, T>,
-        _: Statistics,
-        mut gradient: SliceMut<'_, T>,
-        mut loss: SliceMut<'_, f64>,
-        mut flag: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        let w: Vec<f64> = common::to_f64(&weights.to_vec()?);
-        let (value, slope) = (self.f)(&w);
-        if !value.is_finite() || slope.iter().any(|g| !g.is_finite()) {
-            flag.write(&[1])?;
+    fn pass(&mut self, pass: Pass<'_, T>) -> Result<()> {
+        match pass {
+            Pass::Gradient { weights, mut gradient, mut loss, mut flag, .. } => {
+                let w: Vec<f64> = common::to_f64(&weights.to_vec()?);
+                let (value, slope) = (self.f)(&w);
+                if !value.is_finite() || slope.iter().any(|g| !g.is_finite()) {
+                    flag.write(&[1])?;
+                }
+                let slope: Vec<T> = slope.into_iter().map(T::from_f64).collect();
+                gradient.write(&slope)?;
+                loss.write(&[value])
+            }
+            Pass::HessianVector { weights, direction, mut product, mut flag } => {
+                let [w, d] = [weights, direction].map(|vector| vector.to_vec().map(|values| common::to_f64(&values)));
+                let mut finite = true;
+                let mut f = |w: &[f64]| {
+                    let (loss, slope) = (self.f)(w);
+                    finite &= loss.is_finite();
+                    (loss, slope)
+                };
+                let found = hessian_times(&mut f, &w?, &d?);
+                if !finite || found.iter().any(|value| !value.is_finite()) {
+                    flag.write(&[1])?;
+                }
+                product.write(&found.into_iter().map(T::from_f64).collect::<Vec<T>>())
+            }
+            Pass::Commit { skip } => {
+                self.commits += usize::from(skip.to_vec()? == [0]);
+                Ok(())
+            }
+            other => other.split(self),
         }
-        let slope: Vec<T> = slope.into_iter().map(T::from_f64).collect();
-        gradient.write(&slope)?;
-        loss.write(&[value])
-    }
-
-    fn hessian_vector(
-        &mut self,
-        weights: Slice<'_, T>,
-        direction: Slice<'_, T>,
-        mut product: SliceMut<'_, T>,
-        mut flag: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        let (w, d): (Vec<f64>, Vec<f64>) = (common::to_f64(&weights.to_vec()?), common::to_f64(&direction.to_vec()?));
-        let mut finite = true;
-        let mut f = |w: &[f64]| {
-            let (loss, slope) = (self.f)(w);
-            finite &= loss.is_finite();
-            (loss, slope)
-        };
-        let found = hessian_times(&mut f, &w, &d);
-        if !finite || found.iter().any(|value| !value.is_finite()) {
-            flag.write(&[1])?;
-        }
-        product.write(&found.into_iter().map(T::from_f64).collect::<Vec<T>>())
-    }
-
-    fn commit(&mut self, skip: Slice<'_, u32>) -> Result<()> {
-        self.commits += usize::from(skip.to_vec()? == [0]);
-        Ok(())
     }
 }
 
@@ -95,23 +86,30 @@ fn bowl(quartic: bool) -> impl FnMut(&[f64]) -> (f64, Vec<f64>) {
     }
 }
 
-fn sgd(method: Method, len: usize) -> Settings {
-    let base = Base::Sgd { momentum: 0.0, nesterov: false };
-    Settings { decay_len: len, ..Settings::new(method, base) }
+fn sgd<T: Scalar>(method: AnyMethod, len: usize) -> Settings<T> {
+    Settings { decay_len: len, ..method.over(Base::sgd(0.0)) }
 }
 
-fn cr_sam(form: Form) -> Method {
-    Method::CrSam { rho: 0.1, terms: CrSamTerms { form, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 } }
+fn cr_sam(form: Form) -> AnyMethod {
+    CrSam { form, rho: 0.1, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 }.into()
 }
 
-const GAM: Method = Method::Gam { rho: 0.02, rho_norm: 0.2, terms: GamTerms { beta0: 0.5, beta1: 0.6, gamma: 0.03 } };
+const GAM: AnyMethod = AnyMethod::Gam(Gam { rho: 0.02, rho_norm: 0.2, beta0: 0.5, beta1: 0.6, gamma: 0.03 });
 
-fn gnr(product: Product) -> Method {
-    Method::Gnr(Gnr { rho: 0.1, alpha: 0.1, product, every: 1, oracle_rho: None })
+const GNR: Gnr =
+    Gnr { rho: 0.1, alpha: 0.1, hvp: Hvp::Exact, radius: 0.01, oracle: Oracle::Loss, oracle_rho: 0.05, every: 1 };
+
+fn gnr(hvp: Hvp) -> AnyMethod {
+    Gnr { hvp, ..GNR }.into()
+}
+
+/// Gradients and products of a method's most expensive step.
+fn passes(method: AnyMethod) -> Passes {
+    method.boxed::<f64>().passes()
 }
 
 /// The direction of one step from (1, 1): with a learning rate of one, what is subtracted.
-fn direction<T: Scalar>(device: &Device, method: Method, quartic: bool) -> (Vec<f64>, Telemetry) {
+fn direction<T: Scalar>(device: &Device, method: AnyMethod, quartic: bool) -> (Vec<f64>, Telemetry) {
     let mut objective = function(2, bowl(quartic));
     let mut weights: Buffer<T> = device.upload(&[T::from_f64(1.0); 2]).unwrap();
     let mut optimizer = Optimizer::new(device, 2, sgd(method, 2)).unwrap();
@@ -122,7 +120,7 @@ fn direction<T: Scalar>(device: &Device, method: Method, quartic: bool) -> (Vec<
 
 #[test]
 fn golden_directions() {
-    let sam = Method::sam(0.1);
+    let sam = AnyMethod::sam(0.1);
     let golden = [
         ("SAM", sam, false, [10.99503719, 1.00995037]),
         ("CR-SAM released", cr_sam(Form::Released), false, [11.01493793, 1.01014938]),
@@ -130,12 +128,12 @@ fn golden_directions() {
         ("quartic, CR-SAM released", cr_sam(Form::Released), true, [12.34043093, 2.07414310]),
         ("quartic, CR-SAM log", cr_sam(Form::Log), true, [12.36613425, 2.07466923]),
         // sign(g) is (1, 1): the gradient at (1.1, 1.1).
-        ("SAM, p = inf", Method::with_perturbation(0.1, Perturbation::Linf), false, [11.0, 1.1]),
-        ("plain", Method::Plain, true, [11.0, 2.0]),
+        ("SAM, p = inf", Sam { p_norm: Norm::Infinity, ..Sam::new(0.1) }.into(), false, [11.0, 1.1]),
+        ("plain", AnyMethod::PLAIN, true, [11.0, 2.0]),
         ("GAM", GAM, false, [10.99920221, 1.00139611]),
         // The gradient is (10, 1), and 0.1 of h_norm = (0.99588500, 0.00906259) is added.
-        ("GNR, exact", gnr(Product::Exact), false, [10.099588500, 1.000906259]),
-        ("GNR, differences", gnr(Product::Difference { radius: 0.01 }), false, [10.099588500, 1.000906259]),
+        ("GNR, exact", gnr(Hvp::Exact), false, [10.099588500, 1.000906259]),
+        ("GNR, differences", gnr(Hvp::Difference), false, [10.099588500, 1.000906259]),
     ];
     for (name, method, quartic, expected) in golden {
         for (device_name, device) in common::host_devices() {
@@ -154,37 +152,35 @@ fn golden_directions() {
         }
     }
     let (_, telemetry) = direction::<f64>(&Device::host(), cr_sam(Form::Log), true);
-    let (a, b) = (telemetry.a.unwrap(), telemetry.b.unwrap());
+    let (a, b) = (telemetry.get("a").unwrap(), telemetry.get("b").unwrap());
     assert!((a - 0.12716690).abs() < 5e-9 && (b - 2.23798420).abs() < 5e-9, "A {a}, B {b}");
-    assert!((telemetry.vhv.unwrap() - a / 0.01).abs() < 1e-12);
+    assert!((telemetry.get("vhv").unwrap() - a / 0.01).abs() < 1e-12);
     assert!((telemetry.gradient_norm - 125f64.sqrt()).abs() < 1e-12);
 }
 
 /// Every method and mode. Random directions have a seed, ASAM scales two of three weights.
-fn family() -> Vec<Method> {
-    let sam = Sam { rho: 0.05, perturbation: Perturbation::L2, ascent_steps: 1, second_order: false };
-    let step_size = StepSize { eta0: 0.02, delta: 0.02, theta0: 1.0 };
-    let exact = Gnr { rho: 0.1, alpha: 0.1, product: Product::Exact, every: 1, oracle_rho: None };
+fn family() -> Vec<AnyMethod> {
+    let sam = Sam { rho: 0.05, p_norm: Norm::Two, ascent_steps: 1, second_order: false };
     vec![
-        Method::Plain,
-        Method::Sam(sam),
-        Method::with_perturbation(0.05, Perturbation::Linf),
-        Method::with_perturbation(0.1, Perturbation::Adaptive(Scaling { eta: 0.01, scaled_len: 2 })),
-        Method::with_perturbation(0.05, Perturbation::Random { seed: 11 }),
-        Method::Sam(Sam { ascent_steps: 3, ..sam }),
-        Method::Sam(Sam { second_order: true, ..sam }),
+        AnyMethod::PLAIN,
+        sam.into(),
+        Sam { p_norm: Norm::Infinity, ..sam }.into(),
+        Asam { rho: 0.1, eta: 0.01, scaled_len: 2 }.into(),
+        RandomSam { rho: 0.05, seed: 11 }.into(),
+        Sam { ascent_steps: 3, ..sam }.into(),
+        Sam { second_order: true, ..sam }.into(),
         cr_sam(Form::Log),
         cr_sam(Form::Released),
-        Method::Gnr(exact),
-        Method::Gnr(Gnr { product: Product::Difference { radius: 0.01 }, ..exact }),
-        Method::Gnr(Gnr { oracle_rho: Some(0.05), every: 2, ..exact }),
-        Method::Gnr(Gnr { oracle_rho: Some(0.05), product: Product::Difference { radius: 0.01 }, ..exact }),
+        GNR.into(),
+        Gnr { hvp: Hvp::Difference, ..GNR }.into(),
+        Gnr { oracle: Oracle::Sam, every: 2, ..GNR }.into(),
+        Gnr { oracle: Oracle::Sam, hvp: Hvp::Difference, ..GNR }.into(),
         GAM,
-        Method::SaSam(step_size),
-        Method::SaSgd(step_size),
-        Method::Gsam { rho: 0.05, alpha: 0.1 },
-        Method::LookSam { rho: 0.05, alpha: 0.7, every: 3 },
-        Method::RSam { rho: 0.05, sigma: 0.05, seed: 12 },
+        SaSam { eta0: 0.02, delta: 0.02, theta0: 1.0 }.into(),
+        SaSgd { eta0: 0.02, delta: 0.02, theta0: 1.0 }.into(),
+        Gsam { rho: 0.05, alpha: 0.1 }.into(),
+        LookSam { rho: 0.05, alpha: 0.7, every: 3 }.into(),
+        RSam { rho: 0.05, sigma: 0.05, seed: 12 }.into(),
     ]
 }
 
@@ -219,7 +215,7 @@ struct Past {
 
 /// The direction and, if the method has its own, the step size.
 fn reference(
-    method: Method,
+    method: AnyMethod,
     f: &mut impl FnMut(&[f64]) -> (f64, Vec<f64>),
     w: &[f64],
     past: &mut Past,
@@ -234,24 +230,23 @@ fn reference(
         times(1.0 / norm(&z), &z)
     };
     let direction = match method {
-        Method::Plain => g,
-        Method::Sam(Sam { rho, perturbation: Perturbation::Linf, .. }) => {
+        AnyMethod::Plain(_) => g,
+        AnyMethod::Sam(Sam { rho, p_norm: Norm::Infinity, .. }) => {
             f(&plus(w, rho, &g.iter().map(|g| g.signum()).collect::<Vec<_>>())).1
         }
-        Method::Sam(Sam { rho, perturbation: Perturbation::Adaptive(scaling), .. }) => {
-            let t: Vec<f64> =
-                (0..w.len()).map(|i| if i < scaling.scaled_len { w[i].abs() + scaling.eta } else { 1.0 }).collect();
+        AnyMethod::Asam(Asam { rho, eta, scaled_len }) => {
+            let t: Vec<f64> = (0..w.len()).map(|i| if i < scaled_len { w[i].abs() + eta } else { 1.0 }).collect();
             let tg: Vec<f64> = t.iter().zip(&g).map(|(t, g)| t * g).collect();
             let ttg: Vec<f64> = t.iter().zip(&tg).map(|(t, g)| t * g).collect();
             f(&plus(w, rho / norm(&tg), &ttg)).1
         }
-        Method::Sam(Sam { rho, perturbation: Perturbation::Random { seed }, .. }) => f(&plus(w, rho, &drawn(seed))).1,
-        Method::Sam(Sam { rho, second_order: true, .. }) => {
+        AnyMethod::RandomSam(RandomSam { rho, seed }) => f(&plus(w, rho, &drawn(seed))).1,
+        AnyMethod::Sam(Sam { rho, second_order: true, .. }) => {
             let adversarial = f(&plus(w, rho, &v)).1;
             let tangent = plus(&adversarial, -dot(&v, &adversarial), &v);
             plus(&adversarial, rho / norm(&g), &hessian_times(f, w, &tangent))
         }
-        Method::Sam(Sam { rho, ascent_steps, .. }) => {
+        AnyMethod::Sam(Sam { rho, ascent_steps, .. }) => {
             let mut displacement = vec![0.0; w.len()];
             for _ in 0..ascent_steps {
                 let there = f(&plus(w, 1.0, &displacement)).1;
@@ -262,14 +257,14 @@ fn reference(
             }
             f(&plus(w, 1.0, &displacement)).1
         }
-        Method::CrSam { rho, terms } => {
+        AnyMethod::CrSam(CrSam { rho, alpha, beta, form, .. }) => {
             let ((l1, g1), (l2, g2)) = (f(&plus(w, rho, &v)), f(&plus(w, -rho, &v)));
-            let (a, b) = if terms.form == Form::Log { (l1 + l2 - 2.0 * l0, l1 - l2) } else { (1.0, 1.0) };
+            let (a, b) = if form == Form::Log { (l1 + l2 - 2.0 * l0, l1 - l2) } else { (1.0, 1.0) };
             let curved = plus(&plus(&g1, 1.0, &g2), -2.0, &g);
-            plus(&plus(&g1, terms.alpha / a, &curved), terms.beta / b, &plus(&g1, -1.0, &g2))
+            plus(&plus(&g1, alpha / a, &curved), beta / b, &plus(&g1, -1.0, &g2))
         }
-        Method::Gnr(Gnr { rho, alpha, every, oracle_rho, .. }) => {
-            let oracle = oracle_rho.map_or(g.clone(), |rho| f(&plus(w, rho, &v)).1);
+        AnyMethod::Gnr(Gnr { rho, alpha, every, oracle, oracle_rho, .. }) => {
+            let oracle = if oracle == Oracle::Sam { f(&plus(w, oracle_rho, &v)).1 } else { g.clone() };
             if past.step.is_multiple_of(every) {
                 let change = hessian_times(f, w, &v);
                 let there = plus(w, rho / norm(&change), &change);
@@ -279,7 +274,7 @@ fn reference(
                 oracle
             }
         }
-        Method::Gam { rho, rho_norm, terms: GamTerms { beta0, beta1, gamma } } => {
+        AnyMethod::Gam(Gam { rho, rho_norm, beta0, beta1, gamma }) => {
             let g1 = f(&plus(w, rho, &v)).1;
             let d = plus(&g1, -1.0, &g);
             let there = plus(w, rho_norm / norm(&d), &d);
@@ -290,25 +285,25 @@ fn reference(
             let orthogonal = plus(&m, -dot(&m, &sum) / dot(&sum, &sum), &sum);
             plus(&sum, -gamma, &orthogonal)
         }
-        Method::SaSam(size) | Method::SaSgd(size) => {
+        AnyMethod::SaSam(SaSam { delta, eta0, theta0 }) | AnyMethod::SaSgd(SaSgd { delta, eta0, theta0 }) => {
             if past.previous.is_empty() {
-                (past.eta, past.theta) = (size.eta0, size.theta0);
+                (past.eta, past.theta) = (eta0, theta0);
             } else {
                 let (moved, before) = (plus(w, -1.0, &past.previous), f(&past.previous).1);
                 let changed = plus(&g, -1.0, &before);
-                let grown = (1.0 + size.delta * past.theta).sqrt() * past.eta;
+                let grown = (1.0 + delta * past.theta).sqrt() * past.eta;
                 let eta = (norm(&moved) / (2.0 * norm(&changed))).min(grown);
                 (past.theta, past.eta) = (eta / past.eta, eta);
             }
             past.previous = w.to_vec();
-            if matches!(method, Method::SaSam(_)) { f(&plus(w, past.eta.sqrt(), &v)).1 } else { g }
+            if matches!(method, AnyMethod::SaSam(_)) { f(&plus(w, past.eta.sqrt(), &v)).1 } else { g }
         }
-        Method::Gsam { rho, alpha } => {
+        AnyMethod::Gsam(Gsam { rho, alpha }) => {
             let there = f(&plus(w, rho, &v)).1;
             let orthogonal = plus(&g, -dot(&g, &there) / dot(&there, &there), &there);
             plus(&there, -alpha, &orthogonal)
         }
-        Method::LookSam { rho, alpha, every } => {
+        AnyMethod::LookSam(LookSam { rho, alpha, every }) => {
             if past.step.is_multiple_of(every) {
                 let there = f(&plus(w, rho, &v)).1;
                 past.orthogonal = plus(&there, -dot(&there, &v), &v);
@@ -317,13 +312,13 @@ fn reference(
                 plus(&g, alpha * norm(&g) / norm(&past.orthogonal), &past.orthogonal)
             }
         }
-        Method::RSam { rho, sigma, seed } => {
+        AnyMethod::RSam(RSam { rho, sigma, seed }) => {
             let there = f(&plus(w, sigma, &drawn(seed))).1;
             f(&plus(w, rho / norm(&there), &there)).1
         }
     };
     past.step += 1;
-    let own = matches!(method, Method::SaSam(_) | Method::SaSgd(_)).then_some(past.eta);
+    let own = matches!(method, AnyMethod::SaSam(_) | AnyMethod::SaSgd(_)).then_some(past.eta);
     (direction, own)
 }
 
@@ -356,15 +351,14 @@ fn every_method_follows_its_formula_for_several_steps() {
             }
             for (name, device) in common::host_devices() {
                 let mut weights = device.upload(&start).unwrap();
-                let base = Base::Sgd { momentum, nesterov: false };
-                let settings = Settings { weight_decay: decay, clip, ..Settings::new(method, base) };
+                let settings = Settings { weight_decay: decay, clip, ..method.over(Base::sgd(momentum)) };
                 let mut optimizer = Optimizer::new(&device, 9, settings).unwrap();
                 let mut objective = function(9, coupled());
                 for _ in 0..5 {
                     optimizer.step(&mut objective, &mut weights, lr).unwrap();
                 }
                 // GNR's own differences of gradients have a radius of 0.01; the reference's are of fourth order.
-                let approximate = matches!(method, Method::Gnr(Gnr { product: Product::Difference { .. }, .. }));
+                let approximate = matches!(method, AnyMethod::Gnr(Gnr { hvp: Hvp::Difference, .. }));
                 let what = format!("{method:?}, clip {clip:?} on {name}");
                 let tolerance = if approximate { 1e-5 } else { 1e-9 };
                 common::assert_close(&what, &weights.to_vec().unwrap(), &w64, tolerance);
@@ -395,12 +389,12 @@ fn least_squares_has_its_analytic_products() {
     let g_adv = gradient(&plus(&start, 0.1 / norm(&f), &f)).1;
     let expected = plus(&g, 0.1 * 0.1 / norm(&g_adv), &hessian(&g_adv));
     let device = Device::host();
-    for (product, tolerance) in [(Product::Exact, 1e-12), (Product::Difference { radius: 0.01 }, 1e-10)] {
+    for (hvp, tolerance) in [(Hvp::Exact, 1e-12), (Hvp::Difference, 1e-10)] {
         let mut weights = device.upload(&start).unwrap();
-        let mut optimizer = Optimizer::<f64>::new(&device, len, sgd(gnr(product), len)).unwrap();
+        let mut optimizer = Optimizer::<f64>::new(&device, len, sgd(gnr(hvp), len)).unwrap();
         optimizer.step(&mut function(len, gradient), &mut weights, 1.0).unwrap();
         let step = plus(&start, -1.0, &weights.to_vec().unwrap());
-        common::assert_close(&format!("{product:?}"), &step, &expected, tolerance);
+        common::assert_close(&format!("{hvp:?}"), &step, &expected, tolerance);
     }
 }
 
@@ -418,38 +412,34 @@ fn groups_take_perturbations_of_their_own_and_one_group_changes_no_bit() {
         group: usize,
     }
     impl<F: FnMut(&[f64]) -> (f64, Vec<f64>)> Objective<f64> for Grouped<F> {
-        fn len(&self) -> usize {
-            9
+        fn domain(&self) -> Domain<'_> {
+            Domain { groups: self.parts.len(), ..Domain::of_len(9) }
         }
-        fn gradient(
-            &mut self,
-            weights: Slice<'_, f64>,
-            _: Statistics,
-            mut gradient: SliceMut<'_, f64>,
-            mut loss: SliceMut<'_, f64>,
-            _: SliceMut<'_, u32>,
-        ) -> Result<()> {
-            let (value, slope) = (self.parts[self.group])(&weights.to_vec()?);
-            loss.write(&[value])?;
-            gradient.write(&slope)
-        }
-        fn groups(&self) -> usize {
-            self.parts.len()
-        }
-        fn select(&mut self, group: usize) -> Result<()> {
-            self.group = group;
-            Ok(())
+        fn pass(&mut self, pass: Pass<'_, f64>) -> Result<()> {
+            match pass {
+                Pass::Gradient { weights, mut gradient, mut loss, .. } => {
+                    let (value, slope) = (self.parts[self.group])(&weights.to_vec()?);
+                    loss.write(&[value])?;
+                    gradient.write(&slope)
+                }
+                Pass::Select { group } => {
+                    self.group = group;
+                    Ok(())
+                }
+                other => other.split(self),
+            }
         }
     }
     let start: Vec<f64> = common::Random(6).vector(9);
     let base = Base::Sgd { momentum: 0.0, nesterov: false };
-    let random = Method::with_perturbation(0.05, Perturbation::Random { seed: 4 });
-    let r_sam = Method::RSam { rho: 0.05, sigma: 0.2, seed: 4 };
-    for method in [Method::sam(0.05), cr_sam(Form::Log), GAM, Method::Gsam { rho: 0.05, alpha: 0.1 }, random, r_sam] {
+    let gsam = Gsam { rho: 0.05, alpha: 0.1 }.into();
+    let random = RandomSam { rho: 0.05, seed: 4 }.into();
+    let r_sam = RSam { rho: 0.05, sigma: 0.2, seed: 4 }.into();
+    for method in [AnyMethod::sam(0.05), cr_sam(Form::Log), GAM, gsam, random, r_sam] {
         let device = Device::host();
         let step = |objective: &mut dyn FnMut(&mut Optimizer<f64>, &mut Buffer<f64>)| {
             let mut weights = device.upload(&start).unwrap();
-            let mut optimizer = Optimizer::new(&device, 9, Settings::new(method, base)).unwrap();
+            let mut optimizer = Optimizer::new(&device, 9, method.over(base)).unwrap();
             objective(&mut optimizer, &mut weights);
             weights.to_vec().unwrap()
         };
@@ -473,11 +463,11 @@ fn groups_take_perturbations_of_their_own_and_one_group_changes_no_bit() {
         assert_eq!(common::bits(&one), common::bits(&plain), "{method:?}");
     }
     let device = Device::host();
-    let settings = Settings::new(Method::LookSam { rho: 0.05, alpha: 0.7, every: 2 }, base);
+    let settings = Settings::new(LookSam { rho: 0.05, alpha: 0.7, every: 2 }, base);
     let mut optimizer = Optimizer::new(&device, 9, settings).unwrap();
     let mut weights = device.upload(&start).unwrap();
     let mut objective = Grouped { parts: vec![half(1.0), half(0.5)], group: 0 };
-    assert!(optimizer.step(&mut objective, &mut weights, 0.1).unwrap_err().to_string().contains("remembers"));
+    assert!(optimizer.step(&mut objective, &mut weights, 0.1).unwrap_err().to_string().contains("with memory"));
 }
 
 #[test]
@@ -488,12 +478,12 @@ fn a_step_whose_update_is_zero_leaves_every_bit() {
         let mut weights = device.upload(&start).unwrap();
         // SA-SAM's rate is its own: a rate of zero stays zero.
         let method = match method {
-            Method::SaSam(size) => Method::SaSam(StepSize { eta0: 0.0, ..size }),
-            Method::SaSgd(size) => Method::SaSgd(StepSize { eta0: 0.0, ..size }),
+            AnyMethod::SaSam(method) => SaSam { eta0: 0.0, ..method }.into(),
+            AnyMethod::SaSgd(method) => SaSgd { eta0: 0.0, ..method }.into(),
             other => other,
         };
         let base = Base::Sgd { momentum: 0.9, nesterov: true };
-        let mut optimizer = Optimizer::new(&device, 9, Settings::new(method, base)).unwrap();
+        let mut optimizer = Optimizer::new(&device, 9, method.over(base)).unwrap();
         let mut objective = function(9, coupled());
         for _ in 0..50 {
             optimizer.step(&mut objective, &mut weights, 0.0).unwrap();
@@ -508,14 +498,14 @@ fn observed_steps_tell_the_cosines() {
     let device = Device::host();
     let start: Vec<f64> = common::Random(6).vector(9);
     let base = Base::Sgd { momentum: 0.0, nesterov: false };
-    for method in [Method::sam(0.05), cr_sam(Form::Log), Method::Gsam { rho: 0.05, alpha: 0.1 }] {
+    for method in [AnyMethod::sam(0.05), cr_sam(Form::Log), Gsam { rho: 0.05, alpha: 0.1 }.into()] {
         let mut weights = device.upload(&start).unwrap();
-        let mut optimizer = Optimizer::new(&device, 9, Settings::new(method, base)).unwrap();
+        let mut optimizer = Optimizer::new(&device, 9, method.over(base)).unwrap();
         optimizer.observe(true);
         optimizer.step(&mut function(9, coupled()), &mut weights, 0.1).unwrap();
         let telemetry = optimizer.telemetry().unwrap();
         let g = coupled()(&start).1;
-        let rho = if matches!(method, Method::CrSam { .. }) { 0.1 } else { 0.05 };
+        let rho = if matches!(method, AnyMethod::CrSam(_)) { 0.1 } else { 0.05 };
         let there = coupled()(&plus(&start, rho / norm(&g), &g)).1;
         let expected = dot(&g, &there) / norm(&g) / norm(&there);
         assert!((telemetry.cosine_gradients.unwrap() - expected).abs() < 1e-12, "{method:?}: {telemetry:?}");
@@ -527,10 +517,10 @@ fn observed_steps_tell_the_cosines() {
 fn a_parabola_converges_with_every_method_and_base() {
     let target = [1.0, -1.0, 1.0];
     // Near the minimum B vanishes with the gradient and the log form's 1/B grows: a higher threshold drops the term there.
-    let terms = CrSamTerms { form: Form::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-2 };
+    let raised = CrSam { b_min: 1e-2, ..CrSam::default() };
     let mut methods = family();
     methods.retain(|method| *method != cr_sam(Form::Log));
-    methods.push(Method::CrSam { rho: 0.1, terms });
+    methods.push(raised.into());
     for method in methods {
         for (base, lr, steps) in [
             (Base::Sgd { momentum: 0.9, nesterov: false }, 0.02, 400),
@@ -539,8 +529,8 @@ fn a_parabola_converges_with_every_method_and_base() {
         ] {
             // A step size of its own is that of plain gradient descent, and SA-SAM's radius does not fall: with η = 1/4, ρ = 1/2 it
             // ends on a cycle at a distance of 1/6.
-            let own_step = matches!(method, Method::SaSam(_) | Method::SaSgd(_));
-            let tolerance = if matches!(method, Method::SaSam(_)) { 0.17 } else { 0.02 };
+            let own_step = matches!(method, AnyMethod::SaSam(_) | AnyMethod::SaSgd(_));
+            let tolerance = if matches!(method, AnyMethod::SaSam(_)) { 0.17 } else { 0.02 };
             let base = if own_step { Base::Sgd { momentum: 0.0, nesterov: false } } else { base };
             let device = Device::host();
             let mut objective = function(3, |w: &[f64]| {
@@ -571,7 +561,7 @@ fn terms_of_vanishing_curvature_or_slope_are_dropped_and_counted() {
     let mut optimizer = Optimizer::new(&device, 2, sgd(cr_sam(Form::Log), 2)).unwrap();
     optimizer.step(&mut saddle, &mut weights, 1.0).unwrap();
     let telemetry = optimizer.telemetry().unwrap();
-    assert!(telemetry.a.unwrap() < 0.0);
+    assert!(telemetry.get("a").unwrap() < 0.0);
     assert_eq!((telemetry.dropped_alpha, telemetry.dropped_beta), (1, 0));
     // Without the α-term: g+ + β (g+ − g−)/B.
     let v = [-0.8, 0.6];
@@ -596,7 +586,7 @@ fn terms_of_vanishing_curvature_or_slope_are_dropped_and_counted() {
 }
 
 /// Evaluations of the function in the first two steps.
-fn passes_of(method: Method) -> [usize; 2] {
+fn passes_of(method: AnyMethod) -> [usize; 2] {
     let device = Device::host();
     let mut weights = device.upload(&[1.0f32, -1.0]).unwrap();
     let mut optimizer = Optimizer::new(&device, 2, sgd(method, 2)).unwrap();
@@ -609,26 +599,26 @@ fn passes_of(method: Method) -> [usize; 2] {
         optimizer.step(&mut objective, &mut weights, 0.1).unwrap();
         calls
     });
-    let (gradients, products) = method.passes();
-    assert_eq!(passes[0], gradients + 4 * products, "{method:?}: a product here is four gradients");
+    let Passes { gradients, products } = self::passes(method);
+    assert_eq!(passes[0] as u64, gradients + 4 * products, "{method:?}: a product here is four gradients");
     passes
 }
 
 /// What LookSAM keeps for later steps is not touched by a step that is skipped.
 #[test]
 fn a_skipped_step_leaves_no_trace_in_what_a_method_remembers() {
-    for method in family().into_iter().filter(|method| method.has_memory()) {
+    for method in family().into_iter().filter(|method| method.boxed::<f64>().needs().memory > 0) {
         let device = Device::host();
         let mut weights = device.upload(&common::Random(6).vector::<f64>(9)).unwrap();
         let base = Base::Sgd { momentum: 0.0, nesterov: false };
-        let mut optimizer = Optimizer::new(&device, 9, Settings::new(method, base)).unwrap();
+        let mut optimizer = Optimizer::new(&device, 9, method.over(base)).unwrap();
         for step in 0..8 {
-            let (mut calls, mut f) = (0, coupled());
+            let (mut calls, mut f) = (0u64, coupled());
             let mut objective = function(9, |w: &[f64]| {
                 let (loss, mut slope) = f(w);
                 calls += 1;
                 // The newest pass of the fourth step, in which LookSAM renews what it keeps.
-                if step == 3 && calls == method.passes().0 {
+                if step == 3 && calls == passes(method).gradients {
                     slope[4] = f64::NAN;
                 }
                 (loss, slope)
@@ -699,45 +689,33 @@ fn weight_decay_acts_on_the_prefix_only_and_does_not_bend_the_perturbation() {
         assert_eq!(w, [1.0, 2.0, 3.0, 4.0]);
         (1.0, vec![0.0; 4])
     });
-    let method = Method::sam(0.5);
+    let method = AnyMethod::sam(0.5);
     for base in [Base::Sgd { momentum: 0.9, nesterov: false }, Base::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 }] {
-        let settings = Settings { method, base, weight_decay: 0.1, decay_len: 2, clip: None };
+        let settings = Settings { weight_decay: 0.1, decay_len: 2, ..method.over(base) };
         let mut weights = device.upload(&[1.0f64, 2.0, 3.0, 4.0]).unwrap();
         let mut optimizer = Optimizer::new(&device, 4, settings).unwrap();
         optimizer.step(&mut flat, &mut weights, 0.5).unwrap();
         common::assert_close("decayed", &weights.to_vec().unwrap(), &[0.95, 1.9, 3.0, 4.0], 1e-15);
     }
-    let contradiction = Sam { rho: 0.1, perturbation: Perturbation::Linf, ascent_steps: 2, second_order: false };
-    assert!(Optimizer::<f64>::new(&device, 4, sgd(Method::Sam(contradiction), 4)).is_err());
+    let contradiction = Sam { p_norm: Norm::Infinity, ascent_steps: 2, ..Sam::new(0.1) };
+    assert!(Optimizer::<f64>::new(&device, 4, sgd(contradiction.into(), 4)).is_err());
+    let out_of_range = Sam::new(-0.1);
+    assert!(Optimizer::<f64>::new(&device, 4, sgd(out_of_range.into(), 4)).is_err());
 }
 
 /// An objective whose passes launch nothing: what remains of a step is the method's own.
 struct Silent;
 
 impl Objective<f32> for Silent {
-    fn len(&self) -> usize {
-        1000
+    fn domain(&self) -> Domain<'_> {
+        Domain::of_len(1000)
     }
 
-    fn gradient(
-        &mut self,
-        _: Slice<'_, f32>,
-        _: Statistics,
-        _: SliceMut<'_, f32>,
-        _: SliceMut<'_, f64>,
-        _: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        Ok(())
-    }
-
-    fn hessian_vector(
-        &mut self,
-        _: Slice<'_, f32>,
-        _: Slice<'_, f32>,
-        _: SliceMut<'_, f32>,
-        _: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        Ok(())
+    fn pass(&mut self, pass: Pass<'_, f32>) -> Result<()> {
+        match pass {
+            Pass::Gradient { .. } | Pass::HessianVector { .. } => Ok(()),
+            other => other.split(self),
+        }
     }
 }
 
@@ -750,7 +728,7 @@ fn a_step_launches_no_more_than_its_table_says() {
     let device = Device::host();
     for (method, expected) in family().into_iter().zip(launches) {
         let base = Base::Sgd { momentum: 0.9, nesterov: false };
-        let mut optimizer = Optimizer::new(&device, 1000, Settings::new(method, base)).unwrap();
+        let mut optimizer = Optimizer::new(&device, 1000, method.over(base)).unwrap();
         let mut weights = device.zeros::<f32>(1000).unwrap();
         let graph = device.capture(|| optimizer.step(&mut Silent, &mut weights, 0.1)).unwrap();
         assert_eq!(graph.operations(), expected, "{method:?}");

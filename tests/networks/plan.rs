@@ -7,8 +7,8 @@ use polder::kernels::batch_norm::Mode;
 use polder::kernels::conv::ConvShape;
 use polder::kernels::vector::{self, Reduction};
 use polder::nn::{Model, Shortcut};
-use polder::objective::{Objective, Statistics};
-use polder::optim::{Base, Method, Optimizer, Perturbation, Sam, Settings};
+use polder::objective::{Objective, RunningStats};
+use polder::optim::{Base, Optimizer, Sam, Settings};
 use polder::plan::{Graph, Plan, PlanError, PlanOptions, Shape, Value};
 
 fn set_batch(plan: &mut Plan<f64>, random: &mut Random) {
@@ -29,7 +29,7 @@ fn pass(plan: &mut Plan<f64>, at: &[f64]) -> Pass {
     let at = device.upload(at).unwrap();
     let mut gradient: Buffer<f64> = device.zeros(at.len()).unwrap();
     let (mut loss, mut flag) = (device.poisoned(1).unwrap(), device.zeros(1).unwrap());
-    plan.gradient(at.view(), Statistics::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
+    plan.gradient(at.view(), RunningStats::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
     assert_eq!(flag.to_vec().unwrap(), [0]);
     Pass { loss: loss.to_vec().unwrap()[0], gradient: gradient.to_vec().unwrap() }
 }
@@ -169,12 +169,12 @@ fn statistics_follow_the_rule_and_the_commit() {
     let mut run = |plan: &mut Plan<f64>, statistics| {
         plan.gradient(at.view(), statistics, gradient.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
     };
-    run(&mut plan, Statistics::Update);
-    run(&mut plan, Statistics::Keep);
+    run(&mut plan, RunningStats::Update);
+    run(&mut plan, RunningStats::Keep);
     assert_eq!(plan.statistics().to_vec().unwrap(), before, "nothing changes before the commit");
     plan.commit(device.upload(&[1]).unwrap().view()).unwrap();
     assert_eq!(plan.statistics().to_vec().unwrap(), before, "a skipped step changes nothing");
-    run(&mut plan, Statistics::Update);
+    run(&mut plan, RunningStats::Update);
     plan.commit(device.upload(&[0]).unwrap().view()).unwrap();
     let after = plan.statistics().to_vec().unwrap();
     for channel in 0..2 {
@@ -204,7 +204,7 @@ fn gradients_in_parts_are_the_gradients() {
         let (at, mut gradient) = (device.upload(&at).unwrap(), device.zeros(at.len()).unwrap());
         let (mut loss, mut flag) = (device.zeros(1).unwrap(), device.zeros(1).unwrap());
         let again =
-            || plan.gradient(at.view(), Statistics::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut());
+            || plan.gradient(at.view(), RunningStats::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut());
         let list = device.capture(again).unwrap().list().unwrap();
         let sums = list.iter().filter(|name| *name == "gradient_pieces_f64").count();
         assert_eq!(sums, usize::from(emulate_gpu), "{list:?}");
@@ -240,7 +240,7 @@ fn every_stage_finishes_its_gradients() {
             let (mut flag, mut reduction) = (device.zeros(1).unwrap(), Reduction::new(&device).unwrap());
             let mut pass = || {
                 let (gradient, loss, flag) = (gradient.view_mut(), loss.view_mut(), flag.view_mut());
-                let (keep, norm) = (Statistics::Keep, norm.view_mut());
+                let (keep, norm) = (RunningStats::Keep, norm.view_mut());
                 plan.gradient_and_norm(at.view(), keep, gradient, loss, flag, &mut reduction, norm)
             };
             pass().unwrap();
@@ -295,7 +295,7 @@ fn the_norm_comes_with_the_gradient() {
         let (mut first, mut second) = (device.zeros(at.len()).unwrap(), device.zeros(at.len()).unwrap());
         let (mut losses, mut norms) = (device.poisoned::<f64>(2).unwrap(), device.poisoned::<f64>(2).unwrap());
         let mut flag = device.zeros::<u32>(1).unwrap();
-        let keep = Statistics::Keep;
+        let keep = RunningStats::Keep;
         let loss = losses.slice_mut(0..1).unwrap();
         plan.gradient(at.view(), keep, first.view_mut(), loss, flag.view_mut()).unwrap();
         vector::l2_norm(first.view(), &mut reduction, norms.slice_mut(0..1).unwrap()).unwrap();
@@ -326,7 +326,7 @@ fn a_pair_of_gradients_is_two_gradients() {
         let mut alone = |plan: &mut Plan<S>, at: &Buffer<f32>| {
             let (mut gradient, mut loss) = (device.zeros::<f32>(len).unwrap(), device.poisoned::<f64>(1).unwrap());
             let (into, loss_into) = (gradient.view_mut(), loss.view_mut());
-            plan.gradient(at.view(), Statistics::Keep, into, loss_into, flag.view_mut()).unwrap();
+            plan.gradient(at.view(), RunningStats::Keep, into, loss_into, flag.view_mut()).unwrap();
             (common::bits(&gradient.to_vec().unwrap()), loss.to_vec().unwrap())
         };
         let mut flags = device.zeros::<u32>(1).unwrap();
@@ -401,8 +401,7 @@ fn launches_of_a_step<S: Compute<Master = f32>>((graph, logits): (Graph, Value))
     let device = Device::host_with(HostOptions { emulate_gpu: true, ..HostOptions::default() });
     let mut plan = Plan::<S>::new(&device, graph, logits, PlanOptions::training()).unwrap();
     let mut weights = device.zeros::<f32>(plan.len()).unwrap();
-    let sam = Sam { rho: 0.05, perturbation: Perturbation::L2, ascent_steps: 1, second_order: false };
-    let settings = Settings::new(Method::Sam(sam), Base::Sgd { momentum: 0.9, nesterov: false });
+    let settings = Settings::new(Sam::new(0.05), Base::sgd(0.9));
     let mut optimizer = Optimizer::new(&device, plan.len(), settings).unwrap();
     device.capture(|| optimizer.step(&mut plan, &mut weights, 0.1)).unwrap().list().unwrap()
 }

@@ -1,14 +1,15 @@
 //! Networks in fewer than 32 bits: how far their gradients and steps are from double precision, what the loss
 //! scale is for, and that a step which overflowed leaves nothing behind.
 
+use crate::common::methods::AnyMethod;
 use crate::common::{self, Grouped, Random, bits, devices, fast_devices, relative_error, roundoff, to_f64, upload};
 use half::{bf16, f16};
 use polder::arena::Kind;
-use polder::device::{Compute, Device, Tf32};
+use polder::device::{Compute, Device, Scalar, Tf32};
 use polder::kernels::vector::{self, Reduction};
 use polder::nn::{Model, Shortcut, initial_weights};
-use polder::objective::{Accumulator, Objective, Statistics};
-use polder::optim::{Base, CrSamTerms, Form, GamTerms, Method, Optimizer, Settings, StepSize};
+use polder::objective::{Accumulator, Domain, Objective, Pass, RunningStats};
+use polder::optim::{Base, CrSam, Gam, Optimizer, SaSam, Settings};
 use polder::plan::{Graph, Plan, PlanError, PlanOptions, Shape};
 
 /// Convolutions, batch norms, a residual and a classifier, without a ReLU: nothing switches. Of channels in whole eights, so that on a
@@ -58,7 +59,7 @@ fn smooth_along<S: Compute>(device: &Device, scale: Option<f64>, size: f64) -> (
         let (mut loss, mut flag) = (device.poisoned(1).unwrap(), device.zeros(1).unwrap());
         let (out, flags) = (result.view_mut(), flag.view_mut());
         match which {
-            0 => plan.gradient(weights.view(), Statistics::Keep, out, loss.view_mut(), flags).unwrap(),
+            0 => plan.gradient(weights.view(), RunningStats::Keep, out, loss.view_mut(), flags).unwrap(),
             _ => plan.hessian_vector(weights.view(), direction.view(), out, flags).unwrap(),
         }
         assert_eq!(flag.to_vec().unwrap(), [0]);
@@ -124,9 +125,9 @@ fn products_hold_for_directions_of_any_size() {
     }
 }
 
-fn settings(method: Method, len: usize) -> Settings {
+fn settings<T: Scalar>(method: AnyMethod, len: usize) -> Settings<T> {
     let base = Base::Sgd { momentum: 0.9, nesterov: false };
-    Settings { method, base, weight_decay: 5e-4, decay_len: len, clip: None }
+    Settings { weight_decay: 5e-4, decay_len: len, ..method.over(base) }
 }
 
 fn small_resnet<S: Compute>(device: &Device) -> Plan<S> {
@@ -144,9 +145,8 @@ fn small_resnet<S: Compute>(device: &Device) -> Plan<S> {
 /// taken, and after enough of them it is doubled.
 #[test]
 fn an_overflow_skips_the_step_and_halves_the_scale() {
-    let terms = CrSamTerms { form: Form::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
     for device in fast_devices() {
-        for method in [Method::Plain, Method::sam(0.05), Method::CrSam { rho: 0.1, terms }] {
+        for method in [AnyMethod::PLAIN, AnyMethod::sam(0.05), CrSam::default().into()] {
             let mut plan = small_resnet::<f16>(&device);
             let len = plan.parameters().len();
             let start = initial_weights(plan.parameters(), 2).unwrap();
@@ -188,7 +188,7 @@ fn a_failed_step_leaves_the_scale_alone() {
     let mut plan = small_resnet::<f16>(&device);
     let len = plan.parameters().len();
     let mut weights = device.upload(&initial_weights(plan.parameters(), 2).unwrap()).unwrap();
-    let method = Method::SaSam(StepSize { eta0: 0.05, delta: 0.02, theta0: 1.0 });
+    let method = SaSam { eta0: 0.05, ..SaSam::default() }.into();
     let mut optimizer = Optimizer::new(&device, len, settings(method, len)).unwrap();
     plan.loss_scale_mut().unwrap().write(&[1024.0, 7.0]).unwrap();
     let mut groups = Grouped { plan: &mut plan, groups: 2, show: |_: &mut Plan<f16>, _| Ok(()) };
@@ -205,7 +205,7 @@ fn steps_do_not_depend_on_the_scale() {
         let len = plan.parameters().len();
         let start = initial_weights(plan.parameters(), 2).unwrap();
         let mut weights = device.upload(&start).unwrap();
-        let mut optimizer = Optimizer::new(&device, len, settings(Method::sam(0.05), len)).unwrap();
+        let mut optimizer = Optimizer::new(&device, len, settings(AnyMethod::sam(0.05), len)).unwrap();
         plan.loss_scale_mut().unwrap().write(&[scale, 0.0]).unwrap();
         for _ in 0..3 {
             optimizer.step(&mut plan, &mut weights, 0.05).unwrap();
@@ -234,7 +234,8 @@ fn cosine_seen<S: Compute<Master = f32>>(device: &Device, model: Model, rho: f64
     vector::l2_norm(direction.view(), &mut Reduction::new(device).unwrap(), norm.view_mut()).unwrap();
     let (mut point, mut seen) = (device.zeros(weights.len()).unwrap(), device.poisoned(weights.len()).unwrap());
     vector::perturb(weights.view(), direction.view(), norm.view(), rho, point.view_mut(), None).unwrap();
-    plan.displacement(weights.view(), point.view(), seen.view_mut()).unwrap();
+    let (from, to, out) = (weights.view(), point.view(), seen.view_mut());
+    plan.pass(Pass::Displacement { from, to, out }).unwrap();
     let (seen, direction) = (to_f64(&seen.to_vec().unwrap()), to_f64(&direction.to_vec().unwrap()));
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
     dot(&seen, &direction) / (dot(&seen, &seen) * dot(&direction, &direction)).sqrt()
@@ -270,7 +271,8 @@ fn convolutions_alone_are_rounded() {
         }
         let mut seen = device.poisoned(weights.len()).unwrap();
         let (from, to) = (device.upload(&weights).unwrap(), device.upload(&moved).unwrap());
-        plan.displacement(from.view(), to.view(), seen.view_mut()).unwrap();
+        let (from, to, out) = (from.view(), to.view(), seen.view_mut());
+        plan.pass(Pass::Displacement { from, to, out }).unwrap();
         let seen = seen.to_vec().unwrap();
         for tensor in plan.parameters().tensors() {
             let narrow = matches!(tensor.kind, Kind::Convolution { .. });
@@ -295,7 +297,7 @@ fn resnet_results<S: Compute>(device: &Device, shortcut: Shortcut) -> Vec<(Strin
     let [weights, direction] = [weights, direction].map(|vector| upload::<S::Master>(device, &vector));
     let [mut gradient, mut product] = std::array::from_fn(|_| device.zeros::<S::Master>(weights.len()).unwrap());
     let (mut loss, mut flag) = (device.poisoned(1).unwrap(), device.zeros(1).unwrap());
-    let (weights, keep) = (weights.view(), Statistics::Keep);
+    let (weights, keep) = (weights.view(), RunningStats::Keep);
     plan.gradient(weights, keep, gradient.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
     plan.hessian_vector(weights, direction.view(), product.view_mut(), flag.view_mut()).unwrap();
     let results = [gradient, product].map(|result| to_f64(&result.to_vec().unwrap()));
@@ -325,8 +327,28 @@ fn sums_in_convolutions_are_as_good_as_those_of_their_own() {
     }
 }
 
-/// Some steps, by a plan that rounds weights as they are displaced, or one that is handed displaced weights.
-fn displaced_steps<S: Compute<Master = f32>>(device: &Device, method: Method, at_once: bool) -> (Vec<u64>, Vec<u64>) {
+/// A plan that is asked for one gradient at a time.
+struct OneByOne<'a, S: Compute>(&'a mut Plan<S>);
+
+impl<S: Compute> Objective<S::Master> for OneByOne<'_, S> {
+    fn domain(&self) -> Domain<'_> {
+        self.0.domain()
+    }
+
+    fn pass(&mut self, pass: Pass<'_, S::Master>) -> polder::device::Result<()> {
+        match pass {
+            Pass::GradientDisplaced { .. } | Pass::GradientPairDisplaced { .. } => pass.split(self),
+            other => self.0.pass(other),
+        }
+    }
+}
+
+/// Two steps, with weights that are rounded as they are displaced, or displaced first and rounded afterwards.
+fn displaced_steps<S: Compute<Master = f32>>(
+    device: &Device,
+    method: AnyMethod,
+    at_once: bool,
+) -> (Vec<u64>, Vec<u64>) {
     let mut plan = small_resnet::<S>(device);
     let len = plan.len();
     let mut weights = upload::<f32>(device, &common::weights(&plan, &mut Random(41)));
@@ -335,8 +357,7 @@ fn displaced_steps<S: Compute<Master = f32>>(device: &Device, method: Method, at
         if at_once {
             optimizer.step(&mut plan, &mut weights, 0.05).unwrap();
         } else {
-            let mut plain = Grouped { plan: &mut plan, groups: 1, show: |_: &mut Plan<S>, _| Ok(()) };
-            optimizer.step(&mut plain, &mut weights, 0.05).unwrap();
+            optimizer.step(&mut OneByOne(&mut plan), &mut weights, 0.05).unwrap();
         }
     }
     assert_eq!(optimizer.telemetry().unwrap().skipped, 0, "{method:?} in {}", S::NAME);
@@ -345,17 +366,15 @@ fn displaced_steps<S: Compute<Master = f32>>(device: &Device, method: Method, at
 
 #[test]
 fn weights_are_rounded_alike_as_they_are_displaced_and_after() {
-    let terms = CrSamTerms { form: Form::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
-    let gam = GamTerms { beta0: 0.5, beta1: 0.6, gamma: 0.03 };
     for device in fast_devices() {
-        for method in [Method::sam(0.05), Method::Gam { rho: 0.02, rho_norm: 0.2, terms: gam }] {
+        for method in [AnyMethod::sam(0.05), Gam::default().into()] {
             let [at_once, after] = [true, false].map(|at_once| displaced_steps::<f16>(&device, method, at_once));
             assert!(at_once == after, "{method:?} on {}", device.name());
         }
     }
     // In a GPU's launch shapes CR-SAM's passes run beside one another, in either order.
     for (name, device) in devices() {
-        let method = Method::CrSam { rho: 0.1, terms };
+        let method = AnyMethod::from(CrSam::default());
         let [at_once, after] = [true, false].map(|at_once| displaced_steps::<bf16>(&device, method, at_once));
         assert!(at_once == after, "{name}");
     }
@@ -368,7 +387,7 @@ fn telemetry_tells_what_rounding_leaves_of_the_perturbation() {
         let mut plan = small_resnet::<S>(device);
         let len = plan.parameters().len();
         let mut weights = device.upload(&initial_weights(plan.parameters(), 2).unwrap()).unwrap();
-        let mut optimizer = Optimizer::new(device, len, settings(Method::sam(0.002), len)).unwrap();
+        let mut optimizer = Optimizer::new(device, len, settings(AnyMethod::sam(0.002), len)).unwrap();
         optimizer.observe(true);
         let mut accumulator = Accumulator::new(device, len, groups).unwrap();
         let mut batch = Grouped { plan: &mut plan, groups, show: |_: &mut Plan<S>, _| Ok(()) };

@@ -1,11 +1,11 @@
 //! Whole steps of an optimizer on networks: gradients accumulated over parts of a batch, and images that are not finite.
 
 use crate::common::{self, Random, assert_close, bits, weights};
-use polder::device::{Buffer, Device, Result, Scalar, Slice, SliceMut};
+use polder::device::{Buffer, Device, Result, Scalar};
 use polder::nn::{Model, Shortcut};
-use polder::objective::{Accumulator, Objective, Statistics};
+use polder::objective::{Accumulator, Domain, Objective, Pass, RunningStats};
 use polder::optim::{
-    Base, CrSamTerms, Form, GamTerms, Gnr, Method, Optimizer, Perturbation, Product, Sam, Settings, StepSize,
+    Base, CrSam, Gam, Gnr, Gsam, Hvp, LookSam, Method, Norm, Optimizer, Oracle, Plain, RSam, SaSam, Sam, Settings,
 };
 use polder::plan::{Graph, Plan, PlanOptions, Shape, Value};
 
@@ -50,69 +50,43 @@ impl<T: Scalar> Images<T> {
 }
 
 impl<T: Scalar> Objective<T> for Images<T> {
-    fn len(&self) -> usize {
-        self.plan.len()
+    fn domain(&self) -> Domain<'_> {
+        Domain { len: self.plan.len(), groups: self.labels.len() / self.plan.input_shape().batch, padding: &[] }
     }
 
-    fn gradient(
-        &mut self,
-        weights: Slice<'_, T>,
-        statistics: Statistics,
-        gradient: SliceMut<'_, T>,
-        loss: SliceMut<'_, f64>,
-        flag: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        self.begin_pass()?;
-        self.plan.gradient(weights, statistics, gradient, loss, flag)
-    }
-
-    fn hessian_vector(
-        &mut self,
-        weights: Slice<'_, T>,
-        direction: Slice<'_, T>,
-        product: SliceMut<'_, T>,
-        flag: SliceMut<'_, u32>,
-    ) -> Result<()> {
-        self.begin_pass()?;
-        self.plan.hessian_vector(weights, direction, product, flag)
-    }
-
-    fn groups(&self) -> usize {
-        self.labels.len() / self.plan.input_shape().batch
-    }
-
-    fn select(&mut self, group: usize) -> Result<()> {
-        self.group = group;
-        Ok(())
-    }
-
-    fn abandon(&mut self) {
-        self.plan.abandon();
-    }
-
-    fn commit(&mut self, skip: Slice<'_, u32>) -> Result<()> {
-        self.plan.commit(skip)
+    fn pass(&mut self, pass: Pass<'_, T>) -> Result<()> {
+        match pass {
+            Pass::Gradient { .. } | Pass::HessianVector { .. } => {
+                self.begin_pass()?;
+                self.plan.pass(pass)
+            }
+            Pass::Select { group } => {
+                self.group = group;
+                Ok(())
+            }
+            Pass::Commit { .. } | Pass::Abandon => self.plan.pass(pass),
+            // Every other pass is taken one gradient or product at a time, each on images of its own.
+            other => other.split(self),
+        }
     }
 }
 
-fn methods() -> Vec<Method> {
-    let terms = CrSamTerms { form: Form::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
-    let gnr = |product| Method::Gnr(Gnr { rho: 0.1, alpha: 0.1, product, every: 1, oracle_rho: Some(0.05) });
-    let step_size = StepSize { eta0: 0.05, delta: 0.02, theta0: 1.0 };
+fn methods<T: Scalar>() -> Vec<Box<dyn Method<T>>> {
+    let gnr = |hvp| Gnr { hvp, oracle: Oracle::Sam, ..Gnr::default() };
     vec![
-        Method::Plain,
-        Method::sam(0.05),
-        Method::with_perturbation(0.01, Perturbation::Linf),
-        Method::Sam(Sam { rho: 0.05, perturbation: Perturbation::L2, ascent_steps: 2, second_order: false }),
-        Method::Sam(Sam { rho: 0.05, perturbation: Perturbation::L2, ascent_steps: 1, second_order: true }),
-        Method::CrSam { rho: 0.1, terms },
-        gnr(Product::Exact),
-        gnr(Product::Difference { radius: 0.01 }),
-        Method::Gam { rho: 0.02, rho_norm: 0.2, terms: GamTerms { beta0: 0.5, beta1: 0.6, gamma: 0.03 } },
-        Method::SaSam(step_size),
-        Method::Gsam { rho: 0.05, alpha: 0.1 },
-        Method::LookSam { rho: 0.05, alpha: 0.7, every: 2 },
-        Method::RSam { rho: 0.05, sigma: 0.05, seed: 3 },
+        Box::new(Plain {}),
+        Box::new(Sam::new(0.05)),
+        Box::new(Sam { p_norm: Norm::Infinity, ..Sam::new(0.01) }),
+        Box::new(Sam { ascent_steps: 2, ..Sam::new(0.05) }),
+        Box::new(Sam { second_order: true, ..Sam::new(0.05) }),
+        Box::new(CrSam::default()),
+        Box::new(gnr(Hvp::Exact)),
+        Box::new(gnr(Hvp::Difference)),
+        Box::new(Gam::default()),
+        Box::new(SaSam { eta0: 0.05, ..SaSam::default() }),
+        Box::new(Gsam::default()),
+        Box::new(LookSam { every: 2, ..LookSam::default() }),
+        Box::new(RSam { seed: 3, ..RSam::default() }),
     ]
 }
 
@@ -134,12 +108,14 @@ fn plain_network(batch: usize) -> (Graph, Value) {
 #[test]
 fn accumulated_parts_are_the_whole_batch_in_every_pass() {
     let device = Device::host();
-    for method in methods() {
+    for index in 0..methods::<f64>().len() {
+        let method = || methods::<f64>().swap_remove(index);
+        let name = format!("{:?}", method());
         let run = |part: usize| {
             let mut random = Random(17);
             let mut images = Images::<f64>::new(&device, plain_network(part), 12, &mut random);
             let mut parameters = device.upload(&weights(&images.plan, &mut random)).unwrap();
-            let mut optimizer = Optimizer::new(&device, parameters.len(), Settings::new(method, SGD)).unwrap();
+            let mut optimizer = Optimizer::new(&device, parameters.len(), Settings::boxed(method(), SGD)).unwrap();
             let mut accumulator = Accumulator::new(&device, parameters.len(), 12 / part).unwrap();
             let mut losses = Vec::new();
             for _ in 0..3 {
@@ -153,9 +129,9 @@ fn accumulated_parts_are_the_whole_batch_in_every_pass() {
         let (whole, losses, passes) = run(12);
         for part in [6, 4] {
             let (found, found_losses, found_passes) = run(part);
-            assert_eq!(found_passes, passes * 12 / part, "{method:?}");
+            assert_eq!(found_passes, passes * 12 / part, "{name}");
             // Rounding, which the differences of two gradients and of two losses magnify.
-            assert_close(&format!("{method:?}, parts of {part}"), &found, &whole, 1e-9);
+            assert_close(&format!("{name}, parts of {part}"), &found, &whole, 1e-9);
             assert_close("losses and correct predictions", &found_losses, &losses, 1e-11);
         }
     }
@@ -172,7 +148,7 @@ fn one_part_changes_no_bit_and_parts_can_be_gathered_in_groups() {
         let mut random = Random(23);
         let mut images = Images::<f64>::new(&device, network, 8, &mut random);
         let mut parameters = device.upload(&weights(&images.plan, &mut random)).unwrap();
-        let settings = Settings::new(Method::sam(0.1), SGD);
+        let settings = Settings::new(Sam::new(0.1), SGD);
         let mut optimizer = Optimizer::new(&device, parameters.len(), settings).unwrap();
         for _ in 0..2 {
             match parts {
@@ -211,7 +187,7 @@ fn statistics_of_several_parts_follow_one_another() {
         for group in 0..parts {
             images.select(group).unwrap();
             let (loss, flag) = (loss.view_mut(), flag.view_mut());
-            images.gradient(parameters.view(), Statistics::Update, gradient.view_mut(), loss, flag).unwrap();
+            images.gradient(parameters.view(), RunningStats::Update, gradient.view_mut(), loss, flag).unwrap();
             if commit_each {
                 images.commit(skip.view()).unwrap();
             }
@@ -244,14 +220,15 @@ fn an_image_that_is_not_finite_in_any_pass_skips_the_step() {
     }
 }
 
-fn skips_damaged_images(device_name: &str, device: &Device, method: Method) {
+fn skips_damaged_images(device_name: &str, device: &Device, method: Box<dyn Method<f32>>) {
+    let name = format!("{device_name}, {method:?}");
     let shape = Shape { batch: 4, height: 6, width: 5, channels: 3 };
     let mut random = Random(31);
     let network = Model::CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(shape, 4).unwrap();
     let mut images = Images::<f32>::new(device, network, 4, &mut random);
     let start: Vec<f32> = weights(&images.plan, &mut random).iter().map(|&w| w as f32).collect();
     let mut parameters = device.upload(&start).unwrap();
-    let mut optimizer = Optimizer::new(device, start.len(), Settings::new(method, SGD)).unwrap();
+    let mut optimizer = Optimizer::new(device, start.len(), Settings::boxed(method, SGD)).unwrap();
     let mut step = |images: &mut Images<f32>, parameters: &mut Buffer<f32>| {
         images.passes = 0;
         optimizer.step(images, parameters, 0.05).unwrap();
@@ -268,33 +245,33 @@ fn skips_damaged_images(device_name: &str, device: &Device, method: Method) {
             let passes = images.passes;
             if pass >= passes {
                 // It had no such pass, so nothing was wrong with it.
-                assert_eq!(skipped, expected, "{device_name}, {method:?}");
+                assert_eq!(skipped, expected, "{name}");
                 before = after;
                 break;
             }
             expected += 1;
-            assert_eq!(skipped, expected, "{device_name}, {method:?}: {value} in pass {pass}");
-            assert!(after == before, "{device_name}, {method:?}: {value} in pass {pass} left a trace");
+            assert_eq!(skipped, expected, "{name}: {value} in pass {pass}");
+            assert!(after == before, "{name}: {value} in pass {pass} left a trace");
             pass += 1;
         }
         images.damage = None;
         let (skipped, after) = step(&mut images, &mut parameters);
-        assert_eq!(skipped, expected, "{device_name}, {method:?}");
-        assert!(after != before, "{device_name}, {method:?}: training goes on");
+        assert_eq!(skipped, expected, "{name}");
+        assert!(after != before, "{name}: training goes on");
         before = after;
     }
-    assert!(parameters.to_vec().unwrap().iter().all(|w| w.is_finite()), "{device_name}, {method:?}");
+    assert!(parameters.to_vec().unwrap().iter().all(|w| w.is_finite()), "{name}");
 }
 
 #[test]
 fn accumulators_of_no_part_or_of_too_many_are_refused() {
     let device = Device::host();
     let error = Accumulator::<f32>::new(&device, 8, 0).err().unwrap();
-    assert!(error.to_string().contains("no part"), "{error}");
+    assert!(error.to_string().contains("0 parts"), "{error}");
     let mut random = Random(37);
     let mut images = Images::<f32>::new(&device, plain_network(4), 8, &mut random);
     let mut parameters = device.zeros(images.len()).unwrap();
-    let mut optimizer = Optimizer::new(&device, parameters.len(), Settings::new(Method::Plain, SGD)).unwrap();
+    let mut optimizer = Optimizer::new(&device, parameters.len(), Settings::new(Plain {}, SGD)).unwrap();
     let mut accumulator = Accumulator::new(&device, parameters.len(), 3).unwrap();
     let error = optimizer.step(&mut accumulator.over(&mut images), &mut parameters, 0.1).unwrap_err();
     assert!(error.to_string().contains("3 parts of an objective that has 2 groups"), "{error}");
@@ -305,24 +282,14 @@ fn a_step_that_fails_leaves_nothing_for_the_next() {
     // Without an exact product the step ends after its first pass.
     struct NoProduct<'a>(&'a mut Images<f32>);
     impl Objective<f32> for NoProduct<'_> {
-        fn len(&self) -> usize {
-            self.0.len()
+        fn domain(&self) -> Domain<'_> {
+            self.0.domain()
         }
-        fn gradient(
-            &mut self,
-            weights: Slice<'_, f32>,
-            statistics: Statistics,
-            gradient: SliceMut<'_, f32>,
-            loss: SliceMut<'_, f64>,
-            flag: SliceMut<'_, u32>,
-        ) -> Result<()> {
-            self.0.gradient(weights, statistics, gradient, loss, flag)
-        }
-        fn abandon(&mut self) {
-            self.0.abandon();
-        }
-        fn commit(&mut self, skip: Slice<'_, u32>) -> Result<()> {
-            self.0.commit(skip)
+        fn pass(&mut self, pass: Pass<'_, f32>) -> Result<()> {
+            match pass {
+                Pass::HessianVector { .. } => pass.split(self),
+                other => self.0.pass(other),
+            }
         }
     }
     let device = Device::host();
@@ -334,13 +301,12 @@ fn a_step_that_fails_leaves_nothing_for_the_next() {
         let start: Vec<f32> = weights(&images.plan, &mut random).iter().map(|&w| w as f32).collect();
         let mut parameters = device.upload(&start).unwrap();
         if failed {
-            let gnr = Gnr { rho: 0.1, alpha: 0.1, product: Product::Exact, every: 1, oracle_rho: None };
-            let settings = Settings::new(Method::Gnr(gnr), SGD);
+            let settings = Settings::new(Gnr { hvp: Hvp::Exact, ..Gnr::default() }, SGD);
             let mut optimizer = Optimizer::new(&device, start.len(), settings).unwrap();
             let error = optimizer.step(&mut NoProduct(&mut images), &mut parameters, 0.1).unwrap_err();
             assert!(error.to_string().contains("no exact product"), "{error}");
         }
-        let mut optimizer = Optimizer::new(&device, start.len(), Settings::new(Method::sam(0.1), SGD)).unwrap();
+        let mut optimizer = Optimizer::new(&device, start.len(), Settings::new(Sam::new(0.1), SGD)).unwrap();
         optimizer.step(&mut images, &mut parameters, 0.1).unwrap();
         (all_bits(&parameters, &optimizer, &images), images.plan.correct().unwrap().to_vec().unwrap())
     };

@@ -5,6 +5,7 @@
 use std::path::Path;
 
 use crate::common::fixtures::{Pool, arena, check_runs, hash_uniform, hash_weights, number, plan, read_json};
+use crate::common::methods::AnyMethod;
 use crate::common::{self, Grouped, Random, fast_devices, relative_error, roundoff, to_f64, upload};
 use half::{bf16, f16};
 use polder::curvature::Curvature;
@@ -13,8 +14,8 @@ use polder::device::{Compute, Device, Scalar, Tf32};
 use polder::kernels::batch_norm::Mode;
 use polder::kernels::image::Normalization;
 use polder::nn::{Model, Shortcut, initial_weights};
-use polder::objective::{Accumulator, Objective, Statistics};
-use polder::optim::{Base, CrSamTerms, Form, Method, Optimizer, Settings};
+use polder::objective::{Accumulator, Objective, RunningStats};
+use polder::optim::{Base, CrSam, Optimizer, Settings};
 use polder::plan::{Plan, PlanOptions, Shape};
 use polder::train::{Evaluator, weights};
 
@@ -27,7 +28,7 @@ fn check_gradient<T: Scalar>(device: &Device, name: &str, tolerance: f64) {
     let mut gradient = device.poisoned::<T>(weights.len()).unwrap();
     gradient.clear().unwrap();
     let (mut loss, mut flag) = (device.poisoned(1).unwrap(), device.zeros(1).unwrap());
-    plan.gradient(weights.view(), Statistics::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
+    plan.gradient(weights.view(), RunningStats::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
     let loss = loss.to_vec().unwrap()[0];
     assert!((loss - number(&fixture["loss"])).abs() < tolerance, "{name}: loss {loss}");
     let logits: Vec<f64> =
@@ -59,7 +60,7 @@ fn errors<S: Compute<Master = f32>>(device: &Device) -> [f64; 3] {
     let weights = upload::<f32>(device, &start);
     let mut gradient = device.zeros::<f32>(weights.len()).unwrap();
     let (mut loss, mut flag) = (device.poisoned(1).unwrap(), device.zeros(1).unwrap());
-    narrow.gradient(weights.view(), Statistics::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
+    narrow.gradient(weights.view(), RunningStats::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
     let reference = arena(narrow.parameters(), "resnet8-gradient.safetensors");
     let found = to_f64(&gradient.to_vec().unwrap());
     let loss = loss.to_vec().unwrap()[0] / number(&fixture["loss"]) - 1.0;
@@ -126,7 +127,8 @@ fn check_other_models(device: &Device) {
         let weights = upload::<f32>(device, &hash_weights(plan.parameters()));
         let mut gradient = device.zeros::<f32>(weights.len()).unwrap();
         let (mut loss, mut flag) = (device.poisoned(1).unwrap(), device.zeros(1).unwrap());
-        plan.gradient(weights.view(), Statistics::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
+        plan.gradient(weights.view(), RunningStats::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut())
+            .unwrap();
         let loss = loss.to_vec().unwrap()[0];
         assert!((loss - number(&case["loss"])).abs() < 2e-5 * loss, "{name}: loss {loss}");
         let gradient = gradient.to_vec().unwrap();
@@ -149,9 +151,8 @@ fn check_other_models(device: &Device) {
 /// one.
 #[test]
 fn a_whole_step_can_be_captured_and_replayed() {
-    let terms = CrSamTerms { form: Form::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
     for device in fast_devices() {
-        for method in [Method::Plain, Method::sam(0.05), Method::CrSam { rho: 0.1, terms }] {
+        for method in [AnyMethod::PLAIN, AnyMethod::sam(0.05), CrSam::default().into()] {
             let run = |recorded: usize| {
                 let shape = Shape { batch: 4, height: 8, width: 9, channels: 3 };
                 let model = Model::CifarResNet { blocks: 1, shortcut: Shortcut::B };
@@ -163,11 +164,11 @@ fn a_whole_step_can_be_captured_and_replayed() {
                 let len = plan.parameters().len();
                 let mut weights = device.upload(&initial_weights(plan.parameters(), 2).unwrap()).unwrap();
                 let base = Base::Sgd { momentum: 0.9, nesterov: false };
-                let settings = Settings { method, base, weight_decay: 5e-4, decay_len: len, clip: None };
+                let settings = Settings { weight_decay: 5e-4, decay_len: len, ..method.over(base) };
                 let mut optimizer = Optimizer::new(&device, len, settings).unwrap();
                 let mut accumulator = Accumulator::new(&device, len, 2).unwrap();
                 // SAM in two groups of two parts, the others on the whole batch.
-                let groups = if method == Method::sam(0.05) { 4 } else { 1 };
+                let groups = if method == AnyMethod::sam(0.05) { 4 } else { 1 };
                 let mut step = || match groups {
                     1 => optimizer.step(&mut plan, &mut weights, 0.05),
                     _ => {

@@ -15,8 +15,8 @@ use half::{bf16, f16};
 use polder::device::{Compute, Device, RecordedGraph, Tf32};
 use polder::kernels::image::{self, BatchShape, Normalization, Position};
 use polder::nn::Model;
-use polder::objective::{Objective, Statistics};
-use polder::optim::{Base, CrSamTerms, Form, Method, Optimizer, Settings};
+use polder::objective::{Objective, RunningStats};
+use polder::optim::{Base, CrSam, Method, Optimizer, Plain, Sam, Settings};
 use polder::plan::{Plan, PlanOptions, Shape};
 use polder::train::{open_device, weights};
 use polder_peers::Precision;
@@ -81,17 +81,14 @@ fn answer<S: Compute<Master = f32>>(args: &Args) -> Answer<()> {
     plan.set_statistics(device.upload(&statistics)?.view())?;
     let len = start.len();
     let mut parameters = device.upload(&start)?;
-    let method = match args.method {
-        MethodName::Sgd => Method::Plain,
-        MethodName::Sam => Method::sam(0.05),
-        MethodName::CrSam => {
-            let terms = CrSamTerms { form: Form::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
-            Method::CrSam { rho: 0.05, terms }
-        }
+    let method: Box<dyn Method<f32>> = match args.method {
+        MethodName::Sgd => Box::new(Plain {}),
+        MethodName::Sam => Box::new(Sam::new(0.05)),
+        MethodName::CrSam => Box::new(CrSam { rho: 0.05, ..CrSam::default() }),
     };
     let base = Base::Sgd { momentum: 0.9, nesterov: false };
     let mut optimizer =
-        Optimizer::new(&device, len, Settings { method, base, weight_decay: 5e-4, decay_len: len, clip: None })?;
+        Optimizer::new(&device, len, Settings { weight_decay: 5e-4, decay_len: len, ..Settings::boxed(method, base) })?;
     let mut recorded: Option<RecordedGraph> = None;
 
     protocol::serve(|words| match *words {
@@ -99,7 +96,7 @@ fn answer<S: Compute<Master = f32>>(args: &Args) -> Answer<()> {
             let (mut gradient, mut loss) = (device.zeros(len)?, device.zeros(1)?);
             let mut flag = device.zeros(1)?;
             let (g, l) = (gradient.view_mut(), loss.view_mut());
-            plan.gradient(parameters.view(), Statistics::Keep, g, l, flag.view_mut())?;
+            plan.gradient(parameters.view(), RunningStats::Keep, g, l, flag.view_mut())?;
             weights::save(Path::new(path), &[(plan.parameters(), &gradient.to_vec()?)])?;
             Ok(json!({"loss": loss.to_vec()?[0]}))
         }

@@ -1,0 +1,160 @@
+//! Gradient accumulation: one mini-batch made of several parts, each passed through on its own.
+
+use super::{Domain, Objective, Pass, RunningStats};
+use crate::device::{Buffer, Device, Error, Result, Scalar, Slice, SliceMut};
+use crate::kernels::vector::Combination;
+use crate::kernels::{metrics, sharpness};
+
+/// Accumulates gradients over several parts, so that a mini-batch can be larger than the memory for its activations.
+///
+/// It holds one vector as long as the weights, and two from the first pair of products on. Every pass moves 8 B per parameter for the
+/// first part and 12 B for each further one.
+pub struct Accumulator<T: Scalar> {
+    parts: usize,
+    vector: Buffer<T>,
+    /// For the second of a pair of products; empty before.
+    second: Buffer<T>,
+    loss: Buffer<f64>,
+    one: Buffer<f64>,
+}
+
+impl<T: Scalar> Accumulator<T> {
+    /// For vectors of `len` elements, each accumulated over `parts` parts.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for zero parts, and those of the allocation.
+    pub fn new(device: &Device, len: usize, parts: usize) -> Result<Self> {
+        if parts == 0 {
+            let message = "0 parts, expected at least 1".into();
+            return Err(Error::Argument { operation: "Accumulator::new", message });
+        }
+        let (vector, loss) = (device.zeros(if parts > 1 { len } else { 0 })?, device.zeros(1)?);
+        Ok(Self { parts, vector, second: device.zeros(0)?, loss, one: device.upload(&[1.0, 0.0, 0.0, 0.0])? })
+    }
+
+    /// An objective each of whose groups consists of `parts` consecutive groups of `objective`. Loss, gradient and product with the
+    /// Hessian are the means over the parts, in each pass. With batch norm in training mode this differs slightly from the whole
+    /// batch, because each part is normalised by itself. Groups of `objective` that do not fill a last one are left out. If there
+    /// are too few for one, every pass is an [`Error::Argument`].
+    pub fn over<'a>(&'a mut self, objective: &'a mut dyn Objective<T>) -> Accumulated<'a, T> {
+        Accumulated { accumulator: self, objective, group: 0 }
+    }
+}
+
+/// The objective that [`Accumulator::over`] returns.
+pub struct Accumulated<'a, T: Scalar> {
+    accumulator: &'a mut Accumulator<T>,
+    objective: &'a mut dyn Objective<T>,
+    group: usize,
+}
+
+impl<T: Scalar> Accumulated<'_, T> {
+    fn check(&self) -> Result<()> {
+        let (parts, groups) = (self.accumulator.parts, self.objective.domain().groups);
+        if groups >= parts {
+            return Ok(());
+        }
+        let message = format!("{parts} parts of an objective that has {groups} groups");
+        Err(Error::Argument { operation: "Accumulator::over", message })
+    }
+
+    /// The mean over the parts of their losses and gradients.
+    fn mean_gradient(
+        &mut self,
+        weights: Slice<'_, T>,
+        running_stats: RunningStats,
+        mut gradient: SliceMut<'_, T>,
+        mut loss: SliceMut<'_, f64>,
+        mut flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        let Accumulator { parts, vector, loss: part_loss, one, .. } = &mut *self.accumulator;
+        for part in 0..*parts {
+            self.objective.select(self.group * *parts + part)?;
+            let (out, out_loss) = (vector.view_mut(), part_loss.view_mut());
+            self.objective.gradient(weights, running_stats, out, out_loss, flag.reborrow())?;
+            let (weight, add) = (1.0 / *parts as f64, part > 0);
+            let term = Combination::alone(vector.view(), one.view());
+            sharpness::combine(term, weight, add, gradient.reborrow(), None)?;
+            metrics::mean_term(part_loss.view(), weight, add, loss.reborrow())?;
+        }
+        Ok(())
+    }
+
+    /// The mean over the parts of one product with the Hessian.
+    fn mean_product(
+        &mut self,
+        weights: Slice<'_, T>,
+        direction: Slice<'_, T>,
+        mut product: SliceMut<'_, T>,
+        mut flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        let Accumulator { parts, vector, one, .. } = &mut *self.accumulator;
+        for part in 0..*parts {
+            self.objective.select(self.group * *parts + part)?;
+            self.objective.hessian_vector(weights, direction, vector.view_mut(), flag.reborrow())?;
+            let term = Combination::alone(vector.view(), one.view());
+            sharpness::combine(term, 1.0 / *parts as f64, part > 0, product.reborrow(), None)?;
+        }
+        Ok(())
+    }
+
+    /// The means over the parts of two products with the Hessian, which the objective computes together.
+    fn mean_products(
+        &mut self,
+        weights: Slice<'_, T>,
+        directions: [Slice<'_, T>; 2],
+        mut products: [SliceMut<'_, T>; 2],
+        mut flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        let Accumulator { parts, vector, second, one, .. } = &mut *self.accumulator;
+        if second.is_empty() {
+            *second = weights.device().zeros(vector.len())?;
+        }
+        for part in 0..*parts {
+            self.objective.select(self.group * *parts + part)?;
+            let into = [vector.view_mut(), second.view_mut()];
+            self.objective.hessian_vector_pair(weights, directions, into, flag.reborrow())?;
+            for (found, product) in [vector.view(), second.view()].into_iter().zip(&mut products) {
+                let term = Combination::alone(found, one.view());
+                sharpness::combine(term, 1.0 / *parts as f64, part > 0, product.reborrow(), None)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<T: Scalar> Objective<T> for Accumulated<'_, T> {
+    fn domain(&self) -> Domain<'_> {
+        let domain = self.objective.domain();
+        Domain { groups: domain.groups / self.accumulator.parts, ..domain }
+    }
+
+    fn pass(&mut self, pass: Pass<'_, T>) -> Result<()> {
+        if let Pass::Select { group } = pass {
+            self.group = group;
+        }
+        let one_part = self.accumulator.parts == 1;
+        match pass {
+            Pass::Commit { .. } | Pass::Abandon | Pass::Displacement { .. } => self.objective.pass(pass),
+            Pass::Select { .. } if one_part => self.objective.pass(pass),
+            // Each pass selects the parts itself.
+            Pass::Select { .. } => Ok(()),
+            other => {
+                self.check()?;
+                match other {
+                    pass if one_part => self.objective.pass(pass),
+                    Pass::Gradient { weights, running_stats, gradient, loss, flag } => {
+                        self.mean_gradient(weights, running_stats, gradient, loss, flag)
+                    }
+                    Pass::HessianVector { weights, direction, product, flag } => {
+                        self.mean_product(weights, direction, product, flag)
+                    }
+                    Pass::HessianVectorPair { weights, directions, products, flag } => {
+                        self.mean_products(weights, directions, products, flag)
+                    }
+                    pass => pass.split(self),
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,387 @@
+//! The interface between an optimizer and the function that it minimises.
+//!
+//! An [`Objective`] answers one call, [`Objective::pass`]. A [`Pass`] says what is wanted: a gradient, two gradients, a product with
+//! the Hessian, the end of a step. An objective answers the passes that it can do well and hands every other one to
+//! [`Pass::split`], which takes it apart into simpler ones. A wrapper changes the passes that it is about and forwards the rest.
+//!
+//! A network's [`Plan`](crate::plan::Plan) is an objective; so is any function of a flat vector that a user brings:
+//!
+//! ```
+//! use polder::device::Result;
+//! use polder::objective::{Domain, Objective, Pass};
+//!
+//! /// ½‖w − 3‖², computed on the host.
+//! struct Bowl;
+//!
+//! impl Objective<f64> for Bowl {
+//!     fn domain(&self) -> Domain<'_> {
+//!         Domain::of_len(4)
+//!     }
+//!
+//!     fn pass(&mut self, pass: Pass<'_, f64>) -> Result<()> {
+//!         match pass {
+//!             Pass::Gradient { weights, mut gradient, mut loss, .. } => {
+//!                 let slope: Vec<f64> = weights.to_vec()?.iter().map(|w| w - 3.0).collect();
+//!                 loss.write(&[slope.iter().map(|d| 0.5 * d * d).sum()])?;
+//!                 gradient.write(&slope)
+//!             }
+//!             other => other.split(self),
+//!         }
+//!     }
+//! }
+//! ```
+
+mod accumulator;
+
+pub use accumulator::{Accumulated, Accumulator};
+
+use std::ops::Range;
+
+use crate::device::{Error, Result, Scalar, Slice, SliceMut};
+use crate::kernels::vector::{self, Reduction};
+
+/// What a pass does with batch norm's running statistics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RunningStats {
+    /// Compute the updated statistics and hold them until [`Pass::Commit`]. The passes at the unperturbed weights do this. When a
+    /// step has several of them, on groups or parts of its mini-batch, each continues from the one before.
+    Update,
+    /// Leave them alone. Every pass at perturbed weights does this.
+    Keep,
+}
+
+/// Displaced weights, `from ± ρ along/(norm + 1e-12)`, as [`vector::perturb`] computes them.
+#[derive(Clone, Copy)]
+pub struct Displacement<'a, T: Scalar> {
+    /// The weights that are displaced.
+    pub from: Slice<'a, T>,
+    /// The direction.
+    pub along: Slice<'a, T>,
+    /// Its norm: one element.
+    pub norm: Slice<'a, f64>,
+    /// ρ.
+    pub rho: f64,
+}
+
+/// The vector that an objective is a function of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Domain<'a> {
+    /// Number of elements, padding included.
+    pub len: usize,
+    /// Number of groups that the mini-batch can be taken in, for m-sharpness.
+    pub groups: usize,
+    /// Elements that belong to no weight, such as the gaps between aligned tensors. Curvature along a random direction sets the
+    /// direction to zero there.
+    pub padding: &'a [Range<usize>],
+}
+
+impl Domain<'_> {
+    /// A vector of `len` weights, one group, no padding.
+    pub fn of_len(len: usize) -> Self {
+        Self { len, groups: 1, padding: &[] }
+    }
+}
+
+/// Passes through an objective, counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Passes {
+    /// Losses with their gradients.
+    pub gradients: u64,
+    /// Products with the Hessian, each of the cost of 8/3 gradients.
+    pub products: u64,
+}
+
+/// What an optimizer or a measurement asks of an [`Objective`]. All vectors are as long as the weights and laid out alike, and lie on
+/// the device of the weights.
+///
+/// The `flag` of a pass is one element. The objective sets it to 1 where the loss or any element of a result is not finite, and
+/// otherwise leaves it as it is.
+pub enum Pass<'a, T: Scalar> {
+    /// Writes the mean loss at `weights` to `loss` (one element) and its gradient to `gradient`.
+    Gradient {
+        /// Where.
+        weights: Slice<'a, T>,
+        /// What happens to batch norm's running statistics.
+        running_stats: RunningStats,
+        /// Result.
+        gradient: SliceMut<'a, T>,
+        /// Result: one element.
+        loss: SliceMut<'a, f64>,
+        /// Set where something is not finite.
+        flag: SliceMut<'a, u32>,
+    },
+    /// The same, and writes the gradient's L2 norm to `norm` (one element). Padding counts as zero. Splits into a gradient and one
+    /// more pass over it.
+    GradientAndNorm {
+        /// Where.
+        weights: Slice<'a, T>,
+        /// What happens to batch norm's running statistics.
+        running_stats: RunningStats,
+        /// Result.
+        gradient: SliceMut<'a, T>,
+        /// Result: one element.
+        loss: SliceMut<'a, f64>,
+        /// Set where something is not finite.
+        flag: SliceMut<'a, u32>,
+        /// Scratch memory of the norm.
+        reduction: &'a mut Reduction,
+        /// Result: one element.
+        norm: SliceMut<'a, f64>,
+    },
+    /// Loss and gradient at two points that do not depend on each other. The running statistics stay as they are. Splits into one
+    /// after the other; an objective that can computes both at the same time.
+    GradientPair {
+        /// The points.
+        weights: [Slice<'a, T>; 2],
+        /// Results.
+        gradients: [SliceMut<'a, T>; 2],
+        /// Results: one element each.
+        losses: [SliceMut<'a, f64>; 2],
+        /// Set where something is not finite.
+        flag: SliceMut<'a, u32>,
+    },
+    /// Loss and gradient at displaced weights, `from + ρ …`. The running statistics stay as they are. Splits into a kernel that
+    /// writes the displaced weights to `point`, and a gradient there. An objective that rounds weights before it uses them can round
+    /// them as they are displaced; then `point` holds nothing of use afterwards.
+    GradientDisplaced {
+        /// The displaced weights.
+        displacement: Displacement<'a, T>,
+        /// Room for them.
+        point: SliceMut<'a, T>,
+        /// Result.
+        gradient: SliceMut<'a, T>,
+        /// Result: one element.
+        loss: SliceMut<'a, f64>,
+        /// Set where something is not finite.
+        flag: SliceMut<'a, u32>,
+    },
+    /// Losses and gradients at `from + ρ …` and `from − ρ …`, likewise.
+    GradientPairDisplaced {
+        /// The displaced weights.
+        displacement: Displacement<'a, T>,
+        /// Room for them.
+        points: [SliceMut<'a, T>; 2],
+        /// Results.
+        gradients: [SliceMut<'a, T>; 2],
+        /// Results: one element each.
+        losses: [SliceMut<'a, f64>; 2],
+        /// Set where something is not finite.
+        flag: SliceMut<'a, u32>,
+    },
+    /// Writes the exact product of the Hessian at `weights` with `direction` to `product`. The running statistics stay as they are.
+    /// An objective without one answers with [`Error::Argument`], as [`Pass::split`] does.
+    HessianVector {
+        /// Where.
+        weights: Slice<'a, T>,
+        /// The direction.
+        direction: Slice<'a, T>,
+        /// Result.
+        product: SliceMut<'a, T>,
+        /// Set where something is not finite.
+        flag: SliceMut<'a, u32>,
+    },
+    /// Two such products at the same weights. Splits into one after the other, to the same bits.
+    HessianVectorPair {
+        /// Where.
+        weights: Slice<'a, T>,
+        /// The directions.
+        directions: [Slice<'a, T>; 2],
+        /// Results.
+        products: [SliceMut<'a, T>; 2],
+        /// Set where something is not finite.
+        flag: SliceMut<'a, u32>,
+    },
+    /// Writes the realised step from `from` to `to` to `out`. An objective that rounds weights before it uses them takes the
+    /// difference of the rounded weights. Splits into the plain difference. For telemetry.
+    Displacement {
+        /// The first point.
+        from: Slice<'a, T>,
+        /// The second point.
+        to: Slice<'a, T>,
+        /// Result.
+        out: SliceMut<'a, T>,
+    },
+    /// The passes that follow see this group of the mini-batch. Splits into nothing.
+    Select {
+        /// From 0 to [`Domain::groups`].
+        group: usize,
+    },
+    /// Ends a step: makes the statistics of the passes with [`RunningStats::Update`] permanent, unless `skip` is set. Splits into
+    /// nothing.
+    Commit {
+        /// One element: whether the step was skipped.
+        skip: Slice<'a, u32>,
+    },
+    /// Ends a step that failed with an error: discards what its passes held for [`Pass::Commit`]. It does not fail. Splits into
+    /// nothing.
+    Abandon,
+}
+
+impl<T: Scalar> Pass<'_, T> {
+    /// Takes a pass apart into simpler ones and has `objective` answer those. This serves an objective that does no better; the
+    /// description of each variant says what it splits into.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a gradient and for a product with the Hessian, which do not split; those of the simpler passes.
+    pub fn split(self, objective: &mut dyn Objective<T>) -> Result<()> {
+        match self {
+            Pass::Gradient { .. } => unsupported("gradient"),
+            Pass::HessianVector { .. } => unsupported("exact product with its Hessian"),
+            Pass::GradientAndNorm { weights, running_stats, mut gradient, loss, flag, reduction, norm } => {
+                objective.gradient(weights, running_stats, gradient.reborrow(), loss, flag)?;
+                vector::l2_norm(gradient.view(), reduction, norm)
+            }
+            Pass::GradientPair { weights, gradients, losses, mut flag } => {
+                for ((weights, gradient), loss) in weights.into_iter().zip(gradients).zip(losses) {
+                    objective.gradient(weights, RunningStats::Keep, gradient, loss, flag.reborrow())?;
+                }
+                Ok(())
+            }
+            Pass::GradientDisplaced { displacement, mut point, gradient, loss, flag } => {
+                let Displacement { from, along, norm, rho } = displacement;
+                vector::perturb(from, along, norm, rho, point.reborrow(), None)?;
+                objective.gradient(point.view(), RunningStats::Keep, gradient, loss, flag)
+            }
+            Pass::GradientPairDisplaced { displacement, points: [mut plus, mut minus], gradients, losses, flag } => {
+                let Displacement { from, along, norm, rho } = displacement;
+                vector::perturb(from, along, norm, rho, plus.reborrow(), Some(minus.reborrow()))?;
+                objective.gradient_pair([plus.view(), minus.view()], gradients, losses, flag)
+            }
+            Pass::HessianVectorPair { weights, directions, products, mut flag } => {
+                for (direction, product) in directions.into_iter().zip(products) {
+                    objective.hessian_vector(weights, direction, product, flag.reborrow())?;
+                }
+                Ok(())
+            }
+            Pass::Displacement { from, to, out } => difference(from, to, out),
+            Pass::Select { .. } | Pass::Commit { .. } | Pass::Abandon => Ok(()),
+        }
+    }
+}
+
+fn unsupported(what: &str) -> Result<()> {
+    Err(Error::Argument { operation: "Objective::pass", message: format!("this objective has no {what}") })
+}
+
+/// A loss over a flat vector of weights.
+///
+/// Every pass of one optimizer step sees the same mini-batch: the caller changes the batch between steps only.
+///
+/// An objective implements [`domain`](Objective::domain) and [`pass`](Objective::pass). The other methods are shorthands that make a
+/// [`Pass`]; do not override them, because callers that make the pass themselves would not see it.
+pub trait Objective<T: Scalar> {
+    /// The vector that it is a function of.
+    fn domain(&self) -> Domain<'_>;
+
+    /// Answers a pass. Everything that is not answered here goes to [`Pass::split`], in a wrapper to the wrapped objective.
+    ///
+    /// # Errors
+    /// Those of the device; [`Error::Argument`] for a pass that the objective does not have.
+    fn pass(&mut self, pass: Pass<'_, T>) -> Result<()>;
+
+    /// Number of elements of the vector.
+    fn len(&self) -> usize {
+        self.domain().len
+    }
+
+    /// Whether the vector has no element.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// [`Pass::Gradient`].
+    ///
+    /// # Errors
+    /// Those of the objective.
+    fn gradient(
+        &mut self,
+        weights: Slice<'_, T>,
+        running_stats: RunningStats,
+        gradient: SliceMut<'_, T>,
+        loss: SliceMut<'_, f64>,
+        flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        self.pass(Pass::Gradient { weights, running_stats, gradient, loss, flag })
+    }
+
+    /// [`Pass::GradientAndNorm`].
+    ///
+    /// # Errors
+    /// Those of the objective.
+    fn gradient_and_norm(
+        &mut self,
+        weights: Slice<'_, T>,
+        running_stats: RunningStats,
+        gradient: SliceMut<'_, T>,
+        loss: SliceMut<'_, f64>,
+        flag: SliceMut<'_, u32>,
+        reduction: &mut Reduction,
+        norm: SliceMut<'_, f64>,
+    ) -> Result<()> {
+        self.pass(Pass::GradientAndNorm { weights, running_stats, gradient, loss, flag, reduction, norm })
+    }
+
+    /// [`Pass::GradientPair`].
+    ///
+    /// # Errors
+    /// Those of the objective.
+    fn gradient_pair(
+        &mut self,
+        weights: [Slice<'_, T>; 2],
+        gradients: [SliceMut<'_, T>; 2],
+        losses: [SliceMut<'_, f64>; 2],
+        flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        self.pass(Pass::GradientPair { weights, gradients, losses, flag })
+    }
+
+    /// [`Pass::HessianVector`].
+    ///
+    /// # Errors
+    /// Those of the objective.
+    fn hessian_vector(
+        &mut self,
+        weights: Slice<'_, T>,
+        direction: Slice<'_, T>,
+        product: SliceMut<'_, T>,
+        flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        self.pass(Pass::HessianVector { weights, direction, product, flag })
+    }
+
+    /// [`Pass::HessianVectorPair`].
+    ///
+    /// # Errors
+    /// Those of the objective.
+    fn hessian_vector_pair(
+        &mut self,
+        weights: Slice<'_, T>,
+        directions: [Slice<'_, T>; 2],
+        products: [SliceMut<'_, T>; 2],
+        flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        self.pass(Pass::HessianVectorPair { weights, directions, products, flag })
+    }
+
+    /// [`Pass::Select`].
+    ///
+    /// # Errors
+    /// Those of the objective.
+    fn select(&mut self, group: usize) -> Result<()> {
+        self.pass(Pass::Select { group })
+    }
+
+    /// [`Pass::Commit`].
+    ///
+    /// # Errors
+    /// Those of the objective.
+    fn commit(&mut self, skip: Slice<'_, u32>) -> Result<()> {
+        self.pass(Pass::Commit { skip })
+    }
+}
+
+/// `out = to − from`
+pub(crate) fn difference<T: Scalar>(from: Slice<'_, T>, to: Slice<'_, T>, mut out: SliceMut<'_, T>) -> Result<()> {
+    out.copy_from(to)?;
+    vector::axpy(-1.0, from, out)
+}

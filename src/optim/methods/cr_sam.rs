@@ -1,0 +1,75 @@
+//! CR-SAM: curvature-regularised SAM (Wu, Luo, Wunsch, "CR-SAM: Curvature Regularized Sharpness-Aware Minimization", AAAI 2024,
+//! equation 7).
+
+use crate::device::{Result, Scalar};
+use crate::kernels::vector::{self, CrSamForm};
+use crate::objective::Passes;
+use crate::optim::step::work::{G0, G1, G2};
+use crate::optim::{Direction, Entry, Method, Needs, Numbers, Step};
+use crate::{settings, words};
+
+words! {
+    /// The form of CR-SAM's regularizer.
+    pub enum Form {
+        /// Equation 7 of the paper: the gradient of `α log A + β log B`
+        Log = "log",
+        /// The authors' code: that of `α A + β B`
+        Released = "released",
+    }
+}
+
+settings! {
+    /// CR-SAM: follows `g₊ + α (g₊ + g₋ − 2g)/A + β (g₊ − g₋)/B` with the gradients at `w ± ρ g/‖g‖`, `A = L₊ + L₋ − 2L` and
+    /// `B = L₊ − L₋`. The released form has no divisions. The log form drops a term for a step whose A or B is at most its
+    /// threshold, and counts it.
+    #[derive(Debug, Clone, Copy, PartialEq)]
+    pub struct CrSam {
+        /// Radius of the perturbation
+        rho: f64 = 0.1, as "RHO", in positive;
+        /// Weight of what the method adds to the gradient
+        alpha: f64 = 0.1, as "ALPHA", in not_negative;
+        /// CR-SAM's weight of the slope term
+        beta: f64 = 0.01, as "BETA", in not_negative;
+        /// CR-SAM as in the paper (log) or as in its authors' code (released)
+        form: Form = Form::Log, as "FORM";
+        /// CR-SAM drops the curvature term at or below this A
+        a_min: f64 = 1e-8, as "A", in not_negative;
+        /// CR-SAM drops the slope term at or below this B
+        b_min: f64 = 1e-8, as "B", in not_negative;
+    }
+}
+
+/// CR-SAM by name.
+pub const ENTRY: Entry =
+    Entry { name: "cr-sam", summary: "Curvature-regularised SAM", base: None, new: || Box::new(CrSam::default()) };
+
+impl<T: Scalar> Method<T> for CrSam {
+    fn passes(&self) -> Passes {
+        Passes { gradients: 3, products: 0 }
+    }
+
+    fn needs(&self) -> Needs {
+        Needs { numbers: 3, ..Needs::vectors(5) }
+    }
+
+    /// A, B, and `A/ρ²`, the curvature along the gradient.
+    fn telemetry(&self) -> &'static [&'static str] {
+        &["a", "b", "vhv"]
+    }
+
+    fn direction(&self, step: &mut Step<'_, T>) -> Result<Direction> {
+        step.gradient_at_weights()?;
+        step.gradient_pair_displaced(self.rho, [G1, G2])?;
+        let form = match self.form {
+            Form::Log => CrSamForm::Log,
+            Form::Released => CrSamForm::Released,
+        };
+        let Self { alpha, beta, a_min, b_min, .. } = *self;
+        let terms = vector::CrSam { form, alpha, beta, a_min, b_min };
+        let Numbers { losses, own, coefficients, flag, .. } = &mut *step.numbers;
+        let (losses, dropped) = (losses.slice(0..3)?, step.counters.slice_mut(2..4)?);
+        vector::curvature_from_losses(losses, self.rho * step.rho_factor, own.view_mut())?;
+        vector::cr_sam_coefficients(losses, terms, coefficients.slice_mut(0..3)?, flag.view(), dropped)?;
+        Ok(Direction::combined([G0, G1, G2]))
+    }
+}

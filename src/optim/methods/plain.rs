@@ -1,0 +1,40 @@
+//! The base optimizers alone, SGD and AdamW: the gradient at `w`.
+
+use crate::device::{Result, Scalar};
+use crate::objective::Passes;
+use crate::optim::step::work::G0;
+use crate::optim::{Direction, Entry, Method, Needs, Step};
+use crate::settings;
+
+settings! {
+    /// No sharpness-aware method: the base optimizer follows the gradient at `w`.
+    #[derive(Debug, Clone, Copy, PartialEq)]
+    pub struct Plain {}
+}
+
+/// SGD by name.
+pub const SGD: Entry = Entry {
+    name: "sgd",
+    summary: "Stochastic gradient descent with momentum",
+    base: Some("sgd"),
+    new: || Box::new(Plain::default()),
+};
+
+/// AdamW by name.
+pub const ADAMW: Entry =
+    Entry { name: "adamw", summary: "AdamW", base: Some("adamw"), new: || Box::new(Plain::default()) };
+
+impl<T: Scalar> Method<T> for Plain {
+    fn passes(&self) -> Passes {
+        Passes { gradients: 1, products: 0 }
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::vectors(1)
+    }
+
+    fn direction(&self, step: &mut Step<'_, T>) -> Result<Direction> {
+        step.gradient_at_weights()?;
+        Ok(Direction::along(G0))
+    }
+}

@@ -1,0 +1,116 @@
+//! SAM: the gradient at `w + ε`, ε the ascent of length ρ (Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization for
+//! Efficiently Improving Generalization", ICLR 2021, algorithm 1).
+
+use crate::device::{Result, Scalar};
+use crate::kernels::{sharpness, vector};
+use crate::objective::Passes;
+use crate::optim::step::work::{G0, G1, P, Q};
+use crate::optim::{Direction, Entry, Method, Needs, Numbers, Row, Step, Vector};
+use crate::settings::SettingError;
+use crate::{settings, words};
+
+words! {
+    /// Norm of the ball in which SAM ascends.
+    pub enum Norm {
+        /// `ε = ρ g/‖g‖`
+        Two = "2",
+        /// `ε = ρ sign(g)`
+        Infinity = "inf",
+    }
+}
+
+settings! {
+    /// SAM: follows `g(w + ε)`.
+    #[derive(Debug, Clone, Copy, PartialEq)]
+    pub struct Sam {
+        /// Radius of the perturbation
+        rho: f64 = 0.05, as "RHO", in positive;
+        /// Norm of SAM's ball
+        p_norm: Norm = Norm::Two, as "P";
+        /// Steps of SAM's ascent, each of length ρ and projected onto the ball
+        ascent_steps: usize = 1, as "K", in at_least(1);
+        /// Include SAM's second-order term: one product with the Hessian
+        second_order: bool = false;
+    }
+}
+
+/// SAM by name.
+pub const ENTRY: Entry =
+    Entry { name: "sam", summary: "Sharpness-aware minimisation", base: None, new: || Box::new(Sam::default()) };
+
+impl Sam {
+    /// SAM in its usual form: p = 2, one ascent step, radius `rho`.
+    pub fn new(rho: f64) -> Self {
+        Self { rho, ..Self::default() }
+    }
+}
+
+impl<T: Scalar> Method<T> for Sam {
+    fn check_combination(&self) -> std::result::Result<(), SettingError> {
+        let several = self.ascent_steps > 1;
+        if several && self.p_norm != Norm::Two {
+            return Err(SettingError::Contradiction { name: "ascent-steps", reason: "more than one needs p-norm 2" });
+        }
+        if self.second_order && (several || self.p_norm != Norm::Two) {
+            return Err(SettingError::Contradiction {
+                name: "second-order",
+                reason: "needs p-norm 2 and one ascent step",
+            });
+        }
+        Ok(())
+    }
+
+    fn passes(&self) -> Passes {
+        Passes { gradients: 1 + self.ascent_steps as u64, products: u64::from(self.second_order) }
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::vectors(if self.ascent_steps > 1 || self.second_order { 4 } else { 3 })
+    }
+
+    fn direction(&self, step: &mut Step<'_, T>) -> Result<Direction> {
+        step.gradient_at_weights()?;
+        if self.p_norm == Norm::Infinity {
+            let rho = self.rho * step.rho_factor;
+            let mut x = step.vectors.open();
+            vector::perturb_linf(x.read(Vector::Weights)?, x.read(G0)?, rho, x.write(P)?, None)?;
+            step.gradient(P, 1, G1)?;
+        } else if self.ascent_steps == 1 {
+            step.gradient_displaced(Vector::Weights, G0, 0, self.rho, 1, G1)?;
+        } else {
+            self.ascend(step)?;
+            step.gradient(P, 1, G1)?;
+        }
+        if !self.second_order {
+            return Ok(Direction::along(G1));
+        }
+        // The term that SAM drops: (dε/dw)ᵀ g_adv = (ρ/‖g‖) H d with d = g_adv − v vᵀg_adv. d takes the place of the perturbed point.
+        step.orthogonal(P)?;
+        step.hessian_vector(Vector::Weights, P, Q)?;
+        step.over_norm(self.rho * step.rho_factor, 0)?;
+        Ok(Direction::combined([G1, Q]))
+    }
+}
+
+impl Sam {
+    /// K steps of projected ascent, each of length ρ, from `w` onto the ball of radius ρ around it. The perturbed point is in P.
+    fn ascend<T: Scalar>(&self, step: &mut Step<'_, T>) -> Result<()> {
+        let rho = self.rho * step.rho_factor;
+        for ascent in 0..self.ascent_steps {
+            let first = ascent == 0;
+            if !first {
+                step.gradient(P, 1, G1)?;
+                step.products(&[Q, G1], Row::FIRST, Row::SECOND)?;
+            }
+            let Numbers { norms, products, inner, .. } = &mut *step.numbers;
+            let products = (!first).then(|| products.view());
+            sharpness::ascent_coefficients(norms.slice(0..1)?, products, rho, rho, inner.slice_mut(0..2)?)?;
+            let mut x = step.vectors.open();
+            let (weights, gradient) = (x.read(Vector::Weights)?, x.read(if first { G0 } else { G1 })?);
+            let (displacement, out) = (x.write(Q)?, x.write(P)?);
+            let ends = (first, ascent + 1 == self.ascent_steps);
+            sharpness::ascend(weights, gradient, displacement, inner.slice(0..2)?, out, ends)?;
+        }
+        Ok(())
+    }
+}

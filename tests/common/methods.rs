@@ -1,0 +1,46 @@
+//! The methods as values that tests can copy, compare and take apart.
+
+use polder::device::Scalar;
+use polder::optim::{
+    Asam, Base, CrSam, Gam, Gnr, Gsam, LookSam, Method, Plain, RSam, RandomSam, SaSam, SaSgd, Sam, Settings,
+};
+
+macro_rules! any_method {
+    ($($name:ident),+ $(,)?) => {
+        /// Any of the library's methods with its settings.
+        #[derive(Debug, Clone, Copy, PartialEq)]
+        pub enum AnyMethod {
+            $($name($name)),+
+        }
+
+        impl AnyMethod {
+            pub fn boxed<T: Scalar>(self) -> Box<dyn Method<T>> {
+                match self {
+                    $(Self::$name(method) => Box::new(method)),+
+                }
+            }
+        }
+
+        $(impl From<$name> for AnyMethod {
+            fn from(method: $name) -> Self {
+                Self::$name(method)
+            }
+        })+
+    };
+}
+
+any_method!(Plain, Sam, Asam, RandomSam, RSam, Gsam, LookSam, CrSam, Gnr, Gam, SaSam, SaSgd);
+
+impl AnyMethod {
+    pub const PLAIN: Self = Self::Plain(Plain {});
+
+    /// SAM as usual.
+    pub fn sam(rho: f64) -> Self {
+        Sam::new(rho).into()
+    }
+
+    /// An optimizer's settings, without weight decay and clipping.
+    pub fn over<T: Scalar>(self, base: Base) -> Settings<T> {
+        Settings::boxed(self.boxed(), base)
+    }
+}
