@@ -897,7 +897,7 @@ impl Options {
                 alpha,
                 hvp: if self.hvp == Some(HvpName::Exact) { Hvp::Exact } else { Hvp::Difference },
                 oracle: if self.oracle == Some(OracleName::Sam) { Oracle::Sam } else { Oracle::Loss },
-                oracle_rho: number(self.oracle_rho),
+                oracle_rho: self.oracle_rho.unwrap_or(Gnr::default().oracle_rho),
                 every,
                 ..Gnr::default()
             }),
