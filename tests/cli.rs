@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use approx::{abs_diff_eq, relative_eq};
+
 fn polder(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_polder")).args(arguments).stdin(Stdio::null()).output().unwrap()
 }
@@ -108,7 +110,7 @@ fn training_writes_what_evaluation_reads_and_the_same_seed_gives_the_same_bits()
         assert_eq!(found["samples"], 50);
         assert_eq!(found["errors"], one["test"]["errors"], "{optimizer}");
         let (a, b) = (found["loss"].as_f64().unwrap(), one["test"]["loss"].as_f64().unwrap());
-        assert!((a - b).abs() < 1e-6, "batches of another size round otherwise: {a} and {b}");
+        assert!(abs_diff_eq!(a, b, epsilon = 1e-6), "batches of another size round otherwise: {a} and {b}");
         let bytes = std::fs::read(&logits).unwrap();
         let npy = npyz::NpyFile::new(&bytes[..]).unwrap();
         assert_eq!(npy.shape(), [50, 2]);
@@ -562,7 +564,10 @@ fn curvature_is_measured_over_any_parts_of_the_images() {
     let value = |found: &serde_json::Value, name: &str| found["measures"][name]["value"].as_f64().unwrap();
     let (norm, trace) = (value(&found, "grad-norm"), value(&found, "trace"));
     assert!(norm > 0.0 && found["measures"]["trace"]["standard_error"].as_f64().unwrap() > 0.0, "{found}");
-    assert!((value(&found, "normalized-trace") / (trace / norm) - 1.0).abs() < 1e-12, "{found}");
+    assert!(
+        relative_eq!(value(&found, "normalized-trace"), trace / norm, epsilon = 0.0, max_relative = 1e-12),
+        "{found}"
+    );
     // With running statistics the parts do not matter but for rounding, with each batch's they do.
     let parts = measure(&["--batch-size", "8"]);
     let apart = |other: &serde_json::Value, name: &str| (value(other, name) / value(&found, name) - 1.0).abs();
@@ -579,20 +584,23 @@ fn curvature_is_measured_over_any_parts_of_the_images() {
     let (values, nodes) = (numbers("top-eigenvalues", "values"), numbers("spectrum", "nodes"));
     assert!(values.len() == 2 && values[0] > values[1] && values[0] > 0.0, "{spectral}");
     assert!(value(&spectral, "vhv") <= values[0] * 1.001, "{spectral}");
-    assert!((numbers("spectrum", "weights").iter().sum::<f64>() - 1.0).abs() < 1e-9 && nodes.len() == 36);
+    assert!(abs_diff_eq!(numbers("spectrum", "weights").iter().sum::<f64>(), 1.0, epsilon = 1e-9) && nodes.len() == 36);
     let mean: f64 = nodes.iter().zip(numbers("spectrum", "weights")).map(|(node, weight)| node * weight).sum();
-    assert!((mean * 74906.0 / trace - 1.0).abs() < 0.05, "{mean} of the trace {trace}");
+    assert!(abs_diff_eq!(mean * 74906.0 / trace, 1.0, epsilon = 0.05), "{mean} of the trace {trace}");
     let list =
         "trace,hutch++,layer-traces,vhv,vhv-difference,sharpness,m-sharpness,approximation-ratio,gnr,extrema,grad-norm";
     let around = measure(&["--batch-size", "16", "--measure", list, "--rho", "0.01", "--ascent-steps", "5"]);
     let layers = around["measures"]["layer-traces"]["layers"].as_object().unwrap();
     let sum: f64 = layers.values().map(|layer| layer["value"].as_f64().unwrap()).sum();
-    assert!(layers.len() == 23 && (sum / value(&around, "trace") - 1.0).abs() < 1e-4, "{around}");
+    assert!(
+        layers.len() == 23 && relative_eq!(sum, value(&around, "trace"), epsilon = 0.0, max_relative = 1e-4),
+        "{around}"
+    );
     let (rise, one_step) = (value(&around, "sharpness"), &around["measures"]["sharpness"]["one_step"]);
     assert!(rise >= one_step.as_f64().unwrap() && one_step.as_f64().unwrap() > 0.0, "{around}");
     // Over so small a radius the loss is nearly its own first two terms.
     let expected = 0.01 * value(&around, "grad-norm") + 0.5e-4 * value(&around, "vhv");
-    assert!((one_step.as_f64().unwrap() / expected - 1.0).abs() < 0.1, "{around}: {expected}");
+    assert!(abs_diff_eq!(one_step.as_f64().unwrap() / expected, 1.0, epsilon = 0.1), "{around}: {expected}");
     assert!((value(&around, "gnr") / (0.01 * value(&around, "grad-norm"))) >= 1.0, "{around}");
     let ratio = value(&around, "approximation-ratio");
     assert!(ratio > 0.5 && ratio <= 1.0 && around["measures"]["m-sharpness"]["parts"] == 2, "{around}");
@@ -651,7 +659,10 @@ fn curvature_is_logged_during_training_and_after_a_resumption() {
     let after = json(&polder(&run));
     for measure in ["grad-norm", "trace"] {
         let (there, here) = (&after["measures"][measure]["value"], &last[measure]["value"]);
-        assert!((there.as_f64().unwrap() / here.as_f64().unwrap() - 1.0).abs() < 1e-5, "{measure}: {there} and {here}");
+        assert!(
+            relative_eq!(there.as_f64().unwrap(), here.as_f64().unwrap(), epsilon = 0.0, max_relative = 1e-5),
+            "{measure}: {there} and {here}"
+        );
     }
     // In two parts, the second of which finds the line of epoch 2 missing.
     train(&[&["--steps", "12", "--schedule", "constant", "--out", &parts][..], &every[2..]].concat());
@@ -750,7 +761,7 @@ fn a_landscape_is_mapped_drawn_and_continued() {
     // The middle is the model itself.
     let eval = ["eval", "--run", run, "--split", "train", "--samples", "48", "--device", "cpu", "--json"];
     let middle = json(&polder(&eval));
-    assert!((rows[4][2] - middle["loss"].as_f64().unwrap()).abs() < 1e-6, "{middle} and {rows:?}");
+    assert!(abs_diff_eq!(rows[4][2], middle["loss"].as_f64().unwrap(), epsilon = 1e-6), "{middle} and {rows:?}");
     assert_eq!(rows[4][3], middle["accuracy"].as_f64().unwrap());
     assert_ne!(rows[0][2], rows[4][2]);
     let pictures: Vec<&str> = found["pictures"].as_array().unwrap().iter().map(|path| path.as_str().unwrap()).collect();
@@ -821,7 +832,7 @@ fn a_landscape_is_mapped_drawn_and_continued() {
         text_of(line).lines().skip(1).zip(text_of(back).lines().skip(1).collect::<Vec<_>>().iter().rev())
     {
         let loss = |line: &str| line.split(',').nth(1).unwrap().parse::<f64>().unwrap();
-        assert!((loss(one) / loss(other) - 1.0).abs() < 1e-4, "{one} and {other}");
+        assert!(relative_eq!(loss(one), loss(other), epsilon = 0.0, max_relative = 1e-4), "{one} and {other}");
     }
 
     // Along the steepest eigenvector the loss bends as the eigenvalue says.
@@ -834,7 +845,7 @@ fn a_landscape_is_mapped_drawn_and_continued() {
     let losses: Vec<f64> =
         text_of(eigen).lines().skip(1).map(|line| line.split(',').nth(1).unwrap().parse().unwrap()).collect();
     let bend = (losses[0] + losses[2] - 2.0 * losses[1]) / 1e-4;
-    assert!((bend / lambda - 1.0).abs() < 0.1, "{bend} and {lambda}: {losses:?}");
+    assert!(abs_diff_eq!(bend / lambda, 1.0, epsilon = 0.1), "{bend} and {lambda}: {losses:?}");
 
     let blocked = folder.path().join("blocked");
     std::fs::write(&blocked, "a file").unwrap();
@@ -920,7 +931,7 @@ fn findings_are_written_to_files() {
     assert_eq!(of("trace", "value"), value("trace", ""));
     assert_eq!(of("top-eigenvalues", "values")[1], value("top-eigenvalues", "2"));
     let (lanczos, power) = (value("top-eigenvalues", "1"), value("power-iteration", "1"));
-    assert!((power / lanczos - 1.0).abs() < 1e-2, "{power} and {lanczos}");
+    assert!(abs_diff_eq!(power / lanczos, 1.0, epsilon = 1e-2), "{power} and {lanczos}");
     assert_eq!((of("top-eigenvalues", "converged"), &found["split"]), (true.into(), &"train".into()));
     assert_eq!(found["passes"]["gradients"], 1);
     assert!(file("spectrum.csv").starts_with("node,weight\n") && file("spectrum.csv").lines().count() == 121);

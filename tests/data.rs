@@ -7,6 +7,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use approx::abs_diff_eq;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use polder::data::{
@@ -222,7 +223,10 @@ fn unknown_idx_statistics_come_from_the_training_images() -> TestResult {
     };
     let close = |found: &[f32], expected: f64| {
         // One f32 rounding of a number below 1, and f64 sums beside it.
-        assert!(found.len() == 1 && (f64::from(found[0]) - expected).abs() < 1e-7, "{found:?} {expected}");
+        assert!(
+            found.len() == 1 && abs_diff_eq!(f64::from(found[0]), expected, epsilon = 1e-7),
+            "{found:?} {expected}"
+        );
     };
     let data = load(folder.path())?;
     let (mean, std) = of(&data.train);
@@ -667,7 +671,7 @@ fn cifar10_as_published() -> TestResult {
     for channel in 0..3 {
         let values = data.train.pixels.iter().skip(channel).step_by(3);
         let mean = values.map(|&value| f64::from(value)).sum::<f64>() / (255.0 * 50_000.0 * 1024.0);
-        assert!((mean - f64::from(data.mean[channel])).abs() < 5.1e-5, "rounded to four digits, {mean}");
+        assert!(abs_diff_eq!(mean, f64::from(data.mean[channel]), epsilon = 5.1e-5), "rounded to four digits, {mean}");
     }
     Ok(())
 }
@@ -681,7 +685,7 @@ fn fashion_mnist_as_published() -> TestResult {
     assert_eq!(data.train.shape, ImageShape { height: 28, width: 28, channels: 1 });
     assert_eq!((crc32(&data.train.pixels), crc32(&data.test.pixels)), (0xae65_dccd, 0x1272_8439));
     let mean = data.train.pixels.iter().map(|&value| f64::from(value)).sum::<f64>() / (255.0 * 60_000.0 * 784.0);
-    assert!((mean - f64::from(data.mean[0])).abs() < 5.1e-5, "rounded to four digits, {mean}");
+    assert!(abs_diff_eq!(mean, f64::from(data.mean[0]), epsilon = 5.1e-5), "rounded to four digits, {mean}");
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use approx::abs_diff_eq;
 use polder::report::{landscape_pictures, report, spectrum_picture};
 use polder::train::checksum;
 use serde_json::{Value, json};
@@ -116,7 +117,7 @@ fn runs_that_differ_in_the_seed_alone_are_one_group_with_its_mean_and_deviation(
     assert_eq!(names, ["sgd", "sam, rho 0.05", "sam, rho 0.1"]);
     let group = &found.groups[0];
     assert_eq!(group.runs, [&runs[0], &runs[2], &runs[3]].map(Clone::clone));
-    let close = |a: f64, b: f64| (a - b).abs() < 1e-12;
+    let close = |a: f64, b: f64| abs_diff_eq!(a, b, epsilon = 1e-12);
     assert!(close(group.test_accuracy.mean, 0.82) && close(group.test_accuracy.deviation.unwrap(), 0.02));
     assert!(close(group.test_loss.mean, 0.6) && close(group.test_loss.deviation.unwrap(), 0.1));
     assert!(close(group.seconds.mean, 15.0) && close(group.seconds.deviation.unwrap(), 1.0));

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use approx::abs_diff_eq;
 use polder::arena::{Kind, Layout};
 use polder::device::{Buffer, Compute, Device, Scalar};
 use polder::kernels::image::{self, BatchShape, Normalization, Position};
@@ -199,7 +200,10 @@ pub fn check_run<S: Compute>(device: &Device, name: &str, tolerance: f64) {
         let telemetry = optimizer.telemetry().unwrap();
         let close = |found: f64, key: &str, scale: f64| {
             let expected = number(&step[key]);
-            assert!((found - expected).abs() <= tolerance * scale, "{name}: {key} {found} instead of {expected}");
+            assert!(
+                abs_diff_eq!(found, expected, epsilon = tolerance * scale),
+                "{name}: {key} {found} instead of {expected}"
+            );
         };
         close(telemetry.loss, "loss", telemetry.loss);
         close(telemetry.gradient_norm, "grad_norm", telemetry.gradient_norm);

@@ -1,5 +1,7 @@
 //! Batch normalisation against its definition in double, on every device and at launch shapes of both kinds.
 
+use approx::abs_diff_eq;
+
 use crate::common::{Random, assert_close, bits, devices, host_devices, on_devices, to_f64};
 use polder::device::{Buffer, Device, Error, Scalar, Slice};
 use polder::kernels::batch_norm::{
@@ -374,7 +376,7 @@ fn large_means_do_not_cancel() {
         let found = run_forward::<f32>(&device, &problem, Mode::Train, true);
         for c in 0..channels {
             // The mean to half a unit in the last place of a float near 1000, and a little.
-            assert!((f64::from(found.mean[c]) - mean[c]).abs() < 3.2e-5, "{name}: mean[{c}]");
+            assert!(abs_diff_eq!(f64::from(found.mean[c]), mean[c], epsilon = 3.2e-5), "{name}: mean[{c}]");
             let expected = 1.0 / (var[c] + EPS).sqrt();
             let error = (f64::from(found.inv_std[c]) - expected).abs() / expected;
             // An outlier in a run's first place, which the run's sums are shifted by, cancels as much as 64 rows outweigh it.

@@ -1,5 +1,7 @@
 //! Convolutions against a direct sum in double precision, on every device and in every schedule.
 
+use approx::abs_diff_eq;
+
 use crate::common::{Random, assert_close, bits, devices, host_devices, schedules_left_out, to_f64};
 use half::{bf16, f16};
 use polder::device::{Buffer, Compute, Device, Error, HostOptions, Result, SliceMut, Tf32};
@@ -309,7 +311,7 @@ fn gradients_equal_central_differences() {
                 [("x", by_x / (2.0 * step), dot(&dx, &along_x)), ("w", by_w / (2.0 * step), dot(&dw, &along_w))]
             {
                 assert!(
-                    (difference - exact).abs() <= scale.max(exact.abs() * 1e-11),
+                    abs_diff_eq!(difference, exact, epsilon = scale.max(exact.abs() * 1e-11)),
                     "{name}, {shape:?}, d{what}: difference {difference}, gradient {exact}"
                 );
             }

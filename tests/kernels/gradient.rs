@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use approx::relative_eq;
 use half::{bf16, f16};
 use polder::device::{Compute, Device, Error, Scalar, Tf32};
 use polder::kernels::conv::{self, ConvShape};
@@ -203,7 +204,10 @@ fn check_convolution<S: Compute<Master = f32>>() {
                     assert_eq!(bits(&plain), bits(&finished), "{what}");
                     let expected: f64 = to_f64(&finished).iter().map(|value| value * value).sum();
                     let found: f64 = sums.to_vec().unwrap().iter().sum();
-                    assert!((found - expected).abs() <= 1e-13 * expected && expected > 0.0, "{what}: {found}");
+                    assert!(
+                        relative_eq!(found, expected, epsilon = 0.0, max_relative = 1e-13) && expected > 0.0,
+                        "{what}: {found}"
+                    );
                     // Without a scale, and with nobody to ask for a norm.
                     let (mut again, mut flag) = (device.poisoned(plain.len()).unwrap(), device.zeros(1).unwrap());
                     let finish = Finish { scale: None, flag: flag.view_mut(), squares: None };

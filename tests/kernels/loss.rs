@@ -1,5 +1,7 @@
 //! Cross-entropy against its definition in double, its gradient against central differences, and its edge cases.
 
+use approx::{abs_diff_eq, relative_eq};
+
 use crate::common::{Random, assert_close, bits, devices, host_devices, on_devices, to_f64};
 use polder::device::{Device, Error, Scalar};
 use polder::kernels::loss::{LossShape, cross_entropy, cross_entropy_tangent};
@@ -98,13 +100,17 @@ fn matches_the_definition<T: Scalar>(devices: Vec<(String, Device)>, tolerance: 
                 assert_close(&format!("{what}: gradient"), &found.dlogits, &gradient, tolerance);
                 let mean = losses.iter().sum::<f64>() / batch as f64;
                 assert!(
-                    (found.loss - mean).abs() <= tolerance * mean.abs().max(1e-3),
+                    abs_diff_eq!(found.loss, mean, epsilon = tolerance * mean.abs().max(1e-3)),
                     "{what}: {} not {mean}",
                     found.loss
                 );
                 // The mean of what it wrote, to double precision.
                 let written = to_f64(&found.sample_losses).iter().sum::<f64>() / batch as f64;
-                assert!((found.loss - written).abs() <= 1e-14 * written.abs(), "{what}: {} not {written}", found.loss);
+                assert!(
+                    relative_eq!(found.loss, written, epsilon = 0.0, max_relative = 1e-14),
+                    "{what}: {} not {written}",
+                    found.loss
+                );
                 assert_eq!(found.correct, correct, "{what}: correct");
             }
         }
@@ -296,13 +302,13 @@ fn the_gradients_tangent_is_its_derivative() {
 fn closed_forms() {
     for (name, device) in devices() {
         let uniform = run::<f32>(&device, 10, &[7.5; 30], &[0, 4, 9], 0.2);
-        assert!((uniform.loss - 10f64.ln()).abs() < 3e-7, "{name}: {}", uniform.loss);
+        assert!(abs_diff_eq!(uniform.loss, 10f64.ln(), epsilon = 3e-7), "{name}: {}", uniform.loss);
         let two = run::<f32>(&device, 2, &[0.0, 2.0], &[0], 0.0);
-        assert!((two.loss - (1.0 + 2f64.exp()).ln()).abs() < 3e-7, "{name}: {}", two.loss);
+        assert!(abs_diff_eq!(two.loss, (1.0 + 2f64.exp()).ln(), epsilon = 3e-7), "{name}: {}", two.loss);
         let smoothed = run::<f32>(&device, 2, &[0.0, 2.0], &[0], 0.5);
         // 3/4 and 1/4 of the two classes' losses.
         let expected = 0.75 * (1.0 + 2f64.exp()).ln() + 0.25 * (1.0 + (-2f64).exp()).ln();
-        assert!((smoothed.loss - expected).abs() < 3e-7, "{name}: {}", smoothed.loss);
+        assert!(abs_diff_eq!(smoothed.loss, expected, epsilon = 3e-7), "{name}: {}", smoothed.loss);
         let large = run::<f32>(&device, 3, &[1e4, -1e4, 0.0], &[0], 0.0);
         assert_eq!((large.loss, large.correct), (0.0, 1), "{name}");
         assert_eq!(large.dlogits, [0.0; 3], "{name}");

@@ -1,6 +1,8 @@
 //! The random generator: its published known answers, that an element depends on seed and position alone, that every device
 //! gives the same bits, and that the numbers have their distributions.
 
+use approx::abs_diff_eq;
+
 use crate::common::{bits as bits_of, devices, host_devices};
 use polder::device::{Device, Error, Scalar};
 use polder::kernels::random;
@@ -180,10 +182,10 @@ fn check_moments(what: &str, values: &[f32], mean: f64, variance: f64, kurtosis:
     assert!(first.abs() < 5.0 * (variance / n).sqrt(), "{what}: mean off by {first}");
     let second = moment(2);
     let error = 5.0 * ((fourth - variance * variance) / n).sqrt() + 1e-12;
-    assert!((second - variance).abs() < error, "{what}: variance {second}");
+    assert!(abs_diff_eq!(second, variance, epsilon = error), "{what}: variance {second}");
     let fourth_found = moment(4);
     let error = 5.0 * ((eighth - fourth * fourth) / n).sqrt() + 1e-12;
-    assert!((fourth_found - fourth).abs() < error, "{what}: fourth moment {fourth_found}");
+    assert!(abs_diff_eq!(fourth_found, fourth, epsilon = error), "{what}: fourth moment {fourth_found}");
 }
 
 #[test]

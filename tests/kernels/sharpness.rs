@@ -3,6 +3,8 @@
 
 use std::ops::Range;
 
+use approx::{abs_diff_eq, relative_eq};
+
 use crate::common::{Random, bits, devices, host_devices, on_devices, to_f64};
 use polder::device::{Buffer, Device, Element, Error, Result, Scalar, Slice, SliceMut};
 use polder::kernels::random;
@@ -80,7 +82,7 @@ fn assert_rounded<T: Scalar>(what: &str, found: &[T], expected: impl ExactSizeIt
 /// Fails unless some numbers in double precision are right within a few of its roundings, 1e-14.
 fn assert_numbers(what: &str, found: &Buffer<f64>, expected: &[f64]) {
     let found = found.to_vec().unwrap();
-    let near = |(found, expected): (&f64, &f64)| (found - expected).abs() <= 1e-14 * expected.abs();
+    let near = |(found, expected): (&f64, &f64)| relative_eq!(found, expected, epsilon = 0.0, max_relative = 1e-14);
     assert!(
         found.len() == expected.len() && found.iter().zip(expected).all(near),
         "{what}: {found:?} instead of {expected:?}"
@@ -169,7 +171,10 @@ fn a_small_difference_of_large_vectors_keeps_its_digits() {
         let found = products(&device, &vectors, [-0.3, 0.3, 0.0, 0.0], [0.7, 0.7, 0.0, 0.0]).to_vec().unwrap();
         for k in 0..3 {
             // An element of the difference is right to 1e-16/1e-4 = 1e-12 of it, and its errors do not add up.
-            assert!((found[k] - expected[k]).abs() < 1e-12 * scale[k], "{name}: {found:?} instead of {expected:?}");
+            assert!(
+                abs_diff_eq!(found[k], expected[k], epsilon = 1e-12 * scale[k]),
+                "{name}: {found:?} instead of {expected:?}"
+            );
         }
     }
 }
@@ -355,7 +360,7 @@ fn check_adaptive<T: Scalar>(devices: &[(String, Device)]) {
                 sharpness::adaptive_norm(w_view, g_view, scaling, &mut reduction, norm.view_mut()).unwrap();
                 let found = norm.to_vec().unwrap();
                 // What is left in double precision is the order of the sum.
-                let right = (found[0] - exact).abs() <= 1e-13 * exact;
+                let right = relative_eq!(found[0], exact, epsilon = 0.0, max_relative = 1e-13);
                 assert!(right, "{name}, n = {n}, {scaled_len} scaled: norm {found:?} instead of {exact}");
                 vec![bits(&found)]
             });
@@ -414,7 +419,10 @@ fn check_perturb_normal<T: Scalar>(devices: &[(String, Device)]) {
             random::normal_norm(n, seed, first_block, &mut reduction, norm.view_mut()).unwrap();
             let found = norm.to_vec().unwrap();
             // Squares are exact and sums are in double precision: what is left is the order of the sum.
-            assert!((found[0] - exact).abs() <= 1e-13 * exact, "{name}, n = {n}: norm {found:?} instead of {exact}");
+            assert!(
+                relative_eq!(found[0], exact, epsilon = 0.0, max_relative = 1e-13),
+                "{name}, n = {n}: norm {found:?} instead of {exact}"
+            );
             vec![bits(&found)]
         });
         on_devices(devices, true, |name, device| {
@@ -539,7 +547,7 @@ fn ascent_coefficients() {
         let back = coefficients(Some([0.25, -2.0, 16.0]), 0.4);
         assert_numbers(&format!("{name}: back"), &back, &[1.0, 0.125 * near]);
         let kept = coefficients(Some([0.25, 0.0, 0.0]), 0.4).to_vec().unwrap();
-        assert!((kept[0] - 0.8).abs() < 1e-14 && kept[1].is_finite(), "{name}, no gradient: {kept:?}");
+        assert!(abs_diff_eq!(kept[0], 0.8, epsilon = 1e-14) && kept[1].is_finite(), "{name}, no gradient: {kept:?}");
     }
 }
 

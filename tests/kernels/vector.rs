@@ -1,5 +1,7 @@
 //! The vector kernels against double-precision references, on every device, in every launch shape and schedule.
 
+use approx::{abs_diff_eq, relative_eq};
+
 use crate::common::{Random, assert_close, bits, devices, host_devices, on_devices, to_f64};
 use half::{bf16, f16};
 use polder::device::{Buffer, Compute, Device, Error, Result, Scalar, Slice, SliceMut};
@@ -215,8 +217,16 @@ fn check_norm_and_dot<T: Scalar>(devices: Vec<(String, Device)>) {
             vector::dot(a.view(), b.view(), &mut reduction, out.slice_mut(1..2).unwrap()).unwrap();
             let found = out.to_vec().unwrap();
             // Products are exact and sums are in double precision: what is left is the order of the sum.
-            assert!((found[0] / norm_of(&x64) - 1.0).abs() < 1e-13, "{name}, n = {n}: norm {}", found[0]);
-            assert!((found[1] - dot).abs() < 1e-13 * scale, "{name}, n = {n}: dot {} instead of {dot}", found[1]);
+            assert!(
+                relative_eq!(found[0], norm_of(&x64), epsilon = 0.0, max_relative = 1e-13),
+                "{name}, n = {n}: norm {}",
+                found[0]
+            );
+            assert!(
+                abs_diff_eq!(found[1], dot, epsilon = 1e-13 * scale),
+                "{name}, n = {n}: dot {} instead of {dot}",
+                found[1]
+            );
             vec![bits(&found)]
         });
     }
@@ -237,7 +247,7 @@ fn norms_neither_overflow_nor_vanish() {
             let x = device.upload(&[size; 100]).unwrap();
             vector::l2_norm(x.view(), &mut reduction, norm.view_mut()).unwrap();
             let found = norm.to_vec().unwrap()[0];
-            assert!((found / (10.0 * f64::from(size)) - 1.0).abs() < 1e-14, "{name}: {found} of {size}");
+            assert!(abs_diff_eq!(found / (10.0 * f64::from(size)), 1.0, epsilon = 1e-14), "{name}: {found} of {size}");
         }
         let nothing = device.zeros::<f32>(0).unwrap();
         vector::l2_norm(nothing.view(), &mut reduction, norm.view_mut()).unwrap();
@@ -457,7 +467,7 @@ fn parts_of_buffers_that_begin_anywhere() {
                 vector::l2_norm(from.slice(part.clone()).unwrap(), &mut reduction, norm.view_mut()).unwrap();
                 let found_norm = norm.to_vec().unwrap()[0];
                 let exact = norm_of(&to_f64(&x[part.clone()]));
-                assert!((found_norm / exact - 1.0).abs() < 1e-13, "{name}, {part:?}: norm");
+                assert!(relative_eq!(found_norm, exact, epsilon = 0.0, max_relative = 1e-13), "{name}, {part:?}: norm");
                 all.extend([bits(&found), vec![found_norm.to_bits()]]);
             }
         }
@@ -504,7 +514,10 @@ fn check_finite_difference<T: Scalar>(devices: Vec<(String, Device)>) {
             let found = out.to_vec().unwrap();
             for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
                 // Sums of terms of either sign: their cancellation enlarges the roundings of double precision.
-                assert!((found / expected - 1.0).abs() < 1e-11, "{name}, n = {n}, {i}: {found} instead of {expected}");
+                assert!(
+                    relative_eq!(*found, expected, epsilon = 0.0, max_relative = 1e-11),
+                    "{name}, n = {n}, {i}: {found} instead of {expected}"
+                );
             }
             let mut short = device.poisoned::<f64>(3).unwrap();
             vector::curvature_from_losses(losses, rho, short.view_mut()).unwrap();
@@ -572,7 +585,7 @@ fn cr_sam_coefficients_give_the_closed_forms_direction() {
         for (form, quartic, expected) in golden {
             let found = cr_sam_direction(&device, form, quartic);
             for i in 0..2 {
-                assert!((found[i] - expected[i]).abs() < 6e-9, "{name}, {form:?}, {quartic}: {found:?}");
+                assert!(abs_diff_eq!(found[i], expected[i], epsilon = 6e-9), "{name}, {form:?}, {quartic}: {found:?}");
             }
         }
     }
@@ -806,7 +819,7 @@ fn adamw_late_in_training() {
             let (w_view, m, v) = (w.view_mut(), m.view_mut(), v.view_mut());
             vector::adamw(w_view, m, v, gradients, settings, step.view(), skip.view()).unwrap();
             let found = w.to_vec().unwrap()[0];
-            assert!((found - expected).abs() < 1e-11, "{name}, t = {t}: {found} instead of {expected}");
+            assert!(abs_diff_eq!(found, expected, epsilon = 1e-11), "{name}, t = {t}: {found} instead of {expected}");
         }
     }
 }

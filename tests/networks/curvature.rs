@@ -1,5 +1,7 @@
 //! Measures of curvature on functions whose Hessians are known.
 
+use approx::{abs_diff_eq, assert_abs_diff_eq, assert_relative_eq, relative_eq};
+
 use crate::common::{self, Grouped, Random, devices};
 use nalgebra::DMatrix;
 use polder::arena::{Kind, Layout};
@@ -58,7 +60,7 @@ fn random_signs_find_the_trace_of_a_diagonal_exactly() {
     assert_eq!((halves.value, halves.standard_error, halves.probes), (-3.0, Some(0.75), 5));
     assert_eq!(curvature.trace(1, 1, |_| ()).unwrap().standard_error, None);
     // The gradient is (1, −2, 6).
-    assert!((curvature.gradient_norm().unwrap() - 41f64.sqrt()).abs() < 1e-15);
+    assert_abs_diff_eq!(curvature.gradient_norm().unwrap(), 41f64.sqrt(), epsilon = 1e-15);
     let error = curvature.trace(0, 1, |_| ()).err().unwrap();
     assert!(error.to_string().contains("no probe"), "{error}");
 }
@@ -81,8 +83,8 @@ fn the_trace_lies_within_its_error_and_the_error_is_the_right_one() {
     assert_eq!(told, (1..=probes).collect::<Vec<_>>());
     let error = found.standard_error.unwrap();
     // The estimate of a deviation from 2,000 samples is itself good to about 2 %.
-    assert!((error / expected_error - 1.0).abs() < 0.1, "{error} instead of {expected_error}");
-    assert!((found.value - trace).abs() < 4.0 * error, "{} ± {error} instead of {trace}", found.value);
+    assert!(abs_diff_eq!(error / expected_error, 1.0, epsilon = 0.1), "{error} instead of {expected_error}");
+    assert!(abs_diff_eq!(found.value, trace, epsilon = 4.0 * error), "{} ± {error} instead of {trace}", found.value);
     // Other seeds draw other probes, the same seed the same.
     assert_ne!(curvature.trace(8, 8, |_| ()).unwrap(), curvature.trace(8, 7, |_| ()).unwrap());
     assert_eq!(curvature.trace(8, 7, |_| ()).unwrap(), curvature.trace(8, 7, |_| ()).unwrap());
@@ -115,11 +117,15 @@ fn lanczos_finds_the_eigenvalues_and_vectors_of_known_matrices() {
     let mut curvature = Curvature::new(&mut objective, weights.view()).unwrap();
     let pairs = curvature.top_eigenvalues(3, (3, 1e-12), 1, |_| ()).unwrap();
     for (pair, expected) in pairs.iter().zip([3.0, 2.0, 1.0]) {
-        assert!((pair.value - expected).abs() < 1e-12 && pair.residual < 1e-12, "{} for {expected}", pair.value);
+        assert!(
+            abs_diff_eq!(pair.value, expected, epsilon = 1e-12) && pair.residual < 1e-12,
+            "{} for {expected}",
+            pair.value
+        );
         let vector = pair.vector.to_vec().unwrap();
         for (index, component) in vector.iter().enumerate() {
             let there = if index == expected as usize - 1 { 1.0 } else { 0.0 };
-            assert!((component.abs() - there).abs() < 1e-12, "{vector:?}");
+            assert!(abs_diff_eq!(component.abs(), there, epsilon = 1e-12), "{vector:?}");
         }
     }
     assert_eq!(pairs.len(), 3);
@@ -136,7 +142,11 @@ fn lanczos_finds_the_eigenvalues_and_vectors_of_known_matrices() {
     let pairs = curvature.top_eigenvalues(4, (57, 1e-9), 2, |step| steps = step).unwrap();
     assert!(steps < 57, "ended by the tolerance, not by the size");
     for (pair, expected) in pairs.iter().zip(&expected) {
-        assert!((pair.value - expected).abs() < 1e-8 && pair.residual < 1e-7, "{} for {expected}", pair.value);
+        assert!(
+            abs_diff_eq!(pair.value, expected, epsilon = 1e-8) && pair.residual < 1e-7,
+            "{} for {expected}",
+            pair.value
+        );
     }
     // Too few steps show in the residuals, which bound the error.
     let rough = curvature.top_eigenvalues(2, (6, 0.0), 2, |_| ()).unwrap();
@@ -186,12 +196,12 @@ fn the_density_has_the_moments_of_its_probes_and_the_shape_of_a_wishart_matrix()
     let moment = |power: i32| -> f64 {
         density.nodes.iter().zip(&density.weights).map(|(node, weight)| weight * node.powi(power)).sum()
     };
-    assert!((moment(0) - 1.0).abs() < 1e-12);
+    assert_abs_diff_eq!(moment(0), 1.0, epsilon = 1e-12);
     // The same probes' vᵀHv.
     let trace = curvature.trace(probes, 5, |_| ()).unwrap();
-    assert!((moment(1) - trace.value / n as f64).abs() < 1e-12);
+    assert_abs_diff_eq!(moment(1), trace.value / n as f64, epsilon = 1e-12);
     let squares = expected.iter().map(|value| value * value).sum::<f64>() / n as f64;
-    assert!((moment(2) / squares - 1.0).abs() < 0.1, "{} and {squares}", moment(2));
+    assert!(abs_diff_eq!(moment(2) / squares, 1.0, epsilon = 0.1), "{} and {squares}", moment(2));
     let edge = (n as f64 / m as f64).sqrt();
     let inside = |value: f64| value > (1.0 - edge).powi(2) * 0.7 && value < (1.0 + edge).powi(2) * 1.1;
     assert!(density.nodes.iter().all(|&node| inside(node)));
@@ -200,11 +210,11 @@ fn the_density_has_the_moments_of_its_probes_and_the_shape_of_a_wishart_matrix()
         let limit = expected[n - 1 - n * tenth / 10];
         let below: f64 =
             density.nodes.iter().zip(&density.weights).filter(|(node, _)| **node < limit).map(|(_, w)| w).sum();
-        assert!((below - tenth as f64 / 10.0).abs() < 0.06, "{below} below the tenth number {tenth}");
+        assert!(abs_diff_eq!(below, tenth as f64 / 10.0, epsilon = 0.06), "{below} below the tenth number {tenth}");
     }
     // Smoothed, it still holds one in all.
     let area: f64 = (-100..500).map(|i| density.at(f64::from(i) * 0.01, 0.05) * 0.01).sum();
-    assert!((area - 1.0).abs() < 1e-6, "{area}");
+    assert!(abs_diff_eq!(area, 1.0, epsilon = 1e-6), "{area}");
     assert!(
         curvature.spectral_density(0, 3, 5, |_| ()).is_err() && curvature.spectral_density(3, 0, 5, |_| ()).is_err()
     );
@@ -222,7 +232,7 @@ fn the_curvature_along_the_gradient() {
     let dot = |a: &[f64], b: &[f64]| -> f64 { a.iter().zip(b).map(|(a, b)| a * b).sum() };
     let expected = dot(&g, &hg) / dot(&g, &g);
     let found = Curvature::new(&mut objective, weights.view()).unwrap().along_gradient().unwrap();
-    assert!((found / expected - 1.0).abs() < 1e-13, "{found} instead of {expected}");
+    assert_relative_eq!(found, expected, epsilon = 0.0, max_relative = 1e-13);
     let weights = device.zeros(7).unwrap();
     let error = Curvature::new(&mut objective, weights.view()).unwrap().along_gradient().unwrap_err();
     assert!(error.to_string().contains("gradient is zero"), "{error}");
@@ -270,14 +280,17 @@ fn softmax_regression_over_parts_has_its_analytic_trace() {
     assert_eq!(all.domain().padding.iter().map(|gap| gap.len()).sum::<usize>(), 128 - 18);
     let found = Curvature::new(&mut all, weights.view()).unwrap().trace(20_000, 11, |_| ()).unwrap();
     let error = found.standard_error.unwrap();
-    assert!(error < 0.005 * trace && (found.value - trace).abs() < 4.0 * error, "{found:?} instead of {trace}");
+    assert!(
+        error < 0.005 * trace && abs_diff_eq!(found.value, trace, epsilon = 4.0 * error),
+        "{found:?} instead of {trace}"
+    );
 
     // The vector is padded from 18 weights to 128. Its spectrum is that of the weights alone: the mean of its density is the trace
     // by their number, and its largest eigenvalue that of the matrix that products with each weight's unit vector make.
     let mut curvature = Curvature::new(&mut all, weights.view()).unwrap();
     let density = curvature.spectral_density(300, 3, 13, |_| ()).unwrap();
     let mean: f64 = density.nodes.iter().zip(&density.weights).map(|(node, weight)| node * weight).sum();
-    assert!((mean / (trace / (classes * (features + 1)) as f64) - 1.0).abs() < 0.1, "{mean} and {trace}");
+    assert!(abs_diff_eq!(mean / (trace / (classes * (features + 1)) as f64), 1.0, epsilon = 0.1), "{mean} and {trace}");
     let top = curvature.top_eigenvalues(2, (18, 1e-10), 3, |_| ()).unwrap();
     let ranges = [w, b];
     let places: Vec<usize> = ranges.iter().cloned().flatten().collect();
@@ -292,7 +305,7 @@ fn softmax_regression_over_parts_has_its_analytic_trace() {
         dense.extend(places.iter().map(|&row| product[row]));
     }
     for (pair, expected) in top.iter().zip(eigenvalues(places.len(), &dense)) {
-        assert!((pair.value - expected).abs() < 1e-9, "{} instead of {expected}", pair.value);
+        assert!(abs_diff_eq!(pair.value, expected, epsilon = 1e-9), "{} instead of {expected}", pair.value);
     }
 }
 
@@ -382,14 +395,14 @@ fn waves_have_the_same_sharpness_and_another_steepness() {
         let mut curvature = Curvature::new(&mut objective, weights.view()).unwrap();
         let rise = curvature.rise(1.0, 400, 1).unwrap();
         // The last steps are 4/400² and less long, and the top is flat.
-        assert!((rise.largest - 2.0).abs() < 1e-6, "{rise:?}");
+        assert!(abs_diff_eq!(rise.largest, 2.0, epsilon = 1e-6), "{rise:?}");
         assert_eq!(
             (rise.one_step, rise.approximation_ratio()),
             (0.0, Some(0.0)),
             "a gradient that vanishes has no step"
         );
         let found = curvature.steepest(1.0, 400, 1).unwrap();
-        assert!((found - steepest).abs() < 1e-6, "{found} instead of {steepest}");
+        assert_abs_diff_eq!(found, steepest, epsilon = 1e-6);
     }
     // Eight waves from the start, at a bottom, to the end, at another: eight tops between, and seven bottoms.
     let mut objective = Line(wave::<16>);
@@ -410,7 +423,7 @@ fn one_step_finds_all_of_a_linear_rise() {
     let mut objective = Line(|theta| [5.0 - 2.0 * theta, -2.0, 0.0]);
     let mut curvature = Curvature::new(&mut objective, weights.view()).unwrap();
     let rise = curvature.rise(0.25, 20, 1).unwrap();
-    assert!((rise.one_step - 0.5).abs() < 1e-15 && rise.approximation_ratio() == Some(1.0), "{rise:?}");
+    assert!(abs_diff_eq!(rise.one_step, 0.5, epsilon = 1e-15) && rise.approximation_ratio() == Some(1.0), "{rise:?}");
     assert_eq!(curvature.steepest(0.25, 20, 1).unwrap(), 0.5);
     let flat = Rise { one_step: 0.0, largest: 0.0 };
     assert_eq!(flat.approximation_ratio(), None);
@@ -435,7 +448,7 @@ fn a_quadratic_rises_as_its_largest_eigenvalue_says() {
     let mut curvature = Curvature::new(&mut objective, weights.view()).unwrap();
     let (exact, difference) =
         (curvature.along_gradient().unwrap(), curvature.along_gradient_by_difference(0.1).unwrap());
-    assert!((exact / difference - 1.0).abs() < 1e-11, "{exact} and {difference}");
+    assert_relative_eq!(exact, difference, epsilon = 0.0, max_relative = 1e-11);
 }
 
 #[test]
@@ -450,10 +463,13 @@ fn traces_of_parts_add_up() {
     let mut curvature = Curvature::new(&mut objective, weights.view()).unwrap();
     let found = curvature.traces(&parts, 500, 7, |_| ()).unwrap();
     for (found, expected) in found.iter().zip(expected) {
-        assert!((found.value - expected).abs() < 4.0 * found.standard_error.unwrap(), "{found:?}, not {expected}");
+        assert!(
+            abs_diff_eq!(found.value, expected, epsilon = 4.0 * found.standard_error.unwrap()),
+            "{found:?}, not {expected}"
+        );
     }
     let whole = curvature.trace(500, 7, |_| ()).unwrap().value;
-    assert!((found.iter().map(|part| part.value).sum::<f64>() - whole).abs() < 1e-10);
+    assert_abs_diff_eq!(found.iter().map(|part| part.value).sum::<f64>(), whole, epsilon = 1e-10);
     assert!(curvature.traces(&[0..1, 20..24], 1, 7, |_| ()).is_err());
 }
 
@@ -473,7 +489,10 @@ fn hutch_plus_plus_takes_out_what_is_large() {
     let mut told = 0;
     let mut curvature = Curvature::new(&mut low, weights.view()).unwrap();
     let estimate = curvature.trace_hutch_plus_plus(18, 3, |done| told = done).unwrap();
-    assert!((estimate.value / expected - 1.0).abs() < 1e-12, "{estimate:?} instead of {expected}");
+    assert!(
+        relative_eq!(estimate.value, expected, epsilon = 0.0, max_relative = 1e-12),
+        "{estimate:?} instead of {expected}"
+    );
     assert!(estimate.standard_error.unwrap() < 1e-12 * expected);
     // Six products for the space, of which four directions come; as many for these; six probes for the rest.
     assert_eq!((estimate.probes, told), (6, 6 + 4 + 6));
@@ -488,7 +507,7 @@ fn hutch_plus_plus_takes_out_what_is_large() {
     let better = curvature.trace_hutch_plus_plus(60, 5, |_| ()).unwrap();
     let error = better.standard_error.unwrap();
     assert!(error < 0.2 * plain.standard_error.unwrap(), "{better:?} and {plain:?}");
-    assert!((better.value - expected).abs() < 4.0 * error, "{better:?} instead of {expected}");
+    assert!(abs_diff_eq!(better.value, expected, epsilon = 4.0 * error), "{better:?} instead of {expected}");
 }
 
 #[test]
@@ -508,9 +527,13 @@ fn power_iteration_finds_what_is_largest_in_magnitude() {
     let pairs = curvature.power_iteration(4, (2000, 1e-9), 3, |product| told.push(product)).unwrap();
     assert_eq!(pairs.len(), 4);
     for (index, (pair, expected)) in pairs.iter().zip(known).enumerate() {
-        assert!((pair.value - expected).abs() < 1e-8 && pair.residual < 1e-8 * 5.0, "{} for {expected}", pair.value);
+        assert!(
+            abs_diff_eq!(pair.value, expected, epsilon = 1e-8) && pair.residual < 1e-8 * 5.0,
+            "{} for {expected}",
+            pair.value
+        );
         let along: f64 = pair.vector.to_vec().unwrap().iter().zip(basis.column(index).iter()).map(|(a, b)| a * b).sum();
-        assert!((along.abs() - 1.0).abs() < 1e-8, "the vector of {expected}: {along}");
+        assert!(abs_diff_eq!(along.abs(), 1.0, epsilon = 1e-8), "the vector of {expected}: {along}");
     }
     assert!(told.windows(2).all(|pair| pair[0] < pair[1]) && told.len() < 1000, "ended by the tolerance: {told:?}");
     // One more product for each residual.
@@ -640,14 +663,21 @@ fn regressions_have_their_analytic_hessians() {
         let pairs = curvature.top_eigenvalues(features, (features, 1e-12), 1, |_| ()).unwrap();
         assert_eq!(pairs.len(), features);
         for (pair, expected) in pairs.iter().zip(&expected) {
-            assert!((pair.value - expected).abs() < 1e-10, "logistic {logistic}: {} for {expected}", pair.value);
+            assert!(
+                abs_diff_eq!(pair.value, expected, epsilon = 1e-10),
+                "logistic {logistic}: {} for {expected}",
+                pair.value
+            );
         }
         let found = curvature.trace(3000, 3, |_| ()).unwrap();
         let error = found.standard_error.unwrap();
-        assert!(error < 0.02 * trace && (found.value - trace).abs() < 4.0 * error, "{found:?} instead of {trace}");
+        assert!(
+            error < 0.02 * trace && abs_diff_eq!(found.value, trace, epsilon = 4.0 * error),
+            "{found:?} instead of {trace}"
+        );
         // Of vectors of signs, twice as many as there are dimensions span the space; just as many may not.
         let whole = curvature.trace_hutch_plus_plus(3 * 2 * features, 3, |_| ()).unwrap();
-        assert!((whole.value - trace).abs() < 1e-10 * trace, "{whole:?} instead of {trace}");
+        assert!(relative_eq!(whole.value, trace, epsilon = 0.0, max_relative = 1e-10), "{whole:?} instead of {trace}");
         // The gradient is that of the loss.
         let norm = curvature.gradient_norm().unwrap();
         let mut slope = Vec::new();
@@ -663,7 +693,7 @@ fn regressions_have_their_analytic_hessians() {
             };
             slope.push((at(1e-6) - at(-1e-6)) / 2e-6);
         }
-        assert!((norm - dot(&slope, &slope).sqrt()).abs() < 1e-8, "{norm} and {slope:?}");
+        assert!(abs_diff_eq!(norm, dot(&slope, &slope).sqrt(), epsilon = 1e-8), "{norm} and {slope:?}");
     }
 }
 
@@ -745,7 +775,7 @@ fn a_filter_normalised_direction_has_the_lengths_of_the_filters() {
             for (filter, (found, weights)) in found.chunks(size).zip(weights.chunks(size)).enumerate() {
                 let length = |values: &[f32]| values.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();
                 let (found_length, expected) = (length(found), length(weights));
-                let close = (found_length - expected).abs() <= 1e-6 * expected;
+                let close = relative_eq!(found_length, expected, epsilon = 0.0, max_relative = 1e-6);
                 assert!(close, "{name}: {} {filter}: {found_length}, not {expected}", tensor.name);
                 assert!(expected == 0.0 || found.iter().any(|v| v.is_sign_negative()), "{name}: {found:?}");
             }

@@ -1,6 +1,8 @@
 //! The sharpness-aware methods on functions with closed forms: golden directions, convergence, and the rules for steps that
 //! cannot be taken.
 
+use approx::{abs_diff_eq, assert_abs_diff_eq};
+
 use crate::common;
 use crate::common::methods::AnyMethod;
 use polder::device::{Buffer, Device, Result, Scalar};
@@ -139,7 +141,10 @@ fn golden_directions() {
         for (device_name, device) in common::host_devices() {
             let (found, telemetry) = direction::<f64>(&device, method, quartic);
             for (found, expected) in found.iter().zip(expected) {
-                assert!((found - expected).abs() < 1e-8, "{name} on {device_name}: {found} instead of {expected}");
+                assert!(
+                    abs_diff_eq!(*found, expected, epsilon = 1e-8),
+                    "{name} on {device_name}: {found} instead of {expected}"
+                );
             }
             assert_eq!((telemetry.skipped, telemetry.dropped_alpha, telemetry.dropped_beta), (0, 0, 0));
         }
@@ -147,15 +152,18 @@ fn golden_directions() {
             let (found, _) = direction::<f32>(&device, method, quartic);
             for (found, expected) in found.iter().zip(expected) {
                 // f32: gradients of size 12 are rounded to 5e-7, and the log form divides their difference by A = 0.13.
-                assert!((found - expected).abs() < 2e-5, "{name}, f32 on {device_name}: {found} instead of {expected}");
+                assert!(
+                    abs_diff_eq!(*found, expected, epsilon = 2e-5),
+                    "{name}, f32 on {device_name}: {found} instead of {expected}"
+                );
             }
         }
     }
     let (_, telemetry) = direction::<f64>(&Device::host(), cr_sam(Form::Log), true);
     let (a, b) = (telemetry.get("a").unwrap(), telemetry.get("b").unwrap());
-    assert!((a - 0.12716690).abs() < 5e-9 && (b - 2.23798420).abs() < 5e-9, "A {a}, B {b}");
-    assert!((telemetry.get("vhv").unwrap() - a / 0.01).abs() < 1e-12);
-    assert!((telemetry.gradient_norm - 125f64.sqrt()).abs() < 1e-12);
+    assert!(abs_diff_eq!(a, 0.12716690, epsilon = 5e-9) && abs_diff_eq!(b, 2.23798420, epsilon = 5e-9), "A {a}, B {b}");
+    assert_abs_diff_eq!(telemetry.get("vhv").unwrap(), a / 0.01, epsilon = 1e-12);
+    assert_abs_diff_eq!(telemetry.gradient_norm, 125f64.sqrt(), epsilon = 1e-12);
 }
 
 /// Every method and mode. Random directions have a seed, ASAM scales two of three weights.
@@ -508,8 +516,14 @@ fn observed_steps_tell_the_cosines() {
         let rho = if matches!(method, AnyMethod::CrSam(_)) { 0.1 } else { 0.05 };
         let there = coupled()(&plus(&start, rho / norm(&g), &g)).1;
         let expected = dot(&g, &there) / norm(&g) / norm(&there);
-        assert!((telemetry.cosine_gradients.unwrap() - expected).abs() < 1e-12, "{method:?}: {telemetry:?}");
-        assert!((telemetry.cosine_perturbation.unwrap() - 1.0).abs() < 1e-12, "{method:?}: {telemetry:?}");
+        assert!(
+            abs_diff_eq!(telemetry.cosine_gradients.unwrap(), expected, epsilon = 1e-12),
+            "{method:?}: {telemetry:?}"
+        );
+        assert!(
+            abs_diff_eq!(telemetry.cosine_perturbation.unwrap(), 1.0, epsilon = 1e-12),
+            "{method:?}: {telemetry:?}"
+        );
     }
 }
 
@@ -571,7 +585,7 @@ fn terms_of_vanishing_curvature_or_slope_are_dropped_and_counted() {
     let moved = weights.to_vec().unwrap();
     for (axis, start) in [2.0, 0.0].into_iter().enumerate() {
         let expected = gradient(1.0)[axis] + 0.01 * (gradient(1.0)[axis] - gradient(-1.0)[axis]) / b;
-        assert!((start - moved[axis] - expected).abs() < 1e-9);
+        assert_abs_diff_eq!(start - moved[axis], expected, epsilon = 1e-9);
     }
 
     // A constant: no gradient, no curvature, no slope; nothing moves, and nothing is NaN.

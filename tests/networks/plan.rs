@@ -1,5 +1,7 @@
 //! The plan: gradients of whole networks against central differences in double, memory, statistics, and planning errors.
 
+use approx::{abs_diff_eq, assert_abs_diff_eq, assert_relative_eq};
+
 use crate::common::{self, Random, relative_error, to_f64, weights};
 use half::f16;
 use polder::device::{Buffer, Compute, Device, HostOptions};
@@ -183,8 +185,8 @@ fn statistics_follow_the_rule_and_the_commit() {
         let unbiased = values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / 11.0;
         let layout = plan.statistics_layout();
         let at = |name: &str| after[layout.find(name).unwrap().offset + channel];
-        assert!((at("bn.running_mean") - 0.1 * mean).abs() < 1e-14);
-        assert!((at("bn.running_var") - (0.9 + 0.1 * unbiased)).abs() < 1e-14);
+        assert_abs_diff_eq!(at("bn.running_mean"), 0.1 * mean, epsilon = 1e-14);
+        assert_abs_diff_eq!(at("bn.running_var"), 0.9 + 0.1 * unbiased, epsilon = 1e-14);
     }
 }
 
@@ -262,7 +264,7 @@ fn every_stage_finishes_its_gradients() {
             let found = to_f64(&gradient.to_vec().unwrap());
             let expected = found.iter().map(|value| value * value).sum::<f64>().sqrt();
             let norm = norm.to_vec().unwrap()[0];
-            assert!((norm - expected).abs() <= 1e-13 * expected, "{norm} instead of {expected}");
+            assert_relative_eq!(norm, expected, epsilon = 0.0, max_relative = 1e-13);
             gradients.push(found);
         }
         let error = relative_error(&gradients[1], &gradients[0]);
@@ -307,7 +309,7 @@ fn the_norm_comes_with_the_gradient() {
         let (losses, norms) = (losses.to_vec().unwrap(), norms.to_vec().unwrap());
         // On a GPU the squares are summed in another order, in double precision.
         assert!(losses[0] == losses[1] && norms[0] > 0.0, "{losses:?}");
-        assert!((norms[0] - norms[1]).abs() <= 1e-14 * norms[0], "{norms:?}");
+        assert!(abs_diff_eq!(norms[0], norms[1], epsilon = 1e-14 * norms[0]), "{norms:?}");
     }
     for (_, device) in common::devices() {
         check::<f32>(&device);

@@ -1,5 +1,7 @@
 //! Whole steps of an optimizer on networks: gradients accumulated over parts of a batch, and images that are not finite.
 
+use approx::assert_abs_diff_eq;
+
 use crate::common::{self, Random, assert_close, bits, weights};
 use polder::device::{Buffer, Device, Result, Scalar};
 use polder::nn::{Model, Shortcut};
@@ -169,7 +171,7 @@ fn one_part_changes_no_bit_and_parts_can_be_gathered_in_groups() {
     let (grouped, _, loss) = run(plain_network(4), None);
     let (found, _, found_loss) = run(plain_network(2), Some(2));
     assert_close("two groups of two parts", &found, &grouped, 1e-12);
-    assert!((found_loss - loss).abs() < 1e-13);
+    assert_abs_diff_eq!(found_loss, loss, epsilon = 1e-13);
 }
 
 #[test]

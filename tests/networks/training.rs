@@ -4,6 +4,8 @@
 
 use std::path::Path;
 
+use approx::abs_diff_eq;
+
 use crate::common::fixtures::{Pool, arena, check_runs, hash_uniform, hash_weights, number, plan, read_json};
 use crate::common::methods::AnyMethod;
 use crate::common::{self, Grouped, Random, fast_devices, relative_error, roundoff, to_f64, upload};
@@ -30,7 +32,7 @@ fn check_gradient<T: Scalar>(device: &Device, name: &str, tolerance: f64) {
     let (mut loss, mut flag) = (device.poisoned(1).unwrap(), device.zeros(1).unwrap());
     plan.gradient(weights.view(), RunningStats::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
     let loss = loss.to_vec().unwrap()[0];
-    assert!((loss - number(&fixture["loss"])).abs() < tolerance, "{name}: loss {loss}");
+    assert!(abs_diff_eq!(loss, number(&fixture["loss"]), epsilon = tolerance), "{name}: loss {loss}");
     let logits: Vec<f64> =
         fixture["logits"].as_array().unwrap().iter().flat_map(|row| row.as_array().unwrap()).map(number).collect();
     common::assert_close(&format!("{name}: logits"), &plan.logits().unwrap().to_vec().unwrap(), &logits, tolerance);
@@ -130,7 +132,7 @@ fn check_other_models(device: &Device) {
         plan.gradient(weights.view(), RunningStats::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut())
             .unwrap();
         let loss = loss.to_vec().unwrap()[0];
-        assert!((loss - number(&case["loss"])).abs() < 2e-5 * loss, "{name}: loss {loss}");
+        assert!(abs_diff_eq!(loss, number(&case["loss"]), epsilon = 2e-5 * loss), "{name}: loss {loss}");
         let gradient = gradient.to_vec().unwrap();
         for tensor in plan.parameters().tensors() {
             // A projection on known numbers sees every element and its place; the norm gives the scale.
@@ -140,7 +142,7 @@ fn check_other_models(device: &Device) {
             let projection: f64 = file.iter().enumerate().map(|(index, &g)| f64::from(g) * probe(index)).sum();
             let norm = file.iter().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
             let (expected_norm, expected) = (number(&expected["grad_norm"]), number(&expected["projection"]));
-            let close = |found: f64, expected: f64| (found - expected).abs() < 1e-4 * expected_norm;
+            let close = |found: f64, expected: f64| abs_diff_eq!(found, expected, epsilon = 1e-4 * expected_norm);
             assert!(close(norm, expected_norm), "{name}: {}: norm {norm}, not {expected_norm}", tensor.name);
             assert!(close(projection, expected), "{name}: {}: projection {projection}, not {expected}", tensor.name);
         }
@@ -233,7 +235,7 @@ fn check_curvature<T: Scalar>(device: &Device, case: &serde_json::Value, [norm, 
     let found = curvature.trace(40, 5, |_| ()).unwrap();
     let both = found.standard_error.unwrap().hypot(error);
     println!("{name}: trace {found:?}, PyTorch's {value} ± {error}");
-    assert!((found.value - value).abs() < 3.0 * both, "{name}: {found:?} instead of {value} ± {error}");
+    assert!(abs_diff_eq!(found.value, value, epsilon = 3.0 * both), "{name}: {found:?} instead of {value} ± {error}");
     assert!(both < 0.2 * value.abs(), "{name}: errors so large say nothing: {found:?}");
 }
 
@@ -261,7 +263,7 @@ fn the_pretrained_resnet20_makes_827_errors() {
     });
     let found = found.unwrap();
     assert_eq!((found.samples, found.errors), (10_000, 827));
-    assert!((found.loss - 0.37266).abs() < 5e-5, "mean cross-entropy {}", found.loss);
+    assert!(abs_diff_eq!(found.loss, 0.37266, epsilon = 5e-5), "mean cross-entropy {}", found.loss);
     let npy = std::fs::read(folder.join("pretrained/resnet20-test-logits.npy")).unwrap();
     let reference: Vec<f32> = npyz::NpyFile::new(&npy[..]).unwrap().into_vec().unwrap();
     let furthest = logits.iter().zip(&reference).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);

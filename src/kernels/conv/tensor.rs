@@ -454,6 +454,7 @@ fn weight_gradient_by<A: Compute>(
 
 #[cfg(test)]
 mod tests {
+    use approx::abs_diff_eq;
     use half::{bf16, f16};
 
     use super::*;
@@ -611,7 +612,7 @@ mod tests {
             let [relative, absolute] = half_ulp;
             let tolerance = in_sum + (relative * (value.abs() + in_sum)).max(absolute);
             assert!(
-                (found - value).abs() <= tolerance,
+                abs_diff_eq!(found, value, epsilon = tolerance),
                 "{what}[{index}]: {found} instead of {value}, off by {:e}, allowed {tolerance:e}",
                 (found - value).abs()
             );
@@ -662,9 +663,12 @@ mod tests {
             // Trees of at most 128 additions in f32, and in the second the rounded mean, squared.
             let eps = f64::from(f32::EPSILON);
             let what = format!("{shape:?}, channel {channel}, tile {tile}");
-            assert!((found_mean - mean).abs() <= 8.0 * eps * magnitude, "{what}: mean {found_mean}, not {mean}");
+            assert!(
+                abs_diff_eq!(found_mean, mean, epsilon = 8.0 * eps * magnitude),
+                "{what}: mean {found_mean}, not {mean}"
+            );
             let most = 16.0 * eps * m2 + values.len() as f64 * (8.0 * eps * magnitude).powi(2);
-            assert!((found_m2 - m2).abs() <= most, "{what}: squares {found_m2}, not {m2}");
+            assert!(abs_diff_eq!(found_m2, m2, epsilon = most), "{what}: squares {found_m2}, not {m2}");
         }
     }
 
