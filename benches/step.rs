@@ -14,9 +14,11 @@ use polder::plan::{Plan, PlanOptions, Shape};
 
 const BATCH: usize = 128;
 
+type NewMethod = fn() -> Box<dyn Method<f32>>;
+
 /// A step's images are noise, and its labels too: the time does not depend on them.
 fn step(criterion: &mut Criterion) {
-    let methods: [(&str, fn() -> Box<dyn Method<f32>>); 3] = [
+    let methods: [(&str, NewMethod); 3] = [
         ("sgd", || Box::new(Plain {})),
         ("sam", || Box::new(Sam::new(0.05))),
         ("cr-sam", || Box::new(CrSam::default())),
