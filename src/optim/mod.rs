@@ -21,6 +21,7 @@
 //! | [`RSam`] | 2 | 9 | 44 | 3 |
 //! | [`Gsam`] | 2 | 9 | 48 | 3 |
 //! | [`LookSam`] | 2 in one step of k, else 1 | 12, else 6 | 60, else 28 | 3, and g_v |
+//! | [`FriendlySam`] | 2 | 11 | 68 | 3, and m |
 //! | [`CrSam`] | 3 | 8 | 48 | 5 |
 //! | [`Gnr`], exact | 2 + 2 products | 11 | 48 | 5 |
 //! | [`Gnr`], differences | 6 | 12 | 92 | 7 |
@@ -41,7 +42,8 @@ mod step;
 
 pub use method::{Context, Entry, Method, Needs};
 pub use methods::{
-    Asam, CrSam, Form, Gam, Gnr, Gsam, Hvp, LookSam, METHODS, Norm, Oracle, Plain, RSam, RandomSam, SaSam, SaSgd, Sam,
+    Asam, CrSam, Form, FriendlySam, Gam, Gnr, Gsam, Hvp, LookSam, METHODS, Norm, Oracle, Plain, RSam, RandomSam, SaSam,
+    SaSgd, Sam,
 };
 pub use schedule::{Decay, RhoSchedule, Schedule};
 pub use step::{Coefficients, Direction, Numbers, Row, Step, Store, Vector, Vectors, work};

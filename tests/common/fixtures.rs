@@ -8,8 +8,8 @@ use polder::device::{Buffer, Compute, Device, Scalar};
 use polder::kernels::image::{self, BatchShape, Normalization, Position};
 use polder::nn::{Model, Shortcut};
 use polder::optim::{
-    Asam, Base, CrSam, Form, Gam, Gnr, Gsam, Hvp, LookSam, Method, Norm, Optimizer, Oracle, Plain, RSam, RandomSam,
-    SaSam, SaSgd, Sam, Settings,
+    Asam, Base, CrSam, Form, FriendlySam, Gam, Gnr, Gsam, Hvp, LookSam, Method, Norm, Optimizer, Oracle, Plain, RSam,
+    RandomSam, SaSam, SaSgd, Sam, Settings,
 };
 use polder::plan::{Plan, PlanOptions, Shape};
 use safetensors::SafeTensors;
@@ -158,6 +158,7 @@ fn method<T: Scalar>(run: &Value, layout: &Layout) -> Box<dyn Method<T>> {
         "sa-sam" => Box::new(SaSam { delta: of("delta"), eta0: of("eta0"), theta0: of("theta0") }),
         "sa-sgd" => Box::new(SaSgd { delta: of("delta"), eta0: of("eta0"), theta0: of("theta0") }),
         "gsam" => Box::new(Gsam { rho: of("rho"), alpha: of("alpha") }),
+        "friendly-sam" => Box::new(FriendlySam { rho: of("rho"), sigma: of("sigma"), lambda: of("lambda") }),
         "looksam" => Box::new(LookSam { rho: of("rho"), alpha: of("alpha"), every: every() }),
         other => panic!("no method: {other}"),
     }

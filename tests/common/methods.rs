@@ -2,7 +2,8 @@
 
 use polder::device::Scalar;
 use polder::optim::{
-    Asam, Base, CrSam, Gam, Gnr, Gsam, LookSam, Method, Plain, RSam, RandomSam, SaSam, SaSgd, Sam, Settings,
+    Asam, Base, CrSam, FriendlySam, Gam, Gnr, Gsam, LookSam, Method, Plain, RSam, RandomSam, SaSam, SaSgd, Sam,
+    Settings,
 };
 
 macro_rules! any_method {
@@ -29,7 +30,7 @@ macro_rules! any_method {
     };
 }
 
-any_method!(Plain, Sam, Asam, RandomSam, RSam, Gsam, LookSam, CrSam, Gnr, Gam, SaSam, SaSgd);
+any_method!(Plain, Sam, Asam, RandomSam, RSam, Gsam, LookSam, FriendlySam, CrSam, Gnr, Gam, SaSam, SaSgd);
 
 impl AnyMethod {
     pub const PLAIN: Self = Self::Plain(Plain {});

@@ -15,7 +15,7 @@ fn gradient_norm_regularisation_matches_pytorch() {
 
 #[test]
 fn methods_with_a_memory_match_pytorch() {
-    check_runs(&["sa-sam", "sa-sgd", "looksam"]);
+    check_runs(&["sa-sam", "sa-sgd", "looksam", "friendly-sam"]);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 mod asam;
 mod cr_sam;
+mod friendly_sam;
 mod gam;
 mod gnr;
 mod gsam;
@@ -14,6 +15,7 @@ mod sam;
 
 pub use asam::Asam;
 pub use cr_sam::{CrSam, Form};
+pub use friendly_sam::FriendlySam;
 pub use gam::Gam;
 pub use gnr::{Gnr, Hvp, Oracle};
 pub use gsam::Gsam;
@@ -36,6 +38,7 @@ pub const METHODS: &[Entry] = &[
     r_sam::ENTRY,
     gsam::ENTRY,
     look_sam::ENTRY,
+    friendly_sam::ENTRY,
     cr_sam::ENTRY,
     gnr::ENTRY,
     gam::ENTRY,
