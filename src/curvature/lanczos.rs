@@ -1,4 +1,4 @@
-//! Lanczos's method with full reorthogonalisation: largest eigenvalues and their vectors, and the spectral density.
+//! Lanczos's method with full reorthogonalisation: the largest eigenvalues with their eigenvectors, and the spectral density.
 
 use nalgebra::{DMatrix, SymmetricEigen};
 
@@ -7,27 +7,27 @@ use crate::device::{Buffer, Error, Result, Scalar};
 use crate::kernels::vector::{self, Combination};
 use crate::kernels::{random, sharpness};
 
-/// An eigenvalue of the Hessian with its vector.
+/// An eigenvalue of the Hessian with its eigenvector.
 pub struct Eigenpair<T: Scalar> {
     /// The eigenvalue λ.
     pub value: f64,
-    /// `‖Hx − λx‖`: some eigenvalue is no further from λ than this.
+    /// `‖Hx − λx‖`. Some eigenvalue lies within this distance of λ.
     pub residual: f64,
-    /// x, of length one.
+    /// The eigenvector x, of length 1.
     pub vector: Buffer<T>,
 }
 
-/// A spectral density as Lanczos's method sees it: a sum of peaks, each at a Ritz value.
+/// A spectral density as Lanczos's method finds it: a sum of peaks, each at a Ritz value.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Density {
-    /// Where the peaks are.
+    /// The positions of the peaks.
     pub nodes: Vec<f64>,
-    /// What each holds of the whole, which is one.
+    /// The share of each peak. The shares add up to 1.
     pub weights: Vec<f64>,
 }
 
 impl Density {
-    /// The density at `lambda` when every peak is a normal distribution of deviation `sigma`.
+    /// The density at `lambda` if every peak is a normal distribution with standard deviation `sigma`.
     pub fn at(&self, lambda: f64, sigma: f64) -> f64 {
         let scale = 1.0 / (sigma * (2.0 * std::f64::consts::PI).sqrt());
         let peak = |(&node, &weight): (&f64, &f64)| weight * scale * (-0.5 * ((lambda - node) / sigma).powi(2)).exp();
@@ -35,15 +35,15 @@ impl Density {
     }
 }
 
-/// An orthonormal basis of a Krylov space and the tridiagonal matrix that the Hessian is in it.
+/// An orthonormal basis of a Krylov space, and the tridiagonal matrix of the Hessian in that basis.
 struct Krylov<T: Scalar> {
     basis: Vec<Buffer<T>>,
     diagonal: Vec<f64>,
-    /// `off_diagonal[j]` joins vectors j and j + 1; the last one joins the space to what it leaves out.
+    /// `off_diagonal[j]` couples vectors j and j + 1. The last one couples the space to its complement.
     off_diagonal: Vec<f64>,
 }
 
-/// Eigenvalues of the tridiagonal matrix, the largest first, and their vectors as columns.
+/// Eigenvalues of the tridiagonal matrix, the largest first, and their eigenvectors as columns.
 struct Ritz {
     values: Vec<f64>,
     vectors: DMatrix<f64>,
@@ -64,7 +64,7 @@ impl<T: Scalar> Krylov<T> {
         Ritz { values: order.iter().map(|&k| eigenvalues[k]).collect(), vectors: eigenvectors, order }
     }
 
-    /// Whether the Hessian maps the space into itself, so that all of its Ritz values are eigenvalues.
+    /// Whether the Hessian maps the space into itself. Then all Ritz values are eigenvalues.
     fn is_invariant(&self) -> bool {
         let scale = self.diagonal.iter().chain(&self.off_diagonal).fold(0.0f64, |scale, value| scale.max(value.abs()));
         let rounding = if size_of::<T>() == 8 { 1e-12 } else { 1e-5 };
@@ -73,7 +73,7 @@ impl<T: Scalar> Krylov<T> {
 }
 
 impl Ritz {
-    /// Component `row` of the vector of the eigenvalue number `index`.
+    /// Component `row` of the eigenvector of eigenvalue number `index`.
     fn component(&self, row: usize, index: usize) -> f64 {
         self.vectors[(row, self.order[index])]
     }
@@ -81,9 +81,9 @@ impl Ritz {
 
 impl<T: Scalar> Curvature<'_, T> {
     /// The `count` largest eigenvalues of the Hessian, the largest first, by Lanczos's method with full reorthogonalisation: one
-    /// product with the Hessian and one vector of memory per step, and one more product per eigenvalue for its residual. Ends when
-    /// the residual of each is within `tolerance` of the largest in magnitude, or after `most` steps: the residuals tell.
-    /// `progress` is told of each step. Fewer are found where the Hessian has fewer different ones.
+    /// product with the Hessian and one vector of memory per step, and one more product per eigenvalue for its residual. Stops when
+    /// each residual is at most `tolerance` times the largest magnitude, or after `most` steps; check the residuals. Calls `progress`
+    /// after each step. Returns fewer eigenvalues if the Hessian has fewer distinct ones.
     ///
     /// # Errors
     /// [`Error::Argument`] for a count of zero or beyond `most`; [`Error::NotFinite`]; those of the objective.
@@ -96,14 +96,14 @@ impl<T: Scalar> Curvature<'_, T> {
     ) -> Result<Vec<Eigenpair<T>>> {
         const OPERATION: &str = "Curvature::top_eigenvalues";
         if count == 0 || count > most {
-            let message = format!("{count} eigenvalues by {most} steps");
+            let message = format!("{count} eigenvalues in {most} steps, expected at least 1, and as many steps");
             return Err(Error::Argument { operation: OPERATION, message });
         }
         random::normal(self.direction.view_mut(), random::key(seed, PURPOSE), 0)?;
         let krylov = self.krylov(most, |krylov| {
             let steps = krylov.diagonal.len();
             progress(steps);
-            // The small problem is solved every fifth step only.
+            // Solve the small eigenvalue problem in every fifth step only.
             if steps < count || !steps.is_multiple_of(5) {
                 return false;
             }
@@ -128,13 +128,13 @@ impl<T: Scalar> Curvature<'_, T> {
         Ok(pairs)
     }
 
-    /// The density of the Hessian's eigenvalues by stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017): of each of `probes`
-    /// vectors of random signs, the Ritz values after `steps` steps, each weighted by the square of its vector's first component.
-    /// `probes · steps` products with the Hessian, `steps` vectors of memory. The moments up to `2 · steps − 1` of every probe are
-    /// exact. `progress` is told of each product.
+    /// The density of the Hessian's eigenvalues by stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017). Each of `probes` vectors of
+    /// random signs gives the Ritz values after `steps` steps, each weighted by the squared first component of its eigenvector. Takes
+    /// `probes · steps` products with the Hessian and `steps` vectors of memory. The moments up to `2 · steps − 1` of every probe are
+    /// exact. Calls `progress` after each product.
     ///
     /// # Errors
-    /// [`Error::Argument`] for no probe or no step; [`Error::NotFinite`]; those of the objective.
+    /// [`Error::Argument`] for zero probes or zero steps; [`Error::NotFinite`]; those of the objective.
     pub fn spectral_density(
         &mut self,
         probes: usize,
@@ -143,7 +143,7 @@ impl<T: Scalar> Curvature<'_, T> {
         mut progress: impl FnMut(usize),
     ) -> Result<Density> {
         if probes == 0 || steps == 0 {
-            let message = format!("{probes} probes of {steps} steps");
+            let message = format!("{probes} probes of {steps} steps, expected at least 1 of each");
             return Err(Error::Argument { operation: "Curvature::spectral_density", message });
         }
         let mut density = Density::default();
@@ -162,11 +162,11 @@ impl<T: Scalar> Curvature<'_, T> {
         Ok(density)
     }
 
-    /// Lanczos's steps from the newest direction on, at most `most`, until `enough`.
+    /// Lanczos's steps, starting from the direction: at most `most`, and until `enough` returns true.
     fn krylov(&mut self, most: usize, mut enough: impl FnMut(&Krylov<T>) -> bool) -> Result<Krylov<T>> {
         const OPERATION: &str = "Lanczos's method";
         let device = self.weights.device().clone();
-        // What lies between tensors is no direction; zero there, it stays zero.
+        // The padding between tensors is not part of a direction. Once zero, it stays zero.
         self.clear_padding()?;
         self.product.view_mut().copy_from(self.direction.view())?;
         let mut length = self.product_norm(OPERATION)?;
@@ -180,7 +180,7 @@ impl<T: Scalar> Curvature<'_, T> {
             vector::dot(newest.view(), self.product.view(), &mut self.reduction, self.number.view_mut())?;
             krylov.diagonal.push(self.finite_number(OPERATION)?);
             krylov.basis.push(newest);
-            // Against all of them, twice: once leaves what rounding makes of a large part that is taken out.
+            // Orthogonalise against all of them twice: removing a large component once leaves a rounding error.
             for _ in 0..2 {
                 self.take_out(krylov.basis.iter().rev())?;
             }

@@ -1,17 +1,17 @@
-//! Directions in which a landscape of the loss is looked at.
+//! Random directions of loss landscapes, filter-normalised.
 
 use crate::arena::{Kind, Layout};
 use crate::device::{Buffer, Result, Slice};
 use crate::kernels::check_length;
 use crate::kernels::random;
 
-/// Random direction number `number` of `seed`, filter-normalised (Li, Xu, Taylor, Studer and Goldstein 2018, section 4): normal
-/// numbers (others than the initial weights have of that seed), those of each filter (what makes up one output of a convolution or
-/// of a linear layer) scaled to the length of that filter in `weights`; zero for biases and batch norm. So networks whose filters
-/// have other scales, which batch norm makes up for, can be compared. The lengths are taken on the host, in double.
+/// Random direction number `number` of `seed`, filter-normalised (Li, Xu, Taylor, Studer and Goldstein 2018, section 4). Its numbers
+/// are normal and independent of the initial weights of the same seed. Each filter, the weights of one output of a convolution or a
+/// linear layer, is scaled to the length of that filter in `weights`; biases and batch norm get zeros. This makes networks comparable
+/// whose filters have different scales, for which batch norm compensates. The lengths are computed on the host, in double.
 ///
 /// # Errors
-/// [`crate::device::Error::Length`] for weights that are not laid out so; those of the device.
+/// [`crate::device::Error::Length`] for weights of another layout; those of the device.
 pub fn filter_normalized(layout: &Layout, weights: Slice<'_, f32>, seed: u64, number: usize) -> Result<Buffer<f32>> {
     check_length("curvature::filter_normalized", "weights", weights.len(), layout.len())?;
     let mut direction = weights.device().zeros(layout.len())?;
@@ -20,7 +20,7 @@ pub fn filter_normalized(layout: &Layout, weights: Slice<'_, f32>, seed: u64, nu
     let (weights, normal) = (weights.to_vec()?, direction.to_vec()?);
     let mut scaled = vec![0.0f32; layout.len()];
     for tensor in layout.tensors() {
-        // The output is the last extent of both.
+        // In both layouts the output is the last dimension.
         let (Kind::Convolution { outputs, .. } | Kind::Linear { outputs, .. }) = tensor.kind else { continue };
         let range = tensor.range();
         let squares = |values: &[f32]| {

@@ -1,4 +1,5 @@
-//! Curvature of a loss at given weights, measured through an [`Objective`]: nothing of the Hessian but its products is ever formed.
+//! Curvature of a loss at given weights, measured through an [`Objective`]. The Hessian is used only through its products with
+//! vectors; it is never stored.
 //!
 //! ```
 //! use polder::Device;
@@ -38,7 +39,7 @@
 //! let trace = curvature.trace(10, 0, |_| ())?;
 //! assert_eq!((trace.value, trace.standard_error), (4.0, Some(0.0)));
 //!
-//! // Eigenvalues, each with a vector and a residual; and how far the loss rises within 0.5 of these weights.
+//! // Eigenvalues, each with an eigenvector and a residual; then the rise of the loss within 0.5 of these weights.
 //! let largest = &curvature.top_eigenvalues(2, (2, 1e-6), 0, |_| ())?[0];
 //! assert!((largest.value - 3.0).abs() < 1e-6 && largest.residual < 1e-5);
 //! let rise = curvature.rise(0.5, 20, 0)?;
@@ -64,7 +65,7 @@ use crate::kernels::vector::{self, Reduction};
 pub use crate::objective::Passes;
 use crate::objective::{Objective, RunningStats};
 
-/// What the key of directions is for, so that they have nothing of the initial weights of the same seed.
+/// Purpose of the key of random directions. It makes them independent of initial weights that were drawn from the same seed.
 const PURPOSE: &[u8; 8] = b"curvatur";
 
 /// A mean over random probes.
@@ -72,14 +73,14 @@ const PURPOSE: &[u8; 8] = b"curvatur";
 pub struct Estimate {
     /// The mean.
     pub value: f64,
-    /// The standard error of the mean: the probes' deviation over the root of their number. None of a single probe.
+    /// The standard error of the mean: the probes' standard deviation over the square root of their number. A single probe has none.
     pub standard_error: Option<f64>,
-    /// How many there were.
+    /// The number of probes.
     pub probes: usize,
 }
 
 impl Estimate {
-    /// The mean of such samples.
+    /// The mean of these samples, with its standard error.
     pub fn of(samples: &[f64]) -> Self {
         let count = samples.len() as f64;
         let value = samples.iter().sum::<f64>() / count;
@@ -88,7 +89,7 @@ impl Estimate {
         Self { value, standard_error, probes: samples.len() }
     }
 
-    /// The mean over a number that is known exactly.
+    /// The mean divided by a number that is known exactly.
     #[must_use]
     pub fn over(self, divisor: f64) -> Self {
         let standard_error = self.standard_error.map(|error| error / divisor.abs());
@@ -96,8 +97,8 @@ impl Estimate {
     }
 }
 
-/// An objective, the weights at which it is looked at, and the vectors that this takes: two as long as the weights, and two more
-/// from the first trace on.
+/// Measures an objective's curvature at given weights. It holds two vectors as long as the weights, and two more from the first
+/// trace on.
 pub struct Curvature<'a, T: Scalar> {
     objective: &'a mut dyn Objective<T>,
     weights: Slice<'a, T>,
@@ -106,7 +107,7 @@ pub struct Curvature<'a, T: Scalar> {
     /// Direction and product of the second probe of a pair.
     second: Option<[Buffer<T>; 2]>,
     number: Buffer<f64>,
-    /// The coefficients of a vector taken alone.
+    /// The coefficients (1, 0, 0, 0), for a combination of a single vector.
     one: Buffer<f64>,
     flag: Buffer<u32>,
     reduction: Reduction,
@@ -114,7 +115,7 @@ pub struct Curvature<'a, T: Scalar> {
 }
 
 impl<'a, T: Scalar> Curvature<'a, T> {
-    /// To look at `objective` at `weights`.
+    /// Prepares to measure `objective` at `weights`.
     ///
     /// # Errors
     /// [`Error::Length`] for weights of another length than the objective's; [`Error::Argument`] for an objective of several
@@ -165,7 +166,7 @@ impl<'a, T: Scalar> Curvature<'a, T> {
         Ok(self.quadratic_form(OPERATION)? / (norm * norm))
     }
 
-    /// Zeros where no weight is.
+    /// Sets the direction to zero in the padding.
     fn clear_padding(&mut self) -> Result<()> {
         for gap in self.objective.domain().padding.iter().cloned() {
             self.direction.slice_mut(gap)?.clear()?;
@@ -173,18 +174,18 @@ impl<'a, T: Scalar> Curvature<'a, T> {
         Ok(())
     }
 
-    /// Makes the direction one of random signs.
+    /// Fills the direction with random signs, those of probe number `probe`.
     fn random_signs(&mut self, seed: u64, probe: usize) -> Result<()> {
         let first = probe * self.weights.len().next_multiple_of(4);
         random::rademacher(self.direction.view_mut(), random::key(seed, PURPOSE), first as u64)
     }
 
-    /// The gradient in the place of the product.
+    /// Writes the gradient at the weights to `product`.
     fn gradient(&mut self) -> Result<()> {
         self.gradient_at(self.weights)
     }
 
-    /// Loss and gradient at a point, in the places of the number and of the product.
+    /// Writes the loss at a point to `number` and the gradient to `product`.
     fn gradient_at(&mut self, point: Slice<'_, T>) -> Result<()> {
         let Self { objective, product, number, flag, passes, .. } = self;
         flag.clear()?;
@@ -193,7 +194,7 @@ impl<'a, T: Scalar> Curvature<'a, T> {
         objective.gradient(point, RunningStats::Keep, product.view_mut(), number.view_mut(), flag.view_mut())
     }
 
-    /// The product of the Hessian at the weights with the direction.
+    /// Writes the product of the Hessian at the weights with the direction to `product`.
     fn multiply(&mut self) -> Result<()> {
         let Self { objective, weights, direction, product, flag, passes, .. } = self;
         multiply(*objective, *weights, direction.view(), (product, flag, passes))
@@ -206,7 +207,7 @@ impl<'a, T: Scalar> Curvature<'a, T> {
         self.finite_number(operation)
     }
 
-    /// Takes the parts along these orthonormal vectors out of the product, one after the other.
+    /// Makes the product orthogonal to these orthonormal vectors, one after the other.
     fn take_out<'b>(&mut self, basis: impl IntoIterator<Item = &'b Buffer<T>>) -> Result<()> {
         for unit in basis {
             vector::dot(unit.view(), self.product.view(), &mut self.reduction, self.number.view_mut())?;
@@ -222,7 +223,7 @@ impl<'a, T: Scalar> Curvature<'a, T> {
         self.finite_number(operation)
     }
 
-    /// Reads the newest number, if what it was made of was finite.
+    /// Reads `number`. Fails if it, or what it was computed from, is not finite.
     fn finite_number(&self, operation: &'static str) -> Result<f64> {
         let (mut value, mut flag) = ([0.0], [0]);
         self.number.read(&mut value)?;
@@ -234,7 +235,7 @@ impl<'a, T: Scalar> Curvature<'a, T> {
     }
 }
 
-/// The product of the Hessian with a vector.
+/// Writes the product of the Hessian with a vector.
 fn multiply<T: Scalar>(
     objective: &mut dyn Objective<T>,
     weights: Slice<'_, T>,
@@ -243,7 +244,7 @@ fn multiply<T: Scalar>(
 ) -> Result<()> {
     passes.products += 1;
     flag.clear()?;
-    // Zeros, because an objective leaves what lies between its tensors alone.
+    // An objective does not write the padding between its tensors, so it must be zero before.
     product.clear()?;
     objective.hessian_vector(weights, vector, product.view_mut(), flag.view_mut())
 }

@@ -1,35 +1,35 @@
-//! The loss around the weights: how far it rises within a ball, how steep it gets there, how bumpy it is along random lines.
+//! The loss around the weights: its rise within a ball, the largest gradient there, and its extrema along random lines.
 
 use super::{Curvature, Estimate, PURPOSE, multiply};
 use crate::device::{Error, Result, Scalar, Slice};
 use crate::kernels::vector::{self, Combination};
 use crate::kernels::{random, sharpness};
 
-/// A gradient no longer than this points nowhere: an ascent goes on in a random direction.
+/// A gradient of at most this norm has no usable direction. An ascent takes a random direction instead.
 const STATIONARY: f64 = 1e-12;
 
-/// How far the loss rises from `L(w)` within the ball of radius ρ around w.
+/// The rise of the loss above `L(w)` within the ball of radius ρ around w.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Rise {
-    /// `L(w + ρv) − L(w)`, v = ∇L/‖∇L‖: SAM's estimate. 0 where the gradient vanishes.
+    /// `L(w + ρv) − L(w)` with v = ∇L/‖∇L‖: SAM's estimate. 0 if the gradient vanishes.
     pub one_step: f64,
     /// The largest rise that was found, by one step or by several.
     pub largest: f64,
 }
 
 impl Rise {
-    /// How much of the rise one step finds; CR-SAM's approximation ratio, at most 1. None where the loss does not rise.
+    /// The share of the rise that one step finds: CR-SAM's approximation ratio, at most 1. None if the loss does not rise.
     pub fn approximation_ratio(&self) -> Option<f64> {
         (self.largest > 0.0).then(|| self.one_step / self.largest)
     }
 }
 
 impl<T: Scalar> Curvature<'_, T> {
-    /// `(L(w + ρv) + L(w − ρv) − 2 L(w))/ρ²`, v = ∇L/‖∇L‖: the curvature along the gradient as CR-SAM sees it, over a distance,
-    /// where [`Curvature::along_gradient`] has it at w itself. Three gradients.
+    /// `(L(w + ρv) + L(w − ρv) − 2 L(w))/ρ²` with v = ∇L/‖∇L‖: the curvature along the gradient over the distance ρ, as CR-SAM
+    /// estimates it. [`Curvature::along_gradient`] is its value at w itself. Three gradients.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a ρ that is not above zero; [`Error::ZeroGradient`], [`Error::NotFinite`]; those of the objective.
+    /// [`Error::Argument`] for a ρ that is not a finite number above 0; [`Error::ZeroGradient`], [`Error::NotFinite`]; those of the objective.
     pub fn along_gradient_by_difference(&mut self, rho: f64) -> Result<f64> {
         const OPERATION: &str = "Curvature::along_gradient_by_difference";
         check_rho(OPERATION, rho)?;
@@ -49,12 +49,12 @@ impl<T: Scalar> Curvature<'_, T> {
         Ok(sum / (rho * rho))
     }
 
-    /// How far the loss rises within the ball of radius ρ: after one step along the gradient (Foret et al. 2021), and at the
-    /// highest point of `steps` steps of projected ascent, whose lengths fall from 4ρ/steps to zero (CR-SAM's section 3 takes
-    /// 20). `steps` + 3 gradients. Where the gradient vanishes an ascent begins in a random direction, drawn from `seed`.
+    /// The rise of the loss within the ball of radius ρ: after one step along the gradient (Foret et al. 2021), and at the highest
+    /// point of `steps` steps of projected ascent, whose lengths fall from 4ρ/steps to zero (CR-SAM's section 3 takes 20). `steps` + 3
+    /// gradients. If the gradient vanishes, the ascent begins in a random direction, drawn from `seed`.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a ρ that is not above zero; [`Error::NotFinite`]; those of the objective.
+    /// [`Error::Argument`] for a ρ that is not a finite number above 0; [`Error::NotFinite`]; those of the objective.
     pub fn rise(&mut self, rho: f64, steps: usize, seed: u64) -> Result<Rise> {
         const OPERATION: &str = "Curvature::rise";
         check_rho(OPERATION, rho)?;
@@ -71,9 +71,9 @@ impl<T: Scalar> Curvature<'_, T> {
         Ok(Rise { one_step, largest: (highest - start).max(one_step) })
     }
 
-    /// `ρ · max ‖∇L(w + ε)‖` over ‖ε‖ ≤ ρ, the value that GNR bounds the sharpness with (its section 2.3), at the highest point of
-    /// `steps` steps of projected ascent as in [`Curvature::rise`]: along `H∇L`, which is where the norm grows. `steps` + 1
-    /// gradients and products with the Hessian.
+    /// `ρ · max ‖∇L(w + ε)‖` over ‖ε‖ ≤ ρ, GNR's bound of the sharpness (its section 2.3). The maximum is taken over `steps` steps of
+    /// projected ascent as in [`Curvature::rise`], along `H∇L`, the direction in which the norm grows. `steps` + 1 gradients and
+    /// products with the Hessian.
     ///
     /// # Errors
     /// As [`Curvature::rise`].
@@ -91,12 +91,12 @@ impl<T: Scalar> Curvature<'_, T> {
         Ok(rho * steepest)
     }
 
-    /// How many local minima and maxima the loss has along a line from w in a random direction, at its inner points: means over
-    /// `directions` lines of `steps` steps of this length (GNR's section 3.1 has 100, 10 and 0.01). One gradient per point;
-    /// `progress` is told of each line.
+    /// Numbers of local minima and of local maxima of the loss at the inner points of a line from w in a random direction: means over
+    /// `directions` lines of `steps` steps of this length (GNR's section 3.1 has 100, 10 and 0.01). One gradient per point. Calls
+    /// `progress` after each line.
     ///
     /// # Errors
-    /// [`Error::Argument`] for no direction; [`Error::NotFinite`]; those of the objective.
+    /// [`Error::Argument`] for zero directions; [`Error::NotFinite`]; those of the objective.
     pub fn extrema(
         &mut self,
         directions: usize,
@@ -106,7 +106,7 @@ impl<T: Scalar> Curvature<'_, T> {
     ) -> Result<[Estimate; 2]> {
         const OPERATION: &str = "Curvature::extrema";
         if directions == 0 {
-            return Err(Error::Argument { operation: OPERATION, message: "no direction".into() });
+            return Err(Error::Argument { operation: OPERATION, message: "0 directions, expected at least 1".into() });
         }
         let start = self.loss_at(self.weights)?;
         let mut point = self.weights.device().zeros(self.weights.len())?;
@@ -130,13 +130,13 @@ impl<T: Scalar> Curvature<'_, T> {
         Ok(counts.map(|counts| Estimate::of(&counts)))
     }
 
-    /// The loss at a point; its gradient is left in the product.
+    /// The loss at a point. Writes its gradient to `product`.
     fn loss_at(&mut self, point: Slice<'_, T>) -> Result<f64> {
         self.gradient_at(point)?;
         self.finite_number("Curvature")
     }
 
-    /// Makes the direction a normal one, and returns its length.
+    /// Fills the direction with normal numbers and returns its length.
     fn random_direction(&mut self, seed: u64, number: usize) -> Result<f64> {
         let first = number * self.weights.len().next_multiple_of(4);
         random::normal(self.direction.view_mut(), random::key(seed, PURPOSE), first as u64)?;
@@ -145,8 +145,8 @@ impl<T: Scalar> Curvature<'_, T> {
         self.finite_number("Curvature")
     }
 
-    /// Ascends from w within the ball of radius ρ. `uphill` tells how high a point is and leaves in the product where it goes up
-    /// there; the highest is returned.
+    /// Ascends from w within the ball of radius ρ and returns the highest value. `uphill` returns the value at a point and writes the
+    /// direction of ascent there to `product`.
     fn ascend(
         &mut self,
         (rho, steps, seed): (f64, usize, u64),

@@ -1,4 +1,4 @@
-//! Power iteration with deflation: eigenvalues one after the other, in the memory of the vectors that are found.
+//! Power iteration with deflation: eigenvalues one after the other, with one vector of memory for each.
 
 use super::{Curvature, Eigenpair, PURPOSE};
 use crate::device::{Buffer, Error, Result, Scalar};
@@ -6,11 +6,11 @@ use crate::kernels::vector::{self, Combination};
 use crate::kernels::{random, sharpness};
 
 impl<T: Scalar> Curvature<'_, T> {
-    /// The `count` eigenvalues of the Hessian that are largest in magnitude, the largest first, by power iteration: each vector
-    /// is multiplied until its residual is within `tolerance` of the eigenvalue's magnitude or after `most` products, and is
-    /// taken out of those that follow. It needs one vector of memory per eigenvalue where
-    /// [`Curvature::top_eigenvalues`] needs one per step, and many more products: the error falls by λ2/λ1 with each. `progress`
-    /// is told of each product. Fewer are found where the Hessian has no more that are not zero.
+    /// The `count` eigenvalues of the Hessian that are largest in magnitude, the largest first, by power iteration. Each vector is
+    /// multiplied until its residual is at most `tolerance` times the eigenvalue's magnitude, or `most` times; the vectors that follow
+    /// are kept orthogonal to it. It needs one vector of memory per eigenvalue, where [`Curvature::top_eigenvalues`] needs one per
+    /// step, but many more products: each reduces the error by λ2/λ1. Calls `progress` after each product. Returns fewer eigenvalues
+    /// if the others are zero.
     ///
     /// # Errors
     /// [`Error::Argument`] for a count or `most` of zero; [`Error::NotFinite`]; those of the objective.
@@ -23,7 +23,7 @@ impl<T: Scalar> Curvature<'_, T> {
     ) -> Result<Vec<Eigenpair<T>>> {
         const OPERATION: &str = "Curvature::power_iteration";
         if count == 0 || most == 0 {
-            let message = format!("{count} eigenvalues by {most} products each");
+            let message = format!("{count} eigenvalues of {most} products each, expected at least 1 of each");
             return Err(Error::Argument { operation: OPERATION, message });
         }
         fn found<T: Scalar>(pairs: &[Eigenpair<T>]) -> impl Iterator<Item = &Buffer<T>> {
@@ -37,8 +37,8 @@ impl<T: Scalar> Curvature<'_, T> {
             self.product.view_mut().copy_from(self.direction.view())?;
             let mut value = 0.0;
             for step in 1..=most {
-                // The newest product, without what is found already, is the next vector. Twice: once leaves what rounding makes
-                // of a large part that is taken out.
+                // The next vector is the newest product without its components along the vectors found already. Twice: removing a
+                // large component once leaves a rounding error.
                 self.take_out(found(&pairs).chain(found(&pairs)))?;
                 let length = self.product_norm(OPERATION)?;
                 if length == 0.0 {
@@ -58,7 +58,7 @@ impl<T: Scalar> Curvature<'_, T> {
             if value == 0.0 {
                 return Ok(pairs);
             }
-            // Of the whole Hessian, not of what deflation leaves of it.
+            // The residual is that of the whole Hessian, not of the deflated one.
             self.multiply()?;
             vector::axpy(-value, self.direction.view(), self.product.view_mut())?;
             let residual = self.product_norm(OPERATION)?;

@@ -1,4 +1,4 @@
-//! The trace of the Hessian: as a whole, by parts of the weights, and with most of its variance taken out.
+//! The trace of the Hessian: of all weights, by parts of the weights, and with reduced variance (Hutch++).
 
 use std::ops::Range;
 
@@ -8,12 +8,13 @@ use crate::kernels::sharpness;
 use crate::kernels::vector::{self, Combination};
 
 impl<T: Scalar> Curvature<'_, T> {
-    /// The trace of the Hessian by Hutchinson's estimator (1990): the mean of `vᵀHv` over vectors v of random signs, whose expected
-    /// value it is and whose variance is `2 Σ_{i≠j} h_ij²`. One product with the Hessian per probe, two at a time, whatever their
-    /// number in the same memory; `progress` is told of them. Probe p is drawn from `seed` and p alone, so more probes go on where fewer ended.
+    /// The trace of the Hessian by Hutchinson's estimator (1990): the mean of `vᵀHv` over vectors v of random signs. Its expected value
+    /// is the trace; the variance of one probe is `2 Σ_{i≠j} h_ij²`. Takes one product with the Hessian per probe, computed in pairs;
+    /// the memory does not depend on the number of probes. Calls `progress` after each probe. Probe p depends on `seed` and p alone,
+    /// so a run with more probes begins with the same ones.
     ///
     /// # Errors
-    /// [`Error::Argument`] for no probe; [`Error::NotFinite`]; those of the objective.
+    /// [`Error::Argument`] for zero probes; [`Error::NotFinite`]; those of the objective.
     pub fn trace(&mut self, probes: usize, seed: u64, mut progress: impl FnMut(usize)) -> Result<Estimate> {
         const OPERATION: &str = "Curvature::trace";
         check_probes(OPERATION, probes)?;
@@ -27,11 +28,11 @@ impl<T: Scalar> Curvature<'_, T> {
         Ok(Estimate::of(&samples))
     }
 
-    /// The traces of the Hessian's diagonal blocks: of each of these parts of the weights. By Hutchinson's estimator with the
-    /// probes of [`Curvature::trace`], whose products each serve all parts.
+    /// The traces of the Hessian's diagonal blocks, one block for each of these parts of the weights. Hutchinson's estimator with the
+    /// probes of [`Curvature::trace`]; each product serves all parts.
     ///
     /// # Errors
-    /// As [`Curvature::trace`], and [`Error::Range`] for a part that is none.
+    /// As [`Curvature::trace`], and [`Error::Range`] for a part outside the weights.
     pub fn traces(
         &mut self,
         parts: &[Range<usize>],
@@ -54,10 +55,10 @@ impl<T: Scalar> Curvature<'_, T> {
         Ok(samples.iter().map(|samples| Estimate::of(samples)).collect())
     }
 
-    /// The trace by Hutch++ (Meyer, Musco, Musco and Woodruff 2021): a third of the `products` finds directions in which the
-    /// Hessian is large, a third its trace there, exactly, and Hutchinson's estimator takes the rest for what is left. Its
-    /// error falls as the inverse of the products instead of their root where few eigenvalues are large. The standard error is
-    /// that of the last part. Memory: a vector for each three products.
+    /// The trace by Hutch++ (Meyer, Musco, Musco and Woodruff 2021). A third of the `products` finds directions in which the Hessian
+    /// is large, a third computes its trace in their span exactly, and Hutchinson's estimator uses the rest for the complement. If few
+    /// eigenvalues are large, its error falls as the inverse of the number of products instead of the inverse square root. The standard
+    /// error is that of the last part. Memory: one vector for every three products.
     ///
     /// # Errors
     /// [`Error::Argument`] for fewer than three products; [`Error::NotFinite`]; those of the objective.
@@ -74,7 +75,7 @@ impl<T: Scalar> Curvature<'_, T> {
             return Err(Error::Argument { operation: OPERATION, message });
         }
         let mut done = 0;
-        let mut tell = || {
+        let mut report = || {
             done += 1;
             progress(done);
         };
@@ -82,13 +83,13 @@ impl<T: Scalar> Curvature<'_, T> {
         for probe in 0..directions {
             self.random_signs(seed, probe)?;
             self.multiply()?;
-            tell();
+            report();
             let whole = self.product_norm(OPERATION)?;
-            // Twice: once leaves what rounding makes of a large part that is taken out.
+            // Twice: removing a large component once leaves a rounding error.
             self.take_out(&basis)?;
             self.take_out(&basis)?;
             let left = self.product_norm(OPERATION)?;
-            // What lies in the space already, but for rounding, is no new direction.
+            // A product that lies in the span already, up to rounding, adds no direction.
             if left > 1e-5 * whole {
                 let mut unit = self.weights.device().zeros(self.weights.len())?;
                 let alone = Combination::alone(self.product.view(), self.one.view());
@@ -100,7 +101,7 @@ impl<T: Scalar> Curvature<'_, T> {
         for unit in &basis {
             self.direction.view_mut().copy_from(unit.view())?;
             inside += self.quadratic_form(OPERATION)?;
-            tell();
+            report();
         }
         let mut outside = Vec::new();
         for probe in directions..products - directions {
@@ -109,13 +110,13 @@ impl<T: Scalar> Curvature<'_, T> {
             self.take_out(&basis)?;
             std::mem::swap(&mut self.direction, &mut self.product);
             outside.push(self.quadratic_form(OPERATION)?);
-            tell();
+            report();
         }
         let outside = Estimate::of(&outside);
         Ok(Estimate { value: inside + outside.value, ..outside })
     }
 
-    /// Random signs and their product, for probe after probe from the first on: two are taken at once, which costs less.
+    /// Random signs and their product with the Hessian, for probes in order. Two are computed together, which costs less.
     fn probe(&mut self, seed: u64, probe: usize, probes: usize) -> Result<()> {
         if probe % 2 == 1 {
             self.swap_second();
@@ -158,5 +159,5 @@ fn check_probes(operation: &'static str, probes: usize) -> Result<()> {
     if probes > 0 {
         return Ok(());
     }
-    Err(Error::Argument { operation, message: "no probe".into() })
+    Err(Error::Argument { operation, message: "0 probes, expected at least 1".into() })
 }

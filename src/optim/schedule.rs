@@ -1,24 +1,24 @@
 //! Learning-rate schedules.
 
-/// How the learning rate falls after the warm-up.
+/// Decay of the learning rate after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Decay {
-    /// Not at all.
+    /// None.
     Constant,
     /// `½(1 + cos(π t))`, from the peak to zero (Loshchilov & Hutter 2017, without restarts).
     Cosine,
-    /// Divided by ten after a half and after three quarters of the steps (He et al. 2016).
+    /// Divided by ten after half and after three quarters of the steps (He et al. 2016).
     Step,
 }
 
-/// A linear warm-up to the peak, then the decay.
+/// Learning-rate schedule: a linear warm-up to the peak, then the decay.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Schedule {
     /// The peak learning rate.
     pub peak: f64,
-    /// How it falls.
+    /// Decay after the warm-up.
     pub decay: Decay,
-    /// Steps of linear warm-up; the last of them has the peak's rate.
+    /// Steps of linear warm-up. The last of them has the peak's rate.
     pub warmup: u64,
     /// Steps of the whole run.
     pub steps: u64,
@@ -50,10 +50,10 @@ impl Schedule {
     }
 }
 
-/// How a method's ρ moves, as a factor of its own.
+/// Schedule of a method's ρ, as a factor of its setting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RhoSchedule {
-    /// Not at all.
+    /// Constant 1.
     Constant,
     /// Rises linearly from 0 over the run.
     Linear,
