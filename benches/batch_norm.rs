@@ -1,8 +1,9 @@
-//! Batch normalisation at the shape where a CIFAR ResNet spends most of it (128 images of 32x32 pixels, 16 channels), forward and
-//! backward, beside a plain copy: bytes per second of the traffic that the functions document.
+//! Batch normalisation at the shape where a CIFAR ResNet spends most of it (128 images of 32x32 pixels, 16 channels),
+//! forward and backward, beside a plain copy: bytes per second of the traffic that the functions document.
 //!
-//! `cargo bench --bench batch_norm`; on the CPU and on the first GPU if there is one, or on the device that `POLDER_TEST_DEVICE`
-//! names, with the device's own events. The buffers are rotated so that no cache keeps them from one iteration to the next.
+//! `cargo bench --bench batch_norm`; on the CPU and on the first GPU if there is one, or on the device that
+//! `POLDER_TEST_DEVICE` names, with the device's own events. The buffers are rotated so that no cache keeps them from
+//! one iteration to the next.
 
 mod common;
 

@@ -1,6 +1,7 @@
 //! The convolution's three passes on the layers of CIFAR's ResNet-20 and ResNet-18, batch 128: elements per second are
-//! floating-point operations per second (two per multiply-add). On one CPU thread and on all of them in f32, and on the first GPU
-//! where there is one, or on the device that `POLDER_TEST_DEVICE` names, in f16, tf32 and f32; timed by the device's own events.
+//! floating-point operations per second (two per multiply-add). On one CPU thread and on all of them in f32, and on the
+//! first GPU where there is one, or on the device that `POLDER_TEST_DEVICE` names, in f16, tf32 and f32; timed by the
+//! device's own events.
 
 mod common;
 
@@ -33,8 +34,8 @@ const LAYERS: [(usize, usize, usize, usize, usize); 16] = [
     (4, 512, 512, 3, 1),
 ];
 
-/// Activations are taken in turn from sets of this many bytes together, more than the last cache of a CPU or a GPU holds, as
-/// a training step, too, finds most of them in memory.
+/// Activations are taken in turn from sets of this many bytes together, more than the last cache of a CPU or a GPU
+/// holds, as a training step, too, finds most of them in memory.
 const ROTATED_BYTES: usize = 192 << 20;
 
 struct Layer<S: Compute> {

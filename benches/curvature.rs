@@ -1,7 +1,8 @@
-//! What curvature costs: a gradient, a product with the Hessian, two at once, and a trace of eight probes, over 128 images.
+//! What curvature costs: a gradient, a product with the Hessian, two at once, and a trace of eight probes, over 128
+//! images.
 //!
-//! `cargo bench --bench curvature`; on the CPU and on the first GPU if there is one, or on the device that `POLDER_TEST_DEVICE`
-//! names. A trace is to cost no more than its products.
+//! `cargo bench --bench curvature`; on the CPU and on the first GPU if there is one, or on the device that
+//! `POLDER_TEST_DEVICE` names. A trace is to cost no more than its products.
 
 mod common;
 

@@ -1,6 +1,6 @@
-//! What each fusion gains, and two passes at the same time: the same work with its stages apart and together, timed by the device's own events, in f16 on the first
-//! GPU where there is one, or on the device that `POLDER_TEST_DEVICE` names. Without a GPU the CPU's own kernels have the last pair
-//! alone.
+//! What each fusion gains, and two passes at the same time: the same work with its stages apart and together, timed by
+//! the device's own events, in f16 on the first GPU where there is one, or on the device that `POLDER_TEST_DEVICE`
+//! names. Without a GPU the CPU's own kernels have the last pair alone.
 
 mod common;
 
@@ -80,8 +80,8 @@ fn moments(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, shape: Con
     Ok(())
 }
 
-/// An input gradient and the backward of the batch norm, with a ReLU, that made the convolution's input: with a pass for its sums, or
-/// with sums from the convolution's registers.
+/// An input gradient and the backward of the batch norm, with a ReLU, that made the convolution's input: with a pass
+/// for its sums, or with sums from the convolution's registers.
 fn sums(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, shape: ConvShape) -> Result<()> {
     if !shape.leaves_sums::<f16>(device) {
         return Ok(());
@@ -128,8 +128,8 @@ fn sums(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, shape: ConvSh
     Ok(())
 }
 
-/// Layers' weight gradients as a step of SAM in f16 wants them: added up where they are made in parts, without the loss scale, looked
-/// at, and with their norm; in passes one after the other, or where they are written for the last time.
+/// Layers' weight gradients as a step of SAM in f16 wants them: added up where they are made in parts, without the loss
+/// scale, looked at, and with their norm; in passes one after the other, or where they are written for the last time.
 fn gradients(
     group: &mut BenchmarkGroup<'_, WallTime>,
     device: &Device,
@@ -207,8 +207,8 @@ fn norm(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, len: usize) -
     Ok(())
 }
 
-/// What a launch takes inside a graph, by many that have next to nothing to do. `POLDER_EARLY_LAUNCH=0` shows what it takes when none
-/// is launched before the one before it is done.
+/// What a launch takes inside a graph, by many that have next to nothing to do. `POLDER_EARLY_LAUNCH=0` shows what it
+/// takes when none is launched before the one before it is done.
 fn launches(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device) -> Result<()> {
     const COUNT: u32 = 256;
     let mut out = device.zeros::<f32>(1024)?;

@@ -1,7 +1,7 @@
 //! Whole training steps: SGD, SAM and CR-SAM on the CIFAR ResNets, batch 128, images per second.
 //!
-//! `cargo bench --bench step`; on the CPU and on the first GPU if there is one, or on the device that `POLDER_TEST_DEVICE` names.
-//! Timed with the device's own events.
+//! `cargo bench --bench step`; on the CPU and on the first GPU if there is one, or on the device that
+//! `POLDER_TEST_DEVICE` names. Timed with the device's own events.
 
 mod common;
 

@@ -1,10 +1,10 @@
-//! Every vector kernel: `cargo bench --bench vector`, on the CPU and on the first GPU if there is one, or on the device that
-//! `POLDER_TEST_DEVICE` names.
+//! Every vector kernel: `cargo bench --bench vector`, on the CPU and on the first GPU if there is one, or on the device
+//! that `POLDER_TEST_DEVICE` names.
 //!
-//! Lengths are those of a small and of a large ResNet: the small one's vectors fit in a CPU's last cache. Inputs are random,
-//! and three sets of buffers take turns, because one set of the large length fits in a GPU's cache. Times come from the
-//! device's own events. At the end a table gives each kernel's share of the bandwidth of a copy of the same length: the faster
-//! of the device's copy and of the conversion from `f32` to `f32`, which uses every core.
+//! Lengths are those of a small and of a large ResNet: the small one's vectors fit in a CPU's last cache. Inputs are
+//! random, and three sets of buffers take turns, because one set of the large length fits in a GPU's cache. Times come
+//! from the device's own events. At the end a table gives each kernel's share of the bandwidth of a copy of the same
+//! length: the faster of the device's copy and of the conversion from `f32` to `f32`, which uses every core.
 
 mod common;
 

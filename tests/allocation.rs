@@ -1,5 +1,5 @@
-//! A training step after the first allocates nothing, and so does a product with the Hessian: neither on the device (host memory
-//! goes through the same allocator here) nor beside it.
+//! Training steps and products with the Hessian allocate nothing after the first, neither on the device nor on the
+//! host. On the CPU both use the same allocator, which this test counts.
 
 mod common;
 
@@ -20,7 +20,7 @@ use polder::plan::{Plan, PlanOptions, Shape};
 struct Counting;
 
 static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
-/// Bytes that are allocated now, and the most that were.
+/// Bytes that are allocated now, and the maximum so far.
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
 
@@ -73,7 +73,8 @@ fn steps_and_products_after_the_first_allocate_nothing() {
     measuring_the_curvature_of_a_run_leaves_nothing();
 }
 
-/// While a run has a recorded step, memory that is dropped is kept for it; what a measurement took must not be.
+/// While a run has a recorded step, the device keeps memory that is dropped. The memory of a measurement must not be
+/// kept.
 #[cfg(feature = "train")]
 fn measuring_the_curvature_of_a_run_leaves_nothing() {
     let options = polder::train::Options {
@@ -100,8 +101,8 @@ fn measuring_the_curvature_of_a_run_leaves_nothing() {
     assert!(live[1].abs_diff(live[3]) < 50_000, "bytes after each measurement: {live:?}");
 }
 
-/// Of a trace by 1,000 probes only the 1,000 numbers, whose list doubles when it is full, take more memory than of two, and
-/// nothing stays.
+/// A trace from 1,000 probes needs no more memory than one from two probes, except for the list of 1,000 numbers, which
+/// doubles when it is full. Nothing stays allocated.
 fn a_thousand_probes_take_the_memory_of_two() {
     let device = Device::host();
     let shape = Shape { batch: 2, height: 8, width: 8, channels: 3 };

@@ -1,4 +1,5 @@
-//! Lanczos's method with full reorthogonalisation: the largest eigenvalues with their eigenvectors, and the spectral density.
+//! Lanczos's method with full reorthogonalisation: the largest eigenvalues with their eigenvectors, and the spectral
+//! density.
 
 use nalgebra::{DMatrix, SymmetricEigen};
 
@@ -80,10 +81,11 @@ impl Ritz {
 }
 
 impl<T: Scalar> Curvature<'_, T> {
-    /// The `count` largest eigenvalues of the Hessian, the largest first, by Lanczos's method with full reorthogonalisation: one
-    /// product with the Hessian and one vector of memory per step, and one more product per eigenvalue for its residual. Stops when
-    /// each residual is at most `tolerance` times the largest magnitude, or after `most` steps; check the residuals. Calls `progress`
-    /// after each step. Returns fewer eigenvalues if the Hessian has fewer distinct ones.
+    /// The `count` largest eigenvalues of the Hessian, the largest first, by Lanczos's method with full
+    /// reorthogonalisation: one product with the Hessian and one vector of memory per step, and one more product per
+    /// eigenvalue for its residual. Stops when each residual is at most `tolerance` times the largest magnitude, or
+    /// after `most` steps; check the residuals. Calls `progress` after each step. Returns fewer eigenvalues if the
+    /// Hessian has fewer distinct ones.
     ///
     /// # Errors
     /// [`Error::Argument`] for a count of zero or beyond `most`; [`Error::NotFinite`]; those of the objective.
@@ -128,10 +130,10 @@ impl<T: Scalar> Curvature<'_, T> {
         Ok(pairs)
     }
 
-    /// The density of the Hessian's eigenvalues by stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017). Each of `probes` vectors of
-    /// random signs gives the Ritz values after `steps` steps, each weighted by the squared first component of its eigenvector. Takes
-    /// `probes · steps` products with the Hessian and `steps` vectors of memory. The moments up to `2 · steps − 1` of every probe are
-    /// exact. Calls `progress` after each product.
+    /// The density of the Hessian's eigenvalues by stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017). Each of
+    /// `probes` vectors of random signs gives the Ritz values after `steps` steps, each weighted by the squared first
+    /// component of its eigenvector. Takes `probes · steps` products with the Hessian and `steps` vectors of memory.
+    /// The moments up to `2 · steps − 1` of every probe are exact. Calls `progress` after each product.
     ///
     /// # Errors
     /// [`Error::Argument`] for zero probes or zero steps; [`Error::NotFinite`]; those of the objective.

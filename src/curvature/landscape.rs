@@ -5,10 +5,11 @@ use crate::device::{Buffer, Result, Slice};
 use crate::kernels::check_length;
 use crate::kernels::random;
 
-/// Random direction number `number` of `seed`, filter-normalised (Li, Xu, Taylor, Studer and Goldstein 2018, section 4). Its numbers
-/// are normal and independent of the initial weights of the same seed. Each filter, the weights of one output of a convolution or a
-/// linear layer, is scaled to the length of that filter in `weights`; biases and batch norm get zeros. This makes networks comparable
-/// whose filters have different scales, for which batch norm compensates. The lengths are computed on the host, in double.
+/// Random direction number `number` of `seed`, filter-normalised (Li, Xu, Taylor, Studer and Goldstein 2018, section
+/// 4). Its numbers are normal and independent of the initial weights of the same seed. Each filter, the weights of one
+/// output of a convolution or a linear layer, is scaled to the length of that filter in `weights`; biases and batch
+/// norm get zeros. This makes networks comparable whose filters have different scales, for which batch norm
+/// compensates. The lengths are computed on the host, in double.
 ///
 /// # Errors
 /// [`crate::device::Error::Length`] for weights of another layout; those of the device.

@@ -1,5 +1,5 @@
-//! Curvature of a loss at given weights, measured through an [`Objective`]. The Hessian is used only through its products with
-//! vectors; it is never stored.
+//! Curvature of a loss at given weights, measured through an [`Objective`]. The Hessian is used only through its
+//! products with vectors; it is never stored.
 //!
 //! ```
 //! use polder::Device;
@@ -65,7 +65,8 @@ use crate::kernels::vector::{self, Reduction};
 pub use crate::objective::Passes;
 use crate::objective::{Objective, RunningStats};
 
-/// Purpose of the key of random directions. It makes them independent of initial weights that were drawn from the same seed.
+/// Purpose of the key of random directions. It makes them independent of initial weights that were drawn from the same
+/// seed.
 const PURPOSE: &[u8; 8] = b"curvatur";
 
 /// A mean over random probes.
@@ -73,7 +74,8 @@ const PURPOSE: &[u8; 8] = b"curvatur";
 pub struct Estimate {
     /// The mean.
     pub value: f64,
-    /// The standard error of the mean: the probes' standard deviation over the square root of their number. A single probe has none.
+    /// The standard error of the mean: the probes' standard deviation over the square root of their number. A single
+    /// probe has none.
     pub standard_error: Option<f64>,
     /// The number of probes.
     pub probes: usize,
@@ -97,8 +99,8 @@ impl Estimate {
     }
 }
 
-/// Measures an objective's curvature at given weights. It holds two vectors as long as the weights, and two more from the first
-/// trace on.
+/// Measures an objective's curvature at given weights. It holds two vectors as long as the weights, and two more from
+/// the first trace on.
 pub struct Curvature<'a, T: Scalar> {
     objective: &'a mut dyn Objective<T>,
     weights: Slice<'a, T>,
@@ -118,8 +120,8 @@ impl<'a, T: Scalar> Curvature<'a, T> {
     /// Prepares to measure `objective` at `weights`.
     ///
     /// # Errors
-    /// [`Error::Length`] for weights of another length than the objective's; [`Error::Argument`] for an objective of several
-    /// groups, of which an [`Accumulator`](crate::objective::Accumulator) makes one; those of the allocation.
+    /// [`Error::Length`] for weights of another length than the objective's; [`Error::Argument`] for an objective of
+    /// several groups, of which an [`Accumulator`](crate::objective::Accumulator) makes one; those of the allocation.
     pub fn new(objective: &'a mut dyn Objective<T>, weights: Slice<'a, T>) -> Result<Self> {
         const OPERATION: &str = "Curvature::new";
         crate::kernels::check_length(OPERATION, "weights", weights.len(), objective.len())?;
@@ -151,7 +153,8 @@ impl<'a, T: Scalar> Curvature<'a, T> {
         self.product_norm("Curvature::gradient_norm")
     }
 
-    /// `vᵀHv` with `v = ∇L/‖∇L‖`: the curvature that a step of SAM meets. One gradient and one product with the Hessian.
+    /// `vᵀHv` with `v = ∇L/‖∇L‖`: the curvature that a step of SAM meets. One gradient and one product with the
+    /// Hessian.
     ///
     /// # Errors
     /// [`Error::ZeroGradient`], [`Error::NotFinite`]; those of the objective.

@@ -18,18 +18,20 @@ pub struct Rise {
 }
 
 impl Rise {
-    /// The share of the rise that one step finds: CR-SAM's approximation ratio, at most 1. None if the loss does not rise.
+    /// The share of the rise that one step finds: CR-SAM's approximation ratio, at most 1. None if the loss does not
+    /// rise.
     pub fn approximation_ratio(&self) -> Option<f64> {
         (self.largest > 0.0).then(|| self.one_step / self.largest)
     }
 }
 
 impl<T: Scalar> Curvature<'_, T> {
-    /// `(L(w + ρv) + L(w − ρv) − 2 L(w))/ρ²` with v = ∇L/‖∇L‖: the curvature along the gradient over the distance ρ, as CR-SAM
-    /// estimates it. [`Curvature::along_gradient`] is its value at w itself. Three gradients.
+    /// `(L(w + ρv) + L(w − ρv) − 2 L(w))/ρ²` with v = ∇L/‖∇L‖: the curvature along the gradient over the distance ρ, as
+    /// CR-SAM estimates it. [`Curvature::along_gradient`] is its value at w itself. Three gradients.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a ρ that is not a finite number above 0; [`Error::ZeroGradient`], [`Error::NotFinite`]; those of the objective.
+    /// [`Error::Argument`] for a ρ that is not a finite number above 0; [`Error::ZeroGradient`], [`Error::NotFinite`];
+    /// those of the objective.
     pub fn along_gradient_by_difference(&mut self, rho: f64) -> Result<f64> {
         const OPERATION: &str = "Curvature::along_gradient_by_difference";
         check_rho(OPERATION, rho)?;
@@ -49,9 +51,10 @@ impl<T: Scalar> Curvature<'_, T> {
         Ok(sum / (rho * rho))
     }
 
-    /// The rise of the loss within the ball of radius ρ: after one step along the gradient (Foret et al. 2021), and at the highest
-    /// point of `steps` steps of projected ascent, whose lengths fall from 4ρ/steps to zero (CR-SAM's section 3 takes 20). `steps` + 3
-    /// gradients. If the gradient vanishes, the ascent begins in a random direction, drawn from `seed`.
+    /// The rise of the loss within the ball of radius ρ: after one step along the gradient (Foret et al. 2021), and at
+    /// the highest point of `steps` steps of projected ascent, whose lengths fall from 4ρ/steps to zero (CR-SAM's
+    /// section 3 takes 20). `steps` + 3 gradients. If the gradient vanishes, the ascent begins in a random direction,
+    /// drawn from `seed`.
     ///
     /// # Errors
     /// [`Error::Argument`] for a ρ that is not a finite number above 0; [`Error::NotFinite`]; those of the objective.
@@ -71,9 +74,9 @@ impl<T: Scalar> Curvature<'_, T> {
         Ok(Rise { one_step, largest: (highest - start).max(one_step) })
     }
 
-    /// `ρ · max ‖∇L(w + ε)‖` over ‖ε‖ ≤ ρ, GNR's bound of the sharpness (its section 2.3). The maximum is taken over `steps` steps of
-    /// projected ascent as in [`Curvature::rise`], along `H∇L`, the direction in which the norm grows. `steps` + 1 gradients and
-    /// products with the Hessian.
+    /// `ρ · max ‖∇L(w + ε)‖` over ‖ε‖ ≤ ρ, GNR's bound of the sharpness (its section 2.3). The maximum is taken over
+    /// `steps` steps of projected ascent as in [`Curvature::rise`], along `H∇L`, the direction in which the norm grows.
+    /// `steps` + 1 gradients and products with the Hessian.
     ///
     /// # Errors
     /// As [`Curvature::rise`].
@@ -91,9 +94,9 @@ impl<T: Scalar> Curvature<'_, T> {
         Ok(rho * steepest)
     }
 
-    /// Numbers of local minima and of local maxima of the loss at the inner points of a line from w in a random direction: means over
-    /// `directions` lines of `steps` steps of this length (GNR's section 3.1 has 100, 10 and 0.01). One gradient per point. Calls
-    /// `progress` after each line.
+    /// Numbers of local minima and of local maxima of the loss at the inner points of a line from w in a random
+    /// direction: means over `directions` lines of `steps` steps of this length (GNR's section 3.1 has 100, 10 and
+    /// 0.01). One gradient per point. Calls `progress` after each line.
     ///
     /// # Errors
     /// [`Error::Argument`] for zero directions; [`Error::NotFinite`]; those of the objective.
@@ -145,8 +148,8 @@ impl<T: Scalar> Curvature<'_, T> {
         self.finite_number("Curvature")
     }
 
-    /// Ascends from w within the ball of radius ρ and returns the highest value. `uphill` returns the value at a point and writes the
-    /// direction of ascent there to `product`.
+    /// Ascends from w within the ball of radius ρ and returns the highest value. `uphill` returns the value at a point
+    /// and writes the direction of ascent there to `product`.
     fn ascend(
         &mut self,
         (rho, steps, seed): (f64, usize, u64),

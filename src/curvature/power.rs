@@ -6,11 +6,11 @@ use crate::kernels::vector::{self, Combination};
 use crate::kernels::{random, sharpness};
 
 impl<T: Scalar> Curvature<'_, T> {
-    /// The `count` eigenvalues of the Hessian that are largest in magnitude, the largest first, by power iteration. Each vector is
-    /// multiplied until its residual is at most `tolerance` times the eigenvalue's magnitude, or `most` times; the vectors that follow
-    /// are kept orthogonal to it. It needs one vector of memory per eigenvalue, where [`Curvature::top_eigenvalues`] needs one per
-    /// step, but many more products: each reduces the error by λ2/λ1. Calls `progress` after each product. Returns fewer eigenvalues
-    /// if the others are zero.
+    /// The `count` eigenvalues of the Hessian that are largest in magnitude, the largest first, by power iteration.
+    /// Each vector is multiplied until its residual is at most `tolerance` times the eigenvalue's magnitude, or `most`
+    /// times; the vectors that follow are kept orthogonal to it. It needs one vector of memory per eigenvalue, where
+    /// [`Curvature::top_eigenvalues`] needs one per step, but many more products: each reduces the error by λ2/λ1.
+    /// Calls `progress` after each product. Returns fewer eigenvalues if the others are zero.
     ///
     /// # Errors
     /// [`Error::Argument`] for a count or `most` of zero; [`Error::NotFinite`]; those of the objective.
@@ -37,8 +37,8 @@ impl<T: Scalar> Curvature<'_, T> {
             self.product.view_mut().copy_from(self.direction.view())?;
             let mut value = 0.0;
             for step in 1..=most {
-                // The next vector is the newest product without its components along the vectors found already. Twice: removing a
-                // large component once leaves a rounding error.
+                // The next vector is the newest product without its components along the vectors found already. Twice:
+                // removing a large component once leaves a rounding error.
                 self.take_out(found(&pairs).chain(found(&pairs)))?;
                 let length = self.product_norm(OPERATION)?;
                 if length == 0.0 {

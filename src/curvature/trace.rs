@@ -8,10 +8,10 @@ use crate::kernels::sharpness;
 use crate::kernels::vector::{self, Combination};
 
 impl<T: Scalar> Curvature<'_, T> {
-    /// The trace of the Hessian by Hutchinson's estimator (1990): the mean of `vᵀHv` over vectors v of random signs. Its expected value
-    /// is the trace; the variance of one probe is `2 Σ_{i≠j} h_ij²`. Takes one product with the Hessian per probe, computed in pairs;
-    /// the memory does not depend on the number of probes. Calls `progress` after each probe. Probe p depends on `seed` and p alone,
-    /// so a run with more probes begins with the same ones.
+    /// The trace of the Hessian by Hutchinson's estimator (1990): the mean of `vᵀHv` over vectors v of random signs.
+    /// Its expected value is the trace; the variance of one probe is `2 Σ_{i≠j} h_ij²`. Takes one product with the
+    /// Hessian per probe, computed in pairs; the memory does not depend on the number of probes. Calls `progress` after
+    /// each probe. Probe p depends on `seed` and p alone, so a run with more probes begins with the same ones.
     ///
     /// # Errors
     /// [`Error::Argument`] for zero probes; [`Error::NotFinite`]; those of the objective.
@@ -28,8 +28,8 @@ impl<T: Scalar> Curvature<'_, T> {
         Ok(Estimate::of(&samples))
     }
 
-    /// The traces of the Hessian's diagonal blocks, one block for each of these parts of the weights. Hutchinson's estimator with the
-    /// probes of [`Curvature::trace`]; each product serves all parts.
+    /// The traces of the Hessian's diagonal blocks, one block for each of these parts of the weights. Hutchinson's
+    /// estimator with the probes of [`Curvature::trace`]; each product serves all parts.
     ///
     /// # Errors
     /// As [`Curvature::trace`], and [`Error::Range`] for a part outside the weights.
@@ -55,10 +55,11 @@ impl<T: Scalar> Curvature<'_, T> {
         Ok(samples.iter().map(|samples| Estimate::of(samples)).collect())
     }
 
-    /// The trace by Hutch++ (Meyer, Musco, Musco and Woodruff 2021). A third of the `products` finds directions in which the Hessian
-    /// is large, a third computes its trace in their span exactly, and Hutchinson's estimator uses the rest for the complement. If few
-    /// eigenvalues are large, its error falls as the inverse of the number of products instead of the inverse square root. The standard
-    /// error is that of the last part. Memory: one vector for every three products.
+    /// The trace by Hutch++ (Meyer, Musco, Musco and Woodruff 2021). A third of the `products` finds directions in
+    /// which the Hessian is large, a third computes its trace in their span exactly, and Hutchinson's estimator uses
+    /// the rest for the complement. If few eigenvalues are large, its error falls as the inverse of the number of
+    /// products instead of the inverse square root. The standard error is that of the last part. Memory: one vector for
+    /// every three products.
     ///
     /// # Errors
     /// [`Error::Argument`] for fewer than three products; [`Error::NotFinite`]; those of the objective.
@@ -116,7 +117,8 @@ impl<T: Scalar> Curvature<'_, T> {
         Ok(Estimate { value: inside + outside.value, ..outside })
     }
 
-    /// Random signs and their product with the Hessian, for probes in order. Two are computed together, which costs less.
+    /// Random signs and their product with the Hessian, for probes in order. Two are computed together, which costs
+    /// less.
     fn probe(&mut self, seed: u64, probe: usize, probes: usize) -> Result<()> {
         if probe % 2 == 1 {
             self.swap_second();

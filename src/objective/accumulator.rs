@@ -7,8 +7,8 @@ use crate::kernels::{metrics, sharpness};
 
 /// Accumulates gradients over several parts, so that a mini-batch can be larger than the memory for its activations.
 ///
-/// It holds one vector as long as the weights, and two from the first pair of products on. Every pass moves 8 B per parameter for the
-/// first part and 12 B for each further one.
+/// It holds one vector as long as the weights, and two from the first pair of products on. Every pass moves 8 B per
+/// parameter for the first part and 12 B for each further one.
 pub struct Accumulator<T: Scalar> {
     parts: usize,
     vector: Buffer<T>,
@@ -32,10 +32,10 @@ impl<T: Scalar> Accumulator<T> {
         Ok(Self { parts, vector, second: device.zeros(0)?, loss, one: device.upload(&[1.0, 0.0, 0.0, 0.0])? })
     }
 
-    /// An objective each of whose groups consists of `parts` consecutive groups of `objective`. Loss, gradient and product with the
-    /// Hessian are the means over the parts, in each pass. With batch norm in training mode this differs slightly from the whole
-    /// batch, because each part is normalised by itself. Groups of `objective` that do not fill a last one are left out. If there
-    /// are too few for one, every pass is an [`Error::Argument`].
+    /// An objective each of whose groups consists of `parts` consecutive groups of `objective`. Loss, gradient and
+    /// product with the Hessian are the means over the parts, in each pass. With batch norm in training mode this
+    /// differs slightly from the whole batch, because each part is normalised by itself. Groups of `objective` that do
+    /// not fill a last one are left out. If there are too few for one, every pass is an [`Error::Argument`].
     pub fn over<'a>(&'a mut self, objective: &'a mut dyn Objective<T>) -> Accumulated<'a, T> {
         Accumulated { accumulator: self, objective, group: 0 }
     }

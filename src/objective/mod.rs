@@ -1,8 +1,9 @@
 //! The interface between an optimizer and the function that it minimises.
 //!
-//! An [`Objective`] answers one call, [`Objective::pass`]. A [`Pass`] says what is wanted: a gradient, two gradients, a product with
-//! the Hessian, the end of a step. An objective answers the passes that it can do well and hands every other one to
-//! [`Pass::split`], which takes it apart into simpler ones. A wrapper changes the passes that it is about and forwards the rest.
+//! An [`Objective`] answers one call, [`Objective::pass`]. A [`Pass`] says what is wanted: a gradient, two gradients, a
+//! product with the Hessian, the end of a step. An objective answers the passes that it can do well and hands every
+//! other one to [`Pass::split`], which takes it apart into simpler ones. A wrapper changes the passes that it is about
+//! and forwards the rest.
 //!
 //! A network's [`Plan`](crate::plan::Plan) is an objective; so is any function of a flat vector that a user brings:
 //!
@@ -43,8 +44,8 @@ use crate::kernels::vector::{self, Reduction};
 /// What a pass does with batch norm's running statistics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RunningStats {
-    /// Compute the updated statistics and hold them until [`Pass::Commit`]. The passes at the unperturbed weights do this. When a
-    /// step has several of them, on groups or parts of its mini-batch, each continues from the one before.
+    /// Compute the updated statistics and hold them until [`Pass::Commit`]. The passes at the unperturbed weights do
+    /// this. When a step has several of them, on groups or parts of its mini-batch, each continues from the one before.
     Update,
     /// Leave them alone. Every pass at perturbed weights does this.
     Keep,
@@ -70,8 +71,8 @@ pub struct Domain<'a> {
     pub len: usize,
     /// Number of groups that the mini-batch can be taken in, for m-sharpness.
     pub groups: usize,
-    /// Elements that belong to no weight, such as the gaps between aligned tensors. Curvature along a random direction sets the
-    /// direction to zero there.
+    /// Elements that belong to no weight, such as the gaps between aligned tensors. Curvature along a random direction
+    /// sets the direction to zero there.
     pub padding: &'a [Range<usize>],
 }
 
@@ -91,11 +92,11 @@ pub struct Passes {
     pub products: u64,
 }
 
-/// What an optimizer or a measurement asks of an [`Objective`]. All vectors are as long as the weights and laid out alike, and lie on
-/// the device of the weights.
+/// What an optimizer or a measurement asks of an [`Objective`]. All vectors are as long as the weights and laid out
+/// alike, and lie on the device of the weights.
 ///
-/// The `flag` of a pass is one element. The objective sets it to 1 where the loss or any element of a result is not finite, and
-/// otherwise leaves it as it is.
+/// The `flag` of a pass is one element. The objective sets it to 1 where the loss or any element of a result is not
+/// finite, and otherwise leaves it as it is.
 pub enum Pass<'a, T: Scalar> {
     /// Writes the mean loss at `weights` to `loss` (one element) and its gradient to `gradient`.
     Gradient {
@@ -110,8 +111,8 @@ pub enum Pass<'a, T: Scalar> {
         /// Set where something is not finite.
         flag: SliceMut<'a, u32>,
     },
-    /// The same, and writes the gradient's L2 norm to `norm` (one element). Padding counts as zero. Splits into a gradient and one
-    /// more pass over it.
+    /// The same, and writes the gradient's L2 norm to `norm` (one element). Padding counts as zero. Splits into a
+    /// gradient and one more pass over it.
     GradientAndNorm {
         /// Where.
         weights: Slice<'a, T>,
@@ -128,8 +129,8 @@ pub enum Pass<'a, T: Scalar> {
         /// Result: one element.
         norm: SliceMut<'a, f64>,
     },
-    /// Loss and gradient at two points that do not depend on each other. The running statistics stay as they are. Splits into one
-    /// after the other; an objective that can computes both at the same time.
+    /// Loss and gradient at two points that do not depend on each other. The running statistics stay as they are.
+    /// Splits into one after the other; an objective that can computes both at the same time.
     GradientPair {
         /// The points.
         weights: [Slice<'a, T>; 2],
@@ -140,9 +141,9 @@ pub enum Pass<'a, T: Scalar> {
         /// Set where something is not finite.
         flag: SliceMut<'a, u32>,
     },
-    /// Loss and gradient at displaced weights, `from + ρ …`. The running statistics stay as they are. Splits into a kernel that
-    /// writes the displaced weights to `point`, and a gradient there. An objective that rounds weights before it uses them can round
-    /// them as they are displaced; then `point` holds nothing of use afterwards.
+    /// Loss and gradient at displaced weights, `from + ρ …`. The running statistics stay as they are. Splits into a
+    /// kernel that writes the displaced weights to `point`, and a gradient there. An objective that rounds weights
+    /// before it uses them can round them as they are displaced; then `point` holds nothing of use afterwards.
     GradientDisplaced {
         /// The displaced weights.
         displacement: Displacement<'a, T>,
@@ -168,8 +169,8 @@ pub enum Pass<'a, T: Scalar> {
         /// Set where something is not finite.
         flag: SliceMut<'a, u32>,
     },
-    /// Writes the exact product of the Hessian at `weights` with `direction` to `product`. The running statistics stay as they are.
-    /// An objective without one answers with [`Error::Argument`], as [`Pass::split`] does.
+    /// Writes the exact product of the Hessian at `weights` with `direction` to `product`. The running statistics stay
+    /// as they are. An objective without one answers with [`Error::Argument`], as [`Pass::split`] does.
     HessianVector {
         /// Where.
         weights: Slice<'a, T>,
@@ -191,8 +192,8 @@ pub enum Pass<'a, T: Scalar> {
         /// Set where something is not finite.
         flag: SliceMut<'a, u32>,
     },
-    /// Writes the realised step from `from` to `to` to `out`. An objective that rounds weights before it uses them takes the
-    /// difference of the rounded weights. Splits into the plain difference. For telemetry.
+    /// Writes the realised step from `from` to `to` to `out`. An objective that rounds weights before it uses them
+    /// takes the difference of the rounded weights. Splits into the plain difference. For telemetry.
     Displacement {
         /// The first point.
         from: Slice<'a, T>,
@@ -206,23 +207,24 @@ pub enum Pass<'a, T: Scalar> {
         /// From 0 to [`Domain::groups`].
         group: usize,
     },
-    /// Ends a step: makes the statistics of the passes with [`RunningStats::Update`] permanent, unless `skip` is set. Splits into
-    /// nothing.
+    /// Ends a step: makes the statistics of the passes with [`RunningStats::Update`] permanent, unless `skip` is set.
+    /// Splits into nothing.
     Commit {
         /// One element: whether the step was skipped.
         skip: Slice<'a, u32>,
     },
-    /// Ends a step that failed with an error: discards what its passes held for [`Pass::Commit`]. It does not fail. Splits into
-    /// nothing.
+    /// Ends a step that failed with an error: discards what its passes held for [`Pass::Commit`]. It does not fail.
+    /// Splits into nothing.
     Abandon,
 }
 
 impl<T: Scalar> Pass<'_, T> {
-    /// Takes a pass apart into simpler ones and has `objective` answer those. This serves an objective that does no better; the
-    /// description of each variant says what it splits into.
+    /// Takes a pass apart into simpler ones and has `objective` answer those. This serves an objective that does no
+    /// better; the description of each variant says what it splits into.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a gradient and for a product with the Hessian, which do not split; those of the simpler passes.
+    /// [`Error::Argument`] for a gradient and for a product with the Hessian, which do not split; those of the simpler
+    /// passes.
     pub fn split(self, objective: &mut dyn Objective<T>) -> Result<()> {
         match self {
             Pass::Gradient { .. } => unsupported("gradient"),
@@ -267,13 +269,15 @@ fn unsupported(what: &str) -> Result<()> {
 ///
 /// Every pass of one optimizer step sees the same mini-batch: the caller changes the batch between steps only.
 ///
-/// An objective implements [`domain`](Objective::domain) and [`pass`](Objective::pass). The other methods are shorthands that make a
-/// [`Pass`]; do not override them, because callers that make the pass themselves would not see it.
+/// An objective implements [`domain`](Objective::domain) and [`pass`](Objective::pass). The other methods are
+/// shorthands that make a [`Pass`]; do not override them, because callers that make the pass themselves would not see
+/// it.
 pub trait Objective<T: Scalar> {
     /// The vector that it is a function of.
     fn domain(&self) -> Domain<'_>;
 
-    /// Answers a pass. Everything that is not answered here goes to [`Pass::split`], in a wrapper to the wrapped objective.
+    /// Answers a pass. Everything that is not answered here goes to [`Pass::split`], in a wrapper to the wrapped
+    /// objective.
     ///
     /// # Errors
     /// Those of the device; [`Error::Argument`] for a pass that the objective does not have.

@@ -13,8 +13,8 @@ use crate::settings::{Configurable, SettingError};
 pub struct Needs {
     /// Working vectors as long as the weights.
     pub vectors: usize,
-    /// Vectors that it keeps from step to step. They begin as zeros, and checkpoints hold them. A method with memory cannot be taken
-    /// in groups of the mini-batch.
+    /// Vectors that it keeps from step to step. They begin as zeros, and checkpoints hold them. A method with memory
+    /// cannot be taken in groups of the mini-batch.
     pub memory: usize,
     /// Numbers that it keeps from step to step, with the values that they begin with. Checkpoints hold them.
     pub scalars: Vec<f64>,
@@ -42,9 +42,11 @@ pub struct Context<'a> {
     pub learning_rate: f64,
 }
 
-/// A sharpness-aware method: the points at which a step takes gradients, and the combination of them that the base optimizer follows.
+/// A sharpness-aware method: the points at which a step takes gradients, and the combination of them that the base
+/// optimizer follows.
 ///
-/// A method is a plain struct of its settings, declared with [`settings!`](crate::settings!). It writes a step with the verbs of [`Step`]; `docs/extending.md` shows a whole one.
+/// A method is a plain struct of its settings, declared with [`settings!`](crate::settings!). It writes a step with the
+/// verbs of [`Step`]; `docs/extending.md` shows a whole one.
 pub trait Method<T: Scalar>: Configurable + Debug {
     /// Fails if the settings contradict each other. Their ranges are checked by [`Configurable::check`].
     ///
@@ -59,20 +61,21 @@ pub trait Method<T: Scalar>: Configurable + Debug {
         let _ = context;
     }
 
-    /// Gradients and exact products with the Hessian of one step. If not all steps cost the same, of the most expensive one.
+    /// Gradients and exact products with the Hessian of one step. If not all steps cost the same, of the most expensive
+    /// one.
     fn passes(&self) -> Passes;
 
     /// What the optimizer allocates for it.
     fn needs(&self) -> Needs;
 
-    /// Whether every step launches the same work as the one before, with numbers that change on the device alone. Then one recorded
-    /// step can be replayed for all of them.
+    /// Whether every step launches the same work as the one before, with numbers that change on the device alone. Then
+    /// one recorded step can be replayed for all of them.
     fn repeats(&self) -> bool {
         true
     }
 
-    /// The index among its [own numbers](super::Numbers::own) of the step size, if the method computes it. The learning rate that a
-    /// step is given is ignored then.
+    /// The index among its [own numbers](super::Numbers::own) of the step size, if the method computes it. The learning
+    /// rate that a step is given is ignored then.
     fn own_rate(&self) -> Option<usize> {
         None
     }

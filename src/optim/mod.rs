@@ -1,13 +1,13 @@
 //! Optimizers over a flat vector of weights: a base (SGD, AdamW) and the sharpness-aware methods on top of it.
 //!
-//! A step is a few passes of the [`Objective`] at chosen points and a handful of kernels over the whole vector. Norms, losses,
-//! coefficients and the flag that skips a step stay on the device: nothing here waits for it. The perturbed weights have buffers of
-//! their own, so `w` is never moved and restored.
+//! A step is a few passes of the [`Objective`] at chosen points and a handful of kernels over the whole vector. Norms,
+//! losses, coefficients and the flag that skips a step stay on the device: nothing here waits for it. The perturbed
+//! weights have buffers of their own, so `w` is never moved and restored.
 //!
-//! Each method is one file in `methods/`, a struct of its settings that implements [`Method`]; [`METHODS`] lists them. `method.rs`
-//! says what a method is, `step.rs` has the verbs that methods are written with. This table lists what a step costs: gradients, and
-//! with SGD in f32 the launches beside theirs, the bytes per parameter that these launches move, and the vectors held.
-//! `docs/methods.md` says more.
+//! Each method is one file in `methods/`, a struct of its settings that implements [`Method`]; [`METHODS`] lists them.
+//! `method.rs` says what a method is, `step.rs` has the verbs that methods are written with. This table lists what a
+//! step costs: gradients, and with SGD in f32 the launches beside theirs, the bytes per parameter that these launches
+//! move, and the vectors held. `docs/methods.md` says more.
 //!
 //! | method | passes | launches | bytes | vectors |
 //! |---|---|---|---|---|
@@ -29,11 +29,11 @@
 //! | [`SaSam`] | 3 | 12 | 60 | 3, and w_prev |
 //! | [`SaSgd`] | 2 | 11 | 48 | 3, and w_prev |
 //!
-//! The objective also checks whether each gradient is finite. On a GPU the kernels that write a network's gradient do this and
-//! compute its norm, without another pass. On the CPU the check reads the gradient once more: 4 B per parameter and pass, minus the
-//! bytes of the norm, which it computes as well; in f16, where it also takes out the loss scale, 8 B. Rounding weights to 16 bits
-//! moves 6 B; clipping adds 4 B for each vector of the direction. On a GPU the pairs of passes of CR-SAM and of GNR's differences run
-//! concurrently; a plan allocates a second arena for that.
+//! The objective also checks whether each gradient is finite. On a GPU the kernels that write a network's gradient do
+//! this and compute its norm, without another pass. On the CPU the check reads the gradient once more: 4 B per
+//! parameter and pass, minus the bytes of the norm, which it computes as well; in f16, where it also takes out the loss
+//! scale, 8 B. Rounding weights to 16 bits moves 6 B; clipping adds 4 B for each vector of the direction. On a GPU the
+//! pairs of passes of CR-SAM and of GNR's differences run concurrently; a plan allocates a second arena for that.
 
 mod method;
 mod methods;
@@ -96,8 +96,8 @@ impl Base {
     }
 }
 
-/// What an [`Optimizer`] does. The numbers do not change while it lives, except the learning rate, which each step is given, and the
-/// factor of [`Optimizer::scale_rho`].
+/// What an [`Optimizer`] does. The numbers do not change while it lives, except the learning rate, which each step is
+/// given, and the factor of [`Optimizer::scale_rho`].
 #[derive(Debug)]
 pub struct Settings<T: Scalar> {
     /// The sharpness-aware method.
@@ -106,11 +106,11 @@ pub struct Settings<T: Scalar> {
     pub base: Base,
     /// λ: coupled for SGD, decoupled for AdamW. It does not change the direction of the perturbation.
     pub weight_decay: f64,
-    /// Weight decay acts on the first so many elements: all of them, or [`crate::arena::Layout::weights_len`] to exempt biases
-    /// and normalisation.
+    /// Weight decay acts on the first so many elements: all of them, or [`crate::arena::Layout::weights_len`] to exempt
+    /// biases and normalisation.
     pub decay_len: usize,
-    /// The largest norm of the combined gradient. A longer one is scaled down to it, as PyTorch's `clip_grad_norm_` does. Weight
-    /// decay is added after that.
+    /// The largest norm of the combined gradient. A longer one is scaled down to it, as PyTorch's `clip_grad_norm_`
+    /// does. Weight decay is added after that.
     pub clip: Option<f64>,
 }
 
@@ -133,11 +133,13 @@ pub struct Telemetry {
     pub loss: f64,
     /// The norm of the gradient there, over all parameters.
     pub gradient_norm: f64,
-    /// The method's own numbers by name, as [`Method::telemetry`] names them: A, B and A/ρ² of CR-SAM, η and ρ of SA-SAM.
+    /// The method's own numbers by name, as [`Method::telemetry`] names them: A, B and A/ρ² of CR-SAM, η and ρ of
+    /// SA-SAM.
     pub method: Vec<(&'static str, f64)>,
     /// The step size that the method computed, if it computes one.
     pub own_rate: Option<f64>,
-    /// The cosine between the gradients at `w` and at the perturbed point, in an observed step of a method that has both.
+    /// The cosine between the gradients at `w` and at the perturbed point, in an observed step of a method that has
+    /// both.
     pub cosine_gradients: Option<f64>,
     /// The cosine between the perturbation that survived rounding and the intended one, in an observed step.
     pub cosine_perturbation: Option<f64>,
@@ -168,15 +170,15 @@ pub struct State<T: Scalar> {
     pub scalars: Buffer<f64>,
     /// Steps taken (AdamW's t), steps skipped, dropped α-terms, dropped β-terms.
     pub counters: Buffer<u32>,
-    /// Steps asked for so far, skipped ones included. Methods that do something every k steps count by it, and random directions
-    /// are drawn by it. Replays of a recorded step are not counted; see [`Method::repeats`].
+    /// Steps asked for so far, skipped ones included. Methods that do something every k steps count by it, and random
+    /// directions are drawn by it. Replays of a recorded step are not counted; see [`Method::repeats`].
     pub attempts: u64,
 }
 
 /// A base optimizer with a sharpness-aware method, and the buffers they need.
 ///
-/// Memory, in vectors as long as the weights, beside `w` itself: momentum (two vectors for AdamW), and the method's working vectors,
-/// which the table of [this module](self) counts.
+/// Memory, in vectors as long as the weights, beside `w` itself: momentum (two vectors for AdamW), and the method's
+/// working vectors, which the table of [this module](self) counts.
 pub struct Optimizer<T: Scalar> {
     settings: Settings<T>,
     state: State<T>,
@@ -197,7 +199,8 @@ impl<T: Scalar> Optimizer<T> {
     /// An optimizer for `len` weights.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a method whose settings are out of range or contradict each other, and those of the allocation.
+    /// [`Error::Argument`] for a method whose settings are out of range or contradict each other, and those of the
+    /// allocation.
     pub fn new(device: &Device, len: usize, settings: Settings<T>) -> Result<Self> {
         let refused = |error: SettingError| Error::Argument { operation: "Optimizer::new", message: error.to_string() };
         settings.method.check().and_then(|()| settings.method.check_combination()).map_err(refused)?;
@@ -251,32 +254,33 @@ impl<T: Scalar> Optimizer<T> {
         self.numbers.flag.view()
     }
 
-    /// Multiplies the method's ρ in the steps that follow, as a schedule asks. The weight α ρ of GNR's regularizer and the distance of
-    /// its differences stay.
+    /// Multiplies the method's ρ in the steps that follow, as a schedule asks. The weight α ρ of GNR's regularizer and
+    /// the distance of its differences stay.
     pub fn scale_rho(&mut self, factor: f64) {
         self.rho_factor = factor;
     }
 
-    /// Whether the steps that follow also compute the telemetry's cosines. This moves up to 64 B per parameter more (36 for SAM and
-    /// CR-SAM) and needs a vector that the first observed step allocates.
+    /// Whether the steps that follow also compute the telemetry's cosines. This moves up to 64 B per parameter more (36
+    /// for SAM and CR-SAM) and needs a vector that the first observed step allocates.
     pub fn observe(&mut self, observe: bool) {
         self.observe = observe;
     }
 
-    /// One step: the method's passes at `weights` and around it, then the update with learning rate `lr`, a number or one on the
-    /// device. Does not wait for the device. If a loss or a gradient of any pass is not finite, weights, momenta and statistics keep
-    /// their bits and the step is counted as skipped.
+    /// One step: the method's passes at `weights` and around it, then the update with learning rate `lr`, a number or
+    /// one on the device. Does not wait for the device. If a loss or a gradient of any pass is not finite, weights,
+    /// momenta and statistics keep their bits and the step is counted as skipped.
     ///
-    /// For an objective with several groups, the method's direction is taken in each of them, and their mean is followed: m-sharpness
-    /// (Foret et al. 2021, section 4.1). It needs one vector more, and reads each of a direction's k vectors once more: 4k + 4 B per
-    /// parameter for the first group, 4k + 8 B for each further one. The reported loss is the groups' mean; the rest of the telemetry
-    /// is of the last group, and dropped terms are counted in each.
+    /// For an objective with several groups, the method's direction is taken in each of them, and their mean is
+    /// followed: m-sharpness (Foret et al. 2021, section 4.1). It needs one vector more, and reads each of a
+    /// direction's k vectors once more: 4k + 4 B per parameter for the first group, 4k + 8 B for each further one. The
+    /// reported loss is the groups' mean; the rest of the telemetry is of the last group, and dropped terms are counted
+    /// in each.
     ///
     /// A step that fails leaves the weights as they were, and its running statistics are discarded.
     ///
     /// # Errors
-    /// Those of the objective and of the device; [`Error::Length`] for weights of another length; [`Error::Argument`] for several
-    /// groups with a method that has memory.
+    /// Those of the objective and of the device; [`Error::Length`] for weights of another length; [`Error::Argument`]
+    /// for several groups with a method that has memory.
     pub fn step<'r>(
         &mut self,
         objective: &mut dyn Objective<T>,

@@ -1,8 +1,8 @@
 //! One step of a method: the vectors and numbers that it works on, and the verbs that every method is written with.
 //!
-//! A method takes gradients at a few points and combines them. The verbs of [`Step`] take a gradient at a point, displace a point
-//! along a vector or a combination of vectors, take the products of combined vectors, and turn them into coefficients. Everything
-//! stays on the device; nothing here waits for it.
+//! A method takes gradients at a few points and combines them. The verbs of [`Step`] take a gradient at a point,
+//! displace a point along a vector or a combination of vectors, take the products of combined vectors, and turn them
+//! into coefficients. Everything stays on the device; nothing here waits for it.
 
 use std::ops::Range;
 
@@ -121,7 +121,8 @@ pub struct Numbers {
     pub coefficients: Buffer<f64>,
     /// Coefficients of a vector that the step needs before it has its direction. Four elements.
     pub inner: Buffer<f64>,
-    /// The method's own: [`Needs::numbers`] elements. [`Method::telemetry`](super::Method::telemetry) names the first of them.
+    /// The method's own: [`Needs::numbers`] elements. [`Method::telemetry`](super::Method::telemetry) names the first
+    /// of them.
     pub own: Buffer<f64>,
     /// Products of the realised with the intended perturbation, and of g with g₊, in observed steps.
     pub(super) realised: Buffer<f64>,
@@ -225,7 +226,8 @@ impl<'a, T: Scalar> Vectors<'a, T> {
     }
 }
 
-/// A step in progress: what a method works on. The fields are for methods with kernels of their own; the verbs cover the rest.
+/// A step in progress: what a method works on. The fields are for methods with kernels of their own; the verbs cover
+/// the rest.
 pub struct Step<'a, T: Scalar> {
     /// The function that is minimised.
     pub objective: &'a mut dyn Objective<T>,
@@ -257,8 +259,8 @@ fn running_stats(loss: usize) -> RunningStats {
 }
 
 impl<T: Scalar> Step<'_, T> {
-    /// Loss number `loss` and the gradient at `point`. Number 0 is the loss that is reported; batch norm's running statistics follow
-    /// its pass.
+    /// Loss number `loss` and the gradient at `point`. Number 0 is the loss that is reported; batch norm's running
+    /// statistics follow its pass.
     ///
     /// # Errors
     /// Those of the objective.
@@ -294,8 +296,8 @@ impl<T: Scalar> Step<'_, T> {
         self.gradient_and_norm(Weights, 0, G0, 0)
     }
 
-    /// Loss number `loss` and the gradient at `from + ρ along/‖along‖`, where norm number `norm` is ‖along‖. [`work::P`] is room for
-    /// the point. The schedule scales ρ.
+    /// Loss number `loss` and the gradient at `from + ρ along/‖along‖`, where norm number `norm` is ‖along‖.
+    /// [`work::P`] is room for the point. The schedule scales ρ.
     ///
     /// # Errors
     /// Those of the objective.
@@ -320,8 +322,8 @@ impl<T: Scalar> Step<'_, T> {
         self.objective.pass(Pass::GradientDisplaced { displacement, point, gradient, loss, flag: flag.view_mut() })
     }
 
-    /// Losses number 1 and 2 and the gradients at `w ± ρ g/‖g‖`, g the vector in [`work::G0`] and norm number 0 its norm.
-    /// [`work::P`] and [`work::Q`] are room for the points. The schedule scales ρ.
+    /// Losses number 1 and 2 and the gradients at `w ± ρ g/‖g‖`, g the vector in [`work::G0`] and norm number 0 its
+    /// norm. [`work::P`] and [`work::Q`] are room for the points. The schedule scales ρ.
     ///
     /// # Errors
     /// Those of the objective.
@@ -385,7 +387,8 @@ impl<T: Scalar> Step<'_, T> {
         vector::l2_norm(x.read(vector)?, self.reduction, self.numbers.norms.slice_mut(norm..norm + 1)?)
     }
 
-    /// `to = from + ρ along/‖along‖`, where norm number `norm` is ‖along‖, and `other` on the other side. The schedule scales ρ.
+    /// `to = from + ρ along/‖along‖`, where norm number `norm` is ‖along‖, and `other` on the other side. The schedule
+    /// scales ρ.
     ///
     /// # Errors
     /// A vector or a number that is not there.
@@ -432,8 +435,8 @@ impl<T: Scalar> Step<'_, T> {
         vector::perturb(from, along, norm, rho, to, other)
     }
 
-    /// `to = w + ρ d/‖d‖`, where d is the combination of two vectors with the coefficients of a row. d is never stored. The schedule
-    /// scales ρ.
+    /// `to = w + ρ d/‖d‖`, where d is the combination of two vectors with the coefficients of a row. d is never stored.
+    /// The schedule scales ρ.
     ///
     /// # Errors
     /// A vector or a row that is not there.
@@ -487,8 +490,8 @@ impl<T: Scalar> Step<'_, T> {
         sharpness::combine(combination, 1.0, false, x.write(to)?, None)
     }
 
-    /// Copies a vector, unless this step will be skipped because something was not finite. With it a method updates its memory
-    /// after its last pass.
+    /// Copies a vector, unless this step will be skipped because something was not finite. With it a method updates its
+    /// memory after its last pass.
     ///
     /// # Errors
     /// A vector that is not there.
@@ -506,8 +509,8 @@ impl<T: Scalar> Step<'_, T> {
         vector::commit(self.counters.slice(0..1)?, x.read(from)?, x.write(to)?)
     }
 
-    /// The direction's first two coefficients become `of_a` and `weight` times those of the part of B that is orthogonal to A, from
-    /// the newest [products](Step::products); see [`sharpness::rejection`].
+    /// The direction's first two coefficients become `of_a` and `weight` times those of the part of B that is
+    /// orthogonal to A, from the newest [products](Step::products); see [`sharpness::rejection`].
     ///
     /// # Errors
     /// Those of the kernel.

@@ -1,4 +1,4 @@
-//! What is read from `tests/fixtures` (its README.md says where that comes from), and training runs checked against it.
+//! Reads `tests/fixtures` (its README.md says how they were made) and checks training runs against them.
 
 use std::path::{Path, PathBuf};
 
@@ -164,8 +164,8 @@ fn method<T: Scalar>(run: &Value, layout: &Layout) -> Box<dyn Method<T>> {
     }
 }
 
-/// Runs on every fast device in single precision, and on the CPU in double, where the formulas must agree to the precision in
-/// which the reference is stored.
+/// Runs on every fast device in single precision, and on the CPU in double, where the formulas must agree to the
+/// precision in which the reference is stored.
 pub fn check_runs(names: &[&str]) {
     let devices = fast_devices();
     for name in names {
@@ -196,7 +196,7 @@ pub fn check_run<S: Compute>(device: &Device, name: &str, tolerance: f64) {
             Ok(())
         };
         let mut images = Grouped { plan: &mut plan, groups: rows.len() / size, show };
-        // A rate that is not given must not be used.
+        // A method with its own step size must ignore the learning rate.
         optimizer.step(&mut images, &mut weights, run["lr"].as_f64().unwrap_or(f64::NAN)).unwrap();
         let telemetry = optimizer.telemetry().unwrap();
         let close = |found: f64, key: &str, scale: f64| {

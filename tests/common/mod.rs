@@ -1,4 +1,5 @@
-//! What the kernel tests share: the devices to run on, seeded numbers, and comparisons that say where two vectors differ.
+//! What the kernel tests share: the devices to run on, seeded numbers, and comparisons that say where two vectors
+//! differ.
 #![allow(dead_code)]
 
 #[cfg(feature = "train")]
@@ -10,10 +11,10 @@ use polder::device::{BlockOrder, Buffer, Compute, Device, HostOptions, Result, S
 use polder::objective::{Domain, Objective, Pass};
 use polder::plan::Plan;
 
-/// Every way to run a kernel here: the CPU's shapes on one and on two threads, the GPU's shapes on the CPU in three orders, and
-/// the GPU that `POLDER_TEST_DEVICE` names. `POLDER_TEST_ONLY` leaves out all but the first and the last: where there is a GPU,
-/// playing one on the CPU would take its time. Under sanitizers there is one of each kind of shape: the others run the same code,
-/// and what their bits would tell is told without.
+/// Every way to run a kernel here: the CPU's launch shapes on one and on two threads, the GPU's launch shapes on the
+/// CPU in three orders of blocks, and the GPU that `POLDER_TEST_DEVICE` names. `POLDER_TEST_ONLY` keeps only the first
+/// and the last, which saves time on a machine with a GPU. Under sanitizers there is one device for each kind of launch
+/// shape: the others run the same code, and builds without sanitizers compare their bits.
 pub fn devices() -> Vec<(String, Device)> {
     let host = |threads, order, emulate_gpu| Device::host_with(HostOptions { threads, order, emulate_gpu });
     let mut devices = vec![
@@ -35,11 +36,12 @@ pub fn devices() -> Vec<(String, Device)> {
     devices
 }
 
-/// Whether `POLDER_TEST_ONLY` leaves [`devices`] too few to compare schedules; says that the test is skipped then.
+/// Whether `POLDER_TEST_ONLY` leaves [`devices`] too few to compare orders of blocks. Prints that the test is skipped
+/// then.
 pub fn schedules_left_out() -> bool {
     let left_out = ["POLDER_TEST_DEVICE", "POLDER_TEST_ONLY"].iter().all(|name| std::env::var_os(name).is_some());
     if left_out {
-        println!("skipped: POLDER_TEST_ONLY leaves out the CPU's other schedules");
+        println!("skipped: POLDER_TEST_ONLY leaves out the other orders of blocks");
     }
     left_out
 }
@@ -49,8 +51,9 @@ pub fn host_devices() -> Vec<(String, Device)> {
     devices().into_iter().filter(|(_, device)| device.is_host()).collect()
 }
 
-/// Runs `kernel` on the devices and asserts that its bits do not depend on the schedule or the number of threads: they are
-/// the same on all of the host's devices if `elementwise`, and otherwise within the CPU's and within the GPU's shapes.
+/// Runs `kernel` on the devices and asserts that its bits do not depend on the order of blocks or the number of
+/// threads. If `elementwise`, the bits are the same on all of the host's devices, otherwise within the CPU's and within
+/// the GPU's launch shapes.
 pub fn on_devices(
     devices: &[(String, Device)],
     elementwise: bool,
@@ -106,8 +109,8 @@ pub fn to_f64<T: Compute>(values: &[T]) -> Vec<f64> {
     values.iter().map(|&value| value.to_f64()).collect()
 }
 
-/// Fails unless every element is within `tolerance` of the reference's largest magnitude (so that sums of many terms are
-/// judged by their scale).
+/// Fails unless every element differs from the reference by at most `tolerance` times the reference's largest
+/// magnitude: sums of many terms are judged by their scale.
 pub fn assert_close<T: Compute>(what: &str, found: &[T], expected: &[f64], tolerance: f64) {
     assert_eq!(found.len(), expected.len(), "{what}: length");
     let scale = expected.iter().fold(0.0f64, |scale, value| scale.max(value.abs())).max(1e-30);

@@ -285,8 +285,9 @@ fn softmax_regression_over_parts_has_its_analytic_trace() {
         "{found:?} instead of {trace}"
     );
 
-    // The vector is padded from 18 weights to 128. Its spectrum is that of the weights alone: the mean of its density is the trace
-    // by their number, and its largest eigenvalue that of the matrix that products with each weight's unit vector make.
+    // The vector is padded from 18 weights to 128. Its spectrum is that of the weights alone: the mean of its density
+    // is the trace by their number, and its largest eigenvalue that of the matrix that products with each weight's unit
+    // vector make.
     let mut curvature = Curvature::new(&mut all, weights.view()).unwrap();
     let density = curvature.spectral_density(300, 3, 13, |_| ()).unwrap();
     let mean: f64 = density.nodes.iter().zip(&density.weights).map(|(node, weight)| node * weight).sum();
@@ -383,8 +384,8 @@ fn wave<const K: usize>(theta: f64) -> [f64; 3] {
     [cosine, -k * sine, -k * k * cosine]
 }
 
-/// Section 2.3 of the GNR paper: at θ = 0 with ρ = 1, the sharpness of SAM is 2 for one wave and for three, and GNR's value
-/// tells them apart: π and 3π.
+/// Section 2.3 of the GNR paper: at θ = 0 with ρ = 1, the sharpness of SAM is 2 for one wave and for three, and GNR's
+/// value tells them apart: π and 3π.
 #[test]
 fn waves_have_the_same_sharpness_and_another_steepness() {
     use std::f64::consts::PI;
@@ -473,8 +474,8 @@ fn traces_of_parts_add_up() {
     assert!(curvature.traces(&[0..1, 20..24], 1, 7, |_| ()).is_err());
 }
 
-/// Of a matrix of low rank the trace is exact, with an error that says so; of one with few large eigenvalues it is better than
-/// Hutchinson's at the same cost, and its error is the right one.
+/// Of a matrix of low rank the trace is exact, with an error that says so; of one with few large eigenvalues it is
+/// better than Hutchinson's at the same cost, and its error is the right one.
 #[test]
 fn hutch_plus_plus_takes_out_what_is_large() {
     let device = Device::host();

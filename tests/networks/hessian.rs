@@ -1,5 +1,5 @@
-//! Products with the Hessian: against central differences of gradients in double, against PyTorch's double backward, and by what
-//! a Hessian is, a symmetric linear map.
+//! Products with the Hessian: against central differences of gradients in double, against PyTorch's double backward,
+//! and by what a Hessian is, a symmetric linear map.
 
 use crate::common::fixtures::{fixture, hash_uniform, hash_weights, number, read_json};
 use crate::common::{self, Random, bits, weights};
@@ -106,8 +106,8 @@ fn check(name: &str, mut plan: Plan<f64>, seed: u64) {
     let hu = product(&mut plan, &at, &u);
     let hv = product(&mut plan, &at, &v);
 
-    // Each tensor's direction on its own, so that none is lost in the sum. A ReLU's kink within the step spoils a difference:
-    // then a smaller step must agree.
+    // Each tensor's direction on its own, so that none is lost in the sum. A ReLU's kink within the step spoils a
+    // difference: then a smaller step must agree.
     let ranges: Vec<_> =
         plan.parameters().tensors().iter().map(|tensor| (tensor.name.clone(), tensor.range())).collect();
     let mut worst = 0.0f64;
@@ -157,8 +157,8 @@ fn products_of_residual_networks_match_central_differences() {
     }
 }
 
-/// What the ResNets do not use: separate ReLU and sum, both sides of a sum trained, pools with overlap, values used thrice, a
-/// batch norm whose input another operation reads too, and operations before the first parameter.
+/// What the ResNets do not use: separate ReLU and sum, both sides of a sum trained, pools with overlap, values used
+/// thrice, a batch norm whose input another operation reads too, and operations before the first parameter.
 fn every_operation(shape: Shape) -> (Graph, Value) {
     let mut graph = Graph::new(shape);
     let x = graph.input();
@@ -211,7 +211,8 @@ fn threads_and_schedules_do_not_change_a_bit() {
     assert!(results[2] == results[3] && results[2] == results[4], "three schedules");
 }
 
-// ---- PyTorch's double backward: tests/fixtures/README.md says where these come from ----------------------------------------
+// ---- PyTorch's double backward: tests/fixtures/README.md says where these come from
+// ----------------------------------------
 
 /// Softmax regression: `logits = W x + b` on samples of some features.
 fn regression<T: Scalar>(device: &Device, batch: usize, features: usize, classes: usize) -> Plan<T> {
@@ -221,8 +222,9 @@ fn regression<T: Scalar>(device: &Device, batch: usize, features: usize, classes
     Plan::new(device, graph, logits, PlanOptions::training()).unwrap()
 }
 
-/// Its Hessian times (D, d), with `p = softmax(W x + b)` and `u = D x + d`: the mean of `(diag p − ppᵀ) u` for the biases and of
-/// that times xᵀ for W. Of two classes `diag p − ppᵀ` is `σ(z)(1 − σ(z)) [1 −1; −1 1]` with `z = z_0 − z_1`: logistic regression.
+/// Its Hessian times (D, d), with `p = softmax(W x + b)` and `u = D x + d`: the mean of `(diag p − ppᵀ) u` for the
+/// biases and of that times xᵀ for W. Of two classes `diag p − ppᵀ` is `σ(z)(1 − σ(z)) [1 −1; −1 1]` with `z = z_0 −
+/// z_1`: logistic regression.
 fn analytic_product<T: Scalar>(plan: &mut Plan<T>, at: &[f64], along: &[f64]) -> Vec<f64> {
     let (classes, features, batch) = (plan.classes(), plan.input_shape().channels, plan.input_shape().batch);
     let find = |name: &str| plan.parameters().find(name).unwrap().range();
@@ -372,9 +374,9 @@ fn products_match_pytorchs_double_backward() {
     }
 }
 
-/// Over a large step ReLUs switch, the more the longer it is, and their jumps have no common sign: divided by the step, they make
-/// an error that falls only as its inverse square root. Over a small step single precision rounds away what is sought. The exact
-/// product meets neither. Along the gradient, as sharpness-aware methods take it.
+/// Over a large step ReLUs switch, the more the longer it is, and their jumps have no common sign: divided by the step,
+/// they make an error that falls only as its inverse square root. Over a small step single precision rounds away what
+/// is sought. The exact product meets neither. Along the gradient, as sharpness-aware methods take it.
 #[test]
 fn a_difference_in_single_precision_is_far_from_the_exact_product() {
     let cases: serde_json::Value = read_json("resnet8-hessian.json");
@@ -398,7 +400,8 @@ fn a_difference_in_single_precision_is_far_from_the_exact_product() {
     assert!(errors[0] > 5.0 * best && errors[6] > 5.0 * best, "{errors:?}");
 }
 
-// ---- What is refused, and what shows ---------------------------------------------------------------------------------------
+// ---- What is refused, and what shows
+// ---------------------------------------------------------------------------------------
 
 #[test]
 fn what_is_not_finite_shows() {

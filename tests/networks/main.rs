@@ -1,5 +1,5 @@
-//! The tests of what is made of kernels: plans, objectives, optimizers, curvature, and training as a whole; one module for each, as
-//! those of kernels.
+//! The tests of what is made of kernels: plans, objectives, optimizers, curvature, and training as a whole; one module
+//! for each, as those of kernels.
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -1,5 +1,6 @@
-//! Five steps of the sharpness-aware methods beyond SAM and CR-SAM against float64 PyTorch; `tests/networks/training.rs` has those and the
-//! base optimizers, `tests/fixtures/README.md` says where the references come from.
+//! Five steps of the sharpness-aware methods beyond SAM and CR-SAM against float64 PyTorch;
+//! `tests/networks/training.rs` has those and the base optimizers, `tests/fixtures/README.md` says where the references
+//! come from.
 
 use crate::common::fixtures::check_runs;
 

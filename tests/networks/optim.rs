@@ -1,5 +1,5 @@
-//! The sharpness-aware methods on functions with closed forms: golden directions, convergence, and the rules for steps that
-//! cannot be taken.
+//! The sharpness-aware methods on functions with closed forms: golden directions, convergence, and the rules for steps
+//! that cannot be taken.
 
 use approx::{abs_diff_eq, assert_abs_diff_eq};
 
@@ -13,8 +13,8 @@ use polder::optim::{
     SaSam, SaSgd, Sam, Settings, Telemetry,
 };
 
-/// A loss and its gradient, written down on the host in double; its Hessian by central differences, of which the functions here
-/// have exact ones to the rounding.
+/// A loss and its gradient, computed on the host in double. Its products with the Hessian are central differences,
+/// which for the functions here are exact up to rounding.
 struct Function<F> {
     len: usize,
     f: F,
@@ -61,8 +61,8 @@ impl<T: Scalar, F: FnMut(&[f64]) -> (f64, Vec<f64>)> Objective<T> for Function<F
     }
 }
 
-/// A fourth-order central difference along the normalised direction: for polynomials of degree four or less it is exact but for
-/// rounding.
+/// A fourth-order central difference along the normalised direction. For polynomials of degree four or less it is exact
+/// up to rounding.
 fn hessian_times(f: &mut impl FnMut(&[f64]) -> (f64, Vec<f64>), w: &[f64], d: &[f64]) -> Vec<f64> {
     let norm = d.iter().map(|d| d * d).sum::<f64>().sqrt();
     if norm == 0.0 {
@@ -78,7 +78,7 @@ fn function<F: FnMut(&[f64]) -> (f64, Vec<f64>)>(len: usize, f: F) -> Function<F
     Function { len, f, commits: 0 }
 }
 
-/// ½(10x² + y²), and (x⁴ + y⁴)/4 more if asked for.
+/// ½(10x² + y²), plus (x⁴ + y⁴)/4 if `quartic`.
 fn bowl(quartic: bool) -> impl FnMut(&[f64]) -> (f64, Vec<f64>) {
     let q = if quartic { 1.0 } else { 0.0 };
     move |w| {
@@ -193,7 +193,8 @@ fn family() -> Vec<AnyMethod> {
     ]
 }
 
-// ---- The family once more, from the formulas, in double on the host ---------------------------------------------------------
+// ---- The family once more, from the formulas, in double on the host
+// ---------------------------------------------------------
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
@@ -212,7 +213,7 @@ fn times(s: f64, a: &[f64]) -> Vec<f64> {
     a.iter().map(|a| s * a).collect()
 }
 
-/// What a method remembers, and the step's number.
+/// A method's memory and the number of the step.
 #[derive(Default)]
 struct Past {
     step: u64,
@@ -338,7 +339,7 @@ fn reference(
     (direction, own)
 }
 
-/// A quartic in nine dimensions whose Hessian is no diagonal.
+/// A quartic in nine dimensions whose Hessian is not diagonal.
 fn coupled() -> impl FnMut(&[f64]) -> (f64, Vec<f64>) {
     let mut random = common::Random(5);
     let factor: Vec<Vec<f64>> = (0..9).map(|_| random.vector(9)).collect();
@@ -492,7 +493,7 @@ fn a_step_whose_update_is_zero_leaves_every_bit() {
         let device = Device::host();
         let start: Vec<f32> = common::Random(8).vector(9);
         let mut weights = device.upload(&start).unwrap();
-        // SA-SAM's rate is its own: a rate of zero stays zero.
+        // SA-SAM computes its own step size. If it begins at zero, it stays zero.
         let method = match method {
             AnyMethod::SaSam(method) => SaSam { eta0: 0.0, ..method }.into(),
             AnyMethod::SaSgd(method) => SaSgd { eta0: 0.0, ..method }.into(),
@@ -538,7 +539,8 @@ fn observed_steps_tell_the_cosines() {
 #[test]
 fn a_parabola_converges_with_every_method_and_base() {
     let target = [1.0, -1.0, 1.0];
-    // Near the minimum B vanishes with the gradient and the log form's 1/B grows: a higher threshold drops the term there.
+    // Near the minimum B vanishes with the gradient, and 1/B in the log form grows. A higher threshold drops the term
+    // there.
     let raised = CrSam { b_min: 1e-2, ..CrSam::default() };
     let mut methods = family();
     methods.retain(|method| *method != cr_sam(Form::Log));
@@ -549,8 +551,8 @@ fn a_parabola_converges_with_every_method_and_base() {
             (Base::Sgd { momentum: 0.9, nesterov: true }, 0.02, 400),
             (Base::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 }, 0.05, 2000),
         ] {
-            // A step size of its own is that of plain gradient descent, and SA-SAM's radius does not fall: with η = 1/4, ρ = 1/2 it
-            // ends on a cycle at a distance of 1/6.
+            // The step size of SA-SAM is that of gradient descent without momentum. Its radius does not fall: with η =
+            // 1/4, ρ = 1/2 it ends on a cycle at a distance of 1/6.
             let own_step = matches!(method, AnyMethod::SaSam(_) | AnyMethod::SaSgd(_));
             let tolerance = if matches!(method, AnyMethod::SaSam(_)) { 0.17 } else { 0.02 };
             let base = if own_step { Base::Sgd { momentum: 0.0, nesterov: false } } else { base };
@@ -626,7 +628,7 @@ fn passes_of(method: AnyMethod) -> [usize; 2] {
     passes
 }
 
-/// What LookSAM keeps for later steps is not touched by a step that is skipped.
+/// A skipped step does not change a method's memory.
 #[test]
 fn a_skipped_step_leaves_no_trace_in_what_a_method_remembers() {
     for method in family().into_iter().filter(|method| method.boxed::<f64>().needs().memory > 0) {
@@ -725,7 +727,7 @@ fn weight_decay_acts_on_the_prefix_only_and_does_not_bend_the_perturbation() {
     assert!(Optimizer::<f64>::new(&device, 4, sgd(out_of_range.into(), 4)).is_err());
 }
 
-/// An objective whose passes launch nothing: what remains of a step is the method's own.
+/// An objective whose passes launch nothing, so that only the method's own launches are counted.
 struct Silent;
 
 impl Objective<f32> for Silent {
@@ -741,8 +743,8 @@ impl Objective<f32> for Silent {
     }
 }
 
-/// Launches of one step, as `docs/methods.md` lists them: kernels over vectors, second stages of reductions, formulas of a few
-/// numbers, the clearing of the flag and the counting of the step.
+/// Launches of one step, as `docs/methods.md` lists them: kernels over vectors, second stages of reductions, formulas
+/// of a few numbers, the clearing of the flag and the counting of the step.
 #[test]
 fn a_step_launches_no_more_than_its_table_says() {
     let launches = [5, 6, 6, 8, 8, 15, 11, 8, 8, 11, 12, 12, 13, 15, 12, 11, 9, 12, 9, 11];

@@ -1,4 +1,5 @@
-//! The plan: gradients of whole networks against central differences in double, memory, statistics, and planning errors.
+//! The plan: gradients of whole networks against central differences in double, memory, statistics, and planning
+//! errors.
 
 use approx::{abs_diff_eq, assert_abs_diff_eq, assert_relative_eq};
 
@@ -65,8 +66,8 @@ fn check_gradient(name: &str, device: &Device, graph: Graph, logits: Value, opti
 
 #[test]
 fn gradients_of_whole_networks_match_central_differences() {
-    // The kernels' own tests run every schedule; here each kind of launch shape is enough, and under sanitizers, where a GPU's take
-    // a minute, the CPU's: other passes over whole networks are there for them.
+    // The kernels' own tests run every schedule; here each kind of launch shape is enough, and under sanitizers, where
+    // a GPU's take a minute, the CPU's: other passes over whole networks are there for them.
     let sanitized = std::env::var_os("POLDER_SANITIZE").is_some();
     let wanted = |name: &str| name.contains("2 threads") || (name.contains("forwards") && !sanitized);
     for (device_name, device) in common::host_devices().into_iter().filter(|(name, _)| wanted(name)) {
@@ -83,8 +84,8 @@ fn gradients_of_whole_networks_match_central_differences() {
 
 #[test]
 fn gradients_through_every_operation_match_central_differences() {
-    // What the ResNets do not use: separate ReLU and sum, both sides of a sum trained, pools with overlap, values used thrice, a
-    // batch norm whose input another operation reads too.
+    // What the ResNets do not use: separate ReLU and sum, both sides of a sum trained, pools with overlap, values used
+    // thrice, a batch norm whose input another operation reads too.
     let device = Device::host();
     let mut graph = Graph::new(Shape { batch: 4, height: 9, width: 7, channels: 2 });
     let x = graph.input();
@@ -142,8 +143,8 @@ fn activations_share_memory() {
         Plan::<f32>::new(&device, graph, logits, options).unwrap()
     };
     let (training, evaluation) = (plan(PlanOptions::training()), plan(PlanOptions::evaluation()));
-    // The forward pass of a ResNet-20 makes 19 activations before batch norm and 19 after it; training must keep them (less the
-    // nine sums that nothing reads again), evaluation needs three or so at a time.
+    // The forward pass of a ResNet-20 makes 19 activations before batch norm and 19 after it; training must keep them
+    // (less the nine sums that nothing reads again), evaluation needs three or so at a time.
     assert!(training.arena_bytes() < training.unshared_bytes() * 7 / 10);
     assert!(evaluation.arena_bytes() < evaluation.unshared_bytes() / 5);
     assert!(evaluation.arena_bytes() < training.arena_bytes() / 5);
@@ -190,7 +191,8 @@ fn statistics_follow_the_rule_and_the_commit() {
     }
 }
 
-/// A batch so large that weight gradients are made in parts where the CPU plays a GPU, and kept until the end of the pass.
+/// A batch so large that weight gradients are made in parts where the CPU plays a GPU, and kept until the end of the
+/// pass.
 #[test]
 fn gradients_in_parts_are_the_gradients() {
     let shape = Shape { batch: 24, height: 9, width: 7, channels: 3 };
@@ -214,8 +216,8 @@ fn gradients_in_parts_are_the_gradients() {
     common::assert_close("in parts", &gradients[1], &gradients[0], 1e-11);
 }
 
-/// Weight gradients in large parts, which are added up at once, in small ones, and in one, next to those of other layers: the CPU plays a
-/// GPU, and finishes each where it is written for the last time.
+/// Weight gradients in large parts, which are added up at once, in small ones, and in one, next to those of other
+/// layers: the CPU plays a GPU, and finishes each where it is written for the last time.
 #[test]
 fn every_stage_finishes_its_gradients() {
     fn check<S: Compute>(tolerance: f64) {
@@ -317,8 +319,8 @@ fn the_norm_comes_with_the_gradient() {
     }
 }
 
-/// Two passes at the same time are two passes: the same bits, in a graph too, whatever batch is shown next, and no trace in the pass
-/// that follows.
+/// Two passes at the same time are two passes: the same bits, in a graph too, whatever batch is shown next, and no
+/// trace in the pass that follows.
 #[test]
 fn a_pair_of_gradients_is_two_gradients() {
     fn check<S: Compute<Master = f32>>(device: &Device) {
@@ -408,8 +410,9 @@ fn launches_of_a_step<S: Compute<Master = f32>>((graph, logits): (Graph, Value))
     device.capture(|| optimizer.step(&mut plan, &mut weights, 0.1)).unwrap().list().unwrap()
 }
 
-/// On a GPU, networks of CIFAR's size should be bound by the number of launches. Against a plan of operations that do one thing each, with a kernel
-/// of its own for every stage, a step of SAM for ResNet-20 in f16 has at most half of them.
+/// On a GPU, networks of CIFAR's size should be bound by the number of launches. Against a plan of operations that do
+/// one thing each, with a kernel of its own for every stage, a step of SAM for ResNet-20 in f16 has at most half of
+/// them.
 #[test]
 fn a_step_of_resnet20_launches_few_kernels() {
     let images = Shape { batch: 128, height: 32, width: 32, channels: 3 };
@@ -418,8 +421,9 @@ fn a_step_of_resnet20_launches_few_kernels() {
     let apart = launches_of_a_step::<f16>(unfused_resnet20(images));
     let count = |list: &[String], name: &str| list.iter().filter(|launch| launch.contains(name)).count();
     let (convolutions, passes) = (19, 2);
-    // What the kernels of the second plan still do beside their own: the moments of batch norm's input, its dgamma and dbeta, the
-    // sums of a split weight gradient, the looks at the loss and at the gradient, and the norm's squares and their sum.
+    // What the kernels of the second plan still do beside their own: the moments of batch norm's input, its dgamma and
+    // dbeta, the sums of a split weight gradient, the looks at the loss and at the gradient, and the norm's squares and
+    // their sum.
     let stages = passes * (convolutions + convolutions + convolutions - 1 + 2) + 2;
     let unfused = apart.len() + stages;
     let mut names: Vec<&String> = fused.iter().collect();

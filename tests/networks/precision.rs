@@ -12,8 +12,8 @@ use polder::objective::{Accumulator, Domain, Objective, Pass, RunningStats};
 use polder::optim::{Base, CrSam, Gam, Optimizer, SaSam, Settings};
 use polder::plan::{Graph, Plan, PlanError, PlanOptions, Shape};
 
-/// Convolutions, batch norms, a residual and a classifier, without a ReLU: nothing switches. Of channels in whole eights, so that on a
-/// GPU the second convolution's backward leaves the first batch norm its sums.
+/// Convolutions, batch norms, a residual and a classifier, without a ReLU: nothing switches. Of channels in whole
+/// eights, so that on a GPU the second convolution's backward leaves the first batch norm its sums.
 fn smooth(batch: usize) -> (Graph, polder::plan::Value) {
     let mut graph = Graph::new(Shape { batch, height: 7, width: 6, channels: 3 });
     let x = graph.input();
@@ -69,7 +69,8 @@ fn smooth_along<S: Compute>(device: &Device, scale: Option<f64>, size: f64) -> (
     (results, bits)
 }
 
-/// Without a ReLU, errors are a few roundings, on every device; and their bits depend on no schedule and no number of threads.
+/// Without a ReLU, errors are a few roundings, on every device; and their bits depend on no schedule and no number of
+/// threads.
 fn check_smooth<S: Compute>() {
     let ([gradient, product], _) = smooth_results::<f64>(&Device::host(), None);
     let mut seen: [Option<Vec<u64>>; 2] = [None, None];
@@ -96,8 +97,8 @@ fn a_smooth_network_is_off_by_a_few_roundings() {
     check_smooth::<bf16>();
 }
 
-/// A scale far below 1 makes gradients so small that f16 loses them, as it loses those of a trained network without one; at 1, this
-/// network's are large enough, and at 2^16 none overflows. bf16 has no scale.
+/// A scale far below 1 makes gradients so small that f16 loses them, as it loses those of a trained network without
+/// one; at 1, this network's are large enough, and at 2^16 none overflows. bf16 has no scale.
 #[test]
 fn the_scale_keeps_small_gradients() {
     let device = Device::host();
@@ -111,8 +112,8 @@ fn the_scale_keeps_small_gradients() {
     assert!(Plan::<bf16>::new(&device, graph, logits, PlanOptions::training()).unwrap().loss_scale().is_none());
 }
 
-/// A product with the Hessian is linear in its direction, however small or large: that of a gradient near a minimum vanishes in
-/// f16.
+/// A product with the Hessian is linear in its direction, however small or large: that of a gradient near a minimum
+/// vanishes in f16.
 #[test]
 fn products_hold_for_directions_of_any_size() {
     let device = Device::host();
@@ -141,8 +142,8 @@ fn small_resnet<S: Compute>(device: &Device) -> Plan<S> {
     plan
 }
 
-/// A scale that overflows skips the step as a whole, whatever its method's passes, and is halved until it fits; then steps are
-/// taken, and after enough of them it is doubled.
+/// A scale that overflows skips the step as a whole, whatever its method's passes, and is halved until it fits; then
+/// steps are taken, and after enough of them it is doubled.
 #[test]
 fn an_overflow_skips_the_step_and_halves_the_scale() {
     for device in fast_devices() {
@@ -305,9 +306,9 @@ fn resnet_results<S: Compute>(device: &Device, shortcut: Shortcut) -> Vec<(Strin
     tensors.map(|t| (t.name.clone(), results.each_ref().map(|result| result[t.range()].to_vec()))).collect()
 }
 
-/// On a GPU the masks of ReLUs, with and without a residual, and batch norm's sums are taken in the convolutions' backward. What comes
-/// out is as near to double precision as where they are passes of their own, as on the CPU, in every tensor: a tenth off at most, for
-/// rounding switches some of the ReLUs.
+/// On a GPU the masks of ReLUs, with and without a residual, and batch norm's sums are taken in the convolutions'
+/// backward. What comes out is as near to double precision as where they are passes of their own, as on the CPU, in
+/// every tensor: a tenth off at most, for rounding switches some of the ReLUs.
 #[test]
 fn sums_in_convolutions_are_as_good_as_those_of_their_own() {
     for shortcut in [Shortcut::A, Shortcut::B] {

@@ -1,4 +1,5 @@
-//! Whole steps of an optimizer on networks: gradients accumulated over parts of a batch, and images that are not finite.
+//! Whole steps of an optimizer on networks: gradients accumulated over parts of a batch, and images that are not
+//! finite.
 
 use approx::assert_abs_diff_eq;
 
@@ -11,7 +12,7 @@ use polder::optim::{
 };
 use polder::plan::{Graph, Plan, PlanOptions, Shape, Value};
 
-/// A plan over some images that lie on the host, a few at a time; in one pass, a value of one image is another.
+/// A plan over some images on the host, a few at a time. `damage` replaces a value of one image in one pass.
 struct Images<T: Scalar> {
     plan: Plan<T>,
     pixels: Vec<T>,
@@ -132,7 +133,7 @@ fn accumulated_parts_are_the_whole_batch_in_every_pass() {
         for part in [6, 4] {
             let (found, found_losses, found_passes) = run(part);
             assert_eq!(found_passes, passes * 12 / part, "{name}");
-            // Rounding, which the differences of two gradients and of two losses magnify.
+            // The tolerance is for rounding, which differences of gradients and of losses magnify.
             assert_close(&format!("{name}, parts of {part}"), &found, &whole, 1e-9);
             assert_close("losses and correct predictions", &found_losses, &losses, 1e-11);
         }
@@ -201,7 +202,7 @@ fn statistics_of_several_parts_follow_one_another() {
     assert!(statistics(0, false) != statistics(1, false) && statistics(1, false) != statistics(3, false));
 }
 
-/// Everything that a step changes: weights, momentum, what the method remembers, running statistics.
+/// Everything that a step changes: weights, momentum, the method's memory, running statistics.
 fn all_bits<T: Scalar>(parameters: &Buffer<T>, optimizer: &Optimizer<T>, images: &Images<T>) -> Vec<Vec<u64>> {
     let state = optimizer.state();
     let mut all: Vec<Vec<u64>> = [parameters, &state.momentum, &state.memory, images.plan.statistics()]
@@ -246,7 +247,7 @@ fn skips_damaged_images(device_name: &str, device: &Device, method: Box<dyn Meth
             let (skipped, after) = step(&mut images, &mut parameters);
             let passes = images.passes;
             if pass >= passes {
-                // It had no such pass, so nothing was wrong with it.
+                // The step has no pass of this number, so it is not damaged.
                 assert_eq!(skipped, expected, "{name}");
                 before = after;
                 break;

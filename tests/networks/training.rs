@@ -1,6 +1,6 @@
-//! Whole networks against float64 PyTorch: gradients, five training steps with the base optimizers, SAM and CR-SAM (the other
-//! methods are in `tests/networks/methods.rs`), and the pretrained ResNet-20 on the CIFAR-10 test images. `tests/fixtures/README.md` says
-//! where the references come from.
+//! Whole networks against float64 PyTorch: gradients, five training steps with the base optimizers, SAM and CR-SAM (the
+//! other methods are in `tests/networks/methods.rs`), and the pretrained ResNet-20 on the CIFAR-10 test images.
+//! `tests/fixtures/README.md` says where the references come from.
 
 use std::path::Path;
 
@@ -51,8 +51,8 @@ fn a_gradient_matches_pytorch_in_float64() {
     check_gradient::<f64>(&Device::host(), "double", 1e-7);
 }
 
-/// The relative error of a ResNet-8's gradient against float64 PyTorch, of its loss, and of a product with its Hessian against the
-/// same in double precision.
+/// The relative error of a ResNet-8's gradient against float64 PyTorch, of its loss, and of a product with its Hessian
+/// against the same in double precision.
 fn errors<S: Compute<Master = f32>>(device: &Device) -> [f64; 3] {
     let fixture = read_json("resnet8-gradient.json");
     let rows = fixture["rows"].as_array().unwrap();
@@ -81,11 +81,11 @@ fn errors<S: Compute<Master = f32>>(device: &Device) -> [f64; 3] {
     [relative_error(&found, &reference), loss.abs(), relative_error(&to_f64(&product.to_vec().unwrap()), &expected)]
 }
 
-/// Of the ReLU units, a share as large as the rounding lies so close to zero that it switches, and each changes the gradient by
-/// what passes through it: errors are of the order of the rounding's square root.
+/// A share of the ReLU units, as large as the rounding error, is so close to zero that it switches. Each changes the
+/// gradient by what passes through it, so errors are of the order of the square root of the rounding error.
 fn check_errors<S: Compute<Master = f32>>(device: &Device) {
     let [gradient, loss, product] = errors::<S>(device);
-    // TF32 rounds on a GPU alone; there the CPU's is f32.
+    // TF32 rounds on a GPU only. On the CPU it is f32.
     let (name, roundoff) = (S::NAME, if S::NAME == "tf32" && device.is_host() { 1e-8 } else { roundoff::<S>() });
     println!("{name}: gradient {gradient:.1e}, loss {loss:.1e}, product with the Hessian {product:.1e}");
     assert!(gradient < roundoff.sqrt(), "{name}: gradient's relative error {gradient:.1e}");
@@ -149,8 +149,8 @@ fn check_other_models(device: &Device) {
     }
 }
 
-/// A step, or two, are recorded as a graph, where allocating and waiting are refused, and replayed: the same bits as steps taken one by
-/// one.
+/// A step, or two, are recorded as a graph, where allocating and waiting are refused, and replayed: the same bits as
+/// steps taken one by one.
 #[test]
 fn a_whole_step_can_be_captured_and_replayed() {
     for device in fast_devices() {

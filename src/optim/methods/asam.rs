@@ -1,5 +1,5 @@
-//! ASAM: SAM whose ball is scaled by the weights, `ε = ρ T² g/‖T g‖` with `T = |w| + η` (Kwon, Kim, Park, Choi, "ASAM: Adaptive
-//! Sharpness-Aware Minimization for Scale-Invariant Learning of Deep Neural Networks", ICML 2021).
+//! ASAM: SAM whose ball is scaled by the weights, `ε = ρ T² g/‖T g‖` with `T = |w| + η` (Kwon, Kim, Park, Choi, "ASAM:
+//! Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep Neural Networks", ICML 2021).
 
 use crate::device::{Result, Scalar};
 use crate::kernels::sharpness::{self, Scaling};
@@ -18,7 +18,8 @@ settings! {
         eta: f64 = 0.01, as "ETA", in not_negative;
     }
     code {
-        /// The first so many weights are scaled; `T = 1` for the others, which in a network are biases and normalisation.
+        /// The first so many weights are scaled; `T = 1` for the others, which in a network are biases and
+        /// normalisation.
         scaled_len: usize = usize::MAX;
     }
 }

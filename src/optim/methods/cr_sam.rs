@@ -1,5 +1,5 @@
-//! CR-SAM: curvature-regularised SAM (Wu, Luo, Wunsch, "CR-SAM: Curvature Regularized Sharpness-Aware Minimization", AAAI 2024,
-//! equation 7).
+//! CR-SAM: curvature-regularised SAM (Wu, Luo, Wunsch, "CR-SAM: Curvature Regularized Sharpness-Aware Minimization",
+//! AAAI 2024, equation 7).
 
 use crate::device::{Result, Scalar};
 use crate::kernels::vector::{self, CrSamForm};
@@ -19,9 +19,9 @@ words! {
 }
 
 settings! {
-    /// CR-SAM: follows `g₊ + α (g₊ + g₋ − 2g)/A + β (g₊ − g₋)/B` with the gradients at `w ± ρ g/‖g‖`, `A = L₊ + L₋ − 2L` and
-    /// `B = L₊ − L₋`. The released form has no divisions. The log form drops a term for a step whose A or B is at most its
-    /// threshold, and counts it.
+    /// CR-SAM: follows `g₊ + α (g₊ + g₋ − 2g)/A + β (g₊ − g₋)/B` with the gradients at `w ± ρ g/‖g‖`, `A = L₊ + L₋ −
+    /// 2L` and `B = L₊ − L₋`. The released form has no divisions. The log form drops a term for a step whose A or B is
+    /// at most its threshold, and counts it.
     #[derive(Debug, Clone, Copy, PartialEq)]
     pub struct CrSam {
         /// Radius of the perturbation

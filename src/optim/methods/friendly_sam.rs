@@ -8,8 +8,8 @@ use crate::optim::{Direction, Entry, Method, Needs, Row, Step, Vector};
 use crate::settings;
 
 settings! {
-    /// Friendly-SAM: with the moving average `m ← λ m + (1 − λ) g` of the gradients and `d = g − σ m`, follows `g(w + ρ d/‖d‖)`. The
-    /// first step has `m = d = g`.
+    /// Friendly-SAM: with the moving average `m ← λ m + (1 − λ) g` of the gradients and `d = g − σ m`, follows `g(w + ρ
+    /// d/‖d‖)`. The first step has `m = d = g`.
     #[derive(Debug, Clone, Copy, PartialEq)]
     pub struct FriendlySam {
         /// Radius of the perturbation

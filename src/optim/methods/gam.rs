@@ -1,5 +1,5 @@
-//! GAM: gradient-norm-aware minimisation (Zhang, Xu, Yu, Zou, Cui, "Gradient Norm Aware Minimization Seeks First-Order Flatness and
-//! Improves Generalization", CVPR 2023), as in the authors' code.
+//! GAM: gradient-norm-aware minimisation (Zhang, Xu, Yu, Zou, Cui, "Gradient Norm Aware Minimization Seeks First-Order
+//! Flatness and Improves Generalization", CVPR 2023), as in the authors' code.
 
 use crate::device::{Result, Scalar};
 use crate::kernels::sharpness::{self, GamTerms};

@@ -27,7 +27,8 @@ words! {
 }
 
 settings! {
-    /// GNR: follows `h + α ρ H(w_adv) ĝ(w_adv)` with `w_adv = w + ρ f/‖f‖` and `f = H ĝ`. h is the gradient of the loss or SAM's.
+    /// GNR: follows `h + α ρ H(w_adv) ĝ(w_adv)` with `w_adv = w + ρ f/‖f‖` and `f = H ĝ`. h is the gradient of the loss
+    /// or SAM's.
     #[derive(Debug, Clone, Copy, PartialEq)]
     pub struct Gnr {
         /// Radius of the perturbation

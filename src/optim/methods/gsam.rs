@@ -1,5 +1,5 @@
-//! GSAM: `g₊ − α g⊥`, g⊥ the part of the gradient at `w` that is orthogonal to `g₊` (Zhuang, Gong, Yuan, Cui, Adam, Dvornek,
-//! Tatikonda, Duncan, Liu, "Surrogate Gap Minimization Improves Sharpness-Aware Training", ICLR 2022).
+//! GSAM: `g₊ − α g⊥`, g⊥ the part of the gradient at `w` that is orthogonal to `g₊` (Zhuang, Gong, Yuan, Cui, Adam,
+//! Dvornek, Tatikonda, Duncan, Liu, "Surrogate Gap Minimization Improves Sharpness-Aware Training", ICLR 2022).
 
 use crate::device::{Result, Scalar};
 use crate::objective::Passes;

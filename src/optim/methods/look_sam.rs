@@ -1,5 +1,5 @@
-//! LookSAM: SAM in one of k steps (Liu, Mai, Chen, Hsieh, You, "Towards Efficient and Scalable Sharpness-Aware Minimization",
-//! CVPR 2022).
+//! LookSAM: SAM in one of k steps (Liu, Mai, Chen, Hsieh, You, "Towards Efficient and Scalable Sharpness-Aware
+//! Minimization", CVPR 2022).
 
 use crate::device::{Result, Scalar};
 use crate::kernels::{sharpness, vector};
@@ -9,8 +9,8 @@ use crate::optim::{Direction, Entry, Method, Needs, Numbers, Step, Vector};
 use crate::settings;
 
 settings! {
-    /// LookSAM: every k-th step follows `g₊ = g(w + ρ g/‖g‖)` and keeps g_v, the part of `g₊` that is orthogonal to g. The other
-    /// steps follow `g + α (‖g‖/‖g_v‖) g_v`.
+    /// LookSAM: every k-th step follows `g₊ = g(w + ρ g/‖g‖)` and keeps g_v, the part of `g₊` that is orthogonal to g.
+    /// The other steps follow `g + α (‖g‖/‖g_v‖) g_v`.
     #[derive(Debug, Clone, Copy, PartialEq)]
     pub struct LookSam {
         /// Radius of the perturbation

@@ -1,5 +1,5 @@
-//! SA-SAM and SA-SGD: the step size of adaptive gradient descent, for SAM and alone (Naganuma et al. 2024, algorithm 1; step
-//! size of Malitsky and Mishchenko, "Adaptive Gradient Descent without Descent", ICML 2020).
+//! SA-SAM and SA-SGD: the step size of adaptive gradient descent, for SAM and alone (Naganuma et al. 2024, algorithm 1;
+//! step size of Malitsky and Mishchenko, "Adaptive Gradient Descent without Descent", ICML 2020).
 
 use crate::device::{Result, Scalar};
 use crate::kernels::{sharpness, vector};
@@ -9,8 +9,9 @@ use crate::optim::{Context, Direction, Entry, Method, Needs, Numbers, Row, Step,
 use crate::settings;
 
 settings! {
-    /// SA-SAM: step size `η = min(‖w − w_prev‖/(2‖g(w) − g(w_prev)‖), sqrt(1 + δθ) η_prev)`, both gradients on this mini-batch,
-    /// radius `ρ = sqrt(η)`, and the gradient at `w + ρ g/‖g‖`. The learning rate that a step is given is ignored.
+    /// SA-SAM: step size `η = min(‖w − w_prev‖/(2‖g(w) − g(w_prev)‖), sqrt(1 + δθ) η_prev)`, both gradients on this
+    /// mini-batch, radius `ρ = sqrt(η)`, and the gradient at `w + ρ g/‖g‖`. The learning rate that a step is given is
+    /// ignored.
     #[derive(Debug, Clone, Copy, PartialEq)]
     pub struct SaSam {
         /// SA-SAM's and SA-SGD's δ; their η_0 is lr

@@ -1,5 +1,5 @@
-//! SAM: the gradient at `w + ε`, ε the ascent of length ρ (Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization for
-//! Efficiently Improving Generalization", ICLR 2021, algorithm 1).
+//! SAM: the gradient at `w + ε`, ε the ascent of length ρ (Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware
+//! Minimization for Efficiently Improving Generalization", ICLR 2021, algorithm 1).
 
 use crate::device::{Result, Scalar};
 use crate::kernels::{sharpness, vector};
@@ -84,7 +84,8 @@ impl<T: Scalar> Method<T> for Sam {
         if !self.second_order {
             return Ok(Direction::along(G1));
         }
-        // The term that SAM drops: (dε/dw)ᵀ g_adv = (ρ/‖g‖) H d with d = g_adv − v vᵀg_adv. d takes the place of the perturbed point.
+        // The term that SAM drops: (dε/dw)ᵀ g_adv = (ρ/‖g‖) H d with d = g_adv − v vᵀg_adv. d takes the place of the
+        // perturbed point.
         step.orthogonal(P)?;
         step.hessian_vector(Vector::Weights, P, Q)?;
         step.over_norm(self.rho * step.rho_factor, 0)?;
@@ -93,7 +94,8 @@ impl<T: Scalar> Method<T> for Sam {
 }
 
 impl Sam {
-    /// K steps of projected ascent, each of length ρ, from `w` onto the ball of radius ρ around it. The perturbed point is in P.
+    /// K steps of projected ascent, each of length ρ, from `w` onto the ball of radius ρ around it. The perturbed point
+    /// is in P.
     fn ascend<T: Scalar>(&self, step: &mut Step<'_, T>) -> Result<()> {
         let rho = self.rho * step.rho_factor;
         for ascent in 0..self.ascent_steps {

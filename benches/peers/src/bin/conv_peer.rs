@@ -1,10 +1,11 @@
-//! polder's side of the paired comparison of convolutions (`benches/peers/conv.py`): one layer's three passes, each alone, in NHWC with
-//! HWIO weights. It answers commands on standard input with one JSON line each, and with `{"error": "..."}` where it cannot:
+//! polder's side of the paired comparison of convolutions (`benches/peers/conv.py`): one layer's three passes, each
+//! alone, in NHWC with HWIO weights. It answers commands on standard input with one JSON line each, and with `{"error":
+//! "..."}` where it cannot:
 //!
-//! - `layer BATCH SIZE IN OUT KERNEL STRIDE SETS`: a layer on images of SIZE × SIZE, padded by half the kernel, with so many sets of
-//!   activations to take turns; `{"ok": true}`;
-//! - `check IN OUT`: on `x`, `weight` and `dy` (f32, rounded to the precision) of the safetensors file IN, writes `y`, `dx` and `dw` to
-//!   OUT; `{"ok": true}`;
+//! - `layer BATCH SIZE IN OUT KERNEL STRIDE SETS`: a layer on images of SIZE × SIZE, padded by half the kernel, with so
+//!   many sets of activations to take turns; `{"ok": true}`;
+//! - `check IN OUT`: on `x`, `weight` and `dy` (f32, rounded to the precision) of the safetensors file IN, writes `y`,
+//!   `dx` and `dw` to OUT; `{"ok": true}`;
 //! - `run PASS N`: the pass (`forward`, `input-gradient`, `weight-gradient`) N times on every set; `{"seconds": ..}`;
 //! - `quit`.
 

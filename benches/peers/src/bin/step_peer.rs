@@ -1,9 +1,9 @@
-//! polder's side of the paired comparison with PyTorch (`benches/peers/pytorch.py`): a process that takes weights and one
-//! batch, and answers commands on standard input with one JSON line each (`{"error": "..."}` where it cannot).
+//! polder's side of the paired comparison with PyTorch (`benches/peers/pytorch.py`): a process that takes weights and
+//! one batch, and answers commands on standard input with one JSON line each (`{"error": "..."}` where it cannot).
 //!
 //! - `gradient FILE`: writes the gradient of the batch's loss (batch norm in train mode) and answers `{"loss": …}`;
-//! - `steps N`: takes N training steps on the batch, all but the first of them replays of a recorded one as in `polder train`, and
-//!   answers `{"seconds": …, "images_per_s": …}`;
+//! - `steps N`: takes N training steps on the batch, all but the first of them replays of a recorded one as in `polder
+//!   train`, and answers `{"seconds": …, "images_per_s": …}`;
 //! - `memory`: answers `{"peak_rss_bytes": …}` (on Linux; 0 elsewhere);
 //! - `quit`.
 

@@ -1,11 +1,11 @@
-//! polder's side of the paired comparison of vector algebra (`benches/peers/vector.py`): the norm, the perturbation and the
-//! update of a SAM or CR-SAM step, without any network. It answers commands on standard input with one JSON line each, and
-//! with `{"error": "..."}` where it cannot:
+//! polder's side of the paired comparison of vector algebra (`benches/peers/vector.py`): the norm, the perturbation and
+//! the update of a SAM or CR-SAM step, without any network. It answers commands on standard input with one JSON line
+//! each, and with `{"error": "..."}` where it cannot:
 //!
 //! - `steps N`: N steps on random data, over three sets of buffers that take turns; `{"seconds": ..}`;
-//! - `check IN OUT`: one step on `w`, `g0`, `g_plus`, `g_minus`, `momentum` (f32, `--params` values each) and on the losses `l0`,
-//!   `l_plus`, `l_minus` (one value each, f32 or f64) of the safetensors file IN; writes `w`, `momentum`, `w_plus` and,
-//!   for CR-SAM, `w_minus` to OUT; `{"ok": true}`;
+//! - `check IN OUT`: one step on `w`, `g0`, `g_plus`, `g_minus`, `momentum` (f32, `--params` values each) and on the
+//!   losses `l0`, `l_plus`, `l_minus` (one value each, f32 or f64) of the safetensors file IN; writes `w`, `momentum`,
+//!   `w_plus` and, for CR-SAM, `w_minus` to OUT; `{"ok": true}`;
 //! - `quit`.
 
 use std::path::Path;
