@@ -1,6 +1,6 @@
 //! The command line: `polder train`, `eval`, `curvature`, `landscape`, `report`, `devices`.
 //!
-//! Exit codes: 0 done; 1 the machine failed, or a loss diverged; 2 bad usage or input, told in one line; 130 a
+//! Exit codes: 0 done; 1 the machine failed, or a loss diverged; 2 bad usage or input, reported in one line; 130 a
 //! run or a landscape was interrupted, with everything saved.
 
 mod commands;
@@ -8,7 +8,7 @@ mod commands;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use commands::{curvature, devices, eval, landscape, report, tell, train};
+use commands::{curvature, devices, eval, flags, landscape, report, tell, train};
 
 /// Sharpness-aware training on hand-written kernels: small ResNets, on the CPU or on a GPU.
 #[derive(Parser)]
@@ -65,7 +65,7 @@ fn main() -> ExitCode {
         Command::Devices { json } => devices::run(json).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {
-        tell(&format!("error: {error}"));
+        tell(&format!("error: {}", flags::message(&error)));
         ExitCode::from(if error.is_input() { 2 } else { 1 })
     })
 }

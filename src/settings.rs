@@ -279,11 +279,14 @@ impl Condition {
 
     /// Whether the other option of these settings is as the condition asks.
     pub fn holds(&self, settings: &dyn Configurable) -> bool {
-        let found = settings.get(self.field);
-        match (self.value, found) {
-            (Some(value), Some(found)) => found.to_string() == value,
-            (None, Some(Value::Absent | Value::Flag(false) | Value::Count(0))) | (_, None) => false,
-            (None, Some(_)) => true,
+        settings.get(&self.option()).is_some_and(|found| self.accepts(&found))
+    }
+
+    /// Whether this value of the other option is as the condition asks.
+    pub fn accepts(&self, other: &Value) -> bool {
+        match self.value {
+            Some(value) => other.to_string() == value,
+            None => !matches!(other, Value::Absent | Value::Flag(false) | Value::Count(0)),
         }
     }
 }
@@ -374,8 +377,16 @@ pub enum SettingError {
     Contradiction {
         /// The option.
         name: &'static str,
-        /// What it contradicts.
+        /// What it contradicts. Other options are named between backticks.
         reason: &'static str,
+    },
+    /// An option that has no meaning beside the values of others.
+    #[error("{name}: has no meaning {reason}")]
+    Meaningless {
+        /// The option.
+        name: String,
+        /// Beside what: "for `optimizer` sgd". Other options are named between backticks.
+        reason: String,
     },
     /// A number out of its range.
     #[error("{name}: {found}, expected {expected}")]
@@ -387,6 +398,22 @@ pub enum SettingError {
         /// What it takes.
         expected: String,
     },
+}
+
+impl SettingError {
+    /// The name of the option.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Unknown { name } | Self::Meaningless { name, .. } => name,
+            Self::Type { name, .. } | Self::Contradiction { name, .. } | Self::Range { name, .. } => name,
+        }
+    }
+
+    /// What is wrong with it: the message without the name.
+    pub fn reason(&self) -> String {
+        let text = self.to_string();
+        text.split_once(": ").map_or(text.clone(), |(_, reason)| reason.into())
+    }
 }
 
 /// A struct whose options are read and written by name; [`settings!`](crate::settings!) writes the implementation.
@@ -577,6 +604,16 @@ impl<T: Choice> OptionType for Vec<T> {
     }
 }
 
+/// A text that is not one of the words of a choice.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{found}: expected {}", Kind::Word(words).expected())]
+pub struct UnknownWord {
+    /// The text.
+    pub found: String,
+    /// The words.
+    pub words: &'static [Word],
+}
+
 /// The name of an option in kebab case, from that of its field; of the same length.
 #[doc(hidden)]
 pub const fn kebab<const N: usize>(field: &str) -> [u8; N] {
@@ -594,8 +631,8 @@ pub fn is_named(field: &str, option: &str) -> bool {
     field.len() == option.len() && field.bytes().zip(option.bytes()).all(|(a, b)| a == b || (a, b) == (b'_', b'-'))
 }
 
-/// Declares a choice between a few words: an enum, [`Choice`](crate::settings::Choice) and `Display`. Each word has one
-/// line of help. See [`crate::settings`].
+/// Declares a choice between a few words: an enum, [`Choice`](crate::settings::Choice), `Display` and `FromStr`. Each word
+/// has one line of help. See [`crate::settings`].
 #[macro_export]
 macro_rules! words {
     (
@@ -619,6 +656,16 @@ macro_rules! words {
                 match self {
                     $(Self::$variant => $word),+
                 }
+            }
+        }
+
+        impl ::std::str::FromStr for $name {
+            type Err = $crate::settings::UnknownWord;
+
+            fn from_str(text: &str) -> ::std::result::Result<Self, $crate::settings::UnknownWord> {
+                let words = <Self as $crate::settings::Choice>::WORDS;
+                <Self as $crate::settings::Choice>::from_word(text)
+                    .ok_or_else(|| $crate::settings::UnknownWord { found: text.into(), words })
             }
         }
 

@@ -77,25 +77,27 @@ fn steps_and_products_after_the_first_allocate_nothing() {
 /// kept.
 #[cfg(feature = "train")]
 fn measuring_the_curvature_of_a_run_leaves_nothing() {
-    let options = polder::train::Options {
-        model: Some("resnet8".into()),
-        train_size: Some(48),
-        batch_size: Some(16),
-        epochs: Some(4),
-        curvature_every: Some(1),
-        curvature_samples: Some(16),
-        curvature_probes: Some(2),
-        device: Some("cpu".into()),
-        ..Default::default()
+    use polder::train::{CurvatureLogSettings, DataSettings, LoopSettings, Settings, Training};
+    let settings = Settings {
+        data: DataSettings { train_size: Some(48), batch_size: 16, ..DataSettings::default() },
+        run: LoopSettings { epochs: 4, device: "cpu".into(), ..LoopSettings::default() },
+        curvature: CurvatureLogSettings {
+            curvature_every: 1,
+            curvature_samples: Some(16),
+            curvature_probes: 2,
+            ..CurvatureLogSettings::default()
+        },
+        ..Settings::default()
     };
     let mut live = Vec::new();
     let stop = std::sync::atomic::AtomicBool::new(false);
-    polder::train::train(&options, None, false, &stop, &mut |progress| {
+    let training = Training::new(settings);
+    let found = training.run_with(&stop, &mut |progress| {
         if matches!(progress, polder::train::Progress::Epoch(polder::train::Record::Curvature { .. })) {
             live.push(LIVE.load(Ordering::Relaxed));
         }
-    })
-    .unwrap();
+    });
+    found.unwrap();
     // The first makes room for tangents. A vector as long as the weights is 300 kB.
     assert_eq!(live.len(), 4);
     assert!(live[1].abs_diff(live[3]) < 50_000, "bytes after each measurement: {live:?}");

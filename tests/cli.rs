@@ -364,14 +364,14 @@ fn every_mistake_is_one_clear_line() {
     says(&["train", "--config", &path("rate.toml")], &["rate.toml: lr: -1"]);
     says(&["train", "--config", &path("rate.toml"), "--lr", "-2"], &["--lr: -2"]);
     std::fs::write(path("both.toml"), "epochs = 3\nsteps = 20\n").unwrap();
-    says(&["train", "--config", &path("both.toml")], &["both.toml", "steps", "--epochs"]);
+    says(&["train", "--config", &path("both.toml")], &["both.toml: steps", "`epochs`"]);
     says(&["train", "--optimizer", "sa-sam", "--schedule", "step"], &["--schedule", "sa-sam"]);
     says(&["train", "--resume", &path("nowhere")], &["nowhere"]);
     std::fs::create_dir(path("taken")).unwrap();
     std::fs::write(path("taken/config.toml"), "lr = 0.1\n").unwrap();
     says(&["train", "--data", data, "--batch-size", "16", "--out", &path("taken")], &["taken", "--resume"]);
     std::fs::create_dir(path("empty")).unwrap();
-    says(&["train", "--resume", &path("empty")], &["empty", "no run"]);
+    says(&["train", "--resume", &path("empty")], &["empty", "not a run folder"]);
     std::fs::write(path("garbage.safetensors"), vec![7; 100]).unwrap();
     let eval = ["eval", "--model", "resnet8", "--data", data, "--init"];
     says(&[&eval[..], &[&path("garbage.safetensors")]].concat(), &["garbage.safetensors"]);
@@ -457,7 +457,7 @@ fn a_run_is_resumed_without_the_file_it_began_with_and_as_what_it_was() {
         let before = std::fs::read(left.join(kept)).unwrap();
         let begun = ["train", "--data", data, "--batch-size", "16", "--steps", "1", "--out", left.to_str().unwrap()];
         let message = mistake(&begun);
-        assert!(message.contains("left of one"), "{message}");
+        assert!(message.contains("a partial run"), "{message}");
         assert_eq!(std::fs::read(left.join(kept)).unwrap(), before);
     }
     for (option, value) in [
@@ -860,7 +860,7 @@ fn a_landscape_is_mapped_drawn_and_continued() {
         (&["--run", run, "--points", "2001"], &["--points: 2001"]),
         (&["--run", run, "--dimensions", "3"], &["--dimensions", "3"]),
         (&["--run", run, "--samples", "97"], &["--samples", "97"]),
-        (&["--run", "no/such/run"], &["no/such/run", "no run"]),
+        (&["--run", "no/such/run"], &["no/such/run", "not a run folder"]),
         (&["--run", run, "--model", "resnet20", "--out", eigen], &["eigen", "choose another --out"]),
         (&["--run", run, "--model", "resnet20", "--out", fresh], &["model.safetensors", "missing"]),
         (&["--run", run, "--out", blocked.to_str().unwrap()], &["blocked"]),

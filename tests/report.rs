@@ -276,7 +276,7 @@ fn what_users_write_is_text() {
 }
 
 #[test]
-fn lines_that_cannot_be_read_are_passed_over_and_counted() {
+fn lines_that_cannot_be_read_are_skipped_and_counted() {
     let folder = tempfile::tempdir().unwrap();
     let good = epoch(1, Some(1.0), 0.5, 3.0);
     let log = ["nonsense".into(), good.clone(), String::new(), good[..good.len() / 2].into()];
@@ -287,7 +287,7 @@ fn lines_that_cannot_be_read_are_passed_over_and_counted() {
     std::fs::write(path.join("log.jsonl"), bytes).unwrap();
     let (html, found) = page(&[path]);
     assert_eq!(found.unreadable_lines, 3);
-    assert!(html.contains("3 lines could not be read and were passed over"));
+    assert!(html.contains("3 lines could not be read and were skipped"));
     assert_eq!(row(&html, "sgd")[1..3], ["50 %", "1"]);
 }
 
@@ -564,9 +564,9 @@ fn mistakes_are_told_in_one_line_that_names_the_path() {
     let output = polder(&folder, &["good", "page.html", "empty"]);
     assert!(output.status.success() && folder.path().join("good/report.html").is_file());
     let told = String::from_utf8(output.stderr).unwrap();
-    let passed_over =
-        ["page.html", "empty"].map(|path| format!("passed over: {path}: holds no run (no config.toml)\n"));
-    assert_eq!(told, passed_over.concat());
+    let skipped =
+        ["page.html", "empty"].map(|path| format!("skipped: {path}: not a run folder (it has no config.toml)\n"));
+    assert_eq!(told, skipped.concat());
     run(folder.path(), "broken", "optimizer = \"sgd\"\nspeed = 3\n", &log);
     assert!(mistake(&folder, &["broken"]).contains("broken/config.toml: line 2: unknown field `speed`"));
     run(folder.path(), "silent", "optimizer = \"sgd\"\n", &["{\"kind\":".into()]);

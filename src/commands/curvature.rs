@@ -5,9 +5,11 @@ use std::path::PathBuf;
 use polder::curvature::{Density, Estimate, Passes, Rise};
 use polder::kernels::batch_norm::Mode;
 use polder::report::spectrum_picture;
+use polder::settings::Configurable;
 use polder::train::{CurvatureMeter, CurvatureSettings, Finding, Findings, Measure, TrainError, checksum, write_whole};
 use serde_json::json;
 
+use super::flags::CurvatureFlags;
 use super::model::{BatchNormName, ModelArgs, Samples, SplitName};
 use super::{Bar, counted, make_folder, print};
 
@@ -21,36 +23,8 @@ pub struct CurvatureArgs {
     /// The first N images, a multiple of --batch-size [default: 1000 or as many as there are, in whole batches]
     #[arg(long, value_name = "N")]
     samples: Option<usize>,
-    /// What to measure
-    #[arg(
-        long,
-        value_enum,
-        value_delimiter = ',',
-        value_name = "LIST",
-        default_value = "grad-norm,trace,normalized-trace"
-    )]
-    measure: Vec<Measure>,
-    /// Random directions for traces, spectrum and extrema
-    #[arg(long, value_name = "N", default_value_t = 100)]
-    probes: usize,
-    /// How many eigenvalues
-    #[arg(long, value_name = "K", default_value_t = 5)]
-    top: usize,
-    /// Lanczos steps: at most for eigenvalues, for each probe of the spectrum; products of power iteration for each eigenvalue
-    #[arg(long, value_name = "N", default_value_t = 80)]
-    steps: usize,
-    /// Eigenvalues are found when no residual is more than this share of the largest
-    #[arg(long, value_name = "T", default_value_t = 1e-4)]
-    tolerance: f64,
-    /// Radius of the neighbourhood that sharpness and its like look at
-    #[arg(long, value_name = "RHO", default_value_t = 0.05)]
-    rho: f64,
-    /// Steps of the ascents there
-    #[arg(long, value_name = "N", default_value_t = 20)]
-    ascent_steps: usize,
-    /// Seed of the random directions
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
+    #[command(flatten)]
+    settings: CurvatureFlags,
     /// What batch norm normalises with
     #[arg(long, value_enum, value_name = "MODE", default_value = "eval")]
     bn: BatchNormName,
@@ -60,17 +34,11 @@ pub struct CurvatureArgs {
 }
 
 pub fn run(args: &CurvatureArgs) -> Result<(), TrainError> {
-    let settings = CurvatureSettings {
-        measures: args.measure.clone(),
-        probes: args.probes,
-        top: args.top,
-        steps: args.steps,
-        tolerance: args.tolerance,
-        rho: args.rho,
-        ascent_steps: args.ascent_steps,
-        seed: args.seed,
-    };
-    settings.check("--")?;
+    let mut settings = CurvatureSettings::default();
+    for (name, value) in args.settings.0.iter() {
+        settings.set(name, value)?;
+    }
+    settings.check_combination()?;
     let split = args.split.split();
     let subject = args.model.open(split, args.samples.map_or(Samples::Usual, Samples::First))?;
     let batch_size = args.model.batch_size.min(subject.images.len());
@@ -83,8 +51,14 @@ pub fn run(args: &CurvatureArgs) -> Result<(), TrainError> {
         }
     }
     let images = (&*subject.data, &subject.images);
-    let mut meter =
-        CurvatureMeter::new(&subject.device, subject.model, images, subject.normalization, batch_size, args.bn.mode())?;
+    let mut meter = CurvatureMeter::new(
+        &subject.device,
+        &subject.network(),
+        images,
+        subject.normalization,
+        batch_size,
+        args.bn.mode(),
+    )?;
     let [parameters, statistics] = subject.load(&subject.init, meter.plan())?;
     let bar = Bar::new();
     let mut progress = |measure: Measure, done, of| bar.show(&measure.to_string(), done, of);
@@ -93,7 +67,7 @@ pub fn run(args: &CurvatureArgs) -> Result<(), TrainError> {
     let found = found?;
     // Where everything failed, nothing is written.
     if !found.list.is_empty() && found.list.iter().all(|(_, finding)| matches!(finding, Finding::NotFinite)) {
-        return Err(subject.unsound(Finding::NOT_FINITE.into()));
+        return Err(subject.weights_error(Finding::NOT_FINITE.into()));
     }
     let samples = subject.images.len();
     let Passes { gradients, products } = found.passes;
@@ -105,12 +79,12 @@ pub fn run(args: &CurvatureArgs) -> Result<(), TrainError> {
         "settings": {
             "bn": if args.bn.mode() == Mode::Eval { "eval" } else { "train" },
             "batch_size": batch_size,
-            "probes": args.probes,
-            "steps": args.steps,
-            "tolerance": args.tolerance,
-            "rho": args.rho,
-            "ascent_steps": args.ascent_steps,
-            "seed": args.seed,
+            "probes": settings.probes,
+            "steps": settings.steps,
+            "tolerance": settings.tolerance,
+            "rho": settings.rho,
+            "ascent_steps": settings.ascent_steps,
+            "seed": settings.seed,
         },
         "measures": found.json(),
     });

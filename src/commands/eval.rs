@@ -27,9 +27,10 @@ pub struct EvalArgs {
 pub fn run(args: &EvalArgs) -> Result<(), TrainError> {
     let split = args.split.split();
     let subject = args.model.open(split, args.samples.map_or(Samples::All, Samples::First))?;
-    let Subject { model, device, name, data, images, normalization, init, .. } = &subject;
+    let Subject { device, name, data, images, normalization, init, .. } = &subject;
     let batch_size = args.model.batch_size;
-    let mut evaluator = Evaluator::new(device, *model, data, images, *normalization, batch_size, Mode::Eval)?;
+    let mut evaluator =
+        Evaluator::new(device, &subject.network(), (data, images), *normalization, batch_size, Mode::Eval)?;
     let [parameters, statistics] = subject.load(init, evaluator.plan())?;
     let mut logits = Vec::new();
     let found = evaluator.evaluate(parameters.view(), statistics.view(), |batch| {

@@ -73,24 +73,24 @@ struct Direction {
 
 pub fn run(args: &LandscapeArgs) -> Result<ExitCode, TrainError> {
     if args.to.len() > 2 {
-        return Err(option("--to", format!("{} files, expected one or two", args.to.len())));
+        return Err(option("to", format!("{} files, expected one or two", args.to.len())));
     }
     if args.points < 2 {
-        return Err(option("--points", format!("{}, expected at least 2", args.points)));
+        return Err(option("points", format!("{}, expected at least 2", args.points)));
     }
     let range =
         args.range.clone().unwrap_or_else(|| if args.to.is_empty() { vec![-1.0, 1.0] } else { vec![-0.5, 1.5] });
     let [low, high] = *range else {
-        return Err(option("--range", format!("{} numbers, expected LOW,HIGH", range.len())));
+        return Err(option("range", format!("{} numbers, expected LOW,HIGH", range.len())));
     };
     if !low.is_finite() || !high.is_finite() || !(high - low).is_finite() || low >= high {
-        return Err(option("--range", format!("{low},{high}, expected finite numbers, the lower one first")));
+        return Err(option("range", format!("{low},{high}, expected finite numbers, the lower one first")));
     }
     let split = args.split.split();
     let dimensions = if args.to.is_empty() { usize::from(args.dimensions.unwrap_or(2)) } else { args.to.len() };
     if args.points.checked_pow(dimensions as u32).is_none_or(|points| points > Landscape::MOST_POINTS) {
         let reason = format!("{}, expected at most {} points in all", args.points, Landscape::MOST_POINTS);
-        return Err(option("--points", reason));
+        return Err(option("points", reason));
     }
     let subject = args.model.open(split, args.samples.map_or(Samples::Usual, Samples::First))?;
     let batch_size = args.model.batch_size.min(subject.images.len());
@@ -102,8 +102,9 @@ pub fn run(args: &LandscapeArgs) -> Result<ExitCode, TrainError> {
     make_folder(&out)?;
     let begun = Landscape::begun(&out, &settings)?;
 
-    let Subject { model, device, data, images, normalization, init, .. } = &subject;
-    let mut evaluator = Evaluator::new(device, *model, data, images, *normalization, batch_size, args.bn.mode())?;
+    let Subject { device, data, images, normalization, init, .. } = &subject;
+    let network = subject.network();
+    let mut evaluator = Evaluator::new(device, &network, (data, images), *normalization, batch_size, args.bn.mode())?;
     let [weights, statistics] = subject.load(init, evaluator.plan())?;
     let layout = evaluator.plan().parameters().clone();
     let (landscape, directions) = match begun {
@@ -196,7 +197,7 @@ fn directions(
     plan: &Plan<f32>,
     [weights, statistics]: [&Buffer<f32>; 2],
 ) -> Result<(String, Vec<Direction>), TrainError> {
-    let Subject { model, device, data, images, normalization, init, .. } = subject;
+    let Subject { device, data, images, normalization, init, .. } = subject;
     if !args.to.is_empty() {
         let mut found = Vec::new();
         for file in &args.to {
@@ -215,7 +216,8 @@ fn directions(
         return Ok(("Loss along filter-normalised random directions".into(), found));
     }
     let batch_size = args.model.batch_size.min(images.len());
-    let mut meter = CurvatureMeter::new(device, *model, (data, images), *normalization, batch_size, args.bn.mode())?;
+    let mut meter =
+        CurvatureMeter::new(device, &subject.network(), (data, images), *normalization, batch_size, args.bn.mode())?;
     let CurvatureSettings { steps, tolerance, .. } = CurvatureSettings::default();
     let bar = Bar::new();
     let progress = |done| bar.show("eigenvectors", done, steps);
@@ -223,12 +225,12 @@ fn directions(
         curvature.top_eigenvalues(dimensions, (steps, tolerance), args.seed, progress)
     });
     let pairs = pairs.map_err(|error| match error {
-        TrainError::Device(device::Error::NotFinite { .. }) => subject.unsound(Finding::NOT_FINITE.into()),
+        TrainError::Device(device::Error::NotFinite { .. }) => subject.weights_error(Finding::NOT_FINITE.into()),
         other => other,
     })?;
     if pairs.len() < dimensions {
         let reason = format!("the Hessian has only {} eigenvectors that could be told apart", pairs.len());
-        return Err(subject.unsound(reason));
+        return Err(subject.weights_error(reason));
     }
     let found = pairs.into_iter().enumerate().map(|(axis, pair)| Direction {
         name: format!("eigenvector {} (λ = {:.3})", axis + 1, pair.value),

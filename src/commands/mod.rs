@@ -3,6 +3,7 @@
 pub mod curvature;
 pub mod devices;
 pub mod eval;
+pub mod flags;
 pub mod landscape;
 mod model;
 pub mod report;
@@ -22,9 +23,9 @@ fn counted<N: std::fmt::Display + PartialEq + From<u8>>(count: N, noun: &str) ->
     format!("{count} {noun}{ending}")
 }
 
-/// An option that cannot be used.
-fn option(option: &str, reason: impl ToString) -> TrainError {
-    TrainError::Option { option: option.into(), reason: reason.to_string() }
+/// An option that cannot be used, by its name without dashes.
+fn option(name: &str, reason: impl ToString) -> TrainError {
+    TrainError::setting(name, reason.to_string())
 }
 
 /// Prints to standard output; a reader that has gone away is no error of ours.

@@ -8,9 +8,12 @@ use polder::device::{Buffer, Device};
 use polder::kernels::batch_norm::Mode;
 use polder::kernels::image::Normalization;
 use polder::nn::Model;
-use polder::plan::Plan;
-use polder::train::{self, CurvatureMeter, Options, ShortcutName, TrainError, weights};
+use polder::plan::{Graph, Plan, PlanError, Shape, Value};
+use polder::train::{
+    self, CurvatureMeter, DataSettings, Layer, ModelSettings, Settings, ShortcutName, TrainError, weights,
+};
 
+use super::flags::choice;
 use super::option;
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -60,7 +63,7 @@ pub struct ModelArgs {
     #[arg(long, value_name = "PATH")]
     data: Option<String>,
     /// Shortcuts of a CIFAR ResNet where its shape changes [default: a]
-    #[arg(long, value_enum, value_name = "KIND")]
+    #[arg(long, value_parser = choice::<ShortcutName>(), value_name = "KIND")]
     shortcut: Option<ShortcutName>,
     /// Mean of pixel/255 per channel [default: the data set's published values]
     #[arg(long, value_name = "A,B,C", value_delimiter = ',', allow_hyphen_values = true)]
@@ -92,7 +95,7 @@ pub enum Samples {
 
 /// What [`ModelArgs`] name, opened.
 pub struct Subject {
-    pub model: Model,
+    model: Model,
     /// The model's name and its shortcut, as given.
     pub model_name: String,
     pub device: Device,
@@ -110,12 +113,18 @@ impl ModelArgs {
     /// Opens what is named. Of a run's training images, those that it was trained on, with its labels.
     pub fn open(&self, split: Split, samples: Samples) -> Result<Subject, TrainError> {
         let run = match &self.run {
-            None => Options::default(),
-            Some(run) => Options::of_run(run)?,
+            None => None,
+            Some(run) => Some(Layer::of_run(run)?.resolve()?),
         };
-        let model_name = self.model.clone().or(run.model).unwrap_or_else(|| "resnet8".into());
-        let shortcut = self.shortcut.or(run.shortcut.filter(|_| self.model.is_none()));
-        let model = Options { model: Some(model_name.clone()), shortcut, ..Options::default() }.model()?;
+        let of_run = |model: &ModelSettings| (model.model.clone(), model.shortcut);
+        let (model_name, shortcut) = match (&self.model, run.as_ref().map(|run| of_run(&run.model))) {
+            (Some(model), _) => (model.clone(), self.shortcut),
+            (None, Some((model, shortcut))) => (model, self.shortcut.or(shortcut)),
+            (None, None) => of_run(&ModelSettings::default()),
+        };
+        let mut settings = Settings::default();
+        (settings.model.model, settings.model.shortcut) = (model_name.clone(), shortcut);
+        let model = settings.model()?;
         let model_name = match shortcut {
             Some(shortcut) => format!("{model_name}, shortcut {shortcut}"),
             None => model_name,
@@ -123,25 +132,27 @@ impl ModelArgs {
         let folder = self.run.as_deref().unwrap_or(Path::new(""));
         let init = self.init.clone().unwrap_or_else(|| folder.join("model.safetensors"));
         if self.batch_size == 0 {
-            return Err(option("--batch-size", "0, expected at least 1"));
+            return Err(option("batch-size", "0, expected at least 1"));
         }
         let device = train::open_device(&self.device, self.threads)?;
-        let data = self.data.clone().or(run.data.clone()).unwrap_or_else(|| "synthetic".into());
+        let run = run.map(|run| (run.data, run.run.seed));
+        let of_run = run.as_ref().map(|(run, _)| run.data.clone());
+        let data = self.data.clone().or(of_run).unwrap_or_else(|| DataSettings::default().data);
         let SplitImages { name, mut images, mean, std, .. } = train::open_split(&data, split)?;
-        // What a run did to the images it was trained on is no part of other images.
-        let of_run = run.data.as_ref().is_some_and(|own| {
-            *own == data || std::path::absolute(&data).is_ok_and(|path| path.as_os_str() == own.as_str())
+        // What a run does to its training images does not apply to other images.
+        let run = run.filter(|(run, _)| {
+            run.data == data || std::path::absolute(&data).is_ok_and(|path| path.as_os_str() == run.data.as_str())
         });
-        if split == Split::Train && of_run {
+        if let (Split::Train, Some((run, seed))) = (split, &run) {
             if let Some(n) = run.train_size {
                 images = images.take(n)?;
             }
             if let Some(fraction) = run.label_noise {
-                images = images.with_label_noise(fraction, run.seed.unwrap_or_default())?;
+                images = images.with_label_noise(fraction, *seed)?;
             }
         }
         let images = match samples {
-            Samples::First(n) => images.take(n).map_err(|error| option("--samples", error))?,
+            Samples::First(n) => images.take(n).map_err(|error| option("samples", error))?,
             Samples::Usual => {
                 let usual = CurvatureMeter::usual_samples(images.len(), self.batch_size.min(images.len()));
                 images.take(usual)?
@@ -149,8 +160,8 @@ impl ModelArgs {
             Samples::All => images,
         };
         let channels = images.shape.channels;
-        let own = |given: &Option<Vec<f32>>, of: Option<Vec<f32>>| given.clone().or(of.filter(|_| of_run));
-        let (wanted_mean, wanted_std) = (own(&self.mean, run.mean), own(&self.std, run.std));
+        let (of_run_mean, of_run_std) = run.map_or((None, None), |(run, _)| (run.mean, run.std));
+        let (wanted_mean, wanted_std) = (self.mean.clone().or(of_run_mean), self.std.clone().or(of_run_std));
         let wanted = (wanted_mean.as_deref(), wanted_std.as_deref());
         let normalization = train::normalization(wanted.0, wanted.1, (&mean, &std), channels)?;
         Ok(Subject { model, model_name, device, name, data, images, normalization, init })
@@ -158,8 +169,14 @@ impl ModelArgs {
 }
 
 impl Subject {
-    /// Lays it to the weights where nothing could be computed because something is not finite.
-    pub fn unsound(&self, message: String) -> TrainError {
+    /// The network, traced for images of any shape.
+    pub fn network(&self) -> impl Fn(Shape, usize) -> Result<(Graph, Value), PlanError> {
+        let model = self.model;
+        move |images, classes| model.trace(images, classes)
+    }
+
+    /// Blames the weights file where nothing could be computed because something is not finite.
+    pub fn weights_error(&self, message: String) -> TrainError {
         TrainError::Weights { path: self.init.clone(), reason: message }
     }
 

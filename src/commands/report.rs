@@ -9,8 +9,7 @@ use super::{option, print, tell};
 
 #[derive(clap::Args)]
 pub struct ReportArgs {
-    /// Folders that `polder train --out` wrote, with curvature.json and folders landscape… in them; beside one, what is no run is
-    /// passed over
+    /// Folders that `polder train --out` wrote, with curvature.json and folders landscape… in them. Other paths are skipped
     #[arg(value_name = "RUN", required = true)]
     runs: Vec<PathBuf>,
     /// The page [default: report.html, of one run in its folder]
@@ -26,11 +25,11 @@ pub struct ReportArgs {
 
 pub fn run(args: &ReportArgs) -> Result<(), TrainError> {
     let report = report::report(&args.runs, args.out.as_deref(), args.tensorboard)?;
-    for path in &report.passed_over {
-        tell(&format!("passed over: {}", TrainError::NoRun { path: path.clone() }));
+    for path in &report.skipped {
+        tell(&format!("skipped: {}", TrainError::NoRun { path: path.clone() }));
     }
     if args.json {
-        let text = serde_json::to_string(&report).map_err(|error| option("--json", error))?;
+        let text = serde_json::to_string(&report).map_err(|error| option("json", error))?;
         return print(&text);
     }
     for group in &report.groups {

@@ -7,22 +7,23 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use polder::train::{self, Options, Progress, Record, TrainError};
+use polder::train::{Layer, Progress, Record, TrainError, Training};
 use serde_json::json;
 
+use super::flags::RunFlags;
 use super::{counted, print, stop_on_signals, tell};
 
 #[derive(clap::Args)]
 pub struct TrainArgs {
     #[command(flatten)]
-    options: Options,
-    /// Take the options that are not given from this file
+    options: RunFlags,
+    /// Read defaults from this file
     #[arg(long, value_name = "FILE.toml", help_heading = "Run")]
     config: Option<PathBuf>,
     /// Write settings, log, weights and checkpoints to this folder
     #[arg(long, value_name = "DIR", help_heading = "Run")]
     out: Option<PathBuf>,
-    /// Go on with the run in this folder
+    /// Continue the run in this folder
     #[arg(long, value_name = "DIR", conflicts_with_all = ["out", "config", "init"], help_heading = "Run")]
     resume: Option<PathBuf>,
     /// Print one JSON object on standard output, everything else on standard error
@@ -32,24 +33,27 @@ pub struct TrainArgs {
 
 pub fn run(args: TrainArgs) -> Result<ExitCode, TrainError> {
     let below = match (&args.config, &args.resume) {
-        (Some(file), _) => Options::from_file(file)?,
-        (None, Some(run)) => Options::of_run(run)?,
-        (None, None) => Options::default(),
+        (Some(file), _) => Layer::from_file(file)?,
+        (None, Some(run)) => Layer::of_run(run)?,
+        (None, None) => Layer::default(),
     };
-    let before = args.resume.is_some().then(|| below.clone());
-    let given = args.options.clone();
+    let given = args.options.0;
     let file = args.config.clone().or(args.resume.as_ref().map(|run| run.join("config.toml")));
-    let options = args.options.over(below).resolve().map_err(|error| error.of_file(&given, file.as_deref()))?;
-    let options = options.with_absolute_paths();
-    if let Some(before) = before {
-        options.continues(&before.resolve()?.with_absolute_paths())?;
+    let settings = given.clone().over(below.clone()).resolve();
+    let settings = settings.map_err(|error| error.of_file(&given, file.as_deref()))?.with_absolute_paths();
+    if args.resume.is_some() {
+        settings.continues(&below.resolve()?.with_absolute_paths())?;
     }
     let out = args.out.or(args.resume.clone());
 
     let stop = Arc::new(AtomicBool::new(false));
     let mut display = Display::new(args.json);
     stop_on_signals(&stop, "step", display.bar.clone());
-    let summary = train::train(&options, out.as_deref(), args.resume.is_some(), &stop, &mut |p| display.show(p));
+    let mut training = Training::new(settings.clone()).resume(args.resume.is_some());
+    if let Some(out) = out {
+        training = training.out(out);
+    }
+    let summary = training.run_with(&stop, &mut |progress| display.show(progress));
     display.finish();
     let summary = summary?;
     if args.json {
@@ -64,21 +68,21 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, TrainError> {
                 "seconds": summary.seconds,
                 "images_per_second": summary.images_per_second,
                 "out": summary.out.as_ref().map(|run| run.display().to_string()),
-                "options": options,
+                "options": settings.to_json()?,
             })
             .to_string(),
         )?;
     }
     if summary.interrupted {
         let then = match &summary.out {
-            Some(run) => format!("`polder train --resume {}` goes on from there", run.display()),
+            Some(run) => format!("`polder train --resume {}` continues from there", run.display()),
             None => "nothing was saved, because there was no --out".into(),
         };
         tell(&format!("interrupted after step {}; {then}", summary.steps));
         return Ok(ExitCode::from(130));
     }
     if let Some(loss) = summary.diverged {
-        let most = options.max_loss.unwrap_or_default();
+        let most = settings.run.max_loss.unwrap_or_default();
         let found = if loss.is_finite() { format!("a mean loss of {loss:.4}") } else { "no finite loss".into() };
         let log = match &summary.out {
             Some(run) => format!("; the log is in {}", run.join("log.jsonl").display()),

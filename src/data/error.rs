@@ -98,4 +98,28 @@ pub enum DataError {
     /// A synthetic set that does not fit in memory.
     #[error("synthetic data: {bytes} bytes of images do not fit in memory")]
     SyntheticMemory { bytes: usize },
+
+    /// A set without images, or images without pixels.
+    #[error("{images} images of {shape}: expected at least one image with pixels")]
+    NoImages { images: usize, shape: super::ImageShape },
+
+    /// Pixels that are not those of as many images as there are labels.
+    #[error("{found} bytes of pixels, expected {expected}: {images} labels, images of {shape}")]
+    PixelCount { found: usize, expected: usize, images: usize, shape: super::ImageShape },
+
+    /// A label that is not a class.
+    #[error("label {label} at sample {index}, expected 0 to {}", classes.saturating_sub(1))]
+    Class { index: usize, label: u32, classes: usize },
+
+    /// Training and test images of different sizes.
+    #[error("test images are {test}, expected {train}, as the training images are")]
+    SplitShapes { train: super::ImageShape, test: super::ImageShape },
+
+    /// Training and test images of different numbers of classes.
+    #[error("the test images have {test} classes, expected {train}, as the training images have")]
+    SplitClasses { train: usize, test: usize },
+
+    /// A mean or standard deviation that is not given for each channel.
+    #[error("{name} has {found} values, expected one for each of {channels} channels")]
+    Channels { name: &'static str, found: usize, channels: usize },
 }

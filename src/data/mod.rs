@@ -87,6 +87,35 @@ impl Images {
         self.labels.is_empty()
     }
 
+    /// Labelled images from memory: `pixels` holds the images one after another, each NHWC, and `labels` the class of
+    /// each.
+    ///
+    /// # Errors
+    /// Those of [`Images::check`].
+    pub fn new(pixels: Vec<u8>, labels: Vec<u32>, shape: ImageShape, classes: usize) -> Result<Self, DataError> {
+        let images = Self { pixels, labels, shape, classes };
+        images.check()?;
+        Ok(images)
+    }
+
+    /// Checks that there are images, that pixels and labels belong together, and that every label is a class.
+    ///
+    /// # Errors
+    /// [`DataError::NoImages`], [`DataError::PixelCount`], [`DataError::Class`].
+    pub fn check(&self) -> Result<(), DataError> {
+        let (found, expected) = (self.pixels.len(), self.len().saturating_mul(self.shape.bytes()));
+        if self.is_empty() || self.shape.bytes() == 0 {
+            return Err(DataError::NoImages { images: self.len(), shape: self.shape });
+        }
+        if found != expected {
+            return Err(DataError::PixelCount { found, expected, images: self.len(), shape: self.shape });
+        }
+        match self.labels.iter().position(|&label| label as usize >= self.classes) {
+            Some(index) => Err(DataError::Class { index, label: self.labels[index], classes: self.classes }),
+            None => Ok(()),
+        }
+    }
+
     /// The first `n` samples, in the order of the files.
     ///
     /// # Errors
@@ -156,6 +185,60 @@ pub struct Dataset {
     pub std: Vec<f32>,
     /// Where `mean` and `std` come from.
     pub statistics: Statistics,
+}
+
+impl Dataset {
+    /// A data set from memory. Mean and standard deviation are computed from the training images.
+    ///
+    /// ```
+    /// use polder::data::{Dataset, ImageShape, Images};
+    ///
+    /// // Four grey images of 8×8 pixels for training, two for testing; bright images are class 1.
+    /// let shape = ImageShape { height: 8, width: 8, channels: 1 };
+    /// let images = |labels: Vec<u32>| {
+    ///     let pixels = labels.iter().flat_map(|&label| vec![if label == 1 { 200u8 } else { 50 }; 64]).collect();
+    ///     Images::new(pixels, labels, shape, 2)
+    /// };
+    /// let data = Dataset::new("brightness", images(vec![0, 1, 0, 1])?, images(vec![1, 0])?)?;
+    /// assert_eq!((data.train.len(), data.test.len(), data.mean.len()), (4, 2, 1));
+    /// assert!(images(vec![0, 2]).is_err(), "there is no class 2");
+    /// # Ok::<(), polder::data::DataError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`Dataset::check`].
+    pub fn new(name: &str, train: Images, test: Images) -> Result<Self, DataError> {
+        train.check()?;
+        let (mean, std) = mean_and_std(&train.pixels, train.shape.channels);
+        let data = Self { name: name.into(), train, test, mean, std, statistics: Statistics::TrainImages };
+        data.check()?;
+        Ok(data)
+    }
+
+    /// Checks both splits, that their shapes and classes agree, and that there is a mean and a standard deviation for
+    /// each channel.
+    ///
+    /// # Errors
+    /// Those of [`Images::check`], [`DataError::SplitShapes`], [`DataError::SplitClasses`], [`DataError::Channels`].
+    pub fn check(&self) -> Result<(), DataError> {
+        self.train.check()?;
+        self.test.check()?;
+        let (train, test) = (self.train.shape, self.test.shape);
+        if train != test {
+            return Err(DataError::SplitShapes { train, test });
+        }
+        let (train, test) = (self.train.classes, self.test.classes);
+        if train != test {
+            return Err(DataError::SplitClasses { train, test });
+        }
+        let channels = self.train.shape.channels;
+        for (name, values) in [("mean", &self.mean), ("std", &self.std)] {
+            if values.len() != channels {
+                return Err(DataError::Channels { name, found: values.len(), channels });
+            }
+        }
+        Ok(())
+    }
 }
 
 /// One split of a data set, with what is needed to normalise it; the fields are as in [`Dataset`].

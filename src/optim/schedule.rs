@@ -1,14 +1,17 @@
 //! Learning-rate schedules.
 
-/// Decay of the learning rate after the warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Decay {
-    /// None.
-    Constant,
-    /// `½(1 + cos(π t))`, from the peak to zero (Loshchilov & Hutter 2017, without restarts).
-    Cosine,
-    /// Divided by ten after half and after three quarters of the steps (He et al. 2016).
-    Step,
+use crate::words;
+
+words! {
+    /// Decay of the learning rate after the warm-up.
+    pub enum Decay {
+        /// The peak throughout
+        Constant = "constant",
+        /// `½(1 + cos(π t))`, from the peak to zero (Loshchilov & Hutter 2017, without restarts)
+        Cosine = "cosine",
+        /// Divided by ten after half and after three quarters of the steps (He et al. 2016)
+        Step = "step",
+    }
 }
 
 /// Learning-rate schedule: a linear warm-up to the peak, then the decay.
@@ -50,15 +53,16 @@ impl Schedule {
     }
 }
 
-/// Schedule of a method's ρ, as a factor of its setting.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RhoSchedule {
-    /// Constant 1.
-    Constant,
-    /// Rises linearly from 0 over the run.
-    Linear,
-    /// In proportion to the learning rate, as GSAM does (Zhuang et al. 2022, algorithm 1, with ρ_min = lr_min = 0).
-    LearningRate,
+words! {
+    /// Schedule of a method's ρ, as a factor of its setting.
+    pub enum RhoSchedule {
+        /// The given radius throughout
+        Constant = "constant",
+        /// Rises linearly from 0 over the run
+        Linear = "linear",
+        /// In proportion to the learning rate, as in GSAM (Zhuang et al. 2022, algorithm 1, with ρ_min = lr_min = 0)
+        LearningRate = "lr",
+    }
 }
 
 impl RhoSchedule {

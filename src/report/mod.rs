@@ -96,22 +96,22 @@ pub struct Report {
     pub tensorboard: Vec<PathBuf>,
     /// In the order in which their first runs were named.
     pub groups: Vec<GroupSummary>,
-    /// What was named and is no run: a page that was written among them, say.
-    pub passed_over: Vec<PathBuf>,
+    /// Paths that are not run folders.
+    pub skipped: Vec<PathBuf>,
     /// None where fewer than two groups have a measure of curvature in common.
     pub curvature_order: Option<CurvatureOrder>,
-    /// Lines of logs that were passed over because they could not be read.
+    /// Lines of logs that were skipped because they could not be read.
     pub unreadable_lines: usize,
 }
 
 /// Compares runs, each a folder that [`train`](crate::train::train) wrote, on one HTML page: `out`, or `report.html` in the folder of
 /// a single run or in the current folder. The page needs no other file. With `tensorboard`, each run's log is also written to
-/// `tensorboard/` in its folder. Beside a run, what is none is passed over, so that all of a folder can be named.
+/// `tensorboard/` in its folder. Paths that are not run folders are skipped if there is at least one run.
 ///
 /// # Errors
-/// No run among what is named; a run without a line of a log; files that are missing, or cannot be read or written.
+/// No path that is a run folder; a log without a readable line; files that are missing, or cannot be read or written.
 pub fn report(runs: &[PathBuf], out: Option<&Path>, tensorboard: bool) -> Result<Report, TrainError> {
-    let (mut seen, mut found, mut passed_over) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut seen, mut found, mut skipped) = (Vec::new(), Vec::new(), Vec::new());
     for path in runs {
         // A folder named twice is one run, not two with the same result.
         let place = path.canonicalize().map_err(TrainError::io(path))?;
@@ -120,15 +120,15 @@ pub fn report(runs: &[PathBuf], out: Option<&Path>, tensorboard: bool) -> Result
         }
         seen.push(place);
         match Run::read(path) {
-            Err(TrainError::NoRun { path }) => passed_over.push(path),
+            Err(TrainError::NoRun { path }) => skipped.push(path),
             run => found.push(run?),
         }
     }
     let path = match (out, &found[..]) {
         (_, []) => {
-            return Err(match passed_over.into_iter().next() {
+            return Err(match skipped.into_iter().next() {
                 Some(path) => TrainError::NoRun { path },
-                None => TrainError::option("RUN", "none given, expected one or more"),
+                None => TrainError::setting("RUN", "none given, expected one or more"),
             });
         }
         (Some(out), _) => out.to_path_buf(),
@@ -162,7 +162,7 @@ pub fn report(runs: &[PathBuf], out: Option<&Path>, tensorboard: bool) -> Result
         report: path,
         tensorboard: event_files,
         groups: groups.iter().map(summary).collect(),
-        passed_over,
+        skipped,
         curvature_order,
         unreadable_lines,
     })

@@ -206,7 +206,7 @@ fn left_out(groups: &[Group]) -> Option<String> {
             1 => ("1 line".into(), "was"),
             count => (format!("{count} lines"), "were"),
         };
-        note(&format!("{}: {lines} could not be read and {was} passed over.", run.path.join("log.jsonl").display()))
+        note(&format!("{}: {lines} could not be read and {was} skipped.", run.path.join("log.jsonl").display()))
     };
     let stale = |run: &Run| {
         let (files, path) = (run.stale.join(", "), run.path.display());

@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::landscape::Landscape;
-use crate::train::{Options, Record, TrainError, checksum};
+use crate::train::{Record, TrainError, checksum};
 
 /// What was measured, by the measure's name, as `polder curvature --json` has it.
 pub(super) type Measures = Map<String, Value>;
@@ -59,8 +59,10 @@ impl Run {
             }
             found => found.map_err(TrainError::io(&config))?,
         };
-        let settings = toml::Table::try_from(Options::from_file(&config)?)
-            .map_err(|error| TrainError::Settings { path: config, reason: error.to_string() })?;
+        // Read as it is: a method from outside this crate has options that this program does not know.
+        let text = std::fs::read_to_string(&config).map_err(TrainError::io(&config))?;
+        let settings: toml::Table = toml::from_str(&text)
+            .map_err(|error| TrainError::Settings { path: config, reason: error.message().replace('\n', "; ") })?;
 
         let log = path.join("log.jsonl");
         let text = std::fs::read(&log).map_err(TrainError::io(&log))?;

@@ -9,72 +9,46 @@ use crate::data::{ImageShape, Images};
 use crate::device::{self, Buffer, Device, Error, Slice};
 use crate::kernels::batch_norm::Mode;
 use crate::kernels::image::{BatchShape, Normalization};
-use crate::nn::Model;
 use crate::objective::Accumulator;
-use crate::plan::{Plan, PlanOptions, Shape};
+use crate::plan::{Network, Plan, PlanOptions, Shape};
+use crate::settings;
+use crate::settings::{Choice, Configurable};
 
-/// What to measure, and how closely.
-#[derive(Debug, Clone, PartialEq)]
-pub struct CurvatureSettings {
-    /// In any order.
-    pub measures: Vec<Measure>,
-    /// Random directions for traces, spectrum and extrema.
-    pub probes: usize,
-    /// How many eigenvalues.
-    pub top: usize,
-    /// Steps of Lanczos's method, or products of power iteration for each eigenvalue: at most for eigenvalues, for each probe
-    /// of the spectrum.
-    pub steps: usize,
-    /// Eigenvalues are found when no residual is more than this share of the largest.
-    pub tolerance: f64,
-    /// Radius of the neighbourhood that sharpness and its like look at.
-    pub rho: f64,
-    /// Steps of the ascents there.
-    pub ascent_steps: usize,
-    /// Seed of the random directions.
-    pub seed: u64,
-}
-
-impl Default for CurvatureSettings {
-    /// Gradient norm, trace and normalised trace from 100 probes; 5 eigenvalues in at most 80 steps to 1e-4; 20 steps of ascent
-    /// within 0.05.
-    fn default() -> Self {
-        Self {
-            measures: vec![Measure::GradNorm, Measure::Trace, Measure::NormalizedTrace],
-            probes: 100,
-            top: 5,
-            steps: 80,
-            tolerance: 1e-4,
-            rho: 0.05,
-            ascent_steps: 20,
-            seed: 0,
-        }
+settings! {
+    /// What to measure, and how closely.
+    #[derive(Debug, Clone, PartialEq)]
+    pub struct CurvatureSettings {
+        /// What to measure
+        measure: Vec<Measure> = vec![Measure::GradNorm, Measure::Trace, Measure::NormalizedTrace];
+        /// Random directions for traces, spectrum and extrema
+        probes: usize = 100, in at_least(1);
+        /// How many eigenvalues
+        top: usize = 5, as "K", in at_least(1);
+        /// Lanczos steps: at most for eigenvalues, for each probe of the spectrum; for power iteration, products per eigenvalue
+        steps: usize = 80, in at_least(1);
+        /// Eigenvalues are found when no residual is more than this share of the largest
+        tolerance: f64 = 1e-4, as "T", in not_negative;
+        /// Radius for sharpness measures
+        rho: f64 = 0.05, as "RHO", in positive;
+        /// Steps of ascent for sharpness measures
+        ascent_steps: usize = 20, in at_least(1);
+        /// Seed of the random directions
+        seed: u64 = 0;
     }
 }
 
 impl CurvatureSettings {
-    /// Fails for a value that nothing can be measured with; options begin with `prefix` (`--`, or `--curvature-`).
+    /// Fails for a value out of its range and for values that contradict each other.
     ///
     /// # Errors
-    /// [`TrainError::Option`].
-    pub fn check(&self, prefix: &str) -> Result<(), TrainError> {
-        let wrong = |option: &str, reason: String| Err(TrainError::option(&format!("{prefix}{option}"), reason));
-        let counts =
-            [("probes", self.probes), ("steps", self.steps), ("top", self.top), ("ascent-steps", self.ascent_steps)];
-        if let Some((option, _)) = counts.iter().find(|(_, count)| *count == 0) {
-            return wrong(option, "0, expected at least 1".into());
+    /// [`TrainError::Setting`].
+    pub fn check_combination(&self) -> Result<(), TrainError> {
+        self.check()?;
+        if self.measure.contains(&Measure::TopEigenvalues) && self.top > self.steps {
+            return Err(TrainError::setting("top", format!("{}, expected at most `steps` {}", self.top, self.steps)));
         }
-        if self.measures.contains(&Measure::TopEigenvalues) && self.top > self.steps {
-            return wrong("top", format!("{}, expected at most {prefix}steps {}", self.top, self.steps));
-        }
-        if !self.rho.is_finite() || self.rho <= 0.0 {
-            return wrong("rho", format!("{}, expected a finite number above 0", self.rho));
-        }
-        if self.measures.contains(&Measure::HutchPlusPlus) && self.probes < 3 {
-            return wrong("probes", format!("{}, expected at least 3 for hutch++", self.probes));
-        }
-        if self.tolerance.is_nan() || self.tolerance < 0.0 {
-            return wrong("tolerance", format!("{}, expected 0 or more", self.tolerance));
+        if self.measure.contains(&Measure::HutchPlusPlus) && self.probes < 3 {
+            return Err(TrainError::setting("probes", format!("{}, expected at least 3 for hutch++", self.probes)));
         }
         Ok(())
     }
@@ -222,14 +196,14 @@ pub struct CurvatureMeter {
 }
 
 impl CurvatureMeter {
-    /// Plans the model for parts of `batch_size` of these images, which errors call `name`. With [`Mode::Train`] each part is
+    /// Plans the network for parts of `batch_size` of these images, which errors call `name`. With [`Mode::Train`] each part is
     /// normalised by itself.
     ///
     /// # Errors
-    /// [`TrainError::Option`] where the parts do not make up the images, a model that does not fit them, or the device's memory.
+    /// [`TrainError::Setting`] where the parts do not make up the images, a model that does not fit them, or the device's memory.
     pub fn new(
         device: &Device,
-        model: Model,
+        network: Network<'_>,
         (name, images): (&str, &Images),
         normalization: Normalization,
         batch_size: usize,
@@ -237,11 +211,11 @@ impl CurvatureMeter {
     ) -> Result<Self, TrainError> {
         if !images.len().is_multiple_of(batch_size) {
             let reason = format!("{batch_size}, expected a divisor of the {} images", images.len());
-            return Err(TrainError::option("--batch-size", reason));
+            return Err(TrainError::setting("batch-size", reason));
         }
         let ImageShape { height, width, channels } = images.shape;
         let shape = Shape { batch: batch_size, height, width, channels };
-        let (graph, logits) = model.trace(shape, images.classes).map_err(TrainError::plan(name))?;
+        let (graph, logits) = network(shape, images.classes).map_err(TrainError::plan(name))?;
         let options = PlanOptions { batch_norm, ..PlanOptions::training() };
         let plan = Plan::new(device, graph, logits, options).map_err(TrainError::plan(name))?;
         let order: Vec<u32> = (0..images.len() as u32).collect();
@@ -340,7 +314,7 @@ impl CurvatureMeter {
         let tensors: Vec<_> = tensors.iter().map(|tensor| (tensor.name.clone(), tensor.range())).collect();
         let mut found = self.at(weights, statistics, |curvature| measure(curvature, settings, &tensors, progress))?;
         let CurvatureSettings { rho, ascent_steps, seed, .. } = *settings;
-        let wants = |measure: &Measure| settings.measures.contains(measure);
+        let wants = |measure: &Measure| settings.measure.contains(measure);
         let of_parts: Vec<Measure> =
             [Measure::MSharpness, Measure::ApproximationRatio].into_iter().filter(wants).collect();
         if of_parts.is_empty() {
@@ -395,7 +369,7 @@ fn measure(
     progress: &mut dyn FnMut(Measure, usize, usize),
 ) -> device::Result<Findings> {
     let CurvatureSettings { probes, steps, seed, top, tolerance, rho, ascent_steps, .. } = *settings;
-    let wants = |measure: Measure| settings.measures.contains(&measure);
+    let wants = |measure: Measure| settings.measure.contains(&measure);
     // Two measures that a third is made of.
     let either = |measure: Measure| wants(measure) || wants(Measure::NormalizedTrace);
     let norm = if either(Measure::GradNorm) { Some(settled(curvature.gradient_norm())?) } else { None };
@@ -404,7 +378,7 @@ fn measure(
         false => None,
     };
     let mut list = Vec::new();
-    for measure in <Measure as clap::ValueEnum>::value_variants().iter().copied().filter(|&measure| wants(measure)) {
+    for measure in Measure::ALL.iter().copied().filter(|&measure| wants(measure)) {
         let on =
             |of: usize| move |progress: &mut dyn FnMut(Measure, usize, usize), done: usize| progress(measure, done, of);
         let pairs = |pairs: Vec<Eigenpair<f32>>| {

@@ -1,23 +1,25 @@
-//! What can go wrong between a command line and a trained model. Every message is one line that names the file or the option.
+//! What can go wrong between settings and a trained model. Every message is one line that names the file or the
+//! setting. Settings have the names of a settings file (`batch-size`), within a reason between backticks.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use super::Options;
+use super::Layer;
 use crate::data::DataError;
 use crate::device;
 use crate::nn::UnknownModel;
 use crate::plan::PlanError;
+use crate::settings::SettingError;
 
 /// An error of training, evaluation or their files.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TrainError {
-    /// An option that cannot be used: its name and the reason.
-    #[error("{option}: {reason}")]
-    Option {
-        /// As on the command line, such as `--batch-size`.
-        option: String,
+    /// A setting that cannot be used.
+    #[error("{name}: {reason}")]
+    Setting {
+        /// Its name, such as `batch-size`.
+        name: String,
         /// What is wrong with its value.
         reason: String,
     },
@@ -46,7 +48,7 @@ pub enum TrainError {
         reason: String,
     },
     /// The folder for a run's results already holds a run.
-    #[error("{0}: already holds a run or what is left of one; `--resume {0}` continues a whole one, another `--out` begins a new one", path.display())]
+    #[error("{}: already holds a run or a partial run", path.display())]
     RunExists {
         /// The folder.
         path: PathBuf,
@@ -57,10 +59,10 @@ pub enum TrainError {
         /// Its folder.
         path: PathBuf,
     },
-    /// What is named as a run is none.
-    #[error("{}: holds no run (no config.toml)", path.display())]
+    /// A path that is not a run folder.
+    #[error("{}: not a run folder (it has no config.toml)", path.display())]
     NoRun {
-        /// The folder, or what is no folder.
+        /// The path.
         path: PathBuf,
     },
     /// Results in files that cannot be used.
@@ -71,14 +73,14 @@ pub enum TrainError {
         /// What is wrong with it.
         reason: String,
     },
-    /// What was printed got lost.
+    /// The output could not be printed.
     #[error("standard output: {0}")]
     Output(std::io::Error),
     /// The data set.
     #[error(transparent)]
     Data(#[from] DataError),
     /// The model's name.
-    #[error("--model: {0}")]
+    #[error("model: {0}")]
     Model(#[from] UnknownModel),
     /// The network does not fit the images or the device.
     #[error("{data}: the model does not fit the images: {source}")]
@@ -116,13 +118,12 @@ impl TrainError {
         }
     }
 
-    /// The same error, laid to the file of settings where the option at fault was not given beside it.
+    /// The same error, which blames the file of settings if the setting at fault was not given beside it.
     #[must_use]
-    pub fn of_file(self, given: &Options, file: Option<&Path>) -> Self {
+    pub fn of_file(self, given: &Layer, file: Option<&Path>) -> Self {
         match (self, file) {
-            (TrainError::Option { option, reason }, Some(path)) if !given.has(&option) => {
-                let key = option.trim_start_matches("--");
-                TrainError::Settings { path: path.into(), reason: format!("{key}: {reason}") }
+            (TrainError::Setting { name, reason }, Some(path)) if !given.has(&name) => {
+                TrainError::Settings { path: path.into(), reason: format!("{name}: {reason}") }
             }
             (error, _) => error,
         }
@@ -136,12 +137,19 @@ impl TrainError {
         }
     }
 
-    pub(crate) fn option(option: &str, reason: impl Into<String>) -> Self {
-        TrainError::Option { option: option.into(), reason: reason.into() }
+    /// A setting that cannot be used.
+    pub fn setting(name: &str, reason: impl Into<String>) -> Self {
+        TrainError::Setting { name: name.into(), reason: reason.into() }
     }
 
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
         move |source| TrainError::Io { path, source }
+    }
+}
+
+impl From<SettingError> for TrainError {
+    fn from(error: SettingError) -> Self {
+        TrainError::Setting { name: error.name().into(), reason: error.reason() }
     }
 }

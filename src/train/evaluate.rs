@@ -4,11 +4,11 @@ use serde::Serialize;
 
 use super::TrainError;
 use super::images::DeviceImages;
+use crate::data::{ImageShape, Images};
 use crate::device::{Buffer, Device, Slice};
 use crate::kernels::batch_norm::Mode;
 use crate::kernels::image::{self, BatchShape, Normalization, Position};
-use crate::nn::Model;
-use crate::plan::{Plan, PlanOptions, Shape};
+use crate::plan::{Network, Plan, PlanOptions, Shape};
 
 /// What an evaluation found.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -34,17 +34,16 @@ pub struct Evaluator {
 }
 
 impl Evaluator {
-    /// Plans the model for batches of at most `batch_size` of these images, which errors call `name`. With [`Mode::Train`] each
+    /// Plans the network for batches of at most `batch_size` of these images, which errors call `name`. With [`Mode::Train`] each
     /// batch is normalised by itself.
     ///
     /// # Errors
-    /// A model that does not fit the images, the device's memory, or with [`Mode::Train`] [`TrainError::Option`] where the batches
+    /// A network that does not fit the images, the device's memory, or with [`Mode::Train`] [`TrainError::Setting`] where the batches
     /// do not make up the images.
     pub fn new(
         device: &Device,
-        model: Model,
-        name: &str,
-        images: &crate::data::Images,
+        network: Network<'_>,
+        (name, images): (&str, &Images),
         normalization: Normalization,
         batch_size: usize,
         batch_norm: Mode,
@@ -52,11 +51,11 @@ impl Evaluator {
         let batch = batch_size.min(images.len());
         if batch_norm == Mode::Train && !images.len().is_multiple_of(batch) {
             let reason = format!("{batch}, expected a divisor of the {} images", images.len());
-            return Err(TrainError::option("--batch-size", reason));
+            return Err(TrainError::setting("batch-size", reason));
         }
-        let crate::data::ImageShape { height, width, channels } = images.shape;
+        let ImageShape { height, width, channels } = images.shape;
         let shape = Shape { batch, height, width, channels };
-        let (graph, logits) = model.trace(shape, images.classes).map_err(TrainError::plan(name))?;
+        let (graph, logits) = network(shape, images.classes).map_err(TrainError::plan(name))?;
         let plan = Plan::new(device, graph, logits, PlanOptions { batch_norm, ..PlanOptions::evaluation() })
             .map_err(TrainError::plan(name))?;
         // The last batch is filled up with the first samples, whose results are not counted.

@@ -48,7 +48,7 @@ pub fn open_device(name: &str, threads: usize) -> Result<Device, TrainError> {
 pub fn open_data(path: &str) -> Result<Dataset, TrainError> {
     match path {
         "synthetic" => Ok(data::synthetic(&SyntheticSpec::default())?),
-        "" => Err(TrainError::option("--data", "empty, expected a folder or synthetic")),
+        "" => Err(TrainError::setting("data", "empty, expected a folder or synthetic")),
         path => Ok(data::load(Path::new(path))?),
     }
 }
@@ -78,15 +78,15 @@ pub fn normalization(
 ) -> Result<Normalization, TrainError> {
     let mut normalization = Normalization { mean: [0.0; 4], std: [1.0; 4] };
     for (option, values, into) in [
-        ("--mean", mean.unwrap_or(data.0), &mut normalization.mean),
-        ("--std", std.unwrap_or(data.1), &mut normalization.std),
+        ("mean", mean.unwrap_or(data.0), &mut normalization.mean),
+        ("std", std.unwrap_or(data.1), &mut normalization.std),
     ] {
         if values.len() != channels || channels > into.len() {
             let reason = format!("{} values for images with {channels} channel(s)", values.len());
-            return Err(TrainError::option(option, reason));
+            return Err(TrainError::setting(option, reason));
         }
-        if values.iter().any(|value| !value.is_finite() || (option == "--std" && *value <= 0.0)) {
-            return Err(TrainError::option(option, "expected finite numbers, and deviations above 0"));
+        if values.iter().any(|value| !value.is_finite() || (option == "std" && *value <= 0.0)) {
+            return Err(TrainError::setting(option, "expected finite numbers, and deviations above 0"));
         }
         into[..channels].copy_from_slice(values);
     }

@@ -5,11 +5,15 @@ mod curvature;
 mod error;
 mod evaluate;
 mod files;
+mod folder;
 mod images;
 pub mod landscape;
+mod layer;
 mod log;
 mod run;
 mod settings;
+mod state;
+mod training;
 pub mod weights;
 
 pub use curvature::{CurvatureMeter, CurvatureSettings, Finding, Findings};
@@ -17,9 +21,11 @@ pub use error::TrainError;
 pub use evaluate::{Evaluation, Evaluator};
 pub use files::{checksum, write_whole};
 pub use images::{Batch, normalization, open_data, open_device, open_split};
+pub use layer::Layer;
 pub use log::Record;
-pub use run::{Progress, Summary, train};
+pub use run::{Progress, Summary};
 pub use settings::{
-    AugmentName, BaseName, FormName, HvpName, Measure, NormName, OptimizerName, Options, OracleName, PrecisionName,
-    RhoScheduleName, ScheduleName, ShortcutName,
+    AdamWSettings, Augmentation, BaseName, CurvatureLogSettings, DataSettings, LoopSettings, Measure, MethodName,
+    ModelSettings, OptimizerSettings, Precision, RunOption, Settings, SgdSettings, ShortcutName, of_methods, options,
 };
+pub use training::Training;

@@ -1,158 +1,54 @@
-//! The settings of a run: every flag of `polder train` and its key in a TOML file, their defaults, and what they mean.
+//! The settings of a run: every option of `polder train` and every key of a settings file, with defaults and ranges.
+//!
+//! General options are declared here, those of a method in its file in [`crate::optim`], those of a base optimizer in
+//! [`SgdSettings`] and [`AdamWSettings`]. [`options`] lists all of them, and the command line, `--help`, checks,
+//! `config.toml` and the table in `docs/methods.md` are made from that list.
 
-use std::path::Path;
+use std::fmt::Write as _;
 
-use serde::{Deserialize, Serialize};
-
+use super::layer::{Layer, to_json, to_toml};
 use super::{CurvatureSettings, TrainError};
 use crate::arena::Layout;
 use crate::device::HostOptions;
 use crate::nn::{Model, Shortcut};
-use crate::optim::{
-    self, Asam, Base, Context, CrSam, Decay, Form, Gam, Gnr, Gsam, Hvp, LookSam, Method, Norm, Oracle, Plain, RSam,
-    RandomSam, RhoSchedule, SaSam, SaSgd, Sam,
-};
-
-/// A choice that is written as one of a few words.
-macro_rules! words {
-    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $word:literal),+ $(,)? }) => {
-        $(#[$doc])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-        pub enum $name {
-            $($(#[$variant_doc])* #[serde(rename = $word)] #[value(name = $word)] $variant),+
-        }
-
-        impl std::fmt::Display for $name {
-            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str(match self { $(Self::$variant => $word),+ })
-            }
-        }
-    };
-}
+use crate::optim::{self, Base, Context, Decay, Entry, METHODS, Method, RhoSchedule};
+use crate::settings::{Choice, Configurable, Kind, OptionType, Range, Setting, SettingError, Value, Word, applies};
+use crate::{settings, words};
 
 words! {
-    /// `--optimizer`.
-    OptimizerName {
-        /// Stochastic gradient descent with momentum.
+    /// The rule under a sharpness-aware method.
+    pub enum BaseName {
+        /// Stochastic gradient descent with momentum
         Sgd = "sgd",
-        /// AdamW.
-        AdamW = "adamw",
-        /// Sharpness-aware minimisation.
-        Sam = "sam",
-        /// Adaptive SAM.
-        Asam = "asam",
-        /// SAM along a random direction: the control.
-        RandomSam = "random-sam",
-        /// SAM whose ascent follows the gradient at a random point.
-        RSam = "r-sam",
-        /// SAM that keeps the loss at w low.
-        Gsam = "gsam",
-        /// SAM in one of k steps.
-        LookSam = "looksam",
-        /// Curvature-regularised SAM.
-        CrSam = "cr-sam",
-        /// Gradient-norm regularisation.
-        Gnr = "gnr",
-        /// Gradient-norm-aware minimisation.
-        Gam = "gam",
-        /// SAM with its own step size and radius.
-        SaSam = "sa-sam",
-        /// SGD with SA-SAM's step size.
-        SaSgd = "sa-sgd",
-    }
-}
-words! {
-    /// `--base`: the rule under a sharpness-aware method.
-    BaseName {
-        /// Stochastic gradient descent with momentum.
-        Sgd = "sgd",
-        /// AdamW.
+        /// AdamW
         AdamW = "adamw",
     }
 }
 words! {
-    /// `--form` of CR-SAM.
-    FormName {
-        /// Equation 7 of the paper.
-        Log = "log",
-        /// The authors' code.
-        Released = "released",
-    }
-}
-words! {
-    /// `--p-norm` of SAM's ball.
-    NormName {
-        /// p = 2.
-        Two = "2",
-        /// p = ∞.
-        Infinity = "inf",
-    }
-}
-words! {
-    /// `--hvp` of GNR.
-    HvpName {
-        /// By the tangent of the network.
-        Exact = "exact",
-        /// By the difference of two gradients.
-        Difference = "difference",
-    }
-}
-words! {
-    /// `--oracle` of GNR.
-    OracleName {
-        /// The gradient of the loss.
-        Loss = "loss",
-        /// SAM's gradient.
-        Sam = "sam",
-    }
-}
-words! {
-    /// `--rho-schedule`.
-    RhoScheduleName {
-        /// The given radius throughout.
-        Constant = "constant",
-        /// From zero to the given radius.
-        Linear = "linear",
-        /// In proportion to the learning rate.
-        LearningRate = "lr",
-    }
-}
-words! {
-    /// `--schedule`.
-    ScheduleName {
-        /// The peak throughout.
-        Constant = "constant",
-        /// Half a cosine to zero.
-        Cosine = "cosine",
-        /// A tenth after a half and again after three quarters of the steps.
-        Step = "step",
-    }
-}
-words! {
-    /// `--augment`.
-    AugmentName {
-        /// None.
+    /// Random changes to training images.
+    pub enum Augmentation {
+        /// None
         None = "none",
-        /// Horizontal flips, and crops after padding by 4 pixels.
+        /// Horizontal flips, and crops after padding by 4 pixels
         Basic = "basic",
     }
 }
 words! {
-    /// `--precision`.
-    PrecisionName {
-        /// 32-bit floats throughout.
+    /// What activations and the weights of convolutions are stored in.
+    pub enum Precision {
+        /// 32-bit floats throughout
         F32 = "f32",
-        /// The same, but a GPU's convolutions round their factors to 10 bits of mantissa.
+        /// 32-bit floats; a GPU's convolutions round their factors to 10 bits of mantissa
         Tf32 = "tf32",
-        /// Activations and the convolutions' weights in 16 bits with 10 of mantissa, the loss scaled.
+        /// 16 bits with 10 bits of mantissa; the loss is scaled
         F16 = "f16",
-        /// The same in 16 bits with 7 of mantissa, and the range of f32.
+        /// 16 bits with 7 bits of mantissa and the range of f32
         Bf16 = "bf16",
     }
 }
 words! {
-    /// `--measure` of `polder curvature` and `--curvature-measures` of `polder train`.
-    Measure {
+    /// A measure of curvature.
+    pub enum Measure {
         /// ‖∇L‖
         GradNorm = "grad-norm",
         /// Trace of the Hessian
@@ -165,15 +61,15 @@ words! {
         LayerTraces = "layer-traces",
         /// vᵀHv along the gradient, v = ∇L/‖∇L‖
         Vhv = "vhv",
-        /// The same by the difference of losses at ρ to either side
+        /// The same from the losses at distance ρ on both sides
         VhvDifference = "vhv-difference",
-        /// How far the loss rises within ρ: by one step, and by several of ascent
+        /// How far the loss rises within ρ: after one step of ascent, and after several
         Sharpness = "sharpness",
         /// The same for the loss of each part of the images
         MSharpness = "m-sharpness",
-        /// What of the rise one step finds, for the loss of each part of the images
+        /// The share of the rise that one step finds, for the loss of each part of the images
         ApproximationRatio = "approximation-ratio",
-        /// ρ times the largest ‖∇L‖ within it
+        /// ρ times the largest ‖∇L‖ within ρ
         Gnr = "gnr",
         /// Local minima and maxima within 0.1 along random lines
         Extrema = "extrema",
@@ -186,782 +82,684 @@ words! {
     }
 }
 words! {
-    /// `--shortcut` of the CIFAR ResNets.
-    ShortcutName {
-        /// Every second pixel, new channels zero.
+    /// How a residual block's input reaches its output where the shape changes.
+    pub enum ShortcutName {
+        /// Every second pixel, new channels zero
         A = "a",
-        /// A 1×1 convolution with batch norm.
+        /// A 1×1 convolution with batch norm
         B = "b",
     }
 }
 
-impl OptimizerName {
-    /// All but the base optimizers themselves.
-    const SHARPNESS_AWARE: [Self; 11] = [
-        Self::Sam,
-        Self::Asam,
-        Self::RandomSam,
-        Self::RSam,
-        Self::Gsam,
-        Self::LookSam,
-        Self::CrSam,
-        Self::Gnr,
-        Self::Gam,
-        Self::SaSam,
-        Self::SaSgd,
-    ];
+/// A method by its name in [`METHODS`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MethodName(&'static str);
 
-    /// The ρ and α that are usual for it.
-    fn usual(self) -> (Option<f64>, Option<f64>) {
-        match self {
-            Self::Sgd | Self::AdamW | Self::SaSam | Self::SaSgd => (None, None),
-            Self::Sam | Self::RandomSam | Self::RSam => (Some(0.05), None),
-            Self::Asam => (Some(0.5), None),
-            Self::Gsam => (Some(0.05), Some(0.1)),
-            Self::LookSam => (Some(0.05), Some(0.7)),
-            Self::CrSam | Self::Gnr => (Some(0.1), Some(0.1)),
-            Self::Gam => (Some(0.02), None),
+impl MethodName {
+    /// The names of all methods.
+    const WORDS: [Word; METHODS.len()] = {
+        let mut words = [Word { name: "", doc: "" }; METHODS.len()];
+        let mut index = 0;
+        while index < METHODS.len() {
+            words[index] = Word { name: METHODS[index].name, doc: METHODS[index].summary };
+            index += 1;
         }
+        words
+    };
+
+    /// The method of that name, if there is one.
+    pub fn new(name: &str) -> Option<Self> {
+        optim::find(name).map(|entry| Self(entry.name))
+    }
+
+    /// The name.
+    pub fn name(self) -> &'static str {
+        self.0
     }
 }
 
-/// The flags of `polder train`, each of them optional; the same names are the keys of `--config` files.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, clap::Args)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct Options {
-    /// A folder with CIFAR-10/100 (binary) or IDX files, or `synthetic` [default: synthetic]
-    #[arg(long, value_name = "PATH", help_heading = "Data")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub data: Option<String>,
-    /// Train on the first N training images only
-    #[arg(long, value_name = "N", help_heading = "Data")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub train_size: Option<usize>,
-    /// Replace this fraction of the training labels by other classes
-    #[arg(long, value_name = "P", help_heading = "Data")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub label_noise: Option<f64>,
-    /// Mean of pixel/255 per channel [default: the data set's published values]
-    #[arg(long, value_name = "A,B,C", value_delimiter = ',', allow_hyphen_values = true, help_heading = "Data")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub mean: Option<Vec<f32>>,
-    /// Standard deviation of pixel/255 per channel [default: the data set's published values]
-    #[arg(long, value_name = "A,B,C", value_delimiter = ',', allow_hyphen_values = true, help_heading = "Data")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub std: Option<Vec<f32>>,
-    /// Random changes to training images [default: basic]
-    #[arg(long, value_enum, value_name = "KIND", help_heading = "Data")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub augment: Option<AugmentName>,
-    /// Take the training images in the order of the files
-    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL", help_heading = "Data")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub no_shuffle: Option<bool>,
-    /// Images per step; fewer at an epoch's end are left out [default: 128]
-    #[arg(long, value_name = "N", help_heading = "Data")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub batch_size: Option<usize>,
-    /// Images per pass: gradients are accumulated over the batch [default: the batch, or --m-sharpness]
-    #[arg(long, value_name = "N", help_heading = "Data")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub micro_batch: Option<usize>,
+impl OptionType for MethodName {
+    const KIND: Kind = Kind::Word(&Self::WORDS);
 
-    /// resnet8, 20, 32, 44, 56, 110 (CIFAR ResNets) or resnet18 [default: resnet8]
-    #[arg(long, value_name = "NAME", help_heading = "Model")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub model: Option<String>,
-    /// Shortcuts of a CIFAR ResNet where its shape changes [default: a]
-    #[arg(long, value_enum, value_name = "KIND", help_heading = "Model")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub shortcut: Option<ShortcutName>,
-    /// Begin from the weights in this file
-    #[arg(long, value_name = "FILE.safetensors", help_heading = "Model")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub init: Option<String>,
-
-    /// How to train [default: sam]
-    #[arg(long, value_enum, value_name = "NAME", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub optimizer: Option<OptimizerName>,
-    /// The rule under a sharpness-aware optimizer [default: sgd]
-    #[arg(long, value_enum, value_name = "NAME", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub base: Option<BaseName>,
-    /// Radius of the perturbation [default: 0.05; asam 0.5, cr-sam and gnr 0.1, gam 0.02]
-    #[arg(long, value_name = "RHO", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub rho: Option<f64>,
-    /// Norm of SAM's ball [default: 2]
-    #[arg(long, value_enum, value_name = "P", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub p_norm: Option<NormName>,
-    /// Weight of what cr-sam, gnr, gsam and looksam add to the gradient [default: 0.1; looksam 0.7]
-    #[arg(long, value_name = "ALPHA", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub alpha: Option<f64>,
-    /// CR-SAM's weight of the slope term [default: 0.01]
-    #[arg(long, value_name = "BETA", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub beta: Option<f64>,
-    /// CR-SAM as in the paper (log) or as in its authors' code (released) [default: log]
-    #[arg(long, value_enum, value_name = "FORM", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub form: Option<FormName>,
-    /// CR-SAM drops the curvature term at or below this A [default: 1e-8]
-    #[arg(long, value_name = "A", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub a_min: Option<f64>,
-    /// CR-SAM drops the slope term at or below this B [default: 1e-8]
-    #[arg(long, value_name = "B", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub b_min: Option<f64>,
-    /// ASAM's η in T = |w| + η [default: 0.01]
-    #[arg(long, value_name = "ETA", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub eta: Option<f64>,
-    /// Steps of SAM's ascent [default: 1]
-    #[arg(long, value_name = "K", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub ascent_steps: Option<usize>,
-    /// SAM with the term that it drops: one product with the Hessian
-    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub second_order: Option<bool>,
-    /// Length of R-SAM's random displacement [default: 0.05]
-    #[arg(long, value_name = "SIGMA", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub sigma: Option<f64>,
-    /// LookSAM and GNR: do the whole step once in so many [default: 5 and 1]
-    #[arg(long, value_name = "K", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub every: Option<u64>,
-    /// GNR's products with the Hessian [default: difference]
-    #[arg(long, value_enum, value_name = "KIND", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub hvp: Option<HvpName>,
-    /// GNR adds to this gradient [default: loss]
-    #[arg(long, value_enum, value_name = "KIND", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub oracle: Option<OracleName>,
-    /// Radius of GNR's SAM [default: 0.05]
-    #[arg(long, value_name = "RHO", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub oracle_rho: Option<f64>,
-    /// GAM's r, along the change of the gradient (--rho is its r') [default: 0.2]
-    #[arg(long, value_name = "R", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub rho_norm: Option<f64>,
-    /// GAM's β0 [default: 0.5]
-    #[arg(long, value_name = "BETA", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub beta0: Option<f64>,
-    /// GAM's β1 [default: 0.6]
-    #[arg(long, value_name = "BETA", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub beta1: Option<f64>,
-    /// GAM's γ [default: 0.03]
-    #[arg(long, value_name = "GAMMA", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub gamma: Option<f64>,
-    /// SA-SAM's and SA-SGD's δ; their η_0 is --lr [default: 0.02]
-    #[arg(long, value_name = "DELTA", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub delta: Option<f64>,
-    /// How ρ moves [default: constant]
-    #[arg(long, value_enum, value_name = "KIND", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub rho_schedule: Option<RhoScheduleName>,
-    /// Groups of so many images, each with a perturbation of its own [default: the batch]
-    #[arg(long, value_name = "M", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub m_sharpness: Option<usize>,
-    /// Scale a longer combined gradient down to this norm
-    #[arg(long, value_name = "NORM", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub clip: Option<f64>,
-    /// Peak learning rate [default: 0.1 for SGD, 0.001 for AdamW]
-    #[arg(long, value_name = "RATE", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub lr: Option<f64>,
-    /// SGD's momentum [default: 0.9]
-    #[arg(long, value_name = "MU", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub momentum: Option<f64>,
-    /// SGD with Nesterov's momentum
-    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub nesterov: Option<bool>,
-    /// Weight decay [default: 5e-4 for SGD, 0.01 for AdamW]
-    #[arg(long, value_name = "LAMBDA", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub weight_decay: Option<f64>,
-    /// Exempt biases and normalisation from weight decay
-    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub no_decay_norm: Option<bool>,
-    /// Label smoothing of the training loss [default: 0]
-    #[arg(long, value_name = "EPS", help_heading = "Optimizer")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub label_smoothing: Option<f64>,
-
-    /// Passes over the training images [default: 10]
-    #[arg(long, value_name = "N", help_heading = "Run")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub epochs: Option<u64>,
-    /// Steps instead of epochs
-    #[arg(long, value_name = "N", conflicts_with = "epochs", help_heading = "Run")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub steps: Option<u64>,
-    /// How the learning rate falls [default: cosine]
-    #[arg(long, value_enum, value_name = "KIND", help_heading = "Run")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub schedule: Option<ScheduleName>,
-    /// Steps of linear warm-up [default: 0]
-    #[arg(long, value_name = "STEPS", help_heading = "Run")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub warmup: Option<u64>,
-    /// Seed of all that is random: weights, order, augmentation, label noise, directions, probes [default: 0]
-    #[arg(long, value_name = "N", help_heading = "Run")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub seed: Option<u64>,
-    /// auto, cpu or cuda:N [default: auto]
-    #[arg(long, value_name = "NAME", help_heading = "Run")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub device: Option<String>,
-    /// CPU threads; 0 takes one per core [default: 0]
-    #[arg(long, value_name = "N", help_heading = "Run")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub threads: Option<usize>,
-    /// What activations and the convolutions' weights are stored in; f16 scales the loss [default: f32]
-    #[arg(long, value_enum, value_name = "TYPE", help_heading = "Run")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub precision: Option<PrecisionName>,
-    /// Write a line to log.jsonl every N steps as well; 0 for none [default: 0]
-    #[arg(long, value_name = "N", help_heading = "Run")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub log_every: Option<u64>,
-    /// End the run once the mean loss of 50 steps or of an epoch is above this, or none of 50 steps, or of the last epoch's, had a
-    /// finite one
-    #[arg(long, value_name = "LOSS", help_heading = "Run")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub max_loss: Option<f64>,
-
-    /// Measure the curvature after every N epochs and write it to log.jsonl; 0 for never [default: 0]
-    #[arg(long, value_name = "N", help_heading = "Curvature")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub curvature_every: Option<u64>,
-    /// What to measure [default: grad-norm,trace,normalized-trace]
-    #[arg(long, value_enum, value_delimiter = ',', value_name = "LIST", help_heading = "Curvature")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub curvature_measures: Option<Vec<Measure>>,
-    /// Over the first N training images, at most 200 or a multiple of 200 [default: 1000, or as many as there are in 200s]
-    #[arg(long, value_name = "N", help_heading = "Curvature")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub curvature_samples: Option<usize>,
-    /// Random directions for traces, spectrum and extrema [default: 20]
-    #[arg(long, value_name = "N", help_heading = "Curvature")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub curvature_probes: Option<usize>,
-}
-
-/// An option, whatever its type.
-trait Given {
-    fn given(&self) -> bool;
-    fn clear(&mut self);
-}
-
-impl<T> Given for Option<T> {
-    fn given(&self) -> bool {
-        self.is_some()
+    fn to_value(&self) -> Value {
+        Value::Word(self.0.into())
     }
 
-    fn clear(&mut self) {
-        *self = None;
+    fn from_value(value: &Value) -> Option<Self> {
+        if let Value::Word(name) | Value::Text(name) = value { Self::new(name) } else { None }
     }
 }
 
-impl Options {
-    /// The settings of the run in a folder.
+settings! {
+    /// What to train on.
+    #[derive(Debug, Clone, PartialEq)]
+    pub struct DataSettings {
+        /// A folder with CIFAR-10/100 (binary) or IDX files, or `synthetic`
+        data: String = "synthetic".into(), as "PATH";
+        /// Train on the first N training images only
+        train_size: Option<usize> = None;
+        /// Replace this fraction of the training labels by other classes
+        label_noise: Option<f64> = None, as "P", in fraction;
+        /// Mean of pixel/255 per channel [default: the data set's published values]
+        mean: Option<Vec<f32>> = None;
+        /// Standard deviation of pixel/255 per channel [default: the data set's published values]
+        std: Option<Vec<f32>> = None;
+        /// Random changes to training images
+        augment: Augmentation = Augmentation::Basic;
+        /// Take the training images in the order of the files
+        no_shuffle: bool = false;
+        /// Images per step. The last images of an epoch are left out if they do not fill a step
+        batch_size: usize = 128, in at_least(1);
+        /// Images per pass: gradients are accumulated over the batch [default: the batch, or `m-sharpness`]
+        micro_batch: Option<usize> = None, in at_least(1);
+    }
+}
+
+settings! {
+    /// Which network to train.
+    #[derive(Debug, Clone, PartialEq)]
+    pub struct ModelSettings {
+        /// resnet8, 20, 32, 44, 56, 110 (CIFAR ResNets) or resnet18
+        model: String = "resnet8".into(), as "NAME";
+        /// Shortcuts of a CIFAR ResNet where its shape changes [default: a]
+        shortcut: Option<ShortcutName> = None;
+        /// Begin from the weights in this file
+        init: Option<String> = None, as "FILE.safetensors";
+    }
+}
+
+settings! {
+    /// How to train: the method's name, and what all methods have.
+    #[derive(Debug, Clone, PartialEq)]
+    pub struct OptimizerSettings {
+        /// How to train
+        optimizer: MethodName = MethodName("sam"), as "NAME";
+        /// The rule under a sharpness-aware optimizer
+        base: BaseName = BaseName::Sgd, as "NAME";
+        /// How ρ changes over the run
+        rho_schedule: RhoSchedule = RhoSchedule::Constant;
+        /// Perturb each group of M images separately [default: the batch]
+        m_sharpness: Option<usize> = None, as "M", in at_least(1);
+        /// Scale a longer combined gradient down to this norm
+        clip: Option<f64> = None, as "NORM", in positive;
+        /// Exempt biases and normalisation from weight decay
+        no_decay_norm: bool = false;
+        /// Label smoothing of the training loss
+        label_smoothing: f64 = 0.0, as "EPS", in fraction;
+    }
+}
+
+settings! {
+    /// SGD, alone or under a method.
+    #[derive(Debug, Clone, PartialEq)]
+    pub struct SgdSettings {
+        /// Peak learning rate
+        lr: f64 = 0.1, as "RATE", in positive;
+        /// SGD's momentum
+        momentum: f64 = 0.9, as "MU", in not_negative;
+        /// SGD with Nesterov's momentum
+        nesterov: bool = false;
+        /// Weight decay
+        weight_decay: f64 = 5e-4, as "LAMBDA", in not_negative;
+    }
+}
+
+settings! {
+    /// AdamW, alone or under a method.
+    #[derive(Debug, Clone, PartialEq)]
+    pub struct AdamWSettings {
+        /// Peak learning rate
+        lr: f64 = 1e-3, as "RATE", in positive;
+        /// Weight decay
+        weight_decay: f64 = 1e-2, as "LAMBDA", in not_negative;
+    }
+}
+
+settings! {
+    /// How long to train, where, and what to log.
+    #[derive(Debug, Clone, PartialEq)]
+    pub struct LoopSettings {
+        /// Passes over the training images
+        epochs: u64 = 10, in at_least(1);
+        /// Steps instead of epochs
+        steps: Option<u64> = None, in at_least(1);
+        /// How the learning rate falls
+        schedule: Decay = Decay::Cosine;
+        /// Steps of linear warm-up
+        warmup: u64 = 0, as "STEPS";
+        /// Seed of everything random: weights, order, augmentation, label noise, directions, probes
+        seed: u64 = 0;
+        /// auto, cpu or cuda:N
+        device: String = "auto".into(), as "NAME";
+        /// CPU threads; 0 takes one per core
+        threads: usize = 0, in at_most(HostOptions::MOST_THREADS as u64);
+        /// What activations and the weights of convolutions are stored in; f16 scales the loss
+        precision: Precision = Precision::F32, as "TYPE";
+        /// Write a line to log.jsonl every N steps as well; 0 for none
+        log_every: u64 = 0;
+        /// Stop when the mean loss of 50 steps or of an epoch exceeds this or is never finite
+        max_loss: Option<f64> = None, as "LOSS", in positive;
+    }
+}
+
+settings! {
+    /// Curvature that is measured during training.
+    #[derive(Debug, Clone, PartialEq)]
+    pub struct CurvatureLogSettings {
+        /// Measure the curvature after every N epochs and write it to log.jsonl; 0 for never
+        curvature_every: u64 = 0;
+        /// What to measure
+        curvature_measures: Vec<Measure> = CurvatureSettings::default().measure, with curvature_every;
+        /// Over the first N training images, at most 200 or a multiple of 200 [default: 1000, or as many as there are in 200s]
+        curvature_samples: Option<usize> = None, with curvature_every;
+        /// Random directions for traces, spectrum and extrema
+        curvature_probes: usize = 20, with curvature_every;
+    }
+}
+
+/// The method and the base optimizer of a run, which decide what other options there are.
+pub(super) struct Chosen {
+    entry: &'static Entry,
+    method: Box<dyn Method<f32>>,
+    base: BaseName,
+}
+
+impl Chosen {
+    /// What these options choose.
     ///
     /// # Errors
-    /// [`TrainError::NoRun`]; those of [`Options::from_file`].
-    pub fn of_run(run: &Path) -> Result<Self, TrainError> {
-        let file = run.join("config.toml");
-        if !file.is_file() {
-            return Err(TrainError::NoRun { path: run.into() });
+    /// A name that is not known.
+    pub fn by(options: &Layer) -> Result<Self, SettingError> {
+        let mut settings = OptimizerSettings::default();
+        for name in ["optimizer", "base"] {
+            options.get(name).map_or(Ok(()), |value| settings.set(name, value))?;
         }
-        Self::from_file(&file)
+        Self::of(&settings)
     }
 
-    /// Reads a file of settings.
-    ///
-    /// # Errors
-    /// The file, an unknown key, or a value of another type.
-    pub fn from_file(path: &Path) -> Result<Self, TrainError> {
-        let text = std::fs::read_to_string(path).map_err(TrainError::io(path))?;
-        toml::from_str(&text).map_err(|error| {
-            let line = error.span().map(|span| text[..span.start].matches('\n').count() + 1);
-            let place = line.map(|line| format!("line {line}: ")).unwrap_or_default();
-            let reason = format!("{place}{}", error.message().replace('\n', "; "));
-            TrainError::Settings { path: path.into(), reason }
-        })
+    fn of(settings: &OptimizerSettings) -> Result<Self, SettingError> {
+        let name = settings.optimizer.name();
+        let entry = optim::find(name).ok_or_else(|| SettingError::Unknown { name: name.into() })?;
+        let own_base = entry.base.and_then(BaseName::from_word);
+        Ok(Self { entry, method: (entry.new)(), base: own_base.unwrap_or(settings.base) })
     }
 
-    /// The options that only some optimizers have, with those that do.
-    fn of_some_optimizers(&mut self) -> [(&'static str, &mut dyn Given, &'static [OptimizerName]); 25] {
-        use OptimizerName::{AdamW, Asam, CrSam, Gam, Gnr, Gsam, LookSam, RSam, RandomSam, SaSam, SaSgd, Sam, Sgd};
-        // SA-SAM finds its step size itself.
-        const SCHEDULED: &[OptimizerName] = &[Sgd, AdamW, Sam, Asam, RandomSam, RSam, Gsam, LookSam, CrSam, Gnr, Gam];
-        [
-            ("--schedule", &mut self.schedule, SCHEDULED),
-            ("--warmup", &mut self.warmup, SCHEDULED),
-            ("--base", &mut self.base, &OptimizerName::SHARPNESS_AWARE),
-            ("--rho", &mut self.rho, &[Sam, Asam, RandomSam, RSam, Gsam, LookSam, CrSam, Gnr, Gam]),
-            ("--rho-schedule", &mut self.rho_schedule, &[Sam, Asam, RandomSam, RSam, Gsam, LookSam, CrSam, Gnr, Gam]),
-            ("--p-norm", &mut self.p_norm, &[Sam]),
-            ("--ascent-steps", &mut self.ascent_steps, &[Sam]),
-            ("--second-order", &mut self.second_order, &[Sam]),
-            ("--eta", &mut self.eta, &[Asam]),
-            ("--sigma", &mut self.sigma, &[RSam]),
-            ("--alpha", &mut self.alpha, &[CrSam, Gnr, Gsam, LookSam]),
-            ("--beta", &mut self.beta, &[CrSam]),
-            ("--form", &mut self.form, &[CrSam]),
-            ("--a-min", &mut self.a_min, &[CrSam]),
-            ("--b-min", &mut self.b_min, &[CrSam]),
-            ("--every", &mut self.every, &[LookSam, Gnr]),
-            ("--hvp", &mut self.hvp, &[Gnr]),
-            ("--oracle", &mut self.oracle, &[Gnr]),
-            ("--oracle-rho", &mut self.oracle_rho, &[Gnr]),
-            ("--rho-norm", &mut self.rho_norm, &[Gam]),
-            ("--beta0", &mut self.beta0, &[Gam]),
-            ("--beta1", &mut self.beta1, &[Gam]),
-            ("--gamma", &mut self.gamma, &[Gam]),
-            ("--delta", &mut self.delta, &[SaSam, SaSgd]),
-            ("--m-sharpness", &mut self.m_sharpness, &[Sam, Asam, RandomSam, RSam, Gsam, CrSam, Gnr, Gam]),
-        ]
-    }
-
-    /// The options that only SGD has.
-    fn of_sgd(&mut self) -> [(&'static str, &mut dyn Given); 2] {
-        [("--momentum", &mut self.momentum), ("--nesterov", &mut self.nesterov)]
-    }
-
-    fn is_adamw(&self) -> bool {
-        self.optimizer == Some(OptimizerName::AdamW) || self.base == Some(BaseName::AdamW)
-    }
-
-    /// These options, and those of `below` where these are silent. An optimizer chosen here leaves out what the one below has
-    /// alone.
-    #[must_use]
-    pub fn over(self, mut below: Self) -> Self {
-        if self.optimizer.is_some() || self.base.is_some() {
-            let optimizer = self.optimizer.or(below.optimizer).unwrap_or(OptimizerName::Sam);
-            for (_, option, optimizers) in below.of_some_optimizers() {
-                if !optimizers.contains(&optimizer) {
-                    option.clear();
-                }
-            }
-            let chosen = Self { optimizer: Some(optimizer), base: self.base.or(below.base), ..Self::default() };
-            if chosen.is_adamw() {
-                below.of_sgd().into_iter().for_each(|(_, option)| option.clear());
-            }
+    fn base_options(&self) -> &'static [Setting] {
+        match self.base {
+            BaseName::Sgd => SgdSettings::OPTIONS,
+            BaseName::AdamW => AdamWSettings::OPTIONS,
         }
-        if self.curvature_every == Some(0) {
-            (below.curvature_measures, below.curvature_samples, below.curvature_probes) = (None, None, None);
-        }
-        // A run is measured in epochs or in steps: the upper layer's choice hides the lower layer's other one.
-        let (epochs, steps) = match (self.epochs, self.steps) {
-            (None, None) => (below.epochs, below.steps),
-            chosen => chosen,
+    }
+
+    /// Whether a run of this method over this base has an option.
+    pub fn has(&self, name: &str) -> bool {
+        let among = |options: &[Setting]| options.iter().any(|option| option.name == name);
+        let declared = GENERAL.iter().any(|(_, options)| among(options))
+            || among(self.method.options())
+            || among(self.base_options());
+        declared && is_offered(name, &*self.method, self.entry.base.is_none())
+    }
+}
+
+/// Whether a general option has a meaning for a method. `has_base` is false for a base optimizer alone.
+fn is_offered(name: &str, method: &dyn Method<f32>, has_base: bool) -> bool {
+    match name {
+        "base" => has_base,
+        // A method that computes its step size ignores the schedule.
+        "schedule" | "warmup" => method.own_rate().is_none(),
+        "rho-schedule" => method.get("rho").is_some(),
+        // A method with memory has one state for the whole mini-batch.
+        "m-sharpness" => has_base && method.needs().memory == 0,
+        _ => true,
+    }
+}
+
+/// The general options under the headings of `--help`.
+const GENERAL: [(&str, &[Setting]); 5] = [
+    ("Data", DataSettings::OPTIONS),
+    ("Model", ModelSettings::OPTIONS),
+    ("Optimizer", OptimizerSettings::OPTIONS),
+    ("Run", LoopSettings::OPTIONS),
+    ("Curvature", CurvatureLogSettings::OPTIONS),
+];
+
+/// An option of a run, for `--help` and documentation.
+#[derive(Debug, Clone)]
+pub struct RunOption {
+    /// Its declaration. Where several methods declare it, the first.
+    pub setting: Setting,
+    /// What it belongs to: Data, Model, Optimizer, Run, Curvature.
+    pub heading: &'static str,
+    /// The methods or base optimizers that have it, each with its default. Empty for an option of every run.
+    pub of: Vec<(&'static str, Value)>,
+    /// Whether these are base optimizers.
+    pub of_base: bool,
+}
+
+impl RunOption {
+    /// Its default, if it has one: "0.05; asam 0.5, cr-sam and gnr 0.1, gam 0.02".
+    pub fn default_text(&self) -> Option<String> {
+        let all: Vec<(&str, String)> = match &self.of[..] {
+            [] => vec![("", self.written((self.setting.default)()))],
+            of => of.iter().map(|(name, value)| (*name, self.written(value.clone()))).collect(),
         };
-        Self {
-            data: self.data.or(below.data),
-            train_size: self.train_size.or(below.train_size),
-            label_noise: self.label_noise.or(below.label_noise),
-            mean: self.mean.or(below.mean),
-            std: self.std.or(below.std),
-            augment: self.augment.or(below.augment),
-            no_shuffle: self.no_shuffle.or(below.no_shuffle),
-            batch_size: self.batch_size.or(below.batch_size),
-            model: self.model.or(below.model),
-            shortcut: self.shortcut.or(below.shortcut),
-            init: self.init.or(below.init),
-            optimizer: self.optimizer.or(below.optimizer),
-            base: self.base.or(below.base),
-            rho: self.rho.or(below.rho),
-            p_norm: self.p_norm.or(below.p_norm),
-            alpha: self.alpha.or(below.alpha),
-            beta: self.beta.or(below.beta),
-            form: self.form.or(below.form),
-            a_min: self.a_min.or(below.a_min),
-            b_min: self.b_min.or(below.b_min),
-            eta: self.eta.or(below.eta),
-            ascent_steps: self.ascent_steps.or(below.ascent_steps),
-            second_order: self.second_order.or(below.second_order),
-            sigma: self.sigma.or(below.sigma),
-            every: self.every.or(below.every),
-            hvp: self.hvp.or(below.hvp),
-            oracle: self.oracle.or(below.oracle),
-            oracle_rho: self.oracle_rho.or(below.oracle_rho),
-            rho_norm: self.rho_norm.or(below.rho_norm),
-            beta0: self.beta0.or(below.beta0),
-            beta1: self.beta1.or(below.beta1),
-            gamma: self.gamma.or(below.gamma),
-            delta: self.delta.or(below.delta),
-            rho_schedule: self.rho_schedule.or(below.rho_schedule),
-            micro_batch: self.micro_batch.or(below.micro_batch),
-            m_sharpness: self.m_sharpness.or(below.m_sharpness),
-            clip: self.clip.or(below.clip),
-            lr: self.lr.or(below.lr),
-            momentum: self.momentum.or(below.momentum),
-            nesterov: self.nesterov.or(below.nesterov),
-            weight_decay: self.weight_decay.or(below.weight_decay),
-            no_decay_norm: self.no_decay_norm.or(below.no_decay_norm),
-            label_smoothing: self.label_smoothing.or(below.label_smoothing),
-            epochs,
-            steps,
-            schedule: self.schedule.or(below.schedule),
-            warmup: self.warmup.or(below.warmup),
-            seed: self.seed.or(below.seed),
-            device: self.device.or(below.device),
-            threads: self.threads.or(below.threads),
-            precision: self.precision.or(below.precision),
-            log_every: self.log_every.or(below.log_every),
-            max_loss: self.max_loss.or(below.max_loss),
-            curvature_every: self.curvature_every.or(below.curvature_every),
-            curvature_measures: self.curvature_measures.or(below.curvature_measures),
-            curvature_samples: self.curvature_samples.or(below.curvature_samples),
-            curvature_probes: self.curvature_probes.or(below.curvature_probes),
+        let mut groups: Vec<(&String, Vec<&str>)> = Vec::new();
+        for (name, value) in &all {
+            match groups.iter_mut().find(|(other, _)| *other == value) {
+                Some((_, names)) => names.push(name),
+                None => groups.push((value, vec![name])),
+            }
         }
+        // The most frequent value is the default, the first of several.
+        let most = groups.iter().map(|(_, names)| names.len()).max()?;
+        let usual = groups.remove(groups.iter().position(|(_, names)| names.len() == most)?).0;
+        if usual.is_empty() {
+            return None;
+        }
+        let mut text = usual.clone();
+        for (index, (value, names)) in groups.iter().enumerate() {
+            let _ = write!(text, "{} {} {value}", if index == 0 { ";" } else { "," }, names.join(" and "));
+        }
+        Some(text)
     }
 
-    /// The same options with every default that applies to the chosen optimizer and model filled in, and each value checked.
-    ///
-    /// # Errors
-    /// A value out of its range, or an option that the chosen optimizer does not have.
-    pub fn resolve(mut self) -> Result<Self, TrainError> {
-        let optimizer = *self.optimizer.get_or_insert(OptimizerName::Sam);
-        for (name, option, optimizers) in self.of_some_optimizers() {
-            if option.given() && !optimizers.contains(&optimizer) {
-                return Err(TrainError::option(name, format!("has no meaning for --optimizer {optimizer}")));
-            }
-        }
-        // The step size of SA-SAM is its own, and that of plain gradient descent.
-        let own_step = matches!(optimizer, OptimizerName::SaSam | OptimizerName::SaSgd);
-        if !own_step {
-            self.schedule.get_or_insert(ScheduleName::Cosine);
-            self.warmup.get_or_insert(0);
-        }
-        let (rho, alpha) = optimizer.usual();
-        self.rho = self.rho.or(rho);
-        self.alpha = self.alpha.or(alpha);
-        if OptimizerName::SHARPNESS_AWARE.contains(&optimizer) {
-            self.base.get_or_insert(BaseName::Sgd);
-        }
-        if rho.is_some() {
-            self.rho_schedule.get_or_insert(RhoScheduleName::Constant);
-        }
-        match optimizer {
-            OptimizerName::Sam => {
-                self.p_norm.get_or_insert(NormName::Two);
-                self.ascent_steps.get_or_insert(1);
-                self.second_order.get_or_insert(false);
-            }
-            OptimizerName::Asam => drop(self.eta.get_or_insert(0.01)),
-            OptimizerName::RSam => drop(self.sigma.get_or_insert(0.05)),
-            OptimizerName::LookSam => drop(self.every.get_or_insert(5)),
-            OptimizerName::CrSam => {
-                self.beta.get_or_insert(0.01);
-                self.form.get_or_insert(FormName::Log);
-                self.a_min.get_or_insert(1e-8);
-                self.b_min.get_or_insert(1e-8);
-            }
-            OptimizerName::Gnr => {
-                self.every.get_or_insert(1);
-                self.hvp.get_or_insert(HvpName::Difference);
-                if *self.oracle.get_or_insert(OracleName::Loss) == OracleName::Sam {
-                    self.oracle_rho.get_or_insert(0.05);
-                } else if self.oracle_rho.is_some() {
-                    return Err(TrainError::option("--oracle-rho", "has no meaning for --oracle loss"));
-                }
-            }
-            OptimizerName::Gam => {
-                self.rho_norm.get_or_insert(0.2);
-                self.beta0.get_or_insert(0.5);
-                self.beta1.get_or_insert(0.6);
-                self.gamma.get_or_insert(0.03);
-            }
-            OptimizerName::SaSam | OptimizerName::SaSgd => drop(self.delta.get_or_insert(0.02)),
-            OptimizerName::Sgd | OptimizerName::AdamW | OptimizerName::RandomSam | OptimizerName::Gsam => {}
-        }
-        let adamw = self.is_adamw();
-        if adamw {
-            if let Some((name, _)) = self.of_sgd().into_iter().find(|(_, option)| option.given()) {
-                return Err(TrainError::option(name, "has no meaning for AdamW"));
-            }
-        } else {
-            self.momentum.get_or_insert(if own_step { 0.0 } else { 0.9 });
-            self.nesterov.get_or_insert(false);
-        }
-        self.lr.get_or_insert(if adamw { 1e-3 } else { 0.1 });
-        self.weight_decay.get_or_insert(if adamw { 1e-2 } else { 5e-4 });
-        self.data.get_or_insert_with(|| "synthetic".into());
-        self.augment.get_or_insert(AugmentName::Basic);
-        self.no_shuffle.get_or_insert(false);
-        self.batch_size.get_or_insert(128);
-        let model = self.model.get_or_insert_with(|| "resnet8".into()).clone();
-        if model != "resnet18" {
-            self.shortcut.get_or_insert(ShortcutName::A);
-        }
-        self.model()?;
-        self.no_decay_norm.get_or_insert(false);
-        self.label_smoothing.get_or_insert(0.0);
-        if self.steps.is_none() {
-            self.epochs.get_or_insert(10);
-        }
-        self.seed.get_or_insert(0);
-        self.device.get_or_insert_with(|| "auto".into());
-        self.threads.get_or_insert(0);
-        self.precision.get_or_insert(PrecisionName::F32);
-        self.log_every.get_or_insert(0);
-        if *self.curvature_every.get_or_insert(0) > 0 {
-            let CurvatureSettings { measures, .. } = CurvatureSettings::default();
-            self.curvature_measures.get_or_insert(measures);
-            self.curvature_probes.get_or_insert(20);
-        }
-        self.check()?;
-        Ok(self)
+    /// A default as a user writes it; nothing for a value that is absent and for a flag that is not set.
+    fn written(&self, value: Value) -> String {
+        if matches!(value, Value::Absent | Value::Flag(false)) { String::new() } else { value.to_string() }
     }
 
-    /// Fails where these (resolved) settings would not continue the run that `before` began: only how long it lasts, where it
-    /// computes and what it logs may change.
-    ///
-    /// # Errors
-    /// The first option that differs.
-    pub fn continues(&self, before: &Self) -> Result<(), TrainError> {
-        // Compared by their keys, so that an option that comes later is not forgotten here.
-        let free = ["epochs", "steps", "threads", "device", "log-every", "max-loss"];
-        let free = |key: &str| free.contains(&key) || key.starts_with("curvature-");
-        let keys = |options: &Self| toml::Table::try_from(options).unwrap_or_default();
-        let (mine, theirs) = (keys(self), keys(before));
-        let differs = |key: &&String| !free(key) && mine.get(*key) != theirs.get(*key);
-        match mine.keys().chain(theirs.keys()).find(differs) {
-            Some(key) => Err(TrainError::option(&format!("--{key}"), "cannot change when a run is resumed")),
-            None => Ok(()),
+    /// The help text with the default.
+    pub fn help(&self) -> String {
+        let mut help = self.setting.help().to_string();
+        if !self.of_base && (2..=4).contains(&self.of.len()) {
+            let methods: Vec<&str> = self.of.iter().map(|(name, _)| *name).collect();
+            let _ = write!(help, " ({})", methods.join(", "));
         }
+        if let Some(default) = self.default_text() {
+            let _ = write!(help, " [default: {default}]");
+        }
+        help
     }
 
-    /// Whether an option, as `--lr`, has a value here.
-    pub(super) fn has(&self, option: &str) -> bool {
-        toml::Table::try_from(self).unwrap_or_default().contains_key(option.trim_start_matches("--"))
-    }
-
-    /// The same with the paths of files written from the root, so that they hold in any folder.
-    #[must_use]
-    pub fn with_absolute_paths(mut self) -> Self {
-        let absolute = |path: String| std::path::absolute(&path).map_or(path, |path| path.to_string_lossy().into());
-        self.data = self.data.map(|data| if data == "synthetic" || data.is_empty() { data } else { absolute(data) });
-        self.init = self.init.map(absolute);
-        self
-    }
-
-    fn check(&self) -> Result<(), TrainError> {
-        let positive = [
-            ("--lr", self.lr),
-            ("--rho", self.rho),
-            ("--oracle-rho", self.oracle_rho),
-            ("--rho-norm", self.rho_norm),
-            ("--sigma", self.sigma),
-            ("--clip", self.clip),
-            ("--max-loss", self.max_loss),
-        ];
-        let not_negative = [
-            ("--eta", self.eta),
-            ("--gamma", self.gamma),
-            ("--beta0", self.beta0),
-            ("--beta1", self.beta1),
-            ("--delta", self.delta),
-            ("--weight-decay", self.weight_decay),
-            ("--momentum", self.momentum),
-            ("--alpha", self.alpha),
-            ("--beta", self.beta),
-            ("--a-min", self.a_min),
-            ("--b-min", self.b_min),
-        ];
-        let fractions = [("--label-smoothing", self.label_smoothing), ("--label-noise", self.label_noise)];
-        let checks =
-            positive.map(|(option, value)| (option, value, "a finite number above 0", f64::MIN_POSITIVE, f64::MAX));
-        let checks = checks
-            .into_iter()
-            .chain(not_negative.map(|(option, value)| (option, value, "a finite number, 0 or more", 0.0, f64::MAX)))
-            .chain(fractions.map(|(option, value)| (option, value, "a number from 0 to 1", 0.0, 1.0)));
-        for (option, value, expected, least, most) in checks {
-            if let Some(value) = value.filter(|value| !(least..=most).contains(value)) {
-                return Err(TrainError::option(option, format!("{value}, expected {expected}")));
+    /// What values it takes, for a table: its range or its words.
+    pub fn values(&self) -> String {
+        match (self.setting.kind, self.setting.range) {
+            (Kind::Word(words) | Kind::Words(words), _) => {
+                words.iter().map(|word| word.name).collect::<Vec<_>>().join(", ")
             }
+            (kind, Range::Any) => kind.expected(),
+            (_, range) => range.expected(),
         }
-        if let Some(threads) = self.threads.filter(|&threads| threads > HostOptions::MOST_THREADS) {
-            let most = HostOptions::MOST_THREADS;
-            return Err(TrainError::option("--threads", format!("{threads}, expected at most {most}")));
+    }
+}
+
+/// All options of a run, in the order of `--help`.
+pub fn options() -> Vec<RunOption> {
+    let mut found = Vec::new();
+    for (heading, settings) in GENERAL {
+        let (first, rest) = match heading {
+            // The method's options follow those that choose it, and the base's come last.
+            "Optimizer" => settings.split_at(2),
+            _ => (settings, &[][..]),
+        };
+        let general = |setting: &Setting| RunOption { setting: *setting, heading, of: Vec::new(), of_base: false };
+        found.extend(first.iter().map(general));
+        if heading == "Optimizer" {
+            found.extend(of_methods());
+            found.extend(rest.iter().map(general));
+            found.extend(of_bases());
         }
-        let counts = [
-            ("--batch-size", self.batch_size.map(|n| n as u64)),
-            ("--epochs", self.epochs),
-            ("--steps", self.steps),
-            ("--every", self.every),
-            ("--ascent-steps", self.ascent_steps.map(|n| n as u64)),
-            ("--micro-batch", self.micro_batch.map(|n| n as u64)),
-            ("--m-sharpness", self.m_sharpness.map(|n| n as u64)),
-        ];
-        for (option, value) in counts {
-            if value == Some(0) {
-                return Err(TrainError::option(option, "0, expected at least 1"));
-            }
-        }
-        if self.steps.is_some() && self.epochs.is_some() {
-            return Err(TrainError::option("--steps", "cannot be given together with --epochs"));
-        }
-        match self.curvature() {
-            Some((_, curvature)) => curvature.check("--curvature-")?,
+    }
+    found
+}
+
+/// Adds the options of a method or a base to a list in which each name occurs once.
+fn gather(list: &mut Vec<RunOption>, owner: &'static str, options: &'static [Setting]) {
+    for setting in options {
+        let default = (setting.default)();
+        match list.iter_mut().find(|option| option.setting.name == setting.name) {
+            Some(option) => option.of.push((owner, default)),
             None => {
-                let given = [
-                    ("--curvature-measures", self.curvature_measures.is_some()),
-                    ("--curvature-samples", self.curvature_samples.is_some()),
-                    ("--curvature-probes", self.curvature_probes.is_some()),
-                ];
-                if let Some((option, _)) = given.iter().find(|(_, given)| *given) {
-                    return Err(TrainError::option(option, "has no meaning without --curvature-every"));
-                }
+                let of = vec![(owner, default)];
+                list.push(RunOption { setting: *setting, heading: "Optimizer", of, of_base: false });
             }
         }
-        let plain = self.p_norm != Some(NormName::Infinity);
-        let several = self.ascent_steps.is_some_and(|steps| steps > 1);
-        if several && !plain {
-            return Err(TrainError::option("--ascent-steps", "several are for --p-norm 2"));
+    }
+}
+
+/// The options that methods declare.
+pub fn of_methods() -> Vec<RunOption> {
+    let mut found = Vec::new();
+    METHODS.iter().for_each(|entry| gather(&mut found, entry.name, (entry.new)().options()));
+    found
+}
+
+fn of_bases() -> Vec<RunOption> {
+    let mut found = Vec::new();
+    gather(&mut found, "sgd", SgdSettings::OPTIONS);
+    gather(&mut found, "adamw", AdamWSettings::OPTIONS);
+    found.iter_mut().for_each(|option| option.of_base = true);
+    // The step size of such a method is that of gradient descent without momentum.
+    let own_rate = METHODS.iter().filter(|entry| (entry.new)().own_rate().is_some());
+    let momentum = found.iter_mut().find(|option| option.setting.name == "momentum");
+    if let Some(option) = momentum {
+        // Among the bases SGD alone has it; the others are exceptions from its default.
+        let usual = option.of[0].1.clone();
+        option.of = METHODS.iter().map(|entry| (entry.name, usual.clone())).collect();
+        for entry in own_rate {
+            option.of.iter_mut().filter(|(name, _)| *name == entry.name).for_each(|of| of.1 = Value::Number(0.0));
         }
-        if self.second_order == Some(true) && (several || !plain) {
-            return Err(TrainError::option("--second-order", "is for --p-norm 2 and one ascent step"));
-        }
-        if let (Some(group), Some(batch)) = (self.m_sharpness, self.batch_size)
-            && (group == 0 || batch % group != 0)
-        {
-            let reason = format!("{group}, expected a divisor of --batch-size {batch}");
-            return Err(TrainError::option("--m-sharpness", reason));
-        }
-        if let (Some(part), Some(group)) = (self.micro_batch, self.m_sharpness.or(self.batch_size))
-            && group % part != 0
-        {
-            let whole = if self.m_sharpness.is_some() { "--m-sharpness" } else { "--batch-size" };
-            return Err(TrainError::option("--micro-batch", format!("{part}, expected a divisor of {whole} {group}")));
-        }
-        Ok(())
+    }
+    found
+}
+
+/// The declaration of an option, by name. Where several methods declare it, the first.
+pub(super) fn find_option(name: &str) -> Option<Setting> {
+    let declared = GENERAL.iter().flat_map(|(_, options)| options.iter());
+    let bases = SgdSettings::OPTIONS.iter().chain(AdamWSettings::OPTIONS);
+    let method = || METHODS.iter().find_map(|entry| (entry.new)().options().iter().find(|option| option.name == name));
+    declared.chain(bases).find(|option| option.name == name).or_else(method).copied()
+}
+
+/// The settings of a run: a value for every option.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Settings {
+    /// What to train on.
+    pub data: DataSettings,
+    /// Which network to train.
+    pub model: ModelSettings,
+    /// How to train.
+    pub optimizer: OptimizerSettings,
+    /// The method's options that differ from their defaults.
+    pub method: Layer,
+    /// SGD, if it is the base.
+    pub sgd: SgdSettings,
+    /// AdamW, if it is the base.
+    pub adamw: AdamWSettings,
+    /// How long to train, where, and what to log.
+    pub run: LoopSettings,
+    /// What curvature to measure.
+    pub curvature: CurvatureLogSettings,
+}
+
+impl Settings {
+    /// The general settings.
+    fn general(&self) -> [&dyn Configurable; 5] {
+        [&self.data, &self.model, &self.optimizer, &self.run, &self.curvature]
     }
 
-    /// The network.
+    fn general_mut(&mut self) -> [&mut dyn Configurable; 5] {
+        [&mut self.data, &mut self.model, &mut self.optimizer, &mut self.run, &mut self.curvature]
+    }
+
+    fn chosen(&self) -> Result<Chosen, SettingError> {
+        Chosen::of(&self.optimizer)
+    }
+
+    /// The base optimizer's settings.
+    fn base(&self, chosen: &Chosen) -> &dyn Configurable {
+        match chosen.base {
+            BaseName::Sgd => &self.sgd,
+            BaseName::AdamW => &self.adamw,
+        }
+    }
+
+    /// The method that the settings name.
+    ///
+    /// # Errors
+    /// Options that it does not have, or that contradict each other.
+    pub fn method(&self) -> Result<Box<dyn Method<f32>>, TrainError> {
+        let mut method = self.chosen()?.method;
+        for (name, value) in self.method.iter() {
+            method.set(name, value)?;
+        }
+        method.check_combination()?;
+        Ok(method)
+    }
+
+    /// The network that the settings name.
     ///
     /// # Errors
     /// An unknown name, or a shortcut that it does not have.
     pub fn model(&self) -> Result<Model, TrainError> {
-        let shortcut = self.shortcut.map(|name| match name {
+        let shortcut = self.model.shortcut.map(|name| match name {
             ShortcutName::A => Shortcut::A,
             ShortcutName::B => Shortcut::B,
         });
-        Ok(Model::from_name(self.model.as_deref().unwrap_or("resnet8"), shortcut)?)
+        Ok(Model::from_name(&self.model.model, shortcut)?)
     }
 
-    /// The method with its settings; of resolved options.
-    fn method(&self) -> Box<dyn Method<f32>> {
-        let number = |option: Option<f64>| option.unwrap_or_default();
-        let (rho, alpha) = (number(self.rho), number(self.alpha));
-        let every = self.every.unwrap_or(1);
-        match self.optimizer.unwrap_or(OptimizerName::Sam) {
-            OptimizerName::Sgd | OptimizerName::AdamW => Box::new(Plain {}),
-            OptimizerName::Sam => Box::new(Sam {
-                rho,
-                p_norm: if self.p_norm == Some(NormName::Infinity) { Norm::Infinity } else { Norm::Two },
-                ascent_steps: self.ascent_steps.unwrap_or(1),
-                second_order: self.second_order.unwrap_or_default(),
-            }),
-            OptimizerName::Asam => Box::new(Asam { rho, eta: number(self.eta), ..Asam::default() }),
-            OptimizerName::RandomSam => Box::new(RandomSam { rho, ..RandomSam::default() }),
-            OptimizerName::RSam => Box::new(RSam { rho, sigma: number(self.sigma), ..RSam::default() }),
-            OptimizerName::Gsam => Box::new(Gsam { rho, alpha }),
-            OptimizerName::LookSam => Box::new(LookSam { rho, alpha, every }),
-            OptimizerName::CrSam => {
-                let form = if self.form == Some(FormName::Released) { Form::Released } else { Form::Log };
-                let [beta, a_min, b_min] = [self.beta, self.a_min, self.b_min].map(number);
-                Box::new(CrSam { rho, alpha, beta, form, a_min, b_min })
+    /// Every option that has a value, in the order of their declarations. `own` has the names of a network, a data set
+    /// and a method that these settings do not know.
+    fn values(
+        &self,
+        method: &dyn Method<f32>,
+        own: &[(&str, String)],
+    ) -> Result<Vec<(&'static str, Value)>, TrainError> {
+        let chosen = self.chosen()?;
+        let own_name = |option: &str| own.iter().find(|(name, _)| *name == option).map(|(_, name)| name);
+        let has_base = chosen.entry.base.is_none() || own_name("optimizer").is_some();
+        let mut values = Vec::new();
+        let [data, model, optimizer, run, curvature] = self.general();
+        for settings in [data, model, optimizer, method, self.base(&chosen), run, curvature] {
+            for option in settings.options() {
+                let hidden = option.name == "epochs" && self.run.steps.is_some();
+                if hidden || !is_offered(option.name, method, has_base) || !applies(settings, option.name) {
+                    continue;
+                }
+                match (own_name(option.name), settings.get(option.name)) {
+                    (Some(name), _) => values.push((option.name, Value::Text(name.clone()))),
+                    (None, None | Some(Value::Absent)) => {}
+                    (None, Some(value)) => values.push((option.name, value)),
+                }
             }
-            OptimizerName::Gnr => Box::new(Gnr {
-                rho,
-                alpha,
-                hvp: if self.hvp == Some(HvpName::Exact) { Hvp::Exact } else { Hvp::Difference },
-                oracle: if self.oracle == Some(OracleName::Sam) { Oracle::Sam } else { Oracle::Loss },
-                oracle_rho: self.oracle_rho.unwrap_or(Gnr::default().oracle_rho),
-                every,
-                ..Gnr::default()
-            }),
-            OptimizerName::Gam => {
-                let [beta0, beta1, gamma] = [self.beta0, self.beta1, self.gamma].map(number);
-                Box::new(Gam { rho, rho_norm: number(self.rho_norm), beta0, beta1, gamma })
+        }
+        Ok(values)
+    }
+
+    /// As TOML: a file from which [`Layer::from_file`] reads the same settings.
+    ///
+    /// # Errors
+    /// A method that is not known, or a number that TOML cannot hold.
+    pub fn to_toml(&self) -> Result<String, TrainError> {
+        self.to_toml_with(&*self.method()?, &[])
+    }
+
+    /// The same for a run whose network, data set or method have their own names.
+    pub(super) fn to_toml_with(&self, method: &dyn Method<f32>, own: &[(&str, String)]) -> Result<String, TrainError> {
+        let mut text = String::new();
+        for (name, value) in self.values(method, own)? {
+            if let Some(value) = to_toml(name, &value)? {
+                let _ = writeln!(text, "{name} = {value}");
             }
-            OptimizerName::SaSam => Box::new(SaSam { delta: number(self.delta), ..SaSam::default() }),
-            OptimizerName::SaSgd => Box::new(SaSgd { delta: number(self.delta), ..SaSgd::default() }),
+        }
+        Ok(text)
+    }
+
+    /// As a JSON object.
+    ///
+    /// # Errors
+    /// A method that is not known.
+    pub fn to_json(&self) -> Result<serde_json::Value, TrainError> {
+        let values = self.values(&*self.method()?, &[])?;
+        Ok(values.iter().map(|(name, value)| (name.to_string(), to_json(value))).collect())
+    }
+
+    /// Fails where these settings would not continue the run that `before` began: only how long it lasts, where it
+    /// runs and what it logs may change.
+    ///
+    /// # Errors
+    /// The first option that differs.
+    pub fn continues(&self, before: &Self) -> Result<(), TrainError> {
+        let table = |settings: &Self| -> Result<toml::Table, TrainError> {
+            let broken = |error: toml::de::Error| TrainError::setting("settings", error.message());
+            toml::from_str(&settings.to_toml()?).map_err(broken)
+        };
+        match continues(&table(self)?, &table(before)?) {
+            Some(name) => Err(TrainError::setting(&name, "cannot change when a run is resumed")),
+            None => Ok(()),
         }
     }
 
-    /// What the optimizer does; of resolved options.
-    pub(super) fn optimizer(&self, layout: &Layout) -> optim::Settings<f32> {
-        let mut method = self.method();
-        let (seed, learning_rate) = (self.seed.unwrap_or_default(), self.lr.unwrap_or_default());
-        method.prepare(&Context { layout, seed, learning_rate });
-        let name = self.optimizer.unwrap_or(OptimizerName::Sam);
-        let base = match name {
-            OptimizerName::Sgd => BaseName::Sgd,
-            OptimizerName::AdamW => BaseName::AdamW,
-            _ => self.base.unwrap_or(BaseName::Sgd),
-        };
-        let base = match base {
+    /// The same with absolute paths of files, which are valid in any folder.
+    #[must_use]
+    pub fn with_absolute_paths(mut self) -> Self {
+        let absolute =
+            |path: &String| std::path::absolute(path).map_or(path.clone(), |path| path.to_string_lossy().into());
+        if self.data.data != "synthetic" && !self.data.data.is_empty() {
+            self.data.data = absolute(&self.data.data);
+        }
+        self.model.init = self.model.init.as_ref().map(absolute);
+        self
+    }
+
+    /// Checks every range and what must fit together.
+    ///
+    /// # Errors
+    /// [`TrainError::Setting`].
+    pub fn check(&self) -> Result<(), TrainError> {
+        self.general().into_iter().try_for_each(Configurable::check)?;
+        self.base(&self.chosen()?).check()?;
+        if let Some((_, curvature)) = self.curvature() {
+            let prefixed = |error: TrainError| match error {
+                TrainError::Setting { name, reason } => TrainError::Setting {
+                    name: format!("curvature-{name}"),
+                    reason: reason.replacen('`', "`curvature-", 1),
+                },
+                other => other,
+            };
+            curvature.check_combination().map_err(prefixed)?;
+        }
+        let (batch, group) = (self.data.batch_size, self.optimizer.m_sharpness);
+        if let Some(group) = group.filter(|group| !batch.is_multiple_of(*group)) {
+            let reason = format!("{group}, expected a divisor of `batch-size` {batch}");
+            return Err(TrainError::setting("m-sharpness", reason));
+        }
+        let (whole, size) = group.map_or(("batch-size", batch), |group| ("m-sharpness", group));
+        if let Some(part) = self.data.micro_batch.filter(|part| !size.is_multiple_of(*part)) {
+            return Err(TrainError::setting("micro-batch", format!("{part}, expected a divisor of `{whole}` {size}")));
+        }
+        Ok(())
+    }
+
+    /// What the optimizer does, for a method that was prepared for the network.
+    pub(super) fn optimizer(
+        &self,
+        mut method: Box<dyn Method<f32>>,
+        layout: &Layout,
+    ) -> Result<optim::Settings<f32>, TrainError> {
+        let base = self.chosen()?.base;
+        let (learning_rate, weight_decay, base) = match base {
             BaseName::Sgd => {
-                Base::Sgd { momentum: self.momentum.unwrap_or_default(), nesterov: self.nesterov.unwrap_or_default() }
+                let SgdSettings { lr, momentum, nesterov, weight_decay } = self.sgd;
+                (lr, weight_decay, Base::Sgd { momentum, nesterov })
             }
-            BaseName::AdamW => Base::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 },
+            BaseName::AdamW => (self.adamw.lr, self.adamw.weight_decay, Base::ADAMW),
         };
-        let exempt = self.no_decay_norm.unwrap_or_default();
-        optim::Settings {
-            method,
-            base,
-            weight_decay: self.weight_decay.unwrap_or_default(),
-            decay_len: if exempt { layout.weights_len() } else { layout.len() },
-            clip: self.clip,
-        }
+        method.prepare(&Context { layout, seed: self.run.seed, learning_rate });
+        let decay_len = if self.optimizer.no_decay_norm { layout.weights_len() } else { layout.len() };
+        Ok(optim::Settings { method, base, weight_decay, decay_len, clip: self.optimizer.clip })
     }
 
     /// After every how many epochs to measure the curvature, and what of it.
     pub(super) fn curvature(&self) -> Option<(u64, CurvatureSettings)> {
-        let every = self.curvature_every.filter(|&every| every > 0)?;
-        let mut settings = CurvatureSettings { seed: self.seed.unwrap_or_default(), ..CurvatureSettings::default() };
-        settings.measures = self.curvature_measures.clone().unwrap_or(settings.measures);
-        settings.probes = self.curvature_probes.unwrap_or(settings.probes);
-        Some((every, settings))
+        let CurvatureLogSettings { curvature_every, curvature_measures, curvature_probes, .. } = &self.curvature;
+        let settings = CurvatureSettings {
+            measure: curvature_measures.clone(),
+            probes: *curvature_probes,
+            seed: self.run.seed,
+            ..CurvatureSettings::default()
+        };
+        (*curvature_every > 0).then_some((*curvature_every, settings))
     }
 
-    /// How ρ moves; of resolved options.
-    pub(super) fn rho_schedule(&self) -> RhoSchedule {
-        match self.rho_schedule {
-            Some(RhoScheduleName::Linear) => RhoSchedule::Linear,
-            Some(RhoScheduleName::LearningRate) => RhoSchedule::LearningRate,
-            _ => RhoSchedule::Constant,
+    /// How the learning rate changes over `steps` steps.
+    pub(super) fn schedule(&self, method: &dyn Method<f32>, steps: u64) -> Result<optim::Schedule, TrainError> {
+        let peak = match self.chosen()?.base {
+            BaseName::Sgd => self.sgd.lr,
+            BaseName::AdamW => self.adamw.lr,
+        };
+        // A method that computes its step size ignores the rate.
+        let constant = method.own_rate().is_some();
+        let (decay, warmup) = if constant { (Decay::Constant, 0) } else { (self.run.schedule, self.run.warmup) };
+        Ok(optim::Schedule { peak, decay, warmup, steps })
+    }
+}
+
+/// The first option in which two runs differ, among those that cannot change when a run is resumed.
+pub(super) fn continues(now: &toml::Table, before: &toml::Table) -> Option<String> {
+    let free = ["epochs", "steps", "threads", "device", "log-every", "max-loss"];
+    let free = |name: &str| free.contains(&name) || name.starts_with("curvature-");
+    let differs = |name: &&String| !free(name) && now.get(*name) != before.get(*name);
+    now.keys().chain(before.keys()).find(differs).cloned()
+}
+
+/// See [`Layer::resolve`].
+pub(super) fn resolve(options: &Layer) -> Result<Settings, TrainError> {
+    let chosen = Chosen::by(options)?;
+    let mut settings = Settings::default();
+    let mut method = (chosen.entry.new)();
+    if chosen.method.own_rate().is_some() {
+        settings.sgd.momentum = 0.0;
+    }
+    if options.has("epochs") && options.has("steps") {
+        return Err(TrainError::setting("steps", "cannot be given together with `epochs`"));
+    }
+    for (name, value) in options.iter() {
+        if !chosen.has(name) {
+            let of_base = of_bases().iter().any(|option| option.setting.name == name);
+            let beside =
+                if of_base { format!("for {}", chosen.base) } else { format!("for `optimizer` {}", chosen.entry.name) };
+            return Err(match find_option(name) {
+                Some(_) => SettingError::Meaningless { name: name.into(), reason: beside },
+                None => SettingError::Unknown { name: name.into() },
+            }
+            .into());
+        }
+        if method.get(name).is_some() {
+            method.set(name, value)?;
+            settings.method.set(name, value.clone());
+            continue;
+        }
+        let base: &mut dyn Configurable = match chosen.base {
+            BaseName::Sgd => &mut settings.sgd,
+            BaseName::AdamW => &mut settings.adamw,
+        };
+        if base.get(name).is_some() {
+            base.set(name, value)?;
+            continue;
+        }
+        let general = settings.general_mut().into_iter().find(|settings| settings.get(name).is_some());
+        general.ok_or_else(|| SettingError::Unknown { name: name.into() })?.set(name, value)?;
+    }
+    let depend: &dyn Configurable = &*method;
+    for settings in settings.general().into_iter().chain([depend]) {
+        meaningful(settings, options)?;
+    }
+    method.check_combination()?;
+    // The values as the method has them, however they were written.
+    settings.method =
+        settings.method.iter().filter_map(|(name, _)| Some((name.to_string(), method.get(name)?))).collect();
+    let model = settings.model()?;
+    if matches!(model, Model::CifarResNet { .. }) {
+        settings.model.shortcut.get_or_insert(ShortcutName::A);
+    }
+    settings.check()?;
+    Ok(settings)
+}
+
+/// Fails for an option that is given and has no meaning beside the others.
+fn meaningful(settings: &dyn Configurable, given: &Layer) -> Result<(), SettingError> {
+    for option in settings.options() {
+        let Some(condition) = option.only_with.filter(|condition| !condition.holds(settings)) else { continue };
+        if given.has(option.name) {
+            let other = condition.option();
+            let reason = match (condition.value(), settings.get(&other)) {
+                (Some(_), Some(found)) => format!("for `{other}` {found}"),
+                _ => format!("without `{other}`"),
+            };
+            return Err(SettingError::Meaningless { name: option.name.into(), reason });
         }
     }
-
-    /// How the learning rate moves over `steps` steps; of resolved options.
-    pub(super) fn schedule(&self, steps: u64) -> optim::Schedule {
-        let decay = match self.schedule.unwrap_or(ScheduleName::Constant) {
-            ScheduleName::Constant => Decay::Constant,
-            ScheduleName::Cosine => Decay::Cosine,
-            ScheduleName::Step => Decay::Step,
-        };
-        optim::Schedule { peak: self.lr.unwrap_or_default(), decay, warmup: self.warmup.unwrap_or_default(), steps }
-    }
+    Ok(())
 }

@@ -251,8 +251,9 @@ fn the_pretrained_resnet20_makes_827_errors() {
     let normalization = Normalization { mean: [0.485, 0.456, 0.406, 0.0], std: [0.229, 0.224, 0.225, 1.0] };
     let device = Device::from_name(&std::env::var("POLDER_TEST_DEVICE").unwrap_or("cpu".into())).unwrap();
     let model = Model::CifarResNet { blocks: 3, shortcut: Shortcut::A };
+    let network = |images, classes| model.trace(images, classes);
     let mut evaluator =
-        Evaluator::new(&device, model, "cifar-10", &test.images, normalization, 250, Mode::Eval).unwrap();
+        Evaluator::new(&device, &network, ("cifar-10", &test.images), normalization, 250, Mode::Eval).unwrap();
     let layouts = [evaluator.plan().parameters(), evaluator.plan().statistics_layout()];
     let [parameters, statistics] = weights::load(&folder.join("pretrained/resnet20.safetensors"), layouts).unwrap();
     let (parameters, statistics) = (device.upload(&parameters).unwrap(), device.upload(&statistics).unwrap());

@@ -49,12 +49,12 @@ impl<T: Scalar> Method<T> for Sam {
     fn check_combination(&self) -> std::result::Result<(), SettingError> {
         let several = self.ascent_steps > 1;
         if several && self.p_norm != Norm::Two {
-            return Err(SettingError::Contradiction { name: "ascent-steps", reason: "more than one needs p-norm 2" });
+            return Err(SettingError::Contradiction { name: "ascent-steps", reason: "more than one needs `p-norm` 2" });
         }
         if self.second_order && (several || self.p_norm != Norm::Two) {
             return Err(SettingError::Contradiction {
                 name: "second-order",
-                reason: "needs p-norm 2 and one ascent step",
+                reason: "needs `p-norm` 2 and one ascent step",
             });
         }
         Ok(())

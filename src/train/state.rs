@@ -1,0 +1,135 @@
+//! What a training step reads and writes, on the device; how it is saved and restored.
+
+use std::path::Path;
+
+use super::checkpoint::{self, Checkpoint};
+use super::images::{Batch, DeviceImages};
+use super::{TrainError, weights};
+use crate::device::{self, Buffer, Compute};
+use crate::kernels::image::{Augment, BatchShape, Normalization};
+use crate::kernels::vector::Rate;
+use crate::kernels::{clock, metrics};
+use crate::objective::Accumulator;
+use crate::optim::Optimizer;
+use crate::plan::Plan;
+
+/// Everything that a step reads and writes, on the device.
+pub(super) struct State<S: Compute<Master = f32>> {
+    pub plan: Plan<S>,
+    pub optimizer: Optimizer<f32>,
+    pub parameters: Buffer<f32>,
+    pub accumulator: Accumulator<f32>,
+    pub images: DeviceImages,
+    pub normalization: Normalization,
+    pub augment: Option<Augment>,
+    /// What the network sees at a time.
+    pub part: BatchShape,
+    /// Images of a step.
+    pub batch: usize,
+    /// Of the images, in this epoch.
+    pub order: Buffer<u32>,
+    /// The learning rates of the epoch's steps, and that of the next.
+    pub rates: Buffer<f64>,
+    pub rate: Buffer<f64>,
+    /// Steps of the epoch, and of the run.
+    pub clock: Buffer<u64>,
+    /// The epoch's sums: loss, correct predictions, samples.
+    pub totals: Buffer<f64>,
+}
+
+impl<S: Compute<Master = f32>> State<S> {
+    /// One step where the clock is, which it moves on: what changes from step to step lies on the device, so that a recorded step
+    /// can be replayed.
+    pub fn step(&mut self) -> device::Result<()> {
+        let Self { plan, optimizer, parameters, totals, clock, rates, rate, .. } = self;
+        let (pixels, labels) = self.images.views();
+        let mut images = Batch {
+            plan: &mut *plan,
+            shape: self.part,
+            pixels,
+            labels,
+            order: self.order.view(),
+            samples: self.batch,
+            clock: Some(clock.view()),
+            normalization: &self.normalization,
+            augment: self.augment,
+        };
+        optimizer.step(&mut self.accumulator.over(&mut images), parameters, Rate::Device(rate.view()))?;
+        metrics::record(optimizer.loss()?, plan.correct()?, optimizer.skipped(), self.batch, totals.view_mut())?;
+        clock::advance(clock.view_mut(), rates.view(), rate.view_mut())
+    }
+
+    pub fn read_totals(&self) -> Result<[f64; 3], TrainError> {
+        let mut sums = [0.0; 3];
+        self.totals.read(&mut sums)?;
+        Ok(sums)
+    }
+
+    pub fn loss_scale(&self) -> Result<Option<[f64; 2]>, TrainError> {
+        let Some(state) = self.plan.loss_scale() else { return Ok(None) };
+        let mut scale = [0.0; 2];
+        state.read(&mut scale)?;
+        Ok(Some(scale))
+    }
+
+    pub fn save(&self, run: &Path, settings: String, step: u64, seconds: f64) -> Result<(), TrainError> {
+        let state = self.optimizer.state();
+        let checkpoint = Checkpoint {
+            weights: self.parameters.to_vec()?,
+            statistics: self.plan.statistics().to_vec()?,
+            momentum: state.momentum.to_vec()?,
+            second_moment: state.second_moment.to_vec()?,
+            memory: state.memory.to_vec()?,
+            scalars: state.scalars.to_vec()?,
+            counters: state.counters.to_vec()?,
+            totals: self.totals.to_vec()?,
+            loss_scale: self.loss_scale()?.map(|state| state.to_vec()).unwrap_or_default(),
+            settings,
+            step,
+            seconds,
+        };
+        // The run can go on from the moment that it has the first.
+        checkpoint.save(run)?;
+        self.save_model(run)
+    }
+
+    pub fn save_model(&self, run: &Path) -> Result<(), TrainError> {
+        let (parameters, statistics) = (self.parameters.to_vec()?, self.plan.statistics().to_vec()?);
+        let model = [(self.plan.parameters(), &*parameters), (self.plan.statistics_layout(), &*statistics)];
+        weights::save(&run.join("model.safetensors"), &model)
+    }
+
+    pub fn restore(&mut self, saved: &Checkpoint, run: &Path) -> Result<(), TrainError> {
+        let Self { plan, parameters, totals, .. } = self;
+        let state = self.optimizer.state_mut();
+        let lengths = [
+            ("weights", saved.weights.len(), parameters.len()),
+            ("statistics", saved.statistics.len(), plan.statistics().len()),
+            ("momentum", saved.momentum.len(), state.momentum.len()),
+            ("second_moment", saved.second_moment.len(), state.second_moment.len()),
+            ("memory", saved.memory.len(), state.memory.len()),
+            ("scalars", saved.scalars.len(), state.scalars.len()),
+            ("counters", saved.counters.len(), state.counters.len()),
+            ("totals", saved.totals.len(), totals.len()),
+            ("loss_scale", saved.loss_scale.len(), plan.loss_scale().map_or(0, Buffer::len)),
+        ];
+        if let Some((name, found, expected)) = lengths.iter().find(|(_, found, expected)| found != expected) {
+            let reason = format!("`{name}` has {found} elements, these settings need {expected}");
+            return Err(TrainError::Weights { path: checkpoint::path(run), reason });
+        }
+        parameters.write(&saved.weights)?;
+        state.momentum.write(&saved.momentum)?;
+        state.second_moment.write(&saved.second_moment)?;
+        state.memory.write(&saved.memory)?;
+        state.scalars.write(&saved.scalars)?;
+        state.attempts = saved.step;
+        state.counters.write(&saved.counters)?;
+        totals.write(&saved.totals)?;
+        if let Some(state) = plan.loss_scale_mut() {
+            state.write(&saved.loss_scale)?;
+        }
+        let statistics = parameters.device().upload(&saved.statistics)?;
+        plan.set_statistics(statistics.view())?;
+        Ok(())
+    }
+}

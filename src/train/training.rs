@@ -1,0 +1,183 @@
+//! A training run from its parts: settings, a network, a data set and a method, each by name or one's own.
+
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+
+use half::{bf16, f16};
+
+use super::TrainError;
+use super::folder::Config;
+use super::images::open_data;
+use super::run::{Progress, Run, Summary};
+use super::settings::{Precision, Settings};
+use crate::data::{DataError, Dataset};
+use crate::device::Tf32;
+use crate::optim::Method;
+use crate::plan::{Network, Shape};
+
+/// A training run. Network, data set and method are those that the settings name, unless they are given here.
+///
+/// ```no_run
+/// use polder::data::{SyntheticSpec, synthetic};
+/// use polder::optim::Sam;
+/// use polder::plan::{Graph, PlanError, Shape, Value};
+/// use polder::train::{Settings, Training};
+///
+/// /// One convolution, and a linear layer over the mean of its output.
+/// fn network(images: Shape, classes: usize) -> Result<(Graph, Value), PlanError> {
+///     let mut graph = Graph::new(images);
+///     let x = graph.input();
+///     let x = graph.convolution(x, "conv.weight", 16, 3, 1, 1)?;
+///     let x = graph.batch_norm(x, "bn", None, true)?;
+///     let x = graph.global_average_pool(x)?;
+///     let logits = graph.linear(x, "fc", classes)?;
+///     Ok((graph, logits))
+/// }
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let summary = Training::new(Settings::default())
+///     .network("one-convolution", &network)
+///     .dataset(synthetic(&SyntheticSpec::default())?)
+///     .method("sam-0.1", Box::new(Sam::new(0.1)))
+///     .run()?;
+/// println!("{:?}", summary.test);
+/// # Ok(())
+/// # }
+/// ```
+pub struct Training<'a> {
+    settings: Settings,
+    network: Option<(String, Network<'a>)>,
+    dataset: Option<Dataset>,
+    method: Option<(String, Box<dyn Method<f32>>)>,
+    out: Option<PathBuf>,
+    resume: bool,
+}
+
+impl<'a> Training<'a> {
+    /// A run with these settings.
+    pub fn new(settings: Settings) -> Self {
+        Self { settings, network: None, dataset: None, method: None, out: None, resume: false }
+    }
+
+    /// Trains this network. The name stands for `model` in `config.toml`.
+    #[must_use]
+    pub fn network(mut self, name: &str, network: Network<'a>) -> Self {
+        self.network = Some((name.into(), network));
+        self
+    }
+
+    /// Trains on this data set, which is reduced and relabelled as the settings say. Its name stands for `data` in
+    /// `config.toml`.
+    #[must_use]
+    pub fn dataset(mut self, dataset: Dataset) -> Self {
+        self.dataset = Some(dataset);
+        self
+    }
+
+    /// Trains with this method over the base optimizer of the settings. The name stands for `optimizer` in
+    /// `config.toml`, beside the method's options.
+    #[must_use]
+    pub fn method(mut self, name: &str, method: Box<dyn Method<f32>>) -> Self {
+        self.method = Some((name.into(), method));
+        self
+    }
+
+    /// Writes `config.toml`, `log.jsonl`, `model.safetensors` and `checkpoint/` to this folder.
+    #[must_use]
+    pub fn out(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.out = Some(folder.into());
+        self
+    }
+
+    /// Continues the run in its folder from the checkpoint there, with bit-identical results.
+    #[must_use]
+    pub fn resume(mut self, resume: bool) -> Self {
+        self.resume = resume;
+        self
+    }
+
+    /// Trains to the end.
+    ///
+    /// # Errors
+    /// Settings that cannot be used, files, and failures of the device. What was saved before stays.
+    pub fn run(self) -> Result<Summary, TrainError> {
+        self.run_with(&AtomicBool::new(false), &mut |_| ())
+    }
+
+    /// Trains, and reports its progress. Setting `stop` ends the run after the current step, on a GPU after the few steps
+    /// that have been launched.
+    ///
+    /// # Errors
+    /// Those of [`Training::run`].
+    pub fn run_with(self, stop: &AtomicBool, progress: &mut dyn FnMut(Progress)) -> Result<Summary, TrainError> {
+        let Self { settings, network, dataset, method, out, resume } = self;
+        settings.check()?;
+        let named;
+        let (network_name, network): (_, Network<'_>) = match network {
+            Some((name, network)) => (Some(name), network),
+            None => {
+                let model = settings.model()?;
+                named = move |images: Shape, classes: usize| model.trace(images, classes);
+                (None, &named)
+            }
+        };
+        let (data_name, dataset) = match dataset {
+            Some(dataset) => (Some(dataset.name.clone()), dataset),
+            None => (None, open_data(&settings.data.data)?),
+        };
+        let (method_name, method) = match method {
+            Some((name, method)) => (Some(name), method),
+            None => (None, settings.method()?),
+        };
+        method.check()?;
+        method.check_combination()?;
+        let dataset = prepared(dataset, &settings)?;
+        let precision = settings.run.precision;
+        let subject = Subject { settings, network, network_name, dataset, data_name, method, method_name };
+        match precision {
+            Precision::F32 => Run::<f32>::open(subject, out, resume)?.train(stop, progress),
+            Precision::Tf32 => Run::<Tf32>::open(subject, out, resume)?.train(stop, progress),
+            Precision::F16 => Run::<f16>::open(subject, out, resume)?.train(stop, progress),
+            Precision::Bf16 => Run::<bf16>::open(subject, out, resume)?.train(stop, progress),
+        }
+    }
+}
+
+/// The data set as the settings reduce and relabel it.
+fn prepared(mut dataset: Dataset, settings: &Settings) -> Result<Dataset, TrainError> {
+    dataset.check()?;
+    if let Some(n) = settings.data.train_size {
+        let size = |error: DataError| TrainError::setting("train-size", error.to_string());
+        dataset.train = dataset.train.take(n).map_err(size)?;
+    }
+    if let Some(fraction) = settings.data.label_noise {
+        dataset.train = dataset.train.with_label_noise(fraction, settings.run.seed)?;
+    }
+    Ok(dataset)
+}
+
+/// What a run trains, opened. The names are those of parts that the settings do not name.
+pub(super) struct Subject<'a> {
+    pub settings: Settings,
+    pub network: Network<'a>,
+    pub network_name: Option<String>,
+    pub dataset: Dataset,
+    pub data_name: Option<String>,
+    pub method: Box<dyn Method<f32>>,
+    pub method_name: Option<String>,
+}
+
+impl Subject<'_> {
+    /// How errors call the data: its path, or its name.
+    pub fn data(&self) -> String {
+        self.data_name.clone().unwrap_or_else(|| self.settings.data.data.clone())
+    }
+
+    /// What `config.toml` says of the run.
+    pub fn config(&self) -> Result<Config, TrainError> {
+        let names = [("model", &self.network_name), ("data", &self.data_name), ("optimizer", &self.method_name)];
+        let own = names.into_iter().filter_map(|(option, name)| Some((option, name.clone()?)));
+        let own: Vec<(&str, String)> = own.collect();
+        Ok(Config { text: self.settings.to_toml_with(&*self.method, &own)?, by_name: own.is_empty() })
+    }
+}
