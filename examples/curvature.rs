@@ -70,7 +70,7 @@ fn main() -> Result<()> {
         let [gx, gy] = Rosenbrock::gradient(start);
         let error = trace.standard_error.unwrap_or(0.0);
         println!("at {start:?}:");
-        println!("  trace {:.1} ± {error:.1} from {} probes, exactly {expected_trace}", trace.value, trace.probes);
+        println!("  trace {:.1} ± {error:.1} from {} probes, exactly {expected_trace:.1}", trace.value, trace.probes);
         println!("  largest eigenvalue {:.6}, exactly {expected_eigenvalue:.6}", largest.value);
         println!("  gradient norm {norm:.6}, exactly {:.6}", gx.hypot(gy));
         assert!((trace.value - expected_trace).abs() <= 4.0 * error + 1e-9);
