@@ -10,7 +10,7 @@ use std::ops::Range;
 /// Every tensor begins at a multiple of so many elements: 256 bytes of f32, which suits a GPU's wide loads.
 pub const ALIGNMENT: usize = 64;
 
-/// What a tensor is, which fixes how it is stored, initialised and decayed.
+/// What a tensor is, which fixes how it is stored and whether weight decay acts on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// A convolution's weight: `[kh][kw][in][out]` here, `[out][in][kh][kw]` in files.
@@ -98,13 +98,32 @@ impl Kind {
     }
 }
 
+/// The distribution of a tensor's elements before training.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Initial {
+    /// Normal with mean 0 and variance `2/fan_in` (He et al. 2015, equation 10).
+    HeNormal {
+        /// Inputs of one output: of a convolution kernel height · kernel width · input channels.
+        fan_in: usize,
+    },
+    /// Uniform within `±1/√fan_in`, as PyTorch starts linear layers and their biases.
+    Uniform {
+        /// Inputs of one output.
+        fan_in: usize,
+    },
+    /// Every element has this value.
+    Constant(f32),
+}
+
 /// A named tensor and its place.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Tensor {
     /// The name in files, such as `layer1.0.conv1.weight`.
     pub name: String,
     /// What it is.
     pub kind: Kind,
+    /// Its elements before training.
+    pub initial: Initial,
     /// Its first element in the arena.
     pub offset: usize,
 }
@@ -117,7 +136,7 @@ impl Tensor {
 }
 
 /// The tensors of a model and their places.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Layout {
     tensors: Vec<Tensor>,
     len: usize,
@@ -128,11 +147,9 @@ pub struct Layout {
 impl Layout {
     /// Places tensors: weights first, then biases and normalisation, so that weight decay with exemptions acts on a prefix.
     /// The tensors keep the order given, which is the one in files; only their offsets are sorted.
-    pub fn new(named: Vec<(String, Kind)>) -> Self {
-        let mut layout = Self {
-            tensors: named.into_iter().map(|(name, kind)| Tensor { name, kind, offset: 0 }).collect(),
-            ..Self::default()
-        };
+    pub fn new(named: Vec<(String, Kind, Initial)>) -> Self {
+        let tensor = |(name, kind, initial)| Tensor { name, kind, initial, offset: 0 };
+        let mut layout = Self { tensors: named.into_iter().map(tensor).collect(), ..Self::default() };
         for weights in [true, false] {
             for tensor in layout.tensors.iter_mut().filter(|tensor| tensor.kind.is_weight() == weights) {
                 tensor.offset = layout.len;
@@ -192,10 +209,11 @@ mod tests {
 
     #[test]
     fn weights_come_first_and_every_tensor_is_aligned() {
+        let initial = Initial::Constant(0.0);
         let layout = Layout::new(vec![
-            ("conv.weight".into(), Kind::Convolution { kernel: 3, inputs: 3, outputs: 5 }),
-            ("bn.weight".into(), Kind::Scale(5)),
-            ("fc.weight".into(), Kind::Linear { inputs: 5, outputs: 7 }),
+            ("conv.weight".into(), Kind::Convolution { kernel: 3, inputs: 3, outputs: 5 }, initial),
+            ("bn.weight".into(), Kind::Scale(5), initial),
+            ("fc.weight".into(), Kind::Linear { inputs: 5, outputs: 7 }, initial),
         ]);
         let offsets: Vec<usize> = layout.tensors().iter().map(|tensor| tensor.offset).collect();
         assert_eq!(offsets, [0, 256, 192]);

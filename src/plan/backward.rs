@@ -1,176 +1,139 @@
-//! The backward pass.
+//! The backward pass, and the last stage of the gradient.
 
-use std::ops::Range;
+use super::memory_plan::MemoryPlan;
+use super::ops::{Op, Operation, WeightGradient};
+use super::pass::{BackwardPass, LastStage, Operands, ParameterGradients, Weights};
+use super::second_pass::PassBuffers;
+use super::{Plan, check_backward};
+use crate::arena::Layout;
+use crate::device::{Compute, Device, Result, Scalar, Slice, SliceMut};
+use crate::kernels::gradient::{GradientStages, Stage, Unfinished};
+use crate::kernels::vector::Reduction;
+use crate::kernels::{check_length, precision, vector};
+use crate::objective::RunningStats;
 
-use super::graph::{Op, Shape};
-use super::places::{BatchNormScratch, Parts, WeightGradient};
-use super::{Plan, Target, batch_norm_shape, convolved};
-use crate::device::{Compute, Disjoint, Result, Scalar, Slice, SliceMut};
-use crate::kernels::batch_norm::{self, Backward, Gradients, Normalized, ResidualGradient, Summed};
-use crate::kernels::{conv, layers};
+/// The last stages of all parameters' gradients on a GPU, for two passes at the same time too. (These ask for no norm.) The CPU
+/// goes over the whole gradient once more instead.
+pub(super) struct LastStages {
+    stages: GradientStages,
+    /// By operation: the number of its own stage, if it has one.
+    numbers: Vec<usize>,
+}
 
-/// Room for dgamma and dbeta.
-fn pair<'a, T: Scalar>(
-    within: &mut Disjoint<'a, T>,
-    [dgamma, dbeta]: [Range<usize>; 2],
-) -> Result<(SliceMut<'a, T>, SliceMut<'a, T>)> {
-    Ok((within.write(dgamma)?, within.write(dbeta)?))
+impl LastStages {
+    /// The stages of the operations that have their own, and at the end one for all other gradients.
+    pub fn new(device: &Device, ops: &[Op], memory: &MemoryPlan, parameters: &Layout) -> Result<Self> {
+        let (mut stages, mut numbers, mut rest) = (Vec::new(), Vec::new(), Vec::new());
+        for (index, op) in ops.iter().enumerate() {
+            numbers.push(stages.len());
+            let scratch = memory.range(memory.backward_scratch[index]);
+            for parameter in op.parameters().into_iter().flatten() {
+                let place = parameters.tensors()[parameter].range();
+                match memory.weight_gradients[index] {
+                    WeightGradient::Finished(squares) => stages.push(Stage::Convolution(squares)),
+                    WeightGradient::Summed => {
+                        stages.push(Stage::Launch(vec![Unfinished { parts: Some(0..scratch.len()), place }]));
+                    }
+                    WeightGradient::Parts => rest.push(Unfinished { parts: Some(scratch.clone()), place }),
+                    WeightGradient::Complete => rest.push(Unfinished { parts: None, place }),
+                }
+            }
+        }
+        stages.push(Stage::Launch(rest));
+        Ok(Self { stages: GradientStages::new(device, &stages)?, numbers })
+    }
+}
+
+/// Where a pass leaves the gradient of the parameters.
+pub(super) struct Target<'a, T: Scalar> {
+    pub gradient: SliceMut<'a, T>,
+    /// Set to 1 where an element is not finite.
+    pub flag: SliceMut<'a, u32>,
+    /// Whether the pass computes the norm of the gradient.
+    pub norm: bool,
 }
 
 impl<S: Compute> Plan<S> {
-    /// The backward of one operation: from the gradient of its output to those of its inputs, and of its parameters where there is
-    /// something to leave them `into`. Without it, batch norm leaves dgamma and dbeta in its scratch. The forward has been at
-    /// `weights`.
+    /// Forward, loss and backward, and the last stage of the gradient with its norm if `norm` asks for it. The weights must have
+    /// been [rounded](Self::round).
+    pub(super) fn gradient_pass(
+        &mut self,
+        weights: Slice<'_, S::Master>,
+        statistics: RunningStats,
+        mut gradient: SliceMut<'_, S::Master>,
+        loss: SliceMut<'_, f64>,
+        mut flag: SliceMut<'_, u32>,
+        norm: Option<(&mut Reduction, SliceMut<'_, f64>)>,
+    ) -> Result<()> {
+        const OPERATION: &str = "Plan::gradient";
+        check_backward(OPERATION, self.options)?;
+        check_length(OPERATION, "weights", weights.len(), self.parameters.len())?;
+        check_length(OPERATION, "gradient", gradient.len(), self.parameters.len())?;
+        self.forward(weights, statistics)?;
+        let reported = statistics == RunningStats::Update;
+        if reported && self.reported == 0 {
+            self.correct.clear()?;
+        }
+        self.loss(self.shapes[0].batch, true, reported, loss, Some(flag.reborrow()))?;
+        self.reported += usize::from(reported);
+        for index in (0..self.ops.len()).rev() {
+            let (gradient, flag) = (gradient.reborrow(), flag.reborrow());
+            self.backward(index, weights, Some(Target { gradient, flag, norm: norm.is_some() }))?;
+        }
+        let scale = self.loss_scale.as_ref().map(|state| state.view());
+        match (&mut self.last_stages, norm) {
+            (Some(LastStages { stages, .. }), norm) => {
+                stages.end(self.buffers.arena.view(), gradient, scale, flag, norm.map(|(_, norm)| norm))
+            }
+            (None, Some((reduction, norm))) => vector::finish_gradient(gradient, scale, flag, reduction, norm),
+            (None, None) => finish(gradient, scale, flag),
+        }
+    }
+
+    /// The backward of one operation, after a forward at `weights`. With a `target` it leaves the gradients of the parameters there;
+    /// without, none.
     pub(super) fn backward(
         &mut self,
         index: usize,
         weights: Slice<'_, S::Master>,
-        mut into: Option<Target<'_, S::Master>>,
+        target: Option<Target<'_, S::Master>>,
     ) -> Result<()> {
-        let Self { ops, places, arena, rounded, sums, stages, stage_numbers, loss_scale, .. } = self;
-        let op = &ops[index];
-        if places.gradients[op.output().0].is_none() {
-            return Ok(()); // the loss does not depend on it, and it has no parameter, or planning had failed
+        let op = &self.ops[index];
+        if !self.memory.has_gradient(op.output()) {
+            return Ok(()); // The loss does not depend on it. It has no parameter, or planning would have failed.
         }
-        let mut parts = Parts::<S>::new(places, arena);
-        let range = |parameter: usize| self.parameters.tensors()[parameter].range();
-        let weight = |parameter: usize| weights.slice(range(parameter));
-        let add = places.accumulate[index];
-        match *op {
-            Op::Convolution { x, y, weight: w, ref shape } => {
-                let dy = parts.gradient(y)?;
-                let mut scratch = parts.scratch(places.scratch[index].1)?;
-                if let Some(Target { gradient, flag, norm }) = &mut into {
-                    let (x, flag, norm) = (parts.read(x)?, flag.reborrow(), *norm);
-                    let scale = loss_scale.as_ref().map(|state| state.view());
-                    let stage = stage_numbers[index];
-                    match (places.weight_gradients[index], stages) {
-                        (WeightGradient::Finished, Some(stages)) => {
-                            let finish = stages.finish(stage, scale, flag, norm)?;
-                            conv::finished_weight_gradient(shape, x, dy, gradient.slice_mut(range(w))?, finish)?;
-                        }
-                        (WeightGradient::Summed, Some(stages)) => {
-                            conv::partial_weight_gradients(shape, x, dy, scratch.reborrow())?;
-                            stages.launch(stage, scratch.view(), gradient.reborrow(), scale, flag, norm)?;
-                        }
-                        (WeightGradient::Parts, Some(_)) => {
-                            conv::partial_weight_gradients(shape, x, dy, scratch.reborrow())?;
-                            scratch = parts.scratch(None)?; // what it holds is kept
-                        }
-                        _ => {
-                            let dw = gradient.slice_mut(range(w))?;
-                            conv::weight_gradient(shape, x, dy, dw, false, scratch.reborrow())?;
-                        }
-                    }
-                }
-                if let Some(dx) = parts.gradient_if_needed(x)? {
-                    let kernel = convolved(weights, rounded)?.slice(range(w))?;
-                    let Some(norm) = places.sums_for[index] else {
-                        return conv::input_gradient(shape, dy, kernel, dx, add[0], scratch);
-                    };
-                    let Op::BatchNorm { x: input, y, scale, shift, residual, relu, .. } = ops[norm] else {
-                        unreachable!("sums are for batch norms")
-                    };
-                    let (mean, inv_std) = parts.moments(norm)?;
-                    let activation = parts.activation(relu, residual, y, weight(shift)?)?;
-                    let normalized =
-                        Normalized { x: parts.read(input)?, gamma: weight(scale)?, mean, inv_std, activation };
-                    let ranges = BatchNormScratch::new::<S>(self.shapes[input.0], places.accumulate[norm][0]);
-                    let mut norm_scratch = parts.scratch(places.scratch[norm].1)?;
-                    let mut norm_scratch = norm_scratch.disjoint();
-                    let mut parameters = into.as_mut().map(|into| into.gradient.disjoint());
-                    let (dgamma, dbeta) = match &mut parameters {
-                        Some(parameters) => pair(parameters, [range(scale), range(shift)])?,
-                        None => pair(&mut norm_scratch, [ranges.dgamma, ranges.dbeta])?,
-                    };
-                    conv::input_gradient_with_sums(shape, dy, kernel, dx, add[0], normalized, dgamma, dbeta, sums)?;
-                }
-            }
-            Op::BatchNorm { x, y, scale, shift, residual, relu, .. } => {
-                let shape = batch_norm_shape(self.shapes[x.0]);
-                let (mean, inv_std) = parts.moments(index)?;
-                let (gamma, beta) = (weight(scale)?, weight(shift)?);
-                let activation = parts.activation(relu, residual, y, beta)?;
-                let residual = match residual {
-                    Some(value) => parts
-                        .gradient_if_needed(value)?
-                        .map(|gradient| ResidualGradient { gradient, accumulate: add[1] }),
-                    None => None,
-                };
-                let ranges = BatchNormScratch::new::<S>(self.shapes[x.0], add[0]);
-                let mut scratch = parts.scratch(places.scratch[index].1)?;
-                let mut scratch = scratch.disjoint();
-                let (mut dx, sum) = if add[0] {
-                    let sum = parts.gradient_mut(x)?;
-                    (scratch.write(ranges.dx)?.cast(sum.len())?, Some(sum))
-                } else {
-                    (parts.gradient_mut(x)?, None)
-                };
-                let mut parameters = into.as_mut().map(|into| into.gradient.disjoint());
-                let (dgamma, dbeta) = match &mut parameters {
-                    Some(parameters) => pair(parameters, [range(scale), range(shift)])?,
-                    None => pair(&mut scratch, [ranges.dgamma, ranges.dbeta])?,
-                };
-                let (x, dy, mode) = (parts.read(x)?, parts.gradient(y)?, self.options.batch_norm);
-                if places.sums_for.contains(&Some(index)) {
-                    let (dgamma, dbeta) = (dgamma.view(), dbeta.view());
-                    let summed = Summed { x, dz: dy, gamma, mean, inv_std, dgamma, dbeta };
-                    batch_norm::backward_from_sums(shape, mode, summed, dx.reborrow(), residual)?;
-                } else {
-                    let input = Backward { x, dy, gamma, mean, inv_std, activation };
-                    let gradients = Gradients { dx: dx.reborrow(), dgamma, dbeta };
-                    batch_norm::backward(shape, mode, input, gradients, residual, sums)?;
-                }
-                if let Some(sum) = sum {
-                    layers::add_to(dx.view(), sum)?;
-                }
-            }
-            Op::Relu { x, y } => {
-                if let Some(dx) = parts.gradient_if_needed(x)? {
-                    layers::relu_backward(parts.read(y)?, parts.gradient(y)?, dx, add[0])?;
-                }
-            }
-            Op::Add { a, b, y } => {
-                for (value, accumulate) in [(a, add[0]), (b, add[1])] {
-                    // Both sides may be one activation, so each is borrowed on its own.
-                    let mut parts = Parts::<S>::new(places, arena);
-                    let dy = parts.gradient(y)?;
-                    match parts.gradient_if_needed(value)? {
-                        Some(dx) if accumulate => layers::add_to(dy, dx)?,
-                        Some(mut dx) => dx.copy_from(dy)?,
-                        None => {}
-                    }
-                }
-            }
-            Op::AveragePool { x, y, ref shape } => {
-                if let Some(dx) = parts.gradient_if_needed(x)? {
-                    layers::average_pool_backward(shape, parts.gradient(y)?, dx, add[0])?;
-                }
-            }
-            Op::GlobalAveragePool { x, y } => {
-                let Shape { batch, height, width, channels } = self.shapes[x.0];
-                if let Some(dx) = parts.gradient_if_needed(x)? {
-                    let dy = parts.gradient(y)?;
-                    layers::global_average_pool_backward(batch, height * width, channels, dy, dx, add[0])?;
-                }
-            }
-            Op::Shortcut { x, y, ref shape } => {
-                if let Some(dx) = parts.gradient_if_needed(x)? {
-                    layers::shortcut_backward(shape, parts.gradient(y)?, dx, add[0])?;
-                }
-            }
-            Op::Linear { x, y, weight: w, bias, ref shape } => {
-                let dy = parts.gradient_wide(y)?;
-                if let Some(into) = &mut into {
-                    let mut parameters = into.gradient.disjoint();
-                    let (dw, db) = (parameters.write(range(w))?, parameters.write(range(bias))?);
-                    layers::linear_weight_gradient(shape, parts.read(x)?, dy, dw, Some(db), false)?;
-                }
-                if let Some(dx) = parts.gradient_if_needed(x)? {
-                    layers::linear_input_gradient(shape, dy, weight(w)?, dx, add[0])?;
-                }
-            }
+        let PassBuffers { arena, rounded, workspace } = &mut self.buffers;
+        let gradients = target.map(|Target { gradient, flag, norm }| {
+            let last_stage = self.last_stages.as_mut().map(|LastStages { stages, numbers }| LastStage {
+                stages,
+                number: numbers[index],
+                scale: self.loss_scale.as_ref().map(|state| state.view()),
+                flag,
+                norm,
+            });
+            ParameterGradients::new(&self.parameters, gradient, last_stage)
+        });
+        op.backward(BackwardPass {
+            values: Operands::new(&self.memory, index, arena),
+            weights: Weights::new(&self.parameters, weights, rounded)?,
+            mode: self.options.batch_norm,
+            gradients,
+            workspace,
+        })
+    }
+}
+
+/// Removes the scale, if there is one, from a result, and checks that it is finite.
+pub(super) fn finish<T: Scalar>(
+    mut result: SliceMut<'_, T>,
+    scale: Option<Slice<'_, f64>>,
+    flag: SliceMut<'_, u32>,
+) -> Result<()> {
+    match scale {
+        Some(state) => {
+            let len = result.len();
+            precision::unscale(result.reborrow().cast(len)?, state, flag)
         }
-        Ok(())
+        None => vector::check_finite(result.view(), flag),
     }
 }

@@ -1,6 +1,8 @@
 //! A plan as the objective of an optimizer or of a measure of curvature.
 
-use super::{Beside, Plan, displace};
+use super::rounding::displace;
+use super::second_pass::SecondPass;
+use super::{Plan, check_backward};
 use crate::arena::Kind;
 use crate::device::{Compute, Result, Slice, SliceMut};
 use crate::kernels::batch_norm::Mode;
@@ -33,30 +35,32 @@ impl<S: Compute> Objective<S::Master> for Plan<S> {
         match pass {
             Pass::Gradient { weights, running_stats, gradient, loss, flag } => {
                 self.round(weights)?;
-                self.finished_pass(weights, running_stats, gradient, loss, flag, None)
+                self.gradient_pass(weights, running_stats, gradient, loss, flag, None)
             }
             Pass::GradientAndNorm { weights, running_stats, gradient, loss, flag, reduction, norm } => {
                 self.round(weights)?;
-                self.finished_pass(weights, running_stats, gradient, loss, flag, Some((reduction, norm)))
+                self.gradient_pass(weights, running_stats, gradient, loss, flag, Some((reduction, norm)))
             }
             Pass::GradientPair { weights, gradients, losses, flag } => {
-                self.check_backward("Plan::gradient_pair")?;
-                let beside = self.device.is_simt() && self.make_room_beside()?;
-                self.pair(weights, (beside, false), gradients, losses, flag)
+                check_backward("Plan::gradient_pair", self.options)?;
+                let at_once = self.device.is_simt() && self.prepare_second_pass()?;
+                self.gradient_passes(weights, (at_once, false), gradients, losses, flag)
             }
-            Pass::GradientDisplaced { displacement, mut point, gradient, loss, flag } if !self.rounded.is_empty() => {
-                displace(self.parameters.len(), displacement, (&mut self.rounded, point.reborrow()), None)?;
-                self.finished_pass(point.view(), RunningStats::Keep, gradient, loss, flag, None)
+            Pass::GradientDisplaced { displacement, mut point, gradient, loss, flag }
+                if !self.buffers.rounded.is_empty() =>
+            {
+                displace(self.parameters.len(), displacement, (&mut self.buffers.rounded, point.reborrow()), None)?;
+                self.gradient_pass(point.view(), RunningStats::Keep, gradient, loss, flag, None)
             }
             Pass::GradientPairDisplaced { displacement, points, gradients, losses, flag } => {
-                self.check_backward("Plan::gradient_pair_displaced")?;
+                check_backward("Plan::gradient_pair_displaced", self.options)?;
                 self.displaced_pair(displacement, points, gradients, losses, flag)
             }
             Pass::HessianVector { weights, direction, product, flag } => {
-                self.products(weights, [direction], [product], flag)
+                self.hessian_products(weights, [direction], [product], flag)
             }
             Pass::HessianVectorPair { weights, directions, products, flag } => {
-                self.products(weights, directions, products, flag)
+                self.hessian_products(weights, directions, products, flag)
             }
             Pass::Displacement { from, to, out } => self.realised_displacement(from, to, out),
             Pass::Abandon => {
@@ -79,15 +83,15 @@ impl<S: Compute> Plan<S> {
         losses: [SliceMut<'_, f64>; 2],
         flag: SliceMut<'_, u32>,
     ) -> Result<()> {
-        if self.rounded.is_empty() || !self.device.is_simt() || !self.make_room_beside()? {
+        if self.buffers.rounded.is_empty() || !self.device.is_simt() || !self.prepare_second_pass()? {
             return Pass::GradientPairDisplaced { displacement, points, gradients, losses, flag }.split(self);
         }
         let [mut plus, mut minus] = points;
-        if let Beside::There(scene) = &mut self.beside {
-            let other = (&mut scene.rounded, minus.reborrow());
-            displace(self.parameters.len(), displacement, (&mut self.rounded, plus.reborrow()), Some(other))?;
+        if let SecondPass::Ready(second) = &mut self.second_pass {
+            let other = (&mut second.rounded, minus.reborrow());
+            displace(self.parameters.len(), displacement, (&mut self.buffers.rounded, plus.reborrow()), Some(other))?;
         }
-        self.pair([plus.view(), minus.view()], (true, true), gradients, losses, flag)
+        self.gradient_passes([plus.view(), minus.view()], (true, true), gradients, losses, flag)
     }
 
     /// The step between two points, taken from rounded weights where passes round them.

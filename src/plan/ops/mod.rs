@@ -1,0 +1,171 @@
+//! The operations of a network, one file each.
+//!
+//! The file of an operation holds its struct, the [`Graph`](super::Graph) method that traces it, its parameters and their
+//! initial distribution, the memory it needs, its forward and backward, and the tangents of both. To add an operation, write
+//! such a file, declare it below as a module, and name its struct in `operations!`. `docs/extending.md` shows an example.
+//!
+//! Two operations share work on a GPU's tensor cores: see [`convolution_batch_norm`].
+
+mod add;
+mod average_pool;
+mod batch_norm;
+mod convolution;
+pub(super) mod convolution_batch_norm;
+mod global_average_pool;
+mod linear;
+mod relu;
+mod shortcut;
+
+use super::graph::{Parameter, Value};
+use super::pass::{BackwardPass, BackwardTangentPass, ForwardPass, ForwardTangentPass};
+use super::{PlanError, PlanOptions};
+use crate::arena::Layout;
+use crate::device::{self, Compute, Device};
+
+/// What the plan asks of an operation. Every method without a default must be written, so an operation without a backward or
+/// without a tangent does not compile.
+pub(super) trait Operation {
+    /// The activation that it writes.
+    fn output(&self) -> Value;
+
+    /// The activations that it reads.
+    fn inputs(&self) -> [Option<Value>; 2];
+
+    /// Its parameters.
+    fn parameters(&self) -> [Option<Parameter>; 2];
+
+    /// The activations that its backward or a tangent of it reads again. The plan keeps them until the backward.
+    fn saved(&self) -> [Option<Value>; 2];
+
+    /// `y = f(x)`.
+    fn forward<S: Compute>(&self, pass: ForwardPass<'_, S>) -> device::Result<()>;
+
+    /// From the gradient of the output to the gradients of the inputs, and to those of the parameters where the pass asks for
+    /// them.
+    fn backward<S: Compute>(&self, pass: BackwardPass<'_, S>) -> device::Result<()>;
+
+    /// The derivative of the forward along a direction in the space of all weights. It runs after the whole forward.
+    fn forward_tangent<S: Compute>(&self, pass: ForwardTangentPass<'_, S>) -> device::Result<()>;
+
+    /// The derivative of the backward along the direction. It runs right after the operation's own backward.
+    fn backward_tangent<S: Compute>(&self, pass: BackwardTangentPass<'_, S>) -> device::Result<()>;
+
+    /// The memory it needs besides its activations and their gradients. Most operations need none.
+    fn memory<S: Compute>(&self, site: &Site<'_>) -> Memory {
+        let _ = site;
+        Memory::default()
+    }
+
+    /// Runs once when a plan is made: checks that depend on the plan's options, and measurements on the device.
+    fn prepare<S: Compute>(&self, device: &Device, parameters: &Layout, options: PlanOptions) -> Result<(), PlanError> {
+        let _ = (device, parameters, options);
+        Ok(())
+    }
+
+    /// Whether the output is stored in the master type instead of the storage type. Only the linear layer does this, because its
+    /// output is the logits.
+    fn has_wide_output(&self) -> bool {
+        false
+    }
+
+    /// Whether the backward writes the gradient of its first input even where no parameter lies before it.
+    fn always_writes_input_gradient(&self) -> bool {
+        false
+    }
+}
+
+/// What [`Operation::memory`] may depend on.
+pub(super) struct Site<'a> {
+    pub device: &'a Device,
+    /// Whether the plan computes gradients.
+    pub backward: bool,
+    /// By input: whether the backward adds to a gradient that another operation has begun.
+    pub accumulate: [bool; 2],
+}
+
+/// The memory of an operation besides its activations and their gradients, in elements of the master type.
+#[derive(Default)]
+pub(super) struct Memory {
+    /// Written by the forward and read by the backward and the tangents.
+    pub kept: [usize; 2],
+    /// Scratch of the forward.
+    pub forward: usize,
+    /// Scratch of the backward.
+    pub backward: usize,
+    /// How the backward leaves the gradients of the parameters.
+    pub weight_gradient: WeightGradient,
+}
+
+/// How a backward leaves the gradients of its parameters, for [`crate::kernels::gradient`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum WeightGradient {
+    /// Complete. The last launch of the pass finishes it: it removes the loss scale, checks for infinities and NaN, and sums
+    /// squares.
+    #[default]
+    Complete,
+    /// In parts, which stay in the backward's scratch. The last launch of the pass adds them up and finishes the sum.
+    Parts,
+    /// In large parts, which a launch of their own adds up and finishes at once, while they are still in the GPU's cache.
+    Summed,
+    /// Finished by the operation's own kernel, which leaves so many sums of squares.
+    Finished(usize),
+}
+
+/// Makes the enum of all operations and forwards each method of [`Operation`] to the operation at hand.
+macro_rules! operations {
+    ($($module:ident :: $operation:ident),* $(,)?) => {
+        /// One operation of a traced network.
+        #[derive(Debug, Clone)]
+        pub(super) enum Op {
+            $($operation($module::$operation)),*
+        }
+
+        $(impl From<$module::$operation> for Op {
+            fn from(operation: $module::$operation) -> Self {
+                Self::$operation(operation)
+            }
+        })*
+
+        operations! { @forward [$($operation)*]
+            fn output(&self) -> Value;
+            fn inputs(&self) -> [Option<Value>; 2];
+            fn parameters(&self) -> [Option<Parameter>; 2];
+            fn saved(&self) -> [Option<Value>; 2];
+            fn forward<S: Compute>(&self, pass: ForwardPass<'_, S>) -> device::Result<()>;
+            fn backward<S: Compute>(&self, pass: BackwardPass<'_, S>) -> device::Result<()>;
+            fn forward_tangent<S: Compute>(&self, pass: ForwardTangentPass<'_, S>) -> device::Result<()>;
+            fn backward_tangent<S: Compute>(&self, pass: BackwardTangentPass<'_, S>) -> device::Result<()>;
+            fn memory<S: Compute>(&self, site: &Site<'_>) -> Memory;
+            fn prepare<S: Compute>(
+                &self, device: &Device, parameters: &Layout, options: PlanOptions
+            ) -> Result<(), PlanError>;
+            fn has_wide_output(&self) -> bool;
+            fn always_writes_input_gradient(&self) -> bool;
+        }
+    };
+    (@forward $operations:tt
+        $(fn $method:ident $(<$type:ident: Compute>)? (&self $(, $argument:ident: $of:ty)*) -> $result:ty;)*
+    ) => {
+        impl Operation for Op {
+            $(fn $method $(<$type: Compute>)? (&self $(, $argument: $of)*) -> $result {
+                operations! { @match self $operations operation => operation.$method $(::<$type>)? ($($argument),*) }
+            })*
+        }
+    };
+    (@match $self:ident [$($operation:ident)*] $bound:ident => $call:expr) => {
+        match $self {
+            $(Op::$operation($bound) => $call),*
+        }
+    };
+}
+
+operations! {
+    add::Add,
+    average_pool::AveragePool,
+    batch_norm::BatchNorm,
+    convolution::Convolution,
+    global_average_pool::GlobalAveragePool,
+    linear::Linear,
+    relu::Relu,
+    shortcut::Shortcut,
+}

@@ -1,0 +1,88 @@
+//! The shortcut without parameters of residual networks.
+
+use super::Operation;
+use crate::device::{self, Compute};
+use crate::kernels::layers::{self, ShortcutShape};
+use crate::plan::PlanError;
+use crate::plan::graph::{Graph, Parameter, Shape, Value};
+use crate::plan::pass::{BackwardPass, BackwardTangentPass, ForwardPass, ForwardTangentPass, Operands};
+
+/// `y` holds every `stride`-th pixel of `x`, between channels of zeros.
+#[derive(Debug, Clone)]
+pub(in crate::plan) struct Shortcut {
+    x: Value,
+    y: Value,
+    shape: ShortcutShape,
+}
+
+impl Graph {
+    /// The shortcut without parameters of He et al. 2016 (option A): every `stride`-th pixel, with zeros in the new channels and
+    /// the old channels in the middle.
+    ///
+    /// # Errors
+    /// [`PlanError::Shape`] for fewer output than input channels, or a stride of zero.
+    pub fn shortcut(&mut self, x: Value, channels: usize, stride: usize) -> Result<Value, PlanError> {
+        let input = self.shape(x);
+        if stride == 0 || channels < input.channels {
+            let reason = format!("cannot go from {} to {channels} channels with stride {stride}", input.channels);
+            return Err(PlanError::Shape { operation: "shortcut".into(), reason });
+        }
+        let shape = ShortcutShape {
+            batch: input.batch,
+            height: input.height,
+            width: input.width,
+            in_channels: input.channels,
+            out_channels: channels,
+            stride,
+        };
+        let y = self.value(Shape { height: shape.out_height(), width: shape.out_width(), channels, ..input });
+        self.push(Shortcut { x, y, shape });
+        Ok(y)
+    }
+}
+
+impl Shortcut {
+    fn sample<S: Compute>(&self, at: &mut Operands<'_, S>) -> device::Result<()> {
+        layers::shortcut(&self.shape, at.read(self.x)?, at.write(self.y)?)
+    }
+
+    fn spread<S: Compute>(&self, at: &mut Operands<'_, S>) -> device::Result<()> {
+        let Some((dx, accumulate)) = at.input_gradient(0, self.x)? else { return Ok(()) };
+        layers::shortcut_backward(&self.shape, at.gradient(self.y)?, dx, accumulate)
+    }
+}
+
+impl Operation for Shortcut {
+    fn output(&self) -> Value {
+        self.y
+    }
+
+    fn inputs(&self) -> [Option<Value>; 2] {
+        [Some(self.x), None]
+    }
+
+    fn parameters(&self) -> [Option<Parameter>; 2] {
+        [None, None]
+    }
+
+    fn saved(&self) -> [Option<Value>; 2] {
+        [None, None]
+    }
+
+    fn forward<S: Compute>(&self, mut pass: ForwardPass<'_, S>) -> device::Result<()> {
+        self.sample(&mut pass.values)
+    }
+
+    fn backward<S: Compute>(&self, mut pass: BackwardPass<'_, S>) -> device::Result<()> {
+        self.spread(&mut pass.values)
+    }
+
+    /// A linear map is its own tangent.
+    fn forward_tangent<S: Compute>(&self, mut pass: ForwardTangentPass<'_, S>) -> device::Result<()> {
+        self.sample(&mut pass.tangents)
+    }
+
+    fn backward_tangent<S: Compute>(&self, mut pass: BackwardTangentPass<'_, S>) -> device::Result<()> {
+        self.spread(&mut pass.tangents)
+    }
+}
