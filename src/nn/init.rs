@@ -4,8 +4,8 @@ use crate::arena::{Initial, Layout};
 use crate::device::{Device, Result};
 use crate::kernels::random;
 
-/// Weights as a model starts: each tensor drawn from its own [`Initial`] distribution. Element i of the arena depends on the seed
-/// and on i alone; the bits are the same on every machine.
+/// Weights as a model starts: each tensor drawn from its own [`Initial`] distribution. Element i of the arena depends
+/// on the seed and on i alone; the bits are the same on every machine.
 ///
 /// # Errors
 /// Those of the CPU's memory, on which they are drawn.

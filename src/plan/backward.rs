@@ -12,8 +12,8 @@ use crate::kernels::vector::Reduction;
 use crate::kernels::{check_length, precision, vector};
 use crate::objective::RunningStats;
 
-/// The last stages of all parameters' gradients on a GPU, for two passes at the same time too. (These ask for no norm.) The CPU
-/// goes over the whole gradient once more instead.
+/// The last stages of all parameters' gradients on a GPU, for two passes at the same time too. (These ask for no norm.)
+/// The CPU goes over the whole gradient once more instead.
 pub(super) struct LastStages {
     stages: GradientStages,
     /// By operation: the number of its own stage, if it has one.
@@ -54,8 +54,8 @@ pub(super) struct Target<'a, T: Scalar> {
 }
 
 impl<S: Compute> Plan<S> {
-    /// Forward, loss and backward, and the last stage of the gradient with its norm if `norm` asks for it. The weights must have
-    /// been [rounded](Self::round).
+    /// Forward, loss and backward, and the last stage of the gradient with its norm if `norm` asks for it. The weights
+    /// must have been [rounded](Self::round).
     pub(super) fn gradient_pass(
         &mut self,
         weights: Slice<'_, S::Master>,
@@ -90,8 +90,8 @@ impl<S: Compute> Plan<S> {
         }
     }
 
-    /// The backward of one operation, after a forward at `weights`. With a `target` it leaves the gradients of the parameters there;
-    /// without, none.
+    /// The backward of one operation, after a forward at `weights`. With a `target` it leaves the gradients of the
+    /// parameters there; without, none.
     pub(super) fn backward(
         &mut self,
         index: usize,

@@ -13,8 +13,8 @@ impl<S: Compute> Plan<S> {
     pub(super) fn forward(&mut self, weights: Slice<'_, S::Master>, pass: RunningStats) -> Result<()> {
         let PassBuffers { arena, rounded, workspace } = &mut self.buffers;
         let weights = Weights::new(&self.parameters, weights, rounded)?;
-        // The first pass of a step that updates the statistics starts from the committed ones, each further one from the result of
-        // the one before.
+        // The first pass of a step that updates the statistics starts from the committed ones, each further one from
+        // the result of the one before.
         let [even, odd] = &mut self.pending;
         let (current, next) = match self.reported {
             0 => (&self.statistics, even),
@@ -38,8 +38,9 @@ impl<S: Compute> Plan<S> {
         Ok(())
     }
 
-    /// The mean loss over the first `samples`, and its gradient with respect to the logits if `gradient` is set. The number of correct
-    /// predictions is added to [`Plan::correct`] if the pass is `reported`. `flag` is set where the loss is not finite.
+    /// The mean loss over the first `samples`, and its gradient with respect to the logits if `gradient` is set. The
+    /// number of correct predictions is added to [`Plan::correct`] if the pass is `reported`. `flag` is set where the
+    /// loss is not finite.
     pub(super) fn loss(
         &mut self,
         samples: usize,

@@ -1,5 +1,5 @@
-//! Tracing: a model calls the methods of a [`Graph`] once, which makes a list of operations with known shapes. The method of each
-//! operation is in its file in `ops/`.
+//! Tracing: a model calls the methods of a [`Graph`] once, which makes a list of operations with known shapes. The
+//! method of each operation is in its file in `ops/`.
 
 use super::error::PlanError;
 use super::ops::Op;
@@ -48,7 +48,8 @@ pub struct Value(pub(super) usize);
 /// A tensor of the parameter arena, by its index in the layout.
 pub(super) type Parameter = usize;
 
-/// A network being traced for one batch shape. Methods take activations and names, check shapes, and return activations.
+/// A network being traced for one batch shape. Methods take activations and names, check shapes, and return
+/// activations.
 ///
 /// ```
 /// # fn main() -> Result<(), polder::plan::PlanError> {

@@ -32,8 +32,8 @@ impl Slot {
     }
 }
 
-/// Places every slot, largest first, at the lowest offset where it disturbs no slot that lives at the same time; returns the
-/// length of the arena.
+/// Places every slot, largest first, at the lowest offset where it disturbs no slot that lives at the same time;
+/// returns the length of the arena.
 pub(super) fn place(slots: &mut [Slot]) -> usize {
     let mut order: Vec<usize> = (0..slots.len()).collect();
     order.sort_by_key(|&index| (std::cmp::Reverse(slots[index].len), slots[index].first));

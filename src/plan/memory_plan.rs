@@ -1,8 +1,9 @@
-//! The memory plan: where every activation, gradient and piece of scratch lies in a plan's arena, and during which steps it lives.
+//! The memory plan: where every activation, gradient and piece of scratch lies in a plan's arena, and during which
+//! steps it lives.
 //!
-//! Time is counted in steps: the forward of operation i is step i, the loss of n operations is step n, and the backward of
-//! operation i is step 2n − i. An arena consists of elements of the master type. Activations and their gradients are stored as `S`,
-//! in as many elements as they fill. The logits, kept values and scratch are of the master type itself.
+//! Time is counted in steps: the forward of operation i is step i, the loss of n operations is step n, and the backward
+//! of operation i is step 2n − i. An arena consists of elements of the master type. Activations and their gradients are
+//! stored as `S`, in as many elements as they fill. The logits, kept values and scratch are of the master type itself.
 
 use std::ops::Range;
 

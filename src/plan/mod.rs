@@ -1,16 +1,16 @@
-//! Networks as plans: a network is traced once into a list of operations, every activation gets its place in one arena, and a pass
-//! allocates nothing.
+//! Networks as plans: a network is traced once into a list of operations, every activation gets its place in one arena,
+//! and a pass allocates nothing.
 //!
-//! [`Graph`] traces and [`Plan`] runs. A plan takes the weights as an argument, so that the passes of a sharpness-aware step at `w`,
-//! `w + ρv` and `w − ρv` share it. It leaves loss, accuracy and gradient on the device.
+//! [`Graph`] traces and [`Plan`] runs. A plan takes the weights as an argument, so that the passes of a sharpness-aware
+//! step at `w`, `w + ρv` and `w − ρv` share it. It leaves loss, accuracy and gradient on the device.
 //!
-//! A `Plan<S>` stores activations as `S` and computes in the master type of `S`, which is also the type of weights and gradients. In
-//! f16 and bf16 the weights of convolutions are rounded to `S` before each pass (`rounding.rs`), and the logits stay wide. In f16
-//! the loss is scaled for the backward pass (`kernels::precision`).
+//! A `Plan<S>` stores activations as `S` and computes in the master type of `S`, which is also the type of weights and
+//! gradients. In f16 and bf16 the weights of convolutions are rounded to `S` before each pass (`rounding.rs`), and the
+//! logits stay wide. In f16 the loss is scaled for the backward pass (`kernels::precision`).
 //!
-//! Each operation has a file in `ops/`: tracing, parameters, memory, forward, backward and the tangents of both, of which products
-//! with the Hessian consist. The other files run through the operations: `forward.rs`, `backward.rs`, `tangent.rs`; `pass.rs` is
-//! what they give to an operation, and `memory_plan.rs` places everything in the arena.
+//! Each operation has a file in `ops/`: tracing, parameters, memory, forward, backward and the tangents of both, of
+//! which products with the Hessian consist. The other files run through the operations: `forward.rs`, `backward.rs`,
+//! `tangent.rs`; `pass.rs` is what they give to an operation, and `memory_plan.rs` places everything in the arena.
 
 mod backward;
 mod error;
@@ -39,8 +39,8 @@ use ops::{Op, Operation};
 use second_pass::{PassBuffers, SecondPass};
 use tangent::{ScaledDirection, Tangent};
 
-/// A network: a function from the shape of a batch of images and the number of classes to a traced graph and its logits.
-/// [`nn::Model`](crate::nn::Model) gives one by name; any closure over [`Graph`]'s methods is another.
+/// A network: a function from the shape of a batch of images and the number of classes to a traced graph and its
+/// logits. [`nn::Model`](crate::nn::Model) gives one by name; any closure over [`Graph`]'s methods is another.
 ///
 /// # Errors
 /// A network that the image shape or the number of classes does not fit.
@@ -101,13 +101,14 @@ pub struct Plan<S: Compute> {
 }
 
 impl<S: Compute> Plan<S> {
-    /// Plans a network that ends in `logits`, for softmax cross-entropy. On a GPU's tensor cores it measures first which tiles suit
-    /// its convolutions ([`ConvShape::measure_tiles`](crate::kernels::conv::ConvShape::measure_tiles)).
+    /// Plans a network that ends in `logits`, for softmax cross-entropy. On a GPU's tensor cores it measures first
+    /// which tiles suit its convolutions
+    /// ([`ConvShape::measure_tiles`](crate::kernels::conv::ConvShape::measure_tiles)).
     ///
     /// # Errors
-    /// [`PlanError::NoGradient`] where the loss does not depend on some parameter, [`PlanError::Shape`] for a batch norm in
-    /// training whose channels have a single value and for a linear layer before the last in 16 bits, [`PlanError::Device`]
-    /// where the device has too little memory.
+    /// [`PlanError::NoGradient`] where the loss does not depend on some parameter, [`PlanError::Shape`] for a batch
+    /// norm in training whose channels have a single value and for a linear layer before the last in 16 bits,
+    /// [`PlanError::Device`] where the device has too little memory.
     pub fn new(
         device: &Device,
         graph: Graph,
@@ -167,8 +168,9 @@ impl<S: Compute> Plan<S> {
         &self.statistics_layout
     }
 
-    /// Bytes of the arena that holds activations, their gradients and scratch. The first product with the Hessian takes as many
-    /// for their tangents, and on a GPU the first [pair of gradients](crate::objective::Pass::GradientPair) as many for its second pass.
+    /// Bytes of the arena that holds activations, their gradients and scratch. The first product with the Hessian takes
+    /// as many for their tangents, and on a GPU the first [pair of gradients](crate::objective::Pass::GradientPair) as
+    /// many for its second pass.
     pub fn arena_bytes(&self) -> usize {
         self.memory.len() * size_of::<S::Master>()
     }
@@ -205,8 +207,8 @@ impl<S: Compute> Plan<S> {
         self.buffers.arena.slice(self.memory.value(self.logits))
     }
 
-    /// How many samples had their largest logit at the label, in the newest evaluation or in the newest step's passes with
-    /// [`RunningStats::Update`]: one element. Passes at perturbed weights leave it alone.
+    /// How many samples had their largest logit at the label, in the newest evaluation or in the newest step's passes
+    /// with [`RunningStats::Update`]: one element. Passes at perturbed weights leave it alone.
     ///
     /// # Errors
     /// None: the place lies in the buffer.
@@ -238,8 +240,8 @@ impl<S: Compute> Plan<S> {
         self.loss_scale.as_mut()
     }
 
-    /// A forward pass at `weights`: leaves the logits, the mean loss over the first `samples` of the batch in `loss` (one
-    /// element) and their correct predictions in [`Plan::correct`].
+    /// A forward pass at `weights`: leaves the logits, the mean loss over the first `samples` of the batch in `loss`
+    /// (one element) and their correct predictions in [`Plan::correct`].
     ///
     /// # Errors
     /// Those of the device.

@@ -11,21 +11,24 @@ use crate::objective::{Displacement, Domain, Objective, Pass, RunningStats, diff
 
 /// What passes do in a plan, and what they cost.
 ///
-/// **Gradient pairs.** On a GPU both passes run at the same time; the first call allocates a second arena for that. They run one after
-/// the other where there is no memory for it, and while a graph is recorded before there is one. The bits are the same.
-/// [`Plan::logits`] are those of one of the two.
+/// **Gradient pairs.** On a GPU both passes run at the same time; the first call allocates a second arena for that.
+/// They run one after the other where there is no memory for it, and while a graph is recorded before there is one. The
+/// bits are the same. [`Plan::logits`] are those of one of the two.
 ///
-/// **Displaced gradients.** In 16 bits the weights of convolutions are rounded as they are displaced, and only the rest of `point` is
-/// written: 10 B per parameter instead of 12 and then 6. For a pair that runs at the same time: 12 B instead of 16 and then twice 6.
+/// **Displaced gradients.** In 16 bits the weights of convolutions are rounded as they are displaced, and only the rest
+/// of `point` is written: 10 B per parameter instead of 12 and then 6. For a pair that runs at the same time: 12 B
+/// instead of 16 and then twice 6.
 ///
-/// **Products with the Hessian** are exact: forward and backward are differentiated along the direction (Pearlmutter, "Fast exact
-/// multiplication by the Hessian", Neural Computation 1994). Where a ReLU's input is exactly zero its derivative counts as zero, as in
-/// the gradient. One product costs 8/3 of a gradient, counted in convolutions: a gradient takes three per layer, a product three in the
-/// forward pass and five in the backward pass, where the weights' own gradients are left out. The first product allocates another
-/// arena as large as the first; later ones allocate nothing. A pair costs 14/3 of a gradient, 7/8 of two products, because the passes
-/// of the network itself, two convolutions of eight per layer, are shared; the first pair allocates one more arena. As in the
-/// gradient, the padding between tensors is left as it was. In 16 bits the direction is rounded where it moves convolutions. In f16 it
-/// is first scaled to a size that f16 can hold, in a vector of its own, and the product is scaled back: 12 B per parameter.
+/// **Products with the Hessian** are exact: forward and backward are differentiated along the direction (Pearlmutter,
+/// "Fast exact multiplication by the Hessian", Neural Computation 1994). Where a ReLU's input is exactly zero its
+/// derivative counts as zero, as in the gradient. One product costs 8/3 of a gradient, counted in convolutions: a
+/// gradient takes three per layer, a product three in the forward pass and five in the backward pass, where the
+/// weights' own gradients are left out. The first product allocates another arena as large as the first; later ones
+/// allocate nothing. A pair costs 14/3 of a gradient, 7/8 of two products, because the passes of the network itself,
+/// two convolutions of eight per layer, are shared; the first pair allocates one more arena. As in the gradient, the
+/// padding between tensors is left as it was. In 16 bits the direction is rounded where it moves convolutions. In f16
+/// it is first scaled to a size that f16 can hold, in a vector of its own, and the product is scaled back: 12 B per
+/// parameter.
 impl<S: Compute> Objective<S::Master> for Plan<S> {
     fn domain(&self) -> Domain<'_> {
         Domain { len: self.parameters.len(), groups: 1, padding: self.parameters.padding() }

@@ -1,5 +1,5 @@
-//! What an operation works with during a pass: its activations and gradients, the weights, and where to leave the gradients of its
-//! parameters.
+//! What an operation works with during a pass: its activations and gradients, the weights, and where to leave the
+//! gradients of its parameters.
 
 use std::ops::Range;
 
@@ -128,7 +128,8 @@ impl<'a, T: Scalar> ParameterGradients<'a, T> {
     }
 }
 
-/// The last stage of an operation's weight gradient: it removes the loss scale, checks for infinities and NaN, and sums squares.
+/// The last stage of an operation's weight gradient: it removes the loss scale, checks for infinities and NaN, and sums
+/// squares.
 pub(super) struct LastStage<'a> {
     pub stages: &'a mut GradientStages,
     /// The number of the operation's own stage.
@@ -201,8 +202,8 @@ impl<'a, S: Compute> Operands<'a, S> {
         self.arena.read(self.plan.gradient(value))
     }
 
-    /// Where the gradient of the operation's input number `input`, which is `value`, goes, and whether the operation must add to
-    /// it. None where the input needs no gradient, because no parameter lies before it.
+    /// Where the gradient of the operation's input number `input`, which is `value`, goes, and whether the operation
+    /// must add to it. None where the input needs no gradient, because no parameter lies before it.
     pub fn input_gradient(&mut self, input: usize, value: Value) -> Result<Option<(SliceMut<'a, S>, bool)>> {
         if !self.plan.has_gradient(value) {
             return Ok(None);
@@ -210,7 +211,8 @@ impl<'a, S: Compute> Operands<'a, S> {
         Ok(Some((self.gradient_mut(value)?, self.accumulates(input))))
     }
 
-    /// Whether the operation adds to the gradient of its input number `input`, because another operation has begun that.
+    /// Whether the operation adds to the gradient of its input number `input`, because another operation has begun
+    /// that.
     pub fn accumulates(&self, input: usize) -> bool {
         self.accumulates_of(self.operation, input)
     }

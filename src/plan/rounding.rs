@@ -1,7 +1,7 @@
 //! The weights as convolutions read them: in 16 bits rounded to the storage type before a pass.
 //!
-//! Convolutions alone read rounded weights. Their weights are the first of the arena, because weights come before biases and because
-//! in 16 bits the only linear layer is the last.
+//! Convolutions alone read rounded weights. Their weights are the first of the arena, because weights come before
+//! biases and because in 16 bits the only linear layer is the last.
 
 use super::Plan;
 use crate::arena::{Kind, Layout};
@@ -9,8 +9,8 @@ use crate::device::{Buffer, Compute, Result, Slice, SliceMut};
 use crate::kernels::{check_length, vector};
 use crate::objective::Displacement;
 
-/// How many of the first weights are rounded: those of all convolutions, or none where the storage type is as wide as the master
-/// type.
+/// How many of the first weights are rounded: those of all convolutions, or none where the storage type is as wide as
+/// the master type.
 pub(super) fn rounded_len<S: Compute>(parameters: &Layout) -> usize {
     if !S::NARROW {
         return 0;
@@ -32,8 +32,8 @@ impl<S: Compute> Plan<S> {
     }
 }
 
-/// Displaces `len` weights for a pass, or for two passes on both sides. Of each point, the first buffer receives the rounded weights
-/// of convolutions, and the second all others in the master type, at their places.
+/// Displaces `len` weights for a pass, or for two passes on both sides. Of each point, the first buffer receives the
+/// rounded weights of convolutions, and the second all others in the master type, at their places.
 pub(super) fn displace<S: Compute>(
     len: usize,
     Displacement { from, along, norm, rho }: Displacement<'_, S::Master>,

@@ -13,7 +13,8 @@ use crate::objective::RunningStats;
 pub(super) struct PassBuffers<S: Compute> {
     /// Activations, their gradients and scratch.
     pub arena: Buffer<S::Master>,
-    /// The first of the weights, as convolutions read them; empty where the storage type is no narrower than the master type.
+    /// The first of the weights, as convolutions read them; empty where the storage type is no narrower than the master
+    /// type.
     pub rounded: Buffer<S>,
     /// For batch norm's sums over rows.
     pub workspace: Workspace,
@@ -39,8 +40,9 @@ pub(super) enum SecondPass<S: Compute> {
 }
 
 impl<S: Compute> Plan<S> {
-    /// Makes the buffers of a second pass at the first call. Returns whether there are such buffers. Twice as much memory must be
-    /// free, because later allocations may be indispensable. While a graph is recorded nothing can be allocated.
+    /// Makes the buffers of a second pass at the first call. Returns whether there are such buffers. Twice as much
+    /// memory must be free, because later allocations may be indispensable. While a graph is recorded nothing can be
+    /// allocated.
     pub(super) fn prepare_second_pass(&mut self) -> Result<bool> {
         if matches!(self.second_pass, SecondPass::NotMade) {
             if self.device.is_recording() {
@@ -66,8 +68,8 @@ impl<S: Compute> Plan<S> {
         }
     }
 
-    /// Two gradients. `at_once`: at the same time, with the buffers of a [second pass](Self::prepare_second_pass). `rounded`: the
-    /// weights have been rounded for both.
+    /// Two gradients. `at_once`: at the same time, with the buffers of a [second pass](Self::prepare_second_pass).
+    /// `rounded`: the weights have been rounded for both.
     pub(super) fn gradient_passes(
         &mut self,
         weights: [Slice<'_, S::Master>; 2],

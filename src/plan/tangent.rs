@@ -1,10 +1,11 @@
-//! Products with the Hessian: all weights move along a direction, and every number of the forward and the backward pass has a
-//! derivative along it, its tangent (Pearlmutter 1994). The tangents of the parameters' gradients are the product.
+//! Products with the Hessian: all weights move along a direction, and every number of the forward and the backward pass
+//! has a derivative along it, its tangent (Pearlmutter 1994). The tangents of the parameters' gradients are the
+//! product.
 //!
-//! Tangents lie in an arena of their own with the same places: where the first arena holds an activation, this one holds the
-//! tangent of it, and likewise for gradients, kept values and scratch. So a tangent lives exactly as long as what it is the
-//! tangent of. The tangents of the forward run after the forward, because they need only activations that the backward needs
-//! too. In the backward, each operation is followed by its tangent.
+//! Tangents lie in an arena of their own with the same places: where the first arena holds an activation, this one
+//! holds the tangent of it, and likewise for gradients, kept values and scratch. So a tangent lives exactly as long as
+//! what it is the tangent of. The tangents of the forward run after the forward, because they need only activations
+//! that the backward needs too. In the backward, each operation is followed by its tangent.
 
 use super::graph::Value;
 use super::memory_plan::MemoryPlan;
@@ -37,8 +38,8 @@ impl<S: Compute> Tangent<S> {
     }
 }
 
-/// A direction scaled to a size that f16 holds. A product with the Hessian is linear in the direction, so the factor is taken out of
-/// the product together with the loss scale.
+/// A direction scaled to a size that f16 holds. A product with the Hessian is linear in the direction, so the factor is
+/// taken out of the product together with the loss scale.
 pub(super) struct ScaledDirection<T: Scalar> {
     direction: Buffer<T>,
     norm: Buffer<f64>,
@@ -113,7 +114,8 @@ impl<S: Compute> Plan<S> {
         done
     }
 
-    /// The products without their last stage. The loss goes to the first of the tangents, because it is the same for all.
+    /// The products without their last stage. The loss goes to the first of the tangents, because it is the same for
+    /// all.
     fn tangent_passes<const N: usize>(
         &mut self,
         weights: Slice<'_, S::Master>,

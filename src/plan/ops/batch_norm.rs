@@ -23,8 +23,8 @@ const EPSILON: f64 = 1e-5;
 /// How much of a running statistic each batch replaces.
 const RUNNING_MOMENTUM: f64 = 0.1;
 
-/// `y = γ (x − μ)/√(σ² + ε) + β`, plus the residual if there is one, then a ReLU if asked for. μ and σ² are those of the batch in
-/// training, and the running statistics in evaluation.
+/// `y = γ (x − μ)/√(σ² + ε) + β`, plus the residual if there is one, then a ReLU if asked for. μ and σ² are those of
+/// the batch in training, and the running statistics in evaluation.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::plan) struct BatchNorm {
     pub(super) x: Value,
@@ -44,12 +44,13 @@ const MEAN: usize = 0;
 const INV_STD: usize = 1;
 
 impl Graph {
-    /// Batch norm over samples and pixels, then the sum with `residual` if there is one, then a ReLU if asked for: one pass.
-    /// Makes the parameters `NAME.weight` (γ = 1 at the start) and `NAME.bias` (β = 0), and the statistics `NAME.running_mean`
-    /// and `NAME.running_var`.
+    /// Batch norm over samples and pixels, then the sum with `residual` if there is one, then a ReLU if asked for: one
+    /// pass. Makes the parameters `NAME.weight` (γ = 1 at the start) and `NAME.bias` (β = 0), and the statistics
+    /// `NAME.running_mean` and `NAME.running_var`.
     ///
     /// # Errors
-    /// [`PlanError::DuplicateParameter`] for a name already taken, [`PlanError::Shape`] for a residual of another shape.
+    /// [`PlanError::DuplicateParameter`] for a name already taken, [`PlanError::Shape`] for a residual of another
+    /// shape.
     pub fn batch_norm(
         &mut self,
         x: Value,
@@ -78,8 +79,8 @@ impl BatchNorm {
         BatchNormShape { rows: self.shape.rows(), channels: self.shape.channels }
     }
 
-    /// What followed the normalisation, and where the mask of the ReLU comes from: its output after a residual sum, and x
-    /// otherwise, from which it is computed again.
+    /// What followed the normalisation, and where the mask of the ReLU comes from: its output after a residual sum, and
+    /// x otherwise, from which it is computed again.
     fn activation<'a, S: Compute>(
         &self,
         values: &mut Operands<'a, S>,
@@ -126,8 +127,8 @@ impl BatchNorm {
     }
 }
 
-/// The scratch of the backward: dγ and dβ where the pass asks for no gradients of parameters, and dx where another operation has
-/// begun the gradient of x, because the kernels of batch norm do not add.
+/// The scratch of the backward: dγ and dβ where the pass asks for no gradients of parameters, and dx where another
+/// operation has begun the gradient of x, because the kernels of batch norm do not add.
 pub(super) struct Scratch {
     pub dgamma: Range<usize>,
     pub dbeta: Range<usize>,
@@ -217,8 +218,9 @@ impl Operation for BatchNorm {
         }
     }
 
-    /// With `dz = dy` where the ReLU passed and 0 elsewhere, `dβ = Σ dz` and `dγ = Σ dz x̂` over the rows, with
-    /// `x̂ = (x − μ)/√(σ² + ε)`, and in training `dx = γ/√(σ² + ε) (dz − dβ/rows − x̂ dγ/rows)`. The residual's gradient is dz.
+    /// With `dz = dy` where the ReLU passed and 0 elsewhere, `dβ = Σ dz` and `dγ = Σ dz x̂` over the rows, with `x̂ =
+    /// (x − μ)/√(σ² + ε)`, and in training `dx = γ/√(σ² + ε) (dz − dβ/rows − x̂ dγ/rows)`. The residual's gradient is
+    /// dz.
     fn backward<S: Compute>(&self, mut pass: BackwardPass<'_, S>) -> device::Result<()> {
         let (shape, index) = (self.rows_and_channels(), pass.values.index());
         let Normalized { x, gamma, mean, inv_std, activation } =

@@ -12,7 +12,8 @@ use crate::plan::graph::{Graph, Parameter, Shape, Value};
 use crate::plan::pass::{BackwardPass, BackwardTangentPass, ForwardPass, ForwardTangentPass};
 use crate::plan::{PlanError, PlanOptions};
 
-/// `y = x ∗ w`, with `x` of shape `[N,H,W,C]` and `w` of `[kernel, kernel, C, outputs]`. The weights are read as the storage type.
+/// `y = x ∗ w`, with `x` of shape `[N,H,W,C]` and `w` of `[kernel, kernel, C, outputs]`. The weights are read as the
+/// storage type.
 #[derive(Debug, Clone)]
 pub(in crate::plan) struct Convolution {
     pub(super) x: Value,
@@ -25,11 +26,12 @@ pub(in crate::plan) struct Convolution {
 const LARGEST_KEPT_PARTS: usize = 4 << 20;
 
 impl Graph {
-    /// A convolution without bias: `[N,H,W,C]` to `[N,OH,OW,outputs]`, `OH = (H + 2 padding − kernel)/stride + 1`. The weights
-    /// start normal with variance `2/(kernel² C)` (He et al. 2015).
+    /// A convolution without bias: `[N,H,W,C]` to `[N,OH,OW,outputs]`, `OH = (H + 2 padding − kernel)/stride + 1`. The
+    /// weights start normal with variance `2/(kernel² C)` (He et al. 2015).
     ///
     /// # Errors
-    /// [`PlanError::DuplicateParameter`] for a name already taken, [`PlanError::Shape`] for a shape that leaves no output.
+    /// [`PlanError::DuplicateParameter`] for a name already taken, [`PlanError::Shape`] for a shape that leaves no
+    /// output.
     pub fn convolution(
         &mut self,
         x: Value,
@@ -147,7 +149,8 @@ impl Operation for Convolution {
         conv::input_gradient(&self.shape, dy, pass.weights.stored(self.weight)?, dx, accumulate, scratch)
     }
 
-    /// A convolution is bilinear. With a dot for a tangent: `ẏ = ẋ ∗ w + x ∗ ẇ`. Where no parameter lies before x, `ẋ = 0`.
+    /// A convolution is bilinear. With a dot for a tangent: `ẏ = ẋ ∗ w + x ∗ ẇ`. Where no parameter lies before x, `ẋ =
+    /// 0`.
     fn forward_tangent<S: Compute>(&self, mut pass: ForwardTangentPass<'_, S>) -> device::Result<()> {
         let (weight, weight_tangent) = (pass.weights.stored(self.weight)?, pass.direction.stored(self.weight)?);
         let mut scratch = pass.tangents.forward_scratch()?;
@@ -160,8 +163,8 @@ impl Operation for Convolution {
         conv::forward(&self.shape, pass.values.read(self.x)?, weight_tangent, y, moves, scratch)
     }
 
-    /// With a dot for a tangent, `dẇ` is the weight gradient of `(x, dẏ)` plus that of `(ẋ, dy)`, and `dẋ` the input gradient of
-    /// `(dẏ, w)` plus that of `(dy, ẇ)`.
+    /// With a dot for a tangent, `dẇ` is the weight gradient of `(x, dẏ)` plus that of `(ẋ, dy)`, and `dẋ` the input
+    /// gradient of `(dẏ, w)` plus that of `(dy, ẇ)`.
     fn backward_tangent<S: Compute>(&self, mut pass: BackwardTangentPass<'_, S>) -> device::Result<()> {
         let (dy, dy_tangent) = (pass.values.gradient(self.y)?, pass.tangents.gradient(self.y)?);
         let mut scratch = pass.tangents.backward_scratch()?;

@@ -1,18 +1,20 @@
 //! What convolution and batch norm do for each other on a GPU's tensor cores.
 //!
-//! Batch norm needs sums over all rows before it can write its first output. A convolution next to it has the same numbers in
-//! registers, so it takes these sums while it computes, and batch norm reads its input once less.
+//! Batch norm needs sums over all rows before it can write its first output. A convolution next to it has the same
+//! numbers in registers, so it takes these sums while it computes, and batch norm reads its input once less.
 //!
-//! **Forward.** Where a batch norm in training reads the output of a convolution, the convolution leaves the moments of its
-//! output's tiles (`conv::forward_with_moments`), and batch norm combines them (`batch_norm::forward_from_moments`). The moments
-//! live from the convolution's forward to that of the last batch norm that reads them. All types for tensor cores have this form.
+//! **Forward.** Where a batch norm in training reads the output of a convolution, the convolution leaves the moments of
+//! its output's tiles (`conv::forward_with_moments`), and batch norm combines them
+//! (`batch_norm::forward_from_moments`). The moments live from the convolution's forward to that of the last batch norm
+//! that reads them. All types for tensor cores have this form.
 //!
-//! **Backward.** Where a convolution reads the output of a batch norm and is the last operation to add to the gradient dy of that
-//! output, its input gradient does the first half of batch norm's backward (`conv::input_gradient_with_sums`). It stores in place
-//! of dy the gradient behind the ReLU, dz, and leaves dγ and dβ where batch norm would leave them: in the gradient of the
-//! parameters, or in the scratch of batch norm's backward where the pass asks for none. That scratch therefore lives from the
-//! convolution's backward on. Batch norm then computes dx and the gradient of the residual from dz and these sums
-//! (`batch_norm::backward_from_sums`). Types of 16 bits have this form, for channels in whole eights.
+//! **Backward.** Where a convolution reads the output of a batch norm and is the last operation to add to the gradient
+//! dy of that output, its input gradient does the first half of batch norm's backward
+//! (`conv::input_gradient_with_sums`). It stores in place of dy the gradient behind the ReLU, dz, and leaves dγ and dβ
+//! where batch norm would leave them: in the gradient of the parameters, or in the scratch of batch norm's backward
+//! where the pass asks for none. That scratch therefore lives from the convolution's backward on. Batch norm then
+//! computes dx and the gradient of the residual from dz and these sums (`batch_norm::backward_from_sums`). Types of 16
+//! bits have this form, for channels in whole eights.
 //!
 //! Neither changes what a tangent reads: tangent passes use the plain kernels of both operations.
 
@@ -49,8 +51,8 @@ pub(in crate::plan) struct SumsFor {
     norm: BatchNorm,
 }
 
-/// By operation: the batch norm before it, if it is a convolution that leaves sums for that. `differentiated` tells whether an
-/// activation has a gradient.
+/// By operation: the batch norm before it, if it is a convolution that leaves sums for that. `differentiated` tells
+/// whether an activation has a gradient.
 pub(in crate::plan) fn sums_for<S: Compute>(
     device: &Device,
     ops: &[Op],

@@ -8,8 +8,8 @@ use crate::plan::PlanError;
 use crate::plan::graph::{Graph, Parameter, Shape, Value};
 use crate::plan::pass::{BackwardPass, BackwardTangentPass, ForwardPass, ForwardTangentPass};
 
-/// `y = x W + b`, with `x` of shape `[batch, inputs]`, `W` of `[inputs, outputs]` and `b` of `[outputs]`. Output and parameters
-/// are of the master type.
+/// `y = x W + b`, with `x` of shape `[batch, inputs]`, `W` of `[inputs, outputs]` and `b` of `[outputs]`. Output and
+/// parameters are of the master type.
 #[derive(Debug, Clone)]
 pub(in crate::plan) struct Linear {
     x: Value,
@@ -20,12 +20,12 @@ pub(in crate::plan) struct Linear {
 }
 
 impl Graph {
-    /// x·W + b over all features of a sample: `[N,1,1,C]` to `[N,1,1,outputs]`. Makes `NAME.weight` and `NAME.bias`. Both start
-    /// uniform within `±1/√C`, as in PyTorch.
+    /// x·W + b over all features of a sample: `[N,1,1,C]` to `[N,1,1,outputs]`. Makes `NAME.weight` and `NAME.bias`.
+    /// Both start uniform within `±1/√C`, as in PyTorch.
     ///
     /// # Errors
-    /// [`PlanError::DuplicateParameter`] for a name already taken; [`PlanError::Shape`] for no output and for an input with more
-    /// than one pixel, whose features files store in another order than the activation.
+    /// [`PlanError::DuplicateParameter`] for a name already taken; [`PlanError::Shape`] for no output and for an input
+    /// with more than one pixel, whose features files store in another order than the activation.
     pub fn linear(&mut self, x: Value, name: &str, outputs: usize) -> Result<Value, PlanError> {
         let input = self.shape(x);
         if input.height * input.width != 1 || outputs == 0 {

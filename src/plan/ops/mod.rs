@@ -1,8 +1,9 @@
 //! The operations of a network, one file each.
 //!
-//! The file of an operation holds its struct, the [`Graph`](super::Graph) method that traces it, its parameters and their
-//! initial distribution, the memory it needs, its forward and backward, and the tangents of both. To add an operation, write
-//! such a file, declare it below as a module, and name its struct in `operations!`. `docs/extending.md` shows an example.
+//! The file of an operation holds its struct, the [`Graph`](super::Graph) method that traces it, its parameters and
+//! their initial distribution, the memory it needs, its forward and backward, and the tangents of both. To add an
+//! operation, write such a file, declare it below as a module, and name its struct in `operations!`.
+//! `docs/extending.md` shows an example.
 //!
 //! Two operations share work on a GPU's tensor cores: see [`convolution_batch_norm`].
 
@@ -22,8 +23,8 @@ use super::{PlanError, PlanOptions};
 use crate::arena::Layout;
 use crate::device::{self, Compute, Device};
 
-/// What the plan asks of an operation. Every method without a default must be written, so an operation without a backward or
-/// without a tangent does not compile.
+/// What the plan asks of an operation. Every method without a default must be written, so an operation without a
+/// backward or without a tangent does not compile.
 pub(super) trait Operation {
     /// The activation that it writes.
     fn output(&self) -> Value;
@@ -40,8 +41,8 @@ pub(super) trait Operation {
     /// `y = f(x)`.
     fn forward<S: Compute>(&self, pass: ForwardPass<'_, S>) -> device::Result<()>;
 
-    /// From the gradient of the output to the gradients of the inputs, and to those of the parameters where the pass asks for
-    /// them.
+    /// From the gradient of the output to the gradients of the inputs, and to those of the parameters where the pass
+    /// asks for them.
     fn backward<S: Compute>(&self, pass: BackwardPass<'_, S>) -> device::Result<()>;
 
     /// The derivative of the forward along a direction in the space of all weights. It runs after the whole forward.
@@ -62,8 +63,8 @@ pub(super) trait Operation {
         Ok(())
     }
 
-    /// Whether the output is stored in the master type instead of the storage type. Only the linear layer does this, because its
-    /// output is the logits.
+    /// Whether the output is stored in the master type instead of the storage type. Only the linear layer does this,
+    /// because its output is the logits.
     fn has_wide_output(&self) -> bool {
         false
     }
@@ -99,13 +100,14 @@ pub(super) struct Memory {
 /// How a backward leaves the gradients of its parameters, for [`crate::kernels::gradient`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) enum WeightGradient {
-    /// Complete. The last launch of the pass finishes it: it removes the loss scale, checks for infinities and NaN, and sums
-    /// squares.
+    /// Complete. The last launch of the pass finishes it: it removes the loss scale, checks for infinities and NaN, and
+    /// sums squares.
     #[default]
     Complete,
     /// In parts, which stay in the backward's scratch. The last launch of the pass adds them up and finishes the sum.
     Parts,
-    /// In large parts, which a launch of their own adds up and finishes at once, while they are still in the GPU's cache.
+    /// In large parts, which a launch of their own adds up and finishes at once, while they are still in the GPU's
+    /// cache.
     Summed,
     /// Finished by the operation's own kernel, which leaves so many sums of squares.
     Finished(usize),

@@ -16,8 +16,8 @@ pub(in crate::plan) struct Shortcut {
 }
 
 impl Graph {
-    /// The shortcut without parameters of He et al. 2016 (option A): every `stride`-th pixel, with zeros in the new channels and
-    /// the old channels in the middle.
+    /// The shortcut without parameters of He et al. 2016 (option A): every `stride`-th pixel, with zeros in the new
+    /// channels and the old channels in the middle.
     ///
     /// # Errors
     /// [`PlanError::Shape`] for fewer output than input channels, or a stride of zero.
