@@ -1,9 +1,9 @@
 //! One contiguous vector per role: where each named tensor of a model lies in it, and how it looks outside.
 //!
-//! Weights, gradients, momenta and perturbed copies of a model all share one [`Layout`], so that the algebra of an optimizer
-//! is a few kernels over one long vector. Tensors begin at multiples of [`ALIGNMENT`] elements; the padding between them is
-//! zero in the weights, in gradients and in what an optimizer makes of both, because every kernel of the algebra maps zeros to
-//! zeros. Random perturbations alone fill it, and nothing reads it there.
+//! Weights, gradients, momenta and perturbed copies of a model all share one [`Layout`], so that the algebra of an
+//! optimizer is a few kernels over one long vector. Tensors begin at multiples of [`ALIGNMENT`] elements; the padding
+//! between them is zero in the weights, in gradients and in what an optimizer makes of both, because every kernel of
+//! the algebra maps zeros to zeros. Random perturbations alone fill it, and nothing reads it there.
 
 use std::ops::Range;
 
@@ -145,8 +145,8 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// Places tensors: weights first, then biases and normalisation, so that weight decay with exemptions acts on a prefix.
-    /// The tensors keep the order given, which is the one in files; only their offsets are sorted.
+    /// Places tensors: weights first, then biases and normalisation, so that weight decay with exemptions acts on a
+    /// prefix. The tensors keep the order given, which is the one in files; only their offsets are sorted.
     pub fn new(named: Vec<(String, Kind, Initial)>) -> Self {
         let tensor = |(name, kind, initial)| Tensor { name, kind, initial, offset: 0 };
         let mut layout = Self { tensors: named.into_iter().map(tensor).collect(), ..Self::default() };

@@ -12,7 +12,7 @@ use half::f16;
 use polder::curvature::Curvature;
 use polder::device::{Compute, Device};
 use polder::kernels::image::{self, Augment, BatchShape, Normalization, Position};
-use polder::nn::{Model, Shortcut, initial_weights};
+use polder::nn::{CifarResNet, Shortcut, initial_weights};
 use polder::objective::{Accumulator, Objective};
 use polder::optim::{Base, CrSam, Optimizer, Settings};
 use polder::plan::{Plan, PlanOptions, Shape};
@@ -108,7 +108,7 @@ fn measuring_the_curvature_of_a_run_leaves_nothing() {
 fn a_thousand_probes_take_the_memory_of_two() {
     let device = Device::host();
     let shape = Shape { batch: 2, height: 8, width: 8, channels: 3 };
-    let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(shape, 10).unwrap();
+    let (graph, logits) = CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(shape, 10).unwrap();
     let mut plan = Plan::<f32>::new(&device, graph, logits, PlanOptions::training()).unwrap();
     let weights = device.upload(&initial_weights(plan.parameters(), 1).unwrap()).unwrap();
     let (mut images, mut labels) = plan.batch_mut().unwrap();
@@ -135,7 +135,7 @@ fn count<S: Compute<Master = f32>>(methods: &[AnyMethod], bases: &[Base]) {
         let (batch, side) = if name.starts_with("gpu shapes") { (2, 8) } else { (4, 16) };
         for (method, base) in methods.iter().zip(bases.iter().cycle()) {
             let shape = Shape { batch, height: side, width: side, channels: 3 };
-            let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut: Shortcut::B }.trace(shape, 10).unwrap();
+            let (graph, logits) = CifarResNet { blocks: 1, shortcut: Shortcut::B }.trace(shape, 10).unwrap();
             let mut plan = Plan::<S>::new(&device, graph, logits, PlanOptions::training()).unwrap();
             let len = plan.parameters().len();
             let mut weights = device.upload(&initial_weights(plan.parameters(), 1).unwrap()).unwrap();

@@ -1,122 +1,96 @@
-//! Models: residual networks, traced into a [`Graph`], with their initialisation.
+//! Models by name, one file per family, and their initial weights.
+//!
+//! A model is a function that traces a network with the methods of [`Graph`], and an entry in [`MODELS`].
+//! `docs/extending.md` shows how to add one. A network of your own needs no entry: whatever takes a
+//! [`Network`](crate::plan::Network) takes any function from image shape and number of classes to a graph.
 
 mod init;
+mod resnet;
 
 pub use init::initial_weights;
-
-use std::str::FromStr;
+pub use resnet::{CifarResNet, Shortcut};
 
 use crate::plan::{Graph, PlanError, Shape, Value};
 
-/// How a residual block's input reaches its output where the shape changes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Shortcut {
-    /// Option A: every second pixel, new channels zero; no parameters (the default for CIFAR ResNets).
-    #[default]
-    A,
-    /// Option B: a 1×1 convolution with batch norm.
-    B,
+/// All models that have a name.
+pub const MODELS: &[Registration] = &[
+    Registration::new("resnet8", "CIFAR ResNet of 8 layers", Shortcut::BOTH, resnet::cifar::<8>),
+    Registration::new("resnet20", "CIFAR ResNet of 20 layers", Shortcut::BOTH, resnet::cifar::<20>),
+    Registration::new("resnet32", "CIFAR ResNet of 32 layers", Shortcut::BOTH, resnet::cifar::<32>),
+    Registration::new("resnet44", "CIFAR ResNet of 44 layers", Shortcut::BOTH, resnet::cifar::<44>),
+    Registration::new("resnet56", "CIFAR ResNet of 56 layers", Shortcut::BOTH, resnet::cifar::<56>),
+    Registration::new("resnet110", "CIFAR ResNet of 110 layers", Shortcut::BOTH, resnet::cifar::<110>),
+    Registration::new("resnet18", "ResNet-18 with the CIFAR stem", &[Shortcut::B], resnet::resnet18),
+];
+
+/// A model in [`MODELS`].
+#[derive(Debug, Clone, Copy)]
+pub struct Registration {
+    /// The name on the command line.
+    pub name: &'static str,
+    /// One line about it.
+    pub description: &'static str,
+    /// The shortcuts it can have, the default first; empty where it has none.
+    pub shortcuts: &'static [Shortcut],
+    trace: Trace,
 }
 
-/// A network, by name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Model {
-    /// The CIFAR ResNet of He et al. 2016, section 4.2: 6n + 2 layers, widths 16-32-64.
-    CifarResNet {
-        /// Residual blocks per stage (n).
-        blocks: usize,
-        /// Where the shape changes.
-        shortcut: Shortcut,
-    },
-    /// ResNet-18 with the CIFAR stem (a 3×3 convolution of stride 1, no pooling): 11.2 M parameters; always option B.
-    ResNet18,
+/// Traces a model for one batch of images, with these classes and this shortcut. A model without shortcuts ignores the
+/// last.
+type Trace = fn(Shape, usize, Shortcut) -> Result<(Graph, Value), PlanError>;
+
+impl Registration {
+    const fn new(name: &'static str, description: &'static str, shortcuts: &'static [Shortcut], trace: Trace) -> Self {
+        Self { name, description, shortcuts, trace }
+    }
 }
 
-/// The names that [`Model::from_name`] knows.
-pub const MODEL_NAMES: [&str; 7] = ["resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet18"];
+/// A network by name, with its options.
+#[derive(Debug, Clone, Copy)]
+pub struct Model {
+    registration: &'static Registration,
+    shortcut: Shortcut,
+}
 
-/// A model name that is not known, or an option that it does not have.
+/// A model name that is not known, or an option that the model does not have.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct UnknownModel(String);
 
 impl Model {
-    /// The model of that name; `shortcut` is for the CIFAR ResNets (none means option A).
+    /// The model of that name in [`MODELS`]. `shortcut` is for models with shortcuts; none means their default.
     ///
     /// # Errors
-    /// An unknown name, or option A for ResNet-18.
+    /// An unknown name, or a shortcut that the model does not have.
     pub fn from_name(name: &str, shortcut: Option<Shortcut>) -> Result<Self, UnknownModel> {
-        let depth = name.strip_prefix("resnet").filter(|_| MODEL_NAMES.contains(&name));
-        match depth.and_then(|depth| depth.parse::<usize>().ok()) {
-            Some(18) if shortcut == Some(Shortcut::A) => {
-                Err(UnknownModel("resnet18 has projection shortcuts only (option b)".into()))
-            }
-            Some(18) => Ok(Model::ResNet18),
-            Some(depth) => Ok(Model::CifarResNet { blocks: (depth - 2) / 6, shortcut: shortcut.unwrap_or_default() }),
-            None => Err(UnknownModel(format!("no model is named `{name}`; known: {}", MODEL_NAMES.join(", ")))),
+        let Some(registration) = MODELS.iter().find(|model| model.name == name) else {
+            let known: Vec<&str> = MODELS.iter().map(|model| model.name).collect();
+            return Err(UnknownModel(format!("no model is named `{name}`; known: {}", known.join(", "))));
+        };
+        if shortcut.is_some_and(|shortcut| !registration.shortcuts.contains(&shortcut)) {
+            let reason = match registration.shortcuts {
+                [] => "has no shortcuts",
+                _ => "has projection shortcuts only (option b)",
+            };
+            return Err(UnknownModel(format!("{name} {reason}")));
+        }
+        let default = registration.shortcuts.first().copied().unwrap_or_default();
+        Ok(Self { registration, shortcut: shortcut.unwrap_or(default) })
+    }
+
+    /// The shortcuts among which the model lets one choose; empty where it has no such option.
+    pub fn shortcuts(self) -> &'static [Shortcut] {
+        match self.registration.shortcuts {
+            [_] => &[],
+            shortcuts => shortcuts,
         }
     }
 
     /// Traces the model for one batch of images; returns the graph and its logits.
     ///
     /// # Errors
-    /// Images too small for the strides, or none.
+    /// Images that do not fit the model: too small for its strides, or none.
     pub fn trace(self, images: Shape, classes: usize) -> Result<(Graph, Value), PlanError> {
-        let mut graph = Graph::new(images);
-        let x = graph.input();
-        let (widths, blocks, shortcut): (&[usize], usize, Shortcut) = match self {
-            Model::CifarResNet { blocks, shortcut } => (&[16, 32, 64], blocks, shortcut),
-            Model::ResNet18 => (&[64, 128, 256, 512], 2, Shortcut::B),
-        };
-        let mut x = graph.convolution(x, "conv1.weight", widths[0], 3, 1, 1)?;
-        x = graph.batch_norm(x, "bn1", None, true)?;
-        for (stage, &width) in widths.iter().enumerate() {
-            for block in 0..blocks {
-                let stride = if stage > 0 && block == 0 { 2 } else { 1 };
-                let name = format!("layer{}.{block}", stage + 1);
-                x = basic_block(&mut graph, x, &name, width, stride, shortcut)?;
-            }
-        }
-        let x = graph.global_average_pool(x)?;
-        let logits = graph.linear(x, "fc", classes)?;
-        Ok((graph, logits))
-    }
-}
-
-/// Two 3×3 convolutions with batch norm, and the sum with the block's input.
-fn basic_block(
-    graph: &mut Graph,
-    x: Value,
-    name: &str,
-    width: usize,
-    stride: usize,
-    shortcut: Shortcut,
-) -> Result<Value, PlanError> {
-    let y = graph.convolution(x, &format!("{name}.conv1.weight"), width, 3, stride, 1)?;
-    let y = graph.batch_norm(y, &format!("{name}.bn1"), None, true)?;
-    let y = graph.convolution(y, &format!("{name}.conv2.weight"), width, 3, 1, 1)?;
-    let residual = if stride == 1 && graph.shape(x).channels == width {
-        x
-    } else {
-        match shortcut {
-            Shortcut::A => graph.shortcut(x, width, stride)?,
-            Shortcut::B => {
-                let projected = graph.convolution(x, &format!("{name}.downsample.0.weight"), width, 1, stride, 0)?;
-                graph.batch_norm(projected, &format!("{name}.downsample.1"), None, false)?
-            }
-        }
-    };
-    graph.batch_norm(y, &format!("{name}.bn2"), Some(residual), true)
-}
-
-impl FromStr for Shortcut {
-    type Err = UnknownModel;
-
-    fn from_str(text: &str) -> Result<Self, UnknownModel> {
-        match text {
-            "a" => Ok(Shortcut::A),
-            "b" => Ok(Shortcut::B),
-            _ => Err(UnknownModel(format!("shortcut `{text}`: expected a or b"))),
-        }
+        (self.registration.trace)(images, classes, self.shortcut)
     }
 }

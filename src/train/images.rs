@@ -130,7 +130,7 @@ mod tests {
 
     use super::*;
     use crate::device::{Device, HostOptions};
-    use crate::nn::{Model, Shortcut};
+    use crate::nn::{CifarResNet, Shortcut};
     use crate::objective::Accumulator;
     use crate::optim::{Base, CrSam, Form, Optimizer, Settings};
     use crate::plan::{PlanOptions, Shape};
@@ -163,7 +163,7 @@ mod tests {
     fn operations<S: Compute<Master = f32>>() -> Vec<String> {
         let device = Device::host_with(HostOptions { emulate_gpu: true, ..HostOptions::default() });
         let images = Shape { batch: 2, height: 8, width: 8, channels: 3 };
-        let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(images, 5).unwrap();
+        let (graph, logits) = CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(images, 5).unwrap();
         let mut plan = Plan::<S>::new(&device, graph, logits, PlanOptions::training()).unwrap();
         let pixels: Vec<u8> = (0..2 * 8 * 8 * 3).map(|i| (i * 37 % 251) as u8).collect();
         let pixels = device.upload(&pixels).unwrap();

@@ -741,7 +741,7 @@ pub(super) fn resolve(options: &Layer) -> Result<Settings, TrainError> {
     settings.method =
         settings.method.iter().filter_map(|(name, _)| Some((name.to_string(), method.get(name)?))).collect();
     let model = settings.model()?;
-    if matches!(model, Model::CifarResNet { .. }) {
+    if !model.shortcuts().is_empty() {
         settings.model.shortcut.get_or_insert(ShortcutName::A);
     }
     settings.check()?;

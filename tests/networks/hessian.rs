@@ -6,7 +6,7 @@ use crate::common::{self, Random, bits, weights};
 use half::{bf16, f16};
 use polder::device::{Buffer, Compute, Device, Error, Result, Scalar};
 use polder::kernels::batch_norm::Mode;
-use polder::nn::{Model, Shortcut, initial_weights};
+use polder::nn::{CifarResNet, Shortcut, initial_weights};
 use polder::objective::{Domain, Objective, Pass, RunningStats};
 use polder::plan::{Graph, Plan, PlanOptions, Shape, Value};
 use safetensors::SafeTensors;
@@ -86,7 +86,7 @@ fn relative_error(found: &[f64], reference: &[f64]) -> f64 {
 }
 
 fn resnet8<T: Scalar>(device: &Device, shortcut: Shortcut, mode: Mode, shape: Shape, classes: usize) -> Plan<T> {
-    let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut }.trace(shape, classes).unwrap();
+    let (graph, logits) = CifarResNet { blocks: 1, shortcut }.trace(shape, classes).unwrap();
     let options = PlanOptions { backward: true, batch_norm: mode, label_smoothing: 0.1 };
     Plan::new(device, graph, logits, options).unwrap()
 }
@@ -311,7 +311,7 @@ fn case_plan<T: Scalar>(device: &Device, case: &serde_json::Value) -> Plan<T> {
     let rows: Vec<usize> = case["rows"].as_array().unwrap().iter().map(|row| row.as_u64().unwrap() as usize).collect();
     let shape = Shape { batch: rows.len(), height: of("height"), width: of("width"), channels: 3 };
     let shortcut = case["shortcut"].as_str().unwrap().parse::<Shortcut>().unwrap();
-    let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut }.trace(shape, 10).unwrap();
+    let (graph, logits) = CifarResNet { blocks: 1, shortcut }.trace(shape, 10).unwrap();
     let label_smoothing = number(&case["label_smoothing"]);
     let options = PlanOptions { label_smoothing, ..PlanOptions::training() };
     let mut plan = Plan::<T>::new(device, graph, logits, options).unwrap();
@@ -465,7 +465,7 @@ fn wrong_arguments_are_refused() {
         let refused = Err(Error::Length { operation, argument, found: n - 1, expected: n });
         assert_eq!(call(&mut plan, lens), refused);
     }
-    let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(shape, 4).unwrap();
+    let (graph, logits) = CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(shape, 4).unwrap();
     let mut plan = Plan::<f32>::new(&device, graph, logits, PlanOptions::evaluation()).unwrap();
     assert!(matches!(call(&mut plan, [n; 3]), Err(Error::Argument { operation: found, .. }) if found == operation));
 
@@ -482,7 +482,7 @@ fn wrong_arguments_are_refused() {
 fn a_pair_of_products_has_the_bits_of_two() {
     fn pair<S: Compute<Master = f32>>(name: &str, device: &Device) {
         let shape = Shape { batch: 3, height: 9, width: 10, channels: 3 };
-        let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut: Shortcut::B }.trace(shape, 5).unwrap();
+        let (graph, logits) = CifarResNet { blocks: 1, shortcut: Shortcut::B }.trace(shape, 5).unwrap();
         let mut plan = Plan::<S>::new(device, graph, logits, PlanOptions::training()).unwrap();
         let mut random = Random(41);
         let at = device.upload(&initial_weights(plan.parameters(), 3).unwrap()).unwrap();

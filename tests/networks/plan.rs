@@ -9,7 +9,7 @@ use polder::device::{Buffer, Compute, Device, HostOptions};
 use polder::kernels::batch_norm::Mode;
 use polder::kernels::conv::ConvShape;
 use polder::kernels::vector::{self, Reduction};
-use polder::nn::{Model, Shortcut};
+use polder::nn::{CifarResNet, Shortcut};
 use polder::objective::{Objective, RunningStats};
 use polder::optim::{Base, Optimizer, Sam, Settings};
 use polder::plan::{Graph, Plan, PlanError, PlanOptions, Shape, Value};
@@ -75,7 +75,7 @@ fn gradients_of_whole_networks_match_central_differences() {
             [(Shortcut::A, Mode::Train, (7, 6)), (Shortcut::B, Mode::Train, (8, 5)), (Shortcut::B, Mode::Eval, (5, 6))]
         {
             let shape = Shape { batch: 2, height: size.0, width: size.1, channels: 3 };
-            let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut }.trace(shape, 7).unwrap();
+            let (graph, logits) = CifarResNet { blocks: 1, shortcut }.trace(shape, 7).unwrap();
             let options = PlanOptions { backward: true, batch_norm: mode, label_smoothing: 0.1 };
             check_gradient(&format!("{shortcut:?} {mode:?} on {device_name}"), &device, graph, logits, options, 5);
         }
@@ -139,7 +139,7 @@ fn activations_share_memory() {
     let shape = Shape { batch: 16, height: 32, width: 32, channels: 3 };
     let device = Device::host();
     let plan = |options| {
-        let (graph, logits) = Model::CifarResNet { blocks: 3, shortcut: Shortcut::A }.trace(shape, 10).unwrap();
+        let (graph, logits) = CifarResNet { blocks: 3, shortcut: Shortcut::A }.trace(shape, 10).unwrap();
         Plan::<f32>::new(&device, graph, logits, options).unwrap()
     };
     let (training, evaluation) = (plan(PlanOptions::training()), plan(PlanOptions::evaluation()));
@@ -199,7 +199,7 @@ fn gradients_in_parts_are_the_gradients() {
     let mut gradients: Vec<Vec<f64>> = Vec::new();
     for emulate_gpu in [false, true] {
         let device = Device::host_with(HostOptions { threads: 2, emulate_gpu, ..HostOptions::default() });
-        let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut: Shortcut::B }.trace(shape, 7).unwrap();
+        let (graph, logits) = CifarResNet { blocks: 1, shortcut: Shortcut::B }.trace(shape, 7).unwrap();
         let mut plan = Plan::<f64>::new(&device, graph, logits, PlanOptions::training()).unwrap();
         let mut random = Random(8);
         let at = weights(&plan, &mut random);
@@ -279,7 +279,7 @@ fn every_stage_finishes_its_gradients() {
 /// A small plan with a batch, weights for it on its device, and others near them.
 fn small_plan<S: Compute<Master = f32>>(device: &Device) -> (Plan<S>, [Buffer<f32>; 2]) {
     let shape = Shape { batch: 8, height: 8, width: 8, channels: 3 };
-    let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(shape, 5).unwrap();
+    let (graph, logits) = CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(shape, 5).unwrap();
     let mut plan = Plan::<S>::new(device, graph, logits, PlanOptions::training()).unwrap();
     let mut random = Random(4);
     let at = weights(&plan, &mut random);
@@ -416,7 +416,7 @@ fn launches_of_a_step<S: Compute<Master = f32>>((graph, logits): (Graph, Value))
 #[test]
 fn a_step_of_resnet20_launches_few_kernels() {
     let images = Shape { batch: 128, height: 32, width: 32, channels: 3 };
-    let model = Model::CifarResNet { blocks: 3, shortcut: Shortcut::A };
+    let model = CifarResNet { blocks: 3, shortcut: Shortcut::A };
     let fused = launches_of_a_step::<f16>(model.trace(images, 10).unwrap());
     let apart = launches_of_a_step::<f16>(unfused_resnet20(images));
     let count = |list: &[String], name: &str| list.iter().filter(|launch| launch.contains(name)).count();

@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use polder::arena::Kind;
 use polder::device::{Compute, Device, Scalar, Tf32};
 use polder::kernels::vector::{self, Reduction};
-use polder::nn::{Model, Shortcut, initial_weights};
+use polder::nn::{CifarResNet, Model, Shortcut, initial_weights};
 use polder::objective::{Accumulator, Domain, Objective, Pass, RunningStats};
 use polder::optim::{Base, CrSam, Gam, Optimizer, SaSam, Settings};
 use polder::plan::{Graph, Plan, PlanError, PlanOptions, Shape};
@@ -133,7 +133,7 @@ fn settings<T: Scalar>(method: AnyMethod, len: usize) -> Settings<T> {
 
 fn small_resnet<S: Compute>(device: &Device) -> Plan<S> {
     let shape = Shape { batch: 6, height: 8, width: 8, channels: 3 };
-    let model = Model::CifarResNet { blocks: 1, shortcut: Shortcut::A };
+    let model = CifarResNet { blocks: 1, shortcut: Shortcut::A };
     let (graph, logits) = model.trace(shape, 10).unwrap();
     let mut plan = Plan::<S>::new(device, graph, logits, PlanOptions::training()).unwrap();
     let (mut images, mut labels) = plan.batch_mut().unwrap();
@@ -289,7 +289,7 @@ fn convolutions_alone_are_rounded() {
 /// The gradient and a product with the Hessian of a ResNet-8, tensor by tensor.
 fn resnet_results<S: Compute>(device: &Device, shortcut: Shortcut) -> Vec<(String, [Vec<f64>; 2])> {
     let shape = Shape { batch: 12, height: 8, width: 8, channels: 3 };
-    let (graph, logits) = Model::CifarResNet { blocks: 1, shortcut }.trace(shape, 10).unwrap();
+    let (graph, logits) = CifarResNet { blocks: 1, shortcut }.trace(shape, 10).unwrap();
     let mut plan = Plan::<S>::new(device, graph, logits, PlanOptions::training()).unwrap();
     let mut random = Random(41);
     let weights = common::weights(&plan, &mut random);

@@ -5,7 +5,7 @@ use approx::assert_abs_diff_eq;
 
 use crate::common::{self, Random, assert_close, bits, weights};
 use polder::device::{Buffer, Device, Result, Scalar};
-use polder::nn::{Model, Shortcut};
+use polder::nn::{CifarResNet, Shortcut};
 use polder::objective::{Accumulator, Domain, Objective, Pass, RunningStats};
 use polder::optim::{
     Base, CrSam, Gam, Gnr, Gsam, Hvp, LookSam, Method, Norm, Optimizer, Oracle, Plain, RSam, SaSam, Sam, Settings,
@@ -144,7 +144,7 @@ fn accumulated_parts_are_the_whole_batch_in_every_pass() {
 fn one_part_changes_no_bit_and_parts_can_be_gathered_in_groups() {
     let device = Device::host();
     let shape = |batch| Shape { batch, height: 5, width: 6, channels: 3 };
-    let model = Model::CifarResNet { blocks: 1, shortcut: Shortcut::A };
+    let model = CifarResNet { blocks: 1, shortcut: Shortcut::A };
     let network = |batch| model.trace(shape(batch), 4).unwrap();
     // 8 images in groups of 4 for m-sharpness, in one part or, of a network without batch norm, in two.
     let run = |network: (Graph, Value), parts: Option<usize>| {
@@ -179,7 +179,7 @@ fn one_part_changes_no_bit_and_parts_can_be_gathered_in_groups() {
 fn statistics_of_several_parts_follow_one_another() {
     let device = Device::host();
     let shape = Shape { batch: 4, height: 5, width: 6, channels: 3 };
-    let network = || Model::CifarResNet { blocks: 1, shortcut: Shortcut::B }.trace(shape, 4).unwrap();
+    let network = || CifarResNet { blocks: 1, shortcut: Shortcut::B }.trace(shape, 4).unwrap();
     let statistics = |parts: usize, commit_each: bool| {
         let mut random = Random(29);
         let mut images = Images::<f64>::new(&device, network(), 12, &mut random);
@@ -227,7 +227,7 @@ fn skips_damaged_images(device_name: &str, device: &Device, method: Box<dyn Meth
     let name = format!("{device_name}, {method:?}");
     let shape = Shape { batch: 4, height: 6, width: 5, channels: 3 };
     let mut random = Random(31);
-    let network = Model::CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(shape, 4).unwrap();
+    let network = CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(shape, 4).unwrap();
     let mut images = Images::<f32>::new(device, network, 4, &mut random);
     let start: Vec<f32> = weights(&images.plan, &mut random).iter().map(|&w| w as f32).collect();
     let mut parameters = device.upload(&start).unwrap();
@@ -299,7 +299,7 @@ fn a_step_that_fails_leaves_nothing_for_the_next() {
     let shape = Shape { batch: 4, height: 6, width: 5, channels: 3 };
     let run = |failed: bool| {
         let mut random = Random(43);
-        let network = Model::CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(shape, 4).unwrap();
+        let network = CifarResNet { blocks: 1, shortcut: Shortcut::A }.trace(shape, 4).unwrap();
         let mut images = Images::<f32>::new(&device, network, 4, &mut random);
         let start: Vec<f32> = weights(&images.plan, &mut random).iter().map(|&w| w as f32).collect();
         let mut parameters = device.upload(&start).unwrap();

@@ -15,7 +15,7 @@ use polder::data::{self, Split};
 use polder::device::{Compute, Device, Scalar, Tf32};
 use polder::kernels::batch_norm::Mode;
 use polder::kernels::image::Normalization;
-use polder::nn::{Model, Shortcut, initial_weights};
+use polder::nn::{CifarResNet, Model, Shortcut, initial_weights};
 use polder::objective::{Accumulator, Objective, RunningStats};
 use polder::optim::{Base, CrSam, Optimizer, Settings};
 use polder::plan::{Plan, PlanOptions, Shape};
@@ -157,7 +157,7 @@ fn a_whole_step_can_be_captured_and_replayed() {
         for method in [AnyMethod::PLAIN, AnyMethod::sam(0.05), CrSam::default().into()] {
             let run = |recorded: usize| {
                 let shape = Shape { batch: 4, height: 8, width: 9, channels: 3 };
-                let model = Model::CifarResNet { blocks: 1, shortcut: Shortcut::B };
+                let model = CifarResNet { blocks: 1, shortcut: Shortcut::B };
                 let (graph, logits) = model.trace(shape, 10).unwrap();
                 let mut plan = Plan::<f32>::new(&device, graph, logits, PlanOptions::training()).unwrap();
                 let (mut images, mut labels) = plan.batch_mut().unwrap();
@@ -250,7 +250,7 @@ fn the_pretrained_resnet20_makes_827_errors() {
     let test = data::load_split(&folder.join("cifar-10"), Split::Test).unwrap();
     let normalization = Normalization { mean: [0.485, 0.456, 0.406, 0.0], std: [0.229, 0.224, 0.225, 1.0] };
     let device = Device::from_name(&std::env::var("POLDER_TEST_DEVICE").unwrap_or("cpu".into())).unwrap();
-    let model = Model::CifarResNet { blocks: 3, shortcut: Shortcut::A };
+    let model = CifarResNet { blocks: 3, shortcut: Shortcut::A };
     let network = |images, classes| model.trace(images, classes);
     let mut evaluator =
         Evaluator::new(&device, &network, ("cifar-10", &test.images), normalization, 250, Mode::Eval).unwrap();
