@@ -8,6 +8,7 @@ pub mod gradient;
 pub mod image;
 pub mod layers;
 pub mod loss;
+pub mod max_pool;
 pub mod metrics;
 pub mod precision;
 pub mod random;

@@ -10,6 +10,7 @@ mod gradient;
 mod image;
 mod layers;
 mod loss;
+mod max_pool;
 mod metrics;
 mod random;
 mod sharpness;

@@ -64,6 +64,44 @@ fn check_gradient(name: &str, device: &Device, graph: Graph, logits: Value, opti
     assert!(padding.into_iter().all(|index| gradient[index] == 0.0), "{name}: gradient in the padding");
 }
 
+/// Max pools before and after the first parameter, with windows that overlap and that touch, and of an activation that
+/// another operation reads too. Height and width must be odd.
+pub fn max_pools(shape: Shape) -> (Graph, Value) {
+    let mut graph = Graph::new(shape);
+    let fixed = graph.max_pool(graph.input(), 2, 1, 0).unwrap();
+    let x = graph.convolution(fixed, "a.weight", 5, 3, 1, 1).unwrap();
+    let x = graph.batch_norm(x, "bn", None, true).unwrap();
+    let largest = graph.max_pool(x, 3, 2, 1).unwrap();
+    let mean = graph.average_pool(x, 2, 2).unwrap();
+    let sum = graph.add(largest, mean).unwrap();
+    let x = graph.convolution(sum, "b.weight", 4, 3, 1, 1).unwrap();
+    let x = graph.max_pool(x, 2, 2, 0).unwrap();
+    let x = graph.global_average_pool(x).unwrap();
+    let logits = graph.linear(x, "fc", 3).unwrap();
+    (graph, logits)
+}
+
+#[test]
+fn gradients_through_max_pools_match_central_differences() {
+    for (name, device) in common::host_devices().into_iter().filter(|(name, _)| name.contains("2 threads")) {
+        let (graph, logits) = max_pools(Shape { batch: 3, height: 9, width: 7, channels: 2 });
+        check_gradient(&format!("max pools on {name}"), &device, graph, logits, PlanOptions::training(), 23);
+    }
+}
+
+#[test]
+fn max_pools_of_impossible_windows_are_refused() {
+    let mut graph = Graph::new(Shape { batch: 1, height: 4, width: 6, channels: 2 });
+    let x = graph.input();
+    assert_eq!(
+        graph.max_pool(x, 3, 2, 1).map(|y| graph.shape(y)),
+        Ok(Shape { batch: 1, height: 2, width: 3, channels: 2 })
+    );
+    for (kernel, stride, padding) in [(5, 1, 0), (0, 1, 0), (2, 0, 0), (2, 1, 2), (17, 1, 8)] {
+        assert!(matches!(graph.max_pool(x, kernel, stride, padding), Err(PlanError::Shape { .. })), "{kernel}");
+    }
+}
+
 #[test]
 fn gradients_of_whole_networks_match_central_differences() {
     // The kernels' own tests run every schedule; here each kind of launch shape is enough, and under sanitizers, where

@@ -14,6 +14,7 @@ mod convolution;
 pub(super) mod convolution_batch_norm;
 mod global_average_pool;
 mod linear;
+mod max_pool;
 mod relu;
 mod shortcut;
 
@@ -168,6 +169,7 @@ operations! {
     convolution::Convolution,
     global_average_pool::GlobalAveragePool,
     linear::Linear,
+    max_pool::MaxPool,
     relu::Relu,
     shortcut::Shortcut,
 }
