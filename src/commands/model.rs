@@ -53,7 +53,7 @@ pub struct ModelArgs {
     /// The folder of a run: model, weights and data are its own where they are not given, and normalisation and labels of its data
     #[arg(long, value_name = "DIR")]
     pub run: Option<PathBuf>,
-    /// resnet8, 20, 32, 44, 56, 110 (CIFAR ResNets) or resnet18
+    /// resnet8, 20, 32, 44, 56, 110 (CIFAR ResNets), resnet18 or vgg11-bn
     #[arg(long, value_name = "NAME", required_unless_present = "run")]
     model: Option<String>,
     /// The weights

@@ -6,6 +6,7 @@
 
 mod init;
 mod resnet;
+mod vgg;
 
 pub use init::initial_weights;
 pub use resnet::{CifarResNet, Shortcut};
@@ -21,6 +22,7 @@ pub const MODELS: &[Registration] = &[
     Registration::new("resnet56", "CIFAR ResNet of 56 layers", Shortcut::BOTH, resnet::cifar::<56>),
     Registration::new("resnet110", "CIFAR ResNet of 110 layers", Shortcut::BOTH, resnet::cifar::<110>),
     Registration::new("resnet18", "ResNet-18 with the CIFAR stem", &[Shortcut::B], resnet::resnet18),
+    Registration::new("vgg11-bn", "VGG-11 with batch norm for images of 32x32", &[], vgg::vgg11_bn),
 ];
 
 /// A model in [`MODELS`].

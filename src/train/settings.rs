@@ -159,7 +159,7 @@ settings! {
     /// Which network to train.
     #[derive(Debug, Clone, PartialEq)]
     pub struct ModelSettings {
-        /// resnet8, 20, 32, 44, 56, 110 (CIFAR ResNets) or resnet18
+        /// resnet8, 20, 32, 44, 56, 110 (CIFAR ResNets), resnet18 or vgg11-bn
         model: String = "resnet8".into(), as "NAME";
         /// Shortcuts of a CIFAR ResNet where its shape changes [default: a]
         shortcut: Option<ShortcutName> = None;

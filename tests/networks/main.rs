@@ -15,3 +15,5 @@ mod precision;
 mod steps;
 #[cfg(feature = "train")]
 mod training;
+#[cfg(feature = "train")]
+mod vgg;

@@ -1,0 +1,92 @@
+//! VGG-11 with batch norm against float64 PyTorch: logits, loss, gradient and a product with the Hessian.
+
+use crate::common::fixtures::{Pool, hash_uniform, hash_weights, number, read_json};
+use crate::common::{fast_devices, to_f64, upload};
+use polder::arena::Layout;
+use polder::device::{Device, Scalar};
+use polder::nn::{Model, Shortcut};
+use polder::objective::{Objective, RunningStats};
+use polder::plan::{Plan, PlanError, PlanOptions, Shape};
+use serde_json::Value;
+
+fn images(batch: usize, height: usize, width: usize) -> Shape {
+    Shape { batch, height, width, channels: 3 }
+}
+
+/// A projection on known numbers sees every element and its place; the norm gives the scale.
+fn check_digest(what: &str, layout: &Layout, found: &[f64], expected: &Value, tolerance: f64) {
+    for tensor in layout.tensors() {
+        let file = tensor.kind.to_file(&found[tensor.range()]);
+        let probe = |index: usize| hash_uniform(&format!("probe:{}", tensor.name), index);
+        let projection: f64 = file.iter().enumerate().map(|(index, &value)| value * probe(index)).sum();
+        let norm = file.iter().map(|&value| value * value).sum::<f64>().sqrt();
+        let (scale, expected) =
+            (number(&expected[&tensor.name]["norm"]), number(&expected[&tensor.name]["projection"]));
+        let error = (norm - scale).abs().max((projection - expected).abs()) / scale;
+        assert!(error < tolerance, "{what}: {}: {error:.1e}", tensor.name);
+    }
+}
+
+fn check<T: Scalar>(device: &Device, tolerance: f64) {
+    let case = read_json("vgg11-bn.json");
+    let rows = case["rows"].as_array().unwrap();
+    let model = Model::from_name("vgg11-bn", None).unwrap();
+    let (graph, logits) = model.trace(images(rows.len(), 32, 32), 10).unwrap();
+    let mut plan = Plan::<T>::new(device, graph, logits, PlanOptions::training()).unwrap();
+    let layout = plan.parameters().clone();
+    assert_eq!(layout.parameters() as u64, case["parameters"].as_u64().unwrap());
+    Pool::new(device).fill(&mut plan, rows, &case);
+    let weights = upload::<T>(device, &hash_weights(&layout));
+    let mut direction = vec![0.0; layout.len()];
+    for tensor in layout.tensors() {
+        let file: Vec<f64> =
+            (0..tensor.kind.len()).map(|i| hash_uniform(&format!("direction:{}", tensor.name), i)).collect();
+        direction[tensor.range()].copy_from_slice(&tensor.kind.from_file(&file));
+    }
+    let direction = upload::<T>(device, &direction);
+    let mut result = device.zeros::<T>(layout.len()).unwrap();
+    let (mut loss, mut flag) = (device.poisoned(1).unwrap(), device.zeros(1).unwrap());
+
+    plan.gradient(weights.view(), RunningStats::Keep, result.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
+    let what = format!("{} on {}", T::NAME, device.name());
+    let loss = loss.to_vec().unwrap()[0];
+    assert!((loss - number(&case["loss"])).abs() < tolerance * loss, "{what}: loss {loss}");
+    let expected: Vec<f64> =
+        case["logits"].as_array().unwrap().iter().flat_map(|row| row.as_array().unwrap()).map(number).collect();
+    let found = to_f64(&plan.logits().unwrap().to_vec().unwrap());
+    assert_eq!(found.len(), expected.len());
+    let furthest = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    assert!(furthest < tolerance, "{what}: a logit is off by {furthest:.1e}");
+    check_digest(
+        &format!("{what}: gradient"),
+        &layout,
+        &to_f64(&result.to_vec().unwrap()),
+        &case["gradient"],
+        tolerance,
+    );
+
+    plan.hessian_vector(weights.view(), direction.view(), result.view_mut(), flag.view_mut()).unwrap();
+    check_digest(&format!("{what}: product"), &layout, &to_f64(&result.to_vec().unwrap()), &case["product"], tolerance);
+    assert_eq!(flag.to_vec().unwrap(), [0]);
+}
+
+#[test]
+fn vgg11_matches_pytorch_in_float64() {
+    fast_devices().iter().for_each(|device| check::<f32>(device, 1e-4));
+    check::<f64>(&Device::host(), 1e-5);
+}
+
+#[test]
+fn vgg11_takes_images_that_leave_one_pixel_and_has_no_shortcuts() {
+    let model = Model::from_name("vgg11-bn", None).unwrap();
+    assert!(model.shortcuts().is_empty());
+    assert!(Model::from_name("vgg11-bn", Some(Shortcut::A)).is_err());
+    for (height, width) in [(32, 32), (40, 63)] {
+        let (graph, logits) = model.trace(images(2, height, width), 7).unwrap();
+        assert_eq!(graph.shape(logits), Shape { batch: 2, height: 1, width: 1, channels: 7 });
+    }
+    for (height, width) in [(31, 32), (32, 64), (28, 28)] {
+        let refused = model.trace(images(2, height, width), 7).map(|_| ());
+        assert!(matches!(refused, Err(PlanError::Shape { .. })), "{height}x{width}: {refused:?}");
+    }
+}
