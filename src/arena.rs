@@ -1,9 +1,9 @@
-//! One contiguous vector per role: where each named tensor of a model lies in it, and how it looks outside.
+//! One contiguous vector per role: the place of each named tensor of a model in it, and its order in files.
 //!
-//! Weights, gradients, momenta and perturbed copies of a model all share one [`Layout`], so that the algebra of an
-//! optimizer is a few kernels over one long vector. Tensors begin at multiples of [`ALIGNMENT`] elements; the padding
-//! between them is zero in the weights, in gradients and in what an optimizer makes of both, because every kernel of
-//! the algebra maps zeros to zeros. Random perturbations alone fill it, and nothing reads it there.
+//! Weights, gradients, momenta and perturbed copies of a model all share one [`Layout`], so that an optimizer is a few
+//! kernels over one long vector. Tensors begin at multiples of [`ALIGNMENT`] elements. The padding between them is zero
+//! in weights, gradients and all that an optimizer computes from both, because every vector kernel maps zeros to zeros.
+//! Only random perturbations fill it, and no operation reads it there.
 
 use std::ops::Range;
 
@@ -35,9 +35,9 @@ pub enum Kind {
     Scale(usize),
     /// Batch norm's shift β.
     Shift(usize),
-    /// Batch norm's running mean; no parameter, but kept beside them.
+    /// Batch norm's running mean, a statistic.
     RunningMean(usize),
-    /// Batch norm's running variance.
+    /// Batch norm's running variance, a statistic.
     RunningVar(usize),
 }
 
@@ -51,12 +51,12 @@ impl Kind {
         }
     }
 
-    /// Whether it holds nothing.
+    /// Whether it has no elements.
     pub fn is_empty(self) -> bool {
         self.len() == 0
     }
 
-    /// Whether weight decay still acts on it under `--no-decay-norm`.
+    /// Whether weight decay acts on it even where biases and normalisation are exempt.
     pub fn is_weight(self) -> bool {
         matches!(self, Kind::Convolution { .. } | Kind::Linear { .. })
     }

@@ -1,4 +1,4 @@
-//! What can be wrong with a network before it runs.
+//! Errors of tracing and planning a network.
 
 use crate::device;
 
@@ -26,7 +26,7 @@ pub enum PlanError {
         /// The parameter's name.
         parameter: String,
     },
-    /// The device refused the memory.
+    /// An error of the device, such as too little memory.
     #[error(transparent)]
     Device(#[from] device::Error),
 }

@@ -5,7 +5,7 @@ use super::error::PlanError;
 use super::ops::Op;
 use crate::arena::{Initial, Kind, Layout};
 
-/// The shape of an activation, stored NHWC; a matrix `[batch, features]` has height and width 1.
+/// The shape of an activation, stored NHWC. A matrix `[batch, features]` has height and width 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
     /// Samples.
@@ -24,7 +24,7 @@ impl Shape {
         self.batch * self.height * self.width * self.channels
     }
 
-    /// Whether it holds nothing.
+    /// Whether it has no elements.
     pub fn is_empty(self) -> bool {
         self.len() == 0
     }
@@ -48,7 +48,7 @@ pub struct Value(pub(super) usize);
 /// A tensor of the parameter arena, by its index in the layout.
 pub(super) type Parameter = usize;
 
-/// A network being traced for one batch shape. Methods take activations and names, check shapes, and return
+/// A network that is traced for one batch shape. Methods take activations and names, check shapes, and return
 /// activations.
 ///
 /// ```

@@ -1,4 +1,4 @@
-//! Where each activation lies: slots that live at the same time get different places, others may share one.
+//! Places slots in an arena: slots that live at the same time get different places, others may share one.
 
 use std::ops::Range;
 
@@ -32,8 +32,8 @@ impl Slot {
     }
 }
 
-/// Places every slot, largest first, at the lowest offset where it disturbs no slot that lives at the same time;
-/// returns the length of the arena.
+/// Places every slot, largest first, at the lowest offset where it overlaps no slot that lives at the same time.
+/// Returns the length of the arena.
 pub(super) fn place(slots: &mut [Slot]) -> usize {
     let mut order: Vec<usize> = (0..slots.len()).collect();
     order.sort_by_key(|&index| (std::cmp::Reverse(slots[index].len), slots[index].first));
@@ -64,7 +64,7 @@ mod tests {
 
     #[test]
     fn slots_that_live_together_never_overlap_and_others_share() {
-        // A seeded walk over many random slots; the naive check below knows nothing of the placement's method.
+        // Many random slots from a seed. The check below does not depend on the method of the placement.
         let mut state = 1u64;
         let mut next = |limit: usize| {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);

@@ -1,5 +1,5 @@
 //! Products with the Hessian: against central differences of gradients in double, against PyTorch's double backward,
-//! and by what a Hessian is, a symmetric linear map.
+//! and as a symmetric linear map.
 
 use crate::common::fixtures::{fixture, hash_uniform, hash_weights, number, read_json};
 use crate::common::{self, Random, bits, weights};
@@ -92,7 +92,8 @@ fn resnet8<T: Scalar>(device: &Device, shortcut: Shortcut, mode: Mode, shape: Sh
     Plan::new(device, graph, logits, options).unwrap()
 }
 
-/// The CPU's shapes and the GPU's: the kernels' own tests run every schedule.
+/// One device with the CPU's launch shapes and one with the GPU's. The tests of the kernels run every order of blocks
+/// and lanes.
 fn two_devices() -> impl Iterator<Item = (String, Device)> {
     common::host_devices().into_iter().filter(|(name, _)| name.contains("2 threads") || name.contains("forwards"))
 }
@@ -107,8 +108,8 @@ fn check(name: &str, mut plan: Plan<f64>, seed: u64) {
     let hu = product(&mut plan, &at, &u);
     let hv = product(&mut plan, &at, &v);
 
-    // Each tensor's direction on its own, so that none is lost in the sum. A ReLU's kink within the step spoils a
-    // difference: then a smaller step must agree.
+    // Each tensor's direction on its own, so that none is lost in the sum. A ReLU that switches within the step spoils
+    // the difference. Then a smaller step must agree.
     let ranges: Vec<_> =
         plan.parameters().tensors().iter().map(|tensor| (tensor.name.clone(), tensor.range())).collect();
     let mut worst = 0.0f64;
@@ -158,8 +159,8 @@ fn products_of_residual_networks_match_central_differences() {
     }
 }
 
-/// What the ResNets do not use: separate ReLU and sum, both sides of a sum trained, pools with overlap, values used
-/// thrice, a batch norm whose input another operation reads too, and operations before the first parameter.
+/// What the ResNets do not use: separate ReLU and sum, a sum of two trained values, pools with overlap, values used
+/// three times, a batch norm whose input another operation reads too, and operations before the first parameter.
 fn every_operation(shape: Shape) -> (Graph, Value) {
     let mut graph = Graph::new(shape);
     let x = graph.input();
@@ -221,8 +222,7 @@ fn threads_and_schedules_do_not_change_a_bit() {
     assert!(results[2] == results[3] && results[2] == results[4], "three schedules");
 }
 
-// ---- PyTorch's double backward: tests/fixtures/README.md says where these come from
-// ----------------------------------------
+// ---- PyTorch's double backward: tests/fixtures/README.md describes the files -------------------------------------------
 
 /// Softmax regression: `logits = W x + b` on samples of some features.
 fn regression<T: Scalar>(device: &Device, batch: usize, features: usize, classes: usize) -> Plan<T> {
@@ -384,9 +384,9 @@ fn products_match_pytorchs_double_backward() {
     }
 }
 
-/// Over a large step ReLUs switch, the more the longer it is, and their jumps have no common sign: divided by the step,
-/// they make an error that falls only as its inverse square root. Over a small step single precision rounds away what
-/// is sought. The exact product meets neither. Along the gradient, as sharpness-aware methods take it.
+/// Central differences along the gradient, as sharpness-aware methods take them. Over a large step many ReLUs switch.
+/// Their jumps have no common sign, so divided by the step their error falls only as the inverse square root of the
+/// step. Over a small step single precision rounds the difference away. The exact product has neither error.
 #[test]
 fn a_difference_in_single_precision_is_far_from_the_exact_product() {
     let cases: serde_json::Value = read_json("resnet8-hessian.json");
@@ -410,8 +410,7 @@ fn a_difference_in_single_precision_is_far_from_the_exact_product() {
     assert!(errors[0] > 5.0 * best && errors[6] > 5.0 * best, "{errors:?}");
 }
 
-// ---- What is refused, and what shows
-// ---------------------------------------------------------------------------------------
+// ---- Errors and flags --------------------------------------------------------------------------------------------------
 
 #[test]
 fn what_is_not_finite_shows() {
@@ -486,8 +485,8 @@ fn wrong_arguments_are_refused() {
     assert!(refused.to_string().contains("no exact product"), "{refused}");
 }
 
-/// Two products at once are the same as one after the other, to the bit, in every type; a third one after them finds
-/// nothing of theirs.
+/// Two products at once have the bits of two products one after the other, in every type, and do not affect a third one
+/// after them.
 #[test]
 fn a_pair_of_products_has_the_bits_of_two() {
     fn pair<S: Compute<Master = f32>>(name: &str, device: &Device) {

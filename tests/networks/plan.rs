@@ -44,13 +44,13 @@ fn check_gradient(name: &str, device: &Device, graph: Graph, logits: Value, opti
     let at = weights(&plan, &mut random);
     set_batch(&mut plan, &mut random);
     let gradient = pass(&mut plan, &at).gradient;
-    // Every tensor on its own, so that a small one is not lost in the sum; then all together. Padding is no direction.
+    // Every tensor on its own, so that a small one is not lost in the sum. Padding is not perturbed.
     let ranges: Vec<_> = plan.parameters().tensors().iter().map(|tensor| tensor.range()).collect();
     for range in &ranges {
         let mut direction = vec![0.0; at.len()];
         direction[range.clone()].fill_with(|| random.normal());
         let slope: f64 = gradient.iter().zip(&direction).map(|(g, d)| g * d).sum();
-        // A ReLU's kink within the step spoils a difference: then a smaller step must agree.
+        // A ReLU that switches within the step spoils the difference. Then a smaller step must agree.
         let error_with = |plan: &mut Plan<f64>, h: f64| {
             let shifted =
                 |sign: f64| -> Vec<f64> { at.iter().zip(&direction).map(|(w, d)| w + sign * h * d).collect() };
@@ -104,8 +104,8 @@ fn max_pools_of_impossible_windows_are_refused() {
 
 #[test]
 fn gradients_of_whole_networks_match_central_differences() {
-    // The kernels' own tests run every schedule; here each kind of launch shape is enough, and under sanitizers, where
-    // a GPU's take a minute, the CPU's: other passes over whole networks are there for them.
+    // The tests of the kernels run every order of blocks and lanes, so here one of each kind of launch shape is enough.
+    // Under sanitizers the GPU's launch shapes would take a minute, and other tests cover them, so only the CPU's run.
     let sanitized = std::env::var_os("POLDER_SANITIZE").is_some();
     let wanted = |name: &str| name.contains("2 threads") || (name.contains("forwards") && !sanitized);
     for (device_name, device) in common::host_devices().into_iter().filter(|(name, _)| wanted(name)) {
@@ -122,8 +122,8 @@ fn gradients_of_whole_networks_match_central_differences() {
 
 #[test]
 fn gradients_through_every_operation_match_central_differences() {
-    // What the ResNets do not use: separate ReLU and sum, both sides of a sum trained, pools with overlap, values used
-    // thrice, a batch norm whose input another operation reads too.
+    // What the ResNets do not use: separate ReLU and sum, a sum of two trained values, pools with overlap, values used
+    // three times, and a batch norm whose input another operation reads too.
     let device = Device::host();
     let mut graph = Graph::new(Shape { batch: 4, height: 9, width: 7, channels: 2 });
     let x = graph.input();
@@ -229,8 +229,8 @@ fn statistics_follow_the_rule_and_the_commit() {
     }
 }
 
-/// A batch so large that weight gradients are made in parts where the CPU plays a GPU, and kept until the end of the
-/// pass.
+/// A batch so large that, where the CPU emulates a GPU, weight gradients are computed in parts that stay until the end
+/// of the pass.
 #[test]
 fn gradients_in_parts_are_the_gradients() {
     let shape = Shape { batch: 24, height: 9, width: 7, channels: 3 };
@@ -254,8 +254,8 @@ fn gradients_in_parts_are_the_gradients() {
     common::assert_close("in parts", &gradients[1], &gradients[0], 1e-11);
 }
 
-/// Weight gradients in large parts, which are added up at once, in small ones, and in one, next to those of other
-/// layers: the CPU plays a GPU, and finishes each where it is written for the last time.
+/// Weight gradients in large parts, which are added up at once, in small parts, and complete, next to the gradients of
+/// other layers. The CPU emulates a GPU, where the kernel that writes a gradient last also finishes it.
 #[test]
 fn every_stage_finishes_its_gradients() {
     fn check<S: Compute>(tolerance: f64) {
@@ -328,7 +328,7 @@ fn small_plan<S: Compute<Master = f32>>(device: &Device) -> (Plan<S>, [Buffer<f3
     (plan, [common::upload(device, &at), common::upload(device, &near)])
 }
 
-/// The norm that a pass has for nothing is the norm of its gradient, with a loss scale and without.
+/// The norm that a pass computes on the side is the norm of its gradient, with a loss scale and without.
 #[test]
 fn the_norm_comes_with_the_gradient() {
     fn check<S: Compute<Master = f32>>(device: &Device) {
@@ -357,8 +357,8 @@ fn the_norm_comes_with_the_gradient() {
     }
 }
 
-/// Two passes at the same time are two passes: the same bits, in a graph too, whatever batch is shown next, and no
-/// trace in the pass that follows.
+/// Two passes at the same time give the bits of two passes one after the other, also in a recorded graph and for
+/// another batch, and do not affect the pass after them.
 #[test]
 fn a_pair_of_gradients_is_two_gradients() {
     fn check<S: Compute<Master = f32>>(device: &Device) {
@@ -381,7 +381,7 @@ fn a_pair_of_gradients_is_two_gradients() {
                 let gradients = [g0.view_mut(), g1.view_mut()];
                 plan.gradient_pair(weights, gradients, [l0.view_mut(), l1.view_mut()], flags.view_mut())
             };
-            // Recorded before there is a second arena, then twice as it is, then recorded once more.
+            // Recorded before the second arena exists, then run twice without recording, then recorded once more.
             match round {
                 0 | 3 => device.capture(pair).unwrap().replay().unwrap(),
                 _ => pair().unwrap(),
@@ -394,7 +394,7 @@ fn a_pair_of_gradients_is_two_gradients() {
             images.write(&Random(50 + round).vector::<S>(images.len())).unwrap();
         }
         assert_eq!(flags.to_vec().unwrap(), [0]);
-        // A second pass that is not finite shows.
+        // The flag shows that the second pass is not finite.
         let mut broken = at[1].to_vec().unwrap();
         broken[7] = f32::NAN;
         let broken = device.upload(&broken).unwrap();
@@ -404,7 +404,7 @@ fn a_pair_of_gradients_is_two_gradients() {
         assert!(l0.to_vec().unwrap()[0].is_finite() && l1.to_vec().unwrap()[0].is_nan());
     }
     for (_, device) in common::devices() {
-        // Sanitizers see the same code in either.
+        // Sanitizers see the same code in both.
         if std::env::var_os("POLDER_SANITIZE").is_none() {
             check::<f32>(&device);
         }
@@ -412,7 +412,7 @@ fn a_pair_of_gradients_is_two_gradients() {
     }
 }
 
-/// ResNet-20 of operations that do one thing each.
+/// A ResNet-20 whose operations do one thing each.
 fn unfused_resnet20(images: Shape) -> (Graph, Value) {
     let mut graph = Graph::new(images);
     let x = graph.input();
@@ -438,7 +438,7 @@ fn unfused_resnet20(images: Shape) -> (Graph, Value) {
     (graph, logits)
 }
 
-/// What one step of SAM asks of a GPU, by name.
+/// The launches of one step of SAM on a GPU, by name.
 fn launches_of_a_step<S: Compute<Master = f32>>((graph, logits): (Graph, Value)) -> Vec<String> {
     let device = Device::host_with(HostOptions { emulate_gpu: true, ..HostOptions::default() });
     let mut plan = Plan::<S>::new(&device, graph, logits, PlanOptions::training()).unwrap();
@@ -448,9 +448,8 @@ fn launches_of_a_step<S: Compute<Master = f32>>((graph, logits): (Graph, Value))
     device.capture(|| optimizer.step(&mut plan, &mut weights, 0.1)).unwrap().list().unwrap()
 }
 
-/// On a GPU, networks of CIFAR's size should be bound by the number of launches. Against a plan of operations that do
-/// one thing each, with a kernel of its own for every stage, a step of SAM for ResNet-20 in f16 has at most half of
-/// them.
+/// On a GPU, the number of launches should bound networks of CIFAR's size. A step of SAM for ResNet-20 in f16 has at
+/// most half the launches of a plan whose operations do one thing each, with a kernel for every stage.
 #[test]
 fn a_step_of_resnet20_launches_few_kernels() {
     let images = Shape { batch: 128, height: 32, width: 32, channels: 3 };
@@ -459,9 +458,9 @@ fn a_step_of_resnet20_launches_few_kernels() {
     let apart = launches_of_a_step::<f16>(unfused_resnet20(images));
     let count = |list: &[String], name: &str| list.iter().filter(|launch| launch.contains(name)).count();
     let (convolutions, passes) = (19, 2);
-    // What the kernels of the second plan still do beside their own: the moments of batch norm's input, its dgamma and
-    // dbeta, the sums of a split weight gradient, the looks at the loss and at the gradient, and the norm's squares and
-    // their sum.
+    // Further tasks that the kernels of the second plan still share: the moments of batch norm's input, its dgamma and
+    // dbeta, the sums of a split weight gradient, the finiteness checks of loss and gradient, and the norm's squares
+    // and their sum.
     let stages = passes * (convolutions + convolutions + convolutions - 1 + 2) + 2;
     let unfused = apart.len() + stages;
     let mut names: Vec<&String> = fused.iter().collect();
@@ -473,7 +472,7 @@ fn a_step_of_resnet20_launches_few_kernels() {
     println!("{} of {unfused}", fused.len());
     assert_eq!(count(&fused, "conv_tensor_forward"), passes * convolutions);
     assert_eq!(count(&fused, "batch_norm_moments"), 0);
-    // Only the last one's sums are not taken along by the convolution that reads its output: there is none.
+    // No convolution computes the sums of the last one, because none reads its output.
     assert_eq!(count(&fused, "batch_norm_sums"), passes);
     assert_eq!(count(&fused, "batch_norm"), passes * (convolutions * 3 + 1));
     assert_eq!(count(&fused, "gradient_pieces"), passes);

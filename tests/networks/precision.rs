@@ -1,5 +1,5 @@
-//! Networks in fewer than 32 bits: how far their gradients and steps are from double precision, what the loss
-//! scale is for, and that a step which overflowed leaves nothing behind.
+//! Networks in fewer than 32 bits: the distance of their gradients and steps from double precision, the loss scale, and
+//! steps that overflow and must change nothing.
 
 use crate::common::methods::AnyMethod;
 use crate::common::{self, Grouped, Random, bits, devices, fast_devices, relative_error, roundoff, to_f64, upload};
@@ -12,8 +12,9 @@ use polder::objective::{Accumulator, Domain, Objective, Pass, RunningStats};
 use polder::optim::{Base, CrSam, Gam, Optimizer, SaSam, Settings};
 use polder::plan::{Graph, Plan, PlanError, PlanOptions, Shape};
 
-/// Convolutions, batch norms, a residual and a classifier, without a ReLU: nothing switches. Of channels in whole
-/// eights, so that on a GPU the second convolution's backward leaves the first batch norm its sums.
+/// Convolutions, batch norms, a residual and a classifier, without a ReLU, so that nothing switches. The channels are
+/// multiples of eight, so that on a GPU the backward of the second convolution computes the sums of the first batch
+/// norm.
 fn smooth(batch: usize) -> (Graph, polder::plan::Value) {
     let mut graph = Graph::new(Shape { batch, height: 7, width: 6, channels: 3 });
     let x = graph.input();
@@ -28,7 +29,7 @@ fn smooth(batch: usize) -> (Graph, polder::plan::Value) {
     (graph, logits)
 }
 
-/// Makes a batch of noise, the same pixels in every precision, and these labels.
+/// Writes a batch of noise, the same pixels in every precision, and these labels.
 fn write_batch<S: Compute>(plan: &mut Plan<S>, random: &mut Random, classes: &[u32]) {
     let pixels: Vec<bf16> = random.vector(plan.input_shape().len());
     let pixels: Vec<S> = pixels.into_iter().map(|value| S::from_f64(value.to_f64())).collect();
@@ -69,8 +70,8 @@ fn smooth_along<S: Compute>(device: &Device, scale: Option<f64>, size: f64) -> (
     (results, bits)
 }
 
-/// Without a ReLU, errors are a few roundings, on every device; and their bits depend on no schedule and no number of
-/// threads.
+/// Without a ReLU, errors are a few roundings, on every device. The bits do not depend on the order of blocks or the
+/// number of threads.
 fn check_smooth<S: Compute>() {
     let ([gradient, product], _) = smooth_results::<f64>(&Device::host(), None);
     let mut seen: [Option<Vec<u64>>; 2] = [None, None];
@@ -97,8 +98,8 @@ fn a_smooth_network_is_off_by_a_few_roundings() {
     check_smooth::<bf16>();
 }
 
-/// A scale far below 1 makes gradients so small that f16 loses them, as it loses those of a trained network without
-/// one; at 1, this network's are large enough, and at 2^16 none overflows. bf16 has no scale.
+/// A scale far below 1 makes gradients so small that f16 loses them, as it would lose those of a trained network
+/// without a scale. At 1 the gradients of this network are large enough, and at 2^16 none overflows. bf16 has no scale.
 #[test]
 fn the_scale_keeps_small_gradients() {
     let device = Device::host();
@@ -112,8 +113,8 @@ fn the_scale_keeps_small_gradients() {
     assert!(Plan::<bf16>::new(&device, graph, logits, PlanOptions::training()).unwrap().loss_scale().is_none());
 }
 
-/// A product with the Hessian is linear in its direction, however small or large: that of a gradient near a minimum
-/// vanishes in f16.
+/// A product with the Hessian is linear in its direction, however small or large. Without scaling, a direction as small
+/// as a gradient near a minimum would vanish in f16.
 #[test]
 fn products_hold_for_directions_of_any_size() {
     let device = Device::host();
@@ -142,8 +143,8 @@ fn small_resnet<S: Compute>(device: &Device) -> Plan<S> {
     plan
 }
 
-/// A scale that overflows skips the step as a whole, whatever its method's passes, and is halved until it fits; then
-/// steps are taken, and after enough of them it is doubled.
+/// A scale that overflows skips the whole step, whatever the passes of the method, and is halved until it fits. Then
+/// steps are taken, and after enough of them the scale is doubled.
 #[test]
 fn an_overflow_skips_the_step_and_halves_the_scale() {
     for device in fast_devices() {
@@ -182,7 +183,7 @@ fn an_overflow_skips_the_step_and_halves_the_scale() {
     }
 }
 
-/// A step that ends with an error says nothing of the scale.
+/// A step that ends with an error does not change the scale.
 #[test]
 fn a_failed_step_leaves_the_scale_alone() {
     let device = Device::host();
@@ -197,7 +198,7 @@ fn a_failed_step_leaves_the_scale_alone() {
     assert_eq!(plan.loss_scale().unwrap().to_vec().unwrap(), [1024.0, 7.0]);
 }
 
-/// The scale is a power of two, so where nothing vanishes and nothing overflows the steps do not depend on it.
+/// The scale is a power of two, so steps do not depend on it unless a number vanishes or overflows.
 #[test]
 fn steps_do_not_depend_on_the_scale() {
     let device = Device::host();
@@ -215,7 +216,7 @@ fn steps_do_not_depend_on_the_scale() {
         weights.to_vec().unwrap().iter().zip(&start).map(|(w, s)| f64::from(w - s)).collect::<Vec<f64>>()
     };
     let (one, other) = (moved(4096.0), moved(16384.0));
-    // What still differs are numbers that one scale has left subnormal.
+    // The remaining differences come from numbers that are subnormal under one of the scales.
     let difference = relative_error(&one, &other);
     println!("two scales differ by {difference:.1e}");
     assert!(difference < 1e-3, "{difference:.1e}");
@@ -245,7 +246,7 @@ fn cosine_seen<S: Compute<Master = f32>>(device: &Device, model: Model, rho: f64
 #[test]
 fn roundings_of_the_perturbed_weights() {
     let device = Device::host();
-    // The larger one shows sanitizers nothing new.
+    // The larger network runs no other code, so sanitizers skip it.
     let models = [("ResNet-20", "resnet20"), ("ResNet-18", "resnet18")];
     let count = if std::env::var_os("POLDER_SANITIZE").is_some() { 1 } else { models.len() };
     for (name, model) in models.into_iter().take(count) {
@@ -259,7 +260,7 @@ fn roundings_of_the_perturbed_weights() {
     }
 }
 
-/// Batch norm and the classifier are not rounded, so what moves them alone arrives as it is.
+/// Batch norm and the classifier are not rounded, so a perturbation of these alone reaches the network unchanged.
 #[test]
 fn convolutions_alone_are_rounded() {
     for (name, device) in devices() {
@@ -306,9 +307,9 @@ fn resnet_results<S: Compute>(device: &Device, shortcut: Shortcut) -> Vec<(Strin
     tensors.map(|t| (t.name.clone(), results.each_ref().map(|result| result[t.range()].to_vec()))).collect()
 }
 
-/// On a GPU the masks of ReLUs, with and without a residual, and batch norm's sums are taken in the convolutions'
-/// backward. What comes out is as near to double precision as where they are passes of their own, as on the CPU, in
-/// every tensor: a tenth off at most, for rounding switches some of the ReLUs.
+/// On a GPU the backward of convolutions computes the masks of ReLUs, with and without a residual, and batch norm's
+/// sums. The result is as near to double precision as on the CPU, where these are passes of their own. The error of a
+/// tensor is a tenth at most, because rounding switches some ReLUs.
 #[test]
 fn sums_in_convolutions_are_as_good_as_those_of_their_own() {
     for shortcut in [Shortcut::A, Shortcut::B] {
@@ -328,7 +329,7 @@ fn sums_in_convolutions_are_as_good_as_those_of_their_own() {
     }
 }
 
-/// A plan that is asked for one gradient at a time.
+/// A plan that computes one gradient at a time.
 struct OneByOne<'a, S: Compute>(&'a mut Plan<S>);
 
 impl<S: Compute> Objective<S::Master> for OneByOne<'_, S> {
@@ -344,7 +345,7 @@ impl<S: Compute> Objective<S::Master> for OneByOne<'_, S> {
     }
 }
 
-/// Two steps, with weights that are rounded as they are displaced, or displaced first and rounded afterwards.
+/// Two steps, with weights that are rounded while they are displaced, or displaced first and rounded afterwards.
 fn displaced_steps<S: Compute<Master = f32>>(
     device: &Device,
     method: AnyMethod,
@@ -373,7 +374,7 @@ fn weights_are_rounded_alike_as_they_are_displaced_and_after() {
             assert!(at_once == after, "{method:?} on {}", device.name());
         }
     }
-    // In a GPU's launch shapes CR-SAM's passes run beside one another, in either order.
+    // With a GPU's launch shapes two passes of CR-SAM run at the same time, in either order.
     for (name, device) in devices() {
         let method = AnyMethod::from(CrSam::default());
         let [at_once, after] = [true, false].map(|at_once| displaced_steps::<bf16>(&device, method, at_once));
@@ -381,7 +382,8 @@ fn weights_are_rounded_alike_as_they_are_displaced_and_after() {
     }
 }
 
-/// The telemetry tells what is left of the perturbation once the weights are rounded, also through groups and parts.
+/// The telemetry reports how much of the perturbation is left after the weights are rounded, also through groups and
+/// parts.
 #[test]
 fn telemetry_tells_what_rounding_leaves_of_the_perturbation() {
     fn cosine<S: Compute<Master = f32>>(device: &Device, groups: usize) -> f64 {
@@ -405,7 +407,7 @@ fn telemetry_tells_what_rounding_leaves_of_the_perturbation() {
     }
 }
 
-/// What 16 bits do not have is refused when the plan is made.
+/// A plan refuses networks that 16 bits do not support.
 #[test]
 fn a_hidden_linear_layer_needs_wide_activations() {
     let mut graph = Graph::new(Shape { batch: 2, height: 1, width: 1, channels: 4 });
