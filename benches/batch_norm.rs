@@ -1,9 +1,9 @@
 //! Batch normalisation at the shape where a CIFAR ResNet spends most of it (128 images of 32x32 pixels, 16 channels),
-//! forward and backward, beside a plain copy: bytes per second of the traffic that the functions document.
+//! forward and backward, beside a plain copy. Throughput is in bytes per second of the documented memory traffic.
 //!
 //! `cargo bench --bench batch_norm`; on the CPU and on the first GPU if there is one, or on the device that
-//! `POLDER_TEST_DEVICE` names, with the device's own events. The buffers are rotated so that no cache keeps them from
-//! one iteration to the next.
+//! `POLDER_TEST_DEVICE` names. Times come from the device's own events. The buffers are rotated so that no cache keeps
+//! them from one iteration to the next.
 
 mod common;
 
@@ -41,7 +41,7 @@ struct Setup {
 impl Setup {
     fn new(device: Device) -> Result<Self> {
         let (len, channels) = (SHAPE.rows * SHAPE.channels, SHAPE.channels);
-        // Any numbers but zeros.
+        // Any numbers except zeros.
         let values: Vec<f32> =
             (0..len as u32).map(|i| (i.wrapping_mul(2654435761) >> 8) as f32 / 8388608.0 - 1.0).collect();
         let tensors = || -> Result<Tensors> {
@@ -102,7 +102,7 @@ impl Setup {
     }
 }
 
-/// Times `work`, by the device's events where it is a GPU.
+/// Times `work`, with the device's events on a GPU.
 fn measure(
     group: &mut BenchmarkGroup<'_, WallTime>,
     setup: &mut Setup,

@@ -1,7 +1,7 @@
 //! The convolution's three passes on the layers of CIFAR's ResNet-20 and ResNet-18, batch 128: elements per second are
-//! floating-point operations per second (two per multiply-add). On one CPU thread and on all of them in f32, and on the
-//! first GPU where there is one, or on the device that `POLDER_TEST_DEVICE` names, in f16, tf32 and f32; timed by the
-//! device's own events.
+//! floating-point operations per second (two per multiply-add). It runs in f32 on one CPU thread and on all of them, and
+//! in f16, tf32 and f32 on the first GPU if there is one, or on the device that `POLDER_TEST_DEVICE` names. Times come
+//! from the device's own events.
 
 mod common;
 
@@ -34,8 +34,8 @@ const LAYERS: [(usize, usize, usize, usize, usize); 16] = [
     (4, 512, 512, 3, 1),
 ];
 
-/// Activations are taken in turn from sets of this many bytes together, more than the last cache of a CPU or a GPU
-/// holds, as a training step, too, finds most of them in memory.
+/// Activations come in turn from sets of this many bytes in total. That is more than the last cache of a CPU or a GPU
+/// holds: a training step finds most of its activations in memory, too.
 const ROTATED_BYTES: usize = 192 << 20;
 
 struct Layer<S: Compute> {
@@ -78,7 +78,7 @@ impl<S: Compute> Layer<S> {
     }
 }
 
-/// The time that `count` calls take on the device.
+/// The time of `count` calls on the device.
 fn timed<S: Compute>(device: &Device, layer: &mut Layer<S>, pass: &str, count: u64) -> Result<Duration> {
     let start = device.event()?;
     for turn in 0..count {
@@ -110,7 +110,7 @@ fn convolutions(criterion: &mut Criterion) {
 
 fn layers<S: Compute>(criterion: &mut Criterion, name: &str, device: &Device) {
     let mut group = criterion.benchmark_group(format!("conv {} {name}", S::NAME));
-    // A GPU's launches are short and alike.
+    // Launches on a GPU are short and take equal times.
     let milliseconds = if device.is_host() { 1000 } else { 200 };
     group.sample_size(10).warm_up_time(Duration::from_millis(milliseconds / 4));
     group.measurement_time(Duration::from_millis(milliseconds));

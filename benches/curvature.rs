@@ -1,8 +1,8 @@
-//! What curvature costs: a gradient, a product with the Hessian, two at once, and a trace of eight probes, over 128
-//! images.
+//! The cost of curvature: a gradient, a product with the Hessian, two products together, and a trace from eight probes,
+//! over 128 images.
 //!
 //! `cargo bench --bench curvature`; on the CPU and on the first GPU if there is one, or on the device that
-//! `POLDER_TEST_DEVICE` names. A trace is to cost no more than its products.
+//! `POLDER_TEST_DEVICE` names. A trace should cost no more than its products.
 
 mod common;
 

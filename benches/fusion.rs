@@ -1,6 +1,6 @@
-//! What each fusion gains, and two passes at the same time: the same work with its stages apart and together, timed by
-//! the device's own events, in f16 on the first GPU where there is one, or on the device that `POLDER_TEST_DEVICE`
-//! names. Without a GPU the CPU's own kernels have the last pair alone.
+//! The gain of each fusion, and of two passes at the same time: the same work with separate stages and with fused ones.
+//! It runs in f16 on the first GPU if there is one, or on the device that `POLDER_TEST_DEVICE` names; times come from the
+//! device's own events. Without a GPU only the last pair exists.
 
 mod common;
 
@@ -28,7 +28,7 @@ fn layer(size: usize, in_channels: usize, out_channels: usize) -> ConvShape {
     ConvShape { batch: BATCH, height, width, in_channels, out_channels, kernel, stride: 1, padding: 1 }
 }
 
-/// Times `work`, called with whether its stages are together.
+/// Times `work`, which is called with true for fused stages and with false for separate ones.
 fn pair(
     group: &mut BenchmarkGroup<'_, WallTime>,
     device: &Device,
@@ -51,7 +51,7 @@ fn pair(
     }
 }
 
-/// A convolution and batch norm with a ReLU, whose moments come from a pass over x or from the convolution's registers.
+/// A convolution, then batch norm with a ReLU. The moments come from a pass over x or from the convolution's registers.
 fn moments(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, shape: ConvShape) -> Result<()> {
     let Some(len) = shape.moments_len::<f16>(device) else { return Ok(()) };
     let (x, weight) =
@@ -80,8 +80,8 @@ fn moments(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, shape: Con
     Ok(())
 }
 
-/// An input gradient and the backward of the batch norm, with a ReLU, that made the convolution's input: with a pass
-/// for its sums, or with sums from the convolution's registers.
+/// An input gradient, then the backward of the batch norm with ReLU that made the convolution's input. The sums come from
+/// a pass of their own or from the convolution's registers.
 fn sums(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, shape: ConvShape) -> Result<()> {
     if !shape.leaves_sums::<f16>(device) {
         return Ok(());
@@ -128,8 +128,9 @@ fn sums(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, shape: ConvSh
     Ok(())
 }
 
-/// Layers' weight gradients as a step of SAM in f16 wants them: added up where they are made in parts, without the loss
-/// scale, looked at, and with their norm; in passes one after the other, or where they are written for the last time.
+/// Weight gradients as a step of SAM in f16 needs them: parts added up, the loss scale taken out, checked for finite
+/// values, and with their norm. These are passes one after the other, or part of the kernel that writes the gradient
+/// last.
 fn gradients(
     group: &mut BenchmarkGroup<'_, WallTime>,
     device: &Device,
@@ -192,7 +193,7 @@ fn gradients(
     Ok(())
 }
 
-/// The look at whether a gradient is finite, and its norm.
+/// The check that a gradient is finite, and its norm.
 fn norm(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, len: usize) -> Result<()> {
     let mut gradient = device.upload(&vec![0.1f32; len])?;
     let (mut flag, mut norm, mut reduction) = (device.zeros(1)?, device.zeros(1)?, Reduction::new(device)?);
@@ -207,8 +208,8 @@ fn norm(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, len: usize) -
     Ok(())
 }
 
-/// What a launch takes inside a graph, by many that have next to nothing to do. `POLDER_EARLY_LAUNCH=0` shows what it
-/// takes when none is launched before the one before it is done.
+/// The time of a launch inside a graph, measured on many launches with almost no work. `POLDER_EARLY_LAUNCH=0` shows it
+/// without programmatic dependent launch.
 fn launches(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device) -> Result<()> {
     const COUNT: u32 = 256;
     let mut out = device.zeros::<f32>(1024)?;
@@ -228,7 +229,7 @@ fn launches(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device) -> Result
     Ok(())
 }
 
-/// Two passes at the weights' two sides, one after the other or at the same time, each form replayed as a graph.
+/// Two passes on both sides of the weights, one after the other or at the same time. Each form is replayed as a graph.
 fn passes(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, name: &str) -> Result<()> {
     if device.is_host() {
         return Ok(());

@@ -16,7 +16,7 @@ const BATCH: usize = 128;
 
 type NewMethod = fn() -> Box<dyn Method<f32>>;
 
-/// A step's images are noise, and its labels too: the time does not depend on them.
+/// Images and labels are noise. The time does not depend on them.
 fn step(criterion: &mut Criterion) {
     let methods: [(&str, NewMethod); 3] = [
         ("sgd", || Box::new(Plain {})),

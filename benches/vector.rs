@@ -1,10 +1,10 @@
 //! Every vector kernel: `cargo bench --bench vector`, on the CPU and on the first GPU if there is one, or on the device
 //! that `POLDER_TEST_DEVICE` names.
 //!
-//! Lengths are those of a small and of a large ResNet: the small one's vectors fit in a CPU's last cache. Inputs are
-//! random, and three sets of buffers take turns, because one set of the large length fits in a GPU's cache. Times come
-//! from the device's own events. At the end a table gives each kernel's share of the bandwidth of a copy of the same
-//! length: the faster of the device's copy and of the conversion from `f32` to `f32`, which uses every core.
+//! Lengths are those of a small and of a large ResNet; the small one's vectors fit in a CPU's last cache. Inputs are
+//! random. Three sets of buffers take turns, because one set of the large length fits in a GPU's cache. Times come from
+//! the device's own events. At the end a table shows each kernel's share of the bandwidth of a copy of the same length.
+//! The copy is the faster of the device's copy and of a conversion from `f32` to `f32`, which uses every core.
 
 mod common;
 
@@ -202,7 +202,7 @@ fn in_parallel(threads: usize, x: &[f32], y: &mut [f32], z: &[f32], function: fn
     });
 }
 
-/// What plain Rust loops on all cores reach on the same machine.
+/// The same work as plain Rust loops on all cores, for comparison.
 fn bench_plain(criterion: &mut Criterion, n: usize) -> Result<Vec<Row>> {
     let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get());
     let device = Device::host();
@@ -240,7 +240,7 @@ fn bench_plain(criterion: &mut Criterion, n: usize) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// Rows whose benchmark the command line filtered out have no time.
+/// Rows whose benchmark was filtered out have no time.
 fn print_table(title: &str, rows: &[Row]) {
     let measured: Vec<&Row> = rows.iter().filter(|row| row.seconds.is_finite()).collect();
     let bandwidth = |row: &Row| row.bytes as f64 / row.seconds;

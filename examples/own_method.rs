@@ -45,10 +45,8 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     settings.run.epochs = 3;
     settings.data.batch_size = 32;
     let data = SyntheticSpec { train: 1024, test: 256, ..SyntheticSpec::default() };
-    let summary = Training::new(settings)
-        .dataset(synthetic(&data)?)
-        .method("wsam", Box::new(WeightedSam::default()))
-        .run()?;
+    let summary =
+        Training::new(settings).dataset(synthetic(&data)?).method("wsam", Box::new(WeightedSam::default())).run()?;
     let test = summary.test.ok_or("the run was interrupted")?;
     println!("WSAM: test accuracy {:.1} %, test loss {:.3}", 100.0 * test.accuracy, test.loss);
     assert_eq!((summary.steps, summary.skipped), (96, 0));

@@ -1,4 +1,4 @@
-//! What the benchmarks share: the devices that they run on, and numbers to work on.
+//! What the benchmarks share: devices and input numbers.
 #![allow(dead_code)]
 
 use polder::device::{Buffer, Compute, Device, Result};
@@ -14,7 +14,7 @@ pub fn devices() -> Result<Vec<Device>> {
     }
 }
 
-/// Numbers without a pattern that a cache or a branch could profit from.
+/// Numbers without a pattern that a cache or a branch predictor could use.
 pub fn noise<S: Compute>(device: &Device, len: usize, seed: u32) -> Result<Buffer<S>> {
     let mut state = seed.wrapping_mul(0x9E37_79B9) | 1;
     let values: Vec<S> = std::iter::repeat_with(|| {
