@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Test accuracy and flatness of what five methods find: a table over several seeds.
+"""A table of test accuracy and flatness: five methods over several seeds.
 
     cargo build --release
     python3 benches/flatness.py --data cifar-10        # a folder with CIFAR-10's binary files
 
-Every run is one `polder train`, measured by one `polder curvature`; both commands are printed. What a command has found is kept in
-the run's folder, and the same command is not run again.
+Every run is one `polder train` and one `polder curvature`; both commands are printed. Their results are saved in the
+run's folder, and a command whose result is saved is not run again.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 METHODS = {
     "SGD": "--optimizer sgd",
     "SAM": "--optimizer sam --rho 0.05",
-    # With the default alpha of 0.1 the log of A has the outputs go flat on so short a run.
+    # With the default alpha of 0.1 the term log A makes the outputs flat on so short a run.
     "CR-SAM": "--optimizer cr-sam --rho 0.1 --alpha 0.02",
     "GNR": "--optimizer gnr --hvp exact --rho 0.1 --alpha 0.1",
     "SA-SAM": "--optimizer sa-sam",
@@ -27,11 +27,11 @@ METHODS = {
 
 
 def call(command, kept):
-    """What a command prints, from the file that keeps it if it was the same command."""
+    """What a command prints; read from the file `kept` if the same command was run before."""
     if kept.exists():
         found = json.loads(kept.read_text())
         if found["command"] != command:
-            sys.exit(f"{kept}: found by another command; choose another --out")
+            sys.exit(f"{kept}: written by another command; choose another --out")
         return found["printed"]
     print("$", shlex.join(command), file=sys.stderr, flush=True)
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Gathers in one folder what a machine with a GPU, but without Rust, needs to test and to measure polder: run.sh, and in one
-# archive the programs, tests and benchmarks with the GPU's kernels inside, and their data. The programs hold the same kernels,
-# so one archive with a long window is a tenth of their size. Needs nvcc (NVCC, CUDA_HOME, CUDA_PATH or PATH) and Python.
+# Gathers in one folder what a machine with a GPU and no Rust needs to test and measure polder: run.sh, and one archive
+# with the programs, tests and benchmarks (the GPU's kernels inside) and their data. All programs contain the same
+# kernels, so an archive with a long compression window is a tenth of their size. It needs nvcc (NVCC, CUDA_HOME,
+# CUDA_PATH or PATH) and Python.
 #
-#   benches/gpu/bundle.sh OUT        then, over there:  OUT/run.sh RESULTS
+#   benches/gpu/bundle.sh OUT        then, on the other machine:  OUT/run.sh RESULTS
 set -euo pipefail
 
 limit_mib=40
-# Tests that drive the program through paths of this machine; what they cover does not depend on the device.
+# Tests that use paths of this machine. What they cover does not depend on the device.
 left_out="cli"
 
 [ $# -eq 1 ] || { echo "usage: $0 OUT" >&2; exit 2; }
@@ -15,7 +16,7 @@ mkdir -p "$1"
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")/../.."
 if [ -n "$(ls -A "$out")" ] && [ ! -e "$out/run.sh" ]; then
-    echo "$out holds something else than a bundle" >&2
+    echo "$out: not empty, and not a bundle" >&2
     exit 2
 fi
 rm -rf "${out:?}"/*
@@ -67,6 +68,6 @@ EOF
 kib=$(du -sk --apparent-size "$out" | cut -f1)
 echo "$out: $((kib / 1024)) MiB"
 if [ "$kib" -gt $((limit_mib * 1024)) ]; then
-    echo "more than $limit_mib MiB" >&2
+    echo "$out: larger than $limit_mib MiB" >&2
     exit 1
 fi

@@ -1,4 +1,4 @@
-"""What both comparisons with PyTorch share: the models, the conversation with our bench binaries, paired statistics."""
+"""Shared by the comparisons with PyTorch: the models, the protocol of our programs, and paired statistics."""
 import json
 import os
 import pathlib
@@ -14,15 +14,15 @@ MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 CLASSES = 10
 
-# The step both sides run. The binaries have the same constants.
+# The step that both sides run. Our programs have the same constants.
 LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
 RHO, ALPHA, BETA, A_MIN, B_MIN = 0.05, 0.1, 0.01, 1e-8, 1e-8
 
-# ---- Models: names and shapes as torchvision has them ------------------------------------------------------------------
+# ---- Models: names and shapes as in torchvision ---------------------------------------------------
 
 
 class PadShortcut(nn.Module):
-    """Option A of He et al.: every second pixel, and zero channels, half of them before and half behind."""
+    """Option A of He et al.: every second pixel; the new channels are zero, half of them before and half after."""
 
     def __init__(self, new_channels):
         super().__init__()
@@ -89,7 +89,7 @@ MODELS = {
     "resnet18": lambda: ResNet((64, 128, 256, 512), 2, projection=True),
 }
 
-# ---- Our side ----------------------------------------------------------------------------------------------------------
+# ---- Our side -------------------------------------------------------------------------------------
 
 
 def find_binary(name, given):
@@ -100,11 +100,11 @@ def find_binary(name, given):
     release = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", root / "target")) / "release"
     if (release / name).is_file():
         return release / name
-    sys.exit(f"no {name} under {release}: run `cargo build --release -p polder-peers`, give --binary, or use --self")
+    sys.exit(f"no {name} under {release}: run `cargo build --release -p polder-peers`, or give --binary")
 
 
 class Peer:
-    """A running bench binary: one command per line on its stdin, one JSON object per line on its stdout."""
+    """A running program of ours: one command per line on its stdin, one JSON object per line on its stdout."""
 
     def __init__(self, binary, *arguments):
         command = [str(binary), *map(str, arguments)]
@@ -137,11 +137,11 @@ class Peer:
         self.process.wait(timeout=60)
 
 
-# ---- Measuring ---------------------------------------------------------------------------------------------------------
+# ---- Measuring ------------------------------------------------------------------------------------
 
 
 def prepare(device, threads, precision="f32"):
-    """Arithmetic as ours: TF32 where it is asked for alone, cuDNN free to choose its algorithms."""
+    """The same arithmetic as ours: TF32 only with --precision tf32. cuDNN may choose its algorithms."""
     torch.manual_seed(1)
     torch.set_num_threads(threads)
     if device.type == "cuda":
@@ -161,7 +161,7 @@ def describe(device, threads):
 
 
 def spread(values):
-    """Median, least and greatest."""
+    """Median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
@@ -172,7 +172,7 @@ def relative_error(values, reference):
 
 
 def peak_resident_bytes():
-    """VmHWM of this process; getrusage would report the parent's peak for a young child."""
+    """VmHWM of this process. getrusage would report the parent's peak for a new child process."""
     for line in pathlib.Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

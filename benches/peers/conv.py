@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""Convolutions alone: each pass of the layers of CIFAR's ResNet-20 and ResNet-18, PyTorch's (cuDNN on a GPU) and ours, in turns.
+"""Convolutions alone: each pass of the layers of CIFAR's ResNet-20 and ResNet-18, PyTorch (cuDNN on a GPU) and ours.
 
-    python3 benches/peers/conv.py                          # ours is looked for under target/release
+    cargo build --release -p polder-peers
+    python3 benches/peers/conv.py
     python3 benches/peers/conv.py --device cuda:0 --precision f16
 
-PyTorch has channels_last tensors and `cudnn.benchmark`. Before a layer is timed, y, dx and dw of both sides are compared with
-PyTorch's in float32, without TF32 and on operands that are rounded to the precision already; a difference ends it (exit 1). Then both
-take turns, a turn being the pass on every set of activations, as many as do not fit in a cache; on a GPU both sides replay a
-recorded graph of it. What ours would save beside a pass, in what it leaves to batch norm and to the step, is not in these times.
+PyTorch uses channels_last tensors and `cudnn.benchmark`. Before a layer is timed, y, dx and dw of both sides are
+compared with PyTorch's in float32, without TF32, on operands that are already rounded to the precision. A difference
+ends the comparison (exit status 1). Then the two sides take turns. A turn is the pass on every set of activations;
+there are more sets than fit in a cache. On a GPU both sides replay a recorded graph of the pass. Ours also does work for the
+batch norm and the step that follow; the times do not show what this saves.
 
-`conv_peer --device cpu|cuda:N --threads T --precision P` holds our side; its source says what it is asked.
+`conv_peer --device cpu|cuda:N --threads T --precision P` is our side. Its source describes the commands.
 """
 import argparse
 import json
@@ -27,9 +29,12 @@ from safetensors.torch import load_file, save_file
 
 import common
 
-# Rows and columns of the image, channels in and out, kernel, stride: as in benches/conv.rs.
+# Rows and columns of the image, channels in and out, kernel, stride; the same as in benches/conv.rs.
 LAYERS = {
-    "resnet20": [(32, 3, 16, 3, 1), (32, 16, 16, 3, 1), (32, 16, 32, 3, 2), (16, 32, 32, 3, 1), (16, 32, 64, 3, 2), (8, 64, 64, 3, 1)],
+    "resnet20": [
+        (32, 3, 16, 3, 1), (32, 16, 16, 3, 1), (32, 16, 32, 3, 2), (16, 32, 32, 3, 1), (16, 32, 64, 3, 2),
+        (8, 64, 64, 3, 1),
+    ],
     "resnet18": [
         (32, 3, 64, 3, 1), (32, 64, 64, 3, 1), (32, 64, 128, 3, 2), (32, 64, 128, 1, 2), (16, 128, 128, 3, 1),
         (16, 128, 256, 3, 2), (8, 256, 256, 3, 1), (8, 256, 512, 3, 2), (4, 512, 512, 3, 1),
@@ -37,21 +42,23 @@ LAYERS = {
 }
 PASSES = ("forward", "input-gradient", "weight-gradient")
 DTYPES = {"f32": torch.float32, "tf32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-# Relative L2 errors: of float32 sums in any order, of operands rounded to TF32's 11 bits, and of results rounded to 11 and 8 bits.
+# Largest relative L2 errors: float32 sums in any order; operands rounded to TF32's 11 bits; results rounded to 11 and
+# 8 bits.
 LIMITS = {"f32": 1e-5, "tf32": 1e-3, "f16": 1e-3, "bf16": 5e-3}
-# What a layer's activations take together at least, more than the last cache of a CPU or a GPU holds.
+# The sets of a layer's activations take at least this much together, more than the last cache of a CPU or a GPU holds.
 ROTATED_BYTES = 192 << 20
 
 
 class Layer:
-    """A layer's operands in PyTorch: sets of x and y; a gradient takes y for dy."""
+    """A layer's operands in PyTorch: sets of x and y. Gradients use y as dy."""
 
     def __init__(self, layer, batch, precision, device, sets):
         size, self.inputs, self.outputs, self.kernel, self.stride = layer
         self.padding, out = self.kernel // 2, -(-size // self.stride)
         self.dtype, self.device = DTYPES[precision], device
         self.weight = self.noise(self.outputs, self.inputs, self.kernel, self.kernel)
-        self.sets = [(self.noise(batch, self.inputs, size, size), self.noise(batch, self.outputs, out, out)) for _ in range(sets)]
+        x, y = (batch, self.inputs, size, size), (batch, self.outputs, out, out)
+        self.sets = [(self.noise(*x), self.noise(*y)) for _ in range(sets)]
 
     def noise(self, *shape):
         values = torch.randn(shape, device=self.device).to(self.dtype)
@@ -62,16 +69,17 @@ class Layer:
             return F.conv2d(x, weight, stride=self.stride, padding=self.padding)
         mask = [which == "input-gradient", which == "weight-gradient", False]
         both = [self.stride] * 2, [self.padding] * 2, [1, 1]
-        return torch.ops.aten.convolution_backward(y, x, weight, None, *both, False, [0, 0], 1, mask)[1 if mask[1] else 0]
+        gradients = torch.ops.aten.convolution_backward(y, x, weight, None, *both, False, [0, 0], 1, mask)
+        return gradients[1 if mask[1] else 0]
 
     def results(self, dtype):
-        """y, dx and dw of the first set, as our side lays them out."""
+        """y, dx and dw of the first set, in our side's layout."""
         x, y, weight = (value.to(dtype) for value in (*self.sets[0], self.weight))
         found = [self.run(which, x, y, weight).float() for which in PASSES]
         return dict(zip(("y", "dx", "dw"), map(ours, found[:2]))) | {"dw": ours_weight(found[2])}
 
     def turns(self, which):
-        """A function that times so many turns."""
+        """A function that takes `count` turns and returns their time in seconds."""
         def turn():
             for x, y in self.sets:
                 self.run(which, x, y, self.weight)
@@ -81,7 +89,7 @@ class Layer:
             stream = torch.cuda.Stream(self.device)
             stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):
-                turn()  # cuDNN's choice, which a graph cannot hold
+                turn()  # cuDNN chooses its algorithm here, which a graph cannot record
             torch.cuda.current_stream(self.device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -170,17 +178,19 @@ def main():
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--seconds", type=float, default=0.1, help="length of one side's turn, about")
+    parser.add_argument("--seconds", type=float, default=0.1, help="approximate length of one side's turn")
     parser.add_argument("--binary", help="our side; default: conv_peer under target/release")
-    parser.add_argument("--json", type=pathlib.Path, help="write the results there too")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the results to this file")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     common.prepare(device, arguments.threads, arguments.precision)
     binary = common.find_binary("conv_peer", arguments.binary)
-    peer = common.Peer(binary, "--device", arguments.device, "--threads", arguments.threads, "--precision", arguments.precision)
+    settings = ("--device", arguments.device, "--threads", arguments.threads, "--precision", arguments.precision)
+    peer = common.Peer(binary, *settings)
 
     machine = common.describe(device, arguments.threads)
-    print(f"{machine}; {arguments.precision}, batch {arguments.batch}, {arguments.rounds} rounds; PyTorch's time, and ours")
+    settings = f"{arguments.precision}, batch {arguments.batch}, {arguments.rounds} rounds"
+    print(f"{machine}; {settings}; PyTorch's time and ours")
     results = {}
     with torch.no_grad():
         for model in arguments.models:

@@ -1,29 +1,25 @@
 #!/usr/bin/env python3
-"""Whole training steps (SGD, SAM, CR-SAM) of ResNet-8/20/56/18: PyTorch and ours on the same device, in turns.
+"""Whole training steps (SGD, SAM, CR-SAM) of ResNet-8/20/56/18: PyTorch and ours take turns on the same device.
 
-    python3 benches/peers/pytorch.py                              # ours is looked for under target/release
+    cargo build --release -p polder-peers
+    python3 benches/peers/pytorch.py
     python3 benches/peers/pytorch.py --self --models resnet8      # PyTorch's forms alone
 
-For each model and method the gradients of both sides are compared first; timing an unequal computation is refused (exit 1).
-A ReLU input within float32 rounding of zero falls on either side, and each one that differs moves the gradient: PyTorch's two
-memory formats differ by 1e-3 to 4e-3 from each other on the batches timed. So the sharp comparison (1e-3) runs on a few images
-whose ReLU inputs all keep clear of zero (ResNet-56 has too many for such to be found), and the batch that is timed is compared
-more loosely (2e-2). With --precision f16 or bf16 PyTorch runs under autocast, in f16 with the loss scaled; gradients then
-agree as far as ReLU inputs within the rounding of zero let them.
+For each model and method the gradients of both sides are compared first. If they differ, nothing is timed (exit
+status 1). A ReLU input that is zero within float32 rounding can fall on either side, and each such input changes the
+gradient: on the timed batches PyTorch's two memory formats differ from each other by 1e-3 to 4e-3. So the sharp
+comparison (1e-3) uses a few images whose ReLU inputs are all clear of zero, and the timed batch has a wider limit
+(2e-2). ResNet-56 has too many ReLU inputs to find such images. With --precision f16 or bf16 PyTorch runs under
+autocast, in f16 with a scaled loss, and the limits are wider for the same reason.
 
-PyTorch's forms are tried in turn: contiguous or channels_last, per-parameter or foreach SAM, each of its SGD implementations;
-on a GPU also with the model compiled (reduce-overhead, max-autotune) and with the whole step as one CUDA graph. One that
-PyTorch refuses is left out and named. Three go on: the best of those that people write (per-parameter SAM, eager), the best
-eager one, and the fastest, this one twice, which shows the noise. In each round all of them and ours take a turn on the same
-batch, in an order drawn anew, and ratios are taken within a round, so that whatever else slows the machine slows all.
+All of PyTorch's forms are tried: contiguous or channels_last, per-parameter or foreach SAM, each of its SGD
+implementations; on a GPU also with the model compiled (reduce-overhead, max-autotune) and with the whole step as one
+CUDA graph. A form that PyTorch refuses is left out and named. Three go on to the comparison: the fastest of those that
+people usually write (per-parameter SAM, eager), the fastest eager form, and the fastest of all, which runs twice to
+show the noise. In each round all of them and ours take a turn on the same batch, in a new random order. Ratios are
+taken within a round, so that other load on the machine affects both sides.
 
-`step_peer --model M --method sgd|sam|cr-sam --batch-size B --device cpu|cuda:N --threads T --weights FILE --images FILE` holds
-our side. WEIGHTS has parameters and running statistics under torchvision's names; IMAGES has `images` (u8, N, H, W, C) and
-`labels` (i64). It reads commands from stdin and answers each with one line of JSON (`{"error": "..."}` where it cannot):
-  gradient OUT.safetensors   writes the batch's gradient at the current weights under the parameters' names; {"loss": ..}
-  steps N                    N training steps on the batch; {"seconds": .., "images_per_s": ..}
-  memory                     {"peak_rss_bytes": ..}
-  quit                       ends it
+`step_peer` is our side; its source describes the options and the commands.
 """
 import argparse
 import json
@@ -41,21 +37,21 @@ from safetensors.torch import load_file, save_file
 import common
 from common import A_MIN, ALPHA, B_MIN, BETA, RHO
 
-# Largest relative L2 error of the gradient: on the images without kinks, and on the batch that is timed.
+# Largest relative L2 error of the gradient: on the images without kinks, and on the timed batch.
 SHARP_LIMIT, TIMED_LIMIT = 1e-3, 2e-2
 LOSS_LIMIT = 1e-4
-# In 16 bits a share of the ReLUs as large as the rounding switches, on either side: errors of the order of its root.
+# In 16 bits the share of ReLUs that switch is about the rounding error; the gradient's error is about its square root.
 NARROW_LIMIT = {"f16": 0.05, "bf16": 0.2, "tf32": 0.05}
 AUTOCAST = {"f16": torch.float16, "bf16": torch.bfloat16}
 LOSS_SCALE = 65536.0
-# Float32 noise at the input of the k-th ReLU is about 1.25e-7 k (rms) in these nets: six of it.
+# Float32 noise at the input of the k-th ReLU is about 1.25e-7 k (rms) in these networks. This is six times that.
 KINK_MARGIN = 7.5e-7
-# Where the search for such images starts: the first success of PyTorch 2.11's generator, found once.
+# The search for images without kinks starts here: the first seed that works with PyTorch 2.11's generator.
 FIRST_SEED = {"resnet8": 100, "resnet20": 109, "resnet18": 163}
 
 
 class Step:
-    """One training step in PyTorch, as its users write it. Subclasses say how the gradient comes about."""
+    """One training step in PyTorch, as its users write it. Subclasses compute the gradient."""
 
     def __init__(self, model, optimizer, precision="f32"):
         self.model, self.parameters = model, list(model.parameters())
@@ -67,7 +63,7 @@ class Step:
         )
 
     def backward(self, x, y):
-        """Loss of a pass; its gradients replace those in `.grad`."""
+        """Returns the loss of a pass; its gradients replace those in `.grad`."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
             loss = F.cross_entropy(self.model(x).float(), y)
@@ -88,7 +84,7 @@ class Sgd(Step):
 
 
 class SamPerParameter(Step):
-    """The widespread implementation: a loop over the parameters, which are moved and restored."""
+    """The common implementation: a loop over the parameters, which are moved and restored."""
 
     @torch.no_grad()
     def scale(self):
@@ -111,7 +107,7 @@ class SamPerParameter(Step):
 
 
 def foreach_direction(gradients):
-    """rho g / (|g| + 1e-12), each tensor list in a few calls."""
+    """rho g / (|g| + 1e-12), in a few calls for all tensors."""
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     return torch._foreach_mul(gradients, RHO / (norm + 1e-12))
 
@@ -199,7 +195,7 @@ STEPS = {
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-# How a step is run: the model compiled in a mode of torch.compile, and whether the step is captured. Only a GPU has them all.
+# How a step is run: the mode of torch.compile, and whether the step is captured. Only a GPU has all of them.
 WAYS = {
     "eager": (None, False), "graph": (None, True), "reduce-overhead": ("reduce-overhead", False),
     "max-autotune": ("max-autotune-no-cudagraphs", False), "max-autotune-graph": ("max-autotune-no-cudagraphs", True),
@@ -213,7 +209,7 @@ def forms(method, ways):
             for optimizer_name, options in OPTIMIZERS.items():
                 for way in ways:
                     name = f"{step_name}{optimizer_name}, {format_name}, {way}"
-                    # Compiled or captured, the plainest forms are not in the running.
+                    # The plainest forms are tried in eager mode alone.
                     if way != "eager" and ("per-parameter" in name or "loop SGD" in name):
                         continue
                     yield name, memory_format, step, options, *WAYS[way]
@@ -224,7 +220,7 @@ def is_eager(name):
 
 
 def is_as_written(name):
-    """Whether it is the code that people use: a loop over the parameters around SGD as PyTorch chooses it."""
+    """Whether it is the usual code: a loop over the parameters, around SGD in the form that PyTorch chooses."""
     return is_eager(name) and not any(word in name for word in ("foreach SAM", "foreach CR-SAM", "fused"))
 
 
@@ -257,7 +253,7 @@ class Problem:
         return model.to(self.device, memory_format=memory_format).train()
 
     def is_clear_of_kinks(self):
-        """Whether every ReLU input is further from zero than float32 noise reaches."""
+        """Whether every ReLU input is further from zero than float32 noise."""
         margins = []
 
         def measure(module, inputs):
@@ -294,7 +290,7 @@ class Runner:
             step.model = torch.compile(step.model, mode=compiled)
         self.step = lambda: step(x, y)
         if captured:
-            # Momentum, and what is compiled or chosen at the first call, must be there before the capture.
+            # The first calls allocate the momentum, compile, and choose algorithms. This must come before the capture.
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -316,15 +312,15 @@ class Runner:
 
 
 def contenders(problem, method, ways, seconds):
-    """Tries every form for about `seconds`, twice in turns; returns those that go on as {role: (name, runner)}, and the
-    images per second of all."""
+    """Tries every form twice for about `seconds`. Returns those that go on as {role: (name, runner)}, and the images
+    per second of all forms."""
     runners, best = {}, {}
     tried = {name: form for name, *form in forms(method, ways)}
     for name, form in tried.items():
         try:
             runner = Runner(problem, *form)
             runner.run(2)
-        except Exception as error:  # whatever it is, the other forms are to be had
+        except Exception as error:  # the other forms may still work
             print(f"left out: {name}: {(str(error).strip() or repr(error)).splitlines()[0]}", file=sys.stderr)
             continue
         runners[name] = runner
@@ -347,7 +343,7 @@ def contenders(problem, method, ways, seconds):
 
 
 def memory_of(arguments, model, method, form):
-    """Peak memory of PyTorch's form in a process of its own."""
+    """Peak memory of PyTorch's form, measured in a process of its own."""
     command = [sys.executable, __file__, "--memory-of", form, "--models", model, "--methods", method]
     command += ["--batch-size", str(arguments.batch_size), "--device", arguments.device]
     command += ["--threads", str(arguments.threads), "--precision", arguments.precision]
@@ -376,7 +372,7 @@ def start_peer(arguments, problem, method, folder):
 
 
 def gradient_error(problem, peer, folder, limit):
-    """Relative L2 error of our gradient to PyTorch's; exits where it, or the loss, is not the same."""
+    """Relative L2 error of our gradient to PyTorch's. Exits if the gradient or the loss differs by too much."""
     loss, gradient = problem.gradient()
     path = folder / "gradient.safetensors"
     our_loss = peer.ask("gradient", path)["loss"]
@@ -387,7 +383,7 @@ def gradient_error(problem, peer, folder, limit):
         if value.shape != ours[key].shape:
             sys.exit(f"{name}: {key} is {tuple(value.shape)} in PyTorch, {tuple(ours[key].shape)} in ours")
     error = common.relative_error([ours[key] for key in gradient], list(gradient.values()))
-    # Written so that a NaN is refused too.
+    # A NaN fails these comparisons too.
     loss_limit = NARROW_LIMIT.get(problem.precision, LOSS_LIMIT)
     if not (error < NARROW_LIMIT.get(problem.precision, limit) and abs(our_loss - loss) < loss_limit * abs(loss)):
         sys.exit(f"{name}: not the same computation: gradient differs by {error:.2e}, losses {our_loss} (ours), {loss}")
@@ -395,7 +391,7 @@ def gradient_error(problem, peer, folder, limit):
 
 
 def sharp_gradient_error(arguments, model, method, device, folder):
-    """The comparison on a few images without kinks, in a process of its own."""
+    """The comparison on a few images without kinks, with a process of our side for it alone."""
     if model not in FIRST_SEED:
         return None
     count = 2 if model == "resnet18" else 4
@@ -420,7 +416,7 @@ def compare(arguments, device, model, method, folder):
     roles, result["forms"] = contenders(problem, method, arguments.ways, arguments.seconds / 4)
     fastest, runner = roles["fastest"]
     count = max(1, round(arguments.seconds / runner.run(1)))
-    # A form may have several roles, and takes one turn for all of them.
+    # A form may have several roles. It takes one turn for all of them.
     size = count * problem.batch_size
     turns = {id(runner): (lambda runner=runner: size / runner.run(count)) for _, runner in roles.values()}
     if not arguments.self:
@@ -479,12 +475,12 @@ def main():
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", default="f32", choices=["f32", "tf32", "f16", "bf16"])
-    parser.add_argument("--ways", nargs="+", choices=WAYS, help="how PyTorch is run; default: on a GPU all, else eager")
-    parser.add_argument("--rounds", type=int, default=30, help="turns of each")
-    parser.add_argument("--seconds", type=float, default=0.5, help="length of one turn of PyTorch's fastest form, about")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, help="how PyTorch runs; default: all on a GPU, else eager")
+    parser.add_argument("--rounds", type=int, default=30, help="number of turns of each side")
+    parser.add_argument("--seconds", type=float, default=0.5, help="approximate length of one turn")
     parser.add_argument("--binary", help="our side; default: step_peer under target/release")
     parser.add_argument("--self", action="store_true", help="PyTorch alone")
-    parser.add_argument("--json", type=pathlib.Path, help="write the results there too")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the results to this file")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)

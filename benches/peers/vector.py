@@ -1,20 +1,17 @@
 #!/usr/bin/env python3
 """The vector algebra of a SAM or CR-SAM step (norm, perturb, combine, momentum and decay, update), without any network.
 
-    python3 benches/peers/vector.py              # ours is looked for under target/release
+    cargo build --release -p polder-peers
+    python3 benches/peers/vector.py
     python3 benches/peers/vector.py --self       # PyTorch's forms alone
 
-PyTorch works on the 62 parameter tensors of ResNet-18 (CIFAR stem, 11,173,962 values), and on one flat tensor, which its users
-rarely have but which is its best case. Every form, and ours, first has one step checked against float64; then all take turns,
-and the ratio is that of ours to PyTorch's best form within each turn. Buffers are random, and rotate through `--sets` sets,
-because one set fits in the last-level cache of a large GPU.
+PyTorch works on the 62 parameter tensors of ResNet-18 (CIFAR stem, 11,173,962 values), and on one flat tensor. Its
+users rarely have one flat tensor, but it is PyTorch's best case. One step of every form, and of ours, is first checked
+against float64. Then all take turns. A ratio is PyTorch's time over ours within a turn. Buffers are random. They rotate
+through `--sets` sets, because one set fits in the last-level cache of a large GPU.
 
-`vector_peer --method sam|cr-sam --device cpu|cuda:N --threads T --params N` holds our side (rotating buffers of its own). It
-reads commands from stdin and answers each with one line of JSON (`{"error": "..."}` where it cannot):
-  check IN OUT   IN has float32 `w`, `g0`, `g_plus`, `g_minus`, `momentum` of N values and `l0`, `l_plus`, `l_minus` of one; runs
-                 one step on them; OUT gets `w`, `momentum`, `w_plus` and, for cr-sam, `w_minus`; {}
-  steps N        N steps of the algebra; {"seconds": ..}
-  quit           ends it
+`vector_peer --method sam|cr-sam --device cpu|cuda:N --threads T --params N` is our side, with rotating buffers of its
+own. Its source describes the commands.
 """
 import argparse
 import json
@@ -34,18 +31,18 @@ from common import A_MIN, ALPHA, B_MIN, BETA, LR, MOMENTUM, RHO, WEIGHT_DECAY
 
 LOSSES = {"l0": 2.3, "l_plus": 2.45, "l_minus": 2.2}
 VECTORS = ("w", "g0", "g_plus", "g_minus", "momentum")
-# A perturbation of 1.5e-5 added to a float32 weight of 0.05 is rounded by 1e-9 rms, 1e-4 of the move: thrice that is
-# allowed.
-# PyTorch's float32 norm of 11 million values in one tensor is itself off by 4e-4 on a CPU, so its forms are given more.
+# A perturbation of 1.5e-5 added to a float32 weight of 0.05 is rounded by 1e-9 rms, 1e-4 of the move. Three times that
+# is allowed. PyTorch's float32 norm of 11 million values in one tensor has an error of 4e-4 on a CPU, so its forms are
+# allowed more.
 OUR_MOVE_LIMIT, PYTORCH_MOVE_LIMIT = 3e-4, 1e-3
 # Bytes per parameter that a step must move if each of norm, perturb and update is one pass over memory.
 LEAST_BYTES = {"sam": 4 + 12 + 20, "cr-sam": 4 + 16 + 28}
 
-# ---- Input and the float64 answer --------------------------------------------------------------------------------------
+# ---- Input and the float64 answer -----------------------------------------------------------------
 
 
 def make_input(count, seed):
-    """Flat float32 vectors of the sizes met in training, and three losses whose differences are well conditioned."""
+    """Flat float32 vectors with magnitudes as in training, and three losses whose differences are well conditioned."""
     generator = torch.Generator().manual_seed(seed)
     scales = {"w": 0.05, "g0": 0.01, "g_plus": 0.01, "g_minus": 0.01, "momentum": 0.02}
     values = {name: scales[name] * torch.randn(count, generator=generator) for name in VECTORS}
@@ -69,7 +66,7 @@ def expected(method, given):
 
 
 def check(who, given, answer, reference, move_limit):
-    """Exits unless every vector is right. Weights are judged by how far they moved, since the move is what is computed."""
+    """Exits unless every vector is right. The error of weights is relative to how far they moved."""
     if missing := sorted(reference.keys() - answer.keys()):
         sys.exit(f"{who}: no {', '.join(missing)} in the answer")
     errors = {}
@@ -78,14 +75,14 @@ def check(who, given, answer, reference, move_limit):
             sys.exit(f"{who}: {name} has {answer[name].numel()} values, {right.numel()} expected")
         scale = right.norm() if name == "momentum" else (right - given["w"].double()).norm()
         errors[name] = ((answer[name].flatten().double().cpu() - right).norm() / scale).item()
-        # The momentum carries no rounding of a small move; 1e-5 leaves room for A, a difference of float32 losses.
+        # Momentum has no rounding of a small move. 1e-5 allows for A, a difference of float32 losses.
         limit = 1e-5 if name == "momentum" else move_limit
         if not errors[name] < limit:
             sys.exit(f"{who}: {name} differs from float64 by {errors[name]:.2e} (limit {limit:.0e})")
     return errors
 
 
-# ---- PyTorch's forms ---------------------------------------------------------------------------------------------------
+# ---- PyTorch's forms ------------------------------------------------------------------------------
 
 
 class Buffers:
@@ -111,7 +108,7 @@ def update(buffers, gradient, **form):
 
 
 def per_tensor(method, buffers, losses):
-    """The widespread SAM code: a loop over the tensors, moved in place and restored by exchanging storage with a copy."""
+    """The common SAM code: a loop over the tensors, moved in place and restored by swapping in a saved copy."""
     g0, w = buffers["g0"], buffers["w"]
     scale = RHO / (torch.norm(torch.stack([g.norm(p=2) for g in g0]), p=2) + 1e-12)
     moved = {}
@@ -130,7 +127,7 @@ def per_tensor(method, buffers, losses):
 
 
 def with_lists(method, buffers, losses, read_back, **form):
-    """torch._foreach_* throughout. Reading the scale back saves passes over memory, and costs a wait on a GPU."""
+    """torch._foreach_* throughout. Reading the scale back saves passes over memory, but waits for a GPU."""
     g0, w = buffers["g0"], buffers["w"]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(g0)))
     scale = RHO / (norm + 1e-12)
@@ -238,7 +235,7 @@ def make_forms(method, shapes, sets, arguments, device):
     return [Form(name, method, step, layout, sets, device) for name, step, layout in forms]
 
 
-# ---- The comparison ----------------------------------------------------------------------------------------------------
+# ---- The comparison -------------------------------------------------------------------------------
 
 
 def copy_bandwidth(device):
@@ -314,12 +311,12 @@ def main():
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--seconds", type=float, default=0.3, help="length of one turn of one form, about")
+    parser.add_argument("--seconds", type=float, default=0.3, help="approximate length of one turn of one form")
     parser.add_argument("--sets", type=int, default=3, help="sets of buffers to rotate through")
     parser.add_argument("--compile", action="store_true", help="also the flat vector under torch.compile")
     parser.add_argument("--binary", help="our side; default: vector_peer under target/release")
     parser.add_argument("--self", action="store_true", help="PyTorch alone")
-    parser.add_argument("--json", type=pathlib.Path, help="write the results there too")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the results to this file")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     common.prepare(device, arguments.threads)

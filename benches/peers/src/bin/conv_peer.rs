@@ -1,12 +1,13 @@
 //! polder's side of the paired comparison of convolutions (`benches/peers/conv.py`): one layer's three passes, each
-//! alone, in NHWC with HWIO weights. It answers commands on standard input with one JSON line each, and with `{"error":
-//! "..."}` where it cannot:
+//! alone, in NHWC with HWIO weights. It answers each command on standard input with one line of JSON, or with
+//! `{"error": "..."}`:
 //!
-//! - `layer BATCH SIZE IN OUT KERNEL STRIDE SETS`: a layer on images of SIZE × SIZE, padded by half the kernel, with so
-//!   many sets of activations to take turns; `{"ok": true}`;
-//! - `check IN OUT`: on `x`, `weight` and `dy` (f32, rounded to the precision) of the safetensors file IN, writes `y`,
-//!   `dx` and `dw` to OUT; `{"ok": true}`;
-//! - `run PASS N`: the pass (`forward`, `input-gradient`, `weight-gradient`) N times on every set; `{"seconds": ..}`;
+//! - `layer BATCH SIZE IN OUT KERNEL STRIDE SETS`: makes a layer on images of SIZE × SIZE, padded by half the kernel, and
+//!   SETS sets of activations, which take turns; `{"ok": true}`;
+//! - `check IN OUT`: reads `x`, `weight` and `dy` (f32, rounded to the precision) from the safetensors file IN, and
+//!   writes `y`, `dx` and `dw` to OUT; `{"ok": true}`;
+//! - `run PASS N`: runs the pass (`forward`, `input-gradient`, `weight-gradient`) N times on every set;
+//!   `{"seconds": ..}`;
 //! - `quit`.
 
 use std::path::Path;
@@ -52,7 +53,7 @@ impl Pass {
 
 struct Layer<S: Compute> {
     shape: ConvShape,
-    /// x and y of each set; a gradient takes y for dy, and writes x for dx.
+    /// x and y of each set. Gradients read y as dy and write dx to x.
     sets: Vec<[Buffer<S>; 2]>,
     weight: Buffer<S>,
     dw: Buffer<S::Master>,
@@ -117,7 +118,7 @@ fn check<S: Compute>(device: &Device, shape: ConvShape, input: &Path, output: &P
 fn serve<S: Compute>(args: &Args) -> Answer<()> {
     let device = open_device(&args.device, args.threads)?;
     let mut layer: Option<Layer<S>> = None;
-    // What was recorded of a pass holds the layer's addresses.
+    // A recorded pass holds the layer's addresses.
     let mut recorded: Option<(Pass, RecordedGraph)> = None;
     protocol::serve(|words| match *words {
         ["layer", batch, size, in_channels, out_channels, kernel, stride, sets] => {

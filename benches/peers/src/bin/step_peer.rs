@@ -1,9 +1,9 @@
-//! polder's side of the paired comparison with PyTorch (`benches/peers/pytorch.py`): a process that takes weights and
-//! one batch, and answers commands on standard input with one JSON line each (`{"error": "..."}` where it cannot).
+//! polder's side of the paired comparison with PyTorch (`benches/peers/pytorch.py`): a process that reads weights and
+//! one batch. It answers each command on standard input with one line of JSON, or with `{"error": "..."}`.
 //!
 //! - `gradient FILE`: writes the gradient of the batch's loss (batch norm in train mode) and answers `{"loss": …}`;
-//! - `steps N`: takes N training steps on the batch, all but the first of them replays of a recorded one as in `polder
-//!   train`, and answers `{"seconds": …, "images_per_s": …}`;
+//! - `steps N`: takes N training steps on the batch and answers `{"seconds": …, "images_per_s": …}`. The first step is
+//!   recorded and then replayed, as in `polder train`;
 //! - `memory`: answers `{"peak_rss_bytes": …}` (on Linux; 0 elsewhere);
 //! - `quit`.
 
@@ -103,7 +103,7 @@ fn answer<S: Compute<Master = f32>>(args: &Args) -> Answer<()> {
         ["steps", count] => {
             let count: usize = number(count)?;
             device.synchronize()?;
-            // The wall's time, as the other side measures its own.
+            // Wall-clock time, as on the other side.
             let start = Instant::now();
             for _ in 0..count {
                 if let Some(graph) = &recorded {
@@ -138,7 +138,7 @@ fn set_batch<S: Compute>(device: &Device, plan: &mut Plan<S>, pixels: &[u8], lab
     Ok(())
 }
 
-/// The process's largest resident set so far, in bytes.
+/// The peak resident set size of the process, in bytes.
 fn peak_memory() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

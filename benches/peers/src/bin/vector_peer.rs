@@ -1,9 +1,9 @@
 //! polder's side of the paired comparison of vector algebra (`benches/peers/vector.py`): the norm, the perturbation and
-//! the update of a SAM or CR-SAM step, without any network. It answers commands on standard input with one JSON line
-//! each, and with `{"error": "..."}` where it cannot:
+//! the update of a SAM or CR-SAM step, without any network. It answers each command on standard input with one line of
+//! JSON, or with `{"error": "..."}`:
 //!
-//! - `steps N`: N steps on random data, over three sets of buffers that take turns; `{"seconds": ..}`;
-//! - `check IN OUT`: one step on `w`, `g0`, `g_plus`, `g_minus`, `momentum` (f32, `--params` values each) and on the
+//! - `steps N`: takes N steps on random data, over three sets of buffers that take turns; `{"seconds": ..}`;
+//! - `check IN OUT`: takes one step on `w`, `g0`, `g_plus`, `g_minus`, `momentum` (f32, `--params` values each) and on the
 //!   losses `l0`, `l_plus`, `l_minus` (one value each, f32 or f64) of the safetensors file IN; writes `w`, `momentum`,
 //!   `w_plus` and, for CR-SAM, `w_minus` to OUT; `{"ok": true}`;
 //! - `quit`.
@@ -75,7 +75,7 @@ impl Vectors {
     }
 }
 
-/// The numbers that one step's kernels hand to one another.
+/// The numbers that the kernels of one step pass on.
 struct Step {
     method: Method,
     reduction: Reduction,
