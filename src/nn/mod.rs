@@ -96,3 +96,33 @@ impl Model {
         (self.registration.trace)(images, classes, self.shortcut)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_model_traces_with_every_shortcut_that_it_has() {
+        let images = Shape { batch: 2, height: 32, width: 32, channels: 3 };
+        for (index, model) in MODELS.iter().enumerate() {
+            assert!(
+                MODELS[..index].iter().all(|other| other.name != model.name),
+                "two models are named {}",
+                model.name
+            );
+            assert!(!model.description.is_empty(), "{}", model.name);
+            for shortcut in [None, Some(Shortcut::A), Some(Shortcut::B)] {
+                let offered = shortcut.is_none_or(|shortcut| model.shortcuts.contains(&shortcut));
+                let Ok(found) = Model::from_name(model.name, shortcut) else {
+                    assert!(!offered, "{} refuses {shortcut:?}", model.name);
+                    continue;
+                };
+                assert!(offered, "{} takes {shortcut:?}", model.name);
+                let (graph, logits) = found.trace(images, 7).unwrap();
+                assert_eq!(graph.shape(logits), Shape { batch: 2, height: 1, width: 1, channels: 7 }, "{}", model.name);
+            }
+        }
+        let unknown = Model::from_name("resnet9", None).unwrap_err().to_string();
+        assert!(MODELS.iter().all(|model| unknown.contains(model.name)), "{unknown}");
+    }
+}
