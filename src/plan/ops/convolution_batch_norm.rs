@@ -16,7 +16,8 @@
 //! computes dx and the gradient of the residual from dz and these sums (`batch_norm::backward_from_sums`). Types of 16
 //! bits have this form, for channels in whole eights.
 //!
-//! Neither changes what a tangent reads: tangent passes use the plain kernels of both operations.
+//! Tangents use the plain kernels of both operations. Where a tangent of the backward reads dy, it finds dz, which the
+//! mask of the ReLU leaves as it is.
 
 use super::batch_norm::BatchNorm;
 use super::convolution::Convolution;
