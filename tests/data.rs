@@ -11,7 +11,7 @@ use approx::abs_diff_eq;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use polder::data::{
-    DataError, ImageShape, Images, Split, Statistics, SyntheticSpec, epoch_order, load, load_split, synthetic,
+    DataError, ImageShape, Images, Split, StatisticsSource, SyntheticSpec, epoch_order, load, load_split, synthetic,
 };
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -88,7 +88,7 @@ fn cifar10_planes_become_nhwc() -> TestResult {
     let folder = cifar10_folder()?;
     fs::write(folder.path().join("data_batch_2.bin"), cifar_records(&[&[4]], 3 * 3072))?;
     let data = load(folder.path())?;
-    assert_eq!((data.name.as_str(), data.statistics), ("cifar-10", Statistics::Published));
+    assert_eq!((data.name.as_str(), data.statistics), ("cifar-10", StatisticsSource::Published));
     assert_eq!(data.mean, [0.4914, 0.4822, 0.4465]);
     assert_eq!(data.std, [0.2470, 0.2435, 0.2616]);
     assert_eq!(data.train.shape, ImageShape { height: 32, width: 32, channels: 3 });
@@ -116,7 +116,10 @@ fn cifar100_uses_the_fine_label() -> TestResult {
     fs::write(archive.join("train.bin"), cifar_records(&[&[19, 99], &[0, 42]], 0))?;
     fs::write(archive.join("test.bin"), cifar_records(&[&[7, 20]], 5))?;
     let data = load(folder.path())?;
-    assert_eq!((data.name.as_str(), data.statistics, data.train.classes), ("cifar-100", Statistics::Published, 100));
+    assert_eq!(
+        (data.name.as_str(), data.statistics, data.train.classes),
+        ("cifar-100", StatisticsSource::Published, 100)
+    );
     assert_eq!(data.mean, [0.5071, 0.4865, 0.4409]);
     assert_eq!(data.std, [0.2673, 0.2564, 0.2762]);
     assert_eq!(data.train.labels, [99, 42]);
@@ -230,13 +233,13 @@ fn unknown_idx_statistics_come_from_the_training_images() -> TestResult {
     };
     let data = load(folder.path())?;
     let (mean, std) = of(&data.train);
-    assert_eq!(data.statistics, Statistics::TrainImages);
+    assert_eq!(data.statistics, StatisticsSource::TrainImages);
     close(&data.mean, mean);
     close(&data.std, std);
 
     for split in [Split::Train, Split::Test] {
         let one = load_split(folder.path(), split)?;
-        assert_eq!((&one.mean, &one.std, one.statistics), (&data.mean, &data.std, Statistics::TrainImages));
+        assert_eq!((&one.mean, &one.std, one.statistics), (&data.mean, &data.std, StatisticsSource::TrainImages));
         assert_eq!(one.images, if split == Split::Train { data.train.clone() } else { data.test.clone() });
     }
 
@@ -244,7 +247,7 @@ fn unknown_idx_statistics_come_from_the_training_images() -> TestResult {
     fs::remove_file(folder.path().join("train-labels-idx1-ubyte"))?;
     let alone = load_split(folder.path(), Split::Test)?;
     let (mean, std) = of(&data.test);
-    assert_eq!(alone.statistics, Statistics::TestImages);
+    assert_eq!(alone.statistics, StatisticsSource::TestImages);
     close(&alone.mean, mean);
     close(&alone.std, std);
     Ok(())
@@ -279,7 +282,7 @@ fn mnist_and_fashion_mnist_are_told_apart_by_their_labels() -> TestResult {
             fs::write(file(&format!("{prefix}-labels-idx1-ubyte.gz")), gzip(&idx_bytes(0x801, &[20], &labels)))?;
         }
         let data = load(folder.path())?;
-        assert_eq!((data.name.as_str(), data.statistics), (name, Statistics::Published));
+        assert_eq!((data.name.as_str(), data.statistics), (name, StatisticsSource::Published));
         assert_eq!((data.mean, data.std, data.train.classes), (vec![mean], vec![std], 10));
         for split in [Split::Train, Split::Test] {
             let one = load_split(folder.path(), split)?;
@@ -591,7 +594,7 @@ fn crc32(bytes: &[u8]) -> u32 {
 #[test]
 fn synthetic_is_balanced_and_normalisable() -> TestResult {
     let data = synthetic(&SyntheticSpec::default())?;
-    assert_eq!((data.name.as_str(), data.statistics), ("synthetic", Statistics::TrainImages));
+    assert_eq!((data.name.as_str(), data.statistics), ("synthetic", StatisticsSource::TrainImages));
     assert_eq!((data.train.len(), data.test.len()), (2048, 1024));
     assert_eq!(data.train.shape, ImageShape { height: 32, width: 32, channels: 3 });
     for images in [&data.train, &data.test] {
@@ -680,7 +683,7 @@ fn cifar10_as_published() -> TestResult {
 fn fashion_mnist_as_published() -> TestResult {
     let Some(folder) = published("fashion-mnist") else { return Ok(()) };
     let data = load(&folder)?;
-    assert_eq!((data.name.as_str(), data.statistics), ("fashion-mnist", Statistics::Published));
+    assert_eq!((data.name.as_str(), data.statistics), ("fashion-mnist", StatisticsSource::Published));
     assert_eq!((data.train.len(), data.test.len(), data.train.classes), (60_000, 10_000, 10));
     assert_eq!(data.train.shape, ImageShape { height: 28, width: 28, channels: 1 });
     assert_eq!((crc32(&data.train.pixels), crc32(&data.test.pixels)), (0xae65_dccd, 0x1272_8439));

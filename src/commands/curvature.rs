@@ -6,7 +6,9 @@ use polder::curvature::{Density, Estimate, Passes, Rise};
 use polder::kernels::batch_norm::Mode;
 use polder::report::spectrum_picture;
 use polder::settings::Configurable;
-use polder::train::{CurvatureMeter, CurvatureSettings, Finding, Findings, Measure, TrainError, checksum, write_whole};
+use polder::train::{
+    CurvatureMeter, CurvatureSettings, Finding, Findings, MeanOver, Measure, TrainError, checksum, write_whole,
+};
 use serde_json::json;
 
 use super::flags::CurvatureFlags;
@@ -86,7 +88,7 @@ pub fn run(args: &CurvatureArgs) -> Result<(), TrainError> {
             "ascent_steps": settings.ascent_steps,
             "seed": settings.seed,
         },
-        "measures": found.json(),
+        "measures": found.by_name(),
     });
     if let Some(out) = &args.out {
         write_whole(&out.join("curvature.json"), format!("{object}\n").as_bytes())?;
@@ -131,7 +133,8 @@ fn words(finding: &Finding, settings: &CurvatureSettings) -> String {
     match finding {
         Finding::Number(value) => digits(*value),
         Finding::Mean(estimate, of) => {
-            format!("{} ({})", with_error(estimate), counted(estimate.probes, of.trim_end_matches('s')))
+            let of = if *of == MeanOver::Parts { "part" } else { "probe" };
+            format!("{} ({})", with_error(estimate), counted(estimate.probes, of))
         }
         Finding::None(reason) => format!("none: {reason}"),
         Finding::NotFinite => format!("none: {}", Finding::NOT_FINITE),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use polder::train::{Layer, Progress, Record, TrainError, Training};
+use polder::train::{Finding, Layer, Progress, Record, TrainError, Training};
 use serde_json::json;
 
 use super::flags::RunFlags;
@@ -197,11 +197,7 @@ impl Display {
                 }
             }
             Progress::Epoch(Record::Curvature { epoch, measures, .. }) => {
-                let value = |(name, found): (&String, &serde_json::Value)| {
-                    let list = found.get("values").and_then(|values| values.get(0));
-                    let value = found.get("value").or(list)?.as_f64()?;
-                    Some(format!("{name} {value:.4}"))
-                };
+                let value = |(name, found): (&String, &Finding)| Some(format!("{name} {:.4}", found.value()?));
                 let found: Vec<String> = measures.iter().filter_map(value).collect();
                 let found = if found.is_empty() { "no curvature was found".into() } else { found.join("  ") };
                 self.line(&format!("epoch {epoch:>3}  {found}"));

@@ -3,18 +3,38 @@
 //! <https://www.cs.toronto.edu/~kriz/cifar.html>.
 
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::{DataError, ImageShape, Images, Split, SplitImages, Statistics, exists, open};
+use super::{
+    DataError, Dataset, Format, ImageShape, Images, Recognise, Split, SplitImages, StatisticsSource, exists, open,
+};
 
 const SHAPE: ImageShape = ImageShape { height: 32, width: 32, channels: 3 };
 const PLANE: usize = 32 * 32;
 
+/// CIFAR-10.
+pub(super) const CIFAR10: Format = Format {
+    name: "cifar-10",
+    files: "data_batch_1.bin and test_batch.bin (CIFAR-10)",
+    recognise: Recognise::InFolder(|path| recognise(&CIFAR10_LAYOUT, path)),
+    load: |folder| load(&CIFAR10_LAYOUT, folder),
+    load_split: |folder, split| load_split(&CIFAR10_LAYOUT, folder, split),
+};
+
+/// CIFAR-100.
+pub(super) const CIFAR100: Format = Format {
+    name: "cifar-100",
+    files: "train.bin and test.bin (CIFAR-100)",
+    recognise: Recognise::InFolder(|path| recognise(&CIFAR100_LAYOUT, path)),
+    load: |folder| load(&CIFAR100_LAYOUT, folder),
+    load_split: |folder, split| load_split(&CIFAR100_LAYOUT, folder, split),
+};
+
 /// What the two data sets differ in.
-pub(super) struct Layout {
-    pub name: &'static str,
+struct Layout {
+    name: &'static str,
     /// Where the published archive puts the files.
-    pub sub_folder: &'static str,
+    sub_folder: &'static str,
     train_files: &'static [&'static str],
     test_file: &'static str,
     /// Number of classes behind each of the label bytes of a record; the last one is the label in use.
@@ -23,7 +43,7 @@ pub(super) struct Layout {
     std: [f32; 3],
 }
 
-pub(super) static CIFAR10: Layout = Layout {
+static CIFAR10_LAYOUT: Layout = Layout {
     name: "cifar-10",
     sub_folder: "cifar-10-batches-bin",
     train_files: &["data_batch_1.bin", "data_batch_2.bin", "data_batch_3.bin", "data_batch_4.bin", "data_batch_5.bin"],
@@ -33,7 +53,7 @@ pub(super) static CIFAR10: Layout = Layout {
     std: [0.2470, 0.2435, 0.2616],
 };
 
-pub(super) static CIFAR100: Layout = Layout {
+static CIFAR100_LAYOUT: Layout = Layout {
     name: "cifar-100",
     sub_folder: "cifar-100-binary",
     train_files: &["train.bin"],
@@ -43,28 +63,41 @@ pub(super) static CIFAR100: Layout = Layout {
     std: [0.2673, 0.2564, 0.2762],
 };
 
-/// Whether any file of the data set lies in the folder.
-pub(super) fn has_files(layout: &Layout, folder: &Path) -> Result<bool, DataError> {
-    for file in layout.train_files.iter().chain([&layout.test_file]) {
-        if exists(&folder.join(file))? {
-            return Ok(true);
+/// The folder that any file of the data set lies in: this one or that of the archive within it.
+fn recognise(layout: &Layout, path: &Path) -> Result<Option<PathBuf>, DataError> {
+    for folder in [path.to_path_buf(), path.join(layout.sub_folder)] {
+        for file in layout.train_files.iter().chain([&layout.test_file]) {
+            if exists(&folder.join(file))? {
+                return Ok(Some(folder));
+            }
         }
     }
-    Ok(false)
+    Ok(None)
+}
+
+fn load(layout: &Layout, folder: &Path) -> Result<Dataset, DataError> {
+    let train = load_split(layout, folder, Split::Train)?;
+    let test = read(layout, folder, Split::Test)?;
+    let SplitImages { name, images: train, mean, std, statistics } = train;
+    Ok(Dataset { name, train, test, mean, std, statistics })
+}
+
+fn load_split(layout: &Layout, folder: &Path, split: Split) -> Result<SplitImages, DataError> {
+    Ok(describe(layout, read(layout, folder, split)?))
 }
 
 /// Adds name and published statistics to the images of a split.
-pub(super) fn describe(layout: &Layout, images: Images) -> SplitImages {
+fn describe(layout: &Layout, images: Images) -> SplitImages {
     SplitImages {
         name: layout.name.into(),
         images,
         mean: layout.mean.to_vec(),
         std: layout.std.to_vec(),
-        statistics: Statistics::Published,
+        statistics: StatisticsSource::Published,
     }
 }
 
-pub(super) fn read(layout: &Layout, folder: &Path, split: Split) -> Result<Images, DataError> {
+fn read(layout: &Layout, folder: &Path, split: Split) -> Result<Images, DataError> {
     let files = match split {
         Split::Train => present_train_files(layout, folder)?,
         Split::Test => &[layout.test_file],

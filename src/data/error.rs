@@ -21,10 +21,7 @@ pub enum DataError {
     NotAFile { path: PathBuf },
 
     /// No file of a known format lies in the folder.
-    #[error(
-        "{path}: no data set found; expected data_batch_1.bin and test_batch.bin (CIFAR-10), train.bin and test.bin \
-         (CIFAR-100), or train-images-idx3-ubyte and its like (IDX)"
-    )]
+    #[error("{path}: no data set found; expected {}", files())]
     NotRecognised { path: PathBuf },
 
     /// The folder holds files of several data sets.
@@ -122,4 +119,10 @@ pub enum DataError {
     /// A mean or standard deviation that is not given for each channel.
     #[error("{name} has {found} values, expected one for each of {channels} channels")]
     Channels { name: &'static str, found: usize, channels: usize },
+}
+
+/// The files of all formats.
+fn files() -> String {
+    let files: Vec<&str> = super::FORMATS.iter().map(|format| format.files).filter(|files| !files.is_empty()).collect();
+    files.join(", or ")
 }

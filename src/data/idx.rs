@@ -8,7 +8,19 @@ use std::path::{Path, PathBuf};
 
 use flate2::bufread::MultiGzDecoder;
 
-use super::{DataError, Dataset, ImageShape, Images, Split, SplitImages, Statistics, exists, mean_and_std, open};
+use super::{
+    DataError, Dataset, Format, ImageShape, Images, Recognise, Split, SplitImages, StatisticsSource, exists,
+    mean_and_std, open,
+};
+
+/// IDX.
+pub(super) const FORMAT: Format = Format {
+    name: "IDX",
+    files: "train-images-idx3-ubyte and so on (IDX)",
+    recognise: Recognise::InFolder(|path| Ok(has_files(path)?.then(|| path.into()))),
+    load,
+    load_split,
+};
 
 /// Magic number of unsigned bytes; the number of dimensions is added to it.
 const UNSIGNED_BYTES: u32 = 0x0000_0800;
@@ -51,7 +63,7 @@ const IMAGES: Content<3> = Content { word: "images" };
 const LABELS: Content<1> = Content { word: "labels" };
 
 /// Whether any of the four files lies in the folder.
-pub(super) fn has_files(folder: &Path) -> Result<bool, DataError> {
+fn has_files(folder: &Path) -> Result<bool, DataError> {
     for split in [Split::Train, Split::Test] {
         if find(folder, split, IMAGES)?.is_some() || find(folder, split, LABELS)?.is_some() {
             return Ok(true);
@@ -60,7 +72,7 @@ pub(super) fn has_files(folder: &Path) -> Result<bool, DataError> {
     Ok(false)
 }
 
-pub(super) fn load(folder: &Path) -> Result<Dataset, DataError> {
+fn load(folder: &Path) -> Result<Dataset, DataError> {
     let (mut train, published) = read_split(folder, Split::Train)?;
     let (mut test, _) = read_split(folder, Split::Test)?;
     if test.shape != train.shape {
@@ -72,13 +84,13 @@ pub(super) fn load(folder: &Path) -> Result<Dataset, DataError> {
         Some(published) => published.describe(),
         None => {
             let (mean, std) = mean_and_std(&train.pixels, train.shape.channels);
-            (folder_name(folder), mean, std, Statistics::TrainImages)
+            (folder_name(folder), mean, std, StatisticsSource::TrainImages)
         }
     };
     Ok(Dataset { name, train, test, mean, std, statistics })
 }
 
-pub(super) fn load_split(folder: &Path, split: Split) -> Result<SplitImages, DataError> {
+fn load_split(folder: &Path, split: Split) -> Result<SplitImages, DataError> {
     let (images, published) = read_split(folder, split)?;
     let (name, mean, std, statistics) = match published {
         Some(published) => published.describe(),
@@ -89,8 +101,11 @@ pub(super) fn load_split(folder: &Path, split: Split) -> Result<SplitImages, Dat
             } else {
                 mean_and_std(&images.pixels, 1)
             };
-            let statistics =
-                if split == Split::Train || of_training { Statistics::TrainImages } else { Statistics::TestImages };
+            let statistics = if split == Split::Train || of_training {
+                StatisticsSource::TrainImages
+            } else {
+                StatisticsSource::TestImages
+            };
             (folder_name(folder), mean, std, statistics)
         }
     };
@@ -107,8 +122,8 @@ impl Published {
         })
     }
 
-    fn describe(&self) -> (String, Vec<f32>, Vec<f32>, Statistics) {
-        (self.name.into(), vec![self.mean], vec![self.std], Statistics::Published)
+    fn describe(&self) -> (String, Vec<f32>, Vec<f32>, StatisticsSource) {
+        (self.name.into(), vec![self.mean], vec![self.std], StatisticsSource::Published)
     }
 }
 

@@ -1,8 +1,9 @@
 //! Labelled images in host memory: read from disk, generated, reduced, relabelled and shuffled.
 //!
-//! [`load`] recognises what a folder holds: CIFAR-10 or CIFAR-100 in the binary version, or IDX files as MNIST and
-//! Fashion-MNIST have them, gzip'd or not. [`synthetic`] makes a set that needs no files. Pixels stay `u8` in NHWC
-//! order (the samples, then rows, columns, channels); normalisation is left to whoever uploads a batch.
+//! [`load`] recognises the format of a folder: CIFAR-10 or CIFAR-100 in the binary version, or IDX files as MNIST and
+//! Fashion-MNIST have them, gzip'd or not. [`synthetic`](fn@synthetic) generates a set that needs no files, and
+//! [`Dataset::new`] takes one from memory. A format is one file of this module and one entry of [`FORMATS`]. Pixels stay
+//! `u8` in NHWC order (samples, rows, columns, channels); they are normalised when a batch is assembled on the device.
 //!
 //! Everything random here comes from ChaCha8 through integer arithmetic, so a seed means the same on every platform.
 
@@ -161,7 +162,7 @@ impl Images {
 
 /// Where the mean and standard deviation of a data set come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Statistics {
+pub enum StatisticsSource {
     /// The values that are customary for this data set.
     Published,
     /// Computed from the training images.
@@ -184,7 +185,7 @@ pub struct Dataset {
     /// Per channel, of pixel/255; positive.
     pub std: Vec<f32>,
     /// Where `mean` and `std` come from.
-    pub statistics: Statistics,
+    pub statistics: StatisticsSource,
 }
 
 impl Dataset {
@@ -210,7 +211,7 @@ impl Dataset {
     pub fn new(name: &str, train: Images, test: Images) -> Result<Self, DataError> {
         train.check()?;
         let (mean, std) = mean_and_std(&train.pixels, train.shape.channels);
-        let data = Self { name: name.into(), train, test, mean, std, statistics: Statistics::TrainImages };
+        let data = Self { name: name.into(), train, test, mean, std, statistics: StatisticsSource::TrainImages };
         data.check()?;
         Ok(data)
     }
@@ -253,35 +254,55 @@ pub struct SplitImages {
     /// Per channel, of pixel/255; positive.
     pub std: Vec<f32>,
     /// Where `mean` and `std` come from.
-    pub statistics: Statistics,
+    pub statistics: StatisticsSource,
 }
 
-/// Reads the data set in a folder; its format is recognised by the names of the files.
+/// How a format is found.
+#[derive(Clone, Copy)]
+pub enum Recognise {
+    /// By its name in place of a path.
+    ByName,
+    /// By the files in a folder: the folder that they lie in, which may be a sub-folder; none if there are no such files.
+    InFolder(fn(&Path) -> Result<Option<PathBuf>, DataError>),
+}
+
+/// A format of data sets: an entry of [`FORMATS`].
+#[derive(Clone, Copy)]
+pub struct Format {
+    /// Its name.
+    pub name: &'static str,
+    /// Its files, for an error: "train.bin and test.bin (CIFAR-100)".
+    pub files: &'static str,
+    /// How it is found.
+    pub recognise: Recognise,
+    /// Reads both splits from the folder that was recognised.
+    pub load: fn(&Path) -> Result<Dataset, DataError>,
+    /// Reads one split; the other one need not be there.
+    pub load_split: fn(&Path, Split) -> Result<SplitImages, DataError>,
+}
+
+/// All formats. Each is one file of this module.
+pub const FORMATS: &[Format] = &[synthetic::FORMAT, cifar::CIFAR10, cifar::CIFAR100, idx::FORMAT];
+
+/// Reads the data set at a path: `synthetic`, or a folder whose format is recognised by the names of the files.
 ///
 /// - CIFAR-10, binary version: `data_batch_1.bin` to `data_batch_5.bin` and `test_batch.bin`. Fewer training batches
-///   will do if they are the first ones; a gap in their numbers is an error. A batch may have any number of records.
+///   are enough if they are the first ones; a gap in their numbers is an error. A batch may have any number of records.
 /// - CIFAR-100, binary version: `train.bin` and `test.bin`. The label is the fine one.
 /// - IDX: `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte`, `t10k-labels-idx1-ubyte`,
-///   also written `train-images.idx3-ubyte`, each with or without `.gz` (what the file begins with decides whether it
-///   is unpacked). There are as many classes as the largest label of both splits says.
+///   also written `train-images.idx3-ubyte`, each with or without `.gz` (the first bytes of a file decide whether it is
+///   unpacked). The largest label of both splits decides how many classes there are.
 ///
 /// The CIFAR files may also lie in the sub-folder that their archives unpack to. Mean and standard deviation are the
 /// published ones for both CIFARs and for MNIST and Fashion-MNIST, which are told apart by their first labels, since
-/// their files have the same names; for other IDX files they are computed from the training images.
+/// their files have the same names. For other IDX files they are computed from the training images.
 ///
 /// # Errors
-/// Any variant of [`DataError`] that names a path. Memory is taken for what the files really hold, unpacked, whatever
-/// their headers claim.
+/// Any variant of [`DataError`] that names a path. Memory is allocated for what the files really hold, unpacked,
+/// whatever their headers claim.
 pub fn load(path: &Path) -> Result<Dataset, DataError> {
-    match recognise(path)? {
-        Found::Cifar(layout, folder) => {
-            let train = cifar::read(layout, &folder, Split::Train)?;
-            let test = cifar::read(layout, &folder, Split::Test)?;
-            let SplitImages { name, images: train, mean, std, statistics } = cifar::describe(layout, train);
-            Ok(Dataset { name, train, test, mean, std, statistics })
-        }
-        Found::Idx(folder) => idx::load(&folder),
-    }
+    let (format, folder) = find(path)?;
+    (format.load)(&folder)
 }
 
 /// Reads one split as [`load`] does; the other one need not be there.
@@ -293,41 +314,30 @@ pub fn load(path: &Path) -> Result<Dataset, DataError> {
 /// # Errors
 /// As [`load`].
 pub fn load_split(path: &Path, split: Split) -> Result<SplitImages, DataError> {
-    match recognise(path)? {
-        Found::Cifar(layout, folder) => Ok(cifar::describe(layout, cifar::read(layout, &folder, split)?)),
-        Found::Idx(folder) => idx::load_split(&folder, split),
+    let (format, folder) = find(path)?;
+    (format.load_split)(&folder, split)
+}
+
+/// The format of a path, and the folder that its files lie in.
+fn find(path: &Path) -> Result<(&'static Format, PathBuf), DataError> {
+    let by_name = |format: &&Format| matches!(format.recognise, Recognise::ByName) && Path::new(format.name) == path;
+    if let Some(format) = FORMATS.iter().find(by_name) {
+        return Ok((format, path.into()));
     }
-}
-
-/// A recognised format and the folder that the files lie in.
-enum Found {
-    Cifar(&'static cifar::Layout, PathBuf),
-    Idx(PathBuf),
-}
-
-fn recognise(path: &Path) -> Result<Found, DataError> {
     let metadata = fs::metadata(path).map_err(|source| DataError::Io { path: path.into(), source })?;
     if !metadata.is_dir() {
         return Err(DataError::NotAFolder { path: path.into() });
     }
-    let mut found = Vec::new();
-    for layout in [&cifar::CIFAR10, &cifar::CIFAR100] {
-        for folder in [path.to_path_buf(), path.join(layout.sub_folder)] {
-            if cifar::has_files(layout, &folder)? {
-                found.push((layout.name, Found::Cifar(layout, folder)));
-                break;
-            }
+    let mut found: Option<(&Format, PathBuf)> = None;
+    for format in FORMATS {
+        let Recognise::InFolder(recognise) = format.recognise else { continue };
+        let Some(folder) = recognise(path)? else { continue };
+        if let Some((first, _)) = found {
+            return Err(DataError::Ambiguous { path: path.into(), first: first.name, second: format.name });
         }
+        found = Some((format, folder));
     }
-    if idx::has_files(path)? {
-        found.push(("IDX", Found::Idx(path.into())));
-    }
-    let mut found = found.into_iter();
-    match (found.next(), found.next()) {
-        (None, _) => Err(DataError::NotRecognised { path: path.into() }),
-        (Some((_, only)), None) => Ok(only),
-        (Some((first, _)), Some((second, _))) => Err(DataError::Ambiguous { path: path.into(), first, second }),
-    }
+    found.ok_or_else(|| DataError::NotRecognised { path: path.into() })
 }
 
 /// Mean and standard deviation of pixel/255, per channel, over all pixels. Exact integer sums, so the order of the

@@ -13,7 +13,23 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::Rng;
 
-use super::{DataError, Dataset, ImageShape, Images, Statistics, below, generator, mean_and_std};
+use super::{
+    DataError, Dataset, Format, ImageShape, Images, Recognise, Split, SplitImages, StatisticsSource, below, generator,
+    mean_and_std,
+};
+
+/// The synthetic set, by its name in place of a path.
+pub(super) const FORMAT: Format = Format {
+    name: "synthetic",
+    files: "",
+    recognise: Recognise::ByName,
+    load: |_| synthetic(&SyntheticSpec::default()),
+    load_split: |_, split| {
+        let Dataset { name, train, test, mean, std, statistics } = synthetic(&SyntheticSpec::default())?;
+        let images = if split == Split::Train { train } else { test };
+        Ok(SplitImages { name, images, mean, std, statistics })
+    },
+};
 
 const CLASSES: usize = 10;
 const TEXTURES: u32 = 5;
@@ -80,7 +96,7 @@ pub fn synthetic(spec: &SyntheticSpec) -> Result<Dataset, DataError> {
     let train = images(spec, b"syntrain", spec.train)?;
     let test = images(spec, b"syn-test", spec.test)?;
     let (mean, std) = mean_and_std(&train.pixels, CHANNELS);
-    Ok(Dataset { name: "synthetic".into(), train, test, mean, std, statistics: Statistics::TrainImages })
+    Ok(Dataset { name: "synthetic".into(), train, test, mean, std, statistics: StatisticsSource::TrainImages })
 }
 
 fn images(spec: &SyntheticSpec, purpose: &[u8; 8], count: usize) -> Result<Images, DataError> {

@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use super::runs::{Run, numbers};
+use super::runs::{LoadedRun, numbers};
 use crate::train::{Record, TrainError, write_whole};
 
 /// CRC-32C (Castagnoli), bit by bit.
@@ -127,7 +127,7 @@ fn of_record(record: &Record) -> (u64, Vec<(String, f64)>) {
 }
 
 /// Writes the log of a run to `tensorboard/` in its folder, over what an earlier report wrote there.
-pub(super) fn write(run: &Run) -> Result<PathBuf, TrainError> {
+pub(super) fn write(run: &LoadedRun) -> Result<PathBuf, TrainError> {
     let log = run.path.join("log.jsonl");
     let modified = std::fs::metadata(&log).and_then(|data| data.modified()).map_err(TrainError::io(&log))?;
     // The log does not say when a line was written; it ended when the file did.

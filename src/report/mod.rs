@@ -9,7 +9,7 @@ mod runs;
 mod spectrum;
 
 pub use landscape::landscape_pictures;
-pub use runs::Statistics;
+pub use runs::RunStatistics;
 pub use spectrum::spectrum_picture;
 
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use serde::Serialize;
 
 use crate::train::{TrainError, write_whole};
 use page::plus_minus;
-use runs::Run;
+use runs::LoadedRun;
 
 /// What a report says of runs that differ in nothing but the seed.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -29,20 +29,20 @@ pub struct GroupSummary {
     /// The folders of its runs.
     pub runs: Vec<PathBuf>,
     /// Test accuracy of the last epoch.
-    pub test_accuracy: Statistics,
+    pub test_accuracy: RunStatistics,
     /// Test loss of the last epoch.
-    pub test_loss: Statistics,
+    pub test_loss: RunStatistics,
     /// Seconds of training.
-    pub seconds: Statistics,
+    pub seconds: RunStatistics,
     /// Training images per second.
-    pub images_per_second: Statistics,
+    pub images_per_second: RunStatistics,
     /// The curvature at the end, by measure.
     pub curvature: serde_json::Map<String, serde_json::Value>,
 }
 
 impl std::fmt::Display for GroupSummary {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let percent = Statistics::of(self.test_accuracy.values.iter().map(|share| 100.0 * share).collect());
+        let percent = RunStatistics::of(self.test_accuracy.values.iter().map(|share| 100.0 * share).collect());
         let (accuracy, loss, count) = (plus_minus(&percent), plus_minus(&self.test_loss), self.runs.len());
         let runs = if count == 1 { "run" } else { "runs" };
         write!(f, "{}: test accuracy {accuracy} %, test loss {loss} ({count} {runs})", self.name)
@@ -65,7 +65,7 @@ impl CurvatureOrder {
     fn of(groups: &[runs::Group]) -> Option<Self> {
         let found: Vec<_> = groups.iter().map(|group| (group.name.clone(), group.curvature())).collect();
         ["trace", "top eigenvalue"].into_iter().find_map(|measure| {
-            let mean = |(group, numbers): &(String, Vec<(String, Statistics)>)| {
+            let mean = |(group, numbers): &(String, Vec<(String, RunStatistics)>)| {
                 let (_, statistics) = numbers.iter().find(|(name, _)| name == measure)?;
                 Some((group.clone(), statistics.mean))
             };
@@ -119,7 +119,7 @@ pub fn report(runs: &[PathBuf], out: Option<&Path>, tensorboard: bool) -> Result
             continue;
         }
         seen.push(place);
-        match Run::read(path) {
+        match LoadedRun::read(path) {
             Err(TrainError::NoRun { path }) => skipped.push(path),
             run => found.push(run?),
         }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::chart::{self, Axis, FAINT, Line, Panel, SMALL, Style, digits, line_chart, significant};
 use super::drawing::{Anchor, Drawing, Ink, Medium, SERIES, SERIES_ON_DARK, Shape, escape, hex};
 use super::landscape::{self, Landscape, Levels};
-use super::runs::{Epoch, Group, Measures, Run, Statistics, differing, numbers};
+use super::runs::{Epoch, Group, LoadedRun, Measures, RunStatistics, differing, numbers};
 use super::{CurvatureOrder, spectrum};
 
 /// The whole page.
@@ -101,8 +101,8 @@ fn note(text: &str) -> String {
 }
 
 /// Mean ± deviation, with the digits that the deviation leaves sensible.
-pub(super) fn plus_minus(statistics: &Statistics) -> String {
-    let Statistics { mean, deviation, values } = statistics;
+pub(super) fn plus_minus(statistics: &RunStatistics) -> String {
+    let RunStatistics { mean, deviation, values } = statistics;
     if values.is_empty() {
         return "–".into();
     }
@@ -128,16 +128,16 @@ pub(super) fn plus_minus(statistics: &Statistics) -> String {
     }
 }
 
-fn percent(statistics: &Statistics) -> Statistics {
-    Statistics::of(statistics.values.iter().map(|value| 100.0 * value).collect())
+fn percent(statistics: &RunStatistics) -> RunStatistics {
+    RunStatistics::of(statistics.values.iter().map(|value| 100.0 * value).collect())
 }
 
 /// The cells of a column, the best one marked where there are several to choose from.
-fn with_best(statistics: &[Statistics], unit: &str, highest: bool) -> Vec<String> {
+fn with_best(statistics: &[RunStatistics], unit: &str, highest: bool) -> Vec<String> {
     let means: Vec<f64> = statistics.iter().map(|statistics| statistics.mean).collect();
     let best = chart::range(means.iter().copied()).map(|(low, high)| if highest { high } else { low });
     let finite = means.iter().filter(|mean| mean.is_finite()).count();
-    let cell = |statistics: &Statistics| {
+    let cell = |statistics: &RunStatistics| {
         let unit = if statistics.mean.is_finite() { unit } else { "" };
         let text = format!("{}{unit}", plus_minus(statistics));
         let class = if finite > 1 && Some(statistics.mean) == best { " class=\"best\"" } else { "" };
@@ -147,8 +147,8 @@ fn with_best(statistics: &[Statistics], unit: &str, highest: bool) -> Vec<String
 }
 
 fn accuracy(groups: &[Group]) -> Option<String> {
-    let column = |number: fn(&Group) -> Statistics| groups.iter().map(number).collect::<Vec<_>>();
-    let accuracies: Vec<Statistics> = column(Group::test_accuracy).iter().map(percent).collect();
+    let column = |number: fn(&Group) -> RunStatistics| groups.iter().map(number).collect::<Vec<_>>();
+    let accuracies: Vec<RunStatistics> = column(Group::test_accuracy).iter().map(percent).collect();
     if accuracies.iter().all(|statistics| statistics.values.is_empty()) {
         return Some(section("Accuracy", &note("No epoch has been finished yet.")));
     }
@@ -201,14 +201,14 @@ fn epochs_done(group: &Group) -> String {
 
 fn left_out(groups: &[Group]) -> Option<String> {
     let runs = groups.iter().flat_map(|group| &group.runs).filter(|run| run.unreadable > 0);
-    let line = |run: &Run| {
+    let line = |run: &LoadedRun| {
         let (lines, was) = match run.unreadable {
             1 => ("1 line".into(), "was"),
             count => (format!("{count} lines"), "were"),
         };
         note(&format!("{}: {lines} could not be read and {was} skipped.", run.path.join("log.jsonl").display()))
     };
-    let stale = |run: &Run| {
+    let stale = |run: &LoadedRun| {
         let (files, path) = (run.stale.join(", "), run.path.display());
         note(&format!("{path}: left out because the run has other weights by now: {files}."))
     };
@@ -251,7 +251,7 @@ fn line_over_epochs(style: usize, name: &str, runs: &[Vec<(u64, f64)>]) -> Line 
         let at = |run: &Vec<(u64, f64)>| run.iter().find(|(other, _)| *other == epoch).map(|&(_, value)| value);
         let values: Vec<f64> = runs.iter().filter_map(at).collect();
         let (low, high) = chart::range(values.iter().copied()).unwrap_or((f64::NAN, f64::NAN));
-        points.push([epoch as f64, Statistics::of(values).mean]);
+        points.push([epoch as f64, RunStatistics::of(values).mean]);
         band.push([epoch as f64, low, high]);
     }
     if runs.len() < 2 {
@@ -265,7 +265,7 @@ fn chart_over_epochs(
     groups: &[Group],
     title: &str,
     unit: &str,
-    of: impl Fn(&Run) -> Vec<(u64, f64)>,
+    of: impl Fn(&LoadedRun) -> Vec<(u64, f64)>,
 ) -> Option<String> {
     let line = |(index, group): (usize, &Group)| {
         let runs: Vec<_> = group.runs.iter().map(&of).collect();
@@ -281,7 +281,7 @@ fn chart_over_epochs(
 
 fn learning(groups: &[Group]) -> Option<String> {
     let of = |number: fn(&Epoch) -> Option<f64>| {
-        move |run: &Run| -> Vec<(u64, f64)> {
+        move |run: &LoadedRun| -> Vec<(u64, f64)> {
             run.epochs().iter().map(|epoch| (epoch.epoch, number(epoch).unwrap_or(f64::NAN))).collect()
         }
     };
@@ -290,7 +290,7 @@ fn learning(groups: &[Group]) -> Option<String> {
     add("Training loss", "cross-entropy (nats)", |epoch| epoch.train_loss);
     add("Test loss", "cross-entropy (nats)", |epoch| epoch.test_loss);
     add("Test accuracy", "accuracy (%)", |epoch| Some(100.0 * epoch.test_accuracy));
-    let rates: BTreeSet<u64> = runs(groups).flat_map(Run::epochs).map(|epoch| epoch.lr.to_bits()).collect();
+    let rates: BTreeSet<u64> = runs(groups).flat_map(LoadedRun::epochs).map(|epoch| epoch.lr.to_bits()).collect();
     if rates.len() > 1 {
         add("Learning rate of the epoch's last step", "learning rate", |epoch| Some(epoch.lr));
     }
@@ -305,7 +305,7 @@ fn learning(groups: &[Group]) -> Option<String> {
     Some(section("Learning curves", &content))
 }
 
-fn runs(groups: &[Group]) -> impl Iterator<Item = &Run> {
+fn runs(groups: &[Group]) -> impl Iterator<Item = &LoadedRun> {
     groups.iter().flat_map(|group| &group.runs)
 }
 
@@ -342,7 +342,7 @@ fn measure_names(all: impl Iterator<Item = String>) -> Vec<String> {
 }
 
 fn curvature_over_epochs(groups: &[Group]) -> Option<String> {
-    let measured = runs(groups).flat_map(Run::curvatures);
+    let measured = runs(groups).flat_map(LoadedRun::curvatures);
     let names = measure_names(measured.flat_map(|(_, measures)| numbers(measures)).map(|(name, _)| name));
     let value = |measures: &Measures, name: &str| {
         numbers(measures).into_iter().find(|(other, _)| other == name).map(|(_, value)| value)
@@ -431,7 +431,7 @@ fn layers(groups: &[Group]) -> Option<String> {
 fn spectra(groups: &[Group]) -> Option<String> {
     let mut densities = Vec::new();
     for (index, group) in groups.iter().enumerate() {
-        let density = group.spectrum().and_then(|[nodes, weights]| spectrum::usable(&nodes, &weights));
+        let density = group.spectrum().and_then(|density| spectrum::usable(&density.nodes, &density.weights));
         densities.extend(density.map(|(density, _, _)| (group.name.as_str(), Style(index), density)));
     }
     let title = "density of the Hessian's eigenvalues";
@@ -446,7 +446,7 @@ fn spectra(groups: &[Group]) -> Option<String> {
 struct Place<'a> {
     style: usize,
     group: &'a Group,
-    run: &'a Run,
+    run: &'a LoadedRun,
     folder: &'a str,
     landscape: &'a Landscape,
 }

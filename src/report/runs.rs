@@ -1,19 +1,21 @@
 //! The runs that a report compares: how their folders are read, which belong together, and the numbers of each group.
 
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
-use serde_json::{Map, Value};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::landscape::Landscape;
-use crate::train::{Record, TrainError, checksum};
+use crate::curvature::Density;
+use crate::train::{Finding, Record, TrainError, checksum};
 
-/// What was measured, by the measure's name, as `polder curvature --json` has it.
-pub(super) type Measures = Map<String, Value>;
+/// What was measured, by the measure's name.
+pub(super) type Measures = BTreeMap<String, Finding>;
 
 /// A folder that `polder train --out` wrote.
-pub(super) struct Run {
+pub(super) struct LoadedRun {
     pub path: PathBuf,
     /// Every setting that has a value.
     pub settings: toml::Table,
@@ -50,7 +52,7 @@ pub(super) struct Epoch {
     pub seconds: f64,
 }
 
-impl Run {
+impl LoadedRun {
     pub fn read(path: &Path) -> Result<Self, TrainError> {
         let config = path.join("config.toml");
         match std::fs::metadata(&config) {
@@ -204,6 +206,18 @@ fn written(value: &toml::Value) -> String {
     }
 }
 
+/// What the report takes from `curvature.json`.
+#[derive(Deserialize)]
+struct CurvatureFile {
+    measures: Option<Measures>,
+    samples: Option<u64>,
+    #[serde(default)]
+    split: String,
+    #[serde(default)]
+    settings: BTreeMap<String, Value>,
+    weights: Option<String>,
+}
+
 fn read_curvature(path: &Path) -> Result<Option<Measured>, TrainError> {
     let text = match std::fs::read_to_string(path) {
         Ok(text) => text,
@@ -211,68 +225,66 @@ fn read_curvature(path: &Path) -> Result<Option<Measured>, TrainError> {
         Err(error) => return Err(TrainError::io(path)(error)),
     };
     let unusable = |reason: String| TrainError::Results { path: path.into(), reason };
-    let whole: Value = serde_json::from_str(&text).map_err(|error| unusable(error.to_string()))?;
-    let Some(measures) = whole.get("measures").and_then(Value::as_object) else {
-        return Err(unusable("no `measures`, as `polder curvature --json` writes them".into()));
-    };
-    let samples = whole.get("samples").and_then(Value::as_u64).map(|samples| format!("{samples} "));
-    let split = whole.get("split").and_then(Value::as_str).unwrap_or_default();
+    let CurvatureFile { measures, samples, split, settings, weights } =
+        serde_json::from_str(&text).map_err(|error| unusable(error.to_string()))?;
+    let missing = || unusable("no `measures`, as `polder curvature --json` writes them".into());
+    let measures = measures.ok_or_else(missing)?;
+    let samples = samples.map(|samples| format!("{samples} "));
     let over = format!("over {}{split} images", samples.unwrap_or_default());
-    let settings = whole.get("settings");
-    let own_statistics = settings.and_then(|settings| settings.get("bn")?.as_str()) == Some("train");
+    let own_statistics = settings.get("bn").and_then(Value::as_str) == Some("train");
     let own_statistics = if own_statistics { ", batch norm with each batch's statistics" } else { "" };
     let over = over.replace("train ", "training ") + own_statistics;
-    let weights = whole.get("weights").and_then(Value::as_str).map(String::from);
-    Ok(Some(Measured { measures: measures.clone(), over, weights }))
+    Ok(Some(Measured { measures, over, weights }))
 }
 
-/// The numbers that a measure comes down to, by name: eigenvalues to the largest, extrema to two counts. A spectrum and traces by layer
-/// have none.
+/// The numbers that a report shows of each measure, by name: of eigenvalues the largest, of extrema two counts. A spectrum
+/// and traces by layer have none.
 pub(super) fn numbers(measures: &Measures) -> Vec<(String, f64)> {
     let mut found = Vec::new();
-    for (name, measure) in measures {
-        let number = |key: &str| measure.get(key).and_then(Value::as_f64);
-        let mut add = |name: String, value: Option<f64>| found.extend(value.map(|value| (name, value)));
-        add(name.clone(), number("value"));
-        match name.as_str() {
-            "top-eigenvalues" | "power-iteration" => {
-                let first = measure.get("values").and_then(|values| values.get(0)?.as_f64());
+    for (name, finding) in measures {
+        let mut add = |name: &str, value: Option<f64>| {
+            // JSON has no numbers that are not finite.
+            found.extend(value.filter(|value| value.is_finite()).map(|value| (name.to_string(), value)));
+        };
+        match finding {
+            Finding::Eigenvalues { pairs, .. } => {
                 let lanczos = name == "top-eigenvalues";
-                add(if lanczos { "top eigenvalue" } else { "power eigenvalue" }.into(), first);
-                add("λ1/λ5".into(), number("first_over_fifth").filter(|_| lanczos));
+                add(if lanczos { "top eigenvalue" } else { "power eigenvalue" }, finding.value());
+                add("λ1/λ5", Finding::first_over_fifth(pairs).filter(|_| lanczos));
             }
-            "extrema" => {
-                for key in ["minima", "maxima"] {
-                    add(key.into(), measure.get(key).and_then(|count| count.get("value")?.as_f64()));
-                }
+            Finding::Extrema([minima, maxima]) => {
+                add("minima", Some(minima.value));
+                add("maxima", Some(maxima.value));
             }
-            "sharpness" => add("sharpness, one step".into(), number("one_step")),
-            _ => {}
+            Finding::Rise { rise, .. } => {
+                add(name, Some(rise.largest));
+                add("sharpness, one step", Some(rise.one_step));
+            }
+            _ => add(name, finding.value()),
         }
     }
     found
 }
 
-/// The traces of layers, in their order.
+/// The traces of layers, in the order of their names.
 pub(super) fn layer_traces(measures: &Measures) -> Vec<(String, f64)> {
-    let layers = measures.get("layer-traces").and_then(|traces| traces.get("layers")?.as_object());
-    let trace = |(name, trace): (&String, &Value)| Some((name.clone(), trace.get("value")?.as_f64()?));
-    layers.into_iter().flatten().filter_map(trace).collect()
+    let Some(Finding::Layers(layers)) = measures.get("layer-traces") else { return Vec::new() };
+    let traces = layers.iter().map(|(name, estimate)| (name.clone(), estimate.value));
+    traces.filter(|(_, trace)| trace.is_finite()).collect()
 }
 
 /// The peaks of a spectrum and their weights.
-pub(super) fn spectrum(measures: &Measures) -> Option<[Vec<f64>; 2]> {
-    let spectrum = measures.get("spectrum")?;
-    let numbers = |key: &str| -> Option<Vec<f64>> {
-        spectrum.get(key)?.as_array()?.iter().map(Value::as_f64).collect::<Option<_>>()
-    };
-    Some([numbers("nodes")?, numbers("weights")?])
+pub(super) fn spectrum(measures: &Measures) -> Option<&Density> {
+    match measures.get("spectrum") {
+        Some(Finding::Density(density)) => Some(density),
+        _ => None,
+    }
 }
 
 /// A number that several runs have.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
-pub struct Statistics {
+pub struct RunStatistics {
     /// Not a number where that of any run is not finite, or where no run has one.
     pub mean: f64,
     /// The standard deviation, with one less than the number of runs as the divisor; none of a single run.
@@ -281,7 +293,7 @@ pub struct Statistics {
     pub values: Vec<f64>,
 }
 
-impl Statistics {
+impl RunStatistics {
     pub(super) fn of(values: Vec<f64>) -> Self {
         let count = values.len() as f64;
         // Of no values 0/0, which is what it should be.
@@ -296,54 +308,54 @@ impl Statistics {
 pub(super) struct Group {
     /// What tells it from the others.
     pub name: String,
-    pub runs: Vec<Run>,
+    pub runs: Vec<LoadedRun>,
 }
 
 impl Group {
     /// A number of each run's last epoch; not a number where it was not finite.
-    pub fn last(&self, number: impl Fn(&Epoch) -> f64) -> Statistics {
-        Statistics::of(self.runs.iter().filter_map(|run| run.epochs().last().map(&number)).collect())
+    pub fn last(&self, number: impl Fn(&Epoch) -> f64) -> RunStatistics {
+        RunStatistics::of(self.runs.iter().filter_map(|run| run.epochs().last().map(&number)).collect())
     }
 
-    pub fn test_accuracy(&self) -> Statistics {
+    pub fn test_accuracy(&self) -> RunStatistics {
         self.last(|epoch| epoch.test_accuracy)
     }
 
-    pub fn test_loss(&self) -> Statistics {
+    pub fn test_loss(&self) -> RunStatistics {
         self.last(|epoch| epoch.test_loss.unwrap_or(f64::NAN))
     }
 
-    pub fn seconds(&self) -> Statistics {
+    pub fn seconds(&self) -> RunStatistics {
         self.last(|epoch| epoch.seconds)
     }
 
-    pub fn images_per_second(&self) -> Statistics {
-        Statistics::of(self.runs.iter().filter_map(Run::images_per_second).collect())
+    pub fn images_per_second(&self) -> RunStatistics {
+        RunStatistics::of(self.runs.iter().filter_map(LoadedRun::images_per_second).collect())
     }
 
     /// The numbers of the curvature at the end, by name, in the order in which they occur.
-    pub fn curvature(&self) -> Vec<(String, Statistics)> {
-        let measured = self.runs.iter().filter_map(Run::final_curvature);
+    pub fn curvature(&self) -> Vec<(String, RunStatistics)> {
+        let measured = self.runs.iter().filter_map(LoadedRun::final_curvature);
         by_name(measured.flat_map(|measured| numbers(&measured.measures)))
     }
 
     /// The traces of layers at the end.
-    pub fn layer_traces(&self) -> Vec<(String, Statistics)> {
-        let measured = self.runs.iter().filter_map(Run::final_curvature);
+    pub fn layer_traces(&self) -> Vec<(String, RunStatistics)> {
+        let measured = self.runs.iter().filter_map(LoadedRun::final_curvature);
         by_name(measured.flat_map(|measured| layer_traces(&measured.measures)))
     }
 
     /// The spectrum of the first run that has one: the last that was measured.
-    pub fn spectrum(&self) -> Option<[Vec<f64>; 2]> {
-        let of = |run: &Run| {
+    pub fn spectrum(&self) -> Option<&Density> {
+        fn of(run: &LoadedRun) -> Option<&Density> {
             let logged = || run.curvatures().into_iter().filter_map(|(_, measures)| spectrum(measures)).next_back();
             run.curvature.as_ref().and_then(|measured| spectrum(&measured.measures)).or_else(logged)
-        };
+        }
         self.runs.iter().find_map(of)
     }
 }
 
-fn by_name(numbers: impl Iterator<Item = (String, f64)>) -> Vec<(String, Statistics)> {
+fn by_name(numbers: impl Iterator<Item = (String, f64)>) -> Vec<(String, RunStatistics)> {
     let mut found: Vec<(String, Vec<f64>)> = Vec::new();
     for (name, number) in numbers {
         match found.iter_mut().find(|(other, _)| *other == name) {
@@ -351,12 +363,12 @@ fn by_name(numbers: impl Iterator<Item = (String, f64)>) -> Vec<(String, Statist
             None => found.push((name, vec![number])),
         }
     }
-    found.into_iter().map(|(name, values)| (name, Statistics::of(values))).collect()
+    found.into_iter().map(|(name, values)| (name, RunStatistics::of(values))).collect()
 }
 
 /// Puts runs that differ in nothing but the seed together, in the order in which they were named.
-pub(super) fn group(runs: Vec<Run>) -> Vec<Group> {
-    let but_seed = |run: &Run| {
+pub(super) fn group(runs: Vec<LoadedRun>) -> Vec<Group> {
+    let but_seed = |run: &LoadedRun| {
         let mut settings = run.settings.clone();
         settings.remove("seed");
         settings
@@ -378,7 +390,7 @@ pub(super) fn group(runs: Vec<Run>) -> Vec<Group> {
 
 /// The settings in which not all of the groups agree, the optimizer first.
 pub(super) fn differing(groups: &[Group]) -> Vec<String> {
-    let firsts: Vec<&Run> = groups.iter().filter_map(|group| group.runs.first()).collect();
+    let firsts: Vec<&LoadedRun> = groups.iter().filter_map(|group| group.runs.first()).collect();
     let mut keys: Vec<&String> = firsts.iter().flat_map(|run| run.settings.keys()).collect();
     keys.sort();
     keys.dedup();
@@ -389,8 +401,8 @@ pub(super) fn differing(groups: &[Group]) -> Vec<String> {
 
 /// The optimizer of each group, with as many further settings as it takes to tell them apart.
 fn names(groups: &[Group]) -> Vec<String> {
-    let firsts: Vec<&Run> = groups.iter().filter_map(|group| group.runs.first()).collect();
-    let part = |run: &Run, key: &str| match run.settings.get(key) {
+    let firsts: Vec<&LoadedRun> = groups.iter().filter_map(|group| group.runs.first()).collect();
+    let part = |run: &LoadedRun, key: &str| match run.settings.get(key) {
         None => String::new(),
         Some(toml::Value::Boolean(true)) => format!(", {key}"),
         Some(toml::Value::Boolean(false)) => String::new(),

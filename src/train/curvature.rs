@@ -1,10 +1,8 @@
 //! Curvature of a model's loss over images: any of the measures, at any weights.
 
-use serde_json::{Map, Value, json};
-
 use super::images::{Batch, DeviceImages};
-use super::{Measure, TrainError};
-use crate::curvature::{Curvature, Density, Eigenpair, Estimate, Passes, Rise};
+use super::{Finding, Findings, MeanOver, Measure, TrainError};
+use crate::curvature::{Curvature, Eigenpair, Estimate, Rise};
 use crate::data::{ImageShape, Images};
 use crate::device::{self, Buffer, Device, Error, Slice};
 use crate::kernels::batch_norm::Mode;
@@ -51,136 +49,6 @@ impl CurvatureSettings {
             return Err(TrainError::setting("probes", format!("{}, expected at least 3 for hutch++", self.probes)));
         }
         Ok(())
-    }
-}
-
-/// What a measure found.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Finding {
-    /// A number without an error of sampling.
-    Number(f64),
-    /// A mean over random probes, or over parts of the images: the word says of what.
-    Mean(Estimate, &'static str),
-    /// Nothing, for this reason.
-    None(String),
-    /// Nothing, because something was not finite.
-    NotFinite,
-    /// How far the loss rises within the radius, by this many steps of ascent at most.
-    Rise {
-        /// By one step and in all.
-        rise: Rise,
-        /// The radius.
-        rho: f64,
-        /// Of the ascent.
-        steps: usize,
-    },
-    /// The radius times the largest norm of a gradient within it, by this many steps of ascent.
-    Steepest {
-        /// That product.
-        value: f64,
-        /// The radius.
-        rho: f64,
-        /// Of the ascent.
-        steps: usize,
-    },
-    /// A mean over random probes for each tensor, by its name.
-    Layers(Vec<(String, Estimate)>),
-    /// Mean numbers of local minima and maxima over random lines.
-    Extrema([Estimate; 2]),
-    /// Eigenvalues, each with its residual.
-    Eigenvalues {
-        /// The largest first.
-        pairs: Vec<(f64, f64)>,
-        /// Whether as many were found as were asked for, with residuals within the tolerance.
-        converged: bool,
-    },
-    /// The density of the eigenvalues.
-    Density(Density),
-}
-
-fn with_error(estimate: &Estimate) -> Value {
-    json!({"value": estimate.value, "standard_error": estimate.standard_error})
-}
-
-impl Finding {
-    /// Why there is nothing where something was not finite.
-    pub const NOT_FINITE: &str = "the loss or its derivatives at or around these weights are not finite";
-
-    fn eigenvalues(pairs: Vec<(f64, f64)>, settings: &CurvatureSettings) -> Self {
-        let largest = pairs.iter().fold(0.0f64, |largest, (value, _)| largest.max(value.abs()));
-        let within = pairs.iter().all(|(_, residual)| *residual <= settings.tolerance * largest);
-        Self::Eigenvalues { converged: within && pairs.len() == settings.top, pairs }
-    }
-
-    /// λ1/λ5, which papers tell.
-    pub fn first_over_fifth(pairs: &[(f64, f64)]) -> Option<f64> {
-        pairs.get(4).map(|fifth| pairs[0].0 / fifth.0)
-    }
-
-    /// As an object for programs.
-    pub fn json(&self) -> Value {
-        match self {
-            Self::Number(value) => json!({"value": value}),
-            Self::Mean(estimate, of) => {
-                json!({"value": estimate.value, "standard_error": estimate.standard_error, *of: estimate.probes})
-            }
-            Self::None(reason) => json!({"value": null, "reason": reason}),
-            Self::NotFinite => json!({"value": null, "reason": Self::NOT_FINITE}),
-            Self::Rise { rise: Rise { one_step, largest }, rho, steps } => {
-                json!({"value": largest, "one_step": one_step, "ascent_steps": steps, "rho": rho})
-            }
-            Self::Steepest { value, rho, steps } => json!({"value": value, "ascent_steps": steps, "rho": rho}),
-            Self::Layers(layers) => {
-                let probes = layers.first().map_or(0, |(_, estimate)| estimate.probes);
-                let layers: Map<_, _> = layers.iter().map(|(name, found)| (name.clone(), with_error(found))).collect();
-                json!({"probes": probes, "layers": layers})
-            }
-            Self::Extrema([minima, maxima]) => {
-                json!({"minima": with_error(minima), "maxima": with_error(maxima), "lines": minima.probes})
-            }
-            Self::Eigenvalues { pairs, converged } => {
-                let (values, residuals): (Vec<f64>, Vec<f64>) = pairs.iter().copied().unzip();
-                let ratio = Self::first_over_fifth(pairs);
-                json!({"values": values, "residuals": residuals, "first_over_fifth": ratio, "converged": converged})
-            }
-            Self::Density(Density { nodes, weights }) => json!({"nodes": nodes, "weights": weights}),
-        }
-    }
-
-    /// Its numbers, each with a name of its own within the measure (often none), and a standard error or residual if it has one.
-    /// A density is none.
-    pub fn numbers(&self) -> Vec<(String, f64, Option<f64>)> {
-        let of = |name: &str, estimate: &Estimate| (name.to_string(), estimate.value, estimate.standard_error);
-        match self {
-            Self::Number(value) | Self::Steepest { value, .. } => vec![(String::new(), *value, None)],
-            Self::Mean(estimate, _) => vec![of("", estimate)],
-            Self::Rise { rise, .. } => {
-                vec![(String::new(), rise.largest, None), ("one-step".into(), rise.one_step, None)]
-            }
-            Self::Layers(layers) => layers.iter().map(|(name, estimate)| of(name, estimate)).collect(),
-            Self::Extrema([minima, maxima]) => vec![of("minima", minima), of("maxima", maxima)],
-            Self::Eigenvalues { pairs, .. } => {
-                let numbered = pairs.iter().enumerate();
-                numbered.map(|(index, (value, residual))| (format!("{}", index + 1), *value, Some(*residual))).collect()
-            }
-            Self::None(_) | Self::NotFinite | Self::Density(_) => Vec::new(),
-        }
-    }
-}
-
-/// What was found, measure by measure.
-#[derive(Debug, Clone, PartialEq, Default)]
-pub struct Findings {
-    /// In a fixed order, whatever the order in which they were asked for.
-    pub list: Vec<(Measure, Finding)>,
-    /// What it took, over all of the images or over a part of them.
-    pub passes: Passes,
-}
-
-impl Findings {
-    /// An object for programs, with a key for each measure.
-    pub fn json(&self) -> Map<String, Value> {
-        self.list.iter().map(|(measure, finding)| (measure.to_string(), finding.json())).collect()
     }
 }
 
@@ -340,10 +208,10 @@ impl CurvatureMeter {
             let finding = match measure {
                 Measure::MSharpness => {
                     let largest: Vec<f64> = rises.iter().map(|rise| rise.largest).collect();
-                    Finding::Mean(Estimate::of(&largest), "parts")
+                    Finding::Mean(Estimate::of(&largest), MeanOver::Parts)
                 }
                 _ if ratios.is_empty() => Finding::None("the loss does not rise".into()),
-                _ => Finding::Mean(Estimate::of(&ratios), "parts"),
+                _ => Finding::Mean(Estimate::of(&ratios), MeanOver::Parts),
             };
             found.list.push((measure, finding));
         }
@@ -390,19 +258,21 @@ fn measure(
                 None => continue,
             },
             Measure::Trace => match &trace {
-                Some(trace) => Ok(trace.clone().map_or_else(|failed| failed, |trace| Finding::Mean(trace, "probes"))),
+                Some(trace) => {
+                    Ok(trace.clone().map_or_else(|failed| failed, |trace| Finding::Mean(trace, MeanOver::Probes)))
+                }
                 None => continue,
             },
             Measure::NormalizedTrace => match (&norm, &trace) {
                 (Some(Ok(norm)), Some(Ok(_))) if *norm == 0.0 => Ok(Finding::None("the gradient is zero".into())),
-                (Some(Ok(norm)), Some(Ok(trace))) => Ok(Finding::Mean(trace.over(*norm), "probes")),
+                (Some(Ok(norm)), Some(Ok(trace))) => Ok(Finding::Mean(trace.over(*norm), MeanOver::Probes)),
                 (Some(Err(failed)), _) | (_, Some(Err(failed))) => Ok(failed.clone()),
                 _ => continue,
             },
             Measure::HutchPlusPlus => {
                 let on = on(probes);
                 let trace = curvature.trace_hutch_plus_plus(probes, seed, |done| on(progress, done));
-                trace.map(|trace| Finding::Mean(trace, "probes"))
+                trace.map(|trace| Finding::Mean(trace, MeanOver::Probes))
             }
             Measure::LayerTraces => {
                 let (parts, on): (Vec<_>, _) = (tensors.iter().map(|(_, range)| range.clone()).collect(), on(probes));

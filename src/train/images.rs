@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::TrainError;
-use crate::data::{self, Dataset, Images, Split, SyntheticSpec};
+use crate::data::{self, Dataset, Images, Split};
 use crate::device::{self, Buffer, Compute, Device, HostOptions, Slice};
 use crate::kernels::image::{self, Augment, BatchShape, Normalization, Position};
 use crate::objective::{Domain, Objective, Pass};
@@ -41,29 +41,29 @@ pub fn open_device(name: &str, threads: usize) -> Result<Device, TrainError> {
     }
 }
 
-/// The data set that the options name, before any reduction.
+/// The data set at the path that the settings name, before any reduction.
 ///
 /// # Errors
 /// Those of the files; an empty path.
 pub fn open_data(path: &str) -> Result<Dataset, TrainError> {
-    match path {
-        "synthetic" => Ok(data::synthetic(&SyntheticSpec::default())?),
-        "" => Err(TrainError::setting("data", "empty, expected a folder or synthetic")),
-        path => Ok(data::load(Path::new(path))?),
-    }
+    not_empty(path)?;
+    Ok(data::load(Path::new(path))?)
 }
 
-/// One split of the data set that the options name.
+/// One split of that data set.
 ///
 /// # Errors
 /// Those of the files; an empty path.
 pub fn open_split(path: &str, split: Split) -> Result<data::SplitImages, TrainError> {
-    if path != "synthetic" && !path.is_empty() {
-        return Ok(data::load_split(Path::new(path), split)?);
+    not_empty(path)?;
+    Ok(data::load_split(Path::new(path), split)?)
+}
+
+fn not_empty(path: &str) -> Result<(), TrainError> {
+    match path {
+        "" => Err(TrainError::setting("data", "empty, expected a folder or synthetic")),
+        _ => Ok(()),
     }
-    let Dataset { name, train, test, mean, std, statistics } = open_data(path)?;
-    let images = if split == Split::Train { train } else { test };
-    Ok(data::SplitImages { name, images, mean, std, statistics })
 }
 
 /// The normalisation that the options ask for, or the data set's.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{TrainError, write_whole};
+use super::{Finding, TrainError, write_whole};
 
 /// A line of the log.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -87,7 +87,7 @@ pub enum Record {
         /// Steps done.
         step: u64,
         /// What was found, by measure, as `polder curvature --json` has it.
-        measures: serde_json::Map<String, serde_json::Value>,
+        measures: BTreeMap<String, Finding>,
     },
 }
 

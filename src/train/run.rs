@@ -519,7 +519,7 @@ impl<S: Compute<Master = f32>> Run<S> {
         let (weights, statistics) = (self.state.parameters.view(), self.state.plan.statistics().view());
         let mut tell = |measure, done, of| progress(Progress::Measuring { measure, steps: (done, of) });
         let found = meter.measure(weights, statistics, settings, &mut tell)?;
-        let record = Record::Curvature { epoch, step, measures: found.json() };
+        let record = Record::Curvature { epoch, step, measures: found.by_name() };
         if let Some(log) = &mut self.log {
             log.write(&record)?;
         }

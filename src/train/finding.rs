@@ -1,0 +1,341 @@
+//! What measures of curvature find, and how it is written to and read from JSON.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::{CurvatureSettings, Measure};
+use crate::curvature::{Density, Estimate, Passes, Rise};
+
+/// What a mean is taken over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MeanOver {
+    /// Random probes.
+    Probes,
+    /// Parts of the images.
+    Parts,
+}
+
+/// What a measure found. Written to and read from JSON as an object that depends on the kind of finding.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(from = "Entry", into = "Entry")]
+pub enum Finding {
+    /// A number without a sampling error.
+    Number(f64),
+    /// A mean.
+    Mean(Estimate, MeanOver),
+    /// Nothing, for this reason.
+    None(String),
+    /// Nothing, because something was not finite.
+    NotFinite,
+    /// How far the loss rises within the radius.
+    Rise {
+        /// After one step and at most.
+        rise: Rise,
+        /// The radius.
+        rho: f64,
+        /// Steps of ascent.
+        steps: usize,
+    },
+    /// The radius times the largest gradient norm within it.
+    Steepest {
+        /// That product.
+        value: f64,
+        /// The radius.
+        rho: f64,
+        /// Steps of ascent.
+        steps: usize,
+    },
+    /// A mean over random probes for each tensor, by its name.
+    Layers(Vec<(String, Estimate)>),
+    /// Mean numbers of local minima and maxima along random lines.
+    Extrema([Estimate; 2]),
+    /// Eigenvalues, each with its residual.
+    Eigenvalues {
+        /// The largest first.
+        pairs: Vec<(f64, f64)>,
+        /// Whether as many were found as were requested, with residuals within the tolerance.
+        converged: bool,
+    },
+    /// The density of the eigenvalues.
+    Density(Density),
+}
+
+impl Finding {
+    /// The reason of [`Finding::NotFinite`].
+    pub const NOT_FINITE: &str = "the loss or its derivatives at or around these weights are not finite";
+
+    pub(super) fn eigenvalues(pairs: Vec<(f64, f64)>, settings: &CurvatureSettings) -> Self {
+        let largest = pairs.iter().fold(0.0f64, |largest, (value, _)| largest.max(value.abs()));
+        let within = pairs.iter().all(|(_, residual)| *residual <= settings.tolerance * largest);
+        Self::Eigenvalues { converged: within && pairs.len() == settings.top, pairs }
+    }
+
+    /// λ1/λ5, a ratio that papers report.
+    pub fn first_over_fifth(pairs: &[(f64, f64)]) -> Option<f64> {
+        pairs.get(4).map(|fifth| pairs[0].0 / fifth.0)
+    }
+
+    /// Its main number: the value, the largest eigenvalue; none for other findings.
+    pub fn value(&self) -> Option<f64> {
+        match self {
+            Self::Number(value) | Self::Steepest { value, .. } => Some(*value),
+            Self::Mean(estimate, _) => Some(estimate.value),
+            Self::Rise { rise, .. } => Some(rise.largest),
+            Self::Eigenvalues { pairs, .. } => pairs.first().map(|(value, _)| *value),
+            Self::None(_) | Self::NotFinite | Self::Layers(_) | Self::Extrema(_) | Self::Density(_) => None,
+        }
+    }
+
+    /// Its numbers, each with its own name within the measure (often empty), and a standard error or residual if it has
+    /// one. A density has no numbers.
+    pub fn numbers(&self) -> Vec<(String, f64, Option<f64>)> {
+        let of = |name: &str, estimate: &Estimate| (name.to_string(), estimate.value, estimate.standard_error);
+        match self {
+            Self::Number(value) | Self::Steepest { value, .. } => vec![(String::new(), *value, None)],
+            Self::Mean(estimate, _) => vec![of("", estimate)],
+            Self::Rise { rise, .. } => {
+                vec![(String::new(), rise.largest, None), ("one-step".into(), rise.one_step, None)]
+            }
+            Self::Layers(layers) => layers.iter().map(|(name, estimate)| of(name, estimate)).collect(),
+            Self::Extrema([minima, maxima]) => vec![of("minima", minima), of("maxima", maxima)],
+            Self::Eigenvalues { pairs, .. } => {
+                let numbered = pairs.iter().enumerate();
+                numbered.map(|(index, (value, residual))| (format!("{}", index + 1), *value, Some(*residual))).collect()
+            }
+            Self::None(_) | Self::NotFinite | Self::Density(_) => Vec::new(),
+        }
+    }
+}
+
+/// A number in JSON, which has no numbers that are not finite: null stands for them.
+#[derive(Clone, Copy, Serialize)]
+struct Number(f64);
+
+impl<'de> Deserialize<'de> for Number {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Option::<f64>::deserialize(deserializer).map(|value| Self(value.unwrap_or(f64::NAN)))
+    }
+}
+
+/// An estimate in JSON.
+#[derive(Clone, Serialize, Deserialize)]
+struct Sampled {
+    #[serde(default)]
+    standard_error: Option<f64>,
+    value: Number,
+}
+
+impl Sampled {
+    fn of(estimate: &Estimate) -> Self {
+        Self { standard_error: estimate.standard_error, value: Number(estimate.value) }
+    }
+
+    fn estimate(&self, probes: usize) -> Estimate {
+        Estimate { value: self.value.0, standard_error: self.standard_error, probes }
+    }
+}
+
+/// A finding in JSON. Which keys there are depends on its kind. The keys are in alphabetical order.
+#[derive(Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
+struct Entry {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ascent_steps: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    converged: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    first_over_fifth: Option<Number>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    layers: Option<BTreeMap<String, Sampled>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lines: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    maxima: Option<Sampled>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    minima: Option<Sampled>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    nodes: Option<Vec<Number>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    one_step: Option<Number>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    parts: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    probes: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    residuals: Option<Vec<Number>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rho: Option<Number>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    standard_error: Option<Number>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    value: Option<Number>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    values: Option<Vec<Number>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    weights: Option<Vec<Number>>,
+}
+
+impl From<Finding> for Entry {
+    fn from(finding: Finding) -> Self {
+        let number = |value: f64| Some(Number(value));
+        let numbers = |values: &[f64]| Some(values.iter().copied().map(Number).collect());
+        // Null stands for a value that is not there.
+        let nothing = |reason: &str| Self { value: number(f64::NAN), reason: Some(reason.into()), ..Self::default() };
+        match finding {
+            Finding::Number(value) => Self { value: number(value), ..Self::default() },
+            Finding::Mean(Estimate { value, standard_error, probes: count }, over) => Self {
+                value: number(value),
+                standard_error: number(standard_error.unwrap_or(f64::NAN)),
+                probes: (over == MeanOver::Probes).then_some(count),
+                parts: (over == MeanOver::Parts).then_some(count),
+                ..Self::default()
+            },
+            Finding::None(reason) => nothing(&reason),
+            Finding::NotFinite => nothing(Finding::NOT_FINITE),
+            Finding::Rise { rise: Rise { one_step, largest }, rho, steps } => Self {
+                value: number(largest),
+                one_step: number(one_step),
+                ascent_steps: Some(steps),
+                rho: number(rho),
+                ..Self::default()
+            },
+            Finding::Steepest { value, rho, steps } => {
+                Self { value: number(value), ascent_steps: Some(steps), rho: number(rho), ..Self::default() }
+            }
+            Finding::Layers(layers) => Self {
+                probes: Some(layers.first().map_or(0, |(_, estimate)| estimate.probes)),
+                layers: Some(layers.iter().map(|(name, estimate)| (name.clone(), Sampled::of(estimate))).collect()),
+                ..Self::default()
+            },
+            Finding::Extrema([minima, maxima]) => Self {
+                minima: Some(Sampled::of(&minima)),
+                maxima: Some(Sampled::of(&maxima)),
+                lines: Some(minima.probes),
+                ..Self::default()
+            },
+            Finding::Eigenvalues { pairs, converged } => Self {
+                values: Some(pairs.iter().map(|(value, _)| Number(*value)).collect()),
+                residuals: Some(pairs.iter().map(|(_, residual)| Number(*residual)).collect()),
+                first_over_fifth: number(Finding::first_over_fifth(&pairs).unwrap_or(f64::NAN)),
+                converged: Some(converged),
+                ..Self::default()
+            },
+            Finding::Density(Density { nodes, weights }) => {
+                Self { nodes: numbers(&nodes), weights: numbers(&weights), ..Self::default() }
+            }
+        }
+    }
+}
+
+impl From<Entry> for Finding {
+    /// The kind of finding follows from the keys. A key that is missing counts as a number that is not known.
+    fn from(entry: Entry) -> Self {
+        let number = |value: Option<Number>| value.map_or(f64::NAN, |number| number.0);
+        let numbers = |values: Option<Vec<Number>>| values.into_iter().flatten().map(|number| number.0).collect();
+        let probes = entry.probes.or(entry.parts).unwrap_or_default();
+        if let Some(layers) = entry.layers {
+            let estimate = |(name, sampled): (String, Sampled)| (name, sampled.estimate(probes));
+            return Self::Layers(layers.into_iter().map(estimate).collect());
+        }
+        if let (Some(minima), Some(maxima)) = (&entry.minima, &entry.maxima) {
+            let lines = entry.lines.unwrap_or_default();
+            return Self::Extrema([minima.estimate(lines), maxima.estimate(lines)]);
+        }
+        if let Some(values) = entry.values {
+            let residuals = entry.residuals.into_iter().flatten().map(|number| number.0);
+            let residuals = residuals.chain(std::iter::repeat(f64::NAN));
+            let pairs = values.into_iter().map(|value| value.0).zip(residuals).collect();
+            return Self::Eigenvalues { pairs, converged: entry.converged.unwrap_or_default() };
+        }
+        if entry.nodes.is_some() {
+            return Self::Density(Density { nodes: numbers(entry.nodes), weights: numbers(entry.weights) });
+        }
+        let value = number(entry.value);
+        if let Some(reason) = entry.reason {
+            return if reason == Self::NOT_FINITE { Self::NotFinite } else { Self::None(reason) };
+        }
+        let (rho, steps) = (number(entry.rho), entry.ascent_steps.unwrap_or_default());
+        if let Some(one_step) = entry.one_step {
+            return Self::Rise { rise: Rise { one_step: one_step.0, largest: value }, rho, steps };
+        }
+        if entry.ascent_steps.is_some() {
+            return Self::Steepest { value, rho, steps };
+        }
+        if entry.probes.is_some() || entry.parts.is_some() {
+            let over = if entry.parts.is_some() { MeanOver::Parts } else { MeanOver::Probes };
+            let standard_error = entry.standard_error.map(|error| error.0);
+            return Self::Mean(Estimate { value, standard_error, probes }, over);
+        }
+        if value.is_nan() { Self::None("not known".into()) } else { Self::Number(value) }
+    }
+}
+
+/// What was found, measure by measure.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Findings {
+    /// In a fixed order, whatever the order in which they were requested.
+    pub list: Vec<(Measure, Finding)>,
+    /// How many passes it took, over all of the images or over a part of them.
+    pub passes: Passes,
+}
+
+impl Findings {
+    /// By the names of the measures, as JSON has them.
+    pub fn by_name(&self) -> BTreeMap<String, Finding> {
+        self.list.iter().map(|(measure, finding)| (measure.to_string(), finding.clone())).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn estimate(value: f64, standard_error: Option<f64>, probes: usize) -> Estimate {
+        Estimate { value, standard_error, probes }
+    }
+
+    #[test]
+    fn a_finding_is_read_as_it_was_written() {
+        let one = estimate(1.5, Some(0.25), 7);
+        let findings = [
+            (Finding::Number(-2.5), r#"{"value":-2.5}"#),
+            (Finding::Mean(one, MeanOver::Probes), r#"{"probes":7,"standard_error":0.25,"value":1.5}"#),
+            (
+                Finding::Mean(estimate(2.0, None, 1), MeanOver::Parts),
+                r#"{"parts":1,"standard_error":null,"value":2.0}"#,
+            ),
+            (Finding::None("the gradient is zero".into()), r#"{"reason":"the gradient is zero","value":null}"#),
+            (
+                Finding::Rise { rise: Rise { one_step: 0.5, largest: 0.75 }, rho: 0.05, steps: 20 },
+                r#"{"ascent_steps":20,"one_step":0.5,"rho":0.05,"value":0.75}"#,
+            ),
+            (Finding::Steepest { value: 0.125, rho: 0.05, steps: 3 }, r#"{"ascent_steps":3,"rho":0.05,"value":0.125}"#),
+            (
+                Finding::Layers(vec![("conv".into(), one), ("fc".into(), one)]),
+                r#"{"layers":{"conv":{"standard_error":0.25,"value":1.5},"fc":{"standard_error":0.25,"value":1.5}},"probes":7}"#,
+            ),
+            (
+                Finding::Extrema([estimate(0.5, None, 4), estimate(0.25, Some(0.1), 4)]),
+                r#"{"lines":4,"maxima":{"standard_error":0.1,"value":0.25},"minima":{"standard_error":null,"value":0.5}}"#,
+            ),
+            (
+                Finding::Eigenvalues { pairs: vec![(4.0, 0.1), (2.0, 0.2)], converged: true },
+                r#"{"converged":true,"first_over_fifth":null,"residuals":[0.1,0.2],"values":[4.0,2.0]}"#,
+            ),
+            (
+                Finding::Density(Density { nodes: vec![-1.0, 2.0], weights: vec![0.25, 0.75] }),
+                r#"{"nodes":[-1.0,2.0],"weights":[0.25,0.75]}"#,
+            ),
+        ];
+        for (finding, text) in findings {
+            assert_eq!(serde_json::to_string(&finding).unwrap(), text);
+            assert_eq!(serde_json::from_str::<Finding>(text).unwrap(), finding);
+        }
+        let text = serde_json::to_string(&Finding::NotFinite).unwrap();
+        assert!(text.contains("\"value\":null") && text.contains("not finite"), "{text}");
+        assert_eq!(serde_json::from_str::<Finding>(&text).unwrap(), Finding::NotFinite);
+    }
+}
