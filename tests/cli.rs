@@ -962,3 +962,41 @@ fn findings_are_written_to_files() {
     let printed = text(&polder(&[&common[..], &rough].concat()).stdout);
     assert!(printed.contains("not all within the tolerance"), "{printed}");
 }
+
+/// The options in a table for `docs/methods.md`, from their declarations.
+fn table_of_options() -> String {
+    let mut text = String::from("| option | of | values | default | what it is |\n|---|---|---|---|---|\n");
+    for option in polder::train::options() {
+        let setting = option.setting;
+        let of = option.owners().join(", ");
+        let default = option.default_text().unwrap_or_default();
+        let help = setting.help().replace('|', "∣");
+        text += &format!("| `--{}` | {of} | {} | {default} | {help} |\n", setting.name, option.values());
+    }
+    text
+}
+
+#[test]
+fn the_documented_options_are_the_declared_ones() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/methods.md");
+    let document = std::fs::read_to_string(&path).unwrap();
+    let (before, rest) = document.split_once("<!-- options: ").unwrap();
+    let (marker, rest) = rest.split_once('\n').unwrap();
+    let (found, after) = rest.split_once("<!-- end of options -->").unwrap();
+    let expected = table_of_options();
+    if std::env::var_os("POLDER_WRITE_DOCS").is_some() {
+        let text = format!("{before}<!-- options: {marker}\n{expected}<!-- end of options -->{after}");
+        std::fs::write(&path, text).unwrap();
+        return;
+    }
+    assert_eq!(found, expected, "POLDER_WRITE_DOCS=1 writes the table");
+    // The help text has the same options and defaults.
+    let help = text(&polder(&["train", "--help"]).stdout);
+    let words = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    for option in polder::train::options() {
+        assert!(words.contains(&format!("--{} ", option.setting.name)), "{}", option.setting.name);
+        if let Some(default) = option.default_text() {
+            assert!(words.contains(&format!("[default: {default}]")), "{}: {default}", option.setting.name);
+        }
+    }
+}

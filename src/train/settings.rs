@@ -330,7 +330,8 @@ pub struct RunOption {
     pub setting: Setting,
     /// What it belongs to: Data, Model, Optimizer, Run, Curvature.
     pub heading: &'static str,
-    /// The methods or base optimizers that have it, each with its default. Empty for an option of every run.
+    /// The methods or base optimizers that have it, each with its default, and methods under which a base optimizer has
+    /// another default. Empty for an option of every run.
     pub of: Vec<(&'static str, Value)>,
     /// Whether these are base optimizers.
     pub of_base: bool,
@@ -350,9 +351,10 @@ impl RunOption {
                 None => groups.push((value, vec![name])),
             }
         }
-        // The most frequent value is the default, the first of several.
+        // The most frequent value is the default, the first of several; for a base optimizer's option, SGD's.
         let most = groups.iter().map(|(_, names)| names.len()).max()?;
-        let usual = groups.remove(groups.iter().position(|(_, names)| names.len() == most)?).0;
+        let usual = groups.iter().position(|(_, names)| self.of_base || names.len() == most)?;
+        let usual = groups.remove(usual).0;
         if usual.is_empty() {
             return None;
         }
@@ -361,6 +363,12 @@ impl RunOption {
             let _ = write!(text, "{} {} {value}", if index == 0 { ";" } else { "," }, names.join(" and "));
         }
         Some(text)
+    }
+
+    /// The names of the methods or base optimizers that have it.
+    pub fn owners(&self) -> Vec<&'static str> {
+        let names = self.of.iter().map(|(name, _)| *name);
+        names.filter(|name| !self.of_base || BaseName::from_word(name).is_some()).collect()
     }
 
     /// A default as a user writes it; nothing for a value that is absent and for a flag that is not set.
@@ -443,12 +451,7 @@ fn of_bases() -> Vec<RunOption> {
     let own_rate = METHODS.iter().filter(|entry| (entry.new)().own_rate().is_some());
     let momentum = found.iter_mut().find(|option| option.setting.name == "momentum");
     if let Some(option) = momentum {
-        // Among the bases SGD alone has it; the others are exceptions from its default.
-        let usual = option.of[0].1.clone();
-        option.of = METHODS.iter().map(|entry| (entry.name, usual.clone())).collect();
-        for entry in own_rate {
-            option.of.iter_mut().filter(|(name, _)| *name == entry.name).for_each(|of| of.1 = Value::Number(0.0));
-        }
+        option.of.extend(own_rate.map(|entry| (entry.name, Value::Number(0.0))));
     }
     found
 }
