@@ -970,7 +970,7 @@ fn table_of_options() -> String {
         let setting = option.setting;
         let of = option.owners().join(", ");
         let default = option.default_text().unwrap_or_default();
-        let help = setting.help().replace('|', "∣");
+        let help = option.help.join("; ").replace('|', "∣");
         text += &format!("| `--{}` | {of} | {} | {default} | {help} |\n", setting.name, option.values());
     }
     text

@@ -80,7 +80,7 @@ pub struct RunFlags(pub Layer);
 
 impl clap::Args for RunFlags {
     fn augment_args(command: Command) -> Command {
-        command.args(options().iter().map(|option| flag(&option.setting, option.heading, option.help())))
+        command.args(options().iter().map(|option| flag(&option.setting, option.heading, option.full_help())))
     }
 
     fn augment_args_for_update(command: Command) -> Command {

@@ -328,6 +328,8 @@ const GENERAL: [(&str, &[Setting]); 5] = [
 pub struct RunOption {
     /// Its declaration. Where several methods declare it, the first.
     pub setting: Setting,
+    /// What it is for: the help text, or several where it means different things to different methods.
+    pub help: Vec<&'static str>,
     /// What it belongs to: Data, Model, Optimizer, Run, Curvature.
     pub heading: &'static str,
     /// The methods or base optimizers that have it, each with its default, and methods under which a base optimizer has
@@ -376,9 +378,9 @@ impl RunOption {
         if matches!(value, Value::Absent | Value::Flag(false)) { String::new() } else { value.to_string() }
     }
 
-    /// The help text with the default.
-    pub fn help(&self) -> String {
-        let mut help = self.setting.help().to_string();
+    /// The help text with the methods, where they are few, and the default.
+    pub fn full_help(&self) -> String {
+        let mut help = self.help.join("; ");
         if !self.of_base && (2..=4).contains(&self.of.len()) {
             let methods: Vec<&str> = self.of.iter().map(|(name, _)| *name).collect();
             let _ = write!(help, " ({})", methods.join(", "));
@@ -410,7 +412,13 @@ pub fn options() -> Vec<RunOption> {
             "Optimizer" => settings.split_at(2),
             _ => (settings, &[][..]),
         };
-        let general = |setting: &Setting| RunOption { setting: *setting, heading, of: Vec::new(), of_base: false };
+        let general = |setting: &Setting| RunOption {
+            setting: *setting,
+            help: vec![setting.help()],
+            heading,
+            of: Vec::new(),
+            of_base: false,
+        };
         found.extend(first.iter().map(general));
         if heading == "Optimizer" {
             found.extend(of_methods());
@@ -426,11 +434,19 @@ fn gather(list: &mut Vec<RunOption>, owner: &'static str, options: &'static [Set
     for setting in options {
         let default = (setting.default)();
         match list.iter_mut().find(|option| option.setting.name == setting.name) {
-            Some(option) => option.of.push((owner, default)),
-            None => {
-                let of = vec![(owner, default)];
-                list.push(RunOption { setting: *setting, heading: "Optimizer", of, of_base: false });
+            Some(option) => {
+                option.of.push((owner, default));
+                if !option.help.contains(&setting.help()) {
+                    option.help.push(setting.help());
+                }
             }
+            None => list.push(RunOption {
+                setting: *setting,
+                help: vec![setting.help()],
+                heading: "Optimizer",
+                of: vec![(owner, default)],
+                of_base: false,
+            }),
         }
     }
 }
