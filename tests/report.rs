@@ -558,9 +558,9 @@ fn mistakes_are_told_in_one_line_that_names_the_path() {
     assert!(mistake(&folder, &["good", "missing"]).contains("missing: No such file or directory"));
     assert!(!folder.path().join("report.html").exists(), "nothing is written of a comparison that failed");
     std::fs::create_dir(folder.path().join("empty")).unwrap();
-    assert!(mistake(&folder, &["empty"]).contains("empty: holds no run (no config.toml)"));
+    assert!(mistake(&folder, &["empty"]).contains("empty: not a run folder (it has no config.toml)"));
     std::fs::write(folder.path().join("page.html"), "").unwrap();
-    assert!(mistake(&folder, &["page.html", "empty"]).contains("page.html: holds no run (no config.toml)"));
+    assert!(mistake(&folder, &["page.html", "empty"]).contains("page.html: not a run folder (it has no config.toml)"));
     let output = polder(&folder, &["good", "page.html", "empty"]);
     assert!(output.status.success() && folder.path().join("good/report.html").is_file());
     let told = String::from_utf8(output.stderr).unwrap();
@@ -568,7 +568,7 @@ fn mistakes_are_told_in_one_line_that_names_the_path() {
         ["page.html", "empty"].map(|path| format!("skipped: {path}: not a run folder (it has no config.toml)\n"));
     assert_eq!(told, skipped.concat());
     run(folder.path(), "broken", "optimizer = \"sgd\"\nspeed = 3\n", &log);
-    assert!(mistake(&folder, &["broken"]).contains("broken/config.toml: line 2: unknown field `speed`"));
+    assert!(mistake(&folder, &["broken"]).contains("broken/config.toml: line 2: `speed` is not an option"));
     run(folder.path(), "silent", "optimizer = \"sgd\"\n", &["{\"kind\":".into()]);
     assert!(mistake(&folder, &["silent"]).contains("silent/log.jsonl: no line of the log can be read"));
     std::fs::remove_file(folder.path().join("silent/log.jsonl")).unwrap();

@@ -9,7 +9,8 @@ use serde_json::Value;
 
 use super::landscape::Landscape;
 use crate::curvature::Density;
-use crate::train::{Finding, Record, TrainError, checksum};
+use crate::optim;
+use crate::train::{Finding, Layer, Record, TrainError, checksum};
 
 /// What was measured, by the measure's name.
 pub(super) type Measures = BTreeMap<String, Finding>;
@@ -61,10 +62,7 @@ impl LoadedRun {
             }
             found => found.map_err(TrainError::io(&config))?,
         };
-        // Read as it is: a method from outside this crate has options that this program does not know.
-        let text = std::fs::read_to_string(&config).map_err(TrainError::io(&config))?;
-        let settings: toml::Table = toml::from_str(&text)
-            .map_err(|error| TrainError::Settings { path: config, reason: error.message().replace('\n', "; ") })?;
+        let settings = read_settings(&config)?;
 
         let log = path.join("log.jsonl");
         let text = std::fs::read(&log).map_err(TrainError::io(&log))?;
@@ -204,6 +202,19 @@ fn written(value: &toml::Value) -> String {
         toml::Value::String(text) => text.clone(),
         other => other.to_string(),
     }
+}
+
+/// The settings of a run. Those of a method from outside this crate are taken as they are, since its options are not
+/// known here.
+fn read_settings(config: &Path) -> Result<toml::Table, TrainError> {
+    let text = std::fs::read_to_string(config).map_err(TrainError::io(config))?;
+    let settings: toml::Table = toml::from_str(&text)
+        .map_err(|error| TrainError::Settings { path: config.into(), reason: error.message().replace('\n', "; ") })?;
+    let method = settings.get("optimizer").and_then(toml::Value::as_str);
+    if method.is_none_or(|name| optim::find(name).is_some()) {
+        Layer::from_file(config)?;
+    }
+    Ok(settings)
 }
 
 /// What the report takes from `curvature.json`.
