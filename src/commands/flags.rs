@@ -2,8 +2,8 @@
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser, ValueParser};
 use clap::{Arg, ArgAction, ArgMatches, Command, Error, FromArgMatches};
-use polder::settings::{Choice, Kind, Setting, Value, Word};
-use polder::train::{CurvatureSettings, Layer, TrainError, options};
+use polder::settings::{Choice, Kind, OptionType, Setting, Value, Word};
+use polder::train::{CurvatureSettings, Layer, ModelName, TrainError, options};
 
 /// The message of an error, in which settings are named as flags: `--batch-size`.
 pub fn message(error: &TrainError) -> String {
@@ -37,6 +37,12 @@ fn with_flags(text: &str) -> String {
 pub fn choice<T: Choice + Send + Sync>() -> ValueParser {
     let parser = possible(T::WORDS).try_map(|word| T::from_word(&word).ok_or("unknown word"));
     ValueParser::new(parser)
+}
+
+/// A value parser for the name of a model.
+pub fn model() -> ValueParser {
+    let Kind::Word(words) = ModelName::KIND else { return clap::value_parser!(ModelName).into() };
+    ValueParser::new(possible(words).try_map(|word| word.parse::<ModelName>()))
 }
 
 fn possible(words: &'static [Word]) -> PossibleValuesParser {

@@ -7,13 +7,11 @@ use polder::data::{Images, Split, SplitImages};
 use polder::device::{Buffer, Device};
 use polder::kernels::batch_norm::Mode;
 use polder::kernels::image::Normalization;
-use polder::nn::Model;
+use polder::nn::{Model, Shortcut};
 use polder::plan::{Graph, Plan, PlanError, Shape, Value};
-use polder::train::{
-    self, CurvatureMeter, DataSettings, Layer, ModelSettings, Settings, ShortcutName, TrainError, weights,
-};
+use polder::train::{self, CurvatureMeter, DataSettings, Layer, ModelName, TrainError, weights};
 
-use super::flags::choice;
+use super::flags::{self, choice};
 use super::option;
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -50,12 +48,12 @@ impl BatchNormName {
 
 #[derive(clap::Args)]
 pub struct ModelArgs {
-    /// The folder of a run: model, weights and data are its own where they are not given, and normalisation and labels of its data
+    /// The folder of a run, which gives model, weights, data, normalisation and labels where they are not given
     #[arg(long, value_name = "DIR")]
     pub run: Option<PathBuf>,
-    /// resnet8, 20, 32, 44, 56, 110 (CIFAR ResNets), resnet18 or vgg11-bn
-    #[arg(long, value_name = "NAME", required_unless_present = "run")]
-    model: Option<String>,
+    /// The network
+    #[arg(long, value_name = "NAME", value_parser = flags::model(), required_unless_present = "run")]
+    model: Option<ModelName>,
     /// The weights
     #[arg(long, value_name = "FILE.safetensors", required_unless_present = "run")]
     init: Option<PathBuf>,
@@ -63,8 +61,8 @@ pub struct ModelArgs {
     #[arg(long, value_name = "PATH")]
     data: Option<String>,
     /// Shortcuts of a CIFAR ResNet where its shape changes [default: a]
-    #[arg(long, value_parser = choice::<ShortcutName>(), value_name = "KIND")]
-    shortcut: Option<ShortcutName>,
+    #[arg(long, value_parser = choice::<Shortcut>(), value_name = "KIND")]
+    shortcut: Option<Shortcut>,
     /// Mean of pixel/255 per channel [default: the data set's published values]
     #[arg(long, value_name = "A,B,C", value_delimiter = ',', allow_hyphen_values = true)]
     mean: Option<Vec<f32>>,
@@ -116,18 +114,14 @@ impl ModelArgs {
             None => None,
             Some(run) => Some(Layer::of_run(run)?.resolve()?),
         };
-        let of_run = |model: &ModelSettings| (model.model.clone(), model.shortcut);
-        let (model_name, shortcut) = match (&self.model, run.as_ref().map(|run| of_run(&run.model))) {
-            (Some(model), _) => (model.clone(), self.shortcut),
-            (None, Some((model, shortcut))) => (model, self.shortcut.or(shortcut)),
-            (None, None) => of_run(&ModelSettings::default()),
-        };
-        let mut settings = Settings::default();
-        (settings.model.model, settings.model.shortcut) = (model_name.clone(), shortcut);
+        let mut settings = run.clone().unwrap_or_default();
+        let shortcut = self.shortcut.or(settings.model.shortcut.filter(|_| self.model.is_none()));
+        settings.model.model = self.model.unwrap_or(settings.model.model);
+        settings.model.shortcut = shortcut;
         let model = settings.model()?;
-        let model_name = match shortcut {
-            Some(shortcut) => format!("{model_name}, shortcut {shortcut}"),
-            None => model_name,
+        let model_name = match (settings.model.model.name(), shortcut) {
+            (model, Some(shortcut)) => format!("{model}, shortcut {shortcut}"),
+            (model, None) => model.into(),
         };
         let folder = self.run.as_deref().unwrap_or(Path::new(""));
         let init = self.init.clone().unwrap_or_else(|| folder.join("model.safetensors"));

@@ -1,36 +1,29 @@
 //! Residual networks: those of He et al. 2016, section 4.2, for CIFAR, and ResNet-18 with the CIFAR stem. Names of
 //! parameters are torchvision's.
 
-use std::str::FromStr;
-
-use super::UnknownModel;
 use crate::plan::{Graph, PlanError, Shape, Value};
+use crate::words;
 
-/// How a residual block's input reaches its output where the shape changes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Shortcut {
-    /// Option A: every second pixel, zeros in the new channels; no parameters (the default for CIFAR ResNets).
-    #[default]
-    A,
-    /// Option B: a 1×1 convolution with batch norm.
-    B,
+words! {
+    /// How a residual block's input reaches its output where the shape changes.
+    pub enum Shortcut {
+        /// Every second pixel, zeros in the new channels: no parameters
+        A = "a",
+        /// A 1×1 convolution with batch norm
+        B = "b",
+    }
+}
+
+impl Default for Shortcut {
+    /// Option A, the default of CIFAR ResNets.
+    fn default() -> Self {
+        Self::A
+    }
 }
 
 impl Shortcut {
     /// What a model offers that can have either; the default is option A.
     pub(super) const BOTH: &[Self] = &[Self::A, Self::B];
-}
-
-impl FromStr for Shortcut {
-    type Err = UnknownModel;
-
-    fn from_str(text: &str) -> Result<Self, UnknownModel> {
-        match text {
-            "a" => Ok(Shortcut::A),
-            "b" => Ok(Shortcut::B),
-            _ => Err(UnknownModel(format!("shortcut `{text}`: expected a or b"))),
-        }
-    }
 }
 
 /// The CIFAR ResNet of He et al. 2016, section 4.2: 6n + 2 layers, widths 16-32-64.

@@ -28,6 +28,6 @@ pub use log::Record;
 pub use run::{Progress, Summary};
 pub use settings::{
     AdamWSettings, Augmentation, BaseName, CurvatureLogSettings, DataSettings, LoopSettings, Measure, MethodName,
-    ModelSettings, OptimizerSettings, Precision, RunOption, Settings, SgdSettings, ShortcutName, of_methods, options,
+    ModelName, ModelSettings, OptimizerSettings, Precision, RunOption, Settings, SgdSettings, of_methods, options,
 };
 pub use training::Training;

@@ -5,14 +5,17 @@
 //! `config.toml` and the table in `docs/methods.md` are made from that list.
 
 use std::fmt::Write as _;
+use std::str::FromStr;
 
 use super::layer::{Layer, to_json, to_toml};
 use super::{CurvatureSettings, TrainError};
 use crate::arena::Layout;
 use crate::device::HostOptions;
-use crate::nn::{Model, Shortcut};
+use crate::nn::{MODELS, Model, Shortcut};
 use crate::optim::{self, Base, Context, Decay, Entry, METHODS, Method, RhoSchedule};
-use crate::settings::{Choice, Configurable, Kind, OptionType, Range, Setting, SettingError, Value, Word, applies};
+use crate::settings::{
+    Choice, Configurable, Kind, OptionType, Range, Setting, SettingError, UnknownWord, Value, Word, applies,
+};
 use crate::{settings, words};
 
 words! {
@@ -81,53 +84,61 @@ words! {
         Spectrum = "spectrum",
     }
 }
-words! {
-    /// How a residual block's input reaches its output where the shape changes.
-    pub enum ShortcutName {
-        /// Every second pixel, new channels zero
-        A = "a",
-        /// A 1×1 convolution with batch norm
-        B = "b",
-    }
-}
+/// Declares the name of an entry of a list as the type of an option.
+macro_rules! name_in_list {
+    ($(#[$doc:meta])* $name:ident, $list:ident, $help:ident) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub struct $name(&'static str);
 
-/// A method by its name in [`METHODS`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MethodName(&'static str);
+        impl $name {
+            /// All names, with a line of help.
+            const WORDS: [Word; $list.len()] = {
+                let mut words = [Word { name: "", doc: "" }; $list.len()];
+                let mut index = 0;
+                while index < $list.len() {
+                    words[index] = Word { name: $list[index].name, doc: $list[index].$help };
+                    index += 1;
+                }
+                words
+            };
 
-impl MethodName {
-    /// The names of all methods.
-    const WORDS: [Word; METHODS.len()] = {
-        let mut words = [Word { name: "", doc: "" }; METHODS.len()];
-        let mut index = 0;
-        while index < METHODS.len() {
-            words[index] = Word { name: METHODS[index].name, doc: METHODS[index].summary };
-            index += 1;
+            /// The name.
+            pub fn name(self) -> &'static str {
+                self.0
+            }
         }
-        words
+
+        impl FromStr for $name {
+            type Err = UnknownWord;
+
+            fn from_str(text: &str) -> Result<Self, UnknownWord> {
+                let entry = $list.iter().find(|entry| entry.name == text);
+                entry.map(|entry| Self(entry.name)).ok_or_else(|| UnknownWord { found: text.into(), words: &Self::WORDS })
+            }
+        }
+
+        impl OptionType for $name {
+            const KIND: Kind = Kind::Word(&Self::WORDS);
+
+            fn to_value(&self) -> Value {
+                Value::Word(self.0.into())
+            }
+
+            fn from_value(value: &Value) -> Option<Self> {
+                if let Value::Word(name) | Value::Text(name) = value { name.parse().ok() } else { None }
+            }
+        }
     };
-
-    /// The method of that name, if there is one.
-    pub fn new(name: &str) -> Option<Self> {
-        optim::find(name).map(|entry| Self(entry.name))
-    }
-
-    /// The name.
-    pub fn name(self) -> &'static str {
-        self.0
-    }
 }
 
-impl OptionType for MethodName {
-    const KIND: Kind = Kind::Word(&Self::WORDS);
-
-    fn to_value(&self) -> Value {
-        Value::Word(self.0.into())
-    }
-
-    fn from_value(value: &Value) -> Option<Self> {
-        if let Value::Word(name) | Value::Text(name) = value { Self::new(name) } else { None }
-    }
+name_in_list! {
+    /// A method by its name in [`METHODS`].
+    MethodName, METHODS, summary
+}
+name_in_list! {
+    /// A model by its name in [`MODELS`].
+    ModelName, MODELS, description
 }
 
 settings! {
@@ -159,10 +170,10 @@ settings! {
     /// Which network to train.
     #[derive(Debug, Clone, PartialEq)]
     pub struct ModelSettings {
-        /// resnet8, 20, 32, 44, 56, 110 (CIFAR ResNets), resnet18 or vgg11-bn
-        model: String = "resnet8".into(), as "NAME";
+        /// The network
+        model: ModelName = ModelName("resnet8"), as "NAME";
         /// Shortcuts of a CIFAR ResNet where its shape changes [default: a]
-        shortcut: Option<ShortcutName> = None;
+        shortcut: Option<Shortcut> = None;
         /// Begin from the weights in this file
         init: Option<String> = None, as "FILE.safetensors";
     }
@@ -541,11 +552,7 @@ impl Settings {
     /// # Errors
     /// An unknown name, or a shortcut that it does not have.
     pub fn model(&self) -> Result<Model, TrainError> {
-        let shortcut = self.model.shortcut.map(|name| match name {
-            ShortcutName::A => Shortcut::A,
-            ShortcutName::B => Shortcut::B,
-        });
-        Ok(Model::from_name(&self.model.model, shortcut)?)
+        Ok(Model::from_name(self.model.model.name(), self.model.shortcut)?)
     }
 
     /// Every option that has a value, in the order of their declarations. `own` has the names of a network, a data set
@@ -759,10 +766,8 @@ pub(super) fn resolve(options: &Layer) -> Result<Settings, TrainError> {
     // The values as the method has them, however they were written.
     settings.method =
         settings.method.iter().filter_map(|(name, _)| Some((name.to_string(), method.get(name)?))).collect();
-    let model = settings.model()?;
-    if !model.shortcuts().is_empty() {
-        settings.model.shortcut.get_or_insert(ShortcutName::A);
-    }
+    let default = settings.model()?.shortcuts().first().copied();
+    settings.model.shortcut = settings.model.shortcut.or(default);
     settings.check()?;
     Ok(settings)
 }
