@@ -1,7 +1,7 @@
-//! The curvature of one's own function: Rosenbrock's function in double precision. The trace of its Hessian, the largest
+//! The curvature of your own function: Rosenbrock's function in double precision. The trace of its Hessian, the largest
 //! eigenvalue and the norm of its gradient are compared with their closed forms.
 //!
-//!     cargo run --release --example curvature
+//! `cargo run --release --example curvature`
 
 use polder::Device;
 use polder::curvature::Curvature;

@@ -1,7 +1,7 @@
-//! An objective of one's own: a least-squares fit whose loss, gradient and Hessian are computed on the host. Every method of
-//! polder steps over it, and each must bring the loss down.
+//! An objective of your own: a least-squares fit whose loss, gradient and Hessian are computed on the host. Every method
+//! of polder steps over it, and each must bring the loss down.
 //!
-//!     cargo run --release --example objective
+//! `cargo run --release --example objective`
 
 use polder::Device;
 use polder::device::Result;

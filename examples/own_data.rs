@@ -1,4 +1,4 @@
-//! A data set of one's own: images in memory, trained on by the loop, then evaluated by itself.
+//! A data set of your own: images in memory, which the loop trains on and tests on.
 //!
 //! `cargo run --release --example own_data`
 
@@ -39,7 +39,7 @@ fn main() -> Result<(), TrainError> {
         run: LoopSettings { epochs: 4, device: "cpu".into(), ..LoopSettings::default() },
         ..Settings::default()
     };
-    // Network and method are the settings': a ResNet-8 and SAM.
+    // The network and the method are the default settings: a ResNet-8 and SAM.
     let summary = Training::new(settings).dataset(data).run()?;
     let test = summary.test.expect("a run that ended");
     println!("{} of {} test images wrong", test.errors, test.samples);

@@ -1,4 +1,5 @@
-//! A model of one's own, trained by the loop: a function from the shape of the images and the number of classes to a graph.
+//! A model of your own, trained by the loop: a function from the shape of the images and the number of classes to a
+//! graph.
 //!
 //! `cargo run --release --example own_model`
 

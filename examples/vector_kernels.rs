@@ -1,8 +1,8 @@
-//! The vector kernels alone, without a network: the algebra of one SAM step on vectors of one's own. The norm of a gradient,
-//! the weights perturbed along it to both sides, and an update by SGD; every result is compared with the same step computed
-//! here in double precision.
+//! The vector kernels alone, without a network: the algebra of one SAM step on your own vectors. It computes the norm of
+//! a gradient, perturbs the weights along it to both sides, and updates them by SGD. Every result is compared with the
+//! same step in double precision.
 //!
-//!     cargo run --release --example vector_kernels
+//! `cargo run --release --example vector_kernels`
 
 use polder::Device;
 use polder::device::Result;
