@@ -312,10 +312,10 @@ __device__ __forceinline__ void input_of_block(const InputArgs<S>& a) {
 #pragma unroll 4
         for (uint32_t i = 0; i < count; ++i, place += step * channels) {
             Group x = {};
-            if (train || mask == kRecompute) x = Group::load(a.upstream.x + place);
+            if (train || mask == kMaskRecompute) x = Group::load(a.upstream.x + place);
             Group dx = masked.dz(a.upstream, place, x);
             // Only where a convolution has left the sums, which the CPU's shape has not.
-            if (shape != kCpu && mask == kNoMask && a.residual != nullptr) {
+            if (shape != kCpu && mask == kMaskNone && a.residual != nullptr) {
                 Group total = dx;
                 if (a.accumulate) {
                     const Group before = Group::load(a.residual + place);
@@ -345,9 +345,9 @@ template <class S>
 __device__ void batch_norm_input(const InputArgs<S>& a) {
     with_shape(a.pack, [&](auto of) {
         constexpr Shape shape = decltype(of)::value;
-        if (a.mask == kOutput) input_in_mode<S, shape, kOutput>(a);
-        else if (a.mask == kRecompute) input_in_mode<S, shape, kRecompute>(a);
-        else input_in_mode<S, shape, kNoMask>(a);
+        if (a.mask == kMaskOutput) input_in_mode<S, shape, kMaskOutput>(a);
+        else if (a.mask == kMaskRecompute) input_in_mode<S, shape, kMaskRecompute>(a);
+        else input_in_mode<S, shape, kMaskNone>(a);
     });
 }
 

@@ -90,9 +90,9 @@ template <class S>
 __device__ void batch_norm_normalize_tangent(const NormalizeTangentArgs<S>& a) {
     with_shape(a.pack, [&](auto of) {
         constexpr Shape shape = decltype(of)::value;
-        if (a.mask == kOutput) normalize_tangent_with_residual<S, shape, kOutput>(a);
-        else if (a.mask == kRecompute) normalize_tangent_block<S, shape, kRecompute, false>(a);  // there was no residual
-        else normalize_tangent_with_residual<S, shape, kNoMask>(a);
+        if (a.mask == kMaskOutput) normalize_tangent_with_residual<S, shape, kMaskOutput>(a);
+        else if (a.mask == kMaskRecompute) normalize_tangent_block<S, shape, kMaskRecompute, false>(a);  // there was no residual
+        else normalize_tangent_with_residual<S, shape, kMaskNone>(a);
     });
 }
 
@@ -182,7 +182,7 @@ __device__ __forceinline__ void input_tangent_of_block(const InputTangentArgs<S>
 #pragma unroll 2
         for (uint32_t i = 0; i < count; ++i, place += step * channels) {
             Group x = {}, x_tangent = {};
-            if (train || mask == kRecompute) x = Group::load(a.upstream.x + place);
+            if (train || mask == kMaskRecompute) x = Group::load(a.upstream.x + place);
             if (train) x_tangent = Group::load(a.tangent.x + place);
             const Group edge = masked.edge(a.upstream, place, x);
             const Group dz = masked.passed(edge, Group::load(a.upstream.dy + place));
@@ -211,9 +211,9 @@ template <class S>
 __device__ void batch_norm_input_tangent(const InputTangentArgs<S>& a) {
     with_shape(a.pack, [&](auto of) {
         constexpr Shape shape = decltype(of)::value;
-        if (a.mask == kOutput) input_tangent_in_mode<S, shape, kOutput>(a);
-        else if (a.mask == kRecompute) input_tangent_in_mode<S, shape, kRecompute>(a);
-        else input_tangent_in_mode<S, shape, kNoMask>(a);
+        if (a.mask == kMaskOutput) input_tangent_in_mode<S, shape, kMaskOutput>(a);
+        else if (a.mask == kMaskRecompute) input_tangent_in_mode<S, shape, kMaskRecompute>(a);
+        else input_tangent_in_mode<S, shape, kMaskNone>(a);
     });
 }
 

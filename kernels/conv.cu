@@ -19,19 +19,18 @@ namespace {
 /// A block's tile, ROWS x COLUMNS, in steps of DEPTH; a thread computes THREAD_ROWS x THREAD_COLUMNS of it, in squares of 4 x 4
 /// that lie apart, so that a warp reads shared memory without bank conflicts.
 template <int ROWS_, int COLUMNS_, int DEPTH_, int THREAD_ROWS_, int THREAD_COLUMNS_>
-struct Tile {
+struct ConvTile {
     static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, DEPTH = DEPTH_;
     static constexpr int THREAD_ROWS = THREAD_ROWS_, THREAD_COLUMNS = THREAD_COLUMNS_;
-    static constexpr int THREADS = 256;
+    static constexpr int THREADS = kBlockThreads;
     static_assert(ROWS / THREAD_ROWS * (COLUMNS / THREAD_COLUMNS) == THREADS, "a thread for every square");
-    // Four more than the tile, so that a transposed store does not hit one bank again and again.
-    static constexpr int LEFT_PITCH = ROWS + 4, RIGHT_PITCH = COLUMNS + 4;
+    static constexpr int LEFT_PITCH = ROWS + kConvLinePadding, RIGHT_PITCH = COLUMNS + kConvLinePadding;
 };
 
 /// How a thread's packs of an operand are spread over the operand's EXTENT x DEPTH part in shared memory, [depth][extent].
 template <int EXTENT, int DEPTH, bool ALONG_DEPTH>
 struct Spread {
-    static constexpr int THREADS = 256, PITCH = EXTENT + 4;
+    static constexpr int THREADS = kBlockThreads, PITCH = EXTENT + kConvLinePadding;
     static constexpr int PACKS = EXTENT * DEPTH / 4, COUNT = PACKS < THREADS ? 1 : PACKS / THREADS;
     static_assert(PACKS < THREADS || PACKS % THREADS == 0, "threads load equally many packs");
     static constexpr int IN_A_LINE = (ALONG_DEPTH ? DEPTH : EXTENT) / 4, STEP = THREADS / IN_A_LINE;
@@ -227,7 +226,8 @@ __device__ __forceinline__ void input_gradient(const ConvArgs<T>& a) {
     using Problem = InputGradientProblem<Tile, T>;
     const ConvShape& s = a.shape;
     const int row_remainder = int(blockIdx.z) / s.stride, column_remainder = int(blockIdx.z) % s.stride;
-    const ParityClass rows(s, row_remainder, s.height), columns(s, column_remainder, s.width);
+    const ParityClass rows = parity_class(s, row_remainder, s.height);
+    const ParityClass columns = parity_class(s, column_remainder, s.width);
     const int pixels = s.batch * rows.extent * columns.extent;
     const Corner<Tile> corner(s.in_channels);
     if (corner.row >= pixels) return;
@@ -303,11 +303,10 @@ __device__ __forceinline__ void weight_gradient(const ConvArgs<T>& a) {
     }
 }
 
-// The tiles by their columns; src/kernels/conv.rs chooses among them by the same numbers.
-using Tile16 = Tile<256, 16, 16, 4, 4>;
-using Tile32 = Tile<128, 32, 16, 4, 4>;
-using Tile64 = Tile<128, 64, 16, 8, 4>;
-using Tile128 = Tile<128, 128, 8, 8, 8>;
+// Tile16 ... Tile128.
+#define POLDER_TILE(NAME, ...) using Tile##NAME = ConvTile<__VA_ARGS__>;
+POLDER_CONV_TILES(POLDER_TILE)
+#undef POLDER_TILE
 
 }  // namespace
 

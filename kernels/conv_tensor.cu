@@ -35,14 +35,14 @@ namespace {
 constexpr int LINE_ROWS = 32;
 
 /// A block's tile, ROWS x COLUMNS, of which each warp computes WARP_ROWS x WARP_COLUMNS, with operands in STAGES stages.
-template <int ROWS_, int COLUMNS_, int WARP_ROWS_, int WARP_COLUMNS_, int STAGES_>
-struct Tile {
-    static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, WARP_ROWS = WARP_ROWS_, WARP_COLUMNS = WARP_COLUMNS_;
-    static constexpr int STAGES = STAGES_;
-    static constexpr int WARPS_ACROSS = COLUMNS / WARP_COLUMNS, THREADS = ROWS / WARP_ROWS * WARPS_ACROSS * 32;
+template <int COLUMNS_, int WARP_ROWS_, int WARP_COLUMNS_, int THREADS_, int STAGES_>
+struct TensorTile {
+    static constexpr int ROWS = kMomentRows, COLUMNS = COLUMNS_, WARP_ROWS = WARP_ROWS_, WARP_COLUMNS = WARP_COLUMNS_;
+    static constexpr int THREADS = THREADS_, STAGES = STAGES_, WARPS_ACROSS = COLUMNS / WARP_COLUMNS;
+    static_assert(THREADS == ROWS / WARP_ROWS * WARPS_ACROSS * 32, "a warp for every part of the tile");
     static_assert(WARP_ROWS % LINE_ROWS == 0 && WARP_COLUMNS % 16 == 0, "whole lines, and whole fragments");
     /// Bytes of the depth in a stage, and with them the bytes of the operands' parts.
-    static constexpr int DEPTH_BYTES = 64, LEFT_BYTES = ROWS * DEPTH_BYTES, RIGHT_BYTES = COLUMNS * DEPTH_BYTES;
+    static constexpr int DEPTH_BYTES = kStageBytes, LEFT_BYTES = ROWS * DEPTH_BYTES, RIGHT_BYTES = COLUMNS * DEPTH_BYTES;
 
     /// A warp's sums, in fragments of 16 x 8.
     using Sums = float[WARP_ROWS / 16][WARP_COLUMNS / 8][4];
@@ -558,7 +558,7 @@ __device__ __forceinline__ void write_masked(const typename Tile::Sums& sum, con
     POLDER_UNROLL
     for (int j = 0; j < Tile::WARP_COLUMNS / 16; ++j) {
         const int column = first_column + Chunks::column(j);
-        const Masked<Group, kRecompute> masked(upstream, uint32_t(Chunks::column(j)));
+        const Masked<Group, kMaskRecompute> masked(upstream, uint32_t(Chunks::column(j)));
         float totals[16] = {};  // of dz, and of dz (x - mean)
         POLDER_UNROLL
         for (int i = 0; i < PARTS; ++i) {
@@ -570,8 +570,8 @@ __device__ __forceinline__ void write_masked(const typename Tile::Sums& sum, con
                 Group dz;
                 POLDER_UNROLL
                 for (int e = 0; e < 8; ++e) dz.v[e] = widen(chunk.v[e]);
-                if (a.mask == kOutput) dz = masked.passed(Group::load(a.upstream.y + place), dz);
-                else if (a.mask == kRecompute) dz = masked.passed(masked.edge(upstream, place, x), dz);
+                if (a.mask == kMaskOutput) dz = masked.passed(Group::load(a.upstream.y + place), dz);
+                else if (a.mask == kMaskRecompute) dz = masked.passed(masked.edge(upstream, place, x), dz);
                 dz.store(out + place);
                 POLDER_UNROLL
                 for (int e = 0; e < 8; ++e) {
@@ -686,7 +686,8 @@ __device__ __forceinline__ void input_gradient(const InputGradientArgs<T>& args)
     using Columns = Operand<T, Side::kRight, Tile::COLUMNS, Tile::THREADS, true>;
     const ConvShape& s = a.shape;
     const int row_remainder = int(blockIdx.z) / s.stride, column_remainder = int(blockIdx.z) % s.stride;
-    const ParityClass rows(s, row_remainder, s.height), columns(s, column_remainder, s.width);
+    const ParityClass rows = parity_class(s, row_remainder, s.height);
+    const ParityClass columns = parity_class(s, column_remainder, s.width);
     const int pixels = s.batch * rows.extent * columns.extent;
     const Corner<Tile> corner(s.in_channels);
     const bool normalized = sizeof(T) == 2 && args.norm.tickets != nullptr;
@@ -722,16 +723,13 @@ __device__ __forceinline__ void input_gradient(const InputGradientArgs<T>& args)
     });
 }
 
-/// Columns of a tile over which squares are summed together.
-constexpr int SQUARE_COLUMNS = 16;
-
 /// Finishes the warp's sums where they are a weight gradient as it will be read, and leaves the block's sums of squares:
-/// [row tiles][groups of SQUARE_COLUMNS columns], over lines of rows first and those in their order, so that no tile changes a bit.
+/// [row tiles][groups of kSquareColumns columns], over lines of rows first and those in their order, so that no tile changes a bit.
 /// Where a gradient is finite, sums past the end of the product are zero.
 template <class Tile>
-__device__ __forceinline__ void finish_sums(typename Tile::Sums& sum, const Finish& a, const Corner<Tile>& corner, int columns) {
-    constexpr int LINES = Tile::ROWS / LINE_ROWS, GROUPS = Tile::COLUMNS / SQUARE_COLUMNS;
-    constexpr int COUNT = Tile::WARP_COLUMNS / SQUARE_COLUMNS, FRAGMENTS = LINE_ROWS / 16;
+__device__ __forceinline__ void finish_sums(typename Tile::Sums& sum, const FinishArgs& a, const Corner<Tile>& corner, int columns) {
+    constexpr int LINES = Tile::ROWS / LINE_ROWS, GROUPS = Tile::COLUMNS / kSquareColumns;
+    constexpr int COUNT = Tile::WARP_COLUMNS / kSquareColumns, FRAGMENTS = LINE_ROWS / 16;
     POLDER_DYNAMIC_SHARED(double, shared);  // [LINES][GROUPS]
     const int lane = int(threadIdx.x) % 32, line = Tile::warp_row() / LINE_ROWS;
     const bool squared = a.squares != nullptr;
@@ -746,19 +744,19 @@ __device__ __forceinline__ void finish_sums(typename Tile::Sums& sum, const Fini
                 POLDER_UNROLL
                 for (float& value : sum[i][j]) {
                     value = finished.value(value);
-                    if (squared) values[j * 8 / SQUARE_COLUMNS] += double(value) * double(value);
+                    if (squared) values[j * 8 / kSquareColumns] += double(value) * double(value);
                 }
             }
         }
         if (!squared) continue;
         const int group = total_over_lanes<COUNT, 1, 2, 4, 8, 16>(values);
-        if (lane < COUNT) shared[(line + part) * GROUPS + Tile::warp_column() / SQUARE_COLUMNS + group] = values[0];
+        if (lane < COUNT) shared[(line + part) * GROUPS + Tile::warp_column() / kSquareColumns + group] = values[0];
     }
     finished.raise(a);
     if (!squared) return;
     __syncthreads();
-    const int group = int(threadIdx.x), groups = (columns + SQUARE_COLUMNS - 1) / SQUARE_COLUMNS;
-    const int first = corner.column / SQUARE_COLUMNS;
+    const int group = int(threadIdx.x), groups = (columns + kSquareColumns - 1) / kSquareColumns;
+    const int first = corner.column / kSquareColumns;
     if (group >= GROUPS || first + group >= groups) return;
     double total = 0.0;
     POLDER_UNROLL
@@ -769,7 +767,7 @@ __device__ __forceinline__ void finish_sums(typename Tile::Sums& sum, const Fini
 template <class T>
 struct WeightGradientArgs {
     ConvArgs<T, float> conv;  // the result and its partial sums are f32, whatever the operands
-    Finish finish;            // if its `flag` is given, of a gradient in one part that is not added to anything
+    FinishArgs finish;            // if its `flag` is given, of a gradient in one part that is not added to anything
 };
 
 /// out[split][tap][c][o] = sum over the split's pixels of x[pixel seen through the tap, c] * dy[pixel, o]
@@ -795,57 +793,55 @@ __device__ __forceinline__ void weight_gradient(const WeightGradientArgs<T>& arg
     });
 }
 
-// The tiles by their columns; src/kernels/conv/tensor.rs chooses among them by the same numbers.
-using Tile16 = Tile<128, 16, 32, 16, 4>;
-using Tile32 = Tile<128, 32, 32, 32, 4>;
-using Tile64 = Tile<128, 64, 64, 32, 4>;
-using Tile64By8 = Tile<128, 64, 32, 32, 4>;  // by eight warps, meant for products of few tiles
-using Tile128 = Tile<128, 128, 64, 64, 3>;
+// Tile16 ... Tile128; Tile64_BY_8 has eight warps, for products of few tiles.
+#define POLDER_TILE(NAME, ...) using Tile##NAME = TensorTile<__VA_ARGS__>;
+POLDER_CONV_TENSOR_TILES(POLDER_TILE)
+#undef POLDER_TILE
 
 }  // namespace
 
 POLDER_KERNEL(conv_tensor_forward_16_f16, (forward<Tile16, __half>), ConvArgs<__half>)
 POLDER_KERNEL(conv_tensor_forward_32_f16, (forward<Tile32, __half>), ConvArgs<__half>)
 POLDER_KERNEL(conv_tensor_forward_64_f16, (forward<Tile64, __half>), ConvArgs<__half>)
-POLDER_KERNEL(conv_tensor_forward_64_by_8_f16, (forward<Tile64By8, __half>), ConvArgs<__half>)
+POLDER_KERNEL(conv_tensor_forward_64_by_8_f16, (forward<Tile64_BY_8, __half>), ConvArgs<__half>)
 POLDER_KERNEL(conv_tensor_forward_128_f16, (forward<Tile128, __half>), ConvArgs<__half>)
 POLDER_KERNEL(conv_tensor_input_gradient_16_f16, (input_gradient<Tile16, __half>), InputGradientArgs<__half>)
 POLDER_KERNEL(conv_tensor_input_gradient_32_f16, (input_gradient<Tile32, __half>), InputGradientArgs<__half>)
 POLDER_KERNEL(conv_tensor_input_gradient_64_f16, (input_gradient<Tile64, __half>), InputGradientArgs<__half>)
-POLDER_KERNEL(conv_tensor_input_gradient_64_by_8_f16, (input_gradient<Tile64By8, __half>), InputGradientArgs<__half>)
+POLDER_KERNEL(conv_tensor_input_gradient_64_by_8_f16, (input_gradient<Tile64_BY_8, __half>), InputGradientArgs<__half>)
 POLDER_KERNEL(conv_tensor_input_gradient_128_f16, (input_gradient<Tile128, __half>), InputGradientArgs<__half>)
 POLDER_KERNEL(conv_tensor_weight_gradient_16_f16, (weight_gradient<Tile16, __half>), WeightGradientArgs<__half>)
 POLDER_KERNEL(conv_tensor_weight_gradient_32_f16, (weight_gradient<Tile32, __half>), WeightGradientArgs<__half>)
 POLDER_KERNEL(conv_tensor_weight_gradient_64_f16, (weight_gradient<Tile64, __half>), WeightGradientArgs<__half>)
-POLDER_RESIDENT_KERNEL(conv_tensor_weight_gradient_64_by_8_f16, (weight_gradient<Tile64By8, __half>), WeightGradientArgs<__half>, 2)
+POLDER_RESIDENT_KERNEL(conv_tensor_weight_gradient_64_by_8_f16, (weight_gradient<Tile64_BY_8, __half>), WeightGradientArgs<__half>, 2)
 POLDER_KERNEL(conv_tensor_weight_gradient_128_f16, (weight_gradient<Tile128, __half>), WeightGradientArgs<__half>)
 POLDER_KERNEL(conv_tensor_forward_16_bf16, (forward<Tile16, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_forward_32_bf16, (forward<Tile32, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_forward_64_bf16, (forward<Tile64, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
-POLDER_KERNEL(conv_tensor_forward_64_by_8_bf16, (forward<Tile64By8, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
+POLDER_KERNEL(conv_tensor_forward_64_by_8_bf16, (forward<Tile64_BY_8, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_forward_128_bf16, (forward<Tile128, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_input_gradient_16_bf16, (input_gradient<Tile16, __nv_bfloat16>), InputGradientArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_input_gradient_32_bf16, (input_gradient<Tile32, __nv_bfloat16>), InputGradientArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_input_gradient_64_bf16, (input_gradient<Tile64, __nv_bfloat16>), InputGradientArgs<__nv_bfloat16>)
-POLDER_KERNEL(conv_tensor_input_gradient_64_by_8_bf16, (input_gradient<Tile64By8, __nv_bfloat16>), InputGradientArgs<__nv_bfloat16>)
+POLDER_KERNEL(conv_tensor_input_gradient_64_by_8_bf16, (input_gradient<Tile64_BY_8, __nv_bfloat16>), InputGradientArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_input_gradient_128_bf16, (input_gradient<Tile128, __nv_bfloat16>), InputGradientArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_weight_gradient_16_bf16, (weight_gradient<Tile16, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_weight_gradient_32_bf16, (weight_gradient<Tile32, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_weight_gradient_64_bf16, (weight_gradient<Tile64, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>)
-POLDER_RESIDENT_KERNEL(conv_tensor_weight_gradient_64_by_8_bf16, (weight_gradient<Tile64By8, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>, 2)
+POLDER_RESIDENT_KERNEL(conv_tensor_weight_gradient_64_by_8_bf16, (weight_gradient<Tile64_BY_8, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>, 2)
 POLDER_KERNEL(conv_tensor_weight_gradient_128_bf16, (weight_gradient<Tile128, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_forward_16_tf32, (forward<Tile16, float>), ConvArgs<float>)
 POLDER_KERNEL(conv_tensor_forward_32_tf32, (forward<Tile32, float>), ConvArgs<float>)
 POLDER_KERNEL(conv_tensor_forward_64_tf32, (forward<Tile64, float>), ConvArgs<float>)
-POLDER_KERNEL(conv_tensor_forward_64_by_8_tf32, (forward<Tile64By8, float>), ConvArgs<float>)
+POLDER_KERNEL(conv_tensor_forward_64_by_8_tf32, (forward<Tile64_BY_8, float>), ConvArgs<float>)
 POLDER_KERNEL(conv_tensor_forward_128_tf32, (forward<Tile128, float>), ConvArgs<float>)
 POLDER_KERNEL(conv_tensor_input_gradient_16_tf32, (input_gradient<Tile16, float>), InputGradientArgs<float>)
 POLDER_KERNEL(conv_tensor_input_gradient_32_tf32, (input_gradient<Tile32, float>), InputGradientArgs<float>)
 POLDER_KERNEL(conv_tensor_input_gradient_64_tf32, (input_gradient<Tile64, float>), InputGradientArgs<float>)
-POLDER_KERNEL(conv_tensor_input_gradient_64_by_8_tf32, (input_gradient<Tile64By8, float>), InputGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_input_gradient_64_by_8_tf32, (input_gradient<Tile64_BY_8, float>), InputGradientArgs<float>)
 POLDER_KERNEL(conv_tensor_input_gradient_128_tf32, (input_gradient<Tile128, float>), InputGradientArgs<float>)
 POLDER_KERNEL(conv_tensor_weight_gradient_16_tf32, (weight_gradient<Tile16, float>), WeightGradientArgs<float>)
 POLDER_KERNEL(conv_tensor_weight_gradient_32_tf32, (weight_gradient<Tile32, float>), WeightGradientArgs<float>)
 POLDER_KERNEL(conv_tensor_weight_gradient_64_tf32, (weight_gradient<Tile64, float>), WeightGradientArgs<float>)
-POLDER_RESIDENT_KERNEL(conv_tensor_weight_gradient_64_by_8_tf32, (weight_gradient<Tile64By8, float>), WeightGradientArgs<float>, 2)
+POLDER_RESIDENT_KERNEL(conv_tensor_weight_gradient_64_by_8_tf32, (weight_gradient<Tile64_BY_8, float>), WeightGradientArgs<float>, 2)
 POLDER_KERNEL(conv_tensor_weight_gradient_128_tf32, (weight_gradient<Tile128, float>), WeightGradientArgs<float>)

@@ -24,21 +24,18 @@ struct GradientPiecesArgs {
     GradientPiece alone;
     uint64_t pieces;
     uint32_t accumulate;
-    Finish finish;
+    FinishArgs finish;
     double* norm;  // the root of all squares, by the last block to come; null where others are to follow
     const double* all_squares;
     uint64_t all_squares_count;
     uint32_t* ticket;
 };
 
-/// Threads of a block, and the elements that they read at once, of one part or of several; src/kernels/gradient.rs has the same.
-constexpr uint32_t kPieceThreads = 256, kPieceElements = 1024;
-
 /// out[i] = partial[0][i] + partial[1][i] + ..., in an order that the number of parts fixes, or added to what is there; finished where
 /// that is asked for. As many loads are under way as a memory's latency asks for, whether the parts are many and short or few and long.
 template <class T>
 __device__ void gradient_pieces(const GradientPiecesArgs<T>& a) {
-    constexpr uint32_t V = kPieceElements / kPieceThreads;
+    constexpr uint32_t V = kPieceElements / kBlockThreads;
     POLDER_DYNAMIC_SHARED(T, shared);  // [parts at once][elements of each]
     const uint32_t thread = threadIdx.x;
     const bool squared = a.finish.squares != nullptr;
@@ -47,7 +44,7 @@ __device__ void gradient_pieces(const GradientPiecesArgs<T>& a) {
     for (uint64_t number = blockIdx.x; number < a.pieces; number += gridDim.x) {
         GradientPiece piece = a.alone;
         if (a.table != nullptr) piece = a.table[number];
-        const uint32_t doublings = uint32_t(piece.doublings), at_once = 1u << doublings, across = kPieceThreads >> doublings;
+        const uint32_t doublings = uint32_t(piece.doublings), at_once = 1u << doublings, across = kBlockThreads >> doublings;
         if (a.table == nullptr) piece.first = number * (across * V);
         T* const out = a.out + piece.out;
         const T* const from = piece.splits > 0 ? a.parts + piece.parts : out;
@@ -58,7 +55,7 @@ __device__ void gradient_pieces(const GradientPiecesArgs<T>& a) {
             if (squared) squares.add({{double(value) * double(value)}});
             if (piece.splits > 0 || a.finish.scale != nullptr) out[i] = value;
         };
-        const uint32_t column = thread & (across - 1), row = thread * at_once / kPieceThreads;
+        const uint32_t column = thread & (across - 1), row = thread * at_once / kBlockThreads;
         T sums[V] = {};
 #pragma unroll 4
         for (uint64_t split = row; split < max(piece.splits, uint64_t(1)); split += at_once) {
@@ -77,7 +74,7 @@ __device__ void gradient_pieces(const GradientPiecesArgs<T>& a) {
         POLDER_UNROLL
         for (uint32_t v = 0; v < V; ++v) shared[row * length + column + v * across] = sums[v];
         __syncthreads();
-        for (uint32_t i = thread; i < length; i += kPieceThreads) {
+        for (uint32_t i = thread; i < length; i += kBlockThreads) {
             T sum = shared[i];
             for (uint32_t part = 1; part < at_once; ++part) sum += shared[part * length + i];
             write(piece.first + i, sum);

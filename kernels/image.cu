@@ -30,8 +30,8 @@ struct BatchArgs {
     uint32_t pad;      // 0: no crop
     uint32_t flip;     // whether to flip at all
     uint32_t augment;  // whether to draw at all
-    float mean[4];
-    float std[4];
+    float mean[kMaxImageChannels];
+    float std[kMaxImageChannels];
 };
 
 /// One sample's place in the data and its draws.

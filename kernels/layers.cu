@@ -312,25 +312,24 @@ struct Matrix {
     }
 };
 
-constexpr uint32_t kTile = 32;  // rows and columns of the product per block of 16 x 16 threads
 constexpr uint32_t kDepth = 16;  // terms per step
 
-/// out = left right, stored by `write(row, column, value)`. The GPU's block computes one tile; the CPU's takes rows.
+/// out = left right, stored by `write(row, column, value)`. A block of 16 x 16 threads computes one tile.
 template <class T, class Left, class Right, class F>
 __device__ __forceinline__ void product(const Left& left, const Right& right, const F& write) {
-    __shared__ T a[kDepth][kTile + 1];
-    __shared__ T b[kDepth][kTile + 1];
+    __shared__ T a[kDepth][kLinearTile + 1];
+    __shared__ T b[kDepth][kLinearTile + 1];
     const uint32_t thread = threadIdx.x, x = thread % 16, y = thread / 16;
-    const uint32_t row = blockIdx.y * kTile, column = blockIdx.x * kTile;
+    const uint32_t row = blockIdx.y * kLinearTile, column = blockIdx.x * kLinearTile;
     T sums[2][2] = {};
     for (uint32_t k = 0; k < left.columns; k += kDepth) {
         // Neighbouring threads read along memory.
-        for (uint32_t e = thread; e < kTile * kDepth; e += 256) {
-            const uint32_t m = left.rows_contiguous ? e % kTile : e / kDepth, d = left.rows_contiguous ? e / kTile : e % kDepth;
+        for (uint32_t e = thread; e < kLinearTile * kDepth; e += kBlockThreads) {
+            const uint32_t m = left.rows_contiguous ? e % kLinearTile : e / kDepth, d = left.rows_contiguous ? e / kLinearTile : e % kDepth;
             a[d][m] = left.at(row + m, k + d);
         }
-        for (uint32_t e = thread; e < kTile * kDepth; e += 256) {
-            const uint32_t n = right.rows_contiguous ? e / kDepth : e % kTile, d = right.rows_contiguous ? e % kDepth : e / kTile;
+        for (uint32_t e = thread; e < kLinearTile * kDepth; e += kBlockThreads) {
+            const uint32_t n = right.rows_contiguous ? e / kDepth : e % kLinearTile, d = right.rows_contiguous ? e % kDepth : e / kLinearTile;
             b[d][n] = right.at(k + d, column + n);
         }
         __syncthreads();
@@ -495,8 +494,8 @@ __device__ void linear_weight(const LinearWeightArgs<S>& a) {
         T* const dweight = a.dweight + uint64_t(i) * a.outputs + o;
         *dweight = a.accumulate ? *dweight + sum : sum;
     });
-    if (a.dbias != nullptr && blockIdx.y == 0 && threadIdx.x < kTile) {
-        const uint32_t o = blockIdx.x * kTile + threadIdx.x;
+    if (a.dbias != nullptr && blockIdx.y == 0 && threadIdx.x < kLinearTile) {
+        const uint32_t o = blockIdx.x * kLinearTile + threadIdx.x;
         if (o >= a.outputs) return;
         T sum = 0;
         for (uint32_t n = 0; n < a.batch; ++n) sum += a.dy[uint64_t(n) * a.outputs + o];

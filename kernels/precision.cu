@@ -20,7 +20,7 @@ struct UnscaleArgs {
 /// x = x / scale, exactly but for what becomes subnormal; flag[0] = 1 if any x[i] was infinite or NaN.
 __device__ void unscale_body(const UnscaleArgs& a) {
     float* __restrict__ x = a.x;
-    const Finish finish{a.state, a.flag, nullptr};
+    const FinishArgs finish{a.state, a.flag, nullptr};
     Finished<float> finished(finish);
     for_each_pack_if<kPack<float>>(aligned16(x), a.n, [=, &finished](auto width, uint64_t i) {
         constexpr int W = decltype(width)::value;

@@ -169,7 +169,7 @@ struct GradientArgs {
 template <class T, bool SCALED>
 __device__ void finish_gradient(const GradientArgs<T>& a) {
     T* const x = a.x;
-    const Finish finish{SCALED ? a.state : nullptr, a.flag, nullptr};
+    const FinishArgs finish{SCALED ? a.state : nullptr, a.flag, nullptr};
     Finished<T> finished(finish);
     const auto square = [&finished](T& value) -> Sums<1> {
         value = finished.value(value);

@@ -11,6 +11,7 @@
 // in the L2 cache); bands depend on the shape alone, and so do all sums.
 //
 // Numbers stored in 16 bits (S) become floats (T) where weights are packed and images are padded, and results are rounded once.
+#include "../include/conv.cuh"
 #include "../include/elementwise.cuh"
 
 // Fused multiply-adds, where the instruction set has them: as AVX2 and AVX-512 do, whose results are the same to the bit; the
@@ -32,7 +33,7 @@ constexpr int kVectorBytes = 64, kTileRows = 12;
 // With two vectors of the panel and one broadcast they are 15 of 16 registers.
 constexpr int kVectorBytes = 32, kTileRows = 6;
 #endif
-constexpr int kVectors = 64 / kVectorBytes;
+constexpr int kVectors = kPanelBytes / kVectorBytes;
 
 /// A panel or half of it: one register of AVX-512 or AVX2, two of narrower instruction sets.
 template <class T>
@@ -43,7 +44,7 @@ struct Vector {
 
 /// Channels of a panel: 16 floats, 8 doubles.
 template <class T>
-constexpr int kPanel = 64 / sizeof(T);
+constexpr int kPanel = kPanelBytes / sizeof(T);
 
 template <class T>
 __forceinline__ typename Vector<T>::type load_vector(const T* p) {
@@ -59,27 +60,10 @@ __forceinline__ void store_vector(T* p, const typename Vector<T>::type& v) {
 
 __forceinline__ int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-struct ConvShape {
-    int32_t batch, height, width, in_channels, out_channels, kernel, stride, padding, out_height, out_width;
-};
-
-/// How the input gradient's rows (or columns) that are `remainder` modulo the stride see the output gradient: row
-/// q * stride + remainder is reached from rows q + first ... q + first + taps - 1, through kernel rows that fall by
-/// `stride` from `last_tap`.
-struct ParityClass {
-    int taps, first, last_tap;
-};
-
-__forceinline__ ParityClass parity_class(const ConvShape& s, int remainder) {
-    const int tap = (remainder + s.padding) % s.stride;
-    const int taps = tap < s.kernel ? (s.kernel - tap + s.stride - 1) / s.stride : 0;
-    return {taps, (remainder + s.padding) / s.stride - (taps - 1), tap + (taps - 1) * s.stride};
-}
-
 // ---- Packing -------------------------------------------------------------------------------------------------------
 
 template <class S, class T = Arithmetic<S>>
-struct PackArgs {
+struct PackWeightsArgs {
     const S* weight;
     T* packed;
     ConvShape shape;
@@ -87,7 +71,7 @@ struct PackArgs {
 
 /// weight [taps][in][out] to packed [panel of out][taps][in][kPanel], zeros beyond the last channel.
 template <class S>
-__device__ void pack_forward(const PackArgs<S>& a) {
+__device__ void pack_forward(const PackWeightsArgs<S>& a) {
     typedef Arithmetic<S> T;
     constexpr int W = kPanel<T>;
     const int n = a.shape.out_channels;
@@ -106,7 +90,7 @@ __device__ void pack_forward(const PackArgs<S>& a) {
 /// weight [taps][in][out] to, for every parity class, packed [panel of in][class's taps][out][kPanel]: the taps in the order
 /// in which a pixel meets rising rows and columns of the output gradient.
 template <class S>
-__device__ void pack_input_gradient(const PackArgs<S>& a) {
+__device__ void pack_input_gradient(const PackWeightsArgs<S>& a) {
     typedef Arithmetic<S> T;
     constexpr int W = kPanel<T>;
     const ConvShape& s = a.shape;
@@ -119,8 +103,8 @@ __device__ void pack_input_gradient(const PackArgs<S>& a) {
         T* packed = a.packed;
         ParityClass rows{}, columns{};
         for (int cls = 0; cls < s.stride * s.stride; ++cls) {
-            rows = parity_class(s, cls / s.stride);
-            columns = parity_class(s, cls % s.stride);
+            rows = parity_class(s, cls / s.stride, s.height);
+            columns = parity_class(s, cls % s.stride, s.width);
             const int count = rows.taps * columns.taps;
             if (tap < count) break;
             tap -= count;
@@ -390,7 +374,7 @@ __forceinline__ void for_each_stretch(int rows, Of of, F f) {
 }
 
 template <class S, class T = Arithmetic<S>>
-struct ForwardArgs {
+struct DirectForwardArgs {
     const S* x;
     const T* packed;
     S* y;
@@ -401,7 +385,7 @@ struct ForwardArgs {
 
 /// y[n, i, j, o] = sum over taps and c of x[n, i * stride + tap row - padding, j * stride + tap column - padding, c] * weight
 template <class S>
-__device__ void forward(const ForwardArgs<S>& a) {
+__device__ void forward(const DirectForwardArgs<S>& a) {
     typedef Arithmetic<S> T;
     constexpr bool widens = !Same<S, T>::value;
     const ConvShape& s = a.shape;
@@ -452,7 +436,7 @@ __device__ void forward(const ForwardArgs<S>& a) {
 }
 
 template <class S, class T = Arithmetic<S>>
-struct InputGradientArgs {
+struct DirectInputGradientArgs {
     const S* dy;
     const T* packed;
     S* dx;
@@ -463,7 +447,7 @@ struct InputGradientArgs {
 
 /// dx[n, i, j, c] = sum over o and the taps through which y sees x[n, i, j, c] of dy * weight
 template <class S>
-__device__ void input_gradient(const InputGradientArgs<S>& a) {
+__device__ void input_gradient(const DirectInputGradientArgs<S>& a) {
     typedef Arithmetic<S> T;
     const ConvShape& s = a.shape;
     const int C = s.in_channels, O = s.out_channels;
@@ -472,7 +456,7 @@ __device__ void input_gradient(const InputGradientArgs<S>& a) {
     // What the classes see, from the first class's first row to the last one's last.
     int first = 1 << 30, end = -(1 << 30);
     for (int remainder = 0; remainder < s.stride; ++remainder) {
-        const ParityClass seen = parity_class(s, remainder);
+        const ParityClass seen = parity_class(s, remainder, s.height);
         if (seen.taps == 0) continue;
         first = seen.first < first ? seen.first : first;
         end = seen.first + seen.taps > end ? seen.first + seen.taps : end;
@@ -496,7 +480,8 @@ __device__ void input_gradient(const InputGradientArgs<S>& a) {
     const T* packed = a.packed;
     for (int cls = 0; cls < s.stride * s.stride; ++cls) {
         const int row_remainder = cls / s.stride, column_remainder = cls % s.stride;
-        const ParityClass rows = parity_class(s, row_remainder), columns = parity_class(s, column_remainder);
+        const ParityClass rows = parity_class(s, row_remainder, s.height);
+        const ParityClass columns = parity_class(s, column_remainder, s.width);
         const int run = columns.taps * O;
         // Rows of this class in the band.
         int count = 0;
@@ -530,7 +515,7 @@ __device__ void input_gradient(const InputGradientArgs<S>& a) {
 // ---- Weight gradient -----------------------------------------------------------------------------------------------
 
 template <class S, class T = Arithmetic<S>>
-struct WeightGradientArgs {
+struct DirectWeightGradientArgs {
     const S* x;
     const S* dy;
     T* partial;  // [group][slice of in][panel of out][tap row][tap column][in of the slice][kPanel]
@@ -589,7 +574,7 @@ __forceinline__ Stretches inside(const Band& band, const ConvShape& s, int tap_r
 
 /// The sum over one group's images for one slice of the input channels.
 template <class S>
-__device__ void weight_gradient(const WeightGradientArgs<S>& a) {
+__device__ void weight_gradient(const DirectWeightGradientArgs<S>& a) {
     typedef Arithmetic<S> T;
     constexpr int W = kPanel<T>;
     const ConvShape& s = a.shape;
@@ -707,25 +692,25 @@ __device__ void sum_groups(const SumGroupsArgs<T>& a) {
 
 }  // namespace
 
-POLDER_HOST_KERNEL(conv_direct_pack_forward_f32, pack_forward<float>, PackArgs<float>)
-POLDER_HOST_KERNEL(conv_direct_pack_forward_f16, pack_forward<__half>, PackArgs<__half>)
-POLDER_HOST_KERNEL(conv_direct_pack_forward_bf16, pack_forward<__nv_bfloat16>, PackArgs<__nv_bfloat16>)
-POLDER_HOST_KERNEL(conv_direct_pack_forward_f64, pack_forward<double>, PackArgs<double>)
-POLDER_HOST_KERNEL(conv_direct_pack_input_gradient_f32, pack_input_gradient<float>, PackArgs<float>)
-POLDER_HOST_KERNEL(conv_direct_pack_input_gradient_f16, pack_input_gradient<__half>, PackArgs<__half>)
-POLDER_HOST_KERNEL(conv_direct_pack_input_gradient_bf16, pack_input_gradient<__nv_bfloat16>, PackArgs<__nv_bfloat16>)
-POLDER_HOST_KERNEL(conv_direct_pack_input_gradient_f64, pack_input_gradient<double>, PackArgs<double>)
-POLDER_HOST_KERNEL(conv_direct_forward_f32, forward<float>, ForwardArgs<float>)
-POLDER_HOST_KERNEL(conv_direct_forward_f16, forward<__half>, ForwardArgs<__half>)
-POLDER_HOST_KERNEL(conv_direct_forward_bf16, forward<__nv_bfloat16>, ForwardArgs<__nv_bfloat16>)
-POLDER_HOST_KERNEL(conv_direct_forward_f64, forward<double>, ForwardArgs<double>)
-POLDER_HOST_KERNEL(conv_direct_input_gradient_f32, input_gradient<float>, InputGradientArgs<float>)
-POLDER_HOST_KERNEL(conv_direct_input_gradient_f16, input_gradient<__half>, InputGradientArgs<__half>)
-POLDER_HOST_KERNEL(conv_direct_input_gradient_bf16, input_gradient<__nv_bfloat16>, InputGradientArgs<__nv_bfloat16>)
-POLDER_HOST_KERNEL(conv_direct_input_gradient_f64, input_gradient<double>, InputGradientArgs<double>)
-POLDER_HOST_KERNEL(conv_direct_weight_gradient_f32, weight_gradient<float>, WeightGradientArgs<float>)
-POLDER_HOST_KERNEL(conv_direct_weight_gradient_f16, weight_gradient<__half>, WeightGradientArgs<__half>)
-POLDER_HOST_KERNEL(conv_direct_weight_gradient_bf16, weight_gradient<__nv_bfloat16>, WeightGradientArgs<__nv_bfloat16>)
-POLDER_HOST_KERNEL(conv_direct_weight_gradient_f64, weight_gradient<double>, WeightGradientArgs<double>)
+POLDER_HOST_KERNEL(conv_direct_pack_forward_f32, pack_forward<float>, PackWeightsArgs<float>)
+POLDER_HOST_KERNEL(conv_direct_pack_forward_f16, pack_forward<__half>, PackWeightsArgs<__half>)
+POLDER_HOST_KERNEL(conv_direct_pack_forward_bf16, pack_forward<__nv_bfloat16>, PackWeightsArgs<__nv_bfloat16>)
+POLDER_HOST_KERNEL(conv_direct_pack_forward_f64, pack_forward<double>, PackWeightsArgs<double>)
+POLDER_HOST_KERNEL(conv_direct_pack_input_gradient_f32, pack_input_gradient<float>, PackWeightsArgs<float>)
+POLDER_HOST_KERNEL(conv_direct_pack_input_gradient_f16, pack_input_gradient<__half>, PackWeightsArgs<__half>)
+POLDER_HOST_KERNEL(conv_direct_pack_input_gradient_bf16, pack_input_gradient<__nv_bfloat16>, PackWeightsArgs<__nv_bfloat16>)
+POLDER_HOST_KERNEL(conv_direct_pack_input_gradient_f64, pack_input_gradient<double>, PackWeightsArgs<double>)
+POLDER_HOST_KERNEL(conv_direct_forward_f32, forward<float>, DirectForwardArgs<float>)
+POLDER_HOST_KERNEL(conv_direct_forward_f16, forward<__half>, DirectForwardArgs<__half>)
+POLDER_HOST_KERNEL(conv_direct_forward_bf16, forward<__nv_bfloat16>, DirectForwardArgs<__nv_bfloat16>)
+POLDER_HOST_KERNEL(conv_direct_forward_f64, forward<double>, DirectForwardArgs<double>)
+POLDER_HOST_KERNEL(conv_direct_input_gradient_f32, input_gradient<float>, DirectInputGradientArgs<float>)
+POLDER_HOST_KERNEL(conv_direct_input_gradient_f16, input_gradient<__half>, DirectInputGradientArgs<__half>)
+POLDER_HOST_KERNEL(conv_direct_input_gradient_bf16, input_gradient<__nv_bfloat16>, DirectInputGradientArgs<__nv_bfloat16>)
+POLDER_HOST_KERNEL(conv_direct_input_gradient_f64, input_gradient<double>, DirectInputGradientArgs<double>)
+POLDER_HOST_KERNEL(conv_direct_weight_gradient_f32, weight_gradient<float>, DirectWeightGradientArgs<float>)
+POLDER_HOST_KERNEL(conv_direct_weight_gradient_f16, weight_gradient<__half>, DirectWeightGradientArgs<__half>)
+POLDER_HOST_KERNEL(conv_direct_weight_gradient_bf16, weight_gradient<__nv_bfloat16>, DirectWeightGradientArgs<__nv_bfloat16>)
+POLDER_HOST_KERNEL(conv_direct_weight_gradient_f64, weight_gradient<double>, DirectWeightGradientArgs<double>)
 POLDER_HOST_KERNEL(conv_direct_sum_groups_f32, sum_groups<float>, SumGroupsArgs<float>)
 POLDER_HOST_KERNEL(conv_direct_sum_groups_f64, sum_groups<double>, SumGroupsArgs<double>)

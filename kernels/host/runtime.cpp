@@ -6,6 +6,7 @@
 // what it waited for puts it, and all who waited with it, at the queue's end, in that order. A thread
 // that starts where another exited takes over its stack, so threads that never wait cost a call each. When the queue is
 // empty and some threads have not exited, these wait for what can no longer happen: that is the launch's fault.
+#include "launch.hpp"
 #include "simt.hpp"
 #include "switch.hpp"
 
@@ -21,25 +22,6 @@
 
 extern "C" {
 
-struct PolderLaunch {
-    void (*entry)(const void* args);
-    const char* name;
-    const void* args;
-    uint32_t grid[3];
-    uint32_t block[3];
-    uint64_t shared_bytes;
-    uint32_t order;
-    uint32_t reserved;
-    uint64_t seed;
-};
-
-struct PolderFault {
-    uint32_t kind;
-    uint32_t block[3];
-    uint32_t thread[3];
-    char message[236];
-};
-
 __thread PolderPosition polder_position;
 
 int polder_host_run(const PolderLaunch* launch, uint64_t first_block, uint64_t last_block, PolderFault* fault);
@@ -47,10 +29,6 @@ int polder_host_run(const PolderLaunch* launch, uint64_t first_block, uint64_t l
 
 namespace {
 
-enum FaultKind : uint32_t { kNoFault = 0, kBarrierDivergence = 1, kWarpFault = 2, kHostFailure = 3 };
-enum BlockOrder : uint32_t { kForwards = 0, kBackwards = 1, kRandom = 2 };
-
-constexpr unsigned kMaxThreads = 1024;
 constexpr unsigned kMaxWarps = kMaxThreads / 32;
 #ifdef POLDER_ASAN
 constexpr size_t kStackBytes = 512 << 10;
@@ -202,12 +180,12 @@ void push(Worker& worker, unsigned thread) {
 // Appends the threads first + i for the set bits of `lanes` (all of [first, first + count) if `lanes` is null).
 void push_in_order(Worker& worker, unsigned first, unsigned count, const unsigned* lanes) {
     const unsigned start = worker.queue_count;
-    const bool backwards = worker.launch->order == kBackwards;
+    const bool backwards = worker.launch->order == kOrderBackwards;
     for (unsigned i = 0; i < count; ++i) {
         const unsigned offset = backwards ? count - 1 - i : i;
         if (lanes == nullptr || (*lanes >> offset) & 1u) push(worker, first + offset);
     }
-    if (worker.launch->order != kRandom) return;
+    if (worker.launch->order != kOrderRandom) return;
     for (unsigned left = worker.queue_count - start; left > 1; --left) {
         unsigned& last = worker.queue[(worker.queue_first + start + left - 1) % kMaxThreads];
         unsigned& other = worker.queue[(worker.queue_first + start + random_below(worker, left)) % kMaxThreads];
@@ -563,10 +541,10 @@ __attribute__((noinline)) void run_blocks(Worker& worker, uint64_t first_block, 
     const uint64_t count = last_block - first_block;
     for (uint64_t i = 0; i < count; ++i) {
         uint64_t block = first_block + i;
-        if (launch.order == kBackwards) block = last_block - 1 - i;
-        if (launch.order == kRandom) block = first_block + permuted(i, count, launch.seed);
+        if (launch.order == kOrderBackwards) block = last_block - 1 - i;
+        if (launch.order == kOrderRandom) block = first_block + permuted(i, count, launch.seed);
         enter_block(launch, block);
-        polder_position.another_follows = launch.order == kForwards && i + 1 < count;
+        polder_position.another_follows = launch.order == kOrderForwards && i + 1 < count;
         if (worker.thread_count == 1) {
             launch.entry(launch.args);
         } else if (!run_fibers(worker, block)) {

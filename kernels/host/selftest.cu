@@ -1,5 +1,5 @@
 // Kernels that test the host device itself: that it runs CUDA's device language with CUDA's semantics, and reports what
-// CUDA leaves undefined. They are never compiled for a GPU.
+// CUDA leaves undefined. They are never compiled for a GPU. In the comments, `in` and `out` are a kernel's `input` and `output`.
 #include "../include/mma.cuh"
 #include "../include/polder.cuh"
 
@@ -14,76 +14,76 @@ __device__ uint64_t global_thread() { return linear_block() * block_threads() + 
 __device__ uint64_t global_threads() { return block_threads() * gridDim.x * gridDim.y * gridDim.z; }
 
 // out[12 i ..] = threadIdx, blockIdx, blockDim, gridDim of the i-th thread of the grid.
-struct PositionArgs { uint32_t* out; };
+struct PositionArgs { uint32_t* output; };
 __device__ void position(const PositionArgs& a) {
-    uint32_t* out = a.out + 12 * global_thread();
+    uint32_t* out = a.output + 12 * global_thread();
     out[0] = threadIdx.x, out[1] = threadIdx.y, out[2] = threadIdx.z;
     out[3] = blockIdx.x, out[4] = blockIdx.y, out[5] = blockIdx.z;
     out[6] = blockDim.x, out[7] = blockDim.y, out[8] = blockDim.z;
     out[9] = gridDim.x, out[10] = gridDim.y, out[11] = gridDim.z;
 }
 
-// out[i] = 2 x[i], for any grid and block.
-struct GridStrideArgs { const float* x; float* out; uint64_t n; };
+// out[i] = 2 in[i], for any grid and block.
+struct GridStrideArgs { const float* input; float* output; uint64_t n; };
 __device__ void grid_stride(const GridStrideArgs& a) {
-    for (uint64_t i = global_thread(); i < a.n; i += global_threads()) a.out[i] = 2.0f * a.x[i];
+    for (uint64_t i = global_thread(); i < a.n; i += global_threads()) a.output[i] = 2.0f * a.input[i];
 }
 
 // ---- Warp operations: whole warps, one value per thread of the grid ------------------------------------------------
 
 // With n threads: out[i], out[n + i], out[2n + i], out[3n + i] = the value that thread i gets by index (from lane
 // `parameter`), up, down and xor (by `parameter`), in segments of `width` lanes.
-template <class T> struct ShuffleArgs { const T* in; T* out; uint32_t parameter; uint32_t width; };
+template <class T> struct ShuffleArgs { const T* input; T* output; uint32_t parameter; uint32_t width; };
 template <class T> __device__ void shuffle(const ShuffleArgs<T>& a) {
     const uint64_t i = global_thread(), n = global_threads();
-    const T value = a.in[i];
-    a.out[i] = __shfl_sync(0xffffffffu, value, int(a.parameter), int(a.width));
-    a.out[n + i] = __shfl_up_sync(0xffffffffu, value, a.parameter, int(a.width));
-    a.out[2 * n + i] = __shfl_down_sync(0xffffffffu, value, a.parameter, int(a.width));
-    a.out[3 * n + i] = __shfl_xor_sync(0xffffffffu, value, int(a.parameter), int(a.width));
+    const T value = a.input[i];
+    a.output[i] = __shfl_sync(0xffffffffu, value, int(a.parameter), int(a.width));
+    a.output[n + i] = __shfl_up_sync(0xffffffffu, value, a.parameter, int(a.width));
+    a.output[2 * n + i] = __shfl_down_sync(0xffffffffu, value, a.parameter, int(a.width));
+    a.output[3 * n + i] = __shfl_xor_sync(0xffffffffu, value, int(a.parameter), int(a.width));
 }
 
 // The two halves of a warp on different ways: out[2 i] = in[i ^ 1] in the lower half, in[i + 1] in the upper, whose
 // last lane keeps its own. Then the warp as one: out[2 i + 1] = lanes with an odd out[2 i].
-struct HalfWarpsArgs { const uint32_t* in; uint32_t* out; };
+struct HalfWarpsArgs { const uint32_t* input; uint32_t* output; };
 __device__ void half_warps(const HalfWarpsArgs& a) {
     const uint64_t i = global_thread();
-    uint32_t value = a.in[i];
+    uint32_t value = a.input[i];
     if (threadIdx.x % 32 < 16) {
         value = __shfl_xor_sync(0x0000ffffu, value, 1);
     } else {
         value = __shfl_down_sync(0xffff0000u, value, 1);
         __syncwarp(0xffff0000u);
     }
-    a.out[2 * i] = value;
-    a.out[2 * i + 1] = __ballot_sync(0xffffffffu, int(value & 1u));
+    a.output[2 * i] = value;
+    a.output[2 * i + 1] = __ballot_sync(0xffffffffu, int(value & 1u));
 }
 
 // A shuffle from lanes that its mask does not name, in the lower half of a warp: out[i] = in[i + 8] where lane + 8 < 16,
 // otherwise NaN (CUDA: undefined). The upper half writes zero.
-struct OutsideMaskArgs { const float* in; float* out; };
+struct OutsideMaskArgs { const float* input; float* output; };
 __device__ void outside_mask(const OutsideMaskArgs& a) {
     const uint64_t i = global_thread();
-    a.out[i] = threadIdx.x % 32 < 16 ? __shfl_down_sync(0x0000ffffu, a.in[i], 8) : 0.0f;
+    a.output[i] = threadIdx.x % 32 < 16 ? __shfl_down_sync(0x0000ffffu, a.input[i], 8) : 0.0f;
 }
 
 // out[4 i ..] = ballot, any and all of "in[i] is odd" in the warp of thread i, and whether __activemask names thread i.
-struct VoteArgs { const uint32_t* in; uint32_t* out; };
+struct VoteArgs { const uint32_t* input; uint32_t* output; };
 __device__ void vote(const VoteArgs& a) {
     const uint64_t i = global_thread();
-    const int odd = int(a.in[i] & 1u);
-    a.out[4 * i] = __ballot_sync(0xffffffffu, odd);
-    a.out[4 * i + 1] = uint32_t(__any_sync(0xffffffffu, odd));
-    a.out[4 * i + 2] = uint32_t(__all_sync(0xffffffffu, odd));
-    a.out[4 * i + 3] = (__activemask() >> (threadIdx.x % 32)) & 1u;
+    const int odd = int(a.input[i] & 1u);
+    a.output[4 * i] = __ballot_sync(0xffffffffu, odd);
+    a.output[4 * i + 1] = uint32_t(__any_sync(0xffffffffu, odd));
+    a.output[4 * i + 2] = uint32_t(__all_sync(0xffffffffu, odd));
+    a.output[4 * i + 3] = (__activemask() >> (threadIdx.x % 32)) & 1u;
 }
 
 // out[9 i ..] = sum, minimum and maximum as signed numbers, the same as unsigned ones, and, or, xor over the warp.
-struct WarpReduceArgs { const uint32_t* in; uint32_t* out; };
+struct WarpReduceArgs { const uint32_t* input; uint32_t* output; };
 __device__ void warp_reduce(const WarpReduceArgs& a) {
     const uint64_t i = global_thread();
-    const unsigned mask = 0xffffffffu, value = a.in[i];
-    uint32_t* out = a.out + 9 * i;
+    const unsigned mask = 0xffffffffu, value = a.input[i];
+    uint32_t* out = a.output + 9 * i;
     out[0] = uint32_t(__reduce_add_sync(mask, int(value)));
     out[1] = uint32_t(__reduce_min_sync(mask, int(value)));
     out[2] = uint32_t(__reduce_max_sync(mask, int(value)));
@@ -97,53 +97,53 @@ __device__ void warp_reduce(const WarpReduceArgs& a) {
 
 // The upper half of each warp exits; the lower, which waits with the default mask, goes on: out[i] = in[i ^ 1] there,
 // passed on through shared memory. At most 256 threads in x.
-struct ExitedSyncwarpArgs { const uint32_t* in; uint32_t* out; };
+struct ExitedSyncwarpArgs { const uint32_t* input; uint32_t* output; };
 __device__ void exited_syncwarp(const ExitedSyncwarpArgs& a) {
     __shared__ uint32_t shared[256];
     if (threadIdx.x % 32 >= 16) return;
-    shared[threadIdx.x] = a.in[global_thread()];
+    shared[threadIdx.x] = a.input[global_thread()];
     __syncwarp();
-    a.out[global_thread()] = shared[threadIdx.x ^ 1u];
+    a.output[global_thread()] = shared[threadIdx.x ^ 1u];
 }
 
 // ---- Tensor cores: whole warps, at most 256 threads in x ------------------------------------------------------------
 
 // out[4 i ..] = the fragment of c + a * b, of the fragments a = in[10 i ..], b = in[10 i + 4 ..], c = in[10 i + 6 ..].
-struct MmaArgs { const uint32_t* in; float* out; };
+struct MmaArgs { const uint32_t* input; float* output; };
 template <class T> __device__ void multiply_fragments(const MmaArgs& a) {
-    const uint32_t* in = a.in + 10 * global_thread();
+    const uint32_t* in = a.input + 10 * global_thread();
     const uint32_t left[4] = {in[0], in[1], in[2], in[3]}, right[2] = {in[4], in[5]};
     float sum[4];
     for (int i = 0; i < 4; ++i) sum[i] = __uint_as_float(in[6 + i]);
     mma<T>(sum, left, right);
-    for (int i = 0; i < 4; ++i) a.out[4 * global_thread() + i] = sum[i];
+    for (int i = 0; i < 4; ++i) a.output[4 * global_thread() + i] = sum[i];
 }
 
 // out[i] = in[i] rounded to TF32.
-struct RoundArgs { const float* in; uint32_t* out; uint64_t n; };
+struct RoundArgs { const float* input; uint32_t* output; uint64_t n; };
 __device__ void round_to_tf32(const RoundArgs& a) {
-    for (uint64_t i = global_thread(); i < a.n; i += global_threads()) a.out[i] = to_tf32(a.in[i]);
+    for (uint64_t i = global_thread(); i < a.n; i += global_threads()) a.output[i] = to_tf32(a.input[i]);
 }
 
 // out[4 i ..] = what ldmatrix gives thread i, which names a row of in[4 i ..]. The rows lie apart and in disorder.
-struct LdmatrixArgs { const uint4* in; uint4* out; };
+struct LdmatrixArgs { const uint4* input; uint4* output; };
 template <bool TRANSPOSED> __device__ void load_matrices(const LdmatrixArgs& a) {
     alignas(16) __shared__ uint4 rows[512];
     uint4* row = &rows[2 * (threadIdx.x ^ 21u)];
-    *row = a.in[global_thread()];
+    *row = a.input[global_thread()];
     __syncwarp();
     uint32_t matrices[4];
     ldmatrix<TRANSPOSED>(row, matrices);
-    a.out[global_thread()] = {matrices[0], matrices[1], matrices[2], matrices[3]};
+    a.output[global_thread()] = {matrices[0], matrices[1], matrices[2], matrices[3]};
 }
 
 // Two copies by each thread, a group each: of in[i], and of in[i] again where i is even, otherwise of nothing. out[5 i ..] =
 // the first before and after it is waited for, the second then and after it is waited for, the first of the neighbour.
-struct AsyncArgs { const uint4* in; uint4* out; };
+struct AsyncArgs { const uint4* input; uint4* output; };
 __device__ void copy_asynchronously(const AsyncArgs& a) {
     alignas(16) __shared__ uint4 shared[2][256];
-    const uint4* in = a.in + global_thread();
-    uint4* out = a.out + 5 * global_thread();
+    const uint4* in = a.input + global_thread();
+    uint4* out = a.output + 5 * global_thread();
     AsyncCopies copies;
     copies.copy<true>(&shared[0][threadIdx.x], in, true);
     copies.commit();
@@ -161,37 +161,37 @@ __device__ void copy_asynchronously(const AsyncArgs& a) {
 // ---- Blocks: of 256 threads in x where shared arrays are static ----------------------------------------------------
 
 // out[3 i ..] = how many threads of the block have in[i] != 0, whether all, whether any (as 0 or 1).
-struct SyncCountArgs { const int32_t* in; int32_t* out; };
+struct SyncCountArgs { const int32_t* input; int32_t* output; };
 __device__ void sync_count(const SyncCountArgs& a) {
     const uint64_t i = global_thread();
-    a.out[3 * i] = __syncthreads_count(a.in[i]);
-    a.out[3 * i + 1] = __syncthreads_and(a.in[i]) != 0;
-    a.out[3 * i + 2] = __syncthreads_or(a.in[i]) != 0;
+    a.output[3 * i] = __syncthreads_count(a.input[i]);
+    a.output[3 * i + 1] = __syncthreads_and(a.input[i]) != 0;
+    a.output[3 * i + 2] = __syncthreads_or(a.input[i]) != 0;
 }
 
 // out[block] = the sum of the block's 256 elements of in[0 .. n), as a tree: s[t] += s[t + 128], then 64, ... 1.
-struct BlockSumArgs { const float* in; float* out; uint64_t n; };
+struct BlockSumArgs { const float* input; float* output; uint64_t n; };
 __device__ void block_sum_static(const BlockSumArgs& a) {
     __shared__ float shared[256];
     const uint64_t i = global_thread();
-    shared[threadIdx.x] = i < a.n ? a.in[i] : 0.0f;
+    shared[threadIdx.x] = i < a.n ? a.input[i] : 0.0f;
     for (unsigned stride = 128; stride > 0; stride /= 2) {
         __syncthreads();
         if (threadIdx.x < stride) shared[threadIdx.x] += shared[threadIdx.x + stride];
     }
-    if (threadIdx.x == 0) a.out[blockIdx.x] = shared[0];
+    if (threadIdx.x == 0) a.output[blockIdx.x] = shared[0];
 }
 
 // The same tree, in dynamic shared memory of 4 bytes per thread, for any block of a power of two.
 __device__ void block_sum_dynamic(const BlockSumArgs& a) {
     POLDER_DYNAMIC_SHARED(float, shared);
     const uint64_t i = global_thread();
-    shared[threadIdx.x] = i < a.n ? a.in[i] : 0.0f;
+    shared[threadIdx.x] = i < a.n ? a.input[i] : 0.0f;
     for (unsigned stride = blockDim.x / 2; stride > 0; stride /= 2) {
         __syncthreads();
         if (threadIdx.x < stride) shared[threadIdx.x] += shared[threadIdx.x + stride];
     }
-    if (threadIdx.x == 0) a.out[blockIdx.x] = shared[0];
+    if (threadIdx.x == 0) a.output[blockIdx.x] = shared[0];
 }
 
 // By warps: xor shuffles over 16, 8, ... 1 in each, then the warps' sums in the first warp. Whole warps, at most
@@ -199,32 +199,32 @@ __device__ void block_sum_dynamic(const BlockSumArgs& a) {
 __device__ void block_sum_shuffle(const BlockSumArgs& a) {
     __shared__ float warp_sums[8];
     const uint64_t i = global_thread();
-    float sum = i < a.n ? a.in[i] : 0.0f;
+    float sum = i < a.n ? a.input[i] : 0.0f;
     for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = sum;
     __syncthreads();
     if (threadIdx.x >= 32) return;
     sum = threadIdx.x < blockDim.x / 32 ? warp_sums[threadIdx.x] : 0.0f;
     for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-    if (threadIdx.x == 0) a.out[blockIdx.x] = sum;
+    if (threadIdx.x == 0) a.output[blockIdx.x] = sum;
 }
 
 // A race, for the schedules to show: out[i] = 2 in[i] of the right neighbour (cyclic in the block), or zero where the
 // neighbour had not yet written, since the barrier between is missing. At most 256 threads in x.
-struct RaceArgs { const uint32_t* in; uint32_t* out; };
+struct RaceArgs { const uint32_t* input; uint32_t* output; };
 __device__ void race(const RaceArgs& a) {
     __shared__ uint32_t shared[256];
     shared[threadIdx.x] = 0;
     __syncthreads();
-    shared[threadIdx.x] = 2 * a.in[global_thread()];
-    a.out[global_thread()] = shared[(threadIdx.x + 1) % blockDim.x];
+    shared[threadIdx.x] = 2 * a.input[global_thread()];
+    a.output[global_thread()] = shared[(threadIdx.x + 1) % blockDim.x];
 }
 
 // out[i] = dynamic shared memory (4 bytes per thread) that nobody has written: NaN, in every block.
-struct UninitialisedArgs { float* out; };
+struct UninitialisedArgs { float* output; };
 __device__ void uninitialised(const UninitialisedArgs& a) {
     POLDER_DYNAMIC_SHARED(float, shared);
-    a.out[global_thread()] = shared[threadIdx.x];
+    a.output[global_thread()] = shared[threadIdx.x];
     __syncthreads();
     shared[threadIdx.x] = 1.0f;
 }
@@ -264,11 +264,11 @@ __device__ void atomics(const AtomicsArgs& a) {
 // ---- Arithmetic ----------------------------------------------------------------------------------------------------
 
 // Conversions of in[0 .. n), and back.
-struct HalfArgs { const float* in; uint16_t* f16; uint16_t* bf16; float* from_f16; float* from_bf16; uint64_t n; };
+struct HalfArgs { const float* input; uint16_t* f16; uint16_t* bf16; float* from_f16; float* from_bf16; uint64_t n; };
 __device__ void half_conversions(const HalfArgs& a) {
     for (uint64_t i = global_thread(); i < a.n; i += global_threads()) {
-        const __half f16 = __float2half_rn(a.in[i]);
-        const __nv_bfloat16 bf16 = __float2bfloat16_rn(a.in[i]);
+        const __half f16 = __float2half_rn(a.input[i]);
+        const __nv_bfloat16 bf16 = __float2bfloat16_rn(a.input[i]);
         a.f16[i] = __half_as_ushort(f16);
         a.bf16[i] = __bfloat16_as_ushort(bf16);
         a.from_f16[i] = __half2float(f16);
@@ -278,12 +278,12 @@ __device__ void half_conversions(const HalfArgs& a) {
 
 // out[10 i ..] of x = in[i]: rsqrtf, sinpif, cospif, fminf and fmaxf with 0.5, with NaN, fma of (x, x, 1), and whether
 // x is finite, is NaN.
-struct MathArgs { const float* in; float* out; uint64_t n; };
+struct MathArgs { const float* input; float* output; uint64_t n; };
 __device__ void math(const MathArgs& a) {
     const float nan = __int_as_float(0x7fc00000);
     for (uint64_t i = global_thread(); i < a.n; i += global_threads()) {
-        const float x = a.in[i];
-        float* out = a.out + 10 * i;
+        const float x = a.input[i];
+        float* out = a.output + 10 * i;
         out[0] = rsqrtf(x);
         sincospif(x, &out[1], &out[2]);
         out[3] = fminf(x, 0.5f);
@@ -297,11 +297,11 @@ __device__ void math(const MathArgs& a) {
 }
 
 // out[5 i ..] of x = in[i]: __popc, __clz, __ffs, __umulhi with 0x9e3779b9, __float_as_uint of __uint_as_float.
-struct BitsArgs { const uint32_t* in; uint32_t* out; uint64_t n; };
+struct BitsArgs { const uint32_t* input; uint32_t* output; uint64_t n; };
 __device__ void bits(const BitsArgs& a) {
     for (uint64_t i = global_thread(); i < a.n; i += global_threads()) {
-        const uint32_t x = a.in[i];
-        uint32_t* out = a.out + 5 * i;
+        const uint32_t x = a.input[i];
+        uint32_t* out = a.output + 5 * i;
         out[0] = uint32_t(__popc(x));
         out[1] = uint32_t(__clz(int(x)));
         out[2] = uint32_t(__ffs(int(x)));
@@ -326,7 +326,7 @@ enum Wrong : uint32_t {
     kOperations = 8,         // warp fault: odd lanes shuffle up, even ones down
     kWidth = 9,              // warp fault: a width of 12
 };
-struct FaultArgs { uint32_t* out; uint64_t block; uint32_t which; };
+struct FaultArgs { uint32_t* output; uint64_t block; uint32_t which; };
 __device__ void fault(const FaultArgs& a) {
     const unsigned thread = threadIdx.x, lane = thread % 32, full = 0xffffffffu;
     switch (linear_block() == a.block ? a.which : uint32_t(kNothing)) {
@@ -364,12 +364,12 @@ __device__ void fault(const FaultArgs& a) {
         case kWidth: __shfl_sync(full, lane, 0, 12); break;
         default: break;
     }
-    a.out[global_thread()] = 1;
+    a.output[global_thread()] = 1;
 }
 
 // Calls itself `depth` times, with a frame of at least 1 KiB each; in blocks of several threads, where stacks are the
 // fibers' own, enough of them end the process with status 134 and a line on stderr. Else out[i] = depth.
-struct StackOverflowArgs { uint32_t* out; uint32_t depth; };
+struct StackOverflowArgs { uint32_t* output; uint32_t depth; };
 __device__ __attribute__((noinline)) uint32_t descend(uint32_t depth) {
     volatile uint32_t frame[256];
     frame[depth % 256] = depth;
@@ -377,7 +377,7 @@ __device__ __attribute__((noinline)) uint32_t descend(uint32_t depth) {
     const uint32_t below = descend(depth - 1);
     return below + (frame[depth % 256] == depth ? 1u : 0u);
 }
-__device__ void stack_overflow(const StackOverflowArgs& a) { a.out[global_thread()] = descend(a.depth); }
+__device__ void stack_overflow(const StackOverflowArgs& a) { a.output[global_thread()] = descend(a.depth); }
 
 }  // namespace
 

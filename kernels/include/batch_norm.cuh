@@ -158,21 +158,14 @@ __device__ __forceinline__ Item relu_gradient(Item z, Item dy) {
     return z <= zero ? zero : dy;
 }
 
-/// Where the relu's mask comes from; the numbers are the wrapper's.
-enum Mask : uint32_t {
-    kNoMask = 0,     // there is no relu
-    kOutput = 1,     // the forward's output
-    kRecompute = 2,  // the forward's input, normalised again
-};
-
 /// What both backward passes read.
 template <class S, class T = Arithmetic<S>>
 struct Upstream {
     const S* x;
-    const S* y;  // null unless the mask is kOutput
+    const S* y;  // null unless the mask is kMaskOutput
     const S* dy;
     const T* gamma;
-    const T* beta;  // null unless the mask is kRecompute
+    const T* beta;  // null unless the mask is kMaskRecompute
     const T* mean;
     const T* inv_std;
 };
@@ -185,7 +178,7 @@ struct Masked {
     template <class S>
     __device__ __forceinline__ Masked(const Upstream<S>& u, uint32_t c) {
         mean = Group::load(u.mean + c);
-        if (mask == kRecompute) {
+        if (mask == kMaskRecompute) {
             const Group gamma = Group::load(u.gamma + c), inv_std = Group::load(u.inv_std + c);
             POLDER_UNROLL
             for (int k = 0; k < Group::items; ++k) scale.v[k] = gamma.v[k] * inv_std.v[k];
@@ -197,9 +190,9 @@ struct Masked {
     template <class S>
     __device__ __forceinline__ Group edge(const Upstream<S>& u, uint64_t place, const Group& x) const {
         Group edge = {};
-        if (mask == kOutput) {
+        if (mask == kMaskOutput) {
             edge = Group::load(u.y + place);
-        } else if (mask == kRecompute) {
+        } else if (mask == kMaskRecompute) {
             POLDER_UNROLL
             for (int k = 0; k < Group::items; ++k) edge.v[k] = affine(x.v[k], mean.v[k], scale.v[k], beta.v[k]);
         }
@@ -208,7 +201,7 @@ struct Masked {
 
     /// `value` where the relu passed, else 0.
     __device__ __forceinline__ Group passed(const Group& edge, Group value) const {
-        if (mask != kNoMask) {
+        if (mask != kMaskNone) {
             POLDER_UNROLL
             for (int k = 0; k < Group::items; ++k) value.v[k] = relu_gradient(edge.v[k], value.v[k]);
         }
@@ -237,9 +230,6 @@ __device__ __forceinline__ M combine_lines(M value, M* shared, Combine combine) 
     __syncthreads();  // before the next use of `shared`
     return shared[place];
 }
-
-/// What becomes of the gradient of the residual, which is dz; the numbers are the wrapper's.
-enum Residual : uint32_t { kNone = 0, kWrite = 1, kAccumulate = 2 };
 
 /// The tangents of what the backward passes read; all null in the backward itself.
 template <class S, class T = Arithmetic<S>>
@@ -307,9 +297,9 @@ __device__ __forceinline__ void sums_of_block(const SumsArgs<S>& a) {
                     sum_x.v[k] = sum_x.v[k] + dy.v[k] * (x_tangent.v[k] - mean_tangent.v[k]);
                 }
             }
-            if (residual == kWrite) {
+            if (residual == kResidualWrite) {
                 dz.store(a.residual + place);
-            } else if (residual == kAccumulate) {
+            } else if (residual == kResidualAccumulate) {
                 Group total = Group::load(a.residual + place);
                 POLDER_UNROLL
                 for (int k = 0; k < Group::items; ++k) total.v[k] = total.v[k] + dz.v[k];
@@ -354,18 +344,18 @@ __device__ __forceinline__ void sums_of_block(const SumsArgs<S>& a) {
 
 template <class S, Shape shape, bool tangent, Mask mask>
 __device__ __forceinline__ void sums_with_residual(const SumsArgs<S>& a) {
-    if (a.residual_mode == kNone) sums_of_block<S, shape, tangent, mask, kNone>(a);
-    else if (a.residual_mode == kWrite) sums_of_block<S, shape, tangent, mask, kWrite>(a);
-    else sums_of_block<S, shape, tangent, mask, kAccumulate>(a);
+    if (a.residual_mode == kResidualNone) sums_of_block<S, shape, tangent, mask, kResidualNone>(a);
+    else if (a.residual_mode == kResidualWrite) sums_of_block<S, shape, tangent, mask, kResidualWrite>(a);
+    else sums_of_block<S, shape, tangent, mask, kResidualAccumulate>(a);
 }
 
 template <class S, bool tangent>
 __device__ __forceinline__ void sums(const SumsArgs<S>& a) {
     with_shape(a.pack, [&](auto of) {
         constexpr Shape shape = decltype(of)::value;
-        if (a.mask == kOutput) sums_with_residual<S, shape, tangent, kOutput>(a);
-        else if (a.mask == kRecompute) sums_of_block<S, shape, tangent, kRecompute, kNone>(a);  // there was no residual
-        else sums_with_residual<S, shape, tangent, kNoMask>(a);
+        if (a.mask == kMaskOutput) sums_with_residual<S, shape, tangent, kMaskOutput>(a);
+        else if (a.mask == kMaskRecompute) sums_of_block<S, shape, tangent, kMaskRecompute, kResidualNone>(a);  // there was no residual
+        else sums_with_residual<S, shape, tangent, kMaskNone>(a);
     });
 }
 

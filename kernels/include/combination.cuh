@@ -4,9 +4,6 @@
 
 namespace {
 
-/// The most vectors of one combination.
-constexpr int kMaxTerms = 4;
-
 /// Up to four vectors and where their coefficients lie; `slot` says which of the four each vector takes.
 template <class T>
 struct CombinationArgs {

@@ -134,16 +134,16 @@ __device__ __forceinline__ Pack<T, V> row_pack(const T* row, int j, int count, b
 /// q * stride + remainder is reached from rows q + first ... q + first + taps - 1, through kernel rows that fall by
 /// `stride` from `last_tap`.
 struct ParityClass {
-    int taps, first, last_tap, extent;
-
-    __device__ __forceinline__ ParityClass(const ConvShape& s, int remainder, int whole) {
-        const int tap = (remainder + s.padding) % s.stride;
-        taps = tap < s.kernel ? (s.kernel - tap + s.stride - 1) / s.stride : 0;
-        first = (remainder + s.padding) / s.stride - (taps - 1);
-        last_tap = tap + (taps - 1) * s.stride;
-        extent = (whole - remainder + s.stride - 1) / s.stride;
-    }
+    int taps, first, last_tap;
+    int extent;  // rows (or columns) of the class among the `whole` ones
 };
+
+__device__ __forceinline__ ParityClass parity_class(const ConvShape& s, int remainder, int whole) {
+    const int tap = (remainder + s.padding) % s.stride;
+    const int taps = tap < s.kernel ? (s.kernel - tap + s.stride - 1) / s.stride : 0;
+    return {taps, (remainder + s.padding) / s.stride - (taps - 1), tap + (taps - 1) * s.stride,
+            (whole - remainder + s.stride - 1) / s.stride};
+}
 
 /// The weights [kernel row][kernel column][channel][out channel] as the input gradient of one class meets them: the depth
 /// runs over its taps, last kernel row and column first, and over the out channels.

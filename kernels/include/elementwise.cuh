@@ -5,9 +5,9 @@
 
 namespace {
 
-/// Packs of 16 bytes of T.
+/// Elements of T in a pack.
 template <class T>
-constexpr int kPack = 16 / int(sizeof(T));
+constexpr int kPack = kPackBytes / int(sizeof(T));
 
 /// Added to a norm that divides, so that a quotient stays finite where it vanishes.
 constexpr double kTiny = 1e-12;

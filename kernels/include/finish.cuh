@@ -13,7 +13,7 @@ __device__ __forceinline__ uint32_t exponent_overflow(double x) {
     return (uint32_t(uint64_t(__double_as_longlong(x)) >> 32) & 0x7fffffffu) + 0x00100000u;
 }
 
-struct Finish {
+struct FinishArgs {
     const double* scale;  // the loss scale; null where there is none
     uint32_t* flag;       // becomes 1 where something is not finite; null where this is not the last stage
     double* squares;      // where the launch's partial sums of squares begin; null where no norm is asked for
@@ -25,7 +25,7 @@ struct Finished {
     T inverse;
     uint32_t seen = 0;
 
-    __device__ __forceinline__ explicit Finished(const Finish& a) : inverse(a.scale != nullptr ? T(1.0 / a.scale[0]) : T(1)) {}
+    __device__ __forceinline__ explicit Finished(const FinishArgs& a) : inverse(a.scale != nullptr ? T(1.0 / a.scale[0]) : T(1)) {}
 
     /// The element without the loss scale: a power of two, so exact but for what becomes subnormal.
     __device__ __forceinline__ T value(T scaled) {
@@ -33,7 +33,7 @@ struct Finished {
         return scaled * inverse;
     }
     /// Every thread that writes writes the same value.
-    __device__ __forceinline__ void raise(const Finish& a) const {
+    __device__ __forceinline__ void raise(const FinishArgs& a) const {
         if (seen >> 31 && a.flag != nullptr) atomicOr(a.flag, 1u);
     }
 };

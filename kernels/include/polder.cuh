@@ -3,17 +3,18 @@
 // A kernel takes one plain struct by value and is registered with POLDER_KERNEL(name, function, args). The same source is
 // compiled by nvcc for the GPU and by the host compiler for the CPU (kernels/host/simt.hpp gives it CUDA semantics there).
 #pragma once
+#include "constants.cuh"
 
 #if defined(__CUDACC__)
 #include <cstdint>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// A block never has more than 256 threads. Asking for one resident block keeps ptxas from spilling registers for occupancy; where
-// BLOCKS of 256 threads are to be resident at a time, POLDER_RESIDENT_KERNEL says so.
+// Asking for one resident block keeps ptxas from spilling registers for occupancy. POLDER_RESIDENT_KERNEL asks for BLOCKS resident
+// blocks of kBlockThreads threads.
 #define POLDER_KERNEL(NAME, FUNCTION, ARGS) POLDER_RESIDENT_KERNEL(NAME, FUNCTION, ARGS, 1)
 #define POLDER_RESIDENT_KERNEL(NAME, FUNCTION, ARGS, BLOCKS)                                                          \
-    extern "C" __global__ void __launch_bounds__(256, BLOCKS) NAME(const __grid_constant__ ARGS args) {               \
+    extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS) NAME(const __grid_constant__ ARGS args) {               \
         polder_begin();                                                                                               \
         FUNCTION(args);                                                                                               \
     }

@@ -64,7 +64,7 @@ __device__ __forceinline__ T warp_max(T value) {
     return warp_reduce<Maximum>(value);
 }
 
-constexpr int kMaxWarpsPerBlock = 8;
+constexpr int kMaxWarpsPerBlock = int(kBlockThreads) / 32;
 
 /// Combines K values per thread over the block; every thread gets the results, in the same bits. All threads of the block
 /// must call it; the block has one thread, or a multiple of 32 up to 256.
@@ -125,7 +125,7 @@ __device__ __forceinline__ Sums<K> block_sums_of(uint64_t n, F f, const T* x, co
         return serial_sums<K>(begin, end, [=](uint64_t i) { return f(double(x[i]), double(rest[i])...); });
     }
 #endif
-    constexpr int V = 16 / sizeof(T);
+    constexpr int V = kPackBytes / sizeof(T);
     Sums<K> sums = {};
     const auto add = [&](const auto&... pack) {
         POLDER_UNROLL

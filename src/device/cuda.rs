@@ -91,7 +91,7 @@ pub(super) struct CudaDevice {
     /// other stream's work, a copy, a graph, or nothing, at a capture's beginning. Locked while the stream is given anything.
     behind_other: [Mutex<bool>; 2],
     /// By [`KernelId`]; `None` for a kernel of the CPU alone.
-    kernels: Vec<Option<Kernel>>,
+    kernels: Vec<Option<LoadedKernel>>,
     state: Mutex<State>,
 }
 
@@ -162,7 +162,7 @@ impl State {
 }
 
 /// A kernel's function on this GPU.
-struct Kernel {
+struct LoadedKernel {
     function: CudaFunction,
     /// The most dynamic shared memory that it may be launched with so far.
     shared_limit: AtomicUsize,
@@ -361,7 +361,7 @@ impl CudaDevice {
     /// As [`super::Device::launch`].
     pub(super) unsafe fn launch<A: Copy>(&self, kernel: KernelId, shape: Launch, args: &A) -> Result<()> {
         let refused = |message| Error::Launch { kernel: kernel.to_name(), message };
-        let Some(Kernel { function, shared_limit, early }) = &self.kernels[kernel.0] else {
+        let Some(LoadedKernel { function, shared_limit, early }) = &self.kernels[kernel.0] else {
             return Err(refused("exists on the CPU alone (double precision)".into()));
         };
         if shape.grid.contains(&0) {
@@ -615,7 +615,7 @@ fn keep_freed_memory(context: &CudaContext) -> std::result::Result<(), DriverErr
 }
 
 /// Loads every fatbin and looks every kernel up, so that no launch has to.
-fn load_kernels(context: &Arc<CudaContext>) -> std::result::Result<Vec<Option<Kernel>>, String> {
+fn load_kernels(context: &Arc<CudaContext>) -> std::result::Result<Vec<Option<LoadedKernel>>, String> {
     let mut modules: Vec<Arc<CudaModule>> = Vec::with_capacity(FATBINS.len());
     for &(name, image) in FATBINS {
         // The driver wants images aligned to 8 bytes: a heap block of this size is, the embedded bytes need not be.
@@ -639,7 +639,7 @@ fn load_kernels(context: &Arc<CudaContext>) -> std::result::Result<Vec<Option<Ke
         };
         let limit = ask(FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES)?;
         let early = may_be_early && ask(FunctionAttribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)? >= WAITS_FROM;
-        Ok(Kernel { function, shared_limit: AtomicUsize::new(usize::try_from(limit).unwrap_or(0)), early })
+        Ok(LoadedKernel { function, shared_limit: AtomicUsize::new(usize::try_from(limit).unwrap_or(0)), early })
     };
     let ids = (0..NAMES.len()).map(KernelId);
     ids.map(|id| if HOST_ONLY[id.0] { Ok(None) } else { find(id).map(Some) }).collect()

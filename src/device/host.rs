@@ -4,13 +4,15 @@
 //! step must not allocate: handing a job to a general pool from outside allocates queue segments now and then.
 
 use std::alloc::{self, Layout};
-use std::ffi::{c_char, c_void};
+use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::registry::{Entry, HOST, KernelId};
+use super::arguments::{PolderFault, PolderLaunch};
+use super::constants::{NO_FAULT, ORDER_BACKWARDS, ORDER_FORWARDS, ORDER_RANDOM};
+use super::registry::{HOST, KernelId};
 use super::{Error, Launch, Result};
 
 /// The order in which the host runs the blocks of a launch and the threads of a block. A right kernel yields the same bits in
@@ -77,36 +79,9 @@ pub(super) enum Recorded {
     Write(u64, Vec<u8>),
 }
 
-/// The runtime's launch description; see `kernels/host/runtime.cpp`.
-#[repr(C)]
-struct PolderLaunch {
-    entry: Entry,
-    name: *const c_char,
-    args: *const c_void,
-    grid: [u32; 3],
-    block: [u32; 3],
-    shared_bytes: u64,
-    order: u32,
-    reserved: u32,
-    seed: u64,
-}
-
-/// The runtime's report of a kernel that broke a rule.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct PolderFault {
-    kind: u32,
-    block: [u32; 3],
-    thread: [u32; 3],
-    message: [u8; 236],
-}
-
 unsafe extern "C" {
     fn polder_host_run(launch: *const PolderLaunch, first: u64, last: u64, fault: *mut PolderFault) -> i32;
 }
-
-// SAFETY: it is shared only for the time of one launch, whose caller keeps `args` alive; the pointers are never written.
-unsafe impl Sync for PolderLaunch {}
 
 impl HostDevice {
     pub(super) fn new(options: HostOptions) -> Self {
@@ -159,14 +134,14 @@ impl HostDevice {
     /// `args` points to the kernel's argument struct, as [`super::Device::launch`] asks.
     unsafe fn run(&self, kernel: KernelId, shape: Launch, args: *const c_void) -> Result<()> {
         let (order, seed) = match self.options.order {
-            BlockOrder::Forwards => (0, 0),
-            BlockOrder::Backwards => (1, 0),
-            BlockOrder::Random(seed) => (2, seed),
+            BlockOrder::Forwards => (ORDER_FORWARDS, 0),
+            BlockOrder::Backwards => (ORDER_BACKWARDS, 0),
+            BlockOrder::Random(seed) => (ORDER_RANDOM, seed),
         };
         let launch = PolderLaunch {
-            entry: HOST[self.instruction_set].1[kernel.0],
-            name: kernel.name().as_ptr(),
-            args,
+            entry: HOST[self.instruction_set].1[kernel.0] as usize as u64,
+            name: kernel.name().as_ptr().expose_provenance() as u64,
+            args: args.expose_provenance() as u64,
             grid: shape.grid,
             block: shape.block,
             shared_bytes: shape.shared as u64,
@@ -176,10 +151,11 @@ impl HostDevice {
         };
         let blocks: u64 = shape.grid.iter().map(|&extent| u64::from(extent)).product();
         // Several chunks for each thread even out blocks of unequal cost; another order is meant for the whole grid at once.
-        let chunk = if order == 0 { (blocks / (self.options.threads as u64 * 8)).max(1) } else { blocks.max(1) };
+        let chunk =
+            if order == ORDER_FORWARDS { (blocks / (self.options.threads as u64 * 8)).max(1) } else { blocks.max(1) };
         let first_fault: Mutex<Option<PolderFault>> = Mutex::new(None);
         self.team.run(blocks, chunk, &|first, last| {
-            let mut fault = PolderFault { kind: 0, block: [0; 3], thread: [0; 3], message: [0; 236] };
+            let mut fault = PolderFault { kind: NO_FAULT, block: [0; 3], thread: [0; 3], message: [0; 236] };
             // SAFETY: the launch description lives until `run` returns, and the caller vouches for the arguments.
             let status = unsafe { polder_host_run(&launch, first, last, &mut fault) };
             if status == 0 {

@@ -5,7 +5,9 @@
 //! which nobody outside sees. On the CPU a launch has finished when the call returns; on a GPU
 //! [`Device::synchronize`], [`Buffer::read`] and [`Event::elapsed_since`] wait.
 
+pub(crate) mod arguments;
 mod buffer;
+pub(crate) mod constants;
 mod cuda;
 mod error;
 mod host;
@@ -19,8 +21,9 @@ use std::sync::Arc;
 pub use buffer::{Buffer, Disjoint, Slice, SliceMut};
 pub use error::{Error, Result};
 pub use host::{BlockOrder, HostOptions};
-pub(crate) use registry::{KernelId, id};
+pub(crate) use registry::{Kernel, id};
 
+use arguments::Arguments;
 use cuda::CudaDevice;
 use host::HostDevice;
 
@@ -45,7 +48,7 @@ pub trait Compute: Element + fmt::Debug + PartialOrd {
     /// Exactly.
     fn to_f64(self) -> f64;
     #[doc(hidden)]
-    fn choose(kernels: ComputeKernels) -> KernelId;
+    fn choose<A>(kernels: ComputeKernels<A>) -> Kernel<A>;
 }
 
 /// The floating-point type of weights and of an optimizer's vectors: `f32` everywhere, `f64` on the CPU alone, where it makes
@@ -54,13 +57,20 @@ pub trait Scalar: Compute<Master = Self> + Default + Into<f64> {}
 
 /// The ids of one kernel for every type.
 #[doc(hidden)]
-#[derive(Clone, Copy)]
-pub struct ComputeKernels {
-    pub(crate) f32: KernelId,
-    pub(crate) f64: KernelId,
-    pub(crate) f16: KernelId,
-    pub(crate) bf16: KernelId,
+pub struct ComputeKernels<A> {
+    pub(crate) f32: Kernel<A>,
+    pub(crate) f64: Kernel<A>,
+    pub(crate) f16: Kernel<A>,
+    pub(crate) bf16: Kernel<A>,
 }
+
+impl<A> Clone for ComputeKernels<A> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<A> Copy for ComputeKernels<A> {}
 
 impl Compute for f32 {
     type Master = f32;
@@ -73,7 +83,7 @@ impl Compute for f32 {
     fn to_f64(self) -> f64 {
         f64::from(self)
     }
-    fn choose(kernels: ComputeKernels) -> KernelId {
+    fn choose<A>(kernels: ComputeKernels<A>) -> Kernel<A> {
         kernels.f32
     }
 }
@@ -89,7 +99,7 @@ impl Compute for f64 {
     fn to_f64(self) -> f64 {
         self
     }
-    fn choose(kernels: ComputeKernels) -> KernelId {
+    fn choose<A>(kernels: ComputeKernels<A>) -> Kernel<A> {
         kernels.f64
     }
 }
@@ -105,7 +115,7 @@ impl Compute for half::f16 {
     fn to_f64(self) -> f64 {
         half::f16::to_f64(self)
     }
-    fn choose(kernels: ComputeKernels) -> KernelId {
+    fn choose<A>(kernels: ComputeKernels<A>) -> Kernel<A> {
         kernels.f16
     }
 }
@@ -121,7 +131,7 @@ impl Compute for half::bf16 {
     fn to_f64(self) -> f64 {
         half::bf16::to_f64(self)
     }
-    fn choose(kernels: ComputeKernels) -> KernelId {
+    fn choose<A>(kernels: ComputeKernels<A>) -> Kernel<A> {
         kernels.bf16
     }
 }
@@ -160,7 +170,7 @@ impl Compute for Tf32 {
     fn to_f64(self) -> f64 {
         f64::from(self.0)
     }
-    fn choose(kernels: ComputeKernels) -> KernelId {
+    fn choose<A>(kernels: ComputeKernels<A>) -> Kernel<A> {
         kernels.f32
     }
 }
@@ -281,7 +291,10 @@ impl Device {
                 Inner::Host(_) => 4,
                 Inner::Cuda(cuda) => cuda.multiprocessors() * 8,
             };
-            return Launch::new(threads.div_ceil(256).min(full) as u32, 256);
+            return Launch::new(
+                threads.div_ceil(constants::BLOCK_THREADS).min(full) as u32,
+                constants::BLOCK_THREADS as u32,
+            );
         }
         Launch::new((n / 16384).clamp(1, 64) as u32, 1)
     }
@@ -377,14 +390,13 @@ impl Device {
     /// Launches a kernel with its one argument struct.
     ///
     /// # Safety
-    /// `A` must be the `#[repr(C)]` twin of the kernel's argument struct, and every address in it must be valid on this device
-    /// for all that the kernel reads and writes at this shape.
-    pub(crate) unsafe fn launch<A: Copy>(&self, kernel: KernelId, shape: Launch, args: &A) -> Result<()> {
+    /// Every address in `args` must be valid on this device for all that the kernel reads and writes at this shape.
+    pub(crate) unsafe fn launch<A: Arguments>(&self, kernel: Kernel<A>, shape: Launch, args: &A) -> Result<()> {
         match &self.0 {
             // SAFETY: the caller vouches for the arguments.
-            Inner::Host(host) => unsafe { host.launch(kernel, shape, args) },
+            Inner::Host(host) => unsafe { host.launch(kernel.id, shape, args) },
             // SAFETY: as above.
-            Inner::Cuda(cuda) => unsafe { cuda.launch(kernel, shape, args) },
+            Inner::Cuda(cuda) => unsafe { cuda.launch(kernel.id, shape, args) },
         }
     }
 }

@@ -13,7 +13,12 @@ use std::time::{Duration, Instant};
 
 use half::{bf16, f16};
 
-use super::{BlockOrder, Buffer, Device, Element, Error, HostOptions, KernelId, Launch, Result, id};
+use super::arguments::{
+    Arguments, AsyncArgs, AtomicsArgs, BitsArgs, BlockSumArgs, ExitedSyncwarpArgs, FaultArgs, GridStrideArgs, HalfArgs,
+    HalfWarpsArgs, LdmatrixArgs, MathArgs, MmaArgs, OutsideMaskArgs, PositionArgs, RaceArgs, RoundArgs, ShuffleArgs,
+    StackOverflowArgs, SyncCountArgs, UninitialisedArgs, VoteArgs, WarpReduceArgs,
+};
+use super::{BlockOrder, Buffer, Device, Element, Error, HostOptions, Kernel, Launch, Result, id};
 
 const FULL: u32 = u32::MAX;
 
@@ -33,38 +38,46 @@ fn in_every_order(test: impl Fn(&Device)) {
 }
 
 /// Launches a self-test kernel.
-fn launch<A: Copy>(device: &Device, kernel: KernelId, shape: Launch, args: A) -> Result<()> {
-    // SAFETY: every test hands over the twin of its kernel's argument struct, and buffers as long as the comment at
-    // that struct says for the shape. Of `MapArgs`, a kernel whose struct lacks the count reads what is before it.
+fn launch<A: Arguments>(device: &Device, kernel: Kernel<A>, shape: Launch, args: A) -> Result<()> {
+    // SAFETY: every test hands over buffers as long as the comment at the kernel's struct says for the shape.
     unsafe { device.launch(kernel, shape, &args) }
 }
 
-/// The arguments of most kernels; those without `n` do not read it.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct MapArgs {
-    input: u64,
-    output: u64,
-    n: u64,
-}
+/// The arguments of a kernel that makes an output of an input, and may take the number of the input's elements.
+trait MapArgs: Arguments {
+    fn at(input: u64, output: u64, n: u64) -> Self;
 
-impl MapArgs {
     fn new<I: Element, O: Element>(input: &Buffer<I>, output: &mut Buffer<O>) -> Self {
-        Self { input: input.view().address(), output: output.view_mut().address(), n: input.len() as u64 }
+        Self::at(input.view().address(), output.view_mut().address(), input.len() as u64)
     }
 }
 
+macro_rules! map_args {
+    ($($name:ident $($n:ident)?),*) => {
+        $(impl MapArgs for $name {
+            fn at(input: u64, output: u64, _n: u64) -> Self {
+                Self { input, output, $($n: _n)? }
+            }
+        })*
+    };
+}
+
+map_args!(
+    AsyncArgs, BitsArgs n, BlockSumArgs n, ExitedSyncwarpArgs, GridStrideArgs n, HalfWarpsArgs, LdmatrixArgs, MathArgs n, MmaArgs,
+    OutsideMaskArgs, RaceArgs, RoundArgs n, SyncCountArgs, VoteArgs, WarpReduceArgs
+);
+
 /// What a kernel with [`MapArgs`] makes of `input`, in `outputs` elements.
-fn map<I: Element, O: Element>(
+fn map<A: MapArgs, I: Element, O: Element>(
     device: &Device,
-    kernel: KernelId,
+    kernel: Kernel<A>,
     shape: Launch,
     input: &[I],
     outputs: usize,
 ) -> Result<Vec<O>> {
     let input = device.upload(input)?;
     let mut output = device.poisoned(outputs)?;
-    launch(device, kernel, shape, MapArgs::new(&input, &mut output))?;
+    launch(device, kernel, shape, A::new(&input, &mut output))?;
     output.to_vec()
 }
 
@@ -126,7 +139,7 @@ fn positions() {
             }
             let mut out: Buffer<u32> = device.poisoned(expected.len()).unwrap();
             let shape = Launch { grid, block, shared: 0 };
-            launch(device, id::SELFTEST_POSITION, shape, out.view_mut().address()).unwrap();
+            launch(device, id::SELFTEST_POSITION, shape, PositionArgs { output: out.view_mut().address() }).unwrap();
             assert_same(&out.to_vec().unwrap(), &expected, shape);
         }
     });
@@ -172,7 +185,7 @@ fn a_block_has_1_to_1024_threads() {
     in_every_order(|device| {
         for block in [[1025, 1, 1], [32, 33, 1], [2, 2, 257], [u32::MAX; 3], [0, 1, 1], [64, 0, 1]] {
             let shape = Launch { grid: [2, 1, 1], block, shared: 0 };
-            let error = map::<f32, f32>(device, id::SELFTEST_GRID_STRIDE, shape, &[1.0; 9], 9).unwrap_err();
+            let error = map::<_, f32, f32>(device, id::SELFTEST_GRID_STRIDE, shape, &[1.0; 9], 9).unwrap_err();
             assert!(error.to_string().contains("selftest_grid_stride"), "{error}");
             assert!(error.to_string().contains("1 to 1024 threads"), "{error}");
         }
@@ -180,15 +193,6 @@ fn a_block_has_1_to_1024_threads() {
 }
 
 // ---- Warps ---------------------------------------------------------------------------------------------------------
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct ShuffleArgs {
-    input: u64,
-    output: u64,
-    parameter: u32,
-    width: u32,
-}
 
 /// The lane that `lane` reads by index, up, down and xor, as the PTX manual defines `shfl.sync`: only five bits of the
 /// parameter count, and a lane that would read past its segment reads itself (by xor, only past its end).
@@ -205,7 +209,7 @@ fn shuffle_sources(lane: u32, parameter: u32, width: u32) -> [u32; 4] {
 }
 
 /// Shuffles move any bits, so those of floating-point numbers are random too, NaNs and all.
-fn check_shuffle<T: Element + PartialEq + Debug>(device: &Device, kernels: &[KernelId], values: &[T]) {
+fn check_shuffle<T: Element + PartialEq + Debug>(device: &Device, kernels: &[Kernel<ShuffleArgs>], values: &[T]) {
     let n = values.len();
     let input = device.upload(values).unwrap();
     // Warps are made of 32 threads in the order x, y, z.
@@ -221,7 +225,7 @@ fn check_shuffle<T: Element + PartialEq + Debug>(device: &Device, kernels: &[Ker
             let args =
                 ShuffleArgs { input: input.view().address(), output: output.view_mut().address(), parameter, width };
             launch(device, kernel, shape, args).unwrap();
-            assert_same(&output.to_vec().unwrap(), &expected, (kernel.name(), parameter, width));
+            assert_same(&output.to_vec().unwrap(), &expected, (kernel.id.name(), parameter, width));
         }
     }
 }
@@ -352,7 +356,7 @@ fn place_in_c(lane: usize, i: usize) -> (usize, usize) {
 }
 
 /// Products of fragments full of random numbers in one type, given by the bits of a number and how to read them.
-fn check_mma(kernel: KernelId, packed: usize, bits_of: impl Fn(f32) -> u32, read: impl Fn(u32) -> f64) {
+fn check_mma(kernel: Kernel<MmaArgs>, packed: usize, bits_of: impl Fn(f32) -> u32, read: impl Fn(u32) -> f64) {
     const WARPS: usize = 6;
     let depth = 8 * packed;
     let numbers = random_f32(WARPS * (16 * depth + depth * 8 + 16 * 8), 16);
@@ -385,7 +389,7 @@ fn check_mma(kernel: KernelId, packed: usize, bits_of: impl Fn(f32) -> u32, read
         for warps in [1, 2, 6] {
             let shape = Launch::new((WARPS / warps) as u32, 32 * warps as u32);
             let out: Vec<f32> = map(device, kernel, shape, &input, expected.len()).unwrap();
-            assert_same(&bits(&out), &bits(&expected), (kernel.name(), shape));
+            assert_same(&bits(&out), &bits(&expected), (kernel.id.name(), shape));
         }
     });
 }
@@ -462,7 +466,7 @@ fn matrices_are_loaded_by_rows_and_by_columns() {
             for block in [32, 64, 192] {
                 let shape = Launch::new(192 / block, block);
                 let out: Vec<u16> = map(device, kernel, shape, &numbers, 192 * 8).unwrap();
-                assert_same(&out, &expected, (kernel.name(), shape));
+                assert_same(&out, &expected, (kernel.id.name(), shape));
             }
         });
     }
@@ -524,7 +528,7 @@ fn tree_sum(values: &[f32], width: usize) -> f32 {
     sums[0]
 }
 
-fn block_sum(device: &Device, kernel: KernelId, shape: Launch, values: &[f32]) -> Vec<u32> {
+fn block_sum(device: &Device, kernel: Kernel<BlockSumArgs>, shape: Launch, values: &[f32]) -> Vec<u32> {
     bits(&map(device, kernel, shape, values, shape.grid[0] as usize).unwrap())
 }
 
@@ -562,7 +566,8 @@ fn uninitialised_shared_memory_is_nan() {
         for block in [2, 33, 256, 1024] {
             let shape = Launch::new(5, block).with_shared(4 * block as usize);
             let mut out = device.zeros::<f32>(5 * block as usize).unwrap();
-            launch(device, id::SELFTEST_UNINITIALISED, shape, out.view_mut().address()).unwrap();
+            launch(device, id::SELFTEST_UNINITIALISED, shape, UninitialisedArgs { output: out.view_mut().address() })
+                .unwrap();
             assert!(out.to_vec().unwrap().iter().all(|value| value.is_nan()), "{block} threads");
         }
     });
@@ -590,16 +595,6 @@ fn a_race_shows_in_the_orders() {
     // Blocks have orders of their own.
     let seen = |block: &[u32]| -> Vec<bool> { block.iter().map(|&value| value != 0).collect() };
     assert!(seen(&random[..256]) != seen(&random[256..]));
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct AtomicsArgs {
-    i32: u64,
-    u32: u64,
-    u64: u64,
-    f32: u64,
-    f64: u64,
 }
 
 #[test]
@@ -637,17 +632,6 @@ fn atomics() {
 }
 
 // ---- Arithmetic ----------------------------------------------------------------------------------------------------
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct HalfArgs {
-    input: u64,
-    f16: u64,
-    bf16: u64,
-    from_f16: u64,
-    from_bf16: u64,
-    n: u64,
-}
 
 /// Every value of both types, the ties between neighbours, what lies beside each of these, and random bits.
 fn values_to_round() -> Vec<f32> {
@@ -791,14 +775,6 @@ fn bit_operations() {
 
 // ---- Faults --------------------------------------------------------------------------------------------------------
 
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct FaultArgs {
-    output: u64,
-    block: u64,
-    which: u32,
-}
-
 /// Runs the kernel that does the wrong numbered `which` in one block, and returns its output too.
 fn run_fault(device: &Device, shape: Launch, block: u64, which: u32) -> (Result<()>, Vec<u32>) {
     let blocks: u32 = shape.grid.iter().product();
@@ -927,7 +903,7 @@ fn no_wake_up_is_lost() {
                     scope.spawn(move || {
                         let input = device.upload(&[caller as f32 + 1.0; 64]).unwrap();
                         let mut output = device.poisoned::<f32>(64).unwrap();
-                        let args = MapArgs::new(&input, &mut output);
+                        let args = GridStrideArgs::new(&input, &mut output);
                         for random in random_u64(1 << 20, caller) {
                             if Instant::now() > end {
                                 return;
@@ -979,7 +955,7 @@ fn a_graph_is_recorded_and_replayed() {
                 written.write(&numbers)?;
                 numbers.fill(0);
                 cleared.slice_mut(1..4)?.clear()?;
-                launch(device, id::SELFTEST_GRID_STRIDE, Launch::new(4, 32), MapArgs::new(&x, &mut doubled))?;
+                launch(device, id::SELFTEST_GRID_STRIDE, Launch::new(4, 32), GridStrideArgs::new(&x, &mut doubled))?;
                 copy.copy_from(&doubled)
             })
             .unwrap();
@@ -1029,7 +1005,7 @@ fn a_capture_that_fails_leaves_nothing_behind() {
     let device = device(2, BlockOrder::Forwards);
     let input = device.upload(&[1.5f32; 64]).unwrap();
     let mut output = device.poisoned::<f32>(64).unwrap();
-    let args = MapArgs::new(&input, &mut output);
+    let args = GridStrideArgs::new(&input, &mut output);
     let record = || launch(&device, id::SELFTEST_GRID_STRIDE, Launch::new(2, 32), args);
     let failure = || Error::Argument { operation: "test", message: "on purpose".into() };
     let failed = device.capture(|| record().and(Err(failure())));
@@ -1153,13 +1129,6 @@ fn run_alone(test: &str, variables: &[(&str, &str)]) -> (ExitStatus, String, Str
     child.stdout.take().unwrap().read_to_string(&mut output).unwrap();
     child.stderr.take().unwrap().read_to_string(&mut error).unwrap();
     (status, output, error)
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct StackOverflowArgs {
-    output: u64,
-    depth: u32,
 }
 
 fn descend(device: &Device, shape: Launch, depth: u32) -> Vec<u32> {

@@ -11,6 +11,14 @@
 
 use super::conv::ConvShape;
 use super::{check_device, check_length, pick};
+use crate::device::arguments::{
+    InputArgs, InputTangentArgs, MomentsArgs, NormalizeArgs, NormalizeTangentArgs, ParametersTangentArgs, RunningArgs,
+    StatisticsArgs, StatisticsTangentArgs, SumsArgs, Upstream, UpstreamTangent,
+};
+use crate::device::constants::{
+    BLOCK_THREADS, COMBINED_BYTES, MASK_NONE, MASK_OUTPUT, MASK_RECOMPUTE, MOMENT_ROWS, RESIDUAL_ACCUMULATE,
+    RESIDUAL_NONE, RESIDUAL_WRITE,
+};
 use crate::device::{Buffer, Compute, Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
 
 /// The shape of the activations: rows (batch · height · width) and channels.
@@ -291,11 +299,11 @@ impl Spread {
         let groups = channels / pack;
         let tiles = groups.div_ceil(32).max(1);
         let columns = groups.div_ceil(tiles).max(1);
-        let lines = (256 / columns).min(rows.max(1));
+        let lines = (BLOCK_THREADS / columns).min(rows.max(1));
         let launch = Launch {
             grid: [blocks as u32, tiles as u32, 1],
             block: [columns as u32, lines as u32, 1],
-            shared: columns * lines * SHARED_PER_THREAD,
+            shared: columns * lines * COMBINED_BYTES,
         };
         Self { launch, pack: pack as u32 }
     }
@@ -311,92 +319,17 @@ fn row_blocks(device: &Device, shape: BatchNormShape, per_thread: usize) -> usiz
     blocks.div_ceil(shape.channels.div_ceil(128).max(1))
 }
 
-/// Rows of a tile of which a convolution leaves moments.
-pub(super) const TILE_ROWS: usize = 128;
-
 /// Elements per GPU thread in the kernels that sum: enough to pay for the reduction over the block.
 const PER_SUMMING_THREAD: usize = 32;
 /// Elements per GPU thread in the others.
 const PER_THREAD: usize = 16;
-/// The largest entry of a thread in shared memory: count, mean and squared deviations in double.
-const SHARED_PER_THREAD: usize = 24;
 
 /// A launch of one block per channel on the GPU, with a thread for each of a few row blocks.
 fn channel_launch(device: &Device, channels: usize) -> Launch {
     if !device.is_simt() {
         return Launch::new(channels.div_ceil(64).max(1) as u32, 1);
     }
-    Launch { grid: [channels.max(1) as u32, 1, 1], block: [1, 128, 1], shared: 128 * SHARED_PER_THREAD }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct MomentsArgs {
-    x: u64,
-    means: u64,
-    m2s: u64,
-    rows: u64,
-    channels: u32,
-    pack: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct StatisticsArgs {
-    means: u64,
-    m2s: u64,
-    tiles: u64,
-    mean: u64,
-    inv_std: u64,
-    running_mean: u64,
-    running_var: u64,
-    next_mean: u64,
-    next_var: u64,
-    eps: f64,
-    momentum: f64,
-    rows: u64,
-    channels: u32,
-    blocks: u32,
-    tile_rows: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct RunningArgs {
-    running_mean: u64,
-    running_var: u64,
-    mean: u64,
-    inv_std: u64,
-    eps: f64,
-    channels: u64,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct NormalizeArgs {
-    x: u64,
-    gamma: u64,
-    beta: u64,
-    mean: u64,
-    inv_std: u64,
-    residual: u64,
-    y: u64,
-    rows: u64,
-    channels: u32,
-    pack: u32,
-    relu: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct Upstream {
-    x: u64,
-    y: u64,
-    dy: u64,
-    gamma: u64,
-    beta: u64,
-    mean: u64,
-    inv_std: u64,
+    Launch { grid: [channels.max(1) as u32, 1, 1], block: [1, 128, 1], shared: 128 * COMBINED_BYTES }
 }
 
 impl Upstream {
@@ -406,124 +339,11 @@ impl Upstream {
     }
 }
 
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct UpstreamTangent {
-    x: u64,
-    dy: u64,
-    gamma: u64,
-    mean: u64,
-    inv_std: u64,
-}
-
 impl UpstreamTangent {
     fn bits(&self) -> u64 {
         self.x | self.dy | self.gamma | self.mean | self.inv_std
     }
 }
-
-/// The default asks for nothing.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-pub(super) struct SumsArgs {
-    upstream: Upstream,
-    tangent: UpstreamTangent,
-    residual: u64,
-    dz: u64,
-    dz_x: u64,
-    rows: u64,
-    channels: u32,
-    pack: u32,
-    mask: u32,
-    residual_mode: u32,
-    dgamma: u64,
-    dbeta: u64,
-    tickets: u64,
-    group: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct InputArgs {
-    upstream: Upstream,
-    dgamma: u64,
-    dbeta: u64,
-    dx: u64,
-    residual: u64,
-    rows: u64,
-    channels: u32,
-    pack: u32,
-    mask: u32,
-    train: u32,
-    accumulate: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct ParametersTangentArgs {
-    dz: u64,
-    dz_x: u64,
-    inv_std: u64,
-    inv_std_tangent: u64,
-    dgamma: u64,
-    dgamma_tangent: u64,
-    dbeta_tangent: u64,
-    channels: u32,
-    blocks: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct InputTangentArgs {
-    upstream: Upstream,
-    tangent: UpstreamTangent,
-    dgamma: u64,
-    dbeta: u64,
-    dgamma_tangent: u64,
-    dbeta_tangent: u64,
-    dx_tangent: u64,
-    rows: u64,
-    channels: u32,
-    pack: u32,
-    mask: u32,
-    train: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct StatisticsTangentArgs {
-    x: u64,
-    x_x: u64,
-    inv_std: u64,
-    mean_tangent: u64,
-    inv_std_tangent: u64,
-    rows: u64,
-    channels: u32,
-    blocks: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct NormalizeTangentArgs {
-    upstream: Upstream,
-    tangent: UpstreamTangent,
-    beta_tangent: u64,
-    residual_tangent: u64,
-    y_tangent: u64,
-    rows: u64,
-    channels: u32,
-    pack: u32,
-    mask: u32,
-}
-
-/// The kernel's numbers for where the mask comes from.
-const NO_MASK: u32 = 0;
-const MASK_OUTPUT: u32 = 1;
-const MASK_RECOMPUTE: u32 = 2;
-/// The kernel's numbers for what becomes of dz.
-const RESIDUAL_NONE: u32 = 0;
-const RESIDUAL_WRITE: u32 = 1;
-const RESIDUAL_ACCUMULATE: u32 = 2;
 
 fn address<S: Compute>(slice: Option<Slice<'_, S>>) -> u64 {
     slice.map_or(0, |slice| slice.address())
@@ -580,7 +400,7 @@ impl Check<'_> {
     /// Where the mask comes from: the kernel's number, and the addresses of y and beta.
     fn activation<S: Compute>(&self, activation: Activation<'_, S>) -> Result<(u32, u64, u64)> {
         match activation {
-            Activation::Identity => Ok((NO_MASK, 0, 0)),
+            Activation::Identity => Ok((MASK_NONE, 0, 0)),
             Activation::Relu { y } => {
                 self.full("y", y)?;
                 Ok((MASK_OUTPUT, y.address(), 0))
@@ -690,7 +510,7 @@ pub fn forward_train<S: Compute>(
     };
     let moments_of_blocks = BlockMoments { means, m2s, tiles: 0, blocks: spread.launch.grid[0] as usize, tile_rows: 0 };
     check.two_rows()?;
-    // SAFETY: the twin of the kernel's struct; every length was checked above, and the launch has as many row blocks as the
+    // SAFETY: every length was checked above, and the launch has as many row blocks as the
     // workspace has room for.
     unsafe { device.launch(S::choose(id::BATCH_NORM_MOMENTS), spread.launch, &moments)? };
     statistics(&check, input, y, saved, running, moments_of_blocks)
@@ -713,9 +533,9 @@ pub fn forward_from_moments<S: Compute>(
     let check = Check { operation: "batch_norm::forward_from_moments", device, shape };
     check.forward(&input, y.view(), &saved)?;
     check.two_rows()?;
-    let blocks = shape.rows.div_ceil(TILE_ROWS);
+    let blocks = shape.rows.div_ceil(MOMENT_ROWS);
     check.argument("moments", moments.device(), moments.len(), 2 * shape.channels * blocks)?;
-    let moments = BlockMoments { means: 0, m2s: 0, tiles: moments.address(), blocks, tile_rows: TILE_ROWS };
+    let moments = BlockMoments { means: 0, m2s: 0, tiles: moments.address(), blocks, tile_rows: MOMENT_ROWS };
     statistics(&check, input, y, saved, running, moments)
 }
 
@@ -766,8 +586,8 @@ fn statistics<S: Compute>(
         args.next_var = running.next_var.address();
         args.momentum = running.momentum;
     }
-    let kernel = pick::<S::Master>(id::BATCH_NORM_STATISTICS_F32, id::BATCH_NORM_STATISTICS_F64);
-    // SAFETY: the twin of the kernel's struct; every length was checked, and so many blocks' moments lie where they are said to.
+    let kernel = pick::<S::Master, _>(id::BATCH_NORM_STATISTICS_F32, id::BATCH_NORM_STATISTICS_F64);
+    // SAFETY: every length was checked, and so many blocks' moments lie where they are said to.
     unsafe { device.launch(kernel, channel_launch(device, shape.channels), &args)? };
     normalize(shape, input, y, saved)
 }
@@ -799,8 +619,8 @@ pub fn forward_eval<S: Compute>(
         eps: input.eps,
         channels: shape.channels as u64,
     };
-    let kernel = pick::<S::Master>(id::BATCH_NORM_RUNNING_F32, id::BATCH_NORM_RUNNING_F64);
-    // SAFETY: the twin of the kernel's struct; every length was checked above.
+    let kernel = pick::<S::Master, _>(id::BATCH_NORM_RUNNING_F32, id::BATCH_NORM_RUNNING_F64);
+    // SAFETY: every length was checked above.
     unsafe { device.launch(kernel, device.elementwise(shape.channels, 1), &args)? };
     normalize(shape, input, y, saved)
 }
@@ -830,7 +650,7 @@ fn normalize<S: Compute>(
     let spread = Spread::new::<S>(device, shape, PER_THREAD, &addresses);
     args.pack = spread.pack;
     let kernel = S::choose(id::BATCH_NORM_NORMALIZE);
-    // SAFETY: the twin of the kernel's struct; the callers checked every length.
+    // SAFETY: the callers checked every length.
     unsafe { device.launch(kernel, spread.launch, &args) }
 }
 
@@ -877,7 +697,7 @@ pub fn backward<S: Compute>(
         tickets,
         group: group_blocks(device) as u32,
     };
-    // SAFETY: the twin of the kernel's struct; every length was checked above, and the launch has as many row blocks as the
+    // SAFETY: every length was checked above, and the launch has as many row blocks as the
     // workspace has room for.
     unsafe { device.launch(S::choose(id::BATCH_NORM_SUMS), spread.launch, &sums)? };
     // Where dz has just been written out, the second pass takes it from there and needs no mask.
@@ -891,7 +711,7 @@ pub fn backward<S: Compute>(
         rows: shape.rows as u64,
         channels: shape.channels as u32,
         pack: 0,
-        mask: if from_residual { NO_MASK } else { mask },
+        mask: if from_residual { MASK_NONE } else { mask },
         train: (mode == Mode::Train).into(),
         accumulate: 0,
     };
@@ -903,7 +723,7 @@ fn launch_input<S: Compute>(device: &Device, shape: BatchNormShape, mut args: In
     let addresses = [args.upstream.bits(), args.residual, args.dgamma, args.dbeta, args.dx];
     let spread = Spread::new::<S>(device, shape, PER_THREAD, &addresses);
     args.pack = spread.pack;
-    // SAFETY: the twin of the kernel's struct; the callers checked every length.
+    // SAFETY: the callers checked every length.
     unsafe { device.launch(S::choose(id::BATCH_NORM_INPUT), spread.launch, &args) }
 }
 
@@ -1032,7 +852,7 @@ pub fn forward_tangent<S: Compute>(
                 rows: shape.rows as u64,
                 channels: shape.channels as u32,
                 pack: spread.pack,
-                mask: NO_MASK,
+                mask: MASK_NONE,
                 residual_mode: RESIDUAL_NONE,
                 dgamma: 0,
                 dbeta: 0,
@@ -1049,12 +869,12 @@ pub fn forward_tangent<S: Compute>(
                 channels: shape.channels as u32,
                 blocks: row_blocks(device, shape, PER_SUMMING_THREAD) as u32,
             };
-            // SAFETY: the twins of the kernels' structs; every length was checked above, and the first launch has as many row
+            // SAFETY: every length was checked above, and the first launch has as many row
             // blocks as the workspace has room for.
             unsafe {
                 device.launch(S::choose(id::BATCH_NORM_SUMS), spread.launch, &sums)?;
                 let kernel =
-                    pick::<S::Master>(id::BATCH_NORM_STATISTICS_TANGENT_F32, id::BATCH_NORM_STATISTICS_TANGENT_F64);
+                    pick::<S::Master, _>(id::BATCH_NORM_STATISTICS_TANGENT_F32, id::BATCH_NORM_STATISTICS_TANGENT_F64);
                 device.launch(kernel, channel_launch(device, shape.channels), &statistics)?;
             }
         }
@@ -1085,7 +905,7 @@ pub fn forward_tangent<S: Compute>(
     let spread = Spread::new::<S>(device, shape, PER_THREAD, &[args.upstream.bits(), tangent.bits(), others]);
     args.pack = spread.pack;
     let kernel = S::choose(id::BATCH_NORM_NORMALIZE_TANGENT);
-    // SAFETY: the twin of the kernel's struct; every length was checked above.
+    // SAFETY: every length was checked above.
     unsafe { device.launch(kernel, spread.launch, &args) }
 }
 
@@ -1183,12 +1003,12 @@ pub fn backward_tangent<S: Compute>(
     let others = inputs.dgamma | inputs.dbeta | inputs.dgamma_tangent | inputs.dbeta_tangent | inputs.dx_tangent;
     let input_spread = Spread::new::<S>(device, shape, PER_THREAD, &[upstream.bits(), tangent.bits(), others]);
     inputs.pack = input_spread.pack;
-    // SAFETY: the twins of the kernels' structs; every length was checked above, and the first launch has as many row blocks as
+    // SAFETY: every length was checked above, and the first launch has as many row blocks as
     // the workspace has room for.
     unsafe {
         let kernel = S::choose(id::BATCH_NORM_SUMS_TANGENT);
         device.launch(kernel, spread.launch, &sums)?;
-        let kernel = pick::<S::Master>(id::BATCH_NORM_PARAMETERS_TANGENT_F32, id::BATCH_NORM_PARAMETERS_TANGENT_F64);
+        let kernel = pick::<S::Master, _>(id::BATCH_NORM_PARAMETERS_TANGENT_F32, id::BATCH_NORM_PARAMETERS_TANGENT_F64);
         device.launch(kernel, channel_launch(device, shape.channels), &parameters)?;
         let kernel = S::choose(id::BATCH_NORM_INPUT_TANGENT);
         device.launch(kernel, input_spread.launch, &inputs)

@@ -2,19 +2,11 @@
 //! replayed.
 
 use super::{check_device, check_length};
+use crate::device::arguments::AdvanceClockArgs;
 use crate::device::{Launch, Result, Slice, SliceMut, id};
 
 /// Numbers of a clock: batches since the epoch began, and steps since the run began.
 pub const LEN: usize = 2;
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct AdvanceClockArgs {
-    clock: u64,
-    rates: u64,
-    rate: u64,
-    count: u64,
-}
 
 /// Ends a step: adds one to both numbers of `clock`, and writes to `rate` (one element) the learning rate that `rates` (one for
 /// each step of the epoch) has for the next; 0 after the last. Traffic: a few bytes.
@@ -34,6 +26,6 @@ pub fn advance(mut clock: SliceMut<'_, u64>, rates: Slice<'_, f64>, mut rate: Sl
         rate: rate.address(),
         count: rates.len() as u64,
     };
-    // SAFETY: the twin of the kernel's struct; lengths and devices are checked above.
+    // SAFETY: lengths and devices are checked above.
     unsafe { device.launch(id::CLOCK_ADVANCE, Launch::new(1, 1), &args) }
 }

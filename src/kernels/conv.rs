@@ -20,9 +20,10 @@ mod direct;
 mod tensor;
 mod tiled;
 
-use super::batch_norm::{self, Normalized, SumsArgs, SumsRoom, Workspace};
+use super::batch_norm::{self, Normalized, SumsRoom, Workspace};
 use super::gradient::{self, Finish};
 use super::{check_device, check_length};
+use crate::device::arguments::{self, SumsArgs};
 use crate::device::{Compute, Device, Error, Result, Slice, SliceMut};
 use direct::PANEL;
 
@@ -194,9 +195,9 @@ impl ConvShape {
         tensor::measure_tiles::<S>(self, backward, device)
     }
 
-    /// The kernels' own struct of it.
-    fn twin(&self) -> Shape {
-        Shape {
+    /// The shape as the kernels take it.
+    fn argument(&self) -> arguments::ConvShape {
+        arguments::ConvShape {
             batch: self.batch as i32,
             height: self.height as i32,
             width: self.width as i32,
@@ -209,21 +210,6 @@ impl ConvShape {
             out_width: self.out_width() as i32,
         }
     }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Shape {
-    batch: i32,
-    height: i32,
-    width: i32,
-    in_channels: i32,
-    out_channels: i32,
-    kernel: i32,
-    stride: i32,
-    padding: i32,
-    out_height: i32,
-    out_width: i32,
 }
 
 /// `y = x * weight`, or with `accumulate` `y += x * weight`. Traffic: reads x and the weights, writes y (and reads it to add).

@@ -15,12 +15,10 @@
 use std::ops::Range;
 
 use super::{check_device, check_length, pick};
+use crate::device::arguments::{FinishArgs, GradientPiece, GradientPiecesArgs};
+use crate::device::constants::{BLOCK_THREADS, PIECE_ELEMENTS};
 use crate::device::{Buffer, Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
 use crate::kernels::precision;
-
-/// The threads of a block, and the elements that they read at once, of one part or of several; as `kernels/gradient.cu` defines them.
-const THREADS: u32 = 256;
-const ELEMENTS: usize = 1024;
 
 /// Of how many parts a block reads so many elements at once: of 2 to this power.
 fn doublings(splits: usize) -> u32 {
@@ -29,7 +27,7 @@ fn doublings(splits: usize) -> u32 {
 
 /// The elements of a gradient in so many parts that a block sums at once.
 fn stretch(splits: usize) -> usize {
-    ELEMENTS >> doublings(splits)
+    PIECE_ELEMENTS >> doublings(splits)
 }
 
 /// Where a gradient lies before its last stage.
@@ -71,15 +69,6 @@ pub struct Finish<'a> {
     pub squares: Option<SliceMut<'a, f64>>,
 }
 
-/// The kernels' own struct of it.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-pub(super) struct FinishArgs {
-    scale: u64,
-    flag: u64,
-    squares: u64,
-}
-
 impl Finish<'_> {
     /// Checks it, for a launch that leaves `squares` sums.
     pub(super) fn args<T: Scalar>(
@@ -105,39 +94,16 @@ impl Finish<'_> {
     }
 }
 
-#[repr(C)]
-#[derive(Clone, Copy, Default, bytemuck::Pod, bytemuck::Zeroable)]
-struct Piece {
-    parts: u64,
-    out: u64,
-    n: u64,
-    splits: u64,
-    first: u64,
-    doublings: u64,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct PiecesArgs {
-    parts: u64,
-    out: u64,
-    table: u64,
-    alone: Piece,
-    pieces: u64,
-    accumulate: u32,
-    finish: FinishArgs,
-    norm: u64,
-    all_squares: u64,
-    all_squares_count: u64,
-    ticket: u64,
-}
-
 /// # Safety
 /// All that the arguments name lies where the kernel reads and writes.
-unsafe fn launch<T: Scalar>(device: &Device, blocks: usize, args: &PiecesArgs) -> Result<()> {
-    let shape = Launch { grid: [blocks as u32, 1, 1], block: [THREADS, 1, 1], shared: ELEMENTS * size_of::<T>() };
-    // SAFETY: the twin of the kernel's struct; the caller vouches for what it names.
-    unsafe { device.launch(pick::<T>(id::GRADIENT_PIECES_F32, id::GRADIENT_PIECES_F64), shape, args) }
+unsafe fn launch<T: Scalar>(device: &Device, blocks: usize, args: &GradientPiecesArgs) -> Result<()> {
+    let shape = Launch {
+        grid: [blocks as u32, 1, 1],
+        block: [BLOCK_THREADS as u32, 1, 1],
+        shared: PIECE_ELEMENTS * size_of::<T>(),
+    };
+    // SAFETY: the caller vouches for what it names.
+    unsafe { device.launch(pick::<T, _>(id::GRADIENT_PIECES_F32, id::GRADIENT_PIECES_F64), shape, args) }
 }
 
 /// Writes to `out` the sum of the `splits` vectors that lie one after the other in `parts`, or adds it.
@@ -150,13 +116,18 @@ pub(super) fn sum_parts<T: Scalar>(
     let (n, device) = (out.len(), out.device().clone());
     assert!(parts.len() >= splits * n, "sums of every part");
     let pieces = n.div_ceil(stretch(splits));
-    let args = PiecesArgs {
+    let args = GradientPiecesArgs {
         parts: parts.address(),
         out: out.address(),
-        alone: Piece { n: n as u64, splits: splits as u64, doublings: doublings(splits).into(), ..Piece::default() },
+        alone: GradientPiece {
+            n: n as u64,
+            splits: splits as u64,
+            doublings: doublings(splits).into(),
+            ..GradientPiece::default()
+        },
         pieces: pieces as u64,
         accumulate: accumulate.into(),
-        ..PiecesArgs::default()
+        ..GradientPiecesArgs::default()
     };
     // SAFETY: both slices are as long as the kernel reads and writes.
     unsafe { launch::<T>(&device, pieces, &args) }
@@ -179,7 +150,7 @@ struct Extent {
 ///
 /// Without a norm, gradients that are made at the same time may share the stages.
 pub struct GradientStages {
-    table: Buffer<Piece>,
+    table: Buffer<GradientPiece>,
     stages: Vec<Extent>,
     squares: Buffer<f64>,
     ticket: Buffer<u32>,
@@ -221,7 +192,7 @@ impl GradientStages {
                         let parts = parts.clone().unwrap_or_default();
                         (parts_len, out_len) = (parts_len.max(parts.end), out_len.max(place.end));
                         let splits = parts.len() / n.max(1);
-                        table.extend((0..n).step_by(stretch(splits)).map(|first| Piece {
+                        table.extend((0..n).step_by(stretch(splits)).map(|first| GradientPiece {
                             parts: parts.start as u64,
                             out: place.start as u64,
                             n: n as u64,
@@ -325,7 +296,7 @@ impl GradientStages {
         check_device(operation, "parts", &device, parts.device())?;
         check_device(operation, "out", &device, out.device())?;
         let (blocks, table) = (squares.len(), self.table.slice(pieces.clone())?.address());
-        let mut args = PiecesArgs {
+        let mut args = GradientPiecesArgs {
             parts: parts.address(),
             out: out.address(),
             table,
@@ -333,7 +304,7 @@ impl GradientStages {
             all_squares: self.squares.view().address(),
             all_squares_count: self.squares.len() as u64,
             ticket: self.ticket.view_mut().address(),
-            ..PiecesArgs::default()
+            ..GradientPiecesArgs::default()
         };
         let squares = if matches!(norm, Norm::None) { None } else { Some(self.squares.slice_mut(squares)?) };
         args.finish = Finish { scale, flag, squares }.args::<T>(operation, &device, blocks)?;

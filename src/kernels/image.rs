@@ -1,6 +1,8 @@
 //! Assembles a training batch on the device from a data set of byte images that lies there: gather, flip, crop, normalise.
 
 use super::{check_device, check_length, clock};
+use crate::device::arguments::BatchArgs;
+use crate::device::constants::{BLOCK_THREADS, MAX_IMAGE_CHANNELS};
 use crate::device::{Compute, Error, Launch, Result, Slice, SliceMut, id};
 
 /// The shape of a batch, `[batch, height, width, channels]`.
@@ -20,9 +22,9 @@ pub struct BatchShape {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Normalization {
     /// As a share of the full range.
-    pub mean: [f32; 4],
+    pub mean: [f32; MAX_IMAGE_CHANNELS],
     /// As a share of the full range.
-    pub std: [f32; 4],
+    pub std: [f32; MAX_IMAGE_CHANNELS],
 }
 
 /// Random flips and crops. Sample n of a batch at the beginning of the order draws from the Philox4x32-10 block with key `seed` and
@@ -50,32 +52,6 @@ pub struct Position<'a> {
     pub clock: Option<(Slice<'a, u64>, usize)>,
 }
 
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct BatchArgs {
-    images: u64,
-    labels: u64,
-    order: u64,
-    clock: u64,
-    out: u64,
-    out_labels: u64,
-    samples: u64,
-    seed: u64,
-    counter: u64,
-    order_len: u64,
-    first: u64,
-    stride: u64,
-    batch: u32,
-    height: u32,
-    width: u32,
-    channels: u32,
-    pad: u32,
-    flip: u32,
-    augment: u32,
-    mean: [f32; 4],
-    std: [f32; 4],
-}
-
 /// From a data set, `images` `[samples, height, width, channels]` and `labels` `[samples]`, the batch of the samples whose
 /// indices lie at `position` in `order`: image n of `out`, `[batch, height, width, channels]`, is sample `order[first + n]`,
 /// flipped, padded with black (0 before normalisation), cropped and normalised. An index beyond the data set gives an image of
@@ -101,7 +77,8 @@ pub fn batch<S: Compute>(
     let refused = |message: String| Err(Error::Argument { operation: NAME, message });
     let BatchShape { batch, height, width, channels } = *shape;
     let values = [height, width, channels].iter().try_fold(1usize, |product, &extent| product.checked_mul(extent));
-    let values = values.filter(|&values| values > 0 && values <= 1 << 30 && (1..=4).contains(&channels));
+    let values =
+        values.filter(|&values| values > 0 && values <= 1 << 30 && (1..=MAX_IMAGE_CHANNELS).contains(&channels));
     let Some(values) = values.filter(|_| batch <= i32::MAX as usize) else {
         return refused(format!("{shape:?} is no batch of images with one to four channels"));
     };
@@ -160,10 +137,10 @@ pub fn batch<S: Compute>(
     let launch = if device.is_simt() {
         // A block per sample, and several for one sample where it is large.
         let parts = values.div_ceil(4 * 1024).min(64) as u32;
-        Launch { grid: [batch as u32, parts, 1], block: [256, 1, 1], shared: 0 }
+        Launch { grid: [batch as u32, parts, 1], block: [BLOCK_THREADS as u32, 1, 1], shared: 0 }
     } else {
         device.elementwise(batch * values, 1).with_shared(256 * channels * size_of::<S>())
     };
-    // SAFETY: the twin of the kernel's struct; every length was checked above, and the kernel reads no sample beyond `samples`.
+    // SAFETY: every length was checked above, and the kernel reads no sample beyond `samples`.
     unsafe { device.launch(S::choose(id::IMAGE_BATCH), launch, &args) }
 }

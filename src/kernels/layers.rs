@@ -7,6 +7,11 @@
 //! and the linear layer are linear maps, and so their own tangents. Tensors have fewer than 2^32 elements.
 
 use super::{check_device, check_length};
+use crate::device::arguments::{
+    AddArgs, AddToArgs, GlobalPoolArgs, LinearArgs, LinearInputArgs, LinearWeightArgs, PoolArgs, ReluArgs,
+    ReluBackwardArgs, ShortcutArgs,
+};
+use crate::device::constants::{BLOCK_THREADS, LINEAR_TILE};
 use crate::device::{Compute, Device, Error, Launch, Result, Slice, SliceMut, id};
 
 /// Checks one operation's arguments: that they live on one device and have the lengths that the shape implies.
@@ -35,14 +40,6 @@ fn elements(operation: &'static str, extents: &[usize]) -> Result<usize> {
     }
 }
 
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct ReluArgs {
-    x: u64,
-    y: u64,
-    n: u64,
-}
-
 /// `y = max(x, 0)`; a NaN passes. Traffic: reads n, writes n elements.
 ///
 /// # Errors
@@ -52,18 +49,8 @@ pub fn relu<S: Compute>(x: Slice<'_, S>, mut y: SliceMut<'_, S>) -> Result<()> {
     let check = Check { operation: "layers::relu", device };
     check.argument("y", y.view(), x.len())?;
     let args = ReluArgs { x: x.address(), y: y.address(), n: x.len() as u64 };
-    // SAFETY: the twin of the kernel's struct; both lengths are n.
+    // SAFETY: both lengths are n.
     unsafe { device.launch(S::choose(id::RELU), device.elementwise(x.len(), 4), &args) }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct ReluBackwardArgs {
-    y: u64,
-    dy: u64,
-    dx: u64,
-    n: u64,
-    accumulate: u32,
 }
 
 /// `dx = dy` where the forward's output `y > 0`, else 0. Traffic: reads 2 n, writes n elements; accumulating reads another n.
@@ -88,17 +75,8 @@ pub fn relu_backward<S: Compute>(
         accumulate: accumulate.into(),
     };
     let kernel = S::choose(id::RELU_BACKWARD);
-    // SAFETY: the twin of the kernel's struct; all lengths are n.
+    // SAFETY: all lengths are n.
     unsafe { device.launch(kernel, device.elementwise(y.len(), 4), &args) }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct AddArgs {
-    a: u64,
-    b: u64,
-    out: u64,
-    n: u64,
 }
 
 /// `out = a + b`. Traffic: reads 2 n, writes n elements.
@@ -111,16 +89,8 @@ pub fn add<S: Compute>(a: Slice<'_, S>, b: Slice<'_, S>, mut out: SliceMut<'_, S
     check.argument("b", b, a.len())?;
     check.argument("out", out.view(), a.len())?;
     let args = AddArgs { a: a.address(), b: b.address(), out: out.address(), n: a.len() as u64 };
-    // SAFETY: the twin of the kernel's struct; all lengths are n.
+    // SAFETY: all lengths are n.
     unsafe { device.launch(S::choose(id::ADD), device.elementwise(a.len(), 4), &args) }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct AddToArgs {
-    x: u64,
-    sum: u64,
-    n: u64,
 }
 
 /// `sum = sum + x`. Traffic: reads 2n, writes n elements.
@@ -132,7 +102,7 @@ pub fn add_to<S: Compute>(x: Slice<'_, S>, mut sum: SliceMut<'_, S>) -> Result<(
     let check = Check { operation: "layers::add_to", device };
     check.argument("sum", sum.view(), x.len())?;
     let args = AddToArgs { x: x.address(), sum: sum.address(), n: x.len() as u64 };
-    // SAFETY: the twin of the kernel's struct; both lengths are n.
+    // SAFETY: both lengths are n.
     unsafe { device.launch(S::choose(id::ADD_TO), device.elementwise(x.len(), 4), &args) }
 }
 
@@ -202,22 +172,6 @@ impl PoolShape {
     }
 }
 
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct PoolArgs {
-    from: u64,
-    to: u64,
-    batch: u32,
-    height: u32,
-    width: u32,
-    channels: u32,
-    out_height: u32,
-    out_width: u32,
-    kernel: u32,
-    stride: u32,
-    accumulate: u32,
-}
-
 /// `y[n, i, j, c]` = the mean of `x[n, i·s + p, j·s + q, c]` over `0 ≤ p, q < kernel`; y is
 /// `[batch, out_height, out_width, channels]`. Traffic: reads x, writes y.
 ///
@@ -232,7 +186,7 @@ pub fn average_pool<S: Compute>(shape: &PoolShape, x: Slice<'_, S>, mut y: Slice
     check.argument("y", y.view(), output)?;
     let args = shape.args(x.address(), y.address(), false);
     let kernel = S::choose(id::AVERAGE_POOL);
-    // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
+    // SAFETY: the lengths are those of the shape.
     unsafe { device.launch(kernel, device.elementwise(output, 4), &args) }
 }
 
@@ -254,19 +208,8 @@ pub fn average_pool_backward<S: Compute>(
     check.argument("dx", dx.view(), input)?;
     let args = shape.args(dy.address(), dx.address(), accumulate);
     let kernel = S::choose(id::AVERAGE_POOL_BACKWARD);
-    // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
+    // SAFETY: the lengths are those of the shape.
     unsafe { device.launch(kernel, device.elementwise(input, 4), &args) }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct GlobalPoolArgs {
-    from: u64,
-    to: u64,
-    batch: u32,
-    pixels: u32,
-    channels: u32,
-    accumulate: u32,
 }
 
 /// `y[n, c]` = the mean of `x[n, p, c]` over the `pixels` p. Traffic: reads x, writes y.
@@ -296,7 +239,7 @@ pub fn global_average_pool<S: Compute>(
         accumulate: 0,
     };
     let kernel = S::choose(id::GLOBAL_AVERAGE_POOL);
-    // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
+    // SAFETY: the lengths are those of the shape.
     unsafe { device.launch(kernel, device.elementwise(x.len(), pixels), &args) }
 }
 
@@ -329,7 +272,7 @@ pub fn global_average_pool_backward<S: Compute>(
         accumulate: accumulate.into(),
     };
     let kernel = S::choose(id::GLOBAL_AVERAGE_POOL_BACKWARD);
-    // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
+    // SAFETY: the lengths are those of the shape.
     unsafe { device.launch(kernel, device.elementwise(dx.len(), 4), &args) }
 }
 
@@ -402,23 +345,6 @@ impl ShortcutShape {
     }
 }
 
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct ShortcutArgs {
-    from: u64,
-    to: u64,
-    batch: u32,
-    height: u32,
-    width: u32,
-    in_channels: u32,
-    out_height: u32,
-    out_width: u32,
-    out_channels: u32,
-    stride: u32,
-    pad: u32,
-    accumulate: u32,
-}
-
 /// `y[n, i, j, c] = x[n, i·s, j·s, c − pad]`, and 0 in the added channels; y is
 /// `[batch, out_height, out_width, out_channels]`. Traffic: reads the sampled pixels of x, writes y.
 ///
@@ -433,7 +359,7 @@ pub fn shortcut<S: Compute>(shape: &ShortcutShape, x: Slice<'_, S>, mut y: Slice
     check.argument("y", y.view(), output)?;
     let args = shape.args(x.address(), y.address(), false);
     let kernel = S::choose(id::SHORTCUT);
-    // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
+    // SAFETY: the lengths are those of the shape.
     unsafe { device.launch(kernel, device.elementwise(output, 4), &args) }
 }
 
@@ -456,7 +382,7 @@ pub fn shortcut_backward<S: Compute>(
     check.argument("dx", dx.view(), input)?;
     let args = shape.args(dy.address(), dx.address(), accumulate);
     let kernel = S::choose(id::SHORTCUT_BACKWARD);
-    // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
+    // SAFETY: the lengths are those of the shape.
     unsafe { device.launch(kernel, device.elementwise(input, 4), &args) }
 }
 
@@ -483,24 +409,11 @@ impl LinearShape {
 /// The launch of a product of `rows` x `columns`: tiles of 32 x 32 on the GPU, ranges of rows on the CPU.
 fn product_launch(device: &Device, rows: usize, columns: usize, depth: usize) -> Launch {
     if device.is_simt() {
-        let tiles = |extent: usize| extent.div_ceil(32).max(1) as u32;
-        return Launch { grid: [tiles(columns), tiles(rows), 1], block: [256, 1, 1], shared: 0 };
+        let tiles = |extent: usize| extent.div_ceil(LINEAR_TILE).max(1) as u32;
+        return Launch { grid: [tiles(columns), tiles(rows), 1], block: [BLOCK_THREADS as u32, 1, 1], shared: 0 };
     }
     let blocks = device.elementwise(rows * columns * depth, 1).grid[0];
     Launch::new(blocks.min(rows.max(1) as u32), 1)
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct LinearArgs {
-    x: u64,
-    weight: u64,
-    bias: u64,
-    y: u64,
-    batch: u32,
-    inputs: u32,
-    outputs: u32,
-    accumulate: u32,
 }
 
 /// `y = x · weight + bias`, the bias where there is one; with `accumulate` added to `y` instead. 2 · batch · inputs · outputs
@@ -537,20 +450,8 @@ pub fn linear<S: Compute>(
         accumulate: accumulate.into(),
     };
     let launch = product_launch(device, batch, outputs, inputs);
-    // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
+    // SAFETY: the lengths are those of the shape.
     unsafe { device.launch(S::choose(id::LINEAR), launch, &args) }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct LinearInputArgs {
-    dy: u64,
-    weight: u64,
-    dx: u64,
-    batch: u32,
-    inputs: u32,
-    outputs: u32,
-    accumulate: u32,
 }
 
 /// The gradient of [`linear`] with respect to x: `dx = dy · weightᵀ`. As many operations as the forward; traffic: reads dy and
@@ -582,21 +483,8 @@ pub fn linear_input_gradient<S: Compute>(
         accumulate: accumulate.into(),
     };
     let kernel = S::choose(id::LINEAR_INPUT);
-    // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
+    // SAFETY: the lengths are those of the shape.
     unsafe { device.launch(kernel, product_launch(device, batch, inputs, outputs), &args) }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct LinearWeightArgs {
-    x: u64,
-    dy: u64,
-    dweight: u64,
-    dbias: u64,
-    batch: u32,
-    inputs: u32,
-    outputs: u32,
-    accumulate: u32,
 }
 
 /// The gradients of [`linear`] with respect to its parameters: `dweight = xᵀ · dy`, and where asked for `dbias` = the column
@@ -634,6 +522,6 @@ pub fn linear_weight_gradient<S: Compute>(
         args.dbias = dbias.address();
     }
     let kernel = S::choose(id::LINEAR_WEIGHT);
-    // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
+    // SAFETY: the lengths are those of the shape.
     unsafe { device.launch(kernel, product_launch(device, inputs, outputs, batch), &args) }
 }

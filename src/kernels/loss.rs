@@ -1,6 +1,8 @@
 //! Cross-entropy of a softmax over class logits, with label smoothing (Szegedy et al. 2016, as PyTorch has it).
 
 use super::{check_device, check_length, pick};
+use crate::device::arguments::{CrossEntropyArgs, CrossEntropyTangentArgs, MeanLossArgs};
+use crate::device::constants::BLOCK_THREADS;
 use crate::device::{Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
 
 /// The shape of the logits, `[batch, classes]`.
@@ -25,29 +27,6 @@ impl LossShape {
     fn launch(&self, device: &Device) -> Launch {
         device.elementwise(if device.is_simt() { self.batch * 32 } else { self.batch * self.classes * 16 }, 1)
     }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct CrossEntropyArgs {
-    logits: u64,
-    labels: u64,
-    dlogits: u64,
-    losses: u64,
-    correct: u64,
-    scale: u64,
-    batch: u32,
-    classes: u32,
-    smoothing: f64,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct MeanLossArgs {
-    losses: u64,
-    loss: u64,
-    flag: u64,
-    batch: u64,
 }
 
 /// With `p = softmax(logits)` and `t = (1 − smoothing) · onehot(label) + smoothing / classes`: every sample's loss `−Σ t log p`
@@ -111,11 +90,11 @@ pub fn cross_entropy<T: Scalar>(
         check("flag", flag.device(), flag.len(), 1)?;
         mean.flag = flag.address();
     }
-    let block = if device.is_simt() { 256 } else { 1 };
-    // SAFETY: the twins of the kernels' structs; every length was checked above.
+    let block = if device.is_simt() { BLOCK_THREADS as u32 } else { 1 };
+    // SAFETY: every length was checked above.
     unsafe {
-        device.launch(pick::<T>(id::CROSS_ENTROPY_F32, id::CROSS_ENTROPY_F64), shape.launch(device), &args)?;
-        device.launch(pick::<T>(id::MEAN_LOSS_F32, id::MEAN_LOSS_F64), Launch::new(1, block), &mean)
+        device.launch(pick::<T, _>(id::CROSS_ENTROPY_F32, id::CROSS_ENTROPY_F64), shape.launch(device), &args)?;
+        device.launch(pick::<T, _>(id::MEAN_LOSS_F32, id::MEAN_LOSS_F64), Launch::new(1, block), &mean)
     }
 }
 
@@ -124,17 +103,6 @@ fn scale_address(operation: &'static str, device: &Device, scale: Option<Slice<'
     let Some(scale) = scale else { return Ok(0) };
     check_device(operation, "scale", device, scale.device())?;
     scale.slice(0..1).map(|scale| scale.address())
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct CrossEntropyTangentArgs {
-    logits: u64,
-    logits_tangent: u64,
-    dlogits_tangent: u64,
-    scale: u64,
-    batch: u32,
-    classes: u32,
 }
 
 /// The tangent of [`cross_entropy`]'s gradient where the logits `z` move along `z'`: with `p = softmax(z)`,
@@ -168,7 +136,7 @@ pub fn cross_entropy_tangent<T: Scalar>(
         batch: shape.batch as u32,
         classes: shape.classes as u32,
     };
-    let kernel = pick::<T>(id::CROSS_ENTROPY_TANGENT_F32, id::CROSS_ENTROPY_TANGENT_F64);
-    // SAFETY: the twin of the kernel's struct; every length was checked above.
+    let kernel = pick::<T, _>(id::CROSS_ENTROPY_TANGENT_F32, id::CROSS_ENTROPY_TANGENT_F64);
+    // SAFETY: every length was checked above.
     unsafe { device.launch(kernel, shape.launch(device), &args) }
 }

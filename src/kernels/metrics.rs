@@ -1,17 +1,8 @@
 //! Sums and means of losses, kept on the device so that the training loop need not wait for each step's.
 
 use super::{check_device, check_length};
+use crate::device::arguments::{MeanTermArgs, RecordArgs};
 use crate::device::{Launch, Result, Slice, SliceMut, id};
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct RecordArgs {
-    loss: u64,
-    correct: u64,
-    skip: u64,
-    totals: u64,
-    samples: f64,
-}
 
 /// Adds a step's mean `loss`, its `correct` predictions and its number of `samples` to `totals` (three elements: loss times
 /// samples, correct, samples), unless `skip` is set. Every other argument has one element. Traffic: a few bytes.
@@ -41,17 +32,8 @@ pub fn record(
         totals: totals.address(),
         samples: samples as f64,
     };
-    // SAFETY: the twin of the kernel's struct; lengths and device are checked above.
+    // SAFETY: lengths and device are checked above.
     unsafe { device.launch(id::RECORD_STEP, Launch::new(1, 1), &args) }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct MeanTermArgs {
-    term: u64,
-    mean: u64,
-    weight: f64,
-    add: u32,
 }
 
 /// `mean = weight · term`, or, with `add`, added to what `mean` holds: both of one element. Traffic: a few bytes.
@@ -65,6 +47,6 @@ pub fn mean_term(term: Slice<'_, f64>, weight: f64, add: bool, mut mean: SliceMu
     let device = term.device();
     check_device(NAME, "mean", device, mean.device())?;
     let args = MeanTermArgs { term: term.address(), mean: mean.address(), weight, add: add.into() };
-    // SAFETY: the twin of the kernel's struct; lengths and device are checked above.
+    // SAFETY: lengths and device are checked above.
     unsafe { device.launch(id::MEAN_TERM, Launch::new(1, 1), &args) }
 }

@@ -15,7 +15,7 @@ pub mod random;
 pub mod sharpness;
 pub mod vector;
 
-use crate::device::{ComputeKernels, Device, Error, KernelId, Result, Scalar};
+use crate::device::{ComputeKernels, Device, Error, Kernel, Result, Scalar};
 
 /// Fails unless `found` is `expected`.
 pub(crate) fn check_length(
@@ -38,6 +38,6 @@ pub(crate) fn check_device(
 }
 
 /// The kernel for `T` out of its two precisions. Double precision exists on the CPU alone.
-pub(crate) fn pick<T: Scalar>(f32: KernelId, f64: KernelId) -> KernelId {
+pub(crate) fn pick<T: Scalar, A>(f32: Kernel<A>, f64: Kernel<A>) -> Kernel<A> {
     T::choose(ComputeKernels { f32, f64, f16: f32, bf16: f32 })
 }

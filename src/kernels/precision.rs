@@ -5,6 +5,7 @@
 //! the device: the scale, and how many good steps in a row it has seen.
 
 use super::{check_device, check_length};
+use crate::device::arguments::{DifferenceArgs, DirectionScaleArgs, UnscaleArgs, UpdateScaleArgs};
 use crate::device::{Compute, ComputeKernels, Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
 
 /// What a run begins with: the scale 2¹⁶, and no good step yet.
@@ -24,15 +25,6 @@ pub(super) fn check_scale<T: Scalar>(operation: &'static str, device: &Device, s
     Err(Error::Argument { operation, message: format!("a gradient in {} has no scale", T::NAME) })
 }
 
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct UnscaleArgs {
-    x: u64,
-    state: u64,
-    flag: u64,
-    n: u64,
-}
-
 /// Divides `x` by the scale, which is exact but for what becomes subnormal, and sets `flag` (one element) to 1 if any element was
 /// infinite or NaN. Traffic: 8 B per element.
 ///
@@ -46,18 +38,8 @@ pub fn unscale(mut x: SliceMut<'_, f32>, state: Slice<'_, f64>, mut flag: SliceM
     check_device(NAME, "state", &device, state.device())?;
     check_device(NAME, "flag", &device, flag.device())?;
     let args = UnscaleArgs { x: x.address(), state: state.address(), flag: flag.address(), n: x.len() as u64 };
-    // SAFETY: the twin of the kernel's struct; lengths and devices are checked above.
+    // SAFETY: lengths and devices are checked above.
     unsafe { device.launch(id::UNSCALE, device.elementwise(x.len(), 4), &args) }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct UpdateArgs {
-    state: u64,
-    skip: u64,
-    interval: f64,
-    least: f64,
-    most: f64,
 }
 
 /// Ends a step: halves the scale if `skip` (one element) is set, and doubles it after [`SCALE_GROWTH_INTERVAL`] steps in a row
@@ -73,18 +55,9 @@ pub fn update_scale(mut state: SliceMut<'_, f64>, skip: Slice<'_, u32>) -> Resul
     check_device(NAME, "skip", &device, skip.device())?;
     let [least, most] = SCALE_RANGE;
     let args =
-        UpdateArgs { state: state.address(), skip: skip.address(), interval: SCALE_GROWTH_INTERVAL, least, most };
-    // SAFETY: the twin of the kernel's struct; lengths and devices are checked above.
+        UpdateScaleArgs { state: state.address(), skip: skip.address(), interval: SCALE_GROWTH_INTERVAL, least, most };
+    // SAFETY: lengths and devices are checked above.
     unsafe { device.launch(id::LOSS_SCALE_UPDATE, Launch::new(1, 1), &args) }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct DirectionScaleArgs {
-    norm: u64,
-    state: u64,
-    out: u64,
-    target: f64,
 }
 
 /// For the direction of a product with the Hessian, which f16 could not hold as it is: writes to `out` (six elements) the power
@@ -108,17 +81,8 @@ pub fn direction_scale(
     check_device(NAME, "norm", &device, norm.device())?;
     check_device(NAME, "state", &device, state.device())?;
     let args = DirectionScaleArgs { norm: norm.address(), state: state.address(), out: out.address(), target };
-    // SAFETY: the twin of the kernel's struct; lengths and devices are checked above.
+    // SAFETY: lengths and devices are checked above.
     unsafe { device.launch(id::DIRECTION_SCALE, Launch::new(1, 1), &args) }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct DifferenceArgs {
-    from: u64,
-    to: u64,
-    out: u64,
-    n: u64,
 }
 
 /// `out = S(to) − S(from)`, of a type `S` of 16 bits: what is left of a displacement of weights that are rounded before they
@@ -143,6 +107,6 @@ pub fn rounded_difference<S: Compute>(
     let (f16, bf16) = (id::ROUNDED_DIFFERENCE_F16, id::ROUNDED_DIFFERENCE_BF16);
     let kernel = S::choose(ComputeKernels { f32: f16, f64: f16, f16, bf16 });
     let args = DifferenceArgs { from: from.address(), to: to.address(), out: out.address(), n: n as u64 };
-    // SAFETY: the twin of the kernel's struct; all three vectors hold n elements.
+    // SAFETY: all three vectors hold n elements.
     unsafe { device.launch(kernel, device.elementwise(n, 4), &args) }
 }

@@ -7,22 +7,14 @@ use super::vector::Reduction;
 use super::{check_device, check_length, pick};
 #[cfg(doc)]
 use crate::device::Error;
-use crate::device::{Element, KernelId, Launch, Result, Scalar, Slice, SliceMut, id};
+use crate::device::arguments::{PerturbNormalArgs, PhiloxArgs, PhiloxBlock, RandomArgs};
+use crate::device::{Element, Kernel, Launch, Result, Scalar, Slice, SliceMut, id};
 
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct RandomArgs {
-    out: u64,
-    n: u64,
-    seed: u64,
-    offset: u64,
-}
-
-fn generate<T: Element>(kernel: KernelId, mut out: SliceMut<'_, T>, seed: u64, offset: u64) -> Result<()> {
+fn generate<T: Element>(kernel: Kernel<RandomArgs>, mut out: SliceMut<'_, T>, seed: u64, offset: u64) -> Result<()> {
     let device = out.device().clone();
     let n = out.len();
     let args = RandomArgs { out: out.address(), n: n as u64, seed, offset };
-    // SAFETY: the twin of the kernel's struct; `out` is n elements borrowed exclusively.
+    // SAFETY: `out` is n elements borrowed exclusively.
     unsafe { device.launch(kernel, device.elementwise(n, 4), &args) }
 }
 
@@ -38,32 +30,19 @@ pub fn bits(out: SliceMut<'_, u32>, seed: u64, offset: u64) -> Result<()> {
 
 /// Uniform numbers in [0, 1), multiples of 2^-24: the upper 24 bits of each word. Traffic: writes 4 B per element.
 pub fn uniform<T: Scalar>(out: SliceMut<'_, T>, seed: u64, offset: u64) -> Result<()> {
-    generate(pick::<T>(id::UNIFORM_F32, id::UNIFORM_F64), out, seed, offset)
+    generate(pick::<T, _>(id::UNIFORM_F32, id::UNIFORM_F64), out, seed, offset)
 }
 
 /// Standard normal numbers, at most 6.66 in magnitude, by Box and Muller's transform: positions 2k and 2k + 1 are
 /// `sqrt(−2 ln u)` times `cos 2πv` and `sin 2πv`, with `u = (word + 1)/2^32` from position 2k and `v = word/2^32` from position
 /// 2k + 1. Traffic: writes 4 B per element.
 pub fn normal<T: Scalar>(out: SliceMut<'_, T>, seed: u64, offset: u64) -> Result<()> {
-    generate(pick::<T>(id::NORMAL_F32, id::NORMAL_F64), out, seed, offset)
+    generate(pick::<T, _>(id::NORMAL_F32, id::NORMAL_F64), out, seed, offset)
 }
 
 /// +1 or −1, each with probability ½: the upper bit of each word. Traffic: writes 4 B per element.
 pub fn rademacher<T: Scalar>(out: SliceMut<'_, T>, seed: u64, offset: u64) -> Result<()> {
-    generate(pick::<T>(id::RADEMACHER_F32, id::RADEMACHER_F64), out, seed, offset)
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct PerturbNormalArgs {
-    w: u64,
-    norm: u64,
-    out: u64,
-    partials: u64,
-    n: u64,
-    seed: u64,
-    first_block: u64,
-    rho: f64,
+    generate(pick::<T, _>(id::RADEMACHER_F32, id::RADEMACHER_F64), out, seed, offset)
 }
 
 /// `norm[0] = ‖z‖` of the `n` numbers that [`normal`] draws from position `4 · first_block` on. Moves no memory.
@@ -80,7 +59,7 @@ pub fn normal_norm(
     let (device, partials) = reduction.parts();
     let args = PerturbNormalArgs { w: 0, norm: 0, out: 0, partials, n: n as u64, seed, first_block, rho: 0.0 };
     let shape = device.elementwise(n, 4);
-    // SAFETY: the twin of the kernel's struct, of which this kernel writes `partials` alone, which have room for every block
+    // SAFETY: this kernel writes `partials` alone, which have room for every block
     // that `elementwise` can ask for.
     unsafe { device.launch(id::NORMAL_SQUARES, shape, &args)? };
     reduction.finish_norm("random::normal_norm", shape, norm)
@@ -108,17 +87,9 @@ pub fn perturb_normal<T: Scalar>(
     check_device(operation, "norm", &device, norm.device())?;
     let (w, norm, out) = (w.address(), norm.address(), out.address());
     let args = PerturbNormalArgs { w, norm, out, partials: 0, n: n as u64, seed, first_block, rho };
-    let kernel = pick::<T>(id::PERTURB_NORMAL_F32, id::PERTURB_NORMAL_F64);
-    // SAFETY: the twin of the kernel's struct; both vectors hold n elements.
+    let kernel = pick::<T, _>(id::PERTURB_NORMAL_F32, id::PERTURB_NORMAL_F64);
+    // SAFETY: both vectors hold n elements.
     unsafe { device.launch(kernel, device.elementwise(n, 4), &args) }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct PhiloxArgs {
-    out: u64,
-    counter: [u32; 4],
-    key: [u32; 2],
 }
 
 /// One block of the generator: the four words that it makes of any counter and key.
@@ -128,7 +99,7 @@ struct PhiloxArgs {
 pub fn philox4x32_10(mut out: SliceMut<'_, u32>, counter: [u32; 4], key: [u32; 2]) -> Result<()> {
     check_length("random::philox4x32_10", "out", out.len(), 4)?;
     let device = out.device().clone();
-    let args = PhiloxArgs { out: out.address(), counter, key };
-    // SAFETY: the twin of the kernel's struct; `out` is four words borrowed exclusively.
+    let args = PhiloxArgs { out: out.address(), counter: PhiloxBlock { v: counter }, key };
+    // SAFETY: `out` is four words borrowed exclusively.
     unsafe { device.launch(id::PHILOX_ONCE, Launch::new(1, 1), &args) }
 }

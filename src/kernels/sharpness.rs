@@ -7,30 +7,17 @@
 //! Minimization"; GAM is Zhang et al. 2023, "Gradient Norm Aware Minimization"; AdGD is Malitsky and Mishchenko 2020, "Adaptive
 //! Gradient Descent without Descent".
 
-use super::vector::{Combination, CombinationArgs, Reduction, one_block, pack};
+use super::vector::{Combination, Reduction, one_block, pack};
 use super::{check_device, check_length, pick};
+use crate::device::arguments::{
+    AdaptiveArgs, AdgdCommitArgs, AdgdRatesArgs, AscendArgs, AscentArgs, ClipArgs, CombineArgs, CombinedProductsArgs,
+    FinishProductsArgs, GamArgs, PerturbAlongArgs, QuotientArgs, RejectionArgs,
+};
+use crate::device::constants::{self, MAX_TERMS};
 use crate::device::{Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
 
 /// Numbers that [`combined_products`] leaves: A·A, A·B, B·B, ‖A‖, ‖B‖.
-pub const PRODUCTS: usize = 5;
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct CombinedProductsArgs {
-    vectors: [u64; 4],
-    a: u64,
-    b: u64,
-    partials: u64,
-    n: u64,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct FinishProductsArgs {
-    partials: u64,
-    out: u64,
-    count: u64,
-}
+pub const PRODUCTS: usize = constants::PRODUCTS;
 
 /// With `A = Σ a_k x_k` and `B = Σ b_k x_k`, `out` receives A·A, A·B, B·B, ‖A‖ and ‖B‖, formed and summed in double. `a` and
 /// `b` hold four coefficients each, on the device. Traffic: 4 B per element and vector.
@@ -48,14 +35,14 @@ pub fn combined_products<T: Scalar>(
     let operation = "sharpness::combined_products";
     let (device, partials) = reduction.parts();
     let kernel = match vectors.len() {
-        1 => pick::<T>(id::COMBINED_PRODUCTS1_F32, id::COMBINED_PRODUCTS1_F64),
-        2 => pick::<T>(id::COMBINED_PRODUCTS2_F32, id::COMBINED_PRODUCTS2_F64),
-        3 => pick::<T>(id::COMBINED_PRODUCTS3_F32, id::COMBINED_PRODUCTS3_F64),
-        4 => pick::<T>(id::COMBINED_PRODUCTS4_F32, id::COMBINED_PRODUCTS4_F64),
+        1 => pick::<T, _>(id::COMBINED_PRODUCTS1_F32, id::COMBINED_PRODUCTS1_F64),
+        2 => pick::<T, _>(id::COMBINED_PRODUCTS2_F32, id::COMBINED_PRODUCTS2_F64),
+        3 => pick::<T, _>(id::COMBINED_PRODUCTS3_F32, id::COMBINED_PRODUCTS3_F64),
+        4 => pick::<T, _>(id::COMBINED_PRODUCTS4_F32, id::COMBINED_PRODUCTS4_F64),
         count => return Err(Error::Argument { operation, message: format!("{count} vectors, expected 1 to 4") }),
     };
     let n = vectors[0].len();
-    let mut addresses = [0; 4];
+    let mut addresses = [0; MAX_TERMS];
     for (address, vector) in addresses.iter_mut().zip(vectors) {
         check_length(operation, "vectors", vector.len(), n)?;
         check_device(operation, "vectors", &device, vector.device())?;
@@ -65,7 +52,7 @@ pub fn combined_products<T: Scalar>(
     let args = CombinedProductsArgs { vectors: addresses, a: a.address(), b: b.address(), partials, n: n as u64 };
     let shape = device.elementwise(n, pack::<T>());
     let finish = FinishProductsArgs { partials, out: out.address(), count: u64::from(shape.grid[0]) };
-    // SAFETY: the twins of the kernels' structs; as many vectors as the kernel reads hold n elements each, the partial sums have
+    // SAFETY: as many vectors as the kernel reads hold n elements each, the partial sums have
     // room for three of every block, and `out` holds five numbers.
     unsafe {
         device.launch(kernel, shape, &args)?;
@@ -84,17 +71,6 @@ fn numbers(
         check_device(operation, argument, device, slice.device())?;
     }
     Ok(())
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct CombineArgs {
-    combination: CombinationArgs,
-    out: u64,
-    skip: u64,
-    n: u64,
-    weight: f64,
-    add: u32,
 }
 
 /// `out = weight · Σ c_k x_k`, or, with `add`, added to what `out` holds. Nothing is written where `skip` (one number) is there
@@ -119,26 +95,15 @@ pub fn combine<T: Scalar>(
         check_device(operation, "skip", &device, skip.device())?;
     }
     let kernel = match count {
-        1 => pick::<T>(id::COMBINE1_F32, id::COMBINE1_F64),
-        2 => pick::<T>(id::COMBINE2_F32, id::COMBINE2_F64),
-        3 => pick::<T>(id::COMBINE3_F32, id::COMBINE3_F64),
-        _ => pick::<T>(id::COMBINE4_F32, id::COMBINE4_F64),
+        1 => pick::<T, _>(id::COMBINE1_F32, id::COMBINE1_F64),
+        2 => pick::<T, _>(id::COMBINE2_F32, id::COMBINE2_F64),
+        3 => pick::<T, _>(id::COMBINE3_F32, id::COMBINE3_F64),
+        _ => pick::<T, _>(id::COMBINE4_F32, id::COMBINE4_F64),
     };
     let skip = skip.map_or(0, |skip| skip.address());
     let args = CombineArgs { combination, out: out.address(), skip, n: n as u64, weight, add: add.into() };
-    // SAFETY: the twin of the kernel's struct; every vector holds n elements, and `count` of them are set.
+    // SAFETY: every vector holds n elements, and `count` of them are set.
     unsafe { device.launch(kernel, device.elementwise(n, pack::<T>()), &args) }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct PerturbAlongArgs {
-    direction: CombinationArgs,
-    w: u64,
-    norm: u64,
-    out: u64,
-    n: u64,
-    rho: f64,
 }
 
 /// `out = w + ρ d/(norm + 1e-12)` with `d = Σ c_k x_k` of two vectors: a point displaced along a difference of gradients that is
@@ -166,22 +131,9 @@ pub fn perturb_along<T: Scalar>(
     numbers(operation, &device, &[("norm", norm, 1)])?;
     let args =
         PerturbAlongArgs { direction, w: w.address(), norm: norm.address(), out: out.address(), n: n as u64, rho };
-    let kernel = pick::<T>(id::PERTURB_ALONG2_F32, id::PERTURB_ALONG2_F64);
-    // SAFETY: the twin of the kernel's struct; every vector holds n elements.
+    let kernel = pick::<T, _>(id::PERTURB_ALONG2_F32, id::PERTURB_ALONG2_F64);
+    // SAFETY: every vector holds n elements.
     unsafe { device.launch(kernel, device.elementwise(n, pack::<T>()), &args) }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct AscendArgs {
-    w: u64,
-    g: u64,
-    displacement: u64,
-    out: u64,
-    coefficients: u64,
-    n: u64,
-    first: u32,
-    last: u32,
 }
 
 /// One step of an ascent: `ε = c_0 ε + c_1 g`, `out = w + ε`. The `first` step has no ε yet and does not read `displacement`, the
@@ -216,8 +168,8 @@ pub fn ascend<T: Scalar>(
         first: first.into(),
         last: last.into(),
     };
-    // SAFETY: the twin of the kernel's struct; every vector holds n elements.
-    unsafe { device.launch(pick::<T>(id::ASCEND_F32, id::ASCEND_F64), device.elementwise(n, pack::<T>()), &args) }
+    // SAFETY: every vector holds n elements.
+    unsafe { device.launch(pick::<T, _>(id::ASCEND_F32, id::ASCEND_F64), device.elementwise(n, pack::<T>()), &args) }
 }
 
 /// ASAM's scaling of the ball: `T = |w| + η` for the first `scaled_len` elements, `T = 1` for the others.
@@ -227,20 +179,6 @@ pub struct Scaling {
     pub eta: f64,
     /// The weights that are scaled; biases and normalisation lie behind them.
     pub scaled_len: usize,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct AdaptiveArgs {
-    w: u64,
-    g: u64,
-    norm: u64,
-    out: u64,
-    partials: u64,
-    n: u64,
-    scaled_len: u64,
-    rho: f64,
-    eta: f64,
 }
 
 impl AdaptiveArgs {
@@ -277,8 +215,8 @@ pub fn adaptive_norm<T: Scalar>(
     let (device, partials) = reduction.parts();
     let args = AdaptiveArgs { partials, ..AdaptiveArgs::new(operation, &device, w, g, scaling)? };
     let shape = device.elementwise(w.len(), pack::<T>());
-    // SAFETY: the twin of the kernel's struct; both vectors hold n elements, and there is room for every block's sum.
-    unsafe { device.launch(pick::<T>(id::ADAPTIVE_SQUARES_F32, id::ADAPTIVE_SQUARES_F64), shape, &args)? };
+    // SAFETY: both vectors hold n elements, and there is room for every block's sum.
+    unsafe { device.launch(pick::<T, _>(id::ADAPTIVE_SQUARES_F32, id::ADAPTIVE_SQUARES_F64), shape, &args)? };
     reduction.finish_norm(operation, shape, norm)
 }
 
@@ -301,21 +239,12 @@ pub fn perturb_adaptive<T: Scalar>(
     numbers(operation, &device, &[("norm", norm, 1)])?;
     let args = AdaptiveArgs::new(operation, &device, w, g, scaling)?;
     let args = AdaptiveArgs { norm: norm.address(), out: out.address(), rho, ..args };
-    let kernel = pick::<T>(id::PERTURB_ADAPTIVE_F32, id::PERTURB_ADAPTIVE_F64);
-    // SAFETY: the twin of the kernel's struct; every vector holds n elements.
+    let kernel = pick::<T, _>(id::PERTURB_ADAPTIVE_F32, id::PERTURB_ADAPTIVE_F64);
+    // SAFETY: every vector holds n elements.
     unsafe { device.launch(kernel, device.elementwise(w.len(), pack::<T>()), &args) }
 }
 
 // ---- Formulas of a few numbers, each a kernel of one thread ------------------------------------------------------------------
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct QuotientArgs {
-    numerator: u64,
-    denominator: u64,
-    coefficients: u64,
-    factor: f64,
-}
 
 /// `coefficients = 1, factor · numerator/(denominator + 1e-12)`; a numerator that is not there is 1.
 ///
@@ -337,17 +266,8 @@ pub fn quotient(
     let numerator = numerator.map_or(0, |number| number.address());
     let (denominator, coefficients) = (denominator.address(), coefficients.address());
     let args = QuotientArgs { numerator, denominator, coefficients, factor };
-    // SAFETY: the twin of the kernel's struct; the lengths are checked.
+    // SAFETY: the lengths are checked.
     unsafe { device.launch(id::QUOTIENT, Launch::new(1, 1), &args) }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct RejectionArgs {
-    products: u64,
-    coefficients: u64,
-    of_a: f64,
-    weight: f64,
 }
 
 /// `of_a · A + weight · (B − A (A·B)/(A·A))` as coefficients of A and B, from their [`combined_products`]: the second term is the
@@ -363,7 +283,7 @@ pub fn rejection(products: Slice<'_, f64>, of_a: f64, weight: f64, mut coefficie
     let arguments = [("products", products, PRODUCTS), ("coefficients", coefficients.view(), 2)];
     numbers(operation, &device, &arguments)?;
     let args = RejectionArgs { products: products.address(), coefficients: coefficients.address(), of_a, weight };
-    // SAFETY: the twin of the kernel's struct; the lengths are checked.
+    // SAFETY: the lengths are checked.
     unsafe { device.launch(id::REJECTION, Launch::new(1, 1), &args) }
 }
 
@@ -385,17 +305,6 @@ impl GamTerms {
     }
 }
 
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct GamArgs {
-    products: u64,
-    coefficients: u64,
-    beta1: f64,
-    beta2: f64,
-    beta3: f64,
-    gamma: f64,
-}
-
 /// `G − γ (m − G (m·G)/(G·G))` as coefficients of g0 … g3, from the [`combined_products`] of the two combinations that
 /// [`GamTerms::combinations`] names. [the authors' code]
 ///
@@ -415,18 +324,8 @@ pub fn gam_coefficients(products: Slice<'_, f64>, terms: GamTerms, mut coefficie
         beta3: 1.0 - terms.beta1,
         gamma: terms.gamma,
     };
-    // SAFETY: the twin of the kernel's struct; the lengths are checked.
+    // SAFETY: the lengths are checked.
     unsafe { device.launch(id::GAM_COEFFICIENTS, Launch::new(1, 1), &args) }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct AscentArgs {
-    products: u64,
-    norm: u64,
-    coefficients: u64,
-    rho: f64,
-    step: f64,
 }
 
 /// The coefficients of [`ascend`]: a step of length `step` along the gradient, and back onto the ball of radius `rho` where it
@@ -451,16 +350,8 @@ pub fn ascent_coefficients(
     }
     let products = products.map_or(0, |products| products.address());
     let args = AscentArgs { products, norm: norm.address(), coefficients: coefficients.address(), rho, step };
-    // SAFETY: the twin of the kernel's struct; the lengths are checked.
+    // SAFETY: the lengths are checked.
     unsafe { device.launch(id::ASCENT_COEFFICIENTS, Launch::new(1, 1), &args) }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct ClipArgs {
-    norm: u64,
-    coefficients: u64,
-    largest: f64,
 }
 
 /// Scales the four `coefficients` of a combination by `min(1, largest/(norm + 1e-6))`, as PyTorch's `clip_grad_norm_` does.
@@ -473,18 +364,8 @@ pub fn clip_coefficients(norm: Slice<'_, f64>, largest: f64, mut coefficients: S
     let device = coefficients.device().clone();
     numbers(operation, &device, &[("norm", norm, 1), ("coefficients", coefficients.view(), 4)])?;
     let args = ClipArgs { norm: norm.address(), coefficients: coefficients.address(), largest };
-    // SAFETY: the twin of the kernel's struct; the lengths are checked.
+    // SAFETY: the lengths are checked.
     unsafe { device.launch(id::CLIP_COEFFICIENTS, Launch::new(1, 1), &args) }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct AdgdRatesArgs {
-    products: u64,
-    norm: u64,
-    state: u64,
-    rates: u64,
-    delta: f64,
 }
 
 /// SA-SAM's step size and radius. With the [`combined_products`] of `A = w − w_prev` and `B = g(w) − g(w_prev)`,
@@ -510,16 +391,8 @@ pub fn adgd_rates(
     numbers(operation, &device, &arguments)?;
     let (products, norm, state, rates) = (products.address(), norm.address(), state.address(), rates.address());
     let args = AdgdRatesArgs { products, norm, state, rates, delta };
-    // SAFETY: the twin of the kernel's struct; the lengths are checked.
+    // SAFETY: the lengths are checked.
     unsafe { device.launch(id::ADGD_RATES, Launch::new(1, 1), &args) }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct AdgdCommitArgs {
-    rates: u64,
-    skip: u64,
-    state: u64,
 }
 
 /// Remembers η and θ in the state of [`adgd_rates`], unless `skip[0]` is not zero.
@@ -533,6 +406,6 @@ pub fn adgd_commit(rates: Slice<'_, f64>, skip: Slice<'_, u32>, mut state: Slice
     check_length(operation, "skip", skip.len(), 1)?;
     check_device(operation, "skip", &device, skip.device())?;
     let args = AdgdCommitArgs { rates: rates.address(), skip: skip.address(), state: state.address() };
-    // SAFETY: the twin of the kernel's struct; the lengths are checked.
+    // SAFETY: the lengths are checked.
     unsafe { device.launch(id::ADGD_COMMIT, Launch::new(1, 1), &args) }
 }

@@ -9,18 +9,23 @@
 //! SGD and AdamW take the form they have in PyTorch.
 
 use super::{check_device, check_length, pick};
+use crate::device::arguments::{
+    AdamWArgs, AdvanceArgs, AxpyArgs, CheckFiniteArgs, CombinationArgs, CommitArgs, ConvertArgs, CrSamArgs,
+    CurvatureArgs, FillArgs, GradientArgs, PartialsArgs, PerturbArgs, SgdArgs, SumArgs,
+};
+use crate::device::constants::{BLOCK_THREADS, MAX_SUMS, PACK_BYTES};
 use crate::device::{
-    Buffer, Compute, ComputeKernels, Device, Element, Error, KernelId, Launch, Result, Scalar, Slice, SliceMut, id,
+    Buffer, Compute, ComputeKernels, Device, Element, Error, Kernel, Launch, Result, Scalar, Slice, SliceMut, id,
 };
 
 /// Elements that one thread of a GPU handles at a time: 16 bytes.
 pub(super) const fn pack<T>() -> usize {
-    16 / size_of::<T>()
+    PACK_BYTES / size_of::<T>()
 }
 
 /// One block for the second stage of a reduction.
 pub(super) fn one_block(device: &Device) -> Launch {
-    Launch::new(1, if device.is_simt() { 256 } else { 1 })
+    Launch::new(1, if device.is_simt() { BLOCK_THREADS as u32 } else { 1 })
 }
 
 /// Where a reduction's blocks leave their partial sums, for every reduction over any length on one device.
@@ -32,13 +37,10 @@ pub struct Reduction {
 }
 
 impl Reduction {
-    /// The most sums that one reduction takes at once.
-    const SUMS: usize = 3;
-
     /// Room for the partial sums of one reduction at a time on `device`.
     pub fn new(device: &Device) -> Result<Self> {
         let blocks = device.elementwise(usize::MAX, 1).grid[0] as usize;
-        Ok(Self { partials: device.zeros(blocks * Self::SUMS)? })
+        Ok(Self { partials: device.zeros(blocks * MAX_SUMS)? })
     }
 
     /// Its device, and the address of its partial sums: room for three of every block that `elementwise` can ask for.
@@ -60,7 +62,7 @@ impl Reduction {
     fn partials<T: Scalar>(
         &mut self,
         operation: &'static str,
-        kernel: KernelId,
+        kernel: Kernel<PartialsArgs>,
         vectors: &[(&'static str, Slice<'_, T>)],
     ) -> Result<u64> {
         let device = self.partials.device().clone();
@@ -74,35 +76,17 @@ impl Reduction {
         let [x, y, z] = addresses;
         let args = PartialsArgs { x, y, z, partials: self.partials.view_mut().address(), n: n as u64 };
         let shape = device.elementwise(n, pack::<T>());
-        // SAFETY: the twin of the kernel's struct; the vectors hold n elements each (a kernel reads no more of them than it
+        // SAFETY: the vectors hold n elements each (a kernel reads no more of them than it
         // was given), and `partials` has room for three sums of every block that `elementwise` can ask for.
         unsafe { device.launch(kernel, shape, &args)? };
         Ok(u64::from(shape.grid[0]))
     }
 }
 
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct PartialsArgs {
-    x: u64,
-    y: u64,
-    z: u64,
-    partials: u64,
-    n: u64,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct SumArgs {
-    partials: u64,
-    out: u64,
-    count: u64,
-}
-
 /// Stage two of a reduction to one number.
 fn finish(
     operation: &'static str,
-    kernel: KernelId,
+    kernel: Kernel<SumArgs>,
     reduction: &mut Reduction,
     count: u64,
     argument: &'static str,
@@ -112,7 +96,7 @@ fn finish(
     check_length(operation, argument, out.len(), 1)?;
     check_device(operation, argument, &device, out.device())?;
     let args = SumArgs { partials: reduction.partials.view().address(), out: out.address(), count };
-    // SAFETY: the twin of the kernel's struct; stage one wrote `count` partial sums, and `out` is one number.
+    // SAFETY: stage one wrote `count` partial sums, and `out` is one number.
     unsafe { device.launch(kernel, one_block(&device), &args) }
 }
 
@@ -122,18 +106,8 @@ fn finish(
 /// [`Error::Length`] unless `norm` holds one number, [`Error::OtherDevice`] unless all live on the reduction's device.
 pub fn l2_norm<T: Scalar>(x: Slice<'_, T>, reduction: &mut Reduction, norm: SliceMut<'_, f64>) -> Result<()> {
     let operation = "vector::l2_norm";
-    let count = reduction.partials(operation, pick::<T>(id::SQUARES_F32, id::SQUARES_F64), &[("x", x)])?;
+    let count = reduction.partials(operation, pick::<T, _>(id::SQUARES_F32, id::SQUARES_F64), &[("x", x)])?;
     finish(operation, id::FINISH_NORM, reduction, count, "norm", norm)
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct GradientArgs {
-    x: u64,
-    state: u64,
-    flag: u64,
-    partials: u64,
-    n: u64,
 }
 
 /// Ends a gradient in one pass: [`check_finite`] and [`l2_norm`] at once, to the same bits, and with a `scale`, the state of
@@ -156,7 +130,7 @@ pub fn finish_gradient<T: Scalar>(
     check_device(operation, "x", &device, x.device())?;
     check_device(operation, "flag", &device, flag.device())?;
     check_device(operation, "norm", &device, norm.device())?;
-    let mut kernel = pick::<T>(id::FINISH_GRADIENT_F32, id::FINISH_GRADIENT_F64);
+    let mut kernel = pick::<T, _>(id::FINISH_GRADIENT_F32, id::FINISH_GRADIENT_F64);
     if let Some(scale) = scale {
         super::precision::check_scale::<T>(operation, &device, scale)?;
         kernel = id::FINISH_SCALED_GRADIENT;
@@ -164,7 +138,7 @@ pub fn finish_gradient<T: Scalar>(
     let state = scale.map_or(0, |scale| scale.address());
     let shape = device.elementwise(x.len(), pack::<T>());
     let args = GradientArgs { x: x.address(), state, flag: flag.address(), partials, n: x.len() as u64 };
-    // SAFETY: the twin of the kernel's struct; lengths and devices are checked above, and there is room for the partial sums of
+    // SAFETY: lengths and devices are checked above, and there is room for the partial sums of
     // every block.
     unsafe { device.launch(kernel, shape, &args)? };
     reduction.finish_norm(operation, shape, norm)
@@ -182,27 +156,15 @@ pub fn dot<T: Scalar>(
     out: SliceMut<'_, f64>,
 ) -> Result<()> {
     let operation = "vector::dot";
-    let kernel = pick::<T>(id::PRODUCTS_F32, id::PRODUCTS_F64);
+    let kernel = pick::<T, _>(id::PRODUCTS_F32, id::PRODUCTS_F64);
     let count = reduction.partials(operation, kernel, &[("x", x), ("y", y)])?;
     finish(operation, id::FINISH_SUM, reduction, count, "out", out)
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct PerturbArgs {
-    w: u64,
-    g: u64,
-    norm: u64,
-    plus: u64,
-    minus: u64,
-    n: u64,
-    rho: f64,
 }
 
 /// The two perturbations of the weights differ in their kernels and in whether they need a norm.
 fn perturb_with<T: Scalar, P: Compute>(
     operation: &'static str,
-    kernel: KernelId,
+    kernel: Kernel<PerturbArgs>,
     w: Slice<'_, T>,
     g: Slice<'_, T>,
     norm: Option<Slice<'_, f64>>,
@@ -233,7 +195,7 @@ fn perturb_with<T: Scalar, P: Compute>(
         n: n as u64,
         rho,
     };
-    // SAFETY: the twin of the kernel's struct; w, g, plus and a minus that is there hold n elements, and the kernel that reads
+    // SAFETY: w, g, plus and a minus that is there hold n elements, and the kernel that reads
     // the norm is given it.
     unsafe { device.launch(kernel, device.elementwise(n, pack::<T>()), &args) }
 }
@@ -254,7 +216,7 @@ pub fn perturb<T: Scalar, P: Compute>(
     plus: SliceMut<'_, P>,
     minus: Option<SliceMut<'_, P>>,
 ) -> Result<()> {
-    let kernel = pick::<T>(
+    let kernel = pick::<T, _>(
         P::choose(ComputeKernels {
             f32: id::PERTURB_F32_F32,
             f64: id::PERTURB_F32_F64,
@@ -282,7 +244,7 @@ pub fn perturb_linf<T: Scalar, P: Compute>(
     plus: SliceMut<'_, P>,
     minus: Option<SliceMut<'_, P>>,
 ) -> Result<()> {
-    let kernel = pick::<T>(
+    let kernel = pick::<T, _>(
         P::choose(ComputeKernels {
             f32: id::PERTURB_LINF_F32_F32,
             f64: id::PERTURB_LINF_F32_F64,
@@ -297,17 +259,6 @@ pub fn perturb_linf<T: Scalar, P: Compute>(
         }),
     );
     perturb_with("vector::perturb_linf", kernel, w, g, None, rho, plus, minus)
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct CurvatureArgs {
-    losses: u64,
-    norm: u64,
-    partials: u64,
-    out: u64,
-    count: u64,
-    rho: f64,
 }
 
 /// Curvature along `v = g0/(norm + 1e-12)` from central differences of the losses and of the gradients at `w`, `w + ρv` and
@@ -343,7 +294,7 @@ pub fn finite_difference<T: Scalar>(
     check_device(operation, "norm", &device, norm.device())?;
     check_device(operation, "reduction", &device, reduction.partials.device())?;
     check_rho(operation, rho)?;
-    let kernel = pick::<T>(id::DIFFERENCES_F32, id::DIFFERENCES_F64);
+    let kernel = pick::<T, _>(id::DIFFERENCES_F32, id::DIFFERENCES_F64);
     let gradients = [("g0", g0), ("g_plus", g_plus), ("g_minus", g_minus)];
     let count = reduction.partials(operation, kernel, &gradients)?;
     let args = CurvatureArgs {
@@ -354,7 +305,7 @@ pub fn finite_difference<T: Scalar>(
         count,
         rho,
     };
-    // SAFETY: the twin of the kernel's struct; the lengths are checked, and stage one wrote `count` times three sums.
+    // SAFETY: the lengths are checked, and stage one wrote `count` times three sums.
     unsafe { device.launch(id::FINISH_FINITE_DIFFERENCE, one_block(&device), &args) }
 }
 
@@ -372,7 +323,7 @@ pub fn curvature_from_losses(losses: Slice<'_, f64>, rho: f64, mut out: SliceMut
     check_device(operation, "losses", &device, losses.device())?;
     check_rho(operation, rho)?;
     let args = CurvatureArgs { losses: losses.address(), norm: 0, partials: 0, out: out.address(), count: 0, rho };
-    // SAFETY: the twin of the kernel's struct, of which this kernel reads the losses and rho alone; the lengths are checked.
+    // SAFETY: of which this kernel reads the losses and rho alone; the lengths are checked.
     unsafe { device.launch(id::CURVATURE_FROM_LOSSES, Launch::new(1, 1), &args) }
 }
 
@@ -415,20 +366,6 @@ impl Default for CrSam {
     }
 }
 
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct CrSamArgs {
-    losses: u64,
-    coefficients: u64,
-    skip: u64,
-    dropped: u64,
-    alpha: f64,
-    beta: f64,
-    a_min: f64,
-    b_min: f64,
-    log_form: u32,
-}
-
 /// The coefficients `c0, c+, c−` of CR-SAM's gradient `c0 g0 + c+ g+ + c− g−`, from `losses` (`L0, L+, L−`). With
 /// `A = L+ + L− − 2 L0` and `B = L+ − L−` the log form is `g+ + α (g+ + g− − 2 g0)/A + β (g+ − g−)/B`, so
 /// `c+ = 1 + α/A + β/B`, `c− = α/A − β/B`, `c0 = −2α/A`; the released form has 1 for `A` and `B`. [CR-SAM, eq. 7]
@@ -466,7 +403,7 @@ pub fn cr_sam_coefficients(
         b_min: settings.b_min,
         log_form: u32::from(settings.form == CrSamForm::Log),
     };
-    // SAFETY: the twin of the kernel's struct; the lengths are checked.
+    // SAFETY: the lengths are checked.
     unsafe { device.launch(id::CR_SAM_COEFFICIENTS, Launch::new(1, 1), &args) }
 }
 
@@ -477,14 +414,6 @@ pub struct Combination<'a, T: Scalar> {
     pub vectors: [Option<Slice<'a, T>>; 4],
     /// The four coefficients, on the device; that of an absent vector is not read.
     pub coefficients: Slice<'a, f64>,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(super) struct CombinationArgs {
-    vectors: [u64; 4],
-    coefficients: u64,
-    slot: [u32; 4],
 }
 
 impl<'a, T: Scalar> Combination<'a, T> {
@@ -559,22 +488,6 @@ pub struct SgdStep<'a> {
     pub decay_len: usize,
 }
 
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct SgdArgs {
-    w: u64,
-    m: u64,
-    combination: CombinationArgs,
-    skip: u64,
-    lr_on_device: u64,
-    n: u64,
-    decay_len: u64,
-    lr: f64,
-    momentum: f64,
-    weight_decay: f64,
-    nesterov: u32,
-}
-
 /// One step of SGD in one pass: `g = Σ c_i g_i + λ w`, `m = μ m + g`, `w −= η m` (with Nesterov's momentum `w −= η (g + μ m)`).
 /// Nothing is written if `skip[0]` is not zero.
 ///
@@ -599,10 +512,10 @@ pub fn sgd<T: Scalar>(
     check_device(operation, "skip", &device, skip.device())?;
     let (combination, count) = gradients.args(operation, n, &device)?;
     let kernel = match count {
-        1 => pick::<T>(id::SGD1_F32, id::SGD1_F64),
-        2 => pick::<T>(id::SGD2_F32, id::SGD2_F64),
-        3 => pick::<T>(id::SGD3_F32, id::SGD3_F64),
-        _ => pick::<T>(id::SGD4_F32, id::SGD4_F64),
+        1 => pick::<T, _>(id::SGD1_F32, id::SGD1_F64),
+        2 => pick::<T, _>(id::SGD2_F32, id::SGD2_F64),
+        3 => pick::<T, _>(id::SGD3_F32, id::SGD3_F64),
+        _ => pick::<T, _>(id::SGD4_F32, id::SGD4_F64),
     };
     let (lr_on_device, lr) = step.lr.args(operation, &device)?;
     let args = SgdArgs {
@@ -618,7 +531,7 @@ pub fn sgd<T: Scalar>(
         weight_decay: step.weight_decay,
         nesterov: u32::from(step.nesterov),
     };
-    // SAFETY: the twin of the kernel's struct; every vector holds n elements, and `count` gradients are set.
+    // SAFETY: every vector holds n elements, and `count` gradients are set.
     unsafe { device.launch(kernel, device.elementwise(n, pack::<T>()), &args) }
 }
 
@@ -637,25 +550,6 @@ pub struct AdamWStep<'a> {
     pub weight_decay: f64,
     /// Elements from this one on are not decayed.
     pub decay_len: usize,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct AdamWArgs {
-    w: u64,
-    m: u64,
-    v: u64,
-    combination: CombinationArgs,
-    step: u64,
-    skip: u64,
-    lr_on_device: u64,
-    n: u64,
-    decay_len: u64,
-    lr: f64,
-    beta1: f64,
-    beta2: f64,
-    eps: f64,
-    weight_decay: f64,
 }
 
 /// One step of AdamW in one pass: `g = Σ c_i g_i`, `m = β1 m + (1 − β1) g`, `v = β2 v + (1 − β2) g²`,
@@ -689,10 +583,10 @@ pub fn adamw<T: Scalar>(
     }
     let (combination, count) = gradients.args(operation, n, &device)?;
     let kernel = match count {
-        1 => pick::<T>(id::ADAMW1_F32, id::ADAMW1_F64),
-        2 => pick::<T>(id::ADAMW2_F32, id::ADAMW2_F64),
-        3 => pick::<T>(id::ADAMW3_F32, id::ADAMW3_F64),
-        _ => pick::<T>(id::ADAMW4_F32, id::ADAMW4_F64),
+        1 => pick::<T, _>(id::ADAMW1_F32, id::ADAMW1_F64),
+        2 => pick::<T, _>(id::ADAMW2_F32, id::ADAMW2_F64),
+        3 => pick::<T, _>(id::ADAMW3_F32, id::ADAMW3_F64),
+        _ => pick::<T, _>(id::ADAMW4_F32, id::ADAMW4_F64),
     };
     let (lr_on_device, lr) = settings.lr.args(operation, &device)?;
     let args = AdamWArgs {
@@ -711,16 +605,8 @@ pub fn adamw<T: Scalar>(
         eps: settings.eps,
         weight_decay: settings.weight_decay,
     };
-    // SAFETY: the twin of the kernel's struct; every vector holds n elements, and `count` gradients are set.
+    // SAFETY: every vector holds n elements, and `count` gradients are set.
     unsafe { device.launch(kernel, device.elementwise(n, pack::<T>()), &args) }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct AdvanceArgs {
-    skip: u64,
-    step: u64,
-    skipped: u64,
 }
 
 /// Counts a step: adds one to `step[0]`, or to `skipped[0]` if `skip[0]` is not zero. Called before [`adamw`], it makes `step`
@@ -737,21 +623,13 @@ pub fn advance(skip: Slice<'_, u32>, mut step: SliceMut<'_, u32>, mut skipped: S
     check_device(operation, "skip", &device, skip.device())?;
     check_device(operation, "skipped", &device, skipped.device())?;
     let args = AdvanceArgs { skip: skip.address(), step: step.address(), skipped: skipped.address() };
-    // SAFETY: the twin of the kernel's struct; the lengths are checked.
+    // SAFETY: the lengths are checked.
     unsafe { device.launch(id::ADVANCE, Launch::new(1, 1), &args) }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct CheckFiniteArgs {
-    x: u64,
-    flag: u64,
-    n: u64,
 }
 
 fn check_finite_with<T: Element>(
     operation: &'static str,
-    kernel: KernelId,
+    kernel: Kernel<CheckFiniteArgs>,
     x: Slice<'_, T>,
     mut flag: SliceMut<'_, u32>,
 ) -> Result<()> {
@@ -760,7 +638,7 @@ fn check_finite_with<T: Element>(
     check_length(operation, "flag", flag.len(), 1)?;
     check_device(operation, "x", &device, x.device())?;
     let args = CheckFiniteArgs { x: x.address(), flag: flag.address(), n: n as u64 };
-    // SAFETY: the twin of the kernel's struct; `x` holds n elements and `flag` one.
+    // SAFETY: `x` holds n elements and `flag` one.
     unsafe { device.launch(kernel, device.elementwise(n, pack::<T>()), &args) }
 }
 
@@ -770,7 +648,7 @@ fn check_finite_with<T: Element>(
 /// # Errors
 /// [`Error::Length`] unless `flag` holds one number, [`Error::OtherDevice`] unless both live on one device.
 pub fn check_finite<T: Scalar>(x: Slice<'_, T>, flag: SliceMut<'_, u32>) -> Result<()> {
-    check_finite_with("vector::check_finite", pick::<T>(id::CHECK_FINITE_F32, id::CHECK_FINITE_F64), x, flag)
+    check_finite_with("vector::check_finite", pick::<T, _>(id::CHECK_FINITE_F32, id::CHECK_FINITE_F64), x, flag)
 }
 
 /// [`check_finite`] for losses, which are double precision on every device.
@@ -779,15 +657,6 @@ pub fn check_finite<T: Scalar>(x: Slice<'_, T>, flag: SliceMut<'_, u32>) -> Resu
 /// Those of [`check_finite`].
 pub fn check_finite_f64(losses: Slice<'_, f64>, flag: SliceMut<'_, u32>) -> Result<()> {
     check_finite_with("vector::check_finite_f64", id::CHECK_FINITE_F64, losses, flag)
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct CommitArgs {
-    pending: u64,
-    state: u64,
-    skip: u64,
-    n: u64,
 }
 
 /// `state = pending`, unless `skip[0]` is not zero: what a step has computed beside the weights (batch norm's running
@@ -805,17 +674,8 @@ pub fn commit<T: Scalar>(skip: Slice<'_, u32>, pending: Slice<'_, T>, mut state:
     check_device(operation, "skip", &device, skip.device())?;
     check_device(operation, "pending", &device, pending.device())?;
     let args = CommitArgs { pending: pending.address(), state: state.address(), skip: skip.address(), n: n as u64 };
-    // SAFETY: the twin of the kernel's struct; both vectors hold n elements.
-    unsafe { device.launch(pick::<T>(id::COMMIT_F32, id::COMMIT_F64), device.elementwise(n, pack::<T>()), &args) }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct AxpyArgs {
-    x: u64,
-    y: u64,
-    n: u64,
-    alpha: f64,
+    // SAFETY: both vectors hold n elements.
+    unsafe { device.launch(pick::<T, _>(id::COMMIT_F32, id::COMMIT_F64), device.elementwise(n, pack::<T>()), &args) }
 }
 
 /// `y += alpha x`. Traffic: 12 B per element.
@@ -829,16 +689,8 @@ pub fn axpy<T: Scalar>(alpha: f64, x: Slice<'_, T>, mut y: SliceMut<'_, T>) -> R
     check_length(operation, "x", x.len(), n)?;
     check_device(operation, "x", &device, x.device())?;
     let args = AxpyArgs { x: x.address(), y: y.address(), n: n as u64, alpha };
-    // SAFETY: the twin of the kernel's struct; both vectors hold n elements.
-    unsafe { device.launch(pick::<T>(id::AXPY_F32, id::AXPY_F64), device.elementwise(n, pack::<T>()), &args) }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct FillArgs {
-    out: u64,
-    n: u64,
-    value: f64,
+    // SAFETY: both vectors hold n elements.
+    unsafe { device.launch(pick::<T, _>(id::AXPY_F32, id::AXPY_F64), device.elementwise(n, pack::<T>()), &args) }
 }
 
 /// `out[i] = value`. Traffic: 4 B per element.
@@ -846,16 +698,8 @@ pub fn fill<T: Scalar>(mut out: SliceMut<'_, T>, value: f64) -> Result<()> {
     let device = out.device().clone();
     let n = out.len();
     let args = FillArgs { out: out.address(), n: n as u64, value };
-    // SAFETY: the twin of the kernel's struct; `out` is n elements borrowed exclusively.
-    unsafe { device.launch(pick::<T>(id::FILL_F32, id::FILL_F64), device.elementwise(n, pack::<T>()), &args) }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct ConvertArgs {
-    x: u64,
-    out: u64,
-    n: u64,
+    // SAFETY: `out` is n elements borrowed exclusively.
+    unsafe { device.launch(pick::<T, _>(id::FILL_F32, id::FILL_F64), device.elementwise(n, pack::<T>()), &args) }
 }
 
 /// `out[i] = x[i]`, rounded to the nearest value of `D`, ties to even. Traffic: `size_of::<S>() + size_of::<D>()` B per
@@ -896,6 +740,6 @@ pub fn convert<S: Compute, D: Compute>(x: Slice<'_, S>, mut out: SliceMut<'_, D>
         }),
     });
     let args = ConvertArgs { x: x.address(), out: out.address(), n: n as u64 };
-    // SAFETY: the twin of the kernel's struct; both vectors hold n elements.
+    // SAFETY: both vectors hold n elements.
     unsafe { device.launch(kernel, device.elementwise(n, 16 / size_of::<S>().max(size_of::<D>())), &args) }
 }

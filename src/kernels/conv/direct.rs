@@ -1,11 +1,15 @@
 //! Convolution on the CPU's own launch shapes: `kernels/host/conv_direct.cu`, one thread per block.
 
-use super::{ConvShape, Shape};
+use super::ConvShape;
+use crate::device::arguments::{
+    Bands, DirectForwardArgs, DirectInputGradientArgs, DirectWeightGradientArgs, PackWeightsArgs, SumGroupsArgs,
+};
+use crate::device::constants::PANEL_BYTES;
 use crate::device::{Compute, Launch, Result, Slice, SliceMut, id};
 use crate::kernels::pick;
 
 /// Channels to which packed weights are filled up: a panel of the CPU's kernels (half of it in double precision).
-pub(super) const PANEL: usize = 16;
+pub(super) const PANEL: usize = PANEL_BYTES / 4;
 
 /// Blocks of a weight gradient: enough for the cores of a large machine, and for two with other work to do.
 const WEIGHT_GRADIENT_BLOCKS: usize = 32;
@@ -26,14 +30,6 @@ fn groups(shape: &ConvShape) -> usize {
 /// its padded copy of the image; with one tap more, so that a tile of the output gradient is used often enough.
 fn slice(shape: &ConvShape) -> usize {
     if shape.kernel == 1 { 48 } else { 16 }.min(shape.in_channels)
-}
-
-/// What a block of the CPU's kernels works on: `images` whole images, or `rows` rows of one.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Bands {
-    images: i32,
-    rows: i32,
 }
 
 impl Bands {
@@ -66,59 +62,6 @@ impl Bands {
 /// What of the L2 cache a block takes for its scratch.
 const SCRATCH_BYTES: usize = 256 << 10;
 
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct PackArgs {
-    weight: u64,
-    packed: u64,
-    shape: Shape,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct ForwardArgs {
-    x: u64,
-    packed: u64,
-    y: u64,
-    shape: Shape,
-    bands: Bands,
-    accumulate: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct InputGradientArgs {
-    dy: u64,
-    packed: u64,
-    dx: u64,
-    shape: Shape,
-    bands: Bands,
-    accumulate: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct WeightGradientArgs {
-    x: u64,
-    dy: u64,
-    partial: u64,
-    shape: Shape,
-    bands: Bands,
-    slice: i32,
-    groups: i32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct SumGroupsArgs {
-    partial: u64,
-    dw: u64,
-    shape: Shape,
-    slice: i32,
-    groups: i32,
-    accumulate: u32,
-}
-
 pub(super) fn forward<S: Compute>(
     shape: &ConvShape,
     x: Slice<'_, S>,
@@ -138,12 +81,12 @@ pub(super) fn forward<S: Compute>(
     };
     let bands = Bands::new(shape.batch, height, width, 256, SCRATCH_BYTES, bytes);
     let packed = workspace.address();
-    let pack = PackArgs { weight: weight.address(), packed, shape: shape.twin() };
+    let pack = PackWeightsArgs { weight: weight.address(), packed, shape: shape.argument() };
     let accumulate = accumulate.into();
-    let args = ForwardArgs { x: x.address(), packed, y: y.address(), shape: shape.twin(), bands, accumulate };
+    let args = DirectForwardArgs { x: x.address(), packed, y: y.address(), shape: shape.argument(), bands, accumulate };
     let launch = Launch::new(bands.count(shape.batch, height) as u32, 1)
         .with_shared(bytes(bands.images as usize, bands.rows as usize));
-    // SAFETY: the twins of the kernels' structs; every slice has the length that the shape implies, the workspace holds the
+    // SAFETY: every slice has the length that the shape implies, the workspace holds the
     // packed weights, and the scratch memory one band.
     unsafe {
         let kernel = S::choose(id::CONV_DIRECT_PACK_FORWARD);
@@ -170,12 +113,12 @@ pub(super) fn input_gradient<S: Compute>(
     };
     let bands = Bands::new(shape.batch, height, width, 256, SCRATCH_BYTES, bytes);
     let packed = workspace.address();
-    let pack = PackArgs { weight: weight.address(), packed, shape: shape.twin() };
-    let args = InputGradientArgs {
+    let pack = PackWeightsArgs { weight: weight.address(), packed, shape: shape.argument() };
+    let args = DirectInputGradientArgs {
         dy: dy.address(),
         packed,
         dx: dx.address(),
-        shape: shape.twin(),
+        shape: shape.argument(),
         bands,
         accumulate: accumulate.into(),
     };
@@ -211,11 +154,11 @@ pub(super) fn weight_gradient<S: Compute>(
     // limit repeat fewer of their neighbours' rows.
     let bands = Bands::new(shape.batch, height, width, 128, 48 << 10, bytes);
     let partial = workspace.address();
-    let args = WeightGradientArgs {
+    let args = DirectWeightGradientArgs {
         x: x.address(),
         dy: dy.address(),
         partial,
-        shape: shape.twin(),
+        shape: shape.argument(),
         bands,
         slice: slice as i32,
         groups: groups as i32,
@@ -223,7 +166,7 @@ pub(super) fn weight_gradient<S: Compute>(
     let sum = SumGroupsArgs {
         partial,
         dw: dw.address(),
-        shape: shape.twin(),
+        shape: shape.argument(),
         slice: slice as i32,
         groups: groups as i32,
         accumulate: accumulate.into(),
@@ -235,7 +178,7 @@ pub(super) fn weight_gradient<S: Compute>(
     unsafe {
         let kernel = S::choose(id::CONV_DIRECT_WEIGHT_GRADIENT);
         device.launch(kernel, launch, &args)?;
-        let kernel = pick::<S::Master>(id::CONV_DIRECT_SUM_GROUPS_F32, id::CONV_DIRECT_SUM_GROUPS_F64);
+        let kernel = pick::<S::Master, _>(id::CONV_DIRECT_SUM_GROUPS_F32, id::CONV_DIRECT_SUM_GROUPS_F64);
         device.launch(kernel, packing(shape), &sum)
     }
 }

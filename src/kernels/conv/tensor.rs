@@ -4,138 +4,53 @@ use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex, PoisonError, RwLock};
 
 use super::ConvShape;
-use super::tiled::{ConvArgs, MANY_TILES, WEIGHT_GRADIENT_PIXELS};
-use crate::device::{Buffer, Compute, ComputeKernels, Device, Error, KernelId, Launch, Result, Slice, SliceMut, id};
-use crate::kernels::batch_norm::{SumsArgs, SumsRoom, TILE_ROWS};
-use crate::kernels::gradient::FinishArgs;
+use super::tiled::{MANY_TILES, WEIGHT_GRADIENT_PIXELS};
+use crate::device::arguments::{ConvArgs, FinishArgs, InputGradientArgs, SumsArgs, WeightGradientArgs};
+use crate::device::constants::{MOMENT_ROWS, SQUARE_COLUMNS, STAGE_BYTES, polder_conv_tensor_tiles};
+use crate::device::{Buffer, Compute, ComputeKernels, Device, Error, Kernel, Launch, Result, Slice, SliceMut};
+use crate::kernels::batch_norm::SumsRoom;
 use crate::kernels::{random, vector};
 
-/// Rows of every tile.
-const ROWS: usize = TILE_ROWS;
-
-/// Bytes of the depth of one row or column in one stage.
-const DEPTH_BYTES: usize = 64;
-
-/// A block's tile, as `kernels/conv_tensor.cu` defines it, with the three passes' kernels.
-struct Tile {
+/// A tile of `kernels/conv_tensor.cu`, of [`MOMENT_ROWS`] rows, with the kernels of the three passes.
+struct TensorTile {
     columns: usize,
     threads: u32,
     stages: usize,
-    forward: ComputeKernels,
-    input_gradient: ComputeKernels,
-    weight_gradient: ComputeKernels,
+    forward: ComputeKernels<ConvArgs>,
+    input_gradient: ComputeKernels<InputGradientArgs>,
+    weight_gradient: ComputeKernels<WeightGradientArgs>,
 }
 
-/// The kernels of one pass and tile. Double precision never comes here.
-const fn kernels(f16: KernelId, bf16: KernelId, tf32: KernelId) -> ComputeKernels {
-    ComputeKernels { f32: tf32, f64: tf32, f16, bf16 }
+/// The kernels of one pass and tile. Double precision has none: it is never asked for here.
+macro_rules! kernels {
+    ($pass:literal, $name:literal) => {{
+        let tf32 = Kernel::named(concat!("conv_tensor_", $pass, "_", $name, "_tf32"));
+        ComputeKernels {
+            f32: tf32,
+            f64: tf32,
+            f16: Kernel::named(concat!("conv_tensor_", $pass, "_", $name, "_f16")),
+            bf16: Kernel::named(concat!("conv_tensor_", $pass, "_", $name, "_bf16")),
+        }
+    }};
 }
 
-/// From the narrowest to the widest. Of two with equally many columns the first is the rule, and the other is for measurement to find.
-static TILES: [Tile; 5] = [
-    Tile {
-        columns: 16,
-        threads: 128,
-        stages: 4,
-        forward: kernels(
-            id::CONV_TENSOR_FORWARD_16_F16,
-            id::CONV_TENSOR_FORWARD_16_BF16,
-            id::CONV_TENSOR_FORWARD_16_TF32,
-        ),
-        input_gradient: kernels(
-            id::CONV_TENSOR_INPUT_GRADIENT_16_F16,
-            id::CONV_TENSOR_INPUT_GRADIENT_16_BF16,
-            id::CONV_TENSOR_INPUT_GRADIENT_16_TF32,
-        ),
-        weight_gradient: kernels(
-            id::CONV_TENSOR_WEIGHT_GRADIENT_16_F16,
-            id::CONV_TENSOR_WEIGHT_GRADIENT_16_BF16,
-            id::CONV_TENSOR_WEIGHT_GRADIENT_16_TF32,
-        ),
-    },
-    Tile {
-        columns: 32,
-        threads: 128,
-        stages: 4,
-        forward: kernels(
-            id::CONV_TENSOR_FORWARD_32_F16,
-            id::CONV_TENSOR_FORWARD_32_BF16,
-            id::CONV_TENSOR_FORWARD_32_TF32,
-        ),
-        input_gradient: kernels(
-            id::CONV_TENSOR_INPUT_GRADIENT_32_F16,
-            id::CONV_TENSOR_INPUT_GRADIENT_32_BF16,
-            id::CONV_TENSOR_INPUT_GRADIENT_32_TF32,
-        ),
-        weight_gradient: kernels(
-            id::CONV_TENSOR_WEIGHT_GRADIENT_32_F16,
-            id::CONV_TENSOR_WEIGHT_GRADIENT_32_BF16,
-            id::CONV_TENSOR_WEIGHT_GRADIENT_32_TF32,
-        ),
-    },
-    Tile {
-        columns: 64,
-        threads: 128,
-        stages: 4,
-        forward: kernels(
-            id::CONV_TENSOR_FORWARD_64_F16,
-            id::CONV_TENSOR_FORWARD_64_BF16,
-            id::CONV_TENSOR_FORWARD_64_TF32,
-        ),
-        input_gradient: kernels(
-            id::CONV_TENSOR_INPUT_GRADIENT_64_F16,
-            id::CONV_TENSOR_INPUT_GRADIENT_64_BF16,
-            id::CONV_TENSOR_INPUT_GRADIENT_64_TF32,
-        ),
-        weight_gradient: kernels(
-            id::CONV_TENSOR_WEIGHT_GRADIENT_64_F16,
-            id::CONV_TENSOR_WEIGHT_GRADIENT_64_BF16,
-            id::CONV_TENSOR_WEIGHT_GRADIENT_64_TF32,
-        ),
-    },
-    Tile {
-        columns: 64,
-        threads: 256,
-        stages: 4,
-        forward: kernels(
-            id::CONV_TENSOR_FORWARD_64_BY_8_F16,
-            id::CONV_TENSOR_FORWARD_64_BY_8_BF16,
-            id::CONV_TENSOR_FORWARD_64_BY_8_TF32,
-        ),
-        input_gradient: kernels(
-            id::CONV_TENSOR_INPUT_GRADIENT_64_BY_8_F16,
-            id::CONV_TENSOR_INPUT_GRADIENT_64_BY_8_BF16,
-            id::CONV_TENSOR_INPUT_GRADIENT_64_BY_8_TF32,
-        ),
-        weight_gradient: kernels(
-            id::CONV_TENSOR_WEIGHT_GRADIENT_64_BY_8_F16,
-            id::CONV_TENSOR_WEIGHT_GRADIENT_64_BY_8_BF16,
-            id::CONV_TENSOR_WEIGHT_GRADIENT_64_BY_8_TF32,
-        ),
-    },
-    Tile {
-        columns: 128,
-        threads: 128,
-        stages: 3,
-        forward: kernels(
-            id::CONV_TENSOR_FORWARD_128_F16,
-            id::CONV_TENSOR_FORWARD_128_BF16,
-            id::CONV_TENSOR_FORWARD_128_TF32,
-        ),
-        input_gradient: kernels(
-            id::CONV_TENSOR_INPUT_GRADIENT_128_F16,
-            id::CONV_TENSOR_INPUT_GRADIENT_128_BF16,
-            id::CONV_TENSOR_INPUT_GRADIENT_128_TF32,
-        ),
-        weight_gradient: kernels(
-            id::CONV_TENSOR_WEIGHT_GRADIENT_128_F16,
-            id::CONV_TENSOR_WEIGHT_GRADIENT_128_BF16,
-            id::CONV_TENSOR_WEIGHT_GRADIENT_128_TF32,
-        ),
-    },
-];
+macro_rules! tile {
+    ($name:literal, $columns:literal, $warp_rows:literal, $warp_columns:literal, $threads:literal, $stages:literal) => {
+        TensorTile {
+            columns: $columns,
+            threads: $threads,
+            stages: $stages,
+            forward: kernels!("forward", $name),
+            input_gradient: kernels!("input_gradient", $name),
+            weight_gradient: kernels!("weight_gradient", $name),
+        }
+    };
+}
 
-impl Tile {
+/// From the narrowest to the widest. Of two with equally many columns the first is the default, and measurement may choose the other.
+static TILES: [TensorTile; 5] = polder_conv_tensor_tiles!(tile);
+
+impl TensorTile {
     /// The tile for a product of `rows` times `columns`, computed `copies` times over parts of the depth, where none has been
     /// chosen by measurement.
     fn new(rows: usize, columns: usize, copies: usize) -> &'static Self {
@@ -157,11 +72,11 @@ impl Tile {
     }
 
     fn count(&self, rows: usize, columns: usize) -> usize {
-        rows.div_ceil(ROWS) * columns.div_ceil(self.columns)
+        rows.div_ceil(MOMENT_ROWS) * columns.div_ceil(self.columns)
     }
 
     fn launch(&self, rows: usize, columns: usize, copies: usize) -> Launch {
-        let shared = self.stages * (ROWS + self.columns) * DEPTH_BYTES;
+        let shared = self.stages * (MOMENT_ROWS + self.columns) * STAGE_BYTES;
         Launch { grid: [self.count(rows, columns) as u32, 1, copies as u32], block: [self.threads, 1, 1], shared }
     }
 }
@@ -189,7 +104,7 @@ impl Pass {
     }
 
     /// The tiles that may be the best: not much wider than the product, and not so narrow that they read one operand over and over.
-    fn candidates<A: Compute>(self, shape: &ConvShape) -> impl Iterator<Item = &'static Tile> {
+    fn candidates<A: Compute>(self, shape: &ConvShape) -> impl Iterator<Item = &'static TensorTile> {
         let columns = self.product::<A>(shape).1.next_power_of_two();
         TILES.iter().filter(move |tile| tile.columns <= columns.max(16) && 4 * tile.columns >= columns.min(128))
     }
@@ -200,9 +115,9 @@ type Key = (usize, &'static str, ConvShape, Pass);
 
 /// The tiles that have been chosen by measurement. A product's bits do not depend on its tile, so a choice that falls differently
 /// the next time changes no result.
-static CHOSEN: LazyLock<RwLock<HashMap<Key, &'static Tile>>> = LazyLock::new(RwLock::default);
+static CHOSEN: LazyLock<RwLock<HashMap<Key, &'static TensorTile>>> = LazyLock::new(RwLock::default);
 
-fn choose(key: Key, tile: &'static Tile) {
+fn choose(key: Key, tile: &'static TensorTile) {
     CHOSEN.write().unwrap_or_else(PoisonError::into_inner).insert(key, tile);
 }
 
@@ -242,7 +157,7 @@ fn noise<A: Compute>(device: &Device, len: usize, seed: u64) -> Result<Buffer<A>
 
 /// Times replays of a graph: the CPU may take longer to ask for a small launch than the GPU for it. What an input gradient leaves for
 /// batch norm and what finishes a weight gradient is not asked for: every tile has the same of it to do.
-fn fastest_tile<A: Compute>(pass: Pass, shape: &ConvShape, device: &Device) -> Result<&'static Tile> {
+fn fastest_tile<A: Compute>(pass: Pass, shape: &ConvShape, device: &Device) -> Result<&'static TensorTile> {
     let (mut x, mut y) = (noise::<A>(device, shape.input_len(), 1)?, noise::<A>(device, shape.output_len(), 2)?);
     let weight = noise::<A>(device, shape.weight_len(), 3)?;
     let parts = if pass == Pass::WeightGradient { splits::<A>(shape) * shape.weight_len() } else { 0 };
@@ -282,7 +197,7 @@ const WEIGHT_GRADIENT_BLOCKS: [usize; 2] = [264, 132];
 pub(super) fn splits<A: Compute>(shape: &ConvShape) -> usize {
     let (rows, columns) = (shape.taps() * shape.in_channels, shape.out_channels);
     let most = (shape.batch * shape.out_height() * shape.out_width()).div_ceil(WEIGHT_GRADIENT_PIXELS);
-    let tile = Tile::new(rows, columns, most);
+    let tile = TensorTile::new(rows, columns, most);
     let [many, few] = WEIGHT_GRADIENT_BLOCKS.map(|blocks| blocks.div_ceil(tile.count(rows, columns)).min(most));
     let operands = (shape.input_len() + shape.output_len()) * size_of::<A>();
     let parts = 2 * many * shape.weight_len() * size_of::<A::Master>();
@@ -306,7 +221,7 @@ fn wide_out<T>(channels: usize, address: u64) -> u32 {
 
 /// Elements of the moments that a forward leaves: mean and squared deviations of every channel in every tile.
 pub(super) fn moments_len(shape: &ConvShape) -> usize {
-    2 * shape.out_channels * (shape.batch * shape.out_height() * shape.out_width()).div_ceil(ROWS)
+    2 * shape.out_channels * (shape.batch * shape.out_height() * shape.out_width()).div_ceil(MOMENT_ROWS)
 }
 
 pub(super) fn forward<A: Compute>(
@@ -317,11 +232,11 @@ pub(super) fn forward<A: Compute>(
     accumulate: bool,
     moments: Option<SliceMut<'_, A::Master>>,
 ) -> Result<()> {
-    forward_by(Tile::of::<A>(Pass::Forward, shape, x.device()), shape, x, weight, y, accumulate, moments)
+    forward_by(TensorTile::of::<A>(Pass::Forward, shape, x.device()), shape, x, weight, y, accumulate, moments)
 }
 
 fn forward_by<A: Compute>(
-    tile: &Tile,
+    tile: &TensorTile,
     shape: &ConvShape,
     x: Slice<'_, A>,
     weight: Slice<'_, A>,
@@ -338,7 +253,7 @@ fn forward_by<A: Compute>(
     ];
     let moments = moments.map_or(0, |mut moments| moments.address());
     let args = ConvArgs::new(shape, addresses, wide, 1, accumulate).with_moments(moments);
-    // SAFETY: the twin of the kernel's struct; every slice has the length that the shape implies, and the block and the
+    // SAFETY: every slice has the length that the shape implies, and the block and the
     // shared memory are the tile's.
     unsafe { y.device().clone().launch(A::choose(tile.forward), tile.launch(rows, columns, 1), &args) }
 }
@@ -347,15 +262,8 @@ fn forward_by<A: Compute>(
 pub(super) fn sums_room<A: Compute>(shape: &ConvShape) -> Option<SumsRoom> {
     let (rows, channels, classes) = Pass::InputGradient.product::<A>(shape);
     let column_blocks = channels.div_ceil(TILES[0].columns); // the most of them
-    let room = SumsRoom { channels, row_blocks: classes * rows.div_ceil(ROWS), column_blocks };
+    let room = SumsRoom { channels, row_blocks: classes * rows.div_ceil(MOMENT_ROWS), column_blocks };
     (size_of::<A>() == 2 && channels.is_multiple_of(8)).then_some(room)
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct InputGradientArgs {
-    conv: ConvArgs,
-    norm: SumsArgs,
 }
 
 /// With `norm`, masked, and with the sums for batch norm: its room is [`sums_room`]'s.
@@ -367,11 +275,19 @@ pub(super) fn input_gradient<A: Compute>(
     accumulate: bool,
     norm: SumsArgs,
 ) -> Result<()> {
-    input_gradient_by(Tile::of::<A>(Pass::InputGradient, shape, dy.device()), shape, dy, weight, dx, accumulate, norm)
+    input_gradient_by(
+        TensorTile::of::<A>(Pass::InputGradient, shape, dy.device()),
+        shape,
+        dy,
+        weight,
+        dx,
+        accumulate,
+        norm,
+    )
 }
 
 fn input_gradient_by<A: Compute>(
-    tile: &Tile,
+    tile: &TensorTile,
     shape: &ConvShape,
     dy: Slice<'_, A>,
     weight: Slice<'_, A>,
@@ -402,12 +318,9 @@ pub(super) fn partial_weight_gradients<A: Compute>(
     weight_gradient(shape, x, dy, out, accumulate, FinishArgs::default())
 }
 
-/// Columns over which squares are summed together, as `kernels/conv_tensor.cu` defines it.
-const SQUARE_COLUMNS: usize = 16;
-
 /// The sums of squares that a finished weight gradient leaves.
 pub(super) fn finished_squares(shape: &ConvShape) -> usize {
-    (shape.taps() * shape.in_channels).div_ceil(ROWS) * shape.out_channels.div_ceil(SQUARE_COLUMNS)
+    (shape.taps() * shape.in_channels).div_ceil(MOMENT_ROWS) * shape.out_channels.div_ceil(SQUARE_COLUMNS)
 }
 
 /// The same, finished where `finish` says how: of one part alone, to which nothing is added.
@@ -419,19 +332,12 @@ pub(super) fn weight_gradient<A: Compute>(
     accumulate: bool,
     finish: FinishArgs,
 ) -> Result<()> {
-    let tile = Tile::of::<A>(Pass::WeightGradient, shape, x.device());
+    let tile = TensorTile::of::<A>(Pass::WeightGradient, shape, x.device());
     weight_gradient_by(tile, shape, x, dy, out, accumulate, finish)
 }
 
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct WeightGradientArgs {
-    conv: ConvArgs,
-    finish: FinishArgs,
-}
-
 fn weight_gradient_by<A: Compute>(
-    tile: &Tile,
+    tile: &TensorTile,
     shape: &ConvShape,
     x: Slice<'_, A>,
     dy: Slice<'_, A>,
@@ -651,9 +557,9 @@ mod tests {
     /// The moments of every channel in every tile, against those of the numbers as they are stored, in double.
     fn check_moments<A: Stored>(shape: &ConvShape, y: &[A], moments: &[f32]) {
         let (rows, channels) = (y.len() / shape.out_channels, shape.out_channels);
-        let tiles = rows.div_ceil(ROWS);
+        let tiles = rows.div_ceil(MOMENT_ROWS);
         for (channel, tile) in (0..channels).flat_map(|channel| (0..tiles).map(move |tile| (channel, tile))) {
-            let inside = tile * ROWS..((tile + 1) * ROWS).min(rows);
+            let inside = tile * MOMENT_ROWS..((tile + 1) * MOMENT_ROWS).min(rows);
             let values: Vec<f64> = inside.map(|row| y[row * channels + channel].into()).collect();
             let mean = values.iter().sum::<f64>() / values.len() as f64;
             let magnitude = values.iter().map(|value| value.abs()).sum::<f64>() / values.len() as f64;
@@ -845,7 +751,7 @@ mod tests {
                 // And by measurement, which leaves a candidate of each pass.
                 measure_tiles::<A>(shape, true, &device).unwrap();
                 for pass in [Pass::Forward, Pass::InputGradient, Pass::WeightGradient] {
-                    let tile = Tile::of::<A>(pass, shape, &device);
+                    let tile = TensorTile::of::<A>(pass, shape, &device);
                     assert!(pass.candidates::<A>(shape).any(|candidate| std::ptr::eq(candidate, tile)), "{shape:?}");
                     let key = (device.number(), A::NAME, *shape, pass);
                     let chosen = CHOSEN.read().unwrap().contains_key(&key);
@@ -873,10 +779,12 @@ mod tests {
         // The rule never takes the second of two tiles with equally many columns: that is reached by the test above.
         let ruled = TILES.iter().filter(|tile| tile.threads == 128);
         for tile in ruled {
-            let is = |found: &Tile| std::ptr::eq(found, tile);
-            assert!(all().any(|s| is(Tile::new(s.output_len() / s.out_channels, s.out_channels, 1))));
-            assert!(all().any(|s| s.stride == 1 && is(Tile::new(s.input_len() / s.in_channels, s.in_channels, 1))));
-            assert!(all().any(|s| is(Tile::of::<f16>(Pass::WeightGradient, s, &device))));
+            let is = |found: &TensorTile| std::ptr::eq(found, tile);
+            assert!(all().any(|s| is(TensorTile::new(s.output_len() / s.out_channels, s.out_channels, 1))));
+            assert!(
+                all().any(|s| s.stride == 1 && is(TensorTile::new(s.input_len() / s.in_channels, s.in_channels, 1)))
+            );
+            assert!(all().any(|s| is(TensorTile::of::<f16>(Pass::WeightGradient, s, &device))));
         }
         assert!(all().any(|shape| splits::<f16>(shape) > 1));
     }

@@ -1,29 +1,15 @@
 //! Convolution on the GPU's launch shapes: `kernels/conv.cu`, tiled matrix products by 256 threads per block.
 
-use super::{ConvShape, Shape};
-use crate::device::{Compute, ComputeKernels, KernelId, Launch, Result, Slice, SliceMut, id};
-
-/// The argument struct of all tiled convolutions, on tensor cores too.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(super) struct ConvArgs {
-    left: u64,
-    right: u64,
-    out: u64,
-    shape: Shape,
-    splits: i32,
-    accumulate: u32,
-    wide_left: u32,
-    wide_right: u32,
-    wide_out: u32,
-    moments: u64,
-}
+use super::ConvShape;
+use crate::device::arguments::ConvArgs;
+use crate::device::constants::{BLOCK_THREADS, CONV_LINE_PADDING, polder_conv_tiles};
+use crate::device::{Compute, ComputeKernels, Kernel, Launch, Result, Slice, SliceMut};
 
 impl ConvArgs {
     /// For operands and result (left, right, out) at these addresses, and whether packs of each are whole and aligned.
     pub fn new(shape: &ConvShape, addresses: [u64; 3], wide: [u32; 3], splits: usize, accumulate: bool) -> Self {
         let ([left, right, out], [wide_left, wide_right, wide_out]) = (addresses, wide);
-        let (shape, splits, accumulate) = (shape.twin(), splits as i32, accumulate.into());
+        let (shape, splits, accumulate) = (shape.argument(), splits as i32, accumulate.into());
         Self { left, right, out, shape, splits, accumulate, wide_left, wide_right, wide_out, moments: 0 }
     }
 
@@ -33,51 +19,40 @@ impl ConvArgs {
     }
 }
 
-/// A block's tile, as `kernels/conv.cu` defines it, with the three passes' kernels in single and in double precision.
-struct Tile {
+/// A tile of `kernels/conv.cu`, with the kernels of the three passes in single and in double precision.
+struct ConvTile {
     rows: usize,
     columns: usize,
     depth: usize,
-    forward: [KernelId; 2],
-    input_gradient: [KernelId; 2],
-    weight_gradient: [KernelId; 2],
+    forward: [Kernel<ConvArgs>; 2],
+    input_gradient: [Kernel<ConvArgs>; 2],
+    weight_gradient: [Kernel<ConvArgs>; 2],
+}
+
+macro_rules! kernels {
+    ($pass:literal, $name:literal) => {
+        [
+            Kernel::named(concat!("conv_", $pass, "_", $name, "_f32")),
+            Kernel::named(concat!("conv_", $pass, "_", $name, "_f64")),
+        ]
+    };
+}
+
+macro_rules! tile {
+    ($name:literal, $rows:literal, $columns:literal, $depth:literal, $thread_rows:literal, $thread_columns:literal) => {
+        ConvTile {
+            rows: $rows,
+            columns: $columns,
+            depth: $depth,
+            forward: kernels!("forward", $name),
+            input_gradient: kernels!("input_gradient", $name),
+            weight_gradient: kernels!("weight_gradient", $name),
+        }
+    };
 }
 
 /// From the narrowest to the widest.
-static TILES: [Tile; 4] = [
-    Tile {
-        rows: 256,
-        columns: 16,
-        depth: 16,
-        forward: [id::CONV_FORWARD_16_F32, id::CONV_FORWARD_16_F64],
-        input_gradient: [id::CONV_INPUT_GRADIENT_16_F32, id::CONV_INPUT_GRADIENT_16_F64],
-        weight_gradient: [id::CONV_WEIGHT_GRADIENT_16_F32, id::CONV_WEIGHT_GRADIENT_16_F64],
-    },
-    Tile {
-        rows: 128,
-        columns: 32,
-        depth: 16,
-        forward: [id::CONV_FORWARD_32_F32, id::CONV_FORWARD_32_F64],
-        input_gradient: [id::CONV_INPUT_GRADIENT_32_F32, id::CONV_INPUT_GRADIENT_32_F64],
-        weight_gradient: [id::CONV_WEIGHT_GRADIENT_32_F32, id::CONV_WEIGHT_GRADIENT_32_F64],
-    },
-    Tile {
-        rows: 128,
-        columns: 64,
-        depth: 16,
-        forward: [id::CONV_FORWARD_64_F32, id::CONV_FORWARD_64_F64],
-        input_gradient: [id::CONV_INPUT_GRADIENT_64_F32, id::CONV_INPUT_GRADIENT_64_F64],
-        weight_gradient: [id::CONV_WEIGHT_GRADIENT_64_F32, id::CONV_WEIGHT_GRADIENT_64_F64],
-    },
-    Tile {
-        rows: 128,
-        columns: 128,
-        depth: 8,
-        forward: [id::CONV_FORWARD_128_F32, id::CONV_FORWARD_128_F64],
-        input_gradient: [id::CONV_INPUT_GRADIENT_128_F32, id::CONV_INPUT_GRADIENT_128_F64],
-        weight_gradient: [id::CONV_WEIGHT_GRADIENT_128_F32, id::CONV_WEIGHT_GRADIENT_128_F64],
-    },
-];
+static TILES: [ConvTile; 4] = polder_conv_tiles!(tile);
 
 /// The widest tile is taken from this many of them on: with fewer, narrower ones keep more multiprocessors busy.
 pub(super) const MANY_TILES: usize = 96;
@@ -86,7 +61,7 @@ pub(super) const MANY_TILES: usize = 96;
 const WEIGHT_GRADIENT_BLOCKS: usize = 512;
 pub(super) const WEIGHT_GRADIENT_PIXELS: usize = 128;
 
-impl Tile {
+impl ConvTile {
     /// The tile for a product of `rows` times `columns`, computed `copies` times over parts of the depth.
     fn new(rows: usize, columns: usize, copies: usize) -> &'static Self {
         let [narrow @ .., widest] = &TILES;
@@ -100,23 +75,27 @@ impl Tile {
         rows.div_ceil(self.rows) * columns.div_ceil(self.columns)
     }
 
-    /// Two buffers of both operands, each line four elements longer than the tile.
+    /// With shared memory for two buffers of both operands.
     fn launch<T>(&self, rows: usize, columns: usize, copies: usize) -> Launch {
-        let shared = 2 * self.depth * (self.rows + 4 + self.columns + 4) * size_of::<T>();
-        Launch { grid: [self.count(rows, columns) as u32, 1, copies as u32], block: [256, 1, 1], shared }
+        let shared = 2 * self.depth * (self.rows + self.columns + 2 * CONV_LINE_PADDING) * size_of::<T>();
+        Launch {
+            grid: [self.count(rows, columns) as u32, 1, copies as u32],
+            block: [BLOCK_THREADS as u32, 1, 1],
+            shared,
+        }
     }
 }
 
 /// The kernel for a type as wide as its master: the others have tensor cores.
-fn full_precision<S: Compute>([f32, f64]: [KernelId; 2]) -> KernelId {
+fn full_precision<S: Compute>([f32, f64]: [Kernel<ConvArgs>; 2]) -> Kernel<ConvArgs> {
     S::choose(ComputeKernels { f32, f64, f16: f32, bf16: f32 })
 }
 
 /// The tile and the number of splits of a weight gradient.
-fn weight_gradient_tile(shape: &ConvShape) -> (&'static Tile, usize) {
+fn weight_gradient_tile(shape: &ConvShape) -> (&'static ConvTile, usize) {
     let (rows, columns) = (shape.taps() * shape.in_channels, shape.out_channels);
     let most = (shape.batch * shape.out_height() * shape.out_width()).div_ceil(WEIGHT_GRADIENT_PIXELS);
-    let tile = Tile::new(rows, columns, most);
+    let tile = ConvTile::new(rows, columns, most);
     (tile, WEIGHT_GRADIENT_BLOCKS.div_ceil(tile.count(rows, columns)).min(most))
 }
 
@@ -138,7 +117,7 @@ pub(super) fn forward<S: Compute>(
     accumulate: bool,
 ) -> Result<()> {
     let (rows, columns) = (shape.batch * shape.out_height() * shape.out_width(), shape.out_channels);
-    let tile = Tile::new(rows, columns, 1);
+    let tile = ConvTile::new(rows, columns, 1);
     let addresses = [x.address(), weight.address(), y.address()];
     let wide = [
         wide::<S>(shape.in_channels, x.address()),
@@ -147,7 +126,7 @@ pub(super) fn forward<S: Compute>(
     ];
     let args = ConvArgs::new(shape, addresses, wide, 1, accumulate);
     let kernel = full_precision::<S>(tile.forward);
-    // SAFETY: the twin of the kernel's struct; every slice has the length that the shape implies, and the shared memory is
+    // SAFETY: every slice has the length that the shape implies, and the shared memory is
     // the tile's.
     unsafe { y.device().clone().launch(kernel, tile.launch::<S>(rows, columns, 1), &args) }
 }
@@ -163,7 +142,7 @@ pub(super) fn input_gradient<S: Compute>(
     let (class_height, class_width) = (shape.height.div_ceil(shape.stride), shape.width.div_ceil(shape.stride));
     let (rows, columns) = (shape.batch * class_height * class_width, shape.in_channels);
     let classes = shape.stride * shape.stride;
-    let tile = Tile::new(rows, columns, classes);
+    let tile = ConvTile::new(rows, columns, classes);
     let addresses = [dy.address(), weight.address(), dx.address()];
     let wide = [
         wide::<S>(shape.out_channels, dy.address()),

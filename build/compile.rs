@@ -1,0 +1,296 @@
+//! Compiles the kernels: by the host's C++ compiler once per instruction set, and by nvcc into one fatbin per source.
+
+use std::env;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+use std::thread;
+use std::time::SystemTime;
+
+/// Machine code for compute capability 8.0 and 9.0, and PTX for later chips. Code for 8.0 also runs on 8.6 and 8.9, which add
+/// nothing that these kernels could use.
+const TARGETS: [&str; 3] = [
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_90,code=sm_90",
+    "-gencode=arch=compute_90,code=compute_90",
+];
+
+/// Sources whose kernels run on the CPU only where it emulates a GPU, for tests. One instruction set is enough for those.
+const EMULATED: [&str; 3] = ["conv.cu", "conv_tensor.cu", "gradient.cu"];
+
+/// One run of a compiler.
+pub type Job = Box<dyn FnOnce() + Send>;
+
+/// Runs the jobs on as many threads as cargo gives the build.
+pub fn run_all(jobs: Vec<Job>) {
+    let threads = env::var("NUM_JOBS").ok().and_then(|count| count.parse().ok()).unwrap_or(1);
+    let queue = Mutex::new(jobs.into_iter());
+    let next = || queue.lock().expect("no job runs under the lock").next();
+    thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while let Some(job) = next() {
+                    job();
+                }
+            });
+        }
+    });
+}
+
+/// An instruction set that host code is built for. Kernels of a source that is not built for it come from the newest older set that
+/// has them.
+pub struct InstructionSet {
+    /// Its name in symbols.
+    pub name: &'static str,
+    flags: &'static [&'static str],
+    /// Whether a source is built for it.
+    pub builds: fn(&Path) -> bool,
+}
+
+/// The instruction sets for the target, from the oldest to the newest.
+pub fn instruction_sets() -> Vec<InstructionSet> {
+    const AVX2: &[&str] = &["-mavx2", "-mfma", "-mf16c"];
+    const AVX512: &[&str] = &["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"];
+    if env::var("CARGO_CFG_TARGET_ARCH").is_ok_and(|arch| arch != "x86_64") {
+        return vec![InstructionSet { name: "baseline", flags: &[], builds: |_| true }];
+    }
+    // Only the convolution gains from it: everything else is bound by memory.
+    let avx512 =
+        InstructionSet { name: "avx512", flags: AVX512, builds: |source| is_one_of(source, &["conv_direct.cu"]) };
+    // Builds with sanitizers are for tests, on recent machines.
+    if sanitize() {
+        return vec![InstructionSet { name: "avx2", flags: AVX2, builds: |_| true }, avx512];
+    }
+    vec![
+        InstructionSet { name: "baseline", flags: &[], builds: |_| true },
+        InstructionSet { name: "avx2", flags: AVX2, builds: |source| !is_one_of(source, &EMULATED) },
+        avx512,
+    ]
+}
+
+fn is_one_of(source: &Path, names: &[&str]) -> bool {
+    names.iter().any(|name| source.ends_with(name))
+}
+
+/// The host compiler's configuration: C++17, with the sanitizers where `POLDER_SANITIZE` asks for them. Multiplications and additions
+/// are contracted only where the source says so, so that a source rounds alike on every instruction set.
+fn host_compiler() -> cc::Build {
+    let mut build = cc::Build::new();
+    build.cpp(true).std("c++17").warnings(true).extra_warnings(true);
+    build.opt_level(3).flag("-fno-exceptions").flag("-fno-rtti").flag("-fno-math-errno").flag("-ffp-contract=off");
+    build.flag_if_supported("-fno-trapping-math").flag_if_supported("-Wno-unknown-pragmas");
+    // Line tables only, as in the Rust profile. Full debug information would take the compiler a third longer and make the objects
+    // four times as large.
+    build.flag("-g1");
+    if sanitize() {
+        build.opt_level(1).flag("-fsanitize=address,undefined").flag("-fno-sanitize-recover=all");
+        build.flag("-fno-omit-frame-pointer");
+        // The address sanitizer finds what a wrapped pointer leads to. Without this check gcc takes a sixth less time.
+        build.flag("-fno-sanitize=pointer-overflow");
+    }
+    build
+}
+
+fn sanitize() -> bool {
+    env::var("POLDER_SANITIZE").is_ok_and(|value| value == "1")
+}
+
+/// Adds a job for every source and every instruction set that the compiler supports, unless the object is up to date. Returns the
+/// supported sets and all objects.
+pub fn plan_host<'a>(
+    out: &Path,
+    sources: &[PathBuf],
+    sets: &'a [InstructionSet],
+    jobs: &mut Vec<Job>,
+) -> (Vec<&'a InstructionSet>, Vec<PathBuf>) {
+    let (mut built, mut objects) = (Vec::new(), Vec::new());
+    for set in sets {
+        let mut build = host_compiler();
+        if !set.flags.iter().all(|flag| build.is_flag_supported(flag).unwrap_or(false)) {
+            println!("cargo:warning=the C++ compiler does not know {}: its kernels are left out", set.flags.join(" "));
+            continue;
+        }
+        for flag in set.flags {
+            build.flag(flag);
+        }
+        let folder = out.join(set.name);
+        fs::create_dir_all(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+        build.define("POLDER_ISA", set.name);
+        for source in sources.iter().filter(|source| (set.builds)(source)) {
+            let object = folder.join(source.file_name().expect("a file")).with_extension("o");
+            let compiler = build.get_compiler().to_command();
+            if is_stale(&object, source, &compiler) {
+                let (source, object) = (source.clone(), object.clone());
+                jobs.push(Box::new(move || compile(compiler, &source, &object)));
+            }
+            objects.push(object);
+        }
+        built.push(set);
+    }
+    (built, objects)
+}
+
+/// Compiles the runtime and links it and the kernels into one library.
+pub fn link_host(objects: &[PathBuf]) {
+    host_compiler().objects(objects).file("kernels/host/runtime.cpp").compile("polder_host");
+    if sanitize() {
+        let gcc = host_compiler().get_compiler();
+        for runtime in ["asan", "ubsan"] {
+            let file = format!("lib{runtime}.so");
+            let found = Command::new(gcc.path()).arg(format!("-print-file-name={file}")).output();
+            if let Ok(found) = found {
+                let path = PathBuf::from(String::from_utf8_lossy(&found.stdout).trim());
+                if let Some(folder) = path.parent() {
+                    println!("cargo:rustc-link-search=native={}", folder.display());
+                }
+            }
+            println!("cargo:rustc-link-lib=dylib={runtime}");
+        }
+    }
+}
+
+/// Compiles one `.cu` as C++. The note of the command is removed first and written last, so that an object that a failure left is not
+/// taken for up to date.
+fn compile(compiler: Command, source: &Path, object: &Path) {
+    let (line, note) = (words(&compiler), object.with_extension("command"));
+    let _ = fs::remove_file(&note);
+    let mut command = compiler;
+    command.args(["-x", "c++", "-c"]).arg(source).arg("-o").arg(object);
+    run(command, &format!("compiling {} for the CPU", source.display()));
+    fs::write(note, line).expect("a writable OUT_DIR");
+}
+
+/// Adds a job for every file that checks a source's layout, unless it has been compiled since the last change. It makes no code.
+pub fn plan_checks(sources: &[(PathBuf, PathBuf)], jobs: &mut Vec<Job>) {
+    for (source, checked) in sources {
+        let done = checked.with_extension("checked");
+        let mut command = host_compiler().define("POLDER_ISA", "checked").get_compiler().to_command();
+        command.args(["-fsyntax-only", "-I.", "-x", "c++"]).arg(checked);
+        let line = words(&command);
+        let is_done = fs::read_to_string(&done).unwrap_or_default() == line;
+        if is_done && !is_older(&done, source) && !is_older(&done, checked) {
+            continue;
+        }
+        let what = format!("checking the layout of what {} and Rust share", source.display());
+        jobs.push(Box::new(move || {
+            run(command, &what);
+            fs::write(&done, line).expect("a writable OUT_DIR");
+        }));
+    }
+}
+
+/// Whether an object is older than its source or a header, or was built by a different command.
+fn is_stale(object: &Path, source: &Path, compiler: &Command) -> bool {
+    let built_by = fs::read_to_string(object.with_extension("command")).unwrap_or_default();
+    built_by != words(compiler) || is_older(object, source)
+}
+
+/// A command line, without its environment.
+fn words(command: &Command) -> String {
+    let words = [command.get_program()].into_iter().chain(command.get_args());
+    words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+}
+
+fn is_older(output: &Path, source: &Path) -> bool {
+    let Some(made) = modified(output) else { return true };
+    let headers = ["kernels/include", "kernels/host"].iter().flat_map(|folder| {
+        let entries = fs::read_dir(folder).unwrap_or_else(|e| panic!("{folder}: {e}"));
+        entries
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter(|path| path.extension().is_some_and(|extension| extension == "cuh" || extension == "hpp"))
+    });
+    headers.chain([source.to_path_buf()]).any(|input| modified(&input).is_none_or(|time| time > made))
+}
+
+fn modified(path: &Path) -> Option<SystemTime> {
+    fs::metadata(path).and_then(|metadata| metadata.modified()).ok()
+}
+
+/// Runs a compiler; a failure ends the build with its output.
+fn run(mut command: Command, what: &str) {
+    let output = command.output().unwrap_or_else(|e| panic!("{what}: cannot start {command:?}: {e}"));
+    let messages = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() {
+        let standard = String::from_utf8_lossy(&output.stdout);
+        panic!("{what} failed ({}):\n{command:?}\n{standard}{messages}", output.status);
+    }
+    for line in messages.lines().filter(|line| line.contains("warning")) {
+        println!("cargo:warning={line}");
+    }
+}
+
+/// nvcc from `NVCC`, `CUDA_HOME`/`CUDA_PATH` or `PATH`.
+fn find_nvcc() -> Option<PathBuf> {
+    if let Some(nvcc) = env::var_os("NVCC") {
+        return Some(PathBuf::from(nvcc));
+    }
+    let homes = ["CUDA_HOME", "CUDA_PATH"].iter().filter_map(env::var_os).map(|home| PathBuf::from(home).join("bin"));
+    let paths: Vec<PathBuf> = env::var_os("PATH").map(|path| env::split_paths(&path).collect()).unwrap_or_default();
+    homes.chain(paths).map(|folder| folder.join("nvcc")).find(|nvcc| nvcc.is_file())
+}
+
+/// Adds a job for every device source, given with the source that checks its layout. Each becomes a fatbin of its own. Returns the
+/// fatbins' paths; none without nvcc.
+pub fn plan_cuda(out: &Path, sources: &[(PathBuf, PathBuf)], jobs: &mut Vec<Job>) -> Vec<PathBuf> {
+    let Some(nvcc) = find_nvcc() else {
+        if env::var("POLDER_REQUIRE_CUDA").is_ok_and(|value| value == "1") {
+            panic!("POLDER_REQUIRE_CUDA=1, but nvcc was not found (looked at NVCC, CUDA_HOME, CUDA_PATH and PATH)")
+        }
+        println!(
+            "cargo:warning=nvcc was not found (NVCC, CUDA_HOME, CUDA_PATH, PATH): polder is built for the CPU only"
+        );
+        return Vec::new();
+    };
+    let mut fatbins = Vec::new();
+    for (source, checked) in sources {
+        let fatbin = out.join(source.file_stem().expect("a file")).with_extension("fatbin");
+        fatbins.push(fatbin.clone());
+        let (nvcc, source, checked) = (nvcc.clone(), source.clone(), checked.clone());
+        jobs.push(Box::new(move || compile_cuda(&nvcc, &source, &checked, &fatbin)));
+    }
+    fatbins
+}
+
+/// Writes `fatbins.rs`: `FATBINS`, each source's name and machine code.
+pub fn write_fatbins(out: &Path, fatbins: &[PathBuf]) {
+    let mut text = String::from("// Written by build.rs: one fatbin per kernel source; empty without nvcc.\n");
+    text.push_str("pub(crate) static FATBINS: &[(&str, &[u8])] = &[\n");
+    for fatbin in fatbins {
+        let name = fatbin.file_stem().expect("a file").to_string_lossy();
+        let _ = writeln!(text, "    ({name:?}, include_bytes!({:?})),", fatbin.display().to_string());
+    }
+    text.push_str("];\n");
+    fs::write(out.join("fatbins.rs"), text).expect("a writable OUT_DIR");
+}
+
+/// Compiles one source with nvcc, through the file that checks its layout, unless the fatbin is newer. A kernel that spills registers,
+/// which ptxas reports, ends the build.
+fn compile_cuda(nvcc: &Path, source: &Path, checked: &Path, fatbin: &Path) {
+    let mut command = Command::new(nvcc);
+    command.args(["--fatbin", "-std=c++17", "-O3", "--expt-relaxed-constexpr", "--extended-lambda", "-lineinfo"]);
+    // Compression makes a fatbin, which has line tables, seven times smaller in every binary.
+    command.args(["-Xfatbin", "-compress-all", "-Xptxas", "-v", "-Wno-deprecated-gpu-targets"]).args(TARGETS);
+    command.arg("-I.").arg(checked).arg("-o").arg(fatbin);
+    let line = words(&command);
+    let note = fatbin.with_extension("command");
+    if fs::read_to_string(&note).unwrap_or_default() == line && !is_older(fatbin, source) && !is_older(fatbin, checked)
+    {
+        return;
+    }
+    let _ = fs::remove_file(&note);
+    let output = command.output().unwrap_or_else(|e| panic!("cannot start nvcc {}: {e}", nvcc.display()));
+    let messages = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+    if !output.status.success() {
+        panic!("nvcc failed on {} ({}):\n{line}\n{messages}", source.display(), output.status);
+    }
+    for line in messages.lines() {
+        let spills = line.contains("spill") && !line.contains(" 0 bytes spill stores, 0 bytes spill loads");
+        assert!(!spills, "{}: registers spill:\n{messages}", source.display());
+        if line.contains("warning") {
+            println!("cargo:warning={line}");
+        }
+    }
+    fs::write(note, line).expect("a writable OUT_DIR");
+}
