@@ -9,8 +9,9 @@
 //! deviation does no harm. All sums have a
 //! fixed order: the same inputs give the same bits on every run, whatever the number of threads.
 
-use super::conv::ConvShape;
-use super::{check_device, check_length, pick};
+pub use super::conv_batch_norm::{Activation, Normalized, Workspace};
+use super::conv_batch_norm::{Sums, SumsRoom, check_extents, group_blocks, moments_len};
+use super::{Check, pick};
 use crate::device::arguments::{
     InputArgs, InputTangentArgs, MomentsArgs, NormalizeArgs, NormalizeTangentArgs, ParametersTangentArgs, RunningArgs,
     StatisticsArgs, StatisticsTangentArgs, SumsArgs, Upstream, UpstreamTangent,
@@ -19,7 +20,7 @@ use crate::device::constants::{
     BLOCK_THREADS, COMBINED_BYTES, MASK_NONE, MASK_OUTPUT, MASK_RECOMPUTE, MOMENT_ROWS, RESIDUAL_ACCUMULATE,
     RESIDUAL_NONE, RESIDUAL_WRITE,
 };
-use crate::device::{Buffer, Compute, Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
+use crate::device::{Compute, Device, Launch, Result, Scalar, Slice, SliceMut, id};
 
 /// The shape of the activations: rows (batch · height · width) and channels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,80 +32,21 @@ pub struct BatchNormShape {
 }
 
 impl BatchNormShape {
-    /// Two sums for every channel and row block.
-    fn sums_len(&self, device: &Device) -> usize {
-        2 * self.channels * row_blocks(device, *self, PER_SUMMING_THREAD)
+    /// The room for the sums of every block of rows. There are the most columns of blocks where each of 32 threads has one channel.
+    fn sums_room(&self, device: &Device) -> SumsRoom {
+        let row_blocks = row_blocks(device, *self, PER_SUMMING_THREAD);
+        SumsRoom { channels: self.channels, row_blocks, column_blocks: self.channels.div_ceil(32) }
     }
-
-    /// A ticket for each group of row blocks and one for all groups, in every column of blocks: of those there are the most with
-    /// one channel for each of 32 threads.
-    fn tickets_len(&self, device: &Device) -> usize {
-        self.channels.div_ceil(32) * (row_blocks(device, *self, PER_SUMMING_THREAD).div_ceil(group_blocks(device)) + 1)
-    }
-}
-
-/// What [`forward_train`], [`backward`] and their tangents need to sum over rows: room for every block's sums, and the tickets by
-/// which the last block knows that it is. One workspace serves any number of calls, one after the other, of all the shapes that it
-/// was made for.
-pub struct Workspace {
-    sums: Buffer<f64>,
-    /// Zero between launches.
-    tickets: Buffer<u32>,
 }
 
 impl Workspace {
-    /// Room for each of these shapes.
+    /// Room for [`forward_train`], [`backward`] and their tangents for each of these shapes.
     ///
     /// # Errors
     /// Those of the allocation.
     pub fn new(device: &Device, shapes: impl IntoIterator<Item = BatchNormShape>) -> Result<Self> {
-        let (mut sums, mut tickets) = (0, 0);
-        for shape in shapes {
-            sums = sums.max(shape.sums_len(device));
-            tickets = tickets.max(shape.tickets_len(device));
-        }
-        Ok(Self { sums: device.poisoned(sums)?, tickets: device.zeros(tickets)? })
+        Self::with_rooms(device, shapes.into_iter().map(|shape| shape.sums_room(device)))
     }
-
-    /// The same, with room for the sums of [`conv::input_gradient_with_sums`](super::conv::input_gradient_with_sums) for each of
-    /// these convolutions that has that form.
-    ///
-    /// # Errors
-    /// Those of the allocation.
-    pub fn with_convolutions<'a, S: Compute>(self, shapes: impl IntoIterator<Item = &'a ConvShape>) -> Result<Self> {
-        let device = self.sums.device();
-        let (mut sums, mut tickets) = (self.sums.len(), self.tickets.len());
-        for room in shapes.into_iter().filter_map(|shape| shape.sums_room::<S>(device)) {
-            sums = sums.max(room.sums_len());
-            tickets = tickets.max(room.tickets_len(device));
-        }
-        if sums == self.sums.len() && tickets == self.tickets.len() {
-            return Ok(self);
-        }
-        Ok(Self { sums: device.poisoned(sums)?, tickets: device.zeros(tickets)? })
-    }
-}
-
-/// What the blocks of a convolution leave: sums for each channel in every row block.
-pub(super) struct SumsRoom {
-    pub channels: usize,
-    pub row_blocks: usize,
-    pub column_blocks: usize,
-}
-
-impl SumsRoom {
-    fn sums_len(&self) -> usize {
-        2 * self.channels * self.row_blocks
-    }
-
-    fn tickets_len(&self, device: &Device) -> usize {
-        self.column_blocks * (self.row_blocks.div_ceil(group_blocks(device)) + 1)
-    }
-}
-
-/// Row blocks whose sums the last of them combines; fewer where the CPU plays a GPU, which launches so few.
-fn group_blocks(device: &Device) -> usize {
-    if device.is_host() && device.is_simt() { 2 } else { 32 }
 }
 
 /// What both forward modes read.
@@ -154,24 +96,6 @@ pub enum Mode {
     Train,
     /// The running ones, which don't.
     Eval,
-}
-
-/// What followed the normalisation in the forward, and so where the backward's mask comes from.
-#[derive(Clone, Copy)]
-pub enum Activation<'a, S: Compute> {
-    /// No relu.
-    Identity,
-    /// A relu; the mask is read from its output `y`, `[rows, channels]`.
-    Relu {
-        /// The forward's output.
-        y: Slice<'a, S>,
-    },
-    /// A relu and no residual: the mask is computed from `x` again, by the forward's own expression and so to the same bits,
-    /// which spares reading `y`.
-    ReluRecomputed {
-        /// Shift, `[channels]`.
-        beta: Slice<'a, S::Master>,
-    },
 }
 
 /// What [`backward`] reads; the shapes are those of the forward.
@@ -226,22 +150,6 @@ pub struct Summed<'a, S: Compute> {
     pub dgamma: Slice<'a, S::Master>,
     /// `[channels]`
     pub dbeta: Slice<'a, S::Master>,
-}
-
-/// What [`forward_tangent`] reads of the forward, and
-/// [`conv::input_gradient_with_sums`](super::conv::input_gradient_with_sums); the shapes are the forward's.
-#[derive(Clone, Copy)]
-pub struct Normalized<'a, S: Compute> {
-    /// Its input.
-    pub x: Slice<'a, S>,
-    /// Scale.
-    pub gamma: Slice<'a, S::Master>,
-    /// What it saved.
-    pub mean: Slice<'a, S::Master>,
-    /// What it saved.
-    pub inv_std: Slice<'a, S::Master>,
-    /// What followed the normalisation.
-    pub activation: Activation<'a, S>,
 }
 
 /// The tangents of what the forward read.
@@ -349,104 +257,46 @@ fn address<S: Compute>(slice: Option<Slice<'_, S>>) -> u64 {
     slice.map_or(0, |slice| slice.address())
 }
 
-/// Checks one operation's arguments: their lengths and that all live on one device.
-struct Check<'a> {
-    operation: &'static str,
-    device: &'a Device,
+/// Checks the arguments of one operation on activations of a shape.
+struct ShapeCheck<'a> {
+    check: Check<'a>,
     shape: BatchNormShape,
 }
 
-impl Check<'_> {
-    fn argument(&self, name: &'static str, device: &Device, found: usize, expected: usize) -> Result<()> {
-        check_device(self.operation, name, self.device, device)?;
-        check_length(self.operation, name, found, expected)
+impl<'a> ShapeCheck<'a> {
+    fn new(operation: &'static str, device: &'a Device, shape: BatchNormShape) -> Self {
+        Self { check: Check { operation, device }, shape }
     }
 
-    /// An argument of `[rows, channels]`.
+    /// Checks an argument of `[rows, channels]`.
     fn full<S: Compute>(&self, name: &'static str, slice: Slice<'_, S>) -> Result<()> {
-        self.argument(name, slice.device(), slice.len(), self.shape.rows * self.shape.channels)
+        self.check.argument(name, slice, self.shape.rows * self.shape.channels)
     }
 
-    /// An argument of `[channels]`.
+    /// Checks an argument of `[channels]`.
     fn channels<T: Scalar>(&self, name: &'static str, slice: Slice<'_, T>) -> Result<()> {
-        self.argument(name, slice.device(), slice.len(), self.shape.channels)
+        self.check.argument(name, slice, self.shape.channels)
     }
 
-    /// The addresses of every block's first and second sum, and of the tickets.
-    fn workspace(&self, workspace: &mut Workspace) -> Result<[u64; 3]> {
-        self.room(workspace, self.shape.sums_len(self.device), self.shape.tickets_len(self.device))
+    fn sums(&self, workspace: &mut Workspace) -> Result<Sums> {
+        workspace.sums(self.check, &self.shape.sums_room(self.check.device))
     }
 
-    /// The same for so many sums and tickets.
-    fn room(&self, workspace: &mut Workspace, needed: usize, tickets_needed: usize) -> Result<[u64; 3]> {
-        let Workspace { sums, tickets } = workspace;
-        check_device(self.operation, "workspace", self.device, sums.device())?;
-        for (found, expected) in [(sums.len(), needed), (tickets.len(), tickets_needed)] {
-            if found < expected {
-                check_length(self.operation, "workspace", found, expected)?;
-            }
-        }
-        let first = sums.view_mut().address();
-        Ok([first, first + (needed / 2 * size_of::<f64>()) as u64, tickets.view_mut().address()])
-    }
-
-    fn shape(&self) -> Result<()> {
-        let BatchNormShape { rows, channels } = self.shape;
-        let fits = channels > 0 && channels < 1 << 22 && rows.checked_mul(channels).is_some();
-        let message = || format!("{rows} rows of {channels} channels cannot be normalised");
-        if fits { Ok(()) } else { Err(Error::Argument { operation: self.operation, message: message() }) }
-    }
-
-    /// Where the mask comes from: the kernel's number, and the addresses of y and beta.
-    fn activation<S: Compute>(&self, activation: Activation<'_, S>) -> Result<(u32, u64, u64)> {
-        match activation {
-            Activation::Identity => Ok((MASK_NONE, 0, 0)),
-            Activation::Relu { y } => {
-                self.full("y", y)?;
-                Ok((MASK_OUTPUT, y.address(), 0))
-            }
-            Activation::ReluRecomputed { beta } => {
-                self.channels("beta", beta)?;
-                Ok((MASK_RECOMPUTE, 0, beta.address()))
-            }
-        }
-    }
-
-    /// A mask that is recomputed knows of no residual.
+    /// Fails where the mask is recomputed: that ignores the residual.
     fn no_residual(&self, mask: u32) -> Result<()> {
         if mask != MASK_RECOMPUTE {
             return Ok(());
         }
-        let message = "with a residual the mask must come from the output".into();
-        Err(Error::Argument { operation: self.operation, message })
+        self.check.refuse("with a residual the mask must come from the output".into())
     }
 
-    /// What both backward passes, or their tangents, read; with the mask's number.
+    /// Checks what both backward passes, or their tangents, read. Returns it as the kernels take it, and the mask's number.
     fn backward<S: Compute>(&self, input: &Backward<'_, S>) -> Result<(Upstream, u32)> {
         let Backward { x, dy, gamma, mean, inv_std, activation } = *input;
-        let (upstream, mask) = self.normalized(Normalized { x, gamma, mean, inv_std, activation })?;
+        let normalized = Normalized { x, gamma, mean, inv_std, activation };
+        let (upstream, mask) = normalized.upstream(self.check, self.shape.rows, self.shape.channels)?;
         self.full("dy", dy)?;
         Ok((Upstream { dy: dy.address(), ..upstream }, mask))
-    }
-
-    /// The same without the gradient.
-    fn normalized<S: Compute>(&self, input: Normalized<'_, S>) -> Result<(Upstream, u32)> {
-        self.shape()?;
-        self.full("x", input.x)?;
-        self.channels("gamma", input.gamma)?;
-        self.channels("mean", input.mean)?;
-        self.channels("inv_std", input.inv_std)?;
-        let (mask, y, beta) = self.activation(input.activation)?;
-        let upstream = Upstream {
-            x: input.x.address(),
-            y,
-            dy: 0,
-            gamma: input.gamma.address(),
-            beta,
-            mean: input.mean.address(),
-            inv_std: input.inv_std.address(),
-        };
-        Ok((upstream, mask))
     }
 
     /// The address of the residual's gradient, and the kernel's number for what becomes of it.
@@ -462,12 +312,11 @@ impl Check<'_> {
         if self.shape.rows >= 2 {
             return Ok(());
         }
-        let message = "training needs at least two values per channel".into();
-        Err(Error::Argument { operation: self.operation, message })
+        self.check.refuse("training needs at least two values per channel".into())
     }
 
     fn forward<S: Compute>(&self, input: &Forward<'_, S>, y: Slice<'_, S>, saved: &Saved<'_, S::Master>) -> Result<()> {
-        self.shape()?;
+        check_extents(self.check, self.shape.rows, self.shape.channels)?;
         self.full("x", input.x)?;
         self.channels("gamma", input.gamma)?;
         self.channels("beta", input.beta)?;
@@ -496,9 +345,9 @@ pub fn forward_train<S: Compute>(
     workspace: &mut Workspace,
 ) -> Result<()> {
     let device = input.x.device();
-    let check = Check { operation: "batch_norm::forward_train", device, shape };
+    let check = ShapeCheck::new("batch_norm::forward_train", device, shape);
     check.forward(&input, y.view(), &saved)?;
-    let [means, m2s, _] = check.workspace(workspace)?;
+    let Sums { dz: means, dz_x: m2s, .. } = check.sums(workspace)?;
     let spread = Spread::new::<S>(device, shape, PER_SUMMING_THREAD, &[input.x.address()]);
     let moments = MomentsArgs {
         x: input.x.address(),
@@ -530,11 +379,11 @@ pub fn forward_from_moments<S: Compute>(
     running: Option<Running<'_, S::Master>>,
 ) -> Result<()> {
     let device = input.x.device();
-    let check = Check { operation: "batch_norm::forward_from_moments", device, shape };
+    let check = ShapeCheck::new("batch_norm::forward_from_moments", device, shape);
     check.forward(&input, y.view(), &saved)?;
     check.two_rows()?;
     let blocks = shape.rows.div_ceil(MOMENT_ROWS);
-    check.argument("moments", moments.device(), moments.len(), 2 * shape.channels * blocks)?;
+    check.check.argument("moments", moments, moments_len(shape.rows, shape.channels))?;
     let moments = BlockMoments { means: 0, m2s: 0, tiles: moments.address(), blocks, tile_rows: MOMENT_ROWS };
     statistics(&check, input, y, saved, running, moments)
 }
@@ -550,14 +399,14 @@ struct BlockMoments {
 
 /// Combines the blocks' moments, and normalises; the lengths have been checked.
 fn statistics<S: Compute>(
-    check: &Check<'_>,
+    check: &ShapeCheck<'_>,
     input: Forward<'_, S>,
     y: SliceMut<'_, S>,
     mut saved: Saved<'_, S::Master>,
     running: Option<Running<'_, S::Master>>,
     moments: BlockMoments,
 ) -> Result<()> {
-    let Check { device, shape, .. } = *check;
+    let (device, shape) = (check.check.device, check.shape);
     let mut args = StatisticsArgs {
         means: moments.means,
         m2s: moments.m2s,
@@ -607,7 +456,7 @@ pub fn forward_eval<S: Compute>(
     mut saved: Saved<'_, S::Master>,
 ) -> Result<()> {
     let device = input.x.device();
-    let check = Check { operation: "batch_norm::forward_eval", device, shape };
+    let check = ShapeCheck::new("batch_norm::forward_eval", device, shape);
     check.forward(&input, y.view(), &saved)?;
     check.channels("running_mean", running_mean)?;
     check.channels("running_var", running_var)?;
@@ -673,12 +522,12 @@ pub fn backward<S: Compute>(
     workspace: &mut Workspace,
 ) -> Result<()> {
     let device = input.x.device();
-    let check = Check { operation: "batch_norm::backward", device, shape };
+    let check = ShapeCheck::new("batch_norm::backward", device, shape);
     let (upstream, mask) = check.backward(&input)?;
     check.full("dx", gradients.dx.view())?;
     check.channels("dgamma", gradients.dgamma.view())?;
     check.channels("dbeta", gradients.dbeta.view())?;
-    let [dz, dz_x, tickets] = check.workspace(workspace)?;
+    let Sums { dz, dz_x, tickets } = check.sums(workspace)?;
     let (residual_address, residual_mode) = check.residual(residual, mask)?;
     let spread = Spread::new::<S>(device, shape, PER_SUMMING_THREAD, &[upstream.bits(), residual_address]);
     let sums = SumsArgs {
@@ -727,42 +576,6 @@ fn launch_input<S: Compute>(device: &Device, shape: BatchNormShape, mut args: In
     unsafe { device.launch(S::choose(id::BATCH_NORM_INPUT), spread.launch, &args) }
 }
 
-/// What a convolution has to know to leave dz, dgamma and dbeta of the batch norm that made its input, checked.
-pub(super) fn sums_in_convolution<S: Compute>(
-    operation: &'static str,
-    device: &Device,
-    rows: usize,
-    room: &SumsRoom,
-    normalized: Normalized<'_, S>,
-    mut dgamma: SliceMut<'_, S::Master>,
-    mut dbeta: SliceMut<'_, S::Master>,
-    workspace: &mut Workspace,
-) -> Result<SumsArgs> {
-    let shape = BatchNormShape { rows, channels: room.channels };
-    let check = Check { operation, device, shape };
-    let (upstream, mask) = check.normalized(normalized)?;
-    check.channels("dgamma", dgamma.view())?;
-    check.channels("dbeta", dbeta.view())?;
-    let [dz, dz_x, tickets] = check.room(workspace, room.sums_len(), room.tickets_len(device))?;
-    if !(upstream.x | upstream.y).is_multiple_of(16) {
-        let message = "what was normalised, or its result, does not begin at a multiple of 16 bytes".into();
-        return Err(Error::Argument { operation, message });
-    }
-    Ok(SumsArgs {
-        upstream,
-        dz,
-        dz_x,
-        rows: rows as u64,
-        channels: room.channels as u32,
-        mask,
-        dgamma: dgamma.address(),
-        dbeta: dbeta.address(),
-        tickets,
-        group: group_blocks(device) as u32,
-        ..SumsArgs::default()
-    })
-}
-
 /// The rest of [`backward`] where [`conv::input_gradient_with_sums`](super::conv::input_gradient_with_sums) has left dz, dgamma and
 /// dbeta: dx, and the residual's gradient. On a GPU's launch shapes.
 ///
@@ -777,14 +590,12 @@ pub fn backward_from_sums<S: Compute>(
     mut dx: SliceMut<'_, S>,
     residual: Option<ResidualGradient<'_, S>>,
 ) -> Result<()> {
-    const OPERATION: &str = "batch_norm::backward_from_sums";
     let Summed { x, dz, gamma, mean, inv_std, dgamma, dbeta } = summed;
     let device = x.device();
+    let check = ShapeCheck::new("batch_norm::backward_from_sums", device, shape);
     if !device.is_simt() {
-        let message = format!("no convolution leaves sums on {}", device.name());
-        return Err(Error::Argument { operation: OPERATION, message });
+        return check.check.refuse(format!("no convolution leaves sums on {}", device.name()));
     }
-    let check = Check { operation: OPERATION, device, shape };
     let activation = Activation::Identity;
     let (upstream, mask) = check.backward(&Backward { x, dy: dz, gamma, mean, inv_std, activation })?;
     check.full("dx", dx.view())?;
@@ -826,7 +637,7 @@ pub fn forward_tangent<S: Compute>(
     workspace: &mut Workspace,
 ) -> Result<()> {
     let device = input.x.device();
-    let check = Check { operation: "batch_norm::forward_tangent", device, shape };
+    let check = ShapeCheck::new("batch_norm::forward_tangent", device, shape);
     let Normalized { x, gamma, mean, inv_std, activation } = input;
     // The kernels read no upstream gradient; for the sums, the tangent of x stands in its place.
     let (upstream, mask) = check.backward(&Backward { x, dy: tangents.x, gamma, mean, inv_std, activation })?;
@@ -839,7 +650,7 @@ pub fn forward_tangent<S: Compute>(
     check.full("y'", y.view())?;
     check.channels("mean'", saved.mean.view())?;
     check.channels("inv_std'", saved.inv_std.view())?;
-    let [dz, dz_x, _] = check.workspace(workspace)?;
+    let Sums { dz, dz_x, .. } = check.sums(workspace)?;
     match mode {
         Mode::Train => {
             let spread = Spread::new::<S>(device, shape, PER_SUMMING_THREAD, &[upstream.x, upstream.dy, upstream.mean]);
@@ -937,7 +748,7 @@ pub fn backward_tangent<S: Compute>(
     workspace: &mut Workspace,
 ) -> Result<()> {
     let device = input.x.device();
-    let check = Check { operation: "batch_norm::backward_tangent", device, shape };
+    let check = ShapeCheck::new("batch_norm::backward_tangent", device, shape);
     let (upstream, mask) = check.backward(&input)?;
     check.full("x'", tangents.x)?;
     check.full("dy'", tangents.dy)?;
@@ -949,7 +760,7 @@ pub fn backward_tangent<S: Compute>(
     check.full("dx'", gradients.dx.view())?;
     check.channels("dgamma'", gradients.dgamma.view())?;
     check.channels("dbeta'", gradients.dbeta.view())?;
-    let [dz, dz_x, _] = check.workspace(workspace)?;
+    let Sums { dz, dz_x, .. } = check.sums(workspace)?;
     let (residual, residual_mode) = check.residual(residual, mask)?;
     let tangent = UpstreamTangent {
         x: tangents.x.address(),

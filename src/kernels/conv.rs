@@ -20,9 +20,9 @@ mod direct;
 mod tensor;
 mod tiled;
 
-use super::batch_norm::{self, Normalized, SumsRoom, Workspace};
+use super::conv_batch_norm::{self, Normalized, SumsRoom, Workspace};
 use super::gradient::{self, Finish};
-use super::{check_device, check_length};
+use super::{Check, check_length};
 use crate::device::arguments::{self, SumsArgs};
 use crate::device::{Compute, Device, Error, Result, Slice, SliceMut};
 use direct::PANEL;
@@ -212,6 +212,17 @@ impl ConvShape {
     }
 }
 
+impl Workspace {
+    /// The same workspace with room for the sums of [`input_gradient_with_sums`] for each of these convolutions that has that form.
+    ///
+    /// # Errors
+    /// Those of the allocation.
+    pub fn with_convolutions<'a, S: Compute>(self, shapes: impl IntoIterator<Item = &'a ConvShape>) -> Result<Self> {
+        let device = self.device().clone();
+        self.extended(shapes.into_iter().filter_map(|shape| shape.sums_room::<S>(&device)))
+    }
+}
+
 /// `y = x * weight`, or with `accumulate` `y += x * weight`. Traffic: reads x and the weights, writes y (and reads it to add).
 ///
 /// # Errors
@@ -238,7 +249,7 @@ pub fn forward<S: Compute>(
 }
 
 /// As [`forward`] without `accumulate`, and leaves of every channel the moments of y's tiles, from which
-/// [`batch_norm::forward_from_moments`] goes on: of each 128 rows of y as a matrix
+/// [`batch_norm::forward_from_moments`](super::batch_norm::forward_from_moments) goes on: of each 128 rows of y as a matrix
 /// `[N OH OW, O]` the mean and the sum of squared deviations from it, of the numbers as they are stored, `[O][tiles][2]`. They are
 /// taken from registers and cost 8 bytes per 128 elements.
 ///
@@ -257,8 +268,7 @@ pub fn forward_with_moments<S: Compute>(
         let message = format!("convolutions in {} leave no moments on {}", S::NAME, device.name());
         return Err(Error::Argument { operation: OPERATION, message });
     };
-    check_length(OPERATION, "moments", moments.len(), expected)?;
-    check_device(OPERATION, "moments", &device, moments.device())?;
+    Check { operation: OPERATION, device: &device }.argument("moments", moments.view(), expected)?;
     tensor::forward(shape, x, weight, y, false, Some(moments))
 }
 
@@ -272,11 +282,10 @@ fn check_forward<S: Compute>(
 ) -> Result<Device> {
     shape.check()?;
     let device = y.device().clone();
-    check_length(operation, "x", x.len(), shape.input_len())?;
-    check_length(operation, "weight", weight.len(), shape.weight_len())?;
-    check_length(operation, "y", y.len(), shape.output_len())?;
-    check_device(operation, "x", &device, x.device())?;
-    check_device(operation, "weight", &device, weight.device())?;
+    let check = Check { operation, device: &device };
+    check.argument("x", x, shape.input_len())?;
+    check.argument("weight", weight, shape.weight_len())?;
+    check.argument("y", y, shape.output_len())?;
     Ok(device)
 }
 
@@ -307,8 +316,8 @@ pub fn input_gradient<S: Compute>(
 
 /// As [`input_gradient`] where batch norm has made the convolution's input, and no other gradient of that is to be added any more:
 /// writes (or with `accumulate` adds up) `dz`, the gradient where the activation after batch norm passed and zero elsewhere, and
-/// dgamma and dbeta, as [`batch_norm::backward`] does.
-/// [`batch_norm::backward_from_sums`] goes on from there.
+/// dgamma and dbeta, as [`batch_norm::backward`](super::batch_norm::backward) does.
+/// [`batch_norm::backward_from_sums`](super::batch_norm::backward_from_sums) goes on from there.
 ///
 /// Traffic: that of [`input_gradient`], reads batch norm's input once, and y where the mask comes from it; 16 bytes per channel and
 /// 128 pixels. Blocks leave their sums of dz, rounded as it is stored, and of dz (x − mean), taken in f32 over at most 32 rows and in
@@ -338,7 +347,8 @@ pub fn input_gradient_with_sums<S: Compute>(
         return refused("dz does not begin at a multiple of 16 bytes".into());
     }
     let rows = shape.batch * shape.height * shape.width;
-    let norm = batch_norm::sums_in_convolution(OPERATION, &device, rows, &room, normalized, dgamma, dbeta, workspace)?;
+    let check = Check { operation: OPERATION, device: &device };
+    let norm = conv_batch_norm::sums_args(check, rows, &room, normalized, dgamma, dbeta, workspace)?;
     tensor::input_gradient(shape, dy, weight, dz, accumulate, norm)
 }
 
@@ -352,11 +362,10 @@ fn check_input_gradient<S: Compute>(
 ) -> Result<Device> {
     shape.check()?;
     let device = out.device().clone();
-    check_length(operation, "dy", dy.len(), shape.output_len())?;
-    check_length(operation, "weight", weight.len(), shape.weight_len())?;
-    check_length(operation, name, out.len(), shape.input_len())?;
-    check_device(operation, "dy", &device, dy.device())?;
-    check_device(operation, "weight", &device, weight.device())?;
+    let check = Check { operation, device: &device };
+    check.argument("dy", dy, shape.output_len())?;
+    check.argument("weight", weight, shape.weight_len())?;
+    check.argument(name, out, shape.input_len())?;
     Ok(device)
 }
 
@@ -463,11 +472,10 @@ fn check_weight_gradient<S: Compute>(
 ) -> Result<Device> {
     shape.check()?;
     let device = out.device().clone();
-    check_length(operation, "x", x.len(), shape.input_len())?;
-    check_length(operation, "dy", dy.len(), shape.output_len())?;
-    check_length(operation, name, out.len(), expected)?;
-    check_device(operation, "x", &device, x.device())?;
-    check_device(operation, "dy", &device, dy.device())?;
+    let check = Check { operation, device: &device };
+    check.argument("x", x, shape.input_len())?;
+    check.argument("dy", dy, shape.output_len())?;
+    check.argument(name, out, expected)?;
     Ok(device)
 }
 
@@ -481,5 +489,5 @@ fn check_workspace<S: Compute>(
     if workspace.len() < expected {
         return check_length(operation, "workspace", workspace.len(), expected);
     }
-    check_device(operation, "workspace", device, workspace.device())
+    Check { operation, device }.device("workspace", workspace.device())
 }

@@ -1,6 +1,6 @@
 //! Assembles a training batch on the device from a data set of byte images that lies there: gather, flip, crop, normalise.
 
-use super::{check_device, check_length, clock};
+use super::{Check, check_length, clock};
 use crate::device::arguments::BatchArgs;
 use crate::device::constants::{BLOCK_THREADS, MAX_IMAGE_CHANNELS};
 use crate::device::{Compute, Error, Launch, Result, Slice, SliceMut, id};
@@ -90,24 +90,21 @@ pub fn batch<S: Compute>(
         return refused(format!("a padding of {pad} is too large"));
     }
     let device = images.device();
-    let check = |name, other, found, expected| {
-        check_device(NAME, name, device, other)?;
-        check_length(NAME, name, found, expected)
-    };
+    let check = Check { operation: NAME, device };
     let samples = images.len() / values;
-    check("images", device, images.len(), samples * values)?;
-    check("labels", labels.device(), labels.len(), samples)?;
-    check_device(NAME, "order", device, order.device())?;
+    check.argument("images", images, samples * values)?;
+    check.argument("labels", labels, samples)?;
+    check.device("order", order.device())?;
     if let Some((clock, _)) = position.clock {
-        check("clock", clock.device(), clock.len(), clock::LEN)?;
+        check.argument("clock", clock, clock::LEN)?;
     } else if order.len() < position.first + batch {
         check_length(NAME, "order", order.len(), position.first + batch)?;
     }
     let Some(out_len) = batch.checked_mul(values) else {
         return refused(format!("{shape:?} is too large"));
     };
-    check("out", out.device(), out.len(), out_len)?;
-    check("out_labels", out_labels.device(), out_labels.len(), batch)?;
+    check.argument("out", out.view(), out_len)?;
+    check.argument("out_labels", out_labels.view(), batch)?;
     if batch == 0 {
         return Ok(());
     }

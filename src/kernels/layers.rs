@@ -6,26 +6,13 @@
 //! gradient of a value that several operations read, and for a tangent that is a sum of two products. All of them but the relu
 //! and the linear layer are linear maps, and so their own tangents. Tensors have fewer than 2^32 elements.
 
-use super::{check_device, check_length};
+use super::Check;
 use crate::device::arguments::{
     AddArgs, AddToArgs, GlobalPoolArgs, LinearArgs, LinearInputArgs, LinearWeightArgs, PoolArgs, ReluArgs,
     ReluBackwardArgs, ShortcutArgs,
 };
 use crate::device::constants::{BLOCK_THREADS, LINEAR_TILE};
 use crate::device::{Compute, Device, Error, Launch, Result, Slice, SliceMut, id};
-
-/// Checks one operation's arguments: that they live on one device and have the lengths that the shape implies.
-struct Check<'a> {
-    operation: &'static str,
-    device: &'a Device,
-}
-
-impl Check<'_> {
-    fn argument<S: Compute>(&self, name: &'static str, slice: Slice<'_, S>, expected: usize) -> Result<()> {
-        check_device(self.operation, name, self.device, slice.device())?;
-        check_length(self.operation, name, slice.len(), expected)
-    }
-}
 
 fn refuse<R>(operation: &'static str, message: String) -> Result<R> {
     Err(Error::Argument { operation, message })

@@ -1,6 +1,6 @@
 //! Cross-entropy of a softmax over class logits, with label smoothing (Szegedy et al. 2016, as PyTorch has it).
 
-use super::{check_device, check_length, pick};
+use super::{Check, pick};
 use crate::device::arguments::{CrossEntropyArgs, CrossEntropyTangentArgs, MeanLossArgs};
 use crate::device::constants::BLOCK_THREADS;
 use crate::device::{Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
@@ -61,15 +61,12 @@ pub fn cross_entropy<T: Scalar>(
         return Err(Error::Argument { operation: NAME, message });
     }
     let device = logits.device();
-    let check = |name, other, found, expected| {
-        check_device(NAME, name, device, other)?;
-        check_length(NAME, name, found, expected)
-    };
-    check("logits", logits.device(), logits.len(), elements)?;
-    check("labels", labels.device(), labels.len(), batch)?;
-    check("sample_losses", sample_losses.device(), sample_losses.len(), batch)?;
-    check("loss", loss.device(), loss.len(), 1)?;
-    check("correct", correct.device(), correct.len(), 1)?;
+    let check = Check { operation: NAME, device };
+    check.argument("logits", logits, elements)?;
+    check.argument("labels", labels, batch)?;
+    check.argument("sample_losses", sample_losses.view(), batch)?;
+    check.argument("loss", loss.view(), 1)?;
+    check.argument("correct", correct.view(), 1)?;
     let mut args = CrossEntropyArgs {
         logits: logits.address(),
         labels: labels.address(),
@@ -82,12 +79,12 @@ pub fn cross_entropy<T: Scalar>(
         smoothing,
     };
     if let Some(mut dlogits) = dlogits {
-        check("dlogits", dlogits.device(), dlogits.len(), elements)?;
+        check.argument("dlogits", dlogits.view(), elements)?;
         args.dlogits = dlogits.address();
     }
     let mut mean = MeanLossArgs { losses: args.losses, loss: loss.address(), flag: 0, batch: batch as u64 };
     if let Some(mut flag) = flag {
-        check("flag", flag.device(), flag.len(), 1)?;
+        check.argument("flag", flag.view(), 1)?;
         mean.flag = flag.address();
     }
     let block = if device.is_simt() { BLOCK_THREADS as u32 } else { 1 };
@@ -101,7 +98,7 @@ pub fn cross_entropy<T: Scalar>(
 /// Where the loss scale lies, 0 where there is none.
 fn scale_address(operation: &'static str, device: &Device, scale: Option<Slice<'_, f64>>) -> Result<u64> {
     let Some(scale) = scale else { return Ok(0) };
-    check_device(operation, "scale", device, scale.device())?;
+    Check { operation, device }.device("scale", scale.device())?;
     scale.slice(0..1).map(|scale| scale.address())
 }
 
@@ -125,8 +122,7 @@ pub fn cross_entropy_tangent<T: Scalar>(
     let arguments =
         [("logits", logits), ("logits_tangent", logits_tangent), ("dlogits_tangent", dlogits_tangent.view())];
     for (name, argument) in arguments {
-        check_device(NAME, name, device, argument.device())?;
-        check_length(NAME, name, argument.len(), elements)?;
+        Check { operation: NAME, device }.argument(name, argument, elements)?;
     }
     let args = CrossEntropyTangentArgs {
         logits: logits.address(),

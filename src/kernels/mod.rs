@@ -4,6 +4,7 @@
 pub mod batch_norm;
 pub mod clock;
 pub mod conv;
+mod conv_batch_norm;
 pub mod gradient;
 pub mod image;
 pub mod layers;
@@ -15,7 +16,7 @@ pub mod random;
 pub mod sharpness;
 pub mod vector;
 
-use crate::device::{ComputeKernels, Device, Error, Kernel, Result, Scalar};
+use crate::device::{ComputeKernels, Device, Element, Error, Kernel, Result, Scalar, Slice};
 
 /// Fails unless `found` is `expected`.
 pub(crate) fn check_length(
@@ -35,6 +36,31 @@ pub(crate) fn check_device(
     other: &Device,
 ) -> Result<()> {
     if device == other { Ok(()) } else { Err(Error::OtherDevice { operation, argument }) }
+}
+
+/// Checks the arguments of one operation: that they live on one device and have the lengths that its shape implies.
+#[derive(Clone, Copy)]
+pub(crate) struct Check<'a> {
+    pub operation: &'static str,
+    pub device: &'a Device,
+}
+
+impl Check<'_> {
+    /// Fails unless the argument has this length and lives on the operation's device.
+    pub fn argument<T: Element>(&self, name: &'static str, slice: Slice<'_, T>, expected: usize) -> Result<()> {
+        self.device(name, slice.device())?;
+        check_length(self.operation, name, slice.len(), expected)
+    }
+
+    /// Fails unless an argument's device is the operation's.
+    pub fn device(&self, name: &'static str, device: &Device) -> Result<()> {
+        check_device(self.operation, name, self.device, device)
+    }
+
+    /// Fails with a message.
+    pub fn refuse<R>(&self, message: String) -> Result<R> {
+        Err(Error::Argument { operation: self.operation, message })
+    }
 }
 
 /// The kernel for `T` out of its two precisions. Double precision exists on the CPU alone.

@@ -8,7 +8,7 @@
 //! Gradient Descent without Descent".
 
 use super::vector::{Combination, Reduction, one_block, pack};
-use super::{check_device, check_length, pick};
+use super::{Check, check_device, check_length, pick};
 use crate::device::arguments::{
     AdaptiveArgs, AdgdCommitArgs, AdgdRatesArgs, AscendArgs, AscentArgs, ClipArgs, CombineArgs, CombinedProductsArgs,
     FinishProductsArgs, GamArgs, PerturbAlongArgs, QuotientArgs, RejectionArgs,
@@ -66,11 +66,8 @@ fn numbers(
     device: &Device,
     arguments: &[(&'static str, Slice<'_, f64>, usize)],
 ) -> Result<()> {
-    for (argument, slice, expected) in arguments {
-        check_length(operation, argument, slice.len(), *expected)?;
-        check_device(operation, argument, device, slice.device())?;
-    }
-    Ok(())
+    let check = Check { operation, device };
+    arguments.iter().try_for_each(|&(argument, slice, expected)| check.argument(argument, slice, expected))
 }
 
 /// `out = weight · Σ c_k x_k`, or, with `add`, added to what `out` holds. Nothing is written where `skip` (one number) is there

@@ -8,7 +8,7 @@ use super::tiled::{MANY_TILES, WEIGHT_GRADIENT_PIXELS};
 use crate::device::arguments::{ConvArgs, FinishArgs, InputGradientArgs, SumsArgs, WeightGradientArgs};
 use crate::device::constants::{MOMENT_ROWS, SQUARE_COLUMNS, STAGE_BYTES, polder_conv_tensor_tiles};
 use crate::device::{Buffer, Compute, ComputeKernels, Device, Error, Kernel, Launch, Result, Slice, SliceMut};
-use crate::kernels::batch_norm::SumsRoom;
+use crate::kernels::conv_batch_norm::{self, SumsRoom};
 use crate::kernels::{random, vector};
 
 /// A tile of `kernels/conv_tensor.cu`, of [`MOMENT_ROWS`] rows, with the kernels of the three passes.
@@ -221,7 +221,7 @@ fn wide_out<T>(channels: usize, address: u64) -> u32 {
 
 /// Elements of the moments that a forward leaves: mean and squared deviations of every channel in every tile.
 pub(super) fn moments_len(shape: &ConvShape) -> usize {
-    2 * shape.out_channels * (shape.batch * shape.out_height() * shape.out_width()).div_ceil(MOMENT_ROWS)
+    conv_batch_norm::moments_len(shape.batch * shape.out_height() * shape.out_width(), shape.out_channels)
 }
 
 pub(super) fn forward<A: Compute>(
