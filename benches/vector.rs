@@ -68,7 +68,6 @@ struct Numbers {
     norm: Buffer<f64>,
     losses: Buffer<f64>,
     coefficients: Buffer<f64>,
-    curvature: Buffer<f64>,
     dropped: Buffer<u32>,
     step: Buffer<u32>,
     skip: Buffer<u32>,
@@ -82,7 +81,6 @@ impl Numbers {
             norm: device.upload(&[3000.0])?,
             losses: device.upload(&[2.3, 2.45, 2.2])?,
             coefficients: device.upload(&[1.0, 0.5, -0.25, 0.0])?,
-            curvature: device.zeros(5)?,
             dropped: device.zeros(2)?,
             step: device.upload(&[100u32])?,
             skip: device.zeros(1)?,
@@ -130,11 +128,6 @@ const KERNELS: &[Kernel] = &[
         vector::perturb(x.w.view(), x.g[0].view(), y.norm.view(), 0.05, x.halves.view_mut(), None)
     }),
     ("perturb_linf", 12, |x, _| vector::perturb_linf(x.w.view(), x.g[0].view(), 0.05, x.plus.view_mut(), None)),
-    ("finite_difference", 12, |x, y| {
-        let [g0, plus, minus] = [0, 1, 2].map(|k| x.g[k].view());
-        let out = y.curvature.view_mut();
-        vector::finite_difference(y.losses.view(), g0, plus, minus, y.norm.view(), 0.1, &mut y.reduction, out)
-    }),
     ("sgd_1", 20, |x, y| sgd(x, y, 1)),
     ("sgd_2", 24, |x, y| sgd(x, y, 2)),
     ("sgd_3", 28, |x, y| sgd(x, y, 3)),

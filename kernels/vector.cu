@@ -129,7 +129,6 @@ template <class T>
 struct PartialsArgs {
     const T* x;
     const T* y;
-    const T* z;
     double* partials;
     uint64_t n;
 };
@@ -144,15 +143,6 @@ __device__ void squares(const PartialsArgs<T>& a) {
 template <class T>
 __device__ void products(const PartialsArgs<T>& a) {
     store_partials(a.partials, block_sums_of<1>(a.n, [](double x, double y) { return Sums<1>{{x * y}}; }, a.x, a.y));
-}
-
-/// With x = g0, y = g+, z = g−: Σ g0 (g+ − g−), Σ g0 g+, Σ g+²
-template <class T>
-__device__ void differences(const PartialsArgs<T>& a) {
-    const auto terms = [](double g0, double plus, double minus) {
-        return Sums<3>{{g0 * (plus - minus), g0 * plus, plus * plus}};
-    };
-    store_partials(a.partials, block_sums_of<3>(a.n, terms, a.x, a.y, a.z));
 }
 
 template <class T>
@@ -229,10 +219,7 @@ __device__ __forceinline__ LossDifferences loss_differences(const double* losses
 
 struct CurvatureArgs {
     const double* losses;
-    const double* norm;
-    const double* partials;
     double* out;
-    uint64_t count;
     double rho;
 };
 
@@ -243,16 +230,6 @@ __device__ void curvature_from_losses_body(const CurvatureArgs& a) {
     a.out[0] = d.a;
     a.out[1] = d.b;
     a.out[2] = d.a / (a.rho * a.rho);
-}
-
-/// out = A, B, A/ρ², v·(g+ − g−)/(2ρ), cos(g0, g+), from the sums of `differences`
-__device__ void finish_finite_difference_body(const CurvatureArgs& a) {
-    const Sums<3> sums = sum_partials<3>(a.partials, a.count);
-    if (thread_in_block() != 0) return;
-    curvature_from_losses_body(a);
-    const double norm = a.norm[0], plus_norm = sqrt(sums.v[2]);
-    a.out[3] = sums.v[0] / (norm + kTiny) / (2.0 * a.rho);
-    a.out[4] = norm > 0 && plus_norm > 0 ? sums.v[1] / norm / plus_norm : 0.0;
 }
 
 // ---- Perturbed weights ---------------------------------------------------------------------------------------------
@@ -503,7 +480,7 @@ POLDER_HOST_KERNEL(axpy_f64, axpy<double>, AxpyArgs<double>)
 POLDER_KERNEL(commit_f32, commit<float>, CommitArgs<float>)
 POLDER_HOST_KERNEL(commit_f64, commit<double>, CommitArgs<double>)
 POLDER_KERNEL(check_finite_f32, check_finite<float>, CheckFiniteArgs<float>)
-POLDER_KERNEL(check_finite_f64, check_finite<double>, CheckFiniteArgs<double>)  // losses are double on the GPU too
+POLDER_HOST_KERNEL(check_finite_f64, check_finite<double>, CheckFiniteArgs<double>)
 
 POLDER_KERNEL(convert_f32_f32, (convert<float, float>), ConvertArgs)
 POLDER_KERNEL(convert_f32_f16, (convert<float, __half>), ConvertArgs)
@@ -529,11 +506,8 @@ POLDER_HOST_KERNEL(finish_gradient_f64, (finish_gradient<double, false>), Gradie
 POLDER_KERNEL(finish_scaled_gradient, (finish_gradient<float, true>), GradientArgs<float>)
 POLDER_KERNEL(products_f32, products<float>, PartialsArgs<float>)
 POLDER_HOST_KERNEL(products_f64, products<double>, PartialsArgs<double>)
-POLDER_KERNEL(differences_f32, differences<float>, PartialsArgs<float>)
-POLDER_HOST_KERNEL(differences_f64, differences<double>, PartialsArgs<double>)
 POLDER_KERNEL(finish_sum, finish_sum_body, SumArgs)
 POLDER_KERNEL(finish_norm, finish_norm_body, SumArgs)
-POLDER_KERNEL(finish_finite_difference, finish_finite_difference_body, CurvatureArgs)
 POLDER_KERNEL(curvature_from_losses, curvature_from_losses_body, CurvatureArgs)
 
 POLDER_KERNEL(perturb_f32_f32, (perturb<float, float>), PerturbArgs<float>)

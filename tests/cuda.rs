@@ -67,7 +67,7 @@ fn double_precision_is_refused() {
     match fill(doubles.view_mut(), 3.0) {
         Err(Error::Launch { kernel, message }) => {
             assert_eq!(kernel, "fill_f64");
-            assert_eq!(message, "exists on the CPU alone (double precision)");
+            assert_eq!(message, "exists on the CPU only (double precision)");
         }
         other => panic!("{other:?}"),
     }

@@ -1,5 +1,5 @@
-//! Typed device memory: [`Buffer`] owns it, [`Slice`] and [`SliceMut`] borrow a part, [`Disjoint`] hands out several parts of
-//! one buffer at once and refuses those that overlap.
+//! Typed device memory. A [`Buffer`] owns it, [`Slice`] and [`SliceMut`] borrow a part, and [`Disjoint`] lends several parts of one
+//! buffer that must not overlap.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -7,7 +7,7 @@ use std::ops::Range;
 use super::host::HostMemory;
 use super::{Device, Element, Error, Inner, Result, cuda::CudaMemory};
 
-/// Device memory for `len` elements of `T`; freed when dropped (on a GPU in the stream's order).
+/// Device memory for `len` elements of `T`. Dropping it frees it, on a GPU in the order of the stream.
 pub struct Buffer<T: Element> {
     device: Device,
     memory: Memory,
@@ -21,7 +21,7 @@ enum Memory {
 }
 
 impl<T: Element> Buffer<T> {
-    /// Memory whose every byte is `byte`.
+    /// Memory in which every byte is `byte`.
     pub(super) fn filled(device: &Device, len: usize, byte: u8) -> Result<Self> {
         let bytes = len
             .checked_mul(size_of::<T>())
@@ -39,7 +39,7 @@ impl<T: Element> Buffer<T> {
         self.len
     }
 
-    /// Whether it holds no element.
+    /// Whether it has no elements.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -56,12 +56,12 @@ impl<T: Element> Buffer<T> {
         }
     }
 
-    /// All of it, for reading.
+    /// The whole buffer, for reading.
     pub fn view(&self) -> Slice<'_, T> {
         Slice { device: &self.device, address: self.address(), len: self.len, borrow: PhantomData }
     }
 
-    /// All of it, for writing.
+    /// The whole buffer, for writing.
     pub fn view_mut(&mut self) -> SliceMut<'_, T> {
         SliceMut { device: &self.device, address: self.address(), len: self.len, borrow: PhantomData }
     }
@@ -89,7 +89,7 @@ impl<T: Element> Buffer<T> {
         Disjoint::new(&self.device, self.address(), self.len)
     }
 
-    /// Copies `values` from the host to the start of the buffer, in the device's order.
+    /// Copies `values` from the host to the buffer, in the order of the device's work.
     ///
     /// # Errors
     /// [`Error::Length`] unless `values` has the buffer's length.
@@ -100,7 +100,7 @@ impl<T: Element> Buffer<T> {
     /// Waits for the device and copies the buffer to the host.
     ///
     /// # Errors
-    /// [`Error::Length`] unless `values` has the buffer's length; what failed on the device before.
+    /// [`Error::Length`] unless `values` has the buffer's length; errors of earlier work on the device.
     pub fn read(&self, values: &mut [T]) -> Result<()> {
         self.view().read(values)
     }
@@ -159,7 +159,7 @@ impl<'a, T: Element> Slice<'a, T> {
         self.len
     }
 
-    /// Whether it holds no element.
+    /// Whether it has no elements.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -169,7 +169,7 @@ impl<'a, T: Element> Slice<'a, T> {
         self.device
     }
 
-    /// Where it begins, for a kernel's arguments.
+    /// Its address, for a kernel's arguments.
     pub(crate) fn address(&self) -> u64 {
         self.address
     }
@@ -184,7 +184,7 @@ impl<'a, T: Element> Slice<'a, T> {
         Ok(Slice { address, len: range.len(), ..self })
     }
 
-    /// The first `len` elements of the same memory as another type, no more strictly aligned.
+    /// The first `len` elements of the same memory as another type, whose alignment must not be larger.
     pub(crate) fn cast<U: Element>(self, len: usize) -> Result<Slice<'a, U>> {
         check_cast::<T, U>("Slice::cast", self.len, len)?;
         Ok(Slice { device: self.device, address: self.address, len, borrow: PhantomData })
@@ -193,7 +193,7 @@ impl<'a, T: Element> Slice<'a, T> {
     /// Waits for the device and copies to the host.
     ///
     /// # Errors
-    /// [`Error::Length`] unless `values` has this length; what failed on the device before.
+    /// [`Error::Length`] unless `values` has this length; errors of earlier work on the device.
     pub fn read(&self, values: &mut [T]) -> Result<()> {
         check_length("Slice::read", "values", values.len(), self.len)?;
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(values);
@@ -227,7 +227,7 @@ impl<'a, T: Element> SliceMut<'a, T> {
         self.len
     }
 
-    /// Whether it holds no element.
+    /// Whether it has no elements.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -237,7 +237,7 @@ impl<'a, T: Element> SliceMut<'a, T> {
         self.device
     }
 
-    /// Where it begins, for a kernel's arguments.
+    /// Its address, for a kernel's arguments.
     pub(crate) fn address(&mut self) -> u64 {
         self.address
     }
@@ -247,7 +247,7 @@ impl<'a, T: Element> SliceMut<'a, T> {
         Disjoint::new(self.device, self.address, self.len)
     }
 
-    /// The same part, borrowed for less long.
+    /// The same part, borrowed for a shorter time.
     pub fn reborrow(&mut self) -> SliceMut<'_, T> {
         SliceMut { device: self.device, address: self.address, len: self.len, borrow: PhantomData }
     }
@@ -273,7 +273,7 @@ impl<'a, T: Element> SliceMut<'a, T> {
         Ok(SliceMut { device: self.device, address: self.address, len, borrow: PhantomData })
     }
 
-    /// Copies `values` from the host, in the device's order.
+    /// Copies `values` from the host, in the order of the device's work.
     ///
     /// # Errors
     /// [`Error::Length`] unless `values` has this length.
@@ -315,11 +315,11 @@ impl<'a, T: Element> SliceMut<'a, T> {
     }
 }
 
-/// [`Disjoint::PARTS`], for the type of an array: a generic type's own constant cannot stand there.
+/// [`Disjoint::PARTS`], as the length of an array: that cannot be a constant of a generic type.
 const PARTS: usize = 16;
 
-/// Hands out parts of one buffer for one operation, some to read and some to write, and refuses a part that overlaps one
-/// borrowed for writing. It allocates nothing.
+/// Lends parts of one buffer to one operation, some to read and some to write. It refuses a part that overlaps one that is written. It
+/// allocates no memory.
 pub struct Disjoint<'a, T: Element> {
     device: &'a Device,
     address: u64,

@@ -1,9 +1,8 @@
 //! A CUDA GPU as a device: the driver (found at run time), memory, copies, launches, events and graphs.
 //!
-//! A device has one stream of its own, so everything happens in the order in which it was asked for; a second one takes the second
-//! of two pieces of work that may run at the same time ([`CudaDevice::both`]). Host memory reaches the
-//! GPU through a small page-locked area ([`Staging`]): a write copies into it and returns, so that the caller's slice is free
-//! at once and the CPU runs ahead of the GPU.
+//! A device has one stream, so work runs in the order of the calls. A second one, the side stream, runs the second of two pieces of
+//! work concurrently ([`CudaDevice::both`]). Host memory reaches the GPU through a small page-locked area ([`Staging`]): a write copies
+//! into it and returns, so that the caller can reuse its slice and the CPU runs ahead of the GPU.
 
 use std::cell::Cell;
 use std::ffi::c_void;
@@ -19,10 +18,10 @@ use cudarc::nvrtc::Ptx;
 use super::registry::{FATBINS, HOST_ONLY, KernelId, NAMES};
 use super::{Error, Launch, Result};
 
-/// The oldest driver, as `cuDriverGetVersion` counts: `cuEventElapsedTime_v2`, which timing needs, came with CUDA 12.8.
+/// The oldest driver, numbered as by `cuDriverGetVersion`. Timing needs `cuEventElapsedTime_v2`, which is new in CUDA 12.8.
 const OLDEST_DRIVER: i32 = 12_080;
 
-/// How many GPUs there are, or in one line why none can be used.
+/// The number of GPUs, or in one line the reason why none can be used.
 pub(super) fn count() -> std::result::Result<usize, String> {
     let found = driver_version().and_then(|_| match result::device::get_count().map_err(describe)? {
         count if count <= 0 => Err("the CUDA driver finds no GPU".into()),
@@ -35,12 +34,12 @@ pub(super) fn count() -> std::result::Result<usize, String> {
     found
 }
 
-/// Loads and starts the driver, once; its CUDA version as in 13000, or why there is none.
+/// Loads and initialises the driver once. Returns its CUDA version, such as 13000, or the reason why there is none.
 fn driver_version() -> std::result::Result<i32, String> {
     static VERSION: OnceLock<std::result::Result<i32, String>> = OnceLock::new();
     let start = || {
-        // SAFETY: this loads libcuda, whose initialisers are as trustworthy as the driver itself. It must be asked first: every
-        // other call panics where the library is absent.
+        // SAFETY: this loads libcuda and runs its initialisers, which we trust as we trust the driver. It must come first: every
+        // other call panics if the library is absent.
         if !unsafe { sys::is_culib_present() } {
             return Err("the CUDA driver library (libcuda) was not found".into());
         }
@@ -65,7 +64,7 @@ fn version_name(version: i32) -> String {
     format!("{}.{}", version / 1000, version % 1000 / 10)
 }
 
-/// The driver's words for an error, and its name for searching.
+/// The driver's text for an error, and the error's name, for searching.
 fn describe(error: DriverError) -> String {
     match error.error_string() {
         Ok(text) => format!("{} ({:?})", text.to_string_lossy(), error.0),
@@ -73,7 +72,7 @@ fn describe(error: DriverError) -> String {
     }
 }
 
-/// Turns a driver's error into ours, with what was being done.
+/// Turns a driver's error into ours. `call` names the operation.
 fn failed(call: &'static str) -> impl Fn(DriverError) -> Error {
     move |error| Error::Cuda { call, message: describe(error) }
 }
@@ -85,23 +84,24 @@ pub(super) struct CudaDevice {
     description: String,
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
-    /// For the second of two pieces of work; between such pairs the first stream has waited for it.
+    /// For the second of two pieces of work. After each such pair the first stream waits for this one.
     side: Arc<CudaStream>,
-    /// Whether what comes next, on the first stream and on the side one, follows something else than a kernel of its own stream: the
-    /// other stream's work, a copy, a graph, or nothing, at a capture's beginning. Locked while the stream is given anything.
-    behind_other: [Mutex<bool>; 2],
-    /// By [`KernelId`]; `None` for a kernel of the CPU alone.
+    /// For the first stream and the side stream: whether the last operation is not a kernel of that stream. It may be work of the
+    /// other stream, a copy, a graph, or the beginning of a capture. Locked while an operation is enqueued.
+    after_non_kernel: [Mutex<bool>; 2],
+    /// Indexed by [`KernelId`]; `None` for a kernel that exists on the CPU only.
     kernels: Vec<Option<LoadedKernel>>,
     state: Mutex<State>,
 }
 
 thread_local! {
-    /// The device to whose side stream this thread's work goes.
+    /// The device whose side stream receives this thread's work.
     static ON_SIDE: Cell<*const CudaDevice> = const { Cell::new(ptr::null()) };
 }
 
-/// Work on the side stream. Dropped, after a failure or a panic too, it leads this thread's work back, and the first stream waits
-/// for the side stream: memory is freed in the first one's order, and a capture must not end with a loose branch.
+/// Work on the side stream. When it is dropped, also after an error or a panic, this thread's work returns to the first stream, and
+/// that stream waits for the side stream. This is necessary because memory is freed in the order of the first stream, and because a
+/// capture must not end with an unjoined branch.
 struct Branch<'a> {
     device: &'a CudaDevice,
     joined: bool,
@@ -109,9 +109,7 @@ struct Branch<'a> {
 
 impl<'a> Branch<'a> {
     fn begin(device: &'a CudaDevice) -> Result<Self> {
-        device
-            .enqueue_non_kernel(1, || device.side.join(&device.stream))
-            .map_err(failed("doing two things at once"))?;
+        device.enqueue_non_kernel(1, || device.side.join(&device.stream)).map_err(failed("forking the side stream"))?;
         Ok(Self { device, joined: false })
     }
 
@@ -125,26 +123,26 @@ impl Drop for Branch<'_> {
     fn drop(&mut self) {
         ON_SIDE.set(ptr::null());
         if !self.joined {
-            // The error or the panic that ended the work is the one to report.
+            // Report the error or the panic that ended the work, not this one.
             let _ = self.device.join_side();
         }
     }
 }
 
-/// What changes while a device is used.
+/// The mutable state of a device.
 struct State {
     staging: Staging,
-    /// What the graph being captured has to own; `None` while nothing is captured.
+    /// The memory that the graph being captured must own; `None` when no capture is active.
     recording: Option<Recording>,
-    /// Memory of dropped graphs, which a replay may still be reading: freed when the stream has been waited for.
+    /// Memory of dropped graphs, which a replay may still be reading. It is freed after the next synchronisation.
     retired: Vec<Pinned>,
-    /// How many graphs there are, a capture under way included.
+    /// The number of graphs, including one that is being captured.
     graphs: usize,
-    /// Device memory dropped meanwhile, which a replay may still use: freed with the last graph.
+    /// Device memory that was dropped while there were graphs, which may still use it. It is freed with the last graph.
     held: Vec<sys::CUdeviceptr>,
 }
 
-/// Host-side belongings of a graph while it is being captured.
+/// Host memory of a graph that is being captured.
 #[derive(Default)]
 struct Recording {
     /// The bytes of recorded writes.
@@ -164,18 +162,17 @@ impl State {
 /// A kernel's function on this GPU.
 struct LoadedKernel {
     function: CudaFunction,
-    /// The most dynamic shared memory that it may be launched with so far.
+    /// The largest dynamic shared memory that it may currently be launched with.
     shared_limit: AtomicUsize,
-    /// Whether it is launched before the kernel before it is done, for which it begins with waiting.
+    /// Whether it may be launched before the previous kernel is done. Such a kernel waits at its beginning.
     early: bool,
 }
 
-/// The virtual architecture from which on kernels begin with waiting for the one before (`polder_begin` in
+/// The first virtual architecture for which kernels wait at their beginning for the previous one (`polder_begin` in
 /// `kernels/include/polder.cuh`).
 const WAITS_FROM: i32 = 90;
 
-/// Whether kernels that wait may be launched early; `POLDER_EARLY_LAUNCH=0` forbids it, to measure what it gains, or where a driver
-/// gets it wrong.
+/// Whether kernels may be launched early. `POLDER_EARLY_LAUNCH=0` forbids it, to measure the gain or to work around a faulty driver.
 fn early_launch() -> bool {
     std::env::var("POLDER_EARLY_LAUNCH").map_or(true, |value| value != "0")
 }
@@ -191,14 +188,14 @@ impl CudaDevice {
         Self::open(ordinal).map_err(unavailable)
     }
 
-    /// Takes the GPU into use; the reason where that fails.
+    /// Opens the GPU, or returns the reason why that fails.
     fn open(ordinal: usize) -> std::result::Result<Self, String> {
         let version = version_name(driver_version()?);
         let context = CudaContext::new(ordinal).map_err(describe)?;
         if !context.has_async_alloc() {
             return Err("it has no stream-ordered memory pools".into());
         }
-        // SAFETY: no `CudaSlice` is ever made, which is all that event tracking is for.
+        // SAFETY: event tracking is for `CudaSlice`, which is never used here.
         unsafe { context.disable_event_tracking() };
         let (stream, side) = (context.new_stream().map_err(describe)?, context.new_stream().map_err(describe)?);
         keep_freed_memory(&context).map_err(describe)?;
@@ -224,7 +221,7 @@ impl CudaDevice {
             context,
             stream,
             side,
-            behind_other: [true, true].map(Mutex::new),
+            after_non_kernel: [true, true].map(Mutex::new),
             kernels,
             state: Mutex::new(State { staging, recording: None, retired: Vec::new(), graphs: 0, held: Vec::new() }),
         })
@@ -246,13 +243,13 @@ impl CudaDevice {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes the context the calling thread's. Every call below begins with it, for the driver works in the thread's context.
-    /// It also reports what went wrong where no error could be returned (in a destructor).
+    /// Makes the context current in the calling thread, as every call below needs. Also returns an error that a destructor could not
+    /// return.
     fn bind(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(failed("using the GPU"))
     }
 
-    /// The stream that the calling thread's work goes to.
+    /// The stream that receives the calling thread's work.
     fn current(&self) -> &CudaStream {
         if self.is_on_side() { &self.side } else { &self.stream }
     }
@@ -261,20 +258,20 @@ impl CudaDevice {
         ptr::eq(ON_SIDE.get(), self)
     }
 
-    /// Holds the order in which the stream is given things.
+    /// Locks the order in which operations are enqueued on a stream.
     fn order(&self, stream: usize) -> MutexGuard<'_, bool> {
-        self.behind_other[stream].lock().unwrap_or_else(PoisonError::into_inner)
+        self.after_non_kernel[stream].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives the first stream (0) or the side one (1) something else than a kernel: the next launch waits for all before it in the
-    /// ordinary way.
-    fn enqueue_non_kernel<R>(&self, stream: usize, give: impl FnOnce() -> R) -> R {
-        let mut behind_other = self.order(stream);
-        *behind_other = true;
-        give()
+    /// Enqueues an operation that is not a kernel on the first stream (0) or the side stream (1). The next kernel is then not launched
+    /// early.
+    fn enqueue_non_kernel<R>(&self, stream: usize, enqueue: impl FnOnce() -> R) -> R {
+        let mut after_non_kernel = self.order(stream);
+        *after_non_kernel = true;
+        enqueue()
     }
 
-    /// Fails on the side stream: what needs the first one's order is not for one of two pieces of work.
+    /// Fails on the side stream, for operations that need the order of the first stream.
     fn refuse_side(&self, operation: &'static str) -> Result<()> {
         match self.is_on_side() {
             false => Ok(()),
@@ -283,12 +280,12 @@ impl CudaDevice {
     }
 
     fn join_side(&self) -> Result<()> {
-        // Asked first, for an error that a destructor kept would otherwise come up instead of the join.
+        // First: otherwise an error that a destructor kept would be returned instead of the result of the join.
         let kept = self.bind();
         let joined =
-            self.enqueue_non_kernel(0, || self.stream.join(&self.side)).map_err(failed("doing two things at once"));
+            self.enqueue_non_kernel(0, || self.stream.join(&self.side)).map_err(failed("joining the side stream"));
         if joined.is_err() {
-            // What the side stream still uses must not be freed. (In a capture this fails, which is broken then anyway.)
+            // Memory that the side stream still uses must not be freed. (In a capture this fails, but the capture is broken anyway.)
             let _ = self.side.synchronize();
         }
         kept.and(joined)
@@ -299,12 +296,12 @@ impl CudaDevice {
         self.lock().recording.is_some()
     }
 
-    /// Whether there is a graph, or one is being captured: memory that is dropped is then held.
+    /// Whether there is a graph, or one is being captured. If so, dropped memory is kept.
     pub(super) fn has_graphs(&self) -> bool {
         self.lock().graphs > 0
     }
 
-    /// Bytes of memory that nobody uses: what nobody has taken, and what the pool keeps for reuse.
+    /// Bytes of unused memory: free memory, and memory that the pool keeps for reuse.
     pub(super) fn free_bytes(&self) -> Result<usize> {
         self.bind()?;
         let asked = || -> std::result::Result<usize, DriverError> {
@@ -327,7 +324,7 @@ impl CudaDevice {
         asked().map_err(failed("asking for free memory"))
     }
 
-    /// Calls `work(0)`, then `work(1)` for the side stream, which begins where the first began; what comes after waits for both.
+    /// Calls `work(0)`, then `work(1)` on the side stream, which begins at the same point. Later work waits for both.
     pub(super) fn both(&self, mut work: impl FnMut(usize) -> Result<()>) -> Result<()> {
         self.refuse_side("both")?;
         self.bind()?;
@@ -362,7 +359,7 @@ impl CudaDevice {
     pub(super) unsafe fn launch<A: Copy>(&self, kernel: KernelId, shape: Launch, args: &A) -> Result<()> {
         let refused = |message| Error::Launch { kernel: kernel.to_name(), message };
         let Some(LoadedKernel { function, shared_limit, early }) = &self.kernels[kernel.0] else {
-            return Err(refused("exists on the CPU alone (double precision)".into()));
+            return Err(refused("exists on the CPU only (double precision)".into()));
         };
         if shape.grid.contains(&0) {
             return Ok(());
@@ -373,10 +370,10 @@ impl CudaDevice {
         }
         let mut parameters = [(&raw const *args).cast_mut().cast::<c_void>()];
         let (grid, block) = (shape.grid, shape.block);
-        // Programmatic dependent launch: its blocks may take their places before the kernel before it is done, and wait there.
+        // Programmatic dependent launch: blocks may start before the previous kernel is done, and wait for it.
         let mut order = self.order(usize::from(self.is_on_side()));
-        let behind_other = std::mem::take(&mut *order);
-        let early = *early && !behind_other;
+        let after_non_kernel = std::mem::take(&mut *order);
+        let early = *early && !after_non_kernel;
         let mut serialization = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: Default::default(),
@@ -394,9 +391,9 @@ impl CudaDevice {
             attrs: &raw mut serialization,
             numAttrs: early.into(),
         };
-        // SAFETY: the function belongs to a module that `self.kernels` keeps loaded. It takes one parameter, whose twin `args`
-        // is by the caller's word; the driver copies it, and the attribute, before the call returns. The caller vouches for the
-        // addresses in it. A kernel that is launched early waits before it touches memory.
+        // SAFETY: the function belongs to a module that `self.kernels` keeps loaded. It takes one parameter, of the type of `args`.
+        // The driver copies it, and the attribute, before the call returns. The caller guarantees that the addresses in it are valid.
+        // A kernel that is launched early waits before it accesses memory.
         unsafe {
             sys::cuLaunchKernelEx(&raw const config, function.cu_function(), parameters.as_mut_ptr(), ptr::null_mut())
         }
@@ -407,7 +404,7 @@ impl CudaDevice {
         })
     }
 
-    /// Allows a kernel more dynamic shared memory than it had; never less, for another thread may be launching it.
+    /// Raises the limit of a kernel's dynamic shared memory. It is never lowered: another thread may be launching the kernel.
     #[cold]
     fn raise_shared_limit(
         &self,
@@ -427,7 +424,7 @@ impl CudaDevice {
         Ok(())
     }
 
-    /// Waits for everything before it; an error of an earlier operation that shows only now is returned here.
+    /// Waits for all earlier work. Returns errors of earlier operations that only show now.
     ///
     /// # Safety
     /// `address` is the start of live device memory at least as long as `bytes`.
@@ -441,8 +438,7 @@ impl CudaDevice {
         while done < bytes.len() {
             let (place, length) = state.staging.take(&self.stream, bytes.len() - done).map_err(&failed)?;
             let source = address + done as u64;
-            // SAFETY: `place` is `length` bytes of page-locked memory that no copy under way uses; the caller vouches for the
-            // source.
+            // SAFETY: `place` is `length` bytes of page-locked memory that no pending copy uses; the caller guarantees the source.
             let copy = || unsafe { sys::cuMemcpyDtoHAsync_v2(place.cast(), source, length, self.stream.cu_stream()) };
             self.enqueue_non_kernel(0, copy).result().map_err(&failed)?;
             self.stream.synchronize().map_err(&failed)?;
@@ -453,7 +449,7 @@ impl CudaDevice {
         Ok(())
     }
 
-    /// Returns before the GPU has the bytes; inside a capture the graph keeps a copy of them for every replay.
+    /// Returns before the GPU has the bytes. In a capture, the graph keeps a copy of them for its replays.
     ///
     /// # Safety
     /// `address` is the start of live device memory, borrowed exclusively, at least as long as `bytes`.
@@ -474,11 +470,11 @@ impl CudaDevice {
                     (place, bytes.len())
                 }
             };
-            // SAFETY: `place` is `length` bytes of page-locked memory that no copy under way uses, apart from `bytes`.
+            // SAFETY: `place` is `length` bytes of page-locked memory that no pending copy uses, and does not overlap `bytes`.
             unsafe { ptr::copy_nonoverlapping(bytes[done..].as_ptr(), place, length) };
             let destination = address + done as u64;
-            // SAFETY: the bytes stay at `place` until the GPU has read them: staging memory is reused only after that, a graph
-            // owns its own. The caller vouches for the destination.
+            // SAFETY: the bytes stay at `place` until the GPU has read them: staging memory is reused only after that, and a graph
+            // owns its memory. The caller guarantees the destination.
             let copy =
                 || unsafe { sys::cuMemcpyHtoDAsync_v2(destination, place.cast(), length, self.stream.cu_stream()) };
             self.enqueue_non_kernel(0, copy).result().map_err(&failed)?;
@@ -518,24 +514,24 @@ impl CudaDevice {
         self.enqueue_non_kernel(usize::from(self.is_on_side()), fill).map_err(failed("filling memory on the GPU"))
     }
 
-    /// Device memory that nothing has written yet. Freed memory waits in the pool for reuse in the same sizes; where that
-    /// leaves too little, it is given back and the allocation tried once more.
+    /// Allocates uninitialised memory. The pool keeps freed memory for reuse. If too little is left, that memory is returned to the
+    /// system and the allocation is tried again.
     fn allocate(&self, bytes: usize) -> Result<sys::CUdeviceptr> {
         self.refuse_side("allocate")?;
         let state = self.lock();
         state.refuse_recording("allocate", "a graph cannot allocate memory")?;
         self.bind()?;
-        // SAFETY: the stream is ours and alive; what the memory holds is not looked at before it is filled.
+        // SAFETY: the stream is ours and alive; the memory is filled before it is read.
         let allocate = || unsafe { result::malloc_async(self.stream.cu_stream(), bytes) };
         let allocated = match allocate() {
             Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
                 self.stream.synchronize().map_err(failed("waiting for the GPU"))?;
-                // SAFETY: the device is the context's own; only memory that nobody holds leaves the pool.
+                // SAFETY: the device is the context's; only unused memory leaves the pool.
                 let trimmed = unsafe {
                     result::device::get_default_mem_pool(self.context.cu_device())
                         .and_then(|pool| result::mem_pool::trim_to(pool, 0))
                 };
-                trimmed.map_err(failed("giving back unused memory"))?;
+                trimmed.map_err(failed("returning unused memory"))?;
                 allocate()
             }
             other => other,
@@ -548,11 +544,11 @@ impl CudaDevice {
         })
     }
 
-    /// Frees device memory when the work asked for so far is done with it. Called by destructors: an error is kept for the
-    /// next call that can return one.
+    /// Frees device memory in the order of the stream. Destructors call this: an error is kept for the next call that can return
+    /// one.
     fn free(&self, address: sys::CUdeviceptr) {
-        debug_assert!(!self.is_on_side(), "the other of two pieces of work may be using it");
-        // Held until the memory is freed, so that no capture begins between the question and the answer.
+        debug_assert!(!self.is_on_side(), "the work on the other stream may be using it");
+        // Locked until the memory is freed, so that no capture begins in between.
         let mut state = self.lock();
         match state.graphs {
             0 => self.free_in_order(address),
@@ -560,7 +556,7 @@ impl CudaDevice {
         }
     }
 
-    /// A graph is gone, or its capture has failed.
+    /// Removes a dropped graph, or one whose capture failed, from the count.
     fn forget_graph(&self, state: &mut State) {
         state.graphs -= 1;
         if state.graphs == 0 {
@@ -569,8 +565,8 @@ impl CudaDevice {
     }
 
     fn free_in_order(&self, address: sys::CUdeviceptr) {
-        // SAFETY: the address came from `allocate`, on this stream, and is freed once, by the `CudaMemory` that owned it. What the
-        // side stream did with it, this one has waited for.
+        // SAFETY: `allocate` returned the address on this stream, and the `CudaMemory` that owned it frees it once. This stream has
+        // waited for uses on the side stream.
         let free = || unsafe { result::free_async(address, self.stream.cu_stream()) };
         self.context.record_err(self.context.bind_to_thread().and_then(|()| free()));
     }
@@ -581,21 +577,21 @@ impl CudaDevice {
         capture.finish()
     }
 
-    /// Leaves capture mode: the graph (none where the capture was broken) and what it has to own.
+    /// Ends a capture. Returns the graph, or none if the capture was invalid, and the memory that the graph must own.
     fn end_capture(&self) -> (Result<Option<driver::CudaGraph>>, Recording) {
         let mut state = self.lock();
-        // Asked first, for an error that a destructor kept would otherwise come up instead of the capture's end.
+        // First: otherwise an error that a destructor kept would be returned instead of the result of the capture.
         let kept = self.bind();
         let ended = self.stream.end_capture(sys::CUgraphInstantiate_flags(0)).map_err(failed("capturing a graph"));
         let graph = kept.and(ended);
-        // What was launched meanwhile is in the graph, and what comes next follows what came before.
+        // The launches since the beginning are in the graph: the last operation of the stream is not one of them.
         (0..2).for_each(|stream| self.enqueue_non_kernel(stream, || ()));
         (graph, state.recording.take().unwrap_or_default())
     }
 }
 
 impl Drop for CudaDevice {
-    /// Waits, so that no kernel runs when its module is unloaded and no copy when the staging memory is freed.
+    /// Waits, so that no kernel runs when its module is unloaded, and no copy when the staging memory is freed.
     fn drop(&mut self) {
         self.context.record_err(self.side.synchronize());
         self.context.record_err(self.stream.synchronize());
@@ -614,11 +610,11 @@ fn keep_freed_memory(context: &CudaContext) -> std::result::Result<(), DriverErr
     }
 }
 
-/// Loads every fatbin and looks every kernel up, so that no launch has to.
+/// Loads every fatbin and looks up every kernel, so that launches need not.
 fn load_kernels(context: &Arc<CudaContext>) -> std::result::Result<Vec<Option<LoadedKernel>>, String> {
     let mut modules: Vec<Arc<CudaModule>> = Vec::with_capacity(FATBINS.len());
     for &(name, image) in FATBINS {
-        // The driver wants images aligned to 8 bytes: a heap block of this size is, the embedded bytes need not be.
+        // The driver requires images aligned to 8 bytes. A heap block of this size is aligned; the embedded bytes may not be.
         let module = context.load_module(Ptx::from_binary(image.to_vec()));
         modules
             .push(module.map_err(|error| format!("the kernels of {name}.cu cannot be loaded: {}", describe(error)))?);
@@ -645,18 +641,18 @@ fn load_kernels(context: &Arc<CudaContext>) -> std::result::Result<Vec<Option<Lo
     ids.map(|id| if HOST_ONLY[id.0] { Ok(None) } else { find(id).map(Some) }).collect()
 }
 
-/// Page-locked host memory, which the GPU copies from and to while the CPU goes on. Touched through its address alone, for the
-/// GPU writes to it too.
+/// Page-locked host memory, from and to which the GPU copies while the CPU continues. It is accessed only through its address, because
+/// the GPU writes to it too.
 struct Pinned {
     context: Arc<CudaContext>,
     address: *mut u8,
 }
 
-// SAFETY: it owns its memory, which the driver makes usable from every thread.
+// SAFETY: it owns its memory, which every thread may use.
 unsafe impl Send for Pinned {}
 
 impl Pinned {
-    /// `bytes`, more than zero, of whatever they hold.
+    /// Uninitialised memory of `bytes` (more than zero).
     fn new(context: &Arc<CudaContext>, bytes: usize) -> std::result::Result<Self, DriverError> {
         context.bind_to_thread()?;
         // SAFETY: the memory is written before it is read.
@@ -667,7 +663,7 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        // SAFETY: from `malloc_host`, freed once; whoever drops it has made sure that no copy uses it any more.
+        // SAFETY: `malloc_host` returned it, and it is freed once; its owner drops it only when no copy uses it any more.
         let free = || unsafe { result::free_host(self.address.cast()) };
         self.context.record_err(self.context.bind_to_thread().and_then(|()| free()));
     }
@@ -689,7 +685,7 @@ struct Half {
 }
 
 impl Staging {
-    /// Bytes of one half: large enough that a transfer over the bus dwarfs its start.
+    /// Bytes of one half: so many that the time of a transfer is much longer than its latency.
     const HALF: usize = 4 << 20;
     /// Pieces start at cache lines.
     const ALIGNMENT: usize = 64;
@@ -699,8 +695,8 @@ impl Staging {
         Ok(Self { halves: [half()?, half()?], current: 0, used: 0 })
     }
 
-    /// The next piece: its address, and its length, at most `bytes`. It stays the caller's until the work that the stream has
-    /// been given by the next call is done.
+    /// The next piece: its address, and its length, at most `bytes`. The caller may use it until the work that is enqueued before the
+    /// next call is done.
     fn take(&mut self, stream: &CudaStream, bytes: usize) -> std::result::Result<(*mut u8, usize), DriverError> {
         if self.used == Self::HALF {
             self.halves[self.current].left.record(stream)?;
@@ -716,7 +712,7 @@ impl Staging {
     }
 }
 
-/// Device memory; given back in the stream's order when dropped.
+/// Device memory. Dropping it frees it in the order of the stream.
 pub(super) struct CudaMemory {
     device: Arc<CudaDevice>,
     address: sys::CUdeviceptr,
@@ -756,8 +752,8 @@ impl CudaEvent {
     }
 }
 
-/// A capture under way. Dropped before [`Capture::finish`] (when the work fails or panics), it ends the capture and discards
-/// what was recorded, so that the stream can be used again.
+/// An active capture. If it is dropped before [`Capture::finish`] (because the work failed or panicked), it ends the capture and
+/// discards the recording, so that the stream can be used again.
 struct Capture<'a> {
     device: &'a Arc<CudaDevice>,
     active: bool,
@@ -767,7 +763,7 @@ impl<'a> Capture<'a> {
     fn begin(device: &'a Arc<CudaDevice>) -> Result<Self> {
         let mut state = device.lock();
         state.refuse_recording("capture", "a graph cannot capture another")?;
-        // Relaxed: page-locked memory for recorded writes has to be allocated meanwhile, which the stricter modes forbid.
+        // Relaxed: recorded writes allocate page-locked memory during the capture, which stricter modes forbid.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         device.enqueue_non_kernel(0, || device.stream.begin_capture(mode)).map_err(failed("capturing a graph"))?;
         state.recording = Some(Recording::default());
@@ -794,7 +790,7 @@ impl<'a> Capture<'a> {
 impl Drop for Capture<'_> {
     fn drop(&mut self) {
         if self.active {
-            // The error that ended the work is the one to report, not what ending the capture says.
+            // Report the error that ended the work, not one of ending the capture.
             drop(self.device.end_capture());
             self.device.forget_graph(&mut self.device.lock());
         }
@@ -807,12 +803,12 @@ pub(super) struct CudaGraph {
     operations: usize,
     /// The bytes of recorded writes, read by every replay.
     written: Vec<Pinned>,
-    /// Dropped last, for it keeps the captured kernels loaded.
+    /// Dropped last, because it keeps the captured kernels loaded.
     device: Arc<CudaDevice>,
 }
 
-// SAFETY: the driver lets any thread use a graph, one at a time. Replays hold the device's lock, and a graph is dropped when
-// nobody else has it.
+// SAFETY: any thread may use a graph, but only one at a time. Replays hold the device's lock, and a graph that is dropped has no other
+// users.
 unsafe impl Send for CudaGraph {}
 // SAFETY: as above.
 unsafe impl Sync for CudaGraph {}
@@ -836,7 +832,7 @@ impl CudaGraph {
 impl Drop for CudaGraph {
     fn drop(&mut self) {
         self.device.context.record_err(self.device.context.bind_to_thread());
-        // The driver lets a replay under way finish, but not with memory that has been freed.
+        // The driver lets a running replay finish, but its memory must not be freed before.
         let mut state = self.device.lock();
         state.retired.append(&mut self.written);
         self.device.forget_graph(&mut state);

@@ -1,10 +1,10 @@
-//! What can go wrong on a device: each error names the kernel, the buffer or the call.
+//! Errors of devices. Each names the kernel, the buffer or the call.
 
-/// An error of a device or of a kernel's wrapper.
+/// An error of a device, or of the arguments of a kernel.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A kernel broke a rule of the programming model; found by the host device, which then stops the launch.
+    /// A kernel broke a rule of the programming model. The host device detects this and stops the launch.
     #[error("kernel {kernel}: block {block:?}, thread {thread:?}: {message}")]
     Fault {
         /// The kernel's registered name.
@@ -27,12 +27,12 @@ pub enum Error {
     /// A call to the CUDA driver failed.
     #[error("CUDA: {call}: {message}")]
     Cuda {
-        /// What was being done.
+        /// The operation.
         call: &'static str,
         /// The driver's reason.
         message: String,
     },
-    /// The device asked for is not there.
+    /// The requested device is not available.
     #[error("no device {device}: {reason}")]
     Unavailable {
         /// The device as the user named it.
@@ -45,10 +45,10 @@ pub enum Error {
     OutOfMemory {
         /// The device's name.
         device: String,
-        /// The size asked for.
+        /// The requested size.
         bytes: usize,
     },
-    /// A buffer handed to an operation has the wrong number of elements.
+    /// An argument has the wrong number of elements.
     #[error("{operation}: `{argument}` has {found} elements, expected {expected}")]
     Length {
         /// The function that was called.
@@ -80,7 +80,7 @@ pub enum Error {
         /// What is wrong.
         message: String,
     },
-    /// A loss, or something that is derived from it, is not finite where a number of it was wanted.
+    /// A loss, or a number derived from it, is not finite.
     #[error("{operation}: the loss or its derivatives at these weights are not finite")]
     NotFinite {
         /// The function that was called.

@@ -15,27 +15,27 @@ use super::constants::{NO_FAULT, ORDER_BACKWARDS, ORDER_FORWARDS, ORDER_RANDOM};
 use super::registry::{HOST, KernelId};
 use super::{Error, Launch, Result};
 
-/// The order in which the host runs the blocks of a launch and the threads of a block. A right kernel yields the same bits in
-/// every order.
+/// The order in which the host runs the blocks of a launch and the threads of a block. A correct kernel gives the same bits in every
+/// order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum BlockOrder {
-    /// In rising order, blocks spread over the cores.
+    /// In increasing order. Blocks are spread over the cores.
     #[default]
     Forwards,
-    /// In falling order, on one thread.
+    /// In decreasing order, on one thread.
     Backwards,
-    /// In a random order that the seed fixes, on one thread.
+    /// In a random order with this seed, on one thread.
     Random(u64),
 }
 
 /// How the CPU acts as a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct HostOptions {
-    /// Threads that run blocks; 0 takes one per core, more than [`HostOptions::MOST_THREADS`] that many.
+    /// Threads that run blocks: 0 for one per core, and at most [`HostOptions::MOST_THREADS`].
     pub threads: usize,
     /// The order of blocks and threads.
     pub order: BlockOrder,
-    /// Launch kernels in the GPU's shapes (many threads per block) instead of the CPU's: slow, and what tests want.
+    /// Launch kernels in a GPU's shapes (many threads per block) instead of the CPU's. This is slow; it is for tests.
     pub emulate_gpu: bool,
 }
 
@@ -49,21 +49,21 @@ pub(super) struct HostDevice {
     options: HostOptions,
     instruction_set: usize,
     team: Team,
-    /// Whether a graph is being captured: what most operations look at before they ask under the lock.
+    /// Whether a graph is being captured. Most operations check this before they take the lock.
     recording: AtomicBool,
-    /// Whether one of two pieces of work is under way that a GPU would do at once: for all threads, as `recording`.
+    /// Whether work runs that a GPU would run on two streams concurrently. It counts for all threads, as `recording` does.
     paired: AtomicBool,
     graphs: Mutex<Graphs>,
 }
 
-/// What a device knows of its graphs.
+/// The state of a device's graphs.
 #[derive(Default)]
 struct Graphs {
-    /// Of the capture under way, if there is one.
+    /// The recording of the active capture, if there is one.
     recorded: Option<Vec<Recorded>>,
-    /// How many there are, a capture under way included.
+    /// The number of graphs, including one that is being captured.
     alive: usize,
-    /// Memory dropped meanwhile, which a replay may still use: freed with the last graph.
+    /// Memory that was dropped while there were graphs, which may still use it. It is freed with the last graph.
     held: Vec<Block>,
 }
 
@@ -150,13 +150,13 @@ impl HostDevice {
             seed,
         };
         let blocks: u64 = shape.grid.iter().map(|&extent| u64::from(extent)).product();
-        // Several chunks for each thread even out blocks of unequal cost; another order is meant for the whole grid at once.
+        // Several chunks for each thread balance blocks of unequal cost. The other orders apply to the whole grid, as one chunk.
         let chunk =
             if order == ORDER_FORWARDS { (blocks / (self.options.threads as u64 * 8)).max(1) } else { blocks.max(1) };
         let first_fault: Mutex<Option<PolderFault>> = Mutex::new(None);
         self.team.run(blocks, chunk, &|first, last| {
             let mut fault = PolderFault { kind: NO_FAULT, block: [0; 3], thread: [0; 3], message: [0; 236] };
-            // SAFETY: the launch description lives until `run` returns, and the caller vouches for the arguments.
+            // SAFETY: the launch description lives until `run` returns, and the caller guarantees the arguments.
             let status = unsafe { polder_host_run(&launch, first, last, &mut fault) };
             if status == 0 {
                 return true;
@@ -239,7 +239,7 @@ impl HostDevice {
         unsafe { std::ptr::write_bytes(address as *mut u8, 0, bytes) };
     }
 
-    /// Whether the operation has become part of a graph that is being captured.
+    /// Records the operation if a graph is being captured; returns whether it did.
     fn is_recorded(&self, operation: impl FnOnce() -> Recorded) -> bool {
         if !self.recording.load(Ordering::Relaxed) {
             return false;
@@ -251,7 +251,7 @@ impl HostDevice {
         true
     }
 
-    /// Fails while a graph is being captured: what a GPU cannot record fails here too.
+    /// Fails while a graph is being captured, for operations that a GPU cannot record.
     pub(super) fn refuse_recording(&self, operation: &'static str, message: &str) -> Result<()> {
         if self.recording.load(Ordering::Relaxed) {
             return Err(Error::Argument { operation, message: message.into() });
@@ -270,7 +270,7 @@ impl HostDevice {
         self.recording.load(Ordering::Relaxed)
     }
 
-    /// One piece of work after the other, in the chosen order, under the rules of a GPU.
+    /// Runs one piece of work after the other, in the chosen order, with the restrictions of a GPU.
     pub(super) fn both(&self, mut work: impl FnMut(usize) -> Result<()>) -> Result<()> {
         struct Paired<'a>(&'a AtomicBool);
         impl Drop for Paired<'_> {
@@ -299,7 +299,7 @@ impl HostDevice {
             graphs.alive += 1;
             this.recording.store(true, Ordering::Relaxed);
         }
-        // Also where the work fails or panics, the recording ends and the graph is gone.
+        // The recording ends and the graph is dropped also if the work fails or panics.
         let mut graph = HostGraph { recorded: Vec::new(), device: this.clone() };
         let capture = Capture(this);
         work()?;
@@ -309,7 +309,7 @@ impl HostDevice {
     }
 }
 
-/// A capture under way; dropped, it ends and forgets what was recorded.
+/// An active capture. Dropping it ends it and discards the recording.
 struct Capture<'a>(&'a HostDevice);
 
 impl Capture<'_> {
@@ -337,7 +337,7 @@ impl HostGraph {
         let device = &self.device;
         device.refuse_recording("replay", "a graph cannot replay another")?;
         for operation in &self.recorded {
-            // SAFETY: each operation was checked when it was recorded, and memory dropped since is held for the graph.
+            // SAFETY: each operation was checked when it was recorded, and memory that was dropped since is kept for the graph.
             unsafe {
                 match operation {
                     Recorded::Launch(kernel, shape, words) => device.run(*kernel, *shape, words.as_ptr().cast())?,
@@ -375,8 +375,8 @@ impl Drop for HostGraph {
     }
 }
 
-/// The index in [`HOST`] of the newest instruction set that this CPU has, or of the one that `POLDER_ISA` names (an older one,
-/// for tests; a name that is not there or that the CPU lacks is passed over).
+/// The index in [`HOST`] of the newest instruction set that this CPU has. `POLDER_ISA` may name an older one, for tests; an unknown
+/// name, or one that the CPU lacks, is ignored.
 fn newest_instruction_set() -> usize {
     #[cfg(target_arch = "x86_64")]
     let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
@@ -398,9 +398,9 @@ fn newest_instruction_set() -> usize {
     named.or_else(|| HOST.iter().rposition(|(name, _)| usable(name))).unwrap_or(0)
 }
 
-/// Host memory, aligned for the widest vectors and for the GPU's rules alike.
+/// Host memory, aligned as the widest vectors and a GPU require.
 pub(super) struct HostMemory {
-    /// There until it is dropped.
+    /// Present until it is dropped.
     block: Option<Block>,
     device: Arc<HostDevice>,
 }
@@ -411,14 +411,14 @@ struct Block {
     layout: Layout,
 }
 
-// SAFETY: it owns its memory, which the typed wrappers around it borrow by Rust's rules.
+// SAFETY: it owns its memory; the typed wrappers around it enforce Rust's borrowing rules.
 unsafe impl Send for Block {}
 // SAFETY: as above.
 unsafe impl Sync for Block {}
 
 impl HostMemory {
     const ALIGNMENT: usize = 256;
-    /// The size of a huge page where there are such, and the alignment of memory that spans several of them.
+    /// The size of a huge page, and the alignment of memory that spans several of them.
     const HUGE_PAGE: usize = 2 << 20;
 
     pub(super) fn filled(device: &Arc<HostDevice>, bytes: usize, byte: u8) -> Result<Self> {
@@ -433,8 +433,8 @@ impl HostMemory {
         }
         #[cfg(target_os = "linux")]
         if alignment == Self::HUGE_PAGE {
-            // Streams over large vectors are bound by address translation otherwise. A kernel that refuses changes nothing.
-            // SAFETY: advice about memory that is ours, in whole huge pages.
+            // Without huge pages, streams over large vectors are bound by address translation. If the system refuses, nothing changes.
+            // SAFETY: this is advice about our own memory, in whole huge pages.
             unsafe { libc::madvise(address.cast(), bytes - bytes % Self::HUGE_PAGE, libc::MADV_HUGEPAGE) };
         }
         // SAFETY: `address` is `layout.size()` writable bytes.
@@ -463,42 +463,42 @@ impl Drop for Block {
     }
 }
 
-/// Threads that share one job at a time; the caller is one of them.
+/// Threads that share one job at a time. The caller is one of them.
 struct Team {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
-    /// One job at a time: callers from several threads wait for one another.
+    /// Held during a job: callers from several threads wait for one another.
     caller: Mutex<()>,
 }
 
 struct Shared {
-    /// The number of the newest job; workers wait for it to rise.
+    /// The number of the newest job. Workers wait until it increases.
     generation: AtomicU64,
     next: AtomicU64,
     blocks: AtomicU64,
     chunk: AtomicU64,
-    /// Set by a chunk that failed: the others stop early.
+    /// Set by a chunk that failed, so that the others stop early.
     failed: AtomicBool,
-    /// Workers that are at the newest job.
+    /// The number of workers that are working on the newest job.
     busy: AtomicUsize,
     stop: AtomicBool,
     job: Mutex<Option<Job>>,
     wake: Condvar,
 }
 
-/// The newest job's function, without its lifetime: [`Team::run`] does not return before every worker is done with it.
+/// The newest job's function, without its lifetime. [`Team::run`] returns only when no worker uses it any more.
 #[derive(Clone, Copy)]
 struct Job(*const (dyn Fn(u64, u64) -> bool + Sync));
 
 // SAFETY: the pointer is to a `Sync` closure that outlives the job.
 unsafe impl Send for Job {}
 
-/// How long an idle thread spins before it sleeps: longer than the gap between two launches of a training step, short enough
-/// to leave the core to others when the step is over.
+/// How long an idle thread spins before it sleeps: longer than the gap between two launches of a training step, but short enough to
+/// free the core when the step is over.
 const SPIN: Duration = Duration::from_micros(100);
 
 impl Team {
-    /// Waits for what other threads are about on this device: a replay writes to memory that they may be reading.
+    /// Waits until no other thread uses the device: a replay writes to memory that they may be reading.
     fn turn(&self) -> MutexGuard<'_, ()> {
         self.caller.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -518,15 +518,15 @@ impl Team {
         let workers = (1..threads)
             .filter_map(|index| {
                 let shared = shared.clone();
-                // A thread that cannot be started is no error: the others do its work.
+                // If a thread cannot be started, the others do its work.
                 std::thread::Builder::new().name(format!("polder-{index}")).spawn(move || shared.work()).ok()
             })
             .collect();
         Self { shared, workers, caller: Mutex::new(()) }
     }
 
-    /// Calls `function(first, last)` for chunks that cover [0, blocks), on all threads; returns when all are done. A function
-    /// that returns false keeps further chunks from being started.
+    /// Calls `function(first, last)` for chunks that cover [0, blocks), on all threads, and returns when all are done. After a call
+    /// that returns false, no further chunk is started.
     fn run(&self, blocks: u64, chunk: u64, function: &(dyn Fn(u64, u64) -> bool + Sync)) {
         let _turn = self.turn();
         if blocks <= chunk || self.workers.is_empty() {
@@ -543,7 +543,7 @@ impl Team {
         shared.failed.store(false, Ordering::Relaxed);
         {
             let mut job = shared.job.lock().unwrap_or_else(PoisonError::into_inner);
-            // SAFETY: only the lifetime changes; this function waits below until no worker uses the pointer any more.
+            // SAFETY: only the lifetime changes, and this function waits below until no worker uses the pointer any more.
             *job = Some(Job(unsafe {
                 std::mem::transmute::<
                     *const (dyn Fn(u64, u64) -> bool + Sync + '_),
@@ -554,7 +554,7 @@ impl Team {
         }
         shared.wake.notify_all();
         shared.claim(function);
-        // From here on nobody can join; a worker that has not woken by now is not waited for.
+        // From here on no worker can join. There is no need to wait for one that has not woken up.
         *shared.job.lock().unwrap_or_else(PoisonError::into_inner) = None;
         while shared.busy.load(Ordering::Acquire) > 0 {
             std::hint::spin_loop();
@@ -563,7 +563,7 @@ impl Team {
 }
 
 impl Shared {
-    /// Takes chunks until none is left.
+    /// Works on chunks until none is left.
     fn claim(&self, function: &(dyn Fn(u64, u64) -> bool + Sync)) {
         let (blocks, chunk) = (self.blocks.load(Ordering::Relaxed), self.chunk.load(Ordering::Relaxed));
         while !self.failed.load(Ordering::Relaxed) {
@@ -577,7 +577,7 @@ impl Shared {
         }
     }
 
-    /// A worker's life: wait for a new job (spin first, then sleep), help with it, say so.
+    /// The loop of a worker: wait for a new job (spin first, then sleep), help with it, report it done.
     fn work(&self) {
         let mut seen = 0;
         loop {
@@ -593,12 +593,12 @@ impl Shared {
                 return;
             }
             seen = self.generation.load(Ordering::Acquire);
-            // Without a job the others have done it already.
+            // If there is no job, the others have already done it.
             let Some(Job(function)) = *job else { continue };
             self.busy.fetch_add(1, Ordering::Relaxed);
             drop(job);
-            // SAFETY: `Team::run` took the job away only after `busy` had counted this worker, and keeps the closure alive
-            // until `busy` is zero, which this worker says below.
+            // SAFETY: `busy` counts this worker since before `Team::run` took the job away, and `Team::run` keeps the closure alive
+            // until `busy` is zero. This worker is subtracted below.
             self.claim(unsafe { &*function });
             self.busy.fetch_sub(1, Ordering::Release);
         }
@@ -613,7 +613,7 @@ impl Drop for Team {
         }
         self.shared.wake.notify_all();
         for worker in self.workers.drain(..) {
-            // A worker that panicked has already said so; there is nothing left to do for it here.
+            // A worker that panicked has already reported it.
             let _ = worker.join();
         }
     }

@@ -1,9 +1,8 @@
 //! Devices: memory, launches, timing and graphs, the same for the CPU and for CUDA.
 //!
-//! A [`Device`] is a cheap handle. All its work is ordered as it was asked for (one stream), so a kernel sees what the
-//! previous one wrote without further ado; of two passes that do not depend on one another a GPU may run both at the same time,
-//! which nobody outside sees. On the CPU a launch has finished when the call returns; on a GPU
-//! [`Device::synchronize`], [`Buffer::read`] and [`Event::elapsed_since`] wait.
+//! A [`Device`] is a cheap handle. Work runs in the order of the calls (one stream), so a kernel sees what the previous one wrote. A GPU
+//! may run two independent passes at the same time, with the same results. On the CPU a launch has finished when the call returns. On a
+//! GPU, [`Device::synchronize`], [`Buffer::read`] and [`Event::elapsed_since`] wait.
 
 pub(crate) mod arguments;
 mod buffer;
@@ -27,35 +26,35 @@ use arguments::Arguments;
 use cuda::CudaDevice;
 use host::HostDevice;
 
-/// A number type that device memory can hold: plain bits, any pattern valid.
+/// A type that device memory can hold: plain data for which every pattern of bits is valid.
 pub trait Element: bytemuck::Pod + Send + Sync {}
 impl<T: bytemuck::Pod + Send + Sync> Element for T {}
 
-/// A type that numbers are stored in: `f32`, [`Tf32`], `half::f16` and `half::bf16` everywhere, and `f64` on the CPU alone.
+/// A type in which activations are stored: `f32`, [`Tf32`], `half::f16` and `half::bf16` on every device, `f64` on the CPU only.
 pub trait Compute: Element + fmt::Debug + PartialOrd {
-    /// The type that sums of them are taken in, and of which the weights behind them are.
+    /// The type of sums and of master weights.
     type Master: Scalar;
-    /// The type's name as in `bf16`.
+    /// The type's name, such as `bf16`.
     const NAME: &'static str;
-    /// Whether it has fewer bits than its master.
+    /// Whether the type is smaller than its master.
     const NARROW: bool = size_of::<Self>() < size_of::<Self::Master>();
-    /// Whether a GPU multiplies them on its tensor cores.
+    /// Whether a GPU multiplies this type on its tensor cores.
     const TENSOR_CORES: bool;
-    /// Whether its exponents are so few that gradients need a scale to be stored.
+    /// Whether the exponent range is so small that gradients need a loss scale.
     const SCALES_LOSS: bool;
     /// Rounds a double to this type.
     fn from_f64(value: f64) -> Self;
-    /// Exactly.
+    /// Converts to double, exactly.
     fn to_f64(self) -> f64;
     #[doc(hidden)]
     fn choose<A>(kernels: ComputeKernels<A>) -> Kernel<A>;
 }
 
-/// The floating-point type of weights and of an optimizer's vectors: `f32` everywhere, `f64` on the CPU alone, where it makes
-/// gradient checks sharp.
+/// The floating-point type of weights and of an optimizer's vectors: `f32` on every device, `f64` on the CPU only, where it makes
+/// gradient checks precise.
 pub trait Scalar: Compute<Master = Self> + Default + Into<f64> {}
 
-/// The ids of one kernel for every type.
+/// The versions of one kernel for the different types.
 #[doc(hidden)]
 pub struct ComputeKernels<A> {
     pub(crate) f32: Kernel<A>,
@@ -136,8 +135,8 @@ impl Compute for half::bf16 {
     }
 }
 
-/// The value as a float whose last bit says that something was cut off: rounding it once more to 16 bits gives what rounding the
-/// value itself would (`half`'s own conversions look at 20 bits of the mantissa alone).
+/// Rounds to odd: the last bit of the result is set if the conversion is inexact. Rounding the result to 16 bits then gives the same
+/// number as rounding the value itself. (`half`'s own conversions read only 20 bits of the mantissa.)
 fn round_to_odd(value: f64) -> f32 {
     let nearest = value as f32;
     let back = f64::from(nearest);
@@ -148,15 +147,15 @@ fn round_to_odd(value: f64) -> f32 {
     f32::from_bits(below | 1)
 }
 
-/// A float that a GPU's tensor cores round to TF32, with 10 bits of fraction, when a convolution multiplies it; all other
-/// arithmetic, and all of it on the CPU, is that of `f32`.
+/// A float that a GPU's tensor cores round to TF32 (10 bits of fraction) when a convolution multiplies it. All other arithmetic, and
+/// all arithmetic on the CPU, is that of `f32`.
 #[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
 #[repr(transparent)]
 pub struct Tf32(pub f32);
 
-// SAFETY: a float, for which zero bits are a value.
+// SAFETY: a float; all bits zero is a valid value.
 unsafe impl bytemuck::Zeroable for Tf32 {}
-// SAFETY: a float, which has no padding, and every pattern of bits is one.
+// SAFETY: a float; it has no padding, and every pattern of bits is valid.
 unsafe impl bytemuck::Pod for Tf32 {}
 
 impl Compute for Tf32 {
@@ -178,8 +177,8 @@ impl Compute for Tf32 {
 impl Scalar for f32 {}
 impl Scalar for f64 {}
 
-/// Why something fails inside [`Device::both`].
-const ONE_OF_TWO: &str = "one of two pieces of work at once can only launch, copy and clear";
+/// Why an operation fails inside [`Device::both`].
+const ONE_OF_TWO: &str = "not allowed while two streams run concurrently: only launches, copies and clears are";
 
 /// The shape of a launch: blocks, threads per block (at most 256 in all), and bytes of dynamic shared memory per block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -201,7 +200,7 @@ impl Launch {
     }
 }
 
-/// A device: the CPU or one GPU. Cloning it clones a handle.
+/// A device: the CPU or one GPU. A clone is another handle of the same device.
 #[derive(Clone)]
 pub struct Device(Inner);
 
@@ -217,7 +216,7 @@ impl Device {
         Self::host_with(HostOptions::default())
     }
 
-    /// The CPU with chosen threads, schedule and launch shapes.
+    /// The CPU with chosen threads, order of blocks and launch shapes.
     pub fn host_with(options: HostOptions) -> Self {
         Self(Inner::Host(Arc::new(HostDevice::new(options))))
     }
@@ -253,7 +252,7 @@ impl Device {
         }
     }
 
-    /// Which device it is, in this process: 0 for the CPU.
+    /// The device's number in this process: 0 for the CPU.
     pub(crate) fn number(&self) -> usize {
         match &self.0 {
             Inner::Host(_) => 0,
@@ -261,7 +260,7 @@ impl Device {
         }
     }
 
-    /// A line for people: the chip, and what limits it (threads and instruction set, or memory and multiprocessors).
+    /// A line for people: the chip, with its threads and instruction set, or its memory and multiprocessors.
     pub fn description(&self) -> String {
         match &self.0 {
             Inner::Host(host) => host.description(),
@@ -274,7 +273,7 @@ impl Device {
         matches!(self.0, Inner::Host(_))
     }
 
-    /// Whether kernels are launched with many threads per block: a GPU, or a CPU told to take a GPU's shapes.
+    /// Whether kernels are launched with many threads per block: on a GPU, and on a CPU that emulates one.
     pub(crate) fn is_simt(&self) -> bool {
         match &self.0 {
             Inner::Host(host) => host.emulate_gpu(),
@@ -282,8 +281,8 @@ impl Device {
         }
     }
 
-    /// The shape for a kernel that walks `n` elements in packs of `pack`: on the CPU one chunk per block, as many as keep the
-    /// cores busy whatever their number; on a GPU enough blocks of 256 to fill every multiprocessor.
+    /// The launch shape of a kernel over `n` elements in packs of `pack`. On the CPU a block is one chunk, and the number of chunks
+    /// does not depend on the number of cores. On a GPU there are enough blocks to fill every multiprocessor.
     pub(crate) fn elementwise(&self, n: usize, pack: usize) -> Launch {
         if self.is_simt() {
             let threads = n.div_ceil(pack).max(1);
@@ -304,8 +303,8 @@ impl Device {
         Buffer::filled(self, len, 0)
     }
 
-    /// Device memory for `len` elements, every byte 0xFF: a NaN in every floating-point type, so that reading what was never
-    /// written shows.
+    /// Device memory for `len` elements, every byte 0xFF: a NaN in every floating-point type, which makes reads of unwritten memory
+    /// visible.
     pub fn poisoned<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
         Buffer::filled(self, len, 0xFF)
     }
@@ -317,7 +316,7 @@ impl Device {
         Ok(buffer)
     }
 
-    /// Waits until everything asked for so far has finished, and reports what failed meanwhile.
+    /// Waits until all work so far has finished, and returns an error if any of it failed.
     pub fn synchronize(&self) -> Result<()> {
         match &self.0 {
             Inner::Host(host) => host.refuse_recording("synchronize", "a graph cannot wait for itself"),
@@ -336,15 +335,15 @@ impl Device {
         }
     }
 
-    /// Records what `work` asks of the device, without doing it, for [`RecordedGraph::replay`]. The numbers and addresses that it
-    /// passes are fixed in the recording; what lies at the addresses is read at each replay.
+    /// Records the operations of `work`, without running them, for [`RecordedGraph::replay`]. The numbers and addresses that it passes
+    /// are fixed in the recording; memory at the addresses is read at each replay.
     ///
     /// # Errors
     /// Those of `work`. Inside `work`, allocating, reading back, waiting, timing, and capturing or replaying a graph fail.
-    /// Other threads should leave the device alone meanwhile: what they ask for is recorded too.
+    /// Other threads should not use the device meanwhile: their operations would be recorded too.
     ///
-    /// A buffer that is dropped while the device has a graph keeps its memory until the last graph is dropped: a replay finds what
-    /// it recorded, though nobody else does.
+    /// A buffer that is dropped while the device has a graph keeps its memory until the last graph is dropped, because a replay may
+    /// still use it.
     pub fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<RecordedGraph> {
         match &self.0 {
             Inner::Host(host) => Ok(RecordedGraph(RecordedGraphInner::Host(HostDevice::capture(host, work)?))),
@@ -352,10 +351,9 @@ impl Device {
         }
     }
 
-    /// Calls `work(0)` and `work(1)`, of which neither may use what the other writes, but for what both change by atomics alone: a
-    /// GPU runs their launches, copies and fills side by side. What is asked for afterwards comes after both. Inside, allocating,
-    /// writing from the host, reading back, waiting and timing fail, and no buffer may be dropped. On the CPU the schedule says
-    /// which comes first.
+    /// Calls `work(0)` and `work(1)`, whose launches, copies and fills a GPU runs concurrently. Neither may use memory that the other
+    /// writes, except through atomics. Later work waits for both. Inside, allocating, writing from the host, reading back, waiting
+    /// and timing fail, and no buffer may be dropped. On the CPU, the order of blocks decides which runs first.
     pub(crate) fn both(&self, work: impl FnMut(usize) -> Result<()>) -> Result<()> {
         match &self.0 {
             Inner::Host(host) => host.both(work),
@@ -371,7 +369,7 @@ impl Device {
         }
     }
 
-    /// Whether memory that is dropped stays taken, because a GPU has a graph that might use it.
+    /// Whether dropped memory is kept because a graph on a GPU may still use it.
     pub(crate) fn holds_memory(&self) -> bool {
         match &self.0 {
             Inner::Host(_) => false,
@@ -379,7 +377,7 @@ impl Device {
         }
     }
 
-    /// Whether a GPU has this much memory free; the CPU is not asked.
+    /// Whether a GPU has this much memory free; always true on the CPU.
     pub(crate) fn has_free(&self, bytes: usize) -> Result<bool> {
         match &self.0 {
             Inner::Host(_) => Ok(true),
@@ -445,7 +443,7 @@ enum RecordedGraphInner {
 }
 
 impl RecordedGraph {
-    /// Does the recorded work again, in order with everything else on the device.
+    /// Runs the recorded work, in order with all other work on the device.
     pub fn replay(&self) -> Result<()> {
         match &self.0 {
             RecordedGraphInner::Host(graph) => graph.replay(),
@@ -461,23 +459,22 @@ impl RecordedGraph {
         }
     }
 
-    /// What one replay does, in its order: the names of kernels, `copy`, `clear` and `write`.
+    /// The operations of one replay, in order: names of kernels, `copy`, `clear` and `write`.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] for a GPU's graph, of which the driver keeps no names. The CPU told to take a GPU's shapes lists the
-    /// same operations without doing them.
+    /// [`Error::Unavailable`] for a GPU's graph: the driver keeps no names. A CPU that emulates a GPU records the same operations.
     pub fn list(&self) -> Result<Vec<String>> {
         match &self.0 {
             RecordedGraphInner::Host(graph) => Ok(graph.list()),
             RecordedGraphInner::Cuda(graph) => {
-                let reason = "its graphs keep no names of kernels".into();
+                let reason = "its graphs do not keep the names of kernels".into();
                 Err(Error::Unavailable { device: format!("cuda:{}", graph.ordinal()), reason })
             }
         }
     }
 }
 
-/// What device names this binary could use here: `(name, description or the reason why not)`.
+/// The devices that this binary could use here: `(name, description or the reason why it cannot)`.
 pub fn available() -> Vec<(String, std::result::Result<String, String>)> {
     let mut devices = vec![("cpu".to_string(), Ok(Device::host().description()))];
     match cuda::count() {

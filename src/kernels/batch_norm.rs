@@ -4,10 +4,9 @@
 //! Per channel, over the `m` rows of the batch:
 //! `mean = Σx / m`, `var = Σ(x − mean)² / m`, `inv_std = 1 / √(var + eps)`, `y = act(gamma · (x − mean) · inv_std + beta + residual)`.
 //!
-//! Rounding: at most 64 rows are summed in `T`, about their own first row, or 128 by a convolution, about their mean, and the
-//! partial means and squared deviations are combined in double (Chan, Golub and LeVeque 1979), so a mean far larger than the
-//! deviation does no harm. All sums have a
-//! fixed order: the same inputs give the same bits on every run, whatever the number of threads.
+//! Rounding: at most 64 rows are summed in `T`, relative to the first of them; a convolution sums 128, relative to their mean. The partial
+//! means and squared deviations are combined in double (Chan, Golub and LeVeque 1979), so that a mean much larger than the deviation does
+//! no harm. All sums have a fixed order: the same inputs give the same bits on every run, with any number of threads.
 
 pub use super::conv_batch_norm::{Activation, Normalized, Workspace};
 use super::conv_batch_norm::{Sums, SumsRoom, check_extents, group_blocks, moments_len};
@@ -32,7 +31,7 @@ pub struct BatchNormShape {
 }
 
 impl BatchNormShape {
-    /// The room for the sums of every block of rows. There are the most columns of blocks where each of 32 threads has one channel.
+    /// The room for the sums of all blocks. There are the most columns of blocks if each of 32 threads has one channel.
     fn sums_room(&self, device: &Device) -> SumsRoom {
         let row_blocks = row_blocks(device, *self, PER_SUMMING_THREAD);
         SumsRoom { channels: self.channels, row_blocks, column_blocks: self.channels.div_ceil(32) }
@@ -49,7 +48,7 @@ impl Workspace {
     }
 }
 
-/// What both forward modes read.
+/// The inputs of both forward modes.
 #[derive(Clone, Copy)]
 pub struct Forward<'a, S: Compute> {
     /// `[rows, channels]`
@@ -62,11 +61,11 @@ pub struct Forward<'a, S: Compute> {
     pub eps: f64,
     /// Added after the normalisation and before the relu, `[rows, channels]`.
     pub residual: Option<Slice<'a, S>>,
-    /// Whether a relu follows. A NaN passes through it.
+    /// Whether a relu follows. A NaN stays a NaN.
     pub relu: bool,
 }
 
-/// What the forward leaves for the backward, `[channels]` each.
+/// What the forward saves for the backward, `[channels]` each.
 pub struct Saved<'a, T: Scalar> {
     /// The mean that was subtracted.
     pub mean: SliceMut<'a, T>,
@@ -74,10 +73,10 @@ pub struct Saved<'a, T: Scalar> {
     pub inv_std: SliceMut<'a, T>,
 }
 
-/// The running statistics, `[channels]` each: `next = (1 − momentum) · old + momentum · batch`, with the unbiased variance.
-/// They are written beside the old ones, so that a step that is skipped leaves those as they were.
+/// The running statistics, `[channels]` each: `next = (1 − momentum) · old + momentum · batch`, with the unbiased variance. The old ones
+/// are kept, so that a step can be skipped.
 pub struct Running<'a, T: Scalar> {
-    /// The share of the batch; PyTorch's default is 0.1.
+    /// The weight of the batch; PyTorch's default is 0.1.
     pub momentum: f64,
     /// The running mean before this batch.
     pub mean: Slice<'a, T>,
@@ -89,16 +88,16 @@ pub struct Running<'a, T: Scalar> {
     pub next_var: SliceMut<'a, T>,
 }
 
-/// Which statistics the forward normalised with.
+/// The statistics with which the forward normalised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
     /// The batch's, which depend on x.
     Train,
-    /// The running ones, which don't.
+    /// The running ones, which do not depend on x.
     Eval,
 }
 
-/// What [`backward`] reads; the shapes are those of the forward.
+/// The inputs of [`backward`]; the shapes are those of the forward.
 #[derive(Clone, Copy)]
 pub struct Backward<'a, S: Compute> {
     /// The forward's input.
@@ -107,15 +106,15 @@ pub struct Backward<'a, S: Compute> {
     pub dy: Slice<'a, S>,
     /// Scale.
     pub gamma: Slice<'a, S::Master>,
-    /// What the forward saved.
+    /// The mean that the forward saved.
     pub mean: Slice<'a, S::Master>,
-    /// What the forward saved.
+    /// The `inv_std` that the forward saved.
     pub inv_std: Slice<'a, S::Master>,
     /// What followed the normalisation.
     pub activation: Activation<'a, S>,
 }
 
-/// What [`backward`] writes.
+/// The outputs of [`backward`].
 pub struct Gradients<'a, S: Compute> {
     /// `[rows, channels]`
     pub dx: SliceMut<'a, S>,
@@ -125,15 +124,15 @@ pub struct Gradients<'a, S: Compute> {
     pub dbeta: SliceMut<'a, S::Master>,
 }
 
-/// Where the gradient of the residual goes, `[rows, channels]`.
+/// The output for the gradient of the residual, `[rows, channels]`.
 pub struct ResidualGradient<'a, S: Compute> {
     /// The buffer.
     pub gradient: SliceMut<'a, S>,
-    /// Whether it is added to what the buffer holds.
+    /// Whether the gradient is added to the buffer.
     pub accumulate: bool,
 }
 
-/// What [`backward_from_sums`] reads; the shapes are those of the forward.
+/// The inputs of [`backward_from_sums`]; the shapes are those of the forward.
 #[derive(Clone, Copy)]
 pub struct Summed<'a, S: Compute> {
     /// The forward's input.
@@ -142,9 +141,9 @@ pub struct Summed<'a, S: Compute> {
     pub dz: Slice<'a, S>,
     /// Scale.
     pub gamma: Slice<'a, S::Master>,
-    /// What the forward saved.
+    /// The mean that the forward saved.
     pub mean: Slice<'a, S::Master>,
-    /// What the forward saved.
+    /// The `inv_std` that the forward saved.
     pub inv_std: Slice<'a, S::Master>,
     /// `[channels]`
     pub dgamma: Slice<'a, S::Master>,
@@ -152,7 +151,7 @@ pub struct Summed<'a, S: Compute> {
     pub dbeta: Slice<'a, S::Master>,
 }
 
-/// The tangents of what the forward read.
+/// The tangents of the inputs of the forward.
 #[derive(Clone, Copy)]
 pub struct ForwardTangents<'a, S: Compute> {
     /// `[rows, channels]`
@@ -161,11 +160,11 @@ pub struct ForwardTangents<'a, S: Compute> {
     pub gamma: Slice<'a, S::Master>,
     /// `[channels]`
     pub beta: Slice<'a, S::Master>,
-    /// `[rows, channels]`, where there was a residual.
+    /// `[rows, channels]`, if there was a residual.
     pub residual: Option<Slice<'a, S>>,
 }
 
-/// The tangents of what the backward read, and two of its results.
+/// The tangents of the inputs of the backward, and two of its results.
 #[derive(Clone, Copy)]
 pub struct BackwardTangents<'a, S: Compute> {
     /// `[rows, channels]`
@@ -178,32 +177,32 @@ pub struct BackwardTangents<'a, S: Compute> {
     pub mean: Slice<'a, S::Master>,
     /// As [`forward_tangent`] left it.
     pub inv_std: Slice<'a, S::Master>,
-    /// [`backward`]'s result itself, no tangent.
+    /// The result of [`backward`], not a tangent.
     pub dgamma: Slice<'a, S::Master>,
-    /// [`backward`]'s result itself, no tangent.
+    /// The result of [`backward`], not a tangent.
     pub dbeta: Slice<'a, S::Master>,
 }
 
-/// How rows and channels are spread over a launch.
+/// The distribution of rows and channels over a launch.
 struct Spread {
     launch: Launch,
-    /// Channels per GPU thread; 0 in the CPU's shape.
+    /// Channels per GPU thread; 0 in the CPU's launch shape.
     pack: u32,
 }
 
 impl Spread {
-    /// About `per_thread` elements for a GPU thread. Four channels at once need 16-byte accesses, which all of `addresses`
-    /// (0 for an absent argument) must allow.
+    /// About `per_thread` elements for each GPU thread. Four channels at a time need 16-byte accesses, for which all of `addresses` (0 for
+    /// an absent argument) must be aligned.
     fn new<S: Compute>(device: &Device, shape: BatchNormShape, per_thread: usize, addresses: &[u64]) -> Self {
         let BatchNormShape { rows, channels } = shape;
         let blocks = row_blocks(device, shape, per_thread);
         if !device.is_simt() {
             return Self { launch: Launch::new(blocks as u32, 1), pack: 0 };
         }
-        // The parameters' loads are the widest.
+        // The loads of parameters are the widest.
         let wide = 4 * size_of::<S::Master>() as u64;
         let pack = if channels % 4 == 0 && addresses.iter().all(|address| address % wide == 0) { 4 } else { 1 };
-        // As many columns as channel groups, but no more than a warp: neighbouring threads read neighbouring addresses.
+        // One column for each channel group, but at most a warp, so that neighbouring threads read neighbouring addresses.
         let groups = channels / pack;
         let tiles = groups.div_ceil(32).max(1);
         let columns = groups.div_ceil(tiles).max(1);
@@ -217,7 +216,7 @@ impl Spread {
     }
 }
 
-/// The number of row ranges; it depends on the shape and the device alone, because the workspace's length does.
+/// The number of blocks of rows. It depends only on the shape and the device, because the workspace's length does.
 fn row_blocks(device: &Device, shape: BatchNormShape, per_thread: usize) -> usize {
     let elements = shape.rows * shape.channels;
     if !device.is_simt() {
@@ -227,12 +226,12 @@ fn row_blocks(device: &Device, shape: BatchNormShape, per_thread: usize) -> usiz
     blocks.div_ceil(shape.channels.div_ceil(128).max(1))
 }
 
-/// Elements per GPU thread in the kernels that sum: enough to pay for the reduction over the block.
+/// Elements per GPU thread in kernels that sum: enough to amortise the reduction over the block.
 const PER_SUMMING_THREAD: usize = 32;
-/// Elements per GPU thread in the others.
+/// Elements per GPU thread in other kernels.
 const PER_THREAD: usize = 16;
 
-/// A launch of one block per channel on the GPU, with a thread for each of a few row blocks.
+/// A launch with one block per channel on the GPU, whose threads each take a few blocks of rows.
 fn channel_launch(device: &Device, channels: usize) -> Launch {
     if !device.is_simt() {
         return Launch::new(channels.div_ceil(64).max(1) as u32, 1);
@@ -241,7 +240,7 @@ fn channel_launch(device: &Device, channels: usize) -> Launch {
 }
 
 impl Upstream {
-    /// All addresses' bits: of what they are multiples of, each of them is.
+    /// The bitwise or of all addresses, which shows their common alignment.
     fn bits(&self) -> u64 {
         self.x | self.y | self.dy | self.gamma | self.beta | self.mean | self.inv_std
     }
@@ -299,7 +298,7 @@ impl<'a> ShapeCheck<'a> {
         Ok((Upstream { dy: dy.address(), ..upstream }, mask))
     }
 
-    /// The address of the residual's gradient, and the kernel's number for what becomes of it.
+    /// The address of the residual's gradient, and the number by which the kernels know whether it is written or added.
     fn residual<S: Compute>(&self, residual: Option<ResidualGradient<'_, S>>, mask: u32) -> Result<(u64, u32)> {
         let Some(mut residual) = residual else { return Ok((0, RESIDUAL_NONE)) };
         self.full("residual", residual.gradient.view())?;
@@ -329,10 +328,10 @@ impl<'a> ShapeCheck<'a> {
     }
 }
 
-/// Normalises with the batch's own statistics, which it saves, and takes them into the running ones; without `running` those are
-/// left alone. `workspace` was made for this shape among others.
+/// Normalises with the statistics of the batch. It saves them, and with `running` updates the running statistics. `workspace` must have
+/// been made for this shape, among others.
 ///
-/// Traffic: reads x twice and writes y once, and reads the residual once: 12 bytes per element in f32, 16 with a residual.
+/// Traffic: reads x twice, reads the residual once, and writes y once: 12 bytes per element in f32, 16 with a residual.
 ///
 /// # Errors
 /// [`Error::Argument`] for fewer than two rows, which have no unbiased variance; [`Error::Length`] and [`Error::OtherDevice`].
@@ -359,14 +358,14 @@ pub fn forward_train<S: Compute>(
     };
     let moments_of_blocks = BlockMoments { means, m2s, tiles: 0, blocks: spread.launch.grid[0] as usize, tile_rows: 0 };
     check.two_rows()?;
-    // SAFETY: every length was checked above, and the launch has as many row blocks as the
-    // workspace has room for.
+    // SAFETY: every length is checked above, and the workspace has room for all row blocks of the launch.
     unsafe { device.launch(S::choose(id::BATCH_NORM_MOMENTS), spread.launch, &moments)? };
     statistics(&check, input, y, saved, running, moments_of_blocks)
 }
 
-/// As [`forward_train`], with the moments that [`conv::forward_with_moments`](super::conv::forward_with_moments) has left of x, and
-/// so without a pass over x for the statistics: 8 bytes per element in f32, 12 with a residual.
+/// Like [`forward_train`], but computes the statistics from the moments of x that
+/// [`conv::forward_with_moments`](super::conv::forward_with_moments) has left, without a pass over x: 8 bytes per element in f32, 12 with a
+/// residual.
 ///
 /// # Errors
 /// As [`forward_train`].
@@ -388,7 +387,7 @@ pub fn forward_from_moments<S: Compute>(
     statistics(&check, input, y, saved, running, moments)
 }
 
-/// Where the blocks' moments of x lie: in two arrays, or in the convolution's tiles.
+/// The location of the blocks' moments of x: two arrays, or the tiles of a convolution.
 struct BlockMoments {
     means: u64,
     m2s: u64,
@@ -397,7 +396,7 @@ struct BlockMoments {
     tile_rows: usize,
 }
 
-/// Combines the blocks' moments, and normalises; the lengths have been checked.
+/// Combines the blocks' moments and normalises. The lengths have been checked.
 fn statistics<S: Compute>(
     check: &ShapeCheck<'_>,
     input: Forward<'_, S>,
@@ -436,14 +435,14 @@ fn statistics<S: Compute>(
         args.momentum = running.momentum;
     }
     let kernel = pick::<S::Master, _>(id::BATCH_NORM_STATISTICS_F32, id::BATCH_NORM_STATISTICS_F64);
-    // SAFETY: every length was checked, and so many blocks' moments lie where they are said to.
+    // SAFETY: every length has been checked, and `moments` has the moments of this number of blocks.
     unsafe { device.launch(kernel, channel_launch(device, shape.channels), &args)? };
     normalize(shape, input, y, saved)
 }
 
-/// Normalises with the running statistics. Saves what [`backward`] needs: a copy of the running mean, and `inv_std`.
+/// Normalises with the running statistics. For [`backward`] it saves a copy of the running mean, and `inv_std`.
 ///
-/// Traffic: reads x and writes y once, and reads the residual once: 8 bytes per element in f32, 12 with a residual.
+/// Traffic: reads x and the residual once, and writes y once: 8 bytes per element in f32, 12 with a residual.
 ///
 /// # Errors
 /// [`Error::Argument`], [`Error::Length`] and [`Error::OtherDevice`].
@@ -469,12 +468,12 @@ pub fn forward_eval<S: Compute>(
         channels: shape.channels as u64,
     };
     let kernel = pick::<S::Master, _>(id::BATCH_NORM_RUNNING_F32, id::BATCH_NORM_RUNNING_F64);
-    // SAFETY: every length was checked above.
+    // SAFETY: every length is checked above.
     unsafe { device.launch(kernel, device.elementwise(shape.channels, 1), &args)? };
     normalize(shape, input, y, saved)
 }
 
-/// The second pass of both forward modes; the lengths have been checked.
+/// The second pass of both forward modes. The lengths have been checked.
 fn normalize<S: Compute>(
     shape: BatchNormShape,
     input: Forward<'_, S>,
@@ -508,10 +507,10 @@ fn normalize<S: Compute>(
 /// `dx = gamma · inv_std · dz`. The gradient of the residual is `dz`. `workspace` is as in [`forward_train`], also in evaluation.
 ///
 /// Traffic in training, f32: 20 bytes per element; 28 if the mask is read from y; another 4 (8 to accumulate) for the gradient of
-/// a residual, which, when it is written rather than added to, saves the second reading of y.
+/// a residual. Writing it, rather than adding to it, saves the second read of y.
 ///
 /// # Errors
-/// [`Error::Argument`] if the mask is to be recomputed though there was a residual; [`Error::Length`] and
+/// [`Error::Argument`] if the mask is recomputed although there was a residual; [`Error::Length`] and
 /// [`Error::OtherDevice`].
 pub fn backward<S: Compute>(
     shape: BatchNormShape,
@@ -546,10 +545,9 @@ pub fn backward<S: Compute>(
         tickets,
         group: group_blocks(device) as u32,
     };
-    // SAFETY: every length was checked above, and the launch has as many row blocks as the
-    // workspace has room for.
+    // SAFETY: every length is checked above, and the workspace has room for all row blocks of the launch.
     unsafe { device.launch(S::choose(id::BATCH_NORM_SUMS), spread.launch, &sums)? };
-    // Where dz has just been written out, the second pass takes it from there and needs no mask.
+    // If the first pass wrote dz, the second one reads it and needs no mask.
     let from_residual = residual_mode == RESIDUAL_WRITE && mask == MASK_OUTPUT;
     let inputs = InputArgs {
         upstream: if from_residual { Upstream { dy: residual_address, y: 0, ..upstream } } else { upstream },
@@ -567,7 +565,7 @@ pub fn backward<S: Compute>(
     launch_input::<S>(device, shape, inputs)
 }
 
-/// The second pass of both backward modes; the lengths have been checked.
+/// The second pass of both backward modes. The lengths have been checked.
 fn launch_input<S: Compute>(device: &Device, shape: BatchNormShape, mut args: InputArgs) -> Result<()> {
     let addresses = [args.upstream.bits(), args.residual, args.dgamma, args.dbeta, args.dx];
     let spread = Spread::new::<S>(device, shape, PER_THREAD, &addresses);
@@ -576,13 +574,13 @@ fn launch_input<S: Compute>(device: &Device, shape: BatchNormShape, mut args: In
     unsafe { device.launch(S::choose(id::BATCH_NORM_INPUT), spread.launch, &args) }
 }
 
-/// The rest of [`backward`] where [`conv::input_gradient_with_sums`](super::conv::input_gradient_with_sums) has left dz, dgamma and
-/// dbeta: dx, and the residual's gradient. On a GPU's launch shapes.
+/// The rest of [`backward`] after [`conv::input_gradient_with_sums`](super::conv::input_gradient_with_sums), which leaves dz, dgamma and
+/// dbeta: dx, and the residual's gradient. It needs a GPU's launch shapes.
 ///
 /// Traffic in training, in 16 bits: 6 bytes per element; another 2 (4 to accumulate) for the gradient of a residual.
 ///
 /// # Errors
-/// [`Error::Argument`] in the CPU's own shape; [`Error::Length`] and [`Error::OtherDevice`].
+/// [`Error::Argument`] in the CPU's launch shape; [`Error::Length`] and [`Error::OtherDevice`].
 pub fn backward_from_sums<S: Compute>(
     shape: BatchNormShape,
     mode: Mode,
@@ -620,7 +618,7 @@ pub fn backward_from_sums<S: Compute>(
 
 /// The tangent of [`forward_train`] or [`forward_eval`]: with `scale = gamma · inv_std` and primes for tangents,
 /// `y' = scale' · (x − mean) + scale · (x' − mean') + beta' + residual'` where the activation passed and 0 elsewhere. In training
-/// `mean' = Σx' / m` and `inv_std' = −inv_std³ · Σ x' · (x − mean) / m`, in evaluation both are zero; they are left in `saved` for
+/// `mean' = Σx' / m` and `inv_std' = −inv_std³ · Σ x' · (x − mean) / m`; in evaluation both are zero. `saved` receives them, for
 /// [`backward_tangent`]. `workspace` is as in [`forward_train`], also in evaluation.
 ///
 /// Traffic, f32: 12 bytes per element, 8 more in training, 4 more each for a mask that is read from y and for a residual.
@@ -639,7 +637,7 @@ pub fn forward_tangent<S: Compute>(
     let device = input.x.device();
     let check = ShapeCheck::new("batch_norm::forward_tangent", device, shape);
     let Normalized { x, gamma, mean, inv_std, activation } = input;
-    // The kernels read no upstream gradient; for the sums, the tangent of x stands in its place.
+    // The kernels read no upstream gradient. For the sums, the tangent of x takes its place.
     let (upstream, mask) = check.backward(&Backward { x, dy: tangents.x, gamma, mean, inv_std, activation })?;
     check.channels("gamma'", tangents.gamma)?;
     check.channels("beta'", tangents.beta)?;
@@ -680,8 +678,7 @@ pub fn forward_tangent<S: Compute>(
                 channels: shape.channels as u32,
                 blocks: row_blocks(device, shape, PER_SUMMING_THREAD) as u32,
             };
-            // SAFETY: every length was checked above, and the first launch has as many row
-            // blocks as the workspace has room for.
+            // SAFETY: every length is checked above, and the workspace has room for all row blocks of the first launch.
             unsafe {
                 device.launch(S::choose(id::BATCH_NORM_SUMS), spread.launch, &sums)?;
                 let kernel =
@@ -716,12 +713,11 @@ pub fn forward_tangent<S: Compute>(
     let spread = Spread::new::<S>(device, shape, PER_THREAD, &[args.upstream.bits(), tangent.bits(), others]);
     args.pack = spread.pack;
     let kernel = S::choose(id::BATCH_NORM_NORMALIZE_TANGENT);
-    // SAFETY: every length was checked above.
+    // SAFETY: every length is checked above.
     unsafe { device.launch(kernel, spread.launch, &args) }
 }
 
-/// The tangent of [`backward`], whose `input` and `mode` it takes: `gradients` and `residual` are given the tangents of what that
-/// wrote. With `scale` as in [`forward_tangent`], `dz' = dy'` where the activation passed and 0 elsewhere (a relu has no second
+/// The tangent of [`backward`], with the same `input` and `mode`: `gradients` and `residual` receive the tangents of its outputs. With `scale` as in [`forward_tangent`], `dz' = dy'` where the activation passed and 0 elsewhere (a relu has no second
 /// derivative), and `slope = inv_std · dgamma / m`:
 ///
 /// ```text
@@ -730,7 +726,7 @@ pub fn forward_tangent<S: Compute>(
 /// dx'     = scale' · (dz − dbeta/m) + scale · (dz' − dbeta'/m) − (scale · slope)' · (x − mean) − scale · slope · (x' − mean')
 /// ```
 ///
-/// in evaluation without all but the two terms with `dz`. These are the derivatives of [`backward`]'s formulas along the
+/// In evaluation, `dx' = scale' · dz + scale · dz'`. These are the derivatives of [`backward`]'s formulas along the
 /// tangents. `workspace` is as in [`forward_train`], also in evaluation.
 ///
 /// Traffic in training, f32: 36 bytes per element; 44 if the mask is read from y; another 4 (8 to accumulate) for the gradient of
@@ -814,8 +810,7 @@ pub fn backward_tangent<S: Compute>(
     let others = inputs.dgamma | inputs.dbeta | inputs.dgamma_tangent | inputs.dbeta_tangent | inputs.dx_tangent;
     let input_spread = Spread::new::<S>(device, shape, PER_THREAD, &[upstream.bits(), tangent.bits(), others]);
     inputs.pack = input_spread.pack;
-    // SAFETY: every length was checked above, and the first launch has as many row blocks as
-    // the workspace has room for.
+    // SAFETY: every length is checked above, and the workspace has room for all row blocks of the first launch.
     unsafe {
         let kernel = S::choose(id::BATCH_NORM_SUMS_TANGENT);
         device.launch(kernel, spread.launch, &sums)?;

@@ -9,12 +9,12 @@
 //! ```
 //!
 //! where `x` is zero outside the image, and the sum of `dx` runs over the taps that divide evenly and stay inside `dy`
-//! (Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", arXiv:1603.07285). Each pass does
-//! [`ConvShape::macs`] multiply-adds, reads each of its two operands once from main memory where the caches hold a band of
-//! an image, and writes its result once. All sums are taken in an order that the shape alone fixes.
+//! (Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", arXiv:1603.07285). Each pass does [`ConvShape::macs`]
+//! multiply-adds. It writes its result once, and if the caches hold a band of an image, it reads each operand once from main memory.
+//! The order of all sums depends only on the shape.
 //!
-//! In f16 and bf16 the operands are of 16 bits, in TF32 they are rounded to 19, and the GPU multiplies them on its tensor
-//! cores. Sums are taken in f32; `y` and `dx` are rounded once to their type, and `dw` stays in f32.
+//! In f16 and bf16 the operands have 16 bits, in TF32 they are rounded to 19 bits, and a GPU multiplies them on its tensor cores. Sums
+//! are in f32. `y` and `dx` are rounded once to their type, and `dw` stays in f32.
 
 mod direct;
 mod tensor;
@@ -27,7 +27,7 @@ use crate::device::arguments::{self, SumsArgs};
 use crate::device::{Compute, Device, Error, Result, Slice, SliceMut};
 use direct::PANEL;
 
-/// The shape of a convolution with square kernel, stride and zero padding alike in both directions.
+/// The shape of a convolution. Kernel, stride and zero padding are the same in both directions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ConvShape {
     /// Images.
@@ -49,12 +49,12 @@ pub struct ConvShape {
 }
 
 impl ConvShape {
-    /// Rows of an output image (0 where the kernel does not fit into the padded input).
+    /// Rows of an output image (0 if the kernel does not fit into the padded input).
     pub fn out_height(&self) -> usize {
         self.out_extent(self.height)
     }
 
-    /// Columns of an output image (0 where the kernel does not fit into the padded input).
+    /// Columns of an output image (0 if the kernel does not fit into the padded input).
     pub fn out_width(&self) -> usize {
         self.out_extent(self.width)
     }
@@ -110,7 +110,7 @@ impl ConvShape {
         if self.out_height() == 0 || self.out_width() == 0 {
             return refused("the kernel is larger than the padded input");
         }
-        // Padded images are counted too: the kernels index them with 32 bits.
+        // Padded images count too: the kernels index them with 32 bits.
         let padded = |extent: usize| extent + 2 * (self.padding + self.kernel);
         let product =
             |factors: &[usize]| factors.iter().try_fold(1usize, |product, &factor| product.checked_mul(factor));
@@ -135,8 +135,8 @@ impl ConvShape {
         Ok(())
     }
 
-    /// Elements of workspace, of the master type, that suffice for all three passes on `device`. The passes may share one
-    /// workspace; nothing in it need be kept from one call to the next. On a GPU, the weight gradient alone needs it.
+    /// The number of elements, of the master type, of a workspace for all three passes on `device`. The passes may share one workspace,
+    /// and its content need not be kept between calls. On a GPU, only the weight gradient needs it.
     pub fn workspace_len<S: Compute>(&self, device: &Device) -> usize {
         if !device.is_simt() {
             return direct::workspace_len(self);
@@ -147,8 +147,8 @@ impl ConvShape {
         }
     }
 
-    /// The parts that [`partial_weight_gradients`] leaves: so many gradients over some of the pixels each. One where the gradient
-    /// is made at once.
+    /// The number of parts that [`partial_weight_gradients`] leaves, each of which is a gradient over some of the pixels. It is 1 if the
+    /// gradient is not split.
     pub fn weight_gradient_splits<S: Compute>(&self, device: &Device) -> usize {
         match (device.is_simt(), S::TENSOR_CORES) {
             (false, _) => 1,
@@ -157,33 +157,32 @@ impl ConvShape {
         }
     }
 
-    /// The sums of squares that [`finished_weight_gradient`] leaves; none where the convolution has no such form: it is the tensor
-    /// cores', where the gradient is made at once.
+    /// The number of sums of squares that [`finished_weight_gradient`] leaves. `None` if the convolution cannot finish its gradient: that
+    /// needs tensor cores and a gradient that is not split.
     pub fn finished_squares<S: Compute>(&self, device: &Device) -> Option<usize> {
-        let at_once = device.is_simt() && S::TENSOR_CORES && self.weight_gradient_splits::<S>(device) == 1;
-        at_once.then(|| tensor::finished_squares(self))
+        let unsplit = device.is_simt() && S::TENSOR_CORES && self.weight_gradient_splits::<S>(device) == 1;
+        unsplit.then(|| tensor::finished_squares(self))
     }
 
-    /// Elements of the moments that [`forward_with_moments`] leaves; none where the convolution has no such form: it is the tensor
-    /// cores'.
+    /// The number of elements of the moments that [`forward_with_moments`] leaves. `None` without tensor cores, which that needs.
     pub fn moments_len<S: Compute>(&self, device: &Device) -> Option<usize> {
         (device.is_simt() && S::TENSOR_CORES).then(|| tensor::moments_len(self))
     }
 
-    /// Whether [`input_gradient_with_sums`] is to be had: on tensor cores, in types of 16 bits, for input channels in whole eights.
+    /// Whether [`input_gradient_with_sums`] is available: on tensor cores, in types of 16 bits, if the input channels are a multiple of 8.
     pub fn leaves_sums<S: Compute>(&self, device: &Device) -> bool {
         self.sums_room::<S>(device).is_some()
     }
 
-    /// What that takes of batch norm's workspace.
+    /// The room that it needs in batch norm's workspace.
     pub(super) fn sums_room<S: Compute>(&self, device: &Device) -> Option<SumsRoom> {
         if device.is_simt() && S::TENSOR_CORES { tensor::sums_room::<S>(self) } else { None }
     }
 
-    /// Measures on a GPU which of the tensor cores' tiles computes the forward fastest, and with `backward` each of the gradients,
-    /// unless that is known already. It takes 24 launches of each tile in question and the memory of the operands; without that
-    /// memory, or while the device has a graph, which would keep it, nothing is measured, and a rule of thumb stands. No bit of any
-    /// result depends on it. A plan asks for it when it is made.
+    /// Measures on a GPU which tile of the tensor cores computes the forward fastest, and with `backward` each of the gradients, unless
+    /// that is already known. It takes 24 launches of each candidate and the memory of the operands. If that memory is not free, or the
+    /// device has a graph, which would keep it, nothing is measured, and a rule of thumb chooses. Results do not depend on the choice. A
+    /// plan calls this when it is created.
     ///
     /// # Errors
     /// Those of [`ConvShape::check`] and of the device.
@@ -213,7 +212,7 @@ impl ConvShape {
 }
 
 impl Workspace {
-    /// The same workspace with room for the sums of [`input_gradient_with_sums`] for each of these convolutions that has that form.
+    /// The same workspace, also with room for [`input_gradient_with_sums`] of those of these convolutions that can do it.
     ///
     /// # Errors
     /// Those of the allocation.
@@ -248,13 +247,13 @@ pub fn forward<S: Compute>(
     }
 }
 
-/// As [`forward`] without `accumulate`, and leaves of every channel the moments of y's tiles, from which
-/// [`batch_norm::forward_from_moments`](super::batch_norm::forward_from_moments) goes on: of each 128 rows of y as a matrix
-/// `[N OH OW, O]` the mean and the sum of squared deviations from it, of the numbers as they are stored, `[O][tiles][2]`. They are
-/// taken from registers and cost 8 bytes per 128 elements.
+/// Like [`forward`] without `accumulate`, but also leaves the moments of y's tiles for
+/// [`batch_norm::forward_from_moments`](super::batch_norm::forward_from_moments). For each channel and each 128 rows of y as a matrix
+/// `[N OH OW, O]`, these are the mean of the stored numbers and the sum of squared deviations from it, `[O][tiles][2]`. They are computed
+/// from registers and cost 8 bytes per 128 elements.
 ///
 /// # Errors
-/// As those of [`forward`]; [`Error::Argument`] where [`ConvShape::moments_len`] is none.
+/// As those of [`forward`]; [`Error::Argument`] if [`ConvShape::moments_len`] is `None`.
 pub fn forward_with_moments<S: Compute>(
     shape: &ConvShape,
     x: Slice<'_, S>,
@@ -272,7 +271,7 @@ pub fn forward_with_moments<S: Compute>(
     tensor::forward(shape, x, weight, y, false, Some(moments))
 }
 
-/// Checks what both forms of the forward read and write; returns the device.
+/// Checks the arguments of both forms of the forward. Returns the device.
 fn check_forward<S: Compute>(
     operation: &'static str,
     shape: &ConvShape,
@@ -314,17 +313,17 @@ pub fn input_gradient<S: Compute>(
     }
 }
 
-/// As [`input_gradient`] where batch norm has made the convolution's input, and no other gradient of that is to be added any more:
-/// writes (or with `accumulate` adds up) `dz`, the gradient where the activation after batch norm passed and zero elsewhere, and
-/// dgamma and dbeta, as [`batch_norm::backward`](super::batch_norm::backward) does.
-/// [`batch_norm::backward_from_sums`](super::batch_norm::backward_from_sums) goes on from there.
+/// Like [`input_gradient`], for a convolution whose input is the output of batch norm, if this is the last contribution to that input's
+/// gradient. It writes (or with `accumulate` completes) `dz`, which is the gradient where the activation after batch norm passed and zero
+/// elsewhere, and also dgamma and dbeta, as [`batch_norm::backward`](super::batch_norm::backward) does.
+/// [`batch_norm::backward_from_sums`](super::batch_norm::backward_from_sums) does the rest of the backward.
 ///
-/// Traffic: that of [`input_gradient`], reads batch norm's input once, and y where the mask comes from it; 16 bytes per channel and
-/// 128 pixels. Blocks leave their sums of dz, rounded as it is stored, and of dz (x − mean), taken in f32 over at most 32 rows and in
-/// double from there; the last block to come combines them.
+/// Traffic: that of [`input_gradient`], batch norm's input once, and y if the mask comes from it; 16 bytes per channel and 128 pixels.
+/// Each block leaves sums of dz, rounded as it is stored, and of dz (x − mean). They are summed in f32 over at most 32 rows and in double
+/// beyond that. The last block combines them.
 ///
 /// # Errors
-/// As those of [`input_gradient`] and of batch norm's backward; [`Error::Argument`] where [`ConvShape::leaves_sums`] is false, or an
+/// As those of [`input_gradient`] and of batch norm's backward; [`Error::Argument`] if [`ConvShape::leaves_sums`] is false, or an
 /// activation does not begin at a multiple of 16 bytes.
 pub fn input_gradient_with_sums<S: Compute>(
     shape: &ConvShape,
@@ -352,7 +351,7 @@ pub fn input_gradient_with_sums<S: Compute>(
     tensor::input_gradient(shape, dy, weight, dz, accumulate, norm)
 }
 
-/// Checks what both forms of the input gradient read and write, this by name; returns the device.
+/// Checks the arguments of both forms of the input gradient; `name` is the output's. Returns the device.
 fn check_input_gradient<S: Compute>(
     operation: &'static str,
     shape: &ConvShape,
@@ -392,15 +391,15 @@ pub fn weight_gradient<S: Compute>(
     weight_gradient_by(partial::<S>(), splits, shape, x, dy, dw, accumulate, workspace)
 }
 
-/// Writes the gradients over each split's pixels, one after the other, or adds the only one.
+/// Writes the gradients over the pixels of each split, one after the other. With one split, it may add the gradient instead.
 type Partial<S> = fn(&ConvShape, Slice<'_, S>, Slice<'_, S>, SliceMut<'_, <S as Compute>::Master>, bool) -> Result<()>;
 
-/// The GPU's form for this type.
+/// The GPU's implementation for this type.
 fn partial<S: Compute>() -> Partial<S> {
     if S::TENSOR_CORES { tensor::partial_weight_gradients } else { tiled::partial_weight_gradients }
 }
 
-/// The weight gradient, at once or in parts that are then added up.
+/// The weight gradient, in one part or in several that are then summed.
 fn weight_gradient_by<S: Compute>(
     partial: Partial<S>,
     splits: usize,
@@ -418,12 +417,12 @@ fn weight_gradient_by<S: Compute>(
     gradient::sum_parts(workspace, splits, dw, accumulate)
 }
 
-/// The first half of [`weight_gradient`] where that takes two: writes to `parts` the gradients over each of
-/// [`ConvShape::weight_gradient_splits`] parts of the pixels, one after the other. [`gradient::GradientStages`] add up those of many
+/// The first half of a [`weight_gradient`] that is split: writes to `parts` the gradients over each of
+/// [`ConvShape::weight_gradient_splits`] parts of the pixels, one after the other. [`gradient::GradientStages`] sum the parts of many
 /// layers in one launch.
 ///
 /// # Errors
-/// As those of [`forward`]; [`Error::Argument`] where the gradient is made at once.
+/// As those of [`forward`]; [`Error::Argument`] if the gradient is not split.
 pub fn partial_weight_gradients<S: Compute>(
     shape: &ConvShape,
     x: Slice<'_, S>,
@@ -435,16 +434,16 @@ pub fn partial_weight_gradients<S: Compute>(
     let splits = shape.weight_gradient_splits::<S>(parts.device());
     check_weight_gradient(OPERATION, shape, x, dy, ("parts", parts.view(), splits * shape.weight_len()))?;
     if splits == 1 {
-        return Err(Error::Argument { operation: OPERATION, message: format!("made at once: {shape:?}") });
+        return Err(Error::Argument { operation: OPERATION, message: format!("the gradient is not split: {shape:?}") });
     }
     partial::<S>()(shape, x, dy, parts, false)
 }
 
-/// As [`weight_gradient`] where that is the last stage of a gradient: it is [finished](Finish) before it is written, at no traffic but
-/// 8 bytes per 128 × 16 weights. No bit depends on the tile.
+/// Like [`weight_gradient`], but the gradient is [finished](Finish) before it is written, for a gradient whose last stage this is. It
+/// adds 8 bytes of traffic per 128 × 16 weights. Results do not depend on the tile.
 ///
 /// # Errors
-/// As those of [`forward`], and of what `finish` names; [`Error::Argument`] where [`ConvShape::finished_squares`] is none.
+/// As those of [`forward`], also for what `finish` refers to; [`Error::Argument`] if [`ConvShape::finished_squares`] is `None`.
 pub fn finished_weight_gradient<S: Compute>(
     shape: &ConvShape,
     x: Slice<'_, S>,
@@ -462,7 +461,7 @@ pub fn finished_weight_gradient<S: Compute>(
     tensor::weight_gradient(shape, x, dy, dw, false, finish)
 }
 
-/// Checks what all forms of the weight gradient read and write, this by name and length; returns the device.
+/// Checks the arguments of all forms of the weight gradient, with the output's name and length. Returns the device.
 fn check_weight_gradient<S: Compute>(
     operation: &'static str,
     shape: &ConvShape,

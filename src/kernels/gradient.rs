@@ -1,16 +1,19 @@
 //! The last stage of a network's gradient: `kernels/gradient.cu`, and the end of a weight gradient on tensor cores.
 //!
-//! Every weight gradient of a convolution is written for the last time by some kernel. That one also takes out the loss scale, sees
-//! whether the elements are finite, and sums their squares: neither the look at a gradient nor its norm needs a pass of its own.
+//! The kernel that writes a gradient for the last time also finishes it: it divides by the loss scale, checks that the elements are
+//! finite, and sums their squares. So neither the check of a gradient nor its norm needs a pass of its own.
 //!
-//! - what a convolution on tensor cores makes in one part, by the convolution
-//!   ([`conv::finished_weight_gradient`](super::conv::finished_weight_gradient));
-//! - what is made in large parts, right after, while the cache still holds them, by a launch of their own;
-//! - what is made in small parts, by one launch at the end, whose last block makes the norm. That one also goes over what other layers
-//!   have left, a few numbers of each, and over what convolutions without tensor cores make in one part.
+//! Who finishes a gradient depends on how it is computed:
 //!
-//! Of N elements in K parts, a launch reads 4 K N bytes and writes 4 N; what is there as a whole is read, and written only to take out
-//! a scale. Squares are summed in double precision, in an order that the places and the device fix.
+//! - A gradient that a convolution on tensor cores computes in one part is finished by the convolution
+//!   ([`conv::finished_weight_gradient`](super::conv::finished_weight_gradient)).
+//! - Large parts are summed and finished by a launch of their own right after the convolution, while the cache still holds them.
+//! - Small parts of all layers are summed and finished by one launch at the end, whose last block computes the norm. This launch also
+//!   finishes gradients that are already complete: those of other layers, which are small, and those of convolutions without tensor
+//!   cores that are not split.
+//!
+//! For N elements in K parts, a launch reads 4 K N bytes and writes 4 N. A complete gradient is read, and written only to divide by a
+//! scale. Squares are summed in double precision, in an order that depends only on the places and the device.
 
 use std::ops::Range;
 
@@ -20,31 +23,31 @@ use crate::device::constants::{BLOCK_THREADS, PIECE_ELEMENTS};
 use crate::device::{Buffer, Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
 use crate::kernels::precision;
 
-/// Of how many parts a block reads so many elements at once: of 2 to this power.
+/// A block reads elements of `1 << doublings` parts at a time.
 fn doublings(splits: usize) -> u32 {
     splits.clamp(1, 8).ilog2()
 }
 
-/// The elements of a gradient in so many parts that a block sums at once.
+/// The number of elements that a block sums at a time, for a gradient in `splits` parts.
 fn stretch(splits: usize) -> usize {
     PIECE_ELEMENTS >> doublings(splits)
 }
 
-/// Where a gradient lies before its last stage.
+/// The location of a gradient before its last stage.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unfinished {
-    /// Its parts, one after the other in one vector; none where it is there as a whole.
+    /// Its parts, one after the other in one vector; `None` if it is complete.
     pub parts: Option<Range<usize>>,
-    /// Its place in another vector.
+    /// Its place in the vector of gradients.
     pub place: Range<usize>,
 }
 
-/// What finishes some of a network's gradients.
+/// A stage, which finishes some of a network's gradients.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Stage {
-    /// A launch for them.
+    /// A launch that finishes these.
     Launch(Vec<Unfinished>),
-    /// A convolution that leaves so many sums of squares:
+    /// A convolution that leaves this number of sums of squares:
     /// [`ConvShape::finished_squares`](super::conv::ConvShape::finished_squares).
     Convolution(usize),
 }
@@ -59,18 +62,18 @@ impl Stage {
     }
 }
 
-/// What the last stage of a gradient does beside writing it.
+/// What the last stage of a gradient does besides writing it.
 pub struct Finish<'a> {
-    /// The state of [`precision`] by whose scale it divides.
+    /// The state of [`precision`] with the scale to divide by.
     pub scale: Option<Slice<'a, f64>>,
-    /// One element, which becomes 1 where one of the gradient's is infinite or NaN.
+    /// One element, which is set to 1 if an element of the gradient is infinite or NaN.
     pub flag: SliceMut<'a, u32>,
-    /// Where the sums of squares belong that it leaves; none where no norm is asked for.
+    /// Receives the sums of squares; `None` if no norm is wanted.
     pub squares: Option<SliceMut<'a, f64>>,
 }
 
 impl Finish<'_> {
-    /// Checks it, for a launch that leaves `squares` sums.
+    /// Checks the arguments for a launch that leaves `squares` sums.
     pub(super) fn args<T: Scalar>(
         &mut self,
         operation: &'static str,
@@ -95,18 +98,18 @@ impl Finish<'_> {
 }
 
 /// # Safety
-/// All that the arguments name lies where the kernel reads and writes.
+/// The addresses in the arguments must be valid for all that the kernel reads and writes.
 unsafe fn launch<T: Scalar>(device: &Device, blocks: usize, args: &GradientPiecesArgs) -> Result<()> {
     let shape = Launch {
         grid: [blocks as u32, 1, 1],
         block: [BLOCK_THREADS as u32, 1, 1],
         shared: PIECE_ELEMENTS * size_of::<T>(),
     };
-    // SAFETY: the caller vouches for what it names.
+    // SAFETY: the caller guarantees the addresses.
     unsafe { device.launch(pick::<T, _>(id::GRADIENT_PIECES_F32, id::GRADIENT_PIECES_F64), shape, args) }
 }
 
-/// Writes to `out` the sum of the `splits` vectors that lie one after the other in `parts`, or adds it.
+/// Writes the sum of the `splits` vectors in `parts`, one after the other, to `out`, or adds it.
 pub(super) fn sum_parts<T: Scalar>(
     mut parts: SliceMut<'_, T>,
     splits: usize,
@@ -138,17 +141,17 @@ pub(super) fn sum_parts<T: Scalar>(
 struct Extent {
     pieces: Range<usize>,
     squares: Range<usize>,
-    /// As long as the vectors of parts and of gradients must be.
+    /// The minimum lengths of the vectors of parts and of gradients.
     parts_len: usize,
     out_len: usize,
-    /// Or else a convolution's.
+    /// Whether it is a launch; otherwise it is a convolution.
     launched: bool,
 }
 
-/// The last stages of a network's gradient, in their order, the last of which is a launch. For each gradient all of them run once, and
-/// either all are told that a norm is asked for or none: it would else be made with the squares of another gradient.
+/// The last stages of a network's gradient, in order. The last of them is a launch. For each gradient, every stage runs once, and either
+/// all or none are called with a norm: otherwise the norm would include squares of another gradient.
 ///
-/// Without a norm, gradients that are made at the same time may share the stages.
+/// Without a norm, gradients that are computed concurrently may share the stages.
 pub struct GradientStages {
     table: Buffer<GradientPiece>,
     stages: Vec<Extent>,
@@ -157,21 +160,21 @@ pub struct GradientStages {
 }
 
 impl GradientStages {
-    /// Room and tables for these stages.
+    /// Allocates memory and tables for these stages.
     ///
     /// # Errors
-    /// [`Error::Length`] for parts that are no multiple of their gradient, [`Error::Argument`] for two gradients in one place and where
-    /// the last stage is no launch; those of the allocation.
+    /// [`Error::Length`] if the length of parts is not a multiple of their gradient's, [`Error::Argument`] if two gradients overlap or the
+    /// last stage is not a launch; errors of the allocation.
     pub fn new(device: &Device, stages: &[Stage]) -> Result<Self> {
         const OPERATION: &str = "GradientStages::new";
         let refused = |message: String| Err(Error::Argument { operation: OPERATION, message });
         if !matches!(stages.last(), Some(Stage::Launch(_))) {
-            return refused("the last stage is no launch".into());
+            return refused("the last stage must be a launch".into());
         }
         let mut sorted: Vec<&Range<usize>> = stages.iter().flat_map(Stage::launched).map(|one| &one.place).collect();
         sorted.sort_by_key(|place| place.start);
         if let Some(pair) = sorted.windows(2).find(|pair| pair[0].end > pair[1].start) {
-            return refused(format!("two gradients meet: {:?} and {:?}", pair[0], pair[1]));
+            return refused(format!("two gradients overlap: {:?} and {:?}", pair[0], pair[1]));
         }
         let most_blocks = device.elementwise(usize::MAX, 1).grid[0] as usize;
         let (mut table, mut places, mut squares_len) = (Vec::new(), Vec::new(), 0);
@@ -217,10 +220,10 @@ impl GradientStages {
         })
     }
 
-    /// What a convolution that is stage number `stage` does. `norm`: whether one is asked for at the end.
+    /// The arguments for a convolution that is stage number `stage`. `norm`: whether the norm is wanted at the end.
     ///
     /// # Errors
-    /// [`Error::Argument`] where there is no such stage of a convolution.
+    /// [`Error::Argument`] unless this stage exists and is a convolution.
     pub fn finish<'a>(
         &'a mut self,
         stage: usize,
@@ -233,12 +236,12 @@ impl GradientStages {
         Ok(Finish { scale, flag, squares })
     }
 
-    /// Launches stage number `stage`: the sums of `parts` go to their places in `out`, and the gradients that are there as a whole stay,
-    /// but for the scale. `norm`: whether one is asked for at the end.
+    /// Launches stage number `stage`: it writes the sums of `parts` to their places in `out`. Complete gradients change only by the scale.
+    /// `norm`: whether the norm is wanted at the end.
     ///
     /// # Errors
-    /// [`Error::Argument`] where there is no such launch, [`Error::Length`] for vectors too short for its places,
-    /// [`Error::OtherDevice`] for those of another device.
+    /// [`Error::Argument`] unless this stage exists and is a launch, [`Error::Length`] for vectors too short for its places,
+    /// [`Error::OtherDevice`] for vectors of another device.
     pub fn launch<T: Scalar>(
         &mut self,
         stage: usize,
@@ -252,7 +255,7 @@ impl GradientStages {
         self.run("GradientStages::launch", stage, parts, out, scale, flag, norm)
     }
 
-    /// Launches the last stage, and where it is asked for writes the norm of all that the stages have finished: one element.
+    /// Launches the last stage. If `norm` (one element) is given, it receives the norm of all finished gradients.
     ///
     /// # Errors
     /// As those of [`GradientStages::launch`].
@@ -272,7 +275,7 @@ impl GradientStages {
         let found = self.stages.get(stage).filter(|place| place.launched == launched);
         found.ok_or_else(|| {
             let what = if launched { "launch" } else { "convolution" };
-            Error::Argument { operation, message: format!("stage {stage} of {} is no {what}", self.stages.len()) }
+            Error::Argument { operation, message: format!("stage {stage} of {} is not a {what}", self.stages.len()) }
         })
     }
 
@@ -313,15 +316,18 @@ impl GradientStages {
             check_device(operation, "norm", &device, norm.device())?;
             args.norm = norm.address();
         }
-        // SAFETY: the pieces' places lie in the two vectors and no two of them meet; there is a sum of squares for every block, and
-        // all of them are numbers from the beginning.
+        // SAFETY: the places of the pieces lie in the two vectors and do not overlap. There is a sum of squares for every block, and all
+        // of them were initialised.
         unsafe { launch::<T>(&device, blocks, &args) }
     }
 }
 
-/// Whether a launch leaves sums of squares, and what becomes of them.
+/// What a launch does for the norm.
 enum Norm<'a> {
+    /// Nothing.
     None,
+    /// It leaves sums of squares.
     Later,
+    /// It leaves sums of squares, and its last block writes the norm.
     Now(SliceMut<'a, f64>),
 }

@@ -1,4 +1,4 @@
-//! Assembles a training batch on the device from a data set of byte images that lies there: gather, flip, crop, normalise.
+//! Assembles a training batch on the device, from a data set of byte images there: gather, flip, crop, normalise.
 
 use super::{Check, check_length, clock};
 use crate::device::arguments::BatchArgs;
@@ -27,8 +27,8 @@ pub struct Normalization {
     pub std: [f32; MAX_IMAGE_CHANNELS],
 }
 
-/// Random flips and crops. Sample n of a batch at the beginning of the order draws from the Philox4x32-10 block with key `seed` and
-/// counter `counter + n`, so a training loop that advances the counter by the batch size never draws twice from one block.
+/// Random flips and crops. Sample n of a batch at the beginning of the order uses the Philox4x32-10 block with key `seed` and counter
+/// `counter + n`. A training loop that advances the counter by the batch size never uses a block twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Augment {
     /// Black pixels added on every side before a window of the original size is cut out at an offset uniform in
@@ -42,20 +42,20 @@ pub struct Augment {
     pub counter: u64,
 }
 
-/// Which part of the order a batch is.
+/// The position of a batch in the order.
 #[derive(Clone, Copy, Default)]
 pub struct Position<'a> {
-    /// Where it begins; the augmentation's counter begins as far on.
+    /// The index of the first sample. It is added to the augmentation's counter too.
     pub first: usize,
-    /// A clock (see [`super::clock`]), and the samples by which every tick moves on: the order by the first of its numbers, the
-    /// augmentation by the second. What the order does not reach counts as an index beyond the data set.
+    /// A clock (see [`super::clock`]), and the number of samples per tick. The clock's first number advances the position in the order,
+    /// its second the augmentation. A position beyond the order counts as an index beyond the data set.
     pub clock: Option<(Slice<'a, u64>, usize)>,
 }
 
-/// From a data set, `images` `[samples, height, width, channels]` and `labels` `[samples]`, the batch of the samples whose
-/// indices lie at `position` in `order`: image n of `out`, `[batch, height, width, channels]`, is sample `order[first + n]`,
-/// flipped, padded with black (0 before normalisation), cropped and normalised. An index beyond the data set gives an image of
-/// NaNs and the label `u32::MAX`, which no loss takes for a class.
+/// Gathers the batch at `position` in `order` from a data set, `images` `[samples, height, width, channels]` and `labels` `[samples]`.
+/// Image n of `out`, `[batch, height, width, channels]`, is sample `order[first + n]`, flipped, padded with black (0 before
+/// normalisation), cropped and normalised. An index beyond the data set gives an image of NaNs and the label `u32::MAX`, which is outside
+/// of the classes.
 ///
 /// Traffic: reads a byte and writes an element per value.
 ///
@@ -80,7 +80,7 @@ pub fn batch<S: Compute>(
     let values =
         values.filter(|&values| values > 0 && values <= 1 << 30 && (1..=MAX_IMAGE_CHANNELS).contains(&channels));
     let Some(values) = values.filter(|_| batch <= i32::MAX as usize) else {
-        return refused(format!("{shape:?} is no batch of images with one to four channels"));
+        return refused(format!("{shape:?}: expected images of at least one pixel with one to four channels"));
     };
     if !normalization.std[..channels].iter().all(|&std| std > 0.0) {
         return refused(format!("standard deviations {:?} are not all above zero", &normalization.std[..channels]));
@@ -138,6 +138,6 @@ pub fn batch<S: Compute>(
     } else {
         device.elementwise(batch * values, 1).with_shared(256 * channels * size_of::<S>())
     };
-    // SAFETY: every length was checked above, and the kernel reads no sample beyond `samples`.
+    // SAFETY: every length is checked above, and the kernel reads only samples below `samples`.
     unsafe { device.launch(S::choose(id::IMAGE_BATCH), launch, &args) }
 }

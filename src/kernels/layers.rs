@@ -1,10 +1,10 @@
-//! The small layers of a ResNet over NHWC activations: relu, addition, average pooling, the parameter-free shortcut and the
-//! linear classifier, with their gradients. They store activations as any type and compute in its master type; the linear
-//! layer's parameters and results are of the latter, because its results are logits.
+//! The small layers of a ResNet over NHWC activations: relu, addition, average pooling, the parameter-free shortcut and the linear
+//! classifier, with their gradients. They store activations in any type and compute in its master type. The linear layer's parameters
+//! and results are of the master type, because its results are logits.
 //!
-//! Where a function takes `accumulate`, its result is added to what the output holds instead of replacing it: the rule for the
-//! gradient of a value that several operations read, and for a tangent that is a sum of two products. All of them but the relu
-//! and the linear layer are linear maps, and so their own tangents. Tensors have fewer than 2^32 elements.
+//! With `accumulate`, a function adds its result to the output instead of replacing it. This serves the gradient of a value that several
+//! operations read, and a tangent that is a sum of two products. All layers except the relu and the linear layer are linear maps, and so
+//! their own tangents. Tensors have fewer than 2^32 elements.
 
 use super::Check;
 use crate::device::arguments::{
@@ -18,7 +18,7 @@ fn refuse<R>(operation: &'static str, message: String) -> Result<R> {
     Err(Error::Argument { operation, message })
 }
 
-/// The product of a tensor's extents, which the kernels count in 32 bits.
+/// The number of a tensor's elements, which must fit into 32 bits.
 fn elements(operation: &'static str, extents: &[usize]) -> Result<usize> {
     let product = extents.iter().try_fold(1usize, |product, &extent| product.checked_mul(extent));
     match product {
@@ -27,7 +27,7 @@ fn elements(operation: &'static str, extents: &[usize]) -> Result<usize> {
     }
 }
 
-/// `y = max(x, 0)`; a NaN passes. Traffic: reads n, writes n elements.
+/// `y = max(x, 0)`; a NaN stays a NaN. Traffic: reads n, writes n elements.
 ///
 /// # Errors
 /// [`Error::Length`] and [`Error::OtherDevice`].
@@ -93,7 +93,7 @@ pub fn add_to<S: Compute>(x: Slice<'_, S>, mut sum: SliceMut<'_, S>) -> Result<(
     unsafe { device.launch(S::choose(id::ADD_TO), device.elementwise(x.len(), 4), &args) }
 }
 
-/// Average pooling of square windows without padding; rows and columns that no window reaches are left out.
+/// Average pooling of square windows without padding. Rows and columns outside of all windows are ignored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PoolShape {
     /// Images.
@@ -121,7 +121,7 @@ impl PoolShape {
         (self.width - self.kernel) / self.stride + 1
     }
 
-    /// Fails unless there is a window, and the tensors are small enough.
+    /// Fails unless there is at least one window, and the tensors are small enough.
     ///
     /// # Errors
     /// [`Error::Argument`].
@@ -351,7 +351,7 @@ pub fn shortcut<S: Compute>(shape: &ShortcutShape, x: Slice<'_, S>, mut y: Slice
 }
 
 /// The gradient of [`shortcut`]: zero at the pixels that were not sampled. Traffic: reads dy without the added channels, writes
-/// dx; accumulating reads and writes the sampled pixels of dx alone.
+/// dx; accumulating reads and writes only the sampled pixels of dx.
 ///
 /// # Errors
 /// As [`shortcut`].
@@ -403,8 +403,8 @@ fn product_launch(device: &Device, rows: usize, columns: usize, depth: usize) ->
     Launch::new(blocks.min(rows.max(1) as u32), 1)
 }
 
-/// `y = x · weight + bias`, the bias where there is one; with `accumulate` added to `y` instead. 2 · batch · inputs · outputs
-/// operations; traffic: reads x, weight and bias, writes y (and reads it to add).
+/// `y = x · weight + bias` (the bias is optional); with `accumulate`, the result is added to `y`. 2 · batch · inputs · outputs
+/// operations. Traffic: reads x, weight and bias, writes y (and reads it to add).
 ///
 /// # Errors
 /// [`Error::Argument`] for tensors that are too large, [`Error::Length`] and [`Error::OtherDevice`].
@@ -441,7 +441,7 @@ pub fn linear<S: Compute>(
     unsafe { device.launch(S::choose(id::LINEAR), launch, &args) }
 }
 
-/// The gradient of [`linear`] with respect to x: `dx = dy · weightᵀ`. As many operations as the forward; traffic: reads dy and
+/// The gradient of [`linear`] with respect to x: `dx = dy · weightᵀ`. As many operations as the forward. Traffic: reads dy and
 /// weight, writes dx; accumulating reads dx too.
 ///
 /// # Errors
@@ -474,8 +474,8 @@ pub fn linear_input_gradient<S: Compute>(
     unsafe { device.launch(kernel, product_launch(device, batch, inputs, outputs), &args) }
 }
 
-/// The gradients of [`linear`] with respect to its parameters: `dweight = xᵀ · dy`, and where asked for `dbias` = the column
-/// sums of dy. As many operations as the forward; traffic: reads x and dy, writes the gradients; accumulating reads them too.
+/// The gradients of [`linear`] with respect to its parameters: `dweight = xᵀ · dy`, and optionally `dbias` = the column
+/// sums of dy. As many operations as the forward. Traffic: reads x and dy, writes the gradients; accumulating reads them too.
 ///
 /// # Errors
 /// As [`linear`].

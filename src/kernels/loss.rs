@@ -1,4 +1,4 @@
-//! Cross-entropy of a softmax over class logits, with label smoothing (Szegedy et al. 2016, as PyTorch has it).
+//! Cross-entropy of a softmax over class logits, with label smoothing (Szegedy et al. 2016, in PyTorch's form).
 
 use super::{Check, pick};
 use crate::device::arguments::{CrossEntropyArgs, CrossEntropyTangentArgs, MeanLossArgs};
@@ -29,15 +29,17 @@ impl LossShape {
     }
 }
 
-/// With `p = softmax(logits)` and `t = (1 − smoothing) · onehot(label) + smoothing / classes`: every sample's loss `−Σ t log p`
-/// in `sample_losses`, `[batch]`; in `loss`, one element, their mean, summed in double, because sharpness is a small difference
-/// of such means; in `dlogits`, where asked for, the mean's gradient `(p − t) / batch`, times the first element of `scale`
-/// where there is one (see [`super::precision`]). To `correct`, one element, is added how many samples have their largest logit
-/// (the first of equals) at the label.
+/// The cross-entropy and its gradient, with `p = softmax(logits)` and `t = (1 − smoothing) · onehot(label) + smoothing / classes`:
 ///
-/// A logit that is not finite makes its sample's loss not finite, and so does a label that no class has; where the mean is not
-/// finite, `flag`, one element, is set to 1 if it is given, and otherwise left. Traffic: reads the
-/// logits and labels, writes `dlogits` and the losses.
+/// - `sample_losses`, `[batch]`, receives the loss `−Σ t log p` of each sample;
+/// - `loss`, one element, receives their mean, summed in double, because sharpness is a small difference of such means;
+/// - `dlogits`, if given, receives the gradient of the mean, `(p − t) / batch`, times the first element of `scale` if that is given (see
+///   [`super::precision`]);
+/// - `correct`, one element, is increased by the number of samples whose largest logit (the first of equals) is at the label;
+/// - `flag`, one element, if given, is set to 1 if the mean is not finite.
+///
+/// A logit that is not finite, or a label outside of the classes, makes the loss of its sample not finite. Traffic: reads the logits and
+/// labels, writes `dlogits` and the losses.
 ///
 /// # Errors
 /// [`Error::Argument`] for an empty shape or a smoothing outside [0, 1]; [`Error::Length`] and [`Error::OtherDevice`].
@@ -88,24 +90,24 @@ pub fn cross_entropy<T: Scalar>(
         mean.flag = flag.address();
     }
     let block = if device.is_simt() { BLOCK_THREADS as u32 } else { 1 };
-    // SAFETY: every length was checked above.
+    // SAFETY: every length is checked above.
     unsafe {
         device.launch(pick::<T, _>(id::CROSS_ENTROPY_F32, id::CROSS_ENTROPY_F64), shape.launch(device), &args)?;
         device.launch(pick::<T, _>(id::MEAN_LOSS_F32, id::MEAN_LOSS_F64), Launch::new(1, block), &mean)
     }
 }
 
-/// Where the loss scale lies, 0 where there is none.
+/// The address of the loss scale; 0 if there is none.
 fn scale_address(operation: &'static str, device: &Device, scale: Option<Slice<'_, f64>>) -> Result<u64> {
     let Some(scale) = scale else { return Ok(0) };
     Check { operation, device }.device("scale", scale.device())?;
     scale.slice(0..1).map(|scale| scale.address())
 }
 
-/// The tangent of [`cross_entropy`]'s gradient where the logits `z` move along `z'`: with `p = softmax(z)`,
-/// `dlogits' = p (z' − Σ p z') / batch`, whatever the labels and the smoothing, times the first element of `scale` where there
-/// is one. All three are `[batch, classes]`. Traffic: reads the logits and their tangent, writes the result: 12 bytes per logit
-/// in f32.
+/// The tangent of [`cross_entropy`]'s gradient when the logits `z` move along `z'`: with `p = softmax(z)`,
+/// `dlogits' = p (z' − Σ p z') / batch`, times the first element of `scale` if that is given. It does not depend on the labels and the
+/// smoothing. All three are `[batch, classes]`. Traffic: reads the logits and their tangent, writes the result: 12 bytes per logit in
+/// f32.
 ///
 /// # Errors
 /// [`Error::Argument`] for an empty shape; [`Error::Length`] and [`Error::OtherDevice`].
@@ -133,6 +135,6 @@ pub fn cross_entropy_tangent<T: Scalar>(
         classes: shape.classes as u32,
     };
     let kernel = pick::<T, _>(id::CROSS_ENTROPY_TANGENT_F32, id::CROSS_ENTROPY_TANGENT_F64);
-    // SAFETY: every length was checked above.
+    // SAFETY: every length is checked above.
     unsafe { device.launch(kernel, shape.launch(device), &args) }
 }

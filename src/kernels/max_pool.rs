@@ -3,7 +3,8 @@
 //! The forward stores which element of its window each output has chosen, in one byte. Backward and tangent read that
 //! byte, so they always take the element that the forward took.
 
-use super::{check_device, check_length};
+use super::Check;
+use crate::device::arguments::MaxPoolArgs;
 use crate::device::{Compute, Device, Error, Result, Slice, SliceMut, id};
 
 /// Max pooling of square windows with padding, as `torch.nn.MaxPool2d` with `ceil_mode=False`. Padding never is the
@@ -98,24 +99,6 @@ impl MaxPoolShape {
     }
 }
 
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct MaxPoolArgs {
-    from: u64,
-    to: u64,
-    chosen: u64,
-    batch: u32,
-    height: u32,
-    width: u32,
-    channels: u32,
-    out_height: u32,
-    out_width: u32,
-    kernel: u32,
-    stride: u32,
-    padding: u32,
-    accumulate: u32,
-}
-
 /// Checks that the shape is sound and that all three tensors lie on one device and have its lengths.
 fn check<S: Compute>(
     operation: &'static str,
@@ -126,12 +109,10 @@ fn check<S: Compute>(
     chosen: Slice<'_, u8>,
 ) -> Result<()> {
     shape.check()?;
-    check_length(operation, x_name, x.len(), shape.input_len())?;
-    check_length(operation, y_name, y.len(), shape.output_len())?;
-    check_length(operation, "chosen", chosen.len(), shape.output_len())?;
-    check_device(operation, x_name, device, x.device())?;
-    check_device(operation, y_name, device, y.device())?;
-    check_device(operation, "chosen", device, chosen.device())
+    let check = Check { operation, device };
+    check.argument(x_name, x, shape.input_len())?;
+    check.argument(y_name, y, shape.output_len())?;
+    check.argument("chosen", chosen, shape.output_len())
 }
 
 /// `y[n, i, j, c]` = the largest `x[n, i·s − padding + p, j·s − padding + q, c]` over `0 ≤ p, q < kernel` inside the
@@ -152,7 +133,7 @@ pub fn max_pool<S: Compute>(
     check("max_pool::max_pool", shape, device, ("x", x), ("y", y.view()), chosen.view())?;
     let args = shape.args(x.address(), y.address(), chosen.address(), false);
     let launch = device.elementwise(y.len(), shape.kernel * shape.kernel);
-    // SAFETY: the twin of the kernel's struct; the lengths are those of the shape.
+    // SAFETY: the lengths are those of the shape.
     unsafe { device.launch(S::choose(id::MAX_POOL), launch, &args) }
 }
 
@@ -172,7 +153,7 @@ pub fn max_pool_tangent<S: Compute>(
     let device = x.device();
     check("max_pool::max_pool_tangent", shape, device, ("x", x), ("y", y.view()), chosen)?;
     let args = shape.args(x.address(), y.address(), chosen.address(), false);
-    // SAFETY: the twin of the kernel's struct; the lengths are those of the shape. It only reads `chosen`.
+    // SAFETY: the lengths are those of the shape. It only reads `chosen`.
     unsafe { device.launch(S::choose(id::MAX_POOL_TANGENT), device.elementwise(y.len(), 4), &args) }
 }
 
@@ -192,6 +173,6 @@ pub fn max_pool_backward<S: Compute>(
     let device = dy.device();
     check("max_pool::max_pool_backward", shape, device, ("dx", dx.view()), ("dy", dy), chosen)?;
     let args = shape.args(dy.address(), dx.address(), chosen.address(), accumulate);
-    // SAFETY: the twin of the kernel's struct; the lengths are those of the shape. It only reads `chosen`.
+    // SAFETY: the lengths are those of the shape. It only reads `chosen`.
     unsafe { device.launch(S::choose(id::MAX_POOL_BACKWARD), device.elementwise(dx.len(), 4), &args) }
 }

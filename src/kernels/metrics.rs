@@ -1,4 +1,4 @@
-//! Sums and means of losses, kept on the device so that the training loop need not wait for each step's.
+//! Sums and means of losses on the device, so that the training loop need not wait for the loss of each step.
 
 use super::{check_device, check_length};
 use crate::device::arguments::{MeanTermArgs, RecordArgs};
@@ -36,7 +36,7 @@ pub fn record(
     unsafe { device.launch(id::RECORD_STEP, Launch::new(1, 1), &args) }
 }
 
-/// `mean = weight · term`, or, with `add`, added to what `mean` holds: both of one element. Traffic: a few bytes.
+/// `mean = weight · term`, or, with `add`, `mean += weight · term`. Both have one element. Traffic: a few bytes.
 ///
 /// # Errors
 /// Wrong lengths or devices.

@@ -1,5 +1,5 @@
-//! One safe, typed function per kernel: each checks lengths and devices, chooses the launch shape, and states its memory
-//! traffic. Element types are `f32`, and on the CPU `f64` too, which makes gradient checks sharp.
+//! One safe, typed function per kernel. Each checks lengths and devices, chooses the launch shape, and documents its memory traffic.
+//! Element types are `f32`, and on the CPU also `f64`, which makes gradient checks precise.
 
 pub mod batch_norm;
 pub mod clock;
@@ -63,7 +63,7 @@ impl Check<'_> {
     }
 }
 
-/// The kernel for `T` out of its two precisions. Double precision exists on the CPU alone.
+/// Selects the kernel for `T`. Double precision exists on the CPU only.
 pub(crate) fn pick<T: Scalar, A>(f32: Kernel<A>, f64: Kernel<A>) -> Kernel<A> {
     T::choose(ComputeKernels { f32, f64, f16: f32, bf16: f32 })
 }

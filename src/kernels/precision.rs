@@ -1,21 +1,21 @@
-//! What networks in 16 bits need beside their layers: dynamic loss scaling, and a look at what rounding leaves of a displacement.
+//! Operations for networks in 16 bits: dynamic loss scaling, and the part of a displacement that remains after rounding.
 //!
-//! Loss scaling (Micikevicius et al., "Mixed precision training", ICLR 2018) is for f16, in which small gradients would vanish: the
-//! loss is multiplied by a power of two before the backward pass, its gradient divided by it after. The state is two numbers on
-//! the device: the scale, and how many good steps in a row it has seen.
+//! Loss scaling (Micikevicius et al., "Mixed precision training", ICLR 2018) is for f16, in which small gradients would vanish. The loss
+//! is multiplied by a power of two before the backward pass, and the gradient is divided by it afterwards. The state is two numbers on
+//! the device: the scale, and the number of consecutive steps without overflow.
 
 use super::{check_device, check_length};
 use crate::device::arguments::{DifferenceArgs, DirectionScaleArgs, UnscaleArgs, UpdateScaleArgs};
 use crate::device::{Compute, ComputeKernels, Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
 
-/// What a run begins with: the scale 2¹⁶, and no good step yet.
+/// The initial state: the scale 2¹⁶, and no step.
 pub const SCALE_START: [f64; 2] = [65536.0, 0.0];
-/// Good steps in a row after which the scale is doubled.
+/// Consecutive steps without overflow after which the scale is doubled.
 pub const SCALE_GROWTH_INTERVAL: f64 = 2000.0;
-/// The range that the scale is kept in.
+/// The range of the scale.
 const SCALE_RANGE: [f64; 2] = [1.0, 16777216.0];
 
-/// Fails unless `scale` is a state of loss scaling on `device`, and `T` a type whose gradients may be scaled.
+/// Fails unless `scale` is a state of loss scaling on `device`, and gradients of type `T` may be scaled.
 pub(super) fn check_scale<T: Scalar>(operation: &'static str, device: &Device, scale: Slice<'_, f64>) -> Result<()> {
     check_length(operation, "scale", scale.len(), SCALE_START.len())?;
     check_device(operation, "scale", device, scale.device())?;
@@ -25,8 +25,8 @@ pub(super) fn check_scale<T: Scalar>(operation: &'static str, device: &Device, s
     Err(Error::Argument { operation, message: format!("a gradient in {} has no scale", T::NAME) })
 }
 
-/// Divides `x` by the scale, which is exact but for what becomes subnormal, and sets `flag` (one element) to 1 if any element was
-/// infinite or NaN. Traffic: 8 B per element.
+/// Divides `x` by the scale, and sets `flag` (one element) to 1 if any element was infinite or NaN. The division is exact except for
+/// results that are subnormal. Traffic: 8 B per element.
 ///
 /// # Errors
 /// Wrong lengths or devices.
@@ -42,8 +42,8 @@ pub fn unscale(mut x: SliceMut<'_, f32>, state: Slice<'_, f64>, mut flag: SliceM
     unsafe { device.launch(id::UNSCALE, device.elementwise(x.len(), 4), &args) }
 }
 
-/// Ends a step: halves the scale if `skip` (one element) is set, and doubles it after [`SCALE_GROWTH_INTERVAL`] steps in a row
-/// in which it was not. Traffic: a few bytes.
+/// Ends a step: halves the scale if `skip` (one element) is set, and doubles it after [`SCALE_GROWTH_INTERVAL`] consecutive steps in
+/// which it was not set. Traffic: a few bytes.
 ///
 /// # Errors
 /// Wrong lengths or devices.
@@ -60,10 +60,10 @@ pub fn update_scale(mut state: SliceMut<'_, f64>, skip: Slice<'_, u32>) -> Resul
     unsafe { device.launch(id::LOSS_SCALE_UPDATE, Launch::new(1, 1), &args) }
 }
 
-/// For the direction of a product with the Hessian, which f16 could not hold as it is: writes to `out` (six elements) the power
-/// of two that brings its `norm` (one element) nearest to `target`, as the four coefficients of a vector alone, and then a
-/// state whose scale is that factor times the one in `state`, by which [`unscale`] makes the product right again. Traffic: a
-/// few bytes.
+/// A scale for the direction of a product with the Hessian, because f16 could not hold every direction. It is the power of two that
+/// brings the direction's `norm` (one element) nearest to `target`. `out` (six elements) receives it as the four coefficients of a
+/// combination of one vector, followed by a state of loss scaling. That state's scale is the factor times the scale in `state`:
+/// [`unscale`] with it corrects the product. Traffic: a few bytes.
 ///
 /// # Errors
 /// Wrong lengths or devices.
@@ -85,8 +85,8 @@ pub fn direction_scale(
     unsafe { device.launch(id::DIRECTION_SCALE, Launch::new(1, 1), &args) }
 }
 
-/// `out = S(to) − S(from)`, of a type `S` of 16 bits: what is left of a displacement of weights that are rounded before they
-/// are used. Traffic: 12 B per element.
+/// `out = S(to) − S(from)` for a type `S` of 16 bits: the part of a displacement that remains when the weights are rounded before use.
+/// Traffic: 12 B per element.
 ///
 /// # Errors
 /// [`Error::Argument`] for a type that is no narrower than `f32`; wrong lengths or devices.

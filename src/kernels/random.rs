@@ -1,7 +1,7 @@
-//! Random vectors. The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"): the
-//! element at position p of the stream `seed` is word `p % 4` of the block with counter `p / 4` and key `seed`. So element i
-//! depends on `seed` and `offset + i` alone, and has the same bits on every device, in every launch shape, and whatever part
-//! of a vector is generated. Double precision gets the same numbers as single.
+//! Random vectors. The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"). The element at
+//! position p of the stream `seed` is word `p % 4` of the block with counter `p / 4` and key `seed`. So element i depends only on `seed`
+//! and `offset + i`: it has the same bits on every device and in every launch shape, whichever part of a vector is generated. Double
+//! precision gets the same numbers as single.
 
 use super::vector::Reduction;
 use super::{check_device, check_length, pick};
@@ -18,7 +18,7 @@ fn generate<T: Element>(kernel: Kernel<RandomArgs>, mut out: SliceMut<'_, T>, se
     unsafe { device.launch(kernel, device.elementwise(n, 4), &args) }
 }
 
-/// The key of what is drawn from a seed for a purpose: one seed gives unrelated numbers for unrelated things.
+/// The key for one purpose: with it, one seed gives independent numbers for different purposes.
 pub fn key(seed: u64, purpose: &[u8; 8]) -> u64 {
     seed ^ u64::from_be_bytes(*purpose)
 }
@@ -45,7 +45,7 @@ pub fn rademacher<T: Scalar>(out: SliceMut<'_, T>, seed: u64, offset: u64) -> Re
     generate(pick::<T, _>(id::RADEMACHER_F32, id::RADEMACHER_F64), out, seed, offset)
 }
 
-/// `norm[0] = ‖z‖` of the `n` numbers that [`normal`] draws from position `4 · first_block` on. Moves no memory.
+/// `norm[0] = ‖z‖` of the `n` numbers that [`normal`] draws from position `4 · first_block` on. It reads and writes no vector.
 ///
 /// # Errors
 /// [`Error::Length`] unless `norm` holds one number, [`Error::OtherDevice`] unless it lives on the reduction's device.
@@ -59,13 +59,12 @@ pub fn normal_norm(
     let (device, partials) = reduction.parts();
     let args = PerturbNormalArgs { w: 0, norm: 0, out: 0, partials, n: n as u64, seed, first_block, rho: 0.0 };
     let shape = device.elementwise(n, 4);
-    // SAFETY: this kernel writes `partials` alone, which have room for every block
-    // that `elementwise` can ask for.
+    // SAFETY: this kernel writes only `partials`, which have room for each block that `elementwise` can launch.
     unsafe { device.launch(id::NORMAL_SQUARES, shape, &args)? };
     reduction.finish_norm("random::normal_norm", shape, norm)
 }
 
-/// `out = w + ρ z/(norm + 1e-12)`, z as in [`normal_norm`]: a random direction that is never stored. Traffic: 8 B per element.
+/// `out = w + ρ z/(norm + 1e-12)`, with z as in [`normal_norm`]. The random direction is never stored. Traffic: 8 B per element.
 ///
 /// # Errors
 /// [`Error::Length`] unless `out` is as long as `w` and `norm` holds one number, [`Error::OtherDevice`] unless all live on one
@@ -92,7 +91,7 @@ pub fn perturb_normal<T: Scalar>(
     unsafe { device.launch(kernel, device.elementwise(n, 4), &args) }
 }
 
-/// One block of the generator: the four words that it makes of any counter and key.
+/// One block of the generator: the four words for a counter and a key. For tests against known answers.
 ///
 /// # Errors
 /// [`crate::device::Error::Length`] unless `out` holds four words.

@@ -1,6 +1,6 @@
-//! What the sharpness-aware methods need beyond [`super::vector`]: products of combined vectors, points displaced along them,
-//! and the formulas that turn norms and products into coefficients, all of it on the device. Traffic is stated in bytes per
-//! element for `f32`.
+//! Operations of the sharpness-aware methods beyond those of [`super::vector`]: products of combined vectors, points displaced along
+//! them, and the formulas that compute coefficients from norms and products, all on the device. Traffic is in bytes per element for
+//! `f32`.
 //!
 //! Sources: ASAM is Kwon et al. 2021, "ASAM: Adaptive Sharpness-Aware Minimization"; GSAM is Zhuang et al. 2022, "Surrogate Gap
 //! Minimization Improves Sharpness-Aware Training"; LookSAM is Liu et al. 2022, "Towards Efficient and Scalable Sharpness-Aware
@@ -16,10 +16,10 @@ use crate::device::arguments::{
 use crate::device::constants::{self, MAX_TERMS};
 use crate::device::{Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
 
-/// Numbers that [`combined_products`] leaves: A·A, A·B, B·B, ‖A‖, ‖B‖.
+/// The number of results of [`combined_products`]: A·A, A·B, B·B, ‖A‖, ‖B‖.
 pub const PRODUCTS: usize = constants::PRODUCTS;
 
-/// With `A = Σ a_k x_k` and `B = Σ b_k x_k`, `out` receives A·A, A·B, B·B, ‖A‖ and ‖B‖, formed and summed in double. `a` and
+/// With `A = Σ a_k x_k` and `B = Σ b_k x_k`, `out` receives A·A, A·B, B·B, ‖A‖ and ‖B‖, computed and summed in double. `a` and
 /// `b` hold four coefficients each, on the device. Traffic: 4 B per element and vector.
 ///
 /// # Errors
@@ -52,15 +52,15 @@ pub fn combined_products<T: Scalar>(
     let args = CombinedProductsArgs { vectors: addresses, a: a.address(), b: b.address(), partials, n: n as u64 };
     let shape = device.elementwise(n, pack::<T>());
     let finish = FinishProductsArgs { partials, out: out.address(), count: u64::from(shape.grid[0]) };
-    // SAFETY: as many vectors as the kernel reads hold n elements each, the partial sums have
-    // room for three of every block, and `out` holds five numbers.
+    // SAFETY: the vectors that the kernel reads hold n elements each, the partial sums have room for three of each block, and `out`
+    // holds five numbers.
     unsafe {
         device.launch(kernel, shape, &args)?;
         device.launch(id::FINISH_PRODUCTS, one_block(&device), &finish)
     }
 }
 
-/// Checks some arguments that are a few numbers on the device.
+/// Checks arguments that are a few numbers on the device.
 fn numbers(
     operation: &'static str,
     device: &Device,
@@ -70,12 +70,12 @@ fn numbers(
     arguments.iter().try_for_each(|&(argument, slice, expected)| check.argument(argument, slice, expected))
 }
 
-/// `out = weight · Σ c_k x_k`, or, with `add`, added to what `out` holds. Nothing is written where `skip` (one number) is there
-/// and not zero. Traffic: 4 B per element and vector, 4 B to write and 4 B more to add.
+/// `out = weight · Σ c_k x_k`, or, with `add`, `out += weight · Σ c_k x_k`. Nothing is written if `skip` (one number) is given and not
+/// zero. Traffic: 4 B per element and vector, 4 B to write and 4 B more to add.
 ///
 /// # Errors
 /// [`Error::Length`] unless all vectors are as long as `out`, [`Error::OtherDevice`] unless all live on one device,
-/// [`Error::Argument`] for a combination of no vector.
+/// [`Error::Argument`] for an empty combination.
 pub fn combine<T: Scalar>(
     combination: Combination<'_, T>,
     weight: f64,
@@ -133,8 +133,8 @@ pub fn perturb_along<T: Scalar>(
     unsafe { device.launch(kernel, device.elementwise(n, pack::<T>()), &args) }
 }
 
-/// One step of an ascent: `ε = c_0 ε + c_1 g`, `out = w + ε`. The `first` step has no ε yet and does not read `displacement`, the
-/// `last` does not write it. Traffic: 12 B per element, and 4 B each where ε is read and where it is written.
+/// One step of an ascent: `ε = c_0 ε + c_1 g`, `out = w + ε`. The `first` step has no ε yet and does not read `displacement`; the
+/// `last` step does not write it. Traffic: 12 B per element, and 4 B each if ε is read and if it is written.
 ///
 /// # Errors
 /// [`Error::Length`] unless all vectors are equally long and `coefficients` holds two numbers, [`Error::OtherDevice`] unless all
@@ -174,7 +174,7 @@ pub fn ascend<T: Scalar>(
 pub struct Scaling {
     /// η, by default 0.01.
     pub eta: f64,
-    /// The weights that are scaled; biases and normalisation lie behind them.
+    /// The number of weights that are scaled. Biases and the parameters of normalisation follow them.
     pub scaled_len: usize,
 }
 
@@ -212,7 +212,7 @@ pub fn adaptive_norm<T: Scalar>(
     let (device, partials) = reduction.parts();
     let args = AdaptiveArgs { partials, ..AdaptiveArgs::new(operation, &device, w, g, scaling)? };
     let shape = device.elementwise(w.len(), pack::<T>());
-    // SAFETY: both vectors hold n elements, and there is room for every block's sum.
+    // SAFETY: both vectors hold n elements, and there is room for the sum of each block.
     unsafe { device.launch(pick::<T, _>(id::ADAPTIVE_SQUARES_F32, id::ADAPTIVE_SQUARES_F64), shape, &args)? };
     reduction.finish_norm(operation, shape, norm)
 }
@@ -241,9 +241,9 @@ pub fn perturb_adaptive<T: Scalar>(
     unsafe { device.launch(kernel, device.elementwise(w.len(), pack::<T>()), &args) }
 }
 
-// ---- Formulas of a few numbers, each a kernel of one thread ------------------------------------------------------------------
+// ---- Formulas for a few numbers, each a kernel of one thread ------------------------------------------------------------------
 
-/// `coefficients = 1, factor · numerator/(denominator + 1e-12)`; a numerator that is not there is 1.
+/// `coefficients = 1, factor · numerator/(denominator + 1e-12)`. Without a numerator, it is 1.
 ///
 /// # Errors
 /// [`Error::Length`] unless `coefficients` holds two numbers and the others one, [`Error::OtherDevice`] unless all live on one
@@ -267,9 +267,9 @@ pub fn quotient(
     unsafe { device.launch(id::QUOTIENT, Launch::new(1, 1), &args) }
 }
 
-/// `of_a · A + weight · (B − A (A·B)/(A·A))` as coefficients of A and B, from their [`combined_products`]: the second term is the
-/// part of B that is orthogonal to A. GSAM's direction is that of `A = g+`, `B = g0` with `of_a = 1`, `weight = −α`; LookSAM's
-/// orthogonal part that of `A = g0`, `B = g+` with 0 and 1.
+/// `of_a · A + weight · (B − A (A·B)/(A·A))` as coefficients of A and B, from their [`combined_products`]. The second term is the part
+/// of B that is orthogonal to A. For GSAM's direction, `A = g+`, `B = g0`, `of_a = 1` and `weight = −α`. For LookSAM's orthogonal part,
+/// `A = g0`, `B = g+`, `of_a = 0` and `weight = 1`.
 ///
 /// # Errors
 /// [`Error::Length`] unless `products` holds 5 numbers and `coefficients` two, [`Error::OtherDevice`] unless they live on one
@@ -302,8 +302,8 @@ impl GamTerms {
     }
 }
 
-/// `G − γ (m − G (m·G)/(G·G))` as coefficients of g0 … g3, from the [`combined_products`] of the two combinations that
-/// [`GamTerms::combinations`] names. [the authors' code]
+/// `G − γ (m − G (m·G)/(G·G))` as coefficients of g0 … g3, from the [`combined_products`] of the two combinations of
+/// [`GamTerms::combinations`]. [the authors' code]
 ///
 /// # Errors
 /// [`Error::Length`] unless `products` holds 5 numbers and `coefficients` four, [`Error::OtherDevice`] unless they live on one
@@ -325,9 +325,8 @@ pub fn gam_coefficients(products: Slice<'_, f64>, terms: GamTerms, mut coefficie
     unsafe { device.launch(id::GAM_COEFFICIENTS, Launch::new(1, 1), &args) }
 }
 
-/// The coefficients of [`ascend`]: a step of length `step` along the gradient, and back onto the ball of radius `rho` where it
-/// has left it. From the gradient's `norm` alone for the first step, from the [`combined_products`] of displacement and gradient
-/// for a later one.
+/// The coefficients of [`ascend`]: a step of length `step` along the gradient, then a projection onto the ball of radius `rho` if it
+/// leaves the ball. The first step needs only the gradient's `norm`, later ones the [`combined_products`] of displacement and gradient.
 ///
 /// # Errors
 /// [`Error::Length`] unless `norm` holds one number, `products` 5 and `coefficients` two, [`Error::OtherDevice`] unless they live
@@ -366,9 +365,9 @@ pub fn clip_coefficients(norm: Slice<'_, f64>, largest: f64, mut coefficients: S
 }
 
 /// SA-SAM's step size and radius. With the [`combined_products`] of `A = w − w_prev` and `B = g(w) − g(w_prev)`,
-/// `η = min(‖A‖/(2 ‖B‖), sqrt(1 + δ θ_prev) η_prev)`, `θ = η/η_prev` and `ρ = sqrt(η)`; where `A` or `B` vanishes the second decides.
-/// `state` holds η, θ and whether any step was taken (0 or 1; before the first, η and θ are the initial ones and kept). `rates`
-/// receives η, ρ, θ and ‖g‖/ρ, which [`super::vector::perturb`] takes for a norm with a radius of one. [SA-SAM, algorithm 1; AdGD]
+/// `η = min(‖A‖/(2 ‖B‖), sqrt(1 + δ θ_prev) η_prev)`, `θ = η/η_prev` and `ρ = sqrt(η)`. If `A` or `B` vanishes, η is the second of the two.
+/// `state` holds η, θ and whether any step was taken (0 or 1). Before the first step, η and θ keep their initial values. `rates`
+/// receives η, ρ, θ and ‖g‖/ρ: [`super::vector::perturb`] takes the last as the norm, with a radius of one. [SA-SAM, algorithm 1; AdGD]
 ///
 /// # Errors
 /// [`Error::Length`] unless `products` holds 5 numbers, `norm` 1, `state` 3 and `rates` 4, [`Error::OtherDevice`] unless they
@@ -392,7 +391,7 @@ pub fn adgd_rates(
     unsafe { device.launch(id::ADGD_RATES, Launch::new(1, 1), &args) }
 }
 
-/// Remembers η and θ in the state of [`adgd_rates`], unless `skip[0]` is not zero.
+/// Stores η and θ in the state of [`adgd_rates`], unless `skip[0]` is not zero.
 ///
 /// # Errors
 /// [`Error::Length`] unless `rates` holds 4 numbers, `state` 3 and `skip` 1, [`Error::OtherDevice`] unless they live on one device.

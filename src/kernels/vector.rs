@@ -1,12 +1,12 @@
-//! The optimizers' algebra over one long vector: norms, perturbed weights, curvature along a direction, combined gradients
-//! and updates. A model's parameters lie in one vector, so each of these is one pass at memory speed.
+//! Operations of the optimizers on one long vector: norms, perturbed weights, curvature along a direction, combined gradients and
+//! updates. A model's parameters lie in one vector, so each operation is one pass at the speed of memory.
 //!
-//! What one pass needs from another (a norm, coefficients, a flag that skips the step) is a number in device memory, so a
-//! training step never waits for the device. Traffic is stated in bytes per element for `f32`.
+//! Numbers that one pass computes for another (a norm, coefficients, a flag that skips the step) stay in device memory, so a training
+//! step never waits for the device. Traffic is in bytes per element for `f32`.
 //!
 //! Sources: SAM is Foret et al. 2021, "Sharpness-Aware Minimization for Efficiently Improving Generalization"; CR-SAM is Wu,
 //! Luo and Wunsch 2024, "CR-SAM: Curvature Regularized Sharpness-Aware Minimization"; AdamW is Loshchilov and Hutter 2019.
-//! SGD and AdamW take the form they have in PyTorch.
+//! SGD and AdamW have PyTorch's form.
 
 use super::{check_device, check_length, pick};
 use crate::device::arguments::{
@@ -15,10 +15,10 @@ use crate::device::arguments::{
 };
 use crate::device::constants::{BLOCK_THREADS, MAX_SUMS, PACK_BYTES};
 use crate::device::{
-    Buffer, Compute, ComputeKernels, Device, Element, Error, Kernel, Launch, Result, Scalar, Slice, SliceMut, id,
+    Buffer, Compute, ComputeKernels, Device, Error, Kernel, Launch, Result, Scalar, Slice, SliceMut, id,
 };
 
-/// Elements that one thread of a GPU handles at a time: 16 bytes.
+/// Elements that one thread of a GPU loads or stores at a time: 16 bytes.
 pub(super) const fn pack<T>() -> usize {
     PACK_BYTES / size_of::<T>()
 }
@@ -28,10 +28,10 @@ pub(super) fn one_block(device: &Device) -> Launch {
     Launch::new(1, if device.is_simt() { BLOCK_THREADS as u32 } else { 1 })
 }
 
-/// Where a reduction's blocks leave their partial sums, for every reduction over any length on one device.
+/// Memory for the partial sums of the blocks of a reduction. It serves every reduction on one device, of any length.
 ///
-/// How many blocks there are depends on the length and the device alone, so results have the same bits on every run and for
-/// every number of CPU threads.
+/// The number of blocks depends only on the length and the device, so results have the same bits on every run and for every number of
+/// CPU threads.
 pub struct Reduction {
     partials: Buffer<f64>,
 }
@@ -43,12 +43,12 @@ impl Reduction {
         Ok(Self { partials: device.zeros(blocks * MAX_SUMS)? })
     }
 
-    /// Its device, and the address of its partial sums: room for three of every block that `elementwise` can ask for.
+    /// The device, and the address of the partial sums, with room for three sums of each block that `elementwise` can launch.
     pub(super) fn parts(&mut self) -> (Device, u64) {
         (self.partials.device().clone(), self.partials.view_mut().address())
     }
 
-    /// Stage two to a norm, after a launch of that shape.
+    /// The second stage of a norm, after a launch of that shape.
     pub(super) fn finish_norm(
         &mut self,
         operation: &'static str,
@@ -58,7 +58,7 @@ impl Reduction {
         finish(operation, id::FINISH_NORM, self, u64::from(shape.grid[0]), "norm", norm)
     }
 
-    /// Stage one: every block's sums over its part of up to three vectors of one length. Returns how many blocks there were.
+    /// The first stage: sums of each block over its part of one or two vectors of one length. Returns the number of blocks.
     fn partials<T: Scalar>(
         &mut self,
         operation: &'static str,
@@ -67,23 +67,23 @@ impl Reduction {
     ) -> Result<u64> {
         let device = self.partials.device().clone();
         let n = vectors[0].1.len();
-        let mut addresses = [0; 3];
+        let mut addresses = [0; 2];
         for (address, (argument, vector)) in addresses.iter_mut().zip(vectors) {
             check_length(operation, argument, vector.len(), n)?;
             check_device(operation, argument, &device, vector.device())?;
             *address = vector.address();
         }
-        let [x, y, z] = addresses;
-        let args = PartialsArgs { x, y, z, partials: self.partials.view_mut().address(), n: n as u64 };
+        let [x, y] = addresses;
+        let args = PartialsArgs { x, y, partials: self.partials.view_mut().address(), n: n as u64 };
         let shape = device.elementwise(n, pack::<T>());
-        // SAFETY: the vectors hold n elements each (a kernel reads no more of them than it
-        // was given), and `partials` has room for three sums of every block that `elementwise` can ask for.
+        // SAFETY: the vectors hold n elements each (a kernel reads only those that it was given), and `partials` has room for three
+        // sums of each block that `elementwise` can launch.
         unsafe { device.launch(kernel, shape, &args)? };
         Ok(u64::from(shape.grid[0]))
     }
 }
 
-/// Stage two of a reduction to one number.
+/// The second stage of a reduction to one number.
 fn finish(
     operation: &'static str,
     kernel: Kernel<SumArgs>,
@@ -96,7 +96,7 @@ fn finish(
     check_length(operation, argument, out.len(), 1)?;
     check_device(operation, argument, &device, out.device())?;
     let args = SumArgs { partials: reduction.partials.view().address(), out: out.address(), count };
-    // SAFETY: stage one wrote `count` partial sums, and `out` is one number.
+    // SAFETY: the first stage wrote `count` partial sums, and `out` is one number.
     unsafe { device.launch(kernel, one_block(&device), &args) }
 }
 
@@ -110,8 +110,8 @@ pub fn l2_norm<T: Scalar>(x: Slice<'_, T>, reduction: &mut Reduction, norm: Slic
     finish(operation, id::FINISH_NORM, reduction, count, "norm", norm)
 }
 
-/// Ends a gradient in one pass: [`check_finite`] and [`l2_norm`] at once, to the same bits, and with a `scale`, the state of
-/// [`super::precision`], [`super::precision::unscale`] too. Traffic: 4 B per element, 8 B with a scale.
+/// Finishes a gradient in one pass: [`check_finite`] and [`l2_norm`], with the same bits, and with a `scale` (the state of
+/// [`super::precision`]) also [`super::precision::unscale`]. Traffic: 4 B per element, 8 B with a scale.
 ///
 /// # Errors
 /// [`Error::Length`] unless `flag` and `norm` hold one number and `scale` two, [`Error::OtherDevice`] unless all live on the
@@ -138,8 +138,7 @@ pub fn finish_gradient<T: Scalar>(
     let state = scale.map_or(0, |scale| scale.address());
     let shape = device.elementwise(x.len(), pack::<T>());
     let args = GradientArgs { x: x.address(), state, flag: flag.address(), partials, n: x.len() as u64 };
-    // SAFETY: lengths and devices are checked above, and there is room for the partial sums of
-    // every block.
+    // SAFETY: lengths and devices are checked above, and there is room for the partial sums of each block.
     unsafe { device.launch(kernel, shape, &args)? };
     reduction.finish_norm(operation, shape, norm)
 }
@@ -147,7 +146,7 @@ pub fn finish_gradient<T: Scalar>(
 /// `out[0] = Σ x y`, multiplied and summed in double precision. Traffic: 8 B per element.
 ///
 /// # Errors
-/// [`Error::Length`] unless `x` and `y` are as long and `out` holds one number, [`Error::OtherDevice`] unless all live on
+/// [`Error::Length`] unless `x` and `y` are equally long and `out` holds one number, [`Error::OtherDevice`] unless all live on
 /// the reduction's device.
 pub fn dot<T: Scalar>(
     x: Slice<'_, T>,
@@ -161,7 +160,7 @@ pub fn dot<T: Scalar>(
     finish(operation, id::FINISH_SUM, reduction, count, "out", out)
 }
 
-/// The two perturbations of the weights differ in their kernels and in whether they need a norm.
+/// What both perturbations of the weights share: they differ in the kernels, and in whether these need a norm.
 fn perturb_with<T: Scalar, P: Compute>(
     operation: &'static str,
     kernel: Kernel<PerturbArgs>,
@@ -195,12 +194,11 @@ fn perturb_with<T: Scalar, P: Compute>(
         n: n as u64,
         rho,
     };
-    // SAFETY: w, g, plus and a minus that is there hold n elements, and the kernel that reads
-    // the norm is given it.
+    // SAFETY: w, g, plus and minus (if given) hold n elements, and a kernel that reads the norm is given one.
     unsafe { device.launch(kernel, device.elementwise(n, pack::<T>()), &args) }
 }
 
-/// The perturbed weights of SAM: `plus = w + ρ g/(norm + 1e-12)` and, where it is asked for, `minus = w − ρ g/(norm + 1e-12)`,
+/// The perturbed weights of SAM: `plus = w + ρ g/(norm + 1e-12)` and, if given, `minus = w − ρ g/(norm + 1e-12)`,
 /// both in one pass and rounded to the compute type `P`. A zero gradient gives `w`. [SAM, eq. 2; CR-SAM, algorithm 1]
 ///
 /// Traffic with `P = f32`: 12 B per element for one side, 16 B for both (a 2-byte `P`: 10 B and 12 B).
@@ -233,8 +231,8 @@ pub fn perturb<T: Scalar, P: Compute>(
     perturb_with("vector::perturb", kernel, w, g, Some(norm), rho, plus, minus)
 }
 
-/// The perturbed weights of SAM with p = ∞: `plus = w + ρ sign(g)` and, where it is asked for, `minus = w − ρ sign(g)`, with
-/// `sign(0) = 0`; a NaN in `g` stays one. [SAM, eq. 2]
+/// The perturbed weights of SAM with p = ∞: `plus = w + ρ sign(g)` and, if given, `minus = w − ρ sign(g)`, with
+/// `sign(0) = 0`; a NaN in `g` stays a NaN. [SAM, eq. 2]
 ///
 /// Traffic and errors: those of [`perturb`].
 pub fn perturb_linf<T: Scalar, P: Compute>(
@@ -261,56 +259,8 @@ pub fn perturb_linf<T: Scalar, P: Compute>(
     perturb_with("vector::perturb_linf", kernel, w, g, None, rho, plus, minus)
 }
 
-/// Curvature along `v = g0/(norm + 1e-12)` from central differences of the losses and of the gradients at `w`, `w + ρv` and
-/// `w − ρv`. `losses` holds `L0, L+, L−`; `out` receives five numbers:
-///
-/// 0. `A = L+ + L− − 2 L0`
-/// 1. `B = L+ − L−`
-/// 2. `A/ρ²`, an estimate of `vᵀHv`
-/// 3. `v·(g+ − g−)/(2ρ)`, another
-/// 4. the cosine between `g0` and `g+` (0 if either vanishes)
-///
-/// Traffic: 12 B per element. [CR-SAM, eq. 5 to 7]
-///
-/// # Errors
-/// [`Error::Length`] unless the gradients are equally long, `losses` holds 3, `norm` 1 and `out` 5 numbers,
-/// [`Error::OtherDevice`] unless all live on the reduction's device, [`Error::Argument`] unless `rho` is positive.
-pub fn finite_difference<T: Scalar>(
-    losses: Slice<'_, f64>,
-    g0: Slice<'_, T>,
-    g_plus: Slice<'_, T>,
-    g_minus: Slice<'_, T>,
-    norm: Slice<'_, f64>,
-    rho: f64,
-    reduction: &mut Reduction,
-    mut out: SliceMut<'_, f64>,
-) -> Result<()> {
-    let operation = "vector::finite_difference";
-    let device = out.device().clone();
-    check_length(operation, "losses", losses.len(), 3)?;
-    check_length(operation, "norm", norm.len(), 1)?;
-    check_length(operation, "out", out.len(), 5)?;
-    check_device(operation, "losses", &device, losses.device())?;
-    check_device(operation, "norm", &device, norm.device())?;
-    check_device(operation, "reduction", &device, reduction.partials.device())?;
-    check_rho(operation, rho)?;
-    let kernel = pick::<T, _>(id::DIFFERENCES_F32, id::DIFFERENCES_F64);
-    let gradients = [("g0", g0), ("g_plus", g_plus), ("g_minus", g_minus)];
-    let count = reduction.partials(operation, kernel, &gradients)?;
-    let args = CurvatureArgs {
-        losses: losses.address(),
-        norm: norm.address(),
-        partials: reduction.partials.view().address(),
-        out: out.address(),
-        count,
-        rho,
-    };
-    // SAFETY: the lengths are checked, and stage one wrote `count` times three sums.
-    unsafe { device.launch(id::FINISH_FINITE_DIFFERENCE, one_block(&device), &args) }
-}
-
-/// The part of [`finite_difference`] that needs no gradients: from `losses` (`L0, L+, L−`), `out` receives `A = L+ + L− − 2 L0`,
-/// `B = L+ − L−` and `A/ρ²`. [CR-SAM, eq. 5 to 7]
+/// Curvature along a direction from the losses `L0, L+, L−` at `w`, `w + ρv` and `w − ρv`: `out` receives `A = L+ + L− − 2 L0`,
+/// `B = L+ − L−`, and `A/ρ²`, an estimate of `vᵀHv`. [CR-SAM, eq. 5 to 7]
 ///
 /// # Errors
 /// [`Error::Length`] unless `losses` and `out` hold 3 numbers each, [`Error::OtherDevice`] unless they live on one device,
@@ -322,8 +272,8 @@ pub fn curvature_from_losses(losses: Slice<'_, f64>, rho: f64, mut out: SliceMut
     check_length(operation, "out", out.len(), 3)?;
     check_device(operation, "losses", &device, losses.device())?;
     check_rho(operation, rho)?;
-    let args = CurvatureArgs { losses: losses.address(), norm: 0, partials: 0, out: out.address(), count: 0, rho };
-    // SAFETY: of which this kernel reads the losses and rho alone; the lengths are checked.
+    let args = CurvatureArgs { losses: losses.address(), out: out.address(), rho };
+    // SAFETY: the lengths are checked.
     unsafe { device.launch(id::CURVATURE_FROM_LOSSES, Launch::new(1, 1), &args) }
 }
 
@@ -334,13 +284,13 @@ fn check_rho(operation: &'static str, rho: f64) -> Result<()> {
     Err(Error::Argument { operation, message: format!("rho = {rho}, expected a positive number") })
 }
 
-/// Which form of CR-SAM's regularizer.
+/// The form of CR-SAM's regularizer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum CrSamForm {
-    /// The paper's, eq. 7: the gradient of `α log A + β log B` beside that of the loss.
+    /// The paper's, eq. 7: the gradient of `α log A + β log B` is added to the gradient of the loss.
     #[default]
     Log,
-    /// The authors' code: that of `α A + β B`.
+    /// The authors' code: the gradient of `α A + β B` is added.
     Released,
 }
 
@@ -353,9 +303,9 @@ pub struct CrSam {
     pub alpha: f64,
     /// Weight of the slope term.
     pub beta: f64,
-    /// The log form drops the α-term where `A` is not above this.
+    /// The log form drops the α term if `A` is not above this.
     pub a_min: f64,
-    /// The log form drops the β-term where `B` is not above this.
+    /// The log form drops the β term if `B` is not above this.
     pub b_min: f64,
 }
 
@@ -371,7 +321,7 @@ impl Default for CrSam {
 /// `c+ = 1 + α/A + β/B`, `c− = α/A − β/B`, `c0 = −2α/A`; the released form has 1 for `A` and `B`. [CR-SAM, eq. 7]
 ///
 /// The log form drops a term whose `A` or `B` is at most its threshold or not finite, and adds one to `dropped[0]` (α) or
-/// `dropped[1]` (β); a term of weight 0 is not counted, nor is any where `skip` is set already.
+/// `dropped[1]` (β). A term of weight 0 is not counted, and no term is counted if `skip` is already set.
 ///
 /// # Errors
 /// [`Error::Length`] unless `losses` and `coefficients` hold 3 numbers, `skip` 1 and `dropped` 2, [`Error::OtherDevice`] unless
@@ -407,12 +357,12 @@ pub fn cr_sam_coefficients(
     unsafe { device.launch(id::CR_SAM_COEFFICIENTS, Launch::new(1, 1), &args) }
 }
 
-/// A vector that is a sum of up to four others, read together and never stored: `Σ c_k x_k` over those that are there.
+/// A combination of one to four vectors, `Σ c_k x_k`, which kernels compute as they read the vectors. It is never stored.
 #[derive(Clone, Copy)]
 pub struct Combination<'a, T: Scalar> {
-    /// The vectors; at least one.
+    /// The vectors, at least one.
     pub vectors: [Option<Slice<'a, T>>; 4],
-    /// The four coefficients, on the device; that of an absent vector is not read.
+    /// Four coefficients, on the device. The coefficient of an absent vector is not read.
     pub coefficients: Slice<'a, f64>,
 }
 
@@ -422,7 +372,7 @@ impl<'a, T: Scalar> Combination<'a, T> {
         Self { vectors: [Some(vector), None, None, None], coefficients }
     }
 
-    /// Checks it against a length and lays it out for a kernel; returns how many vectors there are, too.
+    /// Checks the lengths. Returns the combination as kernels take it, and the number of vectors.
     pub(super) fn args(&self, operation: &'static str, n: usize, device: &Device) -> Result<(CombinationArgs, usize)> {
         const NAMES: [&str; 4] = ["vectors[0]", "vectors[1]", "vectors[2]", "vectors[3]"];
         check_length(operation, "coefficients", self.coefficients.len(), 4)?;
@@ -438,18 +388,18 @@ impl<'a, T: Scalar> Combination<'a, T> {
             count += 1;
         }
         if count == 0 {
-            return Err(Error::Argument { operation, message: "a combination of no vector".into() });
+            return Err(Error::Argument { operation, message: "empty combination".into() });
         }
         Ok((args, count))
     }
 }
 
-/// A learning rate: the caller's, or a number on the device that some kernel has computed.
+/// A learning rate: a number, or one on the device that a kernel has computed.
 #[derive(Clone, Copy)]
 pub enum Rate<'a> {
-    /// This one.
+    /// This number.
     Fixed(f64),
-    /// The one that lies there (one element).
+    /// The number there (one element).
     Device(Slice<'a, f64>),
 }
 
@@ -460,7 +410,7 @@ impl From<f64> for Rate<'_> {
 }
 
 impl Rate<'_> {
-    /// The address of a rate on the device (0 if there is none), and the caller's.
+    /// The address of a rate on the device (0 if there is none), and the given number.
     fn args(&self, operation: &'static str, device: &Device) -> Result<(u64, f64)> {
         match self {
             Rate::Fixed(lr) => Ok((0, *lr)),
@@ -495,7 +445,7 @@ pub struct SgdStep<'a> {
 ///
 /// # Errors
 /// [`Error::Length`] unless all vectors are as long as `w` and `skip` holds one number, [`Error::OtherDevice`] unless all
-/// live on one device, [`Error::Argument`] for a combination of no vector.
+/// live on one device, [`Error::Argument`] for an empty combination.
 pub fn sgd<T: Scalar>(
     mut w: SliceMut<'_, T>,
     mut m: SliceMut<'_, T>,
@@ -560,7 +510,7 @@ pub struct AdamWStep<'a> {
 ///
 /// # Errors
 /// [`Error::Length`] unless all vectors are as long as `w` and `step` and `skip` hold one number each,
-/// [`Error::OtherDevice`] unless all live on one device, [`Error::Argument`] for a combination of no vector.
+/// [`Error::OtherDevice`] unless all live on one device, [`Error::Argument`] for an empty combination.
 pub fn adamw<T: Scalar>(
     mut w: SliceMut<'_, T>,
     mut m: SliceMut<'_, T>,
@@ -609,8 +559,8 @@ pub fn adamw<T: Scalar>(
     unsafe { device.launch(kernel, device.elementwise(n, pack::<T>()), &args) }
 }
 
-/// Counts a step: adds one to `step[0]`, or to `skipped[0]` if `skip[0]` is not zero. Called before [`adamw`], it makes `step`
-/// the number t of the step that follows, which skipped steps do not advance.
+/// Counts a step: adds one to `step[0]`, or to `skipped[0]` if `skip[0]` is not zero. Called before [`adamw`], it sets `step` to the
+/// number t of the next step. Skipped steps do not advance t.
 ///
 /// # Errors
 /// [`Error::Length`] unless each holds one number, [`Error::OtherDevice`] unless they live on one device.
@@ -627,40 +577,25 @@ pub fn advance(skip: Slice<'_, u32>, mut step: SliceMut<'_, u32>, mut skipped: S
     unsafe { device.launch(id::ADVANCE, Launch::new(1, 1), &args) }
 }
 
-fn check_finite_with<T: Element>(
-    operation: &'static str,
-    kernel: Kernel<CheckFiniteArgs>,
-    x: Slice<'_, T>,
-    mut flag: SliceMut<'_, u32>,
-) -> Result<()> {
+/// Sets the lowest bit of `flag[0]` if any element of `x` is infinite or NaN.
+/// Traffic: 4 B per element.
+///
+/// # Errors
+/// [`Error::Length`] unless `flag` holds one number, [`Error::OtherDevice`] unless both live on one device.
+pub fn check_finite<T: Scalar>(x: Slice<'_, T>, mut flag: SliceMut<'_, u32>) -> Result<()> {
+    let operation = "vector::check_finite";
     let device = flag.device().clone();
     let n = x.len();
     check_length(operation, "flag", flag.len(), 1)?;
     check_device(operation, "x", &device, x.device())?;
     let args = CheckFiniteArgs { x: x.address(), flag: flag.address(), n: n as u64 };
+    let kernel = pick::<T, _>(id::CHECK_FINITE_F32, id::CHECK_FINITE_F64);
     // SAFETY: `x` holds n elements and `flag` one.
     unsafe { device.launch(kernel, device.elementwise(n, pack::<T>()), &args) }
 }
 
-/// Sets `flag[0]` to at least 1 (its lowest bit) if any element of `x` is infinite or NaN, and otherwise leaves it.
-/// Traffic: 4 B per element.
-///
-/// # Errors
-/// [`Error::Length`] unless `flag` holds one number, [`Error::OtherDevice`] unless both live on one device.
-pub fn check_finite<T: Scalar>(x: Slice<'_, T>, flag: SliceMut<'_, u32>) -> Result<()> {
-    check_finite_with("vector::check_finite", pick::<T, _>(id::CHECK_FINITE_F32, id::CHECK_FINITE_F64), x, flag)
-}
-
-/// [`check_finite`] for losses, which are double precision on every device.
-///
-/// # Errors
-/// Those of [`check_finite`].
-pub fn check_finite_f64(losses: Slice<'_, f64>, flag: SliceMut<'_, u32>) -> Result<()> {
-    check_finite_with("vector::check_finite_f64", id::CHECK_FINITE_F64, losses, flag)
-}
-
-/// `state = pending`, unless `skip[0]` is not zero: what a step has computed beside the weights (batch norm's running
-/// statistics) takes effect with the step. Traffic: 8 B per element.
+/// `state = pending`, unless `skip[0]` is not zero. It applies the other results of a step (batch norm's running statistics) together
+/// with the step. Traffic: 8 B per element.
 ///
 /// # Errors
 /// [`Error::Length`] unless `pending` and `state` are equally long and `skip` holds one number, [`Error::OtherDevice`] unless
@@ -698,7 +633,7 @@ pub fn fill<T: Scalar>(mut out: SliceMut<'_, T>, value: f64) -> Result<()> {
     let device = out.device().clone();
     let n = out.len();
     let args = FillArgs { out: out.address(), n: n as u64, value };
-    // SAFETY: `out` is n elements borrowed exclusively.
+    // SAFETY: `out` is n elements and is borrowed exclusively.
     unsafe { device.launch(pick::<T, _>(id::FILL_F32, id::FILL_F64), device.elementwise(n, pack::<T>()), &args) }
 }
 

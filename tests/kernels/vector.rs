@@ -477,72 +477,13 @@ fn parts_of_buffers_that_begin_anywhere() {
 
 // ---- Curvature along the gradient ----------------------------------------------------------------------------------
 
-fn check_finite_difference<T: Scalar>(devices: Vec<(String, Device)>) {
-    for n in LENGTHS {
-        let mut random = Random(300 + n as u64);
-        let g0: Vec<T> = spread(&mut random, n);
-        let shifted = |random: &mut Random, by: f64| -> Vec<T> {
-            g0.iter().map(|&g| T::from_f64(Into::<f64>::into(g) * (1.0 + by) + 0.01 * random.normal())).collect()
-        };
-        let (g_plus, g_minus) = (shifted(&mut random, 0.1), shifted(&mut random, -0.1));
-        let (a, b, c) = (to_f64(&g0), to_f64(&g_plus), to_f64(&g_minus));
-        let losses = [2.25, 2.5, 2.125];
-        let (rho, norm) = (0.125, norm_of(&a));
-        let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
-        let along: f64 =
-            a.iter().zip(b.iter().zip(&c)).map(|(g, (p, m))| g * (p - m)).sum::<f64>() / (norm + 1e-12) / (2.0 * rho);
-        let expected = [0.125, 0.375, 8.0, along, dot(&a, &b) / norm / norm_of(&b)];
-        on_devices(&devices, false, |name, device| {
-            let (losses, norm) = (device.upload(&losses).unwrap(), device.upload(&[norm]).unwrap());
-            let upload = |x: &[T]| device.upload(x).unwrap();
-            let (g0, g_plus, g_minus) = (upload(&g0), upload(&g_plus), upload(&g_minus));
-            let mut reduction = Reduction::new(device).unwrap();
-            let mut out = device.poisoned::<f64>(5).unwrap();
-            let gradients = (g0.view(), g_plus.view(), g_minus.view());
-            let (losses, out_view) = (losses.view(), out.view_mut());
-            vector::finite_difference(
-                losses,
-                gradients.0,
-                gradients.1,
-                gradients.2,
-                norm.view(),
-                rho,
-                &mut reduction,
-                out_view,
-            )
-            .unwrap();
-            let found = out.to_vec().unwrap();
-            for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
-                // Sums of terms of either sign: their cancellation enlarges the roundings of double precision.
-                assert!(
-                    relative_eq!(*found, expected, epsilon = 0.0, max_relative = 1e-11),
-                    "{name}, n = {n}, {i}: {found} instead of {expected}"
-                );
-            }
-            let mut short = device.poisoned::<f64>(3).unwrap();
-            vector::curvature_from_losses(losses, rho, short.view_mut()).unwrap();
-            assert_eq!(bits(&short.to_vec().unwrap()), bits(&found[..3]), "{name}");
-            vec![bits(&found)]
-        });
-    }
-}
-
 #[test]
-fn finite_difference() {
-    check_finite_difference::<f32>(devices());
-    check_finite_difference::<f64>(host_devices());
-}
-
-#[test]
-fn curvature_of_a_vanishing_gradient_is_zero() {
+fn curvature_from_losses() {
     for (name, device) in devices() {
-        let zero = device.zeros::<f32>(100).unwrap();
-        let (losses, norm) = (device.upload(&[1.0, 1.0, 1.0]).unwrap(), device.upload(&[0.0]).unwrap());
-        let mut out = device.poisoned::<f64>(5).unwrap();
-        let mut reduction = Reduction::new(&device).unwrap();
-        let (g, losses, norm) = (zero.view(), losses.view(), norm.view());
-        vector::finite_difference(losses, g, g, g, norm, 0.1, &mut reduction, out.view_mut()).unwrap();
-        assert_eq!(out.to_vec().unwrap(), [0.0; 5], "{name}");
+        let losses = device.upload(&[2.25, 2.5, 2.125]).unwrap();
+        let mut out = device.poisoned::<f64>(3).unwrap();
+        vector::curvature_from_losses(losses.view(), 0.125, out.view_mut()).unwrap();
+        assert_eq!(out.to_vec().unwrap(), [0.125, 0.375, 8.0], "{name}");
     }
 }
 
@@ -903,26 +844,18 @@ fn check_finite_finds_a_single_bad_element_anywhere() {
                 }
             }
         }
-        for losses in [[1.0, f64::MAX, -f64::MAX], [0.0, 5e-324, 1e308]] {
-            let mut flag = device.zeros::<u32>(1).unwrap();
-            let on_device = device.upload(&losses).unwrap();
-            vector::check_finite_f64(on_device.view(), flag.view_mut()).unwrap();
-            assert_eq!(flag.to_vec().unwrap()[0], 0, "{name}: {losses:?}");
+    }
+    for (name, device) in host_devices() {
+        for good in [[1.0, f64::MAX, -f64::MAX], [0.0, 5e-324, 1e308]] {
+            assert_eq!(flag_of(&device, &good, 0), 0, "{name}: {good:?}");
             for bad in [f64::INFINITY, f64::NEG_INFINITY, f64::NAN, f64::from_bits(0x7ff0_0000_0000_0001)] {
                 for place in 0..3 {
-                    let mut losses = losses;
-                    losses[place] = bad;
-                    let on_device = device.upload(&losses).unwrap();
-                    let mut flag = device.zeros::<u32>(1).unwrap();
-                    vector::check_finite_f64(on_device.view(), flag.view_mut()).unwrap();
-                    assert_eq!(flag.to_vec().unwrap()[0], 1, "{name}: {losses:?}");
+                    let mut x = good;
+                    x[place] = bad;
+                    assert_eq!(flag_of(&device, &x, 0), 1, "{name}: {x:?}");
                 }
             }
         }
-    }
-    for (name, device) in host_devices() {
-        assert_eq!(flag_of(&device, &[1.0, f64::NAN, 2.0], 0), 1, "{name}");
-        assert_eq!(flag_of(&device, &[1.0, f64::MAX, 2.0], 0), 0, "{name}");
     }
 }
 
@@ -1002,19 +935,7 @@ fn wrong_lengths_and_devices_are_refused() {
     other_device(vector::perturb_linf(far.view(), x.view(), 0.1, out.view_mut(), None), "w");
     other_device(vector::perturb_linf(x.view(), far.view(), 0.1, out.view_mut(), None), "g");
     let (x, three, one) = (x.view(), three.view(), one.view());
-    length(
-        vector::finite_difference(three, x, short.view(), x, one, 0.1, &mut reduction, wide.view_mut()),
-        "g_plus",
-        9,
-        10,
-    );
-    length(
-        vector::finite_difference(three, x, x, short.view(), one, 0.1, &mut reduction, wide.view_mut()),
-        "g_minus",
-        9,
-        10,
-    );
-    length(vector::finite_difference(one, x, x, x, one, 0.1, &mut reduction, wide.view_mut()), "losses", 1, 3);
+    length(vector::curvature_from_losses(one, 0.1, wide.slice_mut(0..3).unwrap()), "losses", 1, 3);
     for rho in [0.0, -0.1, f64::NAN, f64::INFINITY] {
         let error = vector::curvature_from_losses(three, rho, wide.slice_mut(0..3).unwrap()).unwrap_err();
         assert!(matches!(error, Error::Argument { .. }), "{error}");

@@ -1,4 +1,4 @@
-//! Convolution on the CPU's own launch shapes: `kernels/host/conv_direct.cu`, one thread per block.
+//! Convolution on the CPU: `kernels/host/conv_direct.cu`, one thread per block.
 
 use super::ConvShape;
 use crate::device::arguments::{
@@ -8,33 +8,33 @@ use crate::device::constants::PANEL_BYTES;
 use crate::device::{Compute, Launch, Result, Slice, SliceMut, id};
 use crate::kernels::pick;
 
-/// Channels to which packed weights are filled up: a panel of the CPU's kernels (half of it in double precision).
+/// Packed weights are padded to a multiple of so many channels: a panel of the kernels in single precision, two in double.
 pub(super) const PANEL: usize = PANEL_BYTES / 4;
 
-/// Blocks of a weight gradient: enough for the cores of a large machine, and for two with other work to do.
+/// Blocks of a weight gradient: enough for the cores of a large machine, and to balance the load on two cores.
 const WEIGHT_GRADIENT_BLOCKS: usize = 32;
 
-/// Elements of workspace: the packed weights, or every group's partial weight gradient.
+/// The number of elements of the workspace: for the packed weights, or the partial weight gradients of all groups.
 pub(super) fn workspace_len(shape: &ConvShape) -> usize {
     let packed_forward = shape.taps() * shape.in_channels * shape.out_channels.next_multiple_of(PANEL);
     let packed_input = shape.taps() * shape.out_channels * shape.in_channels.next_multiple_of(PANEL);
     packed_input.max(groups(shape) * packed_forward)
 }
 
-/// Groups of images, each of whose weight gradients is summed by one block per slice.
+/// The number of groups of images. For each group and slice, one block sums a weight gradient.
 fn groups(shape: &ConvShape) -> usize {
     WEIGHT_GRADIENT_BLOCKS.div_ceil(shape.in_channels.div_ceil(slice(shape))).min(shape.batch)
 }
 
-/// Input channels of one block of the weight gradient: with several taps a panel's worth, so that pixels lie close together in
-/// its padded copy of the image; with one tap more, so that a tile of the output gradient is used often enough.
+/// Input channels of one block of the weight gradient. With several taps this is a panel, so that pixels are close together in the
+/// block's padded copy of the image. With one tap it is more, so that a tile of the output gradient is used often enough.
 fn slice(shape: &ConvShape) -> usize {
     if shape.kernel == 1 { 48 } else { 16 }.min(shape.in_channels)
 }
 
 impl Bands {
-    /// Bands of at least `pixels` pixels of images of `height` times `width` (several images where they are smaller, all
-    /// of an image where it fits), as long as `bytes(images, rows)` of scratch fit into `limit`.
+    /// Bands of at least `pixels` pixels of images of `height` times `width`, with scratch memory of `bytes(images, rows)` up to `limit`. A
+    /// band is several small images, a whole image if that fits, or rows of one.
     fn new(
         batch: usize,
         height: usize,
@@ -59,7 +59,7 @@ impl Bands {
     }
 }
 
-/// What of the L2 cache a block takes for its scratch.
+/// The scratch memory of a block, which stays in the L2 cache.
 const SCRATCH_BYTES: usize = 256 << 10;
 
 pub(super) fn forward<S: Compute>(
@@ -72,7 +72,7 @@ pub(super) fn forward<S: Compute>(
 ) -> Result<()> {
     let device = y.device().clone();
     let (height, width) = (shape.out_height(), shape.out_width());
-    // What is stored in fewer bits is widened on the way, padded or not.
+    // Narrow types are widened in the copy, even without padding.
     let bytes = |images: usize, rows: usize| {
         let columns = (width - 1) * shape.stride + shape.kernel;
         let padded = images * ((rows - 1) * shape.stride + shape.kernel) * columns * shape.in_channels;
@@ -86,8 +86,8 @@ pub(super) fn forward<S: Compute>(
     let args = DirectForwardArgs { x: x.address(), packed, y: y.address(), shape: shape.argument(), bands, accumulate };
     let launch = Launch::new(bands.count(shape.batch, height) as u32, 1)
         .with_shared(bytes(bands.images as usize, bands.rows as usize));
-    // SAFETY: every slice has the length that the shape implies, the workspace holds the
-    // packed weights, and the scratch memory one band.
+    // SAFETY: every slice has the length that the shape implies, the workspace has room for the packed weights, and the scratch memory
+    // for one band.
     unsafe {
         let kernel = S::choose(id::CONV_DIRECT_PACK_FORWARD);
         device.launch(kernel, packing(shape), &pack)?;
@@ -104,7 +104,7 @@ pub(super) fn input_gradient<S: Compute>(
     mut workspace: SliceMut<'_, S::Master>,
 ) -> Result<()> {
     let device = dx.device().clone();
-    // Rows and columns of a parity class, and how many more its taps see.
+    // Rows and columns of a parity class, and by how many more its taps reach.
     let (height, width) = (shape.height.div_ceil(shape.stride), shape.width.div_ceil(shape.stride));
     let reach = (shape.kernel - 1).div_ceil(shape.stride);
     let bytes = |images: usize, rows: usize| {
@@ -150,8 +150,8 @@ pub(super) fn weight_gradient<S: Compute>(
         let pixels = images * rows * width;
         (pixels * PANEL + padded.next_multiple_of(16)) * size_of::<S::Master>() + 4 * pixels
     };
-    // A band of 128 pixels, its input and one panel of its output gradient about fill the L1 cache; longer bands up to this
-    // limit repeat fewer of their neighbours' rows.
+    // A band of 128 pixels, with its input and one panel of its output gradient, about fills the L1 cache. Longer bands, up to this
+    // limit, copy fewer rows twice.
     let bands = Bands::new(shape.batch, height, width, 128, 48 << 10, bytes);
     let partial = workspace.address();
     let args = DirectWeightGradientArgs {
@@ -174,7 +174,7 @@ pub(super) fn weight_gradient<S: Compute>(
     let mut launch = Launch::new(shape.in_channels.div_ceil(slice) as u32, 1)
         .with_shared(bytes(bands.images as usize, bands.rows as usize));
     launch.grid[1] = groups as u32;
-    // SAFETY: as in `forward`; the workspace holds every group's partial sums.
+    // SAFETY: as in `forward`; the workspace has room for the partial sums of all groups.
     unsafe {
         let kernel = S::choose(id::CONV_DIRECT_WEIGHT_GRADIENT);
         device.launch(kernel, launch, &args)?;
@@ -183,7 +183,7 @@ pub(super) fn weight_gradient<S: Compute>(
     }
 }
 
-/// The launch of the CPU's kernels that rearrange weights.
+/// The launch of the kernels that rearrange weights.
 fn packing(shape: &ConvShape) -> Launch {
     Launch::new((shape.weight_len() / 16384).clamp(1, 64) as u32, 1)
 }

@@ -51,8 +51,8 @@ macro_rules! tile {
 static TILES: [TensorTile; 5] = polder_conv_tensor_tiles!(tile);
 
 impl TensorTile {
-    /// The tile for a product of `rows` times `columns`, computed `copies` times over parts of the depth, where none has been
-    /// chosen by measurement.
+    /// The tile for a product of `rows` times `columns`, computed `copies` times over parts of the depth, if no measurement has chosen
+    /// one.
     fn new(rows: usize, columns: usize, copies: usize) -> &'static Self {
         let [narrow @ .., widest] = &TILES;
         if columns > 64 && widest.count(rows, columns) * copies >= MANY_TILES {
@@ -81,7 +81,7 @@ impl TensorTile {
     }
 }
 
-/// A pass, which has its own product, and so its own best tile.
+/// A pass. Each has its own product, and so its own best tile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Pass {
     Forward,
@@ -94,7 +94,7 @@ impl Pass {
     fn product<A: Compute>(self, shape: &ConvShape) -> (usize, usize, usize) {
         match self {
             Self::Forward => (shape.batch * shape.out_height() * shape.out_width(), shape.out_channels, 1),
-            // The first parity class is the largest, and all have the same launch.
+            // All parity classes have the same launch. The first one is the largest.
             Self::InputGradient => {
                 let (height, width) = (shape.height.div_ceil(shape.stride), shape.width.div_ceil(shape.stride));
                 (shape.batch * height * width, shape.in_channels, shape.stride * shape.stride)
@@ -103,32 +103,32 @@ impl Pass {
         }
     }
 
-    /// The tiles that may be the best: not much wider than the product, and not so narrow that they read one operand over and over.
+    /// The tiles that may be the best: not much wider than the product, but not so narrow that they read one operand many times.
     fn candidates<A: Compute>(self, shape: &ConvShape) -> impl Iterator<Item = &'static TensorTile> {
         let columns = self.product::<A>(shape).1.next_power_of_two();
         TILES.iter().filter(move |tile| tile.columns <= columns.max(16) && 4 * tile.columns >= columns.min(128))
     }
 }
 
-/// The device's number, the type's name, and what is computed.
+/// The device's number, the type's name, the shape and the pass.
 type Key = (usize, &'static str, ConvShape, Pass);
 
-/// The tiles that have been chosen by measurement. A product's bits do not depend on its tile, so a choice that falls differently
-/// the next time changes no result.
+/// The tiles that were chosen by measurement. Results do not depend on the tile, so they stay the same when a later measurement chooses
+/// differently.
 static CHOSEN: LazyLock<RwLock<HashMap<Key, &'static TensorTile>>> = LazyLock::new(RwLock::default);
 
 fn choose(key: Key, tile: &'static TensorTile) {
     CHOSEN.write().unwrap_or_else(PoisonError::into_inner).insert(key, tile);
 }
 
-/// Launches that are timed together, and how often; the shortest time counts.
+/// Launches that are timed together, and the number of timings, of which the shortest counts.
 const TIMED_LAUNCHES: usize = 8;
 const TIMINGS: usize = 3;
 
-/// Chooses by measurement the tiles of the forward, and with `backward` of the gradients too, where that has not been done and there
-/// is memory for the operands.
+/// Chooses the tiles of the forward by measurement, and with `backward` those of the gradients, unless that is done already or there is
+/// not enough memory for the operands.
 pub(super) fn measure_tiles<A: Compute>(shape: &ConvShape, backward: bool, device: &Device) -> Result<()> {
-    // One at a time: two would time each other.
+    // One at a time: two would disturb each other.
     static MEASURING: Mutex<()> = Mutex::new(());
     let _alone = MEASURING.lock().unwrap_or_else(PoisonError::into_inner);
     let passes = [Pass::Forward, Pass::InputGradient, Pass::WeightGradient];
@@ -147,7 +147,7 @@ pub(super) fn measure_tiles<A: Compute>(shape: &ConvShape, backward: bool, devic
     Ok(())
 }
 
-/// Noise: on zeros a GPU would draw less power, and run faster.
+/// Random numbers: on zeros a GPU draws less power and runs faster.
 fn noise<A: Compute>(device: &Device, len: usize, seed: u64) -> Result<Buffer<A>> {
     let (mut wide, mut noise) = (device.zeros::<A::Master>(len)?, device.zeros::<A>(len)?);
     random::normal(wide.view_mut(), seed, 0)?;
@@ -155,8 +155,8 @@ fn noise<A: Compute>(device: &Device, len: usize, seed: u64) -> Result<Buffer<A>
     Ok(noise)
 }
 
-/// Times replays of a graph: the CPU may take longer to ask for a small launch than the GPU for it. What an input gradient leaves for
-/// batch norm and what finishes a weight gradient is not asked for: every tile has the same of it to do.
+/// Times replays of a graph, because the CPU may take longer to start a small kernel than the GPU to run it. Sums for batch norm and the
+/// last stage of a gradient are left out: they are the same work in every tile.
 fn fastest_tile<A: Compute>(pass: Pass, shape: &ConvShape, device: &Device) -> Result<&'static TensorTile> {
     let (mut x, mut y) = (noise::<A>(device, shape.input_len(), 1)?, noise::<A>(device, shape.output_len(), 2)?);
     let weight = noise::<A>(device, shape.weight_len(), 3)?;
@@ -189,11 +189,11 @@ fn fastest_tile<A: Compute>(pass: Pass, shape: &ConvShape, device: &Device) -> R
     Ok(fastest)
 }
 
-/// Blocks over which a weight gradient is split: two for each multiprocessor of an H100, or one where the parts' traffic would
-/// be more than half of the operands'.
+/// Blocks over which a weight gradient is split: two for each multiprocessor of an H100, or one if the parts would cause more than half of
+/// the operands' traffic.
 const WEIGHT_GRADIENT_BLOCKS: [usize; 2] = [264, 132];
 
-/// The parts in which a weight gradient is made. They depend on the shape alone, for the bits of their sum depend on them.
+/// The number of parts of a weight gradient. It depends only on the shape, because the bits of the sum depend on it.
 pub(super) fn splits<A: Compute>(shape: &ConvShape) -> usize {
     let (rows, columns) = (shape.taps() * shape.in_channels, shape.out_channels);
     let most = (shape.batch * shape.out_height() * shape.out_width()).div_ceil(WEIGHT_GRADIENT_PIXELS);
@@ -204,7 +204,7 @@ pub(super) fn splits<A: Compute>(shape: &ConvShape) -> usize {
     if 2 * parts > operands { few } else { many }
 }
 
-/// Whether rows of `channels` from `address` on consist of whole, aligned packs of `bytes`.
+/// Whether rows of `channels` elements that begin at `address` consist of whole, aligned packs of `bytes`.
 fn whole_packs<T>(channels: usize, address: u64, bytes: usize) -> u32 {
     u32::from((channels * size_of::<T>()).is_multiple_of(bytes) && address.is_multiple_of(bytes as u64))
 }
@@ -219,7 +219,7 @@ fn wide_out<T>(channels: usize, address: u64) -> u32 {
     whole_packs::<T>(channels, address, if size_of::<T>() == 2 { 16 } else { 8 })
 }
 
-/// Elements of the moments that a forward leaves: mean and squared deviations of every channel in every tile.
+/// The number of elements of the moments that a forward leaves.
 pub(super) fn moments_len(shape: &ConvShape) -> usize {
     conv_batch_norm::moments_len(shape.batch * shape.out_height() * shape.out_width(), shape.out_channels)
 }
@@ -253,12 +253,11 @@ fn forward_by<A: Compute>(
     ];
     let moments = moments.map_or(0, |mut moments| moments.address());
     let args = ConvArgs::new(shape, addresses, wide, 1, accumulate).with_moments(moments);
-    // SAFETY: every slice has the length that the shape implies, and the block and the
-    // shared memory are the tile's.
+    // SAFETY: every slice has the length that the shape implies, and the block and the shared memory are the tile's.
     unsafe { y.device().clone().launch(A::choose(tile.forward), tile.launch(rows, columns, 1), &args) }
 }
 
-/// What an input gradient leaves for batch norm; none where its results are not written in whole chunks.
+/// The room for the sums that an input gradient leaves for batch norm. `None` if its results are not written in whole chunks.
 pub(super) fn sums_room<A: Compute>(shape: &ConvShape) -> Option<SumsRoom> {
     let (rows, channels, classes) = Pass::InputGradient.product::<A>(shape);
     let column_blocks = channels.div_ceil(TILES[0].columns); // the most of them
@@ -266,7 +265,7 @@ pub(super) fn sums_room<A: Compute>(shape: &ConvShape) -> Option<SumsRoom> {
     (size_of::<A>() == 2 && channels.is_multiple_of(8)).then_some(room)
 }
 
-/// With `norm`, masked, and with the sums for batch norm: its room is [`sums_room`]'s.
+/// With the arguments `norm`, the result is masked and the sums for batch norm are left; their room is that of [`sums_room`].
 pub(super) fn input_gradient<A: Compute>(
     shape: &ConvShape,
     dy: Slice<'_, A>,
@@ -307,7 +306,7 @@ fn input_gradient_by<A: Compute>(
     unsafe { dx.device().clone().launch(A::choose(tile.input_gradient), tile.launch(rows, columns, classes), &args) }
 }
 
-/// Writes to `out` the gradients over each split's pixels, one after the other, or adds the only one: it has room for them.
+/// Writes the gradients over the pixels of each split to `out`, one after the other. With one split, it may add the gradient instead.
 pub(super) fn partial_weight_gradients<A: Compute>(
     shape: &ConvShape,
     x: Slice<'_, A>,
@@ -318,12 +317,12 @@ pub(super) fn partial_weight_gradients<A: Compute>(
     weight_gradient(shape, x, dy, out, accumulate, FinishArgs::default())
 }
 
-/// The sums of squares that a finished weight gradient leaves.
+/// The number of sums of squares that a finished weight gradient leaves.
 pub(super) fn finished_squares(shape: &ConvShape) -> usize {
     (shape.taps() * shape.in_channels).div_ceil(MOMENT_ROWS) * shape.out_channels.div_ceil(SQUARE_COLUMNS)
 }
 
-/// The same, finished where `finish` says how: of one part alone, to which nothing is added.
+/// The same. If `finish` is given, the gradient is finished: then it has one part and is not added to anything.
 pub(super) fn weight_gradient<A: Compute>(
     shape: &ConvShape,
     x: Slice<'_, A>,
@@ -354,7 +353,7 @@ fn weight_gradient_by<A: Compute>(
         wide_out::<A::Master>(columns, out_address),
     ];
     let args = WeightGradientArgs { conv: ConvArgs::new(shape, addresses, wide, splits, accumulate), finish };
-    // SAFETY: as in `forward`; `out` holds the gradients of every split, and what finishes has been checked.
+    // SAFETY: as in `forward`; `out` has room for the gradients of all splits, and `finish` has been checked.
     unsafe { x.device().launch(A::choose(tile.weight_gradient), tile.launch(rows, columns, splits), &args) }
 }
 
@@ -374,7 +373,8 @@ mod tests {
         ConvShape { batch, height, width, in_channels, out_channels, kernel, stride, padding }
     }
 
-    /// Whole chunks and elements in both operands, every tile with its tails, one split and several, all strides and paddings.
+    /// These cover whole chunks and single elements in both operands, every tile with its tails, one split and several, and all strides
+    /// and paddings.
     const SHAPES: [ConvShape; 22] = [
         shape([2, 5, 6, 3, 16], 3, 1, 1),
         shape([1, 5, 6, 1, 10], 3, 2, 1),
@@ -400,7 +400,7 @@ mod tests {
         shape([1, 6, 7, 136, 72], 3, 1, 1),
     ];
 
-    /// Cheap, and yet large enough for the widest tile and for a split weight gradient: one tap, many pixels.
+    /// Cheap shapes that are large enough for the widest tile and for a split weight gradient: one tap, many pixels.
     const WIDE_SHAPES: [ConvShape; 4] = [
         shape([13, 32, 30, 2, 72], 1, 1, 0),
         shape([13, 30, 32, 72, 2], 1, 1, 0),
@@ -408,7 +408,7 @@ mod tests {
         shape([1, 24, 25, 136, 200], 1, 1, 0),
     ];
 
-    /// The GPU's shapes on the CPU in three orders, and the GPU that `POLDER_TEST_DEVICE` names.
+    /// A CPU that emulates a GPU, in three orders, and the GPU that `POLDER_TEST_DEVICE` names.
     fn devices() -> Vec<Device> {
         let host = |threads, order| Device::host_with(HostOptions { threads, order, emulate_gpu: true });
         let mut devices =
@@ -425,7 +425,8 @@ mod tests {
         devices
     }
 
-    /// A stored type, its rounding, what of it is multiplied, and half a unit of its last place: relative, and at least absolute.
+    /// A stored type: its rounding, the part of it that is multiplied, and half a unit of its last place (relative, and the smallest
+    /// absolute one).
     trait Stored: Compute<Master = f32> + Into<f64> {
         const HALF_ULP: [f64; 2];
         fn round(value: f32) -> Self;
@@ -448,7 +449,7 @@ mod tests {
         }
     }
 
-    /// As TF32.
+    /// Multiplied as TF32.
     impl Stored for f32 {
         const HALF_ULP: [f64; 2] = [0.0; 2];
         fn round(value: f32) -> Self {
@@ -463,7 +464,7 @@ mod tests {
         random_f32(count, seed).into_iter().map(A::round).collect()
     }
 
-    /// A sum of products, that of their magnitudes, and how many there are.
+    /// A sum of products, the sum of their magnitudes, and their number.
     #[derive(Clone, Copy, Default)]
     struct Sum {
         value: f64,
@@ -508,7 +509,7 @@ mod tests {
         results
     }
 
-    /// Sums in f32, each of `terms` roundings by chance up or down, rounded once more to the type of the result.
+    /// The error of a sum in f32: `terms` roundings, up or down at random, and one more to the type of the result.
     fn check<D: Copy + Into<f64>>(what: &str, found: &[D], expected: &[Sum], start: &[f64], half_ulp: [f64; 2]) {
         assert_eq!(found.len(), expected.len(), "{what}: length");
         for (index, (&found, sum)) in found.iter().zip(expected).enumerate() {
@@ -525,14 +526,14 @@ mod tests {
         }
     }
 
-    /// A buffer of `offset` elements and then these, so that they begin at an address of our choice.
+    /// A buffer of `offset` elements followed by these, to choose their alignment.
     fn placed<T: Compute>(device: &Device, offset: usize, values: &[T]) -> Buffer<T> {
         let mut buffer = device.poisoned(offset + values.len()).unwrap();
         buffer.slice_mut(offset..offset + values.len()).unwrap().write(values).unwrap();
         buffer
     }
 
-    /// The bytes that a pass leaves where it writes, over NaN, and where it adds to `start`; nothing lies before or after.
+    /// The results of a pass that writes over NaN, and of one that adds to `start`. Asserts that nothing before or after is written.
     fn both<T: Compute>(
         device: &Device,
         offset: usize,
@@ -554,7 +555,7 @@ mod tests {
         })
     }
 
-    /// The moments of every channel in every tile, against those of the numbers as they are stored, in double.
+    /// Compares the moments of every channel in every tile with those of the stored numbers, in double.
     fn check_moments<A: Stored>(shape: &ConvShape, y: &[A], moments: &[f32]) {
         let (rows, channels) = (y.len() / shape.out_channels, shape.out_channels);
         let tiles = rows.div_ceil(MOMENT_ROWS);
@@ -566,7 +567,7 @@ mod tests {
             let m2: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
             let at = (channel * tiles + tile) * 2;
             let [found_mean, found_m2] = [moments[at], moments[at + 1]].map(f64::from);
-            // Trees of at most 128 additions in f32, and in the second the rounded mean, squared.
+            // The errors of trees of at most 128 additions in f32. The second also has the error of the mean, squared.
             let eps = f64::from(f32::EPSILON);
             let what = format!("{shape:?}, channel {channel}, tile {tile}");
             assert!(
@@ -578,8 +579,8 @@ mod tests {
         }
     }
 
-    /// All passes on every device, at `offset` elements from an aligned address: near the definition, and the same bits in
-    /// every schedule.
+    /// Checks all passes on every device, at `offset` elements from an aligned address: they are close to the definition and have the
+    /// same bits in every order of blocks.
     fn check_shape<A: Stored>(shape: &ConvShape, seed: u64, offset: usize) {
         let numbers = |count, which| random::<A>(count, 16 * seed + which);
         let (x, weight) = (numbers(shape.input_len(), 0), numbers(shape.weight_len(), 1));
@@ -631,7 +632,10 @@ mod tests {
                     .chain(bytemuck::cast_slice(&moments))
                     .copied()
                     .collect();
-                assert!(bits.get_or_insert_with(|| all.clone()) == &all, "{shape:?}: the schedule changes the bits");
+                assert!(
+                    bits.get_or_insert_with(|| all.clone()) == &all,
+                    "{shape:?}: the order of blocks changes the bits"
+                );
             }
         }
     }
@@ -660,7 +664,7 @@ mod tests {
         }
     }
 
-    /// Whole chunks of channels at addresses that do not allow 16-byte copies.
+    /// The channels are whole chunks, but the addresses do not allow 16-byte copies.
     #[test]
     fn operands_may_begin_anywhere() {
         for (number, shape) in [shape([2, 5, 6, 8, 16], 3, 1, 1), shape([2, 8, 7, 40, 24], 3, 2, 1)].iter().enumerate()
@@ -672,8 +676,8 @@ mod tests {
         }
     }
 
-    /// All that the passes leave: y, its tiles' moments, dx, and as dz with the sums for batch norm, the parts of dw, and where there
-    /// is one alone its squares.
+    /// All results of the passes: y, the moments of its tiles, dx, dz with the sums for batch norm, the parts of dw, and the sums of
+    /// squares if there is only one part.
     fn everything<A: Stored>(shape: &ConvShape, device: &Device) -> Vec<u8> {
         let upload = |len, seed| device.upload(&random::<A>(len, seed)).unwrap();
         let x = upload(shape.input_len(), 500);
@@ -733,7 +737,7 @@ mod tests {
             shape([2, 6, 5, 3, 10], 3, 1, 1),
             shape([1, 5, 7, 24, 200], 3, 1, 1),
         ];
-        // Schedules are another test's.
+        // Another test covers the orders of blocks.
         for device in devices().into_iter().filter(|device| !device.is_host()).chain(devices().into_iter().take(1)) {
             for shape in &shapes {
                 let expected = everything::<A>(shape, &device);
@@ -748,7 +752,7 @@ mod tests {
                 if shape != &shapes[0] {
                     continue;
                 }
-                // And by measurement, which leaves a candidate of each pass.
+                // The measurement too chooses a candidate of each pass.
                 measure_tiles::<A>(shape, true, &device).unwrap();
                 for pass in [Pass::Forward, Pass::InputGradient, Pass::WeightGradient] {
                     let tile = TensorTile::of::<A>(pass, shape, &device);
@@ -762,7 +766,7 @@ mod tests {
         }
     }
 
-    /// Tiles can be chosen by their speed, because results do not depend on them.
+    /// Tiles may be chosen by their speed, because results do not depend on them.
     #[test]
     fn no_tile_changes_a_bit() {
         check_tiles::<f16>();
@@ -776,7 +780,7 @@ mod tests {
     fn the_shapes_reach_every_tile_and_several_splits() {
         let all = || SHAPES.iter().chain(&WIDE_SHAPES);
         let device = Device::host();
-        // The rule never takes the second of two tiles with equally many columns: that is reached by the test above.
+        // The rule never chooses the second of two tiles with equally many columns. The test above covers it.
         let ruled = TILES.iter().filter(|tile| tile.threads == 128);
         for tile in ruled {
             let is = |found: &TensorTile| std::ptr::eq(found, tile);

@@ -1,4 +1,4 @@
-//! Convolution on the GPU's launch shapes: `kernels/conv.cu`, tiled matrix products by 256 threads per block.
+//! Convolution in f32 on a GPU: `kernels/conv.cu`, tiled matrix products.
 
 use super::ConvShape;
 use crate::device::arguments::ConvArgs;
@@ -6,14 +6,14 @@ use crate::device::constants::{BLOCK_THREADS, CONV_LINE_PADDING, polder_conv_til
 use crate::device::{Compute, ComputeKernels, Kernel, Launch, Result, Slice, SliceMut};
 
 impl ConvArgs {
-    /// For operands and result (left, right, out) at these addresses, and whether packs of each are whole and aligned.
+    /// Arguments for operands and a result (left, right, out) at these addresses. `wide`: whether packs of each are whole and aligned.
     pub fn new(shape: &ConvShape, addresses: [u64; 3], wide: [u32; 3], splits: usize, accumulate: bool) -> Self {
         let ([left, right, out], [wide_left, wide_right, wide_out]) = (addresses, wide);
         let (shape, splits, accumulate) = (shape.argument(), splits as i32, accumulate.into());
         Self { left, right, out, shape, splits, accumulate, wide_left, wide_right, wide_out, moments: 0 }
     }
 
-    /// The same for a forward that leaves its tiles' moments there; 0 for none.
+    /// The same for a forward that leaves the moments of its tiles at this address; 0 for none.
     pub fn with_moments(self, moments: u64) -> Self {
         Self { moments, ..self }
     }
@@ -54,10 +54,10 @@ macro_rules! tile {
 /// From the narrowest to the widest.
 static TILES: [ConvTile; 4] = polder_conv_tiles!(tile);
 
-/// The widest tile is taken from this many of them on: with fewer, narrower ones keep more multiprocessors busy.
+/// The widest tile is used if there are at least so many of them. Otherwise narrower ones keep more multiprocessors busy.
 pub(super) const MANY_TILES: usize = 96;
 
-/// Blocks over which a weight gradient is split, and the fewest pixels worth a block of their own.
+/// The number of blocks over which a weight gradient is split, and the minimum of pixels per block.
 const WEIGHT_GRADIENT_BLOCKS: usize = 512;
 pub(super) const WEIGHT_GRADIENT_PIXELS: usize = 128;
 
@@ -86,7 +86,7 @@ impl ConvTile {
     }
 }
 
-/// The kernel for a type as wide as its master: the others have tensor cores.
+/// The kernel for a type without tensor cores, which is as wide as its master.
 fn full_precision<S: Compute>([f32, f64]: [Kernel<ConvArgs>; 2]) -> Kernel<ConvArgs> {
     S::choose(ComputeKernels { f32, f64, f16: f32, bf16: f32 })
 }
@@ -99,12 +99,12 @@ fn weight_gradient_tile(shape: &ConvShape) -> (&'static ConvTile, usize) {
     (tile, WEIGHT_GRADIENT_BLOCKS.div_ceil(tile.count(rows, columns)).min(most))
 }
 
-/// The parts in which a weight gradient is made.
+/// The number of parts of a weight gradient.
 pub(super) fn splits(shape: &ConvShape) -> usize {
     weight_gradient_tile(shape).1
 }
 
-/// Whether rows of `channels` from `address` on consist of whole, aligned packs of four.
+/// Whether rows of `channels` elements that begin at `address` consist of whole, aligned packs of four.
 fn wide<T>(channels: usize, address: u64) -> u32 {
     u32::from(channels.is_multiple_of(4) && address.is_multiple_of(4 * size_of::<T>() as u64))
 }
@@ -126,8 +126,7 @@ pub(super) fn forward<S: Compute>(
     ];
     let args = ConvArgs::new(shape, addresses, wide, 1, accumulate);
     let kernel = full_precision::<S>(tile.forward);
-    // SAFETY: every slice has the length that the shape implies, and the shared memory is
-    // the tile's.
+    // SAFETY: every slice has the length that the shape implies, and the shared memory is the tile's.
     unsafe { y.device().clone().launch(kernel, tile.launch::<S>(rows, columns, 1), &args) }
 }
 
@@ -138,7 +137,7 @@ pub(super) fn input_gradient<S: Compute>(
     mut dx: SliceMut<'_, S>,
     accumulate: bool,
 ) -> Result<()> {
-    // The first parity class is the largest, and all have the same launch.
+    // All parity classes have the same launch. The first one is the largest.
     let (class_height, class_width) = (shape.height.div_ceil(shape.stride), shape.width.div_ceil(shape.stride));
     let (rows, columns) = (shape.batch * class_height * class_width, shape.in_channels);
     let classes = shape.stride * shape.stride;
@@ -155,7 +154,7 @@ pub(super) fn input_gradient<S: Compute>(
     unsafe { dx.device().clone().launch(kernel, tile.launch::<S>(rows, columns, classes), &args) }
 }
 
-/// Writes to `out` the gradients over each split's pixels, one after the other, or adds the only one: it has room for them.
+/// Writes the gradients over the pixels of each split to `out`, one after the other. With one split, it may add the gradient instead.
 pub(super) fn partial_weight_gradients<S: Compute>(
     shape: &ConvShape,
     x: Slice<'_, S>,
@@ -171,6 +170,6 @@ pub(super) fn partial_weight_gradients<S: Compute>(
         [wide::<S>(shape.in_channels, x.address()), wide::<S>(columns, dy.address()), wide::<S>(columns, out_address)];
     let args = ConvArgs::new(shape, addresses, wide, splits, accumulate);
     let kernel = full_precision::<S>(tile.weight_gradient);
-    // SAFETY: as in `forward`; `out` holds the gradients of every split.
+    // SAFETY: as in `forward`; `out` has room for the gradients of all splits.
     unsafe { x.device().launch(kernel, tile.launch::<S>(rows, columns, splits), &args) }
 }
