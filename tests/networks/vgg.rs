@@ -1,5 +1,7 @@
 //! VGG-11 with batch norm against float64 PyTorch: logits, loss, gradient and a product with the Hessian.
 
+use approx::abs_diff_eq;
+
 use crate::common::fixtures::{Pool, hash_uniform, hash_weights, number, read_json};
 use crate::common::{fast_devices, to_f64, upload};
 use polder::arena::Layout;
@@ -50,7 +52,7 @@ fn check<T: Scalar>(device: &Device, tolerance: f64) {
     plan.gradient(weights.view(), RunningStats::Keep, result.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
     let what = format!("{} on {}", T::NAME, device.name());
     let loss = loss.to_vec().unwrap()[0];
-    assert!((loss - number(&case["loss"])).abs() < tolerance * loss, "{what}: loss {loss}");
+    assert!(abs_diff_eq!(loss, number(&case["loss"]), epsilon = tolerance * loss), "{what}: loss {loss}");
     let expected: Vec<f64> =
         case["logits"].as_array().unwrap().iter().flat_map(|row| row.as_array().unwrap()).map(number).collect();
     let found = to_f64(&plan.logits().unwrap().to_vec().unwrap());
