@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use commands::{curvature, devices, eval, flags, landscape, report, tell, train};
 
-/// Sharpness-aware training on hand-written kernels: small ResNets, on the CPU or on a GPU.
+/// Sharpness-aware training on hand-written kernels, on the CPU or on a GPU.
 #[derive(Parser)]
 #[command(version, arg_required_else_help = true)]
 struct Cli {
@@ -44,7 +44,7 @@ fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            // Help and version are printed in full; of a mistake, clap's first paragraph is the line that says it.
+            // Help and version are printed in full. Of an error, clap's first paragraph is printed as one line.
             if error.use_stderr() && error.kind() != clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
                 let text = error.render().to_string();
                 let message: Vec<&str> =

@@ -295,7 +295,7 @@ fn a_run_goes_on_only_as_it_was_begun() {
     *bad.last_mut().unwrap() ^= 1;
     std::fs::write(&checkpoint, &bad).unwrap();
     let message = mistake(&resume(&[]));
-    assert!(message.contains("state.safetensors: damaged: its checksum"), "{message}");
+    assert!(message.contains("state.safetensors: damaged: checksum mismatch"), "{message}");
     std::fs::remove_file(&checkpoint).unwrap();
     let message = mistake(&resume(&[]));
     assert!(message.contains("state.safetensors: is missing"), "{message}");
@@ -772,7 +772,7 @@ fn a_landscape_is_mapped_drawn_and_continued() {
         assert!(picture.ends_with(name) && bytes.starts_with(signature), "{picture}");
     }
 
-    // Cut off in the middle of a line: the same command goes on, to the same end.
+    // Cut off in the middle of a line: the same command continues, to the same end.
     std::fs::write(out.join("landscape.csv"), &csv[..csv.len() / 2]).unwrap();
     map(&["--run", run, "--points", "3"]);
     assert_eq!(std::fs::read_to_string(out.join("landscape.csv")).unwrap(), csv);
@@ -861,7 +861,7 @@ fn a_landscape_is_mapped_drawn_and_continued() {
         (&["--run", run, "--dimensions", "3"], &["--dimensions", "3"]),
         (&["--run", run, "--samples", "97"], &["--samples", "97"]),
         (&["--run", "no/such/run"], &["no/such/run", "not a run folder"]),
-        (&["--run", run, "--model", "resnet20", "--out", eigen], &["eigen", "choose another --out"]),
+        (&["--run", run, "--model", "resnet20", "--out", eigen], &["eigen", "use another folder"]),
         (&["--run", run, "--model", "resnet20", "--out", fresh], &["model.safetensors", "missing"]),
         (&["--run", run, "--out", blocked.to_str().unwrap()], &["blocked"]),
         (&["--run", run, "--to", to, "--directions", "random"], &["--to", "--directions"]),
@@ -896,7 +896,7 @@ fn an_interrupted_landscape_keeps_its_points() {
     assert!(Command::new("kill").args(["-INT", &id]).status().unwrap().success());
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(130), "{}", text(&output.stderr));
-    assert!(text(&output.stderr).contains("the same command goes on"), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("the same command continues"), "{}", text(&output.stderr));
     let kept = std::fs::read_to_string(&csv).unwrap();
     assert!(kept.ends_with('\n') && (4..3601).contains(&kept.lines().count()), "{}", kept.lines().count());
     let output = polder(&arguments);
@@ -947,7 +947,7 @@ fn findings_are_written_to_files() {
     assert!(message.contains("blocked"), "{message}");
     // What cannot be measured does not take the rest with it; what all of it meets is the fault of the weights.
     let again = mistake(&[&common[..], &["--out", out.to_str().unwrap()]].concat());
-    assert!(again.contains("found: holds measurements already"), "{again}");
+    assert!(again.contains("found: already holds measurements"), "{again}");
     let wild = ["--measure", "grad-norm,sharpness", "--rho", "1e30"];
     let rest = json(&polder(&[&common[..], &wild, &["--json"]].concat()));
     assert!(rest["measures"]["grad-norm"]["value"].as_f64().unwrap() > 0.0, "{rest}");

@@ -235,7 +235,7 @@ fn the_report_says_whether_curvature_falls_in_the_order_of_the_groups() {
     assert!(!html.contains("other weights by now"), "{html}");
     std::fs::write(d.join("model.safetensors"), "trained on").unwrap();
     let (html, found) = page(std::slice::from_ref(&d));
-    assert!(html.contains("left out because the run has other weights by now: curvature.json."), "{html}");
+    assert!(html.contains("left out because the weights of the run have changed: curvature.json."), "{html}");
     assert!(found.groups[0].curvature.values().any(|of| of["mean"] == 7.0), "{:?}", found.groups);
 }
 

@@ -27,10 +27,10 @@ pub struct CurvatureArgs {
     samples: Option<usize>,
     #[command(flatten)]
     settings: CurvatureFlags,
-    /// What batch norm normalises with
+    /// Statistics that batch norm uses
     #[arg(long, value_enum, value_name = "MODE", default_value = "eval")]
     bn: BatchNormName,
-    /// Write curvature.json, curvature.csv and, with a spectrum, spectrum.csv and pictures of it to this folder, in place of earlier ones
+    /// Write curvature.json, curvature.csv and, with a spectrum, spectrum.csv and pictures of it to this folder
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
@@ -44,11 +44,11 @@ pub fn run(args: &CurvatureArgs) -> Result<(), TrainError> {
     let split = args.split.split();
     let subject = args.model.open(split, args.samples.map_or(Samples::Usual, Samples::First))?;
     let batch_size = args.model.batch_size.min(subject.images.len());
-    // A folder that cannot be written to is told before the work, and so is one whose measurements would be lost.
+    // A folder that cannot be written to, or that already holds measurements, is an error before the work.
     if let Some(out) = &args.out {
         make_folder(out)?;
         if out.join("curvature.json").exists() {
-            let reason = "holds measurements already (curvature.json); choose another --out".into();
+            let reason = "already holds measurements (curvature.json); use another folder".into();
             return Err(TrainError::Results { path: out.clone(), reason });
         }
     }
@@ -67,7 +67,7 @@ pub fn run(args: &CurvatureArgs) -> Result<(), TrainError> {
     let found = meter.measure(parameters.view(), statistics.view(), &settings, &mut progress);
     drop(bar);
     let found = found?;
-    // Where everything failed, nothing is written.
+    // Nothing is written if every measure failed.
     if !found.list.is_empty() && found.list.iter().all(|(_, finding)| matches!(finding, Finding::NotFinite)) {
         return Err(subject.weights_error(Finding::NOT_FINITE.into()));
     }
@@ -115,7 +115,7 @@ pub fn run(args: &CurvatureArgs) -> Result<(), TrainError> {
     Ok(())
 }
 
-/// A line for each number.
+/// A CSV table with a line for each number.
 fn table(found: &Findings) -> String {
     let mut text = "measure,of,value,error\n".to_string();
     for (measure, finding) in &found.list {
@@ -127,7 +127,7 @@ fn table(found: &Findings) -> String {
     text
 }
 
-/// A finding for people, in a line or several.
+/// A finding as text, in one line or several.
 fn words(finding: &Finding, settings: &CurvatureSettings) -> String {
     let CurvatureSettings { probes, steps: most, .. } = settings;
     match finding {
@@ -174,7 +174,7 @@ fn with_error(Estimate { value, standard_error, .. }: &Estimate) -> String {
     }
 }
 
-/// Four digits or more, whatever the size.
+/// At least four significant digits.
 fn digits(value: f64) -> String {
     if value == 0.0 || (1e-2..1e6).contains(&value.abs()) { format!("{value:.4}") } else { format!("{value:.4e}") }
 }

@@ -1,4 +1,4 @@
-//! `polder devices`: what this program can compute on.
+//! `polder devices`: the devices that this program can use.
 
 use polder::device;
 use polder::train::TrainError;

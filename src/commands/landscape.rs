@@ -22,9 +22,9 @@ use super::{Bar, make_folder, option, print, stop_on_signals, tell, write_npy};
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 enum DirectionsName {
-    /// Filter-normalised
+    /// Random, filter-normalised
     Random,
-    /// Of the Hessian's largest eigenvalues
+    /// Eigenvectors of the Hessian's largest eigenvalues
     Eigenvectors,
 }
 
@@ -32,8 +32,8 @@ enum DirectionsName {
 pub struct LandscapeArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// Where the landscape is kept: pictures, npy, csv; the same command goes on with one that was interrupted [default:
-    /// landscape in the folder of --run]
+    /// Folder for the landscape: pictures, npy, csv. The same command continues an interrupted one [default: landscape
+    /// in the folder of --run]
     #[arg(long, value_name = "DIR", required_unless_present = "run")]
     out: Option<PathBuf>,
     /// Which images
@@ -45,10 +45,10 @@ pub struct LandscapeArgs {
     /// 1 for a line, 2 for a plane [default: 2; the number of --to]
     #[arg(long, value_name = "D", value_parser = clap::value_parser!(u8).range(1..=2))]
     dimensions: Option<u8>,
-    /// Which way the axes lead
+    /// Directions of the axes
     #[arg(long, value_enum, value_name = "KIND", default_value = "random")]
     directions: DirectionsName,
-    /// The first axis leads from the weights, at 0, to these, at 1; given twice, the second likewise
+    /// The first axis runs from the weights, at 0, to these, at 1; given twice, the second axis likewise
     #[arg(long, value_name = "FILE.safetensors", conflicts_with_all = ["directions", "dimensions"])]
     to: Vec<PathBuf>,
     /// Points along each axis
@@ -60,7 +60,7 @@ pub struct LandscapeArgs {
     /// Seed of random directions
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// What batch norm normalises with
+    /// Statistics that batch norm uses
     #[arg(long, value_enum, value_name = "MODE", default_value = "eval")]
     bn: BatchNormName,
 }
@@ -131,7 +131,7 @@ pub fn run(args: &LandscapeArgs) -> Result<ExitCode, TrainError> {
     let mut heights = Heights::open(&out, &landscape)?;
     let earlier = heights.list().len();
     if earlier > 0 && !args.model.json {
-        print(&format!("{}: going on from {earlier} of {} points", out.display(), landscape.len()))?;
+        print(&format!("{}: continuing from {earlier} of {} points", out.display(), landscape.len()))?;
     }
     let stop = Arc::new(AtomicBool::new(false));
     stop_on_signals(&stop, "point", None);
@@ -144,14 +144,15 @@ pub fn run(args: &LandscapeArgs) -> Result<ExitCode, TrainError> {
     drop(bar);
     if heights.list().len() < landscape.len() {
         let done = heights.list().len();
-        tell(&format!("interrupted after {done} of {} points; the same command goes on from there", landscape.len()));
+        tell(&format!("interrupted after {done} of {} points; the same command continues from there", landscape.len()));
         return Ok(ExitCode::from(130));
     }
     tell_result(args, &out, &landscape, &heights)?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// All that the values depend on; files by what they hold, so that a run and its landscape can be moved.
+/// Everything that the values depend on. Files are identified by their contents, so that a run and its landscape can
+/// be moved.
 fn settings(
     args: &LandscapeArgs,
     subject: &Subject,
@@ -189,7 +190,7 @@ fn settings(
     Ok(settings.into_iter().map(|(key, value)| (key.to_string(), value)).collect())
 }
 
-/// The directions that the options ask for, and what they are.
+/// The directions that the options request, and a title.
 fn directions(
     args: &LandscapeArgs,
     subject: &Subject,
@@ -229,7 +230,7 @@ fn directions(
         other => other,
     })?;
     if pairs.len() < dimensions {
-        let reason = format!("the Hessian has only {} eigenvectors that could be told apart", pairs.len());
+        let reason = format!("only {} distinct eigenvectors of the Hessian were found", pairs.len());
         return Err(subject.weights_error(reason));
     }
     let found = pairs.into_iter().enumerate().map(|(axis, pair)| Direction {
@@ -239,13 +240,13 @@ fn directions(
     Ok(("Loss along eigenvectors of the Hessian".into(), found.collect()))
 }
 
-/// A file by its folder and name, which tell one run from another.
+/// A path shortened to folder and name, which distinguish runs.
 fn short(path: &Path) -> String {
     let parts: Vec<_> = path.iter().rev().take(2).collect();
     parts.into_iter().rev().collect::<PathBuf>().display().to_string()
 }
 
-/// Writes the arrays and the pictures, and says what was found.
+/// Writes the arrays and the pictures, and prints the result.
 fn tell_result(args: &LandscapeArgs, out: &Path, landscape: &Landscape, heights: &Heights) -> Result<(), TrainError> {
     let shape: Vec<u64> = landscape.axes.iter().rev().map(|axis| axis.values.len() as u64).collect();
     let column = |of: fn(&polder::train::landscape::Height) -> f64| heights.list().iter().map(of).collect::<Vec<f64>>();

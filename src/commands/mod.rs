@@ -1,4 +1,4 @@
-//! The commands, and what they share: how they print, and how they show that they go on.
+//! The commands, and what they share: printing, progress bars, signals.
 
 pub mod curvature;
 pub mod devices;
@@ -28,10 +28,10 @@ fn option(name: &str, reason: impl ToString) -> TrainError {
     TrainError::setting(name, reason.to_string())
 }
 
-/// Prints to standard output; a reader that has gone away is no error of ours.
+/// Prints to standard output. A closed pipe is not an error.
 ///
 /// # Errors
-/// Any other reason why the text was lost.
+/// Any other reason why the text could not be written.
 fn print(text: &str) -> Result<(), TrainError> {
     match writeln!(std::io::stdout(), "{text}") {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(TrainError::Output(error)),
@@ -39,12 +39,12 @@ fn print(text: &str) -> Result<(), TrainError> {
     }
 }
 
-/// Says something on standard error; where nobody can hear it, nothing else is to be done.
+/// Prints to standard error. A failure to print is ignored.
 pub fn tell(text: &str) {
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
-/// On a terminal, how far a work of several parts is.
+/// A progress bar on a terminal, for work of several parts.
 struct Bar(Option<ProgressBar>);
 
 impl Bar {
@@ -75,16 +75,16 @@ impl Drop for Bar {
     }
 }
 
-/// Ends a work after its step (by this name) at the first SIGINT, SIGTERM or SIGHUP, and the program at the second. A signal that
-/// the program was started to ignore (by `nohup`, say) stays ignored.
+/// Stops the work after its current step (called `step`) at the first SIGINT, SIGTERM or SIGHUP, and the program at
+/// the second. A signal that was ignored when the program started (by `nohup`, say) stays ignored.
 fn stop_on_signals(stop: &Arc<AtomicBool>, step: &'static str, bar: Option<ProgressBar>) {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-    // Linux tells which; elsewhere none is taken to be ignored.
+    // Linux says which signals are ignored. Elsewhere none is assumed to be.
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let ignored = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
     let heard = [SIGHUP, SIGINT, SIGTERM].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0);
-    // Without a handler a signal would end the program unsaved: go on anyway.
+    // Without a handler a signal ends the program unsaved, but the work can go on.
     let Ok(mut signals) = signal_hook::iterator::Signals::new(heard) else { return };
     let asked = stop.clone();
     std::thread::spawn(move || {
@@ -92,7 +92,7 @@ fn stop_on_signals(stop: &Arc<AtomicBool>, step: &'static str, bar: Option<Progr
             if asked.swap(true, Ordering::SeqCst) {
                 std::process::exit(130);
             }
-            let text = format!("stopping after this {step}; once more to stop at once");
+            let text = format!("stopping after this {step}; send the signal again to stop at once");
             match &bar {
                 Some(bar) => bar.println(text),
                 None => tell(&text),
@@ -101,7 +101,7 @@ fn stop_on_signals(stop: &Arc<AtomicBool>, step: &'static str, bar: Option<Progr
     });
 }
 
-/// Makes a folder for results, and sees whether a file can be written there.
+/// Creates a folder for results, and checks that a file can be written there.
 ///
 /// # Errors
 /// Those of the folder.

@@ -1,4 +1,4 @@
-//! The options that eval, curvature and landscape share: trained weights, and the images to look at them with.
+//! The options that eval, curvature and landscape share: trained weights, and images to evaluate them on.
 
 use std::path::{Path, PathBuf};
 
@@ -69,7 +69,7 @@ pub struct ModelArgs {
     /// Standard deviation of pixel/255 per channel [default: the data set's published values]
     #[arg(long, value_name = "A,B,C", value_delimiter = ',', allow_hyphen_values = true)]
     std: Option<Vec<f32>>,
-    /// Images at a time
+    /// Images per pass
     #[arg(long, value_name = "N", default_value_t = 200)]
     pub batch_size: usize,
     /// auto, cpu or cuda:N
@@ -91,7 +91,7 @@ pub enum Samples {
     All,
 }
 
-/// What [`ModelArgs`] name, opened.
+/// Everything that [`ModelArgs`] name, opened.
 pub struct Subject {
     model: Model,
     /// The model's name and its shortcut, as given.
@@ -108,7 +108,7 @@ pub struct Subject {
 }
 
 impl ModelArgs {
-    /// Opens what is named. Of a run's training images, those that it was trained on, with its labels.
+    /// Opens everything. For the training images of a run, only those that it was trained on, with its labels.
     pub fn open(&self, split: Split, samples: Samples) -> Result<Subject, TrainError> {
         let run = match &self.run {
             None => None,
@@ -174,7 +174,7 @@ impl Subject {
         TrainError::Weights { path: self.init.clone(), reason: message }
     }
 
-    /// Parameters and running statistics in a file, for a plan of the model.
+    /// Loads parameters and running statistics from a file, for a plan of the model.
     pub fn load(&self, file: &Path, plan: &Plan<f32>) -> Result<[Buffer<f32>; 2], TrainError> {
         let [parameters, statistics] = weights::load(file, [plan.parameters(), plan.statistics_layout()])?;
         Ok([self.device.upload(&parameters)?, self.device.upload(&statistics)?])

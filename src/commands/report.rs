@@ -9,10 +9,11 @@ use super::{option, print, tell};
 
 #[derive(clap::Args)]
 pub struct ReportArgs {
-    /// Folders that `polder train --out` wrote, with curvature.json and folders landscape… in them. Other paths are skipped
+    /// Folders that `polder train --out` wrote, with curvature.json and folders landscape… in them. Other paths are
+    /// skipped
     #[arg(value_name = "RUN", required = true)]
     runs: Vec<PathBuf>,
-    /// The page [default: report.html, of one run in its folder]
+    /// The page [default: report.html; of a single run, in its folder]
     #[arg(long, value_name = "FILE.html")]
     out: Option<PathBuf>,
     /// Also write each run's log for TensorBoard, to tensorboard/ in its folder

@@ -1,4 +1,4 @@
-//! `polder train`: settings from flags and files, what a person sees meanwhile, and how a run ends early.
+//! `polder train`: settings from flags and files, progress, and how a run ends early.
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -111,10 +111,10 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, TrainError> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What a person sees while training goes on: a bar on a terminal, plain lines otherwise.
+/// Progress of training: a bar on a terminal, plain lines otherwise.
 struct Display {
     bar: Option<ProgressBar>,
-    /// Whether standard output belongs to the JSON object.
+    /// Whether standard output is reserved for the JSON object.
     json: bool,
 }
 
@@ -122,7 +122,7 @@ impl Display {
     fn new(json: bool) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::new(0);
-            // The message is cut where the line ends, so that the bar never takes two.
+            // The message is cut at the end of the line, so that the bar never takes two.
             let template = "{bar:12} {pos}/{len}, {eta} left  {wide_msg}";
             bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar
@@ -134,7 +134,7 @@ impl Display {
         match &self.bar {
             Some(bar) => bar.println(text),
             None if self.json => tell(text),
-            // What cannot be printed at the end either is told there.
+            // A failure to print is reported at the end, by the last line.
             None => drop(print(text)),
         }
     }
@@ -150,7 +150,7 @@ impl Display {
                 if done > 0 && done < all {
                     self.line(&format!("resuming at step {done} of {all} (epoch {} on)", done / steps_per_epoch + 1));
                 } else if done > 0 {
-                    self.line(&format!("already at step {done}: nothing left of {all} to train"));
+                    self.line(&format!("already at step {done} of {all}: nothing left to train"));
                 }
                 if let Some(bar) = &self.bar {
                     bar.set_length(all);
@@ -162,7 +162,9 @@ impl Display {
                 if let Some(bar) = &self.bar {
                     bar.set_position(step);
                     let percent = 100.0 * accuracy;
-                    bar.set_message(format!("loss {loss:.3}, {percent:.1} % right, {images_per_second:.0} images/s"));
+                    bar.set_message(format!(
+                        "loss {loss:.3}, accuracy {percent:.1} %, {images_per_second:.0} images/s"
+                    ));
                 }
             }
             Progress::Testing => {

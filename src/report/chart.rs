@@ -2,9 +2,9 @@
 
 use super::drawing::{Anchor, Drawing, Ink, Shape};
 
-/// How large the labels of ticks and of axes are.
+/// Font size of the labels of ticks and axes.
 pub(super) const SMALL: f64 = 11.0;
-/// How dark the labels of ticks are.
+/// Ink of the labels of ticks.
 pub(super) const FAINT: Ink = Ink::Text(0.72);
 const RULE: Ink = Ink::Text(0.45);
 const GRID: Ink = Ink::Text(0.11);
@@ -12,27 +12,28 @@ const GRID: Ink = Ink::Text(0.11);
 /// Values over more than this ratio are drawn on a logarithmic scale.
 pub(super) const LOGARITHMIC_FROM: f64 = 30.0;
 
-/// A range of values and what they are.
+/// An axis: a range of values and its name.
 #[derive(Debug, Clone)]
 pub(super) struct Axis {
     pub label: String,
     pub low: f64,
     pub high: f64,
     pub logarithmic: bool,
-    /// Whether only whole numbers have a meaning.
+    /// Whether only whole numbers are meaningful.
     pub whole: bool,
 }
 
 impl Axis {
-    /// From `low` to `high` and no further.
+    /// An axis from exactly `low` to `high`.
     pub fn exact(label: &str, low: f64, high: f64, logarithmic: bool) -> Self {
-        // Values that differ by rounding only are one value.
+        // Values that differ only by rounding count as one value.
         let apart = high - low > 1e-9 * low.abs().max(high.abs());
         let (low, high) = if apart { (low, high) } else { around(low) };
         Self { label: label.into(), low, high, logarithmic: logarithmic && low > 0.0, whole: false }
     }
 
-    /// With room for the finite ones of these values; logarithmic where they are positive and far apart. None where there is none.
+    /// An axis with room for the finite values; logarithmic if they are positive and far apart. None if no value is
+    /// finite.
     pub fn fitting(label: &str, values: impl Iterator<Item = f64>) -> Option<Self> {
         let (low, high) = range(values)?;
         if low > 0.0 && high / low >= LOGARITHMIC_FROM {
@@ -43,12 +44,12 @@ impl Axis {
             return Some(Self::exact(label, low, low, false));
         }
         let margin = 0.05 * (high - low);
-        // What cannot be negative keeps its floor.
+        // An axis of values that cannot be negative does not go below zero.
         let floor = if low >= 0.0 { 0.0 } else { f64::NEG_INFINITY };
         Some(Self::exact(label, (low - margin).max(floor), high + margin, false))
     }
 
-    /// From 0 to 1 along the axis; not a number for what has no place on it.
+    /// The place of a value, from 0 to 1 along the axis; NaN for a value that has none.
     pub fn place(&self, value: f64) -> f64 {
         let Self { low, high, .. } = *self;
         let share = if self.logarithmic {
@@ -60,10 +61,10 @@ impl Axis {
         if share.is_finite() { share } else { f64::NAN }
     }
 
-    /// Values at which to say where one is, with their names.
+    /// Tick values with their labels.
     pub fn ticks(&self, most: usize) -> Vec<(f64, String)> {
         let values = if self.logarithmic { log_steps(self.low, self.high, most) } else { Vec::new() };
-        // Within less than a decade there may be no round number of that kind.
+        // A range of less than a decade may contain no round number of that kind.
         let mut values = if values.len() < 2 { linear_steps(self.low, self.high, most) } else { values };
         values.retain(|value| !self.whole || (value - value.round()).abs() < 1e-6);
         let step = values.windows(2).map(|pair| pair[1] - pair[0]).fold(f64::INFINITY, f64::min);
@@ -71,7 +72,7 @@ impl Axis {
     }
 }
 
-/// Room about a single value.
+/// The range around a single value.
 fn around(value: f64) -> (f64, f64) {
     let value = if value.is_finite() { value } else { 0.0 };
     let margin = if value == 0.0 { 1.0 } else { 0.1 * value.abs() };
@@ -86,7 +87,7 @@ pub(super) fn range(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
     })
 }
 
-/// Multiples of 1, 2 or 5 times a power of ten from `low` to `high`, at most so many.
+/// Multiples of 1, 2 or 5 times a power of ten from `low` to `high`, at most `most` of them.
 pub(super) fn linear_steps(low: f64, high: f64, most: usize) -> Vec<f64> {
     let span = high - low;
     if !span.is_finite() || span <= 0.0 {
@@ -103,7 +104,7 @@ pub(super) fn linear_steps(low: f64, high: f64, most: usize) -> Vec<f64> {
     Vec::new()
 }
 
-/// Powers of ten from `low` to `high`, or with twice and five times them where there is room.
+/// Powers of ten from `low` to `high`, and twice and five times them if there is room.
 pub(super) fn log_steps(low: f64, high: f64, most: usize) -> Vec<f64> {
     let (first, last) = (low.log10().floor() as i32, high.log10().ceil() as i32);
     let inside = |value: &f64| (low * (1.0 - 1e-9)..=high * (1.0 + 1e-9)).contains(value);
@@ -116,10 +117,10 @@ pub(super) fn log_steps(low: f64, high: f64, most: usize) -> Vec<f64> {
     found.find(|values| values.len() <= most).unwrap_or_else(|| powers(&[1.0], 100))
 }
 
-/// The name of a tick among others this far away.
+/// The label of a tick among others at this distance.
 pub(super) fn tick_name(value: f64, step: f64) -> String {
     let size = value.abs();
-    // What rounding leaves of zero; a single tick has no step.
+    // A rounding residue of zero is zero; a single tick has no step.
     if value == 0.0 || (step.is_finite() && size < 1e-9 * step) {
         return "0".into();
     }
@@ -139,7 +140,7 @@ pub(super) fn tick_name(value: f64, step: f64) -> String {
     text.replace('-', "−")
 }
 
-/// The part of a drawing in which a chart's lines are.
+/// The area of a drawing that holds the lines of a chart.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Panel {
     pub left: f64,
@@ -157,7 +158,7 @@ impl Panel {
         self.bottom - share * (self.bottom - self.top)
     }
 
-    /// Grid, ticks and names of two axes.
+    /// Grid, ticks and names of both axes.
     pub fn axes(&self, drawing: &mut Drawing, x: &Axis, y: &Axis) {
         let mut grid = Vec::new();
         for (value, name) in y.ticks(((self.bottom - self.top) / 32.0) as usize) {
@@ -171,7 +172,7 @@ impl Panel {
         drawing.vertical_label([12.0, self.y(0.5)], y.label.clone(), SMALL, FAINT);
     }
 
-    /// Ticks and name of the axis below.
+    /// Ticks and name of the lower axis.
     pub fn x_ticks(&self, drawing: &mut Drawing, x: &Axis) {
         let mut ticks = Vec::new();
         for (value, name) in x.ticks(((self.right - self.left) / 44.0) as usize) {
@@ -184,12 +185,12 @@ impl Panel {
     }
 }
 
-/// How the lines of one series are told from others: by colour, by dashes and by markers.
+/// The style of one series: colour, dashes and marker.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Style(pub usize);
 
 impl Style {
-    /// As many dashes as share no divisor with the number of colours, so that few series have both in common.
+    /// The number of dash patterns shares no divisor with the number of colours, so that few series share both.
     const DASHES: [&'static [f64]; 4] = [&[], &[7.0, 3.0], &[2.0, 2.5], &[9.0, 3.0, 2.0, 3.0]];
 
     pub fn ink(self, opacity: f64) -> Ink {
@@ -200,9 +201,9 @@ impl Style {
         Self::DASHES[self.0 % Self::DASHES.len()]
     }
 
-    /// The outline of its marker about a point.
+    /// The outline of its marker around a point.
     pub fn marker(self, [x, y]: [f64; 2], radius: f64) -> Vec<[f64; 2]> {
-        // Corners, the turn of the first, and how much larger than a disc to look as heavy.
+        // Number of corners, angle of the first, and scale that makes it look as heavy as a disc.
         let (corners, turn, size) =
             [(20, 0.0, 1.0), (4, 0.125, 1.2), (3, 0.25, 1.35), (4, 0.0, 1.25), (3, 0.75, 1.35)][self.0 % 5];
         let corner = |index| {
@@ -212,7 +213,7 @@ impl Style {
         (0..corners).map(corner).collect()
     }
 
-    /// A stretch of its line with a marker, for a legend.
+    /// A piece of its line with a marker, for a legend.
     pub fn sample(self, drawing: &mut Drawing, [x, y]: [f64; 2], length: f64) {
         drawing.shape(Shape {
             paths: vec![vec![[x, y], [x + length, y]]],
@@ -233,7 +234,7 @@ pub(super) struct Line {
     pub points: Vec<[f64; 2]>,
     /// Abscissa, lowest and highest value.
     pub band: Vec<[f64; 3]>,
-    /// Whether single points are marked and tell their values.
+    /// Whether points have markers and show their values.
     pub markers: bool,
 }
 
@@ -243,11 +244,11 @@ impl Line {
     }
 }
 
-/// Draws lines where their axes lie.
+/// Draws lines within the area of their axes.
 pub(super) fn draw_lines(drawing: &mut Drawing, panel: Panel, x: &Axis, y: &Axis, lines: &[Line]) {
     let at = |[abscissa, value]: [f64; 2]| {
         let (right, up) = (x.place(abscissa), y.place(value));
-        // What the axes have no room for interrupts the line like what is not finite.
+        // A point outside the axes interrupts the line, as does a value that is not finite.
         let inside = |share: &f64| (-0.01..=1.01).contains(share);
         (inside(&right) && inside(&up)).then(|| [panel.x(right), panel.y(up)])
     };
@@ -266,7 +267,7 @@ pub(super) fn draw_lines(drawing: &mut Drawing, panel: Panel, x: &Axis, y: &Axis
         if !markers {
             continue;
         }
-        // Beyond some thirty, markers would hide the line that they are on.
+        // More than about thirty markers would hide their line.
         let stride = points.len().div_ceil(30).max(1);
         for &[abscissa, value] in points.iter().rev().step_by(stride) {
             let Some(place) = at([abscissa, value]) else { continue };
@@ -278,10 +279,10 @@ pub(super) fn draw_lines(drawing: &mut Drawing, panel: Panel, x: &Axis, y: &Axis
     }
 }
 
-/// How large the charts of the page are, in the page's pixels where there is room.
+/// Size of the page's charts, in pixels of the page if there is room.
 pub(super) const CHART: (f64, f64) = (360.0, 240.0);
 
-/// A chart of lines; none where no value is finite.
+/// A chart of lines. None if no value is finite.
 pub(super) fn line_chart(title: &str, x: Axis, y_label: &str, lines: &[Line]) -> Option<Drawing> {
     let y = Axis::fitting(y_label, lines.iter().flat_map(Line::values))?;
     let (width, height) = CHART;
@@ -292,12 +293,12 @@ pub(super) fn line_chart(title: &str, x: Axis, y_label: &str, lines: &[Line]) ->
     Some(drawing)
 }
 
-/// A number with four sensible digits.
+/// A number with four significant digits.
 pub(super) fn digits(value: f64) -> String {
     significant(value, 4)
 }
 
-/// A number with so many digits that count.
+/// A number with this many significant digits.
 pub(super) fn significant(value: f64, count: i32) -> String {
     if !value.is_finite() {
         return "not finite".into();
@@ -312,7 +313,7 @@ pub(super) fn significant(value: f64, count: i32) -> String {
     }
     let decimals = (count - 1 - exponent).max(0) as usize;
     let text = format!("{value:.decimals$}");
-    // Whole numbers such as epochs need no zeros behind the point.
+    // Whole numbers such as epochs need no decimal zeros.
     let text = if value.fract() == 0.0 && text.contains('.') { format!("{value:.0}") } else { text };
     text.replace('-', "−")
 }

@@ -1,25 +1,25 @@
-//! A drawing as a list of shapes and labels, and how it is written: as SVG for the page or for paper, and as PNG.
+//! A drawing: a list of shapes and labels, written as SVG for the page or for paper, and as PNG.
 
 use std::fmt::Write;
 
 use tiny_skia::{FillRule, LineCap, LineJoin, Paint, Path, PathBuilder, Pixmap, StrokeDash, Transform};
 
-/// Pixels of a PNG for each unit of a drawing.
+/// Pixels of a PNG per unit of a drawing.
 const PNG_SCALE: f64 = 3.0;
 
-/// The colours of series after Okabe and Ito, darkened where they would be faint on white.
+/// Colours of series, after Okabe and Ito, darker where they would be faint on white.
 pub(super) const SERIES: [[u8; 3]; 7] =
     [[0, 114, 178], [213, 94, 0], [0, 158, 115], [184, 92, 144], [201, 133, 0], [58, 155, 214], [90, 90, 90]];
-/// The same on a dark page.
+/// The colours of series on a dark page.
 pub(super) const SERIES_ON_DARK: [[u8; 3]; 7] =
     [[86, 168, 224], [255, 138, 61], [44, 199, 154], [227, 155, 196], [240, 180, 41], [140, 203, 245], [187, 187, 187]];
 
-/// What something is drawn with; the numbers are opacities.
+/// A colour. The numbers are opacities.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Ink {
     /// The colour of text.
     Text(f64),
-    /// The colour of the series of this number.
+    /// The colour of the series of this index.
     Series(usize, f64),
     /// This colour.
     Colour([u8; 3], f64),
@@ -31,7 +31,7 @@ impl Ink {
         opacity
     }
 
-    /// On paper, where text is black.
+    /// The colour on paper, where text is black.
     fn rgb(self) -> [u8; 3] {
         match self {
             Ink::Text(_) => [0, 0, 0],
@@ -49,7 +49,7 @@ impl Ink {
     }
 }
 
-/// As CSS writes a colour.
+/// The colour in CSS.
 pub(super) fn hex([r, g, b]: [u8; 3]) -> String {
     format!("#{r:02x}{g:02x}{b:02x}")
 }
@@ -57,9 +57,9 @@ pub(super) fn hex([r, g, b]: [u8; 3]) -> String {
 /// Where an SVG is shown.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Medium {
-    /// Inside the page, whose colours it takes.
+    /// Inside the page, in the colours of the page.
     Page,
-    /// In a file of its own, on white.
+    /// In its own file, on white.
     Paper,
 }
 
@@ -69,15 +69,15 @@ pub(super) struct Shape {
     pub paths: Vec<Vec<[f64; 2]>>,
     pub closed: bool,
     pub fill: Option<Ink>,
-    /// The ink and the width.
+    /// Ink and width of the stroke.
     pub stroke: Option<(Ink, f64)>,
-    /// Lengths of strokes and gaps in turn; none for a whole line.
+    /// Lengths of dashes and gaps in turn; empty for a solid line.
     pub dash: &'static [f64],
-    /// What is told where the pointer rests.
+    /// The tooltip.
     pub tip: Option<String>,
 }
 
-/// Where a label lies from its place.
+/// The anchor of a label.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Anchor {
     Start,
@@ -92,7 +92,7 @@ struct Label {
     size: f64,
     anchor: Anchor,
     ink: Ink,
-    /// Read from below to above.
+    /// Rotated: read from bottom to top.
     vertical: bool,
 }
 
@@ -102,12 +102,12 @@ enum Mark {
     Label(Label),
 }
 
-/// Shapes and labels, later ones over earlier ones.
+/// Shapes and labels. Later ones are drawn over earlier ones.
 #[derive(Debug, Clone)]
 pub(super) struct Drawing {
     pub width: f64,
     pub height: f64,
-    /// What it shows, for those who cannot see it.
+    /// A description for screen readers.
     pub title: String,
     marks: Vec<Mark>,
 }
@@ -135,7 +135,7 @@ impl Drawing {
         self.marks.push(Mark::Label(Label { at, text: text.into(), size, anchor, ink, vertical: false }));
     }
 
-    /// A label that is read from below to above, about its middle.
+    /// A rotated label, read from bottom to top and centred on its place.
     pub fn vertical_label(&mut self, at: [f64; 2], text: impl Into<String>, size: f64, ink: Ink) {
         let anchor = Anchor::Middle;
         self.marks.push(Mark::Label(Label { at, text: text.into(), size, anchor, ink, vertical: true }));
@@ -167,7 +167,7 @@ impl Drawing {
     }
 
     /// # Errors
-    /// Where there is no memory for so many pixels.
+    /// Too little memory for the pixels.
     pub fn png(&self) -> std::io::Result<Vec<u8>> {
         let pixels = |length: f64| (length * PNG_SCALE).ceil() as u32;
         let mut pixmap = Pixmap::new(pixels(self.width), pixels(self.height))
@@ -308,7 +308,7 @@ impl Label {
     }
 }
 
-/// The outlines of glyphs one after another, with the pen where the next begins.
+/// Collects the outlines of glyphs, with the position of the next glyph.
 struct Outline {
     builder: PathBuilder,
     scale: f64,
@@ -347,14 +347,15 @@ impl ttf_parser::OutlineBuilder for Outline {
     }
 }
 
-/// To a hundredth, without zeros at the end.
+/// Rounded to hundredths, without trailing zeros.
 fn number(value: f64) -> String {
     let text = format!("{value:.2}");
     let short = text.trim_end_matches('0').trim_end_matches('.');
     if short == "-0" { "0".into() } else { short.into() }
 }
 
-/// Text as HTML and XML write it, also inside quotes. What XML has no characters for becomes the replacement character.
+/// Text escaped for HTML and XML, also inside quotes. Characters that XML does not allow become the replacement
+/// character.
 pub(super) fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for character in text.chars() {

@@ -1,5 +1,5 @@
-//! A run's log as TensorBoard reads it: an event file, which is a sequence of TFRecords, each an `Event` in protocol buffers' encoding.
-//! Only scalars are written, so of both formats only a few lines are needed.
+//! A run's log as a TensorBoard event file: a sequence of TFRecords, each an `Event` in the encoding of protocol
+//! buffers. Only scalars are written, so a few lines suffice for both formats.
 
 use std::path::PathBuf;
 
@@ -12,7 +12,7 @@ fn crc32c(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0, |crc, &byte| (0..8).fold(crc ^ u32::from(byte), |crc, _| shifted(crc)))
 }
 
-/// The checksum as TFRecord has it, so that the sum of data with sums inside is not itself such a sum.
+/// The masked checksum of TFRecord: the sum of data that contains sums must not look like one of them.
 fn masked(bytes: &[u8]) -> [u8; 4] {
     crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8).to_le_bytes()
 }
@@ -118,7 +118,7 @@ fn of_record(record: &Record) -> (u64, Vec<(String, f64)>) {
             (*step, named("epoch", &values))
         }
         Record::Curvature { step, measures, .. } => {
-            // TensorBoard takes letters, digits and a few signs in names.
+            // TensorBoard allows letters, digits and a few signs in names.
             let plain = |name: &str| name.replace('λ', "lambda").replace(['/', ' ', ','], "_");
             let values = numbers(measures).into_iter();
             (*step, values.map(|(name, value)| (format!("curvature/{}", plain(&name)), value)).collect())
@@ -126,11 +126,11 @@ fn of_record(record: &Record) -> (u64, Vec<(String, f64)>) {
     }
 }
 
-/// Writes the log of a run to `tensorboard/` in its folder, over what an earlier report wrote there.
+/// Writes the log of a run to `tensorboard/` in its folder, and replaces an earlier one.
 pub(super) fn write(run: &LoadedRun) -> Result<PathBuf, TrainError> {
     let log = run.path.join("log.jsonl");
     let modified = std::fs::metadata(&log).and_then(|data| data.modified()).map_err(TrainError::io(&log))?;
-    // The log does not say when a line was written; it ended when the file did.
+    // The log has no times of its lines. Its last line is as old as the file.
     let time = modified.duration_since(std::time::UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
     let mut file = Vec::new();
     let mut first = event(time);

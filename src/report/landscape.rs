@@ -1,4 +1,4 @@
-//! Loss landscapes: how they are read, and pictures of them: contours and a surface over two axes, a curve over one.
+//! Loss landscapes: reading them, and their pictures: contours and a surface over two axes, a curve over one.
 
 use std::path::{Path, PathBuf};
 
@@ -10,24 +10,24 @@ use super::drawing::{Anchor, Drawing, Ink, Medium, Shape};
 use crate::train::landscape::{Axis as Direction, Landscape as Description};
 use crate::train::{TrainError, write_whole};
 
-/// On a logarithmic scale, losses below the largest by more than this factor are as good as zero.
+/// On a logarithmic scale, losses below the largest by more than this factor count as zero.
 const NEGLIGIBLE: f64 = 1e-12;
 
 /// Losses over one or two directions.
 #[derive(Debug, Clone)]
-pub(super) struct Landscape {
+pub(super) struct LoadedLandscape {
     pub title: String,
     pub axes: Vec<Direction>,
-    /// The first direction varies fastest; none where it has not been evaluated.
+    /// In the order of the grid, the first direction fastest; none where a point has not been evaluated.
     pub loss: Vec<Option<f64>>,
-    /// Not a number where it is unknown.
+    /// NaN where it is unknown.
     pub accuracy: Vec<f64>,
     /// The checksum of the weights, where it is known.
     pub weights: Option<String>,
 }
 
-impl Landscape {
-    /// Reads `landscape.json` and as much as there is of `landscape.csv`.
+impl LoadedLandscape {
+    /// Reads `landscape.json` and the lines of `landscape.csv`.
     pub fn read(folder: &Path) -> Result<Self, TrainError> {
         let Description { title, axes, settings } = Description::read(folder)?;
         let unusable = |reason: String| TrainError::Results { path: folder.join("landscape.json"), reason };
@@ -48,14 +48,14 @@ impl Landscape {
         let text = std::fs::read_to_string(&path).map_err(TrainError::io(&path))?;
         let weights = settings.get("weights").cloned();
         let mut landscape = Self { title, axes, loss: vec![None; count], accuracy: vec![f64::NAN; count], weights };
-        // A last line without its end was cut off, and may lack digits.
+        // A last line without its end was cut off and may lack digits.
         for line in text.split_inclusive('\n').skip(1).filter_map(|line| line.strip_suffix('\n')) {
             landscape.take_row(line);
         }
         Ok(landscape)
     }
 
-    /// Takes one line of the table; one that cannot be read counts as not evaluated.
+    /// Reads one line of the table. A line that cannot be read counts as not evaluated.
     fn take_row(&mut self, line: &str) -> Option<()> {
         let fields: Vec<f64> = line.split(',').map(|field| field.trim().parse().ok()).collect::<Option<_>>()?;
         let (places, results) = fields.split_at_checked(self.axes.len())?;
@@ -69,13 +69,13 @@ impl Landscape {
         Some(())
     }
 
-    /// How many points have been evaluated, and for how many of those the loss is not finite.
+    /// The number of evaluated points, and how many of them have a loss that is not finite.
     pub fn counts(&self) -> (usize, usize) {
         let found = || self.loss.iter().flatten();
         (found().count(), found().filter(|loss| !loss.is_finite()).count())
     }
 
-    /// What a reader of the picture should know about missing points.
+    /// The remark about missing points below a picture.
     pub fn remark(&self) -> Option<String> {
         let (found, wild) = self.counts();
         let missing = (found < self.loss.len()).then(|| format!("{found} of {} points evaluated", self.loss.len()));
@@ -91,7 +91,7 @@ impl Landscape {
 }
 
 impl Direction {
-    /// The number of the value that this is but for rounding.
+    /// The index of the value that equals this one up to rounding.
     fn nearest(&self, place: f64) -> Option<usize> {
         let (index, value) = self
             .values
@@ -108,7 +108,7 @@ impl Direction {
     }
 }
 
-/// The losses at which bands of colour meet.
+/// The losses that separate bands of colour.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Levels {
     pub bounds: Vec<f64>,
@@ -118,11 +118,12 @@ pub(super) struct Levels {
 impl Levels {
     const MOST: usize = 13;
 
-    /// Round numbers that divide the losses of all the landscapes; logarithmic where these are far apart. None where no loss is finite.
-    pub fn of(landscapes: &[&Landscape]) -> Option<Self> {
+    /// Round numbers that divide the losses of all the landscapes; logarithmic if these are far apart. None if no loss
+    /// is finite.
+    pub fn of(landscapes: &[&LoadedLandscape]) -> Option<Self> {
         let losses = || landscapes.iter().flat_map(|landscape| landscape.finite_losses());
         let (low, high) = range(losses())?;
-        // A loss of zero is below every level; it shall not keep the others from a logarithmic scale.
+        // A loss of zero is below every level. It must not prevent a logarithmic scale for the others.
         let floor = range(losses().filter(|&loss| loss > 0.0)).map_or(low, |(least, _)| least.max(NEGLIGIBLE * high));
         let logarithmic = low >= 0.0 && floor > 0.0 && high / floor >= LOGARITHMIC_FROM;
         let bounds = match logarithmic {
@@ -133,30 +134,30 @@ impl Levels {
         Some(Self { bounds, logarithmic })
     }
 
-    /// The colour of band number `band`: below the first bound is band 0.
+    /// The colour of a band. Band 0 is below the first bound.
     pub fn colour(&self, band: usize) -> [u8; 3] {
         colour(band as f64 / self.bounds.len().max(1) as f64)
     }
 
-    /// How high a loss is between its neighbours: where levels are logarithmic, so are lines from point to point.
+    /// The place of a loss between its neighbours, from 0 to 1. It is logarithmic if the levels are.
     fn height(&self, loss: f64) -> f64 {
         match self.bounds.first() {
-            // What is far below the lowest level shall not pull the line towards it.
+            // A loss far below the lowest level must not pull the line towards it.
             Some(&lowest) if self.logarithmic => loss.max(0.1 * lowest).ln(),
             _ => loss,
         }
     }
 
-    /// Names of the bounds.
+    /// Labels of the bounds.
     fn names(&self) -> Vec<String> {
         let step = self.bounds.windows(2).map(|pair| pair[1] - pair[0]).fold(f64::INFINITY, f64::min);
-        // On a logarithmic scale the smallest step would ask for too many digits of the others.
+        // On a logarithmic scale the smallest step would give the others too many digits.
         let name = |&bound: &f64| chart::tick_name(bound, if self.logarithmic { bound } else { step });
         self.bounds.iter().map(name).collect()
     }
 }
 
-/// From dark blue to pale yellow, lighter throughout, so that it also reads in grey and to the colour-blind.
+/// From dark blue to pale yellow, increasingly light, so that it also reads in grey and for the colour-blind.
 fn colour(share: f64) -> [u8; 3] {
     const STOPS: [[f64; 3]; 6] = [
         [22.0, 24.0, 72.0],
@@ -172,7 +173,7 @@ fn colour(share: f64) -> [u8; 3] {
     std::array::from_fn(|c| (STOPS[index][c] + part * (STOPS[index + 1][c] - STOPS[index][c])).round() as u8)
 }
 
-/// The part of a cell at or above a level, as a polygon, and where the level runs through the cell.
+/// The part of a cell at or above a level, as a polygon, and the line of the level through the cell.
 fn part_above(corners: [([f64; 2], f64); 4], level: f64) -> (Vec<[f64; 2]>, Vec<Vec<[f64; 2]>>) {
     let (mut polygon, mut crossings) = (Vec::new(), Vec::new());
     for index in 0..4 {
@@ -181,7 +182,7 @@ fn part_above(corners: [([f64; 2], f64); 4], level: f64) -> (Vec<[f64; 2]>, Vec<
             polygon.push(from);
         }
         if (a >= level) != (b >= level) {
-            // Reckoned from the lower end in both cells at this edge, so that they agree to the last bit.
+            // Computed from the lower end in both cells at this edge, so that they agree exactly.
             let (low, high, share) =
                 if a < b { (from, to, (level - a) / (b - a)) } else { (to, from, (level - b) / (a - b)) };
             let crossing = [low[0] + share * (high[0] - low[0]), low[1] + share * (high[1] - low[1])];
@@ -189,7 +190,7 @@ fn part_above(corners: [([f64; 2], f64); 4], level: f64) -> (Vec<[f64; 2]>, Vec<
             crossings.push((crossing, a < b));
         }
     }
-    // The border of what is above runs from where the perimeter leaves it to where it is entered next.
+    // The line runs from where the perimeter leaves the upper part to where it enters it next.
     let count = crossings.len();
     let leaves = (0..count).filter(|&index| !crossings[index].1);
     let lines = leaves.map(|index| vec![crossings[index].0, crossings[(index + 1) % count].0]).collect();
@@ -197,11 +198,11 @@ fn part_above(corners: [([f64; 2], f64); 4], level: f64) -> (Vec<[f64; 2]>, Vec<
 }
 
 /// Bands of colour between the levels, lines along them, and a cross at the origin.
-fn draw_contours(drawing: &mut Drawing, panel: Panel, landscape: &Landscape, levels: &Levels) {
+fn draw_contours(drawing: &mut Drawing, panel: Panel, landscape: &LoadedLandscape, levels: &Levels) {
     let [x, y] = &landscape.axes[..] else { return };
     let (across, up) = (x.axis(), y.axis());
     let place = |i: usize, j: usize| [panel.x(across.place(x.values[i])), panel.y(up.place(y.values[j]))];
-    // What is not finite is higher than anything else, but no further than a line can be interpolated to.
+    // A loss that is not finite is higher than any other, but limited so that a line can be interpolated.
     let highest = range(landscape.finite_losses()).map_or(0.0, |(_, high)| high);
     let top = levels.bounds.last().map_or(highest, |&bound| highest.max(bound));
     let value = |i: usize, j: usize| {
@@ -218,13 +219,13 @@ fn draw_contours(drawing: &mut Drawing, panel: Panel, landscape: &Landscape, lev
             }
         }
     }
-    // Each band covers all that is higher too and the next is laid over it: so no seam shows between them.
+    // Each band covers all higher ones, and the next is drawn over it. So no seam shows between them.
     let below = f64::NEG_INFINITY;
     for (band, level) in
         std::iter::once(below).chain(levels.bounds.iter().map(|&bound| levels.height(bound))).enumerate()
     {
         let (mut paths, mut lines) = (Vec::<Vec<[f64; 2]>>::new(), Vec::new());
-        // Whether the last path is a rectangle of whole cells, which the next may prolong.
+        // Whether the last path is a rectangle of whole cells, which the next cell may extend.
         let mut whole = false;
         for &cell in &cells {
             let (polygon, border) = part_above(cell, level);
@@ -254,7 +255,7 @@ fn draw_contours(drawing: &mut Drawing, panel: Panel, landscape: &Landscape, lev
     }
 }
 
-/// The bands of colour from below to above, with the losses at which they meet.
+/// The bands of colour from bottom to top, with the losses that separate them.
 fn draw_colour_bar(drawing: &mut Drawing, panel: Panel, levels: &Levels) {
     let bands = levels.bounds.len() + 1;
     let height = |bound: usize| panel.y(bound as f64 / bands as f64);
@@ -270,7 +271,7 @@ fn draw_colour_bar(drawing: &mut Drawing, panel: Panel, levels: &Levels) {
     drawing.label([panel.left, panel.top - 7.0], "loss", SMALL, Anchor::Start, FAINT);
 }
 
-/// The colour bar of several pictures, lying.
+/// A horizontal colour bar for several pictures.
 pub(super) fn colour_bar(levels: &Levels) -> Drawing {
     let names = levels.names();
     let bands = levels.bounds.len() + 1;
@@ -289,8 +290,13 @@ pub(super) fn colour_bar(levels: &Levels) -> Drawing {
     drawing
 }
 
-/// Contours over two axes, without a colour bar or with one.
-pub(super) fn contour_chart(landscape: &Landscape, title: &str, levels: &Levels, with_bar: bool) -> Option<Drawing> {
+/// Contours over two axes, with or without a colour bar.
+pub(super) fn contour_chart(
+    landscape: &LoadedLandscape,
+    title: &str,
+    levels: &Levels,
+    with_bar: bool,
+) -> Option<Drawing> {
     let [x, y] = &landscape.axes[..] else { return None };
     let (side, bar) = (300.0, if with_bar { 82.0 } else { 0.0 });
     let (left, top) = (58.0, if with_bar { 34.0 } else { 12.0 });
@@ -307,7 +313,7 @@ pub(super) fn contour_chart(landscape: &Landscape, title: &str, levels: &Levels,
 }
 
 /// A surface over two axes, seen from above one of its corners.
-fn surface(landscape: &Landscape, levels: &Levels) -> Option<Drawing> {
+fn surface(landscape: &LoadedLandscape, levels: &Levels) -> Option<Drawing> {
     let [x, y] = &landscape.axes[..] else { return None };
     let (low, high) = range(landscape.finite_losses())?;
     let up = match levels.logarithmic {
@@ -320,10 +326,10 @@ fn surface(landscape: &Landscape, levels: &Levels) -> Option<Drawing> {
     };
     let (across, along) = (x.axis(), y.axis());
 
-    // Turned about the upright axis, then seen from this far above the horizon, in parallel projection.
+    // Rotated about the vertical axis, then seen from this angle above the horizon, in parallel projection.
     let (turn, above) = (35f64.to_radians(), 32f64.to_radians());
     let (width, height, size) = (660.0, 470.0, 160.0);
-    // The three coordinates go from 0 to 1.
+    // All three coordinates run from 0 to 1.
     let depth = |x: f64, y: f64| (2.0 * x - 1.0) * turn.sin() + (2.0 * y - 1.0) * turn.cos();
     let see = |[x, y, z]: [f64; 3]| {
         let right = (2.0 * x - 1.0) * turn.cos() - (2.0 * y - 1.0) * turn.sin();
@@ -333,7 +339,7 @@ fn surface(landscape: &Landscape, levels: &Levels) -> Option<Drawing> {
     let mut drawing = Drawing::new(width, height, format!("{}: surface of the loss", landscape.title));
     drawing.label([0.5 * width, 22.0], landscape.title.as_str(), 13.0, Anchor::Middle, Ink::Text(1.0));
 
-    // Walls behind the surface with the heights, and the edges of the floor.
+    // The walls behind the surface with the heights, and the edges of the floor.
     let heights = up.ticks(6);
     let share = |value: f64| up.place(value).clamp(0.0, 1.0);
     let wall = |value: f64| {
@@ -393,20 +399,20 @@ fn surface(landscape: &Landscape, levels: &Levels) -> Option<Drawing> {
     Some(drawing)
 }
 
-/// The line of a landscape over one axis.
-pub(super) fn line(landscape: &Landscape, values: impl Iterator<Item = f64>, name: &str, style: Style) -> Line {
+/// A line of the chart of a landscape over one axis.
+pub(super) fn line(landscape: &LoadedLandscape, values: impl Iterator<Item = f64>, name: &str, style: Style) -> Line {
     let places = landscape.axes.first().map(|axis| axis.values.clone()).unwrap_or_default();
     let points = places.into_iter().zip(values).map(|(x, value)| [x, value]).collect();
     Line { name: name.into(), style, points, band: Vec::new(), markers: false }
 }
 
-/// The losses, not a number where there is none.
-pub(super) fn losses(landscape: &Landscape) -> impl Iterator<Item = f64> {
+/// The losses; NaN where there is none.
+pub(super) fn losses(landscape: &LoadedLandscape) -> impl Iterator<Item = f64> {
     landscape.loss.iter().map(|loss| loss.unwrap_or(f64::NAN))
 }
 
-/// Loss and accuracy over one axis, each with an axis of its own.
-fn curve(landscape: &Landscape) -> Option<Drawing> {
+/// Loss and accuracy over one axis, each with its own vertical axis.
+fn curve(landscape: &LoadedLandscape) -> Option<Drawing> {
     let [direction] = &landscape.axes[..] else { return None };
     let (width, height) = (520.0, 350.0);
     let mut drawing = Drawing::new(width, height, format!("{}: curve of the loss", landscape.title));
@@ -444,8 +450,8 @@ fn curve(landscape: &Landscape) -> Option<Drawing> {
     Some(drawing)
 }
 
-/// Adds what a reader should know below a picture.
-fn with_remark(mut drawing: Drawing, landscape: &Landscape) -> Drawing {
+/// Adds the remark below a picture.
+fn with_remark(mut drawing: Drawing, landscape: &LoadedLandscape) -> Drawing {
     let least = range(landscape.finite_losses())
         .map(|(low, high)| format!("loss {} to {}", significant(low, 3), significant(high, 3)));
     let remarks: Vec<String> = least.into_iter().chain(landscape.remark()).collect();
@@ -454,15 +460,15 @@ fn with_remark(mut drawing: Drawing, landscape: &Landscape) -> Drawing {
     drawing
 }
 
-/// Writes pictures of the landscape in this folder (`landscape.json` and `landscape.csv`) beside them, as SVG and as PNG on white:
-/// `contour` and `surface` of one with two axes, `curve` of one with a single axis. Points that have not been evaluated stay blank.
-/// Levels and heights are logarithmic where the largest loss is thirty times the smallest or more. Returns what was written: nothing,
-/// if no loss is finite.
+/// Writes pictures of the landscape in this folder (`landscape.json` and `landscape.csv`) beside these files, as SVG
+/// and as PNG on white: `contour` and `surface` for two axes, `curve` for one. Points that have not been evaluated
+/// stay blank. Levels and heights are logarithmic if the largest loss is at least thirty times the smallest. Returns
+/// the files written; none if no loss is finite.
 ///
 /// # Errors
-/// Files that cannot be read as a landscape, or not be written.
+/// Files that cannot be read as a landscape, or that cannot be written.
 pub fn landscape_pictures(folder: &Path) -> Result<Vec<PathBuf>, TrainError> {
-    let landscape = Landscape::read(folder)?;
+    let landscape = LoadedLandscape::read(folder)?;
     let Some(levels) = Levels::of(&[&landscape]) else { return Ok(Vec::new()) };
     let pictures = [
         ("contour", contour_chart(&landscape, &landscape.title, &levels, true)),
@@ -477,7 +483,7 @@ pub fn landscape_pictures(folder: &Path) -> Result<Vec<PathBuf>, TrainError> {
     Ok(written)
 }
 
-/// Writes a drawing as SVG and as PNG, and returns where.
+/// Writes a drawing as SVG and as PNG, and returns the paths.
 pub(super) fn write_picture(drawing: &Drawing, stem: &Path) -> Result<[PathBuf; 2], TrainError> {
     let paths = ["svg", "png"].map(|extension| stem.with_extension(extension));
     write_whole(&paths[0], drawing.svg(Medium::Paper).as_bytes())?;

@@ -1,4 +1,4 @@
-//! What runs found, for people: a page that compares them, pictures of loss landscapes and spectra, and logs for TensorBoard.
+//! Reports: a page that compares runs, pictures of loss landscapes and spectra, and logs for TensorBoard.
 
 mod chart;
 mod drawing;
@@ -20,11 +20,11 @@ use crate::train::{TrainError, write_whole};
 use page::plus_minus;
 use runs::LoadedRun;
 
-/// What a report says of runs that differ in nothing but the seed.
+/// The results of runs that differ only in the seed.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct GroupSummary {
-    /// The optimizer, and what else tells the group from the others.
+    /// The optimizer, and the settings in which the group differs from the others.
     pub name: String,
     /// The folders of its runs.
     pub runs: Vec<PathBuf>,
@@ -49,15 +49,15 @@ impl std::fmt::Display for GroupSummary {
     }
 }
 
-/// Whether curvature falls from each group to the next, in the order in which they were named.
+/// Whether curvature falls from each group to the next, in the order on the command line.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct CurvatureOrder {
-    /// What was compared: the trace, or else the largest eigenvalue.
+    /// The measure: the trace, or else the largest eigenvalue.
     pub measure: String,
-    /// Whether each group has less of it than the one before.
+    /// Whether it falls from each group to the next.
     pub falls: bool,
-    /// The groups that have it, and their means.
+    /// The groups with this measure, and their means.
     pub means: Vec<(String, f64)>,
 }
 
@@ -94,26 +94,27 @@ pub struct Report {
     pub report: PathBuf,
     /// Files for TensorBoard.
     pub tensorboard: Vec<PathBuf>,
-    /// In the order in which their first runs were named.
+    /// In the order in which their first runs were given.
     pub groups: Vec<GroupSummary>,
     /// Paths that are not run folders.
     pub skipped: Vec<PathBuf>,
-    /// None where fewer than two groups have a measure of curvature in common.
+    /// None if fewer than two groups have a measure of curvature in common.
     pub curvature_order: Option<CurvatureOrder>,
     /// Lines of logs that were skipped because they could not be read.
     pub unreadable_lines: usize,
 }
 
-/// Compares runs, each a folder that [`train`](crate::train::train) wrote, on one HTML page: `out`, or `report.html` in the folder of
-/// a single run or in the current folder. The page needs no other file. With `tensorboard`, each run's log is also written to
-/// `tensorboard/` in its folder. Paths that are not run folders are skipped if there is at least one run.
+/// Compares runs, each the folder of a [`Training`](crate::train::Training), on one HTML page: `out`, or `report.html`
+/// in the folder of a single run or in the current folder. The page needs no other file. With `tensorboard`, each
+/// run's log is also written to `tensorboard/` in its folder. Paths that are not run folders are skipped if there is
+/// at least one run.
 ///
 /// # Errors
 /// No path that is a run folder; a log without a readable line; files that are missing, or cannot be read or written.
 pub fn report(runs: &[PathBuf], out: Option<&Path>, tensorboard: bool) -> Result<Report, TrainError> {
     let (mut seen, mut found, mut skipped) = (Vec::new(), Vec::new(), Vec::new());
     for path in runs {
-        // A folder named twice is one run, not two with the same result.
+        // A folder given twice is one run, not two with the same result.
         let place = path.canonicalize().map_err(TrainError::io(path))?;
         if seen.contains(&place) {
             continue;
@@ -128,7 +129,7 @@ pub fn report(runs: &[PathBuf], out: Option<&Path>, tensorboard: bool) -> Result
         (_, []) => {
             return Err(match skipped.into_iter().next() {
                 Some(path) => TrainError::NoRun { path },
-                None => TrainError::setting("RUN", "none given, expected one or more"),
+                None => TrainError::setting("runs", "none given, expected one or more"),
             });
         }
         (Some(out), _) => out.to_path_buf(),

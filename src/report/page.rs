@@ -1,10 +1,10 @@
-//! The page: sections of tables and charts, in one file that needs nothing from anywhere else.
+//! The page: sections of tables and charts, in one file without references to others.
 
 use std::collections::BTreeSet;
 
 use super::chart::{self, Axis, FAINT, Line, Panel, SMALL, Style, digits, line_chart, significant};
 use super::drawing::{Anchor, Drawing, Ink, Medium, SERIES, SERIES_ON_DARK, Shape, escape, hex};
-use super::landscape::{self, Landscape, Levels};
+use super::landscape::{self, Levels, LoadedLandscape};
 use super::runs::{Epoch, Group, LoadedRun, Measures, RunStatistics, differing, numbers};
 use super::{CurvatureOrder, spectrum};
 
@@ -48,7 +48,7 @@ pub(super) fn page(groups: &[Group], order: Option<&CurvatureOrder>) -> String {
     )
 }
 
-/// Model and data, where all runs have the same.
+/// Model and data, if all runs have the same.
 fn subject(groups: &[Group]) -> String {
     let first = groups.iter().flat_map(|group| &group.runs).next();
     let differ = differing(groups);
@@ -67,7 +67,7 @@ fn section(title: &str, content: &str) -> String {
     format!("<section>\n<h2>{}</h2>\n{content}</section>\n", escape(title))
 }
 
-/// How a cell begins that holds text rather than a number.
+/// The tag of a cell with text instead of a number.
 const TEXT: &str = "<td class=\"text\">";
 
 /// A cell with text.
@@ -78,7 +78,7 @@ fn text_cell(text: &str) -> String {
 /// A table; the cells are HTML.
 fn table(head: &[String], rows: &[Vec<String>]) -> String {
     let column = |(index, cell): (usize, &String)| {
-        // A name over text begins where the text does.
+        // The heading over text is aligned like the text.
         let text = rows.first().and_then(|row| row.get(index)).is_some_and(|cell| cell.starts_with(TEXT));
         format!("<th scope=\"col\"{}>{cell}</th>", if text { " class=\"text\"" } else { "" })
     };
@@ -86,7 +86,7 @@ fn table(head: &[String], rows: &[Vec<String>]) -> String {
     let row = |row: &Vec<String>| {
         let mut cells = row.iter();
         let name = cells.next().map(|name| format!("<th scope=\"row\">{name}</th>")).unwrap_or_default();
-        // A cell may bring its own tag, to be of a class.
+        // A cell may bring its own tag with a class.
         let cells = cells.map(|cell| if cell.starts_with("<td") { cell.clone() } else { format!("<td>{cell}</td>") });
         format!("<tr>{name}{}</tr>\n", cells.collect::<String>())
     };
@@ -100,7 +100,7 @@ fn note(text: &str) -> String {
     format!("<p class=\"faint\">{}</p>\n", escape(text))
 }
 
-/// Mean ± deviation, with the digits that the deviation leaves sensible.
+/// Mean ± deviation, with the digits that the deviation allows.
 pub(super) fn plus_minus(statistics: &RunStatistics) -> String {
     let RunStatistics { mean, deviation, values } = statistics;
     if values.is_empty() {
@@ -114,7 +114,7 @@ pub(super) fn plus_minus(statistics: &RunStatistics) -> String {
             format!("not finite in {wild} of {}", values.len())
         };
     }
-    // What rounding leaves of equal numbers is no deviation.
+    // A rounding residue of equal numbers is not a deviation.
     let deviation = deviation.map(|deviation| if deviation > 1e-9 * mean.abs() { deviation } else { 0.0 });
     match deviation {
         Some(deviation) if deviation > 0.0 && (1e-4..1e6).contains(&mean.abs()) => {
@@ -132,7 +132,7 @@ fn percent(statistics: &RunStatistics) -> RunStatistics {
     RunStatistics::of(statistics.values.iter().map(|value| 100.0 * value).collect())
 }
 
-/// The cells of a column, the best one marked where there are several to choose from.
+/// The cells of a column. The best one is marked if there are several.
 fn with_best(statistics: &[RunStatistics], unit: &str, highest: bool) -> Vec<String> {
     let means: Vec<f64> = statistics.iter().map(|statistics| statistics.mean).collect();
     let best = chart::range(means.iter().copied()).map(|(low, high)| if highest { high } else { low });
@@ -191,7 +191,7 @@ fn accuracy(groups: &[Group]) -> Option<String> {
     Some(section("Accuracy", &content))
 }
 
-/// The epochs that were logged, of those that were asked for.
+/// The logged epochs, out of those requested.
 fn epochs_done(group: &Group) -> String {
     let done: BTreeSet<u64> = group.runs.iter().map(|run| run.epochs().last().map_or(0, |last| last.epoch)).collect();
     let done = done.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
@@ -210,14 +210,14 @@ fn left_out(groups: &[Group]) -> Option<String> {
     };
     let stale = |run: &LoadedRun| {
         let (files, path) = (run.stale.join(", "), run.path.display());
-        note(&format!("{path}: left out because the run has other weights by now: {files}."))
+        note(&format!("{path}: left out because the weights of the run have changed: {files}."))
     };
     let others = groups.iter().flat_map(|group| &group.runs).filter(|run| !run.stale.is_empty());
     let notes: String = runs.map(line).chain(others.map(stale)).collect();
     (!notes.is_empty()).then_some(notes)
 }
 
-/// A group's name with how its lines look.
+/// A group's name with a sample of its line.
 fn key(index: usize, group: &Group) -> String {
     let mut drawing = Drawing::new(38.0, 12.0, "");
     Style(index).sample(&mut drawing, [1.0, 6.0], 36.0);
@@ -226,7 +226,7 @@ fn key(index: usize, group: &Group) -> String {
     format!("<span class=\"key\">{sample}{}</span>", escape(&group.name))
 }
 
-/// How the lines of each group look; nothing where there is one group only.
+/// The legend of the groups; empty if there is only one.
 fn legend(groups: &[Group]) -> String {
     if groups.len() < 2 {
         return String::new();
@@ -243,7 +243,7 @@ fn charts(figures: &str) -> String {
     format!("<div class=\"charts\">\n{figures}</div>\n")
 }
 
-/// Means and ranges over runs of a number that each has at some epochs.
+/// Means and ranges over runs of a number at some epochs.
 fn line_over_epochs(style: usize, name: &str, runs: &[Vec<(u64, f64)>]) -> Line {
     let epochs: BTreeSet<u64> = runs.iter().flatten().map(|&(epoch, _)| epoch).collect();
     let (mut points, mut band) = (Vec::new(), Vec::new());
@@ -260,7 +260,7 @@ fn line_over_epochs(style: usize, name: &str, runs: &[Vec<(u64, f64)>]) -> Line 
     Line { name: name.into(), style: Style(style), points, band, markers: true }
 }
 
-/// A chart over epochs, where any run has a finite number.
+/// A chart over epochs, if any run has a finite number.
 fn chart_over_epochs(
     groups: &[Group],
     title: &str,
@@ -309,7 +309,7 @@ fn runs(groups: &[Group]) -> impl Iterator<Item = &LoadedRun> {
     groups.iter().flat_map(|group| &group.runs)
 }
 
-/// Measures in the order in which they are told, what readers call them, and their units on an axis.
+/// Measures in the order of the report, their names for readers, and their units on an axis.
 const MEASURES: [(&str, &str, &str); 16] = [
     ("trace", "Trace of the Hessian", "Tr(H)"),
     ("hutch++", "Trace of the Hessian, by Hutch++", "Tr(H)"),
@@ -329,12 +329,12 @@ const MEASURES: [(&str, &str, &str); 16] = [
     ("maxima", "Local maxima along random lines", "number per line"),
 ];
 
-/// Name and unit of a measure; an unknown one is called what the log calls it.
+/// Name and unit of a measure. An unknown measure keeps its name in the log.
 fn measure_name(name: &str) -> (&str, &str) {
     MEASURES.iter().find(|(measure, ..)| *measure == name).map_or((name, name), |&(_, title, unit)| (title, unit))
 }
 
-/// Each name once, the known ones in their order and the others after them.
+/// Each name once: the known ones in their order, then the others.
 fn measure_names(all: impl Iterator<Item = String>) -> Vec<String> {
     let mut names: Vec<String> = all.collect::<BTreeSet<_>>().into_iter().collect();
     names.sort_by_key(|name| MEASURES.iter().position(|(measure, ..)| measure == name).unwrap_or(MEASURES.len()));
@@ -389,7 +389,7 @@ fn final_curvature(groups: &[Group], order: Option<&CurvatureOrder>) -> Option<S
     Some(section("Curvature at the end", &content))
 }
 
-/// The traces of layers as one row of points each.
+/// The traces of layers, one row of points for each layer.
 fn layers(groups: &[Group]) -> Option<String> {
     let found: Vec<_> = groups.iter().map(Group::layer_traces).collect();
     let mut names: Vec<&String> = Vec::new();
@@ -442,13 +442,13 @@ fn spectra(groups: &[Group]) -> Option<String> {
     Some(section("Spectrum of the Hessian", &content))
 }
 
-/// A landscape with its group's number and name, its run and its folder.
+/// A landscape with its group's index and name, its run and its folder.
 struct Place<'a> {
     style: usize,
     group: &'a Group,
     run: &'a LoadedRun,
     folder: &'a str,
-    landscape: &'a Landscape,
+    landscape: &'a LoadedLandscape,
 }
 
 impl Place<'_> {
@@ -472,7 +472,7 @@ fn landscapes(groups: &[Group]) -> Option<String> {
     let (plane, line): (Vec<&Place>, Vec<&Place>) = places.iter().partition(|place| place.landscape.axes.len() == 2);
     let mut content = String::new();
 
-    let planes: Vec<&Landscape> = plane.iter().map(|place| place.landscape).collect();
+    let planes: Vec<&LoadedLandscape> = plane.iter().map(|place| place.landscape).collect();
     if let Some(levels) = Levels::of(&planes) {
         let mut figures = String::new();
         for place in &plane {
@@ -486,7 +486,7 @@ fn landscapes(groups: &[Group]) -> Option<String> {
             &note("The same colours mean the same loss in all pictures; lighter is higher. A cross marks the origin.");
     }
 
-    // Those of the same name belong together.
+    // Landscapes of the same name belong together.
     let folders: BTreeSet<&str> = line.iter().map(|place| place.folder).collect();
     let mut figures = String::new();
     for folder in folders {
@@ -496,7 +496,7 @@ fn landscapes(groups: &[Group]) -> Option<String> {
         let name = axes().next().map_or("", |axis| axis.name.as_str());
         let titles: BTreeSet<&str> = these.iter().map(|place| place.landscape.title.as_str()).collect();
         let title = titles.into_iter().collect::<Vec<_>>().join("; ");
-        let mut add = |what: &str, unit: &str, values: &dyn Fn(&Landscape) -> Vec<f64>| {
+        let mut add = |what: &str, unit: &str, values: &dyn Fn(&LoadedLandscape) -> Vec<f64>| {
             let draw = |place: &&&Place| {
                 let values = values(place.landscape).into_iter();
                 landscape::line(place.landscape, values, &place.group.name, Style(place.style))

@@ -1,4 +1,4 @@
-//! The runs that a report compares: how their folders are read, which belong together, and the numbers of each group.
+//! The runs of a report: reading their folders, grouping them, and the numbers of each group.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::landscape::Landscape;
+use super::landscape::LoadedLandscape;
 use crate::curvature::Density;
 use crate::optim;
 use crate::train::{Finding, Layer, Record, TrainError, checksum};
@@ -23,20 +23,20 @@ pub(super) struct LoadedRun {
     pub records: Vec<Record>,
     /// Lines of the log that could not be read.
     pub unreadable: usize,
-    /// What `curvature.json` holds.
+    /// The contents of `curvature.json`.
     pub curvature: Option<Measured>,
-    /// Names of folders with what they hold.
-    pub landscapes: Vec<(String, Landscape)>,
-    /// Files that are left out because they are of other weights than the run has now.
+    /// Landscapes by the names of their folders.
+    pub landscapes: Vec<(String, LoadedLandscape)>,
+    /// Files left out because they belong to other weights than the current ones.
     pub stale: Vec<String>,
 }
 
-/// Measures, and over what they were taken, in words.
+/// Measures, and a description of the images.
 #[derive(Clone)]
 pub(super) struct Measured {
     pub measures: Measures,
     pub over: String,
-    /// The checksum of the weights, where it is known.
+    /// The checksum of the weights, if known.
     weights: Option<String>,
 }
 
@@ -66,7 +66,7 @@ impl LoadedRun {
 
         let log = path.join("log.jsonl");
         let text = std::fs::read(&log).map_err(TrainError::io(&log))?;
-        // A line that was cut off inside a character is unreadable like one that was cut off elsewhere.
+        // A line that was cut off inside a character cannot be read, like any other incomplete line.
         let text = String::from_utf8_lossy(&text);
         let lines: Vec<Option<Record>> =
             text.lines().filter(|line| !line.trim().is_empty()).map(|line| serde_json::from_str(line).ok()).collect();
@@ -77,7 +77,7 @@ impl LoadedRun {
             return Err(TrainError::Results { path: log, reason });
         }
 
-        // What a run has trained on since it was measured is not what was measured.
+        // Results of other weights than the current ones are stale.
         let model = path.join("model.safetensors");
         let weights = if model.is_file() { Some(checksum(&model)?) } else { None };
         let is_stale = |of: &Option<String>| of.is_some() && weights.is_some() && *of != weights;
@@ -93,21 +93,21 @@ impl LoadedRun {
             let name = entry.file_name().to_string_lossy().into_owned();
             let has = |file: &str| entry.path().join(file).is_file();
             if name.starts_with("landscape") && has("landscape.json") && has("landscape.csv") {
-                let landscape = Landscape::read(&entry.path())?;
+                let landscape = LoadedLandscape::read(&entry.path())?;
                 match is_stale(&landscape.weights) {
                     true => stale.push(name),
                     false => landscapes.push((name, landscape)),
                 }
             }
         }
-        // Of a landscape without a single finite loss nothing can be drawn.
+        // A landscape without a finite loss cannot be drawn.
         landscapes.retain(|(_, landscape)| landscape.counts().0 > landscape.counts().1);
         landscapes.sort_by(|(a, _), (b, _)| a.cmp(b));
         stale.sort();
         Ok(Self { path: path.into(), settings, records, unreadable, curvature, landscapes, stale })
     }
 
-    /// The lines of its epochs; of one that was written again, the last.
+    /// The lines of its epochs. If an epoch was written twice, the last line counts.
     pub fn epochs(&self) -> Vec<Epoch> {
         let mut epochs: Vec<Epoch> = Vec::new();
         for record in &self.records {
@@ -140,7 +140,8 @@ impl LoadedRun {
         epochs
     }
 
-    /// The epochs after which curvature was measured, and what was found; of one that was measured again, the last.
+    /// The epochs after which curvature was measured, with the findings. If an epoch was measured twice, the last
+    /// counts.
     pub fn curvatures(&self) -> Vec<(u64, &Measures)> {
         let mut found: Vec<(u64, &Measures)> = Vec::new();
         for record in &self.records {
@@ -151,7 +152,7 @@ impl LoadedRun {
         found
     }
 
-    /// The curvature at the end: what was measured by itself, and the log's last for what was not.
+    /// The curvature at the end: from `curvature.json`, and for other measures the last in the log.
     pub fn final_curvature(&self) -> Option<Measured> {
         let logged = self.curvatures().pop();
         let Some((epoch, logged)) = logged else { return self.curvature.clone() };
@@ -162,7 +163,7 @@ impl LoadedRun {
         Some(Measured { measures, over: format!("{}{rest}", measured.over), weights: None })
     }
 
-    /// Steps done and steps skipped, as far as the log tells.
+    /// Steps done and steps skipped, according to the log.
     pub fn steps(&self) -> (u64, u32) {
         let skipped = |record: &Record| match record {
             Record::Step { skipped, .. } | Record::Epoch { skipped, .. } => *skipped,
@@ -174,14 +175,14 @@ impl LoadedRun {
         (self.records.iter().map(step).max().unwrap_or(0), self.records.iter().map(skipped).max().unwrap_or(0))
     }
 
-    /// A mean of the epochs' rates, each as long as it took.
+    /// The mean of the epochs' speeds, weighted by their durations.
     pub fn images_per_second(&self) -> Option<f64> {
         let epochs = self.epochs();
         let mut before = 0.0;
         let (mut images, mut seconds) = (0.0, 0.0);
         for epoch in &epochs {
             let took = epoch.seconds - before;
-            // Where a run was resumed without its earlier lines, the first epoch's share of the time is unknown.
+            // If a run was resumed without its earlier lines, the duration of the first epoch is unknown.
             if took > 0.0 && took.is_finite() {
                 images += epoch.images_per_second * took;
                 seconds += took;
@@ -191,7 +192,7 @@ impl LoadedRun {
         (seconds > 0.0).then(|| images / seconds)
     }
 
-    /// A setting as a user would write it; nothing where it has no value.
+    /// A setting as a user writes it; empty if it has no value.
     pub fn setting(&self, key: &str) -> String {
         self.settings.get(key).map(written).unwrap_or_default()
     }
@@ -248,8 +249,8 @@ fn read_curvature(path: &Path) -> Result<Option<Measured>, TrainError> {
     Ok(Some(Measured { measures, over, weights }))
 }
 
-/// The numbers that a report shows of each measure, by name: of eigenvalues the largest, of extrema two counts. A spectrum
-/// and traces by layer have none.
+/// The numbers of each measure in a report, by name: the largest eigenvalue, the two counts of extrema. A spectrum and
+/// traces by layer have none.
 pub(super) fn numbers(measures: &Measures) -> Vec<(String, f64)> {
     let mut found = Vec::new();
     for (name, finding) in measures {
@@ -292,22 +293,22 @@ pub(super) fn spectrum(measures: &Measures) -> Option<&Density> {
     }
 }
 
-/// A number that several runs have.
+/// A number across several runs.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct RunStatistics {
-    /// Not a number where that of any run is not finite, or where no run has one.
+    /// The mean; NaN if the number of any run is not finite, or if there are no runs.
     pub mean: f64,
-    /// The standard deviation, with one less than the number of runs as the divisor; none of a single run.
+    /// The standard deviation, with the number of runs minus one as the divisor; none for a single run.
     pub deviation: Option<f64>,
-    /// That of each run.
+    /// The number of each run.
     pub values: Vec<f64>,
 }
 
 impl RunStatistics {
     pub(super) fn of(values: Vec<f64>) -> Self {
         let count = values.len() as f64;
-        // Of no values 0/0, which is what it should be.
+        // 0/0 for no values, which is NaN as it should be.
         let mean = values.iter().sum::<f64>() / count;
         let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
         let deviation = (values.len() > 1).then(|| (squares / (count - 1.0)).sqrt());
@@ -315,15 +316,15 @@ impl RunStatistics {
     }
 }
 
-/// Runs that differ in nothing but the seed.
+/// Runs that differ only in the seed.
 pub(super) struct Group {
-    /// What tells it from the others.
+    /// The settings in which it differs from the other groups.
     pub name: String,
     pub runs: Vec<LoadedRun>,
 }
 
 impl Group {
-    /// A number of each run's last epoch; not a number where it was not finite.
+    /// A number of each run's last epoch; NaN if it was not finite.
     pub fn last(&self, number: impl Fn(&Epoch) -> f64) -> RunStatistics {
         RunStatistics::of(self.runs.iter().filter_map(|run| run.epochs().last().map(&number)).collect())
     }
@@ -344,7 +345,7 @@ impl Group {
         RunStatistics::of(self.runs.iter().filter_map(LoadedRun::images_per_second).collect())
     }
 
-    /// The numbers of the curvature at the end, by name, in the order in which they occur.
+    /// The numbers of the curvature at the end, by name, in the order of their occurrence.
     pub fn curvature(&self) -> Vec<(String, RunStatistics)> {
         let measured = self.runs.iter().filter_map(LoadedRun::final_curvature);
         by_name(measured.flat_map(|measured| numbers(&measured.measures)))
@@ -356,7 +357,7 @@ impl Group {
         by_name(measured.flat_map(|measured| layer_traces(&measured.measures)))
     }
 
-    /// The spectrum of the first run that has one: the last that was measured.
+    /// The spectrum of the first run that has one: its last measurement.
     pub fn spectrum(&self) -> Option<&Density> {
         fn of(run: &LoadedRun) -> Option<&Density> {
             let logged = || run.curvatures().into_iter().filter_map(|(_, measures)| spectrum(measures)).next_back();
@@ -377,7 +378,7 @@ fn by_name(numbers: impl Iterator<Item = (String, f64)>) -> Vec<(String, RunStat
     found.into_iter().map(|(name, values)| (name, RunStatistics::of(values))).collect()
 }
 
-/// Puts runs that differ in nothing but the seed together, in the order in which they were named.
+/// Groups runs that differ only in the seed, in the order in which they were given.
 pub(super) fn group(runs: Vec<LoadedRun>) -> Vec<Group> {
     let but_seed = |run: &LoadedRun| {
         let mut settings = run.settings.clone();
@@ -399,7 +400,7 @@ pub(super) fn group(runs: Vec<LoadedRun>) -> Vec<Group> {
     groups
 }
 
-/// The settings in which not all of the groups agree, the optimizer first.
+/// The settings in which the groups differ, the optimizer first.
 pub(super) fn differing(groups: &[Group]) -> Vec<String> {
     let firsts: Vec<&LoadedRun> = groups.iter().filter_map(|group| group.runs.first()).collect();
     let mut keys: Vec<&String> = firsts.iter().flat_map(|run| run.settings.keys()).collect();
@@ -410,14 +411,14 @@ pub(super) fn differing(groups: &[Group]) -> Vec<String> {
     keys.into_iter().cloned().collect()
 }
 
-/// The optimizer of each group, with as many further settings as it takes to tell them apart.
+/// The name of each group: the optimizer, and as many settings as are needed to distinguish them.
 fn names(groups: &[Group]) -> Vec<String> {
     let firsts: Vec<&LoadedRun> = groups.iter().filter_map(|group| group.runs.first()).collect();
     let part = |run: &LoadedRun, key: &str| match run.settings.get(key) {
         None => String::new(),
         Some(toml::Value::Boolean(true)) => format!(", {key}"),
         Some(toml::Value::Boolean(false)) => String::new(),
-        // Of a path, its end tells enough.
+        // The last part of a path is enough.
         Some(toml::Value::String(text)) if key == "data" || key == "init" => {
             let end = Path::new(text).file_name().map(|name| name.to_string_lossy().into_owned());
             format!(", {}", end.unwrap_or_else(|| text.clone()))
@@ -439,7 +440,7 @@ fn names(groups: &[Group]) -> Vec<String> {
             names = longer;
         }
     }
-    // What still has the name of an earlier one differs in how something is written, not in what a reader would see.
+    // Groups that still have the same name differ only in how something is written. They are numbered.
     let plain = names.clone();
     for index in 1..names.len() {
         let same = plain[..index].iter().filter(|&name| *name == plain[index]).count();

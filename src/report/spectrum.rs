@@ -8,10 +8,10 @@ use super::landscape::write_picture;
 use crate::curvature::Density;
 use crate::train::TrainError;
 
-/// Densities smaller than the largest by more than this factor are left out: they are the tails of the smoothing.
+/// Densities below the largest by more than this factor are left out: they are tails of the smoothing.
 const SMALLEST: f64 = 1e-6;
 
-/// Finite peaks only, and the range of eigenvalues that they span.
+/// The finite peaks, and their range of eigenvalues.
 pub(super) fn usable(nodes: &[f64], weights: &[f64]) -> Option<(Density, f64, f64)> {
     let sound = |&(node, weight): &(&f64, &f64)| node.is_finite() && weight.is_finite() && *weight >= 0.0;
     let (nodes, weights): (Vec<f64>, Vec<f64>) = nodes.iter().zip(weights).filter(sound).unzip();
@@ -19,7 +19,7 @@ pub(super) fn usable(nodes: &[f64], weights: &[f64]) -> Option<(Density, f64, f6
     (weights.iter().sum::<f64>() > 0.0).then_some((Density { nodes, weights }, low, high))
 }
 
-/// Densities over a common range of eigenvalues, every peak smoothed to a hundredth of it.
+/// Densities over a common range of eigenvalues. Every peak is smoothed to a hundredth of the range.
 pub(super) fn lines(densities: &[(&str, Style, Density)]) -> Option<(Axis, Axis, Vec<Line>)> {
     let nodes = || densities.iter().flat_map(|(_, _, density)| density.nodes.iter().copied());
     let (low, high) = range(nodes())?;
@@ -61,9 +61,10 @@ pub(super) fn spectrum(
     Some(drawing)
 }
 
-/// Writes `spectrum.svg` and `spectrum.png` to a folder: the density of eigenvalues that is a sum of peaks (`nodes` with their
-/// `weights`, as `polder curvature --measure spectrum --json` has them), each smoothed by a normal distribution whose deviation is a
-/// hundredth of the range, over a logarithmic scale. Returns what was written: nothing, if there is no finite peak.
+/// Writes `spectrum.svg` and `spectrum.png` to a folder: the density of eigenvalues as a sum of peaks (`nodes` with
+/// their `weights`, as in `polder curvature --measure spectrum --json`), each smoothed by a normal distribution with a
+/// hundredth of the range as its deviation, over a logarithmic scale. Returns the files written; none if there is no
+/// finite peak.
 ///
 /// # Errors
 /// A folder that cannot be written to.

@@ -1,4 +1,4 @@
-//! The full state of a run in one file, from which it goes on bit for bit.
+//! The full state of a run in one file, from which it resumes with bit-identical results.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -10,23 +10,23 @@ use safetensors::tensor::SafeTensors;
 use super::TrainError;
 use super::weights::{View, elements, write};
 
-/// Everything a run needs to go on: arenas as they lie in memory, and counters.
+/// Everything that a run needs to continue: arenas as they lie in memory, and counters.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Checkpoint {
     pub weights: Vec<f32>,
     pub statistics: Vec<f32>,
     pub momentum: Vec<f32>,
     pub second_moment: Vec<f32>,
-    /// What the optimizer's method remembers.
+    /// The method's vectors that last from step to step.
     pub memory: Vec<f32>,
     pub scalars: Vec<f64>,
     /// The optimizer's counters on the device.
     pub counters: Vec<u32>,
-    /// The running epoch's sums.
+    /// The current epoch's sums.
     pub totals: Vec<f64>,
-    /// In f16, the state of the loss scale; else nothing.
+    /// The state of the loss scale in f16; empty otherwise.
     pub loss_scale: Vec<f64>,
-    /// The settings that it was made with, as TOML.
+    /// The run's settings, as TOML.
     pub settings: String,
     /// Steps done.
     pub step: u64,
@@ -38,17 +38,17 @@ pub(super) struct Checkpoint {
 const TENSORS: [&str; 9] =
     ["weights", "statistics", "momentum", "second_moment", "memory", "scalars", "counters", "totals", "loss_scale"];
 
-/// What stands beside them.
+/// The entries of the file beside the tensors.
 const ENTRIES: [&str; 3] = ["settings", "step", "seconds"];
 
-/// Of all that a checkpoint holds, one after the other: damage within numbers would go unseen.
+/// The checksum over everything in a checkpoint. Without it, damaged numbers would not be noticed.
 fn checksum<'a>(parts: impl Iterator<Item = &'a [u8]>) -> String {
     let mut sum = Crc::new();
     parts.for_each(|bytes| sum.update(bytes));
     format!("{:08x}", sum.sum())
 }
 
-/// Where a run keeps it.
+/// The path of a run's checkpoint.
 pub(super) fn path(run: &Path) -> PathBuf {
     run.join("checkpoint").join("state.safetensors")
 }
@@ -59,7 +59,7 @@ impl Checkpoint {
         if let Some(folder) = path.parent() {
             std::fs::create_dir_all(folder).map_err(TrainError::io(folder))?;
         }
-        // Every tensor is announced as f32 words: the bits of the wider ones pass through unchanged.
+        // Every tensor is declared as f32 words. The bits of wider types pass through unchanged.
         fn view<T: Pod>(values: &[T]) -> View<'_> {
             let bytes: &[u8] = bytemuck::cast_slice(values);
             View { shape: vec![bytes.len() / 4], bytes }
@@ -101,7 +101,7 @@ impl Checkpoint {
         let words = ENTRIES.into_iter().map(|name| entry(name).map(String::as_bytes));
         let all = TENSORS.into_iter().map(data).chain(words).collect::<Result<Vec<_>, _>>()?;
         if checksum(all.into_iter()) != *entry("checksum")? {
-            return Err(damaged("its checksum is another".into()));
+            return Err(damaged("checksum mismatch".into()));
         }
         Ok(Self {
             weights: elements(data("weights")?, f32::from_le_bytes),
@@ -114,8 +114,8 @@ impl Checkpoint {
             totals: elements(data("totals")?, f64::from_le_bytes),
             loss_scale: elements(data("loss_scale")?, f64::from_le_bytes),
             settings: entry("settings")?.clone(),
-            step: entry("step")?.parse().map_err(|_| damaged("`step` is no number".into()))?,
-            seconds: entry("seconds")?.parse().map_err(|_| damaged("`seconds` is no number".into()))?,
+            step: entry("step")?.parse().map_err(|_| damaged("`step` is not a number".into()))?,
+            seconds: entry("seconds")?.parse().map_err(|_| damaged("`seconds` is not a number".into()))?,
         })
     }
 }

@@ -1,4 +1,4 @@
-//! Curvature of a model's loss over images: any of the measures, at any weights.
+//! Curvature of a network's loss over images: all measures, at any weights.
 
 use super::images::{Batch, DeviceImages};
 use super::{Finding, Findings, MeanOver, Measure, TrainError};
@@ -22,7 +22,8 @@ settings! {
         probes: usize = 100, in at_least(1);
         /// How many eigenvalues
         top: usize = 5, as "K", in at_least(1);
-        /// Lanczos steps: at most for eigenvalues, for each probe of the spectrum; for power iteration, products per eigenvalue
+        /// Lanczos steps: at most for eigenvalues, for each probe of the spectrum; products per eigenvalue of power
+        /// iteration
         steps: usize = 80, in at_least(1);
         /// Eigenvalues are found when no residual is more than this share of the largest
         tolerance: f64 = 1e-4, as "T", in not_negative;
@@ -52,23 +53,24 @@ impl CurvatureSettings {
     }
 }
 
-/// A model and the images over which its mean loss is looked at, in equal parts.
+/// A network and the images over which its mean loss is measured, in equal parts.
 pub struct CurvatureMeter {
     plan: Plan<f32>,
     images: DeviceImages,
     shape: BatchShape,
     normalization: Normalization,
-    /// 0, 1, 2, …: all of the images.
+    /// 0, 1, 2, …: the index of every image.
     order: Buffer<u32>,
     accumulator: Accumulator<f32>,
 }
 
 impl CurvatureMeter {
-    /// Plans the network for parts of `batch_size` of these images, which errors call `name`. With [`Mode::Train`] each part is
-    /// normalised by itself.
+    /// Plans the network for parts of `batch_size` of these images, which errors call `name`. With [`Mode::Train`]
+    /// each part is normalised with its own statistics.
     ///
     /// # Errors
-    /// [`TrainError::Setting`] where the parts do not make up the images, a model that does not fit them, or the device's memory.
+    /// [`TrainError::Setting`] if the images do not divide into parts; a network that does not fit the images; too
+    /// little memory on the device.
     pub fn new(
         device: &Device,
         network: Network<'_>,
@@ -97,7 +99,7 @@ impl CurvatureMeter {
         })
     }
 
-    /// How many of so many images are looked at where nobody says: 1,000, or as many as there are, in whole parts of this size.
+    /// The default number of images: 1,000, or as many as there are, in whole parts of this size.
     pub fn usual_samples(images: usize, part: usize) -> usize {
         let part = part.max(1);
         images.min(1000).max(part) / part * part
@@ -108,7 +110,7 @@ impl CurvatureMeter {
         &self.plan
     }
 
-    /// What `measure` finds at these weights and running statistics.
+    /// Calls `measure` with the mean loss over all images at these weights and running statistics.
     ///
     /// # Errors
     /// Those of the measurement.
@@ -135,7 +137,7 @@ impl CurvatureMeter {
         Ok(measure(&mut Curvature::new(&mut all, weights)?)?)
     }
 
-    /// What `measure` finds for the loss of each part by itself.
+    /// Calls `measure` with the loss of each part separately.
     ///
     /// # Errors
     /// Those of the measurement.
@@ -165,9 +167,9 @@ impl CurvatureMeter {
         found.collect()
     }
 
-    /// Takes these measures at these weights and running statistics. One that meets something that is not finite is
-    /// [`Finding::NotFinite`], and the others go on. `progress` is told which measure is being taken, how far it is, and how far it
-    /// goes.
+    /// Takes these measures at these weights and running statistics. A measure that meets a number that is not finite
+    /// gives [`Finding::NotFinite`], and the others continue. `progress` receives the measure, its steps done, and its
+    /// number of steps.
     ///
     /// # Errors
     /// Those of the device.
@@ -219,7 +221,7 @@ impl CurvatureMeter {
     }
 }
 
-/// What is not finite leaves a measure without a number, and so does a gradient of zero; any other error is one.
+/// A number that is not finite, or a gradient of zero, leaves a measure without a result. Other errors are passed on.
 fn settled<R>(found: device::Result<R>) -> device::Result<Result<R, Finding>> {
     match found {
         Ok(found) => Ok(Ok(found)),
@@ -229,7 +231,7 @@ fn settled<R>(found: device::Result<R>) -> device::Result<Result<R, Finding>> {
     }
 }
 
-/// Takes the measures that are asked for, but for those of parts, in a fixed order.
+/// Takes the requested measures in a fixed order, except those of parts.
 fn measure(
     curvature: &mut Curvature<'_, f32>,
     settings: &CurvatureSettings,
@@ -238,7 +240,7 @@ fn measure(
 ) -> device::Result<Findings> {
     let CurvatureSettings { probes, steps, seed, top, tolerance, rho, ascent_steps, .. } = *settings;
     let wants = |measure: Measure| settings.measure.contains(&measure);
-    // Two measures that a third is made of.
+    // Gradient norm and trace are also needed for the normalised trace.
     let either = |measure: Measure| wants(measure) || wants(Measure::NormalizedTrace);
     let norm = if either(Measure::GradNorm) { Some(settled(curvature.gradient_norm())?) } else { None };
     let trace = match either(Measure::Trace) {

@@ -1,4 +1,4 @@
-//! Loss and accuracy of a model over a split.
+//! Loss and accuracy of a network over a split.
 
 use serde::Serialize;
 
@@ -10,20 +10,20 @@ use crate::kernels::batch_norm::Mode;
 use crate::kernels::image::{self, BatchShape, Normalization, Position};
 use crate::plan::{Network, Plan, PlanOptions, Shape};
 
-/// What an evaluation found.
+/// The result of an evaluation.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Evaluation {
-    /// Images looked at.
+    /// Number of images.
     pub samples: usize,
-    /// Of these, wrongly classified.
+    /// Number of wrongly classified images.
     pub errors: usize,
-    /// Fraction rightly classified.
+    /// Fraction of correctly classified images.
     pub accuracy: f64,
     /// Mean cross-entropy.
     pub loss: f64,
 }
 
-/// A model ready to be evaluated on one split, which stays on the device.
+/// A network ready to be evaluated on one split, which stays on the device.
 pub struct Evaluator {
     plan: Plan<f32>,
     images: DeviceImages,
@@ -34,12 +34,12 @@ pub struct Evaluator {
 }
 
 impl Evaluator {
-    /// Plans the network for batches of at most `batch_size` of these images, which errors call `name`. With [`Mode::Train`] each
-    /// batch is normalised by itself.
+    /// Plans the network for batches of at most `batch_size` of these images, which errors call `name`. With
+    /// [`Mode::Train`] each batch is normalised with its own statistics.
     ///
     /// # Errors
-    /// A network that does not fit the images, the device's memory, or with [`Mode::Train`] [`TrainError::Setting`] where the batches
-    /// do not make up the images.
+    /// A network that does not fit the images; too little memory on the device; with [`Mode::Train`]
+    /// [`TrainError::Setting`] if the images do not divide into batches.
     pub fn new(
         device: &Device,
         network: Network<'_>,
@@ -58,7 +58,7 @@ impl Evaluator {
         let (graph, logits) = network(shape, images.classes).map_err(TrainError::plan(name))?;
         let plan = Plan::new(device, graph, logits, PlanOptions { batch_norm, ..PlanOptions::evaluation() })
             .map_err(TrainError::plan(name))?;
-        // The last batch is filled up with the first samples, whose results are not counted.
+        // The last batch is filled up with the first samples, which are not counted.
         let count = images.len().next_multiple_of(batch);
         let order: Vec<u32> = (0..count).map(|sample| (sample % images.len()) as u32).collect();
         Ok(Self {
@@ -70,7 +70,7 @@ impl Evaluator {
         })
     }
 
-    /// Evaluates these weights and running statistics; hands the logits of each batch (samples × classes) to `logits`.
+    /// Evaluates these weights and running statistics. `logits` receives the logits of each batch (samples × classes).
     ///
     /// # Errors
     /// Those of the device, and those of `logits`.
@@ -104,7 +104,7 @@ impl Evaluator {
         Ok(Evaluation { samples, errors: samples - correct, accuracy, loss: total / samples as f64 })
     }
 
-    /// The plan that it runs.
+    /// The plan.
     pub fn plan(&self) -> &Plan<f32> {
         &self.plan
     }

@@ -1,4 +1,4 @@
-//! How results are written, and told from those of other weights.
+//! Writing results, and the checksum that identifies the weights that they belong to.
 
 use std::path::Path;
 
@@ -6,8 +6,8 @@ use flate2::Crc;
 
 use super::TrainError;
 
-/// Writes a file beside its place and moves it there, so that it is whole or not there. What is there and is no file, such as a
-/// pipe, is written to.
+/// Writes a file under a temporary name and renames it, so that readers see all of it or nothing. An existing path
+/// that is not a regular file, such as a pipe, is written to directly.
 ///
 /// # Errors
 /// Those of the file.
@@ -19,13 +19,13 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
     partial.push(".partial");
     let partial = Path::new(&partial);
     std::fs::write(partial, bytes).and_then(|()| std::fs::rename(partial, path)).map_err(|error| {
-        // What is left of it is of no use to anyone; that it cannot be removed either is no further error.
+        // A partial file has no use. A failure to remove it is not reported on top of the first error.
         let _ = std::fs::remove_file(partial);
         TrainError::io(path)(error)
     })
 }
 
-/// A checksum of a file, by which results know the weights that they are of.
+/// A checksum of a file, by which results identify the weights that they belong to.
 ///
 /// # Errors
 /// Those of the file.

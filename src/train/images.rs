@@ -1,4 +1,4 @@
-//! The images that a run, an evaluation or a measurement works on: opened, normalised, on the device, and as an objective.
+//! The images of a run, an evaluation or a measurement: opened, normalised, on the device, and as an objective.
 
 use std::path::Path;
 
@@ -28,10 +28,10 @@ impl DeviceImages {
     }
 }
 
-/// The device that the options name.
+/// The device of this name.
 ///
 /// # Errors
-/// A name that is not known, or a device that is not there.
+/// An unknown name, or a device that is not available.
 pub fn open_device(name: &str, threads: usize) -> Result<Device, TrainError> {
     let host = || Device::host_with(HostOptions { threads, ..HostOptions::default() });
     match name {
@@ -66,7 +66,7 @@ fn not_empty(path: &str) -> Result<(), TrainError> {
     }
 }
 
-/// The normalisation that the options ask for, or the data set's.
+/// The given normalisation, or else the data set's.
 ///
 /// # Errors
 /// Not one value for each channel, or a deviation that is not positive.
@@ -93,16 +93,16 @@ pub fn normalization(
     Ok(normalization)
 }
 
-/// Some images of a split as an objective: the plan, filled with one part of them at a time.
+/// Images of a split as an objective: the plan, filled with one part of them at a time.
 pub struct Batch<'a, S: Compute> {
     pub(super) plan: &'a mut Plan<S>,
-    /// Of one part.
+    /// The shape of one part.
     pub(super) shape: BatchShape,
     pub(super) pixels: Slice<'a, u8>,
     pub(super) labels: Slice<'a, u32>,
-    /// The numbers of the samples to choose from.
+    /// Indices of samples.
     pub(super) order: Slice<'a, u32>,
-    /// How many of them this is: the first, or those that the clock points at.
+    /// How many of them belong to the batch: the first ones, or those that the clock points at.
     pub(super) samples: usize,
     pub(super) clock: Option<Slice<'a, u64>>,
     pub(super) normalization: &'a Normalization,
@@ -135,9 +135,9 @@ mod tests {
     use crate::optim::{Base, CrSam, Form, Optimizer, Settings};
     use crate::plan::{PlanOptions, Shape};
 
-    /// What a plan does better than one by one reaches an optimizer through what lies between them: CR-SAM's first gradient comes
-    /// with its norm, no gradient is gone over once more, and the others come as a pair, for which the batch is copied, and in 16 bits
-    /// at weights that are rounded as they are displaced.
+    /// A plan's fast paths reach the optimizer through the objectives between them: CR-SAM's first gradient comes with
+    /// its norm, no gradient takes a second pass, and the other gradients come as a pair, for which the batch is
+    /// copied. In 16 bits their weights are rounded as they are displaced.
     #[test]
     fn a_step_of_training_has_all_that_the_plan_offers() {
         let list = operations::<f32>();
@@ -159,7 +159,7 @@ mod tests {
         );
     }
 
-    /// What a step of CR-SAM asks of the device.
+    /// The operations that a step of CR-SAM launches.
     fn operations<S: Compute<Master = f32>>() -> Vec<String> {
         let device = Device::host_with(HostOptions { emulate_gpu: true, ..HostOptions::default() });
         let images = Shape { batch: 2, height: 8, width: 8, channels: 3 };

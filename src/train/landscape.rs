@@ -1,5 +1,6 @@
-//! Loss and accuracy of a model on a grid around its weights, in a folder that holds all that is needed to go on after an
-//! interruption: `landscape.json`, what it is of; `direction-1.safetensors` …; `landscape.csv`, a line per point as it is found.
+//! Loss and accuracy on a grid around the weights. The folder of a landscape holds all that is needed to continue it:
+//! `landscape.json`, its description; `direction-1.safetensors` …; `landscape.csv`, a line for each point that was
+//! evaluated.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -16,40 +17,40 @@ use crate::kernels::vector;
 /// An axis of the grid.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Axis {
-    /// What it leads along.
+    /// The name of its direction.
     pub name: String,
-    /// The places on it, in units of its direction.
+    /// Coordinates, in units of the direction.
     pub values: Vec<f64>,
 }
 
-/// What a landscape is of: `landscape.json`.
+/// The description of a landscape: `landscape.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Landscape {
-    /// For people.
+    /// The title of its pictures.
     pub title: String,
     /// One or two.
     pub axes: Vec<Axis>,
-    /// All that its values depend on, by the names of the options: a landscape goes on only as it began. None where somebody else
-    /// has written the file, for a picture.
+    /// Everything that its values depend on, by the names of the options. A landscape can only be continued with the
+    /// same settings. Empty where another program has written the file, for a picture.
     #[serde(default)]
     pub settings: BTreeMap<String, String>,
 }
 
 impl Landscape {
-    /// A landscape of more points is more than its pictures can show.
+    /// The most points of a landscape; its pictures could not show more.
     pub const MOST_POINTS: usize = 4_000_000;
 
-    /// Reads what the landscape in a folder is of.
+    /// Reads the description of the landscape in a folder.
     ///
     /// # Errors
-    /// The file, or what it holds.
+    /// A file that is missing or damaged.
     pub fn read(folder: &Path) -> Result<Self, TrainError> {
         let path = folder.join("landscape.json");
         let text = std::fs::read_to_string(&path).map_err(TrainError::io(&path))?;
         serde_json::from_str(&text).map_err(|error| TrainError::Results { path, reason: error.to_string() })
     }
 
-    /// Whether the folder holds a landscape, which then must be of the same.
+    /// The landscape that the folder holds, which must have these settings.
     ///
     /// # Errors
     /// The first setting that differs; those of [`Landscape::read`].
@@ -57,30 +58,27 @@ impl Landscape {
         if !folder.join("landscape.json").exists() {
             let points = folder.join("landscape.csv");
             if points.exists() {
-                let reason = "points of an unknown landscape (there is no landscape.json); choose another --out".into();
+                let reason = "points of an unknown landscape (there is no landscape.json); use another folder".into();
                 return Err(TrainError::Results { path: points, reason });
             }
             return Ok(None);
         }
         let found = Self::read(folder)?;
         let (theirs, mine) = (&found.settings, settings);
-        // A batch is no larger than the samples, so these are looked at first.
+        // Samples are compared first, because they limit the size of a batch.
         let mut keys =
             mine.get_key_value("samples").map(|(key, _)| key).into_iter().chain(mine.keys()).chain(theirs.keys());
         let differs = keys.find(|key| mine.get(*key) != theirs.get(*key));
         if let Some(key) = differs {
             let value = |of: &BTreeMap<String, String>| of.get(key).map_or("not given".into(), |value| value.clone());
-            let reason = format!(
-                "holds a landscape whose {key} is {}, not {}; choose another --out",
-                value(theirs),
-                value(mine)
-            );
+            let reason =
+                format!("holds a landscape whose {key} is {}, not {}; use another folder", value(theirs), value(mine));
             return Err(TrainError::Results { path: folder.into(), reason });
         }
         Ok(Some(found))
     }
 
-    /// Writes it to its folder.
+    /// Writes the description to its folder.
     ///
     /// # Errors
     /// Those of the file.
@@ -95,12 +93,12 @@ impl Landscape {
         self.axes.iter().map(|axis| axis.values.len()).product()
     }
 
-    /// Whether there is no point.
+    /// Whether there are no points.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Where a point lies: the first axis varies fastest.
+    /// The coordinates of a point. The first axis varies fastest.
     pub fn place(&self, mut point: usize) -> Vec<f64> {
         let mut place = Vec::new();
         for Axis { values, .. } in &self.axes {
@@ -111,12 +109,12 @@ impl Landscape {
     }
 }
 
-/// Where a folder keeps the direction of an axis.
+/// The path of the direction of an axis.
 fn direction_path(folder: &Path, axis: usize) -> PathBuf {
     folder.join(format!("direction-{}.safetensors", axis + 1))
 }
 
-/// Keeps a direction, under the names of the parameters.
+/// Saves a direction, under the names of the parameters.
 ///
 /// # Errors
 /// Those of the file.
@@ -124,10 +122,10 @@ pub fn save_direction(folder: &Path, axis: usize, layout: &Layout, direction: &[
     weights::save(&direction_path(folder, axis), &[(layout, direction)])
 }
 
-/// The direction of an axis that was kept.
+/// Loads the direction of an axis.
 ///
 /// # Errors
-/// The file, or one of another model.
+/// A file that is missing, damaged, or of another model.
 pub fn load_direction(folder: &Path, axis: usize, layout: &Layout) -> Result<Vec<f32>, TrainError> {
     let [direction, _] = weights::load(&direction_path(folder, axis), [layout, &Layout::default()])?;
     Ok(direction)
@@ -136,13 +134,13 @@ pub fn load_direction(folder: &Path, axis: usize, layout: &Layout) -> Result<Vec
 /// Loss and accuracy at a point.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Height {
-    /// Mean cross-entropy; may be infinite or not a number.
+    /// Mean cross-entropy; may be infinite or NaN.
     pub loss: f64,
-    /// Fraction rightly classified.
+    /// Fraction of correctly classified images.
     pub accuracy: f64,
 }
 
-/// The points that have been found, in `landscape.csv`.
+/// The evaluated points, in `landscape.csv`.
 pub struct Heights {
     path: PathBuf,
     file: File,
@@ -150,10 +148,10 @@ pub struct Heights {
 }
 
 impl Heights {
-    /// Opens the points of a landscape: those that are there stay, but for a line that was cut off.
+    /// Opens the points of a landscape. Evaluated points stay; an incomplete last line is dropped.
     ///
     /// # Errors
-    /// The file; lines that belong to another grid.
+    /// The file; lines of another grid.
     pub fn open(folder: &Path, landscape: &Landscape) -> Result<Self, TrainError> {
         let path = folder.join("landscape.csv");
         let text = match std::fs::read_to_string(&path) {
@@ -162,7 +160,7 @@ impl Heights {
             Err(error) => return Err(TrainError::io(&path)(error)),
         };
         let header = if landscape.axes.len() == 1 { "x,loss,accuracy" } else { "x,y,loss,accuracy" };
-        // What has no end of line was cut off.
+        // A line without its end was cut off.
         let whole = text.rfind('\n').map_or("", |end| &text[..=end]);
         let mut list = Vec::new();
         for (number, line) in whole.lines().enumerate() {
@@ -191,7 +189,7 @@ impl Heights {
         Ok(Self { path, file, list })
     }
 
-    /// The points so far.
+    /// The points evaluated so far.
     pub fn list(&self) -> &[Height] {
         &self.list
     }
@@ -204,8 +202,8 @@ impl Heights {
         Ok(())
     }
 
-    /// Finds the points that are missing, at `weights` moved along the directions; running statistics stay. Each is kept as it
-    /// is found. `go_on` is told how many there are, and ends this by saying no.
+    /// Evaluates the missing points, at `weights` moved along the directions with unchanged running statistics. Each
+    /// is saved at once. `go_on` receives the number of points done; it stops the work by returning false.
     ///
     /// # Errors
     /// Those of the device and of the file.
@@ -232,7 +230,7 @@ impl Heights {
 }
 
 fn damaged(path: &Path, line: usize) -> TrainError {
-    TrainError::Results { path: path.into(), reason: format!("line {line} is not one of this landscape") }
+    TrainError::Results { path: path.into(), reason: format!("line {line} is not a point of this landscape") }
 }
 
 #[cfg(test)]
@@ -266,7 +264,7 @@ mod tests {
         assert_eq!(heights.list(), [0, 1, 2, 3].map(height));
         heights.push(&landscape.place(4), height(4)).unwrap();
         assert_eq!(Heights::open(folder.path(), &landscape).unwrap().list().len(), 5);
-        // A line of another grid, one that is no line, one too many.
+        // A line of another grid, a line that is not a point, and a line too many.
         for (wrong, line) in [("0.2,-2,1,1", 3), ("0.1,-2,1", 3), ("0.1,-2,x,1", 3)] {
             std::fs::write(&path, format!("x,y,loss,accuracy\n-1,-2,0.1,0.5\n{wrong}\n")).unwrap();
             let error = Heights::open(folder.path(), &landscape).err().unwrap().to_string();

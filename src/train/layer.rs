@@ -5,7 +5,8 @@ use std::path::Path;
 
 use toml::Spanned;
 
-use super::settings::{Chosen, Settings, find_option};
+use super::options::find_option;
+use super::settings::{Chosen, Settings};
 use super::{TrainError, settings};
 use crate::settings::{Kind, SettingError, Value};
 
@@ -175,5 +176,106 @@ pub(super) fn to_json(value: &Value) -> serde_json::Value {
         Value::Text(value) | Value::Word(value) => value.as_str().into(),
         Value::Numbers(values) => values.iter().map(number).collect(),
         Value::Words(values) => values.iter().map(String::as_str).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layer(text: &str) -> Layer {
+        Layer::from_toml(text).unwrap()
+    }
+
+    fn message(text: &str) -> String {
+        layer(text).resolve().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn an_upper_layer_drops_what_its_choice_takes_away() {
+        let below = layer(
+            "optimizer = \"gnr\"\noracle = \"sam\"\noracle-rho = 0.2\nevery = 2\nmomentum = 0.8\nepochs = 3\nlr = 0.2",
+        );
+        let names = |above: &str| -> Vec<String> {
+            layer(above).over(below.clone()).iter().map(|(name, _)| name.to_string()).collect()
+        };
+        assert_eq!(names("optimizer = \"sam\""), ["epochs", "lr", "momentum", "optimizer"]);
+        assert_eq!(names("optimizer = \"looksam\""), ["epochs", "every", "lr", "momentum", "optimizer"]);
+        assert_eq!(names("optimizer = \"adamw\""), ["epochs", "lr", "optimizer"]);
+        let other_base = ["base", "epochs", "every", "lr", "optimizer", "oracle", "oracle-rho"];
+        assert_eq!(names("base = \"adamw\""), other_base);
+        let other_oracle = ["epochs", "every", "lr", "momentum", "optimizer", "oracle"];
+        assert_eq!(names("oracle = \"loss\""), other_oracle);
+        let in_steps = ["every", "lr", "momentum", "optimizer", "oracle", "oracle-rho", "steps"];
+        assert_eq!(names("steps = 9"), in_steps);
+        // The upper layer's own options stay, even those that have no meaning: that is an error to be reported.
+        let kept = layer("optimizer = \"sgd\"\nrho = 0.1").over(below.clone());
+        assert!(
+            kept.has("rho") && kept.resolve().unwrap_err().to_string() == "rho: has no meaning for `optimizer` sgd"
+        );
+    }
+
+    #[test]
+    fn settings_are_written_and_read_back() {
+        let text = "optimizer = \"cr-sam\"\nalpha = 1\nmean = [0.4914, 0.5]\nseed = 7\ncurvature-every = 2\ncurvature-measures = [\"trace\"]";
+        let settings = layer(text).resolve().unwrap();
+        let written = settings.to_toml().unwrap();
+        for line in
+            ["alpha = 1.0", "mean = [0.4914, 0.5]", "beta = 0.01", "curvature-measures = [\"trace\"]", "epochs = 10"]
+        {
+            assert!(written.lines().any(|other| other == line), "{line}: {written}");
+        }
+        let again = layer(&written).resolve().unwrap();
+        assert_eq!(again.to_toml().unwrap(), written);
+        again.continues(&settings).unwrap();
+        let longer = layer(&format!("{written}steps = 9").replace("epochs = 10\n", "")).resolve().unwrap();
+        longer.continues(&settings).unwrap();
+        let other = layer(&written.replace("alpha = 1.0", "alpha = 0.5")).resolve().unwrap();
+        assert_eq!(other.continues(&settings).unwrap_err().to_string(), "alpha: cannot change when a run is resumed");
+        assert_eq!(settings.to_json().unwrap()["alpha"], 1.0);
+    }
+
+    #[test]
+    fn every_mistake_names_the_setting() {
+        for (text, expected) in [
+            ("optimizer = \"sgdd\"", "optimizer: sgdd, expected one of sgd, adamw, sam"),
+            ("model = \"resnet9\"", "model: resnet9, expected one of resnet8"),
+            ("base = \"adamw\"\nmomentum = 0.5", "momentum: has no meaning for adamw"),
+            ("curvature-probes = 5", "curvature-probes: has no meaning without `curvature-every`"),
+            ("curvature-every = 1\ncurvature-probes = 0", "curvature-probes: 0, expected at least 1"),
+            ("optimizer = \"gnr\"\noracle-rho = 0.1", "oracle-rho: has no meaning for `oracle` loss"),
+            ("epochs = 1\nsteps = 2", "steps: cannot be given together with `epochs`"),
+            ("batch-size = 6\nmicro-batch = 4", "micro-batch: 4, expected a divisor of `batch-size` 6"),
+            ("threads = 2000", "threads: 2000, expected at most 1024"),
+        ] {
+            let found = message(text);
+            assert!(found.starts_with(expected), "{text}: {found}");
+        }
+        for (text, expected) in [
+            ("lr = 1\n\nspeed = 2", "line 3: `speed` is not an option"),
+            ("seed = -1", "line 1: seed: expected a whole number, 0 or more"),
+            ("nesterov = 1", "line 1: nesterov: expected true or false"),
+            ("lr = ", "line 1: "),
+        ] {
+            let found = Layer::from_toml(text).unwrap_err();
+            assert!(found.starts_with(expected), "{text}: {found}");
+        }
+    }
+
+    #[test]
+    fn every_method_resolves_and_is_read_back() {
+        for entry in crate::optim::METHODS {
+            let settings = layer(&format!("optimizer = \"{}\"", entry.name)).resolve().unwrap();
+            let written = settings.to_toml().unwrap();
+            assert_eq!(layer(&written).resolve().unwrap().to_toml().unwrap(), written, "{}", entry.name);
+            let own_rate = settings.method().unwrap().own_rate().is_some();
+            assert_eq!(written.contains("momentum = 0.0"), own_rate, "{}", entry.name);
+            assert_eq!(
+                written.contains("schedule = "),
+                !own_rate || written.contains("rho-schedule"),
+                "{}",
+                entry.name
+            );
+        }
     }
 }

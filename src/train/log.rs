@@ -1,4 +1,4 @@
-//! `log.jsonl`: a line per epoch, and where asked for, per step and for what curvature was found.
+//! `log.jsonl`: a line per epoch, and on request per step and per measurement of the curvature.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -17,28 +17,29 @@ pub enum Record {
     Step {
         /// Steps done.
         step: u64,
-        /// The epoch that it belongs to, counted from 1.
+        /// The epoch of the step, counted from 1.
         epoch: u64,
         /// Mean loss of the batch at the unperturbed weights.
         loss: Option<f64>,
-        /// Accuracy on the batch likewise.
+        /// Accuracy on the batch at the same weights.
         accuracy: f64,
-        /// Learning rate: the schedule's, or the step size that SA-SAM takes itself.
+        /// Learning rate: the schedule's, or the step size that the method computes.
         lr: f64,
         /// Training images per second since the epoch began.
         images_per_second: f64,
         /// ‖g‖ at the unperturbed weights.
         gradient_norm: Option<f64>,
-        /// The method's own numbers, under the names that [`Method::telemetry`](crate::optim::Method::telemetry) gives them.
+        /// The method's own numbers, under the names that [`Method::telemetry`](crate::optim::Method::telemetry) gives
+        /// them.
         #[serde(flatten)]
         method: BTreeMap<String, f64>,
-        /// Between the gradients at the unperturbed and at the perturbed weights.
+        /// Cosine between the gradients at the unperturbed and at the perturbed weights.
         #[serde(skip_serializing_if = "Option::is_none")]
         cosine_gradients: Option<f64>,
-        /// Between the realised and the intended perturbation.
+        /// Cosine between the perturbation that survived rounding and the intended one.
         #[serde(skip_serializing_if = "Option::is_none")]
         cosine_perturbation: Option<f64>,
-        /// In f16, the factor of the loss in the backward pass, after the step.
+        /// In f16, the loss scale after the step.
         #[serde(skip_serializing_if = "Option::is_none")]
         loss_scale: Option<f64>,
         /// Steps skipped so far because something was not finite.
@@ -56,7 +57,7 @@ pub enum Record {
         step: u64,
         /// Mean training loss over the epoch, at the weights of each step; none if every step was skipped.
         train_loss: Option<f64>,
-        /// Training accuracy likewise.
+        /// Training accuracy in the same way.
         train_accuracy: Option<f64>,
         /// Mean test cross-entropy after the epoch.
         test_loss: Option<f64>,
@@ -69,9 +70,9 @@ pub enum Record {
         /// The method's own numbers in its last step.
         #[serde(flatten)]
         method: BTreeMap<String, f64>,
-        /// Training images per second, evaluation left out.
+        /// Training images per second, without evaluation.
         images_per_second: f64,
-        /// Seconds of training since the start, evaluation left out.
+        /// Seconds of training since the start, without evaluation.
         seconds: f64,
         /// Steps skipped so far because something was not finite.
         skipped: u32,
@@ -86,7 +87,7 @@ pub enum Record {
         epoch: u64,
         /// Steps done.
         step: u64,
-        /// What was found, by measure, as `polder curvature --json` has it.
+        /// The findings by measure, as in `polder curvature --json`.
         measures: BTreeMap<String, Finding>,
     },
 }
@@ -103,15 +104,15 @@ impl Record {
 pub(super) struct Log {
     path: PathBuf,
     file: File,
-    /// The step of the newest line about curvature that it was opened with.
+    /// The step of the newest line about curvature when the log was opened.
     newest_curvature: Option<u64>,
-    /// What keeps other processes from the run.
+    /// The lock that keeps other processes out of the run.
     _claim: Option<File>,
 }
 
 impl Log {
-    /// Opens the log of a run that has done `step` steps: later lines, of a run that was cut off after its checkpoint, are
-    /// taken out, since they will be written again.
+    /// Opens the log of a run that has done `step` steps. Later lines, from a run that was stopped after its
+    /// checkpoint, are removed, since they will be written again.
     pub fn open(path: &Path, step: u64, claim: Option<File>) -> Result<Self, TrainError> {
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
@@ -140,7 +141,7 @@ impl Log {
         Ok(Self { path: path.into(), file, newest_curvature, _claim: claim })
     }
 
-    /// Whether a line about the curvature after `step` steps was there when the log was opened.
+    /// Whether the log had a line about the curvature after `step` steps when it was opened.
     pub fn has_curvature_of(&self, step: u64) -> bool {
         self.newest_curvature == Some(step)
     }

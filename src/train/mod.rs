@@ -11,6 +11,7 @@ mod images;
 pub mod landscape;
 mod layer;
 mod log;
+mod options;
 mod run;
 mod settings;
 mod state;
@@ -25,9 +26,10 @@ pub use finding::{Finding, Findings, MeanOver};
 pub use images::{Batch, normalization, open_data, open_device, open_split};
 pub use layer::Layer;
 pub use log::Record;
+pub use options::{RunOption, options};
 pub use run::{Progress, Summary};
 pub use settings::{
     AdamWSettings, Augmentation, BaseName, CurvatureLogSettings, DataSettings, LoopSettings, Measure, MethodName,
-    ModelName, ModelSettings, OptimizerSettings, Precision, RunOption, Settings, SgdSettings, of_methods, options,
+    ModelName, ModelSettings, OptimizerSettings, Precision, Settings, SgdSettings,
 };
 pub use training::Training;

@@ -6,29 +6,24 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use super::TrainError;
 use super::curvature::{CurvatureMeter, CurvatureSettings};
 use super::evaluate::{Evaluation, Evaluator};
 use super::folder::{self, Config};
-use super::images::{DeviceImages, normalization, open_device};
+use super::images::{normalization, open_device};
 use super::log::{Log, Record};
-use super::settings::{Augmentation, Measure, Settings};
+use super::settings::{Measure, Settings};
 use super::state::State;
 use super::training::Subject;
-use super::{TrainError, weights};
 use crate::data::{self, Images};
 use crate::device::{Compute, Device, RecordedGraph};
 use crate::kernels::batch_norm::Mode;
-use crate::kernels::clock;
-use crate::kernels::image::{Augment, BatchShape};
-use crate::nn;
-use crate::objective::Accumulator;
-use crate::optim::{Optimizer, RhoSchedule, Schedule, Telemetry};
-use crate::plan::{Plan, PlanOptions, Shape};
+use crate::optim::{RhoSchedule, Schedule, Telemetry};
 
-/// What a run tells its caller while it goes on.
+/// What a run reports to its caller.
 #[derive(Debug, Clone)]
 pub enum Progress {
-    /// An epoch's steps are done, its test begins.
+    /// The steps of an epoch are done, and its test begins.
     Testing,
     /// Before the first step.
     Start {
@@ -47,7 +42,7 @@ pub enum Progress {
         /// Steps per epoch.
         steps_per_epoch: u64,
     },
-    /// Now and then.
+    /// A few times a second.
     Step {
         /// Steps done.
         step: u64,
@@ -60,9 +55,9 @@ pub enum Progress {
     },
     /// The curvature after an epoch is being measured.
     Measuring {
-        /// By this.
+        /// The measure.
         measure: Measure,
-        /// Done, and in all.
+        /// Steps of the measure done, and in all.
         steps: (usize, usize),
     },
     /// After each epoch, and after each measurement of the curvature.
@@ -72,35 +67,36 @@ pub enum Progress {
 /// How a run ended.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Summary {
-    /// Whether it was told to stop before its end.
+    /// Whether it was stopped before its end.
     pub interrupted: bool,
-    /// The mean loss of some steps that ended it before its end, by `max_loss`: not a number where none had a finite one.
+    /// The mean loss that exceeded `max_loss` and ended the run; NaN where no loss was finite.
     pub diverged: Option<f64>,
     /// Steps done.
     pub steps: u64,
-    /// Of these, skipped because something was not finite.
+    /// Steps skipped because something was not finite.
     pub skipped: u32,
-    /// The model on the test images; none if interrupted or diverged.
+    /// The result on the test images; none if interrupted or diverged.
     pub test: Option<Evaluation>,
-    /// Seconds of training, evaluation left out, over all its parts.
+    /// Seconds of training over all parts of the run, without evaluation.
     pub seconds: f64,
     /// Images per second of training.
     pub images_per_second: f64,
-    /// Where its files are.
+    /// The folder with its files.
     pub out: Option<PathBuf>,
 }
 
-/// Over so many steps, and over each epoch, a run looks whether its loss has diverged.
+/// Divergence is checked after this many steps, and after each epoch.
 const DIVERGENCE_STEPS: u64 = 50;
-/// Images at a time when the curvature is measured, as `polder curvature` takes them.
+/// Images per part when the curvature is measured, as in `polder curvature`.
 const CURVATURE_PART: usize = 200;
-/// Steps that a GPU is handed at once, as one graph, where nothing has to be looked at between them.
+/// Steps that are launched on a GPU at once, as one graph, where the host has nothing to do between them.
 const STEPS_PER_LAUNCH: u64 = 8;
 
 /// How often a run reads its sums from the device to report them.
 const REPORT: Duration = Duration::from_millis(250);
 
-/// A run in progress, its activations stored as `S`. Tests are in f32 whatever `S` is: of the weights as they are saved.
+/// A run in progress, its activations stored as `S`. Tests are in f32 whatever `S` is: of the weights as they are
+/// saved.
 pub(super) struct Run<S: Compute<Master = f32>> {
     settings: Settings,
     config: Config,
@@ -114,14 +110,14 @@ pub(super) struct Run<S: Compute<Master = f32>> {
     log: Option<Log>,
     schedule: Schedule,
     rho_schedule: RhoSchedule,
-    /// In all, and in an epoch.
+    /// Steps of the run, and of an epoch.
     steps: u64,
     steps_per_epoch: u64,
     steps_per_launch: u64,
-    /// Steps done, now and when this part of the run began.
+    /// Steps done now, and when this part of the run began.
     step: u64,
     started_at: u64,
-    /// The epoch whose order and learning rates the device has.
+    /// The epoch whose order and learning rates are on the device.
     prepared_epoch: Option<u64>,
     recorded: Recorded,
     window: Window,
@@ -164,16 +160,7 @@ impl<S: Compute<Master = f32>> Run<S> {
         let steps = settings.run.steps.unwrap_or(settings.run.epochs.saturating_mul(steps_per_epoch));
         let schedule = settings.schedule(&*method, steps)?;
 
-        // The network sees one part at a time: of the batch, or with m-sharpness of a group.
-        let group = settings.optimizer.m_sharpness.unwrap_or(batch);
-        let part = settings.data.micro_batch.unwrap_or(group);
-        let data::ImageShape { height, width, channels } = train.shape;
-        let shape = BatchShape { batch: part, height, width, channels };
-        let plan_options =
-            PlanOptions { label_smoothing: settings.optimizer.label_smoothing, ..PlanOptions::training() };
-        let traced = network(Shape { batch: part, height, width, channels }, train.classes);
-        let (graph, logits) = traced.map_err(TrainError::plan(&data))?;
-        let plan = Plan::<S>::new(&device, graph, logits, plan_options).map_err(TrainError::plan(&data))?;
+        let mut state = State::new(&device, &settings, (network, &data), train, normalization, method)?;
         let evaluator = Evaluator::new(&device, network, (&data, test), normalization, batch, Mode::Eval)?;
         let curvature = match settings.curvature() {
             None => None,
@@ -183,34 +170,13 @@ impl<S: Compute<Master = f32>> Run<S> {
                 Some(CurvatureLog { every, settings: wanted, meter })
             }
         };
-        let layout = plan.parameters().clone();
-        let seed = settings.run.seed;
-        let augment = Augment { pad: 4, flip: true, seed, counter: 0 };
-        let mut state = State {
-            optimizer: Optimizer::new(&device, layout.len(), settings.optimizer(method, &layout)?)?,
-            parameters: device.upload(&nn::initial_weights(&layout, seed)?)?,
-            accumulator: Accumulator::new(&device, layout.len(), group / part)?,
-            plan,
-            images: DeviceImages::new(&device, train)?,
-            normalization,
-            augment: (settings.data.augment == Augmentation::Basic).then_some(augment),
-            part: shape,
-            batch,
-            order: device.upload(&(0..train.len() as u32).collect::<Vec<u32>>())?,
-            rates: device.zeros(steps_per_epoch as usize)?,
-            rate: device.zeros(1)?,
-            clock: device.zeros(clock::LEN)?,
-            totals: device.zeros(3)?,
-        };
         let saved = match out.as_ref().filter(|_| resume) {
             Some(run) => folder::saved(run, &config)?,
             None => None,
         };
         // A checkpoint has the weights; the file that the run began with may be gone.
         if let Some(file) = settings.model.init.as_ref().filter(|_| saved.is_none()) {
-            let [loaded, statistics] = weights::load(Path::new(file), [&layout, state.plan.statistics_layout()])?;
-            state.parameters.write(&loaded)?;
-            state.plan.set_statistics(device.upload(&statistics)?.view())?;
+            state.load(Path::new(file))?;
         }
         let (mut step, mut earlier) = (0, 0.0);
         if let (Some(saved), Some(run)) = (saved, &out) {
@@ -249,7 +215,7 @@ impl<S: Compute<Master = f32>> Run<S> {
         })
     }
 
-    /// To the end, or until it is told to stop or diverges.
+    /// Trains to the end, or until the run is stopped or diverges.
     pub fn train(mut self, stop: &AtomicBool, progress: &mut dyn FnMut(Progress)) -> Result<Summary, TrainError> {
         progress(Progress::Start {
             device: format!("{} ({})", self.device.name(), self.device.description()),
@@ -260,7 +226,7 @@ impl<S: Compute<Master = f32>> Run<S> {
             steps: (self.steps, self.step),
             steps_per_epoch: self.steps_per_epoch,
         });
-        // A run that was stopped between its checkpoint and the measurement there makes up for it.
+        // A run that was stopped between its checkpoint and the measurement catches up on it.
         let unknown = self.log.as_ref().is_some_and(|log| !log.has_curvature_of(self.step));
         if self.step > 0 && self.at_epoch_end() && self.curvature_is_due() && unknown {
             self.measure_curvature(progress)?;
@@ -290,14 +256,14 @@ impl<S: Compute<Master = f32>> Run<S> {
             }
         }
         self.device.synchronize()?;
-        // A run that is stopped before its last measurement makes up for it when it is resumed.
+        // A run that is stopped before its last measurement catches up on it when it is resumed.
         let interrupted = (self.step < self.steps || unmeasured) && self.diverged.is_none();
         if interrupted {
             self.seconds += self.clock.elapsed().as_secs_f64();
             self.save()?;
         } else if test.is_none() {
-            // A finished run was resumed: there is nothing to train, but its result can still be told, and written, if it was
-            // ended when it had a checkpoint of its end and not yet the weights.
+            // A finished run was resumed. Its result is reported, and its weights are written if it was stopped
+            // between its last checkpoint and its weights.
             test = Some(self.evaluate()?);
             self.out.as_ref().map_or(Ok(()), |run| self.state.save_model(run))?;
         }
@@ -315,7 +281,7 @@ impl<S: Compute<Master = f32>> Run<S> {
         })
     }
 
-    /// Hands the device the order of the epoch's images and its learning rates, once.
+    /// Writes the epoch's order of images and its learning rates to the device, once.
     fn prepare_epoch(&mut self) -> Result<(), TrainError> {
         let Self { state, settings, schedule, step, steps_per_epoch, .. } = self;
         let (epoch, within) = (*step / *steps_per_epoch, (*step % *steps_per_epoch) as usize);
@@ -335,14 +301,14 @@ impl<S: Compute<Master = f32>> Run<S> {
         Ok(())
     }
 
-    /// The next step, or the next few.
+    /// Takes the next step, or the next few.
     fn advance(&mut self, logged: bool) -> Result<(), TrainError> {
         let alone = self.steps_alone();
         let Self { state, recorded, device, step, .. } = self;
         state.optimizer.observe(logged);
         state.optimizer.scale_rho(self.rho_schedule.factor(*step, &self.schedule));
         let repeats = state.optimizer.settings().method.repeats() && self.rho_schedule == RhoSchedule::Constant;
-        // The first step allocates, and those that are logged do more.
+        // The first step allocates memory, and a logged step does more work.
         if logged || !repeats || *step == self.started_at {
             state.step()?;
             *step += 1;
@@ -361,7 +327,7 @@ impl<S: Compute<Master = f32>> Run<S> {
         Ok(())
     }
 
-    /// How many of the next steps come before anything has to be looked at or changed.
+    /// How many of the next steps need nothing from the host in between.
     fn steps_alone(&self) -> u64 {
         let until = |every: u64| every - self.step % every;
         let mut alone = until(self.steps_per_epoch).min(self.steps - self.step);
@@ -369,7 +335,7 @@ impl<S: Compute<Master = f32>> Run<S> {
             alone = alone.min(until(DIVERGENCE_STEPS));
         }
         match self.log_every() {
-            // The one that is logged is taken by itself.
+            // A logged step is taken alone.
             Some(every) => alone.min(until(every) - 1),
             None => alone,
         }
@@ -393,33 +359,33 @@ impl<S: Compute<Master = f32>> Run<S> {
         self.step.div_ceil(self.steps_per_epoch)
     }
 
-    /// Where the loss is bounded, whether it has diverged.
+    /// Checks whether the loss has exceeded `max_loss`.
     fn check_divergence(&mut self) -> Result<(), TrainError> {
         let (window_ends, epoch_ends) = (self.step.is_multiple_of(DIVERGENCE_STEPS), self.at_epoch_end());
         let Some(most) = self.settings.run.max_loss.filter(|_| window_ends || epoch_ends) else { return Ok(()) };
         let sums = self.state.read_totals()?;
         if window_ends {
-            // Also where it is not a number, because none of the steps counted.
+            // A loss that is NaN, because every step was skipped, counts as diverged.
             self.diverged =
                 Some(self.window.end(sums)).filter(|loss| !matches!(loss.partial_cmp(&most), Some(Less | Equal)));
         }
         if self.step.is_multiple_of(self.steps_per_epoch) {
             self.window.cross_epoch(sums);
         }
-        // Of an epoch's few steps all may have been skipped for once; but not several that the run ends with.
+        // The few steps of one epoch may all be skipped once. Several at the end of a run may not.
         let (loss, several) = (sums[0] / sums[2], !(self.step - 1).is_multiple_of(self.steps_per_epoch));
         let diverged = epoch_ends && (loss > most || loss.is_nan() && several && self.step == self.steps);
         self.diverged = self.diverged.or(Some(loss).filter(|_| diverged));
         Ok(())
     }
 
-    /// Since the epoch began, or the part of it that this part of the run does.
+    /// Training speed since the epoch, or this part of it, began.
     fn images_per_second(&self) -> f64 {
         let images = (self.step - self.epoch_started_at) as f64 * self.state.batch as f64;
         images / self.clock.elapsed().as_secs_f64()
     }
 
-    /// That of the newest step: the method's own, or the schedule's.
+    /// The newest step's learning rate: the method's own, or the schedule's.
     fn learning_rate(&self, telemetry: &Telemetry) -> f64 {
         telemetry.own_rate.unwrap_or_else(|| self.schedule.rate(self.step - 1))
     }
@@ -451,7 +417,7 @@ impl<S: Compute<Master = f32>> Run<S> {
         }
     }
 
-    /// Tells how the epoch goes.
+    /// Reports the progress of the epoch.
     fn report(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<(), TrainError> {
         self.reported = Instant::now();
         let [loss, correct, samples] = self.state.read_totals()?;
@@ -465,7 +431,7 @@ impl<S: Compute<Master = f32>> Run<S> {
         evaluator.evaluate(state.parameters.view(), state.plan.statistics().view(), |_| Ok(()))
     }
 
-    /// Tests, logs and saves what the epoch, or what there is of it, has come to.
+    /// Evaluates, logs and saves at the end of a (partial) epoch.
     fn end_epoch(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<Evaluation, TrainError> {
         self.device.synchronize()?;
         let images_per_second = self.images_per_second();
@@ -490,14 +456,14 @@ impl<S: Compute<Master = f32>> Run<S> {
             dropped_alpha: telemetry.dropped_alpha,
             dropped_beta: telemetry.dropped_beta,
         };
-        // Sums of an epoch that more steps would complete stay for a run that is resumed with them.
+        // The sums of a partial epoch stay for a run that is resumed with more steps.
         if self.step.is_multiple_of(self.steps_per_epoch) {
             self.state.totals.clear()?;
         }
         if let Some(log) = &mut self.log {
             log.write(&record)?;
         }
-        // What has diverged does not take the place of weights that had not.
+        // Diverged weights do not replace good ones.
         if self.diverged.is_none() {
             self.save()?;
         }
@@ -509,12 +475,12 @@ impl<S: Compute<Master = f32>> Run<S> {
         self.curvature.as_ref().is_some_and(|curvature| self.epoch().is_multiple_of(curvature.every))
     }
 
-    /// Measures the curvature where the run is, and writes it to the log.
+    /// Measures the curvature at the current weights and writes it to the log.
     fn measure_curvature(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<(), TrainError> {
         let (epoch, step) = (self.epoch(), self.step);
         let Some(CurvatureLog { settings, meter, .. }) = &mut self.curvature else { return Ok(()) };
-        // What is dropped while there is a graph keeps its memory, and measuring takes vectors each time. The next steps are
-        // recorded again.
+        // Memory that is dropped while a graph exists is held, and each measurement allocates vectors. So the graphs
+        // are dropped, and the next steps are recorded again.
         self.recorded = Recorded::default();
         let (weights, statistics) = (self.state.parameters.view(), self.state.plan.statistics().view());
         let mut tell = |measure, done, of| progress(Progress::Measuring { measure, steps: (done, of) });
@@ -527,7 +493,7 @@ impl<S: Compute<Master = f32>> Run<S> {
         Ok(())
     }
 
-    /// Saves the run where it is, if it has a folder.
+    /// Saves the current state of the run, if it has a folder.
     fn save(&self) -> Result<(), TrainError> {
         match &self.out {
             Some(run) => self.state.save(run, self.config.text.clone(), self.step, self.seconds),
@@ -561,16 +527,16 @@ fn finite_numbers(telemetry: &Telemetry) -> BTreeMap<String, f64> {
     finite.map(|(name, value)| (name.to_string(), *value)).collect()
 }
 
-/// The sums (loss, correct predictions, samples) of the steps since the loss was last looked at.
+/// Sums (loss, correct predictions, samples) of the steps since the loss was last checked.
 struct Window {
-    /// Of those in epochs that have ended.
+    /// Sums of the epochs that have ended.
     earlier: [f64; 3],
-    /// The running epoch's sums when the window or the epoch began.
+    /// The current epoch's sums when the window or the epoch began.
     start: [f64; 3],
 }
 
 impl Window {
-    /// The mean loss; the next window begins.
+    /// Returns the mean loss and starts the next window.
     fn end(&mut self, sums: [f64; 3]) -> f64 {
         let of = |k: usize| self.earlier[k] + sums[k] - self.start[k];
         let loss = of(0) / of(2);
@@ -578,16 +544,16 @@ impl Window {
         loss
     }
 
-    /// An epoch ends, after which its sums begin at zero again.
+    /// An epoch ends, and its sums begin at zero again.
     fn cross_epoch(&mut self, sums: [f64; 3]) {
         let earlier = std::array::from_fn(|k| self.earlier[k] + sums[k] - self.start[k]);
         *self = Self { earlier, start: [0.0; 3] };
     }
 }
 
-/// How the curvature is followed.
+/// What curvature is measured, and when.
 struct CurvatureLog {
-    /// Epochs.
+    /// After every so many epochs.
     every: u64,
     settings: CurvatureSettings,
     meter: CurvatureMeter,
@@ -665,7 +631,7 @@ mod tests {
         assert_eq!(window.end([9.0, 0.0, 2.0]), (3.0 + 4.0 + 5.0) / 3.0);
         assert!(window.end([9.0, 0.0, 2.0]).is_nan(), "no step counted");
         assert_eq!(window.end([15.0, 0.0, 3.0]), 6.0);
-        // A window that ends where its epoch does leaves nothing to the next.
+        // A window that ends with its epoch passes nothing on to the next.
         window.cross_epoch([15.0, 0.0, 3.0]);
         assert_eq!(window.end([7.0, 0.0, 1.0]), 7.0);
     }

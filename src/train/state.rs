@@ -4,14 +4,17 @@ use std::path::Path;
 
 use super::checkpoint::{self, Checkpoint};
 use super::images::{Batch, DeviceImages};
+use super::settings::{Augmentation, Settings};
 use super::{TrainError, weights};
-use crate::device::{self, Buffer, Compute};
+use crate::data::{ImageShape, Images};
+use crate::device::{self, Buffer, Compute, Device};
 use crate::kernels::image::{Augment, BatchShape, Normalization};
 use crate::kernels::vector::Rate;
 use crate::kernels::{clock, metrics};
+use crate::nn;
 use crate::objective::Accumulator;
-use crate::optim::Optimizer;
-use crate::plan::Plan;
+use crate::optim::{Method, Optimizer};
+use crate::plan::{Network, Plan, PlanOptions, Shape};
 
 /// Everything that a step reads and writes, on the device.
 pub(super) struct State<S: Compute<Master = f32>> {
@@ -22,24 +25,71 @@ pub(super) struct State<S: Compute<Master = f32>> {
     pub images: DeviceImages,
     pub normalization: Normalization,
     pub augment: Option<Augment>,
-    /// What the network sees at a time.
+    /// The images of one pass.
     pub part: BatchShape,
-    /// Images of a step.
+    /// Images per step.
     pub batch: usize,
-    /// Of the images, in this epoch.
+    /// The epoch's order of the images.
     pub order: Buffer<u32>,
-    /// The learning rates of the epoch's steps, and that of the next.
+    /// Learning rates of the epoch's steps, and of the next step.
     pub rates: Buffer<f64>,
     pub rate: Buffer<f64>,
-    /// Steps of the epoch, and of the run.
+    /// Steps of the epoch and of the run.
     pub clock: Buffer<u64>,
     /// The epoch's sums: loss, correct predictions, samples.
     pub totals: Buffer<f64>,
 }
 
 impl<S: Compute<Master = f32>> State<S> {
-    /// One step where the clock is, which it moves on: what changes from step to step lies on the device, so that a recorded step
-    /// can be replayed.
+    /// Plans the network, which errors call `data`, and puts initial weights and the training images on the device.
+    pub fn new(
+        device: &Device,
+        settings: &Settings,
+        (network, data): (Network<'_>, &str),
+        train: &Images,
+        normalization: Normalization,
+        method: Box<dyn Method<f32>>,
+    ) -> Result<Self, TrainError> {
+        // The network sees one part at a time: of the batch, or with m-sharpness of a group.
+        let batch = settings.data.batch_size;
+        let group = settings.optimizer.m_sharpness.unwrap_or(batch);
+        let part = settings.data.micro_batch.unwrap_or(group);
+        let ImageShape { height, width, channels } = train.shape;
+        let options = PlanOptions { label_smoothing: settings.optimizer.label_smoothing, ..PlanOptions::training() };
+        let traced = network(Shape { batch: part, height, width, channels }, train.classes);
+        let (graph, logits) = traced.map_err(TrainError::plan(data))?;
+        let plan = Plan::<S>::new(device, graph, logits, options).map_err(TrainError::plan(data))?;
+        let (layout, seed) = (plan.parameters().clone(), settings.run.seed);
+        let augment = Augment { pad: 4, flip: true, seed, counter: 0 };
+        Ok(Self {
+            optimizer: Optimizer::new(device, layout.len(), settings.optimizer(method, &layout)?)?,
+            parameters: device.upload(&nn::initial_weights(&layout, seed)?)?,
+            accumulator: Accumulator::new(device, layout.len(), group / part)?,
+            plan,
+            images: DeviceImages::new(device, train)?,
+            normalization,
+            augment: (settings.data.augment == Augmentation::Basic).then_some(augment),
+            part: BatchShape { batch: part, height, width, channels },
+            batch,
+            order: device.upload(&(0..train.len() as u32).collect::<Vec<u32>>())?,
+            rates: device.zeros(train.len() / batch)?,
+            rate: device.zeros(1)?,
+            clock: device.zeros(clock::LEN)?,
+            totals: device.zeros(3)?,
+        })
+    }
+
+    /// Takes weights and running statistics from a file.
+    pub fn load(&mut self, file: &Path) -> Result<(), TrainError> {
+        let layouts = [self.plan.parameters(), self.plan.statistics_layout()];
+        let [parameters, statistics] = weights::load(file, layouts)?;
+        self.parameters.write(&parameters)?;
+        self.plan.set_statistics(self.parameters.device().upload(&statistics)?.view())?;
+        Ok(())
+    }
+
+    /// Takes one step at the position of the clock, and advances the clock. Everything that changes from step to step
+    /// is on the device, so that a recorded step can be replayed.
     pub fn step(&mut self) -> device::Result<()> {
         let Self { plan, optimizer, parameters, totals, clock, rates, rate, .. } = self;
         let (pixels, labels) = self.images.views();
@@ -88,7 +138,7 @@ impl<S: Compute<Master = f32>> State<S> {
             step,
             seconds,
         };
-        // The run can go on from the moment that it has the first.
+        // The run can be resumed as soon as the checkpoint exists.
         checkpoint.save(run)?;
         self.save_model(run)
     }

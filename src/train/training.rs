@@ -181,3 +181,64 @@ impl Subject<'_> {
         Ok(Config { text: self.settings.to_toml_with(&*self.method, &own)?, by_name: own.is_empty() })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{DataSettings, LoopSettings};
+    use super::*;
+    use crate::data::{SyntheticSpec, synthetic};
+    use crate::optim::Sam;
+    use crate::plan::{Graph, PlanError, Value};
+
+    fn network(images: Shape, classes: usize) -> Result<(Graph, Value), PlanError> {
+        let mut graph = Graph::new(images);
+        let x = graph.input();
+        let x = graph.convolution(x, "conv.weight", 4, 3, 1, 1)?;
+        let x = graph.batch_norm(x, "bn", None, true)?;
+        let x = graph.global_average_pool(x)?;
+        let logits = graph.linear(x, "fc", classes)?;
+        Ok((graph, logits))
+    }
+
+    fn training(steps: u64, rho: f64) -> Training<'static> {
+        let data = DataSettings { batch_size: 8, ..DataSettings::default() };
+        let run =
+            LoopSettings { steps: Some(steps), schedule: crate::optim::Decay::Constant, ..LoopSettings::default() };
+        let run = LoopSettings { device: "cpu".into(), ..run };
+        let set = synthetic(&SyntheticSpec { train: 40, test: 16, side: 8, seed: 3 }).unwrap();
+        Training::new(Settings { data, run, ..Settings::default() })
+            .network("one-convolution", &network)
+            .dataset(set)
+            .method("my-sam", Box::new(Sam::new(rho)))
+    }
+
+    #[test]
+    fn a_run_of_own_parts_is_written_and_resumed_with_the_same_bits() {
+        let folder = tempfile::tempdir().unwrap();
+        let (whole, parts) = (folder.path().join("whole"), folder.path().join("parts"));
+        let summary = training(12, 0.1).out(&whole).run().unwrap();
+        assert_eq!((summary.steps, summary.test.unwrap().samples), (12, 16));
+        training(7, 0.1).out(&parts).run().unwrap();
+        let config = std::fs::read_to_string(parts.join("config.toml")).unwrap();
+        for line in ["model = \"one-convolution\"", "data = \"synthetic\"", "optimizer = \"my-sam\"", "rho = 0.1"] {
+            assert!(config.lines().any(|other| other == line), "{line}: {config}");
+        }
+        // Another radius would not continue the run.
+        let error = training(12, 0.2).out(&parts).resume(true).run().unwrap_err().to_string();
+        assert!(error.contains("`rho` differs from the checkpoint"), "{error}");
+        training(12, 0.1).out(&parts).resume(true).run().unwrap();
+        let model = |run: &std::path::Path| std::fs::read(run.join("model.safetensors")).unwrap();
+        assert!(model(&whole) == model(&parts));
+    }
+
+    #[test]
+    fn settings_and_data_that_cannot_be_used_are_refused() {
+        let mut wrong = training(1, 0.1);
+        wrong.settings.sgd.lr = -1.0;
+        assert_eq!(wrong.run().unwrap_err().to_string(), "lr: -1, expected a finite number above 0");
+        assert_eq!(training(1, 0.0).run().unwrap_err().to_string(), "rho: 0, expected a finite number above 0");
+        let mut wrong = training(1, 0.1);
+        wrong.dataset.as_mut().unwrap().test.labels[3] = 10;
+        assert_eq!(wrong.run().unwrap_err().to_string(), "label 10 at sample 3, expected 0 to 9");
+    }
+}

@@ -9,8 +9,8 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use super::{TrainError, write_whole};
 use crate::arena::{Layout, Tensor};
 
-/// Writes a model: parameters and running statistics under torchvision's names, f32, so that PyTorch's `load_state_dict`
-/// takes them.
+/// Writes a model: parameters and running statistics under torchvision's names in f32, as PyTorch's `load_state_dict`
+/// expects them.
 ///
 /// # Errors
 /// Those of the file.
@@ -52,7 +52,7 @@ impl safetensors::View for View<'_> {
     }
 }
 
-/// Writes tensors to a file that appears whole or not at all: beside its place first, then moved there.
+/// Writes tensors to a file that appears whole or not at all: under a temporary name first, then renamed.
 pub(super) fn write<'a>(
     path: &Path,
     tensors: Vec<(&str, View<'a>)>,
@@ -63,16 +63,18 @@ pub(super) fn write<'a>(
     write_whole(path, &bytes)
 }
 
-/// Reads a model into arenas of these layouts, padding zero. A `module.` prefix and the usual other names (`linear` for `fc`,
-/// `shortcut` for `downsample`) are understood; `num_batches_tracked` is passed over; f16, bf16 and f64 are converted.
+/// Reads a model into arenas of these layouts; padding becomes zero. A `module.` prefix and the usual other names
+/// (`linear` for `fc`, `shortcut` for `downsample`) are accepted, `num_batches_tracked` is ignored, and f16, bf16 and
+/// f64 are converted.
 ///
 /// # Errors
-/// A file that is no safetensors file, a tensor that is missing, unknown or of another shape: the file is of another model.
+/// A file that is not a safetensors file; a tensor that is missing, unknown or of another shape, as in a file of
+/// another model.
 pub fn load(path: &Path, layouts: [&Layout; 2]) -> Result<[Vec<f32>; 2], TrainError> {
     let failed = |reason: String| TrainError::Weights { path: path.into(), reason };
     let bytes = std::fs::read(path).map_err(TrainError::io(path))?;
     let file = SafeTensors::deserialize(&bytes)
-        .map_err(|error| failed(format!("no safetensors file, or a damaged one ({error})")))?;
+        .map_err(|error| failed(format!("not a safetensors file, or a damaged one ({error})")))?;
     let mut arenas = layouts.map(|layout| vec![0.0f32; layout.len()]);
     let mut found = layouts.map(|layout| vec![false; layout.tensors().len()]);
     for (name, view) in file.iter() {
@@ -104,7 +106,7 @@ pub fn load(path: &Path, layouts: [&Layout; 2]) -> Result<[Vec<f32>; 2], TrainEr
     Ok(arenas)
 }
 
-/// A name as torchvision has it.
+/// The name that torchvision uses.
 fn canonical(name: &str) -> String {
     let name = name.strip_prefix("module.").unwrap_or(name);
     let name = name.replace(".shortcut.", ".downsample.");
