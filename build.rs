@@ -1,5 +1,5 @@
-//! Compiles `kernels/*.cu` twice: always with the host C++ compiler, once per instruction set, and with nvcc into one fatbin per source
-//! where nvcc is found (`NVCC`, `CUDA_HOME` or `CUDA_PATH`, `PATH`).
+//! Compiles `kernels/*.cu` twice: always with the host C++ compiler, once per instruction set, and with nvcc into one
+//! fatbin per source where nvcc is found (`NVCC`, `CUDA_HOME` or `CUDA_PATH`, `PATH`).
 //!
 //! It also makes Rust of what kernels and Rust share, of which the C++ sources are the one definition:
 //! - `registry.rs`: an id for every `POLDER_KERNEL(name, ...)`, and the table of its host entry points;
@@ -78,8 +78,8 @@ fn main() {
     compile::write_fatbins(&out, &fatbins);
 }
 
-/// Writes `arguments.rs` and `constants.rs`, and for every source a file that includes it and checks the layout of what it shares with
-/// Rust. Returns the sources, each with that file.
+/// Writes `arguments.rs` and `constants.rs`, and for every source a file that includes it and checks the layout of what
+/// it shares with Rust. Returns the sources, each with that file.
 ///
 /// # Errors
 /// Those of [`Arguments::read`] and [`Constants::read`].

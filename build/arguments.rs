@@ -1,7 +1,7 @@
 //! The kernels' argument structs. Their one source is C++; this writes them as Rust, with one computed layout for both.
 //!
-//! A struct's fields are pointers, which Rust holds as `u64` addresses, integers, floats, arrays of these, and structs of the
-//! same kind. A layout may not depend on a template's parameter: those stand behind pointers only.
+//! A struct's fields are pointers, which Rust holds as `u64` addresses, integers, floats, arrays of these, and structs
+//! of the same kind. A layout may not depend on a template's parameter: those stand behind pointers only.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -71,7 +71,8 @@ pub struct Arguments {
 }
 
 impl Arguments {
-    /// Reads the structs `roots`, of which each is the type of an argument as the source spells it, and all that they contain.
+    /// Reads the structs `roots`, of which each is the type of an argument as the source spells it, and all that they
+    /// contain.
     ///
     /// # Errors
     /// A text that names the place: a struct that does not exist, or exists twice, or a field that cannot be read.
@@ -182,7 +183,8 @@ impl Arguments {
         text
     }
 
-    /// Assertions for the C++ compiler that the structs of these spellings have the computed layout, and those inside of them.
+    /// Assertions for the C++ compiler that the structs of these spellings have the computed layout, and those inside
+    /// of them.
     pub fn to_assertions(&self, spellings: &BTreeSet<String>) -> String {
         let mut text = String::from("#include <stddef.h>\n");
         let mut names = 0;
@@ -196,7 +198,8 @@ impl Arguments {
         let Some(Struct { fields, place, size, .. }) = self.find(name) else { return };
         let _ = writeln!(
             text,
-            "static_assert(sizeof({spelling}) == {size}, \"{name} of {place}: its size differs from that in arguments.rs\");"
+            "static_assert(sizeof({spelling}) == {size}, \"{name} of {place}: its size differs from that in \
+             arguments.rs\");"
         );
         for field in fields {
             let (member, offset) = (&field.name, field.offset);

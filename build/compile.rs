@@ -9,15 +9,16 @@ use std::sync::Mutex;
 use std::thread;
 use std::time::SystemTime;
 
-/// Machine code for compute capability 8.0 and 9.0, and PTX for later chips. Code for 8.0 also runs on 8.6 and 8.9, which add
-/// nothing that these kernels could use.
+/// Machine code for compute capability 8.0 and 9.0, and PTX for later chips. Code for 8.0 also runs on 8.6 and 8.9,
+/// which add nothing that these kernels could use.
 const TARGETS: [&str; 3] = [
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90,code=sm_90",
     "-gencode=arch=compute_90,code=compute_90",
 ];
 
-/// Sources whose kernels run on the CPU only where it emulates a GPU, for tests. One instruction set is enough for those.
+/// Sources whose kernels run on the CPU only where it emulates a GPU, for tests. One instruction set is enough for
+/// those.
 const EMULATED: [&str; 3] = ["conv.cu", "conv_tensor.cu", "gradient.cu"];
 
 /// One run of a compiler.
@@ -39,8 +40,8 @@ pub fn run_all(jobs: Vec<Job>) {
     });
 }
 
-/// An instruction set that host code is built for. Kernels of a source that is not built for it come from the newest older set that
-/// has them.
+/// An instruction set that host code is built for. Kernels of a source that is not built for it come from the newest
+/// older set that has them.
 pub struct InstructionSet {
     /// Its name in symbols.
     pub name: &'static str,
@@ -74,15 +75,15 @@ fn is_one_of(source: &Path, names: &[&str]) -> bool {
     names.iter().any(|name| source.ends_with(name))
 }
 
-/// The host compiler's configuration: C++17, with the sanitizers where `POLDER_SANITIZE` asks for them. Multiplications and additions
-/// are contracted only where the source says so, so that a source rounds alike on every instruction set.
+/// The host compiler's configuration: C++17, with the sanitizers where `POLDER_SANITIZE` asks for them. Multiplications
+/// and additions are contracted only where the source says so, so that a source rounds alike on every instruction set.
 fn host_compiler() -> cc::Build {
     let mut build = cc::Build::new();
     build.cpp(true).std("c++17").warnings(true).extra_warnings(true);
     build.opt_level(3).flag("-fno-exceptions").flag("-fno-rtti").flag("-fno-math-errno").flag("-ffp-contract=off");
     build.flag_if_supported("-fno-trapping-math").flag_if_supported("-Wno-unknown-pragmas");
-    // Line tables only, as in the Rust profile. Full debug information would take the compiler a third longer and make the objects
-    // four times as large.
+    // Line tables only, as in the Rust profile. Full debug information would take the compiler a third longer and make
+    // the objects four times as large.
     build.flag("-g1");
     if sanitize() {
         build.opt_level(1).flag("-fsanitize=address,undefined").flag("-fno-sanitize-recover=all");
@@ -97,8 +98,8 @@ fn sanitize() -> bool {
     env::var("POLDER_SANITIZE").is_ok_and(|value| value == "1")
 }
 
-/// Adds a job for every source and every instruction set that the compiler supports, unless the object is up to date. Returns the
-/// supported sets and all objects.
+/// Adds a job for every source and every instruction set that the compiler supports, unless the object is up to date.
+/// Returns the supported sets and all objects.
 pub fn plan_host<'a>(
     out: &Path,
     sources: &[PathBuf],
@@ -151,8 +152,8 @@ pub fn link_host(objects: &[PathBuf]) {
     }
 }
 
-/// Compiles one `.cu` as C++. The note of the command is removed first and written last, so that an object that a failure left is not
-/// taken for up to date.
+/// Compiles one `.cu` as C++. The note of the command is removed first and written last, so that an object that a
+/// failure left is not taken for up to date.
 fn compile(compiler: Command, source: &Path, object: &Path) {
     let (line, note) = (words(&compiler), object.with_extension("command"));
     let _ = fs::remove_file(&note);
@@ -162,7 +163,8 @@ fn compile(compiler: Command, source: &Path, object: &Path) {
     fs::write(note, line).expect("a writable OUT_DIR");
 }
 
-/// Adds a job for every file that checks a source's layout, unless it has been compiled since the last change. It makes no code.
+/// Adds a job for every file that checks a source's layout, unless it has been compiled since the last change. It makes
+/// no code.
 pub fn plan_checks(sources: &[(PathBuf, PathBuf)], jobs: &mut Vec<Job>) {
     for (source, checked) in sources {
         let done = checked.with_extension("checked");
@@ -231,8 +233,8 @@ fn find_nvcc() -> Option<PathBuf> {
     homes.chain(paths).map(|folder| folder.join("nvcc")).find(|nvcc| nvcc.is_file())
 }
 
-/// Adds a job for every device source, given with the source that checks its layout. Each becomes a fatbin of its own. Returns the
-/// fatbins' paths; none without nvcc.
+/// Adds a job for every device source, given with the source that checks its layout. Each becomes a fatbin of its own.
+/// Returns the fatbins' paths; none without nvcc.
 pub fn plan_cuda(out: &Path, sources: &[(PathBuf, PathBuf)], jobs: &mut Vec<Job>) -> Vec<PathBuf> {
     let Some(nvcc) = find_nvcc() else {
         if env::var("POLDER_REQUIRE_CUDA").is_ok_and(|value| value == "1") {
@@ -265,8 +267,8 @@ pub fn write_fatbins(out: &Path, fatbins: &[PathBuf]) {
     fs::write(out.join("fatbins.rs"), text).expect("a writable OUT_DIR");
 }
 
-/// Compiles one source with nvcc, through the file that checks its layout, unless the fatbin is newer. A kernel that spills registers,
-/// which ptxas reports, ends the build.
+/// Compiles one source with nvcc, through the file that checks its layout, unless the fatbin is newer. A kernel that
+/// spills registers, which ptxas reports, ends the build.
 fn compile_cuda(nvcc: &Path, source: &Path, checked: &Path, fatbin: &Path) {
     let mut command = Command::new(nvcc);
     command.args(["--fatbin", "-std=c++17", "-O3", "--expt-relaxed-constexpr", "--extended-lambda", "-lineinfo"]);

@@ -56,7 +56,8 @@ pub fn registered(sources: &[Source]) -> Result<Vec<Kernel>, String> {
     Ok(kernels)
 }
 
-/// The parameters of a macro up to its closing parenthesis, split at the commas outside of parentheses; none if that is missing.
+/// The parameters of a macro up to its closing parenthesis, split at the commas outside of parentheses; none if that is
+/// missing.
 fn parameters(text: &str) -> Option<Vec<String>> {
     let (mut found, mut depth) = (vec![String::new()], 0);
     for letter in text.chars() {
@@ -81,8 +82,8 @@ pub fn argument_types(kernels: &[Kernel], source: Option<usize>) -> BTreeSet<Str
 /// An instruction set's name, and whether a source is built for it.
 pub type Set<'a> = (&'a str, fn(&Path) -> bool);
 
-/// The text of `registry.rs`: `NAMES`, the host entry points per instruction set, from the oldest to the newest, and `id::NAME` for
-/// every kernel.
+/// The text of `registry.rs`: `NAMES`, the host entry points per instruction set, from the oldest to the newest, and
+/// `id::NAME` for every kernel.
 pub fn to_rust(kernels: &[Kernel], sources: &[PathBuf], sets: &[Set<'_>]) -> String {
     let mut text = String::from("// Written by build.rs from the POLDER_KERNEL lines of kernels/.\n");
     let count = kernels.len();

@@ -1,12 +1,12 @@
-//! What holds for GPUs alone. The tests use `cuda:0` and skip where there is none, unless `POLDER_TEST_DEVICE` names a GPU:
-//! then its absence is a failure. What every device does alike is in `device.rs`.
+//! Behaviour of GPUs only. The tests use `cuda:0` and are skipped if there is none, unless `POLDER_TEST_DEVICE` names a
+//! GPU: then its absence is a failure. `device.rs` has the behaviour that all devices share.
 
 use std::sync::Arc;
 
 use polder::device::{Device, Error, available};
 use polder::kernels::vector::fill;
 
-/// `cuda:0`, or nothing where it may be absent.
+/// `cuda:0`, or `None` if it may be absent.
 fn gpu() -> Option<Device> {
     match Device::cuda(0) {
         Ok(device) => Some(device),
@@ -19,7 +19,7 @@ fn gpu() -> Option<Device> {
     }
 }
 
-/// Without a driver, without a GPU or without nvcc at build time nothing panics: there is one line that says why.
+/// Without a driver, without a GPU or without nvcc at build time, nothing panics, and one line gives the reason.
 #[test]
 fn absence_is_an_error_and_auto_falls_back() {
     match Device::cuda(0) {
@@ -83,7 +83,7 @@ fn running_out_of_memory_is_an_error_and_leaves_the_device_usable() {
     assert_eq!(device.upload(&[1u8, 2]).unwrap().to_vec().unwrap(), [1, 2]);
 }
 
-/// Freed memory goes to the next buffer while the GPU may still be working on the old one's contents.
+/// Freed memory is reused by the next buffer while the GPU may still be working on the old contents.
 #[test]
 fn memory_is_reused_in_order() {
     let Some(device) = gpu() else { return };
@@ -100,7 +100,7 @@ fn memory_is_reused_in_order() {
     assert_eq!(results.to_vec().unwrap(), (0..50).map(|number| number as f32).collect::<Vec<_>>());
 }
 
-/// The driver works in a thread's own context: a device made on one thread serves the others.
+/// The driver uses the context of the calling thread: a device made on one thread works on others.
 #[test]
 fn threads_share_a_device() {
     let Some(device) = gpu() else { return };

@@ -1,4 +1,4 @@
-//! What every device does alike: memory, views, copies, events and graphs, on the CPU and on the GPU that
+//! Behaviour that all devices share: memory, views, copies, events and graphs, on the CPU and on the GPU that
 //! `POLDER_TEST_DEVICE` names.
 
 mod common;
@@ -7,7 +7,7 @@ use common::{Random, devices};
 use polder::device::{Buffer, Device, Error, Result, available};
 use polder::kernels::vector::fill;
 
-/// Runs `test` on every device and says on which it failed.
+/// Runs `test` on every device, and prints the device on which it failed.
 fn on_every_device(test: impl Fn(&Device)) {
     for (name, device) in devices() {
         eprintln!("device: {name}");
@@ -21,7 +21,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
 
 #[test]
 fn uploads_come_back_whole() {
-    // Around 4 MiB and 8 MiB lie the seams of the GPU's staging memory.
+    // The parts of the GPU's staging memory meet at 4 MiB and 8 MiB.
     const MIB: usize = 1 << 20;
     let sizes = [0, 1, 3, 63, 64, 65, 1_000_003, 4 * MIB - 1, 4 * MIB, 4 * MIB + 1, 8 * MIB + 7, 13 * MIB + 5];
     on_every_device(|device| {
@@ -74,7 +74,7 @@ fn a_source_is_free_when_write_returns() {
 #[test]
 fn many_small_writes_arrive_in_order() {
     on_every_device(|device| {
-        // More pieces than the GPU's staging memory holds at once, so that it is reused on the way.
+        // More than the GPU's staging memory holds, so that it is reused.
         let (cells, writes) = (257, 150_000);
         let mut buffer = device.poisoned::<u32>(cells).unwrap();
         let mut expected = vec![u32::MAX; cells];
@@ -142,7 +142,7 @@ fn lengths_and_ranges_are_checked() {
         assert!(matches!(buffer.slice(reversed).map(|_| ()), Err(Error::Range { start: 2, end: 1, .. })));
         assert!(buffer.slice_mut(3..4).is_err());
         assert!(buffer.view_mut().slice_mut(0..4).is_err());
-        // A part of a part is counted from the part's start, and ends with it.
+        // A part of a part counts from the outer part's beginning and may not end beyond it.
         let part = buffer.slice(1..3).unwrap();
         assert_eq!(part.slice(1..2).unwrap().to_vec().unwrap(), [3.0]);
         assert!(part.slice(1..3).is_err());
@@ -200,7 +200,7 @@ fn more_memory_than_there_is_is_an_error() {
     });
 }
 
-/// Everything a graph can hold: a launch, a copy, a fill and a write, with inputs that change between replays.
+/// All operations of a graph (a launch, a copy, a fill and a write), with inputs that change between replays.
 #[test]
 fn a_graph_does_its_work_at_each_replay() {
     on_every_device(|device| {
@@ -230,8 +230,8 @@ fn a_graph_does_its_work_at_each_replay() {
     });
 }
 
-/// Replays are ordered with one another and with everything else: a graph that copies `buffer[i]` to `buffer[i + 1]` moves a
-/// value along, one place at each replay.
+/// Replays are ordered with one another and with all other work: a graph that copies `buffer[i]` to `buffer[i + 1]`
+/// moves a value one place further at each replay.
 #[test]
 fn replays_keep_their_order() {
     on_every_device(|device| {
@@ -286,7 +286,7 @@ fn work_that_cannot_be_recorded_fails_and_leaves_the_device_usable() {
         }
         assert_eq!(buffer.to_vec().unwrap(), [1.0, 2.0]);
 
-        // What a failed capture recorded before its error is gone.
+        // Operations that a failed capture recorded before its error are discarded.
         let failure = Error::Argument { operation: "test", message: "stop".into() };
         let stopped = device.capture(|| fill(buffer.view_mut(), 5.0).and(Err(failure.clone()))).map(|_| ());
         assert_eq!(stopped.unwrap_err(), failure);
@@ -333,7 +333,7 @@ fn a_buffer_may_be_dropped_during_a_capture() {
     });
 }
 
-/// Memory that a graph uses is held for it: a replay after the buffer was dropped writes to no other buffer.
+/// A graph keeps the memory that it uses: a replay after its buffer was dropped does not write to another buffer.
 #[test]
 fn a_buffer_may_be_dropped_before_a_replay() {
     on_every_device(|device| {
@@ -341,7 +341,7 @@ fn a_buffer_may_be_dropped_before_a_replay() {
         let mut dropped = device.upload(&vec![7u32; len]).unwrap();
         let graphs = [device.capture(|| dropped.clear()).unwrap(), device.capture(|| dropped.clear()).unwrap()];
         drop(dropped);
-        // The allocators would give the same memory out again.
+        // Otherwise the allocators would reuse the same memory.
         let others: Vec<Buffer<u32>> = (0..8).map(|_| device.upload(&vec![9u32; len]).unwrap()).collect();
         for graph in graphs {
             graph.replay().unwrap();

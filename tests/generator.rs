@@ -1,4 +1,5 @@
-//! The build script's generator: what kernels and Rust share has one definition, and no other layout or value gets past a compiler.
+//! The build script's generator: what kernels and Rust share has one definition, and no other layout or value gets past
+//! a compiler.
 
 #[path = "../build/arguments.rs"]
 mod arguments;
@@ -197,9 +198,11 @@ fn constants_become_rust() {
     assert_eq!(found.value("kPieces"), Some(64));
     let rust = found.to_rust();
     for expected in [
-        "/// Rows of a tile.\n///\n/// Defined in `constants.cuh`.\n#[allow(dead_code)]\npub(crate) const TILE_ROWS: usize = 128;",
+        "/// Rows of a tile.\n///\n/// Defined in `constants.cuh`.\n#[allow(dead_code)]\n\
+         pub(crate) const TILE_ROWS: usize = 128;",
         "/// of a row\n///",
-        "/// it is written\n///\n/// Defined in `constants.cuh`.\n#[allow(dead_code)]\npub(crate) const SUM_WRITE: u32 = 1;",
+        "/// it is written\n///\n/// Defined in `constants.cuh`.\n#[allow(dead_code)]\n\
+         pub(crate) const SUM_WRITE: u32 = 1;",
         "macro_rules! polder_tiles {",
         "$row!(\"64_by_8\", 2, 256),",
     ] {
@@ -245,7 +248,8 @@ fn what_cannot_be_shared_is_named() {
     assert_eq!(changed("kPieces", "kTileRows"), "constants.cuh:4: `kTileRows` is also defined in constants.cuh:3");
     assert_eq!(
         changed("ROW(16, 1, 128)", "ROW(16, 1)"),
-        "constants.cuh:11: no rows, or rows of different lengths in a table `#define POLDER_NAME(ROW) ROW(label, 1) ...`"
+        "constants.cuh:11: no rows, or rows of different lengths in a table \
+         `#define POLDER_NAME(ROW) ROW(label, 1) ...`"
     );
     assert!(changed("enum Sum : uint32_t", "enum Sum").contains("constants.cuh:6: expected `enum Name : uint32_t"));
 }

@@ -1,5 +1,5 @@
-//! The structs that kernels take, and those that the host's runtime shares with `host.rs`. `build.rs` writes them from the C++ sources,
-//! and both compilers check their layout. An address is a `u64`, 0 for what is absent.
+//! The structs that kernels take, and those that the host's runtime shares with `host.rs`. `build.rs` writes them from
+//! the C++ sources, and both compilers check their layout. An address is a `u64`, 0 for what is absent.
 #![allow(dead_code)]
 
 /// A kernel's argument struct.

@@ -1,5 +1,5 @@
-//! Typed device memory. A [`Buffer`] owns it, [`Slice`] and [`SliceMut`] borrow a part, and [`Disjoint`] lends several parts of one
-//! buffer that must not overlap.
+//! Typed device memory. A [`Buffer`] owns it, [`Slice`] and [`SliceMut`] borrow a part, and [`Disjoint`] lends several
+//! parts of one buffer that must not overlap.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -318,8 +318,8 @@ impl<'a, T: Element> SliceMut<'a, T> {
 /// [`Disjoint::PARTS`], as the length of an array: that cannot be a constant of a generic type.
 const PARTS: usize = 16;
 
-/// Lends parts of one buffer to one operation, some to read and some to write. It refuses a part that overlaps one that is written. It
-/// allocates no memory.
+/// Lends parts of one buffer to one operation, some to read and some to write. It refuses a part that overlaps one that
+/// is written. It allocates no memory.
 pub struct Disjoint<'a, T: Element> {
     device: &'a Device,
     address: u64,

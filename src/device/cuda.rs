@@ -1,8 +1,9 @@
 //! A CUDA GPU as a device: the driver (found at run time), memory, copies, launches, events and graphs.
 //!
-//! A device has one stream, so work runs in the order of the calls. A second one, the side stream, runs the second of two pieces of
-//! work concurrently ([`CudaDevice::both`]). Host memory reaches the GPU through a small page-locked area ([`Staging`]): a write copies
-//! into it and returns, so that the caller can reuse its slice and the CPU runs ahead of the GPU.
+//! A device has one stream, so work runs in the order of the calls. A second one, the side stream, runs the second of
+//! two pieces of work concurrently ([`CudaDevice::both`]). Host memory reaches the GPU through a small page-locked area
+//! ([`Staging`]): a write copies into it and returns, so that the caller can reuse its slice and the CPU runs ahead of
+//! the GPU.
 
 use std::cell::Cell;
 use std::ffi::c_void;
@@ -18,7 +19,8 @@ use cudarc::nvrtc::Ptx;
 use super::registry::{FATBINS, HOST_ONLY, KernelId, NAMES};
 use super::{Error, Launch, Result};
 
-/// The oldest driver, numbered as by `cuDriverGetVersion`. Timing needs `cuEventElapsedTime_v2`, which is new in CUDA 12.8.
+/// The oldest driver, numbered as by `cuDriverGetVersion`. Timing needs `cuEventElapsedTime_v2`, which is new in CUDA
+/// 12.8.
 const OLDEST_DRIVER: i32 = 12_080;
 
 /// The number of GPUs, or in one line the reason why none can be used.
@@ -38,8 +40,8 @@ pub(super) fn count() -> std::result::Result<usize, String> {
 fn driver_version() -> std::result::Result<i32, String> {
     static VERSION: OnceLock<std::result::Result<i32, String>> = OnceLock::new();
     let start = || {
-        // SAFETY: this loads libcuda and runs its initialisers, which we trust as we trust the driver. It must come first: every
-        // other call panics if the library is absent.
+        // SAFETY: this loads libcuda and runs its initialisers, which we trust as we trust the driver. It must come
+        // first: every other call panics if the library is absent.
         if !unsafe { sys::is_culib_present() } {
             return Err("the CUDA driver library (libcuda) was not found".into());
         }
@@ -86,8 +88,8 @@ pub(super) struct CudaDevice {
     stream: Arc<CudaStream>,
     /// For the second of two pieces of work. After each such pair the first stream waits for this one.
     side: Arc<CudaStream>,
-    /// For the first stream and the side stream: whether the last operation is not a kernel of that stream. It may be work of the
-    /// other stream, a copy, a graph, or the beginning of a capture. Locked while an operation is enqueued.
+    /// For the first stream and the side stream: whether the last operation is not a kernel of that stream. It may be
+    /// work of the other stream, a copy, a graph, or the beginning of a capture. Locked while an operation is enqueued.
     after_non_kernel: [Mutex<bool>; 2],
     /// Indexed by [`KernelId`]; `None` for a kernel that exists on the CPU only.
     kernels: Vec<Option<LoadedKernel>>,
@@ -99,9 +101,9 @@ thread_local! {
     static ON_SIDE: Cell<*const CudaDevice> = const { Cell::new(ptr::null()) };
 }
 
-/// Work on the side stream. When it is dropped, also after an error or a panic, this thread's work returns to the first stream, and
-/// that stream waits for the side stream. This is necessary because memory is freed in the order of the first stream, and because a
-/// capture must not end with an unjoined branch.
+/// Work on the side stream. When it is dropped, also after an error or a panic, this thread's work returns to the first
+/// stream, and that stream waits for the side stream. This is necessary because memory is freed in the order of the
+/// first stream, and because a capture must not end with an unjoined branch.
 struct Branch<'a> {
     device: &'a CudaDevice,
     joined: bool,
@@ -172,7 +174,8 @@ struct LoadedKernel {
 /// `kernels/include/polder.cuh`).
 const WAITS_FROM: i32 = 90;
 
-/// Whether kernels may be launched early. `POLDER_EARLY_LAUNCH=0` forbids it, to measure the gain or to work around a faulty driver.
+/// Whether kernels may be launched early. `POLDER_EARLY_LAUNCH=0` forbids it, to measure the gain or to work around a
+/// faulty driver.
 fn early_launch() -> bool {
     std::env::var("POLDER_EARLY_LAUNCH").map_or(true, |value| value != "0")
 }
@@ -211,8 +214,8 @@ impl CudaDevice {
         let name = context.name().map_err(describe)?;
         let memory = context.total_mem().map_err(describe)? as f64 / (1u64 << 30) as f64;
         let description = format!(
-            "{name}, {memory:.1} GiB, {multiprocessors} multiprocessors, compute capability {major}.{minor}, driver for \
-             CUDA {version}"
+            "{name}, {memory:.1} GiB, {multiprocessors} multiprocessors, compute capability {major}.{minor}, driver \
+             for CUDA {version}"
         );
         Ok(Self {
             ordinal,
@@ -243,8 +246,8 @@ impl CudaDevice {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes the context current in the calling thread, as every call below needs. Also returns an error that a destructor could not
-    /// return.
+    /// Makes the context current in the calling thread, as every call below needs. Also returns an error that a
+    /// destructor could not return.
     fn bind(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(failed("using the GPU"))
     }
@@ -263,8 +266,8 @@ impl CudaDevice {
         self.after_non_kernel[stream].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Enqueues an operation that is not a kernel on the first stream (0) or the side stream (1). The next kernel is then not launched
-    /// early.
+    /// Enqueues an operation that is not a kernel on the first stream (0) or the side stream (1). The next kernel is
+    /// then not launched early.
     fn enqueue_non_kernel<R>(&self, stream: usize, enqueue: impl FnOnce() -> R) -> R {
         let mut after_non_kernel = self.order(stream);
         *after_non_kernel = true;
@@ -285,7 +288,8 @@ impl CudaDevice {
         let joined =
             self.enqueue_non_kernel(0, || self.stream.join(&self.side)).map_err(failed("joining the side stream"));
         if joined.is_err() {
-            // Memory that the side stream still uses must not be freed. (In a capture this fails, but the capture is broken anyway.)
+            // Memory that the side stream still uses must not be freed. (In a capture this fails, but the capture is
+            // broken anyway.)
             let _ = self.side.synchronize();
         }
         kept.and(joined)
@@ -391,9 +395,9 @@ impl CudaDevice {
             attrs: &raw mut serialization,
             numAttrs: early.into(),
         };
-        // SAFETY: the function belongs to a module that `self.kernels` keeps loaded. It takes one parameter, of the type of `args`.
-        // The driver copies it, and the attribute, before the call returns. The caller guarantees that the addresses in it are valid.
-        // A kernel that is launched early waits before it accesses memory.
+        // SAFETY: the function belongs to a module that `self.kernels` keeps loaded. It takes one parameter, of the
+        // type of `args`. The driver copies it, and the attribute, before the call returns. The caller guarantees that
+        // the addresses in it are valid. A kernel that is launched early waits before it accesses memory.
         unsafe {
             sys::cuLaunchKernelEx(&raw const config, function.cu_function(), parameters.as_mut_ptr(), ptr::null_mut())
         }
@@ -404,7 +408,8 @@ impl CudaDevice {
         })
     }
 
-    /// Raises the limit of a kernel's dynamic shared memory. It is never lowered: another thread may be launching the kernel.
+    /// Raises the limit of a kernel's dynamic shared memory. It is never lowered: another thread may be launching the
+    /// kernel.
     #[cold]
     fn raise_shared_limit(
         &self,
@@ -438,7 +443,8 @@ impl CudaDevice {
         while done < bytes.len() {
             let (place, length) = state.staging.take(&self.stream, bytes.len() - done).map_err(&failed)?;
             let source = address + done as u64;
-            // SAFETY: `place` is `length` bytes of page-locked memory that no pending copy uses; the caller guarantees the source.
+            // SAFETY: `place` is `length` bytes of page-locked memory that no pending copy uses; the caller guarantees
+            // the source.
             let copy = || unsafe { sys::cuMemcpyDtoHAsync_v2(place.cast(), source, length, self.stream.cu_stream()) };
             self.enqueue_non_kernel(0, copy).result().map_err(&failed)?;
             self.stream.synchronize().map_err(&failed)?;
@@ -470,11 +476,12 @@ impl CudaDevice {
                     (place, bytes.len())
                 }
             };
-            // SAFETY: `place` is `length` bytes of page-locked memory that no pending copy uses, and does not overlap `bytes`.
+            // SAFETY: `place` is `length` bytes of page-locked memory that no pending copy uses, and does not overlap
+            // `bytes`.
             unsafe { ptr::copy_nonoverlapping(bytes[done..].as_ptr(), place, length) };
             let destination = address + done as u64;
-            // SAFETY: the bytes stay at `place` until the GPU has read them: staging memory is reused only after that, and a graph
-            // owns its memory. The caller guarantees the destination.
+            // SAFETY: the bytes stay at `place` until the GPU has read them: staging memory is reused only after that,
+            // and a graph owns its memory. The caller guarantees the destination.
             let copy =
                 || unsafe { sys::cuMemcpyHtoDAsync_v2(destination, place.cast(), length, self.stream.cu_stream()) };
             self.enqueue_non_kernel(0, copy).result().map_err(&failed)?;
@@ -514,8 +521,8 @@ impl CudaDevice {
         self.enqueue_non_kernel(usize::from(self.is_on_side()), fill).map_err(failed("filling memory on the GPU"))
     }
 
-    /// Allocates uninitialised memory. The pool keeps freed memory for reuse. If too little is left, that memory is returned to the
-    /// system and the allocation is tried again.
+    /// Allocates uninitialised memory. The pool keeps freed memory for reuse. If too little is left, that memory is
+    /// returned to the system and the allocation is tried again.
     fn allocate(&self, bytes: usize) -> Result<sys::CUdeviceptr> {
         self.refuse_side("allocate")?;
         let state = self.lock();
@@ -544,8 +551,8 @@ impl CudaDevice {
         })
     }
 
-    /// Frees device memory in the order of the stream. Destructors call this: an error is kept for the next call that can return
-    /// one.
+    /// Frees device memory in the order of the stream. Destructors call this: an error is kept for the next call that
+    /// can return one.
     fn free(&self, address: sys::CUdeviceptr) {
         debug_assert!(!self.is_on_side(), "the work on the other stream may be using it");
         // Locked until the memory is freed, so that no capture begins in between.
@@ -565,8 +572,8 @@ impl CudaDevice {
     }
 
     fn free_in_order(&self, address: sys::CUdeviceptr) {
-        // SAFETY: `allocate` returned the address on this stream, and the `CudaMemory` that owned it frees it once. This stream has
-        // waited for uses on the side stream.
+        // SAFETY: `allocate` returned the address on this stream, and the `CudaMemory` that owned it frees it once.
+        // This stream has waited for uses on the side stream.
         let free = || unsafe { result::free_async(address, self.stream.cu_stream()) };
         self.context.record_err(self.context.bind_to_thread().and_then(|()| free()));
     }
@@ -598,8 +605,8 @@ impl Drop for CudaDevice {
     }
 }
 
-/// Keeps freed memory in the device's pool. By default the pool returns it to the system at every synchronization, and each
-/// later allocation pays for mapping it again.
+/// Keeps freed memory in the device's pool. By default the pool returns it to the system at every synchronization, and
+/// each later allocation pays for mapping it again.
 fn keep_freed_memory(context: &CudaContext) -> std::result::Result<(), DriverError> {
     let mut threshold = u64::MAX;
     let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
@@ -614,7 +621,8 @@ fn keep_freed_memory(context: &CudaContext) -> std::result::Result<(), DriverErr
 fn load_kernels(context: &Arc<CudaContext>) -> std::result::Result<Vec<Option<LoadedKernel>>, String> {
     let mut modules: Vec<Arc<CudaModule>> = Vec::with_capacity(FATBINS.len());
     for &(name, image) in FATBINS {
-        // The driver requires images aligned to 8 bytes. A heap block of this size is aligned; the embedded bytes may not be.
+        // The driver requires images aligned to 8 bytes. A heap block of this size is aligned; the embedded bytes may
+        // not be.
         let module = context.load_module(Ptx::from_binary(image.to_vec()));
         modules
             .push(module.map_err(|error| format!("the kernels of {name}.cu cannot be loaded: {}", describe(error)))?);
@@ -641,8 +649,8 @@ fn load_kernels(context: &Arc<CudaContext>) -> std::result::Result<Vec<Option<Lo
     ids.map(|id| if HOST_ONLY[id.0] { Ok(None) } else { find(id).map(Some) }).collect()
 }
 
-/// Page-locked host memory, from and to which the GPU copies while the CPU continues. It is accessed only through its address, because
-/// the GPU writes to it too.
+/// Page-locked host memory, from and to which the GPU copies while the CPU continues. It is accessed only through its
+/// address, because the GPU writes to it too.
 struct Pinned {
     context: Arc<CudaContext>,
     address: *mut u8,
@@ -663,14 +671,15 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        // SAFETY: `malloc_host` returned it, and it is freed once; its owner drops it only when no copy uses it any more.
+        // SAFETY: `malloc_host` returned it, and it is freed once; its owner drops it only when no copy uses it any
+        // more.
         let free = || unsafe { result::free_host(self.address.cast()) };
         self.context.record_err(self.context.bind_to_thread().and_then(|()| free()));
     }
 }
 
-/// Page-locked memory in two halves, handed out from front to back: while the GPU still reads one half, the other is filled.
-/// Small writes share a half, so that many of them can be on their way without waiting.
+/// Page-locked memory in two halves, handed out from front to back: while the GPU still reads one half, the other is
+/// filled. Small writes share a half, so that many of them can be on their way without waiting.
 struct Staging {
     halves: [Half; 2],
     current: usize,
@@ -695,8 +704,8 @@ impl Staging {
         Ok(Self { halves: [half()?, half()?], current: 0, used: 0 })
     }
 
-    /// The next piece: its address, and its length, at most `bytes`. The caller may use it until the work that is enqueued before the
-    /// next call is done.
+    /// The next piece: its address, and its length, at most `bytes`. The caller may use it until the work that is
+    /// enqueued before the next call is done.
     fn take(&mut self, stream: &CudaStream, bytes: usize) -> std::result::Result<(*mut u8, usize), DriverError> {
         if self.used == Self::HALF {
             self.halves[self.current].left.record(stream)?;
@@ -752,8 +761,8 @@ impl CudaEvent {
     }
 }
 
-/// An active capture. If it is dropped before [`Capture::finish`] (because the work failed or panicked), it ends the capture and
-/// discards the recording, so that the stream can be used again.
+/// An active capture. If it is dropped before [`Capture::finish`] (because the work failed or panicked), it ends the
+/// capture and discards the recording, so that the stream can be used again.
 struct Capture<'a> {
     device: &'a Arc<CudaDevice>,
     active: bool,
@@ -807,8 +816,8 @@ pub(super) struct CudaGraph {
     device: Arc<CudaDevice>,
 }
 
-// SAFETY: any thread may use a graph, but only one at a time. Replays hold the device's lock, and a graph that is dropped has no other
-// users.
+// SAFETY: any thread may use a graph, but only one at a time. Replays hold the device's lock, and a graph that is
+// dropped has no other users.
 unsafe impl Send for CudaGraph {}
 // SAFETY: as above.
 unsafe impl Sync for CudaGraph {}

@@ -1,7 +1,7 @@
 //! The CPU as a device: memory, a team of threads, and launches through the SIMT runtime (`kernels/host/`).
 //!
-//! A launch spreads its blocks over the team. The team is our own, rather than a general thread pool, because a training
-//! step must not allocate: handing a job to a general pool from outside allocates queue segments now and then.
+//! A launch spreads its blocks over the team. The team is our own, rather than a general thread pool, because a
+//! training step must not allocate: handing a job to a general pool from outside allocates queue segments now and then.
 
 use std::alloc::{self, Layout};
 use std::ffi::c_void;
@@ -15,8 +15,8 @@ use super::constants::{NO_FAULT, ORDER_BACKWARDS, ORDER_FORWARDS, ORDER_RANDOM};
 use super::registry::{HOST, KernelId};
 use super::{Error, Launch, Result};
 
-/// The order in which the host runs the blocks of a launch and the threads of a block. A correct kernel gives the same bits in every
-/// order.
+/// The order in which the host runs the blocks of a launch and the threads of a block. A correct kernel gives the same
+/// bits in every order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum BlockOrder {
     /// In increasing order. Blocks are spread over the cores.
@@ -51,7 +51,8 @@ pub(super) struct HostDevice {
     team: Team,
     /// Whether a graph is being captured. Most operations check this before they take the lock.
     recording: AtomicBool,
-    /// Whether work runs that a GPU would run on two streams concurrently. It counts for all threads, as `recording` does.
+    /// Whether work runs that a GPU would run on two streams concurrently. It counts for all threads, as `recording`
+    /// does.
     paired: AtomicBool,
     graphs: Mutex<Graphs>,
 }
@@ -150,7 +151,8 @@ impl HostDevice {
             seed,
         };
         let blocks: u64 = shape.grid.iter().map(|&extent| u64::from(extent)).product();
-        // Several chunks for each thread balance blocks of unequal cost. The other orders apply to the whole grid, as one chunk.
+        // Several chunks for each thread balance blocks of unequal cost. The other orders apply to the whole grid, as
+        // one chunk.
         let chunk =
             if order == ORDER_FORWARDS { (blocks / (self.options.threads as u64 * 8)).max(1) } else { blocks.max(1) };
         let first_fault: Mutex<Option<PolderFault>> = Mutex::new(None);
@@ -337,7 +339,8 @@ impl HostGraph {
         let device = &self.device;
         device.refuse_recording("replay", "a graph cannot replay another")?;
         for operation in &self.recorded {
-            // SAFETY: each operation was checked when it was recorded, and memory that was dropped since is kept for the graph.
+            // SAFETY: each operation was checked when it was recorded, and memory that was dropped since is kept for
+            // the graph.
             unsafe {
                 match operation {
                     Recorded::Launch(kernel, shape, words) => device.run(*kernel, *shape, words.as_ptr().cast())?,
@@ -375,8 +378,8 @@ impl Drop for HostGraph {
     }
 }
 
-/// The index in [`HOST`] of the newest instruction set that this CPU has. `POLDER_ISA` may name an older one, for tests; an unknown
-/// name, or one that the CPU lacks, is ignored.
+/// The index in [`HOST`] of the newest instruction set that this CPU has. `POLDER_ISA` may name an older one, for
+/// tests; an unknown name, or one that the CPU lacks, is ignored.
 fn newest_instruction_set() -> usize {
     #[cfg(target_arch = "x86_64")]
     let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
@@ -433,8 +436,8 @@ impl HostMemory {
         }
         #[cfg(target_os = "linux")]
         if alignment == Self::HUGE_PAGE {
-            // Without huge pages, streams over large vectors are bound by address translation. If the system refuses, nothing changes.
-            // SAFETY: this is advice about our own memory, in whole huge pages.
+            // Without huge pages, streams over large vectors are bound by address translation. If the system refuses,
+            // nothing changes. SAFETY: this is advice about our own memory, in whole huge pages.
             unsafe { libc::madvise(address.cast(), bytes - bytes % Self::HUGE_PAGE, libc::MADV_HUGEPAGE) };
         }
         // SAFETY: `address` is `layout.size()` writable bytes.
@@ -493,8 +496,8 @@ struct Job(*const (dyn Fn(u64, u64) -> bool + Sync));
 // SAFETY: the pointer is to a `Sync` closure that outlives the job.
 unsafe impl Send for Job {}
 
-/// How long an idle thread spins before it sleeps: longer than the gap between two launches of a training step, but short enough to
-/// free the core when the step is over.
+/// How long an idle thread spins before it sleeps: longer than the gap between two launches of a training step, but
+/// short enough to free the core when the step is over.
 const SPIN: Duration = Duration::from_micros(100);
 
 impl Team {
@@ -525,8 +528,8 @@ impl Team {
         Self { shared, workers, caller: Mutex::new(()) }
     }
 
-    /// Calls `function(first, last)` for chunks that cover [0, blocks), on all threads, and returns when all are done. After a call
-    /// that returns false, no further chunk is started.
+    /// Calls `function(first, last)` for chunks that cover [0, blocks), on all threads, and returns when all are done.
+    /// After a call that returns false, no further chunk is started.
     fn run(&self, blocks: u64, chunk: u64, function: &(dyn Fn(u64, u64) -> bool + Sync)) {
         let _turn = self.turn();
         if blocks <= chunk || self.workers.is_empty() {
@@ -543,7 +546,8 @@ impl Team {
         shared.failed.store(false, Ordering::Relaxed);
         {
             let mut job = shared.job.lock().unwrap_or_else(PoisonError::into_inner);
-            // SAFETY: only the lifetime changes, and this function waits below until no worker uses the pointer any more.
+            // SAFETY: only the lifetime changes, and this function waits below until no worker uses the pointer any
+            // more.
             *job = Some(Job(unsafe {
                 std::mem::transmute::<
                     *const (dyn Fn(u64, u64) -> bool + Sync + '_),
@@ -597,8 +601,8 @@ impl Shared {
             let Some(Job(function)) = *job else { continue };
             self.busy.fetch_add(1, Ordering::Relaxed);
             drop(job);
-            // SAFETY: `busy` counts this worker since before `Team::run` took the job away, and `Team::run` keeps the closure alive
-            // until `busy` is zero. This worker is subtracted below.
+            // SAFETY: `busy` counts this worker since before `Team::run` took the job away, and `Team::run` keeps the
+            // closure alive until `busy` is zero. This worker is subtracted below.
             self.claim(unsafe { &*function });
             self.busy.fetch_sub(1, Ordering::Release);
         }

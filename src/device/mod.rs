@@ -1,8 +1,9 @@
 //! Devices: memory, launches, timing and graphs, the same for the CPU and for CUDA.
 //!
-//! A [`Device`] is a cheap handle. Work runs in the order of the calls (one stream), so a kernel sees what the previous one wrote. A GPU
-//! may run two independent passes at the same time, with the same results. On the CPU a launch has finished when the call returns. On a
-//! GPU, [`Device::synchronize`], [`Buffer::read`] and [`Event::elapsed_since`] wait.
+//! A [`Device`] is a cheap handle. Work runs in the order of the calls (one stream), so a kernel sees what the previous
+//! one wrote. A GPU may run two independent passes at the same time, with the same results. On the CPU a launch has
+//! finished when the call returns. On a GPU, [`Device::synchronize`], [`Buffer::read`] and [`Event::elapsed_since`]
+//! wait.
 
 pub(crate) mod arguments;
 mod buffer;
@@ -30,7 +31,8 @@ use host::HostDevice;
 pub trait Element: bytemuck::Pod + Send + Sync {}
 impl<T: bytemuck::Pod + Send + Sync> Element for T {}
 
-/// A type in which activations are stored: `f32`, [`Tf32`], `half::f16` and `half::bf16` on every device, `f64` on the CPU only.
+/// A type in which activations are stored: `f32`, [`Tf32`], `half::f16` and `half::bf16` on every device, `f64` on the
+/// CPU only.
 pub trait Compute: Element + fmt::Debug + PartialOrd {
     /// The type of sums and of master weights.
     type Master: Scalar;
@@ -50,8 +52,8 @@ pub trait Compute: Element + fmt::Debug + PartialOrd {
     fn choose<A>(kernels: ComputeKernels<A>) -> Kernel<A>;
 }
 
-/// The floating-point type of weights and of an optimizer's vectors: `f32` on every device, `f64` on the CPU only, where it makes
-/// gradient checks precise.
+/// The floating-point type of weights and of an optimizer's vectors: `f32` on every device, `f64` on the CPU only,
+/// where it makes gradient checks precise.
 pub trait Scalar: Compute<Master = Self> + Default + Into<f64> {}
 
 /// The versions of one kernel for the different types.
@@ -135,8 +137,8 @@ impl Compute for half::bf16 {
     }
 }
 
-/// Rounds to odd: the last bit of the result is set if the conversion is inexact. Rounding the result to 16 bits then gives the same
-/// number as rounding the value itself. (`half`'s own conversions read only 20 bits of the mantissa.)
+/// Rounds to odd: the last bit of the result is set if the conversion is inexact. Rounding the result to 16 bits then
+/// gives the same number as rounding the value itself. (`half`'s own conversions read only 20 bits of the mantissa.)
 fn round_to_odd(value: f64) -> f32 {
     let nearest = value as f32;
     let back = f64::from(nearest);
@@ -147,8 +149,8 @@ fn round_to_odd(value: f64) -> f32 {
     f32::from_bits(below | 1)
 }
 
-/// A float that a GPU's tensor cores round to TF32 (10 bits of fraction) when a convolution multiplies it. All other arithmetic, and
-/// all arithmetic on the CPU, is that of `f32`.
+/// A float that a GPU's tensor cores round to TF32 (10 bits of fraction) when a convolution multiplies it. All other
+/// arithmetic, and all arithmetic on the CPU, is that of `f32`.
 #[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
 #[repr(transparent)]
 pub struct Tf32(pub f32);
@@ -229,7 +231,8 @@ impl Device {
         Ok(Self(Inner::Cuda(Arc::new(CudaDevice::new(ordinal)?))))
     }
 
-    /// The device of that name: `cpu`, `cuda`, `cuda:N`, or `auto` (the first GPU if there is a usable one, else the CPU).
+    /// The device of that name: `cpu`, `cuda`, `cuda:N`, or `auto` (the first GPU if there is a usable one, else the
+    /// CPU).
     ///
     /// # Errors
     /// [`Error::Unavailable`] for an unknown name or an absent device.
@@ -281,8 +284,9 @@ impl Device {
         }
     }
 
-    /// The launch shape of a kernel over `n` elements in packs of `pack`. On the CPU a block is one chunk, and the number of chunks
-    /// does not depend on the number of cores. On a GPU there are enough blocks to fill every multiprocessor.
+    /// The launch shape of a kernel over `n` elements in packs of `pack`. On the CPU a block is one chunk, and the
+    /// number of chunks does not depend on the number of cores. On a GPU there are enough blocks to fill every
+    /// multiprocessor.
     pub(crate) fn elementwise(&self, n: usize, pack: usize) -> Launch {
         if self.is_simt() {
             let threads = n.div_ceil(pack).max(1);
@@ -303,8 +307,8 @@ impl Device {
         Buffer::filled(self, len, 0)
     }
 
-    /// Device memory for `len` elements, every byte 0xFF: a NaN in every floating-point type, which makes reads of unwritten memory
-    /// visible.
+    /// Device memory for `len` elements, every byte 0xFF: a NaN in every floating-point type, which makes reads of
+    /// unwritten memory visible.
     pub fn poisoned<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
         Buffer::filled(self, len, 0xFF)
     }
@@ -335,15 +339,15 @@ impl Device {
         }
     }
 
-    /// Records the operations of `work`, without running them, for [`RecordedGraph::replay`]. The numbers and addresses that it passes
-    /// are fixed in the recording; memory at the addresses is read at each replay.
+    /// Records the operations of `work`, without running them, for [`RecordedGraph::replay`]. The numbers and addresses
+    /// that it passes are fixed in the recording; memory at the addresses is read at each replay.
     ///
     /// # Errors
-    /// Those of `work`. Inside `work`, allocating, reading back, waiting, timing, and capturing or replaying a graph fail.
-    /// Other threads should not use the device meanwhile: their operations would be recorded too.
+    /// Those of `work`. Inside `work`, allocating, reading back, waiting, timing, and capturing or replaying a graph
+    /// fail. Other threads should not use the device meanwhile: their operations would be recorded too.
     ///
-    /// A buffer that is dropped while the device has a graph keeps its memory until the last graph is dropped, because a replay may
-    /// still use it.
+    /// A buffer that is dropped while the device has a graph keeps its memory until the last graph is dropped, because
+    /// a replay may still use it.
     pub fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<RecordedGraph> {
         match &self.0 {
             Inner::Host(host) => Ok(RecordedGraph(RecordedGraphInner::Host(HostDevice::capture(host, work)?))),
@@ -351,9 +355,10 @@ impl Device {
         }
     }
 
-    /// Calls `work(0)` and `work(1)`, whose launches, copies and fills a GPU runs concurrently. Neither may use memory that the other
-    /// writes, except through atomics. Later work waits for both. Inside, allocating, writing from the host, reading back, waiting
-    /// and timing fail, and no buffer may be dropped. On the CPU, the order of blocks decides which runs first.
+    /// Calls `work(0)` and `work(1)`, whose launches, copies and fills a GPU runs concurrently. Neither may use memory
+    /// that the other writes, except through atomics. Later work waits for both. Inside, allocating, writing from the
+    /// host, reading back, waiting and timing fail, and no buffer may be dropped. On the CPU, the order of blocks
+    /// decides which runs first.
     pub(crate) fn both(&self, work: impl FnMut(usize) -> Result<()>) -> Result<()> {
         match &self.0 {
             Inner::Host(host) => host.both(work),
@@ -462,7 +467,8 @@ impl RecordedGraph {
     /// The operations of one replay, in order: names of kernels, `copy`, `clear` and `write`.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] for a GPU's graph: the driver keeps no names. A CPU that emulates a GPU records the same operations.
+    /// [`Error::Unavailable`] for a GPU's graph: the driver keeps no names. A CPU that emulates a GPU records the same
+    /// operations.
     pub fn list(&self) -> Result<Vec<String>> {
         match &self.0 {
             RecordedGraphInner::Host(graph) => Ok(graph.list()),

@@ -1,4 +1,5 @@
-//! The kernels this binary holds, as `build.rs` writes them: their names, their host entry points, and the GPU's fatbins.
+//! The kernels this binary holds, as `build.rs` writes them: their names, their host entry points, and the GPU's
+//! fatbins.
 
 use std::ffi::{CStr, c_void};
 use std::marker::PhantomData;

@@ -1,8 +1,8 @@
-//! Tests of the host device: that it runs CUDA's device language with CUDA's semantics, in any order and on any number
-//! of threads, and that it names what broke the rules. The kernels, and what each writes, are in
+//! Tests of the host device: it runs CUDA's device language with CUDA's semantics, in any order and on any number of
+//! threads, and reports kernels that break the rules. The kernels, and descriptions of their results, are in
 //! `kernels/host/selftest.cu`.
 //!
-//! Expected values are worked out here from CUDA's definitions, not from the runtime's code. Outputs are NaN before each
+//! Expected values are computed here from CUDA's definitions, not from the runtime's code. Outputs are NaN before each
 //! run.
 
 use std::fmt::Debug;
@@ -26,7 +26,7 @@ fn device(threads: usize, order: BlockOrder) -> Device {
     Device::host_with(HostOptions { threads, order, ..HostOptions::default() })
 }
 
-/// Runs a test on devices that differ in threads and order, each of which is printed where the test fails.
+/// Runs a test on devices with different numbers of threads and orders of blocks, which are printed if the test fails.
 fn in_every_order(test: impl Fn(&Device)) {
     use BlockOrder::{Backwards, Forwards, Random};
     let orders =
@@ -43,7 +43,7 @@ fn launch<A: Arguments>(device: &Device, kernel: Kernel<A>, shape: Launch, args:
     unsafe { device.launch(kernel, shape, &args) }
 }
 
-/// The arguments of a kernel that makes an output of an input, and may take the number of the input's elements.
+/// The arguments of a kernel that computes an output from an input, and may take the number of elements of the input.
 trait MapArgs: Arguments {
     fn at(input: u64, output: u64, n: u64) -> Self;
 
@@ -63,11 +63,11 @@ macro_rules! map_args {
 }
 
 map_args!(
-    AsyncArgs, BitsArgs n, BlockSumArgs n, ExitedSyncwarpArgs, GridStrideArgs n, HalfWarpsArgs, LdmatrixArgs, MathArgs n, MmaArgs,
-    OutsideMaskArgs, RaceArgs, RoundArgs n, SyncCountArgs, VoteArgs, WarpReduceArgs
+    AsyncArgs, BitsArgs n, BlockSumArgs n, ExitedSyncwarpArgs, GridStrideArgs n, HalfWarpsArgs, LdmatrixArgs,
+    MathArgs n, MmaArgs, OutsideMaskArgs, RaceArgs, RoundArgs n, SyncCountArgs, VoteArgs, WarpReduceArgs
 );
 
-/// What a kernel with [`MapArgs`] makes of `input`, in `outputs` elements.
+/// The output of a kernel with [`MapArgs`], of `outputs` elements.
 fn map<A: MapArgs, I: Element, O: Element>(
     device: &Device,
     kernel: Kernel<A>,
@@ -101,7 +101,7 @@ pub(crate) fn random_f32(count: usize, seed: u64) -> Vec<f32> {
     random_u32(count, seed).iter().map(|&bits| (bits >> 8) as f32 / (1 << 23) as f32 - 1.0).collect()
 }
 
-/// As `assert_eq`, of which it shows the first difference alone.
+/// Like `assert_eq`, but prints only the first difference.
 #[track_caller]
 fn assert_same<T: PartialEq + Debug>(found: &[T], expected: &[T], context: impl Debug) {
     assert_eq!(found.len(), expected.len(), "{context:?}");
@@ -194,8 +194,8 @@ fn a_block_has_1_to_1024_threads() {
 
 // ---- Warps ---------------------------------------------------------------------------------------------------------
 
-/// The lane that `lane` reads by index, up, down and xor, as the PTX manual defines `shfl.sync`: only five bits of the
-/// parameter count, and a lane that would read past its segment reads itself (by xor, only past its end).
+/// The lane that `lane` reads by index, up, down and xor, as the PTX manual defines `shfl.sync`. Only five bits of the
+/// parameter count. A lane that would read outside of its segment reads itself (with xor, only past the end).
 fn shuffle_sources(lane: u32, parameter: u32, width: u32) -> [u32; 4] {
     let parameter = parameter % 32;
     let segment = lane / width;
@@ -208,7 +208,7 @@ fn shuffle_sources(lane: u32, parameter: u32, width: u32) -> [u32; 4] {
     ]
 }
 
-/// Shuffles move any bits, so those of floating-point numbers are random too, NaNs and all.
+/// Shuffles move any bits, so the bits of floating-point numbers are random too, NaNs included.
 fn check_shuffle<T: Element + PartialEq + Debug>(device: &Device, kernels: &[Kernel<ShuffleArgs>], values: &[T]) {
     let n = values.len();
     let input = device.upload(values).unwrap();
@@ -340,8 +340,8 @@ fn syncwarp_does_not_wait_for_lanes_that_have_exited() {
 
 // ---- Tensor cores --------------------------------------------------------------------------------------------------
 
-/// Element i of a lane's fragments as the PTX manual places it, with `packed` elements in a register: (row, depth) in a,
-/// (depth, column) in b, (row, column) in c.
+/// Element i of a lane's fragments as the PTX manual places it, with `packed` elements in a register: (row, depth) in
+/// a, (depth, column) in b, (row, column) in c.
 fn place_in_a(lane: usize, i: usize, packed: usize) -> (usize, usize) {
     let (group, member, register) = (lane / 4, lane % 4, i / packed);
     (group + 8 * (register % 2), member * packed + i % packed + 4 * packed * (register / 2))
@@ -355,7 +355,8 @@ fn place_in_c(lane: usize, i: usize) -> (usize, usize) {
     (lane / 4 + 8 * (i / 2), lane % 4 * 2 + i % 2)
 }
 
-/// Products of fragments full of random numbers in one type, given by the bits of a number and how to read them.
+/// Products of fragments of random numbers in one type, which is given by the bits of a number and a function that
+/// reads them.
 fn check_mma(kernel: Kernel<MmaArgs>, packed: usize, bits_of: impl Fn(f32) -> u32, read: impl Fn(u32) -> f64) {
     const WARPS: usize = 6;
     let depth = 8 * packed;
@@ -413,7 +414,7 @@ fn tensor_cores_multiply() {
     check_mma(id::SELFTEST_MMA_TF32, 1, |x| tf32(x).to_bits(), |bits| f32::from_bits(bits).into());
 }
 
-/// Of one element that is no TF32 number, in row 5 at depth 6 of a, the whole row of the product is NaN.
+/// If one element is not a TF32 number, in row 5 at depth 6 of a, the whole row of the product is NaN.
 #[test]
 fn what_is_not_rounded_to_tf32_is_nan() {
     in_every_order(|device| {
@@ -495,7 +496,7 @@ fn asynchronous_copies_are_there_once_they_are_waited_for() {
 fn barriers_that_count() {
     in_every_order(|device| {
         for block in [1, 7, 32, 100, 256] {
-            // All, none, all but one, one, and some; negative numbers and even ones are true as well.
+            // All, none, all but one, one, and some. Negative and even numbers are true too.
             let mut values = vec![-2; 5 * block];
             values[block..2 * block].fill(0);
             values[2 * block + block / 2] = 0;
@@ -517,7 +518,7 @@ fn barriers_that_count() {
     });
 }
 
-/// s[t] += s[t + width / 2] for the lower half, again and again: the order in which the kernels add.
+/// s[t] += s[t + width / 2] for the lower half, repeatedly: the order in which the kernels add.
 fn tree_sum(values: &[f32], width: usize) -> f32 {
     let mut sums = vec![0.0; width];
     sums[..values.len()].copy_from_slice(values);
@@ -579,7 +580,8 @@ fn a_race_shows_in_the_orders() {
     let run = |threads, order| -> Vec<u32> {
         map(&device(threads, order), id::SELFTEST_RACE, Launch::new(2, 256), &values, 512).unwrap()
     };
-    // Forwards, only the last thread of a block finds that its neighbour, the first, has written; backwards, all others.
+    // Forwards, only the last thread of a block finds that its neighbour, the first, has written; backwards, all the
+    // others do.
     let last = |i: usize| i % 256 == 255;
     let forwards: Vec<u32> = (0..512).map(|i| if last(i) { 2 * values[i - 255] } else { 0 }).collect();
     let backwards: Vec<u32> = (0..512).map(|i| if last(i) { 0 } else { 2 * values[i + 1] }).collect();
@@ -592,7 +594,7 @@ fn a_race_shows_in_the_orders() {
     for other in [run(1, BlockOrder::Random(6)), forwards, backwards] {
         assert!(random != other);
     }
-    // Blocks have orders of their own.
+    // Each block has its own order.
     let seen = |block: &[u32]| -> Vec<bool> { block.iter().map(|&value| value != 0).collect() };
     assert!(seen(&random[..256]) != seen(&random[256..]));
 }
@@ -619,7 +621,7 @@ fn atomics() {
             let last = n as i32 - 1;
             assert_eq!(i32s.to_vec().unwrap(), [11 + sum as i32, -last, last, 100 - n as i32, 13 + n as i32]);
             let u32s = u32s.to_vec().unwrap();
-            // Every exchange takes out what another put in, but for the first and what is left at the end.
+            // Every exchange returns a value that another one stored, except for the first one and the final content.
             let exchanged = 17 + 1000 + (sum + n) as u32 - u32s[5];
             assert!((1..=n as u32).contains(&u32s[5]), "{}", u32s[5]);
             let xor = (0..n as u32).fold(0xa5a5_a5a5, |xor, i| xor ^ i);
@@ -633,7 +635,7 @@ fn atomics() {
 
 // ---- Arithmetic ----------------------------------------------------------------------------------------------------
 
-/// Every value of both types, the ties between neighbours, what lies beside each of these, and random bits.
+/// All values of both types, the ties between neighbours, the numbers next to each of these, and random bits.
 fn values_to_round() -> Vec<f32> {
     let mut values: Vec<f32> = random_u32(20_000, 11).iter().map(|&bits| f32::from_bits(bits)).collect();
     for pattern in 0..=u16::MAX {
@@ -679,7 +681,7 @@ fn convert(device: &Device, shape: Launch, values: &[f32]) -> Halves {
 fn half_conversions() {
     let values = values_to_round();
     in_every_order(|device| {
-        // One thread a block, so that the conversions are vectorised, and many.
+        // One thread per block, so that the conversions are vectorised, and many.
         for shape in [Launch::new(64, 1), Launch::new(4, 256)] {
             let halves = convert(device, shape, &values);
             for (i, &x) in values.iter().enumerate() {
@@ -775,7 +777,7 @@ fn bit_operations() {
 
 // ---- Faults --------------------------------------------------------------------------------------------------------
 
-/// Runs the kernel that does the wrong numbered `which` in one block, and returns its output too.
+/// Runs the kernel that breaks rule number `which` in one block. Returns the result and the output.
 fn run_fault(device: &Device, shape: Launch, block: u64, which: u32) -> (Result<()>, Vec<u32>) {
     let blocks: u32 = shape.grid.iter().product();
     let mut out = device.zeros::<u32>((blocks * shape.block[0]) as usize).unwrap();
@@ -784,17 +786,19 @@ fn run_fault(device: &Device, shape: Launch, block: u64, which: u32) -> (Result<
     (result, out.to_vec().unwrap())
 }
 
-/// What must be said of each wrong; and the thread that must be named, where several could be any of them.
+/// The message for each broken rule, and the threads of which one must be named.
 #[rustfmt::skip]
 const FAULTS: [(u32, u32, &[u32], &str); 11] = [
-    // The number, the threads in a block, who can be named, and the message.
+    // The number, the threads in a block, the threads that may be named, and the message.
     (1, 64, &[0], "40 of 64 threads wait at __syncthreads, which the others never reach: 24 exited, 0 wait elsewhere"),
     (2, 64, &[0], "32 of 64 threads wait at __syncthreads, which the others never reach: 0 exited, \
                    32 wait elsewhere, one at __syncthreads_count"),
     (3, 64, &[16], "32 of 64 threads wait at __syncthreads, which the others never reach: 0 exited, \
                     32 wait elsewhere, one at __shfl_sync"),
-    (4, 31, &[0], "__shfl_xor_sync with mask 0xffffffff names lane 31, which the block does not have: it has 31 threads"),
-    (4, 63, &[32], "__shfl_xor_sync with mask 0xffffffff names lane 31, which the block does not have: it has 63 threads"),
+    (4, 31, &[0],
+        "__shfl_xor_sync with mask 0xffffffff names lane 31, which the block does not have: it has 31 threads"),
+    (4, 63, &[32],
+        "__shfl_xor_sync with mask 0xffffffff names lane 31, which the block does not have: it has 63 threads"),
     (4, 1, &[0], "__shfl_xor_sync with mask 0xffffffff names lane 1, which the block does not have: it has 1 thread"),
     (5, 64, &[0], "__ballot_sync with mask 0xffffffff waits for lane 5, which has exited"),
     (6, 64, &[3, 35], "__shfl_sync with mask 0x000000f7, which lacks its caller, lane 3"),
@@ -818,7 +822,7 @@ fn faults_are_named_and_leave_the_device_usable() {
             assert_eq!(message, expected, "wrong {which}");
             assert!(named.is_empty() || named.contains(&thread[0]), "wrong {which}: {thread:?}");
             assert!(thread[0] < threads && thread[1..] == [0, 0], "wrong {which}: {thread:?}");
-            // Nobody who waits in vain, or did wrong, comes to the end.
+            // No thread that waits in vain, or broke a rule, reaches the end.
             assert_eq!(out[(7 * threads + thread[0]) as usize], 0, "wrong {which}");
 
             let (result, out) = run_fault(device, shape, 7, 0);
@@ -831,7 +835,7 @@ fn faults_are_named_and_leave_the_device_usable() {
 
 #[test]
 fn a_fault_stops_the_launch() {
-    // One after another: what comes before the fault is done, nothing of what comes after it.
+    // On one thread, the blocks before the fault are done, and none after it.
     let blocks_done = |device: &Device, blocks: u32, block: u64| -> Vec<bool> {
         let (result, out) = run_fault(device, Launch::new(blocks, 64), block, 9);
         assert!(matches!(result, Err(Error::Fault { .. })), "{result:?}");
@@ -841,8 +845,8 @@ fn a_fault_stops_the_launch() {
     assert_eq!(done, (0..200).map(|block| block < 60).collect::<Vec<_>>());
     let done = blocks_done(&device(1, BlockOrder::Backwards), 200, 60);
     assert_eq!(done, (0..200).map(|block| block > 60).collect::<Vec<_>>());
-    // On several threads the others finish what they have begun: how much is up to the system, which may even hold the
-    // thread with the fault until they have done everything, but not every time.
+    // On several threads, the others finish the chunks that they have begun. How many these are depends on the system:
+    // it may even delay the thread with the fault until the others have done everything, but not every time.
     for threads in [2, 3] {
         let device = device(threads, BlockOrder::Forwards);
         let stops = (0..20).any(|_| blocks_done(&device, 20_000, 0).iter().filter(|&&done| done).count() < 19_999);
@@ -852,7 +856,7 @@ fn a_fault_stops_the_launch() {
 
 // ---- Several callers -----------------------------------------------------------------------------------------------
 
-/// Fails instead of hanging for ever where `work` does not come back in time.
+/// Fails if `work` does not return in time, instead of hanging for ever.
 fn within(limit: Duration, work: impl FnOnce() + Send + 'static) {
     let (sender, receiver) = mpsc::channel();
     let worker = std::thread::spawn(move || {
@@ -892,7 +896,8 @@ fn several_threads_launch_at_once() {
 
 #[test]
 fn no_wake_up_is_lost() {
-    // Small launches from two callers, now at once, now after a pause in which the team's threads fall asleep.
+    // Small launches from two callers, sometimes immediately, sometimes after a pause in which the team's threads fall
+    // asleep.
     for threads in [2, 3] {
         within(Duration::from_secs(60), move || {
             let device = device(threads, BlockOrder::Forwards);
@@ -950,7 +955,7 @@ fn a_graph_is_recorded_and_replayed() {
         let mut cleared = device.poisoned::<u32>(5).unwrap();
         let graph = device
             .capture(|| {
-                // The numbers to write are the recording's own: these here do not outlive it.
+                // The recording owns the numbers to write: these here are dropped.
                 let mut numbers = vec![7u32, 8, 9];
                 written.write(&numbers)?;
                 numbers.fill(0);
@@ -963,7 +968,7 @@ fn a_graph_is_recorded_and_replayed() {
         assert!(doubled.to_vec().unwrap().iter().chain(&copy.to_vec().unwrap()).all(|value| value.is_nan()));
         assert_eq!((written.to_vec().unwrap(), cleared.to_vec().unwrap()), (vec![u32::MAX; 3], vec![u32::MAX; 5]));
 
-        // What lies at the addresses is read at each replay.
+        // Each replay reads the memory at the addresses.
         for value in [3.0, -0.5] {
             x.write(&[value; 100]).unwrap();
             written.clear().unwrap();
@@ -1022,8 +1027,8 @@ fn a_capture_that_fails_leaves_nothing_behind() {
     assert_eq!(output.to_vec().unwrap(), [3.0; 64]);
 }
 
-/// Two pieces of work at once, on the GPU that `POLDER_TEST_DEVICE` names too: both are done when they are asked about, and whatever
-/// goes wrong in one leaves the device usable.
+/// Work on two streams, also on the GPU that `POLDER_TEST_DEVICE` names: both results are complete when they are read,
+/// and an error in one leaves the device usable.
 #[test]
 fn two_pieces_of_work_are_done_at_once() {
     let check = |device: &Device| {
@@ -1098,12 +1103,12 @@ fn a_fault_ends_a_replay() {
     assert_eq!(after.to_vec().unwrap(), [u32::MAX]);
 }
 
-// ---- Processes of their own ----------------------------------------------------------------------------------------
+// ---- Separate processes --------------------------------------------------------------------------------------------
 
-/// Tells a test that it runs in a process of its own, and which part it has there.
+/// Tells a test that it runs in a separate process, and which part it runs.
 const PART: &str = "POLDER_SELFTEST_PART";
 
-/// Runs one test of this binary in a process of its own, which is ended after a minute; returns its standard output and
+/// Runs one test of this binary in a separate process, which is killed after a minute. Returns its standard output and
 /// error.
 fn run_alone(test: &str, variables: &[(&str, &str)]) -> (ExitStatus, String, String) {
     let mut child = Command::new(std::env::current_exe().unwrap())
@@ -1114,7 +1119,7 @@ fn run_alone(test: &str, variables: &[(&str, &str)]) -> (ExitStatus, String, Str
         .spawn()
         .unwrap();
     let end = Instant::now() + Duration::from_secs(60);
-    // What it prints fits in the pipes' buffers, so that it never waits for a reader.
+    // Its output fits into the pipes' buffers, so it never waits for a reader.
     let status = loop {
         match child.try_wait().unwrap() {
             Some(status) => break status,
@@ -1148,7 +1153,7 @@ fn a_stack_overflow_ends_the_process_and_says_where() {
     }
     in_every_order(|device| {
         assert_eq!(descend(device, Launch::new(3, 40), 60), [60; 120]);
-        // A block of one thread has the stack of the OS thread.
+        // A block of one thread uses the stack of the OS thread.
         assert_eq!(descend(device, Launch::new(3, 1), 400), [400; 3]);
     });
     for ((part, _), place) in orders.into_iter().zip(["block (0,0,0) thread (0,0,0)", "block (2,0,0) thread (39,0,0)"])
@@ -1167,7 +1172,7 @@ fn instruction_sets_agree() {
     let halves = convert(&device, Launch::new(64, 1), &values_to_round());
     let math: Vec<u32> = map(&device, id::SELFTEST_MATH, Launch::new(16, 1), &arguments, 10 * arguments.len()).unwrap();
     let sums = block_sum(&device, id::SELFTEST_BLOCK_SUM_SHUFFLE, Launch::new(6, 256), &random_f32(1500, 15));
-    // NaNs may differ in their sign and payload, which are nobody's promise.
+    // NaNs may differ in sign and payload, which are not guaranteed.
     let quiet = |bits: u32| if f32::from_bits(bits).is_nan() { f32::NAN.to_bits() } else { bits };
     let back = halves.from_f16.iter().chain(&halves.from_bf16).map(|x| x.to_bits());
     let all = back.chain(math).chain(sums).map(quiet).chain(halves.f16.iter().chain(&halves.bf16).map(|&x| x.into()));

@@ -1,12 +1,13 @@
-//! Batch normalisation (Ioffe and Szegedy 2015) of activations `[rows, channels]` (NHWC: the rows are the pixels of all images),
-//! fused with the residual addition and the relu that follow it in a ResNet (He et al. 2016).
+//! Batch normalisation (Ioffe and Szegedy 2015) of activations `[rows, channels]` (NHWC: the rows are the pixels of all
+//! images), fused with the residual addition and the relu that follow it in a ResNet (He et al. 2016).
 //!
-//! Per channel, over the `m` rows of the batch:
-//! `mean = Σx / m`, `var = Σ(x − mean)² / m`, `inv_std = 1 / √(var + eps)`, `y = act(gamma · (x − mean) · inv_std + beta + residual)`.
+//! Per channel, over the `m` rows of the batch: `mean = Σx / m`, `var = Σ(x − mean)² / m`,
+//! `inv_std = 1 / √(var + eps)`, `y = act(gamma · (x − mean) · inv_std + beta + residual)`.
 //!
-//! Rounding: at most 64 rows are summed in `T`, relative to the first of them; a convolution sums 128, relative to their mean. The partial
-//! means and squared deviations are combined in double (Chan, Golub and LeVeque 1979), so that a mean much larger than the deviation does
-//! no harm. All sums have a fixed order: the same inputs give the same bits on every run, with any number of threads.
+//! Rounding: at most 64 rows are summed in `T`, relative to the first of them; a convolution sums 128, relative to
+//! their mean. The partial means and squared deviations are combined in double (Chan, Golub and LeVeque 1979), so that
+//! a mean much larger than the deviation does no harm. All sums have a fixed order: the same inputs give the same bits
+//! on every run, with any number of threads.
 
 pub use super::conv_batch_norm::{Activation, Normalized, Workspace};
 use super::conv_batch_norm::{Sums, SumsRoom, check_extents, group_blocks, moments_len};
@@ -73,8 +74,8 @@ pub struct Saved<'a, T: Scalar> {
     pub inv_std: SliceMut<'a, T>,
 }
 
-/// The running statistics, `[channels]` each: `next = (1 − momentum) · old + momentum · batch`, with the unbiased variance. The old ones
-/// are kept, so that a step can be skipped.
+/// The running statistics, `[channels]` each: `next = (1 − momentum) · old + momentum · batch`, with the unbiased
+/// variance. The old ones are kept, so that a step can be skipped.
 pub struct Running<'a, T: Scalar> {
     /// The weight of the batch; PyTorch's default is 0.1.
     pub momentum: f64,
@@ -191,8 +192,8 @@ struct Spread {
 }
 
 impl Spread {
-    /// About `per_thread` elements for each GPU thread. Four channels at a time need 16-byte accesses, for which all of `addresses` (0 for
-    /// an absent argument) must be aligned.
+    /// About `per_thread` elements for each GPU thread. Four channels at a time need 16-byte accesses, for which all of
+    /// `addresses` (0 for an absent argument) must be aligned.
     fn new<S: Compute>(device: &Device, shape: BatchNormShape, per_thread: usize, addresses: &[u64]) -> Self {
         let BatchNormShape { rows, channels } = shape;
         let blocks = row_blocks(device, shape, per_thread);
@@ -202,7 +203,8 @@ impl Spread {
         // The loads of parameters are the widest.
         let wide = 4 * size_of::<S::Master>() as u64;
         let pack = if channels % 4 == 0 && addresses.iter().all(|address| address % wide == 0) { 4 } else { 1 };
-        // One column for each channel group, but at most a warp, so that neighbouring threads read neighbouring addresses.
+        // One column for each channel group, but at most a warp, so that neighbouring threads read neighbouring
+        // addresses.
         let groups = channels / pack;
         let tiles = groups.div_ceil(32).max(1);
         let columns = groups.div_ceil(tiles).max(1);
@@ -289,7 +291,8 @@ impl<'a> ShapeCheck<'a> {
         self.check.refuse("with a residual the mask must come from the output".into())
     }
 
-    /// Checks what both backward passes, or their tangents, read. Returns it as the kernels take it, and the mask's number.
+    /// Checks what both backward passes, or their tangents, read. Returns it as the kernels take it, and the mask's
+    /// number.
     fn backward<S: Compute>(&self, input: &Backward<'_, S>) -> Result<(Upstream, u32)> {
         let Backward { x, dy, gamma, mean, inv_std, activation } = *input;
         let normalized = Normalized { x, gamma, mean, inv_std, activation };
@@ -328,13 +331,14 @@ impl<'a> ShapeCheck<'a> {
     }
 }
 
-/// Normalises with the statistics of the batch. It saves them, and with `running` updates the running statistics. `workspace` must have
-/// been made for this shape, among others.
+/// Normalises with the statistics of the batch. It saves them, and with `running` updates the running statistics.
+/// `workspace` must have been made for this shape, among others.
 ///
 /// Traffic: reads x twice, reads the residual once, and writes y once: 12 bytes per element in f32, 16 with a residual.
 ///
 /// # Errors
-/// [`Error::Argument`] for fewer than two rows, which have no unbiased variance; [`Error::Length`] and [`Error::OtherDevice`].
+/// [`Error::Argument`] for fewer than two rows, which have no unbiased variance; [`Error::Length`] and
+/// [`Error::OtherDevice`].
 pub fn forward_train<S: Compute>(
     shape: BatchNormShape,
     input: Forward<'_, S>,
@@ -364,8 +368,8 @@ pub fn forward_train<S: Compute>(
 }
 
 /// Like [`forward_train`], but computes the statistics from the moments of x that
-/// [`conv::forward_with_moments`](super::conv::forward_with_moments) has left, without a pass over x: 8 bytes per element in f32, 12 with a
-/// residual.
+/// [`conv::forward_with_moments`](super::conv::forward_with_moments) has left, without a pass over x: 8 bytes per
+/// element in f32, 12 with a residual.
 ///
 /// # Errors
 /// As [`forward_train`].
@@ -502,12 +506,13 @@ fn normalize<S: Compute>(
     unsafe { device.launch(kernel, spread.launch, &args) }
 }
 
-/// The gradients. With `dz = dy` where the activation passed and 0 elsewhere, and `x̂ = (x − mean) · inv_std`:
-/// `dbeta = Σdz`, `dgamma = Σ dz · x̂`, and in training `dx = gamma · inv_std · (dz − Σdz/m − x̂ · Σ(dz · x̂)/m)`, in evaluation
-/// `dx = gamma · inv_std · dz`. The gradient of the residual is `dz`. `workspace` is as in [`forward_train`], also in evaluation.
+/// The gradients. With `dz = dy` where the activation passed and 0 elsewhere, and `x̂ = (x − mean) · inv_std`: `dbeta =
+/// Σdz`, `dgamma = Σ dz · x̂`, and in training `dx = gamma · inv_std · (dz − Σdz/m − x̂ · Σ(dz · x̂)/m)`, in evaluation
+/// `dx = gamma · inv_std · dz`. The gradient of the residual is `dz`. `workspace` is as in [`forward_train`], also in
+/// evaluation.
 ///
-/// Traffic in training, f32: 20 bytes per element; 28 if the mask is read from y; another 4 (8 to accumulate) for the gradient of
-/// a residual. Writing it, rather than adding to it, saves the second read of y.
+/// Traffic in training, f32: 20 bytes per element; 28 if the mask is read from y; another 4 (8 to accumulate) for the
+/// gradient of a residual. Writing it, rather than adding to it, saves the second read of y.
 ///
 /// # Errors
 /// [`Error::Argument`] if the mask is recomputed although there was a residual; [`Error::Length`] and
@@ -574,8 +579,8 @@ fn launch_input<S: Compute>(device: &Device, shape: BatchNormShape, mut args: In
     unsafe { device.launch(S::choose(id::BATCH_NORM_INPUT), spread.launch, &args) }
 }
 
-/// The rest of [`backward`] after [`conv::input_gradient_with_sums`](super::conv::input_gradient_with_sums), which leaves dz, dgamma and
-/// dbeta: dx, and the residual's gradient. It needs a GPU's launch shapes.
+/// The rest of [`backward`] after [`conv::input_gradient_with_sums`](super::conv::input_gradient_with_sums), which
+/// leaves dz, dgamma and dbeta: dx, and the residual's gradient. It needs a GPU's launch shapes.
 ///
 /// Traffic in training, in 16 bits: 6 bytes per element; another 2 (4 to accumulate) for the gradient of a residual.
 ///
@@ -616,12 +621,13 @@ pub fn backward_from_sums<S: Compute>(
     launch_input::<S>(device, shape, inputs)
 }
 
-/// The tangent of [`forward_train`] or [`forward_eval`]: with `scale = gamma · inv_std` and primes for tangents,
-/// `y' = scale' · (x − mean) + scale · (x' − mean') + beta' + residual'` where the activation passed and 0 elsewhere. In training
-/// `mean' = Σx' / m` and `inv_std' = −inv_std³ · Σ x' · (x − mean) / m`; in evaluation both are zero. `saved` receives them, for
-/// [`backward_tangent`]. `workspace` is as in [`forward_train`], also in evaluation.
+/// The tangent of [`forward_train`] or [`forward_eval`]: with `scale = gamma · inv_std` and primes for tangents, `y' =
+/// scale' · (x − mean) + scale · (x' − mean') + beta' + residual'` where the activation passed and 0 elsewhere. In
+/// training `mean' = Σx' / m` and `inv_std' = −inv_std³ · Σ x' · (x − mean) / m`; in evaluation both are zero. `saved`
+/// receives them, for [`backward_tangent`]. `workspace` is as in [`forward_train`], also in evaluation.
 ///
-/// Traffic, f32: 12 bytes per element, 8 more in training, 4 more each for a mask that is read from y and for a residual.
+/// Traffic, f32: 12 bytes per element, 8 more in training, 4 more each for a mask that is read from y and for a
+/// residual.
 ///
 /// # Errors
 /// As [`backward`].
@@ -717,20 +723,22 @@ pub fn forward_tangent<S: Compute>(
     unsafe { device.launch(kernel, spread.launch, &args) }
 }
 
-/// The tangent of [`backward`], with the same `input` and `mode`: `gradients` and `residual` receive the tangents of its outputs. With `scale` as in [`forward_tangent`], `dz' = dy'` where the activation passed and 0 elsewhere (a relu has no second
-/// derivative), and `slope = inv_std · dgamma / m`:
+/// The tangent of [`backward`], with the same `input` and `mode`: `gradients` and `residual` receive the tangents of
+/// its outputs. With `scale` as in [`forward_tangent`], `dz' = dy'` where the activation passed and 0 elsewhere (a relu
+/// has no second derivative), and `slope = inv_std · dgamma / m`:
 ///
 /// ```text
 /// dbeta'  = Σ dz'
 /// dgamma' = inv_std · Σ (dz' · (x − mean) + dz · (x' − mean')) + inv_std' · dgamma / inv_std
-/// dx'     = scale' · (dz − dbeta/m) + scale · (dz' − dbeta'/m) − (scale · slope)' · (x − mean) − scale · slope · (x' − mean')
+/// dx'     = scale' · (dz − dbeta/m) + scale · (dz' − dbeta'/m)
+///           − (scale · slope)' · (x − mean) − scale · slope · (x' − mean')
 /// ```
 ///
 /// In evaluation, `dx' = scale' · dz + scale · dz'`. These are the derivatives of [`backward`]'s formulas along the
 /// tangents. `workspace` is as in [`forward_train`], also in evaluation.
 ///
-/// Traffic in training, f32: 36 bytes per element; 44 if the mask is read from y; another 4 (8 to accumulate) for the gradient of
-/// a residual.
+/// Traffic in training, f32: 36 bytes per element; 44 if the mask is read from y; another 4 (8 to accumulate) for the
+/// gradient of a residual.
 ///
 /// # Errors
 /// As [`backward`].

@@ -1,5 +1,5 @@
-//! The position of a training run, on the device. Kernels read there what changes from step to step, so that a recorded step can be
-//! replayed.
+//! The position of a training run, on the device. Kernels read there what changes from step to step, so that a recorded
+//! step can be replayed.
 
 use super::{check_device, check_length};
 use crate::device::arguments::AdvanceClockArgs;
@@ -8,8 +8,8 @@ use crate::device::{Launch, Result, Slice, SliceMut, id};
 /// The length of a clock: it holds the number of batches since the epoch began, and of steps since the run began.
 pub const LEN: usize = 2;
 
-/// Ends a step: adds one to both numbers of `clock`, and writes the next step's learning rate to `rate` (one element). `rates` holds one
-/// rate for each step of the epoch; after the last step, the rate is 0. Traffic: a few bytes.
+/// Ends a step: adds one to both numbers of `clock`, and writes the next step's learning rate to `rate` (one element).
+/// `rates` holds one rate for each step of the epoch; after the last step, the rate is 0. Traffic: a few bytes.
 ///
 /// # Errors
 /// Wrong lengths or devices.

@@ -9,12 +9,12 @@
 //! ```
 //!
 //! where `x` is zero outside the image, and the sum of `dx` runs over the taps that divide evenly and stay inside `dy`
-//! (Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", arXiv:1603.07285). Each pass does [`ConvShape::macs`]
-//! multiply-adds. It writes its result once, and if the caches hold a band of an image, it reads each operand once from main memory.
-//! The order of all sums depends only on the shape.
+//! (Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", arXiv:1603.07285). Each pass does
+//! [`ConvShape::macs`] multiply-adds. It writes its result once, and if the caches hold a band of an image, it reads
+//! each operand once from main memory. The order of all sums depends only on the shape.
 //!
-//! In f16 and bf16 the operands have 16 bits, in TF32 they are rounded to 19 bits, and a GPU multiplies them on its tensor cores. Sums
-//! are in f32. `y` and `dx` are rounded once to their type, and `dw` stays in f32.
+//! In f16 and bf16 the operands have 16 bits, in TF32 they are rounded to 19 bits, and a GPU multiplies them on its
+//! tensor cores. Sums are in f32. `y` and `dx` are rounded once to their type, and `dw` stays in f32.
 
 mod direct;
 mod tensor;
@@ -93,8 +93,8 @@ impl ConvShape {
     /// Whether the kernels can work with this shape.
     ///
     /// # Errors
-    /// [`Error::Argument`] for an extent, kernel or stride of zero, a kernel larger than the padded input, and tensors of
-    /// 2³¹ elements or more.
+    /// [`Error::Argument`] for an extent, kernel or stride of zero, a kernel larger than the padded input, and tensors
+    /// of 2³¹ elements or more.
     pub fn check(&self) -> Result<()> {
         const LIMIT: usize = 1 << 31;
         let refused =
@@ -135,8 +135,9 @@ impl ConvShape {
         Ok(())
     }
 
-    /// The number of elements, of the master type, of a workspace for all three passes on `device`. The passes may share one workspace,
-    /// and its content need not be kept between calls. On a GPU, only the weight gradient needs it.
+    /// The number of elements, of the master type, of a workspace for all three passes on `device`. The passes may
+    /// share one workspace, and its content need not be kept between calls. On a GPU, only the weight gradient needs
+    /// it.
     pub fn workspace_len<S: Compute>(&self, device: &Device) -> usize {
         if !device.is_simt() {
             return direct::workspace_len(self);
@@ -147,8 +148,8 @@ impl ConvShape {
         }
     }
 
-    /// The number of parts that [`partial_weight_gradients`] leaves, each of which is a gradient over some of the pixels. It is 1 if the
-    /// gradient is not split.
+    /// The number of parts that [`partial_weight_gradients`] leaves, each of which is a gradient over some of the
+    /// pixels. It is 1 if the gradient is not split.
     pub fn weight_gradient_splits<S: Compute>(&self, device: &Device) -> usize {
         match (device.is_simt(), S::TENSOR_CORES) {
             (false, _) => 1,
@@ -157,19 +158,21 @@ impl ConvShape {
         }
     }
 
-    /// The number of sums of squares that [`finished_weight_gradient`] leaves. `None` if the convolution cannot finish its gradient: that
-    /// needs tensor cores and a gradient that is not split.
+    /// The number of sums of squares that [`finished_weight_gradient`] leaves. `None` if the convolution cannot finish
+    /// its gradient: that needs tensor cores and a gradient that is not split.
     pub fn finished_squares<S: Compute>(&self, device: &Device) -> Option<usize> {
         let unsplit = device.is_simt() && S::TENSOR_CORES && self.weight_gradient_splits::<S>(device) == 1;
         unsplit.then(|| tensor::finished_squares(self))
     }
 
-    /// The number of elements of the moments that [`forward_with_moments`] leaves. `None` without tensor cores, which that needs.
+    /// The number of elements of the moments that [`forward_with_moments`] leaves. `None` without tensor cores, which
+    /// that needs.
     pub fn moments_len<S: Compute>(&self, device: &Device) -> Option<usize> {
         (device.is_simt() && S::TENSOR_CORES).then(|| tensor::moments_len(self))
     }
 
-    /// Whether [`input_gradient_with_sums`] is available: on tensor cores, in types of 16 bits, if the input channels are a multiple of 8.
+    /// Whether [`input_gradient_with_sums`] is available: on tensor cores, in types of 16 bits, if the input channels
+    /// are a multiple of 8.
     pub fn leaves_sums<S: Compute>(&self, device: &Device) -> bool {
         self.sums_room::<S>(device).is_some()
     }
@@ -179,10 +182,10 @@ impl ConvShape {
         if device.is_simt() && S::TENSOR_CORES { tensor::sums_room::<S>(self) } else { None }
     }
 
-    /// Measures on a GPU which tile of the tensor cores computes the forward fastest, and with `backward` each of the gradients, unless
-    /// that is already known. It takes 24 launches of each candidate and the memory of the operands. If that memory is not free, or the
-    /// device has a graph, which would keep it, nothing is measured, and a rule of thumb chooses. Results do not depend on the choice. A
-    /// plan calls this when it is created.
+    /// Measures on a GPU which tile of the tensor cores computes the forward fastest, and with `backward` each of the
+    /// gradients, unless that is already known. It takes 24 launches of each candidate and the memory of the operands.
+    /// If that memory is not free, or the device has a graph, which would keep it, nothing is measured, and a rule of
+    /// thumb chooses. Results do not depend on the choice. A plan calls this when it is created.
     ///
     /// # Errors
     /// Those of [`ConvShape::check`] and of the device.
@@ -212,7 +215,8 @@ impl ConvShape {
 }
 
 impl Workspace {
-    /// The same workspace, also with room for [`input_gradient_with_sums`] of those of these convolutions that can do it.
+    /// The same workspace, also with room for [`input_gradient_with_sums`] of those of these convolutions that can do
+    /// it.
     ///
     /// # Errors
     /// Those of the allocation.
@@ -222,11 +226,12 @@ impl Workspace {
     }
 }
 
-/// `y = x * weight`, or with `accumulate` `y += x * weight`. Traffic: reads x and the weights, writes y (and reads it to add).
+/// `y = x * weight`, or with `accumulate` `y += x * weight`. Traffic: reads x and the weights, writes y (and reads it
+/// to add).
 ///
 /// # Errors
-/// Those of [`ConvShape::check`]; [`Error::Length`] and [`Error::OtherDevice`] for an argument of another length or device
-/// (the workspace may be longer than [`ConvShape::workspace_len`]).
+/// Those of [`ConvShape::check`]; [`Error::Length`] and [`Error::OtherDevice`] for an argument of another length or
+/// device (the workspace may be longer than [`ConvShape::workspace_len`]).
 pub fn forward<S: Compute>(
     shape: &ConvShape,
     x: Slice<'_, S>,
@@ -248,9 +253,9 @@ pub fn forward<S: Compute>(
 }
 
 /// Like [`forward`] without `accumulate`, but also leaves the moments of y's tiles for
-/// [`batch_norm::forward_from_moments`](super::batch_norm::forward_from_moments). For each channel and each 128 rows of y as a matrix
-/// `[N OH OW, O]`, these are the mean of the stored numbers and the sum of squared deviations from it, `[O][tiles][2]`. They are computed
-/// from registers and cost 8 bytes per 128 elements.
+/// [`batch_norm::forward_from_moments`](super::batch_norm::forward_from_moments). For each channel and each 128 rows of
+/// y as a matrix `[N OH OW, O]`, these are the mean of the stored numbers and the sum of squared deviations from it,
+/// `[O][tiles][2]`. They are computed from registers and cost 8 bytes per 128 elements.
 ///
 /// # Errors
 /// As those of [`forward`]; [`Error::Argument`] if [`ConvShape::moments_len`] is `None`.
@@ -288,8 +293,8 @@ fn check_forward<S: Compute>(
     Ok(device)
 }
 
-/// The gradient of the loss with respect to `x`, written to `dx` or, with `accumulate`, added to it. Traffic: reads dy and
-/// the weights, writes dx (and reads it to add).
+/// The gradient of the loss with respect to `x`, written to `dx` or, with `accumulate`, added to it. Traffic: reads dy
+/// and the weights, writes dx (and reads it to add).
 ///
 /// # Errors
 /// As those of [`forward`].
@@ -313,18 +318,19 @@ pub fn input_gradient<S: Compute>(
     }
 }
 
-/// Like [`input_gradient`], for a convolution whose input is the output of batch norm, if this is the last contribution to that input's
-/// gradient. It writes (or with `accumulate` completes) `dz`, which is the gradient where the activation after batch norm passed and zero
-/// elsewhere, and also dgamma and dbeta, as [`batch_norm::backward`](super::batch_norm::backward) does.
+/// Like [`input_gradient`], for a convolution whose input is the output of batch norm, if this is the last contribution
+/// to that input's gradient. It writes (or with `accumulate` completes) `dz`, which is the gradient where the
+/// activation after batch norm passed and zero elsewhere, and also dgamma and dbeta, as
+/// [`batch_norm::backward`](super::batch_norm::backward) does.
 /// [`batch_norm::backward_from_sums`](super::batch_norm::backward_from_sums) does the rest of the backward.
 ///
-/// Traffic: that of [`input_gradient`], batch norm's input once, and y if the mask comes from it; 16 bytes per channel and 128 pixels.
-/// Each block leaves sums of dz, rounded as it is stored, and of dz (x − mean). They are summed in f32 over at most 32 rows and in double
-/// beyond that. The last block combines them.
+/// Traffic: that of [`input_gradient`], batch norm's input once, and y if the mask comes from it; 16 bytes per channel
+/// and 128 pixels. Each block leaves sums of dz, rounded as it is stored, and of dz (x − mean). They are summed in f32
+/// over at most 32 rows and in double beyond that. The last block combines them.
 ///
 /// # Errors
-/// As those of [`input_gradient`] and of batch norm's backward; [`Error::Argument`] if [`ConvShape::leaves_sums`] is false, or an
-/// activation does not begin at a multiple of 16 bytes.
+/// As those of [`input_gradient`] and of batch norm's backward; [`Error::Argument`] if [`ConvShape::leaves_sums`] is
+/// false, or an activation does not begin at a multiple of 16 bytes.
 pub fn input_gradient_with_sums<S: Compute>(
     shape: &ConvShape,
     dy: Slice<'_, S>,
@@ -368,8 +374,8 @@ fn check_input_gradient<S: Compute>(
     Ok(device)
 }
 
-/// The gradient of the loss with respect to the weights, written to `dw` or, with `accumulate`, added to it. Traffic: reads x
-/// and dy, writes dw (and reads it to add).
+/// The gradient of the loss with respect to the weights, written to `dw` or, with `accumulate`, added to it. Traffic:
+/// reads x and dy, writes dw (and reads it to add).
 ///
 /// # Errors
 /// As those of [`forward`].
@@ -391,7 +397,8 @@ pub fn weight_gradient<S: Compute>(
     weight_gradient_by(partial::<S>(), splits, shape, x, dy, dw, accumulate, workspace)
 }
 
-/// Writes the gradients over the pixels of each split, one after the other. With one split, it may add the gradient instead.
+/// Writes the gradients over the pixels of each split, one after the other. With one split, it may add the gradient
+/// instead.
 type Partial<S> = fn(&ConvShape, Slice<'_, S>, Slice<'_, S>, SliceMut<'_, <S as Compute>::Master>, bool) -> Result<()>;
 
 /// The GPU's implementation for this type.
@@ -418,8 +425,8 @@ fn weight_gradient_by<S: Compute>(
 }
 
 /// The first half of a [`weight_gradient`] that is split: writes to `parts` the gradients over each of
-/// [`ConvShape::weight_gradient_splits`] parts of the pixels, one after the other. [`gradient::GradientStages`] sum the parts of many
-/// layers in one launch.
+/// [`ConvShape::weight_gradient_splits`] parts of the pixels, one after the other. [`gradient::GradientStages`] sum the
+/// parts of many layers in one launch.
 ///
 /// # Errors
 /// As those of [`forward`]; [`Error::Argument`] if the gradient is not split.
@@ -439,11 +446,12 @@ pub fn partial_weight_gradients<S: Compute>(
     partial::<S>()(shape, x, dy, parts, false)
 }
 
-/// Like [`weight_gradient`], but the gradient is [finished](Finish) before it is written, for a gradient whose last stage this is. It
-/// adds 8 bytes of traffic per 128 × 16 weights. Results do not depend on the tile.
+/// Like [`weight_gradient`], but the gradient is [finished](Finish) before it is written, for a gradient whose last
+/// stage this is. It adds 8 bytes of traffic per 128 × 16 weights. Results do not depend on the tile.
 ///
 /// # Errors
-/// As those of [`forward`], also for what `finish` refers to; [`Error::Argument`] if [`ConvShape::finished_squares`] is `None`.
+/// As those of [`forward`], also for what `finish` refers to; [`Error::Argument`] if [`ConvShape::finished_squares`] is
+/// `None`.
 pub fn finished_weight_gradient<S: Compute>(
     shape: &ConvShape,
     x: Slice<'_, S>,

@@ -1,9 +1,10 @@
 //! What a convolution on tensor cores and batch normalisation do for each other.
 //!
-//! - A forward convolution leaves the moments of its output's tiles ([`moments_len`]). Batch norm combines them instead of
-//!   reading the activations once more.
-//! - An input gradient masks its result by the activation behind batch norm and leaves sums over its rows, from which the last
-//!   block makes dgamma and dbeta. For this it reads what batch norm [normalised](Normalized) and a [`Workspace`].
+//! - A forward convolution leaves the moments of its output's tiles ([`moments_len`]). Batch norm combines them instead
+//!   of reading the activations once more.
+//! - An input gradient masks its result by the activation behind batch norm and leaves sums over its rows, from which
+//!   the last block makes dgamma and dbeta. For this it reads what batch norm [normalised](Normalized) and a
+//!   [`Workspace`].
 //!
 //! Both modules use this one, and neither uses the other.
 
@@ -22,15 +23,16 @@ pub enum Activation<'a, S: Compute> {
         /// The forward's output.
         y: Slice<'a, S>,
     },
-    /// A relu, and no residual. The mask is computed again from `x` by the forward's own expression, which gives the same bits and
-    /// saves reading `y`.
+    /// A relu, and no residual. The mask is computed again from `x` by the forward's own expression, which gives the
+    /// same bits and saves reading `y`.
     ReluRecomputed {
         /// Shift, `[channels]`.
         beta: Slice<'a, S::Master>,
     },
 }
 
-/// A forward pass of batch norm, as its tangent and a convolution's input gradient read it. The shapes are the forward's.
+/// A forward pass of batch norm, as its tangent and a convolution's input gradient read it. The shapes are the
+/// forward's.
 #[derive(Clone, Copy)]
 pub struct Normalized<'a, S: Compute> {
     /// Its input.
@@ -107,13 +109,14 @@ impl SumsRoom {
     }
 }
 
-/// Row blocks whose sums the last of them combines. A CPU that emulates a GPU launches few blocks, so its groups are small.
+/// Row blocks whose sums the last of them combines. A CPU that emulates a GPU launches few blocks, so its groups are
+/// small.
 pub(super) fn group_blocks(device: &Device) -> usize {
     if device.is_host() && device.is_simt() { 2 } else { 32 }
 }
 
-/// The memory that sums over rows need: each block's sums, and the tickets by which the last block knows that it is the last. One
-/// workspace serves any number of calls, one after the other, for all the shapes that it was made for.
+/// The memory that sums over rows need: each block's sums, and the tickets by which the last block knows that it is the
+/// last. One workspace serves any number of calls, one after the other, for all the shapes that it was made for.
 pub struct Workspace {
     sums: Buffer<f64>,
     /// Zero between launches.
@@ -169,7 +172,8 @@ impl Workspace {
     }
 }
 
-/// The arguments by which an input gradient of `rows` rows leaves dz, dgamma and dbeta of the batch norm that made its input, checked.
+/// The arguments by which an input gradient of `rows` rows leaves dz, dgamma and dbeta of the batch norm that made its
+/// input, checked.
 pub(super) fn sums_args<S: Compute>(
     check: Check<'_>,
     rows: usize,

@@ -1,19 +1,22 @@
 //! The last stage of a network's gradient: `kernels/gradient.cu`, and the end of a weight gradient on tensor cores.
 //!
-//! The kernel that writes a gradient for the last time also finishes it: it divides by the loss scale, checks that the elements are
-//! finite, and sums their squares. So neither the check of a gradient nor its norm needs a pass of its own.
+//! The kernel that writes a gradient for the last time also finishes it: it divides by the loss scale, checks that the
+//! elements are finite, and sums their squares. So neither the check of a gradient nor its norm needs a pass of its
+//! own.
 //!
 //! Who finishes a gradient depends on how it is computed:
 //!
 //! - A gradient that a convolution on tensor cores computes in one part is finished by the convolution
 //!   ([`conv::finished_weight_gradient`](super::conv::finished_weight_gradient)).
-//! - Large parts are summed and finished by a launch of their own right after the convolution, while the cache still holds them.
-//! - Small parts of all layers are summed and finished by one launch at the end, whose last block computes the norm. This launch also
-//!   finishes gradients that are already complete: those of other layers, which are small, and those of convolutions without tensor
-//!   cores that are not split.
+//! - Large parts are summed and finished by a launch of their own right after the convolution, while the cache still
+//!   holds them.
+//! - Small parts of all layers are summed and finished by one launch at the end, whose last block computes the norm.
+//!   This launch also finishes gradients that are already complete: those of other layers, which are small, and those
+//!   of convolutions without tensor cores that are not split.
 //!
-//! For N elements in K parts, a launch reads 4 K N bytes and writes 4 N. A complete gradient is read, and written only to divide by a
-//! scale. Squares are summed in double precision, in an order that depends only on the places and the device.
+//! For N elements in K parts, a launch reads 4 K N bytes and writes 4 N. A complete gradient is read, and written only
+//! to divide by a scale. Squares are summed in double precision, in an order that depends only on the places and the
+//! device.
 
 use std::ops::Range;
 
@@ -148,8 +151,8 @@ struct Extent {
     launched: bool,
 }
 
-/// The last stages of a network's gradient, in order. The last of them is a launch. For each gradient, every stage runs once, and either
-/// all or none are called with a norm: otherwise the norm would include squares of another gradient.
+/// The last stages of a network's gradient, in order. The last of them is a launch. For each gradient, every stage runs
+/// once, and either all or none are called with a norm: otherwise the norm would include squares of another gradient.
 ///
 /// Without a norm, gradients that are computed concurrently may share the stages.
 pub struct GradientStages {
@@ -163,8 +166,8 @@ impl GradientStages {
     /// Allocates memory and tables for these stages.
     ///
     /// # Errors
-    /// [`Error::Length`] if the length of parts is not a multiple of their gradient's, [`Error::Argument`] if two gradients overlap or the
-    /// last stage is not a launch; errors of the allocation.
+    /// [`Error::Length`] if the length of parts is not a multiple of their gradient's, [`Error::Argument`] if two
+    /// gradients overlap or the last stage is not a launch; errors of the allocation.
     pub fn new(device: &Device, stages: &[Stage]) -> Result<Self> {
         const OPERATION: &str = "GradientStages::new";
         let refused = |message: String| Err(Error::Argument { operation: OPERATION, message });
@@ -236,12 +239,12 @@ impl GradientStages {
         Ok(Finish { scale, flag, squares })
     }
 
-    /// Launches stage number `stage`: it writes the sums of `parts` to their places in `out`. Complete gradients change only by the scale.
-    /// `norm`: whether the norm is wanted at the end.
+    /// Launches stage number `stage`: it writes the sums of `parts` to their places in `out`. Complete gradients change
+    /// only by the scale. `norm`: whether the norm is wanted at the end.
     ///
     /// # Errors
-    /// [`Error::Argument`] unless this stage exists and is a launch, [`Error::Length`] for vectors too short for its places,
-    /// [`Error::OtherDevice`] for vectors of another device.
+    /// [`Error::Argument`] unless this stage exists and is a launch, [`Error::Length`] for vectors too short for its
+    /// places, [`Error::OtherDevice`] for vectors of another device.
     pub fn launch<T: Scalar>(
         &mut self,
         stage: usize,
@@ -316,8 +319,8 @@ impl GradientStages {
             check_device(operation, "norm", &device, norm.device())?;
             args.norm = norm.address();
         }
-        // SAFETY: the places of the pieces lie in the two vectors and do not overlap. There is a sum of squares for every block, and all
-        // of them were initialised.
+        // SAFETY: the places of the pieces lie in the two vectors and do not overlap. There is a sum of squares for
+        // every block, and all of them were initialised.
         unsafe { launch::<T>(&device, blocks, &args) }
     }
 }

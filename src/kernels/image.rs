@@ -27,8 +27,9 @@ pub struct Normalization {
     pub std: [f32; MAX_IMAGE_CHANNELS],
 }
 
-/// Random flips and crops. Sample n of a batch at the beginning of the order uses the Philox4x32-10 block with key `seed` and counter
-/// `counter + n`. A training loop that advances the counter by the batch size never uses a block twice.
+/// Random flips and crops. Sample n of a batch at the beginning of the order uses the Philox4x32-10 block with key
+/// `seed` and counter `counter + n`. A training loop that advances the counter by the batch size never uses a block
+/// twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Augment {
     /// Black pixels added on every side before a window of the original size is cut out at an offset uniform in
@@ -47,21 +48,22 @@ pub struct Augment {
 pub struct Position<'a> {
     /// The index of the first sample. It is added to the augmentation's counter too.
     pub first: usize,
-    /// A clock (see [`super::clock`]), and the number of samples per tick. The clock's first number advances the position in the order,
-    /// its second the augmentation. A position beyond the order counts as an index beyond the data set.
+    /// A clock (see [`super::clock`]), and the number of samples per tick. The clock's first number advances the
+    /// position in the order, its second the augmentation. A position beyond the order counts as an index beyond the
+    /// data set.
     pub clock: Option<(Slice<'a, u64>, usize)>,
 }
 
-/// Gathers the batch at `position` in `order` from a data set, `images` `[samples, height, width, channels]` and `labels` `[samples]`.
-/// Image n of `out`, `[batch, height, width, channels]`, is sample `order[first + n]`, flipped, padded with black (0 before
-/// normalisation), cropped and normalised. An index beyond the data set gives an image of NaNs and the label `u32::MAX`, which is outside
-/// of the classes.
+/// Gathers the batch at `position` in `order` from a data set, `images` `[samples, height, width, channels]` and
+/// `labels` `[samples]`. Image n of `out`, `[batch, height, width, channels]`, is sample `order[first + n]`, flipped,
+/// padded with black (0 before normalisation), cropped and normalised. An index beyond the data set gives an image of
+/// NaNs and the label `u32::MAX`, which is outside of the classes.
 ///
 /// Traffic: reads a byte and writes an element per value.
 ///
 /// # Errors
-/// [`Error::Argument`] for channels outside 1..=4, an empty image, a standard deviation that is not above zero or a padding
-/// beyond 65,535; [`Error::Length`] and [`Error::OtherDevice`].
+/// [`Error::Argument`] for channels outside 1..=4, an empty image, a standard deviation that is not above zero or a
+/// padding beyond 65,535; [`Error::Length`] and [`Error::OtherDevice`].
 pub fn batch<S: Compute>(
     shape: &BatchShape,
     images: Slice<'_, u8>,

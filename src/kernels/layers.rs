@@ -1,10 +1,10 @@
-//! The small layers of a ResNet over NHWC activations: relu, addition, average pooling, the parameter-free shortcut and the linear
-//! classifier, with their gradients. They store activations in any type and compute in its master type. The linear layer's parameters
-//! and results are of the master type, because its results are logits.
+//! The small layers of a ResNet over NHWC activations: relu, addition, average pooling, the parameter-free shortcut and
+//! the linear classifier, with their gradients. They store activations in any type and compute in its master type. The
+//! linear layer's parameters and results are of the master type, because its results are logits.
 //!
-//! With `accumulate`, a function adds its result to the output instead of replacing it. This serves the gradient of a value that several
-//! operations read, and a tangent that is a sum of two products. All layers except the relu and the linear layer are linear maps, and so
-//! their own tangents. Tensors have fewer than 2^32 elements.
+//! With `accumulate`, a function adds its result to the output instead of replacing it. This serves the gradient of a
+//! value that several operations read, and a tangent that is a sum of two products. All layers except the relu and the
+//! linear layer are linear maps, and so their own tangents. Tensors have fewer than 2^32 elements.
 
 use super::Check;
 use crate::device::arguments::{
@@ -40,7 +40,8 @@ pub fn relu<S: Compute>(x: Slice<'_, S>, mut y: SliceMut<'_, S>) -> Result<()> {
     unsafe { device.launch(S::choose(id::RELU), device.elementwise(x.len(), 4), &args) }
 }
 
-/// `dx = dy` where the forward's output `y > 0`, else 0. Traffic: reads 2 n, writes n elements; accumulating reads another n.
+/// `dx = dy` where the forward's output `y > 0`, else 0. Traffic: reads 2 n, writes n elements; accumulating reads
+/// another n.
 ///
 /// # Errors
 /// [`Error::Length`] and [`Error::OtherDevice`].
@@ -230,8 +231,8 @@ pub fn global_average_pool<S: Compute>(
     unsafe { device.launch(kernel, device.elementwise(x.len(), pixels), &args) }
 }
 
-/// The gradient of [`global_average_pool`]: `dx[n, p, c] = dy[n, c] / pixels`. Traffic: reads dy, writes dx; accumulating reads
-/// dx too.
+/// The gradient of [`global_average_pool`]: `dx[n, p, c] = dy[n, c] / pixels`. Traffic: reads dy, writes dx;
+/// accumulating reads dx too.
 ///
 /// # Errors
 /// As [`global_average_pool`].
@@ -263,8 +264,8 @@ pub fn global_average_pool_backward<S: Compute>(
     unsafe { device.launch(kernel, device.elementwise(dx.len(), 4), &args) }
 }
 
-/// The parameter-free shortcut of He et al. 2016 (option A): every `stride`-th pixel, with zero channels around the input's,
-/// `(out_channels − in_channels) / 2` (rounded down) before them and the rest after.
+/// The parameter-free shortcut of He et al. 2016 (option A): every `stride`-th pixel, with zero channels around the
+/// input's, `(out_channels − in_channels) / 2` (rounded down) before them and the rest after.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ShortcutShape {
     /// Images.
@@ -336,7 +337,8 @@ impl ShortcutShape {
 /// `[batch, out_height, out_width, out_channels]`. Traffic: reads the sampled pixels of x, writes y.
 ///
 /// # Errors
-/// [`Error::Argument`] for a stride of zero or a shrinking number of channels, [`Error::Length`] and [`Error::OtherDevice`].
+/// [`Error::Argument`] for a stride of zero or a shrinking number of channels, [`Error::Length`] and
+/// [`Error::OtherDevice`].
 pub fn shortcut<S: Compute>(shape: &ShortcutShape, x: Slice<'_, S>, mut y: SliceMut<'_, S>) -> Result<()> {
     let device = x.device();
     let check = Check { operation: "layers::shortcut", device };
@@ -350,8 +352,8 @@ pub fn shortcut<S: Compute>(shape: &ShortcutShape, x: Slice<'_, S>, mut y: Slice
     unsafe { device.launch(kernel, device.elementwise(output, 4), &args) }
 }
 
-/// The gradient of [`shortcut`]: zero at the pixels that were not sampled. Traffic: reads dy without the added channels, writes
-/// dx; accumulating reads and writes only the sampled pixels of dx.
+/// The gradient of [`shortcut`]: zero at the pixels that were not sampled. Traffic: reads dy without the added
+/// channels, writes dx; accumulating reads and writes only the sampled pixels of dx.
 ///
 /// # Errors
 /// As [`shortcut`].
@@ -403,8 +405,8 @@ fn product_launch(device: &Device, rows: usize, columns: usize, depth: usize) ->
     Launch::new(blocks.min(rows.max(1) as u32), 1)
 }
 
-/// `y = x · weight + bias` (the bias is optional); with `accumulate`, the result is added to `y`. 2 · batch · inputs · outputs
-/// operations. Traffic: reads x, weight and bias, writes y (and reads it to add).
+/// `y = x · weight + bias` (the bias is optional); with `accumulate`, the result is added to `y`. 2 · batch · inputs ·
+/// outputs operations. Traffic: reads x, weight and bias, writes y (and reads it to add).
 ///
 /// # Errors
 /// [`Error::Argument`] for tensors that are too large, [`Error::Length`] and [`Error::OtherDevice`].
@@ -441,8 +443,8 @@ pub fn linear<S: Compute>(
     unsafe { device.launch(S::choose(id::LINEAR), launch, &args) }
 }
 
-/// The gradient of [`linear`] with respect to x: `dx = dy · weightᵀ`. As many operations as the forward. Traffic: reads dy and
-/// weight, writes dx; accumulating reads dx too.
+/// The gradient of [`linear`] with respect to x: `dx = dy · weightᵀ`. As many operations as the forward. Traffic: reads
+/// dy and weight, writes dx; accumulating reads dx too.
 ///
 /// # Errors
 /// As [`linear`].
@@ -475,7 +477,8 @@ pub fn linear_input_gradient<S: Compute>(
 }
 
 /// The gradients of [`linear`] with respect to its parameters: `dweight = xᵀ · dy`, and optionally `dbias` = the column
-/// sums of dy. As many operations as the forward. Traffic: reads x and dy, writes the gradients; accumulating reads them too.
+/// sums of dy. As many operations as the forward. Traffic: reads x and dy, writes the gradients; accumulating reads
+/// them too.
 ///
 /// # Errors
 /// As [`linear`].

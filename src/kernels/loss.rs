@@ -29,17 +29,19 @@ impl LossShape {
     }
 }
 
-/// The cross-entropy and its gradient, with `p = softmax(logits)` and `t = (1 − smoothing) · onehot(label) + smoothing / classes`:
+/// The cross-entropy and its gradient, with `p = softmax(logits)` and `t = (1 − smoothing) · onehot(label) + smoothing
+/// / classes`:
 ///
 /// - `sample_losses`, `[batch]`, receives the loss `−Σ t log p` of each sample;
 /// - `loss`, one element, receives their mean, summed in double, because sharpness is a small difference of such means;
-/// - `dlogits`, if given, receives the gradient of the mean, `(p − t) / batch`, times the first element of `scale` if that is given (see
-///   [`super::precision`]);
-/// - `correct`, one element, is increased by the number of samples whose largest logit (the first of equals) is at the label;
+/// - `dlogits`, if given, receives the gradient of the mean, `(p − t) / batch`, times the first element of `scale` if
+///   that is given (see [`super::precision`]);
+/// - `correct`, one element, is increased by the number of samples whose largest logit (the first of equals) is at the
+///   label;
 /// - `flag`, one element, if given, is set to 1 if the mean is not finite.
 ///
-/// A logit that is not finite, or a label outside of the classes, makes the loss of its sample not finite. Traffic: reads the logits and
-/// labels, writes `dlogits` and the losses.
+/// A logit that is not finite, or a label outside of the classes, makes the loss of its sample not finite. Traffic:
+/// reads the logits and labels, writes `dlogits` and the losses.
 ///
 /// # Errors
 /// [`Error::Argument`] for an empty shape or a smoothing outside [0, 1]; [`Error::Length`] and [`Error::OtherDevice`].
@@ -104,10 +106,10 @@ fn scale_address(operation: &'static str, device: &Device, scale: Option<Slice<'
     scale.slice(0..1).map(|scale| scale.address())
 }
 
-/// The tangent of [`cross_entropy`]'s gradient when the logits `z` move along `z'`: with `p = softmax(z)`,
-/// `dlogits' = p (z' − Σ p z') / batch`, times the first element of `scale` if that is given. It does not depend on the labels and the
-/// smoothing. All three are `[batch, classes]`. Traffic: reads the logits and their tangent, writes the result: 12 bytes per logit in
-/// f32.
+/// The tangent of [`cross_entropy`]'s gradient when the logits `z` move along `z'`: with `p = softmax(z)`, `dlogits' =
+/// p (z' − Σ p z') / batch`, times the first element of `scale` if that is given. It does not depend on the labels and
+/// the smoothing. All three are `[batch, classes]`. Traffic: reads the logits and their tangent, writes the result: 12
+/// bytes per logit in f32.
 ///
 /// # Errors
 /// [`Error::Argument`] for an empty shape; [`Error::Length`] and [`Error::OtherDevice`].

@@ -4,8 +4,8 @@ use super::{check_device, check_length};
 use crate::device::arguments::{MeanTermArgs, RecordArgs};
 use crate::device::{Launch, Result, Slice, SliceMut, id};
 
-/// Adds a step's mean `loss`, its `correct` predictions and its number of `samples` to `totals` (three elements: loss times
-/// samples, correct, samples), unless `skip` is set. Every other argument has one element. Traffic: a few bytes.
+/// Adds a step's mean `loss`, its `correct` predictions and its number of `samples` to `totals` (three elements: loss
+/// times samples, correct, samples), unless `skip` is set. Every other argument has one element. Traffic: a few bytes.
 ///
 /// # Errors
 /// Wrong lengths or devices.

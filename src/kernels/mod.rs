@@ -1,5 +1,5 @@
-//! One safe, typed function per kernel. Each checks lengths and devices, chooses the launch shape, and documents its memory traffic.
-//! Element types are `f32`, and on the CPU also `f64`, which makes gradient checks precise.
+//! One safe, typed function per kernel. Each checks lengths and devices, chooses the launch shape, and documents its
+//! memory traffic. Element types are `f32`, and on the CPU also `f64`, which makes gradient checks precise.
 
 pub mod batch_norm;
 pub mod clock;

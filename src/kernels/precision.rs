@@ -1,8 +1,9 @@
-//! Operations for networks in 16 bits: dynamic loss scaling, and the part of a displacement that remains after rounding.
+//! Operations for networks in 16 bits: dynamic loss scaling, and the part of a displacement that remains after
+//! rounding.
 //!
-//! Loss scaling (Micikevicius et al., "Mixed precision training", ICLR 2018) is for f16, in which small gradients would vanish. The loss
-//! is multiplied by a power of two before the backward pass, and the gradient is divided by it afterwards. The state is two numbers on
-//! the device: the scale, and the number of consecutive steps without overflow.
+//! Loss scaling (Micikevicius et al., "Mixed precision training", ICLR 2018) is for f16, in which small gradients would
+//! vanish. The loss is multiplied by a power of two before the backward pass, and the gradient is divided by it
+//! afterwards. The state is two numbers on the device: the scale, and the number of consecutive steps without overflow.
 
 use super::{check_device, check_length};
 use crate::device::arguments::{DifferenceArgs, DirectionScaleArgs, UnscaleArgs, UpdateScaleArgs};
@@ -25,8 +26,8 @@ pub(super) fn check_scale<T: Scalar>(operation: &'static str, device: &Device, s
     Err(Error::Argument { operation, message: format!("a gradient in {} has no scale", T::NAME) })
 }
 
-/// Divides `x` by the scale, and sets `flag` (one element) to 1 if any element was infinite or NaN. The division is exact except for
-/// results that are subnormal. Traffic: 8 B per element.
+/// Divides `x` by the scale, and sets `flag` (one element) to 1 if any element was infinite or NaN. The division is
+/// exact except for results that are subnormal. Traffic: 8 B per element.
 ///
 /// # Errors
 /// Wrong lengths or devices.
@@ -42,8 +43,8 @@ pub fn unscale(mut x: SliceMut<'_, f32>, state: Slice<'_, f64>, mut flag: SliceM
     unsafe { device.launch(id::UNSCALE, device.elementwise(x.len(), 4), &args) }
 }
 
-/// Ends a step: halves the scale if `skip` (one element) is set, and doubles it after [`SCALE_GROWTH_INTERVAL`] consecutive steps in
-/// which it was not set. Traffic: a few bytes.
+/// Ends a step: halves the scale if `skip` (one element) is set, and doubles it after [`SCALE_GROWTH_INTERVAL`]
+/// consecutive steps in which it was not set. Traffic: a few bytes.
 ///
 /// # Errors
 /// Wrong lengths or devices.
@@ -60,10 +61,10 @@ pub fn update_scale(mut state: SliceMut<'_, f64>, skip: Slice<'_, u32>) -> Resul
     unsafe { device.launch(id::LOSS_SCALE_UPDATE, Launch::new(1, 1), &args) }
 }
 
-/// A scale for the direction of a product with the Hessian, because f16 could not hold every direction. It is the power of two that
-/// brings the direction's `norm` (one element) nearest to `target`. `out` (six elements) receives it as the four coefficients of a
-/// combination of one vector, followed by a state of loss scaling. That state's scale is the factor times the scale in `state`:
-/// [`unscale`] with it corrects the product. Traffic: a few bytes.
+/// A scale for the direction of a product with the Hessian, because f16 could not hold every direction. It is the power
+/// of two that brings the direction's `norm` (one element) nearest to `target`. `out` (six elements) receives it as the
+/// four coefficients of a combination of one vector, followed by a state of loss scaling. That state's scale is the
+/// factor times the scale in `state`: [`unscale`] with it corrects the product. Traffic: a few bytes.
 ///
 /// # Errors
 /// Wrong lengths or devices.
@@ -85,8 +86,8 @@ pub fn direction_scale(
     unsafe { device.launch(id::DIRECTION_SCALE, Launch::new(1, 1), &args) }
 }
 
-/// `out = S(to) − S(from)` for a type `S` of 16 bits: the part of a displacement that remains when the weights are rounded before use.
-/// Traffic: 12 B per element.
+/// `out = S(to) − S(from)` for a type `S` of 16 bits: the part of a displacement that remains when the weights are
+/// rounded before use. Traffic: 12 B per element.
 ///
 /// # Errors
 /// [`Error::Argument`] for a type that is no narrower than `f32`; wrong lengths or devices.

@@ -1,7 +1,7 @@
-//! Random vectors. The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"). The element at
-//! position p of the stream `seed` is word `p % 4` of the block with counter `p / 4` and key `seed`. So element i depends only on `seed`
-//! and `offset + i`: it has the same bits on every device and in every launch shape, whichever part of a vector is generated. Double
-//! precision gets the same numbers as single.
+//! Random vectors. The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3").
+//! The element at position p of the stream `seed` is word `p % 4` of the block with counter `p / 4` and key `seed`. So
+//! element i depends only on `seed` and `offset + i`: it has the same bits on every device and in every launch shape,
+//! whichever part of a vector is generated. Double precision gets the same numbers as single.
 
 use super::vector::Reduction;
 use super::{check_device, check_length, pick};
@@ -34,8 +34,8 @@ pub fn uniform<T: Scalar>(out: SliceMut<'_, T>, seed: u64, offset: u64) -> Resul
 }
 
 /// Standard normal numbers, at most 6.66 in magnitude, by Box and Muller's transform: positions 2k and 2k + 1 are
-/// `sqrt(−2 ln u)` times `cos 2πv` and `sin 2πv`, with `u = (word + 1)/2^32` from position 2k and `v = word/2^32` from position
-/// 2k + 1. Traffic: writes 4 B per element.
+/// `sqrt(−2 ln u)` times `cos 2πv` and `sin 2πv`, with `u = (word + 1)/2^32` from position 2k and `v = word/2^32` from
+/// position 2k + 1. Traffic: writes 4 B per element.
 pub fn normal<T: Scalar>(out: SliceMut<'_, T>, seed: u64, offset: u64) -> Result<()> {
     generate(pick::<T, _>(id::NORMAL_F32, id::NORMAL_F64), out, seed, offset)
 }
@@ -45,7 +45,8 @@ pub fn rademacher<T: Scalar>(out: SliceMut<'_, T>, seed: u64, offset: u64) -> Re
     generate(pick::<T, _>(id::RADEMACHER_F32, id::RADEMACHER_F64), out, seed, offset)
 }
 
-/// `norm[0] = ‖z‖` of the `n` numbers that [`normal`] draws from position `4 · first_block` on. It reads and writes no vector.
+/// `norm[0] = ‖z‖` of the `n` numbers that [`normal`] draws from position `4 · first_block` on. It reads and writes no
+/// vector.
 ///
 /// # Errors
 /// [`Error::Length`] unless `norm` holds one number, [`Error::OtherDevice`] unless it lives on the reduction's device.
@@ -64,11 +65,12 @@ pub fn normal_norm(
     reduction.finish_norm("random::normal_norm", shape, norm)
 }
 
-/// `out = w + ρ z/(norm + 1e-12)`, with z as in [`normal_norm`]. The random direction is never stored. Traffic: 8 B per element.
+/// `out = w + ρ z/(norm + 1e-12)`, with z as in [`normal_norm`]. The random direction is never stored. Traffic: 8 B per
+/// element.
 ///
 /// # Errors
-/// [`Error::Length`] unless `out` is as long as `w` and `norm` holds one number, [`Error::OtherDevice`] unless all live on one
-/// device.
+/// [`Error::Length`] unless `out` is as long as `w` and `norm` holds one number, [`Error::OtherDevice`] unless all live
+/// on one device.
 pub fn perturb_normal<T: Scalar>(
     w: Slice<'_, T>,
     seed: u64,

@@ -1,11 +1,11 @@
-//! Operations of the sharpness-aware methods beyond those of [`super::vector`]: products of combined vectors, points displaced along
-//! them, and the formulas that compute coefficients from norms and products, all on the device. Traffic is in bytes per element for
-//! `f32`.
+//! Operations of the sharpness-aware methods beyond those of [`super::vector`]: products of combined vectors, points
+//! displaced along them, and the formulas that compute coefficients from norms and products, all on the device. Traffic
+//! is in bytes per element for `f32`.
 //!
-//! Sources: ASAM is Kwon et al. 2021, "ASAM: Adaptive Sharpness-Aware Minimization"; GSAM is Zhuang et al. 2022, "Surrogate Gap
-//! Minimization Improves Sharpness-Aware Training"; LookSAM is Liu et al. 2022, "Towards Efficient and Scalable Sharpness-Aware
-//! Minimization"; GAM is Zhang et al. 2023, "Gradient Norm Aware Minimization"; AdGD is Malitsky and Mishchenko 2020, "Adaptive
-//! Gradient Descent without Descent".
+//! Sources: ASAM is Kwon et al. 2021, "ASAM: Adaptive Sharpness-Aware Minimization"; GSAM is Zhuang et al. 2022,
+//! "Surrogate Gap Minimization Improves Sharpness-Aware Training"; LookSAM is Liu et al. 2022, "Towards Efficient and
+//! Scalable Sharpness-Aware Minimization"; GAM is Zhang et al. 2023, "Gradient Norm Aware Minimization"; AdGD is
+//! Malitsky and Mishchenko 2020, "Adaptive Gradient Descent without Descent".
 
 use super::vector::{Combination, Reduction, one_block, pack};
 use super::{Check, check_device, check_length, pick};
@@ -19,12 +19,12 @@ use crate::device::{Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
 /// The number of results of [`combined_products`]: A·A, A·B, B·B, ‖A‖, ‖B‖.
 pub const PRODUCTS: usize = constants::PRODUCTS;
 
-/// With `A = Σ a_k x_k` and `B = Σ b_k x_k`, `out` receives A·A, A·B, B·B, ‖A‖ and ‖B‖, computed and summed in double. `a` and
-/// `b` hold four coefficients each, on the device. Traffic: 4 B per element and vector.
+/// With `A = Σ a_k x_k` and `B = Σ b_k x_k`, `out` receives A·A, A·B, B·B, ‖A‖ and ‖B‖, computed and summed in double.
+/// `a` and `b` hold four coefficients each, on the device. Traffic: 4 B per element and vector.
 ///
 /// # Errors
-/// [`Error::Argument`] unless there are one to four vectors; [`Error::Length`] unless they are equally long, `a` and `b` hold 4
-/// numbers and `out` 5; [`Error::OtherDevice`] unless all live on the reduction's device.
+/// [`Error::Argument`] unless there are one to four vectors; [`Error::Length`] unless they are equally long, `a` and
+/// `b` hold 4 numbers and `out` 5; [`Error::OtherDevice`] unless all live on the reduction's device.
 pub fn combined_products<T: Scalar>(
     vectors: &[Slice<'_, T>],
     a: Slice<'_, f64>,
@@ -52,8 +52,8 @@ pub fn combined_products<T: Scalar>(
     let args = CombinedProductsArgs { vectors: addresses, a: a.address(), b: b.address(), partials, n: n as u64 };
     let shape = device.elementwise(n, pack::<T>());
     let finish = FinishProductsArgs { partials, out: out.address(), count: u64::from(shape.grid[0]) };
-    // SAFETY: the vectors that the kernel reads hold n elements each, the partial sums have room for three of each block, and `out`
-    // holds five numbers.
+    // SAFETY: the vectors that the kernel reads hold n elements each, the partial sums have room for three of each
+    // block, and `out` holds five numbers.
     unsafe {
         device.launch(kernel, shape, &args)?;
         device.launch(id::FINISH_PRODUCTS, one_block(&device), &finish)
@@ -70,8 +70,8 @@ fn numbers(
     arguments.iter().try_for_each(|&(argument, slice, expected)| check.argument(argument, slice, expected))
 }
 
-/// `out = weight · Σ c_k x_k`, or, with `add`, `out += weight · Σ c_k x_k`. Nothing is written if `skip` (one number) is given and not
-/// zero. Traffic: 4 B per element and vector, 4 B to write and 4 B more to add.
+/// `out = weight · Σ c_k x_k`, or, with `add`, `out += weight · Σ c_k x_k`. Nothing is written if `skip` (one number)
+/// is given and not zero. Traffic: 4 B per element and vector, 4 B to write and 4 B more to add.
 ///
 /// # Errors
 /// [`Error::Length`] unless all vectors are as long as `out`, [`Error::OtherDevice`] unless all live on one device,
@@ -103,12 +103,12 @@ pub fn combine<T: Scalar>(
     unsafe { device.launch(kernel, device.elementwise(n, pack::<T>()), &args) }
 }
 
-/// `out = w + ρ d/(norm + 1e-12)` with `d = Σ c_k x_k` of two vectors: a point displaced along a difference of gradients that is
-/// never stored. Traffic: 16 B per element.
+/// `out = w + ρ d/(norm + 1e-12)` with `d = Σ c_k x_k` of two vectors: a point displaced along a difference of
+/// gradients that is never stored. Traffic: 16 B per element.
 ///
 /// # Errors
-/// [`Error::Length`] unless all vectors are as long as `out` and `norm` holds one number, [`Error::OtherDevice`] unless all live
-/// on one device, [`Error::Argument`] unless the combination has two vectors.
+/// [`Error::Length`] unless all vectors are as long as `out` and `norm` holds one number, [`Error::OtherDevice`] unless
+/// all live on one device, [`Error::Argument`] unless the combination has two vectors.
 pub fn perturb_along<T: Scalar>(
     w: Slice<'_, T>,
     direction: Combination<'_, T>,
@@ -133,12 +133,13 @@ pub fn perturb_along<T: Scalar>(
     unsafe { device.launch(kernel, device.elementwise(n, pack::<T>()), &args) }
 }
 
-/// One step of an ascent: `ε = c_0 ε + c_1 g`, `out = w + ε`. The `first` step has no ε yet and does not read `displacement`; the
-/// `last` step does not write it. Traffic: 12 B per element, and 4 B each if ε is read and if it is written.
+/// One step of an ascent: `ε = c_0 ε + c_1 g`, `out = w + ε`. The `first` step has no ε yet and does not read
+/// `displacement`; the `last` step does not write it. Traffic: 12 B per element, and 4 B each if ε is read and if it is
+/// written.
 ///
 /// # Errors
-/// [`Error::Length`] unless all vectors are equally long and `coefficients` holds two numbers, [`Error::OtherDevice`] unless all
-/// live on one device.
+/// [`Error::Length`] unless all vectors are equally long and `coefficients` holds two numbers, [`Error::OtherDevice`]
+/// unless all live on one device.
 pub fn ascend<T: Scalar>(
     w: Slice<'_, T>,
     g: Slice<'_, T>,
@@ -199,8 +200,8 @@ impl AdaptiveArgs {
 /// `norm[0] = ‖T g‖`. Traffic: 8 B per element.
 ///
 /// # Errors
-/// [`Error::Length`] unless `g` is as long as `w` and `norm` holds one number, [`Error::OtherDevice`] unless all live on the
-/// reduction's device.
+/// [`Error::Length`] unless `g` is as long as `w` and `norm` holds one number, [`Error::OtherDevice`] unless all live
+/// on the reduction's device.
 pub fn adaptive_norm<T: Scalar>(
     w: Slice<'_, T>,
     g: Slice<'_, T>,
@@ -220,8 +221,8 @@ pub fn adaptive_norm<T: Scalar>(
 /// `out = w + ρ T² g/(norm + 1e-12)` with the norm of [`adaptive_norm`]. Traffic: 12 B per element. [ASAM, eq. 5]
 ///
 /// # Errors
-/// [`Error::Length`] unless all vectors are as long as `out` and `norm` holds one number, [`Error::OtherDevice`] unless all live
-/// on one device.
+/// [`Error::Length`] unless all vectors are as long as `out` and `norm` holds one number, [`Error::OtherDevice`] unless
+/// all live on one device.
 pub fn perturb_adaptive<T: Scalar>(
     w: Slice<'_, T>,
     g: Slice<'_, T>,
@@ -241,13 +242,13 @@ pub fn perturb_adaptive<T: Scalar>(
     unsafe { device.launch(kernel, device.elementwise(w.len(), pack::<T>()), &args) }
 }
 
-// ---- Formulas for a few numbers, each a kernel of one thread ------------------------------------------------------------------
+// ---- Formulas for a few numbers, each a kernel of one thread --------------------------------------------------------
 
 /// `coefficients = 1, factor · numerator/(denominator + 1e-12)`. Without a numerator, it is 1.
 ///
 /// # Errors
-/// [`Error::Length`] unless `coefficients` holds two numbers and the others one, [`Error::OtherDevice`] unless all live on one
-/// device.
+/// [`Error::Length`] unless `coefficients` holds two numbers and the others one, [`Error::OtherDevice`] unless all live
+/// on one device.
 pub fn quotient(
     factor: f64,
     numerator: Option<Slice<'_, f64>>,
@@ -267,13 +268,13 @@ pub fn quotient(
     unsafe { device.launch(id::QUOTIENT, Launch::new(1, 1), &args) }
 }
 
-/// `of_a · A + weight · (B − A (A·B)/(A·A))` as coefficients of A and B, from their [`combined_products`]. The second term is the part
-/// of B that is orthogonal to A. For GSAM's direction, `A = g+`, `B = g0`, `of_a = 1` and `weight = −α`. For LookSAM's orthogonal part,
-/// `A = g0`, `B = g+`, `of_a = 0` and `weight = 1`.
+/// `of_a · A + weight · (B − A (A·B)/(A·A))` as coefficients of A and B, from their [`combined_products`]. The second
+/// term is the part of B that is orthogonal to A. For GSAM's direction, `A = g+`, `B = g0`, `of_a = 1` and `weight =
+/// −α`. For LookSAM's orthogonal part, `A = g0`, `B = g+`, `of_a = 0` and `weight = 1`.
 ///
 /// # Errors
-/// [`Error::Length`] unless `products` holds 5 numbers and `coefficients` two, [`Error::OtherDevice`] unless they live on one
-/// device.
+/// [`Error::Length`] unless `products` holds 5 numbers and `coefficients` two, [`Error::OtherDevice`] unless they live
+/// on one device.
 pub fn rejection(products: Slice<'_, f64>, of_a: f64, weight: f64, mut coefficients: SliceMut<'_, f64>) -> Result<()> {
     let operation = "sharpness::rejection";
     let device = coefficients.device().clone();
@@ -306,8 +307,8 @@ impl GamTerms {
 /// [`GamTerms::combinations`]. [the authors' code]
 ///
 /// # Errors
-/// [`Error::Length`] unless `products` holds 5 numbers and `coefficients` four, [`Error::OtherDevice`] unless they live on one
-/// device.
+/// [`Error::Length`] unless `products` holds 5 numbers and `coefficients` four, [`Error::OtherDevice`] unless they live
+/// on one device.
 pub fn gam_coefficients(products: Slice<'_, f64>, terms: GamTerms, mut coefficients: SliceMut<'_, f64>) -> Result<()> {
     let operation = "sharpness::gam_coefficients";
     let device = coefficients.device().clone();
@@ -325,12 +326,13 @@ pub fn gam_coefficients(products: Slice<'_, f64>, terms: GamTerms, mut coefficie
     unsafe { device.launch(id::GAM_COEFFICIENTS, Launch::new(1, 1), &args) }
 }
 
-/// The coefficients of [`ascend`]: a step of length `step` along the gradient, then a projection onto the ball of radius `rho` if it
-/// leaves the ball. The first step needs only the gradient's `norm`, later ones the [`combined_products`] of displacement and gradient.
+/// The coefficients of [`ascend`]: a step of length `step` along the gradient, then a projection onto the ball of
+/// radius `rho` if it leaves the ball. The first step needs only the gradient's `norm`, later ones the
+/// [`combined_products`] of displacement and gradient.
 ///
 /// # Errors
-/// [`Error::Length`] unless `norm` holds one number, `products` 5 and `coefficients` two, [`Error::OtherDevice`] unless they live
-/// on one device.
+/// [`Error::Length`] unless `norm` holds one number, `products` 5 and `coefficients` two, [`Error::OtherDevice`] unless
+/// they live on one device.
 pub fn ascent_coefficients(
     norm: Slice<'_, f64>,
     products: Option<Slice<'_, f64>>,
@@ -350,11 +352,12 @@ pub fn ascent_coefficients(
     unsafe { device.launch(id::ASCENT_COEFFICIENTS, Launch::new(1, 1), &args) }
 }
 
-/// Scales the four `coefficients` of a combination by `min(1, largest/(norm + 1e-6))`, as PyTorch's `clip_grad_norm_` does.
+/// Scales the four `coefficients` of a combination by `min(1, largest/(norm + 1e-6))`, as PyTorch's `clip_grad_norm_`
+/// does.
 ///
 /// # Errors
-/// [`Error::Length`] unless `norm` holds one number and `coefficients` four, [`Error::OtherDevice`] unless they live on one
-/// device.
+/// [`Error::Length`] unless `norm` holds one number and `coefficients` four, [`Error::OtherDevice`] unless they live on
+/// one device.
 pub fn clip_coefficients(norm: Slice<'_, f64>, largest: f64, mut coefficients: SliceMut<'_, f64>) -> Result<()> {
     let operation = "sharpness::clip_coefficients";
     let device = coefficients.device().clone();
@@ -364,14 +367,15 @@ pub fn clip_coefficients(norm: Slice<'_, f64>, largest: f64, mut coefficients: S
     unsafe { device.launch(id::CLIP_COEFFICIENTS, Launch::new(1, 1), &args) }
 }
 
-/// SA-SAM's step size and radius. With the [`combined_products`] of `A = w − w_prev` and `B = g(w) − g(w_prev)`,
-/// `η = min(‖A‖/(2 ‖B‖), sqrt(1 + δ θ_prev) η_prev)`, `θ = η/η_prev` and `ρ = sqrt(η)`. If `A` or `B` vanishes, η is the second of the two.
-/// `state` holds η, θ and whether any step was taken (0 or 1). Before the first step, η and θ keep their initial values. `rates`
-/// receives η, ρ, θ and ‖g‖/ρ: [`super::vector::perturb`] takes the last as the norm, with a radius of one. [SA-SAM, algorithm 1; AdGD]
+/// SA-SAM's step size and radius. With the [`combined_products`] of `A = w − w_prev` and `B = g(w) − g(w_prev)`, `η =
+/// min(‖A‖/(2 ‖B‖), sqrt(1 + δ θ_prev) η_prev)`, `θ = η/η_prev` and `ρ = sqrt(η)`. If `A` or `B` vanishes, η is the
+/// second of the two. `state` holds η, θ and whether any step was taken (0 or 1). Before the first step, η and θ keep
+/// their initial values. `rates` receives η, ρ, θ and ‖g‖/ρ: [`super::vector::perturb`] takes the last as the norm,
+/// with a radius of one. [SA-SAM, algorithm 1; AdGD]
 ///
 /// # Errors
-/// [`Error::Length`] unless `products` holds 5 numbers, `norm` 1, `state` 3 and `rates` 4, [`Error::OtherDevice`] unless they
-/// live on one device.
+/// [`Error::Length`] unless `products` holds 5 numbers, `norm` 1, `state` 3 and `rates` 4, [`Error::OtherDevice`]
+/// unless they live on one device.
 pub fn adgd_rates(
     products: Slice<'_, f64>,
     norm: Slice<'_, f64>,
@@ -394,7 +398,8 @@ pub fn adgd_rates(
 /// Stores η and θ in the state of [`adgd_rates`], unless `skip[0]` is not zero.
 ///
 /// # Errors
-/// [`Error::Length`] unless `rates` holds 4 numbers, `state` 3 and `skip` 1, [`Error::OtherDevice`] unless they live on one device.
+/// [`Error::Length`] unless `rates` holds 4 numbers, `state` 3 and `skip` 1, [`Error::OtherDevice`] unless they live on
+/// one device.
 pub fn adgd_commit(rates: Slice<'_, f64>, skip: Slice<'_, u32>, mut state: SliceMut<'_, f64>) -> Result<()> {
     let operation = "sharpness::adgd_commit";
     let device = state.device().clone();

@@ -1,12 +1,12 @@
-//! Operations of the optimizers on one long vector: norms, perturbed weights, curvature along a direction, combined gradients and
-//! updates. A model's parameters lie in one vector, so each operation is one pass at the speed of memory.
+//! Operations of the optimizers on one long vector: norms, perturbed weights, curvature along a direction, combined
+//! gradients and updates. A model's parameters lie in one vector, so each operation is one pass at the speed of memory.
 //!
-//! Numbers that one pass computes for another (a norm, coefficients, a flag that skips the step) stay in device memory, so a training
-//! step never waits for the device. Traffic is in bytes per element for `f32`.
+//! Numbers that one pass computes for another (a norm, coefficients, a flag that skips the step) stay in device memory,
+//! so a training step never waits for the device. Traffic is in bytes per element for `f32`.
 //!
-//! Sources: SAM is Foret et al. 2021, "Sharpness-Aware Minimization for Efficiently Improving Generalization"; CR-SAM is Wu,
-//! Luo and Wunsch 2024, "CR-SAM: Curvature Regularized Sharpness-Aware Minimization"; AdamW is Loshchilov and Hutter 2019.
-//! SGD and AdamW have PyTorch's form.
+//! Sources: SAM is Foret et al. 2021, "Sharpness-Aware Minimization for Efficiently Improving Generalization"; CR-SAM
+//! is Wu, Luo and Wunsch 2024, "CR-SAM: Curvature Regularized Sharpness-Aware Minimization"; AdamW is Loshchilov and
+//! Hutter 2019. SGD and AdamW have PyTorch's form.
 
 use super::{check_device, check_length, pick};
 use crate::device::arguments::{
@@ -30,8 +30,8 @@ pub(super) fn one_block(device: &Device) -> Launch {
 
 /// Memory for the partial sums of the blocks of a reduction. It serves every reduction on one device, of any length.
 ///
-/// The number of blocks depends only on the length and the device, so results have the same bits on every run and for every number of
-/// CPU threads.
+/// The number of blocks depends only on the length and the device, so results have the same bits on every run and for
+/// every number of CPU threads.
 pub struct Reduction {
     partials: Buffer<f64>,
 }
@@ -43,7 +43,8 @@ impl Reduction {
         Ok(Self { partials: device.zeros(blocks * MAX_SUMS)? })
     }
 
-    /// The device, and the address of the partial sums, with room for three sums of each block that `elementwise` can launch.
+    /// The device, and the address of the partial sums, with room for three sums of each block that `elementwise` can
+    /// launch.
     pub(super) fn parts(&mut self) -> (Device, u64) {
         (self.partials.device().clone(), self.partials.view_mut().address())
     }
@@ -58,7 +59,8 @@ impl Reduction {
         finish(operation, id::FINISH_NORM, self, u64::from(shape.grid[0]), "norm", norm)
     }
 
-    /// The first stage: sums of each block over its part of one or two vectors of one length. Returns the number of blocks.
+    /// The first stage: sums of each block over its part of one or two vectors of one length. Returns the number of
+    /// blocks.
     fn partials<T: Scalar>(
         &mut self,
         operation: &'static str,
@@ -76,8 +78,8 @@ impl Reduction {
         let [x, y] = addresses;
         let args = PartialsArgs { x, y, partials: self.partials.view_mut().address(), n: n as u64 };
         let shape = device.elementwise(n, pack::<T>());
-        // SAFETY: the vectors hold n elements each (a kernel reads only those that it was given), and `partials` has room for three
-        // sums of each block that `elementwise` can launch.
+        // SAFETY: the vectors hold n elements each (a kernel reads only those that it was given), and `partials` has
+        // room for three sums of each block that `elementwise` can launch.
         unsafe { device.launch(kernel, shape, &args)? };
         Ok(u64::from(shape.grid[0]))
     }
@@ -110,12 +112,12 @@ pub fn l2_norm<T: Scalar>(x: Slice<'_, T>, reduction: &mut Reduction, norm: Slic
     finish(operation, id::FINISH_NORM, reduction, count, "norm", norm)
 }
 
-/// Finishes a gradient in one pass: [`check_finite`] and [`l2_norm`], with the same bits, and with a `scale` (the state of
-/// [`super::precision`]) also [`super::precision::unscale`]. Traffic: 4 B per element, 8 B with a scale.
+/// Finishes a gradient in one pass: [`check_finite`] and [`l2_norm`], with the same bits, and with a `scale` (the state
+/// of [`super::precision`]) also [`super::precision::unscale`]. Traffic: 4 B per element, 8 B with a scale.
 ///
 /// # Errors
-/// [`Error::Length`] unless `flag` and `norm` hold one number and `scale` two, [`Error::OtherDevice`] unless all live on the
-/// reduction's device, [`Error::Argument`] for a scale in double precision.
+/// [`Error::Length`] unless `flag` and `norm` hold one number and `scale` two, [`Error::OtherDevice`] unless all live
+/// on the reduction's device, [`Error::Argument`] for a scale in double precision.
 pub fn finish_gradient<T: Scalar>(
     mut x: SliceMut<'_, T>,
     scale: Option<Slice<'_, f64>>,
@@ -146,8 +148,8 @@ pub fn finish_gradient<T: Scalar>(
 /// `out[0] = Σ x y`, multiplied and summed in double precision. Traffic: 8 B per element.
 ///
 /// # Errors
-/// [`Error::Length`] unless `x` and `y` are equally long and `out` holds one number, [`Error::OtherDevice`] unless all live on
-/// the reduction's device.
+/// [`Error::Length`] unless `x` and `y` are equally long and `out` holds one number, [`Error::OtherDevice`] unless all
+/// live on the reduction's device.
 pub fn dot<T: Scalar>(
     x: Slice<'_, T>,
     y: Slice<'_, T>,
@@ -204,8 +206,8 @@ fn perturb_with<T: Scalar, P: Compute>(
 /// Traffic with `P = f32`: 12 B per element for one side, 16 B for both (a 2-byte `P`: 10 B and 12 B).
 ///
 /// # Errors
-/// [`Error::Length`] unless all vectors are as long as `w` and `norm` holds one number, [`Error::OtherDevice`] unless all
-/// live on one device.
+/// [`Error::Length`] unless all vectors are as long as `w` and `norm` holds one number, [`Error::OtherDevice`] unless
+/// all live on one device.
 pub fn perturb<T: Scalar, P: Compute>(
     w: Slice<'_, T>,
     g: Slice<'_, T>,
@@ -259,12 +261,12 @@ pub fn perturb_linf<T: Scalar, P: Compute>(
     perturb_with("vector::perturb_linf", kernel, w, g, None, rho, plus, minus)
 }
 
-/// Curvature along a direction from the losses `L0, L+, L−` at `w`, `w + ρv` and `w − ρv`: `out` receives `A = L+ + L− − 2 L0`,
-/// `B = L+ − L−`, and `A/ρ²`, an estimate of `vᵀHv`. [CR-SAM, eq. 5 to 7]
+/// Curvature along a direction from the losses `L0, L+, L−` at `w`, `w + ρv` and `w − ρv`: `out` receives `A = L+ + L−
+/// − 2 L0`, `B = L+ − L−`, and `A/ρ²`, an estimate of `vᵀHv`. [CR-SAM, eq. 5 to 7]
 ///
 /// # Errors
-/// [`Error::Length`] unless `losses` and `out` hold 3 numbers each, [`Error::OtherDevice`] unless they live on one device,
-/// [`Error::Argument`] unless `rho` is positive.
+/// [`Error::Length`] unless `losses` and `out` hold 3 numbers each, [`Error::OtherDevice`] unless they live on one
+/// device, [`Error::Argument`] unless `rho` is positive.
 pub fn curvature_from_losses(losses: Slice<'_, f64>, rho: f64, mut out: SliceMut<'_, f64>) -> Result<()> {
     let operation = "vector::curvature_from_losses";
     let device = out.device().clone();
@@ -320,12 +322,12 @@ impl Default for CrSam {
 /// `A = L+ + L− − 2 L0` and `B = L+ − L−` the log form is `g+ + α (g+ + g− − 2 g0)/A + β (g+ − g−)/B`, so
 /// `c+ = 1 + α/A + β/B`, `c− = α/A − β/B`, `c0 = −2α/A`; the released form has 1 for `A` and `B`. [CR-SAM, eq. 7]
 ///
-/// The log form drops a term whose `A` or `B` is at most its threshold or not finite, and adds one to `dropped[0]` (α) or
-/// `dropped[1]` (β). A term of weight 0 is not counted, and no term is counted if `skip` is already set.
+/// The log form drops a term whose `A` or `B` is at most its threshold or not finite, and adds one to `dropped[0]` (α)
+/// or `dropped[1]` (β). A term of weight 0 is not counted, and no term is counted if `skip` is already set.
 ///
 /// # Errors
-/// [`Error::Length`] unless `losses` and `coefficients` hold 3 numbers, `skip` 1 and `dropped` 2, [`Error::OtherDevice`] unless
-/// they live on one device.
+/// [`Error::Length`] unless `losses` and `coefficients` hold 3 numbers, `skip` 1 and `dropped` 2,
+/// [`Error::OtherDevice`] unless they live on one device.
 pub fn cr_sam_coefficients(
     losses: Slice<'_, f64>,
     settings: CrSam,
@@ -357,7 +359,8 @@ pub fn cr_sam_coefficients(
     unsafe { device.launch(id::CR_SAM_COEFFICIENTS, Launch::new(1, 1), &args) }
 }
 
-/// A combination of one to four vectors, `Σ c_k x_k`, which kernels compute as they read the vectors. It is never stored.
+/// A combination of one to four vectors, `Σ c_k x_k`, which kernels compute as they read the vectors. It is never
+/// stored.
 #[derive(Clone, Copy)]
 pub struct Combination<'a, T: Scalar> {
     /// The vectors, at least one.
@@ -438,14 +441,14 @@ pub struct SgdStep<'a> {
     pub decay_len: usize,
 }
 
-/// One step of SGD in one pass: `g = Σ c_i g_i + λ w`, `m = μ m + g`, `w −= η m` (with Nesterov's momentum `w −= η (g + μ m)`).
-/// Nothing is written if `skip[0]` is not zero.
+/// One step of SGD in one pass: `g = Σ c_i g_i + λ w`, `m = μ m + g`, `w −= η m` (with Nesterov's momentum `w −= η (g +
+/// μ m)`). Nothing is written if `skip[0]` is not zero.
 ///
 /// Traffic: 20 B per element with one gradient, and 4 B more with each further one.
 ///
 /// # Errors
-/// [`Error::Length`] unless all vectors are as long as `w` and `skip` holds one number, [`Error::OtherDevice`] unless all
-/// live on one device, [`Error::Argument`] for an empty combination.
+/// [`Error::Length`] unless all vectors are as long as `w` and `skip` holds one number, [`Error::OtherDevice`] unless
+/// all live on one device, [`Error::Argument`] for an empty combination.
 pub fn sgd<T: Scalar>(
     mut w: SliceMut<'_, T>,
     mut m: SliceMut<'_, T>,
@@ -502,8 +505,8 @@ pub struct AdamWStep<'a> {
     pub decay_len: usize,
 }
 
-/// One step of AdamW in one pass: `g = Σ c_i g_i`, `m = β1 m + (1 − β1) g`, `v = β2 v + (1 − β2) g²`,
-/// `w = (1 − ηλ) w − η/(1 − β1^t) · m/(sqrt(v)/sqrt(1 − β2^t) + eps)`. `step[0]` is t, the number of this step from 1 on (see
+/// One step of AdamW in one pass: `g = Σ c_i g_i`, `m = β1 m + (1 − β1) g`, `v = β2 v + (1 − β2) g²`, `w = (1 − ηλ) w −
+/// η/(1 − β1^t) · m/(sqrt(v)/sqrt(1 − β2^t) + eps)`. `step[0]` is t, the number of this step from 1 on (see
 /// [`advance`]). Nothing is written if `skip[0]` is not zero.
 ///
 /// Traffic: 28 B per element with one gradient, and 4 B more with each further one.
@@ -559,8 +562,8 @@ pub fn adamw<T: Scalar>(
     unsafe { device.launch(kernel, device.elementwise(n, pack::<T>()), &args) }
 }
 
-/// Counts a step: adds one to `step[0]`, or to `skipped[0]` if `skip[0]` is not zero. Called before [`adamw`], it sets `step` to the
-/// number t of the next step. Skipped steps do not advance t.
+/// Counts a step: adds one to `step[0]`, or to `skipped[0]` if `skip[0]` is not zero. Called before [`adamw`], it sets
+/// `step` to the number t of the next step. Skipped steps do not advance t.
 ///
 /// # Errors
 /// [`Error::Length`] unless each holds one number, [`Error::OtherDevice`] unless they live on one device.
@@ -594,12 +597,12 @@ pub fn check_finite<T: Scalar>(x: Slice<'_, T>, mut flag: SliceMut<'_, u32>) -> 
     unsafe { device.launch(kernel, device.elementwise(n, pack::<T>()), &args) }
 }
 
-/// `state = pending`, unless `skip[0]` is not zero. It applies the other results of a step (batch norm's running statistics) together
-/// with the step. Traffic: 8 B per element.
+/// `state = pending`, unless `skip[0]` is not zero. It applies the other results of a step (batch norm's running
+/// statistics) together with the step. Traffic: 8 B per element.
 ///
 /// # Errors
-/// [`Error::Length`] unless `pending` and `state` are equally long and `skip` holds one number, [`Error::OtherDevice`] unless
-/// all live on one device.
+/// [`Error::Length`] unless `pending` and `state` are equally long and `skip` holds one number, [`Error::OtherDevice`]
+/// unless all live on one device.
 pub fn commit<T: Scalar>(skip: Slice<'_, u32>, pending: Slice<'_, T>, mut state: SliceMut<'_, T>) -> Result<()> {
     let operation = "vector::commit";
     let device = state.device().clone();

@@ -1,4 +1,4 @@
-//! Batch normalisation against its definition in double, on every device and at launch shapes of both kinds.
+//! Batch normalisation against its definition in double, on every device and in both kinds of launch shapes.
 
 use approx::abs_diff_eq;
 
@@ -13,12 +13,12 @@ use polder::kernels::batch_norm::{
 const EPS: f64 = 1e-5;
 const MOMENTUM: f64 = 0.1;
 
-/// Rows and channels: below and above a run of 64 rows, widths that are vectors, parts of vectors, and neither; many channels for
-/// several tiles of columns; enough elements for several blocks.
+/// Rows and channels: less and more than a run of 64 rows; widths that are whole vectors, parts of vectors, and
+/// neither; many channels, for several tiles of columns; enough elements for several blocks.
 const SHAPES: [(usize, usize); 9] =
     [(11, 1), (30, 3), (65, 17), (131, 16), (520, 64), (900, 12), (300, 33), (9, 260), (600, 32)];
 
-/// One problem: inputs of a forward and a backward.
+/// The inputs of a forward and a backward.
 #[derive(Clone)]
 struct Problem {
     shape: BatchNormShape,
@@ -30,12 +30,12 @@ struct Problem {
     running_mean: Vec<f64>,
     running_var: Vec<f64>,
     dy: Vec<f64>,
-    /// What the buffer for the residual's gradient holds before.
+    /// The content of the buffer for the residual's gradient before.
     accumulated: Vec<f64>,
 }
 
 impl Problem {
-    /// Numbers that `T` holds exactly, so that the reference sees what the kernel sees.
+    /// Numbers that `T` represents exactly, so that the reference has the same inputs as the kernel.
     fn new<T: Scalar>(random: &mut Random, rows: usize, channels: usize, residual: bool, relu: bool) -> Self {
         let mut vector = |n: usize| to_f64(&random.vector::<T>(n));
         let mut x = vector(rows * channels);
@@ -91,12 +91,12 @@ impl Problem {
         (mean, var.iter().map(|var| 1.0 / (var + EPS).sqrt()).collect())
     }
 
-    /// dz for the outputs that the kernel found: an element near the relu's edge is masked as it was there.
+    /// dz with the mask of the kernel's outputs, so that elements near the relu's edge are masked as in the kernel.
     fn dz(&self, y: &[f64]) -> Vec<f64> {
         self.dy.iter().zip(y).map(|(&dy, &y)| if self.relu && y <= 0.0 { 0.0 } else { dy }).collect()
     }
 
-    /// dx, dgamma, dbeta by the chain rule written out.
+    /// dx, dgamma and dbeta by the chain rule.
     fn gradients(&self, mode: Mode, y: &[f64]) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
         let BatchNormShape { rows, channels } = self.shape;
         let (mean, inv_std) = self.statistics(mode);
@@ -125,7 +125,7 @@ fn upload<T: Scalar>(device: &Device, values: &[f64]) -> Buffer<T> {
     device.upload(&values.iter().map(|&value| T::from_f64(value)).collect::<Vec<_>>()).unwrap()
 }
 
-/// What a forward leaves.
+/// The outputs of a forward.
 struct Outputs<T: Scalar> {
     y: Vec<T>,
     mean: Vec<T>,
@@ -134,7 +134,7 @@ struct Outputs<T: Scalar> {
     next_var: Vec<T>,
 }
 
-/// Runs a forward; in training `running` says whether the running statistics are taken along.
+/// Runs a forward. `running`: whether training updates the running statistics.
 fn run_forward<T: Scalar>(device: &Device, problem: &Problem, mode: Mode, running: bool) -> Outputs<T> {
     let shape = problem.shape;
     let (x, gamma, beta) = (upload(device, &problem.x), upload(device, &problem.gamma), upload(device, &problem.beta));
@@ -178,10 +178,10 @@ fn run_forward<T: Scalar>(device: &Device, problem: &Problem, mode: Mode, runnin
     }
 }
 
-/// Where the mask comes from and what becomes of the residual's gradient.
+/// Where the mask comes from, and what happens to the residual's gradient.
 #[derive(Clone, Copy, PartialEq, Debug)]
 enum Variant {
-    /// The mask is read from the output; no gradient of the residual.
+    /// The mask is read from the output. There is no residual.
     Output,
     /// The mask is computed again.
     Recompute,
@@ -235,7 +235,7 @@ fn run_backward<T: Scalar>(
         inv_std: inv_std.view(),
         activation,
     };
-    // Once for the workspace, which has to come out as it went in.
+    // A first call, which must leave the workspace ready for the next.
     let mut unused = [len, shape.channels, shape.channels].map(|len| device.poisoned::<T>(len).unwrap());
     let [dx_, dgamma_, dbeta_] = unused.each_mut().map(|buffer| buffer.view_mut());
     backward(shape, mode, input, Gradients { dx: dx_, dgamma: dgamma_, dbeta: dbeta_ }, None, &mut workspace).unwrap();
@@ -251,7 +251,7 @@ fn run_backward<T: Scalar>(
     }
 }
 
-/// The tolerances of a precision: forward values, and gradients.
+/// The tolerances of a precision, for forward values and for gradients.
 fn tolerances<T: Scalar>() -> (f64, f64) {
     if T::NAME == "f32" { (1e-6, 3e-6) } else { (1e-14, 3e-14) }
 }
@@ -308,7 +308,7 @@ fn double_precision_matches_the_definition() {
     matches_the_definition::<f64>(host_devices());
 }
 
-/// Every float of a problem's results.
+/// All numbers in a problem's results.
 fn all_bits(device: &Device, problem: &Problem, mode: Mode, variant: Variant) -> Vec<u64> {
     let forward = run_forward::<f32>(device, problem, mode, true);
     let grads = run_backward(device, problem, mode, &forward, variant);
@@ -329,12 +329,12 @@ fn threads_and_schedules_do_not_change_a_bit() {
     }
 }
 
-/// The mask computed again is the forward's to the bit: with values that lie on the relu's edge up to rounding.
+/// The recomputed mask has the bits of the forward's, with values that lie on the relu's edge up to rounding.
 #[test]
 fn recomputed_mask_is_the_forwards() {
     let (rows, channels) = (4096, 16);
     let mut problem = Problem::new::<f32>(&mut Random(11), rows, channels, false, true);
-    // Shifts that put the values of the first row within a few roundings of the edge, and rows that repeat the first.
+    // Shifts that bring the values of the first row within a few roundings of the edge, and rows that repeat the first.
     let (mean, inv_std) = problem.statistics(Mode::Eval);
     for c in 0..channels {
         problem.beta[c] = f64::from((-(problem.x[c] - mean[c]) * inv_std[c] * problem.gamma[c]) as f32);
@@ -375,11 +375,12 @@ fn large_means_do_not_cancel() {
     for (name, device) in devices() {
         let found = run_forward::<f32>(&device, &problem, Mode::Train, true);
         for c in 0..channels {
-            // The mean to half a unit in the last place of a float near 1000, and a little.
+            // The mean has an error of half a unit in the last place of a float near 1000, and a little more.
             assert!(abs_diff_eq!(f64::from(found.mean[c]), mean[c], epsilon = 3.2e-5), "{name}: mean[{c}]");
             let expected = 1.0 / (var[c] + EPS).sqrt();
             let error = (f64::from(found.inv_std[c]) - expected).abs() / expected;
-            // An outlier in a run's first place, which the run's sums are shifted by, cancels as much as 64 rows outweigh it.
+            // Sums of a run are relative to its first row. If that is an outlier, the cancellation costs as much as 64
+            // rows outweigh it.
             let tolerance = if c == 2 { 64.0 * 1e-6 } else { 1e-6 };
             assert!(error < tolerance, "{name}: inv_std[{c}] is {} instead of {expected}", found.inv_std[c]);
         }
@@ -408,7 +409,7 @@ fn running_statistics_follow_the_rule() {
     }
 }
 
-/// Central differences of sum(y · dy) in double; the relu's edge is kept away from.
+/// Central differences of sum(y · dy) in double. No value is near the relu's edge.
 #[test]
 fn gradients_are_those_of_the_forward() {
     const STEP: f64 = 1e-5;
@@ -456,9 +457,9 @@ fn gradients_are_those_of_the_forward() {
     }
 }
 
-// ---- Tangents --------------------------------------------------------------------------------------------------------------
+// ---- Tangents -------------------------------------------------------------------------------------------------------
 
-/// A direction: the tangents of a problem's inputs.
+/// A direction: the tangents of the inputs of a problem.
 #[derive(Clone)]
 struct Direction {
     x: Vec<f64>,
@@ -482,7 +483,7 @@ impl Direction {
     }
 }
 
-/// The tangents of everything that forward and backward compute.
+/// The tangents of all results of forward and backward.
 struct Tangents<V> {
     mean: V,
     inv_std: V,
@@ -494,8 +495,8 @@ struct Tangents<V> {
 }
 
 impl Problem {
-    /// The tangents by the product rule, term by term: of x̂ first, and of the gradients' formulas from it; the mask is that of
-    /// the outputs that the kernel found.
+    /// The tangents by the product rule, term by term: first of x̂, and from it those of the gradients' formulas. The
+    /// mask is that of the kernel's outputs.
     fn tangents(&self, mode: Mode, y: &[f64], along: &Direction) -> Tangents<Vec<f64>> {
         let BatchNormShape { rows, channels } = self.shape;
         let m = rows as f64;
@@ -630,7 +631,7 @@ fn run_tangents<T: Scalar>(
 }
 
 fn tangents_match_the_definition<T: Scalar>(devices: Vec<(String, Device)>) {
-    // Differences of sums of up to 900 terms, and a deviation taken to its third power.
+    // These are differences of sums of up to 900 terms, and a deviation to the third power.
     let tolerance = if T::NAME == "f32" { 1e-5 } else { 1e-13 };
     for (index, (rows, channels)) in SHAPES.into_iter().enumerate() {
         let mut random = Random(100 + index as u64);
@@ -689,7 +690,7 @@ fn tangents_match_the_definition_in_double_precision() {
     tangents_match_the_definition::<f64>(host_devices());
 }
 
-/// Central differences of the kernels' own forward and backward in double, with everything moved at once.
+/// Central differences of the kernels' forward and backward in double. All inputs move together.
 #[test]
 fn tangents_are_the_derivatives_of_forward_and_backward() {
     const STEP: f64 = 1e-5;
@@ -788,7 +789,8 @@ fn nan_passes_the_relu() {
     }
 }
 
-/// What a convolution leaves of its tiles stands for a pass over x; and so do three tiles and a short one for a mean far from zero.
+/// The moments of a convolution's tiles replace a pass over x, also for a mean far from zero: three tiles and a short
+/// one.
 #[test]
 fn moments_of_tiles_are_as_good_as_x() {
     let (rows, channels) = (3 * 128 + 17, 6);
@@ -841,7 +843,7 @@ fn moments_of_tiles_are_as_good_as_x() {
         run(shifted.slice(1..shifted.len()).unwrap()).unwrap();
         let short = run(moments.slice(1..moments.len()).unwrap()).unwrap_err();
         assert!(matches!(short, Error::Length { argument: "moments", .. }), "{short:?}");
-        // Both are within a few roundings of the truth; a mean of 50 loses six bits of the deviations.
+        // Both are within a few roundings of the exact result. A mean of 50 loses six bits of the deviations.
         for (what, found, expected, tolerance) in [
             ("mean", &mean, &expected.mean, 1e-6),
             ("inv_std", &inv_std, &expected.inv_std, 1e-5),
@@ -869,8 +871,8 @@ fn sums_are_combined_in_groups<T: Scalar>(devices: &[(String, Device)]) {
     }
 }
 
-/// So many row blocks that the last one combines their sums in groups: on the CPU, where it plays a GPU, and on a large GPU; with
-/// several columns of blocks, with one, and a channel at a time.
+/// Shapes with so many row blocks that the last one combines their sums in groups, on a CPU that emulates a GPU and on
+/// a large GPU: with several columns of blocks, with one, and with one channel per thread.
 #[test]
 fn the_last_block_combines_the_sums_of_all() {
     sums_are_combined_in_groups::<f32>(&devices());
@@ -907,7 +909,7 @@ fn wrong_arguments_are_refused() {
         refusal(shape, &full, &channels, BatchNormShape { rows: 6, channels: 3 }),
         Err(Error::Length { operation, argument: "workspace", found: 6, expected: 8 })
     );
-    // The others are measured against the device of x.
+    // The other arguments are compared with the device of x.
     let message = refusal(shape, &elsewhere, &channels, shape).unwrap_err();
     assert_eq!(message, Error::OtherDevice { operation, argument: "gamma" });
     let one_row = BatchNormShape { rows: 1, channels: 4 };
@@ -919,7 +921,7 @@ fn wrong_arguments_are_refused() {
         Err(Error::Argument { .. })
     ));
 
-    // With a residual, the output decides.
+    // With a residual, the mask must come from the output.
     let mut buffers: Vec<Buffer<f32>> = [24, 4, 4, 24].iter().map(|&len| device.zeros(len).unwrap()).collect();
     let [dx, dgamma, dbeta, residual] = &mut buffers[..] else { unreachable!() };
     let mut workspace = Workspace::new(&device, [shape]).unwrap();
@@ -935,7 +937,7 @@ fn wrong_arguments_are_refused() {
     let residual = ResidualGradient { gradient: residual.view_mut(), accumulate: false };
     let refused = backward(shape, Mode::Train, input, gradients, Some(residual), &mut workspace);
     assert!(matches!(refused, Err(Error::Argument { .. })), "{refused:?}");
-    // The tangents check what they take beside it.
+    // The tangents check their additional arguments.
     let short = device.zeros::<f32>(3).unwrap();
     let (mut y, mut mean, mut inv_std) =
         (device.zeros(24).unwrap(), device.zeros(4).unwrap(), device.zeros(4).unwrap());

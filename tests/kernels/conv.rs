@@ -1,4 +1,4 @@
-//! Convolutions against a direct sum in double precision, on every device and in every schedule.
+//! Convolutions against a direct sum in double precision, on every device and in every order of blocks.
 
 use approx::abs_diff_eq;
 
@@ -45,7 +45,8 @@ const SHAPES: [ConvShape; 25] = [
     shape([37, 3, 2, 6, 5], 3, 1, 1),
 ];
 
-/// Shapes that are cheap and yet large enough for each of the GPU's tiles and for a split weight gradient: one tap, many pixels.
+/// Cheap shapes that are large enough for each of the GPU's tiles and for a split weight gradient: one tap, many
+/// pixels.
 const WIDE_SHAPES: [ConvShape; 4] = [
     shape([13, 32, 30, 2, 70], 1, 1, 0),
     shape([13, 30, 32, 70, 2], 1, 1, 0),
@@ -53,7 +54,7 @@ const WIDE_SHAPES: [ConvShape; 4] = [
     shape([2, 12, 13, 65, 68], 1, 1, 0),
 ];
 
-/// `y`, `dx` and `dw` start from these numbers where the result is added to them.
+/// The initial `y`, `dx` and `dw`, for results that are added.
 struct Case<S: Compute> {
     x: Vec<S>,
     weight: Vec<S>,
@@ -107,13 +108,13 @@ fn reference(shape: &ConvShape, x: &[f64], weight: &[f64], dy: &[f64]) -> [Vec<f
     results
 }
 
-/// What a pass writes over poison, and what it adds to the case's numbers.
+/// The results of a pass that writes over poison, and of one that adds to the case's numbers.
 type Both<T> = [Vec<T>; 2];
 
 /// y, dx and dw.
 type Found<S> = (Both<S>, Both<S>, Both<<S as Compute>::Master>);
 
-/// One pass, workspace and the output that is not added to poisoned beforehand.
+/// One pass. The workspace is poisoned before, and so is the output unless the result is added to it.
 fn both<S: Compute, T: Compute>(
     device: &Device,
     shape: &ConvShape,
@@ -148,7 +149,8 @@ fn check_pass<T: Compute>(what: &str, [written, added]: &Both<T>, expected: &[f6
     assert_close(&format!("{what} added"), added, &sum, tolerance);
 }
 
-/// Fails unless every element of y and dx is within `stored` of the largest one's magnitude, and of dw within `sums`.
+/// Fails unless the errors of y and dx are at most `stored` times their largest magnitude, and those of dw at most
+/// `sums` times.
 fn check<S: Compute>(devices: &[(String, Device)], stored: f64, sums: f64) {
     for (number, shape) in SHAPES.iter().chain(&WIDE_SHAPES).enumerate() {
         let case = case::<S>(shape, number as u64);
@@ -169,8 +171,9 @@ fn equals_the_definition_in_single_precision() {
     check::<f32>(&devices(), 3e-6, 3e-6);
 }
 
-/// Products of 16-bit numbers are exact in single precision, in which they are summed; the result is rounded once. TF32 rounds
-/// both factors on the GPU alone. (The tensor cores' kernels have their own tests on the CPU, beside `conv/tensor.rs`.)
+/// Products of 16-bit numbers are exact in single precision, in which they are summed. The result is rounded once. TF32
+/// rounds both factors, but only on a GPU. (The kernels for tensor cores have their own tests on the CPU, in
+/// `conv/tensor.rs`.)
 #[test]
 fn equals_the_definition_in_fewer_bits() {
     let (cpu, gpu): (Vec<_>, Vec<_>) =
@@ -188,7 +191,7 @@ fn equals_the_definition_in_double_precision() {
     check::<f64>(&host_devices(), 1e-14, 1e-14);
 }
 
-/// A number made of every bit of every pass.
+/// A hash of the bits of all passes.
 fn digest<S: Compute>(device: &Device) -> u64 {
     let mut digest = 0xcbf2_9ce4_8422_2325u64;
     for (number, shape) in SHAPES.iter().chain(&WIDE_SHAPES).enumerate() {
@@ -201,8 +204,8 @@ fn digest<S: Compute>(device: &Device) -> u64 {
     digest
 }
 
-/// An instruction set is chosen when a process starts to use the device, so the test runs itself again. The newest one that this CPU
-/// has is what the tests themselves run on.
+/// A process chooses its instruction set when it first uses the device, so the test starts itself again for each older
+/// one. The other tests run on the newest one that this CPU has.
 #[test]
 fn older_instruction_sets_are_right_and_avx2_is_avx512_to_the_bit() {
     let device = Device::host();
@@ -240,7 +243,7 @@ fn older_instruction_sets_are_right_and_avx2_is_avx512_to_the_bit() {
     again("baseline", &["equals_the_definition_in"]);
 }
 
-/// The CPU's shapes on one thread and on many, and the GPU's shapes in every order, are each deterministic to the bit.
+/// The CPU's launch shapes give the same bits on one thread and on many, and a GPU's launch shapes in every order.
 #[test]
 fn bits_depend_on_neither_threads_nor_schedule() {
     if schedules_left_out() {
@@ -263,7 +266,7 @@ fn bits_depend_on_neither_threads_nor_schedule() {
     }
 }
 
-/// A shape large enough that images are split into bands and the depth into blocks, on the CPU's own shapes.
+/// A shape that is large enough to be split into bands of images and blocks of the depth in the CPU's launch shapes.
 #[test]
 fn splits_large_images_and_many_channels() {
     let shapes =
@@ -279,8 +282,8 @@ fn splits_large_images_and_many_channels() {
     }
 }
 
-/// With loss = sum of dy * y, linear in x and in the weights: a central difference along any direction is exact but for
-/// rounding.
+/// With loss = sum of dy * y, which is linear in x and in the weights, a central difference along any direction is
+/// exact except for rounding.
 #[test]
 fn gradients_equal_central_differences() {
     for (number, shape) in SHAPES.iter().enumerate() {
@@ -319,7 +322,7 @@ fn gradients_equal_central_differences() {
     }
 }
 
-/// Parts are the weight gradient, and the CPU's own form leaves none.
+/// The parts add up to the weight gradient. The CPU's convolution leaves no parts.
 fn check_parts<S: Compute>(devices: Vec<(String, Device)>) {
     let shapes =
         [shape([3, 12, 11, 3, 7], 3, 1, 1), shape([4, 17, 15, 5, 20], 3, 2, 1), shape([5, 9, 8, 4, 33], 1, 1, 0)];
@@ -341,7 +344,7 @@ fn check_parts<S: Compute>(devices: Vec<(String, Device)>) {
             let sums: Vec<f64> =
                 (0..shape.weight_len()).map(|i| parts.iter().skip(i).step_by(shape.weight_len()).sum()).collect();
             let (_, _, [dw, _]) = run(&device, shape, &case).unwrap();
-            // As many roundings as there are parts, of sums that may be somewhat larger than the last.
+            // One rounding per part, of partial sums that may be somewhat larger than the total.
             let half_ulp = if size_of::<S::Master>() == 8 { 2f64.powi(-53) } else { 2f64.powi(-24) };
             let tolerance = 4.0 * splits as f64 * half_ulp;
             assert_close(&format!("{name}: the sum of parts"), &dw, &sums, tolerance);
@@ -357,7 +360,8 @@ fn parts_add_up_to_the_weight_gradient() {
     check_parts::<f16>(devices());
 }
 
-/// The moments that a convolution leaves change no bit of its result, and serve batch norm as well as a pass over it.
+/// Leaving moments does not change a convolution's result, and batch norm gets the same statistics as from a pass over
+/// it.
 #[test]
 fn moments_of_a_convolution_serve_batch_norm() {
     let shape = shape([3, 11, 13, 20, 40], 3, 1, 1);
@@ -407,8 +411,8 @@ fn moments_of_a_convolution_serve_batch_norm() {
     }
 }
 
-/// Input gradients that go on into batch norm: whole tiles and tails, parity classes without taps and without pixels, and more blocks
-/// than a GPU's last one combines at once.
+/// Input gradients that continue into batch norm: whole tiles and tails, parity classes without taps and without
+/// pixels, and more blocks than the last block of a GPU combines at a time.
 const NORMALIZED_SHAPES: [ConvShape; 8] = [
     shape([3, 11, 13, 24, 12], 3, 1, 1),
     shape([2, 8, 8, 16, 32], 3, 2, 1),
@@ -420,7 +424,7 @@ const NORMALIZED_SHAPES: [ConvShape; 8] = [
     shape([5, 32, 31, 8, 8], 1, 2, 0),
 ];
 
-/// What follows batch norm in a case: a residual, a relu, and whether the residual's gradient is added to another.
+/// A case: whether a residual and a relu follow batch norm, and whether the residual's gradient is added to another.
 const FOLLOWERS: [(bool, bool, bool); 4] =
     [(false, false, false), (false, true, false), (true, true, false), (true, true, true)];
 
@@ -463,7 +467,7 @@ fn check_sums_for_batch_norm<S: Compute<Master = f32>>(
         };
         let (gamma, mean, inv_std) = (gamma.view(), mean.view(), inv_std.view());
 
-        // The two kernels apart.
+        // The two kernels separately.
         let begin = || if accumulate { device.upload(&case.dx).unwrap() } else { device.poisoned::<S>(len).unwrap() };
         let mut plain = begin();
         conv::input_gradient(shape, dy.view(), weight.view(), plain.view_mut(), accumulate, conv_workspace.view_mut())
@@ -477,7 +481,7 @@ fn check_sums_for_batch_norm<S: Compute<Master = f32>>(
         let backward = Backward { x: x.view(), dy: plain.view(), gamma, mean, inv_std, activation };
         batch_norm::backward(rows, mode, backward, gradients, to, &mut workspace).unwrap();
 
-        // And together, twice: the tickets are as they were.
+        // And fused, twice, because the tickets must be as before.
         let mut found = Vec::new();
         for _ in 0..2 {
             let mut dz = begin();
@@ -528,7 +532,7 @@ fn check_sums_for_batch_norm<S: Compute<Master = f32>>(
                     magnitudes[i] += term.abs();
                 }
             }
-            // Up to 32 rows are added up in f32.
+            // Up to 32 rows are summed in f32.
             for (i, value) in [dgamma, dbeta].into_iter().enumerate() {
                 let error = (f64::from(value) - sums[i]).abs();
                 assert!(error <= 1e-6 * magnitudes[i], "{name}: sum {i} of channel {c}: {value}, not {}", sums[i]);
@@ -538,12 +542,14 @@ fn check_sums_for_batch_norm<S: Compute<Master = f32>>(
     }
 }
 
-/// An input gradient that leaves dz, dgamma and dbeta for batch norm is the input gradient and batch norm's first pass over it: dz
-/// and the residual's gradient to the bit, the sums to the rounding of short f32 sums, and dx to a unit of its last place.
+/// An input gradient with sums for batch norm gives the results of the plain one followed by batch norm's backward: dz
+/// and the residual's gradient have the same bits, the sums differ by the rounding of short f32 sums, and dx by at most
+/// a unit in the last place.
 #[test]
 fn input_gradients_leave_sums_for_batch_norm() {
     for (name, device) in devices().into_iter().filter(|(_, device)| NORMALIZED_SHAPES[0].leaves_sums::<f16>(device)) {
-        // Under sanitizers without what runs the same code: the last two shapes, which are large, and the other type.
+        // Under sanitizers, leave out what runs the same code: the last two shapes, which are large, and the other
+        // type.
         let sanitized = std::env::var_os("POLDER_SANITIZE").is_some();
         for shape in NORMALIZED_SHAPES.iter().take(if sanitized { 6 } else { 8 }) {
             check_sums_for_batch_norm::<f16>(shape, &device, &name, 1.0 / 1024.0);

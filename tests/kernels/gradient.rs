@@ -1,4 +1,4 @@
-//! The last stages of a gradient: sums of parts, loss scale, the look for what is not finite, and the norm.
+//! The last stages of a gradient: sums of parts, loss scale, the check for elements that are not finite, and the norm.
 
 use std::ops::Range;
 
@@ -11,7 +11,8 @@ use polder::kernels::precision;
 
 use crate::common::{Random, bits, devices, host_devices, on_devices, to_f64};
 
-/// Elements and parts: every number of parts that is read at once, whole gradients (no part), and lengths around a stretch's.
+/// Elements and parts: every number of parts that is read at a time, complete gradients (no parts), and lengths close
+/// to a stretch's.
 const GRADIENTS: [(usize, usize); 18] = [
     (1, 0),
     (1023, 0),
@@ -33,7 +34,7 @@ const GRADIENTS: [(usize, usize); 18] = [
     (432, 33),
 ];
 
-/// Gradients with gaps between them and between their parts, in three stages, the second of which is somebody else's.
+/// Gradients with gaps between them and between their parts, in three stages, the second of which is a convolution.
 struct Case {
     stages: Vec<Stage>,
     parts_len: usize,
@@ -48,7 +49,7 @@ fn case() -> Case {
     for (index, &(n, splits)) in GRADIENTS.iter().enumerate() {
         let (parts, place) = (parts_len..parts_len + n * splits, out_len..out_len + n);
         (parts_len, out_len) = (parts.end + 2, place.end + 1);
-        // In an order that is not that of their places.
+        // Not in the order of their places.
         launches[index % 2].insert(0, Unfinished { parts: (splits > 0).then_some(parts), place });
     }
     let [first, last] = launches;
@@ -66,7 +67,7 @@ fn gradients(stages: &[Stage]) -> impl Iterator<Item = &Unfinished> {
     })
 }
 
-/// What the stages leave: the vector of gradients, the flag, and the norm where it was asked for. They run twice.
+/// The results of the stages: the vector of gradients, the flag, and the norm if it was wanted. They run twice.
 fn run<T: Scalar>(
     device: &Device,
     case: &Case,
@@ -96,7 +97,7 @@ fn run<T: Scalar>(
     again
 }
 
-/// Whole numbers, so that every sum is exact in whatever order, and powers of two to divide by.
+/// Integers, so that every sum is exact in any order, and powers of two to divide by.
 fn check_exactly<T: Scalar>(devices: Vec<(String, Device)>, scales: &[Option<f64>]) {
     let (case, mut random) = (case(), Random(91));
     let mut whole_numbers = |n| (0..n).map(|_| T::from_f64(random.below(129) as f64 - 64.0)).collect::<Vec<T>>();
@@ -122,10 +123,10 @@ fn check_exactly<T: Scalar>(devices: Vec<(String, Device)>, scales: &[Option<f64
             assert_eq!(to_f64(&found), expected, "{name}, {scale:?}");
             assert_eq!((flag, norm), (0, -1.0), "{name}, {scale:?}: no norm was asked for");
         }
-        // What is not finite is seen wherever it stands, in a part or in a whole gradient.
+        // An element that is not finite is found anywhere, in a part or in a complete gradient.
         for Unfinished { parts: from, place } in gradients(&case.stages) {
             let within = from.as_ref().unwrap_or(place);
-            // On the first device all places, on the last, which may be a GPU, one.
+            // All places on the first device, and one on the last, which may be a GPU.
             let cases = [(0, within.start), (0, within.start + within.len() / 2), (0, within.end - 1)];
             for (device, at) in cases.into_iter().chain([(devices.len() - 1, within.end - 1)]) {
                 let (mut parts, mut whole) = (parts.clone(), whole.clone());
@@ -156,7 +157,7 @@ fn no_schedule_changes_a_finished_gradient() {
     });
 }
 
-/// What a convolution finishes is its weight gradient, unscaled and looked at, and the sums are those of its squares.
+/// A convolution that finishes its weight gradient divides by the scale, checks that it is finite and sums its squares.
 fn check_convolution<S: Compute<Master = f32>>() {
     let shapes = [(6, 5, 7, 3, 1), (5, 7, 24, 200, 1), (7, 8, 72, 17, 2), (1, 1, 3, 2, 1), (9, 9, 8, 130, 3)];
     for (name, device) in devices() {
@@ -169,7 +170,7 @@ fn check_convolution<S: Compute<Master = f32>>() {
             let state = device.upload(&[4096.0, 0.0]).unwrap();
             let mut flag = device.zeros::<u32>(1).unwrap();
             let squares = shape.finished_squares::<S>(&device);
-            // Of so few pixels every gradient is made in one part.
+            // With so few pixels no gradient is split.
             assert_eq!(squares.is_some(), shape.moments_len::<S>(&device).is_some(), "{name}: {shape:?}");
             let mut sums = device.poisoned::<f64>(squares.unwrap_or(1)).unwrap();
             for bad in [false, true] {
@@ -208,7 +209,7 @@ fn check_convolution<S: Compute<Master = f32>>() {
                         relative_eq!(found, expected, epsilon = 0.0, max_relative = 1e-13) && expected > 0.0,
                         "{what}: {found}"
                     );
-                    // Without a scale, and with nobody to ask for a norm.
+                    // Without a scale and without a norm.
                     let (mut again, mut flag) = (device.poisoned(plain.len()).unwrap(), device.zeros(1).unwrap());
                     let finish = Finish { scale: None, flag: flag.view_mut(), squares: None };
                     conv::finished_weight_gradient(&shape, x.view(), dy.view(), again.view_mut(), finish).unwrap();
@@ -231,7 +232,7 @@ fn a_convolution_finishes_its_weight_gradient() {
 fn what_does_not_fit_is_refused() {
     let device = Device::host();
     let launch = |parts: Option<Range<usize>>, place| Stage::Launch(vec![Unfinished { parts, place }]);
-    // Parts that are no multiple of their gradient.
+    // The length of the parts is not a multiple of their gradient's.
     for (parts, place) in [(0..7, 0..3), (0..0, 0..3), (0..4, 2..2)] {
         let refused = GradientStages::new(&device, &[launch(Some(parts), place)]).err();
         assert!(matches!(refused, Some(Error::Length { argument: "parts", .. })), "{refused:?}");
@@ -268,7 +269,7 @@ fn what_does_not_fit_is_refused() {
         let refused = stages.finish(stage, None, one.view_mut(), true).err();
         assert!(matches!(refused, Some(Error::Argument { .. })), "{refused:?}");
     }
-    // Another device's vectors, and a scale where there is none.
+    // Vectors of another device, and a scale for a type that has none.
     let elsewhere = Device::host();
     let (other_parts, mut other_out) = (elsewhere.zeros::<f32>(7).unwrap(), elsewhere.zeros::<f32>(8).unwrap());
     let (mut other_flag, mut other_norm) = (elsewhere.zeros::<u32>(1).unwrap(), elsewhere.zeros::<f64>(1).unwrap());

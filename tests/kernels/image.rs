@@ -1,4 +1,5 @@
-//! Batches of augmented images against an explicit gather with the same random numbers, which this file computes on its own.
+//! Batches of augmented images against an explicit gather with the same random numbers, which this file computes
+//! independently.
 
 use crate::common::{self, Random, bits, devices, host_devices};
 use polder::device::{Buffer, Device, Error, Result, Scalar};
@@ -44,13 +45,13 @@ struct DataSet {
 
 impl DataSet {
     fn new(random: &mut Random, samples: usize, height: usize, width: usize, channels: usize) -> Self {
-        // No zeros, so that black is the padding's alone.
+        // No zeros, so that only padding is black.
         let pixels = (0..samples * height * width * channels).map(|_| 1 + random.below(255) as u8).collect();
         let labels = (0..samples).map(|_| random.below(1000) as u32).collect();
         Self { samples, height, width, channels, pixels, labels }
     }
 
-    /// Flips the image, lays it on a black canvas and cuts the window out.
+    /// Flips the image, pads it with black and cuts out the window.
     fn gather(&self, order: &[u32], augment: Option<&Augment>) -> Vec<f32> {
         let (height, width, channels) = (self.height, self.width, self.channels);
         let mut out = Vec::new();
@@ -102,7 +103,7 @@ impl DataSet {
     }
 }
 
-/// The single-precision values are exact: the arithmetic is fixed, on every device.
+/// The values in single precision are exact, because the arithmetic is the same on every device.
 #[test]
 fn equals_an_explicit_gather() {
     for (height, width, channels, batch) in [(5, 6, 3, 40), (7, 4, 1, 3), (8, 8, 4, 17), (32, 32, 3, 9), (3, 5, 2, 1)] {
@@ -148,7 +149,7 @@ fn every_offset_and_both_flips_occur() {
     }
     // 80 expected each; 5 deviations of sqrt(80) are 45.
     assert!(counts.iter().all(|&count| (35..125).contains(&count)), "{counts:?}");
-    // And the kernel cuts where these draws say: an image with a single white pixel shows where.
+    // The kernel cuts where these draws say: an image with a single white pixel shows it.
     let mut data = DataSet { samples: 1, height: 5, width: 5, channels: 1, pixels: vec![0; 25], labels: vec![3] };
     data.pixels[2 * 5 + 2] = 255;
     let white = (1.0 - NORMALIZATION.mean[0]) / NORMALIZATION.std[0];
@@ -177,8 +178,8 @@ fn successive_batches_continue_the_stream() {
     }
 }
 
-/// A clock moves on through the order by the epoch's batches, and through the random numbers by the run's steps; past the order's
-/// end nothing is read.
+/// A clock advances the position in the order by the epoch's batches, and that in the random numbers by the run's
+/// steps. Nothing is read beyond the end of the order.
 #[test]
 fn a_clock_points_at_the_batch() {
     let mut random = Random(8);

@@ -1,4 +1,5 @@
-//! The small layers against naive loops in double, on asymmetric shapes, and their gradients against central differences.
+//! The small layers against naive loops in double, on asymmetric shapes, and their gradients against central
+//! differences.
 
 use crate::common::{Random, assert_close, bits, devices, host_devices, on_devices, to_f64};
 use polder::device::{Buffer, Device, Error, Result, Scalar, Slice, SliceMut};
@@ -8,7 +9,7 @@ use polder::kernels::layers::{
     shortcut_backward,
 };
 
-/// Runs a function from one tensor to another; `out_len` elements, poisoned before.
+/// Runs a function from one tensor to another of `out_len` elements, which is poisoned before.
 fn map<T: Scalar>(
     device: &Device,
     input: &[T],
@@ -21,7 +22,7 @@ fn map<T: Scalar>(
     out.to_vec().unwrap()
 }
 
-/// Runs a gradient both ways, over poison and added to `old`, and compares both with `expected`.
+/// Runs a gradient that writes over poison, and one that adds to `old`, and compares both with `expected`.
 fn check_gradient<T: Scalar>(
     what: &str,
     device: &Device,
@@ -100,7 +101,8 @@ fn nan_passes_the_relu() {
     }
 }
 
-/// A linear map given by its matrix, [outputs, inputs]: a forward must be its product, a backward that of its transpose.
+/// A linear map, given by its matrix [outputs, inputs]: a forward must be the product with it, a backward that with its
+/// transpose.
 struct Sparse {
     outputs: usize,
     inputs: usize,
@@ -149,7 +151,8 @@ impl Sparse {
 }
 
 fn pooling<T: Scalar>(devices: &[(String, Device)]) {
-    // Channels in and out of packs; windows that overlap, touch, leave gaps, and leave a rest at the border.
+    // Channels that fill packs and that do not; windows that overlap, touch, leave gaps, and leave a rest at the
+    // border.
     for (batch, height, width, channels, kernel, stride) in
         [(2, 5, 6, 3, 2, 2), (3, 7, 5, 17, 3, 2), (1, 9, 11, 8, 2, 3), (2, 6, 8, 16, 3, 1), (1, 4, 4, 1, 4, 1)]
     {
@@ -259,7 +262,7 @@ fn product(
 }
 
 fn linear_layers<T: Scalar>(devices: &[(String, Device)]) {
-    // Below, at and beyond one tile of 32 x 32, with depths that are no multiple of a step.
+    // Less than, equal to and more than one tile of 32 x 32, with depths that are not a multiple of a step.
     for (batch, inputs, outputs) in [(1, 1, 1), (5, 7, 3), (33, 64, 10), (32, 16, 32), (70, 45, 37)] {
         let shape = LinearShape { batch, inputs, outputs };
         let mut random = Random((batch * inputs * outputs) as u64);
@@ -314,7 +317,7 @@ fn linear_layer() {
     linear_layers::<f64>(&host_devices());
 }
 
-/// All layers' results on one device, as bits.
+/// The bits of all layers' results on one device.
 fn all_bits(device: &Device) -> Vec<u64> {
     let mut random = Random(77);
     let pool = PoolShape { batch: 4, height: 19, width: 14, channels: 12, kernel: 3, stride: 2 };
@@ -338,7 +341,7 @@ fn all_bits(device: &Device) -> Vec<u64> {
     for buffer in [&y, &dx, &dweight, &dbias] {
         results.extend(bits(&buffer.to_vec().unwrap()));
     }
-    // Added to what the first products left.
+    // Added to the results of the first products.
     linear(&fully, x.view(), weight.view(), None, y.view_mut(), true).unwrap();
     linear_input_gradient(&fully, dy.view(), weight.view(), dx.view_mut(), true).unwrap();
     linear_weight_gradient(&fully, x.view(), dy.view(), dweight.view_mut(), Some(dbias.view_mut()), true).unwrap();

@@ -22,7 +22,7 @@ fn run<T: Scalar>(device: &Device, classes: usize, logits: &[T], labels: &[u32],
     let mut dlogits = device.poisoned::<T>(batch * classes).unwrap();
     let mut sample_losses = device.poisoned::<T>(batch).unwrap();
     let mut loss = device.poisoned::<f64>(1).unwrap();
-    // Counted up from what is there.
+    // The count is added to the previous content.
     let mut correct = device.upload(&[1000u32]).unwrap();
     let mut flag = device.zeros::<u32>(1).unwrap();
     cross_entropy(
@@ -44,7 +44,7 @@ fn run<T: Scalar>(device: &Device, classes: usize, logits: &[T], labels: &[u32],
         loss: loss.to_vec().unwrap()[0],
         correct: correct.to_vec().unwrap()[0] - 1000,
     };
-    // Without the gradient the rest is the same.
+    // Without the gradient, the other results are the same.
     cross_entropy(
         &shape,
         logits.view(),
@@ -104,7 +104,7 @@ fn matches_the_definition<T: Scalar>(devices: Vec<(String, Device)>, tolerance: 
                     "{what}: {} not {mean}",
                     found.loss
                 );
-                // The mean of what it wrote, to double precision.
+                // The mean of the losses that it wrote, in double precision.
                 let written = to_f64(&found.sample_losses).iter().sum::<f64>() / batch as f64;
                 assert!(
                     relative_eq!(found.loss, written, epsilon = 0.0, max_relative = 1e-14),
@@ -150,7 +150,7 @@ fn gradient_is_that_of_the_loss() {
     }
 }
 
-/// A power of two scales the gradient and its tangent to the bit, and nothing else.
+/// A scale that is a power of two multiplies the gradient and its tangent exactly, and changes nothing else.
 #[test]
 fn a_loss_scale_multiplies_gradients_alone() {
     let (batch, classes) = (37, 10);
@@ -179,7 +179,7 @@ fn a_loss_scale_multiplies_gradients_alone() {
     }
 }
 
-/// Division by the scale is exact, NaN and infinity are seen wherever they are, and the flag is never taken back.
+/// Division by the scale is exact, NaN and infinity are found anywhere, and the flag is never cleared.
 #[test]
 fn a_result_is_unscaled_and_checked() {
     let mut random = Random(6);
@@ -206,7 +206,7 @@ fn a_result_is_unscaled_and_checked() {
     }
 }
 
-/// Half after a skipped step, twice after so many good ones in a row; never below 1 nor above 2^24.
+/// The scale halves after a skipped step and doubles after enough consecutive good ones. It stays between 1 and 2^24.
 #[test]
 fn the_loss_scale_follows_the_steps() {
     for (name, device) in devices() {
@@ -253,7 +253,7 @@ fn tangent_matches_the_definition<T: Scalar>(devices: Vec<(String, Device)>, tol
     for (index, (batch, classes)) in [(7, 3), (37, 10), (300, 17), (5, 1000), (64, 100)].into_iter().enumerate() {
         let mut random = Random(50 + index as u64);
         let logits: Vec<T> = (0..batch * classes).map(|_| T::from_f64(2.0 * random.normal() + 30.0)).collect();
-        // What all classes have in common must not show; the reference is spared it, by an exact subtraction.
+        // A constant added to all logits must not change the result. The reference subtracts it, which is exact.
         let tangent: Vec<T> = (0..batch * classes).map(|_| T::from_f64(random.normal() + 100.0)).collect();
         let less: Vec<f64> = to_f64(&tangent).iter().map(|tangent| tangent - 100.0).collect();
         let expected = tangent_reference(classes, &to_f64(&logits), &less);
@@ -263,7 +263,7 @@ fn tangent_matches_the_definition<T: Scalar>(devices: Vec<(String, Device)>, tol
         }
     }
     for (name, device) in devices {
-        // One class has the probability 1, whatever its logit; logits of 1e4 do not overflow.
+        // A single class has the probability 1 for any logit. Logits of 1e4 do not overflow.
         let zero = T::from_f64(0.0);
         let found = run_tangent(&device, 1, &[zero, T::from_f64(3.0)], &[T::from_f64(1.0), T::from_f64(-2.0)]);
         assert_eq!(to_f64(&found), [0.0; 2], "{name}");
@@ -296,8 +296,8 @@ fn the_gradients_tangent_is_its_derivative() {
     }
 }
 
-/// Closed forms: equal logits have the loss ln K whatever the smoothing; two classes are a logistic function; logits of 1e4 do
-/// not overflow.
+/// Closed forms: equal logits have the loss ln K for any smoothing, and two classes give a logistic function. Logits of
+/// 1e4 do not overflow.
 #[test]
 fn closed_forms() {
     for (name, device) in devices() {

@@ -1,5 +1,4 @@
-//! The tests of kernels and their wrappers, one module for each: a program of its own for each would be linked, and would have the
-//! generic code compiled, as often.
+//! The tests of the kernels, with a module for each group. One program links once and compiles the generic code once.
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -1,4 +1,4 @@
-//! The epoch's sums and the means of losses against the same written down here.
+//! The epoch's sums and the means of losses against the same computation on the host.
 
 use crate::common::devices;
 use polder::kernels::metrics;

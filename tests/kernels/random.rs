@@ -1,5 +1,5 @@
-//! The random generator: its published known answers, that an element depends on seed and position alone, that every device
-//! gives the same bits, and that the numbers have their distributions.
+//! The random generator: its published known answers, that an element depends only on seed and position, that every
+//! device gives the same bits, and that the numbers have the right distributions.
 
 use approx::abs_diff_eq;
 
@@ -7,11 +7,11 @@ use crate::common::{bits as bits_of, devices, host_devices};
 use polder::device::{Device, Error, Scalar};
 use polder::kernels::random;
 
-/// The relative error of a normal number: six roundings of 2^-24 (logarithm, root, angle, sine, product). The largest among
-/// 10^8 numbers, small and large ones sought out, is 5.3 of them.
+/// The relative error of a normal number: six roundings of 2^-24 (logarithm, root, angle, sine, product). The largest
+/// error that was found among 10^8 numbers, with many small and large ones, is 5.3 roundings.
 const NORMAL_ERROR: f64 = 6.0 / 16_777_216.0;
 
-/// Philox4x32-10 once more, in the words of its paper, as an independent reference.
+/// Philox4x32-10 as its paper defines it, as an independent reference.
 fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for _ in 0..10 {
         let product = |multiplier: u32, factor: u32| {
@@ -126,8 +126,8 @@ fn numbers_are_made_of_the_words_as_documented() {
     }
 }
 
-/// The device's normal numbers from chosen words would need a door that nobody else needs; instead the extremes are sought in
-/// a long stream: the largest and the smallest radius of four million pairs.
+/// The extremes of normal numbers, from a long stream: the largest and the smallest radius of four million pairs.
+/// (Chosen words would need a kernel that nothing else uses.)
 #[test]
 fn normal_numbers_are_accurate_in_the_tails_and_near_zero() {
     let (n, seed) = (8 << 20, 3);

@@ -1,5 +1,5 @@
-//! The kernels of the sharpness-aware methods against double-precision references, on every device, in every launch shape and
-//! schedule, with vectors that are parts of longer buffers.
+//! The kernels of the sharpness-aware methods against double-precision references, on every device, in every launch
+//! shape and order of blocks, with vectors that are parts of longer buffers.
 
 use std::ops::Range;
 
@@ -11,13 +11,15 @@ use polder::kernels::random;
 use polder::kernels::sharpness::{self, GamTerms, PRODUCTS, Scaling};
 use polder::kernels::vector::{self, Combination, Reduction};
 
-/// Lengths with tails that fill no pack, and which of a call's vectors, counted from 1, allows no 16-byte access (0: none).
+/// Lengths with tails that do not fill a pack, and the number (from 1) of the vector of a call that allows no 16-byte
+/// access (0: none).
 fn cases() -> impl Iterator<Item = (usize, usize)> {
     let each_in_turn = (1..=5).map(|odd| (1023, odd));
     [0, 1, 3, 5, 1023, 4096, 100_003].map(|n| (n, 0)).into_iter().chain(each_in_turn).chain([(5, 1), (100_003, 2)])
 }
 
-/// Which of four vectors take part, with the device's coefficients (those of the absent are NaN: they are not read).
+/// Which of four vectors take part, with the coefficients on the device (those of absent vectors are NaN: they are not
+/// read).
 const COMBINATIONS: [([bool; 4], [f64; 4]); 6] = [
     ([true, false, false, false], [1.0, f64::NAN, f64::NAN, f64::NAN]),
     ([false, false, true, false], [f64::NAN, f64::NAN, 1.5, f64::NAN]),
@@ -34,7 +36,7 @@ struct Part<T: Scalar> {
 }
 
 impl<T: Scalar> Part<T> {
-    /// At a place that is a multiple of 16 bytes unless `odd`.
+    /// Its address is a multiple of 16 bytes unless `odd`.
     fn new(device: &Device, odd: bool, values: &[T]) -> Self {
         let start = 4 + usize::from(odd);
         let range = start..start + values.len();
@@ -55,7 +57,7 @@ impl<T: Scalar> Part<T> {
         self.buffer.slice_mut(self.range.clone()).unwrap()
     }
 
-    /// Its values; fails if something was written beside them.
+    /// Its values. Fails if something outside was written.
     fn values(&self) -> Vec<T> {
         let all = self.buffer.to_vec().unwrap();
         let beside = all[..self.range.start].iter().chain(&all[self.range.end..]);
@@ -68,8 +70,9 @@ impl<T: Scalar> Part<T> {
     }
 }
 
-/// Fails unless every element is as near to its reference as the roundings that go with it allow: their number, each times
-/// the magnitude of what is rounded. One is 2^-24 in single precision; in double it counts twice, for the reference rounds too.
+/// Fails unless every element is as close to its reference as its roundings allow: their number, each times the
+/// magnitude of the rounded number. One rounding is 2^-24 in single precision. In double precision it counts twice,
+/// because the reference rounds too.
 fn assert_rounded<T: Scalar>(what: &str, found: &[T], expected: impl ExactSizeIterator<Item = (f64, f64)>) {
     let rounding = if size_of::<T>() == 4 { 1.0 / 16_777_216.0 } else { f64::EPSILON };
     assert_eq!(found.len(), expected.len(), "{what}: length");
@@ -79,7 +82,7 @@ fn assert_rounded<T: Scalar>(what: &str, found: &[T], expected: impl ExactSizeIt
     }
 }
 
-/// Fails unless some numbers in double precision are right within a few of its roundings, 1e-14.
+/// Fails unless numbers in double precision are right within a few roundings, 1e-14.
 fn assert_numbers(what: &str, found: &Buffer<f64>, expected: &[f64]) {
     let found = found.to_vec().unwrap();
     let near = |(found, expected): (&f64, &f64)| relative_eq!(found, expected, epsilon = 0.0, max_relative = 1e-14);
@@ -94,7 +97,7 @@ fn four_vectors<T: Scalar>(seed: u64, n: usize) -> [Vec<T>; 4] {
     [(); 4].map(|()| random.vector(n))
 }
 
-/// Σ c_k x_k at element i, and Σ |c_k x_k|, over those that are there.
+/// Σ c_k x_k at element i, and Σ |c_k x_k|, over the present vectors.
 fn combined<T: Scalar>(x: &[Vec<T>; 4], (present, c): ([bool; 4], [f64; 4]), i: usize) -> (f64, f64) {
     let terms = (0..4).filter(|&k| present[k]).map(|k| c[k] * Into::<f64>::into(x[k][i]));
     terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()))
@@ -104,7 +107,7 @@ fn dot(x: &[f64], y: &[f64]) -> f64 {
     x.iter().zip(y).map(|(x, y)| x * y).sum()
 }
 
-/// The products of A and B of a device's vectors.
+/// The products of A and B, on a device.
 fn products<T: Scalar>(device: &Device, vectors: &[Slice<'_, T>], a: [f64; 4], b: [f64; 4]) -> Buffer<f64> {
     let (a, b) = (device.upload(&a).unwrap(), device.upload(&b).unwrap());
     let mut out = device.poisoned(PRODUCTS).unwrap();
@@ -135,7 +138,7 @@ fn check_combined_products<T: Scalar>(devices: &[(String, Device)]) {
                 let views: Vec<_> = parts.iter().map(Part::view).collect();
                 let found = products(device, &views, a, b).to_vec().unwrap();
                 for k in 0..3 {
-                    // What is left in double precision is the order of the sum.
+                    // In double precision, only the order of the sum differs.
                     let error = (found[k] - sums[k]).abs();
                     assert!(error <= 1e-13 * sizes[k], "{name}, n = {n}, {count} vectors: {found:?}, not {sums:?}");
                 }
@@ -153,8 +156,8 @@ fn combined_products() {
     check_combined_products::<f64>(&host_devices());
 }
 
-/// The difference of two gradients is 1e-4 of them: rounding a product to single precision would leave three digits of an
-/// element, and the difference of the products in double eight of a sum.
+/// The difference of two gradients is 1e-4 of them. Rounding a product to single precision would leave three digits of
+/// an element. The difference of products in double leaves eight digits of a sum.
 #[test]
 fn a_small_difference_of_large_vectors_keeps_its_digits() {
     let n = 100_003;
@@ -170,7 +173,7 @@ fn a_small_difference_of_large_vectors_keeps_its_digits() {
         let vectors = [x0.view(), x1.view()];
         let found = products(&device, &vectors, [-0.3, 0.3, 0.0, 0.0], [0.7, 0.7, 0.0, 0.0]).to_vec().unwrap();
         for k in 0..3 {
-            // An element of the difference is right to 1e-16/1e-4 = 1e-12 of it, and its errors do not add up.
+            // An element of the difference has a relative error of 1e-16/1e-4 = 1e-12, and the errors do not add up.
             assert!(
                 abs_diff_eq!(found[k], expected[k], epsilon = 1e-12 * scale[k]),
                 "{name}: {found:?} instead of {expected:?}"
@@ -197,7 +200,7 @@ fn check_combine<T: Scalar>(devices: &[(String, Device)]) {
                 }
                 let (alone, added) = (alone.values(), added.values());
                 let what = format!("{name}, n = {n}, odd {odd}, {combination:?}");
-                // Of each term: its coefficient, the product, up to three sums, the weight, its product.
+                // Roundings of each term: its coefficient, the product, up to three sums, the weight, its product.
                 let exact = (0..n).map(|i| combined(&x, combination, i)).map(|(sum, size)| (weight * sum, 7.0 * size));
                 assert_rounded(&what, &alone, exact.clone());
                 let total = exact.zip(&before).map(|((sum, roundings), &before)| {
@@ -251,7 +254,8 @@ fn check_perturb_along<T: Scalar>(devices: &[(String, Device)]) {
                 let expected = (0..n).map(|i| {
                     let (along, size) = combined(&x, combination, i);
                     let (scale, w) = (rho / (norm + 1e-12), Into::<f64>::into(w[i]));
-                    // Of each term: its coefficient, the product, the sum, the scale, its product; and the point.
+                    // Roundings of each term: its coefficient, the product, the sum, the scale, its product; and the
+                    // point.
                     (w + scale * along, 5.0 * scale * size + (w + scale * along).abs())
                 });
                 assert_rounded(&format!("{name}, n = {n}, odd {odd}"), &found, expected);
@@ -267,7 +271,7 @@ fn perturb_along() {
     check_perturb_along::<f64>(&host_devices());
 }
 
-/// Without a direction the norm is 0, and 1e-12 in its place keeps 0/0 away.
+/// Without a direction the norm is 0, and the 1e-12 in the denominator avoids 0/0.
 #[test]
 fn directions_that_vanish_give_the_weights_themselves() {
     let (w, g): (Vec<f32>, Vec<f32>) = (Random(1).vector(1003), Random(2).vector(1003));
@@ -307,7 +311,7 @@ fn check_ascend<T: Scalar>(devices: &[(String, Device)]) {
                 let (w_view, g_view, moved) = (weights.view(), gradient.view(), displacement.view_mut());
                 sharpness::ascend(w_view, g_view, moved, c.view(), out.view_mut(), (first, last)).unwrap();
                 let what = format!("{name}, n = {n}, odd {odd}, first {first}, last {last}");
-                // Of each term: its coefficient, the product, the sum.
+                // Roundings of each term: its coefficient, the product, the sum.
                 let moved = (0..n).map(|i| {
                     let (kept, along) = (keep * Into::<f64>::into(before[i]), step * Into::<f64>::into(g[i]));
                     if first { (along, 2.0 * along.abs()) } else { (kept + along, 3.0 * (kept.abs() + along.abs())) }
@@ -335,7 +339,8 @@ fn ascend() {
     check_ascend::<f64>(&host_devices());
 }
 
-/// T g, T² g and the point of ASAM, with the roundings of the point: η, T twice, the products, the scale; and the point.
+/// T g, T² g and the point of ASAM, with the roundings of the point: η, T twice, the products, the scale; and the
+/// point.
 fn adaptive(w: f64, g: f64, scaled: bool, eta: f64, scale: f64) -> (f64, (f64, f64)) {
     let t = if scaled { w.abs() + eta } else { 1.0 };
     let (step, point) = (scale * t * t * g, w + scale * t * t * g);
@@ -384,7 +389,7 @@ fn adaptive_balls() {
     check_adaptive::<f64>(&host_devices());
 }
 
-/// A vector so long that the CPU writes past its caches, scaled to an odd place in the midst of a line.
+/// A vector so long that the CPU writes past its caches, with a scaled part that ends in the middle of a cache line.
 #[test]
 fn adaptive_balls_of_long_vectors() {
     let n = 4_500_007;
@@ -418,7 +423,7 @@ fn check_perturb_normal<T: Scalar>(devices: &[(String, Device)]) {
             let (mut norm, mut reduction) = (device.poisoned::<f64>(1).unwrap(), Reduction::new(device).unwrap());
             random::normal_norm(n, seed, first_block, &mut reduction, norm.view_mut()).unwrap();
             let found = norm.to_vec().unwrap();
-            // Squares are exact and sums are in double precision: what is left is the order of the sum.
+            // Squares are exact and sums are in double precision: only the order of the sum differs.
             assert!(
                 relative_eq!(found[0], exact, epsilon = 0.0, max_relative = 1e-13),
                 "{name}, n = {n}: norm {found:?} instead of {exact}"
@@ -433,7 +438,7 @@ fn check_perturb_normal<T: Scalar>(devices: &[(String, Device)]) {
             let expected = z.iter().zip(&w).map(|(z, &w)| {
                 let step = rho * z / (exact + 1e-12);
                 let point = step + w.into();
-                // The scale and its product, and the point.
+                // Roundings: the scale, its product, and the point.
                 (point, 2.0 * step.abs() + point.abs())
             });
             assert_rounded(&format!("{name}, n = {n}, odd {odd}, block {first_block}"), &found, expected);
@@ -448,7 +453,7 @@ fn perturb_normal() {
     check_perturb_normal::<f64>(&host_devices());
 }
 
-// ---- Formulas of a few numbers -------------------------------------------------------------------------------------
+// ---- Formulas for a few numbers ------------------------------------------------------------------------------------
 
 #[test]
 fn quotients() {
@@ -482,7 +487,7 @@ fn rejections() {
             sharpness::rejection(products.view(), 1.0, -0.4, c.view_mut()).unwrap();
             assert_numbers(&name, &c, &expected);
         }
-        // What is left of B has nothing in common with A.
+        // The rest of B is orthogonal to A.
         if device.is_host() {
             let (x, y) = (device.upload(&a).unwrap(), device.upload(&b).unwrap());
             let found = products(&device, &[x.view(), y.view()], [1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]);
@@ -512,7 +517,8 @@ fn gam_coefficients() {
             sharpness::gam_coefficients(found.view(), terms, c.view_mut()).unwrap();
             let c: [f64; 4] = c.to_vec().unwrap().try_into().unwrap();
             let found: Vec<f64> = (0..n).map(|i| combined(&g, ([true; 4], c), i).0).collect();
-            // Elements of up to 15 with some twenty roundings, and the share of G with a root of its thousand terms.
+            // Elements of up to 15 with about twenty roundings, and the part of G with the square root of its thousand
+            // terms.
             let expected = (0..n).map(|i| (of_g[i] - terms.gamma * (m[i] - of_g[i] * share), 300.0));
             assert_rounded(&name, &found, expected);
         }
@@ -543,7 +549,7 @@ fn ascent_coefficients() {
         assert_numbers(&format!("{name}: inside"), &coefficients(moved, 0.9), &[1.0, 0.125 * near]);
         let shrink = 0.4 / (0.3 + 0.5 * near).hypot(0.4);
         assert_numbers(&format!("{name}: outside"), &coefficients(moved, 0.4), &[shrink, shrink * 0.125 * near]);
-        // A step straight back to the centre leaves nothing to divide by; a gradient that vanished moves nothing.
+        // A step back to the centre leaves a zero to divide by. A gradient of zero moves nothing.
         let back = coefficients(Some([0.25, -2.0, 16.0]), 0.4);
         assert_numbers(&format!("{name}: back"), &back, &[1.0, 0.125 * near]);
         let kept = coefficients(Some([0.25, 0.0, 0.0]), 0.4).to_vec().unwrap();
@@ -555,7 +561,7 @@ fn ascent_coefficients() {
 fn clip_coefficients() {
     let c = [1.5, -0.3, 0.0, 7.0];
     for (name, device) in devices() {
-        // PyTorch's 1e-6 clips what is at the limit, too.
+        // Because of PyTorch's 1e-6, a norm at the limit is clipped too.
         for (norm, scale) in [(0.0, 1.0), (1.999, 1.0), (2.0, 2.0 / 2.000001), (8.0, 2.0 / 8.000001)] {
             let (norm, mut clipped) = (device.upload(&[norm]).unwrap(), device.upload(&c).unwrap());
             sharpness::clip_coefficients(norm.view(), 2.0, clipped.view_mut()).unwrap();
@@ -585,7 +591,8 @@ fn adgd_rates() {
             sharpness::adgd_rates(products.view(), norm.view(), state.view(), 0.02, rates.view_mut()).unwrap();
             let per_rho = if eta > 0.0 { 3.0 / eta.sqrt() } else { 1e300 };
             assert_numbers(&format!("{name}: {what}"), &rates, &[eta, eta.sqrt(), theta, per_rho]);
-            // The fourth as a norm displaces by ρ = sqrt(η), here from 0 along a gradient of norm 3.
+            // With the fourth number as the norm, the displacement is ρ = sqrt(η), here from 0 along a gradient of norm
+            // 3.
             let (w, g) = (device.zeros::<f32>(5).unwrap(), device.upload(&[3.0f32, 0.0, 0.0, 0.0, 0.0]).unwrap());
             let mut out = device.poisoned::<f32>(5).unwrap();
             let per_rho = rates.slice(3..4).unwrap();
@@ -622,7 +629,7 @@ fn other_device(result: Result<()>, name: &str) {
     assert_eq!(argument, name);
 }
 
-/// Calls with an argument that is too long by one and with one that lives elsewhere: both are refused, by its name.
+/// Calls with an argument that is too long by one, and with one of another device. The errors name the argument.
 fn refused<T: Element>(name: &str, len: usize, device: &Device, mut call: impl FnMut(Slice<'_, T>) -> Result<()>) {
     length(call(device.zeros(len + 1).unwrap().view()), name, len + 1, len);
     other_device(call(Device::host().zeros(len).unwrap().view()), name);
@@ -696,7 +703,7 @@ fn wrong_lengths_and_devices_are_refused() {
     refused("w", 10, here, |w| random::perturb_normal(w, 1, 0, one, 0.1, vector().view_mut()));
     refused("norm", 1, here, |norm| random::perturb_normal(x, 1, 0, norm, 0.1, vector().view_mut()));
 
-    // Numbers of vectors that no kernel takes.
+    // More or fewer vectors than any kernel takes.
     let argument = |result: Result<()>| assert!(matches!(result.unwrap_err(), Error::Argument { .. }));
     let some = |count| Combination { vectors: [0, 1, 2, 3].map(|k| (k < count).then_some(x)), coefficients: four };
     argument(s::combined_products::<f32>(&[], four, four, sums, number(5).view_mut()));

@@ -1,5 +1,6 @@
-//! What is stored in 16 bits is computed as in single precision and rounded once: every kernel of the network's small layers
-//! gives, to the bit, what its f32 form gives for the same numbers. (`tests/kernels/conv.rs` has the convolutions.)
+//! With storage in 16 bits, kernels compute in single precision and round once. Every kernel of a network's small
+//! layers gives the rounded results of its f32 form for the same numbers, bit for bit. (`tests/kernels/conv.rs` has the
+//! convolutions.)
 
 use crate::common::{Random, devices};
 use half::{bf16, f16};
@@ -11,7 +12,7 @@ use polder::kernels::batch_norm::{
 use polder::kernels::image::{self, Augment, BatchShape, Normalization, Position};
 use polder::kernels::layers::{self, LinearShape, PoolShape, ShortcutShape};
 
-/// Results by what they are stored as.
+/// Results, by the type in which they are stored.
 #[derive(Default)]
 struct Results {
     stored: Vec<(&'static str, Vec<f64>)>,
@@ -37,7 +38,7 @@ impl<S: Compute<Master = f32>, R: Compute> Runner<'_, S, R> {
         self.device.upload(&values).unwrap()
     }
 
-    /// A parameter or statistic, above zero.
+    /// A parameter or a statistic, which is positive.
     fn wide(&mut self, n: usize) -> Buffer<f32> {
         let values: Vec<f32> = (0..n).map(|_| 0.5 + self.random.uniform() as f32).collect();
         self.device.upload(&values).unwrap()
@@ -181,7 +182,7 @@ impl<S: Compute<Master = f32>, R: Compute> Runner<'_, S, R> {
             batch_norm::forward_eval(shape, plain, running_mean.view(), running_var.view(), y.view_mut(), saved)?;
             self.keep("forward_eval", &y);
 
-            // Each mask, and each fate of the residual's gradient.
+            // Each kind of mask, with no residual's gradient, one that is written and one that is added.
             let (dy, mask) = (self.stored(n), self.stored(n));
             let x_tangent = self.stored(n);
             let dy_tangent = self.stored(n);

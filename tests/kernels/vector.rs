@@ -1,4 +1,4 @@
-//! The vector kernels against double-precision references, on every device, in every launch shape and schedule.
+//! The vector kernels against double-precision references, on every device, in every launch shape and order of blocks.
 
 use approx::{abs_diff_eq, relative_eq};
 
@@ -60,12 +60,12 @@ fn fill_and_axpy() {
     check_fill_and_axpy::<f64>(host_devices(), f64::EPSILON);
 }
 
-/// The nearest value of a 16-bit type to x, ties to even, found among the neighbours of the library's own guess.
+/// The value of a 16-bit type that is nearest to x, ties to even, among the neighbours of the library's result.
 fn nearest<P: Copy>(x: f64, guess: u16, value: impl Fn(u16) -> f64, from_bits: impl Fn(u16) -> P) -> P {
     let sign = if x.is_sign_negative() { 0x8000 } else { 0 };
     let magnitude = guess & 0x7fff;
     let candidates = [magnitude.saturating_sub(1), magnitude, (magnitude + 1).min(0x7fff)];
-    // Infinity counts as the next power of two, which is where rounding overflows.
+    // Infinity counts as the next power of two: rounding overflows there.
     let distance = |bits: u16| {
         let found = value(bits);
         let found = if found.is_infinite() { 2.0 * value(bits - 1) - value(bits - 2) } else { found };
@@ -86,7 +86,7 @@ fn nearest_bf16(x: f64) -> bf16 {
     nearest(x, bf16::from_f64(x).to_bits(), |bits| bf16::from_bits(bits).to_f64(), bf16::from_bits)
 }
 
-/// Numbers of every size, and those where rounding is delicate: ties, a hair beside ties, subnormals, overflow.
+/// Numbers of every size, and difficult ones: ties, numbers next to ties, subnormals, overflow.
 fn delicate_numbers() -> Vec<f64> {
     let mut random = Random(5);
     let mut numbers: Vec<f64> =
@@ -216,7 +216,7 @@ fn check_norm_and_dot<T: Scalar>(devices: Vec<(String, Device)>) {
             vector::l2_norm(a.view(), &mut reduction, out.slice_mut(0..1).unwrap()).unwrap();
             vector::dot(a.view(), b.view(), &mut reduction, out.slice_mut(1..2).unwrap()).unwrap();
             let found = out.to_vec().unwrap();
-            // Products are exact and sums are in double precision: what is left is the order of the sum.
+            // Products are exact and sums are in double precision: only the order of the sum differs.
             assert!(
                 relative_eq!(found[0], norm_of(&x64), epsilon = 0.0, max_relative = 1e-13),
                 "{name}, n = {n}: norm {}",
@@ -271,7 +271,7 @@ fn norms_show_what_is_not_finite() {
 
 // ---- Perturbed weights ---------------------------------------------------------------------------------------------
 
-/// `to_f64` for any compute type, and its rounding.
+/// `to_f64` for any compute type, and the type's rounding.
 trait Side: Compute {
     const ROUNDING: f64;
     fn value(self) -> f64;
@@ -334,7 +334,8 @@ fn check_perturb<T: Scalar, P: Side>(devices: Vec<(String, Device)>, rounding: f
                     for (found, exact) in
                         [(found_plus[i].value(), w64[i] + step), (found_minus[i].value(), w64[i] - step)]
                     {
-                        // Scale and product are rounded in T, the sum in T and then in P; P's subnormals begin at 6e-5.
+                        // Scale and product are rounded to T, the sum to T and then to P. The subnormals of P begin at
+                        // 6e-5.
                         let bound = 3.0 * rounding * (w64[i].abs() + step.abs()) + P::ROUNDING * exact.abs() + 3e-8;
                         let bound = if P::ROUNDING < 1e-4 { bound - 3e-8 } else { bound };
                         let error = (found - exact).abs();
@@ -396,7 +397,7 @@ fn a_nan_in_the_gradient_shows_in_the_perturbed_weights() {
     }
 }
 
-/// Vectors so long that the CPU writes past its caches, in parts that begin at odd places.
+/// Vectors so long that the CPU writes past its caches, in parts that begin at unaligned addresses.
 #[test]
 fn long_vectors_are_written_to_the_last_element() {
     let n = 9_000_011;
@@ -442,7 +443,7 @@ fn long_vectors_are_written_to_the_last_element() {
     }
 }
 
-/// Parts of buffers that allow no 16-byte access, and neighbours that must stay as they are.
+/// Parts of buffers that allow no 16-byte access. Their neighbours must not change.
 #[test]
 fn parts_of_buffers_that_begin_anywhere() {
     let n = 5000;
@@ -496,7 +497,7 @@ fn bowl(w: [f64; 2], quartic: f64) -> (f64, [f64; 2]) {
     (loss, [10.0 * x + quartic * x.powi(3), y + quartic * y.powi(3)])
 }
 
-/// CR-SAM's direction at (1, 1), ρ = 0.1, α = 0.1, β = 0.01, from the kernels alone.
+/// CR-SAM's direction at (1, 1) with ρ = 0.1, α = 0.1 and β = 0.01, computed by the kernels only.
 fn cr_sam_direction(device: &Device, form: CrSamForm, quartic: f64) -> [f64; 2] {
     let (loss0, g0) = bowl([1.0, 1.0], quartic);
     let norm = g0[0].hypot(g0[1]);
@@ -515,7 +516,7 @@ fn cr_sam_direction(device: &Device, form: CrSamForm, quartic: f64) -> [f64; 2] 
 
 #[test]
 fn cr_sam_coefficients_give_the_closed_forms_direction() {
-    // Worked out by hand from the definition in double precision, to eight decimals.
+    // Computed by hand from the definition in double precision, to eight decimals.
     let golden = [
         (CrSamForm::Released, 0.0, [11.01493793, 1.01014938]),
         (CrSamForm::Log, 0.0, [11.00493818, 1.01004938]),
@@ -535,7 +536,7 @@ fn cr_sam_coefficients_give_the_closed_forms_direction() {
 #[test]
 fn cr_sam_drops_terms_whose_logarithm_is_undefined() {
     let (alpha, beta) = (0.1, 0.01);
-    // Losses, then whether the α-term and the β-term are dropped.
+    // The losses, and whether the α term and the β term are dropped.
     let cases = [
         ([1.0, 1.5, 0.75], false, false),
         ([1.0, 1.25, 0.5], true, false),
@@ -560,7 +561,7 @@ fn cr_sam_drops_terms_whose_logarithm_is_undefined() {
             assert_close(&name, &coefficients.to_vec().unwrap(), &[-2.0 * a, 1.0 + a + b, a - b], 1e-15);
             expected_dropped = [expected_dropped[0] + u32::from(no_alpha), expected_dropped[1] + u32::from(no_beta)];
             assert_eq!(dropped.to_vec().unwrap(), expected_dropped, "{name}: {losses:?}");
-            // The released form divides by neither, and a term of weight 0 cannot be dropped.
+            // The released form divides by neither, and a term of weight 0 is not counted.
             for settings in
                 [CrSam { form: CrSamForm::Released, ..settings }, CrSam { alpha: 0.0, beta: 0.0, ..settings }]
             {
@@ -580,7 +581,7 @@ fn cr_sam_drops_terms_whose_logarithm_is_undefined() {
             let out = coefficients.view_mut();
             vector::cr_sam_coefficients(losses.view(), settings, out, go_on.view(), dropped.view_mut()).unwrap();
             assert_eq!(dropped.to_vec().unwrap(), expected, "{name}");
-            // A step that is skipped drops nothing.
+            // A skipped step counts nothing.
             let out = coefficients.view_mut();
             vector::cr_sam_coefficients(losses.view(), settings, out, skip.view(), dropped.view_mut()).unwrap();
             assert_eq!(dropped.to_vec().unwrap(), expected, "{name}");
@@ -590,7 +591,8 @@ fn cr_sam_drops_terms_whose_logarithm_is_undefined() {
 
 // ---- Updates -------------------------------------------------------------------------------------------------------
 
-/// Which of the four gradients take part, with the device's coefficients (those of the absent are NaN: they are not read).
+/// Which of the four gradients take part, with the coefficients on the device (those of absent ones are NaN: they are
+/// not read).
 const COMBINATIONS: [([bool; 4], [f64; 4]); 6] = [
     ([true, false, false, false], [1.0, f64::NAN, f64::NAN, f64::NAN]),
     ([false, false, true, false], [f64::NAN, f64::NAN, 1.5, f64::NAN]),
@@ -600,7 +602,7 @@ const COMBINATIONS: [([bool; 4], [f64; 4]); 6] = [
     ([true, true, true, true], [-1.5, 1.75, 0.5, 0.25]),
 ];
 
-/// Five steps' gradients, and for each step their combination in double precision.
+/// The gradients of five steps, and for each step their combination in double precision.
 struct Steps<T> {
     gradients: Vec<[Vec<T>; 4]>,
     combined: Vec<Vec<f64>>,
@@ -640,7 +642,7 @@ fn check_sgd<T: Scalar>(devices: Vec<(String, Device)>, rounding: f64) {
                 let mut weights = device.upload(&w).unwrap();
                 let mut momentum = device.zeros::<T>(n).unwrap();
                 let (on_device, skip) = (device.upload(&coefficients).unwrap(), device.zeros::<u32>(1).unwrap());
-                // The same rate from the device is the same step.
+                // The same rate from the device gives the same step.
                 let rate = device.upload(&[lr]).unwrap();
                 let settings =
                     SgdStep { lr: if case % 2 == 0 { settings.lr } else { Rate::Device(rate.view()) }, ..settings };
@@ -651,7 +653,7 @@ fn check_sgd<T: Scalar>(devices: Vec<(String, Device)>, rounding: f64) {
                     vector::sgd(weights.view_mut(), momentum.view_mut(), combination, settings, skip.view()).unwrap();
                 }
                 let (found_w, found_m) = (weights.to_vec().unwrap(), momentum.to_vec().unwrap());
-                // Five steps of about six roundings each, of numbers no larger than the largest gradient's.
+                // Five steps with about six roundings each, of numbers up to the largest gradient.
                 let what = format!("{name}, n = {n}, {present:?}, decay_len {decay_len}");
                 assert_close(&format!("{what}: m"), &found_m, &m64, 30.0 * rounding);
                 assert_close(&format!("{what}: w"), &found_w, &w64, 30.0 * rounding);
@@ -727,7 +729,7 @@ fn check_adamw<T: Scalar>(devices: Vec<(String, Device)>, rounding: f64) {
                 let what = format!("{name}, n = {n}, {present:?}, decay_len {decay_len}");
                 assert_close(&format!("{what}: m"), &found[1], &m64, 30.0 * rounding);
                 assert_close(&format!("{what}: v"), &found[2], &v64, 30.0 * rounding);
-                // A step is ±lr/(1 − β1^t) m/sqrt(v), at most a few lr; where g nearly cancels, its relative error counts.
+                // A step is ±lr/(1 − β1^t) m/sqrt(v), at most a few lr. If g nearly cancels, its relative error counts.
                 assert_close(&format!("{what}: w"), &found[0], &w64, 30.0 * rounding);
                 found.iter().map(|values| bits(values)).collect()
             });
@@ -859,7 +861,7 @@ fn check_finite_finds_a_single_bad_element_anywhere() {
     }
 }
 
-/// The passes that end a gradient one by one, but for the norm.
+/// The separate passes that finish a gradient, without the norm.
 type InTurn<T> = fn(&mut Buffer<T>, Option<Slice<'_, f64>>, SliceMut<'_, u32>) -> Result<()>;
 
 fn check_finish_gradient<T: Scalar>(devices: &[(String, Device)], scale: Option<f64>, in_turn: InTurn<T>) {
@@ -886,7 +888,7 @@ fn check_finish_gradient<T: Scalar>(devices: &[(String, Device)], scale: Option<
     }
 }
 
-/// One pass for what otherwise takes two or three, to the same bits.
+/// One pass gives the bits of the two or three separate ones.
 #[test]
 fn a_gradient_is_finished_in_one_pass() {
     check_finish_gradient::<f32>(&devices(), None, |x, _, flag| vector::check_finite(x.view(), flag));

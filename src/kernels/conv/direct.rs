@@ -8,7 +8,8 @@ use crate::device::constants::PANEL_BYTES;
 use crate::device::{Compute, Launch, Result, Slice, SliceMut, id};
 use crate::kernels::pick;
 
-/// Packed weights are padded to a multiple of so many channels: a panel of the kernels in single precision, two in double.
+/// Packed weights are padded to a multiple of so many channels: a panel of the kernels in single precision, two in
+/// double.
 pub(super) const PANEL: usize = PANEL_BYTES / 4;
 
 /// Blocks of a weight gradient: enough for the cores of a large machine, and to balance the load on two cores.
@@ -26,15 +27,16 @@ fn groups(shape: &ConvShape) -> usize {
     WEIGHT_GRADIENT_BLOCKS.div_ceil(shape.in_channels.div_ceil(slice(shape))).min(shape.batch)
 }
 
-/// Input channels of one block of the weight gradient. With several taps this is a panel, so that pixels are close together in the
-/// block's padded copy of the image. With one tap it is more, so that a tile of the output gradient is used often enough.
+/// Input channels of one block of the weight gradient. With several taps this is a panel, so that pixels are close
+/// together in the block's padded copy of the image. With one tap it is more, so that a tile of the output gradient is
+/// used often enough.
 fn slice(shape: &ConvShape) -> usize {
     if shape.kernel == 1 { 48 } else { 16 }.min(shape.in_channels)
 }
 
 impl Bands {
-    /// Bands of at least `pixels` pixels of images of `height` times `width`, with scratch memory of `bytes(images, rows)` up to `limit`. A
-    /// band is several small images, a whole image if that fits, or rows of one.
+    /// Bands of at least `pixels` pixels of images of `height` times `width`, with scratch memory of `bytes(images,
+    /// rows)` up to `limit`. A band is several small images, a whole image if that fits, or rows of one.
     fn new(
         batch: usize,
         height: usize,
@@ -86,8 +88,8 @@ pub(super) fn forward<S: Compute>(
     let args = DirectForwardArgs { x: x.address(), packed, y: y.address(), shape: shape.argument(), bands, accumulate };
     let launch = Launch::new(bands.count(shape.batch, height) as u32, 1)
         .with_shared(bytes(bands.images as usize, bands.rows as usize));
-    // SAFETY: every slice has the length that the shape implies, the workspace has room for the packed weights, and the scratch memory
-    // for one band.
+    // SAFETY: every slice has the length that the shape implies, the workspace has room for the packed weights, and the
+    // scratch memory for one band.
     unsafe {
         let kernel = S::choose(id::CONV_DIRECT_PACK_FORWARD);
         device.launch(kernel, packing(shape), &pack)?;
@@ -150,8 +152,8 @@ pub(super) fn weight_gradient<S: Compute>(
         let pixels = images * rows * width;
         (pixels * PANEL + padded.next_multiple_of(16)) * size_of::<S::Master>() + 4 * pixels
     };
-    // A band of 128 pixels, with its input and one panel of its output gradient, about fills the L1 cache. Longer bands, up to this
-    // limit, copy fewer rows twice.
+    // A band of 128 pixels, with its input and one panel of its output gradient, about fills the L1 cache. Longer
+    // bands, up to this limit, copy fewer rows twice.
     let bands = Bands::new(shape.batch, height, width, 128, 48 << 10, bytes);
     let partial = workspace.address();
     let args = DirectWeightGradientArgs {

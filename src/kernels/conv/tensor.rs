@@ -47,12 +47,13 @@ macro_rules! tile {
     };
 }
 
-/// From the narrowest to the widest. Of two with equally many columns the first is the default, and measurement may choose the other.
+/// From the narrowest to the widest. Of two with equally many columns the first is the default, and measurement may
+/// choose the other.
 static TILES: [TensorTile; 5] = polder_conv_tensor_tiles!(tile);
 
 impl TensorTile {
-    /// The tile for a product of `rows` times `columns`, computed `copies` times over parts of the depth, if no measurement has chosen
-    /// one.
+    /// The tile for a product of `rows` times `columns`, computed `copies` times over parts of the depth, if no
+    /// measurement has chosen one.
     fn new(rows: usize, columns: usize, copies: usize) -> &'static Self {
         let [narrow @ .., widest] = &TILES;
         if columns > 64 && widest.count(rows, columns) * copies >= MANY_TILES {
@@ -103,7 +104,8 @@ impl Pass {
         }
     }
 
-    /// The tiles that may be the best: not much wider than the product, but not so narrow that they read one operand many times.
+    /// The tiles that may be the best: not much wider than the product, but not so narrow that they read one operand
+    /// many times.
     fn candidates<A: Compute>(self, shape: &ConvShape) -> impl Iterator<Item = &'static TensorTile> {
         let columns = self.product::<A>(shape).1.next_power_of_two();
         TILES.iter().filter(move |tile| tile.columns <= columns.max(16) && 4 * tile.columns >= columns.min(128))
@@ -113,8 +115,8 @@ impl Pass {
 /// The device's number, the type's name, the shape and the pass.
 type Key = (usize, &'static str, ConvShape, Pass);
 
-/// The tiles that were chosen by measurement. Results do not depend on the tile, so they stay the same when a later measurement chooses
-/// differently.
+/// The tiles that were chosen by measurement. Results do not depend on the tile, so they stay the same when a later
+/// measurement chooses differently.
 static CHOSEN: LazyLock<RwLock<HashMap<Key, &'static TensorTile>>> = LazyLock::new(RwLock::default);
 
 fn choose(key: Key, tile: &'static TensorTile) {
@@ -125,8 +127,8 @@ fn choose(key: Key, tile: &'static TensorTile) {
 const TIMED_LAUNCHES: usize = 8;
 const TIMINGS: usize = 3;
 
-/// Chooses the tiles of the forward by measurement, and with `backward` those of the gradients, unless that is done already or there is
-/// not enough memory for the operands.
+/// Chooses the tiles of the forward by measurement, and with `backward` those of the gradients, unless that is done
+/// already or there is not enough memory for the operands.
 pub(super) fn measure_tiles<A: Compute>(shape: &ConvShape, backward: bool, device: &Device) -> Result<()> {
     // One at a time: two would disturb each other.
     static MEASURING: Mutex<()> = Mutex::new(());
@@ -155,8 +157,8 @@ fn noise<A: Compute>(device: &Device, len: usize, seed: u64) -> Result<Buffer<A>
     Ok(noise)
 }
 
-/// Times replays of a graph, because the CPU may take longer to start a small kernel than the GPU to run it. Sums for batch norm and the
-/// last stage of a gradient are left out: they are the same work in every tile.
+/// Times replays of a graph, because the CPU may take longer to start a small kernel than the GPU to run it. Sums for
+/// batch norm and the last stage of a gradient are left out: they are the same work in every tile.
 fn fastest_tile<A: Compute>(pass: Pass, shape: &ConvShape, device: &Device) -> Result<&'static TensorTile> {
     let (mut x, mut y) = (noise::<A>(device, shape.input_len(), 1)?, noise::<A>(device, shape.output_len(), 2)?);
     let weight = noise::<A>(device, shape.weight_len(), 3)?;
@@ -189,8 +191,8 @@ fn fastest_tile<A: Compute>(pass: Pass, shape: &ConvShape, device: &Device) -> R
     Ok(fastest)
 }
 
-/// Blocks over which a weight gradient is split: two for each multiprocessor of an H100, or one if the parts would cause more than half of
-/// the operands' traffic.
+/// Blocks over which a weight gradient is split: two for each multiprocessor of an H100, or one if the parts would
+/// cause more than half of the operands' traffic.
 const WEIGHT_GRADIENT_BLOCKS: [usize; 2] = [264, 132];
 
 /// The number of parts of a weight gradient. It depends only on the shape, because the bits of the sum depend on it.
@@ -257,7 +259,8 @@ fn forward_by<A: Compute>(
     unsafe { y.device().clone().launch(A::choose(tile.forward), tile.launch(rows, columns, 1), &args) }
 }
 
-/// The room for the sums that an input gradient leaves for batch norm. `None` if its results are not written in whole chunks.
+/// The room for the sums that an input gradient leaves for batch norm. `None` if its results are not written in whole
+/// chunks.
 pub(super) fn sums_room<A: Compute>(shape: &ConvShape) -> Option<SumsRoom> {
     let (rows, channels, classes) = Pass::InputGradient.product::<A>(shape);
     let column_blocks = channels.div_ceil(TILES[0].columns); // the most of them
@@ -265,7 +268,8 @@ pub(super) fn sums_room<A: Compute>(shape: &ConvShape) -> Option<SumsRoom> {
     (size_of::<A>() == 2 && channels.is_multiple_of(8)).then_some(room)
 }
 
-/// With the arguments `norm`, the result is masked and the sums for batch norm are left; their room is that of [`sums_room`].
+/// With the arguments `norm`, the result is masked and the sums for batch norm are left; their room is that of
+/// [`sums_room`].
 pub(super) fn input_gradient<A: Compute>(
     shape: &ConvShape,
     dy: Slice<'_, A>,
@@ -306,7 +310,8 @@ fn input_gradient_by<A: Compute>(
     unsafe { dx.device().clone().launch(A::choose(tile.input_gradient), tile.launch(rows, columns, classes), &args) }
 }
 
-/// Writes the gradients over the pixels of each split to `out`, one after the other. With one split, it may add the gradient instead.
+/// Writes the gradients over the pixels of each split to `out`, one after the other. With one split, it may add the
+/// gradient instead.
 pub(super) fn partial_weight_gradients<A: Compute>(
     shape: &ConvShape,
     x: Slice<'_, A>,
@@ -373,8 +378,8 @@ mod tests {
         ConvShape { batch, height, width, in_channels, out_channels, kernel, stride, padding }
     }
 
-    /// These cover whole chunks and single elements in both operands, every tile with its tails, one split and several, and all strides
-    /// and paddings.
+    /// These cover whole chunks and single elements in both operands, every tile with its tails, one split and several,
+    /// and all strides and paddings.
     const SHAPES: [ConvShape; 22] = [
         shape([2, 5, 6, 3, 16], 3, 1, 1),
         shape([1, 5, 6, 1, 10], 3, 2, 1),
@@ -425,8 +430,8 @@ mod tests {
         devices
     }
 
-    /// A stored type: its rounding, the part of it that is multiplied, and half a unit of its last place (relative, and the smallest
-    /// absolute one).
+    /// A stored type: its rounding, the part of it that is multiplied, and half a unit of its last place (relative, and
+    /// the smallest absolute one).
     trait Stored: Compute<Master = f32> + Into<f64> {
         const HALF_ULP: [f64; 2];
         fn round(value: f32) -> Self;
@@ -533,7 +538,8 @@ mod tests {
         buffer
     }
 
-    /// The results of a pass that writes over NaN, and of one that adds to `start`. Asserts that nothing before or after is written.
+    /// The results of a pass that writes over NaN, and of one that adds to `start`. Asserts that nothing before or
+    /// after is written.
     fn both<T: Compute>(
         device: &Device,
         offset: usize,
@@ -579,8 +585,8 @@ mod tests {
         }
     }
 
-    /// Checks all passes on every device, at `offset` elements from an aligned address: they are close to the definition and have the
-    /// same bits in every order of blocks.
+    /// Checks all passes on every device, at `offset` elements from an aligned address: they are close to the
+    /// definition and have the same bits in every order of blocks.
     fn check_shape<A: Stored>(shape: &ConvShape, seed: u64, offset: usize) {
         let numbers = |count, which| random::<A>(count, 16 * seed + which);
         let (x, weight) = (numbers(shape.input_len(), 0), numbers(shape.weight_len(), 1));
@@ -676,8 +682,8 @@ mod tests {
         }
     }
 
-    /// All results of the passes: y, the moments of its tiles, dx, dz with the sums for batch norm, the parts of dw, and the sums of
-    /// squares if there is only one part.
+    /// All results of the passes: y, the moments of its tiles, dx, dz with the sums for batch norm, the parts of dw,
+    /// and the sums of squares if there is only one part.
     fn everything<A: Stored>(shape: &ConvShape, device: &Device) -> Vec<u8> {
         let upload = |len, seed| device.upload(&random::<A>(len, seed)).unwrap();
         let x = upload(shape.input_len(), 500);

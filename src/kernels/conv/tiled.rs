@@ -6,7 +6,8 @@ use crate::device::constants::{BLOCK_THREADS, CONV_LINE_PADDING, polder_conv_til
 use crate::device::{Compute, ComputeKernels, Kernel, Launch, Result, Slice, SliceMut};
 
 impl ConvArgs {
-    /// Arguments for operands and a result (left, right, out) at these addresses. `wide`: whether packs of each are whole and aligned.
+    /// Arguments for operands and a result (left, right, out) at these addresses. `wide`: whether packs of each are
+    /// whole and aligned.
     pub fn new(shape: &ConvShape, addresses: [u64; 3], wide: [u32; 3], splits: usize, accumulate: bool) -> Self {
         let ([left, right, out], [wide_left, wide_right, wide_out]) = (addresses, wide);
         let (shape, splits, accumulate) = (shape.argument(), splits as i32, accumulate.into());
@@ -54,7 +55,8 @@ macro_rules! tile {
 /// From the narrowest to the widest.
 static TILES: [ConvTile; 4] = polder_conv_tiles!(tile);
 
-/// The widest tile is used if there are at least so many of them. Otherwise narrower ones keep more multiprocessors busy.
+/// The widest tile is used if there are at least so many of them. Otherwise narrower ones keep more multiprocessors
+/// busy.
 pub(super) const MANY_TILES: usize = 96;
 
 /// The number of blocks over which a weight gradient is split, and the minimum of pixels per block.
@@ -154,7 +156,8 @@ pub(super) fn input_gradient<S: Compute>(
     unsafe { dx.device().clone().launch(kernel, tile.launch::<S>(rows, columns, classes), &args) }
 }
 
-/// Writes the gradients over the pixels of each split to `out`, one after the other. With one split, it may add the gradient instead.
+/// Writes the gradients over the pixels of each split to `out`, one after the other. With one split, it may add the
+/// gradient instead.
 pub(super) fn partial_weight_gradients<S: Compute>(
     shape: &ConvShape,
     x: Slice<'_, S>,
