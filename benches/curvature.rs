@@ -9,7 +9,7 @@ mod common;
 use criterion::{Criterion, criterion_group, criterion_main};
 use polder::curvature::Curvature;
 use polder::nn::{Model, initial_weights};
-use polder::objective::{Objective, RunningStats};
+use polder::objective::{ObjectiveExt, RunningStats};
 use polder::plan::{Plan, PlanOptions, Shape};
 
 const BATCH: usize = 128;

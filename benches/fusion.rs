@@ -17,7 +17,7 @@ use polder::kernels::gradient::{GradientStages, Stage, Unfinished};
 use polder::kernels::precision::SCALE_START;
 use polder::kernels::vector::{self, Reduction};
 use polder::nn::{Model, initial_weights};
-use polder::objective::{Objective, RunningStats};
+use polder::objective::{ObjectiveExt, RunningStats};
 use polder::plan::{Plan, PlanOptions, Shape};
 
 const BATCH: usize = 128;

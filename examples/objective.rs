@@ -5,7 +5,7 @@
 
 use polder::Device;
 use polder::device::Result;
-use polder::objective::{Domain, Objective, Pass, RunningStats};
+use polder::objective::{Domain, Objective, ObjectiveExt, Pass, RunningStats};
 use polder::optim::{Base, METHODS, Optimizer, Settings};
 
 const SAMPLES: usize = 32;

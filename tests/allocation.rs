@@ -13,7 +13,7 @@ use polder::curvature::Curvature;
 use polder::device::{Compute, Device};
 use polder::kernels::image::{self, Augment, BatchShape, Normalization, Position};
 use polder::nn::{CifarResNet, Shortcut, initial_weights};
-use polder::objective::{Accumulator, Objective};
+use polder::objective::{Accumulator, ObjectiveExt, Wrapped};
 use polder::optim::{Base, CrSam, Optimizer, Settings};
 use polder::plan::{Plan, PlanOptions, Shape};
 
@@ -154,7 +154,7 @@ fn count<S: Compute<Master = f32>>(methods: &[AnyMethod], bases: &[Base]) {
                 image::batch(&shape, pixels, labels, order.view(), start, &normalization, augment, out, truth).unwrap();
                 // SAM in groups of several parts, the others on the whole batch.
                 if *method == AnyMethod::sam(0.05) {
-                    let mut batch = Grouped { plan: &mut plan, groups: 4, show: |_: &mut Plan<S>, _| Ok(()) };
+                    let mut batch = Wrapped(Grouped { plan: &mut plan, groups: 4, show: |_: &mut Plan<S>, _| Ok(()) });
                     optimizer.step(&mut accumulator.over(&mut batch), &mut weights, 0.01).unwrap();
                 } else {
                     optimizer.step(&mut plan, &mut weights, 0.01).unwrap();

@@ -63,7 +63,7 @@ use crate::device::{Buffer, Error, Result, Scalar, Slice};
 use crate::kernels::random;
 use crate::kernels::vector::{self, Reduction};
 pub use crate::objective::Passes;
-use crate::objective::{Objective, RunningStats};
+use crate::objective::{Objective, ObjectiveExt, RunningStats};
 
 /// Purpose of the key of random directions. It makes them independent of initial weights that were drawn from the same
 /// seed.

@@ -6,6 +6,7 @@ use super::{Curvature, Estimate};
 use crate::device::{Buffer, Error, Result, Scalar};
 use crate::kernels::sharpness;
 use crate::kernels::vector::{self, Combination};
+use crate::objective::ObjectiveExt;
 
 impl<T: Scalar> Curvature<'_, T> {
     /// The trace of the Hessian by Hutchinson's estimator (1990): the mean of `vᵀHv` over vectors v of random signs.

@@ -1,6 +1,6 @@
 //! Gradient accumulation: one mini-batch made of several parts, each passed through on its own.
 
-use super::{Domain, Objective, Pass, RunningStats};
+use super::{Answer, Objective, ObjectiveExt, Pass, RunningStats, Wrapped, Wrapper};
 use crate::device::{Buffer, Device, Error, Result, Scalar, Slice, SliceMut};
 use crate::kernels::vector::Combination;
 use crate::kernels::{metrics, sharpness};
@@ -36,8 +36,8 @@ impl<T: Scalar> Accumulator<T> {
     /// product with the Hessian are the means over the parts, in each pass. With batch norm in training mode this
     /// differs slightly from the whole batch, because each part is normalised by itself. Groups of `objective` that do
     /// not fill a last one are left out. If there are too few for one, every pass is an [`Error::Argument`].
-    pub fn over<'a>(&'a mut self, objective: &'a mut dyn Objective<T>) -> Accumulated<'a, T> {
-        Accumulated { accumulator: self, objective, group: 0 }
+    pub fn over<'a>(&'a mut self, objective: &'a mut dyn Objective<T>) -> Wrapped<Accumulated<'a, T>> {
+        Wrapped(Accumulated { accumulator: self, objective, group: 0 })
     }
 }
 
@@ -123,38 +123,43 @@ impl<T: Scalar> Accumulated<'_, T> {
     }
 }
 
-impl<T: Scalar> Objective<T> for Accumulated<'_, T> {
-    fn domain(&self) -> Domain<'_> {
-        let domain = self.objective.domain();
-        Domain { groups: domain.groups / self.accumulator.parts, ..domain }
+impl<T: Scalar> Wrapper<T> for Accumulated<'_, T> {
+    fn inner(&self) -> &dyn Objective<T> {
+        self.objective
     }
 
-    fn pass(&mut self, pass: Pass<'_, T>) -> Result<()> {
-        if let Pass::Select { group } = pass {
-            self.group = group;
-        }
-        let one_part = self.accumulator.parts == 1;
+    fn inner_mut(&mut self) -> &mut dyn Objective<T> {
+        self.objective
+    }
+
+    fn groups(&self) -> usize {
+        self.objective.domain().groups / self.accumulator.parts
+    }
+
+    fn answer<'p>(&mut self, pass: Pass<'p, T>) -> Result<Answer<'p, T>> {
         match pass {
-            Pass::Commit { .. } | Pass::Abandon | Pass::Displacement { .. } => self.objective.pass(pass),
-            Pass::Select { .. } if one_part => self.objective.pass(pass),
-            // Each pass selects the parts itself.
-            Pass::Select { .. } => Ok(()),
-            other => {
-                self.check()?;
-                match other {
-                    pass if one_part => self.objective.pass(pass),
-                    Pass::Gradient { weights, running_stats, gradient, loss, flag } => {
-                        self.mean_gradient(weights, running_stats, gradient, loss, flag)
-                    }
-                    Pass::HessianVector { weights, direction, product, flag } => {
-                        self.mean_product(weights, direction, product, flag)
-                    }
-                    Pass::HessianVectorPair { weights, directions, products, flag } => {
-                        self.mean_products(weights, directions, products, flag)
-                    }
-                    pass => pass.split(self),
-                }
-            }
+            Pass::Commit { .. } | Pass::Abandon | Pass::Displacement { .. } => return Ok(Answer::Forward(pass)),
+            Pass::Select { group } => self.group = group,
+            _ => self.check()?,
         }
+        if self.accumulator.parts == 1 {
+            return Ok(Answer::Forward(pass));
+        }
+        match pass {
+            Pass::Gradient { weights, running_stats, gradient, loss, flag } => {
+                self.mean_gradient(weights, running_stats, gradient, loss, flag)?;
+            }
+            Pass::HessianVector { weights, direction, product, flag } => {
+                self.mean_product(weights, direction, product, flag)?;
+            }
+            Pass::HessianVectorPair { weights, directions, products, flag } => {
+                self.mean_products(weights, directions, products, flag)?;
+            }
+            // The passes above select each part.
+            Pass::Select { .. } => {}
+            // Every other pass consists of these.
+            pass => return Ok(Answer::Split(pass)),
+        }
+        Ok(Answer::Done)
     }
 }

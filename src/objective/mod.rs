@@ -2,8 +2,8 @@
 //!
 //! An [`Objective`] answers one call, [`Objective::pass`]. A [`Pass`] says what is wanted: a gradient, two gradients, a
 //! product with the Hessian, the end of a step. An objective answers the passes that it can do well and hands every
-//! other one to [`Pass::split`], which takes it apart into simpler ones. A wrapper changes the passes that it is about
-//! and forwards the rest.
+//! other one to [`Pass::split`], which takes it apart into simpler ones. A [`Wrapper`] changes some passes of another
+//! objective; every other pass reaches that objective as it is.
 //!
 //! A network's [`Plan`](crate::plan::Plan) is an objective; so is any function of a flat vector that a user brings:
 //!
@@ -269,20 +269,70 @@ fn unsupported(what: &str) -> Result<()> {
 ///
 /// Every pass of one optimizer step sees the same mini-batch: the caller changes the batch between steps only.
 ///
-/// An objective implements [`domain`](Objective::domain) and [`pass`](Objective::pass). The other methods are
-/// shorthands that make a [`Pass`]; do not override them, because callers that make the pass themselves would not see
-/// it.
+/// [`ObjectiveExt`] has a shorthand for each pass. An objective around another one implements [`Wrapper`] instead.
 pub trait Objective<T: Scalar> {
     /// The vector that it is a function of.
     fn domain(&self) -> Domain<'_>;
 
-    /// Answers a pass. Everything that is not answered here goes to [`Pass::split`], in a wrapper to the wrapped
-    /// objective.
+    /// Answers a pass. What the objective does not do itself goes to [`Pass::split`].
     ///
     /// # Errors
     /// Those of the device; [`Error::Argument`] for a pass that the objective does not have.
     fn pass(&mut self, pass: Pass<'_, T>) -> Result<()>;
+}
 
+/// What a [`Wrapper`] does with a pass.
+pub enum Answer<'a, T: Scalar> {
+    /// It has answered the pass.
+    Done,
+    /// The wrapped objective answers the pass as it is.
+    Forward(Pass<'a, T>),
+    /// The pass is [split](Pass::split), and the wrapper sees the simpler ones.
+    Split(Pass<'a, T>),
+}
+
+/// Changes some passes of another objective. [`Wrapped`] makes an objective of it.
+///
+/// A wrapper decides for every pass, so a fast path of the wrapped objective is lost only by an explicit
+/// [`Answer::Split`].
+pub trait Wrapper<T: Scalar> {
+    /// The wrapped objective.
+    fn inner(&self) -> &dyn Objective<T>;
+
+    /// The wrapped objective, for the passes that are forwarded.
+    fn inner_mut(&mut self) -> &mut dyn Objective<T>;
+
+    /// Number of groups that the mini-batch can be taken in; see [`Domain::groups`].
+    fn groups(&self) -> usize {
+        self.inner().domain().groups
+    }
+
+    /// Answers a pass, or says what happens to it.
+    ///
+    /// # Errors
+    /// Those of a pass that it answers.
+    fn answer<'p>(&mut self, pass: Pass<'p, T>) -> Result<Answer<'p, T>>;
+}
+
+/// A [`Wrapper`] as an objective.
+pub struct Wrapped<W>(pub W);
+
+impl<T: Scalar, W: Wrapper<T>> Objective<T> for Wrapped<W> {
+    fn domain(&self) -> Domain<'_> {
+        Domain { groups: self.0.groups(), ..self.0.inner().domain() }
+    }
+
+    fn pass(&mut self, pass: Pass<'_, T>) -> Result<()> {
+        match self.0.answer(pass)? {
+            Answer::Done => Ok(()),
+            Answer::Forward(pass) => self.0.inner_mut().pass(pass),
+            Answer::Split(pass) => pass.split(self),
+        }
+    }
+}
+
+/// A shorthand for each pass of an [`Objective`].
+pub trait ObjectiveExt<T: Scalar>: Objective<T> {
     /// Number of elements of the vector.
     fn len(&self) -> usize {
         self.domain().len
@@ -383,6 +433,8 @@ pub trait Objective<T: Scalar> {
         self.pass(Pass::Commit { skip })
     }
 }
+
+impl<T: Scalar, O: Objective<T> + ?Sized> ObjectiveExt<T> for O {}
 
 /// `out = to − from`
 pub(crate) fn difference<T: Scalar>(from: Slice<'_, T>, to: Slice<'_, T>, mut out: SliceMut<'_, T>) -> Result<()> {

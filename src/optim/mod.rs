@@ -51,7 +51,7 @@ pub use step::{Coefficients, Direction, Numbers, Row, Step, Store, Vector, Vecto
 use crate::device::{Buffer, Device, Error, Result, Scalar, Slice};
 use crate::kernels::vector::{self, AdamWStep, Combination, Rate, Reduction, SgdStep};
 use crate::kernels::{metrics, random, sharpness};
-use crate::objective::{Objective, Pass};
+use crate::objective::{Objective, ObjectiveExt, Pass};
 use crate::settings::SettingError;
 use step::{place, room};
 

@@ -11,7 +11,7 @@ use crate::arena::ALIGNMENT;
 use crate::device::{Buffer, Device, Disjoint, Error, Result, Scalar, Slice, SliceMut};
 use crate::kernels::vector::{self, Combination, Reduction};
 use crate::kernels::{random, sharpness};
-use crate::objective::{Displacement, Objective, Pass, RunningStats};
+use crate::objective::{Displacement, Objective, ObjectiveExt, Pass, RunningStats};
 
 /// A vector as long as the weights that a verb reads or writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

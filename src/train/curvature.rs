@@ -7,7 +7,7 @@ use crate::data::{ImageShape, Images};
 use crate::device::{self, Buffer, Device, Error, Slice};
 use crate::kernels::batch_norm::Mode;
 use crate::kernels::image::{BatchShape, Normalization};
-use crate::objective::Accumulator;
+use crate::objective::{Accumulator, Wrapped};
 use crate::plan::{Network, Plan, PlanOptions, Shape};
 use crate::settings;
 use crate::settings::{Choice, Configurable};
@@ -122,7 +122,7 @@ impl CurvatureMeter {
     ) -> Result<R, TrainError> {
         self.plan.set_statistics(statistics)?;
         let (pixels, labels) = self.images.views();
-        let mut images = Batch {
+        let mut images = Wrapped(Batch {
             plan: &mut self.plan,
             shape: self.shape,
             pixels,
@@ -132,7 +132,7 @@ impl CurvatureMeter {
             clock: None,
             normalization: &self.normalization,
             augment: None,
-        };
+        });
         let mut all = self.accumulator.over(&mut images);
         Ok(measure(&mut Curvature::new(&mut all, weights)?)?)
     }
@@ -151,7 +151,7 @@ impl CurvatureMeter {
         let (pixels, labels) = self.images.views();
         let part = self.shape.batch;
         let found = (0..self.order.len() / part).map(|number| {
-            let mut images = Batch {
+            let mut images = Wrapped(Batch {
                 plan: &mut self.plan,
                 shape: self.shape,
                 pixels,
@@ -161,7 +161,7 @@ impl CurvatureMeter {
                 clock: None,
                 normalization: &self.normalization,
                 augment: None,
-            };
+            });
             Ok(measure(&mut Curvature::new(&mut images, weights)?)?)
         });
         found.collect()

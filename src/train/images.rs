@@ -6,7 +6,7 @@ use super::TrainError;
 use crate::data::{self, Dataset, Images, Split};
 use crate::device::{self, Buffer, Compute, Device, HostOptions, Slice};
 use crate::kernels::image::{self, Augment, BatchShape, Normalization, Position};
-use crate::objective::{Domain, Objective, Pass};
+use crate::objective::{Answer, Objective, Pass, Wrapper};
 use crate::plan::Plan;
 
 /// Images and labels of a split, on the device.
@@ -109,18 +109,27 @@ pub struct Batch<'a, S: Compute> {
     pub(super) augment: Option<Augment>,
 }
 
-impl<S: Compute<Master = f32>> Objective<f32> for Batch<'_, S> {
-    fn domain(&self) -> Domain<'_> {
-        Domain { groups: self.samples / self.shape.batch, ..self.plan.domain() }
+impl<S: Compute<Master = f32>> Wrapper<f32> for Batch<'_, S> {
+    fn inner(&self) -> &dyn Objective<f32> {
+        self.plan
     }
 
-    fn pass(&mut self, pass: Pass<'_, f32>) -> device::Result<()> {
-        let Pass::Select { group } = pass else { return self.plan.pass(pass) };
+    fn inner_mut(&mut self) -> &mut dyn Objective<f32> {
+        self.plan
+    }
+
+    fn groups(&self) -> usize {
+        self.samples / self.shape.batch
+    }
+
+    fn answer<'p>(&mut self, pass: Pass<'p, f32>) -> device::Result<Answer<'p, f32>> {
+        let Pass::Select { group } = pass else { return Ok(Answer::Forward(pass)) };
         let clock = self.clock.map(|clock| (clock, self.samples));
         let position = Position { first: group * self.shape.batch, clock };
         let (images, labels) = self.plan.batch_mut()?;
         let (pixels, truth, order) = (self.pixels, self.labels, self.order);
-        image::batch(&self.shape, pixels, truth, order, position, self.normalization, self.augment, images, labels)
+        image::batch(&self.shape, pixels, truth, order, position, self.normalization, self.augment, images, labels)?;
+        Ok(Answer::Done)
     }
 }
 
@@ -131,7 +140,7 @@ mod tests {
     use super::*;
     use crate::device::{Device, HostOptions};
     use crate::nn::{CifarResNet, Shortcut};
-    use crate::objective::Accumulator;
+    use crate::objective::{Accumulator, ObjectiveExt, Wrapped};
     use crate::optim::{Base, CrSam, Form, Optimizer, Settings};
     use crate::plan::{PlanOptions, Shape};
 
@@ -174,7 +183,7 @@ mod tests {
         let mut optimizer = Optimizer::new(&device, plan.len(), settings).unwrap();
         let mut accumulator = Accumulator::new(&device, plan.len(), 1).unwrap();
         let normalization = Normalization { mean: [0.5; 4], std: [0.25; 4] };
-        let mut batch = Batch {
+        let mut batch = Wrapped(Batch {
             plan: &mut plan,
             shape: BatchShape { batch: 2, height: 8, width: 8, channels: 3 },
             pixels: pixels.view(),
@@ -184,7 +193,7 @@ mod tests {
             clock: None,
             normalization: &normalization,
             augment: None,
-        };
+        });
         let mut step = || optimizer.step(&mut accumulator.over(&mut batch), &mut weights, 0.1);
         step().unwrap();
         device.capture(step).unwrap().list().unwrap()

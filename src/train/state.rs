@@ -12,7 +12,7 @@ use crate::kernels::image::{Augment, BatchShape, Normalization};
 use crate::kernels::vector::Rate;
 use crate::kernels::{clock, metrics};
 use crate::nn;
-use crate::objective::Accumulator;
+use crate::objective::{Accumulator, Wrapped};
 use crate::optim::{Method, Optimizer};
 use crate::plan::{Network, Plan, PlanOptions, Shape};
 
@@ -93,7 +93,7 @@ impl<S: Compute<Master = f32>> State<S> {
     pub fn step(&mut self) -> device::Result<()> {
         let Self { plan, optimizer, parameters, totals, clock, rates, rate, .. } = self;
         let (pixels, labels) = self.images.views();
-        let mut images = Batch {
+        let mut images = Wrapped(Batch {
             plan: &mut *plan,
             shape: self.part,
             pixels,
@@ -103,7 +103,7 @@ impl<S: Compute<Master = f32>> State<S> {
             clock: Some(clock.view()),
             normalization: &self.normalization,
             augment: self.augment,
-        };
+        });
         optimizer.step(&mut self.accumulator.over(&mut images), parameters, Rate::Device(rate.view()))?;
         metrics::record(optimizer.loss()?, plan.correct()?, optimizer.skipped(), self.batch, totals.view_mut())?;
         clock::advance(clock.view_mut(), rates.view(), rate.view_mut())

@@ -7,6 +7,7 @@ use polder::arena::{Kind, Layout};
 use polder::device::{Buffer, Compute, Device, Scalar};
 use polder::kernels::image::{self, BatchShape, Normalization, Position};
 use polder::nn::{Model, Shortcut};
+use polder::objective::Wrapped;
 use polder::optim::{
     Asam, Base, CrSam, Form, FriendlySam, Gam, Gnr, Gsam, Hvp, LookSam, Method, Norm, Optimizer, Oracle, Plain, RSam,
     RandomSam, SaSam, SaSgd, Sam, Settings,
@@ -195,7 +196,7 @@ pub fn check_run<S: Compute>(device: &Device, name: &str, tolerance: f64) {
             pool.fill(plan, &rows[group * size..][..size], &run);
             Ok(())
         };
-        let mut images = Grouped { plan: &mut plan, groups: rows.len() / size, show };
+        let mut images = Wrapped(Grouped { plan: &mut plan, groups: rows.len() / size, show });
         // A method with its own step size must ignore the learning rate.
         optimizer.step(&mut images, &mut weights, run["lr"].as_f64().unwrap_or(f64::NAN)).unwrap();
         let telemetry = optimizer.telemetry().unwrap();

@@ -8,7 +8,7 @@ pub mod methods;
 
 use polder::arena::Kind;
 use polder::device::{BlockOrder, Buffer, Compute, Device, HostOptions, Result, Scalar};
-use polder::objective::{Domain, Objective, Pass};
+use polder::objective::{Answer, Objective, Pass, Wrapper};
 use polder::plan::Plan;
 
 /// Every way to run a kernel here: the CPU's launch shapes on one and on two threads, the GPU's launch shapes on the
@@ -179,15 +179,22 @@ pub struct Grouped<'a, S: Compute, F> {
     pub show: F,
 }
 
-impl<S: Compute, F: FnMut(&mut Plan<S>, usize) -> Result<()>> Objective<S::Master> for Grouped<'_, S, F> {
-    fn domain(&self) -> Domain<'_> {
-        Domain { groups: self.groups, ..self.plan.domain() }
+impl<S: Compute, F: FnMut(&mut Plan<S>, usize) -> Result<()>> Wrapper<S::Master> for Grouped<'_, S, F> {
+    fn inner(&self) -> &dyn Objective<S::Master> {
+        self.plan
     }
 
-    fn pass(&mut self, pass: Pass<'_, S::Master>) -> Result<()> {
-        match pass {
-            Pass::Select { group } => (self.show)(self.plan, group),
-            other => self.plan.pass(other),
-        }
+    fn inner_mut(&mut self) -> &mut dyn Objective<S::Master> {
+        self.plan
+    }
+
+    fn groups(&self) -> usize {
+        self.groups
+    }
+
+    fn answer<'p>(&mut self, pass: Pass<'p, S::Master>) -> Result<Answer<'p, S::Master>> {
+        let Pass::Select { group } = pass else { return Ok(Answer::Forward(pass)) };
+        (self.show)(self.plan, group)?;
+        Ok(Answer::Done)
     }
 }

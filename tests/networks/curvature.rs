@@ -8,7 +8,7 @@ use polder::arena::{Initial, Kind, Layout};
 use polder::curvature::{Curvature, Estimate, Passes, Rise, filter_normalized};
 use polder::device::{Device, Result, Scalar, Slice};
 use polder::nn::initial_weights;
-use polder::objective::{Accumulator, Domain, Objective, Pass, RunningStats};
+use polder::objective::{Accumulator, Domain, Objective, ObjectiveExt, Pass, RunningStats, Wrapped};
 use polder::plan::{Graph, Plan, PlanOptions, Shape};
 
 /// ½ wᵀHw, H symmetric.
@@ -271,7 +271,7 @@ fn softmax_regression_over_parts_has_its_analytic_trace() {
         shown.write(&images[group * batch * features..][..batch * features])?;
         truth.write(&labels[group * batch..][..batch])
     };
-    let mut parts = Grouped { plan: &mut plan, groups: samples / batch, show };
+    let mut parts = Wrapped(Grouped { plan: &mut plan, groups: samples / batch, show });
     let weights = device.upload(&weights).unwrap();
     let error = Curvature::new(&mut parts, weights.view()).err().unwrap();
     assert!(error.to_string().contains("3 groups, expected one"), "{error}");

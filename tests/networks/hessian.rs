@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use polder::device::{Buffer, Compute, Device, Error, Result, Scalar};
 use polder::kernels::batch_norm::Mode;
 use polder::nn::{CifarResNet, Shortcut, initial_weights};
-use polder::objective::{Domain, Objective, Pass, RunningStats};
+use polder::objective::{Domain, Objective, ObjectiveExt, Pass, RunningStats};
 use polder::plan::{Graph, Plan, PlanOptions, Shape, Value};
 use safetensors::SafeTensors;
 

@@ -10,7 +10,7 @@ use polder::kernels::batch_norm::Mode;
 use polder::kernels::conv::ConvShape;
 use polder::kernels::vector::{self, Reduction};
 use polder::nn::{CifarResNet, Shortcut};
-use polder::objective::{Objective, RunningStats};
+use polder::objective::{ObjectiveExt, RunningStats};
 use polder::optim::{Base, Optimizer, Sam, Settings};
 use polder::plan::{Graph, Plan, PlanError, PlanOptions, Shape, Value};
 

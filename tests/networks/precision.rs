@@ -8,7 +8,7 @@ use polder::arena::Kind;
 use polder::device::{Compute, Device, Scalar, Tf32};
 use polder::kernels::vector::{self, Reduction};
 use polder::nn::{CifarResNet, Model, Shortcut, initial_weights};
-use polder::objective::{Accumulator, Domain, Objective, Pass, RunningStats};
+use polder::objective::{Accumulator, Answer, Objective, ObjectiveExt, Pass, RunningStats, Wrapped, Wrapper};
 use polder::optim::{Base, CrSam, Gam, Optimizer, SaSam, Settings};
 use polder::plan::{Graph, Plan, PlanError, PlanOptions, Shape};
 
@@ -193,7 +193,7 @@ fn a_failed_step_leaves_the_scale_alone() {
     let method = SaSam { eta0: 0.05, ..SaSam::default() }.into();
     let mut optimizer = Optimizer::new(&device, len, settings(method, len)).unwrap();
     plan.loss_scale_mut().unwrap().write(&[1024.0, 7.0]).unwrap();
-    let mut groups = Grouped { plan: &mut plan, groups: 2, show: |_: &mut Plan<f16>, _| Ok(()) };
+    let mut groups = Wrapped(Grouped { plan: &mut plan, groups: 2, show: |_: &mut Plan<f16>, _| Ok(()) });
     assert!(optimizer.step(&mut groups, &mut weights, 0.05).is_err(), "it remembers, and cannot be taken in groups");
     assert_eq!(plan.loss_scale().unwrap().to_vec().unwrap(), [1024.0, 7.0]);
 }
@@ -332,16 +332,20 @@ fn sums_in_convolutions_are_as_good_as_those_of_their_own() {
 /// A plan that computes one gradient at a time.
 struct OneByOne<'a, S: Compute>(&'a mut Plan<S>);
 
-impl<S: Compute> Objective<S::Master> for OneByOne<'_, S> {
-    fn domain(&self) -> Domain<'_> {
-        self.0.domain()
+impl<S: Compute> Wrapper<S::Master> for OneByOne<'_, S> {
+    fn inner(&self) -> &dyn Objective<S::Master> {
+        self.0
     }
 
-    fn pass(&mut self, pass: Pass<'_, S::Master>) -> polder::device::Result<()> {
-        match pass {
-            Pass::GradientDisplaced { .. } | Pass::GradientPairDisplaced { .. } => pass.split(self),
-            other => self.0.pass(other),
-        }
+    fn inner_mut(&mut self) -> &mut dyn Objective<S::Master> {
+        self.0
+    }
+
+    fn answer<'p>(&mut self, pass: Pass<'p, S::Master>) -> polder::device::Result<Answer<'p, S::Master>> {
+        Ok(match pass {
+            Pass::GradientDisplaced { .. } | Pass::GradientPairDisplaced { .. } => Answer::Split(pass),
+            other => Answer::Forward(other),
+        })
     }
 }
 
@@ -359,7 +363,7 @@ fn displaced_steps<S: Compute<Master = f32>>(
         if at_once {
             optimizer.step(&mut plan, &mut weights, 0.05).unwrap();
         } else {
-            optimizer.step(&mut OneByOne(&mut plan), &mut weights, 0.05).unwrap();
+            optimizer.step(&mut Wrapped(OneByOne(&mut plan)), &mut weights, 0.05).unwrap();
         }
     }
     assert_eq!(optimizer.telemetry().unwrap().skipped, 0, "{method:?} in {}", S::NAME);
@@ -393,7 +397,7 @@ fn telemetry_tells_what_rounding_leaves_of_the_perturbation() {
         let mut optimizer = Optimizer::new(device, len, settings(AnyMethod::sam(0.002), len)).unwrap();
         optimizer.observe(true);
         let mut accumulator = Accumulator::new(device, len, groups).unwrap();
-        let mut batch = Grouped { plan: &mut plan, groups, show: |_: &mut Plan<S>, _| Ok(()) };
+        let mut batch = Wrapped(Grouped { plan: &mut plan, groups, show: |_: &mut Plan<S>, _| Ok(()) });
         optimizer.step(&mut accumulator.over(&mut batch), &mut weights, 0.01).unwrap();
         optimizer.telemetry().unwrap().cosine_perturbation.unwrap()
     }

@@ -6,7 +6,7 @@ use approx::assert_abs_diff_eq;
 use crate::common::{self, Random, assert_close, bits, weights};
 use polder::device::{Buffer, Device, Result, Scalar};
 use polder::nn::{CifarResNet, Shortcut};
-use polder::objective::{Accumulator, Domain, Objective, Pass, RunningStats};
+use polder::objective::{Accumulator, Answer, Domain, Objective, ObjectiveExt, Pass, RunningStats, Wrapped, Wrapper};
 use polder::optim::{
     Base, CrSam, Gam, Gnr, Gsam, Hvp, LookSam, Method, Norm, Optimizer, Oracle, Plain, RSam, SaSam, Sam, Settings,
 };
@@ -284,15 +284,18 @@ fn accumulators_of_no_part_or_of_too_many_are_refused() {
 fn a_step_that_fails_leaves_nothing_for_the_next() {
     // Without an exact product the step ends after its first pass.
     struct NoProduct<'a>(&'a mut Images<f32>);
-    impl Objective<f32> for NoProduct<'_> {
-        fn domain(&self) -> Domain<'_> {
-            self.0.domain()
+    impl Wrapper<f32> for NoProduct<'_> {
+        fn inner(&self) -> &dyn Objective<f32> {
+            self.0
         }
-        fn pass(&mut self, pass: Pass<'_, f32>) -> Result<()> {
-            match pass {
-                Pass::HessianVector { .. } => pass.split(self),
-                other => self.0.pass(other),
-            }
+        fn inner_mut(&mut self) -> &mut dyn Objective<f32> {
+            self.0
+        }
+        fn answer<'p>(&mut self, pass: Pass<'p, f32>) -> Result<Answer<'p, f32>> {
+            Ok(match pass {
+                Pass::HessianVector { .. } => Answer::Split(pass),
+                other => Answer::Forward(other),
+            })
         }
     }
     let device = Device::host();
@@ -306,7 +309,7 @@ fn a_step_that_fails_leaves_nothing_for_the_next() {
         if failed {
             let settings = Settings::new(Gnr { hvp: Hvp::Exact, ..Gnr::default() }, SGD);
             let mut optimizer = Optimizer::new(&device, start.len(), settings).unwrap();
-            let error = optimizer.step(&mut NoProduct(&mut images), &mut parameters, 0.1).unwrap_err();
+            let error = optimizer.step(&mut Wrapped(NoProduct(&mut images)), &mut parameters, 0.1).unwrap_err();
             assert!(error.to_string().contains("no exact product"), "{error}");
         }
         let mut optimizer = Optimizer::new(&device, start.len(), Settings::new(Sam::new(0.1), SGD)).unwrap();

@@ -16,7 +16,7 @@ use polder::device::{Compute, Device, Scalar, Tf32};
 use polder::kernels::batch_norm::Mode;
 use polder::kernels::image::Normalization;
 use polder::nn::{CifarResNet, Model, Shortcut, initial_weights};
-use polder::objective::{Accumulator, Objective, RunningStats};
+use polder::objective::{Accumulator, ObjectiveExt, RunningStats, Wrapped};
 use polder::optim::{Base, CrSam, Optimizer, Settings};
 use polder::plan::{Plan, PlanOptions, Shape};
 use polder::train::{Evaluator, weights};
@@ -174,7 +174,8 @@ fn a_whole_step_can_be_captured_and_replayed() {
                 let mut step = || match groups {
                     1 => optimizer.step(&mut plan, &mut weights, 0.05),
                     _ => {
-                        let mut batch = Grouped { plan: &mut plan, groups, show: |_: &mut Plan<f32>, _| Ok(()) };
+                        let mut batch =
+                            Wrapped(Grouped { plan: &mut plan, groups, show: |_: &mut Plan<f32>, _| Ok(()) });
                         optimizer.step(&mut accumulator.over(&mut batch), &mut weights, 0.05)
                     }
                 };

@@ -7,7 +7,7 @@ use crate::common::{fast_devices, to_f64, upload};
 use polder::arena::Layout;
 use polder::device::{Device, Scalar};
 use polder::nn::{Model, Shortcut};
-use polder::objective::{Objective, RunningStats};
+use polder::objective::{ObjectiveExt, RunningStats};
 use polder::plan::{Plan, PlanError, PlanOptions, Shape};
 use serde_json::Value;
 

@@ -15,7 +15,7 @@ use half::{bf16, f16};
 use polder::device::{Compute, Device, RecordedGraph, Tf32};
 use polder::kernels::image::{self, BatchShape, Normalization, Position};
 use polder::nn::Model;
-use polder::objective::{Objective, RunningStats};
+use polder::objective::{ObjectiveExt, RunningStats};
 use polder::optim::{Base, CrSam, Method, Optimizer, Plain, Sam, Settings};
 use polder::plan::{Plan, PlanOptions, Shape};
 use polder::train::{open_device, weights};
