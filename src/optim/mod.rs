@@ -5,35 +5,8 @@
 //! weights have buffers of their own, so `w` is never moved and restored.
 //!
 //! Each method is one file in `methods/`, a struct of its settings that implements [`Method`]; [`METHODS`] lists them.
-//! `method.rs` says what a method is, `step.rs` has the verbs that methods are written with. This table lists what a
-//! step costs: gradients, and with SGD in f32 the launches beside theirs, the bytes per parameter that these launches
-//! move, and the vectors held. `docs/methods.md` says more.
-//!
-//! | method | passes | launches | bytes | vectors |
-//! |---|---|---|---|---|
-//! | [`Plain`] | 1 | 5 | 24 | 1 |
-//! | [`Sam`], p = 2 | 2 | 6 | 36 | 3 |
-//! | p = ∞ | 2 | 6 | 36 | 3 |
-//! | K ascent steps | 1 + K | 7 + 4 (K − 1) | 40 + 28 (K − 1), less 4 for the last | 4 |
-//! | second order | 2 + a product | 11 | 60 | 4 |
-//! | [`Asam`] | 2 | 8 | 44 | 3 |
-//! | [`RandomSam`] | 1 | 8 | 32 | 2 |
-//! | [`RSam`] | 2 | 9 | 44 | 3 |
-//! | [`Gsam`] | 2 | 9 | 48 | 3 |
-//! | [`LookSam`] | 2 in one step of k, else 1 | 12, else 6 | 60, else 28 | 3, and g_v |
-//! | [`FriendlySam`] | 2 | 11 | 68 | 3, and m |
-//! | [`CrSam`] | 3 | 8 | 48 | 5 |
-//! | [`Gnr`], exact | 2 + 2 products | 11 | 48 | 5 |
-//! | [`Gnr`], differences | 6 | 12 | 92 | 7 |
-//! | [`Gam`] | 4 | 15 | 104 | 6 |
-//! | [`SaSam`] | 3 | 12 | 60 | 3, and w_prev |
-//! | [`SaSgd`] | 2 | 11 | 48 | 3, and w_prev |
-//!
-//! The objective also checks whether each gradient is finite. On a GPU the kernels that write a network's gradient do
-//! this and compute its norm, without another pass. On the CPU the check reads the gradient once more: 4 B per
-//! parameter and pass, minus the bytes of the norm, which it computes as well; in f16, where it also takes out the loss
-//! scale, 8 B. Rounding weights to 16 bits moves 6 B; clipping adds 4 B for each vector of the direction. On a GPU the
-//! pairs of passes of CR-SAM and of GNR's differences run concurrently; a plan allocates a second arena for that.
+//! `method.rs` says what a method is, `step.rs` has the verbs that methods are written with. `docs/methods.md` lists what
+//! a step of each method costs: passes, launches, bytes per parameter, vectors.
 
 mod method;
 mod methods;
@@ -41,10 +14,7 @@ mod schedule;
 mod step;
 
 pub use method::{Context, Entry, Method, Needs};
-pub use methods::{
-    Asam, CrSam, Form, FriendlySam, Gam, Gnr, Gsam, Hvp, LookSam, METHODS, Norm, Oracle, Plain, RSam, RandomSam, SaSam,
-    SaSgd, Sam,
-};
+pub use methods::*;
 pub use schedule::{Decay, RhoSchedule, Schedule};
 pub use step::{Coefficients, Direction, Numbers, Row, Step, Store, Vector, Vectors, work};
 
