@@ -3,7 +3,7 @@
 //! `cargo run --release --example own_data`
 
 use polder::data::{DataError, Dataset, ImageShape, Images};
-use polder::train::{DataSettings, LoopSettings, Settings, TrainError, Training};
+use polder::train::{DataSettings, LoopSettings, RunSettings, TrainError, Training};
 
 /// Grey images of 12×12 pixels with a bar: class 0 lying, class 1 standing, class 2 diagonal.
 fn bars(count: usize, seed: u64) -> Result<Images, DataError> {
@@ -34,10 +34,10 @@ fn bars(count: usize, seed: u64) -> Result<Images, DataError> {
 fn main() -> Result<(), TrainError> {
     let data = Dataset::new("bars", bars(384, 1)?, bars(96, 2)?)?;
     println!("{}: mean {:?}, standard deviation {:?}", data.name, data.mean, data.std);
-    let settings = Settings {
+    let settings = RunSettings {
         data: DataSettings { batch_size: 32, ..DataSettings::default() },
         run: LoopSettings { epochs: 4, device: "cpu".into(), ..LoopSettings::default() },
-        ..Settings::default()
+        ..RunSettings::default()
     };
     // The network and the method are the default settings: a ResNet-8 and SAM.
     let summary = Training::new(settings).dataset(data).run()?;

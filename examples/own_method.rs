@@ -10,7 +10,7 @@ use polder::device::{Result, Scalar};
 use polder::objective::Passes;
 use polder::optim::work::{G0, G1};
 use polder::optim::{Coefficients, Direction, Method, Needs, Row, Step, Vector};
-use polder::train::{Settings, Training};
+use polder::train::{RunSettings, Training};
 
 polder::settings! {
     /// WSAM: SAM's gradient and the plain one, weighted.
@@ -41,7 +41,7 @@ impl<T: Scalar> Method<T> for WeightedSam {
 }
 
 fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
-    let mut settings = Settings::default();
+    let mut settings = RunSettings::default();
     settings.run.epochs = 3;
     settings.data.batch_size = 32;
     let data = SyntheticSpec { train: 1024, test: 256, ..SyntheticSpec::default() };

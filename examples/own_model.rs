@@ -5,7 +5,7 @@
 
 use polder::data::{SyntheticSpec, synthetic};
 use polder::plan::{Graph, PlanError, Shape, Value};
-use polder::train::{DataSettings, LoopSettings, Settings, SgdSettings, TrainError, Training};
+use polder::train::{DataSettings, LoopSettings, RunSettings, SgdSettings, TrainError, Training};
 
 /// Two convolutions with batch norm, the second with stride 2, and a linear layer over the mean of each channel.
 fn network(images: Shape, classes: usize) -> Result<(Graph, Value), PlanError> {
@@ -23,11 +23,11 @@ fn network(images: Shape, classes: usize) -> Result<(Graph, Value), PlanError> {
 fn main() -> Result<(), TrainError> {
     // Ten classes of coloured textures, 16×16 pixels.
     let data = synthetic(&SyntheticSpec { train: 1024, test: 256, side: 16, seed: 0 })?;
-    let settings = Settings {
+    let settings = RunSettings {
         data: DataSettings { batch_size: 32, ..DataSettings::default() },
         sgd: SgdSettings { lr: 0.1, ..SgdSettings::default() },
         run: LoopSettings { epochs: 10, device: "cpu".into(), ..LoopSettings::default() },
-        ..Settings::default()
+        ..RunSettings::default()
     };
     // The method is the settings': SAM with its usual radius.
     let summary = Training::new(settings).network("two-convolutions", &network).dataset(data).run()?;

@@ -77,8 +77,8 @@ fn steps_and_products_after_the_first_allocate_nothing() {
 /// kept.
 #[cfg(feature = "train")]
 fn measuring_the_curvature_of_a_run_leaves_nothing() {
-    use polder::train::{CurvatureLogSettings, DataSettings, LoopSettings, Settings, Training};
-    let settings = Settings {
+    use polder::train::{CurvatureLogSettings, DataSettings, LoopSettings, RunSettings, Training};
+    let settings = RunSettings {
         data: DataSettings { train_size: Some(48), batch_size: 16, ..DataSettings::default() },
         run: LoopSettings { epochs: 4, device: "cpu".into(), ..LoopSettings::default() },
         curvature: CurvatureLogSettings {
@@ -87,7 +87,7 @@ fn measuring_the_curvature_of_a_run_leaves_nothing() {
             curvature_probes: 2,
             ..CurvatureLogSettings::default()
         },
-        ..Settings::default()
+        ..RunSettings::default()
     };
     let mut live = Vec::new();
     let stop = std::sync::atomic::AtomicBool::new(false);

@@ -1,4 +1,4 @@
-//! The program as a user meets it: what it trains, what it writes, how it resumes, and one clear line for every mistake.
+//! The program from the outside: training, files, resuming, and one clear line for every mistake.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -13,7 +13,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
 }
 
-/// The one line of a mistake: exit code 2, nothing on standard output, one line on standard error.
+/// The message of a mistake: exit code 2, nothing on standard output, one line on standard error.
 fn mistake(arguments: &[&str]) -> String {
     let output = polder(arguments);
     let message = text(&output.stderr);
@@ -30,7 +30,7 @@ fn json(output: &Output) -> serde_json::Value {
     serde_json::from_str(&lines).unwrap()
 }
 
-/// A small IDX data set of 8×9 images: two classes, told apart by which half is bright.
+/// A small IDX data set of 8×9 images in two classes. The class decides which half is bright.
 fn idx_folder(folder: &Path) -> PathBuf {
     for (images, labels, count) in [("train-images", "train-labels", 96u32), ("t10k-images", "t10k-labels", 50)] {
         let mut pixels = vec![0, 0, 8, 3];
@@ -148,7 +148,8 @@ fn a_resumed_run_ends_with_the_same_bits() {
         let parts = folder.path().join(format!("{optimizer}-parts"));
         let (whole_out, parts_out) = (whole.to_str().unwrap(), parts.to_str().unwrap());
         assert!(polder(&[&common[..], &["--epochs", "3", "--out", whole_out]].concat()).status.success());
-        // Stop after one epoch and two steps, in the middle of the second; the rate must be that of the whole run. SA-SAM's is its own.
+        // Stop after one epoch and two steps, in the middle of the second. The learning rate must be that of the whole
+        // run; SA-SAM computes its own.
         let schedule = if optimizer == "sa-sam" { &[][..] } else { &["--schedule", "constant"] };
         let cut = [&common[..], &["--steps", "8", "--out", parts_out], schedule].concat();
         let constant = folder.path().join(format!("{optimizer}-constant"));
@@ -166,22 +167,22 @@ fn a_resumed_run_ends_with_the_same_bits() {
             let mut records: Vec<serde_json::Value> =
                 log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
             records.retain(|record| record["kind"] == "step");
-            // How fast it was is no part of what was computed.
+            // The speed is not part of the result.
             records.iter_mut().for_each(|record| record["images_per_second"] = 0.into());
             records
         };
         assert_eq!(steps(&parts), steps(&constant), "{optimizer}");
         assert_eq!(steps(&parts).len(), 18);
         assert_eq!(steps(&parts)[17]["loss_scale"].is_number(), precision == "f16", "{optimizer}");
-        // A finished run can be resumed: it only says what it reached.
+        // A finished run can be resumed: it reports its result again.
         let again = json(&polder(&["train", "--resume", parts_out, "--json"]));
         assert_eq!(again["steps"], 18);
         assert!(again["test"]["accuracy"].is_number());
     }
 }
 
-/// A run records a step and replays it; one that is logged at every step takes them all one by one. Both end with the same
-/// bits, and so does one that was cut off and resumed.
+/// A run records a step and replays it. A run that logs every step takes them one by one. Both end with the same bits,
+/// and so does a run that was stopped and resumed.
 #[test]
 fn replayed_steps_are_the_steps_themselves() {
     let folder = tempfile::tempdir().unwrap();
@@ -212,7 +213,7 @@ fn replayed_steps_are_the_steps_themselves() {
         let (_, direct) = model("direct", "15", &["--log-every", "1"]);
         assert!(replayed() == direct(), "{run:?}: replayed steps have other bits");
         if number == 2 {
-            // The schedule is that of the whole run.
+            // The schedule depends on the length of the whole run.
             let constant = ["--schedule", "constant"];
             let (_, whole) = model("whole", "15", &constant);
             let (cut, parts) = model("cut", "8", &constant);
@@ -254,7 +255,7 @@ fn an_interrupt_finishes_the_step_and_the_run_can_go_on() {
     let saved = std::fs::read(&checkpoint).unwrap();
     let (_, metadata) = safetensors::SafeTensors::read_metadata(&saved).unwrap();
     assert_eq!(metadata.metadata().as_ref().unwrap()["step"], steps, "what was told is what was saved");
-    // It goes on to the bits of a run that nobody interrupted.
+    // Resumed, it ends with the bits of a run that was not interrupted.
     let more = (steps.parse::<u64>().unwrap() + 20).to_string();
     let resumed = json(&polder(&["train", "--resume", out.to_str().unwrap(), "--steps", &more, "--json"]));
     assert_eq!(resumed["interrupted"], false);
@@ -274,7 +275,7 @@ fn a_run_goes_on_only_as_it_was_begun() {
     let (config, checkpoint) = (path("config.toml"), path("checkpoint/state.safetensors"));
     let resume = |more: &[&'static str]| [&["train", "--resume", out.to_str().unwrap()], more].concat();
     let settings = std::fs::read_to_string(&config).unwrap();
-    // It is longer than this already, and stays what it is.
+    // The run is already longer than this, and keeps its settings.
     assert!(polder(&resume(&["--steps", "1"])).status.success());
     assert_eq!(std::fs::read_to_string(&config).unwrap(), settings);
     for other in [String::new(), settings.replace("seed = 0", "seed = 1")] {
@@ -284,12 +285,12 @@ fn a_run_goes_on_only_as_it_was_begun() {
         assert_eq!(std::fs::read_to_string(&config).unwrap(), other);
     }
     std::fs::write(&config, &settings).unwrap();
-    // Ended between the checkpoint of its end and its weights, it has them after all.
+    // A run that was stopped between its last checkpoint and its weights writes them when it is resumed.
     let weights = std::fs::read(path("model.safetensors")).unwrap();
     std::fs::remove_file(path("model.safetensors")).unwrap();
     assert!(polder(&resume(&[])).status.success());
     assert!(std::fs::read(path("model.safetensors")).unwrap() == weights);
-    // Another bit of any number, or no checkpoint at all.
+    // A changed bit, and a missing checkpoint.
     let good = std::fs::read(&checkpoint).unwrap();
     let mut bad = good.clone();
     *bad.last_mut().unwrap() ^= 1;
@@ -415,7 +416,7 @@ fn settings_come_from_the_file_and_flags_win() {
     let options = &found["options"];
     assert_eq!((&options["alpha"], &options["lr"], &options["steps"]), (&0.3.into(), &0.02.into(), &2.into()));
     assert!(options["epochs"].is_null());
-    // The written settings are all settings: run again from them alone, they give the same weights.
+    // The written settings are complete: a run from them alone ends with the same weights.
     let again = folder.path().join("again");
     let config = out.join("config.toml");
     json(&polder(&["train", "--config", config.to_str().unwrap(), "--json", "--out", again.to_str().unwrap()]));
@@ -444,12 +445,12 @@ fn a_run_is_resumed_without_the_file_it_began_with_and_as_what_it_was() {
     let (long, short) = (folder.path().join("long"), folder.path().join("short"));
     let init = short_run(folder.path(), data, &short);
     let resume = short.to_str().unwrap();
-    // Not by two processes at the same time.
+    // Two processes cannot write to one run.
     let other = std::fs::File::open(&short).unwrap();
     other.try_lock().unwrap();
     assert!(mistake(&["train", "--resume", resume]).contains("short: another process writes to it"));
     drop(other);
-    // Nothing that a run has left is written over, were it weights alone.
+    // No file of an earlier run is overwritten, not even weights alone.
     for kept in ["model.safetensors", "log.jsonl"] {
         let left = folder.path().join(format!("left-{kept}"));
         std::fs::create_dir(&left).unwrap();
@@ -470,7 +471,7 @@ fn a_run_is_resumed_without_the_file_it_began_with_and_as_what_it_was() {
         let message = mistake(&["train", "--resume", resume, option, value]);
         assert!(message.contains(&format!("{option}: cannot change when a run is resumed")), "{message}");
     }
-    // 8 of 12 steps ended in the middle of the second epoch: its sums go on where they stopped.
+    // 8 of 12 steps end in the middle of the second epoch, whose sums continue after the resumption.
     let steps = ["--steps", "12", "--schedule", "constant", "--json"];
     let constant = ["--schedule", "constant"];
     let begun = ["train", "--data", data, "--batch-size", "16", "--device", "cpu", "--json", "--init", &init];
@@ -568,12 +569,12 @@ fn curvature_is_measured_over_any_parts_of_the_images() {
         relative_eq!(value(&found, "normalized-trace"), trace / norm, epsilon = 0.0, max_relative = 1e-12),
         "{found}"
     );
-    // With running statistics the parts do not matter but for rounding, with each batch's they do.
+    // With running statistics the parts matter only for rounding. With the statistics of each batch they matter.
     let parts = measure(&["--batch-size", "8"]);
     let apart = |other: &serde_json::Value, name: &str| (value(other, name) / value(&found, name) - 1.0).abs();
     assert!(apart(&parts, "grad-norm") < 1e-4 && apart(&parts, "trace") < 1e-3, "{parts} and {found}");
     assert!(apart(&measure(&["--batch-size", "8", "--bn", "train"]), "grad-norm") > 1e-3);
-    // Without a number all of the 96 images are taken, in as many whole parts as they fill.
+    // Without a number all 96 images are used, in as many whole parts as they fill.
     let all = |extra: &[&str]| json(&run(&[&["--measure", "grad-norm", "--json"], extra].concat()))["samples"].clone();
     assert_eq!((all(&[]), all(&["--batch-size", "36"])), (96.into(), 72.into()));
     let list = "vhv,top-eigenvalues,spectrum";
@@ -598,7 +599,7 @@ fn curvature_is_measured_over_any_parts_of_the_images() {
     );
     let (rise, one_step) = (value(&around, "sharpness"), &around["measures"]["sharpness"]["one_step"]);
     assert!(rise >= one_step.as_f64().unwrap() && one_step.as_f64().unwrap() > 0.0, "{around}");
-    // Over so small a radius the loss is nearly its own first two terms.
+    // Within so small a radius the loss is nearly its second-order expansion.
     let expected = 0.01 * value(&around, "grad-norm") + 0.5e-4 * value(&around, "vhv");
     assert!(abs_diff_eq!(one_step.as_f64().unwrap() / expected, 1.0, epsilon = 0.1), "{around}: {expected}");
     assert!((value(&around, "gnr") / (0.01 * value(&around, "grad-norm"))) >= 1.0, "{around}");
@@ -654,7 +655,7 @@ fn curvature_is_logged_during_training_and_after_a_resumption() {
     let last = &found[1]["measures"];
     assert!(last["grad-norm"]["value"].as_f64().unwrap() > 0.0 && last["trace"]["probes"] == 3, "{last}");
     assert_eq!(last["top-eigenvalues"]["values"].as_array().unwrap().len(), 5);
-    // As `polder curvature` finds it at the weights of the end, over the same images.
+    // The same as `polder curvature` at the final weights, over the same images.
     let run = ["curvature", "--run", &whole, "--probes", "3", "--device", "cpu", "--batch-size", "96", "--json"];
     let after = json(&polder(&run));
     for measure in ["grad-norm", "trace"] {
@@ -664,7 +665,7 @@ fn curvature_is_logged_during_training_and_after_a_resumption() {
             "{measure}: {there} and {here}"
         );
     }
-    // In two parts, the second of which finds the line of epoch 2 missing.
+    // A run in two parts. The second finds the line of epoch 2 missing.
     train(&[&["--steps", "12", "--schedule", "constant", "--out", &parts][..], &every[2..]].concat());
     let path = Path::new(&parts).join("log.jsonl");
     let text = std::fs::read_to_string(&path).unwrap();
@@ -709,12 +710,12 @@ fn a_run_ends_when_its_loss_diverges_and_keeps_its_log() {
             assert_eq!((&object["diverged"], &object["interrupted"]), (&true.into(), &false.into()));
         }
     }
-    // A run that is too short for the fifty steps is told apart, too.
+    // A run of fewer than fifty steps is checked, too.
     let short = [&common[..], &["--lr", "1e30", "--epochs", "3", "--max-loss", "20"]].concat();
     let output = polder(&short);
     assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
     assert!(text(&output.stderr).contains("no finite loss"), "{}", text(&output.stderr));
-    // What diverged does not take the place of what had not.
+    // Diverged weights do not replace good ones.
     let good = folder.path().join("good");
     let good_out = good.to_str().unwrap();
     let constant = ["--schedule", "constant", "--epochs", "1", "--out", good_out];
@@ -725,7 +726,7 @@ fn a_run_ends_when_its_loss_diverges_and_keeps_its_log() {
     let further = polder(&["train", "--resume", good_out, "--epochs", "3", "--max-loss", "0.001"]);
     assert_eq!(further.status.code(), Some(1), "{}", text(&further.stderr));
     assert!(read() == before, "a run that diverged was saved");
-    // One that behaves is left alone.
+    // A run that does not diverge is not stopped.
     let fine = [&common[..], &["--epochs", "2", "--max-loss", "20", "--json"]].concat();
     assert_eq!(json(&polder(&fine))["diverged"], false);
 }
@@ -758,7 +759,7 @@ fn a_landscape_is_mapped_drawn_and_continued() {
     };
     let column = |index: usize| rows.iter().map(|row| row[index]).collect::<Vec<f64>>();
     assert_eq!((npy("loss.npy"), npy("accuracy.npy")), ((vec![3, 3], column(2)), (vec![3, 3], column(3))));
-    // The middle is the model itself.
+    // The middle of the landscape is the model itself.
     let eval = ["eval", "--run", run, "--split", "train", "--samples", "48", "--device", "cpu", "--json"];
     let middle = json(&polder(&eval));
     assert!(abs_diff_eq!(rows[4][2], middle["loss"].as_f64().unwrap(), epsilon = 1e-6), "{middle} and {rows:?}");
@@ -772,16 +773,16 @@ fn a_landscape_is_mapped_drawn_and_continued() {
         assert!(picture.ends_with(name) && bytes.starts_with(signature), "{picture}");
     }
 
-    // Cut off in the middle of a line: the same command continues, to the same end.
+    // After an interruption in the middle of a line, the same command completes the landscape.
     std::fs::write(out.join("landscape.csv"), &csv[..csv.len() / 2]).unwrap();
     map(&["--run", run, "--points", "3"]);
     assert_eq!(std::fs::read_to_string(out.join("landscape.csv")).unwrap(), csv);
-    // So it does where the run has been moved.
+    // The same holds after the run was moved.
     let moved = folder.path().join("moved");
     std::fs::rename(run, &moved).unwrap();
     map(&["--run", moved.to_str().unwrap(), "--points", "3"]);
     std::fs::rename(&moved, run).unwrap();
-    // So it does at places that are no sums of halves, whatever their digits.
+    // The same holds at coordinates with many digits.
     let fine = folder.path().join("fine");
     let line = ["--run", run, "--dimensions", "1", "--points", "31", "--out", fine.to_str().unwrap()];
     map(&line);
@@ -789,18 +790,18 @@ fn a_landscape_is_mapped_drawn_and_continued() {
     std::fs::write(fine.join("landscape.csv"), &whole[..whole.len() / 2]).unwrap();
     map(&line);
     assert_eq!(std::fs::read_to_string(fine.join("landscape.csv")).unwrap(), whole);
-    // Another one has no place there.
+    // Another landscape is refused.
     let message = mistake(&[&common[..], &["--run", run, "--points", "4"]].concat());
     assert!(message.contains("landscape") && message.contains("points is 3, not 4"), "{message}");
 
-    // Points without what they are of are nobody's.
+    // Points without a description are refused.
     let orphan = folder.path().join("orphan");
     std::fs::create_dir(&orphan).unwrap();
     std::fs::copy(out.join("landscape.csv"), orphan.join("landscape.csv")).unwrap();
     let message =
         mistake(&[&common[..7], &["--run", run, "--points", "3", "--out", orphan.to_str().unwrap()]].concat());
     assert!(message.contains("orphan/landscape.csv: points of an unknown landscape"), "{message}");
-    // Other labels are another loss.
+    // Other labels make another landscape.
     let noisy = folder.path().join("noisy");
     let noise = ["--label-noise", "0.5", "--init", &init, "--steps", "1", "--batch-size", "16", "--data", data];
     json(&polder(&[&["train", "--device", "cpu", "--json", "--out", noisy.to_str().unwrap()][..], &noise].concat()));
@@ -812,7 +813,7 @@ fn a_landscape_is_mapped_drawn_and_continued() {
     let message = mistake(&[&common[..], &clean, &there].concat());
     assert!(message.contains("whose images is checksum"), "{message}");
 
-    // Between two models: at 0 the one, at 1 the other.
+    // Between two models: the first at 0, the second at 1.
     let to = Path::new(run).join("model.safetensors");
     let line = folder.path().join("line");
     let (to, line) = (to.to_str().unwrap(), line.to_str().unwrap());
@@ -823,7 +824,8 @@ fn a_landscape_is_mapped_drawn_and_continued() {
         text_of(line).lines().skip(1).map(|line| line.split(',').map(|cell| cell.parse().unwrap()).collect()).collect();
     assert_eq!(rows.iter().map(|row| row[0]).collect::<Vec<_>>(), [0.0, 0.5, 1.0]);
     assert!(text_of(line).starts_with("x,loss,accuracy\n"));
-    // From the other end it is the same line. (Each batch is normalised by its own statistics, so nothing of them moves.)
+    // From the other end it is the same line. (Each batch is normalised with its own statistics, so no running
+    // statistics matter.)
     let back = folder.path().join("back");
     let back = back.to_str().unwrap();
     let model = ["--model", "resnet8", "--init", to, "--data", data];
@@ -835,7 +837,7 @@ fn a_landscape_is_mapped_drawn_and_continued() {
         assert!(relative_eq!(loss(one), loss(other), epsilon = 0.0, max_relative = 1e-4), "{one} and {other}");
     }
 
-    // Along the steepest eigenvector the loss bends as the eigenvalue says.
+    // Along the first eigenvector, the second derivative of the loss is the eigenvalue.
     let eigen = folder.path().join("eigen");
     let eigen = eigen.to_str().unwrap();
     let along = ["--directions", "eigenvectors", "--dimensions", "1", "--points", "3", "--range", "-0.01,0.01"];
@@ -873,7 +875,7 @@ fn a_landscape_is_mapped_drawn_and_continued() {
     }
 }
 
-/// Ends the second of two landscapes with a signal: what it has found stays, and the same command completes it.
+/// Interrupts a landscape with a signal. Its points stay, and the same command completes it.
 #[cfg(unix)]
 #[test]
 fn an_interrupted_landscape_keeps_its_points() {
@@ -936,7 +938,7 @@ fn findings_are_written_to_files() {
     assert_eq!(found["passes"]["gradients"], 1);
     assert!(file("spectrum.csv").starts_with("node,weight\n") && file("spectrum.csv").lines().count() == 121);
     assert!(out.join("spectrum.svg").is_file() && out.join("spectrum.png").is_file());
-    // With --run everything is the run's own: the same as said one by one.
+    // With --run everything is taken from the run: the same as given one by one.
     let init = Path::new(run).join("model.safetensors");
     let said = ["--model", "resnet8", "--init", init.to_str().unwrap(), "--data", data.to_str().unwrap()];
     let plain = |model: &[&str]| json(&polder(&[&["curvature"], model, &common[3..], &["--json"]].concat()));
@@ -945,7 +947,7 @@ fn findings_are_written_to_files() {
     std::fs::write(&blocked, "a file").unwrap();
     let message = mistake(&[&common[..], &["--out", blocked.to_str().unwrap()]].concat());
     assert!(message.contains("blocked"), "{message}");
-    // What cannot be measured does not take the rest with it; what all of it meets is the fault of the weights.
+    // A measure that fails does not affect the others. If all fail, the weights are blamed.
     let again = mistake(&[&common[..], &["--out", out.to_str().unwrap()]].concat());
     assert!(again.contains("found: already holds measurements"), "{again}");
     let wild = ["--measure", "grad-norm,sharpness", "--rho", "1e30"];
@@ -955,9 +957,9 @@ fn findings_are_written_to_files() {
     assert_eq!(serde_json::from_str::<serde_json::Value>(&file("curvature.json")).unwrap(), found);
     let sharp = [&common[..], &["--measure", "sharpness", "--rho", "1e30"]].concat();
     assert!(mistake(&sharp).contains("model.safetensors"));
-    // --top is for eigenvalues.
+    // --top applies to eigenvalues only.
     assert!(polder(&[&common[..], &["--measure", "spectrum", "--steps", "3"]].concat()).status.success());
-    // A few products are not enough, which is said.
+    // A few products are not enough, and the output says so.
     let rough = ["--measure", "top-eigenvalues", "--steps", "3", "--top", "2"];
     let printed = text(&polder(&[&common[..], &rough].concat()).stdout);
     assert!(printed.contains("not all within the tolerance"), "{printed}");

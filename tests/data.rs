@@ -1,4 +1,4 @@
-//! What `polder::data` promises: exact contents, one clear error line for every kind of damage, and random choices
+//! The promises of `polder::data`: exact contents, one clear error line for every kind of damage, and random choices
 //! that are the same everywhere. With `POLDER_DATA=DIR` the published data sets in `DIR/cifar-10` and
 //! `DIR/fashion-mnist` are read too.
 
@@ -20,12 +20,12 @@ type TestResult = Result<(), Box<dyn Error>>;
 
 // ---- Files to read --------------------------------------------------------------------------------------------------
 
-/// Pixel bytes that no two positions near each other share, so that a wrong stride or order shows.
+/// Pixel bytes that differ between neighbouring positions, so that a wrong stride or order is noticed.
 fn pattern(index: usize) -> u8 {
     ((index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8
 }
 
-/// CIFAR records with the given label bytes, and pixels that go on from one record to the next.
+/// CIFAR records with these label bytes, and pixels that continue from one record to the next.
 fn cifar_records(labels: &[&[u8]], first_pixel: usize) -> Vec<u8> {
     let mut bytes = Vec::new();
     for (record, labels) in labels.iter().enumerate() {
@@ -206,7 +206,7 @@ fn idx_files_are_read_plain_gzipped_and_dotted() -> TestResult {
     let labels = fs::read(file("train-labels-idx1-ubyte"))?;
     fs::write(file("train-labels.idx1-ubyte.gz"), gzip(&labels))?;
     fs::remove_file(file("train-labels-idx1-ubyte"))?;
-    // Two gzip members one after the other are one file; and what a file begins with counts, not its name.
+    // Two gzip members in sequence are one file. The first bytes of a file decide, not its name.
     let images = fs::read(file("t10k-images-idx3-ubyte"))?;
     fs::write(file("t10k-images-idx3-ubyte"), [gzip(&images[..20]), gzip(&images[20..])].concat())?;
     fs::rename(file("t10k-labels-idx1-ubyte"), file("t10k-labels-idx1-ubyte.gz"))?;
@@ -321,7 +321,7 @@ fn damaged_idx_files_are_named() -> TestResult {
             idx_bytes(0x803, &[u32::MAX; 3], &pixels),
             "header announces 4294967295 x 4294967295 x 4294967295 bytes, more than this machine can address",
         ),
-        // Addressable, but 16 TiB that are not there: nothing may be reserved for them.
+        // Addressable, but 16 TiB that do not exist: nothing may be reserved for them.
         (idx_bytes(0x803, &[1 << 30, 1 << 7, 1 << 7], &pixels), "76 bytes, expected 17592186044432"),
         (gzip(&idx_bytes(0x803, &[1 << 30, 1 << 7, 1 << 7], &pixels)), "76 bytes, expected 17592186044432"),
         (gzip(&[&good[..], &[0]].concat()), "more than 76 bytes, expected exactly those"),
@@ -335,7 +335,7 @@ fn damaged_idx_files_are_named() -> TestResult {
         let expected = format!("DIR/t10k-images-idx3-ubyte: {expected}");
         assert!(if expected.ends_with(": ") { line.starts_with(&expected) } else { line == expected }, "{line}");
     }
-    // What follows the last gzip member is no part of it.
+    // Data after the last gzip member does not belong to it.
     fs::write(&path, [&packed[..], b"more"].concat())?;
     assert!(matches!(load(folder.path()), Err(DataError::Gzip { .. })));
     Ok(())
@@ -414,7 +414,7 @@ fn damaged(bytes: &[u8], damage: &Damage) -> Vec<u8> {
     bytes
 }
 
-/// What `load` gives has to hold together even where the damage cannot be seen, as in a changed pixel.
+/// The result of `load` must be consistent even where damage cannot be detected, as in a changed pixel.
 fn check_consistent(images: &Images) {
     assert!(!images.is_empty());
     assert_eq!(images.pixels.len(), images.len() * images.shape.bytes());
@@ -447,7 +447,7 @@ proptest! {
     #[test]
     fn damaged_cifar_never_panics(train in any::<bool>(), damage in damage()) {
         let folder = cifar10_folder().map_err(|error| TestCaseError::fail(error.to_string()))?;
-        // A file cut after a whole record is a good, shorter file.
+        // A file that is cut after a whole record is a valid, shorter file.
         if let Damage::Cut(index) = &damage {
             let length = index.index(3073 * if train { 3 } else { 2 });
             prop_assume!(length == 0 || length % 3073 != 0);
@@ -468,7 +468,7 @@ proptest! {
         check_damage(folder.path(), file, &damage)?;
     }
 
-    /// Whatever the header says, the answer comes at once and without the memory that it announces.
+    /// Whatever the header says, the answer comes quickly and without the memory that it announces.
     #[test]
     fn any_idx_header_is_survived(
         header in prop::array::uniform16(any::<u8>()),
@@ -520,8 +520,8 @@ fn label_noise_changes_the_asked_share_to_other_classes() -> TestResult {
         assert_eq!(noisy.pixels, clean.pixels);
         assert!(noisy.labels.iter().all(|&label| label < 5));
     }
-    // Each of the 20 changes from one class to another is as likely: 150 expected, standard deviation 11, 5 of them
-    // allowed.
+    // Each of the 20 changes from one class to another is equally likely: 150 expected, standard deviation 11, 5 of
+    // them allowed.
     let noisy = clean.clone().with_label_noise(1.0, 11)?;
     for (from, to) in (0..5).flat_map(|from| (0..5).map(move |to| (from, to))).filter(|(from, to)| from != to) {
         let count = clean.labels.iter().zip(&noisy.labels).filter(|&(&a, &b)| (a, b) == (from, to)).count();
@@ -572,7 +572,7 @@ fn epoch_orders_are_uniform_permutations() {
     epoch_order(1, 2, &mut single);
     assert_eq!(single, [0]);
 
-    // Over many epochs each of the 24 orders of 4 samples is as likely: 1000 expected, standard deviation 31.
+    // Over many epochs each of the 24 orders of 4 samples is equally likely: 1000 expected, standard deviation 31.
     let mut counts = std::collections::HashMap::new();
     for epoch in 0..24_000 {
         let mut order = [0; 4];
@@ -649,7 +649,7 @@ fn impossible_synthetic_sets_are_refused() {
 
 // ---- The published data sets ----------------------------------------------------------------------------------------
 
-/// A folder in `POLDER_DATA`, or none, with a word about it.
+/// A folder in `POLDER_DATA`. Without it the test is skipped with a message.
 fn published(name: &str) -> Option<PathBuf> {
     match std::env::var_os("POLDER_DATA") {
         Some(folder) => Some(Path::new(&folder).join(name)),

@@ -1,4 +1,4 @@
-//! `polder report` and the pictures, over folders made up so that every number is known.
+//! `polder report` and the pictures, over generated folders in which every number is known.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -34,7 +34,7 @@ fn run(parent: &Path, name: &str, settings: &str, log: &[String]) -> PathBuf {
     folder
 }
 
-/// A landscape over so many points to each side of the origin, of which `rows` are there.
+/// A landscape with so many points on each side of the origin, of which `rows` rows were evaluated.
 fn landscape(folder: &Path, title: &str, axes: usize, rows: usize, loss: impl Fn(f64, f64) -> f64) {
     std::fs::create_dir_all(folder).unwrap();
     let values: Vec<f64> = (-5..=5).map(|index| f64::from(index) / 5.0).collect();
@@ -63,7 +63,7 @@ fn page(runs: &[PathBuf]) -> (String, polder::report::Report) {
     (html, found)
 }
 
-/// Every picture is well-formed XML, and nothing comes from elsewhere or runs.
+/// Checks that every picture is well-formed XML, and that the page loads and runs nothing.
 fn check_page(html: &str) {
     for part in html.split("<svg").skip(1) {
         let svg = format!("<svg{}</svg>", part.split("</svg>").next().unwrap());
@@ -85,13 +85,13 @@ fn headings(html: &str) -> Vec<&str> {
     html.split("<h2>").skip(1).map(|part| part.split("</h2>").next().unwrap()).collect()
 }
 
-/// The row of a table that begins with a name, without tags.
+/// The row of a table with this name, without tags.
 fn row(html: &str, name: &str) -> Vec<String> {
     let found = html.split("<tr>").skip(1).map(|row| row.split("</tr>").next().unwrap());
     let cells = |row: &str| -> Vec<String> {
         let cells = row.split("</th>").flat_map(|part| part.split("</td>"));
         let plain = |cell: &str| {
-            // What a tag leaves between two is text.
+            // The text between two tags.
             cell.split('<').map(|part| part.split_once('>').map_or(part, |(_, text)| text)).collect::<String>()
         };
         cells.map(plain).collect()
@@ -161,7 +161,7 @@ fn a_section_is_there_only_if_there_is_something_to_show() {
     landscape(&full.join("landscape"), "plane", 2, 121, |x, y| 0.1 + x * x + y * y);
     landscape(&full.join("landscape-line"), "line", 1, 11, |x, _| 0.1 + x * x);
     landscape(&full.join("landscape-empty"), "EMPTY", 2, 0, |_, _| 0.0);
-    // Not begun yet.
+    // A landscape that has not begun.
     landscape(&full.join("landscape-other"), "OTHER", 2, 0, |_, _| 0.0);
     std::fs::remove_file(full.join("landscape-other/landscape.csv")).unwrap();
     let (html, _) = page(&[bare, full]);
@@ -200,7 +200,7 @@ fn the_report_says_whether_curvature_falls_in_the_order_of_the_groups() {
         }
         path
     };
-    // What was measured by itself counts, not what was logged.
+    // `curvature.json` counts, not the log.
     let (a, b) = (make("a", "sgd", Some(5.0), Some(100.0)), make("b", "sam", Some(50.0), None));
     let c = make("c", "adamw", None, None);
     let (html, found) = page(&[a.clone(), c.clone(), b.clone()]);
@@ -215,7 +215,7 @@ fn the_report_says_whether_curvature_falls_in_the_order_of_the_groups() {
     assert!(html.contains("The trace of the Hessian does not fall in the order of the groups: sam 50; sgd 100."));
     assert_eq!(page(&[a, c]).1.curvature_order, None, "one group has nothing to be compared with");
 
-    // What was not measured by itself is the log's.
+    // Measures that are not in `curvature.json` come from the log.
     let measures =
         json!({"trace": {"value": 7.0}, "grad-norm": {"value": 3.0}, "power-iteration": {"values": [-5.0, 1.0]}});
     let d = run(folder.path(), "d", "optimizer = \"gam\"\n", &[epoch(1, Some(1.0), 0.5, 1.0), curvature(1, &measures)]);
@@ -226,7 +226,7 @@ fn the_report_says_whether_curvature_falls_in_the_order_of_the_groups() {
     means.sort_by(f64::total_cmp);
     assert_eq!(means, [-5.0, 3.0, 9.0]);
     assert!(html.contains("over 1000 training images; others logged after epoch 1"), "{html}");
-    // What is of other weights than the run has now is left out, and said to be.
+    // Results of other weights than the current ones are left out, and the page says so.
     std::fs::write(d.join("model.safetensors"), "weights").unwrap();
     let whole =
         json!({"measures": {"trace": {"value": 9.0}}, "weights": checksum(&d.join("model.safetensors")).unwrap()});
@@ -337,7 +337,7 @@ fn a_folder_named_twice_is_one_run() {
     assert_eq!((found.groups.len(), found.groups[0].runs.len()), (1, 1));
 }
 
-/// The colour of a picture at a place that is a share of its width and height.
+/// The colour of a picture at a relative place.
 fn pixel(picture: &Pixmap, x: f64, y: f64) -> [u8; 3] {
     let at = |share: f64, length: u32| (share * f64::from(length)) as u32;
     let pixel = picture.pixel(at(x, picture.width()), at(y, picture.height())).unwrap();
@@ -380,7 +380,7 @@ fn a_landscape_over_two_directions_becomes_contours_and_a_surface() {
     let whole = std::fs::read_to_string(folder.path().join("contour.svg")).unwrap();
     assert!(whole.contains(">loss 1 to 5<") && whole.contains("first &lt;b&gt;direction&lt;/b&gt;"));
 
-    // Of the lower half, the upper one is blank.
+    // If only the lower half was evaluated, the upper half is blank.
     landscape(folder.path(), "bowl", 2, 60, |x, y| 1.0 + x * x + 3.0 * y * y);
     landscape_pictures(folder.path()).unwrap();
     let half = check_picture(&folder.path().join("contour"));
@@ -439,7 +439,7 @@ fn a_landscape_over_one_direction_becomes_a_curve_as_far_as_it_goes() {
         assert_eq!(text.contains("points evaluated"), rows < 11);
         assert_eq!(text.contains("1 not finite, left out"), rows == 11);
     }
-    // Without its end, a row may lack digits: 2 rows and the beginning of a third.
+    // A row without its end may lack digits: 2 rows and the beginning of a third.
     let path = folder.path().join("landscape.csv");
     std::fs::write(&path, "x,loss,accuracy\n-1,2,0.5\n-0.8,1.64,0.5\n-0.6,1.36,0.").unwrap();
     landscape_pictures(folder.path()).unwrap();
@@ -516,7 +516,7 @@ fn polder(folder: &TempDir, arguments: &[&str]) -> Output {
     command.arg("report").args(arguments).current_dir(folder.path()).stdin(Stdio::null()).output().unwrap()
 }
 
-/// The one line of a mistake: exit code 2, nothing on standard output, one line on standard error.
+/// The message of a mistake: exit code 2, nothing on standard output, one line on standard error.
 fn mistake(folder: &TempDir, arguments: &[&str]) -> String {
     let output = polder(folder, arguments);
     let message = String::from_utf8(output.stderr).unwrap();

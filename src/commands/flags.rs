@@ -3,7 +3,7 @@
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser, ValueParser};
 use clap::{Arg, ArgAction, ArgMatches, Command, Error, FromArgMatches};
 use polder::settings::{Choice, Kind, OptionType, Setting, Value, Word};
-use polder::train::{CurvatureSettings, Layer, ModelName, TrainError, options};
+use polder::train::{CurvatureSettings, ModelName, Options, TrainError, options};
 
 /// The message of an error, in which settings are named as flags: `--batch-size`.
 pub fn message(error: &TrainError) -> String {
@@ -82,7 +82,7 @@ fn given(setting: &Setting, matches: &ArgMatches) -> Option<Value> {
 }
 
 /// The flags of `polder train`: the options that were given.
-pub struct RunFlags(pub Layer);
+pub struct RunFlags(pub Options);
 
 impl clap::Args for RunFlags {
     fn augment_args(command: Command) -> Command {
@@ -107,7 +107,7 @@ impl FromArgMatches for RunFlags {
 }
 
 /// The flags of `polder curvature` that say what to measure.
-pub struct CurvatureFlags(pub Layer);
+pub struct CurvatureFlags(pub Options);
 
 impl clap::Args for CurvatureFlags {
     fn augment_args(command: Command) -> Command {

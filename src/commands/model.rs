@@ -9,7 +9,7 @@ use polder::kernels::batch_norm::Mode;
 use polder::kernels::image::Normalization;
 use polder::nn::{Model, Shortcut};
 use polder::plan::{Graph, Plan, PlanError, Shape, Value};
-use polder::train::{self, CurvatureMeter, DataSettings, Layer, ModelName, TrainError, weights};
+use polder::train::{self, CurvatureMeter, DataSettings, ModelName, Options, TrainError, weights};
 
 use super::flags::{self, choice};
 use super::option;
@@ -112,7 +112,7 @@ impl ModelArgs {
     pub fn open(&self, split: Split, samples: Samples) -> Result<Subject, TrainError> {
         let run = match &self.run {
             None => None,
-            Some(run) => Some(Layer::of_run(run)?.resolve()?),
+            Some(run) => Some(Options::of_run(run)?.resolve()?),
         };
         let mut settings = run.clone().unwrap_or_default();
         let shortcut = self.shortcut.or(settings.model.shortcut.filter(|_| self.model.is_none()));

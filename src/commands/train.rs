@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use polder::train::{Finding, Layer, Progress, Record, TrainError, Training};
+use polder::train::{Finding, Options, Progress, Record, TrainError, Training};
 use serde_json::json;
 
 use super::flags::RunFlags;
@@ -33,9 +33,9 @@ pub struct TrainArgs {
 
 pub fn run(args: TrainArgs) -> Result<ExitCode, TrainError> {
     let below = match (&args.config, &args.resume) {
-        (Some(file), _) => Layer::from_file(file)?,
-        (None, Some(run)) => Layer::of_run(run)?,
-        (None, None) => Layer::default(),
+        (Some(file), _) => Options::from_file(file)?,
+        (None, Some(run)) => Options::of_run(run)?,
+        (None, None) => Options::default(),
     };
     let given = args.options.0;
     let file = args.config.clone().or(args.resume.as_ref().map(|run| run.join("config.toml")));

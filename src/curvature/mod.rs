@@ -49,14 +49,14 @@
 //! # }
 //! ```
 
+mod filter_normalized;
 mod lanczos;
-mod landscape;
 mod neighbourhood;
 mod power;
 mod trace;
 
+pub use filter_normalized::filter_normalized;
 pub use lanczos::{Density, Eigenpair};
-pub use landscape::filter_normalized;
 pub use neighbourhood::Rise;
 
 use crate::device::{Buffer, Error, Result, Scalar, Slice};

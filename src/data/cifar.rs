@@ -30,10 +30,10 @@ pub(super) const CIFAR100: Format = Format {
     load_split: |folder, split| load_split(&CIFAR100_LAYOUT, folder, split),
 };
 
-/// What the two data sets differ in.
+/// The differences between the two data sets.
 struct Layout {
     name: &'static str,
-    /// Where the published archive puts the files.
+    /// The folder in the published archive.
     sub_folder: &'static str,
     train_files: &'static [&'static str],
     test_file: &'static str,
@@ -63,7 +63,7 @@ static CIFAR100_LAYOUT: Layout = Layout {
     std: [0.2673, 0.2564, 0.2762],
 };
 
-/// The folder that any file of the data set lies in: this one or that of the archive within it.
+/// The folder that holds any file of the data set: this one, or the one that the archive unpacks to.
 fn recognise(layout: &Layout, path: &Path) -> Result<Option<PathBuf>, DataError> {
     for folder in [path.to_path_buf(), path.join(layout.sub_folder)] {
         for file in layout.train_files.iter().chain([&layout.test_file]) {
@@ -114,8 +114,8 @@ fn read(layout: &Layout, folder: &Path, split: Split) -> Result<Images, DataErro
     Ok(images)
 }
 
-/// The training files from the first to the last one present. Those between may be missing, which `read` then
-/// reports: to train without a batch in the middle is never what was meant.
+/// The training files from the first to the last one present. If one between is missing, `read` reports it: nobody
+/// means to train without a batch in the middle.
 fn present_train_files(layout: &Layout, folder: &Path) -> Result<&'static [&'static str], DataError> {
     let mut count = 1;
     for (index, file) in layout.train_files.iter().enumerate() {
@@ -132,7 +132,7 @@ fn append(layout: &Layout, path: &Path, images: &mut Images) -> Result<(), DataE
     let record = labels + SHAPE.bytes();
     let io = |source| DataError::Io { path: path.into(), source };
 
-    // A wrong size is found before the file is read, and again after, in case that it was being written meanwhile.
+    // The size is checked before the file is read, and again after, in case it was being written meanwhile.
     let (mut file, size) = open(path)?;
     let wrong_size = |bytes: u64| bytes == 0 || !bytes.is_multiple_of(record as u64);
     if wrong_size(size) {

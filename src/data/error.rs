@@ -1,9 +1,10 @@
-//! What can be wrong with a data set on disk. Every message is one line: the file, what was found, what was expected.
+//! Errors of data sets. Every message is one line: the file, what was found, what was expected.
 
 use std::io;
 use std::path::PathBuf;
 
-/// Why a data set could not be read, generated or reduced. The fields are what the message shows; sizes are in bytes.
+/// Why a data set could not be read, generated or reduced. The fields are the parts of the message; sizes are in
+/// bytes.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 #[allow(missing_docs)] // of the fields, whose names and messages say it
@@ -28,7 +29,7 @@ pub enum DataError {
     #[error("{path}: holds two data sets, {first} and {second}; expected a folder with one")]
     Ambiguous { path: PathBuf, first: &'static str, second: &'static str },
 
-    /// The format was recognised, but a file that the wanted split needs is absent.
+    /// The format was recognised, but a file of the requested split is missing.
     #[error("{folder}: no {file}, which the {split} split needs")]
     MissingFile { folder: PathBuf, file: String, split: super::Split },
 
@@ -44,7 +45,7 @@ pub enum DataError {
     #[error("{path}: label {label} at sample {index}, but there are only {different} different labels")]
     SparseLabels { path: PathBuf, index: usize, label: u32, different: usize },
 
-    /// An IDX file that begins with something else than its magic number.
+    /// An IDX file with another magic number.
     #[error("{path}: magic number {found:#010x}, expected {expected:#010x}")]
     Magic { path: PathBuf, found: u32, expected: u32 },
 
@@ -80,11 +81,11 @@ pub enum DataError {
     #[error("cannot take {n} samples: expected 1 to {len}")]
     SubsetSize { n: usize, len: usize },
 
-    /// A share of noisy labels that is not a share.
+    /// A fraction of noisy labels that is not between 0 and 1.
     #[error("label noise {fraction}: expected a fraction from 0 to 1")]
     NoiseFraction { fraction: f64 },
 
-    /// Label noise needs another class to go to.
+    /// Label noise in a set with a single class.
     #[error("label noise needs at least 2 classes, found {classes}")]
     NoiseClasses { classes: usize },
 
@@ -100,7 +101,7 @@ pub enum DataError {
     #[error("{images} images of {shape}: expected at least one image with pixels")]
     NoImages { images: usize, shape: super::ImageShape },
 
-    /// Pixels that are not those of as many images as there are labels.
+    /// A number of pixels that does not match the number of labels.
     #[error("{found} bytes of pixels, expected {expected}: {images} labels, images of {shape}")]
     PixelCount { found: usize, expected: usize, images: usize, shape: super::ImageShape },
 

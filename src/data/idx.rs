@@ -1,6 +1,6 @@
-//! IDX files, as MNIST, Fashion-MNIST and their kin are published: a big-endian header (magic number, one size per
-//! dimension), then unsigned bytes; images in a file of three dimensions, labels in one of one dimension, often gzip'd.
-//! The format is described at <http://yann.lecun.com/exdb/mnist/>.
+//! IDX files, the format of MNIST, Fashion-MNIST and similar sets: a big-endian header (magic number, one size per
+//! dimension), then unsigned bytes. Images are a file of three dimensions, labels one of one dimension; both are often
+//! compressed with gzip. The format is described at <http://yann.lecun.com/exdb/mnist/>.
 
 use std::cmp::Ordering;
 use std::io::{self, BufRead, BufReader, Read};
@@ -25,8 +25,8 @@ pub(super) const FORMAT: Format = Format {
 /// Magic number of unsigned bytes; the number of dimensions is added to it.
 const UNSIGNED_BYTES: u32 = 0x0000_0800;
 
-/// A data set with customary statistics. MNIST and Fashion-MNIST have the same file names and sizes, so they are told
-/// apart by their first labels; that sixteen of them agree by chance has a probability of 1e-16.
+/// A data set with published statistics. MNIST and Fashion-MNIST have the same file names and sizes, so they are told
+/// apart by their first labels: that sixteen labels agree by chance has a probability of 1e-16.
 struct Published {
     name: &'static str,
     first_train_labels: [u32; 16],
@@ -53,7 +53,7 @@ const PUBLISHED: [Published; 2] = [
 ];
 const PUBLISHED_CLASSES: usize = 10;
 
-/// What a file holds, by the word in its name; `D` is the number of its dimensions.
+/// The contents of a file, by the word in its name; `D` is the number of dimensions.
 #[derive(Clone, Copy)]
 struct Content<const D: usize> {
     word: &'static str,
@@ -131,7 +131,7 @@ fn folder_name(folder: &Path) -> String {
     folder.file_name().map_or_else(|| "idx".into(), |name| name.to_string_lossy().into_owned())
 }
 
-/// Reads images and labels of one split, and says which published data set they belong to.
+/// Reads images and labels of one split, and finds the published data set that they belong to.
 fn read_split(folder: &Path, split: Split) -> Result<(Images, Option<&'static Published>), DataError> {
     let label_file = read_file(folder, split, LABELS)?;
     let labels: Vec<u32> = label_file.values.iter().map(|&label| label.into()).collect();
@@ -152,7 +152,7 @@ fn read_split(folder: &Path, split: Split) -> Result<(Images, Option<&'static Pu
             let different = present.iter().filter(|&&present| present).count();
             let classes = present.iter().rposition(|&present| present).map_or(0, |largest| largest + 1);
             let largest = labels.iter().position(|&label| label as usize + 1 == classes);
-            // Of a few samples most classes may well be absent.
+            // A few samples may well miss most classes.
             let many = labels.len() >= 10 * classes;
             if let (true, Some(index)) = (many && 2 * different < classes, largest) {
                 return Err(DataError::SparseLabels { path: label_file.path, index, label: labels[index], different });
@@ -174,7 +174,7 @@ fn read_split(folder: &Path, split: Split) -> Result<(Images, Option<&'static Pu
     Ok((Images { pixels: image_file.values, labels, shape, classes }, published))
 }
 
-/// What the names of a split's files begin with.
+/// The prefix of the file names of a split.
 fn prefix(split: Split) -> &'static str {
     match split {
         Split::Train => "train",
@@ -182,7 +182,7 @@ fn prefix(split: Split) -> &'static str {
     }
 }
 
-/// The file's path, by whichever of its names is there.
+/// The path of the file, under any of its names.
 fn find<const D: usize>(folder: &Path, split: Split, content: Content<D>) -> Result<Option<PathBuf>, DataError> {
     for (separator, suffix) in [("-", ""), (".", ""), ("-", ".gz"), (".", ".gz")] {
         let path = folder.join(format!("{}-{}{separator}idx{D}-ubyte{suffix}", prefix(split), content.word));
@@ -196,7 +196,7 @@ fn find<const D: usize>(folder: &Path, split: Split, content: Content<D>) -> Res
 struct IdxFile<const D: usize> {
     path: PathBuf,
     sizes: [usize; D],
-    /// As many as the product of the sizes; row-major.
+    /// The values, row-major; as many as the product of the sizes.
     values: Vec<u8>,
 }
 
@@ -237,9 +237,8 @@ fn read_file<const D: usize>(folder: &Path, split: Split, content: Content<D>) -
         return Err(DataError::TooLarge { path, announced });
     };
 
-    // Nothing is reserved on the header's word alone: at most the size of the file, and then as much as really
-    // arrives. One byte more than announced is asked for, which finds trailing bytes and has the checksum of a gzip
-    // stream verified.
+    // The header is not trusted: at most the size of the file is reserved at first, and more as data arrives. One byte
+    // more than announced is requested, which detects trailing bytes and makes gzip verify its checksum.
     let mut values = Vec::new();
     let reserved = values.try_reserve_exact(value_bytes.min(file_bytes) as usize);
     reserved.map_err(|_| read_error(io::ErrorKind::OutOfMemory.into()))?;

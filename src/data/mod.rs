@@ -2,8 +2,9 @@
 //!
 //! [`load`] recognises the format of a folder: CIFAR-10 or CIFAR-100 in the binary version, or IDX files as MNIST and
 //! Fashion-MNIST have them, gzip'd or not. [`synthetic`](fn@synthetic) generates a set that needs no files, and
-//! [`Dataset::new`] takes one from memory. A format is one file of this module and one entry of [`FORMATS`]. Pixels stay
-//! `u8` in NHWC order (samples, rows, columns, channels); they are normalised when a batch is assembled on the device.
+//! [`Dataset::new`] takes one from memory. A format is one file of this module and one entry of [`FORMATS`]. Pixels
+//! stay `u8` in NHWC order (samples, rows, columns, channels); they are normalised when a batch is assembled on the
+//! device.
 //!
 //! Everything random here comes from ChaCha8 through integer arithmetic, so a seed means the same on every platform.
 
@@ -49,9 +50,9 @@ impl fmt::Display for ImageShape {
 /// Which half of a data set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Split {
-    /// The images that a model is fitted to.
+    /// The images that a model is trained on.
     Train,
-    /// The images that it is judged by.
+    /// The images that it is tested on.
     Test,
 }
 
@@ -83,7 +84,7 @@ impl Images {
         self.labels.len()
     }
 
-    /// Whether there are none; never so for what [`load`] and [`synthetic`] give.
+    /// Whether there are no images; never so for [`load`] and [`synthetic`](fn@synthetic).
     pub fn is_empty(&self) -> bool {
         self.labels.is_empty()
     }
@@ -163,7 +164,7 @@ impl Images {
 /// Where the mean and standard deviation of a data set come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StatisticsSource {
-    /// The values that are customary for this data set.
+    /// The published values of this data set.
     Published,
     /// Computed from the training images.
     TrainImages,
@@ -262,7 +263,8 @@ pub struct SplitImages {
 pub enum Recognise {
     /// By its name in place of a path.
     ByName,
-    /// By the files in a folder: the folder that they lie in, which may be a sub-folder; none if there are no such files.
+    /// By the files in a folder: the folder that they lie in, which may be a sub-folder; none if there are no such
+    /// files.
     InFolder(fn(&Path) -> Result<Option<PathBuf>, DataError>),
 }
 
@@ -360,13 +362,12 @@ fn mean_and_std(pixels: &[u8], channels: usize) -> (Vec<f32>, Vec<f32>) {
     mean_and_std.unzip()
 }
 
-/// Whether something has this path. Unlike `Path::exists`, a folder that may not be searched is an error, not an
-/// absence.
+/// Whether the path exists. Unlike `Path::exists`, a folder that cannot be searched is an error.
 fn exists(path: &Path) -> Result<bool, DataError> {
     path.try_exists().map_err(|source| DataError::Io { path: path.into(), source })
 }
 
-/// Opens a regular file; also gives its size in bytes. A pipe is refused before it can block.
+/// Opens a regular file and returns its size in bytes. A pipe is refused, because it could block.
 fn open(path: &Path) -> Result<(File, u64), DataError> {
     let io = |source| DataError::Io { path: path.into(), source };
     if !fs::metadata(path).map_err(io)?.is_file() {

@@ -1,10 +1,10 @@
 //! The generated data set: ten classes of coloured images that need no download.
 //!
-//! A class is a pair of a texture (lying stripes, standing stripes, checks, diamonds, rings) and a scale (coarse,
-//! fine); only both together tell it. The texture fills a disc or a square somewhere in the image; its place, size,
-//! turn, phase, exact scale, colours and contrast vary. Around it lie a gradient and smaller patches of any class,
-//! and every pixel is noisy. So there is something to learn, and noise enough to learn by heart. Mirroring and
-//! shifting an image keep its class.
+//! A class is a pair of a texture (horizontal stripes, vertical stripes, checks, diamonds, rings) and a scale (coarse,
+//! fine). Only both together determine it. The texture fills a disc or a square somewhere in the image; place, size,
+//! rotation, phase, exact scale, colours and contrast vary. Around it are a gradient and smaller patches of any class,
+//! and every pixel is noisy. So there is something to learn, and enough noise to overfit. Mirroring and shifting an
+//! image keep its class.
 //!
 //! The bytes are the same on every platform: all arithmetic is integer or single IEEE operations (`+ - * /`, square
 //! root, comparison), with a polynomial in place of the sine, because the sines of mathematics libraries differ in
@@ -42,15 +42,15 @@ const CONTRAST: (f32, f32) = (40.0, 150.0);
 /// Periods per unit of length (half an image) of a coarse and a fine texture, and the share by which they vary.
 const SCALES: [f32; 2] = [1.4, 3.0];
 const SCALE_VARIATION: f32 = 0.15;
-/// Largest turn of a texture, of a full one.
+/// Largest rotation of a texture, in full turns.
 const TURN: f32 = 0.04;
-/// Patches of other textures around the one that counts.
+/// Number of patches of other textures around the main one.
 const DISTRACTORS: usize = 2;
 
 /// Size and seed of a synthetic data set.
 ///
-/// The default is what the command line uses: 2,048 training and 1,024 test images of 32x32, seed 0. An image depends
-/// on the seed, the split, its index and `side` alone: a larger set begins with the images of a smaller one.
+/// The default is the set of the command line: 2,048 training and 1,024 test images of 32x32, seed 0. An image depends
+/// only on the seed, the split, its index and `side`: a larger set begins with the images of a smaller one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SyntheticSpec {
     /// Training images.
@@ -143,7 +143,7 @@ struct Patch {
     centre: (f32, f32),
     radius: f32,
     round: bool,
-    /// Cosine and sine of the patch's turn.
+    /// Cosine and sine of the patch's rotation.
     axis: (f32, f32),
     /// Periods per unit of length.
     frequency: f32,

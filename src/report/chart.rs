@@ -1,6 +1,6 @@
 //! Axes with their ticks, and charts of lines over them.
 
-use super::drawing::{Anchor, Drawing, Ink, Shape};
+use super::drawing::{Anchor, Drawing, Ink, VectorPath};
 
 /// Font size of the labels of ticks and axes.
 pub(super) const SMALL: f64 = 11.0;
@@ -166,7 +166,7 @@ impl Panel {
             grid.push(vec![[self.left, at], [self.right, at]]);
             drawing.label([self.left - 6.0, at + 0.35 * SMALL], name, SMALL, Anchor::End, FAINT);
         }
-        drawing.shape(Shape { paths: grid, stroke: Some((GRID, 1.0)), ..Shape::default() });
+        drawing.shape(VectorPath { paths: grid, stroke: Some((GRID, 1.0)), ..VectorPath::default() });
         self.x_ticks(drawing, x);
         drawing.line(vec![[self.left, self.bottom], [self.right, self.bottom]], RULE, 1.0);
         drawing.vertical_label([12.0, self.y(0.5)], y.label.clone(), SMALL, FAINT);
@@ -180,7 +180,7 @@ impl Panel {
             ticks.push(vec![[at, self.bottom], [at, self.bottom + 4.0]]);
             drawing.label([at, self.bottom + 16.0], name, SMALL, Anchor::Middle, FAINT);
         }
-        drawing.shape(Shape { paths: ticks, stroke: Some((RULE, 1.0)), ..Shape::default() });
+        drawing.shape(VectorPath { paths: ticks, stroke: Some((RULE, 1.0)), ..VectorPath::default() });
         drawing.label([self.x(0.5), self.bottom + 33.0], x.label.clone(), SMALL, Anchor::Middle, FAINT);
     }
 }
@@ -215,11 +215,11 @@ impl Style {
 
     /// A piece of its line with a marker, for a legend.
     pub fn sample(self, drawing: &mut Drawing, [x, y]: [f64; 2], length: f64) {
-        drawing.shape(Shape {
+        drawing.shape(VectorPath {
             paths: vec![vec![[x, y], [x + length, y]]],
             stroke: Some((self.ink(1.0), 2.0)),
             dash: self.dash(),
-            ..Shape::default()
+            ..VectorPath::default()
         });
         drawing.polygon(self.marker([x + 0.5 * length, y], 3.2), self.ink(1.0));
     }
@@ -263,7 +263,7 @@ pub(super) fn draw_lines(drawing: &mut Drawing, panel: Panel, x: &Axis, y: &Axis
         let parts = points.split(|&point| at(point).is_none());
         let paths = parts.map(|part| part.iter().filter_map(|&point| at(point)).collect()).collect();
         let stroke = Some((style.ink(1.0), 2.0));
-        drawing.shape(Shape { paths, stroke, dash: style.dash(), ..Shape::default() });
+        drawing.shape(VectorPath { paths, stroke, dash: style.dash(), ..VectorPath::default() });
         if !markers {
             continue;
         }
@@ -274,7 +274,7 @@ pub(super) fn draw_lines(drawing: &mut Drawing, panel: Panel, x: &Axis, y: &Axis
             let tip = Some(format!("{name}: {} at {}", digits(value), digits(abscissa)));
             let fill = Some(style.ink(1.0));
             let paths = vec![style.marker(place, 2.8)];
-            drawing.shape(Shape { paths, closed: true, fill, tip, ..Shape::default() });
+            drawing.shape(VectorPath { paths, closed: true, fill, tip, ..VectorPath::default() });
         }
     }
 }

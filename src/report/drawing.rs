@@ -65,7 +65,7 @@ pub(super) enum Medium {
 
 /// Lines through points, filled or stroked.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Shape {
+pub(super) struct VectorPath {
     pub paths: Vec<Vec<[f64; 2]>>,
     pub closed: bool,
     pub fill: Option<Ink>,
@@ -98,7 +98,7 @@ struct Label {
 
 #[derive(Debug, Clone)]
 enum Mark {
-    Shape(Shape),
+    Shape(VectorPath),
     Label(Label),
 }
 
@@ -117,18 +117,18 @@ impl Drawing {
         Self { width, height, title: title.into(), marks: Vec::new() }
     }
 
-    pub fn shape(&mut self, shape: Shape) {
+    pub fn shape(&mut self, shape: VectorPath) {
         if shape.paths.iter().any(|path| !path.is_empty()) {
             self.marks.push(Mark::Shape(shape));
         }
     }
 
     pub fn line(&mut self, points: Vec<[f64; 2]>, ink: Ink, width: f64) {
-        self.shape(Shape { paths: vec![points], stroke: Some((ink, width)), ..Shape::default() });
+        self.shape(VectorPath { paths: vec![points], stroke: Some((ink, width)), ..VectorPath::default() });
     }
 
     pub fn polygon(&mut self, points: Vec<[f64; 2]>, fill: Ink) {
-        self.shape(Shape { paths: vec![points], closed: true, fill: Some(fill), ..Shape::default() });
+        self.shape(VectorPath { paths: vec![points], closed: true, fill: Some(fill), ..VectorPath::default() });
     }
 
     pub fn label(&mut self, at: [f64; 2], text: impl Into<String>, size: f64, anchor: Anchor, ink: Ink) {
@@ -195,7 +195,7 @@ fn to_pixels() -> Transform {
     Transform::from_scale(PNG_SCALE as f32, PNG_SCALE as f32)
 }
 
-impl Shape {
+impl VectorPath {
     fn write_svg(&self, medium: Medium, text: &mut String) {
         *text += "<path d=\"";
         for path in self.paths.iter().filter(|path| !path.is_empty()) {

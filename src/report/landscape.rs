@@ -6,7 +6,7 @@ use super::chart::{
     self, Axis, FAINT, LOGARITHMIC_FROM, Line, Panel, SMALL, Style, draw_lines, linear_steps, log_steps, range,
     significant,
 };
-use super::drawing::{Anchor, Drawing, Ink, Medium, Shape};
+use super::drawing::{Anchor, Drawing, Ink, Medium, VectorPath};
 use crate::train::landscape::{Axis as Direction, Landscape as Description};
 use crate::train::{TrainError, write_whole};
 
@@ -241,16 +241,16 @@ fn draw_contours(drawing: &mut Drawing, panel: Panel, landscape: &LoadedLandscap
             lines.extend(border);
         }
         let fill = Some(Ink::Colour(levels.colour(band), 1.0));
-        drawing.shape(Shape { paths, closed: true, fill, ..Shape::default() });
+        drawing.shape(VectorPath { paths, closed: true, fill, ..VectorPath::default() });
         let stroke = Some((Ink::Colour([255, 255, 255], 0.5), 0.8));
-        drawing.shape(Shape { paths: lines, stroke, ..Shape::default() });
+        drawing.shape(VectorPath { paths: lines, stroke, ..VectorPath::default() });
     }
     let (left, bottom) = (across.place(0.0), up.place(0.0));
     if (0.0..=1.0).contains(&left) && (0.0..=1.0).contains(&bottom) {
         let ([x, y], arm) = ([panel.x(left), panel.y(bottom)], 5.0);
         let cross = vec![vec![[x - arm, y - arm], [x + arm, y + arm]], vec![[x - arm, y + arm], [x + arm, y - arm]]];
         for (ink, width) in [(Ink::Colour([0, 0, 0], 0.7), 4.0), (Ink::Colour([255, 255, 255], 1.0), 1.8)] {
-            drawing.shape(Shape { paths: cross.clone(), stroke: Some((ink, width)), ..Shape::default() });
+            drawing.shape(VectorPath { paths: cross.clone(), stroke: Some((ink, width)), ..VectorPath::default() });
         }
     }
 }
@@ -348,13 +348,13 @@ fn surface(landscape: &LoadedLandscape, levels: &Levels) -> Option<Drawing> {
     };
     let mut paths: Vec<_> = heights.iter().map(|&(value, _)| wall(value)).collect();
     paths.extend([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0]].map(|[x, y]| vec![see([x, y, 0.0]), see([x, y, 1.0])]));
-    drawing.shape(Shape { paths, stroke: Some((Ink::Text(0.16), 1.0)), ..Shape::default() });
+    drawing.shape(VectorPath { paths, stroke: Some((Ink::Text(0.16), 1.0)), ..VectorPath::default() });
     let floor = [[0.0, 1.0], [1.0, 1.0], [1.0, 0.0], [0.0, 0.0]].map(|[x, y]| see([x, y, 0.0]));
-    drawing.shape(Shape {
+    drawing.shape(VectorPath {
         paths: vec![floor.to_vec()],
         closed: true,
         stroke: Some((Ink::Text(0.35), 1.0)),
-        ..Shape::default()
+        ..VectorPath::default()
     });
 
     let mut cells = Vec::new();
@@ -376,7 +376,7 @@ fn surface(landscape: &LoadedLandscape, levels: &Levels) -> Option<Drawing> {
         let mean = cell.iter().map(|corner| corner[2]).sum::<f64>() / 4.0;
         let paths = vec![cell.map(see).to_vec()];
         let (fill, stroke) = (Some(Ink::Colour(colour(mean), 1.0)), Some((Ink::Colour([0, 0, 0], 0.35), 0.4)));
-        drawing.shape(Shape { paths, closed: true, fill, stroke, ..Shape::default() });
+        drawing.shape(VectorPath { paths, closed: true, fill, stroke, ..VectorPath::default() });
     }
 
     for (value, name) in heights {
@@ -439,11 +439,11 @@ fn curve(landscape: &LoadedLandscape) -> Option<Drawing> {
     }
     for (index, (name, style)) in legend.into_iter().enumerate() {
         let left = panel.left + 130.0 * index as f64;
-        drawing.shape(Shape {
+        drawing.shape(VectorPath {
             paths: vec![vec![[left, 40.0], [left + 26.0, 40.0]]],
             stroke: Some((style.ink(1.0), 2.0)),
             dash: style.dash(),
-            ..Shape::default()
+            ..VectorPath::default()
         });
         drawing.label([left + 32.0, 44.0], name, SMALL, Anchor::Start, FAINT);
     }

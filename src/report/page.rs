@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::chart::{self, Axis, FAINT, Line, Panel, SMALL, Style, digits, line_chart, significant};
-use super::drawing::{Anchor, Drawing, Ink, Medium, SERIES, SERIES_ON_DARK, Shape, escape, hex};
+use super::drawing::{Anchor, Drawing, Ink, Medium, SERIES, SERIES_ON_DARK, VectorPath, escape, hex};
 use super::landscape::{self, Levels, LoadedLandscape};
 use super::runs::{Epoch, Group, LoadedRun, Measures, RunStatistics, differing, numbers};
 use super::{CurvatureOrder, spectrum};
@@ -406,7 +406,7 @@ fn layers(groups: &[Group]) -> Option<String> {
     let panel = Panel { left: 210.0, top: 8.0, right: width - 16.0, bottom: height - 42.0 };
     let y = |index: usize| panel.top + row * (index as f64 + 0.5);
     let rules = (0..names.len()).map(|index| vec![[panel.left, y(index)], [panel.right, y(index)]]).collect();
-    drawing.shape(Shape { paths: rules, stroke: Some((Ink::Text(0.11), 1.0)), ..Shape::default() });
+    drawing.shape(VectorPath { paths: rules, stroke: Some((Ink::Text(0.11), 1.0)), ..VectorPath::default() });
     for (index, name) in names.iter().enumerate() {
         drawing.label([panel.left - 8.0, y(index) + 0.35 * SMALL], name.as_str(), SMALL, Anchor::End, FAINT);
     }
@@ -420,7 +420,7 @@ fn layers(groups: &[Group]) -> Option<String> {
             let paths = vec![Style(index).marker([panel.x(place), y(layer)], 3.6)];
             let tip = Some(format!("{}: {name} {}", group.name, plus_minus(statistics)));
             let fill = Some(Style(index).ink(0.85));
-            drawing.shape(Shape { paths, closed: true, fill, tip, ..Shape::default() });
+            drawing.shape(VectorPath { paths, closed: true, fill, tip, ..VectorPath::default() });
         }
     }
     let svg = drawing.svg(Medium::Page).replacen("<svg ", "<svg class=\"tall\" ", 1);

@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::landscape::LoadedLandscape;
 use crate::curvature::Density;
 use crate::optim;
-use crate::train::{Finding, Layer, Record, TrainError, checksum};
+use crate::train::{Finding, Options, Record, TrainError, checksum};
 
 /// What was measured, by the measure's name.
 pub(super) type Measures = BTreeMap<String, Finding>;
@@ -213,7 +213,7 @@ fn read_settings(config: &Path) -> Result<toml::Table, TrainError> {
         .map_err(|error| TrainError::Settings { path: config.into(), reason: error.message().replace('\n', "; ") })?;
     let method = settings.get("optimizer").and_then(toml::Value::as_str);
     if method.is_none_or(|name| optim::find(name).is_some()) {
-        Layer::from_file(config)?;
+        Options::from_file(config)?;
     }
     Ok(settings)
 }

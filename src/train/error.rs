@@ -4,7 +4,7 @@
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use super::Layer;
+use super::Options;
 use crate::data::DataError;
 use crate::device;
 use crate::nn::UnknownModel;
@@ -120,7 +120,7 @@ impl TrainError {
 
     /// The same error, which blames the file of settings if the setting at fault was not given beside it.
     #[must_use]
-    pub fn of_file(self, given: &Layer, file: Option<&Path>) -> Self {
+    pub fn of_file(self, given: &Options, file: Option<&Path>) -> Self {
         match (self, file) {
             (TrainError::Setting { name, reason }, Some(path)) if !given.has(&name) => {
                 TrainError::Settings { path: path.into(), reason: format!("{name}: {reason}") }

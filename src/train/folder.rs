@@ -6,7 +6,7 @@ use std::path::Path;
 use super::checkpoint::{self, Checkpoint};
 use super::log::Log;
 use super::settings::continues;
-use super::{Layer, TrainError, write_whole};
+use super::{Options, TrainError, write_whole};
 
 /// The files of a run. Each of them shows that the folder holds a run or a partial run.
 const FILES: [&str; 4] = ["config.toml", "log.jsonl", "model.safetensors", "checkpoint"];
@@ -24,8 +24,8 @@ impl Config {
     fn before(&self, saved: &str) -> Result<toml::Table, TrainError> {
         let damaged = |reason: String| TrainError::setting("settings", reason);
         let text = if self.by_name {
-            let mine = Layer::from_toml(&self.text).map_err(damaged)?;
-            let mut theirs = Layer::from_toml(saved).map_err(damaged)?;
+            let mine = Options::from_toml(&self.text).map_err(damaged)?;
+            let mut theirs = Options::from_toml(saved).map_err(damaged)?;
             // Files may have been moved.
             for name in ["data", "init"] {
                 theirs.copy(name, &mine);

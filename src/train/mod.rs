@@ -9,7 +9,7 @@ mod finding;
 mod folder;
 mod images;
 pub mod landscape;
-mod layer;
+mod listing;
 mod log;
 mod options;
 mod run;
@@ -24,12 +24,12 @@ pub use evaluate::{Evaluation, Evaluator};
 pub use files::{checksum, write_whole};
 pub use finding::{Finding, Findings, MeanOver};
 pub use images::{Batch, normalization, open_data, open_device, open_split};
-pub use layer::Layer;
+pub use listing::{RunOption, options};
 pub use log::Record;
-pub use options::{RunOption, options};
+pub use options::Options;
 pub use run::{Progress, Summary};
 pub use settings::{
     AdamWSettings, Augmentation, BaseName, CurvatureLogSettings, DataSettings, LoopSettings, Measure, MethodName,
-    ModelName, ModelSettings, OptimizerSettings, Precision, Settings, SgdSettings,
+    ModelName, ModelSettings, OptimizerSettings, Precision, RunSettings, SgdSettings,
 };
 pub use training::Training;

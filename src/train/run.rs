@@ -12,7 +12,7 @@ use super::evaluate::{Evaluation, Evaluator};
 use super::folder::{self, Config};
 use super::images::{normalization, open_device};
 use super::log::{Log, Record};
-use super::settings::{Measure, Settings};
+use super::settings::{Measure, RunSettings};
 use super::state::State;
 use super::training::Subject;
 use crate::data::{self, Images};
@@ -98,7 +98,7 @@ const REPORT: Duration = Duration::from_millis(250);
 /// A run in progress, its activations stored as `S`. Tests are in f32 whatever `S` is: of the weights as they are
 /// saved.
 pub(super) struct Run<S: Compute<Master = f32>> {
-    settings: Settings,
+    settings: RunSettings,
     config: Config,
     out: Option<PathBuf>,
     device: Device,
@@ -566,7 +566,7 @@ mod tests {
     use half::bf16;
 
     use super::super::training::Subject;
-    use super::super::{DataSettings, LoopSettings, Settings, open_data};
+    use super::super::{DataSettings, LoopSettings, RunSettings, open_data};
     use super::{Compute, Run, Window};
     use crate::plan::Shape;
 
@@ -581,7 +581,7 @@ mod tests {
         let data = DataSettings { batch_size: 8, ..DataSettings::default() };
         let run =
             LoopSettings { steps: Some(21), max_loss: Some(1e3), device: "cpu".into(), ..LoopSettings::default() };
-        let settings = Settings { data, run, ..Settings::default() };
+        let settings = RunSettings { data, run, ..RunSettings::default() };
         let mut dataset = open_data("synthetic").unwrap();
         dataset.train = dataset.train.take(96).unwrap();
         let model = settings.model().unwrap();

@@ -7,8 +7,8 @@
 use std::fmt::Write as _;
 use std::str::FromStr;
 
-use super::layer::{Layer, to_json, to_toml};
-use super::options::{find_option, of_bases};
+use super::listing::{find_option, of_bases};
+use super::options::{Options, to_json, to_toml};
 use super::{CurvatureSettings, TrainError};
 use crate::arena::Layout;
 use crate::device::HostOptions;
@@ -281,7 +281,7 @@ impl Chosen {
     ///
     /// # Errors
     /// A name that is not known.
-    pub fn by(options: &Layer) -> Result<Self, SettingError> {
+    pub fn by(options: &Options) -> Result<Self, SettingError> {
         let mut settings = OptimizerSettings::default();
         for name in ["optimizer", "base"] {
             options.get(name).map_or(Ok(()), |value| settings.set(name, value))?;
@@ -337,7 +337,7 @@ pub(super) const GENERAL: [(&str, &[Setting]); 5] = [
 
 /// The settings of a run: a value for every option.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Settings {
+pub struct RunSettings {
     /// What to train on.
     pub data: DataSettings,
     /// Which network to train.
@@ -345,7 +345,7 @@ pub struct Settings {
     /// How to train.
     pub optimizer: OptimizerSettings,
     /// The method's options that differ from their defaults.
-    pub method: Layer,
+    pub method: Options,
     /// SGD, if it is the base.
     pub sgd: SgdSettings,
     /// AdamW, if it is the base.
@@ -356,7 +356,7 @@ pub struct Settings {
     pub curvature: CurvatureLogSettings,
 }
 
-impl Settings {
+impl RunSettings {
     /// The general settings.
     fn general(&self) -> [&dyn Configurable; 5] {
         [&self.data, &self.model, &self.optimizer, &self.run, &self.curvature]
@@ -427,7 +427,7 @@ impl Settings {
         Ok(values)
     }
 
-    /// As TOML: a file from which [`Layer::from_file`] reads the same settings.
+    /// As TOML: a file from which [`Options::from_file`] reads the same settings.
     ///
     /// # Errors
     /// A method that is not known, or a number that TOML cannot hold.
@@ -492,10 +492,7 @@ impl Settings {
         self.base(&self.chosen()?).check()?;
         if let Some((_, curvature)) = self.curvature() {
             let prefixed = |error: TrainError| match error {
-                TrainError::Setting { name, reason } => TrainError::Setting {
-                    name: format!("curvature-{name}"),
-                    reason: reason.replacen('`', "`curvature-", 1),
-                },
+                TrainError::Setting { name, reason } => TrainError::setting(&format!("curvature-{name}"), reason),
                 other => other,
             };
             curvature.check_combination().map_err(prefixed)?;
@@ -564,10 +561,10 @@ pub(super) fn continues(now: &toml::Table, before: &toml::Table) -> Option<Strin
     now.keys().chain(before.keys()).find(differs).cloned()
 }
 
-/// See [`Layer::resolve`].
-pub(super) fn resolve(options: &Layer) -> Result<Settings, TrainError> {
+/// See [`Options::resolve`].
+pub(super) fn resolve(options: &Options) -> Result<RunSettings, TrainError> {
     let chosen = Chosen::by(options)?;
-    let mut settings = Settings::default();
+    let mut settings = RunSettings::default();
     let mut method = (chosen.entry.new)();
     if chosen.method.own_rate().is_some() {
         settings.sgd.momentum = 0.0;
@@ -617,7 +614,7 @@ pub(super) fn resolve(options: &Layer) -> Result<Settings, TrainError> {
 }
 
 /// Fails for an option that is given and has no meaning beside the others.
-fn meaningful(settings: &dyn Configurable, given: &Layer) -> Result<(), SettingError> {
+fn meaningful(settings: &dyn Configurable, given: &Options) -> Result<(), SettingError> {
     for option in settings.options() {
         let Some(condition) = option.only_with.filter(|condition| !condition.holds(settings)) else { continue };
         if given.has(option.name) {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::checkpoint::{self, Checkpoint};
 use super::images::{Batch, DeviceImages};
-use super::settings::{Augmentation, Settings};
+use super::settings::{Augmentation, RunSettings};
 use super::{TrainError, weights};
 use crate::data::{ImageShape, Images};
 use crate::device::{self, Buffer, Compute, Device};
@@ -44,7 +44,7 @@ impl<S: Compute<Master = f32>> State<S> {
     /// Plans the network, which errors call `data`, and puts initial weights and the training images on the device.
     pub fn new(
         device: &Device,
-        settings: &Settings,
+        settings: &RunSettings,
         (network, data): (Network<'_>, &str),
         train: &Images,
         normalization: Normalization,

@@ -9,7 +9,7 @@ use super::TrainError;
 use super::folder::Config;
 use super::images::open_data;
 use super::run::{Progress, Run, Summary};
-use super::settings::{Precision, Settings};
+use super::settings::{Precision, RunSettings};
 use crate::data::{DataError, Dataset};
 use crate::device::Tf32;
 use crate::optim::Method;
@@ -21,7 +21,7 @@ use crate::plan::{Network, Shape};
 /// use polder::data::{SyntheticSpec, synthetic};
 /// use polder::optim::Sam;
 /// use polder::plan::{Graph, PlanError, Shape, Value};
-/// use polder::train::{Settings, Training};
+/// use polder::train::{RunSettings, Training};
 ///
 /// /// One convolution, and a linear layer over the mean of its output.
 /// fn network(images: Shape, classes: usize) -> Result<(Graph, Value), PlanError> {
@@ -35,7 +35,7 @@ use crate::plan::{Network, Shape};
 /// }
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// let summary = Training::new(Settings::default())
+/// let summary = Training::new(RunSettings::default())
 ///     .network("one-convolution", &network)
 ///     .dataset(synthetic(&SyntheticSpec::default())?)
 ///     .method("sam-0.1", Box::new(Sam::new(0.1)))
@@ -45,7 +45,7 @@ use crate::plan::{Network, Shape};
 /// # }
 /// ```
 pub struct Training<'a> {
-    settings: Settings,
+    settings: RunSettings,
     network: Option<(String, Network<'a>)>,
     dataset: Option<Dataset>,
     method: Option<(String, Box<dyn Method<f32>>)>,
@@ -55,7 +55,7 @@ pub struct Training<'a> {
 
 impl<'a> Training<'a> {
     /// A run with these settings.
-    pub fn new(settings: Settings) -> Self {
+    pub fn new(settings: RunSettings) -> Self {
         Self { settings, network: None, dataset: None, method: None, out: None, resume: false }
     }
 
@@ -144,7 +144,7 @@ impl<'a> Training<'a> {
 }
 
 /// The data set as the settings reduce and relabel it.
-fn prepared(mut dataset: Dataset, settings: &Settings) -> Result<Dataset, TrainError> {
+fn prepared(mut dataset: Dataset, settings: &RunSettings) -> Result<Dataset, TrainError> {
     dataset.check()?;
     if let Some(n) = settings.data.train_size {
         let size = |error: DataError| TrainError::setting("train-size", error.to_string());
@@ -158,7 +158,7 @@ fn prepared(mut dataset: Dataset, settings: &Settings) -> Result<Dataset, TrainE
 
 /// What a run trains, opened. The names are those of parts that the settings do not name.
 pub(super) struct Subject<'a> {
-    pub settings: Settings,
+    pub settings: RunSettings,
     pub network: Network<'a>,
     pub network_name: Option<String>,
     pub dataset: Dataset,
@@ -206,7 +206,7 @@ mod tests {
             LoopSettings { steps: Some(steps), schedule: crate::optim::Decay::Constant, ..LoopSettings::default() };
         let run = LoopSettings { device: "cpu".into(), ..run };
         let set = synthetic(&SyntheticSpec { train: 40, test: 16, side: 8, seed: 3 }).unwrap();
-        Training::new(Settings { data, run, ..Settings::default() })
+        Training::new(RunSettings { data, run, ..RunSettings::default() })
             .network("one-convolution", &network)
             .dataset(set)
             .method("my-sam", Box::new(Sam::new(rho)))
