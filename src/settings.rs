@@ -632,7 +632,7 @@ pub fn is_named(field: &str, option: &str) -> bool {
 }
 
 /// Declares a choice between a few words: an enum, [`Choice`](crate::settings::Choice), `Display` and `FromStr`. Each word
-/// has one line of help. See [`crate::settings`].
+/// has one line of help. See [`settings`](mod@crate::settings).
 #[macro_export]
 macro_rules! words {
     (
@@ -678,7 +678,7 @@ macro_rules! words {
 }
 
 /// Declares a struct of settings: the struct, its `Default`, the list `OPTIONS` and
-/// [`Configurable`](crate::settings::Configurable). See [`crate::settings`] for the syntax and an example.
+/// [`Configurable`](crate::settings::Configurable). See [`settings`](mod@crate::settings) for the syntax and an example.
 #[macro_export]
 macro_rules! settings {
     (
