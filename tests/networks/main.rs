@@ -8,6 +8,8 @@ mod curvature;
 #[cfg(feature = "train")]
 mod hessian;
 #[cfg(feature = "train")]
+mod max_pool;
+#[cfg(feature = "train")]
 mod methods;
 mod optim;
 mod plan;
