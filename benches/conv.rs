@@ -1,7 +1,7 @@
 //! The convolution's three passes on the layers of CIFAR's ResNet-20 and ResNet-18, batch 128: elements per second are
-//! floating-point operations per second (two per multiply-add). It runs in f32 on one CPU thread and on all of them, and
-//! in f16, tf32 and f32 on the first GPU if there is one, or on the device that `POLDER_TEST_DEVICE` names. Times come
-//! from the device's own events.
+//! floating-point operations per second (two per multiply-add). It runs in f32 on one CPU thread and on all of them,
+//! and in f16, tf32 and f32 on the first GPU if there is one, or on the device that `POLDER_TEST_DEVICE` names. Times
+//! come from the device's own events.
 
 mod common;
 

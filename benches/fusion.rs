@@ -1,6 +1,6 @@
 //! The gain of each fusion, and of two passes at the same time: the same work with separate stages and with fused ones.
-//! It runs in f16 on the first GPU if there is one, or on the device that `POLDER_TEST_DEVICE` names; times come from the
-//! device's own events. Without a GPU only the last pair exists.
+//! It runs in f16 on the first GPU if there is one, or on the device that `POLDER_TEST_DEVICE` names; times come from
+//! the device's own events. Without a GPU only the last pair exists.
 
 mod common;
 
@@ -80,8 +80,8 @@ fn moments(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, shape: Con
     Ok(())
 }
 
-/// An input gradient, then the backward of the batch norm with ReLU that made the convolution's input. The sums come from
-/// a pass of their own or from the convolution's registers.
+/// An input gradient, then the backward of the batch norm with ReLU that made the convolution's input. The sums come
+/// from a pass of their own or from the convolution's registers.
 fn sums(group: &mut BenchmarkGroup<'_, WallTime>, device: &Device, shape: ConvShape) -> Result<()> {
     if !shape.leaves_sums::<f16>(device) {
         return Ok(());

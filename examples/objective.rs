@@ -1,5 +1,5 @@
-//! An objective of your own: a least-squares fit whose loss, gradient and Hessian are computed on the host. Every method
-//! of polder steps over it, and each must bring the loss down.
+//! An objective of your own: a least-squares fit whose loss, gradient and Hessian are computed on the host. Every
+//! method of polder steps over it, and each must bring the loss down.
 //!
 //! `cargo run --release --example objective`
 

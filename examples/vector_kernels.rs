@@ -1,6 +1,6 @@
-//! The vector kernels alone, without a network: the algebra of one SAM step on your own vectors. It computes the norm of
-//! a gradient, perturbs the weights along it to both sides, and updates them by SGD. Every result is compared with the
-//! same step in double precision.
+//! The vector kernels alone, without a network: the algebra of one SAM step on your own vectors. It computes the norm
+//! of a gradient, perturbs the weights along it to both sides, and updates them by SGD. Every result is compared with
+//! the same step in double precision.
 //!
 //! `cargo run --release --example vector_kernels`
 

@@ -631,8 +631,8 @@ pub fn is_named(field: &str, option: &str) -> bool {
     field.len() == option.len() && field.bytes().zip(option.bytes()).all(|(a, b)| a == b || (a, b) == (b'_', b'-'))
 }
 
-/// Declares a choice between a few words: an enum, [`Choice`](crate::settings::Choice), `Display` and `FromStr`. Each word
-/// has one line of help. See [`settings`](mod@crate::settings).
+/// Declares a choice between a few words: an enum, [`Choice`](crate::settings::Choice), `Display` and `FromStr`. Each
+/// word has one line of help. See [`settings`](mod@crate::settings).
 #[macro_export]
 macro_rules! words {
     (
@@ -678,7 +678,8 @@ macro_rules! words {
 }
 
 /// Declares a struct of settings: the struct, its `Default`, the list `OPTIONS` and
-/// [`Configurable`](crate::settings::Configurable). See [`settings`](mod@crate::settings) for the syntax and an example.
+/// [`Configurable`](crate::settings::Configurable). See [`settings`](mod@crate::settings) for the syntax and an
+/// example.
 #[macro_export]
 macro_rules! settings {
     (

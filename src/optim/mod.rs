@@ -5,8 +5,8 @@
 //! weights have buffers of their own, so `w` is never moved and restored.
 //!
 //! Each method is one file in `methods/`, a struct of its settings that implements [`Method`]; [`METHODS`] lists them.
-//! `method.rs` says what a method is, `step.rs` has the verbs that methods are written with. `docs/methods.md` lists what
-//! a step of each method costs: passes, launches, bytes per parameter, vectors.
+//! `method.rs` says what a method is, `step.rs` has the verbs that methods are written with. `docs/methods.md` lists
+//! what a step of each method costs: passes, launches, bytes per parameter, vectors.
 
 mod method;
 mod methods;

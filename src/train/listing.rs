@@ -1,5 +1,5 @@
-//! The list of all options of a run, with help texts and defaults: for `--help`, for the table in `docs/methods.md` and for
-//! reading files of settings.
+//! The list of all options of a run, with help texts and defaults: for `--help`, for the table in `docs/methods.md` and
+//! for reading files of settings.
 
 use std::fmt::Write as _;
 

@@ -10,8 +10,8 @@ use super::settings::{Chosen, RunSettings};
 use super::{TrainError, settings};
 use crate::settings::{Kind, SettingError, Value};
 
-/// Values of some options by name. Defaults, a file and a command line are layers: [`Options::over`] puts one on another,
-/// and [`Options::resolve`] fills in the defaults below.
+/// Values of some options by name. Defaults, a file and a command line are layers: [`Options::over`] puts one on
+/// another, and [`Options::resolve`] fills in the defaults below.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Options(BTreeMap<String, Value>);
 

@@ -1,8 +1,8 @@
 //! The settings of a run: every option of `polder train` and every key of a settings file, with defaults and ranges.
 //!
 //! General options are declared here, those of a method in its file in [`crate::optim`], those of a base optimizer in
-//! [`SgdSettings`] and [`AdamWSettings`]. [`options`](super::options()) lists all of them, and the command line, `--help`, checks,
-//! `config.toml` and the table in `docs/methods.md` are made from that list.
+//! [`SgdSettings`] and [`AdamWSettings`]. [`options`](super::options()) lists all of them, and the command line,
+//! `--help`, checks, `config.toml` and the table in `docs/methods.md` are made from that list.
 
 use std::fmt::Write as _;
 use std::str::FromStr;
@@ -262,7 +262,8 @@ settings! {
         curvature_every: u64 = 0;
         /// What to measure
         curvature_measures: Vec<Measure> = CurvatureSettings::default().measure, with curvature_every;
-        /// Over the first N training images, at most 200 or a multiple of 200 [default: 1000, or as many as there are in 200s]
+        /// Over the first N training images, at most 200 or a multiple of 200 [default: 1000, or as many as there are
+        /// in 200s]
         curvature_samples: Option<usize> = None, with curvature_every;
         /// Random directions for traces, spectrum and extrema
         curvature_probes: usize = 20, with curvature_every;

@@ -104,8 +104,8 @@ impl<'a> Training<'a> {
         self.run_with(&AtomicBool::new(false), &mut |_| ())
     }
 
-    /// Trains, and reports its progress. Setting `stop` ends the run after the current step, on a GPU after the few steps
-    /// that have been launched.
+    /// Trains, and reports its progress. Setting `stop` ends the run after the current step, on a GPU after the few
+    /// steps that have been launched.
     ///
     /// # Errors
     /// Those of [`Training::run`].

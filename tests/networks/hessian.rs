@@ -222,7 +222,8 @@ fn threads_and_schedules_do_not_change_a_bit() {
     assert!(results[2] == results[3] && results[2] == results[4], "three schedules");
 }
 
-// ---- PyTorch's double backward: tests/fixtures/README.md describes the files -------------------------------------------
+// ---- PyTorch's double backward: tests/fixtures/README.md describes the files
+// -------------------------------------------
 
 /// Softmax regression: `logits = W x + b` on samples of some features.
 fn regression<T: Scalar>(device: &Device, batch: usize, features: usize, classes: usize) -> Plan<T> {
@@ -410,7 +411,8 @@ fn a_difference_in_single_precision_is_far_from_the_exact_product() {
     assert!(errors[0] > 5.0 * best && errors[6] > 5.0 * best, "{errors:?}");
 }
 
-// ---- Errors and flags --------------------------------------------------------------------------------------------------
+// ---- Errors and flags
+// --------------------------------------------------------------------------------------------------
 
 #[test]
 fn what_is_not_finite_shows() {

@@ -1,4 +1,5 @@
-//! Max pooling and its gradient against float64 PyTorch; `tests/fixtures/README.md` says where the references come from.
+//! Max pooling and its gradient against float64 PyTorch; `tests/fixtures/README.md` says where the references come
+//! from.
 
 use crate::common::fixtures::{hash_uniform, number, read_json};
 use crate::common::{assert_close, host_devices, upload};

@@ -2,8 +2,8 @@
 //! alone, in NHWC with HWIO weights. It answers each command on standard input with one line of JSON, or with
 //! `{"error": "..."}`:
 //!
-//! - `layer BATCH SIZE IN OUT KERNEL STRIDE SETS`: makes a layer on images of SIZE × SIZE, padded by half the kernel, and
-//!   SETS sets of activations, which take turns; `{"ok": true}`;
+//! - `layer BATCH SIZE IN OUT KERNEL STRIDE SETS`: makes a layer on images of SIZE × SIZE, padded by half the kernel,
+//!   and SETS sets of activations, which take turns; `{"ok": true}`;
 //! - `check IN OUT`: reads `x`, `weight` and `dy` (f32, rounded to the precision) from the safetensors file IN, and
 //!   writes `y`, `dx` and `dw` to OUT; `{"ok": true}`;
 //! - `run PASS N`: runs the pass (`forward`, `input-gradient`, `weight-gradient`) N times on every set;

@@ -3,9 +3,9 @@
 //! JSON, or with `{"error": "..."}`:
 //!
 //! - `steps N`: takes N steps on random data, over three sets of buffers that take turns; `{"seconds": ..}`;
-//! - `check IN OUT`: takes one step on `w`, `g0`, `g_plus`, `g_minus`, `momentum` (f32, `--params` values each) and on the
-//!   losses `l0`, `l_plus`, `l_minus` (one value each, f32 or f64) of the safetensors file IN; writes `w`, `momentum`,
-//!   `w_plus` and, for CR-SAM, `w_minus` to OUT; `{"ok": true}`;
+//! - `check IN OUT`: takes one step on `w`, `g0`, `g_plus`, `g_minus`, `momentum` (f32, `--params` values each) and on
+//!   the losses `l0`, `l_plus`, `l_minus` (one value each, f32 or f64) of the safetensors file IN; writes `w`,
+//!   `momentum`, `w_plus` and, for CR-SAM, `w_minus` to OUT; `{"ok": true}`;
 //! - `quit`.
 
 use std::path::Path;
