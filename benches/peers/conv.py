@@ -8,8 +8,8 @@
 PyTorch uses channels_last tensors and `cudnn.benchmark`. Before a layer is timed, y, dx and dw of both sides are
 compared with PyTorch's in float32, without TF32, on operands that are already rounded to the precision. A difference
 ends the comparison (exit status 1). Then the two sides take turns. A turn is the pass on every set of activations;
-there are more sets than fit in a cache. On a GPU both sides replay a recorded graph of the pass. Ours also does work for the
-batch norm and the step that follow; the times do not show what this saves.
+there are more sets than fit in a cache. On a GPU both sides replay a recorded graph of the pass. Ours also does work
+for the batch norm and the step that follow; the times do not show what this saves.
 
 `conv_peer --device cpu|cuda:N --threads T --precision P` is our side. Its source describes the commands.
 """
