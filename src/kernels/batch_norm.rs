@@ -12,6 +12,8 @@
 pub use super::conv_batch_norm::{Activation, Normalized, Workspace};
 use super::conv_batch_norm::{Sums, SumsRoom, check_extents, group_blocks, moments_len};
 use super::{Check, pick};
+#[cfg(doc)]
+use crate::device::Error;
 use crate::device::arguments::{
     InputArgs, InputTangentArgs, MomentsArgs, NormalizeArgs, NormalizeTangentArgs, ParametersTangentArgs, RunningArgs,
     StatisticsArgs, StatisticsTangentArgs, SumsArgs, Upstream, UpstreamTangent,
