@@ -34,8 +34,8 @@ struct MomentsArgs {
 
 /// The moments of one run, per channel: shifted by its first row, so that a mean far from zero cancels before it is squared.
 template <class Group, class S>
-__device__ __forceinline__ void run_moments(const S* x, uint64_t stride, uint32_t count, double (&means)[Group::channels],
-                                            double (&m2s)[Group::channels]) {
+__device__ __forceinline__ void run_moments(const S* x, uint64_t stride, uint32_t count,
+                                            double (&means)[Group::channels], double (&m2s)[Group::channels]) {
     const Group shift = Group::load(x);
     Group sum = {}, squares = {};
 #pragma unroll 4
@@ -79,22 +79,25 @@ __device__ __forceinline__ void moments_of_block(const MomentsArgs<S>& a) {
     if constexpr (shape == kCpu) {
         for (uint32_t c = 0; c < a.channels; ++c) means[c] = m2s[c] = 0.0;
         const uint64_t begin = rows_of_block(a.rows, blockIdx.x, gridDim.x).begin;
-        for_each_run<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
-            moments_of(of, c, row, step, count, [&](int k, const Moments& run) {
-                const Moments both = combine({double(row - begin), means[c + k], m2s[c + k]}, run);
-                means[c + k] = both.mean;
-                m2s[c + k] = both.m2;
+        for_each_run<T, shape>(
+            a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+                moments_of(of, c, row, step, count, [&](int k, const Moments& run) {
+                    const Moments both = combine({double(row - begin), means[c + k], m2s[c + k]}, run);
+                    means[c + k] = both.mean;
+                    m2s[c + k] = both.m2;
+                });
             });
-        });
     } else {
         constexpr int V = shape == kFour ? 4 : 1;
         POLDER_DYNAMIC_SHARED(Moments, shared);
         Moments totals[V];
         POLDER_UNROLL
         for (int k = 0; k < V; ++k) totals[k] = {0.0, 0.0, 0.0};
-        for_each_run<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
-            moments_of(of, c, row, step, count, [&](int k, const Moments& run) { totals[k] = combine(totals[k], run); });
-        });
+        for_each_run<T, shape>(a.rows, a.channels,
+                               [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+                                   moments_of(of, c, row, step, count,
+                                              [&](int k, const Moments& run) { totals[k] = combine(totals[k], run); });
+                               });
         const uint32_t c = (blockIdx.y * blockDim.x + threadIdx.x) * V;
         POLDER_UNROLL
         for (int k = 0; k < V; ++k) {
@@ -115,9 +118,9 @@ __device__ void batch_norm_moments(const MomentsArgs<S>& a) {
 
 template <class T>
 struct StatisticsArgs {
-    const double* means;   // [blocks, channels], from batch_norm_moments
+    const double* means;  // [blocks, channels], from batch_norm_moments
     const double* m2s;
-    const T* tiles;        // or [channels][blocks][mean, m2], of `tile_rows` rows each, from the convolution that made x
+    const T* tiles;  // or [channels][blocks][mean, m2], of `tile_rows` rows each, from the convolution that made x
     T* mean;
     T* inv_std;
     const T* running_mean;  // these four null where the running statistics are kept

@@ -91,7 +91,8 @@ __device__ void batch_norm_normalize_tangent(const NormalizeTangentArgs<S>& a) {
     with_shape(a.pack, [&](auto of) {
         constexpr Shape shape = decltype(of)::value;
         if (a.mask == kMaskOutput) normalize_tangent_with_residual<S, shape, kMaskOutput>(a);
-        else if (a.mask == kMaskRecompute) normalize_tangent_block<S, shape, kMaskRecompute, false>(a);  // there was no residual
+        else if (a.mask == kMaskRecompute)
+            normalize_tangent_block<S, shape, kMaskRecompute, false>(a);  // there was no residual
         else normalize_tangent_with_residual<S, shape, kMaskNone>(a);
     });
 }
@@ -220,17 +221,20 @@ __device__ void batch_norm_input_tangent(const InputTangentArgs<S>& a) {
 }  // namespace
 
 POLDER_KERNEL(batch_norm_statistics_tangent_f32, batch_norm_statistics_tangent<float>, StatisticsTangentArgs<float>)
-POLDER_HOST_KERNEL(batch_norm_statistics_tangent_f64, batch_norm_statistics_tangent<double>, StatisticsTangentArgs<double>)
+POLDER_HOST_KERNEL(batch_norm_statistics_tangent_f64, batch_norm_statistics_tangent<double>,
+                   StatisticsTangentArgs<double>)
 POLDER_KERNEL(batch_norm_normalize_tangent_f32, batch_norm_normalize_tangent<float>, NormalizeTangentArgs<float>)
 POLDER_KERNEL(batch_norm_normalize_tangent_f16, batch_norm_normalize_tangent<__half>, NormalizeTangentArgs<__half>)
-POLDER_KERNEL(batch_norm_normalize_tangent_bf16, batch_norm_normalize_tangent<__nv_bfloat16>, NormalizeTangentArgs<__nv_bfloat16>)
+POLDER_KERNEL(batch_norm_normalize_tangent_bf16, batch_norm_normalize_tangent<__nv_bfloat16>,
+              NormalizeTangentArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(batch_norm_normalize_tangent_f64, batch_norm_normalize_tangent<double>, NormalizeTangentArgs<double>)
 POLDER_KERNEL(batch_norm_sums_tangent_f32, batch_norm_sums_tangent<float>, SumsArgs<float>)
 POLDER_KERNEL(batch_norm_sums_tangent_f16, batch_norm_sums_tangent<__half>, SumsArgs<__half>)
 POLDER_KERNEL(batch_norm_sums_tangent_bf16, batch_norm_sums_tangent<__nv_bfloat16>, SumsArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(batch_norm_sums_tangent_f64, batch_norm_sums_tangent<double>, SumsArgs<double>)
 POLDER_KERNEL(batch_norm_parameters_tangent_f32, batch_norm_parameters_tangent<float>, ParametersTangentArgs<float>)
-POLDER_HOST_KERNEL(batch_norm_parameters_tangent_f64, batch_norm_parameters_tangent<double>, ParametersTangentArgs<double>)
+POLDER_HOST_KERNEL(batch_norm_parameters_tangent_f64, batch_norm_parameters_tangent<double>,
+                   ParametersTangentArgs<double>)
 POLDER_KERNEL(batch_norm_input_tangent_f32, batch_norm_input_tangent<float>, InputTangentArgs<float>)
 POLDER_KERNEL(batch_norm_input_tangent_f16, batch_norm_input_tangent<__half>, InputTangentArgs<__half>)
 POLDER_KERNEL(batch_norm_input_tangent_bf16, batch_norm_input_tangent<__nv_bfloat16>, InputTangentArgs<__nv_bfloat16>)

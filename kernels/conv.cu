@@ -137,8 +137,8 @@ __device__ __forceinline__ int tile_column(int j) {
 
 /// Writes the thread's row i of the result to `to`, a row of `columns` elements, or adds it.
 template <class Tile, class T>
-__device__ __forceinline__ void write_row(T* to, int first_column, int columns, const T (&sum)[Tile::THREAD_COLUMNS], bool add,
-                                          bool wide) {
+__device__ __forceinline__ void write_row(T* to, int first_column, int columns, const T (&sum)[Tile::THREAD_COLUMNS],
+                                          bool add, bool wide) {
     POLDER_UNROLL
     for (int j = 0; j < Tile::THREAD_COLUMNS; j += 4) {
         const int column = first_column + tile_column<Tile>(j);
@@ -185,8 +185,11 @@ __device__ __forceinline__ void forward(const ConvArgs<T>& a) {
     const int pixels = s.batch * s.out_height * s.out_width;
     const Raster raster(s.out_height, s.out_width);
     const Corner<Tile> corner(s.out_channels);
-    Problem problem{Windows<T>(a.left, s.height, s.width, s.in_channels, s.kernel, s.kernel, a.wide_left != 0), a.right,
-                    s.out_channels, a.wide_right != 0, {}};
+    Problem problem{Windows<T>(a.left, s.height, s.width, s.in_channels, s.kernel, s.kernel, a.wide_left != 0),
+                    a.right,
+                    s.out_channels,
+                    a.wide_right != 0,
+                    {}};
     POLDER_UNROLL
     for (int i = 0; i < Problem::Left::COUNT; ++i) {
         const int number = corner.row + Problem::Left::at(i);
@@ -201,8 +204,8 @@ __device__ __forceinline__ void forward(const ConvArgs<T>& a) {
     for (int i = 0; i < Tile::THREAD_ROWS; ++i) {
         const int pixel = corner.row + tile_row<Tile>(i);
         if (pixel >= pixels) continue;
-        write_row<Tile>(a.out + int64_t(pixel) * s.out_channels, corner.column, s.out_channels, sum[i], a.accumulate != 0,
-                        a.wide_out != 0);
+        write_row<Tile>(a.out + int64_t(pixel) * s.out_channels, corner.column, s.out_channels, sum[i],
+                        a.accumulate != 0, a.wide_out != 0);
     }
 }
 
@@ -217,7 +220,9 @@ struct InputGradientProblem {
     Place places[Left::COUNT];
 
     __device__ __forceinline__ Pack<T, 4> left(int i, int k) const { return windows.template pack<4>(places[i], k); }
-    __device__ __forceinline__ Pack<T, 4> right(int channel, int k) const { return weights.template pack<4>(channel, k); }
+    __device__ __forceinline__ Pack<T, 4> right(int channel, int k) const {
+        return weights.template pack<4>(channel, k);
+    }
 };
 
 /// dx[n, i, j, c] = sum over o and the taps through which y sees x[n, i, j, c] of dy * weight
@@ -232,15 +237,17 @@ __device__ __forceinline__ void input_gradient(const ConvArgs<T>& a) {
     const Corner<Tile> corner(s.in_channels);
     if (corner.row >= pixels) return;
     const Raster raster(rows.extent, columns.extent);
-    Problem problem{Windows<T>(a.left, s.out_height, s.out_width, s.out_channels, rows.taps, columns.taps, a.wide_left != 0),
-                    ClassWeights<T>(a.right, s, rows, columns, a.wide_right != 0), {}};
+    Problem problem{
+        Windows<T>(a.left, s.out_height, s.out_width, s.out_channels, rows.taps, columns.taps, a.wide_left != 0),
+        ClassWeights<T>(a.right, s, rows, columns, a.wide_right != 0),
+        {}};
     POLDER_UNROLL
     for (int i = 0; i < Problem::Left::COUNT; ++i) {
         const int number = corner.row + Problem::Left::at(i);
         const Pixel pixel = raster.pixel(number);
-        problem.places[i] = number < pixels ? problem.windows.place(pixel.image, pixel.row + rows.first,
-                                                                    pixel.column + columns.first)
-                                            : problem.windows.nowhere();
+        problem.places[i] =
+            number < pixels ? problem.windows.place(pixel.image, pixel.row + rows.first, pixel.column + columns.first)
+                            : problem.windows.nowhere();
     }
     T sum[Tile::THREAD_ROWS][Tile::THREAD_COLUMNS] = {};
     multiply<Tile>(problem, corner.column, 0, problem.windows.depth, sum);
@@ -250,8 +257,8 @@ __device__ __forceinline__ void input_gradient(const ConvArgs<T>& a) {
         if (number >= pixels) continue;
         const Pixel pixel = raster.pixel(number);
         const int row = pixel.row * s.stride + row_remainder, column = pixel.column * s.stride + column_remainder;
-        write_row<Tile>(a.out + (int64_t(pixel.image * s.height + row) * s.width + column) * s.in_channels, corner.column,
-                        s.in_channels, sum[i], a.accumulate != 0, a.wide_out != 0);
+        write_row<Tile>(a.out + (int64_t(pixel.image * s.height + row) * s.width + column) * s.in_channels,
+                        corner.column, s.in_channels, sum[i], a.accumulate != 0, a.wide_out != 0);
     }
 }
 
@@ -285,11 +292,18 @@ __device__ __forceinline__ void weight_gradient(const ConvArgs<T>& a) {
     using Left = Spread<Tile::ROWS, Tile::DEPTH, Problem::LEFT_ALONG_DEPTH>;
     const ConvShape& s = a.shape;
     const int pixels = s.batch * s.out_height * s.out_width;
-    const int begin = int(int64_t(pixels) * blockIdx.z / a.splits), end = int(int64_t(pixels) * (blockIdx.z + 1) / a.splits);
+    const int begin = int(int64_t(pixels) * blockIdx.z / a.splits),
+              end = int(int64_t(pixels) * (blockIdx.z + 1) / a.splits);
     const Corner<Tile> corner(s.out_channels);
     const Problem problem{Windows<T>(a.left, s.height, s.width, s.in_channels, s.kernel, s.kernel, a.wide_left != 0),
-                          a.right, Raster(s.out_height, s.out_width), s.stride, s.padding, s.out_channels, end,
-                          corner.row + Left::at(0), a.wide_right != 0};
+                          a.right,
+                          Raster(s.out_height, s.out_width),
+                          s.stride,
+                          s.padding,
+                          s.out_channels,
+                          end,
+                          corner.row + Left::at(0),
+                          a.wide_right != 0};
     T sum[Tile::THREAD_ROWS][Tile::THREAD_COLUMNS] = {};
     multiply<Tile>(problem, corner.column, begin, end, sum);
     const int rows = problem.windows.depth;

@@ -42,7 +42,8 @@ struct TensorTile {
     static_assert(THREADS == ROWS / WARP_ROWS * WARPS_ACROSS * 32, "a warp for every part of the tile");
     static_assert(WARP_ROWS % LINE_ROWS == 0 && WARP_COLUMNS % 16 == 0, "whole lines, and whole fragments");
     /// Bytes of the depth in a stage, and with them the bytes of the operands' parts.
-    static constexpr int DEPTH_BYTES = kStageBytes, LEFT_BYTES = ROWS * DEPTH_BYTES, RIGHT_BYTES = COLUMNS * DEPTH_BYTES;
+    static constexpr int DEPTH_BYTES = kStageBytes, LEFT_BYTES = ROWS * DEPTH_BYTES,
+                         RIGHT_BYTES = COLUMNS * DEPTH_BYTES;
 
     /// A warp's sums, in fragments of 16 x 8.
     using Sums = float[WARP_ROWS / 16][WARP_COLUMNS / 8][4];
@@ -76,7 +77,8 @@ struct Operand {
     /// How many lines a thread's chunks are apart or, BY_LINE, how many places.
     static constexpr int STEP = THREADS / (BY_LINE ? LINES : CHUNKS), COPIED = BY_LINE ? CHUNKS : LINES;
     static constexpr int COUNT = COPIED < STEP ? 1 : COPIED / STEP;
-    static_assert(THREADS % (BY_LINE ? LINES : CHUNKS) == 0 && (COPIED < STEP || COPIED % STEP == 0), "equally many chunks each");
+    static_assert(THREADS % (BY_LINE ? LINES : CHUNKS) == 0 && (COPIED < STEP || COPIED % STEP == 0),
+                  "equally many chunks each");
     static_assert(BY_LINE || COUNT == 1 || STEP % PERIOD == 0, "a thread's chunks are equally far apart");
     static_assert(!BY_LINE || (STEP & (STEP - 1)) == 0, "bits of a chunk's number that its thread's first one has not");
 
@@ -143,7 +145,8 @@ struct Operand {
             const int group = lane / 4, member = lane % 4;
             POLDER_UNROLL
             for (int upper = 0; upper < 2; ++upper) {
-                const int in_lines = place(member, first / CHUNK + upper * 2 + group / CHUNK) + group % CHUNK * int(sizeof(T));
+                const int in_lines =
+                    place(member, first / CHUNK + upper * 2 + group / CHUNK) + group % CHUNK * int(sizeof(T));
                 POLDER_UNROLL
                 for (int deeper = 0; deeper < 2; ++deeper) {
                     const unsigned char* lines = part + (step * Tensor<T>::DEPTH + deeper * PERIOD) * LINE_BYTES;
@@ -152,12 +155,14 @@ struct Operand {
             }
         } else {
             // The lane's row belongs to the matrix whose numbers go to register lane / 8.
-            const int upper = lane / (SIDE == Side::kLeft ? 8 : 16) % 2, deeper = lane / (SIDE == Side::kLeft ? 16 : 8) % 2;
+            const int upper = lane / (SIDE == Side::kLeft ? 8 : 16) % 2,
+                      deeper = lane / (SIDE == Side::kLeft ? 16 : 8) % 2;
             const int line = (ALONG_DEPTH ? upper : deeper) * 8 + lane % 8;
             if constexpr (ALONG_DEPTH) {
                 ldmatrix<false>(part + first * LINE_BYTES + place(line, step * 2 + deeper), result.r);
             } else {
-                ldmatrix<true>(part + step * Tensor<T>::DEPTH * LINE_BYTES + place(line, first / CHUNK + upper), result.r);
+                ldmatrix<true>(part + step * Tensor<T>::DEPTH * LINE_BYTES + place(line, first / CHUNK + upper),
+                               result.r);
             }
             if constexpr (sizeof(T) == 4) {
                 POLDER_UNROLL
@@ -185,7 +190,9 @@ struct WindowRows {
     __device__ __forceinline__ Place share(int depth) const {
         return depth < windows.depth ? windows.step(depth) : windows.nowhere();
     }
-    __device__ __forceinline__ Found find(int i, const Place& step, int, int) const { return windows.find(places[i], step); }
+    __device__ __forceinline__ Found find(int i, const Place& step, int, int) const {
+        return windows.find(places[i], step);
+    }
     __device__ __forceinline__ Pack<T, Rows::CHUNK> pack(int i, int, int depth) const {
         return windows.template pack<Rows::CHUNK>(places[i], depth);
     }
@@ -205,8 +212,8 @@ struct WindowColumns {
     Place steps[Rows::COUNT];
 
     __device__ __forceinline__ WindowColumns(const Windows<T>& windows, const ConvShape& s, int first_row, int end)
-        : tensor(windows.tensor), wide(windows.wide), windows(windows), raster(s.out_height, s.out_width), stride(s.stride),
-          padding(s.padding), end(end) {
+        : tensor(windows.tensor), wide(windows.wide), windows(windows), raster(s.out_height, s.out_width),
+          stride(s.stride), padding(s.padding), end(end) {
         POLDER_UNROLL
         for (int i = 0; i < Rows::COUNT; ++i) {
             const int row = first_row + Rows::at(i);
@@ -221,7 +228,9 @@ struct WindowColumns {
         const Pixel pixel = raster.pixel(number);
         return windows.place(pixel.image, pixel.row * stride - padding, pixel.column * stride - padding);
     }
-    __device__ __forceinline__ Found find(int i, const Place& place, int, int) const { return windows.find(place, steps[i]); }
+    __device__ __forceinline__ Found find(int i, const Place& place, int, int) const {
+        return windows.find(place, steps[i]);
+    }
     __device__ __forceinline__ Pack<T, Rows::CHUNK> pack(int, int row, int number) const {
         return windows.template pack<Rows::CHUNK>(share(number), row);
     }
@@ -262,7 +271,8 @@ struct ClassMatrix {
         return weights.offset(tap, 0, depth - tap * weights.out_channels);
     }
     __device__ __forceinline__ Found find(int, uint32_t offset, int channel, int depth) const {
-        return {channel < weights.channels && depth < weights.depth, int32_t(offset + uint32_t(channel) * weights.out_channels)};
+        return {channel < weights.channels && depth < weights.depth,
+                int32_t(offset + uint32_t(channel) * weights.out_channels)};
     }
     __device__ __forceinline__ Pack<T, Columns::CHUNK> pack(int, int channel, int depth) const {
         return weights.template pack<Columns::CHUNK>(channel, depth);
@@ -273,8 +283,8 @@ struct ClassMatrix {
 
 /// Adds to the warp's sums its part of the block's tile of left * right over the depth [begin, end).
 template <bool WIDE, class Tile, class T, class Rows, class Columns, class Left, class Right>
-__device__ __forceinline__ void multiply_as(const Left& left, const Right& right, const Corner<Tile>& corner, int begin, int end,
-                                            typename Tile::Sums& sum) {
+__device__ __forceinline__ void multiply_as(const Left& left, const Right& right, const Corner<Tile>& corner, int begin,
+                                            int end, typename Tile::Sums& sum) {
     constexpr int STAGES = Tile::STAGES, STAGE_BYTES = Tile::LEFT_BYTES + Tile::RIGHT_BYTES;
     POLDER_DYNAMIC_SHARED(unsigned char, shared);
     AsyncCopies copies;
@@ -301,7 +311,8 @@ __device__ __forceinline__ void multiply_as(const Left& left, const Right& right
         for (int step = 0; step < 2; ++step) {
             Fragments a[Tile::WARP_ROWS / 16], b[Tile::WARP_COLUMNS / 16];
             POLDER_UNROLL
-            for (int i = 0; i < Tile::WARP_ROWS / 16; ++i) a[i] = Rows::fragments(rows, Tile::warp_row() + i * 16, step);
+            for (int i = 0; i < Tile::WARP_ROWS / 16; ++i)
+                a[i] = Rows::fragments(rows, Tile::warp_row() + i * 16, step);
             POLDER_UNROLL
             for (int j = 0; j < Tile::WARP_COLUMNS / 16; ++j) {
                 b[j] = Columns::fragments(columns, Tile::warp_column() + j * 16, step);
@@ -325,8 +336,8 @@ __device__ __forceinline__ void multiply_as(const Left& left, const Right& right
 
 /// The same, by the loop that fits the operands.
 template <class Tile, class T, class Rows, class Columns, class Left, class Right>
-__device__ __forceinline__ void multiply(const Left& left, const Right& right, const Corner<Tile>& corner, int begin, int end,
-                                         typename Tile::Sums& sum) {
+__device__ __forceinline__ void multiply(const Left& left, const Right& right, const Corner<Tile>& corner, int begin,
+                                         int end, typename Tile::Sums& sum) {
     if (left.wide && right.wide) {
         multiply_as<true, Tile, T, Rows, Columns>(left, right, corner, begin, end, sum);
     } else {
@@ -412,8 +423,8 @@ __device__ __forceinline__ void write_chunks(const typename Tile::Sums& sum, int
 /// Writes the warp's sums, or adds them: `row_at(row)` is where the tile's row lies, null past the end of the product. `wide`:
 /// whether rows consist of whole, aligned chunks of eight 16-bit results or pairs of 32-bit ones.
 template <class Tile, class D, class RowAt>
-__device__ __forceinline__ void write(const typename Tile::Sums& sum, int first_column, int columns, bool add, bool wide,
-                                      RowAt row_at) {
+__device__ __forceinline__ void write(const typename Tile::Sums& sum, int first_column, int columns, bool add,
+                                      bool wide, RowAt row_at) {
     if constexpr (sizeof(D) == 2) {
         if (wide) return write_chunks<Tile, D>(sum, first_column, columns, add, row_at);
     }
@@ -469,11 +480,11 @@ __device__ __forceinline__ int total_over_lanes(T (&v)[N]) {
 /// Over the tile's first `rows` rows, the mean of each column and the sum of its squared deviations from it, of values as they are
 /// stored: what batch norm's statistics are combined from. The mean comes first and on its own, so that nothing cancels.
 template <class Tile, class D>
-__device__ __forceinline__ void write_moments(const typename Tile::Sums& sum, int rows, int first_column, int columns, int tile,
-                                              int tiles, float* moments) {
+__device__ __forceinline__ void write_moments(const typename Tile::Sums& sum, int rows, int first_column, int columns,
+                                              int tile, int tiles, float* moments) {
     constexpr int LINES = Tile::ROWS / LINE_ROWS, COUNT = Tile::WARP_COLUMNS / 8 * 2, PARTS = LINE_ROWS / 8;
     POLDER_DYNAMIC_SHARED(float, shared);
-    float* const sums = shared;                        // [LINES][COLUMNS]
+    float* const sums = shared;                         // [LINES][COLUMNS]
     float* const m2s = shared + LINES * Tile::COLUMNS;  // [LINES][COLUMNS]
     const int lane = int(threadIdx.x) % 32, line = Tile::warp_row() / LINE_ROWS;
     const auto column_of = [&](int k) { return Tile::warp_column() + k / 2 * 8 + lane % 4 * 2 + k % 2; };
@@ -541,8 +552,9 @@ struct NormShared {
 /// Writes dz, the result where the relu passed and zero elsewhere, and leaves each line's sums of dz and dz (x - mean) over the
 /// columns, of dz as it is stored. `offset_at(row)` is where the tile's row begins in dz, as in x and y; -1 past the end.
 template <class Tile, class D, class OffsetAt>
-__device__ __forceinline__ void write_masked(const typename Tile::Sums& sum, const SumsArgs<D>& a, NormShared<Tile>& shared, D* out,
-                                             int first_column, bool accumulate, OffsetAt offset_at) {
+__device__ __forceinline__ void write_masked(const typename Tile::Sums& sum, const SumsArgs<D>& a,
+                                             NormShared<Tile>& shared, D* out, int first_column, bool accumulate,
+                                             OffsetAt offset_at) {
     typedef Chunks<Tile, D> Chunks;
     typedef Scalars<float, 8> Group;
     constexpr int PARTS = Tile::WARP_ROWS / 16;
@@ -601,7 +613,9 @@ __device__ __forceinline__ void write_for_batch_norm(const typename Tile::Sums& 
     if (int(threadIdx.x) < Tile::COLUMNS) {
         const int c = int(threadIdx.x);
         const uint32_t column = uint32_t(corner.column + c);
-        const auto of = [&](const float* values) { return values != nullptr && column < channels ? values[column] : 0.0f; };
+        const auto of = [&](const float* values) {
+            return values != nullptr && column < channels ? values[column] : 0.0f;
+        };
         shared->gamma[c] = of(a.upstream.gamma);
         shared->beta[c] = of(a.upstream.beta);
         shared->mean[c] = of(a.upstream.mean);
@@ -711,7 +725,8 @@ __device__ __forceinline__ void input_gradient(const InputGradientArgs<T>& args)
         const int number = corner.row + row;
         if (number >= pixels) return -1;
         const Pixel pixel = raster.pixel(number);
-        const int image_row = pixel.row * s.stride + row_remainder, image_column = pixel.column * s.stride + column_remainder;
+        const int image_row = pixel.row * s.stride + row_remainder,
+                  image_column = pixel.column * s.stride + column_remainder;
         return ((pixel.image * s.height + image_row) * s.width + image_column) * s.in_channels;
     };
     if constexpr (sizeof(T) == 2) {
@@ -727,7 +742,8 @@ __device__ __forceinline__ void input_gradient(const InputGradientArgs<T>& args)
 /// [row tiles][groups of kSquareColumns columns], over lines of rows first and those in their order, so that no tile changes a bit.
 /// Where a gradient is finite, sums past the end of the product are zero.
 template <class Tile>
-__device__ __forceinline__ void finish_sums(typename Tile::Sums& sum, const FinishArgs& a, const Corner<Tile>& corner, int columns) {
+__device__ __forceinline__ void finish_sums(typename Tile::Sums& sum, const FinishArgs& a, const Corner<Tile>& corner,
+                                            int columns) {
     constexpr int LINES = Tile::ROWS / LINE_ROWS, GROUPS = Tile::COLUMNS / kSquareColumns;
     constexpr int COUNT = Tile::WARP_COLUMNS / kSquareColumns, FRAGMENTS = LINE_ROWS / 16;
     POLDER_DYNAMIC_SHARED(double, shared);  // [LINES][GROUPS]
@@ -767,7 +783,7 @@ __device__ __forceinline__ void finish_sums(typename Tile::Sums& sum, const Fini
 template <class T>
 struct WeightGradientArgs {
     ConvArgs<T, float> conv;  // the result and its partial sums are f32, whatever the operands
-    FinishArgs finish;            // if its `flag` is given, of a gradient in one part that is not added to anything
+    FinishArgs finish;        // if its `flag` is given, of a gradient in one part that is not added to anything
 };
 
 /// out[split][tap][c][o] = sum over the split's pixels of x[pixel seen through the tap, c] * dy[pixel, o]
@@ -778,7 +794,8 @@ __device__ __forceinline__ void weight_gradient(const WeightGradientArgs<T>& arg
     using Columns = Operand<T, Side::kRight, Tile::COLUMNS, Tile::THREADS, false>;
     const ConvShape& s = a.shape;
     const int pixels = s.batch * s.out_height * s.out_width;
-    const int begin = int(int64_t(pixels) * blockIdx.z / a.splits), end = int(int64_t(pixels) * (blockIdx.z + 1) / a.splits);
+    const int begin = int(int64_t(pixels) * blockIdx.z / a.splits),
+              end = int(int64_t(pixels) * (blockIdx.z + 1) / a.splits);
     const Corner<Tile> corner(s.out_channels);
     const WindowColumns<Rows, T> left(
         Windows<T>(a.left, s.height, s.width, s.in_channels, s.kernel, s.kernel, a.wide_left != 0), s, corner.row, end);
@@ -813,23 +830,34 @@ POLDER_KERNEL(conv_tensor_input_gradient_128_f16, (input_gradient<Tile128, __hal
 POLDER_KERNEL(conv_tensor_weight_gradient_16_f16, (weight_gradient<Tile16, __half>), WeightGradientArgs<__half>)
 POLDER_KERNEL(conv_tensor_weight_gradient_32_f16, (weight_gradient<Tile32, __half>), WeightGradientArgs<__half>)
 POLDER_KERNEL(conv_tensor_weight_gradient_64_f16, (weight_gradient<Tile64, __half>), WeightGradientArgs<__half>)
-POLDER_RESIDENT_KERNEL(conv_tensor_weight_gradient_64_by_8_f16, (weight_gradient<Tile64_BY_8, __half>), WeightGradientArgs<__half>, 2)
+POLDER_RESIDENT_KERNEL(conv_tensor_weight_gradient_64_by_8_f16, (weight_gradient<Tile64_BY_8, __half>),
+                       WeightGradientArgs<__half>, 2)
 POLDER_KERNEL(conv_tensor_weight_gradient_128_f16, (weight_gradient<Tile128, __half>), WeightGradientArgs<__half>)
 POLDER_KERNEL(conv_tensor_forward_16_bf16, (forward<Tile16, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_forward_32_bf16, (forward<Tile32, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_forward_64_bf16, (forward<Tile64, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_forward_64_by_8_bf16, (forward<Tile64_BY_8, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_forward_128_bf16, (forward<Tile128, __nv_bfloat16>), ConvArgs<__nv_bfloat16>)
-POLDER_KERNEL(conv_tensor_input_gradient_16_bf16, (input_gradient<Tile16, __nv_bfloat16>), InputGradientArgs<__nv_bfloat16>)
-POLDER_KERNEL(conv_tensor_input_gradient_32_bf16, (input_gradient<Tile32, __nv_bfloat16>), InputGradientArgs<__nv_bfloat16>)
-POLDER_KERNEL(conv_tensor_input_gradient_64_bf16, (input_gradient<Tile64, __nv_bfloat16>), InputGradientArgs<__nv_bfloat16>)
-POLDER_KERNEL(conv_tensor_input_gradient_64_by_8_bf16, (input_gradient<Tile64_BY_8, __nv_bfloat16>), InputGradientArgs<__nv_bfloat16>)
-POLDER_KERNEL(conv_tensor_input_gradient_128_bf16, (input_gradient<Tile128, __nv_bfloat16>), InputGradientArgs<__nv_bfloat16>)
-POLDER_KERNEL(conv_tensor_weight_gradient_16_bf16, (weight_gradient<Tile16, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>)
-POLDER_KERNEL(conv_tensor_weight_gradient_32_bf16, (weight_gradient<Tile32, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>)
-POLDER_KERNEL(conv_tensor_weight_gradient_64_bf16, (weight_gradient<Tile64, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>)
-POLDER_RESIDENT_KERNEL(conv_tensor_weight_gradient_64_by_8_bf16, (weight_gradient<Tile64_BY_8, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>, 2)
-POLDER_KERNEL(conv_tensor_weight_gradient_128_bf16, (weight_gradient<Tile128, __nv_bfloat16>), WeightGradientArgs<__nv_bfloat16>)
+POLDER_KERNEL(conv_tensor_input_gradient_16_bf16, (input_gradient<Tile16, __nv_bfloat16>),
+              InputGradientArgs<__nv_bfloat16>)
+POLDER_KERNEL(conv_tensor_input_gradient_32_bf16, (input_gradient<Tile32, __nv_bfloat16>),
+              InputGradientArgs<__nv_bfloat16>)
+POLDER_KERNEL(conv_tensor_input_gradient_64_bf16, (input_gradient<Tile64, __nv_bfloat16>),
+              InputGradientArgs<__nv_bfloat16>)
+POLDER_KERNEL(conv_tensor_input_gradient_64_by_8_bf16, (input_gradient<Tile64_BY_8, __nv_bfloat16>),
+              InputGradientArgs<__nv_bfloat16>)
+POLDER_KERNEL(conv_tensor_input_gradient_128_bf16, (input_gradient<Tile128, __nv_bfloat16>),
+              InputGradientArgs<__nv_bfloat16>)
+POLDER_KERNEL(conv_tensor_weight_gradient_16_bf16, (weight_gradient<Tile16, __nv_bfloat16>),
+              WeightGradientArgs<__nv_bfloat16>)
+POLDER_KERNEL(conv_tensor_weight_gradient_32_bf16, (weight_gradient<Tile32, __nv_bfloat16>),
+              WeightGradientArgs<__nv_bfloat16>)
+POLDER_KERNEL(conv_tensor_weight_gradient_64_bf16, (weight_gradient<Tile64, __nv_bfloat16>),
+              WeightGradientArgs<__nv_bfloat16>)
+POLDER_RESIDENT_KERNEL(conv_tensor_weight_gradient_64_by_8_bf16, (weight_gradient<Tile64_BY_8, __nv_bfloat16>),
+                       WeightGradientArgs<__nv_bfloat16>, 2)
+POLDER_KERNEL(conv_tensor_weight_gradient_128_bf16, (weight_gradient<Tile128, __nv_bfloat16>),
+              WeightGradientArgs<__nv_bfloat16>)
 POLDER_KERNEL(conv_tensor_forward_16_tf32, (forward<Tile16, float>), ConvArgs<float>)
 POLDER_KERNEL(conv_tensor_forward_32_tf32, (forward<Tile32, float>), ConvArgs<float>)
 POLDER_KERNEL(conv_tensor_forward_64_tf32, (forward<Tile64, float>), ConvArgs<float>)
@@ -843,5 +871,6 @@ POLDER_KERNEL(conv_tensor_input_gradient_128_tf32, (input_gradient<Tile128, floa
 POLDER_KERNEL(conv_tensor_weight_gradient_16_tf32, (weight_gradient<Tile16, float>), WeightGradientArgs<float>)
 POLDER_KERNEL(conv_tensor_weight_gradient_32_tf32, (weight_gradient<Tile32, float>), WeightGradientArgs<float>)
 POLDER_KERNEL(conv_tensor_weight_gradient_64_tf32, (weight_gradient<Tile64, float>), WeightGradientArgs<float>)
-POLDER_RESIDENT_KERNEL(conv_tensor_weight_gradient_64_by_8_tf32, (weight_gradient<Tile64_BY_8, float>), WeightGradientArgs<float>, 2)
+POLDER_RESIDENT_KERNEL(conv_tensor_weight_gradient_64_by_8_tf32, (weight_gradient<Tile64_BY_8, float>),
+                       WeightGradientArgs<float>, 2)
 POLDER_KERNEL(conv_tensor_weight_gradient_128_tf32, (weight_gradient<Tile128, float>), WeightGradientArgs<float>)

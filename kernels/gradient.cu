@@ -44,7 +44,8 @@ __device__ void gradient_pieces(const GradientPiecesArgs<T>& a) {
     for (uint64_t number = blockIdx.x; number < a.pieces; number += gridDim.x) {
         GradientPiece piece = a.alone;
         if (a.table != nullptr) piece = a.table[number];
-        const uint32_t doublings = uint32_t(piece.doublings), at_once = 1u << doublings, across = kBlockThreads >> doublings;
+        const uint32_t doublings = uint32_t(piece.doublings), at_once = 1u << doublings,
+                       across = kBlockThreads >> doublings;
         if (a.table == nullptr) piece.first = number * (across * V);
         T* const out = a.out + piece.out;
         const T* const from = piece.splits > 0 ? a.parts + piece.parts : out;

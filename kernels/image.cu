@@ -11,12 +11,12 @@ namespace {
 
 template <class S>
 struct BatchArgs {
-    const uint8_t* images;    // [samples, height, width, channels]
-    const uint32_t* labels;   // [samples]
-    const uint32_t* order;    // [order_len]
-    const uint64_t* clock;    // batches and steps done, or null for none
-    S* out;                   // [batch, height, width, channels]
-    uint32_t* out_labels;     // [batch]
+    const uint8_t* images;   // [samples, height, width, channels]
+    const uint32_t* labels;  // [samples]
+    const uint32_t* order;   // [order_len]
+    const uint64_t* clock;   // batches and steps done, or null for none
+    S* out;                  // [batch, height, width, channels]
+    uint32_t* out_labels;    // [batch]
     uint64_t samples;
     uint64_t seed;
     uint64_t counter;

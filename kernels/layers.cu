@@ -325,11 +325,13 @@ __device__ __forceinline__ void product(const Left& left, const Right& right, co
     for (uint32_t k = 0; k < left.columns; k += kDepth) {
         // Neighbouring threads read along memory.
         for (uint32_t e = thread; e < kLinearTile * kDepth; e += kBlockThreads) {
-            const uint32_t m = left.rows_contiguous ? e % kLinearTile : e / kDepth, d = left.rows_contiguous ? e / kLinearTile : e % kDepth;
+            const uint32_t m = left.rows_contiguous ? e % kLinearTile : e / kDepth,
+                           d = left.rows_contiguous ? e / kLinearTile : e % kDepth;
             a[d][m] = left.at(row + m, k + d);
         }
         for (uint32_t e = thread; e < kLinearTile * kDepth; e += kBlockThreads) {
-            const uint32_t n = right.rows_contiguous ? e / kDepth : e % kLinearTile, d = right.rows_contiguous ? e % kDepth : e / kLinearTile;
+            const uint32_t n = right.rows_contiguous ? e / kDepth : e % kLinearTile,
+                           d = right.rows_contiguous ? e % kDepth : e / kLinearTile;
             b[d][n] = right.at(k + d, column + n);
         }
         __syncthreads();
@@ -535,7 +537,8 @@ POLDER_KERNEL(global_average_pool_bf16, global_average_pool<__nv_bfloat16>, Glob
 POLDER_HOST_KERNEL(global_average_pool_f64, global_average_pool<double>, GlobalPoolArgs<double>)
 POLDER_KERNEL(global_average_pool_backward_f32, global_average_pool_backward<float>, GlobalPoolArgs<float>)
 POLDER_KERNEL(global_average_pool_backward_f16, global_average_pool_backward<__half>, GlobalPoolArgs<__half>)
-POLDER_KERNEL(global_average_pool_backward_bf16, global_average_pool_backward<__nv_bfloat16>, GlobalPoolArgs<__nv_bfloat16>)
+POLDER_KERNEL(global_average_pool_backward_bf16, global_average_pool_backward<__nv_bfloat16>,
+              GlobalPoolArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(global_average_pool_backward_f64, global_average_pool_backward<double>, GlobalPoolArgs<double>)
 POLDER_KERNEL(shortcut_f32, shortcut<float>, ShortcutArgs<float>)
 POLDER_KERNEL(shortcut_f16, shortcut<__half>, ShortcutArgs<__half>)

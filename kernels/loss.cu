@@ -147,7 +147,8 @@ struct MeanLossArgs {
 /// The mean of the samples' losses, by one block; flag[0] = 1 if it is infinite or NaN.
 template <class T>
 __device__ void mean_loss(const MeanLossArgs<T>& a) {
-    const Sums<1> sum = block_sums_of<1>(a.batch, [](double loss) { return Sums<1>{{loss}}; }, a.losses);
+    const Sums<1> sum = block_sums_of<1>(
+        a.batch, [](double loss) { return Sums<1>{{loss}}; }, a.losses);
     if (thread_in_block() != 0) return;
     const double loss = sum.v[0] / double(a.batch);
     *a.loss = loss;

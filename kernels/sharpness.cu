@@ -201,7 +201,8 @@ __device__ void adaptive_squares(const AdaptiveArgs<T>& a) {
         return Sums<1>{{x * x}};
     };
     Sums<1> sums = block_sums_of<1>(a.scaled_len, scaled, a.w, a.g);
-    sums.add(block_sums_of<1>(a.n - a.scaled_len, [](double g) { return Sums<1>{{g * g}}; }, a.g + a.scaled_len));
+    sums.add(block_sums_of<1>(
+        a.n - a.scaled_len, [](double g) { return Sums<1>{{g * g}}; }, a.g + a.scaled_len));
     store_partials(a.partials, sums);
 }
 

@@ -136,13 +136,15 @@ struct PartialsArgs {
 /// Σ x²
 template <class T>
 __device__ void squares(const PartialsArgs<T>& a) {
-    store_partials(a.partials, block_sums_of<1>(a.n, [](double x) { return Sums<1>{{x * x}}; }, a.x));
+    store_partials(a.partials, block_sums_of<1>(
+                                   a.n, [](double x) { return Sums<1>{{x * x}}; }, a.x));
 }
 
 /// Σ x y
 template <class T>
 __device__ void products(const PartialsArgs<T>& a) {
-    store_partials(a.partials, block_sums_of<1>(a.n, [](double x, double y) { return Sums<1>{{x * y}}; }, a.x, a.y));
+    store_partials(a.partials, block_sums_of<1>(
+                                   a.n, [](double x, double y) { return Sums<1>{{x * y}}; }, a.x, a.y));
 }
 
 template <class T>
@@ -253,19 +255,20 @@ __device__ __forceinline__ void perturb_by(const PerturbArgs<T>& a, F displaceme
     sides.p[0] = static_cast<P*>(a.plus);
     if constexpr (SIDES == 2) sides.p[1] = static_cast<P*>(a.minus);
     const bool packs = aligned16(w, g, a.plus, a.minus);
-    for_each_output<kPack<T>>(packs, a.n, sides, [=](auto width, uint64_t i, uint64_t o, const Outputs<P, SIDES>& outputs) {
-        constexpr int W = decltype(width)::value;
-        const Pack<T, W> weights = load<W>(w, i), gradient = load<W>(g, i);
-        Pack<P, W> plus, minus;
-        POLDER_UNROLL
-        for (int v = 0; v < W; ++v) {
-            const T step = displacement(gradient.v[v]);
-            plus.v[v] = convert_to<P>(weights.v[v] + step);
-            if constexpr (SIDES == 2) minus.v[v] = convert_to<P>(weights.v[v] - step);
-        }
-        store<W>(outputs.p[0], o, plus);
-        if constexpr (SIDES == 2) store<W>(outputs.p[1], o, minus);
-    });
+    for_each_output<kPack<T>>(packs, a.n, sides,
+                              [=](auto width, uint64_t i, uint64_t o, const Outputs<P, SIDES>& outputs) {
+                                  constexpr int W = decltype(width)::value;
+                                  const Pack<T, W> weights = load<W>(w, i), gradient = load<W>(g, i);
+                                  Pack<P, W> plus, minus;
+                                  POLDER_UNROLL
+                                  for (int v = 0; v < W; ++v) {
+                                      const T step = displacement(gradient.v[v]);
+                                      plus.v[v] = convert_to<P>(weights.v[v] + step);
+                                      if constexpr (SIDES == 2) minus.v[v] = convert_to<P>(weights.v[v] - step);
+                                  }
+                                  store<W>(outputs.p[0], o, plus);
+                                  if constexpr (SIDES == 2) store<W>(outputs.p[1], o, minus);
+                              });
 }
 
 /// plus = w + ρ g/(norm + 1e-12), and minus with the other sign

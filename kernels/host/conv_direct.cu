@@ -113,14 +113,15 @@ __device__ void pack_input_gradient(const PackWeightsArgs<S>& a) {
         const int kernel_row = rows.last_tap - tap / columns.taps * s.stride;
         const int kernel_column = columns.last_tap - tap % columns.taps * s.stride;
         const int channels = s.in_channels - panel * W < W ? s.in_channels - panel * W : W;
-        const S* from = a.weight + (uint64_t(kernel_row * s.kernel + kernel_column) * s.in_channels + panel * W) *
-                                       s.out_channels;
+        const S* from =
+            a.weight + (uint64_t(kernel_row * s.kernel + kernel_column) * s.in_channels + panel * W) * s.out_channels;
         T* to = packed + (uint64_t(panel) * rows.taps * columns.taps + tap) * s.out_channels * W;
         // A panel's square at a time, so that the transposition stays in the cache.
         for (int first = 0; first < s.out_channels; first += W) {
             const int last = first + W < s.out_channels ? first + W : s.out_channels;
             for (int c = 0; c < W; ++c) {
-                for (int o = first; o < last; ++o) to[o * W + c] = c < channels ? widen(from[c * s.out_channels + o]) : T(0);
+                for (int o = first; o < last; ++o)
+                    to[o * W + c] = c < channels ? widen(from[c * s.out_channels + o]) : T(0);
             }
         }
     });
@@ -246,9 +247,9 @@ struct Correlation {
     int pixels;
     int tap_rows, row_pitch;  // rows of taps, and the elements between them in the source
     int run;                  // elements that one row of taps sees: tap columns x source channels
-    const T* packed;          // [panel][tap_rows][run][kPanel], where one panel begins panel_depth x kPanel after the other
-    int panel_depth;          // all rows of taps, these and what lies outside the image, x run
-    int first_tap_row;        // of these, among all
+    const T* packed;    // [panel][tap_rows][run][kPanel], where one panel begins panel_depth x kPanel after the other
+    int panel_depth;    // all rows of taps, these and what lies outside the image, x run
+    int first_tap_row;  // of these, among all
     int target_channels;
     bool accumulate;
     Ahead* ahead;  // the next band
@@ -341,7 +342,8 @@ __attribute__((noinline)) void correlate(const Correlation<S, T>& job) {
                     correlate_tile<kTileRows>(job, pixel, row, rows, start, length, b, channel, columns, add);
                 }
                 with_rows<kTileRows - 1>(job.pixels - pixel, [&](auto rest) {
-                    correlate_tile<decltype(rest)::value>(job, pixel, row, rows, start, length, b, channel, columns, add);
+                    correlate_tile<decltype(rest)::value>(job, pixel, row, rows, start, length, b, channel, columns,
+                                                          add);
                 });
             }
         }
@@ -414,9 +416,12 @@ __device__ void forward(const DirectForwardArgs<S>& a) {
     const int run = s.kernel * C;
     const Band next = band_after(a.bands, blockIdx.x, polder_position.another_follows, s.batch, s.out_height);
     const int64_t next_lines = int64_t(next.images) * next.rows * s.stride * s.width * C * int(sizeof(S)) / kLineBytes;
-    Ahead ahead(a.x, (int64_t(next.first_image) * s.height + next.first_row * s.stride) * s.width * C, kLineBytes, next_lines,
+    Ahead ahead(a.x, (int64_t(next.first_image) * s.height + next.first_row * s.stride) * s.width * C, kLineBytes,
+                next_lines,
                 tiles_of<S, T>(int64_t(band.images) * band.rows * s.out_width, s.kernel * run, s.out_channels));
-    const auto taps_of = [&](int row) { return tap_rows((band.first_row + row) * s.stride - s.padding, s.kernel, s.height); };
+    const auto taps_of = [&](int row) {
+        return tap_rows((band.first_row + row) * s.stride - s.padding, s.kernel, s.height);
+    };
     for_each_stretch(band.rows, taps_of, [&](int begin, int end, TapRows taps) {
         int pixels = 0;
         for (int n = 0; n < band.images; ++n) {
@@ -474,7 +479,8 @@ __device__ void input_gradient(const DirectInputGradientArgs<S>& a) {
     }
     const Band next = band_after(a.bands, blockIdx.x, polder_position.another_follows, s.batch, class_rows);
     const int64_t next_lines = int64_t(next.images) * next.rows * s.out_width * O * int(sizeof(S)) / kLineBytes;
-    Ahead ahead(a.dy, (int64_t(next.first_image) * s.out_height + next.first_row) * s.out_width * O, kLineBytes, next_lines,
+    Ahead ahead(a.dy, (int64_t(next.first_image) * s.out_height + next.first_row) * s.out_width * O, kLineBytes,
+                next_lines,
                 tiles_of<S, T>(int64_t(band.images) * band.rows * class_columns, s.kernel * s.kernel * O, C));
     S* target = a.dx + (int64_t(band.first_image) * s.height + band.first_row * s.stride) * s.width * C;
     const T* packed = a.packed;
@@ -492,7 +498,8 @@ __device__ void input_gradient(const DirectInputGradientArgs<S>& a) {
             for (int n = 0; n < band.images; ++n) {
                 for (int q = begin; q < end; ++q) {
                     const int row = q * s.stride + row_remainder;
-                    const int from = n * image_pitch + (q + rows.first - first + taps.begin) * row_pitch + (columns.first - first) * O;
+                    const int from = n * image_pitch + (q + rows.first - first + taps.begin) * row_pitch +
+                                     (columns.first - first) * O;
                     const int to = (n * s.height + row) * s.width * C + column_remainder * C;
                     for (int p = 0; p * s.stride + column_remainder < s.width; ++p, ++pixels) {
                         source_at[pixels] = from + p * O;
@@ -531,7 +538,8 @@ struct Stretches {
 
 /// ROWS neighbours of a run by one panel, summed over pixels and added to the partial sums.
 template <int ROWS, class T>
-__forceinline__ void outer_tile(const T* a, const int32_t* at, Stretches seen, const T* __restrict__ b, T* partial, bool add) {
+__forceinline__ void outer_tile(const T* a, const int32_t* at, Stretches seen, const T* __restrict__ b, T* partial,
+                                bool add) {
     using V = typename Vector<T>::type;
     constexpr int L = Vector<T>::lanes;
     V sum[ROWS][kVectors];
@@ -595,14 +603,16 @@ __device__ void weight_gradient(const DirectWeightGradientArgs<S>& a) {
     int32_t* const at = reinterpret_cast<int32_t*>(padded + round_up(a.bands.images * image_pitch, 16));
     for (int pixel = 0; pixel < most_pixels; ++pixel) {
         const int row = pixel / s.out_width, column = pixel % s.out_width;
-        at[pixel] = row / a.bands.rows * image_pitch + row % a.bands.rows * s.stride * row_pitch + column * s.stride * width;
+        at[pixel] =
+            row / a.bands.rows * image_pitch + row % a.bands.rows * s.stride * row_pitch + column * s.stride * width;
     }
     const int row_bands = (s.out_height + a.bands.rows - 1) / a.bands.rows;
     const int count = (group_images + a.bands.images - 1) / a.bands.images * row_bands;
     for (int index = 0; index < count; ++index) {
         const Band band = band_at(a.bands, index, group_images, s.out_height);
         const int64_t image = first_image + band.first_image;
-        const Window window{band.first_row * s.stride - s.padding, (band.rows - 1) * s.stride + s.kernel, -s.padding, columns};
+        const Window window{band.first_row * s.stride - s.padding, (band.rows - 1) * s.stride + s.kernel, -s.padding,
+                            columns};
         for (int n = 0; n < band.images; ++n) {
             const S* x = a.x + (image + n) * s.height * s.width * C + first_channel;
             copy_window(padded + n * image_pitch, x, s.height, s.width, C, width, window);
@@ -618,7 +628,8 @@ __device__ void weight_gradient(const DirectWeightGradientArgs<S>& a) {
         const bool whole = width == C;
         const int64_t next_pixels = next_rows * s.stride * s.width, pixel_bytes = C * int(sizeof(S));
         Ahead x_ahead(a.x, (next_image * s.height + next.first_row * s.stride) * s.width * C + first_channel,
-                      whole ? kLineBytes : pixel_bytes, whole ? next_pixels * pixel_bytes / kLineBytes : next_pixels, parts);
+                      whole ? kLineBytes : pixel_bytes, whole ? next_pixels * pixel_bytes / kLineBytes : next_pixels,
+                      parts);
         for (int channel = 0; channel < O; channel += W) {
             const T* b = packed;
             if constexpr (Same<S, T>::value) {
@@ -646,9 +657,8 @@ __device__ void weight_gradient(const DirectWeightGradientArgs<S>& a) {
                     const T* from = padded + tap_row * row_pitch + start;
                     T* to = sums + (tap_row * run + start) * W;
                     const bool add = index > 0;
-                    with_rows<kTileRows>(rows, [&](auto rows) {
-                        outer_tile<decltype(rows)::value>(from, at, seen, b, to, add);
-                    });
+                    with_rows<kTileRows>(
+                        rows, [&](auto rows) { outer_tile<decltype(rows)::value>(from, at, seen, b, to, add); });
                 }
             }
         }
@@ -698,7 +708,8 @@ POLDER_HOST_KERNEL(conv_direct_pack_forward_bf16, pack_forward<__nv_bfloat16>, P
 POLDER_HOST_KERNEL(conv_direct_pack_forward_f64, pack_forward<double>, PackWeightsArgs<double>)
 POLDER_HOST_KERNEL(conv_direct_pack_input_gradient_f32, pack_input_gradient<float>, PackWeightsArgs<float>)
 POLDER_HOST_KERNEL(conv_direct_pack_input_gradient_f16, pack_input_gradient<__half>, PackWeightsArgs<__half>)
-POLDER_HOST_KERNEL(conv_direct_pack_input_gradient_bf16, pack_input_gradient<__nv_bfloat16>, PackWeightsArgs<__nv_bfloat16>)
+POLDER_HOST_KERNEL(conv_direct_pack_input_gradient_bf16, pack_input_gradient<__nv_bfloat16>,
+                   PackWeightsArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(conv_direct_pack_input_gradient_f64, pack_input_gradient<double>, PackWeightsArgs<double>)
 POLDER_HOST_KERNEL(conv_direct_forward_f32, forward<float>, DirectForwardArgs<float>)
 POLDER_HOST_KERNEL(conv_direct_forward_f16, forward<__half>, DirectForwardArgs<__half>)
@@ -706,11 +717,13 @@ POLDER_HOST_KERNEL(conv_direct_forward_bf16, forward<__nv_bfloat16>, DirectForwa
 POLDER_HOST_KERNEL(conv_direct_forward_f64, forward<double>, DirectForwardArgs<double>)
 POLDER_HOST_KERNEL(conv_direct_input_gradient_f32, input_gradient<float>, DirectInputGradientArgs<float>)
 POLDER_HOST_KERNEL(conv_direct_input_gradient_f16, input_gradient<__half>, DirectInputGradientArgs<__half>)
-POLDER_HOST_KERNEL(conv_direct_input_gradient_bf16, input_gradient<__nv_bfloat16>, DirectInputGradientArgs<__nv_bfloat16>)
+POLDER_HOST_KERNEL(conv_direct_input_gradient_bf16, input_gradient<__nv_bfloat16>,
+                   DirectInputGradientArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(conv_direct_input_gradient_f64, input_gradient<double>, DirectInputGradientArgs<double>)
 POLDER_HOST_KERNEL(conv_direct_weight_gradient_f32, weight_gradient<float>, DirectWeightGradientArgs<float>)
 POLDER_HOST_KERNEL(conv_direct_weight_gradient_f16, weight_gradient<__half>, DirectWeightGradientArgs<__half>)
-POLDER_HOST_KERNEL(conv_direct_weight_gradient_bf16, weight_gradient<__nv_bfloat16>, DirectWeightGradientArgs<__nv_bfloat16>)
+POLDER_HOST_KERNEL(conv_direct_weight_gradient_bf16, weight_gradient<__nv_bfloat16>,
+                   DirectWeightGradientArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(conv_direct_weight_gradient_f64, weight_gradient<double>, DirectWeightGradientArgs<double>)
 POLDER_HOST_KERNEL(conv_direct_sum_groups_f32, sum_groups<float>, SumGroupsArgs<float>)
 POLDER_HOST_KERNEL(conv_direct_sum_groups_f64, sum_groups<double>, SumGroupsArgs<double>)

@@ -39,7 +39,8 @@ constexpr size_t kStackBytes = 128 << 10;
 constexpr size_t kGuardBytes = 64 << 10;
 constexpr size_t kSignalStackBytes = 64 << 10;
 
-constexpr const char* kBarrierNames[] = {"__syncthreads", "__syncthreads_count", "__syncthreads_and", "__syncthreads_or"};
+constexpr const char* kBarrierNames[] = {"__syncthreads", "__syncthreads_count", "__syncthreads_and",
+                                         "__syncthreads_or"};
 constexpr int kBarrierKinds = 4;
 
 enum class State : uint8_t { kNew, kReady, kAtBarrier, kAtWarp, kExited };
@@ -151,9 +152,7 @@ uint64_t mix(uint64_t x) {  // the finaliser of splitmix64
 uint64_t next_random(Worker& worker) { return mix(worker.random += 0x9e3779b97f4a7c15u); }
 
 // A number below `bound`, which is small against 2^32.
-unsigned random_below(Worker& worker, unsigned bound) {
-    return unsigned(((next_random(worker) >> 32) * bound) >> 32);
-}
+unsigned random_below(Worker& worker, unsigned bound) { return unsigned(((next_random(worker) >> 32) * bound) >> 32); }
 
 // Where a seeded permutation of [0, count) takes `index`: a Feistel network over the next power of four, gone through
 // again while it leads outside. It needs no memory, however large the grid.
@@ -579,8 +578,8 @@ void polder_warp(const char* name, PolderWarpOperation operation, unsigned mask,
     const bool alone = worker.thread_count == 1;
     const unsigned number = alone ? 0 : unsigned(worker.running - worker.threads), lane = number & 31u;
     if (((mask >> lane) & 1u) == 0) {
-        set_fault(worker, kWarpFault, polder_position.thread,
-                  "%s with mask 0x%08x, which lacks its caller, lane %u", name, mask, lane);
+        set_fault(worker, kWarpFault, polder_position.thread, "%s with mask 0x%08x, which lacks its caller, lane %u",
+                  name, mask, lane);
         abandon_block(worker);
     }
     if (alone) {

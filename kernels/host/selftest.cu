@@ -14,7 +14,9 @@ __device__ uint64_t global_thread() { return linear_block() * block_threads() + 
 __device__ uint64_t global_threads() { return block_threads() * gridDim.x * gridDim.y * gridDim.z; }
 
 // out[12 i ..] = threadIdx, blockIdx, blockDim, gridDim of the i-th thread of the grid.
-struct PositionArgs { uint32_t* output; };
+struct PositionArgs {
+    uint32_t* output;
+};
 __device__ void position(const PositionArgs& a) {
     uint32_t* out = a.output + 12 * global_thread();
     out[0] = threadIdx.x, out[1] = threadIdx.y, out[2] = threadIdx.z;
@@ -24,7 +26,11 @@ __device__ void position(const PositionArgs& a) {
 }
 
 // out[i] = 2 in[i], for any grid and block.
-struct GridStrideArgs { const float* input; float* output; uint64_t n; };
+struct GridStrideArgs {
+    const float* input;
+    float* output;
+    uint64_t n;
+};
 __device__ void grid_stride(const GridStrideArgs& a) {
     for (uint64_t i = global_thread(); i < a.n; i += global_threads()) a.output[i] = 2.0f * a.input[i];
 }
@@ -33,8 +39,15 @@ __device__ void grid_stride(const GridStrideArgs& a) {
 
 // With n threads: out[i], out[n + i], out[2n + i], out[3n + i] = the value that thread i gets by index (from lane
 // `parameter`), up, down and xor (by `parameter`), in segments of `width` lanes.
-template <class T> struct ShuffleArgs { const T* input; T* output; uint32_t parameter; uint32_t width; };
-template <class T> __device__ void shuffle(const ShuffleArgs<T>& a) {
+template <class T>
+struct ShuffleArgs {
+    const T* input;
+    T* output;
+    uint32_t parameter;
+    uint32_t width;
+};
+template <class T>
+__device__ void shuffle(const ShuffleArgs<T>& a) {
     const uint64_t i = global_thread(), n = global_threads();
     const T value = a.input[i];
     a.output[i] = __shfl_sync(0xffffffffu, value, int(a.parameter), int(a.width));
@@ -45,7 +58,10 @@ template <class T> __device__ void shuffle(const ShuffleArgs<T>& a) {
 
 // The two halves of a warp on different ways: out[2 i] = in[i ^ 1] in the lower half, in[i + 1] in the upper, whose
 // last lane keeps its own. Then the warp as one: out[2 i + 1] = lanes with an odd out[2 i].
-struct HalfWarpsArgs { const uint32_t* input; uint32_t* output; };
+struct HalfWarpsArgs {
+    const uint32_t* input;
+    uint32_t* output;
+};
 __device__ void half_warps(const HalfWarpsArgs& a) {
     const uint64_t i = global_thread();
     uint32_t value = a.input[i];
@@ -61,14 +77,20 @@ __device__ void half_warps(const HalfWarpsArgs& a) {
 
 // A shuffle from lanes that its mask does not name, in the lower half of a warp: out[i] = in[i + 8] where lane + 8 < 16,
 // otherwise NaN (CUDA: undefined). The upper half writes zero.
-struct OutsideMaskArgs { const float* input; float* output; };
+struct OutsideMaskArgs {
+    const float* input;
+    float* output;
+};
 __device__ void outside_mask(const OutsideMaskArgs& a) {
     const uint64_t i = global_thread();
     a.output[i] = threadIdx.x % 32 < 16 ? __shfl_down_sync(0x0000ffffu, a.input[i], 8) : 0.0f;
 }
 
 // out[4 i ..] = ballot, any and all of "in[i] is odd" in the warp of thread i, and whether __activemask names thread i.
-struct VoteArgs { const uint32_t* input; uint32_t* output; };
+struct VoteArgs {
+    const uint32_t* input;
+    uint32_t* output;
+};
 __device__ void vote(const VoteArgs& a) {
     const uint64_t i = global_thread();
     const int odd = int(a.input[i] & 1u);
@@ -79,7 +101,10 @@ __device__ void vote(const VoteArgs& a) {
 }
 
 // out[9 i ..] = sum, minimum and maximum as signed numbers, the same as unsigned ones, and, or, xor over the warp.
-struct WarpReduceArgs { const uint32_t* input; uint32_t* output; };
+struct WarpReduceArgs {
+    const uint32_t* input;
+    uint32_t* output;
+};
 __device__ void warp_reduce(const WarpReduceArgs& a) {
     const uint64_t i = global_thread();
     const unsigned mask = 0xffffffffu, value = a.input[i];
@@ -97,7 +122,10 @@ __device__ void warp_reduce(const WarpReduceArgs& a) {
 
 // The upper half of each warp exits; the lower, which waits with the default mask, goes on: out[i] = in[i ^ 1] there,
 // passed on through shared memory. At most 256 threads in x.
-struct ExitedSyncwarpArgs { const uint32_t* input; uint32_t* output; };
+struct ExitedSyncwarpArgs {
+    const uint32_t* input;
+    uint32_t* output;
+};
 __device__ void exited_syncwarp(const ExitedSyncwarpArgs& a) {
     __shared__ uint32_t shared[256];
     if (threadIdx.x % 32 >= 16) return;
@@ -109,8 +137,12 @@ __device__ void exited_syncwarp(const ExitedSyncwarpArgs& a) {
 // ---- Tensor cores: whole warps, at most 256 threads in x ------------------------------------------------------------
 
 // out[4 i ..] = the fragment of c + a * b, of the fragments a = in[10 i ..], b = in[10 i + 4 ..], c = in[10 i + 6 ..].
-struct MmaArgs { const uint32_t* input; float* output; };
-template <class T> __device__ void multiply_fragments(const MmaArgs& a) {
+struct MmaArgs {
+    const uint32_t* input;
+    float* output;
+};
+template <class T>
+__device__ void multiply_fragments(const MmaArgs& a) {
     const uint32_t* in = a.input + 10 * global_thread();
     const uint32_t left[4] = {in[0], in[1], in[2], in[3]}, right[2] = {in[4], in[5]};
     float sum[4];
@@ -120,14 +152,22 @@ template <class T> __device__ void multiply_fragments(const MmaArgs& a) {
 }
 
 // out[i] = in[i] rounded to TF32.
-struct RoundArgs { const float* input; uint32_t* output; uint64_t n; };
+struct RoundArgs {
+    const float* input;
+    uint32_t* output;
+    uint64_t n;
+};
 __device__ void round_to_tf32(const RoundArgs& a) {
     for (uint64_t i = global_thread(); i < a.n; i += global_threads()) a.output[i] = to_tf32(a.input[i]);
 }
 
 // out[4 i ..] = what ldmatrix gives thread i, which names a row of in[4 i ..]. The rows lie apart and in disorder.
-struct LdmatrixArgs { const uint4* input; uint4* output; };
-template <bool TRANSPOSED> __device__ void load_matrices(const LdmatrixArgs& a) {
+struct LdmatrixArgs {
+    const uint4* input;
+    uint4* output;
+};
+template <bool TRANSPOSED>
+__device__ void load_matrices(const LdmatrixArgs& a) {
     alignas(16) __shared__ uint4 rows[512];
     uint4* row = &rows[2 * (threadIdx.x ^ 21u)];
     *row = a.input[global_thread()];
@@ -139,7 +179,10 @@ template <bool TRANSPOSED> __device__ void load_matrices(const LdmatrixArgs& a) 
 
 // Two copies by each thread, a group each: of in[i], and of in[i] again where i is even, otherwise of nothing. out[5 i ..] =
 // the first before and after it is waited for, the second then and after it is waited for, the first of the neighbour.
-struct AsyncArgs { const uint4* input; uint4* output; };
+struct AsyncArgs {
+    const uint4* input;
+    uint4* output;
+};
 __device__ void copy_asynchronously(const AsyncArgs& a) {
     alignas(16) __shared__ uint4 shared[2][256];
     const uint4* in = a.input + global_thread();
@@ -161,7 +204,10 @@ __device__ void copy_asynchronously(const AsyncArgs& a) {
 // ---- Blocks: of 256 threads in x where shared arrays are static ----------------------------------------------------
 
 // out[3 i ..] = how many threads of the block have in[i] != 0, whether all, whether any (as 0 or 1).
-struct SyncCountArgs { const int32_t* input; int32_t* output; };
+struct SyncCountArgs {
+    const int32_t* input;
+    int32_t* output;
+};
 __device__ void sync_count(const SyncCountArgs& a) {
     const uint64_t i = global_thread();
     a.output[3 * i] = __syncthreads_count(a.input[i]);
@@ -170,7 +216,11 @@ __device__ void sync_count(const SyncCountArgs& a) {
 }
 
 // out[block] = the sum of the block's 256 elements of in[0 .. n), as a tree: s[t] += s[t + 128], then 64, ... 1.
-struct BlockSumArgs { const float* input; float* output; uint64_t n; };
+struct BlockSumArgs {
+    const float* input;
+    float* output;
+    uint64_t n;
+};
 __device__ void block_sum_static(const BlockSumArgs& a) {
     __shared__ float shared[256];
     const uint64_t i = global_thread();
@@ -211,7 +261,10 @@ __device__ void block_sum_shuffle(const BlockSumArgs& a) {
 
 // A race, for the schedules to show: out[i] = 2 in[i] of the right neighbour (cyclic in the block), or zero where the
 // neighbour had not yet written, since the barrier between is missing. At most 256 threads in x.
-struct RaceArgs { const uint32_t* input; uint32_t* output; };
+struct RaceArgs {
+    const uint32_t* input;
+    uint32_t* output;
+};
 __device__ void race(const RaceArgs& a) {
     __shared__ uint32_t shared[256];
     shared[threadIdx.x] = 0;
@@ -221,7 +274,9 @@ __device__ void race(const RaceArgs& a) {
 }
 
 // out[i] = dynamic shared memory (4 bytes per thread) that nobody has written: NaN, in every block.
-struct UninitialisedArgs { float* output; };
+struct UninitialisedArgs {
+    float* output;
+};
 __device__ void uninitialised(const UninitialisedArgs& a) {
     POLDER_DYNAMIC_SHARED(float, shared);
     a.output[global_thread()] = shared[threadIdx.x];
@@ -235,7 +290,13 @@ __device__ void uninitialised(const UninitialisedArgs& a) {
 // i32:  [0] += i, [1] min= -i, [2] max= i, [3] -= 1, [4] += 1 by compare-and-swap
 // u32:  [0] += 1, [1] &= ~(1 << i % 32), [2] |= 1 << i % 32, [3] ^= i, [4] += the number before an exchange by i + 1
 // u64:  [0] += 2^32 + i, [1] max= i    f32: [0] += 1    f64: [0] += i
-struct AtomicsArgs { int32_t* i32; uint32_t* u32; uint64_t* u64; float* f32; double* f64; };
+struct AtomicsArgs {
+    int32_t* i32;
+    uint32_t* u32;
+    uint64_t* u64;
+    float* f32;
+    double* f64;
+};
 __device__ void atomics(const AtomicsArgs& a) {
     const uint64_t thread = global_thread();
     const int i = int(thread);
@@ -264,7 +325,14 @@ __device__ void atomics(const AtomicsArgs& a) {
 // ---- Arithmetic ----------------------------------------------------------------------------------------------------
 
 // Conversions of in[0 .. n), and back.
-struct HalfArgs { const float* input; uint16_t* f16; uint16_t* bf16; float* from_f16; float* from_bf16; uint64_t n; };
+struct HalfArgs {
+    const float* input;
+    uint16_t* f16;
+    uint16_t* bf16;
+    float* from_f16;
+    float* from_bf16;
+    uint64_t n;
+};
 __device__ void half_conversions(const HalfArgs& a) {
     for (uint64_t i = global_thread(); i < a.n; i += global_threads()) {
         const __half f16 = __float2half_rn(a.input[i]);
@@ -278,7 +346,11 @@ __device__ void half_conversions(const HalfArgs& a) {
 
 // out[10 i ..] of x = in[i]: rsqrtf, sinpif, cospif, fminf and fmaxf with 0.5, with NaN, fma of (x, x, 1), and whether
 // x is finite, is NaN.
-struct MathArgs { const float* input; float* output; uint64_t n; };
+struct MathArgs {
+    const float* input;
+    float* output;
+    uint64_t n;
+};
 __device__ void math(const MathArgs& a) {
     const float nan = __int_as_float(0x7fc00000);
     for (uint64_t i = global_thread(); i < a.n; i += global_threads()) {
@@ -297,7 +369,11 @@ __device__ void math(const MathArgs& a) {
 }
 
 // out[5 i ..] of x = in[i]: __popc, __clz, __ffs, __umulhi with 0x9e3779b9, __float_as_uint of __uint_as_float.
-struct BitsArgs { const uint32_t* input; uint32_t* output; uint64_t n; };
+struct BitsArgs {
+    const uint32_t* input;
+    uint32_t* output;
+    uint64_t n;
+};
 __device__ void bits(const BitsArgs& a) {
     for (uint64_t i = global_thread(); i < a.n; i += global_threads()) {
         const uint32_t x = a.input[i];
@@ -326,7 +402,11 @@ enum Wrong : uint32_t {
     kOperations = 8,         // warp fault: odd lanes shuffle up, even ones down
     kWidth = 9,              // warp fault: a width of 12
 };
-struct FaultArgs { uint32_t* output; uint64_t block; uint32_t which; };
+struct FaultArgs {
+    uint32_t* output;
+    uint64_t block;
+    uint32_t which;
+};
 __device__ void fault(const FaultArgs& a) {
     const unsigned thread = threadIdx.x, lane = thread % 32, full = 0xffffffffu;
     switch (linear_block() == a.block ? a.which : uint32_t(kNothing)) {
@@ -369,7 +449,10 @@ __device__ void fault(const FaultArgs& a) {
 
 // Calls itself `depth` times, with a frame of at least 1 KiB each; in blocks of several threads, where stacks are the
 // fibers' own, enough of them end the process with status 134 and a line on stderr. Else out[i] = depth.
-struct StackOverflowArgs { uint32_t* output; uint32_t depth; };
+struct StackOverflowArgs {
+    uint32_t* output;
+    uint32_t depth;
+};
 __device__ __attribute__((noinline)) uint32_t descend(uint32_t depth) {
     volatile uint32_t frame[256];
     frame[depth % 256] = depth;

@@ -46,25 +46,31 @@
 #define POLDER_ENTRY_PASTE(ISA, NAME) polder_##ISA##_##NAME
 #define POLDER_ENTRY(ISA, NAME) POLDER_ENTRY_PASTE(ISA, NAME)
 // The entry point polder_<isa>_<NAME>, through which the host device calls FUNCTION with the launch's argument struct.
-#define POLDER_KERNEL(NAME, FUNCTION, ARGS)                                  \
-    extern "C" void POLDER_ENTRY(POLDER_ISA, NAME)(const void* args);        \
-    extern "C" void POLDER_ENTRY(POLDER_ISA, NAME)(const void* args) {       \
-        FUNCTION(*static_cast<const ARGS*>(args));                           \
-    }
+#define POLDER_KERNEL(NAME, FUNCTION, ARGS)                           \
+    extern "C" void POLDER_ENTRY(POLDER_ISA, NAME)(const void* args); \
+    extern "C" void POLDER_ENTRY(POLDER_ISA, NAME)(const void* args) { FUNCTION(*static_cast<const ARGS*>(args)); }
 #define POLDER_HOST_KERNEL(NAME, FUNCTION, ARGS) POLDER_KERNEL(NAME, FUNCTION, ARGS)
 
 // ---- Vector types --------------------------------------------------------------------------------------------------
 
-#define POLDER_VECTORS(T, NAME, ALIGN2, ALIGN4)                                                           \
-    struct NAME##1 { T x; };                                                                              \
-    struct __align__(ALIGN2) NAME##2 { T x, y; };                                                         \
-    struct NAME##3 { T x, y, z; };                                                                        \
-    struct __align__(ALIGN4) NAME##4 { T x, y, z, w; };                                                   \
-    namespace {                                                                                           \
-    [[maybe_unused]] inline NAME##1 make_##NAME##1(T x) { return {x}; }                                   \
-    [[maybe_unused]] inline NAME##2 make_##NAME##2(T x, T y) { return {x, y}; }                           \
-    [[maybe_unused]] inline NAME##3 make_##NAME##3(T x, T y, T z) { return {x, y, z}; }                   \
-    [[maybe_unused]] inline NAME##4 make_##NAME##4(T x, T y, T z, T w) { return {x, y, z, w}; }           \
+#define POLDER_VECTORS(T, NAME, ALIGN2, ALIGN4)                                                 \
+    struct NAME##1 {                                                                            \
+        T x;                                                                                    \
+    };                                                                                          \
+    struct __align__(ALIGN2) NAME##2 {                                                          \
+        T x, y;                                                                                 \
+    };                                                                                          \
+    struct NAME##3 {                                                                            \
+        T x, y, z;                                                                              \
+    };                                                                                          \
+    struct __align__(ALIGN4) NAME##4 {                                                          \
+        T x, y, z, w;                                                                           \
+    };                                                                                          \
+    namespace {                                                                                 \
+    [[maybe_unused]] inline NAME##1 make_##NAME##1(T x) { return {x}; }                         \
+    [[maybe_unused]] inline NAME##2 make_##NAME##2(T x, T y) { return {x, y}; }                 \
+    [[maybe_unused]] inline NAME##3 make_##NAME##3(T x, T y, T z) { return {x, y, z}; }         \
+    [[maybe_unused]] inline NAME##4 make_##NAME##4(T x, T y, T z, T w) { return {x, y, z, w}; } \
     }
 POLDER_VECTORS(signed char, char, 2, 4)
 POLDER_VECTORS(unsigned char, uchar, 2, 4)
@@ -114,7 +120,8 @@ constexpr int warpSize = 32;
 
 // ---- Bits ----------------------------------------------------------------------------------------------------------
 
-template <class To, class From> __forceinline__ To polder_bit_cast(From from) {
+template <class To, class From>
+__forceinline__ To polder_bit_cast(From from) {
     static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
     To to;
     memcpy(&to, &from, sizeof to);
@@ -141,7 +148,10 @@ __forceinline__ unsigned long long __umul64hi(unsigned long long a, unsigned lon
     return (unsigned long long)((Wide(a) * b) >> 64);
 }
 
-template <class T> __forceinline__ T __ldg(const T* address) { return *address; }
+template <class T>
+__forceinline__ T __ldg(const T* address) {
+    return *address;
+}
 
 // ---- Arithmetic ----------------------------------------------------------------------------------------------------
 
@@ -164,7 +174,7 @@ __forceinline__ float min(float a, float b) { return polder_min(a, b); }
 __forceinline__ float max(float a, float b) { return polder_max(a, b); }
 __forceinline__ double min(double a, double b) { return polder_min(a, b); }
 __forceinline__ double max(double a, double b) { return polder_max(a, b); }
-#define POLDER_MIN_MAX(T)                                   \
+#define POLDER_MIN_MAX(T)                                     \
     __forceinline__ T min(T a, T b) { return a < b ? a : b; } \
     __forceinline__ T max(T a, T b) { return a > b ? a : b; }
 POLDER_MIN_MAX(int)
@@ -224,10 +234,18 @@ __forceinline__ double rsqrt(double x) { return 1.0 / __builtin_sqrt(x); }
 
 // ---- Half precision: storage types, all arithmetic is done in float ------------------------------------------------
 
-struct __half { unsigned short bits; };
-struct __nv_bfloat16 { unsigned short bits; };
-struct __align__(4) __half2 { __half x, y; };
-struct __align__(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
+struct __half {
+    unsigned short bits;
+};
+struct __nv_bfloat16 {
+    unsigned short bits;
+};
+struct __align__(4) __half2 {
+    __half x, y;
+};
+struct __align__(4) __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
 typedef __half half;
 typedef __half2 half2;
 
@@ -288,13 +306,15 @@ __forceinline__ __nv_bfloat16 __float2bfloat16(float x) { return __float2bfloat1
 
 enum class PolderShuffle { kIndex, kUp, kDown, kXor };
 
-template <class T> struct PolderShuffleSlot {
+template <class T>
+struct PolderShuffleSlot {
     T value, result;
     int parameter, width;
 };
 
 // The lane that `lane` reads, as PTX defines it: those beyond its segment of `width` lanes read themselves.
-template <PolderShuffle kind> inline int polder_shuffle_source(int lane, int parameter, int width) {
+template <PolderShuffle kind>
+inline int polder_shuffle_source(int lane, int parameter, int width) {
     const int first = lane & ~(width - 1), last = first + width - 1;
     // The instruction takes five bits of it.
     const unsigned offset = unsigned(parameter) & 31u;
@@ -310,7 +330,8 @@ template <PolderShuffle kind> inline int polder_shuffle_source(int lane, int par
     return lane;
 }
 
-template <class T, PolderShuffle kind> inline void polder_shuffle_warp(unsigned mask, void* const* slots) {
+template <class T, PolderShuffle kind>
+inline void polder_shuffle_warp(unsigned mask, void* const* slots) {
     for (int lane = 0; lane < warpSize; ++lane) {
         if (((mask >> lane) & 1u) == 0) continue;
         auto* slot = static_cast<PolderShuffleSlot<T>*>(slots[lane]);
@@ -334,23 +355,28 @@ inline T polder_shuffle(const char* name, unsigned mask, T value, int parameter,
     return slot.result;
 }
 
-template <class T> inline T __shfl_sync(unsigned mask, T value, int source, int width = warpSize) {
+template <class T>
+inline T __shfl_sync(unsigned mask, T value, int source, int width = warpSize) {
     return polder_shuffle<T, PolderShuffle::kIndex>("__shfl_sync", mask, value, source, width);
 }
-template <class T> inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
+template <class T>
+inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
     return polder_shuffle<T, PolderShuffle::kUp>("__shfl_up_sync", mask, value, int(delta), width);
 }
-template <class T> inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
+template <class T>
+inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
     return polder_shuffle<T, PolderShuffle::kDown>("__shfl_down_sync", mask, value, int(delta), width);
 }
-template <class T> inline T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize) {
+template <class T>
+inline T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize) {
     return polder_shuffle<T, PolderShuffle::kXor>("__shfl_xor_sync", mask, value, lane_mask, width);
 }
 
 // ---- Votes and reductions ------------------------------------------------------------------------------------------
 
 // A warp operation in which the lanes' values are combined into one result, the same for all.
-template <class T, class Combine> inline void polder_reduce_warp(unsigned mask, void* const* slots) {
+template <class T, class Combine>
+inline void polder_reduce_warp(unsigned mask, void* const* slots) {
     int lane = __builtin_ctz(mask);
     T result = *static_cast<const T*>(slots[lane]);
     for (unsigned rest = mask & (mask - 1); rest != 0; rest &= rest - 1) {
@@ -358,19 +384,50 @@ template <class T, class Combine> inline void polder_reduce_warp(unsigned mask, 
     }
     for (unsigned rest = mask; rest != 0; rest &= rest - 1) *static_cast<T*>(slots[__builtin_ctz(rest)]) = result;
 }
-template <class Combine, class T> inline T polder_reduce(const char* name, unsigned mask, T value) {
+template <class Combine, class T>
+inline T polder_reduce(const char* name, unsigned mask, T value) {
     polder_warp(name, polder_reduce_warp<T, Combine>, mask, &value);
     return value;
 }
 
 // Sums wrap around, as the device's do.
-struct PolderAdd { template <class T> static T of(T a, T b) { return T(unsigned(a) + unsigned(b)); } };
-struct PolderMin { template <class T> static T of(T a, T b) { return a < b ? a : b; } };
-struct PolderMax { template <class T> static T of(T a, T b) { return a > b ? a : b; } };
-struct PolderAnd { template <class T> static T of(T a, T b) { return a & b; } };
-struct PolderOr { template <class T> static T of(T a, T b) { return a | b; } };
+struct PolderAdd {
+    template <class T>
+    static T of(T a, T b) {
+        return T(unsigned(a) + unsigned(b));
+    }
+};
+struct PolderMin {
+    template <class T>
+    static T of(T a, T b) {
+        return a < b ? a : b;
+    }
+};
+struct PolderMax {
+    template <class T>
+    static T of(T a, T b) {
+        return a > b ? a : b;
+    }
+};
+struct PolderAnd {
+    template <class T>
+    static T of(T a, T b) {
+        return a & b;
+    }
+};
+struct PolderOr {
+    template <class T>
+    static T of(T a, T b) {
+        return a | b;
+    }
+};
 struct PolderBallot : PolderOr {};
-struct PolderXor { template <class T> static T of(T a, T b) { return a ^ b; } };
+struct PolderXor {
+    template <class T>
+    static T of(T a, T b) {
+        return a ^ b;
+    }
+};
 
 #define POLDER_REDUCE(T, NAME, COMBINE) \
     [[maybe_unused]] inline T NAME(unsigned mask, T value) { return polder_reduce<COMBINE>(#NAME, mask, value); }
@@ -402,22 +459,28 @@ __forceinline__ unsigned polder_lane() {
 
 // ---- Atomics: relaxed, as CUDA's are; real ones, because blocks run on several OS threads --------------------------
 
-#define POLDER_ATOMICS(T)                                                                                         \
+#define POLDER_ATOMICS(T)                                                                                           \
     [[maybe_unused]] inline T atomicExch(T* p, T value) { return __atomic_exchange_n(p, value, __ATOMIC_RELAXED); } \
-    [[maybe_unused]] inline T atomicCAS(T* p, T expected, T desired) {                                            \
-        __atomic_compare_exchange_n(p, &expected, desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);            \
-        return expected;                                                                                          \
-    }                                                                                                             \
-    [[maybe_unused]] inline T atomicAdd(T* p, T value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); } \
-    [[maybe_unused]] inline T atomicAnd(T* p, T value) { return __atomic_fetch_and(p, value, __ATOMIC_RELAXED); } \
-    [[maybe_unused]] inline T atomicOr(T* p, T value) { return __atomic_fetch_or(p, value, __ATOMIC_RELAXED); }   \
-    [[maybe_unused]] inline T atomicXor(T* p, T value) { return __atomic_fetch_xor(p, value, __ATOMIC_RELAXED); } \
-    [[maybe_unused]] inline T atomicMin(T* p, T value) { return polder_atomic_update<PolderMin>(p, value); }      \
+    [[maybe_unused]] inline T atomicCAS(T* p, T expected, T desired) {                                              \
+        __atomic_compare_exchange_n(p, &expected, desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);              \
+        return expected;                                                                                            \
+    }                                                                                                               \
+    [[maybe_unused]] inline T atomicAdd(T* p, T value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }   \
+    [[maybe_unused]] inline T atomicAnd(T* p, T value) { return __atomic_fetch_and(p, value, __ATOMIC_RELAXED); }   \
+    [[maybe_unused]] inline T atomicOr(T* p, T value) { return __atomic_fetch_or(p, value, __ATOMIC_RELAXED); }     \
+    [[maybe_unused]] inline T atomicXor(T* p, T value) { return __atomic_fetch_xor(p, value, __ATOMIC_RELAXED); }   \
+    [[maybe_unused]] inline T atomicMin(T* p, T value) { return polder_atomic_update<PolderMin>(p, value); }        \
     [[maybe_unused]] inline T atomicMax(T* p, T value) { return polder_atomic_update<PolderMax>(p, value); }
 
-struct PolderSum { template <class T> static T of(T a, T b) { return a + b; } };
+struct PolderSum {
+    template <class T>
+    static T of(T a, T b) {
+        return a + b;
+    }
+};
 
-template <class Combine, class T> inline T polder_atomic_update(T* p, T value) {
+template <class Combine, class T>
+inline T polder_atomic_update(T* p, T value) {
     T old, updated;
     __atomic_load(p, &old, __ATOMIC_RELAXED);
     do {

@@ -42,7 +42,8 @@ extern "C" void polder_fiber_switch(void** from, void* to);
 
 #if defined(__x86_64__)
 asm(".text\n"
-    ".globl " POLDER_SYMBOL "\n" POLDER_HIDDEN ".p2align 4\n" POLDER_SYMBOL ":\n"
+    ".globl " POLDER_SYMBOL "\n" POLDER_HIDDEN ".p2align 4\n" POLDER_SYMBOL
+    ":\n"
     "  pushq %rbp\n"
     "  pushq %rbx\n"
     "  pushq %r12\n"
@@ -60,7 +61,8 @@ asm(".text\n"
     "  ret\n");
 #else
 asm(".text\n"
-    ".globl " POLDER_SYMBOL "\n" POLDER_HIDDEN ".p2align 4\n" POLDER_SYMBOL ":\n"
+    ".globl " POLDER_SYMBOL "\n" POLDER_HIDDEN ".p2align 4\n" POLDER_SYMBOL
+    ":\n"
     "  sub sp, sp, #160\n"
     "  stp x19, x20, [sp, #0]\n"
     "  stp x21, x22, [sp, #16]\n"

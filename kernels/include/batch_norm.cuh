@@ -320,16 +320,18 @@ __device__ __forceinline__ void sums_of_block(const SumsArgs<S>& a) {
     double* const block_dz_x = a.dz_x + uint64_t(blockIdx.x) * channels;
     if constexpr (shape == kCpu) {
         for (uint64_t c = 0; c < channels; ++c) block_dz[c] = block_dz_x[c] = 0.0;
-        for_each_run<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
-            add_run(of, c, row, step, count, block_dz + c, block_dz_x + c);
-        });
+        for_each_run<T, shape>(a.rows, a.channels,
+                               [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+                                   add_run(of, c, row, step, count, block_dz + c, block_dz_x + c);
+                               });
     } else {
         constexpr int V = shape == kFour ? 4 : 1;
         POLDER_DYNAMIC_SHARED(Sums, shared);
         double totals_dz[V] = {}, totals_dz_x[V] = {};
-        for_each_run<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
-            add_run(of, c, row, step, count, totals_dz, totals_dz_x);
-        });
+        for_each_run<T, shape>(a.rows, a.channels,
+                               [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+                                   add_run(of, c, row, step, count, totals_dz, totals_dz_x);
+                               });
         const uint32_t c = (blockIdx.y * blockDim.x + threadIdx.x) * V;
         POLDER_UNROLL
         for (int k = 0; k < V; ++k) {
@@ -354,7 +356,8 @@ __device__ __forceinline__ void sums(const SumsArgs<S>& a) {
     with_shape(a.pack, [&](auto of) {
         constexpr Shape shape = decltype(of)::value;
         if (a.mask == kMaskOutput) sums_with_residual<S, shape, tangent, kMaskOutput>(a);
-        else if (a.mask == kMaskRecompute) sums_of_block<S, shape, tangent, kMaskRecompute, kResidualNone>(a);  // there was no residual
+        else if (a.mask == kMaskRecompute)
+            sums_of_block<S, shape, tangent, kMaskRecompute, kResidualNone>(a);  // there was no residual
         else sums_with_residual<S, shape, tangent, kMaskNone>(a);
     });
 }
@@ -367,8 +370,8 @@ __device__ __forceinline__ void sums(const SumsArgs<S>& a) {
 /// write)` calls `write(c, sums)` with the sums of `count` blocks, `step` apart from `first` on, for all channels that these blocks
 /// share.
 template <class S, class Combine>
-__device__ __forceinline__ void combine_by_last(const SumsArgs<S>& a, uint32_t* tickets, uint32_t block, uint32_t blocks,
-                                                const Combine& combine) {
+__device__ __forceinline__ void combine_by_last(const SumsArgs<S>& a, uint32_t* tickets, uint32_t block,
+                                                uint32_t blocks, const Combine& combine) {
     typedef Arithmetic<S> T;
     const auto finish = [&](uint64_t c, const Sums& all) {
         a.dbeta[c] = T(all.dz);
@@ -386,7 +389,9 @@ __device__ __forceinline__ void combine_by_last(const SumsArgs<S>& a, uint32_t* 
 }
 
 /// The tickets of one column of blocks, of `blocks` in all columns.
-__device__ __forceinline__ uint32_t tickets_of_column(uint32_t blocks, uint32_t group) { return (blocks + group - 1) / group + 1; }
+__device__ __forceinline__ uint32_t tickets_of_column(uint32_t blocks, uint32_t group) {
+    return (blocks + group - 1) / group + 1;
+}
 
 /// The same for a launch of `batch_norm_sums`.
 template <class S, Shape shape>

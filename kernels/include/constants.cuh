@@ -61,10 +61,10 @@ constexpr int kMaxImageChannels = 4;
 constexpr int kConvLinePadding = 4;
 
 /// The tiles of conv.cu, from the narrowest to the widest: rows, columns, depth of a step; rows and columns of one thread.
-#define POLDER_CONV_TILES(ROW)     \
-    ROW(16, 256, 16, 16, 4, 4)     \
-    ROW(32, 128, 32, 16, 4, 4)     \
-    ROW(64, 128, 64, 16, 8, 4)     \
+#define POLDER_CONV_TILES(ROW) \
+    ROW(16, 256, 16, 16, 4, 4) \
+    ROW(32, 128, 32, 16, 4, 4) \
+    ROW(64, 128, 64, 16, 8, 4) \
     ROW(128, 128, 128, 8, 8, 8)
 
 /// Bytes of the depth of one row or column in one stage of conv_tensor.cu.
@@ -74,11 +74,11 @@ constexpr int kSquareColumns = 16;
 
 /// The tiles of conv_tensor.cu, from the narrowest to the widest, all of kMomentRows rows: columns; rows and columns of one warp;
 /// threads; stages. Of two with equally many columns the first is the default, and measurement may choose the other.
-#define POLDER_CONV_TENSOR_TILES(ROW)      \
-    ROW(16, 16, 32, 16, 128, 4)            \
-    ROW(32, 32, 32, 32, 128, 4)            \
-    ROW(64, 64, 64, 32, 128, 4)            \
-    ROW(64_BY_8, 64, 32, 32, 256, 4)       \
+#define POLDER_CONV_TENSOR_TILES(ROW) \
+    ROW(16, 16, 32, 16, 128, 4)       \
+    ROW(32, 32, 32, 32, 128, 4)       \
+    ROW(64, 64, 64, 32, 128, 4)       \
+    ROW(64_BY_8, 64, 32, 32, 256, 4)  \
     ROW(128, 128, 64, 64, 128, 3)
 
 /// Bytes of the channels in one panel of the CPU's convolution: 16 floats, 8 doubles.

@@ -72,8 +72,8 @@ struct Windows {
     Divisor by_channels, by_tap_columns;
     bool wide;
 
-    __device__ __forceinline__ Windows(const T* tensor, int height, int width, int channels, int tap_rows, int tap_columns,
-                                       bool wide)
+    __device__ __forceinline__ Windows(const T* tensor, int height, int width, int channels, int tap_rows,
+                                       int tap_columns, bool wide)
         : tensor(tensor), height(height), width(width), channels(channels), depth(tap_rows * tap_columns * channels),
           by_channels(channels), by_tap_columns(tap_columns > 0 ? tap_columns : 1), wide(wide) {}
 
@@ -158,8 +158,8 @@ struct ClassWeights {
     __device__ __forceinline__ ClassWeights(const T* tensor, const ConvShape& s, const ParityClass& rows,
                                             const ParityClass& columns, bool wide)
         : tensor(tensor), rows(rows), columns(columns), kernel(s.kernel), stride(s.stride), channels(s.in_channels),
-          out_channels(s.out_channels), depth(rows.taps * columns.taps * s.out_channels), by_out_channels(s.out_channels),
-          by_tap_columns(columns.taps > 0 ? columns.taps : 1), wide(wide) {}
+          out_channels(s.out_channels), depth(rows.taps * columns.taps * s.out_channels),
+          by_out_channels(s.out_channels), by_tap_columns(columns.taps > 0 ? columns.taps : 1), wide(wide) {}
 
     __device__ __forceinline__ uint32_t offset(int tap, int channel, int out) const {
         const int row = by_tap_columns.quotient(tap);

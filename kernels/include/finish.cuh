@@ -25,7 +25,8 @@ struct Finished {
     T inverse;
     uint32_t seen = 0;
 
-    __device__ __forceinline__ explicit Finished(const FinishArgs& a) : inverse(a.scale != nullptr ? T(1.0 / a.scale[0]) : T(1)) {}
+    __device__ __forceinline__ explicit Finished(const FinishArgs& a)
+        : inverse(a.scale != nullptr ? T(1.0 / a.scale[0]) : T(1)) {}
 
     /// The element without the loss scale: a power of two, so exact but for what becomes subnormal.
     __device__ __forceinline__ T value(T scaled) {

@@ -52,7 +52,8 @@ inline void polder_mma_warp(unsigned, void* const* slots) {
             for (int r = 0; r < 4; ++r) {
                 a[group + r % 2 * 8][first + i + r / 2 * (DEPTH / 2)] = double(polder_operand(T{}, slot->a[r], i));
             }
-            for (int r = 0; r < 2; ++r) b[first + i + r * (DEPTH / 2)][group] = double(polder_operand(T{}, slot->b[r], i));
+            for (int r = 0; r < 2; ++r)
+                b[first + i + r * (DEPTH / 2)][group] = double(polder_operand(T{}, slot->b[r], i));
         }
     }
     for (int row = 0; row < 16; ++row) {
@@ -87,13 +88,14 @@ __forceinline__ uint32_t to_tf32(float x) {
 template <class T>
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
-#define POLDER_MMA(T, SHAPE, TYPE)                                                                             \
-    template <>                                                                                                \
-    __device__ __forceinline__ void mma<T>(float(&c)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) {       \
-        asm volatile("mma.sync.aligned." SHAPE ".row.col.f32." TYPE "." TYPE ".f32 "                           \
-                     "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                         \
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                          \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                      \
+#define POLDER_MMA(T, SHAPE, TYPE)                                                                       \
+    template <>                                                                                          \
+    __device__ __forceinline__ void mma<T>(float(&c)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) { \
+        asm volatile("mma.sync.aligned." SHAPE ".row.col.f32." TYPE "." TYPE                             \
+                     ".f32 "                                                                             \
+                     "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                   \
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                    \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                \
     }
 POLDER_MMA(__half, "m16n8k16", "f16")
 POLDER_MMA(__nv_bfloat16, "m16n8k16", "bf16")
@@ -218,10 +220,12 @@ struct AsyncCopies {
     __device__ __forceinline__ void copy(void* to, const void* from, bool there) {
         const int bytes = there ? 16 : 0;
         if constexpr (L1) {
-            asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+            asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                         "r"(bytes)
                          : "memory");
         } else {
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                         "r"(bytes)
                          : "memory");
         }
     }

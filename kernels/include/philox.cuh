@@ -57,16 +57,12 @@ __device__ __forceinline__ float exact_sqrt(float a) { return __fsqrt_rn(a); }
 #endif
 
 /// a b + c in two roundings
-__device__ __forceinline__ float mul_add(float a, float b, float c) {
-    return exact_add(exact_mul(a, b), c);
-}
+__device__ __forceinline__ float mul_add(float a, float b, float c) { return exact_add(exact_mul(a, b), c); }
 
 // ---- Numbers -------------------------------------------------------------------------------------------------------
 
 /// Uniform in [0, 1): the upper 24 bits, each value exact.
-__device__ __forceinline__ float uniform_from(uint32_t bits) {
-    return exact_mul(float(int32_t(bits >> 8)), 0x1p-24f);
-}
+__device__ __forceinline__ float uniform_from(uint32_t bits) { return exact_mul(float(int32_t(bits >> 8)), 0x1p-24f); }
 
 /// +1 or −1 by the upper bit.
 __device__ __forceinline__ float rademacher_from(uint32_t bits) {

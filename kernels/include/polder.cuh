@@ -13,13 +13,13 @@
 // Asking for one resident block keeps ptxas from spilling registers for occupancy. POLDER_RESIDENT_KERNEL asks for BLOCKS resident
 // blocks of kBlockThreads threads.
 #define POLDER_KERNEL(NAME, FUNCTION, ARGS) POLDER_RESIDENT_KERNEL(NAME, FUNCTION, ARGS, 1)
-#define POLDER_RESIDENT_KERNEL(NAME, FUNCTION, ARGS, BLOCKS)                                                          \
-    extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS) NAME(const __grid_constant__ ARGS args) {               \
-        polder_begin();                                                                                               \
-        FUNCTION(args);                                                                                               \
+#define POLDER_RESIDENT_KERNEL(NAME, FUNCTION, ARGS, BLOCKS)                                                      \
+    extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS) NAME(const __grid_constant__ ARGS args) { \
+        polder_begin();                                                                                           \
+        FUNCTION(args);                                                                                           \
     }
 #define POLDER_HOST_KERNEL(NAME, FUNCTION, ARGS)  // double precision and CPU-only shapes stay out of the fatbin
-#define POLDER_DYNAMIC_SHARED(T, NAME)                               \
+#define POLDER_DYNAMIC_SHARED(T, NAME)                              \
     extern __shared__ __align__(32) unsigned char polder_dynamic[]; \
     T* NAME = reinterpret_cast<T*>(polder_dynamic)
 #define POLDER_UNROLL _Pragma("unroll")

@@ -34,9 +34,7 @@ struct Sums {
     }
 };
 
-__device__ __forceinline__ unsigned block_threads() {
-    return blockDim.x * blockDim.y * blockDim.z;
-}
+__device__ __forceinline__ unsigned block_threads() { return blockDim.x * blockDim.y * blockDim.z; }
 
 /// This thread's number in its block, x running fastest.
 __device__ __forceinline__ unsigned thread_in_block() {

@@ -47,8 +47,9 @@ void write() {
             const Count& c = total.counts[n];
             const Instruction& i = total.kernel->code[n];
             if (c.least_sectors + c.least_wavefronts == 0) continue;
-            fprintf(file, "%s\t%" PRIu64 "\t%" PRIu64 "\t%" PRIu64 "\t%" PRIu64 "\t%" PRIu64 "\t%s.ptx:%d: %s\n", name.c_str(), c.read,
-                    c.written, c.least_sectors, c.wavefronts, c.least_wavefronts, total.kernel->source.c_str(), i.line, i.text.c_str());
+            fprintf(file, "%s\t%" PRIu64 "\t%" PRIu64 "\t%" PRIu64 "\t%" PRIu64 "\t%" PRIu64 "\t%s.ptx:%d: %s\n",
+                    name.c_str(), c.read, c.written, c.least_sectors, c.wavefronts, c.least_wavefronts,
+                    total.kernel->source.c_str(), i.line, i.text.c_str());
         }
     }
     if (fclose(file) != 0) fail("DRIVER_COUNT: %s cannot be written", getenv("DRIVER_COUNT"));
@@ -79,7 +80,8 @@ uint32_t wavefronts(const uint64_t (&addresses)[LANES], uint32_t mask, uint32_t 
 uint32_t touched(const uint64_t (&addresses)[LANES], uint32_t mask, uint32_t bytes, uint32_t size) {
     std::vector<uint64_t> units;
     for_lanes(mask, [&](int lane) {
-        for (uint64_t unit = addresses[lane] / size; unit * size < addresses[lane] + bytes; ++unit) units.push_back(unit);
+        for (uint64_t unit = addresses[lane] / size; unit * size < addresses[lane] + bytes; ++unit)
+            units.push_back(unit);
     });
     std::sort(units.begin(), units.end());
     return uint32_t(std::unique(units.begin(), units.end()) - units.begin());
@@ -92,7 +94,8 @@ bool is_counting() {
     return asked;
 }
 
-void count_access(Count& count, uint32_t mask, const uint64_t (&addresses)[LANES], uint32_t bytes, Space space, bool writes) {
+void count_access(Count& count, uint32_t mask, const uint64_t (&addresses)[LANES], uint32_t bytes, Space space,
+                  bool writes) {
     if (space == Space::kShared) {
         count.wavefronts += wavefronts(addresses, mask, bytes, false);
         count.least_wavefronts += wavefronts(addresses, mask, bytes, true);

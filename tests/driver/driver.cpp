@@ -104,7 +104,8 @@ bool step(Stream& stream) {
         std::vector<size_t> ready;
         for (size_t n = 0; n < nodes.size() && ready.size() < 4; ++n) {
             const auto& after = nodes[n].after;
-            if (!item.done[n] && std::all_of(after.begin(), after.end(), [&](int m) { return item.done[m]; })) ready.push_back(n);
+            if (!item.done[n] && std::all_of(after.begin(), after.end(), [&](int m) { return item.done[m]; }))
+                ready.push_back(n);
         }
         const size_t chosen = ready[dice() % ready.size()];
         nodes[chosen].work();
@@ -200,7 +201,9 @@ CUresult cuDeviceGet(CUdevice* device, int number) {
     if (number != 0) return CUDA_ERROR_INVALID_DEVICE;
     return *device = 0, CUDA_SUCCESS;
 }
-CUresult cuDeviceGetName(char* name, int room, CUdevice) { return snprintf(name, size_t(room), "interpreted PTX"), CUDA_SUCCESS; }
+CUresult cuDeviceGetName(char* name, int room, CUdevice) {
+    return snprintf(name, size_t(room), "interpreted PTX"), CUDA_SUCCESS;
+}
 CUresult cuDeviceTotalMem_v2(size_t* bytes, CUdevice) { return *bytes = Memory::CAPACITY, CUDA_SUCCESS; }
 CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice) {
     switch (attribute) {
@@ -437,19 +440,22 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction handle, void*
     const uint32_t block[3] = {config->blockDimX, config->blockDimY, config->blockDimZ};
     const uint64_t threads = uint64_t(block[0]) * block[1] * block[2];
     const bool empty = threads == 0 || uint64_t(grid[0]) * grid[1] * grid[2] == 0;
-    if (empty || threads > kernel.most_threads || block[2] > 64 || grid[0] > INT32_MAX || grid[1] > 65535 || grid[2] > 65535) {
+    if (empty || threads > kernel.most_threads || block[2] > 64 || grid[0] > INT32_MAX || grid[1] > 65535 ||
+        grid[2] > 65535) {
         return CUDA_ERROR_INVALID_VALUE;
     }
     if (config->sharedMemBytes + kernel.static_shared > function.shared_limit) return CUDA_ERROR_INVALID_VALUE;
     for (unsigned n = 0; n < config->numAttrs; ++n) {
-        if (config->attrs[n].id != CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) return CUDA_ERROR_INVALID_VALUE;
+        if (config->attrs[n].id != CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+            return CUDA_ERROR_INVALID_VALUE;
         if (!kernel.waits) fail("%s is launched early and does not wait", kernel.name.c_str());
-        if (!stream.behind_kernel) fail("%s is launched early, but not behind a kernel of its stream", kernel.name.c_str());
+        if (!stream.behind_kernel)
+            fail("%s is launched early, but not behind a kernel of its stream", kernel.name.c_str());
     }
     const uint8_t* given = static_cast<const uint8_t*>(parameters[0]);
     submit(config->hStream,
-           [kernel = function.kernel, grid = std::to_array(grid), block = std::to_array(block), shared = config->sharedMemBytes,
-            copied = std::vector<uint8_t>(given, given + kernel.parameter_bytes)] {
+           [kernel = function.kernel, grid = std::to_array(grid), block = std::to_array(block),
+            shared = config->sharedMemBytes, copied = std::vector<uint8_t>(given, given + kernel.parameter_bytes)] {
                run(*kernel, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared, copied);
            });
     stream.behind_kernel = true;
@@ -507,7 +513,8 @@ CUresult cuGraphLaunch(CUgraphExec executable, CUstream handle) {
     if (stream.capture != nullptr) fail("a graph is launched in a capture");
     const auto graph = reinterpret_cast<Executable*>(executable)->graph;
     const size_t nodes = graph->nodes.size();
-    stream.items.push_back({.work = {}, .waits_for = {}, .graph = graph, .done = std::vector<bool>(nodes), .left = nodes});
+    stream.items.push_back(
+        {.work = {}, .waits_for = {}, .graph = graph, .done = std::vector<bool>(nodes), .left = nodes});
     stream.behind_kernel = false;
     return CUDA_SUCCESS;
 }

@@ -17,8 +17,8 @@ void fault(Warp& w, const Instruction& i, int lane, const char* format, ...) {
     vsnprintf(what, sizeof what, format, arguments);
     va_end(arguments);
     const Block& b = *w.block;
-    fail("%s\n  %s.ptx:%d: %s\n  in %s, block (%u, %u, %u), thread %d", what, b.kernel->source.c_str(), i.line, i.text.c_str(),
-         b.kernel->name.c_str(), b.index[0], b.index[1], b.index[2], w.thread(lane));
+    fail("%s\n  %s.ptx:%d: %s\n  in %s, block (%u, %u, %u), thread %d", what, b.kernel->source.c_str(), i.line,
+         i.text.c_str(), b.kernel->name.c_str(), b.index[0], b.index[1], b.index[2], w.thread(lane));
 }
 
 namespace {
@@ -34,8 +34,9 @@ void touch(Warp& w, const Instruction& i, uint32_t at, uint32_t bytes, bool writ
                   writes ? "writes" : "reads", at, last.writer);
         }
         if (writes && last.read == b.interval && last.reader != thread) {
-            fault(w, i, thread % LANES, "a race: thread %d writes byte %u of shared memory, which %s read since the last barrier",
-                  thread, at, last.reader == SEVERAL ? "several threads" : ("thread " + std::to_string(last.reader)).c_str());
+            fault(w, i, thread % LANES,
+                  "a race: thread %d writes byte %u of shared memory, which %s read since the last barrier", thread, at,
+                  last.reader == SEVERAL ? "several threads" : ("thread " + std::to_string(last.reader)).c_str());
         }
         if (writes) {
             last.written = b.interval, last.writer = int16_t(thread);
@@ -48,22 +49,27 @@ void touch(Warp& w, const Instruction& i, uint32_t at, uint32_t bytes, bool writ
 }
 
 uint64_t address_of(Warp& w, const Instruction& i, int lane) {
-    const uint64_t base = i.address_bytes == 8 ? w.row<uint64_t>(i.a)[lane] : i.address_bytes == 4 ? w.row<uint32_t>(i.a)[lane] : 0;
+    const uint64_t base = i.address_bytes == 8   ? w.row<uint64_t>(i.a)[lane]
+                          : i.address_bytes == 4 ? w.row<uint32_t>(i.a)[lane]
+                                                 : 0;
     return base + i.offset;
 }
 
 /// Where an access of one lane goes, once it is seen to be aligned and inside.
 uint8_t* reach(Warp& w, const Instruction& i, int lane, uint64_t address, uint32_t bytes, Space space, bool writes) {
     const char* verb = writes ? "a store" : "a load";
-    if (address % bytes != 0) fault(w, i, lane, "%s of %u bytes at %lx, which is not aligned to them", verb, bytes, address);
+    if (address % bytes != 0)
+        fault(w, i, lane, "%s of %u bytes at %lx, which is not aligned to them", verb, bytes, address);
     Block& b = *w.block;
     switch (space) {
         case Space::kGlobal:
-            if (!memory().has(address, bytes)) fault(w, i, lane, "%s of %u bytes at %lx, which is nobody's", verb, bytes, address);
+            if (!memory().has(address, bytes))
+                fault(w, i, lane, "%s of %u bytes at %lx, which is nobody's", verb, bytes, address);
             return reinterpret_cast<uint8_t*>(address);
         case Space::kShared:
             if (address > b.shared.size() || bytes > b.shared.size() - address) {
-                fault(w, i, lane, "%s of %u bytes at %lu of %zu bytes of shared memory", verb, bytes, address, b.shared.size());
+                fault(w, i, lane, "%s of %u bytes at %lu of %zu bytes of shared memory", verb, bytes, address,
+                      b.shared.size());
             }
             touch(w, i, uint32_t(address), bytes, writes, w.thread(lane));
             return b.shared.data() + address;
@@ -141,7 +147,8 @@ void multiply(Warp& w, const Instruction& i, uint32_t mask, F element) {
         const int group = lane / 4, member = lane % 4;
         for (int n = 0; n < 4; ++n) {
             const uint32_t word = w.row<uint32_t>(i.list[4 + n])[lane];
-            for (int h = 0; h < PER_WORD; ++h) a[group + n % 2 * 8][member * PER_WORD + h + n / 2 * K / 2] = element(word, h);
+            for (int h = 0; h < PER_WORD; ++h)
+                a[group + n % 2 * 8][member * PER_WORD + h + n / 2 * K / 2] = element(word, h);
             sum[group + n / 2 * 8][member * 2 + n % 2] = w.row<float>(c[n])[lane];
         }
         for (int n = 0; n < 2; ++n) {
@@ -151,7 +158,8 @@ void multiply(Warp& w, const Instruction& i, uint32_t mask, F element) {
     }
     for (int row = 0; row < 16; ++row) {
         for (int k = 0; k < K; ++k) {
-            for (int column = 0; column < 8; ++column) sum[row][column] = std::fma(a[row][k], b[k][column], sum[row][column]);
+            for (int column = 0; column < 8; ++column)
+                sum[row][column] = std::fma(a[row][k], b[k][column], sum[row][column]);
         }
     }
     for (int lane = 0; lane < LANES; ++lane) {
@@ -203,7 +211,8 @@ void store(Warp& w, const Instruction& i, uint32_t mask) {
     count(w, i, mask, i.bytes * i.elements, i.space, true, [&](int lane) { return address_of(w, i, lane); });
     for_lanes(mask, [&](int lane) {
         uint8_t* to = reach(w, i, lane, address_of(w, i, lane), i.bytes * i.elements, i.space, true);
-        for (int n = 0; n < i.elements; ++n) memcpy(to + n * i.bytes, &w.registers[i.list[n] + lane * i.register_bytes], i.bytes);
+        for (int n = 0; n < i.elements; ++n)
+            memcpy(to + n * i.bytes, &w.registers[i.list[n] + lane * i.register_bytes], i.bytes);
     });
 }
 
@@ -258,14 +267,16 @@ void wait_group(Warp& w, const Instruction& i, uint32_t mask) {
 }
 
 void shuffle_xor(Warp& w, const Instruction& i, uint32_t mask) {
-    const uint32_t *a = w.row<uint32_t>(i.a), *b = w.row<uint32_t>(i.b), *c = w.row<uint32_t>(i.c), *members = w.row<uint32_t>(i.e);
+    const uint32_t *a = w.row<uint32_t>(i.a), *b = w.row<uint32_t>(i.b), *c = w.row<uint32_t>(i.c),
+                   *members = w.row<uint32_t>(i.e);
     uint32_t received[LANES], in_range = 0;
     for_lanes(mask, [&](int lane) {
         const int clamp = c[lane] & 31, segment = c[lane] >> 8 & 31, last = (lane & segment) | (clamp & ~segment);
         int from = lane ^ int(b[lane] & 31);
         if (from > last) from = lane;
         else in_range |= 1u << lane;
-        if (!(members[lane] >> from & 1) || !(mask >> from & 1)) fault(w, i, lane, "lane %d takes no part in the shuffle", from);
+        if (!(members[lane] >> from & 1) || !(mask >> from & 1))
+            fault(w, i, lane, "lane %d takes no part in the shuffle", from);
         received[lane] = a[from];
     });
     for_lanes(mask, [&](int lane) { w.row<uint32_t>(i.d)[lane] = received[lane]; });

@@ -90,7 +90,8 @@ void count_leading_zeros(Warp& w, const Instruction& i, uint32_t mask) {
 /// The lowest bits of a, as many as e says, in b from bit c on.
 void insert_bits(Warp& w, const Instruction& i, uint32_t mask) {
     uint32_t* d = w.row<uint32_t>(i.d);
-    const uint32_t *a = w.row<uint32_t>(i.a), *b = w.row<uint32_t>(i.b), *c = w.row<uint32_t>(i.c), *e = w.row<uint32_t>(i.e);
+    const uint32_t *a = w.row<uint32_t>(i.a), *b = w.row<uint32_t>(i.b), *c = w.row<uint32_t>(i.c),
+                   *e = w.row<uint32_t>(i.e);
     for_lanes(mask, [=](int l) {
         const uint32_t first = c[l] & 255, count = e[l] & 255;
         const uint64_t ones = first > 31 ? 0 : ((count > 31 ? 1ull << 32 : 1ull << count) - 1) << first;
@@ -115,16 +116,16 @@ POLDER_OPERATION(Nearest, (T a), std::nearbyint(a))
 POLDER_OPERATION(Saturated, (T a), !(a > 0) ? T(0) : a > 1 ? T(1) : a)
 POLDER_OPERATION(Add, (T a, T b), T(a + b))
 POLDER_OPERATION(Subtract, (T a, T b), T(a - b))
-POLDER_OPERATION(Multiply, (T a, T b), T(a * b))
+POLDER_OPERATION(Multiply, (T a, T b), T(a* b))
 POLDER_OPERATION(Divide, (T a, T b), a / b)
-POLDER_OPERATION(And, (T a, T b), T(a & b))
+POLDER_OPERATION(And, (T a, T b), T(a& b))
 POLDER_OPERATION(Or, (T a, T b), T(a | b))
 POLDER_OPERATION(Xor, (T a, T b), T(a ^ b))
 POLDER_OPERATION(Inverse, (T a, T), T(~a))
 POLDER_OPERATION(First, (T a, T), a)
 POLDER_OPERATION(Smaller, (T a, T b), a < b ? a : b)
 POLDER_OPERATION(Larger, (T a, T b), a > b ? a : b)
-POLDER_OPERATION(MultiplyAdd, (T a, T b, T c), T(a * b + c))
+POLDER_OPERATION(MultiplyAdd, (T a, T b, T c), T(a* b + c))
 POLDER_OPERATION(Fused, (T a, T b, T c), std::fma(a, b, c))
 
 /// Of a number and a NaN the number, of two NaNs the canonical one; -0 is less than +0.
@@ -206,18 +207,18 @@ struct RoughReciprocal {
 };
 
 // Comparisons hold of numbers alone, the ones for `...u` of what has no order too.
-#define POLDER_COMPARISON(NAME, OPERATOR)                                                   \
-    struct NAME {                                                                           \
-        template <class T>                                                                  \
-        static bool of(T a, T b) {                                                          \
-            return a OPERATOR b && a == a && b == b;                                        \
-        }                                                                                   \
-    };                                                                                      \
-    struct NAME##OrNot {                                                                    \
-        template <class T>                                                                  \
-        static bool of(T a, T b) {                                                          \
-            return a OPERATOR b || a != a || b != b;                                        \
-        }                                                                                   \
+#define POLDER_COMPARISON(NAME, OPERATOR)            \
+    struct NAME {                                    \
+        template <class T>                           \
+        static bool of(T a, T b) {                   \
+            return a OPERATOR b && a == a && b == b; \
+        }                                            \
+    };                                               \
+    struct NAME##OrNot {                             \
+        template <class T>                           \
+        static bool of(T a, T b) {                   \
+            return a OPERATOR b || a != a || b != b; \
+        }                                            \
     };
 POLDER_COMPARISON(Equal, ==)
 POLDER_COMPARISON(Unequal, !=)
@@ -278,7 +279,9 @@ using Table = std::unordered_map<std::string, Operation>;
 /// Those that hold of numbers alone, which for whole ones are all.
 template <class T>
 void add_comparisons(Table& table, const std::string& type) {
-    const auto add = [&](const char* name, Execute execute) { table[name + type] = {execute, {1, sizeof(T), sizeof(T)}}; };
+    const auto add = [&](const char* name, Execute execute) {
+        table[name + type] = {execute, {1, sizeof(T), sizeof(T)}};
+    };
     add("setp.eq.", compare<T, Equal>);
     add("setp.ne.", compare<T, Unequal>);
     add("setp.lt.", compare<T, Less>);
@@ -390,8 +393,10 @@ Table make_table() {
     add_conversion<double, uint64_t>(table, "rn.f64.u64");
     add_conversion<int32_t, float, ToWhole<int32_t>>(table, "rzi.s32.f32");
     add_conversion<uint32_t, float, ToWhole<uint32_t>>(table, "rzi.u32.f32");
-    add_conversion<float, uint16_t, FromHalf>(table, "f32.f16"), add_conversion<uint16_t, float, ToHalf>(table, "rn.f16.f32");
-    add_conversion<float, uint16_t, FromBrain>(table, "f32.bf16"), add_conversion<uint16_t, float, ToBrain>(table, "rn.bf16.f32");
+    add_conversion<float, uint16_t, FromHalf>(table, "f32.f16"),
+        add_conversion<uint16_t, float, ToHalf>(table, "rn.f16.f32");
+    add_conversion<float, uint16_t, FromBrain>(table, "f32.bf16"),
+        add_conversion<uint16_t, float, ToBrain>(table, "rn.bf16.f32");
     add_conversion<uint32_t, uint32_t, ToTf32>(table, "rna.tf32.f32");
     return table;
 }

@@ -52,7 +52,8 @@ struct Variable {
     uint32_t alignment = 1, bytes = 0;
 
     explicit Variable(const std::string& declaration) {
-        if (const size_t at = declaration.find(".align"); at != std::string::npos) alignment = atoi(declaration.c_str() + at + 6);
+        if (const size_t at = declaration.find(".align"); at != std::string::npos)
+            alignment = atoi(declaration.c_str() + at + 6);
         const size_t bracket = declaration.find('['), end = std::min(bracket, declaration.size());
         const size_t begin = declaration.find_last_of(" \t\n", end) + 1;
         name = trimmed(declaration.substr(begin, end - begin));
@@ -79,7 +80,8 @@ public:
             const char c = next();
             if (c == '{') {
                 if (statement.find(".section") != std::string::npos) break;  // for debuggers, to the end
-                if (statement.find(".entry") == std::string::npos) bad("only entries are understood, not " + trimmed(statement));
+                if (statement.find(".entry") == std::string::npos)
+                    bad("only entries are understood, not " + trimmed(statement));
                 entry(statement);
                 statement.clear();
             } else if (c == ';') {
@@ -176,8 +178,8 @@ private:
         if (begins_with(operand, "0f") || begins_with(operand, "0d"))
             return constant(strtoull(operand.c_str() + 2, nullptr, 16), bytes);
         if (isdigit(operand[0]) || operand[0] == '-') {
-            const uint64_t value =
-                operand[0] == '-' ? uint64_t(strtoll(operand.c_str(), nullptr, 0)) : strtoull(operand.c_str(), nullptr, 0);
+            const uint64_t value = operand[0] == '-' ? uint64_t(strtoll(operand.c_str(), nullptr, 0))
+                                                     : strtoull(operand.c_str(), nullptr, 0);
             return constant(bytes < 8 ? value & ((1ull << 8 * bytes) - 1) : value, bytes);
         }
         if (is_shared(operand)) return constant(shared_[operand], bytes);
@@ -203,9 +205,12 @@ private:
         }
     }
 
-    void memory_access(Instruction& i, const std::vector<std::string>& parts, const std::vector<std::string>& operands) {
+    void memory_access(Instruction& i, const std::vector<std::string>& parts,
+                       const std::vector<std::string>& operands) {
         const bool loads = parts[0] == "ld";
-        const auto is_in = [&](const char* space) { return std::find(parts.begin(), parts.end(), space) != parts.end(); };
+        const auto is_in = [&](const char* space) {
+            return std::find(parts.begin(), parts.end(), space) != parts.end();
+        };
         if (is_in("global")) i.space = Space::kGlobal;
         else if (is_in("shared")) i.space = Space::kShared;
         else if (is_in("param")) i.space = Space::kParameter;
@@ -270,7 +275,8 @@ private:
             if (both.size() != 2) bad("not understood: " + statement);
             for (int n = 0; n < 2; ++n) i.list[n] = row(both[n], wide ? 4 : 2);
             (packs ? i.d : i.a) = row(operands[packs ? 0 : 1], wide ? 8 : 4);
-            i.execute = packs ? (wide ? execute::pack64 : execute::pack32) : (wide ? execute::unpack64 : execute::unpack32);
+            i.execute =
+                packs ? (wide ? execute::pack64 : execute::pack32) : (wide ? execute::unpack64 : execute::unpack32);
         } else if (verb == "ld" || verb == "st") {
             memory_access(i, parts, operands);
         } else if (verb == "bra") {

@@ -195,7 +195,8 @@ inline void for_lanes(uint32_t mask, F f) {
 
 bool is_counting();
 /// Counts an access of the lanes in the mask, `bytes` each.
-void count_access(Count& count, uint32_t mask, const uint64_t (&addresses)[LANES], uint32_t bytes, Space space, bool writes);
+void count_access(Count& count, uint32_t mask, const uint64_t (&addresses)[LANES], uint32_t bytes, Space space,
+                  bool writes);
 /// Adds what the blocks of a launch, or some of them, have counted.
 void add_counts(const Kernel& kernel, const std::vector<Count>& counts, bool is_launch);
 

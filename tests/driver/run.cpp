@@ -14,7 +14,9 @@ namespace {
 /// meet again; what the whole warp executes together waits until all have come.
 void advance(Warp& w) {
     const Kernel& kernel = *w.block->kernel;
-    const auto ready = [&](const Group& group) { return group.mask == w.live && kernel.code[group.at].kind != Kind::kBarrier; };
+    const auto ready = [&](const Group& group) {
+        return group.mask == w.live && kernel.code[group.at].kind != Kind::kBarrier;
+    };
     while (!w.groups.empty()) {
         auto behind = w.groups.end();
         for (auto group = w.groups.begin(); group != w.groups.end(); ++group) {
@@ -22,7 +24,8 @@ void advance(Warp& w) {
         }
         if (behind == w.groups.end()) {
             if (w.groups.size() == 1 && kernel.code[w.groups[0].at].kind == Kind::kBarrier) return;
-            fault(w, kernel.code[w.groups[0].at], 0, "lanes of a warp wait for one another in %zu places", w.groups.size());
+            fault(w, kernel.code[w.groups[0].at], 0, "lanes of a warp wait for one another in %zu places",
+                  w.groups.size());
         }
         Group group = *behind;
         w.groups.erase(behind);
@@ -74,7 +77,8 @@ void advance(Warp& w) {
                     }
                     if (mask != group.mask) fault(w, i, 0, "guarded, and so by a part of the lanes alone");
                     // A shuffle is for the lanes that it names.
-                    const uint32_t wanted = i.kind == Kind::kShuffle ? w.row<uint32_t>(i.e)[__builtin_ctz(mask)] & w.live : w.live;
+                    const uint32_t wanted =
+                        i.kind == Kind::kShuffle ? w.row<uint32_t>(i.e)[__builtin_ctz(mask)] & w.live : w.live;
                     if (i.kind != Kind::kBarrier && mask == wanted) {
                         i.execute(w, i, mask);
                         ++group.at;
@@ -177,7 +181,8 @@ void run(const Kernel& kernel, const uint32_t (&grid)[3], const uint32_t (&size)
         if (is_counting()) add_counts(kernel, b.counts, worker == 0);
     };
     std::vector<std::thread> others;
-    for (long worker = 1; worker < std::min<long>(workers, long(blocks)); ++worker) others.emplace_back(work, uint32_t(worker));
+    for (long worker = 1; worker < std::min<long>(workers, long(blocks)); ++worker)
+        others.emplace_back(work, uint32_t(worker));
     work(0);
     for (std::thread& other : others) other.join();
 }
