@@ -1,13 +1,14 @@
-// Batch normalisation of x [rows, channels] (NHWC: rows are the pixels of all images), with the residual addition and the relu
-// that follow it in a ResNet, forward and backward; batch_norm_tangent.cu has the tangents of both.
+// Batch normalisation of x [rows, channels] (NHWC: rows are the pixels of all images), with the residual addition and
+// the relu that follow it in a ResNet, forward and backward. batch_norm_tangent.cu has the tangents of both.
 //
-// Forward: statistics (reads x, unless the convolution that made x took them along), their combination (tiny), normalisation
-// (reads x, writes y). Backward: the two sums over the rows, which the last block combines, and the gradient of x.
+// Forward: statistics (reads x, unless the convolution that computed x left them), their combination (tiny),
+// normalisation (reads x, writes y). Backward: the two sums over the rows, which the last block combines, and the
+// gradient of x.
 #include "include/batch_norm.cuh"
 
 namespace {
 
-// ---- Statistics of x ---------------------------------------------------------------------------------------------------------
+// ---- Statistics of x ------------------------------------------------------------------------------------------------
 
 /// The mean of `count` values and the sum of their squared deviations from it.
 struct Moments {
@@ -32,7 +33,8 @@ struct MomentsArgs {
     uint32_t pack;
 };
 
-/// The moments of one run, per channel: shifted by its first row, so that a mean far from zero cancels before it is squared.
+/// The moments of one run, per channel. They are relative to its first row, so that a mean far from zero cancels before
+/// it is squared.
 template <class Group, class S>
 __device__ __forceinline__ void run_moments(const S* x, uint64_t stride, uint32_t count,
                                             double (&means)[Group::channels], double (&m2s)[Group::channels]) {
@@ -110,7 +112,7 @@ __device__ __forceinline__ void moments_of_block(const MomentsArgs<S>& a) {
     }
 }
 
-/// Every block's mean and sum of squared deviations per channel.
+/// The mean and the sum of squared deviations of each block, per channel.
 template <class S>
 __device__ void batch_norm_moments(const MomentsArgs<S>& a) {
     with_shape(a.pack, [&](auto shape) { moments_of_block<S, decltype(shape)::value>(a); });
@@ -123,7 +125,7 @@ struct StatisticsArgs {
     const T* tiles;  // or [channels][blocks][mean, m2], of `tile_rows` rows each, from the convolution that made x
     T* mean;
     T* inv_std;
-    const T* running_mean;  // these four null where the running statistics are kept
+    const T* running_mean;  // these four are null if the running statistics stay as they are
     const T* running_var;
     T* next_mean;
     T* next_var;
@@ -138,7 +140,7 @@ struct StatisticsArgs {
 template <class T>
 __device__ __forceinline__ void write_statistics(const StatisticsArgs<T>& a, uint32_t c, const Moments& all) {
     const double rows = double(a.rows);
-    const double m2 = all.m2 < 0.0 ? 0.0 : all.m2;  // rounding; a NaN stays
+    const double m2 = all.m2 < 0.0 ? 0.0 : all.m2;  // negative by rounding; a NaN stays a NaN
     a.mean[c] = T(all.mean);
     a.inv_std[c] = T(1.0 / sqrt(m2 / rows + a.eps));
     if (a.next_mean == nullptr) return;
@@ -146,8 +148,8 @@ __device__ __forceinline__ void write_statistics(const StatisticsArgs<T>& a, uin
     a.next_var[c] = T((1.0 - a.momentum) * double(a.running_var[c]) + a.momentum * (m2 / (rows - 1.0)));
 }
 
-/// Combines the blocks' moments: mean, 1 / sqrt(var + eps) with the biased variance, and the next running statistics with the
-/// unbiased one. GPU: a block per channel.
+/// Combines the blocks' moments: mean, 1 / sqrt(var + eps) with the biased variance, and the next running statistics
+/// with the unbiased one. GPU: a block per channel.
 template <class T>
 __device__ void batch_norm_statistics(const StatisticsArgs<T>& a) {
     const auto moments_of = [&](uint32_t block, uint32_t c) -> Moments {
@@ -188,7 +190,7 @@ struct RunningArgs {
     uint64_t channels;
 };
 
-/// What evaluation normalises with: the running mean, and 1 / sqrt(running_var + eps).
+/// The statistics for evaluation: the running mean, and 1 / sqrt(running_var + eps).
 template <class T>
 __device__ void batch_norm_running(const RunningArgs<T>& a) {
     for_each_index(a.channels, [&](uint64_t c) {
@@ -197,9 +199,9 @@ __device__ void batch_norm_running(const RunningArgs<T>& a) {
     });
 }
 
-// ---- Normalisation -----------------------------------------------------------------------------------------------------------
+// ---- Normalisation --------------------------------------------------------------------------------------------------
 
-/// A NaN passes, so that a diverged activation reaches the loss.
+/// A NaN stays a NaN, so that a diverged activation reaches the loss.
 template <class Item>
 __device__ __forceinline__ Item relu(Item z) {
     const Item zero = {};
@@ -264,9 +266,10 @@ __device__ void batch_norm_normalize(const NormalizeArgs<S>& a) {
     });
 }
 
-// ---- Backward ----------------------------------------------------------------------------------------------------------------
+// ---- Backward -------------------------------------------------------------------------------------------------------
 
-/// Every block's sums of dz and dz (x - mean) per channel, and the residual's gradient; with tickets, dgamma and dbeta too.
+/// The sums of dz and dz (x - mean) of each block, per channel, and the residual's gradient; with tickets also dgamma
+/// and dbeta.
 template <class S>
 __device__ void batch_norm_sums(const SumsArgs<S>& a) {
     sums<S, false>(a);
@@ -280,7 +283,7 @@ struct InputArgs {
     const T* dgamma;
     const T* dbeta;
     S* dx;
-    S* residual;  // to be given dz; null where there is none, or it was given by the sums' pass
+    S* residual;  // receives dz; null if there is none, or the pass of the sums has written it
     uint64_t rows;
     uint32_t channels;
     uint32_t pack;
@@ -317,7 +320,7 @@ __device__ __forceinline__ void input_of_block(const InputArgs<S>& a) {
             Group x = {};
             if (train || mask == kMaskRecompute) x = Group::load(a.upstream.x + place);
             Group dx = masked.dz(a.upstream, place, x);
-            // Only where a convolution has left the sums, which the CPU's shape has not.
+            // Only after a convolution that leaves sums, which does not exist in the CPU's shape.
             if (shape != kCpu && mask == kMaskNone && a.residual != nullptr) {
                 Group total = dx;
                 if (a.accumulate) {

@@ -1,13 +1,13 @@
-// The tangents of batch normalisation, forward and backward, for products with the Hessian: where x, its parameters and the
-// gradient of the output move, so does every result of batch_norm.cu.
+// The tangents of batch normalisation, forward and backward, for products with the Hessian: the derivatives of all
+// results of batch_norm.cu when x, the parameters and the gradient of the output move.
 //
-// The passes are those of what they are the tangents of: the sums, their combination, and what is written per element. A prime
-// marks a tangent.
+// The passes are the same as in batch_norm.cu: the sums, their combination, and the results per element. A prime marks
+// a tangent.
 #include "include/batch_norm.cuh"
 
 namespace {
 
-// ---- Forward -----------------------------------------------------------------------------------------------------------------
+// ---- Forward --------------------------------------------------------------------------------------------------------
 
 template <class T>
 struct StatisticsTangentArgs {
@@ -21,7 +21,7 @@ struct StatisticsTangentArgs {
     uint32_t blocks;
 };
 
-/// mean' = mean(x'), inv_std' = -inv_std^3 mean(x' (x - mean)), from the sums that batch_norm_sums takes of dz = x'.
+/// mean' = mean(x'), inv_std' = -inv_std^3 mean(x' (x - mean)), from the sums of batch_norm_sums with dz = x'.
 template <class T>
 __device__ void batch_norm_statistics_tangent(const StatisticsTangentArgs<T>& a) {
     combine_blocks(a.x, a.x_x, a.channels, a.blocks, [&](uint32_t c, const Sums& all) {
@@ -97,10 +97,10 @@ __device__ void batch_norm_normalize_tangent(const NormalizeTangentArgs<S>& a) {
     });
 }
 
-// ---- Backward ----------------------------------------------------------------------------------------------------------------
+// ---- Backward -------------------------------------------------------------------------------------------------------
 
-/// The tangents of these: every block's sums of dz' and dz' (x - mean) + dz (x' - mean') per channel, and dz'. The relu has no
-/// second derivative, so dz' = dy' where it passed.
+/// The tangents of the sums of each block: dz' and dz' (x - mean) + dz (x' - mean') per channel, and dz'. The relu has
+/// no second derivative, so dz' = dy' where it passed.
 template <class S>
 __device__ void batch_norm_sums_tangent(const SumsArgs<S>& a) {
     sums<S, true>(a);
@@ -119,7 +119,8 @@ struct ParametersTangentArgs {
     uint32_t blocks;
 };
 
-/// dbeta' = sum dz'. dgamma' = inv_std (sum dz (x - mean))' + inv_std' sum dz (x - mean), the latter sum being dgamma / inv_std.
+/// dbeta' = sum dz'. dgamma' = inv_std (sum dz (x - mean))' + inv_std' sum dz (x - mean), the latter sum being dgamma /
+/// inv_std.
 template <class T>
 __device__ void batch_norm_parameters_tangent(const ParametersTangentArgs<T>& a) {
     combine_blocks(a.dz, a.dz_x, a.channels, a.blocks, [&](uint32_t c, const Sums& all) {
@@ -133,7 +134,7 @@ template <class S, class T = Arithmetic<S>>
 struct InputTangentArgs {
     Upstream<S> upstream;
     UpstreamTangent<S> tangent;
-    const T* dgamma;  // these four are read in training alone
+    const T* dgamma;  // these four are read only in training
     const T* dbeta;
     const T* dgamma_tangent;
     const T* dbeta_tangent;

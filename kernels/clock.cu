@@ -1,4 +1,5 @@
-// Where a training run is, on the device: what changes from step to step is read there, so that one recorded step can be replayed.
+// The position of a training run, on the device. Kernels read there what changes from step to step, so that a recorded
+// step can be replayed.
 #include "include/polder.cuh"
 
 namespace {
@@ -10,7 +11,7 @@ struct AdvanceClockArgs {
     uint64_t count;
 };
 
-/// Ends a step: counts it, and looks the next one's learning rate up, zero after the last. One thread.
+/// Ends a step: counts it, and looks up the learning rate of the next step, which is zero after the last. One thread.
 __device__ void advance_clock(const AdvanceClockArgs& a) {
     if (threadIdx.x != 0 || blockIdx.x != 0) return;
     const uint64_t batch = a.clock[0] + 1;

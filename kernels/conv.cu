@@ -1,23 +1,25 @@
-// Convolution on the GPU, NHWC with HWIO weights, as tiled matrix products whose operands are gathered while they are loaded.
+// Convolution on the GPU, NHWC with HWIO weights, as tiled matrix products whose operands are gathered while they are
+// loaded.
 //
 //   forward:          rows = output pixels,            columns = out channels, depth = taps x in channels
 //   input gradient:   rows = input pixels of a class,  columns = in channels,  depth = the class's taps x out channels
 //   weight gradient:  rows = taps x in channels,       columns = out channels, depth = output pixels
 //
-// With a stride the input's pixels fall into stride x stride parity classes, each of which meets its own taps: blockIdx.z
-// is the class, and no zeros between the pixels of the output gradient are multiplied. The weight gradient splits its
-// depth over blockIdx.z into partial sums, which a second kernel (gradient.cu) adds in their order, so that the bits are always the same.
+// With a stride, the pixels of the input form stride x stride parity classes, each with its own taps. blockIdx.z is the
+// class, and no zeros between the pixels of the output gradient are multiplied. The weight gradient splits its depth
+// over blockIdx.z into partial sums, which a second kernel (gradient.cu) adds in a fixed order, so that the bits are
+// always the same.
 //
-// A block of 256 threads computes a tile: its operands pass through shared memory, DEPTH at a time, while the next ones
-// are on their way to registers; each thread holds a square of accumulators.
+// A block of kBlockThreads threads computes a tile. Its operands pass through shared memory, DEPTH at a time, while the
+// next ones are loaded into registers. Each thread holds a square of accumulators.
 #include "include/conv.cuh"
 
 namespace {
 
 // ---- The tiled product ---------------------------------------------------------------------------------------------
 
-/// A block's tile, ROWS x COLUMNS, in steps of DEPTH; a thread computes THREAD_ROWS x THREAD_COLUMNS of it, in squares of 4 x 4
-/// that lie apart, so that a warp reads shared memory without bank conflicts.
+/// A block's tile, ROWS x COLUMNS, in steps of DEPTH; a thread computes THREAD_ROWS x THREAD_COLUMNS of it, in squares
+/// of 4 x 4 that lie apart, so that a warp reads shared memory without bank conflicts.
 template <int ROWS_, int COLUMNS_, int DEPTH_, int THREAD_ROWS_, int THREAD_COLUMNS_>
 struct ConvTile {
     static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, DEPTH = DEPTH_;
@@ -27,7 +29,7 @@ struct ConvTile {
     static constexpr int LEFT_PITCH = ROWS + kConvLinePadding, RIGHT_PITCH = COLUMNS + kConvLinePadding;
 };
 
-/// How a thread's packs of an operand are spread over the operand's EXTENT x DEPTH part in shared memory, [depth][extent].
+/// The distribution of a thread's packs over an operand's EXTENT x DEPTH part in shared memory, [depth][extent].
 template <int EXTENT, int DEPTH, bool ALONG_DEPTH>
 struct Spread {
     static constexpr int THREADS = kBlockThreads, PITCH = EXTENT + kConvLinePadding;
@@ -36,7 +38,7 @@ struct Spread {
     static constexpr int IN_A_LINE = (ALONG_DEPTH ? DEPTH : EXTENT) / 4, STEP = THREADS / IN_A_LINE;
 
     __device__ __forceinline__ static bool has() { return PACKS >= THREADS || int(threadIdx.x) < PACKS; }
-    /// Where pack i begins.
+    /// The row (or column) at which pack i begins.
     __device__ __forceinline__ static int at(int i) {
         const int line = threadIdx.x / IN_A_LINE + i * STEP, in_line = threadIdx.x % IN_A_LINE * 4;
         return ALONG_DEPTH ? line : in_line;
@@ -57,8 +59,8 @@ struct Spread {
     }
 };
 
-/// Adds to sum the product of the operands over depth [begin, end). The problem gives packs of 4, along the depth or across
-/// it: `left(i, k)`, the thread's pack i at depth k, and `right(column, k)`; zeros where the product has ended.
+/// Adds to sum the product of the operands over depth [begin, end). The problem gives packs of 4, along the depth or
+/// across it: `left(i, k)`, the thread's pack i at depth k, and `right(column, k)`; zeros where the product has ended.
 template <class Tile, class T, class Problem>
 __device__ __forceinline__ void multiply(const Problem& problem, int first_column, int begin, int end,
                                          T (&sum)[Tile::THREAD_ROWS][Tile::THREAD_COLUMNS]) {
@@ -123,7 +125,7 @@ __device__ __forceinline__ void multiply(const Problem& problem, int first_colum
     }
 }
 
-/// The row (or column) of the tile that the thread's accumulator row (column) i belongs to.
+/// The row (or column) of the tile to which row (or column) i of the thread's accumulators belongs.
 template <class Tile>
 __device__ __forceinline__ int tile_row(int i) {
     constexpr int SQUARES = Tile::THREAD_ROWS / 4;
@@ -177,7 +179,8 @@ struct ForwardProblem {
     }
 };
 
-/// y[n, i, j, o] = sum over taps and c of x[n, i * stride + tap row - padding, j * stride + tap column - padding, c] * weight
+/// y[n, i, j, o] = sum over taps and c of x[n, i * stride + tap row - padding, j * stride + tap column - padding, c] *
+/// weight
 template <class Tile, class T>
 __device__ __forceinline__ void forward(const ConvArgs<T>& a) {
     using Problem = ForwardProblem<Tile, T>;
@@ -225,7 +228,7 @@ struct InputGradientProblem {
     }
 };
 
-/// dx[n, i, j, c] = sum over o and the taps through which y sees x[n, i, j, c] of dy * weight
+/// dx[n, i, j, c] = sum over o and the taps by which y depends on x[n, i, j, c] of dy * weight
 template <class Tile, class T>
 __device__ __forceinline__ void input_gradient(const ConvArgs<T>& a) {
     using Problem = InputGradientProblem<Tile, T>;
@@ -285,7 +288,7 @@ struct WeightGradientProblem {
     }
 };
 
-/// out[split][tap][c][o] = sum over the split's pixels of x[pixel seen through the tap, c] * dy[pixel, o]
+/// out[split][tap][c][o] = sum over the split's pixels of x[pixel at the tap, c] * dy[pixel, o]
 template <class Tile, class T>
 __device__ __forceinline__ void weight_gradient(const ConvArgs<T>& a) {
     using Problem = WeightGradientProblem<Tile, T>;

@@ -1,28 +1,28 @@
-// Convolution on tensor cores, NHWC with HWIO weights, as the matrix products of conv.cu, for operands of 16 bits, and for
-// those of 32 bits that are rounded to TF32 on their way:
+// Convolution on tensor cores, NHWC with HWIO weights, as the matrix products of conv.cu, for operands of 16 bits, and
+// for operands of 32 bits that are rounded to TF32:
 //
 //   forward:          rows = output pixels,            columns = out channels, depth = taps x in channels
 //   input gradient:   rows = input pixels of a class,  columns = in channels,  depth = the class's taps x out channels
 //   weight gradient:  rows = taps x in channels,       columns = out channels, depth = output pixels
 //
-// As there, blockIdx.z is the parity class of the input gradient or the split of the weight gradient's depth. Products are
+// blockIdx.z is the parity class of the input gradient, or the split of the weight gradient's depth. Products are
 // summed in f32; y and dx are rounded once, at the end, and the weight gradient stays in f32.
 //
-// From memory to the tensor cores, an operand takes three steps.
+// An operand moves from memory to the tensor cores in three steps.
 //
-// 1. Global to shared memory. The unit is a chunk of 16 bytes: neighbours in memory, so neighbouring channels. Where channels
-//    come in whole chunks, cp.async copies them past the registers, zeros for what lies outside the image or the product;
-//    otherwise threads gather a chunk element by element. A block works on one stage of its operands while the next ones are
-//    under way.
-// 2. Shared memory holds an operand in lines of chunks. A line is 64 bytes of the depth of one row (or column) of the product
-//    where memory runs along the depth, and all rows (or columns) at one depth where memory runs across it. The place of a
-//    chunk in its line is XORed with bits of the line's number, so that the eight rows of a matrix that ldmatrix reads, one
-//    chunk in each of eight lines, lie in different banks.
-// 3. Shared memory to registers. ldmatrix yields the fragments as mma takes them, transposed where memory runs across the
+// 1. Global to shared memory. The unit is a chunk of 16 bytes of neighbouring channels. If the channels form whole
+//    chunks, cp.async copies them without registers, with zeros for what is outside the image or the product. Otherwise
+//    threads gather a chunk element by element. A block works on one stage of its operands while the next ones are
+//    copied.
+// 2. Shared memory holds an operand in lines of chunks. If memory runs along the depth, a line is 64 bytes of the depth
+//    of one row (or column) of the product. If it runs across the depth, a line is all rows (or columns) at one depth.
+//    The place of a chunk in its line is XORed with bits of the line's number. So the eight rows of a matrix that
+//    ldmatrix reads, one chunk in each of eight lines, are in different banks.
+// 3. Shared memory to registers. ldmatrix loads fragments as mma reads them, transposed if memory runs across the
 //    depth. It cannot transpose elements of 32 bits, which are then read one by one.
 //
-// A warp computes a part of the tile as large as its registers allow, since each fragment is used once for every fragment of
-// the other operand: at 64 x 64, shared memory keeps up with the tensor cores.
+// A warp computes a part of the tile that is as large as its registers allow, because each fragment is used once for
+// every fragment of the other operand. At 64 x 64, shared memory is as fast as the tensor cores.
 #include "include/batch_norm.cuh"
 #include "include/conv.cuh"
 #include "include/finish.cuh"
@@ -30,11 +30,12 @@
 
 namespace {
 
-/// Sums over a tile's rows, one for each column, are first taken over lines of so many rows, in every tile alike: which tile a product
-/// is computed by changes none of their bits.
+/// Sums over the rows of a tile, one for each column, are first computed over lines of this many rows, in every tile.
+/// So their bits do not depend on the tile.
 constexpr int LINE_ROWS = 32;
 
-/// A block's tile, ROWS x COLUMNS, of which each warp computes WARP_ROWS x WARP_COLUMNS, with operands in STAGES stages.
+/// A block's tile, ROWS x COLUMNS, of which each warp computes WARP_ROWS x WARP_COLUMNS, with operands in STAGES
+/// stages.
 template <int COLUMNS_, int WARP_ROWS_, int WARP_COLUMNS_, int THREADS_, int STAGES_>
 struct TensorTile {
     static constexpr int ROWS = kMomentRows, COLUMNS = COLUMNS_, WARP_ROWS = WARP_ROWS_, WARP_COLUMNS = WARP_COLUMNS_;
@@ -52,29 +53,29 @@ struct TensorTile {
     __device__ __forceinline__ static int warp_column() { return int(threadIdx.x) / 32 % WARPS_ACROSS * WARP_COLUMNS; }
 };
 
-// ---- Operands in shared memory ---------------------------------------------------------------------------------------
+// ---- Operands in shared memory --------------------------------------------------------------------------------------
 
 enum class Side { kLeft, kRight };
 
-/// A warp's fragments of 16 rows of the left operand, which is one fragment of an mma, or of 16 columns of the right one, which
-/// are two.
+/// A warp's fragments of 16 rows of the left operand, which is one fragment of an mma, or of 16 columns of the right
+/// one, which are two.
 struct Fragments {
     uint32_t r[4];
 };
 
-/// An operand's part in shared memory, EXTENT rows (or columns) of the product, and how a block's threads fill it. A thread's
-/// chunks all lie at the same place of their lines or, BY_LINE, in the same line, so most of what it takes to find them is computed
-/// once: along the depth the tap, across it a line's pixel.
+/// An operand's part in shared memory, EXTENT rows (or columns) of the product, and how a block's threads fill it. A
+/// thread's chunks are all at the same place of their lines or, BY_LINE, in the same line. So most of the computation
+/// of their addresses is done once: the tap along the depth, or the pixel of a line across it.
 template <class T, Side SIDE, int EXTENT, int THREADS, bool ALONG_DEPTH, bool BY_LINE = false>
 struct Operand {
     static constexpr int CHUNK = Tensor<T>::CHUNK, DEPTH = 2 * Tensor<T>::DEPTH;
     static constexpr int LINES = ALONG_DEPTH ? EXTENT : DEPTH, CHUNKS = (ALONG_DEPTH ? DEPTH : EXTENT) / CHUNK;
     static constexpr int LINE_BYTES = CHUNKS * 16;
-    /// Whether fragments are read element by element: a matrix is then two chunks in each of four lines.
+    /// Whether fragments are read element by element. A matrix is then two chunks in each of four lines.
     static constexpr bool BY_ELEMENTS = sizeof(T) == 4 && !ALONG_DEPTH;
-    /// The lines after which the order of the chunks repeats.
+    /// The number of lines after which the order of the chunks repeats.
     static constexpr int PERIOD = BY_ELEMENTS ? 4 : 8;
-    /// How many lines a thread's chunks are apart or, BY_LINE, how many places.
+    /// The distance of a thread's chunks, in lines or, BY_LINE, in places.
     static constexpr int STEP = THREADS / (BY_LINE ? LINES : CHUNKS), COPIED = BY_LINE ? CHUNKS : LINES;
     static constexpr int COUNT = COPIED < STEP ? 1 : COPIED / STEP;
     static_assert(THREADS % (BY_LINE ? LINES : CHUNKS) == 0 && (COPIED < STEP || COPIED % STEP == 0),
@@ -82,11 +83,12 @@ struct Operand {
     static_assert(BY_LINE || COUNT == 1 || STEP % PERIOD == 0, "a thread's chunks are equally far apart");
     static_assert(!BY_LINE || (STEP & (STEP - 1)) == 0, "bits of a chunk's number that its thread's first one has not");
 
-    /// Of the thread's chunk i.
+    /// The line and the place in it of the thread's chunk i.
     __device__ __forceinline__ static int line(int i) {
         if (!BY_LINE) return int(threadIdx.x) / CHUNKS + i * STEP;
         const int number = int(threadIdx.x) / STEP;
-        // Eight lanes write at once. Where they are of two lines, these differ in the bit that moves a chunk to other banks.
+        // Eight lanes write at a time. If they write to two lines, these differ in the bit that moves a chunk to other
+        // banks.
         return STEP == 4 ? (number & ~7) | (number & 1) << 2 | (number >> 1 & 3) : number;
     }
     __device__ __forceinline__ static int chunk(int i) {
@@ -96,21 +98,22 @@ struct Operand {
     __device__ __forceinline__ static int at(int i) { return ALONG_DEPTH ? line(i) : chunk(i) * CHUNK; }
     __device__ __forceinline__ static int depth_at(int i) { return ALONG_DEPTH ? chunk(i) * CHUNK : line(i); }
 
-    /// Bytes from a line whose number the period divides to a chunk of the lines from there on.
+    /// Bytes from the beginning of a period of lines to a chunk.
     __device__ __forceinline__ static int place(int line, int chunk) {
-        // Eight chunks fill all banks once. Several lines shorter than that do so together and need not be told apart.
+        // Eight chunks fill all banks once. Several shorter lines do so together, and need no different order.
         constexpr int TOLD_APART = CHUNKS < 8 ? CHUNKS : 8;
         const int number = line / (8 / TOLD_APART) * (BY_ELEMENTS ? 2 : 1);
         return line * LINE_BYTES + (chunk ^ number % TOLD_APART) * 16;
     }
 
-    /// Starts to fill the part with what the source has from row (or column) `first` and depth `depth` on. `WIDE`: the source
-    /// is known to consist of whole chunks.
+    /// Starts to fill the part from the source, beginning at row (or column) `first` and depth `depth`. `WIDE`: the
+    /// source consists of whole chunks.
     template <bool WIDE, class Source>
     __device__ __forceinline__ static void fill(unsigned char* part, const Source& source, int first, int depth,
                                                 AsyncCopies& copies) {
         if (!BY_LINE && LINES < STEP && line(0) >= LINES) return;
-        // place(line(i), chunk(i)): in a line, STEP chunks further are other bits of the place, which is XORed as a whole.
+        // This is place(line(i), chunk(i)). In a line, STEP chunks further means other bits of the place, which is
+        // XORed as a whole.
         const int first_place = place(line(0), chunk(0));
         const auto to = [&](int i) {
             if (!BY_LINE) return part + first_place + i * STEP * LINE_BYTES;
@@ -121,7 +124,7 @@ struct Operand {
             POLDER_UNROLL
             for (int i = 0; i < COUNT; ++i) {
                 const Found found = source.find(i, shared, first + at(i), depth + depth_at(i));
-                // Where nothing is there, the address may be anybody's: nothing is read.
+                // If the chunk is outside, nothing is read, and the address may be any.
                 copies.copy<Source::READ_AGAIN>(to(i), source.tensor + found.offset, found.there);
             }
         } else {
@@ -133,7 +136,8 @@ struct Operand {
         }
     }
 
-    /// Which of an mma's registers holds the upper eight rows (or columns), and the deeper half.
+    /// The register of an mma that holds the upper (or lower) eight rows or columns, and the first (or second) half of
+    /// the depth.
     __device__ __forceinline__ static constexpr int number(int upper, int deeper) {
         return SIDE == Side::kLeft ? upper + 2 * deeper : 2 * upper + deeper;
     }
@@ -154,7 +158,7 @@ struct Operand {
                 }
             }
         } else {
-            // The lane's row belongs to the matrix whose numbers go to register lane / 8.
+            // The lane's row belongs to the matrix that is loaded into register lane / 8.
             const int upper = lane / (SIDE == Side::kLeft ? 8 : 16) % 2,
                       deeper = lane / (SIDE == Side::kLeft ? 16 : 8) % 2;
             const int line = (ALONG_DEPTH ? upper : deeper) * 8 + lane % 8;
@@ -173,9 +177,10 @@ struct Operand {
     }
 };
 
-// ---- Operands in global memory: what finding a thread's chunks shares, where its chunk i lies, and the same element by element
+// ---- Operands in global memory: shared parts of the addresses, the address of chunk i, and single elements ----------
 
-/// Windows as rows of the product, along the depth: a thread's chunks share the tap. Windows of neighbouring pixels and taps overlap.
+/// Windows as rows of the product, along the depth. A thread's chunks have the same tap. Windows of neighbouring pixels
+/// and taps overlap.
 template <class Rows, class T>
 struct WindowRows {
     static constexpr bool READ_AGAIN = true;
@@ -198,8 +203,8 @@ struct WindowRows {
     }
 };
 
-/// Windows as columns of the depth: the weight gradient's rows run over taps and channels, its depth over pixels up to `end`. A
-/// thread's chunks share the pixel, so `Rows` is an operand BY_LINE.
+/// Windows as columns of the depth: the rows of the weight gradient run over taps and channels, its depth over pixels
+/// up to `end`. A thread's chunks have the same pixel, so `Rows` is an operand BY_LINE.
 template <class Rows, class T>
 struct WindowColumns {
     static constexpr bool READ_AGAIN = true;
@@ -208,7 +213,7 @@ struct WindowColumns {
     const Windows<T> windows;
     const Raster raster;
     int stride, padding, end;
-    /// Of the taps and channels of the thread's chunks: what lies between the first tap's first channel and them.
+    /// The steps from the first tap's first channel to the taps and channels of the thread's chunks.
     Place steps[Rows::COUNT];
 
     __device__ __forceinline__ WindowColumns(const Windows<T>& windows, const ConvShape& s, int first_row, int end)
@@ -217,7 +222,8 @@ struct WindowColumns {
         POLDER_UNROLL
         for (int i = 0; i < Rows::COUNT; ++i) {
             const int row = first_row + Rows::at(i);
-            // Rows past the end of the product see nothing. Selected rather than branched to: registers are few.
+            // Rows beyond the end of the product are outside. This is selected without a branch, which needs fewer
+            // registers.
             steps[i] = windows.step(row < windows.depth ? row : 0);
             if (row >= windows.depth) steps[i].row = windows.nowhere().row;
         }
@@ -236,7 +242,8 @@ struct WindowColumns {
     }
 };
 
-/// A matrix [depth][columns]: the weights of the forward, and the output gradient, whose depth are the pixels up to `end`.
+/// A matrix [depth][columns]: the weights of the forward, or the output gradient, whose depth is the pixels up to
+/// `end`.
 template <class Columns, class T>
 struct Matrix {
     static constexpr bool READ_AGAIN = false;
@@ -255,7 +262,7 @@ struct Matrix {
     }
 };
 
-/// The weights as the input gradient meets them.
+/// The weights as the input gradient reads them.
 template <class Columns, class T>
 struct ClassMatrix {
     static constexpr bool READ_AGAIN = false;
@@ -279,9 +286,9 @@ struct ClassMatrix {
     }
 };
 
-// ---- The product -------------------------------------------------------------------------------------------------------
+// ---- The product ----------------------------------------------------------------------------------------------------
 
-/// Adds to the warp's sums its part of the block's tile of left * right over the depth [begin, end).
+/// Adds the warp's part of the block's tile of left * right over the depth [begin, end) to its sums.
 template <bool WIDE, class Tile, class T, class Rows, class Columns, class Left, class Right>
 __device__ __forceinline__ void multiply_as(const Left& left, const Right& right, const Corner<Tile>& corner, int begin,
                                             int end, typename Tile::Sums& sum) {
@@ -289,7 +296,7 @@ __device__ __forceinline__ void multiply_as(const Left& left, const Right& right
     POLDER_DYNAMIC_SHARED(unsigned char, shared);
     AsyncCopies copies;
     int filled = 0, read = 0;
-    // Past the end of the depth a stage fills with zeros, and is not read.
+    // Beyond the end of the depth a stage is filled with zeros, and is not read.
     const auto fill = [&](int depth) {
         unsigned char* stage = shared + filled * STAGE_BYTES;
         Rows::template fill<WIDE>(stage, left, corner.row, depth, copies);
@@ -300,7 +307,8 @@ __device__ __forceinline__ void multiply_as(const Left& left, const Right& right
     for (int stage = 0; stage < STAGES - 1; ++stage) fill(begin + stage * Rows::DEPTH);
     for (int depth = begin; depth < end; depth += Rows::DEPTH) {
         copies.template wait<STAGES - 2>();
-        // Now everyone's part of this stage is there, and everyone has done with the one before, which is filled again.
+        // Now all parts of this stage have arrived, and all threads have finished the previous stage, which is filled
+        // again.
         __syncthreads();
         const unsigned char* rows = shared + read * STAGE_BYTES;
         const unsigned char* columns = rows + Tile::LEFT_BYTES;
@@ -317,7 +325,7 @@ __device__ __forceinline__ void multiply_as(const Left& left, const Right& right
             for (int j = 0; j < Tile::WARP_COLUMNS / 16; ++j) {
                 b[j] = Columns::fragments(columns, Tile::warp_column() + j * 16, step);
             }
-            // Here, and without branches, what it takes to find the chunks runs between the products.
+            // Here, and without branches, the computation of the chunks' addresses overlaps with the products.
             if (WIDE && step == 0) fill(ahead);
             POLDER_UNROLL
             for (int i = 0; i < Tile::WARP_ROWS / 16; ++i) {
@@ -329,12 +337,12 @@ __device__ __forceinline__ void multiply_as(const Left& left, const Right& right
             }
         }
     }
-    // What was copied past the end of the depth: from here on the shared memory is free for other uses.
+    // Wait for the copies beyond the end of the depth. From here on, shared memory is free for other uses.
     copies.template wait<0>();
     __syncthreads();
 }
 
-/// The same, by the loop that fits the operands.
+/// The same, with the loop for these operands.
 template <class Tile, class T, class Rows, class Columns, class Left, class Right>
 __device__ __forceinline__ void multiply(const Left& left, const Right& right, const Corner<Tile>& corner, int begin,
                                          int end, typename Tile::Sums& sum) {
@@ -345,7 +353,7 @@ __device__ __forceinline__ void multiply(const Left& left, const Right& right, c
     }
 }
 
-/// Four lanes with four words each: word w of lane l becomes word l of lane w.
+/// Transposes four words of each of four lanes: word w of lane l becomes word l of lane w.
 __device__ __forceinline__ void transpose_among_four(uint32_t (&words)[4]) {
     POLDER_UNROLL
     for (int distance = 1; distance < 4; distance *= 2) {
@@ -359,8 +367,9 @@ __device__ __forceinline__ void transpose_among_four(uint32_t (&words)[4]) {
     }
 }
 
-/// The warp's sums as chunks of eight results of 16 bits. Of a 16 x 16 part, four lanes hold two rows, two columns of each eight;
-/// they exchange them for one chunk each, since single pairs would reach the memory as halves of its sectors.
+/// The warp's sums as chunks of eight results of 16 bits. Of a 16 x 16 part, four lanes hold two rows, with two columns
+/// of each eight. They exchange them, so that each has one chunk: single pairs would fill only half of a sector of
+/// memory.
 template <class Tile, class D>
 struct Chunks {
     static_assert(sizeof(D) == 2, "pairs are words");
@@ -370,13 +379,13 @@ struct Chunks {
     __device__ __forceinline__ static int column(int j) {
         return Tile::warp_column() + j * 16 + int(threadIdx.x) % 4 / 2 * 8;
     }
-    /// The two rows of which it holds sums before the exchange.
+    /// The two rows of the sums that the lane holds before the exchange.
     __device__ __forceinline__ static int row(int i, int lower) {
         return Tile::warp_row() + i * 16 + int(threadIdx.x) % 32 / 4 + lower * 8;
     }
 
-    /// Chunk (i, j) of the sums, with `add` of their totals with what stands there: `row_at(i, lower)` is where such a row lies,
-    /// null past the end of the product.
+    /// Chunk (i, j) of the sums, or with `add` of the sums plus the previous results. `row_at(i, lower)` is the address
+    /// of such a row; null beyond the end of the product.
     template <class RowAt>
     __device__ __forceinline__ static Pack<D, 8> chunk(const typename Tile::Sums& sum, int i, int j, int first_column,
                                                        int columns, bool add, RowAt row_at) {
@@ -402,7 +411,7 @@ struct Chunks {
     }
 };
 
-/// Writes the warp's sums in chunks, or adds them; `row_at` as below.
+/// Writes the warp's sums in chunks, or adds them. `row_at` is as below.
 template <class Tile, class D, class RowAt>
 __device__ __forceinline__ void write_chunks(const typename Tile::Sums& sum, int first_column, int columns, bool add,
                                              RowAt row_at) {
@@ -420,8 +429,8 @@ __device__ __forceinline__ void write_chunks(const typename Tile::Sums& sum, int
     }
 }
 
-/// Writes the warp's sums, or adds them: `row_at(row)` is where the tile's row lies, null past the end of the product. `wide`:
-/// whether rows consist of whole, aligned chunks of eight 16-bit results or pairs of 32-bit ones.
+/// Writes the warp's sums, or adds them. `row_at(row)` is the address of a row of the tile; null beyond the end of the
+/// product. `wide`: whether rows consist of whole, aligned chunks of eight 16-bit results, or of pairs of 32-bit ones.
 template <class Tile, class D, class RowAt>
 __device__ __forceinline__ void write(const typename Tile::Sums& sum, int first_column, int columns, bool add,
                                       bool wide, RowAt row_at) {
@@ -456,8 +465,9 @@ __device__ __forceinline__ void write(const typename Tile::Sums& sum, int first_
     }
 }
 
-/// Adds up each of the first COUNT values, a power of two, over the lanes that differ in the bits DISTANCE, REST. They are shared out:
-/// a lane has the totals from the one on whose number is returned, in v[0] and on, COUNT / lanes of them, but at least one.
+/// Sums each of the first COUNT values (a power of two) over the lanes that differ in the bits DISTANCE, REST. The
+/// totals are distributed over the lanes: a lane gets COUNT / lanes of them (at least one), in v[0] and on. The number
+/// of its first total is returned.
 template <int COUNT, int DISTANCE, int... REST, class T, int N>
 __device__ __forceinline__ int total_over_lanes(T (&v)[N]) {
     static_assert((COUNT & (COUNT - 1)) == 0 && COUNT <= N, "halves of halves");
@@ -477,8 +487,9 @@ __device__ __forceinline__ int total_over_lanes(T (&v)[N]) {
     return first;
 }
 
-/// Over the tile's first `rows` rows, the mean of each column and the sum of its squared deviations from it, of values as they are
-/// stored: what batch norm's statistics are combined from. The mean comes first and on its own, so that nothing cancels.
+/// Writes the mean of each column over the tile's first `rows` rows, and the sum of squared deviations from it, of the
+/// values as they are stored. Batch norm combines its statistics from these. The mean is computed before the
+/// deviations, so that nothing cancels.
 template <class Tile, class D>
 __device__ __forceinline__ void write_moments(const typename Tile::Sums& sum, int rows, int first_column, int columns,
                                               int tile, int tiles, float* moments) {
@@ -489,8 +500,8 @@ __device__ __forceinline__ void write_moments(const typename Tile::Sums& sum, in
     const int lane = int(threadIdx.x) % 32, line = Tile::warp_row() / LINE_ROWS;
     const auto column_of = [&](int k) { return Tile::warp_column() + k / 2 * 8 + lane % 4 * 2 + k % 2; };
     const auto stored = [&](int i, int j, int e) { return float(widen(convert_to<D>(sum[i / 2][j][i % 2 * 2 + e]))); };
-    // The columns' sums over a line: a thread has every eighth of its rows, and lanes four apart hold the same columns.
-    // `value(i, j, e)` is the sum over its four rows from eighth i on.
+    // The sums of the columns over a line. A thread has every eighth row of it, and lanes four apart hold the same
+    // columns. `value(i, j, e)` is the sum over the thread's four rows, beginning with eighth i.
     const auto for_each_line = [&](float* to, auto value) {
         POLDER_UNROLL
         for (int part = 0; part < Tile::WARP_ROWS / LINE_ROWS; ++part) {
@@ -498,7 +509,7 @@ __device__ __forceinline__ void write_moments(const typename Tile::Sums& sum, in
             POLDER_UNROLL
             for (int k = 0; k < COUNT; ++k) values[k] = value(part * PARTS, k / 2, k % 2);
             const int first = total_over_lanes<COUNT, 4, 8, 16>(values);
-            if (COUNT < 8 && lane >= 16) continue;  // the lower lanes have the same
+            if (COUNT < 8 && lane >= 16) continue;  // the lower lanes have the same totals
             POLDER_UNROLL
             for (int k = 0; k < (COUNT > 8 ? COUNT / 8 : 1); ++k) {
                 to[(line + part) * Tile::COLUMNS + column_of(first + k)] = values[k];
@@ -511,7 +522,7 @@ __device__ __forceinline__ void write_moments(const typename Tile::Sums& sum, in
         for (int other = 1; other < LINES; ++other) total += of[other * Tile::COLUMNS + column];
         return total;
     };
-    // Rows past the end of the product are zero.
+    // Rows beyond the end of the product are zero.
     for_each_line(sums, [&](int first, int j, int e) {
         float total = 0.0f;
         POLDER_UNROLL
@@ -539,9 +550,10 @@ __device__ __forceinline__ void write_moments(const typename Tile::Sums& sum, in
     }
 }
 
-// ---- A gradient that goes on into batch norm -----------------------------------------------------------------------------
+// ---- A gradient that continues into batch norm ----------------------------------------------------------------------
 
-/// Shared memory of a block that ends here: what batch norm has for each column, as it was in the forward, and the lines' sums.
+/// Shared memory of a block that ends here: batch norm's parameters and statistics of each column in the forward, and
+/// the lines' sums.
 template <class Tile>
 struct NormShared {
     static constexpr int LINES = Tile::ROWS / LINE_ROWS;
@@ -549,8 +561,9 @@ struct NormShared {
     float dz[LINES][Tile::COLUMNS], dz_x[LINES][Tile::COLUMNS];
 };
 
-/// Writes dz, the result where the relu passed and zero elsewhere, and leaves each line's sums of dz and dz (x - mean) over the
-/// columns, of dz as it is stored. `offset_at(row)` is where the tile's row begins in dz, as in x and y; -1 past the end.
+/// Writes dz, the result where the relu passed and zero elsewhere. Leaves the sums of dz, as it is stored, and of dz (x
+/// - mean) over each line, per column. `offset_at(row)` is the offset of a row of the tile in dz, x and y; -1 beyond
+/// the end.
 template <class Tile, class D, class OffsetAt>
 __device__ __forceinline__ void write_masked(const typename Tile::Sums& sum, const SumsArgs<D>& a,
                                              NormShared<Tile>& shared, D* out, int first_column, bool accumulate,
@@ -592,7 +605,8 @@ __device__ __forceinline__ void write_masked(const typename Tile::Sums& sum, con
                 }
             }
             if (i * 16 % LINE_ROWS != LINE_ROWS - 16) continue;
-            // The line is complete. Lanes that differ in all but bit 1 hold the same columns; each gets one of the totals.
+            // The line is complete. Lanes that differ in all but bit 1 hold the same columns; each gets one of the
+            // totals.
             const int number = total_over_lanes<16, 1, 4, 8, 16>(totals);
             auto& sums = number < 8 ? shared.dz : shared.dz_x;
             sums[line + i * 16 / LINE_ROWS][Chunks::column(j) + number % 8] = totals[0];
@@ -602,8 +616,8 @@ __device__ __forceinline__ void write_masked(const typename Tile::Sums& sum, con
     }
 }
 
-/// The end of an input gradient whose result, dy of a batch norm, is wanted as dz, with dgamma and dbeta, which the last block
-/// writes: what `batch_norm_sums` would do in a pass over x and dy. Blocks without a pixel come here too.
+/// The end of an input gradient whose result is dy of a batch norm. It writes dz instead, and the last block writes
+/// dgamma and dbeta, as `batch_norm_sums` would do in a pass over x and dy. Blocks without a pixel call this too.
 template <class Tile, class D, class OffsetAt>
 __device__ __forceinline__ void write_for_batch_norm(const typename Tile::Sums& sum, const SumsArgs<D>& a, D* out,
                                                      const Corner<Tile>& corner, bool accumulate, OffsetAt offset_at) {
@@ -626,7 +640,7 @@ __device__ __forceinline__ void write_for_batch_norm(const typename Tile::Sums& 
     __syncthreads();
     const uint32_t across = (channels + Tile::COLUMNS - 1) / Tile::COLUMNS, down = gridDim.x / across;
     const uint32_t block = blockIdx.z * down + uint32_t(corner.row / Tile::ROWS), blocks = gridDim.z * down;
-    // A thread for each column: the order of its sums is the same in every tile.
+    // One thread for each column, so that the order of its sums is the same in every tile.
     const uint32_t c = threadIdx.x, column = uint32_t(corner.column) + c;
     const bool mine = c < uint32_t(Tile::COLUMNS) && column < channels;
     if (mine) {
@@ -652,9 +666,10 @@ __device__ __forceinline__ void write_for_batch_norm(const typename Tile::Sums& 
     combine_by_last(a, tickets, block, blocks, combine);
 }
 
-// ---- The three passes --------------------------------------------------------------------------------------------------
+// ---- The three passes -----------------------------------------------------------------------------------------------
 
-/// y[n, i, j, o] = sum over taps and c of x[n, i * stride + tap row - padding, j * stride + tap column - padding, c] * weight
+/// y[n, i, j, o] = sum over taps and c of x[n, i * stride + tap row - padding, j * stride + tap column - padding, c] *
+/// weight
 template <class Tile, class T>
 __device__ __forceinline__ void forward(const ConvArgs<T>& a) {
     using Rows = Operand<T, Side::kLeft, Tile::ROWS, Tile::THREADS, true>;
@@ -689,10 +704,10 @@ __device__ __forceinline__ void forward(const ConvArgs<T>& a) {
 template <class T>
 struct InputGradientArgs {
     ConvArgs<T> conv;
-    SumsArgs<T> norm;  // of the batch norm whose output is x, if its `tickets` are given: dx is then masked
+    SumsArgs<T> norm;  // if its `tickets` are given, x is the output of this batch norm, and dx is masked
 };
 
-/// dx[n, i, j, c] = sum over o and the taps through which y sees x[n, i, j, c] of dy * weight
+/// dx[n, i, j, c] = sum over o and the taps by which y depends on x[n, i, j, c] of dy * weight
 template <class Tile, class T>
 __device__ __forceinline__ void input_gradient(const InputGradientArgs<T>& args) {
     const ConvArgs<T>& a = args.conv;
@@ -738,9 +753,10 @@ __device__ __forceinline__ void input_gradient(const InputGradientArgs<T>& args)
     });
 }
 
-/// Finishes the warp's sums where they are a weight gradient as it will be read, and leaves the block's sums of squares:
-/// [row tiles][groups of kSquareColumns columns], over lines of rows first and those in their order, so that no tile changes a bit.
-/// Where a gradient is finite, sums past the end of the product are zero.
+/// Finishes the warp's sums if they are a complete weight gradient, and leaves the block's sums of squares, [row
+/// tiles][groups of kSquareColumns columns]. They are first summed over lines of rows, and then over the lines in
+/// order, so that their bits do not depend on the tile. If a gradient is finite, sums beyond the end of the product are
+/// zero.
 template <class Tile>
 __device__ __forceinline__ void finish_sums(typename Tile::Sums& sum, const FinishArgs& a, const Corner<Tile>& corner,
                                             int columns) {
@@ -782,11 +798,11 @@ __device__ __forceinline__ void finish_sums(typename Tile::Sums& sum, const Fini
 
 template <class T>
 struct WeightGradientArgs {
-    ConvArgs<T, float> conv;  // the result and its partial sums are f32, whatever the operands
-    FinishArgs finish;        // if its `flag` is given, of a gradient in one part that is not added to anything
+    ConvArgs<T, float> conv;  // the result and its partial sums are f32 for all operands
+    FinishArgs finish;        // if its `flag` is given, the gradient is finished: it has one part and is not added
 };
 
-/// out[split][tap][c][o] = sum over the split's pixels of x[pixel seen through the tap, c] * dy[pixel, o]
+/// out[split][tap][c][o] = sum over the split's pixels of x[pixel at the tap, c] * dy[pixel, o]
 template <class Tile, class T>
 __device__ __forceinline__ void weight_gradient(const WeightGradientArgs<T>& args) {
     const ConvArgs<T, float>& a = args.conv;

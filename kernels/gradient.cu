@@ -1,5 +1,5 @@
-// The last stage of a gradient that no convolution finishes itself: sums of weight gradients that were made in parts, and what is
-// there as a whole, of a whole network in one launch.
+// The last stage of the gradients that no convolution finishes itself: sums of weight gradients in parts, and complete
+// gradients. One launch takes all gradients of a network.
 #include "include/elementwise.cuh"
 #include "include/finish.cuh"
 #include "include/reduce.cuh"
@@ -7,32 +7,33 @@
 
 namespace {
 
-/// A stretch of a gradient that a block takes at once.
+/// A stretch of a gradient, which a block processes at a time.
 struct GradientPiece {
-    uint64_t parts, out;  // where the gradient's parts and the gradient itself begin, from the arguments' pointers on
+    uint64_t parts, out;  // offsets of the gradient's parts and of the gradient from the pointers in the arguments
     uint64_t n;           // elements of the gradient, and of each part
-    uint64_t splits;      // parts, one after the other; 0 where the gradient is there as a whole
-    uint64_t first;       // element of the stretch
-    uint64_t doublings;   // a block reads 2^doublings parts at once: the fewer, the longer its stretch of each
+    uint64_t splits;      // parts, one after the other; 0 if the gradient is complete
+    uint64_t first;       // first element of the stretch
+    uint64_t doublings;   // a block reads 2^doublings parts at a time; with fewer parts, the stretch is longer
 };
 
 template <class T>
 struct GradientPiecesArgs {
     const T* parts;
     T* out;
-    const GradientPiece* table;  // null where one gradient is all there is, in parts
+    const GradientPiece* table;  // null for a single gradient in parts
     GradientPiece alone;
     uint64_t pieces;
     uint32_t accumulate;
     FinishArgs finish;
-    double* norm;  // the root of all squares, by the last block to come; null where others are to follow
+    double* norm;  // the root of all squares, by the last block; null if other stages follow
     const double* all_squares;
     uint64_t all_squares_count;
     uint32_t* ticket;
 };
 
-/// out[i] = partial[0][i] + partial[1][i] + ..., in an order that the number of parts fixes, or added to what is there; finished where
-/// that is asked for. As many loads are under way as a memory's latency asks for, whether the parts are many and short or few and long.
+/// out[i] = partial[0][i] + partial[1][i] + ..., or added to out[i], in an order that depends only on the number of
+/// parts. The result is finished if `finish` says so. Enough loads are pending to hide the latency of memory, both for
+/// many short parts and for few long ones.
 template <class T>
 __device__ void gradient_pieces(const GradientPiecesArgs<T>& a) {
     constexpr uint32_t V = kPieceElements / kBlockThreads;

@@ -1,8 +1,8 @@
-// Assembles a training batch from images of bytes that lie on the device: gathers the samples, flips and crops them at random,
-// and normalises them. One pass: reads a byte and writes a number per value.
+// Assembles a training batch from byte images on the device: gathers the samples, flips and crops them at random, and
+// normalises them, in one pass that reads a byte and writes a number per value.
 //
-// A sample's random numbers are the Philox4x32-10 block whose key is the seed and whose counter is the batch's counter plus
-// the sample's position, so the same draws come out on every device and at any launch shape. Order and counter can follow a
+// A sample's random numbers are the Philox4x32-10 block whose key is the seed and whose counter is the batch's counter
+// plus the sample's position, so every device and every launch shape draws the same. Order and counter can follow a
 // clock on the device, so that one recorded launch serves every step.
 #include "include/elementwise.cuh"
 #include "include/philox.cuh"
@@ -21,8 +21,8 @@ struct BatchArgs {
     uint64_t seed;
     uint64_t counter;
     uint64_t order_len;
-    uint64_t first;   // the batch's place in the order, and in the stream of random numbers
-    uint64_t stride;  // samples of one tick of the clock, by which both move on
+    uint64_t first;   // the batch's position in the order, and in the stream of random numbers
+    uint64_t stride;  // samples per tick of the clock, which advances both
     uint32_t batch;
     uint32_t height;
     uint32_t width;
@@ -34,7 +34,7 @@ struct BatchArgs {
     float std[kMaxImageChannels];
 };
 
-/// One sample's place in the data and its draws.
+/// The index of a sample in the data, and its random draws.
 struct Sample {
     uint64_t index;
     uint32_t top, left;  // of the crop, in the padded image
@@ -62,7 +62,8 @@ __device__ __forceinline__ S normalized(const BatchArgs<S>& a, uint32_t value, u
     return convert_to<S>((T(value) / T(255) - T(a.mean[channel])) / T(a.std[channel]));
 }
 
-/// The labels, and the images normalised; an index beyond the samples gives an image of NaNs and a label that no class has.
+/// The labels and the normalised images. An index beyond the samples gives an image of NaNs and a label outside of the
+/// classes.
 template <class S>
 __device__ void image_batch(const BatchArgs<S>& a) {
     const uint32_t row_values = a.width * a.channels, values = a.height * row_values;
@@ -83,7 +84,7 @@ __device__ void image_batch(const BatchArgs<S>& a) {
             }
             const uint8_t* const image = a.images + sample.index * values;
             for (uint32_t i = 0; i < a.height; ++i) {
-                const uint32_t h = i + sample.top - a.pad;  // beyond the height where it lies in the padding
+                const uint32_t h = i + sample.top - a.pad;  // wraps beyond the height if it is in the padding
                 for (uint32_t j = 0; j < a.width; ++j) {
                     uint32_t w = j + sample.left - a.pad;
                     const bool inside = h < a.height && w < a.width;

@@ -1,14 +1,14 @@
-// The small layers of a ResNet over NHWC activations: relu, addition, pooling, the parameter-free shortcut, and the linear
-// classifier, forward and backward. The arithmetic is trivial: each kernel is bound by memory, except the linear layer's
-// products, which a tiled kernel computes (on the CPU plain loops along the contiguous dimension).
+// The small layers of a ResNet over NHWC activations: relu, addition, pooling, the parameter-free shortcut, and the
+// linear classifier, forward and backward. The arithmetic is trivial: each kernel is bound by memory, except the linear
+// layer's products, which a tiled kernel computes (on the CPU plain loops along the contiguous dimension).
 //
-// A backward kernel gathers: each element of dx is computed by one thread from all outputs that it took part in, so there is
-// no order to depend on. Sizes are below 2^32 (the wrappers check), because 64-bit divisions are slow on the GPU.
+// A backward kernel gathers: one thread computes each element of dx from all outputs that depend on it, so there is no
+// order to depend on. Sizes are below 2^32 (Rust checks), because 64-bit divisions are slow on the GPU.
 #include "include/pixels.cuh"
 
 namespace {
 
-// ---- Element-wise ------------------------------------------------------------------------------------------------------------
+// ---- Element-wise ---------------------------------------------------------------------------------------------------
 
 template <class S>
 struct ReluArgs {
@@ -17,7 +17,7 @@ struct ReluArgs {
     uint64_t n;
 };
 
-/// y = max(x, 0); a NaN passes, so that a diverged activation reaches the loss.
+/// y = max(x, 0); a NaN stays a NaN, so that a diverged activation reaches the loss.
 template <class S>
 __device__ void relu(const ReluArgs<S>& a) {
     constexpr int V = kPack<S>;
@@ -111,9 +111,10 @@ __device__ void add_to(const AddToArgs<S>& a) {
     });
 }
 
-// ---- Pixels ------------------------------------------------------------------------------------------------------------------
+// ---- Pixels ---------------------------------------------------------------------------------------------------------
 
-/// Average pooling without padding: `from` is the input or the output's gradient, `to` the output or the input's gradient.
+/// Average pooling without padding: `from` is the input or the output's gradient, `to` the output or the input's
+/// gradient.
 template <class S>
 struct PoolArgs {
     const S* from;
@@ -156,7 +157,7 @@ __device__ void average_pool(const PoolArgs<S>& a) {
     });
 }
 
-/// dx = the sum of dy / kernel^2 over the windows that hold the pixel
+/// dx = the sum of dy / kernel^2 over the windows that contain the pixel
 template <class S>
 __device__ void average_pool_backward(const PoolArgs<S>& a) {
     constexpr int V = kPack<S>;
@@ -253,7 +254,7 @@ struct ShortcutArgs {
     uint32_t accumulate;
 };
 
-/// y[n, i, j, c] = x[n, i s, j s, c - pad], 0 where there is no such channel
+/// y[n, i, j, c] = x[n, i s, j s, c - pad], or 0 if there is no such channel
 template <class S>
 __device__ void shortcut(const ShortcutArgs<S>& a) {
     constexpr int V = kPack<S>;
@@ -265,7 +266,7 @@ __device__ void shortcut(const ShortcutArgs<S>& a) {
         const uint64_t source = ((uint64_t(n) * a.height + i * a.stride) * a.width + j * a.stride) * a.in_channels;
         return [=, &a](auto width, uint32_t c) {
             constexpr int W = decltype(width)::value;
-            // Unsigned: a channel before the input's is far beyond them.
+            // Unsigned: a channel before the input's wraps far beyond them.
             const uint32_t channel = c - a.pad;
             Pack<T, W> y = {};
             if (channel < a.in_channels) y = fetch<W>(a.from, source + channel);
@@ -294,12 +295,12 @@ __device__ void shortcut_backward(const ShortcutArgs<S>& a) {
     });
 }
 
-// ---- Linear ------------------------------------------------------------------------------------------------------------------
+// ---- Linear ---------------------------------------------------------------------------------------------------------
 
 /// Which index of a factor runs along memory.
 enum class Order { kRows, kColumns };
 
-/// A factor of a product, as rows x columns; an element outside reads as zero.
+/// A factor of a product, as rows x columns. Elements outside are zero.
 template <class S, Order order>
 struct Matrix {
     static constexpr bool rows_contiguous = order == Order::kColumns;
@@ -352,8 +353,8 @@ __device__ __forceinline__ void product(const Left& left, const Right& right, co
     }
 }
 
-/// x is [batch, inputs], weight [inputs, outputs], y [batch, outputs]. Only x and its gradient are stored as S: the classifier is
-/// small, and its results are the logits, whose rounding the loss would feel.
+/// x is [batch, inputs], weight [inputs, outputs], y [batch, outputs]. Only x and its gradient are stored as S: the
+/// classifier is small, and rounding its results, the logits, would affect the loss.
 template <class S, class T = Arithmetic<S>>
 struct LinearArgs {
     const S* x;
@@ -382,7 +383,7 @@ __forceinline__ void axpy(T* __restrict__ y, T a, const T* __restrict__ x, uint3
     for (uint32_t i = 0; i < n; ++i) y[i] += a * x[i];
 }
 
-/// The sum of a[i] b[i], in an order that vectorises on every instruction set alike.
+/// The sum of a[i] b[i], in an order that vectorises on every instruction set.
 template <class T>
 __forceinline__ T dot(const T* __restrict__ a, const T* __restrict__ b, uint32_t n) {
     constexpr uint32_t kLanes = 16;
@@ -398,7 +399,7 @@ __forceinline__ T dot(const T* __restrict__ a, const T* __restrict__ b, uint32_t
 }
 #endif
 
-/// y = x weight + bias, or added to what is there
+/// y = x weight + bias, or added to the output
 template <class S>
 __device__ void linear(const LinearArgs<S>& a) {
     typedef Arithmetic<S> T;
@@ -472,7 +473,7 @@ struct LinearWeightArgs {
     uint32_t accumulate;
 };
 
-/// dweight = x^T dy, and dbias = the column sums of dy, as if x had a further column of ones; or added to what is there
+/// dweight = x^T dy, and dbias = the column sums of dy, as if x had a further column of ones; or added to the output
 template <class S>
 __device__ void linear_weight(const LinearWeightArgs<S>& a) {
     typedef Arithmetic<S> T;

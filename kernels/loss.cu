@@ -1,8 +1,8 @@
-// Cross-entropy of a softmax over class logits, with label smoothing, its gradient and the gradient's tangent, and the count of
-// right predictions.
+// Cross-entropy of a softmax over class logits, with label smoothing, its gradient and the gradient's tangent, and the
+// count of right predictions.
 //
-// One warp takes one sample (on the CPU one thread takes several); a second kernel of one block sums the samples' losses in
-// double, because sharpness is a small difference of such sums.
+// One warp takes one sample (on the CPU one thread takes several). A second kernel of one block sums the samples'
+// losses in double, because sharpness is a small difference of such sums.
 #include "include/reduce.cuh"
 
 namespace {
@@ -20,7 +20,7 @@ struct CrossEntropyArgs {
     double smoothing;
 };
 
-/// What turns a sample's gradient into its share of the mean's, times the loss scale.
+/// The factor of a sample's gradient in the gradient of the mean, times the loss scale.
 template <class T>
 __device__ __forceinline__ T gradient_scale(const double* scale, uint32_t batch) {
     return T((scale != nullptr ? scale[0] : 1.0) / double(batch));
@@ -33,7 +33,7 @@ __forceinline__ double exponential(double x) { return exp(x); }
 __forceinline__ double logarithm(double x) { return log(x); }
 #endif
 
-/// The largest logit and the first place where it stands. A NaN is never the largest; `classes` says that there is none.
+/// The largest logit and its first index. A NaN is never the largest. An index of `classes` means that there is none.
 template <class T>
 struct Largest {
     T value;
@@ -47,9 +47,9 @@ struct Largest {
     }
 };
 
-/// loss = log(sum exp z) - (1 - smoothing) z[label] - smoothing / classes sum z, all about the largest logit; its gradient over
-/// the batch size, times the loss scale. A logit that is not finite gives a loss that is not finite: each of them enters
-/// through the last term, whose product with a smoothing of zero is then a NaN.
+/// loss = log(sum exp z) - (1 - smoothing) z[label] - smoothing / classes sum z, all relative to the largest logit, and
+/// its gradient over the batch size, times the loss scale. A logit that is not finite gives a loss that is not finite,
+/// because it enters the last term, whose product with a smoothing of zero is then a NaN.
 template <class T>
 __device__ void cross_entropy(const CrossEntropyArgs<T>& a) {
     const bool alone = block_threads() == 1;
@@ -102,7 +102,7 @@ struct CrossEntropyTangentArgs {
     uint32_t classes;
 };
 
-/// dz' = p (z' - sum p z') / batch with p = softmax(z): the labels are constants, and fall out.
+/// dz' = p (z' - sum p z') / batch with p = softmax(z). The labels are constants, so they do not occur.
 template <class T>
 __device__ void cross_entropy_tangent(const CrossEntropyTangentArgs<T>& a) {
     const bool alone = block_threads() == 1;
@@ -115,7 +115,7 @@ __device__ void cross_entropy_tangent(const CrossEntropyTangentArgs<T>& a) {
         T largest = -T(INFINITY);
         for (uint32_t k = lane; k < classes; k += lanes) largest = max(largest, z[k]);
         if (!alone) largest = warp_max(largest);
-        // About the first class's tangent, so that what all classes have in common cancels before it is rounded.
+        // Relative to the first class's tangent, so that a constant over all classes cancels before it is rounded.
         const T shift = tangent[0];
         T exponentials = 0, weighted = 0;
         for (uint32_t k = lane; k < classes; k += lanes) {

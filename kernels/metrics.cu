@@ -1,4 +1,4 @@
-// Sums and means of losses, kept on the device so that the training loop need not wait for each step's.
+// Sums and means of losses on the device, so that the training loop need not wait for the loss of each step.
 #include "include/polder.cuh"
 
 namespace {
@@ -26,7 +26,7 @@ struct MeanTermArgs {
     uint32_t add;
 };
 
-/// mean = weight · term, or that more. One thread.
+/// mean = weight · term, or mean += weight · term. One thread.
 __device__ void mean_term_body(const MeanTermArgs& a) {
     if (threadIdx.x != 0 || blockIdx.x != 0) return;
     a.mean[0] = a.weight * a.term[0] + (a.add ? a.mean[0] : 0.0);

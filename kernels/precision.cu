@@ -1,10 +1,11 @@
-// What networks in 16 bits need beside their layers: dynamic loss scaling, and a look at what rounding leaves of a displacement.
+// Operations for networks in 16 bits: dynamic loss scaling, and the part of a displacement that remains after rounding.
 //
-// Dynamic loss scaling (Micikevicius et al., "Mixed precision training", ICLR 2018): in f16 a small gradient would vanish, so the
-// loss is multiplied by a power of two before the backward pass, and its gradient divided by it after.
+// Dynamic loss scaling (Micikevicius et al., "Mixed precision training", ICLR 2018): in f16 a small gradient would
+// vanish, so the loss is multiplied by a power of two before the backward pass, and the gradient is divided by it
+// afterwards.
 //
-// The scale lies on the device, and changes there once per step: a step in which anything overflowed is skipped and halves it,
-// many good ones in a row double it.
+// The scale is on the device and changes there once per step. A step with an overflow is skipped and halves it; many
+// consecutive good steps double it.
 #include "include/elementwise.cuh"
 #include "include/finish.cuh"
 
@@ -12,12 +13,12 @@ namespace {
 
 struct UnscaleArgs {
     float* x;
-    const double* state;  // the scale, and the good steps in a row
+    const double* state;  // the scale, and the number of consecutive good steps
     uint32_t* flag;
     uint64_t n;
 };
 
-/// x = x / scale, exactly but for what becomes subnormal; flag[0] = 1 if any x[i] was infinite or NaN.
+/// x = x / scale, which is exact unless the result is subnormal; flag[0] = 1 if any x[i] was infinite or NaN.
 __device__ void unscale_body(const UnscaleArgs& a) {
     float* __restrict__ x = a.x;
     const FinishArgs finish{a.state, a.flag, nullptr};
@@ -38,7 +39,8 @@ struct UpdateScaleArgs {
     double interval, least, most;
 };
 
-/// After a step: half the scale if it was skipped, twice the scale after `interval` good ones. One thread.
+/// Ends a step: halves the scale if the step was skipped, and doubles it after `interval` consecutive good ones. One
+/// thread.
 __device__ void update_scale(const UpdateScaleArgs& a) {
     if (threadIdx.x != 0 || blockIdx.x != 0) return;
     const bool skipped = a.skip[0] != 0, due = a.state[1] + 1.0 >= a.interval;
@@ -54,12 +56,13 @@ struct DirectionScaleArgs {
     double target;
 };
 
-/// The power of two that brings a vector of this norm nearest to the target, as the coefficients of a vector alone, and then
-/// what its product with the Hessian has to be divided by, laid out as a loss scale. One thread.
+/// The power of two that brings the norm of a vector nearest to the target, as the coefficients of a combination of
+/// that vector alone, followed by the divisor of its product with the Hessian, in the layout of a loss scale. One
+/// thread.
 __device__ void scale_direction(const DirectionScaleArgs& a) {
     if (threadIdx.x != 0 || blockIdx.x != 0) return;
     const double exponent = rint(log2(a.target / a.norm[0]));
-    // A norm that is zero, infinite or a NaN is left to the passes.
+    // If the norm is zero, infinite or NaN, the factor is 1, and the passes deal with it.
     const double factor = exponent > -100.0 && exponent < 100.0 ? exp2(exponent) : 1.0;
     a.out[0] = factor;
     a.out[1] = a.out[2] = a.out[3] = 0.0;

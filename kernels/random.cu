@@ -1,4 +1,4 @@
-// Vectors of random numbers: each element is a function of the seed and its position in the stream alone.
+// Vectors of random numbers. Each element depends only on the seed and its position in the stream.
 #include "include/polder.cuh"
 
 #include "include/philox.cuh"
@@ -18,8 +18,8 @@ struct Four {
     T v[4];
 };
 
-/// out[i] = what `from_block` makes of position offset + i. Whole blocks of four first, then the parts of blocks at both
-/// ends, of up to three elements each.
+/// out[i] = the number that `from_block` computes for position offset + i. First whole blocks of four, then the parts
+/// of blocks at both ends, of up to three elements each.
 template <class T, class F>
 __device__ __forceinline__ void for_each_random(const RandomArgs<T>& a, F from_block) {
     const uint64_t seed = a.seed;
@@ -78,7 +78,7 @@ __device__ void normal(const RandomArgs<T>& a) {
     for_each_random(a, [](const PhiloxBlock& block) { return normals_from<T>(block); });
 }
 
-// ---- Weights displaced along a normal vector that is never stored: it is drawn twice, once for its norm ----------------------
+// ---- Weights displaced along a normal vector, which is never stored: it is drawn twice, once for its norm -----------
 
 template <class T>
 struct PerturbNormalArgs {

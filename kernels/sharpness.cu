@@ -1,7 +1,7 @@
-// What the sharpness-aware methods need beyond vector.cu: products of combined vectors, points displaced along them, and the
-// small formulas that turn norms and products into coefficients.
+// Operations of the sharpness-aware methods beyond those of vector.cu: products of combined vectors, points displaced
+// along them, and the formulas that compute coefficients from norms and products.
 //
-// The passes over vectors are limited by memory and read each vector once. The formulas are kernels of one thread: their
+// The passes over vectors are bound by memory and read each vector once. The formulas are kernels of one thread. Their
 // numbers never leave the device, so a step waits for nothing.
 #include "include/polder.cuh"
 
@@ -10,7 +10,7 @@
 
 namespace {
 
-// ---- Products of two combinations of the same vectors ----------------------------------------------------------------------
+// ---- Products of two combinations of the same vectors ---------------------------------------------------------------
 
 template <class T>
 struct CombinedProductsArgs {
@@ -21,8 +21,8 @@ struct CombinedProductsArgs {
     uint64_t n;
 };
 
-/// With A = Σ a_k x_k and B = Σ b_k x_k: Σ A², Σ A B, Σ B². The sums are formed in double before they are multiplied, so that a
-/// small difference of large gradients keeps its digits.
+/// With A = Σ a_k x_k and B = Σ b_k x_k: Σ A², Σ A B, Σ B². A and B are computed in double before they are multiplied,
+/// so that a small difference of large gradients keeps its digits.
 template <class T, int N>
 __device__ void combined_products(const CombinedProductsArgs<T>& args) {
     double a[N], b[N];
@@ -65,7 +65,7 @@ __device__ void finish_products_body(const FinishProductsArgs& a) {
     a.out[4] = sqrt(sums.v[2]);
 }
 
-// ---- Vectors made of others ------------------------------------------------------------------------------------------------
+// ---- Combined vectors -----------------------------------------------------------------------------------------------
 
 template <class T>
 struct CombineArgs {
@@ -167,7 +167,7 @@ __device__ __forceinline__ void ascend_by(const AscendArgs<T>& a) {
     });
 }
 
-/// ε = c_0 ε + c_1 g, out = w + ε; the first step has no ε yet, and after the last nobody asks for it
+/// ε = c_0 ε + c_1 g, out = w + ε; the first step has no ε yet, and the last one does not store it
 template <class T>
 __device__ void ascend(const AscendArgs<T>& a) {
     if (a.first != 0) {
@@ -179,7 +179,7 @@ __device__ void ascend(const AscendArgs<T>& a) {
     }
 }
 
-// ---- ASAM: a ball in coordinates scaled by T = |w| + η_T, and T = 1 beyond `scaled_len` ------------------------------------
+// ---- ASAM: a ball in coordinates scaled by T = |w| + η_T, and T = 1 beyond `scaled_len` -----------------------------
 
 template <class T>
 struct AdaptiveArgs {
@@ -228,7 +228,7 @@ __device__ void perturb_adaptive(const AdaptiveArgs<T>& a) {
                               });
 }
 
-// ---- Formulas of a few numbers ---------------------------------------------------------------------------------------------
+// ---- Formulas for a few numbers -------------------------------------------------------------------------------------
 
 struct QuotientArgs {
     const double* numerator;  // or null: 1
@@ -280,7 +280,7 @@ struct AscentArgs {
     double rho, step;
 };
 
-/// The displacement after a step along the gradient, and back onto the ball of radius ρ if it left it
+/// The displacement after a step along the gradient, projected onto the ball of radius ρ if it is outside
 __device__ void ascent_coefficients_body(const AscentArgs& a) {
     if (a.products == nullptr) {
         a.coefficients[0] = 0.0;
@@ -300,7 +300,7 @@ struct ClipArgs {
     double largest;
 };
 
-/// Scales a combination whose norm is above `largest` down to it (PyTorch's form)
+/// Scales down a combination whose norm is above `largest` (PyTorch's form)
 __device__ void clip_coefficients_body(const ClipArgs& a) {
     const double scale = a.largest / (*a.norm + 1e-6);
     if (scale < 1.0) {
@@ -311,12 +311,12 @@ __device__ void clip_coefficients_body(const ClipArgs& a) {
 struct AdgdRatesArgs {
     const double* products;  // of w − w_prev and of g(w) − g(w_prev)
     const double* norm;      // ‖g(w)‖
-    const double* state;     // η and θ of the newest step that was taken, and whether there was one
+    const double* state;     // η and θ of the last step that was taken, and whether there was one
     double* rates;           // η, ρ = sqrt(η), θ, ‖g‖/ρ
     double delta;
 };
 
-/// η = min(‖Δw‖/(2‖Δg‖), sqrt(1 + δ θ_prev) η_prev); where nothing moved, or no gradient changed, the second decides
+/// η = min(‖Δw‖/(2‖Δg‖), sqrt(1 + δ θ_prev) η_prev); if neither w nor g changed, η is the second
 __device__ void adgd_rates_body(const AdgdRatesArgs& a) {
     const bool begun = a.state[2] != 0.0;
     double eta = a.state[0], theta = a.state[1];
@@ -341,7 +341,7 @@ struct AdgdCommitArgs {
     double* state;
 };
 
-/// Remembers η and θ, unless the step is skipped
+/// Stores η and θ, unless the step is skipped
 __device__ void adgd_commit_body(const AdgdCommitArgs& a) {
     if (*a.skip != 0) return;
     a.state[0] = a.rates[0];

@@ -1,7 +1,8 @@
-// The optimizers' algebra over one long vector: norms, perturbations, curvature along a direction, and the updates.
+// Operations of the optimizers on one long vector: norms, perturbations, curvature along a direction, and updates.
 //
-// Every pass is limited by memory. One pass does all that can be done with the elements it has loaded; what one pass needs
-// from another (a norm, coefficients, a flag to skip the step) is a number in device memory, so nothing waits for the CPU.
+// Every pass is bound by memory, so one pass does all that can be done with the elements that it loads. Numbers that
+// one pass computes for another (a norm, coefficients, a flag to skip the step) stay in device memory, so nothing waits
+// for the CPU.
 #include "include/polder.cuh"
 
 #include "include/combination.cuh"
@@ -109,7 +110,7 @@ struct CheckFiniteArgs {
     uint64_t n;
 };
 
-/// flag[0] = 1 if any x[i] is infinite or NaN. Every thread that writes writes the same value.
+/// flag[0] = 1 if any x[i] is infinite or NaN. All threads that write write the same value.
 template <class T>
 __device__ void check_finite(const CheckFiniteArgs<T>& a) {
     const T* __restrict__ x = a.x;
@@ -123,7 +124,7 @@ __device__ void check_finite(const CheckFiniteArgs<T>& a) {
     if (seen >> 31) atomicOr(a.flag, 1u);
 }
 
-// ---- Reductions: partial sums, then one block that finishes --------------------------------------------------------
+// ---- Reductions: partial sums, then a kernel of one block ----------------------------------------------------------
 
 template <class T>
 struct PartialsArgs {
@@ -150,14 +151,14 @@ __device__ void products(const PartialsArgs<T>& a) {
 template <class T>
 struct GradientArgs {
     T* x;
-    const double* state;  // the loss scale, where there is one
+    const double* state;  // the loss scale, if there is one
     uint32_t* flag;
     double* partials;
     uint64_t n;
 };
 
-/// In one pass over a gradient: x = x / scale, exactly but for what becomes subnormal; flag[0] = 1 if any x[i] was infinite or NaN;
-/// and the partial sums of its squares.
+/// In one pass over a gradient: x = x / scale, which is exact unless the result is subnormal; flag[0] = 1 if any x[i]
+/// was infinite or NaN; and the partial sums of squares.
 template <class T, bool SCALED>
 __device__ void finish_gradient(const GradientArgs<T>& a) {
     T* const x = a.x;
@@ -275,7 +276,7 @@ __device__ __forceinline__ void perturb_by(const PerturbArgs<T>& a, F displaceme
 template <class T, class P>
 __device__ void perturb(const PerturbArgs<T>& a) {
     const T scale = T(a.rho / (a.norm[0] + kTiny));
-    // One side alone has the bits that it has beside the other.
+    // One side has the same bits with and without the other.
     const auto displacement = [=](T g) { return rounded_product(scale, g); };
     if (a.minus == nullptr) {
         perturb_by<T, P, 1>(a, displacement);
@@ -284,7 +285,7 @@ __device__ void perturb(const PerturbArgs<T>& a) {
     }
 }
 
-/// plus = w + ρ sign(g), and minus with the other sign; sign(0) = 0, and a NaN stays one
+/// plus = w + ρ sign(g), and minus with the other sign; sign(0) = 0, and a NaN stays a NaN
 template <class T, class P>
 __device__ void perturb_linf(const PerturbArgs<T>& a) {
     const T rho = T(a.rho);
@@ -313,7 +314,7 @@ __device__ void cr_sam_coefficients_body(const CrSamArgs& a) {
     if (a.log_form != 0) {
         const LossDifferences d = loss_differences(a.losses);
         const bool use_alpha = isfinite(d.a) && d.a > a.a_min, use_beta = isfinite(d.b) && d.b > a.b_min;
-        // A step that is known to be skipped drops nothing.
+        // A skipped step counts no dropped term.
         const bool taken = a.skip[0] == 0;
         a.dropped[0] += taken && alpha != 0 && !use_alpha;
         a.dropped[1] += taken && beta != 0 && !use_beta;
@@ -327,8 +328,8 @@ __device__ void cr_sam_coefficients_body(const CrSamArgs& a) {
 
 // ---- Updates -------------------------------------------------------------------------------------------------------
 
-/// Calls f(width, i, decayed): of the elements from i on, the first `decayed` are subject to weight decay. On the CPU the
-/// two parts are loops of their own, without a test in either.
+/// Calls f(width, i, decayed): of the elements from i on, the first `decayed` are subject to weight decay. On the CPU
+/// the two parts are separate loops, without a test in either.
 template <int V, class F>
 __device__ __forceinline__ void for_each_decayed(bool packs, uint64_t n, uint64_t decay_len, F f) {
 #if defined(POLDER_HOST)
@@ -360,7 +361,7 @@ struct SgdArgs {
     uint32_t nesterov;
 };
 
-/// The learning rate: the caller's, or one that lies on the device.
+/// The learning rate: a number, or one on the device.
 template <class Args>
 __device__ __forceinline__ double learning_rate(const Args& a) {
     return a.lr_on_device != nullptr ? *a.lr_on_device : a.lr;
@@ -411,7 +412,7 @@ struct AdamWArgs {
     double lr, beta1, beta2, eps, weight_decay;
 };
 
-// C has one name for each precision: by `sqrt` alone the CPU would leave single precision.
+// C has a name for each precision: `sqrt` would convert to double on the CPU.
 __device__ __forceinline__ float square_root(float x) { return sqrtf(x); }
 [[maybe_unused]] __device__ __forceinline__ double square_root(double x) { return sqrt(x); }
 

@@ -1,36 +1,39 @@
 // Convolution on the CPU, NHWC with HWIO weights: forward, input gradient and weight gradient, without im2col.
 //
-// All three are products of small register tiles. A tile of the forward pass is a few output pixels (12 with AVX-512, 6 without)
-// by one panel of 64 bytes of output channels: for every tap row, the tap columns times channels of a pixel are one contiguous
-// run of the zero-padded image, so the inner loop broadcasts one number of each pixel's run and multiplies it with one packed row
-// of weights. The input gradient is the same loop over the padded output gradient with transposed weights; with a stride
-// its pixels fall into stride x stride classes, each of which sees its own taps, so that no zeros are multiplied. A tile
-// of the weight gradient is as many neighbours of such a run by one panel, summed over pixels.
+// All three are products of small register tiles. A tile of the forward pass is a few output pixels (12 with AVX-512, 6
+// without) by one panel of 64 bytes of output channels. For every tap row, the tap columns times channels of a pixel
+// are one contiguous run of the zero-padded image. So the inner loop broadcasts one number of each pixel's run and
+// multiplies it by one packed row of weights. The input gradient is the same loop over the padded output gradient with
+// transposed weights. With a stride, its pixels form stride x stride parity classes, each with its own taps, so that no
+// zeros are multiplied. A tile of the weight gradient is the same number of neighbours of such a run by one panel,
+// summed over pixels.
 //
-// One thread per block. A block pads a band of an image, or several small images, into its scratch memory (which stays
-// in the L2 cache); bands depend on the shape alone, and so do all sums.
+// There is one thread per block. A block pads a band of an image, or several small images, into its scratch memory,
+// which stays in the L2 cache. Bands, and so all sums, depend only on the shape.
 //
-// Numbers stored in 16 bits (S) become floats (T) where weights are packed and images are padded, and results are rounded once.
+// Numbers stored in 16 bits (S) become floats (T) when weights are packed and images are padded, and results are
+// rounded once.
 #include "../include/conv.cuh"
 #include "../include/elementwise.cuh"
 
-// Fused multiply-adds, where the instruction set has them: as AVX2 and AVX-512 do, whose results are the same to the bit; the
-// baseline's are its own.
+// Fused multiply-adds, if the instruction set has them. AVX2 and AVX-512 do and give the same bits; the baseline gives
+// different ones.
 #if defined(__clang__)
 #pragma clang fp contract(fast)
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=fast")
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a real call
+#pragma GCC diagnostic ignored "-Wpsabi"  // no vector is passed to a function that is not inlined
 #endif
 
 namespace {
 
-// A tile's rows by the vectors of a panel: 12 sums, as many as cover the latency of two multiply-adds at a time.
+// A tile's rows by the vectors of a panel are 12 sums: enough to hide the latency of two multiply-adds at a time.
 #if defined(__AVX512F__)
-// A row's number is broadcast as an operand of its multiply-add. Each row has a pointer of its own; there is no room for more.
+// The number of a row is broadcast as an operand of the multiply-add. Each row has a pointer; there are no registers
+// for more.
 constexpr int kVectorBytes = 64, kTileRows = 12;
 #else
-// With two vectors of the panel and one broadcast they are 15 of 16 registers.
+// With two vectors of the panel and one broadcast they use 15 of 16 registers.
 constexpr int kVectorBytes = 32, kTileRows = 6;
 #endif
 constexpr int kVectors = kPanelBytes / kVectorBytes;
@@ -87,15 +90,15 @@ __device__ void pack_forward(const PackWeightsArgs<S>& a) {
     });
 }
 
-/// weight [taps][in][out] to, for every parity class, packed [panel of in][class's taps][out][kPanel]: the taps in the order
-/// in which a pixel meets rising rows and columns of the output gradient.
+/// weight [taps][in][out] to, for every parity class, packed [panel of in][class's taps][out][kPanel]: the taps in the
+/// order of increasing rows and columns of the output gradient.
 template <class S>
 __device__ void pack_input_gradient(const PackWeightsArgs<S>& a) {
     typedef Arithmetic<S> T;
     constexpr int W = kPanel<T>;
     const ConvShape& s = a.shape;
     const int panels = (s.in_channels + W - 1) / W;
-    // One index is one kernel tap and one panel; every tap belongs to one class.
+    // One index is one kernel tap and one panel. Every tap belongs to one class.
     const uint64_t taps = uint64_t(s.kernel) * s.kernel;
     for_each_index(taps * panels, [&](uint64_t index) {
         int tap = int(index / panels);
@@ -116,7 +119,7 @@ __device__ void pack_input_gradient(const PackWeightsArgs<S>& a) {
         const S* from =
             a.weight + (uint64_t(kernel_row * s.kernel + kernel_column) * s.in_channels + panel * W) * s.out_channels;
         T* to = packed + (uint64_t(panel) * rows.taps * columns.taps + tap) * s.out_channels * W;
-        // A panel's square at a time, so that the transposition stays in the cache.
+        // One square of a panel at a time, so that the transposition stays in the cache.
         for (int first = 0; first < s.out_channels; first += W) {
             const int last = first + W < s.out_channels ? first + W : s.out_channels;
             for (int c = 0; c < W; ++c) {
@@ -129,10 +132,10 @@ __device__ void pack_input_gradient(const PackWeightsArgs<S>& a) {
 
 /// A part of a zero-padded image.
 struct Window {
-    int first_row, rows, first_column, columns;  // in the unpadded image; may lie outside
+    int first_row, rows, first_column, columns;  // in the unpadded image; may be outside
 };
 
-/// Copies count numbers, widened where they are stored in fewer bits.
+/// Copies count numbers, and widens those that are stored in fewer bits.
 template <class S, class T>
 __forceinline__ void copy_widened(T* __restrict__ to, const S* __restrict__ from, size_t count) {
     if constexpr (Same<S, T>::value) {
@@ -142,7 +145,7 @@ __forceinline__ void copy_widened(T* __restrict__ to, const S* __restrict__ from
     }
 }
 
-/// Copies `width` of the `channels` channels of an image's window, zeros where it lies outside the image.
+/// Copies `width` of the `channels` channels of an image's window, with zeros outside the image.
 template <class S, class T>
 __forceinline__ void copy_window(T* to, const S* image, int height, int image_width, int channels, int width,
                                  const Window& window) {
@@ -173,7 +176,7 @@ __forceinline__ void copy_window(T* to, const S* image, int height, int image_wi
 
 // ---- Bands ---------------------------------------------------------------------------------------------------------
 
-/// Which part of the batch a block works on: `images` whole images, or `rows` rows of one.
+/// The part of the batch that a block works on: `images` whole images, or `rows` rows of one.
 struct Bands {
     int32_t images, rows;
 };
@@ -189,18 +192,18 @@ __forceinline__ Band band_at(const Bands& bands, int index, int batch, int total
             total_rows - first_row < bands.rows ? total_rows - first_row : bands.rows};
 }
 
-/// The one after it, where there is one; otherwise empty.
+/// The next band; empty if there is none.
 __forceinline__ Band band_after(const Bands& bands, int index, bool follows, int batch, int total_rows) {
     return follows ? band_at(bands, index + 1, batch, total_rows) : Band{};
 }
 
-/// Memory that is fetched into the cache while other work is done, so that what comes next need not wait for it.
+/// Memory that is prefetched into the cache during other work.
 struct Ahead {
     uintptr_t line;
-    int64_t pitch, left, at_once;  // bytes from line to line, and lines
+    int64_t pitch, left, at_once;  // bytes from line to line; lines left; lines at a time
 
-    /// `count` lines from element `first` of `tensor` on, some of them in each of `parts` parts of that work: none where they would
-    /// hold up a part too small to hide them.
+    /// Prefetches `count` lines, beginning with element `first` of `tensor`, some in each of `parts` parts of the other
+    /// work. If the parts are too small to hide them, nothing is prefetched.
     template <class S>
     Ahead(const S* tensor, int64_t first, int64_t pitch, int64_t count, int64_t parts)
         : line(reinterpret_cast<uintptr_t>(tensor) + first * int64_t(sizeof(S))), pitch(pitch),
@@ -217,17 +220,17 @@ constexpr int64_t kLineBytes = 64;
 
 // ---- Forward and input gradient ------------------------------------------------------------------------------------
 
-/// Rows of packed weights that are multiplied with all pixels of a band before the next are taken up: of one panel they are 16 KiB,
-/// which leaves the pixels their share of the L1 cache.
+/// Rows of packed weights that are multiplied with all pixels of a band before the next ones. For one panel they take
+/// 16 KiB, which leaves enough of the L1 cache to the pixels.
 constexpr int kBlockDepth = 256;
 
-/// A number of a tile's rows that the compiler knows.
+/// The number of a tile's rows, as a compile-time constant.
 template <int ROWS>
 struct Rows {
     static constexpr int value = ROWS;
 };
 
-/// Calls f(Rows<rows>{}) for 1 ... MOST rows, and not for 0.
+/// Calls f(Rows<rows>{}) for 1 ... MOST rows; not for 0.
 template <int MOST, class F>
 __forceinline__ void with_rows(int rows, F f) {
     if (rows == MOST) {
@@ -237,7 +240,7 @@ __forceinline__ void with_rows(int rows, F f) {
     }
 }
 
-/// A convolution of the pixels of a band, each a place in the padded source and one in the target.
+/// A convolution of the pixels of a band. Each has a place in the padded source and one in the target.
 template <class S, class T = Arithmetic<S>>
 struct Correlation {
     const T* source;
@@ -246,29 +249,31 @@ struct Correlation {
     const int32_t* target_at;
     int pixels;
     int tap_rows, row_pitch;  // rows of taps, and the elements between them in the source
-    int run;                  // elements that one row of taps sees: tap columns x source channels
-    const T* packed;    // [panel][tap_rows][run][kPanel], where one panel begins panel_depth x kPanel after the other
-    int panel_depth;    // all rows of taps, these and what lies outside the image, x run
-    int first_tap_row;  // of these, among all
+    int run;                  // elements that one row of taps reads: tap columns x source channels
+    const T* packed;          // [panel][tap_rows][run][kPanel]; panels are panel_depth x kPanel apart
+    int panel_depth;          // all rows of taps, also those outside the image, x run
+    int first_tap_row;        // the index of the first of these rows
     int target_channels;
     bool accumulate;
     Ahead* ahead;  // the next band
 };
 
-/// A target in fewer bits holds no sums on the way: there the whole depth is one block, so that they are rounded once.
+/// The depth of a block. A target of fewer bits cannot hold intermediate sums: there the whole depth is one block, so
+/// that sums are rounded once.
 template <class S, class T>
 __forceinline__ int block_depth(int depth) {
     return Same<S, T>::value ? kBlockDepth : depth;
 }
 
-/// The whole tiles of a band, about.
+/// The approximate number of whole tiles of a band.
 template <class S, class T>
 __forceinline__ int64_t tiles_of(int64_t pixels, int depth, int target_channels) {
     const int block = block_depth<S, T>(depth);
     return pixels / kTileRows * ((depth + block - 1) / block) * (round_up(target_channels, kPanel<T>) / kPanel<T>);
 }
 
-/// ROWS pixels by one panel, over `rows` rows of taps and `length` elements of each; `columns` of the panel are stored.
+/// Multiplies ROWS pixels by one panel, over `rows` rows of taps with `length` elements each. `columns` of the panel
+/// are stored.
 template <int ROWS, class S, class T>
 __forceinline__ void correlate_tile(const Correlation<S, T>& job, int pixel, int row, int rows, int start, int length,
                                     const T* __restrict__ b, int channel, int columns, bool add) {
@@ -283,11 +288,12 @@ __forceinline__ void correlate_tile(const Correlation<S, T>& job, int pixel, int
         c[i] = job.target + job.target_at[pixel + i] + channel;
         for (V& lanes : sum[i]) lanes = V{};
     }
-    // Written at the end, by stores that would wait for memory one after the other.
+    // These lines are written at the end. Without prefetching, the stores would wait for memory one after the other.
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; ++i) __builtin_prefetch(c[i], 1);
     for (int r = 0; r < rows; ++r) {
-        // The pointers are at the end of their runs, for an end of its own would take one register too many.
+        // The pointers are at the end of their runs and the loop counts up to zero: a separate end would need one
+        // register too many.
         for (int64_t k = -int64_t(length); k < 0; ++k, b += kPanel<T>) {
             V panel[kVectors];
             for (int v = 0; v < kVectors; ++v) panel[v] = load_vector(b + v * L);
@@ -318,12 +324,13 @@ __forceinline__ void correlate_tile(const Correlation<S, T>& job, int pixel, int
     }
 }
 
-/// A call of its own: within a kernel's loops gcc would keep the tile's pointers on the stack.
+/// Not inlined: within the loops of a kernel gcc would keep the tile's pointers on the stack.
 template <class S, class T>
 __attribute__((noinline)) void correlate(const Correlation<S, T>& job) {
     constexpr int W = kPanel<T>;
     const int block = block_depth<S, T>(job.panel_depth);
-    // Blocks begin at the same rows of taps for every pixel: rows left out, which add zeros, then change no bit.
+    // Blocks begin at the same rows of taps for every pixel. So leaving out rows, which would add zeros, does not
+    // change the result.
     const int rows_at_once = job.run > block ? 1 : block / job.run;
     const int parts = (job.run + block - 1) / block, length_at_once = (job.run + parts - 1) / parts;
     for (int channel = 0; channel < job.target_channels; channel += W) {
@@ -350,19 +357,19 @@ __attribute__((noinline)) void correlate(const Correlation<S, T>& job) {
     }
 }
 
-/// Rows of taps, up to `end`, that lie inside the other image; one that sees zeros where none does.
+/// Rows of taps, up to `end`, that are inside the other image. If there are none, one row that reads zeros.
 struct TapRows {
     int begin, end;
 };
 
-/// Of the pixels that see the other image's rows from `first` on through `taps` rows of taps.
+/// The rows of taps inside, for pixels that read the other image's rows from `first` on by `taps` rows of taps.
 __forceinline__ TapRows tap_rows(int first, int taps, int height) {
     const int begin = first < 0 ? -first : 0, end = height - first < taps ? height - first : taps;
     return begin < end ? TapRows{begin, end} : TapRows{0, 1};
 }
 
-/// Calls f(row, next, taps) for each stretch of rows [row, next), of `rows`, that see the same rows of taps: what lies outside the
-/// image is zero, and on small images a good part of it. `of(row)` are a row's.
+/// Calls f(row, next, taps) for each stretch of rows [row, next), of `rows`, with the same rows of taps inside the
+/// image. Taps outside read zeros, which are a large part on small images. `of(row)` gives the taps of a row.
 template <class Of, class F>
 __forceinline__ void for_each_stretch(int rows, Of of, F f) {
     for (int row = 0, next; row < rows; row = next) {
@@ -385,7 +392,8 @@ struct DirectForwardArgs {
     uint32_t accumulate;
 };
 
-/// y[n, i, j, o] = sum over taps and c of x[n, i * stride + tap row - padding, j * stride + tap column - padding, c] * weight
+/// y[n, i, j, o] = sum over taps and c of x[n, i * stride + tap row - padding, j * stride + tap column - padding, c] *
+/// weight
 template <class S>
 __device__ void forward(const DirectForwardArgs<S>& a) {
     typedef Arithmetic<S> T;
@@ -450,7 +458,7 @@ struct DirectInputGradientArgs {
     uint32_t accumulate;
 };
 
-/// dx[n, i, j, c] = sum over o and the taps through which y sees x[n, i, j, c] of dy * weight
+/// dx[n, i, j, c] = sum over o and the taps by which y depends on x[n, i, j, c] of dy * weight
 template <class S>
 __device__ void input_gradient(const DirectInputGradientArgs<S>& a) {
     typedef Arithmetic<S> T;
@@ -458,7 +466,7 @@ __device__ void input_gradient(const DirectInputGradientArgs<S>& a) {
     const int C = s.in_channels, O = s.out_channels;
     const int class_rows = (s.height + s.stride - 1) / s.stride, class_columns = (s.width + s.stride - 1) / s.stride;
     const Band band = band_at(a.bands, blockIdx.x, s.batch, class_rows);
-    // What the classes see, from the first class's first row to the last one's last.
+    // The rows that the classes read, from the first row of the first class to the last row of the last one.
     int first = 1 << 30, end = -(1 << 30);
     for (int remainder = 0; remainder < s.stride; ++remainder) {
         const ParityClass seen = parity_class(s, remainder, s.height);
@@ -489,7 +497,7 @@ __device__ void input_gradient(const DirectInputGradientArgs<S>& a) {
         const ParityClass rows = parity_class(s, row_remainder, s.height);
         const ParityClass columns = parity_class(s, column_remainder, s.width);
         const int run = columns.taps * O;
-        // Rows of this class in the band.
+        // The rows of this class in the band.
         int count = 0;
         while (count < band.rows && (band.first_row + count) * s.stride + row_remainder < s.height) ++count;
         const auto taps_of = [&](int q) { return tap_rows(band.first_row + q + rows.first, rows.taps, s.out_height); };
@@ -531,12 +539,13 @@ struct DirectWeightGradientArgs {
     int32_t slice, groups;  // input channels of a slice; groups of images
 };
 
-/// Pixels of a band: `pixels` from `first` on, and as many of `stretches - 1` images more, each `pitch` pixels after the one before.
+/// Pixels of a band: `pixels` beginning at `first`, and the same in `stretches - 1` further images, each `pitch` pixels
+/// after the previous one.
 struct Stretches {
     int stretches, first, pixels, pitch;
 };
 
-/// ROWS neighbours of a run by one panel, summed over pixels and added to the partial sums.
+/// Multiplies ROWS neighbours of a run by one panel, summed over pixels, and adds the result to the partial sums.
 template <int ROWS, class T>
 __forceinline__ void outer_tile(const T* a, const int32_t* at, Stretches seen, const T* __restrict__ b, T* partial,
                                 bool add) {
@@ -570,7 +579,7 @@ __forceinline__ void outer_tile(const T* a, const int32_t* at, Stretches seen, c
     }
 }
 
-/// A band's pixels that see a row of the image, and not the zeros beside it, through a row of taps.
+/// The pixels of a band that read a row inside the image, rather than zeros, by a row of taps.
 __forceinline__ Stretches inside(const Band& band, const ConvShape& s, int tap_row) {
     int first = 0, end = band.rows;
     while (first < end && (band.first_row + first) * s.stride + tap_row < s.padding) ++first;
@@ -580,7 +589,7 @@ __forceinline__ Stretches inside(const Band& band, const ConvShape& s, int tap_r
     return {band.images, first * s.out_width, (end - first) * s.out_width, pitch};
 }
 
-/// The sum over one group's images for one slice of the input channels.
+/// Sums over the images of one group, for one slice of the input channels.
 template <class S>
 __device__ void weight_gradient(const DirectWeightGradientArgs<S>& a) {
     typedef Arithmetic<S> T;
@@ -624,7 +633,7 @@ __device__ void weight_gradient(const DirectWeightGradientArgs<S>& a) {
         const int64_t parts = int64_t((O + W - 1) / W) * s.kernel * tiles;
         Ahead dy_ahead(a.dy, (next_image * s.out_height + next.first_row) * s.out_width * O, kLineBytes,
                        next_rows * s.out_width * O * int(sizeof(S)) / kLineBytes, parts);
-        // Of a slice, a line of every pixel.
+        // With a slice, there is one line for each pixel.
         const bool whole = width == C;
         const int64_t next_pixels = next_rows * s.stride * s.width, pixel_bytes = C * int(sizeof(S));
         Ahead x_ahead(a.x, (next_image * s.height + next.first_row * s.stride) * s.width * C + first_channel,
@@ -674,7 +683,7 @@ struct SumGroupsArgs {
     uint32_t accumulate;
 };
 
-/// dw[tap][c][o] = sum over groups, in their order, of the partial sums, or added to what is there
+/// dw[tap][c][o] = sum over groups, in order, of the partial sums, or added to the previous dw
 template <class T>
 __device__ void sum_groups(const SumGroupsArgs<T>& a) {
     constexpr int W = kPanel<T>;

@@ -1,11 +1,12 @@
-// Runs kernels on the CPU: the threads of a block as fibers on the calling OS thread. See simt.hpp for the device
-// language; compiled once, for the baseline instruction set.
+// Runs kernels on the CPU: the threads of a block are fibers on the calling OS thread. See simt.hpp for the device
+// language. This file is compiled once, for the baseline instruction set.
 //
-// A block of one thread is a plain call. Otherwise a queue holds the threads of the block that can go on, at first all
-// of them, in that order. A thread that waits, or has exited, hands over to the queue's first directly;
-// what it waited for puts it, and all who waited with it, at the queue's end, in that order. A thread
-// that starts where another exited takes over its stack, so threads that never wait cost a call each. When the queue is
-// empty and some threads have not exited, these wait for what can no longer happen: that is the launch's fault.
+// A block of one thread is a plain call. Otherwise a queue holds the threads of the block that can continue: at first
+// all of them, in the launch's order. A thread that waits, or has exited, switches directly to the first thread in the
+// queue. When the operation that threads wait for is complete, they are appended to the queue, again in the launch's
+// order. A thread that starts after another one has exited takes over its stack, so threads that never wait cost one
+// call each. If the queue is empty and some threads have not exited, they wait for something that can no longer happen:
+// the launch has a fault.
 #include "launch.hpp"
 #include "simt.hpp"
 #include "switch.hpp"
@@ -35,7 +36,7 @@ constexpr size_t kStackBytes = 512 << 10;
 #else
 constexpr size_t kStackBytes = 128 << 10;
 #endif
-// Wider than a page, so that a frame with a large local array does not step over it.
+// Larger than a page, so that a frame with a large local array does not skip it.
 constexpr size_t kGuardBytes = 64 << 10;
 constexpr size_t kSignalStackBytes = 64 << 10;
 
@@ -47,12 +48,12 @@ enum class State : uint8_t { kNew, kReady, kAtBarrier, kAtWarp, kExited };
 
 struct Thread {
     Context context;
-    char* stack;  // its low end; null until the thread starts
+    char* stack;  // its lowest address; null until the thread starts
     uint3 index;
     State state;
     const char* waits_at;  // the operation, while it waits
     unsigned mask;         // of the warp operation it waits at
-    unsigned passed;       // what the barrier told it
+    unsigned passed;       // the result of the barrier
 };
 
 // Lanes that have arrived at one warp operation.
@@ -73,11 +74,12 @@ struct Barrier {
     unsigned arrived, passed;
 };
 
-// Everything an OS thread needs to run blocks; it is made at its first launch and kept until the thread ends.
+// The state of an OS thread that runs blocks. It is created at the thread's first launch and kept until the thread
+// ends.
 struct Worker {
     const PolderLaunch* launch;
     PolderFault* fault;
-    jmp_buf escape;  // out of a block of one thread
+    jmp_buf escape;  // leaves a block of one thread
     Context home;    // the OS thread's own stack, while fibers run
     bool at_home;    // until the first fiber of a block has started
     unsigned thread_count, exited_count;
@@ -113,7 +115,7 @@ void* map_memory(size_t bytes) {
 
 void unmap_memory(char* memory, size_t bytes) {
 #ifdef POLDER_ASAN
-    __asan_unpoison_memory_region(memory, bytes);  // whatever is mapped there next is another's
+    __asan_unpoison_memory_region(memory, bytes);  // the next mapping there may be any other
 #endif
     munmap(memory, bytes);
 }
@@ -135,7 +137,7 @@ void set_fault(Worker& worker, FaultKind kind, const uint3& thread, const char* 
     va_end(arguments);
 }
 
-// Ends the launch from inside a kernel. Kernels hold nothing that would have to be destroyed.
+// Ends the launch from inside a kernel. Kernels have no objects that would have to be destroyed.
 [[noreturn]] void abandon_block(Worker& worker) {
     if (worker.thread_count == 1) _longjmp(worker.escape, 1);
     context_leave(worker.home);
@@ -154,8 +156,8 @@ uint64_t next_random(Worker& worker) { return mix(worker.random += 0x9e3779b97f4
 // A number below `bound`, which is small against 2^32.
 unsigned random_below(Worker& worker, unsigned bound) { return unsigned(((next_random(worker) >> 32) * bound) >> 32); }
 
-// Where a seeded permutation of [0, count) takes `index`: a Feistel network over the next power of four, gone through
-// again while it leads outside. It needs no memory, however large the grid.
+// The image of `index` under a seeded permutation of [0, count): a Feistel network over the next power of four, which
+// is repeated while the result is outside. It needs no memory for a grid of any size.
 uint64_t permuted(uint64_t index, uint64_t count, uint64_t seed) {
     unsigned half_bits = 1;
     while (half_bits < 32 && (count - 1) >> (2 * half_bits) != 0) ++half_bits;
@@ -206,7 +208,7 @@ Thread* pop(Worker& worker) {
 
 void fiber_main();
 
-// Gives a new thread a stack; false, with the fault set, if there is none to be had.
+// Gives a new thread a stack. If none is available, it sets the fault and returns false.
 bool take_stack(Worker& worker, Thread& thread) {
     if (worker.free_count == 0) {
         char* memory = static_cast<char*>(map_memory(kGuardBytes + kStackBytes));
@@ -220,7 +222,7 @@ bool take_stack(Worker& worker, Thread& thread) {
         worker.free_stacks[worker.free_count++] = memory + kGuardBytes;
     }
     thread.stack = worker.free_stacks[--worker.free_count];
-    // Stacks lie at the same offset in a page; were their tops to as well, all would fall in the same few cache sets.
+    // Stacks begin at the same offset in a page. If their tops did too, all would use the same few cache sets.
     const size_t colour = (size_t(&thread - worker.threads) % 64) * 5 * 64;
     context_prepare(thread.context, thread.stack, kStackBytes, colour, fiber_main);
     return true;
@@ -234,7 +236,7 @@ void set_running(Worker& worker, Thread& thread) {
 
 const char* plural(unsigned count) { return count == 1 ? "" : "s"; }
 
-// Describes why no thread of the block can go on: the first that waits, and for whom.
+// Describes why no thread of the block can continue: the first thread that waits, and for which.
 void set_stuck_fault(Worker& worker) {
     Thread* at_barrier = nullptr;
     Thread* at_warp = nullptr;
@@ -272,7 +274,7 @@ void set_stuck_fault(Worker& worker) {
             return;
         }
     }
-    // Otherwise someone waits at a barrier: only such threads, and those that wait for them, are left.
+    // Otherwise a thread waits at a barrier: only such threads, and those that wait for them, are left.
     for (unsigned i = 0; i < worker.thread_count; ++i) {
         const Thread& thread = worker.threads[i];
         waiting += thread.state == State::kAtBarrier && thread.waits_at == at_barrier->waits_at;
@@ -290,7 +292,7 @@ void set_stuck_fault(Worker& worker) {
               other == nullptr ? "" : other->waits_at);
 }
 
-// Hands over from `self`, which waits, to the next thread; returns when `self` may go on.
+// Switches from `self`, which waits, to the next thread. Returns when `self` may continue.
 void wait(Worker& worker, Thread& self) {
     Thread* next = pop(worker);
     if (next == nullptr) {
@@ -306,7 +308,7 @@ void wait(Worker& worker, Thread& self) {
     context_switch(self.context, next->context);
 }
 
-// Resumes the lanes of a warp operation that all have arrived at.
+// Resumes the lanes of a warp operation at which all have arrived.
 void finish_gathering(Worker& worker, unsigned first_thread, Warp& warp, Gathering* gathering) {
     const unsigned arrived = gathering->arrived;
     if (gathering->operation != nullptr) gathering->operation(gathering->mask, warp.slots);
@@ -314,7 +316,7 @@ void finish_gathering(Worker& worker, unsigned first_thread, Warp& warp, Gatheri
     push_in_order(worker, first_thread, 32, &arrived);
 }
 
-// A mask may name lanes that have exited, or never were, only where lanes do nothing but wait.
+// Only in operations that just wait may a mask name lanes that have exited or do not exist.
 bool is_complete(const Warp& warp, const Gathering& gathering) {
     const unsigned alive = warp.present & ~warp.exited;
     return gathering.arrived == (gathering.operation == nullptr ? gathering.mask & alive : gathering.mask);
@@ -334,8 +336,8 @@ void exit_thread(Worker& worker, Thread& self) {
     }
 }
 
-// Runs a thread, and after it others that start, until one is to go on that has a stack of its own. The sanitizer must
-// not mark this frame: it is never returned from, and the next one lies over it.
+// Runs a thread, and after it other threads that start, until one is to continue that already has a stack. The
+// sanitizer must not mark this frame: it never returns, and the next frame overwrites it.
 __attribute__((no_sanitize("address"))) void fiber_main() {
     Worker& worker = *this_worker;
     context_entered(worker.at_home ? &worker.home : nullptr);
@@ -405,7 +407,7 @@ void on_memory_fault(int signal_number, siginfo_t* info, void* context) {
     if ((previous.sa_flags & SA_SIGINFO) != 0) {
         previous.sa_sigaction(signal_number, info, context);
     } else if (previous.sa_handler == SIG_DFL || previous.sa_handler == SIG_IGN) {
-        signal(signal_number, SIG_DFL);  // the access is tried again on return, and ends the process
+        signal(signal_number, SIG_DFL);  // on return, the access is repeated and ends the process
     } else {
         previous.sa_handler(signal_number);
     }
@@ -523,7 +525,7 @@ bool run_fibers(Worker& worker, uint64_t block) {
     worker.running = nullptr;
     if (worker.fault->kind == kNoFault) return true;
 
-    // The fibers that were left in the middle are gone: their stacks are free again.
+    // The unfinished fibers are discarded, so their stacks are free again.
     worker.free_count = 0;
     for (unsigned i = 0; i < worker.stack_count; ++i) {
 #ifdef POLDER_ASAN
@@ -534,7 +536,7 @@ bool run_fibers(Worker& worker, uint64_t block) {
     return false;
 }
 
-// Not to be inlined where setjmp is called, so that no variable there changes between setjmp and longjmp.
+// Must not be inlined into the caller of setjmp, so that no variable there changes between setjmp and longjmp.
 __attribute__((noinline)) void run_blocks(Worker& worker, uint64_t first_block, uint64_t last_block) {
     const PolderLaunch& launch = *worker.launch;
     const uint64_t count = last_block - first_block;

@@ -1,5 +1,6 @@
-// Kernels that test the host device itself: that it runs CUDA's device language with CUDA's semantics, and reports what
-// CUDA leaves undefined. They are never compiled for a GPU. In the comments, `in` and `out` are a kernel's `input` and `output`.
+// Kernels that test the host device: it runs CUDA's device language with CUDA's semantics, and reports behaviour that
+// CUDA leaves undefined. They are never compiled for a GPU. In the comments, `in` and `out` are a kernel's `input` and
+// `output`.
 #include "../include/mma.cuh"
 #include "../include/polder.cuh"
 
@@ -56,7 +57,7 @@ __device__ void shuffle(const ShuffleArgs<T>& a) {
     a.output[3 * n + i] = __shfl_xor_sync(0xffffffffu, value, int(a.parameter), int(a.width));
 }
 
-// The two halves of a warp on different ways: out[2 i] = in[i ^ 1] in the lower half, in[i + 1] in the upper, whose
+// The two halves of a warp in different branches: out[2 i] = in[i ^ 1] in the lower half, in[i + 1] in the upper, whose
 // last lane keeps its own. Then the warp as one: out[2 i + 1] = lanes with an odd out[2 i].
 struct HalfWarpsArgs {
     const uint32_t* input;
@@ -75,7 +76,7 @@ __device__ void half_warps(const HalfWarpsArgs& a) {
     a.output[2 * i + 1] = __ballot_sync(0xffffffffu, int(value & 1u));
 }
 
-// A shuffle from lanes that its mask does not name, in the lower half of a warp: out[i] = in[i + 8] where lane + 8 < 16,
+// A shuffle from lanes that are not in its mask, in the lower half of a warp: out[i] = in[i + 8] where lane + 8 < 16,
 // otherwise NaN (CUDA: undefined). The upper half writes zero.
 struct OutsideMaskArgs {
     const float* input;
@@ -120,8 +121,8 @@ __device__ void warp_reduce(const WarpReduceArgs& a) {
     out[8] = __reduce_xor_sync(mask, value);
 }
 
-// The upper half of each warp exits; the lower, which waits with the default mask, goes on: out[i] = in[i ^ 1] there,
-// passed on through shared memory. At most 256 threads in x.
+// The upper half of each warp exits. The lower half waits with the default mask and continues: out[i] = in[i ^ 1]
+// there, passed on through shared memory. At most 256 threads in x.
 struct ExitedSyncwarpArgs {
     const uint32_t* input;
     uint32_t* output;
@@ -161,7 +162,8 @@ __device__ void round_to_tf32(const RoundArgs& a) {
     for (uint64_t i = global_thread(); i < a.n; i += global_threads()) a.output[i] = to_tf32(a.input[i]);
 }
 
-// out[4 i ..] = what ldmatrix gives thread i, which names a row of in[4 i ..]. The rows lie apart and in disorder.
+// out[4 i ..] = the result of ldmatrix in thread i, which gives the address of row in[4 i ..]. The rows are apart and
+// not in order.
 struct LdmatrixArgs {
     const uint4* input;
     uint4* output;
@@ -177,8 +179,9 @@ __device__ void load_matrices(const LdmatrixArgs& a) {
     a.output[global_thread()] = {matrices[0], matrices[1], matrices[2], matrices[3]};
 }
 
-// Two copies by each thread, a group each: of in[i], and of in[i] again where i is even, otherwise of nothing. out[5 i ..] =
-// the first before and after it is waited for, the second then and after it is waited for, the first of the neighbour.
+// Two copies by each thread, each in a group: of in[i], and of in[i] again if i is even, otherwise of nothing. out[5 i
+// ..] = the first before and after the wait for it, the second at that time and after the wait for it, and the first of
+// the neighbour.
 struct AsyncArgs {
     const uint4* input;
     uint4* output;
@@ -259,8 +262,8 @@ __device__ void block_sum_shuffle(const BlockSumArgs& a) {
     if (threadIdx.x == 0) a.output[blockIdx.x] = sum;
 }
 
-// A race, for the schedules to show: out[i] = 2 in[i] of the right neighbour (cyclic in the block), or zero where the
-// neighbour had not yet written, since the barrier between is missing. At most 256 threads in x.
+// A race, which different orders of threads show: out[i] = 2 in[i] of the right neighbour (cyclic in the block), or
+// zero if the neighbour has not yet written, because a barrier is missing. At most 256 threads in x.
 struct RaceArgs {
     const uint32_t* input;
     uint32_t* output;
@@ -273,7 +276,7 @@ __device__ void race(const RaceArgs& a) {
     a.output[global_thread()] = shared[(threadIdx.x + 1) % blockDim.x];
 }
 
-// out[i] = dynamic shared memory (4 bytes per thread) that nobody has written: NaN, in every block.
+// out[i] = uninitialised dynamic shared memory (4 bytes per thread): NaN, in every block.
 struct UninitialisedArgs {
     float* output;
 };
@@ -388,8 +391,8 @@ __device__ void bits(const BitsArgs& a) {
 
 // ---- Faults --------------------------------------------------------------------------------------------------------
 
-// What each number does wrong; 0 does nothing wrong. out[i] = 1 for every thread i that comes to its end. Only block
-// `block` (of the flattened grid) is at fault. Blocks of at least 64 threads in x, but for kAbsent.
+// The rule that each number breaks; 0 breaks none. out[i] = 1 for every thread i that reaches its end. Only block
+// `block` (of the flattened grid) breaks a rule. Blocks have at least 64 threads in x, except for kAbsent.
 enum Wrong : uint32_t {
     kNothing = 0,
     kBarrierExit = 1,        // barrier fault: threads 40 and above exit, the others wait at __syncthreads
@@ -447,8 +450,8 @@ __device__ void fault(const FaultArgs& a) {
     a.output[global_thread()] = 1;
 }
 
-// Calls itself `depth` times, with a frame of at least 1 KiB each; in blocks of several threads, where stacks are the
-// fibers' own, enough of them end the process with status 134 and a line on stderr. Else out[i] = depth.
+// Calls itself `depth` times, with a frame of at least 1 KiB each. In blocks of several threads, whose stacks are those
+// of fibers, enough calls end the process with status 134 and a line on stderr. Otherwise out[i] = depth.
 struct StackOverflowArgs {
     uint32_t* output;
     uint32_t depth;

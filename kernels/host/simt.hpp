@@ -1,20 +1,20 @@
-// CUDA's device language for a host compiler: what a kernel source needs to be compiled as C++17 and run on the CPU.
+// CUDA's device language for a host compiler: it compiles a kernel source as C++17 to run on the CPU.
 //
-// Every kernel source is compiled several times through this header, once per instruction set (-DPOLDER_ISA=avx2 ...),
-// and linked with one runtime.cpp. So everything with code in it has internal linkage: the linker must never take a
-// function compiled for AVX2 for one compiled for the baseline. No C++ standard header is included for that reason.
+// Every kernel source is compiled several times with this header, once per instruction set (-DPOLDER_ISA=avx2 ...), and
+// linked with one runtime.cpp. Therefore all code has internal linkage: the linker must never replace a function
+// compiled for the baseline by one compiled for AVX2. For the same reason, no C++ standard header is included.
 //
-// A kernel runs as CUDA runs it: a block's threads are fibers on one OS thread, `__syncthreads` and the warp operations
-// wait for all whom they concern, shared memory is shared by a block, and atomics hold between blocks, which run on
-// several OS threads at once. What CUDA leaves undefined is made visible: uninitialised dynamic shared memory and a
-// shuffle from a lane outside the mask read as NaN, a barrier that part of a block never reaches is an error.
+// A kernel runs with CUDA's semantics: a block's threads are fibers on one OS thread, `__syncthreads` and the warp
+// operations wait for all threads concerned, a block has shared memory, and atomics work between blocks, which run on
+// several OS threads concurrently. Undefined behaviour becomes visible: uninitialised dynamic shared memory and a
+// shuffle from a lane outside the mask read as NaN, and a barrier that part of a block never reaches is an error.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
-// The C header alone, without the C++ overloads, which are inline functions with external linkage.
+// Only the C header, without the C++ overloads, which are inline functions with external linkage.
 #ifdef __GLIBCXX__
 #error "include simt.hpp before any C++ standard header"
 #endif
@@ -36,10 +36,10 @@
 #define __launch_bounds__(...)
 #define __forceinline__ inline __attribute__((always_inline))
 #define __align__(BYTES) __attribute__((aligned(BYTES)))
-// A block never leaves the OS thread that it began on.
+// A block stays on one OS thread.
 #define __shared__ static __thread
 
-// Dynamic shared memory as an array of T; all declarations in a block name the same memory, as in CUDA.
+// Dynamic shared memory as an array of T. As in CUDA, all declarations in a block name the same memory.
 #define POLDER_DYNAMIC_SHARED(T, NAME) \
     [[maybe_unused]] T* const NAME = static_cast<T*>(__builtin_assume_aligned(polder_position.shared, 64))
 
@@ -87,7 +87,7 @@ POLDER_VECTORS(double, double, 16, 16)
 // ---- The runtime (runtime.cpp) -------------------------------------------------------------------------------------
 
 extern "C" {
-// The place in the grid of the thread that runs on this OS thread.
+// The position in the grid of the thread that runs on this OS thread.
 struct PolderPosition {
     uint3 thread, block, block_dim, grid_dim;
     void* shared;
@@ -99,13 +99,14 @@ extern __thread PolderPosition polder_position;
 // apart from others by `kind`. Returns how many threads gave a predicate that is not zero.
 unsigned polder_barrier(int kind, int predicate);
 
-// Works out the results of a warp operation. slots[lane] is what that lane gave, for the lanes in the mask.
+// Computes the results of a warp operation. slots[lane] is the argument of a lane in the mask.
 typedef void (*PolderWarpOperation)(unsigned mask, void* const* slots);
 // Waits until every lane in `mask` has called it with the same mask and operation. The last of them runs `operation`,
-// which reads and writes each lane's slot; without one the lanes only wait, and lanes that have exited are not missed.
+// which reads and writes each lane's slot. Without an operation the lanes only wait, and lanes that have exited do not
+// count.
 void polder_warp(const char* name, PolderWarpOperation operation, unsigned mask, void* slot);
 
-// Ends the launch with an error at the running thread: an argument that no warp operation can have.
+// Ends the launch with an error in the running thread, for an invalid argument of a warp operation.
 void polder_misuse(const char* name, const char* what);
 }
 
@@ -155,7 +156,8 @@ __forceinline__ T __ldg(const T* address) {
 
 // ---- Arithmetic ----------------------------------------------------------------------------------------------------
 
-// As CUDA's: of a NaN and a number, the number. Written so that the compiler can vectorise them.
+// As in CUDA, the result for a NaN and a number is the number. They are written so that the compiler can vectorise
+// them.
 __forceinline__ float polder_min(float a, float b) { return a < b || b != b ? a : b; }
 __forceinline__ float polder_max(float a, float b) { return a > b || b != b ? a : b; }
 __forceinline__ double polder_min(double a, double b) { return a < b || b != b ? a : b; }
@@ -164,7 +166,7 @@ __forceinline__ float polder_fminf(float a, float b) { return polder_min(a, b); 
 __forceinline__ float polder_fmaxf(float a, float b) { return polder_max(a, b); }
 __forceinline__ double polder_fmin(double a, double b) { return polder_min(a, b); }
 __forceinline__ double polder_fmax(double a, double b) { return polder_max(a, b); }
-// The C library's are calls.
+// The C library's functions would be calls.
 #define fminf polder_fminf
 #define fmaxf polder_fmaxf
 #define fmin polder_fmin
@@ -199,7 +201,7 @@ __forceinline__ double __fma_rn(double a, double b, double c) { return __builtin
 __forceinline__ float __fsqrt_rn(float x) { return __builtin_sqrtf(x); }
 __forceinline__ float __frcp_rn(float x) { return 1.0f / x; }
 __forceinline__ float __fdiv_rn(float a, float b) { return a / b; }
-// Newer C libraries declare some of these themselves: ours have names of their own.
+// Newer C libraries declare some of these too, so ours have other names.
 #define rsqrtf polder_rsqrtf
 #define rsqrt polder_rsqrt
 #define sincospif polder_sincospif
@@ -208,8 +210,8 @@ __forceinline__ float __fdiv_rn(float a, float b) { return a / b; }
 __forceinline__ float rsqrtf(float x) { return 1.0f / __builtin_sqrtf(x); }
 __forceinline__ double rsqrt(double x) { return 1.0 / __builtin_sqrt(x); }
 
-// sin(pi x) and cos(pi x). In double: 2x and its distance to the nearest integer are exact there, so the result is the
-// correctly rounded one but for a few arguments in 2^28.
+// sin(pi x) and cos(pi x). In double, 2x and its distance to the nearest integer are exact, so the result is
+// correctly rounded except for a few arguments in 2^28.
 [[maybe_unused]] inline void sincospif(float x, float* sine, float* cosine) {
     const double half_turns = 2.0 * double(x);
     const double nearest = __builtin_rint(half_turns);
@@ -256,7 +258,7 @@ __forceinline__ __half __ushort_as_half(unsigned short bits) { return {bits}; }
 __forceinline__ unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
 __forceinline__ __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) { return {bits}; }
 
-// The conversions have no branches, so loops over them vectorise. NaNs come out as CUDA's: 0x7fff.
+// The conversions have no branches, so that loops over them vectorise. NaNs become 0x7fff, as in CUDA.
 __forceinline__ __half __float2half_rn(float x) {
     const uint32_t bits = __float_as_uint(x), magnitude = bits & 0x7fffffffu;
     // Round to nearest even at bit 13 and move the exponent's bias from 127 to 15; a carry goes into the exponent.
@@ -312,11 +314,12 @@ struct PolderShuffleSlot {
     int parameter, width;
 };
 
-// The lane that `lane` reads, as PTX defines it: those beyond its segment of `width` lanes read themselves.
+// The lane that `lane` reads, as PTX defines it. Lanes that would read outside of their segment of `width` lanes read
+// themselves.
 template <PolderShuffle kind>
 inline int polder_shuffle_source(int lane, int parameter, int width) {
     const int first = lane & ~(width - 1), last = first + width - 1;
-    // The instruction takes five bits of it.
+    // The instruction uses five bits of it.
     const unsigned offset = unsigned(parameter) & 31u;
     switch (kind) {
         case PolderShuffle::kIndex: return first | (parameter & (width - 1));
@@ -374,7 +377,7 @@ inline T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warp
 
 // ---- Votes and reductions ------------------------------------------------------------------------------------------
 
-// A warp operation in which the lanes' values are combined into one result, the same for all.
+// A warp operation that combines the lanes' values into one result for all.
 template <class T, class Combine>
 inline void polder_reduce_warp(unsigned mask, void* const* slots) {
     int lane = __builtin_ctz(mask);
@@ -390,7 +393,7 @@ inline T polder_reduce(const char* name, unsigned mask, T value) {
     return value;
 }
 
-// Sums wrap around, as the device's do.
+// Sums wrap around, as on the GPU.
 struct PolderAdd {
     template <class T>
     static T of(T a, T b) {
@@ -454,10 +457,10 @@ __forceinline__ unsigned polder_lane() {
 [[maybe_unused]] inline int __all_sync(unsigned mask, int predicate) {
     return polder_reduce<PolderAnd>("__all_sync", mask, int(predicate != 0));
 }
-// The caller alone: CUDA does not promise that any other lane has converged with it.
+// Only the caller: CUDA does not guarantee that any other lane has converged with it.
 [[maybe_unused]] inline unsigned __activemask() { return 1u << polder_lane(); }
 
-// ---- Atomics: relaxed, as CUDA's are; real ones, because blocks run on several OS threads --------------------------
+// ---- Atomics, relaxed as in CUDA. They are real atomics: blocks run on several OS threads ---------------------------
 
 #define POLDER_ATOMICS(T)                                                                                           \
     [[maybe_unused]] inline T atomicExch(T* p, T value) { return __atomic_exchange_n(p, value, __ATOMIC_RELAXED); } \

@@ -1,9 +1,9 @@
-// Switching between fibers: each has a stack of its own, all run on one OS thread.
+// Switching between fibers. Each has its own stack, and all run on one OS thread.
 //
 // On x86-64 and aarch64 (System V calling conventions: Linux, macOS) a switch saves the callee-saved registers on the
-// stack being left and takes up those of the other; the floating-point control words are not touched, because kernels
-// do not change them. Elsewhere, or with POLDER_UCONTEXT, ucontext does it at the cost of a system call per switch.
-// The address sanitizer is told of every switch.
+// old stack and restores those on the new one. It leaves the floating-point control words alone, because kernels do not
+// change them. On other platforms, or with POLDER_UCONTEXT, ucontext does it, at the cost of a system call per switch.
+// The address sanitizer is notified of every switch.
 #pragma once
 
 #include <stddef.h>
@@ -29,7 +29,7 @@
 #endif
 
 #ifndef POLDER_UCONTEXT
-// Saves the callee-saved registers, stores the stack pointer in *from, and goes on from the stack pointer `to`.
+// Saves the callee-saved registers, stores the stack pointer in *from, and continues at the stack pointer `to`.
 extern "C" void polder_fiber_switch(void** from, void* to);
 
 #ifdef __APPLE__
@@ -96,7 +96,7 @@ asm(".text\n"
 
 namespace {
 
-// Where a fiber that is not running goes on. The OS thread's own stack has one too.
+// The point at which a suspended fiber continues. The OS thread's own stack has one too.
 struct Context {
 #ifdef POLDER_UCONTEXT
     ucontext_t machine;
@@ -120,11 +120,11 @@ void context_prepare(Context& context, char* low, size_t bytes, size_t unused, v
     makecontext(&context.machine, entry, 0);
 #else
 #if defined(__x86_64__)
-    // Six registers, the address to go on at, and a return address of zero, which ends a debugger's backtrace. It lies
-    // 8 above a multiple of 16, as the stack pointer does whenever a function is entered.
+    // Six registers, the address at which to continue, and a return address of zero, which ends a debugger's backtrace.
+    // It is 8 above a multiple of 16, like the stack pointer at the entry of a function.
     constexpr int kSlots = 8, kEntry = 6;
 #else
-    // x19 to x30 (x30 is the address to go on at), then d8 to d15.
+    // x19 to x30 (x30 is the address at which to continue), then d8 to d15.
     constexpr int kSlots = 20, kEntry = 11;
 #endif
     auto* frame = reinterpret_cast<uintptr_t*>(low + bytes - unused) - kSlots;
@@ -147,7 +147,7 @@ void context_jump(Context& from, Context& to) {
 #endif
 }
 
-// Goes on at `to`, and returns once something switches back to `from`.
+// Continues at `to`. Returns when something switches back to `from`.
 inline void context_switch(Context& from, Context& to) {
 #ifdef POLDER_ASAN
     __sanitizer_start_switch_fiber(&from.fake_stack, to.stack_bottom, to.stack_bytes);
@@ -158,7 +158,7 @@ inline void context_switch(Context& from, Context& to) {
 #endif
 }
 
-// Goes on at `to` and gives up the running fiber, whose stack may then be used anew.
+// Continues at `to` and ends the running fiber, whose stack may then be reused.
 [[noreturn]] inline void context_leave(Context& to) {
     static __thread Context abandoned;
 #ifdef POLDER_ASAN
@@ -168,8 +168,8 @@ inline void context_switch(Context& from, Context& to) {
     __builtin_unreachable();
 }
 
-// The first thing that a fiber calls, with the context of the OS thread's own stack if that is where it was started
-// from (its bounds are learnt here), otherwise null.
+// Every fiber calls this first: with the context of the OS thread's own stack if it was started from there (its bounds
+// become known here), otherwise with null.
 inline void context_entered([[maybe_unused]] Context* started_by) {
 #ifdef POLDER_ASAN
     const void* bottom = nullptr;

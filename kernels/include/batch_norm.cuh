@@ -1,20 +1,22 @@
-// What batch normalisation and its tangents share: how the work is divided, the relu's mask, and sums over rows.
+// Code that batch normalisation and its tangents share: the division of the work, the relu's mask, and sums over rows.
 //
-// All sums are two-level: at most kRun rows in the working precision, everything beyond that in double, in an order that depends
-// on the launch shape alone.
+// All sums have two levels: at most kRun rows in the working precision, and everything beyond that in double. Their
+// order depends only on the launch shape.
 //
-// A block takes a contiguous range of rows. On the GPU its threads form columns of channel groups and lines of rows; on the
-// CPU its one thread walks the range in runs of kRun rows, with as many channels at once as fit in vector registers.
+// A block takes a contiguous range of rows. On the GPU its threads form columns of channel groups and lines of rows. On
+// the CPU its one thread takes the range in runs of kRun rows, with as many channels at a time as fit in vector
+// registers.
 #pragma once
 #include "elementwise.cuh"
 #include "ticket.cuh"
 
 namespace {
 
-/// Rows summed in the working precision before the sum moves to double: the rounding error stays near that of one addition.
+/// Rows that are summed in the working precision before the sum continues in double. So few keep the rounding error
+/// near that of one addition.
 constexpr uint32_t kRun = 64;
 
-// ---- Channel groups: the unit of arithmetic, scalars in a GPU thread, vectors on the CPU -------------------------------------
+// ---- Channel groups, the unit of arithmetic: scalars in a GPU thread, vectors on the CPU ----------------------------
 
 /// N neighbouring channels.
 template <class T, int N>
@@ -46,7 +48,8 @@ struct Vectors {
     static constexpr int width = kVectorBytes / sizeof(T), channels = K * width, items = K;
     Item v[K];
 
-    // A vector at a time: gcc copies the whole struct through the stack, in pieces that a wider load then waits for.
+    // One vector at a time: gcc would copy the whole struct through the stack, in pieces for which a wider load has to
+    // wait.
     template <class S>
     static __forceinline__ Vectors load(const S* p) {
         Vectors group;
@@ -76,7 +79,7 @@ struct Vectors {
 };
 #endif
 
-/// Names a group's type in a call.
+/// Passes a group's type to a call.
 template <class Group>
 struct Of {
     typedef Group type;
@@ -91,7 +94,7 @@ __device__ __forceinline__ Rows rows_of_block(uint64_t rows, uint32_t block, uin
     return {rows * block / blocks, rows * (block + 1) / blocks};
 }
 
-/// How a launch divides the work: in the CPU's shape, or on the GPU in groups of one or four channels.
+/// How a launch divides the work: in the CPU's launch shape, or on the GPU in groups of one or four channels.
 enum Shape { kCpu, kSingle, kFour };
 
 template <Shape shape>
@@ -99,7 +102,8 @@ struct ShapeIs {
     static constexpr Shape value = shape;
 };
 
-/// Calls `f(ShapeIs<...>{})` for the shape that the wrapper chose: a group's channels on the GPU, 0 for the CPU's shape.
+/// Calls `f(ShapeIs<...>{})` for the shape that Rust chose: the channels of a group on the GPU, or 0 for the CPU's
+/// shape.
 template <class F>
 __device__ __forceinline__ void with_shape(uint32_t pack, const F& f) {
 #if defined(POLDER_HOST)
@@ -109,8 +113,9 @@ __device__ __forceinline__ void with_shape(uint32_t pack, const F& f) {
     else f(ShapeIs<kSingle>{});
 }
 
-/// Calls `f(Of<Group>{}, first channel, first row, step, count)` for runs of at most kRun rows that cover this thread's share:
-/// on the CPU all channels of the block's rows, on the GPU one group's channels in every blockDim.y-th row of them.
+/// Calls `f(Of<Group>{}, first channel, first row, step, count)` for runs of at most kRun rows that cover this thread's
+/// share. On the CPU these are all channels of the block's rows, on the GPU the channels of one group in every
+/// blockDim.y-th row.
 template <class T, Shape shape, class F>
 __device__ __forceinline__ void for_each_run(uint64_t rows, uint32_t channels, const F& f) {
     const Rows mine = rows_of_block(rows, blockIdx.x, gridDim.x);
@@ -138,10 +143,10 @@ __device__ __forceinline__ void for_each_run(uint64_t rows, uint32_t channels, c
     }
 }
 
-// ---- The relu's mask ---------------------------------------------------------------------------------------------------------
+// ---- The relu's mask ------------------------------------------------------------------------------------------------
 
-/// The normalised value before the residual and the relu. Forward and backward share it, so that the backward's mask is the
-/// forward's to the bit: the GPU's compiler must not choose the contraction.
+/// The normalised value before the residual and the relu. Forward and backward share it, so that the backward's mask
+/// has the bits of the forward's. The GPU's compiler must not choose the contraction.
 template <class Item>
 __device__ __forceinline__ Item affine(Item x, Item mean, Item scale, Item beta) {
 #if defined(POLDER_HOST)
@@ -151,14 +156,14 @@ __device__ __forceinline__ Item affine(Item x, Item mean, Item scale, Item beta)
 #endif
 }
 
-/// The relu's gradient, from its input or its output.
+/// The relu's gradient, by its input or its output.
 template <class Item>
 __device__ __forceinline__ Item relu_gradient(Item z, Item dy) {
     const Item zero = {};
     return z <= zero ? zero : dy;
 }
 
-/// What both backward passes read.
+/// The inputs of both backward passes.
 template <class S, class T = Arithmetic<S>>
 struct Upstream {
     const S* x;
@@ -170,7 +175,7 @@ struct Upstream {
     const T* inv_std;
 };
 
-/// The per-channel values that the mask needs, loaded once, and dz = dy where the relu passed.
+/// The mask, with the per-channel values that it needs, which are loaded once: dz = dy where the relu passed.
 template <class Group, Mask mask>
 struct Masked {
     Group mean, scale, beta;
@@ -186,7 +191,7 @@ struct Masked {
         }
     }
 
-    /// What decides where the relu passed: its output, or its input.
+    /// The value that decides where the relu passed: its output, or its input.
     template <class S>
     __device__ __forceinline__ Group edge(const Upstream<S>& u, uint64_t place, const Group& x) const {
         Group edge = {};
@@ -214,9 +219,10 @@ struct Masked {
     }
 };
 
-// ---- Sums over rows, combined in double --------------------------------------------------------------------------------------
+// ---- Sums over rows, combined in double -----------------------------------------------------------------------------
 
-/// Combines `value` over the lines of a block (threadIdx.y), for the threads of line 0; `shared` holds one per thread.
+/// Combines `value` over the lines of a block (threadIdx.y), for the threads of line 0. `shared` has room for one value
+/// per thread.
 template <class M, class Combine>
 __device__ __forceinline__ M combine_lines(M value, M* shared, Combine combine) {
     const uint32_t place = threadIdx.y * blockDim.x + threadIdx.x;
@@ -231,7 +237,7 @@ __device__ __forceinline__ M combine_lines(M value, M* shared, Combine combine) 
     return shared[place];
 }
 
-/// The tangents of what the backward passes read; all null in the backward itself.
+/// The tangents of the inputs of the backward passes; all null in the backward itself.
 template <class S, class T = Arithmetic<S>>
 struct UpstreamTangent {
     const S* x;
@@ -245,7 +251,7 @@ template <class S>
 struct SumsArgs {
     Upstream<S> upstream;
     UpstreamTangent<S> tangent;
-    S* residual;   // null where there is none
+    S* residual;   // null if there is none
     double* dz;    // [blocks, channels]: sums of dz, or of their tangents
     double* dz_x;  // [blocks, channels]: sums of dz (x - mean), or of their tangents
     uint64_t rows;
@@ -253,10 +259,10 @@ struct SumsArgs {
     uint32_t pack;
     uint32_t mask;
     uint32_t residual_mode;
-    Arithmetic<S>* dgamma;  // these three null where a kernel of its own combines the blocks' sums
+    Arithmetic<S>* dgamma;  // these three are null if another kernel combines the sums
     Arithmetic<S>* dbeta;
     uint32_t* tickets;
-    uint32_t group;  // blocks of which the last one to come combines the sums
+    uint32_t group;  // blocks whose sums the last of them combines
 };
 
 /// Two sums that are always taken together.
@@ -270,7 +276,7 @@ template <class S, Shape shape, bool tangent, Mask mask, Residual residual>
 __device__ __forceinline__ void sums_of_block(const SumsArgs<S>& a) {
     typedef Arithmetic<S> T;
     const uint64_t channels = a.channels;
-    // Adds one run's sums to `totals_dz[0..]` and `totals_dz_x[0..]`.
+    // Adds the sums of one run to `totals_dz[0..]` and `totals_dz_x[0..]`.
     const auto add_run = [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count, double* totals_dz,
                              double* totals_dz_x) {
         typedef typename decltype(of)::type Group;
@@ -362,13 +368,14 @@ __device__ __forceinline__ void sums(const SumsArgs<S>& a) {
     });
 }
 
-// ---- Sums over blocks: by the last of them to come, or by a kernel of their own -----------------------------------------------
+// ---- Sums over blocks: by the last block, or by another kernel ------------------------------------------------------
 
-/// What `blocks` blocks have left in `a.dz` and `a.dz_x`, this one as number `block`, becomes dbeta = sum dz and dgamma = sum dz xhat by
-/// the last one that comes here; in an order that does not depend on which one that is. It would take too long over all the sums of
-/// a large layer, so the last of each group combines the group's, and the last of those the groups'. `combine(first, count, step,
-/// write)` calls `write(c, sums)` with the sums of `count` blocks, `step` apart from `first` on, for all channels that these blocks
-/// share.
+/// The last of `blocks` blocks that calls this computes dbeta = sum dz and dgamma = sum dz xhat from the sums of all
+/// blocks in `a.dz` and `a.dz_x`; the calling block is number `block`. The order of the sums does not depend on which
+/// block is the last. One block would take too long for all the sums of a large layer, so the last block of each group
+/// combines the sums of the group, and the last of those blocks combines the groups. `combine(first, count, step,
+/// write)` calls `write(c, sums)` with the sums of `count` blocks, `step` apart, beginning with `first`, for all
+/// channels that these blocks share.
 template <class S, class Combine>
 __device__ __forceinline__ void combine_by_last(const SumsArgs<S>& a, uint32_t* tickets, uint32_t block,
                                                 uint32_t blocks, const Combine& combine) {
@@ -430,7 +437,8 @@ __device__ __forceinline__ void finish_parameters(const SumsArgs<S>& a) {
     combine_by_last(a, tickets, blockIdx.x, gridDim.x, combine);
 }
 
-/// Calls `write(c, sums)` with the blocks' sums of every channel combined. GPU: a block per channel.
+/// Calls `write(c, sums)` with the combined sums of the blocks, for every channel. On the GPU there is a block per
+/// channel.
 template <class F>
 __device__ __forceinline__ void combine_blocks(const double* dz, const double* dz_x, uint32_t channels, uint32_t blocks,
                                                const F& write) {

@@ -1,10 +1,11 @@
-// Vectors that are sums of a few others, read together and never stored: combined gradients, directions, differences.
+// Combinations of a few vectors, which are computed as the vectors are read and never stored: combined gradients,
+// directions, differences.
 #pragma once
 #include "elementwise.cuh"
 
 namespace {
 
-/// Up to four vectors and where their coefficients lie; `slot` says which of the four each vector takes.
+/// Up to four vectors and their coefficients. `slot` is the index of the coefficient of each vector.
 template <class T>
 struct CombinationArgs {
     const T* vectors[kMaxTerms];

@@ -1,7 +1,9 @@
-// Constants that the kernels share with the Rust code that launches them. This file is their one definition: build.rs writes them as
-// Rust constants, by the names without the `k`, and the compilers check that both sides have the same values.
+// Constants that kernels share with the Rust code that launches them. This file is their only definition: build.rs
+// writes them as Rust constants (kMaxTerms becomes MAX_TERMS), and the C++ compilers check that both sides have the
+// same values.
 //
-// Write `constexpr TYPE kName = EXPRESSION;`, `enum Name : uint32_t { kName = 0, ... };`, or a table of tiles as below.
+// Possible are `constexpr TYPE kName = EXPRESSION;`, `enum Name : uint32_t { kName = 0, ... };` and tables like those
+// of tiles below.
 #pragma once
 #include <stdint.h>
 
@@ -12,7 +14,7 @@ constexpr uint32_t kBlockThreads = 256;
 /// Bytes that one thread loads or stores at a time.
 constexpr int kPackBytes = 16;
 
-// ---- Vectors -----------------------------------------------------------------------------------------------------------------
+// ---- Vectors --------------------------------------------------------------------------------------------------------
 
 /// The most vectors of one combination.
 constexpr int kMaxTerms = 4;
@@ -21,19 +23,20 @@ constexpr int kMaxSums = 3;
 /// Numbers that the products of two combined vectors A and B consist of: A·A, A·B, B·B, ‖A‖, ‖B‖.
 constexpr int kProducts = 5;
 
-// ---- Gradients ---------------------------------------------------------------------------------------------------------------
+// ---- Gradients ------------------------------------------------------------------------------------------------------
 
 /// Elements that a block of `gradient_pieces` reads at a time, of one part or of several.
 constexpr uint32_t kPieceElements = 1024;
 
-// ---- Batch normalisation -----------------------------------------------------------------------------------------------------
+// ---- Batch normalisation --------------------------------------------------------------------------------------------
 
 /// Rows over which a convolution on tensor cores sums moments: the rows of its tiles.
 constexpr int kMomentRows = 128;
-/// Bytes of shared memory for each thread of a kernel that combines over a block: count, mean and squared deviations in double.
+/// Bytes of shared memory for each thread of a kernel that combines over a block: count, mean and squared deviations in
+/// double.
 constexpr int kCombinedBytes = 24;
 
-/// Where the backward finds where the relu passed.
+/// Where the backward takes the relu's mask from.
 enum Mask : uint32_t {
     kMaskNone = 0,       // there is no relu
     kMaskOutput = 1,     // the forward's output
@@ -47,20 +50,21 @@ enum Residual : uint32_t {
     kResidualAccumulate = 2,  // it is added to the buffer
 };
 
-// ---- Other layers ------------------------------------------------------------------------------------------------------------
+// ---- Other layers ---------------------------------------------------------------------------------------------------
 
 /// Rows and columns of a linear layer's product that a block computes.
 constexpr uint32_t kLinearTile = 32;
 /// The most channels of an image in a data set.
 constexpr int kMaxImageChannels = 4;
 
-// ---- Convolution -------------------------------------------------------------------------------------------------------------
+// ---- Convolution ----------------------------------------------------------------------------------------------------
 
-/// Elements by which a line of an operand in shared memory is longer than the tile, so that a transposed store does not hit one
-/// bank again and again.
+/// Elements by which a line of an operand in shared memory is longer than the tile, so that a transposed store does not
+/// hit the same bank repeatedly.
 constexpr int kConvLinePadding = 4;
 
-/// The tiles of conv.cu, from the narrowest to the widest: rows, columns, depth of a step; rows and columns of one thread.
+/// The tiles of conv.cu, from the narrowest to the widest: rows, columns, depth of a step; rows and columns of one
+/// thread.
 #define POLDER_CONV_TILES(ROW) \
     ROW(16, 256, 16, 16, 4, 4) \
     ROW(32, 128, 32, 16, 4, 4) \
@@ -72,8 +76,9 @@ constexpr int kStageBytes = 64;
 /// Columns of a weight gradient over which squares are summed together.
 constexpr int kSquareColumns = 16;
 
-/// The tiles of conv_tensor.cu, from the narrowest to the widest, all of kMomentRows rows: columns; rows and columns of one warp;
-/// threads; stages. Of two with equally many columns the first is the default, and measurement may choose the other.
+/// The tiles of conv_tensor.cu, from the narrowest to the widest, all of kMomentRows rows: columns; rows and columns of
+/// one warp; threads; stages. Of two with equally many columns the first is the default, and measurement may choose the
+/// other.
 #define POLDER_CONV_TENSOR_TILES(ROW) \
     ROW(16, 16, 32, 16, 128, 4)       \
     ROW(32, 32, 32, 32, 128, 4)       \

@@ -1,4 +1,5 @@
-// What the tiled convolutions share: shapes, the pixels' windows of taps, and the parity classes of a strided input gradient.
+// Code that convolutions share: shapes, the pixels' windows of taps, and the parity classes of a strided input
+// gradient.
 #pragma once
 #include "polder.cuh"
 
@@ -21,8 +22,8 @@ struct ConvArgs {
     float* moments;  // of the forward's result, on tensor cores: [out channels][row tiles][mean, m2], or null
 };
 
-/// Quotients by a fixed divisor without a division, for numbers below 2^31 (Granlund and Montgomery, "Division by invariant
-/// integers using multiplication", PLDI 1994).
+/// Quotients by a fixed divisor without a division, for numbers below 2^31 (Granlund and Montgomery, "Division by
+/// invariant integers using multiplication", PLDI 1994).
 struct Divisor {
     uint32_t divisor, multiplier, shift;
 
@@ -41,7 +42,7 @@ struct Pixel {
     int image, row, column;
 };
 
-/// The pixels of a batch of images, counted through.
+/// The pixels of a batch of images, by number.
 struct Raster {
     Divisor by_width, by_height;
 
@@ -52,18 +53,19 @@ struct Raster {
     }
 };
 
-/// A pixel's window in an NHWC tensor: the place of its first tap, which may lie outside. Or a step from such a place to another.
+/// A pixel's window in an NHWC tensor: the place of its first tap, which may be outside. Also a step from such a place
+/// to another.
 struct Place {
     int row, column, offset;  // offset: of the first tap's first channel, in elements
 };
 
-/// Where an element of an operand lies, if it lies anywhere; no tensor has 2^31 elements.
+/// The offset of an element of an operand, if it is inside. No tensor has 2^31 elements.
 struct Found {
     bool there;
     int32_t offset;
 };
 
-/// An NHWC tensor [., height, width, channels] of which every row of the product sees a window of taps; the depth runs over
+/// An NHWC tensor [., height, width, channels]. Every row of the product reads a window of taps. The depth runs over
 /// tap rows, tap columns and channels.
 template <class T>
 struct Windows {
@@ -80,7 +82,7 @@ struct Windows {
     __device__ __forceinline__ Place place(int image, int row, int column) const {
         return {row, column, ((image * height + row) * width + column) * channels};
     }
-    /// One that sees nothing.
+    /// A window entirely outside.
     __device__ __forceinline__ Place nowhere() const { return {-(1 << 30), 0, 0}; }
 
     /// From a window's place to element k of its depth.
@@ -130,12 +132,12 @@ __device__ __forceinline__ Pack<T, V> row_pack(const T* row, int j, int count, b
     return result;
 }
 
-/// How the rows (or columns) of x that are `remainder` modulo the stride see the output gradient: row
-/// q * stride + remainder is reached from rows q + first ... q + first + taps - 1, through kernel rows that fall by
+/// A parity class: the rows (or columns) of x that are `remainder` modulo the stride. Row q * stride + remainder
+/// receives gradients from rows q + first ... q + first + taps - 1 of the output, through kernel rows that decrease by
 /// `stride` from `last_tap`.
 struct ParityClass {
     int taps, first, last_tap;
-    int extent;  // rows (or columns) of the class among the `whole` ones
+    int extent;  // number of rows (or columns) in the class, of `whole` ones
 };
 
 __device__ __forceinline__ ParityClass parity_class(const ConvShape& s, int remainder, int whole) {
@@ -145,8 +147,8 @@ __device__ __forceinline__ ParityClass parity_class(const ConvShape& s, int rema
             (whole - remainder + s.stride - 1) / s.stride};
 }
 
-/// The weights [kernel row][kernel column][channel][out channel] as the input gradient of one class meets them: the depth
-/// runs over its taps, last kernel row and column first, and over the out channels.
+/// The weights [kernel row][kernel column][channel][out channel], as the input gradient of one class reads them: the
+/// depth runs over the taps of the class, from the last kernel row and column to the first, and over the out channels.
 template <class T>
 struct ClassWeights {
     const T* tensor;
@@ -186,7 +188,8 @@ struct ClassWeights {
     }
 };
 
-/// The block's tile out of a grid whose x runs over column tiles first, so that blocks that share rows run together.
+/// The corner of the block's tile. The grid's x runs over column tiles first, so that blocks with the same rows run
+/// together.
 template <class Tile>
 struct Corner {
     int row, column;

@@ -1,5 +1,5 @@
-// Element-wise passes over long vectors: packs only where the addresses allow them, conversions between the
-// floating-point types, and outputs that go past the CPU's caches.
+// Element-wise passes over long vectors: packs where the addresses allow them, conversions between floating-point
+// types, and outputs that bypass the CPU's caches.
 #pragma once
 #include "polder.cuh"
 
@@ -39,8 +39,8 @@ struct Same<A, A> {
     static constexpr bool value = true;
 };
 
-/// x as a float whose last bit says that something was cut off. Rounding it once more to a type at least two bits narrower
-/// than float gives what rounding x directly would.
+/// x as a float whose last bit says that something was cut off. Rounding it once more to a type at least two bits
+/// narrower than float gives what rounding x directly would.
 __device__ __forceinline__ float round_to_odd(double x) {
     const float nearest = float(x);
     const double back = double(nearest);
@@ -112,7 +112,7 @@ __device__ __forceinline__ void put(S* p, uint64_t i, const Pack<T, V>& pack) {
     }
 }
 
-// ---- Products whose bits do not depend on what the GPU's compiler contracts around them --------------------------------
+// ---- Products whose bits do not depend on what the GPU's compiler contracts around them -----------------------------
 
 /// a b, rounded.
 template <class T>
@@ -142,15 +142,16 @@ struct Outputs {
 };
 
 #if defined(POLDER_HOST)
-/// An output of more bytes than this has left the caches before anyone reads it.
+/// An output of more bytes than this leaves the caches before it is read.
 constexpr uint64_t kStreamBytes = uint64_t(16) << 20;
 
-/// Copies elements from the stack to memory past the caches, which spares reading each line before it is overwritten.
+/// Copies elements from the stack to memory and bypasses the caches, which avoids reading each line before it is
+/// overwritten.
 template <class D>
 __forceinline__ void stream_copy(D* out, const D* stage, uint64_t count) {
     uint64_t done = 0;
 #if defined(__SSE2__) || (defined(__clang__) && defined(__aarch64__))
-    // Whole cache lines only: a part of a line would be merged in memory, at many times the cost.
+    // Only whole cache lines: a part of a line would have to be merged in memory, which costs many times as much.
     typedef float Line __attribute__((vector_size(16)));
     if ((reinterpret_cast<uintptr_t>(out) & 63) == 0) {
         done = count * sizeof(D) / 64 * 64 / sizeof(D);
@@ -168,7 +169,7 @@ __forceinline__ void stream_copy(D* out, const D* stage, uint64_t count) {
     for (uint64_t i = done; i < count; ++i) out[i] = stage[i];
 }
 
-/// Makes what was streamed visible to the other cores before the block is reported as done.
+/// Makes streamed data visible to the other cores before the block is reported as done.
 __forceinline__ void stream_fence() {
 #if defined(__SSE2__)
     __builtin_ia32_sfence();
@@ -176,13 +177,13 @@ __forceinline__ void stream_fence() {
 }
 #endif
 
-/// A pass over [0, n) that writes N vectors which it does not read: calls f(Width<V>{}, i, o, outputs), which writes to
-/// index o of the outputs what belongs at index i. `packs` as in `for_each_pack_if`.
+/// A pass over [0, n) that writes N vectors without reading them. It calls f(Width<V>{}, i, o, outputs), which writes
+/// the elements of index i to index o of the outputs. `packs` is as in `for_each_pack_if`.
 template <int V, class D, int N, class F>
 __device__ __forceinline__ void for_each_output(bool packs, uint64_t n, const Outputs<D, N>& outputs, F f) {
 #if defined(POLDER_HOST)
     if (blockDim.x == 1 && n * sizeof(D) > kStreamBytes) {
-        // Four lines at a time: with more, the core's loads and the memory's writes no longer overlap.
+        // Four lines at a time: with more, loads and writes to memory no longer overlap.
         constexpr uint64_t kStage = 256 / sizeof(D);
         alignas(64) D stage[N][kStage];
         Outputs<D, N> staged;

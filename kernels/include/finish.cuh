@@ -1,5 +1,5 @@
-// What is done to a gradient where its last stage writes it, whichever kernel that is: the loss scale is taken out, a flag raised
-// where an element is not finite, and squares summed for its norm, which then costs no pass of its own.
+// The last stage of a gradient, in whichever kernel writes it for the last time: it divides by the loss scale, raises a
+// flag if an element is not finite, and sums squares for the norm, which then needs no pass of its own.
 #pragma once
 #include "polder.cuh"
 
@@ -14,12 +14,12 @@ __device__ __forceinline__ uint32_t exponent_overflow(double x) {
 }
 
 struct FinishArgs {
-    const double* scale;  // the loss scale; null where there is none
-    uint32_t* flag;       // becomes 1 where something is not finite; null where this is not the last stage
-    double* squares;      // where the launch's partial sums of squares begin; null where no norm is asked for
+    const double* scale;  // the loss scale; null if there is none
+    uint32_t* flag;       // becomes 1 if an element is not finite; null if this is not the last stage
+    double* squares;      // the launch's partial sums of squares; null if no norm is wanted
 };
 
-/// What a thread has seen of the elements it finished.
+/// The elements that a thread has finished.
 template <class T>
 struct Finished {
     T inverse;
@@ -28,12 +28,12 @@ struct Finished {
     __device__ __forceinline__ explicit Finished(const FinishArgs& a)
         : inverse(a.scale != nullptr ? T(1.0 / a.scale[0]) : T(1)) {}
 
-    /// The element without the loss scale: a power of two, so exact but for what becomes subnormal.
+    /// The element without the loss scale. This is a power of two, so the result is exact unless it is subnormal.
     __device__ __forceinline__ T value(T scaled) {
         seen |= exponent_overflow(scaled);
         return scaled * inverse;
     }
-    /// Every thread that writes writes the same value.
+    /// All threads that write write the same value.
     __device__ __forceinline__ void raise(const FinishArgs& a) const {
         if (seen >> 31 && a.flag != nullptr) atomicOr(a.flag, 1u);
     }

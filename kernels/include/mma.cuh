@@ -1,13 +1,13 @@
-// Tensor cores and the copies that feed them: mma, ldmatrix and cp.async as PTX on the GPU, and with their meaning on the CPU.
+// Tensor cores and the copies that feed them: mma, ldmatrix and cp.async, as PTX on the GPU and emulated on the CPU.
 //
-// Fragments are those of the PTX ISA. With group = lane / 4 and member = lane % 4, a lane holds of a product of 16 x K by
-// K x 8, where K = 16 for 16-bit elements (two in a register) and 8 for TF32 (one in a register):
+// Fragments are those of the PTX ISA. The product is of 16 x K by K x 8, where K = 16 for 16-bit elements (two in a
+// register) and 8 for TF32 (one in a register). With group = lane / 4 and member = lane % 4, a lane holds:
 //
-//   a[0 ... 3]: row group (group + 8 in a[1] and a[3]), register `member` of the row's lower half (upper in a[2] and a[3])
-//   b[0 ... 1]: column group, register `member` of the column's lower half (upper in b[1])
-//   c[0 ... 3]: row group (group + 8 in c[2] and c[3]), columns 2 member and 2 member + 1
+//   a[0 ... 3]: row group (group + 8 in a[1] and a[3]), register `member` of the row's lower half (upper in a[2] and
+//   a[3]) b[0 ... 1]: column group, register `member` of the column's lower half (upper in b[1]) c[0 ... 3]: row group
+//   (group + 8 in c[2] and c[3]), columns 2 member and 2 member + 1
 //
-// The hardware leaves open in which order, and how rounded, one mma adds its products to c. On the CPU their sum is taken in
+// The order and rounding in which one mma adds its products to c are not specified. On the CPU their sum is computed in
 // double and rounded once.
 #pragma once
 #include "polder.cuh"
@@ -16,7 +16,7 @@ namespace {
 
 // ---- mma -----------------------------------------------------------------------------------------------------------
 
-/// What the tensor cores see of a stored type: `float` stands for TF32, rounded by `to_tf32` before.
+/// A stored type on the tensor cores. `float` stands for TF32; `to_tf32` rounds it before.
 template <class T>
 struct Tensor {
     /// Elements in a register, in the depth of one mma, and in 16 bytes, the unit of copies.
@@ -31,7 +31,7 @@ __forceinline__ float polder_operand(__half, uint32_t bits, int half) {
 __forceinline__ float polder_operand(__nv_bfloat16, uint32_t bits, int half) {
     return __bfloat162float(__ushort_as_bfloat16(static_cast<unsigned short>(bits >> (16 * half))));
 }
-/// The instruction takes 19 bits. More mean that a rounding is missing, which shows as NaN.
+/// The instruction reads 19 bits. If others are set, a rounding is missing: the result is NaN.
 __forceinline__ float polder_operand(float, uint32_t bits, int) {
     return __uint_as_float((bits & 0x1fffu) == 0 ? bits : 0x7fffffffu);
 }
@@ -139,8 +139,8 @@ inline void polder_ldmatrix_warp(unsigned, void* const* slots) {
     }
 }
 
-/// Four matrices of 8 rows of 16 bytes in shared memory: lane l names row l % 8 of matrix l / 8. Of each, it gets the two
-/// 16-bit elements (or the one of 32 bits) 2 (l % 4) and 2 (l % 4) + 1 of row l / 4, transposed: of column l / 4.
+/// Four matrices of 8 rows of 16 bytes in shared memory: lane l names row l % 8 of matrix l / 8. Of each, it gets the
+/// two 16-bit elements (or the one of 32 bits) 2 (l % 4) and 2 (l % 4) + 1 of row l / 4, transposed: of column l / 4.
 template <bool TRANSPOSED>
 inline void ldmatrix(const void* row, uint32_t (&matrices)[4]) {
     if (reinterpret_cast<uintptr_t>(row) % 16 != 0) polder_misuse("ldmatrix", "a row that is not aligned to 16 bytes");
@@ -150,8 +150,8 @@ inline void ldmatrix(const void* row, uint32_t (&matrices)[4]) {
 
 #else
 
-/// Four matrices of 8 rows of 16 bytes in shared memory: lane l names row l % 8 of matrix l / 8. Of each, it gets the two
-/// 16-bit elements (or the one of 32 bits) 2 (l % 4) and 2 (l % 4) + 1 of row l / 4, transposed: of column l / 4.
+/// Four matrices of 8 rows of 16 bytes in shared memory: lane l names row l % 8 of matrix l / 8. Of each, it gets the
+/// two 16-bit elements (or the one of 32 bits) 2 (l % 4) and 2 (l % 4) + 1 of row l / 4, transposed: of column l / 4.
 template <bool TRANSPOSED>
 __device__ __forceinline__ void ldmatrix(const void* row, uint32_t (&matrices)[4]) {
     if constexpr (TRANSPOSED) {
@@ -171,10 +171,10 @@ __device__ __forceinline__ void ldmatrix(const void* row, uint32_t (&matrices)[4
 
 // ---- cp.async ------------------------------------------------------------------------------------------------------
 
-/// A thread's copies of 16 bytes from global to shared memory that are still under way. They are committed in groups, and a
-/// group's bytes are there for the thread once it has waited for the group, and for others after a barrier as well.
+/// A thread's pending copies of 16 bytes from global to shared memory. They are committed in groups. The bytes of a
+/// group are visible to the thread after it has waited for the group, and to other threads after a barrier too.
 ///
-/// On the CPU a copy happens when it is waited for, as late as it can; until then its destination reads as NaN.
+/// On the CPU a copy happens as late as allowed, when it is waited for. Until then its destination reads as NaN.
 struct AsyncCopies {
 #if defined(POLDER_HOST)
     struct Copy {
@@ -187,7 +187,7 @@ struct AsyncCopies {
     int count = 0, group = 0;
 
     /// Copies 16 bytes, or writes 16 zeros if `there` is false: then nothing is read, and `from` need only be aligned.
-    /// L1 keeps what is likely to be read again by the same block.
+    /// With L1, the cache keeps the data, because the block is likely to read it again.
     template <bool L1>
     void copy(void* to, const void* from, bool there) {
         const uintptr_t addresses = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
@@ -197,7 +197,7 @@ struct AsyncCopies {
         pending[count++] = {to, there ? from : nullptr, group};
     }
     void commit() { ++group; }
-    /// Waits until at most the LATEST groups committed last are under way.
+    /// Waits until only the LATEST most recent groups are pending.
     template <int LATEST>
     void wait() {
         int left = 0;
@@ -215,7 +215,7 @@ struct AsyncCopies {
     }
 #else
     /// Copies 16 bytes, or writes 16 zeros if `there` is false: then nothing is read, and `from` need only be aligned.
-    /// L1 keeps what is likely to be read again by the same block.
+    /// With L1, the cache keeps the data, because the block is likely to read it again.
     template <bool L1>
     __device__ __forceinline__ void copy(void* to, const void* from, bool there) {
         const int bytes = there ? 16 : 0;
@@ -230,7 +230,7 @@ struct AsyncCopies {
         }
     }
     __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-    /// Waits until at most the LATEST groups committed last are under way.
+    /// Waits until only the LATEST most recent groups are pending.
     template <int LATEST>
     __device__ __forceinline__ void wait() {
         asm volatile("cp.async.wait_group %0;" ::"n"(LATEST) : "memory");

@@ -1,9 +1,9 @@
 // Philox4x32-10, the counter-based random generator of Salmon, Moraes, Dror and Shaw 2011, "Parallel Random Numbers: As
 // Easy as 1, 2, 3", and numbers made from its bits: uniform, normal, ±1.
 //
-// The element at position p of a stream is word p % 4 of the block whose counter is p / 4 and whose key is the seed: a
-// function of seed and position alone. The normal numbers have the same bits on every device, because each operation
-// below is a single rounding that no compiler may contract, and logarithm, sine and cosine are the polynomials here.
+// The element at position p of a stream is word p % 4 of the block whose counter is p / 4 and whose key is the seed, so
+// it depends only on seed and position. The normal numbers have the same bits on every device: each operation below is
+// a single rounding that no compiler may contract, and logarithm, sine and cosine are the polynomials here.
 #pragma once
 #include "polder.cuh"
 
@@ -44,7 +44,7 @@ __device__ __forceinline__ uint32_t philox_word(uint64_t seed, uint64_t position
 // ---- Operations of one rounding each -------------------------------------------------------------------------------
 
 #if defined(POLDER_HOST)
-// The host compiler is told not to contract.
+// The host compiler does not contract: build.rs forbids it.
 __device__ __forceinline__ float exact_add(float a, float b) { return a + b; }
 __device__ __forceinline__ float exact_mul(float a, float b) { return a * b; }
 __device__ __forceinline__ float exact_div(float a, float b) { return a / b; }
@@ -76,8 +76,8 @@ __device__ __forceinline__ float float_from(uint32_t bits) {
 
 /// −ln((bits + 1)/2^32), within a few units in the last place: 0 to 22.18.
 __device__ __forceinline__ float negative_log_from(uint32_t bits) {
-    // u = (bits + 1)/2^32 = 2^e (1 + f) with 1 + f between sqrt(1/2) and sqrt(2). Near 1, where ln u ≈ u − 1 loses all that
-    // rounding u would cut off, f comes from the distance to 1 instead, which is exact before it is rounded.
+    // u = (bits + 1)/2^32 = 2^e (1 + f) with 1 + f between sqrt(1/2) and sqrt(2). Near 1, ln u ≈ u − 1 would lose the
+    // bits that rounding u cuts off, so f is computed from the distance to 1, which is exact before it is rounded.
     const bool near_one = bits >= 0xB504F333u;  // sqrt(1/2) 2^32
     const float scaled = float_from(near_one ? ~bits : bits + 1u);
     const uint32_t pattern = __float_as_uint(scaled);
@@ -86,7 +86,8 @@ __device__ __forceinline__ float negative_log_from(uint32_t bits) {
     const float mantissa = __uint_as_float((shifted & 0x007fffffu) + 0x3f3504f3u);
     const float f = near_one ? exact_mul(scaled, -0x1p-32f) : exact_add(mantissa, -1.0f);
     const float e = near_one ? 0.0f : float(exponent - 32);
-    // ln(1 + f) = 2 atanh(s) = 2s (1 + s²/3 + s⁴/5 + ...) with s = f/(2 + f), |s| <= 0.172: the next term is below 2^-32.
+    // ln(1 + f) = 2 atanh(s) = 2s (1 + s²/3 + s⁴/5 + ...) with s = f/(2 + f), |s| <= 0.172: the next term is below
+    // 2^-32.
     const float s = exact_div(f, exact_add(2.0f, f)), z = exact_mul(s, s);
     float series = mul_add(z, 2.0f / 11.0f, 2.0f / 9.0f);
     series = mul_add(z, series, 2.0f / 7.0f);
@@ -128,8 +129,8 @@ struct NormalPair {
     float first, second;
 };
 
-/// Two independent standard normal numbers from two words, by Box and Muller's transform: sqrt(−2 ln u) times the cosine and
-/// the sine of 2πv, with u = (bits0 + 1)/2^32 and v = bits1/2^32. None is beyond 6.66.
+/// Two independent standard normal numbers from two words, by Box and Muller's transform: sqrt(−2 ln u) times the
+/// cosine and the sine of 2πv, with u = (bits0 + 1)/2^32 and v = bits1/2^32. Their magnitude is at most 6.66.
 __device__ __forceinline__ NormalPair normal_from(uint32_t bits0, uint32_t bits1) {
     const float negative_log = negative_log_from(bits0);
     const float radius = exact_sqrt(exact_add(negative_log, negative_log));

@@ -1,10 +1,10 @@
-// What the layers over images share: loops over pixels and channels, windows, and gradients that are written or added.
+// Code that layers over images share: loops over pixels and channels, windows, and gradients that are written or added.
 #pragma once
 #include "elementwise.cuh"
 
 namespace {
 
-/// Writes a gradient, or adds it to what is there.
+/// Writes a gradient, or adds it.
 template <class S, class T, int W>
 __device__ __forceinline__ void store_gradient(S* dx, uint64_t i, Pack<T, W> gradient, bool accumulate) {
     if (accumulate) {
@@ -15,8 +15,8 @@ __device__ __forceinline__ void store_gradient(S* dx, uint64_t i, Pack<T, W> gra
     put(dx, i, gradient);
 }
 
-/// Calls `f(pixel)(Width<V>{}, c)` for V neighbouring channels c, c + 1, ... of each pixel; what depends on the pixel
-/// alone is computed in the first call. `packs` says whether the channels and addresses allow packs of V.
+/// Calls `f(pixel)(Width<V>{}, c)` for V neighbouring channels c, c + 1, ... of each pixel. What depends only on the
+/// pixel is computed in the first call. `packs`: whether the channels and addresses allow packs of V.
 template <int V, class F>
 __device__ __forceinline__ void for_each_pixel(uint32_t pixels, uint32_t channels, bool packs, const F& f) {
 #if defined(POLDER_HOST)

@@ -1,7 +1,8 @@
 // What every kernel source includes first: the kernel convention, index ranges and wide loads.
 //
-// A kernel takes one plain struct by value and is registered with POLDER_KERNEL(name, function, args). The same source is
-// compiled by nvcc for the GPU and by the host compiler for the CPU (kernels/host/simt.hpp gives it CUDA semantics there).
+// A kernel takes one plain struct by value and is registered with POLDER_KERNEL(name, function, args). build.rs writes
+// the struct as Rust. The same source is compiled by nvcc for the GPU and by the host compiler for the CPU
+// (kernels/host/simt.hpp gives it CUDA semantics there).
 #pragma once
 #include "constants.cuh"
 
@@ -10,8 +11,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// Asking for one resident block keeps ptxas from spilling registers for occupancy. POLDER_RESIDENT_KERNEL asks for BLOCKS resident
-// blocks of kBlockThreads threads.
+// Asking for one resident block keeps ptxas from spilling registers for occupancy. POLDER_RESIDENT_KERNEL asks for
+// BLOCKS resident blocks of kBlockThreads threads.
 #define POLDER_KERNEL(NAME, FUNCTION, ARGS) POLDER_RESIDENT_KERNEL(NAME, FUNCTION, ARGS, 1)
 #define POLDER_RESIDENT_KERNEL(NAME, FUNCTION, ARGS, BLOCKS)                                                      \
     extern "C" __global__ void __launch_bounds__(kBlockThreads, BLOCKS) NAME(const __grid_constant__ ARGS args) { \
@@ -27,16 +28,17 @@
 #define POLDER_HOST 1
 #include "../host/simt.hpp"
 #define POLDER_RESIDENT_KERNEL(NAME, FUNCTION, ARGS, BLOCKS) POLDER_KERNEL(NAME, FUNCTION, ARGS)
-// gcc and clang unroll these short fixed loops by themselves once they are inlined.
+// gcc and clang unroll these short fixed loops themselves.
 #define POLDER_UNROLL
 #endif
 
 namespace {
 
 #if defined(__CUDACC__)
-/// How every kernel begins. A launch on Hopper may put its blocks in place while the last ones of the kernel before still run
-/// (programmatic dependent launch): they wait here until all its memory can be seen. Then the kernel after this one may come as
-/// near. src/device/cuda.rs launches code in this way only if it was compiled for 9.0 or later, and so waits.
+/// Every kernel begins with this. On Hopper, the blocks of a launch may start while the last blocks of the previous
+/// kernel still run (programmatic dependent launch). They wait here until that kernel is done and its writes are
+/// visible. After that, the next kernel may start in the same way. src/device/cuda.rs launches code like this only if
+/// it was compiled for 9.0 or later, so that it waits.
 __device__ __forceinline__ void polder_begin() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -45,7 +47,7 @@ __device__ __forceinline__ void polder_begin() {
 }
 #endif
 
-/// `V` neighbours, loaded and stored as one 16-byte access where V * sizeof(T) is 16.
+/// `V` neighbours. If V * sizeof(T) is 16, they are loaded and stored by one 16-byte access.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {
     T v[V];
@@ -61,15 +63,15 @@ __device__ __forceinline__ void store(T* p, uint64_t i, const Pack<T, V>& pack) 
     *reinterpret_cast<Pack<T, V>*>(p + i) = pack;
 }
 
-/// How many neighbours an index function is asked to handle; a compile-time constant.
+/// The number of neighbours that an index function handles, as a compile-time constant.
 template <int V>
 struct Width {
     static constexpr int value = V;
 };
 
-/// This thread's share of [0, n), one index at a time.
-/// On the GPU neighbouring threads take neighbouring indices; in the CPU's shape (one thread a block) a block takes one
-/// contiguous chunk, so that the loop vectorises and a core streams through memory.
+/// This thread's share of [0, n), one index at a time. On the GPU neighbouring threads take neighbouring indices. In
+/// the CPU's shape (one thread per block) a block takes one contiguous chunk, so that the loop vectorises and a core
+/// streams through memory.
 template <class F>
 __device__ __forceinline__ void for_each_index(uint64_t n, F f) {
 #if defined(POLDER_HOST)
@@ -84,8 +86,8 @@ __device__ __forceinline__ void for_each_index(uint64_t n, F f) {
     for (uint64_t i = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += stride) f(i);
 }
 
-/// As `for_each_index`, but in packs: calls `f(Width<V>{}, i)` for every V neighbours that start at i (a multiple of V) and
-/// `f(Width<1>{}, i)` for the tail. On the CPU the packs have width 1: the compiler chooses the vector width.
+/// Like `for_each_index`, but in packs: calls `f(Width<V>{}, i)` for every V neighbours that start at i (a multiple of
+/// V) and `f(Width<1>{}, i)` for the tail. On the CPU the packs have width 1: the compiler chooses the vector width.
 template <int V, class F>
 __device__ __forceinline__ void for_each_pack(uint64_t n, F f) {
 #if defined(POLDER_HOST)

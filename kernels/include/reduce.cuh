@@ -1,9 +1,9 @@
 // Deterministic reductions over a warp, a block and a grid.
 //
-// No float atomics: every sum is taken in an order that depends on the launch shape alone, so the same inputs give the
-// same bits on every run. A grid is reduced in two stages: each block writes one partial result, and a second kernel of
-// one block combines them. In the CPU's shape (one thread a block) the block functions return their argument, and
-// `serial_sums` does the work; no warp operation is used there.
+// There are no float atomics: the order of every sum depends only on the launch shape, so the same inputs give the same
+// bits on every run. A grid is reduced in two stages: each block writes one partial result, and a second kernel of one
+// block combines them. In the CPU's shape (one thread per block) the block functions return their argument, and
+// `serial_sums` does the work without warp operations.
 #pragma once
 #include "elementwise.cuh"
 
@@ -23,7 +23,8 @@ struct Maximum {
     }
 };
 
-/// K sums that are taken together, in double precision: a product of two floats is exact there, and nothing overflows.
+/// K sums that are computed together, in double precision: a product of two floats is exact there, and nothing
+/// overflows.
 template <int K>
 struct Sums {
     double v[K];
@@ -36,12 +37,12 @@ struct Sums {
 
 __device__ __forceinline__ unsigned block_threads() { return blockDim.x * blockDim.y * blockDim.z; }
 
-/// This thread's number in its block, x running fastest.
+/// The thread's number in its block. x varies fastest.
 __device__ __forceinline__ unsigned thread_in_block() {
     return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
 }
 
-/// Combines the values of WIDTH neighbouring lanes (a power of two); every one of them gets the result, in the same bits.
+/// Combines the values of WIDTH neighbouring lanes (a power of two). Each of them gets the result, with the same bits.
 /// All 32 lanes must call it.
 template <class Op, int WIDTH = 32, class T>
 __device__ __forceinline__ T warp_reduce(T value) {
@@ -64,8 +65,8 @@ __device__ __forceinline__ T warp_max(T value) {
 
 constexpr int kMaxWarpsPerBlock = int(kBlockThreads) / 32;
 
-/// Combines K values per thread over the block; every thread gets the results, in the same bits. All threads of the block
-/// must call it; the block has one thread, or a multiple of 32 up to 256.
+/// Combines K values per thread over the block. Every thread gets the results, with the same bits. All threads of the
+/// block must call it, and the block must have one thread, or a multiple of 32 up to kBlockThreads.
 template <class Op, int K, class T>
 __device__ __forceinline__ void block_reduce(T (&values)[K]) {
     if (block_threads() == 1) return;
@@ -92,8 +93,8 @@ __device__ __forceinline__ Sums<K> block_sum(Sums<K> sums) {
     return sums;
 }
 
-/// The sum of f(i), a `Sums<K>`, over [begin, end) by one thread; for the CPU's shape. 32 partial sums, whatever the
-/// instruction set, let the compiler vectorise it without reordering anything.
+/// The sum of f(i), a `Sums<K>`, over [begin, end) by one thread, for the CPU's shape. With 32 partial sums on every
+/// instruction set, the compiler can vectorise it without reordering anything.
 template <int K, class F>
 __device__ __forceinline__ Sums<K> serial_sums(uint64_t begin, uint64_t end, F f) {
     constexpr int kLanes = 32;
@@ -113,8 +114,8 @@ __device__ __forceinline__ Sums<K> serial_sums(uint64_t begin, uint64_t end, F f
     return sums;
 }
 
-/// The sum of f(x[i], y[i], ...) over this block's share of [0, n); every thread of the block gets it. f takes one element
-/// of each vector as a double and returns a `Sums<K>`.
+/// The sum of f(x[i], y[i], ...) over this block's share of [0, n). Every thread of the block gets it. f takes one
+/// element of each vector as a double and returns a `Sums<K>`.
 template <int K, class F, class T, class... Rest>
 __device__ __forceinline__ Sums<K> block_sums_of(uint64_t n, F f, const T* x, const Rest*... rest) {
 #if defined(POLDER_HOST)
@@ -138,7 +139,7 @@ __device__ __forceinline__ Sums<K> block_sums_of(uint64_t n, F f, const T* x, co
     return block_sum(sums);
 }
 
-/// The sum of f(i), a `Sums<K>`, over this block's share of [0, n); every thread of the block gets it.
+/// The sum of f(i), a `Sums<K>`, over this block's share of [0, n). Every thread of the block gets it.
 template <int K, class F>
 __device__ __forceinline__ Sums<K> block_sums_of_index(uint64_t n, F f) {
 #if defined(POLDER_HOST)
@@ -151,7 +152,7 @@ __device__ __forceinline__ Sums<K> block_sums_of_index(uint64_t n, F f) {
     return block_sum(sums);
 }
 
-/// Stage one of a grid's reduction: block b leaves its sums in partials[b * K ...].
+/// The first stage of a grid's reduction: block b leaves its sums in partials[b * K ...].
 template <int K>
 __device__ __forceinline__ void store_partials(double* partials, const Sums<K>& sums) {
     if (thread_in_block() == 0) {
@@ -159,7 +160,7 @@ __device__ __forceinline__ void store_partials(double* partials, const Sums<K>& 
     }
 }
 
-/// Stage two, by one block: the sums of all the partials; every thread of the block gets them.
+/// The second stage, by one block: the sums of all partials. Every thread of the block gets them.
 template <int K>
 __device__ __forceinline__ Sums<K> sum_partials(const double* partials, unsigned count) {
     Sums<K> sums = {};

@@ -1,11 +1,11 @@
-// Which block of a launch is the last to come: it goes on with what all of them have left, and no launch more is needed.
+// Determines the last block of a launch. It continues with the results of all blocks, which saves another launch.
 #pragma once
 #include "polder.cuh"
 
 namespace {
 
-/// Whether this block is the last of `count` to come here. If so, it sees all that the others wrote before they came, and the
-/// ticket is zero again for the next launch.
+/// Whether this block is the last of `count` that calls this. If so, it sees everything that the others wrote before
+/// their calls, and the ticket is zero again, for the next launch.
 __device__ __forceinline__ bool is_last_block(uint32_t* ticket, uint32_t count) {
     __shared__ uint32_t last;
     __threadfence();

@@ -1,6 +1,7 @@
-// Counts what kernels ask of memory, for which no chip is needed: sectors of 32 bytes that a warp's access to global memory touches, and
-// wavefronts that one to shared memory takes, each beside the least that would have served. With DRIVER_COUNT=FILE they are written there
-// when the process ends, a line for each kernel and for each of its instructions that accessed memory; count.py makes tables of that.
+// Counts the kernels' accesses to memory: sectors of 32 bytes for accesses of warps to global memory, and wavefronts
+// for those to shared memory, each with the minimum. With DRIVER_COUNT=FILE the counts are written there when the
+// process ends, with a line for each kernel and for each of its instructions that accessed memory. count.py prints
+// tables of them.
 #include <algorithm>
 #include <cinttypes>
 #include <cstdio>
@@ -22,7 +23,7 @@ struct Totals {
     std::map<std::string, Total> by_name;
 };
 
-/// Never destroyed: it is written at the process's end.
+/// Never destroyed: it is written when the process ends.
 Totals& totals() {
     static Totals& all = *new Totals;
     return all;
@@ -36,7 +37,7 @@ void add(Count& to, const Count& from) {
     to.least_wavefronts += from.least_wavefronts;
 }
 
-/// Kernels live as long as the driver, which was there before this was asked for.
+/// Kernels live as long as the driver, which exists longer than this.
 void write() {
     std::lock_guard lock(totals().mutex);
     FILE* file = fopen(getenv("DRIVER_COUNT"), "w");
@@ -55,7 +56,8 @@ void write() {
     if (fclose(file) != 0) fail("DRIVER_COUNT: %s cannot be written", getenv("DRIVER_COUNT"));
 }
 
-/// Wavefronts of an access to shared memory: as many lanes at once as have 128 bytes, and again for every other word in a bank.
+/// Wavefronts of an access to shared memory: at a time as many lanes as access 128 bytes, and one more for each further
+/// word in a bank.
 uint32_t wavefronts(const uint64_t (&addresses)[LANES], uint32_t mask, uint32_t bytes, bool least) {
     constexpr uint32_t WORD = 4, BANKS = 32;
     const int at_once = std::min<int>(LANES, int(BANKS * WORD / bytes));
@@ -76,7 +78,7 @@ uint32_t wavefronts(const uint64_t (&addresses)[LANES], uint32_t mask, uint32_t 
     return result;
 }
 
-/// How many different units of `size` bytes an access touches.
+/// The number of different units of `size` bytes in an access.
 uint32_t touched(const uint64_t (&addresses)[LANES], uint32_t mask, uint32_t bytes, uint32_t size) {
     std::vector<uint64_t> units;
     for_lanes(mask, [&](int lane) {
@@ -102,7 +104,7 @@ void count_access(Count& count, uint32_t mask, const uint64_t (&addresses)[LANES
     } else if (space == Space::kGlobal) {
         constexpr uint32_t SECTOR = 32;
         (writes ? count.written : count.read) += touched(addresses, mask, bytes, SECTOR);
-        // As if the bytes that were asked for lay side by side.
+        // The minimum: as if the bytes were contiguous.
         count.least_sectors += (touched(addresses, mask, bytes, 1) + SECTOR - 1) / SECTOR;
     }
 }

@@ -1,10 +1,11 @@
-// A CUDA driver (libcuda) without a GPU: as much of it as src/device/cuda.rs calls, for one device, whose kernels are interpreted.
+// A CUDA driver (libcuda) without a GPU: the functions that src/device/cuda.rs calls, for one device whose kernels are
+// interpreted.
 //
-// Work that is asked for runs as late as it may, when somebody waits for it, and streams and a graph's branches take turns at random
-// (DRIVER_SEED): whoever forgot to wait, or lets go of memory too early, reads or writes something else than on a slow day.
-// A misuse that a real driver might let pass ends the process with what it was.
+// Work runs as late as allowed, when something waits for it, and streams and the branches of a graph take turns at
+// random (DRIVER_SEED). So a missing wait, or memory that is freed too early, leads to wrong results. Misuse that a
+// real driver might accept ends the process with a message.
 //
-// DRIVER_IMAGES names a folder with the kernels: for every NAME.fatbin that is loaded, its PTX as NAME.ptx.
+// DRIVER_IMAGES is a folder with the kernels: for every NAME.fatbin that is loaded, its PTX as NAME.ptx.
 #include <cuda.h>
 
 #include <algorithm>
@@ -38,7 +39,7 @@ struct Graph {
     bool is_complete = false;
 };
 
-/// Something that a stream does: a piece of work, waiting for an event, or a graph's nodes one by one.
+/// An item of a stream: a piece of work, a wait for an event, or the nodes of a graph one by one.
 struct Item {
     Work work;
     std::shared_ptr<bool> waits_for;
@@ -49,11 +50,11 @@ struct Item {
 
 struct Stream {
     std::deque<Item> items;
-    /// The graph being captured, and the nodes that the next one comes after.
+    /// The graph being captured, and the nodes on which the next one depends.
     std::shared_ptr<Graph> capture;
     bool began_capture = false;
     std::vector<int> last;
-    /// Whether the last thing it was given is a kernel, which the next one may be launched early behind.
+    /// Whether the last item is a kernel. Then the next kernel may be launched early.
     bool behind_kernel = false;
 };
 
@@ -61,12 +62,12 @@ struct Event {
     bool is_timed = false;
     std::shared_ptr<bool> passed = std::make_shared<bool>(true);
     std::shared_ptr<double> time = std::make_shared<double>(0.0);
-    /// Recorded in a capture: the place in its graph.
+    /// The position in the graph, for an event that was recorded in a capture.
     std::shared_ptr<Graph> capture;
     std::vector<int> last;
 };
 
-/// A kernel of a loaded module, with the most shared memory that it may be launched with so far.
+/// A kernel of a loaded module, with the current limit of its shared memory.
 struct Function {
     std::shared_ptr<const Kernel> kernel;
     uint32_t shared_limit = 48 << 10;
@@ -87,14 +88,14 @@ std::map<const char*, size_t> page_locked;
 std::mt19937 dice(uint32_t(setting("DRIVER_SEED", 0)));
 char context;
 
-/// How every call begins that works in a context.
+/// Every call that needs a context begins with this.
 #define POLDER_DRIVER                                   \
     const std::lock_guard<std::mutex> lock(everything); \
     if (!has_context) fail("%s: this thread has no context", __func__)
 
 double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-/// Takes one step of a stream's first item; whether there was one to take.
+/// Does one step of a stream's first item. Returns whether there was one.
 bool step(Stream& stream) {
     if (stream.items.empty()) return false;
     Item& item = stream.items.front();
@@ -163,7 +164,7 @@ std::string read_file(const std::filesystem::path& path) {
     return {std::istreambuf_iterator<char>(file), {}};
 }
 
-/// The kernels of a fatbin, by what it holds.
+/// The kernels of a fatbin, which is found by its content.
 const Kernels* find_kernels(const char* image) {
     static std::map<std::string, Kernels> known;
     const char* folder = getenv("DRIVER_IMAGES");
@@ -186,7 +187,7 @@ const Kernels* find_kernels(const char* image) {
 
 extern "C" {
 
-// ---- The driver and its device ---------------------------------------------------------------------------------------
+// ---- The driver and its device --------------------------------------------------------------------------------------
 
 CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
 CUresult cuDriverGetVersion(int* version) { return *version = 13000, CUDA_SUCCESS; }
@@ -261,7 +262,7 @@ CUresult cuMemHostAlloc(void** address, size_t bytes, unsigned) {
 }
 CUresult cuMemFreeHost(void* address) {
     POLDER_DRIVER;
-    if (page_locked.erase(static_cast<char*>(address)) == 0) fail("page-locked memory is freed that was not there");
+    if (page_locked.erase(static_cast<char*>(address)) == 0) fail("memory is freed that is not page-locked");
     free(address);
     return CUDA_SUCCESS;
 }
@@ -302,7 +303,7 @@ CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CU
     return CUDA_SUCCESS;
 }
 
-// ---- Streams and events ----------------------------------------------------------------------------------------------
+// ---- Streams and events ---------------------------------------------------------------------------------------------
 
 CUresult cuStreamCreate(CUstream* stream, unsigned) {
     POLDER_DRIVER;
@@ -374,7 +375,7 @@ CUresult cuStreamWaitEvent(CUstream handle, CUevent event_handle, unsigned) {
         stream.items.push_back({.work = {}, .waits_for = event.passed, .graph = {}, .done = {}});
         return CUDA_SUCCESS;
     }
-    // Waiting for an event of a capture is how a stream joins it.
+    // A stream joins a capture by a wait for one of its events.
     if (event.capture->is_complete) fail("a stream waits for an event of a capture that has ended");
     if (stream.capture == nullptr) {
         stream.capture = event.capture;
@@ -450,7 +451,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction handle, void*
             return CUDA_ERROR_INVALID_VALUE;
         if (!kernel.waits) fail("%s is launched early and does not wait", kernel.name.c_str());
         if (!stream.behind_kernel)
-            fail("%s is launched early, but not behind a kernel of its stream", kernel.name.c_str());
+            fail("%s is launched early, but not after a kernel of its stream", kernel.name.c_str());
     }
     const uint8_t* given = static_cast<const uint8_t*>(parameters[0]);
     submit(config->hStream,
@@ -481,7 +482,7 @@ CUresult cuStreamEndCapture(CUstream handle, CUgraph* graph) {
     if (!stream.began_capture) return CUDA_ERROR_ILLEGAL_STATE;
     const std::shared_ptr<Graph> captured = stream.capture;
     captured->is_complete = true;
-    // Every node must lead to this stream.
+    // This stream must depend on every node.
     std::set<int> joined(stream.last.begin(), stream.last.end());
     for (auto n = joined.rbegin(); n != joined.rend(); ++n) {
         const std::vector<int>& after = captured->nodes[*n].after;

@@ -1,5 +1,5 @@
-// What PTX instructions do that touch memory or a whole warp, by the layouts of the PTX ISA's chapters on mma, ldmatrix, shfl and
-// cp.async; written from those, not from the kernels.
+// The PTX instructions that access memory or work on a whole warp. The layouts are those of the PTX ISA's chapters on
+// mma, ldmatrix, shfl and cp.async, independent of the kernels.
 #include <immintrin.h>
 
 #include <atomic>
@@ -23,7 +23,8 @@ void fault(Warp& w, const Instruction& i, int lane, const char* format, ...) {
 
 namespace {
 
-/// Notes an access to shared memory, and fails where two threads touch the same bytes between two barriers, one of them writing.
+/// Records an access to shared memory. Fails if two threads access the same bytes between two barriers and one of them
+/// writes.
 void touch(Warp& w, const Instruction& i, uint32_t at, uint32_t bytes, bool writes, int thread) {
     Block& b = *w.block;
     for (uint32_t place = at / 2; place < (at + bytes + 1) / 2; ++place) {
@@ -55,7 +56,7 @@ uint64_t address_of(Warp& w, const Instruction& i, int lane) {
     return base + i.offset;
 }
 
-/// Where an access of one lane goes, once it is seen to be aligned and inside.
+/// The address of an access of one lane, after a check that it is aligned and inside an allocation.
 uint8_t* reach(Warp& w, const Instruction& i, int lane, uint64_t address, uint32_t bytes, Space space, bool writes) {
     const char* verb = writes ? "a store" : "a load";
     if (address % bytes != 0)
@@ -64,7 +65,7 @@ uint8_t* reach(Warp& w, const Instruction& i, int lane, uint64_t address, uint32
     switch (space) {
         case Space::kGlobal:
             if (!memory().has(address, bytes))
-                fault(w, i, lane, "%s of %u bytes at %lx, which is nobody's", verb, bytes, address);
+                fault(w, i, lane, "%s of %u bytes at %lx, which is outside of every allocation", verb, bytes, address);
             return reinterpret_cast<uint8_t*>(address);
         case Space::kShared:
             if (address > b.shared.size() || bytes > b.shared.size() - address) {
@@ -82,7 +83,7 @@ uint8_t* reach(Warp& w, const Instruction& i, int lane, uint64_t address, uint32
     return reinterpret_cast<uint8_t*>(address);
 }
 
-/// Counts an access, where that is asked for; `address` tells a lane's.
+/// Counts an access, if counting is on. `address` gives the address of a lane.
 template <class F>
 void count(Warp& w, const Instruction& i, uint32_t mask, uint32_t bytes, Space space, bool writes, F address) {
     std::vector<Count>& counts = w.block->counts;
@@ -137,7 +138,8 @@ float bits_to_float(uint32_t bits) {
 float half_of(uint32_t word, int half) { return _cvtsh_ss(uint16_t(word >> 16 * half)); }
 float brain_of(uint32_t word, int half) { return bits_to_float(half == 0 ? word << 16 : word & 0xffff0000u); }
 
-/// D = A B + C of 16 x K, K x 8 and 16 x 8; `element(word, half)` is an element of A or B, `PER_WORD` of which share a register.
+/// D = A B + C of 16 x K, K x 8 and 16 x 8. `element(word, half)` is an element of A or B, of which a register holds
+/// `PER_WORD`.
 template <int K, int PER_WORD, class F>
 void multiply(Warp& w, const Instruction& i, uint32_t mask, F element) {
     whole_warp(w, i, mask);
@@ -226,8 +228,8 @@ void atomic_or(Warp& w, const Instruction& i, uint32_t mask) {
     atomic(w, i, mask, [](uint32_t* at, uint32_t b) { return __atomic_fetch_or(at, b, __ATOMIC_SEQ_CST); });
 }
 
-/// A copy arrives as late as it may, when it is waited for; until then its destination holds rubbish. To shared memory it is a write
-/// when it begins and when it ends.
+/// A copy arrives as late as allowed, when it is waited for. Until then its destination has arbitrary content. It
+/// counts as a write to shared memory when it begins and when it ends.
 void copy_async(Warp& w, const Instruction& i, uint32_t mask) {
     const auto given_to = [&](int lane) { return i.c == NOWHERE ? i.bytes : w.row<uint32_t>(i.c)[lane]; };
     const auto source_of = [&](int lane) { return w.row<uint64_t>(i.a)[lane] + i.offset; };
@@ -291,7 +293,7 @@ void load_matrices_transposed(Warp& w, const Instruction& i, uint32_t mask) { ma
 
 void mma_f16(Warp& w, const Instruction& i, uint32_t mask) { multiply<16, 2>(w, i, mask, half_of); }
 void mma_bf16(Warp& w, const Instruction& i, uint32_t mask) { multiply<16, 2>(w, i, mask, brain_of); }
-/// The chip reads 19 bits of a TF32 operand: whoever did not round gets it cut.
+/// A GPU reads 19 bits of a TF32 operand: without rounding, it is truncated.
 void mma_tf32(Warp& w, const Instruction& i, uint32_t mask) {
     multiply<8, 1>(w, i, mask, [](uint32_t word, int) { return bits_to_float(word & ~0x1fffu); });
 }

@@ -1,4 +1,4 @@
-// The device's memory, and how faults are reported.
+// The device's memory, and the report of faults.
 #include "ptx.hpp"
 
 #include <sys/mman.h>
@@ -45,7 +45,7 @@ uint64_t Memory::allocate(uint64_t bytes) {
     const std::lock_guard guard(mutex_);
     if (bytes > CAPACITY - used_) return 0;
     const uint64_t offset = next_;
-    // A granule of nobody's lies behind every allocation.
+    // A free granule follows every allocation.
     next_ += (bytes + GRANULE - 1) / GRANULE * GRANULE + GRANULE;
     if (next_ > SPACE) fail("all addresses have been used");
     for (uint64_t at = 0; at < bytes; at += GRANULE) {
@@ -74,7 +74,7 @@ void Memory::check(uint64_t address, uint64_t bytes, const char* what) {
     const std::lock_guard guard(mutex_);
     const uint64_t offset = address - uint64_t(base_);
     auto found = live_.upper_bound(offset);
-    if (found == live_.begin()) fail("%s: %lx is no device memory", what, address);
+    if (found == live_.begin()) fail("%s: %lx is not device memory", what, address);
     --found;
     if (offset + bytes > found->first + found->second) {
         fail("%s: %lu bytes at %lx run past an allocation of %lu", what, bytes, address, found->second);

@@ -1,5 +1,5 @@
-// What PTX instructions do that touch registers alone: arithmetic, comparisons, conversions. Of an instruction that is not here, the
-// parser says so; the names are those that nvcc uses for these kernels, and their nearest kin.
+// The PTX instructions that use only registers: arithmetic, comparisons, conversions. The table has those that nvcc
+// uses for these kernels, and similar ones. At any other instruction the parser stops with a message.
 #include <immintrin.h>
 
 #include <cmath>
@@ -128,7 +128,7 @@ POLDER_OPERATION(Larger, (T a, T b), a > b ? a : b)
 POLDER_OPERATION(MultiplyAdd, (T a, T b, T c), T(a* b + c))
 POLDER_OPERATION(Fused, (T a, T b, T c), std::fma(a, b, c))
 
-/// Of a number and a NaN the number, of two NaNs the canonical one; -0 is less than +0.
+/// The result for a number and a NaN is the number, for two NaNs the canonical NaN; -0 is less than +0.
 struct SmallerNumber {
     template <class T>
     static T of(T a, T b) {
@@ -144,7 +144,7 @@ struct LargerNumber {
     }
 };
 
-/// With zeros for what is too small to be normal, as `.ftz` says.
+/// Subnormal numbers become zero, for `.ftz`.
 template <class T>
 T flushed(T a) {
     return std::fabs(a) < std::numeric_limits<T>::min() ? std::copysign(T(0), a) : a;
@@ -153,7 +153,7 @@ struct Exponential2 {
     static float of(float a) { return flushed(std::exp2(flushed(a))); }
 };
 
-/// Division by zero gives all ones, as the chip does, and does not trap here.
+/// Division by zero gives all ones, as on a GPU, and does not trap.
 struct WholeQuotient {
     template <class T>
     static T of(T a, T b) {
@@ -184,8 +184,8 @@ struct Right {
 struct UpperHalf {
     static uint32_t of(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 };
-/// Rounded towards minus infinity. A double holds the product, a long double its sum with c, where they are not too far apart: `expf`
-/// adds a product between 0 and some hundreds to a half or so.
+/// Rounded towards minus infinity. A double holds the product, and a long double its sum with c if their exponents are
+/// close: `expf` adds a product between 0 and some hundreds to about a half.
 struct FusedDown {
     static float of(float a, float b, float c) {
         const long double exact = static_cast<long double>(double(a) * double(b)) + c;
@@ -193,7 +193,7 @@ struct FusedDown {
         return static_cast<long double>(nearest) > exact ? std::nextafter(nearest, -INFINITY) : nearest;
     }
 };
-/// To some 20 bits: whoever takes more from the chip's approximation is found out.
+/// To about 20 bits, to find code that relies on more bits of the GPU's approximation.
 struct RoughReciprocal {
     static double of(double a) {
         const double reciprocal = flushed(1 / flushed(a));
@@ -206,7 +206,7 @@ struct RoughReciprocal {
     }
 };
 
-// Comparisons hold of numbers alone, the ones for `...u` of what has no order too.
+// Comparisons with a NaN are false, except for the unordered ones (`...u`), which are true.
 #define POLDER_COMPARISON(NAME, OPERATOR)            \
     struct NAME {                                    \
         template <class T>                           \
@@ -234,7 +234,7 @@ struct To {
         return D(a);
     }
 };
-/// Towards zero, and to the nearest that there is.
+/// Rounds towards zero, and saturates.
 template <class D>
 struct ToWhole {
     template <class S>
@@ -266,7 +266,7 @@ struct ToBrain {
         return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
     }
 };
-/// To the nearest, ties away from zero.
+/// Rounds to nearest, ties away from zero.
 struct ToTf32 {
     static uint32_t of(uint32_t bits) {
         const bool finite = (bits & 0x7f800000) != 0x7f800000;
@@ -276,7 +276,7 @@ struct ToTf32 {
 
 using Table = std::unordered_map<std::string, Operation>;
 
-/// Those that hold of numbers alone, which for whole ones are all.
+/// The ordered comparisons, which for integers are all.
 template <class T>
 void add_comparisons(Table& table, const std::string& type) {
     const auto add = [&](const char* name, Execute execute) {

@@ -1,5 +1,5 @@
-// Reads PTX as nvcc writes it for this project's kernels: entries with one parameter, no functions, no local memory. What it does not
-// know ends the process with the line.
+// Reads PTX as nvcc writes it for these kernels: entries with one parameter, no functions, no local memory. At anything
+// unknown, the process ends with the line.
 #include <algorithm>
 #include <cctype>
 #include <cstdlib>
@@ -15,7 +15,7 @@ std::string trimmed(const std::string& text) {
     return begin == std::string::npos ? "" : text.substr(begin, end - begin + 1);
 }
 
-/// Parts between separators, commas outside brackets where the separator is one.
+/// The parts between separators. Commas inside brackets do not separate.
 std::vector<std::string> split(const std::string& text, char separator) {
     std::vector<std::string> parts;
     std::string part;
@@ -40,7 +40,7 @@ std::vector<std::string> vector_of(const std::string& text) {
 
 bool begins_with(const std::string& text, const char* what) { return text.compare(0, strlen(what), what) == 0; }
 
-/// Bytes of a type as in `u32`; of a predicate 1.
+/// Bytes of a type, such as `u32`; 1 for a predicate.
 int bytes_of(const std::string& type) {
     if (type == "pred") return 1;
     return atoi(type.c_str() + type.find_first_of("0123456789")) / 8;
@@ -62,7 +62,7 @@ struct Variable {
         bytes = size * (bracket == std::string::npos ? 1 : atoi(declaration.c_str() + bracket + 1));
         alignment = std::max(alignment, size);
     }
-    /// Where it lies behind what there is of its kind, which grows by it.
+    /// Its offset after the previous variables of its kind, whose size it increases.
     uint32_t place(uint32_t& total) const {
         const uint32_t at = (total + alignment - 1) / alignment * alignment;
         total = at + bytes;
@@ -79,7 +79,7 @@ public:
         while (at_ < text_.size()) {
             const char c = next();
             if (c == '{') {
-                if (statement.find(".section") != std::string::npos) break;  // for debuggers, to the end
+                if (statement.find(".section") != std::string::npos) break;  // from here on, all is for debuggers
                 if (statement.find(".entry") == std::string::npos)
                     bad("only entries are understood, not " + trimmed(statement));
                 entry(statement);
@@ -99,7 +99,7 @@ private:
         uint32_t row;
         int bytes;
     };
-    /// The dynamic shared memory lies behind the static one, whose size is known at the end alone.
+    /// Dynamic shared memory follows static shared memory, whose size is known only at the end.
     static constexpr uint64_t DYNAMIC = 0xD1D1D1D1;
 
     const std::string& text_;
@@ -109,7 +109,7 @@ private:
     Kernels kernels_;
     std::map<std::string, Variable> module_shared_;
     std::set<std::string> dynamic_;
-    // Of the entry under way:
+    // State of the current entry:
     Kernel* kernel_ = nullptr;
     uint32_t register_bytes_ = 0;
     std::vector<std::map<std::string, Register>> scopes_;
@@ -134,7 +134,7 @@ private:
         else module_shared_.insert({variable.name, variable});
     }
 
-    /// A new row of 32 registers, or a predicate's word.
+    /// Allocates a row of 32 registers, or the word of a predicate.
     uint32_t new_row(int bytes) {
         const uint32_t row = (register_bytes_ + 31) / 32 * 32;
         register_bytes_ = row + (bytes == 1 ? 4 : LANES * bytes);
@@ -162,7 +162,7 @@ private:
         return shared_.count(name) != 0;
     }
 
-    /// The row of an operand of so many bytes.
+    /// The row of an operand of this many bytes.
     uint32_t row(const std::string& operand, int bytes) {
         if (operand == "_") return NOWHERE;
         static const char* const SPECIAL[SPECIAL_ROWS] = {"%tid.x",    "%tid.y",    "%tid.z",   "%ntid.x",  "%ntid.y",
@@ -219,7 +219,7 @@ private:
         i.is_signed = parts.back()[0] == 's';
         const std::vector<std::string> registers = vector_of(operands[loads ? 0 : 1]);
         i.elements = uint8_t(registers.size());
-        // A register may be wider than what it takes from memory.
+        // A register may be wider than the element in memory.
         i.register_bytes = std::max<uint8_t>(i.bytes, 2);
         for (const std::string& name : registers) {
             if (const Register* found = find_register(name)) i.register_bytes = uint8_t(found->bytes);
@@ -361,7 +361,7 @@ private:
         }
     }
 
-    /// From behind the brace that opens its body.
+    /// Begins after the brace that opens the body.
     void entry(const std::string& header) {
         const auto kernel = std::make_shared<Kernel>();
         kernel_ = kernel.get();
@@ -398,7 +398,7 @@ private:
                 text += c;
             }
         }
-        // A branch may lead behind the last instruction.
+        // A branch may go past the last instruction.
         Instruction end;
         end.kind = Kind::kReturn;
         kernel_->code.push_back(end);
@@ -411,7 +411,7 @@ private:
         kernels_[kernel_->name] = kernel;
     }
 
-    /// What is no constant begins as rubbish.
+    /// Registers that are not constant begin with arbitrary content.
     void fill_constants() {
         kernel_->registers.assign(register_bytes_, 0xEE);
         for (const auto& [key, row] : constants_) {
@@ -428,7 +428,7 @@ private:
     }
 };
 
-/// Without what is for debuggers; lines keep their numbers.
+/// Removes lines for debuggers; the others keep their numbers.
 std::string code_of(const std::string& ptx) {
     std::string code;
     bool begun = false;

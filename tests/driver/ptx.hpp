@@ -1,4 +1,5 @@
-// What the parts of the stand-in driver share: kernels as they are parsed, warps and blocks as they run, and the device's memory.
+// Declarations that the parts of the stand-in driver share: parsed kernels, running warps and blocks, and the device's
+// memory.
 #pragma once
 
 #include <cstdint>
@@ -8,28 +9,28 @@
 #include <string>
 #include <vector>
 
-/// Ends the process with a message: a fault here is a fault of the program under test.
+/// Ends the process with a message. A fault is one of the program under test.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-/// A whole number from the environment.
+/// An integer from the environment.
 long setting(const char* name, long otherwise);
 
 // ---- Memory --------------------------------------------------------------------------------------------------------
 
-/// The device's global memory: host addresses of which it knows, for every granule, how many bytes are somebody's. Addresses are never
-/// used again, so that a late access to what has been freed is found.
+/// The device's global memory, at host addresses. For every granule it knows the number of allocated bytes. Addresses
+/// are never reused, so that late accesses to freed memory are found.
 class Memory {
 public:
     static constexpr uint64_t CAPACITY = 80ull << 30;
 
     Memory();
-    /// 0 where there is too little left.
+    /// 0 if too little is left.
     uint64_t allocate(uint64_t bytes);
     void release(uint64_t address);
     uint64_t used() const { return used_; }
-    /// Fails unless all the bytes lie in one allocation.
+    /// Fails unless all bytes are in one allocation.
     void check(uint64_t address, uint64_t bytes, const char* what);
-    /// Whether at most 16 aligned bytes lie in an allocation.
+    /// Whether these aligned bytes, at most 16, are in an allocation.
     bool has(uint64_t address, uint32_t bytes) const {
         const uint64_t offset = address - uint64_t(base_);
         return offset < SPACE && offset % GRANULE + bytes <= valid_[offset / GRANULE];
@@ -56,21 +57,22 @@ struct Instruction;
 /// Executes an instruction for the lanes in `mask`.
 using Execute = void (*)(Warp&, const Instruction&, uint32_t mask);
 
-/// How the scheduler treats an instruction: `kTogether` are those that the whole warp executes at once.
+/// The scheduler's kind of an instruction. The whole warp executes `kTogether` ones at the same time.
 enum class Kind : uint8_t { kPlain, kBranch, kReturn, kBarrier, kTogether, kShuffle };
 enum class Space : uint8_t { kGlobal, kShared, kParameter };
 
-/// An operand is a row of registers, one of each lane, by its place in the warp's registers; a predicate is one word, a bit for each
-/// lane. What is constant or special has a row too.
+/// An operand is a row of registers, one for each lane, given by its place in the warp's registers. A predicate is one
+/// word with a bit for each lane. Constants and special registers have rows too.
 struct Instruction {
     Execute execute = nullptr;
     Kind kind = Kind::kPlain;
     uint32_t guard = NOWHERE;
     bool negated = false;
     uint32_t d = NOWHERE, a = NOWHERE, b = NOWHERE, c = NOWHERE, e = NOWHERE;
-    /// Of vectors and of mma (d, a, b, one after the other).
+    /// The elements of vectors, or of mma (d, a, b, one after the other).
     uint32_t list[10] = {};
-    // Of what accesses memory: elements, bytes of each in memory and in registers, and where the address comes from.
+    // For accesses to memory: the elements, the bytes of each in memory and in registers, and the source of the
+    // address.
     uint8_t elements = 1, bytes = 0, register_bytes = 0, address_bytes = 0;
     bool is_signed = false;
     Space space = Space::kGlobal;
@@ -84,20 +86,21 @@ struct Kernel {
     std::string name, source;
     std::vector<Instruction> code;
     uint32_t parameter_bytes = 0, static_shared = 0, most_threads = 1024;
-    /// Whether it waits for the kernel before it, so that it may be launched early.
+    /// Whether it waits for the previous kernel, so that it may be launched early.
     bool waits = false;
-    /// The warp's registers as they begin: rows of constants are filled in.
+    /// The initial registers of a warp, with the constants.
     std::vector<uint8_t> registers;
 };
 
-/// Rows of registers that every kernel has: tid, ntid, ctaid, nctaid (x, y, z each), laneid, and the parameters' address.
+/// Rows of registers that every kernel has: tid, ntid, ctaid, nctaid (x, y, z each), laneid, and the parameters'
+/// address.
 constexpr uint32_t ROW = LANES * 4, SPECIAL_ROWS = 13, PARAMETERS_ROW = SPECIAL_ROWS * ROW;
 
 /// The kernels of a module by name.
 using Kernels = std::map<std::string, std::shared_ptr<const Kernel>>;
 Kernels parse(const std::string& ptx, const std::string& source);
 
-/// What an instruction of registers alone does, and the bytes of its operands (1: a predicate): the destination, then the sources.
+/// An instruction on registers, and the bytes of its operands (1: a predicate): the destination, then the sources.
 struct Operation {
     Execute execute;
     std::vector<uint8_t> operands;
@@ -122,35 +125,35 @@ void unpack32(Warp&, const Instruction&, uint32_t), unpack64(Warp&, const Instru
 
 // ---- Running -------------------------------------------------------------------------------------------------------
 
-/// A cp.async under way.
+/// A pending cp.async.
 struct AsyncCopy {
     uint32_t to, bytes, given;
     uint64_t from;
     int thread;
 };
 
-/// Lanes that are at the same place.
+/// Lanes at the same instruction.
 struct Group {
     int at;
     uint32_t mask;
     bool waiting;
 };
 
-/// Who touched two bytes of shared memory last, in which interval between barriers.
+/// The last accesses to two bytes of shared memory: by which thread, and in which interval between barriers.
 struct Touched {
     uint32_t written = 0, read = 0;
     int16_t writer = -1, reader = -1;
 };
 constexpr int16_t SEVERAL = -2;
 
-/// What an instruction has asked of memory: sectors of global and wavefronts of shared memory, and the least of each.
+/// The accesses of an instruction: sectors of global and wavefronts of shared memory, and the minimum of each.
 struct Count {
     uint64_t read = 0, written = 0, least_sectors = 0, wavefronts = 0, least_wavefronts = 0;
 };
 
 struct Block {
     const Kernel* kernel;
-    /// By instruction; none where nothing is counted.
+    /// By instruction; empty if nothing is counted.
     std::vector<Count> counts;
     std::vector<uint8_t> parameters;
     std::vector<uint8_t> shared;
@@ -177,7 +180,7 @@ struct Warp {
     int thread(int lane) const { return number * LANES + lane; }
 };
 
-/// For every lane in the mask; all of them in a loop that vectorises.
+/// Calls f for every lane in the mask. For a full mask the loop vectorises.
 template <class F>
 inline void for_lanes(uint32_t mask, F f) {
     if (mask == ~0u) {
@@ -197,7 +200,7 @@ bool is_counting();
 /// Counts an access of the lanes in the mask, `bytes` each.
 void count_access(Count& count, uint32_t mask, const uint64_t (&addresses)[LANES], uint32_t bytes, Space space,
                   bool writes);
-/// Adds what the blocks of a launch, or some of them, have counted.
+/// Adds the counts of the blocks of a launch, or of some of them.
 void add_counts(const Kernel& kernel, const std::vector<Count>& counts, bool is_launch);
 
 /// Runs all blocks of a grid to their end.

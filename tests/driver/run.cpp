@@ -1,5 +1,5 @@
-// Runs a grid: blocks one by one on a few threads, the warps of a block from barrier to barrier, the lanes of a warp in lockstep as
-// far as they go together. Warps and blocks take turns in an order that DRIVER_SEED sets, for no order is promised.
+// Runs a grid: blocks one by one on a few threads, the warps of a block from barrier to barrier, and the lanes of a
+// warp in lockstep until they diverge. DRIVER_SEED sets the order of warps and blocks, because CUDA guarantees none.
 #include <algorithm>
 #include <atomic>
 #include <numeric>
@@ -10,8 +10,8 @@
 
 namespace {
 
-/// Runs a warp to the next barrier or to its end. Of groups of lanes that have parted, the one furthest behind goes on, so that they
-/// meet again; what the whole warp executes together waits until all have come.
+/// Runs a warp to the next barrier or to its end. Of groups of lanes that have diverged, the one furthest behind
+/// continues, so that they converge again. An instruction for the whole warp waits for all lanes.
 void advance(Warp& w) {
     const Kernel& kernel = *w.block->kernel;
     const auto ready = [&](const Group& group) {
@@ -75,8 +75,8 @@ void advance(Warp& w) {
                         ++group.at;
                         break;
                     }
-                    if (mask != group.mask) fault(w, i, 0, "guarded, and so by a part of the lanes alone");
-                    // A shuffle is for the lanes that it names.
+                    if (mask != group.mask) fault(w, i, 0, "guarded, so that only a part of the lanes executes it");
+                    // A shuffle concerns only the lanes in its mask.
                     const uint32_t wanted =
                         i.kind == Kind::kShuffle ? w.row<uint32_t>(i.e)[__builtin_ctz(mask)] & w.live : w.live;
                     if (i.kind != Kind::kBarrier && mask == wanted) {
@@ -91,9 +91,9 @@ void advance(Warp& w) {
             }
         }
     }
-    if (!w.open.empty()) fail("%s ends with copies that nobody has committed", kernel.name.c_str());
+    if (!w.open.empty()) fail("%s ends with copies that were not committed", kernel.name.c_str());
     for (const auto& copies : w.committed) {
-        if (!copies.empty()) fail("%s ends with copies that nobody has waited for", kernel.name.c_str());
+        if (!copies.empty()) fail("%s ends with copies without a wait", kernel.name.c_str());
     }
     w.done = true;
 }
@@ -104,7 +104,7 @@ void run_block(Block& b, const uint32_t (&grid)[3], const uint32_t (&size)[3], u
     b.index[1] = uint32_t(number / grid[0] % grid[1]);
     b.index[2] = uint32_t(number / grid[0] / grid[1]);
     ++b.interval;
-    // Shared memory begins with what somebody else left.
+    // Shared memory begins with arbitrary content.
     std::fill(b.shared.begin(), b.shared.end(), uint8_t(0x5D));
     const uint32_t threads = size[0] * size[1] * size[2];
     for (Warp& w : b.warps) {
@@ -171,7 +171,7 @@ void run(const Kernel& kernel, const uint32_t (&grid)[3], const uint32_t (&size)
         for (uint32_t number = 0; number < warps; ++number) {
             b.warps[number].block = &b;
             b.warps[number].number = int(number);
-            // Constants stand there for good; the rest is rubbish, at first of our own.
+            // Rows of constants are filled once. The others begin with arbitrary content.
             b.warps[number].registers = kernel.registers;
         }
         std::mt19937 order(uint32_t(seed) + launch * 31 + worker);
