@@ -8,7 +8,7 @@
 //! is Wu, Luo and Wunsch 2024, "CR-SAM: Curvature Regularized Sharpness-Aware Minimization"; AdamW is Loshchilov and
 //! Hutter 2019. SGD and AdamW have PyTorch's form.
 
-use super::{check_device, check_length, pick};
+use super::{Check, check_device, check_length, pick};
 use crate::device::arguments::{
     AdamWArgs, AdvanceArgs, AxpyArgs, CheckFiniteArgs, CombinationArgs, CommitArgs, ConvertArgs, CrSamArgs,
     CurvatureArgs, FillArgs, GradientArgs, PartialsArgs, PerturbArgs, SgdArgs, SumArgs,
@@ -624,11 +624,11 @@ pub fn axpy<T: Scalar>(alpha: f64, x: Slice<'_, T>, mut y: SliceMut<'_, T>) -> R
     let operation = "vector::axpy";
     let device = y.device().clone();
     let n = y.len();
-    check_length(operation, "x", x.len(), n)?;
-    check_device(operation, "x", &device, x.device())?;
+    Check { operation, device: &device }.argument("x", x, n)?;
     let args = AxpyArgs { x: x.address(), y: y.address(), n: n as u64, alpha };
+    let kernel = pick::<T, _>(id::AXPY_F32, id::AXPY_F64);
     // SAFETY: both vectors hold n elements.
-    unsafe { device.launch(pick::<T, _>(id::AXPY_F32, id::AXPY_F64), device.elementwise(n, pack::<T>()), &args) }
+    unsafe { device.launch(kernel, device.elementwise(n, pack::<T>()), &args) }
 }
 
 /// `out[i] = value`. Traffic: 4 B per element.
