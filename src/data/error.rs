@@ -61,7 +61,7 @@ pub enum DataError {
     #[error("{path}: {bytes} bytes, expected {expected}")]
     Truncated { path: PathBuf, bytes: u64, expected: u64 },
 
-    /// An IDX file that goes on after its last sample. Sizes are those of the unpacked file.
+    /// An IDX file with bytes after its last sample. Sizes are those of the unpacked file.
     #[error("{path}: more than {expected} bytes, expected exactly those")]
     TrailingBytes { path: PathBuf, expected: u64 },
 

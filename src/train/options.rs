@@ -217,7 +217,8 @@ mod tests {
 
     #[test]
     fn settings_are_written_and_read_back() {
-        let text = "optimizer = \"cr-sam\"\nalpha = 1\nmean = [0.4914, 0.5]\nseed = 7\ncurvature-every = 2\ncurvature-measures = [\"trace\"]";
+        let text = "optimizer = \"cr-sam\"\nalpha = 1\nmean = [0.4914, 0.5]\nseed = 7\ncurvature-every = 2\n\
+            curvature-measures = [\"trace\"]";
         let settings = layer(text).resolve().unwrap();
         let written = settings.to_toml().unwrap();
         for line in

@@ -115,7 +115,8 @@ macro_rules! name_in_list {
 
             fn from_str(text: &str) -> Result<Self, UnknownWord> {
                 let entry = $list.iter().find(|entry| entry.name == text);
-                entry.map(|entry| Self(entry.name)).ok_or_else(|| UnknownWord { found: text.into(), words: &Self::WORDS })
+                let unknown = || UnknownWord { found: text.into(), words: &Self::WORDS };
+                entry.map(|entry| Self(entry.name)).ok_or_else(unknown)
             }
         }
 
