@@ -29,11 +29,13 @@ impl<T: Scalar> Method<T> for WeightedSam {
     }
 
     fn needs(&self) -> Needs {
-        // The gradient at w, the perturbed point, and the gradient there; one row of known coefficients.
+        // Three working vectors, G0, P and G1, and one row of known coefficients.
         Needs { rows: vec![[self.alpha, 1.0 - self.alpha, 0.0, 0.0]], ..Needs::vectors(3) }
     }
 
     fn direction(&self, step: &mut Step<'_, T>) -> Result<Direction> {
+        // The gradient at w goes to G0, its norm is number 0. The point w + ρ g/‖g‖ is in P, its gradient in G1, its loss
+        // is number 1.
         step.gradient_at_weights()?;
         step.gradient_displaced(Vector::Weights, G0, 0, self.rho, 1, G1)?;
         Ok(Direction::new([G1, G0], Coefficients::Known(Row::own(0))))
