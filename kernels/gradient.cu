@@ -37,7 +37,7 @@ struct GradientPiecesArgs {
 template <class T>
 __device__ void gradient_pieces(const GradientPiecesArgs<T>& a) {
     constexpr uint32_t V = kPieceElements / kBlockThreads;
-    POLDER_DYNAMIC_SHARED(T, shared);  // [parts at once][elements of each]
+    POLDER_DYNAMIC_SHARED(T, shared);  // [parts at a time][elements of each]
     const uint32_t thread = threadIdx.x;
     const bool squared = a.finish.squares != nullptr;
     Finished<T> finished(a.finish);

@@ -45,7 +45,7 @@ template <class S>
 __device__ __forceinline__ Sample draw_sample(const BatchArgs<S>& a, uint32_t n) {
     const uint64_t batches = a.clock != nullptr ? a.clock[0] : 0, steps = a.clock != nullptr ? a.clock[1] : 0;
     const uint64_t place = a.first + batches * a.stride + n;
-    // Past the order's end there is no sample.
+    // There is no sample beyond the end of the order.
     Sample sample = {place < a.order_len ? a.order[place] : a.samples, a.pad, a.pad, false};
     if (a.augment) {
         const PhiloxBlock random = philox_block(a.seed, a.counter + a.first + steps * a.stride + n);

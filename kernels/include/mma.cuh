@@ -192,7 +192,7 @@ struct AsyncCopies {
     void copy(void* to, const void* from, bool there) {
         const uintptr_t addresses = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
         if (addresses % 16 != 0) polder_misuse("cp.async", "an address that is not aligned to 16 bytes");
-        if (count == MOST) polder_misuse("cp.async", "more copies under way than the CPU keeps track of");
+        if (count == MOST) polder_misuse("cp.async", "more pending copies than the CPU keeps track of");
         memset(to, 0xff, 16);
         pending[count++] = {to, there ? from : nullptr, group};
     }

@@ -41,7 +41,7 @@ pub enum Error {
         reason: String,
     },
     /// Memory could not be allocated.
-    #[error("out of memory on {device}: {bytes} bytes asked for")]
+    #[error("out of memory on {device}: {bytes} bytes requested")]
     OutOfMemory {
         /// The device's name.
         device: String,

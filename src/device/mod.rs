@@ -226,7 +226,7 @@ impl Device {
     /// GPU number `ordinal`.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] where there is no CUDA driver, no such GPU, or where this binary was built without nvcc.
+    /// [`Error::Unavailable`] if there is no CUDA driver or no such GPU, or if this binary was built without nvcc.
     pub fn cuda(ordinal: usize) -> Result<Self> {
         Ok(Self(Inner::Cuda(Arc::new(CudaDevice::new(ordinal)?))))
     }

@@ -76,7 +76,7 @@ faulty() {
         echo "$kernels.ptx: nothing is like $edit" >&2
         exit 1
     fi
-    # In a process of its own, for a fault ends it.
+    # In a subshell, because a fault ends the process.
     if (run "$@") >"$to/faulty.log" 2>&1 || ! grep -q "$message" "$to/faulty.log"; then
         echo "$kernels.ptx with $edit: '$message' was expected, not" >&2
         tail -n 20 "$to/faulty.log" >&2

@@ -121,7 +121,7 @@ fn check_exactly<T: Scalar>(devices: Vec<(String, Device)>, scales: &[Option<f64
             assert_eq!((flag, norm), (0, squares.sqrt()), "{name}, {scale:?}");
             let (found, flag, norm) = run(device, &case, (&parts, &whole), scale, false);
             assert_eq!(to_f64(&found), expected, "{name}, {scale:?}");
-            assert_eq!((flag, norm), (0, -1.0), "{name}, {scale:?}: no norm was asked for");
+            assert_eq!((flag, norm), (0, -1.0), "{name}, {scale:?}: no norm was wanted");
         }
         // An element that is not finite is found anywhere, in a part or in a complete gradient.
         for Unfinished { parts: from, place } in gradients(&case.stages) {

@@ -21,7 +21,7 @@ struct TensorTile {
     weight_gradient: ComputeKernels<WeightGradientArgs>,
 }
 
-/// The kernels of one pass and tile. Double precision has none: it is never asked for here.
+/// The kernels of one pass and tile. There are none for double precision, which never comes here.
 macro_rules! kernels {
     ($pass:literal, $name:literal) => {{
         let tf32 = Kernel::named(concat!("conv_tensor_", $pass, "_", $name, "_tf32"));
