@@ -227,6 +227,21 @@ POLDER_COMPARISON(AtMost, <=)
 POLDER_COMPARISON(More, >)
 POLDER_COMPARISON(AtLeast, >=)
 
+/// Whether one of two is a NaN.
+struct NotANumber {
+    template <class T>
+    static bool of(T a, T b) {
+        return a != a || b != b;
+    }
+};
+/// Whether neither is.
+struct BothNumbers {
+    template <class T>
+    static bool of(T a, T b) {
+        return a == a && b == b;
+    }
+};
+
 template <class D>
 struct To {
     template <class S>
@@ -349,6 +364,8 @@ void add_floating(Table& table, const std::string& type) {
     add_unordered("setp.leu.", compare<T, AtMostOrNot>);
     add_unordered("setp.gtu.", compare<T, MoreOrNot>);
     add_unordered("setp.geu.", compare<T, AtLeastOrNot>);
+    add_unordered("setp.nan.", compare<T, NotANumber>);
+    add_unordered("setp.num.", compare<T, BothNumbers>);
 }
 
 template <class D, class S, class F = To<D>>
