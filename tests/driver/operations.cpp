@@ -227,6 +227,20 @@ POLDER_COMPARISON(AtMost, <=)
 POLDER_COMPARISON(More, >)
 POLDER_COMPARISON(AtLeast, >=)
 
+/// Each byte is one of the eight of a (the lower four) and b, chosen by a digit of c; with the digit's highest bit set, its
+/// sign eight times.
+struct PermutedBytes {
+    static uint32_t of(uint32_t a, uint32_t b, uint32_t c) {
+        const uint64_t bytes = uint64_t(b) << 32 | a;
+        uint32_t result = 0;
+        for (int k = 0; k < 4; ++k) {
+            const uint32_t digit = c >> 4 * k & 15, byte = uint32_t(bytes >> 8 * (digit & 7) & 255);
+            result |= (digit & 8 ? (byte & 128 ? 255u : 0u) : byte) << 8 * k;
+        }
+        return result;
+    }
+};
+
 /// Whether one of two is a NaN.
 struct NotANumber {
     template <class T>
@@ -386,6 +400,7 @@ Table make_table() {
     table["mul.wide.u32"] = {multiply_wide<uint32_t, uint64_t>, {8, 4, 4}};
     table["mul.wide.s32"] = {multiply_wide<int32_t, int64_t>, {8, 4, 4}};
     table["clz.b32"] = {count_leading_zeros, {4, 4}};
+    table["prmt.b32"] = {ternary<uint32_t, PermutedBytes>, {4, 4, 4, 4}};
     table["bfi.b32"] = {insert_bits, {4, 4, 4, 4, 4}};
     table["cvta.to.global.u64"] = {unary<uint64_t, Same>, {8, 8}};
 
