@@ -34,8 +34,8 @@ impl<T: Scalar> Method<T> for WeightedSam {
     }
 
     fn direction(&self, step: &mut Step<'_, T>) -> Result<Direction> {
-        // The gradient at w goes to G0, its norm is number 0. The point w + ρ g/‖g‖ is in P, its gradient in G1, its loss
-        // is number 1.
+        // The gradient at w goes to G0, its norm is number 0. The point w + ρ g/‖g‖ is in P, its gradient in G1, its
+        // loss is number 1.
         step.gradient_at_weights()?;
         step.gradient_displaced(Vector::Weights, G0, 0, self.rho, 1, G1)?;
         Ok(Direction::new([G1, G0], Coefficients::Known(Row::own(0))))

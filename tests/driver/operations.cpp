@@ -227,8 +227,8 @@ POLDER_COMPARISON(AtMost, <=)
 POLDER_COMPARISON(More, >)
 POLDER_COMPARISON(AtLeast, >=)
 
-/// Each byte is one of the eight of a (the lower four) and b, chosen by a digit of c; with the digit's highest bit set, its
-/// sign eight times.
+/// A digit of c chooses each byte among the eight of a (the lower four) and b. If the digit's highest bit is set, the
+/// byte is the chosen byte's sign, eight times.
 struct PermutedBytes {
     static uint32_t of(uint32_t a, uint32_t b, uint32_t c) {
         const uint64_t bytes = uint64_t(b) << 32 | a;
