@@ -85,6 +85,12 @@ pub trait Method<T: Scalar>: Configurable + Debug {
         &[]
     }
 
+    /// Names of the counters that it keeps on the device, in the order of [`Step::counters`]. They begin at 0,
+    /// checkpoints hold them, and telemetry and logs show them under these names.
+    fn counters(&self) -> &'static [&'static str] {
+        &[]
+    }
+
     /// Takes the gradients of one step and returns the direction. The first pass is usually
     /// [`Step::gradient_at_weights`]; its loss is the one that is reported.
     ///

@@ -113,10 +113,8 @@ pub struct Telemetry {
     pub cosine_gradients: Option<f64>,
     /// The cosine between the perturbation that survived rounding and the intended one, in an observed step.
     pub cosine_perturbation: Option<f64>,
-    /// Steps whose α-term was dropped because `A` was too small, since the start.
-    pub dropped_alpha: u32,
-    /// Steps whose β-term was dropped because `B` was too small, since the start.
-    pub dropped_beta: u32,
+    /// The method's own counters by name, as [`Method::counters`] names them: dropped terms of CR-SAM.
+    pub counters: Vec<(&'static str, u32)>,
     /// Steps skipped because a loss or a gradient was not finite, since the start.
     pub skipped: u32,
 }
@@ -125,6 +123,11 @@ impl Telemetry {
     /// The method's own number of that name.
     pub fn get(&self, name: &str) -> Option<f64> {
         self.method.iter().find(|(own, _)| *own == name).map(|(_, value)| *value)
+    }
+
+    /// The method's own counter of that name.
+    pub fn count(&self, name: &str) -> Option<u32> {
+        self.counters.iter().find(|(own, _)| *own == name).map(|(_, count)| *count)
     }
 }
 
@@ -138,12 +141,15 @@ pub struct State<T: Scalar> {
     pub memory: Buffer<T>,
     /// The numbers that the method keeps: [`Needs::scalars`].
     pub scalars: Buffer<f64>,
-    /// Steps taken (AdamW's t), steps skipped, dropped α-terms, dropped β-terms.
+    /// Steps taken (AdamW's t), steps skipped, and the method's own counters: [`Method::counters`].
     pub counters: Buffer<u32>,
     /// Steps asked for so far, skipped ones included. Methods that do something every k steps count by it, and random
     /// directions are drawn by it. Replays of a recorded step are not counted; see [`Method::repeats`].
     pub attempts: u64,
 }
+
+/// The counters before the method's own: steps taken, steps skipped.
+const STEP_COUNTERS: usize = 2;
 
 /// A base optimizer with a sharpness-aware method, and the buffers they need.
 ///
@@ -181,7 +187,7 @@ impl<T: Scalar> Optimizer<T> {
                 second_moment: device.zeros(if matches!(settings.base, Base::AdamW { .. }) { len } else { 0 })?,
                 memory: device.zeros(room(needs.memory, len))?,
                 scalars: device.upload(&needs.scalars)?,
-                counters: device.zeros(4)?,
+                counters: device.zeros(STEP_COUNTERS + settings.method.counters().len())?,
                 attempts: 0,
             },
             work: device.zeros(room(needs.vectors, len))?,
@@ -243,8 +249,8 @@ impl<T: Scalar> Optimizer<T> {
     /// For an objective with several groups, the method's direction is taken in each of them, and their mean is
     /// followed: m-sharpness (Foret et al. 2021, section 4.1). It needs one vector more, and reads each of a
     /// direction's k vectors once more: 4k + 4 B per parameter for the first group, 4k + 8 B for each further one. The
-    /// reported loss is the groups' mean; the rest of the telemetry is of the last group, and dropped terms are counted
-    /// in each.
+    /// reported loss is the groups' mean; the rest of the telemetry is of the last group, and the method's counters
+    /// count each group.
     ///
     /// A step that fails leaves the weights as they were, and its running statistics are discarded.
     ///
@@ -309,12 +315,15 @@ impl<T: Scalar> Optimizer<T> {
     ) -> Result<Direction> {
         objective.select(group)?;
         let State { memory, scalars, counters, attempts, .. } = &mut self.state;
+        let all = counters.len();
+        let mut counters = counters.disjoint();
         let mut step = Step {
             objective,
             vectors: Store { work: &mut self.work, weights: weights.view(), memory },
             numbers: &mut self.numbers,
             scalars,
-            counters,
+            counters: counters.write(STEP_COUNTERS..all)?,
+            taken: counters.read(0..1)?,
             attempts: *attempts,
             draw: *attempts * groups as u64 + group as u64,
             reduction: &mut self.reduction,
@@ -383,15 +392,13 @@ impl<T: Scalar> Optimizer<T> {
         let Numbers { losses, norms, own, realised, turned, .. } = &self.numbers;
         let method = &self.settings.method;
         let (losses, norms, own) = (losses.to_vec()?, norms.to_vec()?, own.to_vec()?);
-        let mut counters = [0; 4];
-        self.state.counters.read(&mut counters)?;
+        let counters = self.state.counters.to_vec()?;
         let cosine = |products: &Buffer<f64>| -> Result<Option<f64>> {
             let mut values = [0.0; sharpness::PRODUCTS];
             products.read(&mut values)?;
             let [_, ab, _, a, b] = values;
             Ok((self.observe && a > 0.0 && b > 0.0).then(|| ab / a / b))
         };
-        let [_, skipped, dropped_alpha, dropped_beta] = counters;
         Ok(Telemetry {
             loss: losses[0],
             gradient_norm: norms[0],
@@ -399,9 +406,8 @@ impl<T: Scalar> Optimizer<T> {
             method: method.telemetry().iter().copied().zip(own).collect(),
             cosine_gradients: cosine(turned)?,
             cosine_perturbation: cosine(realised)?,
-            dropped_alpha,
-            dropped_beta,
-            skipped,
+            counters: method.counters().iter().copied().zip(counters[STEP_COUNTERS..].iter().copied()).collect(),
+            skipped: counters[1],
         })
     }
 }

@@ -237,8 +237,11 @@ pub struct Step<'a, T: Scalar> {
     pub numbers: &'a mut Numbers,
     /// Numbers that the method keeps from step to step: as many as [`Needs::scalars`]. Checkpoints hold them.
     pub scalars: &'a mut Buffer<f64>,
-    /// Steps taken, steps skipped, and two counters of the method's own. Checkpoints hold them.
-    pub counters: &'a mut Buffer<u32>,
+    /// Counters that the method keeps from step to step, in the order of
+    /// [`Method::counters`](super::Method::counters). Checkpoints hold them.
+    pub counters: SliceMut<'a, u32>,
+    /// Steps taken before this one: one element.
+    pub(super) taken: Slice<'a, u32>,
     /// Steps asked for before this one, skipped ones included.
     pub attempts: u64,
     /// Scratch memory of norms and products.
@@ -506,7 +509,7 @@ impl<T: Scalar> Step<'_, T> {
     /// A vector that is not there.
     pub fn initialize(&mut self, from: Vector, to: Vector) -> Result<()> {
         let mut x = self.vectors.open();
-        vector::commit(self.counters.slice(0..1)?, x.read(from)?, x.write(to)?)
+        vector::commit(self.taken, x.read(from)?, x.write(to)?)
     }
 
     /// The direction's first two coefficients become `of_a` and `weight` times those of the part of B that is

@@ -90,7 +90,7 @@ fn of_record(record: &Record) -> (u64, Vec<(String, f64)>) {
                 ("cosine_perturbation", *cosine_perturbation),
                 ("loss_scale", *loss_scale),
             ];
-            let own = method.iter().map(|(name, value)| (format!("step/{name}"), *value));
+            let own = method.iter().filter_map(|(name, value)| Some((format!("step/{name}"), value.as_f64()?)));
             (*step, named("step", &values).into_iter().chain(own).collect())
         }
         Record::Epoch {

@@ -6,6 +6,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use serde_json::Number;
 
 use super::{Finding, TrainError, write_whole};
 
@@ -29,10 +30,11 @@ pub enum Record {
         images_per_second: f64,
         /// ‖g‖ at the unperturbed weights.
         gradient_norm: Option<f64>,
-        /// The method's own numbers, under the names that [`Method::telemetry`](crate::optim::Method::telemetry) gives
-        /// them.
+        /// The method's own numbers and counters, under the names that
+        /// [`Method::telemetry`](crate::optim::Method::telemetry) and
+        /// [`Method::counters`](crate::optim::Method::counters) give them. Numbers that are not finite are left out.
         #[serde(flatten)]
-        method: BTreeMap<String, f64>,
+        method: BTreeMap<String, Number>,
         /// Cosine between the gradients at the unperturbed and at the perturbed weights.
         #[serde(skip_serializing_if = "Option::is_none")]
         cosine_gradients: Option<f64>,
@@ -44,10 +46,6 @@ pub enum Record {
         loss_scale: Option<f64>,
         /// Steps skipped so far because something was not finite.
         skipped: u32,
-        /// Curvature terms dropped so far.
-        dropped_alpha: u32,
-        /// Slope terms dropped so far.
-        dropped_beta: u32,
     },
     /// One epoch.
     Epoch {
@@ -67,19 +65,15 @@ pub enum Record {
         lr: f64,
         /// ‖g‖ at the unperturbed weights of its last step.
         gradient_norm: Option<f64>,
-        /// The method's own numbers in its last step.
+        /// The method's own numbers in its last step, and its counters.
         #[serde(flatten)]
-        method: BTreeMap<String, f64>,
+        method: BTreeMap<String, Number>,
         /// Training images per second, without evaluation.
         images_per_second: f64,
         /// Seconds of training since the start, without evaluation.
         seconds: f64,
         /// Steps skipped so far because something was not finite.
         skipped: u32,
-        /// Curvature terms dropped so far.
-        dropped_alpha: u32,
-        /// Slope terms dropped so far.
-        dropped_beta: u32,
     },
     /// The curvature at the weights after an epoch.
     Curvature {
@@ -87,7 +81,7 @@ pub enum Record {
         epoch: u64,
         /// Steps done.
         step: u64,
-        /// The findings by measure, as in `polder curvature --json`.
+        /// The findings by the names of the measures, as in `curvature.json`.
         measures: BTreeMap<String, Finding>,
     },
 }
@@ -150,5 +144,24 @@ impl Log {
         let mut line = serde_json::to_string(record).map_err(|e| TrainError::io(&self.path)(e.into()))?;
         line.push('\n');
         self.file.write_all(line.as_bytes()).map_err(TrainError::io(&self.path))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_and_counters_of_a_method_are_read_as_they_were_written() {
+        let line = concat!(
+            r#"{"kind":"step","step":7,"epoch":1,"loss":2.5,"accuracy":0.25,"lr":0.1,"images_per_second":10.0,"#,
+            r#""gradient_norm":null,"dropped_alpha":3,"dropped_beta":0,"vhv":-2.0,"skipped":1}"#
+        );
+        let record: Record = serde_json::from_str(line).unwrap();
+        let Record::Step { method, .. } = &record else { panic!("{record:?}") };
+        let expected =
+            [("dropped_alpha", 3.into()), ("dropped_beta", 0.into()), ("vhv", Number::from_f64(-2.0).unwrap())];
+        assert_eq!(*method, expected.map(|(name, number)| (name.to_string(), number)).into());
+        assert_eq!(serde_json::to_string(&record).unwrap(), line);
     }
 }

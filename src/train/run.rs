@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use serde_json::Number;
+
 use super::TrainError;
 use super::curvature::{CurvatureMeter, CurvatureSettings};
 use super::evaluate::{Evaluation, Evaluator};
@@ -403,13 +405,11 @@ impl<S: Compute<Master = f32>> Run<S> {
             lr: self.learning_rate(&telemetry),
             images_per_second: self.images_per_second(),
             gradient_norm: finite(telemetry.gradient_norm),
-            method: finite_numbers(&telemetry),
+            method: own_numbers(&telemetry),
             cosine_gradients: telemetry.cosine_gradients.and_then(finite),
             cosine_perturbation: telemetry.cosine_perturbation.and_then(finite),
             loss_scale: self.state.loss_scale()?.map(|[scale, _]| scale),
             skipped: telemetry.skipped,
-            dropped_alpha: telemetry.dropped_alpha,
-            dropped_beta: telemetry.dropped_beta,
         };
         match &mut self.log {
             Some(log) => log.write(&record),
@@ -449,12 +449,10 @@ impl<S: Compute<Master = f32>> Run<S> {
             test_accuracy: test.accuracy,
             lr: self.learning_rate(&telemetry),
             gradient_norm: finite(telemetry.gradient_norm),
-            method: finite_numbers(&telemetry),
+            method: own_numbers(&telemetry),
             images_per_second,
             seconds: self.seconds,
             skipped: telemetry.skipped,
-            dropped_alpha: telemetry.dropped_alpha,
-            dropped_beta: telemetry.dropped_beta,
         };
         // The sums of a partial epoch stay for a run that is resumed with more steps.
         if self.step.is_multiple_of(self.steps_per_epoch) {
@@ -521,10 +519,11 @@ fn finite(value: f64) -> Option<f64> {
     value.is_finite().then_some(value)
 }
 
-/// The method's own numbers, by name. Those that are not finite are left out.
-fn finite_numbers(telemetry: &Telemetry) -> BTreeMap<String, f64> {
-    let finite = telemetry.method.iter().filter(|(_, value)| value.is_finite());
-    finite.map(|(name, value)| (name.to_string(), *value)).collect()
+/// The method's own numbers and counters, by name. Numbers that are not finite are left out.
+fn own_numbers(telemetry: &Telemetry) -> BTreeMap<String, Number> {
+    let numbers = telemetry.method.iter().filter_map(|&(name, value)| Some((name, Number::from_f64(value)?)));
+    let counters = telemetry.counters.iter().map(|&(name, count)| (name, Number::from(count)));
+    numbers.chain(counters).map(|(name, number)| (name.to_string(), number)).collect()
 }
 
 /// Sums (loss, correct predictions, samples) of the steps since the loss was last checked.

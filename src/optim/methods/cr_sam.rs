@@ -57,6 +57,11 @@ impl<T: Scalar> Method<T> for CrSam {
         &["a", "b", "vhv"]
     }
 
+    /// Steps whose α-term was dropped because A was too small, and likewise the β-term and B.
+    fn counters(&self) -> &'static [&'static str] {
+        &["dropped_alpha", "dropped_beta"]
+    }
+
     fn direction(&self, step: &mut Step<'_, T>) -> Result<Direction> {
         step.gradient_at_weights()?;
         step.gradient_pair_displaced(self.rho, [G1, G2])?;
@@ -67,7 +72,7 @@ impl<T: Scalar> Method<T> for CrSam {
         let Self { alpha, beta, a_min, b_min, .. } = *self;
         let terms = vector::CrSam { form, alpha, beta, a_min, b_min };
         let Numbers { losses, own, coefficients, flag, .. } = &mut *step.numbers;
-        let (losses, dropped) = (losses.slice(0..3)?, step.counters.slice_mut(2..4)?);
+        let (losses, dropped) = (losses.slice(0..3)?, step.counters.reborrow());
         vector::curvature_from_losses(losses, self.rho * step.rho_factor, own.view_mut())?;
         vector::cr_sam_coefficients(losses, terms, coefficients.slice_mut(0..3)?, flag.view(), dropped)?;
         Ok(Direction::combined([G0, G1, G2]))
