@@ -13,35 +13,29 @@ mod random_sam;
 mod sa_sam;
 mod sam;
 
-pub use asam::Asam;
-pub use cr_sam::{CrSam, Form};
-pub use friendly_sam::FriendlySam;
-pub use gam::Gam;
-pub use gnr::{Gnr, Hvp, Oracle};
-pub use gsam::Gsam;
-pub use look_sam::LookSam;
-pub use plain::Plain;
-pub use r_sam::RSam;
-pub use random_sam::RandomSam;
-pub use sa_sam::{SaSam, SaSgd};
-pub use sam::{Norm, Sam};
-
 use super::Entry;
 
-/// Every method by name. The command line, `config.toml` and the table in `docs/methods.md` follow this list.
-pub const METHODS: &[Entry] = &[
-    plain::SGD,
-    plain::ADAMW,
-    sam::ENTRY,
-    asam::ENTRY,
-    random_sam::ENTRY,
-    r_sam::ENTRY,
-    gsam::ENTRY,
-    look_sam::ENTRY,
-    friendly_sam::ENTRY,
-    cr_sam::ENTRY,
-    gnr::ENTRY,
-    gam::ENTRY,
-    sa_sam::SA_SAM,
-    sa_sam::SA_SGD,
-];
+/// Exports the types of each file and makes the list of entries. A line is `file: types => entries;`.
+macro_rules! methods {
+    ($($file:ident: $($export:ident),+ => $($entry:ident),+;)+) => {
+        $(pub use $file::{$($export),+};)+
+
+        /// Every method by name. The command line, `config.toml` and the table in `docs/methods.md` follow this list.
+        pub const METHODS: &[Entry] = &[$($($file::$entry),+),+];
+    };
+}
+
+methods! {
+    plain: Plain => SGD, ADAMW;
+    sam: Sam, Norm => ENTRY;
+    asam: Asam => ENTRY;
+    random_sam: RandomSam => ENTRY;
+    r_sam: RSam => ENTRY;
+    gsam: Gsam => ENTRY;
+    look_sam: LookSam => ENTRY;
+    friendly_sam: FriendlySam => ENTRY;
+    cr_sam: CrSam, Form => ENTRY;
+    gnr: Gnr, Hvp, Oracle => ENTRY;
+    gam: Gam => ENTRY;
+    sa_sam: SaSam => SA_SAM, SA_SGD;
+}
