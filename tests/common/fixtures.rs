@@ -10,7 +10,7 @@ use polder::nn::{Model, Shortcut};
 use polder::objective::Wrapped;
 use polder::optim::{
     Asam, Base, CrSam, Form, FriendlySam, Gam, Gnr, Gsam, Hvp, LookSam, Method, Norm, Optimizer, Oracle, Plain, RSam,
-    RandomSam, SaSam, SaSgd, Sam, Settings,
+    RandomSam, SaSam, Sam, Settings,
 };
 use polder::plan::{Plan, PlanOptions, Shape};
 use safetensors::SafeTensors;
@@ -156,8 +156,12 @@ fn method<T: Scalar>(run: &Value, layout: &Layout) -> Box<dyn Method<T>> {
             beta1: of("beta1"),
             gamma: of("gamma"),
         }),
-        "sa-sam" => Box::new(SaSam { delta: of("delta"), eta0: of("eta0"), theta0: of("theta0") }),
-        "sa-sgd" => Box::new(SaSgd { delta: of("delta"), eta0: of("eta0"), theta0: of("theta0") }),
+        "sa-sam" | "sa-sgd" => Box::new(SaSam {
+            delta: of("delta"),
+            eta0: of("eta0"),
+            theta0: of("theta0"),
+            perturb: run["optimizer"] == "sa-sam",
+        }),
         "gsam" => Box::new(Gsam { rho: of("rho"), alpha: of("alpha") }),
         "friendly-sam" => Box::new(FriendlySam { rho: of("rho"), sigma: of("sigma"), lambda: of("lambda") }),
         "looksam" => Box::new(LookSam { rho: of("rho"), alpha: of("alpha"), every: every() }),

@@ -10,7 +10,7 @@ use polder::kernels::random;
 use polder::objective::{Domain, Objective, Pass, Passes};
 use polder::optim::{
     Asam, Base, CrSam, Form, FriendlySam, Gam, Gnr, Gsam, Hvp, LookSam, Norm, Optimizer, Oracle, RSam, RandomSam,
-    SaSam, SaSgd, Sam, Settings, Telemetry,
+    SaSam, Sam, Settings, Telemetry,
 };
 
 /// A loss and its gradient, computed on the host in double. Its products with the Hessian are central differences,
@@ -97,6 +97,8 @@ fn cr_sam(form: Form) -> AnyMethod {
 }
 
 const GAM: AnyMethod = AnyMethod::Gam(Gam { rho: 0.02, rho_norm: 0.2, beta0: 0.5, beta1: 0.6, gamma: 0.03 });
+
+const SA_SAM: SaSam = SaSam { eta0: 0.02, delta: 0.02, theta0: 1.0, perturb: true };
 
 const GNR: Gnr =
     Gnr { rho: 0.1, alpha: 0.1, hvp: Hvp::Exact, radius: 0.01, oracle: Oracle::Loss, oracle_rho: 0.05, every: 1 };
@@ -185,8 +187,8 @@ fn family() -> Vec<AnyMethod> {
         Gnr { oracle: Oracle::Sam, every: 2, ..GNR }.into(),
         Gnr { oracle: Oracle::Sam, hvp: Hvp::Difference, ..GNR }.into(),
         GAM,
-        SaSam { eta0: 0.02, delta: 0.02, theta0: 1.0 }.into(),
-        SaSgd { eta0: 0.02, delta: 0.02, theta0: 1.0 }.into(),
+        SA_SAM.into(),
+        SaSam { perturb: false, ..SA_SAM }.into(),
         Gsam { rho: 0.05, alpha: 0.1 }.into(),
         LookSam { rho: 0.05, alpha: 0.7, every: 3 }.into(),
         RSam { rho: 0.05, sigma: 0.05, seed: 12 }.into(),
@@ -297,7 +299,7 @@ fn reference(
             let orthogonal = plus(&m, -dot(&m, &sum) / dot(&sum, &sum), &sum);
             plus(&sum, -gamma, &orthogonal)
         }
-        AnyMethod::SaSam(SaSam { delta, eta0, theta0 }) | AnyMethod::SaSgd(SaSgd { delta, eta0, theta0 }) => {
+        AnyMethod::SaSam(SaSam { delta, eta0, theta0, perturb }) => {
             if past.previous.is_empty() {
                 (past.eta, past.theta) = (eta0, theta0);
             } else {
@@ -308,7 +310,7 @@ fn reference(
                 (past.theta, past.eta) = (eta / past.eta, eta);
             }
             past.previous = w.to_vec();
-            if matches!(method, AnyMethod::SaSam(_)) { f(&plus(w, past.eta.sqrt(), &v)).1 } else { g }
+            if perturb { f(&plus(w, past.eta.sqrt(), &v)).1 } else { g }
         }
         AnyMethod::Gsam(Gsam { rho, alpha }) => {
             let there = f(&plus(w, rho, &v)).1;
@@ -336,7 +338,7 @@ fn reference(
         }
     };
     past.step += 1;
-    let own = matches!(method, AnyMethod::SaSam(_) | AnyMethod::SaSgd(_)).then_some(past.eta);
+    let own = matches!(method, AnyMethod::SaSam(_)).then_some(past.eta);
     (direction, own)
 }
 
@@ -497,7 +499,6 @@ fn a_step_whose_update_is_zero_leaves_every_bit() {
         // SA-SAM computes its own step size. If it begins at zero, it stays zero.
         let method = match method {
             AnyMethod::SaSam(method) => SaSam { eta0: 0.0, ..method }.into(),
-            AnyMethod::SaSgd(method) => SaSgd { eta0: 0.0, ..method }.into(),
             other => other,
         };
         let base = Base::Sgd { momentum: 0.9, nesterov: true };
@@ -554,8 +555,8 @@ fn a_parabola_converges_with_every_method_and_base() {
         ] {
             // The step size of SA-SAM is that of gradient descent without momentum. Its radius does not fall: with η =
             // 1/4, ρ = 1/2 it ends on a cycle at a distance of 1/6.
-            let own_step = matches!(method, AnyMethod::SaSam(_) | AnyMethod::SaSgd(_));
-            let tolerance = if matches!(method, AnyMethod::SaSam(_)) { 0.17 } else { 0.02 };
+            let own_step = matches!(method, AnyMethod::SaSam(_));
+            let tolerance = if matches!(method, AnyMethod::SaSam(SaSam { perturb: true, .. })) { 0.17 } else { 0.02 };
             let base = if own_step { Base::Sgd { momentum: 0.0, nesterov: false } } else { base };
             let device = Device::host();
             let mut objective = function(3, |w: &[f64]| {
