@@ -551,25 +551,49 @@ fn the_command_writes_the_page_and_prints_the_numbers() {
 }
 
 #[test]
+fn paths_without_results_are_skipped_and_told() {
+    let folder = tempfile::tempdir().unwrap();
+    run(folder.path(), "good", "optimizer = \"sgd\"\n", &[epoch(1, Some(1.0), 0.5, 3.0)]);
+    run(folder.path(), "silent", "optimizer = \"sgd\"\n", &["{\"kind\":".into()]);
+    run(folder.path(), "begun", "optimizer = \"sgd\"\n", &[]);
+    std::fs::remove_file(folder.path().join("begun/log.jsonl")).unwrap();
+    std::fs::create_dir(folder.path().join("empty")).unwrap();
+    std::fs::write(folder.path().join("page.html"), "").unwrap();
+    let paths = ["page.html", "silent", "missing", "good", "begun", "empty"];
+    let output = polder(&folder, &paths);
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success() && folder.path().join("good/report.html").is_file(), "{told}");
+    let reasons = [
+        "page.html: not a run folder (it has no config.toml)",
+        "silent/log.jsonl: no line of the log can be read, so there is nothing to report",
+        "missing: No such file or directory (os error 2)",
+        "begun/log.jsonl: No such file or directory (os error 2)",
+        "empty: not a run folder (it has no config.toml)",
+    ];
+    assert_eq!(told, reasons.map(|reason| format!("skipped: {reason}\n")).concat());
+    let output = polder(&folder, &["good", "silent", "--json"]);
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(found["skipped"], json!([{"path": "silent", "reason": reasons[1]}]));
+}
+
+#[test]
 fn mistakes_are_told_in_one_line_that_names_the_path() {
     let folder = tempfile::tempdir().unwrap();
     let log = [epoch(1, Some(1.0), 0.5, 3.0)];
     let good = run(folder.path(), "good", "optimizer = \"sgd\"\n", &log);
     assert!(mistake(&folder, &[]).contains("<RUN>"));
-    assert!(mistake(&folder, &["good", "missing"]).contains("missing: No such file or directory"));
+    assert!(mistake(&folder, &["missing"]).contains("missing: No such file or directory"));
+    assert!(mistake(&folder, &["missing", "page.html"]).contains("missing: No such file or directory"));
     assert!(!folder.path().join("report.html").exists(), "nothing is written of a comparison that failed");
     std::fs::create_dir(folder.path().join("empty")).unwrap();
     assert!(mistake(&folder, &["empty"]).contains("empty: not a run folder (it has no config.toml)"));
     std::fs::write(folder.path().join("page.html"), "").unwrap();
     assert!(mistake(&folder, &["page.html", "empty"]).contains("page.html: not a run folder (it has no config.toml)"));
-    let output = polder(&folder, &["good", "page.html", "empty"]);
-    assert!(output.status.success() && folder.path().join("good/report.html").is_file());
-    let told = String::from_utf8(output.stderr).unwrap();
-    let skipped =
-        ["page.html", "empty"].map(|path| format!("skipped: {path}: not a run folder (it has no config.toml)\n"));
-    assert_eq!(told, skipped.concat());
     run(folder.path(), "broken", "optimizer = \"sgd\"\nspeed = 3\n", &log);
     assert!(mistake(&folder, &["broken"]).contains("broken/config.toml: line 2: `speed` is not an option"));
+    assert!(mistake(&folder, &["good", "broken"]).contains("broken/config.toml: line 2: "), "damaged, not skipped");
+    std::fs::write(folder.path().join("broken/config.toml"), "optimizer = \"sgd\"\n\nlr = = 3\n").unwrap();
+    assert!(mistake(&folder, &["broken"]).contains("broken/config.toml: line 3: "));
     run(folder.path(), "silent", "optimizer = \"sgd\"\n", &["{\"kind\":".into()]);
     assert!(mistake(&folder, &["silent"]).contains("silent/log.jsonl: no line of the log can be read"));
     std::fs::remove_file(folder.path().join("silent/log.jsonl")).unwrap();

@@ -26,8 +26,8 @@ pub struct ReportArgs {
 
 pub fn run(args: &ReportArgs) -> Result<(), TrainError> {
     let report = report::report(&args.runs, args.out.as_deref(), args.tensorboard)?;
-    for path in &report.skipped {
-        tell(&format!("skipped: {}", TrainError::NoRun { path: path.clone() }));
+    for skipped in &report.skipped {
+        tell(&format!("skipped: {}", skipped.reason));
     }
     if args.json {
         let text = serde_json::to_string(&report).map_err(|error| option("json", error))?;

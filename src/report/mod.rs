@@ -18,7 +18,7 @@ use serde::Serialize;
 
 use crate::train::{TrainError, write_whole};
 use page::plus_minus;
-use runs::LoadedRun;
+use runs::{Loaded, LoadedRun};
 
 /// The results of runs that differ only in the seed.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -49,7 +49,7 @@ impl std::fmt::Display for GroupSummary {
     }
 }
 
-/// Whether curvature falls from each group to the next, in the order on the command line.
+/// Whether curvature falls from each group to the next, in the order in which they were given.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct CurvatureOrder {
@@ -86,6 +86,16 @@ impl std::fmt::Display for CurvatureOrder {
     }
 }
 
+/// A path that has nothing to report.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct SkippedPath {
+    /// The path as it was given.
+    pub path: PathBuf,
+    /// Why, in one line that names the path or a file in it.
+    pub reason: String,
+}
+
 /// What [`report`] wrote and found.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
@@ -96,8 +106,8 @@ pub struct Report {
     pub tensorboard: Vec<PathBuf>,
     /// In the order in which their first runs were given.
     pub groups: Vec<GroupSummary>,
-    /// Paths that are not run folders.
-    pub skipped: Vec<PathBuf>,
+    /// Paths that have nothing to report.
+    pub skipped: Vec<SkippedPath>,
     /// None if fewer than two groups have a measure of curvature in common.
     pub curvature_order: Option<CurvatureOrder>,
     /// Lines of logs that were skipped because they could not be read.
@@ -106,29 +116,29 @@ pub struct Report {
 
 /// Compares runs, each the folder of a [`Training`](crate::train::Training), on one HTML page: `out`, or `report.html`
 /// in the folder of a single run or in the current folder. The page needs no other file. With `tensorboard`, each
-/// run's log is also written to `tensorboard/` in its folder. Paths that are not run folders are skipped if there is
-/// at least one run.
+/// run's log is also written to `tensorboard/` in its folder. A path that does not exist, is not the folder of a run, or
+/// has no readable line in its log is skipped if there is at least one run.
 ///
 /// # Errors
-/// No path that is a run folder; a log without a readable line; files that are missing, or cannot be read or written.
+/// No path with a run; a file that is damaged, or cannot be read or written.
 pub fn report(runs: &[PathBuf], out: Option<&Path>, tensorboard: bool) -> Result<Report, TrainError> {
     let (mut seen, mut found, mut skipped) = (Vec::new(), Vec::new(), Vec::new());
     for path in runs {
         // A folder given twice is one run, not two with the same result.
-        let place = path.canonicalize().map_err(TrainError::io(path))?;
+        let place = path.canonicalize().unwrap_or_else(|_| path.clone());
         if seen.contains(&place) {
             continue;
         }
         seen.push(place);
-        match LoadedRun::read(path) {
-            Err(TrainError::NoRun { path }) => skipped.push(path),
-            run => found.push(run?),
+        match LoadedRun::read(path)? {
+            Loaded::Run(run) => found.push(*run),
+            Loaded::Nothing(reason) => skipped.push((path, reason)),
         }
     }
     let path = match (out, &found[..]) {
         (_, []) => {
             return Err(match skipped.into_iter().next() {
-                Some(path) => TrainError::NoRun { path },
+                Some((_, reason)) => reason,
                 None => TrainError::setting("runs", "none given, expected one or more"),
             });
         }
@@ -159,11 +169,13 @@ pub fn report(runs: &[PathBuf], out: Option<&Path>, tensorboard: bool) -> Result
             .map(|(name, statistics)| (name, serde_json::json!(statistics)))
             .collect(),
     };
+    let skipped_path =
+        |(path, reason): (&PathBuf, TrainError)| SkippedPath { path: path.clone(), reason: reason.to_string() };
     Ok(Report {
         report: path,
         tensorboard: event_files,
         groups: groups.iter().map(summary).collect(),
-        skipped,
+        skipped: skipped.into_iter().map(skipped_path).collect(),
         curvature_order,
         unreadable_lines,
     })

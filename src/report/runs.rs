@@ -15,7 +15,14 @@ use crate::train::{Finding, Options, Record, TrainError, checksum};
 /// What was measured, by the measure's name.
 pub(super) type Measures = BTreeMap<String, Finding>;
 
-/// A folder that `polder train --out` wrote.
+/// What is at a path of the report.
+pub(super) enum Loaded {
+    Run(Box<LoadedRun>),
+    /// Nothing to report, for this reason.
+    Nothing(TrainError),
+}
+
+/// The folder of a run.
 pub(super) struct LoadedRun {
     pub path: PathBuf,
     /// Every setting that has a value.
@@ -23,7 +30,7 @@ pub(super) struct LoadedRun {
     pub records: Vec<Record>,
     /// Lines of the log that could not be read.
     pub unreadable: usize,
-    /// The contents of `curvature.json`.
+    /// The contents of `curvature.json`, if the folder has one.
     pub curvature: Option<Measured>,
     /// Landscapes by the names of their folders.
     pub landscapes: Vec<(String, LoadedLandscape)>,
@@ -54,18 +61,28 @@ pub(super) struct Epoch {
 }
 
 impl LoadedRun {
-    pub fn read(path: &Path) -> Result<Self, TrainError> {
+    /// Reads a folder. One that does not exist, is not that of a run, or has no readable line in its log has nothing to
+    /// report. Damaged settings or results are an error.
+    pub fn read(path: &Path) -> Result<Loaded, TrainError> {
+        let absent = |error: &std::io::Error| matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory);
         let config = path.join("config.toml");
         match std::fs::metadata(&config) {
-            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
-                return Err(TrainError::NoRun { path: path.into() });
+            Err(error) if absent(&error) => {
+                let reason = match std::fs::metadata(path) {
+                    Err(error) => TrainError::io(path)(error),
+                    Ok(_) => TrainError::NoRun { path: path.into() },
+                };
+                return Ok(Loaded::Nothing(reason));
             }
             found => found.map_err(TrainError::io(&config))?,
         };
         let settings = read_settings(&config)?;
 
         let log = path.join("log.jsonl");
-        let text = std::fs::read(&log).map_err(TrainError::io(&log))?;
+        let text = match std::fs::read(&log) {
+            Err(error) if absent(&error) => return Ok(Loaded::Nothing(TrainError::io(log)(error))),
+            text => text.map_err(TrainError::io(&log))?,
+        };
         // A line that was cut off inside a character cannot be read, like any other incomplete line.
         let text = String::from_utf8_lossy(&text);
         let lines: Vec<Option<Record>> =
@@ -74,7 +91,7 @@ impl LoadedRun {
         let records: Vec<Record> = lines.into_iter().flatten().collect();
         if records.is_empty() {
             let reason = "no line of the log can be read, so there is nothing to report".into();
-            return Err(TrainError::Results { path: log, reason });
+            return Ok(Loaded::Nothing(TrainError::Results { path: log, reason }));
         }
 
         // Results of other weights than the current ones are stale.
@@ -104,7 +121,8 @@ impl LoadedRun {
         landscapes.retain(|(_, landscape)| landscape.counts().0 > landscape.counts().1);
         landscapes.sort_by(|(a, _), (b, _)| a.cmp(b));
         stale.sort();
-        Ok(Self { path: path.into(), settings, records, unreadable, curvature, landscapes, stale })
+        let path = path.into();
+        Ok(Loaded::Run(Box::new(Self { path, settings, records, unreadable, curvature, landscapes, stale })))
     }
 
     /// The lines of its epochs. If an epoch was written twice, the last line counts.
@@ -209,8 +227,11 @@ fn written(value: &toml::Value) -> String {
 /// known here.
 fn read_settings(config: &Path) -> Result<toml::Table, TrainError> {
     let text = std::fs::read_to_string(config).map_err(TrainError::io(config))?;
-    let settings: toml::Table = toml::from_str(&text)
-        .map_err(|error| TrainError::Settings { path: config.into(), reason: error.message().replace('\n', "; ") })?;
+    let settings: toml::Table = toml::from_str(&text).map_err(|error| {
+        let line = error.span().map(|span| format!("line {}: ", text[..span.start].matches('\n').count() + 1));
+        let reason = format!("{}{}", line.unwrap_or_default(), error.message().replace('\n', "; "));
+        TrainError::Settings { path: config.into(), reason }
+    })?;
     let method = settings.get("optimizer").and_then(toml::Value::as_str);
     if method.is_none_or(|name| optim::find(name).is_some()) {
         Options::from_file(config)?;
@@ -239,7 +260,7 @@ fn read_curvature(path: &Path) -> Result<Option<Measured>, TrainError> {
     let unusable = |reason: String| TrainError::Results { path: path.into(), reason };
     let CurvatureFile { measures, samples, split, settings, weights } =
         serde_json::from_str(&text).map_err(|error| unusable(error.to_string()))?;
-    let missing = || unusable("no `measures`, as `polder curvature --json` writes them".into());
+    let missing = || unusable("no `measures`: expected an object of findings by the names of measures".into());
     let measures = measures.ok_or_else(missing)?;
     let samples = samples.map(|samples| format!("{samples} "));
     let over = format!("over {}{split} images", samples.unwrap_or_default());
