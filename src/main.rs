@@ -66,6 +66,6 @@ fn main() -> ExitCode {
     };
     done.unwrap_or_else(|error| {
         tell(&format!("error: {}", flags::message(&error)));
-        ExitCode::from(if error.is_input() { 2 } else { 1 })
+        error.exit_code()
     })
 }

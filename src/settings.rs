@@ -7,7 +7,7 @@
 //! [`words!`](crate::words!) declares a choice between a few words.
 //!
 //! ```
-//! use polder::settings::{Configurable, Value};
+//! use polder::settings::{Configurable, SettingValue};
 //!
 //! polder::words! {
 //!     /// How a product with the Hessian is computed.
@@ -41,28 +41,29 @@
 //! }
 //!
 //! let mut example = Example::default();
-//! example.set("full-every", &Value::Count(2)).unwrap();
+//! example.set("full-every", &SettingValue::Count(2)).unwrap();
 //! assert_eq!(example, Example { full_every: 2, ..Example::default() });
-//! assert_eq!(example.get("product"), Some(Value::Word("difference".into())));
+//! assert_eq!(example.get("product"), Some(SettingValue::Word("difference".into())));
 //!
-//! let error = example.set("rho", &Value::Number(0.0)).unwrap_err();
+//! let error = example.set("rho", &SettingValue::Number(0.0)).unwrap_err();
 //! assert_eq!(error.to_string(), "rho: 0, expected a finite number above 0");
 //! let names: Vec<&str> = Example::OPTIONS.iter().map(|option| option.name).collect();
 //! assert_eq!(names, ["rho", "full-every", "product", "distance", "clip"]);
 //! assert_eq!(Example::OPTIONS[0].help(), "Radius of the perturbation");
-//! assert_eq!((Example::OPTIONS[0].default)(), Value::Number(0.05));
+//! assert_eq!((Example::OPTIONS[0].default)(), SettingValue::Number(0.05));
 //! ```
 //!
 //! # Syntax
 //!
 //! A field is written `name: type = default`, then optional parts in this order, then a semicolon:
+//! - `, else "the batch size"`: what holds where the value of an `Option` is `None`, in words;
 //! - `, as "RHO"`: what the value is called in `--help`; without it the kind's own word, such as `N`;
-//! - `, in positive`: the range, one of the functions in [`range`];
+//! - `, in positive`: the range, one of the functions in [`range`](mod@range);
 //! - `, with other`: the option has a meaning only where the option `other` of the same struct is on (a flag that is
 //!   set, a number above 0, a value that is there); `, with other = "word"`: only where it has this value.
 //!
-//! A field's type is `bool`, `u64`, `usize`, `f64`, `String`, an enum of `words!`, `Vec<f32>`, a `Vec` of such an enum,
-//! or an `Option` of any of these. Attributes of the struct are kept; the struct needs no derive. Its first doc line
+//! A field's type is `bool`, `u64`, `usize`, `f64`, `String`, an enum of `words!`, `Vec<f32>`, `Vec<f64>`, a `Vec` of
+//! such an enum, or an `Option` of any of these. Attributes of the struct are kept; the struct needs no derive. Its first doc line
 //! and those of its fields are the help texts, and a field named `full_every` is the option `full-every`.
 //! The block `code { … }` holds fields that are no options; leave it out where there are none.
 
@@ -70,7 +71,7 @@ use std::fmt;
 
 /// The value of an option, whatever its type.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Value {
+pub enum SettingValue {
     /// No value, of an option that may be left out.
     Absent,
     /// Yes or no.
@@ -84,12 +85,12 @@ pub enum Value {
     /// One of a few words.
     Word(String),
     /// Several numbers.
-    Numbers(Vec<f32>),
+    Numbers(Vec<f64>),
     /// Several of a few words.
     Words(Vec<String>),
 }
 
-impl fmt::Display for Value {
+impl fmt::Display for SettingValue {
     /// As a user writes it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -98,37 +99,39 @@ impl fmt::Display for Value {
             Self::Count(value) => write!(f, "{value}"),
             Self::Number(value) => f.write_str(&number(*value)),
             Self::Text(value) | Self::Word(value) => f.write_str(value),
-            Self::Numbers(values) => f.write_str(&values.iter().map(f32::to_string).collect::<Vec<_>>().join(",")),
+            Self::Numbers(values) => {
+                f.write_str(&values.iter().map(|value| number(*value)).collect::<Vec<_>>().join(","))
+            }
             Self::Words(values) => f.write_str(&values.join(",")),
         }
     }
 }
 
-/// Small numbers with an exponent, others without.
-fn number(value: f64) -> String {
+/// A number as a user writes it: small ones with an exponent, others without.
+pub(crate) fn number(value: f64) -> String {
     if value != 0.0 && value.abs() < 1e-3 { format!("{value:e}") } else { value.to_string() }
 }
 
 /// What values an option takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// [`Value::Flag`].
+pub enum SettingKind {
+    /// [`SettingValue::Flag`].
     Flag,
-    /// [`Value::Count`].
+    /// [`SettingValue::Count`].
     Count,
-    /// [`Value::Number`].
+    /// [`SettingValue::Number`].
     Number,
-    /// [`Value::Text`].
+    /// [`SettingValue::Text`].
     Text,
-    /// [`Value::Word`], one of these.
+    /// [`SettingValue::Word`], one of these.
     Word(&'static [Word]),
-    /// [`Value::Numbers`].
+    /// [`SettingValue::Numbers`].
     Numbers,
-    /// [`Value::Words`], some of these.
+    /// [`SettingValue::Words`], some of these.
     Words(&'static [Word]),
 }
 
-impl Kind {
+impl SettingKind {
     /// What a value is called in `--help` where the declaration does not say.
     pub const fn value_name(self) -> &'static str {
         match self {
@@ -191,10 +194,14 @@ pub enum Range {
     NotNegative,
     /// Numbers from 0 to 1.
     Fraction,
+    /// Numbers from 0 to 1, without 1.
+    BelowOne,
     /// Counts of at least this.
     AtLeast(u64),
     /// Counts of at most this.
     AtMost(u64),
+    /// Counts from the first to the second.
+    Between(u64, u64),
 }
 
 impl Range {
@@ -205,20 +212,24 @@ impl Range {
             Self::Positive => "a finite number above 0".into(),
             Self::NotNegative => "a finite number, 0 or more".into(),
             Self::Fraction => "a number from 0 to 1".into(),
+            Self::BelowOne => "a number from 0 to below 1".into(),
             Self::AtLeast(least) => format!("at least {least}"),
             Self::AtMost(most) => format!("at most {most}"),
+            Self::Between(least, most) => format!("{least} to {most}"),
         }
     }
 
     /// Whether a value is within the range. An absent value is.
-    pub fn contains(self, value: &Value) -> bool {
+    pub fn contains(self, value: &SettingValue) -> bool {
         match (self, value) {
-            (Self::Any, _) | (_, Value::Absent) => true,
-            (Self::Positive, Value::Number(value)) => *value > 0.0 && value.is_finite(),
-            (Self::NotNegative, Value::Number(value)) => *value >= 0.0 && value.is_finite(),
-            (Self::Fraction, Value::Number(value)) => (0.0..=1.0).contains(value),
-            (Self::AtLeast(least), Value::Count(value)) => *value >= least,
-            (Self::AtMost(most), Value::Count(value)) => *value <= most,
+            (Self::Any, _) | (_, SettingValue::Absent) => true,
+            (Self::Positive, SettingValue::Number(value)) => *value > 0.0 && value.is_finite(),
+            (Self::NotNegative, SettingValue::Number(value)) => *value >= 0.0 && value.is_finite(),
+            (Self::Fraction, SettingValue::Number(value)) => (0.0..=1.0).contains(value),
+            (Self::BelowOne, SettingValue::Number(value)) => (0.0..1.0).contains(value),
+            (Self::AtLeast(least), SettingValue::Count(value)) => *value >= least,
+            (Self::AtMost(most), SettingValue::Count(value)) => *value <= most,
+            (Self::Between(least, most), SettingValue::Count(value)) => (least..=most).contains(value),
             _ => false,
         }
     }
@@ -243,6 +254,11 @@ pub mod range {
         Range::Fraction
     }
 
+    /// Numbers from 0 to 1, without 1.
+    pub const fn below_one() -> Range {
+        Range::BelowOne
+    }
+
     /// Counts of at least `least`.
     pub const fn at_least(least: u64) -> Range {
         Range::AtLeast(least)
@@ -251,6 +267,11 @@ pub mod range {
     /// Counts of at most `most`.
     pub const fn at_most(most: u64) -> Range {
         Range::AtMost(most)
+    }
+
+    /// Counts from `least` to `most`.
+    pub const fn between(least: u64, most: u64) -> Range {
+        Range::Between(least, most)
     }
 }
 
@@ -283,10 +304,10 @@ impl Condition {
     }
 
     /// Whether this value of the other option is as the condition asks.
-    pub fn accepts(&self, other: &Value) -> bool {
+    pub fn accepts(&self, other: &SettingValue) -> bool {
         match self.value {
             Some(value) => other.to_string() == value,
-            None => !matches!(other, Value::Absent | Value::Flag(false) | Value::Count(0)),
+            None => !matches!(other, SettingValue::Absent | SettingValue::Flag(false) | SettingValue::Count(0)),
         }
     }
 }
@@ -299,41 +320,55 @@ pub struct Setting {
     #[doc(hidden)]
     pub doc: &'static str,
     /// What values it takes.
-    pub kind: Kind,
+    pub kind: SettingKind,
     /// What a value is called in `--help`.
     pub value_name: &'static str,
     /// Which of these values it takes.
     pub range: Range,
     /// Its value where nobody gives one.
-    pub default: fn() -> Value,
+    pub default: fn() -> SettingValue,
+    /// What holds where it has no value, in words; empty where the declaration does not say.
+    pub otherwise: &'static str,
     /// Which other option gives it a meaning, if it needs one.
     pub only_with: Option<Condition>,
 }
 
 impl Setting {
+    /// The largest count of any option: a file of settings holds no larger one.
+    pub const MOST: u64 = i64::MAX as u64;
+
     /// What it is for.
     pub fn help(&self) -> &'static str {
         plain(self.doc)
+    }
+
+    /// Its default as a user writes it, or what holds without a value; empty where there is nothing to say.
+    pub fn default_text(&self) -> String {
+        match (self.default)() {
+            SettingValue::Absent => self.otherwise.into(),
+            SettingValue::Flag(false) => String::new(),
+            value => value.to_string(),
+        }
     }
 
     /// Fails for a value of another type or out of the range.
     ///
     /// # Errors
     /// [`SettingError::Type`], [`SettingError::Range`].
-    pub fn check(&self, value: &Value) -> Result<(), SettingError> {
+    pub fn check(&self, value: &SettingValue) -> Result<(), SettingError> {
         let words_are_known =
             |words: &[Word], found: &[String]| found.iter().all(|name| words.iter().any(|word| word.name == name));
         let fits = match (self.kind, value) {
-            (_, Value::Absent) => (self.default)() == Value::Absent,
-            (Kind::Flag, Value::Flag(_))
-            | (Kind::Count, Value::Count(_))
-            | (Kind::Number, Value::Number(_) | Value::Count(_))
-            | (Kind::Text, Value::Text(_))
-            | (Kind::Numbers, Value::Numbers(_)) => true,
-            (Kind::Word(words), Value::Word(name) | Value::Text(name)) => {
+            (_, SettingValue::Absent) => (self.default)() == SettingValue::Absent,
+            (SettingKind::Flag, SettingValue::Flag(_))
+            | (SettingKind::Count, SettingValue::Count(_))
+            | (SettingKind::Number, SettingValue::Number(_) | SettingValue::Count(_))
+            | (SettingKind::Text, SettingValue::Text(_))
+            | (SettingKind::Numbers, SettingValue::Numbers(_)) => true,
+            (SettingKind::Word(words), SettingValue::Word(name) | SettingValue::Text(name)) => {
                 words_are_known(words, std::slice::from_ref(name))
             }
-            (Kind::Words(words), Value::Words(names)) => words_are_known(words, names),
+            (SettingKind::Words(words), SettingValue::Words(names)) => words_are_known(words, names),
             _ => false,
         };
         let (name, found) = (self.name, value.to_string());
@@ -341,7 +376,10 @@ impl Setting {
             return Err(SettingError::Type { name, found, expected: self.kind.expected() });
         }
         let number = match (self.kind, value) {
-            (Kind::Number, Value::Count(count)) => &Value::Number(*count as f64),
+            (SettingKind::Number, SettingValue::Count(count)) => &SettingValue::Number(*count as f64),
+            (_, SettingValue::Count(count)) if *count > Self::MOST => {
+                return Err(SettingError::Range { name, found, expected: Range::AtMost(Self::MOST).expected() });
+            }
             _ => value,
         };
         if self.range.contains(number) {
@@ -422,13 +460,13 @@ pub trait Configurable {
     fn options(&self) -> &'static [Setting];
 
     /// The value of an option; none where there is no such option.
-    fn get(&self, name: &str) -> Option<Value>;
+    fn get(&self, name: &str) -> Option<SettingValue>;
 
     /// Sets an option.
     ///
     /// # Errors
     /// An option that the struct does not have, a value of another type or out of its range. The old value stays.
-    fn set(&mut self, name: &str, value: &Value) -> Result<(), SettingError>;
+    fn set(&mut self, name: &str, value: &SettingValue) -> Result<(), SettingError>;
 
     /// Whether an option has a meaning beside the values of the others (see [`Setting::only_with`]); false where there
     /// is no such option.
@@ -461,102 +499,117 @@ pub fn applies(settings: &dyn Configurable, name: &str) -> bool {
 /// A type that an option can have.
 pub trait OptionType: Sized {
     /// What values it takes.
-    const KIND: Kind;
+    const KIND: SettingKind;
 
     /// As a value.
-    fn to_value(&self) -> Value;
+    fn to_value(&self) -> SettingValue;
 
     /// From a value; none for one of another type.
-    fn from_value(value: &Value) -> Option<Self>;
+    fn from_value(value: &SettingValue) -> Option<Self>;
 }
 
 impl OptionType for bool {
-    const KIND: Kind = Kind::Flag;
+    const KIND: SettingKind = SettingKind::Flag;
 
-    fn to_value(&self) -> Value {
-        Value::Flag(*self)
+    fn to_value(&self) -> SettingValue {
+        SettingValue::Flag(*self)
     }
 
-    fn from_value(value: &Value) -> Option<Self> {
-        if let Value::Flag(value) = value { Some(*value) } else { None }
+    fn from_value(value: &SettingValue) -> Option<Self> {
+        if let SettingValue::Flag(value) = value { Some(*value) } else { None }
     }
 }
 
 impl OptionType for u64 {
-    const KIND: Kind = Kind::Count;
+    const KIND: SettingKind = SettingKind::Count;
 
-    fn to_value(&self) -> Value {
-        Value::Count(*self)
+    fn to_value(&self) -> SettingValue {
+        SettingValue::Count(*self)
     }
 
-    fn from_value(value: &Value) -> Option<Self> {
-        if let Value::Count(value) = value { Some(*value) } else { None }
+    fn from_value(value: &SettingValue) -> Option<Self> {
+        if let SettingValue::Count(value) = value { Some(*value) } else { None }
     }
 }
 
 impl OptionType for usize {
-    const KIND: Kind = Kind::Count;
+    const KIND: SettingKind = SettingKind::Count;
 
-    fn to_value(&self) -> Value {
-        Value::Count(*self as u64)
+    fn to_value(&self) -> SettingValue {
+        SettingValue::Count(*self as u64)
     }
 
-    fn from_value(value: &Value) -> Option<Self> {
-        if let Value::Count(value) = value { Self::try_from(*value).ok() } else { None }
+    fn from_value(value: &SettingValue) -> Option<Self> {
+        if let SettingValue::Count(value) = value { Self::try_from(*value).ok() } else { None }
     }
 }
 
 impl OptionType for f64 {
-    const KIND: Kind = Kind::Number;
+    const KIND: SettingKind = SettingKind::Number;
 
-    fn to_value(&self) -> Value {
-        Value::Number(*self)
+    fn to_value(&self) -> SettingValue {
+        SettingValue::Number(*self)
     }
 
     /// A whole number is a number, too.
-    fn from_value(value: &Value) -> Option<Self> {
+    fn from_value(value: &SettingValue) -> Option<Self> {
         match value {
-            Value::Number(value) => Some(*value),
-            Value::Count(value) => Some(*value as f64),
+            SettingValue::Number(value) => Some(*value),
+            SettingValue::Count(value) => Some(*value as f64),
             _ => None,
         }
     }
 }
 
 impl OptionType for String {
-    const KIND: Kind = Kind::Text;
+    const KIND: SettingKind = SettingKind::Text;
 
-    fn to_value(&self) -> Value {
-        Value::Text(self.clone())
+    fn to_value(&self) -> SettingValue {
+        SettingValue::Text(self.clone())
     }
 
-    fn from_value(value: &Value) -> Option<Self> {
-        if let Value::Text(value) = value { Some(value.clone()) } else { None }
+    fn from_value(value: &SettingValue) -> Option<Self> {
+        if let SettingValue::Text(value) = value { Some(value.clone()) } else { None }
+    }
+}
+
+impl OptionType for Vec<f64> {
+    const KIND: SettingKind = SettingKind::Numbers;
+
+    fn to_value(&self) -> SettingValue {
+        SettingValue::Numbers(self.clone())
+    }
+
+    fn from_value(value: &SettingValue) -> Option<Self> {
+        if let SettingValue::Numbers(values) = value { Some(values.clone()) } else { None }
     }
 }
 
 impl OptionType for Vec<f32> {
-    const KIND: Kind = Kind::Numbers;
+    const KIND: SettingKind = SettingKind::Numbers;
 
-    fn to_value(&self) -> Value {
-        Value::Numbers(self.clone())
+    /// Each as the shortest decimal number that is this f32, not the digits of its f64.
+    fn to_value(&self) -> SettingValue {
+        let decimal = |value: &f32| value.to_string().parse().unwrap_or(f64::from(*value));
+        SettingValue::Numbers(self.iter().map(decimal).collect())
     }
 
-    fn from_value(value: &Value) -> Option<Self> {
-        if let Value::Numbers(values) = value { Some(values.clone()) } else { None }
+    fn from_value(value: &SettingValue) -> Option<Self> {
+        let SettingValue::Numbers(values) = value else { return None };
+        Some(values.iter().map(|value| *value as f32).collect())
     }
 }
 
 impl<T: OptionType> OptionType for Option<T> {
-    const KIND: Kind = T::KIND;
+    const KIND: SettingKind = T::KIND;
 
-    fn to_value(&self) -> Value {
-        self.as_ref().map_or(Value::Absent, T::to_value)
+    fn to_value(&self) -> SettingValue {
+        self.as_ref().map_or(SettingValue::Absent, T::to_value)
     }
 
-    fn from_value(value: &Value) -> Option<Self> {
+    fn from_value(value: &SettingValue) -> Option<Self> {
         match value {
-            Value::Absent => Some(None),
+            SettingValue::Absent => Some(None),
             value => T::from_value(value).map(Some),
         }
     }
@@ -580,33 +633,33 @@ pub trait Choice: Copy + 'static {
 }
 
 impl<T: Choice> OptionType for T {
-    const KIND: Kind = Kind::Word(T::WORDS);
+    const KIND: SettingKind = SettingKind::Word(T::WORDS);
 
-    fn to_value(&self) -> Value {
-        Value::Word(self.word().into())
+    fn to_value(&self) -> SettingValue {
+        SettingValue::Word(self.word().into())
     }
 
-    fn from_value(value: &Value) -> Option<Self> {
-        if let Value::Word(word) | Value::Text(word) = value { Self::from_word(word) } else { None }
+    fn from_value(value: &SettingValue) -> Option<Self> {
+        if let SettingValue::Word(word) | SettingValue::Text(word) = value { Self::from_word(word) } else { None }
     }
 }
 
 impl<T: Choice> OptionType for Vec<T> {
-    const KIND: Kind = Kind::Words(T::WORDS);
+    const KIND: SettingKind = SettingKind::Words(T::WORDS);
 
-    fn to_value(&self) -> Value {
-        Value::Words(self.iter().map(|value| value.word().to_string()).collect())
+    fn to_value(&self) -> SettingValue {
+        SettingValue::Words(self.iter().map(|value| value.word().to_string()).collect())
     }
 
-    fn from_value(value: &Value) -> Option<Self> {
-        let Value::Words(words) = value else { return None };
+    fn from_value(value: &SettingValue) -> Option<Self> {
+        let SettingValue::Words(words) = value else { return None };
         words.iter().map(|word| T::from_word(word)).collect()
     }
 }
 
 /// A text that is not one of the words of a choice.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{found}: expected {}", Kind::Word(words).expected())]
+#[error("{found}: expected {}", SettingKind::Word(words).expected())]
 pub struct UnknownWord {
     /// The text.
     pub found: String,
@@ -688,8 +741,9 @@ macro_rules! settings {
             $(
                 $(#[doc = $doc:literal])+
                 $field:ident : $type:ty = $default:expr
+                $(, else $otherwise:literal)?
                 $(, as $value_name:literal)?
-                $(, in $range:ident $(($bound:expr))?)?
+                $(, in $range:ident $(($($bound:expr),+))?)?
                 $(, with $other:ident $(= $word:literal)?)?
                 ;
             )*
@@ -718,13 +772,15 @@ macro_rules! settings {
             pub const OPTIONS: &'static [$crate::settings::Setting] = &[$({
                 const FIELD: &str = stringify!($field);
                 const NAME: [u8; FIELD.len()] = $crate::settings::kebab(FIELD);
-                const KIND: $crate::settings::Kind = <$type as $crate::settings::OptionType>::KIND;
+                const KIND: $crate::settings::SettingKind = <$type as $crate::settings::OptionType>::KIND;
                 #[allow(unused_mut, unused_assignments)]
                 const SETTING: $crate::settings::Setting = {
                     let mut value_name = KIND.value_name();
                     $(value_name = $value_name;)?
                     let mut range = $crate::settings::Range::Any;
-                    $(range = $crate::settings::range::$range($($bound)?);)?
+                    $(range = $crate::settings::range::$range($($($bound),+)?);)?
+                    let mut otherwise = "";
+                    $(otherwise = $otherwise;)?
                     let mut only_with = None;
                     $(
                         let mut value: Option<&'static str> = None;
@@ -744,6 +800,7 @@ macro_rules! settings {
                             let default: $type = $default;
                             $crate::settings::OptionType::to_value(&default)
                         },
+                        otherwise,
                         only_with,
                     }
                 };
@@ -757,7 +814,7 @@ macro_rules! settings {
             }
 
             #[allow(unused_variables)]
-            fn get(&self, name: &str) -> Option<$crate::settings::Value> {
+            fn get(&self, name: &str) -> Option<$crate::settings::SettingValue> {
                 $(
                     if $crate::settings::is_named(stringify!($field), name) {
                         return Some($crate::settings::OptionType::to_value(&self.$field));
@@ -769,7 +826,7 @@ macro_rules! settings {
             fn set(
                 &mut self,
                 name: &str,
-                value: &$crate::settings::Value,
+                value: &$crate::settings::SettingValue,
             ) -> ::std::result::Result<(), $crate::settings::SettingError> {
                 let unknown = || $crate::settings::SettingError::Unknown { name: name.into() };
                 let option = Self::OPTIONS.iter().find(|option| option.name == name).ok_or_else(unknown)?;
@@ -820,7 +877,11 @@ mod tests {
             /// A share
             share: f64 = 0.0, in fraction;
             /// A number that may be absent
-            weight: Option<f64> = None, in not_negative;
+            weight: Option<f64> = None, else "that of the radius", in not_negative;
+            /// A share that is not the whole
+            decay: f64 = 0.5, in below_one;
+            /// One or two
+            sides: usize = 2, in between(1, 2);
             /// A text
             path: String = "here".into();
             /// A word
@@ -857,6 +918,8 @@ mod tests {
             "radius",
             "share",
             "weight",
+            "decay",
+            "sides",
             "path",
             "shape",
             "mean",
@@ -867,10 +930,12 @@ mod tests {
         assert_eq!(option("is-on").help(), "A flag that takes two lines");
         assert_eq!((option("count-of-things").value_name, option("most").value_name), ("K", "N"));
         assert_eq!(option("count-of-things").range.expected(), "at least 2");
-        assert_eq!((option("count-of-things").default)(), Value::Count(3));
-        assert_eq!((option("radius").default)().to_string(), "1e-8");
+        assert_eq!((option("count-of-things").default)(), SettingValue::Count(3));
+        assert_eq!(option("radius").default_text(), "1e-8");
+        let without = ["weight", "mean", "is-on"].map(|name| option(name).default_text());
+        assert_eq!(without, ["that of the radius", "", ""]);
         assert_eq!((option("shapes").default)().to_string(), "round,square");
-        let Kind::Word(words) = option("shape").kind else { panic!("a word") };
+        let SettingKind::Word(words) = option("shape").kind else { panic!("a word") };
         assert_eq!(
             words.iter().map(|word| (word.name, word.help())).collect::<Vec<_>>(),
             [("square", "With corners"), ("round", "Without any")]
@@ -898,31 +963,35 @@ mod tests {
     fn a_value_of_another_type_or_out_of_range_is_refused_and_changes_nothing() {
         let mut settings = Everything::default();
         let wrong = [
-            ("nothing", Value::Flag(true), "nothing: unknown option"),
-            ("length", Value::Count(1), "length: unknown option"),
-            ("is_on", Value::Flag(true), "is_on: unknown option"),
-            ("count-of-things", Value::Count(1), "count-of-things: 1, expected at least 2"),
-            ("count-of-things", Value::Number(4.0), "count-of-things: 4, expected a whole number, 0 or more"),
-            ("most", Value::Count(10), "most: 10, expected at most 9"),
-            ("radius", Value::Number(f64::NAN), "radius: NaN, expected a finite number above 0"),
-            ("radius", Value::Count(0), "radius: 0, expected a finite number above 0"),
-            ("radius", Value::Absent, "radius: none, expected a number"),
-            ("share", Value::Number(1.5), "share: 1.5, expected a number from 0 to 1"),
-            ("weight", Value::Number(-1.0), "weight: -1, expected a finite number, 0 or more"),
-            ("shape", Value::Word("oval".into()), "shape: oval, expected one of square, round"),
-            ("shapes", Value::Words(vec!["oval".into()]), "shapes: oval, expected a list of square, round"),
-            ("path", Value::Flag(true), "path: true, expected a text"),
+            ("nothing", SettingValue::Flag(true), "nothing: unknown option"),
+            ("length", SettingValue::Count(1), "length: unknown option"),
+            ("is_on", SettingValue::Flag(true), "is_on: unknown option"),
+            ("count-of-things", SettingValue::Count(1), "count-of-things: 1, expected at least 2"),
+            ("count-of-things", SettingValue::Number(4.0), "count-of-things: 4, expected a whole number, 0 or more"),
+            ("most", SettingValue::Count(10), "most: 10, expected at most 9"),
+            ("radius", SettingValue::Number(f64::NAN), "radius: NaN, expected a finite number above 0"),
+            ("radius", SettingValue::Count(0), "radius: 0, expected a finite number above 0"),
+            ("radius", SettingValue::Absent, "radius: none, expected a number"),
+            ("share", SettingValue::Number(1.5), "share: 1.5, expected a number from 0 to 1"),
+            ("most", SettingValue::Count(u64::MAX), "most: 18446744073709551615, expected at most 9223372036854775807"),
+            ("decay", SettingValue::Number(1.0), "decay: 1, expected a number from 0 to below 1"),
+            ("sides", SettingValue::Count(3), "sides: 3, expected 1 to 2"),
+            ("weight", SettingValue::Number(-1.0), "weight: -1, expected a finite number, 0 or more"),
+            ("shape", SettingValue::Word("oval".into()), "shape: oval, expected one of square, round"),
+            ("shapes", SettingValue::Words(vec!["oval".into()]), "shapes: oval, expected a list of square, round"),
+            ("path", SettingValue::Flag(true), "path: true, expected a text"),
         ];
         for (name, value, message) in wrong {
             assert_eq!(settings.set(name, &value).unwrap_err().to_string(), message);
         }
         assert_eq!(settings, Everything::default());
-        settings.set("weight", &Value::Count(2)).unwrap();
-        settings.set("mean", &Value::Numbers(vec![0.5])).unwrap();
-        settings.set("shape", &Value::Text("round".into())).unwrap();
+        settings.set("weight", &SettingValue::Count(2)).unwrap();
+        settings.set("mean", &SettingValue::Numbers(vec![0.4914])).unwrap();
+        assert_eq!(settings.get("mean").unwrap().to_string(), "0.4914");
+        settings.set("shape", &SettingValue::Text("round".into())).unwrap();
         assert_eq!(
             (settings.weight, settings.mean.clone(), settings.shape),
-            (Some(2.0), Some(vec![0.5]), Shape::Round)
+            (Some(2.0), Some(vec![0.4914]), Shape::Round)
         );
         settings.radius = -1.0;
         assert!(matches!(settings.check(), Err(SettingError::Range { name: "radius", .. })));

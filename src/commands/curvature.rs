@@ -3,64 +3,46 @@
 use std::path::PathBuf;
 
 use polder::curvature::{Density, Estimate, Passes, Rise};
-use polder::kernels::batch_norm::Mode;
 use polder::report::spectrum_picture;
-use polder::settings::Configurable;
 use polder::train::{
     CurvatureMeter, CurvatureSettings, Finding, Findings, MeanOver, Measure, TrainError, checksum, write_whole,
 };
 use serde_json::json;
 
-use super::flags::CurvatureFlags;
-use super::model::{BatchNormName, ModelArgs, Samples, SplitName};
-use super::{Bar, counted, make_folder, print};
+use super::flags::Flags;
+use super::model::{MeasureSettings, ModelArgs, Samples};
+use super::{Bar, Failure, counted, make_folder, print};
 
 #[derive(clap::Args)]
 pub struct CurvatureArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// Which images
-    #[arg(long, value_enum, default_value = "train")]
-    split: SplitName,
-    /// The first N images, a multiple of --batch-size [default: 1000 or as many as there are, in whole batches]
-    #[arg(long, value_name = "N")]
-    samples: Option<usize>,
     #[command(flatten)]
-    settings: CurvatureFlags,
-    /// Statistics that batch norm uses
-    #[arg(long, value_enum, value_name = "MODE", default_value = "eval")]
-    bn: BatchNormName,
+    images: Flags<MeasureSettings>,
+    #[command(flatten)]
+    settings: Flags<CurvatureSettings>,
     /// Write curvature.json, curvature.csv and, with a spectrum, spectrum.csv and pictures of it to this folder
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
 
-pub fn run(args: &CurvatureArgs) -> Result<(), TrainError> {
-    let mut settings = CurvatureSettings::default();
-    for (name, value) in args.settings.0.iter() {
-        settings.set(name, value)?;
-    }
+pub fn run(args: &CurvatureArgs) -> Result<(), Failure> {
+    let settings = args.settings.settings()?;
     settings.check_combination()?;
-    let split = args.split.split();
-    let subject = args.model.open(split, args.samples.map_or(Samples::Usual, Samples::First))?;
-    let batch_size = args.model.batch_size.min(subject.images.len());
+    let MeasureSettings { split, samples, bn } = args.images.settings()?;
+    let subject = args.model.open(split, samples.map_or(Samples::Usual, Samples::First))?;
+    let batch_size = subject.batch_size;
     // A folder that cannot be written to, or that already holds measurements, is an error before the work.
     if let Some(out) = &args.out {
         make_folder(out)?;
         if out.join("curvature.json").exists() {
-            let reason = "already holds measurements (curvature.json); use another folder".into();
-            return Err(TrainError::Results { path: out.clone(), reason });
+            let reason = "already holds measurements (curvature.json)".into();
+            return Err(TrainError::Occupied { path: out.clone(), reason }.into());
         }
     }
     let images = (&*subject.data, &subject.images);
-    let mut meter = CurvatureMeter::new(
-        &subject.device,
-        &subject.network(),
-        images,
-        subject.normalization,
-        batch_size,
-        args.bn.mode(),
-    )?;
+    let mut meter =
+        CurvatureMeter::new(&subject.device, &subject.network(), images, subject.normalization, batch_size, bn.mode())?;
     let [parameters, statistics] = subject.load(&subject.init, meter.plan())?;
     let bar = Bar::new();
     let mut progress = |measure: Measure, done, of| bar.show(&measure.to_string(), done, of);
@@ -69,7 +51,7 @@ pub fn run(args: &CurvatureArgs) -> Result<(), TrainError> {
     let found = found?;
     // Nothing is written if every measure failed.
     if !found.list.is_empty() && found.list.iter().all(|(_, finding)| matches!(finding, Finding::NotFinite)) {
-        return Err(subject.weights_error(Finding::NOT_FINITE.into()));
+        return Err(subject.weights_error(Finding::NOT_FINITE.into()).into());
     }
     let samples = subject.images.len();
     let Passes { gradients, products } = found.passes;
@@ -79,7 +61,7 @@ pub fn run(args: &CurvatureArgs) -> Result<(), TrainError> {
         "passes": {"gradients": gradients, "products": products},
         "weights": checksum(&subject.init)?,
         "settings": {
-            "bn": if args.bn.mode() == Mode::Eval { "eval" } else { "train" },
+            "bn": bn.to_string(),
             "batch_size": batch_size,
             "probes": settings.probes,
             "steps": settings.steps,
@@ -106,8 +88,10 @@ pub fn run(args: &CurvatureArgs) -> Result<(), TrainError> {
         return print(&object.to_string());
     }
     print(&format!(
-        "{}, {split} split: {samples} samples; {gradients} gradients, {products} products with the Hessian",
-        subject.name
+        "{}, {split} split: {samples} samples; {}, {} with the Hessian",
+        subject.name,
+        counted(gradients, "gradient"),
+        counted(products, "product"),
     ))?;
     for (measure, finding) in &found.list {
         print(&format!("{:<19} {}", measure.to_string(), words(finding, &settings)))?;

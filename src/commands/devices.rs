@@ -1,12 +1,11 @@
 //! `polder devices`: the devices that this program can use.
 
 use polder::device;
-use polder::train::TrainError;
 use serde_json::json;
 
-use super::print;
+use super::{Failure, print};
 
-pub fn run(json: bool) -> Result<(), TrainError> {
+pub fn run(json: bool) -> Result<(), Failure> {
     let devices = device::available();
     if json {
         let list: Vec<_> = devices

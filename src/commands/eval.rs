@@ -2,35 +2,43 @@
 
 use std::path::PathBuf;
 
+use polder::data::Split;
 use polder::kernels::batch_norm::Mode;
-use polder::train::{Evaluation, Evaluator, TrainError};
+use polder::settings;
+use polder::train::{Evaluation, Evaluator};
 use serde_json::json;
 
-use super::model::{ModelArgs, Samples, SplitName, Subject};
-use super::{print, write_npy};
+use super::flags::Flags;
+use super::model::{ModelArgs, Samples, Subject};
+use super::{Failure, print, write_npy};
+
+settings! {
+    /// The images to evaluate on.
+    pub struct EvalSettings {
+        /// Which images
+        split: Split = Split::Test;
+        /// The first N images
+        samples: Option<usize> = None, else "all", in at_least(1);
+    }
+}
 
 #[derive(clap::Args)]
 pub struct EvalArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// Which images
-    #[arg(long, value_enum, default_value = "test")]
-    split: SplitName,
-    /// The first N images only
-    #[arg(long, value_name = "N")]
-    samples: Option<usize>,
+    #[command(flatten)]
+    images: Flags<EvalSettings>,
     /// Write the logits (samples × classes, f32) to this file
     #[arg(long, value_name = "FILE.npy")]
     logits: Option<PathBuf>,
 }
 
-pub fn run(args: &EvalArgs) -> Result<(), TrainError> {
-    let split = args.split.split();
-    let subject = args.model.open(split, args.samples.map_or(Samples::All, Samples::First))?;
-    let Subject { device, name, data, images, normalization, init, .. } = &subject;
-    let batch_size = args.model.batch_size;
+pub fn run(args: &EvalArgs) -> Result<(), Failure> {
+    let EvalSettings { split, samples } = args.images.settings()?;
+    let subject = args.model.open(split, samples.map_or(Samples::All, Samples::First))?;
+    let Subject { device, name, data, images, normalization, init, batch_size, .. } = &subject;
     let mut evaluator =
-        Evaluator::new(device, &subject.network(), (data, images), *normalization, batch_size, Mode::Eval)?;
+        Evaluator::new(device, &subject.network(), (data, images), *normalization, *batch_size, Mode::Eval)?;
     let [parameters, statistics] = subject.load(init, evaluator.plan())?;
     let mut logits = Vec::new();
     let found = evaluator.evaluate(parameters.view(), statistics.view(), |batch| {

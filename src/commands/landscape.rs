@@ -6,26 +6,46 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use clap::ValueEnum;
 use flate2::Crc;
 use polder::curvature::filter_normalized;
+use polder::data::Split;
 use polder::device::{self, Buffer};
 use polder::kernels::vector;
 use polder::plan::Plan;
 use polder::report::landscape_pictures;
 use polder::train::landscape::{Axis, Heights, Landscape, load_direction, save_direction};
 use polder::train::{CurvatureMeter, CurvatureSettings, Evaluator, Finding, TrainError, checksum};
+use polder::{settings, words};
 use serde_json::json;
 
-use super::model::{BatchNormName, ModelArgs, Samples, SplitName, Subject};
-use super::{Bar, make_folder, option, print, stop_on_signals, tell, write_npy};
+use super::flags::Flags;
+use super::model::{MeasureSettings, ModelArgs, Samples, Subject};
+use super::{Bar, Failure, make_folder, option, print, stop_on_signals, tell, write_npy};
 
-#[derive(Clone, Copy, PartialEq, ValueEnum)]
-enum DirectionsName {
-    /// Random, filter-normalised
-    Random,
-    /// Eigenvectors of the Hessian's largest eigenvalues
-    Eigenvectors,
+words! {
+    /// The directions of the axes.
+    pub enum Directions {
+        /// Random, filter-normalised
+        Random = "random",
+        /// Eigenvectors of the Hessian's largest eigenvalues
+        Eigenvectors = "eigenvectors",
+    }
+}
+
+settings! {
+    /// The grid of a landscape.
+    pub struct LandscapeSettings {
+        /// 1 for a line, 2 for a plane
+        dimensions: Option<usize> = None, else "2; with --to, the number of files", as "D", in between(1, 2);
+        /// Directions of the axes
+        directions: Directions = Directions::Random;
+        /// Points along each axis
+        points: usize = 21, in at_least(2);
+        /// The ends of each axis
+        range: Option<Vec<f64>> = None, else "-1,1; with --to, -0.5,1.5", as "LOW,HIGH";
+        /// Seed of random directions
+        seed: u64 = 0;
+    }
 }
 
 #[derive(clap::Args)]
@@ -36,33 +56,25 @@ pub struct LandscapeArgs {
     /// in the folder of --run]
     #[arg(long, value_name = "DIR", required_unless_present = "run")]
     out: Option<PathBuf>,
-    /// Which images
-    #[arg(long, value_enum, default_value = "train")]
-    split: SplitName,
-    /// The first N images [default: 1000 or as many as there are, in whole batches]
-    #[arg(long, value_name = "N")]
-    samples: Option<usize>,
-    /// 1 for a line, 2 for a plane [default: 2; the number of --to]
-    #[arg(long, value_name = "D", value_parser = clap::value_parser!(u8).range(1..=2))]
-    dimensions: Option<u8>,
-    /// Directions of the axes
-    #[arg(long, value_enum, value_name = "KIND", default_value = "random")]
-    directions: DirectionsName,
+    #[command(flatten)]
+    images: Flags<MeasureSettings>,
+    #[command(flatten)]
+    grid: Flags<LandscapeSettings>,
     /// The first axis runs from the weights, at 0, to these, at 1; given twice, the second axis likewise
     #[arg(long, value_name = "FILE.safetensors", conflicts_with_all = ["directions", "dimensions"])]
     to: Vec<PathBuf>,
-    /// Points along each axis
-    #[arg(long, value_name = "N", default_value_t = 21)]
+}
+
+/// What a landscape is of, read from the flags and checked.
+struct Grid {
+    split: Split,
+    samples: Option<usize>,
+    bn: super::model::BatchNormName,
+    dimensions: usize,
+    directions: Directions,
     points: usize,
-    /// The ends of each axis [default: -1,1; with --to -0.5,1.5]
-    #[arg(long, value_name = "LOW,HIGH", value_delimiter = ',', num_args = 1, allow_hyphen_values = true)]
-    range: Option<Vec<f64>>,
-    /// Seed of random directions
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    range: (f64, f64),
     seed: u64,
-    /// Statistics that batch norm uses
-    #[arg(long, value_enum, value_name = "MODE", default_value = "eval")]
-    bn: BatchNormName,
 }
 
 /// A direction and the name of its axis.
@@ -71,40 +83,45 @@ struct Direction {
     vector: Buffer<f32>,
 }
 
-pub fn run(args: &LandscapeArgs) -> Result<ExitCode, TrainError> {
-    if args.to.len() > 2 {
-        return Err(option("to", format!("{} files, expected one or two", args.to.len())));
+impl LandscapeArgs {
+    fn grid(&self) -> Result<Grid, TrainError> {
+        let MeasureSettings { split, samples, bn } = self.images.settings()?;
+        let LandscapeSettings { dimensions, directions, points, range, seed } = self.grid.settings()?;
+        let (dimensions, usual) = match self.to.len() {
+            0 => (dimensions.unwrap_or(2), vec![-1.0, 1.0]),
+            files @ 1..=2 => (files, vec![-0.5, 1.5]),
+            files => return Err(option("to", format!("{files} files, expected one or two"))),
+        };
+        let range = range.unwrap_or(usual);
+        let [low, high] = *range else {
+            return Err(option("range", format!("{} numbers, expected LOW,HIGH", range.len())));
+        };
+        if !low.is_finite() || !high.is_finite() || !(high - low).is_finite() || low >= high {
+            return Err(option("range", format!("{low},{high}, expected finite numbers, the lower one first")));
+        }
+        if points.checked_pow(dimensions as u32).is_none_or(|points| points > Landscape::MOST_POINTS) {
+            let reason = format!("{points}, expected at most {} points in all", Landscape::MOST_POINTS);
+            return Err(option("points", reason));
+        }
+        Ok(Grid { split, samples, bn, dimensions, directions, points, range: (low, high), seed })
     }
-    if args.points < 2 {
-        return Err(option("points", format!("{}, expected at least 2", args.points)));
-    }
-    let range =
-        args.range.clone().unwrap_or_else(|| if args.to.is_empty() { vec![-1.0, 1.0] } else { vec![-0.5, 1.5] });
-    let [low, high] = *range else {
-        return Err(option("range", format!("{} numbers, expected LOW,HIGH", range.len())));
+}
+
+pub fn run(args: &LandscapeArgs) -> Result<ExitCode, Failure> {
+    let grid = args.grid()?;
+    let Grid { split, samples, bn, dimensions, points, range: (low, high), .. } = grid;
+    let subject = args.model.open(split, samples.map_or(Samples::Usual, Samples::First))?;
+    let out = match &args.out {
+        Some(out) => out.clone(),
+        None => args.model.run()?.unwrap_or_default().join("landscape"),
     };
-    if !low.is_finite() || !high.is_finite() || !(high - low).is_finite() || low >= high {
-        return Err(option("range", format!("{low},{high}, expected finite numbers, the lower one first")));
-    }
-    let split = args.split.split();
-    let dimensions = if args.to.is_empty() { usize::from(args.dimensions.unwrap_or(2)) } else { args.to.len() };
-    if args.points.checked_pow(dimensions as u32).is_none_or(|points| points > Landscape::MOST_POINTS) {
-        let reason = format!("{}, expected at most {} points in all", args.points, Landscape::MOST_POINTS);
-        return Err(option("points", reason));
-    }
-    let subject = args.model.open(split, args.samples.map_or(Samples::Usual, Samples::First))?;
-    let batch_size = args.model.batch_size.min(subject.images.len());
-    let out = match (&args.out, &args.model.run) {
-        (Some(out), _) => out.clone(),
-        (None, run) => run.clone().unwrap_or_default().join("landscape"),
-    };
-    let settings = settings(args, &subject, (low, high), dimensions)?;
+    let settings = settings(args, &grid, &subject)?;
     make_folder(&out)?;
     let begun = Landscape::begun(&out, &settings)?;
 
-    let Subject { device, data, images, normalization, init, .. } = &subject;
+    let Subject { device, data, images, normalization, init, batch_size, .. } = &subject;
     let network = subject.network();
-    let mut evaluator = Evaluator::new(device, &network, (data, images), *normalization, batch_size, args.bn.mode())?;
+    let mut evaluator = Evaluator::new(device, &network, (data, images), *normalization, *batch_size, bn.mode())?;
     let [weights, statistics] = subject.load(init, evaluator.plan())?;
     let layout = evaluator.plan().parameters().clone();
     let (landscape, directions) = match begun {
@@ -114,12 +131,12 @@ pub fn run(args: &LandscapeArgs) -> Result<ExitCode, TrainError> {
             (landscape, directions)
         }
         None => {
-            let (title, found) = directions(args, &subject, dimensions, evaluator.plan(), [&weights, &statistics])?;
-            let step = (high - low) / (args.points - 1) as f64;
-            let values: Vec<f64> = (0..args.points).map(|point| low + step * point as f64).collect();
+            let (title, found) = directions(args, &grid, &subject, evaluator.plan(), [&weights, &statistics])?;
+            let step = (high - low) / (points - 1) as f64;
+            let values: Vec<f64> = (0..points).map(|point| low + step * point as f64).collect();
             let (mut axes, mut directions) = (Vec::new(), Vec::new());
             for (axis, Direction { name, vector }) in found.into_iter().enumerate() {
-                save_direction(&out, axis, &layout, &vector.to_vec()?)?;
+                save_direction(&out, axis, &layout, &vector.to_vec().map_err(TrainError::from)?)?;
                 axes.push(Axis { name, values: values.clone() });
                 directions.push(vector);
             }
@@ -153,35 +170,30 @@ pub fn run(args: &LandscapeArgs) -> Result<ExitCode, TrainError> {
 
 /// Everything that the values depend on. Files are identified by their contents, so that a run and its landscape can
 /// be moved.
-fn settings(
-    args: &LandscapeArgs,
-    subject: &Subject,
-    (low, high): (f64, f64),
-    dimensions: usize,
-) -> Result<BTreeMap<String, String>, TrainError> {
+fn settings(args: &LandscapeArgs, grid: &Grid, subject: &Subject) -> Result<BTreeMap<String, String>, TrainError> {
+    let Grid { split, bn, dimensions, directions, points, range: (low, high), seed, .. } = grid;
     let channels = subject.images.shape.channels;
     let list = |values: &[f32]| values.iter().map(f32::to_string).collect::<Vec<_>>().join(",");
     let mut images = Crc::new();
     images.update(&subject.images.pixels);
     subject.images.labels.iter().for_each(|label| images.update(&label.to_le_bytes()));
-    let name = |value: Option<clap::builder::PossibleValue>| value.map_or(String::new(), |v| v.get_name().to_string());
     let mut settings: BTreeMap<&str, String> = BTreeMap::from([
         ("model", subject.model_name.clone()),
         ("weights", checksum(&subject.init)?),
         ("images", format!("checksum {:08x}", images.sum())),
         ("mean", list(&subject.normalization.mean[..channels])),
         ("std", list(&subject.normalization.std[..channels])),
-        ("split", args.split.split().to_string()),
+        ("split", split.to_string()),
         ("samples", subject.images.len().to_string()),
-        ("batch-size", args.model.batch_size.min(subject.images.len()).to_string()),
-        ("bn", name(args.bn.to_possible_value())),
+        ("batch-size", subject.batch_size.to_string()),
+        ("bn", bn.to_string()),
         ("dimensions", dimensions.to_string()),
-        ("points", args.points.to_string()),
+        ("points", points.to_string()),
         ("range", format!("{low},{high}")),
-        ("seed", args.seed.to_string()),
+        ("seed", seed.to_string()),
     ]);
     match &*args.to {
-        [] => drop(settings.insert("directions", name(args.directions.to_possible_value()))),
+        [] => drop(settings.insert("directions", directions.to_string())),
         files => {
             let files: Vec<String> = files.iter().map(|path| checksum(path)).collect::<Result<_, _>>()?;
             settings.insert("to", format!("weights of checksum {}", files.join(", ")));
@@ -193,12 +205,13 @@ fn settings(
 /// The directions that the options request, and a title.
 fn directions(
     args: &LandscapeArgs,
+    grid: &Grid,
     subject: &Subject,
-    dimensions: usize,
     plan: &Plan<f32>,
     [weights, statistics]: [&Buffer<f32>; 2],
 ) -> Result<(String, Vec<Direction>), TrainError> {
-    let Subject { device, data, images, normalization, init, .. } = subject;
+    let Grid { bn, dimensions, seed, .. } = *grid;
+    let Subject { device, data, images, normalization, init, batch_size, .. } = subject;
     if !args.to.is_empty() {
         let mut found = Vec::new();
         for file in &args.to {
@@ -208,22 +221,21 @@ fn directions(
         }
         return Ok((format!("Loss from {}", short(init)), found));
     }
-    if args.directions == DirectionsName::Random {
+    if grid.directions == Directions::Random {
         let direction = |axis: usize| {
-            let vector = filter_normalized(plan.parameters(), weights.view(), args.seed, axis)?;
+            let vector = filter_normalized(plan.parameters(), weights.view(), seed, axis)?;
             Ok(Direction { name: format!("direction {}", axis + 1), vector })
         };
         let found = (0..dimensions).map(direction).collect::<device::Result<_>>()?;
         return Ok(("Loss along filter-normalised random directions".into(), found));
     }
-    let batch_size = args.model.batch_size.min(images.len());
     let mut meter =
-        CurvatureMeter::new(device, &subject.network(), (data, images), *normalization, batch_size, args.bn.mode())?;
+        CurvatureMeter::new(device, &subject.network(), (data, images), *normalization, *batch_size, bn.mode())?;
     let CurvatureSettings { steps, tolerance, .. } = CurvatureSettings::default();
     let bar = Bar::new();
     let progress = |done| bar.show("eigenvectors", done, steps);
     let pairs = meter.at(weights.view(), statistics.view(), |curvature| {
-        curvature.top_eigenvalues(dimensions, (steps, tolerance), args.seed, progress)
+        curvature.top_eigenvalues(dimensions, (steps, tolerance), seed, progress)
     });
     let pairs = pairs.map_err(|error| match error {
         TrainError::Device(device::Error::NotFinite { .. }) => subject.weights_error(Finding::NOT_FINITE.into()),
@@ -247,7 +259,7 @@ fn short(path: &Path) -> String {
 }
 
 /// Writes the arrays and the pictures, and prints the result.
-fn tell_result(args: &LandscapeArgs, out: &Path, landscape: &Landscape, heights: &Heights) -> Result<(), TrainError> {
+fn tell_result(args: &LandscapeArgs, out: &Path, landscape: &Landscape, heights: &Heights) -> Result<(), Failure> {
     let shape: Vec<u64> = landscape.axes.iter().rev().map(|axis| axis.values.len() as u64).collect();
     let column = |of: fn(&polder::train::landscape::Height) -> f64| heights.list().iter().map(of).collect::<Vec<f64>>();
     let (losses, accuracies) = (column(|height| height.loss), column(|height| height.accuracy));

@@ -11,6 +11,7 @@ pub mod train;
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -28,13 +29,35 @@ fn option(name: &str, reason: impl ToString) -> TrainError {
     TrainError::setting(name, reason.to_string())
 }
 
+/// Why a command failed.
+pub enum Failure {
+    /// The work, or its input.
+    Work(TrainError),
+    /// Standard output could not be written.
+    Output(std::io::Error),
+}
+
+impl Failure {
+    /// 2 for input that cannot be used, 1 for a failure of the machine.
+    pub fn exit_code(&self) -> ExitCode {
+        let input = matches!(self, Self::Work(error) if error.is_input());
+        ExitCode::from(if input { 2 } else { 1 })
+    }
+}
+
+impl From<TrainError> for Failure {
+    fn from(error: TrainError) -> Self {
+        Self::Work(error)
+    }
+}
+
 /// Prints to standard output. A closed pipe is not an error.
 ///
 /// # Errors
 /// Any other reason why the text could not be written.
-fn print(text: &str) -> Result<(), TrainError> {
+fn print(text: &str) -> Result<(), Failure> {
     match writeln!(std::io::stdout(), "{text}") {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(TrainError::Output(error)),
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::Output(error)),
         _ => Ok(()),
     }
 }

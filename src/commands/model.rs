@@ -2,39 +2,41 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::ValueEnum;
-use polder::data::{Images, Split, SplitImages};
+use polder::data::{Images, Split, SplitImages, is_generated};
 use polder::device::{Buffer, Device};
 use polder::kernels::batch_norm::Mode;
 use polder::kernels::image::Normalization;
-use polder::nn::{Model, Shortcut};
+use polder::nn::Model;
 use polder::plan::{Graph, Plan, PlanError, Shape, Value};
-use polder::train::{self, CurvatureMeter, DataSettings, ModelName, Options, TrainError, weights};
+use polder::settings::{OptionType, SettingValue};
+use polder::train::{self, CurvatureMeter, DataSettings, ModelName, Options, RunOption, TrainError, options, weights};
+use polder::{settings, words};
 
-use super::flags::{self, choice};
+use super::flags::{FlagList, Flags};
 use super::option;
 
-#[derive(Clone, Copy, ValueEnum)]
-pub enum SplitName {
-    Train,
-    Test,
-}
-
-impl SplitName {
-    pub fn split(self) -> Split {
-        match self {
-            SplitName::Train => Split::Train,
-            SplitName::Test => Split::Test,
-        }
+settings! {
+    /// Trained weights, and how to pass images through the network.
+    pub struct WeightsSettings {
+        /// The folder of a run: model, weights, data, normalisation and labels are the run's where they are not given
+        run: Option<String> = None, as "DIR";
+        /// The network
+        model: Option<ModelName> = None, else "the run's", as "NAME";
+        /// The weights
+        init: Option<String> = None, else "the run's", as "FILE.safetensors";
+        /// Images per pass
+        batch_size: usize = CurvatureMeter::USUAL_PART, in at_least(1);
     }
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-pub enum BatchNormName {
-    /// Running statistics
-    Eval,
-    /// Each batch's statistics
-    Train,
+words! {
+    /// The statistics that batch norm normalises with.
+    pub enum BatchNormName {
+        /// Running statistics
+        Eval = "eval",
+        /// Each batch's statistics
+        Train = "train",
+    }
 }
 
 impl BatchNormName {
@@ -46,38 +48,42 @@ impl BatchNormName {
     }
 }
 
+settings! {
+    /// The images over which a loss is measured, and its batch norm.
+    pub struct MeasureSettings {
+        /// Which images
+        split: Split = Split::Train;
+        /// The first N images; their curvature needs a multiple of `batch-size`
+        samples: Option<usize> = None, else "1000, or as many as there are, in whole batches", in at_least(1);
+        /// Statistics that batch norm uses
+        bn: BatchNormName = BatchNormName::Eval, as "MODE";
+    }
+}
+
+/// The options of a run that also describe the images to evaluate, and the device.
+pub struct OfImages;
+
+impl OfImages {
+    const NAMES: [&str; 6] = ["data", "shortcut", "mean", "std", "device", "threads"];
+}
+
+impl FlagList for OfImages {
+    fn list() -> Vec<RunOption> {
+        let options = options().into_iter().filter(|option| Self::NAMES.contains(&option.setting.name));
+        options.map(|option| RunOption::general(option.setting, "")).collect()
+    }
+}
+
+/// What an evaluation takes from the settings of a run. It needs no others, so that runs of methods that have no name
+/// here can be evaluated.
+const OF_RUN: [&str; 8] = ["model", "shortcut", "data", "train-size", "label-noise", "mean", "std", "seed"];
+
 #[derive(clap::Args)]
 pub struct ModelArgs {
-    /// The folder of a run, which gives model, weights, data, normalisation and labels where they are not given
-    #[arg(long, value_name = "DIR")]
-    pub run: Option<PathBuf>,
-    /// The network
-    #[arg(long, value_name = "NAME", value_parser = flags::model(), required_unless_present = "run")]
-    model: Option<ModelName>,
-    /// The weights
-    #[arg(long, value_name = "FILE.safetensors", required_unless_present = "run")]
-    init: Option<PathBuf>,
-    /// A folder with CIFAR-10/100 (binary) or IDX files, or `synthetic` [default: synthetic]
-    #[arg(long, value_name = "PATH")]
-    data: Option<String>,
-    /// Shortcuts of a CIFAR ResNet where its shape changes [default: a]
-    #[arg(long, value_parser = choice::<Shortcut>(), value_name = "KIND")]
-    shortcut: Option<Shortcut>,
-    /// Mean of pixel/255 per channel [default: the data set's published values]
-    #[arg(long, value_name = "A,B,C", value_delimiter = ',', allow_hyphen_values = true)]
-    mean: Option<Vec<f32>>,
-    /// Standard deviation of pixel/255 per channel [default: the data set's published values]
-    #[arg(long, value_name = "A,B,C", value_delimiter = ',', allow_hyphen_values = true)]
-    std: Option<Vec<f32>>,
-    /// Images per pass
-    #[arg(long, value_name = "N", default_value_t = 200)]
-    pub batch_size: usize,
-    /// auto, cpu or cuda:N
-    #[arg(long, value_name = "NAME", default_value = "auto")]
-    device: String,
-    /// CPU threads; 0 takes one per core
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    threads: usize,
+    #[command(flatten)]
+    weights: Flags<WeightsSettings>,
+    #[command(flatten)]
+    images: Flags<OfImages>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -105,60 +111,76 @@ pub struct Subject {
     pub normalization: Normalization,
     /// The file of the weights.
     pub init: PathBuf,
+    /// Images per pass, at most as many as there are.
+    pub batch_size: usize,
 }
 
 impl ModelArgs {
+    /// The folder of the run, if one was given.
+    pub fn run(&self) -> Result<Option<PathBuf>, TrainError> {
+        Ok(self.weights.settings()?.run.map(PathBuf::from))
+    }
+
     /// Opens everything. For the training images of a run, only those that it was trained on, with its labels.
     pub fn open(&self, split: Split, samples: Samples) -> Result<Subject, TrainError> {
-        let run = match &self.run {
-            None => None,
-            Some(run) => Some(Options::of_run(run)?.resolve()?),
+        let WeightsSettings { run: folder, model, init, batch_size } = self.weights.settings()?;
+        let folder = folder.map(PathBuf::from);
+        let missing = |name| option(name, "missing: without --run, both --model and --init are needed");
+        if model.is_none() && folder.is_none() {
+            return Err(missing("model"));
+        }
+        let init = match (init, &folder) {
+            (Some(init), _) => init.into(),
+            (None, Some(folder)) => folder.join("model.safetensors"),
+            (None, None) => return Err(missing("init")),
         };
-        let mut settings = run.clone().unwrap_or_default();
-        let shortcut = self.shortcut.or(settings.model.shortcut.filter(|_| self.model.is_none()));
-        settings.model.model = self.model.unwrap_or(settings.model.model);
-        settings.model.shortcut = shortcut;
+        let mut given = self.images.given.clone();
+        let mut of_run = match &folder {
+            Some(folder) => Options::some_of_run(folder, if model.is_some() { &OF_RUN[2..] } else { &OF_RUN })?,
+            None => Options::default(),
+        };
+        if let Some(model) = model {
+            given.set("model", model.to_value());
+        }
+        // What a run does to its images does not apply to others.
+        let path = |options: &Options| match options.get("data") {
+            Some(SettingValue::Text(data)) if !is_generated(data) => std::path::absolute(data).ok(),
+            other => other.map(|name| PathBuf::from(name.to_string())),
+        };
+        if given.has("data") && path(&given) != path(&of_run) {
+            of_run = of_run.without(&["data", "train-size", "label-noise", "mean", "std"]);
+        }
+        let file = folder.map(|folder| folder.join("config.toml"));
+        let settings = given.clone().over(of_run).resolve();
+        let settings = settings.map_err(|error| error.of_file(&given, file.as_deref()))?;
         let model = settings.model()?;
-        let model_name = match (settings.model.model.name(), shortcut) {
+        let model_name = match (settings.model.model.name(), settings.model.shortcut) {
             (model, Some(shortcut)) => format!("{model}, shortcut {shortcut}"),
             (model, None) => model.into(),
         };
-        let folder = self.run.as_deref().unwrap_or(Path::new(""));
-        let init = self.init.clone().unwrap_or_else(|| folder.join("model.safetensors"));
-        if self.batch_size == 0 {
-            return Err(option("batch-size", "0, expected at least 1"));
+        let device = train::open_device(&settings.run.device, settings.run.threads)?;
+        let DataSettings { data, train_size, label_noise, mean, std, .. } = settings.data;
+        let SplitImages { name, mut images, mean: of_data_mean, std: of_data_std, .. } =
+            train::open_split(&data, split)?;
+        if let (Split::Train, Some(n)) = (split, train_size) {
+            images = images.take(n)?;
         }
-        let device = train::open_device(&self.device, self.threads)?;
-        let run = run.map(|run| (run.data, run.run.seed));
-        let of_run = run.as_ref().map(|(run, _)| run.data.clone());
-        let data = self.data.clone().or(of_run).unwrap_or_else(|| DataSettings::default().data);
-        let SplitImages { name, mut images, mean, std, .. } = train::open_split(&data, split)?;
-        // What a run does to its training images does not apply to other images.
-        let run = run.filter(|(run, _)| {
-            run.data == data || std::path::absolute(&data).is_ok_and(|path| path.as_os_str() == run.data.as_str())
-        });
-        if let (Split::Train, Some((run, seed))) = (split, &run) {
-            if let Some(n) = run.train_size {
-                images = images.take(n)?;
-            }
-            if let Some(fraction) = run.label_noise {
-                images = images.with_label_noise(fraction, *seed)?;
-            }
+        if let (Split::Train, Some(fraction)) = (split, label_noise) {
+            images = images.with_label_noise(fraction, settings.run.seed)?;
         }
         let images = match samples {
             Samples::First(n) => images.take(n).map_err(|error| option("samples", error))?,
             Samples::Usual => {
-                let usual = CurvatureMeter::usual_samples(images.len(), self.batch_size.min(images.len()));
+                let usual = CurvatureMeter::usual_samples(images.len(), batch_size.min(images.len()));
                 images.take(usual)?
             }
             Samples::All => images,
         };
         let channels = images.shape.channels;
-        let (of_run_mean, of_run_std) = run.map_or((None, None), |(run, _)| (run.mean, run.std));
-        let (wanted_mean, wanted_std) = (self.mean.clone().or(of_run_mean), self.std.clone().or(of_run_std));
-        let wanted = (wanted_mean.as_deref(), wanted_std.as_deref());
-        let normalization = train::normalization(wanted.0, wanted.1, (&mean, &std), channels)?;
-        Ok(Subject { model, model_name, device, name, data, images, normalization, init })
+        let of_data = (&*of_data_mean, &*of_data_std);
+        let normalization = train::normalization(mean.as_deref(), std.as_deref(), of_data, channels)?;
+        let batch_size = batch_size.min(images.len());
+        Ok(Subject { model, model_name, device, name, data, images, normalization, init, batch_size })
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use polder::report;
 use polder::train::TrainError;
 
-use super::{option, print, tell};
+use super::{Failure, option, print, tell};
 
 #[derive(clap::Args)]
 pub struct ReportArgs {
@@ -24,7 +24,7 @@ pub struct ReportArgs {
     json: bool,
 }
 
-pub fn run(args: &ReportArgs) -> Result<(), TrainError> {
+pub fn run(args: &ReportArgs) -> Result<(), Failure> {
     let report = report::report(&args.runs, args.out.as_deref(), args.tensorboard)?;
     for skipped in &report.skipped {
         tell(&format!("skipped: {}", skipped.reason));

@@ -7,16 +7,16 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use polder::train::{Finding, Options, Progress, Record, TrainError, Training};
+use polder::train::{Finding, Options, Progress, Record, Training};
 use serde_json::json;
 
-use super::flags::RunFlags;
-use super::{counted, print, stop_on_signals, tell};
+use super::flags::{Flags, OfRun};
+use super::{Failure, counted, print, stop_on_signals, tell};
 
 #[derive(clap::Args)]
 pub struct TrainArgs {
     #[command(flatten)]
-    options: RunFlags,
+    options: Flags<OfRun>,
     /// Read defaults from this file
     #[arg(long, value_name = "FILE.toml", help_heading = "Run")]
     config: Option<PathBuf>,
@@ -31,28 +31,29 @@ pub struct TrainArgs {
     json: bool,
 }
 
-pub fn run(args: TrainArgs) -> Result<ExitCode, TrainError> {
+pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
     let below = match (&args.config, &args.resume) {
         (Some(file), _) => Options::from_file(file)?,
         (None, Some(run)) => Options::of_run(run)?,
         (None, None) => Options::default(),
     };
-    let given = args.options.0;
+    let given = args.options.given;
     let file = args.config.clone().or(args.resume.as_ref().map(|run| run.join("config.toml")));
     let settings = given.clone().over(below.clone()).resolve();
     let settings = settings.map_err(|error| error.of_file(&given, file.as_deref()))?.with_absolute_paths();
     if args.resume.is_some() {
         settings.continues(&below.resolve()?.with_absolute_paths())?;
     }
-    let out = args.out.or(args.resume.clone());
 
     let stop = Arc::new(AtomicBool::new(false));
     let mut display = Display::new(args.json);
     stop_on_signals(&stop, "step", display.bar.clone());
-    let mut training = Training::new(settings.clone()).resume(args.resume.is_some());
-    if let Some(out) = out {
-        training = training.out(out);
-    }
+    let training = Training::new(settings.clone());
+    let training = match (args.out, args.resume) {
+        (Some(out), _) => training.out(out),
+        (None, Some(run)) => training.resume(run),
+        (None, None) => training,
+    };
     let summary = training.run_with(&stop, &mut |progress| display.show(progress));
     display.finish();
     let summary = summary?;

@@ -14,7 +14,7 @@ pub enum DataError {
     Io { path: PathBuf, source: io::Error },
 
     /// The data path is not a folder.
-    #[error("{path}: not a folder; expected one with CIFAR-10, CIFAR-100 (binary version) or IDX (MNIST) files")]
+    #[error("{path}: not a folder; expected one with {}", files())]
     NotAFolder { path: PathBuf },
 
     /// A data file is a folder, a pipe or a device.

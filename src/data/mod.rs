@@ -23,6 +23,8 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 pub use error::DataError;
 pub use synthetic::{SyntheticSpec, synthetic};
 
+use crate::words;
+
 /// Size of one image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ImageShape {
@@ -47,21 +49,13 @@ impl fmt::Display for ImageShape {
     }
 }
 
-/// Which half of a data set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Split {
-    /// The images that a model is trained on.
-    Train,
-    /// The images that it is tested on.
-    Test,
-}
-
-impl fmt::Display for Split {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Split::Train => "train",
-            Split::Test => "test",
-        })
+words! {
+    /// Which half of a data set.
+    pub enum Split {
+        /// The images that a model is trained on
+        Train = "train",
+        /// The images that it is tested on
+        Test = "test",
     }
 }
 
@@ -320,10 +314,20 @@ pub fn load_split(path: &Path, split: Split) -> Result<SplitImages, DataError> {
     (format.load_split)(&folder, split)
 }
 
+/// The format whose name stands in place of a path.
+fn find_generated(path: &Path) -> Option<&'static Format> {
+    let by_name = |format: &&Format| matches!(format.recognise, Recognise::ByName) && Path::new(format.name) == path;
+    FORMATS.iter().find(by_name)
+}
+
+/// Whether this is the name of a data set that needs no files, such as `synthetic`, and not a path.
+pub fn is_generated(name: &str) -> bool {
+    find_generated(Path::new(name)).is_some()
+}
+
 /// The format of a path, and the folder that its files lie in.
 fn find(path: &Path) -> Result<(&'static Format, PathBuf), DataError> {
-    let by_name = |format: &&Format| matches!(format.recognise, Recognise::ByName) && Path::new(format.name) == path;
-    if let Some(format) = FORMATS.iter().find(by_name) {
+    if let Some(format) = find_generated(path) {
         return Ok((format, path.into()));
     }
     let metadata = fs::metadata(path).map_err(|source| DataError::Io { path: path.into(), source })?;

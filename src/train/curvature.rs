@@ -99,10 +99,16 @@ impl CurvatureMeter {
         })
     }
 
-    /// The default number of images: 1,000, or as many as there are, in whole parts of this size.
+    /// The default number of images per pass.
+    pub const USUAL_PART: usize = 200;
+
+    /// The most images that are used by default.
+    pub const USUAL_SAMPLES: usize = 1000;
+
+    /// The default number of images: [`Self::USUAL_SAMPLES`], or as many as there are, in whole parts of this size.
     pub fn usual_samples(images: usize, part: usize) -> usize {
         let part = part.max(1);
-        images.min(1000).max(part) / part * part
+        images.min(Self::USUAL_SAMPLES).max(part) / part * part
     }
 
     /// The plan that it runs.
@@ -110,10 +116,11 @@ impl CurvatureMeter {
         &self.plan
     }
 
-    /// Calls `measure` with the mean loss over all images at these weights and running statistics.
+    /// Calls `measure` with the mean loss over all images at these weights and running statistics, which have the
+    /// lengths of the plan's layouts ([`Plan::parameters`], [`Plan::statistics_layout`]).
     ///
     /// # Errors
-    /// Those of the measurement.
+    /// Slices of another length or device; those of the measurement.
     pub fn at<R>(
         &mut self,
         weights: Slice<'_, f32>,
@@ -137,10 +144,10 @@ impl CurvatureMeter {
         Ok(measure(&mut Curvature::new(&mut all, weights)?)?)
     }
 
-    /// Calls `measure` with the loss of each part separately.
+    /// Calls `measure` with the loss of each part separately, and returns the results in the order of the parts.
     ///
     /// # Errors
-    /// Those of the measurement.
+    /// As [`CurvatureMeter::at`].
     pub fn at_each_part<R>(
         &mut self,
         weights: Slice<'_, f32>,
@@ -172,7 +179,7 @@ impl CurvatureMeter {
     /// number of steps.
     ///
     /// # Errors
-    /// Those of the device.
+    /// Slices of another length or device; failures of the device.
     pub fn measure(
         &mut self,
         weights: Slice<'_, f32>,

@@ -65,6 +65,14 @@ pub enum TrainError {
         /// The path.
         path: PathBuf,
     },
+    /// The folder for results already holds others.
+    #[error("{}: {reason}", path.display())]
+    Occupied {
+        /// The folder or the file.
+        path: PathBuf,
+        /// What it holds.
+        reason: String,
+    },
     /// Results in files that cannot be used.
     #[error("{}: {reason}", path.display())]
     Results {
@@ -73,9 +81,6 @@ pub enum TrainError {
         /// What is wrong with it.
         reason: String,
     },
-    /// The output could not be printed.
-    #[error("standard output: {0}")]
-    Output(std::io::Error),
     /// The data set.
     #[error(transparent)]
     Data(#[from] DataError),
@@ -96,7 +101,7 @@ pub enum TrainError {
 }
 
 impl TrainError {
-    /// Whether the user's input is at fault (exit code 2) rather than the machine (exit code 1).
+    /// Whether the input is at fault, such as a setting or a file, rather than the machine.
     pub fn is_input(&self) -> bool {
         match self {
             TrainError::Device(error) => matches!(error, device::Error::Unavailable { .. }),
@@ -113,17 +118,17 @@ impl TrainError {
                     | ErrorKind::InvalidData
                     | ErrorKind::UnexpectedEof
             ),
-            TrainError::Output(_) => false,
             _ => true,
         }
     }
 
-    /// The same error, which blames the file of settings if the setting at fault was not given beside it.
+    /// The same error, which names the file of settings and the line if the setting at fault was not given beside it.
     #[must_use]
     pub fn of_file(self, given: &Options, file: Option<&Path>) -> Self {
         match (self, file) {
             (TrainError::Setting { name, reason }, Some(path)) if !given.has(&name) => {
-                TrainError::Settings { path: path.into(), reason: format!("{name}: {reason}") }
+                let line = Options::line_in(path, &name).map(|line| format!("line {line}: ")).unwrap_or_default();
+                TrainError::Settings { path: path.into(), reason: format!("{line}{name}: {reason}") }
             }
             (error, _) => error,
         }

@@ -70,10 +70,12 @@ impl Evaluator {
         })
     }
 
-    /// Evaluates these weights and running statistics. `logits` receives the logits of each batch (samples × classes).
+    /// Evaluates these weights and running statistics, which have the lengths of the plan's layouts
+    /// ([`Plan::parameters`], [`Plan::statistics_layout`]). `logits` receives the logits of each batch (samples ×
+    /// classes, row by row); the last batch may have fewer samples.
     ///
     /// # Errors
-    /// Those of the device, and those of `logits`.
+    /// Slices of another length or device; failures of the device; those of `logits`.
     pub fn evaluate(
         &mut self,
         weights: Slice<'_, f32>,

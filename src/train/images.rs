@@ -28,7 +28,8 @@ impl DeviceImages {
     }
 }
 
-/// The device of this name.
+/// The device of this name: `cpu`, `cuda:N`, or `auto`, which is the first GPU that can be used, or else the CPU.
+/// `threads` is the number of threads of the CPU; 0 takes one per core. A GPU ignores it.
 ///
 /// # Errors
 /// An unknown name, or a device that is not available.
@@ -66,7 +67,8 @@ fn not_empty(path: &str) -> Result<(), TrainError> {
     }
 }
 
-/// The given normalisation, or else the data set's.
+/// The given normalisation, or else the data set's. Means and standard deviations are those of pixel/255, one for each
+/// channel.
 ///
 /// # Errors
 /// Not one value for each channel, or a deviation that is not positive.

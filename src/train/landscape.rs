@@ -58,8 +58,8 @@ impl Landscape {
         if !folder.join("landscape.json").exists() {
             let points = folder.join("landscape.csv");
             if points.exists() {
-                let reason = "points of an unknown landscape (there is no landscape.json); use another folder".into();
-                return Err(TrainError::Results { path: points, reason });
+                let reason = "points of an unknown landscape (there is no landscape.json)".into();
+                return Err(TrainError::Occupied { path: points, reason });
             }
             return Ok(None);
         }
@@ -71,9 +71,8 @@ impl Landscape {
         let differs = keys.find(|key| mine.get(*key) != theirs.get(*key));
         if let Some(key) = differs {
             let value = |of: &BTreeMap<String, String>| of.get(key).map_or("not given".into(), |value| value.clone());
-            let reason =
-                format!("holds a landscape whose {key} is {}, not {}; use another folder", value(theirs), value(mine));
-            return Err(TrainError::Results { path: folder.into(), reason });
+            let reason = format!("holds a landscape whose {key} is {}, not {}", value(theirs), value(mine));
+            return Err(TrainError::Occupied { path: folder.into(), reason });
         }
         Ok(Some(found))
     }

@@ -3,87 +3,125 @@
 
 use std::fmt::Write as _;
 
-use super::settings::{AdamWSettings, BaseName, GENERAL, SgdSettings};
+use super::settings::{AdamWSettings, BaseName, GENERAL, SgdSettings, is_offered};
 use crate::optim::METHODS;
-use crate::settings::{Choice, Kind, Range, Setting, Value};
+use crate::settings::{Choice, Range, Setting, SettingKind, number};
+
+/// A method or a base optimizer that has an option.
+#[derive(Debug, Clone)]
+pub struct Owner {
+    /// Its name.
+    pub name: &'static str,
+    /// Its declaration of the option.
+    pub setting: Setting,
+    /// The default: the declaration's, or another one that a method gives to an option of its base optimizer.
+    pub default: String,
+}
 
 /// An option of a run, for `--help` and documentation.
 #[derive(Debug, Clone)]
 pub struct RunOption {
     /// Its declaration. Where several methods declare it, the first.
     pub setting: Setting,
-    /// What it is for: the help text, or several where it means different things to different methods.
-    pub help: Vec<&'static str>,
     /// What it belongs to: Data, Model, Optimizer, Run, Curvature.
     pub heading: &'static str,
-    /// The methods or base optimizers that have it, each with its default, and methods under which a base optimizer has
-    /// another default. Empty for an option of every run.
-    pub of: Vec<(&'static str, Value)>,
+    /// The methods or base optimizers that have it. Empty for an option of every run.
+    pub of: Vec<Owner>,
     /// Whether these are base optimizers.
     pub of_base: bool,
 }
 
 impl RunOption {
-    /// Its default, if it has one: "0.05; asam 0.5, cr-sam and gnr 0.1, gam 0.02".
-    pub fn default_text(&self) -> Option<String> {
-        let all: Vec<(&str, String)> = match &self.of[..] {
-            [] => vec![("", self.written((self.setting.default)()))],
-            of => of.iter().map(|(name, value)| (*name, self.written(value.clone()))).collect(),
-        };
-        let mut groups: Vec<(&String, Vec<&str>)> = Vec::new();
-        for (name, value) in &all {
-            match groups.iter_mut().find(|(other, _)| *other == value) {
-                Some((_, names)) => names.push(name),
-                None => groups.push((value, vec![name])),
+    /// An option that all runs have.
+    pub const fn general(setting: Setting, heading: &'static str) -> Self {
+        Self { setting, heading, of: Vec::new(), of_base: false }
+    }
+
+    /// What it is for: the help text, or several where it means different things to different methods.
+    pub fn help(&self) -> String {
+        let mut texts = vec![self.setting.help()];
+        for owner in &self.of {
+            if !texts.contains(&owner.setting.help()) {
+                texts.push(owner.setting.help());
             }
         }
-        // The most frequent value is the default, the first of several; for a base optimizer's option, SGD's.
-        let most = groups.iter().map(|(_, names)| names.len()).max()?;
-        let usual = groups.iter().position(|(_, names)| self.of_base || names.len() == most)?;
-        let usual = groups.remove(usual).0;
-        if usual.is_empty() {
-            return None;
+        texts.join("; ")
+    }
+
+    /// Its default, if it has one: "0.05; asam 0.5, cr-sam and gnr 0.1, gam 0.02".
+    pub fn default_text(&self) -> String {
+        if self.of.is_empty() {
+            return self.setting.default_text();
         }
-        let mut text = usual.clone();
-        for (index, (value, names)) in groups.iter().enumerate() {
-            let _ = write!(text, "{} {} {value}", if index == 0 { ";" } else { "," }, names.join(" and "));
+        self.common_first(|owner| owner.default.clone())
+    }
+
+    /// What values it takes: its range or its words.
+    pub fn values(&self) -> String {
+        if self.of.is_empty() {
+            return values(&self.setting);
         }
-        Some(text)
+        self.common_first(|owner| values(&owner.setting))
     }
 
-    /// The names of the methods or base optimizers that have it.
-    pub fn owners(&self) -> Vec<&'static str> {
-        let names = self.of.iter().map(|(name, _)| *name);
-        names.filter(|name| !self.of_base || BaseName::from_word(name).is_some()).collect()
+    /// A text for each owner, as one: the most frequent text, the first of several, then those of others with their
+    /// names. For an option of base optimizers SGD's comes first.
+    fn common_first(&self, text: impl Fn(&Owner) -> String) -> String {
+        let mut groups: Vec<(String, Vec<&str>)> = Vec::new();
+        for owner in &self.of {
+            let text = text(owner);
+            match groups.iter_mut().find(|(other, _)| *other == text) {
+                Some((_, names)) => names.push(owner.name),
+                None => groups.push((text, vec![owner.name])),
+            }
+        }
+        let most = groups.iter().map(|(_, names)| names.len()).max().unwrap_or(0);
+        let usual = groups.iter().position(|(_, names)| self.of_base || names.len() == most);
+        let Some(usual) = usual else { return String::new() };
+        let mut all = groups.remove(usual).0;
+        for (index, (text, names)) in groups.iter().enumerate() {
+            let _ = write!(all, "{} {} {text}", if index == 0 { ";" } else { "," }, names.join(" and "));
+        }
+        all
     }
 
-    /// A default as a user writes it; nothing for a value that is absent and for a flag that is not set.
-    fn written(&self, value: Value) -> String {
-        if matches!(value, Value::Absent | Value::Flag(false)) { String::new() } else { value.to_string() }
+    /// The methods or base optimizers that have it, in words: "gsam, looksam", "all but sgd, adamw". Empty for an
+    /// option of every run.
+    pub fn owners(&self) -> String {
+        let has = |name: &str| self.of.iter().any(|owner| owner.name == name);
+        let names =
+            |of: bool| METHODS.iter().map(|entry| entry.name).filter(|name| has(name) == of).collect::<Vec<_>>();
+        let bases = || BaseName::ALL.iter().map(|base| base.word()).filter(|name| has(name)).collect::<Vec<_>>();
+        match (self.of_base, names(true), names(false)) {
+            _ if self.of.is_empty() => String::new(),
+            (true, ..) => bases().join(", "),
+            (false, have, lack) if lack.len() < have.len() => format!("all but {}", lack.join(", ")),
+            (false, have, _) => have.join(", "),
+        }
     }
 
-    /// The help text with the methods, where they are few, and the default.
+    /// The help text with the methods, where there are several, and the default.
     pub fn full_help(&self) -> String {
-        let mut help = self.help.join("; ");
-        if !self.of_base && (2..=4).contains(&self.of.len()) {
-            let methods: Vec<&str> = self.of.iter().map(|(name, _)| *name).collect();
-            let _ = write!(help, " ({})", methods.join(", "));
+        let mut help = self.help();
+        if !self.of_base && self.of.len() > 1 {
+            let _ = write!(help, " ({})", self.owners());
         }
-        if let Some(default) = self.default_text() {
+        let default = self.default_text();
+        if !default.is_empty() {
             let _ = write!(help, " [default: {default}]");
         }
         help
     }
+}
 
-    /// What values it takes, for a table: its range or its words.
-    pub fn values(&self) -> String {
-        match (self.setting.kind, self.setting.range) {
-            (Kind::Word(words) | Kind::Words(words), _) => {
-                words.iter().map(|word| word.name).collect::<Vec<_>>().join(", ")
-            }
-            (kind, Range::Any) => kind.expected(),
-            (_, range) => range.expected(),
+/// The values of a declaration.
+fn values(setting: &Setting) -> String {
+    match (setting.kind, setting.range) {
+        (SettingKind::Word(words) | SettingKind::Words(words), _) => {
+            words.iter().map(|word| word.name).collect::<Vec<_>>().join(", ")
         }
+        (kind, Range::Any) => kind.expected(),
+        (_, range) => range.expected(),
     }
 }
 
@@ -96,41 +134,38 @@ pub fn options() -> Vec<RunOption> {
             "Optimizer" => settings.split_at(2),
             _ => (settings, &[][..]),
         };
-        let general = |setting: &Setting| RunOption {
-            setting: *setting,
-            help: vec![setting.help()],
-            heading,
-            of: Vec::new(),
-            of_base: false,
-        };
-        found.extend(first.iter().map(general));
+        found.extend(first.iter().map(|setting| general(setting, heading)));
         if heading == "Optimizer" {
             found.extend(of_methods());
-            found.extend(rest.iter().map(general));
+            found.extend(rest.iter().map(|setting| general(setting, heading)));
             found.extend(of_bases());
         }
     }
     found
 }
 
+/// A general option, with the methods that have it unless all have.
+fn general(setting: &Setting, heading: &'static str) -> RunOption {
+    let mut option = RunOption::general(*setting, heading);
+    let offered = |entry: &&crate::optim::Entry| is_offered(setting.name, &*(entry.new)(), entry.base.is_none());
+    let of: Vec<Owner> = METHODS.iter().filter(offered).map(|entry| owner(entry.name, setting)).collect();
+    if of.len() < METHODS.len() {
+        option.of = of;
+    }
+    option
+}
+
+fn owner(name: &'static str, setting: &Setting) -> Owner {
+    Owner { name, setting: *setting, default: setting.default_text() }
+}
+
 /// Adds the options of a method or a base to a list in which each name occurs once.
-fn gather(list: &mut Vec<RunOption>, owner: &'static str, options: &'static [Setting]) {
+fn gather(list: &mut Vec<RunOption>, name: &'static str, options: &'static [Setting]) {
     for setting in options {
-        let default = (setting.default)();
+        let owner = owner(name, setting);
         match list.iter_mut().find(|option| option.setting.name == setting.name) {
-            Some(option) => {
-                option.of.push((owner, default));
-                if !option.help.contains(&setting.help()) {
-                    option.help.push(setting.help());
-                }
-            }
-            None => list.push(RunOption {
-                setting: *setting,
-                help: vec![setting.help()],
-                heading: "Optimizer",
-                of: vec![(owner, default)],
-                of_base: false,
-            }),
+            Some(option) => option.of.push(owner),
+            None => list.push(RunOption { of: vec![owner], ..RunOption::general(*setting, "Optimizer") }),
         }
     }
 }
@@ -142,16 +177,18 @@ fn of_methods() -> Vec<RunOption> {
     found
 }
 
+/// The options that base optimizers declare.
 pub(super) fn of_bases() -> Vec<RunOption> {
     let mut found = Vec::new();
-    gather(&mut found, "sgd", SgdSettings::OPTIONS);
-    gather(&mut found, "adamw", AdamWSettings::OPTIONS);
+    gather(&mut found, BaseName::Sgd.word(), SgdSettings::OPTIONS);
+    gather(&mut found, BaseName::AdamW.word(), AdamWSettings::OPTIONS);
     found.iter_mut().for_each(|option| option.of_base = true);
     // The step size of such a method is that of gradient descent without momentum.
     let own_rate = METHODS.iter().filter(|entry| (entry.new)().own_rate().is_some());
     let momentum = found.iter_mut().find(|option| option.setting.name == "momentum");
     if let Some(option) = momentum {
-        option.of.extend(own_rate.map(|entry| (entry.name, Value::Number(0.0))));
+        let setting = option.setting;
+        option.of.extend(own_rate.map(|entry| Owner { default: number(0.0), ..owner(entry.name, &setting) }));
     }
     found
 }
@@ -162,4 +199,12 @@ pub(super) fn find_option(name: &str) -> Option<Setting> {
     let bases = SgdSettings::OPTIONS.iter().chain(AdamWSettings::OPTIONS);
     let method = || METHODS.iter().find_map(|entry| (entry.new)().options().iter().find(|option| option.name == name));
     declared.chain(bases).find(|option| option.name == name).or_else(method).copied()
+}
+
+/// The option whose name is most like this one, if there is any like it.
+pub(super) fn similar_option(name: &str) -> Option<&'static str> {
+    let names = options().into_iter().map(|option| option.setting.name);
+    let likeness = names.map(|other| (strsim::jaro_winkler(name, other), other));
+    let (likeness, other) = likeness.max_by(|(a, _), (b, _)| a.total_cmp(b))?;
+    (likeness > 0.85).then_some(other)
 }

@@ -1,19 +1,19 @@
 //! Options by name, as a file or a command line gives them: reading, layering, and what they mean together.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use toml::Spanned;
 
-use super::listing::find_option;
+use super::listing::{find_option, similar_option};
 use super::settings::{Chosen, RunSettings};
 use super::{TrainError, settings};
-use crate::settings::{Kind, SettingError, Value};
+use crate::settings::{Setting, SettingError, SettingKind, SettingValue, number};
 
 /// Values of some options by name. Defaults, a file and a command line are layers: [`Options::over`] puts one on
 /// another, and [`Options::resolve`] fills in the defaults below.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Options(BTreeMap<String, Value>);
+pub struct Options(BTreeMap<String, SettingValue>);
 
 impl Options {
     /// The settings of the run in a folder.
@@ -21,11 +21,7 @@ impl Options {
     /// # Errors
     /// [`TrainError::NoRun`]; those of [`Options::from_file`].
     pub fn of_run(run: &Path) -> Result<Self, TrainError> {
-        let file = run.join("config.toml");
-        if !file.is_file() {
-            return Err(TrainError::NoRun { path: run.into() });
-        }
-        Self::from_file(&file)
+        Self::from_file(&file_of_run(run)?)
     }
 
     /// Reads a TOML file of settings.
@@ -37,34 +33,39 @@ impl Options {
         Self::from_toml(&text).map_err(|reason| TrainError::Settings { path: path.into(), reason })
     }
 
+    /// Reads some settings of the run in a folder, and ignores all others. So a run of a method that has no name here
+    /// can be read, too.
+    ///
+    /// # Errors
+    /// Those of [`Options::of_run`].
+    pub fn some_of_run(run: &Path, names: &[&str]) -> Result<Self, TrainError> {
+        let file = file_of_run(run)?;
+        let text = std::fs::read_to_string(&file).map_err(TrainError::io(&file))?;
+        let read = || -> Result<_, String> {
+            let entries = entries(&text)?;
+            entries.iter().filter(|entry| names.contains(&&*entry.name)).map(Entry::read).collect()
+        };
+        read().map(Self).map_err(|reason| TrainError::Settings { path: file, reason })
+    }
+
     /// Reads settings from TOML. The error says what is wrong and in which line.
     pub(super) fn from_toml(text: &str) -> Result<Self, String> {
-        let line = |at: usize| format!("line {}", text[..at].matches('\n').count() + 1);
-        let entries: HashMap<Spanned<String>, Spanned<toml::Value>> = toml::from_str(text).map_err(|error| {
-            let place = error.span().map(|span| format!("{}: ", line(span.start))).unwrap_or_default();
-            format!("{place}{}", error.message().replace('\n', "; "))
-        })?;
-        let mut entries: Vec<_> = entries.into_iter().collect();
-        entries.sort_by_key(|(name, _)| name.span().start);
-        let read = |(name, value): (Spanned<String>, Spanned<toml::Value>)| {
-            let place = line(name.span().start);
-            let name = name.into_inner();
-            let unknown = || format!("{place}: `{name}` is not an option");
-            let option = find_option(&name).ok_or_else(unknown)?;
-            let value = from_toml(option.kind, value.into_inner())
-                .ok_or_else(|| format!("{place}: {name}: expected {}", option.kind.expected()))?;
-            Ok((name, value))
-        };
-        entries.into_iter().map(read).collect::<Result<_, _>>().map(Self)
+        entries(text)?.iter().map(Entry::read).collect::<Result<_, _>>().map(Self)
+    }
+
+    /// The line of an option in a file of settings, counted from 1; none where the file does not have it.
+    pub(super) fn line_in(file: &Path, name: &str) -> Option<usize> {
+        let text = std::fs::read_to_string(file).ok()?;
+        entries(&text).ok()?.iter().find(|entry| entry.name == name).map(|entry| entry.line)
     }
 
     /// The value of an option, if the layer has one.
-    pub fn get(&self, name: &str) -> Option<&Value> {
+    pub fn get(&self, name: &str) -> Option<&SettingValue> {
         self.0.get(name)
     }
 
     /// Gives an option a value.
-    pub fn set(&mut self, name: &str, value: Value) {
+    pub fn set(&mut self, name: &str, value: SettingValue) {
         self.0.insert(name.into(), value);
     }
 
@@ -76,13 +77,20 @@ impl Options {
         }
     }
 
+    /// The same without these options.
+    #[must_use]
+    pub fn without(mut self, names: &[&str]) -> Self {
+        self.0.retain(|name, _| !names.contains(&&**name));
+        self
+    }
+
     /// Whether the layer has a value of this option.
     pub fn has(&self, name: &str) -> bool {
         self.0.contains_key(name)
     }
 
     /// Names and values, in alphabetical order.
-    pub fn iter(&self) -> impl Iterator<Item = (&str, &Value)> {
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &SettingValue)> {
         self.0.iter().map(|(name, value)| (name.as_str(), value))
     }
 
@@ -118,64 +126,119 @@ impl Options {
     }
 }
 
-impl FromIterator<(String, Value)> for Options {
-    fn from_iter<I: IntoIterator<Item = (String, Value)>>(values: I) -> Self {
+impl FromIterator<(String, SettingValue)> for Options {
+    fn from_iter<I: IntoIterator<Item = (String, SettingValue)>>(values: I) -> Self {
         Self(values.into_iter().collect())
     }
 }
 
-/// A value of TOML as one of this kind.
-fn from_toml(kind: Kind, value: toml::Value) -> Option<Value> {
+/// The file of settings in the folder of a run.
+fn file_of_run(run: &Path) -> Result<PathBuf, TrainError> {
+    let file = run.join("config.toml");
+    if file.is_file() { Ok(file) } else { Err(TrainError::NoRun { path: run.into() }) }
+}
+
+/// An entry of a file of settings.
+struct Entry {
+    name: String,
+    value: toml::Value,
+    /// Counted from 1.
+    line: usize,
+}
+
+/// The entries of a file of settings, in its order.
+fn entries(text: &str) -> Result<Vec<Entry>, String> {
+    let line = |at: usize| text[..at].matches('\n').count() + 1;
+    let found: HashMap<Spanned<String>, Spanned<toml::Value>> = toml::from_str(text).map_err(|error| {
+        let place = error.span().map(|span| format!("line {}: ", line(span.start))).unwrap_or_default();
+        format!("{place}{}", error.message().replace('\n', "; "))
+    })?;
+    let entry = |(name, value): (Spanned<String>, Spanned<toml::Value>)| Entry {
+        line: line(name.span().start),
+        name: name.into_inner(),
+        value: value.into_inner(),
+    };
+    let mut entries: Vec<Entry> = found.into_iter().map(entry).collect();
+    entries.sort_by_key(|entry| entry.line);
+    Ok(entries)
+}
+
+impl Entry {
+    /// The option and its value, which may still be out of the option's range.
+    fn read(&self) -> Result<(String, SettingValue), String> {
+        let Self { name, value, line } = self;
+        let Some(option) = find_option(name) else {
+            if value.is_table() {
+                return Err(format!("line {line}: [{name}]: a file of settings has no sections"));
+            }
+            let similar = similar_option(name).map(|similar| format!("; did you mean `{similar}`?"));
+            return Err(format!("line {line}: `{name}` is not an option{}", similar.unwrap_or_default()));
+        };
+        match from_toml(&option, value) {
+            Ok(value) => Ok((name.clone(), value)),
+            Err(expected) => Err(format!("line {line}: {name}: {value}, expected {expected}")),
+        }
+    }
+}
+
+/// A value of TOML as one of an option; otherwise what is expected.
+fn from_toml(option: &Setting, value: &toml::Value) -> Result<SettingValue, String> {
     let number = |value: &toml::Value| value.as_float().or(value.as_integer().map(|whole| whole as f64));
-    Some(match (kind, value) {
-        (Kind::Flag, toml::Value::Boolean(value)) => Value::Flag(value),
-        (Kind::Count, toml::Value::Integer(value)) => Value::Count(u64::try_from(value).ok()?),
-        (Kind::Number, value) => Value::Number(number(&value)?),
-        (Kind::Text, toml::Value::String(value)) => Value::Text(value),
-        (Kind::Word(_), toml::Value::String(value)) => Value::Word(value),
-        (Kind::Numbers, toml::Value::Array(list)) => {
-            Value::Numbers(list.iter().map(|item| Some(number(item)? as f32)).collect::<Option<_>>()?)
-        }
-        (Kind::Words(_), toml::Value::Array(list)) => {
-            Value::Words(list.iter().map(|item| Some(item.as_str()?.to_string())).collect::<Option<_>>()?)
-        }
-        _ => return None,
+    let read = || {
+        Some(match (option.kind, value) {
+            (SettingKind::Flag, toml::Value::Boolean(value)) => SettingValue::Flag(*value),
+            (SettingKind::Count, toml::Value::Integer(value)) => SettingValue::Count(u64::try_from(*value).ok()?),
+            (SettingKind::Number, value) => SettingValue::Number(number(value)?),
+            (SettingKind::Text, toml::Value::String(value)) => SettingValue::Text(value.clone()),
+            (SettingKind::Word(_), toml::Value::String(value)) => SettingValue::Word(value.clone()),
+            (SettingKind::Numbers, toml::Value::Array(list)) => {
+                SettingValue::Numbers(list.iter().map(number).collect::<Option<_>>()?)
+            }
+            (SettingKind::Words(_), toml::Value::Array(list)) => {
+                SettingValue::Words(list.iter().map(|item| Some(item.as_str()?.to_string())).collect::<Option<_>>()?)
+            }
+            _ => return None,
+        })
+    };
+    let words = matches!(option.kind, SettingKind::Word(_) | SettingKind::Words(_));
+    let expected = || format!("{}{}", option.kind.expected(), if words { ", in quotes" } else { "" });
+    let read = read().ok_or_else(expected)?;
+    match option.check(&read) {
+        Err(SettingError::Type { expected, .. }) => Err(expected),
+        // Methods that share the option may have other ranges.
+        _ => Ok(read),
+    }
+}
+
+/// A value as TOML; none for one that is absent.
+pub(super) fn to_toml(value: &SettingValue) -> Option<String> {
+    let text = |text: &String| toml::Value::String(text.clone()).to_string();
+    // TOML tells floating-point numbers from whole ones.
+    let number = |value: &f64| match number(*value) {
+        text if text.contains(|letter: char| !letter.is_ascii_digit() && letter != '-') => text.to_lowercase(),
+        whole => format!("{whole}.0"),
+    };
+    let list = |items: Vec<String>| format!("[{}]", items.join(", "));
+    Some(match value {
+        SettingValue::Absent => return None,
+        SettingValue::Flag(_) | SettingValue::Count(_) => value.to_string(),
+        SettingValue::Number(value) => number(value),
+        SettingValue::Text(value) | SettingValue::Word(value) => text(value),
+        SettingValue::Numbers(values) => list(values.iter().map(number).collect()),
+        SettingValue::Words(values) => list(values.iter().map(text).collect()),
     })
 }
 
-/// A value for TOML; none for one that is absent.
-///
-/// # Errors
-/// A count that TOML cannot hold.
-pub(super) fn to_toml(name: &str, value: &Value) -> Result<Option<toml::Value>, SettingError> {
-    let text = |text: &String| toml::Value::String(text.clone());
-    // The shortest decimal number that is this f32, not the digits of its f64.
-    let number = |value: &f32| toml::Value::Float(value.to_string().parse().unwrap_or(f64::from(*value)));
-    Ok(Some(match value {
-        Value::Absent => return Ok(None),
-        Value::Flag(value) => toml::Value::Boolean(*value),
-        Value::Count(value) => toml::Value::Integer(i64::try_from(*value).map_err(|_| SettingError::Meaningless {
-            name: name.into(),
-            reason: format!("as {value}: a file of settings holds at most {}", i64::MAX),
-        })?),
-        Value::Number(value) => toml::Value::Float(*value),
-        Value::Text(value) | Value::Word(value) => text(value),
-        Value::Numbers(values) => toml::Value::Array(values.iter().map(number).collect()),
-        Value::Words(values) => toml::Value::Array(values.iter().map(text).collect()),
-    }))
-}
-
 /// A value for JSON; null for one that is absent.
-pub(super) fn to_json(value: &Value) -> serde_json::Value {
-    let number = |value: &f32| serde_json::json!(value.to_string().parse::<f64>().unwrap_or(f64::from(*value)));
+pub(super) fn to_json(value: &SettingValue) -> serde_json::Value {
     match value {
-        Value::Absent => serde_json::Value::Null,
-        Value::Flag(value) => (*value).into(),
-        Value::Count(value) => (*value).into(),
-        Value::Number(value) => (*value).into(),
-        Value::Text(value) | Value::Word(value) => value.as_str().into(),
-        Value::Numbers(values) => values.iter().map(number).collect(),
-        Value::Words(values) => values.iter().map(String::as_str).collect(),
+        SettingValue::Absent => serde_json::Value::Null,
+        SettingValue::Flag(value) => (*value).into(),
+        SettingValue::Count(value) => (*value).into(),
+        SettingValue::Number(value) => (*value).into(),
+        SettingValue::Text(value) | SettingValue::Word(value) => value.as_str().into(),
+        SettingValue::Numbers(values) => values.iter().copied().collect(),
+        SettingValue::Words(values) => values.iter().map(String::as_str).collect(),
     }
 }
 
@@ -239,9 +302,9 @@ mod tests {
     #[test]
     fn every_mistake_names_the_setting() {
         for (text, expected) in [
-            ("optimizer = \"sgdd\"", "optimizer: sgdd, expected one of sgd, adamw, sam"),
-            ("model = \"resnet9\"", "model: resnet9, expected one of resnet8"),
-            ("base = \"adamw\"\nmomentum = 0.5", "momentum: has no meaning for adamw"),
+            ("base = \"adamw\"\nmomentum = 0.5", "momentum: has no meaning for `base` adamw"),
+            ("optimizer = \"adamw\"\nmomentum = 0.5", "momentum: has no meaning for `optimizer` adamw"),
+            ("momentum = 1.0", "momentum: 1, expected a number from 0 to below 1"),
             ("curvature-probes = 5", "curvature-probes: has no meaning without `curvature-every`"),
             ("curvature-every = 1\ncurvature-probes = 0", "curvature-probes: 0, expected at least 1"),
             ("optimizer = \"gnr\"\noracle-rho = 0.1", "oracle-rho: has no meaning for `oracle` loss"),
@@ -254,13 +317,47 @@ mod tests {
         }
         for (text, expected) in [
             ("lr = 1\n\nspeed = 2", "line 3: `speed` is not an option"),
-            ("seed = -1", "line 1: seed: expected a whole number, 0 or more"),
-            ("nesterov = 1", "line 1: nesterov: expected true or false"),
+            ("epoch = 3", "line 1: `epoch` is not an option; did you mean `epochs`?"),
+            ("lr = 1\n[train]\nseed = 3", "line 2: [train]: a file of settings has no sections"),
+            ("seed = -1", "line 1: seed: -1, expected a whole number, 0 or more"),
+            ("nesterov = 1", "line 1: nesterov: 1, expected true or false"),
+            ("p-norm = 2", "line 1: p-norm: 2, expected one of 2, inf, in quotes"),
+            ("lr = 1\noptimizer = \"sgdd\"", "line 2: optimizer: \"sgdd\", expected one of sgd, adamw, sam"),
+            ("model = \"resnet9\"", "line 1: model: \"resnet9\", expected one of resnet8"),
             ("lr = ", "line 1: "),
         ] {
             let found = Options::from_toml(text).unwrap_err();
             assert!(found.starts_with(expected), "{text}: {found}");
         }
+        let far = Options::from_toml("seed = 3\nwidth = 2").unwrap_err();
+        assert_eq!(far, "line 2: `width` is not an option");
+    }
+
+    #[test]
+    fn numbers_are_written_as_a_user_writes_them() {
+        let text = |value: f64| to_toml(&SettingValue::Number(value)).unwrap();
+        for (value, expected) in [(1e-8, "1e-8"), (0.05, "0.05"), (1.0, "1.0"), (-2.0, "-2.0"), (5e-4, "5e-4")] {
+            assert_eq!(text(value), expected);
+            let read: toml::Table = toml::from_str(&format!("x = {expected}")).unwrap();
+            assert_eq!(read["x"].as_float(), Some(value));
+        }
+        for value in [f64::INFINITY, f64::NEG_INFINITY, 1e300, 123456789.5] {
+            let read: toml::Table = toml::from_str(&format!("x = {}", text(value))).unwrap();
+            assert_eq!(read["x"].as_float(), Some(value), "{}", text(value));
+        }
+    }
+
+    #[test]
+    fn some_settings_of_a_run_are_read_whatever_the_others_are() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = "optimizer = \"my-method\"\nmy-own = 3\nmodel = \"resnet20\"\nseed = 4\n";
+        std::fs::write(folder.path().join("config.toml"), config).unwrap();
+        let found = Options::some_of_run(folder.path(), &["model", "seed", "data"]).unwrap();
+        assert_eq!(found.iter().map(|(name, _)| name).collect::<Vec<_>>(), ["model", "seed"]);
+        assert_eq!(found.resolve().unwrap().model.model.name(), "resnet20");
+        let error = Options::some_of_run(folder.path(), &["optimizer"]).unwrap_err().to_string();
+        assert!(error.contains("config.toml: line 1: optimizer: \"my-method\", expected one of sgd"), "{error}");
+        assert!(matches!(Options::some_of_run(&folder.path().join("none"), &[]), Err(TrainError::NoRun { .. })));
     }
 
     #[test]

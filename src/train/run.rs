@@ -89,8 +89,6 @@ pub struct Summary {
 
 /// Divergence is checked after this many steps, and after each epoch.
 const DIVERGENCE_STEPS: u64 = 50;
-/// Images per part when the curvature is measured, as in `polder curvature`.
-const CURVATURE_PART: usize = 200;
 /// Steps that are launched on a GPU at once, as one graph, where the host has nothing to do between them.
 const STEPS_PER_LAUNCH: u64 = 8;
 
@@ -502,13 +500,11 @@ impl<S: Compute<Master = f32>> Run<S> {
 
 /// The images that the curvature is measured over, and how many of them at a time.
 fn curvature_images(samples: Option<usize>, train: &Images) -> Result<(usize, Images), TrainError> {
-    let part = CURVATURE_PART.min(samples.unwrap_or(train.len())).min(train.len());
+    let part = CurvatureMeter::USUAL_PART.min(samples.unwrap_or(train.len())).min(train.len());
     let samples = samples.unwrap_or_else(|| CurvatureMeter::usual_samples(train.len(), part));
     if samples == 0 || samples > train.len() || !samples.is_multiple_of(part) {
-        let reason = format!(
-            "{samples}, expected at most {CURVATURE_PART} or a multiple of it, of the {} training images",
-            train.len()
-        );
+        let (most, len) = (CurvatureMeter::USUAL_PART, train.len());
+        let reason = format!("{samples}, expected at most {most} or a multiple of it, of the {len} training images");
         return Err(TrainError::setting("curvature-samples", reason));
     }
     let (pixels, labels) = (&train.pixels[..samples * train.shape.bytes()], &train.labels[..samples]);

@@ -15,7 +15,7 @@ use crate::device::HostOptions;
 use crate::nn::{MODELS, Model, Shortcut};
 use crate::optim::{self, Base, Context, Decay, Entry, METHODS, Method, RhoSchedule};
 use crate::settings::{
-    Choice, Configurable, Kind, OptionType, Setting, SettingError, UnknownWord, Value, Word, applies,
+    Choice, Configurable, OptionType, Setting, SettingError, SettingKind, SettingValue, UnknownWord, Word, applies,
 };
 use crate::{settings, words};
 
@@ -31,9 +31,9 @@ words! {
 words! {
     /// Random changes to training images.
     pub enum Augmentation {
-        /// None
+        /// The images as they are
         None = "none",
-        /// Horizontal flips, and crops after padding by 4 pixels
+        /// Random horizontal flips, and random crops after padding by 4 pixels
         Basic = "basic",
     }
 }
@@ -121,14 +121,14 @@ macro_rules! name_in_list {
         }
 
         impl OptionType for $name {
-            const KIND: Kind = Kind::Word(&Self::WORDS);
+            const KIND: SettingKind = SettingKind::Word(&Self::WORDS);
 
-            fn to_value(&self) -> Value {
-                Value::Word(self.0.into())
+            fn to_value(&self) -> SettingValue {
+                SettingValue::Word(self.0.into())
             }
 
-            fn from_value(value: &Value) -> Option<Self> {
-                if let Value::Word(name) | Value::Text(name) = value { name.parse().ok() } else { None }
+            fn from_value(value: &SettingValue) -> Option<Self> {
+                if let SettingValue::Word(name) | SettingValue::Text(name) = value { name.parse().ok() } else { None }
             }
         }
     };
@@ -149,22 +149,22 @@ settings! {
     pub struct DataSettings {
         /// A folder with CIFAR-10/100 (binary) or IDX files, or `synthetic`
         data: String = "synthetic".into(), as "PATH";
-        /// Train on the first N training images only
-        train_size: Option<usize> = None;
+        /// Train on the first N training images
+        train_size: Option<usize> = None, else "all", in at_least(1);
         /// Replace this fraction of the training labels by other classes
-        label_noise: Option<f64> = None, as "P", in fraction;
-        /// Mean of pixel/255 per channel [default: the data set's published values]
-        mean: Option<Vec<f32>> = None;
-        /// Standard deviation of pixel/255 per channel [default: the data set's published values]
-        std: Option<Vec<f32>> = None;
+        label_noise: Option<f64> = None, else "0", as "P", in fraction;
+        /// Mean of pixel/255 per channel
+        mean: Option<Vec<f32>> = None, else "the data set's published values";
+        /// Standard deviation of pixel/255 per channel
+        std: Option<Vec<f32>> = None, else "the data set's published values";
         /// Random changes to training images
         augment: Augmentation = Augmentation::Basic;
         /// Take the training images in the order of the files
         no_shuffle: bool = false;
         /// Images per step. The last images of an epoch are left out if they do not fill a step
         batch_size: usize = 128, in at_least(1);
-        /// Images per pass: gradients are accumulated over the batch [default: the batch, or `m-sharpness`]
-        micro_batch: Option<usize> = None, in at_least(1);
+        /// Images per pass: gradients are accumulated over the batch
+        micro_batch: Option<usize> = None, else "the whole batch or group", in at_least(1);
     }
 }
 
@@ -174,10 +174,10 @@ settings! {
     pub struct ModelSettings {
         /// The network
         model: ModelName = ModelName("resnet8"), as "NAME";
-        /// Shortcuts of a CIFAR ResNet where its shape changes [default: a]
-        shortcut: Option<Shortcut> = None;
+        /// Shortcuts of a CIFAR ResNet where its shape changes
+        shortcut: Option<Shortcut> = None, else "a";
         /// Begin from the weights in this file
-        init: Option<String> = None, as "FILE.safetensors";
+        init: Option<String> = None, else "random weights", as "FILE.safetensors";
     }
 }
 
@@ -191,10 +191,10 @@ settings! {
         base: BaseName = BaseName::Sgd, as "NAME";
         /// How ρ changes over the run
         rho_schedule: RhoSchedule = RhoSchedule::Constant;
-        /// Perturb each group of M images separately [default: the batch]
-        m_sharpness: Option<usize> = None, as "M", in at_least(1);
+        /// Perturb each group of M images separately
+        m_sharpness: Option<usize> = None, else "the whole batch", as "M", in at_least(1);
         /// Scale a longer combined gradient down to this norm
-        clip: Option<f64> = None, as "NORM", in positive;
+        clip: Option<f64> = None, else "no limit", as "NORM", in positive;
         /// Exempt biases and normalisation from weight decay
         no_decay_norm: bool = false;
         /// Label smoothing of the training loss
@@ -206,10 +206,10 @@ settings! {
     /// SGD, alone or under a method.
     #[derive(Debug, Clone, PartialEq)]
     pub struct SgdSettings {
-        /// Peak learning rate
+        /// Peak learning rate; SA-SAM's and SA-SGD's first step size
         lr: f64 = 0.1, as "RATE", in positive;
         /// SGD's momentum
-        momentum: f64 = 0.9, as "MU", in not_negative;
+        momentum: f64 = 0.9, as "MU", in below_one;
         /// SGD with Nesterov's momentum
         nesterov: bool = false;
         /// Weight decay
@@ -221,7 +221,7 @@ settings! {
     /// AdamW, alone or under a method.
     #[derive(Debug, Clone, PartialEq)]
     pub struct AdamWSettings {
-        /// Peak learning rate
+        /// Peak learning rate; SA-SAM's and SA-SGD's first step size
         lr: f64 = 1e-3, as "RATE", in positive;
         /// Weight decay
         weight_decay: f64 = 1e-2, as "LAMBDA", in not_negative;
@@ -234,8 +234,8 @@ settings! {
     pub struct LoopSettings {
         /// Passes over the training images
         epochs: u64 = 10, in at_least(1);
-        /// Steps instead of epochs
-        steps: Option<u64> = None, in at_least(1);
+        /// Train for so many steps instead of epochs
+        steps: Option<u64> = None, else "the epochs' steps", in at_least(1);
         /// How the learning rate falls
         schedule: Decay = Decay::Cosine;
         /// Steps of linear warm-up
@@ -250,8 +250,8 @@ settings! {
         precision: Precision = Precision::F32, as "TYPE";
         /// Write a line to log.jsonl every N steps as well; 0 for none
         log_every: u64 = 0;
-        /// Stop when the mean loss of 50 steps or of an epoch exceeds this or is never finite
-        max_loss: Option<f64> = None, as "LOSS", in positive;
+        /// End the run with an error when the mean loss of 50 steps, or of an epoch, is above this or not finite
+        max_loss: Option<f64> = None, else "no limit", as "LOSS", in positive;
     }
 }
 
@@ -263,11 +263,11 @@ settings! {
         curvature_every: u64 = 0;
         /// What to measure
         curvature_measures: Vec<Measure> = CurvatureSettings::default().measure, with curvature_every;
-        /// Over the first N training images, at most 200 or a multiple of 200 [default: 1000, or as many as there are
-        /// in 200s]
-        curvature_samples: Option<usize> = None, with curvature_every;
+        /// Measure over the first N training images: at most 200, or a multiple of 200
+        curvature_samples: Option<usize> = None, else "1000, or as many as there are in 200s", in at_least(1),
+            with curvature_every;
         /// Random directions for traces, spectrum and extrema
-        curvature_probes: usize = 20, with curvature_every;
+        curvature_probes: usize = 20, in at_least(1), with curvature_every;
     }
 }
 
@@ -316,7 +316,7 @@ impl Chosen {
 }
 
 /// Whether a general option has a meaning for a method. `has_base` is false for a base optimizer alone.
-fn is_offered(name: &str, method: &dyn Method<f32>, has_base: bool) -> bool {
+pub(super) fn is_offered(name: &str, method: &dyn Method<f32>, has_base: bool) -> bool {
     match name {
         "base" => has_base,
         // A method that computes its step size ignores the schedule.
@@ -407,7 +407,7 @@ impl RunSettings {
         &self,
         method: &dyn Method<f32>,
         own: &[(&str, String)],
-    ) -> Result<Vec<(&'static str, Value)>, TrainError> {
+    ) -> Result<Vec<(&'static str, SettingValue)>, TrainError> {
         let chosen = self.chosen()?;
         let own_name = |option: &str| own.iter().find(|(name, _)| *name == option).map(|(_, name)| name);
         let has_base = chosen.entry.base.is_none() || own_name("optimizer").is_some();
@@ -420,8 +420,8 @@ impl RunSettings {
                     continue;
                 }
                 match (own_name(option.name), settings.get(option.name)) {
-                    (Some(name), _) => values.push((option.name, Value::Text(name.clone()))),
-                    (None, None | Some(Value::Absent)) => {}
+                    (Some(name), _) => values.push((option.name, SettingValue::Text(name.clone()))),
+                    (None, None | Some(SettingValue::Absent)) => {}
                     (None, Some(value)) => values.push((option.name, value)),
                 }
             }
@@ -432,7 +432,7 @@ impl RunSettings {
     /// As TOML: a file from which [`Options::from_file`] reads the same settings.
     ///
     /// # Errors
-    /// A method that is not known, or a number that TOML cannot hold.
+    /// A method that is not known.
     pub fn to_toml(&self) -> Result<String, TrainError> {
         self.to_toml_with(&*self.method()?, &[])
     }
@@ -441,7 +441,7 @@ impl RunSettings {
     pub(super) fn to_toml_with(&self, method: &dyn Method<f32>, own: &[(&str, String)]) -> Result<String, TrainError> {
         let mut text = String::new();
         for (name, value) in self.values(method, own)? {
-            if let Some(value) = to_toml(name, &value)? {
+            if let Some(value) = to_toml(&value) {
                 let _ = writeln!(text, "{name} = {value}");
             }
         }
@@ -478,7 +478,7 @@ impl RunSettings {
     pub fn with_absolute_paths(mut self) -> Self {
         let absolute =
             |path: &String| std::path::absolute(path).map_or(path.clone(), |path| path.to_string_lossy().into());
-        if self.data.data != "synthetic" && !self.data.data.is_empty() {
+        if !crate::data::is_generated(&self.data.data) && !self.data.data.is_empty() {
             self.data.data = absolute(&self.data.data);
         }
         self.model.init = self.model.init.as_ref().map(absolute);
@@ -577,8 +577,10 @@ pub(super) fn resolve(options: &Options) -> Result<RunSettings, TrainError> {
     for (name, value) in options.iter() {
         if !chosen.has(name) {
             let of_base = of_bases().iter().any(|option| option.setting.name == name);
-            let beside =
-                if of_base { format!("for {}", chosen.base) } else { format!("for `optimizer` {}", chosen.entry.name) };
+            let beside = match (of_base, chosen.entry.base) {
+                (true, None) => format!("for `base` {}", chosen.base),
+                _ => format!("for `optimizer` {}", chosen.entry.name),
+            };
             return Err(match find_option(name) {
                 Some(_) => SettingError::Meaningless { name: name.into(), reason: beside },
                 None => SettingError::Unknown { name: name.into() },

@@ -50,6 +50,7 @@ pub struct Training<'a> {
     dataset: Option<Dataset>,
     method: Option<(String, Box<dyn Method<f32>>)>,
     out: Option<PathBuf>,
+    /// Whether the folder holds the run already.
     resume: bool,
 }
 
@@ -82,17 +83,19 @@ impl<'a> Training<'a> {
         self
     }
 
-    /// Writes `config.toml`, `log.jsonl`, `model.safetensors` and `checkpoint/` to this folder.
+    /// Writes `config.toml`, `log.jsonl`, `model.safetensors` and `checkpoint/` to this folder, which must not hold a
+    /// run.
     #[must_use]
     pub fn out(mut self, folder: impl Into<PathBuf>) -> Self {
-        self.out = Some(folder.into());
+        (self.out, self.resume) = (Some(folder.into()), false);
         self
     }
 
-    /// Continues the run in its folder from the checkpoint there, with bit-identical results.
+    /// Continues the run in this folder from its checkpoint, with bit-identical results. A run that was stopped before
+    /// its first checkpoint starts again.
     #[must_use]
-    pub fn resume(mut self, resume: bool) -> Self {
-        self.resume = resume;
+    pub fn resume(mut self, folder: impl Into<PathBuf>) -> Self {
+        (self.out, self.resume) = (Some(folder.into()), true);
         self
     }
 
@@ -224,9 +227,9 @@ mod tests {
             assert!(config.lines().any(|other| other == line), "{line}: {config}");
         }
         // Another radius would not continue the run.
-        let error = training(12, 0.2).out(&parts).resume(true).run().unwrap_err().to_string();
+        let error = training(12, 0.2).resume(&parts).run().unwrap_err().to_string();
         assert!(error.contains("`rho` differs from the checkpoint"), "{error}");
-        training(12, 0.1).out(&parts).resume(true).run().unwrap();
+        training(12, 0.1).resume(&parts).run().unwrap();
         let model = |run: &std::path::Path| std::fs::read(run.join("model.safetensors")).unwrap();
         assert!(model(&whole) == model(&parts));
     }

@@ -10,10 +10,13 @@ use super::{TrainError, write_whole};
 use crate::arena::{Layout, Tensor};
 
 /// Writes a model: parameters and running statistics under torchvision's names in f32, as PyTorch's `load_state_dict`
-/// expects them.
+/// expects them. Each entry of `model` is a layout and the values of all its tensors, as long as the layout.
 ///
 /// # Errors
 /// Those of the file.
+///
+/// # Panics
+/// If there are fewer values than the layout has.
 pub fn save(path: &Path, model: &[(&Layout, &[f32])]) -> Result<(), TrainError> {
     let tensors: Vec<(&str, Vec<usize>, Vec<f32>)> = model
         .iter()
@@ -63,7 +66,8 @@ pub(super) fn write<'a>(
     write_whole(path, &bytes)
 }
 
-/// Reads a model into arenas of these layouts; padding becomes zero. A `module.` prefix and the usual other names
+/// Reads a model into two arrays, as long as these two layouts: usually parameters and running statistics. Padding
+/// between tensors becomes zero. A `module.` prefix and the usual other names
 /// (`linear` for `fc`, `shortcut` for `downsample`) are accepted, `num_batches_tracked` is ignored, and f16, bf16 and
 /// f64 are converted.
 ///
