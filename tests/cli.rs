@@ -245,7 +245,8 @@ fn an_interrupt_finishes_the_step_and_the_run_can_go_on() {
         assert!(child.try_wait().unwrap().is_none(), "ended before its first epoch");
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
-    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    // Not SIGINT, which a job in the background of a script ignores.
+    Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
     let output = child.wait_with_output().unwrap();
     let message = text(&output.stderr);
     assert_eq!(output.status.code(), Some(130), "{message}");
@@ -362,7 +363,7 @@ fn every_mistake_is_one_clear_line() {
     std::fs::write(path("bad.toml"), "lr = 0.1\nlerning-rate = 3\n").unwrap();
     says(&["train", "--config", &path("bad.toml")], &["bad.toml", "line 2", "lerning-rate"]);
     std::fs::write(path("rate.toml"), "lr = -1.0\n").unwrap();
-    says(&["train", "--config", &path("rate.toml")], &["rate.toml: lr: -1"]);
+    says(&["train", "--config", &path("rate.toml")], &["rate.toml: line 1: lr: -1"]);
     says(&["train", "--config", &path("rate.toml"), "--lr", "-2"], &["--lr: -2"]);
     std::fs::write(path("both.toml"), "epochs = 3\nsteps = 20\n").unwrap();
     says(&["train", "--config", &path("both.toml")], &["both.toml: steps", "`epochs`"]);
@@ -858,12 +859,13 @@ fn a_landscape_is_mapped_drawn_and_continued() {
         (&["--run", run, "--range", "1,0"], &["--range: 1,0"]),
         (&["--run", run, "--range", "1"], &["--range: 1 numbers"]),
         (&["--run", run, "--range=-1e308,1e308"], &["--range: "]),
-        (&["--run", run, "--points", "18446744073709551615"], &["--points: ", "4000000"]),
+        (&["--run", run, "--points", "9223372036854775807"], &["--points: ", "4000000"]),
+        (&["--run", run, "--points", "18446744073709551615"], &["--points: ", "at most"]),
         (&["--run", run, "--points", "2001"], &["--points: 2001"]),
         (&["--run", run, "--dimensions", "3"], &["--dimensions", "3"]),
         (&["--run", run, "--samples", "97"], &["--samples", "97"]),
         (&["--run", "no/such/run"], &["no/such/run", "not a run folder"]),
-        (&["--run", run, "--model", "resnet20", "--out", eigen], &["eigen", "use another folder"]),
+        (&["--run", run, "--model", "resnet20", "--out", eigen], &["eigen", "choose another --out"]),
         (&["--run", run, "--model", "resnet20", "--out", fresh], &["model.safetensors", "missing"]),
         (&["--run", run, "--out", blocked.to_str().unwrap()], &["blocked"]),
         (&["--run", run, "--to", to, "--directions", "random"], &["--to", "--directions"]),
@@ -895,7 +897,7 @@ fn an_interrupted_landscape_keeps_its_points() {
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
     let id = child.id().to_string();
-    assert!(Command::new("kill").args(["-INT", &id]).status().unwrap().success());
+    assert!(Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(130), "{}", text(&output.stderr));
     assert!(text(&output.stderr).contains("the same command continues"), "{}", text(&output.stderr));
