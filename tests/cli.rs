@@ -366,7 +366,7 @@ fn every_mistake_is_one_clear_line() {
     says(&["train", "--config", &path("rate.toml")], &["rate.toml: line 1: lr: -1"]);
     says(&["train", "--config", &path("rate.toml"), "--lr", "-2"], &["--lr: -2"]);
     std::fs::write(path("both.toml"), "epochs = 3\nsteps = 20\n").unwrap();
-    says(&["train", "--config", &path("both.toml")], &["both.toml: steps", "`epochs`"]);
+    says(&["train", "--config", &path("both.toml")], &["both.toml: line 2: steps", "`epochs`"]);
     says(&["train", "--optimizer", "sa-sam", "--schedule", "step"], &["--schedule", "sa-sam"]);
     says(&["train", "--resume", &path("nowhere")], &["nowhere"]);
     std::fs::create_dir(path("taken")).unwrap();
@@ -870,7 +870,9 @@ fn a_landscape_is_mapped_drawn_and_continued() {
         (&["--run", run, "--out", blocked.to_str().unwrap()], &["blocked"]),
         (&["--run", run, "--to", to, "--directions", "random"], &["--to", "--directions"]),
         (&["--run", run, "--to", "no/such/file"], &["no/such/file"]),
-        (&["--model", "resnet8"], &["--init"]),
+        (&["--model", "resnet8"], &["--out: missing", "--run"]),
+        (&["--model", "resnet8", "--out", fresh], &["--init: missing", "--run"]),
+        (&["--out", fresh], &["--model: missing", "--run"]),
     ] {
         let message = mistake(&[&["landscape", "--device", "cpu"][..], wrong].concat());
         assert!(words.iter().all(|word| message.contains(word)), "{wrong:?}: {message}");

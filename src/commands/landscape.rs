@@ -54,7 +54,7 @@ pub struct LandscapeArgs {
     model: ModelArgs,
     /// Folder for the landscape: pictures, npy, csv. The same command continues an interrupted one [default: landscape
     /// in the folder of --run]
-    #[arg(long, value_name = "DIR", required_unless_present = "run")]
+    #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     #[command(flatten)]
     images: Flags<MeasureSettings>,
@@ -110,11 +110,12 @@ impl LandscapeArgs {
 pub fn run(args: &LandscapeArgs) -> Result<ExitCode, Failure> {
     let grid = args.grid()?;
     let Grid { split, samples, bn, dimensions, points, range: (low, high), .. } = grid;
-    let subject = args.model.open(split, samples.map_or(Samples::Usual, Samples::First))?;
-    let out = match &args.out {
-        Some(out) => out.clone(),
-        None => args.model.run()?.unwrap_or_default().join("landscape"),
+    let out = match (&args.out, args.model.run()?) {
+        (Some(out), _) => out.clone(),
+        (None, Some(run)) => run.join("landscape"),
+        (None, None) => return Err(option("out", "missing: without --run, a folder is needed").into()),
     };
+    let subject = args.model.open(split, samples.map_or(Samples::Usual, Samples::First))?;
     let settings = settings(args, &grid, &subject)?;
     make_folder(&out)?;
     let begun = Landscape::begun(&out, &settings)?;
