@@ -66,7 +66,7 @@ __device__ __forceinline__ void run_moments(const S* x, uint64_t stride, uint32_
     }
 }
 
-template <class S, Shape shape>
+template <class S, LaunchShape shape>
 __device__ __forceinline__ void moments_of_block(const MomentsArgs<S>& a) {
     typedef Arithmetic<S> T;
     double* const means = a.means + uint64_t(blockIdx.x) * a.channels;
@@ -115,7 +115,7 @@ __device__ __forceinline__ void moments_of_block(const MomentsArgs<S>& a) {
 /// The mean and the sum of squared deviations of each block, per channel.
 template <class S>
 __device__ void batch_norm_moments(const MomentsArgs<S>& a) {
-    with_shape(a.pack, [&](auto shape) { moments_of_block<S, decltype(shape)::value>(a); });
+    with_launch_shape(a.pack, [&](auto shape) { moments_of_block<S, decltype(shape)::value>(a); });
 }
 
 template <class T>
@@ -158,7 +158,7 @@ __device__ void batch_norm_statistics(const StatisticsArgs<T>& a) {
             const T* const pair = a.tiles + (uint64_t(c) * a.blocks + block) * 2;
             return {double(min(uint64_t(a.tile_rows), left)), double(pair[0]), double(pair[1])};
         }
-        const Rows rows = rows_of_block(a.rows, block, a.blocks);
+        const RowRange rows = rows_of_block(a.rows, block, a.blocks);
         const uint64_t place = uint64_t(block) * a.channels + c;
         return {double(rows.end - rows.begin), a.means[place], a.m2s[place]};
     };
@@ -223,7 +223,7 @@ struct NormalizeArgs {
     uint32_t relu;
 };
 
-template <class S, Shape shape, bool has_residual, bool has_relu>
+template <class S, LaunchShape shape, bool has_residual, bool has_relu>
 __device__ __forceinline__ void normalize_block(const NormalizeArgs<S>& a) {
     typedef Arithmetic<S> T;
     const uint64_t channels = a.channels;
@@ -254,8 +254,8 @@ __device__ __forceinline__ void normalize_block(const NormalizeArgs<S>& a) {
 /// y = act(gamma (x - mean) inv_std + beta + residual)
 template <class S>
 __device__ void batch_norm_normalize(const NormalizeArgs<S>& a) {
-    with_shape(a.pack, [&](auto of) {
-        constexpr Shape shape = decltype(of)::value;
+    with_launch_shape(a.pack, [&](auto of) {
+        constexpr LaunchShape shape = decltype(of)::value;
         if (a.residual != nullptr) {
             if (a.relu) normalize_block<S, shape, true, true>(a);
             else normalize_block<S, shape, true, false>(a);
@@ -271,10 +271,10 @@ __device__ void batch_norm_normalize(const NormalizeArgs<S>& a) {
 /// The sums of dz and dz (x - mean) of each block, per channel, and the residual's gradient; with tickets also dgamma
 /// and dbeta.
 template <class S>
-__device__ void batch_norm_sums(const SumsArgs<S>& a) {
+__device__ void batch_norm_sums(const BatchNormSumsArgs<S>& a) {
     sums<S, false>(a);
     if (a.tickets == nullptr) return;
-    with_shape(a.pack, [&](auto of) { finish_parameters<S, decltype(of)::value>(a); });
+    with_launch_shape(a.pack, [&](auto of) { finish_parameters<S, decltype(of)::value>(a); });
 }
 
 template <class S, class T = Arithmetic<S>>
@@ -292,7 +292,7 @@ struct InputArgs {
     uint32_t accumulate;  // whether dz is added to the residual's gradient
 };
 
-template <class S, Shape shape, Mask mask, bool train>
+template <class S, LaunchShape shape, Mask mask, bool train>
 __device__ __forceinline__ void input_of_block(const InputArgs<S>& a) {
     typedef Arithmetic<S> T;
     const uint64_t channels = a.channels;
@@ -340,7 +340,7 @@ __device__ __forceinline__ void input_of_block(const InputArgs<S>& a) {
     });
 }
 
-template <class S, Shape shape, Mask mask>
+template <class S, LaunchShape shape, Mask mask>
 __device__ __forceinline__ void input_in_mode(const InputArgs<S>& a) {
     if (a.train) input_of_block<S, shape, mask, true>(a);
     else input_of_block<S, shape, mask, false>(a);
@@ -349,8 +349,8 @@ __device__ __forceinline__ void input_in_mode(const InputArgs<S>& a) {
 /// dx = gamma inv_std (dz - mean(dz) - xhat mean(dz xhat)) in training, gamma inv_std dz in evaluation.
 template <class S>
 __device__ void batch_norm_input(const InputArgs<S>& a) {
-    with_shape(a.pack, [&](auto of) {
-        constexpr Shape shape = decltype(of)::value;
+    with_launch_shape(a.pack, [&](auto of) {
+        constexpr LaunchShape shape = decltype(of)::value;
         if (a.mask == kMaskOutput) input_in_mode<S, shape, kMaskOutput>(a);
         else if (a.mask == kMaskRecompute) input_in_mode<S, shape, kMaskRecompute>(a);
         else input_in_mode<S, shape, kMaskNone>(a);
@@ -371,10 +371,10 @@ POLDER_KERNEL(batch_norm_normalize_f32, batch_norm_normalize<float>, NormalizeAr
 POLDER_KERNEL(batch_norm_normalize_f16, batch_norm_normalize<__half>, NormalizeArgs<__half>)
 POLDER_KERNEL(batch_norm_normalize_bf16, batch_norm_normalize<__nv_bfloat16>, NormalizeArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(batch_norm_normalize_f64, batch_norm_normalize<double>, NormalizeArgs<double>)
-POLDER_KERNEL(batch_norm_sums_f32, batch_norm_sums<float>, SumsArgs<float>)
-POLDER_KERNEL(batch_norm_sums_f16, batch_norm_sums<__half>, SumsArgs<__half>)
-POLDER_KERNEL(batch_norm_sums_bf16, batch_norm_sums<__nv_bfloat16>, SumsArgs<__nv_bfloat16>)
-POLDER_HOST_KERNEL(batch_norm_sums_f64, batch_norm_sums<double>, SumsArgs<double>)
+POLDER_KERNEL(batch_norm_sums_f32, batch_norm_sums<float>, BatchNormSumsArgs<float>)
+POLDER_KERNEL(batch_norm_sums_f16, batch_norm_sums<__half>, BatchNormSumsArgs<__half>)
+POLDER_KERNEL(batch_norm_sums_bf16, batch_norm_sums<__nv_bfloat16>, BatchNormSumsArgs<__nv_bfloat16>)
+POLDER_HOST_KERNEL(batch_norm_sums_f64, batch_norm_sums<double>, BatchNormSumsArgs<double>)
 POLDER_KERNEL(batch_norm_input_f32, batch_norm_input<float>, InputArgs<float>)
 POLDER_KERNEL(batch_norm_input_f16, batch_norm_input<__half>, InputArgs<__half>)
 POLDER_KERNEL(batch_norm_input_bf16, batch_norm_input<__nv_bfloat16>, InputArgs<__nv_bfloat16>)

@@ -24,7 +24,7 @@ struct StatisticsTangentArgs {
 /// mean' = mean(x'), inv_std' = -inv_std^3 mean(x' (x - mean)), from the sums of batch_norm_sums with dz = x'.
 template <class T>
 __device__ void batch_norm_statistics_tangent(const StatisticsTangentArgs<T>& a) {
-    combine_blocks(a.x, a.x_x, a.channels, a.blocks, [&](uint32_t c, const Sums& all) {
+    combine_blocks(a.x, a.x_x, a.channels, a.blocks, [&](uint32_t c, const BatchNormSums& all) {
         const double inv_std = double(a.inv_std[c]), rows = double(a.rows);
         a.mean_tangent[c] = T(all.dz / rows);
         a.inv_std_tangent[c] = T(-inv_std * inv_std * inv_std * (all.dz_x / rows));
@@ -44,7 +44,7 @@ struct NormalizeTangentArgs {
     uint32_t mask;
 };
 
-template <class S, Shape shape, Mask mask, bool has_residual>
+template <class S, LaunchShape shape, Mask mask, bool has_residual>
 __device__ __forceinline__ void normalize_tangent_block(const NormalizeTangentArgs<S>& a) {
     typedef Arithmetic<S> T;
     const uint64_t channels = a.channels;
@@ -79,7 +79,7 @@ __device__ __forceinline__ void normalize_tangent_block(const NormalizeTangentAr
     });
 }
 
-template <class S, Shape shape, Mask mask>
+template <class S, LaunchShape shape, Mask mask>
 __device__ __forceinline__ void normalize_tangent_with_residual(const NormalizeTangentArgs<S>& a) {
     if (a.residual_tangent != nullptr) normalize_tangent_block<S, shape, mask, true>(a);
     else normalize_tangent_block<S, shape, mask, false>(a);
@@ -88,8 +88,8 @@ __device__ __forceinline__ void normalize_tangent_with_residual(const NormalizeT
 /// y' = (gamma inv_std)' (x - mean) + gamma inv_std (x' - mean') + beta' + residual' where the relu passed, else 0
 template <class S>
 __device__ void batch_norm_normalize_tangent(const NormalizeTangentArgs<S>& a) {
-    with_shape(a.pack, [&](auto of) {
-        constexpr Shape shape = decltype(of)::value;
+    with_launch_shape(a.pack, [&](auto of) {
+        constexpr LaunchShape shape = decltype(of)::value;
         if (a.mask == kMaskOutput) normalize_tangent_with_residual<S, shape, kMaskOutput>(a);
         else if (a.mask == kMaskRecompute)
             normalize_tangent_block<S, shape, kMaskRecompute, false>(a);  // there was no residual
@@ -102,7 +102,7 @@ __device__ void batch_norm_normalize_tangent(const NormalizeTangentArgs<S>& a) {
 /// The tangents of the sums of each block: dz' and dz' (x - mean) + dz (x' - mean') per channel, and dz'. The relu has
 /// no second derivative, so dz' = dy' where it passed.
 template <class S>
-__device__ void batch_norm_sums_tangent(const SumsArgs<S>& a) {
+__device__ void batch_norm_sums_tangent(const BatchNormSumsArgs<S>& a) {
     sums<S, true>(a);
 }
 
@@ -123,7 +123,7 @@ struct ParametersTangentArgs {
 /// inv_std.
 template <class T>
 __device__ void batch_norm_parameters_tangent(const ParametersTangentArgs<T>& a) {
-    combine_blocks(a.dz, a.dz_x, a.channels, a.blocks, [&](uint32_t c, const Sums& all) {
+    combine_blocks(a.dz, a.dz_x, a.channels, a.blocks, [&](uint32_t c, const BatchNormSums& all) {
         const double inv_std = double(a.inv_std[c]), relative = double(a.inv_std_tangent[c]) / inv_std;
         a.dbeta_tangent[c] = T(all.dz);
         a.dgamma_tangent[c] = T(all.dz_x * inv_std + double(a.dgamma[c]) * relative);
@@ -146,7 +146,7 @@ struct InputTangentArgs {
     uint32_t train;
 };
 
-template <class S, Shape shape, Mask mask, bool train>
+template <class S, LaunchShape shape, Mask mask, bool train>
 __device__ __forceinline__ void input_tangent_of_block(const InputTangentArgs<S>& a) {
     typedef Arithmetic<S> T;
     const uint64_t channels = a.channels;
@@ -202,7 +202,7 @@ __device__ __forceinline__ void input_tangent_of_block(const InputTangentArgs<S>
     });
 }
 
-template <class S, Shape shape, Mask mask>
+template <class S, LaunchShape shape, Mask mask>
 __device__ __forceinline__ void input_tangent_in_mode(const InputTangentArgs<S>& a) {
     if (a.train) input_tangent_of_block<S, shape, mask, true>(a);
     else input_tangent_of_block<S, shape, mask, false>(a);
@@ -211,8 +211,8 @@ __device__ __forceinline__ void input_tangent_in_mode(const InputTangentArgs<S>&
 /// dx', the tangent of batch_norm_input's result.
 template <class S>
 __device__ void batch_norm_input_tangent(const InputTangentArgs<S>& a) {
-    with_shape(a.pack, [&](auto of) {
-        constexpr Shape shape = decltype(of)::value;
+    with_launch_shape(a.pack, [&](auto of) {
+        constexpr LaunchShape shape = decltype(of)::value;
         if (a.mask == kMaskOutput) input_tangent_in_mode<S, shape, kMaskOutput>(a);
         else if (a.mask == kMaskRecompute) input_tangent_in_mode<S, shape, kMaskRecompute>(a);
         else input_tangent_in_mode<S, shape, kMaskNone>(a);
@@ -229,10 +229,10 @@ POLDER_KERNEL(batch_norm_normalize_tangent_f16, batch_norm_normalize_tangent<__h
 POLDER_KERNEL(batch_norm_normalize_tangent_bf16, batch_norm_normalize_tangent<__nv_bfloat16>,
               NormalizeTangentArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(batch_norm_normalize_tangent_f64, batch_norm_normalize_tangent<double>, NormalizeTangentArgs<double>)
-POLDER_KERNEL(batch_norm_sums_tangent_f32, batch_norm_sums_tangent<float>, SumsArgs<float>)
-POLDER_KERNEL(batch_norm_sums_tangent_f16, batch_norm_sums_tangent<__half>, SumsArgs<__half>)
-POLDER_KERNEL(batch_norm_sums_tangent_bf16, batch_norm_sums_tangent<__nv_bfloat16>, SumsArgs<__nv_bfloat16>)
-POLDER_HOST_KERNEL(batch_norm_sums_tangent_f64, batch_norm_sums_tangent<double>, SumsArgs<double>)
+POLDER_KERNEL(batch_norm_sums_tangent_f32, batch_norm_sums_tangent<float>, BatchNormSumsArgs<float>)
+POLDER_KERNEL(batch_norm_sums_tangent_f16, batch_norm_sums_tangent<__half>, BatchNormSumsArgs<__half>)
+POLDER_KERNEL(batch_norm_sums_tangent_bf16, batch_norm_sums_tangent<__nv_bfloat16>, BatchNormSumsArgs<__nv_bfloat16>)
+POLDER_HOST_KERNEL(batch_norm_sums_tangent_f64, batch_norm_sums_tangent<double>, BatchNormSumsArgs<double>)
 POLDER_KERNEL(batch_norm_parameters_tangent_f32, batch_norm_parameters_tangent<float>, ParametersTangentArgs<float>)
 POLDER_HOST_KERNEL(batch_norm_parameters_tangent_f64, batch_norm_parameters_tangent<double>,
                    ParametersTangentArgs<double>)

@@ -29,9 +29,9 @@ struct ConvTile {
     static constexpr int LEFT_PITCH = ROWS + kConvLinePadding, RIGHT_PITCH = COLUMNS + kConvLinePadding;
 };
 
-/// The distribution of a thread's packs over an operand's EXTENT x DEPTH part in shared memory, [depth][extent].
+/// Where a thread's packs lie in an operand's EXTENT x DEPTH part in shared memory, [depth][extent].
 template <int EXTENT, int DEPTH, bool ALONG_DEPTH>
-struct Spread {
+struct ThreadPacks {
     static constexpr int THREADS = kBlockThreads, PITCH = EXTENT + kConvLinePadding;
     static constexpr int PACKS = EXTENT * DEPTH / 4, COUNT = PACKS < THREADS ? 1 : PACKS / THREADS;
     static_assert(PACKS < THREADS || PACKS % THREADS == 0, "threads load equally many packs");
@@ -64,8 +64,8 @@ struct Spread {
 template <class Tile, class T, class Problem>
 __device__ __forceinline__ void multiply(const Problem& problem, int first_column, int begin, int end,
                                          T (&sum)[Tile::THREAD_ROWS][Tile::THREAD_COLUMNS]) {
-    using Left = Spread<Tile::ROWS, Tile::DEPTH, Problem::LEFT_ALONG_DEPTH>;
-    using Right = Spread<Tile::COLUMNS, Tile::DEPTH, Problem::RIGHT_ALONG_DEPTH>;
+    using Left = ThreadPacks<Tile::ROWS, Tile::DEPTH, Problem::LEFT_ALONG_DEPTH>;
+    using Right = ThreadPacks<Tile::COLUMNS, Tile::DEPTH, Problem::RIGHT_ALONG_DEPTH>;
     constexpr int LEFT_SIZE = Tile::DEPTH * Tile::LEFT_PITCH, RIGHT_SIZE = Tile::DEPTH * Tile::RIGHT_PITCH;
     constexpr int ROW_SQUARES = Tile::THREAD_ROWS / 4, COLUMN_SQUARES = Tile::THREAD_COLUMNS / 4;
     constexpr int THREADS_ACROSS = Tile::COLUMNS / Tile::THREAD_COLUMNS;
@@ -165,7 +165,7 @@ __device__ __forceinline__ void write_row(T* to, int first_column, int columns, 
 template <class Tile, class T>
 struct ForwardProblem {
     static constexpr bool LEFT_ALONG_DEPTH = true, RIGHT_ALONG_DEPTH = false;
-    using Left = Spread<Tile::ROWS, Tile::DEPTH, LEFT_ALONG_DEPTH>;
+    using Left = ThreadPacks<Tile::ROWS, Tile::DEPTH, LEFT_ALONG_DEPTH>;
     const Windows<T> windows;
     const T* weight;
     int columns;
@@ -217,7 +217,7 @@ __device__ __forceinline__ void forward(const ConvArgs<T>& a) {
 template <class Tile, class T>
 struct InputGradientProblem {
     static constexpr bool LEFT_ALONG_DEPTH = true, RIGHT_ALONG_DEPTH = true;
-    using Left = Spread<Tile::ROWS, Tile::DEPTH, LEFT_ALONG_DEPTH>;
+    using Left = ThreadPacks<Tile::ROWS, Tile::DEPTH, LEFT_ALONG_DEPTH>;
     const Windows<T> windows;
     const ClassWeights<T> weights;
     Place places[Left::COUNT];
@@ -292,7 +292,7 @@ struct WeightGradientProblem {
 template <class Tile, class T>
 __device__ __forceinline__ void weight_gradient(const ConvArgs<T>& a) {
     using Problem = WeightGradientProblem<Tile, T>;
-    using Left = Spread<Tile::ROWS, Tile::DEPTH, Problem::LEFT_ALONG_DEPTH>;
+    using Left = ThreadPacks<Tile::ROWS, Tile::DEPTH, Problem::LEFT_ALONG_DEPTH>;
     const ConvShape& s = a.shape;
     const int pixels = s.batch * s.out_height * s.out_width;
     const int begin = int(int64_t(pixels) * blockIdx.z / a.splits),

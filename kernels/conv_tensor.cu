@@ -46,8 +46,8 @@ struct TensorTile {
     static constexpr int DEPTH_BYTES = kStageBytes, LEFT_BYTES = ROWS * DEPTH_BYTES,
                          RIGHT_BYTES = COLUMNS * DEPTH_BYTES;
 
-    /// A warp's sums, in fragments of 16 x 8.
-    using Sums = float[WARP_ROWS / 16][WARP_COLUMNS / 8][4];
+    /// A warp's sums, in fragments of 16 x 8, as each thread holds them.
+    using Accumulators = float[WARP_ROWS / 16][WARP_COLUMNS / 8][4];
 
     __device__ __forceinline__ static int warp_row() { return int(threadIdx.x) / 32 / WARPS_ACROSS * WARP_ROWS; }
     __device__ __forceinline__ static int warp_column() { return int(threadIdx.x) / 32 % WARPS_ACROSS * WARP_COLUMNS; }
@@ -291,7 +291,7 @@ struct ClassMatrix {
 /// Adds the warp's part of the block's tile of left * right over the depth [begin, end) to its sums.
 template <bool WIDE, class Tile, class T, class Rows, class Columns, class Left, class Right>
 __device__ __forceinline__ void multiply_as(const Left& left, const Right& right, const Corner<Tile>& corner, int begin,
-                                            int end, typename Tile::Sums& sum) {
+                                            int end, typename Tile::Accumulators& sum) {
     constexpr int STAGES = Tile::STAGES, STAGE_BYTES = Tile::LEFT_BYTES + Tile::RIGHT_BYTES;
     POLDER_DYNAMIC_SHARED(unsigned char, shared);
     AsyncCopies copies;
@@ -345,7 +345,7 @@ __device__ __forceinline__ void multiply_as(const Left& left, const Right& right
 /// The same, with the loop for these operands.
 template <class Tile, class T, class Rows, class Columns, class Left, class Right>
 __device__ __forceinline__ void multiply(const Left& left, const Right& right, const Corner<Tile>& corner, int begin,
-                                         int end, typename Tile::Sums& sum) {
+                                         int end, typename Tile::Accumulators& sum) {
     if (left.wide && right.wide) {
         multiply_as<true, Tile, T, Rows, Columns>(left, right, corner, begin, end, sum);
     } else {
@@ -387,8 +387,8 @@ struct Chunks {
     /// Chunk (i, j) of the sums, or with `add` of the sums plus the previous results. `row_at(i, lower)` is the address
     /// of such a row; null beyond the end of the product.
     template <class RowAt>
-    __device__ __forceinline__ static Pack<D, 8> chunk(const typename Tile::Sums& sum, int i, int j, int first_column,
-                                                       int columns, bool add, RowAt row_at) {
+    __device__ __forceinline__ static Pack<D, 8> chunk(const typename Tile::Accumulators& sum, int i, int j,
+                                                       int first_column, int columns, bool add, RowAt row_at) {
         uint32_t words[4];
         POLDER_UNROLL
         for (int part = 0; part < 4; ++part) {
@@ -413,8 +413,8 @@ struct Chunks {
 
 /// Writes the warp's sums in chunks, or adds them. `row_at` is as below.
 template <class Tile, class D, class RowAt>
-__device__ __forceinline__ void write_chunks(const typename Tile::Sums& sum, int first_column, int columns, bool add,
-                                             RowAt row_at) {
+__device__ __forceinline__ void write_chunks(const typename Tile::Accumulators& sum, int first_column, int columns,
+                                             bool add, RowAt row_at) {
     typedef Chunks<Tile, D> Chunks;
     POLDER_UNROLL
     for (int i = 0; i < Tile::WARP_ROWS / 16; ++i) {
@@ -432,7 +432,7 @@ __device__ __forceinline__ void write_chunks(const typename Tile::Sums& sum, int
 /// Writes the warp's sums, or adds them. `row_at(row)` is the address of a row of the tile; null beyond the end of the
 /// product. `wide`: whether rows consist of whole, aligned chunks of eight 16-bit results, or of pairs of 32-bit ones.
 template <class Tile, class D, class RowAt>
-__device__ __forceinline__ void write(const typename Tile::Sums& sum, int first_column, int columns, bool add,
+__device__ __forceinline__ void write(const typename Tile::Accumulators& sum, int first_column, int columns, bool add,
                                       bool wide, RowAt row_at) {
     if constexpr (sizeof(D) == 2) {
         if (wide) return write_chunks<Tile, D>(sum, first_column, columns, add, row_at);
@@ -491,8 +491,8 @@ __device__ __forceinline__ int total_over_lanes(T (&v)[N]) {
 /// values as they are stored. Batch norm combines its statistics from these. The mean is computed before the
 /// deviations, so that nothing cancels.
 template <class Tile, class D>
-__device__ __forceinline__ void write_moments(const typename Tile::Sums& sum, int rows, int first_column, int columns,
-                                              int tile, int tiles, float* moments) {
+__device__ __forceinline__ void write_moments(const typename Tile::Accumulators& sum, int rows, int first_column,
+                                              int columns, int tile, int tiles, float* moments) {
     constexpr int LINES = Tile::ROWS / LINE_ROWS, COUNT = Tile::WARP_COLUMNS / 8 * 2, PARTS = LINE_ROWS / 8;
     POLDER_DYNAMIC_SHARED(float, shared);
     float* const sums = shared;                         // [LINES][COLUMNS]
@@ -565,7 +565,7 @@ struct NormShared {
 /// - mean) over each line, per column. `offset_at(row)` is the offset of a row of the tile in dz, x and y; -1 beyond
 /// the end.
 template <class Tile, class D, class OffsetAt>
-__device__ __forceinline__ void write_masked(const typename Tile::Sums& sum, const SumsArgs<D>& a,
+__device__ __forceinline__ void write_masked(const typename Tile::Accumulators& sum, const BatchNormSumsArgs<D>& a,
                                              NormShared<Tile>& shared, D* out, int first_column, bool accumulate,
                                              OffsetAt offset_at) {
     typedef Chunks<Tile, D> Chunks;
@@ -619,8 +619,9 @@ __device__ __forceinline__ void write_masked(const typename Tile::Sums& sum, con
 /// The end of an input gradient whose result is dy of a batch norm. It writes dz instead, and the last block writes
 /// dgamma and dbeta, as `batch_norm_sums` would do in a pass over x and dy. Blocks without a pixel call this too.
 template <class Tile, class D, class OffsetAt>
-__device__ __forceinline__ void write_for_batch_norm(const typename Tile::Sums& sum, const SumsArgs<D>& a, D* out,
-                                                     const Corner<Tile>& corner, bool accumulate, OffsetAt offset_at) {
+__device__ __forceinline__ void write_for_batch_norm(const typename Tile::Accumulators& sum,
+                                                     const BatchNormSumsArgs<D>& a, D* out, const Corner<Tile>& corner,
+                                                     bool accumulate, OffsetAt offset_at) {
     POLDER_DYNAMIC_SHARED(NormShared<Tile>, shared);
     const uint32_t channels = a.channels;
     static_assert(Tile::COLUMNS <= Tile::THREADS, "a thread for each column");
@@ -644,21 +645,21 @@ __device__ __forceinline__ void write_for_batch_norm(const typename Tile::Sums& 
     const uint32_t c = threadIdx.x, column = uint32_t(corner.column) + c;
     const bool mine = c < uint32_t(Tile::COLUMNS) && column < channels;
     if (mine) {
-        Sums all = {0.0, 0.0};
+        BatchNormSums all = {0.0, 0.0};
         POLDER_UNROLL
         for (int line = 0; line < NormShared<Tile>::LINES; ++line) {
-            all = add(all, Sums{double(shared->dz[line][c]), double(shared->dz_x[line][c])});
+            all = add(all, BatchNormSums{double(shared->dz[line][c]), double(shared->dz_x[line][c])});
         }
         a.dz[uint64_t(block) * channels + column] = all.dz;
         a.dz_x[uint64_t(block) * channels + column] = all.dz_x;
     }
     const auto combine = [&](uint64_t first, uint32_t count, uint32_t step, auto write) {
         if (!mine) return;
-        Sums all = {0.0, 0.0};
+        BatchNormSums all = {0.0, 0.0};
 #pragma unroll 8
         for (uint32_t i = 0; i < count; ++i) {
             const uint64_t place = (first + uint64_t(i) * step) * channels + column;
-            all = add(all, Sums{a.dz[place], a.dz_x[place]});
+            all = add(all, BatchNormSums{a.dz[place], a.dz_x[place]});
         }
         write(column, all);
     };
@@ -690,7 +691,7 @@ __device__ __forceinline__ void forward(const ConvArgs<T>& a) {
     }
     const int depth = left.windows.depth;
     const Matrix<Columns, T> right{a.right, a.wide_right != 0, s.out_channels, depth};
-    typename Tile::Sums sum = {};
+    typename Tile::Accumulators sum = {};
     multiply<Tile, T, Rows, Columns>(left, right, corner, 0, depth, sum);
     write<Tile, T>(sum, corner.column, s.out_channels, a.accumulate != 0, a.wide_out != 0, [&](int row) {
         return corner.row + row < pixels ? a.out + int64_t(corner.row + row) * s.out_channels : nullptr;
@@ -704,7 +705,7 @@ __device__ __forceinline__ void forward(const ConvArgs<T>& a) {
 template <class T>
 struct InputGradientArgs {
     ConvArgs<T> conv;
-    SumsArgs<T> norm;  // if its `tickets` are given, x is the output of this batch norm, and dx is masked
+    BatchNormSumsArgs<T> norm;  // if its `tickets` are given, x is the output of this batch norm, and dx is masked
 };
 
 /// dx[n, i, j, c] = sum over o and the taps by which y depends on x[n, i, j, c] of dy * weight
@@ -733,7 +734,7 @@ __device__ __forceinline__ void input_gradient(const InputGradientArgs<T>& args)
                              : left.windows.nowhere();
     }
     const ClassMatrix<Columns, T> right(ClassWeights<T>(a.right, s, rows, columns, a.wide_right != 0));
-    typename Tile::Sums sum = {};
+    typename Tile::Accumulators sum = {};
     multiply<Tile, T, Rows, Columns>(left, right, corner, 0, corner.row < pixels ? left.windows.depth : 0, sum);
     // No tensor has 2^31 elements.
     const auto offset_at = [&](int row) {
@@ -758,8 +759,8 @@ __device__ __forceinline__ void input_gradient(const InputGradientArgs<T>& args)
 /// order, so that their bits do not depend on the tile. If a gradient is finite, sums beyond the end of the product are
 /// zero.
 template <class Tile>
-__device__ __forceinline__ void finish_sums(typename Tile::Sums& sum, const FinishArgs& a, const Corner<Tile>& corner,
-                                            int columns) {
+__device__ __forceinline__ void finish_sums(typename Tile::Accumulators& sum, const FinishArgs& a,
+                                            const Corner<Tile>& corner, int columns) {
     constexpr int LINES = Tile::ROWS / LINE_ROWS, GROUPS = Tile::COLUMNS / kSquareColumns;
     constexpr int COUNT = Tile::WARP_COLUMNS / kSquareColumns, FRAGMENTS = LINE_ROWS / 16;
     POLDER_DYNAMIC_SHARED(double, shared);  // [LINES][GROUPS]
@@ -816,7 +817,7 @@ __device__ __forceinline__ void weight_gradient(const WeightGradientArgs<T>& arg
     const WindowColumns<Rows, T> left(
         Windows<T>(a.left, s.height, s.width, s.in_channels, s.kernel, s.kernel, a.wide_left != 0), s, corner.row, end);
     const Matrix<Columns, T> right{a.right, a.wide_right != 0, s.out_channels, end};
-    typename Tile::Sums sum = {};
+    typename Tile::Accumulators sum = {};
     multiply<Tile, T, Rows, Columns>(left, right, corner, begin, end, sum);
     if (args.finish.flag != nullptr) finish_sums<Tile>(sum, args.finish, corner, s.out_channels);
     const int rows = left.windows.depth;

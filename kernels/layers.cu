@@ -302,7 +302,7 @@ enum class Order { kRows, kColumns };
 
 /// A factor of a product, as rows x columns. Elements outside are zero.
 template <class S, Order order>
-struct Matrix {
+struct Factor {
     static constexpr bool rows_contiguous = order == Order::kColumns;
     const S* p;
     uint32_t rows, columns;
@@ -417,8 +417,8 @@ __device__ void linear(const LinearArgs<S>& a) {
         return;
     }
 #endif
-    const Matrix<S, Order::kRows> x = {a.x, a.batch, a.inputs};
-    const Matrix<T, Order::kRows> weight = {a.weight, a.inputs, a.outputs};
+    const Factor<S, Order::kRows> x = {a.x, a.batch, a.inputs};
+    const Factor<T, Order::kRows> weight = {a.weight, a.inputs, a.outputs};
     product<T>(x, weight, [&](uint32_t n, uint32_t o, T sum) {
         T* const y = a.y + uint64_t(n) * a.outputs + o;
         if (a.bias != nullptr) sum += a.bias[o];
@@ -456,8 +456,8 @@ __device__ void linear_input(const LinearInputArgs<S>& a) {
         return;
     }
 #endif
-    const Matrix<T, Order::kRows> dy = {a.dy, a.batch, a.outputs};
-    const Matrix<T, Order::kColumns> transposed = {a.weight, a.outputs, a.inputs};
+    const Factor<T, Order::kRows> dy = {a.dy, a.batch, a.outputs};
+    const Factor<T, Order::kColumns> transposed = {a.weight, a.outputs, a.inputs};
     product<T>(dy, transposed, write);
 }
 
@@ -491,8 +491,8 @@ __device__ void linear_weight(const LinearWeightArgs<S>& a) {
         return;
     }
 #endif
-    const Matrix<S, Order::kColumns> transposed = {a.x, a.inputs, a.batch};
-    const Matrix<T, Order::kRows> dy = {a.dy, a.batch, a.outputs};
+    const Factor<S, Order::kColumns> transposed = {a.x, a.inputs, a.batch};
+    const Factor<T, Order::kRows> dy = {a.dy, a.batch, a.outputs};
     product<T>(transposed, dy, [&](uint32_t i, uint32_t o, T sum) {
         T* const dweight = a.dweight + uint64_t(i) * a.outputs + o;
         *dweight = a.accumulate ? *dweight + sum : sum;

@@ -226,15 +226,15 @@ constexpr int kBlockDepth = 256;
 
 /// The number of a tile's rows, as a compile-time constant.
 template <int ROWS>
-struct Rows {
+struct RowCount {
     static constexpr int value = ROWS;
 };
 
-/// Calls f(Rows<rows>{}) for 1 ... MOST rows; not for 0.
+/// Calls f(RowCount<rows>{}) for 1 ... MOST rows; not for 0.
 template <int MOST, class F>
 __forceinline__ void with_rows(int rows, F f) {
     if (rows == MOST) {
-        f(Rows<MOST>{});
+        f(RowCount<MOST>{});
     } else if constexpr (MOST > 1) {
         with_rows<MOST - 1>(rows, f);
     }

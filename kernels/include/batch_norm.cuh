@@ -86,39 +86,39 @@ struct Of {
 };
 
 /// The rows of this block.
-struct Rows {
+struct RowRange {
     uint64_t begin, end;
 };
 
-__device__ __forceinline__ Rows rows_of_block(uint64_t rows, uint32_t block, uint32_t blocks) {
+__device__ __forceinline__ RowRange rows_of_block(uint64_t rows, uint32_t block, uint32_t blocks) {
     return {rows * block / blocks, rows * (block + 1) / blocks};
 }
 
 /// How a launch divides the work: in the CPU's launch shape, or on the GPU in groups of one or four channels.
-enum Shape { kCpu, kSingle, kFour };
+enum LaunchShape { kCpu, kSingle, kFour };
 
-template <Shape shape>
-struct ShapeIs {
-    static constexpr Shape value = shape;
+template <LaunchShape shape>
+struct LaunchShapeIs {
+    static constexpr LaunchShape value = shape;
 };
 
-/// Calls `f(ShapeIs<...>{})` for the shape that Rust chose: the channels of a group on the GPU, or 0 for the CPU's
-/// shape.
+/// Calls `f(LaunchShapeIs<...>{})` for the shape that Rust chose: `pack` is the channels of a group on the GPU, or 0 in
+/// the CPU's shape.
 template <class F>
-__device__ __forceinline__ void with_shape(uint32_t pack, const F& f) {
+__device__ __forceinline__ void with_launch_shape(uint32_t pack, const F& f) {
 #if defined(POLDER_HOST)
-    if (pack == 0) return f(ShapeIs<kCpu>{});
+    if (pack == 0) return f(LaunchShapeIs<kCpu>{});
 #endif
-    if (pack == 4) f(ShapeIs<kFour>{});
-    else f(ShapeIs<kSingle>{});
+    if (pack == 4) f(LaunchShapeIs<kFour>{});
+    else f(LaunchShapeIs<kSingle>{});
 }
 
 /// Calls `f(Of<Group>{}, first channel, first row, step, count)` for runs of at most kRun rows that cover this thread's
 /// share. On the CPU these are all channels of the block's rows, on the GPU the channels of one group in every
 /// blockDim.y-th row.
-template <class T, Shape shape, class F>
+template <class T, LaunchShape shape, class F>
 __device__ __forceinline__ void for_each_run(uint64_t rows, uint32_t channels, const F& f) {
-    const Rows mine = rows_of_block(rows, blockIdx.x, gridDim.x);
+    const RowRange mine = rows_of_block(rows, blockIdx.x, gridDim.x);
 #if defined(POLDER_HOST)
     if constexpr (shape == kCpu) {
         for (uint64_t row = mine.begin; row < mine.end; row += kRun) {
@@ -248,7 +248,7 @@ struct UpstreamTangent {
 };
 
 template <class S>
-struct SumsArgs {
+struct BatchNormSumsArgs {
     Upstream<S> upstream;
     UpstreamTangent<S> tangent;
     S* residual;   // null if there is none
@@ -265,15 +265,17 @@ struct SumsArgs {
     uint32_t group;  // blocks whose sums the last of them combines
 };
 
-/// Two sums that are always taken together.
-struct Sums {
+/// The sums over rows of dz and of dz (x - mean), which are always taken together.
+struct BatchNormSums {
     double dz, dz_x;
 };
 
-__device__ __forceinline__ Sums add(const Sums& a, const Sums& b) { return {a.dz + b.dz, a.dz_x + b.dz_x}; }
+__device__ __forceinline__ BatchNormSums add(const BatchNormSums& a, const BatchNormSums& b) {
+    return {a.dz + b.dz, a.dz_x + b.dz_x};
+}
 
-template <class S, Shape shape, bool tangent, Mask mask, Residual residual>
-__device__ __forceinline__ void sums_of_block(const SumsArgs<S>& a) {
+template <class S, LaunchShape shape, bool tangent, Mask mask, Residual residual>
+__device__ __forceinline__ void sums_of_block(const BatchNormSumsArgs<S>& a) {
     typedef Arithmetic<S> T;
     const uint64_t channels = a.channels;
     // Adds the sums of one run to `totals_dz[0..]` and `totals_dz_x[0..]`.
@@ -332,7 +334,7 @@ __device__ __forceinline__ void sums_of_block(const SumsArgs<S>& a) {
                                });
     } else {
         constexpr int V = shape == kFour ? 4 : 1;
-        POLDER_DYNAMIC_SHARED(Sums, shared);
+        POLDER_DYNAMIC_SHARED(BatchNormSums, shared);
         double totals_dz[V] = {}, totals_dz_x[V] = {};
         for_each_run<T, shape>(a.rows, a.channels,
                                [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
@@ -341,7 +343,7 @@ __device__ __forceinline__ void sums_of_block(const SumsArgs<S>& a) {
         const uint32_t c = (blockIdx.y * blockDim.x + threadIdx.x) * V;
         POLDER_UNROLL
         for (int k = 0; k < V; ++k) {
-            const Sums all = combine_lines(Sums{totals_dz[k], totals_dz_x[k]}, shared, add);
+            const BatchNormSums all = combine_lines(BatchNormSums{totals_dz[k], totals_dz_x[k]}, shared, add);
             if (threadIdx.y == 0 && c < channels) {
                 block_dz[c + k] = all.dz;
                 block_dz_x[c + k] = all.dz_x;
@@ -350,17 +352,17 @@ __device__ __forceinline__ void sums_of_block(const SumsArgs<S>& a) {
     }
 }
 
-template <class S, Shape shape, bool tangent, Mask mask>
-__device__ __forceinline__ void sums_with_residual(const SumsArgs<S>& a) {
+template <class S, LaunchShape shape, bool tangent, Mask mask>
+__device__ __forceinline__ void sums_with_residual(const BatchNormSumsArgs<S>& a) {
     if (a.residual_mode == kResidualNone) sums_of_block<S, shape, tangent, mask, kResidualNone>(a);
     else if (a.residual_mode == kResidualWrite) sums_of_block<S, shape, tangent, mask, kResidualWrite>(a);
     else sums_of_block<S, shape, tangent, mask, kResidualAccumulate>(a);
 }
 
 template <class S, bool tangent>
-__device__ __forceinline__ void sums(const SumsArgs<S>& a) {
-    with_shape(a.pack, [&](auto of) {
-        constexpr Shape shape = decltype(of)::value;
+__device__ __forceinline__ void sums(const BatchNormSumsArgs<S>& a) {
+    with_launch_shape(a.pack, [&](auto of) {
+        constexpr LaunchShape shape = decltype(of)::value;
         if (a.mask == kMaskOutput) sums_with_residual<S, shape, tangent, kMaskOutput>(a);
         else if (a.mask == kMaskRecompute)
             sums_of_block<S, shape, tangent, kMaskRecompute, kResidualNone>(a);  // there was no residual
@@ -377,10 +379,10 @@ __device__ __forceinline__ void sums(const SumsArgs<S>& a) {
 /// write)` calls `write(c, sums)` with the sums of `count` blocks, `step` apart, beginning with `first`, for all
 /// channels that these blocks share.
 template <class S, class Combine>
-__device__ __forceinline__ void combine_by_last(const SumsArgs<S>& a, uint32_t* tickets, uint32_t block,
+__device__ __forceinline__ void combine_by_last(const BatchNormSumsArgs<S>& a, uint32_t* tickets, uint32_t block,
                                                 uint32_t blocks, const Combine& combine) {
     typedef Arithmetic<S> T;
-    const auto finish = [&](uint64_t c, const Sums& all) {
+    const auto finish = [&](uint64_t c, const BatchNormSums& all) {
         a.dbeta[c] = T(all.dz);
         a.dgamma[c] = T(all.dz_x * double(a.upstream.inv_std[c]));
     };
@@ -388,7 +390,7 @@ __device__ __forceinline__ void combine_by_last(const SumsArgs<S>& a, uint32_t* 
     const uint32_t group = block / a.group, first = group * a.group, members = min(a.group, blocks - first);
     if (!is_last_block(tickets + group, members)) return;
     if (groups == 1) return combine(0, members, 1, finish);
-    combine(first, members, 1, [&](uint64_t c, const Sums& all) {
+    combine(first, members, 1, [&](uint64_t c, const BatchNormSums& all) {
         a.dz[uint64_t(first) * a.channels + c] = all.dz;
         a.dz_x[uint64_t(first) * a.channels + c] = all.dz_x;
     });
@@ -401,8 +403,8 @@ __device__ __forceinline__ uint32_t tickets_of_column(uint32_t blocks, uint32_t 
 }
 
 /// The same for a launch of `batch_norm_sums`.
-template <class S, Shape shape>
-__device__ __forceinline__ void finish_parameters(const SumsArgs<S>& a) {
+template <class S, LaunchShape shape>
+__device__ __forceinline__ void finish_parameters(const BatchNormSumsArgs<S>& a) {
     const uint64_t channels = a.channels;
     const auto combine = [&](uint64_t first, uint32_t count, uint32_t step, auto write) {
         double* const dz = a.dz + first * channels;
@@ -415,17 +417,17 @@ __device__ __forceinline__ void finish_parameters(const SumsArgs<S>& a) {
                     dz_x[c] += dz_x[i * pitch + c];
                 }
             }
-            for (uint64_t c = 0; c < channels; ++c) write(c, Sums{dz[c], dz_x[c]});
+            for (uint64_t c = 0; c < channels; ++c) write(c, BatchNormSums{dz[c], dz_x[c]});
         } else {
             constexpr int V = shape == kFour ? 4 : 1;
-            POLDER_DYNAMIC_SHARED(Sums, shared);
+            POLDER_DYNAMIC_SHARED(BatchNormSums, shared);
             const uint64_t c = uint64_t(blockIdx.y * blockDim.x + threadIdx.x) * V;
             POLDER_UNROLL
             for (int k = 0; k < V; ++k) {
-                Sums all = {0.0, 0.0};
+                BatchNormSums all = {0.0, 0.0};
                 if (c < channels) {
                     for (uint32_t i = threadIdx.y; i < count; i += blockDim.y) {
-                        all = add(all, Sums{dz[i * pitch + c + k], dz_x[i * pitch + c + k]});
+                        all = add(all, BatchNormSums{dz[i * pitch + c + k], dz_x[i * pitch + c + k]});
                     }
                 }
                 all = combine_lines(all, shared, add);
@@ -442,23 +444,23 @@ __device__ __forceinline__ void finish_parameters(const SumsArgs<S>& a) {
 template <class F>
 __device__ __forceinline__ void combine_blocks(const double* dz, const double* dz_x, uint32_t channels, uint32_t blocks,
                                                const F& write) {
-    const auto sums_of = [&](uint32_t block, uint32_t c) -> Sums {
+    const auto sums_of = [&](uint32_t block, uint32_t c) -> BatchNormSums {
         const uint64_t place = uint64_t(block) * channels + c;
         return {dz[place], dz_x[place]};
     };
 #if defined(POLDER_HOST)
     if (blockDim.y == 1) {
         for_each_index(channels, [&](uint64_t c) {
-            Sums all = {0.0, 0.0};
+            BatchNormSums all = {0.0, 0.0};
             for (uint32_t block = 0; block < blocks; ++block) all = add(all, sums_of(block, uint32_t(c)));
             write(uint32_t(c), all);
         });
         return;
     }
 #endif
-    POLDER_DYNAMIC_SHARED(Sums, shared);
+    POLDER_DYNAMIC_SHARED(BatchNormSums, shared);
     const uint32_t c = blockIdx.x;
-    Sums all = {0.0, 0.0};
+    BatchNormSums all = {0.0, 0.0};
     for (uint32_t block = threadIdx.y; block < blocks; block += blockDim.y) all = add(all, sums_of(block, c));
     all = combine_lines(all, shared, add);
     if (threadIdx.y == 0) write(c, all);

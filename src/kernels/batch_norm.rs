@@ -10,13 +10,13 @@
 //! on every run, with any number of threads.
 
 pub use super::conv_batch_norm::{Activation, Normalized, Workspace};
-use super::conv_batch_norm::{Sums, SumsRoom, check_extents, group_blocks, moments_len};
+use super::conv_batch_norm::{SumsAddresses, SumsRoom, check_extents, group_blocks, moments_len};
 use super::{Check, pick};
 #[cfg(doc)]
 use crate::device::Error;
 use crate::device::arguments::{
-    InputArgs, InputTangentArgs, MomentsArgs, NormalizeArgs, NormalizeTangentArgs, ParametersTangentArgs, RunningArgs,
-    StatisticsArgs, StatisticsTangentArgs, SumsArgs, Upstream, UpstreamTangent,
+    BatchNormSumsArgs, InputArgs, InputTangentArgs, MomentsArgs, NormalizeArgs, NormalizeTangentArgs,
+    ParametersTangentArgs, RunningArgs, StatisticsArgs, StatisticsTangentArgs, Upstream, UpstreamTangent,
 };
 use crate::device::constants::{
     BLOCK_THREADS, COMBINED_BYTES, MASK_NONE, MASK_OUTPUT, MASK_RECOMPUTE, MOMENT_ROWS, RESIDUAL_ACCUMULATE,
@@ -186,14 +186,14 @@ pub struct BackwardTangents<'a, S: Compute> {
     pub dbeta: Slice<'a, S::Master>,
 }
 
-/// The distribution of rows and channels over a launch.
-struct Spread {
+/// A launch over rows, and over channels in groups of `pack`.
+struct GroupedLaunch {
     launch: Launch,
     /// Channels per GPU thread; 0 in the CPU's launch shape.
     pack: u32,
 }
 
-impl Spread {
+impl GroupedLaunch {
     /// About `per_thread` elements for each GPU thread. Four channels at a time need 16-byte accesses, for which all of
     /// `addresses` (0 for an absent argument) must be aligned.
     fn new<S: Compute>(device: &Device, shape: BatchNormShape, per_thread: usize, addresses: &[u64]) -> Self {
@@ -281,7 +281,7 @@ impl<'a> ShapeCheck<'a> {
         self.check.argument(name, slice, self.shape.channels)
     }
 
-    fn sums(&self, workspace: &mut Workspace) -> Result<Sums> {
+    fn sums(&self, workspace: &mut Workspace) -> Result<SumsAddresses> {
         workspace.sums(self.check, &self.shape.sums_room(self.check.device))
     }
 
@@ -352,20 +352,21 @@ pub fn forward_train<S: Compute>(
     let device = input.x.device();
     let check = ShapeCheck::new("batch_norm::forward_train", device, shape);
     check.forward(&input, y.view(), &saved)?;
-    let Sums { dz: means, dz_x: m2s, .. } = check.sums(workspace)?;
-    let spread = Spread::new::<S>(device, shape, PER_SUMMING_THREAD, &[input.x.address()]);
+    let SumsAddresses { dz: means, dz_x: m2s, .. } = check.sums(workspace)?;
+    let grouped = GroupedLaunch::new::<S>(device, shape, PER_SUMMING_THREAD, &[input.x.address()]);
     let moments = MomentsArgs {
         x: input.x.address(),
         means,
         m2s,
         rows: shape.rows as u64,
         channels: shape.channels as u32,
-        pack: spread.pack,
+        pack: grouped.pack,
     };
-    let moments_of_blocks = BlockMoments { means, m2s, tiles: 0, blocks: spread.launch.grid[0] as usize, tile_rows: 0 };
+    let moments_of_blocks =
+        BlockMoments { means, m2s, tiles: 0, blocks: grouped.launch.grid[0] as usize, tile_rows: 0 };
     check.two_rows()?;
     // SAFETY: every length is checked above, and the workspace has room for all row blocks of the launch.
-    unsafe { device.launch(S::choose(id::BATCH_NORM_MOMENTS), spread.launch, &moments)? };
+    unsafe { device.launch(S::choose(id::BATCH_NORM_MOMENTS), grouped.launch, &moments)? };
     statistics(&check, input, y, saved, running, moments_of_blocks)
 }
 
@@ -501,11 +502,11 @@ fn normalize<S: Compute>(
         relu: input.relu.into(),
     };
     let addresses = [args.x, args.gamma, args.beta, args.mean, args.inv_std, args.residual, args.y];
-    let spread = Spread::new::<S>(device, shape, PER_THREAD, &addresses);
-    args.pack = spread.pack;
+    let grouped = GroupedLaunch::new::<S>(device, shape, PER_THREAD, &addresses);
+    args.pack = grouped.pack;
     let kernel = S::choose(id::BATCH_NORM_NORMALIZE);
     // SAFETY: the callers checked every length.
-    unsafe { device.launch(kernel, spread.launch, &args) }
+    unsafe { device.launch(kernel, grouped.launch, &args) }
 }
 
 /// The gradients. With `dz = dy` where the activation passed and 0 elsewhere, and `x̂ = (x − mean) · inv_std`: `dbeta =
@@ -533,10 +534,10 @@ pub fn backward<S: Compute>(
     check.full("dx", gradients.dx.view())?;
     check.channels("dgamma", gradients.dgamma.view())?;
     check.channels("dbeta", gradients.dbeta.view())?;
-    let Sums { dz, dz_x, tickets } = check.sums(workspace)?;
+    let SumsAddresses { dz, dz_x, tickets } = check.sums(workspace)?;
     let (residual_address, residual_mode) = check.residual(residual, mask)?;
-    let spread = Spread::new::<S>(device, shape, PER_SUMMING_THREAD, &[upstream.bits(), residual_address]);
-    let sums = SumsArgs {
+    let grouped = GroupedLaunch::new::<S>(device, shape, PER_SUMMING_THREAD, &[upstream.bits(), residual_address]);
+    let sums = BatchNormSumsArgs {
         upstream,
         tangent: UpstreamTangent::default(),
         residual: residual_address,
@@ -544,7 +545,7 @@ pub fn backward<S: Compute>(
         dz_x,
         rows: shape.rows as u64,
         channels: shape.channels as u32,
-        pack: spread.pack,
+        pack: grouped.pack,
         mask,
         residual_mode,
         dgamma: gradients.dgamma.address(),
@@ -553,7 +554,7 @@ pub fn backward<S: Compute>(
         group: group_blocks(device) as u32,
     };
     // SAFETY: every length is checked above, and the workspace has room for all row blocks of the launch.
-    unsafe { device.launch(S::choose(id::BATCH_NORM_SUMS), spread.launch, &sums)? };
+    unsafe { device.launch(S::choose(id::BATCH_NORM_SUMS), grouped.launch, &sums)? };
     // If the first pass wrote dz, the second one reads it and needs no mask.
     let from_residual = residual_mode == RESIDUAL_WRITE && mask == MASK_OUTPUT;
     let inputs = InputArgs {
@@ -575,10 +576,10 @@ pub fn backward<S: Compute>(
 /// The second pass of both backward modes. The lengths have been checked.
 fn launch_input<S: Compute>(device: &Device, shape: BatchNormShape, mut args: InputArgs) -> Result<()> {
     let addresses = [args.upstream.bits(), args.residual, args.dgamma, args.dbeta, args.dx];
-    let spread = Spread::new::<S>(device, shape, PER_THREAD, &addresses);
-    args.pack = spread.pack;
+    let grouped = GroupedLaunch::new::<S>(device, shape, PER_THREAD, &addresses);
+    args.pack = grouped.pack;
     // SAFETY: the callers checked every length.
-    unsafe { device.launch(S::choose(id::BATCH_NORM_INPUT), spread.launch, &args) }
+    unsafe { device.launch(S::choose(id::BATCH_NORM_INPUT), grouped.launch, &args) }
 }
 
 /// The rest of [`backward`] after [`conv::input_gradient_with_sums`](super::conv::input_gradient_with_sums), which
@@ -656,11 +657,12 @@ pub fn forward_tangent<S: Compute>(
     check.full("y'", y.view())?;
     check.channels("mean'", saved.mean.view())?;
     check.channels("inv_std'", saved.inv_std.view())?;
-    let Sums { dz, dz_x, .. } = check.sums(workspace)?;
+    let SumsAddresses { dz, dz_x, .. } = check.sums(workspace)?;
     match mode {
         Mode::Train => {
-            let spread = Spread::new::<S>(device, shape, PER_SUMMING_THREAD, &[upstream.x, upstream.dy, upstream.mean]);
-            let sums = SumsArgs {
+            let grouped =
+                GroupedLaunch::new::<S>(device, shape, PER_SUMMING_THREAD, &[upstream.x, upstream.dy, upstream.mean]);
+            let sums = BatchNormSumsArgs {
                 upstream,
                 tangent: UpstreamTangent::default(),
                 residual: 0,
@@ -668,7 +670,7 @@ pub fn forward_tangent<S: Compute>(
                 dz_x,
                 rows: shape.rows as u64,
                 channels: shape.channels as u32,
-                pack: spread.pack,
+                pack: grouped.pack,
                 mask: MASK_NONE,
                 residual_mode: RESIDUAL_NONE,
                 dgamma: 0,
@@ -688,7 +690,7 @@ pub fn forward_tangent<S: Compute>(
             };
             // SAFETY: every length is checked above, and the workspace has room for all row blocks of the first launch.
             unsafe {
-                device.launch(S::choose(id::BATCH_NORM_SUMS), spread.launch, &sums)?;
+                device.launch(S::choose(id::BATCH_NORM_SUMS), grouped.launch, &sums)?;
                 let kernel =
                     pick::<S::Master, _>(id::BATCH_NORM_STATISTICS_TANGENT_F32, id::BATCH_NORM_STATISTICS_TANGENT_F64);
                 device.launch(kernel, channel_launch(device, shape.channels), &statistics)?;
@@ -718,11 +720,11 @@ pub fn forward_tangent<S: Compute>(
         mask,
     };
     let others = args.beta_tangent | args.residual_tangent | args.y_tangent;
-    let spread = Spread::new::<S>(device, shape, PER_THREAD, &[args.upstream.bits(), tangent.bits(), others]);
-    args.pack = spread.pack;
+    let grouped = GroupedLaunch::new::<S>(device, shape, PER_THREAD, &[args.upstream.bits(), tangent.bits(), others]);
+    args.pack = grouped.pack;
     let kernel = S::choose(id::BATCH_NORM_NORMALIZE_TANGENT);
     // SAFETY: every length is checked above.
-    unsafe { device.launch(kernel, spread.launch, &args) }
+    unsafe { device.launch(kernel, grouped.launch, &args) }
 }
 
 /// The tangent of [`backward`], with the same `input` and `mode`: `gradients` and `residual` receive the tangents of
@@ -766,7 +768,7 @@ pub fn backward_tangent<S: Compute>(
     check.full("dx'", gradients.dx.view())?;
     check.channels("dgamma'", gradients.dgamma.view())?;
     check.channels("dbeta'", gradients.dbeta.view())?;
-    let Sums { dz, dz_x, .. } = check.sums(workspace)?;
+    let SumsAddresses { dz, dz_x, .. } = check.sums(workspace)?;
     let (residual, residual_mode) = check.residual(residual, mask)?;
     let tangent = UpstreamTangent {
         x: tangents.x.address(),
@@ -775,8 +777,9 @@ pub fn backward_tangent<S: Compute>(
         mean: tangents.mean.address(),
         inv_std: tangents.inv_std.address(),
     };
-    let spread = Spread::new::<S>(device, shape, PER_SUMMING_THREAD, &[upstream.bits(), tangent.bits(), residual]);
-    let sums = SumsArgs {
+    let grouped =
+        GroupedLaunch::new::<S>(device, shape, PER_SUMMING_THREAD, &[upstream.bits(), tangent.bits(), residual]);
+    let sums = BatchNormSumsArgs {
         upstream,
         tangent,
         residual,
@@ -784,7 +787,7 @@ pub fn backward_tangent<S: Compute>(
         dz_x,
         rows: shape.rows as u64,
         channels: shape.channels as u32,
-        pack: spread.pack,
+        pack: grouped.pack,
         mask,
         residual_mode,
         dgamma: 0,
@@ -818,15 +821,15 @@ pub fn backward_tangent<S: Compute>(
         train: (mode == Mode::Train).into(),
     };
     let others = inputs.dgamma | inputs.dbeta | inputs.dgamma_tangent | inputs.dbeta_tangent | inputs.dx_tangent;
-    let input_spread = Spread::new::<S>(device, shape, PER_THREAD, &[upstream.bits(), tangent.bits(), others]);
-    inputs.pack = input_spread.pack;
+    let input_grouped = GroupedLaunch::new::<S>(device, shape, PER_THREAD, &[upstream.bits(), tangent.bits(), others]);
+    inputs.pack = input_grouped.pack;
     // SAFETY: every length is checked above, and the workspace has room for all row blocks of the first launch.
     unsafe {
         let kernel = S::choose(id::BATCH_NORM_SUMS_TANGENT);
-        device.launch(kernel, spread.launch, &sums)?;
+        device.launch(kernel, grouped.launch, &sums)?;
         let kernel = pick::<S::Master, _>(id::BATCH_NORM_PARAMETERS_TANGENT_F32, id::BATCH_NORM_PARAMETERS_TANGENT_F64);
         device.launch(kernel, channel_launch(device, shape.channels), &parameters)?;
         let kernel = S::choose(id::BATCH_NORM_INPUT_TANGENT);
-        device.launch(kernel, input_spread.launch, &inputs)
+        device.launch(kernel, input_grouped.launch, &inputs)
     }
 }

@@ -23,7 +23,7 @@ mod tiled;
 use super::conv_batch_norm::{self, Normalized, SumsRoom, Workspace};
 use super::gradient::{self, Finish};
 use super::{Check, check_length};
-use crate::device::arguments::{self, SumsArgs};
+use crate::device::arguments::{self, BatchNormSumsArgs};
 use crate::device::{Compute, Device, Error, Result, Slice, SliceMut};
 use direct::PANEL;
 
@@ -312,7 +312,7 @@ pub fn input_gradient<S: Compute>(
         check_workspace::<S>(OPERATION, shape, &device, &workspace)?;
         direct::input_gradient(shape, dy, weight, dx, accumulate, workspace)
     } else if S::TENSOR_CORES {
-        tensor::input_gradient(shape, dy, weight, dx, accumulate, SumsArgs::default())
+        tensor::input_gradient(shape, dy, weight, dx, accumulate, BatchNormSumsArgs::default())
     } else {
         tiled::input_gradient(shape, dy, weight, dx, accumulate)
     }

@@ -9,7 +9,7 @@
 //! Both modules use this one, and neither uses the other.
 
 use super::{Check, check_length};
-use crate::device::arguments::{SumsArgs, Upstream};
+use crate::device::arguments::{BatchNormSumsArgs, Upstream};
 use crate::device::constants::{MASK_NONE, MASK_OUTPUT, MASK_RECOMPUTE, MOMENT_ROWS};
 use crate::device::{Buffer, Compute, Device, Result, Slice, SliceMut};
 
@@ -125,7 +125,7 @@ pub struct Workspace {
 
 /// Addresses in a workspace.
 #[derive(Clone, Copy)]
-pub(super) struct Sums {
+pub(super) struct SumsAddresses {
     /// Of every block's sums of dz.
     pub dz: u64,
     /// Of every block's sums of dz (x − mean).
@@ -158,7 +158,7 @@ impl Workspace {
     }
 
     /// The addresses for a launch that needs this room, checked.
-    pub(super) fn sums(&mut self, check: Check<'_>, room: &SumsRoom) -> Result<Sums> {
+    pub(super) fn sums(&mut self, check: Check<'_>, room: &SumsRoom) -> Result<SumsAddresses> {
         check.device("workspace", self.sums.device())?;
         let needed = [room.sums_len(), room.tickets_len(check.device)];
         for (found, needed) in [self.sums.len(), self.tickets.len()].into_iter().zip(needed) {
@@ -168,7 +168,7 @@ impl Workspace {
         }
         let dz = self.sums.view_mut().address();
         let dz_x = dz + (needed[0] / 2 * size_of::<f64>()) as u64;
-        Ok(Sums { dz, dz_x, tickets: self.tickets.view_mut().address() })
+        Ok(SumsAddresses { dz, dz_x, tickets: self.tickets.view_mut().address() })
     }
 }
 
@@ -182,15 +182,15 @@ pub(super) fn sums_args<S: Compute>(
     mut dgamma: SliceMut<'_, S::Master>,
     mut dbeta: SliceMut<'_, S::Master>,
     workspace: &mut Workspace,
-) -> Result<SumsArgs> {
+) -> Result<BatchNormSumsArgs> {
     let (upstream, mask) = normalized.upstream(check, rows, room.channels)?;
     check.argument("dgamma", dgamma.view(), room.channels)?;
     check.argument("dbeta", dbeta.view(), room.channels)?;
-    let Sums { dz, dz_x, tickets } = workspace.sums(check, room)?;
+    let SumsAddresses { dz, dz_x, tickets } = workspace.sums(check, room)?;
     if !(upstream.x | upstream.y).is_multiple_of(16) {
         return check.refuse("batch norm's input or output does not begin at a multiple of 16 bytes".into());
     }
-    Ok(SumsArgs {
+    Ok(BatchNormSumsArgs {
         upstream,
         dz,
         dz_x,
@@ -201,6 +201,6 @@ pub(super) fn sums_args<S: Compute>(
         dbeta: dbeta.address(),
         tickets,
         group: group_blocks(check.device) as u32,
-        ..SumsArgs::default()
+        ..BatchNormSumsArgs::default()
     })
 }

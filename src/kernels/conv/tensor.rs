@@ -5,7 +5,7 @@ use std::sync::{LazyLock, Mutex, PoisonError, RwLock};
 
 use super::ConvShape;
 use super::tiled::{MANY_TILES, WEIGHT_GRADIENT_PIXELS};
-use crate::device::arguments::{ConvArgs, FinishArgs, InputGradientArgs, SumsArgs, WeightGradientArgs};
+use crate::device::arguments::{BatchNormSumsArgs, ConvArgs, FinishArgs, InputGradientArgs, WeightGradientArgs};
 use crate::device::constants::{MOMENT_ROWS, SQUARE_COLUMNS, STAGE_BYTES, polder_conv_tensor_tiles};
 use crate::device::{Buffer, Compute, ComputeKernels, Device, Error, Kernel, Launch, Result, Slice, SliceMut};
 use crate::kernels::conv_batch_norm::{self, SumsRoom};
@@ -167,7 +167,7 @@ fn fastest_tile<A: Compute>(pass: Pass, shape: &ConvShape, device: &Device) -> R
     let mut launch = |tile| match pass {
         Pass::Forward => forward_by(tile, shape, x.view(), weight.view(), y.view_mut(), false, None),
         Pass::InputGradient => {
-            let norm = SumsArgs::default();
+            let norm = BatchNormSumsArgs::default();
             input_gradient_by(tile, shape, y.view(), weight.view(), x.view_mut(), false, norm)
         }
         Pass::WeightGradient => {
@@ -276,7 +276,7 @@ pub(super) fn input_gradient<A: Compute>(
     weight: Slice<'_, A>,
     dx: SliceMut<'_, A>,
     accumulate: bool,
-    norm: SumsArgs,
+    norm: BatchNormSumsArgs,
 ) -> Result<()> {
     input_gradient_by(
         TensorTile::of::<A>(Pass::InputGradient, shape, dy.device()),
@@ -296,7 +296,7 @@ fn input_gradient_by<A: Compute>(
     weight: Slice<'_, A>,
     mut dx: SliceMut<'_, A>,
     accumulate: bool,
-    norm: SumsArgs,
+    norm: BatchNormSumsArgs,
 ) -> Result<()> {
     let (rows, columns, classes) = Pass::InputGradient.product::<A>(shape);
     let addresses = [dy.address(), weight.address(), dx.address()];
@@ -609,8 +609,9 @@ mod tests {
             let moments = moments.to_vec().unwrap();
             assert!(again.to_vec().unwrap() == ys[0], "{shape:?}: moments change the result");
             check_moments(shape, &ys[0], &moments);
-            let dxs =
-                both(&device, offset, &dx, |dx, add| input_gradient(shape, dy_, weight, dx, add, SumsArgs::default()));
+            let dxs = both(&device, offset, &dx, |dx, add| {
+                input_gradient(shape, dy_, weight, dx, add, BatchNormSumsArgs::default())
+            });
             let dws = both(&device, offset, &dw, |dw, add| {
                 let mut workspace = device.poisoned(splits::<A>(shape) * shape.weight_len()).unwrap();
                 super::super::weight_gradient_by(
@@ -693,7 +694,7 @@ mod tests {
         let mut moments = device.poisoned::<f32>(moments_len(shape)).unwrap();
         let mut dw = device.poisoned::<f32>(splits::<A>(shape) * shape.weight_len()).unwrap();
         forward(shape, x.view(), weight.view(), y.view_mut(), false, Some(moments.view_mut())).unwrap();
-        input_gradient(shape, dy.view(), weight.view(), dx.view_mut(), false, SumsArgs::default()).unwrap();
+        input_gradient(shape, dy.view(), weight.view(), dx.view_mut(), false, BatchNormSumsArgs::default()).unwrap();
         partial_weight_gradients(shape, x.view(), dy.view(), dw.view_mut(), false).unwrap();
         let mut all = [y.to_vec().unwrap(), dx.to_vec().unwrap()].concat();
         let mut wide = [moments.to_vec().unwrap(), dw.to_vec().unwrap()].concat();
