@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use crate::constants::{Constants, write_docs};
-use crate::cpp::{self, Kind, Place, Source, Token};
+use crate::cpp::{self, Place, Source, Token, TokenKind};
 
 /// A type of a field.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -248,7 +248,7 @@ fn define(source: &Source, definitions: &mut BTreeMap<String, Vec<Definition>>) 
             let of_class = (first..at).filter(|&i| tokens[i].is("class")).filter_map(|i| tokens.get(i + 1));
             parameters = of_class.map(|token| token.text.clone()).collect();
         }
-        let above = tokens[..first].iter().rev().take_while(|token| token.kind == Kind::Comment);
+        let above = tokens[..first].iter().rev().take_while(|token| token.kind == TokenKind::Comment);
         let mut docs: Vec<String> = above.map(|token| token.text.clone()).collect();
         docs.reverse();
         let place = Place { path: source.path.clone(), line: tokens[at].line };
@@ -264,7 +264,7 @@ fn fields(definition: &Definition, constants: &Constants) -> Result<Vec<Field>, 
     let body = &definition.body;
     let mut at = 0;
     while at < body.len() {
-        if body[at].kind == Kind::Comment {
+        if body[at].kind == TokenKind::Comment {
             docs.push(body[at].text.clone());
             at += 1;
             continue;
@@ -274,7 +274,7 @@ fn fields(definition: &Definition, constants: &Constants) -> Result<Vec<Field>, 
             (at..body.len()).find(|&i| body[i].is(";")).ok_or_else(|| format!("{place}: a field without an end"))?;
         let mut own = std::mem::take(&mut docs);
         let mut next = end + 1;
-        if let Some(comment) = body.get(next).filter(|token| token.kind == Kind::Trailing) {
+        if let Some(comment) = body.get(next).filter(|token| token.kind == TokenKind::Trailing) {
             own.push(comment.text.clone());
             next += 1;
         }

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
-use crate::cpp::{self, Kind, Place, Source, Token};
+use crate::cpp::{self, Place, Source, Token, TokenKind};
 
 /// A named number.
 pub struct Constant {
@@ -69,7 +69,7 @@ impl Constants {
         let mut at = 0;
         while at < tokens.len() {
             let place = Place { path: header.path.clone(), line: tokens[at].line };
-            if tokens[at].kind == Kind::Comment {
+            if tokens[at].kind == TokenKind::Comment {
                 docs.push(tokens[at].text.clone());
                 at += 1;
             } else if tokens[at].is("constexpr") {
@@ -100,7 +100,7 @@ impl Constants {
         let end = position(tokens, at, "}").ok_or_else(unreadable)?;
         let mut next = at + 5;
         while next < end {
-            if matches!(tokens[next].kind, Kind::Comment | Kind::Trailing) {
+            if matches!(tokens[next].kind, TokenKind::Comment | TokenKind::Trailing) {
                 next += 1;
                 continue;
             }
@@ -108,7 +108,8 @@ impl Constants {
                 return Err(unreadable());
             }
             let stop = position(&tokens[..end], next, ",").unwrap_or(end);
-            let last = (next + 2..stop).take_while(|&i| tokens[i].kind != Kind::Trailing).last().unwrap_or(next) + 1;
+            let last =
+                (next + 2..stop).take_while(|&i| tokens[i].kind != TokenKind::Trailing).last().unwrap_or(next) + 1;
             let name = tokens[next].text.clone();
             let place = Place { line: tokens[next].line, ..place.clone() };
             let value = self.evaluate(&tokens[(next + 2).min(last)..last], &place)?;
@@ -220,6 +221,6 @@ fn position(tokens: &[Token], at: usize, mark: &str) -> Option<usize> {
 /// The comment behind token `at`, if it is on the same line.
 fn trailing(tokens: &[Token], at: usize) -> Vec<String> {
     let line = tokens[at].line;
-    let next = tokens.get(at + 1).filter(|token| token.kind == Kind::Trailing && token.line == line);
+    let next = tokens.get(at + 1).filter(|token| token.kind == TokenKind::Trailing && token.line == line);
     next.map(|token| token.text.clone()).into_iter().collect()
 }

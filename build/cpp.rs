@@ -24,7 +24,7 @@ impl fmt::Display for Place {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Kind {
+pub enum TokenKind {
     /// An identifier, a keyword or a number.
     Word,
     /// One character.
@@ -37,14 +37,14 @@ pub enum Kind {
 
 #[derive(Debug, Clone)]
 pub struct Token {
-    pub kind: Kind,
+    pub kind: TokenKind,
     pub text: String,
     pub line: usize,
 }
 
 impl Token {
     pub fn is(&self, text: &str) -> bool {
-        matches!(self.kind, Kind::Word | Kind::Mark) && self.text == text
+        matches!(self.kind, TokenKind::Word | TokenKind::Mark) && self.text == text
     }
 }
 
@@ -72,14 +72,14 @@ pub fn tokens(text: &str) -> Vec<Token> {
                 continue;
             }
             let length = if word(first) { rest.find(|c| !word(c)).unwrap_or(rest.len()) } else { first.len_utf8() };
-            let kind = if word(first) { Kind::Word } else { Kind::Mark };
+            let kind = if word(first) { TokenKind::Word } else { TokenKind::Mark };
             if !first.is_whitespace() {
                 found.push(Token { kind, text: rest[..length].to_string(), line: number });
             }
             rest = &rest[length..];
         }
         if let Some(comment) = comment {
-            let kind = if found.len() > before { Kind::Trailing } else { Kind::Comment };
+            let kind = if found.len() > before { TokenKind::Trailing } else { TokenKind::Comment };
             found.push(Token { kind, text: comment.to_string(), line: number });
         }
     }

@@ -109,7 +109,7 @@ pub fn to_rust(kernels: &[Kernel], sources: &[PathBuf], sets: &[Set<'_>]) -> Str
     }
     let _ =
         writeln!(text, "}}\n/// Instruction sets from the oldest to the newest, with the entry point of every kernel.");
-    let _ = writeln!(text, "pub(crate) static HOST: [(&str, [Entry; {count}]); {}] = [", sets.len());
+    let _ = writeln!(text, "pub(crate) static HOST: [(&str, [HostEntry; {count}]); {}] = [", sets.len());
     for (index, (set, _)) in sets.iter().enumerate() {
         let _ = writeln!(text, "    (\"{set}\", [");
         for Kernel { name, source, .. } in kernels {

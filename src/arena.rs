@@ -12,7 +12,7 @@ pub const ALIGNMENT: usize = 64;
 
 /// What a tensor is, which fixes how it is stored and whether weight decay acts on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum TensorKind {
     /// A convolution's weight: `[kh][kw][in][out]` here, `[out][in][kh][kw]` in files.
     Convolution {
         /// Height and width of the kernel.
@@ -41,13 +41,17 @@ pub enum Kind {
     RunningVar(usize),
 }
 
-impl Kind {
+impl TensorKind {
     /// Number of elements.
     pub fn len(self) -> usize {
         match self {
-            Kind::Convolution { kernel, inputs, outputs } => kernel * kernel * inputs * outputs,
-            Kind::Linear { inputs, outputs } => inputs * outputs,
-            Kind::Bias(n) | Kind::Scale(n) | Kind::Shift(n) | Kind::RunningMean(n) | Kind::RunningVar(n) => n,
+            TensorKind::Convolution { kernel, inputs, outputs } => kernel * kernel * inputs * outputs,
+            TensorKind::Linear { inputs, outputs } => inputs * outputs,
+            TensorKind::Bias(n)
+            | TensorKind::Scale(n)
+            | TensorKind::Shift(n)
+            | TensorKind::RunningMean(n)
+            | TensorKind::RunningVar(n) => n,
         }
     }
 
@@ -58,14 +62,14 @@ impl Kind {
 
     /// Whether weight decay acts on it even where biases and normalisation are exempt.
     pub fn is_weight(self) -> bool {
-        matches!(self, Kind::Convolution { .. } | Kind::Linear { .. })
+        matches!(self, TensorKind::Convolution { .. } | TensorKind::Linear { .. })
     }
 
     /// The shape in files, as torchvision has it.
     pub fn file_shape(self) -> Vec<usize> {
         match self {
-            Kind::Convolution { kernel, inputs, outputs } => vec![outputs, inputs, kernel, kernel],
-            Kind::Linear { inputs, outputs } => vec![outputs, inputs],
+            TensorKind::Convolution { kernel, inputs, outputs } => vec![outputs, inputs, kernel, kernel],
+            TensorKind::Linear { inputs, outputs } => vec![outputs, inputs],
             other => vec![other.len()],
         }
     }
@@ -73,12 +77,12 @@ impl Kind {
     /// Where element `index` of the file's order lies in the stored order.
     fn stored_index(self, index: usize) -> usize {
         match self {
-            Kind::Convolution { kernel, inputs, outputs } => {
+            TensorKind::Convolution { kernel, inputs, outputs } => {
                 let (taps, tap) = (kernel * kernel, index % (kernel * kernel));
                 let (input, output) = (index / taps % inputs, index / taps / inputs);
                 (tap * inputs + input) * outputs + output
             }
-            Kind::Linear { inputs, outputs } => index % inputs * outputs + index / inputs,
+            TensorKind::Linear { inputs, outputs } => index % inputs * outputs + index / inputs,
             _ => index,
         }
     }
@@ -88,7 +92,7 @@ impl Kind {
         (0..stored.len()).map(|index| stored[self.stored_index(index)]).collect()
     }
 
-    /// A tensor in the stored order from the file's. `file` must have [`Kind::len`] elements.
+    /// A tensor in the stored order from the file's. `file` must have [`TensorKind::len`] elements.
     pub fn from_file<T: Copy + Default>(self, file: &[T]) -> Vec<T> {
         let mut stored = vec![T::default(); file.len()];
         for (index, &value) in file.iter().enumerate() {
@@ -121,7 +125,7 @@ pub struct Tensor {
     /// The name in files, such as `layer1.0.conv1.weight`.
     pub name: String,
     /// What it is.
-    pub kind: Kind,
+    pub kind: TensorKind,
     /// Its elements before training.
     pub initial: Initial,
     /// Its first element in the arena.
@@ -147,7 +151,7 @@ pub struct Layout {
 impl Layout {
     /// Places tensors: weights first, then biases and normalisation, so that weight decay with exemptions acts on a
     /// prefix. The tensors keep the order given, which is the one in files; only their offsets are sorted.
-    pub fn new(named: Vec<(String, Kind, Initial)>) -> Self {
+    pub fn new(named: Vec<(String, TensorKind, Initial)>) -> Self {
         let tensor = |(name, kind, initial)| Tensor { name, kind, initial, offset: 0 };
         let mut layout = Self { tensors: named.into_iter().map(tensor).collect(), ..Self::default() };
         for weights in [true, false] {
@@ -211,9 +215,9 @@ mod tests {
     fn weights_come_first_and_every_tensor_is_aligned() {
         let initial = Initial::Constant(0.0);
         let layout = Layout::new(vec![
-            ("conv.weight".into(), Kind::Convolution { kernel: 3, inputs: 3, outputs: 5 }, initial),
-            ("bn.weight".into(), Kind::Scale(5), initial),
-            ("fc.weight".into(), Kind::Linear { inputs: 5, outputs: 7 }, initial),
+            ("conv.weight".into(), TensorKind::Convolution { kernel: 3, inputs: 3, outputs: 5 }, initial),
+            ("bn.weight".into(), TensorKind::Scale(5), initial),
+            ("fc.weight".into(), TensorKind::Linear { inputs: 5, outputs: 7 }, initial),
         ]);
         let offsets: Vec<usize> = layout.tensors().iter().map(|tensor| tensor.offset).collect();
         assert_eq!(offsets, [0, 256, 192]);
@@ -223,14 +227,14 @@ mod tests {
 
     #[test]
     fn a_file_order_becomes_the_stored_order_and_back() {
-        let kind = Kind::Convolution { kernel: 2, inputs: 3, outputs: 5 };
+        let kind = TensorKind::Convolution { kernel: 2, inputs: 3, outputs: 5 };
         let file: Vec<usize> = (0..kind.len()).collect();
         let stored = kind.from_file(&file);
         // Element [o][i][h][w] of the file is element [h][w][i][o] here.
         let (o, i, h, w) = (4, 1, 0, 1);
         assert_eq!(stored[((h * 2 + w) * 3 + i) * 5 + o], file[((o * 3 + i) * 2 + h) * 2 + w]);
         assert_eq!(kind.to_file(&stored), file);
-        let kind = Kind::Linear { inputs: 3, outputs: 2 };
+        let kind = TensorKind::Linear { inputs: 3, outputs: 2 };
         assert_eq!(kind.from_file(&[1, 2, 3, 4, 5, 6]), [1, 4, 2, 5, 3, 6]);
         assert_eq!(kind.to_file(&[1, 4, 2, 5, 3, 6]), [1, 2, 3, 4, 5, 6]);
     }

@@ -1,6 +1,6 @@
 //! Random directions of loss landscapes, filter-normalised.
 
-use crate::arena::{Kind, Layout};
+use crate::arena::{Layout, TensorKind};
 use crate::device::{Buffer, Result, Slice};
 use crate::kernels::check_length;
 use crate::kernels::random;
@@ -22,7 +22,9 @@ pub fn filter_normalized(layout: &Layout, weights: Slice<'_, f32>, seed: u64, nu
     let mut scaled = vec![0.0f32; layout.len()];
     for tensor in layout.tensors() {
         // In both layouts the output is the last dimension.
-        let (Kind::Convolution { outputs, .. } | Kind::Linear { outputs, .. }) = tensor.kind else { continue };
+        let (TensorKind::Convolution { outputs, .. } | TensorKind::Linear { outputs, .. }) = tensor.kind else {
+            continue;
+        };
         let range = tensor.range();
         let squares = |values: &[f32]| {
             let mut squares = vec![0.0f64; outputs];

@@ -93,7 +93,7 @@ pub(super) struct CudaDevice {
     after_non_kernel: [Mutex<bool>; 2],
     /// Indexed by [`KernelId`]; `None` for a kernel that exists on the CPU only.
     kernels: Vec<Option<LoadedKernel>>,
-    state: Mutex<State>,
+    state: Mutex<DeviceState>,
 }
 
 thread_local! {
@@ -132,7 +132,7 @@ impl Drop for Branch<'_> {
 }
 
 /// The mutable state of a device.
-struct State {
+struct DeviceState {
     staging: Staging,
     /// The memory that the graph being captured must own; `None` when no capture is active.
     recording: Option<Recording>,
@@ -151,7 +151,7 @@ struct Recording {
     written: Vec<Pinned>,
 }
 
-impl State {
+impl DeviceState {
     /// Fails while a graph is being captured.
     fn refuse_recording(&self, operation: &'static str, message: &str) -> Result<()> {
         match self.recording {
@@ -226,7 +226,13 @@ impl CudaDevice {
             side,
             after_non_kernel: [true, true].map(Mutex::new),
             kernels,
-            state: Mutex::new(State { staging, recording: None, retired: Vec::new(), graphs: 0, held: Vec::new() }),
+            state: Mutex::new(DeviceState {
+                staging,
+                recording: None,
+                retired: Vec::new(),
+                graphs: 0,
+                held: Vec::new(),
+            }),
         })
     }
 
@@ -242,7 +248,7 @@ impl CudaDevice {
         self.multiprocessors
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, DeviceState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -464,7 +470,7 @@ impl CudaDevice {
         let failed = failed("copying from the host");
         let mut state = self.lock();
         self.bind()?;
-        let State { staging, recording, .. } = &mut *state;
+        let DeviceState { staging, recording, .. } = &mut *state;
         let mut done = 0;
         while done < bytes.len() {
             let (place, length) = match recording {
@@ -564,7 +570,7 @@ impl CudaDevice {
     }
 
     /// Removes a dropped graph, or one whose capture failed, from the count.
-    fn forget_graph(&self, state: &mut State) {
+    fn forget_graph(&self, state: &mut DeviceState) {
         state.graphs -= 1;
         if state.graphs == 0 {
             state.held.drain(..).for_each(|address| self.free_in_order(address));

@@ -61,7 +61,7 @@ pub(super) struct HostDevice {
 #[derive(Default)]
 struct Graphs {
     /// The recording of the active capture, if there is one.
-    recorded: Option<Vec<Recorded>>,
+    recorded: Option<Vec<RecordedOperation>>,
     /// The number of graphs, including one that is being captured.
     alive: usize,
     /// Memory that was dropped while there were graphs, which may still use it. It is freed with the last graph.
@@ -69,7 +69,7 @@ struct Graphs {
 }
 
 /// One recorded operation of a graph.
-pub(super) enum Recorded {
+pub(super) enum RecordedOperation {
     /// A kernel with the bytes of its argument struct, in 16-byte words for alignment.
     Launch(KernelId, Launch, Vec<u128>),
     /// Source, destination, bytes.
@@ -122,7 +122,7 @@ impl HostDevice {
                     size_of::<A>(),
                 );
             }
-            Recorded::Launch(kernel, shape, words)
+            RecordedOperation::Launch(kernel, shape, words)
         };
         if self.is_recorded(operation) {
             return Ok(());
@@ -190,7 +190,7 @@ impl HostDevice {
     /// `address` is the start of live device memory, borrowed exclusively, at least as long as `bytes`.
     pub(super) unsafe fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
         self.refuse_paired("write")?;
-        if !self.is_recorded(|| Recorded::Write(address, bytes.to_vec())) {
+        if !self.is_recorded(|| RecordedOperation::Write(address, bytes.to_vec())) {
             // SAFETY: the caller's.
             unsafe { self.write_now(address, bytes) };
         }
@@ -208,7 +208,7 @@ impl HostDevice {
     /// # Safety
     /// Both addresses are live device memory of at least `bytes`, and the two parts do not overlap.
     pub(super) unsafe fn copy(&self, source: u64, destination: u64, bytes: usize) -> Result<()> {
-        if !self.is_recorded(|| Recorded::Copy(source, destination, bytes)) {
+        if !self.is_recorded(|| RecordedOperation::Copy(source, destination, bytes)) {
             // SAFETY: the caller's.
             unsafe { self.copy_now(source, destination, bytes) };
         }
@@ -226,7 +226,7 @@ impl HostDevice {
     /// # Safety
     /// `address` is the start of live device memory, borrowed exclusively, of at least `bytes`.
     pub(super) unsafe fn clear(&self, address: u64, bytes: usize) -> Result<()> {
-        if !self.is_recorded(|| Recorded::Clear(address, bytes)) {
+        if !self.is_recorded(|| RecordedOperation::Clear(address, bytes)) {
             // SAFETY: the caller's.
             unsafe { self.clear_now(address, bytes) };
         }
@@ -242,7 +242,7 @@ impl HostDevice {
     }
 
     /// Records the operation if a graph is being captured; returns whether it did.
-    fn is_recorded(&self, operation: impl FnOnce() -> Recorded) -> bool {
+    fn is_recorded(&self, operation: impl FnOnce() -> RecordedOperation) -> bool {
         if !self.recording.load(Ordering::Relaxed) {
             return false;
         }
@@ -315,7 +315,7 @@ impl HostDevice {
 struct Capture<'a>(&'a HostDevice);
 
 impl Capture<'_> {
-    fn end(&self) -> Vec<Recorded> {
+    fn end(&self) -> Vec<RecordedOperation> {
         let mut graphs = self.0.lock();
         self.0.recording.store(false, Ordering::Relaxed);
         graphs.recorded.take().unwrap_or_default()
@@ -330,7 +330,7 @@ impl Drop for Capture<'_> {
 
 /// Captured work.
 pub(super) struct HostGraph {
-    recorded: Vec<Recorded>,
+    recorded: Vec<RecordedOperation>,
     device: Arc<HostDevice>,
 }
 
@@ -343,10 +343,14 @@ impl HostGraph {
             // the graph.
             unsafe {
                 match operation {
-                    Recorded::Launch(kernel, shape, words) => device.run(*kernel, *shape, words.as_ptr().cast())?,
-                    Recorded::Copy(source, destination, bytes) => device.copy_now(*source, *destination, *bytes),
-                    Recorded::Clear(address, bytes) => device.clear_now(*address, *bytes),
-                    Recorded::Write(address, bytes) => device.write_now(*address, bytes),
+                    RecordedOperation::Launch(kernel, shape, words) => {
+                        device.run(*kernel, *shape, words.as_ptr().cast())?
+                    }
+                    RecordedOperation::Copy(source, destination, bytes) => {
+                        device.copy_now(*source, *destination, *bytes)
+                    }
+                    RecordedOperation::Clear(address, bytes) => device.clear_now(*address, *bytes),
+                    RecordedOperation::Write(address, bytes) => device.write_now(*address, bytes),
                 }
             }
         }
@@ -358,11 +362,11 @@ impl HostGraph {
     }
 
     pub(super) fn list(&self) -> Vec<String> {
-        let name = |operation: &Recorded| match operation {
-            Recorded::Launch(kernel, ..) => kernel.to_name(),
-            Recorded::Copy(..) => "copy".into(),
-            Recorded::Clear(..) => "clear".into(),
-            Recorded::Write(..) => "write".into(),
+        let name = |operation: &RecordedOperation| match operation {
+            RecordedOperation::Launch(kernel, ..) => kernel.to_name(),
+            RecordedOperation::Copy(..) => "copy".into(),
+            RecordedOperation::Clear(..) => "clear".into(),
+            RecordedOperation::Write(..) => "write".into(),
         };
         self.recorded.iter().map(name).collect()
     }

@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 use super::arguments::Arguments;
 
 /// A compiled kernel of the host. It is called once per thread, with the kernel's argument struct.
-pub(crate) type Entry = unsafe extern "C" fn(args: *const c_void);
+pub(crate) type HostEntry = unsafe extern "C" fn(args: *const c_void);
 
 /// A kernel: its index into the registry's tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

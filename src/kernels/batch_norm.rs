@@ -78,7 +78,7 @@ pub struct Saved<'a, T: Scalar> {
 
 /// The running statistics, `[channels]` each: `next = (1 − momentum) · old + momentum · batch`, with the unbiased
 /// variance. The old ones are kept, so that a step can be skipped.
-pub struct Running<'a, T: Scalar> {
+pub struct RunningUpdate<'a, T: Scalar> {
     /// The weight of the batch; PyTorch's default is 0.1.
     pub momentum: f64,
     /// The running mean before this batch.
@@ -346,7 +346,7 @@ pub fn forward_train<S: Compute>(
     input: Forward<'_, S>,
     y: SliceMut<'_, S>,
     saved: Saved<'_, S::Master>,
-    running: Option<Running<'_, S::Master>>,
+    running: Option<RunningUpdate<'_, S::Master>>,
     workspace: &mut Workspace,
 ) -> Result<()> {
     let device = input.x.device();
@@ -382,7 +382,7 @@ pub fn forward_from_moments<S: Compute>(
     moments: Slice<'_, S::Master>,
     y: SliceMut<'_, S>,
     saved: Saved<'_, S::Master>,
-    running: Option<Running<'_, S::Master>>,
+    running: Option<RunningUpdate<'_, S::Master>>,
 ) -> Result<()> {
     let device = input.x.device();
     let check = ShapeCheck::new("batch_norm::forward_from_moments", device, shape);
@@ -409,7 +409,7 @@ fn statistics<S: Compute>(
     input: Forward<'_, S>,
     y: SliceMut<'_, S>,
     mut saved: Saved<'_, S::Master>,
-    running: Option<Running<'_, S::Master>>,
+    running: Option<RunningUpdate<'_, S::Master>>,
     moments: BlockMoments,
 ) -> Result<()> {
     let (device, shape) = (check.check.device, check.shape);

@@ -254,7 +254,7 @@ impl GradientStages {
         flag: SliceMut<'_, u32>,
         norm: bool,
     ) -> Result<()> {
-        let norm = if norm { Norm::Later } else { Norm::None };
+        let norm = if norm { NormStage::Later } else { NormStage::None };
         self.run("GradientStages::launch", stage, parts, out, scale, flag, norm)
     }
 
@@ -270,7 +270,7 @@ impl GradientStages {
         flag: SliceMut<'_, u32>,
         norm: Option<SliceMut<'_, f64>>,
     ) -> Result<()> {
-        let norm = norm.map_or(Norm::None, Norm::Now);
+        let norm = norm.map_or(NormStage::None, NormStage::Now);
         self.run("GradientStages::end", self.stages.len() - 1, parts, out, scale, flag, norm)
     }
 
@@ -290,7 +290,7 @@ impl GradientStages {
         mut out: SliceMut<'_, T>,
         scale: Option<Slice<'_, f64>>,
         flag: SliceMut<'_, u32>,
-        norm: Norm<'_>,
+        norm: NormStage<'_>,
     ) -> Result<()> {
         let device = self.table.device().clone();
         let Extent { pieces, squares, parts_len, out_len, .. } = self.place(operation, stage, true)?.clone();
@@ -312,9 +312,9 @@ impl GradientStages {
             ticket: self.ticket.view_mut().address(),
             ..GradientPiecesArgs::default()
         };
-        let squares = if matches!(norm, Norm::None) { None } else { Some(self.squares.slice_mut(squares)?) };
+        let squares = if matches!(norm, NormStage::None) { None } else { Some(self.squares.slice_mut(squares)?) };
         args.finish = Finish { scale, flag, squares }.args::<T>(operation, &device, blocks)?;
-        if let Norm::Now(mut norm) = norm {
+        if let NormStage::Now(mut norm) = norm {
             check_length(operation, "norm", norm.len(), 1)?;
             check_device(operation, "norm", &device, norm.device())?;
             args.norm = norm.address();
@@ -326,7 +326,7 @@ impl GradientStages {
 }
 
 /// What a launch does for the norm.
-enum Norm<'a> {
+enum NormStage<'a> {
     /// Nothing.
     None,
     /// It leaves sums of squares.

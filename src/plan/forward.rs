@@ -2,7 +2,7 @@
 
 use super::Plan;
 use super::ops::Operation;
-use super::pass::{ForwardPass, Operands, RunningStatistics, Weights};
+use super::pass::{ForwardPass, Operands, StatisticsBuffers, Weights};
 use super::second_pass::PassBuffers;
 use crate::device::{Compute, Result, Slice, SliceMut};
 use crate::kernels::loss::{self, LossShape};
@@ -10,7 +10,7 @@ use crate::objective::RunningStats;
 
 impl<S: Compute> Plan<S> {
     /// All operations in their order. The weights must have been [rounded](Plan::round).
-    pub(super) fn forward(&mut self, weights: Slice<'_, S::Master>, pass: RunningStats) -> Result<()> {
+    pub(super) fn forward(&mut self, weights: Slice<'_, S::Master>, running_stats: RunningStats) -> Result<()> {
         let PassBuffers { arena, rounded, workspace } = &mut self.buffers;
         let weights = Weights::new(&self.parameters, weights, rounded)?;
         // The first pass of a step that updates the statistics starts from the committed ones, each further one from
@@ -26,11 +26,11 @@ impl<S: Compute> Plan<S> {
                 values: Operands::new(&self.memory, index, arena),
                 weights,
                 mode: self.options.batch_norm,
-                statistics: RunningStatistics {
+                statistics: StatisticsBuffers {
                     layout: &self.statistics_layout,
                     committed: &self.statistics,
                     current,
-                    next: if pass == RunningStats::Update { Some(next) } else { None },
+                    next: if running_stats == RunningStats::Update { Some(next) } else { None },
                 },
                 workspace,
             })?;

@@ -3,7 +3,7 @@
 
 use super::error::PlanError;
 use super::ops::Op;
-use crate::arena::{Initial, Kind, Layout};
+use crate::arena::{Initial, Layout, TensorKind};
 
 /// The shape of an activation, stored NHWC. A matrix `[batch, features]` has height and width 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,8 +68,8 @@ pub(super) type Parameter = usize;
 pub struct Graph {
     pub(super) shapes: Vec<Shape>,
     pub(super) ops: Vec<Op>,
-    parameters: Vec<(String, Kind, Initial)>,
-    statistics: Vec<(String, Kind, Initial)>,
+    parameters: Vec<(String, TensorKind, Initial)>,
+    statistics: Vec<(String, TensorKind, Initial)>,
 }
 
 impl Graph {
@@ -105,7 +105,12 @@ impl Graph {
     }
 
     /// A new parameter.
-    pub(super) fn parameter(&mut self, name: String, kind: Kind, initial: Initial) -> Result<Parameter, PlanError> {
+    pub(super) fn parameter(
+        &mut self,
+        name: String,
+        kind: TensorKind,
+        initial: Initial,
+    ) -> Result<Parameter, PlanError> {
         if self.parameters.iter().any(|(taken, ..)| *taken == name) {
             return Err(PlanError::DuplicateParameter { name });
         }
@@ -114,7 +119,7 @@ impl Graph {
     }
 
     /// A new running statistic; its index in their layout.
-    pub(super) fn statistic(&mut self, name: String, kind: Kind, initial: Initial) -> usize {
+    pub(super) fn statistic(&mut self, name: String, kind: TensorKind, initial: Initial) -> usize {
         self.statistics.push((name, kind, initial));
         self.statistics.len() - 1
     }

@@ -12,7 +12,7 @@ use super::error::PlanError;
 use super::graph::{Shape, Value};
 use super::memory::{self, Slot};
 use super::ops::convolution_batch_norm::{self, SumsFor};
-use super::ops::{Memory, Op, Operation, Site, WeightGradient};
+use super::ops::{ExtraMemory, Op, Operation, Site, WeightGradient};
 use crate::arena::Layout;
 use crate::device::{Compute, Device, Element};
 
@@ -201,7 +201,7 @@ impl MemoryPlan {
         let (mut forward_scratch, mut backward_scratch) = (Vec::new(), Vec::new());
         for (index, op) in ops.iter().enumerate() {
             let site = Site { device, backward, accumulate: accumulate[index] };
-            let memory: Memory = op.memory::<S>(&site);
+            let memory: ExtraMemory = op.memory::<S>(&site);
             let last = if backward { steps.backward(index) } else { index };
             kept.push(memory.kept.map(|len| slots.add_some(len, index, last)));
             forward_scratch.push(slots.add_some(memory.forward, index, index));

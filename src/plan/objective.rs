@@ -3,7 +3,7 @@
 use super::rounding::displace;
 use super::second_pass::SecondPass;
 use super::{Plan, check_backward};
-use crate::arena::Kind;
+use crate::arena::TensorKind;
 use crate::device::{Compute, Result, Slice, SliceMut};
 use crate::kernels::batch_norm::Mode;
 use crate::kernels::{precision, vector};
@@ -107,7 +107,7 @@ impl<S: Compute> Plan<S> {
         difference(from, to, out.reborrow())?;
         // Convolutions alone read rounded weights. (TF32's rounding belongs to the products and does not show here.)
         let convolutions =
-            self.parameters.tensors().iter().filter(|tensor| matches!(tensor.kind, Kind::Convolution { .. }));
+            self.parameters.tensors().iter().filter(|tensor| matches!(tensor.kind, TensorKind::Convolution { .. }));
         for tensor in convolutions.filter(|_| S::NARROW) {
             let (range, len) = (tensor.range(), tensor.range().len());
             let (from, to) = (from.slice(range.clone())?.cast(len)?, to.slice(range.clone())?.cast(len)?);

@@ -18,7 +18,7 @@ pub(super) struct ForwardPass<'a, S: Compute> {
     pub weights: Weights<'a, S>,
     /// Whether batch norm uses the statistics of the batch or the running ones.
     pub mode: Mode,
-    pub statistics: RunningStatistics<'a, S::Master>,
+    pub statistics: StatisticsBuffers<'a, S::Master>,
     /// For batch norm's sums over rows.
     pub workspace: &'a mut Workspace,
 }
@@ -84,8 +84,8 @@ impl<'a, S: Compute> Weights<'a, S> {
     }
 }
 
-/// Batch norm's running statistics during a forward pass.
-pub(super) struct RunningStatistics<'a, T: Scalar> {
+/// Where batch norm's running statistics lie during a forward pass.
+pub(super) struct StatisticsBuffers<'a, T: Scalar> {
     pub layout: &'a Layout,
     /// As the newest finished step left them.
     pub committed: &'a Buffer<T>,
@@ -95,7 +95,7 @@ pub(super) struct RunningStatistics<'a, T: Scalar> {
     pub next: Option<&'a mut Buffer<T>>,
 }
 
-impl<T: Scalar> RunningStatistics<'_, T> {
+impl<T: Scalar> StatisticsBuffers<'_, T> {
     /// Where these tensors lie in each of the buffers.
     pub fn places<const N: usize>(&self, tensors: [usize; N]) -> [Range<usize>; N] {
         tensors.map(|tensor| self.layout.tensors()[tensor].range())

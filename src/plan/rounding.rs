@@ -4,7 +4,7 @@
 //! biases and because in 16 bits the only linear layer is the last.
 
 use super::Plan;
-use crate::arena::{Kind, Layout};
+use crate::arena::{Layout, TensorKind};
 use crate::device::{Buffer, Compute, Result, Slice, SliceMut};
 use crate::kernels::{check_length, vector};
 use crate::objective::Displacement;
@@ -15,7 +15,7 @@ pub(super) fn rounded_len<S: Compute>(parameters: &Layout) -> usize {
     if !S::NARROW {
         return 0;
     }
-    let others = parameters.tensors().iter().filter(|tensor| !matches!(tensor.kind, Kind::Convolution { .. }));
+    let others = parameters.tensors().iter().filter(|tensor| !matches!(tensor.kind, TensorKind::Convolution { .. }));
     others.map(|tensor| tensor.range().start).min().unwrap_or(parameters.len())
 }
 

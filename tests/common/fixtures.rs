@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use approx::abs_diff_eq;
-use polder::arena::{Kind, Layout};
+use polder::arena::{Layout, TensorKind};
 use polder::device::{Buffer, Compute, Device, Scalar};
 use polder::kernels::image::{self, BatchShape, Normalization, Position};
 use polder::nn::{Model, Shortcut};
@@ -250,11 +250,11 @@ pub fn hash_weights(layout: &Layout) -> Vec<f64> {
             .map(|index| {
                 let value = hash_uniform(&tensor.name, index);
                 let rounded = match tensor.kind {
-                    Kind::Convolution { kernel, inputs, .. } => {
+                    TensorKind::Convolution { kernel, inputs, .. } => {
                         value * (3.0 * (2.0 / (kernel * kernel * inputs) as f64)).sqrt()
                     }
-                    Kind::Linear { inputs, .. } => value * (3.0 / inputs as f64).sqrt(),
-                    Kind::Scale(_) => 1.0 + 0.1 * value,
+                    TensorKind::Linear { inputs, .. } => value * (3.0 / inputs as f64).sqrt(),
+                    TensorKind::Scale(_) => 1.0 + 0.1 * value,
                     _ => 0.1 * value,
                 };
                 f64::from(rounded as f32)

@@ -6,7 +6,7 @@
 pub mod fixtures;
 pub mod methods;
 
-use polder::arena::Kind;
+use polder::arena::TensorKind;
 use polder::device::{BlockOrder, Buffer, Compute, Device, HostOptions, Result, Scalar};
 use polder::objective::{Answer, Objective, Pass, Wrapper};
 use polder::plan::Plan;
@@ -160,11 +160,11 @@ pub fn weights<T: Compute>(plan: &Plan<T>, random: &mut Random) -> Vec<f64> {
     for tensor in plan.parameters().tensors() {
         for weight in &mut weights[tensor.range()] {
             *weight = match tensor.kind {
-                Kind::Convolution { kernel, inputs, .. } => {
+                TensorKind::Convolution { kernel, inputs, .. } => {
                     random.normal() * (2.0 / (kernel * kernel * inputs) as f64).sqrt()
                 }
-                Kind::Linear { inputs, .. } => random.normal() / (inputs as f64).sqrt(),
-                Kind::Scale(_) => 1.0 + 0.2 * random.normal(),
+                TensorKind::Linear { inputs, .. } => random.normal() / (inputs as f64).sqrt(),
+                TensorKind::Scale(_) => 1.0 + 0.2 * random.normal(),
                 _ => 0.2 * random.normal(),
             };
         }

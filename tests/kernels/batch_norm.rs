@@ -6,7 +6,7 @@ use crate::common::{Random, assert_close, bits, devices, host_devices, on_device
 use polder::device::{Buffer, Device, Error, Scalar, Slice};
 use polder::kernels::batch_norm::{
     Activation, Backward, BackwardTangents, BatchNormShape, Forward, ForwardTangents, Gradients, Mode, Normalized,
-    ResidualGradient, Running, Saved, Workspace, backward, backward_tangent, forward_eval, forward_from_moments,
+    ResidualGradient, RunningUpdate, Saved, Workspace, backward, backward_tangent, forward_eval, forward_from_moments,
     forward_tangent, forward_train,
 };
 
@@ -157,7 +157,7 @@ fn run_forward<T: Scalar>(device: &Device, problem: &Problem, mode: Mode, runnin
     let saved = Saved { mean: mean.view_mut(), inv_std: inv_std.view_mut() };
     match mode {
         Mode::Train => {
-            let running = running.then(|| Running {
+            let running = running.then(|| RunningUpdate {
                 momentum: MOMENTUM,
                 mean: old_mean.view(),
                 var: old_var.view(),
@@ -831,7 +831,7 @@ fn moments_of_tiles_are_as_good_as_x() {
         shifted.slice_mut(1..moments.len() + 1).unwrap().copy_from(moments.view()).unwrap();
         let mut run = |moments: Slice<'_, f32>| {
             let saved = Saved { mean: mean.view_mut(), inv_std: inv_std.view_mut() };
-            let running = Running {
+            let running = RunningUpdate {
                 momentum: MOMENTUM,
                 mean: old_mean.view(),
                 var: old_var.view(),

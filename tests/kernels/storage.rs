@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use polder::device::{Buffer, Compute, Device, Result};
 use polder::kernels::batch_norm::{
     self, Activation, Backward, BackwardTangents, BatchNormShape, Forward, ForwardTangents, Gradients, Mode,
-    Normalized, ResidualGradient, Running, Saved, Workspace,
+    Normalized, ResidualGradient, RunningUpdate, Saved, Workspace,
 };
 use polder::kernels::image::{self, Augment, BatchShape, Normalization, Position};
 use polder::kernels::layers::{self, LinearShape, PoolShape, ShortcutShape};
@@ -160,7 +160,7 @@ impl<S: Compute<Master = f32>, R: Compute> Runner<'_, S, R> {
                 residual: Some(residual.view()),
                 relu: true,
             };
-            let running = Running {
+            let running = RunningUpdate {
                 momentum: 0.1,
                 mean: running_mean.view(),
                 var: running_var.view(),

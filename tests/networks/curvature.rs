@@ -4,7 +4,7 @@ use approx::{abs_diff_eq, assert_abs_diff_eq, assert_relative_eq, relative_eq};
 
 use crate::common::{self, Grouped, Random, devices};
 use nalgebra::DMatrix;
-use polder::arena::{Initial, Kind, Layout};
+use polder::arena::{Initial, Layout, TensorKind};
 use polder::curvature::{Curvature, Estimate, Passes, Rise, filter_normalized};
 use polder::device::{Device, Result, Scalar, Slice};
 use polder::nn::initial_weights;
@@ -724,7 +724,8 @@ impl Objective<f32> for Watching {
 /// A run, its curvature and its landscape have the same seed, unless somebody says otherwise.
 #[test]
 fn random_directions_do_not_lead_to_the_initial_weights() {
-    let (kind, initial) = (Kind::Convolution { kernel: 3, inputs: 20, outputs: 20 }, Initial::HeNormal { fan_in: 180 });
+    let (kind, initial) =
+        (TensorKind::Convolution { kernel: 3, inputs: 20, outputs: 20 }, Initial::HeNormal { fan_in: 180 });
     let layout = Layout::new(vec![("conv.weight".into(), kind, initial)]);
     let weights = initial_weights(&layout, 0).unwrap();
     let uploaded = Device::host().upload(&weights).unwrap();
@@ -748,10 +749,10 @@ fn random_directions_do_not_lead_to_the_initial_weights() {
 fn a_filter_normalised_direction_has_the_lengths_of_the_filters() {
     let initial = Initial::Constant(0.0);
     let layout = Layout::new(vec![
-        ("conv.weight".into(), Kind::Convolution { kernel: 3, inputs: 2, outputs: 5 }, initial),
-        ("bn.weight".into(), Kind::Scale(5), initial),
-        ("fc.weight".into(), Kind::Linear { inputs: 5, outputs: 3 }, initial),
-        ("fc.bias".into(), Kind::Bias(3), initial),
+        ("conv.weight".into(), TensorKind::Convolution { kernel: 3, inputs: 2, outputs: 5 }, initial),
+        ("bn.weight".into(), TensorKind::Scale(5), initial),
+        ("fc.weight".into(), TensorKind::Linear { inputs: 5, outputs: 3 }, initial),
+        ("fc.bias".into(), TensorKind::Bias(3), initial),
     ]);
     for (name, device) in devices() {
         let mut random = Random(37);

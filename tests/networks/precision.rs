@@ -4,7 +4,7 @@
 use crate::common::methods::AnyMethod;
 use crate::common::{self, Grouped, Random, bits, devices, fast_devices, relative_error, roundoff, to_f64, upload};
 use half::{bf16, f16};
-use polder::arena::Kind;
+use polder::arena::TensorKind;
 use polder::device::{Compute, Device, Scalar, Tf32};
 use polder::kernels::vector::{self, Reduction};
 use polder::nn::{CifarResNet, Model, Shortcut, initial_weights};
@@ -277,7 +277,7 @@ fn convolutions_alone_are_rounded() {
         plan.pass(Pass::Displacement { from, to, out }).unwrap();
         let seen = seen.to_vec().unwrap();
         for tensor in plan.parameters().tensors() {
-            let narrow = matches!(tensor.kind, Kind::Convolution { .. });
+            let narrow = matches!(tensor.kind, TensorKind::Convolution { .. });
             let round = |value: f32| if narrow { bf16::from_f32(value).to_f32() } else { value };
             for place in tensor.range() {
                 let expected = round(moved[place]) - round(weights[place]);

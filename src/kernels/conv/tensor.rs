@@ -63,7 +63,7 @@ impl TensorTile {
     }
 
     /// The tile for this pass.
-    fn of<A: Compute>(pass: Pass, shape: &ConvShape, device: &Device) -> &'static Self {
+    fn of<A: Compute>(pass: ConvPass, shape: &ConvShape, device: &Device) -> &'static Self {
         let key = (device.number(), A::NAME, *shape, pass);
         let chosen = CHOSEN.read().unwrap_or_else(PoisonError::into_inner).get(&key).copied();
         chosen.unwrap_or_else(|| {
@@ -84,13 +84,13 @@ impl TensorTile {
 
 /// A pass. Each has its own product, and so its own best tile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Pass {
+enum ConvPass {
     Forward,
     InputGradient,
     WeightGradient,
 }
 
-impl Pass {
+impl ConvPass {
     /// Rows, columns and copies of the product.
     fn product<A: Compute>(self, shape: &ConvShape) -> (usize, usize, usize) {
         match self {
@@ -113,7 +113,7 @@ impl Pass {
 }
 
 /// The device's number, the type's name, the shape and the pass.
-type Key = (usize, &'static str, ConvShape, Pass);
+type Key = (usize, &'static str, ConvShape, ConvPass);
 
 /// The tiles that were chosen by measurement. Results do not depend on the tile, so they stay the same when a later
 /// measurement chooses differently.
@@ -133,7 +133,7 @@ pub(super) fn measure_tiles<A: Compute>(shape: &ConvShape, backward: bool, devic
     // One at a time: two would disturb each other.
     static MEASURING: Mutex<()> = Mutex::new(());
     let _alone = MEASURING.lock().unwrap_or_else(PoisonError::into_inner);
-    let passes = [Pass::Forward, Pass::InputGradient, Pass::WeightGradient];
+    let passes = [ConvPass::Forward, ConvPass::InputGradient, ConvPass::WeightGradient];
     for pass in passes.into_iter().take(if backward { 3 } else { 1 }) {
         let key = (device.number(), A::NAME, *shape, pass);
         let known = CHOSEN.read().unwrap_or_else(PoisonError::into_inner).contains_key(&key);
@@ -159,18 +159,18 @@ fn noise<A: Compute>(device: &Device, len: usize, seed: u64) -> Result<Buffer<A>
 
 /// Times replays of a graph, because the CPU may take longer to start a small kernel than the GPU to run it. Sums for
 /// batch norm and the last stage of a gradient are left out: they are the same work in every tile.
-fn fastest_tile<A: Compute>(pass: Pass, shape: &ConvShape, device: &Device) -> Result<&'static TensorTile> {
+fn fastest_tile<A: Compute>(pass: ConvPass, shape: &ConvShape, device: &Device) -> Result<&'static TensorTile> {
     let (mut x, mut y) = (noise::<A>(device, shape.input_len(), 1)?, noise::<A>(device, shape.output_len(), 2)?);
     let weight = noise::<A>(device, shape.weight_len(), 3)?;
-    let parts = if pass == Pass::WeightGradient { splits::<A>(shape) * shape.weight_len() } else { 0 };
+    let parts = if pass == ConvPass::WeightGradient { splits::<A>(shape) * shape.weight_len() } else { 0 };
     let mut parts = device.zeros::<A::Master>(parts)?;
     let mut launch = |tile| match pass {
-        Pass::Forward => forward_by(tile, shape, x.view(), weight.view(), y.view_mut(), false, None),
-        Pass::InputGradient => {
+        ConvPass::Forward => forward_by(tile, shape, x.view(), weight.view(), y.view_mut(), false, None),
+        ConvPass::InputGradient => {
             let norm = BatchNormSumsArgs::default();
             input_gradient_by(tile, shape, y.view(), weight.view(), x.view_mut(), false, norm)
         }
-        Pass::WeightGradient => {
+        ConvPass::WeightGradient => {
             let finish = FinishArgs::default();
             weight_gradient_by(tile, shape, x.view(), y.view(), parts.view_mut(), false, finish)
         }
@@ -234,7 +234,7 @@ pub(super) fn forward<A: Compute>(
     accumulate: bool,
     moments: Option<SliceMut<'_, A::Master>>,
 ) -> Result<()> {
-    forward_by(TensorTile::of::<A>(Pass::Forward, shape, x.device()), shape, x, weight, y, accumulate, moments)
+    forward_by(TensorTile::of::<A>(ConvPass::Forward, shape, x.device()), shape, x, weight, y, accumulate, moments)
 }
 
 fn forward_by<A: Compute>(
@@ -246,7 +246,7 @@ fn forward_by<A: Compute>(
     accumulate: bool,
     moments: Option<SliceMut<'_, A::Master>>,
 ) -> Result<()> {
-    let (rows, columns, _) = Pass::Forward.product::<A>(shape);
+    let (rows, columns, _) = ConvPass::Forward.product::<A>(shape);
     let addresses = [x.address(), weight.address(), y.address()];
     let wide = [
         wide::<A>(shape.in_channels, x.address()),
@@ -262,7 +262,7 @@ fn forward_by<A: Compute>(
 /// The room for the sums that an input gradient leaves for batch norm. `None` if its results are not written in whole
 /// chunks.
 pub(super) fn sums_room<A: Compute>(shape: &ConvShape) -> Option<SumsRoom> {
-    let (rows, channels, classes) = Pass::InputGradient.product::<A>(shape);
+    let (rows, channels, classes) = ConvPass::InputGradient.product::<A>(shape);
     let column_blocks = channels.div_ceil(TILES[0].columns); // the most of them
     let room = SumsRoom { channels, row_blocks: classes * rows.div_ceil(MOMENT_ROWS), column_blocks };
     (size_of::<A>() == 2 && channels.is_multiple_of(8)).then_some(room)
@@ -279,7 +279,7 @@ pub(super) fn input_gradient<A: Compute>(
     norm: BatchNormSumsArgs,
 ) -> Result<()> {
     input_gradient_by(
-        TensorTile::of::<A>(Pass::InputGradient, shape, dy.device()),
+        TensorTile::of::<A>(ConvPass::InputGradient, shape, dy.device()),
         shape,
         dy,
         weight,
@@ -298,7 +298,7 @@ fn input_gradient_by<A: Compute>(
     accumulate: bool,
     norm: BatchNormSumsArgs,
 ) -> Result<()> {
-    let (rows, columns, classes) = Pass::InputGradient.product::<A>(shape);
+    let (rows, columns, classes) = ConvPass::InputGradient.product::<A>(shape);
     let addresses = [dy.address(), weight.address(), dx.address()];
     let wide = [
         wide::<A>(shape.out_channels, dy.address()),
@@ -336,7 +336,7 @@ pub(super) fn weight_gradient<A: Compute>(
     accumulate: bool,
     finish: FinishArgs,
 ) -> Result<()> {
-    let tile = TensorTile::of::<A>(Pass::WeightGradient, shape, x.device());
+    let tile = TensorTile::of::<A>(ConvPass::WeightGradient, shape, x.device());
     weight_gradient_by(tile, shape, x, dy, out, accumulate, finish)
 }
 
@@ -349,7 +349,7 @@ fn weight_gradient_by<A: Compute>(
     accumulate: bool,
     finish: FinishArgs,
 ) -> Result<()> {
-    let (rows, columns, splits) = Pass::WeightGradient.product::<A>(shape);
+    let (rows, columns, splits) = ConvPass::WeightGradient.product::<A>(shape);
     let out_address = out.address();
     let addresses = [x.address(), dy.address(), out_address];
     let wide = [
@@ -749,7 +749,7 @@ mod tests {
             for shape in &shapes {
                 let expected = everything::<A>(shape, &device);
                 for tile in &TILES {
-                    for pass in [Pass::Forward, Pass::InputGradient, Pass::WeightGradient] {
+                    for pass in [ConvPass::Forward, ConvPass::InputGradient, ConvPass::WeightGradient] {
                         choose((device.number(), A::NAME, *shape, pass), tile);
                     }
                     let found = everything::<A>(shape, &device);
@@ -761,7 +761,7 @@ mod tests {
                 }
                 // The measurement too chooses a candidate of each pass.
                 measure_tiles::<A>(shape, true, &device).unwrap();
-                for pass in [Pass::Forward, Pass::InputGradient, Pass::WeightGradient] {
+                for pass in [ConvPass::Forward, ConvPass::InputGradient, ConvPass::WeightGradient] {
                     let tile = TensorTile::of::<A>(pass, shape, &device);
                     assert!(pass.candidates::<A>(shape).any(|candidate| std::ptr::eq(candidate, tile)), "{shape:?}");
                     let key = (device.number(), A::NAME, *shape, pass);
@@ -795,7 +795,7 @@ mod tests {
             assert!(
                 all().any(|s| s.stride == 1 && is(TensorTile::new(s.input_len() / s.in_channels, s.in_channels, 1)))
             );
-            assert!(all().any(|s| is(TensorTile::of::<f16>(Pass::WeightGradient, s, &device))));
+            assert!(all().any(|s| is(TensorTile::of::<f16>(ConvPass::WeightGradient, s, &device))));
         }
         assert!(all().any(|shape| splits::<f16>(shape) > 1));
     }

@@ -5,12 +5,12 @@
 
 use std::ops::Range;
 
-use super::{Memory, Operation, Site};
-use crate::arena::{ALIGNMENT, Initial, Kind, Layout};
+use super::{ExtraMemory, Operation, Site};
+use crate::arena::{ALIGNMENT, Initial, Layout, TensorKind};
 use crate::device::{self, Buffer, Compute, Device, SliceMut};
 use crate::kernels::batch_norm::{
     self, Activation, Backward, BackwardTangents, BatchNormShape, Forward, ForwardTangents, Gradients, Mode,
-    Normalized, ResidualGradient, Running, Saved, Summed,
+    Normalized, ResidualGradient, RunningUpdate, Saved, Summed,
 };
 use crate::kernels::layers;
 use crate::plan::graph::{Graph, Parameter, Shape, Value};
@@ -63,11 +63,11 @@ impl Graph {
             self.same_shape(name, x, residual)?;
         }
         let channels = shape.channels;
-        let scale = self.parameter(format!("{name}.weight"), Kind::Scale(channels), Initial::Constant(1.0))?;
-        let shift = self.parameter(format!("{name}.bias"), Kind::Shift(channels), Initial::Constant(0.0))?;
+        let scale = self.parameter(format!("{name}.weight"), TensorKind::Scale(channels), Initial::Constant(1.0))?;
+        let shift = self.parameter(format!("{name}.bias"), TensorKind::Shift(channels), Initial::Constant(0.0))?;
         let mean = format!("{name}.running_mean");
-        let statistics = self.statistic(mean, Kind::RunningMean(channels), Initial::Constant(0.0));
-        self.statistic(format!("{name}.running_var"), Kind::RunningVar(channels), Initial::Constant(1.0));
+        let statistics = self.statistic(mean, TensorKind::RunningMean(channels), Initial::Constant(0.0));
+        self.statistic(format!("{name}.running_var"), TensorKind::RunningVar(channels), Initial::Constant(1.0));
         let y = self.value(shape);
         self.push(BatchNorm { x, y, scale, shift, statistics, residual, relu, shape });
         Ok(y)
@@ -163,10 +163,10 @@ impl Operation for BatchNorm {
     }
 
     /// Mean and inverse deviation are kept.
-    fn memory<S: Compute>(&self, site: &Site<'_>) -> Memory {
+    fn memory<S: Compute>(&self, site: &Site<'_>) -> ExtraMemory {
         let channels = self.shape.channels;
         let backward = if site.backward { self.scratch::<S>(site.accumulate[0]).dx.end } else { 0 };
-        Memory { kept: [channels, channels], backward, ..Memory::default() }
+        ExtraMemory { kept: [channels, channels], backward, ..ExtraMemory::default() }
     }
 
     /// A channel with one value has no variance to train with.
@@ -203,7 +203,7 @@ impl Operation for BatchNorm {
         }
         let mut next = pass.statistics.next.map(Buffer::disjoint);
         let running = match &mut next {
-            Some(next) => Some(Running {
+            Some(next) => Some(RunningUpdate {
                 momentum: RUNNING_MOMENTUM,
                 mean: pass.statistics.current.slice(means.clone())?,
                 var: pass.statistics.current.slice(variances.clone())?,

@@ -4,8 +4,8 @@
 //! [`convolution_batch_norm`](super::convolution_batch_norm) says what and when.
 
 use super::convolution_batch_norm::input_gradient_with_sums;
-use super::{Memory, Operation, Site, WeightGradient};
-use crate::arena::{Initial, Kind, Layout};
+use super::{ExtraMemory, Operation, Site, WeightGradient};
+use crate::arena::{Initial, Layout, TensorKind};
 use crate::device::{self, Compute, Device, Slice, SliceMut};
 use crate::kernels::conv::{self, ConvShape};
 use crate::plan::graph::{Graph, Parameter, Shape, Value};
@@ -55,7 +55,7 @@ impl Graph {
         };
         shape.check().map_err(|e| PlanError::Shape { operation: name.into(), reason: e.to_string() })?;
         let initial = Initial::HeNormal { fan_in: kernel * kernel * inputs };
-        let weight = self.parameter(name.into(), Kind::Convolution { kernel, inputs, outputs }, initial)?;
+        let weight = self.parameter(name.into(), TensorKind::Convolution { kernel, inputs, outputs }, initial)?;
         let (height, width) = (shape.out_height(), shape.out_width());
         let y = self.value(Shape { height, width, channels: outputs, ..input });
         self.push(Convolution { x, y, weight, shape });
@@ -114,10 +114,10 @@ impl Operation for Convolution {
         [Some(self.x), None]
     }
 
-    fn memory<S: Compute>(&self, site: &Site<'_>) -> Memory {
+    fn memory<S: Compute>(&self, site: &Site<'_>) -> ExtraMemory {
         let len = self.shape.workspace_len::<S>(site.device);
         let weight_gradient = self.weight_gradient_form::<S>(site.device, len);
-        Memory { forward: len, backward: len, weight_gradient, ..Memory::default() }
+        ExtraMemory { forward: len, backward: len, weight_gradient, ..ExtraMemory::default() }
     }
 
     /// Measures which tiles suit the shape on a GPU's tensor cores.

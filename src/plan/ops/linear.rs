@@ -1,7 +1,7 @@
 //! The linear layer, whose output is the logits.
 
 use super::Operation;
-use crate::arena::{Initial, Kind};
+use crate::arena::{Initial, TensorKind};
 use crate::device::{self, Compute};
 use crate::kernels::layers::{self, LinearShape};
 use crate::plan::PlanError;
@@ -33,8 +33,8 @@ impl Graph {
             return Err(PlanError::Shape { operation: name.into(), reason });
         }
         let (inputs, initial) = (input.channels, Initial::Uniform { fan_in: input.channels });
-        let weight = self.parameter(format!("{name}.weight"), Kind::Linear { inputs, outputs }, initial)?;
-        let bias = self.parameter(format!("{name}.bias"), Kind::Bias(outputs), initial)?;
+        let weight = self.parameter(format!("{name}.weight"), TensorKind::Linear { inputs, outputs }, initial)?;
+        let bias = self.parameter(format!("{name}.bias"), TensorKind::Bias(outputs), initial)?;
         let shape = LinearShape { batch: input.batch, inputs, outputs };
         let y = self.value(Shape { channels: outputs, ..input });
         self.push(Linear { x, y, weight, bias, shape });

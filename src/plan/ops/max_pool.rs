@@ -1,6 +1,6 @@
 //! Max pooling over square windows.
 
-use super::{Memory, Operation, Site};
+use super::{ExtraMemory, Operation, Site};
 use crate::device::{self, Compute, Slice};
 use crate::kernels::max_pool::{self, MaxPoolShape};
 use crate::plan::PlanError;
@@ -65,8 +65,8 @@ impl Operation for MaxPool {
         [None, None]
     }
 
-    fn memory<S: Compute>(&self, _: &Site<'_>) -> Memory {
-        Memory { kept: [master_len::<S, u8>(self.shape.output_len()), 0], ..Memory::default() }
+    fn memory<S: Compute>(&self, _: &Site<'_>) -> ExtraMemory {
+        ExtraMemory { kept: [master_len::<S, u8>(self.shape.output_len()), 0], ..ExtraMemory::default() }
     }
 
     fn forward<S: Compute>(&self, mut pass: ForwardPass<'_, S>) -> device::Result<()> {

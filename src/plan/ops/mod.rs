@@ -53,9 +53,9 @@ pub(super) trait Operation {
     fn backward_tangent<S: Compute>(&self, pass: BackwardTangentPass<'_, S>) -> device::Result<()>;
 
     /// The memory it needs besides its activations and their gradients. Most operations need none.
-    fn memory<S: Compute>(&self, site: &Site<'_>) -> Memory {
+    fn memory<S: Compute>(&self, site: &Site<'_>) -> ExtraMemory {
         let _ = site;
-        Memory::default()
+        ExtraMemory::default()
     }
 
     /// Runs once when a plan is made: checks that depend on the plan's options, and measurements on the device.
@@ -87,7 +87,7 @@ pub(super) struct Site<'a> {
 
 /// The memory of an operation besides its activations and their gradients, in elements of the master type.
 #[derive(Default)]
-pub(super) struct Memory {
+pub(super) struct ExtraMemory {
     /// Written by the forward and read by the backward and the tangents.
     pub kept: [usize; 2],
     /// Scratch of the forward.
@@ -138,7 +138,7 @@ macro_rules! operations {
             fn backward<S: Compute>(&self, pass: BackwardPass<'_, S>) -> device::Result<()>;
             fn forward_tangent<S: Compute>(&self, pass: ForwardTangentPass<'_, S>) -> device::Result<()>;
             fn backward_tangent<S: Compute>(&self, pass: BackwardTangentPass<'_, S>) -> device::Result<()>;
-            fn memory<S: Compute>(&self, site: &Site<'_>) -> Memory;
+            fn memory<S: Compute>(&self, site: &Site<'_>) -> ExtraMemory;
             fn prepare<S: Compute>(
                 &self, device: &Device, parameters: &Layout, options: PlanOptions
             ) -> Result<(), PlanError>;
