@@ -94,7 +94,8 @@ pub fn add_to<S: Compute>(x: Slice<'_, S>, mut sum: SliceMut<'_, S>) -> Result<(
     unsafe { device.launch(S::choose(id::ADD_TO), device.elementwise(x.len(), 4), &args) }
 }
 
-/// Average pooling of square windows without padding. Rows and columns outside of all windows are ignored.
+/// Pooling of square windows, as PyTorch's pools with `ceil_mode=False`. Rows and columns outside of all windows are
+/// ignored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PoolShape {
     /// Images.
@@ -109,28 +110,39 @@ pub struct PoolShape {
     pub kernel: usize,
     /// Rows and columns from one window to the next.
     pub stride: usize,
+    /// Rows and columns around the input; at most half of the kernel.
+    pub padding: usize,
 }
 
 impl PoolShape {
-    /// `(height − kernel) / stride + 1`, rounded down.
+    /// `(height + 2 padding − kernel) / stride + 1`, rounded down.
     pub fn out_height(&self) -> usize {
-        (self.height - self.kernel) / self.stride + 1
+        (self.height + 2 * self.padding - self.kernel) / self.stride + 1
     }
 
-    /// `(width − kernel) / stride + 1`, rounded down.
+    /// `(width + 2 padding − kernel) / stride + 1`, rounded down.
     pub fn out_width(&self) -> usize {
-        (self.width - self.kernel) / self.stride + 1
+        (self.width + 2 * self.padding - self.kernel) / self.stride + 1
     }
 
-    /// Fails unless there is at least one window, and the tensors are small enough.
+    /// Fails unless there is at least one window, every window meets the image, and the tensors are small enough.
     ///
     /// # Errors
     /// [`Error::Argument`].
     pub fn check(&self) -> Result<()> {
-        if self.kernel == 0 || self.stride == 0 || self.kernel > self.height.min(self.width) {
-            return refuse("PoolShape", format!("no window, or a stride of zero: {self:?}"));
+        let refused = |reason: &str| refuse("PoolShape", format!("{reason}: {self:?}"));
+        if self.kernel == 0 || self.stride == 0 {
+            return refused("expected a kernel and a stride of at least 1");
         }
-        elements("PoolShape", &[self.batch, self.height, self.width, self.channels]).map(|_| ())
+        if self.padding > self.kernel / 2 {
+            return refused("expected a padding of at most half the kernel");
+        }
+        elements("PoolShape", &[self.batch, self.height, self.width, self.channels])?;
+        if self.height.min(self.width).saturating_add(2 * self.padding) < self.kernel {
+            return refused("the window is larger than the padded image");
+        }
+        // With a stride of 1 and padding the output is larger than the input, by at most 1 in each direction.
+        elements("PoolShape", &[self.batch, self.out_height(), self.out_width(), self.channels]).map(|_| ())
     }
 
     /// Elements of the input.
@@ -164,18 +176,27 @@ impl PoolShape {
 /// `[batch, out_height, out_width, channels]`. Traffic: reads x, writes y.
 ///
 /// # Errors
-/// [`Error::Argument`] for a shape without a window, [`Error::Length`] and [`Error::OtherDevice`].
+/// [`Error::Argument`] for a shape that [`PoolShape::check`] refuses and for padding, [`Error::Length`] and
+/// [`Error::OtherDevice`].
 pub fn average_pool<S: Compute>(shape: &PoolShape, x: Slice<'_, S>, mut y: SliceMut<'_, S>) -> Result<()> {
     let device = x.device();
     let check = Check { operation: "layers::average_pool", device };
-    shape.check()?;
-    let (input, output) = (shape.input_len(), shape.output_len());
+    let (input, output) = average_pool_lengths(check, shape)?;
     check.argument("x", x, input)?;
     check.argument("y", y.view(), output)?;
     let args = shape.args(x.address(), y.address(), false);
     let kernel = S::choose(id::AVERAGE_POOL);
     // SAFETY: the lengths are those of the shape.
     unsafe { device.launch(kernel, device.elementwise(output, 4), &args) }
+}
+
+/// The lengths of input and output, if the shape is sound and has no padding.
+fn average_pool_lengths(check: Check<'_>, shape: &PoolShape) -> Result<(usize, usize)> {
+    shape.check()?;
+    if shape.padding > 0 {
+        return check.refuse(format!("average pooling has no padding: {shape:?}"));
+    }
+    Ok((shape.input_len(), shape.output_len()))
 }
 
 /// The gradient of [`average_pool`]. Traffic: reads dy, writes dx; accumulating reads dx too.
@@ -190,8 +211,7 @@ pub fn average_pool_backward<S: Compute>(
 ) -> Result<()> {
     let device = dy.device();
     let check = Check { operation: "layers::average_pool_backward", device };
-    shape.check()?;
-    let (input, output) = (shape.input_len(), shape.output_len());
+    let (input, output) = average_pool_lengths(check, shape)?;
     check.argument("dy", dy, output)?;
     check.argument("dx", dx.view(), input)?;
     let args = shape.args(dy.address(), dx.address(), accumulate);

@@ -156,7 +156,7 @@ fn pooling<T: Scalar>(devices: &[(String, Device)]) {
     for (batch, height, width, channels, kernel, stride) in
         [(2, 5, 6, 3, 2, 2), (3, 7, 5, 17, 3, 2), (1, 9, 11, 8, 2, 3), (2, 6, 8, 16, 3, 1), (1, 4, 4, 1, 4, 1)]
     {
-        let shape = PoolShape { batch, height, width, channels, kernel, stride };
+        let shape = PoolShape { batch, height, width, channels, kernel, stride, padding: 0 };
         let (out_height, out_width) = ((height - kernel) / stride + 1, (width - kernel) / stride + 1);
         assert_eq!((shape.out_height(), shape.out_width()), (out_height, out_width));
         let mut entries = Vec::new();
@@ -320,7 +320,7 @@ fn linear_layer() {
 /// The bits of all layers' results on one device.
 fn all_bits(device: &Device) -> Vec<u64> {
     let mut random = Random(77);
-    let pool = PoolShape { batch: 4, height: 19, width: 14, channels: 12, kernel: 3, stride: 2 };
+    let pool = PoolShape { batch: 4, height: 19, width: 14, channels: 12, kernel: 3, stride: 2, padding: 0 };
     let cut = ShortcutShape { batch: 4, height: 19, width: 14, in_channels: 12, out_channels: 20, stride: 2 };
     let fully = LinearShape { batch: 70, inputs: 90, outputs: 40 };
     let x: Vec<f32> = random.vector(pool.input_len());
@@ -369,16 +369,20 @@ fn wrong_arguments_are_refused() {
     let refused = add(small.view(), elsewhere.view(), out.view_mut());
     assert_eq!(refused, Err(Error::OtherDevice { operation: "layers::add", argument: "b" }));
 
-    let pool = PoolShape { batch: 1, height: 2, width: 3, channels: 1, kernel: 2, stride: 1 };
+    let pool = PoolShape { batch: 1, height: 2, width: 3, channels: 1, kernel: 2, stride: 1, padding: 0 };
     let refused = average_pool(&pool, out.view(), device.zeros::<f32>(6).unwrap().view_mut());
     assert_eq!(refused, length("layers::average_pool", "y", 6, 2));
+    let refused =
+        average_pool(&PoolShape { padding: 1, ..pool }, out.view(), device.zeros::<f32>(12).unwrap().view_mut());
+    assert!(matches!(refused, Err(Error::Argument { .. })), "{refused:?}");
     for (kernel, stride) in [(0, 1), (1, 0), (3, 1)] {
         let pool = PoolShape { kernel, stride, ..pool };
         assert!(matches!(pool.check(), Err(Error::Argument { .. })), "{pool:?}");
         let refused = average_pool_backward(&pool, small.view(), out.view_mut(), false);
         assert!(matches!(refused, Err(Error::Argument { .. })), "{refused:?}");
     }
-    let huge = PoolShape { batch: 1 << 20, height: 1 << 10, width: 1 << 10, channels: 64, kernel: 2, stride: 2 };
+    let huge =
+        PoolShape { batch: 1 << 20, height: 1 << 10, width: 1 << 10, channels: 64, kernel: 2, stride: 2, padding: 0 };
     assert!(matches!(huge.check(), Err(Error::Argument { .. })));
 
     let cut = ShortcutShape { batch: 1, height: 2, width: 3, in_channels: 1, out_channels: 2, stride: 1 };

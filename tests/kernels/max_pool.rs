@@ -3,10 +3,11 @@
 use crate::common::{Random, bits, devices, host_devices, on_devices};
 use half::{bf16, f16};
 use polder::device::{Buffer, Compute, Device, Error, Result};
-use polder::kernels::max_pool::{MaxPoolShape, max_pool, max_pool_backward, max_pool_tangent};
+use polder::kernels::layers::PoolShape;
+use polder::kernels::max_pool::{check_shape, max_pool, max_pool_backward, max_pool_tangent};
 
 /// Channels in and out of packs; windows that overlap, touch, leave gaps and leave a rest at the border; with padding.
-const SHAPES: [MaxPoolShape; 8] = [
+const SHAPES: [PoolShape; 8] = [
     shape(2, 5, 6, 3, (2, 2, 0)),
     shape(3, 7, 5, 17, (3, 2, 1)),
     shape(1, 9, 11, 8, (2, 3, 0)),
@@ -23,13 +24,13 @@ const fn shape(
     width: usize,
     channels: usize,
     (kernel, stride, padding): (usize, usize, usize),
-) -> MaxPoolShape {
-    MaxPoolShape { batch, height, width, channels, kernel, stride, padding }
+) -> PoolShape {
+    PoolShape { batch, height, width, channels, kernel, stride, padding }
 }
 
 /// For each output the index of the element that it takes, and that element's number in the window.
-fn reference(shape: &MaxPoolShape, x: &[f64]) -> Vec<(usize, u8)> {
-    let MaxPoolShape { batch, height, width, channels, kernel, stride, padding } = *shape;
+fn reference(shape: &PoolShape, x: &[f64]) -> Vec<(usize, u8)> {
+    let PoolShape { batch, height, width, channels, kernel, stride, padding } = *shape;
     let out = |extent: usize| (extent + 2 * padding - kernel) / stride + 1;
     let mut found = Vec::new();
     for n in 0..batch {
@@ -196,11 +197,11 @@ fn wrong_arguments_are_refused() -> Result<()> {
     assert_eq!(refused, Err(Error::OtherDevice { operation: "max_pool::max_pool", argument: "chosen" }));
     for window in [(0, 1, 0), (2, 0, 0), (3, 1, 0), (17, 1, 8), (2, 1, 2), (3, 1, 2)] {
         let bad = shape(1, 2, 3, 1, window);
-        assert!(matches!(bad.check(), Err(Error::Argument { .. })), "{bad:?}");
+        assert!(matches!(check_shape(&bad), Err(Error::Argument { .. })), "{bad:?}");
         let refused = max_pool(&bad, x.view(), y.view_mut(), chosen.view_mut());
         assert!(matches!(refused, Err(Error::Argument { .. })), "{refused:?}");
     }
     let huge = shape(1 << 20, 1 << 10, 1 << 10, 64, (2, 2, 0));
-    assert!(matches!(huge.check(), Err(Error::Argument { .. })));
+    assert!(matches!(check_shape(&huge), Err(Error::Argument { .. })));
     Ok(())
 }

@@ -76,7 +76,7 @@ impl<S: Compute<Master = f32>, R: Compute> Runner<'_, S, R> {
 
     fn pooling(&mut self) -> Result<()> {
         for channels in [3, 8, 16, 20] {
-            let pool = PoolShape { batch: 2, height: 7, width: 6, channels, kernel: 3, stride: 2 };
+            let pool = PoolShape { batch: 2, height: 7, width: 6, channels, kernel: 3, stride: 2, padding: 0 };
             let (x, dy) = (self.stored(pool.input_len()), self.stored(pool.output_len()));
             let (mut y, mut dx) = (self.device.poisoned::<S>(pool.output_len())?, self.stored(pool.input_len()));
             layers::average_pool(&pool, x.view(), y.view_mut())?;

@@ -3,7 +3,8 @@
 
 use crate::common::fixtures::{hash_uniform, number, read_json};
 use crate::common::{assert_close, host_devices, upload};
-use polder::kernels::max_pool::{MaxPoolShape, max_pool, max_pool_backward};
+use polder::kernels::layers::PoolShape;
+use polder::kernels::max_pool::{max_pool, max_pool_backward};
 use serde_json::Value;
 
 #[test]
@@ -15,7 +16,7 @@ fn overlapping_and_padded_windows_match_pytorch() {
     assert_eq!(cases.len(), 4);
     for case in cases {
         let [kernel, stride, padding] = ["kernel", "stride", "padding"].map(|key| of(case, key));
-        let shape = MaxPoolShape { batch, height, width, channels, kernel, stride, padding };
+        let shape = PoolShape { batch, height, width, channels, kernel, stride, padding };
         let expected = |key: &str| case[key].as_array().unwrap().iter().map(number).collect::<Vec<f64>>();
         let hashed = |name: &str, len: usize| (0..len).map(|index| hash_uniform(name, index)).collect::<Vec<f64>>();
         for (name, device) in host_devices() {

@@ -27,7 +27,7 @@ impl Graph {
             let reason = format!("a window of {kernel} with stride {stride} does not fit images of {height}x{width}");
             return Err(PlanError::Shape { operation: "average_pool".into(), reason });
         }
-        let shape = PoolShape { batch, height, width, channels, kernel, stride };
+        let shape = PoolShape { batch, height, width, channels, kernel, stride, padding: 0 };
         let y = self.value(Shape { height: shape.out_height(), width: shape.out_width(), batch, channels });
         self.push(AveragePool { x, y, shape });
         Ok(y)

@@ -2,7 +2,8 @@
 
 use super::{ExtraMemory, Operation, Site};
 use crate::device::{self, Compute, Slice};
-use crate::kernels::max_pool::{self, MaxPoolShape};
+use crate::kernels::layers::PoolShape;
+use crate::kernels::max_pool;
 use crate::plan::PlanError;
 use crate::plan::graph::{Graph, Parameter, Shape, Value};
 use crate::plan::memory_plan::master_len;
@@ -13,7 +14,7 @@ use crate::plan::pass::{BackwardPass, BackwardTangentPass, ForwardPass, ForwardT
 pub(in crate::plan) struct MaxPool {
     x: Value,
     y: Value,
-    shape: MaxPoolShape,
+    shape: PoolShape,
 }
 
 /// The position of what the forward keeps: which element each output has chosen, in one byte.
@@ -28,8 +29,9 @@ impl Graph {
     /// more than half the kernel.
     pub fn max_pool(&mut self, x: Value, kernel: usize, stride: usize, padding: usize) -> Result<Value, PlanError> {
         let Shape { batch, height, width, channels } = self.shape(x);
-        let shape = MaxPoolShape { batch, height, width, channels, kernel, stride, padding };
-        shape.check().map_err(|e| PlanError::Shape { operation: "max_pool".into(), reason: e.to_string() })?;
+        let shape = PoolShape { batch, height, width, channels, kernel, stride, padding };
+        max_pool::check_shape(&shape)
+            .map_err(|e| PlanError::Shape { operation: "max_pool".into(), reason: e.to_string() })?;
         let y = self.value(Shape { height: shape.out_height(), width: shape.out_width(), batch, channels });
         self.push(MaxPool { x, y, shape });
         Ok(y)
