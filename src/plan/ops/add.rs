@@ -1,11 +1,11 @@
 //! The sum of two activations.
 
-use super::Operation;
+use super::LinearMap;
 use crate::device::{self, Compute};
 use crate::kernels::layers;
 use crate::plan::PlanError;
-use crate::plan::graph::{Graph, Parameter, Value};
-use crate::plan::pass::{BackwardPass, BackwardTangentPass, ForwardPass, ForwardTangentPass, Operands};
+use crate::plan::graph::{Graph, Value};
+use crate::plan::pass::Operands;
 
 /// `y = a + b`.
 #[derive(Debug, Clone)]
@@ -28,13 +28,21 @@ impl Graph {
     }
 }
 
-impl Add {
-    fn sum<S: Compute>(&self, at: &mut Operands<'_, S>) -> device::Result<()> {
+impl LinearMap for Add {
+    fn output(&self) -> Value {
+        self.y
+    }
+
+    fn inputs(&self) -> [Option<Value>; 2] {
+        [Some(self.a), Some(self.b)]
+    }
+
+    fn apply<S: Compute>(&self, at: &mut Operands<'_, S>) -> device::Result<()> {
         layers::add(at.read(self.a)?, at.read(self.b)?, at.write(self.y)?)
     }
 
     /// `da = dy` and `db = dy`.
-    fn spread<S: Compute>(&self, at: &mut Operands<'_, S>) -> device::Result<()> {
+    fn transpose<S: Compute>(&self, at: &mut Operands<'_, S>) -> device::Result<()> {
         let dy = at.gradient(self.y)?;
         let mut da = at.input_gradient(0, self.a)?;
         match &mut da {
@@ -51,40 +59,5 @@ impl Add {
             Some((mut db, false)) => db.copy_from(dy),
             None => Ok(()),
         }
-    }
-}
-
-impl Operation for Add {
-    fn output(&self) -> Value {
-        self.y
-    }
-
-    fn inputs(&self) -> [Option<Value>; 2] {
-        [Some(self.a), Some(self.b)]
-    }
-
-    fn parameters(&self) -> [Option<Parameter>; 2] {
-        [None, None]
-    }
-
-    fn saved(&self) -> [Option<Value>; 2] {
-        [None, None]
-    }
-
-    fn forward<S: Compute>(&self, mut pass: ForwardPass<'_, S>) -> device::Result<()> {
-        self.sum(&mut pass.values)
-    }
-
-    fn backward<S: Compute>(&self, mut pass: BackwardPass<'_, S>) -> device::Result<()> {
-        self.spread(&mut pass.values)
-    }
-
-    /// A linear map is its own tangent.
-    fn forward_tangent<S: Compute>(&self, mut pass: ForwardTangentPass<'_, S>) -> device::Result<()> {
-        self.sum(&mut pass.tangents)
-    }
-
-    fn backward_tangent<S: Compute>(&self, mut pass: BackwardTangentPass<'_, S>) -> device::Result<()> {
-        self.spread(&mut pass.tangents)
     }
 }

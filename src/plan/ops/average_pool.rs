@@ -1,11 +1,11 @@
 //! Average pooling over square windows.
 
-use super::Operation;
+use super::LinearMap;
 use crate::device::{self, Compute};
 use crate::kernels::layers::{self, PoolShape};
 use crate::plan::PlanError;
-use crate::plan::graph::{Graph, Parameter, Shape, Value};
-use crate::plan::pass::{BackwardPass, BackwardTangentPass, ForwardPass, ForwardTangentPass, Operands};
+use crate::plan::graph::{Graph, Shape, Value};
+use crate::plan::pass::Operands;
 
 /// `y` holds the mean of every window of `x`.
 #[derive(Debug, Clone)]
@@ -34,18 +34,7 @@ impl Graph {
     }
 }
 
-impl AveragePool {
-    fn pool<S: Compute>(&self, at: &mut Operands<'_, S>) -> device::Result<()> {
-        layers::average_pool(&self.shape, at.read(self.x)?, at.write(self.y)?)
-    }
-
-    fn spread<S: Compute>(&self, at: &mut Operands<'_, S>) -> device::Result<()> {
-        let Some((dx, accumulate)) = at.input_gradient(0, self.x)? else { return Ok(()) };
-        layers::average_pool_backward(&self.shape, at.gradient(self.y)?, dx, accumulate)
-    }
-}
-
-impl Operation for AveragePool {
+impl LinearMap for AveragePool {
     fn output(&self) -> Value {
         self.y
     }
@@ -54,28 +43,12 @@ impl Operation for AveragePool {
         [Some(self.x), None]
     }
 
-    fn parameters(&self) -> [Option<Parameter>; 2] {
-        [None, None]
+    fn apply<S: Compute>(&self, at: &mut Operands<'_, S>) -> device::Result<()> {
+        layers::average_pool(&self.shape, at.read(self.x)?, at.write(self.y)?)
     }
 
-    fn saved(&self) -> [Option<Value>; 2] {
-        [None, None]
-    }
-
-    fn forward<S: Compute>(&self, mut pass: ForwardPass<'_, S>) -> device::Result<()> {
-        self.pool(&mut pass.values)
-    }
-
-    fn backward<S: Compute>(&self, mut pass: BackwardPass<'_, S>) -> device::Result<()> {
-        self.spread(&mut pass.values)
-    }
-
-    /// A linear map is its own tangent.
-    fn forward_tangent<S: Compute>(&self, mut pass: ForwardTangentPass<'_, S>) -> device::Result<()> {
-        self.pool(&mut pass.tangents)
-    }
-
-    fn backward_tangent<S: Compute>(&self, mut pass: BackwardTangentPass<'_, S>) -> device::Result<()> {
-        self.spread(&mut pass.tangents)
+    fn transpose<S: Compute>(&self, at: &mut Operands<'_, S>) -> device::Result<()> {
+        let Some((dx, accumulate)) = at.input_gradient(0, self.x)? else { return Ok(()) };
+        layers::average_pool_backward(&self.shape, at.gradient(self.y)?, dx, accumulate)
     }
 }

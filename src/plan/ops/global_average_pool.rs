@@ -1,11 +1,11 @@
 //! The mean over all pixels.
 
-use super::Operation;
+use super::LinearMap;
 use crate::device::{self, Compute};
 use crate::kernels::layers;
 use crate::plan::PlanError;
-use crate::plan::graph::{Graph, Parameter, Shape, Value};
-use crate::plan::pass::{BackwardPass, BackwardTangentPass, ForwardPass, ForwardTangentPass, Operands};
+use crate::plan::graph::{Graph, Shape, Value};
+use crate::plan::pass::Operands;
 
 /// `y` holds the mean of `x` over the pixels of each sample and channel.
 #[derive(Debug, Clone)]
@@ -29,21 +29,7 @@ impl Graph {
     }
 }
 
-impl GlobalAveragePool {
-    fn pool<S: Compute>(&self, at: &mut Operands<'_, S>) -> device::Result<()> {
-        let Shape { batch, height, width, channels } = self.shape;
-        layers::global_average_pool(batch, height * width, channels, at.read(self.x)?, at.write(self.y)?)
-    }
-
-    fn spread<S: Compute>(&self, at: &mut Operands<'_, S>) -> device::Result<()> {
-        let Shape { batch, height, width, channels } = self.shape;
-        let Some((dx, accumulate)) = at.input_gradient(0, self.x)? else { return Ok(()) };
-        let dy = at.gradient(self.y)?;
-        layers::global_average_pool_backward(batch, height * width, channels, dy, dx, accumulate)
-    }
-}
-
-impl Operation for GlobalAveragePool {
+impl LinearMap for GlobalAveragePool {
     fn output(&self) -> Value {
         self.y
     }
@@ -52,28 +38,15 @@ impl Operation for GlobalAveragePool {
         [Some(self.x), None]
     }
 
-    fn parameters(&self) -> [Option<Parameter>; 2] {
-        [None, None]
+    fn apply<S: Compute>(&self, at: &mut Operands<'_, S>) -> device::Result<()> {
+        let Shape { batch, height, width, channels } = self.shape;
+        layers::global_average_pool(batch, height * width, channels, at.read(self.x)?, at.write(self.y)?)
     }
 
-    fn saved(&self) -> [Option<Value>; 2] {
-        [None, None]
-    }
-
-    fn forward<S: Compute>(&self, mut pass: ForwardPass<'_, S>) -> device::Result<()> {
-        self.pool(&mut pass.values)
-    }
-
-    fn backward<S: Compute>(&self, mut pass: BackwardPass<'_, S>) -> device::Result<()> {
-        self.spread(&mut pass.values)
-    }
-
-    /// A linear map is its own tangent.
-    fn forward_tangent<S: Compute>(&self, mut pass: ForwardTangentPass<'_, S>) -> device::Result<()> {
-        self.pool(&mut pass.tangents)
-    }
-
-    fn backward_tangent<S: Compute>(&self, mut pass: BackwardTangentPass<'_, S>) -> device::Result<()> {
-        self.spread(&mut pass.tangents)
+    fn transpose<S: Compute>(&self, at: &mut Operands<'_, S>) -> device::Result<()> {
+        let Shape { batch, height, width, channels } = self.shape;
+        let Some((dx, accumulate)) = at.input_gradient(0, self.x)? else { return Ok(()) };
+        let dy = at.gradient(self.y)?;
+        layers::global_average_pool_backward(batch, height * width, channels, dy, dx, accumulate)
     }
 }

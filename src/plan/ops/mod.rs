@@ -19,7 +19,7 @@ mod relu;
 mod shortcut;
 
 use super::graph::{Parameter, Value};
-use super::pass::{BackwardPass, BackwardTangentPass, ForwardPass, ForwardTangentPass};
+use super::pass::{BackwardPass, BackwardTangentPass, ForwardPass, ForwardTangentPass, Operands};
 use super::{PlanError, PlanOptions};
 use crate::arena::Layout;
 use crate::device::{self, Compute, Device};
@@ -73,6 +73,56 @@ pub(super) trait Operation {
     /// Whether the backward writes the gradient of its first input even where no parameter lies before it.
     fn always_writes_input_gradient(&self) -> bool {
         false
+    }
+}
+
+/// An operation without parameters that is a linear map `y = A x` of its inputs. Its backward is the transpose, and
+/// both are their own tangents, so nothing is saved.
+pub(super) trait LinearMap {
+    /// The activation that it writes.
+    fn output(&self) -> Value;
+
+    /// The activations that it reads.
+    fn inputs(&self) -> [Option<Value>; 2];
+
+    /// `y = A x`, of activations or of their tangents.
+    fn apply<S: Compute>(&self, at: &mut Operands<'_, S>) -> device::Result<()>;
+
+    /// `dx = Aᵀ dy`, of gradients or of their tangents.
+    fn transpose<S: Compute>(&self, at: &mut Operands<'_, S>) -> device::Result<()>;
+}
+
+impl<M: LinearMap> Operation for M {
+    fn output(&self) -> Value {
+        LinearMap::output(self)
+    }
+
+    fn inputs(&self) -> [Option<Value>; 2] {
+        LinearMap::inputs(self)
+    }
+
+    fn parameters(&self) -> [Option<Parameter>; 2] {
+        [None, None]
+    }
+
+    fn saved(&self) -> [Option<Value>; 2] {
+        [None, None]
+    }
+
+    fn forward<S: Compute>(&self, mut pass: ForwardPass<'_, S>) -> device::Result<()> {
+        self.apply(&mut pass.values)
+    }
+
+    fn backward<S: Compute>(&self, mut pass: BackwardPass<'_, S>) -> device::Result<()> {
+        self.transpose(&mut pass.values)
+    }
+
+    fn forward_tangent<S: Compute>(&self, mut pass: ForwardTangentPass<'_, S>) -> device::Result<()> {
+        self.apply(&mut pass.tangents)
+    }
+
+    fn backward_tangent<S: Compute>(&self, mut pass: BackwardTangentPass<'_, S>) -> device::Result<()> {
+        self.transpose(&mut pass.tangents)
     }
 }
 
@@ -151,7 +201,9 @@ macro_rules! operations {
     ) => {
         impl Operation for Op {
             $(fn $method $(<$type: Compute>)? (&self $(, $argument: $of)*) -> $result {
-                operations! { @match self $operations operation => operation.$method $(::<$type>)? ($($argument),*) }
+                operations! {
+                    @match self $operations operation => Operation::$method $(::<$type>)? (operation $(, $argument)*)
+                }
             })*
         }
     };

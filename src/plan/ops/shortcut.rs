@@ -1,11 +1,11 @@
 //! The shortcut without parameters of residual networks.
 
-use super::Operation;
+use super::LinearMap;
 use crate::device::{self, Compute};
 use crate::kernels::layers::{self, ShortcutShape};
 use crate::plan::PlanError;
-use crate::plan::graph::{Graph, Parameter, Shape, Value};
-use crate::plan::pass::{BackwardPass, BackwardTangentPass, ForwardPass, ForwardTangentPass, Operands};
+use crate::plan::graph::{Graph, Shape, Value};
+use crate::plan::pass::Operands;
 
 /// `y` holds every `stride`-th pixel of `x`, between channels of zeros.
 #[derive(Debug, Clone)]
@@ -41,18 +41,7 @@ impl Graph {
     }
 }
 
-impl Shortcut {
-    fn sample<S: Compute>(&self, at: &mut Operands<'_, S>) -> device::Result<()> {
-        layers::shortcut(&self.shape, at.read(self.x)?, at.write(self.y)?)
-    }
-
-    fn spread<S: Compute>(&self, at: &mut Operands<'_, S>) -> device::Result<()> {
-        let Some((dx, accumulate)) = at.input_gradient(0, self.x)? else { return Ok(()) };
-        layers::shortcut_backward(&self.shape, at.gradient(self.y)?, dx, accumulate)
-    }
-}
-
-impl Operation for Shortcut {
+impl LinearMap for Shortcut {
     fn output(&self) -> Value {
         self.y
     }
@@ -61,28 +50,12 @@ impl Operation for Shortcut {
         [Some(self.x), None]
     }
 
-    fn parameters(&self) -> [Option<Parameter>; 2] {
-        [None, None]
+    fn apply<S: Compute>(&self, at: &mut Operands<'_, S>) -> device::Result<()> {
+        layers::shortcut(&self.shape, at.read(self.x)?, at.write(self.y)?)
     }
 
-    fn saved(&self) -> [Option<Value>; 2] {
-        [None, None]
-    }
-
-    fn forward<S: Compute>(&self, mut pass: ForwardPass<'_, S>) -> device::Result<()> {
-        self.sample(&mut pass.values)
-    }
-
-    fn backward<S: Compute>(&self, mut pass: BackwardPass<'_, S>) -> device::Result<()> {
-        self.spread(&mut pass.values)
-    }
-
-    /// A linear map is its own tangent.
-    fn forward_tangent<S: Compute>(&self, mut pass: ForwardTangentPass<'_, S>) -> device::Result<()> {
-        self.sample(&mut pass.tangents)
-    }
-
-    fn backward_tangent<S: Compute>(&self, mut pass: BackwardTangentPass<'_, S>) -> device::Result<()> {
-        self.spread(&mut pass.tangents)
+    fn transpose<S: Compute>(&self, at: &mut Operands<'_, S>) -> device::Result<()> {
+        let Some((dx, accumulate)) = at.input_gradient(0, self.x)? else { return Ok(()) };
+        layers::shortcut_backward(&self.shape, at.gradient(self.y)?, dx, accumulate)
     }
 }
