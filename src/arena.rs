@@ -65,6 +65,15 @@ impl TensorKind {
         matches!(self, TensorKind::Convolution { .. } | TensorKind::Linear { .. })
     }
 
+    /// Output channels of a convolution or features of a linear layer, the last dimension of the stored weight. Other
+    /// tensors have none.
+    pub(crate) fn outputs(self) -> Option<usize> {
+        match self {
+            TensorKind::Convolution { outputs, .. } | TensorKind::Linear { outputs, .. } => Some(outputs),
+            _ => None,
+        }
+    }
+
     /// The shape in files, as torchvision has it.
     pub fn file_shape(self) -> Vec<usize> {
         match self {

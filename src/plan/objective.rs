@@ -3,7 +3,6 @@
 use super::rounding::displace;
 use super::second_pass::SecondPass;
 use super::{Plan, check_backward};
-use crate::arena::TensorKind;
 use crate::device::{Compute, Result, Slice, SliceMut};
 use crate::kernels::batch_norm::Mode;
 use crate::kernels::{precision, vector};
@@ -105,15 +104,13 @@ impl<S: Compute> Plan<S> {
         mut out: SliceMut<'_, S::Master>,
     ) -> Result<()> {
         difference(from, to, out.reborrow())?;
-        // Convolutions alone read rounded weights. (TF32's rounding belongs to the products and does not show here.)
-        let convolutions =
-            self.parameters.tensors().iter().filter(|tensor| matches!(tensor.kind, TensorKind::Convolution { .. }));
-        for tensor in convolutions.filter(|_| S::NARROW) {
-            let (range, len) = (tensor.range(), tensor.range().len());
-            let (from, to) = (from.slice(range.clone())?.cast(len)?, to.slice(range.clone())?.cast(len)?);
-            precision::rounded_difference::<S>(from, to, out.slice_mut(range)?.cast(len)?)?;
+        // TF32's rounding belongs to the products and does not show here.
+        let len = self.buffers.rounded.len();
+        if len == 0 {
+            return Ok(());
         }
-        Ok(())
+        let (from, to) = (from.slice(0..len)?.cast(len)?, to.slice(0..len)?.cast(len)?);
+        precision::rounded_difference::<S>(from, to, out.slice_mut(0..len)?.cast(len)?)
     }
 
     /// Updates the loss scale, and makes the pending running statistics the current ones, unless the step was skipped.
