@@ -16,7 +16,7 @@ use criterion::{Criterion, Throughput};
 use half::f16;
 use polder::device::{Buffer, Device, Result};
 use polder::kernels::random;
-use polder::kernels::vector::{self, AdamWStep, Combination, CrSam, Rate, Reduction, SgdStep};
+use polder::kernels::vector::{self, AdamWStep, Combination, CrSamTerms, Rate, Reduction, SgdStep};
 
 /// ResNet-20 for CIFAR-10 and ResNet-18.
 const LENGTHS: [usize; 2] = [269_722, 11_173_962];
@@ -26,6 +26,8 @@ const SGD: SgdStep =
     SgdStep { lr: Rate::Fixed(0.01), momentum: 0.9, nesterov: false, weight_decay: 5e-4, decay_len: usize::MAX };
 const ADAMW: AdamWStep =
     AdamWStep { lr: Rate::Fixed(1e-3), beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, decay_len: usize::MAX };
+
+const CR_SAM: CrSamTerms = CrSamTerms { log_form: true, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
 
 /// One set of vectors.
 struct Vectors {
@@ -144,7 +146,7 @@ const KERNELS: &[Kernel] = &[
         vector::l2_norm(x.g[0].view(), &mut y.reduction, y.norm.view_mut())?;
         perturb(x, y, true)?;
         let (coefficients, dropped) = (y.coefficients.slice_mut(0..3)?, y.dropped.view_mut());
-        vector::cr_sam_coefficients(y.losses.view(), CrSam::default(), coefficients, y.skip.view(), dropped)?;
+        vector::cr_sam_coefficients(y.losses.view(), CR_SAM, coefficients, y.skip.view(), dropped)?;
         sgd(x, y, 3)
     }),
 ];

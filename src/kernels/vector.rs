@@ -286,36 +286,20 @@ fn check_rho(operation: &'static str, rho: f64) -> Result<()> {
     Err(Error::Argument { operation, message: format!("rho = {rho}, expected a positive number") })
 }
 
-/// The form of CR-SAM's regularizer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum CrSamForm {
-    /// The paper's, eq. 7: the gradient of `α log A + β log B` is added to the gradient of the loss.
-    #[default]
-    Log,
-    /// The authors' code: the gradient of `α A + β B` is added.
-    Released,
-}
-
-/// CR-SAM's hyper-parameters.
+/// What CR-SAM's regularizer adds to the gradient of the loss.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct CrSam {
-    /// The regularizer's form.
-    pub form: CrSamForm,
-    /// Weight of the curvature term.
+pub struct CrSamTerms {
+    /// Whether it is the gradient of `α log A + β log B`, as in the paper (eq. 7), or else of `α A + β B`, as in the
+    /// authors' code.
+    pub log_form: bool,
+    /// α, the weight of the curvature term.
     pub alpha: f64,
-    /// Weight of the slope term.
+    /// β, the weight of the slope term.
     pub beta: f64,
     /// The log form drops the α term if `A` is not above this.
     pub a_min: f64,
     /// The log form drops the β term if `B` is not above this.
     pub b_min: f64,
-}
-
-impl Default for CrSam {
-    /// The log form with α = 0.1, β = 0.01 and both thresholds at 1e-8.
-    fn default() -> Self {
-        Self { form: CrSamForm::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 }
-    }
 }
 
 /// The coefficients `c0, c+, c−` of CR-SAM's gradient `c0 g0 + c+ g+ + c− g−`, from `losses` (`L0, L+, L−`). With
@@ -330,7 +314,7 @@ impl Default for CrSam {
 /// [`Error::OtherDevice`] unless they live on one device.
 pub fn cr_sam_coefficients(
     losses: Slice<'_, f64>,
-    settings: CrSam,
+    terms: CrSamTerms,
     mut coefficients: SliceMut<'_, f64>,
     skip: Slice<'_, u32>,
     mut dropped: SliceMut<'_, u32>,
@@ -349,11 +333,11 @@ pub fn cr_sam_coefficients(
         coefficients: coefficients.address(),
         skip: skip.address(),
         dropped: dropped.address(),
-        alpha: settings.alpha,
-        beta: settings.beta,
-        a_min: settings.a_min,
-        b_min: settings.b_min,
-        log_form: u32::from(settings.form == CrSamForm::Log),
+        alpha: terms.alpha,
+        beta: terms.beta,
+        a_min: terms.a_min,
+        b_min: terms.b_min,
+        log_form: terms.log_form.into(),
     };
     // SAFETY: the lengths are checked.
     unsafe { device.launch(id::CR_SAM_COEFFICIENTS, Launch::new(1, 1), &args) }

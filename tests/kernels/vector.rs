@@ -6,7 +6,7 @@ use crate::common::{Random, assert_close, bits, devices, host_devices, on_device
 use half::{bf16, f16};
 use polder::device::{Buffer, Compute, Device, Error, Result, Scalar, Slice, SliceMut};
 use polder::kernels::precision;
-use polder::kernels::vector::{self, AdamWStep, Combination, CrSam, CrSamForm, Rate, Reduction, SgdStep};
+use polder::kernels::vector::{self, AdamWStep, Combination, CrSamTerms, Rate, Reduction, SgdStep};
 
 const LENGTHS: [usize; 6] = [1, 3, 5, 1023, 4096, 100_003];
 
@@ -497,8 +497,10 @@ fn bowl(w: [f64; 2], quartic: f64) -> (f64, [f64; 2]) {
     (loss, [10.0 * x + quartic * x.powi(3), y + quartic * y.powi(3)])
 }
 
+const CR_SAM: CrSamTerms = CrSamTerms { log_form: true, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
+
 /// CR-SAM's direction at (1, 1) with ρ = 0.1, α = 0.1 and β = 0.01, computed by the kernels only.
-fn cr_sam_direction(device: &Device, form: CrSamForm, quartic: f64) -> [f64; 2] {
+fn cr_sam_direction(device: &Device, log_form: bool, quartic: f64) -> [f64; 2] {
     let (loss0, g0) = bowl([1.0, 1.0], quartic);
     let norm = g0[0].hypot(g0[1]);
     let at = |sign: f64| bowl([1.0 + sign * 0.1 * g0[0] / norm, 1.0 + sign * 0.1 * g0[1] / norm], quartic);
@@ -506,9 +508,9 @@ fn cr_sam_direction(device: &Device, form: CrSamForm, quartic: f64) -> [f64; 2] 
     let losses = device.upload(&[loss0, loss_plus, loss_minus]).unwrap();
     let mut coefficients = device.poisoned::<f64>(3).unwrap();
     let mut dropped = device.zeros::<u32>(2).unwrap();
-    let settings = CrSam { form, ..CrSam::default() };
+    let terms = CrSamTerms { log_form, ..CR_SAM };
     let (skip, out) = (device.zeros(1).unwrap(), coefficients.view_mut());
-    vector::cr_sam_coefficients(losses.view(), settings, out, skip.view(), dropped.view_mut()).unwrap();
+    vector::cr_sam_coefficients(losses.view(), terms, out, skip.view(), dropped.view_mut()).unwrap();
     assert_eq!(dropped.to_vec().unwrap(), [0, 0]);
     let c = coefficients.to_vec().unwrap();
     [0, 1].map(|i| c[0] * g0[i] + c[1] * plus[i] + c[2] * minus[i])
@@ -516,18 +518,22 @@ fn cr_sam_direction(device: &Device, form: CrSamForm, quartic: f64) -> [f64; 2] 
 
 #[test]
 fn cr_sam_coefficients_give_the_closed_forms_direction() {
-    // Computed by hand from the definition in double precision, to eight decimals.
+    // The log form or the released one, the quartic term, and the direction, computed by hand from the definition in
+    // double precision, to eight decimals.
     let golden = [
-        (CrSamForm::Released, 0.0, [11.01493793, 1.01014938]),
-        (CrSamForm::Log, 0.0, [11.00493818, 1.01004938]),
-        (CrSamForm::Released, 1.0, [12.34043093, 2.07414310]),
-        (CrSamForm::Log, 1.0, [12.36613425, 2.07466923]),
+        (false, 0.0, [11.01493793, 1.01014938]),
+        (true, 0.0, [11.00493818, 1.01004938]),
+        (false, 1.0, [12.34043093, 2.07414310]),
+        (true, 1.0, [12.36613425, 2.07466923]),
     ];
     for (name, device) in devices() {
-        for (form, quartic, expected) in golden {
-            let found = cr_sam_direction(&device, form, quartic);
+        for (log_form, quartic, expected) in golden {
+            let found = cr_sam_direction(&device, log_form, quartic);
             for i in 0..2 {
-                assert!(abs_diff_eq!(found[i], expected[i], epsilon = 6e-9), "{name}, {form:?}, {quartic}: {found:?}");
+                assert!(
+                    abs_diff_eq!(found[i], expected[i], epsilon = 6e-9),
+                    "{name}, log {log_form}, {quartic}: {found:?}"
+                );
             }
         }
     }
@@ -553,21 +559,19 @@ fn cr_sam_drops_terms_whose_logarithm_is_undefined() {
         for (losses, no_alpha, no_beta) in cases {
             let on_device = device.upload(&losses).unwrap();
             let mut coefficients = device.poisoned::<f64>(3).unwrap();
-            let settings = CrSam { alpha, beta, ..CrSam::default() };
+            let terms = CrSamTerms { alpha, beta, ..CR_SAM };
             let out = coefficients.view_mut();
-            vector::cr_sam_coefficients(on_device.view(), settings, out, go_on.view(), dropped.view_mut()).unwrap();
+            vector::cr_sam_coefficients(on_device.view(), terms, out, go_on.view(), dropped.view_mut()).unwrap();
             let a = if no_alpha { 0.0 } else { alpha / (losses[1] + losses[2] - 2.0 * losses[0]) };
             let b = if no_beta { 0.0 } else { beta / (losses[1] - losses[2]) };
             assert_close(&name, &coefficients.to_vec().unwrap(), &[-2.0 * a, 1.0 + a + b, a - b], 1e-15);
             expected_dropped = [expected_dropped[0] + u32::from(no_alpha), expected_dropped[1] + u32::from(no_beta)];
             assert_eq!(dropped.to_vec().unwrap(), expected_dropped, "{name}: {losses:?}");
             // The released form divides by neither, and a term of weight 0 is not counted.
-            for settings in
-                [CrSam { form: CrSamForm::Released, ..settings }, CrSam { alpha: 0.0, beta: 0.0, ..settings }]
-            {
+            for terms in [CrSamTerms { log_form: false, ..terms }, CrSamTerms { alpha: 0.0, beta: 0.0, ..terms }] {
                 let out = coefficients.view_mut();
-                vector::cr_sam_coefficients(on_device.view(), settings, out, go_on.view(), dropped.view_mut()).unwrap();
-                let (a, b) = if settings.form == CrSamForm::Released { (alpha, beta) } else { (0.0, 0.0) };
+                vector::cr_sam_coefficients(on_device.view(), terms, out, go_on.view(), dropped.view_mut()).unwrap();
+                let (a, b) = if !terms.log_form { (alpha, beta) } else { (0.0, 0.0) };
                 assert_close(&name, &coefficients.to_vec().unwrap(), &[-2.0 * a, 1.0 + a + b, a - b], 1e-15);
                 assert_eq!(dropped.to_vec().unwrap(), expected_dropped, "{name}: {losses:?}");
             }
@@ -577,13 +581,13 @@ fn cr_sam_drops_terms_whose_logarithm_is_undefined() {
         for (a_min, b_min, expected) in [(0.25, 0.75, [1, 1]), (0.2499, 0.7499, [0, 0])] {
             let mut dropped = device.zeros::<u32>(2).unwrap();
             let mut coefficients = device.poisoned::<f64>(3).unwrap();
-            let settings = CrSam { a_min, b_min, ..CrSam::default() };
+            let terms = CrSamTerms { a_min, b_min, ..CR_SAM };
             let out = coefficients.view_mut();
-            vector::cr_sam_coefficients(losses.view(), settings, out, go_on.view(), dropped.view_mut()).unwrap();
+            vector::cr_sam_coefficients(losses.view(), terms, out, go_on.view(), dropped.view_mut()).unwrap();
             assert_eq!(dropped.to_vec().unwrap(), expected, "{name}");
             // A skipped step counts nothing.
             let out = coefficients.view_mut();
-            vector::cr_sam_coefficients(losses.view(), settings, out, skip.view(), dropped.view_mut()).unwrap();
+            vector::cr_sam_coefficients(losses.view(), terms, out, skip.view(), dropped.view_mut()).unwrap();
             assert_eq!(dropped.to_vec().unwrap(), expected, "{name}");
         }
     }

@@ -2,7 +2,7 @@
 //! AAAI 2024, equation 7).
 
 use crate::device::{Result, Scalar};
-use crate::kernels::vector::{self, CrSamForm};
+use crate::kernels::vector::{self, CrSamTerms};
 use crate::objective::Passes;
 use crate::optim::step::work::{G0, G1, G2};
 use crate::optim::{Direction, Entry, Method, Needs, Numbers, Step};
@@ -65,12 +65,8 @@ impl<T: Scalar> Method<T> for CrSam {
     fn direction(&self, step: &mut Step<'_, T>) -> Result<Direction> {
         step.gradient_at_weights()?;
         step.gradient_pair_displaced(self.rho, [G1, G2])?;
-        let form = match self.form {
-            Form::Log => CrSamForm::Log,
-            Form::Released => CrSamForm::Released,
-        };
-        let Self { alpha, beta, a_min, b_min, .. } = *self;
-        let terms = vector::CrSam { form, alpha, beta, a_min, b_min };
+        let Self { alpha, beta, form, a_min, b_min, .. } = *self;
+        let terms = CrSamTerms { log_form: form == Form::Log, alpha, beta, a_min, b_min };
         let Numbers { losses, own, coefficients, flag, .. } = &mut *step.numbers;
         let (losses, dropped) = (losses.slice(0..3)?, step.counters.reborrow());
         vector::curvature_from_losses(losses, self.rho * step.rho_factor, own.view_mut())?;

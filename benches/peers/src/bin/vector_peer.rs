@@ -13,7 +13,7 @@ use std::path::Path;
 use clap::{Parser, ValueEnum};
 use polder::device::{Buffer, Device, Result as DeviceResult};
 use polder::kernels::random;
-use polder::kernels::vector::{self, Combination, CrSam, CrSamForm, Rate, Reduction, SgdStep};
+use polder::kernels::vector::{self, Combination, CrSamTerms, Rate, Reduction, SgdStep};
 use polder::train::open_device;
 use polder_peers::protocol::{self, Answer, number};
 use polder_peers::tensors;
@@ -23,7 +23,7 @@ use serde_json::json;
 const RHO: f64 = 0.05;
 const SGD: SgdStep =
     SgdStep { lr: Rate::Fixed(0.01), momentum: 0.9, nesterov: false, weight_decay: 5e-4, decay_len: usize::MAX };
-const CR_SAM: CrSam = CrSam { form: CrSamForm::Log, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
+const CR_SAM: CrSamTerms = CrSamTerms { log_form: true, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
 
 const SETS: u64 = 3;
 
