@@ -140,7 +140,13 @@ fn check_cast<T: Element, U: Element>(operation: &'static str, found: usize, len
     }
 }
 
-fn check_length(operation: &'static str, argument: &'static str, found: usize, expected: usize) -> Result<()> {
+/// Fails unless an argument's length is the expected one.
+pub(crate) fn check_length(
+    operation: &'static str,
+    argument: &'static str,
+    found: usize,
+    expected: usize,
+) -> Result<()> {
     if found == expected { Ok(()) } else { Err(Error::Length { operation, argument, found, expected }) }
 }
 

@@ -18,6 +18,7 @@ pub(crate) mod selftest;
 use std::fmt;
 use std::sync::Arc;
 
+pub(crate) use buffer::check_length;
 pub use buffer::{Buffer, Disjoint, Slice, SliceMut};
 pub use error::{Error, Result};
 pub use host::{BlockOrder, HostOptions};

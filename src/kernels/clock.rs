@@ -1,7 +1,9 @@
 //! The position of a training run, on the device. Kernels read there what changes from step to step, so that a recorded
 //! step can be replayed.
 
-use super::{check_device, check_length};
+use super::Check;
+#[cfg(doc)]
+use crate::device::Error;
 use crate::device::arguments::AdvanceClockArgs;
 use crate::device::{Launch, Result, Slice, SliceMut, id};
 
@@ -12,14 +14,13 @@ pub const LEN: usize = 2;
 /// `rates` holds one rate for each step of the epoch; after the last step, the rate is 0. Traffic: a few bytes.
 ///
 /// # Errors
-/// Wrong lengths or devices.
+/// [`Error::Length`] and [`Error::OtherDevice`].
 pub fn advance(mut clock: SliceMut<'_, u64>, rates: Slice<'_, f64>, mut rate: SliceMut<'_, f64>) -> Result<()> {
-    const NAME: &str = "clock::advance";
-    check_length(NAME, "clock", clock.len(), LEN)?;
-    check_length(NAME, "rate", rate.len(), 1)?;
     let device = clock.device().clone();
-    check_device(NAME, "rates", &device, rates.device())?;
-    check_device(NAME, "rate", &device, rate.device())?;
+    let check = Check { operation: "clock::advance", device: &device };
+    check.argument("clock", clock.view(), LEN)?;
+    check.device("rates", rates.device())?;
+    check.argument("rate", rate.view(), 1)?;
     let args = AdvanceClockArgs {
         clock: clock.address(),
         rates: rates.address(),

@@ -465,7 +465,7 @@ pub fn finished_weight_gradient<S: Compute>(
         let message = format!("this convolution in {} does not finish on {}: {shape:?}", S::NAME, device.name());
         return Err(Error::Argument { operation: OPERATION, message });
     };
-    let finish = finish.args::<S::Master>(OPERATION, &device, squares)?;
+    let finish = finish.args::<S::Master>(Check { operation: OPERATION, device: &device }, squares)?;
     tensor::weight_gradient(shape, x, dy, dw, false, finish)
 }
 

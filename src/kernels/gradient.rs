@@ -20,7 +20,7 @@
 
 use std::ops::Range;
 
-use super::{check_device, check_length, pick};
+use super::{Check, check_length, pick};
 use crate::device::arguments::{FinishArgs, GradientPiece, GradientPiecesArgs};
 use crate::device::constants::{BLOCK_THREADS, PIECE_ELEMENTS};
 use crate::device::{Buffer, Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
@@ -77,20 +77,13 @@ pub struct Finish<'a> {
 
 impl Finish<'_> {
     /// Checks the arguments for a launch that leaves `squares` sums.
-    pub(super) fn args<T: Scalar>(
-        &mut self,
-        operation: &'static str,
-        device: &Device,
-        squares: usize,
-    ) -> Result<FinishArgs> {
+    pub(super) fn args<T: Scalar>(&mut self, check: Check<'_>, squares: usize) -> Result<FinishArgs> {
         if let Some(scale) = self.scale {
-            precision::check_scale::<T>(operation, device, scale)?;
+            precision::check_scale::<T>(check, scale)?;
         }
-        check_length(operation, "flag", self.flag.len(), 1)?;
-        check_device(operation, "flag", device, self.flag.device())?;
+        check.argument("flag", self.flag.view(), 1)?;
         if let Some(found) = &self.squares {
-            check_length(operation, "squares", found.len(), squares)?;
-            check_device(operation, "squares", device, found.device())?;
+            check.argument("squares", found.view(), squares)?;
         }
         Ok(FinishArgs {
             scale: self.scale.map_or(0, |scale| scale.address()),
@@ -299,8 +292,9 @@ impl GradientStages {
                 check_length(operation, name, found, needed)?;
             }
         }
-        check_device(operation, "parts", &device, parts.device())?;
-        check_device(operation, "out", &device, out.device())?;
+        let check = Check { operation, device: &device };
+        check.device("parts", parts.device())?;
+        check.device("out", out.device())?;
         let (blocks, table) = (squares.len(), self.table.slice(pieces.clone())?.address());
         let mut args = GradientPiecesArgs {
             parts: parts.address(),
@@ -313,10 +307,9 @@ impl GradientStages {
             ..GradientPiecesArgs::default()
         };
         let squares = if matches!(norm, NormStage::None) { None } else { Some(self.squares.slice_mut(squares)?) };
-        args.finish = Finish { scale, flag, squares }.args::<T>(operation, &device, blocks)?;
+        args.finish = Finish { scale, flag, squares }.args::<T>(check, blocks)?;
         if let NormStage::Now(mut norm) = norm {
-            check_length(operation, "norm", norm.len(), 1)?;
-            check_device(operation, "norm", &device, norm.device())?;
+            check.argument("norm", norm.view(), 1)?;
             args.norm = norm.address();
         }
         // SAFETY: the places of the pieces lie in the two vectors and do not overlap. There is a sum of squares for

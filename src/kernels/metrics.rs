@@ -1,6 +1,8 @@
 //! Sums and means of losses on the device, so that the training loop need not wait for the loss of each step.
 
-use super::{check_device, check_length};
+use super::Check;
+#[cfg(doc)]
+use crate::device::Error;
 use crate::device::arguments::{MeanTermArgs, RecordArgs};
 use crate::device::{Launch, Result, Slice, SliceMut, id};
 
@@ -8,7 +10,7 @@ use crate::device::{Launch, Result, Slice, SliceMut, id};
 /// times samples, correct, samples), unless `skip` is set. Every other argument has one element. Traffic: a few bytes.
 ///
 /// # Errors
-/// Wrong lengths or devices.
+/// [`Error::Length`] and [`Error::OtherDevice`].
 pub fn record(
     loss: Slice<'_, f64>,
     correct: Slice<'_, u32>,
@@ -16,15 +18,12 @@ pub fn record(
     samples: usize,
     mut totals: SliceMut<'_, f64>,
 ) -> Result<()> {
-    const NAME: &str = "metrics::record";
-    check_length(NAME, "loss", loss.len(), 1)?;
-    check_length(NAME, "correct", correct.len(), 1)?;
-    check_length(NAME, "skip", skip.len(), 1)?;
-    check_length(NAME, "totals", totals.len(), 3)?;
     let device = loss.device();
-    check_device(NAME, "correct", device, correct.device())?;
-    check_device(NAME, "skip", device, skip.device())?;
-    check_device(NAME, "totals", device, totals.device())?;
+    let check = Check { operation: "metrics::record", device };
+    check.argument("loss", loss, 1)?;
+    check.argument("correct", correct, 1)?;
+    check.argument("skip", skip, 1)?;
+    check.argument("totals", totals.view(), 3)?;
     let args = RecordArgs {
         loss: loss.address(),
         correct: correct.address(),
@@ -39,13 +38,12 @@ pub fn record(
 /// `mean = weight · term`, or, with `add`, `mean += weight · term`. Both have one element. Traffic: a few bytes.
 ///
 /// # Errors
-/// Wrong lengths or devices.
+/// [`Error::Length`] and [`Error::OtherDevice`].
 pub fn mean_term(term: Slice<'_, f64>, weight: f64, add: bool, mut mean: SliceMut<'_, f64>) -> Result<()> {
-    const NAME: &str = "metrics::mean_term";
-    check_length(NAME, "term", term.len(), 1)?;
-    check_length(NAME, "mean", mean.len(), 1)?;
     let device = term.device();
-    check_device(NAME, "mean", device, mean.device())?;
+    let check = Check { operation: "metrics::mean_term", device };
+    check.argument("term", term, 1)?;
+    check.argument("mean", mean.view(), 1)?;
     let args = MeanTermArgs { term: term.address(), mean: mean.address(), weight, add: add.into() };
     // SAFETY: lengths and device are checked above.
     unsafe { device.launch(id::MEAN_TERM, Launch::new(1, 1), &args) }

@@ -16,27 +16,8 @@ pub mod random;
 pub mod sharpness;
 pub mod vector;
 
+pub(crate) use crate::device::check_length;
 use crate::device::{ComputeKernels, Device, Element, Error, Kernel, Result, Scalar, Slice};
-
-/// Fails unless `found` is `expected`.
-pub(crate) fn check_length(
-    operation: &'static str,
-    argument: &'static str,
-    found: usize,
-    expected: usize,
-) -> Result<()> {
-    if found == expected { Ok(()) } else { Err(Error::Length { operation, argument, found, expected }) }
-}
-
-/// Fails unless `other` is `device`.
-pub(crate) fn check_device(
-    operation: &'static str,
-    argument: &'static str,
-    device: &Device,
-    other: &Device,
-) -> Result<()> {
-    if device == other { Ok(()) } else { Err(Error::OtherDevice { operation, argument }) }
-}
 
 /// Checks the arguments of one operation: that they live on one device and have the lengths that its shape implies.
 #[derive(Clone, Copy)]
@@ -53,8 +34,9 @@ impl Check<'_> {
     }
 
     /// Fails unless an argument's device is the operation's.
-    pub fn device(&self, name: &'static str, device: &Device) -> Result<()> {
-        check_device(self.operation, name, self.device, device)
+    pub fn device(&self, argument: &'static str, device: &Device) -> Result<()> {
+        let operation = self.operation;
+        if device == self.device { Ok(()) } else { Err(Error::OtherDevice { operation, argument }) }
     }
 
     /// Fails with a message.

@@ -5,9 +5,11 @@
 //! vanish. The loss is multiplied by a power of two before the backward pass, and the gradient is divided by it
 //! afterwards. The state is two numbers on the device: the scale, and the number of consecutive steps without overflow.
 
-use super::{check_device, check_length};
+use super::Check;
+#[cfg(doc)]
+use crate::device::Error;
 use crate::device::arguments::{DifferenceArgs, DirectionScaleArgs, UnscaleArgs, UpdateScaleArgs};
-use crate::device::{Compute, ComputeKernels, Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
+use crate::device::{Compute, ComputeKernels, Launch, Result, Scalar, Slice, SliceMut, id};
 
 /// The initial state: the scale 2¹⁶, and no step.
 pub const SCALE_START: [f64; 2] = [65536.0, 0.0];
@@ -16,28 +18,25 @@ pub const SCALE_GROWTH_INTERVAL: f64 = 2000.0;
 /// The range of the scale.
 const SCALE_RANGE: [f64; 2] = [1.0, 16777216.0];
 
-/// Fails unless `scale` is a state of loss scaling on `device`, and gradients of type `T` may be scaled.
-pub(super) fn check_scale<T: Scalar>(operation: &'static str, device: &Device, scale: Slice<'_, f64>) -> Result<()> {
-    check_length(operation, "scale", scale.len(), SCALE_START.len())?;
-    check_device(operation, "scale", device, scale.device())?;
+/// Fails unless `scale` is a state of loss scaling on the operation's device, and gradients of type `T` may be scaled.
+pub(super) fn check_scale<T: Scalar>(check: Check<'_>, scale: Slice<'_, f64>) -> Result<()> {
+    check.argument("scale", scale, SCALE_START.len())?;
     if size_of::<T>() == size_of::<f32>() {
         return Ok(());
     }
-    Err(Error::Argument { operation, message: format!("a gradient in {} has no scale", T::NAME) })
+    check.refuse(format!("a gradient in {} has no scale", T::NAME))
 }
 
 /// Divides `x` by the scale, and sets `flag` (one element) to 1 if any element was infinite or NaN. The division is
 /// exact except for results that are subnormal. Traffic: 8 B per element.
 ///
 /// # Errors
-/// Wrong lengths or devices.
+/// [`Error::Length`] and [`Error::OtherDevice`].
 pub fn unscale(mut x: SliceMut<'_, f32>, state: Slice<'_, f64>, mut flag: SliceMut<'_, u32>) -> Result<()> {
-    const NAME: &str = "precision::unscale";
-    check_length(NAME, "state", state.len(), SCALE_START.len())?;
-    check_length(NAME, "flag", flag.len(), 1)?;
     let device = x.device().clone();
-    check_device(NAME, "state", &device, state.device())?;
-    check_device(NAME, "flag", &device, flag.device())?;
+    let check = Check { operation: "precision::unscale", device: &device };
+    check.argument("state", state, SCALE_START.len())?;
+    check.argument("flag", flag.view(), 1)?;
     let args = UnscaleArgs { x: x.address(), state: state.address(), flag: flag.address(), n: x.len() as u64 };
     // SAFETY: lengths and devices are checked above.
     unsafe { device.launch(id::UNSCALE, device.elementwise(x.len(), 4), &args) }
@@ -47,13 +46,12 @@ pub fn unscale(mut x: SliceMut<'_, f32>, state: Slice<'_, f64>, mut flag: SliceM
 /// consecutive steps in which it was not set. Traffic: a few bytes.
 ///
 /// # Errors
-/// Wrong lengths or devices.
+/// [`Error::Length`] and [`Error::OtherDevice`].
 pub fn update_scale(mut state: SliceMut<'_, f64>, skip: Slice<'_, u32>) -> Result<()> {
-    const NAME: &str = "precision::update_scale";
-    check_length(NAME, "state", state.len(), SCALE_START.len())?;
-    check_length(NAME, "skip", skip.len(), 1)?;
     let device = state.device().clone();
-    check_device(NAME, "skip", &device, skip.device())?;
+    let check = Check { operation: "precision::update_scale", device: &device };
+    check.argument("state", state.view(), SCALE_START.len())?;
+    check.argument("skip", skip, 1)?;
     let [least, most] = SCALE_RANGE;
     let args =
         UpdateScaleArgs { state: state.address(), skip: skip.address(), interval: SCALE_GROWTH_INTERVAL, least, most };
@@ -67,20 +65,18 @@ pub fn update_scale(mut state: SliceMut<'_, f64>, skip: Slice<'_, u32>) -> Resul
 /// factor times the scale in `state`: [`unscale`] with it corrects the product. Traffic: a few bytes.
 ///
 /// # Errors
-/// Wrong lengths or devices.
+/// [`Error::Length`] and [`Error::OtherDevice`].
 pub fn direction_scale(
     norm: Slice<'_, f64>,
     state: Slice<'_, f64>,
     target: f64,
     mut out: SliceMut<'_, f64>,
 ) -> Result<()> {
-    const NAME: &str = "precision::direction_scale";
-    check_length(NAME, "norm", norm.len(), 1)?;
-    check_length(NAME, "state", state.len(), SCALE_START.len())?;
-    check_length(NAME, "out", out.len(), 4 + SCALE_START.len())?;
     let device = out.device().clone();
-    check_device(NAME, "norm", &device, norm.device())?;
-    check_device(NAME, "state", &device, state.device())?;
+    let check = Check { operation: "precision::direction_scale", device: &device };
+    check.argument("norm", norm, 1)?;
+    check.argument("state", state, SCALE_START.len())?;
+    check.argument("out", out.view(), 4 + SCALE_START.len())?;
     let args = DirectionScaleArgs { norm: norm.address(), state: state.address(), out: out.address(), target };
     // SAFETY: lengths and devices are checked above.
     unsafe { device.launch(id::DIRECTION_SCALE, Launch::new(1, 1), &args) }
@@ -90,21 +86,19 @@ pub fn direction_scale(
 /// rounded before use. Traffic: 12 B per element.
 ///
 /// # Errors
-/// [`Error::Argument`] for a type that is no narrower than `f32`; wrong lengths or devices.
+/// [`Error::Argument`] for a type that is no narrower than `f32`; [`Error::Length`] and [`Error::OtherDevice`].
 pub fn rounded_difference<S: Compute>(
     from: Slice<'_, f32>,
     to: Slice<'_, f32>,
     mut out: SliceMut<'_, f32>,
 ) -> Result<()> {
-    const NAME: &str = "precision::rounded_difference";
-    if !S::NARROW {
-        return Err(Error::Argument { operation: NAME, message: format!("{} is not rounded to", S::NAME) });
-    }
     let (n, device) = (out.len(), out.device().clone());
-    for (name, argument) in [("from", from), ("to", to)] {
-        check_length(NAME, name, argument.len(), n)?;
-        check_device(NAME, name, &device, argument.device())?;
+    let check = Check { operation: "precision::rounded_difference", device: &device };
+    if !S::NARROW {
+        return check.refuse(format!("{} is not rounded to", S::NAME));
     }
+    check.argument("from", from, n)?;
+    check.argument("to", to, n)?;
     let (f16, bf16) = (id::ROUNDED_DIFFERENCE_F16, id::ROUNDED_DIFFERENCE_BF16);
     let kernel = S::choose(ComputeKernels { f32: f16, f64: f16, f16, bf16 });
     let args = DifferenceArgs { from: from.address(), to: to.address(), out: out.address(), n: n as u64 };

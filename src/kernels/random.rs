@@ -4,7 +4,7 @@
 //! whichever part of a vector is generated. Double precision gets the same numbers as single.
 
 use super::vector::Reduction;
-use super::{check_device, check_length, pick};
+use super::{Check, pick};
 #[cfg(doc)]
 use crate::device::Error;
 use crate::device::arguments::{PerturbNormalArgs, PhiloxArgs, PhiloxBlock, RandomArgs};
@@ -79,13 +79,11 @@ pub fn perturb_normal<T: Scalar>(
     rho: f64,
     mut out: SliceMut<'_, T>,
 ) -> Result<()> {
-    let operation = "random::perturb_normal";
     let device = out.device().clone();
+    let check = Check { operation: "random::perturb_normal", device: &device };
     let n = out.len();
-    check_length(operation, "w", w.len(), n)?;
-    check_length(operation, "norm", norm.len(), 1)?;
-    check_device(operation, "w", &device, w.device())?;
-    check_device(operation, "norm", &device, norm.device())?;
+    check.argument("w", w, n)?;
+    check.argument("norm", norm, 1)?;
     let (w, norm, out) = (w.address(), norm.address(), out.address());
     let args = PerturbNormalArgs { w, norm, out, partials: 0, n: n as u64, seed, first_block, rho };
     let kernel = pick::<T, _>(id::PERTURB_NORMAL_F32, id::PERTURB_NORMAL_F64);
@@ -98,8 +96,8 @@ pub fn perturb_normal<T: Scalar>(
 /// # Errors
 /// [`crate::device::Error::Length`] unless `out` holds four words.
 pub fn philox4x32_10(mut out: SliceMut<'_, u32>, counter: [u32; 4], key: [u32; 2]) -> Result<()> {
-    check_length("random::philox4x32_10", "out", out.len(), 4)?;
     let device = out.device().clone();
+    Check { operation: "random::philox4x32_10", device: &device }.argument("out", out.view(), 4)?;
     let args = PhiloxArgs { out: out.address(), counter: PhiloxBlock { v: counter }, key };
     // SAFETY: `out` is four words borrowed exclusively.
     unsafe { device.launch(id::PHILOX_ONCE, Launch::new(1, 1), &args) }

@@ -8,13 +8,15 @@
 //! Malitsky and Mishchenko 2020, "Adaptive Gradient Descent without Descent".
 
 use super::vector::{Combination, Reduction, one_block, pack};
-use super::{Check, check_device, check_length, pick};
+use super::{Check, pick};
+#[cfg(doc)]
+use crate::device::Error;
 use crate::device::arguments::{
     AdaptiveArgs, AdgdCommitArgs, AdgdRatesArgs, AscendArgs, AscentArgs, ClipArgs, CombineArgs, CombinedProductsArgs,
     FinishProductsArgs, GamArgs, PerturbAlongArgs, QuotientArgs, RejectionArgs,
 };
 use crate::device::constants::{self, MAX_TERMS};
-use crate::device::{Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
+use crate::device::{Launch, Result, Scalar, Slice, SliceMut, id};
 
 /// The number of results of [`combined_products`]: A·A, A·B, B·B, ‖A‖, ‖B‖.
 pub const PRODUCTS: usize = constants::PRODUCTS;
@@ -32,23 +34,24 @@ pub fn combined_products<T: Scalar>(
     reduction: &mut Reduction,
     mut out: SliceMut<'_, f64>,
 ) -> Result<()> {
-    let operation = "sharpness::combined_products";
     let (device, partials) = reduction.parts();
+    let check = Check { operation: "sharpness::combined_products", device: &device };
     let kernel = match vectors.len() {
         1 => pick::<T, _>(id::COMBINED_PRODUCTS1_F32, id::COMBINED_PRODUCTS1_F64),
         2 => pick::<T, _>(id::COMBINED_PRODUCTS2_F32, id::COMBINED_PRODUCTS2_F64),
         3 => pick::<T, _>(id::COMBINED_PRODUCTS3_F32, id::COMBINED_PRODUCTS3_F64),
         4 => pick::<T, _>(id::COMBINED_PRODUCTS4_F32, id::COMBINED_PRODUCTS4_F64),
-        count => return Err(Error::Argument { operation, message: format!("{count} vectors, expected 1 to 4") }),
+        count => return check.refuse(format!("{count} vectors, expected 1 to 4")),
     };
     let n = vectors[0].len();
     let mut addresses = [0; MAX_TERMS];
-    for (address, vector) in addresses.iter_mut().zip(vectors) {
-        check_length(operation, "vectors", vector.len(), n)?;
-        check_device(operation, "vectors", &device, vector.device())?;
+    for (address, &vector) in addresses.iter_mut().zip(vectors) {
+        check.argument("vectors", vector, n)?;
         *address = vector.address();
     }
-    numbers(operation, &device, &[("a", a, 4), ("b", b, 4), ("out", out.view(), PRODUCTS)])?;
+    check.argument("a", a, 4)?;
+    check.argument("b", b, 4)?;
+    check.argument("out", out.view(), PRODUCTS)?;
     let args = CombinedProductsArgs { vectors: addresses, a: a.address(), b: b.address(), partials, n: n as u64 };
     let shape = device.elementwise(n, pack::<T>());
     let finish = FinishProductsArgs { partials, out: out.address(), count: u64::from(shape.grid[0]) };
@@ -58,16 +61,6 @@ pub fn combined_products<T: Scalar>(
         device.launch(kernel, shape, &args)?;
         device.launch(id::FINISH_PRODUCTS, one_block(&device), &finish)
     }
-}
-
-/// Checks arguments that are a few numbers on the device.
-fn numbers(
-    operation: &'static str,
-    device: &Device,
-    arguments: &[(&'static str, Slice<'_, f64>, usize)],
-) -> Result<()> {
-    let check = Check { operation, device };
-    arguments.iter().try_for_each(|&(argument, slice, expected)| check.argument(argument, slice, expected))
 }
 
 /// `out = weight · Σ c_k x_k`, or, with `add`, `out += weight · Σ c_k x_k`. Nothing is written if `skip` (one number)
@@ -83,13 +76,12 @@ pub fn combine<T: Scalar>(
     mut out: SliceMut<'_, T>,
     skip: Option<Slice<'_, u32>>,
 ) -> Result<()> {
-    let operation = "sharpness::combine";
     let device = out.device().clone();
     let n = out.len();
-    let (combination, count) = combination.args(operation, n, &device)?;
-    if let Some(skip) = &skip {
-        check_length(operation, "skip", skip.len(), 1)?;
-        check_device(operation, "skip", &device, skip.device())?;
+    let check = Check { operation: "sharpness::combine", device: &device };
+    let (combination, count) = combination.args(check, n)?;
+    if let Some(skip) = skip {
+        check.argument("skip", skip, 1)?;
     }
     let kernel = match count {
         1 => pick::<T, _>(id::COMBINE1_F32, id::COMBINE1_F64),
@@ -116,16 +108,15 @@ pub fn perturb_along<T: Scalar>(
     rho: f64,
     mut out: SliceMut<'_, T>,
 ) -> Result<()> {
-    let operation = "sharpness::perturb_along";
     let device = out.device().clone();
     let n = out.len();
-    let (direction, count) = direction.args(operation, n, &device)?;
+    let check = Check { operation: "sharpness::perturb_along", device: &device };
+    let (direction, count) = direction.args(check, n)?;
     if count != 2 {
-        return Err(Error::Argument { operation, message: format!("a direction of {count} vectors, expected 2") });
+        return check.refuse(format!("a direction of {count} vectors, expected 2"));
     }
-    check_length(operation, "w", w.len(), n)?;
-    check_device(operation, "w", &device, w.device())?;
-    numbers(operation, &device, &[("norm", norm, 1)])?;
+    check.argument("w", w, n)?;
+    check.argument("norm", norm, 1)?;
     let args =
         PerturbAlongArgs { direction, w: w.address(), norm: norm.address(), out: out.address(), n: n as u64, rho };
     let kernel = pick::<T, _>(id::PERTURB_ALONG2_F32, id::PERTURB_ALONG2_F64);
@@ -148,14 +139,13 @@ pub fn ascend<T: Scalar>(
     mut out: SliceMut<'_, T>,
     (first, last): (bool, bool),
 ) -> Result<()> {
-    let operation = "sharpness::ascend";
     let device = out.device().clone();
     let n = out.len();
-    for (argument, vector) in [("w", w), ("g", g), ("displacement", displacement.view())] {
-        check_length(operation, argument, vector.len(), n)?;
-        check_device(operation, argument, &device, vector.device())?;
-    }
-    numbers(operation, &device, &[("coefficients", coefficients, 2)])?;
+    let check = Check { operation: "sharpness::ascend", device: &device };
+    check.argument("w", w, n)?;
+    check.argument("g", g, n)?;
+    check.argument("displacement", displacement.view(), n)?;
+    check.argument("coefficients", coefficients, 2)?;
     let args = AscendArgs {
         w: w.address(),
         g: g.address(),
@@ -180,17 +170,10 @@ pub struct Scaling {
 }
 
 impl AdaptiveArgs {
-    fn new<T: Scalar>(
-        operation: &'static str,
-        device: &Device,
-        w: Slice<'_, T>,
-        g: Slice<'_, T>,
-        scaling: Scaling,
-    ) -> Result<Self> {
+    fn new<T: Scalar>(check: Check<'_>, w: Slice<'_, T>, g: Slice<'_, T>, scaling: Scaling) -> Result<Self> {
         let n = w.len();
-        check_length(operation, "g", g.len(), n)?;
-        check_device(operation, "w", device, w.device())?;
-        check_device(operation, "g", device, g.device())?;
+        check.device("w", w.device())?;
+        check.argument("g", g, n)?;
         let scaled_len = scaling.scaled_len.min(n) as u64;
         let (w, g, n, eta) = (w.address(), g.address(), n as u64, scaling.eta);
         Ok(Self { w, g, norm: 0, out: 0, partials: 0, n, scaled_len, rho: 0.0, eta })
@@ -209,13 +192,13 @@ pub fn adaptive_norm<T: Scalar>(
     reduction: &mut Reduction,
     norm: SliceMut<'_, f64>,
 ) -> Result<()> {
-    let operation = "sharpness::adaptive_norm";
     let (device, partials) = reduction.parts();
-    let args = AdaptiveArgs { partials, ..AdaptiveArgs::new(operation, &device, w, g, scaling)? };
+    let check = Check { operation: "sharpness::adaptive_norm", device: &device };
+    let args = AdaptiveArgs { partials, ..AdaptiveArgs::new(check, w, g, scaling)? };
     let shape = device.elementwise(w.len(), pack::<T>());
     // SAFETY: both vectors hold n elements, and there is room for the sum of each block.
     unsafe { device.launch(pick::<T, _>(id::ADAPTIVE_SQUARES_F32, id::ADAPTIVE_SQUARES_F64), shape, &args)? };
-    reduction.finish_norm(operation, shape, norm)
+    reduction.finish_norm(check.operation, shape, norm)
 }
 
 /// `out = w + ρ T² g/(norm + 1e-12)` with the norm of [`adaptive_norm`]. Traffic: 12 B per element. [ASAM, eq. 5]
@@ -231,11 +214,11 @@ pub fn perturb_adaptive<T: Scalar>(
     rho: f64,
     mut out: SliceMut<'_, T>,
 ) -> Result<()> {
-    let operation = "sharpness::perturb_adaptive";
     let device = out.device().clone();
-    check_length(operation, "out", out.len(), w.len())?;
-    numbers(operation, &device, &[("norm", norm, 1)])?;
-    let args = AdaptiveArgs::new(operation, &device, w, g, scaling)?;
+    let check = Check { operation: "sharpness::perturb_adaptive", device: &device };
+    check.argument("out", out.view(), w.len())?;
+    check.argument("norm", norm, 1)?;
+    let args = AdaptiveArgs::new(check, w, g, scaling)?;
     let args = AdaptiveArgs { norm: norm.address(), out: out.address(), rho, ..args };
     let kernel = pick::<T, _>(id::PERTURB_ADAPTIVE_F32, id::PERTURB_ADAPTIVE_F64);
     // SAFETY: every vector holds n elements.
@@ -255,12 +238,13 @@ pub fn quotient(
     denominator: Slice<'_, f64>,
     mut coefficients: SliceMut<'_, f64>,
 ) -> Result<()> {
-    let operation = "sharpness::quotient";
     let device = coefficients.device().clone();
-    let over = numerator.unwrap_or(denominator);
-    let coefficients_read = coefficients.view();
-    let arguments = [("denominator", denominator, 1), ("numerator", over, 1), ("coefficients", coefficients_read, 2)];
-    numbers(operation, &device, &arguments)?;
+    let check = Check { operation: "sharpness::quotient", device: &device };
+    check.argument("denominator", denominator, 1)?;
+    if let Some(numerator) = numerator {
+        check.argument("numerator", numerator, 1)?;
+    }
+    check.argument("coefficients", coefficients.view(), 2)?;
     let numerator = numerator.map_or(0, |number| number.address());
     let (denominator, coefficients) = (denominator.address(), coefficients.address());
     let args = QuotientArgs { numerator, denominator, coefficients, factor };
@@ -276,10 +260,10 @@ pub fn quotient(
 /// [`Error::Length`] unless `products` holds 5 numbers and `coefficients` two, [`Error::OtherDevice`] unless they live
 /// on one device.
 pub fn rejection(products: Slice<'_, f64>, of_a: f64, weight: f64, mut coefficients: SliceMut<'_, f64>) -> Result<()> {
-    let operation = "sharpness::rejection";
     let device = coefficients.device().clone();
-    let arguments = [("products", products, PRODUCTS), ("coefficients", coefficients.view(), 2)];
-    numbers(operation, &device, &arguments)?;
+    let check = Check { operation: "sharpness::rejection", device: &device };
+    check.argument("products", products, PRODUCTS)?;
+    check.argument("coefficients", coefficients.view(), 2)?;
     let args = RejectionArgs { products: products.address(), coefficients: coefficients.address(), of_a, weight };
     // SAFETY: the lengths are checked.
     unsafe { device.launch(id::REJECTION, Launch::new(1, 1), &args) }
@@ -310,10 +294,10 @@ impl GamTerms {
 /// [`Error::Length`] unless `products` holds 5 numbers and `coefficients` four, [`Error::OtherDevice`] unless they live
 /// on one device.
 pub fn gam_coefficients(products: Slice<'_, f64>, terms: GamTerms, mut coefficients: SliceMut<'_, f64>) -> Result<()> {
-    let operation = "sharpness::gam_coefficients";
     let device = coefficients.device().clone();
-    let arguments = [("products", products, PRODUCTS), ("coefficients", coefficients.view(), 4)];
-    numbers(operation, &device, &arguments)?;
+    let check = Check { operation: "sharpness::gam_coefficients", device: &device };
+    check.argument("products", products, PRODUCTS)?;
+    check.argument("coefficients", coefficients.view(), 4)?;
     let args = GamArgs {
         products: products.address(),
         coefficients: coefficients.address(),
@@ -340,11 +324,12 @@ pub fn ascent_coefficients(
     step: f64,
     mut coefficients: SliceMut<'_, f64>,
 ) -> Result<()> {
-    let operation = "sharpness::ascent_coefficients";
     let device = coefficients.device().clone();
-    numbers(operation, &device, &[("norm", norm, 1), ("coefficients", coefficients.view(), 2)])?;
+    let check = Check { operation: "sharpness::ascent_coefficients", device: &device };
+    check.argument("norm", norm, 1)?;
+    check.argument("coefficients", coefficients.view(), 2)?;
     if let Some(products) = products {
-        numbers(operation, &device, &[("products", products, PRODUCTS)])?;
+        check.argument("products", products, PRODUCTS)?;
     }
     let products = products.map_or(0, |products| products.address());
     let args = AscentArgs { products, norm: norm.address(), coefficients: coefficients.address(), rho, step };
@@ -359,9 +344,10 @@ pub fn ascent_coefficients(
 /// [`Error::Length`] unless `norm` holds one number and `coefficients` four, [`Error::OtherDevice`] unless they live on
 /// one device.
 pub fn clip_coefficients(norm: Slice<'_, f64>, largest: f64, mut coefficients: SliceMut<'_, f64>) -> Result<()> {
-    let operation = "sharpness::clip_coefficients";
     let device = coefficients.device().clone();
-    numbers(operation, &device, &[("norm", norm, 1), ("coefficients", coefficients.view(), 4)])?;
+    let check = Check { operation: "sharpness::clip_coefficients", device: &device };
+    check.argument("norm", norm, 1)?;
+    check.argument("coefficients", coefficients.view(), 4)?;
     let args = ClipArgs { norm: norm.address(), coefficients: coefficients.address(), largest };
     // SAFETY: the lengths are checked.
     unsafe { device.launch(id::CLIP_COEFFICIENTS, Launch::new(1, 1), &args) }
@@ -383,12 +369,12 @@ pub fn adgd_rates(
     delta: f64,
     mut rates: SliceMut<'_, f64>,
 ) -> Result<()> {
-    let operation = "sharpness::adgd_rates";
     let device = rates.device().clone();
-    let rates_read = rates.view();
-    let arguments =
-        [("products", products, PRODUCTS), ("norm", norm, 1), ("state", state, 3), ("rates", rates_read, 4)];
-    numbers(operation, &device, &arguments)?;
+    let check = Check { operation: "sharpness::adgd_rates", device: &device };
+    check.argument("products", products, PRODUCTS)?;
+    check.argument("norm", norm, 1)?;
+    check.argument("state", state, 3)?;
+    check.argument("rates", rates.view(), 4)?;
     let (products, norm, state, rates) = (products.address(), norm.address(), state.address(), rates.address());
     let args = AdgdRatesArgs { products, norm, state, rates, delta };
     // SAFETY: the lengths are checked.
@@ -401,11 +387,11 @@ pub fn adgd_rates(
 /// [`Error::Length`] unless `rates` holds 4 numbers, `state` 3 and `skip` 1, [`Error::OtherDevice`] unless they live on
 /// one device.
 pub fn adgd_commit(rates: Slice<'_, f64>, skip: Slice<'_, u32>, mut state: SliceMut<'_, f64>) -> Result<()> {
-    let operation = "sharpness::adgd_commit";
     let device = state.device().clone();
-    numbers(operation, &device, &[("rates", rates, 4), ("state", state.view(), 3)])?;
-    check_length(operation, "skip", skip.len(), 1)?;
-    check_device(operation, "skip", &device, skip.device())?;
+    let check = Check { operation: "sharpness::adgd_commit", device: &device };
+    check.argument("rates", rates, 4)?;
+    check.argument("state", state.view(), 3)?;
+    check.argument("skip", skip, 1)?;
     let args = AdgdCommitArgs { rates: rates.address(), skip: skip.address(), state: state.address() };
     // SAFETY: the lengths are checked.
     unsafe { device.launch(id::ADGD_COMMIT, Launch::new(1, 1), &args) }

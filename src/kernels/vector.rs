@@ -8,15 +8,15 @@
 //! is Wu, Luo and Wunsch 2024, "CR-SAM: Curvature Regularized Sharpness-Aware Minimization"; AdamW is Loshchilov and
 //! Hutter 2019. SGD and AdamW have PyTorch's form.
 
-use super::{Check, check_device, check_length, pick};
+use super::{Check, pick};
+#[cfg(doc)]
+use crate::device::Error;
 use crate::device::arguments::{
     AdamWArgs, AdvanceArgs, AxpyArgs, CheckFiniteArgs, CombinationArgs, CommitArgs, ConvertArgs, CrSamArgs,
     CurvatureArgs, FillArgs, GradientArgs, PartialsArgs, PerturbArgs, SgdArgs, SumArgs,
 };
 use crate::device::constants::{BLOCK_THREADS, MAX_SUMS, PACK_BYTES};
-use crate::device::{
-    Buffer, Compute, ComputeKernels, Device, Error, Kernel, Launch, Result, Scalar, Slice, SliceMut, id,
-};
+use crate::device::{Buffer, Compute, ComputeKernels, Device, Kernel, Launch, Result, Scalar, Slice, SliceMut, id};
 
 /// Elements that one thread of a GPU loads or stores at a time: 16 bytes.
 pub(super) const fn pack<T>() -> usize {
@@ -68,11 +68,11 @@ impl Reduction {
         vectors: &[(&'static str, Slice<'_, T>)],
     ) -> Result<u64> {
         let device = self.partials.device().clone();
+        let check = Check { operation, device: &device };
         let n = vectors[0].1.len();
         let mut addresses = [0; 2];
-        for (address, (argument, vector)) in addresses.iter_mut().zip(vectors) {
-            check_length(operation, argument, vector.len(), n)?;
-            check_device(operation, argument, &device, vector.device())?;
+        for (address, &(argument, vector)) in addresses.iter_mut().zip(vectors) {
+            check.argument(argument, vector, n)?;
             *address = vector.address();
         }
         let [x, y] = addresses;
@@ -95,8 +95,7 @@ fn finish(
     mut out: SliceMut<'_, f64>,
 ) -> Result<()> {
     let device = reduction.partials.device().clone();
-    check_length(operation, argument, out.len(), 1)?;
-    check_device(operation, argument, &device, out.device())?;
+    Check { operation, device: &device }.argument(argument, out.view(), 1)?;
     let args = SumArgs { partials: reduction.partials.view().address(), out: out.address(), count };
     // SAFETY: the first stage wrote `count` partial sums, and `out` is one number.
     unsafe { device.launch(kernel, one_block(&device), &args) }
@@ -127,14 +126,13 @@ pub fn finish_gradient<T: Scalar>(
 ) -> Result<()> {
     let operation = "vector::finish_gradient";
     let (device, partials) = reduction.parts();
-    check_length(operation, "flag", flag.len(), 1)?;
-    check_length(operation, "norm", norm.len(), 1)?;
-    check_device(operation, "x", &device, x.device())?;
-    check_device(operation, "flag", &device, flag.device())?;
-    check_device(operation, "norm", &device, norm.device())?;
+    let check = Check { operation, device: &device };
+    check.device("x", x.device())?;
+    check.argument("flag", flag.view(), 1)?;
+    check.argument("norm", norm.view(), 1)?;
     let mut kernel = pick::<T, _>(id::FINISH_GRADIENT_F32, id::FINISH_GRADIENT_F64);
     if let Some(scale) = scale {
-        super::precision::check_scale::<T>(operation, &device, scale)?;
+        super::precision::check_scale::<T>(check, scale)?;
         kernel = id::FINISH_SCALED_GRADIENT;
     }
     let state = scale.map_or(0, |scale| scale.address());
@@ -175,17 +173,15 @@ fn perturb_with<T: Scalar, P: Compute>(
 ) -> Result<()> {
     let device = plus.device().clone();
     let n = w.len();
-    check_length(operation, "g", g.len(), n)?;
-    check_length(operation, "plus", plus.len(), n)?;
-    check_device(operation, "w", &device, w.device())?;
-    check_device(operation, "g", &device, g.device())?;
-    if let Some(norm) = &norm {
-        check_length(operation, "norm", norm.len(), 1)?;
-        check_device(operation, "norm", &device, norm.device())?;
+    let check = Check { operation, device: &device };
+    check.device("w", w.device())?;
+    check.argument("g", g, n)?;
+    check.argument("plus", plus.view(), n)?;
+    if let Some(norm) = norm {
+        check.argument("norm", norm, 1)?;
     }
     if let Some(minus) = &minus {
-        check_length(operation, "minus", minus.len(), n)?;
-        check_device(operation, "minus", &device, minus.device())?;
+        check.argument("minus", minus.view(), n)?;
     }
     let args = PerturbArgs {
         w: w.address(),
@@ -270,20 +266,15 @@ pub fn perturb_linf<T: Scalar, P: Compute>(
 pub fn curvature_from_losses(losses: Slice<'_, f64>, rho: f64, mut out: SliceMut<'_, f64>) -> Result<()> {
     let operation = "vector::curvature_from_losses";
     let device = out.device().clone();
-    check_length(operation, "losses", losses.len(), 3)?;
-    check_length(operation, "out", out.len(), 3)?;
-    check_device(operation, "losses", &device, losses.device())?;
-    check_rho(operation, rho)?;
+    let check = Check { operation, device: &device };
+    check.argument("losses", losses, 3)?;
+    check.argument("out", out.view(), 3)?;
+    if !(rho > 0.0 && rho.is_finite()) {
+        return check.refuse(format!("rho = {rho}, expected a positive number"));
+    }
     let args = CurvatureArgs { losses: losses.address(), out: out.address(), rho };
     // SAFETY: the lengths are checked.
     unsafe { device.launch(id::CURVATURE_FROM_LOSSES, Launch::new(1, 1), &args) }
-}
-
-fn check_rho(operation: &'static str, rho: f64) -> Result<()> {
-    if rho > 0.0 && rho.is_finite() {
-        return Ok(());
-    }
-    Err(Error::Argument { operation, message: format!("rho = {rho}, expected a positive number") })
 }
 
 /// What CR-SAM's regularizer adds to the gradient of the loss.
@@ -321,13 +312,11 @@ pub fn cr_sam_coefficients(
 ) -> Result<()> {
     let operation = "vector::cr_sam_coefficients";
     let device = coefficients.device().clone();
-    check_length(operation, "losses", losses.len(), 3)?;
-    check_length(operation, "coefficients", coefficients.len(), 3)?;
-    check_length(operation, "skip", skip.len(), 1)?;
-    check_length(operation, "dropped", dropped.len(), 2)?;
-    check_device(operation, "losses", &device, losses.device())?;
-    check_device(operation, "skip", &device, skip.device())?;
-    check_device(operation, "dropped", &device, dropped.device())?;
+    let check = Check { operation, device: &device };
+    check.argument("losses", losses, 3)?;
+    check.argument("coefficients", coefficients.view(), 3)?;
+    check.argument("skip", skip, 1)?;
+    check.argument("dropped", dropped.view(), 2)?;
     let args = CrSamArgs {
         losses: losses.address(),
         coefficients: coefficients.address(),
@@ -359,23 +348,21 @@ impl<'a, T: Scalar> Combination<'a, T> {
         Self { vectors: [Some(vector), None, None, None], coefficients }
     }
 
-    /// Checks the lengths. Returns the combination as kernels take it, and the number of vectors.
-    pub(super) fn args(&self, operation: &'static str, n: usize, device: &Device) -> Result<(CombinationArgs, usize)> {
+    /// The combination of vectors of `n` elements as kernels take it, and the number of vectors, checked.
+    pub(super) fn args(&self, check: Check<'_>, n: usize) -> Result<(CombinationArgs, usize)> {
         const NAMES: [&str; 4] = ["vectors[0]", "vectors[1]", "vectors[2]", "vectors[3]"];
-        check_length(operation, "coefficients", self.coefficients.len(), 4)?;
-        check_device(operation, "coefficients", device, self.coefficients.device())?;
+        check.argument("coefficients", self.coefficients, 4)?;
         let mut args = CombinationArgs { vectors: [0; 4], coefficients: self.coefficients.address(), slot: [0; 4] };
         let mut count = 0;
         for (slot, vector) in self.vectors.iter().enumerate() {
-            let Some(vector) = vector else { continue };
-            check_length(operation, NAMES[slot], vector.len(), n)?;
-            check_device(operation, NAMES[slot], device, vector.device())?;
+            let Some(vector) = *vector else { continue };
+            check.argument(NAMES[slot], vector, n)?;
             args.vectors[count] = vector.address();
             args.slot[count] = slot as u32;
             count += 1;
         }
         if count == 0 {
-            return Err(Error::Argument { operation, message: "empty combination".into() });
+            return check.refuse("empty combination".into());
         }
         Ok((args, count))
     }
@@ -398,12 +385,11 @@ impl From<f64> for Rate<'_> {
 
 impl Rate<'_> {
     /// The address of a rate on the device (0 if there is none), and the given number.
-    fn args(&self, operation: &'static str, device: &Device) -> Result<(u64, f64)> {
-        match self {
-            Rate::Fixed(lr) => Ok((0, *lr)),
+    fn args(&self, check: Check<'_>) -> Result<(u64, f64)> {
+        match *self {
+            Rate::Fixed(lr) => Ok((0, lr)),
             Rate::Device(lr) => {
-                check_length(operation, "lr", lr.len(), 1)?;
-                check_device(operation, "lr", device, lr.device())?;
+                check.argument("lr", lr, 1)?;
                 Ok((lr.address(), 0.0))
             }
         }
@@ -443,18 +429,17 @@ pub fn sgd<T: Scalar>(
     let operation = "vector::sgd";
     let device = w.device().clone();
     let n = w.len();
-    check_length(operation, "m", m.len(), n)?;
-    check_device(operation, "m", &device, m.device())?;
-    check_length(operation, "skip", skip.len(), 1)?;
-    check_device(operation, "skip", &device, skip.device())?;
-    let (combination, count) = gradients.args(operation, n, &device)?;
+    let check = Check { operation, device: &device };
+    check.argument("m", m.view(), n)?;
+    check.argument("skip", skip, 1)?;
+    let (combination, count) = gradients.args(check, n)?;
     let kernel = match count {
         1 => pick::<T, _>(id::SGD1_F32, id::SGD1_F64),
         2 => pick::<T, _>(id::SGD2_F32, id::SGD2_F64),
         3 => pick::<T, _>(id::SGD3_F32, id::SGD3_F64),
         _ => pick::<T, _>(id::SGD4_F32, id::SGD4_F64),
     };
-    let (lr_on_device, lr) = step.lr.args(operation, &device)?;
+    let (lr_on_device, lr) = step.lr.args(check)?;
     let args = SgdArgs {
         w: w.address(),
         m: m.address(),
@@ -510,22 +495,19 @@ pub fn adamw<T: Scalar>(
     let operation = "vector::adamw";
     let device = w.device().clone();
     let n = w.len();
-    check_length(operation, "m", m.len(), n)?;
-    check_length(operation, "v", v.len(), n)?;
-    check_device(operation, "m", &device, m.device())?;
-    check_device(operation, "v", &device, v.device())?;
-    for (argument, number) in [("step", step), ("skip", skip)] {
-        check_length(operation, argument, number.len(), 1)?;
-        check_device(operation, argument, &device, number.device())?;
-    }
-    let (combination, count) = gradients.args(operation, n, &device)?;
+    let check = Check { operation, device: &device };
+    check.argument("m", m.view(), n)?;
+    check.argument("v", v.view(), n)?;
+    check.argument("step", step, 1)?;
+    check.argument("skip", skip, 1)?;
+    let (combination, count) = gradients.args(check, n)?;
     let kernel = match count {
         1 => pick::<T, _>(id::ADAMW1_F32, id::ADAMW1_F64),
         2 => pick::<T, _>(id::ADAMW2_F32, id::ADAMW2_F64),
         3 => pick::<T, _>(id::ADAMW3_F32, id::ADAMW3_F64),
         _ => pick::<T, _>(id::ADAMW4_F32, id::ADAMW4_F64),
     };
-    let (lr_on_device, lr) = settings.lr.args(operation, &device)?;
+    let (lr_on_device, lr) = settings.lr.args(check)?;
     let args = AdamWArgs {
         w: w.address(),
         m: m.address(),
@@ -554,11 +536,10 @@ pub fn adamw<T: Scalar>(
 pub fn advance(skip: Slice<'_, u32>, mut step: SliceMut<'_, u32>, mut skipped: SliceMut<'_, u32>) -> Result<()> {
     let operation = "vector::advance";
     let device = step.device().clone();
-    for (argument, found) in [("skip", skip.len()), ("step", step.len()), ("skipped", skipped.len())] {
-        check_length(operation, argument, found, 1)?;
-    }
-    check_device(operation, "skip", &device, skip.device())?;
-    check_device(operation, "skipped", &device, skipped.device())?;
+    let check = Check { operation, device: &device };
+    check.argument("skip", skip, 1)?;
+    check.argument("step", step.view(), 1)?;
+    check.argument("skipped", skipped.view(), 1)?;
     let args = AdvanceArgs { skip: skip.address(), step: step.address(), skipped: skipped.address() };
     // SAFETY: the lengths are checked.
     unsafe { device.launch(id::ADVANCE, Launch::new(1, 1), &args) }
@@ -573,8 +554,9 @@ pub fn check_finite<T: Scalar>(x: Slice<'_, T>, mut flag: SliceMut<'_, u32>) -> 
     let operation = "vector::check_finite";
     let device = flag.device().clone();
     let n = x.len();
-    check_length(operation, "flag", flag.len(), 1)?;
-    check_device(operation, "x", &device, x.device())?;
+    let check = Check { operation, device: &device };
+    check.argument("flag", flag.view(), 1)?;
+    check.device("x", x.device())?;
     let args = CheckFiniteArgs { x: x.address(), flag: flag.address(), n: n as u64 };
     let kernel = pick::<T, _>(id::CHECK_FINITE_F32, id::CHECK_FINITE_F64);
     // SAFETY: `x` holds n elements and `flag` one.
@@ -591,10 +573,9 @@ pub fn commit<T: Scalar>(skip: Slice<'_, u32>, pending: Slice<'_, T>, mut state:
     let operation = "vector::commit";
     let device = state.device().clone();
     let n = state.len();
-    check_length(operation, "skip", skip.len(), 1)?;
-    check_length(operation, "pending", pending.len(), n)?;
-    check_device(operation, "skip", &device, skip.device())?;
-    check_device(operation, "pending", &device, pending.device())?;
+    let check = Check { operation, device: &device };
+    check.argument("skip", skip, 1)?;
+    check.argument("pending", pending, n)?;
     let args = CommitArgs { pending: pending.address(), state: state.address(), skip: skip.address(), n: n as u64 };
     // SAFETY: both vectors hold n elements.
     unsafe { device.launch(pick::<T, _>(id::COMMIT_F32, id::COMMIT_F64), device.elementwise(n, pack::<T>()), &args) }
@@ -633,8 +614,7 @@ pub fn convert<S: Compute, D: Compute>(x: Slice<'_, S>, mut out: SliceMut<'_, D>
     let operation = "vector::convert";
     let device = out.device().clone();
     let n = out.len();
-    check_length(operation, "x", x.len(), n)?;
-    check_device(operation, "x", &device, x.device())?;
+    Check { operation, device: &device }.argument("x", x, n)?;
     let kernel = S::choose(ComputeKernels {
         f32: D::choose(ComputeKernels {
             f32: id::CONVERT_F32_F32,

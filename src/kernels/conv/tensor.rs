@@ -370,6 +370,7 @@ mod tests {
     use super::*;
     use crate::device::selftest::{random_f32, tf32};
     use crate::device::{BlockOrder, HostOptions};
+    use crate::kernels::Check;
     use crate::kernels::batch_norm::{Activation, Normalized, Workspace};
     use crate::kernels::gradient::Finish;
 
@@ -728,7 +729,7 @@ mod tests {
             let mut sums = device.poisoned::<f64>(finished_squares(shape)).unwrap();
             let mut flag = device.zeros(1).unwrap();
             let mut finish = Finish { scale: None, flag: flag.view_mut(), squares: Some(sums.view_mut()) };
-            let finish = finish.args::<f32>("finish", device, finished_squares(shape)).unwrap();
+            let finish = finish.args::<f32>(Check { operation: "finish", device }, finished_squares(shape)).unwrap();
             weight_gradient(shape, x.view(), dy.view(), dw.view_mut(), false, finish).unwrap();
             wide.extend(dw.to_vec().unwrap());
             squares = sums.to_vec().unwrap();
