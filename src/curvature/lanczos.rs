@@ -21,9 +21,9 @@ pub struct Eigenpair<T: Scalar> {
 /// A spectral density as Lanczos's method finds it: a sum of peaks, each at a Ritz value.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Density {
-    /// The positions of the peaks.
+    /// The positions of the peaks: Ritz values, at most one for each step of each probe.
     pub nodes: Vec<f64>,
-    /// The share of each peak. The shares add up to 1.
+    /// The share of each peak, in the same order. The shares add up to 1.
     pub weights: Vec<f64>,
 }
 

@@ -82,7 +82,7 @@ pub struct Estimate {
 }
 
 impl Estimate {
-    /// The mean of these samples, with its standard error.
+    /// The mean of these samples, with its standard error. The mean of no samples is NaN.
     pub fn of(samples: &[f64]) -> Self {
         let count = samples.len() as f64;
         let value = samples.iter().sum::<f64>() / count;
@@ -99,8 +99,8 @@ impl Estimate {
     }
 }
 
-/// Measures an objective's curvature at given weights. It holds two vectors as long as the weights, and two more from
-/// the first trace on.
+/// Measures an objective's curvature at given weights. All its vectors are as long as the weights, padding between
+/// tensors included, which stays zero. It holds two, and two more from the first trace on.
 pub struct Curvature<'a, T: Scalar> {
     objective: &'a mut dyn Objective<T>,
     weights: Slice<'a, T>,

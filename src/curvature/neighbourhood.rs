@@ -94,9 +94,9 @@ impl<T: Scalar> Curvature<'_, T> {
         Ok(rho * steepest)
     }
 
-    /// Numbers of local minima and of local maxima of the loss at the inner points of a line from w in a random
-    /// direction: means over `directions` lines of `steps` steps of this length (GNR's section 3.1 has 100, 10 and
-    /// 0.01). One gradient per point. Calls `progress` after each line.
+    /// The numbers of local minima (first) and of local maxima of the loss at the inner points of a line from w in a
+    /// random direction: means over `directions` lines of `steps` steps of this length (GNR's section 3.1 has 100, 10
+    /// and 0.01). One gradient per point. Calls `progress` after each line.
     ///
     /// # Errors
     /// [`Error::Argument`] for zero directions; [`Error::NotFinite`]; those of the objective.

@@ -29,8 +29,9 @@ impl<T: Scalar> Curvature<'_, T> {
         Ok(Estimate::of(&samples))
     }
 
-    /// The traces of the Hessian's diagonal blocks, one block for each of these parts of the weights. Hutchinson's
-    /// estimator with the probes of [`Curvature::trace`]; each product serves all parts.
+    /// The traces of the Hessian's diagonal blocks, one block for each of these parts of the weights, in their order. A
+    /// part is a range of elements, such as [`Tensor::range`](crate::arena::Tensor::range). Hutchinson's estimator with
+    /// the probes of [`Curvature::trace`]; each product serves all parts.
     ///
     /// # Errors
     /// As [`Curvature::trace`], and [`Error::Range`] for a part outside the weights.

@@ -18,12 +18,13 @@ pub struct BatchShape {
     pub channels: usize,
 }
 
-/// A pixel value v becomes `(v / 255 − mean) / std`, per channel.
+/// A byte v of an image becomes `(v / 255 − mean) / std`, with a mean and a standard deviation for each channel. Values
+/// for channels that the image does not have are not read.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Normalization {
-    /// As a share of the full range.
+    /// In units of the full range: 0 is black and 1 is white.
     pub mean: [f32; MAX_IMAGE_CHANNELS],
-    /// As a share of the full range.
+    /// In the same units; above 0.
     pub std: [f32; MAX_IMAGE_CHANNELS],
 }
 

@@ -61,7 +61,8 @@ fn check<S: Compute>(
 
 /// `y[n, i, j, c]` = the largest `x[n, i·s − padding + p, j·s − padding + q, c]` over `0 ≤ p, q < kernel` inside the
 /// image; y is `[batch, out_height, out_width, channels]`. `chosen`, of the same shape, becomes `p·kernel + q` of the
-/// largest element: the first of equal ones. Padding is never the largest. A NaN counts as the largest; of several the last is chosen, as in PyTorch.
+/// largest element: the first of equal ones. Padding is never the largest. A NaN counts as the largest; of several the
+/// last is chosen, as in PyTorch.
 ///
 /// Traffic: reads x, writes y and 1 byte per element of y. Where windows overlap, the caches serve the repeated reads.
 ///

@@ -12,6 +12,7 @@ pub use init::initial_weights;
 pub use resnet::{CifarResNet, Shortcut};
 
 use crate::plan::{Graph, PlanError, Shape, Value};
+use crate::settings::Choice;
 
 /// All models that have a name.
 pub const MODELS: &[Registration] = &[
@@ -28,7 +29,7 @@ pub const MODELS: &[Registration] = &[
 /// A model in [`MODELS`].
 #[derive(Debug, Clone, Copy)]
 pub struct Registration {
-    /// The name on the command line.
+    /// The name by which [`Model::from_name`] finds it.
     pub name: &'static str,
     /// One line about it.
     pub description: &'static str,
@@ -69,14 +70,13 @@ impl Model {
             let known: Vec<&str> = MODELS.iter().map(|model| model.name).collect();
             return Err(UnknownModel(format!("no model is named `{name}`; known: {}", known.join(", "))));
         };
-        if shortcut.is_some_and(|shortcut| !registration.shortcuts.contains(&shortcut)) {
-            let reason = match registration.shortcuts {
-                [] => "has no shortcuts",
-                _ => "has projection shortcuts only (option b)",
-            };
-            return Err(UnknownModel(format!("{name} {reason}")));
+        let offered = registration.shortcuts;
+        if let Some(shortcut) = shortcut.filter(|shortcut| !offered.contains(shortcut)) {
+            let words: Vec<&str> = offered.iter().map(|shortcut| shortcut.word()).collect();
+            let offer = if offered.is_empty() { "none".into() } else { words.join(", ") };
+            return Err(UnknownModel(format!("{name} has no shortcut `{shortcut}`; it has: {offer}")));
         }
-        let default = registration.shortcuts.first().copied().unwrap_or_default();
+        let default = offered.first().copied().unwrap_or_default();
         Ok(Self { registration, shortcut: shortcut.unwrap_or(default) })
     }
 
@@ -122,6 +122,9 @@ mod tests {
                 assert_eq!(graph.shape(logits), Shape { batch: 2, height: 1, width: 1, channels: 7 }, "{}", model.name);
             }
         }
+        let refused = |name| Model::from_name(name, Some(Shortcut::A)).unwrap_err().to_string();
+        assert_eq!(refused("resnet18"), "resnet18 has no shortcut `a`; it has: b");
+        assert_eq!(refused("vgg11-bn"), "vgg11-bn has no shortcut `a`; it has: none");
         let unknown = Model::from_name("resnet9", None).unwrap_err().to_string();
         assert!(MODELS.iter().all(|model| unknown.contains(model.name)), "{unknown}");
     }

@@ -175,11 +175,6 @@ impl<S: Compute> Plan<S> {
         self.memory.len() * size_of::<S::Master>()
     }
 
-    /// Bytes that the same slots would take if none shared memory.
-    pub fn unshared_bytes(&self) -> usize {
-        self.memory.unshared_len() * size_of::<S::Master>()
-    }
-
     /// The shape of the input batch.
     pub fn input_shape(&self) -> Shape {
         self.shapes[0]
@@ -190,7 +185,8 @@ impl<S: Compute> Plan<S> {
         self.shapes[self.logits.0].channels
     }
 
-    /// The batch to work on: normalised images, and labels. They stay until written again.
+    /// The batch to work on: normalised images of the [shape of the input](Self::input_shape), NHWC, and one label per
+    /// image, below the number of [classes](Self::classes). They stay until written again.
     ///
     /// # Errors
     /// None: the places lie in their buffers.
@@ -199,7 +195,7 @@ impl<S: Compute> Plan<S> {
         Ok((images.cast(self.shapes[0].len())?, self.labels.view_mut()))
     }
 
-    /// The logits of the newest pass; of a pair, of one of the two.
+    /// The logits of the newest pass, `[batch, classes]`; of a pair, of one of the two.
     ///
     /// # Errors
     /// None: the place lies in the buffer.
@@ -216,15 +212,17 @@ impl<S: Compute> Plan<S> {
         self.correct.slice(0..1)
     }
 
-    /// The running statistics.
+    /// The running statistics as the newest committed step left them, placed as
+    /// [`statistics_layout`](Self::statistics_layout) says.
     pub fn statistics(&self) -> &Buffer<S::Master> {
         &self.statistics
     }
 
-    /// Replaces the running statistics.
+    /// Replaces the running statistics by others with the same layout as [`statistics`](Self::statistics). Statistics
+    /// of passes that are not yet committed are dropped.
     ///
     /// # Errors
-    /// Those of the copy.
+    /// [`Error::Length`] and [`Error::OtherDevice`] for a vector of another length or device.
     pub fn set_statistics(&mut self, statistics: Slice<'_, S::Master>) -> Result<()> {
         self.reported = 0;
         self.statistics.view_mut().copy_from(statistics)
@@ -244,7 +242,8 @@ impl<S: Compute> Plan<S> {
     /// (one element) and their correct predictions in [`Plan::correct`].
     ///
     /// # Errors
-    /// Those of the device.
+    /// [`Error::Length`] for weights of another length than the parameters' layout, [`Error::Range`] for more samples
+    /// than the batch has, those of the device.
     pub fn evaluate(&mut self, weights: Slice<'_, S::Master>, samples: usize, loss: SliceMut<'_, f64>) -> Result<()> {
         self.round(weights)?;
         self.forward(weights, RunningStats::Keep)?;
