@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use approx::abs_diff_eq;
-use polder::arena::{Layout, TensorKind};
+use polder::arena::{Layout, Tensor, TensorKind};
 use polder::device::{Buffer, Compute, Device, Scalar};
 use polder::kernels::image::{self, BatchShape, Normalization, Position};
 use polder::nn::{Model, Shortcut};
@@ -13,7 +13,7 @@ use polder::optim::{
     RandomSam, SaSam, Sam, Settings,
 };
 use polder::plan::{Plan, PlanOptions, Shape};
-use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::Value;
 
 use super::{Grouped, Random, fast_devices, relative_error, to_f64, upload};
@@ -29,8 +29,13 @@ pub fn read_json(name: &str) -> Value {
     serde_json::from_str(&std::fs::read_to_string(fixture(name)).unwrap()).unwrap()
 }
 
-fn floats(bytes: &[u8]) -> Vec<f64> {
-    bytes.chunks_exact(4).map(|b| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]]))).collect()
+fn floats(view: &TensorView<'_>) -> Vec<f64> {
+    let bytes = view.data();
+    match view.dtype() {
+        Dtype::F32 => bytes.chunks_exact(4).map(|b| f64::from(f32::from_le_bytes(b.try_into().unwrap()))).collect(),
+        Dtype::F64 => bytes.chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect(),
+        other => panic!("no floats: {other:?}"),
+    }
 }
 
 /// The tensors of a fixture in an arena of this layout.
@@ -41,7 +46,7 @@ pub fn arena(layout: &Layout, file: &str) -> Vec<f64> {
     for tensor in layout.tensors() {
         let view = tensors.tensor(&tensor.name).unwrap();
         assert_eq!(view.shape(), tensor.kind.file_shape(), "{}", tensor.name);
-        arena[tensor.range()].copy_from_slice(&tensor.kind.from_file(&floats(view.data())));
+        arena[tensor.range()].copy_from_slice(&tensor.kind.from_file(&floats(&view)));
     }
     arena
 }
@@ -55,7 +60,34 @@ fn array4(value: &Value) -> [f32; 4] {
     [values[0], values[1], values[2], 1.0]
 }
 
-/// The pool of images that the fixtures' batches are rows of, on a device.
+/// The pixels of the pool of images that the fixtures' batches are rows of, 32 × 32 × 3 bytes each, and their labels.
+fn images_and_labels() -> (Vec<u8>, Vec<u32>) {
+    let bytes = std::fs::read(fixture("batches.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let labels = tensors.tensor("labels").unwrap().data().chunks_exact(8).map(|bytes| u32::from(bytes[0])).collect();
+    (tensors.tensor("images").unwrap().data().to_vec(), labels)
+}
+
+/// Some images of the pool, or their upper left parts, as the plan's batch. They are normalised in double, as the
+/// fixture says; [`Pool::fill`] normalises them in single precision, like a training run.
+pub fn fill_in_double<S: Scalar>(plan: &mut Plan<S>, rows: &[Value], fixture: &Value) {
+    let rows: Vec<usize> = rows.iter().map(|row| row.as_u64().unwrap() as usize).collect();
+    let (pixels, labels) = images_and_labels();
+    let Shape { height, width, .. } = plan.input_shape();
+    let mut images = Vec::new();
+    for (image, row) in rows.iter().flat_map(|&image| (0..height).map(move |row| (image, row))) {
+        for (i, &pixel) in pixels[(image * 32 + row) * 96..][..width * 3].iter().enumerate() {
+            let (mean, std) = (number(&fixture["mean"][i % 3]), number(&fixture["std"][i % 3]));
+            images.push(S::from_f64((f64::from(pixel) / 255.0 - mean) / std));
+        }
+    }
+    let truth: Vec<u32> = rows.iter().map(|&row| labels[row]).collect();
+    let (mut to, mut to_labels) = plan.batch_mut().unwrap();
+    to.write(&images).unwrap();
+    to_labels.write(&truth).unwrap();
+}
+
+/// The pool of images on a device.
 pub struct Pool {
     pixels: Buffer<u8>,
     labels: Buffer<u32>,
@@ -68,12 +100,8 @@ impl Pool {
 
     /// The upper left part of every image.
     pub fn cropped(device: &Device, height: usize, width: usize) -> Self {
-        let bytes = std::fs::read(fixture("batches.safetensors")).unwrap();
-        let tensors = SafeTensors::deserialize(&bytes).unwrap();
-        let labels: Vec<u32> =
-            tensors.tensor("labels").unwrap().data().chunks_exact(8).map(|bytes| u32::from(bytes[0])).collect();
-        let rows = tensors.tensor("images").unwrap();
-        let rows = rows.data().chunks_exact(32 * 3).enumerate().filter(|(row, _)| row % 32 < height);
+        let (pixels, labels) = images_and_labels();
+        let rows = pixels.chunks_exact(32 * 3).enumerate().filter(|(row, _)| row % 32 < height);
         let pixels: Vec<u8> = rows.flat_map(|(_, row)| &row[..width * 3]).copied().collect();
         Self { pixels: device.upload(&pixels).unwrap(), labels: device.upload(&labels).unwrap() }
     }
@@ -240,6 +268,27 @@ pub fn hash_uniform(name: &str, index: usize) -> f64 {
         name.bytes().fold(0xCBF2_9CE4_8422_2325u64, |h, byte| (h ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3));
     let bits = Random(seed.wrapping_add(index as u64)).bits();
     2.0 * ((bits >> 40) as f64 / f64::from(1 << 24)) - 1.0
+}
+
+/// A vector whose tensors both sides compute: [`hash_uniform`] of `prefix` and the tensor's name, in the files' order.
+pub fn hash_vector(layout: &Layout, prefix: &str) -> Vec<f64> {
+    let mut vector = vec![0.0; layout.len()];
+    for tensor in layout.tensors() {
+        let name = format!("{prefix}{}", tensor.name);
+        let file: Vec<f64> = (0..tensor.kind.len()).map(|index| hash_uniform(&name, index)).collect();
+        vector[tensor.range()].copy_from_slice(&tensor.kind.from_file(&file));
+    }
+    vector
+}
+
+/// The errors of a tensor's norm and of its projection on known numbers, the larger of the two, relative to the norm.
+/// The projection sees every element and its place; the norm gives the scale.
+pub fn digest_error(tensor: &Tensor, vector: &[f64], [norm, projection]: [f64; 2]) -> f64 {
+    let file = tensor.kind.to_file(&vector[tensor.range()]);
+    let probe = |index: usize| hash_uniform(&format!("probe:{}", tensor.name), index);
+    let found_norm = file.iter().map(|&value| value * value).sum::<f64>().sqrt();
+    let found_projection: f64 = file.iter().enumerate().map(|(index, &value)| value * probe(index)).sum();
+    (found_norm - norm).abs().max((found_projection - projection).abs()) / norm
 }
 
 /// Weights that both sides compute, because they are too large to keep.

@@ -428,6 +428,28 @@ const NORMALIZED_SHAPES: [ConvShape; 8] = [
 const FOLLOWERS: [(bool, bool, bool); 4] =
     [(false, false, false), (false, true, false), (true, true, false), (true, true, true)];
 
+/// Compares dgamma and dbeta of every channel with the sums of dz xhat and of dz in double. `statistics` is mean and
+/// inv_std.
+fn check_sums<S: Compute>(name: &str, x: &[S], dz: &[S], [mean, inv_std]: &[Vec<f32>; 2], found: [&[f32]; 2]) {
+    let channels = mean.len();
+    for c in 0..channels {
+        let (mut sums, mut magnitudes) = ([0.0; 2], [0.0; 2]);
+        for place in (c..x.len()).step_by(channels) {
+            let dz = dz[place].to_f64();
+            let xhat = (x[place].to_f64() - f64::from(mean[c])) * f64::from(inv_std[c]);
+            for (i, term) in [dz * xhat, dz].into_iter().enumerate() {
+                sums[i] += term;
+                magnitudes[i] += term.abs();
+            }
+        }
+        // Up to 32 rows are summed in f32.
+        for (i, value) in found.map(|values| values[c]).into_iter().enumerate() {
+            let error = (f64::from(value) - sums[i]).abs();
+            assert!(error <= 1e-6 * magnitudes[i], "{name}: sum {i} of channel {c}: {value}, not {}", sums[i]);
+        }
+    }
+}
+
 fn check_sums_for_batch_norm<S: Compute<Master = f32>>(
     shape: &ConvShape,
     device: &Device,
@@ -521,23 +543,8 @@ fn check_sums_for_batch_norm<S: Compute<Master = f32>>(
         if residual {
             assert_eq!(bits(residual_found), bits(&expected_residual.to_vec().unwrap()), "{name}: residual");
         }
-        let (mean, inv_std) = (mean.to_vec().unwrap(), inv_std.to_vec().unwrap());
-        for (c, (&dgamma, &dbeta)) in dgamma_found.iter().zip(dbeta_found).enumerate() {
-            let (mut sums, mut magnitudes) = ([0.0; 2], [0.0; 2]);
-            for place in (c..len).step_by(channels) {
-                let dz = dz[place].to_f64();
-                let xhat = (case.x[place].to_f64() - f64::from(mean[c])) * f64::from(inv_std[c]);
-                for (i, term) in [dz * xhat, dz].into_iter().enumerate() {
-                    sums[i] += term;
-                    magnitudes[i] += term.abs();
-                }
-            }
-            // Up to 32 rows are summed in f32.
-            for (i, value) in [dgamma, dbeta].into_iter().enumerate() {
-                let error = (f64::from(value) - sums[i]).abs();
-                assert!(error <= 1e-6 * magnitudes[i], "{name}: sum {i} of channel {c}: {value}, not {}", sums[i]);
-            }
-        }
+        let statistics = [mean.to_vec().unwrap(), inv_std.to_vec().unwrap()];
+        check_sums(&name, &case.x, dz, &statistics, [dgamma_found, dbeta_found]);
         assert_close(&format!("{name}: dx"), dx_found, &to_f64(&dx.to_vec().unwrap()), dx_tolerance);
     }
 }

@@ -27,6 +27,23 @@ struct Runner<'a, S, R> {
     types: std::marker::PhantomData<(S, R)>,
 }
 
+/// A batch norm after its forward, and what its backward and the tangents take besides.
+struct BatchNormLayer<S: Compute> {
+    shape: BatchNormShape,
+    x: Buffer<S>,
+    dy: Buffer<S>,
+    mask: Buffer<S>,
+    x_tangent: Buffer<S>,
+    dy_tangent: Buffer<S>,
+    gamma: Buffer<f32>,
+    beta: Buffer<f32>,
+    gamma_tangent: Buffer<f32>,
+    beta_tangent: Buffer<f32>,
+    mean: Buffer<f32>,
+    inv_std: Buffer<f32>,
+    workspace: Workspace,
+}
+
 impl<S: Compute<Master = f32>, R: Compute> Runner<'_, S, R> {
     fn numbers(&mut self, n: usize) -> Vec<f64> {
         (0..n).map(|_| R::from_f64(self.random.normal()).to_f64()).collect()
@@ -142,119 +159,135 @@ impl<S: Compute<Master = f32>, R: Compute> Runner<'_, S, R> {
     }
 
     fn batch_norm(&mut self) -> Result<()> {
-        let device = self.device;
         for (rows, channels) in [(2, 1), (130, 3), (67, 16), (300, 20), (150, 64)] {
-            let shape = BatchNormShape { rows, channels };
-            let n = rows * channels;
-            let (x, residual) = (self.stored(n), self.stored(n));
-            let [gamma, beta, running_mean, running_var] = std::array::from_fn(|_| self.wide(channels));
-            let (mut mean, mut inv_std) = (device.poisoned::<f32>(channels)?, device.poisoned::<f32>(channels)?);
-            let (mut next_mean, mut next_var) = (device.poisoned::<f32>(channels)?, device.poisoned::<f32>(channels)?);
-            let mut y = device.poisoned::<S>(n)?;
-            let mut workspace = Workspace::new(device, [shape])?;
-            let input = Forward {
-                x: x.view(),
-                gamma: gamma.view(),
-                beta: beta.view(),
-                eps: 1e-5,
-                residual: Some(residual.view()),
-                relu: true,
-            };
-            let running = RunningUpdate {
-                momentum: 0.1,
-                mean: running_mean.view(),
-                var: running_var.view(),
-                next_mean: next_mean.view_mut(),
-                next_var: next_var.view_mut(),
-            };
-            let saved = Saved { mean: mean.view_mut(), inv_std: inv_std.view_mut() };
-            batch_norm::forward_train(shape, input, y.view_mut(), saved, Some(running), &mut workspace)?;
-            self.keep("forward_train", &y);
-            for (name, buffer) in
-                [("mean", &mean), ("inv_std", &inv_std), ("next_mean", &next_mean), ("next_var", &next_var)]
-            {
-                self.keep_wide(name, buffer);
-            }
-            let plain = Forward { residual: None, ..input };
-            let mut y = device.poisoned::<S>(n)?;
-            let mut kept = (device.poisoned::<f32>(channels)?, device.poisoned::<f32>(channels)?);
-            let saved = Saved { mean: kept.0.view_mut(), inv_std: kept.1.view_mut() };
-            batch_norm::forward_eval(shape, plain, running_mean.view(), running_var.view(), y.view_mut(), saved)?;
-            self.keep("forward_eval", &y);
-
+            let mut layer = self.batch_norm_forward(BatchNormShape { rows, channels })?;
             // Each kind of mask, with no residual's gradient, one that is written and one that is added.
-            let (dy, mask) = (self.stored(n), self.stored(n));
-            let x_tangent = self.stored(n);
-            let dy_tangent = self.stored(n);
-            let [gamma_tangent, beta_tangent] = std::array::from_fn(|_| self.wide(channels));
             for case in 0..4 {
-                let activation = match case {
-                    0 => Activation::Identity,
-                    1 => Activation::ReluRecomputed { beta: beta.view() },
-                    _ => Activation::Relu { y: mask.view() },
-                };
-                let input = Backward {
-                    x: x.view(),
-                    dy: dy.view(),
-                    gamma: gamma.view(),
-                    mean: mean.view(),
-                    inv_std: inv_std.view(),
-                    activation,
-                };
-                let mode = if case == 3 { Mode::Eval } else { Mode::Train };
-                let mut dx = device.poisoned::<S>(n)?;
-                let (mut dgamma, mut dbeta) = (device.poisoned::<f32>(channels)?, device.poisoned::<f32>(channels)?);
-                let mut gradient = self.stored(n);
-                let accumulate = case != 2;
-                let residual = (case != 1).then(|| ResidualGradient { gradient: gradient.view_mut(), accumulate });
-                let gradients = Gradients { dx: dx.view_mut(), dgamma: dgamma.view_mut(), dbeta: dbeta.view_mut() };
-                batch_norm::backward(shape, mode, input, gradients, residual, &mut workspace)?;
-                self.keep("dx", &dx);
-                self.keep("residual", &gradient);
-                self.keep_wide("dgamma", &dgamma);
-                self.keep_wide("dbeta", &dbeta);
-
-                let normalized = Normalized {
-                    x: x.view(),
-                    gamma: gamma.view(),
-                    mean: mean.view(),
-                    inv_std: inv_std.view(),
-                    activation,
-                };
-                let tangents = ForwardTangents {
-                    x: x_tangent.view(),
-                    gamma: gamma_tangent.view(),
-                    beta: beta_tangent.view(),
-                    residual: (case != 1).then(|| dy_tangent.view()),
-                };
-                let mut y_tangent = device.poisoned::<S>(n)?;
-                let mut moved = (device.poisoned::<f32>(channels)?, device.poisoned::<f32>(channels)?);
-                let saved = Saved { mean: moved.0.view_mut(), inv_std: moved.1.view_mut() };
-                let sums = &mut workspace;
-                batch_norm::forward_tangent(shape, mode, normalized, tangents, y_tangent.view_mut(), saved, sums)?;
-                self.keep("y tangent", &y_tangent);
-                self.keep_wide("mean tangent", &moved.0);
-                self.keep_wide("inv_std tangent", &moved.1);
-
-                let tangents = BackwardTangents {
-                    x: x_tangent.view(),
-                    dy: dy_tangent.view(),
-                    gamma: gamma_tangent.view(),
-                    mean: moved.0.view(),
-                    inv_std: moved.1.view(),
-                    dgamma: dgamma.view(),
-                    dbeta: dbeta.view(),
-                };
-                let mut dx = device.poisoned::<S>(n)?;
-                let mut parameters = (device.poisoned::<f32>(channels)?, device.poisoned::<f32>(channels)?);
-                let gradients =
-                    Gradients { dx: dx.view_mut(), dgamma: parameters.0.view_mut(), dbeta: parameters.1.view_mut() };
-                batch_norm::backward_tangent(shape, mode, input, tangents, gradients, None, &mut workspace)?;
-                self.keep("dx tangent", &dx);
-                self.keep_wide("dgamma tangent", &parameters.0);
-                self.keep_wide("dbeta tangent", &parameters.1);
+                self.batch_norm_backward(&mut layer, case)?;
             }
         }
+        Ok(())
+    }
+
+    fn batch_norm_forward(&mut self, shape: BatchNormShape) -> Result<BatchNormLayer<S>> {
+        let (device, n, channels) = (self.device, shape.rows * shape.channels, shape.channels);
+        let (x, residual) = (self.stored(n), self.stored(n));
+        let [gamma, beta, running_mean, running_var] = std::array::from_fn(|_| self.wide(channels));
+        let (mut mean, mut inv_std) = (device.poisoned::<f32>(channels)?, device.poisoned::<f32>(channels)?);
+        let (mut next_mean, mut next_var) = (device.poisoned::<f32>(channels)?, device.poisoned::<f32>(channels)?);
+        let mut y = device.poisoned::<S>(n)?;
+        let mut workspace = Workspace::new(device, [shape])?;
+        let input = Forward {
+            x: x.view(),
+            gamma: gamma.view(),
+            beta: beta.view(),
+            eps: 1e-5,
+            residual: Some(residual.view()),
+            relu: true,
+        };
+        let running = RunningUpdate {
+            momentum: 0.1,
+            mean: running_mean.view(),
+            var: running_var.view(),
+            next_mean: next_mean.view_mut(),
+            next_var: next_var.view_mut(),
+        };
+        let saved = Saved { mean: mean.view_mut(), inv_std: inv_std.view_mut() };
+        batch_norm::forward_train(shape, input, y.view_mut(), saved, Some(running), &mut workspace)?;
+        self.keep("forward_train", &y);
+        for (name, buffer) in
+            [("mean", &mean), ("inv_std", &inv_std), ("next_mean", &next_mean), ("next_var", &next_var)]
+        {
+            self.keep_wide(name, buffer);
+        }
+        let plain = Forward { residual: None, ..input };
+        let mut y = device.poisoned::<S>(n)?;
+        let mut kept = (device.poisoned::<f32>(channels)?, device.poisoned::<f32>(channels)?);
+        let saved = Saved { mean: kept.0.view_mut(), inv_std: kept.1.view_mut() };
+        batch_norm::forward_eval(shape, plain, running_mean.view(), running_var.view(), y.view_mut(), saved)?;
+        self.keep("forward_eval", &y);
+        let [dy, mask, x_tangent, dy_tangent] = std::array::from_fn(|_| self.stored(n));
+        let [gamma_tangent, beta_tangent] = std::array::from_fn(|_| self.wide(channels));
+        Ok(BatchNormLayer {
+            shape,
+            x,
+            dy,
+            mask,
+            x_tangent,
+            dy_tangent,
+            gamma,
+            beta,
+            gamma_tangent,
+            beta_tangent,
+            mean,
+            inv_std,
+            workspace,
+        })
+    }
+
+    fn batch_norm_backward(&mut self, layer: &mut BatchNormLayer<S>, case: usize) -> Result<()> {
+        let (device, shape) = (self.device, layer.shape);
+        let (n, channels) = (shape.rows * shape.channels, shape.channels);
+        let activation = match case {
+            0 => Activation::Identity,
+            1 => Activation::ReluRecomputed { beta: layer.beta.view() },
+            _ => Activation::Relu { y: layer.mask.view() },
+        };
+        let input = Backward {
+            x: layer.x.view(),
+            dy: layer.dy.view(),
+            gamma: layer.gamma.view(),
+            mean: layer.mean.view(),
+            inv_std: layer.inv_std.view(),
+            activation,
+        };
+        let mode = if case == 3 { Mode::Eval } else { Mode::Train };
+        let mut dx = device.poisoned::<S>(n)?;
+        let (mut dgamma, mut dbeta) = (device.poisoned::<f32>(channels)?, device.poisoned::<f32>(channels)?);
+        let mut gradient = self.stored(n);
+        let accumulate = case != 2;
+        let residual = (case != 1).then(|| ResidualGradient { gradient: gradient.view_mut(), accumulate });
+        let gradients = Gradients { dx: dx.view_mut(), dgamma: dgamma.view_mut(), dbeta: dbeta.view_mut() };
+        batch_norm::backward(shape, mode, input, gradients, residual, &mut layer.workspace)?;
+        self.keep("dx", &dx);
+        self.keep("residual", &gradient);
+        self.keep_wide("dgamma", &dgamma);
+        self.keep_wide("dbeta", &dbeta);
+
+        let Backward { x, gamma, mean, inv_std, .. } = input;
+        let normalized = Normalized { x, gamma, mean, inv_std, activation };
+        let tangents = ForwardTangents {
+            x: layer.x_tangent.view(),
+            gamma: layer.gamma_tangent.view(),
+            beta: layer.beta_tangent.view(),
+            residual: (case != 1).then(|| layer.dy_tangent.view()),
+        };
+        let mut y_tangent = device.poisoned::<S>(n)?;
+        let mut moved = (device.poisoned::<f32>(channels)?, device.poisoned::<f32>(channels)?);
+        let saved = Saved { mean: moved.0.view_mut(), inv_std: moved.1.view_mut() };
+        let sums = &mut layer.workspace;
+        batch_norm::forward_tangent(shape, mode, normalized, tangents, y_tangent.view_mut(), saved, sums)?;
+        self.keep("y tangent", &y_tangent);
+        self.keep_wide("mean tangent", &moved.0);
+        self.keep_wide("inv_std tangent", &moved.1);
+
+        let tangents = BackwardTangents {
+            x: layer.x_tangent.view(),
+            dy: layer.dy_tangent.view(),
+            gamma: layer.gamma_tangent.view(),
+            mean: moved.0.view(),
+            inv_std: moved.1.view(),
+            dgamma: dgamma.view(),
+            dbeta: dbeta.view(),
+        };
+        let mut dx = device.poisoned::<S>(n)?;
+        let mut parameters = (device.poisoned::<f32>(channels)?, device.poisoned::<f32>(channels)?);
+        let gradients =
+            Gradients { dx: dx.view_mut(), dgamma: parameters.0.view_mut(), dbeta: parameters.1.view_mut() };
+        batch_norm::backward_tangent(shape, mode, input, tangents, gradients, None, &mut layer.workspace)?;
+        self.keep("dx tangent", &dx);
+        self.keep_wide("dgamma tangent", &parameters.0);
+        self.keep_wide("dbeta tangent", &parameters.1);
         Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! Products with the Hessian: against central differences of gradients in double, against PyTorch's double backward,
 //! and as a symmetric linear map.
 
-use crate::common::fixtures::{fixture, hash_uniform, hash_weights, number, read_json};
+use crate::common::fixtures::{arena, digest_error, fill_in_double, hash_vector, hash_weights, number, read_json};
 use crate::common::{self, Random, bits, weights};
 use crate::plan::max_pools;
 use half::{bf16, f16};
@@ -10,7 +10,6 @@ use polder::kernels::batch_norm::Mode;
 use polder::nn::{CifarResNet, Shortcut, initial_weights};
 use polder::objective::{Domain, Objective, ObjectiveExt, Pass, RunningStats};
 use polder::plan::{Graph, Plan, PlanOptions, Shape, Value};
-use safetensors::SafeTensors;
 
 /// Normal numbers in every tensor, zeros in the padding.
 fn direction<T: Scalar>(plan: &Plan<T>, random: &mut Random) -> Vec<f64> {
@@ -293,82 +292,39 @@ fn logistic_and_softmax_regression_have_their_analytic_hessians() {
     }
 }
 
-/// A vector whose tensors are given by a formula in the files' order.
-fn fill<T: Scalar>(plan: &Plan<T>, value: impl Fn(&str, usize) -> f64) -> Vec<f64> {
-    let mut vector = vec![0.0; plan.parameters().len()];
-    for tensor in plan.parameters().tensors() {
-        let file: Vec<f64> = (0..tensor.kind.len()).map(|index| value(&tensor.name, index)).collect();
-        vector[tensor.range()].copy_from_slice(&tensor.kind.from_file(&file));
-    }
-    vector
-}
-
-/// A vector whose tensors are those of a file.
-fn read<T: Scalar>(plan: &Plan<T>, file: &str) -> Vec<f64> {
-    let bytes = std::fs::read(fixture(file)).unwrap();
-    let tensors = SafeTensors::deserialize(&bytes).unwrap();
-    fill(plan, |name, index| {
-        let data = tensors.tensor(name).unwrap();
-        match data.dtype() {
-            safetensors::Dtype::F32 => f64::from(f32::from_le_bytes(data.data()[4 * index..][..4].try_into().unwrap())),
-            _ => f64::from_le_bytes(data.data()[8 * index..][..8].try_into().unwrap()),
-        }
-    })
-}
-
 /// A plan with the case's batch, normalised in double.
 fn case_plan<T: Scalar>(device: &Device, case: &serde_json::Value) -> Plan<T> {
     let of = |key: &str| case[key].as_u64().unwrap() as usize;
-    let rows: Vec<usize> = case["rows"].as_array().unwrap().iter().map(|row| row.as_u64().unwrap() as usize).collect();
-    let shape = Shape { batch: rows.len(), height: of("height"), width: of("width"), channels: 3 };
+    let shape =
+        Shape { batch: case["rows"].as_array().unwrap().len(), height: of("height"), width: of("width"), channels: 3 };
     let shortcut = case["shortcut"].as_str().unwrap().parse::<Shortcut>().unwrap();
     let (graph, logits) = CifarResNet { blocks: 1, shortcut }.trace(shape, 10).unwrap();
     let label_smoothing = number(&case["label_smoothing"]);
     let options = PlanOptions { label_smoothing, ..PlanOptions::training() };
     let mut plan = Plan::<T>::new(device, graph, logits, options).unwrap();
-    let bytes = std::fs::read(fixture("batches.safetensors")).unwrap();
-    let pool = SafeTensors::deserialize(&bytes).unwrap();
-    let (pixels, labels) = (pool.tensor("images").unwrap(), pool.tensor("labels").unwrap());
-    let mut images = Vec::new();
-    for &image in &rows {
-        for row in 0..shape.height {
-            for (i, &pixel) in pixels.data()[(image * 32 + row) * 96..][..shape.width * 3].iter().enumerate() {
-                let (mean, std) = (number(&case["mean"][i % 3]), number(&case["std"][i % 3]));
-                images.push(T::from_f64((f64::from(pixel) / 255.0 - mean) / std));
-            }
-        }
-    }
-    let truth: Vec<u32> = rows.iter().map(|row| u32::from(labels.data()[8 * row])).collect();
-    let (mut to, mut labels) = plan.batch_mut().unwrap();
-    to.write(&images).unwrap();
-    labels.write(&truth).unwrap();
+    fill_in_double(&mut plan, case["rows"].as_array().unwrap(), case);
     plan
 }
 
 fn matches_pytorch<T: Scalar>(device: &Device, name: &str, tolerance: f64) {
     let cases: serde_json::Value = read_json("resnet8-hessian.json");
     let mut plan = case_plan::<T>(device, &cases["whole"]);
-    let at = read(&plan, "resnet8-init.safetensors");
-    let along = fill(&plan, |name, index| hash_uniform(&format!("direction:{name}"), index));
+    let at = arena(plan.parameters(), "resnet8-init.safetensors");
+    let along = hash_vector(plan.parameters(), "direction:");
     let found = common::to_f64(&product(&mut plan, &at, &along));
-    let error = relative_error(&found, &read(&plan, "resnet8-hessian.safetensors"));
+    let error = relative_error(&found, &arena(plan.parameters(), "resnet8-hessian.safetensors"));
     println!("{name}, {}: relative L2 error of the product {error:.1e}", T::NAME);
     assert!(error < tolerance, "{name}: {error:.2e}");
 
     let case = &cases["digest"];
     let mut plan = case_plan::<T>(device, case);
     let at = hash_weights(plan.parameters());
-    let along = fill(&plan, |name, index| hash_uniform(&format!("direction:{name}"), index));
+    let along = hash_vector(plan.parameters(), "direction:");
     let found = common::to_f64(&product(&mut plan, &at, &along));
     let mut largest = 0.0f64;
     for tensor in plan.parameters().tensors() {
-        // A projection on known numbers sees every element and its place; the norm gives the scale.
-        let file = tensor.kind.to_file(&found[tensor.range()]);
-        let probe: Vec<f64> =
-            (0..file.len()).map(|index| hash_uniform(&format!("probe:{}", tensor.name), index)).collect();
         let expected = &case["tensors"][&tensor.name];
-        let (scale, projection) = (number(&expected["norm"]), number(&expected["projection"]));
-        let error = (norm(&file) - scale).abs().max((dot(&file, &probe) - projection).abs()) / scale;
+        let error = digest_error(tensor, &found, ["norm", "projection"].map(|key| number(&expected[key])));
         assert!(error < tolerance, "{name}: {}: {error:.2e}", tensor.name);
         largest = largest.max(error);
     }
@@ -394,7 +350,7 @@ fn a_difference_in_single_precision_is_far_from_the_exact_product() {
     let device = Device::host();
     let mut double = case_plan::<f64>(&device, &cases["whole"]);
     let mut single = case_plan::<f32>(&device, &cases["whole"]);
-    let at = read(&double, "resnet8-init.safetensors");
+    let at = arena(double.parameters(), "resnet8-init.safetensors");
     let slope = gradient(&mut double, &at);
     let along: Vec<f64> = slope.iter().map(|g| f64::from((g / norm(&slope)) as f32)).collect();
     let reference = product(&mut double, &at, &along);

@@ -61,9 +61,12 @@ impl<T: Scalar, F: FnMut(&[f64]) -> (f64, Vec<f64>)> Objective<T> for Function<F
     }
 }
 
+/// The loss and its gradient at a point.
+type LossAndGradient<'a> = dyn FnMut(&[f64]) -> (f64, Vec<f64>) + 'a;
+
 /// A fourth-order central difference along the normalised direction. For polynomials of degree four or less it is exact
 /// up to rounding.
-fn hessian_times(f: &mut impl FnMut(&[f64]) -> (f64, Vec<f64>), w: &[f64], d: &[f64]) -> Vec<f64> {
+fn hessian_times(f: &mut LossAndGradient<'_>, w: &[f64], d: &[f64]) -> Vec<f64> {
     let norm = d.iter().map(|d| d * d).sum::<f64>().sqrt();
     if norm == 0.0 {
         return vec![0.0; w.len()];
@@ -196,8 +199,7 @@ fn family() -> Vec<AnyMethod> {
     ]
 }
 
-// ---- The family once more, from the formulas, in double on the host
-// ---------------------------------------------------------
+// ---- The family once more, from the formulas, in double on the host ------------------------------------------------
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
@@ -227,13 +229,50 @@ struct Past {
     average: Vec<f64>,
 }
 
+impl Past {
+    /// AdGD's step size η and its growth θ, from the last two points.
+    fn adapt(&mut self, f: &mut LossAndGradient<'_>, w: &[f64], g: &[f64], (delta, eta0, theta0): (f64, f64, f64)) {
+        if self.previous.is_empty() {
+            (self.eta, self.theta) = (eta0, theta0);
+        } else {
+            let (moved, before) = (plus(w, -1.0, &self.previous), f(&self.previous).1);
+            let changed = plus(g, -1.0, &before);
+            let grown = (1.0 + delta * self.theta).sqrt() * self.eta;
+            let eta = (norm(&moved) / (2.0 * norm(&changed))).min(grown);
+            (self.theta, self.eta) = (eta / self.eta, eta);
+        }
+        self.previous = w.to_vec();
+    }
+}
+
+/// The displacement after some steps of length ρ along the gradient, each projected onto the ball of radius ρ.
+fn projected_ascent(f: &mut LossAndGradient<'_>, w: &[f64], rho: f64, steps: usize) -> Vec<f64> {
+    let mut displacement = vec![0.0; w.len()];
+    for _ in 0..steps {
+        let there = f(&plus(w, 1.0, &displacement)).1;
+        displacement = plus(&displacement, rho / norm(&there), &there);
+        if norm(&displacement) > rho {
+            displacement = times(rho / norm(&displacement), &displacement);
+        }
+    }
+    displacement
+}
+
+fn gam_direction(gam: Gam, f: &mut LossAndGradient<'_>, w: &[f64], g: &[f64]) -> Vec<f64> {
+    let Gam { rho, rho_norm, beta0, beta1, gamma } = gam;
+    let g1 = f(&plus(w, rho / norm(g), g)).1;
+    let d = plus(&g1, -1.0, g);
+    let there = plus(w, rho_norm / norm(&d), &d);
+    let g2 = f(&there).1;
+    let g3 = f(&plus(&there, rho / norm(&g2), &g2)).1;
+    let sum = plus(&times(beta1, &g1), 1.0 - beta1, &g3);
+    let m = plus(g, (1.0 - beta0).abs(), &g2);
+    let orthogonal = plus(&m, -dot(&m, &sum) / dot(&sum, &sum), &sum);
+    plus(&sum, -gamma, &orthogonal)
+}
+
 /// The direction and, if the method has its own, the step size.
-fn reference(
-    method: AnyMethod,
-    f: &mut impl FnMut(&[f64]) -> (f64, Vec<f64>),
-    w: &[f64],
-    past: &mut Past,
-) -> (Vec<f64>, Option<f64>) {
+fn reference(method: AnyMethod, f: &mut LossAndGradient<'_>, w: &[f64], past: &mut Past) -> (Vec<f64>, Option<f64>) {
     let (l0, g) = f(w);
     let v = times(1.0 / norm(&g), &g);
     // The numbers of this step's block of the stream.
@@ -261,14 +300,7 @@ fn reference(
             plus(&adversarial, rho / norm(&g), &hessian_times(f, w, &tangent))
         }
         AnyMethod::Sam(Sam { rho, ascent_steps, .. }) => {
-            let mut displacement = vec![0.0; w.len()];
-            for _ in 0..ascent_steps {
-                let there = f(&plus(w, 1.0, &displacement)).1;
-                displacement = plus(&displacement, rho / norm(&there), &there);
-                if norm(&displacement) > rho {
-                    displacement = times(rho / norm(&displacement), &displacement);
-                }
-            }
+            let displacement = projected_ascent(f, w, rho, ascent_steps);
             f(&plus(w, 1.0, &displacement)).1
         }
         AnyMethod::CrSam(CrSam { rho, alpha, beta, form, .. }) => {
@@ -288,28 +320,9 @@ fn reference(
                 oracle
             }
         }
-        AnyMethod::Gam(Gam { rho, rho_norm, beta0, beta1, gamma }) => {
-            let g1 = f(&plus(w, rho, &v)).1;
-            let d = plus(&g1, -1.0, &g);
-            let there = plus(w, rho_norm / norm(&d), &d);
-            let g2 = f(&there).1;
-            let g3 = f(&plus(&there, rho / norm(&g2), &g2)).1;
-            let sum = plus(&times(beta1, &g1), 1.0 - beta1, &g3);
-            let m = plus(&g, (1.0 - beta0).abs(), &g2);
-            let orthogonal = plus(&m, -dot(&m, &sum) / dot(&sum, &sum), &sum);
-            plus(&sum, -gamma, &orthogonal)
-        }
+        AnyMethod::Gam(gam) => gam_direction(gam, f, w, &g),
         AnyMethod::SaSam(SaSam { delta, eta0, theta0, perturb }) => {
-            if past.previous.is_empty() {
-                (past.eta, past.theta) = (eta0, theta0);
-            } else {
-                let (moved, before) = (plus(w, -1.0, &past.previous), f(&past.previous).1);
-                let changed = plus(&g, -1.0, &before);
-                let grown = (1.0 + delta * past.theta).sqrt() * past.eta;
-                let eta = (norm(&moved) / (2.0 * norm(&changed))).min(grown);
-                (past.theta, past.eta) = (eta / past.eta, eta);
-            }
-            past.previous = w.to_vec();
+            past.adapt(f, w, &g, (delta, eta0, theta0));
             if perturb { f(&plus(w, past.eta.sqrt(), &v)).1 } else { g }
         }
         AnyMethod::Gsam(Gsam { rho, alpha }) => {
