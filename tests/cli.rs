@@ -732,22 +732,42 @@ fn a_run_ends_when_its_loss_diverges_and_keeps_its_log() {
     assert_eq!(json(&polder(&fine))["diverged"], false);
 }
 
-#[test]
-fn a_landscape_is_mapped_drawn_and_continued() {
+/// A trained run, the data that it was trained on, and the weights that it began from.
+struct Trained {
+    folder: tempfile::TempDir,
+    data: String,
+    run: String,
+    init: String,
+}
+
+fn trained() -> Trained {
     let folder = tempfile::tempdir().unwrap();
-    let data = idx_folder(folder.path());
-    let data = data.to_str().unwrap();
+    let data = idx_folder(folder.path()).to_str().unwrap().to_string();
     let run = folder.path().join("run");
-    let init = short_run(folder.path(), data, &run);
-    let run = run.to_str().unwrap();
-    let common = ["landscape", "--device", "cpu", "--samples", "48", "--batch-size", "16", "--json"];
-    let map = |extra: &[&str]| json(&polder(&[&common[..], extra].concat()));
-    let found = map(&["--run", run, "--points", "3"]);
+    let init = short_run(folder.path(), &data, &run);
+    Trained { run: run.to_str().unwrap().into(), folder, data, init }
+}
+
+const LANDSCAPE: [&str; 8] = ["landscape", "--device", "cpu", "--samples", "48", "--batch-size", "16", "--json"];
+
+/// What `polder landscape` prints as JSON.
+fn landscape(arguments: &[&str]) -> serde_json::Value {
+    json(&polder(&[&LANDSCAPE[..], arguments].concat()))
+}
+
+/// The lines of a landscape's CSV file.
+fn points(folder: &Path) -> Vec<Vec<f64>> {
+    let csv = std::fs::read_to_string(folder.join("landscape.csv")).unwrap();
+    csv.lines().skip(1).map(|line| line.split(',').map(|cell| cell.parse().unwrap()).collect()).collect()
+}
+
+#[test]
+fn a_landscape_is_mapped_and_drawn() {
+    let Trained { folder: _folder, run, .. } = &trained();
+    let found = landscape(&["--run", run, "--points", "3"]);
     assert_eq!((&found["points"], &found["not_finite"]), (&9.into(), &0.into()));
     let out = Path::new(run).join("landscape");
-    let csv = std::fs::read_to_string(out.join("landscape.csv")).unwrap();
-    let rows: Vec<Vec<f64>> =
-        csv.lines().skip(1).map(|line| line.split(',').map(|cell| cell.parse().unwrap()).collect()).collect();
+    let rows = points(&out);
     assert_eq!(rows.len(), 9);
     assert_eq!(
         rows.iter().map(|row| (row[0], row[1])).collect::<Vec<_>>()[..4],
@@ -773,26 +793,33 @@ fn a_landscape_is_mapped_drawn_and_continued() {
         let signature = if name.ends_with("png") { &b"\x89PNG"[..] } else { b"<svg" };
         assert!(picture.ends_with(name) && bytes.starts_with(signature), "{picture}");
     }
+}
 
+#[test]
+fn a_landscape_is_continued() {
+    let Trained { folder, run, .. } = &trained();
+    landscape(&["--run", run, "--points", "3"]);
+    let out = Path::new(run).join("landscape");
+    let csv = std::fs::read_to_string(out.join("landscape.csv")).unwrap();
     // After an interruption in the middle of a line, the same command completes the landscape.
     std::fs::write(out.join("landscape.csv"), &csv[..csv.len() / 2]).unwrap();
-    map(&["--run", run, "--points", "3"]);
+    landscape(&["--run", run, "--points", "3"]);
     assert_eq!(std::fs::read_to_string(out.join("landscape.csv")).unwrap(), csv);
     // The same holds after the run was moved.
     let moved = folder.path().join("moved");
     std::fs::rename(run, &moved).unwrap();
-    map(&["--run", moved.to_str().unwrap(), "--points", "3"]);
+    landscape(&["--run", moved.to_str().unwrap(), "--points", "3"]);
     std::fs::rename(&moved, run).unwrap();
     // The same holds at coordinates with many digits.
     let fine = folder.path().join("fine");
     let line = ["--run", run, "--dimensions", "1", "--points", "31", "--out", fine.to_str().unwrap()];
-    map(&line);
+    landscape(&line);
     let whole = std::fs::read_to_string(fine.join("landscape.csv")).unwrap();
     std::fs::write(fine.join("landscape.csv"), &whole[..whole.len() / 2]).unwrap();
-    map(&line);
+    landscape(&line);
     assert_eq!(std::fs::read_to_string(fine.join("landscape.csv")).unwrap(), whole);
     // Another landscape is refused.
-    let message = mistake(&[&common[..], &["--run", run, "--points", "4"]].concat());
+    let message = mistake(&[&LANDSCAPE[..], &["--run", run, "--points", "4"]].concat());
     assert!(message.contains("landscape") && message.contains("points is 3, not 4"), "{message}");
 
     // Points without a description are refused.
@@ -800,56 +827,74 @@ fn a_landscape_is_mapped_drawn_and_continued() {
     std::fs::create_dir(&orphan).unwrap();
     std::fs::copy(out.join("landscape.csv"), orphan.join("landscape.csv")).unwrap();
     let message =
-        mistake(&[&common[..7], &["--run", run, "--points", "3", "--out", orphan.to_str().unwrap()]].concat());
+        mistake(&[&LANDSCAPE[..], &["--run", run, "--points", "3", "--out", orphan.to_str().unwrap()]].concat());
     assert!(message.contains("orphan/landscape.csv: points of an unknown landscape"), "{message}");
+}
+
+#[test]
+fn other_labels_make_another_landscape() {
+    let Trained { folder, data, init, .. } = &trained();
+    let out = folder.path().join("out");
     // Other labels make another landscape.
     let noisy = folder.path().join("noisy");
-    let noise = ["--label-noise", "0.5", "--init", &init, "--steps", "1", "--batch-size", "16", "--data", data];
+    let noise = ["--label-noise", "0.5", "--init", init, "--steps", "1", "--batch-size", "16", "--data", data];
     json(&polder(&[&["train", "--device", "cpu", "--json", "--out", noisy.to_str().unwrap()][..], &noise].concat()));
-    std::fs::remove_dir_all(&orphan).unwrap();
-    let there = ["--points", "2", "--out", orphan.to_str().unwrap()];
-    map(&[&["--run", noisy.to_str().unwrap()][..], &there].concat());
+    let there = ["--points", "2", "--out", out.to_str().unwrap()];
+    landscape(&[&["--run", noisy.to_str().unwrap()][..], &there].concat());
     let weights = noisy.join("model.safetensors");
     let clean = ["--model", "resnet8", "--shortcut", "a", "--data", data, "--init", weights.to_str().unwrap()];
-    let message = mistake(&[&common[..], &clean, &there].concat());
+    let message = mistake(&[&LANDSCAPE[..], &clean, &there].concat());
     assert!(message.contains("whose images is checksum"), "{message}");
+}
 
+#[test]
+fn a_landscape_connects_two_models() {
+    let Trained { folder, data, run, init } = &trained();
     // Between two models: the first at 0, the second at 1.
     let to = Path::new(run).join("model.safetensors");
     let line = folder.path().join("line");
     let (to, line) = (to.to_str().unwrap(), line.to_str().unwrap());
-    let model = ["--model", "resnet8", "--init", &init, "--data", data];
-    map(&[&model[..], &["--to", to, "--points", "3", "--range", "0,1", "--out", line, "--bn", "train"]].concat());
-    let text_of = |folder: &str| std::fs::read_to_string(Path::new(folder).join("landscape.csv")).unwrap();
-    let rows: Vec<Vec<f64>> =
-        text_of(line).lines().skip(1).map(|line| line.split(',').map(|cell| cell.parse().unwrap()).collect()).collect();
+    let model = ["--model", "resnet8", "--init", init, "--data", data];
+    landscape(&[&model[..], &["--to", to, "--points", "3", "--range", "0,1", "--out", line, "--bn", "train"]].concat());
+    let (rows, header) = (points(Path::new(line)), std::fs::read_to_string(Path::new(line).join("landscape.csv")));
     assert_eq!(rows.iter().map(|row| row[0]).collect::<Vec<_>>(), [0.0, 0.5, 1.0]);
-    assert!(text_of(line).starts_with("x,loss,accuracy\n"));
+    assert!(header.unwrap().starts_with("x,loss,accuracy\n"));
     // From the other end it is the same line. (Each batch is normalised with its own statistics, so no running
     // statistics matter.)
     let back = folder.path().join("back");
     let back = back.to_str().unwrap();
     let model = ["--model", "resnet8", "--init", to, "--data", data];
-    map(&[&model[..], &["--to", &init, "--points", "3", "--range", "0,1", "--out", back, "--bn", "train"]].concat());
-    for (one, other) in
-        text_of(line).lines().skip(1).zip(text_of(back).lines().skip(1).collect::<Vec<_>>().iter().rev())
-    {
-        let loss = |line: &str| line.split(',').nth(1).unwrap().parse::<f64>().unwrap();
-        assert!(relative_eq!(loss(one), loss(other), epsilon = 0.0, max_relative = 1e-4), "{one} and {other}");
+    landscape(
+        &[&model[..], &["--to", init, "--points", "3", "--range", "0,1", "--out", back, "--bn", "train"]].concat(),
+    );
+    for (one, other) in rows.iter().zip(points(Path::new(back)).iter().rev()) {
+        assert!(relative_eq!(one[1], other[1], epsilon = 0.0, max_relative = 1e-4), "{one:?} and {other:?}");
     }
+}
 
+#[test]
+fn a_landscape_follows_an_eigenvector() {
+    let Trained { folder, run, .. } = &trained();
     // Along the first eigenvector, the second derivative of the loss is the eigenvalue.
     let eigen = folder.path().join("eigen");
     let eigen = eigen.to_str().unwrap();
     let along = ["--directions", "eigenvectors", "--dimensions", "1", "--points", "3", "--range", "-0.01,0.01"];
-    let found = map(&[&["--run", run, "--out", eigen][..], &along].concat());
+    let found = landscape(&[&["--run", run, "--out", eigen][..], &along].concat());
     let name = found["axes"][0]["name"].as_str().unwrap();
     let lambda: f64 = name.split("λ = ").nth(1).unwrap().trim_end_matches(')').parse().unwrap();
-    let losses: Vec<f64> =
-        text_of(eigen).lines().skip(1).map(|line| line.split(',').nth(1).unwrap().parse().unwrap()).collect();
+    let losses: Vec<f64> = points(Path::new(eigen)).iter().map(|row| row[1]).collect();
     let bend = (losses[0] + losses[2] - 2.0 * losses[1]) / 1e-4;
     assert!(abs_diff_eq!(bend / lambda, 1.0, epsilon = 0.1), "{bend} and {lambda}: {losses:?}");
+}
 
+#[test]
+fn mistakes_of_a_landscape_are_one_clear_line() {
+    let Trained { folder, run, .. } = &trained();
+    let to = Path::new(run).join("model.safetensors");
+    let to = to.to_str().unwrap();
+    let other = folder.path().join("other");
+    let other = other.to_str().unwrap();
+    landscape(&["--run", run, "--out", other, "--points", "2", "--dimensions", "1"]);
     let blocked = folder.path().join("blocked");
     std::fs::write(&blocked, "a file").unwrap();
     let fresh = folder.path().join("fresh");
@@ -865,7 +910,7 @@ fn a_landscape_is_mapped_drawn_and_continued() {
         (&["--run", run, "--dimensions", "3"], &["--dimensions", "3"]),
         (&["--run", run, "--samples", "97"], &["--samples", "97"]),
         (&["--run", "no/such/run"], &["no/such/run", "not a run folder"]),
-        (&["--run", run, "--model", "resnet20", "--out", eigen], &["eigen", "choose another --out"]),
+        (&["--run", run, "--model", "resnet20", "--out", other], &["other", "choose another --out"]),
         (&["--run", run, "--model", "resnet20", "--out", fresh], &["model.safetensors", "missing"]),
         (&["--run", run, "--out", blocked.to_str().unwrap()], &["blocked"]),
         (&["--run", run, "--to", to, "--directions", "random"], &["--to", "--directions"]),

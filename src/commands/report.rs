@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 
 use polder::report;
-use polder::train::TrainError;
 
 use super::{Failure, option, print, tell};
 
