@@ -181,7 +181,11 @@ fn a_section_is_there_only_if_there_is_something_to_show() {
         assert!(html.contains(&format!("<b>{measure}</b>")), "{measure}");
     }
     let at_the_end = html.split("<h2>Curvature at the end</h2>").nth(1).unwrap();
-    assert_eq!(row(at_the_end, "sam")[1..6], ["10", "4", "0.2500", "0.5000", "logged after epoch 1"]);
+    let measures = ["Trace of the Hessian", "Largest eigenvalue", "Local minima along random lines"];
+    for (measure, value) in measures.into_iter().zip(["10", "4", "0.2500"]) {
+        assert_eq!(row(at_the_end, measure)[1..3], ["–", value]);
+    }
+    assert!(at_the_end.contains("Measured after epoch 1."));
     assert!(html.contains("aria-label=\"loss over two directions, plane\""));
     assert!(html.contains("aria-label=\"Loss along a line, line\""));
     assert!(!html.contains("EMPTY") && !html.contains("OTHER"));
@@ -208,7 +212,7 @@ fn the_report_says_whether_curvature_falls_in_the_order_of_the_groups() {
     assert!(order.falls);
     assert_eq!(order.means, [("sgd".into(), 100.0), ("sam".into(), 50.0)]);
     assert!(html.contains("The trace of the Hessian falls in the order of the groups: sgd 100; sam 50."));
-    assert!(html.contains("over 1000 training images") && html.contains("logged after epoch 1"));
+    assert!(html.contains("sgd: measured over 1000 training images.") && html.contains("sam: measured after epoch 1."));
 
     let (html, found) = page(&[b, a.clone()]);
     assert!(!found.curvature_order.unwrap().falls);
@@ -225,7 +229,7 @@ fn the_report_says_whether_curvature_falls_in_the_order_of_the_groups() {
     let mut means: Vec<f64> = found.groups[0].curvature.values().map(|of| of["mean"].as_f64().unwrap()).collect();
     means.sort_by(f64::total_cmp);
     assert_eq!(means, [-5.0, 3.0, 9.0]);
-    assert!(html.contains("over 1000 training images; others logged after epoch 1"), "{html}");
+    assert!(html.contains("Measured over 1000 training images, other measures after epoch 1."), "{html}");
     // Results of other weights than the current ones are left out, and the page says so.
     std::fs::write(d.join("model.safetensors"), "weights").unwrap();
     let whole =

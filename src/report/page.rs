@@ -363,30 +363,42 @@ fn final_curvature(groups: &[Group], order: Option<&CurvatureOrder>) -> Option<S
     if names.is_empty() {
         return None;
     }
-    let mut head = vec!["Group".to_string()];
-    head.extend(names.iter().map(|name| escape(measure_name(name).0)));
-    head.push("Measured".into());
-    let row = |(index, group): (usize, &Group)| {
-        let cell = |name: &String| {
-            let statistics = found[index].iter().find(|(other, _)| other == name);
+    // There can be many measures, so that they are rows and the groups are columns.
+    let mut head = vec!["Measure".to_string()];
+    head.extend(groups.iter().enumerate().map(|(index, group)| key(index, group)));
+    let row = |name: &String| {
+        let cell = |numbers: &Vec<(String, RunStatistics)>| {
+            let statistics = numbers.iter().find(|(other, _)| other == name);
             statistics.map_or("–".into(), |(_, statistics)| plus_minus(statistics))
         };
-        let over: BTreeSet<String> = group.runs.iter().filter_map(|run| Some(run.final_curvature()?.over)).collect();
-        let over = over.into_iter().collect::<Vec<_>>().join("; ");
-        let mut row = vec![key(index, group)];
-        row.extend(names.iter().map(cell));
-        row.push(text_cell(&over));
+        let mut row = vec![escape(measure_name(name).0)];
+        row.extend(found.iter().map(cell));
         row
     };
-    let rows: Vec<_> = groups.iter().enumerate().map(row).collect();
+    let rows: Vec<_> = names.iter().map(row).collect();
     let mut content = table(&head, &rows);
     if groups.iter().any(|group| group.runs.len() > 1) {
         content += &note("Mean ± standard deviation over the runs of a group.");
     }
+    content += &measured_over(groups);
     if let Some(order) = order {
         content += &format!("<p>{}</p>\n", escape(&order.to_string()));
     }
     Some(section("Curvature at the end", &content))
+}
+
+/// Notes on the images that the curvature at the end was measured over: one if all groups have the same.
+fn measured_over(groups: &[Group]) -> String {
+    let over = |group: &Group| -> Option<(String, String)> {
+        let each: BTreeSet<String> = group.runs.iter().filter_map(|run| Some(run.final_curvature()?.over)).collect();
+        let over = each.into_iter().collect::<Vec<_>>().join("; ");
+        (!over.is_empty()).then(|| (group.name.clone(), over))
+    };
+    let measured: Vec<_> = groups.iter().filter_map(over).collect();
+    match measured.first() {
+        Some((_, first)) if measured.iter().all(|(_, over)| over == first) => note(&format!("Measured {first}.")),
+        _ => measured.iter().map(|(name, over)| note(&format!("{name}: measured {over}."))).collect(),
+    }
 }
 
 /// The traces of layers, one row of points for each layer.

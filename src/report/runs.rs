@@ -174,10 +174,11 @@ impl LoadedRun {
     pub fn final_curvature(&self) -> Option<Measured> {
         let logged = self.curvatures().pop();
         let Some((epoch, logged)) = logged else { return self.curvature.clone() };
-        let (mut measures, over) = (logged.clone(), format!("logged after epoch {epoch}"));
+        let (mut measures, over) = (logged.clone(), format!("after epoch {epoch}"));
         let Some(measured) = &self.curvature else { return Some(Measured { measures, over, weights: None }) };
         measures.extend(measured.measures.clone());
-        let rest = if measures.len() > measured.measures.len() { format!("; others {over}") } else { String::new() };
+        let rest =
+            if measures.len() > measured.measures.len() { format!(", other measures {over}") } else { String::new() };
         Some(Measured { measures, over: format!("{}{rest}", measured.over), weights: None })
     }
 
