@@ -99,9 +99,9 @@ impl<T: Scalar> Settings<T> {
 /// What a step left on the device, read back.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Telemetry {
-    /// The loss at `w`. For methods that take no gradient there, at their first point.
+    /// The mean loss of the mini-batch at `w`. For methods that take no gradient there, at their first point.
     pub loss: f64,
-    /// The norm of the gradient there, over all parameters.
+    /// The L2 norm of the gradient there, over all parameters.
     pub gradient_norm: f64,
     /// The method's own numbers by name, as [`Method::telemetry`] names them: A, B and A/ρ² of CR-SAM, η and ρ of
     /// SA-SAM.
@@ -133,13 +133,14 @@ impl Telemetry {
 
 /// The buffers of an optimizer that a checkpoint must hold, so that a resumed run has the same bits.
 pub struct State<T: Scalar> {
-    /// SGD's momentum or AdamW's first moment.
+    /// SGD's momentum or AdamW's first moment: as long as the weights.
     pub momentum: Buffer<T>,
-    /// AdamW's second moment; empty for SGD.
+    /// AdamW's second moment: as long as the weights; empty for SGD.
     pub second_moment: Buffer<T>,
-    /// The vectors that the method keeps: [`Needs::memory`] of them, such as SA-SAM's previous weights.
+    /// The vectors that the method keeps: [`Needs::memory`] of them, such as SA-SAM's previous weights. Each begins at
+    /// a multiple of [`ALIGNMENT`](crate::arena::ALIGNMENT) elements.
     pub memory: Buffer<T>,
-    /// The numbers that the method keeps: [`Needs::scalars`].
+    /// The numbers that the method keeps: as many as [`Needs::scalars`].
     pub scalars: Buffer<f64>,
     /// Steps taken (AdamW's t), steps skipped, and the method's own counters: [`Method::counters`].
     pub counters: Buffer<u32>,
@@ -154,7 +155,7 @@ const STEP_COUNTERS: usize = 2;
 /// A base optimizer with a sharpness-aware method, and the buffers they need.
 ///
 /// Memory, in vectors as long as the weights, beside `w` itself: momentum (two vectors for AdamW), and the method's
-/// working vectors, which the table of [this module](self) counts.
+/// working vectors, which a table in `docs/methods.md` counts.
 pub struct Optimizer<T: Scalar> {
     settings: Settings<T>,
     state: State<T>,

@@ -159,7 +159,7 @@ impl Numbers {
     /// Four coefficients that are known before the first step.
     ///
     /// # Errors
-    /// A row of its own that the method did not ask for.
+    /// [`Error::Range`] for a row of its own that the method did not ask for.
     pub fn row(&self, row: Row) -> Result<Slice<'_, f64>> {
         self.rows.slice(4 * row.0..4 * row.0 + 4)
     }
@@ -201,7 +201,7 @@ impl<'a, T: Scalar> Vectors<'a, T> {
     /// A vector to read.
     ///
     /// # Errors
-    /// A vector that the method did not ask for, or that is already borrowed to be written.
+    /// [`Error::Range`] for a vector that the method did not ask for, or that is already borrowed to be written.
     pub fn read(&mut self, vector: Vector) -> Result<Slice<'a, T>> {
         match vector {
             Weights => Ok(self.weights),
@@ -213,7 +213,8 @@ impl<'a, T: Scalar> Vectors<'a, T> {
     /// A vector to write.
     ///
     /// # Errors
-    /// The weights; a vector that the method did not ask for, or that is already borrowed.
+    /// [`Error::Argument`] for the weights; [`Error::Range`] for a vector that the method did not ask for, or that is
+    /// already borrowed.
     pub fn write(&mut self, vector: Vector) -> Result<SliceMut<'a, T>> {
         match vector {
             Weights => {
@@ -227,7 +228,7 @@ impl<'a, T: Scalar> Vectors<'a, T> {
 }
 
 /// A step in progress: what a method works on. The fields are for methods with kernels of their own; the verbs cover
-/// the rest.
+/// the rest. A verb moves what the kernels that it calls move: see [`vector`](mod@vector), [`sharpness`] and [`random`].
 pub struct Step<'a, T: Scalar> {
     /// The function that is minimised.
     pub objective: &'a mut dyn Objective<T>,
@@ -384,7 +385,7 @@ impl<T: Scalar> Step<'_, T> {
     /// Norm number `norm` becomes the L2 norm of a vector.
     ///
     /// # Errors
-    /// A vector or a number that is not there.
+    /// [`Error::Range`] for a vector or a number that is not there.
     pub fn norm(&mut self, vector: Vector, norm: usize) -> Result<()> {
         let mut x = self.vectors.open();
         vector::l2_norm(x.read(vector)?, self.reduction, self.numbers.norms.slice_mut(norm..norm + 1)?)
@@ -394,7 +395,7 @@ impl<T: Scalar> Step<'_, T> {
     /// scales ρ.
     ///
     /// # Errors
-    /// A vector or a number that is not there.
+    /// [`Error::Range`] for a vector or a number that is not there.
     pub fn perturb(
         &mut self,
         from: Vector,
@@ -421,7 +422,7 @@ impl<T: Scalar> Step<'_, T> {
     /// As [`Step::perturb`], with a radius that no schedule scales.
     ///
     /// # Errors
-    /// A vector or a number that is not there.
+    /// [`Error::Range`] for a vector or a number that is not there.
     pub fn fixed_perturb(
         &mut self,
         from: Vector,
@@ -442,7 +443,7 @@ impl<T: Scalar> Step<'_, T> {
     /// The schedule scales ρ.
     ///
     /// # Errors
-    /// A vector or a row that is not there.
+    /// [`Error::Range`] for a vector or a row that is not there.
     pub fn perturb_along(&mut self, vectors: [Vector; 2], row: Row, rho: f64, to: Vector) -> Result<()> {
         self.products(&vectors, row, row)?;
         let mut x = self.vectors.open();
@@ -455,7 +456,7 @@ impl<T: Scalar> Step<'_, T> {
     /// [`work::P`] `= w + ρ z/‖z‖`, z standard normal and drawn anew in each step and group. The schedule scales ρ.
     ///
     /// # Errors
-    /// A vector that is not there.
+    /// [`Error::Range`] for a vector that is not there.
     pub fn perturb_randomly(&mut self, seed: u64, rho: f64) -> Result<()> {
         let n = self.vectors.weights.len();
         let first_block = self.draw * n.div_ceil(4) as u64;
@@ -469,7 +470,8 @@ impl<T: Scalar> Step<'_, T> {
     /// Dot products and norms of two combinations A and B of some vectors, to [`Numbers::products`].
     ///
     /// # Errors
-    /// [`Error::Argument`] unless there are one to four vectors; a vector or a row that is not there.
+    /// [`Error::Argument`] unless there are one to four vectors; [`Error::Range`] for a vector or a row that is not
+    /// there.
     pub fn products(&mut self, vectors: &[Vector], a: Row, b: Row) -> Result<()> {
         let mut x = self.vectors.open();
         let mut slices = [x.weights; 4];
@@ -485,7 +487,7 @@ impl<T: Scalar> Step<'_, T> {
     /// `to = Σ c_k x_k` with the coefficients of a row.
     ///
     /// # Errors
-    /// A vector or a row that is not there.
+    /// [`Error::Range`] for a vector or a row that is not there.
     pub fn combine(&mut self, vectors: [Vector; 2], row: Row, to: Vector) -> Result<()> {
         let mut x = self.vectors.open();
         let vectors = [Some(x.read(vectors[0])?), Some(x.read(vectors[1])?), None, None];
@@ -497,7 +499,7 @@ impl<T: Scalar> Step<'_, T> {
     /// memory after its last pass.
     ///
     /// # Errors
-    /// A vector that is not there.
+    /// [`Error::Range`] for a vector that is not there.
     pub fn keep(&mut self, from: Vector, to: Vector) -> Result<()> {
         let mut x = self.vectors.open();
         vector::commit(self.numbers.flag.view(), x.read(from)?, x.write(to)?)
@@ -506,7 +508,7 @@ impl<T: Scalar> Step<'_, T> {
     /// Copies a vector in the first step that is taken, and does nothing in every later one.
     ///
     /// # Errors
-    /// A vector that is not there.
+    /// [`Error::Range`] for a vector that is not there.
     pub fn initialize(&mut self, from: Vector, to: Vector) -> Result<()> {
         let mut x = self.vectors.open();
         vector::commit(self.taken, x.read(from)?, x.write(to)?)
@@ -525,7 +527,7 @@ impl<T: Scalar> Step<'_, T> {
     /// `to` becomes the part of [`work::G1`] that is orthogonal to [`work::G0`], unless the step will be skipped.
     ///
     /// # Errors
-    /// A vector that is not there.
+    /// [`Error::Range`] for a vector that is not there.
     pub fn orthogonal(&mut self, to: Vector) -> Result<()> {
         self.products(&[G0, G1], Row::FIRST, Row::SECOND)?;
         let Numbers { products, inner, flag, .. } = &mut *self.numbers;
@@ -539,7 +541,7 @@ impl<T: Scalar> Step<'_, T> {
     /// The direction's first two coefficients become 1 and `factor` over norm number `norm`.
     ///
     /// # Errors
-    /// A number that is not there.
+    /// [`Error::Range`] for a number that is not there.
     pub fn over_norm(&mut self, factor: f64, norm: usize) -> Result<()> {
         let Numbers { norms, coefficients, .. } = &mut *self.numbers;
         sharpness::quotient(factor, None, norms.slice(norm..norm + 1)?, coefficients.slice_mut(0..2)?)

@@ -28,15 +28,15 @@ pub struct GroupSummary {
     pub name: String,
     /// The folders of its runs.
     pub runs: Vec<PathBuf>,
-    /// Test accuracy of the last epoch.
+    /// Test accuracy of the last epoch: a share from 0 to 1.
     pub test_accuracy: RunStatistics,
-    /// Test loss of the last epoch.
+    /// Test loss of the last epoch: the mean cross-entropy in nats.
     pub test_loss: RunStatistics,
     /// Seconds of training.
     pub seconds: RunStatistics,
     /// Training images per second.
     pub images_per_second: RunStatistics,
-    /// The curvature at the end, by measure.
+    /// The curvature at the end: a [`RunStatistics`] as JSON for each number of a measure, by its name.
     pub curvature: serde_json::Map<String, serde_json::Value>,
 }
 

@@ -62,9 +62,9 @@ pub(super) fn spectrum(
 }
 
 /// Writes `spectrum.svg` and `spectrum.png` to a folder: the density of eigenvalues as a sum of peaks (`nodes` with
-/// their `weights`, as in `polder curvature --measure spectrum --json`), each smoothed by a normal distribution with a
-/// hundredth of the range as its deviation, over a logarithmic scale. Returns the files written; none if there is no
-/// finite peak.
+/// their `weights`, as in a [`Density`](crate::curvature::Density)), each smoothed by a normal distribution with a
+/// hundredth of the range as its deviation, over a logarithmic scale. If one list is longer, its rest is ignored.
+/// Returns the files written; none if there is no finite peak.
 ///
 /// # Errors
 /// A folder that cannot be written to.

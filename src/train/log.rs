@@ -10,7 +10,8 @@ use serde_json::Number;
 
 use super::{Finding, TrainError, write_whole};
 
-/// A line of the log.
+/// A line of the log. Losses are cross-entropies in nats, accuracies are shares from 0 to 1. A number that was not
+/// finite is none here and null in the file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
 pub enum Record {

@@ -20,7 +20,7 @@ macro_rules! methods {
     ($($file:ident: $($export:ident),+ => $($entry:ident),+;)+) => {
         $(pub use $file::{$($export),+};)+
 
-        /// Every method by name. The command line, `config.toml` and the table in `docs/methods.md` follow this list.
+        /// Every method by name. Files of settings, the program and the table in `docs/methods.md` follow this list.
         pub const METHODS: &[Entry] = &[$($($file::$entry),+),+];
     };
 }
