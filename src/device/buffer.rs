@@ -106,16 +106,25 @@ impl<T: Element> Buffer<T> {
     }
 
     /// [`Buffer::read`] into a new vector.
+    ///
+    /// # Errors
+    /// Those of earlier work on the device; [`Error::Argument`] while a graph is captured.
     pub fn to_vec(&self) -> Result<Vec<T>> {
         self.view().to_vec()
     }
 
     /// Copies another buffer of the same device and length: reads and writes `len` elements.
+    ///
+    /// # Errors
+    /// [`Error::Length`] and [`Error::OtherDevice`].
     pub fn copy_from(&mut self, source: &Buffer<T>) -> Result<()> {
         self.view_mut().copy_from(source.view())
     }
 
     /// Sets every byte to zero.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] if the driver fails.
     pub fn clear(&mut self) -> Result<()> {
         self.view_mut().clear()
     }
@@ -212,6 +221,9 @@ impl<'a, T: Element> Slice<'a, T> {
     }
 
     /// [`Slice::read`] into a new vector.
+    ///
+    /// # Errors
+    /// Those of earlier work on the device; [`Error::Argument`] while a graph is captured.
     pub fn to_vec(&self) -> Result<Vec<T>> {
         let mut values = vec![T::zeroed(); self.len];
         self.read(&mut values)?;
@@ -295,6 +307,9 @@ impl<'a, T: Element> SliceMut<'a, T> {
     }
 
     /// Copies `source`, of the same device and length.
+    ///
+    /// # Errors
+    /// [`Error::Length`] and [`Error::OtherDevice`].
     pub fn copy_from(&mut self, source: Slice<'_, T>) -> Result<()> {
         check_length("SliceMut::copy_from", "source", source.len, self.len)?;
         if self.device != source.device {
@@ -310,6 +325,9 @@ impl<'a, T: Element> SliceMut<'a, T> {
     }
 
     /// Sets every byte to zero.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] if the driver fails.
     pub fn clear(&mut self) -> Result<()> {
         let bytes = self.len * size_of::<T>();
         match &self.device.0 {

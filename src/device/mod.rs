@@ -304,24 +304,36 @@ impl Device {
     }
 
     /// Device memory for `len` elements, every byte zero.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]; [`Error::Argument`] while a graph is captured.
     pub fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
         Buffer::filled(self, len, 0)
     }
 
     /// Device memory for `len` elements, every byte 0xFF: a NaN in every floating-point type, which makes reads of
     /// unwritten memory visible.
+    ///
+    /// # Errors
+    /// As [`Device::zeros`].
     pub fn poisoned<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
         Buffer::filled(self, len, 0xFF)
     }
 
     /// A copy of `values` in device memory.
+    ///
+    /// # Errors
+    /// As [`Device::zeros`].
     pub fn upload<T: Element>(&self, values: &[T]) -> Result<Buffer<T>> {
         let mut buffer = Buffer::filled(self, values.len(), 0)?;
         buffer.write(values)?;
         Ok(buffer)
     }
 
-    /// Waits until all work so far has finished, and returns an error if any of it failed.
+    /// Waits until all work so far has finished.
+    ///
+    /// # Errors
+    /// Those of the work, if any of it failed; [`Error::Argument`] while a graph is captured.
     pub fn synchronize(&self) -> Result<()> {
         match &self.0 {
             Inner::Host(host) => host.refuse_recording("synchronize", "a graph cannot wait for itself"),
@@ -330,6 +342,9 @@ impl Device {
     }
 
     /// A point in the device's work, for timing.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] while a graph is captured.
     pub fn event(&self) -> Result<Event> {
         match &self.0 {
             Inner::Host(host) => {
@@ -431,6 +446,9 @@ enum EventInner {
 
 impl Event {
     /// Seconds of device time from `earlier` to this point; waits for both.
+    ///
+    /// # Errors
+    /// [`Error::OtherDevice`] for an event of another device; those of the device's work.
     pub fn elapsed_since(&self, earlier: &Event) -> Result<f64> {
         match (&self.0, &earlier.0) {
             (EventInner::Host(end), EventInner::Host(start)) => Ok((*end - *start).as_secs_f64()),
@@ -450,6 +468,9 @@ enum RecordedGraphInner {
 
 impl RecordedGraph {
     /// Runs the recorded work, in order with all other work on the device.
+    ///
+    /// # Errors
+    /// Those of the work; [`Error::Argument`] while another graph is captured.
     pub fn replay(&self) -> Result<()> {
         match &self.0 {
             RecordedGraphInner::Host(graph) => graph.replay(),

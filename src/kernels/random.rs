@@ -24,11 +24,17 @@ pub fn key(seed: u64, purpose: &[u8; 8]) -> u64 {
 }
 
 /// The generator's words. Traffic: writes 4 B per element.
+///
+/// # Errors
+/// Those of the launch.
 pub fn bits(out: SliceMut<'_, u32>, seed: u64, offset: u64) -> Result<()> {
     generate(id::RANDOM_BITS, out, seed, offset)
 }
 
 /// Uniform numbers in [0, 1), multiples of 2^-24: the upper 24 bits of each word. Traffic: writes 4 B per element.
+///
+/// # Errors
+/// Those of the launch.
 pub fn uniform<T: Scalar>(out: SliceMut<'_, T>, seed: u64, offset: u64) -> Result<()> {
     generate(pick::<T, _>(id::UNIFORM_F32, id::UNIFORM_F64), out, seed, offset)
 }
@@ -36,11 +42,17 @@ pub fn uniform<T: Scalar>(out: SliceMut<'_, T>, seed: u64, offset: u64) -> Resul
 /// Standard normal numbers, at most 6.66 in magnitude, by Box and Muller's transform: positions 2k and 2k + 1 are
 /// `sqrt(−2 ln u)` times `cos 2πv` and `sin 2πv`, with `u = (word + 1)/2^32` from position 2k and `v = word/2^32` from
 /// position 2k + 1. Traffic: writes 4 B per element.
+///
+/// # Errors
+/// Those of the launch.
 pub fn normal<T: Scalar>(out: SliceMut<'_, T>, seed: u64, offset: u64) -> Result<()> {
     generate(pick::<T, _>(id::NORMAL_F32, id::NORMAL_F64), out, seed, offset)
 }
 
 /// +1 or −1, each with probability ½: the upper bit of each word. Traffic: writes 4 B per element.
+///
+/// # Errors
+/// Those of the launch.
 pub fn rademacher<T: Scalar>(out: SliceMut<'_, T>, seed: u64, offset: u64) -> Result<()> {
     generate(pick::<T, _>(id::RADEMACHER_F32, id::RADEMACHER_F64), out, seed, offset)
 }

@@ -38,6 +38,9 @@ pub struct Reduction {
 
 impl Reduction {
     /// Room for the partial sums of one reduction at a time on `device`.
+    ///
+    /// # Errors
+    /// Those of the allocation.
     pub fn new(device: &Device) -> Result<Self> {
         let blocks = device.elementwise(usize::MAX, 1).grid[0] as usize;
         Ok(Self { partials: device.zeros(blocks * MAX_SUMS)? })
@@ -232,7 +235,10 @@ pub fn perturb<T: Scalar, P: Compute>(
 /// The perturbed weights of SAM with p = ∞: `plus = w + ρ sign(g)` and, if given, `minus = w − ρ sign(g)`, with
 /// `sign(0) = 0`; a NaN in `g` stays a NaN. [SAM, eq. 2]
 ///
-/// Traffic and errors: those of [`perturb`].
+/// Traffic: that of [`perturb`].
+///
+/// # Errors
+/// Those of [`perturb`].
 pub fn perturb_linf<T: Scalar, P: Compute>(
     w: Slice<'_, T>,
     g: Slice<'_, T>,
@@ -597,6 +603,9 @@ pub fn axpy<T: Scalar>(alpha: f64, x: Slice<'_, T>, mut y: SliceMut<'_, T>) -> R
 }
 
 /// `out[i] = value`. Traffic: 4 B per element.
+///
+/// # Errors
+/// Those of the launch.
 pub fn fill<T: Scalar>(mut out: SliceMut<'_, T>, value: f64) -> Result<()> {
     let device = out.device().clone();
     let n = out.len();
