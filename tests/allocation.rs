@@ -43,6 +43,16 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+/// Waits until nothing has been allocated for a while. The threads of a new device allocate as they start, which takes
+/// long on a busy machine, and no launch waits for them.
+fn wait_for_new_threads() {
+    let mut before = None;
+    while before != Some(ALLOCATIONS.load(Ordering::Relaxed)) {
+        before = Some(ALLOCATIONS.load(Ordering::Relaxed));
+        std::thread::sleep(std::time::Duration::from_millis(300));
+    }
+}
+
 /// Allocations during `run(1)`, `run(2)` and `run(3)`, after `run(0)`.
 fn allocations_after_the_first(device: &Device, mut run: impl FnMut(u64)) -> usize {
     run(0);
@@ -115,6 +125,7 @@ fn a_thousand_probes_take_the_memory_of_two() {
     images.write(&(0..images.len()).map(|i| (i % 17) as f32 / 9.0 - 1.0).collect::<Vec<_>>()).unwrap();
     labels.write(&[3, 7]).unwrap();
     let mut curvature = Curvature::new(&mut plan, weights.view()).unwrap();
+    wait_for_new_threads();
     // The first pair allocates what it keeps for the next.
     curvature.trace(2, 5, |_| ()).unwrap();
     let mut more_at_most = |probes: usize| {
@@ -131,6 +142,7 @@ fn a_thousand_probes_take_the_memory_of_two() {
 fn count<S: Compute<Master = f32>>(methods: &[AnyMethod], bases: &[Base]) {
     let mut devices = common::devices();
     devices.retain(|(name, _)| !name.contains("backwards") && !name.contains("random"));
+    wait_for_new_threads();
     for (name, device) in devices {
         let (batch, side) = if name.starts_with("gpu shapes") { (2, 8) } else { (4, 16) };
         for (method, base) in methods.iter().zip(bases.iter().cycle()) {
