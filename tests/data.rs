@@ -368,7 +368,7 @@ fn paths_without_a_data_set_are_named() -> TestResult {
     assert!(matches!(load(&folder.path().join("absent")), Err(DataError::Io { path, .. }) if path.ends_with("absent")));
     let file = folder.path().join("file");
     fs::write(&file, "text")?;
-    assert!(error_line(&file).starts_with("DIR: not a folder; expected one with CIFAR-10"));
+    assert!(error_line(&file).starts_with("DIR: not a folder; expected one with data_batch_1.bin"));
     assert!(matches!(load_split(&file, Split::Test), Err(DataError::NotAFolder { .. })));
     Ok(())
 }
