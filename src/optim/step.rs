@@ -228,7 +228,8 @@ impl<'a, T: Scalar> Vectors<'a, T> {
 }
 
 /// A step in progress: what a method works on. The fields are for methods with kernels of their own; the verbs cover
-/// the rest. A verb moves what the kernels that it calls move: see [`vector`](mod@vector), [`sharpness`] and [`random`].
+/// the rest. A verb moves what the kernels that it calls move: see [`vector`](mod@vector), [`sharpness`] and
+/// [`random`].
 pub struct Step<'a, T: Scalar> {
     /// The function that is minimised.
     pub objective: &'a mut dyn Objective<T>,

@@ -115,9 +115,9 @@ pub struct Report {
 }
 
 /// Compares runs, each the folder of a [`Training`](crate::train::Training), on one HTML page: `out`, or `report.html`
-/// in the folder of a single run or in the current folder. The page needs no other file. With `tensorboard`, each
-/// run's log is also written to `tensorboard/` in its folder. A path that does not exist, is not the folder of a run, or
-/// has no readable line in its log is skipped if there is at least one run.
+/// in the folder of a single run or in the current folder. The page needs no other file. With `tensorboard`, each run's
+/// log is also written to `tensorboard/` in its folder. A path that does not exist, is not the folder of a run, or has
+/// no readable line in its log is skipped if there is at least one run.
 ///
 /// # Errors
 /// No path with a run; a file that is damaged, or cannot be read or written.
