@@ -27,7 +27,8 @@ const SGD: SgdStep =
 const ADAMW: AdamWStep =
     AdamWStep { lr: Rate::Fixed(1e-3), beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, decay_len: usize::MAX };
 
-const CR_SAM: CrSamTerms = CrSamTerms { log_form: true, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
+const CR_SAM: CrSamTerms =
+    CrSamTerms { log_form: true, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8, loss_error: 0.0 };
 
 /// One set of vectors.
 struct Vectors {

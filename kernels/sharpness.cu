@@ -316,7 +316,8 @@ struct AdgdRatesArgs {
     double delta;
 };
 
-/// η = min(‖Δw‖/(2‖Δg‖), sqrt(1 + δ θ_prev) η_prev); if neither w nor g changed, η is the second
+/// η = min(‖Δw‖/(2‖Δg‖), sqrt(1 + δ θ_prev) η_prev). If w or g did not change, η is the second, or stays as it is where
+/// θ is still infinite.
 __device__ void adgd_rates_body(const AdgdRatesArgs& a) {
     const bool begun = a.state[2] != 0.0;
     double eta = a.state[0], theta = a.state[1];
@@ -325,8 +326,10 @@ __device__ void adgd_rates_body(const AdgdRatesArgs& a) {
         const double moved = a.products[3], changed = a.products[4];
         const double quotient = moved > 0.0 && changed > 0.0 ? moved / (2.0 * changed) : grown;
         const double next = quotient < grown ? quotient : grown;
-        theta = eta > 0.0 ? next / eta : 1.0;
-        eta = next;
+        if (isfinite(next)) {
+            theta = eta > 0.0 ? next / eta : 1.0;
+            eta = next;
+        }
     }
     const double rho = sqrt(eta);
     a.rates[0] = eta;

@@ -305,6 +305,7 @@ struct CrSamArgs {
     const uint32_t* skip;
     uint32_t* dropped;
     double alpha, beta, a_min, b_min;
+    double loss_error;  // relative to L0
     uint32_t log_form;
 };
 
@@ -313,7 +314,10 @@ __device__ void cr_sam_coefficients_body(const CrSamArgs& a) {
     double alpha = a.alpha, beta = a.beta;
     if (a.log_form != 0) {
         const LossDifferences d = loss_differences(a.losses);
-        const bool use_alpha = isfinite(d.a) && d.a > a.a_min, use_beta = isfinite(d.b) && d.b > a.b_min;
+        // A difference of losses that is as small as their error has no meaning.
+        const double error = a.loss_error * fabs(a.losses[0]);
+        const bool use_alpha = isfinite(d.a) && d.a > fmax(a.a_min, error);
+        const bool use_beta = isfinite(d.b) && d.b > fmax(a.b_min, error);
         // A skipped step counts no dropped term.
         const bool taken = a.skip[0] == 0;
         a.dropped[0] += taken && alpha != 0 && !use_alpha;

@@ -190,6 +190,8 @@ pub enum Range {
     Any,
     /// Finite numbers above 0.
     Positive,
+    /// Numbers above 0, and infinity.
+    AboveZero,
     /// Finite numbers, 0 or more.
     NotNegative,
     /// Numbers from 0 to 1.
@@ -210,6 +212,7 @@ impl Range {
         match self {
             Self::Any => "any value".into(),
             Self::Positive => "a finite number above 0".into(),
+            Self::AboveZero => "a number above 0, or inf".into(),
             Self::NotNegative => "a finite number, 0 or more".into(),
             Self::Fraction => "a number from 0 to 1".into(),
             Self::BelowOne => "a number from 0 to below 1".into(),
@@ -224,6 +227,7 @@ impl Range {
         match (self, value) {
             (Self::Any, _) | (_, SettingValue::Absent) => true,
             (Self::Positive, SettingValue::Number(value)) => *value > 0.0 && value.is_finite(),
+            (Self::AboveZero, SettingValue::Number(value)) => *value > 0.0,
             (Self::NotNegative, SettingValue::Number(value)) => *value >= 0.0 && value.is_finite(),
             (Self::Fraction, SettingValue::Number(value)) => (0.0..=1.0).contains(value),
             (Self::BelowOne, SettingValue::Number(value)) => (0.0..1.0).contains(value),
@@ -242,6 +246,11 @@ pub mod range {
     /// Finite numbers above 0.
     pub const fn positive() -> Range {
         Range::Positive
+    }
+
+    /// Numbers above 0, and infinity.
+    pub const fn above_zero() -> Range {
+        Range::AboveZero
     }
 
     /// Finite numbers, 0 or more.

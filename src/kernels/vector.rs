@@ -297,6 +297,9 @@ pub struct CrSamTerms {
     pub a_min: f64,
     /// The log form drops the β term if `B` is not above this.
     pub b_min: f64,
+    /// The error of the losses, relative to the first one. The log form drops a term whose `A` or `B` is not above
+    /// this times `L0`, too.
+    pub loss_error: f64,
 }
 
 /// The coefficients `c0, c+, c−` of CR-SAM's gradient `c0 g0 + c+ g+ + c− g−`, from `losses` (`L0, L+, L−`). With
@@ -332,6 +335,7 @@ pub fn cr_sam_coefficients(
         beta: terms.beta,
         a_min: terms.a_min,
         b_min: terms.b_min,
+        loss_error: terms.loss_error,
         log_form: terms.log_form.into(),
     };
     // SAFETY: the lengths are checked.

@@ -38,8 +38,8 @@ pub struct Context<'a> {
     pub layout: &'a Layout,
     /// Seed of the run.
     pub seed: u64,
-    /// Peak learning rate.
-    pub learning_rate: f64,
+    /// The relative error of the mean loss of a mini-batch, from the rounding of activations and weights.
+    pub loss_error: f64,
 }
 
 /// A sharpness-aware method: the points at which a step takes gradients, and the combination of them that the base

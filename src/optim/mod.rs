@@ -231,8 +231,8 @@ impl<T: Scalar> Optimizer<T> {
         self.numbers.flag.view()
     }
 
-    /// Multiplies the method's ρ in the steps that follow, as a schedule asks. The weight α ρ of GNR's regularizer and
-    /// the distance of its differences stay.
+    /// Multiplies the method's ρ in the steps that follow, as a schedule asks, and with it the weight α ρ of GNR's
+    /// regularizer. The distance of its differences stays.
     pub fn scale_rho(&mut self, factor: f64) {
         self.rho_factor = factor;
     }

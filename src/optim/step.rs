@@ -515,6 +515,17 @@ impl<T: Scalar> Step<'_, T> {
         vector::commit(self.taken, x.read(from)?, x.write(to)?)
     }
 
+    /// The direction's coefficients become `1, weight, −weight`.
+    ///
+    /// # Errors
+    /// Those of the kernel.
+    pub fn weighted_difference(&mut self, weight: f64) -> Result<()> {
+        let Numbers { rows, coefficients, .. } = &mut *self.numbers;
+        let one = rows.slice(0..1)?;
+        sharpness::quotient(-weight, None, one, coefficients.slice_mut(1..3)?)?;
+        sharpness::quotient(weight, None, one, coefficients.slice_mut(0..2)?)
+    }
+
     /// The direction's first two coefficients become `of_a` and `weight` times those of the part of B that is
     /// orthogonal to A, from the newest [products](Step::products); see [`sharpness::rejection`].
     ///

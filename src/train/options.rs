@@ -230,6 +230,8 @@ pub(super) fn to_json(value: &SettingValue) -> serde_json::Value {
         SettingValue::Absent => serde_json::Value::Null,
         SettingValue::Flag(value) => (*value).into(),
         SettingValue::Count(value) => (*value).into(),
+        // JSON has no infinity.
+        SettingValue::Number(value) if !value.is_finite() => value.to_string().into(),
         SettingValue::Number(value) => (*value).into(),
         SettingValue::Text(value) | SettingValue::Word(value) => value.as_str().into(),
         SettingValue::Numbers(values) => values.iter().copied().collect(),

@@ -583,6 +583,8 @@ fn adgd_rates() {
             ("equal gradients", [0.3, 0.0], [0.04, 2.0, 1.0], [grown, 1.04f64.sqrt()]),
             ("equal weights", [0.0, 0.3], [0.04, 2.0, 1.0], [grown, 1.04f64.sqrt()]),
             ("no rate", [0.3, 10.0], [0.0, 2.0, 1.0], [0.0, 1.0]),
+            ("any growth", [30.0, 1.0], [1e-4, f64::INFINITY, 1.0], [15.0, 1.5e5]),
+            ("any growth, 0/0", [0.0, 0.0], [1e-4, f64::INFINITY, 1.0], [1e-4, f64::INFINITY]),
         ] {
             let [a, b] = norms;
             let products = device.upload(&[a * a, 0.0, b * b, a, b]).unwrap();

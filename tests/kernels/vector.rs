@@ -497,7 +497,8 @@ fn bowl(w: [f64; 2], quartic: f64) -> (f64, [f64; 2]) {
     (loss, [10.0 * x + quartic * x.powi(3), y + quartic * y.powi(3)])
 }
 
-const CR_SAM: CrSamTerms = CrSamTerms { log_form: true, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
+const CR_SAM: CrSamTerms =
+    CrSamTerms { log_form: true, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8, loss_error: 0.0 };
 
 /// CR-SAM's direction at (1, 1) with ρ = 0.1, α = 0.1 and β = 0.01, computed by the kernels only.
 fn cr_sam_direction(device: &Device, log_form: bool, quartic: f64) -> [f64; 2] {
@@ -578,10 +579,17 @@ fn cr_sam_drops_terms_whose_logarithm_is_undefined() {
         }
         // At the threshold itself the term is dropped; just above it is not.
         let losses = device.upload(&[1.0, 1.5, 0.75]).unwrap();
-        for (a_min, b_min, expected) in [(0.25, 0.75, [1, 1]), (0.2499, 0.7499, [0, 0])] {
+        for (a_min, b_min, loss_error, expected) in [
+            (0.25, 0.75, 0.0, [1, 1]),
+            (0.2499, 0.7499, 0.0, [0, 0]),
+            // The error of the losses is relative to the first, 1.
+            (0.0, 0.0, 0.25, [1, 0]),
+            (0.0, 0.0, 0.2499, [0, 0]),
+            (0.0, 0.75, 0.3, [1, 1]),
+        ] {
             let mut dropped = device.zeros::<u32>(2).unwrap();
             let mut coefficients = device.poisoned::<f64>(3).unwrap();
-            let terms = CrSamTerms { a_min, b_min, ..CR_SAM };
+            let terms = CrSamTerms { a_min, b_min, loss_error, ..CR_SAM };
             let out = coefficients.view_mut();
             vector::cr_sam_coefficients(losses.view(), terms, out, go_on.view(), dropped.view_mut()).unwrap();
             assert_eq!(dropped.to_vec().unwrap(), expected, "{name}");

@@ -1,7 +1,7 @@
 //! The sharpness-aware methods on functions with closed forms: golden directions, convergence, and the rules for steps
 //! that cannot be taken.
 
-use approx::{abs_diff_eq, assert_abs_diff_eq};
+use approx::{abs_diff_eq, assert_abs_diff_eq, relative_eq};
 
 use crate::common;
 use crate::common::methods::AnyMethod;
@@ -96,7 +96,7 @@ fn sgd<T: Scalar>(method: AnyMethod, len: usize) -> Settings<T> {
 }
 
 fn cr_sam(form: Form) -> AnyMethod {
-    CrSam { form, rho: 0.1, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 }.into()
+    CrSam { form, rho: 0.1, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8, loss_error: 0.0 }.into()
 }
 
 const GAM: AnyMethod = AnyMethod::Gam(Gam { rho: 0.02, rho_norm: 0.2, beta0: 0.5, beta1: 0.6, gamma: 0.03 });
@@ -104,7 +104,7 @@ const GAM: AnyMethod = AnyMethod::Gam(Gam { rho: 0.02, rho_norm: 0.2, beta0: 0.5
 const SA_SAM: SaSam = SaSam { eta0: 0.02, delta: 0.02, theta0: 1.0, perturb: true };
 
 const GNR: Gnr =
-    Gnr { rho: 0.1, alpha: 0.1, hvp: Hvp::Exact, radius: 0.01, oracle: Oracle::Loss, oracle_rho: 0.05, every: 1 };
+    Gnr { rho: 0.1, alpha: 0.1, hvp: Hvp::Exact, hvp_radius: 0.01, oracle: Oracle::Loss, oracle_rho: 0.05, every: 1 };
 
 fn gnr(hvp: Hvp) -> AnyMethod {
     Gnr { hvp, ..GNR }.into()
@@ -509,9 +509,9 @@ fn a_step_whose_update_is_zero_leaves_every_bit() {
         let device = Device::host();
         let start: Vec<f32> = common::Random(8).vector(9);
         let mut weights = device.upload(&start).unwrap();
-        // SA-SAM computes its own step size. If it begins at zero, it stays zero.
+        // SA-SAM computes its own step size. It begins so small that no weight moves, and grows by 1 % a step.
         let method = match method {
-            AnyMethod::SaSam(method) => SaSam { eta0: 0.0, ..method }.into(),
+            AnyMethod::SaSam(method) => SaSam { eta0: 1e-300, ..method }.into(),
             other => other,
         };
         let base = Base::Sgd { momentum: 0.9, nesterov: true };
@@ -522,6 +522,33 @@ fn a_step_whose_update_is_zero_leaves_every_bit() {
         }
         assert_eq!(common::bits(&weights.to_vec().unwrap()), common::bits(&start), "{method:?}");
         assert_eq!(optimizer.telemetry().unwrap().skipped, 0, "{method:?}");
+    }
+}
+
+#[test]
+fn half_the_radius_is_a_radius_of_half() {
+    let device = Device::host();
+    let start: Vec<f64> = common::Random(7).vector(9);
+    let after = |method: AnyMethod, factor: f64| {
+        let mut weights = device.upload(&start).unwrap();
+        let mut optimizer = Optimizer::new(&device, 9, sgd(method, 9)).unwrap();
+        optimizer.scale_rho(factor);
+        for _ in 0..3 {
+            optimizer.step(&mut function(9, coupled()), &mut weights, 0.01).unwrap();
+        }
+        weights.to_vec().unwrap()
+    };
+    let gnr = |hvp, rho| AnyMethod::from(Gnr { hvp, rho, alpha: 2.0, ..GNR });
+    let cases = [
+        [AnyMethod::sam(0.1), AnyMethod::sam(0.05)],
+        [CrSam { rho: 0.1, ..CrSam::default() }.into(), CrSam { rho: 0.05, ..CrSam::default() }.into()],
+        [gnr(Hvp::Exact, 0.1), gnr(Hvp::Exact, 0.05)],
+        [gnr(Hvp::Difference, 0.1), gnr(Hvp::Difference, 0.05)],
+    ];
+    for [method, of_half] in cases {
+        let (found, expected) = (after(method, 0.5), after(of_half, 1.0));
+        assert!(relative_eq!(&found[..], &expected[..], max_relative = 1e-11), "{method:?}: {found:?} {expected:?}");
+        assert_ne!(found, after(method, 1.0), "{method:?}");
     }
 }
 

@@ -5,7 +5,7 @@ use crate::device::{Result, Scalar};
 use crate::kernels::vector::{self, CrSamTerms};
 use crate::objective::Passes;
 use crate::optim::step::work::{G0, G1, G2};
-use crate::optim::{Direction, Entry, Method, Needs, Numbers, Step};
+use crate::optim::{Context, Direction, Entry, Method, Needs, Numbers, Step};
 use crate::{settings, words};
 
 words! {
@@ -21,21 +21,25 @@ words! {
 settings! {
     /// CR-SAM: follows `g₊ + α (g₊ + g₋ − 2g)/A + β (g₊ − g₋)/B` with the gradients at `w ± ρ g/‖g‖`, `A = L₊ + L₋ −
     /// 2L` and `B = L₊ − L₋`. The released form has no divisions. The log form drops a term for a step whose A or B is
-    /// at most its threshold, and counts it.
+    /// at most its threshold or the error of the losses, and counts it.
     #[derive(Debug, Clone, Copy, PartialEq)]
     pub struct CrSam {
         /// Radius of the perturbation
         rho: f64 = 0.1, as "RHO", in positive;
         /// Weight of what the method adds to the gradient
-        alpha: f64 = 0.1, as "ALPHA", in not_negative;
+        alpha: f64 = 0.02, as "ALPHA", in not_negative;
         /// CR-SAM's weight of the slope term
         beta: f64 = 0.01, as "BETA", in not_negative;
         /// CR-SAM as in the paper (log) or as in its authors' code (released)
         form: Form = Form::Log, as "FORM";
-        /// CR-SAM drops the curvature term at or below this A
+        /// CR-SAM drops the curvature term at or below this A, or where A is smaller than the error of the losses
         a_min: f64 = 1e-8, as "A", in not_negative;
-        /// CR-SAM drops the slope term at or below this B
+        /// CR-SAM drops the slope term at or below this B, or where B is smaller than the error of the losses
         b_min: f64 = 1e-8, as "B", in not_negative;
+    }
+    code {
+        /// The error of A and B, relative to the loss.
+        loss_error: f64 = 0.0;
     }
 }
 
@@ -44,6 +48,11 @@ pub const ENTRY: Entry =
     Entry { name: "cr-sam", summary: "Curvature-regularised SAM", base: None, new: || Box::new(CrSam::default()) };
 
 impl<T: Scalar> Method<T> for CrSam {
+    /// A is a sum of four losses.
+    fn prepare(&mut self, context: &Context<'_>) {
+        self.loss_error = 4.0 * context.loss_error;
+    }
+
     fn passes(&self) -> Passes {
         Passes { gradients: 3, products: 0 }
     }
@@ -65,8 +74,8 @@ impl<T: Scalar> Method<T> for CrSam {
     fn direction(&self, step: &mut Step<'_, T>) -> Result<Direction> {
         step.gradient_at_weights()?;
         step.gradient_pair_displaced(self.rho, [G1, G2])?;
-        let Self { alpha, beta, form, a_min, b_min, .. } = *self;
-        let terms = CrSamTerms { log_form: form == Form::Log, alpha, beta, a_min, b_min };
+        let Self { alpha, beta, form, a_min, b_min, loss_error, .. } = *self;
+        let terms = CrSamTerms { log_form: form == Form::Log, alpha, beta, a_min, b_min, loss_error };
         let Numbers { losses, own, coefficients, flag, .. } = &mut *step.numbers;
         let (losses, dropped) = (losses.slice(0..3)?, step.counters.reborrow());
         vector::curvature_from_losses(losses, self.rho * step.rho_factor, own.view_mut())?;

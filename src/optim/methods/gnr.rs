@@ -28,7 +28,7 @@ words! {
 
 settings! {
     /// GNR: follows `h + α ρ H(w_adv) ĝ(w_adv)` with `w_adv = w + ρ f/‖f‖` and `f = H ĝ`. h is the gradient of the loss
-    /// or SAM's.
+    /// or SAM's. Under a schedule of ρ, both the radius and the weight of the regularizer follow it.
     #[derive(Debug, Clone, Copy, PartialEq)]
     pub struct Gnr {
         /// Radius of the perturbation
@@ -36,17 +36,15 @@ settings! {
         /// Weight of what the method adds to the gradient
         alpha: f64 = 0.1, as "ALPHA", in not_negative;
         /// GNR's products with the Hessian
-        hvp: Hvp = Hvp::Difference;
-        /// GNR adds to this gradient
+        hvp: Hvp = Hvp::Exact;
+        /// Distance of the two points of GNR's difference from the point between them
+        hvp_radius: f64 = 0.01, as "R", in positive, with hvp = "difference";
+        /// The gradient to which GNR adds its regularizer's
         oracle: Oracle = Oracle::Loss;
         /// Radius of GNR's SAM
         oracle_rho: f64 = 0.05, as "RHO", in positive, with oracle = "sam";
         /// Run the full step every K steps
         every: u64 = 1, as "K", in at_least(1);
-    }
-    code {
-        /// Distance of the two points of a difference of gradients from the point between them.
-        radius: f64 = 0.01;
     }
 }
 
@@ -64,7 +62,7 @@ impl<T: Scalar> Method<T> for Gnr {
     }
 
     fn needs(&self) -> Needs {
-        let weight = self.alpha * self.rho / (2.0 * self.radius);
+        let weight = self.alpha * self.rho / (2.0 * self.hvp_radius);
         let vectors = if self.oracle == Oracle::Loss && self.hvp == Hvp::Exact { 5 } else { 7 };
         Needs { rows: vec![[1.0, weight, -weight, 0.0]], ..Needs::vectors(vectors) }
     }
@@ -84,6 +82,7 @@ impl<T: Scalar> Method<T> for Gnr {
         if !due {
             return Ok(Direction::along(oracle));
         }
+        let weight = self.alpha * self.rho * step.rho_factor;
         match self.hvp {
             Hvp::Exact => {
                 step.hessian_vector(Vector::Weights, G0, G1)?;
@@ -91,18 +90,22 @@ impl<T: Scalar> Method<T> for Gnr {
                 step.perturb(Vector::Weights, G1, 1, self.rho, P, None)?;
                 step.gradient_and_norm(P, 1, G1, 1)?;
                 step.hessian_vector(P, G1, G2)?;
-                step.over_norm(self.alpha * self.rho, 1)?;
+                step.over_norm(weight, 1)?;
                 Ok(Direction::combined([oracle, G2]))
             }
             Hvp::Difference => {
-                step.fixed_perturb(Vector::Weights, G0, 0, self.radius, P, Some(Q))?;
+                step.fixed_perturb(Vector::Weights, G0, 0, self.hvp_radius, P, Some(Q))?;
                 step.gradient_pair([P, Q], [G1, G2])?;
                 step.perturb_along([G1, G2], Row::DIFFERENCE, self.rho, P)?;
                 step.gradient_and_norm(P, 1, G1, 1)?;
                 // The second difference is taken around w_adv. One kernel writes both of its points.
-                step.fixed_perturb(P, G1, 1, self.radius, Q, Some(G3))?;
+                step.fixed_perturb(P, G1, 1, self.hvp_radius, Q, Some(G3))?;
                 step.gradient_pair([Q, G3], [G1, G2])?;
-                Ok(Direction::new([oracle, G1, G2], Coefficients::Known(Row::own(0))))
+                if step.rho_factor == 1.0 {
+                    return Ok(Direction::new([oracle, G1, G2], Coefficients::Known(Row::own(0))));
+                }
+                step.weighted_difference(weight / (2.0 * self.hvp_radius))?;
+                Ok(Direction::combined([oracle, G1, G2]))
             }
         }
     }

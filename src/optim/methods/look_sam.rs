@@ -16,7 +16,7 @@ settings! {
         /// Radius of the perturbation
         rho: f64 = 0.05, as "RHO", in positive;
         /// Weight of what the method adds to the gradient
-        alpha: f64 = 0.7, as "ALPHA", in not_negative;
+        alpha: f64 = 0.1, as "ALPHA", in not_negative;
         /// Run the full step every K steps
         every: u64 = 5, as "K", in at_least(1);
     }

@@ -5,7 +5,7 @@ use crate::device::{Result, Scalar};
 use crate::kernels::{sharpness, vector};
 use crate::objective::Passes;
 use crate::optim::step::work::{G0, G1, P};
-use crate::optim::{Context, Direction, Entry, Method, Needs, Numbers, Row, Step, Vector};
+use crate::optim::{Direction, Entry, Method, Needs, Numbers, Row, Step, Vector};
 use crate::settings;
 
 settings! {
@@ -14,14 +14,14 @@ settings! {
     /// ignored. Without the perturbation it is SA-SGD.
     #[derive(Debug, Clone, Copy, PartialEq)]
     pub struct SaSam {
-        /// SA-SAM's and SA-SGD's δ; their η_0 is lr
+        /// How fast SA-SAM's and SA-SGD's step size may grow: by the factor √(1 + δθ) a step
         delta: f64 = 0.02, as "DELTA", in not_negative;
+        /// Their first step size
+        eta0: f64 = 1e-4, as "ETA", in positive;
+        /// Their first θ; inf lets the second step take any step size, 1 is the authors' code
+        theta0: f64 = f64::INFINITY, as "THETA", in above_zero;
     }
     code {
-        /// η_0, the step size of the first step.
-        eta0: f64 = 0.1;
-        /// θ_0. The algorithm's text has infinity.
-        theta0: f64 = 1.0;
         /// Whether it follows the gradient at the perturbed weights: SA-SAM. If not, the one at `w`: SA-SGD.
         perturb: bool = true;
     }
@@ -47,10 +47,6 @@ pub const SA_SGD: Entry = Entry {
 const PREVIOUS: Vector = Vector::Memory(0);
 
 impl<T: Scalar> Method<T> for SaSam {
-    fn prepare(&mut self, context: &Context<'_>) {
-        self.eta0 = context.learning_rate;
-    }
-
     fn passes(&self) -> Passes {
         Passes { gradients: if self.perturb { 3 } else { 2 }, products: 0 }
     }

@@ -23,7 +23,8 @@ use serde_json::json;
 const RHO: f64 = 0.05;
 const SGD: SgdStep =
     SgdStep { lr: Rate::Fixed(0.01), momentum: 0.9, nesterov: false, weight_decay: 5e-4, decay_len: usize::MAX };
-const CR_SAM: CrSamTerms = CrSamTerms { log_form: true, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8 };
+const CR_SAM: CrSamTerms =
+    CrSamTerms { log_form: true, alpha: 0.1, beta: 0.01, a_min: 1e-8, b_min: 1e-8, loss_error: 0.0 };
 
 const SETS: u64 = 3;
 
