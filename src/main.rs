@@ -50,8 +50,11 @@ fn main() -> ExitCode {
                 let message: Vec<&str> =
                     text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect();
                 tell(&format!("{} (see --help)", message.join(" ")));
-            } else {
-                let _ = error.print();
+            } else if let Err(error) = error.print()
+                && error.kind() != std::io::ErrorKind::BrokenPipe
+            {
+                tell(&format!("error: standard output: {error}"));
+                return ExitCode::FAILURE;
             }
             return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
         }

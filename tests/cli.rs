@@ -382,10 +382,49 @@ fn every_mistake_is_one_clear_line() {
     assert!(polder(&["train", "--data", data, "--batch-size", "16", "--steps", "1", "--out", &out]).status.success());
     let weights = format!("{out}/model.safetensors");
     let other = ["eval", "--model", "resnet20", "--data", data, "--init", &weights];
-    says(&other, &["model.safetensors", "missing"]);
+    says(&other, &["model.safetensors", "missing `layer1.1.bn1.bias`, `layer1.1.bn1.running_mean`"]);
     let bytes = std::fs::read(&weights).unwrap();
     std::fs::write(path("short.safetensors"), &bytes[..bytes.len() / 2]).unwrap();
     says(&[&eval[..], &[&path("short.safetensors")]].concat(), &["short.safetensors"]);
+}
+
+#[test]
+fn a_place_is_the_same_however_it_is_spelled() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = idx_folder(folder.path());
+    let name = data.file_name().unwrap().to_str().unwrap();
+    let data = data.to_str().unwrap();
+    let run = folder.path().join("run");
+    let run = run.to_str().unwrap();
+    let slashed = format!("{data}/");
+    let train = ["train", "--data", &slashed, "--mean", "0.1", "--std", "0.9", "--train-size", "48"];
+    let more = ["--label-noise", "0.5", "--batch-size", "16", "--steps", "2", "--threads", "1", "--out", run];
+    assert!(polder(&[&train[..], &more].concat()).status.success());
+    let eval = ["eval", "--run", run, "--split", "train", "--threads", "1", "--json"];
+    let expected = json(&polder(&eval));
+    for spelling in [data.to_string(), slashed, format!("{data}/."), format!("{data}/../{name}")] {
+        assert_eq!(json(&polder(&[&eval[..], &["--data", &spelling]].concat())), expected, "{spelling}");
+        let resumed = polder(&["train", "--resume", run, "--data", &spelling, "--threads", "1"]);
+        assert!(resumed.status.success(), "{spelling}: {}", text(&resumed.stderr));
+    }
+    let other = json(&polder(&[&eval[..], &["--data", "synthetic"]].concat()));
+    assert_ne!(other["samples"], expected["samples"], "other images are not reduced");
+}
+
+#[test]
+fn weights_that_give_no_finite_loss_are_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = idx_folder(folder.path());
+    let data = data.to_str().unwrap();
+    let run = folder.path().join("run");
+    short_run(folder.path(), data, &run);
+    let mut bytes = std::fs::read(run.join("model.safetensors")).unwrap();
+    let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    bytes[header..].fill(0xff);
+    let broken = folder.path().join("broken.safetensors");
+    std::fs::write(&broken, bytes).unwrap();
+    let message = mistake(&["eval", "--run", run.to_str().unwrap(), "--init", broken.to_str().unwrap()]);
+    assert!(message.contains("broken.safetensors: the loss is not finite"), "{message}");
 }
 
 #[test]

@@ -47,6 +47,9 @@ pub fn run(args: &EvalArgs) -> Result<(), Failure> {
         }
         Ok(())
     })?;
+    if !found.loss.is_finite() {
+        return Err(subject.weights_error(format!("the loss is not finite ({})", found.loss)).into());
+    }
     if let Some(path) = &args.logits {
         let shape = [images.len() as u64, images.classes as u64];
         write_npy(path, &logits, &shape)?;

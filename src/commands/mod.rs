@@ -110,7 +110,8 @@ fn stop_on_signals(stop: &Arc<AtomicBool>, step: &'static str, bar: Option<Progr
     // Without a handler a signal ends the program unsaved, but the work can go on.
     let Ok(mut signals) = signal_hook::iterator::Signals::new(heard) else { return };
     let asked = stop.clone();
-    std::thread::spawn(move || {
+    // Without a thread, too, the work goes on, and a signal ends the program unsaved.
+    let listen = move || {
         for _ in signals.forever() {
             if asked.swap(true, Ordering::SeqCst) {
                 std::process::exit(130);
@@ -121,7 +122,8 @@ fn stop_on_signals(stop: &Arc<AtomicBool>, step: &'static str, bar: Option<Progr
                 None => tell(&text),
             }
         }
-    });
+    };
+    drop(std::thread::Builder::new().spawn(listen));
 }
 
 /// Creates a folder for results, and checks that a file can be written there.

@@ -144,7 +144,7 @@ impl ModelArgs {
         }
         // What a run does to its images does not apply to others.
         let path = |options: &Options| match options.get("data") {
-            Some(SettingValue::Text(data)) if !is_generated(data) => std::path::absolute(data).ok(),
+            Some(SettingValue::Text(data)) if !is_generated(data) => Some(train::same_place(data)),
             other => other.map(|name| PathBuf::from(name.to_string())),
         };
         if given.has("data") && path(&given) != path(&of_run) {

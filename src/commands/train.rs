@@ -132,11 +132,11 @@ impl Display {
     }
 
     fn line(&self, text: &str) {
+        // A failure to print is reported at the end, by the last line.
+        let write = || if self.json { tell(text) } else { drop(print(text)) };
         match &self.bar {
-            Some(bar) => bar.println(text),
-            None if self.json => tell(text),
-            // A failure to print is reported at the end, by the last line.
-            None => drop(print(text)),
+            Some(bar) => bar.suspend(write),
+            None => write(),
         }
     }
 

@@ -30,6 +30,6 @@ pub use options::Options;
 pub use run::{Progress, Summary};
 pub use settings::{
     AdamWSettings, Augmentation, BaseName, CurvatureLogSettings, DataSettings, LoopSettings, Measure, MethodName,
-    ModelName, ModelSettings, OptimizerSettings, Precision, RunSettings, SgdSettings,
+    ModelName, ModelSettings, OptimizerSettings, Precision, RunSettings, SgdSettings, same_place,
 };
 pub use training::Training;

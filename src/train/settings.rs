@@ -5,6 +5,7 @@
 //! `--help`, checks, `config.toml` and the table in `docs/methods.md` are made from that list.
 
 use std::fmt::Write as _;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::listing::{find_option, of_bases};
@@ -487,11 +488,10 @@ impl RunSettings {
         }
     }
 
-    /// The same with absolute paths of files, which are valid in any folder.
+    /// The same with absolute paths of files, which are valid in any folder; see [`same_place`].
     #[must_use]
     pub fn with_absolute_paths(mut self) -> Self {
-        let absolute =
-            |path: &String| std::path::absolute(path).map_or(path.clone(), |path| path.to_string_lossy().into());
+        let absolute = |path: &String| same_place(path).to_string_lossy().into_owned();
         if !crate::data::is_generated(&self.data.data) && !self.data.data.is_empty() {
             self.data.data = absolute(&self.data.data);
         }
@@ -568,6 +568,13 @@ impl RunSettings {
         let (decay, warmup) = if constant { (Decay::Constant, 0) } else { (self.run.schedule, self.run.warmup) };
         Ok(optim::Schedule { peak, decay, warmup, steps })
     }
+}
+
+/// The absolute path of a file or folder, the same for every spelling of it: without `.`, `..` and symbolic links. Of a
+/// path that does not exist, the absolute path alone.
+pub fn same_place(path: &str) -> PathBuf {
+    let absolute = || std::path::absolute(path).unwrap_or_else(|_| path.into());
+    std::fs::canonicalize(path).unwrap_or_else(|_| absolute())
 }
 
 /// The first option in which two runs differ, among those that cannot change when a run is resumed.

@@ -67,9 +67,9 @@ pub(super) fn write<'a>(
 }
 
 /// Reads a model into two arrays, as long as these two layouts: usually parameters and running statistics. Padding
-/// between tensors becomes zero. A `module.` prefix and the usual other names
-/// (`linear` for `fc`, `shortcut` for `downsample`) are accepted, `num_batches_tracked` is ignored, and f16, bf16 and
-/// f64 are converted.
+/// between tensors becomes zero. Prefixes (`module.`, `_orig_mod.`, `model.`) and the usual other names (`linear` for
+/// `fc`, `shortcut` for `downsample`) are accepted, `num_batches_tracked` is ignored, and f16, bf16 and f64 are
+/// converted.
 ///
 /// # Errors
 /// A file that is not a safetensors file; a tensor that is missing, unknown or of another shape, as in a file of
@@ -81,6 +81,7 @@ pub fn load(path: &Path, layouts: [&Layout; 2]) -> Result<[Vec<f32>; 2], TrainEr
         .map_err(|error| failed(format!("not a safetensors file, or a damaged one ({error})")))?;
     let mut arenas = layouts.map(|layout| vec![0.0f32; layout.len()]);
     let mut found = layouts.map(|layout| vec![false; layout.tensors().len()]);
+    let mut unknown = Vec::new();
     for (name, view) in file.iter() {
         let known = canonical(name);
         if known.ends_with("num_batches_tracked") {
@@ -91,7 +92,8 @@ pub fn load(path: &Path, layouts: [&Layout; 2]) -> Result<[Vec<f32>; 2], TrainEr
             Some((role, index, &layout.tensors()[index]))
         });
         let Some((role, index, tensor)) = place else {
-            return Err(failed(format!("tensor `{name}` does not belong to this model")));
+            unknown.push(name);
+            continue;
         };
         let values = values(tensor, name, &view).map_err(&failed)?;
         arenas[role][tensor.range()].copy_from_slice(&tensor.kind.from_file(&values));
@@ -99,20 +101,28 @@ pub fn load(path: &Path, layouts: [&Layout; 2]) -> Result<[Vec<f32>; 2], TrainEr
             return Err(failed(format!("two tensors are `{known}`")));
         }
     }
-    for (layout, found) in layouts.iter().zip(&found) {
-        if let Some(missing) = found.iter().position(|found| !found) {
-            return Err(failed(format!(
-                "tensor `{}` is missing: the file is of another model",
-                layout.tensors()[missing].name
-            )));
-        }
+    let tensors = layouts.iter().zip(&found).flat_map(|(layout, found)| layout.tensors().iter().zip(found));
+    let mut missing: Vec<&str> = tensors.filter(|(_, found)| !**found).map(|(tensor, _)| &*tensor.name).collect();
+    if !unknown.is_empty() || !missing.is_empty() {
+        let list = |what: &str, names: &mut Vec<&str>| {
+            names.sort_unstable();
+            let names: Vec<String> = names.iter().map(|name| format!("`{name}`")).collect();
+            (!names.is_empty()).then(|| format!("{what} {}", names.join(", ")))
+        };
+        let lists = [list("missing", &mut missing), list("unknown", &mut unknown)];
+        let lists: Vec<String> = lists.into_iter().flatten().collect();
+        return Err(failed(format!("the weights of another model: {}", lists.join("; "))));
     }
     Ok(arenas)
 }
 
 /// The name that torchvision uses.
 fn canonical(name: &str) -> String {
-    let name = name.strip_prefix("module.").unwrap_or(name);
+    // What `torch.compile`, data parallelism and common wrappers put before the names.
+    let mut name = name;
+    while let Some(rest) = ["module.", "_orig_mod.", "model."].iter().find_map(|prefix| name.strip_prefix(prefix)) {
+        name = rest;
+    }
     let name = name.replace(".shortcut.", ".downsample.");
     match name.strip_prefix("linear.") {
         Some(rest) => format!("fc.{rest}"),
@@ -144,4 +154,23 @@ pub(super) fn elements<const N: usize, T>(data: &[u8], convert: impl Fn([u8; N])
             convert(bytes)
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::canonical;
+
+    #[test]
+    fn prefixes_and_other_names_of_tensors_are_accepted() {
+        for (name, expected) in [
+            ("layer1.0.conv1.weight", "layer1.0.conv1.weight"),
+            ("module.layer2.0.shortcut.0.weight", "layer2.0.downsample.0.weight"),
+            ("_orig_mod.linear.bias", "fc.bias"),
+            ("module._orig_mod.fc.weight", "fc.weight"),
+            ("_orig_mod.module.model.bn1.weight", "bn1.weight"),
+            ("models.conv1.weight", "models.conv1.weight"),
+        ] {
+            assert_eq!(canonical(name), expected);
+        }
+    }
 }
