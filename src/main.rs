@@ -1,4 +1,4 @@
-//! The command line: `polder train`, `eval`, `curvature`, `landscape`, `report`, `devices`.
+//! The command line: `polder train`, `eval`, `curvature`, `landscape`, `report`, `devices`, `completions`, `man`.
 //!
 //! Exit codes: 0 done; 1 the machine failed, or a loss diverged; 2 bad usage or input, reported in one line; 130 a
 //! run or a landscape was interrupted, with everything saved.
@@ -7,8 +7,8 @@ mod commands;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
-use commands::{curvature, devices, eval, flags, landscape, report, tell, train};
+use clap::{CommandFactory, Parser, Subcommand};
+use commands::{curvature, devices, eval, flags, landscape, manual, report, tell, train};
 
 /// Sharpness-aware training on hand-written kernels, on the CPU or on a GPU.
 #[derive(Parser)]
@@ -38,6 +38,17 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Print a script that completes commands and options in a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write manual pages to a folder: polder.1 and one for each command
+    Man {
+        /// The folder
+        #[arg(value_name = "DIR")]
+        folder: std::path::PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
@@ -66,6 +77,8 @@ fn main() -> ExitCode {
         Command::Landscape(args) => landscape::run(&args),
         Command::Report(args) => report::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Devices { json } => devices::run(json).map(|()| ExitCode::SUCCESS),
+        Command::Completions { shell } => manual::completions(shell, Cli::command()).map(|()| ExitCode::SUCCESS),
+        Command::Man { folder } => manual::pages(&folder, Cli::command()).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {
         tell(&format!("error: {}", flags::message(&error)));

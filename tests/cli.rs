@@ -428,6 +428,33 @@ fn weights_that_give_no_finite_loss_are_an_error() {
 }
 
 #[test]
+fn shells_and_manual_pages_know_the_commands() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = text(&polder(&["completions", shell]).stdout);
+        assert!(["landscape", "label-smoothing"].iter().all(|word| script.contains(word)), "{shell}: {script}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let pages = folder.path().join("man1");
+    assert!(polder(&["man", pages.to_str().unwrap()]).status.success());
+    let train = std::fs::read_to_string(pages.join("polder-train.1")).unwrap();
+    assert!(train.starts_with(".ie") && train.contains(".TH polder-train 1"), "{train}");
+    assert!(pages.join("polder.1").is_file() && train.contains("label\\-smoothing"));
+}
+
+#[test]
+fn a_quiet_run_prints_its_result_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = idx_folder(folder.path());
+    let train = ["train", "--data", data.to_str().unwrap(), "--batch-size", "16", "--steps", "2", "--threads", "1"];
+    let lines = |more: &[&str]| text(&polder(&[&train[..], more].concat()).stdout);
+    let quiet = lines(&["--quiet"]);
+    assert!(quiet.starts_with("test accuracy") && quiet.lines().count() == 1, "{quiet}");
+    let out = folder.path().join("run");
+    let told = lines(&["--out", out.to_str().unwrap()]);
+    assert!(told.contains("epoch   1") && told.contains("next: polder eval"), "{told}");
+}
+
+#[test]
 fn devices_lists_the_cpu_and_says_why_there_is_no_gpu() {
     let list = json(&polder(&["devices", "--json"]));
     let devices = list["devices"].as_array().unwrap();

@@ -5,6 +5,7 @@ pub mod devices;
 pub mod eval;
 pub mod flags;
 pub mod landscape;
+pub mod manual;
 mod model;
 pub mod report;
 pub mod train;

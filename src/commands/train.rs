@@ -29,6 +29,9 @@ pub struct TrainArgs {
     /// Print one JSON object on standard output, everything else on standard error
     #[arg(long, help_heading = "Run")]
     json: bool,
+    /// Print the result alone
+    #[arg(long, help_heading = "Run")]
+    quiet: bool,
 }
 
 pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
@@ -46,7 +49,7 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
     }
 
     let stop = Arc::new(AtomicBool::new(false));
-    let mut display = Display::new(args.json);
+    let mut display = Display::new(args.json, args.quiet);
     stop_on_signals(&stop, "step", display.bar.clone());
     let training = Training::new(settings.clone());
     let training = match (args.out, args.resume) {
@@ -107,6 +110,11 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
         ))?;
         if let Some(run) = &summary.out {
             print(&format!("weights: {}", run.join("model.safetensors").display()))?;
+            if !args.quiet {
+                let run = run.display();
+                print(&format!("next: polder eval, curvature or landscape --run {run}; polder report {run}"))?;
+                print(&format!("longer: polder train --resume {run} --epochs N"))?;
+            }
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -117,21 +125,26 @@ struct Display {
     bar: Option<ProgressBar>,
     /// Whether standard output is reserved for the JSON object.
     json: bool,
+    /// Whether nothing is shown before the result.
+    quiet: bool,
 }
 
 impl Display {
-    fn new(json: bool) -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
+    fn new(json: bool, quiet: bool) -> Self {
+        let bar = (!quiet && std::io::stderr().is_terminal()).then(|| {
             let bar = ProgressBar::new(0);
             // The message is cut at the end of the line, so that the bar never takes two.
             let template = "{bar:12} {pos}/{len}, {eta} left  {wide_msg}";
             bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar
         });
-        Self { bar, json }
+        Self { bar, json, quiet }
     }
 
     fn line(&self, text: &str) {
+        if self.quiet {
+            return;
+        }
         // A failure to print is reported at the end, by the last line.
         let write = || if self.json { tell(text) } else { drop(print(text)) };
         match &self.bar {
