@@ -183,7 +183,29 @@ fn damaged_cifar_files_are_named() -> TestResult {
     }
     fs::remove_file(&test_batch)?;
     fs::create_dir(&test_batch)?;
-    assert_eq!(error_line(folder.path()), "DIR/test_batch.bin: not a regular file");
+    assert_eq!(error_line(folder.path()), "DIR: no test_batch.bin, which the test split needs", "a folder is no file");
+    fs::remove_dir(&test_batch)?;
+    if cfg!(unix) {
+        assert!(std::process::Command::new("mkfifo").arg(&test_batch).status()?.success());
+        assert_eq!(error_line(folder.path()), "DIR/test_batch.bin: not a regular file");
+    }
+    Ok(())
+}
+
+/// An archive of single files often unpacks to folders that have the names of these files.
+#[test]
+fn folders_with_the_names_of_files_are_passed_over() -> TestResult {
+    let folder = idx_folder()?;
+    let expected = load(folder.path())?;
+    for entry in fs::read_dir(folder.path())?.collect::<Result<Vec<_>, _>>()? {
+        let name = entry.file_name().into_string().map_err(|_| "a name that is not UTF-8")?;
+        let dotted = name.replace("-idx", ".idx");
+        fs::rename(entry.path(), folder.path().join(&dotted))?;
+        fs::create_dir(folder.path().join(&name))?;
+        fs::copy(folder.path().join(&dotted), folder.path().join(&name).join(&name))?;
+    }
+    let found = load(folder.path())?;
+    assert_eq!((found.train, found.test), (expected.train, expected.test));
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use super::{
-    DataError, Dataset, Format, ImageShape, Images, Recognise, Split, SplitImages, StatisticsSource, exists, open,
+    DataError, Dataset, Format, ImageShape, Images, Recognise, Split, SplitImages, StatisticsSource, is_there, open,
 };
 
 const SHAPE: ImageShape = ImageShape { height: 32, width: 32, channels: 3 };
@@ -67,7 +67,7 @@ static CIFAR100_LAYOUT: Layout = Layout {
 fn recognise(layout: &Layout, path: &Path) -> Result<Option<PathBuf>, DataError> {
     for folder in [path.to_path_buf(), path.join(layout.sub_folder)] {
         for file in layout.train_files.iter().chain([&layout.test_file]) {
-            if exists(&folder.join(file))? {
+            if is_there(&folder.join(file))? {
                 return Ok(Some(folder));
             }
         }
@@ -106,7 +106,7 @@ fn read(layout: &Layout, folder: &Path, split: Split) -> Result<Images, DataErro
     let mut images = Images { pixels: Vec::new(), labels: Vec::new(), shape: SHAPE, classes };
     for file in files {
         let path = folder.join(file);
-        if !exists(&path)? {
+        if !is_there(&path)? {
             return Err(DataError::MissingFile { folder: folder.into(), file: (*file).into(), split });
         }
         append(layout, &path, &mut images)?;
@@ -119,7 +119,7 @@ fn read(layout: &Layout, folder: &Path, split: Split) -> Result<Images, DataErro
 fn present_train_files(layout: &Layout, folder: &Path) -> Result<&'static [&'static str], DataError> {
     let mut count = 1;
     for (index, file) in layout.train_files.iter().enumerate() {
-        if exists(&folder.join(file))? {
+        if is_there(&folder.join(file))? {
             count = index + 1;
         }
     }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use flate2::bufread::MultiGzDecoder;
 
 use super::{
-    DataError, Dataset, Format, ImageShape, Images, Recognise, Split, SplitImages, StatisticsSource, exists,
+    DataError, Dataset, Format, ImageShape, Images, Recognise, Split, SplitImages, StatisticsSource, is_there,
     mean_and_std, open,
 };
 
@@ -186,7 +186,7 @@ fn prefix(split: Split) -> &'static str {
 fn find<const D: usize>(folder: &Path, split: Split, content: Content<D>) -> Result<Option<PathBuf>, DataError> {
     for (separator, suffix) in [("-", ""), (".", ""), ("-", ".gz"), (".", ".gz")] {
         let path = folder.join(format!("{}-{}{separator}idx{D}-ubyte{suffix}", prefix(split), content.word));
-        if exists(&path)? {
+        if is_there(&path)? {
             return Ok(Some(path));
         }
     }

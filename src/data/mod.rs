@@ -15,6 +15,7 @@ mod synthetic;
 
 use std::fmt;
 use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use rand_chacha::ChaCha8Rng;
@@ -366,9 +367,14 @@ fn mean_and_std(pixels: &[u8], channels: usize) -> (Vec<f32>, Vec<f32>) {
     mean_and_std.unzip()
 }
 
-/// Whether the path exists. Unlike `Path::exists`, a folder that cannot be searched is an error.
-fn exists(path: &Path) -> Result<bool, DataError> {
-    path.try_exists().map_err(|source| DataError::Io { path: path.into(), source })
+/// Whether there is something to read at the path: anything but a folder, such as one that an archive was unpacked to
+/// and that has the name of its only file. Unlike with `Path::exists`, a folder that cannot be searched is an error.
+fn is_there(path: &Path) -> Result<bool, DataError> {
+    match fs::metadata(path) {
+        Ok(metadata) => Ok(!metadata.is_dir()),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(false),
+        Err(source) => Err(DataError::Io { path: path.into(), source }),
+    }
 }
 
 /// Opens a regular file and returns its size in bytes. A pipe is refused, because it could block.
