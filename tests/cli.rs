@@ -454,6 +454,25 @@ fn a_quiet_run_prints_its_result_alone() {
     assert!(told.contains("epoch   1") && told.contains("next: polder eval"), "{told}");
 }
 
+#[cfg(unix)]
+#[test]
+fn a_folder_that_another_process_writes_to_is_refused() {
+    let Trained { folder, data, run, .. } = &trained();
+    let out = folder.path().join("out");
+    let held = polder::train::hold(&out).unwrap();
+    let out = out.to_str().unwrap();
+    for command in [
+        &["curvature", "--run", run, "--measure", "grad-norm", "--batch-size", "16", "--out", out][..],
+        &["landscape", "--run", run, "--points", "2", "--batch-size", "16", "--out", out],
+        &["train", "--data", data, "--batch-size", "16", "--steps", "1", "--out", out],
+    ] {
+        let message = mistake(command);
+        assert!(message.contains("out: another process writes to it"), "{command:?}: {message}");
+    }
+    drop(held);
+    assert!(polder(&["train", "--data", data, "--batch-size", "16", "--steps", "1", "--out", out]).status.success());
+}
+
 #[test]
 fn devices_lists_the_cpu_and_says_why_there_is_no_gpu() {
     let list = json(&polder(&["devices", "--json"]));

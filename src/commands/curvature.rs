@@ -5,13 +5,13 @@ use std::path::PathBuf;
 use polder::curvature::{Density, Estimate, Passes, Rise};
 use polder::report::spectrum_picture;
 use polder::train::{
-    CurvatureMeter, CurvatureSettings, Finding, Findings, MeanOver, Measure, TrainError, checksum, write_whole,
+    CurvatureMeter, CurvatureSettings, Finding, Findings, MeanOver, Measure, TrainError, checksum, hold, write_whole,
 };
 use serde_json::json;
 
 use super::flags::Flags;
 use super::model::{MeasureSettings, ModelArgs, Samples};
-use super::{Bar, Failure, counted, make_folder, print};
+use super::{Bar, Failure, counted, print};
 
 #[derive(clap::Args)]
 pub struct CurvatureArgs {
@@ -33,8 +33,9 @@ pub fn run(args: &CurvatureArgs) -> Result<(), Failure> {
     let subject = args.model.open(split, samples.map_or(Samples::Usual, Samples::First))?;
     let batch_size = subject.batch_size;
     // A folder that cannot be written to, or that already holds measurements, is an error before the work.
+    let mut held = None;
     if let Some(out) = &args.out {
-        make_folder(out)?;
+        held = Some(hold(out)?);
         if out.join("curvature.json").exists() {
             let reason = "already holds measurements (curvature.json)".into();
             return Err(TrainError::Occupied { path: out.clone(), reason }.into());
@@ -84,6 +85,7 @@ pub fn run(args: &CurvatureArgs) -> Result<(), Failure> {
             }
         }
     }
+    drop(held);
     if args.model.json {
         return print(&object.to_string());
     }

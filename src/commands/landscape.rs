@@ -14,13 +14,13 @@ use polder::kernels::vector;
 use polder::plan::Plan;
 use polder::report::landscape_pictures;
 use polder::train::landscape::{Axis, Heights, Landscape, load_direction, save_direction};
-use polder::train::{CurvatureMeter, CurvatureSettings, Evaluator, Finding, TrainError, checksum};
+use polder::train::{CurvatureMeter, CurvatureSettings, Evaluator, Finding, TrainError, checksum, hold};
 use polder::{settings, words};
 use serde_json::json;
 
 use super::flags::Flags;
 use super::model::{MeasureSettings, ModelArgs, Samples, Subject};
-use super::{Bar, Failure, make_folder, option, print, stop_on_signals, tell, write_npy};
+use super::{Bar, Failure, option, print, stop_on_signals, tell, write_npy};
 
 words! {
     /// The directions of the axes.
@@ -117,7 +117,7 @@ pub fn run(args: &LandscapeArgs) -> Result<ExitCode, Failure> {
     };
     let subject = args.model.open(split, samples.map_or(Samples::Usual, Samples::First))?;
     let settings = settings(args, &grid, &subject)?;
-    make_folder(&out)?;
+    let _held = hold(&out)?;
     let begun = Landscape::begun(&out, &settings)?;
 
     let Subject { device, data, images, normalization, init, batch_size, .. } = &subject;

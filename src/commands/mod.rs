@@ -127,18 +127,6 @@ fn stop_on_signals(stop: &Arc<AtomicBool>, step: &'static str, bar: Option<Progr
     drop(std::thread::Builder::new().spawn(listen));
 }
 
-/// Creates a folder for results, and checks that a file can be written there.
-///
-/// # Errors
-/// Those of the folder.
-fn make_folder(folder: &Path) -> Result<(), TrainError> {
-    let probe = folder.join("probe.partial");
-    let writable = std::fs::create_dir_all(folder)
-        .and_then(|()| std::fs::write(&probe, ""))
-        .and_then(|()| std::fs::remove_file(&probe));
-    writable.map_err(|source| TrainError::Io { path: folder.into(), source })
-}
-
 /// Writes an array in C order.
 ///
 /// # Errors

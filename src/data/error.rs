@@ -17,7 +17,7 @@ pub enum DataError {
     #[error("{path}: not a folder; expected one with {}", files())]
     NotAFolder { path: PathBuf },
 
-    /// A data file is a folder, a pipe or a device.
+    /// A data file is a pipe or a device.
     #[error("{path}: not a regular file")]
     NotAFile { path: PathBuf },
 

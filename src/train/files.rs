@@ -1,12 +1,40 @@
-//! Writing results, and the checksum that identifies the weights that they belong to.
+//! Writing results: folders that one process holds, files that are whole or absent, and the checksum that identifies
+//! weights.
 
+use std::fs::{File, TryLockError};
+use std::io::Write;
 use std::path::Path;
 
 use flate2::Crc;
 
 use super::TrainError;
 
-/// Writes a file under a temporary name and renames it, so that readers see all of it or nothing. An existing path
+/// A folder that this process writes to, and no other one, for as long as the value lives.
+#[derive(Debug)]
+pub struct Held(#[allow(dead_code)] Option<File>);
+
+/// Creates a folder for results, holds it, and checks that a file can be written there. Two processes that wrote to one
+/// folder would mix their results. Where the file system has no locks, nothing keeps other processes out.
+///
+/// # Errors
+/// [`TrainError::InUse`] while another process holds the folder; those of the folder.
+pub fn hold(folder: &Path) -> Result<Held, TrainError> {
+    std::fs::create_dir_all(folder).map_err(TrainError::io(folder))?;
+    let lock = match File::open(folder) {
+        Err(_) => None,
+        Ok(file) => match file.try_lock() {
+            Err(TryLockError::WouldBlock) => return Err(TrainError::InUse { path: folder.into() }),
+            Err(TryLockError::Error(_)) => None,
+            Ok(()) => Some(file),
+        },
+    };
+    let probe = folder.join("probe.partial");
+    std::fs::write(&probe, "").and_then(|()| std::fs::remove_file(&probe)).map_err(TrainError::io(folder))?;
+    Ok(Held(lock))
+}
+
+/// Writes a file under a temporary name and renames it, so that readers see all of it or nothing, after a loss of power
+/// too: file and folder are synchronised with the disk, as far as the file system keeps its promise. An existing path
 /// that is not a regular file, such as a pipe, is written to directly.
 ///
 /// # Errors
@@ -18,7 +46,16 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
     let mut partial = path.as_os_str().to_owned();
     partial.push(".partial");
     let partial = Path::new(&partial);
-    std::fs::write(partial, bytes).and_then(|()| std::fs::rename(partial, path)).map_err(|error| {
+    let write = || {
+        let mut file = File::create(partial)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        std::fs::rename(partial, path)?;
+        // A folder that cannot be opened cannot be synchronised; the file is whole all the same.
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        File::open(folder).map_or(Ok(()), |folder| folder.sync_all())
+    };
+    write().map_err(|error| {
         // A partial file has no use. A failure to remove it is not reported on top of the first error.
         let _ = std::fs::remove_file(partial);
         TrainError::io(path)(error)
@@ -33,4 +70,34 @@ pub fn checksum(path: &Path) -> Result<String, TrainError> {
     let mut sum = Crc::new();
     sum.update(&std::fs::read(path).map_err(TrainError::io(path))?);
     Ok(format!("{:08x}", sum.sum()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_is_held_by_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let inner = folder.path().join("a/b");
+        let held = hold(&inner).unwrap();
+        assert!(matches!(hold(&inner), Err(TrainError::InUse { path }) if path == inner));
+        drop(held);
+        hold(&inner).unwrap();
+        assert_eq!(std::fs::read_dir(&inner).unwrap().count(), 0);
+        std::fs::write(inner.join("file"), "").unwrap();
+        assert!(matches!(hold(&inner.join("file")), Err(TrainError::Io { .. })));
+    }
+
+    #[test]
+    fn a_file_is_replaced_as_a_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        for bytes in [&b"first"[..], b"", b"second"] {
+            write_whole(&path, bytes).unwrap();
+            assert_eq!(std::fs::read(&path).unwrap(), bytes);
+        }
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "no temporary file stays");
+        assert!(write_whole(&folder.path().join("none/file"), b"").is_err());
+    }
 }

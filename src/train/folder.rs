@@ -1,12 +1,11 @@
 //! The folder of a run: `config.toml`, `log.jsonl`, `model.safetensors` and `checkpoint/`.
 
-use std::fs::{File, TryLockError};
 use std::path::Path;
 
 use super::checkpoint::{self, Checkpoint};
 use super::log::Log;
 use super::settings::continues;
-use super::{Options, TrainError, write_whole};
+use super::{Options, TrainError, hold, write_whole};
 
 /// The files of a run. Each of them shows that the folder holds a run or a partial run.
 const FILES: [&str; 4] = ["config.toml", "log.jsonl", "model.safetensors", "checkpoint"];
@@ -66,23 +65,11 @@ pub(super) fn open(run: &Path, config: &Config, resume: bool, (step, steps): (u6
     if !resume && FILES.iter().any(|name| run.join(name).exists()) {
         return Err(TrainError::RunExists { path: run.into() });
     }
-    std::fs::create_dir_all(run).map_err(TrainError::io(run))?;
-    let lock = lock(run)?;
+    let held = hold(run)?;
     let text = config.text.as_bytes();
     // A run that is resumed unchanged, or that is already longer, keeps its settings file.
     if step <= steps && std::fs::read(&path).map_or(true, |found| found != text) {
         write_whole(&path, text)?;
     }
-    Log::open(&run.join("log.jsonl"), step, lock)
-}
-
-/// Locks the folder for as long as the result lives: two processes would mix their lines and weights. None where
-/// folders cannot be locked.
-fn lock(run: &Path) -> Result<Option<File>, TrainError> {
-    let Ok(folder) = File::open(run) else { return Ok(None) };
-    match folder.try_lock() {
-        Err(TryLockError::WouldBlock) => Err(TrainError::InUse { path: run.into() }),
-        Err(TryLockError::Error(_)) => Ok(None),
-        Ok(()) => Ok(Some(folder)),
-    }
+    Log::open(&run.join("log.jsonl"), step, held)
 }

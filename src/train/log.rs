@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::Number;
 
-use super::{Finding, TrainError, write_whole};
+use super::{Finding, Held, TrainError, write_whole};
 
 /// A line of the log. Losses are cross-entropies in nats, accuracies are shares from 0 to 1. A number that was not
 /// finite is none here and null in the file.
@@ -101,14 +101,14 @@ pub(super) struct Log {
     file: File,
     /// The step of the newest line about curvature when the log was opened.
     newest_curvature: Option<u64>,
-    /// The lock that keeps other processes out of the run.
-    _claim: Option<File>,
+    /// Keeps other processes out of the run.
+    _held: Held,
 }
 
 impl Log {
     /// Opens the log of a run that has done `step` steps. Later lines, from a run that was stopped after its
     /// checkpoint, are removed, since they will be written again.
-    pub fn open(path: &Path, step: u64, claim: Option<File>) -> Result<Self, TrainError> {
+    pub fn open(path: &Path, step: u64, held: Held) -> Result<Self, TrainError> {
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
@@ -133,7 +133,7 @@ impl Log {
             write_whole(path, whole.as_bytes())?;
         }
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(TrainError::io(path))?;
-        Ok(Self { path: path.into(), file, newest_curvature, _claim: claim })
+        Ok(Self { path: path.into(), file, newest_curvature, _held: held })
     }
 
     /// Whether the log had a line about the curvature after `step` steps when it was opened.

@@ -21,7 +21,7 @@ pub mod weights;
 pub use curvature::{CurvatureMeter, CurvatureSettings};
 pub use error::TrainError;
 pub use evaluate::{Evaluation, Evaluator};
-pub use files::{checksum, write_whole};
+pub use files::{Held, checksum, hold, write_whole};
 pub use finding::{Finding, Findings, MeanOver};
 pub use images::{Batch, normalization, open_data, open_device, open_split};
 pub use listing::{RunOption, options};
