@@ -1,4 +1,4 @@
-//! A method of one's own, written outside the library and trained by its loop: WSAM (Yue et al. 2023), which follows
+//! A method of your own, written outside the library and trained by its loop: WSAM (Yue et al. 2023), which follows
 //! `α g₊ + (1 − α) g` with `α = γ/(1 − γ)`, `g` the gradient at `w` and `g₊` SAM's.
 //!
 //! ```sh

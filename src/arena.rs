@@ -29,7 +29,7 @@ pub enum TensorKind {
         /// Output features.
         outputs: usize,
     },
-    /// A bias of so many features.
+    /// A bias of this many features.
     Bias(usize),
     /// Batch norm's scale γ.
     Scale(usize),

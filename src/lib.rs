@@ -1,9 +1,7 @@
 //! Hand-written CUDA kernels and a minimal autodiff for sharpness-aware training, on the GPU and on the CPU.
 //!
-//! Three ways to use it:
-//! - as a backend: [`kernels`] over [`device`] buffers, and [`optim`] over any [`objective::Objective`];
-//! - through its benchmarks (`cargo bench`);
-//! - as a program that trains small ResNets (`polder train`), whose parts are [`plan`], [`nn`], [`data`] and [`train`].
+//! [`kernels`] work on [`device`] buffers, [`optim`] and [`curvature`] on any [`objective::Objective`]. [`plan`] and
+//! [`nn`] make objectives of networks. [`data`], [`train`] and [`report`] are the training loop and its results.
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 

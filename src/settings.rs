@@ -334,7 +334,7 @@ pub struct Setting {
     pub value_name: &'static str,
     /// Which of these values it takes.
     pub range: Range,
-    /// Its value where nobody gives one.
+    /// Its value if none is given.
     pub default: fn() -> SettingValue,
     /// What holds where it has no value, in words; empty where the declaration does not say.
     pub otherwise: &'static str,
@@ -468,7 +468,7 @@ pub trait Configurable {
     /// Its options, in the order of the declaration.
     fn options(&self) -> &'static [Setting];
 
-    /// The value of an option; none where there is no such option.
+    /// The value of an option; `None` if there is no such option.
     fn get(&self, name: &str) -> Option<SettingValue>;
 
     /// Sets an option.
@@ -513,7 +513,7 @@ pub trait OptionType: Sized {
     /// As a value.
     fn to_value(&self) -> SettingValue;
 
-    /// From a value; none for one of another type.
+    /// From a value; `None` for one of another type.
     fn from_value(value: &SettingValue) -> Option<Self>;
 }
 
@@ -635,7 +635,7 @@ pub trait Choice: Copy + 'static {
     /// The word of this value.
     fn word(self) -> &'static str;
 
-    /// The value of a word; none for any other text.
+    /// The value of a word; `None` for any other text.
     fn from_word(word: &str) -> Option<Self> {
         Self::ALL.iter().copied().find(|value| value.word() == word)
     }

@@ -18,7 +18,7 @@ use super::option;
 settings! {
     /// Trained weights, and how to pass images through the network.
     pub struct WeightsSettings {
-        /// The folder of a run: model, weights, data, normalisation and labels are the run's where they are not given
+        /// Folder of a run. It supplies the model, weights, data, normalisation and labels that are not given
         run: Option<String> = None, as "DIR";
         /// The network
         model: Option<ModelName> = None, else "the run's", as "NAME";

@@ -127,7 +127,7 @@ impl<'a, T: Scalar> Curvature<'a, T> {
         crate::kernels::check_length(OPERATION, "weights", weights.len(), objective.len())?;
         let groups = objective.domain().groups;
         if groups > 1 {
-            let message = format!("{groups} groups, expected one: an Accumulator makes one of several");
+            let message = format!("{groups} groups, expected one; an Accumulator combines several");
             return Err(Error::Argument { operation: OPERATION, message });
         }
         objective.select(0)?;

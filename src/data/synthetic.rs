@@ -49,7 +49,7 @@ const DISTRACTORS: usize = 2;
 
 /// Size and seed of a synthetic data set.
 ///
-/// The default is the set of the command line: 2,048 training and 1,024 test images of 32x32, seed 0. An image depends
+/// The default is the data set `synthetic`: 2,048 training and 1,024 test images of 32x32, seed 0. An image depends
 /// only on the seed, the split, its index and `side`: a larger set begins with the images of a smaller one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SyntheticSpec {

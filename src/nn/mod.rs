@@ -32,7 +32,7 @@ pub struct Registration {
     /// The name by which [`Model::from_name`] finds it.
     pub name: &'static str,
     /// One line about it.
-    pub description: &'static str,
+    pub summary: &'static str,
     /// The shortcuts it can have, the default first; empty where it has none.
     pub shortcuts: &'static [Shortcut],
     trace: Trace,
@@ -43,8 +43,8 @@ pub struct Registration {
 type Trace = fn(Shape, usize, Shortcut) -> Result<(Graph, Value), PlanError>;
 
 impl Registration {
-    const fn new(name: &'static str, description: &'static str, shortcuts: &'static [Shortcut], trace: Trace) -> Self {
-        Self { name, description, shortcuts, trace }
+    const fn new(name: &'static str, summary: &'static str, shortcuts: &'static [Shortcut], trace: Trace) -> Self {
+        Self { name, summary, shortcuts, trace }
     }
 }
 
@@ -80,7 +80,7 @@ impl Model {
         Ok(Self { registration, shortcut: shortcut.unwrap_or(default) })
     }
 
-    /// The shortcuts among which the model lets one choose; empty where it has no such option.
+    /// The shortcuts that a user can choose between; empty if there is no choice.
     pub fn shortcuts(self) -> &'static [Shortcut] {
         match self.registration.shortcuts {
             [_] => &[],
@@ -110,7 +110,7 @@ mod tests {
                 "two models are named {}",
                 model.name
             );
-            assert!(!model.description.is_empty(), "{}", model.name);
+            assert!(!model.summary.is_empty(), "{}", model.name);
             for shortcut in [None, Some(Shortcut::A), Some(Shortcut::B)] {
                 let offered = shortcut.is_none_or(|shortcut| model.shortcuts.contains(&shortcut));
                 let Ok(found) = Model::from_name(model.name, shortcut) else {

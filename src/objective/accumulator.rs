@@ -138,7 +138,7 @@ impl<T: Scalar> Wrapper<T> for Accumulated<'_, T> {
 
     fn answer<'p>(&mut self, pass: Pass<'p, T>) -> Result<Answer<'p, T>> {
         match pass {
-            Pass::Commit { .. } | Pass::Abandon | Pass::Displacement { .. } => return Ok(Answer::Forward(pass)),
+            Pass::Commit { .. } | Pass::Abandon | Pass::RealizedStep { .. } => return Ok(Answer::Forward(pass)),
             Pass::Select { group } => self.group = group,
             _ => self.check()?,
         }

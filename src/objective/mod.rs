@@ -143,7 +143,7 @@ pub enum Pass<'a, T: Scalar> {
     },
     /// Loss and gradient at displaced weights, `from + ρ …`. The running statistics stay as they are. Splits into a
     /// kernel that writes the displaced weights to `point`, and a gradient there. An objective that rounds weights
-    /// before it uses them can round them as they are displaced; then `point` holds nothing of use afterwards.
+    /// before it uses them can round them as they are displaced; then the contents of `point` are undefined.
     GradientDisplaced {
         /// The displaced weights.
         displacement: Displacement<'a, T>,
@@ -181,7 +181,7 @@ pub enum Pass<'a, T: Scalar> {
         /// Set where something is not finite.
         flag: SliceMut<'a, u32>,
     },
-    /// Two such products at the same weights. Splits into one after the other, to the same bits.
+    /// Two such products at the same weights. Splits into two products, one after the other, with the same bits.
     HessianVectorPair {
         /// Where.
         weights: Slice<'a, T>,
@@ -194,7 +194,7 @@ pub enum Pass<'a, T: Scalar> {
     },
     /// Writes the realised step from `from` to `to` to `out`. An objective that rounds weights before it uses them
     /// takes the difference of the rounded weights. Splits into the plain difference. For telemetry.
-    Displacement {
+    RealizedStep {
         /// The first point.
         from: Slice<'a, T>,
         /// The second point.
@@ -255,7 +255,7 @@ impl<T: Scalar> Pass<'_, T> {
                 }
                 Ok(())
             }
-            Pass::Displacement { from, to, out } => difference(from, to, out),
+            Pass::RealizedStep { from, to, out } => difference(from, to, out),
             Pass::Select { .. } | Pass::Commit { .. } | Pass::Abandon => Ok(()),
         }
     }

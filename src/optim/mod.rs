@@ -76,8 +76,8 @@ pub struct Settings<T: Scalar> {
     pub base: Base,
     /// λ: coupled for SGD, decoupled for AdamW. It does not change the direction of the perturbation.
     pub weight_decay: f64,
-    /// Weight decay acts on the first so many elements: all of them, or [`crate::arena::Layout::weights_len`] to exempt
-    /// biases and normalisation.
+    /// Weight decay acts on the first `decay_len` elements: all of them, or [`crate::arena::Layout::weights_len`] to
+    /// exempt biases and normalisation.
     pub decay_len: usize,
     /// The largest norm of the combined gradient. A longer one is scaled down to it, as PyTorch's `clip_grad_norm_`
     /// does. Weight decay is added after that.
@@ -357,10 +357,10 @@ impl<T: Scalar> Optimizer<T> {
                 numbers.copy_row(row)?;
                 direction.coefficients = Coefficients::Computed;
             }
-            let Numbers { coefficients, products, .. } = &mut *numbers;
+            let Numbers { coefficients, dot_products, .. } = &mut *numbers;
             let c = coefficients.view();
-            sharpness::combined_products(vectors, c, c, reduction, products.view_mut())?;
-            sharpness::clip_coefficients(products.slice(3..4)?, largest, coefficients.view_mut())?;
+            sharpness::combined_products(vectors, c, c, reduction, dot_products.view_mut())?;
+            sharpness::clip_coefficients(dot_products.slice(3..4)?, largest, coefficients.view_mut())?;
         }
         let gradients = combination(vectors, coefficients(direction, numbers)?);
         let lr = match settings.method.own_rate() {

@@ -115,8 +115,8 @@ pub struct Numbers {
     pub(super) mean_loss: Buffer<f64>,
     /// Norms: number 0 is ‖g(w)‖. Two elements.
     pub norms: Buffer<f64>,
-    /// What [`Step::products`] wrote last; see [`sharpness::combined_products`].
-    pub products: Buffer<f64>,
+    /// What [`Step::dot_products`] wrote last; see [`sharpness::combined_products`].
+    pub dot_products: Buffer<f64>,
     /// The direction's coefficients. Four elements.
     pub coefficients: Buffer<f64>,
     /// Coefficients of a vector that the step needs before it has its direction. Four elements.
@@ -139,7 +139,7 @@ impl Numbers {
             losses: device.zeros(4)?,
             mean_loss: device.zeros(1)?,
             norms: device.zeros(2)?,
-            products: device.zeros(sharpness::PRODUCTS)?,
+            dot_products: device.zeros(sharpness::PRODUCTS)?,
             coefficients: device.zeros(4)?,
             inner: device.zeros(4)?,
             own: device.zeros(needs.numbers)?,
@@ -412,7 +412,7 @@ impl<T: Scalar> Step<'_, T> {
             let Numbers { realised, rows, .. } = &mut *self.numbers;
             let mut x = self.vectors.open();
             let (from, to, out) = (x.read(Weights)?, x.read(to)?, self.displacement.view_mut());
-            self.objective.pass(Pass::Displacement { from, to, out })?;
+            self.objective.pass(Pass::RealizedStep { from, to, out })?;
             let vectors = [self.displacement.view(), x.read(along)?];
             let (a, b) = (rows.slice(0..4)?, rows.slice(4..8)?);
             sharpness::combined_products(&vectors, a, b, self.reduction, realised.view_mut())?;
@@ -446,11 +446,11 @@ impl<T: Scalar> Step<'_, T> {
     /// # Errors
     /// [`Error::Range`] for a vector or a row that is not there.
     pub fn perturb_along(&mut self, vectors: [Vector; 2], row: Row, rho: f64, to: Vector) -> Result<()> {
-        self.products(&vectors, row, row)?;
+        self.dot_products(&vectors, row, row)?;
         let mut x = self.vectors.open();
         let vectors = [Some(x.read(vectors[0])?), Some(x.read(vectors[1])?), None, None];
         let direction = Combination { vectors, coefficients: self.numbers.row(row)? };
-        let (norm, rho) = (self.numbers.products.slice(3..4)?, rho * self.rho_factor);
+        let (norm, rho) = (self.numbers.dot_products.slice(3..4)?, rho * self.rho_factor);
         sharpness::perturb_along(x.weights, direction, norm, rho, x.write(to)?)
     }
 
@@ -468,21 +468,21 @@ impl<T: Scalar> Step<'_, T> {
         random::perturb_normal(x.weights, seed, first_block, norm, rho, x.write(P)?)
     }
 
-    /// Dot products and norms of two combinations A and B of some vectors, to [`Numbers::products`].
+    /// Dot products and norms of two combinations A and B of some vectors, to [`Numbers::dot_products`].
     ///
     /// # Errors
     /// [`Error::Argument`] unless there are one to four vectors; [`Error::Range`] for a vector or a row that is not
     /// there.
-    pub fn products(&mut self, vectors: &[Vector], a: Row, b: Row) -> Result<()> {
+    pub fn dot_products(&mut self, vectors: &[Vector], a: Row, b: Row) -> Result<()> {
         let mut x = self.vectors.open();
         let mut slices = [x.weights; 4];
         for (slice, vector) in slices.iter_mut().zip(vectors) {
             *slice = x.read(*vector)?;
         }
-        let Numbers { products, rows, .. } = &mut *self.numbers;
+        let Numbers { dot_products, rows, .. } = &mut *self.numbers;
         let (a, b) = (rows.slice(4 * a.0..4 * a.0 + 4)?, rows.slice(4 * b.0..4 * b.0 + 4)?);
         let slices = &slices[..vectors.len().min(4)];
-        sharpness::combined_products(slices, a, b, self.reduction, products.view_mut())
+        sharpness::combined_products(slices, a, b, self.reduction, dot_products.view_mut())
     }
 
     /// `to = Σ c_k x_k` with the coefficients of a row.
@@ -527,13 +527,13 @@ impl<T: Scalar> Step<'_, T> {
     }
 
     /// The direction's first two coefficients become `of_a` and `weight` times those of the part of B that is
-    /// orthogonal to A, from the newest [products](Step::products); see [`sharpness::rejection`].
+    /// orthogonal to A, from the newest [dot products](Step::dot_products); see [`sharpness::rejection`].
     ///
     /// # Errors
     /// Those of the kernel.
     pub fn rejection(&mut self, of_a: f64, weight: f64) -> Result<()> {
-        let Numbers { products, coefficients, .. } = &mut *self.numbers;
-        sharpness::rejection(products.view(), of_a, weight, coefficients.slice_mut(0..2)?)
+        let Numbers { dot_products, coefficients, .. } = &mut *self.numbers;
+        sharpness::rejection(dot_products.view(), of_a, weight, coefficients.slice_mut(0..2)?)
     }
 
     /// `to` becomes the part of [`work::G1`] that is orthogonal to [`work::G0`], unless the step will be skipped.
@@ -541,9 +541,9 @@ impl<T: Scalar> Step<'_, T> {
     /// # Errors
     /// [`Error::Range`] for a vector that is not there.
     pub fn orthogonal(&mut self, to: Vector) -> Result<()> {
-        self.products(&[G0, G1], Row::FIRST, Row::SECOND)?;
-        let Numbers { products, inner, flag, .. } = &mut *self.numbers;
-        sharpness::rejection(products.view(), 0.0, 1.0, inner.slice_mut(0..2)?)?;
+        self.dot_products(&[G0, G1], Row::FIRST, Row::SECOND)?;
+        let Numbers { dot_products, inner, flag, .. } = &mut *self.numbers;
+        sharpness::rejection(dot_products.view(), 0.0, 1.0, inner.slice_mut(0..2)?)?;
         let mut x = self.vectors.open();
         let vectors = [Some(x.read(G0)?), Some(x.read(G1)?), None, None];
         let orthogonal = Combination { vectors, coefficients: inner.view() };

@@ -64,7 +64,7 @@ impl<S: Compute> Objective<S::Master> for Plan<S> {
             Pass::HessianVectorPair { weights, directions, products, flag } => {
                 self.hessian_products(weights, directions, products, flag)
             }
-            Pass::Displacement { from, to, out } => self.realised_displacement(from, to, out),
+            Pass::RealizedStep { from, to, out } => self.realised_displacement(from, to, out),
             Pass::Abandon => {
                 self.reported = 0;
                 Ok(())

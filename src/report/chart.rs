@@ -14,7 +14,7 @@ pub(super) const LOGARITHMIC_FROM: f64 = 30.0;
 
 /// An axis: a range of values and its name.
 #[derive(Debug, Clone)]
-pub(super) struct Axis {
+pub(super) struct ChartAxis {
     pub label: String,
     pub low: f64,
     pub high: f64,
@@ -23,7 +23,7 @@ pub(super) struct Axis {
     pub whole: bool,
 }
 
-impl Axis {
+impl ChartAxis {
     /// An axis from exactly `low` to `high`.
     pub fn exact(label: &str, low: f64, high: f64, logarithmic: bool) -> Self {
         // Values that differ only by rounding count as one value.
@@ -159,7 +159,7 @@ impl Panel {
     }
 
     /// Grid, ticks and names of both axes.
-    pub fn axes(&self, drawing: &mut Drawing, x: &Axis, y: &Axis) {
+    pub fn axes(&self, drawing: &mut Drawing, x: &ChartAxis, y: &ChartAxis) {
         let mut grid = Vec::new();
         for (value, name) in y.ticks(((self.bottom - self.top) / 32.0) as usize) {
             let at = self.y(y.place(value));
@@ -173,7 +173,7 @@ impl Panel {
     }
 
     /// Ticks and name of the lower axis.
-    pub fn x_ticks(&self, drawing: &mut Drawing, x: &Axis) {
+    pub fn x_ticks(&self, drawing: &mut Drawing, x: &ChartAxis) {
         let mut ticks = Vec::new();
         for (value, name) in x.ticks(((self.right - self.left) / 44.0) as usize) {
             let at = self.x(x.place(value));
@@ -245,7 +245,7 @@ impl Line {
 }
 
 /// Draws lines within the area of their axes.
-pub(super) fn draw_lines(drawing: &mut Drawing, panel: Panel, x: &Axis, y: &Axis, lines: &[Line]) {
+pub(super) fn draw_lines(drawing: &mut Drawing, panel: Panel, x: &ChartAxis, y: &ChartAxis, lines: &[Line]) {
     let at = |[abscissa, value]: [f64; 2]| {
         let (right, up) = (x.place(abscissa), y.place(value));
         // A point outside the axes interrupts the line, as does a value that is not finite.
@@ -283,8 +283,8 @@ pub(super) fn draw_lines(drawing: &mut Drawing, panel: Panel, x: &Axis, y: &Axis
 pub(super) const CHART: (f64, f64) = (360.0, 240.0);
 
 /// A chart of lines. None if no value is finite.
-pub(super) fn line_chart(title: &str, x: Axis, y_label: &str, lines: &[Line]) -> Option<Drawing> {
-    let y = Axis::fitting(y_label, lines.iter().flat_map(Line::values))?;
+pub(super) fn line_chart(title: &str, x: ChartAxis, y_label: &str, lines: &[Line]) -> Option<Drawing> {
+    let y = ChartAxis::fitting(y_label, lines.iter().flat_map(Line::values))?;
     let (width, height) = CHART;
     let mut drawing = Drawing::new(width, height, title);
     let panel = Panel { left: 58.0, top: 12.0, right: width - 14.0, bottom: height - 42.0 };

@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use super::chart::{
-    self, Axis, FAINT, LOGARITHMIC_FROM, Line, Panel, SMALL, Style, draw_lines, linear_steps, log_steps, range,
+    self, ChartAxis, FAINT, LOGARITHMIC_FROM, Line, Panel, SMALL, Style, draw_lines, linear_steps, log_steps, range,
     significant,
 };
 use super::drawing::{Anchor, Drawing, Ink, Medium, VectorPath};
-use crate::train::landscape::{Axis as Direction, Landscape as Description};
+use crate::train::landscape::{Axis, Landscape};
 use crate::train::{TrainError, write_whole};
 
 /// On a logarithmic scale, losses below the largest by more than this factor count as zero.
@@ -17,7 +17,7 @@ const NEGLIGIBLE: f64 = 1e-12;
 #[derive(Debug, Clone)]
 pub(super) struct LoadedLandscape {
     pub title: String,
-    pub axes: Vec<Direction>,
+    pub axes: Vec<Axis>,
     /// In the order of the grid, the first direction fastest; none where a point has not been evaluated.
     pub loss: Vec<Option<f64>>,
     /// NaN where it is unknown.
@@ -29,21 +29,20 @@ pub(super) struct LoadedLandscape {
 impl LoadedLandscape {
     /// Reads `landscape.json` and the lines of `landscape.csv`.
     pub fn read(folder: &Path) -> Result<Self, TrainError> {
-        let Description { title, axes, settings } = Description::read(folder)?;
+        let Landscape { title, axes, settings } = Landscape::read(folder)?;
         let unusable = |reason: String| TrainError::Results { path: folder.join("landscape.json"), reason };
         if !(1..=2).contains(&axes.len()) {
             return Err(unusable(format!("{} axes, expected one or two", axes.len())));
         }
-        for Direction { name, values } in &axes {
+        for Axis { name, values } in &axes {
             let rises = values.windows(2).all(|pair| pair[0] < pair[1]);
             if values.len() < 2 || !rises || values.iter().any(|value| !value.is_finite()) {
                 return Err(unusable(format!("the values of axis `{name}`: expected two or more, finite and rising")));
             }
         }
         let count = axes.iter().try_fold(1usize, |count, axis| count.checked_mul(axis.values.len()));
-        let count = count
-            .filter(|&count| count <= Description::MOST_POINTS)
-            .ok_or_else(|| unusable("too many points".into()))?;
+        let count =
+            count.filter(|&count| count <= Landscape::MOST_POINTS).ok_or_else(|| unusable("too many points".into()))?;
         let path = folder.join("landscape.csv");
         let text = std::fs::read_to_string(&path).map_err(TrainError::io(&path))?;
         let weights = settings.get("weights").cloned();
@@ -90,7 +89,7 @@ impl LoadedLandscape {
     }
 }
 
-impl Direction {
+impl Axis {
     /// The index of the value that equals this one up to rounding.
     fn nearest(&self, place: f64) -> Option<usize> {
         let (index, value) = self
@@ -102,9 +101,9 @@ impl Direction {
         ((value - place).abs() <= 1e-6 * span).then_some(index)
     }
 
-    pub(super) fn axis(&self) -> Axis {
+    pub(super) fn axis(&self) -> ChartAxis {
         let (low, high) = range(self.values.iter().copied()).unwrap_or_default();
-        Axis::exact(&self.name, low, high, false)
+        ChartAxis::exact(&self.name, low, high, false)
     }
 }
 
@@ -320,9 +319,9 @@ fn surface(landscape: &LoadedLandscape, levels: &Levels) -> Option<Drawing> {
         // Zeros lie on the floor.
         true => {
             let least = range(landscape.finite_losses().filter(|&loss| loss > 0.0)).map_or(low, |(least, _)| least);
-            Axis::exact("loss", least.max(NEGLIGIBLE * high), high, true)
+            ChartAxis::exact("loss", least.max(NEGLIGIBLE * high), high, true)
         }
-        false => Axis::exact("loss", low, high, false),
+        false => ChartAxis::exact("loss", low, high, false),
     };
     let (across, along) = (x.axis(), y.axis());
 
@@ -419,11 +418,11 @@ fn curve(landscape: &LoadedLandscape) -> Option<Drawing> {
     drawing.label([0.5 * width, 20.0], landscape.title.as_str(), 13.0, Anchor::Middle, Ink::Text(1.0));
     let panel = Panel { left: 64.0, top: 56.0, right: width - 62.0, bottom: height - 46.0 };
     let x = direction.axis();
-    let loss = Axis::fitting("loss", losses(landscape))?;
+    let loss = ChartAxis::fitting("loss", losses(landscape))?;
     panel.axes(&mut drawing, &x, &loss);
     let percent = || landscape.accuracy.iter().map(|share| 100.0 * share);
-    let right = Axis::fitting("accuracy (%)", percent()).map(|axis| {
-        Axis::exact(&axis.label, axis.low.max(0.0), axis.high.min(100.0).max(axis.low.max(0.0) + 1.0), false)
+    let right = ChartAxis::fitting("accuracy (%)", percent()).map(|axis| {
+        ChartAxis::exact(&axis.label, axis.low.max(0.0), axis.high.min(100.0).max(axis.low.max(0.0) + 1.0), false)
     });
     let (first, second) = (Style(0), Style(1));
     draw_lines(&mut drawing, panel, &x, &loss, &[line(landscape, losses(landscape), "loss", first)]);

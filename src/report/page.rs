@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::chart::{self, Axis, FAINT, Line, Panel, SMALL, Style, digits, line_chart, significant};
+use super::chart::{self, ChartAxis, FAINT, Line, Panel, SMALL, Style, digits, line_chart, significant};
 use super::drawing::{Anchor, Drawing, Ink, Medium, SERIES, SERIES_ON_DARK, VectorPath, escape, hex};
 use super::landscape::{self, Levels, LoadedLandscape};
 use super::runs::{Epoch, Group, LoadedRun, Measures, RunStatistics, differing, numbers};
@@ -274,7 +274,7 @@ fn chart_over_epochs(
     let lines: Vec<Line> = groups.iter().enumerate().map(line).collect();
     let (low, high) = chart::range(lines.iter().flat_map(|line| line.points.iter().map(|point| point[0])))?;
     let margin = if low == high { 0.6 } else { 0.02 * (high - low) };
-    let x = Axis { whole: true, ..Axis::exact("epoch", low - margin, high + margin, false) };
+    let x = ChartAxis { whole: true, ..ChartAxis::exact("epoch", low - margin, high + margin, false) };
     let drawing = line_chart(&format!("{title} over epochs"), x, unit, &lines)?;
     Some(figure(&format!("<b>{}</b>", escape(title)), &drawing))
 }
@@ -411,7 +411,7 @@ fn layers(groups: &[Group]) -> Option<String> {
         }
     }
     let means = || found.iter().flatten().map(|(_, statistics)| statistics.mean);
-    let x = Axis::fitting("trace of the layer's block of the Hessian", means())?;
+    let x = ChartAxis::fitting("trace of the layer's block of the Hessian", means())?;
     let (row, width) = (16.0, 720.0);
     let height = 8.0 + row * names.len() as f64 + 42.0;
     let mut drawing = Drawing::new(width, height, "traces of the layers' blocks of the Hessian");
@@ -514,8 +514,12 @@ fn landscapes(groups: &[Group]) -> Option<String> {
                 landscape::line(place.landscape, values, &place.group.name, Style(place.style))
             };
             let lines: Vec<Line> = these.iter().map(draw).collect();
-            let drawing =
-                line_chart(&format!("{what} along a line, {title}"), Axis::exact(name, low, high, false), unit, &lines);
+            let drawing = line_chart(
+                &format!("{what} along a line, {title}"),
+                ChartAxis::exact(name, low, high, false),
+                unit,
+                &lines,
+            );
             let caption = format!("<b>{what}</b> {}", escape(&title));
             figures.extend(drawing.map(|drawing| figure(&caption, &drawing)));
         };

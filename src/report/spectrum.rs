@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::chart::{Axis, Line, Panel, Style, draw_lines, range};
+use super::chart::{ChartAxis, Line, Panel, Style, draw_lines, range};
 use super::drawing::{Anchor, Drawing, Ink};
 use super::landscape::write_picture;
 use crate::curvature::Density;
@@ -20,7 +20,7 @@ pub(super) fn usable(nodes: &[f64], weights: &[f64]) -> Option<(Density, f64, f6
 }
 
 /// Densities over a common range of eigenvalues. Every peak is smoothed to a hundredth of the range.
-pub(super) fn lines(densities: &[(&str, Style, Density)]) -> Option<(Axis, Axis, Vec<Line>)> {
+pub(super) fn lines(densities: &[(&str, Style, Density)]) -> Option<(ChartAxis, ChartAxis, Vec<Line>)> {
     let nodes = || densities.iter().flat_map(|(_, _, density)| density.nodes.iter().copied());
     let (low, high) = range(nodes())?;
     let span = if high > low { high - low } else { low.abs().max(1.0) };
@@ -42,8 +42,8 @@ pub(super) fn lines(densities: &[(&str, Style, Density)]) -> Option<(Axis, Axis,
         }
     }
     let (least, _) = range(lines.iter().flat_map(|line| line.points.iter().map(|point| point[1])))?;
-    let up = Axis::exact("density", 0.6 * least, 2.0 * most, true);
-    Some((Axis::exact("eigenvalue of the Hessian", left, right, false), up, lines))
+    let up = ChartAxis::exact("density", 0.6 * least, 2.0 * most, true);
+    Some((ChartAxis::exact("eigenvalue of the Hessian", left, right, false), up, lines))
 }
 
 /// Draws densities, from `top` downwards.

@@ -22,8 +22,8 @@ settings! {
         probes: usize = 100, in at_least(1);
         /// How many eigenvalues
         top: usize = 5, as "K", in at_least(1);
-        /// Lanczos steps: at most for eigenvalues, for each probe of the spectrum; products per eigenvalue of power
-        /// iteration
+        /// Lanczos steps for each probe of the spectrum, and at most so many for eigenvalues. For power iteration:
+        /// products per eigenvalue
         steps: usize = 80, in at_least(1);
         /// Eigenvalues are found when no residual is more than this share of the largest
         tolerance: f64 = 1e-4, as "T", in not_negative;

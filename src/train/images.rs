@@ -96,19 +96,19 @@ pub fn normalization(
 }
 
 /// Images of a split as an objective: the plan, filled with one part of them at a time.
-pub struct Batch<'a, S: Compute> {
-    pub(super) plan: &'a mut Plan<S>,
+pub(super) struct Batch<'a, S: Compute> {
+    pub plan: &'a mut Plan<S>,
     /// The shape of one part.
-    pub(super) shape: BatchShape,
-    pub(super) pixels: Slice<'a, u8>,
-    pub(super) labels: Slice<'a, u32>,
+    pub shape: BatchShape,
+    pub pixels: Slice<'a, u8>,
+    pub labels: Slice<'a, u32>,
     /// Indices of samples.
-    pub(super) order: Slice<'a, u32>,
+    pub order: Slice<'a, u32>,
     /// How many of them belong to the batch: the first ones, or those that the clock points at.
-    pub(super) samples: usize,
-    pub(super) clock: Option<Slice<'a, u64>>,
-    pub(super) normalization: &'a Normalization,
-    pub(super) augment: Option<Augment>,
+    pub samples: usize,
+    pub clock: Option<Slice<'a, u64>>,
+    pub normalization: &'a Normalization,
+    pub augment: Option<Augment>,
 }
 
 impl<S: Compute<Master = f32>> Wrapper<f32> for Batch<'_, S> {

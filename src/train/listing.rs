@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 
-use super::settings::{AdamWSettings, BaseName, GENERAL, SgdSettings, is_offered};
+use super::settings::{AdamWSettings, BaseName, GENERAL, OWN_RATE_MOMENTUM, SgdSettings, is_offered};
 use crate::optim::METHODS;
 use crate::settings::{Choice, Range, Setting, SettingKind, number};
 
@@ -183,12 +183,13 @@ pub(super) fn of_bases() -> Vec<RunOption> {
     gather(&mut found, BaseName::Sgd.word(), SgdSettings::OPTIONS);
     gather(&mut found, BaseName::AdamW.word(), AdamWSettings::OPTIONS);
     found.iter_mut().for_each(|option| option.of_base = true);
-    // The step size of such a method is that of gradient descent without momentum.
     let own_rate = METHODS.iter().filter(|entry| (entry.new)().own_rate().is_some());
     let momentum = found.iter_mut().find(|option| option.setting.name == "momentum");
     if let Some(option) = momentum {
         let setting = option.setting;
-        option.of.extend(own_rate.map(|entry| Owner { default: number(0.0), ..owner(entry.name, &setting) }));
+        option
+            .of
+            .extend(own_rate.map(|entry| Owner { default: number(OWN_RATE_MOMENTUM), ..owner(entry.name, &setting) }));
     }
     found
 }

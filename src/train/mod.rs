@@ -23,7 +23,7 @@ pub use error::TrainError;
 pub use evaluate::{Evaluation, Evaluator};
 pub use files::{Held, checksum, hold, write_whole};
 pub use finding::{Finding, Findings, MeanOver};
-pub use images::{Batch, normalization, open_data, open_device, open_split};
+pub use images::{normalization, open_data, open_device, open_split};
 pub use listing::{RunOption, options};
 pub use log::Record;
 pub use options::Options;

@@ -1,4 +1,4 @@
-//! The settings of a run: every option of `polder train` and every key of a settings file, with defaults and ranges.
+//! The settings of a run, with help, defaults and ranges: the keys of `config.toml`.
 //!
 //! General options are declared here, those of a method in its file in [`crate::optim`], those of a base optimizer in
 //! [`SgdSettings`] and [`AdamWSettings`]. [`options`](super::options()) lists all of them, and the command line,
@@ -102,7 +102,7 @@ words! {
 }
 /// Declares the name of an entry of a list as the type of an option.
 macro_rules! name_in_list {
-    ($(#[$doc:meta])* $name:ident, $list:ident, $help:ident) => {
+    ($(#[$doc:meta])* $name:ident, $list:ident) => {
         $(#[$doc])*
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         pub struct $name(&'static str);
@@ -113,7 +113,7 @@ macro_rules! name_in_list {
                 let mut words = [Word { name: "", doc: "" }; $list.len()];
                 let mut index = 0;
                 while index < $list.len() {
-                    words[index] = Word { name: $list[index].name, doc: $list[index].$help };
+                    words[index] = Word { name: $list[index].name, doc: $list[index].summary };
                     index += 1;
                 }
                 words
@@ -151,11 +151,11 @@ macro_rules! name_in_list {
 
 name_in_list! {
     /// A method by its name in [`METHODS`].
-    MethodName, METHODS, summary
+    MethodName, METHODS
 }
 name_in_list! {
     /// A model by its name in [`MODELS`].
-    ModelName, MODELS, description
+    ModelName, MODELS
 }
 
 settings! {
@@ -189,7 +189,7 @@ settings! {
     pub struct ModelSettings {
         /// The network
         model: ModelName = ModelName("resnet8"), as "NAME";
-        /// Shortcuts of a CIFAR ResNet where its shape changes
+        /// Kind of shortcut where a CIFAR ResNet changes its shape
         shortcut: Option<Shortcut> = None, else "a";
         /// Begin from the weights in this file
         init: Option<String> = None, else "random weights", as "FILE.safetensors";
@@ -200,9 +200,9 @@ settings! {
     /// How to train: the method's name, and what all methods have.
     #[derive(Debug, Clone, PartialEq)]
     pub struct OptimizerSettings {
-        /// How to train
+        /// The training method
         optimizer: MethodName = MethodName("sam"), as "NAME";
-        /// The rule under a sharpness-aware optimizer
+        /// The base optimizer, which follows the method's direction
         base: BaseName = BaseName::Sgd, as "NAME";
         /// How ρ changes over the run
         rho_schedule: RhoSchedule = RhoSchedule::Constant;
@@ -249,7 +249,7 @@ settings! {
     pub struct LoopSettings {
         /// Passes over the training images
         epochs: u64 = 10, in at_least(1);
-        /// Train for so many steps instead of epochs
+        /// Number of training steps, instead of epochs
         steps: Option<u64> = None, else "the epochs' steps", in at_least(1);
         /// How the learning rate falls
         schedule: Decay = Decay::Cosine;
@@ -257,11 +257,11 @@ settings! {
         warmup: u64 = 0, as "STEPS";
         /// Seed of everything random: weights, order, augmentation, label noise, directions, probes
         seed: u64 = 0;
-        /// auto, cpu or cuda:N
+        /// auto, cpu, cuda (the first GPU) or cuda:N
         device: String = "auto".into(), as "NAME";
         /// CPU threads; 0 takes one per core
         threads: usize = 0, in at_most(HostOptions::MOST_THREADS as u64);
-        /// What activations and the weights of convolutions are stored in; f16 scales the loss
+        /// Storage type of activations and convolution weights; f16 also scales the loss
         precision: Precision = Precision::F32, as "TYPE";
         /// Write a line to log.jsonl every N steps as well; 0 for none
         log_every: u64 = 0;
@@ -585,13 +585,16 @@ pub(super) fn continues(now: &toml::Table, before: &toml::Table) -> Option<Strin
     now.keys().chain(before.keys()).find(differs).cloned()
 }
 
+/// The default momentum of SGD under a method that computes its step size: that of gradient descent without momentum.
+pub(super) const OWN_RATE_MOMENTUM: f64 = 0.0;
+
 /// See [`Options::resolve`].
 pub(super) fn resolve(options: &Options) -> Result<RunSettings, TrainError> {
     let chosen = Chosen::by(options)?;
     let mut settings = RunSettings::default();
     let mut method = (chosen.entry.new)();
     if chosen.method.own_rate().is_some() {
-        settings.sgd.momentum = 0.0;
+        settings.sgd.momentum = OWN_RATE_MOMENTUM;
     }
     if options.has("epochs") && options.has("steps") {
         return Err(TrainError::setting("steps", "cannot be given together with `epochs`"));

@@ -1,4 +1,4 @@
-//! A training run from its parts: settings, a network, a data set and a method, each by name or one's own.
+//! A training run from its parts: settings, a network, a data set and a method, each by name or your own.
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;

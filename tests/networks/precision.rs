@@ -237,7 +237,7 @@ fn cosine_seen<S: Compute<Master = f32>>(device: &Device, model: Model, rho: f64
     let (mut point, mut seen) = (device.zeros(weights.len()).unwrap(), device.poisoned(weights.len()).unwrap());
     vector::perturb(weights.view(), direction.view(), norm.view(), rho, point.view_mut(), None).unwrap();
     let (from, to, out) = (weights.view(), point.view(), seen.view_mut());
-    plan.pass(Pass::Displacement { from, to, out }).unwrap();
+    plan.pass(Pass::RealizedStep { from, to, out }).unwrap();
     let (seen, direction) = (to_f64(&seen.to_vec().unwrap()), to_f64(&direction.to_vec().unwrap()));
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
     dot(&seen, &direction) / (dot(&seen, &seen) * dot(&direction, &direction)).sqrt()
@@ -274,7 +274,7 @@ fn convolutions_alone_are_rounded() {
         let mut seen = device.poisoned(weights.len()).unwrap();
         let (from, to) = (device.upload(&weights).unwrap(), device.upload(&moved).unwrap());
         let (from, to, out) = (from.view(), to.view(), seen.view_mut());
-        plan.pass(Pass::Displacement { from, to, out }).unwrap();
+        plan.pass(Pass::RealizedStep { from, to, out }).unwrap();
         let seen = seen.to_vec().unwrap();
         for tensor in plan.parameters().tensors() {
             let narrow = matches!(tensor.kind, TensorKind::Convolution { .. });

@@ -18,7 +18,7 @@ settings! {
         eta: f64 = 0.01, as "ETA", in not_negative;
     }
     code {
-        /// The first so many weights are scaled; `T = 1` for the others, which in a network are biases and
+        /// Only the first `scaled_len` weights are scaled; `T = 1` for the others, which in a network are biases and
         /// normalisation.
         scaled_len: usize = usize::MAX;
     }

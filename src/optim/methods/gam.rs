@@ -15,7 +15,7 @@ settings! {
     pub struct Gam {
         /// Radius of the perturbation
         rho: f64 = 0.02, as "RHO", in positive;
-        /// GAM's r, along the change of the gradient (rho is its r')
+        /// GAM's radius r along the change of the gradient; `rho` is its r'
         rho_norm: f64 = 0.2, as "R", in positive;
         /// GAM's β0
         beta0: f64 = 0.5, as "BETA", in not_negative;
@@ -53,9 +53,9 @@ impl<T: Scalar> Method<T> for Gam {
         step.gradient_and_norm(Q, 2, G2, 1)?;
         step.gradient_displaced(Q, G2, 1, self.rho, 3, G3)?;
         let gradients = [G0, G1, G2, G3];
-        step.products(&gradients, Row::own(0), Row::own(1))?;
-        let Numbers { products, coefficients, .. } = &mut *step.numbers;
-        sharpness::gam_coefficients(products.view(), self.terms(), coefficients.view_mut())?;
+        step.dot_products(&gradients, Row::own(0), Row::own(1))?;
+        let Numbers { dot_products, coefficients, .. } = &mut *step.numbers;
+        sharpness::gam_coefficients(dot_products.view(), self.terms(), coefficients.view_mut())?;
         Ok(Direction::combined(gradients))
     }
 }

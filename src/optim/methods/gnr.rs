@@ -39,7 +39,7 @@ settings! {
         hvp: Hvp = Hvp::Exact;
         /// Distance of the two points of GNR's difference from the point between them
         hvp_radius: f64 = 0.01, as "R", in positive, with hvp = "difference";
-        /// The gradient to which GNR adds its regularizer's
+        /// The gradient to which GNR adds its regularizer's gradient
         oracle: Oracle = Oracle::Loss;
         /// Radius of GNR's SAM
         oracle_rho: f64 = 0.05, as "RHO", in positive, with oracle = "sam";

@@ -34,7 +34,7 @@ impl<T: Scalar> Method<T> for Gsam {
     fn direction(&self, step: &mut Step<'_, T>) -> Result<Direction> {
         step.gradient_at_weights()?;
         step.gradient_displaced(Vector::Weights, G0, 0, self.rho, 1, G1)?;
-        step.products(&[G1, G0], Row::FIRST, Row::SECOND)?;
+        step.dot_products(&[G1, G0], Row::FIRST, Row::SECOND)?;
         step.rejection(1.0, -self.alpha)?;
         Ok(Direction::combined([G1, G0]))
     }

@@ -69,10 +69,10 @@ impl<T: Scalar> Method<T> for SaSam {
         step.initialize(Vector::Weights, PREVIOUS)?;
         step.gradient_at_weights()?;
         step.gradient(PREVIOUS, 2, G1)?;
-        step.products(&[Vector::Weights, PREVIOUS, G0, G1], Row::DIFFERENCE, Row::SECOND_DIFFERENCE)?;
-        let Numbers { products, norms, own, .. } = &mut *step.numbers;
+        step.dot_products(&[Vector::Weights, PREVIOUS, G0, G1], Row::DIFFERENCE, Row::SECOND_DIFFERENCE)?;
+        let Numbers { dot_products, norms, own, .. } = &mut *step.numbers;
         let (norm, kept) = (norms.slice(0..1)?, step.scalars.view());
-        sharpness::adgd_rates(products.view(), norm, kept, self.delta, own.view_mut())?;
+        sharpness::adgd_rates(dot_products.view(), norm, kept, self.delta, own.view_mut())?;
         if self.perturb {
             let mut x = step.vectors.open();
             let (w, g, out) = (x.read(Vector::Weights)?, x.read(G0)?, x.write(P)?);

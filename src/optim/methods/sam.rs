@@ -102,11 +102,11 @@ impl Sam {
             let first = ascent == 0;
             if !first {
                 step.gradient(P, 1, G1)?;
-                step.products(&[Q, G1], Row::FIRST, Row::SECOND)?;
+                step.dot_products(&[Q, G1], Row::FIRST, Row::SECOND)?;
             }
-            let Numbers { norms, products, inner, .. } = &mut *step.numbers;
-            let products = (!first).then(|| products.view());
-            sharpness::ascent_coefficients(norms.slice(0..1)?, products, rho, rho, inner.slice_mut(0..2)?)?;
+            let Numbers { norms, dot_products, inner, .. } = &mut *step.numbers;
+            let dot_products = (!first).then(|| dot_products.view());
+            sharpness::ascent_coefficients(norms.slice(0..1)?, dot_products, rho, rho, inner.slice_mut(0..2)?)?;
             let mut x = step.vectors.open();
             let (weights, gradient) = (x.read(Vector::Weights)?, x.read(if first { G0 } else { G1 })?);
             let (displacement, out) = (x.write(Q)?, x.write(P)?);
