@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
-use polder::curvature::{Density, Estimate, Passes, Rise};
+use polder::curvature::{Density, Estimate, Rise};
 use polder::report::spectrum_picture;
+use polder::settings::Choice;
 use polder::train::{
-    CurvatureMeter, CurvatureSettings, Finding, Findings, MeanOver, Measure, TrainError, checksum, hold, write_whole,
+    CurvatureFile, CurvatureMeter, CurvatureSettings, Finding, Findings, MeanOver, Measure, TrainError, checksum, hold,
+    write_whole,
 };
 use serde_json::json;
 
@@ -55,24 +57,9 @@ pub fn run(args: &CurvatureArgs) -> Result<(), Failure> {
         return Err(subject.weights_error(Finding::NOT_FINITE.into()).into());
     }
     let samples = subject.images.len();
-    let Passes { gradients, products } = found.passes;
-    let object = json!({
-        "samples": samples,
-        "split": split.to_string(),
-        "passes": {"gradients": gradients, "products": products},
-        "weights": checksum(&subject.init)?,
-        "settings": {
-            "bn": bn.to_string(),
-            "batch_size": batch_size,
-            "probes": settings.probes,
-            "steps": settings.steps,
-            "tolerance": settings.tolerance,
-            "rho": settings.rho,
-            "ascent_steps": settings.ascent_steps,
-            "seed": settings.seed,
-        },
-        "measures": found.by_name(),
-    });
+    let weights = checksum(&subject.init)?;
+    let file = CurvatureFile::new(&found, &settings, (samples, split.word()), (batch_size, bn.mode()), weights);
+    let object = json!(file);
     if let Some(out) = &args.out {
         write_whole(&out.join("curvature.json"), format!("{object}\n").as_bytes())?;
         write_whole(&out.join("curvature.csv"), table(&found).as_bytes())?;
@@ -92,8 +79,8 @@ pub fn run(args: &CurvatureArgs) -> Result<(), Failure> {
     print(&format!(
         "{}, {split} split: {samples} samples; {}, {} with the Hessian",
         subject.name,
-        counted(gradients, "gradient"),
-        counted(products, "product"),
+        counted(found.passes.gradients, "gradient"),
+        counted(found.passes.products, "product"),
     ))?;
     for (measure, finding) in &found.list {
         print(&format!("{:<19} {}", measure.to_string(), words(finding, &settings)))?;

@@ -4,13 +4,12 @@ use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde::Serialize;
 
 use super::landscape::LoadedLandscape;
 use crate::curvature::Density;
 use crate::optim;
-use crate::train::{Finding, Options, Record, TrainError, checksum};
+use crate::train::{CurvatureFile, Finding, Options, Record, TrainError, checksum, toml_error};
 
 /// What was measured, by the measure's name.
 pub(super) type Measures = BTreeMap<String, Finding>;
@@ -228,28 +227,13 @@ fn written(value: &toml::Value) -> String {
 /// known here.
 fn read_settings(config: &Path) -> Result<toml::Table, TrainError> {
     let text = std::fs::read_to_string(config).map_err(TrainError::io(config))?;
-    let settings: toml::Table = toml::from_str(&text).map_err(|error| {
-        let line = error.span().map(|span| format!("line {}: ", text[..span.start].matches('\n').count() + 1));
-        let reason = format!("{}{}", line.unwrap_or_default(), error.message().replace('\n', "; "));
-        TrainError::Settings { path: config.into(), reason }
-    })?;
+    let broken = |error| TrainError::Settings { path: config.into(), reason: toml_error(&text, &error) };
+    let settings: toml::Table = toml::from_str(&text).map_err(broken)?;
     let method = settings.get("optimizer").and_then(toml::Value::as_str);
     if method.is_none_or(|name| optim::find(name).is_some()) {
         Options::from_file(config)?;
     }
     Ok(settings)
-}
-
-/// What the report takes from `curvature.json`.
-#[derive(Deserialize)]
-struct CurvatureFile {
-    measures: Option<Measures>,
-    samples: Option<u64>,
-    #[serde(default)]
-    split: String,
-    #[serde(default)]
-    settings: BTreeMap<String, Value>,
-    weights: Option<String>,
 }
 
 fn read_curvature(path: &Path) -> Result<Option<Measured>, TrainError> {
@@ -259,13 +243,13 @@ fn read_curvature(path: &Path) -> Result<Option<Measured>, TrainError> {
         Err(error) => return Err(TrainError::io(path)(error)),
     };
     let unusable = |reason: String| TrainError::Results { path: path.into(), reason };
-    let CurvatureFile { measures, samples, split, settings, weights } =
-        serde_json::from_str(&text).map_err(|error| unusable(error.to_string()))?;
+    let file: CurvatureFile = serde_json::from_str(&text).map_err(|error| unusable(error.to_string()))?;
+    let own_statistics = file.has_batch_statistics();
+    let CurvatureFile { measures, samples, split, weights, .. } = file;
     let missing = || unusable("no `measures`: expected an object of findings by the names of measures".into());
     let measures = measures.ok_or_else(missing)?;
     let samples = samples.map(|samples| format!("{samples} "));
     let over = format!("over {}{split} images", samples.unwrap_or_default());
-    let own_statistics = settings.get("bn").and_then(Value::as_str) == Some("train");
     let own_statistics = if own_statistics { ", batch norm with each batch's statistics" } else { "" };
     let over = over.replace("train ", "training ") + own_statistics;
     Ok(Some(Measured { measures, over, weights }))

@@ -4,8 +4,11 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::options::to_json;
 use super::{CurvatureSettings, Measure};
 use crate::curvature::{Density, Estimate, Passes, Rise};
+use crate::kernels::batch_norm::Mode;
+use crate::settings::Configurable;
 
 /// What a mean is taken over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -286,6 +289,60 @@ impl Findings {
     /// By the names of the measures, as JSON has them.
     pub fn by_name(&self) -> BTreeMap<String, Finding> {
         self.list.iter().map(|(measure, finding)| (measure.to_string(), finding.clone())).collect()
+    }
+}
+
+/// `curvature.json`: what was measured, over what, and how. A file that another program wrote needs `measures` alone.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct CurvatureFile {
+    /// Number of images.
+    pub samples: Option<u64>,
+    /// The split that they belong to.
+    #[serde(default)]
+    pub split: String,
+    /// Gradients and products with the Hessian that it took.
+    #[serde(default)]
+    pub passes: BTreeMap<String, u64>,
+    /// The checksum of the weights.
+    pub weights: Option<String>,
+    /// How it was measured: [`CurvatureSettings`], the images per pass and the statistics of batch norm.
+    #[serde(default)]
+    pub settings: BTreeMap<String, serde_json::Value>,
+    /// The findings by the names of the measures; `None` in a file that is something else.
+    pub measures: Option<BTreeMap<String, Finding>>,
+}
+
+impl CurvatureFile {
+    const BATCH_NORM: &str = "bn";
+
+    /// The file of these findings over `samples` images of a split, in passes of `batch_size` images.
+    pub fn new(
+        found: &Findings,
+        settings: &CurvatureSettings,
+        (samples, split): (usize, &str),
+        (batch_size, batch_norm): (usize, Mode),
+        weights: String,
+    ) -> Self {
+        let Passes { gradients, products } = found.passes;
+        let options = CurvatureSettings::OPTIONS.iter().filter(|option| option.name != "measure");
+        let value = |name| settings.get(name).map_or(serde_json::Value::Null, |value| to_json(&value));
+        let mut all: BTreeMap<String, serde_json::Value> =
+            options.map(|option| (option.name.replace('-', "_"), value(option.name))).collect();
+        all.insert("batch_size".into(), batch_size.into());
+        all.insert(Self::BATCH_NORM.into(), if batch_norm == Mode::Train { "train" } else { "eval" }.into());
+        Self {
+            samples: Some(samples as u64),
+            split: split.into(),
+            passes: BTreeMap::from([("gradients".into(), gradients), ("products".into(), products)]),
+            weights: Some(weights),
+            settings: all,
+            measures: Some(found.by_name()),
+        }
+    }
+
+    /// Whether batch norm used the statistics of each batch.
+    pub fn has_batch_statistics(&self) -> bool {
+        self.settings.get(Self::BATCH_NORM).and_then(serde_json::Value::as_str) == Some("train")
     }
 }
 

@@ -22,11 +22,12 @@ pub use curvature::{CurvatureMeter, CurvatureSettings};
 pub use error::TrainError;
 pub use evaluate::{Evaluation, Evaluator};
 pub use files::{Held, checksum, hold, write_whole};
-pub use finding::{Finding, Findings, MeanOver};
+pub use finding::{CurvatureFile, Finding, Findings, MeanOver};
 pub use images::{normalization, open_data, open_device, open_split};
 pub use listing::{RunOption, options};
 pub use log::Record;
 pub use options::Options;
+pub(crate) use options::toml_error;
 pub use run::{Progress, Summary};
 pub use settings::{
     AdamWSettings, Augmentation, BaseName, CurvatureLogSettings, DataSettings, LoopSettings, Measure, MethodName,

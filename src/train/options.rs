@@ -146,15 +146,23 @@ struct Entry {
     line: usize,
 }
 
+/// The line of a position in a text, counted from 1.
+fn line(text: &str, at: usize) -> usize {
+    text[..at].matches('\n').count() + 1
+}
+
+/// Why a text is not TOML, in one line that begins with the line of the text.
+pub(crate) fn toml_error(text: &str, error: &toml::de::Error) -> String {
+    let place = error.span().map(|span| format!("line {}: ", line(text, span.start))).unwrap_or_default();
+    format!("{place}{}", error.message().replace('\n', "; "))
+}
+
 /// The entries of a file of settings, in its order.
 fn entries(text: &str) -> Result<Vec<Entry>, String> {
-    let line = |at: usize| text[..at].matches('\n').count() + 1;
-    let found: HashMap<Spanned<String>, Spanned<toml::Value>> = toml::from_str(text).map_err(|error| {
-        let place = error.span().map(|span| format!("line {}: ", line(span.start))).unwrap_or_default();
-        format!("{place}{}", error.message().replace('\n', "; "))
-    })?;
+    let found: HashMap<Spanned<String>, Spanned<toml::Value>> =
+        toml::from_str(text).map_err(|error| toml_error(text, &error))?;
     let entry = |(name, value): (Spanned<String>, Spanned<toml::Value>)| Entry {
-        line: line(name.span().start),
+        line: line(text, name.span().start),
         name: name.into_inner(),
         value: value.into_inner(),
     };
