@@ -24,11 +24,13 @@ enum Command {
     #[command(allow_negative_numbers = true)]
     Train(Box<train::TrainArgs>),
     /// Measure loss and accuracy of trained weights
+    #[command(allow_negative_numbers = true)]
     Eval(eval::EvalArgs),
     /// Measure how flat the loss is around trained weights
     #[command(allow_negative_numbers = true)]
     Curvature(curvature::CurvatureArgs),
     /// Map the loss on a line or a plane around trained weights, and draw it
+    #[command(allow_negative_numbers = true)]
     Landscape(landscape::LandscapeArgs),
     /// Compare runs on one HTML page: accuracy, learning curves, curvature, loss landscapes, settings
     Report(report::ReportArgs),

@@ -218,6 +218,7 @@ impl Range {
             Self::BelowOne => "a number from 0 to below 1".into(),
             Self::AtLeast(least) => format!("at least {least}"),
             Self::AtMost(most) => format!("at most {most}"),
+            Self::Between(least, most) if most == least + 1 => format!("{least} or {most}"),
             Self::Between(least, most) => format!("{least} to {most}"),
         }
     }
@@ -984,7 +985,7 @@ mod tests {
             ("share", SettingValue::Number(1.5), "share: 1.5, expected a number from 0 to 1"),
             ("most", SettingValue::Count(u64::MAX), "most: 18446744073709551615, expected at most 9223372036854775807"),
             ("decay", SettingValue::Number(1.0), "decay: 1, expected a number from 0 to below 1"),
-            ("sides", SettingValue::Count(3), "sides: 3, expected 1 to 2"),
+            ("sides", SettingValue::Count(3), "sides: 3, expected 1 or 2"),
             ("weight", SettingValue::Number(-1.0), "weight: -1, expected a finite number, 0 or more"),
             ("shape", SettingValue::Word("oval".into()), "shape: oval, expected one of square, round"),
             ("shapes", SettingValue::Words(vec!["oval".into()]), "shapes: oval, expected a list of square, round"),

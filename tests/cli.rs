@@ -348,13 +348,15 @@ fn every_mistake_is_one_clear_line() {
     says(&["train", "--precision", "f8"], &["f8", "f32", "bf16"]);
     says(&["train", "--label-noise", "2"], &["--label-noise", "0 to 1"]);
     says(&["train", "--model", "resnet9"], &["resnet9", "resnet20"]);
-    says(&["train", "--model", "resnet18", "--shortcut", "a"], &["resnet18"]);
-    says(&["train", "--device", "tpu"], &["tpu"]);
+    says(&["train", "--model", "resnet18", "--shortcut", "a"], &["--shortcut: ", "resnet18"]);
+    says(&["train", "--device", "tpu"], &["--device: ", "tpu"]);
+    says(&["train", "--rho", "much"], &["--rho", "much", "a number"]);
+    says(&["train", "--init", ""], &["--init: empty"]);
     says(&["train", "--device", "cuda:99"], &["cuda:99"]);
     says(&["train", "--data", &path("nowhere")], &["nowhere"]);
     says(&["train", "--data", ""], &["--data: empty"]);
     says(&["train", "--data", data, "--batch-size", "1000"], &["--batch-size", "96"]);
-    says(&["train", "--data", data, "--mean", "0.1,0.2"], &["--mean", "1 channel"]);
+    says(&["train", "--data", data, "--mean", "0.1,0.2"], &["--mean: 2 numbers, expected 1"]);
     says(&["train", "--data", data, "--std", "0"], &["--std"]);
     says(&["train", "--data", data, "--std", "-1"], &["--std", "above 0"]);
     says(&["curvature", "--model", "resnet8", "--data", data, "--init", "none", "--rho", "-1"], &["--rho", "-1"]);
@@ -365,6 +367,8 @@ fn every_mistake_is_one_clear_line() {
     std::fs::write(path("rate.toml"), "lr = -1.0\n").unwrap();
     says(&["train", "--config", &path("rate.toml")], &["rate.toml: line 1: lr: -1"]);
     says(&["train", "--config", &path("rate.toml"), "--lr", "-2"], &["--lr: -2"]);
+    std::fs::write(path("mean.toml"), "\nmean = [0.5, 0.5]\n").unwrap();
+    says(&["train", "--config", &path("mean.toml"), "--data", data], &["mean.toml: line 2: mean: 2 numbers"]);
     std::fs::write(path("both.toml"), "epochs = 3\nsteps = 20\n").unwrap();
     says(&["train", "--config", &path("both.toml")], &["both.toml: line 2: steps", "`epochs`"]);
     says(&["train", "--optimizer", "sa-sam", "--schedule", "step"], &["--schedule", "sa-sam"]);
@@ -407,8 +411,10 @@ fn a_place_is_the_same_however_it_is_spelled() {
         let resumed = polder(&["train", "--resume", run, "--data", &spelling, "--threads", "1"]);
         assert!(resumed.status.success(), "{spelling}: {}", text(&resumed.stderr));
     }
-    let other = json(&polder(&[&eval[..], &["--data", "synthetic"]].concat()));
-    assert_ne!(other["samples"], expected["samples"], "other images are not reduced");
+    let other = folder.path().join("other");
+    std::fs::create_dir(&other).unwrap();
+    let other = json(&polder(&[&eval[..], &["--data", idx_folder(&other).to_str().unwrap()]].concat()));
+    assert_eq!((&expected["samples"], &other["samples"]), (&48.into(), &96.into()), "other images are not reduced");
 }
 
 #[test]
@@ -987,7 +993,7 @@ fn mistakes_of_a_landscape_are_one_clear_line() {
     for (wrong, words) in [
         (&["--run", run, "--points", "1"][..], &["--points: 1"][..]),
         (&["--run", run, "--range", "1,0"], &["--range: 1,0"]),
-        (&["--run", run, "--range", "1"], &["--range: 1 numbers"]),
+        (&["--run", run, "--range", "1"], &["--range: 1 number,"]),
         (&["--run", run, "--range=-1e308,1e308"], &["--range: "]),
         (&["--run", run, "--points", "9223372036854775807"], &["--points: ", "4000000"]),
         (&["--run", run, "--points", "18446744073709551615"], &["--points: ", "at most"]),
@@ -1001,6 +1007,8 @@ fn mistakes_of_a_landscape_are_one_clear_line() {
         (&["--run", run, "--to", to, "--directions", "random"], &["--to", "--directions"]),
         (&["--run", run, "--to", "no/such/file"], &["no/such/file"]),
         (&["--model", "resnet8"], &["--out: missing", "--run"]),
+        (&["--run", run, "--seed", "-1"], &["--seed", "-1", "a whole number, 0 or more"]),
+        (&["--run", "", "--out", fresh], &["--run: empty"]),
         (&["--model", "resnet8", "--out", fresh], &["--init: missing", "--run"]),
         (&["--out", fresh], &["--model: missing", "--run"]),
     ] {

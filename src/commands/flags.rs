@@ -19,7 +19,7 @@ pub fn message(failure: &Failure) -> String {
     };
     match error {
         TrainError::Setting { name, reason } => format!("--{name}: {}", with_flags(reason)),
-        TrainError::Model(reason) => format!("--model: {reason}"),
+        TrainError::Device(polder::device::Error::Unavailable { .. }) => format!("--device: {error}"),
         TrainError::RunExists { path } => {
             let path = path.display();
             format!("{error}; `--resume {path}` continues a run, another --out starts a new one")
@@ -117,10 +117,11 @@ fn flag(option: &RunOption) -> Arg {
     let help = with_flags(&option.full_help());
     let arg = Arg::new(setting.name).long(setting.name).value_name(setting.value_name).help(help);
     let arg = if option.heading.is_empty() { arg } else { arg.help_heading(option.heading) };
-    match setting.kind {
+    let kind = setting.kind;
+    match kind {
         SettingKind::Flag => arg.num_args(0..=1).default_missing_value("true").value_parser(clap::value_parser!(bool)),
-        SettingKind::Count => arg.value_parser(clap::value_parser!(u64)),
-        SettingKind::Number => arg.value_parser(clap::value_parser!(f64)),
+        SettingKind::Count => arg.value_parser(move |text: &str| text.parse::<u64>().map_err(|_| kind.expected())),
+        SettingKind::Number => arg.value_parser(move |text: &str| text.parse::<f64>().map_err(|_| kind.expected())),
         SettingKind::Text => arg.value_parser(clap::value_parser!(String)),
         SettingKind::Word(words) => arg.value_parser(possible(words)),
         SettingKind::Numbers => {

@@ -20,7 +20,7 @@ use serde_json::json;
 
 use super::flags::Flags;
 use super::model::{MeasureSettings, ModelArgs, Samples, Subject};
-use super::{Bar, Failure, option, print, stop_on_signals, tell, write_npy};
+use super::{Bar, Failure, counted, option, print, stop_on_signals, tell, write_npy};
 
 words! {
     /// The directions of the axes.
@@ -94,7 +94,7 @@ impl LandscapeArgs {
         };
         let range = range.unwrap_or(usual);
         let [low, high] = *range else {
-            return Err(option("range", format!("{} numbers, expected LOW,HIGH", range.len())));
+            return Err(option("range", format!("{}, expected LOW,HIGH", counted(range.len() as u64, "number"))));
         };
         if !low.is_finite() || !high.is_finite() || !(high - low).is_finite() || low >= high {
             return Err(option("range", format!("{low},{high}, expected finite numbers, the lower one first")));
@@ -113,7 +113,7 @@ pub fn run(args: &LandscapeArgs) -> Result<ExitCode, Failure> {
     let out = match (&args.out, args.model.run()?) {
         (Some(out), _) => out.clone(),
         (None, Some(run)) => run.join("landscape"),
-        (None, None) => return Err(option("out", "missing: without --run, a folder is needed").into()),
+        (None, None) => return Err(option("out", "missing; give --run, or a folder").into()),
     };
     let subject = args.model.open(split, samples.map_or(Samples::Usual, Samples::First))?;
     let settings = settings(args, &grid, &subject)?;

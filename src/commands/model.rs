@@ -8,7 +8,7 @@ use polder::kernels::batch_norm::Mode;
 use polder::kernels::image::Normalization;
 use polder::nn::Model;
 use polder::plan::{Graph, Plan, PlanError, Shape, Value};
-use polder::settings::{OptionType, SettingValue};
+use polder::settings::{OptionType, Setting, SettingValue};
 use polder::train::{self, CurvatureMeter, DataSettings, ModelName, Options, RunOption, TrainError, options, weights};
 use polder::{settings, words};
 
@@ -53,7 +53,7 @@ settings! {
     pub struct MeasureSettings {
         /// Which images
         split: Split = Split::Train;
-        /// The first N images; their curvature needs a multiple of `batch-size`
+        /// The first N images; curvature and eigenvectors need a multiple of `batch-size`
         samples: Option<usize> = None, else "1000, or as many as there are, in whole batches", in at_least(1);
         /// Statistics that batch norm uses
         bn: BatchNormName = BatchNormName::Eval, as "MODE";
@@ -64,13 +64,27 @@ settings! {
 pub struct OfImages;
 
 impl OfImages {
-    const NAMES: [&str; 6] = ["data", "shortcut", "mean", "std", "device", "threads"];
+    /// With what holds where they are not given, where this differs from a run.
+    const NAMES: [(&str, &str); 6] = [
+        ("data", "the run's, or synthetic"),
+        ("shortcut", "the run's, or the model's first"),
+        ("mean", "the run's, or the data set's published values"),
+        ("std", "the run's, or the data set's published values"),
+        ("device", ""),
+        ("threads", ""),
+    ];
 }
 
 impl FlagList for OfImages {
     fn list() -> Vec<RunOption> {
-        let options = options().into_iter().filter(|option| Self::NAMES.contains(&option.setting.name));
-        options.map(|option| RunOption::general(option.setting, "")).collect()
+        let of_this = |mut setting: Setting| {
+            let (_, otherwise) = Self::NAMES.iter().find(|(name, _)| *name == setting.name)?;
+            if !otherwise.is_empty() {
+                (setting.default, setting.otherwise) = (|| SettingValue::Absent, otherwise);
+            }
+            Some(RunOption::general(setting, ""))
+        };
+        options().into_iter().filter_map(|option| of_this(option.setting)).collect()
     }
 }
 
@@ -125,11 +139,15 @@ impl ModelArgs {
     pub fn open(&self, split: Split, samples: Samples) -> Result<Subject, TrainError> {
         let WeightsSettings { run: folder, model, init, batch_size } = self.weights.settings()?;
         let folder = folder.map(PathBuf::from);
-        let missing = |name| option(name, "missing: without --run, both --model and --init are needed");
+        let missing = |name| option(name, "missing; give --run, or both --model and --init");
         if model.is_none() && folder.is_none() {
             return Err(missing("model"));
         }
+        if folder.as_ref().is_some_and(|folder| folder.as_os_str().is_empty()) {
+            return Err(option("run", "empty, expected a folder"));
+        }
         let init = match (init, &folder) {
+            (Some(init), _) if init.is_empty() => return Err(option("init", "empty, expected a file")),
             (Some(init), _) => init.into(),
             (None, Some(folder)) => folder.join("model.safetensors"),
             (None, None) => return Err(missing("init")),

@@ -17,7 +17,7 @@ use super::{Failure, counted, print, stop_on_signals, tell};
 pub struct TrainArgs {
     #[command(flatten)]
     options: Flags<OfRun>,
-    /// Read defaults from this file
+    /// Read options from this file; those on the command line replace them
     #[arg(long, value_name = "FILE.toml", help_heading = "Run")]
     config: Option<PathBuf>,
     /// Write settings, log, weights and checkpoints to this folder
@@ -59,7 +59,7 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
     };
     let summary = training.run_with(&stop, &mut |progress| display.show(progress));
     display.finish();
-    let summary = summary?;
+    let summary = summary.map_err(|error| error.of_file(&given, file.as_deref()))?;
     if args.json {
         let test = summary.test;
         print(
@@ -164,7 +164,7 @@ impl Display {
                 if done > 0 && done < all {
                     self.line(&format!("resuming at step {done} of {all} (epoch {} on)", done / steps_per_epoch + 1));
                 } else if done > 0 {
-                    self.line(&format!("already at step {done} of {all}: nothing left to train"));
+                    self.line(&format!("already at step {done}, {all} were asked for: nothing left to train"));
                 }
                 if let Some(bar) = &self.bar {
                     bar.set_length(all);

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use super::Options;
 use crate::data::DataError;
 use crate::device;
-use crate::nn::UnknownModel;
 use crate::plan::PlanError;
 use crate::settings::SettingError;
 
@@ -84,9 +83,6 @@ pub enum TrainError {
     /// The data set.
     #[error(transparent)]
     Data(#[from] DataError),
-    /// The model's name.
-    #[error("model: {0}")]
-    Model(#[from] UnknownModel),
     /// The network does not fit the images or the device.
     #[error("{data}: the model does not fit the images: {source}")]
     Plan {
@@ -122,13 +118,19 @@ impl TrainError {
         }
     }
 
-    /// The same error, which names the file of settings and the line if the setting at fault was not given beside it.
+    /// The same error, which names the file of settings and the line if the setting at fault is there and was not given
+    /// beside it.
     #[must_use]
     pub fn of_file(self, given: &Options, file: Option<&Path>) -> Self {
         match (self, file) {
             (TrainError::Setting { name, reason }, Some(path)) if !given.has(&name) => {
-                let line = Options::line_in(path, &name).map(|line| format!("line {line}: ")).unwrap_or_default();
-                TrainError::Settings { path: path.into(), reason: format!("{line}{name}: {reason}") }
+                match Options::line_in(path, &name) {
+                    Some(line) => {
+                        let reason = format!("line {line}: {name}: {reason}");
+                        TrainError::Settings { path: path.into(), reason }
+                    }
+                    None => TrainError::Setting { name, reason },
+                }
             }
             (error, _) => error,
         }

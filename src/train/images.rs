@@ -84,11 +84,13 @@ pub fn normalization(
         ("std", std.unwrap_or(data.1), &mut normalization.std),
     ] {
         if values.len() != channels || channels > into.len() {
-            let reason = format!("{} values for images with {channels} channel(s)", values.len());
+            let reason = format!("{} numbers, expected {channels}, one for each channel", values.len());
             return Err(TrainError::setting(option, reason));
         }
         if values.iter().any(|value| !value.is_finite() || (option == "std" && *value <= 0.0)) {
-            return Err(TrainError::setting(option, "expected finite numbers, and deviations above 0"));
+            let kind = if option == "std" { "finite numbers above 0" } else { "finite numbers" };
+            let found: Vec<String> = values.iter().map(f32::to_string).collect();
+            return Err(TrainError::setting(option, format!("{}, expected {kind}", found.join(","))));
         }
         into[..channels].copy_from_slice(values);
     }

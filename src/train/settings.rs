@@ -265,7 +265,8 @@ settings! {
         precision: Precision = Precision::F32, as "TYPE";
         /// Write a line to log.jsonl every N steps as well; 0 for none
         log_every: u64 = 0;
-        /// End the run with an error when the mean loss of 50 steps, or of an epoch, is above this or not finite
+        /// End the run with an error when the mean loss of 50 steps, or of an epoch, is above this, or when 50 steps in a
+        /// row are not finite
         max_loss: Option<f64> = None, else "no limit", as "LOSS", in positive;
     }
 }
@@ -411,9 +412,11 @@ impl RunSettings {
     /// The network that the settings name.
     ///
     /// # Errors
-    /// An unknown name, or a shortcut that it does not have.
+    /// A shortcut that it does not have.
     pub fn model(&self) -> Result<Model, TrainError> {
-        Ok(Model::from_name(self.model.model.name(), self.model.shortcut)?)
+        let model = Model::from_name(self.model.model.name(), self.model.shortcut);
+        // The name is one of the list.
+        model.map_err(|error| TrainError::setting("shortcut", error.to_string()))
     }
 
     /// Every option that has a value, in the order of their declarations. `own` has the names of a network, a data set
@@ -513,6 +516,9 @@ impl RunSettings {
             };
             curvature.check_combination().map_err(prefixed)?;
         }
+        if self.model.init.as_deref() == Some("") {
+            return Err(TrainError::setting("init", "empty, expected a file"));
+        }
         let (batch, group) = (self.data.batch_size, self.optimizer.m_sharpness);
         if let Some(group) = group.filter(|group| !batch.is_multiple_of(*group)) {
             let reason = format!("{group}, expected a divisor of `batch-size` {batch}");
@@ -581,8 +587,10 @@ pub fn same_place(path: &str) -> PathBuf {
 pub(super) fn continues(now: &toml::Table, before: &toml::Table) -> Option<String> {
     let free = ["epochs", "steps", "threads", "device", "log-every", "max-loss"];
     let free = |name: &str| free.contains(&name) || name.starts_with("curvature-");
-    let differs = |name: &&String| !free(name) && now.get(*name) != before.get(*name);
-    now.keys().chain(before.keys()).find(differs).cloned()
+    let differs = |name: &&str| !free(name) && now.get(*name) != before.get(*name);
+    // Those on which others depend come first.
+    let first = ["optimizer", "base", "model", "data"].into_iter();
+    first.chain(now.keys().chain(before.keys()).map(String::as_str)).find(differs).map(String::from)
 }
 
 /// The default momentum of SGD under a method that computes its step size: that of gradient descent without momentum.
