@@ -22,7 +22,7 @@ METHODS = {
     # With the default alpha of 0.1 the term log A makes the outputs flat on so short a run.
     "CR-SAM": "--optimizer cr-sam --rho 0.1 --alpha 0.02",
     "GNR": "--optimizer gnr --hvp exact --rho 0.1 --alpha 0.1",
-    "SA-SAM": "--optimizer sa-sam",
+    "SA-SAM": "--optimizer sa-sam --eta0 0.1 --theta0 1",
 }
 
 

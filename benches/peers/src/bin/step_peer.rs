@@ -84,7 +84,7 @@ fn answer<S: Compute<Master = f32>>(args: &Args) -> Answer<()> {
     let method: Box<dyn Method<f32>> = match args.method {
         MethodName::Sgd => Box::new(Plain {}),
         MethodName::Sam => Box::new(Sam::new(0.05)),
-        MethodName::CrSam => Box::new(CrSam { rho: 0.05, ..CrSam::default() }),
+        MethodName::CrSam => Box::new(CrSam { rho: 0.05, alpha: 0.1, ..CrSam::default() }),
     };
     let base = Base::Sgd { momentum: 0.9, nesterov: false };
     let mut optimizer =
