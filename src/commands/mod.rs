@@ -111,7 +111,7 @@ fn stop_on_signals(stop: &Arc<AtomicBool>, step: &'static str, bar: Option<Progr
     // Without a handler a signal ends the program unsaved, but the work can go on.
     let Ok(mut signals) = signal_hook::iterator::Signals::new(heard) else { return };
     let asked = stop.clone();
-    // Without a thread, too, the work goes on, and a signal ends the program unsaved.
+    // The work also goes on if no thread can be made. Then a signal ends the program unsaved.
     let listen = move || {
         for _ in signals.forever() {
             if asked.swap(true, Ordering::SeqCst) {

@@ -355,9 +355,9 @@ pub fn clip_coefficients(norm: Slice<'_, f64>, largest: f64, mut coefficients: S
 
 /// SA-SAM's step size and radius. With the [`combined_products`] of `A = w − w_prev` and `B = g(w) − g(w_prev)`, `η =
 /// min(‖A‖/(2 ‖B‖), sqrt(1 + δ θ_prev) η_prev)`, `θ = η/η_prev` and `ρ = sqrt(η)`. If `A` or `B` vanishes, η is the
-/// second of the two. `state` holds η, θ and whether any step was taken (0 or 1). Before the first step, η and θ keep
-/// their initial values. `rates` receives η, ρ, θ and ‖g‖/ρ: [`super::vector::perturb`] takes the last as the norm,
-/// with a radius of one. [SA-SAM, algorithm 1; AdGD]
+/// second of the two, or stays as it is if θ is infinite. `state` holds η, θ and whether any step was taken (0 or 1).
+/// Before the first step, η and θ keep their initial values. `rates` receives η, ρ, θ and ‖g‖/ρ:
+/// [`super::vector::perturb`] takes the last as the norm, with a radius of one. [SA-SAM, algorithm 1; AdGD]
 ///
 /// # Errors
 /// [`Error::Length`] unless `products` holds 5 numbers, `norm` 1, `state` 3 and `rates` 4, [`Error::OtherDevice`]

@@ -306,8 +306,9 @@ pub struct CrSamTerms {
 /// `A = L+ + L− − 2 L0` and `B = L+ − L−` the log form is `g+ + α (g+ + g− − 2 g0)/A + β (g+ − g−)/B`, so
 /// `c+ = 1 + α/A + β/B`, `c− = α/A − β/B`, `c0 = −2α/A`; the released form has 1 for `A` and `B`. [CR-SAM, eq. 7]
 ///
-/// The log form drops a term whose `A` or `B` is at most its threshold or not finite, and adds one to `dropped[0]` (α)
-/// or `dropped[1]` (β). A term of weight 0 is not counted, and no term is counted if `skip` is already set.
+/// The log form drops a term whose `A` or `B` is not finite or at most its threshold or its error, and adds one to
+/// `dropped[0]` (α) or `dropped[1]` (β). A term of weight 0 is not counted, and no term is counted if `skip` is already
+/// set.
 ///
 /// # Errors
 /// [`Error::Length`] unless `losses` and `coefficients` hold 3 numbers, `skip` 1 and `dropped` 2,
