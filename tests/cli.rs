@@ -413,8 +413,77 @@ fn a_place_is_the_same_however_it_is_spelled() {
     }
     let other = folder.path().join("other");
     std::fs::create_dir(&other).unwrap();
-    let other = json(&polder(&[&eval[..], &["--data", idx_folder(&other).to_str().unwrap()]].concat()));
-    assert_eq!((&expected["samples"], &other["samples"]), (&48.into(), &96.into()), "other images are not reduced");
+    let other = idx_folder(&other);
+    let copy = [&eval[..], &["--data", other.to_str().unwrap()]].concat();
+    assert_eq!(json(&polder(&copy)), expected, "a copy of the images is reduced and relabelled as they are");
+    let labels = other.join("train-labels-idx1-ubyte");
+    let mut changed = std::fs::read(&labels).unwrap();
+    changed[20] ^= 1;
+    std::fs::write(&labels, &changed).unwrap();
+    assert_eq!(json(&polder(&copy))["samples"], 96, "other images are not reduced");
+}
+
+#[test]
+fn a_run_knows_its_images_wherever_they_lie() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let (first, moved, run) = (path("first"), path("moved"), path("run"));
+    std::fs::create_dir(&first).unwrap();
+    idx_folder(Path::new(&first));
+    let train = ["train", "--data", &first, "--batch-size", "16", "--steps", "2", "--threads", "1", "--out", &run];
+    assert!(polder(&train).status.success());
+    let eval = ["eval", "--run", &run, "--threads", "1", "--json"];
+    let expected = json(&polder(&eval));
+    std::fs::rename(&first, &moved).unwrap();
+    let resume = ["train", "--resume", &run, "--threads", "1", "--data"];
+    assert!(polder(&[&resume[..], &[&moved, "--steps", "3"]].concat()).status.success());
+
+    // The test images alone. Their own statistics would be others than those of the training images.
+    let (alone, weights) = (path("alone"), path("run/model.safetensors"));
+    let of_run = json(&polder(&eval));
+    assert_ne!(of_run, expected, "the third step changed the weights");
+    std::fs::create_dir(&alone).unwrap();
+    for name in ["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"] {
+        std::fs::copy(Path::new(&moved).join(name), Path::new(&alone).join(name)).unwrap();
+    }
+    assert_eq!(json(&polder(&[&eval[..], &["--data", &alone]].concat())), of_run);
+    let without_run = ["eval", "--model", "resnet8", "--init", &weights, "--data", &alone, "--threads", "1", "--json"];
+    let message = mistake(&without_run);
+    assert!(message.contains("--mean: missing") && message.contains("no training images"), "{message}");
+
+    // Other test images are normalised as the run's were, and told.
+    let pixels = Path::new(&alone).join("t10k-images-idx3-ubyte");
+    let mut darker = std::fs::read(&pixels).unwrap();
+    darker[16..].iter_mut().for_each(|pixel| *pixel /= 3);
+    std::fs::write(&pixels, &darker).unwrap();
+    let other = polder(&[&eval[..], &["--data", &alone]].concat());
+    assert!(text(&other.stderr).contains("not the test images of the run"), "{}", text(&other.stderr));
+    let config: toml::Table = toml::from_str(&std::fs::read_to_string(path("run/config.toml")).unwrap()).unwrap();
+    let recorded = |name: &str| config["images"][name][0].to_string();
+    let (mean, std) = (recorded("mean"), recorded("std"));
+    assert_eq!(json(&other), json(&polder(&[&without_run[..], &["--mean", &mean, "--std", &std]].concat())));
+    assert_eq!((&config["images"]["classes"], &config["images"]["train"]["count"]), (&2.into(), &96.into()));
+
+    // A run does not go on with other images, not even in the same place.
+    let images = Path::new(&moved).join("train-images-idx3-ubyte");
+    let mut changed = std::fs::read(&images).unwrap();
+    changed[500] ^= 1;
+    std::fs::write(&images, &changed).unwrap();
+    let message = mistake(&[&resume[..], &[&moved]].concat());
+    assert!(message.contains("--data: not the images of the run: other training images or labels"), "{message}");
+}
+
+#[test]
+fn the_number_of_classes_can_be_given() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = idx_folder(folder.path());
+    let (run, logits) = (folder.path().join("run"), folder.path().join("logits.npy"));
+    let (run, logits) = (run.to_str().unwrap(), logits.to_str().unwrap());
+    let train = ["train", "--data", data.to_str().unwrap(), "--batch-size", "16", "--steps", "1", "--classes"];
+    assert!(mistake(&[&train[..], &["1"]].concat()).contains("--classes: label 1 at sample"));
+    assert!(polder(&[&train[..], &["5", "--out", run]].concat()).status.success());
+    json(&polder(&["eval", "--run", run, "--json", "--logits", logits]));
+    assert_eq!(npyz::NpyFile::new(&std::fs::read(logits).unwrap()[..]).unwrap().shape(), [50, 5]);
 }
 
 #[test]
@@ -553,16 +622,12 @@ fn a_run_is_resumed_without_the_file_it_began_with_and_as_what_it_was() {
         assert!(message.contains("a partial run"), "{message}");
         assert_eq!(std::fs::read(left.join(kept)).unwrap(), before);
     }
-    for (option, value) in [
-        ("--batch-size", "8"),
-        ("--optimizer", "sgd"),
-        ("--model", "resnet20"),
-        ("--seed", "7"),
-        ("--data", "synthetic"),
-    ] {
+    for (option, value) in [("--batch-size", "8"), ("--optimizer", "sgd"), ("--model", "resnet20"), ("--seed", "7")] {
         let message = mistake(&["train", "--resume", resume, option, value]);
         assert!(message.contains(&format!("{option}: cannot change when a run is resumed")), "{message}");
     }
+    let message = mistake(&["train", "--resume", resume, "--data", "synthetic"]);
+    assert!(message.contains("--data: not the images of the run: 2048 training images instead of 96"), "{message}");
     // 8 of 12 steps end in the middle of the second epoch, whose sums continue after the resumption.
     let steps = ["--steps", "12", "--schedule", "constant", "--json"];
     let constant = ["--schedule", "constant"];

@@ -2,18 +2,20 @@
 
 use std::path::{Path, PathBuf};
 
-use polder::data::{Images, Split, SplitImages, is_generated};
+use polder::data::{Images, Split, SplitImages, StatisticsSource};
 use polder::device::{Buffer, Device};
 use polder::kernels::batch_norm::Mode;
 use polder::kernels::image::Normalization;
 use polder::nn::Model;
 use polder::plan::{Graph, Plan, PlanError, Shape, Value};
 use polder::settings::{OptionType, Setting, SettingValue};
-use polder::train::{self, CurvatureMeter, DataSettings, ModelName, Options, RunOption, TrainError, options, weights};
+use polder::train::{
+    self, CurvatureMeter, DataSettings, ModelName, Options, RunImages, RunOption, TrainError, options, weights,
+};
 use polder::{settings, words};
 
 use super::flags::{FlagList, Flags};
-use super::option;
+use super::{option, tell};
 
 settings! {
     /// Trained weights, and how to pass images through the network.
@@ -65,8 +67,9 @@ pub struct OfImages;
 
 impl OfImages {
     /// With what holds where they are not given, where this differs from a run.
-    const NAMES: [(&str, &str); 6] = [
+    const NAMES: [(&str, &str); 7] = [
         ("data", "the run's, or synthetic"),
+        ("classes", "the run's, or those of the data set"),
         ("shortcut", "the run's, or the model's first"),
         ("mean", "the run's, or the data set's published values"),
         ("std", "the run's, or the data set's published values"),
@@ -90,7 +93,7 @@ impl FlagList for OfImages {
 
 /// What an evaluation takes from the settings of a run. It needs no others, so that runs of methods that have no name
 /// here can be evaluated.
-const OF_RUN: [&str; 8] = ["model", "shortcut", "data", "train-size", "label-noise", "mean", "std", "seed"];
+const OF_RUN: [&str; 9] = ["model", "shortcut", "data", "train-size", "label-noise", "classes", "mean", "std", "seed"];
 
 #[derive(clap::Args)]
 pub struct ModelArgs {
@@ -153,21 +156,22 @@ impl ModelArgs {
             (None, None) => return Err(missing("init")),
         };
         let mut given = self.images.given.clone();
-        let mut of_run = match &folder {
+        let of_run = match &folder {
             Some(folder) => Options::some_of_run(folder, if model.is_some() { &OF_RUN[2..] } else { &OF_RUN })?,
             None => Options::default(),
         };
         if let Some(model) = model {
             given.set("model", model.to_value());
         }
-        // What a run does to its images does not apply to others.
-        let path = |options: &Options| match options.get("data") {
-            Some(SettingValue::Text(data)) if !is_generated(data) => Some(train::same_place(data)),
-            other => other.map(|name| PathBuf::from(name.to_string())),
+        let record = folder.as_deref().map(RunImages::of_run).transpose()?.flatten();
+        let of_record = |images: &RunImages| {
+            let numbers =
+                |values: &[f32]| SettingValue::Numbers(values.iter().map(|value| f64::from(*value)).collect());
+            let classes = SettingValue::Count(images.classes as u64);
+            [("classes", classes), ("mean", numbers(&images.mean)), ("std", numbers(&images.std))]
         };
-        if given.has("data") && path(&given) != path(&of_run) {
-            of_run = of_run.without(&["data", "train-size", "label-noise", "mean", "std"]);
-        }
+        let record_options = record.iter().flat_map(of_record).map(|(name, value)| (name.to_string(), value));
+        let of_run = record_options.collect::<Options>().over(of_run);
         let file = folder.map(|folder| folder.join("config.toml"));
         let settings = given.clone().over(of_run).resolve();
         let settings = settings.map_err(|error| error.of_file(&given, file.as_deref()))?;
@@ -177,13 +181,22 @@ impl ModelArgs {
             (model, None) => model.into(),
         };
         let device = train::open_device(&settings.run.device, settings.run.threads)?;
-        let DataSettings { data, train_size, label_noise, mean, std, .. } = settings.data;
-        let SplitImages { name, mut images, mean: of_data_mean, std: of_data_std, .. } =
+        let DataSettings { data, train_size, label_noise, classes, mean, std, .. } = settings.data;
+        let SplitImages { name, mut images, mean: of_data_mean, std: of_data_std, statistics } =
             train::open_split(&data, split)?;
-        if let (Split::Train, Some(n)) = (split, train_size) {
+        // What a run does to its images does not apply to others.
+        let of_the_run = record.is_none_or(|record| record.has(split, &images));
+        if !of_the_run {
+            tell(&format!("{data}: not the {split} images of the run; they are normalised as those were"));
+        }
+        if let Some(classes) = classes {
+            images.classes = classes;
+            images.check().map_err(|error| option("classes", error))?;
+        }
+        if let (Split::Train, true, Some(n)) = (split, of_the_run, train_size) {
             images = images.take(n)?;
         }
-        if let (Split::Train, Some(fraction)) = (split, label_noise) {
+        if let (Split::Train, true, Some(fraction)) = (split, of_the_run, label_noise) {
             images = images.with_label_noise(fraction, settings.run.seed)?;
         }
         let images = match samples {
@@ -196,6 +209,13 @@ impl ModelArgs {
         };
         let channels = images.shape.channels;
         let of_data = (&*of_data_mean, &*of_data_std);
+        for (name, given) in [("mean", &mean), ("std", &std)] {
+            if given.is_none() && statistics == StatisticsSource::Unknown {
+                let reason =
+                    format!("missing: {data} has no training images to compute it from; give --mean and --std");
+                return Err(option(name, reason));
+            }
+        }
         let normalization = train::normalization(mean.as_deref(), std.as_deref(), of_data, channels)?;
         let batch_size = batch_size.min(images.len());
         Ok(Subject { model, model_name, device, name, data, images, normalization, init, batch_size })

@@ -94,19 +94,16 @@ fn load_split(folder: &Path, split: Split) -> Result<SplitImages, DataError> {
     let (images, published) = read_split(folder, split)?;
     let (name, mean, std, statistics) = match published {
         Some(published) => published.describe(),
+        // A network is trained with the statistics of the training images. Those of the test images would be others.
+        None if split == Split::Test && find(folder, Split::Train, IMAGES)?.is_none() => {
+            (folder_name(folder), Vec::new(), Vec::new(), StatisticsSource::Unknown)
+        }
         None => {
-            let of_training = split == Split::Test && find(folder, Split::Train, IMAGES)?.is_some();
-            let (mean, std) = if of_training {
-                mean_and_std(&read_file(folder, Split::Train, IMAGES)?.values, 1)
-            } else {
-                mean_and_std(&images.pixels, 1)
+            let (mean, std) = match split {
+                Split::Train => mean_and_std(&images.pixels, 1),
+                Split::Test => mean_and_std(&read_file(folder, Split::Train, IMAGES)?.values, 1),
             };
-            let statistics = if split == Split::Train || of_training {
-                StatisticsSource::TrainImages
-            } else {
-                StatisticsSource::TestImages
-            };
-            (folder_name(folder), mean, std, statistics)
+            (folder_name(folder), mean, std, StatisticsSource::TrainImages)
         }
     };
     Ok(SplitImages { name, images, mean, std, statistics })

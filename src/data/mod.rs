@@ -114,6 +114,33 @@ impl Images {
         }
     }
 
+    /// A checksum of images and labels, by which results identify the data that they belong to: CRC-32 of sizes, labels
+    /// and pixels, as eight hexadecimal digits. It does not depend on the files that the images came from or on the
+    /// number of classes.
+    ///
+    /// ```
+    /// use polder::data::{SyntheticSpec, synthetic};
+    ///
+    /// let spec = SyntheticSpec { train: 4, test: 2, side: 8, seed: 1 };
+    /// let mut images = synthetic(&spec)?.test;
+    /// let before = images.checksum();
+    /// assert_eq!(before, synthetic(&spec)?.test.checksum());
+    /// images.labels[1] = 0;
+    /// assert_ne!(images.checksum(), before);
+    /// # Ok::<(), polder::data::DataError>(())
+    /// ```
+    pub fn checksum(&self) -> String {
+        let mut sum = Crc::new();
+        let ImageShape { height, width, channels } = self.shape;
+        for size in [self.len(), height, width, channels] {
+            sum.update(&(size as u64).to_le_bytes());
+        }
+        let labels: Vec<u8> = self.labels.iter().flat_map(|label| label.to_le_bytes()).collect();
+        sum.update(&labels);
+        sum.update(&self.pixels);
+        format!("{:08x}", sum.sum())
+    }
+
     /// The first `n` samples, in the order of the files.
     ///
     /// # Errors
@@ -164,8 +191,8 @@ pub enum StatisticsSource {
     Published,
     /// Computed from the training images.
     TrainImages,
-    /// Computed from the test images, because [`load_split`] found no training images beside them.
-    TestImages,
+    /// Not known, because [`load_split`] found no training images beside the test images. `mean` and `std` are empty.
+    Unknown,
 }
 
 /// A data set with both its splits.
@@ -237,36 +264,6 @@ impl Dataset {
         }
         Ok(())
     }
-
-    /// A checksum of the images and labels of both splits, by which results identify the data that they belong to:
-    /// CRC-32 of sizes, labels and pixels, as eight hexadecimal digits. It does not depend on the files that the images
-    /// came from, on the name, on the statistics, or on the number of classes.
-    ///
-    /// ```
-    /// use polder::data::{SyntheticSpec, synthetic};
-    ///
-    /// let spec = SyntheticSpec { train: 4, test: 2, side: 8, seed: 1 };
-    /// let mut data = synthetic(&spec)?;
-    /// assert_eq!(data.checksum(), synthetic(&spec)?.checksum());
-    /// let before = data.checksum();
-    /// data.test.labels[1] = 0;
-    /// assert_ne!(data.checksum(), before);
-    /// # Ok::<(), polder::data::DataError>(())
-    /// ```
-    pub fn checksum(&self) -> String {
-        let mut sum = Crc::new();
-        for images in [&self.train, &self.test] {
-            let ImageShape { height, width, channels } = images.shape;
-            for size in [images.len(), height, width, channels] {
-                sum.update(&(size as u64).to_le_bytes());
-            }
-            for label in &images.labels {
-                sum.update(&label.to_le_bytes());
-            }
-            sum.update(&images.pixels);
-        }
-        format!("{:08x}", sum.sum())
-    }
 }
 
 /// One split of a data set, with what is needed to normalise it; the fields are as in [`Dataset`].
@@ -276,9 +273,9 @@ pub struct SplitImages {
     pub name: String,
     /// The images of the split asked for.
     pub images: Images,
-    /// Per channel, of pixel/255.
+    /// Per channel, of pixel/255; empty where it is not known.
     pub mean: Vec<f32>,
-    /// Per channel, of pixel/255; positive.
+    /// Per channel, of pixel/255; positive; empty where it is not known.
     pub std: Vec<f32>,
     /// Where `mean` and `std` come from.
     pub statistics: StatisticsSource,
@@ -335,9 +332,8 @@ pub fn load(path: &Path) -> Result<Dataset, DataError> {
 
 /// Reads one split as [`load`] does; the other one need not be there.
 ///
-/// IDX files without published statistics take them from the training images where these are present, else from the
-/// test images; [`SplitImages::statistics`] says which. Likewise the number of classes comes from the label files
-/// that are there.
+/// IDX files without published statistics take them from the training images where these are present; elsewhere they
+/// have none, and [`SplitImages::statistics`] says so. The number of classes comes from the label files that are there.
 ///
 /// # Errors
 /// As [`load`].

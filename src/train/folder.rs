@@ -2,23 +2,139 @@
 
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
+
 use super::checkpoint::{self, Checkpoint};
 use super::log::Log;
+use super::options::file_of_run;
 use super::settings::continues;
-use super::{Options, TrainError, hold, write_whole};
+use super::{Options, TrainError, hold, toml_error, write_whole};
+use crate::data::{Dataset, Images, Split};
+use crate::kernels::image::Normalization;
 
 /// The files of a run. Each of them shows that the folder holds a run or a partial run.
 const FILES: [&str; 4] = ["config.toml", "log.jsonl", "model.safetensors", "checkpoint"];
+
+/// The images that a run was trained on, and how it normalised them: the section `[images]` of `config.toml`. With it
+/// a run's images are known wherever they lie, and its weights can be used where they do not.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RunImages {
+    /// Height, width and channels of an image.
+    pub shape: [usize; 3],
+    /// Number of classes.
+    pub classes: usize,
+    /// Mean of pixel/255 per channel, which is subtracted.
+    pub mean: Vec<f32>,
+    /// Standard deviation of pixel/255 per channel, by which is divided.
+    pub std: Vec<f32>,
+    /// All training images, before `train-size` and `label-noise`.
+    pub train: RunSplit,
+    /// The test images.
+    pub test: RunSplit,
+}
+
+/// The images of one split of a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RunSplit {
+    /// How many.
+    pub count: usize,
+    /// [`Images::checksum`].
+    pub checksum: String,
+}
+
+/// `config.toml`, as far as it is about images.
+#[derive(Serialize, Deserialize)]
+struct ImagesSection {
+    images: Option<RunImages>,
+}
+
+impl RunSplit {
+    fn of(images: &Images) -> Self {
+        Self { count: images.len(), checksum: images.checksum() }
+    }
+}
+
+impl RunImages {
+    /// The record of a data set.
+    pub(super) fn of(dataset: &Dataset, normalization: &Normalization) -> Self {
+        let Dataset { train, test, .. } = dataset;
+        let (shape, channels) = (train.shape, train.shape.channels);
+        Self {
+            shape: [shape.height, shape.width, channels],
+            classes: train.classes,
+            mean: normalization.mean[..channels].into(),
+            std: normalization.std[..channels].into(),
+            train: RunSplit::of(train),
+            test: RunSplit::of(test),
+        }
+    }
+
+    /// The record of the run in a folder; none in a run that has none.
+    ///
+    /// # Errors
+    /// [`TrainError::NoRun`]; the file.
+    pub fn of_run(run: &Path) -> Result<Option<Self>, TrainError> {
+        let path = file_of_run(run)?;
+        let text = std::fs::read_to_string(&path).map_err(TrainError::io(&path))?;
+        let section: Result<ImagesSection, _> = toml::from_str(&text);
+        let section = section.map_err(|error| TrainError::Settings { reason: toml_error(&text, &error), path })?;
+        Ok(section.images)
+    }
+
+    /// Whether these are all images of a split, with their labels.
+    pub fn has(&self, split: Split, images: &Images) -> bool {
+        let recorded = if split == Split::Train { &self.train } else { &self.test };
+        recorded.count == images.len() && recorded.checksum == images.checksum()
+    }
+
+    /// As a section of `config.toml`.
+    fn to_toml(&self) -> String {
+        // A value in f32 is written with the digits that it has, not with those of its f64.
+        let list = |values: &[f32]| values.iter().map(|value| format!("{value:?}")).collect::<Vec<_>>().join(", ");
+        let split = |split: &RunSplit| format!("{{ count = {}, checksum = \"{}\" }}", split.count, split.checksum);
+        let Self { shape, classes, mean, std, train, test } = self;
+        format!(
+            "\n[images]\nshape = {shape:?}\nclasses = {classes}\nmean = [{}]\nstd = [{}]\ntrain = {}\ntest = {}\n",
+            list(mean),
+            list(std),
+            split(train),
+            split(test)
+        )
+    }
+
+    /// How these images differ from those that a run began with; none where they are the same.
+    fn difference(&self, before: &Self) -> Option<String> {
+        let counts = [(&before.train, &self.train, "training"), (&before.test, &self.test, "test")];
+        if let Some((before, now, name)) = counts.iter().find(|(before, now, _)| before.count != now.count) {
+            return Some(format!("{} {name} images instead of {}", now.count, before.count));
+        }
+        if self.shape != before.shape {
+            return Some(format!("images of {:?} (rows, columns, channels) instead of {:?}", self.shape, before.shape));
+        }
+        if self.classes != before.classes {
+            return Some(format!("{} classes instead of {}", self.classes, before.classes));
+        }
+        let changed = counts.iter().find(|(before, now, _)| before.checksum != now.checksum);
+        changed.map(|(_, _, name)| format!("other {name} images or labels (their checksum differs)"))
+    }
+}
 
 /// What a run was set to, as its files hold it.
 pub(super) struct Config {
     /// `config.toml`.
     pub text: String,
+    /// The record in it.
+    images: RunImages,
     /// Whether network, data and method are all known by name, so that the settings can be read from the text.
     pub by_name: bool,
 }
 
 impl Config {
+    /// From the settings as TOML, and the images.
+    pub fn new(settings: &str, images: RunImages, by_name: bool) -> Self {
+        Self { text: settings.to_string() + &images.to_toml(), images, by_name }
+    }
+
     /// The settings that the checkpoint was saved with, as a table, with the defaults of options that came later.
     fn before(&self, saved: &str) -> Result<toml::Table, TrainError> {
         let damaged = |reason: String| TrainError::setting("settings", reason);
@@ -34,6 +150,21 @@ impl Config {
             saved.into()
         };
         toml::from_str(&text).map_err(|error| damaged(error.message().replace('\n', "; ")))
+    }
+}
+
+/// Fails where the images are not those that the run in this folder began with, wherever they lie.
+///
+/// # Errors
+/// [`TrainError::Setting`] for `data`; those of the file of settings.
+pub(super) fn check_images(run: &Path, config: &Config) -> Result<(), TrainError> {
+    let before = match RunImages::of_run(run) {
+        Err(TrainError::NoRun { .. }) => None,
+        found => found?,
+    };
+    match before.and_then(|before| config.images.difference(&before)) {
+        Some(difference) => Err(TrainError::setting("data", format!("not the images of the run: {difference}"))),
+        None => Ok(()),
     }
 }
 

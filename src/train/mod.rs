@@ -23,6 +23,7 @@ pub use error::TrainError;
 pub use evaluate::{Evaluation, Evaluator};
 pub use files::{Held, checksum, hold, write_whole};
 pub use finding::{CurvatureFile, Finding, Findings, MeanOver};
+pub use folder::{RunImages, RunSplit};
 pub use images::{normalization, open_data, open_device, open_split};
 pub use listing::{RunOption, options};
 pub use log::Record;
@@ -31,6 +32,6 @@ pub(crate) use options::toml_error;
 pub use run::{Progress, Summary};
 pub use settings::{
     AdamWSettings, Augmentation, BaseName, CurvatureLogSettings, DataSettings, LoopSettings, Measure, MethodName,
-    ModelName, ModelSettings, OptimizerSettings, Precision, RunSettings, SgdSettings, same_place,
+    ModelName, ModelSettings, OptimizerSettings, Precision, RunSettings, SgdSettings,
 };
 pub use training::Training;

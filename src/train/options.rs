@@ -133,7 +133,7 @@ impl FromIterator<(String, SettingValue)> for Options {
 }
 
 /// The file of settings in the folder of a run.
-fn file_of_run(run: &Path) -> Result<PathBuf, TrainError> {
+pub(super) fn file_of_run(run: &Path) -> Result<PathBuf, TrainError> {
     let file = run.join("config.toml");
     if file.is_file() { Ok(file) } else { Err(TrainError::NoRun { path: run.into() }) }
 }
@@ -157,7 +157,10 @@ pub(crate) fn toml_error(text: &str, error: &toml::de::Error) -> String {
     format!("{place}{}", error.message().replace('\n', "; "))
 }
 
-/// The entries of a file of settings, in its order.
+/// The section of a run's file that records its images. It holds no settings.
+const RECORD: &str = "images";
+
+/// The entries of a file of settings, in its order, without the record of a run's images.
 fn entries(text: &str) -> Result<Vec<Entry>, String> {
     let found: HashMap<Spanned<String>, Spanned<toml::Value>> =
         toml::from_str(text).map_err(|error| toml_error(text, &error))?;
@@ -166,7 +169,8 @@ fn entries(text: &str) -> Result<Vec<Entry>, String> {
         name: name.into_inner(),
         value: value.into_inner(),
     };
-    let mut entries: Vec<Entry> = found.into_iter().map(entry).collect();
+    let is_record = |entry: &Entry| entry.name == RECORD && entry.value.is_table();
+    let mut entries: Vec<Entry> = found.into_iter().map(entry).filter(|entry| !is_record(entry)).collect();
     entries.sort_by_key(|entry| entry.line);
     Ok(entries)
 }

@@ -12,7 +12,7 @@ use super::TrainError;
 use super::curvature::{CurvatureMeter, CurvatureSettings};
 use super::evaluate::{Evaluation, Evaluator};
 use super::folder::{self, Config};
-use super::images::{normalization, open_device};
+use super::images::open_device;
 use super::log::{Log, Record};
 use super::settings::{Measure, RunSettings};
 use super::state::State;
@@ -144,12 +144,12 @@ impl<S: Compute<Master = f32>> Run<S> {
     pub fn open(subject: Subject<'_>, out: Option<PathBuf>, resume: bool) -> Result<Self, TrainError> {
         let config = subject.config()?;
         let data = subject.data();
-        let Subject { settings, network, dataset, method, .. } = subject;
+        let Subject { settings, network, dataset, normalization, method, .. } = subject;
+        if let Some(run) = out.as_ref().filter(|_| resume) {
+            folder::check_images(run, &config)?;
+        }
         let device = open_device(&settings.run.device, settings.run.threads)?;
         let (train, test) = (&dataset.train, &dataset.test);
-        let (mean, std) = (dataset.mean.as_slice(), dataset.std.as_slice());
-        let given = (settings.data.mean.as_deref(), settings.data.std.as_deref());
-        let normalization = normalization(given.0, given.1, (mean, std), train.shape.channels)?;
 
         let batch = settings.data.batch_size;
         let steps_per_epoch = (train.len() / batch) as u64;
@@ -560,8 +560,8 @@ mod tests {
 
     use half::bf16;
 
-    use super::super::training::Subject;
-    use super::super::{DataSettings, LoopSettings, RunSettings, open_data};
+    use super::super::training::{Names, Subject};
+    use super::super::{DataSettings, LoopSettings, RunImages, RunSettings, normalization, open_data};
     use super::{Compute, Run, Window};
     use crate::plan::Shape;
 
@@ -586,13 +586,14 @@ mod tests {
             let out = folder.path().join(format!("{steps_per_launch}-{log_every}"));
             let mut settings = settings.clone();
             settings.run.log_every = log_every;
+            let normalization = normalization(None, None, (&dataset.mean, &dataset.std), 3).unwrap();
             let subject = Subject {
                 network: &network,
-                network_name: None,
+                images: RunImages::of(&dataset, &normalization),
                 dataset: dataset.clone(),
-                data_name: None,
+                normalization,
                 method: settings.method().unwrap(),
-                method_name: None,
+                names: Names::default(),
                 settings,
             };
             let mut run = Run::<S>::open(subject, Some(out.clone()), false).unwrap();

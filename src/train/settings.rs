@@ -172,6 +172,9 @@ settings! {
         mean: Option<Vec<f32>> = None, else "the data set's published values";
         /// Standard deviation of pixel/255 per channel
         std: Option<Vec<f32>> = None, else "the data set's published values";
+        /// Number of classes
+        classes: Option<usize> = None, else "those of the data set; the largest label and one in IDX files",
+            in at_least(1);
         /// Random changes to training images
         augment: Augmentation = Augmentation::Basic;
         /// Take the training images in the order of the files
@@ -491,10 +494,12 @@ impl RunSettings {
         }
     }
 
-    /// The same with absolute paths of files, which are valid in any folder; see [`same_place`].
+    /// The same with absolute paths of files, which are valid in any folder, without `.`, `..` and symbolic links. A path
+    /// that is not Unicode stays as it is.
     #[must_use]
     pub fn with_absolute_paths(mut self) -> Self {
-        let absolute = |path: &String| same_place(path).to_string_lossy().into_owned();
+        // A path that is no text stays as it was given, because settings are text.
+        let absolute = |path: &String| same_place(path).into_os_string().into_string().unwrap_or(path.clone());
         if !crate::data::is_generated(&self.data.data) && !self.data.data.is_empty() {
             self.data.data = absolute(&self.data.data);
         }
@@ -578,18 +583,19 @@ impl RunSettings {
 
 /// The absolute path of a file or folder, the same for every spelling of it: without `.`, `..` and symbolic links. Of a
 /// path that does not exist, the absolute path alone.
-pub fn same_place(path: &str) -> PathBuf {
+fn same_place(path: &str) -> PathBuf {
     let absolute = || std::path::absolute(path).unwrap_or_else(|_| path.into());
     std::fs::canonicalize(path).unwrap_or_else(|_| absolute())
 }
 
 /// The first option in which two runs differ, among those that cannot change when a run is resumed.
 pub(super) fn continues(now: &toml::Table, before: &toml::Table) -> Option<String> {
-    let free = ["epochs", "steps", "threads", "device", "log-every", "max-loss"];
+    // Images are compared by what they are, not by where they lie.
+    let free = ["data", "images", "epochs", "steps", "threads", "device", "log-every", "max-loss"];
     let free = |name: &str| free.contains(&name) || name.starts_with("curvature-");
     let differs = |name: &&str| !free(name) && now.get(*name) != before.get(*name);
     // Those on which others depend come first.
-    let first = ["optimizer", "base", "model", "data"].into_iter();
+    let first = ["optimizer", "base", "model"].into_iter();
     first.chain(now.keys().chain(before.keys()).map(String::as_str)).find(differs).map(String::from)
 }
 

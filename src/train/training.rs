@@ -6,12 +6,13 @@ use std::sync::atomic::AtomicBool;
 use half::{bf16, f16};
 
 use super::TrainError;
-use super::folder::Config;
-use super::images::open_data;
+use super::folder::{Config, RunImages};
+use super::images::{normalization, open_data};
 use super::run::{Progress, Run, Summary};
 use super::settings::{Precision, RunSettings};
 use crate::data::{DataError, Dataset};
 use crate::device::Tf32;
+use crate::kernels::image::Normalization;
 use crate::optim::Method;
 use crate::plan::{Network, Shape};
 
@@ -134,9 +135,16 @@ impl<'a> Training<'a> {
         };
         method.check()?;
         method.check_combination()?;
+        let dataset = with_classes(dataset, settings.data.classes)?;
+        dataset.check()?;
+        let (given, of_data) = (&settings.data, (&*dataset.mean, &*dataset.std));
+        let (mean, std, channels) = (given.mean.as_deref(), given.std.as_deref(), dataset.train.shape.channels);
+        let normalization = normalization(mean, std, of_data, channels)?;
+        let images = RunImages::of(&dataset, &normalization);
         let dataset = prepared(dataset, &settings)?;
         let precision = settings.run.precision;
-        let subject = Subject { settings, network, network_name, dataset, data_name, method, method_name };
+        let names = Names { network: network_name, data: data_name, method: method_name };
+        let subject = Subject { settings, network, dataset, normalization, images, method, names };
         match precision {
             Precision::F32 => Run::<f32>::open(subject, out, resume)?.train(stop, progress),
             Precision::Tf32 => Run::<Tf32>::open(subject, out, resume)?.train(stop, progress),
@@ -146,9 +154,18 @@ impl<'a> Training<'a> {
     }
 }
 
+/// The data set with this number of classes, if one is given.
+fn with_classes(mut dataset: Dataset, classes: Option<usize>) -> Result<Dataset, TrainError> {
+    let Some(classes) = classes else { return Ok(dataset) };
+    for images in [&mut dataset.train, &mut dataset.test] {
+        images.classes = classes;
+        images.check().map_err(|error| TrainError::setting("classes", error.to_string()))?;
+    }
+    Ok(dataset)
+}
+
 /// The data set as the settings reduce and relabel it.
 fn prepared(mut dataset: Dataset, settings: &RunSettings) -> Result<Dataset, TrainError> {
-    dataset.check()?;
     if let Some(n) = settings.data.train_size {
         let size = |error: DataError| TrainError::setting("train-size", error.to_string());
         dataset.train = dataset.train.take(n).map_err(size)?;
@@ -159,29 +176,41 @@ fn prepared(mut dataset: Dataset, settings: &RunSettings) -> Result<Dataset, Tra
     Ok(dataset)
 }
 
-/// What a run trains, opened. The names are those of parts that the settings do not name.
+/// The names of parts that the settings do not name.
+#[derive(Default)]
+pub(super) struct Names {
+    pub network: Option<String>,
+    pub data: Option<String>,
+    pub method: Option<String>,
+}
+
+/// What a run trains, opened.
 pub(super) struct Subject<'a> {
     pub settings: RunSettings,
     pub network: Network<'a>,
-    pub network_name: Option<String>,
+    /// As the settings reduce and relabel it.
     pub dataset: Dataset,
-    pub data_name: Option<String>,
+    pub normalization: Normalization,
+    /// The whole data set.
+    pub images: RunImages,
     pub method: Box<dyn Method<f32>>,
-    pub method_name: Option<String>,
+    pub names: Names,
 }
 
 impl Subject<'_> {
     /// How errors call the data: its path, or its name.
     pub fn data(&self) -> String {
-        self.data_name.clone().unwrap_or_else(|| self.settings.data.data.clone())
+        self.names.data.clone().unwrap_or_else(|| self.settings.data.data.clone())
     }
 
     /// What `config.toml` says of the run.
     pub fn config(&self) -> Result<Config, TrainError> {
-        let names = [("model", &self.network_name), ("data", &self.data_name), ("optimizer", &self.method_name)];
+        let Names { network, data, method } = &self.names;
+        let names = [("model", network), ("data", data), ("optimizer", method)];
         let own = names.into_iter().filter_map(|(option, name)| Some((option, name.clone()?)));
         let own: Vec<(&str, String)> = own.collect();
-        Ok(Config { text: self.settings.to_toml_with(&*self.method, &own)?, by_name: own.is_empty() })
+        let settings = self.settings.to_toml_with(&*self.method, &own)?;
+        Ok(Config::new(&settings, self.images.clone(), own.is_empty()))
     }
 }
 
