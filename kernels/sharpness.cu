@@ -284,7 +284,7 @@ struct AscentArgs {
 __device__ void ascent_coefficients_body(const AscentArgs& a) {
     if (a.products == nullptr) {
         a.coefficients[0] = 0.0;
-        a.coefficients[1] = a.step / (*a.norm + kTiny);
+        a.coefficients[1] = fmin(a.step, a.rho) / (*a.norm + kTiny);
         return;
     }
     const double along = a.step / (sqrt(a.products[2]) + kTiny);
@@ -314,9 +314,10 @@ struct AdgdRatesArgs {
     const double* state;     // η and θ of the last step that was taken, and whether there was one
     double* rates;           // η, ρ = sqrt(η), θ, ‖g‖/ρ
     double delta;
+    double damping;
 };
 
-/// η = min(‖Δw‖/(2‖Δg‖), sqrt(1 + δ θ_prev) η_prev). If w or g did not change, η is the second, or stays as it is where
+/// η = min(damping ‖Δw‖/‖Δg‖, sqrt(1 + δ θ_prev) η_prev). If w or g did not change, η is the second, or stays as it is where
 /// θ is still infinite.
 __device__ void adgd_rates_body(const AdgdRatesArgs& a) {
     const bool begun = a.state[2] != 0.0;
@@ -324,7 +325,7 @@ __device__ void adgd_rates_body(const AdgdRatesArgs& a) {
     if (begun) {
         const double grown = sqrt(1.0 + a.delta * theta) * eta;
         const double moved = a.products[3], changed = a.products[4];
-        const double quotient = moved > 0.0 && changed > 0.0 ? moved / (2.0 * changed) : grown;
+        const double quotient = moved > 0.0 && changed > 0.0 ? a.damping * moved / changed : grown;
         const double next = quotient < grown ? quotient : grown;
         if (isfinite(next)) {
             theta = eta > 0.0 ? next / eta : 1.0;

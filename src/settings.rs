@@ -231,6 +231,7 @@ impl Range {
             (Self::AboveZero, SettingValue::Number(value)) => *value > 0.0,
             (Self::NotNegative, SettingValue::Number(value)) => *value >= 0.0 && value.is_finite(),
             (Self::Fraction, SettingValue::Number(value)) => (0.0..=1.0).contains(value),
+            (Self::Fraction, SettingValue::Numbers(values)) => values.iter().all(|value| (0.0..=1.0).contains(value)),
             (Self::BelowOne, SettingValue::Number(value)) => (0.0..1.0).contains(value),
             (Self::AtLeast(least), SettingValue::Count(value)) => *value >= least,
             (Self::AtMost(most), SettingValue::Count(value)) => *value <= most,

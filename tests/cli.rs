@@ -683,6 +683,7 @@ fn every_option_of_a_method_trains_and_one_group_changes_no_bit() {
     };
     let (plain, step) = run(&[]);
     let between = |value: &serde_json::Value| value.as_f64().is_some_and(|value| value > 0.0 && value < 1.0001);
+    assert!(step["sharpness"].as_f64().is_some_and(|rise| rise > 0.0), "{step}");
     assert!(between(&step["cosine_gradients"]) && between(&step["cosine_perturbation"]), "{step}");
     assert_eq!(run(&["--m-sharpness", "16"]).0, plain);
     assert_eq!(run(&["--micro-batch", "16"]).0, plain);
@@ -691,6 +692,7 @@ fn every_option_of_a_method_trains_and_one_group_changes_no_bit() {
         &["--micro-batch", "8"],
         &["--m-sharpness", "8", "--micro-batch", "4"],
         &["--ascent-steps", "2"],
+        &["--ascent-steps", "2", "--ascent-length", "0.03"],
         &["--second-order"],
         &["--clip", "0.1"],
         &["--rho-schedule", "linear"],
@@ -703,7 +705,16 @@ fn every_option_of_a_method_trains_and_one_group_changes_no_bit() {
     ] {
         assert_ne!(run(extra).0, plain, "{extra:?}");
     }
-    let (_, step) = run(&["--optimizer", "sa-sam"]);
+    // With a radius of 0 a method is its base optimizer.
+    let (base, _) = run(&["--optimizer", "sgd"]);
+    for method in ["sam", "asam", "random-sam", "cr-sam", "looksam", "gsam", "gnr", "friendly-sam"] {
+        assert!(run(&["--optimizer", method, "--rho", "0"]).0 == base, "{method}");
+    }
+    let steps = ["--schedule", "step", "--optimizer", "sgd"];
+    assert_ne!(run(&[&steps[..], &["--milestones", "0.25"]].concat()).0, run(&steps).0);
+    // What changes nothing is accepted.
+    let (own_rate, step) = run(&["--optimizer", "sa-sam"]);
+    assert!(run(&["--optimizer", "sa-sam", "--schedule", "constant", "--warmup", "0"]).0 == own_rate);
     assert!(between(&step["eta"]) && between(&step["rho"]), "{step}");
     assert_eq!(step["lr"], step["eta"], "{step}");
 }

@@ -354,7 +354,7 @@ pub fn clip_coefficients(norm: Slice<'_, f64>, largest: f64, mut coefficients: S
 }
 
 /// SA-SAM's step size and radius. With the [`combined_products`] of `A = w − w_prev` and `B = g(w) − g(w_prev)`, `η =
-/// min(‖A‖/(2 ‖B‖), sqrt(1 + δ θ_prev) η_prev)`, `θ = η/η_prev` and `ρ = sqrt(η)`. If `A` or `B` vanishes, η is the
+/// min(damping ‖A‖/‖B‖, sqrt(1 + δ θ_prev) η_prev)`, `θ = η/η_prev` and `ρ = sqrt(η)`. If `A` or `B` vanishes, η is the
 /// second of the two, or stays as it is if θ is infinite. `state` holds η, θ and whether any step was taken (0 or 1).
 /// Before the first step, η and θ keep their initial values. `rates` receives η, ρ, θ and ‖g‖/ρ:
 /// [`super::vector::perturb`] takes the last as the norm, with a radius of one. [SA-SAM, algorithm 1; AdGD]
@@ -366,7 +366,7 @@ pub fn adgd_rates(
     products: Slice<'_, f64>,
     norm: Slice<'_, f64>,
     state: Slice<'_, f64>,
-    delta: f64,
+    (delta, damping): (f64, f64),
     mut rates: SliceMut<'_, f64>,
 ) -> Result<()> {
     let device = rates.device().clone();
@@ -376,7 +376,7 @@ pub fn adgd_rates(
     check.argument("state", state, 3)?;
     check.argument("rates", rates.view(), 4)?;
     let (products, norm, state, rates) = (products.address(), norm.address(), state.address(), rates.address());
-    let args = AdgdRatesArgs { products, norm, state, rates, delta };
+    let args = AdgdRatesArgs { products, norm, state, rates, delta, damping };
     // SAFETY: the lengths are checked.
     unsafe { device.launch(id::ADGD_RATES, Launch::new(1, 1), &args) }
 }

@@ -111,6 +111,9 @@ pub struct Telemetry {
     /// The cosine between the gradients at `w` and at the perturbed point, in an observed step of a method that has
     /// both.
     pub cosine_gradients: Option<f64>,
+    /// How far the mini-batch's loss rises from `w` to the perturbed point, in such a step: SAM's sharpness `L(w + ε) −
+    /// L(w)`. With m-sharpness, of the last group.
+    pub sharpness: Option<f64>,
     /// The cosine between the perturbation that survived rounding and the intended one, in an observed step.
     pub cosine_perturbation: Option<f64>,
     /// The method's own counters by name, as [`Method::counters`] names them: dropped terms of CR-SAM.
@@ -390,7 +393,7 @@ impl<T: Scalar> Optimizer<T> {
     /// # Errors
     /// What failed on the device.
     pub fn telemetry(&self) -> Result<Telemetry> {
-        let Numbers { losses, norms, own, realised, turned, .. } = &self.numbers;
+        let Numbers { losses, norms, own, realised, turned, climbed, .. } = &self.numbers;
         let method = &self.settings.method;
         let (losses, norms, own) = (losses.to_vec()?, norms.to_vec()?, own.to_vec()?);
         let counters = self.state.counters.to_vec()?;
@@ -400,12 +403,15 @@ impl<T: Scalar> Optimizer<T> {
             let [_, ab, _, a, b] = values;
             Ok((self.observe && a > 0.0 && b > 0.0).then(|| ab / a / b))
         };
+        let cosine_gradients = cosine(turned)?;
+        let climbed = climbed.to_vec()?;
         Ok(Telemetry {
             loss: losses[0],
             gradient_norm: norms[0],
             own_rate: method.own_rate().and_then(|index| own.get(index).copied()),
             method: method.telemetry().iter().copied().zip(own).collect(),
-            cosine_gradients: cosine(turned)?,
+            sharpness: cosine_gradients.map(|_| climbed[1] - climbed[0]),
+            cosine_gradients,
             cosine_perturbation: cosine(realised)?,
             counters: method.counters().iter().copied().zip(counters[STEP_COUNTERS..].iter().copied()).collect(),
             skipped: counters[1],

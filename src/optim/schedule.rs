@@ -9,13 +9,13 @@ words! {
         Constant = "constant",
         /// `½(1 + cos(π t))`, from the peak to zero (Loshchilov & Hutter 2017, without restarts)
         Cosine = "cosine",
-        /// Divided by ten after half and after three quarters of the steps (He et al. 2016)
+        /// Multiplied by a factor at each milestone (He et al. 2016)
         Step = "step",
     }
 }
 
 /// Learning-rate schedule: a linear warm-up to the peak, then the decay.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Schedule {
     /// The peak learning rate.
     pub peak: f64,
@@ -25,6 +25,17 @@ pub struct Schedule {
     pub warmup: u64,
     /// Steps of the whole run.
     pub steps: u64,
+    /// Where [`Decay::Step`] changes the rate: shares of the steps after the warm-up.
+    pub milestones: Vec<f64>,
+    /// What it multiplies the rate by at each of them.
+    pub factor: f64,
+}
+
+impl Default for Schedule {
+    /// A constant rate of 0.1; milestones at half and at three quarters, with a factor of 0.1.
+    fn default() -> Self {
+        Self { peak: 0.1, decay: Decay::Constant, warmup: 0, steps: 0, milestones: vec![0.5, 0.75], factor: 0.1 }
+    }
 }
 
 impl Schedule {
@@ -32,7 +43,7 @@ impl Schedule {
     ///
     /// ```
     /// use polder::optim::{Decay, Schedule};
-    /// let schedule = Schedule { peak: 0.1, decay: Decay::Cosine, warmup: 2, steps: 12 };
+    /// let schedule = Schedule { peak: 0.1, decay: Decay::Cosine, warmup: 2, steps: 12, ..Schedule::default() };
     /// assert_eq!(schedule.rate(0), 0.05);
     /// assert_eq!(schedule.rate(1), 0.1);
     /// assert_eq!(schedule.rate(2), 0.1);
@@ -46,9 +57,10 @@ impl Schedule {
         match self.decay {
             Decay::Constant => self.peak,
             Decay::Cosine => self.peak * 0.5 * (1.0 + (std::f64::consts::PI * progress.min(1.0)).cos()),
-            Decay::Step if progress < 0.5 => self.peak,
-            Decay::Step if progress < 0.75 => self.peak * 0.1,
-            Decay::Step => self.peak * 0.01,
+            Decay::Step => {
+                let passed = self.milestones.iter().filter(|milestone| **milestone <= progress).count();
+                (0..passed).fold(self.peak, |rate, _| rate * self.factor)
+            }
         }
     }
 }
@@ -81,19 +93,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_rate_falls_by_ten_at_a_half_and_at_three_quarters() {
-        let schedule = Schedule { peak: 1.0, decay: Decay::Step, warmup: 0, steps: 8 };
-        let rates: Vec<f64> = (0..8).map(|step| schedule.rate(step)).collect();
-        assert_eq!(rates, [1.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.01, 0.01]);
+    fn the_rate_falls_at_milestones_after_the_warm_up() {
+        let rates = |schedule: Schedule| -> Vec<f64> { (0..schedule.steps).map(|step| schedule.rate(step)).collect() };
+        let schedule = Schedule { peak: 1.0, decay: Decay::Step, steps: 8, ..Schedule::default() };
+        assert_eq!(rates(schedule.clone()), [1.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.1 * 0.1, 0.1 * 0.1]);
+        let schedule = Schedule { warmup: 2, steps: 7, milestones: vec![0.8, 0.2], factor: 0.5, ..schedule };
+        assert_eq!(rates(schedule), [0.5, 1.0, 1.0, 0.5, 0.5, 0.5, 0.25]);
     }
 
     #[test]
     fn a_run_without_steps_or_longer_than_planned_has_finite_rates() {
         for decay in [Decay::Constant, Decay::Cosine, Decay::Step] {
-            let schedule = Schedule { peak: 1.0, decay, warmup: 0, steps: 0 };
+            let schedule = Schedule { peak: 1.0, decay, ..Schedule::default() };
             assert!((0..3).all(|step| schedule.rate(step).is_finite()));
         }
-        let cosine = Schedule { peak: 1.0, decay: Decay::Cosine, warmup: 0, steps: 4 };
+        let cosine = Schedule { peak: 1.0, decay: Decay::Cosine, steps: 4, ..Schedule::default() };
         assert!(cosine.rate(9).abs() < 1e-12);
     }
 }

@@ -127,6 +127,8 @@ pub struct Numbers {
     /// Products of the realised with the intended perturbation, and of g with g₊, in observed steps.
     pub(super) realised: Buffer<f64>,
     pub(super) turned: Buffer<f64>,
+    /// Losses number 0 and 1 when the gradient at the perturbed point was taken, in observed steps.
+    pub(super) climbed: Buffer<f64>,
     /// The table of rows.
     rows: Buffer<f64>,
     /// Whether some loss or gradient of this step was not finite. One element.
@@ -145,6 +147,7 @@ impl Numbers {
             own: device.zeros(needs.numbers)?,
             realised: device.zeros(sharpness::PRODUCTS)?,
             turned: device.zeros(sharpness::PRODUCTS)?,
+            climbed: device.zeros(2)?,
             rows: device.upload(&[&COMMON_ROWS[..], &needs.rows].concat().concat())?,
             flag: device.zeros(1)?,
         })
@@ -361,14 +364,16 @@ impl<T: Scalar> Step<'_, T> {
         self.observe_turn(points[0], into[0])
     }
 
-    /// In observed steps: the cosine between the gradients at `w` and at the perturbed point.
+    /// In observed steps: the losses and the cosine between the gradients at `w` and at the perturbed point, whose loss
+    /// is number 1.
     fn observe_turn(&mut self, point: Vector, into: Vector) -> Result<()> {
         if !self.observe || point != P || into != G1 {
             return Ok(());
         }
         let mut x = self.vectors.open();
         let gradients = [x.read(G0)?, x.read(G1)?];
-        let Numbers { turned, rows, .. } = &mut *self.numbers;
+        let Numbers { turned, climbed, losses, rows, .. } = &mut *self.numbers;
+        climbed.view_mut().copy_from(losses.slice(0..2)?)?;
         let (a, b) = (rows.slice(0..4)?, rows.slice(4..8)?);
         sharpness::combined_products(&gradients, a, b, self.reduction, turned.view_mut())
     }

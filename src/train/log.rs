@@ -36,6 +36,9 @@ pub enum Record {
         /// [`Method::counters`](crate::optim::Method::counters) give them. Numbers that are not finite are left out.
         #[serde(flatten)]
         method: BTreeMap<String, Number>,
+        /// How far the batch's loss rises from the unperturbed to the perturbed weights: SAM's sharpness.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        sharpness: Option<f64>,
         /// Cosine between the gradients at the unperturbed and at the perturbed weights.
         #[serde(skip_serializing_if = "Option::is_none")]
         cosine_gradients: Option<f64>,

@@ -404,6 +404,7 @@ impl<S: Compute<Master = f32>> Run<S> {
             images_per_second: self.images_per_second(),
             gradient_norm: finite(telemetry.gradient_norm),
             method: own_numbers(&telemetry),
+            sharpness: telemetry.sharpness.and_then(finite),
             cosine_gradients: telemetry.cosine_gradients.and_then(finite),
             cosine_perturbation: telemetry.cosine_perturbation.and_then(finite),
             loss_scale: self.state.loss_scale()?.map(|[scale, _]| scale),

@@ -256,6 +256,10 @@ settings! {
         steps: Option<u64> = None, else "the epochs' steps", in at_least(1);
         /// How the learning rate falls
         schedule: Decay = Decay::Cosine;
+        /// Where the step schedule multiplies the learning rate: shares of the steps after the warm-up
+        milestones: Vec<f64> = vec![0.5, 0.75], in fraction, with schedule = "step";
+        /// What the step schedule multiplies it by
+        decay_factor: f64 = 0.1, as "FACTOR", in positive, with schedule = "step";
         /// Steps of linear warm-up
         warmup: u64 = 0, as "STEPS";
         /// Seed of everything random: weights, order, augmentation, label noise, directions, probes
@@ -339,7 +343,7 @@ pub(super) fn is_offered(name: &str, method: &dyn Method<f32>, has_base: bool) -
     match name {
         "base" => has_base,
         // A method that computes its step size ignores the learning rate and its schedule.
-        "lr" | "schedule" | "warmup" => method.own_rate().is_none(),
+        "lr" | "schedule" | "milestones" | "decay-factor" | "warmup" => method.own_rate().is_none(),
         "rho-schedule" => method.get("rho").is_some(),
         // A method with memory has one state for the whole mini-batch.
         "m-sharpness" => has_base && method.needs().memory == 0,
@@ -577,7 +581,8 @@ impl RunSettings {
         // A method that computes its step size ignores the rate.
         let constant = method.own_rate().is_some();
         let (decay, warmup) = if constant { (Decay::Constant, 0) } else { (self.run.schedule, self.run.warmup) };
-        Ok(optim::Schedule { peak, decay, warmup, steps })
+        let (milestones, factor) = (self.run.milestones.clone(), self.run.decay_factor);
+        Ok(optim::Schedule { peak, decay, warmup, steps, milestones, factor })
     }
 }
 
@@ -602,6 +607,11 @@ pub(super) fn continues(now: &toml::Table, before: &toml::Table) -> Option<Strin
 /// The default momentum of SGD under a method that computes its step size: that of gradient descent without momentum.
 pub(super) const OWN_RATE_MOMENTUM: f64 = 0.0;
 
+/// Whether this value asks for what holds without the option. It is accepted where the option has no meaning, too.
+fn changes_nothing(name: &str, value: &SettingValue) -> bool {
+    matches!((name, value.to_string().as_str()), ("schedule" | "rho-schedule", "constant") | ("warmup", "0"))
+}
+
 /// See [`Options::resolve`].
 pub(super) fn resolve(options: &Options) -> Result<RunSettings, TrainError> {
     let chosen = Chosen::by(options)?;
@@ -614,6 +624,9 @@ pub(super) fn resolve(options: &Options) -> Result<RunSettings, TrainError> {
         return Err(TrainError::setting("steps", "cannot be given together with `epochs`"));
     }
     for (name, value) in options.iter() {
+        if !chosen.has(name) && changes_nothing(name, value) {
+            continue;
+        }
         if !chosen.has(name) {
             // Of the base that was not chosen; its own options are hidden by methods alone.
             let of_base = of_bases().iter().any(|option| option.setting.name == name)

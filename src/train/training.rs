@@ -268,7 +268,7 @@ mod tests {
         let mut wrong = training(1, 0.1);
         wrong.settings.sgd.lr = -1.0;
         assert_eq!(wrong.run().unwrap_err().to_string(), "lr: -1, expected a finite number above 0");
-        assert_eq!(training(1, 0.0).run().unwrap_err().to_string(), "rho: 0, expected a finite number above 0");
+        assert_eq!(training(1, -0.1).run().unwrap_err().to_string(), "rho: -0.1, expected a finite number, 0 or more");
         let mut wrong = training(1, 0.1);
         wrong.dataset.as_mut().unwrap().test.labels[3] = 10;
         assert_eq!(wrong.run().unwrap_err().to_string(), "label 10 at sample 3, expected 0 to 9");

@@ -575,22 +575,24 @@ fn adgd_rates() {
     let grown = 1.04f64.sqrt() * 0.04;
     for (name, device) in devices() {
         // ‖A‖, ‖B‖ and the state; η and θ.
-        for (what, norms, state, [eta, theta]) in [
-            ("the first step", [f64::NAN; 2], [0.01, 1.5, 0.0], [0.01, 1.5]),
-            ("a growing step", [3.0, 1.0], [0.04, 2.0, 1.0], [grown, 1.04f64.sqrt()]),
-            ("a shrinking step", [0.3, 10.0], [0.04, 2.0, 1.0], [0.015, 0.375]),
-            ("0/0", [0.0, 0.0], [0.04, 2.0, 1.0], [grown, 1.04f64.sqrt()]),
-            ("equal gradients", [0.3, 0.0], [0.04, 2.0, 1.0], [grown, 1.04f64.sqrt()]),
-            ("equal weights", [0.0, 0.3], [0.04, 2.0, 1.0], [grown, 1.04f64.sqrt()]),
-            ("no rate", [0.3, 10.0], [0.0, 2.0, 1.0], [0.0, 1.0]),
-            ("any growth", [30.0, 1.0], [1e-4, f64::INFINITY, 1.0], [15.0, 1.5e5]),
-            ("any growth, 0/0", [0.0, 0.0], [1e-4, f64::INFINITY, 1.0], [1e-4, f64::INFINITY]),
+        for (what, norms, state, damping, [eta, theta]) in [
+            ("the first step", [f64::NAN; 2], [0.01, 1.5, 0.0], 0.5, [0.01, 1.5]),
+            ("a growing step", [3.0, 1.0], [0.04, 2.0, 1.0], 0.5, [grown, 1.04f64.sqrt()]),
+            ("a shrinking step", [0.3, 10.0], [0.04, 2.0, 1.0], 0.5, [0.015, 0.375]),
+            ("the authors' damping", [0.3, 10.0], [0.04, 2.0, 1.0], 1.0, [0.03, 0.75]),
+            ("0/0", [0.0, 0.0], [0.04, 2.0, 1.0], 0.5, [grown, 1.04f64.sqrt()]),
+            ("equal gradients", [0.3, 0.0], [0.04, 2.0, 1.0], 0.5, [grown, 1.04f64.sqrt()]),
+            ("equal weights", [0.0, 0.3], [0.04, 2.0, 1.0], 0.5, [grown, 1.04f64.sqrt()]),
+            ("no rate", [0.3, 10.0], [0.0, 2.0, 1.0], 0.5, [0.0, 1.0]),
+            ("any growth", [30.0, 1.0], [1e-4, f64::INFINITY, 1.0], 0.5, [15.0, 1.5e5]),
+            ("any growth, 0/0", [0.0, 0.0], [1e-4, f64::INFINITY, 1.0], 0.5, [1e-4, f64::INFINITY]),
         ] {
             let [a, b] = norms;
             let products = device.upload(&[a * a, 0.0, b * b, a, b]).unwrap();
             let (norm, state) = (device.upload(&[3.0]).unwrap(), device.upload(&state).unwrap());
             let mut rates = device.poisoned::<f64>(4).unwrap();
-            sharpness::adgd_rates(products.view(), norm.view(), state.view(), 0.02, rates.view_mut()).unwrap();
+            sharpness::adgd_rates(products.view(), norm.view(), state.view(), (0.02, damping), rates.view_mut())
+                .unwrap();
             let per_rho = if eta > 0.0 { 3.0 / eta.sqrt() } else { 1e300 };
             assert_numbers(&format!("{name}: {what}"), &rates, &[eta, eta.sqrt(), theta, per_rho]);
             // With the fourth number as the norm, the displacement is ρ = sqrt(η), here from 0 along a gradient of norm
@@ -693,10 +695,10 @@ fn wrong_lengths_and_devices_are_refused() {
     length(s::ascent_coefficients(one, None, 0.1, 0.1, number(3).view_mut()), "coefficients", 3, 2);
     refused("norm", 1, here, |norm| s::clip_coefficients(norm, 1.0, number(4).view_mut()));
     length(s::clip_coefficients(one, 1.0, number(2).view_mut()), "coefficients", 2, 4);
-    refused("products", 5, here, |products| s::adgd_rates(products, one, three, 0.02, number(4).view_mut()));
-    refused("norm", 1, here, |norm| s::adgd_rates(five, norm, three, 0.02, number(4).view_mut()));
-    refused("state", 3, here, |state| s::adgd_rates(five, one, state, 0.02, number(4).view_mut()));
-    length(s::adgd_rates(five, one, three, 0.02, number(3).view_mut()), "rates", 3, 4);
+    refused("products", 5, here, |products| s::adgd_rates(products, one, three, (0.02, 0.5), number(4).view_mut()));
+    refused("norm", 1, here, |norm| s::adgd_rates(five, norm, three, (0.02, 0.5), number(4).view_mut()));
+    refused("state", 3, here, |state| s::adgd_rates(five, one, state, (0.02, 0.5), number(4).view_mut()));
+    length(s::adgd_rates(five, one, three, (0.02, 0.5), number(3).view_mut()), "rates", 3, 4);
     refused("rates", 4, here, |rates| s::adgd_commit(rates, flag, number(3).view_mut()));
     refused("skip", 1, here, |skip| s::adgd_commit(four, skip, number(3).view_mut()));
     length(s::adgd_commit(four, flag, number(4).view_mut()), "state", 4, 3);

@@ -101,7 +101,7 @@ fn cr_sam(form: Form) -> AnyMethod {
 
 const GAM: AnyMethod = AnyMethod::Gam(Gam { rho: 0.02, rho_norm: 0.2, beta0: 0.5, beta1: 0.6, gamma: 0.03 });
 
-const SA_SAM: SaSam = SaSam { eta0: 0.02, delta: 0.02, theta0: 1.0, perturb: true };
+const SA_SAM: SaSam = SaSam { eta0: 0.02, delta: 0.02, theta0: 1.0, damping: 0.5, perturb: true };
 
 const GNR: Gnr =
     Gnr { rho: 0.1, alpha: 0.1, hvp: Hvp::Exact, hvp_radius: 0.01, oracle: Oracle::Loss, oracle_rho: 0.05, every: 1 };
@@ -174,7 +174,7 @@ fn golden_directions() {
 
 /// Every method and mode. Random directions have a seed, ASAM scales two of three weights.
 fn family() -> Vec<AnyMethod> {
-    let sam = Sam { rho: 0.05, p_norm: Norm::Two, ascent_steps: 1, second_order: false };
+    let sam = Sam::new(0.05);
     vec![
         AnyMethod::PLAIN,
         sam.into(),
@@ -182,6 +182,8 @@ fn family() -> Vec<AnyMethod> {
         Asam { rho: 0.1, eta: 0.01, scaled_len: 2 }.into(),
         RandomSam { rho: 0.05, seed: 11 }.into(),
         Sam { ascent_steps: 3, ..sam }.into(),
+        Sam { ascent_steps: 3, ascent_length: Some(0.02), ..sam }.into(),
+        Sam { ascent_steps: 2, ascent_length: Some(0.3), ..sam }.into(),
         Sam { second_order: true, ..sam }.into(),
         cr_sam(Form::Log),
         cr_sam(Form::Released),
@@ -192,6 +194,7 @@ fn family() -> Vec<AnyMethod> {
         GAM,
         SA_SAM.into(),
         SaSam { perturb: false, ..SA_SAM }.into(),
+        SaSam { damping: 1.0, ..SA_SAM }.into(),
         Gsam { rho: 0.05, alpha: 0.1 }.into(),
         LookSam { rho: 0.05, alpha: 0.7, every: 3 }.into(),
         RSam { rho: 0.05, sigma: 0.05, seed: 12 }.into(),
@@ -231,14 +234,20 @@ struct Past {
 
 impl Past {
     /// AdGD's step size η and its growth θ, from the last two points.
-    fn adapt(&mut self, f: &mut LossAndGradient<'_>, w: &[f64], g: &[f64], (delta, eta0, theta0): (f64, f64, f64)) {
+    fn adapt(
+        &mut self,
+        f: &mut LossAndGradient<'_>,
+        w: &[f64],
+        g: &[f64],
+        (delta, eta0, theta0, damping): (f64, f64, f64, f64),
+    ) {
         if self.previous.is_empty() {
             (self.eta, self.theta) = (eta0, theta0);
         } else {
             let (moved, before) = (plus(w, -1.0, &self.previous), f(&self.previous).1);
             let changed = plus(g, -1.0, &before);
             let grown = (1.0 + delta * self.theta).sqrt() * self.eta;
-            let eta = (norm(&moved) / (2.0 * norm(&changed))).min(grown);
+            let eta = (damping * norm(&moved) / norm(&changed)).min(grown);
             (self.theta, self.eta) = (eta / self.eta, eta);
         }
         self.previous = w.to_vec();
@@ -246,11 +255,11 @@ impl Past {
 }
 
 /// The displacement after some steps of length ρ along the gradient, each projected onto the ball of radius ρ.
-fn projected_ascent(f: &mut LossAndGradient<'_>, w: &[f64], rho: f64, steps: usize) -> Vec<f64> {
+fn projected_ascent(f: &mut LossAndGradient<'_>, w: &[f64], rho: f64, (steps, length): (usize, f64)) -> Vec<f64> {
     let mut displacement = vec![0.0; w.len()];
     for _ in 0..steps {
         let there = f(&plus(w, 1.0, &displacement)).1;
-        displacement = plus(&displacement, rho / norm(&there), &there);
+        displacement = plus(&displacement, length / norm(&there), &there);
         if norm(&displacement) > rho {
             displacement = times(rho / norm(&displacement), &displacement);
         }
@@ -299,8 +308,8 @@ fn reference(method: AnyMethod, f: &mut LossAndGradient<'_>, w: &[f64], past: &m
             let tangent = plus(&adversarial, -dot(&v, &adversarial), &v);
             plus(&adversarial, rho / norm(&g), &hessian_times(f, w, &tangent))
         }
-        AnyMethod::Sam(Sam { rho, ascent_steps, .. }) => {
-            let displacement = projected_ascent(f, w, rho, ascent_steps);
+        AnyMethod::Sam(Sam { rho, ascent_steps, ascent_length, .. }) => {
+            let displacement = projected_ascent(f, w, rho, (ascent_steps, ascent_length.unwrap_or(rho)));
             f(&plus(w, 1.0, &displacement)).1
         }
         AnyMethod::CrSam(CrSam { rho, alpha, beta, form, .. }) => {
@@ -321,8 +330,8 @@ fn reference(method: AnyMethod, f: &mut LossAndGradient<'_>, w: &[f64], past: &m
             }
         }
         AnyMethod::Gam(gam) => gam_direction(gam, f, w, &g),
-        AnyMethod::SaSam(SaSam { delta, eta0, theta0, perturb }) => {
-            past.adapt(f, w, &g, (delta, eta0, theta0));
+        AnyMethod::SaSam(SaSam { delta, eta0, theta0, damping, perturb }) => {
+            past.adapt(f, w, &g, (delta, eta0, theta0, damping));
             if perturb { f(&plus(w, past.eta.sqrt(), &v)).1 } else { g }
         }
         AnyMethod::Gsam(Gsam { rho, alpha }) => {
@@ -565,7 +574,9 @@ fn observed_steps_tell_the_cosines() {
         let telemetry = optimizer.telemetry().unwrap();
         let g = coupled()(&start).1;
         let rho = if matches!(method, AnyMethod::CrSam(_)) { 0.1 } else { 0.05 };
-        let there = coupled()(&plus(&start, rho / norm(&g), &g)).1;
+        let (loss_there, there) = coupled()(&plus(&start, rho / norm(&g), &g));
+        let rise = loss_there - coupled()(&start).0;
+        assert!(rise > 0.0 && abs_diff_eq!(telemetry.sharpness.unwrap(), rise, epsilon = 1e-12), "{telemetry:?}");
         let expected = dot(&g, &there) / norm(&g) / norm(&there);
         assert!(
             abs_diff_eq!(telemetry.cosine_gradients.unwrap(), expected, epsilon = 1e-12),

@@ -13,7 +13,7 @@ settings! {
     #[derive(Debug, Clone, Copy, PartialEq)]
     pub struct Asam {
         /// Radius of the perturbation
-        rho: f64 = 0.5, as "RHO", in positive;
+        rho: f64 = 0.5, as "RHO", in not_negative;
         /// ASAM's η in T = |w| + η
         eta: f64 = 0.01, as "ETA", in not_negative;
     }

@@ -25,7 +25,7 @@ settings! {
     #[derive(Debug, Clone, Copy, PartialEq)]
     pub struct CrSam {
         /// Radius of the perturbation
-        rho: f64 = 0.1, as "RHO", in positive;
+        rho: f64 = 0.1, as "RHO", in not_negative;
         /// Weight of what the method adds to the gradient
         alpha: f64 = 0.02, as "ALPHA", in not_negative;
         /// CR-SAM's weight of the slope term

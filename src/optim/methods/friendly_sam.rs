@@ -13,7 +13,7 @@ settings! {
     #[derive(Debug, Clone, Copy, PartialEq)]
     pub struct FriendlySam {
         /// Radius of the perturbation
-        rho: f64 = 0.05, as "RHO", in positive;
+        rho: f64 = 0.05, as "RHO", in not_negative;
         /// Friendly-SAM's weight of the average gradient
         sigma: f64 = 1.0, as "SIGMA", in not_negative;
         /// Friendly-SAM's decay of the average gradient

@@ -32,7 +32,7 @@ settings! {
     #[derive(Debug, Clone, Copy, PartialEq)]
     pub struct Gnr {
         /// Radius of the perturbation
-        rho: f64 = 0.1, as "RHO", in positive;
+        rho: f64 = 0.1, as "RHO", in not_negative;
         /// Weight of what the method adds to the gradient
         alpha: f64 = 0.1, as "ALPHA", in not_negative;
         /// GNR's products with the Hessian

@@ -12,7 +12,7 @@ settings! {
     #[derive(Debug, Clone, Copy, PartialEq)]
     pub struct Gsam {
         /// Radius of the perturbation
-        rho: f64 = 0.05, as "RHO", in positive;
+        rho: f64 = 0.05, as "RHO", in not_negative;
         /// Weight of what the method adds to the gradient
         alpha: f64 = 0.1, as "ALPHA", in not_negative;
     }
@@ -33,6 +33,10 @@ impl<T: Scalar> Method<T> for Gsam {
 
     fn direction(&self, step: &mut Step<'_, T>) -> Result<Direction> {
         step.gradient_at_weights()?;
+        // Without a displacement the part to take out would be rounding noise.
+        if self.rho == 0.0 {
+            return Ok(Direction::along(G0));
+        }
         step.gradient_displaced(Vector::Weights, G0, 0, self.rho, 1, G1)?;
         step.dot_products(&[G1, G0], Row::FIRST, Row::SECOND)?;
         step.rejection(1.0, -self.alpha)?;

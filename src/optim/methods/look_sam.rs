@@ -14,7 +14,7 @@ settings! {
     #[derive(Debug, Clone, Copy, PartialEq)]
     pub struct LookSam {
         /// Radius of the perturbation
-        rho: f64 = 0.05, as "RHO", in positive;
+        rho: f64 = 0.05, as "RHO", in not_negative;
         /// Weight of what the method adds to the gradient
         alpha: f64 = 0.1, as "ALPHA", in not_negative;
         /// Run the full step every K steps
@@ -44,6 +44,10 @@ impl<T: Scalar> Method<T> for LookSam {
 
     fn direction(&self, step: &mut Step<'_, T>) -> Result<Direction> {
         step.gradient_at_weights()?;
+        // Without a displacement the direction to keep would be rounding noise.
+        if self.rho == 0.0 {
+            return Ok(Direction::along(G0));
+        }
         if !step.attempts.is_multiple_of(self.every) {
             let Numbers { norms, coefficients, .. } = &mut *step.numbers;
             let (norm, kept) = (norms.slice(0..1)?, step.scalars.slice(0..1)?);

@@ -11,7 +11,7 @@ settings! {
     #[derive(Debug, Clone, Copy, PartialEq)]
     pub struct RandomSam {
         /// Radius of the perturbation
-        rho: f64 = 0.05, as "RHO", in positive;
+        rho: f64 = 0.05, as "RHO", in not_negative;
     }
     code {
         /// Seed of z.

@@ -9,7 +9,7 @@ use crate::optim::{Direction, Entry, Method, Needs, Numbers, Row, Step, Vector};
 use crate::settings;
 
 settings! {
-    /// SA-SAM: step size `η = min(‖w − w_prev‖/(2‖g(w) − g(w_prev)‖), sqrt(1 + δθ) η_prev)`, both gradients on this
+    /// SA-SAM: step size `η = min(d ‖w − w_prev‖/‖g(w) − g(w_prev)‖, sqrt(1 + δθ) η_prev)`, both gradients on this
     /// mini-batch, radius `ρ = sqrt(η)`, and the gradient at `w + ρ g/‖g‖`. The learning rate that a step is given is
     /// ignored. Without the perturbation it is SA-SGD.
     #[derive(Debug, Clone, Copy, PartialEq)]
@@ -20,6 +20,8 @@ settings! {
         eta0: f64 = 1e-4, as "ETA", in positive;
         /// Their first θ; inf lets the second step take any step size, 1 is the authors' code
         theta0: f64 = f64::INFINITY, as "THETA", in above_zero;
+        /// Factor of their quotient ‖Δw‖/‖Δg‖: 1/2 in the algorithm, 1 in the authors' code
+        damping: f64 = 0.5, as "D", in positive;
     }
     code {
         /// Whether it follows the gradient at the perturbed weights: SA-SAM. If not, the one at `w`: SA-SGD.
@@ -72,7 +74,7 @@ impl<T: Scalar> Method<T> for SaSam {
         step.dot_products(&[Vector::Weights, PREVIOUS, G0, G1], Row::DIFFERENCE, Row::SECOND_DIFFERENCE)?;
         let Numbers { dot_products, norms, own, .. } = &mut *step.numbers;
         let (norm, kept) = (norms.slice(0..1)?, step.scalars.view());
-        sharpness::adgd_rates(dot_products.view(), norm, kept, self.delta, own.view_mut())?;
+        sharpness::adgd_rates(dot_products.view(), norm, kept, (self.delta, self.damping), own.view_mut())?;
         if self.perturb {
             let mut x = step.vectors.open();
             let (w, g, out) = (x.read(Vector::Weights)?, x.read(G0)?, x.write(P)?);

@@ -24,11 +24,13 @@ settings! {
     #[derive(Debug, Clone, Copy, PartialEq)]
     pub struct Sam {
         /// Radius of the perturbation
-        rho: f64 = 0.05, as "RHO", in positive;
+        rho: f64 = 0.05, as "RHO", in not_negative;
         /// Norm of SAM's ball
         p_norm: Norm = Norm::Two, as "P";
-        /// Steps of SAM's ascent, each of length ρ and projected onto the ball
+        /// Steps of SAM's ascent, each projected onto the ball
         ascent_steps: usize = 1, as "K", in at_least(1);
+        /// Length of each of several ascent steps
+        ascent_length: Option<f64> = None, else "rho", as "LENGTH", in positive;
         /// Include SAM's second-order term: one product with the Hessian
         second_order: bool = false;
     }
@@ -48,6 +50,9 @@ impl Sam {
 impl<T: Scalar> Method<T> for Sam {
     fn check_combination(&self) -> std::result::Result<(), SettingError> {
         let several = self.ascent_steps > 1;
+        if self.ascent_length.is_some() && !several {
+            return Err(SettingError::Contradiction { name: "ascent-length", reason: "needs several `ascent-steps`" });
+        }
         if several && self.p_norm != Norm::Two {
             return Err(SettingError::Contradiction { name: "ascent-steps", reason: "more than one needs `p-norm` 2" });
         }
@@ -94,10 +99,11 @@ impl<T: Scalar> Method<T> for Sam {
 }
 
 impl Sam {
-    /// K steps of projected ascent, each of length ρ, from `w` onto the ball of radius ρ around it. The perturbed point
+    /// K steps of projected ascent, all of one length, from `w` onto the ball of radius ρ around it. The perturbed point
     /// is in P.
     fn ascend<T: Scalar>(&self, step: &mut Step<'_, T>) -> Result<()> {
         let rho = self.rho * step.rho_factor;
+        let length = self.ascent_length.map_or(rho, |length| length * step.rho_factor);
         for ascent in 0..self.ascent_steps {
             let first = ascent == 0;
             if !first {
@@ -106,7 +112,7 @@ impl Sam {
             }
             let Numbers { norms, dot_products, inner, .. } = &mut *step.numbers;
             let dot_products = (!first).then(|| dot_products.view());
-            sharpness::ascent_coefficients(norms.slice(0..1)?, dot_products, rho, rho, inner.slice_mut(0..2)?)?;
+            sharpness::ascent_coefficients(norms.slice(0..1)?, dot_products, rho, length, inner.slice_mut(0..2)?)?;
             let mut x = step.vectors.open();
             let (weights, gradient) = (x.read(Vector::Weights)?, x.read(if first { G0 } else { G1 })?);
             let (displacement, out) = (x.write(Q)?, x.write(P)?);
