@@ -224,15 +224,17 @@ struct CurvatureArgs {
     const double* losses;
     double* out;
     double rho;
+    double loss_error;
 };
 
-/// out = A, B, A/ρ²
+/// out = A, B, A/ρ², and the error of the last, where that of A is `loss_error` times the loss
 __device__ void curvature_from_losses_body(const CurvatureArgs& a) {
     if (thread_in_block() != 0) return;
     const LossDifferences d = loss_differences(a.losses);
     a.out[0] = d.a;
     a.out[1] = d.b;
     a.out[2] = d.a / (a.rho * a.rho);
+    a.out[3] = a.loss_error * fabs(a.losses[0]) / (a.rho * a.rho);
 }
 
 // ---- Perturbed weights ---------------------------------------------------------------------------------------------

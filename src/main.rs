@@ -75,7 +75,7 @@ fn main() -> ExitCode {
     let done = match cli.command {
         Command::Train(args) => train::run(*args),
         Command::Eval(args) => eval::run(&args).map(|()| ExitCode::SUCCESS),
-        Command::Curvature(args) => curvature::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Curvature(args) => curvature::run(&args),
         Command::Landscape(args) => landscape::run(&args),
         Command::Report(args) => report::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Devices { json } => devices::run(json).map(|()| ExitCode::SUCCESS),

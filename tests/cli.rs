@@ -744,7 +744,17 @@ fn curvature_is_measured_over_any_parts_of_the_images() {
     assert!(apart(&measure(&["--batch-size", "8", "--bn", "train"]), "grad-norm") > 1e-3);
     // Without a number all 96 images are used, in as many whole parts as they fill.
     let all = |extra: &[&str]| json(&run(&[&["--measure", "grad-norm", "--json"], extra].concat()))["samples"].clone();
-    assert_eq!((all(&[]), all(&["--batch-size", "36"])), (96.into(), 72.into()));
+    assert_eq!((all(&[]), all(&["--batch-size", "36"])), (96.into(), 96.into()));
+    assert_eq!(all(&["--batch-size", "36", "--bn", "train"]), 72, "a batch's own statistics need whole batches");
+    // The last part may be smaller, and counts by its size.
+    let list = ["--measure", "grad-norm,trace,vhv,extrema", "--probes", "3", "--json", "--samples", "31"];
+    let of_31 = |batch: &str| json(&run(&[&list[..], &["--batch-size", batch]].concat()));
+    let (whole, parts) = (of_31("31"), of_31("12"));
+    for name in ["grad-norm", "trace", "vhv"] {
+        let (a, b) = (value(&whole, name), value(&parts, name));
+        assert!(relative_eq!(a, b, epsilon = 0.0, max_relative = 1e-3), "{name}: {whole} and {parts}");
+    }
+    assert_eq!(whole["measures"]["extrema"], parts["measures"]["extrema"]);
     let list = "vhv,top-eigenvalues,spectrum";
     let spectral = measure(&["--batch-size", "16", "--measure", list, "--top", "2", "--steps", "12"]);
     let numbers = |name: &str, key: &str| -> Vec<f64> {
@@ -774,14 +784,21 @@ fn curvature_is_measured_over_any_parts_of_the_images() {
     let ratio = value(&around, "approximation-ratio");
     assert!(ratio > 0.5 && ratio <= 1.0 && around["measures"]["m-sharpness"]["parts"] == 2, "{around}");
     assert!(value(&around, "hutch++").is_finite() && value(&around, "vhv-difference").is_finite(), "{around}");
-    assert_eq!(around["measures"]["extrema"]["lines"], 3);
+    let extrema = &around["measures"]["extrema"];
+    let lines = extrema["minima"]["histogram"].as_array().unwrap().iter().map(|lines| lines.as_u64().unwrap());
+    assert_eq!((extrema["lines"].as_u64(), lines.sum::<u64>()), (Some(3), 3), "{extrema}");
+    assert_eq!(around["measures"]["approximation-ratio"]["not_risen"], 0, "{around}");
+    assert!(around["measures"]["vhv-difference"]["rounding_error"].as_f64().unwrap() > 0.0, "{around}");
     let only = measure(&["--batch-size", "16", "--measure", "grad-norm"]);
     assert_eq!(only["measures"].as_object().unwrap().len(), 1);
     let printed = run(&["--samples", "32", "--batch-size", "16", "--probes", "2"]);
     let printed = text(&printed.stdout);
     assert!(printed.lines().count() == 4 && printed.contains("± ") && printed.contains("(2 probes)"), "{printed}");
     for (wrong, words) in [
-        (&["--samples", "30", "--batch-size", "16"][..], &["--batch-size: 16", "30 images"][..]),
+        (
+            &["--samples", "30", "--batch-size", "16", "--bn", "train"][..],
+            &["--batch-size: 16", "30 images", "--bn train"][..],
+        ),
         (&["--samples", "97"], &["--samples", "97", "96"]),
         (&["--std", "1e-38", "--samples", "32", "--batch-size", "16"], &["init.safetensors", "not finite"]),
         (&["--probes", "0"], &["--probes", "at least 1"]),
@@ -833,6 +850,18 @@ fn curvature_is_logged_during_training_and_after_a_resumption() {
             "{measure}: {there} and {here}"
         );
     }
+    // Over the test images, with the options of `polder curvature`, and within the method's radius.
+    let test = out("test");
+    let options =
+        ["--curvature-split", "test", "--curvature-samples", "33", "--curvature-top", "2", "--curvature-steps", "20"];
+    let more = ["--epochs", "1", "--curvature-every", "1", "--rho", "0.02", "--out", &test, "--curvature-measures"];
+    train(&[&options[..], &more, &["top-eigenvalues,sharpness"]].concat());
+    let logged = &log(&test)[0]["measures"];
+    let like = ["--run", &test, "--split", "test", "--samples", "33", "--top", "2", "--steps", "20", "--rho", "0.02"];
+    let list = ["--measure", "top-eigenvalues,sharpness", "--device", "cpu", "--json"];
+    let after = json(&polder(&[&["curvature"], &like[..], &list].concat()));
+    assert_eq!(after["measures"]["top-eigenvalues"], logged["top-eigenvalues"]);
+    assert_eq!(after["measures"]["sharpness"], logged["sharpness"]);
     // A run in two parts. The second finds the line of epoch 2 missing.
     train(&[&["--steps", "12", "--schedule", "constant", "--out", &parts][..], &every[2..]].concat());
     let path = Path::new(&parts).join("log.jsonl");
@@ -847,6 +876,10 @@ fn curvature_is_logged_during_training_and_after_a_resumption() {
     for (wrong, words) in [
         (&["--curvature-probes", "3"][..], &["--curvature-probes", "without --curvature-every"][..]),
         (&["--curvature-every", "1", "--curvature-samples", "97"], &["--curvature-samples: 97", "96"]),
+        (
+            &["--curvature-every", "1", "--curvature-split", "test", "--curvature-samples", "51"],
+            &["--curvature-samples: 51", "50 test images"],
+        ),
         (&["--curvature-every", "1", "--curvature-samples", "0"], &["--curvature-samples: 0"]),
         (&["--curvature-every", "1", "--curvature-probes", "0"], &["--curvature-probes: 0"]),
         (&["--curvature-every", "1", "--curvature-measures", "hutch++", "--curvature-probes", "2"], &["at least 3"]),
@@ -1167,12 +1200,25 @@ fn findings_are_written_to_files() {
     assert!(message.contains("blocked"), "{message}");
     // A measure that fails does not affect the others. If all fail, the weights are blamed.
     let again = mistake(&[&common[..], &["--out", out.to_str().unwrap()]].concat());
-    assert!(again.contains("found: already holds measurements"), "{again}");
+    assert!(again.contains("curvature.json: holds measurements of other `steps`"), "{again}");
+    let same = [&common[..], &more[2..], &["--out", out.to_str().unwrap()]].concat();
+    let again = mistake(&[&same[..], &["--measure", "trace,spectrum"]].concat());
+    assert!(again.contains("curvature.json: already holds trace, spectrum"), "{again}");
     let wild = ["--measure", "grad-norm,sharpness", "--rho", "1e30"];
     let rest = json(&polder(&[&common[..], &wild, &["--json"]].concat()));
     assert!(rest["measures"]["grad-norm"]["value"].as_f64().unwrap() > 0.0, "{rest}");
     assert!(rest["measures"]["sharpness"]["reason"].as_str().unwrap().contains("not finite"), "{rest}");
     assert_eq!(serde_json::from_str::<serde_json::Value>(&file("curvature.json")).unwrap(), found);
+    // A measure is added to those that are there.
+    let added = polder(&[&same[..], &["--measure", "trace,vhv", "--json"]].concat());
+    assert!(text(&added.stderr).contains("curvature.json: already holds trace"), "{}", text(&added.stderr));
+    let added = json(&added);
+    assert!(added["measures"]["vhv"]["value"].is_f64() && added["passes"]["gradients"] == 2, "{added}");
+    let mut without = added["measures"].clone();
+    without.as_object_mut().unwrap().remove("vhv");
+    assert_eq!(without, found["measures"]);
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&file("curvature.json")).unwrap(), added);
+    assert!(file("curvature.csv").contains("vhv,,"), "{}", file("curvature.csv"));
     let sharp = [&common[..], &["--measure", "sharpness", "--rho", "1e30"]].concat();
     assert!(mistake(&sharp).contains("model.safetensors"));
     // --top applies to eigenvalues only.

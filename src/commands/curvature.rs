@@ -1,19 +1,22 @@
 //! `polder curvature`: how flat the loss is around trained weights.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use polder::curvature::{Density, Estimate, Rise};
 use polder::report::spectrum_picture;
 use polder::settings::Choice;
 use polder::train::{
-    CurvatureFile, CurvatureMeter, CurvatureSettings, Finding, Findings, MeanOver, Measure, TrainError, checksum, hold,
-    write_whole,
+    CurvatureFile, CurvatureMeter, CurvatureSettings, Distribution, Finding, Findings, MeanOver, Measure, TrainError,
+    checksum, hold, write_whole,
 };
 use serde_json::json;
 
 use super::flags::Flags;
 use super::model::{MeasureSettings, ModelArgs, Samples};
-use super::{Bar, Failure, counted, print};
+use super::{Bar, Failure, counted, print, stop_on_signals, tell, unless_stopped};
 
 #[derive(clap::Args)]
 pub struct CurvatureArgs {
@@ -23,75 +26,115 @@ pub struct CurvatureArgs {
     images: Flags<MeasureSettings>,
     #[command(flatten)]
     settings: Flags<CurvatureSettings>,
-    /// Write curvature.json, curvature.csv and, with a spectrum, spectrum.csv and pictures of it to this folder
+    /// Write curvature.json, curvature.csv and, with a spectrum, spectrum.csv and pictures of it to this folder.
+    /// Measures are added to those of the same weights, images and settings that it holds
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
 
-pub fn run(args: &CurvatureArgs) -> Result<(), Failure> {
-    let settings = args.settings.settings()?;
+pub fn run(args: &CurvatureArgs) -> Result<ExitCode, Failure> {
+    let mut settings = args.settings.settings()?;
     settings.check_combination()?;
     let MeasureSettings { split, samples, bn } = args.images.settings()?;
-    let subject = args.model.open(split, samples.map_or(Samples::Usual, Samples::First))?;
-    let batch_size = subject.batch_size;
-    // A folder that cannot be written to, or that already holds measurements, is an error before the work.
-    let mut held = None;
+    let usual = Samples::Usual { most: CurvatureMeter::usual_samples(&settings.measure), bn };
+    let subject = args.model.open(split, samples.map_or(usual, Samples::First))?;
+    // The file without its findings: what they are of.
+    let (count, batch_size) = (subject.images.len(), subject.batch_size);
+    let checksums = [checksum(&subject.init)?, subject.images.checksum()];
+    let file = |found: &Findings, settings: &CurvatureSettings| {
+        CurvatureFile::new(found, settings, (count, split.word()), (batch_size, bn.mode()), checksums.clone())
+    };
+    // A folder that cannot be written to, or that holds other measurements, is an error before the work.
+    let mut target = None;
     if let Some(out) = &args.out {
-        held = Some(hold(out)?);
-        if out.join("curvature.json").exists() {
-            let reason = "already holds measurements (curvature.json)".into();
-            return Err(TrainError::Occupied { path: out.clone(), reason }.into());
-        }
+        let held = hold(out)?;
+        let earlier = earlier(out, &file(&Findings::default(), &settings), &mut settings.measure)?;
+        target = Some((out, held, earlier));
     }
     let images = (&*subject.data, &subject.images);
     let mut meter =
         CurvatureMeter::new(&subject.device, &subject.network(), images, subject.normalization, batch_size, bn.mode())?;
     let [parameters, statistics] = subject.load(&subject.init, meter.plan())?;
+    let stop = Arc::new(AtomicBool::new(false));
+    stop_on_signals(&stop, "pass", None);
     let bar = Bar::new();
     let mut progress = |measure: Measure, done, of| bar.show(&measure.to_string(), done, of);
-    let found = meter.measure(parameters.view(), statistics.view(), &settings, &mut progress);
+    let found = meter.measure(&stop, parameters.view(), statistics.view(), &settings, &mut progress);
     drop(bar);
-    let found = found?;
+    let Some(found) = unless_stopped(found)? else {
+        tell("interrupted; nothing was written");
+        return Ok(ExitCode::from(130));
+    };
     // Nothing is written if every measure failed.
     if !found.list.is_empty() && found.list.iter().all(|(_, finding)| matches!(finding, Finding::NotFinite)) {
         return Err(subject.weights_error(Finding::NOT_FINITE.into()).into());
     }
-    let samples = subject.images.len();
-    let weights = checksum(&subject.init)?;
-    let file = CurvatureFile::new(&found, &settings, (samples, split.word()), (batch_size, bn.mode()), weights);
-    let object = json!(file);
-    if let Some(out) = &args.out {
-        write_whole(&out.join("curvature.json"), format!("{object}\n").as_bytes())?;
-        write_whole(&out.join("curvature.csv"), table(&found).as_bytes())?;
-        for (_, finding) in &found.list {
-            if let Finding::Density(Density { nodes, weights }) = finding {
-                let lines: String =
-                    nodes.iter().zip(weights).map(|(node, weight)| format!("{node},{weight}\n")).collect();
-                write_whole(&out.join("spectrum.csv"), format!("node,weight\n{lines}").as_bytes())?;
-                spectrum_picture(nodes, weights, out)?;
-            }
+    let mut file = file(&found, &settings);
+    if let Some((out, held, earlier)) = target {
+        if let Some(earlier) = earlier {
+            file.add(earlier);
         }
+        held.check()?;
+        write(out, &file)?;
     }
-    drop(held);
     if args.model.json {
-        return print(&object.to_string());
+        print(&json!(file).to_string())?;
+        return Ok(ExitCode::SUCCESS);
     }
-    print(&format!(
-        "{}, {split} split: {samples} samples; {}, {} with the Hessian",
-        subject.name,
-        counted(found.passes.gradients, "gradient"),
-        counted(found.passes.products, "product"),
-    ))?;
-    for (measure, finding) in &found.list {
+    let CurvatureFile { passes, .. } = &file;
+    let passes: Vec<String> = ["gradient", "loss", "product"]
+        .into_iter()
+        .filter_map(|name| passes.iter().find(|(found, _)| found.starts_with(name)))
+        .map(|(name, count)| format!("{count} {name}"))
+        .collect();
+    let name = &subject.name;
+    print(&format!("{name}, {split} split: {count} samples; passes: {}", passes.join(", ")))?;
+    for (measure, finding) in &file.list() {
         print(&format!("{:<19} {}", measure.to_string(), words(finding, &settings)))?;
     }
-    Ok(())
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The measurements that the folder holds already. Takes those out of the wanted ones.
+fn earlier(out: &Path, file: &CurvatureFile, wanted: &mut Vec<Measure>) -> Result<Option<CurvatureFile>, TrainError> {
+    let path = out.join("curvature.json");
+    let Some(earlier) = CurvatureFile::read(&path)? else { return Ok(None) };
+    let occupied = |reason: String| TrainError::Occupied { path: path.clone(), reason };
+    if let Some(what) = file.difference(&earlier) {
+        return Err(occupied(format!("holds measurements of other {what}")));
+    }
+    let known: Vec<Measure> = earlier.list().iter().map(|(measure, _)| *measure).collect();
+    let (there, left): (Vec<Measure>, Vec<Measure>) = wanted.iter().partition(|measure| known.contains(measure));
+    if there.is_empty() {
+        return Ok(Some(earlier));
+    }
+    let names = there.iter().map(Measure::to_string).collect::<Vec<_>>().join(", ");
+    if left.is_empty() {
+        return Err(occupied(format!("already holds {names}")));
+    }
+    tell(&format!("{}: already holds {names}", path.display()));
+    *wanted = left;
+    Ok(Some(earlier))
+}
+
+/// Writes the measurements. `curvature.json` is the last file, so that a folder that has it is whole.
+fn write(out: &Path, file: &CurvatureFile) -> Result<(), TrainError> {
+    let list = file.list();
+    write_whole(&out.join("curvature.csv"), table(&list).as_bytes())?;
+    for (_, finding) in &list {
+        if let Finding::Density(Density { nodes, weights }) = finding {
+            let lines: String = nodes.iter().zip(weights).map(|(node, weight)| format!("{node},{weight}\n")).collect();
+            write_whole(&out.join("spectrum.csv"), format!("node,weight\n{lines}").as_bytes())?;
+            spectrum_picture(nodes, weights, out)?;
+        }
+    }
+    write_whole(&out.join("curvature.json"), format!("{}\n", json!(file)).as_bytes())
 }
 
 /// A CSV table with a line for each number.
-fn table(found: &Findings) -> String {
+fn table(list: &[(Measure, Finding)]) -> String {
     let mut text = "measure,of,value,error\n".to_string();
-    for (measure, finding) in &found.list {
+    for (measure, finding) in list {
         for (of, value, error) in finding.numbers() {
             let error = error.map_or(String::new(), |error| error.to_string());
             text += &format!("{measure},{of},{value},{error}\n");
@@ -105,6 +148,13 @@ fn words(finding: &Finding, settings: &CurvatureSettings) -> String {
     let CurvatureSettings { probes, steps: most, .. } = settings;
     match finding {
         Finding::Number(value) => digits(*value),
+        Finding::Rounded { value, rounding_error } => {
+            format!("{} ± {} (rounding of the losses)", digits(*value), digits(*rounding_error))
+        }
+        Finding::Ratio { mean, not_risen } => {
+            let left = if *not_risen > 0 { format!("; {not_risen} more do not rise") } else { String::new() };
+            format!("{} ({}{left})", with_error(mean), counted(mean.probes, "part"))
+        }
         Finding::Mean(estimate, of) => {
             let of = if *of == MeanOver::Parts { "part" } else { "probe" };
             format!("{} ({})", with_error(estimate), counted(estimate.probes, of))
@@ -119,8 +169,15 @@ fn words(finding: &Finding, settings: &CurvatureSettings) -> String {
             let line = |(name, estimate): &(String, Estimate)| format!("\n  {name:<30} {}", with_error(estimate));
             format!("({}){}", counted(*probes, "probe"), layers.iter().map(line).collect::<String>())
         }
-        Finding::Extrema([minima, maxima]) => {
-            format!("{} minima, {} maxima ({})", with_error(minima), with_error(maxima), counted(*probes, "line"))
+        Finding::Extrema { minima, maxima } => {
+            let lines = |found: &Distribution| {
+                let of_count = |(count, lines): (usize, &usize)| format!("{count}: {lines}");
+                found.histogram.iter().enumerate().map(of_count).collect::<Vec<_>>().join(", ")
+            };
+            let line = |name: &str, found: &Distribution| {
+                format!("\n  {name} {} (lines by count: {})", with_error(&found.mean), lines(found))
+            };
+            format!("({}){}{}", counted(*probes, "line"), line("minima", minima), line("maxima", maxima))
         }
         Finding::Eigenvalues { pairs, converged } => {
             let each: Vec<String> =

@@ -14,13 +14,13 @@ use polder::kernels::vector;
 use polder::plan::Plan;
 use polder::report::landscape_pictures;
 use polder::train::landscape::{Axis, Heights, Landscape, load_direction, save_direction};
-use polder::train::{CurvatureMeter, CurvatureSettings, Evaluator, Finding, TrainError, checksum, hold};
+use polder::train::{BatchNormName, CurvatureMeter, CurvatureSettings, Evaluator, Finding, TrainError, checksum, hold};
 use polder::{settings, words};
 use serde_json::json;
 
 use super::flags::Flags;
 use super::model::{MeasureSettings, ModelArgs, Samples, Subject};
-use super::{Bar, Failure, counted, option, print, stop_on_signals, tell, write_npy};
+use super::{Bar, Failure, counted, option, print, stop_on_signals, tell, unless_stopped, write_npy};
 
 words! {
     /// The directions of the axes.
@@ -69,7 +69,7 @@ pub struct LandscapeArgs {
 struct Grid {
     split: Split,
     samples: Option<usize>,
-    bn: super::model::BatchNormName,
+    bn: BatchNormName,
     dimensions: usize,
     directions: Directions,
     points: usize,
@@ -115,11 +115,14 @@ pub fn run(args: &LandscapeArgs) -> Result<ExitCode, Failure> {
         (None, Some(run)) => run.join("landscape"),
         (None, None) => return Err(option("out", "missing; give --run, or a folder").into()),
     };
-    let subject = args.model.open(split, samples.map_or(Samples::Usual, Samples::First))?;
+    let usual = Samples::Usual { most: CurvatureMeter::usual_samples(&[]), bn };
+    let subject = args.model.open(split, samples.map_or(usual, Samples::First))?;
     let settings = settings(args, &grid, &subject)?;
-    let _held = hold(&out)?;
+    let held = hold(&out)?;
     let begun = Landscape::begun(&out, &settings)?;
 
+    let stop = Arc::new(AtomicBool::new(false));
+    stop_on_signals(&stop, "point", None);
     let Subject { device, data, images, normalization, init, batch_size, .. } = &subject;
     let network = subject.network();
     let mut evaluator = Evaluator::new(device, &network, (data, images), *normalization, *batch_size, bn.mode())?;
@@ -132,7 +135,12 @@ pub fn run(args: &LandscapeArgs) -> Result<ExitCode, Failure> {
             (landscape, directions)
         }
         None => {
-            let (title, found) = directions(args, &grid, &subject, evaluator.plan(), [&weights, &statistics])?;
+            let found = directions(args, &grid, &subject, &stop, evaluator.plan(), [&weights, &statistics]);
+            let Some((title, found)) = unless_stopped(found)? else {
+                tell("interrupted before the first point; nothing is kept");
+                return Ok(ExitCode::from(130));
+            };
+            held.check()?;
             let step = (high - low) / (points - 1) as f64;
             let values: Vec<f64> = (0..points).map(|point| low + step * point as f64).collect();
             let (mut axes, mut directions) = (Vec::new(), Vec::new());
@@ -151,8 +159,6 @@ pub fn run(args: &LandscapeArgs) -> Result<ExitCode, Failure> {
     if earlier > 0 && !args.model.json {
         print(&format!("{}: continuing from {earlier} of {} points", out.display(), landscape.len()))?;
     }
-    let stop = Arc::new(AtomicBool::new(false));
-    stop_on_signals(&stop, "point", None);
     let bar = Bar::new();
     let go_on = |done| {
         bar.show("points", done, landscape.len());
@@ -160,12 +166,16 @@ pub fn run(args: &LandscapeArgs) -> Result<ExitCode, Failure> {
     };
     heights.complete(&landscape, &mut evaluator, (weights.view(), statistics.view()), &directions, go_on)?;
     drop(bar);
+    held.check()?;
     if heights.list().len() < landscape.len() {
         let done = heights.list().len();
         tell(&format!("interrupted after {done} of {} points; the same command continues from there", landscape.len()));
         return Ok(ExitCode::from(130));
     }
     tell_result(args, &out, &landscape, &heights)?;
+    if heights.list().iter().all(|height| !height.loss.is_finite()) {
+        return Err(subject.weights_error("no point of the landscape has a finite loss".into()).into());
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -208,6 +218,7 @@ fn directions(
     args: &LandscapeArgs,
     grid: &Grid,
     subject: &Subject,
+    stop: &AtomicBool,
     plan: &Plan<f32>,
     [weights, statistics]: [&Buffer<f32>; 2],
 ) -> Result<(String, Vec<Direction>), TrainError> {
@@ -235,7 +246,7 @@ fn directions(
     let CurvatureSettings { steps, tolerance, .. } = CurvatureSettings::default();
     let bar = Bar::new();
     let progress = |done| bar.show("eigenvectors", done, steps);
-    let pairs = meter.at(weights.view(), statistics.view(), |curvature| {
+    let pairs = meter.at_until(stop, weights.view(), statistics.view(), |curvature| {
         curvature.top_eigenvalues(dimensions, (steps, tolerance), seed, progress)
     });
     let pairs = pairs.map_err(|error| match error {

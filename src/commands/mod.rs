@@ -25,6 +25,17 @@ fn counted<N: std::fmt::Display + PartialEq + From<u8>>(count: N, noun: &str) ->
     format!("{count} {noun}{ending}")
 }
 
+/// Work that ended, or none if it was stopped.
+///
+/// # Errors
+/// Those of the work.
+fn unless_stopped<R>(result: Result<R, TrainError>) -> Result<Option<R>, TrainError> {
+    match result {
+        Err(TrainError::Device(polder::device::Error::Stopped)) => Ok(None),
+        result => result.map(Some),
+    }
+}
+
 /// An option that cannot be used, by its name without dashes.
 fn option(name: &str, reason: impl ToString) -> TrainError {
     TrainError::setting(name, reason.to_string())

@@ -4,15 +4,15 @@ use std::path::{Path, PathBuf};
 
 use polder::data::{Images, Split, SplitImages, StatisticsSource};
 use polder::device::{Buffer, Device};
-use polder::kernels::batch_norm::Mode;
 use polder::kernels::image::Normalization;
 use polder::nn::Model;
 use polder::plan::{Graph, Plan, PlanError, Shape, Value};
+use polder::settings;
 use polder::settings::{OptionType, Setting, SettingValue};
 use polder::train::{
-    self, CurvatureMeter, DataSettings, ModelName, Options, RunImages, RunOption, TrainError, options, weights,
+    self, BatchNormName, CurvatureMeter, DataSettings, ModelName, Options, RunImages, RunOption, TrainError, options,
+    weights,
 };
-use polder::{settings, words};
 
 use super::flags::{FlagList, Flags};
 use super::{option, tell};
@@ -31,32 +31,14 @@ settings! {
     }
 }
 
-words! {
-    /// The statistics that batch norm normalises with.
-    pub enum BatchNormName {
-        /// Running statistics
-        Eval = "eval",
-        /// Each batch's statistics
-        Train = "train",
-    }
-}
-
-impl BatchNormName {
-    pub fn mode(self) -> Mode {
-        match self {
-            BatchNormName::Eval => Mode::Eval,
-            BatchNormName::Train => Mode::Train,
-        }
-    }
-}
-
 settings! {
     /// The images over which a loss is measured, and its batch norm.
     pub struct MeasureSettings {
         /// Which images
         split: Split = Split::Train;
-        /// The first N images; curvature and eigenvectors need a multiple of `batch-size`
-        samples: Option<usize> = None, else "1000, or as many as there are, in whole batches", in at_least(1);
+        /// The first N images
+        samples: Option<usize> = None, else "1000, for the approximation ratio 5000, or as many as there are",
+            in at_least(1);
         /// Statistics that batch norm uses
         bn: BatchNormName = BatchNormName::Eval, as "MODE";
     }
@@ -109,8 +91,11 @@ pub struct ModelArgs {
 /// How many images of a split.
 pub enum Samples {
     First(usize),
-    /// The first 1,000 in whole batches, or as many as there are.
-    Usual,
+    /// The first ones, at most so many; with a batch's own statistics in whole batches.
+    Usual {
+        most: usize,
+        bn: BatchNormName,
+    },
     All,
 }
 
@@ -201,9 +186,10 @@ impl ModelArgs {
         }
         let images = match samples {
             Samples::First(n) => images.take(n).map_err(|error| option("samples", error))?,
-            Samples::Usual => {
-                let usual = CurvatureMeter::usual_samples(images.len(), batch_size.min(images.len()));
-                images.take(usual)?
+            Samples::Usual { most, bn } => {
+                let usual = most.min(images.len());
+                let part = if bn == BatchNormName::Train { batch_size.min(usual) } else { 1 };
+                images.take(usual / part * part)?
             }
             Samples::All => images,
         };

@@ -57,7 +57,7 @@ mod trace;
 
 pub use filter_normalized::filter_normalized;
 pub use lanczos::{Density, Eigenpair};
-pub use neighbourhood::Rise;
+pub use neighbourhood::{Difference, Extrema, Rise};
 
 use crate::device::{Buffer, Error, Result, Scalar, Slice};
 use crate::kernels::random;
@@ -114,6 +114,7 @@ pub struct Curvature<'a, T: Scalar> {
     flag: Buffer<u32>,
     reduction: Reduction,
     passes: Passes,
+    losses: u64,
 }
 
 impl<'a, T: Scalar> Curvature<'a, T> {
@@ -136,12 +137,29 @@ impl<'a, T: Scalar> Curvature<'a, T> {
         let (number, flag, reduction) = (device.zeros(1)?, device.zeros(1)?, Reduction::new(device)?);
         let one = device.upload(&[1.0, 0.0, 0.0, 0.0])?;
         let passes = Passes::default();
-        Ok(Self { objective, weights, direction, product, second: None, number, one, flag, reduction, passes })
+        Ok(Self {
+            objective,
+            weights,
+            direction,
+            product,
+            second: None,
+            number,
+            one,
+            flag,
+            reduction,
+            passes,
+            losses: 0,
+        })
     }
 
-    /// Passes through the objective so far.
+    /// Gradients and products so far.
     pub fn passes(&self) -> Passes {
         self.passes
+    }
+
+    /// Losses without their gradients so far. Each costs a third of a gradient.
+    pub fn losses(&self) -> u64 {
+        self.losses
     }
 
     /// `‖∇L(w)‖`. One gradient.
@@ -195,6 +213,15 @@ impl<'a, T: Scalar> Curvature<'a, T> {
         product.clear()?;
         passes.gradients += 1;
         objective.gradient(point, RunningStats::Keep, product.view_mut(), number.view_mut(), flag.view_mut())
+    }
+
+    /// The loss at a point, without its gradient. Overwrites `product`.
+    fn loss_alone(&mut self, point: Slice<'_, T>) -> Result<f64> {
+        let Self { objective, product, number, flag, losses, .. } = self;
+        flag.clear()?;
+        *losses += 1;
+        objective.loss(point, product.view_mut(), number.view_mut(), flag.view_mut())?;
+        self.finite_number("Curvature")
     }
 
     /// Writes the product of the Hessian at the weights with the direction to `product`.

@@ -1,6 +1,6 @@
 //! The loss around the weights: its rise within a ball, the largest gradient there, and its extrema along random lines.
 
-use super::{Curvature, Estimate, PURPOSE, multiply};
+use super::{Curvature, PURPOSE, multiply};
 use crate::device::{Error, Result, Scalar, Slice};
 use crate::kernels::vector::{self, Combination};
 use crate::kernels::{random, sharpness};
@@ -25,14 +25,33 @@ impl Rise {
     }
 }
 
+/// The numbers of local minima and maxima of the loss at the inner points of each of several lines.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Extrema {
+    /// Minima, by line.
+    pub minima: Vec<usize>,
+    /// Maxima, by line.
+    pub maxima: Vec<usize>,
+}
+
+/// `A/ρ²`, and its error.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Difference {
+    /// The curvature along the gradient over the distance ρ.
+    pub value: f64,
+    /// How far the rounding of the losses may have moved it.
+    pub rounding_error: f64,
+}
+
 impl<T: Scalar> Curvature<'_, T> {
     /// `(L(w + ρv) + L(w − ρv) − 2 L(w))/ρ²` with v = ∇L/‖∇L‖: the curvature along the gradient over the distance ρ, as
-    /// CR-SAM estimates it. [`Curvature::along_gradient`] is its value at w itself. Three gradients.
+    /// CR-SAM estimates it. [`Curvature::along_gradient`] is its value at w itself. One gradient and two losses. The
+    /// losses cancel: each has an error of some units in the last place of its samples' losses.
     ///
     /// # Errors
     /// [`Error::Argument`] for a ρ that is not a finite number above 0; [`Error::ZeroGradient`], [`Error::NotFinite`];
     /// those of the objective.
-    pub fn along_gradient_by_difference(&mut self, rho: f64) -> Result<f64> {
+    pub fn along_gradient_by_difference(&mut self, rho: f64) -> Result<Difference> {
         const OPERATION: &str = "Curvature::along_gradient_by_difference";
         check_rho(OPERATION, rho)?;
         let middle = self.loss_at(self.weights)?;
@@ -42,18 +61,21 @@ impl<T: Scalar> Curvature<'_, T> {
         }
         self.direction.view_mut().copy_from(self.product.view())?;
         let mut point = self.weights.device().zeros(self.weights.len())?;
-        let mut sum = 0.0;
+        let (mut sum, mut largest) = (0.0, middle.abs());
         for side in [rho, -rho] {
             point.view_mut().copy_from(self.weights)?;
             vector::axpy(side / norm, self.direction.view(), point.view_mut())?;
-            sum += self.loss_at(point.view())? - middle;
+            let loss = self.loss_alone(point.view())?;
+            (sum, largest) = (sum + loss - middle, largest.max(loss.abs()));
         }
-        Ok(sum / (rho * rho))
+        // A is a sum of four losses.
+        let rounding_error = 4.0 * loss_error::<T>() * largest / (rho * rho);
+        Ok(Difference { value: sum / (rho * rho), rounding_error })
     }
 
     /// The rise of the loss within the ball of radius ρ: after one step along the gradient (Foret et al. 2021), and at
     /// the highest point of `steps` steps of projected ascent, whose lengths fall from 4ρ/steps to zero (CR-SAM's
-    /// section 3 takes 20). `steps` + 3 gradients. If the gradient vanishes, the ascent begins in a random direction,
+    /// section 3 takes 20). `steps` + 2 gradients and a loss. If the gradient vanishes, the ascent begins in a random direction,
     /// drawn from `seed`.
     ///
     /// # Errors
@@ -68,7 +90,7 @@ impl<T: Scalar> Curvature<'_, T> {
             let mut point = self.weights.device().zeros(self.weights.len())?;
             point.view_mut().copy_from(self.weights)?;
             vector::axpy(rho / norm, self.product.view(), point.view_mut())?;
-            one_step = self.loss_at(point.view())? - start;
+            one_step = self.loss_alone(point.view())? - start;
         }
         let highest = self.ascend((rho, steps, seed), |curvature, point| curvature.loss_at(point))?;
         Ok(Rise { one_step, largest: (highest - start).max(one_step) })
@@ -94,9 +116,9 @@ impl<T: Scalar> Curvature<'_, T> {
         Ok(rho * steepest)
     }
 
-    /// The numbers of local minima (first) and of local maxima of the loss at the inner points of a line from w in a
-    /// random direction: means over `directions` lines of `steps` steps of this length (GNR's section 3.1 has 100, 10
-    /// and 0.01). One gradient per point. Calls `progress` after each line.
+    /// The numbers of local minima and maxima of the loss at the inner points of lines from w in random directions:
+    /// `directions` lines of `steps` steps of this length (GNR's section 3.1 has 100, 10 and 0.01). One loss per point,
+    /// without its gradient where the objective can. Calls `progress` after each line.
     ///
     /// # Errors
     /// [`Error::Argument`] for zero directions; [`Error::NotFinite`]; those of the objective.
@@ -106,31 +128,31 @@ impl<T: Scalar> Curvature<'_, T> {
         (steps, length): (usize, f64),
         seed: u64,
         mut progress: impl FnMut(usize),
-    ) -> Result<[Estimate; 2]> {
+    ) -> Result<Extrema> {
         const OPERATION: &str = "Curvature::extrema";
         if directions == 0 {
             return Err(Error::Argument { operation: OPERATION, message: "0 directions, expected at least 1".into() });
         }
-        let start = self.loss_at(self.weights)?;
+        let start = self.loss_alone(self.weights)?;
         let mut point = self.weights.device().zeros(self.weights.len())?;
-        let mut counts = [Vec::new(), Vec::new()];
+        let mut found = Extrema { minima: Vec::new(), maxima: Vec::new() };
         for line in 0..directions {
             let norm = self.random_direction(seed, line)?;
             let mut losses = vec![start];
             for step in 1..=steps {
                 point.view_mut().copy_from(self.weights)?;
                 vector::axpy(step as f64 * length / norm, self.direction.view(), point.view_mut())?;
-                losses.push(self.loss_at(point.view())?);
+                losses.push(self.loss_alone(point.view())?);
             }
             let inner = |sign: f64| {
                 let above = |of: &[f64]| sign * of[1] > sign * of[0] && sign * of[1] > sign * of[2];
-                losses.windows(3).filter(|of| above(of)).count() as f64
+                losses.windows(3).filter(|of| above(of)).count()
             };
-            counts[0].push(inner(-1.0));
-            counts[1].push(inner(1.0));
+            found.minima.push(inner(-1.0));
+            found.maxima.push(inner(1.0));
             progress(line + 1);
         }
-        Ok(counts.map(|counts| Estimate::of(&counts)))
+        Ok(found)
     }
 
     /// The loss at a point. Writes its gradient to `product`.
@@ -181,6 +203,11 @@ impl<T: Scalar> Curvature<'_, T> {
         }
         Ok(highest)
     }
+}
+
+/// The relative error of a loss: in the last place of the losses of its samples.
+fn loss_error<T: Scalar>() -> f64 {
+    if size_of::<T>() == 8 { 2e-16 } else { 1e-7 }
 }
 
 fn check_rho(operation: &'static str, rho: f64) -> Result<()> {

@@ -32,6 +32,9 @@ pub enum Error {
         /// The driver's reason.
         message: String,
     },
+    /// The caller asked to stop.
+    #[error("stopped before the end")]
+    Stopped,
     /// The requested device is not available.
     #[error("no device {device}: {reason}")]
     Unavailable {

@@ -264,21 +264,26 @@ pub fn perturb_linf<T: Scalar, P: Compute>(
 }
 
 /// Curvature along a direction from the losses `L0, L+, L−` at `w`, `w + ρv` and `w − ρv`: `out` receives `A = L+ + L−
-/// − 2 L0`, `B = L+ − L−`, and `A/ρ²`, an estimate of `vᵀHv`. [CR-SAM, eq. 5 to 7]
+/// − 2 L0`, `B = L+ − L−`, `A/ρ²`, an estimate of `vᵀHv` [CR-SAM, eq. 5 to 7], and its error `loss_error |L0|/ρ²`,
+/// where `loss_error` is that of A relative to the loss. With ρ = 0 the last two are not finite.
 ///
 /// # Errors
-/// [`Error::Length`] unless `losses` and `out` hold 3 numbers each, [`Error::OtherDevice`] unless they live on one
-/// device, [`Error::Argument`] unless `rho` is positive.
-pub fn curvature_from_losses(losses: Slice<'_, f64>, rho: f64, mut out: SliceMut<'_, f64>) -> Result<()> {
+/// [`Error::Length`] unless `losses` holds 3 numbers and `out` 4, [`Error::OtherDevice`] unless they live on one
+/// device, [`Error::Argument`] unless `rho` is finite and not negative.
+pub fn curvature_from_losses(
+    losses: Slice<'_, f64>,
+    (rho, loss_error): (f64, f64),
+    mut out: SliceMut<'_, f64>,
+) -> Result<()> {
     let operation = "vector::curvature_from_losses";
     let device = out.device().clone();
     let check = Check { operation, device: &device };
     check.argument("losses", losses, 3)?;
-    check.argument("out", out.view(), 3)?;
-    if !(rho > 0.0 && rho.is_finite()) {
-        return check.refuse(format!("rho = {rho}, expected a positive number"));
+    check.argument("out", out.view(), 4)?;
+    if !(rho >= 0.0 && rho.is_finite()) {
+        return check.refuse(format!("rho = {rho}, expected a finite number, 0 or more"));
     }
-    let args = CurvatureArgs { losses: losses.address(), out: out.address(), rho };
+    let args = CurvatureArgs { losses: losses.address(), out: out.address(), rho, loss_error };
     // SAFETY: the lengths are checked.
     unsafe { device.launch(id::CURVATURE_FROM_LOSSES, Launch::new(1, 1), &args) }
 }

@@ -10,7 +10,8 @@ use crate::kernels::{metrics, sharpness};
 /// It holds one vector as long as the weights, and two from the first pair of products on. Every pass moves 8 B per
 /// parameter for the first part and 12 B for each further one.
 pub struct Accumulator<T: Scalar> {
-    parts: usize,
+    /// The weight of each part in the mean.
+    weights: Vec<f64>,
     vector: Buffer<T>,
     /// For the second of a pair of products; empty before.
     second: Buffer<T>,
@@ -24,16 +25,25 @@ impl<T: Scalar> Accumulator<T> {
     /// # Errors
     /// [`Error::Argument`] for zero parts, and those of the allocation.
     pub fn new(device: &Device, len: usize, parts: usize) -> Result<Self> {
+        Self::weighted(device, len, vec![1.0 / parts as f64; parts])
+    }
+
+    /// The same with a weight for each part, such as its share of the samples. The weights add up to 1.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for zero parts, and those of the allocation.
+    pub fn weighted(device: &Device, len: usize, weights: Vec<f64>) -> Result<Self> {
+        let parts = weights.len();
         if parts == 0 {
             let message = "0 parts, expected at least 1".into();
             return Err(Error::Argument { operation: "Accumulator::new", message });
         }
         let (vector, loss) = (device.zeros(if parts > 1 { len } else { 0 })?, device.zeros(1)?);
-        Ok(Self { parts, vector, second: device.zeros(0)?, loss, one: device.upload(&[1.0, 0.0, 0.0, 0.0])? })
+        Ok(Self { weights, vector, second: device.zeros(0)?, loss, one: device.upload(&[1.0, 0.0, 0.0, 0.0])? })
     }
 
     /// An objective each of whose groups consists of `parts` consecutive groups of `objective`. Loss, gradient and
-    /// product with the Hessian are the means over the parts, in each pass. With batch norm in training mode this
+    /// product with the Hessian are the (weighted) means over the parts, in each pass. With batch norm in training mode this
     /// differs slightly from the whole batch, because each part is normalised by itself. Groups of `objective` that do
     /// not fill a last one are left out. If there are too few for one, every pass is an [`Error::Argument`].
     pub fn over<'a>(&'a mut self, objective: &'a mut dyn Objective<T>) -> Wrapped<Accumulated<'a, T>> {
@@ -50,7 +60,7 @@ pub struct Accumulated<'a, T: Scalar> {
 
 impl<T: Scalar> Accumulated<'_, T> {
     fn check(&self) -> Result<()> {
-        let (parts, groups) = (self.accumulator.parts, self.objective.domain().groups);
+        let (parts, groups) = (self.accumulator.weights.len(), self.objective.domain().groups);
         if groups >= parts {
             return Ok(());
         }
@@ -67,15 +77,31 @@ impl<T: Scalar> Accumulated<'_, T> {
         mut loss: SliceMut<'_, f64>,
         mut flag: SliceMut<'_, u32>,
     ) -> Result<()> {
-        let Accumulator { parts, vector, loss: part_loss, one, .. } = &mut *self.accumulator;
-        for part in 0..*parts {
-            self.objective.select(self.group * *parts + part)?;
+        let Accumulator { weights: shares, vector, loss: part_loss, one, .. } = &mut *self.accumulator;
+        for (part, &share) in shares.iter().enumerate() {
+            self.objective.select(self.group * shares.len() + part)?;
             let (out, out_loss) = (vector.view_mut(), part_loss.view_mut());
             self.objective.gradient(weights, running_stats, out, out_loss, flag.reborrow())?;
-            let (weight, add) = (1.0 / *parts as f64, part > 0);
             let term = Combination::alone(vector.view(), one.view());
-            sharpness::combine(term, weight, add, gradient.reborrow(), None)?;
-            metrics::mean_term(part_loss.view(), weight, add, loss.reborrow())?;
+            sharpness::combine(term, share, part > 0, gradient.reborrow(), None)?;
+            metrics::mean_term(part_loss.view(), share, part > 0, loss.reborrow())?;
+        }
+        Ok(())
+    }
+
+    /// The mean over the parts of their losses.
+    fn mean_loss(
+        &mut self,
+        weights: Slice<'_, T>,
+        mut scratch: SliceMut<'_, T>,
+        mut loss: SliceMut<'_, f64>,
+        mut flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        let Accumulator { weights: shares, loss: part_loss, .. } = &mut *self.accumulator;
+        for (part, &share) in shares.iter().enumerate() {
+            self.objective.select(self.group * shares.len() + part)?;
+            self.objective.loss(weights, scratch.reborrow(), part_loss.view_mut(), flag.reborrow())?;
+            metrics::mean_term(part_loss.view(), share, part > 0, loss.reborrow())?;
         }
         Ok(())
     }
@@ -88,12 +114,12 @@ impl<T: Scalar> Accumulated<'_, T> {
         mut product: SliceMut<'_, T>,
         mut flag: SliceMut<'_, u32>,
     ) -> Result<()> {
-        let Accumulator { parts, vector, one, .. } = &mut *self.accumulator;
-        for part in 0..*parts {
-            self.objective.select(self.group * *parts + part)?;
+        let Accumulator { weights: shares, vector, one, .. } = &mut *self.accumulator;
+        for (part, &share) in shares.iter().enumerate() {
+            self.objective.select(self.group * shares.len() + part)?;
             self.objective.hessian_vector(weights, direction, vector.view_mut(), flag.reborrow())?;
             let term = Combination::alone(vector.view(), one.view());
-            sharpness::combine(term, 1.0 / *parts as f64, part > 0, product.reborrow(), None)?;
+            sharpness::combine(term, share, part > 0, product.reborrow(), None)?;
         }
         Ok(())
     }
@@ -106,17 +132,17 @@ impl<T: Scalar> Accumulated<'_, T> {
         mut products: [SliceMut<'_, T>; 2],
         mut flag: SliceMut<'_, u32>,
     ) -> Result<()> {
-        let Accumulator { parts, vector, second, one, .. } = &mut *self.accumulator;
+        let Accumulator { weights: shares, vector, second, one, .. } = &mut *self.accumulator;
         if second.is_empty() {
             *second = weights.device().zeros(vector.len())?;
         }
-        for part in 0..*parts {
-            self.objective.select(self.group * *parts + part)?;
+        for (part, &share) in shares.iter().enumerate() {
+            self.objective.select(self.group * shares.len() + part)?;
             let into = [vector.view_mut(), second.view_mut()];
             self.objective.hessian_vector_pair(weights, directions, into, flag.reborrow())?;
             for (found, product) in [vector.view(), second.view()].into_iter().zip(&mut products) {
                 let term = Combination::alone(found, one.view());
-                sharpness::combine(term, 1.0 / *parts as f64, part > 0, product.reborrow(), None)?;
+                sharpness::combine(term, share, part > 0, product.reborrow(), None)?;
             }
         }
         Ok(())
@@ -133,7 +159,7 @@ impl<T: Scalar> Wrapper<T> for Accumulated<'_, T> {
     }
 
     fn groups(&self) -> usize {
-        self.objective.domain().groups / self.accumulator.parts
+        self.objective.domain().groups / self.accumulator.weights.len()
     }
 
     fn answer<'p>(&mut self, pass: Pass<'p, T>) -> Result<Answer<'p, T>> {
@@ -142,13 +168,14 @@ impl<T: Scalar> Wrapper<T> for Accumulated<'_, T> {
             Pass::Select { group } => self.group = group,
             _ => self.check()?,
         }
-        if self.accumulator.parts == 1 {
+        if self.accumulator.weights.len() == 1 {
             return Ok(Answer::Forward(pass));
         }
         match pass {
             Pass::Gradient { weights, running_stats, gradient, loss, flag } => {
                 self.mean_gradient(weights, running_stats, gradient, loss, flag)?;
             }
+            Pass::Loss { weights, scratch, loss, flag } => self.mean_loss(weights, scratch, loss, flag)?,
             Pass::HessianVector { weights, direction, product, flag } => {
                 self.mean_product(weights, direction, product, flag)?;
             }

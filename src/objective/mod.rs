@@ -111,7 +111,19 @@ pub enum Pass<'a, T: Scalar> {
         /// Set where something is not finite.
         flag: SliceMut<'a, u32>,
     },
-    /// The same, and writes the gradient's L2 norm to `norm` (one element). Padding counts as zero. Splits into a
+    /// Writes the mean loss at `weights` to `loss` (one element) and sets `flag` if it is not finite. The running
+    /// statistics stay as they are. Splits into a gradient, which goes to `scratch`.
+    Loss {
+        /// Where.
+        weights: Slice<'a, T>,
+        /// Room for a gradient. Its contents are undefined afterwards.
+        scratch: SliceMut<'a, T>,
+        /// Result: one element.
+        loss: SliceMut<'a, f64>,
+        /// Set where the loss is not finite.
+        flag: SliceMut<'a, u32>,
+    },
+    /// Loss and gradient, and the gradient's L2 norm in `norm` (one element). Padding counts as zero. Splits into a
     /// gradient and one more pass over it.
     GradientAndNorm {
         /// Where.
@@ -229,6 +241,9 @@ impl<T: Scalar> Pass<'_, T> {
         match self {
             Pass::Gradient { .. } => unsupported("gradient"),
             Pass::HessianVector { .. } => unsupported("exact product with its Hessian"),
+            Pass::Loss { weights, scratch, loss, flag } => {
+                objective.gradient(weights, RunningStats::Keep, scratch, loss, flag)
+            }
             Pass::GradientAndNorm { weights, running_stats, mut gradient, loss, flag, reduction, norm } => {
                 objective.gradient(weights, running_stats, gradient.reborrow(), loss, flag)?;
                 vector::l2_norm(gradient.view(), reduction, norm)
@@ -356,6 +371,20 @@ pub trait ObjectiveExt<T: Scalar>: Objective<T> {
         flag: SliceMut<'_, u32>,
     ) -> Result<()> {
         self.pass(Pass::Gradient { weights, running_stats, gradient, loss, flag })
+    }
+
+    /// [`Pass::Loss`].
+    ///
+    /// # Errors
+    /// Those of the objective.
+    fn loss(
+        &mut self,
+        weights: Slice<'_, T>,
+        scratch: SliceMut<'_, T>,
+        loss: SliceMut<'_, f64>,
+        flag: SliceMut<'_, u32>,
+    ) -> Result<()> {
+        self.pass(Pass::Loss { weights, scratch, loss, flag })
     }
 
     /// [`Pass::GradientAndNorm`].

@@ -74,7 +74,7 @@ impl<S: Compute> Plan<S> {
         if reported && self.reported == 0 {
             self.correct.clear()?;
         }
-        self.loss(self.shapes[0].batch, true, reported, loss, Some(flag.reborrow()))?;
+        self.loss(self.counted, true, reported, loss, Some(flag.reborrow()))?;
         self.reported += usize::from(reported);
         for index in (0..self.ops.len()).rev() {
             let (gradient, flag) = (gradient.reborrow(), flag.reborrow());

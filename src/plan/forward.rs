@@ -53,7 +53,17 @@ impl<S: Compute> Plan<S> {
         let shape = LossShape { batch: samples, classes: self.classes() };
         let mut arena = self.buffers.arena.disjoint();
         let logits = arena.read(self.memory.value(self.logits))?.slice(0..samples * shape.classes)?;
-        let dlogits = if gradient { Some(arena.write(self.memory.gradient(self.logits))?) } else { None };
+        let mut dlogits = if gradient { Some(arena.write(self.memory.gradient(self.logits))?) } else { None };
+        let counted = 0..samples * shape.classes;
+        let dlogits = match &mut dlogits {
+            Some(all) => {
+                if counted.end < all.len() {
+                    all.slice_mut(counted.end..all.len())?.clear()?;
+                }
+                Some(all.slice_mut(counted)?)
+            }
+            None => None,
+        };
         let mut sample_losses = arena.write(self.memory.sample_losses())?;
         loss::cross_entropy(
             &shape,

@@ -85,6 +85,8 @@ pub struct Plan<S: Compute> {
     /// The state of [`precision`]; none where gradients need no scaling.
     loss_scale: Option<Buffer<f64>>,
     labels: Buffer<u32>,
+    /// The loss is the mean over so many samples of the batch, the first ones.
+    counted: usize,
     /// Correct predictions: of the passes that are reported, and of the others.
     correct: Buffer<u32>,
     statistics: Buffer<S::Master>,
@@ -135,6 +137,7 @@ impl<S: Compute> Plan<S> {
             second_pass: SecondPass::NotMade,
             loss_scale: if S::SCALES_LOSS { Some(device.upload(&precision::SCALE_START)?) } else { None },
             labels: device.zeros(shapes[0].batch)?,
+            counted: shapes[0].batch,
             correct: device.zeros(2)?,
             statistics: initial_statistics(device, &statistics_layout)?,
             pending: [device.zeros(statistics_layout.len())?, device.zeros(statistics_layout.len())?],
@@ -193,6 +196,27 @@ impl<S: Compute> Plan<S> {
     pub fn batch_mut(&mut self) -> Result<(SliceMut<'_, S>, SliceMut<'_, u32>)> {
         let images = self.buffers.arena.slice_mut(self.memory.value(Value(0)))?;
         Ok((images.cast(self.shapes[0].len())?, self.labels.view_mut()))
+    }
+
+    /// Takes losses, gradients and products over the first `samples` of the batch alone, until it is called again. The
+    /// others pass through the network, too.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for no samples, for more than the batch has, and for a part of the batch in
+    /// [`Mode::Train`], where all of them take part in the statistics.
+    pub fn count_samples(&mut self, samples: usize) -> Result<()> {
+        const OPERATION: &str = "Plan::count_samples";
+        let batch = self.shapes[0].batch;
+        if samples == 0 || samples > batch {
+            let message = format!("{samples} samples of a batch of {batch}");
+            return Err(Error::Argument { operation: OPERATION, message });
+        }
+        if samples < batch && self.options.batch_norm == Mode::Train {
+            let message = "a part of a batch whose statistics normalise it".into();
+            return Err(Error::Argument { operation: OPERATION, message });
+        }
+        self.counted = samples;
+        Ok(())
     }
 
     /// The logits of the newest pass, `[batch, classes]`; of a pair, of one of the two.

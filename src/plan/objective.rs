@@ -5,7 +5,7 @@ use super::second_pass::SecondPass;
 use super::{Plan, check_backward};
 use crate::device::{Compute, Result, Slice, SliceMut};
 use crate::kernels::batch_norm::Mode;
-use crate::kernels::{precision, vector};
+use crate::kernels::{check_length, precision, vector};
 use crate::objective::{Displacement, Domain, Objective, Pass, RunningStats, difference};
 
 /// What passes do in a plan, and what they cost.
@@ -38,6 +38,12 @@ impl<S: Compute> Objective<S::Master> for Plan<S> {
             Pass::Gradient { weights, running_stats, gradient, loss, flag } => {
                 self.round(weights)?;
                 self.gradient_pass(weights, running_stats, gradient, loss, flag, None)
+            }
+            Pass::Loss { weights, loss, flag, .. } => {
+                check_length("Plan::loss", "weights", weights.len(), self.parameters.len())?;
+                self.round(weights)?;
+                self.forward(weights, RunningStats::Keep)?;
+                self.loss(self.counted, false, false, loss, Some(flag))
             }
             Pass::GradientAndNorm { weights, running_stats, gradient, loss, flag, reduction, norm } => {
                 self.round(weights)?;

@@ -126,7 +126,7 @@ impl<S: Compute> Plan<S> {
     ) -> Result<()> {
         self.round(weights)?;
         self.forward(weights, RunningStats::Keep)?;
-        self.loss(self.shapes[0].batch, true, false, tangents[0].loss.view_mut(), Some(flag))?;
+        self.loss(self.counted, true, false, tangents[0].loss.view_mut(), Some(flag))?;
         for (direction, tangent) in directions.into_iter().zip(&mut *tangents) {
             round(direction, &mut tangent.rounded)?;
             self.forward_tangent(weights, direction, tangent)?;
@@ -170,13 +170,18 @@ impl<S: Compute> Plan<S> {
     }
 
     fn loss_tangent(&mut self, tangent: &mut Tangent<S>) -> Result<()> {
-        let shape = LossShape { batch: self.shapes[0].batch, classes: self.classes() };
-        let logits = self.logits()?;
+        let shape = LossShape { batch: self.counted, classes: self.classes() };
+        let counted = 0..shape.batch * shape.classes;
+        let logits = self.logits()?.slice(counted.clone())?;
         let scale = self.loss_scale.as_ref().map(|state| state.view());
         let mut arena = tangent.arena.disjoint();
-        let logits_tangent = arena.read(self.memory.value(self.logits))?;
-        let dlogits_tangent = arena.write(self.memory.gradient(self.logits))?;
-        loss::cross_entropy_tangent(&shape, logits, logits_tangent, dlogits_tangent, scale)
+        let logits_tangent = arena.read(self.memory.value(self.logits))?.slice(counted.clone())?;
+        let mut dlogits_tangent = arena.write(self.memory.gradient(self.logits))?;
+        let all = dlogits_tangent.len();
+        if counted.end < all {
+            dlogits_tangent.slice_mut(counted.end..all)?.clear()?;
+        }
+        loss::cross_entropy_tangent(&shape, logits, logits_tangent, dlogits_tangent.slice_mut(counted)?, scale)
     }
 
     /// The tangent of one operation's backward, after that. It writes the operation's part of the `product`.

@@ -270,9 +270,9 @@ pub(super) fn numbers(measures: &Measures) -> Vec<(String, f64)> {
                 add(if lanczos { "top eigenvalue" } else { "power eigenvalue" }, finding.value());
                 add("λ1/λ5", Finding::first_over_fifth(pairs).filter(|_| lanczos));
             }
-            Finding::Extrema([minima, maxima]) => {
-                add("minima", Some(minima.value));
-                add("maxima", Some(maxima.value));
+            Finding::Extrema { minima, maxima } => {
+                add("minima", Some(minima.mean.value));
+                add("maxima", Some(maxima.mean.value));
             }
             Finding::Rise { rise, .. } => {
                 add(name, Some(rise.largest));

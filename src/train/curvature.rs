@@ -1,7 +1,9 @@
 //! Curvature of a network's loss over images: all measures, at any weights.
 
+use std::sync::atomic::AtomicBool;
+
 use super::images::{Batch, DeviceImages};
-use super::{Finding, Findings, MeanOver, Measure, TrainError};
+use super::{Distribution, Finding, Findings, MeanOver, Measure, TrainError};
 use crate::curvature::{Curvature, Eigenpair, Estimate, Rise};
 use crate::data::{ImageShape, Images};
 use crate::device::{self, Buffer, Device, Error, Slice};
@@ -9,8 +11,8 @@ use crate::kernels::batch_norm::Mode;
 use crate::kernels::image::{BatchShape, Normalization};
 use crate::objective::{Accumulator, Wrapped};
 use crate::plan::{Network, Plan, PlanOptions, Shape};
-use crate::settings;
 use crate::settings::{Choice, Configurable};
+use crate::{settings, words};
 
 settings! {
     /// What to measure, and how closely.
@@ -53,24 +55,44 @@ impl CurvatureSettings {
     }
 }
 
-/// A network and the images over which its mean loss is measured, in equal parts.
+words! {
+    /// The statistics that batch norm normalises with.
+    pub enum BatchNormName {
+        /// Running statistics
+        Eval = "eval",
+        /// Each batch's statistics
+        Train = "train",
+    }
+}
+
+impl BatchNormName {
+    /// The mode of the kernels.
+    pub fn mode(self) -> Mode {
+        match self {
+            Self::Eval => Mode::Eval,
+            Self::Train => Mode::Train,
+        }
+    }
+}
+
+/// A network and the images over which its mean loss is measured, in parts.
 pub struct CurvatureMeter {
     plan: Plan<f32>,
     images: DeviceImages,
     shape: BatchShape,
     normalization: Normalization,
-    /// 0, 1, 2, …: the index of every image.
+    /// 0, 1, 2, …: the index of every image, and the first ones again where they do not fill the last part.
     order: Buffer<u32>,
     accumulator: Accumulator<f32>,
 }
 
 impl CurvatureMeter {
-    /// Plans the network for parts of `batch_size` of these images, which errors call `name`. With [`Mode::Train`]
-    /// each part is normalised with its own statistics.
+    /// Plans the network for parts of `batch_size` of these images, which errors call `name`. The last part may have
+    /// fewer. With [`Mode::Train`] each part is normalised with its own statistics, and all parts must be whole.
     ///
     /// # Errors
-    /// [`TrainError::Setting`] if the images do not divide into parts; a network that does not fit the images; too
-    /// little memory on the device.
+    /// [`TrainError::Setting`] if the images do not divide into parts that must be whole; a network that does not fit
+    /// the images; too little memory on the device.
     pub fn new(
         device: &Device,
         network: Network<'_>,
@@ -79,21 +101,23 @@ impl CurvatureMeter {
         batch_size: usize,
         batch_norm: Mode,
     ) -> Result<Self, TrainError> {
-        if !images.len().is_multiple_of(batch_size) {
-            let reason = format!("{batch_size}, expected a divisor of the {} images", images.len());
+        let (samples, batch) = (images.len(), batch_size.min(images.len()));
+        if batch_norm == Mode::Train && !samples.is_multiple_of(batch) {
+            let reason = format!("{batch}, expected a divisor of the {samples} images with `bn` train");
             return Err(TrainError::setting("batch-size", reason));
         }
         let ImageShape { height, width, channels } = images.shape;
-        let shape = Shape { batch: batch_size, height, width, channels };
+        let shape = Shape { batch, height, width, channels };
         let (graph, logits) = network(shape, images.classes).map_err(TrainError::plan(name))?;
         let options = PlanOptions { batch_norm, ..PlanOptions::training() };
         let plan = Plan::new(device, graph, logits, options).map_err(TrainError::plan(name))?;
-        let order: Vec<u32> = (0..images.len() as u32).collect();
+        let order: Vec<u32> = (0..samples.next_multiple_of(batch)).map(|index| (index % samples) as u32).collect();
+        let shares = (0..samples).step_by(batch).map(|first| batch.min(samples - first) as f64 / samples as f64);
         Ok(Self {
-            accumulator: Accumulator::new(device, plan.parameters().len(), images.len() / batch_size)?,
+            accumulator: Accumulator::weighted(device, plan.parameters().len(), shares.collect())?,
             plan,
             images: DeviceImages::new(device, images)?,
-            shape: BatchShape { batch: batch_size, height, width, channels },
+            shape: BatchShape { batch, height, width, channels },
             normalization,
             order: device.upload(&order)?,
         })
@@ -102,13 +126,9 @@ impl CurvatureMeter {
     /// The default number of images per pass.
     pub const USUAL_PART: usize = 200;
 
-    /// The most images that are used by default.
-    pub const USUAL_SAMPLES: usize = 1000;
-
-    /// The default number of images: [`Self::USUAL_SAMPLES`], or as many as there are, in whole parts of this size.
-    pub fn usual_samples(images: usize, part: usize) -> usize {
-        let part = part.max(1);
-        images.min(Self::USUAL_SAMPLES).max(part) / part * part
+    /// The most images that are used by default: 1,000, or for the approximation ratio 5,000, as in CR-SAM's section 3.
+    pub fn usual_samples(measures: &[Measure]) -> usize {
+        if measures.contains(&Measure::ApproximationRatio) { 5000 } else { 1000 }
     }
 
     /// The plan that it runs.
@@ -127,6 +147,20 @@ impl CurvatureMeter {
         statistics: Slice<'_, f32>,
         measure: impl FnOnce(&mut Curvature<'_, f32>) -> device::Result<R>,
     ) -> Result<R, TrainError> {
+        self.at_until(&AtomicBool::new(false), weights, statistics, measure)
+    }
+
+    /// The same, and ends with [`Error::Stopped`] before the next pass over a part when `stop` is set.
+    ///
+    /// # Errors
+    /// As [`CurvatureMeter::at`].
+    pub fn at_until<R>(
+        &mut self,
+        stop: &AtomicBool,
+        weights: Slice<'_, f32>,
+        statistics: Slice<'_, f32>,
+        measure: impl FnOnce(&mut Curvature<'_, f32>) -> device::Result<R>,
+    ) -> Result<R, TrainError> {
         self.plan.set_statistics(statistics)?;
         let (pixels, labels) = self.images.views();
         let mut images = Wrapped(Batch {
@@ -135,7 +169,8 @@ impl CurvatureMeter {
             pixels,
             labels,
             order: self.order.view(),
-            samples: self.order.len(),
+            samples: self.images.count,
+            stop: Some(stop),
             clock: None,
             normalization: &self.normalization,
             augment: None,
@@ -144,12 +179,14 @@ impl CurvatureMeter {
         Ok(measure(&mut Curvature::new(&mut all, weights)?)?)
     }
 
-    /// Calls `measure` with the loss of each part separately, and returns the results in the order of the parts.
+    /// Calls `measure` with the loss of each part separately, and returns the results in the order of the parts. Ends as
+    /// [`CurvatureMeter::at_until`] does.
     ///
     /// # Errors
     /// As [`CurvatureMeter::at`].
-    pub fn at_each_part<R>(
+    fn at_each_part<R>(
         &mut self,
+        stop: &AtomicBool,
         weights: Slice<'_, f32>,
         statistics: Slice<'_, f32>,
         mut measure: impl FnMut(&mut Curvature<'_, f32>) -> device::Result<R>,
@@ -164,7 +201,8 @@ impl CurvatureMeter {
                 pixels,
                 labels,
                 order: self.order.slice(number * part..(number + 1) * part)?,
-                samples: part,
+                samples: part.min(self.images.count - number * part),
+                stop: Some(stop),
                 clock: None,
                 normalization: &self.normalization,
                 augment: None,
@@ -179,9 +217,10 @@ impl CurvatureMeter {
     /// number of steps.
     ///
     /// # Errors
-    /// Slices of another length or device; failures of the device.
+    /// Slices of another length or device; failures of the device; [`Error::Stopped`] soon after `stop` is set.
     pub fn measure(
         &mut self,
+        stop: &AtomicBool,
         weights: Slice<'_, f32>,
         statistics: Slice<'_, f32>,
         settings: &CurvatureSettings,
@@ -189,7 +228,8 @@ impl CurvatureMeter {
     ) -> Result<Findings, TrainError> {
         let tensors = self.plan.parameters().tensors();
         let tensors: Vec<_> = tensors.iter().map(|tensor| (tensor.name.clone(), tensor.range())).collect();
-        let mut found = self.at(weights, statistics, |curvature| measure(curvature, settings, &tensors, progress))?;
+        let mut found =
+            self.at_until(stop, weights, statistics, |curvature| measure(curvature, settings, &tensors, progress))?;
         let CurvatureSettings { rho, ascent_steps, seed, .. } = *settings;
         let wants = |measure: &Measure| settings.measure.contains(measure);
         let of_parts: Vec<Measure> =
@@ -198,11 +238,12 @@ impl CurvatureMeter {
             return Ok(found);
         }
         let (parts, mut done) = (self.order.len() / self.shape.batch, 0);
-        let rises = self.at_each_part(weights, statistics, |part| {
+        let rises = self.at_each_part(stop, weights, statistics, |part| {
             let rise = part.rise(rho, ascent_steps, seed);
             done += 1;
             progress(of_parts[0], done, parts);
             found.passes.gradients += part.passes().gradients;
+            found.losses += part.losses();
             rise
         });
         let rises = match rises {
@@ -220,7 +261,7 @@ impl CurvatureMeter {
                     Finding::Mean(Estimate::of(&largest), MeanOver::Parts)
                 }
                 _ if ratios.is_empty() => Finding::None("the loss does not rise".into()),
-                _ => Finding::Mean(Estimate::of(&ratios), MeanOver::Parts),
+                _ => Finding::Ratio { mean: Estimate::of(&ratios), not_risen: rises.len() - ratios.len() },
             };
             found.list.push((measure, finding));
         }
@@ -290,7 +331,9 @@ fn measure(
                 traces.map(|traces| Finding::Layers(names.zip(traces).collect()))
             }
             Measure::Vhv => curvature.along_gradient().map(Finding::Number),
-            Measure::VhvDifference => curvature.along_gradient_by_difference(rho).map(Finding::Number),
+            Measure::VhvDifference => curvature
+                .along_gradient_by_difference(rho)
+                .map(|found| Finding::Rounded { value: found.value, rounding_error: found.rounding_error }),
             Measure::Sharpness => {
                 let rise = curvature.rise(rho, ascent_steps, seed);
                 rise.map(|rise| Finding::Rise { rise, rho, steps: ascent_steps })
@@ -301,7 +344,11 @@ fn measure(
             }
             Measure::Extrema => {
                 let on = on(probes);
-                curvature.extrema(probes, (10, 0.01), seed, |done| on(progress, done)).map(Finding::Extrema)
+                let found = curvature.extrema(probes, (10, 0.01), seed, |done| on(progress, done));
+                found.map(|found| Finding::Extrema {
+                    minima: Distribution::of(&found.minima),
+                    maxima: Distribution::of(&found.maxima),
+                })
             }
             Measure::TopEigenvalues => {
                 let on = on(steps);
@@ -319,5 +366,5 @@ fn measure(
         };
         list.push((measure, settled(found)?.unwrap_or_else(|failed| failed)));
     }
-    Ok(Findings { list, passes: curvature.passes() })
+    Ok(Findings { list, passes: curvature.passes(), losses: curvature.losses() })
 }

@@ -58,6 +58,12 @@ pub enum TrainError {
         /// Its folder.
         path: PathBuf,
     },
+    /// The folder that results were written to is no longer there.
+    #[error("{}: was removed, moved or replaced while results were written to it", path.display())]
+    Gone {
+        /// Where it was.
+        path: PathBuf,
+    },
     /// A path that is not a run folder.
     #[error("{}: not a run folder (it has no config.toml)", path.display())]
     NoRun {
@@ -100,6 +106,7 @@ impl TrainError {
     /// Whether the input is at fault, such as a setting or a file, rather than the machine.
     pub fn is_input(&self) -> bool {
         match self {
+            TrainError::Gone { .. } => false,
             TrainError::Device(error) => matches!(error, device::Error::Unavailable { .. }),
             TrainError::Io { source, .. } => matches!(
                 source.kind(),

@@ -3,7 +3,7 @@
 
 use std::fs::{File, TryLockError};
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use flate2::Crc;
 
@@ -11,7 +11,31 @@ use super::TrainError;
 
 /// A folder that this process writes to, and no other one, for as long as the value lives.
 #[derive(Debug)]
-pub struct Held(#[allow(dead_code)] Option<File>);
+pub struct Held {
+    folder: PathBuf,
+    /// The open folder, which carries the lock.
+    open: Option<File>,
+}
+
+impl Held {
+    /// Fails if the folder is no longer where it was: if it was removed, moved or replaced. What is written under its
+    /// name afterwards would be lost, or would mix with the results of others.
+    ///
+    /// # Errors
+    /// [`TrainError::Gone`].
+    pub fn check(&self) -> Result<(), TrainError> {
+        let same = match (std::fs::metadata(&self.folder), self.open.as_ref().map(File::metadata)) {
+            (Err(_), _) => false,
+            #[cfg(unix)]
+            (Ok(now), Some(Ok(held))) => {
+                use std::os::unix::fs::MetadataExt;
+                (now.dev(), now.ino()) == (held.dev(), held.ino())
+            }
+            (Ok(_), _) => true,
+        };
+        if same { Ok(()) } else { Err(TrainError::Gone { path: self.folder.clone() }) }
+    }
+}
 
 /// Creates a folder for results, holds it, and checks that a file can be written there. Two processes that wrote to one
 /// folder would mix their results. Where the file system has no locks, nothing keeps other processes out.
@@ -30,7 +54,7 @@ pub fn hold(folder: &Path) -> Result<Held, TrainError> {
     };
     let probe = folder.join("probe.partial");
     std::fs::write(&probe, "").and_then(|()| std::fs::remove_file(&probe)).map_err(TrainError::io(folder))?;
-    Ok(Held(lock))
+    Ok(Held { folder: folder.into(), open: lock })
 }
 
 /// Writes a file under a temporary name and renames it, so that readers see all of it or nothing, after a loss of power
@@ -82,6 +106,16 @@ mod tests {
         let inner = folder.path().join("a/b");
         let held = hold(&inner).unwrap();
         assert!(matches!(hold(&inner), Err(TrainError::InUse { path }) if path == inner));
+        held.check().unwrap();
+        let gone = || matches!(held.check(), Err(TrainError::Gone { path }) if path == inner);
+        let moved = folder.path().join("moved");
+        std::fs::rename(&inner, &moved).unwrap();
+        assert!(gone());
+        std::fs::create_dir(&inner).unwrap();
+        assert_eq!(gone(), cfg!(unix), "another folder in its place");
+        std::fs::remove_dir(&inner).unwrap();
+        std::fs::rename(&moved, &inner).unwrap();
+        held.check().unwrap();
         drop(held);
         hold(&inner).unwrap();
         assert_eq!(std::fs::read_dir(&inner).unwrap().count(), 0);

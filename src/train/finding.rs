@@ -1,14 +1,15 @@
 //! What measures of curvature find, and how it is written to and read from JSON.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use super::options::to_json;
-use super::{CurvatureSettings, Measure};
+use super::{CurvatureSettings, Measure, TrainError};
 use crate::curvature::{Density, Estimate, Passes, Rise};
 use crate::kernels::batch_norm::Mode;
-use crate::settings::Configurable;
+use crate::settings::{Choice, Configurable};
 
 /// What a mean is taken over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,8 +26,22 @@ pub enum MeanOver {
 pub enum Finding {
     /// A number without a sampling error.
     Number(f64),
+    /// A number that rounding may have moved.
+    Rounded {
+        /// The number.
+        value: f64,
+        /// By how much.
+        rounding_error: f64,
+    },
     /// A mean.
     Mean(Estimate, MeanOver),
+    /// The mean share of the rise that one step finds, over the parts of the images whose loss rises.
+    Ratio {
+        /// The mean.
+        mean: Estimate,
+        /// The parts whose loss does not rise, which have no such share.
+        not_risen: usize,
+    },
     /// Nothing, for this reason.
     None(String),
     /// Nothing, because something was not finite.
@@ -51,8 +66,13 @@ pub enum Finding {
     },
     /// A mean over random probes for each tensor, by its name.
     Layers(Vec<(String, Estimate)>),
-    /// Mean numbers of local minima and maxima along random lines.
-    Extrema([Estimate; 2]),
+    /// Numbers of local minima and maxima along random lines.
+    Extrema {
+        /// Of minima.
+        minima: Distribution,
+        /// Of maxima.
+        maxima: Distribution,
+    },
     /// Eigenvalues, each with its residual.
     Eigenvalues {
         /// The largest first.
@@ -62,6 +82,24 @@ pub enum Finding {
     },
     /// The density of the eigenvalues.
     Density(Density),
+}
+
+/// How often each count occurred.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Distribution {
+    /// The mean count.
+    pub mean: Estimate,
+    /// How many lines had 0, 1, 2, … of them.
+    pub histogram: Vec<usize>,
+}
+
+impl Distribution {
+    pub(super) fn of(counts: &[usize]) -> Self {
+        let mut histogram = vec![0; counts.iter().max().map_or(0, |most| most + 1)];
+        counts.iter().for_each(|&count| histogram[count] += 1);
+        let counts: Vec<f64> = counts.iter().map(|&count| count as f64).collect();
+        Self { mean: Estimate::of(&counts), histogram }
+    }
 }
 
 impl Finding {
@@ -74,19 +112,23 @@ impl Finding {
         Self::Eigenvalues { converged: within && pairs.len() == settings.top, pairs }
     }
 
-    /// λ1/λ5, a ratio that papers report.
+    /// λ1/λ5 of the eigenvalues in algebraic order, a ratio that papers report. None with fewer than five, and where the
+    /// fifth is not above its residual.
     pub fn first_over_fifth(pairs: &[(f64, f64)]) -> Option<f64> {
-        pairs.get(4).map(|fifth| pairs[0].0 / fifth.0)
+        let mut ordered = pairs.to_vec();
+        ordered.sort_by(|(a, _), (b, _)| b.total_cmp(a));
+        let &(fifth, residual) = ordered.get(4)?;
+        (fifth > residual.max(0.0)).then(|| ordered[0].0 / fifth)
     }
 
     /// Its main number: the value, the largest eigenvalue; none for other findings.
     pub fn value(&self) -> Option<f64> {
         match self {
-            Self::Number(value) | Self::Steepest { value, .. } => Some(*value),
-            Self::Mean(estimate, _) => Some(estimate.value),
+            Self::Number(value) | Self::Rounded { value, .. } | Self::Steepest { value, .. } => Some(*value),
+            Self::Mean(mean, _) | Self::Ratio { mean, .. } => Some(mean.value),
             Self::Rise { rise, .. } => Some(rise.largest),
             Self::Eigenvalues { pairs, .. } => pairs.first().map(|(value, _)| *value),
-            Self::None(_) | Self::NotFinite | Self::Layers(_) | Self::Extrema(_) | Self::Density(_) => None,
+            Self::None(_) | Self::NotFinite | Self::Layers(_) | Self::Extrema { .. } | Self::Density(_) => None,
         }
     }
 
@@ -96,12 +138,13 @@ impl Finding {
         let of = |name: &str, estimate: &Estimate| (name.to_string(), estimate.value, estimate.standard_error);
         match self {
             Self::Number(value) | Self::Steepest { value, .. } => vec![(String::new(), *value, None)],
-            Self::Mean(estimate, _) => vec![of("", estimate)],
+            Self::Rounded { value, rounding_error } => vec![(String::new(), *value, Some(*rounding_error))],
+            Self::Mean(mean, _) | Self::Ratio { mean, .. } => vec![of("", mean)],
             Self::Rise { rise, .. } => {
                 vec![(String::new(), rise.largest, None), ("one-step".into(), rise.one_step, None)]
             }
             Self::Layers(layers) => layers.iter().map(|(name, estimate)| of(name, estimate)).collect(),
-            Self::Extrema([minima, maxima]) => vec![of("minima", minima), of("maxima", maxima)],
+            Self::Extrema { minima, maxima } => vec![of("minima", &minima.mean), of("maxima", &maxima.mean)],
             Self::Eigenvalues { pairs, .. } => {
                 let numbered = pairs.iter().enumerate();
                 numbered.map(|(index, (value, residual))| (format!("{}", index + 1), *value, Some(*residual))).collect()
@@ -124,6 +167,8 @@ impl<'de> Deserialize<'de> for Number {
 /// An estimate in JSON.
 #[derive(Clone, Serialize, Deserialize)]
 struct Sampled {
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    histogram: Vec<usize>,
     #[serde(default)]
     standard_error: Option<f64>,
     value: Number,
@@ -131,7 +176,11 @@ struct Sampled {
 
 impl Sampled {
     fn of(estimate: &Estimate) -> Self {
-        Self { standard_error: estimate.standard_error, value: Number(estimate.value) }
+        Self { histogram: Vec::new(), standard_error: estimate.standard_error, value: Number(estimate.value) }
+    }
+
+    fn distribution(found: Distribution) -> Self {
+        Self { histogram: found.histogram, ..Self::of(&found.mean) }
     }
 
     fn estimate(&self, probes: usize) -> Estimate {
@@ -160,6 +209,8 @@ struct Entry {
     #[serde(skip_serializing_if = "Option::is_none")]
     nodes: Option<Vec<Number>>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    not_risen: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     one_step: Option<Number>,
     #[serde(skip_serializing_if = "Option::is_none")]
     parts: Option<usize>,
@@ -171,6 +222,8 @@ struct Entry {
     residuals: Option<Vec<Number>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     rho: Option<Number>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rounding_error: Option<Number>,
     #[serde(skip_serializing_if = "Option::is_none")]
     standard_error: Option<Number>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -189,6 +242,12 @@ impl From<Finding> for Entry {
         let nothing = |reason: &str| Self { value: number(f64::NAN), reason: Some(reason.into()), ..Self::default() };
         match finding {
             Finding::Number(value) => Self { value: number(value), ..Self::default() },
+            Finding::Rounded { value, rounding_error } => {
+                Self { value: number(value), rounding_error: number(rounding_error), ..Self::default() }
+            }
+            Finding::Ratio { mean, not_risen } => {
+                Self { not_risen: Some(not_risen), ..Finding::Mean(mean, MeanOver::Parts).into() }
+            }
             Finding::Mean(Estimate { value, standard_error, probes: count }, over) => Self {
                 value: number(value),
                 standard_error: number(standard_error.unwrap_or(f64::NAN)),
@@ -213,10 +272,10 @@ impl From<Finding> for Entry {
                 layers: Some(layers.iter().map(|(name, estimate)| (name.clone(), Sampled::of(estimate))).collect()),
                 ..Self::default()
             },
-            Finding::Extrema([minima, maxima]) => Self {
-                minima: Some(Sampled::of(&minima)),
-                maxima: Some(Sampled::of(&maxima)),
-                lines: Some(minima.probes),
+            Finding::Extrema { minima, maxima } => Self {
+                lines: Some(minima.mean.probes),
+                minima: Some(Sampled::distribution(minima)),
+                maxima: Some(Sampled::distribution(maxima)),
                 ..Self::default()
             },
             Finding::Eigenvalues { pairs, converged } => Self {
@@ -245,7 +304,11 @@ impl From<Entry> for Finding {
         }
         if let (Some(minima), Some(maxima)) = (&entry.minima, &entry.maxima) {
             let lines = entry.lines.unwrap_or_default();
-            return Self::Extrema([minima.estimate(lines), maxima.estimate(lines)]);
+            let of = |sampled: &Sampled| Distribution {
+                mean: sampled.estimate(lines),
+                histogram: sampled.histogram.clone(),
+            };
+            return Self::Extrema { minima: of(minima), maxima: of(maxima) };
         }
         if let Some(values) = entry.values {
             let residuals = entry.residuals.into_iter().flatten().map(|number| number.0);
@@ -270,7 +333,14 @@ impl From<Entry> for Finding {
         if entry.probes.is_some() || entry.parts.is_some() {
             let over = if entry.parts.is_some() { MeanOver::Parts } else { MeanOver::Probes };
             let standard_error = entry.standard_error.map(|error| error.0);
-            return Self::Mean(Estimate { value, standard_error, probes }, over);
+            let mean = Estimate { value, standard_error, probes };
+            return match entry.not_risen {
+                Some(not_risen) => Self::Ratio { mean, not_risen },
+                None => Self::Mean(mean, over),
+            };
+        }
+        if let Some(Number(rounding_error)) = entry.rounding_error {
+            return Self::Rounded { value, rounding_error };
         }
         if value.is_nan() { Self::None("not known".into()) } else { Self::Number(value) }
     }
@@ -281,14 +351,61 @@ impl From<Entry> for Finding {
 pub struct Findings {
     /// In a fixed order, whatever the order in which they were requested.
     pub list: Vec<(Measure, Finding)>,
-    /// How many passes it took, over all of the images or over a part of them.
+    /// How many gradients and products it took, over all of the images or over a part of them.
     pub passes: Passes,
+    /// How many losses without their gradients.
+    pub losses: u64,
 }
 
 impl Findings {
     /// By the names of the measures, as JSON has them.
     pub fn by_name(&self) -> BTreeMap<String, Finding> {
         self.list.iter().map(|(measure, finding)| (measure.to_string(), finding.clone())).collect()
+    }
+}
+
+impl CurvatureFile {
+    /// Reads `curvature.json`; none if there is no such file.
+    ///
+    /// # Errors
+    /// The file; [`TrainError::Results`] for another content.
+    pub fn read(path: &Path) -> Result<Option<Self>, TrainError> {
+        let text = match std::fs::read_to_string(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            text => text.map_err(TrainError::io(path))?,
+        };
+        let unusable = |error: serde_json::Error| TrainError::Results { path: path.into(), reason: error.to_string() };
+        serde_json::from_str(&text).map(Some).map_err(unusable)
+    }
+
+    /// What differs in how these measurements were taken and those of another file; none if they can stand in one.
+    pub fn difference(&self, other: &Self) -> Option<String> {
+        let differs = [
+            ("weights", self.weights != other.weights),
+            ("images", self.images != other.images || self.samples != other.samples || self.split != other.split),
+        ];
+        let setting = || self.settings.keys().find(|name| self.settings.get(*name) != other.settings.get(*name));
+        let of_setting = || setting().map(|name| format!("`{}`", name.replace('_', "-")));
+        differs.iter().find(|(_, differs)| *differs).map(|(name, _)| (*name).to_string()).or_else(of_setting)
+    }
+
+    /// Takes over the findings of a file that these do not have, and counts its passes.
+    pub fn add(&mut self, other: Self) {
+        let measures = self.measures.get_or_insert_default();
+        for (name, finding) in other.measures.into_iter().flatten() {
+            measures.entry(name).or_insert(finding);
+        }
+        for (name, count) in other.passes {
+            *self.passes.entry(name).or_default() += count;
+        }
+    }
+
+    /// The findings in their fixed order, with their measures.
+    pub fn list(&self) -> Vec<(Measure, Finding)> {
+        let found = self.measures.iter().flatten();
+        let mut list: Vec<_> = found.filter_map(|(name, found)| Some((name.parse().ok()?, found.clone()))).collect();
+        list.sort_by_key(|(measure, _)| Measure::ALL.iter().position(|other| other == measure));
+        list
     }
 }
 
@@ -305,6 +422,9 @@ pub struct CurvatureFile {
     pub passes: BTreeMap<String, u64>,
     /// The checksum of the weights.
     pub weights: Option<String>,
+    /// The checksum of the images and labels.
+    #[serde(default)]
+    pub images: Option<String>,
     /// How it was measured: [`CurvatureSettings`], the images per pass and the statistics of batch norm.
     #[serde(default)]
     pub settings: BTreeMap<String, serde_json::Value>,
@@ -315,13 +435,14 @@ pub struct CurvatureFile {
 impl CurvatureFile {
     const BATCH_NORM: &str = "bn";
 
-    /// The file of these findings over `samples` images of a split, in passes of `batch_size` images.
+    /// The file of these findings over `samples` images of a split, in passes of `batch_size` images, with the checksums
+    /// of weights and images.
     pub fn new(
         found: &Findings,
         settings: &CurvatureSettings,
         (samples, split): (usize, &str),
         (batch_size, batch_norm): (usize, Mode),
-        weights: String,
+        [weights, images]: [String; 2],
     ) -> Self {
         let Passes { gradients, products } = found.passes;
         let options = CurvatureSettings::OPTIONS.iter().filter(|option| option.name != "measure");
@@ -333,8 +454,11 @@ impl CurvatureFile {
         Self {
             samples: Some(samples as u64),
             split: split.into(),
-            passes: BTreeMap::from([("gradients".into(), gradients), ("products".into(), products)]),
+            passes: [("gradients", gradients), ("losses", found.losses), ("products", products)]
+                .map(|(name, count)| (name.to_string(), count))
+                .into(),
             weights: Some(weights),
+            images: Some(images),
             settings: all,
             measures: Some(found.by_name()),
         }
@@ -364,6 +488,11 @@ mod tests {
                 Finding::Mean(estimate(2.0, None, 1), MeanOver::Parts),
                 r#"{"parts":1,"standard_error":null,"value":2.0}"#,
             ),
+            (Finding::Rounded { value: 3.0, rounding_error: 0.5 }, r#"{"rounding_error":0.5,"value":3.0}"#),
+            (
+                Finding::Ratio { mean: estimate(0.75, Some(0.25), 3), not_risen: 1 },
+                r#"{"not_risen":1,"parts":3,"standard_error":0.25,"value":0.75}"#,
+            ),
             (Finding::None("the gradient is zero".into()), r#"{"reason":"the gradient is zero","value":null}"#),
             (
                 Finding::Rise { rise: Rise { one_step: 0.5, largest: 0.75 }, rho: 0.05, steps: 20 },
@@ -375,8 +504,8 @@ mod tests {
                 r#"{"layers":{"conv":{"standard_error":0.25,"value":1.5},"fc":{"standard_error":0.25,"value":1.5}},"probes":7}"#,
             ),
             (
-                Finding::Extrema([estimate(0.5, None, 4), estimate(0.25, Some(0.1), 4)]),
-                r#"{"lines":4,"maxima":{"standard_error":0.1,"value":0.25},"minima":{"standard_error":null,"value":0.5}}"#,
+                Finding::Extrema { minima: Distribution::of(&[0, 0]), maxima: Distribution::of(&[1, 3]) },
+                r#"{"lines":2,"maxima":{"histogram":[0,1,0,1],"standard_error":1.0,"value":2.0},"minima":{"histogram":[2],"standard_error":0.0,"value":0.0}}"#,
             ),
             (
                 Finding::Eigenvalues { pairs: vec![(4.0, 0.1), (2.0, 0.2)], converged: true },
@@ -394,5 +523,14 @@ mod tests {
         let text = serde_json::to_string(&Finding::NotFinite).unwrap();
         assert!(text.contains("\"value\":null") && text.contains("not finite"), "{text}");
         assert_eq!(serde_json::from_str::<Finding>(&text).unwrap(), Finding::NotFinite);
+    }
+
+    #[test]
+    fn the_ratio_of_eigenvalues_is_of_their_algebraic_order() {
+        let pairs = |values: [f64; 5]| values.map(|value| (value, 0.01)).to_vec();
+        assert_eq!(Finding::first_over_fifth(&pairs([-9.0, 8.0, 4.0, 2.0, 1.0])), None, "the fifth is negative");
+        assert_eq!(Finding::first_over_fifth(&pairs([2.0, 8.0, 4.0, 3.0, 1.0])), Some(8.0));
+        assert_eq!(Finding::first_over_fifth(&pairs([8.0, 4.0, 2.0, 1.0, 0.005])), None, "zero within its residual");
+        assert_eq!(Finding::first_over_fifth(&pairs([8.0, 4.0, 2.0, 1.0, 0.5])[..4]), None);
     }
 }

@@ -1,10 +1,11 @@
 //! The images of a run, an evaluation or a measurement: opened, normalised, on the device, and as an objective.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::TrainError;
 use crate::data::{self, Dataset, Images, Split};
-use crate::device::{self, Buffer, Compute, Device, HostOptions, Slice};
+use crate::device::{self, Buffer, Compute, Device, Error, HostOptions, Slice};
 use crate::kernels::image::{self, Augment, BatchShape, Normalization, Position};
 use crate::objective::{Answer, Objective, Pass, Wrapper};
 use crate::plan::Plan;
@@ -106,8 +107,11 @@ pub(super) struct Batch<'a, S: Compute> {
     pub labels: Slice<'a, u32>,
     /// Indices of samples.
     pub order: Slice<'a, u32>,
-    /// How many of them belong to the batch: the first ones, or those that the clock points at.
+    /// How many of them belong to the batch: the first ones, or those that the clock points at. If they do not fill a
+    /// last part, `order` has others to fill it up, which do not count.
     pub samples: usize,
+    /// Ends the work with an error when it is set.
+    pub stop: Option<&'a AtomicBool>,
     pub clock: Option<Slice<'a, u64>>,
     pub normalization: &'a Normalization,
     pub augment: Option<Augment>,
@@ -123,11 +127,15 @@ impl<S: Compute<Master = f32>> Wrapper<f32> for Batch<'_, S> {
     }
 
     fn groups(&self) -> usize {
-        self.samples / self.shape.batch
+        self.samples.div_ceil(self.shape.batch)
     }
 
     fn answer<'p>(&mut self, pass: Pass<'p, f32>) -> device::Result<Answer<'p, f32>> {
         let Pass::Select { group } = pass else { return Ok(Answer::Forward(pass)) };
+        if self.stop.is_some_and(|stop| stop.load(Ordering::Relaxed)) {
+            return Err(Error::Stopped);
+        }
+        self.plan.count_samples((self.samples - group * self.shape.batch).min(self.shape.batch))?;
         let clock = self.clock.map(|clock| (clock, self.samples));
         let position = Position { first: group * self.shape.batch, clock };
         let (images, labels) = self.plan.batch_mut()?;
@@ -194,6 +202,7 @@ mod tests {
             labels: labels.view(),
             order: order.view(),
             samples: 2,
+            stop: None,
             clock: None,
             normalization: &normalization,
             augment: None,

@@ -102,10 +102,11 @@ impl Record {
 pub(super) struct Log {
     path: PathBuf,
     file: File,
-    /// The step of the newest line about curvature when the log was opened.
+    /// The steps of the newest lines about an epoch and about curvature when the log was opened.
+    newest_epoch: Option<u64>,
     newest_curvature: Option<u64>,
     /// Keeps other processes out of the run.
-    _held: Held,
+    held: Held,
 }
 
 impl Log {
@@ -117,15 +118,17 @@ impl Log {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
             Err(error) => return Err(TrainError::io(path)(error)),
         };
-        let (mut kept, mut newest_curvature) = (Vec::new(), None);
+        let (mut kept, mut newest_epoch, mut newest_curvature) = (Vec::new(), None, None);
         for line in text.lines() {
             let Ok(record) = serde_json::from_str::<Record>(line) else { continue };
             if record.step() > step {
                 continue;
             }
             kept.push(line);
-            if let Record::Curvature { step, .. } = record {
-                newest_curvature = Some(step);
+            match record {
+                Record::Epoch { step, .. } => newest_epoch = Some(step),
+                Record::Curvature { step, .. } => newest_curvature = Some(step),
+                Record::Step { .. } => {}
             }
         }
         let mut whole = kept.join("\n");
@@ -136,7 +139,17 @@ impl Log {
             write_whole(path, whole.as_bytes())?;
         }
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(TrainError::io(path))?;
-        Ok(Self { path: path.into(), file, newest_curvature, _held: held })
+        Ok(Self { path: path.into(), file, newest_epoch, newest_curvature, held })
+    }
+
+    /// Whether the log had a line about the epoch that ends after `step` steps when it was opened.
+    pub fn has_epoch_of(&self, step: u64) -> bool {
+        self.newest_epoch == Some(step)
+    }
+
+    /// The folder of the run.
+    pub fn held(&self) -> &Held {
+        &self.held
     }
 
     /// Whether the log had a line about the curvature after `step` steps when it was opened.
@@ -147,6 +160,7 @@ impl Log {
     pub fn write(&mut self, record: &Record) -> Result<(), TrainError> {
         let mut line = serde_json::to_string(record).map_err(|e| TrainError::io(&self.path)(e.into()))?;
         line.push('\n');
+        self.held.check()?;
         self.file.write_all(line.as_bytes()).map_err(TrainError::io(&self.path))
     }
 }

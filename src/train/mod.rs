@@ -18,11 +18,11 @@ mod state;
 mod training;
 pub mod weights;
 
-pub use curvature::{CurvatureMeter, CurvatureSettings};
+pub use curvature::{BatchNormName, CurvatureMeter, CurvatureSettings};
 pub use error::TrainError;
 pub use evaluate::{Evaluation, Evaluator};
 pub use files::{Held, checksum, hold, write_whole};
-pub use finding::{CurvatureFile, Finding, Findings, MeanOver};
+pub use finding::{CurvatureFile, Distribution, Finding, Findings, MeanOver};
 pub use folder::{RunImages, RunSplit};
 pub use images::{normalization, open_data, open_device, open_split};
 pub use listing::{RunOption, options};

@@ -9,16 +9,16 @@ use std::time::{Duration, Instant};
 use serde_json::Number;
 
 use super::TrainError;
-use super::curvature::{CurvatureMeter, CurvatureSettings};
+use super::curvature::{BatchNormName, CurvatureMeter, CurvatureSettings};
 use super::evaluate::{Evaluation, Evaluator};
 use super::folder::{self, Config};
 use super::images::open_device;
 use super::log::{Log, Record};
-use super::settings::{Measure, RunSettings};
+use super::settings::{CurvatureLogSettings, Measure, RunSettings};
 use super::state::State;
 use super::training::Subject;
-use crate::data::{self, Images};
-use crate::device::{Compute, Device, RecordedGraph};
+use crate::data::{self, Dataset, Images, Split};
+use crate::device::{Compute, Device, Error, RecordedGraph, Slice};
 use crate::kernels::batch_norm::Mode;
 use crate::optim::{RhoSchedule, Schedule, Telemetry};
 
@@ -165,8 +165,9 @@ impl<S: Compute<Master = f32>> Run<S> {
         let curvature = match settings.curvature() {
             None => None,
             Some((every, wanted)) => {
-                let (part, images) = curvature_images(settings.curvature.curvature_samples, train)?;
-                let meter = CurvatureMeter::new(&device, network, (&data, &images), normalization, part, Mode::Eval)?;
+                let images = curvature_images(&settings.curvature, &dataset)?;
+                let (part, mode) = (CurvatureMeter::USUAL_PART, settings.curvature.curvature_bn.mode());
+                let meter = CurvatureMeter::new(&device, network, (&data, &images), normalization, part, mode)?;
                 Some(CurvatureLog { every, settings: wanted, meter })
             }
         };
@@ -226,12 +227,18 @@ impl<S: Compute<Master = f32>> Run<S> {
             steps: (self.steps, self.step),
             steps_per_epoch: self.steps_per_epoch,
         });
-        // A run that was stopped between its checkpoint and the measurement catches up on it.
-        let unknown = self.log.as_ref().is_some_and(|log| !log.has_curvature_of(self.step));
-        if self.step > 0 && self.at_epoch_end() && self.curvature_is_due() && unknown {
-            self.measure_curvature(progress)?;
+        // A run that was stopped during its test or its measurement catches up on it.
+        let (mut test, mut unfinished) = (None, false);
+        if let Some(log) = self.log.as_ref().filter(|_| self.step > 0 && self.at_epoch_end()) {
+            let (untested, unmeasured) = (!log.has_epoch_of(self.step), !log.has_curvature_of(self.step));
+            if untested {
+                test = self.end_epoch(stop, progress)?;
+                unfinished = test.is_none();
+            }
+            if unmeasured && self.curvature_is_due() && !unfinished {
+                unfinished = !self.measure_curvature(stop, progress)?;
+            }
         }
-        let (mut test, mut unmeasured) = (None, false);
         (self.clock, self.reported) = (Instant::now(), Instant::now());
         while self.step < self.steps && self.diverged.is_none() && !stop.load(Ordering::Relaxed) {
             self.prepare_epoch()?;
@@ -243,12 +250,10 @@ impl<S: Compute<Master = f32>> Run<S> {
             }
             if self.at_epoch_end() || self.diverged.is_some() {
                 self.report(progress)?;
-                test = Some(self.end_epoch(progress)?);
-                if self.diverged.is_none() && self.curvature_is_due() {
-                    unmeasured = stop.load(Ordering::Relaxed);
-                    if !unmeasured {
-                        self.measure_curvature(progress)?;
-                    }
+                test = self.end_epoch(stop, progress)?;
+                unfinished = test.is_none();
+                if self.diverged.is_none() && self.curvature_is_due() && !unfinished {
+                    unfinished = !self.measure_curvature(stop, progress)?;
                 }
                 (self.clock, self.epoch_started_at) = (Instant::now(), self.step);
             } else if self.reported.elapsed() > REPORT {
@@ -256,15 +261,15 @@ impl<S: Compute<Master = f32>> Run<S> {
             }
         }
         self.device.synchronize()?;
-        // A run that is stopped before its last measurement catches up on it when it is resumed.
-        let interrupted = (self.step < self.steps || unmeasured) && self.diverged.is_none();
+        let mut interrupted = (self.step < self.steps || unfinished) && self.diverged.is_none();
         if interrupted {
             self.seconds += self.clock.elapsed().as_secs_f64();
             self.save()?;
-        } else if test.is_none() {
+        } else if test.is_none() && self.diverged.is_none() {
             // A finished run was resumed. Its result is reported, and its weights are written if it was stopped
             // between its last checkpoint and its weights.
-            test = Some(self.evaluate()?);
+            test = self.evaluate(stop)?;
+            interrupted = test.is_none();
             self.out.as_ref().map_or(Ok(()), |run| self.state.save_model(run))?;
         }
         let trained = (self.step - self.started_at) as f64 * self.state.batch as f64;
@@ -379,10 +384,13 @@ impl<S: Compute<Master = f32>> Run<S> {
         Ok(())
     }
 
-    /// Training speed since the epoch, or this part of it, began.
+    /// Training speed since the epoch, or this part of it, began; before its first step that of the whole run.
     fn images_per_second(&self) -> f64 {
-        let images = (self.step - self.epoch_started_at) as f64 * self.state.batch as f64;
-        images / self.clock.elapsed().as_secs_f64()
+        let (steps, seconds) = match self.step - self.epoch_started_at {
+            0 => (self.step, self.seconds),
+            steps => (steps, self.clock.elapsed().as_secs_f64()),
+        };
+        (steps as f64 * self.state.batch as f64 / seconds).min(f64::MAX)
     }
 
     /// The newest step's learning rate: the method's own, or the schedule's.
@@ -425,19 +433,28 @@ impl<S: Compute<Master = f32>> Run<S> {
         Ok(())
     }
 
-    fn evaluate(&mut self) -> Result<Evaluation, TrainError> {
+    /// Tests the current weights; none if it was stopped.
+    fn evaluate(&mut self, stop: &AtomicBool) -> Result<Option<Evaluation>, TrainError> {
         let Self { evaluator, state, .. } = self;
-        evaluator.evaluate(state.parameters.view(), state.plan.statistics().view(), |_| Ok(()))
+        let go_on = |_: Slice<'_, f32>| {
+            let stopped = stop.load(Ordering::Relaxed);
+            if stopped { Err(TrainError::Device(Error::Stopped)) } else { Ok(()) }
+        };
+        unless_stopped(evaluator.evaluate(state.parameters.view(), state.plan.statistics().view(), go_on))
     }
 
-    /// Evaluates, logs and saves at the end of a (partial) epoch.
-    fn end_epoch(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<Evaluation, TrainError> {
+    /// Evaluates, logs and saves at the end of a (partial) epoch. Returns none if the test was stopped.
+    fn end_epoch(
+        &mut self,
+        stop: &AtomicBool,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Option<Evaluation>, TrainError> {
         self.device.synchronize()?;
         let images_per_second = self.images_per_second();
         self.seconds += self.clock.elapsed().as_secs_f64();
         let [loss, correct, samples] = self.state.read_totals()?;
         progress(Progress::Testing);
-        let test = self.evaluate()?;
+        let Some(test) = self.evaluate(stop)? else { return Ok(None) };
         let telemetry = self.state.optimizer.telemetry()?;
         let record = Record::Epoch {
             epoch: self.epoch(),
@@ -465,51 +482,74 @@ impl<S: Compute<Master = f32>> Run<S> {
             self.save()?;
         }
         progress(Progress::Epoch(record));
-        Ok(test)
+        Ok(Some(test))
     }
 
     fn curvature_is_due(&self) -> bool {
         self.curvature.as_ref().is_some_and(|curvature| self.epoch().is_multiple_of(curvature.every))
     }
 
-    /// Measures the curvature at the current weights and writes it to the log.
-    fn measure_curvature(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<(), TrainError> {
+    /// Measures the curvature at the current weights and writes it to the log. Returns whether it was not stopped.
+    fn measure_curvature(&mut self, stop: &AtomicBool, progress: &mut dyn FnMut(Progress)) -> Result<bool, TrainError> {
         let (epoch, step) = (self.epoch(), self.step);
-        let Some(CurvatureLog { settings, meter, .. }) = &mut self.curvature else { return Ok(()) };
+        let Some(CurvatureLog { settings, meter, .. }) = &mut self.curvature else { return Ok(true) };
         // Memory that is dropped while a graph exists is held, and each measurement allocates vectors. So the graphs
         // are dropped, and the next steps are recorded again.
         self.recorded = Recorded::default();
         let (weights, statistics) = (self.state.parameters.view(), self.state.plan.statistics().view());
         let mut tell = |measure, done, of| progress(Progress::Measuring { measure, steps: (done, of) });
-        let found = meter.measure(weights, statistics, settings, &mut tell)?;
+        let found = unless_stopped(meter.measure(stop, weights, statistics, settings, &mut tell))?;
+        let Some(found) = found else { return Ok(false) };
         let record = Record::Curvature { epoch, step, measures: found.by_name() };
         if let Some(log) = &mut self.log {
             log.write(&record)?;
         }
         progress(Progress::Epoch(record));
-        Ok(())
+        Ok(true)
     }
 
     /// Saves the current state of the run, if it has a folder.
     fn save(&self) -> Result<(), TrainError> {
         match &self.out {
-            Some(run) => self.state.save(run, self.config.text.clone(), self.step, self.seconds),
+            Some(run) => {
+                self.log.as_ref().map_or(Ok(()), |log| log.held().check())?;
+                self.state.save(run, self.config.text.clone(), self.step, self.seconds)
+            }
             None => Ok(()),
         }
     }
 }
 
-/// The images that the curvature is measured over, and how many of them at a time.
-fn curvature_images(samples: Option<usize>, train: &Images) -> Result<(usize, Images), TrainError> {
-    let part = CurvatureMeter::USUAL_PART.min(samples.unwrap_or(train.len())).min(train.len());
-    let samples = samples.unwrap_or_else(|| CurvatureMeter::usual_samples(train.len(), part));
-    if samples == 0 || samples > train.len() || !samples.is_multiple_of(part) {
-        let (most, len) = (CurvatureMeter::USUAL_PART, train.len());
-        let reason = format!("{samples}, expected at most {most} or a multiple of it, of the {len} training images");
+/// The first images of a split, over which the curvature is measured.
+fn curvature_images(settings: &CurvatureLogSettings, dataset: &Dataset) -> Result<Images, TrainError> {
+    let images = match settings.curvature_split {
+        Split::Train => &dataset.train,
+        Split::Test => &dataset.test,
+    };
+    let usual = CurvatureMeter::usual_samples(&settings.curvature_measures).min(images.len());
+    let samples = match (settings.curvature_samples, settings.curvature_bn) {
+        (Some(samples), _) => samples,
+        (None, BatchNormName::Eval) => usual,
+        // Only whole parts have the statistics of a batch.
+        (None, BatchNormName::Train) => {
+            let part = CurvatureMeter::USUAL_PART.min(usual);
+            usual / part * part
+        }
+    };
+    if samples > images.len() {
+        let reason = format!("{samples}, but there are only {} {} images", images.len(), settings.curvature_split);
         return Err(TrainError::setting("curvature-samples", reason));
     }
-    let (pixels, labels) = (&train.pixels[..samples * train.shape.bytes()], &train.labels[..samples]);
-    Ok((part, Images { pixels: pixels.into(), labels: labels.into(), ..*train }))
+    let (pixels, labels) = (&images.pixels[..samples * images.shape.bytes()], &images.labels[..samples]);
+    Ok(Images { pixels: pixels.into(), labels: labels.into(), ..*images })
+}
+
+/// None for work that was stopped.
+fn unless_stopped<R>(result: Result<R, TrainError>) -> Result<Option<R>, TrainError> {
+    match result {
+        Err(TrainError::Device(Error::Stopped)) => Ok(None),
+        result => result.map(Some),
+    }
 }
 
 fn finite(value: f64) -> Option<f64> {

@@ -10,8 +10,9 @@ use std::str::FromStr;
 
 use super::listing::{find_option, of_bases};
 use super::options::{Options, to_json, to_toml};
-use super::{CurvatureSettings, TrainError};
+use super::{BatchNormName, CurvatureSettings, TrainError};
 use crate::arena::Layout;
+use crate::data::Split;
 use crate::device::HostOptions;
 use crate::nn::{MODELS, Model, Shortcut};
 use crate::optim::{self, Base, Context, Decay, Entry, METHODS, Method, RhoSchedule};
@@ -286,9 +287,19 @@ settings! {
         curvature_every: u64 = 0;
         /// What to measure
         curvature_measures: Vec<Measure> = CurvatureSettings::default().measure, with curvature_every;
-        /// Measure over the first N training images: at most 200, or a multiple of 200
-        curvature_samples: Option<usize> = None, else "1000, or as many as there are in 200s", in at_least(1),
-            with curvature_every;
+        /// Over which images
+        curvature_split: Split = Split::Train, with curvature_every;
+        /// Measure over the first N of them
+        curvature_samples: Option<usize> = None, else "1000, for the approximation ratio 5000, or as many as there are",
+            in at_least(1), with curvature_every;
+        /// Statistics that batch norm uses in the measurement
+        curvature_bn: BatchNormName = BatchNormName::Eval, as "MODE", with curvature_every;
+        /// Radius for sharpness measures
+        curvature_rho: Option<f64> = None, else "the method's rho, or 0.05", as "RHO", in positive, with curvature_every;
+        /// How many eigenvalues
+        curvature_top: usize = 5, as "K", in at_least(1), with curvature_every;
+        /// Lanczos steps for each probe of the spectrum, and at most so many for eigenvalues
+        curvature_steps: usize = 80, in at_least(1), with curvature_every;
         /// Random directions for traces, spectrum and extrema
         curvature_probes: usize = 20, in at_least(1), with curvature_every;
     }
@@ -562,14 +573,22 @@ impl RunSettings {
 
     /// After every how many epochs to measure the curvature, and what of it.
     pub(super) fn curvature(&self) -> Option<(u64, CurvatureSettings)> {
-        let CurvatureLogSettings { curvature_every, curvature_measures, curvature_probes, .. } = &self.curvature;
-        let settings = CurvatureSettings {
-            measure: curvature_measures.clone(),
-            probes: *curvature_probes,
-            seed: self.run.seed,
-            ..CurvatureSettings::default()
+        let log = &self.curvature;
+        let usual = CurvatureSettings::default();
+        let of_method = match self.method().ok().and_then(|method| method.get("rho")) {
+            Some(SettingValue::Number(rho)) if rho > 0.0 => rho,
+            _ => usual.rho,
         };
-        (*curvature_every > 0).then_some((*curvature_every, settings))
+        let settings = CurvatureSettings {
+            measure: log.curvature_measures.clone(),
+            probes: log.curvature_probes,
+            rho: log.curvature_rho.unwrap_or(of_method),
+            top: log.curvature_top,
+            steps: log.curvature_steps,
+            seed: self.run.seed,
+            ..usual
+        };
+        (log.curvature_every > 0).then_some((log.curvature_every, settings))
     }
 
     /// How the learning rate changes over `steps` steps.

@@ -100,6 +100,7 @@ impl<S: Compute<Master = f32>> State<S> {
             labels,
             order: self.order.view(),
             samples: self.batch,
+            stop: None,
             clock: Some(clock.view()),
             normalization: &self.normalization,
             augment: self.augment,

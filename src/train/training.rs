@@ -216,7 +216,10 @@ impl Subject<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{DataSettings, LoopSettings};
+    use std::path::Path;
+    use std::sync::atomic::Ordering;
+
+    use super::super::{CurvatureLogSettings, DataSettings, LoopSettings, Measure};
     use super::*;
     use crate::data::{SyntheticSpec, synthetic};
     use crate::optim::Sam;
@@ -261,6 +264,75 @@ mod tests {
         training(12, 0.1).resume(&parts).run().unwrap();
         let model = |run: &std::path::Path| std::fs::read(run.join("model.safetensors")).unwrap();
         assert!(model(&whole) == model(&parts));
+    }
+
+    /// The log without what depends on the clock.
+    fn records(run: &Path) -> Vec<serde_json::Value> {
+        let log = std::fs::read_to_string(run.join("log.jsonl")).unwrap();
+        let mut records: Vec<serde_json::Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        for record in &mut records {
+            let record = record.as_object_mut().unwrap();
+            record.remove("seconds");
+            if let Some(rate) = record.remove("images_per_second") {
+                assert!(rate.as_f64().is_some_and(|rate| rate > 0.0), "{rate}");
+            }
+        }
+        records
+    }
+
+    #[test]
+    fn a_run_that_is_stopped_during_its_test_or_measurement_catches_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let measured = || {
+            let mut training = training(10, 0.1);
+            let curvature_measures = vec![Measure::GradNorm, Measure::Trace];
+            training.settings.curvature = CurvatureLogSettings {
+                curvature_every: 1,
+                curvature_measures,
+                curvature_probes: 2,
+                ..Default::default()
+            };
+            training
+        };
+        let whole = folder.path().join("whole");
+        measured().out(&whole).run().unwrap();
+        let moments: [(&str, fn(&Progress) -> bool); 2] = [
+            ("test", |progress| matches!(progress, Progress::Testing)),
+            ("measurement", |progress| matches!(progress, Progress::Measuring { .. })),
+        ];
+        for (name, moment) in moments {
+            let (run, stop) = (folder.path().join(name), AtomicBool::new(false));
+            let mut watch = |progress: Progress| {
+                if moment(&progress) {
+                    stop.store(true, Ordering::Relaxed);
+                }
+            };
+            let summary = measured().out(&run).run_with(&stop, &mut watch).unwrap();
+            assert!(summary.interrupted && summary.steps == 5 && summary.test.is_none(), "{name}: {summary:?}");
+            let lines = records(&run).len();
+            assert_eq!(lines, usize::from(name == "measurement"), "{name}: nothing half done is logged");
+            measured().resume(&run).run().unwrap();
+            assert_eq!(records(&run), records(&whole), "{name}");
+            let model = |run: &Path| std::fs::read(run.join("model.safetensors")).unwrap();
+            assert!(model(&run) == model(&whole), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_run_whose_folder_was_moved_ends_with_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let (run, moved) = (folder.path().join("run"), folder.path().join("moved"));
+        let mut moves = |progress: Progress| {
+            if matches!(progress, Progress::Testing) && run.exists() {
+                std::fs::rename(&run, &moved).unwrap();
+            }
+        };
+        let found = training(10, 0.1).out(&run).run_with(&AtomicBool::new(false), &mut moves);
+        assert!(
+            matches!(&found, Err(error @ TrainError::Gone { path }) if *path == run && !error.is_input()),
+            "{found:?}"
+        );
+        assert!(!run.exists(), "nothing is written where the folder was");
     }
 
     #[test]

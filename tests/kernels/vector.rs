@@ -482,9 +482,9 @@ fn parts_of_buffers_that_begin_anywhere() {
 fn curvature_from_losses() {
     for (name, device) in devices() {
         let losses = device.upload(&[2.25, 2.5, 2.125]).unwrap();
-        let mut out = device.poisoned::<f64>(3).unwrap();
-        vector::curvature_from_losses(losses.view(), 0.125, out.view_mut()).unwrap();
-        assert_eq!(out.to_vec().unwrap(), [0.125, 0.375, 8.0], "{name}");
+        let mut out = device.poisoned::<f64>(4).unwrap();
+        vector::curvature_from_losses(losses.view(), (0.125, 0.5), out.view_mut()).unwrap();
+        assert_eq!(out.to_vec().unwrap(), [0.125, 0.375, 8.0, 72.0], "{name}");
     }
 }
 
@@ -949,12 +949,12 @@ fn wrong_lengths_and_devices_are_refused() {
     other_device(vector::perturb_linf(far.view(), x.view(), 0.1, out.view_mut(), None), "w");
     other_device(vector::perturb_linf(x.view(), far.view(), 0.1, out.view_mut(), None), "g");
     let (x, three, one) = (x.view(), three.view(), one.view());
-    length(vector::curvature_from_losses(one, 0.1, wide.slice_mut(0..3).unwrap()), "losses", 1, 3);
-    for rho in [0.0, -0.1, f64::NAN, f64::INFINITY] {
-        let error = vector::curvature_from_losses(three, rho, wide.slice_mut(0..3).unwrap()).unwrap_err();
+    length(vector::curvature_from_losses(one, (0.1, 0.0), wide.slice_mut(0..4).unwrap()), "losses", 1, 3);
+    for rho in [-0.1, f64::NAN, f64::INFINITY] {
+        let error = vector::curvature_from_losses(three, (rho, 0.0), wide.slice_mut(0..4).unwrap()).unwrap_err();
         assert!(matches!(error, Error::Argument { .. }), "{error}");
     }
-    length(vector::curvature_from_losses(three, 0.1, wide.view_mut()), "out", 5, 3);
+    length(vector::curvature_from_losses(three, (0.1, 0.0), wide.view_mut()), "out", 5, 4);
 
     let settings = SgdStep { lr: Rate::Fixed(0.1), momentum: 0.9, nesterov: false, weight_decay: 0.0, decay_len: 10 };
     let four = device.zeros::<f64>(4).unwrap();

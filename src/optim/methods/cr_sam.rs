@@ -58,12 +58,12 @@ impl<T: Scalar> Method<T> for CrSam {
     }
 
     fn needs(&self) -> Needs {
-        Needs { numbers: 3, ..Needs::vectors(5) }
+        Needs { numbers: 4, ..Needs::vectors(5) }
     }
 
-    /// A, B, and `A/ρ²`, the curvature along the gradient.
+    /// A, B, and `A/ρ²`, the curvature along the gradient, with its error from the rounding of the losses.
     fn telemetry(&self) -> &'static [&'static str] {
-        &["a", "b", "vhv"]
+        &["a", "b", "vhv", "vhv_error"]
     }
 
     /// Steps whose α-term was dropped because A was too small, and likewise the β-term and B.
@@ -78,7 +78,7 @@ impl<T: Scalar> Method<T> for CrSam {
         let terms = CrSamTerms { log_form: form == Form::Log, alpha, beta, a_min, b_min, loss_error };
         let Numbers { losses, own, coefficients, flag, .. } = &mut *step.numbers;
         let (losses, dropped) = (losses.slice(0..3)?, step.counters.reborrow());
-        vector::curvature_from_losses(losses, self.rho * step.rho_factor, own.view_mut())?;
+        vector::curvature_from_losses(losses, (self.rho * step.rho_factor, loss_error), own.view_mut())?;
         vector::cr_sam_coefficients(losses, terms, coefficients.slice_mut(0..3)?, flag.view(), dropped)?;
         Ok(Direction::combined([G0, G1, G2]))
     }
