@@ -381,6 +381,47 @@ fn idx_files_that_do_not_belong_together_are_named() -> TestResult {
     Ok(())
 }
 
+/// Resumed runs recognise their images by it, so it must stay the same from version to version.
+#[test]
+fn the_checksum_of_a_data_set_covers_its_images_and_labels_alone() -> TestResult {
+    let folder = idx_folder()?;
+    let data = load(folder.path())?;
+    assert_eq!(data.checksum(), "4f79361b");
+
+    // Another form of the same files, and other statistics.
+    let path = folder.path().join("train-images-idx3-ubyte");
+    fs::write(path.with_extension("gz"), gzip(&fs::read(&path)?))?;
+    fs::rename(path.with_extension("gz"), &path)?;
+    let mut packed = load(folder.path())?;
+    packed.name = "other".into();
+    packed.mean = vec![0.5];
+    assert_eq!(packed.checksum(), data.checksum());
+
+    let mut changed = Vec::new();
+    for split in [Split::Train, Split::Test] {
+        let change = |change: fn(&mut Images)| {
+            let mut data = data.clone();
+            change(if split == Split::Train { &mut data.train } else { &mut data.test });
+            data.checksum()
+        };
+        changed.push(change(|images| images.pixels[7] ^= 1));
+        changed.push(change(|images| images.labels[1] ^= 1));
+        changed.push(change(|images| images.labels.swap(0, 1)));
+        changed.push(change(|images| std::mem::swap(&mut images.shape.height, &mut images.shape.width)));
+    }
+    // An image that moved from one split to the other.
+    let mut moved = data.clone();
+    moved.test.labels.insert(0, moved.train.labels.remove(3));
+    let image = moved.train.pixels.split_off(3 * 30);
+    moved.test.pixels.splice(..0, image);
+    changed.push(moved.checksum());
+    changed.push(data.checksum());
+    changed.sort_unstable();
+    changed.dedup();
+    assert_eq!(changed.len(), 10);
+    Ok(())
+}
+
 // ---- Folders --------------------------------------------------------------------------------------------------------
 
 #[test]
