@@ -40,14 +40,13 @@ impl Config {
 /// The checkpoint of a run that is resumed. None for a run that was stopped before its first: it starts again.
 pub(super) fn saved(run: &Path, config: &Config) -> Result<Option<Checkpoint>, TrainError> {
     let path = checkpoint::path(run);
-    if !path.is_file() {
+    let Some(saved) = Checkpoint::load(run)? else {
         if !run.join("model.safetensors").exists() {
             return Ok(None);
         }
         let reason = "is missing: the run has weights, but cannot be resumed without its checkpoint".into();
         return Err(TrainError::Weights { path, reason });
-    }
-    let saved = Checkpoint::load(run)?;
+    };
     let damaged = |error: TrainError| TrainError::Weights { path: path.clone(), reason: format!("damaged: {error}") };
     let before = config.before(&saved.settings).map_err(damaged)?;
     let now: toml::Table = toml::from_str(&config.text)
@@ -64,6 +63,11 @@ pub(super) fn open(run: &Path, config: &Config, resume: bool, (step, steps): (u6
     let path = run.join("config.toml");
     if !resume && FILES.iter().any(|name| run.join(name).exists()) {
         return Err(TrainError::RunExists { path: run.into() });
+    }
+    // The weights are written after the last epoch. What is in their way should not be found so late.
+    if let Some(name) = FILES[..3].iter().find(|name| run.join(name).is_dir()) {
+        let reason = "a folder, where the run needs a file".into();
+        return Err(TrainError::Occupied { path: run.join(name), reason });
     }
     let held = hold(run)?;
     let text = config.text.as_bytes();
