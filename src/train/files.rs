@@ -134,7 +134,7 @@ pub fn hold(folder: &Path) -> Result<Held, TrainError> {
 /// that is not a regular file, such as a pipe, is written to directly.
 ///
 /// # Errors
-/// Those of the file.
+/// [`TrainError::InUse`] while another process writes the same file; those of the file.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
     if std::fs::metadata(path).is_ok_and(|found| !found.is_file()) {
         return std::fs::write(path, bytes).map_err(TrainError::io(path));
@@ -142,8 +142,16 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
     let mut partial = path.as_os_str().to_owned();
     partial.push(".partial");
     let partial = Path::new(&partial);
-    let write = || {
-        let mut file = File::create(partial)?;
+    let mut file = open_alone(partial, path)?;
+    for _ in 0..100 {
+        // Another writer may have renamed the file after it was opened here.
+        if is_same_file(&file, partial) {
+            break;
+        }
+        file = open_alone(partial, path)?;
+    }
+    let mut write = || {
+        file.set_len(0)?;
         file.write_all(bytes)?;
         file.sync_all()?;
         std::fs::rename(partial, path)?;
@@ -156,6 +164,31 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
         let _ = std::fs::remove_file(partial);
         TrainError::io(path)(error)
     })
+}
+
+/// Opens the temporary file of `path` and keeps other processes from writing to it, where the file system has locks.
+fn open_alone(partial: &Path, path: &Path) -> Result<File, TrainError> {
+    let file = File::options().create(true).write(true).truncate(false).open(partial).map_err(TrainError::io(path))?;
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => Err(TrainError::InUse { path: path.into() }),
+        Err(TryLockError::Error(_)) | Ok(()) => Ok(file),
+    }
+}
+
+/// Whether the path still leads to the file that was opened.
+#[cfg(unix)]
+fn is_same_file(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    match (file.metadata(), std::fs::metadata(path)) {
+        (Ok(open), Ok(found)) => (open.dev(), open.ino()) == (found.dev(), found.ino()),
+        (open, _) => open.is_err(),
+    }
+}
+
+/// Elsewhere an open file is not renamed.
+#[cfg(not(unix))]
+fn is_same_file(_: &File, _: &Path) -> bool {
+    true
 }
 
 /// A checksum of a file, by which results identify the weights that they belong to.
@@ -188,6 +221,19 @@ mod tests {
         assert_eq!(std::fs::read_dir(&inner).unwrap().count(), 0);
         std::fs::write(inner.join("file"), "").unwrap();
         assert!(matches!(hold(&inner.join("file")), Err(TrainError::Io { .. })));
+    }
+
+    #[test]
+    fn a_file_is_written_by_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        std::fs::write(&path, "old").unwrap();
+        let other = open_alone(&folder.path().join("file.partial"), &path).unwrap();
+        assert!(matches!(write_whole(&path, b"new"), Err(TrainError::InUse { path: named }) if named == path));
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+        drop(other);
+        write_whole(&path, b"new").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"new");
     }
 
     #[test]
