@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::checkpoint::{self, Checkpoint};
+use super::files::{MOST_SETTINGS, read_regular};
 use super::log::Log;
 use super::settings::continues;
 use super::{Options, TrainError, hold, write_whole};
@@ -61,6 +62,8 @@ pub(super) fn saved(run: &Path, config: &Config) -> Result<Option<Checkpoint>, T
 /// Prepares the folder of a run that has done `step` of `steps` steps, and opens its log.
 pub(super) fn open(run: &Path, config: &Config, resume: bool, (step, steps): (u64, u64)) -> Result<Log, TrainError> {
     let path = run.join("config.toml");
+    // What the folder holds is looked at while no other process can write to it.
+    let held = hold(run)?;
     if !resume && FILES.iter().any(|name| run.join(name).exists()) {
         return Err(TrainError::RunExists { path: run.into() });
     }
@@ -69,10 +72,9 @@ pub(super) fn open(run: &Path, config: &Config, resume: bool, (step, steps): (u6
         let reason = "a folder, where the run needs a file".into();
         return Err(TrainError::Occupied { path: run.join(name), reason });
     }
-    let held = hold(run)?;
     let text = config.text.as_bytes();
     // A run that is resumed unchanged, or that is already longer, keeps its settings file.
-    if step <= steps && std::fs::read(&path).map_or(true, |found| found != text) {
+    if step <= steps && read_regular(&path, MOST_SETTINGS).map_or(true, |found| found != text) {
         write_whole(&path, text)?;
     }
     Log::open(&run.join("log.jsonl"), step, held)
