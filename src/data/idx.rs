@@ -133,8 +133,8 @@ fn folder_name(folder: &Path) -> String {
     folder.file_name().map_or_else(|| "idx".into(), |name| name.to_string_lossy().into_owned())
 }
 
-/// Reads images and labels of one split, and finds the published data set that they belong to. Both headers are compared
-/// before anything is read that they announce.
+/// Reads images and labels of one split, and finds the published data set that they belong to. Both headers are
+/// compared before anything is read that they announce.
 fn read_split(folder: &Path, split: Split) -> Result<(Images, Option<&'static Published>), DataError> {
     let label_file = IdxFile::open(folder, split, LABELS)?;
     let image_file = IdxFile::open(folder, split, IMAGES)?;

@@ -337,10 +337,12 @@ pub const FORMATS: &[Format] = &[synthetic::FORMAT, cifar::CIFAR10, cifar::CIFAR
 ///   also written `train-images.idx3-ubyte`, each with or without `.gz` (the first bytes of a file decide whether it is
 ///   unpacked). The largest label of both splits decides how many classes there are.
 ///
-/// The files may also lie in the sub-folder that their archives unpack to (`cifar-10-batches-bin`, `cifar-100-binary`) or
-/// that torchvision puts them in (`MNIST/raw`, `FashionMNIST/raw`, `KMNIST/raw`), if there is only one of them. Mean and standard deviation are the
-/// published ones for both CIFARs and for MNIST and Fashion-MNIST, which are told apart by their first labels, since
-/// their files have the same names. For other IDX files they are computed from the training images.
+/// The files may also lie in the sub-folder that their archives unpack to (`cifar-10-batches-bin`, `cifar-100-binary`)
+/// or that torchvision puts them in (`MNIST/raw`, `FashionMNIST/raw`, `KMNIST/raw`), if there is only one of them.
+///
+/// Mean and standard deviation are the published ones for both CIFARs and for MNIST and Fashion-MNIST, which are told
+/// apart by their first labels, since their files have the same names. For other IDX files they are computed from the
+/// training images.
 ///
 /// # Errors
 /// Any variant of [`DataError`] that names a path. Memory is allocated for what the files really hold, unpacked,

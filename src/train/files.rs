@@ -88,8 +88,8 @@ pub(crate) fn if_there<T>(read: Result<T, TrainError>) -> Result<Option<T>, Trai
     }
 }
 
-/// Text from a file as an error shows it: in one line, without characters that a terminal would obey, and at most `most`
-/// characters of it.
+/// Text from a file as an error shows it: in one line, without characters that a terminal would obey, and at most
+/// `most` characters of it.
 pub(crate) fn shown(text: &str, most: usize) -> String {
     let mut line = String::new();
     let mut characters = text.chars();

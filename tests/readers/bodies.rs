@@ -1,6 +1,6 @@
 //! What holds for every reader of files, whatever the bytes. `tests/readers.rs` runs these bodies on damaged files, and
-//! the fuzz targets of `fuzz/` run them on what a fuzzer finds. A body never panics unless a reader is wrong. The program
-//! around it measures time and memory in `measured`.
+//! the fuzz targets of `fuzz/` run them on what a fuzzer finds. A body never panics unless a reader is wrong. The
+//! program around it measures time and memory in `measured`.
 
 use std::fs;
 use std::io::{Read, Write};
