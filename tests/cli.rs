@@ -1268,3 +1268,41 @@ fn the_documented_options_are_the_declared_ones() {
         }
     }
 }
+
+#[test]
+fn what_is_wrong_in_the_folder_of_a_run_is_named_before_it_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = idx_folder(folder.path());
+    let out = folder.path().join("run");
+    short_run(folder.path(), data.to_str().unwrap(), &out);
+    let path = |name: &str| out.join(name);
+    let resume = ["train", "--resume", out.to_str().unwrap(), "--epochs", "3"];
+    let (model, checkpoint) = (path("model.safetensors"), path("checkpoint"));
+
+    // The weights would be written after the last epoch.
+    std::fs::rename(&model, path("kept")).unwrap();
+    std::fs::create_dir(&model).unwrap();
+    let before = std::fs::read(path("log.jsonl")).unwrap();
+    let message = mistake(&resume);
+    assert!(message.contains("model.safetensors: a folder, where the run needs a file"), "{message}");
+    assert_eq!(std::fs::read(path("log.jsonl")).unwrap(), before);
+    std::fs::remove_dir(&model).unwrap();
+    std::fs::rename(path("kept"), &model).unwrap();
+
+    // A checkpoint that is there and cannot be read is not missing.
+    std::fs::rename(&checkpoint, path("kept")).unwrap();
+    std::fs::write(&checkpoint, "").unwrap();
+    let message = mistake(&resume);
+    assert!(message.contains("state.safetensors: Not a directory"), "{message}");
+    std::fs::remove_file(&checkpoint).unwrap();
+    std::fs::create_dir_all(checkpoint.join("state.safetensors")).unwrap();
+    let message = mistake(&resume);
+    assert!(message.contains("state.safetensors: not a regular file"), "{message}");
+    std::fs::remove_dir_all(&checkpoint).unwrap();
+    std::fs::rename(path("kept"), &checkpoint).unwrap();
+
+    std::fs::write(path("log.jsonl"), [&before[..], b"{\"kind\":\"\xff"].concat()).unwrap();
+    assert!(polder(&resume).status.success());
+    let log = std::fs::read_to_string(path("log.jsonl")).unwrap();
+    assert!(log.as_bytes().starts_with(&before) && log.len() > before.len());
+}

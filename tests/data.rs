@@ -326,7 +326,7 @@ fn damaged_idx_files_are_named() -> TestResult {
     let mut wrong_checksum = packed.clone();
     let checksum = packed.len() - 8;
     wrong_checksum[checksum] ^= 1;
-    let cases: [(Vec<u8>, &str); 15] = [
+    let cases: [(Vec<u8>, &str); 18] = [
         (vec![], "0 bytes, expected 16"),
         (good[..9].to_vec(), "9 bytes, expected 16"),
         (good[..16].to_vec(), "16 bytes, expected 76"),
@@ -342,7 +342,17 @@ fn damaged_idx_files_are_named() -> TestResult {
         ),
         // Addressable, but 16 TiB that do not exist: nothing may be reserved for them.
         (idx_bytes(0x803, &[1 << 30, 1 << 7, 1 << 7], &pixels), "76 bytes, expected 17592186044432"),
-        (gzip(&idx_bytes(0x803, &[1 << 30, 1 << 7, 1 << 7], &pixels)), "76 bytes, expected 17592186044432"),
+        (gzip(&idx_bytes(0x803, &[2, 1 << 20, 1 << 20], &pixels)), "76 bytes, expected 2199023255568"),
+        // Nothing is read of images that have no labels.
+        (
+            gzip(&idx_bytes(0x803, &[1 << 30, 1 << 7, 1 << 7], &pixels)),
+            "1073741824 images, expected 2, as many as there are labels in DIR/t10k-labels-idx1-ubyte",
+        ),
+        (
+            b"<!DOCTYPE html>\n<html>".to_vec(),
+            "not an IDX file, nor a gzip file with one; it begins with `<!DOCTYPE html>\\n`",
+        ),
+        (gzip(b"\x1b[31m"), "not an IDX file, nor a gzip file with one; it begins with `\\x1b[31m`"),
         (gzip(&[&good[..], &[0]].concat()), "more than 76 bytes, expected exactly those"),
         (packed[..packed.len() - 3].to_vec(), "damaged gzip file: "),
         (wrong_checksum, "damaged gzip file: "),
@@ -355,8 +365,44 @@ fn damaged_idx_files_are_named() -> TestResult {
         assert!(if expected.ends_with(": ") { line.starts_with(&expected) } else { line == expected }, "{line}");
     }
     // Data after the last gzip member does not belong to it.
-    fs::write(&path, [&packed[..], b"more"].concat())?;
-    assert!(matches!(load(folder.path()), Err(DataError::Gzip { .. })));
+    for more in [&b"more"[..], b"\0\0more", b"\x1f"] {
+        fs::write(&path, [&packed[..], more].concat())?;
+        assert!(matches!(load(folder.path()), Err(DataError::Gzip { .. })));
+    }
+    Ok(())
+}
+
+/// Some downloads and tapes end in zeros up to a whole block.
+#[test]
+fn zeros_behind_a_gzip_file_are_ignored() -> TestResult {
+    let folder = idx_folder()?;
+    let expected = load(folder.path())?;
+    let path = folder.path().join("t10k-images-idx3-ubyte");
+    let packed = gzip(&fs::read(&path)?);
+    for zeros in [1, 511, 100_000] {
+        fs::write(&path, [&packed[..], &vec![0; zeros]].concat())?;
+        assert_eq!(load(folder.path())?.test, expected.test);
+    }
+    Ok(())
+}
+
+/// The labels of EMNIST's letters begin at 1.
+#[test]
+fn classes_without_images_are_named() -> TestResult {
+    let folder = idx_folder()?;
+    let labels: Vec<u8> = (1..=26).collect();
+    for (prefix, labels) in [("train", &labels[..]), ("t10k", &labels[3..7])] {
+        let count = labels.len() as u32;
+        let images = idx_bytes(0x803, &[count, 5, 6], &vec![9; 30 * labels.len()]);
+        fs::write(folder.path().join(format!("{prefix}-images-idx3-ubyte")), images)?;
+        fs::write(folder.path().join(format!("{prefix}-labels-idx1-ubyte")), idx_bytes(0x801, &[count], labels))?;
+    }
+    let mut data = load(folder.path())?;
+    assert_eq!((data.train.classes, data.absent_classes()), (27, vec![0]));
+    data.train.labels[4] = 1;
+    assert_eq!(data.absent_classes(), [0], "a test image has label 5");
+    data.train.labels[9] = 1;
+    assert_eq!(data.absent_classes(), [0, 10]);
     Ok(())
 }
 
@@ -431,6 +477,56 @@ fn two_data_sets_in_one_folder_are_refused() -> TestResult {
     let folder = cifar10_folder()?;
     fs::write(folder.path().join("t10k-labels-idx1-ubyte"), [])?;
     assert_eq!(error_line(folder.path()), "DIR: holds two data sets, cifar-10 and IDX; expected a folder with one");
+    Ok(())
+}
+
+#[test]
+fn the_folders_of_torchvision_are_searched() -> TestResult {
+    let root = TempDir::new()?;
+    let raw = root.path().join("MyMNIST/raw");
+    fs::create_dir_all(raw.parent().ok_or("a parent")?)?;
+    fs::rename(idx_folder()?.keep(), &raw)?;
+    assert_eq!(load(&root.path().join("MyMNIST"))?.name, "MyMNIST");
+    fs::rename(root.path().join("MyMNIST"), root.path().join("FashionMNIST"))?;
+    assert_eq!(load(root.path())?.train.labels, [2, 0, 4, 1]);
+    fs::create_dir(root.path().join("MNIST"))?;
+    fs::rename(idx_folder()?.keep(), root.path().join("MNIST/raw"))?;
+    let line = "DIR: holds two data sets, MNIST/raw and FashionMNIST/raw; expected a folder with one";
+    assert_eq!(error_line(root.path()), line);
+    Ok(())
+}
+
+#[test]
+fn the_python_version_of_cifar_is_named() -> TestResult {
+    for (archive, files) in
+        [("cifar-10-batches-py", ["batches.meta", "data_batch_1"]), ("cifar-100-python", ["meta", "train"])]
+    {
+        let root = TempDir::new()?;
+        let folder = root.path().join(archive);
+        fs::create_dir(&folder)?;
+        for file in files {
+            fs::write(folder.join(file), "pickle")?;
+        }
+        let says = "DIR: CIFAR's python version, which is not read; expected the binary version";
+        assert!(error_line(root.path()).starts_with(says) && error_line(&folder).starts_with(says));
+    }
+    Ok(())
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn paths_need_not_be_utf8() -> TestResult {
+    use std::os::unix::ffi::OsStrExt;
+    let root = TempDir::new()?;
+    for (source, name) in [(idx_folder()?, &b"idx\xff"[..]), (cifar10_folder()?, b"\xe9t\xe9")] {
+        let folder = root.path().join(std::ffi::OsStr::from_bytes(name));
+        fs::rename(source.keep(), &folder)?;
+        let data = load(&folder)?;
+        assert!(data.train.len() > 2);
+        assert_eq!(load_split(&folder, Split::Test)?.images, data.test);
+        fs::write(folder.join(if name[0] == b'i' { "t10k-labels-idx1-ubyte" } else { "test_batch.bin" }), "")?;
+        assert!(matches!(load(&folder), Err(error) if error.to_string().contains('\u{fffd}')));
+    }
     Ok(())
 }
 
@@ -756,6 +852,8 @@ fn a_label_far_beyond_the_others_is_an_error() -> TestResult {
         let _ = fs::remove_file(folder.path().join(name));
     }
     fs::write(folder.path().join("train-labels-idx1-ubyte"), labels)?;
+    let images = idx_bytes(0x803, &[count, 5, 6], &vec![1; 2100 * 30]);
+    fs::write(folder.path().join("train-images-idx3-ubyte"), images)?;
     let message = load(folder.path()).unwrap_err().to_string();
     assert!(message.contains("label 200 at sample 70, but there are only"), "{message}");
     Ok(())

@@ -3,7 +3,7 @@
 //! <https://www.cs.toronto.edu/~kriz/cifar.html>.
 
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::{
     DataError, Dataset, Format, ImageShape, Images, Recognise, Split, SplitImages, StatisticsSource, is_there, open,
@@ -16,7 +16,10 @@ const PLANE: usize = 32 * 32;
 pub(super) const CIFAR10: Format = Format {
     name: "cifar-10",
     files: "data_batch_1.bin and test_batch.bin (CIFAR-10)",
-    recognise: Recognise::InFolder(|path| recognise(&CIFAR10_LAYOUT, path)),
+    recognise: Recognise::InFolder {
+        holds: |folder| has_files(&CIFAR10_LAYOUT, folder),
+        below: &["cifar-10-batches-bin"],
+    },
     load: |folder| load(&CIFAR10_LAYOUT, folder),
     load_split: |folder, split| load_split(&CIFAR10_LAYOUT, folder, split),
 };
@@ -25,7 +28,10 @@ pub(super) const CIFAR10: Format = Format {
 pub(super) const CIFAR100: Format = Format {
     name: "cifar-100",
     files: "train.bin and test.bin (CIFAR-100)",
-    recognise: Recognise::InFolder(|path| recognise(&CIFAR100_LAYOUT, path)),
+    recognise: Recognise::InFolder {
+        holds: |folder| has_files(&CIFAR100_LAYOUT, folder),
+        below: &["cifar-100-binary"],
+    },
     load: |folder| load(&CIFAR100_LAYOUT, folder),
     load_split: |folder, split| load_split(&CIFAR100_LAYOUT, folder, split),
 };
@@ -33,8 +39,6 @@ pub(super) const CIFAR100: Format = Format {
 /// The differences between the two data sets.
 struct Layout {
     name: &'static str,
-    /// The folder in the published archive.
-    sub_folder: &'static str,
     train_files: &'static [&'static str],
     test_file: &'static str,
     /// Number of classes behind each of the label bytes of a record; the last one is the label in use.
@@ -45,7 +49,6 @@ struct Layout {
 
 static CIFAR10_LAYOUT: Layout = Layout {
     name: "cifar-10",
-    sub_folder: "cifar-10-batches-bin",
     train_files: &["data_batch_1.bin", "data_batch_2.bin", "data_batch_3.bin", "data_batch_4.bin", "data_batch_5.bin"],
     test_file: "test_batch.bin",
     label_classes: &[10],
@@ -55,7 +58,6 @@ static CIFAR10_LAYOUT: Layout = Layout {
 
 static CIFAR100_LAYOUT: Layout = Layout {
     name: "cifar-100",
-    sub_folder: "cifar-100-binary",
     train_files: &["train.bin"],
     test_file: "test.bin",
     label_classes: &[20, 100],
@@ -63,16 +65,27 @@ static CIFAR100_LAYOUT: Layout = Layout {
     std: [0.2673, 0.2564, 0.2762],
 };
 
-/// The folder that holds any file of the data set: this one, or the one that the archive unpacks to.
-fn recognise(layout: &Layout, path: &Path) -> Result<Option<PathBuf>, DataError> {
-    for folder in [path.to_path_buf(), path.join(layout.sub_folder)] {
-        for file in layout.train_files.iter().chain([&layout.test_file]) {
-            if is_there(&folder.join(file))? {
-                return Ok(Some(folder));
+/// Whether any file of the data set lies in the folder.
+fn has_files(layout: &Layout, folder: &Path) -> Result<bool, DataError> {
+    for file in layout.train_files.iter().chain([&layout.test_file]) {
+        if is_there(&folder.join(file))? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Whether a folder, or one below it, holds the python version of either set, whose files are pickles.
+pub(super) fn is_python_version(path: &Path) -> Result<bool, DataError> {
+    let sets = [("cifar-10-batches-py", "batches.meta", "data_batch_1"), ("cifar-100-python", "meta", "train")];
+    for (archive, index, train) in sets {
+        for folder in [path.to_path_buf(), path.join(archive)] {
+            if is_there(&folder.join(index))? && is_there(&folder.join(train))? {
+                return Ok(true);
             }
         }
     }
-    Ok(None)
+    Ok(false)
 }
 
 fn load(layout: &Layout, folder: &Path) -> Result<Dataset, DataError> {

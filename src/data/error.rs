@@ -25,7 +25,11 @@ pub enum DataError {
     #[error("{path}: no data set found; expected {}", files())]
     NotRecognised { path: PathBuf },
 
-    /// The folder holds files of several data sets.
+    /// The folder holds CIFAR in the version for Python.
+    #[error("{path}: CIFAR's python version, which is not read; expected the binary version (cifar-10-binary.tar.gz)")]
+    PythonVersion { path: PathBuf },
+
+    /// The folder holds files of several data sets, in itself or in folders below.
     #[error("{path}: holds two data sets, {first} and {second}; expected a folder with one")]
     Ambiguous { path: PathBuf, first: &'static str, second: &'static str },
 
@@ -48,6 +52,10 @@ pub enum DataError {
     /// An IDX file with another magic number.
     #[error("{path}: magic number {found:#010x}, expected {expected:#010x}")]
     Magic { path: PathBuf, found: u32, expected: u32 },
+
+    /// A file that begins like neither an IDX file nor a gzip file, such as a page that a browser saved.
+    #[error("{path}: not an IDX file, nor a gzip file with one; it begins with `{start}`")]
+    NotIdx { path: PathBuf, start: String },
 
     /// An IDX file whose header announces no samples, or samples without pixels.
     #[error("{path}: header announces {announced}, expected positive sizes")]

@@ -6,7 +6,7 @@ use std::cmp::Ordering;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
-use flate2::bufread::MultiGzDecoder;
+use flate2::bufread::GzDecoder;
 
 use super::{
     DataError, Dataset, Format, ImageShape, Images, Recognise, Split, SplitImages, StatisticsSource, is_there,
@@ -17,7 +17,7 @@ use super::{
 pub(super) const FORMAT: Format = Format {
     name: "IDX",
     files: "train-images-idx3-ubyte and so on (IDX)",
-    recognise: Recognise::InFolder(|path| Ok(has_files(path)?.then(|| path.into()))),
+    recognise: Recognise::InFolder { holds: has_files, below: &["raw", "MNIST/raw", "FashionMNIST/raw", "KMNIST/raw"] },
     load,
     load_split,
 };
@@ -101,7 +101,7 @@ fn load_split(folder: &Path, split: Split) -> Result<SplitImages, DataError> {
         None => {
             let (mean, std) = match split {
                 Split::Train => mean_and_std(&images.pixels, 1),
-                Split::Test => mean_and_std(&read_file(folder, Split::Train, IMAGES)?.values, 1),
+                Split::Test => mean_and_std(&IdxFile::open(folder, Split::Train, IMAGES)?.values()?, 1),
             };
             (folder_name(folder), mean, std, StatisticsSource::TrainImages)
         }
@@ -124,51 +124,60 @@ impl Published {
     }
 }
 
+/// The name of a set that is not known: its folder's, or that of the folder above `raw`, where torchvision puts files.
 fn folder_name(folder: &Path) -> String {
+    let folder = if folder.ends_with("raw") { folder.parent().unwrap_or(folder) } else { folder };
     folder.file_name().map_or_else(|| "idx".into(), |name| name.to_string_lossy().into_owned())
 }
 
-/// Reads images and labels of one split, and finds the published data set that they belong to.
+/// Reads images and labels of one split, and finds the published data set that they belong to. Both headers are
+/// compared before anything is read that they announce.
 fn read_split(folder: &Path, split: Split) -> Result<(Images, Option<&'static Published>), DataError> {
-    let label_file = read_file(folder, split, LABELS)?;
-    let labels: Vec<u32> = label_file.values.iter().map(|&label| label.into()).collect();
+    let label_file = IdxFile::open(folder, split, LABELS)?;
+    let image_file = IdxFile::open(folder, split, IMAGES)?;
+    let ([labels], [count, height, width]) = (label_file.sizes, image_file.sizes);
+    if count != labels {
+        let (path, labels_path) = (image_file.path, label_file.path);
+        return Err(DataError::Count { path, images: count, labels, labels_path });
+    }
+
+    let path = label_file.path.clone();
+    let labels: Vec<u32> = label_file.values()?.into_iter().map(u32::from).collect();
     let published = Published::of(&labels, split);
     let classes = match published {
         Some(_) => PUBLISHED_CLASSES,
-        None => {
-            let other = match split {
-                Split::Train => Split::Test,
-                Split::Test => Split::Train,
-            };
-            let other_labels = match find(folder, other, LABELS)? {
-                Some(_) => read_file(folder, other, LABELS)?.values,
-                None => Vec::new(),
-            };
-            let mut present = [false; 256];
-            label_file.values.iter().chain(&other_labels).for_each(|&label| present[usize::from(label)] = true);
-            let different = present.iter().filter(|&&present| present).count();
-            let classes = present.iter().rposition(|&present| present).map_or(0, |largest| largest + 1);
-            let largest = labels.iter().position(|&label| label as usize + 1 == classes);
-            // A few samples may well miss most classes.
-            let many = labels.len() >= 10 * classes;
-            if let (true, Some(index)) = (many && 2 * different < classes, largest) {
-                return Err(DataError::SparseLabels { path: label_file.path, index, label: labels[index], different });
-            }
-            classes
-        }
+        None => count_classes(folder, split, &path, &labels)?,
     };
     if let Some(index) = labels.iter().position(|&label| label as usize >= classes) {
-        return Err(DataError::Label { path: label_file.path, index, label: labels[index], classes });
-    }
-
-    let image_file = read_file(folder, split, IMAGES)?;
-    let [count, height, width] = image_file.sizes;
-    if count != labels.len() {
-        let (path, labels_path) = (image_file.path, label_file.path);
-        return Err(DataError::Count { path, images: count, labels: labels.len(), labels_path });
+        return Err(DataError::Label { path, index, label: labels[index], classes });
     }
     let shape = ImageShape { height, width, channels: 1 };
-    Ok((Images { pixels: image_file.values, labels, shape, classes }, published))
+    Ok((Images { pixels: image_file.values()?, labels, shape, classes }, published))
+}
+
+/// The number of classes up to the largest label of both splits. The labels of the other split need not be there.
+fn count_classes(folder: &Path, split: Split, path: &Path, labels: &[u32]) -> Result<usize, DataError> {
+    let other = match split {
+        Split::Train => Split::Test,
+        Split::Test => Split::Train,
+    };
+    let mut present = [false; 256];
+    labels.iter().for_each(|&label| present[label as usize] = true);
+    if find(folder, other, LABELS)?.is_some() {
+        let mark = |part: &[u8]| part.iter().for_each(|&label| present[usize::from(label)] = true);
+        IdxFile::open(folder, other, LABELS)?.read(mark)?;
+    }
+    let different = present.iter().filter(|&&present| present).count();
+    let classes = present.iter().rposition(|&present| present).map_or(0, |largest| largest + 1);
+    let largest = labels.iter().position(|&label| label as usize + 1 == classes);
+    // A few samples may well miss most classes.
+    let many = labels.len() >= 10 * classes;
+    match largest {
+        Some(index) if many && 2 * different < classes => {
+            Err(DataError::SparseLabels { path: path.into(), index, label: labels[index], different })
+        }
+        _ => Ok(classes),
+    }
 }
 
 /// The prefix of the file names of a split.
@@ -190,60 +199,152 @@ fn find<const D: usize>(folder: &Path, split: Split, content: Content<D>) -> Res
     Ok(None)
 }
 
+/// A file whose header was read, and whose values were not.
 struct IdxFile<const D: usize> {
     path: PathBuf,
     sizes: [usize; D],
-    /// The values, row-major; as many as the product of the sizes.
-    values: Vec<u8>,
+    /// The product of the sizes.
+    count: u64,
+    /// Bytes of the file as it is on the disk.
+    file_bytes: u64,
+    gzipped: bool,
+    /// Stands behind the header.
+    reader: Box<dyn Read>,
 }
 
-fn read_file<const D: usize>(folder: &Path, split: Split, content: Content<D>) -> Result<IdxFile<D>, DataError> {
-    let Some(path) = find(folder, split, content)? else {
-        let file = format!("{}-{}-idx{D}-ubyte[.gz]", prefix(split), content.word);
-        return Err(DataError::MissingFile { folder: folder.into(), file, split });
-    };
-    let (file, file_bytes) = open(&path)?;
-    let mut file = BufReader::new(file);
-    let start = file.fill_buf().map_err(|source| DataError::Io { path: path.clone(), source })?;
-    let gzipped = start.starts_with(&[0x1f, 0x8b]);
-    let mut reader: Box<dyn Read> = if gzipped { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) };
-    let read_error = |source: io::Error| {
-        let path = path.clone();
-        if gzipped { DataError::Gzip { path, source } } else { DataError::Io { path, source } }
-    };
+impl<const D: usize> IdxFile<D> {
+    const HEADER: u64 = 4 + 4 * D as u64;
 
-    let header_bytes = 4 + 4 * D as u64;
-    let mut header = Vec::new();
-    reader.by_ref().take(header_bytes).read_to_end(&mut header).map_err(read_error)?;
-    let words: Vec<u32> =
-        header.chunks_exact(4).map(|word| u32::from_be_bytes([word[0], word[1], word[2], word[3]])).collect();
-    let expected = UNSIGNED_BYTES + D as u32;
-    if let Some(&found) = words.first().filter(|&&found| found != expected) {
-        return Err(DataError::Magic { path, found, expected });
-    }
-    if (header.len() as u64) < header_bytes {
-        return Err(DataError::Truncated { path, bytes: header.len() as u64, expected: header_bytes });
-    }
-    let sizes: [usize; D] = std::array::from_fn(|dimension| words[1 + dimension] as usize);
-    let announced = sizes.map(|size| size.to_string()).join(" x ");
-    if sizes.contains(&0) {
-        return Err(DataError::EmptyDimension { path, announced });
-    }
-    let value_bytes = sizes.iter().try_fold(1u64, |product, &size| product.checked_mul(size as u64));
-    let Some(value_bytes) = value_bytes.filter(|&bytes| isize::try_from(bytes).is_ok()) else {
-        return Err(DataError::TooLarge { path, announced });
-    };
+    fn open(folder: &Path, split: Split, content: Content<D>) -> Result<Self, DataError> {
+        let Some(path) = find(folder, split, content)? else {
+            let file = format!("{}-{}-idx{D}-ubyte[.gz]", prefix(split), content.word);
+            return Err(DataError::MissingFile { folder: folder.into(), file, split });
+        };
+        let (file, file_bytes) = open(&path)?;
+        let mut file = BufReader::new(file);
+        let start = file.fill_buf().map_err(|source| DataError::Io { path: path.clone(), source })?;
+        let gzipped = start.starts_with(&GZIP);
+        let mut reader: Box<dyn Read> = if gzipped { Box::new(Members::new(file)) } else { Box::new(file) };
 
-    // The header is not trusted: at most the size of the file is reserved at first, and more as data arrives. One byte
-    // more than announced is requested, which detects trailing bytes and makes gzip verify its checksum.
-    let mut values = Vec::new();
-    let reserved = values.try_reserve_exact(value_bytes.min(file_bytes) as usize);
-    reserved.map_err(|_| read_error(io::ErrorKind::OutOfMemory.into()))?;
-    reader.take(value_bytes + 1).read_to_end(&mut values).map_err(read_error)?;
-    let (bytes, expected) = (header_bytes + values.len() as u64, header_bytes + value_bytes);
+        let mut header = Vec::new();
+        let read = reader.by_ref().take(Self::HEADER).read_to_end(&mut header);
+        read.map_err(|source| read_error(&path, gzipped, source))?;
+        // The first two bytes of every IDX file are zero.
+        if header.iter().take(2).any(|&byte| byte != 0) {
+            return Err(DataError::NotIdx { path, start: header.escape_ascii().to_string() });
+        }
+        let words: Vec<u32> =
+            header.chunks_exact(4).map(|word| u32::from_be_bytes([word[0], word[1], word[2], word[3]])).collect();
+        let expected = UNSIGNED_BYTES + D as u32;
+        if let Some(&found) = words.first().filter(|&&found| found != expected) {
+            return Err(DataError::Magic { path, found, expected });
+        }
+        if (header.len() as u64) < Self::HEADER {
+            return Err(DataError::Truncated { path, bytes: header.len() as u64, expected: Self::HEADER });
+        }
+        let sizes: [usize; D] = std::array::from_fn(|dimension| words[1 + dimension] as usize);
+        let announced = sizes.map(|size| size.to_string()).join(" x ");
+        if sizes.contains(&0) {
+            return Err(DataError::EmptyDimension { path, announced });
+        }
+        let count = sizes.iter().try_fold(1u64, |product, &size| product.checked_mul(size as u64));
+        let Some(count) = count.filter(|&count| isize::try_from(count).is_ok()) else {
+            return Err(DataError::TooLarge { path, announced });
+        };
+        if !gzipped {
+            check_length(&path, file_bytes, Self::HEADER + count)?;
+        }
+        Ok(Self { path, sizes, count, file_bytes, gzipped, reader })
+    }
+
+    /// Reads all values, row-major, and gives them to `take` part by part.
+    fn read(mut self, mut take: impl FnMut(&[u8])) -> Result<(), DataError> {
+        let mut part = vec![0; 1 << 16];
+        let mut found = 0;
+        // One byte more than announced is asked for: it would be a trailing byte, and gzip verifies its checksum only
+        // at the end.
+        while found <= self.count {
+            let most = part.len().min(usize::try_from(self.count + 1 - found).unwrap_or(usize::MAX));
+            match self.reader.read(&mut part[..most]) {
+                Ok(0) => break,
+                Ok(bytes) => {
+                    found += bytes as u64;
+                    take(&part[..bytes]);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(read_error(&self.path, self.gzipped, error)),
+            }
+        }
+        check_length(&self.path, Self::HEADER + found, Self::HEADER + self.count)
+    }
+
+    /// All values, row-major. At most the size of the file is reserved at first, and more as data arrives, because a
+    /// header is not trusted.
+    fn values(self) -> Result<Vec<u8>, DataError> {
+        let mut values = Vec::new();
+        let reserved = values.try_reserve_exact(self.count.min(self.file_bytes) as usize);
+        reserved.map_err(|_| read_error(&self.path, self.gzipped, io::ErrorKind::OutOfMemory.into()))?;
+        self.read(|part| values.extend_from_slice(part))?;
+        Ok(values)
+    }
+}
+
+fn read_error(path: &Path, gzipped: bool, source: io::Error) -> DataError {
+    let path = path.into();
+    if gzipped { DataError::Gzip { path, source } } else { DataError::Io { path, source } }
+}
+
+fn check_length(path: &Path, bytes: u64, expected: u64) -> Result<(), DataError> {
     match bytes.cmp(&expected) {
-        Ordering::Less => Err(DataError::Truncated { path, bytes, expected }),
-        Ordering::Greater => Err(DataError::TrailingBytes { path, expected }),
-        Ordering::Equal => Ok(IdxFile { path, sizes, values }),
+        Ordering::Less => Err(DataError::Truncated { path: path.into(), bytes, expected }),
+        Ordering::Greater => Err(DataError::TrailingBytes { path: path.into(), expected }),
+        Ordering::Equal => Ok(()),
+    }
+}
+
+/// The first bytes of a gzip file.
+const GZIP: [u8; 2] = [0x1f, 0x8b];
+
+/// The contents of a gzip file: of all its members, one after another. Zeros may follow the last one, as on tapes and
+/// after some downloads.
+struct Members<R: BufRead> {
+    /// None after the last member.
+    member: Option<GzDecoder<R>>,
+}
+
+impl<R: BufRead> Members<R> {
+    fn new(file: R) -> Self {
+        Self { member: Some(GzDecoder::new(file)) }
+    }
+}
+
+impl<R: BufRead> Read for Members<R> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        while let Some(member) = &mut self.member {
+            let bytes = member.read(into)?;
+            if bytes > 0 || into.is_empty() {
+                return Ok(bytes);
+            }
+            let Some(mut rest) = self.member.take().map(GzDecoder::into_inner) else { break };
+            match rest.fill_buf()?.first() {
+                None => {}
+                Some(&first) if first == GZIP[0] => self.member = Some(GzDecoder::new(rest)),
+                Some(_) => only_zeros(rest)?,
+            }
+        }
+        Ok(0)
+    }
+}
+
+fn only_zeros(mut rest: impl BufRead) -> io::Result<()> {
+    loop {
+        let part = rest.fill_buf()?;
+        if part.iter().any(|&byte| byte != 0) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "bytes after its end"));
+        }
+        match part.len() {
+            0 => return Ok(()),
+            length => rest.consume(length),
+        }
     }
 }

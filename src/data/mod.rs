@@ -264,6 +264,18 @@ impl Dataset {
         }
         Ok(())
     }
+
+    /// The classes that neither split has an image of. Labels that begin at 1, as those of EMNIST's letters do, leave
+    /// class 0 without images: a model still has an output for it.
+    pub fn absent_classes(&self) -> Vec<u32> {
+        let mut present = vec![false; self.train.classes.max(self.test.classes)];
+        for &label in self.train.labels.iter().chain(&self.test.labels) {
+            if let Some(class) = present.get_mut(label as usize) {
+                *class = true;
+            }
+        }
+        (0..).zip(present).filter(|(_, present)| !present).map(|(class, _)| class).collect()
+    }
 }
 
 /// One split of a data set, with what is needed to normalise it; the fields are as in [`Dataset`].
@@ -286,9 +298,13 @@ pub struct SplitImages {
 pub enum Recognise {
     /// By its name in place of a path.
     ByName,
-    /// By the files in a folder: the folder that they lie in, which may be a sub-folder; none if there are no such
-    /// files.
-    InFolder(fn(&Path) -> Result<Option<PathBuf>, DataError>),
+    /// By the files in a folder.
+    InFolder {
+        /// Whether any file of the format lies in a folder.
+        holds: fn(&Path) -> Result<bool, DataError>,
+        /// Where archives and torchvision put the files, below the folder that was named.
+        below: &'static [&'static str],
+    },
 }
 
 /// A format of data sets: an entry of [`FORMATS`].
@@ -318,13 +334,16 @@ pub const FORMATS: &[Format] = &[synthetic::FORMAT, cifar::CIFAR10, cifar::CIFAR
 ///   also written `train-images.idx3-ubyte`, each with or without `.gz` (the first bytes of a file decide whether it is
 ///   unpacked). The largest label of both splits decides how many classes there are.
 ///
-/// The CIFAR files may also lie in the sub-folder that their archives unpack to. Mean and standard deviation are the
-/// published ones for both CIFARs and for MNIST and Fashion-MNIST, which are told apart by their first labels, since
-/// their files have the same names. For other IDX files they are computed from the training images.
+/// The files may also lie in the sub-folder that their archives unpack to (`cifar-10-batches-bin`, `cifar-100-binary`)
+/// or that torchvision puts them in (`MNIST/raw`, `FashionMNIST/raw`, `KMNIST/raw`), if there is only one of them.
+///
+/// Mean and standard deviation are the published ones for both CIFARs and for MNIST and Fashion-MNIST, which are told
+/// apart by their first labels, since their files have the same names. For other IDX files they are computed from the
+/// training images.
 ///
 /// # Errors
 /// Any variant of [`DataError`] that names a path. Memory is allocated for what the files really hold, unpacked,
-/// whatever their headers claim.
+/// whatever their headers claim, and for no more than the headers claim.
 pub fn load(path: &Path) -> Result<Dataset, DataError> {
     let (format, folder) = find(path)?;
     (format.load)(&folder)
@@ -362,16 +381,26 @@ fn find(path: &Path) -> Result<(&'static Format, PathBuf), DataError> {
     if !metadata.is_dir() {
         return Err(DataError::NotAFolder { path: path.into() });
     }
-    let mut found: Option<(&Format, PathBuf)> = None;
+    let mut found: Vec<(&Format, PathBuf, &'static str)> = Vec::new();
     for format in FORMATS {
-        let Recognise::InFolder(recognise) = format.recognise else { continue };
-        let Some(folder) = recognise(path)? else { continue };
-        if let Some((first, _)) = found {
-            return Err(DataError::Ambiguous { path: path.into(), first: first.name, second: format.name });
+        let Recognise::InFolder { holds, below } = format.recognise else { continue };
+        if holds(path)? {
+            found.push((format, path.into(), format.name));
+            continue;
         }
-        found = Some((format, folder));
+        for &name in below {
+            let folder = path.join(name);
+            if holds(&folder)? {
+                found.push((format, folder, name));
+            }
+        }
     }
-    found.ok_or_else(|| DataError::NotRecognised { path: path.into() })
+    match found.pop() {
+        None if cifar::is_python_version(path)? => Err(DataError::PythonVersion { path: path.into() }),
+        None => Err(DataError::NotRecognised { path: path.into() }),
+        Some((format, folder, _)) if found.is_empty() => Ok((format, folder)),
+        Some((.., second)) => Err(DataError::Ambiguous { path: path.into(), first: found[0].2, second }),
+    }
 }
 
 /// Mean and standard deviation of pixel/255, per channel, over all pixels. Exact integer sums, so the order of the
@@ -404,8 +433,9 @@ fn is_there(path: &Path) -> Result<bool, DataError> {
     }
 }
 
-/// Opens a regular file and returns its size in bytes. A pipe is refused, because it could block.
-fn open(path: &Path) -> Result<(File, u64), DataError> {
+/// Opens a regular file and returns its size in bytes. Pipes are refused, because they can block, and devices, because
+/// they may never end.
+pub(crate) fn open(path: &Path) -> Result<(File, u64), DataError> {
     let io = |source| DataError::Io { path: path.into(), source };
     if !fs::metadata(path).map_err(io)?.is_file() {
         return Err(DataError::NotAFile { path: path.into() });

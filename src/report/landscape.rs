@@ -8,7 +8,7 @@ use super::chart::{
 };
 use super::drawing::{Anchor, Drawing, Ink, Medium, VectorPath};
 use crate::train::landscape::{Axis, Landscape};
-use crate::train::{TrainError, write_whole};
+use crate::train::{MOST_LINES, TrainError, read_text, write_whole};
 
 /// On a logarithmic scale, losses below the largest by more than this factor count as zero.
 const NEGLIGIBLE: f64 = 1e-12;
@@ -44,7 +44,7 @@ impl LoadedLandscape {
         let count =
             count.filter(|&count| count <= Landscape::MOST_POINTS).ok_or_else(|| unusable("too many points".into()))?;
         let path = folder.join("landscape.csv");
-        let text = std::fs::read_to_string(&path).map_err(TrainError::io(&path))?;
+        let text = read_text(&path, MOST_LINES)?;
         let weights = settings.get("weights").cloned();
         let mut landscape = Self { title, axes, loss: vec![None; count], accuracy: vec![f64::NAN; count], weights };
         // A last line without its end was cut off and may lack digits.

@@ -9,7 +9,10 @@ use serde::Serialize;
 use super::landscape::LoadedLandscape;
 use crate::curvature::Density;
 use crate::optim;
-use crate::train::{CurvatureFile, Finding, Options, Record, TrainError, checksum, toml_error};
+use crate::train::{
+    CurvatureFile, Finding, MOST_FINDINGS, MOST_LINES, MOST_SETTINGS, Options, Record, TrainError, checksum, if_there,
+    read_regular, read_text, toml_error,
+};
 
 /// What was measured, by the measure's name.
 pub(super) type Measures = BTreeMap<String, Finding>;
@@ -78,14 +81,14 @@ impl LoadedRun {
         let settings = read_settings(&config)?;
 
         let log = path.join("log.jsonl");
-        let text = match std::fs::read(&log) {
-            Err(error) if absent(&error) => return Ok(Loaded::Nothing(TrainError::io(log)(error))),
-            text => text.map_err(TrainError::io(&log))?,
+        let text = match read_regular(&log, MOST_LINES) {
+            Err(TrainError::Io { path, source }) if absent(&source) => {
+                return Ok(Loaded::Nothing(TrainError::Io { path, source }));
+            }
+            text => text?,
         };
-        // A line that was cut off inside a character cannot be read, like any other incomplete line.
-        let text = String::from_utf8_lossy(&text);
-        let lines: Vec<Option<Record>> =
-            text.lines().filter(|line| !line.trim().is_empty()).map(|line| serde_json::from_str(line).ok()).collect();
+        let lines = text.split(|&byte| byte == b'\n').filter(|line| !line.trim_ascii().is_empty());
+        let lines: Vec<Option<Record>> = lines.map(Record::read).collect();
         let unreadable = lines.iter().filter(|line| line.is_none()).count();
         let records: Vec<Record> = lines.into_iter().flatten().collect();
         if records.is_empty() {
@@ -226,7 +229,7 @@ fn written(value: &toml::Value) -> String {
 /// The settings of a run. Those of a method from outside this crate are taken as they are, since its options are not
 /// known here.
 fn read_settings(config: &Path) -> Result<toml::Table, TrainError> {
-    let text = std::fs::read_to_string(config).map_err(TrainError::io(config))?;
+    let text = read_text(config, MOST_SETTINGS)?;
     let broken = |error| TrainError::Settings { path: config.into(), reason: toml_error(&text, &error) };
     let settings: toml::Table = toml::from_str(&text).map_err(broken)?;
     let method = settings.get("optimizer").and_then(toml::Value::as_str);
@@ -237,11 +240,7 @@ fn read_settings(config: &Path) -> Result<toml::Table, TrainError> {
 }
 
 fn read_curvature(path: &Path) -> Result<Option<Measured>, TrainError> {
-    let text = match std::fs::read_to_string(path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(TrainError::io(path)(error)),
-    };
+    let Some(text) = if_there(read_text(path, MOST_FINDINGS))? else { return Ok(None) };
     let unusable = |reason: String| TrainError::Results { path: path.into(), reason };
     let file: CurvatureFile = serde_json::from_str(&text).map_err(|error| unusable(error.to_string()))?;
     let own_statistics = file.has_batch_statistics();

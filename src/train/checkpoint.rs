@@ -8,17 +8,23 @@ use flate2::Crc;
 use safetensors::tensor::SafeTensors;
 
 use super::TrainError;
-use super::weights::{View, elements, write};
+use super::files::{if_there, read_regular, shown};
+use super::weights::{View, elements, parse, write};
 
 /// Everything that a run needs to continue: arenas as they lie in memory, and counters.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Checkpoint {
+pub struct Checkpoint {
+    /// The parameters.
     pub weights: Vec<f32>,
+    /// Running statistics of batch norm.
     pub statistics: Vec<f32>,
+    /// The optimizer's momentum, or AdamW's first moment; empty without one.
     pub momentum: Vec<f32>,
+    /// AdamW's second moment; empty otherwise.
     pub second_moment: Vec<f32>,
     /// The method's vectors that last from step to step.
     pub memory: Vec<f32>,
+    /// The method's numbers that last from step to step.
     pub scalars: Vec<f64>,
     /// The optimizer's counters on the device.
     pub counters: Vec<u32>,
@@ -54,7 +60,7 @@ pub(super) fn path(run: &Path) -> PathBuf {
 }
 
 impl Checkpoint {
-    pub fn save(&self, run: &Path) -> Result<(), TrainError> {
+    pub(super) fn save(&self, run: &Path) -> Result<(), TrainError> {
         let path = path(run);
         if let Some(folder) = path.parent() {
             std::fs::create_dir_all(folder).map_err(TrainError::io(folder))?;
@@ -87,11 +93,19 @@ impl Checkpoint {
         write(&path, tensors, metadata)
     }
 
-    pub fn load(run: &Path) -> Result<Self, TrainError> {
+    /// Reads the checkpoint of the run in a folder; none if the run has none.
+    ///
+    /// # Errors
+    /// The file, or what is wrong in it. A checksum covers its contents.
+    pub fn load(run: &Path) -> Result<Option<Self>, TrainError> {
         let path = path(run);
-        let bytes = std::fs::read(&path).map_err(TrainError::io(&path))?;
-        let damaged = |reason: String| TrainError::Weights { path: path.clone(), reason: format!("damaged: {reason}") };
-        let file = SafeTensors::deserialize(&bytes).map_err(|error| damaged(error.to_string()))?;
+        // How long a checkpoint is depends on a model that is not known here.
+        let Some(bytes) = if_there(read_regular(&path, u64::MAX))? else { return Ok(None) };
+        let damaged = |reason: String| {
+            let reason = format!("damaged: {}", shown(&reason, 200));
+            TrainError::Weights { path: path.clone(), reason }
+        };
+        let file = parse(&bytes).map_err(damaged)?;
         let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|error| damaged(error.to_string()))?;
         let entry = |key: &str| {
             let text = metadata.metadata().as_ref().and_then(|entries| entries.get(key));
@@ -103,7 +117,7 @@ impl Checkpoint {
         if checksum(all.into_iter()) != *entry("checksum")? {
             return Err(damaged("checksum mismatch".into()));
         }
-        Ok(Self {
+        Ok(Some(Self {
             weights: elements(data("weights")?, f32::from_le_bytes),
             statistics: elements(data("statistics")?, f32::from_le_bytes),
             momentum: elements(data("momentum")?, f32::from_le_bytes),
@@ -116,6 +130,6 @@ impl Checkpoint {
             settings: entry("settings")?.clone(),
             step: entry("step")?.parse().map_err(|_| damaged("`step` is not a number".into()))?,
             seconds: entry("seconds")?.parse().map_err(|_| damaged("`seconds` is not a number".into()))?,
-        })
+        }))
     }
 }

@@ -5,17 +5,21 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use super::Options;
+use super::files::shown;
 use crate::data::DataError;
 use crate::device;
 use crate::plan::PlanError;
 use crate::settings::SettingError;
+
+/// The most characters of a reason, which may quote a file.
+const REASON: usize = 2000;
 
 /// An error of training, evaluation or their files.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TrainError {
     /// A setting that cannot be used.
-    #[error("{name}: {reason}")]
+    #[error("{name}: {}", shown(reason, REASON))]
     Setting {
         /// Its name, such as `batch-size`.
         name: String,
@@ -23,7 +27,7 @@ pub enum TrainError {
         reason: String,
     },
     /// A file of settings that cannot be read as such.
-    #[error("{}: {reason}", path.display())]
+    #[error("{}: {}", path.display(), shown(reason, REASON))]
     Settings {
         /// The file.
         path: PathBuf,
@@ -39,12 +43,20 @@ pub enum TrainError {
         source: std::io::Error,
     },
     /// A file of weights or a checkpoint that is damaged, or of another model.
-    #[error("{}: {reason}", path.display())]
+    #[error("{}: {}", path.display(), shown(reason, REASON))]
     Weights {
         /// The file.
         path: PathBuf,
         /// What was found and what was expected.
         reason: String,
+    },
+    /// A file that is longer than any file of its kind.
+    #[error("{}: longer than {limit} bytes, the most that are read of such a file", path.display())]
+    TooLong {
+        /// The file.
+        path: PathBuf,
+        /// The most bytes that are read.
+        limit: u64,
     },
     /// The folder for a run's results already holds a run.
     #[error("{}: already holds a run or a partial run", path.display())]
@@ -71,7 +83,7 @@ pub enum TrainError {
         path: PathBuf,
     },
     /// The folder for results already holds others.
-    #[error("{}: {reason}", path.display())]
+    #[error("{}: {}", path.display(), shown(reason, REASON))]
     Occupied {
         /// The folder or the file.
         path: PathBuf,
@@ -79,7 +91,7 @@ pub enum TrainError {
         reason: String,
     },
     /// Results in files that cannot be used.
-    #[error("{}: {reason}", path.display())]
+    #[error("{}: {}", path.display(), shown(reason, REASON))]
     Results {
         /// The file or folder.
         path: PathBuf,

@@ -1,13 +1,109 @@
-//! Writing results: folders that one process holds, files that are whole or absent, and the checksum that identifies
-//! weights.
+//! Files of settings and results: reading what is a file and no longer than expected, folders that one process holds,
+//! files that are whole or absent, and the checksum that identifies weights.
 
 use std::fs::{File, TryLockError};
-use std::io::Write;
+use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
 use flate2::Crc;
 
 use super::TrainError;
+use crate::data::{self, DataError};
+
+/// The most bytes of a file of settings, which has some hundred lines.
+pub(crate) const MOST_SETTINGS: u64 = 1 << 20;
+/// The most bytes of `curvature.json`, which has some thousand numbers.
+pub(crate) const MOST_FINDINGS: u64 = 1 << 24;
+/// The most bytes of a file that grows with a run or a landscape.
+pub(crate) const MOST_LINES: u64 = 1 << 32;
+
+/// Reads a regular file of at most `limit` bytes. Anything else is refused before a byte of it is read: a pipe can
+/// block, and a device may never end.
+///
+/// # Errors
+/// What is no regular file, or too long; those of the file.
+pub(crate) fn read_regular(path: &Path, limit: u64) -> Result<Vec<u8>, TrainError> {
+    let (file, size) = open(path)?;
+    if size > limit {
+        return Err(TrainError::TooLong { path: path.into(), limit });
+    }
+    let mut bytes = Vec::new();
+    let reserved = usize::try_from(size).is_ok_and(|size| bytes.try_reserve_exact(size).is_ok());
+    if !reserved {
+        return Err(TrainError::io(path)(ErrorKind::OutOfMemory.into()));
+    }
+    read_at_most(path, file, limit, bytes)
+}
+
+/// Reads a text file as [`read_regular`] does.
+///
+/// # Errors
+/// Those of [`read_regular`]; text that is not UTF-8.
+pub(crate) fn read_text(path: &Path, limit: u64) -> Result<String, TrainError> {
+    text(path, read_regular(path, limit)?)
+}
+
+/// Reads a file of settings, or the pipe that a shell gives for `/dev/stdin` or `<(command)`.
+///
+/// # Errors
+/// Those of [`read_text`].
+pub(super) fn read_settings(path: &Path) -> Result<String, TrainError> {
+    let pipe = std::fs::metadata(path).is_ok_and(|found| !found.is_file() && !found.is_dir());
+    // A named pipe would block until somebody writes to it. A pipe without a name has no path but that of its
+    // descriptor, so that path leads nowhere.
+    if pipe && std::fs::canonicalize(path).is_err() {
+        let file = File::open(path).map_err(TrainError::io(path))?;
+        return text(path, read_at_most(path, file, MOST_SETTINGS, Vec::new())?);
+    }
+    read_text(path, MOST_SETTINGS)
+}
+
+fn open(path: &Path) -> Result<(File, u64), TrainError> {
+    data::open(path).map_err(|error| match error {
+        DataError::Io { path, source } => TrainError::Io { path, source },
+        error => error.into(),
+    })
+}
+
+/// Reads to the end, which must come before the limit: a file may grow after its size was asked for.
+fn read_at_most(path: &Path, file: File, limit: u64, mut bytes: Vec<u8>) -> Result<Vec<u8>, TrainError> {
+    file.take(limit.saturating_add(1)).read_to_end(&mut bytes).map_err(TrainError::io(path))?;
+    if bytes.len() as u64 > limit {
+        return Err(TrainError::TooLong { path: path.into(), limit });
+    }
+    Ok(bytes)
+}
+
+fn text(path: &Path, bytes: Vec<u8>) -> Result<String, TrainError> {
+    String::from_utf8(bytes).map_err(|_| {
+        TrainError::io(path)(std::io::Error::new(ErrorKind::InvalidData, "not a text file (it is not UTF-8)"))
+    })
+}
+
+/// What was read, or none if there is no such file.
+pub(crate) fn if_there<T>(read: Result<T, TrainError>) -> Result<Option<T>, TrainError> {
+    match read {
+        Err(TrainError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(None),
+        read => read.map(Some),
+    }
+}
+
+/// Text from a file as an error shows it: in one line, without characters that a terminal would obey, and at most
+/// `most` characters of it.
+pub(crate) fn shown(text: &str, most: usize) -> String {
+    let mut line = String::new();
+    let mut characters = text.chars();
+    for character in characters.by_ref().take(most) {
+        match character {
+            '"' | '\'' | '\\' => line.push(character),
+            other => line.extend(other.escape_debug()),
+        }
+    }
+    if characters.next().is_some() {
+        line.push('…');
+    }
+    line
+}
 
 /// A folder that this process writes to, and no other one, for as long as the value lives.
 #[derive(Debug)]
@@ -62,7 +158,7 @@ pub fn hold(folder: &Path) -> Result<Held, TrainError> {
 /// that is not a regular file, such as a pipe, is written to directly.
 ///
 /// # Errors
-/// Those of the file.
+/// [`TrainError::InUse`] while another process writes the same file; those of the file.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
     if std::fs::metadata(path).is_ok_and(|found| !found.is_file()) {
         return std::fs::write(path, bytes).map_err(TrainError::io(path));
@@ -70,8 +166,16 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
     let mut partial = path.as_os_str().to_owned();
     partial.push(".partial");
     let partial = Path::new(&partial);
-    let write = || {
-        let mut file = File::create(partial)?;
+    let mut file = open_alone(partial, path)?;
+    for _ in 0..100 {
+        // Another writer may have renamed the file after it was opened here.
+        if is_same_file(&file, partial) {
+            break;
+        }
+        file = open_alone(partial, path)?;
+    }
+    let mut write = || {
+        file.set_len(0)?;
         file.write_all(bytes)?;
         file.sync_all()?;
         std::fs::rename(partial, path)?;
@@ -86,14 +190,44 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
     })
 }
 
+/// Opens the temporary file of `path` and keeps other processes from writing to it, where the file system has locks.
+fn open_alone(partial: &Path, path: &Path) -> Result<File, TrainError> {
+    let file = File::options().create(true).write(true).truncate(false).open(partial).map_err(TrainError::io(path))?;
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => Err(TrainError::InUse { path: path.into() }),
+        Err(TryLockError::Error(_)) | Ok(()) => Ok(file),
+    }
+}
+
+/// Whether the path still leads to the file that was opened.
+#[cfg(unix)]
+fn is_same_file(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    match (file.metadata(), std::fs::metadata(path)) {
+        (Ok(open), Ok(found)) => (open.dev(), open.ino()) == (found.dev(), found.ino()),
+        (open, _) => open.is_err(),
+    }
+}
+
+/// Elsewhere an open file is not renamed.
+#[cfg(not(unix))]
+fn is_same_file(_: &File, _: &Path) -> bool {
+    true
+}
+
 /// A checksum of a file, by which results identify the weights that they belong to.
 ///
 /// # Errors
 /// Those of the file.
 pub fn checksum(path: &Path) -> Result<String, TrainError> {
-    let mut sum = Crc::new();
-    sum.update(&std::fs::read(path).map_err(TrainError::io(path))?);
-    Ok(format!("{:08x}", sum.sum()))
+    let (mut file, _) = open(path)?;
+    let (mut sum, mut part) = (Crc::new(), vec![0; 1 << 16]);
+    loop {
+        match file.read(&mut part).map_err(TrainError::io(path))? {
+            0 => return Ok(format!("{:08x}", sum.sum())),
+            read => sum.update(&part[..read]),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -121,6 +255,19 @@ mod tests {
         assert_eq!(std::fs::read_dir(&inner).unwrap().count(), 0);
         std::fs::write(inner.join("file"), "").unwrap();
         assert!(matches!(hold(&inner.join("file")), Err(TrainError::Io { .. })));
+    }
+
+    #[test]
+    fn a_file_is_written_by_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        std::fs::write(&path, "old").unwrap();
+        let other = open_alone(&folder.path().join("file.partial"), &path).unwrap();
+        assert!(matches!(write_whole(&path, b"new"), Err(TrainError::InUse { path: named }) if named == path));
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+        drop(other);
+        write_whole(&path, b"new").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"new");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::options::to_json;
-use super::{CurvatureSettings, Measure, TrainError};
+use super::{CurvatureSettings, MOST_FINDINGS, Measure, TrainError, if_there, read_text};
 use crate::curvature::{Density, Estimate, Passes, Rise};
 use crate::kernels::batch_norm::Mode;
 use crate::settings::{Choice, Configurable};
@@ -370,10 +370,7 @@ impl CurvatureFile {
     /// # Errors
     /// The file; [`TrainError::Results`] for another content.
     pub fn read(path: &Path) -> Result<Option<Self>, TrainError> {
-        let text = match std::fs::read_to_string(path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            text => text.map_err(TrainError::io(path))?,
-        };
+        let Some(text) = if_there(read_text(path, MOST_FINDINGS))? else { return Ok(None) };
         let unusable = |error: serde_json::Error| TrainError::Results { path: path.into(), reason: error.to_string() };
         serde_json::from_str(&text).map(Some).map_err(unusable)
     }

@@ -5,10 +5,11 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::checkpoint::{self, Checkpoint};
+use super::files::read_regular;
 use super::log::Log;
 use super::options::file_of_run;
 use super::settings::continues;
-use super::{Options, TrainError, hold, toml_error, write_whole};
+use super::{MOST_SETTINGS, Options, TrainError, hold, read_text, toml_error, write_whole};
 use crate::data::{Dataset, Images, Split};
 use crate::kernels::image::Normalization;
 
@@ -75,7 +76,7 @@ impl RunImages {
     /// [`TrainError::NoRun`]; the file.
     pub fn of_run(run: &Path) -> Result<Option<Self>, TrainError> {
         let path = file_of_run(run)?;
-        let text = std::fs::read_to_string(&path).map_err(TrainError::io(&path))?;
+        let text = read_text(&path, MOST_SETTINGS)?;
         let section: Result<ImagesSection, _> = toml::from_str(&text);
         let section = section.map_err(|error| TrainError::Settings { reason: toml_error(&text, &error), path })?;
         Ok(section.images)
@@ -171,14 +172,13 @@ pub(super) fn check_images(run: &Path, config: &Config) -> Result<(), TrainError
 /// The checkpoint of a run that is resumed. None for a run that was stopped before its first: it starts again.
 pub(super) fn saved(run: &Path, config: &Config) -> Result<Option<Checkpoint>, TrainError> {
     let path = checkpoint::path(run);
-    if !path.is_file() {
+    let Some(saved) = Checkpoint::load(run)? else {
         if !run.join("model.safetensors").exists() {
             return Ok(None);
         }
         let reason = "is missing: the run has weights, but cannot be resumed without its checkpoint".into();
         return Err(TrainError::Weights { path, reason });
-    }
-    let saved = Checkpoint::load(run)?;
+    };
     let damaged = |error: TrainError| TrainError::Weights { path: path.clone(), reason: format!("damaged: {error}") };
     let before = config.before(&saved.settings).map_err(damaged)?;
     let now: toml::Table = toml::from_str(&config.text)
@@ -193,13 +193,19 @@ pub(super) fn saved(run: &Path, config: &Config) -> Result<Option<Checkpoint>, T
 /// Prepares the folder of a run that has done `step` of `steps` steps, and opens its log.
 pub(super) fn open(run: &Path, config: &Config, resume: bool, (step, steps): (u64, u64)) -> Result<Log, TrainError> {
     let path = run.join("config.toml");
+    // What the folder holds is looked at while no other process can write to it.
+    let held = hold(run)?;
     if !resume && FILES.iter().any(|name| run.join(name).exists()) {
         return Err(TrainError::RunExists { path: run.into() });
     }
-    let held = hold(run)?;
+    // The weights are written after the last epoch. What is in their way should not be found so late.
+    if let Some(name) = FILES[..3].iter().find(|name| run.join(name).is_dir()) {
+        let reason = "a folder, where the run needs a file".into();
+        return Err(TrainError::Occupied { path: run.join(name), reason });
+    }
     let text = config.text.as_bytes();
     // A run that is resumed unchanged, or that is already longer, keeps its settings file.
-    if step <= steps && std::fs::read(&path).map_or(true, |found| found != text) {
+    if step <= steps && read_regular(&path, MOST_SETTINGS).map_or(true, |found| found != text) {
         write_whole(&path, text)?;
     }
     Log::open(&run.join("log.jsonl"), step, held)

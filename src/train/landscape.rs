@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::files::{MOST_LINES, if_there, read_text};
 use super::{Evaluator, TrainError, weights, write_whole};
 use crate::arena::Layout;
 use crate::device::{Buffer, Slice};
@@ -46,7 +47,7 @@ impl Landscape {
     /// A file that is missing or damaged.
     pub fn read(folder: &Path) -> Result<Self, TrainError> {
         let path = folder.join("landscape.json");
-        let text = std::fs::read_to_string(&path).map_err(TrainError::io(&path))?;
+        let text = read_text(&path, MOST_LINES)?;
         serde_json::from_str(&text).map_err(|error| TrainError::Results { path, reason: error.to_string() })
     }
 
@@ -153,11 +154,7 @@ impl Heights {
     /// The file; lines of another grid.
     pub fn open(folder: &Path, landscape: &Landscape) -> Result<Self, TrainError> {
         let path = folder.join("landscape.csv");
-        let text = match std::fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
-            Err(error) => return Err(TrainError::io(&path)(error)),
-        };
+        let text = if_there(read_text(&path, MOST_LINES))?.unwrap_or_default();
         let header = if landscape.axes.len() == 1 { "x,loss,accuracy" } else { "x,y,loss,accuracy" };
         // A line without its end was cut off.
         let whole = text.rfind('\n').map_or("", |end| &text[..=end]);

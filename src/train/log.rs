@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::Number;
 
+use super::files::{MOST_LINES, if_there, read_regular};
 use super::{Finding, Held, TrainError, write_whole};
 
 /// A line of the log. Losses are cross-entropies in nats, accuracies are shares from 0 to 1. A number that was not
@@ -91,6 +92,17 @@ pub enum Record {
 }
 
 impl Record {
+    /// The most bytes of a line. Reading takes many times the memory of a line, so a longer one counts as damaged.
+    const MOST_BYTES: usize = 1 << 20;
+
+    /// Reads one line of a log; none if it is damaged or incomplete.
+    pub(crate) fn read(line: &[u8]) -> Option<Self> {
+        if line.len() > Self::MOST_BYTES {
+            return None;
+        }
+        serde_json::from_slice(line).ok()
+    }
+
     fn step(&self) -> u64 {
         match self {
             Record::Step { step, .. } | Record::Epoch { step, .. } | Record::Curvature { step, .. } => *step,
@@ -111,32 +123,25 @@ pub(super) struct Log {
 
 impl Log {
     /// Opens the log of a run that has done `step` steps. Later lines, from a run that was stopped after its
-    /// checkpoint, are removed, since they will be written again.
+    /// checkpoint, are removed, since they will be written again. So are lines that cannot be read.
     pub fn open(path: &Path, step: u64, held: Held) -> Result<Self, TrainError> {
-        let text = match std::fs::read_to_string(path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
-            Err(error) => return Err(TrainError::io(path)(error)),
-        };
+        let found = if_there(read_regular(path, MOST_LINES))?.unwrap_or_default();
         let (mut kept, mut newest_epoch, mut newest_curvature) = (Vec::new(), None, None);
-        for line in text.lines() {
-            let Ok(record) = serde_json::from_str::<Record>(line) else { continue };
+        for line in found.split(|&byte| byte == b'\n') {
+            let Some(record) = Record::read(line) else { continue };
             if record.step() > step {
                 continue;
             }
-            kept.push(line);
+            kept.extend_from_slice(line);
+            kept.push(b'\n');
             match record {
                 Record::Epoch { step, .. } => newest_epoch = Some(step),
                 Record::Curvature { step, .. } => newest_curvature = Some(step),
                 Record::Step { .. } => {}
             }
         }
-        let mut whole = kept.join("\n");
-        if !whole.is_empty() {
-            whole.push('\n');
-        }
-        if whole != text {
-            write_whole(path, whole.as_bytes())?;
+        if kept != found {
+            write_whole(path, &kept)?;
         }
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(TrainError::io(path))?;
         Ok(Self { path: path.into(), file, newest_epoch, newest_curvature, held })
@@ -168,6 +173,30 @@ impl Log {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::train::hold;
+
+    #[test]
+    fn a_log_is_continued_whatever_bytes_its_end_has() {
+        let line = |step| format!("{{\"kind\":\"curvature\",\"epoch\":1,\"step\":{step},\"measures\":{{}}}}\n");
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log.jsonl");
+        let whole = [line(1), line(2)].concat();
+        for (number, end) in
+            [&b"\xff"[..], b"{\"kind\":\"step\",\"st\xc3", b"\0\0\0\0", b"\xff\n\xff\n"].iter().enumerate()
+        {
+            let held = folder.path().join(number.to_string());
+            std::fs::write(&path, [whole.as_bytes(), end].concat()).unwrap();
+            let log = Log::open(&path, 2, hold(&held).unwrap()).unwrap();
+            assert!(log.has_curvature_of(2));
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), whole);
+        }
+        drop(Log::open(&path, 1, hold(folder.path()).unwrap()).unwrap());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), line(1));
+        let long = [line(1), format!("[{}0]", "0,".repeat(1 << 20))].concat();
+        std::fs::write(&path, long).unwrap();
+        drop(Log::open(&path, 1, hold(folder.path()).unwrap()).unwrap());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), line(1));
+    }
 
     #[test]
     fn numbers_and_counters_of_a_method_are_read_as_they_were_written() {

@@ -18,10 +18,12 @@ mod state;
 mod training;
 pub mod weights;
 
+pub use checkpoint::Checkpoint;
 pub use curvature::{BatchNormName, CurvatureMeter, CurvatureSettings};
 pub use error::TrainError;
 pub use evaluate::{Evaluation, Evaluator};
 pub use files::{Held, checksum, hold, write_whole};
+pub(crate) use files::{MOST_FINDINGS, MOST_LINES, MOST_SETTINGS, if_there, read_regular, read_text};
 pub use finding::{CurvatureFile, Distribution, Finding, Findings, MeanOver};
 pub use folder::{RunImages, RunSplit};
 pub use images::{normalization, open_data, open_device, open_split};

@@ -1,10 +1,12 @@
 //! Options by name, as a file or a command line gives them: reading, layering, and what they mean together.
 
 use std::collections::{BTreeMap, HashMap};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use toml::Spanned;
 
+use super::files::{MOST_SETTINGS, read_settings, read_text};
 use super::listing::{find_option, similar_option};
 use super::settings::{Chosen, RunSettings};
 use super::{TrainError, settings};
@@ -24,12 +26,12 @@ impl Options {
         Self::from_file(&file_of_run(run)?)
     }
 
-    /// Reads a TOML file of settings.
+    /// Reads a TOML file of settings, of at most one mebibyte. It may be a pipe without a name, such as `/dev/stdin`.
     ///
     /// # Errors
     /// The file, an unknown key, or a value of another type.
     pub fn from_file(path: &Path) -> Result<Self, TrainError> {
-        let text = std::fs::read_to_string(path).map_err(TrainError::io(path))?;
+        let text = read_settings(path)?;
         Self::from_toml(&text).map_err(|reason| TrainError::Settings { path: path.into(), reason })
     }
 
@@ -40,7 +42,7 @@ impl Options {
     /// Those of [`Options::of_run`].
     pub fn some_of_run(run: &Path, names: &[&str]) -> Result<Self, TrainError> {
         let file = file_of_run(run)?;
-        let text = std::fs::read_to_string(&file).map_err(TrainError::io(&file))?;
+        let text = read_text(&file, MOST_SETTINGS)?;
         let read = || -> Result<_, String> {
             let entries = entries(&text)?;
             entries.iter().filter(|entry| names.contains(&&*entry.name)).map(Entry::read).collect()
@@ -55,7 +57,7 @@ impl Options {
 
     /// The line of an option in a file of settings, counted from 1; none where the file does not have it.
     pub(super) fn line_in(file: &Path, name: &str) -> Option<usize> {
-        let text = std::fs::read_to_string(file).ok()?;
+        let text = read_text(file, MOST_SETTINGS).ok()?;
         entries(&text).ok()?.iter().find(|entry| entry.name == name).map(|entry| entry.line)
     }
 
@@ -135,7 +137,13 @@ impl FromIterator<(String, SettingValue)> for Options {
 /// The file of settings in the folder of a run.
 pub(super) fn file_of_run(run: &Path) -> Result<PathBuf, TrainError> {
     let file = run.join("config.toml");
-    if file.is_file() { Ok(file) } else { Err(TrainError::NoRun { path: run.into() }) }
+    match std::fs::metadata(&file) {
+        Ok(_) => Ok(file),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            Err(TrainError::NoRun { path: run.into() })
+        }
+        Err(error) => Err(TrainError::io(file)(error)),
+    }
 }
 
 /// An entry of a file of settings.

@@ -1,11 +1,13 @@
 //! Weights in files: safetensors with torchvision's names and shapes.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde::de::{self, Deserializer as _, IgnoredAny, MapAccess};
 
+use super::files::{read_regular, shown};
 use super::{TrainError, write_whole};
 use crate::arena::{Layout, Tensor};
 
@@ -76,9 +78,10 @@ pub(super) fn write<'a>(
 /// another model.
 pub fn load(path: &Path, layouts: [&Layout; 2]) -> Result<[Vec<f32>; 2], TrainError> {
     let failed = |reason: String| TrainError::Weights { path: path.into(), reason };
-    let bytes = std::fs::read(path).map_err(TrainError::io(path))?;
-    let file = SafeTensors::deserialize(&bytes)
-        .map_err(|error| failed(format!("not a safetensors file, or a damaged one ({error})")))?;
+    // At most eight bytes for each number. A file of a larger model is read as well, to say what it holds.
+    let limit = layouts.iter().map(|layout| 8 * layout.len() as u64).sum::<u64>() + (1 << 30);
+    let bytes = read_regular(path, limit)?;
+    let file = parse(&bytes).map_err(|error| failed(format!("not a safetensors file, or a damaged one ({error})")))?;
     let mut arenas = layouts.map(|layout| vec![0.0f32; layout.len()]);
     let mut found = layouts.map(|layout| vec![false; layout.tensors().len()]);
     let mut unknown = Vec::new();
@@ -98,7 +101,7 @@ pub fn load(path: &Path, layouts: [&Layout; 2]) -> Result<[Vec<f32>; 2], TrainEr
         let values = values(tensor, name, &view).map_err(&failed)?;
         arenas[role][tensor.range()].copy_from_slice(&tensor.kind.from_file(&values));
         if std::mem::replace(&mut found[role][index], true) {
-            return Err(failed(format!("two tensors are `{known}`")));
+            return Err(failed(format!("two tensors are `{}`", shown(&known, NAME))));
         }
     }
     let tensors = layouts.iter().zip(&found).flat_map(|(layout, found)| layout.tensors().iter().zip(found));
@@ -106,14 +109,56 @@ pub fn load(path: &Path, layouts: [&Layout; 2]) -> Result<[Vec<f32>; 2], TrainEr
     if !unknown.is_empty() || !missing.is_empty() {
         let list = |what: &str, names: &mut Vec<&str>| {
             names.sort_unstable();
-            let names: Vec<String> = names.iter().map(|name| format!("`{name}`")).collect();
-            (!names.is_empty()).then(|| format!("{what} {}", names.join(", ")))
+            let more = names.len().saturating_sub(NAMES);
+            let some = names.iter().take(NAMES).map(|name| format!("`{}`", shown(name, NAME)));
+            let all: Vec<String> = some.chain((more > 0).then(|| format!("and {more} more"))).collect();
+            (!all.is_empty()).then(|| format!("{what} {}", all.join(", ")))
         };
         let lists = [list("missing", &mut missing), list("unknown", &mut unknown)];
         let lists: Vec<String> = lists.into_iter().flatten().collect();
         return Err(failed(format!("the weights of another model: {}", lists.join("; "))));
     }
     Ok(arenas)
+}
+
+/// The most characters of a tensor's name in an error, and the most names.
+const NAME: usize = 80;
+const NAMES: usize = 8;
+
+/// The contents of a safetensors file.
+pub(super) fn parse(bytes: &[u8]) -> Result<SafeTensors<'_>, String> {
+    if let Some(name) = repeated_name(bytes) {
+        return Err(format!("two tensors are named `{}`", shown(&name, NAME)));
+    }
+    SafeTensors::deserialize(bytes).map_err(|error| shown(&error.to_string(), 200))
+}
+
+/// A name that the header has twice, if it is readable: the format's reader would silently take the last of them.
+fn repeated_name(bytes: &[u8]) -> Option<String> {
+    let (length, rest) = bytes.split_first_chunk()?;
+    let header = rest.get(..usize::try_from(u64::from_le_bytes(*length)).ok()?)?;
+    serde_json::Deserializer::from_slice(header).deserialize_map(RepeatedName).ok()?
+}
+
+/// Finds a key that a map has twice.
+struct RepeatedName;
+
+impl<'de> de::Visitor<'de> for RepeatedName {
+    type Value = Option<String>;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a map of tensors by name")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Option<String>, A::Error> {
+        let (mut seen, mut repeated) = (HashSet::new(), None);
+        while let Some((name, _)) = map.next_entry::<String, IgnoredAny>()? {
+            if let Some(name) = seen.replace(name) {
+                repeated.get_or_insert(name);
+            }
+        }
+        Ok(repeated)
+    }
 }
 
 /// The name that torchvision uses.
@@ -133,8 +178,12 @@ fn canonical(name: &str) -> String {
 /// A tensor's values as f32, in the file's order.
 fn values(tensor: &Tensor, name: &str, view: &TensorView<'_>) -> Result<Vec<f32>, String> {
     let expected = tensor.kind.file_shape();
+    let name = shown(name, NAME);
     if view.shape() != expected {
-        return Err(format!("tensor `{name}` has shape {:?}, this model's has {expected:?}", view.shape()));
+        return Err(format!(
+            "tensor `{name}` has shape {}, this model's has {expected:?}",
+            shown(&format!("{:?}", view.shape()), 60)
+        ));
     }
     let data = view.data();
     match view.dtype() {
