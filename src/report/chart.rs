@@ -10,7 +10,7 @@ const RULE: Ink = Ink::Text(0.45);
 const GRID: Ink = Ink::Text(0.11);
 
 /// Values over more than this ratio are drawn on a logarithmic scale.
-pub(super) const LOGARITHMIC_FROM: f64 = 30.0;
+const LOGARITHMIC_FROM: f64 = 30.0;
 
 /// An axis: a range of values and its name.
 #[derive(Debug, Clone)]
@@ -26,9 +26,8 @@ pub(super) struct ChartAxis {
 impl ChartAxis {
     /// An axis from exactly `low` to `high`.
     pub fn exact(label: &str, low: f64, high: f64, logarithmic: bool) -> Self {
-        // Values that differ only by rounding count as one value.
-        let apart = high - low > 1e-9 * low.abs().max(high.abs());
-        let (low, high) = if apart { (low, high) } else { around(low) };
+        let [low, high] = [low, high].map(|end| end.clamp(-f64::MAX, f64::MAX));
+        let (low, high) = if are_apart(low, high) { (low, high) } else { around(low) };
         Self { label: label.into(), low, high, logarithmic: logarithmic && low > 0.0, whole: false }
     }
 
@@ -36,14 +35,14 @@ impl ChartAxis {
     /// finite.
     pub fn fitting(label: &str, values: impl Iterator<Item = f64>) -> Option<Self> {
         let (low, high) = range(values)?;
-        if low > 0.0 && high / low >= LOGARITHMIC_FROM {
-            let margin = (high / low).powf(0.04);
-            return Some(Self::exact(label, low / margin, high * margin, true));
+        if spans_decades(low, high) {
+            let margin = (0.04 * (high.ln() - low.ln())).exp();
+            return Some(Self::exact(label, (low / margin).max(f64::MIN_POSITIVE), high * margin, true));
         }
-        if high - low <= 1e-9 * low.abs().max(high.abs()) {
+        if !are_apart(low, high) {
             return Some(Self::exact(label, low, low, false));
         }
-        let margin = 0.05 * (high - low);
+        let margin = 0.05 * high - 0.05 * low;
         // An axis of values that cannot be negative does not go below zero.
         let floor = if low >= 0.0 { 0.0 } else { f64::NEG_INFINITY };
         Some(Self::exact(label, (low - margin).max(floor), high + margin, false))
@@ -53,7 +52,8 @@ impl ChartAxis {
     pub fn place(&self, value: f64) -> f64 {
         let Self { low, high, .. } = *self;
         let share = if self.logarithmic {
-            (value / low).ln() / (high / low).ln()
+            // Differences of logarithms, because a ratio of extreme numbers overflows.
+            (value.ln() - low.ln()) / (high.ln() - low.ln())
         } else {
             // Halved, so that the range of the largest numbers does not overflow.
             (0.5 * value - 0.5 * low) / (0.5 * high - 0.5 * low)
@@ -66,10 +66,21 @@ impl ChartAxis {
         let values = if self.logarithmic { log_steps(self.low, self.high, most) } else { Vec::new() };
         // A range of less than a decade may contain no round number of that kind.
         let mut values = if values.len() < 2 { linear_steps(self.low, self.high, most) } else { values };
+        values.retain(|value| (-1e-6..=1.0 + 1e-6).contains(&self.place(*value)));
         values.retain(|value| !self.whole || (value - value.round()).abs() < 1e-6);
         let step = values.windows(2).map(|pair| pair[1] - pair[0]).fold(f64::INFINITY, f64::min);
         values.iter().map(|&value| (value, tick_name(value, step))).collect()
     }
+}
+
+/// Whether two values differ by more than rounding. Otherwise they count as one value.
+fn are_apart(low: f64, high: f64) -> bool {
+    0.5 * high - 0.5 * low > 0.5e-9 * low.abs().max(high.abs())
+}
+
+/// Whether values between these are drawn on a logarithmic scale.
+pub(super) fn spans_decades(low: f64, high: f64) -> bool {
+    low > 0.0 && high.ln() - low.ln() >= LOGARITHMIC_FROM.ln()
 }
 
 /// The range around a single value.
@@ -90,6 +101,9 @@ pub(super) fn range(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
 /// Multiples of 1, 2 or 5 times a power of ten from `low` to `high`, at most `most` of them.
 pub(super) fn linear_steps(low: f64, high: f64, most: usize) -> Vec<f64> {
     let span = high - low;
+    if span == f64::INFINITY && low.is_finite() && high.is_finite() {
+        return linear_steps(0.5 * low, 0.5 * high, most).into_iter().map(|half| 2.0 * half).collect();
+    }
     if !span.is_finite() || span <= 0.0 {
         return Vec::new();
     }
@@ -112,9 +126,9 @@ pub(super) fn log_steps(low: f64, high: f64, most: usize) -> Vec<f64> {
         let exponents = (first..=last).filter(|exponent| exponent.rem_euclid(stride) == 0);
         exponents.flat_map(|e| factors.iter().map(move |f| f * 10f64.powi(e))).filter(inside).collect()
     };
-    let ways = [(&[1.0, 2.0, 5.0][..], 1), (&[1.0, 3.0], 1), (&[1.0], 1), (&[1.0], 2), (&[1.0], 5), (&[1.0], 20)];
-    let mut found = ways.iter().map(|(factors, stride)| powers(factors, *stride));
-    found.find(|values| values.len() <= most).unwrap_or_else(|| powers(&[1.0], 100))
+    let factors = [&[1.0, 2.0, 5.0][..], &[1.0, 3.0]].map(|factors| powers(factors, 1));
+    let strides = [1, 2, 3, 5, 10, 20, 50, 100].map(|stride| powers(&[1.0], stride));
+    factors.into_iter().chain(strides).find(|values| values.len() <= most).unwrap_or_default()
 }
 
 /// The label of a tick among others at this distance.
@@ -126,11 +140,11 @@ pub(super) fn tick_name(value: f64, step: f64) -> String {
     }
     let exponent = size.log10().floor() as i32;
     if !(1e-3..1e5).contains(&size) {
-        let mantissa = value / 10f64.powi(exponent);
         let digits = if step.is_finite() { (exponent - step.log10().floor() as i32).clamp(0, 3) as usize } else { 1 };
-        let mantissa = format!("{mantissa:.digits$}");
+        let text = format!("{value:.digits$e}");
+        let (mantissa, exponent) = text.split_once('e').unwrap_or((&text, "0"));
         let mantissa =
-            if mantissa.contains('.') { mantissa.trim_end_matches('0').trim_end_matches('.') } else { &mantissa };
+            if mantissa.contains('.') { mantissa.trim_end_matches('0').trim_end_matches('.') } else { mantissa };
         return format!("{mantissa}e{exponent}").replace('-', "−");
     }
     let step = if step.is_finite() { step.min(size) } else { size };
@@ -244,6 +258,23 @@ impl Line {
     }
 }
 
+/// The points of a line that a chart can show: of each half pixel across, the first and the last one, the lowest and the
+/// highest.
+fn thinned(line: Vec<[f64; 2]>) -> Vec<[f64; 2]> {
+    let column = |point: &[f64; 2]| (2.0 * point[0]).floor();
+    let mut kept = Vec::new();
+    for part in line.chunk_by(|a, b| column(a) == column(b)) {
+        let last = part.len() - 1;
+        let by_height = |&a: &usize, &b: &usize| part[a][1].total_cmp(&part[b][1]);
+        let mut places = [Some(0), (0..=last).min_by(by_height), (0..=last).max_by(by_height), Some(last)];
+        places.sort();
+        let mut places: Vec<usize> = places.into_iter().flatten().collect();
+        places.dedup();
+        kept.extend(places.into_iter().map(|place| part[place]));
+    }
+    kept
+}
+
 /// Draws lines within the area of their axes.
 pub(super) fn draw_lines(drawing: &mut Drawing, panel: Panel, x: &ChartAxis, y: &ChartAxis, lines: &[Line]) {
     let at = |[abscissa, value]: [f64; 2]| {
@@ -254,14 +285,14 @@ pub(super) fn draw_lines(drawing: &mut Drawing, panel: Panel, x: &ChartAxis, y: 
     };
     for Line { style, band, .. } in lines {
         for part in band.split(|&[x, low, high]| at([x, low]).is_none() || at([x, high]).is_none()) {
-            let below = part.iter().filter_map(|&[x, low, _]| at([x, low]));
-            let above = part.iter().rev().filter_map(|&[x, _, high]| at([x, high]));
-            drawing.polygon(below.chain(above).collect(), style.ink(0.16));
+            let below = thinned(part.iter().filter_map(|&[x, low, _]| at([x, low])).collect());
+            let above = thinned(part.iter().filter_map(|&[x, _, high]| at([x, high])).collect());
+            drawing.polygon(below.into_iter().chain(above.into_iter().rev()).collect(), style.ink(0.16));
         }
     }
     for Line { name, style, points, markers, .. } in lines {
         let parts = points.split(|&point| at(point).is_none());
-        let paths = parts.map(|part| part.iter().filter_map(|&point| at(point)).collect()).collect();
+        let paths = parts.map(|part| thinned(part.iter().filter_map(|&point| at(point)).collect())).collect();
         let stroke = Some((style.ink(1.0), 2.0));
         drawing.shape(VectorPath { paths, stroke, dash: style.dash(), ..VectorPath::default() });
         if !markers {

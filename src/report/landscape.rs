@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use super::chart::{
-    self, ChartAxis, FAINT, LOGARITHMIC_FROM, Line, Panel, SMALL, Style, draw_lines, linear_steps, log_steps, range,
-    significant,
+    self, ChartAxis, FAINT, Line, Panel, SMALL, Style, draw_lines, linear_steps, log_steps, range, significant,
+    spans_decades,
 };
 use super::drawing::{Anchor, Drawing, Ink, Medium, VectorPath};
 use crate::train::landscape::{Axis, Landscape};
@@ -92,13 +92,18 @@ impl LoadedLandscape {
 impl Axis {
     /// The index of the value that equals this one up to rounding.
     fn nearest(&self, place: f64) -> Option<usize> {
-        let (index, value) = self
-            .values
-            .iter()
-            .enumerate()
-            .min_by(|(_, a), (_, b)| (*a - place).abs().total_cmp(&(*b - place).abs()))?;
-        let span = self.values.last()? - self.values.first()?;
-        ((value - place).abs() <= 1e-6 * span).then_some(index)
+        // The values rise.
+        let above = self.values.partition_point(|value| *value < place);
+        let distance = |index: usize| Some((self.values.get(index)? - place).abs());
+        let index =
+            if above > 0 && distance(above).is_none_or(|far| distance(above - 1).is_some_and(|near| near <= far)) {
+                above - 1
+            } else {
+                above
+            };
+        // Halved, so that the span of the largest numbers does not overflow.
+        let half_span = 0.5 * self.values.last()? - 0.5 * self.values.first()?;
+        (distance(index)? <= 2e-6 * half_span).then_some(index)
     }
 
     pub(super) fn axis(&self) -> ChartAxis {
@@ -124,7 +129,7 @@ impl Levels {
         let (low, high) = range(losses())?;
         // A loss of zero is below every level. It must not prevent a logarithmic scale for the others.
         let floor = range(losses().filter(|&loss| loss > 0.0)).map_or(low, |(least, _)| least.max(NEGLIGIBLE * high));
-        let logarithmic = low >= 0.0 && floor > 0.0 && high / floor >= LOGARITHMIC_FROM;
+        let logarithmic = low >= 0.0 && spans_decades(floor, high);
         let bounds = match logarithmic {
             true => log_steps(floor, high, Self::MOST),
             false => linear_steps(low, high, Self::MOST),
@@ -182,8 +187,11 @@ fn part_above(corners: [([f64; 2], f64); 4], level: f64) -> (Vec<[f64; 2]>, Vec<
         }
         if (a >= level) != (b >= level) {
             // Computed from the lower end in both cells at this edge, so that they agree exactly.
-            let (low, high, share) =
-                if a < b { (from, to, (level - a) / (b - a)) } else { (to, from, (level - b) / (a - b)) };
+            // Halved, so that the difference of the largest numbers does not overflow.
+            let share = |low: f64, high: f64| (0.5 * level - 0.5 * low) / (0.5 * high - 0.5 * low);
+            let (low, high, share) = if a < b { (from, to, share(a, b)) } else { (to, from, share(b, a)) };
+            // The difference of the smallest numbers is lost.
+            let share = if share.is_finite() { share } else { 0.5 };
             let crossing = [low[0] + share * (high[0] - low[0]), low[1] + share * (high[1] - low[1])];
             polygon.push(crossing);
             crossings.push((crossing, a < b));
