@@ -2,7 +2,7 @@
 //! weights.
 
 use std::fs::{File, TryLockError};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::Path;
 
 use flate2::Crc;
@@ -62,6 +62,26 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
     })
 }
 
+/// Reads a regular file of at most `limit` bytes. A pipe or a device is refused, because it could block or never end.
+///
+/// # Errors
+/// A path that is not a regular file, a file that is too large, and those of the file.
+pub fn read_regular(path: &Path, limit: u64) -> Result<Vec<u8>, TrainError> {
+    let unusable = |reason: String| TrainError::Results { path: path.into(), reason };
+    let metadata = std::fs::metadata(path).map_err(TrainError::io(path))?;
+    if !metadata.is_file() {
+        return Err(unusable("not a regular file".into()));
+    }
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(TrainError::io(path))?;
+    // A file can grow while it is read.
+    file.take(limit + 1).read_to_end(&mut bytes).map_err(TrainError::io(path))?;
+    if bytes.len() as u64 > limit {
+        return Err(unusable(format!("larger than {limit} bytes")));
+    }
+    Ok(bytes)
+}
+
 /// A checksum of a file, by which results identify the weights that they belong to.
 ///
 /// # Errors
@@ -75,6 +95,17 @@ pub fn checksum(path: &Path) -> Result<String, TrainError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_regular_files_of_limited_size_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        std::fs::write(&path, "1234").unwrap();
+        assert_eq!(read_regular(&path, 4).unwrap(), b"1234");
+        assert!(read_regular(&path, 3).unwrap_err().to_string().ends_with("file: larger than 3 bytes"));
+        assert!(read_regular(folder.path(), 4).unwrap_err().to_string().ends_with(": not a regular file"));
+        assert!(matches!(read_regular(&folder.path().join("none"), 4), Err(TrainError::Io { .. })));
+    }
 
     #[test]
     fn a_folder_is_held_by_one() {

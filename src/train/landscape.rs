@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Evaluator, TrainError, weights, write_whole};
+use super::{Evaluator, TrainError, read_regular, weights, write_whole};
 use crate::arena::Layout;
 use crate::device::{Buffer, Slice};
 use crate::kernels::vector;
@@ -39,6 +39,8 @@ pub struct Landscape {
 impl Landscape {
     /// The most points of a landscape; its pictures could not show more.
     pub const MOST_POINTS: usize = 4_000_000;
+    /// The most bytes of its description and of its points.
+    pub(crate) const MOST_BYTES: u64 = 1 << 30;
 
     /// Reads the description of the landscape in a folder.
     ///
@@ -46,8 +48,8 @@ impl Landscape {
     /// A file that is missing or damaged.
     pub fn read(folder: &Path) -> Result<Self, TrainError> {
         let path = folder.join("landscape.json");
-        let text = std::fs::read_to_string(&path).map_err(TrainError::io(&path))?;
-        serde_json::from_str(&text).map_err(|error| TrainError::Results { path, reason: error.to_string() })
+        let text = read_regular(&path, Self::MOST_BYTES)?;
+        serde_json::from_slice(&text).map_err(|error| TrainError::Results { path, reason: error.to_string() })
     }
 
     /// The landscape that the folder holds, which must have these settings.

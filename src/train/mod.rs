@@ -21,6 +21,7 @@ pub mod weights;
 pub use curvature::{CurvatureMeter, CurvatureSettings};
 pub use error::TrainError;
 pub use evaluate::{Evaluation, Evaluator};
+pub(crate) use files::read_regular;
 pub use files::{Held, checksum, hold, write_whole};
 pub use finding::{CurvatureFile, Finding, Findings, MeanOver};
 pub use images::{normalization, open_data, open_device, open_split};
