@@ -52,12 +52,27 @@ impl From<TrainError> for Failure {
     }
 }
 
+/// Text without control characters, which a terminal would obey, except the ends of lines. They are written as in JSON,
+/// so JSON keeps its meaning.
+fn harmless(text: &str) -> String {
+    let mut harmless = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            character if character.is_control() && !matches!(character, '\n' | '\t') => {
+                harmless += &format!("\\u{:04x}", u32::from(character));
+            }
+            character => harmless.push(character),
+        }
+    }
+    harmless
+}
+
 /// Prints to standard output. A closed pipe is not an error.
 ///
 /// # Errors
 /// Any other reason why the text could not be written.
 fn print(text: &str) -> Result<(), Failure> {
-    match writeln!(std::io::stdout(), "{text}") {
+    match writeln!(std::io::stdout(), "{}", harmless(text)) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::Output(error)),
         _ => Ok(()),
     }
@@ -65,7 +80,7 @@ fn print(text: &str) -> Result<(), Failure> {
 
 /// Prints to standard error. A failure to print is ignored.
 pub fn tell(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{text}");
+    let _ = writeln!(std::io::stderr(), "{}", harmless(text));
 }
 
 /// A progress bar on a terminal, for work of several parts.

@@ -1,6 +1,7 @@
 //! Axes with their ticks, and charts of lines over them.
 
 use super::drawing::{Anchor, Drawing, Ink, VectorPath};
+use super::text::digits;
 
 /// Font size of the labels of ticks and axes.
 pub(super) const SMALL: f64 = 11.0;
@@ -67,6 +68,10 @@ impl ChartAxis {
         // A range of less than a decade may contain no round number of that kind.
         let mut values = if values.len() < 2 { linear_steps(self.low, self.high, most) } else { values };
         values.retain(|value| (-1e-6..=1.0 + 1e-6).contains(&self.place(*value)));
+        // Numbers next to zero have no round numbers between them.
+        if values.is_empty() {
+            values = vec![self.low, self.high];
+        }
         values.retain(|value| !self.whole || (value - value.round()).abs() < 1e-6);
         let step = values.windows(2).map(|pair| pair[1] - pair[0]).fold(f64::INFINITY, f64::min);
         values.iter().map(|&value| (value, tick_name(value, step))).collect()
@@ -322,29 +327,4 @@ pub(super) fn line_chart(title: &str, x: ChartAxis, y_label: &str, lines: &[Line
     panel.axes(&mut drawing, &x, &y);
     draw_lines(&mut drawing, panel, &x, &y, lines);
     Some(drawing)
-}
-
-/// A number with four significant digits.
-pub(super) fn digits(value: f64) -> String {
-    significant(value, 4)
-}
-
-/// A number with this many significant digits.
-pub(super) fn significant(value: f64, count: i32) -> String {
-    if !value.is_finite() {
-        return "not finite".into();
-    }
-    if value == 0.0 {
-        return "0".into();
-    }
-    let exponent = value.abs().log10().floor() as i32;
-    if !(-3..6).contains(&exponent) {
-        let decimals = (count - 1).max(0) as usize;
-        return format!("{value:.decimals$e}").replace('-', "−");
-    }
-    let decimals = (count - 1 - exponent).max(0) as usize;
-    let text = format!("{value:.decimals$}");
-    // Whole numbers such as epochs need no decimal zeros.
-    let text = if value.fract() == 0.0 && text.contains('.') { format!("{value:.0}") } else { text };
-    text.replace('-', "−")
 }

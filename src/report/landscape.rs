@@ -3,12 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use super::chart::{
-    self, ChartAxis, FAINT, Line, Panel, SMALL, Style, draw_lines, linear_steps, log_steps, range, significant,
-    spans_decades,
+    self, ChartAxis, FAINT, Line, Panel, SMALL, Style, draw_lines, linear_steps, log_steps, range, spans_decades,
 };
 use super::drawing::{Anchor, Drawing, Ink, Medium, VectorPath};
+use super::text::{plain, significant};
 use crate::train::landscape::{Axis, Landscape};
-use crate::train::{TrainError, write_whole};
+use crate::train::{TrainError, read_regular, write_whole};
 
 /// On a logarithmic scale, losses below the largest by more than this factor count as zero.
 const NEGLIGIBLE: f64 = 1e-12;
@@ -37,15 +37,21 @@ impl LoadedLandscape {
         for Axis { name, values } in &axes {
             let rises = values.windows(2).all(|pair| pair[0] < pair[1]);
             if values.len() < 2 || !rises || values.iter().any(|value| !value.is_finite()) {
-                return Err(unusable(format!("the values of axis `{name}`: expected two or more, finite and rising")));
+                return Err(unusable(format!(
+                    "the values of axis `{}`: expected two or more, finite and rising",
+                    plain(name)
+                )));
             }
         }
         let count = axes.iter().try_fold(1usize, |count, axis| count.checked_mul(axis.values.len()));
         let count =
             count.filter(|&count| count <= Landscape::MOST_POINTS).ok_or_else(|| unusable("too many points".into()))?;
         let path = folder.join("landscape.csv");
-        let text = std::fs::read_to_string(&path).map_err(TrainError::io(&path))?;
+        let text = read_regular(&path, Landscape::MOST_BYTES)?;
+        let text = String::from_utf8_lossy(&text);
         let weights = settings.get("weights").cloned();
+        let axes = axes.into_iter().map(|axis| Axis { name: plain(&axis.name), ..axis }).collect::<Vec<_>>();
+        let title = plain(&title);
         let mut landscape = Self { title, axes, loss: vec![None; count], accuracy: vec![f64::NAN; count], weights };
         // A last line without its end was cut off and may lack digits.
         for line in text.split_inclusive('\n').skip(1).filter_map(|line| line.strip_suffix('\n')) {

@@ -1,15 +1,17 @@
 //! The page: sections of tables and charts, in one file without references to others.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use super::chart::{self, ChartAxis, FAINT, Line, Panel, SMALL, Style, digits, line_chart, significant};
+use super::chart::{self, ChartAxis, FAINT, Line, Panel, SMALL, Style, line_chart};
 use super::drawing::{Anchor, Drawing, Ink, Medium, SERIES, SERIES_ON_DARK, VectorPath, escape, hex};
 use super::landscape::{self, Levels, LoadedLandscape};
-use super::runs::{Epoch, Group, LoadedRun, Measures, RunStatistics, differing, numbers};
-use super::{CurvatureOrder, spectrum};
+use super::runs::{Epoch, Group, LoadedRun, differing, numbers};
+use super::statistics::{MeasuredStatistics, Measurement, RunStatistics, best, means};
+use super::text::{counted, digits, shortened};
+use super::{CurvatureOrder, SkippedPath, spectrum};
 
 /// The whole page.
-pub(super) fn page(groups: &[Group], order: Option<&CurvatureOrder>) -> String {
+pub(super) fn page(groups: &[Group], order: Option<&CurvatureOrder>, skipped: &[SkippedPath]) -> String {
     let runs: usize = groups.iter().map(|group| group.runs.len()).sum();
     let names: Vec<&str> = groups.iter().map(|group| group.name.as_str()).collect();
     let title = match runs {
@@ -24,7 +26,7 @@ pub(super) fn page(groups: &[Group], order: Option<&CurvatureOrder>) -> String {
         include_str!("page.css").replace("LIGHT", &variables(&SERIES)).replace("DARK", &variables(&SERIES_ON_DARK));
     let sections = [
         accuracy(groups),
-        left_out(groups),
+        left_out(groups, skipped),
         learning(groups),
         curvature_over_epochs(groups),
         final_curvature(groups, order),
@@ -100,55 +102,20 @@ fn note(text: &str) -> String {
     format!("<p class=\"faint\">{}</p>\n", escape(text))
 }
 
-/// Mean ± deviation, with the digits that the deviation allows.
-pub(super) fn plus_minus(statistics: &RunStatistics) -> String {
-    let RunStatistics { mean, deviation, values } = statistics;
-    if values.is_empty() {
-        return "–".into();
-    }
-    if !mean.is_finite() {
-        let wild = values.iter().filter(|value| !value.is_finite()).count();
-        return if values.len() == 1 {
-            "not finite".into()
-        } else {
-            format!("not finite in {wild} of {}", values.len())
-        };
-    }
-    // A rounding residue of equal numbers is not a deviation.
-    let deviation = deviation.map(|deviation| if deviation > 1e-9 * mean.abs() { deviation } else { 0.0 });
-    match deviation {
-        Some(deviation) if deviation > 0.0 && (1e-4..1e6).contains(&mean.abs()) => {
-            // Two digits of the deviation, but no more than five of the mean.
-            let place = |value: f64| (value.abs().log10() + 1e-9).floor();
-            let decimals = (1.0 - place(deviation)).min(4.0 - place(*mean)).max(0.0) as usize;
-            format!("{mean:.decimals$} ± {deviation:.decimals$}").replace('-', "−")
-        }
-        Some(deviation) => format!("{} ± {}", digits(*mean), significant(deviation, 2)),
-        None => digits(*mean),
-    }
-}
-
-fn percent(statistics: &RunStatistics) -> RunStatistics {
-    RunStatistics::of(statistics.values.iter().map(|value| 100.0 * value).collect())
-}
-
-/// The cells of a column. The best one is marked if there are several.
+/// The cells of a column. The best one is marked if it is better than the others by more than the error.
 fn with_best(statistics: &[RunStatistics], unit: &str, highest: bool) -> Vec<String> {
-    let means: Vec<f64> = statistics.iter().map(|statistics| statistics.mean).collect();
-    let best = chart::range(means.iter().copied()).map(|(low, high)| if highest { high } else { low });
-    let finite = means.iter().filter(|mean| mean.is_finite()).count();
-    let cell = |statistics: &RunStatistics| {
+    let best = best(&means(statistics), highest);
+    let cell = |(index, statistics): (usize, &RunStatistics)| {
         let unit = if statistics.mean.is_finite() { unit } else { "" };
-        let text = format!("{}{unit}", plus_minus(statistics));
-        let class = if finite > 1 && Some(statistics.mean) == best { " class=\"best\"" } else { "" };
-        format!("<td{class}>{text}</td>")
+        let class = if best == Some(index) { " class=\"best\"" } else { "" };
+        format!("<td{class}>{statistics}{unit}</td>")
     };
-    statistics.iter().map(cell).collect()
+    statistics.iter().enumerate().map(cell).collect()
 }
 
 fn accuracy(groups: &[Group]) -> Option<String> {
     let column = |number: fn(&Group) -> RunStatistics| groups.iter().map(number).collect::<Vec<_>>();
-    let accuracies: Vec<RunStatistics> = column(Group::test_accuracy).iter().map(percent).collect();
+    let accuracies: Vec<RunStatistics> = column(Group::test_accuracy).iter().map(RunStatistics::percent).collect();
     if accuracies.iter().all(|statistics| statistics.values.is_empty()) {
         return Some(section("Accuracy", &note("No epoch has been finished yet.")));
     }
@@ -164,23 +131,29 @@ fn accuracy(groups: &[Group]) -> Option<String> {
                 losses[index].clone(),
                 group.runs.len().to_string(),
                 epochs_done(group),
-                plus_minus(&group.seconds()),
-                plus_minus(&group.images_per_second()),
+                group.seconds().to_string(),
+                group.images_per_second().to_string(),
             ]
         })
         .collect();
     let head = ["Group", "Test accuracy", "Test loss", "Runs", "Epochs", "Training time (s)", "Images/s"];
     let mut content = table(&head.map(String::from), &rows);
-    if groups.iter().any(|group| group.runs.len() > 1) {
-        content += &note(
-            "After the last epoch; mean ± standard deviation over the runs of a group, which differ in nothing but the seed.",
-        );
-    } else {
-        content += &note("After the last epoch.");
+    let several = groups.iter().any(|group| group.runs.len() > 1);
+    let mut text = "After the last epoch".to_string();
+    if several {
+        text += "; mean ± standard deviation over the runs of a group, which differ in nothing but the seed";
     }
+    text += match (groups.len() > 1, several) {
+        (false, _) => ".",
+        (true, true) => {
+            ". A group is called the best if it leads every other one by more than twice the error of the difference."
+        }
+        (true, false) => ". No group is called the best, because single runs have no error over seeds.",
+    };
+    content += &note(&text);
     for group in groups {
         let seeds: BTreeSet<String> = group.runs.iter().map(|run| run.setting("seed")).collect();
-        let lasts: BTreeSet<u64> = group.runs.iter().filter_map(|run| Some(run.epochs().last()?.epoch)).collect();
+        let lasts: BTreeSet<u64> = group.runs.iter().filter_map(|run| Some(run.epochs.last()?.epoch)).collect();
         if seeds.len() < group.runs.len() {
             content += &note(&format!("{}: some runs have the same seed, so the deviation is too small.", group.name));
         }
@@ -193,19 +166,16 @@ fn accuracy(groups: &[Group]) -> Option<String> {
 
 /// The logged epochs, out of those requested.
 fn epochs_done(group: &Group) -> String {
-    let done: BTreeSet<u64> = group.runs.iter().map(|run| run.epochs().last().map_or(0, |last| last.epoch)).collect();
+    let done: BTreeSet<u64> = group.runs.iter().map(|run| run.epochs.last().map_or(0, |last| last.epoch)).collect();
     let done = done.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
     let planned = group.runs.first().map(|run| run.setting("epochs")).unwrap_or_default();
     if planned.is_empty() || planned == done { done } else { format!("{done} of {}", escape(&planned)) }
 }
 
-fn left_out(groups: &[Group]) -> Option<String> {
+fn left_out(groups: &[Group], skipped: &[SkippedPath]) -> Option<String> {
     let runs = groups.iter().flat_map(|group| &group.runs).filter(|run| run.unreadable > 0);
     let line = |run: &LoadedRun| {
-        let (lines, was) = match run.unreadable {
-            1 => ("1 line".into(), "was"),
-            count => (format!("{count} lines"), "were"),
-        };
+        let (lines, was) = (counted(run.unreadable, "line"), if run.unreadable == 1 { "was" } else { "were" });
         note(&format!("{}: {lines} could not be read and {was} skipped.", run.path.join("log.jsonl").display()))
     };
     let stale = |run: &LoadedRun| {
@@ -213,7 +183,8 @@ fn left_out(groups: &[Group]) -> Option<String> {
         note(&format!("{path}: left out because the weights of the run have changed: {files}."))
     };
     let others = groups.iter().flat_map(|group| &group.runs).filter(|run| !run.stale.is_empty());
-    let notes: String = runs.map(line).chain(others.map(stale)).collect();
+    let skipped = skipped.iter().map(|skipped| note(&format!("Left out: {}", skipped.reason)));
+    let notes: String = runs.map(line).chain(others.map(stale)).chain(skipped).collect();
     (!notes.is_empty()).then_some(notes)
 }
 
@@ -243,19 +214,19 @@ fn charts(figures: &str) -> String {
     format!("<div class=\"charts\">\n{figures}</div>\n")
 }
 
-/// Means and ranges over runs of a number at some epochs.
-fn line_over_epochs(style: usize, name: &str, runs: &[Vec<(u64, f64)>]) -> Line {
-    let epochs: BTreeSet<u64> = runs.iter().flatten().map(|&(epoch, _)| epoch).collect();
-    let (mut points, mut band) = (Vec::new(), Vec::new());
-    for epoch in epochs {
-        let at = |run: &Vec<(u64, f64)>| run.iter().find(|(other, _)| *other == epoch).map(|&(_, value)| value);
-        let values: Vec<f64> = runs.iter().filter_map(at).collect();
-        let (low, high) = chart::range(values.iter().copied()).unwrap_or((f64::NAN, f64::NAN));
-        points.push([epoch as f64, RunStatistics::of(values).mean]);
-        band.push([epoch as f64, low, high]);
+/// Means and ranges over runs of a number at some epochs. The ranges include the errors of measurements.
+fn line_over_epochs(style: usize, name: &str, runs: &[Vec<(u64, Measurement)>]) -> Line {
+    let mut epochs = BTreeMap::<u64, Vec<&Measurement>>::new();
+    for (epoch, number) in runs.iter().flatten() {
+        epochs.entry(*epoch).or_default().push(number);
     }
-    if runs.len() < 2 {
-        band.clear();
+    let has_band = runs.len() > 1 || epochs.values().flatten().any(|number| number.error.is_some());
+    let (mut points, mut band) = (Vec::new(), Vec::new());
+    for (epoch, numbers) in epochs {
+        points.push([epoch as f64, RunStatistics::of(numbers.iter().map(|of| of.value).collect()).mean]);
+        let ends = |of: &&Measurement| [-1.0, 1.0].map(|side| of.value + side * of.error.unwrap_or(0.0));
+        let (low, high) = chart::range(numbers.iter().flat_map(ends)).unwrap_or((f64::NAN, f64::NAN));
+        band.extend(has_band.then_some([epoch as f64, low, high]));
     }
     Line { name: name.into(), style: Style(style), points, band, markers: true }
 }
@@ -265,7 +236,7 @@ fn chart_over_epochs(
     groups: &[Group],
     title: &str,
     unit: &str,
-    of: impl Fn(&LoadedRun) -> Vec<(u64, f64)>,
+    of: impl Fn(&LoadedRun) -> Vec<(u64, Measurement)>,
 ) -> Option<String> {
     let line = |(index, group): (usize, &Group)| {
         let runs: Vec<_> = group.runs.iter().map(&of).collect();
@@ -281,8 +252,9 @@ fn chart_over_epochs(
 
 fn learning(groups: &[Group]) -> Option<String> {
     let of = |number: fn(&Epoch) -> Option<f64>| {
-        move |run: &LoadedRun| -> Vec<(u64, f64)> {
-            run.epochs().iter().map(|epoch| (epoch.epoch, number(epoch).unwrap_or(f64::NAN))).collect()
+        move |run: &LoadedRun| -> Vec<(u64, Measurement)> {
+            let number = |epoch: &Epoch| Measurement::new(number(epoch).unwrap_or(f64::NAN), None);
+            run.epochs.iter().map(|epoch| (epoch.epoch, number(epoch))).collect()
         }
     };
     let mut figures = String::new();
@@ -290,7 +262,7 @@ fn learning(groups: &[Group]) -> Option<String> {
     add("Training loss", "cross-entropy (nats)", |epoch| epoch.train_loss);
     add("Test loss", "cross-entropy (nats)", |epoch| epoch.test_loss);
     add("Test accuracy", "accuracy (%)", |epoch| Some(100.0 * epoch.test_accuracy));
-    let rates: BTreeSet<u64> = runs(groups).flat_map(LoadedRun::epochs).map(|epoch| epoch.lr.to_bits()).collect();
+    let rates: BTreeSet<u64> = runs(groups).flat_map(|run| &run.epochs).map(|epoch| epoch.lr.to_bits()).collect();
     if rates.len() > 1 {
         add("Learning rate of the epoch's last step", "learning rate", |epoch| Some(epoch.lr));
     }
@@ -342,19 +314,29 @@ fn measure_names(all: impl Iterator<Item = String>) -> Vec<String> {
 }
 
 fn curvature_over_epochs(groups: &[Group]) -> Option<String> {
-    let measured = runs(groups).flat_map(LoadedRun::curvatures);
-    let names = measure_names(measured.flat_map(|(_, measures)| numbers(measures)).map(|(name, _)| name));
-    let value = |measures: &Measures, name: &str| {
-        numbers(measures).into_iter().find(|(other, _)| other == name).map(|(_, value)| value)
+    // By run and name: the epochs and the numbers.
+    type Series = BTreeMap<String, Vec<(u64, Measurement)>>;
+    let series = |run: &LoadedRun| {
+        let mut series = Series::new();
+        for (epoch, measures) in run.curvatures() {
+            for (name, number) in numbers(measures) {
+                series.entry(name).or_default().push((epoch, number));
+            }
+        }
+        (run.path.clone(), series)
     };
+    let all: BTreeMap<_, Series> = runs(groups).map(series).collect();
+    let names = measure_names(all.values().flat_map(|series| series.keys().cloned()));
     let mut figures = String::new();
     for name in &names {
         let (title, unit) = measure_name(name);
         figures.extend(chart_over_epochs(groups, title, unit, |run| {
-            run.curvatures().into_iter().filter_map(|(epoch, measures)| Some((epoch, value(measures, name)?))).collect()
+            all.get(&run.path).and_then(|series| series.get(name)).cloned().unwrap_or_default()
         }));
     }
-    (!figures.is_empty()).then(|| section("Curvature during training", &(legend(groups) + &charts(&figures))))
+    let text = "Bands reach from the lowest run to the highest, with the errors of the measurements.";
+    let content = legend(groups) + &charts(&figures) + &note(text);
+    (!figures.is_empty()).then(|| section("Curvature during training", &content))
 }
 
 fn final_curvature(groups: &[Group], order: Option<&CurvatureOrder>) -> Option<String> {
@@ -367,9 +349,9 @@ fn final_curvature(groups: &[Group], order: Option<&CurvatureOrder>) -> Option<S
     let mut head = vec!["Measure".to_string()];
     head.extend(groups.iter().enumerate().map(|(index, group)| key(index, group)));
     let row = |name: &String| {
-        let cell = |numbers: &Vec<(String, RunStatistics)>| {
+        let cell = |numbers: &Vec<(String, MeasuredStatistics)>| {
             let statistics = numbers.iter().find(|(other, _)| other == name);
-            statistics.map_or("–".into(), |(_, statistics)| plus_minus(statistics))
+            statistics.map_or("–".into(), |(_, statistics)| statistics.to_string())
         };
         let mut row = vec![escape(measure_name(name).0)];
         row.extend(found.iter().map(cell));
@@ -377,8 +359,14 @@ fn final_curvature(groups: &[Group], order: Option<&CurvatureOrder>) -> Option<S
     };
     let rows: Vec<_> = names.iter().map(row).collect();
     let mut content = table(&head, &rows);
-    if groups.iter().any(|group| group.runs.len() > 1) {
-        content += &note("Mean ± standard deviation over the runs of a group.");
+    let all = || found.iter().flatten().map(|(_, statistics)| statistics);
+    if all().any(|of| of.measurement_error.is_some()) {
+        content += &note(
+            "± is the error of a measurement: the standard error of a mean over random probes, the residual of an eigenvalue.",
+        );
+    }
+    if all().any(|of| of.runs.deviation.is_some()) {
+        content += &note("seeds ± is the standard deviation over the runs of a group.");
     }
     content += &measured_over(groups);
     if let Some(order) = order {
@@ -404,14 +392,14 @@ fn measured_over(groups: &[Group]) -> String {
 /// The traces of layers, one row of points for each layer.
 fn layers(groups: &[Group]) -> Option<String> {
     let found: Vec<_> = groups.iter().map(Group::layer_traces).collect();
-    let mut names: Vec<&String> = Vec::new();
+    let (mut names, mut rows) = (Vec::<&str>::new(), HashMap::new());
     for (name, _) in found.iter().flatten() {
-        if !names.contains(&name) {
+        if !rows.contains_key(name) {
+            rows.insert(name, names.len());
             names.push(name);
         }
     }
-    let means = || found.iter().flatten().map(|(_, statistics)| statistics.mean);
-    let x = ChartAxis::fitting("trace of the layer's block of the Hessian", means())?;
+    let x = layers_axis(found.iter().flatten().map(|(_, statistics)| statistics))?;
     let (row, width) = (16.0, 720.0);
     let height = 8.0 + row * names.len() as f64 + 42.0;
     let mut drawing = Drawing::new(width, height, "traces of the layers' blocks of the Hessian");
@@ -420,24 +408,51 @@ fn layers(groups: &[Group]) -> Option<String> {
     let rules = (0..names.len()).map(|index| vec![[panel.left, y(index)], [panel.right, y(index)]]).collect();
     drawing.shape(VectorPath { paths: rules, stroke: Some((Ink::Text(0.11), 1.0)), ..VectorPath::default() });
     for (index, name) in names.iter().enumerate() {
-        drawing.label([panel.left - 8.0, y(index) + 0.35 * SMALL], name.as_str(), SMALL, Anchor::End, FAINT);
+        let at = [panel.left - 8.0, y(index) + 0.35 * SMALL];
+        drawing.label(at, shortened(name, 30), SMALL, Anchor::End, FAINT);
+    }
+    if !x.logarithmic && x.low < 0.0 {
+        let zero = panel.x(x.place(0.0));
+        drawing.line(vec![[zero, panel.top], [zero, panel.bottom]], Ink::Text(0.45), 1.0);
     }
     panel.x_ticks(&mut drawing, &x);
     for (index, (group, traces)) in groups.iter().zip(&found).enumerate() {
+        // The groups lie beside each other within a row, so that their error bars show.
+        let shift = row * 0.6 * ((index as f64 + 0.5) / groups.len() as f64 - 0.5);
         for (name, statistics) in traces {
-            let place = x.place(statistics.mean);
-            let Some(layer) = names.iter().position(|other| *other == name).filter(|_| place.is_finite()) else {
+            let mean = statistics.mean();
+            let (place, Some(layer)) = (x.place(mean.mean), rows.get(name)) else { continue };
+            if !place.is_finite() {
                 continue;
-            };
-            let paths = vec![Style(index).marker([panel.x(place), y(layer)], 3.6)];
-            let tip = Some(format!("{}: {name} {}", group.name, plus_minus(statistics)));
+            }
+            let (at, error) = (y(*layer) + shift, mean.error.unwrap_or(0.0));
+            let ends = [-error, error].map(|error| x.place(mean.mean + error));
+            // A bar that reaches to zero or below has no end on a logarithmic axis.
+            let ends = ends.map(|end| panel.x(if end.is_finite() { end.clamp(0.0, 1.0) } else { 0.0 }));
+            if error > 0.0 {
+                drawing.line(ends.map(|end| [end, at]).to_vec(), Style(index).ink(0.85), 1.5);
+            }
+            let paths = vec![Style(index).marker([panel.x(place), at], 3.2)];
+            let tip = Some(format!("{}: {name} {statistics}", group.name));
             let fill = Some(Style(index).ink(0.85));
             drawing.shape(VectorPath { paths, closed: true, fill, tip, ..VectorPath::default() });
         }
     }
     let svg = drawing.svg(Medium::Page).replacen("<svg ", "<svg class=\"tall\" ", 1);
-    let content = format!("{}<div class=\"table\" tabindex=\"0\">{svg}</div>\n", legend(groups));
+    let text = "Bars are one error to each side, of the measurement and over seeds together.";
+    let content = format!("{}<div class=\"table\" tabindex=\"0\">{svg}</div>\n{}", legend(groups), note(text));
     Some(section("Curvature by layer", &content))
+}
+
+/// The axis of the traces of layers, with room for their errors.
+fn layers_axis<'a>(traces: impl Iterator<Item = &'a MeasuredStatistics> + Clone) -> Option<ChartAxis> {
+    let label = "trace of the layer's block of the Hessian";
+    let axis = ChartAxis::fitting(label, traces.clone().map(|of| of.runs.mean))?;
+    let sides: &[f64] = if axis.logarithmic { &[0.0, 1.0] } else { &[-1.0, 1.0] };
+    let ends = traces
+        .map(MeasuredStatistics::mean)
+        .flat_map(|of| sides.iter().map(move |side| of.mean + side * of.error.unwrap_or(0.0)));
+    ChartAxis::fitting(label, ends)
 }
 
 fn spectra(groups: &[Group]) -> Option<String> {
@@ -576,7 +591,7 @@ fn list_of_runs(groups: &[Group]) -> Option<String> {
     for group in groups {
         for run in &group.runs {
             let (steps, skipped) = run.steps();
-            let seconds = run.epochs().last().map_or("–".into(), |last| digits(last.seconds));
+            let seconds = run.epochs.last().map_or("–".into(), |last| digits(last.seconds));
             rows.push(vec![
                 format!("<code>{}</code>", escape(&run.path.display().to_string())),
                 text_cell(&group.name),
