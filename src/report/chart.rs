@@ -1,6 +1,8 @@
 //! Axes with their ticks, and charts of lines over them.
 
-use super::drawing::{Anchor, Drawing, Ink, VectorPath};
+use serde_json::json;
+
+use super::drawing::{Anchor, Drawing, Ink, SERIES, VectorPath};
 use super::text::digits;
 
 /// Font size of the labels of ticks and axes.
@@ -253,20 +255,56 @@ pub(super) struct Line {
     pub points: Vec<[f64; 2]>,
     /// Abscissa, lowest and highest value.
     pub band: Vec<[f64; 3]>,
+    /// Values whose moving mean the points are, drawn pale; often none.
+    pub raw: Vec<[f64; 2]>,
     /// Whether points have markers and show their values.
     pub markers: bool,
 }
 
 impl Line {
     fn values(&self) -> impl Iterator<Item = f64> {
-        self.points.iter().map(|point| point[1]).chain(self.band.iter().flat_map(|&[_, low, high]| [low, high]))
+        let points = self.points.iter().chain(&self.raw).map(|point| point[1]);
+        points.chain(self.band.iter().flat_map(|&[_, low, high]| [low, high]))
+    }
+
+    /// Where it begins and ends, for those who cannot see it.
+    fn description(&self) -> Option<String> {
+        let mut finite = self.points.iter().filter(|point| point[1].is_finite());
+        let (&[first, start], last) = (finite.next()?, finite.next_back());
+        let begin = format!("{} {} at {}", self.name, digits(start), digits(first));
+        Some(last.map_or(begin.clone(), |&[last, end]| format!("{begin}, {} at {}", digits(end), digits(last))))
+    }
+
+    /// What the page's script draws it from.
+    fn data(&self, x: &ChartAxis) -> serde_json::Value {
+        // A column for each pixel. The other numbers of a long line cannot be seen.
+        let column = |at: f64| CHART.0 * x.place(at);
+        // Five digits are enough to read, and make the page smaller.
+        let short = |value: f64| format!("{value:.4e}").parse::<f64>().ok().filter(|value| value.is_finite());
+        let points = |points: &[[f64; 2]]| -> Vec<(f64, Option<f64>)> {
+            thinned(points.to_vec(), column).into_iter().map(|[at, value]| (at, short(value))).collect()
+        };
+        let side = |end: usize| -> Vec<[f64; 2]> { self.band.iter().map(|of| [of[0], of[end]]).collect() };
+        // Both sides are thinned alike only if no point is left out.
+        let few = self.band.len() as f64 <= CHART.0;
+        let (low, high) = (points(&side(1)), points(&side(2)));
+        let band: Vec<_> = low.iter().zip(&high).map(|((at, low), (_, high))| (at, low, high)).collect();
+        json!({
+            "name": self.name,
+            "style": self.style.0,
+            "colour": self.style.0 % SERIES.len(),
+            "dash": self.style.dash(),
+            "points": points(&self.points),
+            "raw": points(&self.raw),
+            "band": if few { json!(band) } else { json!([]) },
+        })
     }
 }
 
 /// The points of a line that a chart can show: of each half pixel across, the first and the last one, the lowest and the
-/// highest.
-fn thinned(line: Vec<[f64; 2]>) -> Vec<[f64; 2]> {
-    let column = |point: &[f64; 2]| (2.0 * point[0]).floor();
+/// highest. A height that is not finite is kept, so that the line stays interrupted there.
+fn thinned(line: Vec<[f64; 2]>, column: impl Fn(f64) -> f64) -> Vec<[f64; 2]> {
+    let column = |point: &[f64; 2]| (column(point[0]).floor(), point[1].is_finite());
     let mut kept = Vec::new();
     for part in line.chunk_by(|a, b| column(a) == column(b)) {
         let last = part.len() - 1;
@@ -280,6 +318,11 @@ fn thinned(line: Vec<[f64; 2]>) -> Vec<[f64; 2]> {
     kept
 }
 
+/// The column of a place in a drawing, of which a pixel has two.
+fn half_pixel(x: f64) -> f64 {
+    2.0 * x
+}
+
 /// Draws lines within the area of their axes.
 pub(super) fn draw_lines(drawing: &mut Drawing, panel: Panel, x: &ChartAxis, y: &ChartAxis, lines: &[Line]) {
     let at = |[abscissa, value]: [f64; 2]| {
@@ -290,16 +333,20 @@ pub(super) fn draw_lines(drawing: &mut Drawing, panel: Panel, x: &ChartAxis, y: 
     };
     for Line { style, band, .. } in lines {
         for part in band.split(|&[x, low, high]| at([x, low]).is_none() || at([x, high]).is_none()) {
-            let below = thinned(part.iter().filter_map(|&[x, low, _]| at([x, low])).collect());
-            let above = thinned(part.iter().filter_map(|&[x, _, high]| at([x, high])).collect());
+            let below = thinned(part.iter().filter_map(|&[x, low, _]| at([x, low])).collect(), half_pixel);
+            let above = thinned(part.iter().filter_map(|&[x, _, high]| at([x, high])).collect(), half_pixel);
             drawing.polygon(below.into_iter().chain(above.into_iter().rev()).collect(), style.ink(0.16));
         }
     }
-    for Line { name, style, points, markers, .. } in lines {
-        let parts = points.split(|&point| at(point).is_none());
-        let paths = parts.map(|part| thinned(part.iter().filter_map(|&point| at(point)).collect())).collect();
+    for Line { name, style, points, raw, markers, .. } in lines {
+        let paths = |points: &[[f64; 2]]| {
+            let parts = points.split(|&point| at(point).is_none());
+            parts.map(|part| thinned(part.iter().filter_map(|&point| at(point)).collect(), half_pixel)).collect()
+        };
+        let stroke = Some((style.ink(0.3), 1.0));
+        drawing.shape(VectorPath { paths: paths(raw), stroke, ..VectorPath::default() });
         let stroke = Some((style.ink(1.0), 2.0));
-        drawing.shape(VectorPath { paths, stroke, dash: style.dash(), ..VectorPath::default() });
+        drawing.shape(VectorPath { paths: paths(points), stroke, dash: style.dash(), ..VectorPath::default() });
         if !markers {
             continue;
         }
@@ -318,13 +365,25 @@ pub(super) fn draw_lines(drawing: &mut Drawing, panel: Panel, x: &ChartAxis, y: 
 /// Size of the page's charts, in pixels of the page if there is room.
 pub(super) const CHART: (f64, f64) = (360.0, 240.0);
 
-/// A chart of lines. None if no value is finite.
-pub(super) fn line_chart(title: &str, x: ChartAxis, y_label: &str, lines: &[Line]) -> Option<Drawing> {
+/// A chart of lines, and the JSON that the page's script draws it from. None if no value is finite.
+pub(super) fn line_chart(title: &str, x: ChartAxis, y_label: &str, lines: &[Line]) -> Option<(Drawing, String)> {
     let y = ChartAxis::fitting(y_label, lines.iter().flat_map(Line::values))?;
     let (width, height) = CHART;
-    let mut drawing = Drawing::new(width, height, title);
+    let each: Vec<String> = lines.iter().filter_map(Line::description).collect();
+    let mut drawing = Drawing::new(width, height, format!("{title}: {}", each.join("; ")));
     let panel = Panel { left: 58.0, top: 12.0, right: width - 14.0, bottom: height - 42.0 };
     panel.axes(&mut drawing, &x, &y);
     draw_lines(&mut drawing, panel, &x, &y, lines);
-    Some(drawing)
+    let axis = |axis: &ChartAxis| {
+        let ChartAxis { label, low, high, logarithmic, whole } = axis;
+        json!({"label": label, "low": low, "high": high, "log": logarithmic, "whole": whole})
+    };
+    let Panel { left, top, right, bottom } = panel;
+    let data = json!({
+        "x": axis(&x),
+        "y": axis(&y),
+        "panel": {"left": left, "top": top, "right": right, "bottom": bottom},
+        "lines": lines.iter().map(|line| line.data(&x)).collect::<Vec<_>>(),
+    });
+    Some((drawing, data.to_string()))
 }

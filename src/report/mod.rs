@@ -1,6 +1,7 @@
 //! Reports: a page that compares runs, pictures of loss landscapes and spectra, and logs for TensorBoard.
 
 mod chart;
+mod curves;
 mod drawing;
 mod events;
 mod landscape;

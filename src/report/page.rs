@@ -1,14 +1,14 @@
 //! The page: sections of tables and charts, in one file without references to others.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 
 use super::chart::{self, ChartAxis, FAINT, Line, Panel, SMALL, Style, line_chart};
 use super::drawing::{Anchor, Drawing, Ink, Medium, SERIES, SERIES_ON_DARK, VectorPath, escape, hex};
 use super::landscape::{self, Levels, LoadedLandscape};
 use super::runs::{Epoch, Group, LoadedRun, differing, numbers};
-use super::statistics::{MeasuredStatistics, Measurement, RunStatistics, best, means};
-use super::text::{counted, digits, shortened};
-use super::{CurvatureOrder, SkippedPath, spectrum};
+use super::statistics::{MeasuredStatistics, RunStatistics, best, means};
+use super::text::{counted, digits, plain, shortened};
+use super::{CurvatureOrder, SkippedPath, curves, spectrum};
 
 /// The whole page.
 pub(super) fn page(groups: &[Group], order: Option<&CurvatureOrder>, skipped: &[SkippedPath]) -> String {
@@ -27,8 +27,9 @@ pub(super) fn page(groups: &[Group], order: Option<&CurvatureOrder>, skipped: &[
     let sections = [
         accuracy(groups),
         left_out(groups, skipped),
-        learning(groups),
-        curvature_over_epochs(groups),
+        curves::learning(groups),
+        curves::steps(groups),
+        curves::curvature_over_epochs(groups),
         final_curvature(groups, order),
         layers(groups),
         spectra(groups),
@@ -36,17 +37,20 @@ pub(super) fn page(groups: &[Group], order: Option<&CurvatureOrder>, skipped: &[
         settings(groups),
         list_of_runs(groups),
     ];
+    let sections: String = sections.into_iter().flatten().collect();
     format!(
         concat!(
             "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n",
             "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n",
             "<title>{title}</title>\n<style>\n{style}</style>\n</head>\n<body>\n",
-            "<h1>{title}</h1>\n<p class=\"faint\">{subject}</p>\n{sections}</body>\n</html>\n"
+            "<h1>{title}</h1>\n<p class=\"faint\">{subject}</p>\n{contents}<main>\n{sections}</main>\n<script>\n{script}</script>\n</body>\n</html>\n"
         ),
         title = escape(&title),
         style = style,
+        script = include_str!("page.js"),
         subject = escape(&subject(groups)),
-        sections = sections.into_iter().flatten().collect::<String>(),
+        contents = contents(&sections),
+        sections = sections,
     )
 }
 
@@ -57,16 +61,32 @@ fn subject(groups: &[Group]) -> String {
     let common = |key: &&str| !differ.iter().any(|other| other == key);
     let keys = ["model", "data", "epochs", "batch-size"].into_iter().filter(common);
     let part = |key: &str, value: String| match key {
+        "epochs" if value == "1" => "1 epoch".into(),
         "epochs" => format!("{value} epochs"),
         "batch-size" => format!("batch size {value}"),
         _ => value,
     };
     let parts = keys.filter_map(|key| Some((key, first?.setting(key)))).filter(|(_, value)| !value.is_empty());
-    parts.map(|(key, value)| part(key, value)).collect::<Vec<_>>().join(" · ")
+    let version = format!("reported by polder {}", env!("CARGO_PKG_VERSION"));
+    let parts = parts.map(|(key, value)| part(key, value)).chain([version]);
+    parts.collect::<Vec<_>>().join(" · ")
 }
 
-fn section(title: &str, content: &str) -> String {
-    format!("<section>\n<h2>{}</h2>\n{content}</section>\n", escape(title))
+/// The id of a section.
+fn slug(title: &str) -> String {
+    title.to_lowercase().replace(' ', "-")
+}
+
+/// The list of contents, of the sections that there are.
+fn contents(sections: &str) -> String {
+    let titles = sections.split("<h2>").skip(1).filter_map(|part| part.split("</h2>").next());
+    let item = |title: &str| format!("<li><a href=\"#{}\">{title}</a></li>", slug(title));
+    format!("<nav aria-label=\"Contents\"><ul>{}</ul></nav>\n", titles.map(item).collect::<String>())
+}
+
+pub(super) fn section(title: &str, content: &str) -> String {
+    let id = slug(title);
+    format!("<section id=\"{id}\">\n<h2>{}</h2>\n{content}</section>\n", escape(title))
 }
 
 /// The tag of a cell with text instead of a number.
@@ -77,8 +97,36 @@ fn text_cell(text: &str) -> String {
     format!("{TEXT}{}</td>", escape(if text.is_empty() { "–" } else { text }))
 }
 
+/// A box that scrolls sideways where its contents are wider than the page.
+fn scroll_box(name: &str, content: &str) -> String {
+    let name = escape(name);
+    format!("<div class=\"table\" tabindex=\"0\" role=\"region\" aria-label=\"{name}\">{content}</div>\n")
+}
+
+/// More groups than this are the rows of a table. Fewer are its columns, with as many rows as there are quantities.
+const MOST_COLUMNS: usize = 5;
+
+/// A table of quantities by groups: the names of the quantities, the heads of the groups, and the cells of each
+/// quantity.
+fn table_by_group(caption: &str, corner: [&str; 2], groups: Vec<String>, rows: Vec<(String, Vec<String>)>) -> String {
+    if groups.len() <= MOST_COLUMNS {
+        let head: Vec<String> = std::iter::once(corner[0].to_string()).chain(groups).collect();
+        let rows: Vec<Vec<String>> =
+            rows.into_iter().map(|(name, cells)| std::iter::once(name).chain(cells).collect()).collect();
+        return table(caption, &head, &rows);
+    }
+    let head: Vec<String> =
+        std::iter::once(corner[1].to_string()).chain(rows.iter().map(|(name, _)| name.clone())).collect();
+    let row = |(index, group): (usize, String)| {
+        let cells = rows.iter().filter_map(|(_, cells)| cells.get(index).cloned());
+        std::iter::once(group).chain(cells).collect()
+    };
+    let rows: Vec<Vec<String>> = groups.into_iter().enumerate().map(row).collect();
+    table(caption, &head, &rows)
+}
+
 /// A table; the cells are HTML.
-fn table(head: &[String], rows: &[Vec<String>]) -> String {
+fn table(caption: &str, head: &[String], rows: &[Vec<String>]) -> String {
     let column = |(index, cell): (usize, &String)| {
         // The heading over text is aligned like the text.
         let text = rows.first().and_then(|row| row.get(index)).is_some_and(|cell| cell.starts_with(TEXT));
@@ -93,12 +141,14 @@ fn table(head: &[String], rows: &[Vec<String>]) -> String {
         format!("<tr>{name}{}</tr>\n", cells.collect::<String>())
     };
     let rows: String = rows.iter().map(row).collect();
-    format!(
-        "<div class=\"table\" tabindex=\"0\"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table></div>\n"
-    )
+    let text = escape(caption);
+    let table = format!(
+        "<table>\n<caption>{text}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>"
+    );
+    scroll_box(caption, &table)
 }
 
-fn note(text: &str) -> String {
+pub(super) fn note(text: &str) -> String {
     format!("<p class=\"faint\">{}</p>\n", escape(text))
 }
 
@@ -137,7 +187,7 @@ fn accuracy(groups: &[Group]) -> Option<String> {
         })
         .collect();
     let head = ["Group", "Test accuracy", "Test loss", "Runs", "Epochs", "Training time (s)", "Images/s"];
-    let mut content = table(&head.map(String::from), &rows);
+    let mut content = table("Test accuracy and loss of the groups", &head.map(String::from), &rows);
     let several = groups.iter().any(|group| group.runs.len() > 1);
     let mut text = "After the last epoch".to_string();
     if several {
@@ -198,86 +248,25 @@ fn key(index: usize, group: &Group) -> String {
 }
 
 /// The legend of the groups; empty if there is only one.
-fn legend(groups: &[Group]) -> String {
+pub(super) fn legend(groups: &[Group]) -> String {
     if groups.len() < 2 {
         return String::new();
     }
-    let item = |(index, group): (usize, &Group)| format!("<li>{}</li>", key(index, group));
+    let item = |(index, group): (usize, &Group)| format!("<li data-series=\"{index}\">{}</li>", key(index, group));
     format!("<ul class=\"legend\">{}</ul>\n", groups.iter().enumerate().map(item).collect::<String>())
 }
 
-fn figure(caption: &str, drawing: &Drawing) -> String {
-    format!("<figure><figcaption>{caption}</figcaption>{}</figure>\n", drawing.svg(Medium::Page))
+/// A drawing with its caption, and the data of a chart for the page's script.
+pub(super) fn figure(caption: &str, drawing: &Drawing, data: Option<&str>) -> String {
+    let data = data.map(|data| format!(" data-chart=\"{}\"", escape(data))).unwrap_or_default();
+    format!("<figure{data}><figcaption>{caption}</figcaption>{}</figure>\n", drawing.svg(Medium::Page))
 }
 
-fn charts(figures: &str) -> String {
+pub(super) fn charts(figures: &str) -> String {
     format!("<div class=\"charts\">\n{figures}</div>\n")
 }
 
-/// Means and ranges over runs of a number at some epochs. The ranges include the errors of measurements.
-fn line_over_epochs(style: usize, name: &str, runs: &[Vec<(u64, Measurement)>]) -> Line {
-    let mut epochs = BTreeMap::<u64, Vec<&Measurement>>::new();
-    for (epoch, number) in runs.iter().flatten() {
-        epochs.entry(*epoch).or_default().push(number);
-    }
-    let has_band = runs.len() > 1 || epochs.values().flatten().any(|number| number.error.is_some());
-    let (mut points, mut band) = (Vec::new(), Vec::new());
-    for (epoch, numbers) in epochs {
-        points.push([epoch as f64, RunStatistics::of(numbers.iter().map(|of| of.value).collect()).mean]);
-        let ends = |of: &&Measurement| [-1.0, 1.0].map(|side| of.value + side * of.error.unwrap_or(0.0));
-        let (low, high) = chart::range(numbers.iter().flat_map(ends)).unwrap_or((f64::NAN, f64::NAN));
-        band.extend(has_band.then_some([epoch as f64, low, high]));
-    }
-    Line { name: name.into(), style: Style(style), points, band, markers: true }
-}
-
-/// A chart over epochs, if any run has a finite number.
-fn chart_over_epochs(
-    groups: &[Group],
-    title: &str,
-    unit: &str,
-    of: impl Fn(&LoadedRun) -> Vec<(u64, Measurement)>,
-) -> Option<String> {
-    let line = |(index, group): (usize, &Group)| {
-        let runs: Vec<_> = group.runs.iter().map(&of).collect();
-        line_over_epochs(index, &group.name, &runs)
-    };
-    let lines: Vec<Line> = groups.iter().enumerate().map(line).collect();
-    let (low, high) = chart::range(lines.iter().flat_map(|line| line.points.iter().map(|point| point[0])))?;
-    let margin = if low == high { 0.6 } else { 0.02 * (high - low) };
-    let x = ChartAxis { whole: true, ..ChartAxis::exact("epoch", low - margin, high + margin, false) };
-    let drawing = line_chart(&format!("{title} over epochs"), x, unit, &lines)?;
-    Some(figure(&format!("<b>{}</b>", escape(title)), &drawing))
-}
-
-fn learning(groups: &[Group]) -> Option<String> {
-    let of = |number: fn(&Epoch) -> Option<f64>| {
-        move |run: &LoadedRun| -> Vec<(u64, Measurement)> {
-            let number = |epoch: &Epoch| Measurement::new(number(epoch).unwrap_or(f64::NAN), None);
-            run.epochs.iter().map(|epoch| (epoch.epoch, number(epoch))).collect()
-        }
-    };
-    let mut figures = String::new();
-    let mut add = |title, unit, number| figures.extend(chart_over_epochs(groups, title, unit, of(number)));
-    add("Training loss", "cross-entropy (nats)", |epoch| epoch.train_loss);
-    add("Test loss", "cross-entropy (nats)", |epoch| epoch.test_loss);
-    add("Test accuracy", "accuracy (%)", |epoch| Some(100.0 * epoch.test_accuracy));
-    let rates: BTreeSet<u64> = runs(groups).flat_map(|run| &run.epochs).map(|epoch| epoch.lr.to_bits()).collect();
-    if rates.len() > 1 {
-        add("Learning rate of the epoch's last step", "learning rate", |epoch| Some(epoch.lr));
-    }
-    add("Gradient norm of the epoch's last step", "‖g‖", |epoch| epoch.gradient_norm);
-    if figures.is_empty() {
-        return None;
-    }
-    let mut content = legend(groups) + &charts(&figures);
-    if groups.iter().any(|group| group.runs.len() > 1) {
-        content += &note("Lines are means over the runs of a group, bands reach from the lowest run to the highest.");
-    }
-    Some(section("Learning curves", &content))
-}
-
-fn runs(groups: &[Group]) -> impl Iterator<Item = &LoadedRun> {
+pub(super) fn runs(groups: &[Group]) -> impl Iterator<Item = &LoadedRun> {
     groups.iter().flat_map(|group| &group.runs)
 }
 
@@ -302,41 +291,15 @@ const MEASURES: [(&str, &str, &str); 16] = [
 ];
 
 /// Name and unit of a measure. An unknown measure keeps its name in the log.
-fn measure_name(name: &str) -> (&str, &str) {
+pub(super) fn measure_name(name: &str) -> (&str, &str) {
     MEASURES.iter().find(|(measure, ..)| *measure == name).map_or((name, name), |&(_, title, unit)| (title, unit))
 }
 
 /// Each name once: the known ones in their order, then the others.
-fn measure_names(all: impl Iterator<Item = String>) -> Vec<String> {
+pub(super) fn measure_names(all: impl Iterator<Item = String>) -> Vec<String> {
     let mut names: Vec<String> = all.collect::<BTreeSet<_>>().into_iter().collect();
     names.sort_by_key(|name| MEASURES.iter().position(|(measure, ..)| measure == name).unwrap_or(MEASURES.len()));
     names
-}
-
-fn curvature_over_epochs(groups: &[Group]) -> Option<String> {
-    // By run and name: the epochs and the numbers.
-    type Series = BTreeMap<String, Vec<(u64, Measurement)>>;
-    let series = |run: &LoadedRun| {
-        let mut series = Series::new();
-        for (epoch, measures) in run.curvatures() {
-            for (name, number) in numbers(measures) {
-                series.entry(name).or_default().push((epoch, number));
-            }
-        }
-        (run.path.clone(), series)
-    };
-    let all: BTreeMap<_, Series> = runs(groups).map(series).collect();
-    let names = measure_names(all.values().flat_map(|series| series.keys().cloned()));
-    let mut figures = String::new();
-    for name in &names {
-        let (title, unit) = measure_name(name);
-        figures.extend(chart_over_epochs(groups, title, unit, |run| {
-            all.get(&run.path).and_then(|series| series.get(name)).cloned().unwrap_or_default()
-        }));
-    }
-    let text = "Bands reach from the lowest run to the highest, with the errors of the measurements.";
-    let content = legend(groups) + &charts(&figures) + &note(text);
-    (!figures.is_empty()).then(|| section("Curvature during training", &content))
 }
 
 fn final_curvature(groups: &[Group], order: Option<&CurvatureOrder>) -> Option<String> {
@@ -345,20 +308,16 @@ fn final_curvature(groups: &[Group], order: Option<&CurvatureOrder>) -> Option<S
     if names.is_empty() {
         return None;
     }
-    // There can be many measures, so that they are rows and the groups are columns.
-    let mut head = vec!["Measure".to_string()];
-    head.extend(groups.iter().enumerate().map(|(index, group)| key(index, group)));
     let row = |name: &String| {
         let cell = |numbers: &Vec<(String, MeasuredStatistics)>| {
             let statistics = numbers.iter().find(|(other, _)| other == name);
             statistics.map_or("–".into(), |(_, statistics)| statistics.to_string())
         };
-        let mut row = vec![escape(measure_name(name).0)];
-        row.extend(found.iter().map(cell));
-        row
+        (escape(measure_name(name).0), found.iter().map(cell).collect())
     };
     let rows: Vec<_> = names.iter().map(row).collect();
-    let mut content = table(&head, &rows);
+    let heads = groups.iter().enumerate().map(|(index, group)| key(index, group)).collect();
+    let mut content = table_by_group("Measures of curvature", ["Measure", "Group"], heads, rows);
     let all = || found.iter().flatten().map(|(_, statistics)| statistics);
     if all().any(|of| of.measurement_error.is_some()) {
         content += &note(
@@ -440,7 +399,7 @@ fn layers(groups: &[Group]) -> Option<String> {
     }
     let svg = drawing.svg(Medium::Page).replacen("<svg ", "<svg class=\"tall\" ", 1);
     let text = "Bars are one error to each side, of the measurement and over seeds together.";
-    let content = format!("{}<div class=\"table\" tabindex=\"0\">{svg}</div>\n{}", legend(groups), note(text));
+    let content = legend(groups) + &scroll_box("Traces of layers", &svg) + &note(text);
     Some(section("Curvature by layer", &content))
 }
 
@@ -465,7 +424,7 @@ fn spectra(groups: &[Group]) -> Option<String> {
     let drawing = spectrum::spectrum(title, &densities, (720.0, 320.0), 12.0)?;
     let svg = drawing.svg(Medium::Page).replacen("<svg ", "<svg class=\"wide\" ", 1);
     let text = "Of the first run of each group that has one; every peak smoothed to a hundredth of the range of all.";
-    let content = format!("{}<div class=\"table\" tabindex=\"0\">{svg}</div>\n{}", legend(groups), note(text));
+    let content = legend(groups) + &scroll_box("Spectra", &svg) + &note(text);
     Some(section("Spectrum of the Hessian", &content))
 }
 
@@ -505,7 +464,7 @@ fn landscapes(groups: &[Group]) -> Option<String> {
         for place in &plane {
             let title = format!("loss over two directions, {}", place.landscape.title);
             let drawing = landscape::contour_chart(place.landscape, &title, &levels, false);
-            figures.extend(drawing.map(|drawing| figure(&place.caption(), &drawing)));
+            figures.extend(drawing.map(|drawing| figure(&place.caption(), &drawing, None)));
         }
         content += &charts(&figures);
         content += &landscape::colour_bar(&levels).svg(Medium::Page);
@@ -536,7 +495,7 @@ fn landscapes(groups: &[Group]) -> Option<String> {
                 &lines,
             );
             let caption = format!("<b>{what}</b> {}", escape(&title));
-            figures.extend(drawing.map(|drawing| figure(&caption, &drawing)));
+            figures.extend(drawing.map(|(drawing, data)| figure(&caption, &drawing, Some(&data))));
         };
         add("Loss", "loss", &|landscape| landscape::losses(landscape).collect());
         add("Accuracy", "accuracy (%)", &|landscape| landscape.accuracy.iter().map(|share| 100.0 * share).collect());
@@ -559,28 +518,23 @@ fn settings(groups: &[Group]) -> Option<String> {
     let differ = differing(groups);
     let mut content = String::new();
     if !differ.is_empty() || runs(groups).count() > 1 {
-        let mut head = vec!["Setting".to_string()];
-        head.extend(groups.iter().map(|group| escape(&group.name)));
         let value = |group: &Group, key: &str| group.runs.first().map(|run| run.setting(key)).unwrap_or_default();
-        let mut rows: Vec<Vec<String>> = Vec::new();
-        for key in &differ {
-            let mut row = vec![escape(key)];
-            row.extend(groups.iter().map(|group| text_cell(&value(group, key))));
-            rows.push(row);
-        }
+        let row = |key: &String| {
+            (escape(&plain(key)), groups.iter().map(|group| text_cell(&value(group, key))).collect::<Vec<_>>())
+        };
+        let mut rows: Vec<_> = differ.iter().map(row).collect();
         let seeds = |group: &Group| group.runs.iter().map(|run| run.setting("seed")).collect::<Vec<_>>().join(", ");
-        let mut row = vec!["seed".to_string()];
-        row.extend(groups.iter().map(|group| text_cell(&seeds(group))));
-        rows.push(row);
-        content += &table(&head, &rows);
+        rows.push(("seed".into(), groups.iter().map(|group| text_cell(&seeds(group))).collect()));
+        let heads = groups.iter().map(|group| escape(&group.name)).collect();
+        content += &table_by_group("Settings that differ", ["Setting", "Group"], heads, rows);
     }
     let first = runs(groups).next()?;
     let single = runs(groups).count() == 1;
     let common = first.settings.keys().filter(|&key| !differ.contains(key) && (key != "seed" || single));
-    let rows: Vec<Vec<String>> = common.map(|key| vec![escape(key), text_cell(&first.setting(key))]).collect();
+    let rows: Vec<Vec<String>> = common.map(|key| vec![escape(&plain(key)), text_cell(&first.setting(key))]).collect();
     if !rows.is_empty() {
-        let table = table(&["Setting".into(), "Value".into()], &rows);
         let summary = if single { "All settings" } else { "Settings in common" };
+        let table = table(summary, &["Setting".into(), "Value".into()], &rows);
         content += &format!("<details><summary>{summary} ({})</summary>\n{table}</details>\n", rows.len());
     }
     Some(section("Settings", &content))
@@ -591,18 +545,96 @@ fn list_of_runs(groups: &[Group]) -> Option<String> {
     for group in groups {
         for run in &group.runs {
             let (steps, skipped) = run.steps();
-            let seconds = run.epochs.last().map_or("–".into(), |last| digits(last.seconds));
+            let (last, best) = (run.epochs.last(), run.best_epoch());
+            let of = |epoch: Option<&Epoch>, text: fn(&Epoch) -> String| epoch.map_or("–".into(), text);
+            let loss = |epoch: &Epoch| epoch.test_loss.map_or("not finite".into(), digits);
+            let accuracy = |epoch: &Epoch| format!("{:.2} %", 100.0 * epoch.test_accuracy);
+            let step_time = last.filter(|_| steps > 0).map_or("–".into(), |last| digits(last.seconds / steps as f64));
             rows.push(vec![
                 format!("<code>{}</code>", escape(&run.path.display().to_string())),
                 text_cell(&group.name),
                 escape(&run.setting("seed")),
                 steps.to_string(),
                 skipped.to_string(),
-                seconds,
+                of(last, accuracy),
+                of(last, loss),
+                of(best, |epoch| format!("{:.2} % after epoch {}", 100.0 * epoch.test_accuracy, epoch.epoch)),
+                of(last, |epoch| digits(epoch.seconds)),
+                step_time,
                 run.images_per_second().map_or("–".into(), digits),
+                text_cell(&run.setting("device")),
+                text_cell(&run.date),
             ]);
         }
     }
-    let head = ["Run", "Group", "Seed", "Steps", "Skipped", "Training time (s)", "Images/s"].map(String::from);
-    Some(section("Runs", &table(&head, &rows)))
+    let head = [
+        "Run",
+        "Group",
+        "Seed",
+        "Steps",
+        "Skipped",
+        "Test accuracy",
+        "Test loss",
+        "Best test accuracy",
+        "Training time (s)",
+        "Seconds a step",
+        "Images/s",
+        "Device",
+        "Last line (UTC)",
+    ];
+    let content = table("Runs", &head.map(String::from), &rows) + &numbers_as_csv(groups);
+    Some(section("Runs", &content))
+}
+
+/// The most lines of the table of epochs in the page.
+const MOST_CSV_LINES: usize = 20_000;
+
+/// Links to the numbers of all epochs and of the curvature at the end, as CSV within the page.
+fn numbers_as_csv(groups: &[Group]) -> String {
+    let cell = |text: &str| format!("\"{}\"", text.replace('"', "\"\""));
+    let number = |value: Option<f64>| value.filter(|value| value.is_finite()).map_or(String::new(), |v| v.to_string());
+    let mut epochs =
+        "run,group,seed,epoch,train_loss,test_loss,test_accuracy,lr,gradient_norm,images_per_second,seconds\n"
+            .to_string();
+    let mut curvature = "run,group,seed,measure,value,error\n".to_string();
+    for group in groups {
+        for run in &group.runs {
+            let (path, seed) = (run.path.display().to_string(), run.setting("seed"));
+            let run_cells = format!("{},{},{}", cell(&path), cell(&group.name), cell(&seed));
+            for epoch in &run.epochs {
+                let &Epoch { test_accuracy, lr, images_per_second, seconds, .. } = epoch;
+                let losses = [epoch.train_loss, epoch.test_loss, Some(test_accuracy), Some(lr), epoch.gradient_norm];
+                let numbers = losses.into_iter().chain([Some(images_per_second), Some(seconds)]).map(number);
+                epochs += &format!("{run_cells},{},{}\n", epoch.epoch, numbers.collect::<Vec<_>>().join(","));
+            }
+            for (name, found) in run.final_curvature().iter().flat_map(|found| numbers(&found.measures)) {
+                let (value, error) = (number(Some(found.value)), number(found.error));
+                curvature += &format!("{run_cells},{},{value},{error}\n", cell(&name));
+            }
+        }
+    }
+    let lines = epochs.lines().count();
+    let mut links = Vec::new();
+    for (name, text, fits) in [("epochs", epochs, lines <= MOST_CSV_LINES), ("curvature", curvature, true)] {
+        if text.lines().count() > 1 && fits {
+            let data = percent_encoded(&text);
+            links
+                .push(format!("<a download=\"{name}.csv\" href=\"data:text/csv;charset=utf-8,{data}\">{name}.csv</a>"));
+        }
+    }
+    if links.is_empty() { String::new() } else { format!("<p>The numbers: {}</p>\n", links.join(", ")) }
+}
+
+/// Text for a link, where letters, digits and a few signs stand for themselves.
+fn percent_encoded(text: &str) -> String {
+    let mut encoded = String::with_capacity(2 * text.len());
+    for byte in text.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b',' | b'/' => {
+                encoded.push(char::from(byte))
+            }
+            _ => encoded += &format!("%{byte:02X}"),
+        }
+    }
+    encoded
 }

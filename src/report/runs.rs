@@ -27,6 +27,8 @@ pub(super) struct LoadedRun {
     pub records: Vec<Record>,
     /// Lines of the log that could not be read.
     pub unreadable: usize,
+    /// When the last line of the log was written.
+    pub date: String,
     /// The lines of its epochs. If an epoch was written twice, the last line counts.
     pub epochs: Vec<Epoch>,
     /// The contents of `curvature.json`, if the folder has one.
@@ -95,10 +97,11 @@ impl LoadedRun {
             return Err(TrainError::Results { path: log, reason });
         }
         let epochs = epochs(&records);
+        let date = std::fs::metadata(&log).and_then(|data| data.modified()).map(date).unwrap_or_default();
         let (curvature, landscapes) = (None, Vec::new());
         let (stale, damaged) = (Vec::new(), Vec::new());
         let path = path.into();
-        let mut run = Self { path, settings, records, unreadable, epochs, curvature, landscapes, stale, damaged };
+        let mut run = Self { path, settings, records, unreadable, date, epochs, curvature, landscapes, stale, damaged };
         run.read_results();
         Ok(run)
     }
@@ -172,6 +175,12 @@ impl LoadedRun {
         (self.records.iter().map(step).max().unwrap_or(0), self.records.iter().map(skipped).max().unwrap_or(0))
     }
 
+    /// The epoch with the highest test accuracy, the first of several.
+    pub fn best_epoch(&self) -> Option<&Epoch> {
+        let finite = self.epochs.iter().rev().filter(|epoch| epoch.test_accuracy.is_finite());
+        finite.max_by(|a, b| a.test_accuracy.total_cmp(&b.test_accuracy))
+    }
+
     /// The mean of the epochs' speeds, weighted by their durations.
     pub fn images_per_second(&self) -> Option<f64> {
         let mut before = 0.0;
@@ -241,6 +250,21 @@ fn landscape_folders(run: &Path) -> Result<Vec<(String, PathBuf)>, TrainError> {
     }
     found.sort();
     Ok(found)
+}
+
+/// A time as date, hours and minutes, in UTC.
+fn date(time: std::time::SystemTime) -> String {
+    let seconds = time.duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let (days, minutes) = (seconds / 86_400, seconds / 60 % 1440);
+    // Years that begin in March, so that the leap day is the last; from the year 0, in cycles of 400 years.
+    let day = days + 719_468;
+    let (cycle, of_cycle) = (day / 146_097, day % 146_097);
+    let year = (of_cycle - of_cycle / 1460 + of_cycle / 36_524 - of_cycle / 146_096) / 365;
+    let of_year = of_cycle - (365 * year + year / 4 - year / 100);
+    let month = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * month + 2) / 5 + 1;
+    let (month, year) = if month < 10 { (month + 3, year) } else { (month - 9, year + 1) };
+    format!("{}-{month:02}-{day:02} {:02}:{:02}", 400 * cycle + year, minutes / 60, minutes % 60)
 }
 
 fn written(value: &toml::Value) -> String {
@@ -469,4 +493,22 @@ fn names(groups: &[Group]) -> Vec<String> {
         }
     }
     names
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
+    use super::date;
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        let of = |seconds| date(UNIX_EPOCH + Duration::from_secs(seconds));
+        assert_eq!(of(0), "1970-01-01 00:00");
+        assert_eq!(of(951_782_399), "2000-02-28 23:59");
+        assert_eq!(of(951_782_400), "2000-02-29 00:00");
+        assert_eq!(of(1_709_251_200), "2024-03-01 00:00");
+        assert_eq!(of(4_107_542_399), "2100-02-28 23:59");
+        assert_eq!(of(4_107_542_400), "2100-03-01 00:00");
+    }
 }
