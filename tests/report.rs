@@ -69,15 +69,30 @@ fn check_page(html: &str) {
         let svg = format!("<svg{}</svg>", part.split("</svg>").next().unwrap());
         let document = roxmltree::Document::parse(&svg).unwrap_or_else(|error| panic!("{error}: {svg}"));
         for number in document.descendants().filter_map(|node| node.attribute("d")) {
-            assert!(!number.contains("NaN") && !number.contains("inf"), "{number}");
+            assert!(!number.contains("NaN") && !number.contains("inf"), "{}", &number[..number.len().min(200)]);
         }
     }
     let bare = html.replace("xmlns=\"http://www.w3.org/2000/svg\"", "");
-    for foreign in ["http://", "https://", "<script", "<link", "<img", "src=", "url(", "@import"] {
+    let bare = bare.replace("\"http://www.w3.org/2000/svg\"", "");
+    for foreign in ["http://", "https://", "<link", "<img", "src=", "url(", "@import", "fetch(", "import("] {
         assert!(!bare.contains(foreign), "{foreign}");
     }
-    let (opened, closed) = (html.matches("<section>").count(), html.matches("</section>").count());
+    assert_eq!(html.matches("<script").count(), 1, "the page's own");
+    let (opened, closed) = (html.matches("<section").count(), html.matches("</section>").count());
     assert_eq!(opened, closed);
+    for title in headings(html) {
+        let id = title.to_lowercase().replace(' ', "-");
+        assert!(html.contains(&format!("<section id=\"{id}\">")) && html.contains(&format!("href=\"#{id}\"")), "{id}");
+    }
+    assert_eq!(html.matches("<table>").count(), html.matches("<caption>").count());
+    let boxes = html.matches("tabindex=\"0\"").count();
+    assert_eq!(html.matches("tabindex=\"0\" role=\"region\" aria-label=\"").count(), boxes, "a scroll box has a name");
+    for data in html.split("data-chart=\"").skip(1) {
+        let text = data.split('"').next().unwrap().replace("&quot;", "\"").replace("&#39;", "'");
+        let text = text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&");
+        let chart: Value = serde_json::from_str(&text).unwrap();
+        assert!(!chart["lines"].as_array().unwrap().is_empty(), "{text}");
+    }
     assert!(html.ends_with("</html>\n"));
 }
 
@@ -135,7 +150,10 @@ fn runs_that_differ_in_the_seed_alone_are_one_group_with_its_mean_and_deviation(
     assert_eq!(row(&html, "rho"), ["rho", "–", "0.05", "0.1", ""]);
     assert_eq!(row(&html, "seed"), ["seed", "0, 1, 2", "0", "0", ""]);
     assert_eq!(row(&html, "lr"), ["lr", "0.1", ""], "what all have in common");
-    assert_eq!(row(&html, runs[2].to_str().unwrap())[1..6], ["sgd", "1", "20", "3", "15"]);
+    assert_eq!(
+        row(&html, runs[2].to_str().unwrap())[1..10],
+        ["sgd", "1", "20", "3", "82.00 %", "0.6000", "82.00 % after epoch 2", "15", "0.7500"]
+    );
 }
 
 #[test]
@@ -186,8 +204,8 @@ fn a_section_is_there_only_if_there_is_something_to_show() {
         assert_eq!(row(at_the_end, measure)[1..3], ["–", value]);
     }
     assert!(at_the_end.contains("Measured after epoch 1."));
-    assert!(html.contains("aria-label=\"loss over two directions, plane\""));
-    assert!(html.contains("aria-label=\"Loss along a line, line\""));
+    assert!(html.contains("aria-label=\"loss over two directions, plane"));
+    assert!(html.contains("aria-label=\"Loss along a line, line: "));
     assert!(!html.contains("EMPTY") && !html.contains("OTHER"));
 }
 
@@ -508,7 +526,7 @@ fn what_users_write_is_text() {
     landscape(&path.join("landscape-<c>"), "<em>title</em>", 1, 5, |x, _| x * x);
     let other = run(folder.path(), "other", &settings.replace("<i>", "<q>"), &log);
     let (html, _) = page(&[path.clone(), other]);
-    for tag in ["<script", "<b>bold", "<i>", "<q>", "<u>", "<s>", "<em>", "<a>", "<c>", "<p>no", "<b>direction"] {
+    for tag in ["<script>alert", "<b>bold", "<i>", "<q>", "<u>", "<s>", "<em>", "<a>", "<c>", "<p>no", "<b>direction"] {
         assert!(!html.contains(tag), "{tag}");
     }
     let told =
@@ -580,7 +598,7 @@ fn one_epoch_or_none_is_enough() {
     let path = run(folder.path(), "none", "optimizer = \"sgd\"\n", &[step.to_string()]);
     let (html, _) = page(std::slice::from_ref(&path));
     assert!(html.contains("No epoch has been finished yet."));
-    assert_eq!(row(&html, path.to_str().unwrap())[3..7], ["7", "1", "–", "–"]);
+    assert_eq!(row(&html, path.to_str().unwrap())[3..9], ["7", "1", "–", "–", "–", "–"]);
 }
 
 #[test]
@@ -623,7 +641,7 @@ fn a_landscape_over_two_directions_becomes_contours_and_a_surface() {
     landscape(folder.path(), "bowl", 2, 121, |x, y| 1.0 + x * x + 3.0 * y * y);
     let written = landscape_pictures(folder.path()).unwrap();
     let names: Vec<_> = written.iter().map(|path| path.file_name().unwrap().to_str().unwrap()).collect();
-    assert_eq!(names, ["contour.svg", "contour.png", "surface.svg", "surface.png"]);
+    assert_eq!(names, ["contour.svg", "contour.png", "surface.svg", "surface.png", "accuracy.svg", "accuracy.png"]);
     let contour = check_picture(&folder.path().join("contour"));
     // Near the cross in the middle, towards an edge along the flat direction, and the steep one.
     let [middle, aside, above] =
@@ -887,4 +905,103 @@ fn events_have_the_times_of_their_steps() {
     let times = event_times(&std::fs::read(&found.tensorboard[0]).unwrap());
     let before: Vec<f64> = times.iter().map(|time| 1_700_000_000.0 - time).collect();
     assert_eq!(before, [16.0, 16.0, 12.0, 6.0, 0.0, 0.0]);
+}
+
+#[test]
+fn numbers_of_steps_are_drawn_unless_they_are_zero_throughout() {
+    let folder = tempfile::tempdir().unwrap();
+    let step = |step: u64| {
+        json!({
+            "kind": "step", "step": step, "epoch": 1, "loss": 2.0 + (step % 7) as f64, "accuracy": 0.1, "lr": 0.1,
+            "images_per_second": 10.0, "gradient_norm": 1.0, "cosine_gradients": 0.5, "sharpness": 0.25,
+            "dropped_alpha": step, "dropped_beta": 0, "skipped": 0,
+        })
+        .to_string()
+    };
+    let log: Vec<String> = (1..=500).map(step).chain([epoch(1, Some(1.0), 0.5, 3.0)]).collect();
+    let path = run(folder.path(), "run", "optimizer = \"sgd\"\n", &log);
+    let (html, _) = page(&[path]);
+    let steps = html.split("<h2>Steps</h2>").nth(1).unwrap().split("</section>").next().unwrap();
+    for title in
+        ["Loss of the batch", "Cosine of the gradients", "Rise of the loss by the perturbation", "dropped alpha"]
+    {
+        assert!(steps.contains(&format!("<b>{title}")), "{title}");
+    }
+    assert!(!steps.contains("<b>dropped beta") && !steps.contains("<b>Skipped steps"), "zero throughout");
+    // The mean over a window, before the values themselves.
+    let loss = steps.split("<figure").nth(1).unwrap();
+    assert!(loss.contains("<b>Loss of the batch") && loss.contains("stroke-opacity=\"0.3\""));
+    assert!(loss.contains("&quot;raw&quot;:[[1.0,3.0]"));
+    let learning = html.split("<h2>Learning curves</h2>").nth(1).unwrap().split("</section>").next().unwrap();
+    assert!(learning.contains("<b>Skipped steps"), "three of the epoch");
+}
+
+#[test]
+fn the_page_holds_its_numbers_as_csv() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = [
+        epoch(1, Some(2.0), 0.625, 3.0),
+        epoch(2, None, 0.5, 6.0),
+        curvature(2, &json!({"trace": {"value": 8.0, "standard_error": 0.5, "probes": 4}})),
+    ];
+    let path = run(folder.path(), "a \"b\"", "optimizer = \"sgd\"\nseed = 7\n", &log);
+    let (html, _) = page(std::slice::from_ref(&path));
+    let table = |name: &str| {
+        let link = html.split(&format!("download=\"{name}.csv\" href=\"data:text/csv;charset=utf-8,")).nth(1).unwrap();
+        let mut bytes = Vec::new();
+        let mut rest = link.split('"').next().unwrap().bytes();
+        while let Some(byte) = rest.next() {
+            let hex: String =
+                if byte == b'%' { rest.by_ref().take(2).map(char::from).collect() } else { String::new() };
+            bytes.push(if byte == b'%' { u8::from_str_radix(&hex, 16).unwrap() } else { byte });
+        }
+        String::from_utf8(bytes).unwrap()
+    };
+    let run = format!("\"{}\",\"sgd\",\"7\"", path.display().to_string().replace('"', "\"\""));
+    let epochs = "run,group,seed,epoch,train_loss,test_loss,test_accuracy,lr,gradient_norm,images_per_second,seconds";
+    assert_eq!(table("epochs"), format!("{epochs}\n{run},1,1,2,0.625,0.1,2,100,3\n{run},2,,,0.5,0.05,2,200,6\n"));
+    assert_eq!(table("curvature"), format!("run,group,seed,measure,value,error\n{run},\"trace\",8,0.5\n"));
+}
+
+#[test]
+fn many_groups_are_rows() {
+    let folder = tempfile::tempdir().unwrap();
+    let make = |rho: u32| {
+        let settings = format!("optimizer = \"sam\"\nrho = 0.{rho}\n");
+        traced(folder.path(), &format!("{rho}"), &settings, f64::from(rho), Some(0.5))
+    };
+    let runs: Vec<PathBuf> = (1..=9).map(make).collect();
+    let (html, _) = page(&runs);
+    let settings = html.split("<h2>Settings</h2>").nth(1).unwrap();
+    assert_eq!(row(settings, "Setting")[..2], ["Setting", "Value"], "what all have in common");
+    assert_eq!(row(settings, "sam, rho 0.3"), ["sam, rho 0.3", "0.3", "–", ""]);
+    let at_the_end = html.split("<h2>Curvature at the end</h2>").nth(1).unwrap();
+    assert_eq!(row(at_the_end, "sam, rho 0.3")[1], "3.00 ± 0.50");
+}
+
+#[test]
+fn contours_show_the_basin() {
+    let folder = tempfile::tempdir().unwrap();
+    // Most of the plane is near the minimum, and the edges are far above.
+    landscape(folder.path(), "basin", 2, 121, |x, y| 2.18 + 114.0 * (0.5 * x * x + 0.5 * y * y).powi(3));
+    landscape_pictures(folder.path()).unwrap();
+    let text = std::fs::read_to_string(folder.path().join("contour.svg")).unwrap();
+    let document = roxmltree::Document::parse(&text).unwrap();
+    let labels: Vec<f64> = document
+        .descendants()
+        .filter(|node| node.attribute("text-anchor") == Some("start"))
+        .filter_map(|node| node.text()?.parse().ok())
+        .collect();
+    assert!(labels.iter().filter(|&&level| level < 5.0).count() >= 3, "levels below 5: {labels:?}");
+    // The same texts on the lines of the levels.
+    let on_lines = document.descendants().filter(|node| node.attribute("text-anchor") == Some("middle"));
+    let levels: Vec<f64> = on_lines.filter_map(|node| node.text()?.parse().ok()).collect();
+    assert!(levels.iter().filter(|level| labels.contains(level)).count() >= 4, "{levels:?}");
+    let contour = check_picture(&folder.path().join("contour"));
+    // Within the former lowest band: at 0 and at 0.6 from the minimum.
+    let (side, left, top, width, height) = (300.0, 58.0, 34.0, 454.0, 390.0);
+    let at = |x: f64, y: f64| {
+        pixel(&contour, (left + side * (0.5 + 0.5 * x)) / width, (top + side * (0.5 - 0.5 * y)) / height)
+    };
+    assert_ne!(at(0.13, 0.03), at(0.53, 0.33));
 }

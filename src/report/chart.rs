@@ -64,6 +64,16 @@ impl ChartAxis {
         if share.is_finite() { share } else { f64::NAN }
     }
 
+    /// The value at a place from 0 to 1 along the axis.
+    pub fn value(&self, place: f64) -> f64 {
+        let Self { low, high, .. } = *self;
+        if self.logarithmic {
+            (low.ln() + place * (high.ln() - low.ln())).exp()
+        } else {
+            (1.0 - place) * low + place * high
+        }
+    }
+
     /// Tick values with their labels.
     pub fn ticks(&self, most: usize) -> Vec<(f64, String)> {
         let values = if self.logarithmic { log_steps(self.low, self.high, most) } else { Vec::new() };
@@ -93,7 +103,8 @@ pub(super) fn spans_decades(low: f64, high: f64) -> bool {
 /// The range around a single value.
 fn around(value: f64) -> (f64, f64) {
     let value = if value.is_finite() { value } else { 0.0 };
-    let margin = if value == 0.0 { 1.0 } else { 0.1 * value.abs() };
+    // Halves of the smallest numbers are zero.
+    let margin = if value == 0.0 { 1.0 } else { (0.1 * value.abs()).max(8.0 * f64::MIN_POSITIVE) };
     (value - margin, value + margin)
 }
 

@@ -13,11 +13,28 @@ use crate::train::{TrainError, read_regular, write_whole};
 /// On a logarithmic scale, losses below the largest by more than this factor count as zero.
 const NEGLIGIBLE: f64 = 1e-12;
 
+/// What a landscape is of.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Quantity {
+    Loss,
+    Accuracy,
+}
+
+impl Quantity {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Loss => "loss",
+            Self::Accuracy => "accuracy (%)",
+        }
+    }
+}
+
 /// Losses over one or two directions.
 #[derive(Debug, Clone)]
 pub(super) struct LoadedLandscape {
     pub title: String,
     pub axes: Vec<Axis>,
+    pub quantity: Quantity,
     /// In the order of the grid, the first direction fastest; none where a point has not been evaluated.
     pub loss: Vec<Option<f64>>,
     /// NaN where it is unknown.
@@ -52,7 +69,14 @@ impl LoadedLandscape {
         let weights = settings.get("weights").cloned();
         let axes = axes.into_iter().map(|axis| Axis { name: plain(&axis.name), ..axis }).collect::<Vec<_>>();
         let title = plain(&title);
-        let mut landscape = Self { title, axes, loss: vec![None; count], accuracy: vec![f64::NAN; count], weights };
+        let mut landscape = Self {
+            title,
+            axes,
+            quantity: Quantity::Loss,
+            loss: vec![None; count],
+            accuracy: vec![f64::NAN; count],
+            weights,
+        };
         // A last line without its end was cut off and may lack digits.
         for line in text.split_inclusive('\n').skip(1).filter_map(|line| line.strip_suffix('\n')) {
             landscape.take_row(line);
@@ -88,6 +112,23 @@ impl LoadedLandscape {
         let wild = (wild > 0).then(|| format!("{wild} not finite, {what}"));
         let remarks: Vec<String> = missing.into_iter().chain(wild).collect();
         (!remarks.is_empty()).then(|| remarks.join("; "))
+    }
+
+    /// The accuracy in percent as a landscape of its own, if any is known.
+    fn of_accuracy(&self) -> Option<Self> {
+        let percent = |share: &f64| share.is_finite().then_some(100.0 * share);
+        let loss: Vec<Option<f64>> = self.accuracy.iter().map(percent).collect();
+        let title = format!("{}: accuracy", self.title);
+        let found = loss.iter().any(Option::is_some);
+        found.then(|| Self { title, quantity: Quantity::Accuracy, loss, ..self.clone() })
+    }
+
+    /// The point with the lowest loss, or with the highest accuracy.
+    fn best(&self) -> Option<usize> {
+        let sign = if self.quantity == Quantity::Loss { 1.0 } else { -1.0 };
+        let finite = self.loss.iter().enumerate().filter_map(|(point, loss)| Some((point, sign * (*loss)?)));
+        let finite = finite.filter(|(_, loss)| loss.is_finite());
+        finite.min_by(|(_, a), (_, b)| a.total_cmp(b)).map(|(point, _)| point)
     }
 
     fn finite_losses(&self) -> impl Iterator<Item = f64> {
@@ -127,6 +168,8 @@ pub(super) struct Levels {
 
 impl Levels {
     const MOST: usize = 13;
+    /// The largest share of the points below the lowest level.
+    const MOST_BELOW: f64 = 0.1;
 
     /// Round numbers that divide the losses of all the landscapes; logarithmic if these are far apart. None if no loss
     /// is finite.
@@ -140,7 +183,23 @@ impl Levels {
             true => log_steps(floor, high, Self::MOST),
             false => linear_steps(low, high, Self::MOST),
         };
-        let bounds = bounds.into_iter().filter(|&bound| bound > low && bound < high).collect();
+        let inside = |bounds: Vec<f64>, high: f64| -> Vec<f64> {
+            bounds.into_iter().filter(|&bound| bound > low && bound < high).collect()
+        };
+        let mut bounds = inside(bounds, high);
+        // Where much of the area lies below the lowest level, the levels are finer there.
+        let (mut all, mut area): (Vec<f64>, f64) = (losses().filter(|loss| loss.is_finite()).collect(), 0.0);
+        all.sort_by(f64::total_cmp);
+        for _ in 0..4 {
+            let Some(&lowest) = bounds.first() else { break };
+            let below = all.partition_point(|&loss| loss < lowest) as f64 / all.len() as f64;
+            let finer = inside(linear_steps(low, lowest, 5), lowest);
+            if below <= Self::MOST_BELOW || below == area || finer.is_empty() {
+                break;
+            }
+            area = below;
+            bounds.splice(0..0, finer);
+        }
         Some(Self { bounds, logarithmic })
     }
 
@@ -158,12 +217,19 @@ impl Levels {
         }
     }
 
-    /// Labels of the bounds.
+    /// The band of a loss.
+    fn band(&self, loss: f64) -> usize {
+        self.bounds.partition_point(|&bound| bound <= loss)
+    }
+
+    /// Labels of the bounds, with the digits that distinguish each from its neighbours.
     fn names(&self) -> Vec<String> {
-        let step = self.bounds.windows(2).map(|pair| pair[1] - pair[0]).fold(f64::INFINITY, f64::min);
-        // On a logarithmic scale the smallest step would give the others too many digits.
-        let name = |&bound: &f64| chart::tick_name(bound, if self.logarithmic { bound } else { step });
-        self.bounds.iter().map(name).collect()
+        let bounds = &self.bounds;
+        let gap = |index: usize| {
+            let gaps = bounds[index.saturating_sub(1)..(index + 2).min(bounds.len())].windows(2);
+            gaps.map(|pair| pair[1] - pair[0]).fold(f64::INFINITY, f64::min)
+        };
+        bounds.iter().enumerate().map(|(index, &bound)| chart::tick_name(bound, gap(index))).collect()
     }
 }
 
@@ -210,7 +276,33 @@ fn part_above(corners: [([f64; 2], f64); 4], level: f64) -> (Vec<[f64; 2]>, Vec<
     (polygon, lines)
 }
 
-/// Bands of colour between the levels, lines along them, and a cross at the origin.
+/// Labels on the lines of the levels, apart from each other and from the edges.
+fn label_contours(drawing: &mut Drawing, panel: Panel, levels: &Levels, lines: &[Vec<[f64; 2]>]) {
+    let mut placed: Vec<[f64; 2]> = Vec::new();
+    for (index, (name, places)) in levels.names().into_iter().zip(lines).enumerate() {
+        let half = 3.4 * name.chars().count() as f64 + 2.0;
+        let fits = |&[x, y]: &[f64; 2]| {
+            (panel.left + half + 2.0..panel.right - half - 2.0).contains(&x)
+                && (panel.top + 12.0..panel.bottom - 12.0).contains(&y)
+        };
+        let room = |&[x, y]: &[f64; 2]| placed.iter().map(|&[a, b]| (x - a).hypot(1.8 * (y - b))).fold(1e3, f64::min);
+        // Some of the places are enough to choose from.
+        let some = places.iter().step_by(places.len().div_ceil(400).max(1)).filter(|place| fits(place));
+        let Some(&[x, y]) = some.max_by(|a, b| room(a).total_cmp(&room(b))) else { continue };
+        if room(&[x, y]) < 2.0 * half + 8.0 {
+            continue;
+        }
+        placed.push([x, y]);
+        let corners = vec![[x - half, y - 7.0], [x + half, y - 7.0], [x + half, y + 7.0], [x - half, y + 7.0]];
+        let behind = levels.colour(index + 1);
+        drawing.polygon(corners, Ink::Colour(behind, 0.85));
+        let is_light = behind.iter().map(|&channel| u32::from(channel)).sum::<u32>() > 330;
+        let ink = Ink::Colour(if is_light { [0; 3] } else { [255; 3] }, 1.0);
+        drawing.label([x, y + 0.35 * SMALL], name, SMALL, Anchor::Middle, ink);
+    }
+}
+
+/// Bands of colour between the levels, lines along them, a cross at the origin and a ring at the best point.
 fn draw_contours(drawing: &mut Drawing, panel: Panel, landscape: &LoadedLandscape, levels: &Levels) {
     let [x, y] = &landscape.axes[..] else { return };
     let (across, up) = (x.axis(), y.axis());
@@ -234,6 +326,7 @@ fn draw_contours(drawing: &mut Drawing, panel: Panel, landscape: &LoadedLandscap
     }
     // Each band covers all higher ones, and the next is drawn over it. So no seam shows between them.
     let below = f64::NEG_INFINITY;
+    let mut places: Vec<Vec<[f64; 2]>> = Vec::new();
     for (band, level) in
         std::iter::once(below).chain(levels.bounds.iter().map(|&bound| levels.height(bound))).enumerate()
     {
@@ -255,21 +348,35 @@ fn draw_contours(drawing: &mut Drawing, panel: Panel, landscape: &LoadedLandscap
         }
         let fill = Some(Ink::Colour(levels.colour(band), 1.0));
         drawing.shape(VectorPath { paths, closed: true, fill, ..VectorPath::default() });
+        if band > 0 {
+            places.push(lines.iter().map(|line| [0, 1].map(|k| 0.5 * line[0][k] + 0.5 * line[1][k])).collect());
+        }
         let stroke = Some((Ink::Colour([255, 255, 255], 0.5), 0.8));
         drawing.shape(VectorPath { paths: lines, stroke, ..VectorPath::default() });
     }
+    label_contours(drawing, panel, levels, &places);
     let (left, bottom) = (across.place(0.0), up.place(0.0));
     if (0.0..=1.0).contains(&left) && (0.0..=1.0).contains(&bottom) {
         let ([x, y], arm) = ([panel.x(left), panel.y(bottom)], 5.0);
         let cross = vec![vec![[x - arm, y - arm], [x + arm, y + arm]], vec![[x - arm, y + arm], [x + arm, y - arm]]];
-        for (ink, width) in [(Ink::Colour([0, 0, 0], 0.7), 4.0), (Ink::Colour([255, 255, 255], 1.0), 1.8)] {
+        for (ink, width) in MARK {
             drawing.shape(VectorPath { paths: cross.clone(), stroke: Some((ink, width)), ..VectorPath::default() });
+        }
+    }
+    if let Some(point) = landscape.best() {
+        let centre = place(point % x.values.len(), point / x.values.len());
+        for stroke in MARK {
+            let paths = vec![Style(0).marker(centre, 6.0)];
+            drawing.shape(VectorPath { paths, closed: true, stroke: Some(stroke), ..VectorPath::default() });
         }
     }
 }
 
+/// Inks and widths of marks that show on any colour.
+const MARK: [(Ink, f64); 2] = [(Ink::Colour([0, 0, 0], 0.7), 4.0), (Ink::Colour([255, 255, 255], 1.0), 1.8)];
+
 /// The bands of colour from bottom to top, with the losses that separate them.
-fn draw_colour_bar(drawing: &mut Drawing, panel: Panel, levels: &Levels) {
+fn draw_colour_bar(drawing: &mut Drawing, panel: Panel, levels: &Levels, name: &str) {
     let bands = levels.bounds.len() + 1;
     let height = |bound: usize| panel.y(bound as f64 / bands as f64);
     for band in 0..bands {
@@ -281,14 +388,14 @@ fn draw_colour_bar(drawing: &mut Drawing, panel: Panel, levels: &Levels) {
         let at = height(index + 1) + 0.35 * SMALL;
         drawing.label([panel.right + 5.0, at], name, SMALL, Anchor::Start, FAINT);
     }
-    drawing.label([panel.left, panel.top - 7.0], "loss", SMALL, Anchor::Start, FAINT);
+    drawing.label([panel.left, panel.top - 7.0], name, SMALL, Anchor::Start, FAINT);
 }
 
 /// A horizontal colour bar for several pictures.
 pub(super) fn colour_bar(levels: &Levels) -> Drawing {
     let names = levels.names();
     let bands = levels.bounds.len() + 1;
-    let (width, height) = (chart::CHART.0, 46.0);
+    let (width, height) = (chart::CHART.0, 58.0);
     let mut drawing = Drawing::new(width, height, "colours of the loss");
     let place = |bound: usize| 10.0 + (width - 20.0) * bound as f64 / bands as f64;
     for band in 0..bands {
@@ -297,9 +404,9 @@ pub(super) fn colour_bar(levels: &Levels) -> Drawing {
         drawing.polygon(corners, Ink::Colour(levels.colour(band), 1.0));
     }
     for (index, name) in names.into_iter().enumerate() {
-        drawing.label([place(index + 1), 28.0], name, 9.5, Anchor::Middle, FAINT);
+        drawing.label([place(index + 1), if index % 2 == 0 { 28.0 } else { 40.0 }], name, SMALL, Anchor::Middle, FAINT);
     }
-    drawing.label([0.5 * width, 42.0], "loss", SMALL, Anchor::Middle, FAINT);
+    drawing.label([0.5 * width, 54.0], "loss", SMALL, Anchor::Middle, FAINT);
     drawing
 }
 
@@ -320,7 +427,12 @@ pub(super) fn contour_chart(
     if with_bar {
         drawing.label([panel.x(0.5), 18.0], title, 13.0, Anchor::Middle, Ink::Text(1.0));
         let (left, right) = (panel.right + 16.0, panel.right + 32.0);
-        draw_colour_bar(&mut drawing, Panel { left, right, top: panel.top + 12.0, bottom: panel.bottom }, levels);
+        draw_colour_bar(
+            &mut drawing,
+            Panel { left, right, top: panel.top + 12.0, bottom: panel.bottom },
+            levels,
+            landscape.quantity.name(),
+        );
     }
     Some(drawing)
 }
@@ -340,14 +452,14 @@ fn surface(landscape: &LoadedLandscape, levels: &Levels) -> Option<Drawing> {
     let (across, along) = (x.axis(), y.axis());
 
     // Rotated about the vertical axis, then seen from this angle above the horizon, in parallel projection.
-    let (turn, above) = (35f64.to_radians(), 32f64.to_radians());
-    let (width, height, size) = (660.0, 470.0, 160.0);
+    let (turn, above) = (35f64.to_radians(), 48f64.to_radians());
+    let (width, height, size) = (740.0, 520.0, 160.0);
     // All three coordinates run from 0 to 1.
     let depth = |x: f64, y: f64| (2.0 * x - 1.0) * turn.sin() + (2.0 * y - 1.0) * turn.cos();
     let see = |[x, y, z]: [f64; 3]| {
         let right = (2.0 * x - 1.0) * turn.cos() - (2.0 * y - 1.0) * turn.sin();
-        let upward = 1.1 * z * above.cos() + depth(x, y) * above.sin();
-        [0.5 * width + 20.0 + size * right, 325.0 - size * upward]
+        let upward = 1.3 * z * above.cos() + depth(x, y) * above.sin();
+        [0.5 * width - 20.0 + size * right, 345.0 - size * upward]
     };
     let mut drawing = Drawing::new(width, height, format!("{}: surface of the loss", landscape.title));
     drawing.label([0.5 * width, 22.0], landscape.title.as_str(), 13.0, Anchor::Middle, Ink::Text(1.0));
@@ -380,15 +492,15 @@ fn surface(landscape: &LoadedLandscape, levels: &Levels) -> Option<Drawing> {
             };
             if let [Some(a), Some(b), Some(c), Some(d)] = [(i, j), (i + 1, j), (i + 1, j + 1), (i, j + 1)].map(corner) {
                 let far = depth(0.5 * (a[0] + c[0]), 0.5 * (a[1] + c[1]));
-                cells.push((far, [a, b, c, d]));
+                let mean = [a, b, c, d].iter().map(|corner| corner[2]).sum::<f64>() / 4.0;
+                cells.push((far, levels.colour(levels.band(up.value(mean))), [a, b, c, d]));
             }
         }
     }
-    cells.sort_by(|(a, _), (b, _)| b.total_cmp(a));
-    for (_, cell) in cells {
-        let mean = cell.iter().map(|corner| corner[2]).sum::<f64>() / 4.0;
+    cells.sort_by(|(a, ..), (b, ..)| b.total_cmp(a));
+    for (_, colour, cell) in cells {
         let paths = vec![cell.map(see).to_vec()];
-        let (fill, stroke) = (Some(Ink::Colour(colour(mean), 1.0)), Some((Ink::Colour([0, 0, 0], 0.35), 0.4)));
+        let (fill, stroke) = (Some(Ink::Colour(colour, 1.0)), Some((Ink::Colour([0, 0, 0], 0.35), 0.4)));
         drawing.shape(VectorPath { paths, closed: true, fill, stroke, ..VectorPath::default() });
     }
 
@@ -409,6 +521,8 @@ fn surface(landscape: &LoadedLandscape, levels: &Levels) -> Option<Drawing> {
     let [x_name, y_name] = [[0.5, 0.0, 0.0], [0.0, 0.5, 0.0]].map(see);
     drawing.label([x_name[0] + 24.0, x_name[1] + 38.0], x.name.as_str(), SMALL, Anchor::Start, FAINT);
     drawing.label([y_name[0] - 32.0, y_name[1] + 34.0], y.name.as_str(), SMALL, Anchor::End, FAINT);
+    let bar = Panel { left: width - 76.0, right: width - 60.0, top: 80.0, bottom: height - 120.0 };
+    draw_colour_bar(&mut drawing, bar, levels, landscape.quantity.name());
     Some(drawing)
 }
 
@@ -465,27 +579,32 @@ fn curve(landscape: &LoadedLandscape) -> Option<Drawing> {
 
 /// Adds the remark below a picture.
 fn with_remark(mut drawing: Drawing, landscape: &LoadedLandscape) -> Drawing {
-    let least = range(landscape.finite_losses())
+    let losses = range(landscape.finite_losses())
         .map(|(low, high)| format!("loss {} to {}", significant(low, 3), significant(high, 3)));
-    let remarks: Vec<String> = least.into_iter().chain(landscape.remark()).collect();
+    let remarks: Vec<String> = losses.into_iter().chain(landscape.remark()).collect();
     drawing.height += 14.0;
-    drawing.label([8.0, drawing.height - 7.0], remarks.join("; "), 9.5, Anchor::Start, FAINT);
+    drawing.label([8.0, drawing.height - 7.0], remarks.join("; "), SMALL, Anchor::Start, FAINT);
     drawing
 }
 
 /// Writes pictures of the landscape in this folder (`landscape.json` and `landscape.csv`) beside these files, as SVG
-/// and as PNG on white: `contour` and `surface` for two axes, `curve` for one. Points that have not been evaluated
-/// stay blank. Levels and heights are logarithmic if the largest loss is at least thirty times the smallest. Returns
-/// the files written; none if no loss is finite.
+/// and as PNG on white: `contour`, `surface` and `accuracy` for two axes, `curve` for one. Points that have not been
+/// evaluated stay blank. Levels and heights are logarithmic if the largest loss is at least thirty times the smallest,
+/// and levels are finer where much of the area lies below the lowest. Returns the files written; none if no loss is
+/// finite.
 ///
 /// # Errors
 /// Files that cannot be read as a landscape, or that cannot be written.
 pub fn landscape_pictures(folder: &Path) -> Result<Vec<PathBuf>, TrainError> {
     let landscape = LoadedLandscape::read(folder)?;
     let Some(levels) = Levels::of(&[&landscape]) else { return Ok(Vec::new()) };
+    let accuracy = landscape
+        .of_accuracy()
+        .and_then(|accuracy| contour_chart(&accuracy, &accuracy.title, &Levels::of(&[&accuracy])?, true));
     let pictures = [
         ("contour", contour_chart(&landscape, &landscape.title, &levels, true)),
         ("surface", surface(&landscape, &levels)),
+        ("accuracy", accuracy),
         ("curve", curve(&landscape)),
     ];
     let mut written = Vec::new();

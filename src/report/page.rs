@@ -468,8 +468,9 @@ fn landscapes(groups: &[Group]) -> Option<String> {
         }
         content += &charts(&figures);
         content += &landscape::colour_bar(&levels).svg(Medium::Page);
-        content +=
-            &note("The same colours mean the same loss in all pictures; lighter is higher. A cross marks the origin.");
+        content += &note(
+            "The same colours mean the same loss in all pictures; lighter is higher. A cross marks the origin, a ring the lowest point.",
+        );
     }
 
     // Landscapes of the same name belong together.
