@@ -1005,3 +1005,28 @@ fn contours_show_the_basin() {
     };
     assert_ne!(at(0.13, 0.03), at(0.53, 0.33));
 }
+
+#[test]
+fn layers_are_in_the_order_of_the_network() {
+    let folder = tempfile::tempdir().unwrap();
+    let names = [
+        "conv1.weight",
+        "bn1.weight",
+        "bn1.bias",
+        "layer1.0.conv1.weight",
+        "layer1.0.bn1.weight",
+        "layer1.0.conv2.weight",
+        "layer1.0.downsample.0.weight",
+        "layer1.10.conv1.weight",
+        "layer2.0.conv1.weight",
+        "fc.weight",
+        "fc.bias",
+    ];
+    let layers: serde_json::Map<String, Value> =
+        names.map(|name| (name.into(), json!({"value": 1.0}))).into_iter().collect();
+    let log = [epoch(1, Some(1.0), 0.5, 1.0), curvature(1, &json!({"layer-traces": {"layers": layers}}))];
+    let (html, _) = page(&[run(folder.path(), "run", "optimizer = \"sgd\"\n", &log)]);
+    let chart = html.split("Curvature by layer</h2>").nth(1).unwrap().split("</svg>").next().unwrap();
+    let places = names.map(|name| chart.find(&format!(">{name}</text>")).unwrap());
+    assert!(places.is_sorted(), "{places:?}");
+}

@@ -29,8 +29,10 @@ pub(super) struct ChartAxis {
 impl ChartAxis {
     /// An axis from exactly `low` to `high`.
     pub fn exact(label: &str, low: f64, high: f64, logarithmic: bool) -> Self {
-        let [low, high] = [low, high].map(|end| end.clamp(-f64::MAX, f64::MAX));
+        let finite = |end: f64| end.clamp(-f64::MAX, f64::MAX);
+        let (low, high) = (finite(low), finite(high));
         let (low, high) = if are_apart(low, high) { (low, high) } else { around(low) };
+        let (low, high) = (finite(low), finite(high));
         Self { label: label.into(), low, high, logarithmic: logarithmic && low > 0.0, whole: false }
     }
 

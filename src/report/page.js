@@ -153,7 +153,7 @@
     };
     const positive = chart.lines.some(line => line.points.some(([, value]) => value !== null && value > 0));
     if (positive) button("log", () => (state.log = !state.log)).setAttribute("aria-pressed", String(state.log));
-    if (chart.lines.some(line => line.points.length > 7)) button("last quarter", () => (state.late = !state.late));
+    if (chart.x.whole && chart.lines.some(line => line.points.length > 7)) button("last quarter", () => (state.late = !state.late));
     if (bar.children.length) figure.append(bar);
     figure.addEventListener("series", event => {
       const { style, hide } = event.detail;

@@ -351,13 +351,10 @@ fn measured_over(groups: &[Group]) -> String {
 /// The traces of layers, one row of points for each layer.
 fn layers(groups: &[Group]) -> Option<String> {
     let found: Vec<_> = groups.iter().map(Group::layer_traces).collect();
-    let (mut names, mut rows) = (Vec::<&str>::new(), HashMap::new());
-    for (name, _) in found.iter().flatten() {
-        if !rows.contains_key(name) {
-            rows.insert(name, names.len());
-            names.push(name);
-        }
-    }
+    let mut names: Vec<&str> = found.iter().flatten().map(|(name, _)| name.as_str()).collect();
+    names.sort_by_cached_key(|name| network_order(name));
+    names.dedup();
+    let rows: HashMap<&str, usize> = names.iter().enumerate().map(|(row, &name)| (name, row)).collect();
     let x = layers_axis(found.iter().flatten().map(|(_, statistics)| statistics))?;
     let (row, width) = (16.0, 720.0);
     let height = 8.0 + row * names.len() as f64 + 42.0;
@@ -380,7 +377,7 @@ fn layers(groups: &[Group]) -> Option<String> {
         let shift = row * 0.6 * ((index as f64 + 0.5) / groups.len() as f64 - 0.5);
         for (name, statistics) in traces {
             let mean = statistics.mean();
-            let (place, Some(layer)) = (x.place(mean.mean), rows.get(name)) else { continue };
+            let (place, Some(layer)) = (x.place(mean.mean), rows.get(name.as_str())) else { continue };
             if !place.is_finite() {
                 continue;
             }
@@ -401,6 +398,27 @@ fn layers(groups: &[Group]) -> Option<String> {
     let text = "Bars are one error to each side, of the measurement and over seeds together.";
     let content = legend(groups) + &scroll_box("Traces of layers", &svg) + &note(text);
     Some(section("Curvature by layer", &content))
+}
+
+/// The place of a tensor in the network, as far as torchvision's names tell: what comes before the numbered blocks, the
+/// blocks, and the classifier; within a block `conv1`, `bn1`, `conv2` and so on.
+fn network_order(name: &str) -> (u8, Vec<(u64, u8)>, String) {
+    let part = match name {
+        _ if name.starts_with("layer") || name.starts_with("features") => 1,
+        _ if name.starts_with("fc") || name.starts_with("classifier") => 2,
+        _ => 0,
+    };
+    let component = |component: &str| {
+        let word = component.trim_end_matches(|c: char| c.is_ascii_digit());
+        let number = component[word.len()..].parse().unwrap_or(u64::MAX);
+        let rank = match word {
+            "conv" | "weight" => 0,
+            "bn" | "bias" => 1,
+            _ => 2,
+        };
+        (number, rank)
+    };
+    (part, name.split('.').map(component).collect(), name.into())
 }
 
 /// The axis of the traces of layers, with room for their errors.
@@ -467,7 +485,8 @@ fn landscapes(groups: &[Group]) -> Option<String> {
             figures.extend(drawing.map(|drawing| figure(&place.caption(), &drawing, None)));
         }
         content += &charts(&figures);
-        content += &landscape::colour_bar(&levels).svg(Medium::Page);
+        let bar = landscape::colour_bar(&levels).svg(Medium::Page);
+        content += &bar.replacen("<svg ", "<svg class=\"bar\" ", 1);
         content += &note(
             "The same colours mean the same loss in all pictures; lighter is higher. A cross marks the origin, a ring the lowest point.",
         );
