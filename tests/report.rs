@@ -650,7 +650,7 @@ fn a_landscape_over_two_directions_becomes_contours_and_a_surface() {
     let surface = check_picture(&folder.path().join("surface"));
     assert_ne!(pixel(&surface, 0.5, 0.5), [255; 3]);
     let whole = std::fs::read_to_string(folder.path().join("contour.svg")).unwrap();
-    assert!(whole.contains(">loss 1 to 5<") && whole.contains("first &lt;b&gt;direction&lt;/b&gt;"));
+    assert!(whole.contains(">loss 1 to 5; lowest at 0, 0<") && whole.contains("first &lt;b&gt;direction&lt;/b&gt;"));
 
     // If only the lower half was evaluated, the upper half is blank.
     landscape(folder.path(), "bowl", 2, 60, |x, y| 1.0 + x * x + 3.0 * y * y);
@@ -1029,4 +1029,16 @@ fn layers_are_in_the_order_of_the_network() {
     let chart = html.split("Curvature by layer</h2>").nth(1).unwrap().split("</svg>").next().unwrap();
     let places = names.map(|name| chart.find(&format!(">{name}</text>")).unwrap());
     assert!(places.is_sorted(), "{places:?}");
+}
+
+#[test]
+fn learning_rates_are_on_a_linear_axis_whatever_their_range() {
+    let folder = tempfile::tempdir().unwrap();
+    let log: Vec<String> = (1..=100).map(|at| epoch(at, Some(1000.0 / at as f64), 0.5, at as f64)).collect();
+    let (html, _) = page(&[run(folder.path(), "run", "optimizer = \"sgd\"\n", &log)]);
+    let is_logarithmic = |title: &str| {
+        let figure = html.split("<figure").find(|figure| figure.contains(&format!("<b>{title}"))).unwrap();
+        figure.split("&quot;y&quot;:{").nth(1).unwrap().split('}').next().unwrap().contains("&quot;log&quot;:true")
+    };
+    assert!(is_logarithmic("Test loss") && !is_logarithmic("Learning rate"), "both span two decades");
 }

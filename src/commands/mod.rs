@@ -83,6 +83,13 @@ pub fn tell(text: &str) {
     let _ = writeln!(std::io::stderr(), "{}", harmless(text));
 }
 
+/// Prints an error to standard error; on a terminal the word is red, unless `NO_COLOR` is set.
+pub fn tell_error(text: &str) {
+    let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let word = if std::io::stderr().is_terminal() && !plain { "\u{1b}[1;31merror:\u{1b}[0m" } else { "error:" };
+    let _ = writeln!(std::io::stderr(), "{word} {}", harmless(text));
+}
+
 /// A progress bar on a terminal, for work of several parts.
 struct Bar(Option<ProgressBar>);
 

@@ -12,7 +12,7 @@ use polder::train::{Finding, Options, Progress, Record, Training};
 use serde_json::json;
 
 use super::flags::{Flags, OfRun};
-use super::{Failure, counted, print, stop_on_signals, tell};
+use super::{Failure, counted, print, stop_on_signals, tell, tell_error};
 
 #[derive(clap::Args)]
 pub struct TrainArgs {
@@ -93,7 +93,7 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
             Some(run) => format!("; the log is in {}", run.join("log.jsonl").display()),
             None => String::new(),
         };
-        tell(&format!("error: diverged: {found} up to step {}, --max-loss {most}{log}", summary.steps));
+        tell_error(&format!("diverged: {found} up to step {}, --max-loss {most}{log}", summary.steps));
         return Ok(ExitCode::FAILURE);
     }
     if let (Some(test), false) = (summary.test, args.json) {
@@ -178,7 +178,9 @@ impl Clock {
         let left = steps.saturating_sub(self.step) as f64 * training / done as f64;
         let tests = steps.div_ceil(steps_per_epoch.max(1)) - self.step / steps_per_epoch.max(1);
         let each = if self.pauses > 0 { self.paused.as_secs_f64() / self.pauses as f64 } else { 0.0 };
-        Duration::try_from_secs_f64(left + tests as f64 * each).ok()
+        // What is left of the current one.
+        let rest = if self.pause.is_some() { (each - current.as_secs_f64()).max(0.0) } else { 0.0 };
+        Duration::try_from_secs_f64(left + tests as f64 * each + rest).ok()
     }
 }
 

@@ -12,6 +12,9 @@ pub(super) const FAINT: Ink = Ink::Text(0.72);
 const RULE: Ink = Ink::Text(0.45);
 const GRID: Ink = Ink::Text(0.11);
 
+/// The name of the axis of learning rates.
+pub(super) const LEARNING_RATE: &str = "learning rate";
+
 /// Values over more than this ratio are drawn on a logarithmic scale.
 const LOGARITHMIC_FROM: f64 = 30.0;
 
@@ -44,6 +47,12 @@ impl ChartAxis {
             let margin = (0.04 * (high.ln() - low.ln())).exp();
             return Some(Self::exact(label, (low / margin).max(f64::MIN_POSITIVE), high * margin, true));
         }
+        Self::linear(label, [low, high].into_iter())
+    }
+
+    /// A linear axis with room for the finite values. None if no value is finite.
+    fn linear(label: &str, values: impl Iterator<Item = f64>) -> Option<Self> {
+        let (low, high) = range(values)?;
         if !are_apart(low, high) {
             return Some(Self::exact(label, low, low, false));
         }
@@ -314,8 +323,8 @@ impl Line {
     }
 }
 
-/// The points of a line that a chart can show: of each half pixel across, the first and the last one, the lowest and the
-/// highest. A height that is not finite is kept, so that the line stays interrupted there.
+/// The points of a line that a chart can show: the first and the last one of each column, the lowest and the highest.
+/// A height that is not finite is kept, so that the line stays interrupted there.
 fn thinned(line: Vec<[f64; 2]>, column: impl Fn(f64) -> f64) -> Vec<[f64; 2]> {
     let column = |point: &[f64; 2]| (column(point[0]).floor(), point[1].is_finite());
     let mut kept = Vec::new();
@@ -380,7 +389,10 @@ pub(super) const CHART: (f64, f64) = (360.0, 240.0);
 
 /// A chart of lines, and the JSON that the page's script draws it from. None if no value is finite.
 pub(super) fn line_chart(title: &str, x: ChartAxis, y_label: &str, lines: &[Line]) -> Option<(Drawing, String)> {
-    let y = ChartAxis::fitting(y_label, lines.iter().flat_map(Line::values))?;
+    let values = lines.iter().flat_map(Line::values);
+    // A schedule often ends at zero, which a logarithmic axis does not have. Schedules are compared on one kind of axis.
+    let linear = y_label == LEARNING_RATE;
+    let y = if linear { ChartAxis::linear(y_label, values) } else { ChartAxis::fitting(y_label, values) }?;
     let (width, height) = CHART;
     let each: Vec<String> = lines.iter().filter_map(Line::description).collect();
     let mut drawing = Drawing::new(width, height, format!("{title}: {}", each.join("; ")));

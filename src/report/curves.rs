@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::chart::{self, ChartAxis, Line, Style, line_chart};
+use super::chart::{self, ChartAxis, LEARNING_RATE, Line, Style, line_chart};
 use super::drawing::escape;
 use super::page::{charts, figure, legend, measure_name, measure_names, note, runs, section};
 use super::runs::{Epoch, Group, LoadedRun, numbers};
@@ -85,7 +85,7 @@ pub(super) fn learning(groups: &[Group]) -> Option<String> {
     add("Test accuracy", "accuracy (%)", |epoch| Some(100.0 * epoch.test_accuracy));
     let rates: BTreeSet<u64> = runs(groups).flat_map(|run| &run.epochs).map(|epoch| epoch.lr.to_bits()).collect();
     if rates.len() > 1 {
-        add("Learning rate of the epoch's last step", "learning rate", |epoch| Some(epoch.lr));
+        add("Learning rate of the epoch's last step", LEARNING_RATE, |epoch| Some(epoch.lr));
     }
     add("Gradient norm of the epoch's last step", "‖g‖", |epoch| epoch.gradient_norm);
     figures += &own_numbers(groups, "epoch");
@@ -125,12 +125,12 @@ pub(super) fn curvature_over_epochs(groups: &[Group]) -> Option<String> {
     (!figures.is_empty()).then(|| section("Curvature during training", &content))
 }
 
-/// Numbers of the log that the report draws, their names for readers and their units on an axis. Numbers of a method keep
-/// their names in the log.
+/// Numbers of the log that the report draws, their names for readers and their units on an axis. Numbers of a method
+/// keep their names in the log.
 const LOGGED: [(&str, &str, &str); 8] = [
     ("loss", "Loss of the batch", "cross-entropy (nats)"),
     ("accuracy", "Accuracy on the batch", "accuracy (%)"),
-    ("lr", "Learning rate", "learning rate"),
+    ("lr", "Learning rate", LEARNING_RATE),
     ("gradient_norm", "Norm of the gradient", "‖g‖"),
     ("sharpness", "Rise of the loss by the perturbation", "L(w + ε) − L(w)"),
     ("cosine_gradients", "Cosine of the gradients at w and at w + ε", "cosine"),
@@ -146,7 +146,7 @@ fn logged(record: &Record) -> serde_json::Map<String, serde_json::Value> {
     }
 }
 
-/// Charts of the numbers of the log that have no chart of their own: those of steps, or a method's at the ends of epochs.
+/// Charts of the numbers of the log that have no chart of their own: those of steps, or a method's after epochs.
 /// A number that is zero throughout, such as the count of skipped steps, is left out.
 fn own_numbers(groups: &[Group], over: &str) -> String {
     type Series = BTreeMap<String, BTreeMap<u64, f64>>;

@@ -579,9 +579,19 @@ fn curve(landscape: &LoadedLandscape) -> Option<Drawing> {
 
 /// Adds the remark below a picture.
 fn with_remark(mut drawing: Drawing, landscape: &LoadedLandscape) -> Drawing {
-    let losses = range(landscape.finite_losses())
-        .map(|(low, high)| format!("loss {} to {}", significant(low, 3), significant(high, 3)));
-    let remarks: Vec<String> = losses.into_iter().chain(landscape.remark()).collect();
+    let name = landscape.quantity.name();
+    let values = range(landscape.finite_losses())
+        .map(|(low, high)| format!("{name} {} to {}", significant(low, 3), significant(high, 3)));
+    let at = landscape.best().map(|mut point| {
+        let place = landscape.axes.iter().map(|axis| {
+            let value = axis.values[point % axis.values.len()];
+            point /= axis.values.len();
+            significant(value, 3)
+        });
+        let most = if landscape.quantity == Quantity::Loss { "lowest" } else { "highest" };
+        format!("{most} at {}", place.collect::<Vec<_>>().join(", "))
+    });
+    let remarks: Vec<String> = values.into_iter().chain(at).chain(landscape.remark()).collect();
     drawing.height += 14.0;
     drawing.label([8.0, drawing.height - 7.0], remarks.join("; "), SMALL, Anchor::Start, FAINT);
     drawing
@@ -598,19 +608,23 @@ fn with_remark(mut drawing: Drawing, landscape: &LoadedLandscape) -> Drawing {
 pub fn landscape_pictures(folder: &Path) -> Result<Vec<PathBuf>, TrainError> {
     let landscape = LoadedLandscape::read(folder)?;
     let Some(levels) = Levels::of(&[&landscape]) else { return Ok(Vec::new()) };
-    let accuracy = landscape
-        .of_accuracy()
-        .and_then(|accuracy| contour_chart(&accuracy, &accuracy.title, &Levels::of(&[&accuracy])?, true));
+    let accuracy = landscape.of_accuracy();
+    let accuracy_chart = accuracy.as_ref().and_then(|accuracy| {
+        let chart = contour_chart(accuracy, &accuracy.title, &Levels::of(&[accuracy])?, true)?;
+        Some(with_remark(chart, accuracy))
+    });
+    let of_loss = |picture: Option<Drawing>| picture.map(|picture| with_remark(picture, &landscape));
     let pictures = [
-        ("contour", contour_chart(&landscape, &landscape.title, &levels, true)),
-        ("surface", surface(&landscape, &levels)),
-        ("accuracy", accuracy),
-        ("curve", curve(&landscape)),
+        ("contour", of_loss(contour_chart(&landscape, &landscape.title, &levels, true))),
+        ("surface", of_loss(surface(&landscape, &levels))),
+        ("accuracy", accuracy_chart),
+        ("curve", of_loss(curve(&landscape))),
     ];
     let mut written = Vec::new();
     for (name, picture) in pictures {
-        let Some(picture) = picture else { continue };
-        written.extend(write_picture(&with_remark(picture, &landscape), &folder.join(name))?);
+        if let Some(picture) = picture {
+            written.extend(write_picture(&picture, &folder.join(name))?);
+        }
     }
     Ok(written)
 }
