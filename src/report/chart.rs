@@ -390,7 +390,7 @@ pub(super) const CHART: (f64, f64) = (360.0, 240.0);
 /// A chart of lines, and the JSON that the page's script draws it from. None if no value is finite.
 pub(super) fn line_chart(title: &str, x: ChartAxis, y_label: &str, lines: &[Line]) -> Option<(Drawing, String)> {
     let values = lines.iter().flat_map(Line::values);
-    // A schedule often ends at zero, which a logarithmic axis does not have. Schedules are compared on one kind of axis.
+    // A schedule often ends at zero, which a logarithmic axis does not have.
     let linear = y_label == LEARNING_RATE;
     let y = if linear { ChartAxis::linear(y_label, values) } else { ChartAxis::fitting(y_label, values) }?;
     let (width, height) = CHART;

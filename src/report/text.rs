@@ -59,7 +59,7 @@ pub(super) fn with_errors(value: f64, errors: &[f64]) -> (String, Vec<String>) {
     let largest = errors.iter().copied().fold(0.0, f64::max);
     let place = |value: f64| if value == 0.0 { f64::NEG_INFINITY } else { (value.abs().log10() + 1e-9).floor() };
     let is_plain = |value: f64| value == 0.0 || (1e-4..1e6).contains(&value.abs());
-    if largest == 0.0 || !largest.is_finite() || !is_plain(value) || !is_plain(largest) {
+    if largest == 0.0 || !largest.is_finite() || !is_plain(value) || largest >= 1e6 {
         let each = errors.iter().map(|&error| significant(error, 2)).collect();
         return (digits(value), each);
     }
