@@ -8,7 +8,7 @@ mod commands;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
-use commands::{curvature, devices, eval, flags, landscape, manual, report, tell, train};
+use commands::{curvature, devices, eval, flags, landscape, manual, report, tell, tell_error, train};
 
 /// Sharpness-aware training on hand-written kernels, on the CPU or on a GPU.
 #[derive(Parser)]
@@ -66,7 +66,7 @@ fn main() -> ExitCode {
             } else if let Err(error) = error.print()
                 && error.kind() != std::io::ErrorKind::BrokenPipe
             {
-                tell(&format!("error: standard output: {error}"));
+                tell_error(&format!("standard output: {error}"));
                 return ExitCode::FAILURE;
             }
             return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
@@ -83,7 +83,7 @@ fn main() -> ExitCode {
         Command::Man { folder } => manual::pages(&folder, Cli::command()).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {
-        tell(&format!("error: {}", flags::message(&error)));
+        tell_error(&flags::message(&error));
         error.exit_code()
     })
 }

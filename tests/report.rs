@@ -69,15 +69,30 @@ fn check_page(html: &str) {
         let svg = format!("<svg{}</svg>", part.split("</svg>").next().unwrap());
         let document = roxmltree::Document::parse(&svg).unwrap_or_else(|error| panic!("{error}: {svg}"));
         for number in document.descendants().filter_map(|node| node.attribute("d")) {
-            assert!(!number.contains("NaN") && !number.contains("inf"), "{number}");
+            assert!(!number.contains("NaN") && !number.contains("inf"), "{}", &number[..number.len().min(200)]);
         }
     }
     let bare = html.replace("xmlns=\"http://www.w3.org/2000/svg\"", "");
-    for foreign in ["http://", "https://", "<script", "<link", "<img", "src=", "url(", "@import"] {
+    let bare = bare.replace("\"http://www.w3.org/2000/svg\"", "");
+    for foreign in ["http://", "https://", "<link", "<img", "src=", "url(", "@import", "fetch(", "import("] {
         assert!(!bare.contains(foreign), "{foreign}");
     }
-    let (opened, closed) = (html.matches("<section>").count(), html.matches("</section>").count());
+    assert_eq!(html.matches("<script").count(), 1, "the page's own");
+    let (opened, closed) = (html.matches("<section").count(), html.matches("</section>").count());
     assert_eq!(opened, closed);
+    for title in headings(html) {
+        let id = title.to_lowercase().replace(' ', "-");
+        assert!(html.contains(&format!("<section id=\"{id}\">")) && html.contains(&format!("href=\"#{id}\"")), "{id}");
+    }
+    assert_eq!(html.matches("<table>").count(), html.matches("<caption>").count());
+    let boxes = html.matches("tabindex=\"0\"").count();
+    assert_eq!(html.matches("tabindex=\"0\" role=\"region\" aria-label=\"").count(), boxes, "a scroll box has a name");
+    for data in html.split("data-chart=\"").skip(1) {
+        let text = data.split('"').next().unwrap().replace("&quot;", "\"").replace("&#39;", "'");
+        let text = text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&");
+        let chart: Value = serde_json::from_str(&text).unwrap();
+        assert!(!chart["lines"].as_array().unwrap().is_empty(), "{text}");
+    }
     assert!(html.ends_with("</html>\n"));
 }
 
@@ -135,7 +150,26 @@ fn runs_that_differ_in_the_seed_alone_are_one_group_with_its_mean_and_deviation(
     assert_eq!(row(&html, "rho"), ["rho", "–", "0.05", "0.1", ""]);
     assert_eq!(row(&html, "seed"), ["seed", "0, 1, 2", "0", "0", ""]);
     assert_eq!(row(&html, "lr"), ["lr", "0.1", ""], "what all have in common");
-    assert_eq!(row(&html, runs[2].to_str().unwrap())[1..6], ["sgd", "1", "20", "3", "15"]);
+    assert_eq!(
+        row(&html, runs[2].to_str().unwrap())[1..10],
+        ["sgd", "1", "20", "3", "82.00 %", "0.6000", "82.00 % after epoch 2", "15", "0.7500"]
+    );
+}
+
+/// The same images may lie in different places; other images may lie in the same place.
+#[test]
+fn runs_are_grouped_by_their_images_and_not_by_where_these_lay() {
+    let folder = tempfile::tempdir().unwrap();
+    let images =
+        |checksum: &str| format!("\n[images]\nclasses = 4\ntrain = {{ count = 8, checksum = {checksum:?} }}\n");
+    let add = |name: &str, data: &str, checksum: &str, seed: u64| {
+        let settings = format!("optimizer = \"sam\"\ndata = {data:?}\nseed = {seed}\n{}", images(checksum));
+        run(folder.path(), name, &settings, &[epoch(1, Some(1.0), 0.5, 1.0)])
+    };
+    let runs = [add("a", "/here", "01", 0), add("b", "/there", "01", 1), add("c", "/here", "02", 0)];
+    let (_, found) = page(&runs);
+    let sizes: Vec<usize> = found.groups.iter().map(|group| group.runs.len()).collect();
+    assert_eq!(sizes, [2, 1], "{found:?}");
 }
 
 #[test]
@@ -182,43 +216,293 @@ fn a_section_is_there_only_if_there_is_something_to_show() {
     }
     let at_the_end = html.split("<h2>Curvature at the end</h2>").nth(1).unwrap();
     let measures = ["Trace of the Hessian", "Largest eigenvalue", "Local minima along random lines"];
-    for (measure, value) in measures.into_iter().zip(["10", "4", "0.2500"]) {
+    for (measure, value) in measures.into_iter().zip(["10.0 ± 1.0", "4.00 ± 0.10", "0.2500"]) {
         assert_eq!(row(at_the_end, measure)[1..3], ["–", value]);
     }
     assert!(at_the_end.contains("Measured after epoch 1."));
-    assert!(html.contains("aria-label=\"loss over two directions, plane\""));
-    assert!(html.contains("aria-label=\"Loss along a line, line\""));
+    assert!(html.contains("aria-label=\"loss over two directions, plane"));
+    assert!(html.contains("aria-label=\"Loss along a line, line: "));
     assert!(!html.contains("EMPTY") && !html.contains("OTHER"));
 }
 
+/// A run with a trace in `curvature.json`.
+fn traced(parent: &Path, name: &str, settings: &str, trace: f64, error: Option<f64>) -> PathBuf {
+    let path = run(parent, name, settings, &[epoch(1, Some(1.0), 0.5, 3.0)]);
+    let trace = json!({"value": trace, "standard_error": error, "probes": 4});
+    let whole = json!({"samples": 1000, "split": "train", "measures": {"trace": trace}});
+    std::fs::write(path.join("curvature.json"), whole.to_string()).unwrap();
+    path
+}
+
 #[test]
-fn the_report_says_whether_curvature_falls_in_the_order_of_the_groups() {
+fn the_order_by_curvature_has_errors_and_does_not_depend_on_the_order_of_the_runs() {
     let folder = tempfile::tempdir().unwrap();
-    let make = |name: &str, optimizer: &str, logged: Option<f64>, own: Option<f64>| {
-        let mut log = vec![epoch(1, Some(1.0), 0.5, 3.0)];
-        log.extend(logged.map(|trace| curvature(1, &json!({"trace": {"value": trace}}))));
-        let path = run(folder.path(), name, &format!("optimizer = \"{optimizer}\"\n"), &log);
-        if let Some(trace) = own {
-            let whole = json!({"samples": 1000, "split": "train", "measures": {"trace": {"value": trace}}});
-            std::fs::write(path.join("curvature.json"), whole.to_string()).unwrap();
+    let sgd: Vec<PathBuf> = (0..3)
+        .map(|seed| {
+            let settings = format!("optimizer = \"sgd\"\nseed = {seed}\n");
+            traced(folder.path(), &format!("sgd-{seed}"), &settings, 85.5 + 0.05 * f64::from(seed), Some(21.1))
+        })
+        .collect();
+    let sam = traced(folder.path(), "sam", "optimizer = \"sam\"\n", 70.0, Some(18.0));
+    let gam = traced(folder.path(), "gam", "optimizer = \"gam\"\n", 2.0, Some(0.5));
+    let text = "Trace of the Hessian, the largest first: sgd 86 ± 21 ≈ sam 70 ± 18 > gam 2.00 ± 0.50. \
+                ≈: the difference is within twice its error.";
+    let runs = [sam, sgd[0].clone(), gam, sgd[1].clone(), sgd[2].clone()];
+    for turn in 0..runs.len() {
+        let mut runs = runs.clone();
+        runs.rotate_left(turn);
+        let (html, found) = page(&runs);
+        let order = found.curvature_order.unwrap();
+        assert_eq!(order.to_string(), text);
+        let below: Vec<Option<bool>> = order.groups.iter().map(|group| group.is_below_previous).collect();
+        assert_eq!(below, [None, Some(false), Some(true)]);
+        assert!(html.contains(&text.replace('>', "&gt;")));
+    }
+    let (html, found) = page(&runs);
+    let at_the_end = html.split("Curvature at the end</h2>").nth(1).unwrap();
+    assert_eq!(row(at_the_end, "Trace of the Hessian")[1..4], ["70 ± 18", "86 ± 21, seeds ± 0.050", "2.00 ± 0.50"]);
+    let trace = &found.groups[1].curvature["trace"];
+    assert!(abs_diff_eq!(trace["measurement_error"].as_f64().unwrap(), 21.1, epsilon = 1e-9), "shared by the seeds");
+    assert!(abs_diff_eq!(trace["deviation"].as_f64().unwrap(), 0.05, epsilon = 1e-9));
+}
+
+#[test]
+fn no_group_is_the_best_within_the_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let make = |optimizer: &str, accuracies: &[f64]| -> Vec<PathBuf> {
+        let run = |(seed, &accuracy): (usize, &f64)| {
+            let settings = format!("optimizer = \"{optimizer}\"\nseed = {seed}\n");
+            run(folder.path(), &format!("{optimizer}-{seed}"), &settings, &[epoch(1, Some(1.0), accuracy, 3.0)])
+        };
+        accuracies.iter().enumerate().map(run).collect()
+    };
+    let near = [make("sgd", &[0.1828, 0.2000]), make("sam", &[0.1854, 0.1886])].concat();
+    assert!(!page(&near).0.contains("class=\"best\""), "19.14 ± 1.22 is not above 18.70 ± 0.23");
+    let far = [near, make("gam", &[0.30, 0.31])].concat();
+    assert_eq!(page(&far).0.matches("class=\"best\"").count(), 1);
+    let single = [make("adamw", &[0.5]), make("gsam", &[0.6])].concat();
+    let (html, _) = page(&single);
+    assert!(!html.contains("class=\"best\"") && html.contains("single runs have no error"));
+}
+
+#[test]
+fn eigenvalues_keep_their_residuals_and_whether_they_have_converged() {
+    let folder = tempfile::tempdir().unwrap();
+    let make = |name: &str, values: [f64; 5], converged: bool| {
+        let found = json!({"values": values, "residuals": [0.5, 0.01, 0.01, 0.01, 0.01], "converged": converged});
+        let log = [epoch(1, Some(1.0), 0.5, 3.0), curvature(1, &json!({"top-eigenvalues": found}))];
+        run(folder.path(), name, &format!("optimizer = \"{name}\"\n"), &log)
+    };
+    let runs = [
+        make("sgd", [10.0, 5.0, 4.0, 3.0, 2.0], true),
+        make("sam", [8.0, 3.0, 2.0, 1.0, -0.5], false),
+        make("gam", [8.0, 3.0, 2.0, 1.0, 0.001], true),
+    ];
+    let (html, found) = page(&runs);
+    let at_the_end = html.split("Curvature at the end</h2>").nth(1).unwrap();
+    let expected = ["10.00 ± 0.50", "8.00 ± 0.50; not within the tolerance", "8.00 ± 0.50"];
+    assert_eq!(row(at_the_end, "Largest eigenvalue")[1..4], expected);
+    // The fifth is negative, or zero within its residual.
+    assert_eq!(row(at_the_end, "Largest eigenvalue over the fifth")[1..4], ["5", "–", "–"]);
+    assert_eq!(found.groups[1].curvature["top eigenvalue"]["not_converged"], 1);
+}
+
+#[test]
+fn traces_of_layers_have_error_bars() {
+    let folder = tempfile::tempdir().unwrap();
+    let bars = |error: Value| {
+        let layers = json!({"conv": {"value": 3.0, "standard_error": error}, "fc": {"value": 5.0}});
+        let log =
+            [epoch(1, Some(1.0), 0.5, 3.0), curvature(1, &json!({"layer-traces": {"probes": 4, "layers": layers}}))];
+        let path = run(folder.path(), "run", "optimizer = \"sgd\"\n", &log);
+        let (html, _) = page(&[path]);
+        assert_eq!(html.contains("sgd: conv 3.0 ± 1.0"), error.is_number());
+        let chart = html.split("Curvature by layer</h2>").nth(1).unwrap().split("</svg>").next().unwrap();
+        chart.matches("stroke=\"var(--series-0)\"").count()
+    };
+    assert_eq!((bars(json!(1.0)), bars(Value::Null)), (1, 0));
+}
+
+/// Numbers from one end of the double range to the other.
+fn extremes() -> Vec<f64> {
+    let sizes = [f64::MIN_POSITIVE, 5e-324, 1e-300, 1e-160, 1e-30, 1e-4, 7.0, 30.0, 1e16, 5e30, 1e200, f64::MAX];
+    sizes.into_iter().flat_map(|size| [size, -size]).chain([0.0, 1.0, 1.0 + 1e-15]).collect()
+}
+
+#[test]
+fn any_finite_numbers_have_finite_coordinates_and_ticks() {
+    let folder = tempfile::tempdir().unwrap();
+    let numbers = extremes();
+    for (index, &first) in numbers.iter().enumerate() {
+        let log: Vec<String> = numbers[index..]
+            .iter()
+            .enumerate()
+            .flat_map(|(at, &second)| {
+                let at = 2 * at as u64 + 1;
+                // One chart for each pair, by the name of the measure.
+                let pair = |value: f64| json!({format!("pair {at}"): {"value": value}});
+                let line = |epoch: u64, value: f64| curvature(epoch, &pair(value));
+                [line(at, first), line(at + 1, second)]
+            })
+            .collect();
+        let path = run(folder.path(), "run", "optimizer = \"sgd\"\n", &log);
+        let (html, _) = page(&[path]);
+        let charts: Vec<&str> = html.split("<svg").filter(|chart| chart.contains("over epochs")).collect();
+        assert_eq!(charts.len(), numbers.len() - index);
+        for chart in charts {
+            let ticks = chart.matches("text-anchor=\"end\"").count();
+            assert!(ticks >= 1, "{first}: {chart}");
         }
+    }
+}
+
+#[test]
+fn landscapes_of_any_finite_numbers_have_finite_coordinates() {
+    let folder = tempfile::tempdir().unwrap();
+    for (low, high) in [(30.0, 5e30), (1e-30, 1e-4), (1e-300, 7.0), (-1e308, 1e308), (0.0, 5e-324), (5e-324, 1e308)] {
+        for axes in [1, 2] {
+            let out = folder.path().join(format!("{axes}"));
+            landscape(&out, "t", axes, 121, |x, y| if x * y + x > 0.3 { high } else { low });
+            let count = landscape_pictures(&out).unwrap().len();
+            assert!(count > 0);
+            for name in ["contour", "surface", "curve"].iter().filter(|name| out.join(format!("{name}.svg")).exists()) {
+                check_picture(&out.join(name));
+            }
+        }
+    }
+}
+
+/// The seconds that something takes.
+fn seconds(work: impl FnOnce()) -> f64 {
+    let start = std::time::Instant::now();
+    work();
+    start.elapsed().as_secs_f64()
+}
+
+#[test]
+fn long_logs_and_lines_take_time_in_proportion_and_little_space() {
+    let folder = tempfile::tempdir().unwrap();
+    let make = |count: u64| {
+        let log: Vec<String> = (1..=count)
+            .map(|at| {
+                epoch(at, Some(1.0 + (at % 97) as f64 + if at == count / 3 { 500.0 } else { 0.0 }), 0.5, at as f64)
+            })
+            .collect();
+        let path = run(folder.path(), &format!("run-{count}"), "optimizer = \"sgd\"\n", &log);
+        let values: Vec<f64> = (0..count).map(|index| index as f64).collect();
+        let line = path.join("landscape-line");
+        std::fs::create_dir(&line).unwrap();
+        let described = json!({"title": "t", "axes": [{"name": "a", "values": values}]});
+        std::fs::write(line.join("landscape.json"), described.to_string()).unwrap();
+        let rows: String = values.iter().map(|value| format!("{value},{},0.5\n", 1.0 + (value % 89.0))).collect();
+        std::fs::write(line.join("landscape.csv"), format!("x,loss,accuracy\n{rows}")).unwrap();
         path
     };
-    // `curvature.json` counts, not the log.
-    let (a, b) = (make("a", "sgd", Some(5.0), Some(100.0)), make("b", "sam", Some(50.0), None));
-    let c = make("c", "adamw", None, None);
-    let (html, found) = page(&[a.clone(), c.clone(), b.clone()]);
-    let order = found.curvature_order.unwrap();
-    assert!(order.falls);
-    assert_eq!(order.means, [("sgd".into(), 100.0), ("sam".into(), 50.0)]);
-    assert!(html.contains("The trace of the Hessian falls in the order of the groups: sgd 100; sam 50."));
-    assert!(html.contains("sgd: measured over 1000 training images.") && html.contains("sam: measured after epoch 1."));
+    let (short, long) = (make(2_000), make(60_000));
+    let mut html = String::new();
+    let least = (0..3).map(|_| seconds(|| drop(page(std::slice::from_ref(&short))))).fold(f64::INFINITY, f64::min);
+    let took = seconds(|| html = page(std::slice::from_ref(&long)).0);
+    assert!(took < 10.0 * 30.0 * least + 1.0, "{took} s for thirty times as many lines as {least} s");
+    assert!(html.len() < 1_000_000, "{}", html.len());
+    // The one high value still shows: it is the top of its chart.
+    let chart = html.split("<b>Test loss</b>").nth(1).unwrap().split("</svg>").next().unwrap();
+    let path = chart.split("<path d=\"M").find(|path| path.contains("stroke=\"var(--series-0)\"")).unwrap();
+    let heights = path.split('"').next().unwrap().split('L').filter_map(|point| point.split(' ').nth(1)?.parse().ok());
+    let mut heights: Vec<f64> = heights.collect();
+    heights.sort_by(f64::total_cmp);
+    assert!(heights[0] < heights[heights.len() / 2] - 50.0, "{}", heights[0]);
+}
 
-    let (html, found) = page(&[b, a.clone()]);
-    assert!(!found.curvature_order.unwrap().falls);
-    assert!(html.contains("The trace of the Hessian does not fall in the order of the groups: sam 50; sgd 100."));
-    assert_eq!(page(&[a, c]).1.curvature_order, None, "one group has nothing to be compared with");
+#[test]
+fn damaged_results_are_left_out_and_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = [epoch(1, Some(1.0), 0.5, 3.0)];
+    let paths: Vec<PathBuf> = ["a", "b", "c"]
+        .map(|name| run(folder.path(), name, &format!("optimizer = \"sgd\"\nrho = 0.{}\n", name.len()), &log))
+        .into();
+    std::fs::write(paths[0].join("curvature.json"), "{\"samples\": 3}").unwrap();
+    landscape(&paths[1].join("landscape"), "bowl", 2, 121, |x, y| x * x + y * y);
+    std::fs::write(paths[1].join("landscape/landscape.json"), "[]").unwrap();
+    std::fs::write(paths[2].join("config.toml"), "lr = = 3\n").unwrap();
+    let output = polder(&folder, &["a", "b", "c", "--json"]);
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{told}");
+    let reasons = ["a/curvature.json: no `measures`", "b/landscape/landscape.json: ", "c/config.toml: line 1: "];
+    assert_eq!(told.lines().count(), 3, "{told}");
+    let html = std::fs::read_to_string(folder.path().join("report.html")).unwrap();
+    check_page(&html);
+    for (reason, line) in reasons.into_iter().zip(told.lines()) {
+        assert!(line.starts_with(&format!("skipped: {reason}")), "{line}");
+        assert!(html.contains(&format!("Left out: {reason}")), "{reason}");
+    }
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        (found["skipped"][0]["path"].as_str(), found["groups"][0]["runs"].as_array().unwrap().len()),
+        (Some("a"), 2)
+    );
+    assert!(mistake(&folder, &["c"]).contains("c/config.toml: line 1: "), "nothing is left to report");
+}
 
+#[cfg(unix)]
+#[test]
+fn pipes_and_devices_in_place_of_files_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = [epoch(1, Some(1.0), 0.5, 3.0)];
+    let make = |name: &str| {
+        let path = run(folder.path(), name, "optimizer = \"sgd\"\n", &log);
+        landscape(&path.join("landscape"), "bowl", 2, 121, |x, y| x * x + y * y);
+        path
+    };
+    make("good");
+    let files = ["log.jsonl", "config.toml", "curvature.json", "landscape/landscape.json", "landscape/landscape.csv"];
+    for file in files {
+        for pipe in [true, false] {
+            let path = make("odd").join(file);
+            let _ = std::fs::remove_file(&path);
+            if pipe {
+                assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
+            } else {
+                std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+            }
+            let output = polder(&folder, &["good", "odd"]);
+            let told = String::from_utf8(output.stderr).unwrap();
+            assert!(output.status.success(), "{told}");
+            assert_eq!(told, format!("skipped: odd/{file}: not a regular file\n"));
+            std::fs::remove_dir_all(folder.path().join("odd")).unwrap();
+        }
+    }
+}
+
+#[test]
+fn names_from_files_reach_no_terminal_raw() {
+    let folder = tempfile::tempdir().unwrap();
+    let evil = "red\u{1b}[31m\nline\u{9b}2J";
+    let long = "x".repeat(1 << 20);
+    let make = |name: &str, value: &str| {
+        let settings = format!("optimizer = \"own\"\nown = {}\n", json!(value));
+        let measures = json!({value: {"value": 1.0}, "layer-traces": {"layers": {value: {"value": 1.0}}}});
+        let path = run(folder.path(), name, &settings, &[epoch(1, Some(1.0), 0.5, 1.0), curvature(1, &measures)]);
+        landscape(&path.join("landscape"), value, 2, 121, |x, y| x * x + y);
+        landscape(&path.join("landscape-line"), value, 1, 11, |x, _| x * x);
+        path
+    };
+    let paths = [make("a", evil), make("b", &long)];
+    let (html, found) = page(&paths);
+    assert!(html.len() < 400_000, "{}", html.len());
+    assert!(found.groups.iter().all(|group| group.name.len() < 300), "{:?}", found.groups);
+    let output = polder(&folder, &["a", "b"]);
+    let told = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success() && told.len() < 2000, "{told}");
+    assert!(told.lines().count() == 3 && !told.contains(['\u{1b}', '\u{9b}']), "{told:?}");
+    // The name of a folder.
+    let output = polder(&folder, &["no\u{1b}[31mne"]);
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert!(told.contains("no\\u001b[31mne"), "{told:?}");
+}
+
+#[test]
+fn measures_outside_the_file_of_curvature_come_from_the_log() {
+    let folder = tempfile::tempdir().unwrap();
     // Measures that are not in `curvature.json` come from the log.
     let measures =
         json!({"trace": {"value": 7.0}, "grad-norm": {"value": 3.0}, "power-iteration": {"values": [-5.0, 1.0]}});
@@ -258,7 +542,7 @@ fn what_users_write_is_text() {
     landscape(&path.join("landscape-<c>"), "<em>title</em>", 1, 5, |x, _| x * x);
     let other = run(folder.path(), "other", &settings.replace("<i>", "<q>"), &log);
     let (html, _) = page(&[path.clone(), other]);
-    for tag in ["<script", "<b>bold", "<i>", "<q>", "<u>", "<s>", "<em>", "<a>", "<c>", "<p>no", "<b>direction"] {
+    for tag in ["<script>alert", "<b>bold", "<i>", "<q>", "<u>", "<s>", "<em>", "<a>", "<c>", "<p>no", "<b>direction"] {
         assert!(!html.contains(tag), "{tag}");
     }
     let told =
@@ -330,7 +614,7 @@ fn one_epoch_or_none_is_enough() {
     let path = run(folder.path(), "none", "optimizer = \"sgd\"\n", &[step.to_string()]);
     let (html, _) = page(std::slice::from_ref(&path));
     assert!(html.contains("No epoch has been finished yet."));
-    assert_eq!(row(&html, path.to_str().unwrap())[3..7], ["7", "1", "–", "–"]);
+    assert_eq!(row(&html, path.to_str().unwrap())[3..9], ["7", "1", "–", "–", "–", "–"]);
 }
 
 #[test]
@@ -373,7 +657,7 @@ fn a_landscape_over_two_directions_becomes_contours_and_a_surface() {
     landscape(folder.path(), "bowl", 2, 121, |x, y| 1.0 + x * x + 3.0 * y * y);
     let written = landscape_pictures(folder.path()).unwrap();
     let names: Vec<_> = written.iter().map(|path| path.file_name().unwrap().to_str().unwrap()).collect();
-    assert_eq!(names, ["contour.svg", "contour.png", "surface.svg", "surface.png"]);
+    assert_eq!(names, ["contour.svg", "contour.png", "surface.svg", "surface.png", "accuracy.svg", "accuracy.png"]);
     let contour = check_picture(&folder.path().join("contour"));
     // Near the cross in the middle, towards an edge along the flat direction, and the steep one.
     let [middle, aside, above] =
@@ -382,7 +666,7 @@ fn a_landscape_over_two_directions_becomes_contours_and_a_surface() {
     let surface = check_picture(&folder.path().join("surface"));
     assert_ne!(pixel(&surface, 0.5, 0.5), [255; 3]);
     let whole = std::fs::read_to_string(folder.path().join("contour.svg")).unwrap();
-    assert!(whole.contains(">loss 1 to 5<") && whole.contains("first &lt;b&gt;direction&lt;/b&gt;"));
+    assert!(whole.contains(">loss 1 to 5; lowest at 0, 0<") && whole.contains("first &lt;b&gt;direction&lt;/b&gt;"));
 
     // If only the lower half was evaluated, the upper half is blank.
     landscape(folder.path(), "bowl", 2, 60, |x, y| 1.0 + x * x + 3.0 * y * y);
@@ -584,7 +868,7 @@ fn paths_without_results_are_skipped_and_told() {
 fn mistakes_are_told_in_one_line_that_names_the_path() {
     let folder = tempfile::tempdir().unwrap();
     let log = [epoch(1, Some(1.0), 0.5, 3.0)];
-    let good = run(folder.path(), "good", "optimizer = \"sgd\"\n", &log);
+    run(folder.path(), "good", "optimizer = \"sgd\"\n", &log);
     assert!(mistake(&folder, &[]).contains("<RUN>"));
     assert!(mistake(&folder, &["missing"]).contains("missing: No such file or directory"));
     assert!(mistake(&folder, &["missing", "page.html"]).contains("missing: No such file or directory"));
@@ -595,7 +879,6 @@ fn mistakes_are_told_in_one_line_that_names_the_path() {
     assert!(mistake(&folder, &["page.html", "empty"]).contains("page.html: not a run folder (it has no config.toml)"));
     run(folder.path(), "broken", "optimizer = \"sgd\"\nspeed = 3\n", &log);
     assert!(mistake(&folder, &["broken"]).contains("broken/config.toml: line 2: `speed` is not an option"));
-    assert!(mistake(&folder, &["good", "broken"]).contains("broken/config.toml: line 2: "), "damaged, not skipped");
     std::fs::write(folder.path().join("broken/config.toml"), "optimizer = \"sgd\"\n\nlr = = 3\n").unwrap();
     assert!(mistake(&folder, &["broken"]).contains("broken/config.toml: line 3: "));
     run(folder.path(), "silent", "optimizer = \"sgd\"\n", &["{\"kind\":".into()]);
@@ -605,11 +888,173 @@ fn mistakes_are_told_in_one_line_that_names_the_path() {
     assert!(mistake(&folder, &["good", "--out", "no/such/page.html"]).contains("no/such/page.html: No such file"));
     assert!(mistake(&folder, &["good", "--out", "good"]).contains("good: Is a directory"));
     assert!(!folder.path().join("good.partial").exists(), "what was begun is removed");
+}
 
-    std::fs::write(good.join("curvature.json"), "{\"samples\": 3}").unwrap();
-    assert!(mistake(&folder, &["good"]).contains("good/curvature.json: no `measures`"));
-    std::fs::remove_file(good.join("curvature.json")).unwrap();
-    landscape(&good.join("landscape"), "bowl", 2, 121, |x, y| x * x + y * y);
-    std::fs::write(good.join("landscape/landscape.json"), "[]").unwrap();
-    assert!(mistake(&folder, &["good"]).contains("good/landscape/landscape.json: "));
+/// The wall times of the events in a file for TensorBoard.
+fn event_times(bytes: &[u8]) -> Vec<f64> {
+    let (mut times, mut at) = (Vec::new(), 0);
+    while at < bytes.len() {
+        let length = u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+        // After the length, its checksum and the tag of the field.
+        times.push(f64::from_le_bytes(bytes[at + 13..at + 21].try_into().unwrap()));
+        at += 16 + length;
+    }
+    times
+}
+
+#[test]
+fn events_have_the_times_of_their_steps() {
+    let folder = tempfile::tempdir().unwrap();
+    let step = |step: u64| {
+        json!({
+            "kind": "step", "step": step, "epoch": 1, "loss": 2.0, "accuracy": 0.1, "lr": 0.1,
+            "images_per_second": 10.0, "gradient_norm": 1.0, "skipped": 0,
+        })
+        .to_string()
+    };
+    let measured = curvature(2, &json!({"trace": {"value": 1.0}}));
+    let log = [step(5), epoch(1, Some(1.0), 0.5, 8.0), step(15), epoch(2, Some(1.0), 0.5, 20.0), measured];
+    let path = run(folder.path(), "run", "optimizer = \"sgd\"\n", &log);
+    let end = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_700_000_000);
+    std::fs::OpenOptions::new().write(true).open(path.join("log.jsonl")).unwrap().set_modified(end).unwrap();
+    let found = report(std::slice::from_ref(&path), None, true).unwrap();
+    let times = event_times(&std::fs::read(&found.tensorboard[0]).unwrap());
+    let before: Vec<f64> = times.iter().map(|time| 1_700_000_000.0 - time).collect();
+    assert_eq!(before, [16.0, 16.0, 12.0, 6.0, 0.0, 0.0]);
+}
+
+#[test]
+fn numbers_of_steps_are_drawn_unless_they_are_zero_throughout() {
+    let folder = tempfile::tempdir().unwrap();
+    let step = |step: u64| {
+        json!({
+            "kind": "step", "step": step, "epoch": 1, "loss": 2.0 + (step % 7) as f64, "accuracy": 0.1, "lr": 0.1,
+            "images_per_second": 10.0, "gradient_norm": 1.0, "cosine_gradients": 0.5, "sharpness": 0.25,
+            "dropped_alpha": step, "dropped_beta": 0, "skipped": 0,
+        })
+        .to_string()
+    };
+    let log: Vec<String> = (1..=500).map(step).chain([epoch(1, Some(1.0), 0.5, 3.0)]).collect();
+    let path = run(folder.path(), "run", "optimizer = \"sgd\"\n", &log);
+    let (html, _) = page(&[path]);
+    let steps = html.split("<h2>Steps</h2>").nth(1).unwrap().split("</section>").next().unwrap();
+    for title in
+        ["Loss of the batch", "Cosine of the gradients", "Rise of the loss by the perturbation", "dropped alpha"]
+    {
+        assert!(steps.contains(&format!("<b>{title}")), "{title}");
+    }
+    assert!(!steps.contains("<b>dropped beta") && !steps.contains("<b>Skipped steps"), "zero throughout");
+    // The mean over a window, before the values themselves.
+    let loss = steps.split("<figure").nth(1).unwrap();
+    assert!(loss.contains("<b>Loss of the batch") && loss.contains("stroke-opacity=\"0.3\""));
+    assert!(loss.contains("&quot;raw&quot;:[[1.0,3.0]"));
+    let learning = html.split("<h2>Learning curves</h2>").nth(1).unwrap().split("</section>").next().unwrap();
+    assert!(learning.contains("<b>Skipped steps"), "three of the epoch");
+}
+
+#[test]
+fn the_page_holds_its_numbers_as_csv() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = [
+        epoch(1, Some(2.0), 0.625, 3.0),
+        epoch(2, None, 0.5, 6.0),
+        curvature(2, &json!({"trace": {"value": 8.0, "standard_error": 0.5, "probes": 4}})),
+    ];
+    let path = run(folder.path(), "a \"b\"", "optimizer = \"sgd\"\nseed = 7\n", &log);
+    let (html, _) = page(std::slice::from_ref(&path));
+    let table = |name: &str| {
+        let link = html.split(&format!("download=\"{name}.csv\" href=\"data:text/csv;charset=utf-8,")).nth(1).unwrap();
+        let mut bytes = Vec::new();
+        let mut rest = link.split('"').next().unwrap().bytes();
+        while let Some(byte) = rest.next() {
+            let hex: String =
+                if byte == b'%' { rest.by_ref().take(2).map(char::from).collect() } else { String::new() };
+            bytes.push(if byte == b'%' { u8::from_str_radix(&hex, 16).unwrap() } else { byte });
+        }
+        String::from_utf8(bytes).unwrap()
+    };
+    let run = format!("\"{}\",\"sgd\",\"7\"", path.display().to_string().replace('"', "\"\""));
+    let epochs = "run,group,seed,epoch,train_loss,test_loss,test_accuracy,lr,gradient_norm,images_per_second,seconds";
+    assert_eq!(table("epochs"), format!("{epochs}\n{run},1,1,2,0.625,0.1,2,100,3\n{run},2,,,0.5,0.05,2,200,6\n"));
+    assert_eq!(table("curvature"), format!("run,group,seed,measure,value,error\n{run},\"trace\",8,0.5\n"));
+}
+
+#[test]
+fn many_groups_are_rows() {
+    let folder = tempfile::tempdir().unwrap();
+    let make = |rho: u32| {
+        let settings = format!("optimizer = \"sam\"\nrho = 0.{rho}\n");
+        traced(folder.path(), &format!("{rho}"), &settings, f64::from(rho), Some(0.5))
+    };
+    let runs: Vec<PathBuf> = (1..=9).map(make).collect();
+    let (html, _) = page(&runs);
+    let settings = html.split("<h2>Settings</h2>").nth(1).unwrap();
+    assert_eq!(row(settings, "Setting")[..2], ["Setting", "Value"], "what all have in common");
+    assert_eq!(row(settings, "sam, rho 0.3"), ["sam, rho 0.3", "0.3", "–", ""]);
+    let at_the_end = html.split("<h2>Curvature at the end</h2>").nth(1).unwrap();
+    assert_eq!(row(at_the_end, "sam, rho 0.3")[1], "3.00 ± 0.50");
+}
+
+#[test]
+fn contours_show_the_basin() {
+    let folder = tempfile::tempdir().unwrap();
+    // Most of the plane is near the minimum, and the edges are far above.
+    landscape(folder.path(), "basin", 2, 121, |x, y| 2.18 + 114.0 * (0.5 * x * x + 0.5 * y * y).powi(3));
+    landscape_pictures(folder.path()).unwrap();
+    let text = std::fs::read_to_string(folder.path().join("contour.svg")).unwrap();
+    let document = roxmltree::Document::parse(&text).unwrap();
+    let labels: Vec<f64> = document
+        .descendants()
+        .filter(|node| node.attribute("text-anchor") == Some("start"))
+        .filter_map(|node| node.text()?.parse().ok())
+        .collect();
+    assert!(labels.iter().filter(|&&level| level < 5.0).count() >= 3, "levels below 5: {labels:?}");
+    // The same texts on the lines of the levels.
+    let on_lines = document.descendants().filter(|node| node.attribute("text-anchor") == Some("middle"));
+    let levels: Vec<f64> = on_lines.filter_map(|node| node.text()?.parse().ok()).collect();
+    assert!(levels.iter().filter(|level| labels.contains(level)).count() >= 4, "{levels:?}");
+    let contour = check_picture(&folder.path().join("contour"));
+    // Within the former lowest band: at 0 and at 0.6 from the minimum.
+    let (side, left, top, width, height) = (300.0, 58.0, 34.0, 454.0, 390.0);
+    let at = |x: f64, y: f64| {
+        pixel(&contour, (left + side * (0.5 + 0.5 * x)) / width, (top + side * (0.5 - 0.5 * y)) / height)
+    };
+    assert_ne!(at(0.13, 0.03), at(0.53, 0.33));
+}
+
+#[test]
+fn layers_are_in_the_order_of_the_network() {
+    let folder = tempfile::tempdir().unwrap();
+    let names = [
+        "conv1.weight",
+        "bn1.weight",
+        "bn1.bias",
+        "layer1.0.conv1.weight",
+        "layer1.0.bn1.weight",
+        "layer1.0.conv2.weight",
+        "layer1.0.downsample.0.weight",
+        "layer1.10.conv1.weight",
+        "layer2.0.conv1.weight",
+        "fc.weight",
+        "fc.bias",
+    ];
+    let layers: serde_json::Map<String, Value> =
+        names.map(|name| (name.into(), json!({"value": 1.0}))).into_iter().collect();
+    let log = [epoch(1, Some(1.0), 0.5, 1.0), curvature(1, &json!({"layer-traces": {"layers": layers}}))];
+    let (html, _) = page(&[run(folder.path(), "run", "optimizer = \"sgd\"\n", &log)]);
+    let chart = html.split("Curvature by layer</h2>").nth(1).unwrap().split("</svg>").next().unwrap();
+    let places = names.map(|name| chart.find(&format!(">{name}</text>")).unwrap());
+    assert!(places.is_sorted(), "{places:?}");
+}
+
+#[test]
+fn learning_rates_are_on_a_linear_axis_whatever_their_range() {
+    let folder = tempfile::tempdir().unwrap();
+    let log: Vec<String> = (1..=100).map(|at| epoch(at, Some(1000.0 / at as f64), 0.5, at as f64)).collect();
+    let (html, _) = page(&[run(folder.path(), "run", "optimizer = \"sgd\"\n", &log)]);
+    let is_logarithmic = |title: &str| {
+        let figure = html.split("<figure").find(|figure| figure.contains(&format!("<b>{title}"))).unwrap();
+        figure.split("&quot;y&quot;:{").nth(1).unwrap().split('}').next().unwrap().contains("&quot;log&quot;:true")
+    };
+    assert!(is_logarithmic("Test loss") && !is_logarithmic("Learning rate"), "both span two decades");
 }

@@ -63,12 +63,27 @@ impl From<TrainError> for Failure {
     }
 }
 
+/// Text without control characters, which a terminal would obey, except the ends of lines. They are written as in JSON,
+/// so JSON keeps its meaning.
+fn harmless(text: &str) -> String {
+    let mut harmless = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            character if character.is_control() && !matches!(character, '\n' | '\t') => {
+                harmless += &format!("\\u{:04x}", u32::from(character));
+            }
+            character => harmless.push(character),
+        }
+    }
+    harmless
+}
+
 /// Prints to standard output. A closed pipe is not an error.
 ///
 /// # Errors
 /// Any other reason why the text could not be written.
 fn print(text: &str) -> Result<(), Failure> {
-    match writeln!(std::io::stdout(), "{text}") {
+    match writeln!(std::io::stdout(), "{}", harmless(text)) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::Output(error)),
         _ => Ok(()),
     }
@@ -76,7 +91,14 @@ fn print(text: &str) -> Result<(), Failure> {
 
 /// Prints to standard error. A failure to print is ignored.
 pub fn tell(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{text}");
+    let _ = writeln!(std::io::stderr(), "{}", harmless(text));
+}
+
+/// Prints an error to standard error; on a terminal the word is red, unless `NO_COLOR` is set.
+pub fn tell_error(text: &str) {
+    let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let word = if std::io::stderr().is_terminal() && !plain { "\u{1b}[1;31merror:\u{1b}[0m" } else { "error:" };
+    let _ = writeln!(std::io::stderr(), "{word} {}", harmless(text));
 }
 
 /// A progress bar on a terminal, for work of several parts.

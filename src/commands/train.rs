@@ -5,13 +5,14 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use polder::train::{Finding, Options, Progress, Record, Training};
 use serde_json::json;
 
 use super::flags::{Flags, OfRun};
-use super::{Failure, counted, print, stop_on_signals, tell};
+use super::{Failure, counted, print, stop_on_signals, tell, tell_error};
 
 #[derive(clap::Args)]
 pub struct TrainArgs {
@@ -92,7 +93,7 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
             Some(run) => format!("; the log is in {}", run.join("log.jsonl").display()),
             None => String::new(),
         };
-        tell(&format!("error: diverged: {found} up to step {}, --max-loss {most}{log}", summary.steps));
+        tell_error(&format!("diverged: {found} up to step {}, --max-loss {most}{log}", summary.steps));
         return Ok(ExitCode::FAILURE);
     }
     if let (Some(test), false) = (summary.test, args.json) {
@@ -120,6 +121,9 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Without a terminal, a line about a long epoch is printed this often.
+const EVERY: Duration = Duration::from_secs(30);
+
 /// Progress of training: a bar on a terminal, plain lines otherwise.
 struct Display {
     bar: Option<ProgressBar>,
@@ -127,29 +131,111 @@ struct Display {
     json: bool,
     /// Whether nothing is shown before the result.
     quiet: bool,
+    clock: Clock,
+    steps: u64,
+    steps_per_epoch: u64,
+    /// When the last line was printed.
+    told: Instant,
+}
+
+/// What the remaining time is computed from: the time of training, and that of tests and measurements.
+struct Clock {
+    start: Instant,
+    /// Steps done when this part of the run began, and now.
+    first: u64,
+    step: u64,
+    /// When the current test or measurement began, and the duration and number of those that have ended.
+    pause: Option<Instant>,
+    paused: Duration,
+    pauses: u64,
+}
+
+impl Clock {
+    fn new() -> Self {
+        let start = Instant::now();
+        Self { start, first: 0, step: 0, pause: None, paused: Duration::ZERO, pauses: 0 }
+    }
+
+    /// A test or a measurement begins or goes on.
+    fn pause(&mut self) {
+        self.pause.get_or_insert_with(Instant::now);
+    }
+
+    /// Training goes on.
+    fn resume(&mut self, step: u64) {
+        if let Some(pause) = self.pause.take() {
+            self.paused += pause.elapsed();
+            self.pauses += 1;
+        }
+        self.step = step;
+    }
+
+    /// The time until the end, with the tests and measurements to come. None before the first steps.
+    fn remaining(&self, steps: u64, steps_per_epoch: u64) -> Option<Duration> {
+        let done = self.step.checked_sub(self.first).filter(|&done| done > 0)?;
+        let current = self.pause.map_or(Duration::ZERO, |pause| pause.elapsed());
+        let training = (self.start.elapsed() - self.paused).saturating_sub(current).as_secs_f64();
+        let left = steps.saturating_sub(self.step) as f64 * training / done as f64;
+        let tests = steps.div_ceil(steps_per_epoch.max(1)) - self.step / steps_per_epoch.max(1);
+        let each = if self.pauses > 0 { self.paused.as_secs_f64() / self.pauses as f64 } else { 0.0 };
+        // What is left of the current one.
+        let rest = if self.pause.is_some() { (each - current.as_secs_f64()).max(0.0) } else { 0.0 };
+        Duration::try_from_secs_f64(left + tests as f64 * each + rest).ok()
+    }
+}
+
+/// A duration as a user reads it: 1:02:03, or 2:03.
+fn written(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    let (hours, minutes, seconds) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+    if hours > 0 { format!("{hours}:{minutes:02}:{seconds:02}") } else { format!("{minutes}:{seconds:02}") }
 }
 
 impl Display {
     fn new(json: bool, quiet: bool) -> Self {
         let bar = (!quiet && std::io::stderr().is_terminal()).then(|| {
             let bar = ProgressBar::new(0);
-            // The message is cut at the end of the line, so that the bar never takes two.
-            let template = "{bar:12} {pos}/{len}, {eta} left  {wide_msg}";
+            // The message is cut at the end of the line, so that the bar never takes two. The prefix says what is left.
+            let template = "{spinner} {wide_bar} {prefix}\n  {wide_msg}";
             bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
+            // It moves while nothing is reported, too.
+            bar.enable_steady_tick(Duration::from_millis(200));
             bar
         });
-        Self { bar, json, quiet }
+        Self { bar, json, quiet, clock: Clock::new(), steps: 0, steps_per_epoch: 1, told: Instant::now() }
     }
 
-    fn line(&self, text: &str) {
+    fn line(&mut self, text: &str) {
         if self.quiet {
             return;
         }
+        self.told = Instant::now();
         // A failure to print is reported at the end, by the last line.
         let write = || if self.json { tell(text) } else { drop(print(text)) };
         match &self.bar {
             Some(bar) => bar.suspend(write),
             None => write(),
+        }
+    }
+
+    /// Epoch, step, elapsed and remaining time.
+    fn place(&self) -> String {
+        let Self { clock, steps, steps_per_epoch, .. } = self;
+        let per_epoch = (*steps_per_epoch).max(1);
+        let (epoch, epochs) = (clock.step.div_ceil(per_epoch).max(1), steps.div_ceil(per_epoch));
+        let left = clock.remaining(*steps, per_epoch).map_or("?".into(), written);
+        let elapsed = written(clock.start.elapsed());
+        format!("epoch {epoch}/{epochs}, step {}/{steps}, {elapsed} elapsed, {left} left", clock.step)
+    }
+
+    /// Shows what is going on: on the bar, or as a line if the last one was printed long ago.
+    fn activity(&mut self, text: String) {
+        if let Some(bar) = &self.bar {
+            bar.set_position(self.clock.step);
+            bar.set_prefix(self.place());
+            bar.set_message(text);
+        } else if self.told.elapsed() >= EVERY {
+            self.line(&format!("{}: {text}", self.place()));
         }
     }
 
@@ -166,59 +252,55 @@ impl Display {
                 } else if done > 0 {
                     self.line(&format!("already at step {done}, {all} were asked for: nothing left to train"));
                 }
+                (self.steps, self.steps_per_epoch) = (all, steps_per_epoch);
+                self.clock = Clock { first: done, step: done, ..Clock::new() };
                 if let Some(bar) = &self.bar {
                     bar.set_length(all);
                     bar.set_position(done);
-                    bar.reset_eta();
                 }
             }
             Progress::Step { step, loss, accuracy, images_per_second } => {
-                if let Some(bar) = &self.bar {
-                    bar.set_position(step);
-                    let percent = 100.0 * accuracy;
-                    bar.set_message(format!(
-                        "loss {loss:.3}, accuracy {percent:.1} %, {images_per_second:.0} images/s"
-                    ));
-                }
+                self.clock.resume(step);
+                let percent = 100.0 * accuracy;
+                self.activity(format!("loss {loss:.3}, accuracy {percent:.1} %, {images_per_second:.0} images/s"));
             }
             Progress::Testing => {
-                if let Some(bar) = &self.bar {
-                    bar.set_message("testing");
-                }
+                self.clock.pause();
+                self.activity("testing".into());
             }
-            Progress::Epoch(Record::Epoch {
-                epoch,
-                train_loss,
-                train_accuracy,
-                test_loss,
-                test_accuracy,
-                images_per_second,
-                ..
-            }) => {
+            Progress::Measuring { measure, steps: (done, of) } => {
+                self.clock.pause();
+                self.activity(format!("measuring {measure}: {done} of {of}"));
+            }
+            Progress::Epoch(record) => self.record(&record),
+        }
+    }
+
+    /// A line for an epoch or a measurement.
+    fn record(&mut self, record: &Record) {
+        match record {
+            Record::Epoch {
+                epoch, train_loss, train_accuracy, test_loss, test_accuracy, images_per_second, ..
+            } => {
                 let number = |value: Option<f64>, decimals: usize| match value {
                     Some(value) => format!("{value:.decimals$}"),
                     None => "not finite".into(),
                 };
                 self.line(&format!(
                     "epoch {epoch:>3}  train loss {} ({} %)  test loss {} ({:.2} %)  {images_per_second:.0} images/s",
-                    number(train_loss, 3),
+                    number(*train_loss, 3),
                     number(train_accuracy.map(|share| 100.0 * share), 2),
-                    number(test_loss, 3),
+                    number(*test_loss, 3),
                     100.0 * test_accuracy,
                 ));
             }
-            Progress::Measuring { measure, steps: (done, of) } => {
-                if let Some(bar) = &self.bar {
-                    bar.set_message(format!("measuring {measure}: {done} of {of}"));
-                }
-            }
-            Progress::Epoch(Record::Curvature { epoch, measures, .. }) => {
+            Record::Curvature { epoch, measures, .. } => {
                 let value = |(name, found): (&String, &Finding)| Some(format!("{name} {:.4}", found.value()?));
                 let found: Vec<String> = measures.iter().filter_map(value).collect();
                 let found = if found.is_empty() { "no curvature was found".into() } else { found.join("  ") };
                 self.line(&format!("epoch {epoch:>3}  {found}"));
             }
-            Progress::Epoch(Record::Step { .. }) => {}
+            Record::Step { .. } => {}
         }
     }
 

@@ -1,6 +1,9 @@
 //! Axes with their ticks, and charts of lines over them.
 
-use super::drawing::{Anchor, Drawing, Ink, VectorPath};
+use serde_json::json;
+
+use super::drawing::{Anchor, Drawing, Ink, SERIES, VectorPath};
+use super::text::digits;
 
 /// Font size of the labels of ticks and axes.
 pub(super) const SMALL: f64 = 11.0;
@@ -9,8 +12,11 @@ pub(super) const FAINT: Ink = Ink::Text(0.72);
 const RULE: Ink = Ink::Text(0.45);
 const GRID: Ink = Ink::Text(0.11);
 
+/// The name of the axis of learning rates.
+pub(super) const LEARNING_RATE: &str = "learning rate";
+
 /// Values over more than this ratio are drawn on a logarithmic scale.
-pub(super) const LOGARITHMIC_FROM: f64 = 30.0;
+const LOGARITHMIC_FROM: f64 = 30.0;
 
 /// An axis: a range of values and its name.
 #[derive(Debug, Clone)]
@@ -26,9 +32,10 @@ pub(super) struct ChartAxis {
 impl ChartAxis {
     /// An axis from exactly `low` to `high`.
     pub fn exact(label: &str, low: f64, high: f64, logarithmic: bool) -> Self {
-        // Values that differ only by rounding count as one value.
-        let apart = high - low > 1e-9 * low.abs().max(high.abs());
-        let (low, high) = if apart { (low, high) } else { around(low) };
+        let finite = |end: f64| end.clamp(-f64::MAX, f64::MAX);
+        let (low, high) = (finite(low), finite(high));
+        let (low, high) = if are_apart(low, high) { (low, high) } else { around(low) };
+        let (low, high) = (finite(low), finite(high));
         Self { label: label.into(), low, high, logarithmic: logarithmic && low > 0.0, whole: false }
     }
 
@@ -36,14 +43,20 @@ impl ChartAxis {
     /// finite.
     pub fn fitting(label: &str, values: impl Iterator<Item = f64>) -> Option<Self> {
         let (low, high) = range(values)?;
-        if low > 0.0 && high / low >= LOGARITHMIC_FROM {
-            let margin = (high / low).powf(0.04);
-            return Some(Self::exact(label, low / margin, high * margin, true));
+        if spans_decades(low, high) {
+            let margin = (0.04 * (high.ln() - low.ln())).exp();
+            return Some(Self::exact(label, (low / margin).max(f64::MIN_POSITIVE), high * margin, true));
         }
-        if high - low <= 1e-9 * low.abs().max(high.abs()) {
+        Self::linear(label, [low, high].into_iter())
+    }
+
+    /// A linear axis with room for the finite values. None if no value is finite.
+    fn linear(label: &str, values: impl Iterator<Item = f64>) -> Option<Self> {
+        let (low, high) = range(values)?;
+        if !are_apart(low, high) {
             return Some(Self::exact(label, low, low, false));
         }
-        let margin = 0.05 * (high - low);
+        let margin = 0.05 * high - 0.05 * low;
         // An axis of values that cannot be negative does not go below zero.
         let floor = if low >= 0.0 { 0.0 } else { f64::NEG_INFINITY };
         Some(Self::exact(label, (low - margin).max(floor), high + margin, false))
@@ -53,7 +66,8 @@ impl ChartAxis {
     pub fn place(&self, value: f64) -> f64 {
         let Self { low, high, .. } = *self;
         let share = if self.logarithmic {
-            (value / low).ln() / (high / low).ln()
+            // Differences of logarithms, because a ratio of extreme numbers overflows.
+            (value.ln() - low.ln()) / (high.ln() - low.ln())
         } else {
             // Halved, so that the range of the largest numbers does not overflow.
             (0.5 * value - 0.5 * low) / (0.5 * high - 0.5 * low)
@@ -61,21 +75,47 @@ impl ChartAxis {
         if share.is_finite() { share } else { f64::NAN }
     }
 
+    /// The value at a place from 0 to 1 along the axis.
+    pub fn value(&self, place: f64) -> f64 {
+        let Self { low, high, .. } = *self;
+        if self.logarithmic {
+            (low.ln() + place * (high.ln() - low.ln())).exp()
+        } else {
+            (1.0 - place) * low + place * high
+        }
+    }
+
     /// Tick values with their labels.
     pub fn ticks(&self, most: usize) -> Vec<(f64, String)> {
         let values = if self.logarithmic { log_steps(self.low, self.high, most) } else { Vec::new() };
         // A range of less than a decade may contain no round number of that kind.
         let mut values = if values.len() < 2 { linear_steps(self.low, self.high, most) } else { values };
+        values.retain(|value| (-1e-6..=1.0 + 1e-6).contains(&self.place(*value)));
+        // Numbers next to zero have no round numbers between them.
+        if values.is_empty() {
+            values = vec![self.low, self.high];
+        }
         values.retain(|value| !self.whole || (value - value.round()).abs() < 1e-6);
         let step = values.windows(2).map(|pair| pair[1] - pair[0]).fold(f64::INFINITY, f64::min);
         values.iter().map(|&value| (value, tick_name(value, step))).collect()
     }
 }
 
+/// Whether two values differ by more than rounding. Otherwise they count as one value.
+fn are_apart(low: f64, high: f64) -> bool {
+    0.5 * high - 0.5 * low > 0.5e-9 * low.abs().max(high.abs())
+}
+
+/// Whether values between these are drawn on a logarithmic scale.
+pub(super) fn spans_decades(low: f64, high: f64) -> bool {
+    low > 0.0 && high.ln() - low.ln() >= LOGARITHMIC_FROM.ln()
+}
+
 /// The range around a single value.
 fn around(value: f64) -> (f64, f64) {
     let value = if value.is_finite() { value } else { 0.0 };
-    let margin = if value == 0.0 { 1.0 } else { 0.1 * value.abs() };
+    // Halves of the smallest numbers are zero.
+    let margin = if value == 0.0 { 1.0 } else { (0.1 * value.abs()).max(8.0 * f64::MIN_POSITIVE) };
     (value - margin, value + margin)
 }
 
@@ -90,6 +130,9 @@ pub(super) fn range(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
 /// Multiples of 1, 2 or 5 times a power of ten from `low` to `high`, at most `most` of them.
 pub(super) fn linear_steps(low: f64, high: f64, most: usize) -> Vec<f64> {
     let span = high - low;
+    if span == f64::INFINITY && low.is_finite() && high.is_finite() {
+        return linear_steps(0.5 * low, 0.5 * high, most).into_iter().map(|half| 2.0 * half).collect();
+    }
     if !span.is_finite() || span <= 0.0 {
         return Vec::new();
     }
@@ -112,9 +155,9 @@ pub(super) fn log_steps(low: f64, high: f64, most: usize) -> Vec<f64> {
         let exponents = (first..=last).filter(|exponent| exponent.rem_euclid(stride) == 0);
         exponents.flat_map(|e| factors.iter().map(move |f| f * 10f64.powi(e))).filter(inside).collect()
     };
-    let ways = [(&[1.0, 2.0, 5.0][..], 1), (&[1.0, 3.0], 1), (&[1.0], 1), (&[1.0], 2), (&[1.0], 5), (&[1.0], 20)];
-    let mut found = ways.iter().map(|(factors, stride)| powers(factors, *stride));
-    found.find(|values| values.len() <= most).unwrap_or_else(|| powers(&[1.0], 100))
+    let factors = [&[1.0, 2.0, 5.0][..], &[1.0, 3.0]].map(|factors| powers(factors, 1));
+    let strides = [1, 2, 3, 5, 10, 20, 50, 100].map(|stride| powers(&[1.0], stride));
+    factors.into_iter().chain(strides).find(|values| values.len() <= most).unwrap_or_default()
 }
 
 /// The label of a tick among others at this distance.
@@ -126,11 +169,11 @@ pub(super) fn tick_name(value: f64, step: f64) -> String {
     }
     let exponent = size.log10().floor() as i32;
     if !(1e-3..1e5).contains(&size) {
-        let mantissa = value / 10f64.powi(exponent);
         let digits = if step.is_finite() { (exponent - step.log10().floor() as i32).clamp(0, 3) as usize } else { 1 };
-        let mantissa = format!("{mantissa:.digits$}");
+        let text = format!("{value:.digits$e}");
+        let (mantissa, exponent) = text.split_once('e').unwrap_or((&text, "0"));
         let mantissa =
-            if mantissa.contains('.') { mantissa.trim_end_matches('0').trim_end_matches('.') } else { &mantissa };
+            if mantissa.contains('.') { mantissa.trim_end_matches('0').trim_end_matches('.') } else { mantissa };
         return format!("{mantissa}e{exponent}").replace('-', "−");
     }
     let step = if step.is_finite() { step.min(size) } else { size };
@@ -234,14 +277,72 @@ pub(super) struct Line {
     pub points: Vec<[f64; 2]>,
     /// Abscissa, lowest and highest value.
     pub band: Vec<[f64; 3]>,
+    /// Values whose moving mean the points are, drawn pale; often none.
+    pub raw: Vec<[f64; 2]>,
     /// Whether points have markers and show their values.
     pub markers: bool,
 }
 
 impl Line {
     fn values(&self) -> impl Iterator<Item = f64> {
-        self.points.iter().map(|point| point[1]).chain(self.band.iter().flat_map(|&[_, low, high]| [low, high]))
+        let points = self.points.iter().chain(&self.raw).map(|point| point[1]);
+        points.chain(self.band.iter().flat_map(|&[_, low, high]| [low, high]))
     }
+
+    /// Where it begins and ends, for those who cannot see it.
+    fn description(&self) -> Option<String> {
+        let mut finite = self.points.iter().filter(|point| point[1].is_finite());
+        let (&[first, start], last) = (finite.next()?, finite.next_back());
+        let begin = format!("{} {} at {}", self.name, digits(start), digits(first));
+        Some(last.map_or(begin.clone(), |&[last, end]| format!("{begin}, {} at {}", digits(end), digits(last))))
+    }
+
+    /// What the page's script draws it from.
+    fn data(&self, x: &ChartAxis) -> serde_json::Value {
+        // A column for each pixel. The other numbers of a long line cannot be seen.
+        let column = |at: f64| CHART.0 * x.place(at);
+        // Five digits are enough to read, and make the page smaller.
+        let short = |value: f64| format!("{value:.4e}").parse::<f64>().ok().filter(|value| value.is_finite());
+        let points = |points: &[[f64; 2]]| -> Vec<(f64, Option<f64>)> {
+            thinned(points.to_vec(), column).into_iter().map(|[at, value]| (at, short(value))).collect()
+        };
+        let side = |end: usize| -> Vec<[f64; 2]> { self.band.iter().map(|of| [of[0], of[end]]).collect() };
+        // Both sides are thinned alike only if no point is left out.
+        let few = self.band.len() as f64 <= CHART.0;
+        let (low, high) = (points(&side(1)), points(&side(2)));
+        let band: Vec<_> = low.iter().zip(&high).map(|((at, low), (_, high))| (at, low, high)).collect();
+        json!({
+            "name": self.name,
+            "style": self.style.0,
+            "colour": self.style.0 % SERIES.len(),
+            "dash": self.style.dash(),
+            "points": points(&self.points),
+            "raw": points(&self.raw),
+            "band": if few { json!(band) } else { json!([]) },
+        })
+    }
+}
+
+/// The points of a line that a chart can show: the first and the last one of each column, the lowest and the highest.
+/// A height that is not finite is kept, so that the line stays interrupted there.
+fn thinned(line: Vec<[f64; 2]>, column: impl Fn(f64) -> f64) -> Vec<[f64; 2]> {
+    let column = |point: &[f64; 2]| (column(point[0]).floor(), point[1].is_finite());
+    let mut kept = Vec::new();
+    for part in line.chunk_by(|a, b| column(a) == column(b)) {
+        let last = part.len() - 1;
+        let by_height = |&a: &usize, &b: &usize| part[a][1].total_cmp(&part[b][1]);
+        let mut places = [Some(0), (0..=last).min_by(by_height), (0..=last).max_by(by_height), Some(last)];
+        places.sort();
+        let mut places: Vec<usize> = places.into_iter().flatten().collect();
+        places.dedup();
+        kept.extend(places.into_iter().map(|place| part[place]));
+    }
+    kept
+}
+
+/// The column of a place in a drawing, of which a pixel has two.
+fn half_pixel(x: f64) -> f64 {
+    2.0 * x
 }
 
 /// Draws lines within the area of their axes.
@@ -254,16 +355,20 @@ pub(super) fn draw_lines(drawing: &mut Drawing, panel: Panel, x: &ChartAxis, y: 
     };
     for Line { style, band, .. } in lines {
         for part in band.split(|&[x, low, high]| at([x, low]).is_none() || at([x, high]).is_none()) {
-            let below = part.iter().filter_map(|&[x, low, _]| at([x, low]));
-            let above = part.iter().rev().filter_map(|&[x, _, high]| at([x, high]));
-            drawing.polygon(below.chain(above).collect(), style.ink(0.16));
+            let below = thinned(part.iter().filter_map(|&[x, low, _]| at([x, low])).collect(), half_pixel);
+            let above = thinned(part.iter().filter_map(|&[x, _, high]| at([x, high])).collect(), half_pixel);
+            drawing.polygon(below.into_iter().chain(above.into_iter().rev()).collect(), style.ink(0.16));
         }
     }
-    for Line { name, style, points, markers, .. } in lines {
-        let parts = points.split(|&point| at(point).is_none());
-        let paths = parts.map(|part| part.iter().filter_map(|&point| at(point)).collect()).collect();
+    for Line { name, style, points, raw, markers, .. } in lines {
+        let paths = |points: &[[f64; 2]]| {
+            let parts = points.split(|&point| at(point).is_none());
+            parts.map(|part| thinned(part.iter().filter_map(|&point| at(point)).collect(), half_pixel)).collect()
+        };
+        let stroke = Some((style.ink(0.3), 1.0));
+        drawing.shape(VectorPath { paths: paths(raw), stroke, ..VectorPath::default() });
         let stroke = Some((style.ink(1.0), 2.0));
-        drawing.shape(VectorPath { paths, stroke, dash: style.dash(), ..VectorPath::default() });
+        drawing.shape(VectorPath { paths: paths(points), stroke, dash: style.dash(), ..VectorPath::default() });
         if !markers {
             continue;
         }
@@ -282,38 +387,28 @@ pub(super) fn draw_lines(drawing: &mut Drawing, panel: Panel, x: &ChartAxis, y: 
 /// Size of the page's charts, in pixels of the page if there is room.
 pub(super) const CHART: (f64, f64) = (360.0, 240.0);
 
-/// A chart of lines. None if no value is finite.
-pub(super) fn line_chart(title: &str, x: ChartAxis, y_label: &str, lines: &[Line]) -> Option<Drawing> {
-    let y = ChartAxis::fitting(y_label, lines.iter().flat_map(Line::values))?;
+/// A chart of lines, and the JSON that the page's script draws it from. None if no value is finite.
+pub(super) fn line_chart(title: &str, x: ChartAxis, y_label: &str, lines: &[Line]) -> Option<(Drawing, String)> {
+    let values = lines.iter().flat_map(Line::values);
+    // A schedule often ends at zero, which a logarithmic axis does not have.
+    let linear = y_label == LEARNING_RATE;
+    let y = if linear { ChartAxis::linear(y_label, values) } else { ChartAxis::fitting(y_label, values) }?;
     let (width, height) = CHART;
-    let mut drawing = Drawing::new(width, height, title);
+    let each: Vec<String> = lines.iter().filter_map(Line::description).collect();
+    let mut drawing = Drawing::new(width, height, format!("{title}: {}", each.join("; ")));
     let panel = Panel { left: 58.0, top: 12.0, right: width - 14.0, bottom: height - 42.0 };
     panel.axes(&mut drawing, &x, &y);
     draw_lines(&mut drawing, panel, &x, &y, lines);
-    Some(drawing)
-}
-
-/// A number with four significant digits.
-pub(super) fn digits(value: f64) -> String {
-    significant(value, 4)
-}
-
-/// A number with this many significant digits.
-pub(super) fn significant(value: f64, count: i32) -> String {
-    if !value.is_finite() {
-        return "not finite".into();
-    }
-    if value == 0.0 {
-        return "0".into();
-    }
-    let exponent = value.abs().log10().floor() as i32;
-    if !(-3..6).contains(&exponent) {
-        let decimals = (count - 1).max(0) as usize;
-        return format!("{value:.decimals$e}").replace('-', "−");
-    }
-    let decimals = (count - 1 - exponent).max(0) as usize;
-    let text = format!("{value:.decimals$}");
-    // Whole numbers such as epochs need no decimal zeros.
-    let text = if value.fract() == 0.0 && text.contains('.') { format!("{value:.0}") } else { text };
-    text.replace('-', "−")
+    let axis = |axis: &ChartAxis| {
+        let ChartAxis { label, low, high, logarithmic, whole } = axis;
+        json!({"label": label, "low": low, "high": high, "log": logarithmic, "whole": whole})
+    };
+    let Panel { left, top, right, bottom } = panel;
+    let data = json!({
+        "x": axis(&x),
+        "y": axis(&y),
+        "panel": {"left": left, "top": top, "right": right, "bottom": bottom},
+        "lines": lines.iter().map(|line| line.data(&x)).collect::<Vec<_>>(),
+    });
+    Some((drawing, data.to_string()))
 }

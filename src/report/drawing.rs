@@ -9,7 +9,7 @@ const PNG_SCALE: f64 = 3.0;
 
 /// Colours of series, after Okabe and Ito, darker where they would be faint on white.
 pub(super) const SERIES: [[u8; 3]; 7] =
-    [[0, 114, 178], [213, 94, 0], [0, 158, 115], [184, 92, 144], [201, 133, 0], [58, 155, 214], [90, 90, 90]];
+    [[0, 114, 178], [213, 94, 0], [0, 158, 115], [184, 92, 144], [168, 111, 0], [45, 138, 198], [90, 90, 90]];
 /// The colours of series on a dark page.
 pub(super) const SERIES_ON_DARK: [[u8; 3]; 7] =
     [[86, 168, 224], [255, 138, 61], [44, 199, 154], [227, 155, 196], [240, 180, 41], [140, 203, 245], [187, 187, 187]];
@@ -371,4 +371,45 @@ pub(super) fn escape(text: &str) -> String {
         }
     }
     escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The contrast of two colours, from 1 to 21, as the Web Content Accessibility Guidelines define it.
+    fn contrast(a: [u8; 3], b: [u8; 3]) -> f64 {
+        let linear = |value: u8| {
+            let value = f64::from(value) / 255.0;
+            if value <= 0.03928 { value / 12.92 } else { ((value + 0.055) / 1.055).powf(2.4) }
+        };
+        let luminance = |[r, g, b]: [u8; 3]| 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+        let (a, b) = (luminance(a), luminance(b));
+        (a.max(b) + 0.05) / (a.min(b) + 0.05)
+    }
+
+    /// A colour of the style sheet: the first of this name is the light theme's, the second the dark one's.
+    fn of_page(name: &str, theme: usize) -> [u8; 3] {
+        let text = include_str!("page.css").split(&format!("--{name}: #")).nth(theme + 1).unwrap();
+        std::array::from_fn(|channel| u8::from_str_radix(&text[2 * channel..2 * channel + 2], 16).unwrap())
+    }
+
+    #[test]
+    fn marks_and_text_stand_out_from_the_page() {
+        assert_eq!(contrast([0; 3], [255; 3]), 21.0);
+        for (theme, palette) in [SERIES, SERIES_ON_DARK].into_iter().enumerate() {
+            let paper = of_page("paper", theme);
+            for colour in palette {
+                assert!(contrast(colour, paper) >= 3.0, "{colour:?} on {paper:?}");
+            }
+            for (name, behind) in [("ink", "paper"), ("faint", "paper"), ("ink", "tint"), ("faint", "tint")] {
+                let (text, behind) = (of_page(name, theme), of_page(behind, theme));
+                assert!(contrast(text, behind) >= 4.5, "{name}: {text:?} on {behind:?}");
+            }
+            // The labels of ticks.
+            let (ink, share) = (of_page("ink", theme), super::super::chart::FAINT.opacity());
+            let mixed = |channel: usize| share * f64::from(ink[channel]) + (1.0 - share) * f64::from(paper[channel]);
+            assert!(contrast(std::array::from_fn(|channel| mixed(channel) as u8), paper) >= 4.5);
+        }
+    }
 }

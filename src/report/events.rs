@@ -121,24 +121,53 @@ fn of_record(record: &Record) -> (u64, Vec<(String, f64)>) {
             // TensorBoard allows letters, digits and a few signs in names.
             let plain = |name: &str| name.replace('λ', "lambda").replace(['/', ' ', ','], "_");
             let values = numbers(measures).into_iter();
-            (*step, values.map(|(name, value)| (format!("curvature/{}", plain(&name)), value)).collect())
+            (*step, values.map(|(name, number)| (format!("curvature/{}", plain(&name)), number.value)).collect())
         }
     }
+}
+
+/// Seconds of training before each record, from the lines of epochs: steps between them take the same time.
+fn seconds(records: &[Record]) -> Vec<f64> {
+    let mut before = Vec::new();
+    let mut known: Vec<(u64, f64)> = vec![(0, 0.0)];
+    for record in records {
+        if let Record::Epoch { step, seconds, .. } = record
+            && seconds.is_finite()
+        {
+            // A line that was written twice replaces the earlier one.
+            while known.pop_if(|(earlier, _)| *earlier >= *step).is_some() {}
+            known.push((*step, *seconds));
+        }
+    }
+    for record in records {
+        let (Record::Step { step, .. } | Record::Epoch { step, .. } | Record::Curvature { step, .. }) = record;
+        let after = known.partition_point(|(other, _)| other < step);
+        let (earlier, later) = (after.checked_sub(1).and_then(|index| known.get(index)), known.get(after));
+        before.push(match (earlier, later) {
+            (Some((from, start)), Some((to, end))) => start + (end - start) * (step - from) as f64 / (to - from) as f64,
+            (Some((_, seconds)), None) | (None, Some((_, seconds))) => *seconds,
+            (None, None) => 0.0,
+        });
+    }
+    before
 }
 
 /// Writes the log of a run to `tensorboard/` in its folder, and replaces an earlier one.
 pub(super) fn write(run: &LoadedRun) -> Result<PathBuf, TrainError> {
     let log = run.path.join("log.jsonl");
     let modified = std::fs::metadata(&log).and_then(|data| data.modified()).map_err(TrainError::io(&log))?;
-    // The log has no times of its lines. Its last line is as old as the file.
-    let time = modified.duration_since(std::time::UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
+    // The last line is as old as the file. The seconds of training tell how much older the others are.
+    let end = modified.duration_since(std::time::UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
+    let seconds = seconds(&run.records);
+    let last = seconds.iter().copied().fold(0.0, f64::max);
+    let time = |seconds: f64| end - (last - seconds);
     let mut file = Vec::new();
-    let mut first = event(time);
+    let mut first = event(time(seconds.first().copied().unwrap_or(last)));
     append_bytes(&mut first, 3, b"brain.Event:2");
     append_record(&mut file, &first);
-    for record in &run.records {
+    for (record, seconds) in run.records.iter().zip(seconds) {
         let (step, values) = of_record(record);
-        append_record(&mut file, &scalars(time, step, &values));
+        append_record(&mut file, &scalars(time(seconds), step, &values));
     }
     let folder = run.path.join("tensorboard");
     std::fs::create_dir_all(&folder).map_err(TrainError::io(&folder))?;

@@ -3,21 +3,38 @@
 use std::path::{Path, PathBuf};
 
 use super::chart::{
-    self, ChartAxis, FAINT, LOGARITHMIC_FROM, Line, Panel, SMALL, Style, draw_lines, linear_steps, log_steps, range,
-    significant,
+    self, ChartAxis, FAINT, Line, Panel, SMALL, Style, draw_lines, linear_steps, log_steps, range, spans_decades,
 };
 use super::drawing::{Anchor, Drawing, Ink, Medium, VectorPath};
+use super::text::{plain, significant};
 use crate::train::landscape::{Axis, Landscape};
-use crate::train::{MOST_LINES, TrainError, read_text, write_whole};
+use crate::train::{MOST_LINES, TrainError, read_regular, write_whole};
 
 /// On a logarithmic scale, losses below the largest by more than this factor count as zero.
 const NEGLIGIBLE: f64 = 1e-12;
+
+/// What a landscape is of.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Quantity {
+    Loss,
+    Accuracy,
+}
+
+impl Quantity {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Loss => "loss",
+            Self::Accuracy => "accuracy (%)",
+        }
+    }
+}
 
 /// Losses over one or two directions.
 #[derive(Debug, Clone)]
 pub(super) struct LoadedLandscape {
     pub title: String,
     pub axes: Vec<Axis>,
+    pub quantity: Quantity,
     /// In the order of the grid, the first direction fastest; none where a point has not been evaluated.
     pub loss: Vec<Option<f64>>,
     /// NaN where it is unknown.
@@ -37,16 +54,29 @@ impl LoadedLandscape {
         for Axis { name, values } in &axes {
             let rises = values.windows(2).all(|pair| pair[0] < pair[1]);
             if values.len() < 2 || !rises || values.iter().any(|value| !value.is_finite()) {
-                return Err(unusable(format!("the values of axis `{name}`: expected two or more, finite and rising")));
+                return Err(unusable(format!(
+                    "the values of axis `{}`: expected two or more, finite and rising",
+                    plain(name)
+                )));
             }
         }
         let count = axes.iter().try_fold(1usize, |count, axis| count.checked_mul(axis.values.len()));
         let count =
             count.filter(|&count| count <= Landscape::MOST_POINTS).ok_or_else(|| unusable("too many points".into()))?;
         let path = folder.join("landscape.csv");
-        let text = read_text(&path, MOST_LINES)?;
+        let text = read_regular(&path, MOST_LINES)?;
+        let text = String::from_utf8_lossy(&text);
         let weights = settings.get("weights").cloned();
-        let mut landscape = Self { title, axes, loss: vec![None; count], accuracy: vec![f64::NAN; count], weights };
+        let axes = axes.into_iter().map(|axis| Axis { name: plain(&axis.name), ..axis }).collect::<Vec<_>>();
+        let title = plain(&title);
+        let mut landscape = Self {
+            title,
+            axes,
+            quantity: Quantity::Loss,
+            loss: vec![None; count],
+            accuracy: vec![f64::NAN; count],
+            weights,
+        };
         // A last line without its end was cut off and may lack digits.
         for line in text.split_inclusive('\n').skip(1).filter_map(|line| line.strip_suffix('\n')) {
             landscape.take_row(line);
@@ -84,6 +114,23 @@ impl LoadedLandscape {
         (!remarks.is_empty()).then(|| remarks.join("; "))
     }
 
+    /// The accuracy in percent as a landscape of its own, if any is known.
+    fn of_accuracy(&self) -> Option<Self> {
+        let percent = |share: &f64| share.is_finite().then_some(100.0 * share);
+        let loss: Vec<Option<f64>> = self.accuracy.iter().map(percent).collect();
+        let title = format!("{}: accuracy", self.title);
+        let found = loss.iter().any(Option::is_some);
+        found.then(|| Self { title, quantity: Quantity::Accuracy, loss, ..self.clone() })
+    }
+
+    /// The point with the lowest loss, or with the highest accuracy.
+    fn best(&self) -> Option<usize> {
+        let sign = if self.quantity == Quantity::Loss { 1.0 } else { -1.0 };
+        let finite = self.loss.iter().enumerate().filter_map(|(point, loss)| Some((point, sign * (*loss)?)));
+        let finite = finite.filter(|(_, loss)| loss.is_finite());
+        finite.min_by(|(_, a), (_, b)| a.total_cmp(b)).map(|(point, _)| point)
+    }
+
     fn finite_losses(&self) -> impl Iterator<Item = f64> {
         self.loss.iter().flatten().copied()
     }
@@ -92,13 +139,18 @@ impl LoadedLandscape {
 impl Axis {
     /// The index of the value that equals this one up to rounding.
     fn nearest(&self, place: f64) -> Option<usize> {
-        let (index, value) = self
-            .values
-            .iter()
-            .enumerate()
-            .min_by(|(_, a), (_, b)| (*a - place).abs().total_cmp(&(*b - place).abs()))?;
-        let span = self.values.last()? - self.values.first()?;
-        ((value - place).abs() <= 1e-6 * span).then_some(index)
+        // The values rise.
+        let above = self.values.partition_point(|value| *value < place);
+        let distance = |index: usize| Some((self.values.get(index)? - place).abs());
+        let index =
+            if above > 0 && distance(above).is_none_or(|far| distance(above - 1).is_some_and(|near| near <= far)) {
+                above - 1
+            } else {
+                above
+            };
+        // Halved, so that the span of the largest numbers does not overflow.
+        let half_span = 0.5 * self.values.last()? - 0.5 * self.values.first()?;
+        (distance(index)? <= 2e-6 * half_span).then_some(index)
     }
 
     pub(super) fn axis(&self) -> ChartAxis {
@@ -116,6 +168,8 @@ pub(super) struct Levels {
 
 impl Levels {
     const MOST: usize = 13;
+    /// The largest share of the points below the lowest level.
+    const MOST_BELOW: f64 = 0.1;
 
     /// Round numbers that divide the losses of all the landscapes; logarithmic if these are far apart. None if no loss
     /// is finite.
@@ -124,12 +178,28 @@ impl Levels {
         let (low, high) = range(losses())?;
         // A loss of zero is below every level. It must not prevent a logarithmic scale for the others.
         let floor = range(losses().filter(|&loss| loss > 0.0)).map_or(low, |(least, _)| least.max(NEGLIGIBLE * high));
-        let logarithmic = low >= 0.0 && floor > 0.0 && high / floor >= LOGARITHMIC_FROM;
+        let logarithmic = low >= 0.0 && spans_decades(floor, high);
         let bounds = match logarithmic {
             true => log_steps(floor, high, Self::MOST),
             false => linear_steps(low, high, Self::MOST),
         };
-        let bounds = bounds.into_iter().filter(|&bound| bound > low && bound < high).collect();
+        let inside = |bounds: Vec<f64>, high: f64| -> Vec<f64> {
+            bounds.into_iter().filter(|&bound| bound > low && bound < high).collect()
+        };
+        let mut bounds = inside(bounds, high);
+        // Where much of the area lies below the lowest level, the levels are finer there.
+        let (mut all, mut area): (Vec<f64>, f64) = (losses().filter(|loss| loss.is_finite()).collect(), 0.0);
+        all.sort_by(f64::total_cmp);
+        for _ in 0..4 {
+            let Some(&lowest) = bounds.first() else { break };
+            let below = all.partition_point(|&loss| loss < lowest) as f64 / all.len() as f64;
+            let finer = inside(linear_steps(low, lowest, 5), lowest);
+            if below <= Self::MOST_BELOW || below == area || finer.is_empty() {
+                break;
+            }
+            area = below;
+            bounds.splice(0..0, finer);
+        }
         Some(Self { bounds, logarithmic })
     }
 
@@ -147,12 +217,19 @@ impl Levels {
         }
     }
 
-    /// Labels of the bounds.
+    /// The band of a loss.
+    fn band(&self, loss: f64) -> usize {
+        self.bounds.partition_point(|&bound| bound <= loss)
+    }
+
+    /// Labels of the bounds, with the digits that distinguish each from its neighbours.
     fn names(&self) -> Vec<String> {
-        let step = self.bounds.windows(2).map(|pair| pair[1] - pair[0]).fold(f64::INFINITY, f64::min);
-        // On a logarithmic scale the smallest step would give the others too many digits.
-        let name = |&bound: &f64| chart::tick_name(bound, if self.logarithmic { bound } else { step });
-        self.bounds.iter().map(name).collect()
+        let bounds = &self.bounds;
+        let gap = |index: usize| {
+            let gaps = bounds[index.saturating_sub(1)..(index + 2).min(bounds.len())].windows(2);
+            gaps.map(|pair| pair[1] - pair[0]).fold(f64::INFINITY, f64::min)
+        };
+        bounds.iter().enumerate().map(|(index, &bound)| chart::tick_name(bound, gap(index))).collect()
     }
 }
 
@@ -182,8 +259,11 @@ fn part_above(corners: [([f64; 2], f64); 4], level: f64) -> (Vec<[f64; 2]>, Vec<
         }
         if (a >= level) != (b >= level) {
             // Computed from the lower end in both cells at this edge, so that they agree exactly.
-            let (low, high, share) =
-                if a < b { (from, to, (level - a) / (b - a)) } else { (to, from, (level - b) / (a - b)) };
+            // Halved, so that the difference of the largest numbers does not overflow.
+            let share = |low: f64, high: f64| (0.5 * level - 0.5 * low) / (0.5 * high - 0.5 * low);
+            let (low, high, share) = if a < b { (from, to, share(a, b)) } else { (to, from, share(b, a)) };
+            // The difference of the smallest numbers is lost.
+            let share = if share.is_finite() { share } else { 0.5 };
             let crossing = [low[0] + share * (high[0] - low[0]), low[1] + share * (high[1] - low[1])];
             polygon.push(crossing);
             crossings.push((crossing, a < b));
@@ -196,7 +276,33 @@ fn part_above(corners: [([f64; 2], f64); 4], level: f64) -> (Vec<[f64; 2]>, Vec<
     (polygon, lines)
 }
 
-/// Bands of colour between the levels, lines along them, and a cross at the origin.
+/// Labels on the lines of the levels, apart from each other and from the edges.
+fn label_contours(drawing: &mut Drawing, panel: Panel, levels: &Levels, lines: &[Vec<[f64; 2]>]) {
+    let mut placed: Vec<[f64; 2]> = Vec::new();
+    for (index, (name, places)) in levels.names().into_iter().zip(lines).enumerate() {
+        let half = 3.4 * name.chars().count() as f64 + 2.0;
+        let fits = |&[x, y]: &[f64; 2]| {
+            (panel.left + half + 2.0..panel.right - half - 2.0).contains(&x)
+                && (panel.top + 12.0..panel.bottom - 12.0).contains(&y)
+        };
+        let room = |&[x, y]: &[f64; 2]| placed.iter().map(|&[a, b]| (x - a).hypot(1.8 * (y - b))).fold(1e3, f64::min);
+        // Some of the places are enough to choose from.
+        let some = places.iter().step_by(places.len().div_ceil(400).max(1)).filter(|place| fits(place));
+        let Some(&[x, y]) = some.max_by(|a, b| room(a).total_cmp(&room(b))) else { continue };
+        if room(&[x, y]) < 2.0 * half + 8.0 {
+            continue;
+        }
+        placed.push([x, y]);
+        let corners = vec![[x - half, y - 7.0], [x + half, y - 7.0], [x + half, y + 7.0], [x - half, y + 7.0]];
+        let behind = levels.colour(index + 1);
+        drawing.polygon(corners, Ink::Colour(behind, 0.85));
+        let is_light = behind.iter().map(|&channel| u32::from(channel)).sum::<u32>() > 330;
+        let ink = Ink::Colour(if is_light { [0; 3] } else { [255; 3] }, 1.0);
+        drawing.label([x, y + 0.35 * SMALL], name, SMALL, Anchor::Middle, ink);
+    }
+}
+
+/// Bands of colour between the levels, lines along them, a cross at the origin and a ring at the best point.
 fn draw_contours(drawing: &mut Drawing, panel: Panel, landscape: &LoadedLandscape, levels: &Levels) {
     let [x, y] = &landscape.axes[..] else { return };
     let (across, up) = (x.axis(), y.axis());
@@ -220,6 +326,7 @@ fn draw_contours(drawing: &mut Drawing, panel: Panel, landscape: &LoadedLandscap
     }
     // Each band covers all higher ones, and the next is drawn over it. So no seam shows between them.
     let below = f64::NEG_INFINITY;
+    let mut places: Vec<Vec<[f64; 2]>> = Vec::new();
     for (band, level) in
         std::iter::once(below).chain(levels.bounds.iter().map(|&bound| levels.height(bound))).enumerate()
     {
@@ -241,21 +348,35 @@ fn draw_contours(drawing: &mut Drawing, panel: Panel, landscape: &LoadedLandscap
         }
         let fill = Some(Ink::Colour(levels.colour(band), 1.0));
         drawing.shape(VectorPath { paths, closed: true, fill, ..VectorPath::default() });
+        if band > 0 {
+            places.push(lines.iter().map(|line| [0, 1].map(|k| 0.5 * line[0][k] + 0.5 * line[1][k])).collect());
+        }
         let stroke = Some((Ink::Colour([255, 255, 255], 0.5), 0.8));
         drawing.shape(VectorPath { paths: lines, stroke, ..VectorPath::default() });
     }
+    label_contours(drawing, panel, levels, &places);
     let (left, bottom) = (across.place(0.0), up.place(0.0));
     if (0.0..=1.0).contains(&left) && (0.0..=1.0).contains(&bottom) {
         let ([x, y], arm) = ([panel.x(left), panel.y(bottom)], 5.0);
         let cross = vec![vec![[x - arm, y - arm], [x + arm, y + arm]], vec![[x - arm, y + arm], [x + arm, y - arm]]];
-        for (ink, width) in [(Ink::Colour([0, 0, 0], 0.7), 4.0), (Ink::Colour([255, 255, 255], 1.0), 1.8)] {
+        for (ink, width) in MARK {
             drawing.shape(VectorPath { paths: cross.clone(), stroke: Some((ink, width)), ..VectorPath::default() });
+        }
+    }
+    if let Some(point) = landscape.best() {
+        let centre = place(point % x.values.len(), point / x.values.len());
+        for stroke in MARK {
+            let paths = vec![Style(0).marker(centre, 6.0)];
+            drawing.shape(VectorPath { paths, closed: true, stroke: Some(stroke), ..VectorPath::default() });
         }
     }
 }
 
+/// Inks and widths of marks that show on any colour.
+const MARK: [(Ink, f64); 2] = [(Ink::Colour([0, 0, 0], 0.7), 4.0), (Ink::Colour([255, 255, 255], 1.0), 1.8)];
+
 /// The bands of colour from bottom to top, with the losses that separate them.
-fn draw_colour_bar(drawing: &mut Drawing, panel: Panel, levels: &Levels) {
+fn draw_colour_bar(drawing: &mut Drawing, panel: Panel, levels: &Levels, name: &str) {
     let bands = levels.bounds.len() + 1;
     let height = |bound: usize| panel.y(bound as f64 / bands as f64);
     for band in 0..bands {
@@ -267,14 +388,14 @@ fn draw_colour_bar(drawing: &mut Drawing, panel: Panel, levels: &Levels) {
         let at = height(index + 1) + 0.35 * SMALL;
         drawing.label([panel.right + 5.0, at], name, SMALL, Anchor::Start, FAINT);
     }
-    drawing.label([panel.left, panel.top - 7.0], "loss", SMALL, Anchor::Start, FAINT);
+    drawing.label([panel.left, panel.top - 7.0], name, SMALL, Anchor::Start, FAINT);
 }
 
 /// A horizontal colour bar for several pictures.
 pub(super) fn colour_bar(levels: &Levels) -> Drawing {
     let names = levels.names();
     let bands = levels.bounds.len() + 1;
-    let (width, height) = (chart::CHART.0, 46.0);
+    let (width, height) = (chart::CHART.0, 58.0);
     let mut drawing = Drawing::new(width, height, "colours of the loss");
     let place = |bound: usize| 10.0 + (width - 20.0) * bound as f64 / bands as f64;
     for band in 0..bands {
@@ -283,9 +404,9 @@ pub(super) fn colour_bar(levels: &Levels) -> Drawing {
         drawing.polygon(corners, Ink::Colour(levels.colour(band), 1.0));
     }
     for (index, name) in names.into_iter().enumerate() {
-        drawing.label([place(index + 1), 28.0], name, 9.5, Anchor::Middle, FAINT);
+        drawing.label([place(index + 1), if index % 2 == 0 { 28.0 } else { 40.0 }], name, SMALL, Anchor::Middle, FAINT);
     }
-    drawing.label([0.5 * width, 42.0], "loss", SMALL, Anchor::Middle, FAINT);
+    drawing.label([0.5 * width, 54.0], "loss", SMALL, Anchor::Middle, FAINT);
     drawing
 }
 
@@ -306,7 +427,12 @@ pub(super) fn contour_chart(
     if with_bar {
         drawing.label([panel.x(0.5), 18.0], title, 13.0, Anchor::Middle, Ink::Text(1.0));
         let (left, right) = (panel.right + 16.0, panel.right + 32.0);
-        draw_colour_bar(&mut drawing, Panel { left, right, top: panel.top + 12.0, bottom: panel.bottom }, levels);
+        draw_colour_bar(
+            &mut drawing,
+            Panel { left, right, top: panel.top + 12.0, bottom: panel.bottom },
+            levels,
+            landscape.quantity.name(),
+        );
     }
     Some(drawing)
 }
@@ -326,14 +452,14 @@ fn surface(landscape: &LoadedLandscape, levels: &Levels) -> Option<Drawing> {
     let (across, along) = (x.axis(), y.axis());
 
     // Rotated about the vertical axis, then seen from this angle above the horizon, in parallel projection.
-    let (turn, above) = (35f64.to_radians(), 32f64.to_radians());
-    let (width, height, size) = (660.0, 470.0, 160.0);
+    let (turn, above) = (35f64.to_radians(), 48f64.to_radians());
+    let (width, height, size) = (740.0, 520.0, 160.0);
     // All three coordinates run from 0 to 1.
     let depth = |x: f64, y: f64| (2.0 * x - 1.0) * turn.sin() + (2.0 * y - 1.0) * turn.cos();
     let see = |[x, y, z]: [f64; 3]| {
         let right = (2.0 * x - 1.0) * turn.cos() - (2.0 * y - 1.0) * turn.sin();
-        let upward = 1.1 * z * above.cos() + depth(x, y) * above.sin();
-        [0.5 * width + 20.0 + size * right, 325.0 - size * upward]
+        let upward = 1.3 * z * above.cos() + depth(x, y) * above.sin();
+        [0.5 * width - 20.0 + size * right, 345.0 - size * upward]
     };
     let mut drawing = Drawing::new(width, height, format!("{}: surface of the loss", landscape.title));
     drawing.label([0.5 * width, 22.0], landscape.title.as_str(), 13.0, Anchor::Middle, Ink::Text(1.0));
@@ -366,15 +492,15 @@ fn surface(landscape: &LoadedLandscape, levels: &Levels) -> Option<Drawing> {
             };
             if let [Some(a), Some(b), Some(c), Some(d)] = [(i, j), (i + 1, j), (i + 1, j + 1), (i, j + 1)].map(corner) {
                 let far = depth(0.5 * (a[0] + c[0]), 0.5 * (a[1] + c[1]));
-                cells.push((far, [a, b, c, d]));
+                let mean = [a, b, c, d].iter().map(|corner| corner[2]).sum::<f64>() / 4.0;
+                cells.push((far, levels.colour(levels.band(up.value(mean))), [a, b, c, d]));
             }
         }
     }
-    cells.sort_by(|(a, _), (b, _)| b.total_cmp(a));
-    for (_, cell) in cells {
-        let mean = cell.iter().map(|corner| corner[2]).sum::<f64>() / 4.0;
+    cells.sort_by(|(a, ..), (b, ..)| b.total_cmp(a));
+    for (_, colour, cell) in cells {
         let paths = vec![cell.map(see).to_vec()];
-        let (fill, stroke) = (Some(Ink::Colour(colour(mean), 1.0)), Some((Ink::Colour([0, 0, 0], 0.35), 0.4)));
+        let (fill, stroke) = (Some(Ink::Colour(colour, 1.0)), Some((Ink::Colour([0, 0, 0], 0.35), 0.4)));
         drawing.shape(VectorPath { paths, closed: true, fill, stroke, ..VectorPath::default() });
     }
 
@@ -395,6 +521,8 @@ fn surface(landscape: &LoadedLandscape, levels: &Levels) -> Option<Drawing> {
     let [x_name, y_name] = [[0.5, 0.0, 0.0], [0.0, 0.5, 0.0]].map(see);
     drawing.label([x_name[0] + 24.0, x_name[1] + 38.0], x.name.as_str(), SMALL, Anchor::Start, FAINT);
     drawing.label([y_name[0] - 32.0, y_name[1] + 34.0], y.name.as_str(), SMALL, Anchor::End, FAINT);
+    let bar = Panel { left: width - 76.0, right: width - 60.0, top: 80.0, bottom: height - 120.0 };
+    draw_colour_bar(&mut drawing, bar, levels, landscape.quantity.name());
     Some(drawing)
 }
 
@@ -402,7 +530,7 @@ fn surface(landscape: &LoadedLandscape, levels: &Levels) -> Option<Drawing> {
 pub(super) fn line(landscape: &LoadedLandscape, values: impl Iterator<Item = f64>, name: &str, style: Style) -> Line {
     let places = landscape.axes.first().map(|axis| axis.values.clone()).unwrap_or_default();
     let points = places.into_iter().zip(values).map(|(x, value)| [x, value]).collect();
-    Line { name: name.into(), style, points, band: Vec::new(), markers: false }
+    Line { name: name.into(), style, points, band: Vec::new(), raw: Vec::new(), markers: false }
 }
 
 /// The losses; NaN where there is none.
@@ -451,33 +579,52 @@ fn curve(landscape: &LoadedLandscape) -> Option<Drawing> {
 
 /// Adds the remark below a picture.
 fn with_remark(mut drawing: Drawing, landscape: &LoadedLandscape) -> Drawing {
-    let least = range(landscape.finite_losses())
-        .map(|(low, high)| format!("loss {} to {}", significant(low, 3), significant(high, 3)));
-    let remarks: Vec<String> = least.into_iter().chain(landscape.remark()).collect();
+    let name = landscape.quantity.name();
+    let values = range(landscape.finite_losses())
+        .map(|(low, high)| format!("{name} {} to {}", significant(low, 3), significant(high, 3)));
+    let at = landscape.best().map(|mut point| {
+        let place = landscape.axes.iter().map(|axis| {
+            let value = axis.values[point % axis.values.len()];
+            point /= axis.values.len();
+            significant(value, 3)
+        });
+        let most = if landscape.quantity == Quantity::Loss { "lowest" } else { "highest" };
+        format!("{most} at {}", place.collect::<Vec<_>>().join(", "))
+    });
+    let remarks: Vec<String> = values.into_iter().chain(at).chain(landscape.remark()).collect();
     drawing.height += 14.0;
-    drawing.label([8.0, drawing.height - 7.0], remarks.join("; "), 9.5, Anchor::Start, FAINT);
+    drawing.label([8.0, drawing.height - 7.0], remarks.join("; "), SMALL, Anchor::Start, FAINT);
     drawing
 }
 
 /// Writes pictures of the landscape in this folder (`landscape.json` and `landscape.csv`) beside these files, as SVG
-/// and as PNG on white: `contour` and `surface` for two axes, `curve` for one. Points that have not been evaluated
-/// stay blank. Levels and heights are logarithmic if the largest loss is at least thirty times the smallest. Returns
-/// the files written; none if no loss is finite.
+/// and as PNG on white: `contour`, `surface` and `accuracy` for two axes, `curve` for one. Points that have not been
+/// evaluated stay blank. Levels and heights are logarithmic if the largest loss is at least thirty times the smallest,
+/// and levels are finer where much of the area lies below the lowest. Returns the files written; none if no loss is
+/// finite.
 ///
 /// # Errors
 /// Files that cannot be read as a landscape, or that cannot be written.
 pub fn landscape_pictures(folder: &Path) -> Result<Vec<PathBuf>, TrainError> {
     let landscape = LoadedLandscape::read(folder)?;
     let Some(levels) = Levels::of(&[&landscape]) else { return Ok(Vec::new()) };
+    let accuracy = landscape.of_accuracy();
+    let accuracy_chart = accuracy.as_ref().and_then(|accuracy| {
+        let chart = contour_chart(accuracy, &accuracy.title, &Levels::of(&[accuracy])?, true)?;
+        Some(with_remark(chart, accuracy))
+    });
+    let of_loss = |picture: Option<Drawing>| picture.map(|picture| with_remark(picture, &landscape));
     let pictures = [
-        ("contour", contour_chart(&landscape, &landscape.title, &levels, true)),
-        ("surface", surface(&landscape, &levels)),
-        ("curve", curve(&landscape)),
+        ("contour", of_loss(contour_chart(&landscape, &landscape.title, &levels, true))),
+        ("surface", of_loss(surface(&landscape, &levels))),
+        ("accuracy", accuracy_chart),
+        ("curve", of_loss(curve(&landscape))),
     ];
     let mut written = Vec::new();
     for (name, picture) in pictures {
-        let Some(picture) = picture else { continue };
-        written.extend(write_picture(&with_remark(picture, &landscape), &folder.join(name))?);
+        if let Some(picture) = picture {
+            written.extend(write_picture(&picture, &folder.join(name))?);
+        }
     }
     Ok(written)
 }

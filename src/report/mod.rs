@@ -1,24 +1,28 @@
 //! Reports: a page that compares runs, pictures of loss landscapes and spectra, and logs for TensorBoard.
 
 mod chart;
+mod curves;
 mod drawing;
 mod events;
 mod landscape;
 mod page;
 mod runs;
 mod spectrum;
+mod statistics;
+mod text;
 
 pub use landscape::landscape_pictures;
-pub use runs::RunStatistics;
 pub use spectrum::spectrum_picture;
+pub use statistics::{MeasuredStatistics, RunStatistics};
 
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
 use crate::train::{TrainError, write_whole};
-use page::plus_minus;
-use runs::{Loaded, LoadedRun};
+use runs::LoadedRun;
+use statistics::MeanError;
+use text::{counted, digits, shortened, with_errors};
 
 /// The results of runs that differ only in the seed.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -36,64 +40,110 @@ pub struct GroupSummary {
     pub seconds: RunStatistics,
     /// Training images per second.
     pub images_per_second: RunStatistics,
-    /// The curvature at the end: a [`RunStatistics`] as JSON for each number of a measure, by its name.
+    /// The curvature at the end: a [`MeasuredStatistics`] as JSON for each number of a measure, by its name.
     pub curvature: serde_json::Map<String, serde_json::Value>,
 }
 
 impl std::fmt::Display for GroupSummary {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let percent = RunStatistics::of(self.test_accuracy.values.iter().map(|share| 100.0 * share).collect());
-        let (accuracy, loss, count) = (plus_minus(&percent), plus_minus(&self.test_loss), self.runs.len());
-        let runs = if count == 1 { "run" } else { "runs" };
-        write!(f, "{}: test accuracy {accuracy} %, test loss {loss} ({count} {runs})", self.name)
+        let (accuracy, loss) = (self.test_accuracy.percent(), &self.test_loss);
+        let runs = counted(self.runs.len(), "run");
+        write!(f, "{}: test accuracy {accuracy} %, test loss {loss} ({runs})", self.name)
     }
 }
 
-/// Whether curvature falls from each group to the next, in the order in which they were given.
+/// The groups in the order of a measure of curvature, the largest first, whatever the order in which they were given.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct CurvatureOrder {
     /// The measure: the trace, or else the largest eigenvalue.
     pub measure: String,
-    /// Whether it falls from each group to the next.
-    pub falls: bool,
-    /// The groups with this measure, and their means.
-    pub means: Vec<(String, f64)>,
+    /// The groups with this measure, the largest mean first.
+    pub groups: Vec<GroupCurvature>,
+}
+
+/// The curvature of a group at its place in a [`CurvatureOrder`].
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct GroupCurvature {
+    /// The group.
+    pub name: String,
+    /// The mean over its runs.
+    pub mean: f64,
+    /// The standard error of the mean, of the measurement and over seeds together; none if neither is known.
+    pub error: Option<f64>,
+    /// Whether the mean lies below that of the group before it by more than twice the error of their difference. None
+    /// for the first group, and if an error is not known.
+    pub is_below_previous: Option<bool>,
 }
 
 impl CurvatureOrder {
     fn of(groups: &[runs::Group]) -> Option<Self> {
-        let found: Vec<_> = groups.iter().map(|group| (group.name.clone(), group.curvature())).collect();
+        let found: Vec<_> = groups.iter().map(|group| (&group.name, group.curvature())).collect();
         ["trace", "top eigenvalue"].into_iter().find_map(|measure| {
-            let mean = |(group, numbers): &(String, Vec<(String, RunStatistics)>)| {
+            let mean = |(group, numbers): &(&String, Vec<(String, MeasuredStatistics)>)| {
                 let (_, statistics) = numbers.iter().find(|(name, _)| name == measure)?;
-                Some((group.clone(), statistics.mean))
+                Some(((*group).clone(), statistics.mean())).filter(|(_, of)| of.mean.is_finite())
             };
-            let means: Vec<(String, f64)> = found.iter().filter_map(mean).collect();
-            let falls = means.windows(2).all(|pair| pair[1].1 < pair[0].1);
-            (means.len() > 1).then(|| Self { measure: measure.into(), falls, means })
+            let mut means: Vec<(String, MeanError)> = found.iter().filter_map(mean).collect();
+            means.sort_by(|(a, first), (b, second)| second.mean.total_cmp(&first.mean).then_with(|| a.cmp(b)));
+            let before = std::iter::once(None).chain(means.iter().map(|(_, of)| Some(*of)));
+            let group = |((name, of), before): (&(String, MeanError), Option<MeanError>)| GroupCurvature {
+                name: name.clone(),
+                mean: of.mean,
+                error: of.error,
+                is_below_previous: before.and_then(|before| of.is_apart_from(&before)),
+            };
+            let groups: Vec<GroupCurvature> = means.iter().zip(before).map(group).collect();
+            (groups.len() > 1).then(|| Self { measure: measure.into(), groups })
         })
     }
 }
 
 impl std::fmt::Display for CurvatureOrder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { measure, falls, means } = self;
-        let measure = if measure == "trace" { "trace of the Hessian" } else { "largest eigenvalue of the Hessian" };
-        let means: Vec<String> = means.iter().map(|(name, mean)| format!("{name} {}", chart::digits(*mean))).collect();
-        let falls = if *falls { "falls" } else { "does not fall" };
-        write!(f, "The {measure} {falls} in the order of the groups: {}.", means.join("; "))
+        let Self { measure, groups } = self;
+        let measure = if measure == "trace" { "Trace" } else { "Largest eigenvalue" };
+        write!(f, "{measure} of the Hessian, the largest first:")?;
+        for (index, GroupCurvature { name, mean, error, is_below_previous }) in groups.iter().enumerate() {
+            let sign = match is_below_previous {
+                _ if index == 0 => "",
+                Some(true) => " >",
+                Some(false) => " ≈",
+                None => ",",
+            };
+            let value = match error {
+                Some(error) => {
+                    let (mean, errors) = with_errors(*mean, &[*error]);
+                    format!("{mean} ± {}", errors.concat())
+                }
+                None => digits(*mean),
+            };
+            write!(f, "{sign} {name} {value}")?;
+        }
+        let has = |below: Option<bool>| groups[1..].iter().any(|group| group.is_below_previous == below);
+        let like = if has(Some(false)) { ". ≈: the difference is within twice its error" } else { "" };
+        let unknown = if has(None) { ". Errors that are not known allow no comparison" } else { "" };
+        write!(f, "{like}{unknown}.")
     }
 }
 
-/// A path that has nothing to report.
+/// A path that was left out.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct SkippedPath {
-    /// The path as it was given.
+    /// A path as it was given, which has nothing to report, or a damaged file in the folder of a run.
     pub path: PathBuf,
     /// Why, in one line that names the path or a file in it.
     pub reason: String,
+}
+
+impl SkippedPath {
+    fn new(path: &Path, error: &TrainError) -> Self {
+        // The longest path of a file system and a reason.
+        const LONGEST: usize = 5000;
+        Self { path: path.into(), reason: shortened(&error.to_string(), LONGEST) }
+    }
 }
 
 /// What [`report`] wrote and found.
@@ -106,7 +156,7 @@ pub struct Report {
     pub tensorboard: Vec<PathBuf>,
     /// In the order in which their first runs were given.
     pub groups: Vec<GroupSummary>,
-    /// Paths that have nothing to report.
+    /// Paths that have nothing to report, and damaged files in the folders of runs.
     pub skipped: Vec<SkippedPath>,
     /// None if fewer than two groups have a measure of curvature in common.
     pub curvature_order: Option<CurvatureOrder>,
@@ -116,13 +166,13 @@ pub struct Report {
 
 /// Compares runs, each the folder of a [`Training`](crate::train::Training), on one HTML page: `out`, or `report.html`
 /// in the folder of a single run or in the current folder. The page needs no other file. With `tensorboard`, each run's
-/// log is also written to `tensorboard/` in its folder. A path that does not exist, is not the folder of a run, or has
-/// no readable line in its log is skipped if there is at least one run.
+/// log is also written to `tensorboard/` in its folder. If there is at least one run, a path that is not the folder of
+/// a run or cannot be read is left out, and so is a damaged file in the folder of a run. The page says so.
 ///
 /// # Errors
-/// No path with a run; a file that is damaged, or cannot be read or written.
+/// No path with a run; a file that cannot be written.
 pub fn report(runs: &[PathBuf], out: Option<&Path>, tensorboard: bool) -> Result<Report, TrainError> {
-    let (mut seen, mut found, mut skipped) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut seen, mut found, mut skipped, mut first) = (Vec::new(), Vec::new(), Vec::new(), None);
     for path in runs {
         // A folder given twice is one run, not two with the same result.
         let place = path.canonicalize().unwrap_or_else(|_| path.clone());
@@ -130,18 +180,19 @@ pub fn report(runs: &[PathBuf], out: Option<&Path>, tensorboard: bool) -> Result
             continue;
         }
         seen.push(place);
-        match LoadedRun::read(path)? {
-            Loaded::Run(run) => found.push(*run),
-            Loaded::Nothing(reason) => skipped.push((path, reason)),
+        match LoadedRun::read(path) {
+            Ok(run) => {
+                skipped.extend(run.damaged.iter().map(|error| SkippedPath::new(path, error)));
+                found.push(run);
+            }
+            Err(error) => {
+                skipped.push(SkippedPath::new(path, &error));
+                first.get_or_insert(error);
+            }
         }
     }
     let path = match (out, &found[..]) {
-        (_, []) => {
-            return Err(match skipped.into_iter().next() {
-                Some((_, reason)) => reason,
-                None => TrainError::setting("runs", "none given, expected one or more"),
-            });
-        }
+        (_, []) => return Err(first.unwrap_or_else(|| TrainError::setting("runs", "none given, expected one or more"))),
         (Some(out), _) => out.to_path_buf(),
         (None, [run]) => run.path.join("report.html"),
         (None, _) => "report.html".into(),
@@ -155,28 +206,26 @@ pub fn report(runs: &[PathBuf], out: Option<&Path>, tensorboard: bool) -> Result
     }
     let groups = runs::group(found);
     let curvature_order = CurvatureOrder::of(&groups);
-    write_whole(&path, page::page(&groups, curvature_order.as_ref()).as_bytes())?;
-    let summary = |group: &runs::Group| GroupSummary {
+    write_whole(&path, page::page(&groups, curvature_order.as_ref(), &skipped).as_bytes())?;
+    Ok(Report {
+        report: path,
+        tensorboard: event_files,
+        groups: groups.iter().map(summary).collect(),
+        skipped,
+        curvature_order,
+        unreadable_lines,
+    })
+}
+
+fn summary(group: &runs::Group) -> GroupSummary {
+    let curvature = group.curvature().into_iter();
+    GroupSummary {
         name: group.name.clone(),
         runs: group.runs.iter().map(|run| run.path.clone()).collect(),
         test_accuracy: group.test_accuracy(),
         test_loss: group.test_loss(),
         seconds: group.seconds(),
         images_per_second: group.images_per_second(),
-        curvature: group
-            .curvature()
-            .into_iter()
-            .map(|(name, statistics)| (name, serde_json::json!(statistics)))
-            .collect(),
-    };
-    let skipped_path =
-        |(path, reason): (&PathBuf, TrainError)| SkippedPath { path: path.clone(), reason: reason.to_string() };
-    Ok(Report {
-        report: path,
-        tensorboard: event_files,
-        groups: groups.iter().map(summary).collect(),
-        skipped: skipped.into_iter().map(skipped_path).collect(),
-        curvature_order,
-        unreadable_lines,
-    })
+        curvature: curvature.map(|(name, statistics)| (name, serde_json::json!(statistics))).collect(),
+    }
 }

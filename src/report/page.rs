@@ -1,15 +1,17 @@
 //! The page: sections of tables and charts, in one file without references to others.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
-use super::chart::{self, ChartAxis, FAINT, Line, Panel, SMALL, Style, digits, line_chart, significant};
+use super::chart::{self, ChartAxis, FAINT, Line, Panel, SMALL, Style, line_chart};
 use super::drawing::{Anchor, Drawing, Ink, Medium, SERIES, SERIES_ON_DARK, VectorPath, escape, hex};
 use super::landscape::{self, Levels, LoadedLandscape};
-use super::runs::{Epoch, Group, LoadedRun, Measures, RunStatistics, differing, numbers};
-use super::{CurvatureOrder, spectrum};
+use super::runs::{Epoch, Group, LoadedRun, differing, numbers};
+use super::statistics::{MeasuredStatistics, RunStatistics, best, means};
+use super::text::{counted, digits, plain, shortened};
+use super::{CurvatureOrder, SkippedPath, curves, spectrum};
 
 /// The whole page.
-pub(super) fn page(groups: &[Group], order: Option<&CurvatureOrder>) -> String {
+pub(super) fn page(groups: &[Group], order: Option<&CurvatureOrder>, skipped: &[SkippedPath]) -> String {
     let runs: usize = groups.iter().map(|group| group.runs.len()).sum();
     let names: Vec<&str> = groups.iter().map(|group| group.name.as_str()).collect();
     let title = match runs {
@@ -24,9 +26,10 @@ pub(super) fn page(groups: &[Group], order: Option<&CurvatureOrder>) -> String {
         include_str!("page.css").replace("LIGHT", &variables(&SERIES)).replace("DARK", &variables(&SERIES_ON_DARK));
     let sections = [
         accuracy(groups),
-        left_out(groups),
-        learning(groups),
-        curvature_over_epochs(groups),
+        left_out(groups, skipped),
+        curves::learning(groups),
+        curves::steps(groups),
+        curves::curvature_over_epochs(groups),
         final_curvature(groups, order),
         layers(groups),
         spectra(groups),
@@ -34,17 +37,20 @@ pub(super) fn page(groups: &[Group], order: Option<&CurvatureOrder>) -> String {
         settings(groups),
         list_of_runs(groups),
     ];
+    let sections: String = sections.into_iter().flatten().collect();
     format!(
         concat!(
             "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n",
             "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n",
             "<title>{title}</title>\n<style>\n{style}</style>\n</head>\n<body>\n",
-            "<h1>{title}</h1>\n<p class=\"faint\">{subject}</p>\n{sections}</body>\n</html>\n"
+            "<h1>{title}</h1>\n<p class=\"faint\">{subject}</p>\n{contents}<main>\n{sections}</main>\n<script>\n{script}</script>\n</body>\n</html>\n"
         ),
         title = escape(&title),
         style = style,
+        script = include_str!("page.js"),
         subject = escape(&subject(groups)),
-        sections = sections.into_iter().flatten().collect::<String>(),
+        contents = contents(&sections),
+        sections = sections,
     )
 }
 
@@ -55,16 +61,32 @@ fn subject(groups: &[Group]) -> String {
     let common = |key: &&str| !differ.iter().any(|other| other == key);
     let keys = ["model", "data", "epochs", "batch-size"].into_iter().filter(common);
     let part = |key: &str, value: String| match key {
+        "epochs" if value == "1" => "1 epoch".into(),
         "epochs" => format!("{value} epochs"),
         "batch-size" => format!("batch size {value}"),
         _ => value,
     };
     let parts = keys.filter_map(|key| Some((key, first?.setting(key)))).filter(|(_, value)| !value.is_empty());
-    parts.map(|(key, value)| part(key, value)).collect::<Vec<_>>().join(" · ")
+    let version = format!("reported by polder {}", env!("CARGO_PKG_VERSION"));
+    let parts = parts.map(|(key, value)| part(key, value)).chain([version]);
+    parts.collect::<Vec<_>>().join(" · ")
 }
 
-fn section(title: &str, content: &str) -> String {
-    format!("<section>\n<h2>{}</h2>\n{content}</section>\n", escape(title))
+/// The id of a section.
+fn slug(title: &str) -> String {
+    title.to_lowercase().replace(' ', "-")
+}
+
+/// The list of contents, of the sections that there are.
+fn contents(sections: &str) -> String {
+    let titles = sections.split("<h2>").skip(1).filter_map(|part| part.split("</h2>").next());
+    let item = |title: &str| format!("<li><a href=\"#{}\">{title}</a></li>", slug(title));
+    format!("<nav aria-label=\"Contents\"><ul>{}</ul></nav>\n", titles.map(item).collect::<String>())
+}
+
+pub(super) fn section(title: &str, content: &str) -> String {
+    let id = slug(title);
+    format!("<section id=\"{id}\">\n<h2>{}</h2>\n{content}</section>\n", escape(title))
 }
 
 /// The tag of a cell with text instead of a number.
@@ -75,8 +97,36 @@ fn text_cell(text: &str) -> String {
     format!("{TEXT}{}</td>", escape(if text.is_empty() { "–" } else { text }))
 }
 
+/// A box that scrolls sideways where its contents are wider than the page.
+fn scroll_box(name: &str, content: &str) -> String {
+    let name = escape(name);
+    format!("<div class=\"table\" tabindex=\"0\" role=\"region\" aria-label=\"{name}\">{content}</div>\n")
+}
+
+/// More groups than this are the rows of a table. Fewer are its columns, with as many rows as there are quantities.
+const MOST_COLUMNS: usize = 5;
+
+/// A table of quantities by groups: the names of the quantities, the heads of the groups, and the cells of each
+/// quantity.
+fn table_by_group(caption: &str, corner: [&str; 2], groups: Vec<String>, rows: Vec<(String, Vec<String>)>) -> String {
+    if groups.len() <= MOST_COLUMNS {
+        let head: Vec<String> = std::iter::once(corner[0].to_string()).chain(groups).collect();
+        let rows: Vec<Vec<String>> =
+            rows.into_iter().map(|(name, cells)| std::iter::once(name).chain(cells).collect()).collect();
+        return table(caption, &head, &rows);
+    }
+    let head: Vec<String> =
+        std::iter::once(corner[1].to_string()).chain(rows.iter().map(|(name, _)| name.clone())).collect();
+    let row = |(index, group): (usize, String)| {
+        let cells = rows.iter().filter_map(|(_, cells)| cells.get(index).cloned());
+        std::iter::once(group).chain(cells).collect()
+    };
+    let rows: Vec<Vec<String>> = groups.into_iter().enumerate().map(row).collect();
+    table(caption, &head, &rows)
+}
+
 /// A table; the cells are HTML.
-fn table(head: &[String], rows: &[Vec<String>]) -> String {
+fn table(caption: &str, head: &[String], rows: &[Vec<String>]) -> String {
     let column = |(index, cell): (usize, &String)| {
         // The heading over text is aligned like the text.
         let text = rows.first().and_then(|row| row.get(index)).is_some_and(|cell| cell.starts_with(TEXT));
@@ -91,64 +141,31 @@ fn table(head: &[String], rows: &[Vec<String>]) -> String {
         format!("<tr>{name}{}</tr>\n", cells.collect::<String>())
     };
     let rows: String = rows.iter().map(row).collect();
-    format!(
-        "<div class=\"table\" tabindex=\"0\"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table></div>\n"
-    )
+    let text = escape(caption);
+    let table = format!(
+        "<table>\n<caption>{text}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>"
+    );
+    scroll_box(caption, &table)
 }
 
-fn note(text: &str) -> String {
+pub(super) fn note(text: &str) -> String {
     format!("<p class=\"faint\">{}</p>\n", escape(text))
 }
 
-/// Mean ± deviation, with the digits that the deviation allows.
-pub(super) fn plus_minus(statistics: &RunStatistics) -> String {
-    let RunStatistics { mean, deviation, values } = statistics;
-    if values.is_empty() {
-        return "–".into();
-    }
-    if !mean.is_finite() {
-        let wild = values.iter().filter(|value| !value.is_finite()).count();
-        return if values.len() == 1 {
-            "not finite".into()
-        } else {
-            format!("not finite in {wild} of {}", values.len())
-        };
-    }
-    // A rounding residue of equal numbers is not a deviation.
-    let deviation = deviation.map(|deviation| if deviation > 1e-9 * mean.abs() { deviation } else { 0.0 });
-    match deviation {
-        Some(deviation) if deviation > 0.0 && (1e-4..1e6).contains(&mean.abs()) => {
-            // Two digits of the deviation, but no more than five of the mean.
-            let place = |value: f64| (value.abs().log10() + 1e-9).floor();
-            let decimals = (1.0 - place(deviation)).min(4.0 - place(*mean)).max(0.0) as usize;
-            format!("{mean:.decimals$} ± {deviation:.decimals$}").replace('-', "−")
-        }
-        Some(deviation) => format!("{} ± {}", digits(*mean), significant(deviation, 2)),
-        None => digits(*mean),
-    }
-}
-
-fn percent(statistics: &RunStatistics) -> RunStatistics {
-    RunStatistics::of(statistics.values.iter().map(|value| 100.0 * value).collect())
-}
-
-/// The cells of a column. The best one is marked if there are several.
+/// The cells of a column. The best one is marked if it is better than the others by more than the error.
 fn with_best(statistics: &[RunStatistics], unit: &str, highest: bool) -> Vec<String> {
-    let means: Vec<f64> = statistics.iter().map(|statistics| statistics.mean).collect();
-    let best = chart::range(means.iter().copied()).map(|(low, high)| if highest { high } else { low });
-    let finite = means.iter().filter(|mean| mean.is_finite()).count();
-    let cell = |statistics: &RunStatistics| {
+    let best = best(&means(statistics), highest);
+    let cell = |(index, statistics): (usize, &RunStatistics)| {
         let unit = if statistics.mean.is_finite() { unit } else { "" };
-        let text = format!("{}{unit}", plus_minus(statistics));
-        let class = if finite > 1 && Some(statistics.mean) == best { " class=\"best\"" } else { "" };
-        format!("<td{class}>{text}</td>")
+        let class = if best == Some(index) { " class=\"best\"" } else { "" };
+        format!("<td{class}>{statistics}{unit}</td>")
     };
-    statistics.iter().map(cell).collect()
+    statistics.iter().enumerate().map(cell).collect()
 }
 
 fn accuracy(groups: &[Group]) -> Option<String> {
     let column = |number: fn(&Group) -> RunStatistics| groups.iter().map(number).collect::<Vec<_>>();
-    let accuracies: Vec<RunStatistics> = column(Group::test_accuracy).iter().map(percent).collect();
+    let accuracies: Vec<RunStatistics> = column(Group::test_accuracy).iter().map(RunStatistics::percent).collect();
     if accuracies.iter().all(|statistics| statistics.values.is_empty()) {
         return Some(section("Accuracy", &note("No epoch has been finished yet.")));
     }
@@ -164,23 +181,29 @@ fn accuracy(groups: &[Group]) -> Option<String> {
                 losses[index].clone(),
                 group.runs.len().to_string(),
                 epochs_done(group),
-                plus_minus(&group.seconds()),
-                plus_minus(&group.images_per_second()),
+                group.seconds().to_string(),
+                group.images_per_second().to_string(),
             ]
         })
         .collect();
     let head = ["Group", "Test accuracy", "Test loss", "Runs", "Epochs", "Training time (s)", "Images/s"];
-    let mut content = table(&head.map(String::from), &rows);
-    if groups.iter().any(|group| group.runs.len() > 1) {
-        content += &note(
-            "After the last epoch; mean ± standard deviation over the runs of a group, which differ in nothing but the seed.",
-        );
-    } else {
-        content += &note("After the last epoch.");
+    let mut content = table("Test accuracy and loss of the groups", &head.map(String::from), &rows);
+    let several = groups.iter().any(|group| group.runs.len() > 1);
+    let mut text = "After the last epoch".to_string();
+    if several {
+        text += "; mean ± standard deviation over the runs of a group, which differ in nothing but the seed";
     }
+    text += match (groups.len() > 1, several) {
+        (false, _) => ".",
+        (true, true) => {
+            ". A group is called the best if it leads every other one by more than twice the error of the difference."
+        }
+        (true, false) => ". No group is called the best, because single runs have no error over seeds.",
+    };
+    content += &note(&text);
     for group in groups {
         let seeds: BTreeSet<String> = group.runs.iter().map(|run| run.setting("seed")).collect();
-        let lasts: BTreeSet<u64> = group.runs.iter().filter_map(|run| Some(run.epochs().last()?.epoch)).collect();
+        let lasts: BTreeSet<u64> = group.runs.iter().filter_map(|run| Some(run.epochs.last()?.epoch)).collect();
         if seeds.len() < group.runs.len() {
             content += &note(&format!("{}: some runs have the same seed, so the deviation is too small.", group.name));
         }
@@ -193,19 +216,16 @@ fn accuracy(groups: &[Group]) -> Option<String> {
 
 /// The logged epochs, out of those requested.
 fn epochs_done(group: &Group) -> String {
-    let done: BTreeSet<u64> = group.runs.iter().map(|run| run.epochs().last().map_or(0, |last| last.epoch)).collect();
+    let done: BTreeSet<u64> = group.runs.iter().map(|run| run.epochs.last().map_or(0, |last| last.epoch)).collect();
     let done = done.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
     let planned = group.runs.first().map(|run| run.setting("epochs")).unwrap_or_default();
     if planned.is_empty() || planned == done { done } else { format!("{done} of {}", escape(&planned)) }
 }
 
-fn left_out(groups: &[Group]) -> Option<String> {
+fn left_out(groups: &[Group], skipped: &[SkippedPath]) -> Option<String> {
     let runs = groups.iter().flat_map(|group| &group.runs).filter(|run| run.unreadable > 0);
     let line = |run: &LoadedRun| {
-        let (lines, was) = match run.unreadable {
-            1 => ("1 line".into(), "was"),
-            count => (format!("{count} lines"), "were"),
-        };
+        let (lines, was) = (counted(run.unreadable, "line"), if run.unreadable == 1 { "was" } else { "were" });
         note(&format!("{}: {lines} could not be read and {was} skipped.", run.path.join("log.jsonl").display()))
     };
     let stale = |run: &LoadedRun| {
@@ -213,7 +233,8 @@ fn left_out(groups: &[Group]) -> Option<String> {
         note(&format!("{path}: left out because the weights of the run have changed: {files}."))
     };
     let others = groups.iter().flat_map(|group| &group.runs).filter(|run| !run.stale.is_empty());
-    let notes: String = runs.map(line).chain(others.map(stale)).collect();
+    let skipped = skipped.iter().map(|skipped| note(&format!("Left out: {}", skipped.reason)));
+    let notes: String = runs.map(line).chain(others.map(stale)).chain(skipped).collect();
     (!notes.is_empty()).then_some(notes)
 }
 
@@ -227,85 +248,25 @@ fn key(index: usize, group: &Group) -> String {
 }
 
 /// The legend of the groups; empty if there is only one.
-fn legend(groups: &[Group]) -> String {
+pub(super) fn legend(groups: &[Group]) -> String {
     if groups.len() < 2 {
         return String::new();
     }
-    let item = |(index, group): (usize, &Group)| format!("<li>{}</li>", key(index, group));
+    let item = |(index, group): (usize, &Group)| format!("<li data-series=\"{index}\">{}</li>", key(index, group));
     format!("<ul class=\"legend\">{}</ul>\n", groups.iter().enumerate().map(item).collect::<String>())
 }
 
-fn figure(caption: &str, drawing: &Drawing) -> String {
-    format!("<figure><figcaption>{caption}</figcaption>{}</figure>\n", drawing.svg(Medium::Page))
+/// A drawing with its caption, and the data of a chart for the page's script.
+pub(super) fn figure(caption: &str, drawing: &Drawing, data: Option<&str>) -> String {
+    let data = data.map(|data| format!(" data-chart=\"{}\"", escape(data))).unwrap_or_default();
+    format!("<figure{data}><figcaption>{caption}</figcaption>{}</figure>\n", drawing.svg(Medium::Page))
 }
 
-fn charts(figures: &str) -> String {
+pub(super) fn charts(figures: &str) -> String {
     format!("<div class=\"charts\">\n{figures}</div>\n")
 }
 
-/// Means and ranges over runs of a number at some epochs.
-fn line_over_epochs(style: usize, name: &str, runs: &[Vec<(u64, f64)>]) -> Line {
-    let epochs: BTreeSet<u64> = runs.iter().flatten().map(|&(epoch, _)| epoch).collect();
-    let (mut points, mut band) = (Vec::new(), Vec::new());
-    for epoch in epochs {
-        let at = |run: &Vec<(u64, f64)>| run.iter().find(|(other, _)| *other == epoch).map(|&(_, value)| value);
-        let values: Vec<f64> = runs.iter().filter_map(at).collect();
-        let (low, high) = chart::range(values.iter().copied()).unwrap_or((f64::NAN, f64::NAN));
-        points.push([epoch as f64, RunStatistics::of(values).mean]);
-        band.push([epoch as f64, low, high]);
-    }
-    if runs.len() < 2 {
-        band.clear();
-    }
-    Line { name: name.into(), style: Style(style), points, band, markers: true }
-}
-
-/// A chart over epochs, if any run has a finite number.
-fn chart_over_epochs(
-    groups: &[Group],
-    title: &str,
-    unit: &str,
-    of: impl Fn(&LoadedRun) -> Vec<(u64, f64)>,
-) -> Option<String> {
-    let line = |(index, group): (usize, &Group)| {
-        let runs: Vec<_> = group.runs.iter().map(&of).collect();
-        line_over_epochs(index, &group.name, &runs)
-    };
-    let lines: Vec<Line> = groups.iter().enumerate().map(line).collect();
-    let (low, high) = chart::range(lines.iter().flat_map(|line| line.points.iter().map(|point| point[0])))?;
-    let margin = if low == high { 0.6 } else { 0.02 * (high - low) };
-    let x = ChartAxis { whole: true, ..ChartAxis::exact("epoch", low - margin, high + margin, false) };
-    let drawing = line_chart(&format!("{title} over epochs"), x, unit, &lines)?;
-    Some(figure(&format!("<b>{}</b>", escape(title)), &drawing))
-}
-
-fn learning(groups: &[Group]) -> Option<String> {
-    let of = |number: fn(&Epoch) -> Option<f64>| {
-        move |run: &LoadedRun| -> Vec<(u64, f64)> {
-            run.epochs().iter().map(|epoch| (epoch.epoch, number(epoch).unwrap_or(f64::NAN))).collect()
-        }
-    };
-    let mut figures = String::new();
-    let mut add = |title, unit, number| figures.extend(chart_over_epochs(groups, title, unit, of(number)));
-    add("Training loss", "cross-entropy (nats)", |epoch| epoch.train_loss);
-    add("Test loss", "cross-entropy (nats)", |epoch| epoch.test_loss);
-    add("Test accuracy", "accuracy (%)", |epoch| Some(100.0 * epoch.test_accuracy));
-    let rates: BTreeSet<u64> = runs(groups).flat_map(LoadedRun::epochs).map(|epoch| epoch.lr.to_bits()).collect();
-    if rates.len() > 1 {
-        add("Learning rate of the epoch's last step", "learning rate", |epoch| Some(epoch.lr));
-    }
-    add("Gradient norm of the epoch's last step", "‖g‖", |epoch| epoch.gradient_norm);
-    if figures.is_empty() {
-        return None;
-    }
-    let mut content = legend(groups) + &charts(&figures);
-    if groups.iter().any(|group| group.runs.len() > 1) {
-        content += &note("Lines are means over the runs of a group, bands reach from the lowest run to the highest.");
-    }
-    Some(section("Learning curves", &content))
-}
-
-fn runs(groups: &[Group]) -> impl Iterator<Item = &LoadedRun> {
+pub(super) fn runs(groups: &[Group]) -> impl Iterator<Item = &LoadedRun> {
     groups.iter().flat_map(|group| &group.runs)
 }
 
@@ -330,31 +291,15 @@ const MEASURES: [(&str, &str, &str); 16] = [
 ];
 
 /// Name and unit of a measure. An unknown measure keeps its name in the log.
-fn measure_name(name: &str) -> (&str, &str) {
+pub(super) fn measure_name(name: &str) -> (&str, &str) {
     MEASURES.iter().find(|(measure, ..)| *measure == name).map_or((name, name), |&(_, title, unit)| (title, unit))
 }
 
 /// Each name once: the known ones in their order, then the others.
-fn measure_names(all: impl Iterator<Item = String>) -> Vec<String> {
+pub(super) fn measure_names(all: impl Iterator<Item = String>) -> Vec<String> {
     let mut names: Vec<String> = all.collect::<BTreeSet<_>>().into_iter().collect();
     names.sort_by_key(|name| MEASURES.iter().position(|(measure, ..)| measure == name).unwrap_or(MEASURES.len()));
     names
-}
-
-fn curvature_over_epochs(groups: &[Group]) -> Option<String> {
-    let measured = runs(groups).flat_map(LoadedRun::curvatures);
-    let names = measure_names(measured.flat_map(|(_, measures)| numbers(measures)).map(|(name, _)| name));
-    let value = |measures: &Measures, name: &str| {
-        numbers(measures).into_iter().find(|(other, _)| other == name).map(|(_, value)| value)
-    };
-    let mut figures = String::new();
-    for name in &names {
-        let (title, unit) = measure_name(name);
-        figures.extend(chart_over_epochs(groups, title, unit, |run| {
-            run.curvatures().into_iter().filter_map(|(epoch, measures)| Some((epoch, value(measures, name)?))).collect()
-        }));
-    }
-    (!figures.is_empty()).then(|| section("Curvature during training", &(legend(groups) + &charts(&figures))))
 }
 
 fn final_curvature(groups: &[Group], order: Option<&CurvatureOrder>) -> Option<String> {
@@ -363,22 +308,24 @@ fn final_curvature(groups: &[Group], order: Option<&CurvatureOrder>) -> Option<S
     if names.is_empty() {
         return None;
     }
-    // There can be many measures, so that they are rows and the groups are columns.
-    let mut head = vec!["Measure".to_string()];
-    head.extend(groups.iter().enumerate().map(|(index, group)| key(index, group)));
     let row = |name: &String| {
-        let cell = |numbers: &Vec<(String, RunStatistics)>| {
+        let cell = |numbers: &Vec<(String, MeasuredStatistics)>| {
             let statistics = numbers.iter().find(|(other, _)| other == name);
-            statistics.map_or("–".into(), |(_, statistics)| plus_minus(statistics))
+            statistics.map_or("–".into(), |(_, statistics)| statistics.to_string())
         };
-        let mut row = vec![escape(measure_name(name).0)];
-        row.extend(found.iter().map(cell));
-        row
+        (escape(measure_name(name).0), found.iter().map(cell).collect())
     };
     let rows: Vec<_> = names.iter().map(row).collect();
-    let mut content = table(&head, &rows);
-    if groups.iter().any(|group| group.runs.len() > 1) {
-        content += &note("Mean ± standard deviation over the runs of a group.");
+    let heads = groups.iter().enumerate().map(|(index, group)| key(index, group)).collect();
+    let mut content = table_by_group("Measures of curvature", ["Measure", "Group"], heads, rows);
+    let all = || found.iter().flatten().map(|(_, statistics)| statistics);
+    if all().any(|of| of.measurement_error.is_some()) {
+        content += &note(
+            "± is the error of a measurement: the standard error of a mean over random probes, the residual of an eigenvalue.",
+        );
+    }
+    if all().any(|of| of.runs.deviation.is_some()) {
+        content += &note("seeds ± is the standard deviation over the runs of a group.");
     }
     content += &measured_over(groups);
     if let Some(order) = order {
@@ -404,14 +351,11 @@ fn measured_over(groups: &[Group]) -> String {
 /// The traces of layers, one row of points for each layer.
 fn layers(groups: &[Group]) -> Option<String> {
     let found: Vec<_> = groups.iter().map(Group::layer_traces).collect();
-    let mut names: Vec<&String> = Vec::new();
-    for (name, _) in found.iter().flatten() {
-        if !names.contains(&name) {
-            names.push(name);
-        }
-    }
-    let means = || found.iter().flatten().map(|(_, statistics)| statistics.mean);
-    let x = ChartAxis::fitting("trace of the layer's block of the Hessian", means())?;
+    let mut names: Vec<&str> = found.iter().flatten().map(|(name, _)| name.as_str()).collect();
+    names.sort_by_cached_key(|name| network_order(name));
+    names.dedup();
+    let rows: HashMap<&str, usize> = names.iter().enumerate().map(|(row, &name)| (name, row)).collect();
+    let x = layers_axis(found.iter().flatten().map(|(_, statistics)| statistics))?;
     let (row, width) = (16.0, 720.0);
     let height = 8.0 + row * names.len() as f64 + 42.0;
     let mut drawing = Drawing::new(width, height, "traces of the layers' blocks of the Hessian");
@@ -420,24 +364,72 @@ fn layers(groups: &[Group]) -> Option<String> {
     let rules = (0..names.len()).map(|index| vec![[panel.left, y(index)], [panel.right, y(index)]]).collect();
     drawing.shape(VectorPath { paths: rules, stroke: Some((Ink::Text(0.11), 1.0)), ..VectorPath::default() });
     for (index, name) in names.iter().enumerate() {
-        drawing.label([panel.left - 8.0, y(index) + 0.35 * SMALL], name.as_str(), SMALL, Anchor::End, FAINT);
+        let at = [panel.left - 8.0, y(index) + 0.35 * SMALL];
+        drawing.label(at, shortened(name, 30), SMALL, Anchor::End, FAINT);
+    }
+    if !x.logarithmic && x.low < 0.0 {
+        let zero = panel.x(x.place(0.0));
+        drawing.line(vec![[zero, panel.top], [zero, panel.bottom]], Ink::Text(0.45), 1.0);
     }
     panel.x_ticks(&mut drawing, &x);
     for (index, (group, traces)) in groups.iter().zip(&found).enumerate() {
+        // The groups lie beside each other within a row, so that their error bars show.
+        let shift = row * 0.6 * ((index as f64 + 0.5) / groups.len() as f64 - 0.5);
         for (name, statistics) in traces {
-            let place = x.place(statistics.mean);
-            let Some(layer) = names.iter().position(|other| *other == name).filter(|_| place.is_finite()) else {
+            let mean = statistics.mean();
+            let (place, Some(layer)) = (x.place(mean.mean), rows.get(name.as_str())) else { continue };
+            if !place.is_finite() {
                 continue;
-            };
-            let paths = vec![Style(index).marker([panel.x(place), y(layer)], 3.6)];
-            let tip = Some(format!("{}: {name} {}", group.name, plus_minus(statistics)));
+            }
+            let (at, error) = (y(*layer) + shift, mean.error.unwrap_or(0.0));
+            let ends = [-error, error].map(|error| x.place(mean.mean + error));
+            // A bar that reaches to zero or below has no end on a logarithmic axis.
+            let ends = ends.map(|end| panel.x(if end.is_finite() { end.clamp(0.0, 1.0) } else { 0.0 }));
+            if error > 0.0 {
+                drawing.line(ends.map(|end| [end, at]).to_vec(), Style(index).ink(0.85), 1.5);
+            }
+            let paths = vec![Style(index).marker([panel.x(place), at], 3.2)];
+            let tip = Some(format!("{}: {name} {statistics}", group.name));
             let fill = Some(Style(index).ink(0.85));
             drawing.shape(VectorPath { paths, closed: true, fill, tip, ..VectorPath::default() });
         }
     }
     let svg = drawing.svg(Medium::Page).replacen("<svg ", "<svg class=\"tall\" ", 1);
-    let content = format!("{}<div class=\"table\" tabindex=\"0\">{svg}</div>\n", legend(groups));
+    let text = "Bars are one error to each side, of the measurement and over seeds together.";
+    let content = legend(groups) + &scroll_box("Traces of layers", &svg) + &note(text);
     Some(section("Curvature by layer", &content))
+}
+
+/// The place of a tensor in the network, as far as torchvision's names tell: what comes before the numbered blocks, the
+/// blocks, and the classifier; within a block `conv1`, `bn1`, `conv2` and so on.
+fn network_order(name: &str) -> (u8, Vec<(u64, u8)>, String) {
+    let part = match name {
+        _ if name.starts_with("layer") || name.starts_with("features") => 1,
+        _ if name.starts_with("fc") || name.starts_with("classifier") => 2,
+        _ => 0,
+    };
+    let component = |component: &str| {
+        let word = component.trim_end_matches(|c: char| c.is_ascii_digit());
+        let number = component[word.len()..].parse().unwrap_or(u64::MAX);
+        let rank = match word {
+            "conv" | "weight" => 0,
+            "bn" | "bias" => 1,
+            _ => 2,
+        };
+        (number, rank)
+    };
+    (part, name.split('.').map(component).collect(), name.into())
+}
+
+/// The axis of the traces of layers, with room for their errors.
+fn layers_axis<'a>(traces: impl Iterator<Item = &'a MeasuredStatistics> + Clone) -> Option<ChartAxis> {
+    let label = "trace of the layer's block of the Hessian";
+    let axis = ChartAxis::fitting(label, traces.clone().map(|of| of.runs.mean))?;
+    let sides: &[f64] = if axis.logarithmic { &[0.0, 1.0] } else { &[-1.0, 1.0] };
+    let ends = traces
+        .map(MeasuredStatistics::mean)
+        .flat_map(|of| sides.iter().map(move |side| of.mean + side * of.error.unwrap_or(0.0)));
+    ChartAxis::fitting(label, ends)
 }
 
 fn spectra(groups: &[Group]) -> Option<String> {
@@ -450,7 +442,7 @@ fn spectra(groups: &[Group]) -> Option<String> {
     let drawing = spectrum::spectrum(title, &densities, (720.0, 320.0), 12.0)?;
     let svg = drawing.svg(Medium::Page).replacen("<svg ", "<svg class=\"wide\" ", 1);
     let text = "Of the first run of each group that has one; every peak smoothed to a hundredth of the range of all.";
-    let content = format!("{}<div class=\"table\" tabindex=\"0\">{svg}</div>\n{}", legend(groups), note(text));
+    let content = legend(groups) + &scroll_box("Spectra", &svg) + &note(text);
     Some(section("Spectrum of the Hessian", &content))
 }
 
@@ -490,12 +482,14 @@ fn landscapes(groups: &[Group]) -> Option<String> {
         for place in &plane {
             let title = format!("loss over two directions, {}", place.landscape.title);
             let drawing = landscape::contour_chart(place.landscape, &title, &levels, false);
-            figures.extend(drawing.map(|drawing| figure(&place.caption(), &drawing)));
+            figures.extend(drawing.map(|drawing| figure(&place.caption(), &drawing, None)));
         }
         content += &charts(&figures);
-        content += &landscape::colour_bar(&levels).svg(Medium::Page);
-        content +=
-            &note("The same colours mean the same loss in all pictures; lighter is higher. A cross marks the origin.");
+        let bar = landscape::colour_bar(&levels).svg(Medium::Page);
+        content += &bar.replacen("<svg ", "<svg class=\"bar\" ", 1);
+        content += &note(
+            "The same colours mean the same loss in all pictures; lighter is higher. A cross marks the origin, a ring the lowest point.",
+        );
     }
 
     // Landscapes of the same name belong together.
@@ -521,7 +515,7 @@ fn landscapes(groups: &[Group]) -> Option<String> {
                 &lines,
             );
             let caption = format!("<b>{what}</b> {}", escape(&title));
-            figures.extend(drawing.map(|drawing| figure(&caption, &drawing)));
+            figures.extend(drawing.map(|(drawing, data)| figure(&caption, &drawing, Some(&data))));
         };
         add("Loss", "loss", &|landscape| landscape::losses(landscape).collect());
         add("Accuracy", "accuracy (%)", &|landscape| landscape.accuracy.iter().map(|share| 100.0 * share).collect());
@@ -544,28 +538,23 @@ fn settings(groups: &[Group]) -> Option<String> {
     let differ = differing(groups);
     let mut content = String::new();
     if !differ.is_empty() || runs(groups).count() > 1 {
-        let mut head = vec!["Setting".to_string()];
-        head.extend(groups.iter().map(|group| escape(&group.name)));
         let value = |group: &Group, key: &str| group.runs.first().map(|run| run.setting(key)).unwrap_or_default();
-        let mut rows: Vec<Vec<String>> = Vec::new();
-        for key in &differ {
-            let mut row = vec![escape(key)];
-            row.extend(groups.iter().map(|group| text_cell(&value(group, key))));
-            rows.push(row);
-        }
+        let row = |key: &String| {
+            (escape(&plain(key)), groups.iter().map(|group| text_cell(&value(group, key))).collect::<Vec<_>>())
+        };
+        let mut rows: Vec<_> = differ.iter().map(row).collect();
         let seeds = |group: &Group| group.runs.iter().map(|run| run.setting("seed")).collect::<Vec<_>>().join(", ");
-        let mut row = vec!["seed".to_string()];
-        row.extend(groups.iter().map(|group| text_cell(&seeds(group))));
-        rows.push(row);
-        content += &table(&head, &rows);
+        rows.push(("seed".into(), groups.iter().map(|group| text_cell(&seeds(group))).collect()));
+        let heads = groups.iter().map(|group| escape(&group.name)).collect();
+        content += &table_by_group("Settings that differ", ["Setting", "Group"], heads, rows);
     }
     let first = runs(groups).next()?;
     let single = runs(groups).count() == 1;
     let common = first.settings.keys().filter(|&key| !differ.contains(key) && (key != "seed" || single));
-    let rows: Vec<Vec<String>> = common.map(|key| vec![escape(key), text_cell(&first.setting(key))]).collect();
+    let rows: Vec<Vec<String>> = common.map(|key| vec![escape(&plain(key)), text_cell(&first.setting(key))]).collect();
     if !rows.is_empty() {
-        let table = table(&["Setting".into(), "Value".into()], &rows);
         let summary = if single { "All settings" } else { "Settings in common" };
+        let table = table(summary, &["Setting".into(), "Value".into()], &rows);
         content += &format!("<details><summary>{summary} ({})</summary>\n{table}</details>\n", rows.len());
     }
     Some(section("Settings", &content))
@@ -576,18 +565,96 @@ fn list_of_runs(groups: &[Group]) -> Option<String> {
     for group in groups {
         for run in &group.runs {
             let (steps, skipped) = run.steps();
-            let seconds = run.epochs().last().map_or("–".into(), |last| digits(last.seconds));
+            let (last, best) = (run.epochs.last(), run.best_epoch());
+            let of = |epoch: Option<&Epoch>, text: fn(&Epoch) -> String| epoch.map_or("–".into(), text);
+            let loss = |epoch: &Epoch| epoch.test_loss.map_or("not finite".into(), digits);
+            let accuracy = |epoch: &Epoch| format!("{:.2} %", 100.0 * epoch.test_accuracy);
+            let step_time = last.filter(|_| steps > 0).map_or("–".into(), |last| digits(last.seconds / steps as f64));
             rows.push(vec![
                 format!("<code>{}</code>", escape(&run.path.display().to_string())),
                 text_cell(&group.name),
                 escape(&run.setting("seed")),
                 steps.to_string(),
                 skipped.to_string(),
-                seconds,
+                of(last, accuracy),
+                of(last, loss),
+                of(best, |epoch| format!("{:.2} % after epoch {}", 100.0 * epoch.test_accuracy, epoch.epoch)),
+                of(last, |epoch| digits(epoch.seconds)),
+                step_time,
                 run.images_per_second().map_or("–".into(), digits),
+                text_cell(&run.setting("device")),
+                text_cell(&run.date),
             ]);
         }
     }
-    let head = ["Run", "Group", "Seed", "Steps", "Skipped", "Training time (s)", "Images/s"].map(String::from);
-    Some(section("Runs", &table(&head, &rows)))
+    let head = [
+        "Run",
+        "Group",
+        "Seed",
+        "Steps",
+        "Skipped",
+        "Test accuracy",
+        "Test loss",
+        "Best test accuracy",
+        "Training time (s)",
+        "Seconds a step",
+        "Images/s",
+        "Device",
+        "Last line (UTC)",
+    ];
+    let content = table("Runs", &head.map(String::from), &rows) + &numbers_as_csv(groups);
+    Some(section("Runs", &content))
+}
+
+/// The most lines of the table of epochs in the page.
+const MOST_CSV_LINES: usize = 20_000;
+
+/// Links to the numbers of all epochs and of the curvature at the end, as CSV within the page.
+fn numbers_as_csv(groups: &[Group]) -> String {
+    let cell = |text: &str| format!("\"{}\"", text.replace('"', "\"\""));
+    let number = |value: Option<f64>| value.filter(|value| value.is_finite()).map_or(String::new(), |v| v.to_string());
+    let mut epochs =
+        "run,group,seed,epoch,train_loss,test_loss,test_accuracy,lr,gradient_norm,images_per_second,seconds\n"
+            .to_string();
+    let mut curvature = "run,group,seed,measure,value,error\n".to_string();
+    for group in groups {
+        for run in &group.runs {
+            let (path, seed) = (run.path.display().to_string(), run.setting("seed"));
+            let run_cells = format!("{},{},{}", cell(&path), cell(&group.name), cell(&seed));
+            for epoch in &run.epochs {
+                let &Epoch { test_accuracy, lr, images_per_second, seconds, .. } = epoch;
+                let losses = [epoch.train_loss, epoch.test_loss, Some(test_accuracy), Some(lr), epoch.gradient_norm];
+                let numbers = losses.into_iter().chain([Some(images_per_second), Some(seconds)]).map(number);
+                epochs += &format!("{run_cells},{},{}\n", epoch.epoch, numbers.collect::<Vec<_>>().join(","));
+            }
+            for (name, found) in run.final_curvature().iter().flat_map(|found| numbers(&found.measures)) {
+                let (value, error) = (number(Some(found.value)), number(found.error));
+                curvature += &format!("{run_cells},{},{value},{error}\n", cell(&name));
+            }
+        }
+    }
+    let lines = epochs.lines().count();
+    let mut links = Vec::new();
+    for (name, text, fits) in [("epochs", epochs, lines <= MOST_CSV_LINES), ("curvature", curvature, true)] {
+        if text.lines().count() > 1 && fits {
+            let data = percent_encoded(&text);
+            links
+                .push(format!("<a download=\"{name}.csv\" href=\"data:text/csv;charset=utf-8,{data}\">{name}.csv</a>"));
+        }
+    }
+    if links.is_empty() { String::new() } else { format!("<p>The numbers: {}</p>\n", links.join(", ")) }
+}
+
+/// Text for a link, where letters, digits and a few signs stand for themselves.
+fn percent_encoded(text: &str) -> String {
+    let mut encoded = String::with_capacity(2 * text.len());
+    for byte in text.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b',' | b'/' => {
+                encoded.push(char::from(byte))
+            }
+            _ => encoded += &format!("%{byte:02X}"),
+        }
+    }
+    encoded
 }

@@ -1,43 +1,44 @@
 //! The runs of a report: reading their folders, grouping them, and the numbers of each group.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
-
 use super::landscape::LoadedLandscape;
-use crate::curvature::Density;
+use super::statistics::{MeasuredStatistics, Measurement, RunStatistics};
+use super::text::plain;
+use crate::curvature::{Density, Estimate};
 use crate::optim;
 use crate::train::{
-    CurvatureFile, Finding, MOST_FINDINGS, MOST_LINES, MOST_SETTINGS, Options, Record, TrainError, checksum, if_there,
-    read_regular, read_text, toml_error,
+    CurvatureFile, Finding, MOST_LINES, MOST_SETTINGS, Options, Record, TrainError, checksum, read_regular, read_text,
+    toml_error,
 };
 
 /// What was measured, by the measure's name.
 pub(super) type Measures = BTreeMap<String, Finding>;
-
-/// What is at a path of the report.
-pub(super) enum Loaded {
-    Run(Box<LoadedRun>),
-    /// Nothing to report, for this reason.
-    Nothing(TrainError),
-}
 
 /// The folder of a run.
 pub(super) struct LoadedRun {
     pub path: PathBuf,
     /// Every setting that has a value.
     pub settings: toml::Table,
+    /// The record of its images, which tells whether two runs had the same ones, wherever they lay.
+    images: Option<toml::Value>,
     pub records: Vec<Record>,
     /// Lines of the log that could not be read.
     pub unreadable: usize,
+    /// When the last line of the log was written.
+    pub date: String,
+    /// The lines of its epochs. If an epoch was written twice, the last line counts.
+    pub epochs: Vec<Epoch>,
     /// The contents of `curvature.json`, if the folder has one.
     pub curvature: Option<Measured>,
     /// Landscapes by the names of their folders.
     pub landscapes: Vec<(String, LoadedLandscape)>,
     /// Files left out because they belong to other weights than the current ones.
     pub stale: Vec<String>,
+    /// Files left out because they are damaged or cannot be read.
+    pub damaged: Vec<TrainError>,
 }
 
 /// Measures, and a description of the images.
@@ -63,101 +64,89 @@ pub(super) struct Epoch {
 }
 
 impl LoadedRun {
-    /// Reads a folder. One that does not exist, is not that of a run, or has no readable line in its log has nothing to
-    /// report. Damaged settings or results are an error.
-    pub fn read(path: &Path) -> Result<Loaded, TrainError> {
+    /// Reads a folder. Damaged results are left out and noted.
+    ///
+    /// # Errors
+    /// A folder that does not exist or is not that of a run, settings that cannot be read, a log without a readable
+    /// line.
+    pub fn read(path: &Path) -> Result<Self, TrainError> {
         let absent = |error: &std::io::Error| matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory);
         let config = path.join("config.toml");
         match std::fs::metadata(&config) {
             Err(error) if absent(&error) => {
-                let reason = match std::fs::metadata(path) {
-                    Err(error) => TrainError::io(path)(error),
-                    Ok(_) => TrainError::NoRun { path: path.into() },
-                };
-                return Ok(Loaded::Nothing(reason));
+                std::fs::metadata(path).map_err(TrainError::io(path))?;
+                return Err(TrainError::NoRun { path: path.into() });
             }
             found => found.map_err(TrainError::io(&config))?,
         };
-        let settings = read_settings(&config)?;
+        let mut settings = read_settings(&config)?;
+        let images = settings.remove("images");
 
         let log = path.join("log.jsonl");
-        let text = match read_regular(&log, MOST_LINES) {
-            Err(TrainError::Io { path, source }) if absent(&source) => {
-                return Ok(Loaded::Nothing(TrainError::Io { path, source }));
-            }
-            text => text?,
-        };
+        let text = read_regular(&log, MOST_LINES)?;
+        // A line that was cut off inside a character cannot be read, like any other incomplete line.
         let lines = text.split(|&byte| byte == b'\n').filter(|line| !line.trim_ascii().is_empty());
-        let lines: Vec<Option<Record>> = lines.map(Record::read).collect();
-        let unreadable = lines.iter().filter(|line| line.is_none()).count();
-        let records: Vec<Record> = lines.into_iter().flatten().collect();
+        let (mut records, mut unreadable) = (Vec::new(), 0);
+        for line in lines {
+            match Record::read(line) {
+                Some(record) => records.push(record),
+                None => unreadable += 1,
+            }
+        }
         if records.is_empty() {
             let reason = "no line of the log can be read, so there is nothing to report".into();
-            return Ok(Loaded::Nothing(TrainError::Results { path: log, reason }));
+            return Err(TrainError::Results { path: log, reason });
         }
-
-        // Results of other weights than the current ones are stale.
-        let model = path.join("model.safetensors");
-        let weights = if model.is_file() { Some(checksum(&model)?) } else { None };
-        let is_stale = |of: &Option<String>| of.is_some() && weights.is_some() && *of != weights;
-        let mut stale = Vec::new();
-        let mut curvature = read_curvature(&path.join("curvature.json"))?;
-        if curvature.as_ref().is_some_and(|measured| is_stale(&measured.weights)) {
-            curvature = None;
-            stale.push("curvature.json".to_string());
-        }
-        let mut landscapes = Vec::new();
-        for entry in std::fs::read_dir(path).map_err(TrainError::io(path))? {
-            let entry = entry.map_err(TrainError::io(path))?;
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let has = |file: &str| entry.path().join(file).is_file();
-            if name.starts_with("landscape") && has("landscape.json") && has("landscape.csv") {
-                let landscape = LoadedLandscape::read(&entry.path())?;
-                match is_stale(&landscape.weights) {
-                    true => stale.push(name),
-                    false => landscapes.push((name, landscape)),
-                }
-            }
-        }
-        // A landscape without a finite loss cannot be drawn.
-        landscapes.retain(|(_, landscape)| landscape.counts().0 > landscape.counts().1);
-        landscapes.sort_by(|(a, _), (b, _)| a.cmp(b));
-        stale.sort();
+        let epochs = epochs(&records);
+        let date = std::fs::metadata(&log).and_then(|data| data.modified()).map(date).unwrap_or_default();
+        let (curvature, landscapes) = (None, Vec::new());
+        let (stale, damaged) = (Vec::new(), Vec::new());
         let path = path.into();
-        Ok(Loaded::Run(Box::new(Self { path, settings, records, unreadable, curvature, landscapes, stale })))
+        let mut run =
+            Self { path, settings, images, records, unreadable, date, epochs, curvature, landscapes, stale, damaged };
+        run.read_results();
+        Ok(run)
     }
 
-    /// The lines of its epochs. If an epoch was written twice, the last line counts.
-    pub fn epochs(&self) -> Vec<Epoch> {
-        let mut epochs: Vec<Epoch> = Vec::new();
-        for record in &self.records {
-            let &Record::Epoch {
-                epoch,
-                train_loss,
-                test_loss,
-                test_accuracy,
-                lr,
-                gradient_norm,
-                images_per_second,
-                seconds,
-                ..
-            } = record
-            else {
-                continue;
-            };
-            epochs.retain(|earlier| earlier.epoch < epoch);
-            epochs.push(Epoch {
-                epoch,
-                train_loss,
-                test_loss,
-                test_accuracy,
-                lr,
-                gradient_norm,
-                images_per_second,
-                seconds,
-            });
+    /// What is compared of a setting: of the data set the images, where they are recorded, and not their place.
+    fn compared(&self, key: &str) -> Option<&toml::Value> {
+        match key {
+            "data" => self.images.as_ref().or_else(|| self.settings.get(key)),
+            key => self.settings.get(key),
         }
-        epochs
+    }
+
+    /// Reads what other commands have written to the folder.
+    fn read_results(&mut self) {
+        let model = self.path.join("model.safetensors");
+        let weights = model.is_file().then(|| checksum(&model)).transpose();
+        let weights = weights.unwrap_or_else(|error| {
+            self.damaged.push(error);
+            None
+        });
+        // Results of other weights than the current ones are stale.
+        let is_stale = |of: &Option<String>| of.is_some() && weights.is_some() && *of != weights;
+        match read_curvature(&self.path.join("curvature.json")) {
+            Ok(Some(measured)) if is_stale(&measured.weights) => self.stale.push("curvature.json".into()),
+            Ok(measured) => self.curvature = measured,
+            Err(error) => self.damaged.push(error),
+        }
+        let folders = landscape_folders(&self.path).unwrap_or_else(|error| {
+            self.damaged.push(error);
+            Vec::new()
+        });
+        for (name, folder) in folders {
+            match LoadedLandscape::read(&folder) {
+                Ok(landscape) if is_stale(&landscape.weights) => self.stale.push(plain(&name)),
+                // A landscape without a finite loss cannot be drawn.
+                Ok(landscape) if landscape.counts().0 > landscape.counts().1 => {
+                    self.landscapes.push((plain(&name), landscape));
+                }
+                Ok(_) => {}
+                Err(error) => self.damaged.push(error),
+            }
+        }
+        self.stale.sort();
     }
 
     /// The epochs after which curvature was measured, with the findings. If an epoch was measured twice, the last
@@ -166,7 +155,7 @@ impl LoadedRun {
         let mut found: Vec<(u64, &Measures)> = Vec::new();
         for record in &self.records {
             let Record::Curvature { epoch, measures, .. } = record else { continue };
-            found.retain(|(earlier, _)| earlier < epoch);
+            while found.pop_if(|(earlier, _)| *earlier >= *epoch).is_some() {}
             found.push((*epoch, measures));
         }
         found
@@ -196,12 +185,17 @@ impl LoadedRun {
         (self.records.iter().map(step).max().unwrap_or(0), self.records.iter().map(skipped).max().unwrap_or(0))
     }
 
+    /// The epoch with the highest test accuracy, the first of several.
+    pub fn best_epoch(&self) -> Option<&Epoch> {
+        let finite = self.epochs.iter().rev().filter(|epoch| epoch.test_accuracy.is_finite());
+        finite.max_by(|a, b| a.test_accuracy.total_cmp(&b.test_accuracy))
+    }
+
     /// The mean of the epochs' speeds, weighted by their durations.
     pub fn images_per_second(&self) -> Option<f64> {
-        let epochs = self.epochs();
         let mut before = 0.0;
         let (mut images, mut seconds) = (0.0, 0.0);
-        for epoch in &epochs {
+        for epoch in &self.epochs {
             let took = epoch.seconds - before;
             // If a run was resumed without its earlier lines, the duration of the first epoch is unknown.
             if took > 0.0 && took.is_finite() {
@@ -219,10 +213,74 @@ impl LoadedRun {
     }
 }
 
+/// The lines of epochs. A later line for an epoch replaces it and those after it.
+fn epochs(records: &[Record]) -> Vec<Epoch> {
+    let mut epochs: Vec<Epoch> = Vec::new();
+    for record in records {
+        let &Record::Epoch {
+            epoch,
+            train_loss,
+            test_loss,
+            test_accuracy,
+            lr,
+            gradient_norm,
+            images_per_second,
+            seconds,
+            ..
+        } = record
+        else {
+            continue;
+        };
+        while epochs.pop_if(|earlier| earlier.epoch >= epoch).is_some() {}
+        epochs.push(Epoch {
+            epoch,
+            train_loss,
+            test_loss,
+            test_accuracy,
+            lr,
+            gradient_norm,
+            images_per_second,
+            seconds,
+        });
+    }
+    epochs
+}
+
+/// The folders of landscapes in that of a run, with their names, in the order of the names.
+fn landscape_folders(run: &Path) -> Result<Vec<(String, PathBuf)>, TrainError> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(run).map_err(TrainError::io(run))? {
+        let folder = entry.map_err(TrainError::io(run))?.path();
+        let name = folder.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        // Something else than a file in its place is refused when it is read.
+        let has = |file: &str| folder.join(file).exists();
+        if name.starts_with("landscape") && has("landscape.json") && has("landscape.csv") {
+            found.push((name, folder));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// A time as date, hours and minutes, in UTC.
+fn date(time: std::time::SystemTime) -> String {
+    let seconds = time.duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let (days, minutes) = (seconds / 86_400, seconds / 60 % 1440);
+    // Years that begin in March, so that the leap day is the last; from the year 0, in cycles of 400 years.
+    let day = days + 719_468;
+    let (cycle, of_cycle) = (day / 146_097, day % 146_097);
+    let year = (of_cycle - of_cycle / 1460 + of_cycle / 36_524 - of_cycle / 146_096) / 365;
+    let of_year = of_cycle - (365 * year + year / 4 - year / 100);
+    let month = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * month + 2) / 5 + 1;
+    let (month, year) = if month < 10 { (month + 3, year) } else { (month - 9, year + 1) };
+    format!("{}-{month:02}-{day:02} {:02}:{:02}", 400 * cycle + year, minutes / 60, minutes % 60)
+}
+
 fn written(value: &toml::Value) -> String {
     match value {
-        toml::Value::String(text) => text.clone(),
-        other => other.to_string(),
+        toml::Value::String(text) => plain(text),
+        other => plain(&other.to_string()),
     }
 }
 
@@ -240,15 +298,14 @@ fn read_settings(config: &Path) -> Result<toml::Table, TrainError> {
 }
 
 fn read_curvature(path: &Path) -> Result<Option<Measured>, TrainError> {
-    let Some(text) = if_there(read_text(path, MOST_FINDINGS))? else { return Ok(None) };
+    let Some(file) = CurvatureFile::read(path)? else { return Ok(None) };
     let unusable = |reason: String| TrainError::Results { path: path.into(), reason };
-    let file: CurvatureFile = serde_json::from_str(&text).map_err(|error| unusable(error.to_string()))?;
     let own_statistics = file.has_batch_statistics();
     let CurvatureFile { measures, samples, split, weights, .. } = file;
     let missing = || unusable("no `measures`: expected an object of findings by the names of measures".into());
     let measures = measures.ok_or_else(missing)?;
     let samples = samples.map(|samples| format!("{samples} "));
-    let over = format!("over {}{split} images", samples.unwrap_or_default());
+    let over = format!("over {}{} images", samples.unwrap_or_default(), plain(&split));
     let own_statistics = if own_statistics { ", batch norm with each batch's statistics" } else { "" };
     let over = over.replace("train ", "training ") + own_statistics;
     Ok(Some(Measured { measures, over, weights }))
@@ -256,38 +313,50 @@ fn read_curvature(path: &Path) -> Result<Option<Measured>, TrainError> {
 
 /// The numbers of each measure in a report, by name: the largest eigenvalue, the two counts of extrema. A spectrum and
 /// traces by layer have none.
-pub(super) fn numbers(measures: &Measures) -> Vec<(String, f64)> {
+pub(super) fn numbers(measures: &Measures) -> Vec<(String, Measurement)> {
     let mut found = Vec::new();
     for (name, finding) in measures {
-        let mut add = |name: &str, value: Option<f64>| {
+        let mut add = |name: &str, number: Measurement| {
             // JSON has no numbers that are not finite.
-            found.extend(value.filter(|value| value.is_finite()).map(|value| (name.to_string(), value)));
+            found.extend(number.value.is_finite().then(|| (plain(name), number)));
         };
+        let estimated = |of: &Estimate| Measurement::new(of.value, of.standard_error);
         match finding {
-            Finding::Eigenvalues { pairs, .. } => {
+            Finding::Mean(estimate, _) => add(name, estimated(estimate)),
+            Finding::Eigenvalues { pairs, converged } => {
                 let lanczos = name == "top-eigenvalues";
-                add(if lanczos { "top eigenvalue" } else { "power eigenvalue" }, finding.value());
-                add("λ1/λ5", Finding::first_over_fifth(pairs).filter(|_| lanczos));
+                let key = |value: f64| if lanczos { value } else { value.abs() };
+                let finite = pairs.iter().filter(|(value, _)| value.is_finite());
+                let largest = finite.max_by(|(a, _), (b, _)| key(*a).total_cmp(&key(*b)));
+                let Some(&(value, residual)) = largest else { continue };
+                let open = |number: Measurement| Measurement { converged: *converged, ..number };
+                let name = if lanczos { "top eigenvalue" } else { "power eigenvalue" };
+                add(name, open(Measurement::new(value, Some(residual))));
+                if let Some(ratio) = Finding::first_over_fifth(pairs).filter(|_| lanczos) {
+                    add("λ1/λ5", open(Measurement::new(ratio, None)));
+                }
             }
+            Finding::Rounded { value, rounding_error } => add(name, Measurement::new(*value, Some(*rounding_error))),
+            Finding::Ratio { mean, .. } => add(name, estimated(mean)),
             Finding::Extrema { minima, maxima } => {
-                add("minima", Some(minima.mean.value));
-                add("maxima", Some(maxima.mean.value));
+                add("minima", estimated(&minima.mean));
+                add("maxima", estimated(&maxima.mean));
             }
             Finding::Rise { rise, .. } => {
-                add(name, Some(rise.largest));
-                add("sharpness, one step", Some(rise.one_step));
+                add(name, Measurement::new(rise.largest, None));
+                add("sharpness, one step", Measurement::new(rise.one_step, None));
             }
-            _ => add(name, finding.value()),
+            _ => add(name, Measurement::new(finding.value().unwrap_or(f64::NAN), None)),
         }
     }
     found
 }
 
-/// The traces of layers, in the order of their names.
-pub(super) fn layer_traces(measures: &Measures) -> Vec<(String, f64)> {
+/// The traces of layers, in the order of the file.
+pub(super) fn layer_traces(measures: &Measures) -> Vec<(String, Measurement)> {
     let Some(Finding::Layers(layers)) = measures.get("layer-traces") else { return Vec::new() };
-    let traces = layers.iter().map(|(name, estimate)| (name.clone(), estimate.value));
-    traces.filter(|(_, trace)| trace.is_finite()).collect()
+    let traces = layers.iter().map(|(name, of)| (plain(name), Measurement::new(of.value, of.standard_error)));
+    traces.filter(|(_, trace)| trace.value.is_finite()).collect()
 }
 
 /// The peaks of a spectrum and their weights.
@@ -295,29 +364,6 @@ pub(super) fn spectrum(measures: &Measures) -> Option<&Density> {
     match measures.get("spectrum") {
         Some(Finding::Density(density)) => Some(density),
         _ => None,
-    }
-}
-
-/// A number across several runs.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[non_exhaustive]
-pub struct RunStatistics {
-    /// The mean; NaN if the number of any run is not finite, or if there are no runs.
-    pub mean: f64,
-    /// The standard deviation, with the number of runs minus one as the divisor; none for a single run.
-    pub deviation: Option<f64>,
-    /// The number of each run.
-    pub values: Vec<f64>,
-}
-
-impl RunStatistics {
-    pub(super) fn of(values: Vec<f64>) -> Self {
-        let count = values.len() as f64;
-        // 0/0 for no values, which is NaN as it should be.
-        let mean = values.iter().sum::<f64>() / count;
-        let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
-        let deviation = (values.len() > 1).then(|| (squares / (count - 1.0)).sqrt());
-        Self { mean, deviation, values }
     }
 }
 
@@ -331,7 +377,7 @@ pub(super) struct Group {
 impl Group {
     /// A number of each run's last epoch; NaN if it was not finite.
     pub fn last(&self, number: impl Fn(&Epoch) -> f64) -> RunStatistics {
-        RunStatistics::of(self.runs.iter().filter_map(|run| run.epochs().last().map(&number)).collect())
+        RunStatistics::of(self.runs.iter().filter_map(|run| run.epochs.last().map(&number)).collect())
     }
 
     pub fn test_accuracy(&self) -> RunStatistics {
@@ -351,13 +397,13 @@ impl Group {
     }
 
     /// The numbers of the curvature at the end, by name, in the order of their occurrence.
-    pub fn curvature(&self) -> Vec<(String, RunStatistics)> {
+    pub fn curvature(&self) -> Vec<(String, MeasuredStatistics)> {
         let measured = self.runs.iter().filter_map(LoadedRun::final_curvature);
         by_name(measured.flat_map(|measured| numbers(&measured.measures)))
     }
 
     /// The traces of layers at the end.
-    pub fn layer_traces(&self) -> Vec<(String, RunStatistics)> {
+    pub fn layer_traces(&self) -> Vec<(String, MeasuredStatistics)> {
         let measured = self.runs.iter().filter_map(LoadedRun::final_curvature);
         by_name(measured.flat_map(|measured| layer_traces(&measured.measures)))
     }
@@ -372,32 +418,30 @@ impl Group {
     }
 }
 
-fn by_name(numbers: impl Iterator<Item = (String, f64)>) -> Vec<(String, RunStatistics)> {
-    let mut found: Vec<(String, Vec<f64>)> = Vec::new();
+/// The numbers of each name, in the order in which the names occur.
+fn by_name(numbers: impl Iterator<Item = (String, Measurement)>) -> Vec<(String, MeasuredStatistics)> {
+    let (mut found, mut places) = (Vec::<(String, Vec<Measurement>)>::new(), HashMap::new());
     for (name, number) in numbers {
-        match found.iter_mut().find(|(other, _)| *other == name) {
-            Some((_, values)) => values.push(number),
-            None => found.push((name, vec![number])),
+        let place = *places.entry(name.clone()).or_insert(found.len());
+        if place == found.len() {
+            found.push((name, Vec::new()));
         }
+        found[place].1.push(number);
     }
-    found.into_iter().map(|(name, values)| (name, RunStatistics::of(values))).collect()
+    found.into_iter().map(|(name, numbers)| (name, MeasuredStatistics::of(&numbers))).collect()
 }
 
 /// Groups runs that differ only in the seed, in the order in which they were given.
 pub(super) fn group(runs: Vec<LoadedRun>) -> Vec<Group> {
-    let but_seed = |run: &LoadedRun| {
-        let mut settings = run.settings.clone();
-        settings.remove("seed");
-        settings
-    };
-    let mut groups: Vec<Group> = Vec::new();
+    let (mut groups, mut places) = (Vec::<Group>::new(), HashMap::new());
     for run in runs {
-        let same =
-            groups.iter_mut().find(|group| group.runs.first().is_some_and(|first| but_seed(first) == but_seed(&run)));
-        match same {
-            Some(group) => group.runs.push(run),
-            None => groups.push(Group { name: String::new(), runs: vec![run] }),
+        let keys = run.settings.keys().filter(|key| *key != "seed");
+        let settings: Vec<String> = keys.map(|key| format!("{key} = {:?}", run.compared(key))).collect();
+        let place = *places.entry(settings).or_insert(groups.len());
+        if place == groups.len() {
+            groups.push(Group { name: String::new(), runs: Vec::new() });
         }
+        groups[place].runs.push(run);
     }
     for (group, name) in names(&groups).into_iter().enumerate() {
         groups[group].name = name;
@@ -411,7 +455,7 @@ pub(super) fn differing(groups: &[Group]) -> Vec<String> {
     let mut keys: Vec<&String> = firsts.iter().flat_map(|run| run.settings.keys()).collect();
     keys.sort();
     keys.dedup();
-    keys.retain(|&key| key != "seed" && firsts.iter().any(|run| run.settings.get(key) != firsts[0].settings.get(key)));
+    keys.retain(|&key| key != "seed" && firsts.iter().any(|run| run.compared(key) != firsts[0].compared(key)));
     keys.sort_by_key(|&key| key != "optimizer");
     keys.into_iter().cloned().collect()
 }
@@ -421,14 +465,14 @@ fn names(groups: &[Group]) -> Vec<String> {
     let firsts: Vec<&LoadedRun> = groups.iter().filter_map(|group| group.runs.first()).collect();
     let part = |run: &LoadedRun, key: &str| match run.settings.get(key) {
         None => String::new(),
-        Some(toml::Value::Boolean(true)) => format!(", {key}"),
+        Some(toml::Value::Boolean(true)) => format!(", {}", plain(key)),
         Some(toml::Value::Boolean(false)) => String::new(),
         // The last part of a path is enough.
         Some(toml::Value::String(text)) if key == "data" || key == "init" => {
             let end = Path::new(text).file_name().map(|name| name.to_string_lossy().into_owned());
-            format!(", {}", end.unwrap_or_else(|| text.clone()))
+            format!(", {}", plain(&end.unwrap_or_else(|| text.clone())))
         }
-        Some(value) => format!(", {key} {}", written(value)),
+        Some(value) => format!(", {} {}", plain(key), written(value)),
     };
     let mut names: Vec<String> =
         firsts.iter().map(|run| run.settings.get("optimizer").map_or_else(|| "sam".into(), written)).collect();
@@ -454,4 +498,22 @@ fn names(groups: &[Group]) -> Vec<String> {
         }
     }
     names
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
+    use super::date;
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        let of = |seconds| date(UNIX_EPOCH + Duration::from_secs(seconds));
+        assert_eq!(of(0), "1970-01-01 00:00");
+        assert_eq!(of(951_782_399), "2000-02-28 23:59");
+        assert_eq!(of(951_782_400), "2000-02-29 00:00");
+        assert_eq!(of(1_709_251_200), "2024-03-01 00:00");
+        assert_eq!(of(4_107_542_399), "2100-02-28 23:59");
+        assert_eq!(of(4_107_542_400), "2100-03-01 00:00");
+    }
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use super::chart::{ChartAxis, Line, Panel, Style, draw_lines, range};
 use super::drawing::{Anchor, Drawing, Ink};
 use super::landscape::write_picture;
+use super::text::digits;
 use crate::curvature::Density;
 use crate::train::TrainError;
 
@@ -32,7 +33,7 @@ pub(super) fn lines(densities: &[(&str, Style, Density)]) -> Option<(ChartAxis, 
         .iter()
         .map(|(name, style, density)| {
             let points = (0..POINTS).map(|index| [lambda(index), density.at(lambda(index), sigma)]).collect();
-            Line { name: name.to_string(), style: *style, points, band: Vec::new(), markers: false }
+            Line { name: name.to_string(), style: *style, points, band: Vec::new(), raw: Vec::new(), markers: false }
         })
         .collect();
     let (_, most) = range(lines.iter().flat_map(|line| line.points.iter().map(|point| point[1])))?;
@@ -70,8 +71,7 @@ pub(super) fn spectrum(
 /// A folder that cannot be written to.
 pub fn spectrum_picture(nodes: &[f64], weights: &[f64], folder: &Path) -> Result<Vec<PathBuf>, TrainError> {
     let Some((density, low, high)) = usable(nodes, weights) else { return Ok(Vec::new()) };
-    let title =
-        format!("Spectral density, eigenvalues {} to {}", super::chart::digits(low), super::chart::digits(high));
+    let title = format!("Spectral density, eigenvalues {} to {}", digits(low), digits(high));
     let (width, top) = (520.0, 34.0);
     let Some(mut drawing) = spectrum(&title, &[("density", Style(0), density)], (width, 350.0), top) else {
         return Ok(Vec::new());

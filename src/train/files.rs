@@ -235,6 +235,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn only_regular_files_of_limited_size_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        std::fs::write(&path, "1234").unwrap();
+        assert_eq!(read_regular(&path, 4).unwrap(), b"1234");
+        assert!(matches!(read_regular(&path, 3), Err(TrainError::TooLong { limit: 3, .. })));
+        assert!(read_regular(folder.path(), 4).unwrap_err().to_string().ends_with(": not a regular file"));
+        assert!(matches!(read_regular(&folder.path().join("none"), 4), Err(TrainError::Io { .. })));
+    }
+
+    #[test]
     fn a_folder_is_held_by_one() {
         let folder = tempfile::tempdir().unwrap();
         let inner = folder.path().join("a/b");

@@ -112,13 +112,15 @@ impl Finding {
         Self::Eigenvalues { converged: within && pairs.len() == settings.top, pairs }
     }
 
-    /// λ1/λ5 of the eigenvalues in algebraic order, a ratio that papers report. None with fewer than five, and where the
-    /// fifth is not above its residual.
+    /// λ1/λ5, a ratio that papers report, of eigenvalues in algebraic order. None if λ5 is negative, or zero within its
+    /// residual, because the ratio then says nothing.
     pub fn first_over_fifth(pairs: &[(f64, f64)]) -> Option<f64> {
-        let mut ordered = pairs.to_vec();
-        ordered.sort_by(|(a, _), (b, _)| b.total_cmp(a));
-        let &(fifth, residual) = ordered.get(4)?;
-        (fifth > residual.max(0.0)).then(|| ordered[0].0 / fifth)
+        let mut pairs = pairs.to_vec();
+        pairs.sort_by(|(a, _), (b, _)| b.total_cmp(a));
+        let (fifth, residual) = *pairs.get(4)?;
+        (fifth > 0.0 && (residual.is_nan() || fifth > residual))
+            .then(|| pairs[0].0 / fifth)
+            .filter(|ratio| ratio.is_finite())
     }
 
     /// Its main number: the value, the largest eigenvalue; none for other findings.
@@ -314,7 +316,8 @@ impl From<Entry> for Finding {
             let residuals = entry.residuals.into_iter().flatten().map(|number| number.0);
             let residuals = residuals.chain(std::iter::repeat(f64::NAN));
             let pairs = values.into_iter().map(|value| value.0).zip(residuals).collect();
-            return Self::Eigenvalues { pairs, converged: entry.converged.unwrap_or_default() };
+            // Of a file that does not say so, nothing is known to be open.
+            return Self::Eigenvalues { pairs, converged: entry.converged.unwrap_or(true) };
         }
         if entry.nodes.is_some() {
             return Self::Density(Density { nodes: numbers(entry.nodes), weights: numbers(entry.weights) });
@@ -470,6 +473,20 @@ impl CurvatureFile {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_ratio_to_the_fifth_eigenvalue_needs_a_positive_one() {
+        let ratio = |fifth, residual| {
+            let pairs = [(fifth, residual), (8.0, 0.1), (4.0, 0.1), (2.0, 0.1), (3.0, 0.1)];
+            Finding::first_over_fifth(&pairs)
+        };
+        assert_eq!(ratio(1.0, 0.1), Some(8.0));
+        assert_eq!(ratio(1.0, f64::NAN), Some(8.0), "a residual that is not known");
+        for (fifth, residual) in [(-1.0, 0.1), (0.0, 0.0), (0.05, 0.1), (f64::NAN, 0.1), (1e-320, 0.0)] {
+            assert_eq!(ratio(fifth, residual), None, "{fifth} ± {residual}");
+        }
+        assert_eq!(Finding::first_over_fifth(&[(4.0, 0.1)]), None);
+    }
 
     fn estimate(value: f64, standard_error: Option<f64>, probes: usize) -> Estimate {
         Estimate { value, standard_error, probes }

@@ -6,7 +6,7 @@
 It trains two short runs, measures their curvature, maps a landscape around each, and writes the report. A view
 fails on a console error or warning, an exception, a request other than for the page itself, or a page wider than the
 window. The two colour schemes must differ. A page with one fault of each kind is opened first: the test fails if it
-misses one of them. Screenshots go to --out. Needs Chromium and the Python package `websocket-client`.
+misses one of them. In the last view every button is pressed and every chart pointed at. Screenshots go to --out. Needs Chromium and the Python package `websocket-client`.
 """
 
 import argparse
@@ -67,6 +67,27 @@ def write_report(polder, out):
     page = out / "report.html"
     call("report", *(out / name for name in runs), "--out", page)
     return page
+
+
+# Every chart shows values under the pointer, before and after each of its buttons is pressed.
+USE = """(() => {
+    const figures = [...document.querySelectorAll("figure[data-chart]")];
+    const point = figure => {
+        const svg = figure.querySelector("svg"), frame = svg.getBoundingClientRect();
+        const at = { clientX: frame.left + 0.9 * frame.width, clientY: frame.top + 0.5 * frame.height };
+        svg.dispatchEvent(new PointerEvent("pointermove", at));
+        return figure.querySelector(".values").innerText.includes(": ") && !svg.outerHTML.includes("NaN");
+    };
+    const good = figure => [null, ...figure.querySelectorAll("button"), null].every(button => {
+        button?.click();
+        return point(figure);
+    });
+    const values = figures.filter(good).length;
+    const lines = () => figures[0].querySelectorAll("svg path").length;
+    const before = lines();
+    document.querySelector(".legend button").click();
+    return { charts: figures.length, values, hidden: lines() < before };
+})()"""
 
 
 class Browser:
@@ -157,6 +178,18 @@ class Browser:
             screenshot.write_bytes(base64.b64decode(image["data"]))
         return faults, self.value("getComputedStyle(document.body).backgroundColor")
 
+    def use(self):
+        """Hides a series, presses every button of a chart and points at every chart; returns the faults."""
+        self.events.clear()
+        found = self.value(USE)
+        faults = [] if found and found["charts"] and found["values"] == found["charts"] else [f"script: {found}"]
+        if found and not found["hidden"]:
+            faults.append("script: the legend hides no series")
+        for event in self.events:
+            if event["method"] == "Runtime.exceptionThrown":
+                faults.append(f"script: {event['params']['exceptionDetails']['text']}")
+        return faults
+
     def whole_page(self, width):
         height = self.call("Page.getLayoutMetrics")["cssContentSize"]["height"]
         return {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
@@ -179,6 +212,7 @@ def check(browser, page, out):
             found, background = browser.view(page, width, scheme, out / f"report-{name}.png")
             faults += [f"{name}: {fault}" for fault in found]
             backgrounds.setdefault(scheme, set()).add(background)
+    faults += browser.use()
     if backgrounds["light"] & backgrounds["dark"]:
         faults.append(f"the background is the same in light and dark: {backgrounds}")
     for selector, least in {"svg": 6, "table": 2, "h2": 4}.items():

@@ -1,0 +1,183 @@
+// What the page adds where scripts run: values under the pointer, series that can be hidden, logarithmic axes, and the
+// last quarter of the x axis. Without it the charts stand as they are.
+"use strict";
+(() => {
+  const SVG = "http://www.w3.org/2000/svg";
+  const make = (parent, name, attributes, text) => {
+    const node = document.createElementNS(SVG, name);
+    for (const key in attributes) node.setAttribute(key, attributes[key]);
+    if (text !== undefined) node.textContent = text;
+    parent.append(node);
+    return node;
+  };
+  const words = value => {
+    const size = Math.abs(value);
+    const text = size !== 0 && (size < 1e-3 || size >= 1e6) ? value.toExponential(3) : String(Number(value.toPrecision(5)));
+    return text.replace("-", "−");
+  };
+
+  // Round numbers within an axis.
+  const steps = (axis, most) => {
+    if (axis.log) {
+      const [first, last] = [Math.floor(Math.log10(axis.low)), Math.ceil(Math.log10(axis.high))];
+      for (const [factors, stride] of [[[1, 2, 5], 1], [[1, 3], 1], [[1], 1], [[1], 2], [[1], 5], [[1], 20], [[1], 100]]) {
+        const found = [];
+        for (let power = first; power <= last; power++)
+          if (power % stride === 0)
+            for (const factor of factors) found.push(Number(`${factor}e${power}`));
+        const inside = found.filter(value => value >= axis.low && value <= axis.high);
+        if (inside.length > 1 && inside.length <= most) return inside;
+      }
+    }
+    const power = 10 ** Math.floor(Math.log10((axis.high - axis.low) / most));
+    for (const factor of [1, 2, 5, 10, 20]) {
+      const step = factor * power, first = Math.ceil(axis.low / step), count = Math.floor(axis.high / step) - first;
+      if (count < most) {
+        const all = Array.from({ length: Math.max(0, count + 1) }, (_, index) => (first + index) * step);
+        return axis.whole ? all.filter(Number.isInteger) : all;
+      }
+    }
+    return [];
+  };
+  const scale = (axis, from, to) => {
+    const of = axis.log ? Math.log : value => value;
+    const [low, high] = [of(axis.low), of(axis.high)];
+    return value => from + (to - from) * (of(value) - low) / (high - low);
+  };
+
+  for (const figure of document.querySelectorAll("figure[data-chart]")) {
+    const chart = JSON.parse(figure.dataset.chart);
+    const svg = figure.querySelector("svg"), { left, top, right, bottom } = chart.panel;
+    const state = { hidden: new Set(), log: chart.y.log, late: false, drawn: false };
+    let x = chart.x, y = chart.y;
+
+    const shown = () => chart.lines.filter(line => !state.hidden.has(line.style));
+    const inside = ([at, value]) => value !== null && at >= x.low && at <= x.high && (!state.log || value > 0);
+    const fit = () => {
+      const span = chart.x.high - chart.x.low;
+      x = state.late ? { ...chart.x, low: chart.x.high - span / 4 } : chart.x;
+      const ends = line => line.points.concat(line.raw, line.band.flatMap(([at, a, b]) => [[at, a], [at, b]]));
+      const values = shown().flatMap(ends).filter(inside).map(([, value]) => value);
+      if (!values.length) return;
+      let [low, high] = [values.reduce((a, b) => Math.min(a, b)), values.reduce((a, b) => Math.max(a, b))];
+      if (low === high) [low, high] = low === 0 ? [-1, 1] : [low - 0.1 * Math.abs(low), high + 0.1 * Math.abs(high)];
+      else if (state.log) [low, high] = [low * (low / high) ** 0.04, high * (high / low) ** 0.04];
+      else {
+        const margin = 0.05 * (high - low);
+        [low, high] = [low >= 0 ? Math.max(0, low - margin) : low - margin, high + margin];
+      }
+      y = { ...chart.y, low, high, log: state.log };
+    };
+    const draw = () => {
+      state.drawn = true;
+      fit();
+      svg.querySelectorAll(":scope > :not(title)").forEach(node => node.remove());
+      const [across, up] = [scale(x, left, right), scale(y, bottom, top)];
+      const faint = { "font-size": 11, fill: "currentColor", "fill-opacity": 0.72 };
+      for (const value of steps(y, Math.floor((bottom - top) / 32))) {
+        const at = up(value);
+        make(svg, "path", { d: `M${left} ${at}L${right} ${at}`, stroke: "currentColor", "stroke-opacity": 0.11 });
+        make(svg, "text", { ...faint, x: left - 6, y: at + 4, "text-anchor": "end" }, words(value));
+      }
+      for (const value of steps(x, Math.floor((right - left) / 44)))
+        make(svg, "text", { ...faint, x: across(value), y: bottom + 16, "text-anchor": "middle" }, words(value));
+      make(svg, "path", { d: `M${left} ${bottom}L${right} ${bottom}`, stroke: "currentColor", "stroke-opacity": 0.45 });
+      const middle = (top + bottom) / 2;
+      make(svg, "text", { ...faint, x: (left + right) / 2, y: bottom + 33, "text-anchor": "middle" }, x.label);
+      make(svg, "text", { ...faint, x: 12, y: middle, "text-anchor": "middle", transform: `rotate(-90 12 ${middle})` }, y.label);
+      const path = points => {
+        let text = "", pen = "M";
+        for (const point of points) {
+          if (!inside(point)) { pen = "M"; continue; }
+          text += `${pen}${across(point[0]).toFixed(2)} ${up(point[1]).toFixed(2)}`;
+          pen = "L";
+        }
+        return text;
+      };
+      for (const line of shown()) {
+        const colour = `var(--series-${line.colour})`;
+        const band = line.band.filter(([at, low, high]) => inside([at, low]) && inside([at, high]));
+        if (band.length > 1) {
+          const around = band.map(([at, low]) => [at, low]).concat(band.map(([at, , high]) => [at, high]).reverse());
+          make(svg, "path", { d: path(around) + "Z", fill: colour, "fill-opacity": 0.16 });
+        }
+        const stroke = { fill: "none", stroke: colour, "stroke-linejoin": "round" };
+        make(svg, "path", { ...stroke, d: path(line.raw), "stroke-width": 1, "stroke-opacity": 0.3 });
+        make(svg, "path", { ...stroke, d: path(line.points), "stroke-width": 2, "stroke-dasharray": line.dash.join(" ") });
+      }
+    };
+
+    const box = document.createElement("div");
+    box.className = "values";
+    box.hidden = true;
+    figure.append(box);
+    const rule = () => svg.querySelector(".rule") ?? make(svg, "path", { class: "rule", stroke: "currentColor", "stroke-opacity": 0.5 });
+    const leave = () => { box.hidden = true; svg.querySelector(".rule")?.remove(); };
+    svg.addEventListener("pointerleave", leave);
+    svg.addEventListener("pointermove", event => {
+      const frame = svg.getBoundingClientRect(), unit = svg.viewBox.baseVal.width / frame.width;
+      const share = ((event.clientX - frame.left) * unit - left) / (right - left);
+      if (share < -0.02 || share > 1.02) return leave();
+      const wanted = x.low + share * (x.high - x.low);
+      let nearest = null;
+      for (const line of shown())
+        for (const point of line.points)
+          if (inside(point) && (nearest === null || Math.abs(point[0] - wanted) < Math.abs(nearest - wanted))) nearest = point[0];
+      if (nearest === null) return leave();
+      const at = scale(x, left, right)(nearest);
+      rule().setAttribute("d", `M${at} ${top}L${at} ${bottom}`);
+      box.replaceChildren();
+      const add = text => { const row = document.createElement("div"); row.textContent = text; box.append(row); return row; };
+      add(`${x.label} ${words(nearest)}`);
+      for (const line of shown()) {
+        const point = line.points.find(([where]) => where === nearest);
+        if (point && point[1] !== null) add(`${line.name}: ${words(point[1])}`).style.borderColor = `var(--series-${line.colour})`;
+      }
+      box.hidden = false;
+    });
+
+    const bar = document.createElement("div");
+    bar.className = "tools";
+    const button = (text, change) => {
+      const node = document.createElement("button");
+      node.type = "button";
+      node.textContent = text;
+      node.setAttribute("aria-pressed", "false");
+      node.addEventListener("click", () => {
+        node.setAttribute("aria-pressed", String(change()));
+        leave();
+        draw();
+      });
+      bar.append(node);
+      return node;
+    };
+    const positive = chart.lines.some(line => line.points.some(([, value]) => value !== null && value > 0));
+    if (positive) button("log", () => (state.log = !state.log)).setAttribute("aria-pressed", String(state.log));
+    if (chart.x.whole && chart.lines.some(line => line.points.length > 7)) button("last quarter", () => (state.late = !state.late));
+    if (bar.children.length) figure.append(bar);
+    figure.addEventListener("series", event => {
+      const { style, hide } = event.detail;
+      hide ? state.hidden.add(style) : state.hidden.delete(style);
+      draw();
+    });
+  }
+
+  // A legend hides and shows a group in all charts of its section.
+  for (const legend of document.querySelectorAll(".legend")) {
+    const figures = legend.closest("section").querySelectorAll("figure[data-chart]");
+    if (!figures.length) continue;
+    for (const item of legend.querySelectorAll("li")) {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.append(...item.childNodes);
+      button.setAttribute("aria-pressed", "true");
+      item.append(button);
+      button.addEventListener("click", () => {
+        const hide = button.getAttribute("aria-pressed") === "true";
+        button.setAttribute("aria-pressed", String(!hide));
+        const detail = { style: Number(item.dataset.series), hide };
+        figures.forEach(figure => figure.dispatchEvent(new CustomEvent("series", { detail })));
+      });
+    }
+  }
+})();
