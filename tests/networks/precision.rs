@@ -329,6 +329,48 @@ fn sums_in_convolutions_are_as_good_as_those_of_their_own() {
     }
 }
 
+/// The curvature along the gradient from the losses at `w ± ρv` and from their gradients, and CR-SAM's direction in the
+/// log form with α = 0.1.
+fn along_the_gradient<S: Compute>(rho: f64) -> ([f64; 2], Vec<f64>) {
+    let device = Device::host();
+    let mut plan = small_resnet::<S>(&device);
+    let weights = common::weights(&plan, &mut Random(41));
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let mut pass = |w: &[f64]| {
+        let w = upload::<S::Master>(&device, w);
+        let mut gradient = device.zeros::<S::Master>(w.len()).unwrap();
+        let (mut loss, mut flag) = (device.poisoned(1).unwrap(), device.zeros(1).unwrap());
+        plan.gradient(w.view(), RunningStats::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
+        (loss.to_vec().unwrap()[0], to_f64(&gradient.to_vec().unwrap()))
+    };
+    let (l0, g) = pass(&weights);
+    let norm = dot(&g, &g).sqrt();
+    let moved = |by: f64| weights.iter().zip(&g).map(|(w, g)| w + by * g / norm).collect::<Vec<f64>>();
+    let ((l1, g1), (l2, g2)) = (pass(&moved(rho)), pass(&moved(-rho)));
+    let (a, b) = (l1 + l2 - 2.0 * l0, l1 - l2);
+    let slope = (dot(&g, &g1) - dot(&g, &g2)) / norm / (2.0 * rho);
+    let term = |k: usize| 0.1 / a * (g1[k] + g2[k] - 2.0 * g[k]) + 0.01 / b * (g1[k] - g2[k]);
+    ([a / (rho * rho), slope], (0..g.len()).map(|k| g1[k] + term(k)).collect())
+}
+
+/// `A/ρ²` is a difference of losses over ρ², `v·(g₊ − g₋)/2ρ` one of gradients over ρ: the second loses less to rounding.
+#[test]
+fn the_curvature_along_the_gradient_is_steadier_from_gradients_than_from_losses() {
+    for rho in [0.1, 0.01] {
+        let (exact, direction) = along_the_gradient::<f64>(rho);
+        let of = [("f32", along_the_gradient::<f32>(rho)), ("f16", along_the_gradient::<f16>(rho))];
+        for (name, (found, step)) in of {
+            let [losses, gradients] = [0, 1].map(|k| (found[k] / exact[k] - 1.0).abs());
+            let step = relative_error(&step, &direction);
+            println!(
+                "rho {rho}, {name}: relative errors of A/rho^2 {losses:.1e}, from gradients {gradients:.1e}, of the log \
+                 form's direction {step:.1e}; {exact:?}"
+            );
+            assert!(gradients < losses, "rho {rho}, {name}: {gradients} from gradients, {losses} from losses");
+        }
+    }
+}
+
 /// A plan that computes one gradient at a time.
 struct OneByOne<'a, S: Compute>(&'a mut Plan<S>);
 
