@@ -498,17 +498,18 @@ fn the_folders_of_torchvision_are_searched() -> TestResult {
 
 #[test]
 fn the_python_version_of_cifar_is_named() -> TestResult {
-    for (archive, files) in
-        [("cifar-10-batches-py", ["batches.meta", "data_batch_1"]), ("cifar-100-python", ["meta", "train"])]
-    {
+    for (name, files, archive) in [
+        ("cifar-10-batches-py", ["batches.meta", "data_batch_1"], "cifar-10-binary.tar.gz"),
+        ("cifar-100-python", ["meta", "train"], "cifar-100-binary.tar.gz"),
+    ] {
         let root = TempDir::new()?;
-        let folder = root.path().join(archive);
+        let folder = root.path().join(name);
         fs::create_dir(&folder)?;
         for file in files {
             fs::write(folder.join(file), "pickle")?;
         }
-        let says = "DIR: CIFAR's python version, which is not read; expected the binary version";
-        assert!(error_line(root.path()).starts_with(says) && error_line(&folder).starts_with(says));
+        let says = format!("DIR: CIFAR's python version, which is not read; expected the binary version ({archive})");
+        assert_eq!((error_line(root.path()), error_line(&folder)), (says.clone(), says));
     }
     Ok(())
 }

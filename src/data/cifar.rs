@@ -75,17 +75,21 @@ fn has_files(layout: &Layout, folder: &Path) -> Result<bool, DataError> {
     Ok(false)
 }
 
-/// Whether a folder, or one below it, holds the python version of either set, whose files are pickles.
-pub(super) fn is_python_version(path: &Path) -> Result<bool, DataError> {
-    let sets = [("cifar-10-batches-py", "batches.meta", "data_batch_1"), ("cifar-100-python", "meta", "train")];
-    for (archive, index, train) in sets {
-        for folder in [path.to_path_buf(), path.join(archive)] {
+/// The archive to take instead, if a folder or one below it holds the python version of either set. Its files are
+/// pickles, which are not read.
+pub(super) fn instead_of_python_version(path: &Path) -> Result<Option<&'static str>, DataError> {
+    let sets = [
+        ("cifar-10-batches-py", ["batches.meta", "data_batch_1"], "cifar-10-binary.tar.gz"),
+        ("cifar-100-python", ["meta", "train"], "cifar-100-binary.tar.gz"),
+    ];
+    for (folder, [index, train], archive) in sets {
+        for folder in [path.to_path_buf(), path.join(folder)] {
             if is_there(&folder.join(index))? && is_there(&folder.join(train))? {
-                return Ok(true);
+                return Ok(Some(archive));
             }
         }
     }
-    Ok(false)
+    Ok(None)
 }
 
 fn load(layout: &Layout, folder: &Path) -> Result<Dataset, DataError> {

@@ -26,8 +26,8 @@ pub enum DataError {
     NotRecognised { path: PathBuf },
 
     /// The folder holds CIFAR in the version for Python.
-    #[error("{path}: CIFAR's python version, which is not read; expected the binary version (cifar-10-binary.tar.gz)")]
-    PythonVersion { path: PathBuf },
+    #[error("{path}: CIFAR's python version, which is not read; expected the binary version ({archive})")]
+    PythonVersion { path: PathBuf, archive: &'static str },
 
     /// The folder holds files of several data sets, in itself or in folders below.
     #[error("{path}: holds two data sets, {first} and {second}; expected a folder with one")]

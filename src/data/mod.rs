@@ -396,8 +396,10 @@ fn find(path: &Path) -> Result<(&'static Format, PathBuf), DataError> {
         }
     }
     match found.pop() {
-        None if cifar::is_python_version(path)? => Err(DataError::PythonVersion { path: path.into() }),
-        None => Err(DataError::NotRecognised { path: path.into() }),
+        None => Err(match cifar::instead_of_python_version(path)? {
+            Some(archive) => DataError::PythonVersion { path: path.into(), archive },
+            None => DataError::NotRecognised { path: path.into() },
+        }),
         Some((format, folder, _)) if found.is_empty() => Ok((format, folder)),
         Some((.., second)) => Err(DataError::Ambiguous { path: path.into(), first: found[0].2, second }),
     }
