@@ -388,6 +388,7 @@ fn long_logs_and_lines_take_time_in_proportion_and_little_space() {
     let took = seconds(|| html = page(std::slice::from_ref(&long)).0);
     assert!(took < 10.0 * 30.0 * least + 1.0, "{took} s for thirty times as many lines as {least} s");
     assert!(html.len() < 1_000_000, "{}", html.len());
+    assert!(!html.contains("epochs.csv") && html.contains("too many for a table in the page"));
     // The one high value still shows: it is the top of its chart.
     let chart = html.split("<b>Test loss</b>").nth(1).unwrap().split("</svg>").next().unwrap();
     let path = chart.split("<path d=\"M").find(|path| path.contains("stroke=\"var(--series-0)\"")).unwrap();

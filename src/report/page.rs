@@ -642,7 +642,12 @@ fn numbers_as_csv(groups: &[Group]) -> String {
                 .push(format!("<a download=\"{name}.csv\" href=\"data:text/csv;charset=utf-8,{data}\">{name}.csv</a>"));
         }
     }
-    if links.is_empty() { String::new() } else { format!("<p>The numbers: {}</p>\n", links.join(", ")) }
+    let mut content =
+        if links.is_empty() { String::new() } else { format!("<p>The numbers: {}</p>\n", links.join(", ")) };
+    if lines > MOST_CSV_LINES {
+        content += &note("The epochs are too many for a table in the page; log.jsonl in the folder of a run has them.");
+    }
+    content
 }
 
 /// Text for a link, where letters, digits and a few signs stand for themselves.
