@@ -229,7 +229,7 @@ fn the_order_by_curvature_has_errors_and_does_not_depend_on_the_order_of_the_run
         .collect();
     let sam = traced(folder.path(), "sam", "optimizer = \"sam\"\n", 70.0, Some(18.0));
     let gam = traced(folder.path(), "gam", "optimizer = \"gam\"\n", 2.0, Some(0.5));
-    let text = "Trace of the Hessian, the largest first: sgd 86 ± 21 ≈ sam 70 ± 18 > gam 2.00 ± 0.50. \
+    let text = "Trace of the Hessian, the largest first: sgd (86 ± 21) ≈ sam (70 ± 18) > gam (2.00 ± 0.50). \
                 ≈: the difference is within twice its error.";
     let runs = [sam, sgd[0].clone(), gam, sgd[1].clone(), sgd[2].clone()];
     for turn in 0..runs.len() {
