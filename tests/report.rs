@@ -245,7 +245,7 @@ fn the_order_by_curvature_has_errors_and_does_not_depend_on_the_order_of_the_run
         .collect();
     let sam = traced(folder.path(), "sam", "optimizer = \"sam\"\n", 70.0, Some(18.0));
     let gam = traced(folder.path(), "gam", "optimizer = \"gam\"\n", 2.0, Some(0.5));
-    let text = "Trace of the Hessian, the largest first: sgd 86 ± 21 ≈ sam 70 ± 18 > gam 2.00 ± 0.50. \
+    let text = "Trace of the Hessian, the largest first: sgd (86 ± 21) ≈ sam (70 ± 18) > gam (2.00 ± 0.50). \
                 ≈: the difference is within twice its error.";
     let runs = [sam, sgd[0].clone(), gam, sgd[1].clone(), sgd[2].clone()];
     for turn in 0..runs.len() {
@@ -404,6 +404,7 @@ fn long_logs_and_lines_take_time_in_proportion_and_little_space() {
     let took = seconds(|| html = page(std::slice::from_ref(&long)).0);
     assert!(took < 10.0 * 30.0 * least + 1.0, "{took} s for thirty times as many lines as {least} s");
     assert!(html.len() < 1_000_000, "{}", html.len());
+    assert!(!html.contains("epochs.csv") && html.contains("too many for a table in the page"));
     // The one high value still shows: it is the top of its chart.
     let chart = html.split("<b>Test loss</b>").nth(1).unwrap().split("</svg>").next().unwrap();
     let path = chart.split("<path d=\"M").find(|path| path.contains("stroke=\"var(--series-0)\"")).unwrap();

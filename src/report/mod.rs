@@ -119,7 +119,7 @@ impl std::fmt::Display for CurvatureOrder {
                 }
                 None => digits(*mean),
             };
-            write!(f, "{sign} {name} {value}")?;
+            write!(f, "{sign} {name} ({value})")?;
         }
         let has = |below: Option<bool>| groups[1..].iter().any(|group| group.is_below_previous == below);
         let like = if has(Some(false)) { ". ≈: the difference is within twice its error" } else { "" };

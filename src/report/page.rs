@@ -356,7 +356,8 @@ fn layers(groups: &[Group]) -> Option<String> {
     names.dedup();
     let rows: HashMap<&str, usize> = names.iter().enumerate().map(|(row, &name)| (name, row)).collect();
     let x = layers_axis(found.iter().flatten().map(|(_, statistics)| statistics))?;
-    let (row, width) = (16.0, 720.0);
+    // The error bars of many groups need room within a row.
+    let (row, width) = ((6.0 + 3.5 * groups.len() as f64).max(16.0), 720.0);
     let height = 8.0 + row * names.len() as f64 + 42.0;
     let mut drawing = Drawing::new(width, height, "traces of the layers' blocks of the Hessian");
     let panel = Panel { left: 210.0, top: 8.0, right: width - 16.0, bottom: height - 42.0 };
@@ -374,7 +375,7 @@ fn layers(groups: &[Group]) -> Option<String> {
     panel.x_ticks(&mut drawing, &x);
     for (index, (group, traces)) in groups.iter().zip(&found).enumerate() {
         // The groups lie beside each other within a row, so that their error bars show.
-        let shift = row * 0.6 * ((index as f64 + 0.5) / groups.len() as f64 - 0.5);
+        let shift = row * 0.7 * ((index as f64 + 0.5) / groups.len() as f64 - 0.5);
         for (name, statistics) in traces {
             let mean = statistics.mean();
             let (place, Some(layer)) = (x.place(mean.mean), rows.get(name.as_str())) else { continue };
@@ -642,7 +643,12 @@ fn numbers_as_csv(groups: &[Group]) -> String {
                 .push(format!("<a download=\"{name}.csv\" href=\"data:text/csv;charset=utf-8,{data}\">{name}.csv</a>"));
         }
     }
-    if links.is_empty() { String::new() } else { format!("<p>The numbers: {}</p>\n", links.join(", ")) }
+    let mut content =
+        if links.is_empty() { String::new() } else { format!("<p>The numbers: {}</p>\n", links.join(", ")) };
+    if lines > MOST_CSV_LINES {
+        content += &note("The epochs are too many for a table in the page; log.jsonl in the folder of a run has them.");
+    }
+    content
 }
 
 /// Text for a link, where letters, digits and a few signs stand for themselves.
