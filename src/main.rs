@@ -8,7 +8,7 @@ mod commands;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
-use commands::{curvature, devices, eval, flags, landscape, manual, report, tell, tell_error, train};
+use commands::{curvature, devices, eval, flags, landscape, manual, recipes, report, tell, tell_error, train};
 
 /// Sharpness-aware training on hand-written kernels, on the CPU or on a GPU.
 #[derive(Parser)]
@@ -36,6 +36,12 @@ enum Command {
     Report(report::ReportArgs),
     /// List the devices that this program can use
     Devices {
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// List the settings of published experiments that `train --recipe` knows
+    Recipes {
         /// Print one JSON object
         #[arg(long)]
         json: bool,
@@ -79,6 +85,7 @@ fn main() -> ExitCode {
         Command::Landscape(args) => landscape::run(&args),
         Command::Report(args) => report::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Devices { json } => devices::run(json).map(|()| ExitCode::SUCCESS),
+        Command::Recipes { json } => recipes::run(json).map(|()| ExitCode::SUCCESS),
         Command::Completions { shell } => manual::completions(shell, Cli::command()).map(|()| ExitCode::SUCCESS),
         Command::Man { folder } => manual::pages(&folder, Cli::command()).map(|()| ExitCode::SUCCESS),
     };

@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use polder::train::{Finding, Options, Progress, Record, Training};
+use polder::train::{Finding, Options, Progress, Recipe, Record, Training};
 use serde_json::json;
 
 use super::flags::{Flags, OfRun};
@@ -18,6 +18,9 @@ use super::{Failure, counted, print, stop_on_signals, tell, tell_error};
 pub struct TrainArgs {
     #[command(flatten)]
     options: Flags<OfRun>,
+    /// Begin with the settings of a published experiment (see `polder recipes`); other options replace them
+    #[arg(long, value_name = "NAME", help_heading = "Run")]
+    recipe: Option<String>,
     /// Read options from this file; those on the command line replace them
     #[arg(long, value_name = "FILE.toml", help_heading = "Run")]
     config: Option<PathBuf>,
@@ -25,7 +28,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "DIR", help_heading = "Run")]
     out: Option<PathBuf>,
     /// Continue the run in this folder
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["out", "config", "init"], help_heading = "Run")]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["out", "config", "init", "recipe"], help_heading = "Run")]
     resume: Option<PathBuf>,
     /// Print one JSON object on standard output, everything else on standard error
     #[arg(long, help_heading = "Run")]
@@ -40,6 +43,10 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
         (Some(file), _) => Options::from_file(file)?,
         (None, Some(run)) => Options::of_run(run)?,
         (None, None) => Options::default(),
+    };
+    let below = match &args.recipe {
+        Some(name) => below.over(Recipe::find(name)?.options()?),
+        None => below,
     };
     let given = args.options.given;
     let file = args.config.clone().or(args.resume.as_ref().map(|run| run.join("config.toml")));
@@ -87,13 +94,14 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
         return Ok(ExitCode::from(130));
     }
     if let Some(loss) = summary.diverged {
-        let most = settings.run.max_loss.unwrap_or_default();
-        let found = if loss.is_finite() { format!("a mean loss of {loss:.4}") } else { "no finite loss".into() };
+        let most = summary.max_loss;
+        let found =
+            if loss.is_finite() { format!("a mean loss of {}", shown(loss, 4)) } else { "no finite loss".into() };
         let log = match &summary.out {
             Some(run) => format!("; the log is in {}", run.join("log.jsonl").display()),
             None => String::new(),
         };
-        tell_error(&format!("diverged: {found} up to step {}, --max-loss {most}{log}", summary.steps));
+        tell_error(&format!("diverged: {found} up to step {}, --max-loss {}{log}", summary.steps, shown(most, 3)));
         return Ok(ExitCode::FAILURE);
     }
     if let (Some(test), false) = (summary.test, args.json) {
@@ -101,10 +109,10 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
         let skips =
             if skipped > 0 { format!("; {} skipped as not finite", counted(skipped, "step")) } else { String::new() };
         print(&format!(
-            "test accuracy {accuracy:.2} % ({} of {} wrong), test loss {:.4}; {} in {:.1} s, {:.0} images/s{skips}",
+            "test accuracy {accuracy:.2} % ({} of {} wrong), test loss {}; {} in {:.1} s, {:.0} images/s{skips}",
             test.errors,
             test.samples,
-            test.loss,
+            shown(test.loss, 4),
             counted(summary.steps, "step"),
             summary.seconds,
             summary.images_per_second
@@ -118,7 +126,16 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
             }
         }
     }
+    if summary.test.is_some_and(|test| !test.loss.is_finite()) {
+        tell_error("the test loss is not finite");
+        return Ok(ExitCode::FAILURE);
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A number with so many decimals, and a large one with an exponent.
+fn shown(value: f64, decimals: usize) -> String {
+    if value.abs() < 1e6 { format!("{value:.decimals$}") } else { format!("{value:.2e}") }
 }
 
 /// Without a terminal, a line about a long epoch is printed this often.
@@ -241,10 +258,28 @@ impl Display {
 
     fn show(&mut self, progress: Progress) {
         match progress {
-            Progress::Start { device, data, images, parameters, arena_bytes, steps, steps_per_epoch } => {
+            Progress::Start {
+                device,
+                data,
+                images,
+                classes,
+                absent_classes,
+                parameters,
+                arena_bytes,
+                steps,
+                steps_per_epoch,
+            } => {
                 let (train, test) = images;
                 let mebibytes = arena_bytes as f64 / f64::from(1 << 20);
                 self.line(&format!("{data}: {train} training and {test} test images; {device}"));
+                if !absent_classes.is_empty() {
+                    let first: Vec<String> = absent_classes.iter().take(5).map(u32::to_string).collect();
+                    let more = if absent_classes.len() > 5 { ", …" } else { "" };
+                    let labels = first.join(", ") + more;
+                    self.line(&format!(
+                        "{classes} classes, but no image has label {labels}; --classes sets the number"
+                    ));
+                }
                 self.line(&format!("{parameters} parameters, {mebibytes:.0} MiB of activations and gradients"));
                 let (all, done) = steps;
                 if done > 0 && done < all {
@@ -283,7 +318,7 @@ impl Display {
                 epoch, train_loss, train_accuracy, test_loss, test_accuracy, images_per_second, ..
             } => {
                 let number = |value: Option<f64>, decimals: usize| match value {
-                    Some(value) => format!("{value:.decimals$}"),
+                    Some(value) => shown(value, decimals),
                     None => "not finite".into(),
                 };
                 self.line(&format!(

@@ -12,6 +12,7 @@ pub mod landscape;
 mod listing;
 mod log;
 mod options;
+mod recipes;
 mod run;
 mod settings;
 mod state;
@@ -31,6 +32,7 @@ pub use listing::{RunOption, options};
 pub use log::Record;
 pub use options::Options;
 pub(crate) use options::toml_error;
+pub use recipes::{RECIPES, Recipe};
 pub use run::{Progress, Summary};
 pub use settings::{
     AdamWSettings, Augmentation, BaseName, CurvatureLogSettings, DataSettings, LoopSettings, Measure, MethodName,

@@ -35,6 +35,10 @@ pub enum Progress {
         data: String,
         /// Training and test images.
         images: (usize, usize),
+        /// Number of classes.
+        classes: usize,
+        /// The classes without an image.
+        absent_classes: Vec<u32>,
         /// Number of parameters.
         parameters: usize,
         /// Bytes of the training plan's arena.
@@ -83,6 +87,8 @@ pub struct Summary {
     pub seconds: f64,
     /// Images per second of training.
     pub images_per_second: f64,
+    /// The mean loss above which the run counts as diverged.
+    pub max_loss: f64,
     /// The folder with its files.
     pub out: Option<PathBuf>,
 }
@@ -104,6 +110,8 @@ pub(super) struct Run<S: Compute<Master = f32>> {
     device: Device,
     data: String,
     images: (usize, usize),
+    classes: usize,
+    absent_classes: Vec<u32>,
     state: State<S>,
     evaluator: Evaluator,
     curvature: Option<CurvatureLog>,
@@ -121,7 +129,8 @@ pub(super) struct Run<S: Compute<Master = f32>> {
     prepared_epoch: Option<u64>,
     recorded: Recorded,
     window: Window,
-    /// The mean loss that ended the run as diverged.
+    /// The mean loss above which the run counts as diverged, and the one that ended it.
+    max_loss: f64,
     diverged: Option<f64>,
     /// Seconds of training up to the beginning of the epoch, and the share of it from earlier parts of the run.
     seconds: f64,
@@ -144,12 +153,14 @@ impl<S: Compute<Master = f32>> Run<S> {
     pub fn open(subject: Subject<'_>, out: Option<PathBuf>, resume: bool) -> Result<Self, TrainError> {
         let config = subject.config()?;
         let data = subject.data();
-        let Subject { settings, network, dataset, normalization, method, .. } = subject;
+        let Subject { settings, network, dataset, absent_classes, normalization, method, .. } = subject;
         if let Some(run) = out.as_ref().filter(|_| resume) {
             folder::check_images(run, &config)?;
         }
         let device = open_device(&settings.run.device, settings.run.threads)?;
         let (train, test) = (&dataset.train, &dataset.test);
+
+        let max_loss = settings.run.max_loss.unwrap_or(10.0 * (train.classes.max(2) as f64).ln());
 
         let batch = settings.data.batch_size;
         let steps_per_epoch = (train.len() / batch) as u64;
@@ -189,6 +200,8 @@ impl<S: Compute<Master = f32>> Run<S> {
             config,
             out,
             images: (train.len(), test.len()),
+            classes: train.classes,
+            absent_classes,
             data: dataset.name,
             window: Window { earlier: [0.0; 3], start: state.read_totals()? },
             state,
@@ -207,6 +220,7 @@ impl<S: Compute<Master = f32>> Run<S> {
             started_at: step,
             prepared_epoch: None,
             recorded: Recorded::default(),
+            max_loss,
             diverged: None,
             seconds: earlier,
             earlier,
@@ -222,6 +236,8 @@ impl<S: Compute<Master = f32>> Run<S> {
             device: format!("{} ({})", self.device.name(), self.device.description()),
             data: self.data.clone(),
             images: self.images,
+            classes: self.classes,
+            absent_classes: self.absent_classes.clone(),
             parameters: self.state.plan.parameters().parameters(),
             arena_bytes: self.state.plan.arena_bytes(),
             steps: (self.steps, self.step),
@@ -282,6 +298,7 @@ impl<S: Compute<Master = f32>> Run<S> {
             test: test.filter(|_| !interrupted && self.diverged.is_none()),
             seconds: self.seconds,
             images_per_second: if trained > 0.0 { trained / seconds } else { 0.0 },
+            max_loss: self.max_loss,
             out: self.out.clone(),
         })
     }
@@ -336,7 +353,7 @@ impl<S: Compute<Master = f32>> Run<S> {
     fn steps_alone(&self) -> u64 {
         let until = |every: u64| every - self.step % every;
         let mut alone = until(self.steps_per_epoch).min(self.steps - self.step);
-        if self.settings.run.max_loss.is_some() {
+        if self.max_loss.is_finite() {
             alone = alone.min(until(DIVERGENCE_STEPS));
         }
         match self.log_every() {
@@ -367,7 +384,10 @@ impl<S: Compute<Master = f32>> Run<S> {
     /// Checks whether the loss has exceeded `max_loss`.
     fn check_divergence(&mut self) -> Result<(), TrainError> {
         let (window_ends, epoch_ends) = (self.step.is_multiple_of(DIVERGENCE_STEPS), self.at_epoch_end());
-        let Some(most) = self.settings.run.max_loss.filter(|_| window_ends || epoch_ends) else { return Ok(()) };
+        let most = self.max_loss;
+        if !most.is_finite() || !(window_ends || epoch_ends) {
+            return Ok(());
+        }
         let sums = self.state.read_totals()?;
         if window_ends {
             // A loss that is NaN, because every step was skipped, counts as diverged.
@@ -632,6 +652,7 @@ mod tests {
                 network: &network,
                 images: RunImages::of(&dataset, &normalization),
                 dataset: dataset.clone(),
+                absent_classes: Vec::new(),
                 normalization,
                 method: settings.method().unwrap(),
                 names: Names::default(),

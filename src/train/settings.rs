@@ -274,8 +274,8 @@ settings! {
         /// Write a line to log.jsonl every N steps as well; 0 for none
         log_every: u64 = 0;
         /// End the run with an error when the mean loss of 50 steps, or of an epoch, is above this, or when 50 steps in
-        /// a row are not finite
-        max_loss: Option<f64> = None, else "no limit", as "LOSS", in positive;
+        /// a row are not finite; inf for no limit
+        max_loss: Option<f64> = None, else "ten times the loss of guessing, ln(classes)", as "LOSS", in above_zero;
     }
 }
 

@@ -141,10 +141,11 @@ impl<'a> Training<'a> {
         let (mean, std, channels) = (given.mean.as_deref(), given.std.as_deref(), dataset.train.shape.channels);
         let normalization = normalization(mean, std, of_data, channels)?;
         let images = RunImages::of(&dataset, &normalization);
+        let absent_classes = dataset.absent_classes();
         let dataset = prepared(dataset, &settings)?;
         let precision = settings.run.precision;
         let names = Names { network: network_name, data: data_name, method: method_name };
-        let subject = Subject { settings, network, dataset, normalization, images, method, names };
+        let subject = Subject { settings, network, dataset, absent_classes, normalization, images, method, names };
         match precision {
             Precision::F32 => Run::<f32>::open(subject, out, resume)?.train(stop, progress),
             Precision::Tf32 => Run::<Tf32>::open(subject, out, resume)?.train(stop, progress),
@@ -190,6 +191,8 @@ pub(super) struct Subject<'a> {
     pub network: Network<'a>,
     /// As the settings reduce and relabel it.
     pub dataset: Dataset,
+    /// The classes that the whole data set has no image of.
+    pub absent_classes: Vec<u32>,
     pub normalization: Normalization,
     /// The whole data set.
     pub images: RunImages,
