@@ -317,8 +317,8 @@ struct AdgdRatesArgs {
     double damping;
 };
 
-/// η = min(damping ‖Δw‖/‖Δg‖, sqrt(1 + δ θ_prev) η_prev). If w or g did not change, η is the second, or stays as it is where
-/// θ is still infinite.
+/// η = min(damping ‖Δw‖/‖Δg‖, sqrt(1 + δ θ_prev) η_prev). If w or g did not change, η is the second, or stays as it is
+/// where θ is still infinite.
 __device__ void adgd_rates_body(const AdgdRatesArgs& a) {
     const bool begun = a.state[2] != 0.0;
     double eta = a.state[0], theta = a.state[1];

@@ -502,6 +502,10 @@ fn weights_that_give_no_finite_loss_are_an_error() {
     std::fs::write(&broken, bytes).unwrap();
     let message = mistake(&["eval", "--run", run.to_str().unwrap(), "--init", broken.to_str().unwrap()]);
     assert!(message.contains("broken.safetensors: the loss is not finite"), "{message}");
+    let out = folder.path().join("landscape");
+    let landscape = ["landscape", "--run", run.to_str().unwrap(), "--init", broken.to_str().unwrap(), "--points", "3"];
+    let message = mistake(&[&landscape[..], &["--dimensions", "1", "--out", out.to_str().unwrap()]].concat());
+    assert!(message.contains("broken.safetensors: no point of the landscape has a finite loss"), "{message}");
 }
 
 #[test]

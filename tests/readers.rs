@@ -14,7 +14,7 @@ use bodies::{TARGETS, gzip, layouts};
 use polder::data::{DataError, load};
 use polder::report::report;
 use polder::train::landscape::{Heights, Landscape};
-use polder::train::{Checkpoint, Options, TrainError, checksum, weights};
+use polder::train::{Checkpoint, CurvatureFile, Options, TrainError, checksum, weights};
 use proptest::prelude::*;
 use proptest::sample::Index;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
@@ -246,7 +246,7 @@ fn limited_readers() -> Vec<Reader> {
         ("config.toml", |folder| Options::some_of_run(folder, &["seed"]).map(drop)),
         ("config.toml", page),
         ("log.jsonl", page),
-        ("curvature.json", page),
+        ("curvature.json", |folder| CurvatureFile::read(&folder.join("curvature.json")).map(drop)),
         ("landscape.json", |folder| Landscape::read(folder).map(drop)),
         ("landscape.csv", grid),
     ]

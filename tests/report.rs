@@ -478,7 +478,7 @@ fn pipes_and_devices_in_place_of_files_are_refused() {
 fn names_from_files_reach_no_terminal_raw() {
     let folder = tempfile::tempdir().unwrap();
     let evil = "red\u{1b}[31m\nline\u{9b}2J";
-    let long = "x".repeat(1 << 20);
+    let long = "x".repeat(1 << 19);
     let make = |name: &str, value: &str| {
         let settings = format!("optimizer = \"own\"\nown = {}\n", json!(value));
         let measures = json!({value: {"value": 1.0}, "layer-traces": {"layers": {value: {"value": 1.0}}}});

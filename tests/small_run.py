@@ -58,8 +58,8 @@ class Setup:
             "train": ["train", "--data", str(self.data), "--model", "resnet8", *cpu, *lines, *measures,
                       "--out", str(folder)],
             "resume": ["train", "--resume", str(folder), "--epochs", str(epochs)],
-            "curvature": ["curvature", *of_run, "--batch-size", "48", "--measure", "grad-norm,trace,top-eigenvalues",
-                          "--probes", "3", "--top", "1", "--tolerance", "0.1"],
+            "curvature": ["curvature", *of_run, "--batch-size", "48", "--measure",
+                          "grad-norm,trace,top-eigenvalues,spectrum", "--probes", "3", "--steps", "8", "--top", "1"],
             "landscape": ["landscape", *of_run, "--points", "5", "--samples", "48"],
             "report": ["report", str(self.run), "--out", str(folder / "page.html")],
         }[name]
@@ -97,7 +97,7 @@ class Setup:
         if name == "report":
             names = ["page.html"]
         elif name == "curvature":
-            names = ["curvature.json", "curvature.csv"]
+            names = ["curvature.json", "curvature.csv", "spectrum.csv", "spectrum.svg", "spectrum.png"]
         else:
             names = ["landscape.json", "landscape.csv", "direction-1.safetensors", "direction-2.safetensors",
                      "loss.npy", "accuracy.npy"]

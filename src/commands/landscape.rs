@@ -172,10 +172,10 @@ pub fn run(args: &LandscapeArgs) -> Result<ExitCode, Failure> {
         tell(&format!("interrupted after {done} of {} points; the same command continues from there", landscape.len()));
         return Ok(ExitCode::from(130));
     }
-    tell_result(args, &out, &landscape, &heights)?;
     if heights.list().iter().all(|height| !height.loss.is_finite()) {
         return Err(subject.weights_error("no point of the landscape has a finite loss".into()).into());
     }
+    tell_result(args, &out, &landscape, &heights)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -56,6 +56,9 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
         settings.continues(&below.resolve()?.with_absolute_paths())?;
     }
 
+    if settings.run.log_every > 0 && args.out.is_none() && args.resume.is_none() {
+        tell("--log-every has no effect without --out, because there is no log");
+    }
     let stop = Arc::new(AtomicBool::new(false));
     let mut display = Display::new(args.json, args.quiet);
     stop_on_signals(&stop, "step", display.bar.clone());
@@ -124,6 +127,8 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
                 print(&format!("next: polder eval, curvature or landscape --run {run}; polder report {run}"))?;
                 print(&format!("longer: polder train --resume {run} --epochs N"))?;
             }
+        } else if !args.quiet {
+            print("nothing was saved; --out DIR keeps weights, log and settings")?;
         }
     }
     if summary.test.is_some_and(|test| !test.loss.is_finite()) {

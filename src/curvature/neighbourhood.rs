@@ -75,8 +75,8 @@ impl<T: Scalar> Curvature<'_, T> {
 
     /// The rise of the loss within the ball of radius ρ: after one step along the gradient (Foret et al. 2021), and at
     /// the highest point of `steps` steps of projected ascent, whose lengths fall from 4ρ/steps to zero (CR-SAM's
-    /// section 3 takes 20). `steps` + 2 gradients and a loss. If the gradient vanishes, the ascent begins in a random direction,
-    /// drawn from `seed`.
+    /// section 3 takes 20). `steps` + 2 gradients and a loss. If the gradient vanishes, the ascent begins in a random
+    /// direction, drawn from `seed`.
     ///
     /// # Errors
     /// [`Error::Argument`] for a ρ that is not a finite number above 0; [`Error::NotFinite`]; those of the objective.

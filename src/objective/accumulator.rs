@@ -43,9 +43,9 @@ impl<T: Scalar> Accumulator<T> {
     }
 
     /// An objective each of whose groups consists of `parts` consecutive groups of `objective`. Loss, gradient and
-    /// product with the Hessian are the (weighted) means over the parts, in each pass. With batch norm in training mode this
-    /// differs slightly from the whole batch, because each part is normalised by itself. Groups of `objective` that do
-    /// not fill a last one are left out. If there are too few for one, every pass is an [`Error::Argument`].
+    /// product with the Hessian are the (weighted) means over the parts, in each pass. With batch norm in training mode
+    /// this differs slightly from the whole batch, because each part is normalised by itself. Groups of `objective`
+    /// that do not fill a last one are left out. If there are too few for one, every pass is an [`Error::Argument`].
     pub fn over<'a>(&'a mut self, objective: &'a mut dyn Objective<T>) -> Wrapped<Accumulated<'a, T>> {
         Wrapped(Accumulated { accumulator: self, objective, group: 0 })
     }

@@ -7,9 +7,9 @@ use bytemuck::Pod;
 use flate2::Crc;
 use safetensors::tensor::SafeTensors;
 
-use super::TrainError;
 use super::files::{if_there, read_regular, shown};
 use super::weights::{View, elements, parse, write};
+use super::{Record, TrainError};
 
 /// Everything that a run needs to continue: arenas as they lie in memory, and counters.
 #[derive(Debug, Clone, PartialEq)]
@@ -34,6 +34,8 @@ pub struct Checkpoint {
     pub loss_scale: Vec<f64>,
     /// The run's settings, as TOML.
     pub settings: String,
+    /// The line of the log of an epoch whose test was stopped, still without the result of the test.
+    pub untested: Option<Record>,
     /// Steps done.
     pub step: u64,
     /// Seconds of training so far.
@@ -46,6 +48,9 @@ const TENSORS: [&str; 9] =
 
 /// The entries of the file beside the tensors.
 const ENTRIES: [&str; 3] = ["settings", "step", "seconds"];
+
+/// An entry that is there after a test that was stopped.
+const UNTESTED: &str = "untested";
 
 /// The checksum over everything in a checkpoint. Without it, damaged numbers would not be noticed.
 fn checksum<'a>(parts: impl Iterator<Item = &'a [u8]>) -> String {
@@ -87,7 +92,11 @@ impl Checkpoint {
             ("step".to_string(), self.step.to_string()),
             ("seconds".to_string(), self.seconds.to_string()),
         ]);
-        let words = ENTRIES.iter().filter_map(|&entry| metadata.get(entry)).map(String::as_bytes);
+        if let Some(record) = &self.untested {
+            let line = serde_json::to_string(record).map_err(|error| TrainError::io(&path)(error.into()))?;
+            metadata.insert(UNTESTED.to_string(), line);
+        }
+        let words = ENTRIES.iter().chain([&UNTESTED]).filter_map(|&entry| metadata.get(entry)).map(String::as_bytes);
         let sum = checksum(tensors.iter().map(|(_, view)| view.bytes).chain(words));
         metadata.insert("checksum".to_string(), sum);
         write(&path, tensors, metadata)
@@ -112,7 +121,9 @@ impl Checkpoint {
             text.ok_or_else(|| damaged(format!("no `{key}`")))
         };
         let data = |name: &str| file.tensor(name).map(|view| view.data()).map_err(|error| damaged(error.to_string()));
+        let untested = entry(UNTESTED).ok();
         let words = ENTRIES.into_iter().map(|name| entry(name).map(String::as_bytes));
+        let words = words.chain(untested.map(|line| Ok(line.as_bytes())));
         let all = TENSORS.into_iter().map(data).chain(words).collect::<Result<Vec<_>, _>>()?;
         if checksum(all.into_iter()) != *entry("checksum")? {
             return Err(damaged("checksum mismatch".into()));
@@ -128,6 +139,13 @@ impl Checkpoint {
             totals: elements(data("totals")?, f64::from_le_bytes),
             loss_scale: elements(data("loss_scale")?, f64::from_le_bytes),
             settings: entry("settings")?.clone(),
+            untested: match untested {
+                Some(line) => {
+                    let record = Record::read(line.as_bytes());
+                    Some(record.ok_or_else(|| damaged(format!("`{UNTESTED}` is not a line of a log")))?)
+                }
+                None => None,
+            },
             step: entry("step")?.parse().map_err(|_| damaged("`step` is not a number".into()))?,
             seconds: entry("seconds")?.parse().map_err(|_| damaged("`seconds` is not a number".into()))?,
         }))

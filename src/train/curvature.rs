@@ -179,8 +179,8 @@ impl CurvatureMeter {
         Ok(measure(&mut Curvature::new(&mut all, weights)?)?)
     }
 
-    /// Calls `measure` with the loss of each part separately, and returns the results in the order of the parts. Ends as
-    /// [`CurvatureMeter::at_until`] does.
+    /// Calls `measure` with the loss of each part separately, and returns the results in the order of the parts. Ends
+    /// as [`CurvatureMeter::at_until`] does.
     ///
     /// # Errors
     /// As [`CurvatureMeter::at`].

@@ -435,8 +435,8 @@ pub struct CurvatureFile {
 impl CurvatureFile {
     const BATCH_NORM: &str = "bn";
 
-    /// The file of these findings over `samples` images of a split, in passes of `batch_size` images, with the checksums
-    /// of weights and images.
+    /// The file of these findings over `samples` images of a split, in passes of `batch_size` images, with the
+    /// checksums of weights and images.
     pub fn new(
         found: &Findings,
         settings: &CurvatureSettings,

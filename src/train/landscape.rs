@@ -65,6 +65,13 @@ impl Landscape {
             return Ok(None);
         }
         let found = Self::read(folder)?;
+        let said = |key: &str| found.settings.get(key).and_then(|text| text.parse::<usize>().ok());
+        let agrees = |key: &str, count: usize| said(key).is_none_or(|said| said == count);
+        let whole = |axis: &Axis| agrees("points", axis.values.len()) && axis.values.iter().all(|x| x.is_finite());
+        if !agrees("dimensions", found.axes.len()) || !found.axes.iter().all(whole) {
+            let reason = "its axes contradict its `dimensions` or `points`".into();
+            return Err(TrainError::Results { path: folder.join("landscape.json"), reason });
+        }
         let (theirs, mine) = (&found.settings, settings);
         // Samples are compared first, because they limit the size of a batch.
         let mut keys =
@@ -285,6 +292,14 @@ mod tests {
         let other = BTreeMap::from([("seed".into(), "8".into())]);
         let error = Landscape::begun(folder.path(), &other).unwrap_err().to_string();
         assert!(error.contains("seed is 7, not 8"), "{error}");
+        // A description that contradicts itself is refused before anything is computed.
+        for (key, value) in [("dimensions", "3"), ("points", "3")] {
+            let mut landscape = self::landscape();
+            landscape.settings.insert(key.into(), value.into());
+            landscape.write(folder.path()).unwrap();
+            let error = Landscape::begun(folder.path(), &landscape.settings).unwrap_err().to_string();
+            assert!(error.contains("landscape.json: its axes contradict"), "{key}: {error}");
+        }
     }
 
     #[test]

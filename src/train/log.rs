@@ -114,8 +114,7 @@ impl Record {
 pub(super) struct Log {
     path: PathBuf,
     file: File,
-    /// The steps of the newest lines about an epoch and about curvature when the log was opened.
-    newest_epoch: Option<u64>,
+    /// The step of the newest line about curvature when the log was opened.
     newest_curvature: Option<u64>,
     /// Keeps other processes out of the run.
     held: Held,
@@ -126,7 +125,7 @@ impl Log {
     /// checkpoint, are removed, since they will be written again. So are lines that cannot be read.
     pub fn open(path: &Path, step: u64, held: Held) -> Result<Self, TrainError> {
         let found = if_there(read_regular(path, MOST_LINES))?.unwrap_or_default();
-        let (mut kept, mut newest_epoch, mut newest_curvature) = (Vec::new(), None, None);
+        let (mut kept, mut newest_curvature) = (Vec::new(), None);
         for line in found.split(|&byte| byte == b'\n') {
             let Some(record) = Record::read(line) else { continue };
             if record.step() > step {
@@ -134,22 +133,15 @@ impl Log {
             }
             kept.extend_from_slice(line);
             kept.push(b'\n');
-            match record {
-                Record::Epoch { step, .. } => newest_epoch = Some(step),
-                Record::Curvature { step, .. } => newest_curvature = Some(step),
-                Record::Step { .. } => {}
+            if let Record::Curvature { step, .. } = record {
+                newest_curvature = Some(step);
             }
         }
         if kept != found {
             write_whole(path, &kept)?;
         }
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(TrainError::io(path))?;
-        Ok(Self { path: path.into(), file, newest_epoch, newest_curvature, held })
-    }
-
-    /// Whether the log had a line about the epoch that ends after `step` steps when it was opened.
-    pub fn has_epoch_of(&self, step: u64) -> bool {
-        self.newest_epoch == Some(step)
+        Ok(Self { path: path.into(), file, newest_curvature, held })
     }
 
     /// The folder of the run.

@@ -17,7 +17,7 @@ pub struct Recipe {
 const CR_SAM_TABLES: &str = "CR-SAM (Wu, Luo, Wunsch 2024), tables 4 and 5";
 /// 200 epochs in batches of 128, SGD with a peak rate of 0.05.
 const CR_SAM_RESNET18: &str = "model = \"resnet18\"\nepochs = 200\nbatch-size = 128\nlr = 0.05\nmomentum = 0.9\n\
-    weight-decay = 5e-3\nschedule = \"cosine\"\naugment = \"basic\"\n";
+    weight-decay = 0.005\nschedule = \"cosine\"\naugment = \"basic\"\n";
 
 /// All recipes.
 pub const RECIPES: &[Recipe] = &[

@@ -132,6 +132,8 @@ pub(super) struct Run<S: Compute<Master = f32>> {
     /// The mean loss above which the run counts as diverged, and the one that ended it.
     max_loss: f64,
     diverged: Option<f64>,
+    /// The line of an epoch whose test was stopped.
+    untested: Option<Record>,
     /// Seconds of training up to the beginning of the epoch, and the share of it from earlier parts of the run.
     seconds: f64,
     earlier: f64,
@@ -190,10 +192,10 @@ impl<S: Compute<Master = f32>> Run<S> {
         if let Some(file) = settings.model.init.as_ref().filter(|_| saved.is_none()) {
             state.load(Path::new(file))?;
         }
-        let (mut step, mut earlier) = (0, 0.0);
+        let (mut step, mut earlier, mut untested) = (0, 0.0, None);
         if let (Some(saved), Some(run)) = (saved, &out) {
             state.restore(&saved, run)?;
-            (step, earlier) = (saved.step, saved.seconds);
+            (step, earlier, untested) = (saved.step, saved.seconds, saved.untested);
         }
         let log = out.as_ref().map(|run| folder::open(run, &config, resume, (step, steps))).transpose()?;
         Ok(Self {
@@ -222,6 +224,7 @@ impl<S: Compute<Master = f32>> Run<S> {
             recorded: Recorded::default(),
             max_loss,
             diverged: None,
+            untested,
             seconds: earlier,
             earlier,
             clock: Instant::now(),
@@ -245,15 +248,13 @@ impl<S: Compute<Master = f32>> Run<S> {
         });
         // A run that was stopped during its test or its measurement catches up on it.
         let (mut test, mut unfinished) = (None, false);
-        if let Some(log) = self.log.as_ref().filter(|_| self.step > 0 && self.at_epoch_end()) {
-            let (untested, unmeasured) = (!log.has_epoch_of(self.step), !log.has_curvature_of(self.step));
-            if untested {
-                test = self.end_epoch(stop, progress)?;
-                unfinished = test.is_none();
-            }
-            if unmeasured && self.curvature_is_due() && !unfinished {
-                unfinished = !self.measure_curvature(stop, progress)?;
-            }
+        if let Some(record) = self.untested.take() {
+            test = self.test_epoch(record, stop, progress)?;
+            unfinished = test.is_none();
+        }
+        let unmeasured = self.log.as_ref().is_some_and(|log| !log.has_curvature_of(self.step));
+        if self.step > 0 && self.at_epoch_end() && unmeasured && self.curvature_is_due() && !unfinished {
+            unfinished = !self.measure_curvature(stop, progress)?;
         }
         (self.clock, self.reported) = (Instant::now(), Instant::now());
         while self.step < self.steps && self.diverged.is_none() && !stop.load(Ordering::Relaxed) {
@@ -266,7 +267,8 @@ impl<S: Compute<Master = f32>> Run<S> {
             }
             if self.at_epoch_end() || self.diverged.is_some() {
                 self.report(progress)?;
-                test = self.end_epoch(stop, progress)?;
+                let record = self.end_epoch()?;
+                test = self.test_epoch(record, stop, progress)?;
                 unfinished = test.is_none();
                 if self.diverged.is_none() && self.curvature_is_due() && !unfinished {
                     unfinished = !self.measure_curvature(stop, progress)?;
@@ -404,13 +406,10 @@ impl<S: Compute<Master = f32>> Run<S> {
         Ok(())
     }
 
-    /// Training speed since the epoch, or this part of it, began; before its first step that of the whole run.
+    /// Training speed since the epoch, or this part of it, began.
     fn images_per_second(&self) -> f64 {
-        let (steps, seconds) = match self.step - self.epoch_started_at {
-            0 => (self.step, self.seconds),
-            steps => (steps, self.clock.elapsed().as_secs_f64()),
-        };
-        (steps as f64 * self.state.batch as f64 / seconds).min(f64::MAX)
+        let images = (self.step - self.epoch_started_at) as f64 * self.state.batch as f64;
+        images / self.clock.elapsed().as_secs_f64()
     }
 
     /// The newest step's learning rate: the method's own, or the schedule's.
@@ -463,33 +462,44 @@ impl<S: Compute<Master = f32>> Run<S> {
         unless_stopped(evaluator.evaluate(state.parameters.view(), state.plan.statistics().view(), go_on))
     }
 
-    /// Evaluates, logs and saves at the end of a (partial) epoch. Returns none if the test was stopped.
-    fn end_epoch(
-        &mut self,
-        stop: &AtomicBool,
-        progress: &mut dyn FnMut(Progress),
-    ) -> Result<Option<Evaluation>, TrainError> {
+    /// The line of the log of a (partial) epoch whose steps are done, before its test.
+    fn end_epoch(&mut self) -> Result<Record, TrainError> {
         self.device.synchronize()?;
         let images_per_second = self.images_per_second();
         self.seconds += self.clock.elapsed().as_secs_f64();
         let [loss, correct, samples] = self.state.read_totals()?;
-        progress(Progress::Testing);
-        let Some(test) = self.evaluate(stop)? else { return Ok(None) };
         let telemetry = self.state.optimizer.telemetry()?;
-        let record = Record::Epoch {
+        Ok(Record::Epoch {
             epoch: self.epoch(),
             step: self.step,
             train_loss: finite(loss / samples),
             train_accuracy: finite(correct / samples),
-            test_loss: finite(test.loss),
-            test_accuracy: test.accuracy,
+            test_loss: None,
+            test_accuracy: 0.0,
             lr: self.learning_rate(&telemetry),
             gradient_norm: finite(telemetry.gradient_norm),
             method: own_numbers(&telemetry),
             images_per_second,
             seconds: self.seconds,
             skipped: telemetry.skipped,
+        })
+    }
+
+    /// Tests, logs and saves at the end of a (partial) epoch. Returns none if the test was stopped.
+    fn test_epoch(
+        &mut self,
+        mut record: Record,
+        stop: &AtomicBool,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Option<Evaluation>, TrainError> {
+        progress(Progress::Testing);
+        let Some(test) = self.evaluate(stop)? else {
+            self.untested = Some(record);
+            return Ok(None);
         };
+        if let Record::Epoch { test_loss, test_accuracy, .. } = &mut record {
+            (*test_loss, *test_accuracy) = (finite(test.loss), test.accuracy);
+        }
         // The sums of a partial epoch stay for a run that is resumed with more steps.
         if self.step.is_multiple_of(self.steps_per_epoch) {
             self.state.totals.clear()?;
@@ -533,7 +543,8 @@ impl<S: Compute<Master = f32>> Run<S> {
         match &self.out {
             Some(run) => {
                 self.log.as_ref().map_or(Ok(()), |log| log.held().check())?;
-                self.state.save(run, self.config.text.clone(), self.step, self.seconds)
+                let (settings, untested) = (self.config.text.clone(), self.untested.clone());
+                self.state.save(run, settings, untested, (self.step, self.seconds))
             }
             None => Ok(()),
         }

@@ -509,8 +509,8 @@ impl RunSettings {
         }
     }
 
-    /// The same with absolute paths of files, which are valid in any folder, without `.`, `..` and symbolic links. A path
-    /// that is not Unicode stays as it is.
+    /// The same with absolute paths of files, which are valid in any folder, without `.`, `..` and symbolic links. A
+    /// path that is not Unicode stays as it is.
     #[must_use]
     pub fn with_absolute_paths(mut self) -> Self {
         // A path that is no text stays as it was given, because settings are text.

@@ -5,7 +5,7 @@ use std::path::Path;
 use super::checkpoint::{self, Checkpoint};
 use super::images::{Batch, DeviceImages};
 use super::settings::{Augmentation, RunSettings};
-use super::{TrainError, weights};
+use super::{Record, TrainError, weights};
 use crate::data::{ImageShape, Images};
 use crate::device::{self, Buffer, Compute, Device};
 use crate::kernels::image::{Augment, BatchShape, Normalization};
@@ -123,7 +123,13 @@ impl<S: Compute<Master = f32>> State<S> {
         Ok(Some(scale))
     }
 
-    pub fn save(&self, run: &Path, settings: String, step: u64, seconds: f64) -> Result<(), TrainError> {
+    pub fn save(
+        &self,
+        run: &Path,
+        settings: String,
+        untested: Option<Record>,
+        (step, seconds): (u64, f64),
+    ) -> Result<(), TrainError> {
         let state = self.optimizer.state();
         let checkpoint = Checkpoint {
             weights: self.parameters.to_vec()?,
@@ -136,6 +142,7 @@ impl<S: Compute<Master = f32>> State<S> {
             totals: self.totals.to_vec()?,
             loss_scale: self.loss_scale()?.map(|state| state.to_vec()).unwrap_or_default(),
             settings,
+            untested,
             step,
             seconds,
         };

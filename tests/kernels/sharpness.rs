@@ -543,7 +543,8 @@ fn ascent_coefficients() {
             c
         };
         let near = 1.0 - 2.5e-13; // 1e-12 beside a norm of 4
-        assert_numbers(&format!("{name}: first"), &coefficients(None, 0.1), &[0.0, 0.125 * near]);
+        assert_numbers(&format!("{name}: first"), &coefficients(None, 0.9), &[0.0, 0.125 * near]);
+        assert_numbers(&format!("{name}: first, to the edge"), &coefficients(None, 0.1), &[0.0, 0.025 * near]);
         // ε = (0.3, 0.4), and g = (4, 0) leads to (0.8, 0.4), within the first ball and beyond the second.
         let moved = Some([0.25, 1.2, 16.0]);
         assert_numbers(&format!("{name}: inside"), &coefficients(moved, 0.9), &[1.0, 0.125 * near]);

@@ -596,7 +596,9 @@ fn a_parabola_converges_with_every_method_and_base() {
     // there.
     let raised = CrSam { b_min: 1e-2, ..CrSam::default() };
     let mut methods = family();
-    methods.retain(|method| *method != cr_sam(Form::Log));
+    // With the whole quotient, SA-SAM's cycle is wider than the bowl is curved.
+    let whole_quotient = SaSam { damping: 1.0, ..SA_SAM }.into();
+    methods.retain(|method| *method != cr_sam(Form::Log) && *method != whole_quotient);
     methods.push(raised.into());
     for method in methods {
         for (base, lr, steps) in [
@@ -803,7 +805,7 @@ impl Objective<f32> for Silent {
 /// of a few numbers, the clearing of the flag and the counting of the step.
 #[test]
 fn a_step_launches_no_more_than_its_table_says() {
-    let launches = [5, 6, 6, 8, 8, 15, 11, 8, 8, 11, 12, 12, 13, 15, 12, 11, 9, 12, 9, 11];
+    let launches = [5, 6, 6, 8, 8, 15, 15, 11, 11, 8, 8, 11, 12, 12, 13, 15, 12, 11, 12, 9, 12, 9, 11];
     assert_eq!(launches.len(), family().len());
     let device = Device::host();
     for (method, expected) in family().into_iter().zip(launches) {

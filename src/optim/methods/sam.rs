@@ -99,8 +99,8 @@ impl<T: Scalar> Method<T> for Sam {
 }
 
 impl Sam {
-    /// K steps of projected ascent, all of one length, from `w` onto the ball of radius ρ around it. The perturbed point
-    /// is in P.
+    /// K steps of projected ascent, all of one length, from `w` onto the ball of radius ρ around it. The perturbed
+    /// point is in P.
     fn ascend<T: Scalar>(&self, step: &mut Step<'_, T>) -> Result<()> {
         let rho = self.rho * step.rho_factor;
         let length = self.ascent_length.map_or(rho, |length| length * step.rho_factor);
