@@ -299,14 +299,15 @@ mod tests {
         };
         let whole = folder.path().join("whole");
         measured().out(&whole).run().unwrap();
-        let moments: [(&str, fn(&Progress) -> bool); 2] = [
-            ("test", |progress| matches!(progress, Progress::Testing)),
-            ("measurement", |progress| matches!(progress, Progress::Measuring { .. })),
-        ];
-        for (name, moment) in moments {
+        for name in ["test", "measurement"] {
             let (run, stop) = (folder.path().join(name), AtomicBool::new(false));
             let mut watch = |progress: Progress| {
-                if moment(&progress) {
+                let now = match progress {
+                    Progress::Testing => "test",
+                    Progress::Measuring { .. } => "measurement",
+                    _ => "",
+                };
+                if now == name {
                     stop.store(true, Ordering::Relaxed);
                 }
             };
