@@ -307,6 +307,21 @@ fn eigenvalues_keep_their_residuals_and_whether_they_have_converged() {
     assert_eq!(found.groups[1].curvature["top eigenvalue"]["not_converged"], 1);
 }
 
+/// The lines of all runs of a group are counted together.
+#[test]
+fn lines_are_counted_by_their_extrema() {
+    let folder = tempfile::tempdir().unwrap();
+    let add = |seed: u64, minima: &[usize], maxima: &[usize]| {
+        let of = |histogram: &[usize]| json!({"value": 0.5, "standard_error": 0.1, "histogram": histogram});
+        let measures = json!({"extrema": {"lines": 9, "minima": of(minima), "maxima": of(maxima)}});
+        let log = [epoch(1, Some(1.0), 0.5, 1.0), curvature(1, &measures)];
+        run(folder.path(), &seed.to_string(), &format!("optimizer = \"sgd\"\nseed = {seed}\n"), &log)
+    };
+    let (html, _) = page(&[add(0, &[7, 2], &[4, 4, 1]), add(1, &[8, 0, 1], &[9])]);
+    assert_eq!(row(&html, "sgd: minima"), ["sgd: minima", "15", "2", "1"]);
+    assert_eq!(row(&html, "sgd: maxima"), ["sgd: maxima", "13", "4", "1"]);
+}
+
 #[test]
 fn traces_of_layers_have_error_bars() {
     let folder = tempfile::tempdir().unwrap();

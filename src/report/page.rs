@@ -32,6 +32,7 @@ pub(super) fn page(groups: &[Group], order: Option<&CurvatureOrder>, skipped: &[
         curves::curvature_over_epochs(groups),
         final_curvature(groups, order),
         layers(groups),
+        extrema(groups),
         spectra(groups),
         landscapes(groups),
         settings(groups),
@@ -431,6 +432,28 @@ fn layers_axis<'a>(traces: impl Iterator<Item = &'a MeasuredStatistics> + Clone)
         .map(MeasuredStatistics::mean)
         .flat_map(|of| sides.iter().map(move |side| of.mean + side * of.error.unwrap_or(0.0)));
     ChartAxis::fitting(label, ends)
+}
+
+/// How many random lines have how many local minima and maxima of the loss.
+fn extrema(groups: &[Group]) -> Option<String> {
+    let mut rows = Vec::new();
+    for group in groups {
+        for (name, lines) in ["minima", "maxima"].into_iter().zip(group.extrema()) {
+            if !lines.is_empty() {
+                rows.push((format!("{}: {name}", group.name), lines));
+            }
+        }
+    }
+    // A file may hold any numbers; lines of ten steps have at most nine inner points.
+    let most = rows.iter().map(|(_, lines)| lines.len()).max()?.min(32);
+    let head: Vec<String> = std::iter::once(String::new()).chain((0..most).map(|count| count.to_string())).collect();
+    let row = |(name, lines): &(String, Vec<usize>)| {
+        let of = |count: usize| lines.get(count).map_or_else(|| "0".into(), usize::to_string);
+        std::iter::once(escape(name)).chain((0..most).map(of)).collect()
+    };
+    let rows: Vec<Vec<String>> = rows.iter().map(row).collect();
+    let caption = "Random lines by their number of local minima and maxima of the loss";
+    Some(section("Extrema along random lines", &table(caption, &head, &rows)))
 }
 
 fn spectra(groups: &[Group]) -> Option<String> {

@@ -408,6 +408,20 @@ impl Group {
         by_name(measured.flat_map(|measured| layer_traces(&measured.measures)))
     }
 
+    /// How many random lines had 0, 1, 2, … minima, and how many had so many maxima, over all runs at the end. Empty
+    /// where it was not measured.
+    pub fn extrema(&self) -> [Vec<usize>; 2] {
+        let mut sums = [Vec::new(), Vec::new()];
+        for measured in self.runs.iter().filter_map(LoadedRun::final_curvature) {
+            let Some(Finding::Extrema { minima, maxima }) = measured.measures.get("extrema") else { continue };
+            for (sum, found) in sums.iter_mut().zip([minima, maxima]) {
+                sum.resize(sum.len().max(found.histogram.len()), 0);
+                sum.iter_mut().zip(&found.histogram).for_each(|(sum, lines)| *sum += lines);
+            }
+        }
+        sums
+    }
+
     /// The spectrum of the first run that has one: its last measurement.
     pub fn spectrum(&self) -> Option<&Density> {
         fn of(run: &LoadedRun) -> Option<&Density> {
