@@ -68,7 +68,15 @@ fn main() -> ExitCode {
                 let text = error.render().to_string();
                 let message: Vec<&str> =
                     text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect();
-                tell(&format!("{} (see --help)", message.join(" ")));
+                use clap::error::{ContextKind, ContextValue};
+                let kinds = [ContextKind::SuggestedSubcommand, ContextKind::SuggestedArg, ContextKind::SuggestedValue];
+                let similar = kinds.into_iter().find_map(|kind| match error.get(kind)? {
+                    ContextValue::String(name) => Some(name.clone()),
+                    ContextValue::Strings(names) => names.first().cloned(),
+                    _ => None,
+                });
+                let similar = similar.map_or(String::new(), |name| format!("; did you mean {name}?"));
+                tell(&format!("{}{similar} (see --help)", message.join(" ")));
             } else if let Err(error) = error.print()
                 && error.kind() != std::io::ErrorKind::BrokenPipe
             {

@@ -36,7 +36,11 @@ pub fn run(args: &CurvatureArgs) -> Result<ExitCode, Failure> {
     let mut settings = args.settings.settings()?;
     settings.check_combination()?;
     let MeasureSettings { split, samples, bn } = args.images.settings()?;
-    let usual = Samples::Usual { most: CurvatureMeter::usual_samples(&settings.measure), bn };
+    // Measures are added over the images of those that the folder holds.
+    let there = args.out.as_ref().map(|out| CurvatureFile::read(&out.join("curvature.json"))).transpose()?.flatten();
+    let there = there.and_then(|file| usize::try_from(file.samples?).ok());
+    let most = there.unwrap_or_else(|| CurvatureMeter::usual_samples(&settings.measure));
+    let usual = Samples::Usual { most, bn };
     let subject = args.model.open(split, samples.map_or(usual, Samples::First))?;
     // The file without its findings: what they are of.
     let (count, batch_size) = (subject.images.len(), subject.batch_size);

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use polder::train::TrainError;
+use polder::train::{TrainError, write_whole};
 
 /// "1 step", "2 steps".
 fn counted<N: std::fmt::Display + PartialEq + From<u8>>(count: N, noun: &str) -> String {
@@ -137,28 +137,29 @@ impl Drop for Bar {
 /// the second. A signal that was ignored when the program started (by `nohup`, say) stays ignored.
 fn stop_on_signals(stop: &Arc<AtomicBool>, step: &'static str, bar: Option<ProgressBar>) {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    use signal_hook::flag::{register, register_conditional_shutdown};
     // Linux says which signals are ignored. Elsewhere none is assumed to be.
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let ignored = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
-    let heard = [SIGHUP, SIGINT, SIGTERM].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0);
-    // Without a handler a signal ends the program unsaved, but the work can go on.
-    let Ok(mut signals) = signal_hook::iterator::Signals::new(heard) else { return };
+    for signal in [SIGHUP, SIGINT, SIGTERM].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0) {
+        // In this order the first signal sets what the second one finds set. Without a handler a signal ends the
+        // program unsaved, but the work can go on.
+        let _ = register_conditional_shutdown(signal, 130, stop.clone()).and_then(|_| register(signal, stop.clone()));
+    }
+    // Only the message needs a thread. The work also goes on if none can be made.
     let asked = stop.clone();
-    // The work also goes on if no thread can be made. Then a signal ends the program unsaved.
-    let listen = move || {
-        for _ in signals.forever() {
-            if asked.swap(true, Ordering::SeqCst) {
-                std::process::exit(130);
-            }
-            let text = format!("stopping after this {step}; send the signal again to stop at once");
-            match &bar {
-                Some(bar) => bar.println(text),
-                None => tell(&text),
-            }
+    let tell_once = move || {
+        while !asked.load(Ordering::Relaxed) {
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        let text = format!("stopping after this {step}; send the signal again to stop at once");
+        match &bar {
+            Some(bar) => bar.println(text),
+            None => tell(&text),
         }
     };
-    drop(std::thread::Builder::new().spawn(listen));
+    drop(std::thread::Builder::new().spawn(tell_once));
 }
 
 /// Writes an array in C order.
@@ -168,10 +169,12 @@ fn stop_on_signals(stop: &Arc<AtomicBool>, step: &'static str, bar: Option<Progr
 fn write_npy<T: npyz::AutoSerialize + Copy>(path: &Path, values: &[T], shape: &[u64]) -> Result<(), TrainError> {
     use npyz::WriterBuilder;
     let write = || {
-        let file = std::io::BufWriter::new(std::fs::File::create(path)?);
-        let mut writer = npyz::WriteOptions::new().default_dtype().shape(shape).writer(file).begin_nd()?;
+        let mut bytes = Vec::new();
+        let mut writer = npyz::WriteOptions::new().default_dtype().shape(shape).writer(&mut bytes).begin_nd()?;
         writer.extend(values.iter().copied())?;
-        writer.finish()
+        writer.finish()?;
+        Ok(bytes)
     };
-    write().map_err(|source| TrainError::Io { path: path.into(), source })
+    let bytes = write().map_err(|source| TrainError::Io { path: path.into(), source })?;
+    write_whole(path, &bytes)
 }

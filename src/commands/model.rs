@@ -127,9 +127,9 @@ impl ModelArgs {
     pub fn open(&self, split: Split, samples: Samples) -> Result<Subject, TrainError> {
         let WeightsSettings { run: folder, model, init, batch_size } = self.weights.settings()?;
         let folder = folder.map(PathBuf::from);
-        let missing = |name| option(name, "missing; give --run, or both --model and --init");
+        let missing = || option("run", "missing; give --run DIR, or both --model and --init");
         if model.is_none() && folder.is_none() {
-            return Err(missing("model"));
+            return Err(missing());
         }
         if folder.as_ref().is_some_and(|folder| folder.as_os_str().is_empty()) {
             return Err(option("run", "empty, expected a folder"));
@@ -138,7 +138,7 @@ impl ModelArgs {
             (Some(init), _) if init.is_empty() => return Err(option("init", "empty, expected a file")),
             (Some(init), _) => init.into(),
             (None, Some(folder)) => folder.join("model.safetensors"),
-            (None, None) => return Err(missing("init")),
+            (None, None) => return Err(missing()),
         };
         let mut given = self.images.given.clone();
         let of_run = match &folder {
@@ -170,13 +170,16 @@ impl ModelArgs {
         let SplitImages { name, mut images, mean: of_data_mean, std: of_data_std, statistics } =
             train::open_split(&data, split)?;
         // What a run does to its images does not apply to others.
-        let of_the_run = record.is_none_or(|record| record.has(split, &images));
-        if !of_the_run {
-            tell(&format!("{data}: not the {split} images of the run; they are normalised as those were"));
+        let of_the_run = record.as_ref().map_or(!given.has("data"), |record| record.has(split, &images));
+        if record.is_some() && !of_the_run {
+            let own = given.has("mean") && given.has("std");
+            let how = if own { "" } else { "; they are normalised as those were" };
+            tell(&format!("{data}: not the {split} images of the run{how}"));
         }
         if let Some(classes) = classes {
             images.classes = classes;
-            images.check().map_err(|error| option("classes", error))?;
+            let blamed = if given.has("classes") { "classes" } else { "data" };
+            images.check().map_err(|error| option(blamed, error))?;
         }
         if let (Split::Train, true, Some(n)) = (split, of_the_run, train_size) {
             images = images.take(n)?;

@@ -221,7 +221,10 @@ impl Display {
             let template = "{spinner} {wide_bar} {prefix}\n  {wide_msg}";
             bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
             // It moves while nothing is reported, too.
-            bar.enable_steady_tick(Duration::from_millis(200));
+            // It panics where no thread can be made.
+            if std::thread::Builder::new().spawn(|| ()).is_ok() {
+                bar.enable_steady_tick(Duration::from_millis(200));
+            }
             bar
         });
         Self { bar, json, quiet, clock: Clock::new(), steps: 0, steps_per_epoch: 1, told: Instant::now() }

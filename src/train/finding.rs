@@ -382,7 +382,9 @@ impl CurvatureFile {
     pub fn difference(&self, other: &Self) -> Option<String> {
         let differs = [
             ("weights", self.weights != other.weights),
-            ("images", self.images != other.images || self.samples != other.samples || self.split != other.split),
+            ("`split`", self.split != other.split),
+            ("`samples`", self.samples != other.samples),
+            ("images", self.images != other.images),
         ];
         let setting = || self.settings.keys().find(|name| self.settings.get(*name) != other.settings.get(*name));
         let of_setting = || setting().map(|name| format!("`{}`", name.replace('_', "-")));

@@ -9,7 +9,7 @@ use super::files::read_regular;
 use super::log::Log;
 use super::options::file_of_run;
 use super::settings::continues;
-use super::{MOST_SETTINGS, Options, TrainError, hold, read_text, toml_error, write_whole};
+use super::{Held, MOST_SETTINGS, Options, TrainError, hold, read_text, toml_error, write_whole};
 use crate::data::{Dataset, Images, Split};
 use crate::kernels::image::Normalization;
 
@@ -190,11 +190,18 @@ pub(super) fn saved(run: &Path, config: &Config) -> Result<Option<Checkpoint>, T
     Ok(Some(saved))
 }
 
-/// Prepares the folder of a run that has done `step` of `steps` steps, and opens its log.
-pub(super) fn open(run: &Path, config: &Config, resume: bool, (step, steps): (u64, u64)) -> Result<Log, TrainError> {
+/// Prepares the folder of a run that has done `step` of `steps` steps, and opens its log. A run that is resumed is held
+/// already; any other must begin in a folder without a run.
+pub(super) fn open(
+    run: &Path,
+    config: &Config,
+    resumed: Option<Held>,
+    (step, steps): (u64, u64),
+) -> Result<Log, TrainError> {
     let path = run.join("config.toml");
+    let resume = resumed.is_some();
     // What the folder holds is looked at while no other process can write to it.
-    let held = hold(run)?;
+    let held = resumed.map_or_else(|| hold(run), Ok)?;
     if !resume && FILES.iter().any(|name| run.join(name).exists()) {
         return Err(TrainError::RunExists { path: run.into() });
     }

@@ -131,10 +131,10 @@ impl<S: Compute<Master = f32>> Wrapper<f32> for Batch<'_, S> {
     }
 
     fn answer<'p>(&mut self, pass: Pass<'p, f32>) -> device::Result<Answer<'p, f32>> {
-        let Pass::Select { group } = pass else { return Ok(Answer::Forward(pass)) };
         if self.stop.is_some_and(|stop| stop.load(Ordering::Relaxed)) {
             return Err(Error::Stopped);
         }
+        let Pass::Select { group } = pass else { return Ok(Answer::Forward(pass)) };
         self.plan.count_samples((self.samples - group * self.shape.batch).min(self.shape.batch))?;
         let clock = self.clock.map(|clock| (clock, self.samples));
         let position = Position { first: group * self.shape.batch, clock };

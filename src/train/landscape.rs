@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::files::{MOST_LINES, if_there, read_text};
 use super::{Evaluator, TrainError, weights, write_whole};
 use crate::arena::Layout;
-use crate::device::{Buffer, Slice};
+use crate::device::{Buffer, Error, Slice};
 use crate::kernels::vector;
 
 /// An axis of the grid.
@@ -206,7 +206,8 @@ impl Heights {
     }
 
     /// Evaluates the missing points, at `weights` moved along the directions with unchanged running statistics. Each
-    /// is saved at once. `go_on` receives the number of points done; it stops the work by returning false.
+    /// is saved at once. `go_on` receives the number of points done; it stops the work by returning false, also within a point, which
+    /// is then left out.
     ///
     /// # Errors
     /// Those of the device and of the file.
@@ -225,7 +226,14 @@ impl Heights {
             for (&along, direction) in place.iter().zip(directions) {
                 vector::axpy(along, direction.view(), moved.view_mut())?;
             }
-            let found = evaluator.evaluate(moved.view(), statistics, |_| Ok(()))?;
+            let done = self.list.len();
+            let found = evaluator.evaluate(moved.view(), statistics, |_| {
+                if go_on(done) { Ok(()) } else { Err(TrainError::Device(Error::Stopped)) }
+            });
+            let found = match found {
+                Err(TrainError::Device(Error::Stopped)) => break,
+                found => found?,
+            };
             self.push(&place, Height { loss: found.loss, accuracy: found.accuracy })?;
         }
         Ok(())

@@ -5,6 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::Number;
 
@@ -122,20 +123,22 @@ pub(super) struct Log {
 
 impl Log {
     /// Opens the log of a run that has done `step` steps. Later lines, from a run that was stopped after its
-    /// checkpoint, are removed, since they will be written again. So are lines that cannot be read.
+    /// checkpoint, are removed, since they will be written again, and so is what is no line of JSON.
     pub fn open(path: &Path, step: u64, held: Held) -> Result<Self, TrainError> {
         let found = if_there(read_regular(path, MOST_LINES))?.unwrap_or_default();
         let (mut kept, mut newest_curvature) = (Vec::new(), None);
-        for line in found.split(|&byte| byte == b'\n') {
-            let Some(record) = Record::read(line) else { continue };
-            if record.step() > step {
-                continue;
+        for line in found.split_inclusive(|&byte| byte == b'\n') {
+            let (line, whole) = line.strip_suffix(b"\n").map_or((line, false), |line| (line, true));
+            match Record::read(line) {
+                Some(record) if record.step() > step => continue,
+                Some(Record::Curvature { step, .. }) => newest_curvature = Some(step),
+                Some(_) => {}
+                // A line of another kind may be that of another version, and is not lost.
+                None if whole && serde_json::from_slice::<IgnoredAny>(line).is_ok() => {}
+                None => continue,
             }
             kept.extend_from_slice(line);
             kept.push(b'\n');
-            if let Record::Curvature { step, .. } = record {
-                newest_curvature = Some(step);
-            }
         }
         if kept != found {
             write_whole(path, &kept)?;
@@ -184,10 +187,14 @@ mod tests {
         }
         drop(Log::open(&path, 1, hold(folder.path()).unwrap()).unwrap());
         assert_eq!(std::fs::read_to_string(&path).unwrap(), line(1));
+        let other = ["{\"kind\":\"future\",\"x\":1}\n".to_string(), line(1)].concat();
+        std::fs::write(&path, [other.as_str(), "damaged\n"].concat()).unwrap();
+        drop(Log::open(&path, 1, hold(folder.path()).unwrap()).unwrap());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), other);
         let long = [line(1), format!("[{}0]", "0,".repeat(1 << 20))].concat();
         std::fs::write(&path, long).unwrap();
         drop(Log::open(&path, 1, hold(folder.path()).unwrap()).unwrap());
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), line(1));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), line(1), "a line without an end was cut off");
     }
 
     #[test]

@@ -55,9 +55,10 @@ impl Recipe {
     /// [`TrainError::Setting`] for a name that is not known; it has the most similar one.
     pub fn find(name: &str) -> Result<&'static Self, TrainError> {
         let unknown = || {
-            let similar = RECIPES.iter().min_by_key(|recipe| strsim::levenshtein(recipe.name, name));
-            let similar = similar.map_or("", |recipe| recipe.name);
-            TrainError::setting("recipe", format!("{name}, expected one of `polder recipes`; did you mean {similar}?"))
+            let distance = |recipe: &&Self| strsim::levenshtein(recipe.name, name);
+            let similar = RECIPES.iter().filter(|recipe| distance(recipe) <= 4).min_by_key(distance);
+            let similar = similar.map_or(String::new(), |recipe| format!("; did you mean {}?", recipe.name));
+            TrainError::setting("recipe", format!("{name}, expected one of `polder recipes`{similar}"))
         };
         RECIPES.iter().find(|recipe| recipe.name == name).ok_or_else(unknown)
     }

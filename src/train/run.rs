@@ -11,6 +11,7 @@ use serde_json::Number;
 use super::TrainError;
 use super::curvature::{BatchNormName, CurvatureMeter, CurvatureSettings};
 use super::evaluate::{Evaluation, Evaluator};
+use super::files::hold;
 use super::folder::{self, Config};
 use super::images::open_device;
 use super::log::{Log, Record};
@@ -156,7 +157,10 @@ impl<S: Compute<Master = f32>> Run<S> {
         let config = subject.config()?;
         let data = subject.data();
         let Subject { settings, network, dataset, absent_classes, normalization, method, .. } = subject;
+        // Nobody else may change a run between its checkpoint is read and it goes on.
+        let mut held = None;
         if let Some(run) = out.as_ref().filter(|_| resume) {
+            held = Some(hold(run)?);
             folder::check_images(run, &config)?;
         }
         let device = open_device(&settings.run.device, settings.run.threads)?;
@@ -173,9 +177,10 @@ impl<S: Compute<Master = f32>> Run<S> {
         let steps = settings.run.steps.unwrap_or(settings.run.epochs.saturating_mul(steps_per_epoch));
         let schedule = settings.schedule(&*method, steps)?;
 
+        let measured = settings.curvature(&*method);
         let mut state = State::new(&device, &settings, (network, &data), train, normalization, method)?;
         let evaluator = Evaluator::new(&device, network, (&data, test), normalization, batch, Mode::Eval)?;
-        let curvature = match settings.curvature() {
+        let curvature = match measured {
             None => None,
             Some((every, wanted)) => {
                 let images = curvature_images(&settings.curvature, &dataset)?;
@@ -197,7 +202,7 @@ impl<S: Compute<Master = f32>> Run<S> {
             state.restore(&saved, run)?;
             (step, earlier, untested) = (saved.step, saved.seconds, saved.untested);
         }
-        let log = out.as_ref().map(|run| folder::open(run, &config, resume, (step, steps))).transpose()?;
+        let log = out.as_ref().map(|run| folder::open(run, &config, held, (step, steps))).transpose()?;
         Ok(Self {
             config,
             out,
@@ -251,6 +256,8 @@ impl<S: Compute<Master = f32>> Run<S> {
         if let Some(record) = self.untested.take() {
             test = self.test_epoch(record, stop, progress)?;
             unfinished = test.is_none();
+            // The epoch's sums begin again after its test.
+            self.window = Window { earlier: [0.0; 3], start: self.state.read_totals()? };
         }
         let unmeasured = self.log.as_ref().is_some_and(|log| !log.has_curvature_of(self.step));
         if self.step > 0 && self.at_epoch_end() && unmeasured && self.curvature_is_due() && !unfinished {
@@ -268,7 +275,9 @@ impl<S: Compute<Master = f32>> Run<S> {
             if self.at_epoch_end() || self.diverged.is_some() {
                 self.report(progress)?;
                 let record = self.end_epoch()?;
-                test = self.test_epoch(record, stop, progress)?;
+                // A run that has diverged is not resumed, so its last line is completed.
+                let ended = AtomicBool::new(false);
+                test = self.test_epoch(record, if self.diverged.is_some() { &ended } else { stop }, progress)?;
                 unfinished = test.is_none();
                 if self.diverged.is_none() && self.curvature_is_due() && !unfinished {
                     unfinished = !self.measure_curvature(stop, progress)?;
@@ -288,7 +297,10 @@ impl<S: Compute<Master = f32>> Run<S> {
             // between its last checkpoint and its weights.
             test = self.evaluate(stop)?;
             interrupted = test.is_none();
-            self.out.as_ref().map_or(Ok(()), |run| self.state.save_model(run))?;
+            if let (Some(run), Some(log)) = (&self.out, &self.log) {
+                log.held().check()?;
+                self.state.save_model(run)?;
+            }
         }
         let trained = (self.step - self.started_at) as f64 * self.state.batch as f64;
         let seconds = self.seconds - self.earlier;

@@ -298,7 +298,8 @@ settings! {
         curvature_rho: Option<f64> = None, else "the method's rho, or 0.05", as "RHO", in positive, with curvature_every;
         /// How many eigenvalues
         curvature_top: usize = 5, as "K", in at_least(1), with curvature_every;
-        /// Lanczos steps for each probe of the spectrum, and at most so many for eigenvalues
+        /// Lanczos steps for each probe of the spectrum, and at most so many for eigenvalues. For power iteration:
+        /// products per eigenvalue
         curvature_steps: usize = 80, in at_least(1), with curvature_every;
         /// Random directions for traces, spectrum and extrema
         curvature_probes: usize = 20, in at_least(1), with curvature_every;
@@ -529,7 +530,7 @@ impl RunSettings {
     pub fn check(&self) -> Result<(), TrainError> {
         self.general().into_iter().try_for_each(Configurable::check)?;
         self.base(&self.chosen()?).check()?;
-        if let Some((_, curvature)) = self.curvature() {
+        if let Some((_, curvature)) = self.curvature(&*self.method()?) {
             let prefixed = |error: TrainError| match error {
                 TrainError::Setting { name, reason } => TrainError::setting(&format!("curvature-{name}"), reason),
                 other => other,
@@ -571,11 +572,11 @@ impl RunSettings {
         Ok(optim::Settings { method, base, weight_decay, decay_len, clip: self.optimizer.clip })
     }
 
-    /// After every how many epochs to measure the curvature, and what of it.
-    pub(super) fn curvature(&self) -> Option<(u64, CurvatureSettings)> {
+    /// After every how many epochs to measure the curvature, and what of it, within the radius of the run's method.
+    pub(super) fn curvature(&self, method: &dyn Method<f32>) -> Option<(u64, CurvatureSettings)> {
         let log = &self.curvature;
         let usual = CurvatureSettings::default();
-        let of_method = match self.method().ok().and_then(|method| method.get("rho")) {
+        let of_method = match method.get("rho") {
             Some(SettingValue::Number(rho)) if rho > 0.0 => rho,
             _ => usual.rho,
         };

@@ -322,6 +322,20 @@ mod tests {
         }
     }
 
+    /// The loss is checked over 50 steps, whatever ends and begins between them.
+    #[test]
+    fn a_test_that_was_stopped_does_not_count_as_divergence() {
+        let folder = tempfile::tempdir().unwrap();
+        let (run, stop, mut tests) = (folder.path().join("run"), AtomicBool::new(false), 0);
+        let mut watch = |progress: Progress| {
+            tests += u64::from(matches!(progress, Progress::Testing));
+            stop.store(tests == 9, Ordering::Relaxed);
+        };
+        assert_eq!(training(55, 0.1).out(&run).run_with(&stop, &mut watch).unwrap().steps, 45);
+        let resumed = training(55, 0.1).resume(&run).run().unwrap();
+        assert_eq!((resumed.diverged, resumed.steps), (None, 55));
+    }
+
     #[test]
     fn a_run_whose_folder_was_moved_ends_with_an_error() {
         let folder = tempfile::tempdir().unwrap();

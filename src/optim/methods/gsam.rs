@@ -24,7 +24,7 @@ pub const ENTRY: Entry =
 
 impl<T: Scalar> Method<T> for Gsam {
     fn passes(&self) -> Passes {
-        Passes { gradients: 2, products: 0 }
+        Passes { gradients: if self.rho == 0.0 { 1 } else { 2 }, products: 0 }
     }
 
     fn needs(&self) -> Needs {

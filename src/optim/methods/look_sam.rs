@@ -31,7 +31,7 @@ const KEPT: Vector = Vector::Memory(0);
 
 impl<T: Scalar> Method<T> for LookSam {
     fn passes(&self) -> Passes {
-        Passes { gradients: 2, products: 0 }
+        Passes { gradients: if self.rho == 0.0 { 1 } else { 2 }, products: 0 }
     }
 
     fn needs(&self) -> Needs {
