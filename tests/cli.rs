@@ -373,6 +373,10 @@ fn every_mistake_is_one_clear_line() {
     says(&["train", "--config", &path("both.toml")], &["both.toml: line 2: steps", "`epochs`"]);
     says(&["train", "--optimizer", "sa-sam", "--schedule", "step"], &["--schedule", "sa-sam"]);
     says(&["train", "--resume", &path("nowhere")], &["nowhere"]);
+    says(&["train", "--optmizer", "sam"], &["--optmizer", "did you mean --optimizer?"]);
+    says(&["trian"], &["did you mean train?"]);
+    says(&["train", "--recipe", "cr-sam/cifar10/resnet18/crsam"], &["--recipe", "did you mean cr-sam/cifar10"]);
+    says(&["train", "--recipe", "sa-sam/authors-code", "--base", "adamw"], &["--base", "in the recipe sa-sam"]);
     std::fs::create_dir(path("taken")).unwrap();
     std::fs::write(path("taken/config.toml"), "lr = 0.1\n").unwrap();
     says(&["train", "--data", data, "--batch-size", "16", "--out", &path("taken")], &["taken", "--resume"]);
@@ -437,6 +441,17 @@ fn a_run_knows_its_images_wherever_they_lie() {
     std::fs::rename(&first, &moved).unwrap();
     let resume = ["train", "--resume", &run, "--threads", "1", "--data"];
     assert!(polder(&[&resume[..], &[&moved, "--steps", "3"]].concat()).status.success());
+
+    // A place where nothing is, and images of another kind.
+    let gone = path("run/config.toml");
+    let config = std::fs::read_to_string(&gone).unwrap();
+    std::fs::write(&gone, config.replace("moved", "gone")).unwrap();
+    for command in [&["eval", "--run", &run][..], &["train", "--resume", &run]] {
+        assert!(mistake(command).contains("give the new place of the run's images"), "{command:?}");
+    }
+    std::fs::write(&gone, config).unwrap();
+    let message = mistake(&["eval", "--run", &run, "--data", "synthetic"]);
+    assert!(message.contains("--data: synthetic has images of 3 channels, the run's had 1"), "{message}");
 
     // The test images alone. Their own statistics would be others than those of the training images.
     let (alone, weights) = (path("alone"), path("run/model.safetensors"));
@@ -505,7 +520,7 @@ fn weights_that_give_no_finite_loss_are_an_error() {
     let out = folder.path().join("landscape");
     let landscape = ["landscape", "--run", run.to_str().unwrap(), "--init", broken.to_str().unwrap(), "--points", "3"];
     let message = mistake(&[&landscape[..], &["--dimensions", "1", "--out", out.to_str().unwrap()]].concat());
-    assert!(message.contains("broken.safetensors: no point of the landscape has a finite loss"), "{message}");
+    assert!(message.contains("landscape: no point of the landscape has a finite loss"), "{message}");
 }
 
 #[test]
@@ -1126,7 +1141,7 @@ fn mistakes_of_a_landscape_are_one_clear_line() {
         (&["--run", run, "--seed", "-1"], &["--seed", "-1", "a whole number, 0 or more"]),
         (&["--run", "", "--out", fresh], &["--run: empty"]),
         (&["--model", "resnet8", "--out", fresh], &["--init: missing", "--run"]),
-        (&["--out", fresh], &["--model: missing", "--run"]),
+        (&["--out", fresh], &["--run: missing", "--model and --init"]),
     ] {
         let message = mistake(&[&["landscape", "--device", "cpu"][..], wrong].concat());
         assert!(words.iter().all(|word| message.contains(word)), "{wrong:?}: {message}");

@@ -170,6 +170,24 @@ fn runs_are_grouped_by_their_images_and_not_by_where_these_lay() {
     let (_, found) = page(&runs);
     let sizes: Vec<usize> = found.groups.iter().map(|group| group.runs.len()).collect();
     assert_eq!(sizes, [2, 1], "{found:?}");
+    // Results over the same test images are compared, and runs of one seed have no deviation.
+    let more = |name: &str, seed: u64, test: &str, accuracy: f64| {
+        let test = format!("[images]\ntest = {{ count = 8, checksum = {test:?} }}\n");
+        let settings = format!("optimizer = \"{name}\"\nseed = {seed}\n{test}");
+        run(folder.path(), &format!("{name}-{seed}-{accuracy}"), &settings, &[epoch(1, Some(1.0), accuracy, 1.0)])
+    };
+    let sgd = [more("sgd", 0, "01", 0.5), more("sgd", 1, "01", 0.501)];
+    let best = |others: [PathBuf; 2]| page(&[&sgd[..], &others].concat()).0.contains("class=\"best\"");
+    assert!(best([more("sam", 0, "01", 0.9), more("sam", 1, "01", 0.901)]));
+    assert!(!best([more("asam", 0, "02", 0.9), more("asam", 1, "02", 0.901)]), "other test images");
+    assert!(!best([more("gsam", 0, "01", 0.9), more("gsam", 0, "01", 0.901)]), "one seed twice");
+    // What was measured is no setting of the training.
+    let settings = ["curvature-every = 1\n", "log-every = 5\nthreads = 2\n"];
+    let measured = |index: usize| {
+        let settings = format!("optimizer = \"sam\"\nseed = {index}\n{}", settings[index]);
+        run(folder.path(), &format!("measured-{index}"), &settings, &[epoch(1, Some(1.0), 0.5, 1.0)])
+    };
+    assert_eq!(page(&[measured(0), measured(1)]).1.groups.len(), 1);
 }
 
 #[test]

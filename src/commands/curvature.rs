@@ -86,13 +86,15 @@ pub fn run(args: &CurvatureArgs) -> Result<ExitCode, Failure> {
         return Ok(ExitCode::SUCCESS);
     }
     let CurvatureFile { passes, .. } = &file;
-    let passes: Vec<String> = ["gradient", "loss", "product"]
-        .into_iter()
-        .filter_map(|name| passes.iter().find(|(found, _)| found.starts_with(name)))
-        .map(|(name, count)| format!("{count} {name}"))
-        .collect();
-    let name = &subject.name;
-    print(&format!("{name}, {split} split: {count} samples; passes: {}", passes.join(", ")))?;
+    let of = |name: &str| passes.get(name).copied().unwrap_or_default();
+    print(&format!(
+        "{}, {split} split: {}; {}, {} alone, {} with the Hessian",
+        subject.name,
+        counted(count as u64, "sample"),
+        counted(of("gradients"), "gradient"),
+        if of("losses") == 1 { "1 loss".into() } else { format!("{} losses", of("losses")) },
+        counted(of("products"), "product"),
+    ))?;
     for (measure, finding) in &file.list() {
         print(&format!("{:<19} {}", measure.to_string(), words(finding, &settings)))?;
     }

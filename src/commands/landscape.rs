@@ -173,7 +173,8 @@ pub fn run(args: &LandscapeArgs) -> Result<ExitCode, Failure> {
         return Ok(ExitCode::from(130));
     }
     if heights.list().iter().all(|height| !height.loss.is_finite()) {
-        return Err(subject.weights_error("no point of the landscape has a finite loss".into()).into());
+        let reason = "no point of the landscape has a finite loss".into();
+        return Err(TrainError::Results { path: out, reason }.into());
     }
     tell_result(args, &out, &landscape, &heights)?;
     Ok(ExitCode::SUCCESS)

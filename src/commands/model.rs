@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use polder::data::{Images, Split, SplitImages, StatisticsSource};
+use polder::data::{DataError, Images, Split, SplitImages, StatisticsSource};
 use polder::device::{Buffer, Device};
 use polder::kernels::image::Normalization;
 use polder::nn::Model;
@@ -15,7 +15,7 @@ use polder::train::{
 };
 
 use super::flags::{FlagList, Flags};
-use super::{option, tell};
+use super::{counted, option, tell};
 
 settings! {
     /// Trained weights, and how to pass images through the network.
@@ -127,9 +127,9 @@ impl ModelArgs {
     pub fn open(&self, split: Split, samples: Samples) -> Result<Subject, TrainError> {
         let WeightsSettings { run: folder, model, init, batch_size } = self.weights.settings()?;
         let folder = folder.map(PathBuf::from);
-        let missing = || option("run", "missing; give --run DIR, or both --model and --init");
+        let missing = |name| option(name, "missing; give --run DIR, or both --model and --init");
         if model.is_none() && folder.is_none() {
-            return Err(missing());
+            return Err(missing("run"));
         }
         if folder.as_ref().is_some_and(|folder| folder.as_os_str().is_empty()) {
             return Err(option("run", "empty, expected a folder"));
@@ -138,7 +138,7 @@ impl ModelArgs {
             (Some(init), _) if init.is_empty() => return Err(option("init", "empty, expected a file")),
             (Some(init), _) => init.into(),
             (None, Some(folder)) => folder.join("model.safetensors"),
-            (None, None) => return Err(missing()),
+            (None, None) => return Err(missing("init")),
         };
         let mut given = self.images.given.clone();
         let of_run = match &folder {
@@ -167,8 +167,22 @@ impl ModelArgs {
         };
         let device = train::open_device(&settings.run.device, settings.run.threads)?;
         let DataSettings { data, train_size, label_noise, classes, mean, std, .. } = settings.data;
-        let SplitImages { name, mut images, mean: of_data_mean, std: of_data_std, statistics } =
-            train::open_split(&data, split)?;
+        let opened = train::open_split(&data, split).map_err(|error| match error {
+            TrainError::Data(DataError::Io { path, source }) if record.is_some() && !given.has("data") => {
+                option("data", format!("{}: {source}; give the new place of the run's images", path.display()))
+            }
+            error => error,
+        });
+        let SplitImages { name, mut images, mean: of_data_mean, std: of_data_std, statistics } = opened?;
+        if let Some(channels) = record.as_ref().map(|record| record.shape[2])
+            && channels != images.shape.channels
+        {
+            let reason = format!(
+                "{data} has images of {}, the run's had {channels}",
+                counted(images.shape.channels as u64, "channel")
+            );
+            return Err(option("data", reason));
+        }
         // What a run does to its images does not apply to others.
         let of_the_run = record.as_ref().map_or(!given.has("data"), |record| record.has(split, &images));
         if record.is_some() && !of_the_run {

@@ -8,18 +8,20 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use polder::train::{Finding, Options, Progress, Recipe, Record, Training};
+use polder::data::DataError;
+use polder::optim::Decay;
+use polder::train::{Finding, Options, Progress, Recipe, Record, RunSettings, TrainError, Training};
 use serde_json::json;
 
 use super::flags::{Flags, OfRun};
-use super::{Failure, counted, print, stop_on_signals, tell, tell_error};
+use super::{Failure, counted, option, print, stop_on_signals, tell, tell_error};
 
 #[derive(clap::Args)]
 pub struct TrainArgs {
     #[command(flatten)]
     options: Flags<OfRun>,
     /// Begin with the settings of a published experiment (see `polder recipes`); other options replace them
-    #[arg(long, value_name = "NAME", help_heading = "Run")]
+    #[arg(long, value_name = "NAME", conflicts_with = "config", help_heading = "Run")]
     recipe: Option<String>,
     /// Read options from this file; those on the command line replace them
     #[arg(long, value_name = "FILE.toml", help_heading = "Run")]
@@ -38,7 +40,8 @@ pub struct TrainArgs {
     quiet: bool,
 }
 
-pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
+/// The settings, with the file that some of them come from.
+fn settings(args: &TrainArgs) -> Result<(RunSettings, Option<PathBuf>), TrainError> {
     let below = match (&args.config, &args.resume) {
         (Some(file), _) => Options::from_file(file)?,
         (None, Some(run)) => Options::of_run(run)?,
@@ -48,20 +51,33 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
         Some(name) => below.over(Recipe::find(name)?.options()?),
         None => below,
     };
-    let given = args.options.given;
+    // The other values of a recipe are those of its method.
+    for name in ["optimizer", "base"] {
+        let (of_recipe, given) = (below.get(name), args.options.given.get(name));
+        if let (Some(recipe), Some(_), true) = (&args.recipe, given, given != of_recipe) {
+            return Err(option(name, format!("cannot be changed in the recipe {recipe}")));
+        }
+    }
+    let given = &args.options.given;
     let file = args.config.clone().or(args.resume.as_ref().map(|run| run.join("config.toml")));
     let settings = given.clone().over(below.clone()).resolve();
-    let settings = settings.map_err(|error| error.of_file(&given, file.as_deref()))?.with_absolute_paths();
+    let settings = settings.map_err(|error| error.of_file(given, file.as_deref()))?.with_absolute_paths();
     if args.resume.is_some() {
         settings.continues(&below.resolve()?.with_absolute_paths())?;
     }
+    Ok((settings, file))
+}
 
+pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
+    let (settings, file) = settings(&args)?;
+    let given = args.options.given;
     if settings.run.log_every > 0 && args.out.is_none() && args.resume.is_none() {
         tell("--log-every has no effect without --out, because there is no log");
     }
     let stop = Arc::new(AtomicBool::new(false));
     let mut display = Display::new(args.json, args.quiet);
     stop_on_signals(&stop, "step", display.bar.clone());
+    let resumed = args.resume.is_some();
     let training = Training::new(settings.clone());
     let training = match (args.out, args.resume) {
         (Some(out), _) => training.out(out),
@@ -70,7 +86,12 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
     };
     let summary = training.run_with(&stop, &mut |progress| display.show(progress));
     display.finish();
-    let summary = summary.map_err(|error| error.of_file(&given, file.as_deref()))?;
+    let summary = summary.map_err(|error| match error {
+        TrainError::Data(DataError::Io { path, source }) if resumed && !given.has("data") => {
+            option("data", format!("{}: {source}; give the new place of the run's images", path.display()))
+        }
+        error => error.of_file(&given, file.as_deref()),
+    })?;
     if args.json {
         let test = summary.test;
         print(
@@ -125,7 +146,10 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
             if !args.quiet {
                 let run = run.display();
                 print(&format!("next: polder eval, curvature or landscape --run {run}; polder report {run}"))?;
-                print(&format!("longer: polder train --resume {run} --epochs N"))?;
+                // Another schedule would stretch over the longer run, which then is not the one that was begun.
+                if settings.run.schedule == Decay::Constant {
+                    print(&format!("longer: polder train --resume {run} --epochs N"))?;
+                }
             }
         } else if !args.quiet {
             print("nothing was saved; --out DIR keeps weights, log and settings")?;

@@ -79,6 +79,9 @@ pub struct GroupCurvature {
 
 impl CurvatureOrder {
     fn of(groups: &[runs::Group]) -> Option<Self> {
+        if !runs::are_comparable(groups) {
+            return None;
+        }
         let found: Vec<_> = groups.iter().map(|group| (&group.name, group.curvature())).collect();
         ["trace", "top eigenvalue"].into_iter().find_map(|measure| {
             let mean = |(group, numbers): &(&String, Vec<(String, MeasuredStatistics)>)| {

@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 use super::chart::{self, ChartAxis, FAINT, Line, Panel, SMALL, Style, line_chart};
 use super::drawing::{Anchor, Drawing, Ink, Medium, SERIES, SERIES_ON_DARK, VectorPath, escape, hex};
 use super::landscape::{self, Levels, LoadedLandscape};
-use super::runs::{Epoch, Group, LoadedRun, differing, numbers};
+use super::runs::{Epoch, Group, LoadedRun, are_comparable, differing, has_repeated_seeds, numbers};
 use super::statistics::{MeasuredStatistics, RunStatistics, best, means};
 use super::text::{counted, digits, plain, shortened};
 use super::{CurvatureOrder, SkippedPath, curves, spectrum};
@@ -154,8 +154,8 @@ pub(super) fn note(text: &str) -> String {
 }
 
 /// The cells of a column. The best one is marked if it is better than the others by more than the error.
-fn with_best(statistics: &[RunStatistics], unit: &str, highest: bool) -> Vec<String> {
-    let best = best(&means(statistics), highest);
+fn with_best(statistics: &[RunStatistics], unit: &str, highest: Option<bool>) -> Vec<String> {
+    let best = highest.and_then(|highest| best(&means(statistics), highest));
     let cell = |(index, statistics): (usize, &RunStatistics)| {
         let unit = if statistics.mean.is_finite() { unit } else { "" };
         let class = if best == Some(index) { " class=\"best\"" } else { "" };
@@ -170,8 +170,10 @@ fn accuracy(groups: &[Group]) -> Option<String> {
     if accuracies.iter().all(|statistics| statistics.values.is_empty()) {
         return Some(section("Accuracy", &note("No epoch has been finished yet.")));
     }
-    let losses = with_best(&column(Group::test_loss), "", false);
-    let cells = with_best(&accuracies, " %", true);
+    let (comparable, repeated) = (are_comparable(groups), groups.iter().any(has_repeated_seeds));
+    let judged = comparable && !repeated;
+    let losses = with_best(&column(Group::test_loss), "", judged.then_some(false));
+    let cells = with_best(&accuracies, " %", judged.then_some(true));
     let rows: Vec<Vec<String>> = groups
         .iter()
         .enumerate()
@@ -196,6 +198,8 @@ fn accuracy(groups: &[Group]) -> Option<String> {
     }
     text += match (groups.len() > 1, several) {
         (false, _) => ".",
+        _ if !comparable => ". The groups have different test images, so none is called the best.",
+        _ if repeated => ". No group is called the best, because some runs of a group have the same seed.",
         (true, true) => {
             ". A group is called the best if it leads every other one by more than twice the error of the difference."
         }
@@ -203,9 +207,8 @@ fn accuracy(groups: &[Group]) -> Option<String> {
     };
     content += &note(&text);
     for group in groups {
-        let seeds: BTreeSet<String> = group.runs.iter().map(|run| run.setting("seed")).collect();
         let lasts: BTreeSet<u64> = group.runs.iter().filter_map(|run| Some(run.epochs.last()?.epoch)).collect();
-        if seeds.len() < group.runs.len() {
+        if has_repeated_seeds(group) {
             content += &note(&format!("{}: some runs have the same seed, so the deviation is too small.", group.name));
         }
         if lasts.len() > 1 {

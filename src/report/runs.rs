@@ -1,6 +1,6 @@
 //! The runs of a report: reading their folders, grouping them, and the numbers of each group.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
@@ -94,8 +94,11 @@ impl LoadedRun {
             }
         }
         if records.is_empty() {
-            let reason = "no line of the log can be read, so there is nothing to report".into();
-            return Err(TrainError::Results { path: log, reason });
+            let reason = match unreadable {
+                0 => "has no line yet: no epoch has ended",
+                _ => "no line of the log can be read, so there is nothing to report",
+            };
+            return Err(TrainError::Results { path: log, reason: reason.into() });
         }
         let epochs = epochs(&records);
         let date = std::fs::metadata(&log).and_then(|data| data.modified()).map(date).unwrap_or_default();
@@ -114,6 +117,12 @@ impl LoadedRun {
             "data" => self.images.as_ref().or_else(|| self.settings.get(key)),
             key => self.settings.get(key),
         }
+    }
+
+    /// What the test images are known by: their checksum, or else where they lie.
+    fn test_images(&self) -> String {
+        let checksum = self.images.as_ref().and_then(|images| images.get("test")?.get("checksum")?.as_str());
+        checksum.map_or_else(|| self.setting("data"), String::from)
     }
 
     /// Reads what other commands have written to the folder.
@@ -445,11 +454,30 @@ fn by_name(numbers: impl Iterator<Item = (String, Measurement)>) -> Vec<(String,
     found.into_iter().map(|(name, numbers)| (name, MeasuredStatistics::of(&numbers))).collect()
 }
 
-/// Groups runs that differ only in the seed, in the order in which they were given.
+/// Whether the results of groups can be compared: all have the same test images.
+pub(super) fn are_comparable(groups: &[Group]) -> bool {
+    let mut images = groups.iter().flat_map(|group| &group.runs).map(LoadedRun::test_images);
+    let first = images.next();
+    images.all(|other| first.as_ref() == Some(&other))
+}
+
+/// Whether two runs of a group have the same seed, so that their deviation says nothing.
+pub(super) fn has_repeated_seeds(group: &Group) -> bool {
+    let seeds: HashSet<String> = group.runs.iter().map(|run| run.setting("seed")).collect();
+    seeds.len() < group.runs.len()
+}
+
+/// Whether a setting can change a result. The others say what is looked at, and where and how long the run works.
+fn matters(key: &str) -> bool {
+    let aside = ["seed", "threads", "device", "log-every", "max-loss"];
+    !aside.contains(&key) && !key.starts_with("curvature-")
+}
+
+/// Groups runs that differ only in the seed and in what they measured, in the order in which they were given.
 pub(super) fn group(runs: Vec<LoadedRun>) -> Vec<Group> {
     let (mut groups, mut places) = (Vec::<Group>::new(), HashMap::new());
     for run in runs {
-        let keys = run.settings.keys().filter(|key| *key != "seed");
+        let keys = run.settings.keys().filter(|key| matters(key));
         let settings: Vec<String> = keys.map(|key| format!("{key} = {:?}", run.compared(key))).collect();
         let place = *places.entry(settings).or_insert(groups.len());
         if place == groups.len() {
@@ -469,7 +497,7 @@ pub(super) fn differing(groups: &[Group]) -> Vec<String> {
     let mut keys: Vec<&String> = firsts.iter().flat_map(|run| run.settings.keys()).collect();
     keys.sort();
     keys.dedup();
-    keys.retain(|&key| key != "seed" && firsts.iter().any(|run| run.compared(key) != firsts[0].compared(key)));
+    keys.retain(|&key| matters(key) && firsts.iter().any(|run| run.compared(key) != firsts[0].compared(key)));
     keys.sort_by_key(|&key| key != "optimizer");
     keys.into_iter().cloned().collect()
 }

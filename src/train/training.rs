@@ -292,7 +292,7 @@ mod tests {
             training.settings.curvature = CurvatureLogSettings {
                 curvature_every: 1,
                 curvature_measures,
-                curvature_probes: 2,
+                curvature_probes: 6,
                 ..Default::default()
             };
             training
