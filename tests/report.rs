@@ -336,8 +336,8 @@ fn lines_are_counted_by_their_extrema() {
         run(folder.path(), &seed.to_string(), &format!("optimizer = \"sgd\"\nseed = {seed}\n"), &log)
     };
     let (html, _) = page(&[add(0, &[7, 2], &[4, 4, 1]), add(1, &[8, 0, 1], &[9])]);
-    assert_eq!(row(&html, "sgd: minima"), ["sgd: minima", "15", "2", "1"]);
-    assert_eq!(row(&html, "sgd: maxima"), ["sgd: maxima", "13", "4", "1"]);
+    assert_eq!(row(&html, "sgd: minima")[..4], ["sgd: minima", "15", "2", "1"]);
+    assert_eq!(row(&html, "sgd: maxima")[..4], ["sgd: maxima", "13", "4", "1"]);
 }
 
 #[test]
