@@ -205,9 +205,9 @@ impl Heights {
         Ok(())
     }
 
-    /// Evaluates the missing points, at `weights` moved along the directions with unchanged running statistics. Each
-    /// is saved at once. `go_on` receives the number of points done; it stops the work by returning false, also within a point, which
-    /// is then left out.
+    /// Evaluates the missing points, at `weights` moved along the directions with unchanged running statistics. Each is
+    /// saved at once. `go_on` receives the number of points done; it stops the work by returning false, also within a
+    /// point, which is then left out.
     ///
     /// # Errors
     /// Those of the device and of the file.
