@@ -373,6 +373,10 @@ fn every_mistake_is_one_clear_line() {
     says(&["train", "--config", &path("both.toml")], &["both.toml: line 2: steps", "`epochs`"]);
     says(&["train", "--optimizer", "sa-sam", "--schedule", "step"], &["--schedule", "sa-sam"]);
     says(&["train", "--resume", &path("nowhere")], &["nowhere"]);
+    says(
+        &["train", "--curvature-every", "1", "--curvature-bn", "train", "--curvature-samples", "250"],
+        &["--curvature-samples: 250", "multiple", "--curvature-bn train"],
+    );
     says(&["train", "--optmizer", "sam"], &["--optmizer", "did you mean --optimizer?"]);
     says(&["trian"], &["did you mean train?"]);
     says(&["train", "--recipe", "cr-sam/cifar10/resnet18/crsam"], &["--recipe", "did you mean cr-sam/cifar10"]);

@@ -157,7 +157,7 @@ impl<S: Compute<Master = f32>> Run<S> {
         let config = subject.config()?;
         let data = subject.data();
         let Subject { settings, network, dataset, absent_classes, normalization, method, .. } = subject;
-        // Nobody else may change a run between its checkpoint is read and it goes on.
+        // Nobody else may change a run after its checkpoint is read and before it goes on.
         let mut held = None;
         if let Some(run) = out.as_ref().filter(|_| resume) {
             held = Some(hold(run)?);
@@ -581,6 +581,11 @@ fn curvature_images(settings: &CurvatureLogSettings, dataset: &Dataset) -> Resul
     };
     if samples > images.len() {
         let reason = format!("{samples}, but there are only {} {} images", images.len(), settings.curvature_split);
+        return Err(TrainError::setting("curvature-samples", reason));
+    }
+    let part = CurvatureMeter::USUAL_PART.min(samples);
+    if settings.curvature_bn == BatchNormName::Train && !samples.is_multiple_of(part) {
+        let reason = format!("{samples}, expected at most {part} or a multiple of it with `curvature-bn` train");
         return Err(TrainError::setting("curvature-samples", reason));
     }
     let (pixels, labels) = (&images.pixels[..samples * images.shape.bytes()], &images.labels[..samples]);
