@@ -16,7 +16,7 @@ use serde_json::json;
 
 use super::flags::Flags;
 use super::model::{MeasureSettings, ModelArgs, Samples};
-use super::{Bar, Failure, counted, print, stop_on_signals, tell, unless_stopped};
+use super::{Bar, Failure, counted, print, stop_on_signals, tell};
 
 #[derive(clap::Args)]
 pub struct CurvatureArgs {
@@ -65,7 +65,7 @@ pub fn run(args: &CurvatureArgs) -> Result<ExitCode, Failure> {
     let mut progress = |measure: Measure, done, of| bar.show(&measure.to_string(), done, of);
     let found = meter.measure(&stop, parameters.view(), statistics.view(), &settings, &mut progress);
     drop(bar);
-    let Some(found) = unless_stopped(found)? else {
+    let Some(found) = TrainError::unless_stopped(found)? else {
         tell("interrupted; nothing was written");
         return Ok(ExitCode::from(130));
     };

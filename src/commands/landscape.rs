@@ -6,7 +6,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use flate2::Crc;
 use polder::curvature::filter_normalized;
 use polder::data::Split;
 use polder::device::{self, Buffer};
@@ -20,7 +19,7 @@ use serde_json::json;
 
 use super::flags::Flags;
 use super::model::{MeasureSettings, ModelArgs, Samples, Subject};
-use super::{Bar, Failure, counted, option, print, stop_on_signals, tell, unless_stopped, write_npy};
+use super::{Bar, Failure, counted, option, print, stop_on_signals, tell, write_npy};
 
 words! {
     /// The directions of the axes.
@@ -136,7 +135,7 @@ pub fn run(args: &LandscapeArgs) -> Result<ExitCode, Failure> {
         }
         None => {
             let found = directions(args, &grid, &subject, &stop, evaluator.plan(), [&weights, &statistics]);
-            let Some((title, found)) = unless_stopped(found)? else {
+            let Some((title, found)) = TrainError::unless_stopped(found)? else {
                 tell("interrupted before the first point; nothing is kept");
                 return Ok(ExitCode::from(130));
             };
@@ -186,13 +185,10 @@ fn settings(args: &LandscapeArgs, grid: &Grid, subject: &Subject) -> Result<BTre
     let Grid { split, bn, dimensions, directions, points, range: (low, high), seed, .. } = grid;
     let channels = subject.images.shape.channels;
     let list = |values: &[f32]| values.iter().map(f32::to_string).collect::<Vec<_>>().join(",");
-    let mut images = Crc::new();
-    images.update(&subject.images.pixels);
-    subject.images.labels.iter().for_each(|label| images.update(&label.to_le_bytes()));
     let mut settings: BTreeMap<&str, String> = BTreeMap::from([
         ("model", subject.model_name.clone()),
         ("weights", checksum(&subject.init)?),
-        ("images", format!("checksum {:08x}", images.sum())),
+        ("images", format!("checksum {}", subject.images.checksum())),
         ("mean", list(&subject.normalization.mean[..channels])),
         ("std", list(&subject.normalization.std[..channels])),
         ("split", split.to_string()),

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use indicatif::{ProgressBar, ProgressStyle};
+use polder::data::DataError;
 use polder::train::{TrainError, write_whole};
 
 /// "1 step", "2 steps".
@@ -26,14 +27,13 @@ fn counted<N: std::fmt::Display + PartialEq + From<u8>>(count: N, noun: &str) ->
     format!("{count} {noun}{ending}")
 }
 
-/// Work that ended, or none if it was stopped.
-///
-/// # Errors
-/// Those of the work.
-fn unless_stopped<R>(result: Result<R, TrainError>) -> Result<Option<R>, TrainError> {
-    match result {
-        Err(TrainError::Device(polder::device::Error::Stopped)) => Ok(None),
-        result => result.map(Some),
+/// The error of a run whose images are no longer where they were, with what to do; any other one as it is.
+fn moved_images(error: TrainError) -> TrainError {
+    match error {
+        TrainError::Data(DataError::Io { path, source }) => {
+            option("data", format!("{}: {source}; give the new place of the run's images", path.display()))
+        }
+        error => error,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use polder::data::{DataError, Images, Split, SplitImages, StatisticsSource};
+use polder::data::{Images, Split, SplitImages, StatisticsSource};
 use polder::device::{Buffer, Device};
 use polder::kernels::image::Normalization;
 use polder::nn::Model;
@@ -15,7 +15,7 @@ use polder::train::{
 };
 
 use super::flags::{FlagList, Flags};
-use super::{counted, option, tell};
+use super::{counted, moved_images, option, tell};
 
 settings! {
     /// Trained weights, and how to pass images through the network.
@@ -167,12 +167,8 @@ impl ModelArgs {
         };
         let device = train::open_device(&settings.run.device, settings.run.threads)?;
         let DataSettings { data, train_size, label_noise, classes, mean, std, .. } = settings.data;
-        let opened = train::open_split(&data, split).map_err(|error| match error {
-            TrainError::Data(DataError::Io { path, source }) if record.is_some() && !given.has("data") => {
-                option("data", format!("{}: {source}; give the new place of the run's images", path.display()))
-            }
-            error => error,
-        });
+        let of_run = record.is_some() && !given.has("data");
+        let opened = train::open_split(&data, split).map_err(|error| if of_run { moved_images(error) } else { error });
         let SplitImages { name, mut images, mean: of_data_mean, std: of_data_std, statistics } = opened?;
         if let Some(channels) = record.as_ref().map(|record| record.shape[2])
             && channels != images.shape.channels

@@ -8,13 +8,12 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use polder::data::DataError;
 use polder::optim::Decay;
 use polder::train::{Finding, Options, Progress, Recipe, Record, RunSettings, TrainError, Training};
 use serde_json::json;
 
 use super::flags::{Flags, OfRun};
-use super::{Failure, counted, option, print, stop_on_signals, tell, tell_error};
+use super::{Failure, counted, moved_images, option, print, stop_on_signals, tell, tell_error};
 
 #[derive(clap::Args)]
 pub struct TrainArgs {
@@ -86,12 +85,9 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
     };
     let summary = training.run_with(&stop, &mut |progress| display.show(progress));
     display.finish();
-    let summary = summary.map_err(|error| match error {
-        TrainError::Data(DataError::Io { path, source }) if resumed && !given.has("data") => {
-            option("data", format!("{}: {source}; give the new place of the run's images", path.display()))
-        }
-        error => error.of_file(&given, file.as_deref()),
-    })?;
+    let of_run = resumed && !given.has("data");
+    let summary = summary.map_err(|error| if of_run { moved_images(error) } else { error });
+    let summary = summary.map_err(|error| error.of_file(&given, file.as_deref()))?;
     if args.json {
         let test = summary.test;
         print(

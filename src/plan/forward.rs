@@ -4,7 +4,7 @@ use super::Plan;
 use super::ops::Operation;
 use super::pass::{ForwardPass, Operands, StatisticsBuffers, Weights};
 use super::second_pass::PassBuffers;
-use crate::device::{Compute, Result, Slice, SliceMut};
+use crate::device::{Compute, Result, Scalar, Slice, SliceMut};
 use crate::kernels::loss::{self, LossShape};
 use crate::objective::RunningStats;
 
@@ -54,16 +54,8 @@ impl<S: Compute> Plan<S> {
         let mut arena = self.buffers.arena.disjoint();
         let logits = arena.read(self.memory.value(self.logits))?.slice(0..samples * shape.classes)?;
         let mut dlogits = if gradient { Some(arena.write(self.memory.gradient(self.logits))?) } else { None };
-        let counted = 0..samples * shape.classes;
-        let dlogits = match &mut dlogits {
-            Some(all) => {
-                if counted.end < all.len() {
-                    all.slice_mut(counted.end..all.len())?.clear()?;
-                }
-                Some(all.slice_mut(counted)?)
-            }
-            None => None,
-        };
+        let counted = samples * shape.classes;
+        let dlogits = dlogits.as_mut().map(|all| with_zeros_behind(all, counted)).transpose()?;
         let mut sample_losses = arena.write(self.memory.sample_losses())?;
         loss::cross_entropy(
             &shape,
@@ -78,4 +70,12 @@ impl<S: Compute> Plan<S> {
             flag,
         )
     }
+}
+
+/// The first `len` elements, to write. The others become zero: samples that do not count have no gradient.
+pub(super) fn with_zeros_behind<'a, T: Scalar>(all: &'a mut SliceMut<'_, T>, len: usize) -> Result<SliceMut<'a, T>> {
+    if len < all.len() {
+        all.slice_mut(len..all.len())?.clear()?;
+    }
+    all.slice_mut(0..len)
 }

@@ -7,6 +7,7 @@
 //! what it is the tangent of. The tangents of the forward run after the forward, because they need only activations
 //! that the backward needs too. In the backward, each operation is followed by its tangent.
 
+use super::forward::with_zeros_behind;
 use super::graph::Value;
 use super::memory_plan::MemoryPlan;
 use super::ops::Operation;
@@ -171,17 +172,14 @@ impl<S: Compute> Plan<S> {
 
     fn loss_tangent(&mut self, tangent: &mut Tangent<S>) -> Result<()> {
         let shape = LossShape { batch: self.counted, classes: self.classes() };
-        let counted = 0..shape.batch * shape.classes;
-        let logits = self.logits()?.slice(counted.clone())?;
+        let counted = shape.batch * shape.classes;
+        let logits = self.logits()?.slice(0..counted)?;
         let scale = self.loss_scale.as_ref().map(|state| state.view());
         let mut arena = tangent.arena.disjoint();
-        let logits_tangent = arena.read(self.memory.value(self.logits))?.slice(counted.clone())?;
+        let logits_tangent = arena.read(self.memory.value(self.logits))?.slice(0..counted)?;
         let mut dlogits_tangent = arena.write(self.memory.gradient(self.logits))?;
-        let all = dlogits_tangent.len();
-        if counted.end < all {
-            dlogits_tangent.slice_mut(counted.end..all)?.clear()?;
-        }
-        loss::cross_entropy_tangent(&shape, logits, logits_tangent, dlogits_tangent.slice_mut(counted)?, scale)
+        let dlogits_tangent = with_zeros_behind(&mut dlogits_tangent, counted)?;
+        loss::cross_entropy_tangent(&shape, logits, logits_tangent, dlogits_tangent, scale)
     }
 
     /// The tangent of one operation's backward, after that. It writes the operation's part of the `product`.

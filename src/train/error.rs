@@ -163,6 +163,17 @@ impl TrainError {
         }
     }
 
+    /// The result of work that may be stopped: none if it was.
+    ///
+    /// # Errors
+    /// Those of the work, except [`device::Error::Stopped`].
+    pub fn unless_stopped<R>(result: Result<R, Self>) -> Result<Option<R>, Self> {
+        match result {
+            Err(TrainError::Device(device::Error::Stopped)) => Ok(None),
+            result => result.map(Some),
+        }
+    }
+
     /// A setting that cannot be used.
     pub fn setting(name: &str, reason: impl Into<String>) -> Self {
         TrainError::Setting { name: name.into(), reason: reason.into() }

@@ -120,15 +120,7 @@ impl Held {
     /// # Errors
     /// [`TrainError::Gone`].
     pub fn check(&self) -> Result<(), TrainError> {
-        let same = match (std::fs::metadata(&self.folder), self.open.as_ref().map(File::metadata)) {
-            (Err(_), _) => false,
-            #[cfg(unix)]
-            (Ok(now), Some(Ok(held))) => {
-                use std::os::unix::fs::MetadataExt;
-                (now.dev(), now.ino()) == (held.dev(), held.ino())
-            }
-            (Ok(_), _) => true,
-        };
+        let same = self.folder.is_dir() && self.open.as_ref().is_none_or(|folder| is_same_file(folder, &self.folder));
         if same { Ok(()) } else { Err(TrainError::Gone { path: self.folder.clone() }) }
     }
 }
@@ -199,7 +191,7 @@ fn open_alone(partial: &Path, path: &Path) -> Result<File, TrainError> {
     }
 }
 
-/// Whether the path still leads to the file that was opened.
+/// Whether the path still leads to the file or folder that was opened.
 #[cfg(unix)]
 fn is_same_file(file: &File, path: &Path) -> bool {
     use std::os::unix::fs::MetadataExt;
@@ -209,7 +201,7 @@ fn is_same_file(file: &File, path: &Path) -> bool {
     }
 }
 
-/// Elsewhere an open file is not renamed.
+/// Elsewhere an open file or folder is not renamed.
 #[cfg(not(unix))]
 fn is_same_file(_: &File, _: &Path) -> bool {
     true

@@ -142,10 +142,8 @@ impl Config {
         let text = if self.by_name {
             let mine = Options::from_toml(&self.text).map_err(damaged)?;
             let mut theirs = Options::from_toml(saved).map_err(damaged)?;
-            // Files may have been moved.
-            for name in ["data", "init"] {
-                theirs.copy(name, &mine);
-            }
+            // The file may have been moved. Images are compared by themselves.
+            theirs.copy("init", &mine);
             theirs.resolve()?.to_toml()?
         } else {
             saved.into()

@@ -230,10 +230,7 @@ impl Heights {
             let found = evaluator.evaluate(moved.view(), statistics, |_| {
                 if go_on(done) { Ok(()) } else { Err(TrainError::Device(Error::Stopped)) }
             });
-            let found = match found {
-                Err(TrainError::Device(Error::Stopped)) => break,
-                found => found?,
-            };
+            let Some(found) = TrainError::unless_stopped(found)? else { break };
             self.push(&place, Height { loss: found.loss, accuracy: found.accuracy })?;
         }
         Ok(())

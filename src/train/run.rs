@@ -471,7 +471,7 @@ impl<S: Compute<Master = f32>> Run<S> {
             let stopped = stop.load(Ordering::Relaxed);
             if stopped { Err(TrainError::Device(Error::Stopped)) } else { Ok(()) }
         };
-        unless_stopped(evaluator.evaluate(state.parameters.view(), state.plan.statistics().view(), go_on))
+        TrainError::unless_stopped(evaluator.evaluate(state.parameters.view(), state.plan.statistics().view(), go_on))
     }
 
     /// The line of the log of a (partial) epoch whose steps are done, before its test.
@@ -540,7 +540,7 @@ impl<S: Compute<Master = f32>> Run<S> {
         self.recorded = Recorded::default();
         let (weights, statistics) = (self.state.parameters.view(), self.state.plan.statistics().view());
         let mut tell = |measure, done, of| progress(Progress::Measuring { measure, steps: (done, of) });
-        let found = unless_stopped(meter.measure(stop, weights, statistics, settings, &mut tell))?;
+        let found = TrainError::unless_stopped(meter.measure(stop, weights, statistics, settings, &mut tell))?;
         let Some(found) = found else { return Ok(false) };
         let record = Record::Curvature { epoch, step, measures: found.by_name() };
         if let Some(log) = &mut self.log {
@@ -590,14 +590,6 @@ fn curvature_images(settings: &CurvatureLogSettings, dataset: &Dataset) -> Resul
     }
     let (pixels, labels) = (&images.pixels[..samples * images.shape.bytes()], &images.labels[..samples]);
     Ok(Images { pixels: pixels.into(), labels: labels.into(), ..*images })
-}
-
-/// None for work that was stopped.
-fn unless_stopped<R>(result: Result<R, TrainError>) -> Result<Option<R>, TrainError> {
-    match result {
-        Err(TrainError::Device(Error::Stopped)) => Ok(None),
-        result => result.map(Some),
-    }
 }
 
 fn finite(value: f64) -> Option<f64> {

@@ -174,7 +174,7 @@ settings! {
         /// Standard deviation of pixel/255 per channel
         std: Option<Vec<f32>> = None, else "the data set's published values";
         /// Number of classes
-        classes: Option<usize> = None, else "those of the data set; the largest label and one in IDX files",
+        classes: Option<usize> = None, else "those of the data set; in IDX files the largest label plus one",
             in at_least(1);
         /// Random changes to training images
         augment: Augmentation = Augmentation::Basic;
