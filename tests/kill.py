@@ -5,16 +5,13 @@ undisturbed run, to the bit.
 
 Needs Python's standard library alone."""
 
-import argparse
 import pathlib
-import random
 import shutil
 import sys
-import tempfile
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from small_run import Setup, Wrong, partial_files  # noqa: E402
+from small_run import Setup, Wrong, partial_files, work  # noqa: E402
 
 
 def go_on(setup, name, folder):
@@ -30,27 +27,19 @@ def is_whole(name, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("program")
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
-    chance = random.Random(options.seed)
-    with tempfile.TemporaryDirectory() as work:
-        work = pathlib.Path(work)
-        setup = Setup(options.program, work)
+    with work(__doc__, "kills", 200) as (kills, setup, chance):
         longest = {}
         for name in Setup.NAMES:
-            folder = work / "timed" / name
+            folder = setup.work / "timed" / name
             setup.prepare(name, folder)
             begun = time.monotonic()
             setup.check(setup.arguments(name, folder))
             longest[name] = time.monotonic() - begun
         killed = dict.fromkeys(Setup.NAMES, 0)
         rounds = 0
-        while sum(killed.values()) < options.kills:
+        while sum(killed.values()) < kills:
             name = Setup.NAMES[rounds % len(Setup.NAMES)]
-            folder = work / "killed"
+            folder = setup.work / "killed"
             setup.prepare(name, folder)
             arguments = setup.arguments(name, folder)
             # Several crashes in sequence, and then none.

@@ -1,10 +1,14 @@
 """A small data set, a run on it, and what of its results must be equal to the bit. For kill.py and together.py."""
 
+import argparse
+import contextlib
 import json
 import pathlib
+import random
 import shutil
 import struct
 import subprocess
+import tempfile
 
 # What a log says about time.
 TIMES = {"seconds", "images_per_second"}
@@ -125,3 +129,16 @@ def checkpoint(path):
 
 def partial_files(folder):
     return [str(path) for path in pathlib.Path(folder).rglob("*.partial")]
+
+
+@contextlib.contextmanager
+def work(description, count, default):
+    """Reads the command line: the program, how many (`--kills` or `--rounds`), and a seed. Gives the number, the small
+    run in a temporary folder, and the random numbers."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("program")
+    parser.add_argument(f"--{count}", dest="count", type=int, default=default)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        yield options.count, Setup(options.program, pathlib.Path(folder)), random.Random(options.seed)

@@ -6,17 +6,14 @@ written must equal the results of an undisturbed run, to the bit.
 
 Needs Python's standard library alone."""
 
-import argparse
 import itertools
 import pathlib
-import random
 import shutil
 import sys
-import tempfile
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from small_run import Setup, Wrong, partial_files  # noqa: E402
+from small_run import Setup, Wrong, partial_files, work  # noqa: E402
 
 
 def together(setup, names, folder, pause):
@@ -40,21 +37,13 @@ def together(setup, names, folder, pause):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("program")
-    parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
-    chance = random.Random(options.seed)
-    with tempfile.TemporaryDirectory() as work:
-        work = pathlib.Path(work)
-        setup = Setup(options.program, work)
+    with work(__doc__, "rounds", 100) as (rounds, setup, chance):
         told_of = {}
-        for round in range(options.rounds):
+        for round in range(rounds):
             for names in itertools.combinations_with_replacement(Setup.NAMES, 2):
                 names = list(names)
                 chance.shuffle(names)
-                folder = work / "together"
+                folder = setup.work / "together"
                 told = together(setup, names, folder, chance.choice([0, 0, chance.uniform(0, 0.2)]))
                 if len(told) == 2:
                     raise Wrong(f"{names}: neither did its work")
