@@ -223,15 +223,17 @@ impl Range {
         }
     }
 
-    /// Whether a value is within the range. An absent value is.
+    /// Whether a value is within the range, or each number of a list. An absent value is.
     pub fn contains(self, value: &SettingValue) -> bool {
         match (self, value) {
             (Self::Any, _) | (_, SettingValue::Absent) => true,
+            (_, SettingValue::Numbers(values)) => {
+                values.iter().all(|value| self.contains(&SettingValue::Number(*value)))
+            }
             (Self::Positive, SettingValue::Number(value)) => *value > 0.0 && value.is_finite(),
             (Self::AboveZero, SettingValue::Number(value)) => *value > 0.0,
             (Self::NotNegative, SettingValue::Number(value)) => *value >= 0.0 && value.is_finite(),
             (Self::Fraction, SettingValue::Number(value)) => (0.0..=1.0).contains(value),
-            (Self::Fraction, SettingValue::Numbers(values)) => values.iter().all(|value| (0.0..=1.0).contains(value)),
             (Self::BelowOne, SettingValue::Number(value)) => (0.0..1.0).contains(value),
             (Self::AtLeast(least), SettingValue::Count(value)) => *value >= least,
             (Self::AtMost(most), SettingValue::Count(value)) => *value <= most,

@@ -25,16 +25,16 @@ pub struct Schedule {
     pub warmup: u64,
     /// Steps of the whole run.
     pub steps: u64,
-    /// Where [`Decay::Step`] changes the rate: shares of the steps after the warm-up.
-    pub milestones: Vec<f64>,
+    /// Where [`Decay::Step`] changes the rate: numbers of steps done.
+    pub milestones: Vec<u64>,
     /// What it multiplies the rate by at each of them.
     pub factor: f64,
 }
 
 impl Default for Schedule {
-    /// A constant rate of 0.1; milestones at half and at three quarters, with a factor of 0.1.
+    /// A constant rate of 0.1; no milestones, with a factor of 0.1.
     fn default() -> Self {
-        Self { peak: 0.1, decay: Decay::Constant, warmup: 0, steps: 0, milestones: vec![0.5, 0.75], factor: 0.1 }
+        Self { peak: 0.1, decay: Decay::Constant, warmup: 0, steps: 0, milestones: Vec::new(), factor: 0.1 }
     }
 }
 
@@ -53,12 +53,14 @@ impl Schedule {
         if step < self.warmup {
             return self.peak * (step + 1) as f64 / self.warmup as f64;
         }
-        let progress = (step - self.warmup) as f64 / self.steps.saturating_sub(self.warmup).max(1) as f64;
         match self.decay {
             Decay::Constant => self.peak,
-            Decay::Cosine => self.peak * 0.5 * (1.0 + (std::f64::consts::PI * progress.min(1.0)).cos()),
+            Decay::Cosine => {
+                let progress = (step - self.warmup) as f64 / self.steps.saturating_sub(self.warmup).max(1) as f64;
+                self.peak * 0.5 * (1.0 + (std::f64::consts::PI * progress.min(1.0)).cos())
+            }
             Decay::Step => {
-                let passed = self.milestones.iter().filter(|milestone| **milestone <= progress).count();
+                let passed = self.milestones.iter().filter(|milestone| **milestone <= step).count();
                 (0..passed).fold(self.peak, |rate, _| rate * self.factor)
             }
         }
@@ -95,9 +97,10 @@ mod tests {
     #[test]
     fn the_rate_falls_at_milestones_after_the_warm_up() {
         let rates = |schedule: Schedule| -> Vec<f64> { (0..schedule.steps).map(|step| schedule.rate(step)).collect() };
-        let schedule = Schedule { peak: 1.0, decay: Decay::Step, steps: 8, ..Schedule::default() };
+        let schedule =
+            Schedule { peak: 1.0, decay: Decay::Step, steps: 8, milestones: vec![4, 6], ..Schedule::default() };
         assert_eq!(rates(schedule.clone()), [1.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.1 * 0.1, 0.1 * 0.1]);
-        let schedule = Schedule { warmup: 2, steps: 7, milestones: vec![0.8, 0.2], factor: 0.5, ..schedule };
+        let schedule = Schedule { warmup: 2, steps: 7, milestones: vec![6, 3], factor: 0.5, ..schedule };
         assert_eq!(rates(schedule), [0.5, 1.0, 1.0, 0.5, 0.5, 0.5, 0.25]);
     }
 

@@ -257,8 +257,9 @@ settings! {
         steps: Option<u64> = None, else "the epochs' steps", in at_least(1);
         /// How the learning rate falls
         schedule: Decay = Decay::Cosine;
-        /// Where the step schedule multiplies the learning rate: shares of the steps after the warm-up
-        milestones: Vec<f64> = vec![0.5, 0.75], in fraction, with schedule = "step";
+        /// Where the step schedule multiplies the learning rate: after so many epochs, or, below 1, after this share of
+        /// the steps after the warm-up
+        milestones: Vec<f64> = vec![0.5, 0.75], in not_negative, with schedule = "step";
         /// What the step schedule multiplies it by
         decay_factor: f64 = 0.1, as "FACTOR", in positive, with schedule = "step";
         /// Steps of linear warm-up
@@ -593,16 +594,34 @@ impl RunSettings {
     }
 
     /// How the learning rate changes over `steps` steps.
-    pub(super) fn schedule(&self, method: &dyn Method<f32>, steps: u64) -> Result<optim::Schedule, TrainError> {
+    ///
+    /// # Errors
+    /// A warm-up that is longer than the run.
+    pub(super) fn schedule(
+        &self,
+        method: &dyn Method<f32>,
+        steps: u64,
+        steps_per_epoch: u64,
+    ) -> Result<optim::Schedule, TrainError> {
         let peak = match self.chosen()?.base {
             BaseName::Sgd => self.sgd.lr,
             BaseName::AdamW => self.adamw.lr,
         };
+        let factor = self.run.decay_factor;
         // A method that computes its step size ignores the rate.
-        let constant = method.own_rate().is_some();
-        let (decay, warmup) = if constant { (Decay::Constant, 0) } else { (self.run.schedule, self.run.warmup) };
-        let (milestones, factor) = (self.run.milestones.clone(), self.run.decay_factor);
-        Ok(optim::Schedule { peak, decay, warmup, steps, milestones, factor })
+        if method.own_rate().is_some() {
+            return Ok(optim::Schedule { peak, steps, factor, ..optim::Schedule::default() });
+        }
+        let warmup = self.run.warmup;
+        if warmup > steps {
+            return Err(TrainError::setting("warmup", format!("{warmup}, but the run has {steps} steps")));
+        }
+        let at = |milestone: &f64| match *milestone {
+            share if share < 1.0 => warmup + (share * (steps - warmup) as f64).ceil() as u64,
+            epochs => (epochs * steps_per_epoch as f64).ceil() as u64,
+        };
+        let milestones = self.run.milestones.iter().map(at).collect();
+        Ok(optim::Schedule { peak, decay: self.run.schedule, warmup, steps, milestones, factor })
     }
 }
 
@@ -705,4 +724,28 @@ fn meaningful(settings: &dyn Configurable, given: &Options) -> Result<(), Settin
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn milestones_are_epochs_or_shares_of_the_steps_after_the_warm_up() {
+        let mut settings = RunSettings::default();
+        settings.run.schedule = Decay::Step;
+        settings.run.warmup = 10;
+        settings.run.milestones = vec![0.5, 0.75, 1.0, 2.5];
+        let method = settings.method().unwrap();
+        let schedule = settings.schedule(&*method, 110, 20).unwrap();
+        assert_eq!(schedule.milestones, [60, 85, 20, 50]);
+        assert_eq!(schedule.rate(19), 0.1);
+        assert!((schedule.rate(20) - 0.01).abs() < 1e-12 && (schedule.rate(109) - 1e-5).abs() < 1e-15);
+        assert!(settings.schedule(&*method, 10, 20).is_ok());
+        let error = settings.schedule(&*method, 9, 20).unwrap_err().to_string();
+        assert_eq!(error, "warmup: 10, but the run has 9 steps");
+        let milestones = |text: &str| Options::from_toml(text).unwrap().resolve();
+        assert!(milestones("schedule = \"step\"\nmilestones = [0.5, 60.0]").is_ok());
+        assert!(milestones("schedule = \"step\"\nmilestones = [0.5, -1.0]").is_err());
+    }
 }
