@@ -137,7 +137,14 @@ impl ModelArgs {
         let init = match (init, &folder) {
             (Some(init), _) if init.is_empty() => return Err(option("init", "empty, expected a file")),
             (Some(init), _) => init.into(),
-            (None, Some(folder)) => folder.join("model.safetensors"),
+            (None, Some(folder)) => {
+                let weights = folder.join("model.safetensors");
+                if !weights.exists() && folder.join("config.toml").exists() {
+                    let reason = "the run has saved no weights: it ended before its first epoch did, or it diverged";
+                    return Err(TrainError::Results { path: folder.clone(), reason: reason.into() });
+                }
+                weights
+            }
             (None, None) => return Err(missing("init")),
         };
         let mut given = self.images.given.clone();
