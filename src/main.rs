@@ -8,7 +8,7 @@ mod commands;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
-use commands::{curvature, devices, eval, flags, landscape, manual, recipes, report, tell, tell_error, train};
+use commands::{curvature, devices, eval, flags, landscape, manual, recipes, report, tell_error, train};
 
 /// Sharpness-aware training on hand-written kernels, on the CPU or on a GPU.
 #[derive(Parser)]
@@ -76,7 +76,8 @@ fn main() -> ExitCode {
                     _ => None,
                 });
                 let similar = similar.map_or(String::new(), |name| format!("; did you mean {name}?"));
-                tell(&format!("{}{similar} (see --help)", message.join(" ")));
+                let message = message.join(" ");
+                tell_error(&format!("{}{similar} (see --help)", message.strip_prefix("error: ").unwrap_or(&message)));
             } else if let Err(error) = error.print()
                 && error.kind() != std::io::ErrorKind::BrokenPipe
             {

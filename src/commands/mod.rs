@@ -91,7 +91,7 @@ fn print(text: &str) -> Result<(), Failure> {
 }
 
 /// Prints to standard error. A failure to print is ignored.
-pub fn tell(text: &str) {
+fn tell(text: &str) {
     let _ = writeln!(std::io::stderr(), "{}", harmless(text));
 }
 
