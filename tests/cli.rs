@@ -552,6 +552,11 @@ fn a_quiet_run_prints_its_result_alone() {
     let out = folder.path().join("run");
     let told = lines(&["--out", out.to_str().unwrap()]);
     assert!(told.contains("epoch   1") && told.contains("next: polder eval"), "{told}");
+    let verbose = lines(&["--verbose"]);
+    for part in ["optimizer = \"sam\"", "rho = 0.05", "step 2, lr 5.0000e-2, gradient norm ", "test accuracy"] {
+        assert!(verbose.contains(part), "{part} in {verbose}");
+    }
+    assert_eq!(polder(&["train", "--verbose", "--quiet"]).status.code(), Some(2));
 }
 
 #[cfg(unix)]
@@ -687,6 +692,8 @@ fn an_optimizer_on_the_command_line_leaves_out_what_the_file_says_of_another() {
     assert!(written.contains("optimizer = \"adamw\"") && !written.contains("rho") && !written.contains("momentum"));
     let message = mistake(&[&common[..], &["--optimizer", "sgd", "--rho", "0.1"]].concat());
     assert!(message.contains("--rho: has no meaning for --optimizer sgd"), "{message}");
+    let message = mistake(&[&common[..], &["--warmup", "4000"]].concat());
+    assert!(message.contains("--warmup: 4000, but the run has "), "{message}");
 }
 
 #[test]
@@ -936,6 +943,16 @@ fn a_run_ends_when_its_loss_diverges_and_keeps_its_log() {
             assert_eq!((&object["diverged"], &object["interrupted"]), (&true.into(), &false.into()));
         }
     }
+    // It has no weights, and whoever asks for them is told so.
+    let output = polder(&["eval", "--run", out.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("run: the run has saved no weights"), "{}", text(&output.stderr));
+    // Without a limit the run goes on, and the first signs are told, each once.
+    let output = polder(&[&common[..], &["--lr", "100", "--epochs", "90", "--max-loss", "inf", "--quiet"]].concat());
+    let warnings = text(&output.stderr);
+    let count = |what: &str| warnings.matches(what).count();
+    assert_eq!(count("warning: step "), 2, "{warnings}");
+    assert_eq!((count("the mean loss has risen from 0.69 to "), count("skipped as not finite")), (1, 1), "{warnings}");
     // A run of fewer than fifty steps is checked, too.
     let short = [&common[..], &["--lr", "1e30", "--epochs", "3"]].concat();
     let output = polder(&short);

@@ -37,6 +37,9 @@ pub struct TrainArgs {
     /// Print the result alone
     #[arg(long, help_heading = "Run")]
     quiet: bool,
+    /// Also print all settings, more about each epoch, and without a terminal a line of progress every second
+    #[arg(long, conflicts_with = "quiet", help_heading = "Run")]
+    verbose: bool,
 }
 
 /// The settings, with the file that some of them come from.
@@ -74,7 +77,10 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
         tell("--log-every has no effect without --out, because there is no log");
     }
     let stop = Arc::new(AtomicBool::new(false));
-    let mut display = Display::new(args.json, args.quiet);
+    let mut display = Display::new(args.json, args.quiet, args.verbose);
+    if args.verbose {
+        settings.to_toml()?.lines().for_each(|setting| display.line(setting));
+    }
     stop_on_signals(&stop, "step", display.bar.clone());
     let resumed = args.resume.is_some();
     let training = Training::new(settings.clone());
@@ -163,8 +169,8 @@ fn shown(value: f64, decimals: usize) -> String {
     if value.abs() < 1e6 { format!("{value:.decimals$}") } else { format!("{value:.2e}") }
 }
 
-/// Without a terminal, a line about a long epoch is printed this often.
-const EVERY: Duration = Duration::from_secs(30);
+/// Without a terminal, a line about a long epoch is printed this often, and with `--verbose`.
+const EVERY: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(1)];
 
 /// Progress of training: a bar on a terminal, plain lines otherwise.
 struct Display {
@@ -173,6 +179,8 @@ struct Display {
     json: bool,
     /// Whether nothing is shown before the result.
     quiet: bool,
+    /// Whether more is shown.
+    verbose: bool,
     clock: Clock,
     steps: u64,
     steps_per_epoch: u64,
@@ -234,7 +242,7 @@ fn written(duration: Duration) -> String {
 }
 
 impl Display {
-    fn new(json: bool, quiet: bool) -> Self {
+    fn new(json: bool, quiet: bool, verbose: bool) -> Self {
         let bar = (!quiet && std::io::stderr().is_terminal()).then(|| {
             let bar = ProgressBar::new(0);
             // The message is cut at the end of the line, so that the bar never takes two. The prefix says what is left.
@@ -247,7 +255,7 @@ impl Display {
             }
             bar
         });
-        Self { bar, json, quiet, clock: Clock::new(), steps: 0, steps_per_epoch: 1, told: Instant::now() }
+        Self { bar, json, quiet, verbose, clock: Clock::new(), steps: 0, steps_per_epoch: 1, told: Instant::now() }
     }
 
     fn line(&mut self, text: &str) {
@@ -279,7 +287,7 @@ impl Display {
             bar.set_position(self.clock.step);
             bar.set_prefix(self.place());
             bar.set_message(text);
-        } else if self.told.elapsed() >= EVERY {
+        } else if self.told.elapsed() >= EVERY[usize::from(self.verbose)] {
             self.line(&format!("{}: {text}", self.place()));
         }
     }
@@ -336,6 +344,13 @@ impl Display {
                 self.activity(format!("measuring {measure}: {done} of {of}"));
             }
             Progress::Epoch(record) => self.record(&record),
+            Progress::Warning(warning) => {
+                let write = || tell(&format!("warning: {warning}"));
+                match &self.bar {
+                    Some(bar) => bar.suspend(write),
+                    None => write(),
+                }
+            }
         }
     }
 
@@ -343,7 +358,18 @@ impl Display {
     fn record(&mut self, record: &Record) {
         match record {
             Record::Epoch {
-                epoch, train_loss, train_accuracy, test_loss, test_accuracy, images_per_second, ..
+                epoch,
+                step,
+                train_loss,
+                train_accuracy,
+                test_loss,
+                test_accuracy,
+                lr,
+                gradient_norm,
+                method,
+                images_per_second,
+                seconds,
+                skipped,
             } => {
                 let number = |value: Option<f64>, decimals: usize| match value {
                     Some(value) => shown(value, decimals),
@@ -356,6 +382,14 @@ impl Display {
                     number(*test_loss, 3),
                     100.0 * test_accuracy,
                 ));
+                if self.verbose {
+                    let own: Vec<String> = method.iter().map(|(name, value)| format!(", {name} {value}")).collect();
+                    self.line(&format!(
+                        "           step {step}, lr {lr:.4e}, gradient norm {}{}, {skipped} skipped, {seconds:.1} s of training",
+                        number(*gradient_norm, 4),
+                        own.concat()
+                    ));
+                }
             }
             Record::Curvature { epoch, measures, .. } => {
                 let value = |(name, found): (&String, &Finding)| Some(format!("{name} {:.4}", found.value()?));

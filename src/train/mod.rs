@@ -33,7 +33,7 @@ pub use log::Record;
 pub use options::Options;
 pub(crate) use options::toml_error;
 pub use recipes::{RECIPES, Recipe};
-pub use run::{Progress, Summary};
+pub use run::{Progress, Summary, Warning};
 pub use settings::{
     AdamWSettings, Augmentation, BaseName, CurvatureLogSettings, DataSettings, LoopSettings, Measure, MethodName,
     ModelName, ModelSettings, OptimizerSettings, Precision, RunSettings, SgdSettings,

@@ -23,6 +23,41 @@ use crate::device::{Compute, Device, Error, RecordedGraph, Slice};
 use crate::kernels::batch_norm::Mode;
 use crate::optim::{RhoSchedule, Schedule, Telemetry};
 
+/// A sign that a run is about to diverge.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Warning {
+    /// The mean loss of 50 steps is above ten times that of the first 50, or of guessing if that is less.
+    LossRose {
+        /// Steps done.
+        step: u64,
+        /// The mean loss now.
+        loss: f64,
+        /// That of the first 50 steps, or of guessing.
+        first: f64,
+    },
+    /// Steps were skipped because something was not finite, in f32 or bf16, where no loss scale explains it.
+    StepsSkipped {
+        /// Steps done.
+        step: u64,
+        /// How many of the last 50 steps were skipped.
+        skipped: u64,
+    },
+}
+
+impl std::fmt::Display for Warning {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::LossRose { step, loss, first } => {
+                let loss = if *loss < 1e4 { format!("{loss:.2}") } else { format!("{loss:.2e}") };
+                write!(f, "step {step}: the mean loss has risen from {first:.2} to {loss}")
+            }
+            Self::StepsSkipped { step, skipped } => {
+                write!(f, "step {step}: {skipped} of the last {WINDOW_STEPS} steps were skipped as not finite")
+            }
+        }
+    }
+}
+
 /// What a run reports to its caller.
 #[derive(Debug, Clone)]
 pub enum Progress {
@@ -69,6 +104,8 @@ pub enum Progress {
     },
     /// After each epoch, and after each measurement of the curvature.
     Epoch(Record),
+    /// At the first sign of a divergence, once for each kind of sign.
+    Warning(Warning),
 }
 
 /// How a run ended.
@@ -94,8 +131,8 @@ pub struct Summary {
     pub out: Option<PathBuf>,
 }
 
-/// Divergence is checked after this many steps, and after each epoch.
-const DIVERGENCE_STEPS: u64 = 50;
+/// The loss is checked for divergence after this many steps, and after each epoch.
+const WINDOW_STEPS: u64 = 50;
 /// Steps that are launched on a GPU at once, as one graph, where the host has nothing to do between them.
 const STEPS_PER_LAUNCH: u64 = 8;
 
@@ -133,6 +170,9 @@ pub(super) struct Run<S: Compute<Master = f32>> {
     /// The mean loss above which the run counts as diverged, and the one that ended it.
     max_loss: f64,
     diverged: Option<f64>,
+    /// The mean loss of the first window, and which warnings were given.
+    first_loss: Option<f64>,
+    warned: [bool; 2],
     /// The line of an epoch whose test was stopped.
     untested: Option<Record>,
     /// Seconds of training up to the beginning of the epoch, and the share of it from earlier parts of the run.
@@ -175,7 +215,7 @@ impl<S: Compute<Master = f32>> Run<S> {
             return Err(TrainError::setting("batch-size", reason));
         }
         let steps = settings.run.steps.unwrap_or(settings.run.epochs.saturating_mul(steps_per_epoch));
-        let schedule = settings.schedule(&*method, steps)?;
+        let schedule = settings.schedule(&*method, steps, steps_per_epoch)?;
 
         let measured = settings.curvature(&*method);
         let mut state = State::new(&device, &settings, (network, &data), train, normalization, method)?;
@@ -229,6 +269,8 @@ impl<S: Compute<Master = f32>> Run<S> {
             recorded: Recorded::default(),
             max_loss,
             diverged: None,
+            first_loss: None,
+            warned: [false; 2],
             untested,
             seconds: earlier,
             earlier,
@@ -268,7 +310,7 @@ impl<S: Compute<Master = f32>> Run<S> {
             self.prepare_epoch()?;
             let logged = self.is_logged(self.step + 1);
             self.advance(logged)?;
-            self.check_divergence()?;
+            self.check_divergence(progress)?;
             if logged {
                 self.log_step()?;
             }
@@ -366,10 +408,7 @@ impl<S: Compute<Master = f32>> Run<S> {
     /// How many of the next steps need nothing from the host in between.
     fn steps_alone(&self) -> u64 {
         let until = |every: u64| every - self.step % every;
-        let mut alone = until(self.steps_per_epoch).min(self.steps - self.step);
-        if self.max_loss.is_finite() {
-            alone = alone.min(until(DIVERGENCE_STEPS));
-        }
+        let alone = until(self.steps_per_epoch).min(self.steps - self.step).min(until(WINDOW_STEPS));
         match self.log_every() {
             // A logged step is taken alone.
             Some(every) => alone.min(until(every) - 1),
@@ -395,18 +434,22 @@ impl<S: Compute<Master = f32>> Run<S> {
         self.step.div_ceil(self.steps_per_epoch)
     }
 
-    /// Checks whether the loss has exceeded `max_loss`.
-    fn check_divergence(&mut self) -> Result<(), TrainError> {
-        let (window_ends, epoch_ends) = (self.step.is_multiple_of(DIVERGENCE_STEPS), self.at_epoch_end());
-        let most = self.max_loss;
-        if !most.is_finite() || !(window_ends || epoch_ends) {
+    /// Checks whether the loss has exceeded `max_loss`, and warns before it does.
+    fn check_divergence(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<(), TrainError> {
+        let (window_ends, epoch_ends) = (self.step.is_multiple_of(WINDOW_STEPS), self.at_epoch_end());
+        if !(window_ends || epoch_ends) {
             return Ok(());
         }
         let sums = self.state.read_totals()?;
+        let most = self.max_loss;
         if window_ends {
+            let (loss, samples) = self.window.end(sums);
             // A loss that is NaN, because every step was skipped, counts as diverged.
-            self.diverged =
-                Some(self.window.end(sums)).filter(|loss| !matches!(loss.partial_cmp(&most), Some(Less | Equal)));
+            let within = most.is_infinite() || matches!(loss.partial_cmp(&most), Some(Less | Equal));
+            self.diverged = Some(loss).filter(|_| !within);
+            if self.diverged.is_none() {
+                self.warn(loss, samples, progress)?;
+            }
         }
         if self.step.is_multiple_of(self.steps_per_epoch) {
             self.window.cross_epoch(sums);
@@ -414,7 +457,26 @@ impl<S: Compute<Master = f32>> Run<S> {
         // The few steps of one epoch may all be skipped once. Several at the end of a run may not.
         let (loss, several) = (sums[0] / sums[2], !(self.step - 1).is_multiple_of(self.steps_per_epoch));
         let diverged = epoch_ends && (loss > most || loss.is_nan() && several && self.step == self.steps);
-        self.diverged = self.diverged.or(Some(loss).filter(|_| diverged));
+        self.diverged = self.diverged.or(Some(loss).filter(|_| diverged && most.is_finite()));
+        Ok(())
+    }
+
+    /// Tells the first signs of a divergence in the last steps, whose mean loss over so many samples this is.
+    fn warn(&mut self, loss: f64, samples: f64, progress: &mut dyn FnMut(Progress)) -> Result<(), TrainError> {
+        let step = self.step;
+        // Steps that have diverged already are no measure: nothing begins much above the loss of guessing.
+        let guess = (self.classes.max(2) as f64).ln();
+        let first = *self.first_loss.get_or_insert(loss.min(guess));
+        if loss > 10.0 * first && !std::mem::replace(&mut self.warned[0], true) {
+            progress(Progress::Warning(Warning::LossRose { step, loss, first }));
+        }
+        // A part of a run that is resumed may begin within a window.
+        let steps = (step - self.started_at).min(WINDOW_STEPS);
+        let skipped = steps.saturating_sub((samples / self.state.batch as f64).round() as u64);
+        // The scale of the loss is found by steps that are skipped.
+        if skipped > 0 && self.state.loss_scale()?.is_none() && !std::mem::replace(&mut self.warned[1], true) {
+            progress(Progress::Warning(Warning::StepsSkipped { step, skipped }));
+        }
         Ok(())
     }
 
@@ -612,12 +674,12 @@ struct Window {
 }
 
 impl Window {
-    /// Returns the mean loss and starts the next window.
-    fn end(&mut self, sums: [f64; 3]) -> f64 {
+    /// Returns the mean loss and the number of samples, and starts the next window.
+    fn end(&mut self, sums: [f64; 3]) -> (f64, f64) {
         let of = |k: usize| self.earlier[k] + sums[k] - self.start[k];
-        let loss = of(0) / of(2);
+        let (loss, samples) = (of(0) / of(2), of(2));
         *self = Self { earlier: [0.0; 3], start: sums };
-        loss
+        (loss, samples)
     }
 
     /// An epoch ends, and its sums begin at zero again.
@@ -704,13 +766,13 @@ mod tests {
     fn a_window_is_the_mean_over_its_steps_whatever_epochs_they_belong_to() {
         // Losses 1, 2, 3 in an epoch of three steps; then 4, 5, skipped, 6 in the next.
         let mut window = Window { earlier: [0.0; 3], start: [0.0; 3] };
-        assert_eq!(window.end([3.0, 0.0, 2.0]), 1.5);
+        assert_eq!(window.end([3.0, 0.0, 2.0]), (1.5, 2.0));
         window.cross_epoch([6.0, 0.0, 3.0]);
-        assert_eq!(window.end([9.0, 0.0, 2.0]), (3.0 + 4.0 + 5.0) / 3.0);
-        assert!(window.end([9.0, 0.0, 2.0]).is_nan(), "no step counted");
-        assert_eq!(window.end([15.0, 0.0, 3.0]), 6.0);
+        assert_eq!(window.end([9.0, 0.0, 2.0]), ((3.0 + 4.0 + 5.0) / 3.0, 3.0));
+        assert!(window.end([9.0, 0.0, 2.0]).0.is_nan(), "no step counted");
+        assert_eq!(window.end([15.0, 0.0, 3.0]), (6.0, 1.0));
         // A window that ends with its epoch passes nothing on to the next.
         window.cross_epoch([15.0, 0.0, 3.0]);
-        assert_eq!(window.end([7.0, 0.0, 1.0]), 7.0);
+        assert_eq!(window.end([7.0, 0.0, 1.0]), (7.0, 1.0));
     }
 }
