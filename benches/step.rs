@@ -49,7 +49,7 @@ fn step(criterion: &mut Criterion) {
                         device.synchronize().expect("a device in order");
                         let begin = device.event().expect("an event");
                         for _ in 0..count {
-                            optimizer.step(&mut plan, &mut weights, 0.01).expect("a step");
+                            optimizer.step(&mut plan, weights.view_mut(), 0.01).expect("a step");
                         }
                         let end = device.event().expect("an event");
                         Duration::from_secs_f64(end.elapsed_since(&begin).expect("a time"))

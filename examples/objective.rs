@@ -81,7 +81,7 @@ fn main() -> Result<()> {
         let mut optimizer = Optimizer::new(&device, WEIGHTS, Settings::boxed((method.new)(), base))?;
         let mut weights = device.upload(&start)?;
         for _ in 0..500 {
-            optimizer.step(&mut objective, &mut weights, 0.02)?;
+            optimizer.step(&mut objective, weights.view_mut(), 0.02)?;
         }
         let weights = weights.to_vec()?;
         let after = loss_at(&mut objective, &weights)?;

@@ -167,9 +167,9 @@ fn count<S: Compute<Master = f32>>(methods: &[AnyMethod], bases: &[Base]) {
                 // SAM in groups of several parts, the others on the whole batch.
                 if *method == AnyMethod::sam(0.05) {
                     let mut batch = Wrapped(Grouped { plan: &mut plan, groups: 4, show: |_: &mut Plan<S>, _| Ok(()) });
-                    optimizer.step(&mut accumulator.over(&mut batch), &mut weights, 0.01).unwrap();
+                    optimizer.step(&mut accumulator.over(&mut batch), weights.view_mut(), 0.01).unwrap();
                 } else {
-                    optimizer.step(&mut plan, &mut weights, 0.01).unwrap();
+                    optimizer.step(&mut plan, weights.view_mut(), 0.01).unwrap();
                 }
             });
             assert_eq!(steps, 0, "{} and {method:?} on {name}: allocations in three steps", S::NAME);

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use polder::device::{Device, Error, available};
+use polder::device::{Device, Error, Slice, SliceMut, available};
 use polder::kernels::vector::fill;
 
 /// `cuda:0`, or `None` if it may be absent.
@@ -129,6 +129,42 @@ fn a_buffer_keeps_its_device_alive() {
     let buffer = device.upload(&[1.5f32, -2.5]).unwrap();
     drop(device);
     assert_eq!(buffer.to_vec().unwrap(), [1.5, -2.5]);
+}
+
+/// Work of another library on its stream, ours, and again that library's, in this order without waiting.
+#[test]
+fn a_stream_and_memory_of_another_library_are_borrowed() {
+    use cudarc::driver::{CudaContext, result};
+    const N: usize = 1000;
+    if gpu().is_none() {
+        return;
+    }
+    let context = CudaContext::new(0).unwrap();
+    let stream = context.new_stream().unwrap();
+    let raw = stream.cu_stream();
+    // SAFETY: the stream is alive to the end of the test.
+    let device = unsafe { Device::adopt(0, raw.cast()) }.unwrap();
+    // SAFETY: the memory is used in the order of the stream that it is allocated on, and freed last.
+    let address = unsafe { result::malloc_async(raw, 4 * N) }.unwrap();
+    // SAFETY: as above.
+    unsafe { result::memset_d8_async(address, 0xFF, 4 * N, raw) }.unwrap();
+    // SAFETY: `N` floats, which nobody else uses but in the order of the stream. The first is left out.
+    let mut values = unsafe { SliceMut::<f32>::from_raw(&device, address + 4, N - 1) }.unwrap();
+    fill(values.reborrow(), 1.5).unwrap();
+    // SAFETY: as above.
+    unsafe { result::memset_d8_async(address + 8, 0, 4, raw) }.unwrap();
+    let mut expected = vec![1.5; N - 1];
+    expected[1] = 0.0;
+    assert_eq!(values.view().to_vec().unwrap(), expected);
+    // SAFETY: as above.
+    let all = unsafe { Slice::<u32>::from_raw(&device, address, N) }.unwrap();
+    assert_eq!(all.slice(0..1).unwrap().to_vec().unwrap(), [u32::MAX]);
+    // What was lent outlives the device.
+    drop(device);
+    assert!(context.is_event_tracking());
+    // SAFETY: freed once, after its last use.
+    unsafe { result::free_async(address, raw) }.unwrap();
+    stream.synchronize().unwrap();
 }
 
 #[test]

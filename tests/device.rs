@@ -4,7 +4,7 @@
 mod common;
 
 use common::{Random, devices};
-use polder::device::{Buffer, Device, Error, Result, available};
+use polder::device::{Buffer, Device, Error, Result, Slice, SliceMut, available};
 use polder::kernels::vector::fill;
 
 /// Runs `test` on every device, and prints the device on which it failed.
@@ -403,4 +403,23 @@ fn devices_are_found_by_name() {
     assert_eq!(devices[0].0, "cpu");
     assert!(devices[0].1.as_ref().is_ok_and(|description| description.contains("thread")));
     assert!(devices.len() > 1, "nothing is said about GPUs");
+}
+
+#[test]
+fn foreign_addresses_are_checked() {
+    let device = Device::host();
+    let values = [1.0f32, 2.0, 3.0];
+    let address = values.as_ptr().expose_provenance() as u64;
+    // SAFETY: three live numbers; the refused slices are never made.
+    unsafe {
+        assert_eq!(Slice::<f32>::from_raw(&device, address, 3).unwrap().to_vec().unwrap(), values);
+        assert!(Slice::<f32>::from_raw(&device, 0, 0).unwrap().to_vec().unwrap().is_empty());
+        let refused = |address, len| Slice::<f32>::from_raw(&device, address, len).err().unwrap().to_string();
+        assert!(refused(0, 1).ends_with("the address is null"));
+        assert!(refused(address + 2, 1).ends_with("the address is not aligned to its type"));
+        for (address, len) in [(address, usize::MAX), (address, usize::MAX / 4), (u64::MAX - 3, 8)] {
+            assert!(refused(address, len).ends_with("it is too long"), "{address:#x} {len}");
+            assert!(SliceMut::<f32>::from_raw(&device, address, len).is_err());
+        }
+    }
 }

@@ -159,7 +159,22 @@ pub(crate) fn check_length(
     if found == expected { Ok(()) } else { Err(Error::Length { operation, argument, found, expected }) }
 }
 
-/// A part of a buffer, borrowed for reading.
+/// Checks the address and the length of foreign memory.
+fn check_raw<T: Element>(operation: &'static str, address: u64, len: usize) -> Result<()> {
+    let fits = len
+        .checked_mul(size_of::<T>())
+        .filter(|&bytes| bytes <= isize::MAX as usize)
+        .is_some_and(|bytes| address.checked_add(bytes as u64).is_some());
+    let reason = match address {
+        _ if !fits => "it is too long",
+        0 if len > 0 => "the address is null",
+        address if !address.is_multiple_of(align_of::<T>() as u64) => "the address is not aligned to its type",
+        _ => return Ok(()),
+    };
+    Err(Error::Argument { operation, message: format!("{len} elements at {address:#x}: {reason}") })
+}
+
+/// A part of a buffer, borrowed for reading. [`Slice::from_raw`] borrows memory of another library.
 #[derive(Clone, Copy)]
 pub struct Slice<'a, T: Element> {
     device: &'a Device,
@@ -169,6 +184,22 @@ pub struct Slice<'a, T: Element> {
 }
 
 impl<'a, T: Element> Slice<'a, T> {
+    /// Borrows `len` elements at `address` that this library does not own: a GPU's address
+    /// ([`Device::adopt`]), or on the CPU that of a host pointer (`pointer.expose_provenance() as u64`). Nothing is
+    /// copied. An address that is a multiple of 16 lets kernels read four floats at once.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a null address, one that is not aligned to `T`, and a length that no memory has.
+    ///
+    /// # Safety
+    /// For as long as the slice and its copies exist, and on a GPU until the work that was given them has finished:
+    /// - the memory is allocated and initialised, and every element lies on `device`;
+    /// - nobody writes to it, except work that the device's stream already orders with the work here.
+    pub unsafe fn from_raw(device: &'a Device, address: u64, len: usize) -> Result<Self> {
+        check_raw::<T>("Slice::from_raw", address, len)?;
+        Ok(Self { device, address, len, borrow: PhantomData })
+    }
+
     /// Number of elements.
     pub fn len(&self) -> usize {
         self.len
@@ -231,7 +262,7 @@ impl<'a, T: Element> Slice<'a, T> {
     }
 }
 
-/// A part of a buffer, borrowed for writing.
+/// A part of a buffer, borrowed for writing. [`SliceMut::from_raw`] borrows memory of another library.
 pub struct SliceMut<'a, T: Element> {
     device: &'a Device,
     address: u64,
@@ -240,6 +271,21 @@ pub struct SliceMut<'a, T: Element> {
 }
 
 impl<'a, T: Element> SliceMut<'a, T> {
+    /// Borrows `len` elements at `address` to write to, as [`Slice::from_raw`] does to read.
+    ///
+    /// # Errors
+    /// As [`Slice::from_raw`].
+    ///
+    /// # Safety
+    /// For as long as the slice exists, and on a GPU until the work that was given it has finished:
+    /// - the memory is allocated, and every element lies on `device`;
+    /// - no other slice overlaps it, and nobody else reads or writes it, except work that the device's stream already
+    ///   orders with the work here.
+    pub unsafe fn from_raw(device: &'a Device, address: u64, len: usize) -> Result<Self> {
+        check_raw::<T>("SliceMut::from_raw", address, len)?;
+        Ok(Self { device, address, len, borrow: PhantomData })
+    }
+
     /// Number of elements.
     pub fn len(&self) -> usize {
         self.len

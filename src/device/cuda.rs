@@ -40,9 +40,8 @@ pub(super) fn count() -> std::result::Result<usize, String> {
 fn driver_version() -> std::result::Result<i32, String> {
     static VERSION: OnceLock<std::result::Result<i32, String>> = OnceLock::new();
     let start = || {
-        // SAFETY: this loads libcuda and runs its initialisers, which we trust as we trust the driver. It must come
-        // first: every other call panics if the library is absent.
-        if !unsafe { sys::is_culib_present() } {
+        // It must come first: every other call panics if the library is absent.
+        if !driver_is_present() {
             return Err("the CUDA driver library (libcuda) was not found".into());
         }
         let mut version = 0;
@@ -59,6 +58,14 @@ fn driver_version() -> std::result::Result<i32, String> {
         }
     };
     VERSION.get_or_init(start).clone()
+}
+
+/// Whether the driver's library can be loaded, by the names under which cudarc looks for it. Where another crate has
+/// linked it, it is there already.
+fn driver_is_present() -> bool {
+    let names = if cfg!(windows) { &["nvcuda.dll"][..] } else { &["libcuda.so", "libcuda.so.1"] };
+    // SAFETY: this loads libcuda and runs its initialisers, which we trust as we trust the driver.
+    names.iter().any(|name| unsafe { libloading::Library::new(*name) }.is_ok())
 }
 
 /// `13.0` for 13000.
@@ -182,17 +189,28 @@ fn early_launch() -> bool {
 
 impl CudaDevice {
     pub(super) fn new(ordinal: usize) -> Result<Self> {
+        Self::find(ordinal, None)
+    }
+
+    /// # Safety
+    /// As [`super::Device::adopt`].
+    pub(super) unsafe fn adopt(ordinal: usize, stream: *mut c_void) -> Result<Self> {
+        Self::find(ordinal, Some(stream.cast()))
+    }
+
+    /// A GPU, with a stream of its own or with one whose owner vouches for it.
+    fn find(ordinal: usize, adopted: Option<sys::CUstream>) -> Result<Self> {
         let unavailable = |reason| Error::Unavailable { device: format!("cuda:{ordinal}"), reason };
         let count = count().map_err(unavailable)?;
         if ordinal >= count {
             let reason = if count == 1 { "there is one GPU, cuda:0".into() } else { format!("there are {count} GPUs") };
             return Err(unavailable(reason));
         }
-        Self::open(ordinal).map_err(unavailable)
+        Self::open(ordinal, adopted).map_err(unavailable)
     }
 
     /// Opens the GPU, or returns the reason why that fails.
-    fn open(ordinal: usize) -> std::result::Result<Self, String> {
+    fn open(ordinal: usize, adopted: Option<sys::CUstream>) -> std::result::Result<Self, String> {
         let version = version_name(driver_version()?);
         let context = CudaContext::new(ordinal).map_err(describe)?;
         if !context.has_async_alloc() {
@@ -200,12 +218,22 @@ impl CudaDevice {
         }
         // SAFETY: event tracking is for `CudaSlice`, which is never used here.
         unsafe { context.disable_event_tracking() };
-        let (stream, side) = (context.new_stream().map_err(describe)?, context.new_stream().map_err(describe)?);
-        keep_freed_memory(&context).map_err(describe)?;
+        let stream = match adopted {
+            // SAFETY: the stream's owner vouches for it.
+            Some(stream) => unsafe { context.wrap_borrowed_stream(stream) },
+            None => context.new_stream().map_err(describe)?,
+        };
+        let side = context.new_stream().map_err(describe)?;
+        // The pool is the whole process's. Whoever lends a stream has set it as it should be.
+        if adopted.is_none() {
+            keep_freed_memory(&context).map_err(describe)?;
+        }
         let staging = Staging::new(&context).map_err(describe)?;
 
         let (major, minor) = context.compute_capability().map_err(describe)?;
-        let kernels = load_kernels(&context).map_err(|reason| {
+        // A foreign kernel may be in front of any launch. It is not known whether it may still be running then.
+        let may_be_early = adopted.is_none() && early_launch();
+        let kernels = load_kernels(&context, may_be_early).map_err(|reason| {
             format!("compute capability {major}.{minor} with a driver for CUDA {version}: {reason}")
         })?;
 
@@ -624,7 +652,10 @@ fn keep_freed_memory(context: &CudaContext) -> std::result::Result<(), DriverErr
 }
 
 /// Loads every fatbin and looks up every kernel, so that launches need not.
-fn load_kernels(context: &Arc<CudaContext>) -> std::result::Result<Vec<Option<LoadedKernel>>, String> {
+fn load_kernels(
+    context: &Arc<CudaContext>,
+    may_be_early: bool,
+) -> std::result::Result<Vec<Option<LoadedKernel>>, String> {
     let mut modules: Vec<Arc<CudaModule>> = Vec::with_capacity(FATBINS.len());
     for &(name, image) in FATBINS {
         // The driver requires images aligned to 8 bytes. A heap block of this size is aligned; the embedded bytes may
@@ -633,7 +664,6 @@ fn load_kernels(context: &Arc<CudaContext>) -> std::result::Result<Vec<Option<Lo
         modules
             .push(module.map_err(|error| format!("the kernels of {name}.cu cannot be loaded: {}", describe(error)))?);
     }
-    let may_be_early = early_launch();
     let find = |id: KernelId| {
         let name = id.to_name();
         let found = modules

@@ -232,6 +232,27 @@ impl Device {
         Ok(Self(Inner::Cuda(Arc::new(CudaDevice::new(ordinal)?))))
     }
 
+    /// GPU number `ordinal`, with its work on a stream of the caller: the one that the caller's own kernels run on. So
+    /// work here follows the work that is already on the stream, and later work there follows the work here, without
+    /// waiting. Memory of the caller is borrowed with [`Slice::from_raw`]. On the CPU a call has finished when it
+    /// returns, so [`Device::host_with`] needs nothing but the number of threads.
+    ///
+    /// The GPU's settings stay as they are: the memory pool keeps its release threshold, and no kernel is launched
+    /// before the one in front of it has ended, because that may be the caller's.
+    ///
+    /// # Errors
+    /// As [`Device::cuda`].
+    ///
+    /// # Safety
+    /// - `stream` is a `CUstream` (or `cudaStream_t`) of the GPU's primary context, or null for its default stream.
+    /// - It stays alive until the device, its clones and everything made from them (buffers, events, graphs) is
+    ///   dropped.
+    /// - While its owner captures it as a graph, nothing here may allocate, free, read back or wait.
+    pub unsafe fn adopt(ordinal: usize, stream: *mut std::ffi::c_void) -> Result<Self> {
+        // SAFETY: the caller's.
+        Ok(Self(Inner::Cuda(Arc::new(unsafe { CudaDevice::adopt(ordinal, stream) }?))))
+    }
+
     /// The device of that name: `cpu`, `cuda`, `cuda:N`, or `auto` (the first GPU if there is a usable one, else the
     /// CPU).
     ///

@@ -18,7 +18,7 @@ pub use methods::*;
 pub use schedule::{Decay, RhoSchedule, Schedule};
 pub use step::{Coefficients, Direction, Numbers, Row, Step, Store, Vector, Vectors, work};
 
-use crate::device::{Buffer, Device, Error, Result, Scalar, Slice};
+use crate::device::{Buffer, Device, Error, Result, Scalar, Slice, SliceMut};
 use crate::kernels::vector::{self, AdamWStep, Combination, Rate, Reduction, SgdStep};
 use crate::kernels::{metrics, random, sharpness};
 use crate::objective::{Objective, ObjectiveExt, Pass};
@@ -264,7 +264,7 @@ impl<T: Scalar> Optimizer<T> {
     pub fn step<'r>(
         &mut self,
         objective: &mut dyn Objective<T>,
-        weights: &mut Buffer<T>,
+        weights: SliceMut<'_, T>,
         lr: impl Into<Rate<'r>>,
     ) -> Result<()> {
         let taken = self.take_step(objective, weights, lr.into());
@@ -275,7 +275,7 @@ impl<T: Scalar> Optimizer<T> {
         taken
     }
 
-    fn take_step(&mut self, objective: &mut dyn Objective<T>, weights: &mut Buffer<T>, lr: Rate<'_>) -> Result<()> {
+    fn take_step(&mut self, objective: &mut dyn Objective<T>, weights: SliceMut<'_, T>, lr: Rate<'_>) -> Result<()> {
         const OPERATION: &str = "Optimizer::step";
         crate::kernels::check_length(OPERATION, "weights", weights.len(), self.len)?;
         self.numbers.flag.clear()?;
@@ -295,11 +295,11 @@ impl<T: Scalar> Optimizer<T> {
         if groups > 1 && self.sum.len() != self.len {
             self.sum = weights.device().zeros(self.len)?;
         }
-        let mut direction = self.direction(objective, weights, (0, groups))?;
+        let mut direction = self.direction(objective, weights.view(), (0, groups))?;
         if groups > 1 {
             for group in 1..groups {
                 self.accumulate(direction, 1.0 / groups as f64, group > 1)?;
-                direction = self.direction(objective, weights, (group, groups))?;
+                direction = self.direction(objective, weights.view(), (group, groups))?;
             }
             self.accumulate(direction, 1.0 / groups as f64, true)?;
             let Numbers { losses, mean_loss, .. } = &mut self.numbers;
@@ -314,7 +314,7 @@ impl<T: Scalar> Optimizer<T> {
     fn direction(
         &mut self,
         objective: &mut dyn Objective<T>,
-        weights: &Buffer<T>,
+        weights: Slice<'_, T>,
         (group, groups): (usize, usize),
     ) -> Result<Direction> {
         objective.select(group)?;
@@ -323,7 +323,7 @@ impl<T: Scalar> Optimizer<T> {
         let mut counters = counters.disjoint();
         let mut step = Step {
             objective,
-            vectors: Store { work: &mut self.work, weights: weights.view(), memory },
+            vectors: Store { work: &mut self.work, weights, memory },
             numbers: &mut self.numbers,
             scalars,
             counters: counters.write(STEP_COUNTERS..all)?,
@@ -349,7 +349,7 @@ impl<T: Scalar> Optimizer<T> {
     }
 
     /// Clip, combine, momentum, decay and update.
-    fn update(&mut self, weights: &mut Buffer<T>, direction: Direction, summed: bool, lr: Rate<'_>) -> Result<()> {
+    fn update(&mut self, weights: SliceMut<'_, T>, direction: Direction, summed: bool, lr: Rate<'_>) -> Result<()> {
         let Self { settings, state, work, sum, numbers, reduction, len, .. } = self;
         // The sum over groups is a single vector.
         let mut direction = if summed { Direction::along(Vector::Work(0)) } else { direction };
@@ -378,12 +378,12 @@ impl<T: Scalar> Optimizer<T> {
         match settings.base {
             Base::Sgd { momentum, nesterov } => {
                 let step = SgdStep { lr, momentum, nesterov, weight_decay, decay_len };
-                vector::sgd(weights.view_mut(), state.momentum.view_mut(), gradients, step, skip)
+                vector::sgd(weights, state.momentum.view_mut(), gradients, step, skip)
             }
             Base::AdamW { beta1, beta2, eps } => {
                 let step = AdamWStep { lr, beta1, beta2, eps, weight_decay, decay_len };
                 let (m, v) = (state.momentum.view_mut(), state.second_moment.view_mut());
-                vector::adamw(weights.view_mut(), m, v, gradients, step, steps.view(), skip)
+                vector::adamw(weights, m, v, gradients, step, steps.view(), skip)
             }
         }
     }

@@ -207,7 +207,7 @@ mod tests {
             normalization: &normalization,
             augment: None,
         });
-        let mut step = || optimizer.step(&mut accumulator.over(&mut batch), &mut weights, 0.1);
+        let mut step = || optimizer.step(&mut accumulator.over(&mut batch), weights.view_mut(), 0.1);
         step().unwrap();
         device.capture(step).unwrap().list().unwrap()
     }

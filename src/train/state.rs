@@ -105,7 +105,7 @@ impl<S: Compute<Master = f32>> State<S> {
             normalization: &self.normalization,
             augment: self.augment,
         });
-        optimizer.step(&mut self.accumulator.over(&mut images), parameters, Rate::Device(rate.view()))?;
+        optimizer.step(&mut self.accumulator.over(&mut images), parameters.view_mut(), Rate::Device(rate.view()))?;
         metrics::record(optimizer.loss()?, plan.correct()?, optimizer.skipped(), self.batch, totals.view_mut())?;
         clock::advance(clock.view_mut(), rates.view(), rate.view_mut())
     }

@@ -5,7 +5,7 @@ use approx::{abs_diff_eq, assert_abs_diff_eq, relative_eq};
 
 use crate::common;
 use crate::common::methods::AnyMethod;
-use polder::device::{Buffer, Device, Result, Scalar};
+use polder::device::{Buffer, Device, Result, Scalar, SliceMut};
 use polder::kernels::random;
 use polder::objective::{Domain, Objective, Pass, Passes};
 use polder::optim::{
@@ -120,7 +120,7 @@ fn direction<T: Scalar>(device: &Device, method: AnyMethod, quartic: bool) -> (V
     let mut objective = function(2, bowl(quartic));
     let mut weights: Buffer<T> = device.upload(&[T::from_f64(1.0); 2]).unwrap();
     let mut optimizer = Optimizer::new(device, 2, sgd(method, 2)).unwrap();
-    optimizer.step(&mut objective, &mut weights, 1.0).unwrap();
+    optimizer.step(&mut objective, weights.view_mut(), 1.0).unwrap();
     let moved = common::to_f64(&weights.to_vec().unwrap());
     (moved.iter().map(|w| 1.0 - w).collect(), optimizer.telemetry().unwrap())
 }
@@ -397,7 +397,7 @@ fn every_method_follows_its_formula_for_several_steps() {
                 let mut optimizer = Optimizer::new(&device, 9, settings).unwrap();
                 let mut objective = function(9, coupled());
                 for _ in 0..5 {
-                    optimizer.step(&mut objective, &mut weights, lr).unwrap();
+                    optimizer.step(&mut objective, weights.view_mut(), lr).unwrap();
                 }
                 // GNR's own differences of gradients have a radius of 0.01; the reference's are of fourth order.
                 let approximate = matches!(method, AnyMethod::Gnr(Gnr { hvp: Hvp::Difference, .. }));
@@ -434,7 +434,7 @@ fn least_squares_has_its_analytic_products() {
     for (hvp, tolerance) in [(Hvp::Exact, 1e-12), (Hvp::Difference, 1e-10)] {
         let mut weights = device.upload(&start).unwrap();
         let mut optimizer = Optimizer::<f64>::new(&device, len, sgd(gnr(hvp), len)).unwrap();
-        optimizer.step(&mut function(len, gradient), &mut weights, 1.0).unwrap();
+        optimizer.step(&mut function(len, gradient), weights.view_mut(), 1.0).unwrap();
         let step = plus(&start, -1.0, &weights.to_vec().unwrap());
         common::assert_close(&format!("{hvp:?}"), &step, &expected, tolerance);
     }
@@ -487,7 +487,7 @@ fn groups_take_perturbations_of_their_own_and_one_group_changes_no_bit() {
         };
         let found = step(&mut |optimizer, weights| {
             let mut objective = Grouped { parts: vec![half(1.0), half(0.5), half(-0.8)], group: 0 };
-            optimizer.step(&mut objective, weights, 0.1).unwrap();
+            optimizer.step(&mut objective, weights.view_mut(), 0.1).unwrap();
         });
         // The first step's groups draw the numbers that the first three steps would draw without groups.
         let mean = [(0, 1.0), (1, 0.5), (2, -0.8)]
@@ -497,10 +497,10 @@ fn groups_take_perturbations_of_their_own_and_one_group_changes_no_bit() {
 
         let one = step(&mut |optimizer, weights| {
             let mut objective = Grouped { parts: vec![half(0.5)], group: 0 };
-            optimizer.step(&mut objective, weights, 0.1).unwrap();
+            optimizer.step(&mut objective, weights.view_mut(), 0.1).unwrap();
         });
         let plain = step(&mut |optimizer, weights| {
-            optimizer.step(&mut function(9, half(0.5)), weights, 0.1).unwrap();
+            optimizer.step(&mut function(9, half(0.5)), weights.view_mut(), 0.1).unwrap();
         });
         assert_eq!(common::bits(&one), common::bits(&plain), "{method:?}");
     }
@@ -509,7 +509,7 @@ fn groups_take_perturbations_of_their_own_and_one_group_changes_no_bit() {
     let mut optimizer = Optimizer::new(&device, 9, settings).unwrap();
     let mut weights = device.upload(&start).unwrap();
     let mut objective = Grouped { parts: vec![half(1.0), half(0.5)], group: 0 };
-    assert!(optimizer.step(&mut objective, &mut weights, 0.1).unwrap_err().to_string().contains("with memory"));
+    assert!(optimizer.step(&mut objective, weights.view_mut(), 0.1).unwrap_err().to_string().contains("with memory"));
 }
 
 #[test]
@@ -527,10 +527,32 @@ fn a_step_whose_update_is_zero_leaves_every_bit() {
         let mut optimizer = Optimizer::new(&device, 9, method.over(base)).unwrap();
         let mut objective = function(9, coupled());
         for _ in 0..50 {
-            optimizer.step(&mut objective, &mut weights, 0.0).unwrap();
+            optimizer.step(&mut objective, weights.view_mut(), 0.0).unwrap();
         }
         assert_eq!(common::bits(&weights.to_vec().unwrap()), common::bits(&start), "{method:?}");
         assert_eq!(optimizer.telemetry().unwrap().skipped, 0, "{method:?}");
+    }
+}
+
+/// Weights in memory of another library, at addresses that no pack of numbers is aligned to.
+#[test]
+fn borrowed_weights_get_the_bits_of_owned_ones() {
+    let start: Vec<f64> = common::Random(9).vector(9);
+    for method in family() {
+        let device = Device::host();
+        let mut owned = device.upload(&start).unwrap();
+        let mut foreign = [&[7.0][..], &start, &[7.0]].concat();
+        let [mut of_owned, mut of_foreign] = [(); 2].map(|()| Optimizer::new(&device, 9, sgd(method, 9)).unwrap());
+        for _ in 0..4 {
+            of_owned.step(&mut function(9, coupled()), owned.view_mut(), 0.01).unwrap();
+            let address = (&raw mut foreign[1]).expose_provenance() as u64;
+            // SAFETY: nine live numbers of this test, which nobody else uses during the step.
+            let borrowed = unsafe { SliceMut::from_raw(&device, address, 9) }.unwrap();
+            of_foreign.step(&mut function(9, coupled()), borrowed, 0.01).unwrap();
+        }
+        assert_eq!(common::bits(&foreign[1..10]), common::bits(&owned.to_vec().unwrap()), "{method:?}");
+        assert_eq!([foreign[0], foreign[10]], [7.0; 2], "{method:?}");
+        assert_ne!(foreign[1..10], start, "{method:?}");
     }
 }
 
@@ -543,7 +565,7 @@ fn half_the_radius_is_a_radius_of_half() {
         let mut optimizer = Optimizer::new(&device, 9, sgd(method, 9)).unwrap();
         optimizer.scale_rho(factor);
         for _ in 0..3 {
-            optimizer.step(&mut function(9, coupled()), &mut weights, 0.01).unwrap();
+            optimizer.step(&mut function(9, coupled()), weights.view_mut(), 0.01).unwrap();
         }
         weights.to_vec().unwrap()
     };
@@ -570,7 +592,7 @@ fn observed_steps_tell_the_cosines() {
         let mut weights = device.upload(&start).unwrap();
         let mut optimizer = Optimizer::new(&device, 9, method.over(base)).unwrap();
         optimizer.observe(true);
-        optimizer.step(&mut function(9, coupled()), &mut weights, 0.1).unwrap();
+        optimizer.step(&mut function(9, coupled()), weights.view_mut(), 0.1).unwrap();
         let telemetry = optimizer.telemetry().unwrap();
         let g = coupled()(&start).1;
         let rho = if matches!(method, AnyMethod::CrSam(_)) { 0.1 } else { 0.05 };
@@ -622,7 +644,7 @@ fn a_parabola_converges_with_every_method_and_base() {
             for step in 0..steps {
                 // The perturbation keeps its radius at the minimum: only a falling rate comes to rest there.
                 let rate = lr * (1.0 - f64::from(step) / f64::from(steps));
-                optimizer.step(&mut objective, &mut weights, rate).unwrap();
+                optimizer.step(&mut objective, weights.view_mut(), rate).unwrap();
             }
             let found = weights.to_vec().unwrap();
             let error = found.iter().zip(target).map(|(w, t)| (w - t).abs()).fold(0.0, f64::max);
@@ -638,7 +660,7 @@ fn terms_of_vanishing_curvature_or_slope_are_dropped_and_counted() {
     let device = Device::host();
     let mut weights = device.upload(&[2.0f64, 0.0]).unwrap();
     let mut optimizer = Optimizer::new(&device, 2, sgd(cr_sam(Form::Log), 2)).unwrap();
-    optimizer.step(&mut saddle, &mut weights, 1.0).unwrap();
+    optimizer.step(&mut saddle, weights.view_mut(), 1.0).unwrap();
     let telemetry = optimizer.telemetry().unwrap();
     assert!(telemetry.get("a").unwrap() < 0.0);
     assert_eq!(telemetry.counters, [("dropped_alpha", 1), ("dropped_beta", 0)]);
@@ -660,7 +682,7 @@ fn terms_of_vanishing_curvature_or_slope_are_dropped_and_counted() {
     for method in family() {
         let mut weights = device.upload(&[0.3f64, -7.0]).unwrap();
         let mut optimizer = Optimizer::new(&device, 2, sgd(method, 2)).unwrap();
-        optimizer.step(&mut flat, &mut weights, 1.0).unwrap();
+        optimizer.step(&mut flat, weights.view_mut(), 1.0).unwrap();
         assert_eq!(weights.to_vec().unwrap(), [0.3, -7.0], "{method:?}");
         assert_eq!(optimizer.telemetry().unwrap().skipped, 0);
     }
@@ -677,7 +699,7 @@ fn passes_of(method: AnyMethod) -> [usize; 2] {
             calls += 1;
             quartic(w)
         });
-        optimizer.step(&mut objective, &mut weights, 0.1).unwrap();
+        optimizer.step(&mut objective, weights.view_mut(), 0.1).unwrap();
         calls
     });
     let Passes { gradients, products } = self::passes(method);
@@ -706,7 +728,7 @@ fn a_skipped_step_leaves_no_trace_in_what_a_method_remembers() {
             });
             let (memory, scalars) =
                 (optimizer.state().memory.to_vec().unwrap(), optimizer.state().scalars.to_vec().unwrap());
-            optimizer.step(&mut objective, &mut weights, 0.01).unwrap();
+            optimizer.step(&mut objective, weights.view_mut(), 0.01).unwrap();
             if step == 3 {
                 assert_eq!(
                     common::bits(&optimizer.state().memory.to_vec().unwrap()),
@@ -743,17 +765,17 @@ fn a_step_with_a_bad_pass_changes_nothing_and_is_counted() {
                     let settings = Settings { base, weight_decay: 0.01, ..sgd(method, 2) };
                     let mut weights = device.upload(&[1.0f32, -1.0]).unwrap();
                     let mut optimizer = Optimizer::new(&device, 2, settings).unwrap();
-                    optimizer.step(&mut objective, &mut weights, 0.1).unwrap();
+                    optimizer.step(&mut objective, weights.view_mut(), 0.1).unwrap();
                     let momentum = optimizer.state().momentum.to_vec().unwrap();
                     let before = weights.to_vec().unwrap();
-                    optimizer.step(&mut objective, &mut weights, 0.1).unwrap();
+                    optimizer.step(&mut objective, weights.view_mut(), 0.1).unwrap();
                     let what = format!("{method:?} over {base:?}, {bad_value} in pass {bad_pass}, loss {bad_loss}");
                     assert_eq!(common::bits(&weights.to_vec().unwrap()), common::bits(&before), "{what}");
                     assert_eq!(common::bits(&optimizer.state().momentum.to_vec().unwrap()), common::bits(&momentum));
                     let Telemetry { skipped, counters, .. } = optimizer.telemetry().unwrap();
                     assert_eq!(skipped, 1, "{what}");
                     assert!(counters.iter().all(|(_, count)| *count == 0), "{what}: {counters:?}");
-                    optimizer.step(&mut objective, &mut weights, 0.1).unwrap();
+                    optimizer.step(&mut objective, weights.view_mut(), 0.1).unwrap();
                     assert_ne!(weights.to_vec().unwrap(), before, "{what}: training goes on");
                     assert_eq!(optimizer.state().counters.to_vec().unwrap()[..2], [2, 1], "{what}");
                     assert_eq!(objective.commits, 2, "{what}");
@@ -776,7 +798,7 @@ fn weight_decay_acts_on_the_prefix_only_and_does_not_bend_the_perturbation() {
         let settings = Settings { weight_decay: 0.1, decay_len: 2, ..method.over(base) };
         let mut weights = device.upload(&[1.0f64, 2.0, 3.0, 4.0]).unwrap();
         let mut optimizer = Optimizer::new(&device, 4, settings).unwrap();
-        optimizer.step(&mut flat, &mut weights, 0.5).unwrap();
+        optimizer.step(&mut flat, weights.view_mut(), 0.5).unwrap();
         common::assert_close("decayed", &weights.to_vec().unwrap(), &[0.95, 1.9, 3.0, 4.0], 1e-15);
     }
     let contradiction = Sam { p_norm: Norm::Infinity, ascent_steps: 2, ..Sam::new(0.1) };
@@ -812,7 +834,7 @@ fn a_step_launches_no_more_than_its_table_says() {
         let base = Base::Sgd { momentum: 0.9, nesterov: false };
         let mut optimizer = Optimizer::new(&device, 1000, method.over(base)).unwrap();
         let mut weights = device.zeros::<f32>(1000).unwrap();
-        let graph = device.capture(|| optimizer.step(&mut Silent, &mut weights, 0.1)).unwrap();
+        let graph = device.capture(|| optimizer.step(&mut Silent, weights.view_mut(), 0.1)).unwrap();
         assert_eq!(graph.operations(), expected, "{method:?}");
     }
 }

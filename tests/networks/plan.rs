@@ -429,7 +429,7 @@ fn launches_of_a_step<S: Compute<Master = f32>>((graph, logits): (Graph, Value))
     let mut weights = device.zeros::<f32>(plan.len()).unwrap();
     let settings = Settings::new(Sam::new(0.05), Base::sgd(0.9));
     let mut optimizer = Optimizer::new(&device, plan.len(), settings).unwrap();
-    device.capture(|| optimizer.step(&mut plan, &mut weights, 0.1)).unwrap().list().unwrap()
+    device.capture(|| optimizer.step(&mut plan, weights.view_mut(), 0.1)).unwrap().list().unwrap()
 }
 
 /// On a GPU, the number of launches should bound networks of CIFAR's size. A step of SAM for ResNet-20 in f16 has at

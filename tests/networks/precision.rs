@@ -159,7 +159,7 @@ fn an_overflow_skips_the_step_and_halves_the_scale() {
             let mut skipped = 0;
             loop {
                 let before = (bits(&weights.to_vec().unwrap()), bits(&optimizer.state().momentum.to_vec().unwrap()));
-                optimizer.step(&mut plan, &mut weights, 0.05).unwrap();
+                optimizer.step(&mut plan, weights.view_mut(), 0.05).unwrap();
                 let scale = plan.loss_scale().unwrap().to_vec().unwrap();
                 if optimizer.telemetry().unwrap().skipped == skipped {
                     assert_eq!(scale, [2f64.powi(24 - skipped as i32), 1.0], "{method:?}");
@@ -177,7 +177,7 @@ fn an_overflow_skips_the_step_and_halves_the_scale() {
             assert!(weights.to_vec().unwrap() != start && plan.statistics().to_vec().unwrap() != statistics);
             let scale = plan.loss_scale().unwrap().to_vec().unwrap()[0];
             plan.loss_scale_mut().unwrap().write(&[scale / 4.0, 1999.0]).unwrap();
-            optimizer.step(&mut plan, &mut weights, 0.05).unwrap();
+            optimizer.step(&mut plan, weights.view_mut(), 0.05).unwrap();
             assert_eq!(plan.loss_scale().unwrap().to_vec().unwrap(), [scale / 2.0, 0.0], "{method:?}");
         }
     }
@@ -194,7 +194,10 @@ fn a_failed_step_leaves_the_scale_alone() {
     let mut optimizer = Optimizer::new(&device, len, settings(method, len)).unwrap();
     plan.loss_scale_mut().unwrap().write(&[1024.0, 7.0]).unwrap();
     let mut groups = Wrapped(Grouped { plan: &mut plan, groups: 2, show: |_: &mut Plan<f16>, _| Ok(()) });
-    assert!(optimizer.step(&mut groups, &mut weights, 0.05).is_err(), "it remembers, and cannot be taken in groups");
+    assert!(
+        optimizer.step(&mut groups, weights.view_mut(), 0.05).is_err(),
+        "it remembers, and cannot be taken in groups"
+    );
     assert_eq!(plan.loss_scale().unwrap().to_vec().unwrap(), [1024.0, 7.0]);
 }
 
@@ -210,7 +213,7 @@ fn steps_do_not_depend_on_the_scale() {
         let mut optimizer = Optimizer::new(&device, len, settings(AnyMethod::sam(0.05), len)).unwrap();
         plan.loss_scale_mut().unwrap().write(&[scale, 0.0]).unwrap();
         for _ in 0..3 {
-            optimizer.step(&mut plan, &mut weights, 0.05).unwrap();
+            optimizer.step(&mut plan, weights.view_mut(), 0.05).unwrap();
         }
         assert_eq!(optimizer.telemetry().unwrap().skipped, 0);
         weights.to_vec().unwrap().iter().zip(&start).map(|(w, s)| f64::from(w - s)).collect::<Vec<f64>>()
@@ -405,9 +408,9 @@ fn displaced_steps<S: Compute<Master = f32>>(
     let mut optimizer = Optimizer::new(device, len, settings(method, len)).unwrap();
     for _ in 0..2 {
         if at_once {
-            optimizer.step(&mut plan, &mut weights, 0.05).unwrap();
+            optimizer.step(&mut plan, weights.view_mut(), 0.05).unwrap();
         } else {
-            optimizer.step(&mut Wrapped(OneByOne(&mut plan)), &mut weights, 0.05).unwrap();
+            optimizer.step(&mut Wrapped(OneByOne(&mut plan)), weights.view_mut(), 0.05).unwrap();
         }
     }
     assert_eq!(optimizer.telemetry().unwrap().skipped, 0, "{method:?} in {}", S::NAME);
@@ -442,7 +445,7 @@ fn telemetry_tells_what_rounding_leaves_of_the_perturbation() {
         optimizer.observe(true);
         let mut accumulator = Accumulator::new(device, len, groups).unwrap();
         let mut batch = Wrapped(Grouped { plan: &mut plan, groups, show: |_: &mut Plan<S>, _| Ok(()) });
-        optimizer.step(&mut accumulator.over(&mut batch), &mut weights, 0.01).unwrap();
+        optimizer.step(&mut accumulator.over(&mut batch), weights.view_mut(), 0.01).unwrap();
         optimizer.telemetry().unwrap().cosine_perturbation.unwrap()
     }
     for device in fast_devices() {

@@ -122,7 +122,7 @@ fn accumulated_parts_are_the_whole_batch_in_every_pass() {
             let mut accumulator = Accumulator::new(&device, parameters.len(), 12 / part).unwrap();
             let mut losses = Vec::new();
             for _ in 0..3 {
-                optimizer.step(&mut accumulator.over(&mut images), &mut parameters, 0.1).unwrap();
+                optimizer.step(&mut accumulator.over(&mut images), parameters.view_mut(), 0.1).unwrap();
                 losses.push(optimizer.telemetry().unwrap().loss);
                 // Of all parts, at w alone.
                 losses.push(f64::from(images.plan.correct().unwrap().to_vec().unwrap()[0]));
@@ -155,10 +155,10 @@ fn one_part_changes_no_bit_and_parts_can_be_gathered_in_groups() {
         let mut optimizer = Optimizer::new(&device, parameters.len(), settings).unwrap();
         for _ in 0..2 {
             match parts {
-                None => optimizer.step(&mut images, &mut parameters, 0.1).unwrap(),
+                None => optimizer.step(&mut images, parameters.view_mut(), 0.1).unwrap(),
                 Some(parts) => {
                     let mut accumulator = Accumulator::new(&device, parameters.len(), parts).unwrap();
-                    optimizer.step(&mut accumulator.over(&mut images), &mut parameters, 0.1).unwrap();
+                    optimizer.step(&mut accumulator.over(&mut images), parameters.view_mut(), 0.1).unwrap();
                 }
             }
         }
@@ -234,7 +234,7 @@ fn skips_damaged_images(device_name: &str, device: &Device, method: Box<dyn Meth
     let mut optimizer = Optimizer::new(device, start.len(), Settings::boxed(method, SGD)).unwrap();
     let mut step = |images: &mut Images<f32>, parameters: &mut Buffer<f32>| {
         images.passes = 0;
-        optimizer.step(images, parameters, 0.05).unwrap();
+        optimizer.step(images, parameters.view_mut(), 0.05).unwrap();
         let skipped = optimizer.telemetry().unwrap().skipped;
         (skipped, all_bits(parameters, &optimizer, images))
     };
@@ -276,7 +276,7 @@ fn accumulators_of_no_part_or_of_too_many_are_refused() {
     let mut parameters = device.zeros(images.len()).unwrap();
     let mut optimizer = Optimizer::new(&device, parameters.len(), Settings::new(Plain {}, SGD)).unwrap();
     let mut accumulator = Accumulator::new(&device, parameters.len(), 3).unwrap();
-    let error = optimizer.step(&mut accumulator.over(&mut images), &mut parameters, 0.1).unwrap_err();
+    let error = optimizer.step(&mut accumulator.over(&mut images), parameters.view_mut(), 0.1).unwrap_err();
     assert!(error.to_string().contains("3 parts of an objective that has 2 groups"), "{error}");
 }
 
@@ -309,11 +309,11 @@ fn a_step_that_fails_leaves_nothing_for_the_next() {
         if failed {
             let settings = Settings::new(Gnr { hvp: Hvp::Exact, ..Gnr::default() }, SGD);
             let mut optimizer = Optimizer::new(&device, start.len(), settings).unwrap();
-            let error = optimizer.step(&mut Wrapped(NoProduct(&mut images)), &mut parameters, 0.1).unwrap_err();
+            let error = optimizer.step(&mut Wrapped(NoProduct(&mut images)), parameters.view_mut(), 0.1).unwrap_err();
             assert!(error.to_string().contains("no exact product"), "{error}");
         }
         let mut optimizer = Optimizer::new(&device, start.len(), Settings::new(Sam::new(0.1), SGD)).unwrap();
-        optimizer.step(&mut images, &mut parameters, 0.1).unwrap();
+        optimizer.step(&mut images, parameters.view_mut(), 0.1).unwrap();
         (all_bits(&parameters, &optimizer, &images), images.plan.correct().unwrap().to_vec().unwrap())
     };
     assert!(run(true) == run(false));

@@ -165,11 +165,11 @@ fn a_whole_step_can_be_captured_and_replayed() {
                 // SAM in two groups of two parts, the others on the whole batch.
                 let groups = if method == AnyMethod::sam(0.05) { 4 } else { 1 };
                 let mut step = || match groups {
-                    1 => optimizer.step(&mut plan, &mut weights, 0.05),
+                    1 => optimizer.step(&mut plan, weights.view_mut(), 0.05),
                     _ => {
                         let mut batch =
                             Wrapped(Grouped { plan: &mut plan, groups, show: |_: &mut Plan<f32>, _| Ok(()) });
-                        optimizer.step(&mut accumulator.over(&mut batch), &mut weights, 0.05)
+                        optimizer.step(&mut accumulator.over(&mut batch), weights.view_mut(), 0.05)
                     }
                 };
                 step().unwrap();

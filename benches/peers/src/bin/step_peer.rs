@@ -110,7 +110,7 @@ fn answer<S: Compute<Master = f32>>(args: &Args) -> Answer<()> {
                     graph.replay()?;
                     continue;
                 }
-                let mut step = || optimizer.step(&mut plan, &mut parameters, 0.01);
+                let mut step = || optimizer.step(&mut plan, parameters.view_mut(), 0.01);
                 step()?;
                 recorded = Some(device.capture(step)?);
             }
