@@ -140,31 +140,34 @@ fn a_stream_and_memory_of_another_library_are_borrowed() {
         return;
     }
     let context = CudaContext::new(0).unwrap();
-    let stream = context.new_stream().unwrap();
-    let raw = stream.cu_stream();
-    // SAFETY: the stream is alive to the end of the test.
-    let device = unsafe { Device::adopt(0, raw.cast()) }.unwrap();
-    // SAFETY: the memory is used in the order of the stream that it is allocated on, and freed last.
-    let address = unsafe { result::malloc_async(raw, 4 * N) }.unwrap();
-    // SAFETY: as above.
-    unsafe { result::memset_d8_async(address, 0xFF, 4 * N, raw) }.unwrap();
-    // SAFETY: `N` floats, which nobody else uses but in the order of the stream. The first is left out.
-    let mut values = unsafe { SliceMut::<f32>::from_raw(&device, address + 4, N - 1) }.unwrap();
-    fill(values.reborrow(), 1.5).unwrap();
-    // SAFETY: as above.
-    unsafe { result::memset_d8_async(address + 8, 0, 4, raw) }.unwrap();
-    let mut expected = vec![1.5; N - 1];
-    expected[1] = 0.0;
-    assert_eq!(values.view().to_vec().unwrap(), expected);
-    // SAFETY: as above.
-    let all = unsafe { Slice::<u32>::from_raw(&device, address, N) }.unwrap();
-    assert_eq!(all.slice(0..1).unwrap().to_vec().unwrap(), [u32::MAX]);
-    // What was lent outlives the device.
-    drop(device);
-    assert!(context.is_event_tracking());
-    // SAFETY: freed once, after its last use.
-    unsafe { result::free_async(address, raw) }.unwrap();
-    stream.synchronize().unwrap();
+    let own = context.new_stream().unwrap();
+    for stream in [own, context.default_stream()] {
+        let raw = stream.cu_stream();
+        // SAFETY: the stream is alive to the end of the test.
+        let device = unsafe { Device::adopt(0, raw.cast()) }.unwrap();
+        // SAFETY: the memory is used in the order of the stream that it is allocated on, and freed last.
+        let address = unsafe { result::malloc_async(raw, 4 * N) }.unwrap();
+        // SAFETY: as above.
+        unsafe { result::memset_d8_async(address, 0xFF, 4 * N, raw) }.unwrap();
+        // SAFETY: `N` floats, which nobody else uses but in the order of the stream. The first is left out.
+        let mut values = unsafe { SliceMut::<f32>::from_raw(&device, address + 4, N - 1) }.unwrap();
+        fill(values.reborrow(), 1.5).unwrap();
+        fill(values.slice_mut(2..5).unwrap(), -2.0).unwrap();
+        // SAFETY: as above.
+        unsafe { result::memset_d8_async(address + 8, 0, 4, raw) }.unwrap();
+        let mut expected = vec![1.5; N - 1];
+        expected[1..5].copy_from_slice(&[0.0, -2.0, -2.0, -2.0]);
+        assert_eq!(values.view().to_vec().unwrap(), expected);
+        // SAFETY: as above.
+        let all = unsafe { Slice::<u32>::from_raw(&device, address, N) }.unwrap();
+        assert_eq!(all.slice(0..1).unwrap().to_vec().unwrap(), [u32::MAX]);
+        // What was lent outlives the device.
+        drop(device);
+        assert!(context.is_event_tracking());
+        // SAFETY: freed once, after its last use.
+        unsafe { result::free_async(address, raw) }.unwrap();
+        stream.synchronize().unwrap();
+    }
 }
 
 #[test]

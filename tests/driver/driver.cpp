@@ -95,6 +95,13 @@ char context;
 
 double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
+/// The stream of a handle. The null handle is the default stream, which exists from its first use on. Work of other
+/// streams does not wait for it, as theirs are non-blocking.
+Stream* stream_of(CUstream handle) {
+    static Stream* const default_stream = streams.emplace_back(new Stream);
+    return handle != nullptr ? reinterpret_cast<Stream*>(handle) : default_stream;
+}
+
 /// Does one step of a stream's first item. Returns whether there was one.
 bool step(Stream& stream) {
     if (stream.items.empty()) return false;
@@ -135,7 +142,7 @@ void work_until(F holds) {
 
 /// Adds work to a stream, or to the graph that it captures.
 void submit(CUstream handle, Work work) {
-    Stream& stream = *reinterpret_cast<Stream*>(handle);
+    Stream& stream = *stream_of(handle);
     if (stream.capture == nullptr) {
         stream.items.push_back({.work = std::move(work), .waits_for = {}, .graph = {}, .done = {}});
         return;
@@ -147,7 +154,7 @@ void submit(CUstream handle, Work work) {
 
 void submit_copy(CUstream handle, Work work) {
     submit(handle, std::move(work));
-    reinterpret_cast<Stream*>(handle)->behind_kernel = false;
+    stream_of(handle)->behind_kernel = false;
 }
 
 void check_page_locked(const void* address, size_t bytes) {
@@ -224,6 +231,11 @@ CUresult cuCtxGetCurrent(CUcontext* result) {
     return *result = has_context ? reinterpret_cast<CUcontext>(&context) : nullptr, CUDA_SUCCESS;
 }
 CUresult cuCtxSetCurrent(CUcontext current) { return has_context = current != nullptr, CUDA_SUCCESS; }
+CUresult cuCtxSynchronize() {
+    POLDER_DRIVER;
+    work_until([] { return std::all_of(streams.begin(), streams.end(), [](Stream* s) { return s->items.empty(); }); });
+    return CUDA_SUCCESS;
+}
 
 // ---- Memory --------------------------------------------------------------------------------------------------------
 
@@ -243,13 +255,13 @@ CUresult cuMemPoolGetAttribute(CUmemoryPool, CUmemPool_attribute, void* value) {
 CUresult cuMemPoolTrimTo(CUmemoryPool, size_t) { return CUDA_SUCCESS; }
 CUresult cuMemAllocAsync(CUdeviceptr* address, size_t bytes, CUstream stream) {
     POLDER_DRIVER;
-    if (reinterpret_cast<Stream*>(stream)->capture != nullptr) fail("an allocation in a capture");
+    if (stream_of(stream)->capture != nullptr) fail("an allocation in a capture");
     *address = memory().allocate(bytes);
     return *address != 0 ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
 }
 CUresult cuMemFreeAsync(CUdeviceptr address, CUstream stream) {
     POLDER_DRIVER;
-    if (reinterpret_cast<Stream*>(stream)->capture != nullptr) fail("memory is freed in a capture");
+    if (stream_of(stream)->capture != nullptr) fail("memory is freed in a capture");
     submit(stream, [=] { memory().release(address); });
     return CUDA_SUCCESS;
 }
@@ -312,14 +324,14 @@ CUresult cuStreamCreate(CUstream* stream, unsigned) {
 }
 CUresult cuStreamSynchronize(CUstream handle) {
     POLDER_DRIVER;
-    const Stream& stream = *reinterpret_cast<Stream*>(handle);
+    const Stream& stream = *stream_of(handle);
     if (stream.capture != nullptr) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     work_until([&] { return stream.items.empty(); });
     return CUDA_SUCCESS;
 }
 CUresult cuStreamDestroy_v2(CUstream handle) {
     POLDER_DRIVER;
-    Stream* stream = reinterpret_cast<Stream*>(handle);
+    Stream* stream = stream_of(handle);
     work_until([&] { return stream->items.empty(); });
     std::erase(streams, stream);
     delete stream;
@@ -339,7 +351,7 @@ CUresult cuEventDestroy_v2(CUevent event) {
 CUresult cuEventRecord(CUevent handle, CUstream stream_handle) {
     POLDER_DRIVER;
     Event& event = *reinterpret_cast<Event*>(handle);
-    const Stream& stream = *reinterpret_cast<Stream*>(stream_handle);
+    const Stream& stream = *stream_of(stream_handle);
     event.capture = stream.capture;
     event.last = stream.last;
     if (stream.capture != nullptr) return CUDA_SUCCESS;
@@ -367,7 +379,7 @@ CUresult cuEventElapsedTime_v2(float* milliseconds, CUevent from, CUevent to) {
 }
 CUresult cuStreamWaitEvent(CUstream handle, CUevent event_handle, unsigned) {
     POLDER_DRIVER;
-    Stream& stream = *reinterpret_cast<Stream*>(handle);
+    Stream& stream = *stream_of(handle);
     const Event& event = *reinterpret_cast<Event*>(event_handle);
     stream.behind_kernel = false;
     if (event.capture == nullptr) {
@@ -436,7 +448,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction handle, void*
     POLDER_DRIVER;
     const Function& function = *reinterpret_cast<Function*>(handle);
     const Kernel& kernel = *function.kernel;
-    Stream& stream = *reinterpret_cast<Stream*>(config->hStream);
+    Stream& stream = *stream_of(config->hStream);
     const uint32_t grid[3] = {config->gridDimX, config->gridDimY, config->gridDimZ};
     const uint32_t block[3] = {config->blockDimX, config->blockDimY, config->blockDimZ};
     const uint64_t threads = uint64_t(block[0]) * block[1] * block[2];
@@ -467,7 +479,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction handle, void*
 
 CUresult cuStreamBeginCapture_v2(CUstream handle, CUstreamCaptureMode) {
     POLDER_DRIVER;
-    Stream& stream = *reinterpret_cast<Stream*>(handle);
+    Stream& stream = *stream_of(handle);
     if (stream.capture != nullptr) return CUDA_ERROR_ILLEGAL_STATE;
     stream.capture = std::make_shared<Graph>();
     stream.began_capture = true;
@@ -477,7 +489,7 @@ CUresult cuStreamBeginCapture_v2(CUstream handle, CUstreamCaptureMode) {
 }
 CUresult cuStreamEndCapture(CUstream handle, CUgraph* graph) {
     POLDER_DRIVER;
-    Stream& stream = *reinterpret_cast<Stream*>(handle);
+    Stream& stream = *stream_of(handle);
     *graph = nullptr;
     if (!stream.began_capture) return CUDA_ERROR_ILLEGAL_STATE;
     const std::shared_ptr<Graph> captured = stream.capture;
@@ -510,7 +522,7 @@ CUresult cuGraphInstantiateWithFlags(CUgraphExec* executable, CUgraph graph, uns
 }
 CUresult cuGraphLaunch(CUgraphExec executable, CUstream handle) {
     POLDER_DRIVER;
-    Stream& stream = *reinterpret_cast<Stream*>(handle);
+    Stream& stream = *stream_of(handle);
     if (stream.capture != nullptr) fail("a graph is launched in a capture");
     const auto graph = reinterpret_cast<Executable*>(executable)->graph;
     const size_t nodes = graph->nodes.size();
