@@ -215,8 +215,9 @@ impl<'a, T: Element> Slice<'a, T> {
         self.device
     }
 
-    /// Its address, for a kernel's arguments.
-    pub(crate) fn address(&self) -> u64 {
+    /// The address of its first element, for code outside this library: on a GPU a `CUdeviceptr`, on the CPU that of a
+    /// host pointer (`std::ptr::with_exposed_provenance`). It may be read as long as the slice may be.
+    pub fn address(&self) -> u64 {
         self.address
     }
 
@@ -301,8 +302,8 @@ impl<'a, T: Element> SliceMut<'a, T> {
         self.device
     }
 
-    /// Its address, for a kernel's arguments.
-    pub(crate) fn address(&mut self) -> u64 {
+    /// The address of its first element, as [`Slice::address`], to read and to write.
+    pub fn address(&mut self) -> u64 {
         self.address
     }
 
