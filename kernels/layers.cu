@@ -237,7 +237,7 @@ __device__ void global_average_pool_backward(const GlobalPoolArgs<S>& a) {
     });
 }
 
-/// He et al.'s option A; `from` and `to` as in PoolArgs.
+/// Every stride-th pixel, with new channels of zeros; `from` and `to` as in PoolArgs.
 template <class S>
 struct ShortcutArgs {
     const S* from;

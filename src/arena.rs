@@ -114,10 +114,10 @@ impl TensorKind {
 /// The distribution of a tensor's elements before training.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Initial {
-    /// Normal with mean 0 and variance `2/fan_in` (He et al. 2015, equation 10).
+    /// Normal with mean 0 and variance `2/fan` (He et al. 2015, equations 10 and 14).
     HeNormal {
-        /// Inputs of one output: of a convolution kernel height · kernel width · input channels.
-        fan_in: usize,
+        /// Kernel height · kernel width · input channels, or the same with output channels.
+        fan: usize,
     },
     /// Uniform within `±1/√fan_in`, as PyTorch starts linear layers and their biases.
     Uniform {

@@ -284,8 +284,8 @@ pub fn global_average_pool_backward<S: Compute>(
     unsafe { device.launch(kernel, device.elementwise(dx.len(), 4), &args) }
 }
 
-/// The parameter-free shortcut of He et al. 2016 (option A): every `stride`-th pixel, with zero channels around the
-/// input's, `(out_channels − in_channels) / 2` (rounded down) before them and the rest after.
+/// A shortcut without parameters: every `stride`-th pixel, with new channels of zeros. Half of them lie before the
+/// input's channels in He et al. 2016 (option A), and none in PyramidNets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ShortcutShape {
     /// Images.
@@ -298,6 +298,8 @@ pub struct ShortcutShape {
     pub in_channels: usize,
     /// Of the output; no fewer than the input's.
     pub out_channels: usize,
+    /// New channels of zeros before those of the input; the other new channels lie behind them.
+    pub before: usize,
     /// Rows and columns from one sampled pixel to the next.
     pub stride: usize,
 }
@@ -313,13 +315,13 @@ impl ShortcutShape {
         self.width.div_ceil(self.stride)
     }
 
-    /// Fails for a stride of zero, fewer output than input channels, or tensors that are too large.
+    /// Fails for a stride of zero, channels of the input that do not fit into the output, or tensors that are too large.
     ///
     /// # Errors
     /// [`Error::Argument`].
     pub fn check(&self) -> Result<()> {
-        if self.stride == 0 || self.out_channels < self.in_channels {
-            return refuse("ShortcutShape", format!("fewer output than input channels, or a stride of zero: {self:?}"));
+        if self.stride == 0 || self.out_channels.checked_sub(self.in_channels).is_none_or(|new| new < self.before) {
+            return refuse("ShortcutShape", format!("too few output channels, or a stride of zero: {self:?}"));
         }
         elements("ShortcutShape", &[self.batch, self.height, self.width, self.in_channels])?;
         elements("ShortcutShape", &[self.batch, self.out_height(), self.out_width(), self.out_channels]).map(|_| ())
@@ -347,18 +349,17 @@ impl ShortcutShape {
             out_width: self.out_width() as u32,
             out_channels: self.out_channels as u32,
             stride: self.stride as u32,
-            pad: ((self.out_channels - self.in_channels) / 2) as u32,
+            pad: self.before as u32,
             accumulate: accumulate.into(),
         }
     }
 }
 
-/// `y[n, i, j, c] = x[n, i·s, j·s, c − pad]`, and 0 in the added channels; y is
+/// `y[n, i, j, c] = x[n, i·s, j·s, c − before]`, and 0 in the added channels; y is
 /// `[batch, out_height, out_width, out_channels]`. Traffic: reads the sampled pixels of x, writes y.
 ///
 /// # Errors
-/// [`Error::Argument`] for a stride of zero or a shrinking number of channels, [`Error::Length`] and
-/// [`Error::OtherDevice`].
+/// [`Error::Argument`] as [`ShortcutShape::check`], [`Error::Length`] and [`Error::OtherDevice`].
 pub fn shortcut<S: Compute>(shape: &ShortcutShape, x: Slice<'_, S>, mut y: SliceMut<'_, S>) -> Result<()> {
     let device = x.device();
     let check = Check { operation: "layers::shortcut", device };

@@ -98,6 +98,14 @@ impl Graph {
         Layout::new(self.statistics.clone())
     }
 
+    /// Changes how the parameters that are there so far start. `choose` names a tensor's distribution, or none to leave
+    /// it as its operation has it.
+    pub fn initialize(&mut self, choose: impl Fn(&str, TensorKind) -> Option<Initial>) {
+        for (name, kind, initial) in &mut self.parameters {
+            *initial = choose(name, *kind).unwrap_or(*initial);
+        }
+    }
+
     /// A new activation, for the output of an operation.
     pub(super) fn value(&mut self, shape: Shape) -> Value {
         self.shapes.push(shape);

@@ -213,19 +213,26 @@ fn global_average_pooling() {
 }
 
 fn shortcuts<T: Scalar>(devices: &[(String, Device)]) {
-    // Strides that leave a rest on one side, an odd number of added channels, and the sizes of a CIFAR ResNet.
-    for (batch, height, width, in_channels, out_channels, stride) in
-        [(2, 5, 6, 3, 6, 2), (1, 7, 4, 2, 7, 3), (2, 8, 8, 16, 32, 2), (3, 5, 3, 4, 4, 1), (1, 3, 5, 4, 20, 2)]
-    {
-        let shape = ShortcutShape { batch, height, width, in_channels, out_channels, stride };
+    // Strides that leave a rest on one side, odd numbers of added channels before and behind, the sizes of a CIFAR
+    // ResNet, and those of a PyramidNet.
+    for (batch, height, width, in_channels, out_channels, before, stride) in [
+        (2, 5, 6, 3, 6, 1, 2),
+        (1, 7, 4, 2, 7, 2, 3),
+        (2, 8, 8, 16, 32, 8, 2),
+        (3, 5, 3, 4, 4, 0, 1),
+        (1, 3, 5, 4, 20, 8, 2),
+        (2, 4, 3, 16, 21, 0, 1),
+        (1, 5, 4, 8, 16, 0, 2),
+        (2, 3, 4, 7, 12, 5, 1),
+    ] {
+        let shape = ShortcutShape { batch, height, width, in_channels, out_channels, before, stride };
         let (out_height, out_width) = (height.div_ceil(stride), width.div_ceil(stride));
         assert_eq!((shape.out_height(), shape.out_width()), (out_height, out_width));
-        let pad = (out_channels - in_channels) / 2;
         let mut entries = Vec::new();
         for n in 0..batch {
             for (i, j) in (0..out_height).flat_map(|i| (0..out_width).map(move |j| (i, j))) {
                 for c in 0..in_channels {
-                    let output = ((n * out_height + i) * out_width + j) * out_channels + pad + c;
+                    let output = ((n * out_height + i) * out_width + j) * out_channels + before + c;
                     entries.push((output, ((n * height + i * stride) * width + j * stride) * in_channels + c, 1.0));
                 }
             }
@@ -245,7 +252,7 @@ fn shortcuts<T: Scalar>(devices: &[(String, Device)]) {
 }
 
 #[test]
-fn option_a_shortcuts() {
+fn shortcuts_without_parameters() {
     shortcuts::<f32>(&devices());
     shortcuts::<f64>(&host_devices());
 }
@@ -321,7 +328,8 @@ fn linear_layer() {
 fn all_bits(device: &Device) -> Vec<u64> {
     let mut random = Random(77);
     let pool = PoolShape { batch: 4, height: 19, width: 14, channels: 12, kernel: 3, stride: 2, padding: 0 };
-    let cut = ShortcutShape { batch: 4, height: 19, width: 14, in_channels: 12, out_channels: 20, stride: 2 };
+    let cut =
+        ShortcutShape { batch: 4, height: 19, width: 14, in_channels: 12, out_channels: 20, before: 4, stride: 2 };
     let fully = LinearShape { batch: 70, inputs: 90, outputs: 40 };
     let x: Vec<f32> = random.vector(pool.input_len());
     let mut results = Vec::new();
@@ -385,11 +393,11 @@ fn wrong_arguments_are_refused() {
         PoolShape { batch: 1 << 20, height: 1 << 10, width: 1 << 10, channels: 64, kernel: 2, stride: 2, padding: 0 };
     assert!(matches!(huge.check(), Err(Error::Argument { .. })));
 
-    let cut = ShortcutShape { batch: 1, height: 2, width: 3, in_channels: 1, out_channels: 2, stride: 1 };
+    let cut = ShortcutShape { batch: 1, height: 2, width: 3, in_channels: 1, out_channels: 2, before: 0, stride: 1 };
     let refused = shortcut(&cut, out.view(), device.zeros::<f32>(6).unwrap().view_mut());
     assert_eq!(refused, length("layers::shortcut", "y", 6, 12));
-    for (out_channels, stride) in [(0, 1), (1, 0)] {
-        let cut = ShortcutShape { out_channels, stride, ..cut };
+    for (out_channels, before, stride) in [(0, 0, 1), (1, 0, 0), (2, 2, 1)] {
+        let cut = ShortcutShape { out_channels, before, stride, ..cut };
         let refused = shortcut_backward(&cut, small.view(), out.view_mut(), false);
         assert!(matches!(refused, Err(Error::Argument { .. })), "{refused:?}");
     }

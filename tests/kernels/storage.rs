@@ -114,6 +114,7 @@ impl<S: Compute<Master = f32>, R: Compute> Runner<'_, S, R> {
                 width: 6,
                 in_channels: channels,
                 out_channels: 2 * channels,
+                before: channels / 2,
                 stride: 2,
             };
             let dy = self.stored(shape.output_len());

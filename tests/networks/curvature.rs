@@ -732,7 +732,7 @@ impl Objective<f32> for Watching {
 #[test]
 fn random_directions_do_not_lead_to_the_initial_weights() {
     let (kind, initial) =
-        (TensorKind::Convolution { kernel: 3, inputs: 20, outputs: 20 }, Initial::HeNormal { fan_in: 180 });
+        (TensorKind::Convolution { kernel: 3, inputs: 20, outputs: 20 }, Initial::HeNormal { fan: 180 });
     let layout = Layout::new(vec![("conv.weight".into(), kind, initial)]);
     let weights = initial_weights(&layout, 0).unwrap();
     let uploaded = Device::host().upload(&weights).unwrap();

@@ -173,7 +173,8 @@ fn every_operation(shape: Shape) -> (Graph, Value) {
     let normal = graph.batch_norm(sum, "pre", None, true).unwrap();
     let sum = graph.add(normal, sum).unwrap();
     let pooled = graph.average_pool(sum, 3, 2).unwrap();
-    let wide = graph.shortcut(pooled, 8, 1).unwrap();
+    let wide = graph.append_channels(pooled, 6).unwrap();
+    let wide = graph.shortcut(wide, 8, 1).unwrap();
     let residual = graph.convolution(pooled, "c.weight", 8, 1, 1, 0).unwrap();
     let y = graph.batch_norm(wide, "bn", Some(residual), false).unwrap();
     let doubled = graph.add(y, y).unwrap();

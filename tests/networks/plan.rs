@@ -135,7 +135,8 @@ fn gradients_through_every_operation_match_central_differences() {
     let normal = graph.batch_norm(sum, "pre", None, true).unwrap();
     let sum = graph.add(normal, sum).unwrap();
     let pooled = graph.average_pool(sum, 3, 2).unwrap();
-    let wide = graph.shortcut(pooled, 8, 1).unwrap();
+    let wide = graph.append_channels(pooled, 6).unwrap();
+    let wide = graph.shortcut(wide, 8, 1).unwrap();
     let y = graph.batch_norm(wide, "bn", None, false).unwrap();
     let doubled = graph.add(y, y).unwrap();
     let y = graph.global_average_pool(doubled).unwrap();
@@ -165,6 +166,7 @@ fn shapes_that_do_not_fit_are_errors_when_traced() {
     assert!(graph.batch_norm(y, "bn", Some(x), true).is_err());
     assert!(graph.linear(y, "fc", 2).is_err());
     assert!(graph.shortcut(y, 3, 1).is_err());
+    assert!(graph.append_channels(y, 3).is_err());
     assert!(graph.average_pool(y, 3, 1).is_err());
     assert!(graph.convolution(x, "b.weight", 4, 7, 1, 0).is_err());
     assert!(graph.convolution(x, "c.weight", 4, 3, 0, 1).is_err());

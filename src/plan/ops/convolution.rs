@@ -54,7 +54,7 @@ impl Graph {
             padding,
         };
         shape.check().map_err(|e| PlanError::Shape { operation: name.into(), reason: e.to_string() })?;
-        let initial = Initial::HeNormal { fan_in: kernel * kernel * inputs };
+        let initial = Initial::HeNormal { fan: kernel * kernel * inputs };
         let weight = self.parameter(name.into(), TensorKind::Convolution { kernel, inputs, outputs }, initial)?;
         let (height, width) = (shape.out_height(), shape.out_width());
         let y = self.value(Shape { height, width, channels: outputs, ..input });

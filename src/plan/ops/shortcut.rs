@@ -1,4 +1,4 @@
-//! The shortcut without parameters of residual networks.
+//! The shortcuts without parameters of residual networks: fewer pixels, and more channels.
 
 use super::LinearMap;
 use crate::device::{self, Compute};
@@ -7,7 +7,7 @@ use crate::plan::PlanError;
 use crate::plan::graph::{Graph, Shape, Value};
 use crate::plan::pass::Operands;
 
-/// `y` holds every `stride`-th pixel of `x`, between channels of zeros.
+/// `y` holds every `stride`-th pixel of `x`, with channels of zeros before and behind those of `x`.
 #[derive(Debug, Clone)]
 pub(in crate::plan) struct Shortcut {
     x: Value,
@@ -22,10 +22,31 @@ impl Graph {
     /// # Errors
     /// [`PlanError::Shape`] for fewer output than input channels, or a stride of zero.
     pub fn shortcut(&mut self, x: Value, channels: usize, stride: usize) -> Result<Value, PlanError> {
+        let before = channels.saturating_sub(self.shape(x).channels) / 2;
+        self.widened("shortcut", x, channels, before, stride)
+    }
+
+    /// The same pixels with more channels: the old ones first, and zeros in the new ones (the shortcut of PyramidNets).
+    ///
+    /// # Errors
+    /// [`PlanError::Shape`] for fewer output than input channels.
+    pub fn append_channels(&mut self, x: Value, channels: usize) -> Result<Value, PlanError> {
+        self.widened("append_channels", x, channels, 0, 1)
+    }
+
+    /// `before` of the new channels lie before the old ones.
+    fn widened(
+        &mut self,
+        operation: &str,
+        x: Value,
+        channels: usize,
+        before: usize,
+        stride: usize,
+    ) -> Result<Value, PlanError> {
         let input = self.shape(x);
         if stride == 0 || channels < input.channels {
             let reason = format!("cannot go from {} to {channels} channels with stride {stride}", input.channels);
-            return Err(PlanError::Shape { operation: "shortcut".into(), reason });
+            return Err(PlanError::Shape { operation: operation.into(), reason });
         }
         let shape = ShortcutShape {
             batch: input.batch,
@@ -33,6 +54,7 @@ impl Graph {
             width: input.width,
             in_channels: input.channels,
             out_channels: channels,
+            before,
             stride,
         };
         let y = self.value(Shape { height: shape.out_height(), width: shape.out_width(), channels, ..input });
