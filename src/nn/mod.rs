@@ -5,12 +5,17 @@
 //! [`Network`](crate::plan::Network) takes any function from image shape and number of classes to a graph.
 
 mod init;
+mod pyramidnet;
 mod resnet;
 mod vgg;
+mod wide_resnet;
 
 pub use init::initial_weights;
-pub use resnet::{CifarResNet, Shortcut};
+pub use pyramidnet::PyramidNet;
+pub use resnet::{CifarResNet, ResNet, Shortcut};
+pub use wide_resnet::WideResNet;
 
+use crate::arena::{Initial, TensorKind};
 use crate::plan::{Graph, PlanError, Shape, Value};
 use crate::settings::Choice;
 
@@ -22,7 +27,58 @@ pub const MODELS: &[Registration] = &[
     Registration::new("resnet44", "CIFAR ResNet of 44 layers", Shortcut::BOTH, resnet::cifar::<44>),
     Registration::new("resnet56", "CIFAR ResNet of 56 layers", Shortcut::BOTH, resnet::cifar::<56>),
     Registration::new("resnet110", "CIFAR ResNet of 110 layers", Shortcut::BOTH, resnet::cifar::<110>),
-    Registration::new("resnet18", "ResNet-18 with the CIFAR stem", &[Shortcut::B], resnet::resnet18),
+    Registration::new(
+        "resnet18",
+        "ResNet-18 with the CIFAR stem",
+        &[Shortcut::B],
+        resnet::with_stages::<2, 2, 2, 2, false>,
+    ),
+    Registration::new(
+        "resnet34",
+        "ResNet-34 with the CIFAR stem",
+        &[Shortcut::B],
+        resnet::with_stages::<3, 4, 6, 3, false>,
+    ),
+    Registration::new(
+        "resnet50",
+        "ResNet-50 with the CIFAR stem",
+        &[Shortcut::B],
+        resnet::with_stages::<3, 4, 6, 3, true>,
+    ),
+    Registration::new(
+        "resnet101",
+        "ResNet-101 with the CIFAR stem",
+        &[Shortcut::B],
+        resnet::with_stages::<3, 4, 23, 3, true>,
+    ),
+    Registration::new(
+        "resnet152",
+        "ResNet-152 with the CIFAR stem",
+        &[Shortcut::B],
+        resnet::with_stages::<3, 8, 36, 3, true>,
+    ),
+    Registration::new("wrn-16-8", "Wide ResNet of 16 layers, 8 times the width", &[], wide_resnet::named::<16, 8>),
+    Registration::new("wrn-28-10", "Wide ResNet of 28 layers, 10 times the width", &[], wide_resnet::named::<28, 10>),
+    Registration::new("wrn-40-2", "Wide ResNet of 40 layers, 2 times the width", &[], wide_resnet::named::<40, 2>),
+    Registration::new("wrn-40-10", "Wide ResNet of 40 layers, 10 times the width", &[], wide_resnet::named::<40, 10>),
+    Registration::new(
+        "pyramidnet-110",
+        "PyramidNet-110, α = 270, basic blocks",
+        &[],
+        pyramidnet::named::<110, 270, false>,
+    ),
+    Registration::new(
+        "pyramidnet-110-bottleneck",
+        "PyramidNet-110, α = 270, bottleneck blocks",
+        &[],
+        pyramidnet::named::<110, 270, true>,
+    ),
+    Registration::new(
+        "pyramidnet-272",
+        "PyramidNet-272, α = 200, bottleneck blocks",
+        &[],
+        pyramidnet::named::<272, 200, true>,
+    ),
     Registration::new("vgg11-bn", "VGG-11 with batch norm for images of 32x32", &[], vgg::vgg11_bn),
 ];
 
@@ -45,6 +101,14 @@ type Trace = fn(Shape, usize, Shortcut) -> Result<(Graph, Value), PlanError>;
 impl Registration {
     const fn new(name: &'static str, summary: &'static str, shortcuts: &'static [Shortcut], trace: Trace) -> Self {
         Self { name, summary, shortcuts, trace }
+    }
+}
+
+/// How convolutions start in some families: normal with variance `2/(kernel² outputs)`.
+fn fan_out(kind: TensorKind) -> Option<Initial> {
+    match kind {
+        TensorKind::Convolution { kernel, outputs, .. } => Some(Initial::HeNormal { fan: kernel * kernel * outputs }),
+        _ => None,
     }
 }
 

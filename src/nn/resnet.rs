@@ -1,5 +1,5 @@
-//! Residual networks: those of He et al. 2016, section 4.2, for CIFAR, and ResNet-18 with the CIFAR stem. Names of
-//! parameters are torchvision's.
+//! Residual networks: those of He et al. 2016, section 4.2, for CIFAR, and those of section 4.1 with the CIFAR stem. Names
+//! of parameters are torchvision's.
 
 use crate::plan::{Graph, PlanError, Shape, Value};
 use crate::words;
@@ -41,7 +41,8 @@ impl CifarResNet {
     /// # Errors
     /// Images too small for the strides, or none.
     pub fn trace(self, images: Shape, classes: usize) -> Result<(Graph, Value), PlanError> {
-        residual_network(images, classes, &[16, 32, 64], self.blocks, self.shortcut)
+        let stages = [16, 32, 64].map(|width| (width, self.blocks));
+        residual_network(images, classes, &stages, basic_block, self.shortcut)
     }
 }
 
@@ -54,28 +55,62 @@ pub(super) fn cifar<const DEPTH: usize>(
     CifarResNet { blocks: (DEPTH - 2) / 6, shortcut }.trace(images, classes)
 }
 
-/// ResNet-18 with the CIFAR stem (a 3×3 convolution of stride 1, no pooling): 11.2 M parameters.
-pub(super) fn resnet18(images: Shape, classes: usize, shortcut: Shortcut) -> Result<(Graph, Value), PlanError> {
-    residual_network(images, classes, &[64, 128, 256, 512], 2, shortcut)
+/// The ResNet of He et al. 2016, section 4.1, in torchvision's form with the CIFAR stem (a 3×3 convolution of stride 1, no
+/// pooling). Bottleneck blocks have their stride in the 3×3 convolution.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ResNet {
+    /// Width of the first stage: 64 in the models with a name. Each further stage is twice as wide.
+    pub width: usize,
+    /// Residual blocks of each stage.
+    pub blocks: [usize; 4],
+    /// Whether a block is a bottleneck of three convolutions, with four times its stage's width in channels, or a basic
+    /// block of two.
+    pub bottleneck: bool,
 }
 
-/// A stage of `blocks` residual blocks for each width; each stage but the first halves the image.
+impl ResNet {
+    /// Traces it for one batch of images; returns the graph and its logits.
+    ///
+    /// # Errors
+    /// Images too small for the strides, or none.
+    pub fn trace(self, images: Shape, classes: usize) -> Result<(Graph, Value), PlanError> {
+        let stages: Vec<Stage> = (0..).zip(self.blocks).map(|(n, blocks)| (self.width << n, blocks)).collect();
+        residual_network(images, classes, &stages, if self.bottleneck { bottleneck } else { basic_block }, Shortcut::B)
+    }
+}
+
+/// The [`ResNet`] of width 64 with so many blocks in its stages.
+pub(super) fn with_stages<const A: usize, const B: usize, const C: usize, const D: usize, const BOTTLENECK: bool>(
+    images: Shape,
+    classes: usize,
+    _: Shortcut,
+) -> Result<(Graph, Value), PlanError> {
+    ResNet { width: 64, blocks: [A, B, C, D], bottleneck: BOTTLENECK }.trace(images, classes)
+}
+
+/// A stage's width and number of blocks.
+type Stage = (usize, usize);
+
+/// Traces a block with this name, width and stride.
+type Block = fn(&mut Graph, Value, &str, usize, usize, Shortcut) -> Result<Value, PlanError>;
+
+/// The first stage keeps the size of the image, and each further one halves it.
 fn residual_network(
     images: Shape,
     classes: usize,
-    widths: &[usize],
-    blocks: usize,
+    stages: &[Stage],
+    trace_block: Block,
     shortcut: Shortcut,
 ) -> Result<(Graph, Value), PlanError> {
     let mut graph = Graph::new(images);
     let mut x = graph.input();
-    x = graph.convolution(x, "conv1.weight", widths[0], 3, 1, 1)?;
+    x = graph.convolution(x, "conv1.weight", stages[0].0, 3, 1, 1)?;
     x = graph.batch_norm(x, "bn1", None, true)?;
-    for (stage, &width) in widths.iter().enumerate() {
+    for (stage, &(width, blocks)) in stages.iter().enumerate() {
         for block in 0..blocks {
             let stride = if stage > 0 && block == 0 { 2 } else { 1 };
             let name = format!("layer{}.{block}", stage + 1);
-            x = basic_block(&mut graph, x, &name, width, stride, shortcut)?;
+            x = trace_block(&mut graph, x, &name, width, stride, shortcut)?;
         }
     }
     let x = graph.global_average_pool(x)?;
@@ -95,16 +130,45 @@ fn basic_block(
     let y = graph.convolution(x, &format!("{name}.conv1.weight"), width, 3, stride, 1)?;
     let y = graph.batch_norm(y, &format!("{name}.bn1"), None, true)?;
     let y = graph.convolution(y, &format!("{name}.conv2.weight"), width, 3, 1, 1)?;
-    let residual = if stride == 1 && graph.shape(x).channels == width {
-        x
-    } else {
-        match shortcut {
-            Shortcut::A => graph.shortcut(x, width, stride)?,
-            Shortcut::B => {
-                let projected = graph.convolution(x, &format!("{name}.downsample.0.weight"), width, 1, stride, 0)?;
-                graph.batch_norm(projected, &format!("{name}.downsample.1"), None, false)?
-            }
-        }
-    };
+    let residual = residual(graph, x, name, width, stride, shortcut)?;
     graph.batch_norm(y, &format!("{name}.bn2"), Some(residual), true)
+}
+
+/// Convolutions of 1×1, 3×3 and 1×1 with batch norm, and the sum with the block's input.
+fn bottleneck(
+    graph: &mut Graph,
+    x: Value,
+    name: &str,
+    width: usize,
+    stride: usize,
+    shortcut: Shortcut,
+) -> Result<Value, PlanError> {
+    let y = graph.convolution(x, &format!("{name}.conv1.weight"), width, 1, 1, 0)?;
+    let y = graph.batch_norm(y, &format!("{name}.bn1"), None, true)?;
+    let y = graph.convolution(y, &format!("{name}.conv2.weight"), width, 3, stride, 1)?;
+    let y = graph.batch_norm(y, &format!("{name}.bn2"), None, true)?;
+    let y = graph.convolution(y, &format!("{name}.conv3.weight"), 4 * width, 1, 1, 0)?;
+    let residual = residual(graph, x, name, 4 * width, stride, shortcut)?;
+    graph.batch_norm(y, &format!("{name}.bn3"), Some(residual), true)
+}
+
+/// A block's input in the shape of its output.
+fn residual(
+    graph: &mut Graph,
+    x: Value,
+    name: &str,
+    channels: usize,
+    stride: usize,
+    shortcut: Shortcut,
+) -> Result<Value, PlanError> {
+    if stride == 1 && graph.shape(x).channels == channels {
+        return Ok(x);
+    }
+    match shortcut {
+        Shortcut::A => graph.shortcut(x, channels, stride),
+        Shortcut::B => {
+            let projected = graph.convolution(x, &format!("{name}.downsample.0.weight"), channels, 1, stride, 0)?;
+            graph.batch_norm(projected, &format!("{name}.downsample.1"), None, false)
+        }
+    }
 }

@@ -285,13 +285,14 @@ pub fn hash_vector(layout: &Layout, prefix: &str) -> Vec<f64> {
 }
 
 /// The errors of a tensor's norm and of its projection on known numbers, the larger of the two, relative to the norm.
-/// The projection sees every element and its place; the norm gives the scale.
-pub fn digest_error(tensor: &Tensor, vector: &[f64], [norm, projection]: [f64; 2]) -> f64 {
+/// The projection sees every element and its place; the norm gives the scale. `whole` is the norm of the whole vector: a
+/// tensor of less than a hundredth of it is judged by that, because the gradient of a bias before batch norm is zero.
+pub fn digest_error(tensor: &Tensor, vector: &[f64], [norm, projection]: [f64; 2], whole: f64) -> f64 {
     let file = tensor.kind.to_file(&vector[tensor.range()]);
     let probe = |index: usize| hash_uniform(&format!("probe:{}", tensor.name), index);
     let found_norm = file.iter().map(|&value| value * value).sum::<f64>().sqrt();
     let found_projection: f64 = file.iter().enumerate().map(|(index, &value)| value * probe(index)).sum();
-    (found_norm - norm).abs().max((found_projection - projection).abs()) / norm
+    (found_norm - norm).abs().max((found_projection - projection).abs()) / norm.max(whole / 100.0)
 }
 
 /// Weights that both sides compute, because they are too large to keep.

@@ -325,7 +325,12 @@ fn matches_pytorch<T: Scalar>(device: &Device, name: &str, tolerance: f64) {
     let mut largest = 0.0f64;
     for tensor in plan.parameters().tensors() {
         let expected = &case["tensors"][&tensor.name];
-        let error = digest_error(tensor, &found, ["norm", "projection"].map(|key| number(&expected[key])));
+        let error = digest_error(
+            tensor,
+            &found,
+            ["norm", "projection"].map(|key| number(&expected[key])),
+            number(&case["norm"]),
+        );
         assert!(error < tolerance, "{name}: {}: {error:.2e}", tensor.name);
         largest = largest.max(error);
     }

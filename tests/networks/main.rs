@@ -6,6 +6,8 @@ mod common;
 
 mod curvature;
 #[cfg(feature = "train")]
+mod families;
+#[cfg(feature = "train")]
 mod hessian;
 #[cfg(feature = "train")]
 mod max_pool;

@@ -8,40 +8,42 @@ use polder::arena::Layout;
 use polder::device::{Device, Scalar};
 use polder::nn::{Model, Shortcut};
 use polder::objective::{ObjectiveExt, RunningStats};
-use polder::plan::{Plan, PlanError, PlanOptions, Shape};
+use polder::plan::{Network, Plan, PlanError, PlanOptions, Shape};
 use serde_json::Value;
 
 fn images(batch: usize, height: usize, width: usize) -> Shape {
     Shape { batch, height, width, channels: 3 }
 }
 
-fn check_digest(what: &str, layout: &Layout, found: &[f64], expected: &Value, tolerance: f64) {
+/// The tensors of the case's `gradient` or `product`. `whole` names the norm of all of it.
+fn check_digest(what: &str, layout: &Layout, found: &[f64], case: &Value, [key, whole]: [&str; 2], tolerance: f64) {
+    let (expected, whole) = (&case[key], number(&case[whole]));
     let mut largest = 0.0f64;
     for tensor in layout.tensors() {
         let expected = &expected[&tensor.name];
-        let error = digest_error(tensor, found, ["norm", "projection"].map(|key| number(&expected[key])));
-        assert!(error < tolerance, "{what}: {}: {error:.1e}", tensor.name);
+        let error = digest_error(tensor, found, ["norm", "projection"].map(|key| number(&expected[key])), whole);
+        assert!(error < tolerance, "{what}: {key}: {}: {error:.1e}", tensor.name);
         largest = largest.max(error);
     }
-    println!("{what}: largest relative error of a tensor's norm or projection {largest:.1e}");
+    println!("{what}: {key}: largest relative error of a tensor's norm or projection {largest:.1e}");
 }
 
-fn check<T: Scalar>(device: &Device, tolerance: f64) {
-    let case = read_json("vgg11-bn.json");
+/// A network against its reference: logits, loss, gradient and a product with the Hessian.
+pub fn check<T: Scalar>(device: &Device, case: &Value, network: Network<'_>, tolerance: f64) {
     let rows = case["rows"].as_array().unwrap();
-    let model = Model::from_name("vgg11-bn", None).unwrap();
-    let (graph, logits) = model.trace(images(rows.len(), 32, 32), 10).unwrap();
+    let [height, width] = ["height", "width"].map(|key| case[key].as_u64().unwrap() as usize);
+    let (graph, logits) = network(images(rows.len(), height, width), 10).unwrap();
     let mut plan = Plan::<T>::new(device, graph, logits, PlanOptions::training()).unwrap();
     let layout = plan.parameters().clone();
     assert_eq!(layout.parameters() as u64, case["parameters"].as_u64().unwrap());
-    fill_in_double(&mut plan, rows, &case);
+    fill_in_double(&mut plan, rows, case);
     let weights = upload::<T>(device, &hash_weights(&layout));
     let direction = upload::<T>(device, &hash_vector(&layout, "direction:"));
     let mut result = device.zeros::<T>(layout.len()).unwrap();
     let (mut loss, mut flag) = (device.poisoned(1).unwrap(), device.zeros(1).unwrap());
 
     plan.gradient(weights.view(), RunningStats::Keep, result.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
-    let what = format!("{} on {}", T::NAME, device.name());
+    let what = format!("{} in {} on {}", case["model"], T::NAME, device.name());
     let loss = loss.to_vec().unwrap()[0];
     assert!(abs_diff_eq!(loss, number(&case["loss"]), epsilon = tolerance * loss), "{what}: loss {loss}");
     let expected: Vec<f64> =
@@ -50,23 +52,22 @@ fn check<T: Scalar>(device: &Device, tolerance: f64) {
     assert_eq!(found.len(), expected.len());
     let furthest = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
     assert!(furthest < tolerance, "{what}: a logit is off by {furthest:.1e}");
-    check_digest(
-        &format!("{what}: gradient"),
-        &layout,
-        &to_f64(&result.to_vec().unwrap()),
-        &case["gradient"],
-        tolerance,
-    );
+    let gradient = to_f64(&result.to_vec().unwrap());
+    check_digest(&what, &layout, &gradient, case, ["gradient", "grad_norm"], tolerance);
 
     plan.hessian_vector(weights.view(), direction.view(), result.view_mut(), flag.view_mut()).unwrap();
-    check_digest(&format!("{what}: product"), &layout, &to_f64(&result.to_vec().unwrap()), &case["product"], tolerance);
+    let product = to_f64(&result.to_vec().unwrap());
+    check_digest(&what, &layout, &product, case, ["product", "product_norm"], tolerance);
     assert_eq!(flag.to_vec().unwrap(), [0]);
 }
 
 #[test]
 fn vgg11_matches_pytorch_in_float64() {
-    fast_devices().iter().for_each(|device| check::<f32>(device, 1e-4));
-    check::<f64>(&Device::host(), 1e-12);
+    let case = read_json("vgg11-bn.json");
+    let model = Model::from_name("vgg11-bn", None).unwrap();
+    let network = |images, classes| model.trace(images, classes);
+    fast_devices().iter().for_each(|device| check::<f32>(device, &case, &network, 1e-4));
+    check::<f64>(&Device::host(), &case, &network, 1e-12);
 }
 
 #[test]

@@ -1,0 +1,161 @@
+//! The families of networks: small members against float64 PyTorch, models by name against the number of parameters of
+//! their references, and steps that lower the loss.
+
+use half::{bf16, f16};
+
+use crate::common::fixtures::{Pool, hash_weights, read_json};
+use crate::common::methods::AnyMethod;
+use crate::common::{fast_devices, relative_error, roundoff, to_f64, upload};
+use crate::vgg;
+use polder::arena::{Initial, TensorKind};
+use polder::device::{Compute, Device, HostOptions, Tf32};
+use polder::nn::{CifarResNet, Model, PyramidNet, ResNet, Shortcut, WideResNet, initial_weights};
+use polder::objective::{ObjectiveExt, RunningStats};
+use polder::optim::{Base, CrSam, Optimizer};
+use polder::plan::{Graph, Plan, PlanError, PlanOptions, Shape, Value};
+
+type Trace = fn(Shape, usize) -> Result<(Graph, Value), PlanError>;
+
+const BOTTLENECK_PYRAMID: PyramidNet = PyramidNet { blocks: 2, alpha: 9, bottleneck: true };
+
+/// The networks of `networks.json`, by the names that they have there. The widths of the PyramidNets are odd numbers, too.
+const MEMBERS: [(&str, Trace); 5] = [
+    ("bottleneck ResNet of width 8", |images, classes| {
+        ResNet { width: 8, blocks: [1, 2, 1, 1], bottleneck: true }.trace(images, classes)
+    }),
+    ("WRN-10-1", |images, classes| WideResNet { blocks: 1, width: 1 }.trace(images, classes)),
+    ("WRN-16-2", |images, classes| WideResNet { blocks: 2, width: 2 }.trace(images, classes)),
+    ("PyramidNet-14, alpha 20", |images, classes| {
+        PyramidNet { blocks: 2, alpha: 20, bottleneck: false }.trace(images, classes)
+    }),
+    ("bottleneck PyramidNet-20, alpha 9", |images, classes| BOTTLENECK_PYRAMID.trace(images, classes)),
+];
+
+const IMAGES: Shape = Shape { batch: 4, height: 16, width: 20, channels: 3 };
+
+#[test]
+fn small_members_match_pytorch_in_float64() {
+    let cases = read_json("networks.json");
+    let cases = cases["cases"].as_array().unwrap();
+    assert_eq!(cases.len(), MEMBERS.len());
+    for ((name, network), case) in MEMBERS.iter().zip(cases) {
+        assert_eq!(case["model"], *name);
+        fast_devices().iter().for_each(|device| vgg::check::<f32>(device, case, network, 1e-4));
+        vgg::check::<f64>(&Device::host(), case, network, 1e-12);
+    }
+}
+
+/// The gradient of the network with odd numbers of channels.
+fn pyramid_gradient<S: Compute>(device: &Device) -> Vec<f64> {
+    let case = &read_json("networks.json")["cases"][4];
+    let (graph, logits) = BOTTLENECK_PYRAMID.trace(IMAGES, 10).unwrap();
+    let mut plan = Plan::<S>::new(device, graph, logits, PlanOptions::training()).unwrap();
+    Pool::cropped(device, IMAGES.height, IMAGES.width).fill(&mut plan, case["rows"].as_array().unwrap(), case);
+    let weights = upload::<S::Master>(device, &hash_weights(plan.parameters()));
+    let mut gradient = device.zeros::<S::Master>(weights.len()).unwrap();
+    let (mut loss, mut flag) = (device.poisoned(1).unwrap(), device.zeros(1).unwrap());
+    plan.gradient(weights.view(), RunningStats::Keep, gradient.view_mut(), loss.view_mut(), flag.view_mut()).unwrap();
+    assert_eq!(flag.to_vec().unwrap(), [0], "{}", S::NAME);
+    to_f64(&gradient.to_vec().unwrap())
+}
+
+/// Rounding switches a share of the ReLUs, and with 4 images each of them weighs much. So only gross errors show here; the
+/// kernels have tests of their own on odd numbers of channels.
+#[test]
+fn every_precision_takes_odd_numbers_of_channels() {
+    let exact = pyramid_gradient::<f64>(&Device::host());
+    let simt = Device::host_with(HostOptions { threads: 2, emulate_gpu: true, ..HostOptions::default() });
+    for (number, device) in fast_devices().into_iter().chain([simt]).enumerate() {
+        let near = |name: &str, found: Vec<f64>, tolerance: f64| {
+            let error = relative_error(&found, &exact);
+            println!("{name} on device {number}: relative error {error:.1e}");
+            assert!(error < tolerance, "{name} on device {number}: relative error {error:.1e}");
+        };
+        near("f32", pyramid_gradient::<f32>(&device), 1e-5);
+        near("tf32", pyramid_gradient::<Tf32>(&device), 6.0 * roundoff::<Tf32>().sqrt());
+        near("f16", pyramid_gradient::<f16>(&device), 6.0 * roundoff::<f16>().sqrt());
+        near("bf16", pyramid_gradient::<bf16>(&device), 6.0 * roundoff::<bf16>().sqrt());
+    }
+}
+
+/// Counted in PyTorch from torchvision's definitions (with the CIFAR stem), from xternalz/WideResNet-pytorch and from
+/// dyhan0920/PyramidNet-PyTorch, for 10 classes.
+#[test]
+fn models_by_name_have_the_parameters_of_their_references() {
+    let images = Shape { batch: 2, height: 32, width: 32, channels: 3 };
+    for (name, parameters, tensor, shape) in [
+        ("resnet18", 11_173_962, "layer4.1.conv2.weight", vec![512, 512, 3, 3]),
+        ("resnet34", 21_282_122, "layer3.5.conv2.weight", vec![256, 256, 3, 3]),
+        ("resnet50", 23_520_842, "layer1.0.downsample.0.weight", vec![256, 64, 1, 1]),
+        ("resnet101", 42_512_970, "layer3.22.conv3.weight", vec![1024, 256, 1, 1]),
+        ("resnet152", 58_156_618, "layer2.7.conv2.weight", vec![128, 128, 3, 3]),
+        ("wrn-16-8", 10_961_370, "block1.layer.0.bn1.weight", vec![16]),
+        ("wrn-28-10", 36_479_194, "block1.layer.0.convShortcut.weight", vec![160, 16, 1, 1]),
+        ("wrn-40-2", 2_243_546, "block3.layer.5.conv2.weight", vec![128, 128, 3, 3]),
+        ("wrn-40-10", 55_841_754, "bn1.bias", vec![640]),
+        ("pyramidnet-110", 28_485_477, "layer1.0.conv2.weight", vec![21, 21, 3, 3]),
+        ("pyramidnet-110-bottleneck", 18_323_787, "layer1.0.conv1.weight", vec![24, 16, 1, 1]),
+        ("pyramidnet-272", 26_210_842, "bn_final.weight", vec![864]),
+    ] {
+        let (graph, _) = Model::from_name(name, None).unwrap().trace(images, 10).unwrap();
+        let layout = graph.parameters();
+        assert_eq!(layout.parameters(), parameters, "{name}");
+        let found = layout.find(tensor).unwrap_or_else(|| panic!("{name} has no {tensor}"));
+        assert_eq!(found.kind.file_shape(), shape, "{name}: {tensor}");
+    }
+}
+
+#[test]
+fn wide_resnets_and_pyramidnets_start_as_in_their_references() {
+    for (network, bias) in [(MEMBERS[2].1, Initial::Constant(0.0)), (MEMBERS[4].1, Initial::Uniform { fan_in: 100 })] {
+        let layout = network(IMAGES, 10).unwrap().0.parameters();
+        for tensor in layout.tensors() {
+            if let TensorKind::Convolution { kernel, outputs, .. } = tensor.kind {
+                assert_eq!(tensor.initial, Initial::HeNormal { fan: kernel * kernel * outputs }, "{}", tensor.name);
+            }
+        }
+        assert_eq!(layout.find("fc.bias").unwrap().initial, bias);
+    }
+}
+
+#[test]
+fn pyramidnets_refuse_images_that_they_cannot_halve_twice() {
+    for (height, width) in [(30, 32), (32, 33), (28, 26)] {
+        let refused = BOTTLENECK_PYRAMID.trace(Shape { height, width, ..IMAGES }, 10).map(|_| ()).unwrap_err();
+        let expected =
+            format!("PyramidNet: expected images whose height and width are multiples of 4, found {height}x{width}");
+        assert_eq!(refused.to_string(), expected);
+    }
+}
+
+/// The losses of steps on one batch.
+fn losses<S: Compute>(device: &Device, (graph, logits): (Graph, Value), method: AnyMethod) -> Vec<f64> {
+    let case = &read_json("networks.json")["cases"][0];
+    let mut plan = Plan::<S>::new(device, graph, logits, PlanOptions::training()).unwrap();
+    Pool::cropped(device, IMAGES.height, IMAGES.width).fill(&mut plan, case["rows"].as_array().unwrap(), case);
+    let start: Vec<f64> = to_f64(&initial_weights(plan.parameters(), 3).unwrap());
+    let mut weights = upload::<S::Master>(device, &start);
+    let settings = method.over(Base::Sgd { momentum: 0.9, nesterov: false });
+    let mut optimizer = Optimizer::new(device, start.len(), settings).unwrap();
+    let step = |_| {
+        optimizer.step(&mut plan, &mut weights, 0.02).unwrap();
+        optimizer.telemetry().unwrap().loss
+    };
+    (0..10).map(step).collect()
+}
+
+#[test]
+fn steps_of_sgd_sam_and_cr_sam_lower_the_loss() {
+    let basic = CifarResNet { blocks: 1, shortcut: Shortcut::A };
+    let networks = MEMBERS.iter().map(|(_, network)| network(IMAGES, 10)).chain([basic.trace(IMAGES, 10)]);
+    for (number, network) in networks.enumerate() {
+        let network = network.unwrap();
+        for method in [AnyMethod::PLAIN, AnyMethod::sam(0.05), CrSam::default().into()] {
+            for device in fast_devices() {
+                let losses = losses::<f32>(&device, network.clone(), method);
+                println!("network {number}, {method:?}: {losses:.3?}");
+                assert!(losses[9] < 0.5 * losses[0], "network {number}, {method:?}: {losses:?}");
+            }
+        }
+    }
+}
