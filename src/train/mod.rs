@@ -32,7 +32,7 @@ pub use listing::{RunOption, options};
 pub use log::Record;
 pub use options::Options;
 pub(crate) use options::toml_error;
-pub use recipes::{RECIPES, Recipe};
+pub use recipes::Recipe;
 pub use run::{Progress, Summary, Warning};
 pub use settings::{
     AdamWSettings, Augmentation, BaseName, CurvatureLogSettings, DataSettings, LoopSettings, Measure, MethodName,
