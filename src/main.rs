@@ -1,4 +1,5 @@
-//! The command line: `polder train`, `eval`, `curvature`, `landscape`, `report`, `devices`, `completions`, `man`.
+//! The command line: `polder train`, `eval`, `curvature`, `landscape`, `report`, `devices`, `models`, `recipes`,
+//! `completions`, `man`.
 //!
 //! Exit codes: 0 done; 1 the machine failed, or a loss diverged; 2 bad usage or input, reported in one line; 130 a
 //! run or a landscape was interrupted, with everything saved.
@@ -8,7 +9,7 @@ mod commands;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
-use commands::{curvature, devices, eval, flags, landscape, manual, recipes, report, tell_error, train};
+use commands::{curvature, devices, eval, flags, landscape, manual, models, recipes, report, tell_error, train};
 
 /// Sharpness-aware training on hand-written kernels, on the CPU or on a GPU.
 #[derive(Parser)]
@@ -36,6 +37,12 @@ enum Command {
     Report(report::ReportArgs),
     /// List the devices that this program can use
     Devices {
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// List the networks with their parameters, floating-point operations and memory
+    Models {
         /// Print one JSON object
         #[arg(long)]
         json: bool,
@@ -94,6 +101,7 @@ fn main() -> ExitCode {
         Command::Landscape(args) => landscape::run(&args),
         Command::Report(args) => report::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Devices { json } => devices::run(json).map(|()| ExitCode::SUCCESS),
+        Command::Models { json } => models::run(json).map(|()| ExitCode::SUCCESS),
         Command::Recipes { json } => recipes::run(json).map(|()| ExitCode::SUCCESS),
         Command::Completions { shell } => manual::completions(shell, Cli::command()).map(|()| ExitCode::SUCCESS),
         Command::Man { folder } => manual::pages(&folder, Cli::command()).map(|()| ExitCode::SUCCESS),

@@ -1349,3 +1349,32 @@ fn what_is_wrong_in_the_folder_of_a_run_is_named_before_it_goes_on() {
     let log = std::fs::read_to_string(path("log.jsonl")).unwrap();
     assert!(log.as_bytes().starts_with(&before) && log.len() > before.len());
 }
+
+#[test]
+fn models_are_listed_with_their_sizes() {
+    let list = json(&polder(&["models", "--json"]));
+    // Counted in PyTorch: for each convolution and linear layer, twice the products of one image.
+    for (name, parameters, flops) in [
+        ("resnet18", 11_173_962u64, 1_110_845_440u64),
+        ("wrn-28-10", 36_479_194, 10_486_657_536),
+        ("pyramidnet-272", 26_210_842, 8_977_556_352),
+    ] {
+        let model = &list[name];
+        assert_eq!((&model["parameters"], &model["forward_flops"]), (&parameters.into(), &flops.into()), "{name}");
+    }
+    let lines = text(&polder(&["models"]).stdout);
+    for (name, model) in list.as_object().unwrap() {
+        assert!(lines.lines().any(|line| line.starts_with(&format!("{name} "))), "{name}: {lines}");
+        // Every activation of the first stage is kept for the backward: at least 16 channels of 32x32 pixels.
+        assert!(model["activation_bytes"].as_u64().unwrap() > 128 * 16 * 32 * 32 * 4, "{name}");
+    }
+}
+
+#[test]
+fn a_recipe_is_listed_as_it_can_be_typed() {
+    let lines = text(&polder(&["recipes"]).stdout);
+    let recipe = lines.lines().skip_while(|line| *line != "sam/cifar10/wrn-28-10/sam").nth(1).unwrap();
+    assert!(recipe.contains(" --nesterov --"), "{recipe}");
+    let settings = &json(&polder(&["recipes", "--json"]))["sam/cifar10/wrn-28-10/sam"]["settings"];
+    assert_eq!((&settings["model"], &settings["nesterov"]), (&"wrn-28-10".into(), &"true".into()));
+}

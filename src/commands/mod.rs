@@ -7,6 +7,7 @@ pub mod flags;
 pub mod landscape;
 pub mod manual;
 mod model;
+pub mod models;
 pub mod recipes;
 pub mod report;
 pub mod train;

@@ -2,7 +2,7 @@
 //! method of each operation is in its file in `ops/`.
 
 use super::error::PlanError;
-use super::ops::Op;
+use super::ops::{Op, Operation};
 use crate::arena::{Initial, Layout, TensorKind};
 
 /// The shape of an activation, stored NHWC. A matrix `[batch, features]` has height and width 1.
@@ -104,6 +104,11 @@ impl Graph {
         for (name, kind, initial) in &mut self.parameters {
             *initial = choose(name, *kind).unwrap_or(*initial);
         }
+    }
+
+    /// Multiplications with an addition each in the convolutions and linear layers of one forward pass over the batch.
+    pub fn multiply_adds(&self) -> u64 {
+        self.ops.iter().map(Operation::multiply_adds).sum()
     }
 
     /// A new activation, for the output of an operation.

@@ -178,6 +178,21 @@ impl<S: Compute> Plan<S> {
         self.memory.len() * size_of::<S::Master>()
     }
 
+    /// The [`arena_bytes`](Self::arena_bytes) that a plan of this network would have, without its memory.
+    ///
+    /// # Errors
+    /// [`PlanError::NoGradient`] where the loss does not depend on some parameter.
+    pub fn arena_bytes_of(
+        device: &Device,
+        graph: &Graph,
+        logits: Value,
+        options: PlanOptions,
+    ) -> std::result::Result<usize, PlanError> {
+        let Graph { ops, shapes, .. } = graph;
+        let memory = MemoryPlan::new::<S>(device, ops, shapes, logits, &graph.parameters(), options)?;
+        Ok(memory.len() * size_of::<S::Master>())
+    }
+
     /// The shape of the input batch.
     pub fn input_shape(&self) -> Shape {
         self.shapes[0]

@@ -125,6 +125,12 @@ impl Operation for Convolution {
         Ok(self.shape.measure_tiles::<S>(options.backward, device)?)
     }
 
+    fn multiply_adds(&self) -> u64 {
+        let ConvShape { batch, in_channels, out_channels, kernel, .. } = self.shape;
+        let outputs = batch * self.shape.out_height() * self.shape.out_width() * out_channels;
+        (outputs * kernel * kernel * in_channels) as u64
+    }
+
     fn forward<S: Compute>(&self, mut pass: ForwardPass<'_, S>) -> device::Result<()> {
         let (x, weight) = (pass.values.read(self.x)?, pass.weights.stored(self.weight)?);
         let moments = pass.values.tile_moments_mut(self.y)?;

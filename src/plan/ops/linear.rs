@@ -59,6 +59,10 @@ impl Operation for Linear {
         [Some(self.x), None]
     }
 
+    fn multiply_adds(&self) -> u64 {
+        (self.shape.batch * self.shape.inputs * self.shape.outputs) as u64
+    }
+
     fn has_wide_output(&self) -> bool {
         true
     }

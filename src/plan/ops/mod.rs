@@ -64,6 +64,11 @@ pub(super) trait Operation {
         Ok(())
     }
 
+    /// Multiplications with an addition each in the forward pass, of the operations that consist of them.
+    fn multiply_adds(&self) -> u64 {
+        0
+    }
+
     /// Whether the output is stored in the master type instead of the storage type. Only the linear layer does this,
     /// because its output is the logits.
     fn has_wide_output(&self) -> bool {
@@ -192,6 +197,7 @@ macro_rules! operations {
             fn prepare<S: Compute>(
                 &self, device: &Device, parameters: &Layout, options: PlanOptions
             ) -> Result<(), PlanError>;
+            fn multiply_adds(&self) -> u64;
             fn has_wide_output(&self) -> bool;
             fn always_writes_input_gradient(&self) -> bool;
         }
