@@ -315,7 +315,7 @@ impl ShortcutShape {
         self.width.div_ceil(self.stride)
     }
 
-    /// Fails for a stride of zero, channels of the input that do not fit into the output, or tensors that are too large.
+    /// Fails for a stride of zero, an output without room for the input's channels, or tensors that are too large.
     ///
     /// # Errors
     /// [`Error::Argument`].

@@ -18,6 +18,7 @@ pub use wide_resnet::WideResNet;
 use crate::arena::{Initial, TensorKind};
 use crate::plan::{Graph, PlanError, Shape, Value};
 use crate::settings::Choice;
+use resnet::staged;
 
 /// All models that have a name.
 pub const MODELS: &[Registration] = &[
@@ -27,55 +28,25 @@ pub const MODELS: &[Registration] = &[
     Registration::new("resnet44", "CIFAR ResNet of 44 layers", Shortcut::BOTH, resnet::cifar::<44>),
     Registration::new("resnet56", "CIFAR ResNet of 56 layers", Shortcut::BOTH, resnet::cifar::<56>),
     Registration::new("resnet110", "CIFAR ResNet of 110 layers", Shortcut::BOTH, resnet::cifar::<110>),
-    Registration::new(
-        "resnet18",
-        "ResNet-18 with the CIFAR stem",
-        &[Shortcut::B],
-        resnet::with_stages::<2, 2, 2, 2, false>,
-    ),
-    Registration::new(
-        "resnet34",
-        "ResNet-34 with the CIFAR stem",
-        &[Shortcut::B],
-        resnet::with_stages::<3, 4, 6, 3, false>,
-    ),
-    Registration::new(
-        "resnet50",
-        "ResNet-50 with the CIFAR stem",
-        &[Shortcut::B],
-        resnet::with_stages::<3, 4, 6, 3, true>,
-    ),
-    Registration::new(
-        "resnet101",
-        "ResNet-101 with the CIFAR stem",
-        &[Shortcut::B],
-        resnet::with_stages::<3, 4, 23, 3, true>,
-    ),
-    Registration::new(
-        "resnet152",
-        "ResNet-152 with the CIFAR stem",
-        &[Shortcut::B],
-        resnet::with_stages::<3, 8, 36, 3, true>,
-    ),
-    Registration::new("wrn-16-8", "Wide ResNet of 16 layers, 8 times the width", &[], wide_resnet::named::<16, 8>),
-    Registration::new("wrn-28-10", "Wide ResNet of 28 layers, 10 times the width", &[], wide_resnet::named::<28, 10>),
-    Registration::new("wrn-40-2", "Wide ResNet of 40 layers, 2 times the width", &[], wide_resnet::named::<40, 2>),
-    Registration::new("wrn-40-10", "Wide ResNet of 40 layers, 10 times the width", &[], wide_resnet::named::<40, 10>),
-    Registration::new(
-        "pyramidnet-110",
-        "PyramidNet-110, α = 270, basic blocks",
-        &[],
-        pyramidnet::named::<110, 270, false>,
-    ),
+    Registration::new("resnet18", "ResNet-18 with the CIFAR stem", &[Shortcut::B], staged::<2, 2, 2, 2, false>),
+    Registration::new("resnet34", "ResNet-34 with the CIFAR stem", &[Shortcut::B], staged::<3, 4, 6, 3, false>),
+    Registration::new("resnet50", "ResNet-50 with the CIFAR stem", &[Shortcut::B], staged::<3, 4, 6, 3, true>),
+    Registration::new("resnet101", "ResNet-101 with the CIFAR stem", &[Shortcut::B], staged::<3, 4, 23, 3, true>),
+    Registration::new("resnet152", "ResNet-152 with the CIFAR stem", &[Shortcut::B], staged::<3, 8, 36, 3, true>),
+    Registration::new("wrn-16-8", "Wide ResNet of 16 layers, 8 times as wide", &[], wide_resnet::named::<16, 8>),
+    Registration::new("wrn-28-10", "Wide ResNet of 28 layers, 10 times as wide", &[], wide_resnet::named::<28, 10>),
+    Registration::new("wrn-40-2", "Wide ResNet of 40 layers, 2 times as wide", &[], wide_resnet::named::<40, 2>),
+    Registration::new("wrn-40-10", "Wide ResNet of 40 layers, 10 times as wide", &[], wide_resnet::named::<40, 10>),
+    Registration::new("pyramidnet-110", "PyramidNet-110 with α = 270", &[], pyramidnet::named::<110, 270, false>),
     Registration::new(
         "pyramidnet-110-bottleneck",
-        "PyramidNet-110, α = 270, bottleneck blocks",
+        "PyramidNet-110 of bottlenecks, α = 270",
         &[],
         pyramidnet::named::<110, 270, true>,
     ),
     Registration::new(
         "pyramidnet-272",
-        "PyramidNet-272, α = 200, bottleneck blocks",
+        "PyramidNet-272 of bottlenecks, α = 200",
         &[],
         pyramidnet::named::<272, 200, true>,
     ),

@@ -1,5 +1,5 @@
-//! PyramidNets (Han, Kim and Kim 2017), whose width grows with every block. Blocks, widths, names of parameters and initial
-//! weights are those of `dyhan0920/PyramidNet-PyTorch`.
+//! PyramidNets (Han, Kim and Kim 2017), whose width grows with every block. Blocks, widths, names of parameters and
+//! initial weights are those of `dyhan0920/PyramidNet-PyTorch`.
 
 use super::{Shortcut, fan_out};
 use crate::plan::{Graph, PlanError, Shape, Value};

@@ -1,5 +1,5 @@
-//! Residual networks: those of He et al. 2016, section 4.2, for CIFAR, and those of section 4.1 with the CIFAR stem. Names
-//! of parameters are torchvision's.
+//! Residual networks: those of He et al. 2016, section 4.2, for CIFAR, and those of section 4.1 with the CIFAR stem.
+//! Names of parameters are torchvision's.
 
 use crate::plan::{Graph, PlanError, Shape, Value};
 use crate::words;
@@ -55,8 +55,8 @@ pub(super) fn cifar<const DEPTH: usize>(
     CifarResNet { blocks: (DEPTH - 2) / 6, shortcut }.trace(images, classes)
 }
 
-/// The ResNet of He et al. 2016, section 4.1, in torchvision's form with the CIFAR stem (a 3×3 convolution of stride 1, no
-/// pooling). Bottleneck blocks have their stride in the 3×3 convolution.
+/// The ResNet of He et al. 2016, section 4.1, in torchvision's form with the CIFAR stem (a 3×3 convolution of stride 1,
+/// no pooling). Bottleneck blocks have their stride in the 3×3 convolution.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ResNet {
     /// Width of the first stage: 64 in the models with a name. Each further stage is twice as wide.
@@ -80,7 +80,7 @@ impl ResNet {
 }
 
 /// The [`ResNet`] of width 64 with so many blocks in its stages.
-pub(super) fn with_stages<const A: usize, const B: usize, const C: usize, const D: usize, const BOTTLENECK: bool>(
+pub(super) fn staged<const A: usize, const B: usize, const C: usize, const D: usize, const BOTTLENECK: bool>(
     images: Shape,
     classes: usize,
     _: Shortcut,

@@ -1,5 +1,5 @@
-//! Wide residual networks (Zagoruyko and Komodakis 2016) without dropout. Blocks, names of parameters and initial weights
-//! are those of `xternalz/WideResNet-pytorch`.
+//! Wide residual networks (Zagoruyko and Komodakis 2016) without dropout. Blocks, names of parameters and initial
+//! weights are those of `xternalz/WideResNet-pytorch`.
 
 use super::{Shortcut, fan_out};
 use crate::arena::Initial;

@@ -39,8 +39,8 @@ const GAM: [(&str, &str, [f64; 4]); 6] = [
     ("cifar100", "pyramidnet-110-bottleneck", [0.04, 0.3, 0.5, 0.05]),
 ];
 
-/// By GAM's data set: the normalisation, and the label smoothing. The authors' smoothing of 0.1 goes to the other classes
-/// alone: with C classes that is `0.1 C/(C − 1)` here.
+/// By GAM's data set: the normalisation, and the label smoothing. The authors' smoothing of 0.1 goes to the other
+/// classes alone: with C classes that is `0.1 C/(C − 1)` here.
 const GAM_DATA: [(&str, &str); 2] = [
     (
         "cifar10",

@@ -285,8 +285,8 @@ pub fn hash_vector(layout: &Layout, prefix: &str) -> Vec<f64> {
 }
 
 /// The errors of a tensor's norm and of its projection on known numbers, the larger of the two, relative to the norm.
-/// The projection sees every element and its place; the norm gives the scale. `whole` is the norm of the whole vector: a
-/// tensor of less than a hundredth of it is judged by that, because the gradient of a bias before batch norm is zero.
+/// The projection sees every element and its place; the norm gives the scale. `whole` is the norm of the whole vector:
+/// a tensor of less than a hundredth of it is judged by that, because the gradient of a bias before batch norm is zero.
 pub fn digest_error(tensor: &Tensor, vector: &[f64], [norm, projection]: [f64; 2], whole: f64) -> f64 {
     let file = tensor.kind.to_file(&vector[tensor.range()]);
     let probe = |index: usize| hash_uniform(&format!("probe:{}", tensor.name), index);
