@@ -140,7 +140,7 @@ fn losses<S: Compute>(device: &Device, (graph, logits): (Graph, Value), method: 
     let settings = method.over(Base::Sgd { momentum: 0.9, nesterov: false });
     let mut optimizer = Optimizer::new(device, start.len(), settings).unwrap();
     let step = |_| {
-        optimizer.step(&mut plan, &mut weights, 0.02).unwrap();
+        optimizer.step(&mut plan, weights.view_mut(), 0.02).unwrap();
         optimizer.telemetry().unwrap().loss
     };
     (0..10).map(step).collect()
