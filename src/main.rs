@@ -1,5 +1,5 @@
-//! The command line: `polder train`, `eval`, `curvature`, `landscape`, `report`, `devices`, `models`, `recipes`,
-//! `completions`, `man`.
+//! The command line: `polder train`, `eval`, `curvature`, `landscape`, `picture`, `report`, `devices`, `models`,
+//! `recipes`, `completions`, `man`.
 //!
 //! Exit codes: 0 done; 1 the machine failed, or a loss diverged; 2 bad usage or input, reported in one line; 130 a
 //! run or a landscape was interrupted, with everything saved.
@@ -9,7 +9,9 @@ mod commands;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
-use commands::{curvature, devices, eval, flags, landscape, manual, models, recipes, report, tell_error, train};
+use commands::{
+    curvature, devices, eval, flags, landscape, manual, models, picture, recipes, report, tell_error, train,
+};
 
 /// Sharpness-aware training on hand-written kernels, on the CPU or on a GPU.
 #[derive(Parser)]
@@ -33,6 +35,8 @@ enum Command {
     /// Map the loss on a line or a plane around trained weights, and draw it
     #[command(allow_negative_numbers = true)]
     Landscape(landscape::LandscapeArgs),
+    /// Draw landscapes and spectra again, with another look
+    Picture(picture::PictureArgs),
     /// Compare runs on one HTML page: accuracy, learning curves, curvature, loss landscapes, settings
     Report(report::ReportArgs),
     /// List the devices that this program can use
@@ -99,6 +103,7 @@ fn main() -> ExitCode {
         Command::Eval(args) => eval::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Curvature(args) => curvature::run(&args),
         Command::Landscape(args) => landscape::run(&args),
+        Command::Picture(args) => picture::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Report(args) => report::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Devices { json } => devices::run(json).map(|()| ExitCode::SUCCESS),
         Command::Models { json } => models::run(json).map(|()| ExitCode::SUCCESS),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use polder::curvature::{Density, Estimate, Rise};
-use polder::report::spectrum_picture;
+use polder::report::spectrum_pictures;
 use polder::settings::Choice;
 use polder::train::{
     CurvatureFile, CurvatureMeter, CurvatureSettings, Distribution, Finding, Findings, MeanOver, Measure, TrainError,
@@ -73,7 +73,7 @@ pub fn run(args: &CurvatureArgs) -> Result<ExitCode, Failure> {
     if !found.list.is_empty() && found.list.iter().all(|(_, finding)| matches!(finding, Finding::NotFinite)) {
         return Err(subject.weights_error(Finding::NOT_FINITE.into()).into());
     }
-    let mut file = file(&found, &settings);
+    let mut file = CurvatureFile { subject: subject.title.clone(), ..file(&found, &settings) };
     if let Some((out, held, earlier)) = target {
         if let Some(earlier) = earlier {
             file.add(earlier);
@@ -131,7 +131,7 @@ fn write(out: &Path, file: &CurvatureFile) -> Result<(), TrainError> {
         if let Finding::Density(Density { nodes, weights }) = finding {
             let lines: String = nodes.iter().zip(weights).map(|(node, weight)| format!("{node},{weight}\n")).collect();
             write_whole(&out.join("spectrum.csv"), format!("node,weight\n{lines}").as_bytes())?;
-            spectrum_picture(nodes, weights, out)?;
+            spectrum_pictures(nodes, weights, &file.subject, out)?;
         }
     }
     write_whole(&out.join("curvature.json"), format!("{}\n", json!(file)).as_bytes())

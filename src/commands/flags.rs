@@ -4,6 +4,7 @@ use std::marker::PhantomData;
 
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Arg, ArgAction, ArgMatches, Command, Error, FromArgMatches};
+use polder::report::PictureSettings;
 use polder::settings::{Configurable, Setting, SettingKind, SettingValue, Word};
 use polder::train::{CurvatureSettings, Options, RunOption, TrainError, options};
 
@@ -32,8 +33,13 @@ pub fn message(failure: &Failure) -> String {
 /// Settings between backticks become flags.
 fn with_flags(text: &str) -> String {
     let run = options();
-    let own =
-        [CurvatureSettings::OPTIONS, WeightsSettings::OPTIONS, MeasureSettings::OPTIONS, LandscapeSettings::OPTIONS];
+    let own = [
+        CurvatureSettings::OPTIONS,
+        WeightsSettings::OPTIONS,
+        MeasureSettings::OPTIONS,
+        LandscapeSettings::OPTIONS,
+        PictureSettings::OPTIONS,
+    ];
     let is_setting = |name: &str| {
         let names = run.iter().map(|option| option.setting.name);
         names.chain(own.into_iter().flatten().map(|setting| setting.name)).any(|other| other == name)

@@ -18,7 +18,7 @@ use polder::{settings, words};
 use serde_json::json;
 
 use super::flags::Flags;
-use super::model::{MeasureSettings, ModelArgs, Samples, Subject};
+use super::model::{MeasureSettings, ModelArgs, Samples, Subject, short};
 use super::{Bar, Failure, counted, option, print, stop_on_signals, tell, write_npy};
 
 words! {
@@ -148,7 +148,7 @@ pub fn run(args: &LandscapeArgs) -> Result<ExitCode, Failure> {
                 axes.push(Axis { name, values: values.clone() });
                 directions.push(vector);
             }
-            let landscape = Landscape { title, axes, settings };
+            let landscape = Landscape { title, subject: subject.title.clone(), axes, settings };
             landscape.write(&out)?;
             (landscape, directions)
         }
@@ -259,12 +259,6 @@ fn directions(
         vector: pair.vector,
     });
     Ok(("Loss along eigenvectors of the Hessian".into(), found.collect()))
-}
-
-/// A path shortened to folder and name, which distinguish runs.
-fn short(path: &Path) -> String {
-    let parts: Vec<_> = path.iter().rev().take(2).collect();
-    parts.into_iter().rev().collect::<PathBuf>().display().to_string()
 }
 
 /// Writes the arrays and the pictures, and prints the result.

@@ -8,6 +8,7 @@ pub mod landscape;
 pub mod manual;
 mod model;
 pub mod models;
+pub mod picture;
 pub mod recipes;
 pub mod report;
 pub mod train;

@@ -105,6 +105,8 @@ pub struct Subject {
     /// The model's name and its shortcut, as given.
     pub model_name: String,
     pub device: Device,
+    /// Run, model and data in one line, for titles.
+    pub title: String,
     /// The data set's name.
     pub name: String,
     /// Its path, or `synthetic`.
@@ -164,7 +166,7 @@ impl ModelArgs {
         };
         let record_options = record.iter().flat_map(of_record).map(|(name, value)| (name.to_string(), value));
         let of_run = record_options.collect::<Options>().over(of_run);
-        let file = folder.map(|folder| folder.join("config.toml"));
+        let file = folder.as_ref().map(|folder| folder.join("config.toml"));
         let settings = given.clone().over(of_run).resolve();
         let settings = settings.map_err(|error| error.of_file(&given, file.as_deref()))?;
         let model = settings.model()?;
@@ -224,8 +226,22 @@ impl ModelArgs {
         }
         let normalization = train::normalization(mean.as_deref(), std.as_deref(), of_data, channels)?;
         let batch_size = batch_size.min(images.len());
-        Ok(Subject { model, model_name, device, name, data, images, normalization, init, batch_size })
+        let of = folder.as_deref().map_or_else(|| short(&init), run_name);
+        let title = format!("{of} · {model_name} · {name}");
+        Ok(Subject { model, model_name, device, title, name, data, images, normalization, init, batch_size })
     }
+}
+
+/// A path shortened to folder and name, which distinguish runs.
+pub fn short(path: &Path) -> String {
+    let parts: Vec<_> = path.iter().rev().take(2).collect();
+    parts.into_iter().rev().collect::<PathBuf>().display().to_string()
+}
+
+/// The name of a run's folder, also if it is given as `.`.
+fn run_name(folder: &Path) -> String {
+    let whole = folder.canonicalize().unwrap_or_else(|_| folder.into());
+    whole.file_name().map_or_else(|| short(folder), |name| name.to_string_lossy().into_owned())
 }
 
 impl Subject {

@@ -85,6 +85,19 @@ impl ChartAxis {
         }
     }
 
+    /// Tick values whose labels fit beside each other on an axis of this length, at least one.
+    pub fn ticks_beside(&self, length: f64) -> Vec<(f64, String)> {
+        let fit = |ticks: &[(f64, String)]| {
+            ticks.windows(2).all(|pair| {
+                let [a, b] = [&pair[0], &pair[1]].map(|(value, name)| (length * self.place(*value), label_width(name)));
+                b.0 - a.0 >= 0.5 * (a.1 + b.1) + 5.0
+            })
+        };
+        let most = (length / 44.0).max(1.0) as usize;
+        let mut ticks = (1..=most).rev().map(|most| self.ticks(most)).find(|ticks| fit(ticks));
+        ticks.get_or_insert_with(|| self.ticks(1).into_iter().take(1).collect()).drain(..).collect()
+    }
+
     /// Tick values with their labels.
     pub fn ticks(&self, most: usize) -> Vec<(f64, String)> {
         let values = if self.logarithmic { log_steps(self.low, self.high, most) } else { Vec::new() };
@@ -183,6 +196,11 @@ pub(super) fn tick_name(value: f64, step: f64) -> String {
     text.replace('-', "−")
 }
 
+/// About the width of a label, from the width of a digit of DejaVu Sans.
+pub(super) fn label_width(text: &str) -> f64 {
+    0.64 * SMALL * text.chars().count() as f64
+}
+
 /// The area of a drawing that holds the lines of a chart.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Panel {
@@ -218,7 +236,7 @@ impl Panel {
     /// Ticks and name of the lower axis.
     pub fn x_ticks(&self, drawing: &mut Drawing, x: &ChartAxis) {
         let mut ticks = Vec::new();
-        for (value, name) in x.ticks(((self.right - self.left) / 44.0) as usize) {
+        for (value, name) in x.ticks_beside(self.right - self.left) {
             let at = self.x(x.place(value));
             ticks.push(vec![[at, self.bottom], [at, self.bottom + 4.0]]);
             drawing.label([at, self.bottom + 16.0], name, SMALL, Anchor::Middle, FAINT);

@@ -1,11 +1,8 @@
-//! A drawing: a list of shapes and labels, written as SVG for the page or for paper, and as PNG.
+//! A drawing: a list of shapes and labels, and how it is written as SVG for the page or for paper.
 
 use std::fmt::Write;
 
-use tiny_skia::{FillRule, LineCap, LineJoin, Paint, Path, PathBuilder, Pixmap, StrokeDash, Transform};
-
-/// Pixels of a PNG per unit of a drawing.
-const PNG_SCALE: f64 = 3.0;
+use super::font::Font;
 
 /// Colours of series, after Okabe and Ito, darker where they would be faint on white.
 pub(super) const SERIES: [[u8; 3]; 7] =
@@ -26,13 +23,13 @@ pub(super) enum Ink {
 }
 
 impl Ink {
-    fn opacity(self) -> f64 {
+    pub fn opacity(self) -> f64 {
         let (Ink::Text(opacity) | Ink::Series(_, opacity) | Ink::Colour(_, opacity)) = self;
         opacity
     }
 
     /// The colour on paper, where text is black.
-    fn rgb(self) -> [u8; 3] {
+    pub fn rgb(self) -> [u8; 3] {
         match self {
             Ink::Text(_) => [0, 0, 0],
             Ink::Series(series, _) => SERIES[series % SERIES.len()],
@@ -40,7 +37,7 @@ impl Ink {
         }
     }
 
-    fn css(self, medium: Medium) -> String {
+    fn css(self, medium: Medium<'_>) -> String {
         match (self, medium) {
             (Ink::Text(_), Medium::Page) => "currentColor".into(),
             (Ink::Series(series, _), Medium::Page) => format!("var(--series-{})", series % SERIES.len()),
@@ -54,13 +51,29 @@ pub(super) fn hex([r, g, b]: [u8; 3]) -> String {
     format!("#{r:02x}{g:02x}{b:02x}")
 }
 
+/// How a drawing is put on paper.
+pub(super) struct Sheet {
+    pub font: Font,
+    /// Pixels of CSS, which are 1/96 inch, per unit of the drawing.
+    pub scale: f64,
+    /// Pixels of a PNG per inch.
+    pub dpi: f64,
+    /// No white behind the drawing.
+    pub transparent: bool,
+}
+
+impl Sheet {
+    /// Millimetres per pixel of CSS.
+    pub const MILLIMETRES: f64 = 25.4 / 96.0;
+}
+
 /// Where an SVG is shown.
-#[derive(Clone, Copy, PartialEq)]
-pub(super) enum Medium {
+#[derive(Clone, Copy)]
+pub(super) enum Medium<'a> {
     /// Inside the page, in the colours of the page.
     Page,
-    /// In its own file, on white.
-    Paper,
+    /// In its own file.
+    Paper(&'a Sheet),
 }
 
 /// Lines through points, filled or stroked.
@@ -86,18 +99,18 @@ pub(super) enum Anchor {
 }
 
 #[derive(Debug, Clone)]
-struct Label {
-    at: [f64; 2],
-    text: String,
-    size: f64,
-    anchor: Anchor,
-    ink: Ink,
+pub(super) struct Label {
+    pub at: [f64; 2],
+    pub text: String,
+    pub size: f64,
+    pub anchor: Anchor,
+    pub ink: Ink,
     /// Rotated: read from bottom to top.
-    vertical: bool,
+    pub vertical: bool,
 }
 
 #[derive(Debug, Clone)]
-enum Mark {
+pub(super) enum Mark {
     Shape(VectorPath),
     Label(Label),
 }
@@ -109,7 +122,7 @@ pub(super) struct Drawing {
     pub height: f64,
     /// A description for screen readers.
     pub title: String,
-    marks: Vec<Mark>,
+    pub marks: Vec<Mark>,
 }
 
 impl Drawing {
@@ -141,21 +154,23 @@ impl Drawing {
         self.marks.push(Mark::Label(Label { at, text: text.into(), size, anchor, ink, vertical: true }));
     }
 
-    pub fn svg(&self, medium: Medium) -> String {
-        let Self { width, height, .. } = self;
+    pub fn svg(&self, medium: Medium<'_>) -> String {
+        let [width, height] = [self.width, self.height].map(number);
         let title = escape(&self.title);
         let mut text = format!(r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}""#);
         text += &match medium {
             Medium::Page => format!(r#" role="img" aria-label="{title}"><title>{title}</title>"#),
-            Medium::Paper => format!(
-                concat!(
-                    r#" width="{width}" height="{height}" font-family="DejaVu Sans, Verdana, sans-serif">"#,
-                    r##"<title>{title}</title><rect width="100%" height="100%" fill="#ffffff"/>"##
-                ),
-                width = width,
-                height = height,
-                title = title
-            ),
+            Medium::Paper(sheet) => {
+                let millimetres = |length: f64| number(length * sheet.scale * Sheet::MILLIMETRES);
+                let ground =
+                    if sheet.transparent { "" } else { r##"<rect width="100%" height="100%" fill="#ffffff"/>"## };
+                format!(
+                    r#" width="{}mm" height="{}mm" font-family="{}"><title>{title}</title>{ground}"#,
+                    millimetres(self.width),
+                    millimetres(self.height),
+                    escape(&sheet.font.css),
+                )
+            }
         };
         for mark in &self.marks {
             match mark {
@@ -165,38 +180,10 @@ impl Drawing {
         }
         text + "</svg>"
     }
-
-    /// # Errors
-    /// Too little memory for the pixels.
-    pub fn png(&self) -> std::io::Result<Vec<u8>> {
-        let pixels = |length: f64| (length * PNG_SCALE).ceil() as u32;
-        let mut pixmap = Pixmap::new(pixels(self.width), pixels(self.height))
-            .ok_or_else(|| std::io::Error::other("a picture of no size"))?;
-        pixmap.fill(tiny_skia::Color::WHITE);
-        let face = ttf_parser::Face::parse(dejavu::sans::regular(), 0).map_err(std::io::Error::other)?;
-        for mark in &self.marks {
-            match mark {
-                Mark::Shape(shape) => shape.paint(&mut pixmap),
-                Mark::Label(label) => label.paint(&face, &mut pixmap),
-            }
-        }
-        pixmap.encode_png().map_err(std::io::Error::other)
-    }
-}
-
-fn paint(ink: Ink) -> Paint<'static> {
-    let [r, g, b] = ink.rgb();
-    let mut paint = Paint::default();
-    paint.set_color_rgba8(r, g, b, (255.0 * ink.opacity()).round() as u8);
-    paint
-}
-
-fn to_pixels() -> Transform {
-    Transform::from_scale(PNG_SCALE as f32, PNG_SCALE as f32)
 }
 
 impl VectorPath {
-    fn write_svg(&self, medium: Medium, text: &mut String) {
+    fn write_svg(&self, medium: Medium<'_>, text: &mut String) {
         *text += "<path d=\"";
         for path in self.paths.iter().filter(|path| !path.is_empty()) {
             for (index, &[x, y]) in path.iter().enumerate() {
@@ -230,44 +217,10 @@ impl VectorPath {
             None => "/>".into(),
         };
     }
-
-    fn path(&self) -> Option<Path> {
-        let mut builder = PathBuilder::new();
-        for path in &self.paths {
-            for (index, &[x, y]) in path.iter().enumerate() {
-                match index {
-                    0 => builder.move_to(x as f32, y as f32),
-                    _ => builder.line_to(x as f32, y as f32),
-                }
-            }
-            if self.closed {
-                builder.close();
-            }
-        }
-        builder.finish()
-    }
-
-    fn paint(&self, pixmap: &mut Pixmap) {
-        let Some(path) = self.path() else { return };
-        if let Some(ink) = self.fill {
-            pixmap.fill_path(&path, &paint(ink), FillRule::Winding, to_pixels(), None);
-        }
-        if let Some((ink, width)) = self.stroke {
-            let dash = self.dash.iter().map(|&length| length as f32).collect();
-            let stroke = tiny_skia::Stroke {
-                width: width as f32,
-                line_cap: LineCap::Butt,
-                line_join: LineJoin::Round,
-                dash: StrokeDash::new(dash, 0.0),
-                ..tiny_skia::Stroke::default()
-            };
-            pixmap.stroke_path(&path, &paint(ink), &stroke, to_pixels(), None);
-        }
-    }
 }
 
 impl Label {
-    fn write_svg(&self, medium: Medium, text: &mut String) {
+    fn write_svg(&self, medium: Medium<'_>, text: &mut String) {
         let [x, y] = self.at.map(number);
         let anchor = match self.anchor {
             Anchor::Start => "start",
@@ -281,69 +234,6 @@ impl Label {
             "<text x=\"{x}\" y=\"{y}\" font-size=\"{size}\" text-anchor=\"{anchor}\" fill=\"{fill}\" fill-opacity=\"{opacity}\"{turn}>{}</text>",
             escape(&self.text)
         );
-    }
-
-    fn paint(&self, face: &ttf_parser::Face, pixmap: &mut Pixmap) {
-        let scale = self.size / f64::from(face.units_per_em());
-        let glyphs: Vec<_> =
-            self.text.chars().map(|character| face.glyph_index(character).unwrap_or_default()).collect();
-        let advance = |glyph| f64::from(face.glyph_hor_advance(glyph).unwrap_or_default()) * scale;
-        let width: f64 = glyphs.iter().map(|&glyph| advance(glyph)).sum();
-        let mut pen = match self.anchor {
-            Anchor::Start => 0.0,
-            Anchor::Middle => -0.5 * width,
-            Anchor::End => -width,
-        };
-        let mut outline = Outline { builder: PathBuilder::new(), scale, pen };
-        for glyph in glyphs {
-            outline.pen = pen;
-            face.outline_glyph(glyph, &mut outline);
-            pen += advance(glyph);
-        }
-        let Some(path) = outline.builder.finish() else { return };
-        let [x, y] = self.at.map(|coordinate| coordinate as f32);
-        let turn = if self.vertical { Transform::from_rotate(-90.0) } else { Transform::identity() };
-        let place = turn.post_translate(x, y).post_concat(to_pixels());
-        pixmap.fill_path(&path, &paint(self.ink), FillRule::Winding, place, None);
-    }
-}
-
-/// Collects the outlines of glyphs, with the position of the next glyph.
-struct Outline {
-    builder: PathBuilder,
-    scale: f64,
-    pen: f64,
-}
-
-impl Outline {
-    fn at(&self, x: f32, y: f32) -> (f32, f32) {
-        ((self.pen + f64::from(x) * self.scale) as f32, (-f64::from(y) * self.scale) as f32)
-    }
-}
-
-impl ttf_parser::OutlineBuilder for Outline {
-    fn move_to(&mut self, x: f32, y: f32) {
-        let (x, y) = self.at(x, y);
-        self.builder.move_to(x, y);
-    }
-
-    fn line_to(&mut self, x: f32, y: f32) {
-        let (x, y) = self.at(x, y);
-        self.builder.line_to(x, y);
-    }
-
-    fn quad_to(&mut self, x1: f32, y1: f32, x: f32, y: f32) {
-        let ((x1, y1), (x, y)) = (self.at(x1, y1), self.at(x, y));
-        self.builder.quad_to(x1, y1, x, y);
-    }
-
-    fn curve_to(&mut self, x1: f32, y1: f32, x2: f32, y2: f32, x: f32, y: f32) {
-        let ((x1, y1), (x2, y2), (x, y)) = (self.at(x1, y1), self.at(x2, y2), self.at(x, y));
-        self.builder.cubic_to(x1, y1, x2, y2, x, y);
-    }
-
-    fn close(&mut self) {
-        self.builder.close();
     }
 }
 

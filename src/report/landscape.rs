@@ -3,12 +3,16 @@
 use std::path::{Path, PathBuf};
 
 use super::chart::{
-    self, ChartAxis, FAINT, Line, Panel, SMALL, Style, draw_lines, linear_steps, log_steps, range, spans_decades,
+    self, ChartAxis, FAINT, Line, Panel, SMALL, Style, draw_lines, label_width, linear_steps, log_steps, range,
+    spans_decades,
 };
-use super::drawing::{Anchor, Drawing, Ink, Medium, VectorPath};
-use super::text::{plain, significant};
+use super::drawing::{Anchor, Drawing, Ink, VectorPath};
+use super::picture::{ColourMap, Look, PictureName, PictureSettings};
+use super::spectrum::described;
+use super::text::plain;
+use crate::settings::Choice;
 use crate::train::landscape::{Axis, Landscape};
-use crate::train::{MOST_LINES, TrainError, read_regular, write_whole};
+use crate::train::{MOST_LINES, TrainError, read_regular};
 
 /// On a logarithmic scale, losses below the largest by more than this factor count as zero.
 const NEGLIGIBLE: f64 = 1e-12;
@@ -33,6 +37,8 @@ impl Quantity {
 #[derive(Debug, Clone)]
 pub(super) struct LoadedLandscape {
     pub title: String,
+    /// Run, model and data; empty where they are not known.
+    pub subject: String,
     pub axes: Vec<Axis>,
     pub quantity: Quantity,
     /// In the order of the grid, the first direction fastest; none where a point has not been evaluated.
@@ -46,7 +52,7 @@ pub(super) struct LoadedLandscape {
 impl LoadedLandscape {
     /// Reads `landscape.json` and the lines of `landscape.csv`.
     pub fn read(folder: &Path) -> Result<Self, TrainError> {
-        let Landscape { title, axes, settings } = Landscape::read(folder)?;
+        let Landscape { title, subject, axes, settings } = Landscape::read(folder)?;
         let unusable = |reason: String| TrainError::Results { path: folder.join("landscape.json"), reason };
         if !(1..=2).contains(&axes.len()) {
             return Err(unusable(format!("{} axes, expected one or two", axes.len())));
@@ -68,9 +74,10 @@ impl LoadedLandscape {
         let text = String::from_utf8_lossy(&text);
         let weights = settings.get("weights").cloned();
         let axes = axes.into_iter().map(|axis| Axis { name: plain(&axis.name), ..axis }).collect::<Vec<_>>();
-        let title = plain(&title);
+        let (title, subject) = (plain(&title), plain(&subject));
         let mut landscape = Self {
             title,
+            subject,
             axes,
             quantity: Quantity::Loss,
             loss: vec![None; count],
@@ -118,7 +125,10 @@ impl LoadedLandscape {
     fn of_accuracy(&self) -> Option<Self> {
         let percent = |share: &f64| share.is_finite().then_some(100.0 * share);
         let loss: Vec<Option<f64>> = self.accuracy.iter().map(percent).collect();
-        let title = format!("{}: accuracy", self.title);
+        let title = match self.title.strip_prefix("Loss") {
+            Some(rest) => format!("Accuracy{rest}"),
+            None => format!("{}: accuracy", self.title),
+        };
         let found = loss.iter().any(Option::is_some);
         found.then(|| Self { title, quantity: Quantity::Accuracy, loss, ..self.clone() })
     }
@@ -164,24 +174,26 @@ impl Axis {
 pub(super) struct Levels {
     pub bounds: Vec<f64>,
     pub logarithmic: bool,
+    pub colours: ColourMap,
 }
 
 impl Levels {
-    const MOST: usize = 13;
+    /// The most levels, unless a user gives another number.
+    pub const MOST: usize = 13;
     /// The largest share of the points below the lowest level.
     const MOST_BELOW: f64 = 0.1;
 
-    /// Round numbers that divide the losses of all the landscapes; logarithmic if these are far apart. None if no loss
-    /// is finite.
-    pub fn of(landscapes: &[&LoadedLandscape]) -> Option<Self> {
+    /// At most so many round numbers that divide the losses of all the landscapes, and some more where much of the area
+    /// lies below the lowest; logarithmic if the losses are far apart. None if no loss is finite.
+    pub fn of(landscapes: &[&LoadedLandscape], most: usize, colours: ColourMap) -> Option<Self> {
         let losses = || landscapes.iter().flat_map(|landscape| landscape.finite_losses());
         let (low, high) = range(losses())?;
         // A loss of zero is below every level. It must not prevent a logarithmic scale for the others.
         let floor = range(losses().filter(|&loss| loss > 0.0)).map_or(low, |(least, _)| least.max(NEGLIGIBLE * high));
         let logarithmic = low >= 0.0 && spans_decades(floor, high);
         let bounds = match logarithmic {
-            true => log_steps(floor, high, Self::MOST),
-            false => linear_steps(low, high, Self::MOST),
+            true => log_steps(floor, high, most),
+            false => linear_steps(low, high, most),
         };
         let inside = |bounds: Vec<f64>, high: f64| -> Vec<f64> {
             bounds.into_iter().filter(|&bound| bound > low && bound < high).collect()
@@ -200,12 +212,12 @@ impl Levels {
             area = below;
             bounds.splice(0..0, finer);
         }
-        Some(Self { bounds, logarithmic })
+        Some(Self { bounds, logarithmic, colours })
     }
 
     /// The colour of a band. Band 0 is below the first bound.
     pub fn colour(&self, band: usize) -> [u8; 3] {
-        colour(band as f64 / self.bounds.len().max(1) as f64)
+        self.colours.at(band as f64 / self.bounds.len().max(1) as f64)
     }
 
     /// The place of a loss between its neighbours, from 0 to 1. It is logarithmic if the levels are.
@@ -231,22 +243,6 @@ impl Levels {
         };
         bounds.iter().enumerate().map(|(index, &bound)| chart::tick_name(bound, gap(index))).collect()
     }
-}
-
-/// From dark blue to pale yellow, increasingly light, so that it also reads in grey and for the colour-blind.
-fn colour(share: f64) -> [u8; 3] {
-    const STOPS: [[f64; 3]; 6] = [
-        [22.0, 24.0, 72.0],
-        [32.0, 72.0, 130.0],
-        [30.0, 124.0, 142.0],
-        [70.0, 172.0, 124.0],
-        [170.0, 208.0, 96.0],
-        [252.0, 236.0, 150.0],
-    ];
-    let place = share.clamp(0.0, 1.0) * (STOPS.len() - 1) as f64;
-    let index = (place as usize).min(STOPS.len() - 2);
-    let part = place - index as f64;
-    std::array::from_fn(|c| (STOPS[index][c] + part * (STOPS[index + 1][c] - STOPS[index][c])).round() as u8)
 }
 
 /// The part of a cell at or above a level, as a polygon, and the line of the level through the cell.
@@ -276,9 +272,9 @@ fn part_above(corners: [([f64; 2], f64); 4], level: f64) -> (Vec<[f64; 2]>, Vec<
     (polygon, lines)
 }
 
-/// Labels on the lines of the levels, apart from each other and from the edges.
-fn label_contours(drawing: &mut Drawing, panel: Panel, levels: &Levels, lines: &[Vec<[f64; 2]>]) {
-    let mut placed: Vec<[f64; 2]> = Vec::new();
+/// Labels on the lines of the levels, apart from each other, from the marks and from the edges.
+fn label_contours(drawing: &mut Drawing, panel: Panel, levels: &Levels, lines: &[Vec<[f64; 2]>], marks: Vec<[f64; 2]>) {
+    let mut placed = marks;
     for (index, (name, places)) in levels.names().into_iter().zip(lines).enumerate() {
         let half = 3.4 * name.chars().count() as f64 + 2.0;
         let fits = |&[x, y]: &[f64; 2]| {
@@ -354,17 +350,19 @@ fn draw_contours(drawing: &mut Drawing, panel: Panel, landscape: &LoadedLandscap
         let stroke = Some((Ink::Colour([255, 255, 255], 0.5), 0.8));
         drawing.shape(VectorPath { paths: lines, stroke, ..VectorPath::default() });
     }
-    label_contours(drawing, panel, levels, &places);
     let (left, bottom) = (across.place(0.0), up.place(0.0));
-    if (0.0..=1.0).contains(&left) && (0.0..=1.0).contains(&bottom) {
-        let ([x, y], arm) = ([panel.x(left), panel.y(bottom)], 5.0);
+    let inside = (0.0..=1.0).contains(&left) && (0.0..=1.0).contains(&bottom);
+    let origin = inside.then(|| [panel.x(left), panel.y(bottom)]);
+    let best = landscape.best().map(|point| place(point % x.values.len(), point / x.values.len()));
+    label_contours(drawing, panel, levels, &places, origin.into_iter().chain(best).collect());
+    if let Some([x, y]) = origin {
+        let arm = 5.0;
         let cross = vec![vec![[x - arm, y - arm], [x + arm, y + arm]], vec![[x - arm, y + arm], [x + arm, y - arm]]];
         for (ink, width) in MARK {
             drawing.shape(VectorPath { paths: cross.clone(), stroke: Some((ink, width)), ..VectorPath::default() });
         }
     }
-    if let Some(point) = landscape.best() {
-        let centre = place(point % x.values.len(), point / x.values.len());
+    if let Some(centre) = best {
         for stroke in MARK {
             let paths = vec![Style(0).marker(centre, 6.0)];
             drawing.shape(VectorPath { paths, closed: true, stroke: Some(stroke), ..VectorPath::default() });
@@ -384,7 +382,9 @@ fn draw_colour_bar(drawing: &mut Drawing, panel: Panel, levels: &Levels, name: &
         let corners = vec![[panel.left, low], [panel.right, low], [panel.right, high], [panel.left, high]];
         drawing.polygon(corners, Ink::Colour(levels.colour(band), 1.0));
     }
-    for (index, name) in levels.names().into_iter().enumerate() {
+    // The labels of many levels would lie over each other.
+    let stride = (1.1 * SMALL * bands as f64 / (panel.bottom - panel.top)).ceil().max(1.0) as usize;
+    for (index, name) in levels.names().into_iter().enumerate().step_by(stride) {
         let at = height(index + 1) + 0.35 * SMALL;
         drawing.label([panel.right + 5.0, at], name, SMALL, Anchor::Start, FAINT);
     }
@@ -410,37 +410,125 @@ pub(super) fn colour_bar(levels: &Levels) -> Drawing {
     drawing
 }
 
-/// Contours over two axes, with or without a colour bar.
-pub(super) fn contour_chart(
-    landscape: &LoadedLandscape,
-    title: &str,
-    levels: &Levels,
-    with_bar: bool,
-) -> Option<Drawing> {
+/// Contours over two axes, for the page.
+pub(super) fn contour_chart(landscape: &LoadedLandscape, title: &str, levels: &Levels) -> Option<Drawing> {
     let [x, y] = &landscape.axes[..] else { return None };
-    let (side, bar) = (300.0, if with_bar { 82.0 } else { 0.0 });
-    let (left, top) = (58.0, if with_bar { 34.0 } else { 12.0 });
-    let mut drawing = Drawing::new(left + side + 14.0 + bar, top + side + 42.0, title);
+    let (side, left, top) = (300.0, 58.0, 12.0);
+    let mut drawing = Drawing::new(left + side + 14.0, top + side + 42.0, title);
     let panel = Panel { left, top, right: left + side, bottom: top + side };
     panel.axes(&mut drawing, &x.axis(), &y.axis());
     draw_contours(&mut drawing, panel, landscape, levels);
-    if with_bar {
-        drawing.label([panel.x(0.5), 18.0], title, 13.0, Anchor::Middle, Ink::Text(1.0));
-        let (left, right) = (panel.right + 16.0, panel.right + 32.0);
-        draw_colour_bar(
-            &mut drawing,
-            Panel { left, right, top: panel.top + 12.0, bottom: panel.bottom },
-            levels,
-            landscape.quantity.name(),
-        );
-    }
     Some(drawing)
 }
 
+/// Contours over two axes with a colour bar, for paper.
+fn contours(landscape: &LoadedLandscape, levels: &Levels, look: &Look) -> Result<Option<Drawing>, TrainError> {
+    let [x, y] = &landscape.axes[..] else { return Ok(None) };
+    let (left, right, bottom) = (58.0, 14.0 + 82.0, 42.0 + remark_height(landscape));
+    let LoadedLandscape { title, subject, .. } = landscape;
+    let frame = look.frame([300.0, 300.0], [left + right, bottom], &[subject, title])?;
+    let mut drawing = frame.drawing(&described(subject, title));
+    let panel = Panel { left, top: frame.top(), right: frame.width - right, bottom: frame.height - bottom };
+    panel.axes(&mut drawing, &x.axis(), &y.axis());
+    draw_contours(&mut drawing, panel, landscape, levels);
+    let (left, right) = (panel.right + 16.0, panel.right + 32.0);
+    let bar = Panel { left, right, top: panel.top + 12.0, bottom: panel.bottom };
+    draw_colour_bar(&mut drawing, bar, levels, landscape.quantity.name());
+    draw_remark(&mut drawing, landscape);
+    Ok(Some(drawing))
+}
+
+/// A view of a box whose three coordinates run from 0 to 1: turned about its vertical axis, then seen from above the
+/// horizon, in parallel projection.
+struct View {
+    /// The place of the middle of the floor.
+    middle: [f64; 2],
+    /// Half of an edge of the floor.
+    size: f64,
+}
+
+impl View {
+    const TURN: f64 = 35.0 * std::f64::consts::PI / 180.0;
+    const ABOVE: f64 = 48.0 * std::f64::consts::PI / 180.0;
+    /// The height of the box over half of an edge of its floor.
+    const HEIGHT: f64 = 1.3;
+
+    /// The width and the height of the box as seen, for a size of 1, and how far it reaches below its middle.
+    fn extent() -> ([f64; 2], f64) {
+        let corner = Self::TURN.sin() + Self::TURN.cos();
+        let below = corner * Self::ABOVE.sin();
+        ([2.0 * corner, 2.0 * below + Self::HEIGHT * Self::ABOVE.cos()], below)
+    }
+
+    /// The largest view within an area.
+    fn within(area: Panel) -> Self {
+        let ([width, height], below) = Self::extent();
+        let size = ((area.right - area.left) / width).min((area.bottom - area.top) / height);
+        // What is left of the height goes above and below in equal parts.
+        let spare = area.bottom - area.top - size * height;
+        Self { middle: [area.x(0.5), area.bottom - 0.5 * spare - size * below], size }
+    }
+
+    /// How far away a place of the floor is.
+    fn depth(x: f64, y: f64) -> f64 {
+        (2.0 * x - 1.0) * Self::TURN.sin() + (2.0 * y - 1.0) * Self::TURN.cos()
+    }
+
+    fn see(&self, [x, y, z]: [f64; 3]) -> [f64; 2] {
+        let right = (2.0 * x - 1.0) * Self::TURN.cos() - (2.0 * y - 1.0) * Self::TURN.sin();
+        let upward = Self::HEIGHT * z * Self::ABOVE.cos() + Self::depth(x, y) * Self::ABOVE.sin();
+        [self.middle[0] + self.size * right, self.middle[1] - self.size * upward]
+    }
+
+    /// The walls behind the surface with lines at these heights, and the edges of the floor.
+    fn draw_box(&self, drawing: &mut Drawing, heights: &[f64]) {
+        let wall = |&z: &f64| [[0.0, 1.0, z], [1.0, 1.0, z], [1.0, 0.0, z]].map(|place| self.see(place)).to_vec();
+        let mut paths: Vec<_> = heights.iter().map(wall).collect();
+        let edge = |[x, y]: [f64; 2]| vec![self.see([x, y, 0.0]), self.see([x, y, 1.0])];
+        paths.extend([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0]].map(edge));
+        drawing.shape(VectorPath { paths, stroke: Some((Ink::Text(0.16), 1.0)), ..VectorPath::default() });
+        let floor = [[0.0, 1.0], [1.0, 1.0], [1.0, 0.0], [0.0, 0.0]].map(|[x, y]| self.see([x, y, 0.0]));
+        let stroke = Some((Ink::Text(0.35), 1.0));
+        drawing.shape(VectorPath { paths: vec![floor.to_vec()], closed: true, stroke, ..VectorPath::default() });
+    }
+
+    /// The labels of the two axes along the front edges of the floor, and of the heights at the left edge.
+    fn draw_labels(&self, drawing: &mut Drawing, [across, along, up]: [&ChartAxis; 3], heights: &[(f64, String)]) {
+        for (value, name) in heights {
+            let [x, y] = self.see([0.0, 1.0, up.place(*value).clamp(0.0, 1.0)]);
+            drawing.label([x - 8.0, y + 4.0], name, SMALL, Anchor::End, FAINT);
+        }
+        let [left, top] = self.see([0.0, 1.0, 1.0]);
+        drawing.label([left, top - 14.0], &up.label, SMALL, Anchor::End, FAINT);
+        // Labels of the right edge begin at it and those of the left one end at it, so that they do not meet at the
+        // corner in front. They lie below each other, so their height must fit, and not their width.
+        let most = |axis: usize| {
+            let ends = [[0.0, 0.0, 0.0], if axis == 0 { [1.0, 0.0, 0.0] } else { [0.0, 1.0, 0.0] }];
+            let [a, b] = ends.map(|end| self.see(end));
+            ((b[1] - a[1]).abs() / (2.2 * SMALL)).clamp(2.0, 6.0) as usize
+        };
+        let widest = |ticks: &[(f64, String)]| ticks.iter().map(|(_, name)| label_width(name)).fold(0.0, f64::max);
+        let right = across.ticks(most(0));
+        for (value, name) in &right {
+            let [x, y] = self.see([across.place(*value), 0.0, 0.0]);
+            drawing.label([x + 5.0, y + 13.0], name, SMALL, Anchor::Start, FAINT);
+        }
+        let left = along.ticks(most(1));
+        for (value, name) in &left {
+            let [x, y] = self.see([0.0, along.place(*value), 0.0]);
+            drawing.label([x - 5.0, y + 13.0], name, SMALL, Anchor::End, FAINT);
+        }
+        let [x, y] = self.see([0.5, 0.0, 0.0]);
+        drawing.label([x + 14.0 + widest(&right), y + 32.0], &across.label, SMALL, Anchor::Start, FAINT);
+        let [x, y] = self.see([0.0, 0.5, 0.0]);
+        drawing.label([x - 14.0 - widest(&left), y + 32.0], &along.label, SMALL, Anchor::End, FAINT);
+    }
+}
+
 /// A surface over two axes, seen from above one of its corners.
-fn surface(landscape: &LoadedLandscape, levels: &Levels) -> Option<Drawing> {
-    let [x, y] = &landscape.axes[..] else { return None };
-    let (low, high) = range(landscape.finite_losses())?;
+fn surface(landscape: &LoadedLandscape, levels: &Levels, look: &Look) -> Result<Option<Drawing>, TrainError> {
+    let [x, y] = &landscape.axes[..] else { return Ok(None) };
+    let Some((low, high)) = range(landscape.finite_losses()) else { return Ok(None) };
     let up = match levels.logarithmic {
         // Zeros lie on the floor.
         true => {
@@ -450,37 +538,18 @@ fn surface(landscape: &LoadedLandscape, levels: &Levels) -> Option<Drawing> {
         false => ChartAxis::exact("loss", low, high, false),
     };
     let (across, along) = (x.axis(), y.axis());
-
-    // Rotated about the vertical axis, then seen from this angle above the horizon, in parallel projection.
-    let (turn, above) = (35f64.to_radians(), 48f64.to_radians());
-    let (width, height, size) = (740.0, 520.0, 160.0);
-    // All three coordinates run from 0 to 1.
-    let depth = |x: f64, y: f64| (2.0 * x - 1.0) * turn.sin() + (2.0 * y - 1.0) * turn.cos();
-    let see = |[x, y, z]: [f64; 3]| {
-        let right = (2.0 * x - 1.0) * turn.cos() - (2.0 * y - 1.0) * turn.sin();
-        let upward = 1.3 * z * above.cos() + depth(x, y) * above.sin();
-        [0.5 * width - 20.0 + size * right, 345.0 - size * upward]
-    };
-    let mut drawing = Drawing::new(width, height, format!("{}: surface of the loss", landscape.title));
-    drawing.label([0.5 * width, 22.0], landscape.title.as_str(), 13.0, Anchor::Middle, Ink::Text(1.0));
-
-    // The walls behind the surface with the heights, and the edges of the floor.
-    let heights = up.ticks(6);
+    let LoadedLandscape { title, subject, .. } = landscape;
+    // Room for the labels on both sides, and for the colour bar on the right.
+    let (left, right, bottom) = (60.0, 116.0, 24.0 + remark_height(landscape));
+    let (area, below_title) = (View::extent().0.map(|length| 150.0 * length), 16.0);
+    let frame = look.frame(area, [left + right, below_title + bottom], &[subject, title])?;
+    let mut drawing = frame.drawing(&described(subject, &format!("{title}, as a surface")));
+    let area =
+        Panel { left, top: frame.top() + below_title, right: frame.width - right, bottom: frame.height - bottom };
+    let view = View::within(area);
+    let heights = up.ticks(((area.bottom - area.top) / 60.0).clamp(2.0, 6.0) as usize);
     let share = |value: f64| up.place(value).clamp(0.0, 1.0);
-    let wall = |value: f64| {
-        let z = share(value);
-        [[0.0, 1.0, z], [1.0, 1.0, z], [1.0, 0.0, z]].map(see).to_vec()
-    };
-    let mut paths: Vec<_> = heights.iter().map(|&(value, _)| wall(value)).collect();
-    paths.extend([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0]].map(|[x, y]| vec![see([x, y, 0.0]), see([x, y, 1.0])]));
-    drawing.shape(VectorPath { paths, stroke: Some((Ink::Text(0.16), 1.0)), ..VectorPath::default() });
-    let floor = [[0.0, 1.0], [1.0, 1.0], [1.0, 0.0], [0.0, 0.0]].map(|[x, y]| see([x, y, 0.0]));
-    drawing.shape(VectorPath {
-        paths: vec![floor.to_vec()],
-        closed: true,
-        stroke: Some((Ink::Text(0.35), 1.0)),
-        ..VectorPath::default()
-    });
+    view.draw_box(&mut drawing, &heights.iter().map(|(value, _)| share(*value)).collect::<Vec<_>>());
 
     let mut cells = Vec::new();
     for j in 0..y.values.len() - 1 {
@@ -491,7 +560,7 @@ fn surface(landscape: &LoadedLandscape, levels: &Levels) -> Option<Drawing> {
                 Some([across.place(x.values[i]), along.place(y.values[j]), z])
             };
             if let [Some(a), Some(b), Some(c), Some(d)] = [(i, j), (i + 1, j), (i + 1, j + 1), (i, j + 1)].map(corner) {
-                let far = depth(0.5 * (a[0] + c[0]), 0.5 * (a[1] + c[1]));
+                let far = View::depth(0.5 * (a[0] + c[0]), 0.5 * (a[1] + c[1]));
                 let mean = [a, b, c, d].iter().map(|corner| corner[2]).sum::<f64>() / 4.0;
                 cells.push((far, levels.colour(levels.band(up.value(mean))), [a, b, c, d]));
             }
@@ -499,31 +568,16 @@ fn surface(landscape: &LoadedLandscape, levels: &Levels) -> Option<Drawing> {
     }
     cells.sort_by(|(a, ..), (b, ..)| b.total_cmp(a));
     for (_, colour, cell) in cells {
-        let paths = vec![cell.map(see).to_vec()];
+        let paths = vec![cell.map(|corner| view.see(corner)).to_vec()];
         let (fill, stroke) = (Some(Ink::Colour(colour, 1.0)), Some((Ink::Colour([0, 0, 0], 0.35), 0.4)));
         drawing.shape(VectorPath { paths, closed: true, fill, stroke, ..VectorPath::default() });
     }
-
-    for (value, name) in heights {
-        let [x, y] = see([0.0, 1.0, share(value)]);
-        drawing.label([x - 8.0, y + 4.0], name, SMALL, Anchor::End, FAINT);
-    }
-    let [left, top] = see([0.0, 1.0, 1.0]);
-    drawing.label([left, top - 14.0], "loss", SMALL, Anchor::End, FAINT);
-    for (value, name) in across.ticks(6) {
-        let [x, y] = see([across.place(value), 0.0, 0.0]);
-        drawing.label([x + 4.0, y + 15.0], name, SMALL, Anchor::Middle, FAINT);
-    }
-    for (value, name) in along.ticks(6) {
-        let [x, y] = see([0.0, along.place(value), 0.0]);
-        drawing.label([x - 7.0, y + 13.0], name, SMALL, Anchor::End, FAINT);
-    }
-    let [x_name, y_name] = [[0.5, 0.0, 0.0], [0.0, 0.5, 0.0]].map(see);
-    drawing.label([x_name[0] + 24.0, x_name[1] + 38.0], x.name.as_str(), SMALL, Anchor::Start, FAINT);
-    drawing.label([y_name[0] - 32.0, y_name[1] + 34.0], y.name.as_str(), SMALL, Anchor::End, FAINT);
-    let bar = Panel { left: width - 76.0, right: width - 60.0, top: 80.0, bottom: height - 120.0 };
+    view.draw_labels(&mut drawing, [&across, &along, &up], &heights);
+    let (left, right) = (frame.width - 76.0, frame.width - 60.0);
+    let bar = Panel { left, right, top: area.top + 20.0, bottom: area.bottom };
     draw_colour_bar(&mut drawing, bar, levels, landscape.quantity.name());
-    Some(drawing)
+    draw_remark(&mut drawing, landscape);
+    Ok(Some(drawing))
 }
 
 /// A line of the chart of a landscape over one axis.
@@ -539,14 +593,16 @@ pub(super) fn losses(landscape: &LoadedLandscape) -> impl Iterator<Item = f64> {
 }
 
 /// Loss and accuracy over one axis, each with its own vertical axis.
-fn curve(landscape: &LoadedLandscape) -> Option<Drawing> {
-    let [direction] = &landscape.axes[..] else { return None };
-    let (width, height) = (520.0, 350.0);
-    let mut drawing = Drawing::new(width, height, format!("{}: curve of the loss", landscape.title));
-    drawing.label([0.5 * width, 20.0], landscape.title.as_str(), 13.0, Anchor::Middle, Ink::Text(1.0));
-    let panel = Panel { left: 64.0, top: 56.0, right: width - 62.0, bottom: height - 46.0 };
+fn curve(landscape: &LoadedLandscape, look: &Look) -> Result<Option<Drawing>, TrainError> {
+    let [direction] = &landscape.axes[..] else { return Ok(None) };
+    let Some(loss) = ChartAxis::fitting("loss", losses(landscape)) else { return Ok(None) };
+    let LoadedLandscape { title, subject, .. } = landscape;
+    let (left, right, legend, bottom) = (64.0, 62.0, 22.0, 46.0 + remark_height(landscape));
+    let frame = look.frame([394.0, 248.0], [left + right, legend + bottom], &[subject, title])?;
+    let mut drawing = frame.drawing(&described(subject, title));
+    let top = frame.top() + legend;
+    let panel = Panel { left, top, right: frame.width - right, bottom: frame.height - bottom };
     let x = direction.axis();
-    let loss = ChartAxis::fitting("loss", losses(landscape))?;
     panel.axes(&mut drawing, &x, &loss);
     let percent = || landscape.accuracy.iter().map(|share| 100.0 * share);
     let right = ChartAxis::fitting("accuracy (%)", percent()).map(|axis| {
@@ -557,48 +613,70 @@ fn curve(landscape: &LoadedLandscape) -> Option<Drawing> {
     let mut legend = vec![("loss (left)", first)];
     if let Some(accuracy) = &right {
         draw_lines(&mut drawing, panel, &x, accuracy, &[line(landscape, percent(), "accuracy", second)]);
-        for (value, name) in accuracy.ticks(6) {
+        for (value, name) in accuracy.ticks(((panel.bottom - panel.top) / 40.0).clamp(2.0, 6.0) as usize) {
             let at = panel.y(accuracy.place(value)) + 0.35 * SMALL;
             drawing.label([panel.right + 6.0, at], name, SMALL, Anchor::Start, FAINT);
         }
-        drawing.vertical_label([width - 10.0, panel.y(0.5)], accuracy.label.as_str(), SMALL, FAINT);
+        drawing.vertical_label([frame.width - 10.0, panel.y(0.5)], accuracy.label.as_str(), SMALL, FAINT);
         legend.push(("accuracy (right)", second));
     }
     for (index, (name, style)) in legend.into_iter().enumerate() {
-        let left = panel.left + 130.0 * index as f64;
+        let (left, y) = (panel.left + 130.0 * index as f64, panel.top - 16.0);
         drawing.shape(VectorPath {
-            paths: vec![vec![[left, 40.0], [left + 26.0, 40.0]]],
+            paths: vec![vec![[left, y], [left + 26.0, y]]],
             stroke: Some((style.ink(1.0), 2.0)),
             dash: style.dash(),
             ..VectorPath::default()
         });
-        drawing.label([left + 32.0, 44.0], name, SMALL, Anchor::Start, FAINT);
+        drawing.label([left + 32.0, y + 4.0], name, SMALL, Anchor::Start, FAINT);
     }
-    Some(drawing)
+    draw_remark(&mut drawing, landscape);
+    Ok(Some(drawing))
 }
 
-/// Adds the remark below a picture.
-fn with_remark(mut drawing: Drawing, landscape: &LoadedLandscape) -> Drawing {
-    let name = landscape.quantity.name();
-    let values = range(landscape.finite_losses())
-        .map(|(low, high)| format!("{name} {} to {}", significant(low, 3), significant(high, 3)));
-    let at = landscape.best().map(|mut point| {
-        let place = landscape.axes.iter().map(|axis| {
-            let value = axis.values[point % axis.values.len()];
-            point /= axis.values.len();
-            significant(value, 3)
-        });
-        let most = if landscape.quantity == Quantity::Loss { "lowest" } else { "highest" };
-        format!("{most} at {}", place.collect::<Vec<_>>().join(", "))
-    });
-    let remarks: Vec<String> = values.into_iter().chain(at).chain(landscape.remark()).collect();
-    drawing.height += 14.0;
-    drawing.label([8.0, drawing.height - 7.0], remarks.join("; "), SMALL, Anchor::Start, FAINT);
-    drawing
+/// The height of the remark about missing points below a picture.
+fn remark_height(landscape: &LoadedLandscape) -> f64 {
+    if landscape.remark().is_some() { 16.0 } else { 0.0 }
 }
 
-/// Writes pictures of the landscape in this folder (`landscape.json` and `landscape.csv`) beside these files, as SVG
-/// and as PNG on white: `contour`, `surface` and `accuracy` for two axes, `curve` for one. Points that have not been
+fn draw_remark(drawing: &mut Drawing, landscape: &LoadedLandscape) {
+    if let Some(remark) = landscape.remark() {
+        drawing.label([8.0, drawing.height - 7.0], remark, SMALL, Anchor::Start, FAINT);
+    }
+}
+
+/// The wanted pictures of a landscape; none if no loss is finite.
+pub(super) fn landscape_drawings(
+    landscape: &LoadedLandscape,
+    look: &Look,
+) -> Result<Vec<(PictureName, Drawing)>, TrainError> {
+    let Some(mut levels) = Levels::of(&[landscape], look.level_count, look.colours) else { return Ok(Vec::new()) };
+    let accuracy = landscape.of_accuracy();
+    let of_accuracy = accuracy
+        .as_ref()
+        .and_then(|accuracy| Some((accuracy, Levels::of(&[accuracy], look.level_count, look.colours)?)));
+    if let Some(own) = &look.levels {
+        levels.bounds.clone_from(own);
+    }
+    let draw = |name: PictureName| match name {
+        PictureName::Contour => contours(landscape, &levels, look),
+        PictureName::Surface => surface(landscape, &levels, look),
+        PictureName::Accuracy => match &of_accuracy {
+            Some((accuracy, levels)) => contours(accuracy, levels, look),
+            None => Ok(None),
+        },
+        PictureName::Curve => curve(landscape, look),
+        PictureName::Spectrum => Ok(None),
+    };
+    let mut drawings = Vec::new();
+    for &name in PictureName::ALL.iter().filter(|name| look.draws(**name)) {
+        drawings.extend(draw(name)?.map(|drawing| (name, drawing)));
+    }
+    Ok(drawings)
+}
+
+/// Writes pictures of the landscape in this folder (`landscape.json` and `landscape.csv`) beside these files, as SVG,
+/// PNG and PDF on white: `contour`, `surface` and `accuracy` for two axes, `curve` for one. Points that have not been
 /// evaluated stay blank. Levels and heights are logarithmic if the largest loss is at least thirty times the smallest,
 /// and levels are finer where much of the area lies below the lowest. Returns the files written; none if no loss is
 /// finite.
@@ -606,33 +684,10 @@ fn with_remark(mut drawing: Drawing, landscape: &LoadedLandscape) -> Drawing {
 /// # Errors
 /// Files that cannot be read as a landscape, or that cannot be written.
 pub fn landscape_pictures(folder: &Path) -> Result<Vec<PathBuf>, TrainError> {
-    let landscape = LoadedLandscape::read(folder)?;
-    let Some(levels) = Levels::of(&[&landscape]) else { return Ok(Vec::new()) };
-    let accuracy = landscape.of_accuracy();
-    let accuracy_chart = accuracy.as_ref().and_then(|accuracy| {
-        let chart = contour_chart(accuracy, &accuracy.title, &Levels::of(&[accuracy])?, true)?;
-        Some(with_remark(chart, accuracy))
-    });
-    let of_loss = |picture: Option<Drawing>| picture.map(|picture| with_remark(picture, &landscape));
-    let pictures = [
-        ("contour", of_loss(contour_chart(&landscape, &landscape.title, &levels, true))),
-        ("surface", of_loss(surface(&landscape, &levels))),
-        ("accuracy", accuracy_chart),
-        ("curve", of_loss(curve(&landscape))),
-    ];
+    let look = Look::new(&PictureSettings::default())?;
     let mut written = Vec::new();
-    for (name, picture) in pictures {
-        if let Some(picture) = picture {
-            written.extend(write_picture(&picture, &folder.join(name))?);
-        }
+    for (name, drawing) in landscape_drawings(&LoadedLandscape::read(folder)?, &look)? {
+        written.extend(look.write(&drawing, folder, name)?);
     }
     Ok(written)
-}
-
-/// Writes a drawing as SVG and as PNG, and returns the paths.
-pub(super) fn write_picture(drawing: &Drawing, stem: &Path) -> Result<[PathBuf; 2], TrainError> {
-    let paths = ["svg", "png"].map(|extension| stem.with_extension(extension));
-    write_whole(&paths[0], drawing.svg(Medium::Paper).as_bytes())?;
-    write_whole(&paths[1], &drawing.png().map_err(TrainError::io(&paths[1]))?)?;
-    Ok(paths)
 }

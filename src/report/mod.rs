@@ -4,15 +4,20 @@ mod chart;
 mod curves;
 mod drawing;
 mod events;
+mod font;
 mod landscape;
 mod page;
+mod pdf;
+mod picture;
+mod png;
 mod runs;
 mod spectrum;
 mod statistics;
 mod text;
 
 pub use landscape::landscape_pictures;
-pub use spectrum::spectrum_picture;
+pub use picture::{ColourMap, PictureFormat, PictureName, PictureSettings, pictures};
+pub use spectrum::spectrum_pictures;
 pub use statistics::{MeasuredStatistics, RunStatistics};
 
 use std::path::{Path, PathBuf};

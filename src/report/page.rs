@@ -5,6 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 use super::chart::{self, ChartAxis, FAINT, Line, Panel, SMALL, Style, line_chart};
 use super::drawing::{Anchor, Drawing, Ink, Medium, SERIES, SERIES_ON_DARK, VectorPath, escape, hex};
 use super::landscape::{self, Levels, LoadedLandscape};
+use super::picture::ColourMap;
 use super::runs::{Epoch, Group, LoadedRun, are_comparable, differing, has_repeated_seeds, numbers};
 use super::statistics::{MeasuredStatistics, RunStatistics, best, means};
 use super::text::{counted, digits, plain, shortened};
@@ -504,11 +505,11 @@ fn landscapes(groups: &[Group]) -> Option<String> {
     let mut content = String::new();
 
     let planes: Vec<&LoadedLandscape> = plane.iter().map(|place| place.landscape).collect();
-    if let Some(levels) = Levels::of(&planes) {
+    if let Some(levels) = Levels::of(&planes, Levels::MOST, ColourMap::BlueYellow) {
         let mut figures = String::new();
         for place in &plane {
             let title = format!("loss over two directions, {}", place.landscape.title);
-            let drawing = landscape::contour_chart(place.landscape, &title, &levels, false);
+            let drawing = landscape::contour_chart(place.landscape, &title, &levels);
             figures.extend(drawing.map(|drawing| figure(&place.caption(), &drawing, None)));
         }
         content += &charts(&figures);

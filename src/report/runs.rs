@@ -256,7 +256,7 @@ fn epochs(records: &[Record]) -> Vec<Epoch> {
 }
 
 /// The folders of landscapes in that of a run, with their names, in the order of the names.
-fn landscape_folders(run: &Path) -> Result<Vec<(String, PathBuf)>, TrainError> {
+pub(super) fn landscape_folders(run: &Path) -> Result<Vec<(String, PathBuf)>, TrainError> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(run).map_err(TrainError::io(run))? {
         let folder = entry.map_err(TrainError::io(run))?.path();

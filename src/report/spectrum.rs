@@ -3,9 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use super::chart::{ChartAxis, Line, Panel, Style, draw_lines, range};
-use super::drawing::{Anchor, Drawing, Ink};
-use super::landscape::write_picture;
-use super::text::digits;
+use super::drawing::Drawing;
+use super::picture::{Look, PictureName, PictureSettings};
 use crate::curvature::Density;
 use crate::train::TrainError;
 
@@ -62,20 +61,39 @@ pub(super) fn spectrum(
     Some(drawing)
 }
 
-/// Writes `spectrum.svg` and `spectrum.png` to a folder: the density of eigenvalues as a sum of peaks (`nodes` with
-/// their `weights`, as in a [`Density`](crate::curvature::Density)), each smoothed by a normal distribution with a
-/// hundredth of the range as its deviation, over a logarithmic scale. If one list is longer, its rest is ignored.
-/// Returns the files written; none if there is no finite peak.
+/// The picture of a spectrum. None if nothing can be drawn.
+pub(super) fn spectrum_drawing(density: Density, subject: &str, look: &Look) -> Result<Option<Drawing>, TrainError> {
+    let what = "Spectral density of the Hessian";
+    let Some((x, y, lines)) = lines(&[("density", Style(0), density)]) else { return Ok(None) };
+    let frame = look.frame([444.0, 274.0], [62.0 + 14.0, 42.0], &[subject, what])?;
+    let mut drawing = frame.drawing(&described(subject, what));
+    let panel = Panel { left: 62.0, top: frame.top(), right: frame.width - 14.0, bottom: frame.height - 42.0 };
+    panel.axes(&mut drawing, &x, &y);
+    draw_lines(&mut drawing, panel, &x, &y, &lines);
+    Ok(Some(drawing))
+}
+
+/// What a picture shows and of what, for readers who do not see it.
+pub(super) fn described(subject: &str, what: &str) -> String {
+    if subject.is_empty() { what.into() } else { format!("{what}: {subject}") }
+}
+
+/// Draws the density of eigenvalues as a sum of peaks (`nodes` with their `weights`, as in a
+/// [`Density`](crate::curvature::Density)), each smoothed by a normal distribution with a hundredth of the range as its
+/// deviation, over a logarithmic scale. `subject` says in the title what the spectrum is of. The pictures `spectrum.…`
+/// are written to a folder. If one list is longer, its rest is ignored. Returns the files written; none if there is no
+/// finite peak.
 ///
 /// # Errors
 /// A folder that cannot be written to.
-pub fn spectrum_picture(nodes: &[f64], weights: &[f64], folder: &Path) -> Result<Vec<PathBuf>, TrainError> {
-    let Some((density, low, high)) = usable(nodes, weights) else { return Ok(Vec::new()) };
-    let title = format!("Spectral density, eigenvalues {} to {}", digits(low), digits(high));
-    let (width, top) = (520.0, 34.0);
-    let Some(mut drawing) = spectrum(&title, &[("density", Style(0), density)], (width, 350.0), top) else {
-        return Ok(Vec::new());
-    };
-    drawing.label([0.5 * width, 20.0], title, 13.0, Anchor::Middle, Ink::Text(1.0));
-    Ok(write_picture(&drawing, &folder.join("spectrum"))?.to_vec())
+pub fn spectrum_pictures(
+    nodes: &[f64],
+    weights: &[f64],
+    subject: &str,
+    folder: &Path,
+) -> Result<Vec<PathBuf>, TrainError> {
+    let look = Look::new(&PictureSettings::default())?;
+    let Some((density, _, _)) = usable(nodes, weights) else { return Ok(Vec::new()) };
+    let Some(drawing) = spectrum_drawing(density, subject, &look)? else { return Ok(Vec::new()) };
+    look.write(&drawing, folder, PictureName::Spectrum)
 }

@@ -414,6 +414,9 @@ impl CurvatureFile {
 /// `curvature.json`: what was measured, over what, and how. A file that another program wrote needs `measures` alone.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct CurvatureFile {
+    /// Run, model and data, for the title of a picture. Empty where they are not known.
+    #[serde(default)]
+    pub subject: String,
     /// Number of images.
     pub samples: Option<u64>,
     /// The split that they belong to.
@@ -454,6 +457,7 @@ impl CurvatureFile {
         all.insert("batch_size".into(), batch_size.into());
         all.insert(Self::BATCH_NORM.into(), if batch_norm == Mode::Train { "train" } else { "eval" }.into());
         Self {
+            subject: String::new(),
             samples: Some(samples as u64),
             split: split.into(),
             passes: [("gradients", gradients), ("losses", found.losses), ("products", products)]

@@ -29,6 +29,9 @@ pub struct Axis {
 pub struct Landscape {
     /// The title of its pictures.
     pub title: String,
+    /// Run, model and data, for the title too. Empty where they are not known.
+    #[serde(default)]
+    pub subject: String,
     /// One or two.
     pub axes: Vec<Axis>,
     /// Everything that its values depend on, by the names of the options. A landscape can only be continued with the
@@ -248,7 +251,12 @@ mod tests {
     fn landscape() -> Landscape {
         let axis = |name: &str, values: &[f64]| Axis { name: name.into(), values: values.into() };
         let axes = vec![axis("a", &[-1.0, 0.1, 1.0]), axis("b", &[-2.0, 2.0])];
-        Landscape { title: "a plane".into(), axes, settings: BTreeMap::from([("seed".into(), "7".into())]) }
+        Landscape {
+            title: "a plane".into(),
+            subject: String::new(),
+            axes,
+            settings: BTreeMap::from([("seed".into(), "7".into())]),
+        }
     }
 
     #[test]
