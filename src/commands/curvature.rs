@@ -96,7 +96,7 @@ pub fn run(args: &CurvatureArgs) -> Result<ExitCode, Failure> {
         counted(of("products"), "product"),
     ))?;
     for (measure, finding) in &file.list() {
-        print(&format!("{:<19} {}", measure.to_string(), words(finding, &settings)))?;
+        print(&format!("{:<19} {}", measure.to_string(), words(finding, &file)))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -106,7 +106,7 @@ fn earlier(out: &Path, file: &CurvatureFile, wanted: &mut Vec<Measure>) -> Resul
     let path = out.join("curvature.json");
     let Some(earlier) = CurvatureFile::read(&path)? else { return Ok(None) };
     let occupied = |reason: String| TrainError::Occupied { path: path.clone(), reason };
-    if let Some(what) = file.difference(&earlier) {
+    if let Some(what) = file.difference(wanted, &earlier) {
         return Err(occupied(format!("holds measurements of other {what}")));
     }
     let known: Vec<Measure> = earlier.list().iter().map(|(measure, _)| *measure).collect();
@@ -150,8 +150,10 @@ fn table(list: &[(Measure, Finding)]) -> String {
 }
 
 /// A finding as text, in one line or several.
-fn words(finding: &Finding, settings: &CurvatureSettings) -> String {
-    let CurvatureSettings { probes, steps: most, .. } = settings;
+fn words(finding: &Finding, file: &CurvatureFile) -> String {
+    // Those of the file, because its earlier measures may have been taken with others than this command's.
+    let setting = |name: &str| file.settings.get(name).and_then(serde_json::Value::as_u64).unwrap_or_default();
+    let (probes, most) = (setting("probes"), setting("steps"));
     match finding {
         Finding::Number(value) => digits(*value),
         Finding::Rounded { value, rounding_error } => {
@@ -173,7 +175,7 @@ fn words(finding: &Finding, settings: &CurvatureSettings) -> String {
         Finding::Steepest { value, steps, .. } => format!("{} ({} of ascent)", digits(*value), counted(*steps, "step")),
         Finding::Layers(layers) => {
             let line = |(name, estimate): &(String, Estimate)| format!("\n  {name:<30} {}", with_error(estimate));
-            format!("({}){}", counted(*probes, "probe"), layers.iter().map(line).collect::<String>())
+            format!("({}){}", counted(probes, "probe"), layers.iter().map(line).collect::<String>())
         }
         Finding::Extrema { minima, maxima } => {
             let lines = |found: &Distribution| {
@@ -183,7 +185,7 @@ fn words(finding: &Finding, settings: &CurvatureSettings) -> String {
             let line = |name: &str, found: &Distribution| {
                 format!("\n  {name} {} (lines by count: {})", with_error(&found.mean), lines(found))
             };
-            format!("({}){}{}", counted(*probes, "line"), line("minima", minima), line("maxima", maxima))
+            format!("({}){}{}", counted(probes, "line"), line("minima", minima), line("maxima", maxima))
         }
         Finding::Eigenvalues { pairs, converged } => {
             let each: Vec<String> =
@@ -196,7 +198,7 @@ fn words(finding: &Finding, settings: &CurvatureSettings) -> String {
         Finding::Density(Density { nodes, .. }) => {
             let least = nodes.iter().copied().fold(f64::INFINITY, f64::min);
             let largest = nodes.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let (probes, most) = (counted(*probes, "probe"), counted(*most, "step"));
+            let (probes, most) = (counted(probes, "probe"), counted(most, "step"));
             format!("{} … {} ({probes} of {most})", digits(least), digits(largest))
         }
     }

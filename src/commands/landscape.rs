@@ -142,6 +142,11 @@ pub fn run(args: &LandscapeArgs) -> Result<ExitCode, Failure> {
             held.check()?;
             let step = (high - low) / (points - 1) as f64;
             let values: Vec<f64> = (0..points).map(|point| low + step * point as f64).collect();
+            if low < 0.0 && high > 0.0 && values.iter().all(|value| value.abs() > 1e-6 * step) {
+                tell(
+                    "no point of the grid is the weights themselves; an odd --points with a symmetric --range has one",
+                );
+            }
             let (mut axes, mut directions) = (Vec::new(), Vec::new());
             for (axis, Direction { name, vector }) in found.into_iter().enumerate() {
                 save_direction(&out, axis, &layout, &vector.to_vec().map_err(TrainError::from)?)?;

@@ -378,21 +378,53 @@ impl CurvatureFile {
         serde_json::from_str(&text).map(Some).map_err(unusable)
     }
 
-    /// What differs in how these measurements were taken and those of another file; none if they can stand in one.
-    pub fn difference(&self, other: &Self) -> Option<String> {
+    /// What differs between how these measures would be taken and how those of another file were; none if they can
+    /// stand in one. Of the settings, only those are compared that both some of these measures and some of the others
+    /// use.
+    pub fn difference(&self, measures: &[Measure], other: &Self) -> Option<String> {
         let differs = [
             ("weights", self.weights != other.weights),
             ("`split`", self.split != other.split),
             ("`samples`", self.samples != other.samples),
             ("images", self.images != other.images),
         ];
-        let setting = || self.settings.keys().find(|name| self.settings.get(*name) != other.settings.get(*name));
+        let mine = |name: &str| measures.iter().any(|&measure| self.uses(measure, name));
+        let differs_in = |name: &String| self.settings.get(name) != other.settings.get(name);
+        let setting = || self.settings.keys().find(|name| differs_in(name) && mine(name) && other.used(name));
         let of_setting = || setting().map(|name| format!("`{}`", name.replace('_', "-")));
         differs.iter().find(|(_, differs)| *differs).map(|(name, _)| (*name).to_string()).or_else(of_setting)
     }
 
-    /// Takes over the findings of a file that these do not have, and counts its passes.
+    /// Whether a measure depends on a setting. What is not known to be without effect counts as used.
+    fn uses(&self, measure: Measure, setting: &str) -> bool {
+        use Measure::*;
+        match setting {
+            "probes" => {
+                matches!(measure, Trace | NormalizedTrace | HutchPlusPlus | LayerTraces | Extrema | Spectrum)
+            }
+            "steps" => matches!(measure, TopEigenvalues | PowerIteration | Spectrum),
+            "top" | "tolerance" => matches!(measure, TopEigenvalues | PowerIteration),
+            "rho" => matches!(measure, VhvDifference | Sharpness | MSharpness | ApproximationRatio | Gnr),
+            "ascent_steps" => matches!(measure, Sharpness | MSharpness | ApproximationRatio | Gnr),
+            "seed" => !matches!(measure, GradNorm | Vhv | VhvDifference),
+            // The mean over all images does not depend on how they are divided, unless each part has its statistics.
+            "batch_size" => self.has_batch_statistics() || matches!(measure, MSharpness | ApproximationRatio),
+            _ => true,
+        }
+    }
+
+    /// Whether a measure of this file depends on a setting.
+    fn used(&self, setting: &str) -> bool {
+        self.list().iter().any(|(measure, _)| self.uses(*measure, setting))
+    }
+
+    /// Takes over the findings of a file that these do not have, with the settings that they depend on, and counts its
+    /// passes.
     pub fn add(&mut self, other: Self) {
+        let known: Vec<String> = other.settings.keys().filter(|name| other.used(name)).cloned().collect();
+        for name in known {
+            self.settings.extend(other.settings.get(&name).map(|value| (name, value.clone())));
+        }
         let measures = self.measures.get_or_insert_default();
         for (name, finding) in other.measures.into_iter().flatten() {
             measures.entry(name).or_insert(finding);
