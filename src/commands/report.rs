@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use polder::report;
+use polder::train::TrainError;
 
 use super::{Failure, option, print, tell};
 
@@ -12,7 +13,7 @@ pub struct ReportArgs {
     /// skipped
     #[arg(value_name = "RUN", required = true)]
     runs: Vec<PathBuf>,
-    /// The page [default: report.html; of a single run, in its folder]
+    /// The page [default: report.html, for a single RUN in its folder]
     #[arg(long, value_name = "FILE.html")]
     out: Option<PathBuf>,
     /// Also write each run's log for TensorBoard, to tensorboard/ in its folder
@@ -24,7 +25,10 @@ pub struct ReportArgs {
 }
 
 pub fn run(args: &ReportArgs) -> Result<(), Failure> {
-    let report = report::report(&args.runs, args.out.as_deref(), args.tensorboard)?;
+    let report = report::report(&args.runs, args.out.as_deref(), args.tensorboard).map_err(|error| match error {
+        TrainError::InUse { .. } => option("out", format!("{error}; give another place for the page")),
+        error => error,
+    })?;
     for skipped in &report.skipped {
         tell(&format!("skipped: {}", skipped.reason));
     }

@@ -90,6 +90,7 @@ fn failed(call: &'static str) -> impl Fn(DriverError) -> Error {
 pub(super) struct CudaDevice {
     ordinal: usize,
     multiprocessors: usize,
+    chip: String,
     description: String,
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
@@ -248,6 +249,7 @@ impl CudaDevice {
         Ok(Self {
             ordinal,
             multiprocessors: usize::try_from(multiprocessors).unwrap_or(1).max(1),
+            chip: name,
             description,
             context,
             stream,
@@ -266,6 +268,10 @@ impl CudaDevice {
 
     pub(super) fn ordinal(&self) -> usize {
         self.ordinal
+    }
+
+    pub(super) fn chip(&self) -> &str {
+        &self.chip
     }
 
     pub(super) fn description(&self) -> String {

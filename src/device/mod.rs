@@ -285,6 +285,14 @@ impl Device {
         }
     }
 
+    /// The GPU's name, or `cpu`.
+    pub fn chip(&self) -> &str {
+        match &self.0 {
+            Inner::Host(_) => "cpu",
+            Inner::Cuda(cuda) => cuda.chip(),
+        }
+    }
+
     /// A line for people: the chip, with its threads and instruction set, or its memory and multiprocessors.
     pub fn description(&self) -> String {
         match &self.0 {

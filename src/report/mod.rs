@@ -24,8 +24,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use crate::train::{TrainError, write_whole};
-use runs::LoadedRun;
+use crate::train::{Held, TrainError, hold, write_whole};
+use runs::{LoadedRun, Outcome};
 use statistics::MeanError;
 use text::{counted, digits, shortened, with_errors};
 
@@ -37,9 +37,13 @@ pub struct GroupSummary {
     pub name: String,
     /// The folders of its runs.
     pub runs: Vec<PathBuf>,
-    /// Test accuracy of the last epoch: a share from 0 to 1.
+    /// Which of them diverged. Their numbers count only if those of no other run do.
+    pub diverged: Vec<PathBuf>,
+    /// Which of them have epochs left to do. Their numbers count only if no run is finished.
+    pub unfinished: Vec<PathBuf>,
+    /// Test accuracy of the last finished epoch: a share from 0 to 1.
     pub test_accuracy: RunStatistics,
-    /// Test loss of the last epoch: the mean cross-entropy in nats.
+    /// Test loss of the last finished epoch: the mean cross-entropy in nats.
     pub test_loss: RunStatistics,
     /// Seconds of training.
     pub seconds: RunStatistics,
@@ -52,8 +56,14 @@ pub struct GroupSummary {
 impl std::fmt::Display for GroupSummary {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (accuracy, loss) = (self.test_accuracy.percent(), &self.test_loss);
-        let runs = counted(self.runs.len(), "run");
-        write!(f, "{}: test accuracy {accuracy} %, test loss {loss} ({runs})", self.name)
+        let mut runs = counted(self.runs.len(), "run");
+        for (count, what) in [(self.diverged.len(), "diverged"), (self.unfinished.len(), "unfinished")] {
+            if count > 0 {
+                runs += &format!(", {count} {what}");
+            }
+        }
+        let unit = if accuracy.mean.is_finite() { " %" } else { "" };
+        write!(f, "{}: test accuracy {accuracy}{unit}, test loss {loss} ({runs})", self.name)
     }
 }
 
@@ -172,13 +182,15 @@ pub struct Report {
     pub unreadable_lines: usize,
 }
 
-/// Compares runs, each the folder of a [`Training`](crate::train::Training), on one HTML page: `out`, or `report.html`
-/// in the folder of a single run or in the current folder. The page needs no other file. With `tensorboard`, each run's
-/// log is also written to `tensorboard/` in its folder. If there is at least one run, a path that is not the folder of
-/// a run or cannot be read is left out, and so is a damaged file in the folder of a run. The page says so.
+/// Compares runs, each the folder of a [`Training`](crate::train::Training), on one HTML page: `out`; without it
+/// `report.html`, in the folder of the run if a single path is given, and else in the current folder. The page needs no
+/// other file. With `tensorboard`, each run's log is also written to `tensorboard/` in its folder. If there is at least
+/// one run, a path that is not the folder of a run or cannot be read is left out, and so is a damaged file in the folder
+/// of a run. The page says so.
 ///
 /// # Errors
-/// No path with a run; a file that cannot be written.
+/// No path with a run; a file that cannot be written; [`TrainError::InUse`] for a page in the folder of a run that
+/// another process writes to.
 pub fn report(runs: &[PathBuf], out: Option<&Path>, tensorboard: bool) -> Result<Report, TrainError> {
     let (mut seen, mut found, mut skipped, mut first) = (Vec::new(), Vec::new(), Vec::new(), None);
     for path in runs {
@@ -199,12 +211,18 @@ pub fn report(runs: &[PathBuf], out: Option<&Path>, tensorboard: bool) -> Result
             }
         }
     }
-    let path = match (out, &found[..]) {
-        (_, []) => return Err(first.unwrap_or_else(|| TrainError::setting("runs", "none given, expected one or more"))),
+    if found.is_empty() {
+        return Err(first.unwrap_or_else(|| TrainError::setting("runs", "none given, expected one or more")));
+    }
+    // The place depends on what was given, and not on what was found there.
+    let path = match (out, &seen[..]) {
         (Some(out), _) => out.to_path_buf(),
-        (None, [run]) => run.path.join("report.html"),
+        (None, [_]) => runs[0].join("report.html"),
         (None, _) => "report.html".into(),
     };
+    // Nothing is written to a run while another command writes to it.
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let held = folder.join("config.toml").is_file().then(|| hold(folder)).transpose()?;
     let unreadable_lines = found.iter().map(|run| run.unreadable).sum();
     let mut event_files = Vec::new();
     if tensorboard {
@@ -214,6 +232,7 @@ pub fn report(runs: &[PathBuf], out: Option<&Path>, tensorboard: bool) -> Result
     }
     let groups = runs::group(found);
     let curvature_order = CurvatureOrder::of(&groups);
+    held.as_ref().map(Held::check).transpose()?;
     write_whole(&path, page::page(&groups, curvature_order.as_ref(), &skipped).as_bytes())?;
     Ok(Report {
         report: path,
@@ -227,9 +246,14 @@ pub fn report(runs: &[PathBuf], out: Option<&Path>, tensorboard: bool) -> Result
 
 fn summary(group: &runs::Group) -> GroupSummary {
     let curvature = group.curvature().into_iter();
+    let those = |is: fn(Outcome) -> bool| {
+        group.runs.iter().filter(|run| is(run.outcome())).map(|run| run.path.clone()).collect::<Vec<_>>()
+    };
     GroupSummary {
         name: group.name.clone(),
-        runs: group.runs.iter().map(|run| run.path.clone()).collect(),
+        runs: those(|_| true),
+        diverged: those(|outcome| matches!(outcome, Outcome::Diverged(_))),
+        unfinished: those(|outcome| matches!(outcome, Outcome::Unfinished(..))),
         test_accuracy: group.test_accuracy(),
         test_loss: group.test_loss(),
         seconds: group.seconds(),

@@ -6,7 +6,7 @@ use super::chart::{self, ChartAxis, FAINT, Line, Panel, SMALL, Style, line_chart
 use super::drawing::{Anchor, Drawing, Ink, Medium, SERIES, SERIES_ON_DARK, VectorPath, escape, hex};
 use super::landscape::{self, Levels, LoadedLandscape};
 use super::picture::ColourMap;
-use super::runs::{Epoch, Group, LoadedRun, are_comparable, differing, has_repeated_seeds, numbers};
+use super::runs::{Epoch, Group, LoadedRun, Outcome, are_comparable, differing, has_repeated_seeds, numbers};
 use super::statistics::{MeasuredStatistics, RunStatistics, best, means};
 use super::text::{counted, digits, plain, shortened};
 use super::{CurvatureOrder, SkippedPath, curves, spectrum};
@@ -172,7 +172,8 @@ fn accuracy(groups: &[Group]) -> Option<String> {
         return Some(section("Accuracy", &note("No epoch has been finished yet.")));
     }
     let (comparable, repeated) = (are_comparable(groups), groups.iter().any(has_repeated_seeds));
-    let judged = comparable && !repeated;
+    let finished = groups.iter().all(Group::is_finished);
+    let judged = comparable && !repeated && finished;
     let losses = with_best(&column(Group::test_loss), "", judged.then_some(false));
     let cells = with_best(&accuracies, " %", judged.then_some(true));
     let rows: Vec<Vec<String>> = groups
@@ -183,7 +184,7 @@ fn accuracy(groups: &[Group]) -> Option<String> {
                 key(index, group),
                 cells[index].clone(),
                 losses[index].clone(),
-                group.runs.len().to_string(),
+                runs_that_count(group),
                 epochs_done(group),
                 group.seconds().to_string(),
                 group.images_per_second().to_string(),
@@ -193,13 +194,14 @@ fn accuracy(groups: &[Group]) -> Option<String> {
     let head = ["Group", "Test accuracy", "Test loss", "Runs", "Epochs", "Training time (s)", "Images/s"];
     let mut content = table("Test accuracy and loss of the groups", &head.map(String::from), &rows);
     let several = groups.iter().any(|group| group.runs.len() > 1);
-    let mut text = "After the last epoch".to_string();
+    let mut text = "After the last finished epoch".to_string();
     if several {
         text += "; mean ± standard deviation over the runs of a group, which differ in nothing but the seed";
     }
     text += match (groups.len() > 1, several) {
         (false, _) => ".",
         _ if !comparable => ". The groups have different test images, so none is called the best.",
+        _ if !finished => ". No group is called the best, because a group has no finished run.",
         _ if repeated => ". No group is called the best, because some runs of a group have the same seed.",
         (true, true) => {
             ". A group is called the best if it leads every other one by more than twice the error of the difference."
@@ -208,7 +210,13 @@ fn accuracy(groups: &[Group]) -> Option<String> {
     };
     content += &note(&text);
     for group in groups {
-        let lasts: BTreeSet<u64> = group.runs.iter().filter_map(|run| Some(run.epochs.last()?.epoch)).collect();
+        let lasts: BTreeSet<u64> = group.that_count().filter_map(|run| Some(run.last_epoch()?.epoch)).collect();
+        let open = group.runs.iter().map(|run| (run, run.outcome())).filter(|(_, how)| *how != Outcome::Finished);
+        for (run, how) in open {
+            let left_out =
+                if group.that_count().any(|other| other.path == run.path) { "" } else { "; not in the mean" };
+            content += &note(&format!("{}: {how}{left_out}.", run.path.display()));
+        }
         if has_repeated_seeds(group) {
             content += &note(&format!("{}: some runs have the same seed, so the deviation is too small.", group.name));
         }
@@ -219,9 +227,15 @@ fn accuracy(groups: &[Group]) -> Option<String> {
     Some(section("Accuracy", &content))
 }
 
+/// How many runs the numbers of a group are of, out of all.
+fn runs_that_count(group: &Group) -> String {
+    let (count, all) = (group.that_count().count(), group.runs.len());
+    if count == all { all.to_string() } else { format!("{count} of {all}") }
+}
+
 /// The logged epochs, out of those requested.
 fn epochs_done(group: &Group) -> String {
-    let done: BTreeSet<u64> = group.runs.iter().map(|run| run.epochs.last().map_or(0, |last| last.epoch)).collect();
+    let done: BTreeSet<u64> = group.that_count().map(|run| run.last_epoch().map_or(0, |last| last.epoch)).collect();
     let done = done.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
     let planned = group.runs.first().map(|run| run.setting("epochs")).unwrap_or_default();
     if planned.is_empty() || planned == done { done } else { format!("{done} of {}", escape(&planned)) }
@@ -593,7 +607,7 @@ fn list_of_runs(groups: &[Group]) -> Option<String> {
     for group in groups {
         for run in &group.runs {
             let (steps, skipped) = run.steps();
-            let (last, best) = (run.epochs.last(), run.best_epoch());
+            let (last, best) = (run.last_epoch(), run.best_epoch());
             let of = |epoch: Option<&Epoch>, text: fn(&Epoch) -> String| epoch.map_or("–".into(), text);
             let loss = |epoch: &Epoch| epoch.test_loss.map_or("not finite".into(), digits);
             let accuracy = |epoch: &Epoch| format!("{:.2} %", 100.0 * epoch.test_accuracy);
@@ -602,6 +616,7 @@ fn list_of_runs(groups: &[Group]) -> Option<String> {
                 format!("<code>{}</code>", escape(&run.path.display().to_string())),
                 text_cell(&group.name),
                 escape(&run.setting("seed")),
+                text_cell(&run.outcome().to_string()),
                 steps.to_string(),
                 skipped.to_string(),
                 of(last, accuracy),
@@ -610,7 +625,7 @@ fn list_of_runs(groups: &[Group]) -> Option<String> {
                 of(last, |epoch| digits(epoch.seconds)),
                 step_time,
                 run.images_per_second().map_or("–".into(), digits),
-                text_cell(&run.setting("device")),
+                text_cell(&run.device),
                 text_cell(&run.date),
             ]);
         }
@@ -619,6 +634,7 @@ fn list_of_runs(groups: &[Group]) -> Option<String> {
         "Run",
         "Group",
         "Seed",
+        "State",
         "Steps",
         "Skipped",
         "Test accuracy",

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::landscape::LoadedLandscape;
 use super::statistics::{MeasuredStatistics, Measurement, RunStatistics};
-use super::text::plain;
+use super::text::{counted, plain};
 use crate::curvature::{Density, Estimate};
 use crate::optim;
 use crate::train::{
@@ -31,6 +31,8 @@ pub(super) struct LoadedRun {
     pub date: String,
     /// The lines of its epochs. If an epoch was written twice, the last line counts.
     pub epochs: Vec<Epoch>,
+    /// The chip of its last epoch, or else the setting.
+    pub device: String,
     /// The contents of `curvature.json`, if the folder has one.
     pub curvature: Option<Measured>,
     /// Landscapes by the names of their folders.
@@ -61,6 +63,31 @@ pub(super) struct Epoch {
     pub gradient_norm: Option<f64>,
     pub images_per_second: f64,
     pub seconds: f64,
+    /// Whether the loss diverged in it.
+    pub diverged: bool,
+}
+
+/// How far a run has come.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Outcome {
+    /// All its epochs are done.
+    Finished,
+    /// So many of its epochs are done.
+    Unfinished(u64, u64),
+    /// The loss diverged in this epoch.
+    Diverged(u64),
+}
+
+impl std::fmt::Display for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Finished => write!(f, "finished"),
+            Self::Unfinished(done, planned) => {
+                write!(f, "unfinished, {done} of {}", counted(*planned as usize, "epoch"))
+            }
+            Self::Diverged(epoch) => write!(f, "diverged in epoch {epoch}"),
+        }
+    }
 }
 
 impl LoadedRun {
@@ -101,12 +128,29 @@ impl LoadedRun {
             return Err(TrainError::Results { path: log, reason: reason.into() });
         }
         let epochs = epochs(&records);
+        let chip = records.iter().rev().find_map(|record| match record {
+            Record::Epoch { device, .. } if !device.is_empty() => Some(plain(device)),
+            _ => None,
+        });
+        let device = chip.unwrap_or_else(|| settings.get("device").map(written).unwrap_or_default());
         let date = std::fs::metadata(&log).and_then(|data| data.modified()).map(date).unwrap_or_default();
         let (curvature, landscapes) = (None, Vec::new());
         let (stale, damaged) = (Vec::new(), Vec::new());
         let path = path.into();
-        let mut run =
-            Self { path, settings, images, records, unreadable, date, epochs, curvature, landscapes, stale, damaged };
+        let mut run = Self {
+            path,
+            settings,
+            images,
+            records,
+            unreadable,
+            date,
+            epochs,
+            device,
+            curvature,
+            landscapes,
+            stale,
+            damaged,
+        };
         run.read_results();
         Ok(run)
     }
@@ -194,9 +238,26 @@ impl LoadedRun {
         (self.records.iter().map(step).max().unwrap_or(0), self.records.iter().map(skipped).max().unwrap_or(0))
     }
 
+    /// Whether it is finished, as far as the log and the settings tell.
+    pub fn outcome(&self) -> Outcome {
+        let last = self.epochs.last();
+        let done = last.map_or(0, |last| last.epoch);
+        let planned = self.settings.get("epochs").and_then(toml::Value::as_integer);
+        match (last, planned.and_then(|planned| u64::try_from(planned).ok())) {
+            (Some(last), _) if last.diverged => Outcome::Diverged(last.epoch),
+            (_, Some(planned)) if done < planned => Outcome::Unfinished(done, planned),
+            _ => Outcome::Finished,
+        }
+    }
+
+    /// The last epoch that was finished: the weights of one in which the loss diverged are of no use.
+    pub fn last_epoch(&self) -> Option<&Epoch> {
+        self.epochs.iter().rev().find(|epoch| !epoch.diverged)
+    }
+
     /// The epoch with the highest test accuracy, the first of several.
     pub fn best_epoch(&self) -> Option<&Epoch> {
-        let finite = self.epochs.iter().rev().filter(|epoch| epoch.test_accuracy.is_finite());
+        let finite = self.epochs.iter().rev().filter(|epoch| epoch.test_accuracy.is_finite() && !epoch.diverged);
         finite.max_by(|a, b| a.test_accuracy.total_cmp(&b.test_accuracy))
     }
 
@@ -235,6 +296,7 @@ fn epochs(records: &[Record]) -> Vec<Epoch> {
             gradient_norm,
             images_per_second,
             seconds,
+            diverged,
             ..
         } = record
         else {
@@ -250,6 +312,7 @@ fn epochs(records: &[Record]) -> Vec<Epoch> {
             gradient_norm,
             images_per_second,
             seconds,
+            diverged,
         });
     }
     epochs
@@ -384,9 +447,26 @@ pub(super) struct Group {
 }
 
 impl Group {
+    /// The runs whose results count: those that are finished, or else those that are not, or else those that diverged.
+    /// A mean over runs of different lengths would be of no method.
+    pub fn that_count(&self) -> impl Iterator<Item = &LoadedRun> {
+        let rank = |run: &LoadedRun| match run.outcome() {
+            Outcome::Finished => 0,
+            Outcome::Unfinished(..) => 1,
+            Outcome::Diverged(_) => 2,
+        };
+        let best = self.runs.iter().map(rank).min();
+        self.runs.iter().filter(move |run| Some(rank(run)) == best)
+    }
+
+    /// Whether any run is finished.
+    pub fn is_finished(&self) -> bool {
+        self.runs.iter().any(|run| run.outcome() == Outcome::Finished)
+    }
+
     /// A number of each run's last epoch; NaN if it was not finite.
     pub fn last(&self, number: impl Fn(&Epoch) -> f64) -> RunStatistics {
-        RunStatistics::of(self.runs.iter().filter_map(|run| run.epochs.last().map(&number)).collect())
+        RunStatistics::of(self.that_count().filter_map(|run| run.last_epoch().map(&number)).collect())
     }
 
     pub fn test_accuracy(&self) -> RunStatistics {
@@ -402,18 +482,18 @@ impl Group {
     }
 
     pub fn images_per_second(&self) -> RunStatistics {
-        RunStatistics::of(self.runs.iter().filter_map(LoadedRun::images_per_second).collect())
+        RunStatistics::of(self.that_count().filter_map(LoadedRun::images_per_second).collect())
     }
 
     /// The numbers of the curvature at the end, by name, in the order of their occurrence.
     pub fn curvature(&self) -> Vec<(String, MeasuredStatistics)> {
-        let measured = self.runs.iter().filter_map(LoadedRun::final_curvature);
+        let measured = self.that_count().filter_map(LoadedRun::final_curvature);
         by_name(measured.flat_map(|measured| numbers(&measured.measures)))
     }
 
     /// The traces of layers at the end.
     pub fn layer_traces(&self) -> Vec<(String, MeasuredStatistics)> {
-        let measured = self.runs.iter().filter_map(LoadedRun::final_curvature);
+        let measured = self.that_count().filter_map(LoadedRun::final_curvature);
         by_name(measured.flat_map(|measured| layer_traces(&measured.measures)))
     }
 
@@ -421,7 +501,7 @@ impl Group {
     /// where it was not measured.
     pub fn extrema(&self) -> [Vec<usize>; 2] {
         let mut sums = [Vec::new(), Vec::new()];
-        for measured in self.runs.iter().filter_map(LoadedRun::final_curvature) {
+        for measured in self.that_count().filter_map(LoadedRun::final_curvature) {
             let Some(Finding::Extrema { minima, maxima }) = measured.measures.get("extrema") else { continue };
             for (sum, found) in sums.iter_mut().zip([minima, maxima]) {
                 sum.resize(sum.len().max(found.histogram.len()), 0);
@@ -437,7 +517,7 @@ impl Group {
             let logged = || run.curvatures().into_iter().filter_map(|(_, measures)| spectrum(measures)).next_back();
             run.curvature.as_ref().and_then(|measured| spectrum(&measured.measures)).or_else(logged)
         }
-        self.runs.iter().find_map(of)
+        self.that_count().find_map(of)
     }
 }
 

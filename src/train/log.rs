@@ -78,6 +78,12 @@ pub enum Record {
         images_per_second: f64,
         /// Seconds of training since the start, without evaluation.
         seconds: f64,
+        /// The chip: the GPU's name, or `cpu`.
+        #[serde(default, skip_serializing_if = "String::is_empty")]
+        device: String,
+        /// Whether the loss diverged in this epoch, which may have ended before its last step.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        diverged: bool,
         /// Steps skipped so far because something was not finite.
         skipped: u32,
     },

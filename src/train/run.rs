@@ -555,6 +555,8 @@ impl<S: Compute<Master = f32>> Run<S> {
             method: own_numbers(&telemetry),
             images_per_second,
             seconds: self.seconds,
+            device: self.device.chip().into(),
+            diverged: self.diverged.is_some(),
             skipped: telemetry.skipped,
         })
     }
