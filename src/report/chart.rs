@@ -297,6 +297,8 @@ pub(super) struct Line {
     pub band: Vec<[f64; 3]>,
     /// Values whose moving mean the points are, drawn pale; often none.
     pub raw: Vec<[f64; 2]>,
+    /// Over how many values each point is a mean, for a line that readers can smooth.
+    pub window: Option<usize>,
     /// Whether points have markers and show their values.
     pub markers: bool,
 }
@@ -329,16 +331,38 @@ impl Line {
         let few = self.band.len() as f64 <= CHART.0;
         let (low, high) = (points(&side(1)), points(&side(2)));
         let band: Vec<_> = low.iter().zip(&high).map(|((at, low), (_, high))| (at, low, high)).collect();
+        // The script smooths the values itself, from their means over short parts. So the points are not repeated.
+        let values = if self.raw.is_empty() { &self.points } else { &self.raw };
+        let parts: Vec<_> = match self.window {
+            None => Vec::new(),
+            Some(_) => part_means(values).into_iter().map(|(at, mean, count)| (at, short(mean), count)).collect(),
+        };
         json!({
             "name": self.name,
             "style": self.style.0,
             "colour": self.style.0 % SERIES.len(),
             "dash": self.style.dash(),
-            "points": points(&self.points),
+            "points": if self.window.is_some() { json!([]) } else { json!(points(&self.points)) },
+            "parts": parts,
+            "window": self.window.unwrap_or(1),
             "raw": points(&self.raw),
             "band": if few { json!(band) } else { json!([]) },
         })
     }
+}
+
+/// The most parts of a line from which the page's script smooths it.
+const MOST_PARTS: usize = 720;
+
+/// The middle of each part of a line, the mean of its finite values, and their number. The parts are single points if
+/// these are few enough.
+fn part_means(points: &[[f64; 2]]) -> Vec<(f64, f64, usize)> {
+    let part = |part: &[[f64; 2]]| {
+        let finite = part.iter().map(|point| point[1]).filter(|value| value.is_finite());
+        let (sum, count) = finite.fold((0.0, 0usize), |(sum, count), value| (sum + value, count + 1));
+        (0.5 * part[0][0] + 0.5 * part[part.len() - 1][0], sum / count as f64, count)
+    };
+    points.chunks(points.len().div_ceil(MOST_PARTS).max(1)).map(part).collect()
 }
 
 /// The points of a line that a chart can show: the first and the last one of each column, the lowest and the highest.

@@ -27,14 +27,14 @@ fn line_over(style: usize, name: &str, runs: &[Vec<(u64, Measurement)>]) -> Line
         let (low, high) = chart::range(numbers.iter().flat_map(ends)).unwrap_or((f64::NAN, f64::NAN));
         band.extend(has_band.then_some([epoch as f64, low, high]));
     }
-    Line { name: name.into(), style: Style(style), points, band, raw: Vec::new(), markers: true }
+    Line { name: name.into(), style: Style(style), points, band, raw: Vec::new(), window: None, markers: true }
 }
 
 /// The moving mean of a long line, over a fiftieth of its points around each, with its values behind it.
 fn smoothed(line: Line) -> Line {
     let count = line.points.len();
     if count <= SMOOTH_FROM {
-        return line;
+        return Line { window: Some(1), ..line };
     }
     let half = count / 100;
     // Sums and counts of the finite values before each point.
@@ -48,7 +48,7 @@ fn smoothed(line: Line) -> Line {
         [at, if value.is_finite() { (after - before) / (last - first) as f64 } else { f64::NAN }]
     };
     let points = line.points.iter().enumerate().map(mean).collect();
-    Line { points, raw: line.points, band: Vec::new(), markers: false, ..line }
+    Line { points, raw: line.points, window: Some(2 * half + 1), band: Vec::new(), markers: false, ..line }
 }
 
 /// A chart over epochs or steps, if any run has a finite number.
@@ -59,7 +59,7 @@ fn chart_over(
     of: impl Fn(&LoadedRun) -> Vec<(u64, Measurement)>,
 ) -> Option<String> {
     let line = |(index, group): (usize, &Group)| {
-        let runs: Vec<_> = group.runs.iter().map(&of).collect();
+        let runs: Vec<_> = group.that_count().map(&of).collect();
         line_over(index, &group.name, &runs)
     };
     let lines = groups.iter().enumerate().map(line);

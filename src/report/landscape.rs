@@ -584,7 +584,7 @@ fn surface(landscape: &LoadedLandscape, levels: &Levels, look: &Look) -> Result<
 pub(super) fn line(landscape: &LoadedLandscape, values: impl Iterator<Item = f64>, name: &str, style: Style) -> Line {
     let places = landscape.axes.first().map(|axis| axis.values.clone()).unwrap_or_default();
     let points = places.into_iter().zip(values).map(|(x, value)| [x, value]).collect();
-    Line { name: name.into(), style, points, band: Vec::new(), raw: Vec::new(), markers: false }
+    Line { name: name.into(), style, points, band: Vec::new(), raw: Vec::new(), window: None, markers: false }
 }
 
 /// The losses; NaN where there is none.

@@ -48,8 +48,36 @@
   for (const figure of document.querySelectorAll("figure[data-chart]")) {
     const chart = JSON.parse(figure.dataset.chart);
     const svg = figure.querySelector("svg"), { left, top, right, bottom } = chart.panel;
-    const state = { hidden: new Set(), log: chart.y.log, late: false, drawn: false };
+    const state = { hidden: new Set(), log: chart.y.log, late: false };
     let x = chart.x, y = chart.y;
+
+    // The moving average of the values that a line was made of, over so many of them, or over the line's own number.
+    const smooth = (line, window) => {
+      const parts = line.parts, { raw, band } = line.given;
+      const values = parts.map(([at, mean]) => [at, mean]);
+      if (window === 1) return Object.assign(line, { points: values, raw: [], band });
+      const places = [];
+      let before = 0;
+      for (const [, , count] of parts) {
+        places.push(before + (count - 1) / 2);
+        before += Math.max(count, 1);
+      }
+      const half = (window - 1) / 2, points = [];
+      let [first, last, sum, total] = [0, 0, 0, 0];
+      for (let index = 0; index < parts.length; index++) {
+        for (; last < parts.length && places[last] <= places[index] + half; last++)
+          if (parts[last][2]) { sum += parts[last][1] * parts[last][2]; total += parts[last][2]; }
+        for (; places[first] < places[index] - half; first++)
+          if (parts[first][2]) { sum -= parts[first][1] * parts[first][2]; total -= parts[first][2]; }
+        points.push([parts[index][0], parts[index][2] ? sum / total : null]);
+      }
+      Object.assign(line, { points, raw: raw.length ? raw : values, band: [] });
+    };
+    const smoothAll = window => {
+      for (const line of chart.lines) if (line.parts.length) smooth(line, window || line.window);
+    };
+    for (const line of chart.lines) line.given = { raw: line.raw, band: line.band };
+    smoothAll(0);
 
     const shown = () => chart.lines.filter(line => !state.hidden.has(line.style));
     const inside = ([at, value]) => value !== null && at >= x.low && at <= x.high && (!state.log || value > 0);
@@ -69,7 +97,6 @@
       y = { ...chart.y, low, high, log: state.log };
     };
     const draw = () => {
-      state.drawn = true;
       fit();
       svg.querySelectorAll(":scope > :not(title)").forEach(node => node.remove());
       const [across, up] = [scale(x, left, right), scale(y, bottom, top)];
@@ -155,11 +182,35 @@
     if (positive) button("log", () => (state.log = !state.log)).setAttribute("aria-pressed", String(state.log));
     if (chart.x.whole && chart.lines.some(line => line.points.length > 7)) button("last quarter", () => (state.late = !state.late));
     if (bar.children.length) figure.append(bar);
+    figure.addEventListener("smooth", event => {
+      smoothAll(event.detail);
+      leave();
+      draw();
+    });
     figure.addEventListener("series", event => {
       const { style, hide } = event.detail;
       hide ? state.hidden.add(style) : state.hidden.delete(style);
       draw();
     });
+  }
+
+  // One control smooths all curves of steps.
+  const smoothed = [...document.querySelectorAll("figure[data-chart]")].filter(figure =>
+    JSON.parse(figure.dataset.chart).lines.some(line => line.parts.length > 2));
+  for (const section of new Set(smoothed.map(figure => figure.closest("section")))) {
+    const figures = smoothed.filter(figure => section.contains(figure));
+    const lines = figures.flatMap(figure => JSON.parse(figure.dataset.chart).lines);
+    const longest = Math.max(...lines.map(line => line.parts.reduce((sum, [, , count]) => sum + count, 0)));
+    const label = document.createElement("label"), select = document.createElement("select");
+    label.className = "smoothing";
+    const choices = [3, 5, 11, 21, 51, 101, 201, 501, 1001, 2001, 5001].filter(window => window < longest);
+    const usual = lines.some(line => line.window > 1);
+    for (const [value, text] of [...(usual ? [[0, "a fiftieth of the"]] : []), [1, "single"], ...choices.map(window => [window, window])])
+      select.append(new Option(text, value));
+    select.addEventListener("change", () =>
+      figures.forEach(figure => figure.dispatchEvent(new CustomEvent("smooth", { detail: Number(select.value) }))));
+    label.append("Moving average over ", select, " points");
+    section.querySelector(".charts").before(label);
   }
 
   // A legend hides and shows a group in all charts of its section.

@@ -32,7 +32,15 @@ pub(super) fn lines(densities: &[(&str, Style, Density)]) -> Option<(ChartAxis, 
         .iter()
         .map(|(name, style, density)| {
             let points = (0..POINTS).map(|index| [lambda(index), density.at(lambda(index), sigma)]).collect();
-            Line { name: name.to_string(), style: *style, points, band: Vec::new(), raw: Vec::new(), markers: false }
+            Line {
+                name: name.to_string(),
+                style: *style,
+                points,
+                band: Vec::new(),
+                raw: Vec::new(),
+                window: None,
+                markers: false,
+            }
         })
         .collect();
     let (_, most) = range(lines.iter().flat_map(|line| line.points.iter().map(|point| point[1])))?;
