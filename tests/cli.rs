@@ -941,6 +941,10 @@ fn a_run_ends_when_its_loss_diverges_and_keeps_its_log() {
         if !extra.is_empty() {
             let object: serde_json::Value = serde_json::from_str(&text(&output.stdout)).unwrap();
             assert_eq!((&object["diverged"], &object["interrupted"]), (&true.into(), &false.into()));
+            let last: serde_json::Value = serde_json::from_str(log.lines().last().unwrap()).unwrap();
+            assert_eq!((&last["diverged"], &last["device"]), (&true.into(), &"cpu".into()));
+            let others = log.lines().rev().skip(1);
+            assert!(others.clone().all(|line| !line.contains("diverged")), "{log}");
         }
     }
     // It has no weights, and whoever asks for them is told so.
@@ -1029,12 +1033,29 @@ fn a_landscape_is_mapped_and_drawn() {
     assert_eq!(rows[4][3], middle["accuracy"].as_f64().unwrap());
     assert_ne!(rows[0][2], rows[4][2]);
     let pictures: Vec<&str> = found["pictures"].as_array().unwrap().iter().map(|path| path.as_str().unwrap()).collect();
-    let names = ["contour", "surface", "accuracy"].map(|name| [format!("{name}.svg"), format!("{name}.png")]).concat();
+    let formats = ["svg", "png", "pdf"];
+    let names =
+        ["contour", "surface", "accuracy"].map(|name| formats.map(|format| format!("{name}.{format}"))).concat();
     assert_eq!(pictures.len(), names.len());
     for (picture, name) in pictures.iter().zip(&names) {
         let bytes = std::fs::read(picture).unwrap();
-        let signature = if name.ends_with("png") { &b"\x89PNG"[..] } else { b"<svg" };
+        let signature = match &name[name.len() - 3..] {
+            "png" => &b"\x89PNG"[..],
+            "pdf" => b"%PDF",
+            _ => b"<svg",
+        };
         assert!(picture.ends_with(name.as_str()) && bytes.starts_with(signature), "{picture}");
+    }
+    // The title names run, model and data.
+    let drawn = std::fs::read_to_string(pictures[0]).unwrap();
+    let name = Path::new(run).file_name().unwrap().to_str().unwrap();
+    assert!(drawn.contains(&format!(">{name} · resnet8")), "{drawn}");
+    // An even number of points has none at the weights, and the command says so.
+    for (points, said) in [("2", true), ("3", false)] {
+        let out = Path::new(run).join(format!("line-{points}"));
+        let line = ["--run", run, "--dimensions", "1", "--points", points, "--out", out.to_str().unwrap()];
+        let told = text(&polder(&[&LANDSCAPE[..], &line].concat()).stderr);
+        assert_eq!(told.contains("no point of the grid is the weights themselves"), said, "{told}");
     }
 }
 
@@ -1231,7 +1252,7 @@ fn findings_are_written_to_files() {
     assert_eq!((of("top-eigenvalues", "converged"), &found["split"]), (true.into(), &"train".into()));
     assert_eq!(found["passes"]["gradients"], 1);
     assert!(file("spectrum.csv").starts_with("node,weight\n") && file("spectrum.csv").lines().count() == 121);
-    assert!(out.join("spectrum.svg").is_file() && out.join("spectrum.png").is_file());
+    assert!(["svg", "png", "pdf"].iter().all(|format| out.join(format!("spectrum.{format}")).is_file()));
     // With --run everything is taken from the run: the same as given one by one.
     let init = Path::new(run).join("model.safetensors");
     let said = ["--model", "resnet8", "--init", init.to_str().unwrap(), "--data", data.to_str().unwrap()];
@@ -1242,8 +1263,12 @@ fn findings_are_written_to_files() {
     let message = mistake(&[&common[..], &["--out", blocked.to_str().unwrap()]].concat());
     assert!(message.contains("blocked"), "{message}");
     // A measure that fails does not affect the others. If all fail, the weights are blamed.
-    let again = mistake(&[&common[..], &["--out", out.to_str().unwrap()]].concat());
-    assert!(again.contains("curvature.json: holds measurements of other `steps`"), "{again}");
+    // Of the settings only those are compared that a measure uses.
+    let other = |list: &str| mistake(&[&common[..], &["--measure", list, "--out", out.to_str().unwrap()]].concat());
+    for list in ["spectrum", "trace,power-iteration"] {
+        assert!(other(list).contains("curvature.json: holds measurements of other `steps`"), "{}", other(list));
+    }
+    assert!(other("trace").contains("curvature.json: already holds trace"), "{}", other("trace"));
     let same = [&common[..], &more[2..], &["--out", out.to_str().unwrap()]].concat();
     let again = mistake(&[&same[..], &["--measure", "trace,spectrum"]].concat());
     assert!(again.contains("curvature.json: already holds trace, spectrum"), "{again}");
@@ -1252,14 +1277,16 @@ fn findings_are_written_to_files() {
     assert!(rest["measures"]["grad-norm"]["value"].as_f64().unwrap() > 0.0, "{rest}");
     assert!(rest["measures"]["sharpness"]["reason"].as_str().unwrap().contains("not finite"), "{rest}");
     assert_eq!(serde_json::from_str::<serde_json::Value>(&file("curvature.json")).unwrap(), found);
-    // A measure is added to those that are there.
-    let added = polder(&[&same[..], &["--measure", "trace,vhv", "--json"]].concat());
+    // A measure is added to those that are there, and they keep the settings that they were taken with.
+    let plain_steps = [&common[..], &["--out", out.to_str().unwrap()]].concat();
+    let added = polder(&[&plain_steps[..], &["--measure", "trace,vhv", "--json"]].concat());
     assert!(text(&added.stderr).contains("curvature.json: already holds trace"), "{}", text(&added.stderr));
     let added = json(&added);
     assert!(added["measures"]["vhv"]["value"].is_f64() && added["passes"]["gradients"] == 2, "{added}");
     let mut without = added["measures"].clone();
     without.as_object_mut().unwrap().remove("vhv");
     assert_eq!(without, found["measures"]);
+    assert_eq!((&added["settings"]["steps"], &added["settings"]["tolerance"]), (&60.into(), &1e-3.into()));
     assert_eq!(serde_json::from_str::<serde_json::Value>(&file("curvature.json")).unwrap(), added);
     assert!(file("curvature.csv").contains("vhv,,"), "{}", file("curvature.csv"));
     let sharp = [&common[..], &["--measure", "sharpness", "--rho", "1e30"]].concat();

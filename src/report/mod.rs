@@ -253,7 +253,7 @@ fn summary(group: &runs::Group) -> GroupSummary {
         name: group.name.clone(),
         runs: those(|_| true),
         diverged: those(|outcome| matches!(outcome, Outcome::Diverged(_))),
-        unfinished: those(|outcome| matches!(outcome, Outcome::Unfinished(..))),
+        unfinished: those(|outcome| matches!(outcome, Outcome::Unfinished { .. })),
         test_accuracy: group.test_accuracy(),
         test_loss: group.test_loss(),
         seconds: group.seconds(),

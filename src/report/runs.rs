@@ -72,8 +72,8 @@ pub(super) struct Epoch {
 pub(super) enum Outcome {
     /// All its epochs are done.
     Finished,
-    /// So many of its epochs are done.
-    Unfinished(u64, u64),
+    /// So many of all its epochs or steps are done.
+    Unfinished { done: u64, of: u64, unit: &'static str },
     /// The loss diverged in this epoch.
     Diverged(u64),
 }
@@ -82,9 +82,7 @@ impl std::fmt::Display for Outcome {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Finished => write!(f, "finished"),
-            Self::Unfinished(done, planned) => {
-                write!(f, "unfinished, {done} of {}", counted(*planned as usize, "epoch"))
-            }
+            Self::Unfinished { done, of, unit } => write!(f, "unfinished, {done} of {}", counted(*of, unit)),
             Self::Diverged(epoch) => write!(f, "diverged in epoch {epoch}"),
         }
     }
@@ -232,20 +230,22 @@ impl LoadedRun {
             Record::Step { skipped, .. } | Record::Epoch { skipped, .. } => *skipped,
             Record::Curvature { .. } => 0,
         };
-        let step = |record: &Record| match record {
-            Record::Step { step, .. } | Record::Epoch { step, .. } | Record::Curvature { step, .. } => *step,
-        };
-        (self.records.iter().map(step).max().unwrap_or(0), self.records.iter().map(skipped).max().unwrap_or(0))
+        (self.records.iter().map(Record::step).max().unwrap_or(0), self.records.iter().map(skipped).max().unwrap_or(0))
     }
 
     /// Whether it is finished, as far as the log and the settings tell.
     pub fn outcome(&self) -> Outcome {
         let last = self.epochs.last();
-        let done = last.map_or(0, |last| last.epoch);
-        let planned = self.settings.get("epochs").and_then(toml::Value::as_integer);
-        match (last, planned.and_then(|planned| u64::try_from(planned).ok())) {
-            (Some(last), _) if last.diverged => Outcome::Diverged(last.epoch),
-            (_, Some(planned)) if done < planned => Outcome::Unfinished(done, planned),
+        if let Some(last) = last.filter(|last| last.diverged) {
+            return Outcome::Diverged(last.epoch);
+        }
+        let planned = |key: &str| u64::try_from(self.settings.get(key)?.as_integer()?).ok();
+        let step = |record: &Record| matches!(record, Record::Epoch { .. }).then(|| record.step());
+        let steps = || self.records.iter().filter_map(step).max().unwrap_or(0);
+        // A run has one of the two.
+        let parts = planned("epochs").map(|of| (last.map_or(0, |last| last.epoch), of, "epoch"));
+        match parts.or_else(|| Some((steps(), planned("steps")?, "step"))) {
+            Some((done, of, unit)) if done < of => Outcome::Unfinished { done, of, unit },
             _ => Outcome::Finished,
         }
     }
@@ -452,7 +452,7 @@ impl Group {
     pub fn that_count(&self) -> impl Iterator<Item = &LoadedRun> {
         let rank = |run: &LoadedRun| match run.outcome() {
             Outcome::Finished => 0,
-            Outcome::Unfinished(..) => 1,
+            Outcome::Unfinished { .. } => 1,
             Outcome::Diverged(_) => 2,
         };
         let best = self.runs.iter().map(rank).min();

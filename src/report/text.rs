@@ -76,8 +76,9 @@ pub(super) fn with_errors(value: f64, errors: &[f64]) -> (String, Vec<String>) {
 }
 
 /// "1 run", "2 runs".
-pub(super) fn counted(count: usize, noun: &str) -> String {
-    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+pub(super) fn counted<N: std::fmt::Display + PartialEq + From<u8>>(count: N, noun: &str) -> String {
+    let ending = if count == N::from(1) { "" } else { "s" };
+    format!("{count} {noun}{ending}")
 }
 
 #[cfg(test)]

@@ -110,7 +110,8 @@ impl Record {
         serde_json::from_slice(line).ok()
     }
 
-    fn step(&self) -> u64 {
+    /// Steps done.
+    pub(crate) fn step(&self) -> u64 {
         match self {
             Record::Step { step, .. } | Record::Epoch { step, .. } | Record::Curvature { step, .. } => *step,
         }
