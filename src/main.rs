@@ -36,6 +36,7 @@ enum Command {
     #[command(allow_negative_numbers = true)]
     Landscape(landscape::LandscapeArgs),
     /// Draw landscapes and spectra again, with another look
+    #[command(allow_negative_numbers = true)]
     Picture(picture::PictureArgs),
     /// Compare runs on one HTML page: accuracy, learning curves, curvature, loss landscapes, settings
     Report(report::ReportArgs),

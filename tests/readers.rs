@@ -232,7 +232,8 @@ type Reader = (&'static str, fn(&Path) -> Result<(), TrainError>);
 /// The readers of files whose length is known not to exceed some limit.
 fn limited_readers() -> Vec<Reader> {
     fn grid(folder: &Path) -> Result<(), TrainError> {
-        let landscape = Landscape { title: String::new(), axes: vec![], settings: Default::default() };
+        let landscape =
+            Landscape { title: String::new(), subject: String::new(), axes: vec![], settings: Default::default() };
         Heights::open(folder, &landscape).map(drop)
     }
     let weights = |folder: &Path| {

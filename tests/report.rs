@@ -1416,6 +1416,9 @@ fn runs_that_diverged_or_are_unfinished_are_marked_and_not_in_the_means() {
     assert!(html.contains(&format!("{}: diverged in epoch 3; not in the mean.", runs[1].display())));
     assert!(row(&html, runs[1].to_str().unwrap()).contains(&"NVIDIA H200".to_string()), "the chip of the log");
     assert!(row(&html, runs[0].to_str().unwrap()).contains(&"auto".to_string()), "a log without it");
+    let curve = html.split("<b>Test accuracy</b>").nth(1).unwrap().split("</svg>").next().unwrap();
+    assert!(curve.contains("<title>sgd: 71 at 3</title>") && curve.contains("<title>gam: 45 at 1</title>"), "{curve}");
+    assert!(!curve.contains("<title>gam: 0 at "), "what the epoch in which it diverged has: {curve}");
     let line = found.groups[0].to_string();
     assert_eq!(line, "sgd: test accuracy 71.0 ± 1.4 %, test loss 1 ± 0 (4 runs, 1 diverged, 1 unfinished)");
 

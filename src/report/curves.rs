@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::chart::{self, ChartAxis, LEARNING_RATE, Line, Style, line_chart};
 use super::drawing::escape;
-use super::page::{charts, figure, legend, measure_name, measure_names, note, runs, section};
+use super::page::{charts, figure, legend, measure_name, measure_names, note, section};
 use super::runs::{Epoch, Group, LoadedRun, numbers};
 use super::statistics::{Measurement, RunStatistics};
 use super::text::plain;
@@ -28,6 +28,11 @@ fn line_over(style: usize, name: &str, runs: &[Vec<(u64, Measurement)>]) -> Line
         band.extend(has_band.then_some([epoch as f64, low, high]));
     }
     Line { name: name.into(), style: Style(style), points, band, raw: Vec::new(), window: None, markers: true }
+}
+
+/// The runs whose curves are drawn.
+fn that_count(groups: &[Group]) -> impl Iterator<Item = &LoadedRun> {
+    groups.iter().flat_map(Group::that_count)
 }
 
 /// The moving mean of a long line, over a fiftieth of its points around each, with its values behind it.
@@ -75,7 +80,7 @@ pub(super) fn learning(groups: &[Group]) -> Option<String> {
     let of = |number: fn(&Epoch) -> Option<f64>| {
         move |run: &LoadedRun| -> Vec<(u64, Measurement)> {
             let number = |epoch: &Epoch| Measurement::new(number(epoch).unwrap_or(f64::NAN), None);
-            run.epochs.iter().map(|epoch| (epoch.epoch, number(epoch))).collect()
+            run.finished_epochs().map(|epoch| (epoch.epoch, number(epoch))).collect()
         }
     };
     let mut figures = String::new();
@@ -83,7 +88,8 @@ pub(super) fn learning(groups: &[Group]) -> Option<String> {
     add("Training loss", "cross-entropy (nats)", |epoch| epoch.train_loss);
     add("Test loss", "cross-entropy (nats)", |epoch| epoch.test_loss);
     add("Test accuracy", "accuracy (%)", |epoch| Some(100.0 * epoch.test_accuracy));
-    let rates: BTreeSet<u64> = runs(groups).flat_map(|run| &run.epochs).map(|epoch| epoch.lr.to_bits()).collect();
+    let rates: BTreeSet<u64> =
+        that_count(groups).flat_map(LoadedRun::finished_epochs).map(|epoch| epoch.lr.to_bits()).collect();
     if rates.len() > 1 {
         add("Learning rate of the epoch's last step", LEARNING_RATE, |epoch| Some(epoch.lr));
     }
@@ -111,7 +117,7 @@ pub(super) fn curvature_over_epochs(groups: &[Group]) -> Option<String> {
         }
         (run.path.clone(), series)
     };
-    let all: BTreeMap<_, Series> = runs(groups).map(series).collect();
+    let all: BTreeMap<_, Series> = that_count(groups).map(series).collect();
     let names = measure_names(all.values().flat_map(|series| series.keys().cloned()));
     let mut figures = String::new();
     for name in &names {
@@ -174,7 +180,7 @@ fn own_numbers(groups: &[Group], over: &str) -> String {
         }
         (run.path.clone(), series)
     };
-    let all: BTreeMap<_, Series> = runs(groups).map(of_run).collect();
+    let all: BTreeMap<_, Series> = that_count(groups).map(of_run).collect();
     let mut names: Vec<&String> = all.values().flat_map(BTreeMap::keys).collect::<BTreeSet<_>>().into_iter().collect();
     names.sort_by_key(|name| LOGGED.iter().position(|(logged, ..)| logged == name).unwrap_or(LOGGED.len()));
     let says_something = |series: &BTreeMap<u64, f64>| series.values().any(|value| value.is_finite() && *value != 0.0);

@@ -9,7 +9,7 @@ use super::chart::{
 use super::drawing::{Anchor, Drawing, Ink, VectorPath};
 use super::picture::{ColourMap, Look, PictureName, PictureSettings};
 use super::spectrum::described;
-use super::text::plain;
+use super::text::{exactly, plain};
 use crate::settings::Choice;
 use crate::train::landscape::{Axis, Landscape};
 use crate::train::{MOST_LINES, TrainError, read_regular};
@@ -241,7 +241,13 @@ impl Levels {
             let gaps = bounds[index.saturating_sub(1)..(index + 2).min(bounds.len())].windows(2);
             gaps.map(|pair| pair[1] - pair[0]).fold(f64::INFINITY, f64::min)
         };
-        bounds.iter().enumerate().map(|(index, &bound)| chart::tick_name(bound, gap(index))).collect()
+        let name = |(index, &bound): (usize, &f64)| {
+            let name = chart::tick_name(bound, gap(index));
+            let shown = name.replace('−', "-").parse().unwrap_or(f64::NAN);
+            // A level that a user gives may need more digits than a round number beside it.
+            if (shown - bound).abs() <= 1e-6 * bound.abs() { name } else { exactly(bound) }
+        };
+        bounds.iter().enumerate().map(name).collect()
     }
 }
 
@@ -511,12 +517,12 @@ impl View {
         let right = across.ticks(most(0));
         for (value, name) in &right {
             let [x, y] = self.see([across.place(*value), 0.0, 0.0]);
-            drawing.label([x + 5.0, y + 13.0], name, SMALL, Anchor::Start, FAINT);
+            drawing.label([x + 5.0, y + 15.0], name, SMALL, Anchor::Start, FAINT);
         }
         let left = along.ticks(most(1));
         for (value, name) in &left {
             let [x, y] = self.see([0.0, along.place(*value), 0.0]);
-            drawing.label([x - 5.0, y + 13.0], name, SMALL, Anchor::End, FAINT);
+            drawing.label([x - 5.0, y + 15.0], name, SMALL, Anchor::End, FAINT);
         }
         let [x, y] = self.see([0.5, 0.0, 0.0]);
         drawing.label([x + 14.0 + widest(&right), y + 32.0], &across.label, SMALL, Anchor::Start, FAINT);

@@ -185,8 +185,8 @@ pub struct Report {
 /// Compares runs, each the folder of a [`Training`](crate::train::Training), on one HTML page: `out`; without it
 /// `report.html`, in the folder of the run if a single path is given, and else in the current folder. The page needs no
 /// other file. With `tensorboard`, each run's log is also written to `tensorboard/` in its folder. If there is at least
-/// one run, a path that is not the folder of a run or cannot be read is left out, and so is a damaged file in the folder
-/// of a run. The page says so.
+/// one run, a path that is not the folder of a run or cannot be read is left out, and so is a damaged file in the
+/// folder of a run. The page says so.
 ///
 /// # Errors
 /// No path with a run; a file that cannot be written; [`TrainError::InUse`] for a page in the folder of a run that

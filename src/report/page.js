@@ -12,7 +12,8 @@
   };
   const words = value => {
     const size = Math.abs(value);
-    const text = size !== 0 && (size < 1e-3 || size >= 1e6) ? value.toExponential(3) : String(Number(value.toPrecision(5)));
+    const short = value => value.toExponential(3).replace(/\.?0*e\+?/, "e");
+    const text = size !== 0 && (size < 1e-3 || size >= 1e6) ? short(value) : String(Number(value.toPrecision(5)));
     return text.replace("-", "−");
   };
 
@@ -43,6 +44,17 @@
     const of = axis.log ? Math.log : value => value;
     const [low, high] = [of(axis.low), of(axis.high)];
     return value => from + (to - from) * (of(value) - low) / (high - low);
+  };
+  // Those whose labels fit beside each other on an axis of this length. A digit is about 7 wide.
+  const beside = (axis, length) => {
+    const place = scale(axis, 0, length), width = value => 7 * words(value).length;
+    const fit = (value, index, all) =>
+      index === 0 || place(value) - place(all[index - 1]) >= (width(value) + width(all[index - 1])) / 2 + 5;
+    for (let most = Math.floor(length / 44); most > 1; most--) {
+      const found = steps(axis, most);
+      if (found.every(fit)) return found;
+    }
+    return steps(axis, 1).slice(0, 1);
   };
 
   for (const figure of document.querySelectorAll("figure[data-chart]")) {
@@ -106,7 +118,7 @@
         make(svg, "path", { d: `M${left} ${at}L${right} ${at}`, stroke: "currentColor", "stroke-opacity": 0.11 });
         make(svg, "text", { ...faint, x: left - 6, y: at + 4, "text-anchor": "end" }, words(value));
       }
-      for (const value of steps(x, Math.floor((right - left) / 44)))
+      for (const value of beside(x, right - left))
         make(svg, "text", { ...faint, x: across(value), y: bottom + 16, "text-anchor": "middle" }, words(value));
       make(svg, "path", { d: `M${left} ${bottom}L${right} ${bottom}`, stroke: "currentColor", "stroke-opacity": 0.45 });
       const middle = (top + bottom) / 2;

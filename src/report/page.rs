@@ -665,7 +665,7 @@ fn numbers_as_csv(groups: &[Group]) -> String {
         for run in &group.runs {
             let (path, seed) = (run.path.display().to_string(), run.setting("seed"));
             let run_cells = format!("{},{},{}", cell(&path), cell(&group.name), cell(&seed));
-            for epoch in &run.epochs {
+            for epoch in run.finished_epochs() {
                 let &Epoch { test_accuracy, lr, images_per_second, seconds, .. } = epoch;
                 let losses = [epoch.train_loss, epoch.test_loss, Some(test_accuracy), Some(lr), epoch.gradient_norm];
                 let numbers = losses.into_iter().chain([Some(images_per_second), Some(seconds)]).map(number);

@@ -250,14 +250,18 @@ impl LoadedRun {
         }
     }
 
-    /// The last epoch that was finished: the weights of one in which the loss diverged are of no use.
+    /// The epochs that were finished: the weights after one in which the loss diverged are of no use.
+    pub fn finished_epochs(&self) -> impl DoubleEndedIterator<Item = &Epoch> {
+        self.epochs.iter().filter(|epoch| !epoch.diverged)
+    }
+
     pub fn last_epoch(&self) -> Option<&Epoch> {
-        self.epochs.iter().rev().find(|epoch| !epoch.diverged)
+        self.finished_epochs().next_back()
     }
 
     /// The epoch with the highest test accuracy, the first of several.
     pub fn best_epoch(&self) -> Option<&Epoch> {
-        let finite = self.epochs.iter().rev().filter(|epoch| epoch.test_accuracy.is_finite() && !epoch.diverged);
+        let finite = self.finished_epochs().rev().filter(|epoch| epoch.test_accuracy.is_finite());
         finite.max_by(|a, b| a.test_accuracy.total_cmp(&b.test_accuracy))
     }
 

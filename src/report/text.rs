@@ -51,6 +51,12 @@ pub(super) fn significant(value: f64, count: i32) -> String {
     text.replace('-', "−")
 }
 
+/// A number with all its digits.
+pub(super) fn exactly(value: f64) -> String {
+    let text = if (1e-3..1e6).contains(&value.abs()) { value.to_string() } else { format!("{value:e}") };
+    text.replace('-', "−")
+}
+
 /// A value and its errors, with the digits that the largest error allows: two of that error, but no more than five of
 /// the value.
 pub(super) fn with_errors(value: f64, errors: &[f64]) -> (String, Vec<String>) {
