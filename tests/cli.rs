@@ -1256,8 +1256,16 @@ fn findings_are_written_to_files() {
     // With --run everything is taken from the run: the same as given one by one.
     let init = Path::new(run).join("model.safetensors");
     let said = ["--model", "resnet8", "--init", init.to_str().unwrap(), "--data", data.to_str().unwrap()];
-    let plain = |model: &[&str]| json(&polder(&[&["curvature"], model, &common[3..], &["--json"]].concat()));
-    assert_eq!(plain(&said), plain(&["--run", run]));
+    let plain = |model: &[&str]| {
+        let mut found = json(&polder(&[&["curvature"], model, &common[3..], &["--json"]].concat()));
+        (found["subject"].take(), found)
+    };
+    let ((by_file, one_by_one), (by_run, of_run)) = (plain(&said), plain(&["--run", run]));
+    assert_eq!(one_by_one, of_run);
+    // What titles name: the run, or the file of the weights; model and data.
+    let data_name = data.file_name().unwrap().to_str().unwrap();
+    assert_eq!(by_run, format!("run · resnet8, shortcut a · {data_name}"));
+    assert_eq!(by_file, format!("run/model.safetensors · resnet8, shortcut a · {data_name}"));
     let blocked = folder.path().join("blocked");
     std::fs::write(&blocked, "a file").unwrap();
     let message = mistake(&[&common[..], &["--out", blocked.to_str().unwrap()]].concat());

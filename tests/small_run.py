@@ -101,11 +101,11 @@ class Setup:
         if name == "report":
             names = ["page.html"]
         elif name == "curvature":
-            names = ["curvature.json", "curvature.csv", "spectrum.csv", "spectrum.svg", "spectrum.png"]
+            names = ["curvature.json", "curvature.csv", "spectrum.csv", "spectrum.svg", "spectrum.png", "spectrum.pdf"]
         else:
             names = ["landscape.json", "landscape.csv", "direction-1.safetensors", "direction-2.safetensors",
                      "loss.npy", "accuracy.npy"]
-            names += [path.name for path in folder.iterdir() if path.suffix in (".png", ".svg")]
+            names += [path.name for path in folder.iterdir() if path.suffix in (".png", ".svg", ".pdf")]
             if len(names) < 8:
                 raise Wrong(f"{folder}: pictures are missing: {names}")
         return {name: (folder / name).read_bytes() for name in sorted(names)}

@@ -86,7 +86,14 @@ USE = """(() => {
     const lines = () => figures[0].querySelectorAll("svg path").length;
     const before = lines();
     document.querySelector(".legend button").click();
-    return { charts: figures.length, values, hidden: lines() < before };
+    const hidden = lines() < before;
+    const select = document.querySelector(".smoothing select");
+    const steps = select?.closest("section").querySelector("svg"), single = steps?.outerHTML;
+    if (select) {
+        select.value = "3";
+        select.dispatchEvent(new Event("change"));
+    }
+    return { charts: figures.length, values, hidden, smoothed: Boolean(select) && steps.outerHTML !== single };
 })()"""
 
 
@@ -185,6 +192,8 @@ class Browser:
         faults = [] if found and found["charts"] and found["values"] == found["charts"] else [f"script: {found}"]
         if found and not found["hidden"]:
             faults.append("script: the legend hides no series")
+        if found and not found["smoothed"]:
+            faults.append("script: the moving average changes no curve")
         for event in self.events:
             if event["method"] == "Runtime.exceptionThrown":
                 faults.append(f"script: {event['params']['exceptionDetails']['text']}")
