@@ -137,6 +137,9 @@ settings! {
 
 /// The least side of the area within the axes, in units of a drawing.
 const LEAST_SIDE: f64 = 60.0;
+/// The most units and the most millimetres of a side of a picture.
+const MOST_UNITS: f64 = 2e4;
+const MOST_MILLIMETRES: f64 = 1e4;
 /// The most pixels of a PNG.
 const MOST_PIXELS: f64 = 1e8;
 /// Size of a title and the distance of its lines.
@@ -196,6 +199,11 @@ impl Look {
             let list = levels.iter().map(f64::to_string).collect::<Vec<_>>().join(",");
             return Err(TrainError::setting("levels", format!("{list}, expected finite numbers, each above the last")));
         }
+        for (name, length) in [("width", width), ("height", height)] {
+            if let Some(length) = length.filter(|&length| length > MOST_MILLIMETRES) {
+                return Err(TrainError::setting(name, format!("{length}, expected at most {MOST_MILLIMETRES}")));
+            }
+        }
         // A point is 4/3 pixels of CSS. A drawing has labels of a fixed size, and everything else grows with them.
         let scale = font_size * 4.0 / 3.0 / SMALL;
         let units = |millimetres: Option<f64>| Some(millimetres? / Sheet::MILLIMETRES / scale);
@@ -225,23 +233,21 @@ impl Look {
                 found = frame(within * area[0] / area[1] + margins[0]);
             }
         }
-        let least = [margins[0] + LEAST_SIDE, margins[1] + found.top() + LEAST_SIDE];
-        for ((name, size), least) in [("width", found.width), ("height", found.height)].into_iter().zip(least) {
-            if size < least {
-                let unit = self.sheet.scale * Sheet::MILLIMETRES;
-                let name = if self.size[0].is_some() && (name == "width" || given_height.is_none()) {
-                    "width"
-                } else {
-                    "height"
-                };
-                let reason = format!(
-                    "{:.0} mm by {:.0} mm leave too little room beside title and labels; \
-                     give a larger size or a smaller font-size",
-                    found.width * unit,
-                    found.height * unit
-                );
-                return Err(TrainError::setting(name, reason));
-            }
+        let unit = self.sheet.scale * Sheet::MILLIMETRES;
+        let size = format!("{:.0} mm by {:.0} mm", found.width * unit, found.height * unit);
+        let narrow = found.width < margins[0] + LEAST_SIDE;
+        if narrow || found.height < margins[1] + found.top() + LEAST_SIDE {
+            // The width also decides the height, unless that is given.
+            let is_width = given_width.is_some() && (narrow || given_height.is_none());
+            let reason =
+                format!("{size} leave too little room beside title and labels; enlarge it or reduce `font-size`");
+            return Err(TrainError::setting(if is_width { "width" } else { "height" }, reason));
+        }
+        let longest = found.width.max(found.height);
+        if longest > MOST_UNITS || longest * unit > MOST_MILLIMETRES {
+            let reason =
+                format!("with it a picture has {size}, which is too large, or its labels are too small to see");
+            return Err(TrainError::setting("font-size", reason));
         }
         Ok(found)
     }
