@@ -750,6 +750,11 @@ fn levels_are_logarithmic_where_the_loss_spans_decades() {
     for level in [">0.01<", ">1<", ">1000<"] {
         assert!(text.contains(level), "{level}");
     }
+    // The lowest of many decades is not zero.
+    landscape(folder.path(), "line", 1, 11, |x, _| 2.0 * (50.0 * x * x).exp());
+    landscape_pictures(folder.path()).unwrap();
+    let ticks = texts(&std::fs::read_to_string(folder.path().join("curve.svg")).unwrap());
+    assert!(ticks.contains(&"1e20".into()) && ticks.iter().filter(|name| *name == "0").count() == 1, "{ticks:?}");
     landscape(folder.path(), "flat", 2, 121, |_, _| 0.25);
     landscape_pictures(folder.path()).unwrap();
     check_picture(&folder.path().join("contour"));
@@ -1338,7 +1343,7 @@ fn labels_of_wide_ranges_lie_apart() {
         let row = |(x, y): (f64, f64)| format!("{x},{y},{},0.5\n", loss * (1.0 + x.abs() / ends + (y / ends).powi(2)));
         let text: String = rows.map(row).collect();
         std::fs::write(folder.path().join("landscape.csv"), format!("x,y,loss,accuracy\n{text}")).unwrap();
-        for width in [None, Some(90.0)] {
+        for width in [None, Some(120.0), Some(90.0), Some(70.0)] {
             let look = PictureSettings { width, title: Some(String::new()), ..PictureSettings::default() };
             for picture in pictures(folder.path(), None, &look).unwrap() {
                 if picture.extension().is_some_and(|extension| extension == "svg") {

@@ -102,14 +102,17 @@ impl ChartAxis {
     pub fn ticks(&self, most: usize) -> Vec<(f64, String)> {
         let values = if self.logarithmic { log_steps(self.low, self.high, most) } else { Vec::new() };
         // A range of less than a decade may contain no round number of that kind.
-        let mut values = if values.len() < 2 { linear_steps(self.low, self.high, most) } else { values };
+        let by_decades = values.len() > 1;
+        let mut values = if by_decades { values } else { linear_steps(self.low, self.high, most) };
         values.retain(|value| (-1e-6..=1.0 + 1e-6).contains(&self.place(*value)));
         // Numbers next to zero have no round numbers between them.
         if values.is_empty() {
             values = vec![self.low, self.high];
         }
         values.retain(|value| !self.whole || (value - value.round()).abs() < 1e-6);
-        let step = values.windows(2).map(|pair| pair[1] - pair[0]).fold(f64::INFINITY, f64::min);
+        let steps = values.windows(2).map(|pair| pair[1] - pair[0]);
+        // The smallest of several powers of ten is not zero, however small it is beside the others.
+        let step = if by_decades { f64::INFINITY } else { steps.fold(f64::INFINITY, f64::min) };
         values.iter().map(|&value| (value, tick_name(value, step))).collect()
     }
 }

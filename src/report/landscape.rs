@@ -498,8 +498,15 @@ impl View {
         drawing.shape(VectorPath { paths: vec![floor.to_vec()], closed: true, stroke, ..VectorPath::default() });
     }
 
-    /// The labels of the two axes along the front edges of the floor, and of the heights at the left edge.
-    fn draw_labels(&self, drawing: &mut Drawing, [across, along, up]: [&ChartAxis; 3], heights: &[(f64, String)]) {
+    /// The labels of the two axes along the front edges of the floor, and of the heights at the left edge. The names of
+    /// the axes lie beside their edges if they fit before `end`, and else below the box.
+    fn draw_labels(
+        &self,
+        drawing: &mut Drawing,
+        [across, along, up]: [&ChartAxis; 3],
+        heights: &[(f64, String)],
+        end: f64,
+    ) {
         for (value, name) in heights {
             let [x, y] = self.see([0.0, 1.0, up.place(*value).clamp(0.0, 1.0)]);
             drawing.label([x - 8.0, y + 4.0], name, SMALL, Anchor::End, FAINT);
@@ -524,10 +531,18 @@ impl View {
             let [x, y] = self.see([0.0, along.place(*value), 0.0]);
             drawing.label([x - 5.0, y + 15.0], name, SMALL, Anchor::End, FAINT);
         }
-        let [x, y] = self.see([0.5, 0.0, 0.0]);
-        drawing.label([x + 14.0 + widest(&right), y + 32.0], &across.label, SMALL, Anchor::Start, FAINT);
-        let [x, y] = self.see([0.0, 0.5, 0.0]);
-        drawing.label([x - 14.0 - widest(&left), y + 32.0], &along.label, SMALL, Anchor::End, FAINT);
+        let [mut x, y] = self.see([0.5, 0.0, 0.0]);
+        x += 14.0 + widest(&right);
+        let [mut other, _] = self.see([0.0, 0.5, 0.0]);
+        other -= 14.0 + widest(&left);
+        if x + label_width(&across.label) < end && other - label_width(&along.label) > 4.0 {
+            drawing.label([x, y + 32.0], &across.label, SMALL, Anchor::Start, FAINT);
+            drawing.label([other, y + 32.0], &along.label, SMALL, Anchor::End, FAINT);
+        } else {
+            let below = self.see([0.0, 0.0, 0.0])[1] + 32.0;
+            drawing.label([end, below], &across.label, SMALL, Anchor::End, FAINT);
+            drawing.label([4.0, below], &along.label, SMALL, Anchor::Start, FAINT);
+        }
     }
 }
 
@@ -546,7 +561,7 @@ fn surface(landscape: &LoadedLandscape, levels: &Levels, look: &Look) -> Result<
     let (across, along) = (x.axis(), y.axis());
     let LoadedLandscape { title, subject, .. } = landscape;
     // Room for the labels on both sides, and for the colour bar on the right.
-    let (left, right, bottom) = (60.0, 116.0, 24.0 + remark_height(landscape));
+    let (left, right, bottom) = (60.0, 116.0, 38.0 + remark_height(landscape));
     let (area, below_title) = (View::extent().0.map(|length| 150.0 * length), 16.0);
     let frame = look.frame(area, [left + right, below_title + bottom], &[subject, title])?;
     let mut drawing = frame.drawing(&described(subject, &format!("{title}, as a surface")));
@@ -578,8 +593,8 @@ fn surface(landscape: &LoadedLandscape, levels: &Levels, look: &Look) -> Result<
         let (fill, stroke) = (Some(Ink::Colour(colour, 1.0)), Some((Ink::Colour([0, 0, 0], 0.35), 0.4)));
         drawing.shape(VectorPath { paths, closed: true, fill, stroke, ..VectorPath::default() });
     }
-    view.draw_labels(&mut drawing, [&across, &along, &up], &heights);
     let (left, right) = (frame.width - 76.0, frame.width - 60.0);
+    view.draw_labels(&mut drawing, [&across, &along, &up], &heights, left - 8.0);
     let bar = Panel { left, right, top: area.top + 20.0, bottom: area.bottom };
     draw_colour_bar(&mut drawing, bar, levels, landscape.quantity.name());
     draw_remark(&mut drawing, landscape);

@@ -88,7 +88,7 @@ USE = """(() => {
     document.querySelector(".legend button").click();
     const hidden = lines() < before;
     const select = document.querySelector(".smoothing select");
-    const steps = select?.closest("section").querySelector("svg"), single = steps?.outerHTML;
+    const steps = select?.closest("section").querySelector("figure svg"), single = steps?.outerHTML;
     if (select) {
         select.value = "3";
         select.dispatchEvent(new Event("change"));
