@@ -942,7 +942,7 @@ fn a_run_ends_when_its_loss_diverges_and_keeps_its_log() {
             let object: serde_json::Value = serde_json::from_str(&text(&output.stdout)).unwrap();
             assert_eq!((&object["diverged"], &object["interrupted"]), (&true.into(), &false.into()));
             let last: serde_json::Value = serde_json::from_str(log.lines().last().unwrap()).unwrap();
-            assert_eq!((&last["diverged"], &last["device"]), (&true.into(), &"cpu".into()));
+            assert_eq!((&last["diverged"], &last["device"]), (&true.into(), &polder::Device::host().chip().into()));
             let others = log.lines().rev().skip(1);
             assert!(others.clone().all(|line| !line.contains("diverged")), "{log}");
         }

@@ -370,6 +370,7 @@ impl Display {
                 images_per_second,
                 seconds,
                 skipped,
+                ..
             } => {
                 let number = |value: Option<f64>, decimals: usize| match value {
                     Some(value) => shown(value, decimals),

@@ -6,7 +6,7 @@
 use std::alloc::{self, Layout};
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -84,6 +84,18 @@ unsafe extern "C" {
     fn polder_host_run(launch: *const PolderLaunch, first: u64, last: u64, fault: *mut PolderFault) -> i32;
 }
 
+/// The processor's name, as Linux tells it.
+pub(super) fn processor() -> Option<&'static str> {
+    static NAME: OnceLock<Option<String>> = OnceLock::new();
+    let read = || {
+        let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+        let name = text.lines().find_map(|line| line.strip_prefix("model name")?.trim_start().strip_prefix(':'))?;
+        let name: String = name.chars().filter(|character| !character.is_control()).collect();
+        Some(name.trim().to_string()).filter(|name| !name.is_empty())
+    };
+    NAME.get_or_init(read).as_deref()
+}
+
 impl HostDevice {
     pub(super) fn new(options: HostOptions) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
@@ -106,7 +118,8 @@ impl HostDevice {
         let threads = self.options.threads;
         let plural = if threads == 1 { "" } else { "s" };
         let shapes = if self.options.emulate_gpu { ", GPU launch shapes" } else { "" };
-        format!("{threads} thread{plural}, {} kernels{shapes}", HOST[self.instruction_set].0)
+        let chip = processor().map_or(String::new(), |name| format!("{name}, "));
+        format!("{chip}{threads} thread{plural}, {} kernels{shapes}", HOST[self.instruction_set].0)
     }
 
     /// # Safety

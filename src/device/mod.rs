@@ -285,10 +285,10 @@ impl Device {
         }
     }
 
-    /// The GPU's name, or `cpu`.
+    /// The name of the GPU or of the processor; `cpu` where the system does not tell it.
     pub fn chip(&self) -> &str {
         match &self.0 {
-            Inner::Host(_) => "cpu",
+            Inner::Host(_) => host::processor().unwrap_or("cpu"),
             Inner::Cuda(cuda) => cuda.chip(),
         }
     }

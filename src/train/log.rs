@@ -78,7 +78,7 @@ pub enum Record {
         images_per_second: f64,
         /// Seconds of training since the start, without evaluation.
         seconds: f64,
-        /// The chip: the GPU's name, or `cpu`.
+        /// The chip: the name of the GPU or of the processor, or `cpu` where the system does not tell it.
         #[serde(default, skip_serializing_if = "String::is_empty")]
         device: String,
         /// Whether the loss diverged in this epoch, which may have ended before its last step.
