@@ -1,5 +1,5 @@
-//! Weights that another library owns: a plain vector here, which stands for a tensor of any framework. SAM trains them in
-//! place and the trace of the Hessian is measured there, without a copy. The objective works on raw pointers too, as
+//! Weights that another library owns: a plain vector here, which stands for a tensor of any framework. SAM trains them
+//! in place and the trace of the Hessian is measured there, without a copy. The objective works on raw pointers too, as
 //! foreign code would.
 //!
 //! `cargo run --release --example borrowed_memory`

@@ -129,26 +129,13 @@ impl ModelArgs {
     pub fn open(&self, split: Split, samples: Samples) -> Result<Subject, TrainError> {
         let WeightsSettings { run: folder, model, init, batch_size } = self.weights.settings()?;
         let folder = folder.map(PathBuf::from);
-        let missing = |name| option(name, "missing; give --run DIR, or both --model and --init");
         if model.is_none() && folder.is_none() {
             return Err(missing("run"));
         }
         if folder.as_ref().is_some_and(|folder| folder.as_os_str().is_empty()) {
             return Err(option("run", "empty, expected a folder"));
         }
-        let init = match (init, &folder) {
-            (Some(init), _) if init.is_empty() => return Err(option("init", "empty, expected a file")),
-            (Some(init), _) => init.into(),
-            (None, Some(folder)) => {
-                let weights = folder.join("model.safetensors");
-                if !weights.exists() && folder.join("config.toml").exists() {
-                    let reason = "the run has saved no weights: it ended before its first epoch did, or it diverged";
-                    return Err(TrainError::Results { path: folder.clone(), reason: reason.into() });
-                }
-                weights
-            }
-            (None, None) => return Err(missing("init")),
-        };
+        let init = weights_file(init, folder.as_deref())?;
         let mut given = self.images.given.clone();
         let of_run = match &folder {
             Some(folder) => Options::some_of_run(folder, if model.is_some() { &OF_RUN[2..] } else { &OF_RUN })?,
@@ -242,6 +229,27 @@ pub fn short(path: &Path) -> String {
 fn run_name(folder: &Path) -> String {
     let whole = folder.canonicalize().unwrap_or_else(|_| folder.into());
     whole.file_name().map_or_else(|| short(folder), |name| name.to_string_lossy().into_owned())
+}
+
+fn missing(name: &str) -> TrainError {
+    option(name, "missing; give --run DIR, or both --model and --init")
+}
+
+/// The file of the weights: the one that is given, or else that of the run.
+fn weights_file(init: Option<String>, run: Option<&Path>) -> Result<PathBuf, TrainError> {
+    match (init, run) {
+        (Some(init), _) if init.is_empty() => Err(option("init", "empty, expected a file")),
+        (Some(init), _) => Ok(init.into()),
+        (None, Some(run)) => {
+            let weights = run.join("model.safetensors");
+            if !weights.exists() && run.join("config.toml").exists() {
+                let reason = "the run has saved no weights: it ended before its first epoch did, or it diverged";
+                return Err(TrainError::Results { path: run.into(), reason: reason.into() });
+            }
+            Ok(weights)
+        }
+        (None, None) => Err(missing("init")),
+    }
 }
 
 impl Subject {
