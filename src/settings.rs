@@ -364,6 +364,29 @@ impl Setting {
         }
     }
 
+    /// The value that a text means. Parts of a list are separated by commas.
+    ///
+    /// # Errors
+    /// As [`Setting::check`].
+    pub fn parse(&self, text: &str) -> Result<SettingValue, SettingError> {
+        let wrong =
+            || SettingError::Type { name: self.name, found: text.into(), expected: self.kind.expected() };
+        let parts = || text.split(',').map(|part| part.trim().to_string());
+        let value = match self.kind {
+            SettingKind::Flag => SettingValue::Flag(text.parse().map_err(|_| wrong())?),
+            SettingKind::Count => SettingValue::Count(text.parse().map_err(|_| wrong())?),
+            SettingKind::Number => SettingValue::Number(text.parse().map_err(|_| wrong())?),
+            SettingKind::Text => SettingValue::Text(text.into()),
+            SettingKind::Word(_) => SettingValue::Word(text.into()),
+            SettingKind::Words(_) => SettingValue::Words(parts().collect()),
+            SettingKind::Numbers => {
+                SettingValue::Numbers(parts().map(|part| part.parse().map_err(|_| wrong())).collect::<Result<_, _>>()?)
+            }
+        };
+        self.check(&value)?;
+        Ok(value)
+    }
+
     /// Fails for a value of another type or out of the range.
     ///
     /// # Errors

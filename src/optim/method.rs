@@ -110,4 +110,22 @@ pub struct Entry {
     pub base: Option<&'static str>,
     /// The method with its default settings.
     pub new: fn() -> Box<dyn Method<f32>>,
+    /// The same in double precision.
+    pub new_f64: fn() -> Box<dyn Method<f64>>,
+}
+
+impl Entry {
+    /// The entry of a method whose settings begin with their defaults.
+    pub const fn of<M>(name: &'static str, summary: &'static str) -> Self
+    where
+        M: Method<f32> + Method<f64> + Default + 'static,
+    {
+        Self { name, summary, base: None, new: || Box::new(M::default()), new_f64: || Box::new(M::default()) }
+    }
+
+    /// The same for a method that is a base optimizer alone.
+    #[must_use]
+    pub const fn alone(self, base: &'static str) -> Self {
+        Self { base: Some(base), ..self }
+    }
 }

@@ -25,7 +25,7 @@ settings! {
 }
 
 /// ASAM by name.
-pub const ENTRY: Entry = Entry { name: "asam", summary: "Adaptive SAM", base: None, new: || Box::new(Asam::default()) };
+pub const ENTRY: Entry = Entry::of::<Asam>("asam", "Adaptive SAM");
 
 impl<T: Scalar> Method<T> for Asam {
     fn prepare(&mut self, context: &Context<'_>) {

@@ -44,8 +44,7 @@ settings! {
 }
 
 /// CR-SAM by name.
-pub const ENTRY: Entry =
-    Entry { name: "cr-sam", summary: "Curvature-regularised SAM", base: None, new: || Box::new(CrSam::default()) };
+pub const ENTRY: Entry = Entry::of::<CrSam>("cr-sam", "Curvature-regularised SAM");
 
 impl<T: Scalar> Method<T> for CrSam {
     /// A is a sum of four losses.

@@ -22,12 +22,7 @@ settings! {
 }
 
 /// Friendly-SAM by name.
-pub const ENTRY: Entry = Entry {
-    name: "friendly-sam",
-    summary: "SAM whose ascent leaves out the average gradient",
-    base: None,
-    new: || Box::new(FriendlySam::default()),
-};
+pub const ENTRY: Entry = Entry::of::<FriendlySam>("friendly-sam", "SAM whose ascent leaves out the average gradient");
 
 /// m. It is zero before the first step, so that d is g there.
 const AVERAGE: Vector = Vector::Memory(0);

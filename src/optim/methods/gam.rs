@@ -27,8 +27,7 @@ settings! {
 }
 
 /// GAM by name.
-pub const ENTRY: Entry =
-    Entry { name: "gam", summary: "Gradient-norm-aware minimisation", base: None, new: || Box::new(Gam::default()) };
+pub const ENTRY: Entry = Entry::of::<Gam>("gam", "Gradient-norm-aware minimisation");
 
 impl Gam {
     fn terms(&self) -> GamTerms {

@@ -49,8 +49,7 @@ settings! {
 }
 
 /// GNR by name.
-pub const ENTRY: Entry =
-    Entry { name: "gnr", summary: "Gradient-norm regularisation", base: None, new: || Box::new(Gnr::default()) };
+pub const ENTRY: Entry = Entry::of::<Gnr>("gnr", "Gradient-norm regularisation");
 
 impl<T: Scalar> Method<T> for Gnr {
     fn passes(&self) -> Passes {

@@ -19,8 +19,7 @@ settings! {
 }
 
 /// GSAM by name.
-pub const ENTRY: Entry =
-    Entry { name: "gsam", summary: "SAM that keeps the loss at w low", base: None, new: || Box::new(Gsam::default()) };
+pub const ENTRY: Entry = Entry::of::<Gsam>("gsam", "SAM that keeps the loss at w low");
 
 impl<T: Scalar> Method<T> for Gsam {
     fn passes(&self) -> Passes {

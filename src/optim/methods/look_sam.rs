@@ -23,8 +23,7 @@ settings! {
 }
 
 /// LookSAM by name.
-pub const ENTRY: Entry =
-    Entry { name: "looksam", summary: "SAM in one of k steps", base: None, new: || Box::new(LookSam::default()) };
+pub const ENTRY: Entry = Entry::of::<LookSam>("looksam", "SAM in one of k steps");
 
 /// What is kept: g_v, and its norm.
 const KEPT: Vector = Vector::Memory(0);

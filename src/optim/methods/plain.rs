@@ -13,16 +13,10 @@ settings! {
 }
 
 /// SGD by name.
-pub const SGD: Entry = Entry {
-    name: "sgd",
-    summary: "Stochastic gradient descent with momentum",
-    base: Some("sgd"),
-    new: || Box::new(Plain::default()),
-};
+pub const SGD: Entry = Entry::of::<Plain>("sgd", "Stochastic gradient descent with momentum").alone("sgd");
 
 /// AdamW by name.
-pub const ADAMW: Entry =
-    Entry { name: "adamw", summary: "AdamW", base: Some("adamw"), new: || Box::new(Plain::default()) };
+pub const ADAMW: Entry = Entry::of::<Plain>("adamw", "AdamW").alone("adamw");
 
 impl<T: Scalar> Method<T> for Plain {
     fn passes(&self) -> Passes {

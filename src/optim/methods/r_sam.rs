@@ -23,12 +23,7 @@ settings! {
 }
 
 /// R-SAM by name.
-pub const ENTRY: Entry = Entry {
-    name: "r-sam",
-    summary: "SAM whose ascent follows the gradient at a random point",
-    base: None,
-    new: || Box::new(RSam::default()),
-};
+pub const ENTRY: Entry = Entry::of::<RSam>("r-sam", "SAM whose ascent follows the gradient at a random point");
 
 impl<T: Scalar> Method<T> for RSam {
     fn prepare(&mut self, context: &Context<'_>) {

@@ -20,12 +20,7 @@ settings! {
 }
 
 /// Random SAM by name.
-pub const ENTRY: Entry = Entry {
-    name: "random-sam",
-    summary: "SAM along a random direction: the control",
-    base: None,
-    new: || Box::new(RandomSam::default()),
-};
+pub const ENTRY: Entry = Entry::of::<RandomSam>("random-sam", "SAM along a random direction: the control");
 
 impl<T: Scalar> Method<T> for RandomSam {
     fn prepare(&mut self, context: &Context<'_>) {

@@ -30,19 +30,13 @@ settings! {
 }
 
 /// SA-SAM by name.
-pub const SA_SAM: Entry = Entry {
-    name: "sa-sam",
-    summary: "SAM with its own step size and radius",
-    base: None,
-    new: || Box::new(SaSam::default()),
-};
+pub const SA_SAM: Entry = Entry::of::<SaSam>("sa-sam", "SAM with its own step size and radius");
 
 /// SA-SGD by name.
 pub const SA_SGD: Entry = Entry {
-    name: "sa-sgd",
-    summary: "SGD with SA-SAM's step size",
-    base: None,
     new: || Box::new(SaSam { perturb: false, ..SaSam::default() }),
+    new_f64: || Box::new(SaSam { perturb: false, ..SaSam::default() }),
+    ..Entry::of::<SaSam>("sa-sgd", "SGD with SA-SAM's step size")
 };
 
 /// The weights of the step before.

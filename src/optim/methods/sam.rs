@@ -37,8 +37,7 @@ settings! {
 }
 
 /// SAM by name.
-pub const ENTRY: Entry =
-    Entry { name: "sam", summary: "Sharpness-aware minimisation", base: None, new: || Box::new(Sam::default()) };
+pub const ENTRY: Entry = Entry::of::<Sam>("sam", "Sharpness-aware minimisation");
 
 impl Sam {
     /// SAM in its usual form: p = 2, one ascent step, radius `rho`.
