@@ -1,0 +1,267 @@
+//! Optimizers with a callback as their objective, by the names of the methods.
+
+use std::ffi::{CString, c_char, c_void};
+use std::sync::{Mutex, MutexGuard, OnceLock, TryLockError};
+
+use polder::device::{Device, Scalar};
+use polder::optim::{self, Base, METHODS, Method, Optimizer, Settings};
+use polder::settings::{Configurable, Setting, SettingError};
+use polder::{settings, words};
+
+use crate::device::{checked_type, polder_device, polder_type};
+use crate::error::{Failure, Result, give, guard, object, polder_status, text};
+use crate::objective::{Callbacks, polder_objective};
+
+words! {
+    /// The rule that follows a method's direction.
+    enum BaseName {
+        /// SGD with momentum
+        Sgd = "sgd",
+        /// AdamW
+        AdamW = "adamw",
+    }
+}
+
+settings! {
+    /// What an optimizer has beside the options of its method.
+    struct Common {
+        /// The base optimizer
+        base: BaseName = BaseName::Sgd;
+        /// SGD's momentum
+        momentum: f64 = 0.9, in below_one;
+        /// Whether SGD looks ahead
+        nesterov: bool = false;
+        /// AdamW's decay of the first moment
+        beta1: f64 = 0.9, in below_one;
+        /// AdamW's decay of the second moment
+        beta2: f64 = 0.999, in below_one;
+        /// Added to the root of AdamW's second moment
+        eps: f64 = 1e-8, in positive;
+        /// Weight decay
+        weight_decay: f64 = 0.0, in not_negative;
+        /// How many of the first weights are decayed
+        decay_length: Option<usize> = None, else "all";
+        /// The largest norm of the combined gradient
+        clip: Option<f64> = None, else "no limit", in positive;
+    }
+}
+
+/// Sets the options in `list`, such as `rho=0.1 momentum=0.9`: those of the method, and the common ones.
+fn configure<T: Scalar>(method: &mut dyn Method<T>, common: &mut Common, list: &str) -> Result<()> {
+    for part in list.split_ascii_whitespace() {
+        let Some((name, value)) = part.split_once('=') else {
+            return Err(Failure::argument(format!("`options`: {part}, expected name=value")));
+        };
+        let of = |options: &'static [Setting]| options.iter().find(|option| option.name == name);
+        match (of(method.options()), of(Common::OPTIONS)) {
+            (Some(option), _) => method.set(name, &option.parse(value)?)?,
+            (None, Some(option)) => common.set(name, &option.parse(value)?)?,
+            (None, None) => return Err(SettingError::Unknown { name: name.into() }.into()),
+        }
+    }
+    Ok(())
+}
+
+fn build<T: Scalar>(
+    device: &Device,
+    length: usize,
+    mut method: Box<dyn Method<T>>,
+    own_base: Option<&str>,
+    list: &str,
+) -> Result<Optimizer<T>> {
+    let mut common = Common::default();
+    configure(&mut *method, &mut common, list)?;
+    if let Some(own) = own_base.filter(|own| **own != *common.base.to_string() && list.contains("base=")) {
+        return Err(Failure::argument(format!("base: has no meaning for {own}")));
+    }
+    let adamw = own_base.map_or(common.base == BaseName::AdamW, |base| base == "adamw");
+    let Common { momentum, nesterov, beta1, beta2, eps, weight_decay, decay_length, clip, .. } = common;
+    let base = if adamw { Base::AdamW { beta1, beta2, eps } } else { Base::Sgd { momentum, nesterov } };
+    let decay_len = decay_length.unwrap_or(usize::MAX);
+    let settings = Settings { weight_decay, decay_len, clip, ..Settings::boxed(method, base) };
+    Ok(Optimizer::new(device, length, settings)?)
+}
+
+enum Typed {
+    F32(Optimizer<f32>),
+    F64(Optimizer<f64>),
+}
+
+/// An optimizer for a vector of weights of the caller.
+pub struct polder_optimizer {
+    on: polder_device,
+    length: usize,
+    optimizer: Mutex<Typed>,
+}
+
+impl polder_optimizer {
+    fn lock(&self) -> Result<MutexGuard<'_, Typed>> {
+        self.optimizer.try_lock().map_err(|error| match error {
+            TryLockError::WouldBlock => Failure::busy("optimizer"),
+            TryLockError::Poisoned(_) => {
+                let reason = "the optimizer cannot be used any more, because a step of it had a fault".into();
+                Failure { status: polder_status::Panic, reason }
+            }
+        })
+    }
+}
+
+/// Number of methods.
+#[unsafe(no_mangle)]
+pub extern "C" fn polder_method_count() -> usize {
+    METHODS.len()
+}
+
+/// The name of method number `index`, such as "cr-sam"; NULL if there is none.
+#[unsafe(no_mangle)]
+pub extern "C" fn polder_method_name(index: usize) -> *const c_char {
+    static NAMES: OnceLock<Vec<CString>> = OnceLock::new();
+    let names =
+        NAMES.get_or_init(|| METHODS.iter().map(|method| CString::new(method.name).unwrap_or_default()).collect());
+    names.get(index).map_or(std::ptr::null(), |name| name.as_ptr())
+}
+
+/// An optimizer for `length` weights of the type `dtype` (a `polder_type`) on a device.
+///
+/// `method` is a name such as "sam", "cr-sam" or "adamw". `options` is NULL or a list such as "rho=0.1 momentum=0.9":
+/// the options of the method (docs/methods.md lists them) and base (sgd or adamw), momentum, nesterov, beta1, beta2,
+/// eps, weight-decay, decay-length, clip.
+///
+/// # Safety
+/// `device` is NULL or a live device; the texts are NULL or end with a zero byte; `optimizer` is NULL or valid for a
+/// pointer to be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn polder_optimizer_new(
+    device: *const polder_device,
+    dtype: i32,
+    length: usize,
+    method: *const c_char,
+    options: *const c_char,
+    optimizer: *mut *mut polder_optimizer,
+) -> polder_status {
+    guard(|| {
+        // SAFETY: the caller's.
+        unsafe { give("optimizer", optimizer, std::ptr::null_mut())? };
+        // SAFETY: the caller's.
+        let (on, name) = unsafe { (object("device", device)?, text("method", method)?) };
+        // SAFETY: the caller's.
+        let options = if options.is_null() { "" } else { unsafe { text("options", options)? } };
+        let entry = optim::find(name).ok_or_else(|| {
+            let known: Vec<&str> = METHODS.iter().map(|method| method.name).collect();
+            Failure::argument(format!("`method`: {name}, expected one of {}", known.join(", ")))
+        })?;
+        let device = on.device.clone();
+        let typed = match checked_type(dtype)? {
+            polder_type::F32 => Typed::F32(build(&device, length, (entry.new)(), entry.base, options)?),
+            polder_type::F64 => Typed::F64(build(&device, length, (entry.new_f64)(), entry.base, options)?),
+        };
+        let made = polder_optimizer { on: polder_device::new(device)?, length, optimizer: Mutex::new(typed) };
+        // SAFETY: as above.
+        unsafe { give("optimizer", optimizer, Box::into_raw(Box::new(made))) }
+    })
+}
+
+/// One step with the learning rate `lr`: the method's passes through the objective at the weights and around them, and
+/// the update of the weights in place. If a loss or a gradient is not finite, or a callback fails, no bit of the weights
+/// changes.
+///
+/// # Safety
+/// `optimizer` is NULL or a live optimizer; `objective` is NULL or as `polder_objective` says; `weights` are as many
+/// numbers as the optimizer is for, on its device, which nobody else uses during the call.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn polder_optimizer_step(
+    optimizer: *const polder_optimizer,
+    objective: *const polder_objective,
+    weights: *mut c_void,
+    lr: f64,
+) -> polder_status {
+    guard(|| {
+        // SAFETY: the caller's.
+        let of = unsafe { object("optimizer", optimizer)? };
+        // SAFETY: the caller's.
+        let mut callbacks = unsafe { Callbacks::new(objective, of.length)? };
+        if !lr.is_finite() {
+            return Err(Failure::argument(format!("`lr`: {lr}, expected a finite number")));
+        }
+        let mut optimizer = of.lock()?;
+        let taken = match &mut *optimizer {
+            // SAFETY: the caller's.
+            Typed::F32(optimizer) => unsafe {
+                let weights = of.on.write("weights", weights, of.length)?;
+                optimizer.step(&mut callbacks, weights, lr)
+            },
+            // SAFETY: the caller's.
+            Typed::F64(optimizer) => unsafe {
+                let weights = of.on.write("weights", weights, of.length)?;
+                optimizer.step(&mut callbacks, weights, lr)
+            },
+        };
+        callbacks.result(taken)
+    })
+}
+
+/// Multiplies the method's rho in the steps that follow, as a schedule asks.
+///
+/// # Safety
+/// `optimizer` is NULL or a live optimizer.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn polder_optimizer_scale_rho(optimizer: *const polder_optimizer, factor: f64) -> polder_status {
+    guard(|| {
+        // SAFETY: the caller's.
+        let of = unsafe { object("optimizer", optimizer)? };
+        if !(factor >= 0.0 && factor.is_finite()) {
+            return Err(Failure::argument(format!("`factor`: {factor}, expected a finite number, 0 or more")));
+        }
+        match &mut *of.lock()? {
+            Typed::F32(optimizer) => optimizer.scale_rho(factor),
+            Typed::F64(optimizer) => optimizer.scale_rho(factor),
+        }
+        Ok(())
+    })
+}
+
+/// A number of the newest step: "loss", "gradient-norm", "skipped" (steps skipped since the start), or a number or
+/// counter of the method, such as "rho" of SA-SAM. Waits for the device.
+///
+/// # Safety
+/// `optimizer` is NULL or a live optimizer; `name` is NULL or ends with a zero byte; `value` is NULL or valid for a
+/// number to be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn polder_optimizer_get(
+    optimizer: *const polder_optimizer,
+    name: *const c_char,
+    value: *mut f64,
+) -> polder_status {
+    guard(|| {
+        // SAFETY: the caller's.
+        let (of, name) = unsafe { (object("optimizer", optimizer)?, text("name", name)?) };
+        let telemetry = match &*of.lock()? {
+            Typed::F32(optimizer) => optimizer.telemetry()?,
+            Typed::F64(optimizer) => optimizer.telemetry()?,
+        };
+        let found = match name {
+            "loss" => Some(telemetry.loss),
+            "gradient-norm" => Some(telemetry.gradient_norm),
+            "skipped" => Some(telemetry.skipped.into()),
+            name => telemetry.get(name).or(telemetry.count(name).map(f64::from)),
+        };
+        let found = found.ok_or_else(|| Failure::argument(format!("`name`: the method has no number {name}")))?;
+        // SAFETY: the caller's.
+        unsafe { give("value", value, found) }
+    })
+}
+
+/// Gives an optimizer up. NULL does nothing.
+///
+/// # Safety
+/// `optimizer` is NULL, or a live optimizer that nobody uses any more.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn polder_optimizer_free(optimizer: *mut polder_optimizer) {
+    guard(|| {
+        if !optimizer.is_null() {
+            // SAFETY: `polder_optimizer_new` made it with a box, and the caller gives it up.
+            drop(unsafe { Box::from_raw(optimizer) });
+        }
+        Ok(())
+    });
+}

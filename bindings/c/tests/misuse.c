@@ -1,0 +1,171 @@
+/* What must be answered with a status: NULL, wrong values, callbacks that fail or call back, two threads at once. */
+#include <math.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "polder.h"
+
+enum { N = 1000 };
+
+static void expect_at(int line, polder_status found, polder_status expected, const char *words) {
+    const char *text = polder_last_error();
+    if (found == expected && (expected == POLDER_STATUS_OK || (strstr(text, words) != NULL && !strchr(text, '\n'))))
+        return;
+    fprintf(stderr, "line %d: status %d, expected %d: %s\n", line, (int)found, (int)expected, text);
+    exit(1);
+}
+#define EXPECT(call, status, words) expect_at(__LINE__, (call), POLDER_STATUS_##status, (words))
+#define OK(call) expect_at(__LINE__, (call), POLDER_STATUS_OK, "")
+
+static polder_device *cpu;
+static polder_optimizer *own;
+
+/* 1/2 |w|^2, unless the context asks for something else. */
+struct wish {
+    int32_t fail;
+    int call_back;
+    double bad;
+    polder_status answered;
+};
+
+static int32_t gradient(void *context, const void *weights, void *gradient, double *loss, int32_t updates_statistics);
+static const polder_objective plain = {sizeof(polder_objective), NULL, gradient, NULL};
+
+static int32_t gradient(void *context, const void *weights, void *gradient, double *loss, int32_t updates_statistics) {
+    struct wish *wish = context;
+    const float *w = weights;
+    float *g = gradient;
+    (void)updates_statistics;
+    *loss = 0;
+    for (size_t k = 0; k < N; ++k) {
+        g[k] = w[k];
+        *loss += 0.5 * w[k] * w[k];
+    }
+    if (wish == NULL) return 0;
+    *loss += wish->bad;
+    if (wish->call_back) {
+        float others[N] = {0};
+        wish->answered = polder_optimizer_step(own, &plain, others, 0.1);
+    }
+    return wish->fail;
+}
+
+static void *use_one(void *finished) {
+    float weights[N];
+    for (size_t k = 0; k < N; ++k) weights[k] = 1.0f;
+    for (int step = 0; step < 2000; ++step) {
+        const polder_status status = polder_optimizer_step(own, &plain, weights, 0.001);
+        if (status == POLDER_STATUS_OK) ++*(int *)finished;
+        if (status != POLDER_STATUS_OK && status != POLDER_STATUS_BUSY) exit(1);
+    }
+    return NULL;
+}
+
+static void *use_own(void *result) {
+    polder_device *device;
+    polder_optimizer *optimizer;
+    float weights[N];
+    for (size_t k = 0; k < N; ++k) weights[k] = 1.0f;
+    OK(polder_device_cpu(1, &device));
+    OK(polder_optimizer_new(device, POLDER_TYPE_F32, N, "cr-sam", "rho=0.05", &optimizer));
+    for (int step = 0; step < 200; ++step) OK(polder_optimizer_step(optimizer, &plain, weights, 0.01));
+    polder_optimizer_free(optimizer);
+    polder_device_free(device);
+    *(float *)result = weights[7];
+    return NULL;
+}
+
+static void nulls_and_values(float *weights) {
+    polder_optimizer *optimizer = NULL;
+    double number = 0;
+    char unaligned[16] = {0};
+    EXPECT(polder_device_cpu(1, NULL), ARGUMENT, "`device` is NULL");
+    EXPECT(polder_device_cpu(1u << 30, &cpu), ARGUMENT, "threads");
+    EXPECT(polder_device_synchronize(NULL), ARGUMENT, "`device` is NULL");
+    EXPECT(polder_norm(NULL, POLDER_TYPE_F32, N, weights, &number), ARGUMENT, "`device` is NULL");
+    EXPECT(polder_norm(cpu, POLDER_TYPE_F32, N, NULL, &number), ARGUMENT, "`x` is NULL");
+    EXPECT(polder_norm(cpu, POLDER_TYPE_F32, N, weights, NULL), ARGUMENT, "`norm` is NULL");
+    EXPECT(polder_norm(cpu, 7, N, weights, &number), ARGUMENT, "type 7");
+    EXPECT(polder_norm(cpu, POLDER_TYPE_F32, 1, unaligned + 1, &number), ARGUMENT, "not aligned");
+    EXPECT(polder_norm(cpu, POLDER_TYPE_F32, (size_t)-1, weights, &number), ARGUMENT, "too long");
+    OK(polder_norm(cpu, POLDER_TYPE_F32, 0, NULL, &number));
+    if (number != 0) exit(1);
+    EXPECT(polder_sgd(cpu, POLDER_TYPE_F32, N, weights, weights, NULL, 1, &number, 0.1, 0.9, 0, 0, NULL), ARGUMENT,
+           "`gradients` is NULL");
+    EXPECT(polder_optimizer_new(cpu, POLDER_TYPE_F32, N, NULL, NULL, &optimizer), ARGUMENT, "`method` is NULL");
+    EXPECT(polder_optimizer_new(cpu, POLDER_TYPE_F32, N, "sammy", NULL, &optimizer), ARGUMENT, "expected one of");
+    EXPECT(polder_optimizer_new(cpu, POLDER_TYPE_F32, N, "sam", NULL, NULL), ARGUMENT, "`optimizer` is NULL");
+    EXPECT(polder_optimizer_new(cpu, POLDER_TYPE_F32, N, "sam", "rho", &optimizer), ARGUMENT, "name=value");
+    EXPECT(polder_optimizer_new(cpu, POLDER_TYPE_F32, N, "sam", "rho=-1", &optimizer), ARGUMENT, "0 or more");
+    EXPECT(polder_optimizer_new(cpu, POLDER_TYPE_F32, N, "sam", "rho=x", &optimizer), ARGUMENT, "rho: x");
+    EXPECT(polder_optimizer_new(cpu, POLDER_TYPE_F32, N, "sam", "alpha=1", &optimizer), ARGUMENT, "unknown option");
+    EXPECT(polder_optimizer_new(cpu, POLDER_TYPE_F32, N, "sgd", "base=adamw", &optimizer), ARGUMENT, "no meaning");
+    EXPECT(polder_optimizer_new(cpu, POLDER_TYPE_F32, N, "sam", "\xff=1", &optimizer), ARGUMENT, "UTF-8");
+    EXPECT(polder_optimizer_new(cpu, 2, N, "sam", NULL, &optimizer), ARGUMENT, "type 2");
+    if (optimizer != NULL) exit(1);
+    if (polder_method_name(polder_method_count()) != NULL || strcmp(polder_version(), "0.1.0") != 0) exit(1);
+    polder_optimizer_free(NULL);
+    polder_device_free(NULL);
+}
+
+static void objectives(float *weights) {
+    struct wish wish = {0, 0, 0, POLDER_STATUS_OK};
+    polder_objective objective = {sizeof objective, &wish, gradient, NULL};
+    polder_objective other = {1, &wish, gradient, NULL};
+    float before[N];
+    double number;
+    OK(polder_optimizer_new(cpu, POLDER_TYPE_F32, N, "sam", "rho=0.1 momentum=0", &own));
+    memcpy(before, weights, sizeof before);
+    EXPECT(polder_optimizer_step(NULL, &objective, weights, 0.1), ARGUMENT, "`optimizer` is NULL");
+    EXPECT(polder_optimizer_step(own, NULL, weights, 0.1), ARGUMENT, "`objective` is NULL");
+    EXPECT(polder_optimizer_step(own, &objective, NULL, 0.1), ARGUMENT, "`weights` is NULL");
+    EXPECT(polder_optimizer_step(own, &objective, weights, NAN), ARGUMENT, "`lr`");
+    EXPECT(polder_optimizer_step(own, &other, weights, 0.1), ARGUMENT, "size 1");
+    other.size = sizeof other;
+    other.gradient = NULL;
+    EXPECT(polder_optimizer_step(own, &other, weights, 0.1), ARGUMENT, "gradient");
+    wish.fail = 77;
+    EXPECT(polder_optimizer_step(own, &objective, weights, 0.1), CALLBACK, "gradient returned 77");
+    EXPECT(polder_curvature_gradient_norm(cpu, POLDER_TYPE_F32, &objective, weights, N, &number), CALLBACK, "77");
+    wish.fail = 0;
+    wish.bad = INFINITY;
+    OK(polder_optimizer_step(own, &objective, weights, 0.1));
+    OK(polder_optimizer_get(own, "skipped", &number));
+    if (number != 1) exit(1);
+    EXPECT(polder_curvature_gradient_norm(cpu, POLDER_TYPE_F32, &objective, weights, N, &number), NOT_FINITE, "finite");
+    wish.bad = 0;
+    if (memcmp(before, weights, sizeof before) != 0) exit(1);
+    EXPECT(polder_curvature_trace(cpu, POLDER_TYPE_F32, &objective, weights, N, 2, 1, &number, &number), ARGUMENT,
+           "no exact product");
+    EXPECT(polder_curvature_trace(cpu, POLDER_TYPE_F32, &objective, weights, N, 0, 1, &number, &number), ARGUMENT, "");
+    wish.call_back = 1;
+    OK(polder_optimizer_step(own, &objective, weights, 0.1));
+    if (wish.answered != POLDER_STATUS_BUSY) exit(1);
+    EXPECT(polder_optimizer_get(own, "eta", &number), ARGUMENT, "no number eta");
+    EXPECT(polder_optimizer_scale_rho(own, -1), ARGUMENT, "`factor`");
+    OK(polder_optimizer_scale_rho(own, 0.5));
+    if (memcmp(before, weights, sizeof before) == 0) exit(1);
+}
+
+int main(void) {
+    static float weights[N];
+    pthread_t threads[2];
+    int finished[2] = {0, 0};
+    float results[2];
+    for (size_t k = 0; k < N; ++k) weights[k] = 0.5f + 0.001f * (float)k;
+    OK(polder_device_cpu(2, &cpu));
+    nulls_and_values(weights);
+    objectives(weights);
+    for (int t = 0; t < 2; ++t) pthread_create(&threads[t], NULL, use_one, &finished[t]);
+    for (int t = 0; t < 2; ++t) pthread_join(threads[t], NULL);
+    for (int t = 0; t < 2; ++t) pthread_create(&threads[t], NULL, use_own, &results[t]);
+    for (int t = 0; t < 2; ++t) pthread_join(threads[t], NULL);
+    if (finished[0] + finished[1] < 2000 || results[0] != results[1]) return 1;
+    polder_optimizer_free(own);
+    polder_device_free(cpu);
+    printf("misuse is answered with a status; steps of two threads on one optimizer: %d and %d\n", finished[0],
+           finished[1]);
+    return 0;
+}
