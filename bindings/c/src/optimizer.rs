@@ -162,8 +162,8 @@ pub unsafe extern "C" fn polder_optimizer_new(
 }
 
 /// One step with the learning rate `lr`: the method's passes through the objective at the weights and around them, and
-/// the update of the weights in place. If a loss or a gradient is not finite, or a callback fails, no bit of the weights
-/// changes.
+/// the update of the weights in place. If a loss or a gradient is not finite, or a callback fails, no bit of the
+/// weights changes.
 ///
 /// # Safety
 /// `optimizer` is NULL or a live optimizer; `objective` is NULL or as `polder_objective` says; `weights` are as many

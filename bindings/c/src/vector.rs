@@ -102,8 +102,8 @@ pub unsafe extern "C" fn polder_axpy(
     guard(|| unsafe { for_type!(dtype, typed(object("device", device)?, n, alpha, x, y)) })
 }
 
-/// SAM's perturbed weights: plus = w + rho g/(norm + 1e-12) and, unless minus is NULL, minus = w − rho g/(norm + 1e-12),
-/// both in one pass over the vectors.
+/// SAM's perturbed weights: plus = w + rho g/(norm + 1e-12) and, unless minus is NULL, minus = w − rho g/(norm +
+/// 1e-12), both in one pass over the vectors.
 ///
 /// # Safety
 /// As `polder_norm`; plus and minus overlap no other vector.
