@@ -369,8 +369,7 @@ impl Setting {
     /// # Errors
     /// As [`Setting::check`].
     pub fn parse(&self, text: &str) -> Result<SettingValue, SettingError> {
-        let wrong =
-            || SettingError::Type { name: self.name, found: text.into(), expected: self.kind.expected() };
+        let wrong = || SettingError::Type { name: self.name, found: text.into(), expected: self.kind.expected() };
         let parts = || text.split(',').map(|part| part.trim().to_string());
         let value = match self.kind {
             SettingKind::Flag => SettingValue::Flag(text.parse().map_err(|_| wrong())?),

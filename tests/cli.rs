@@ -694,6 +694,9 @@ fn an_optimizer_on_the_command_line_leaves_out_what_the_file_says_of_another() {
     assert!(message.contains("--rho: has no meaning for --optimizer sgd"), "{message}");
     let message = mistake(&[&common[..], &["--warmup", "4000"]].concat());
     assert!(message.contains("--warmup: 4000, but the run has "), "{message}");
+    let late = ["--optimizer", "sgd", "--schedule", "step", "--milestones", "60"];
+    let output = polder(&[&common[..], &late].concat());
+    assert!(output.status.success() && text(&output.stderr).contains("does not fall at step "), "{output:?}");
 }
 
 #[test]
@@ -957,6 +960,15 @@ fn a_run_ends_when_its_loss_diverges_and_keeps_its_log() {
     let count = |what: &str| warnings.matches(what).count();
     assert_eq!(count("warning: step "), 2, "{warnings}");
     assert_eq!((count("the mean loss has risen from 0.69 to "), count("skipped as not finite")), (1, 1), "{warnings}");
+    // So they are in a run of a few steps, whose report does not call it finished.
+    let few = ["--lr", "3e38", "--epochs", "3", "--max-loss", "inf", "--out", out.to_str().unwrap()];
+    std::fs::remove_dir_all(&out).unwrap();
+    let output = polder(&[&common[..], &few].concat());
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("skipped as not finite"), "{}", text(&output.stderr));
+    let page = folder.path().join("page.html");
+    let report = json(&polder(&["report", out.to_str().unwrap(), "--json", "--out", page.to_str().unwrap()]));
+    assert_eq!(report["groups"][0]["diverged"].as_array().map(Vec::len), Some(1), "{report}");
     // A run of fewer than fifty steps is checked, too.
     let short = [&common[..], &["--lr", "1e30", "--epochs", "3"]].concat();
     let output = polder(&short);

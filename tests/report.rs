@@ -623,13 +623,15 @@ fn losses_that_are_not_finite_leave_gaps_and_are_told() {
         run(folder.path(), &format!("run-{seed}"), &format!("optimizer = \"sgd\"\nseed = {seed}\n"), &log)
     };
     let (html, found) = page(&[make(0, Some(2.0)), make(1, None)]);
-    assert!(found.groups[0].test_loss.mean.is_nan());
-    assert_eq!(row(&html, "sgd")[2], "not finite in 1 of 2");
-    assert_eq!(serde_json::to_value(&found).unwrap()["groups"][0]["test_loss"]["mean"], Value::Null);
+    // A run that ends without a finite loss has diverged, and the mean is that of the other one.
+    assert_eq!((found.groups[0].test_loss.mean, found.groups[0].diverged.len()), (2.0, 1));
+    assert_eq!(row(&html, "sgd")[2], "2");
+    assert!(html.contains("diverged in epoch 3"));
 
     let nothing = run(folder.path(), "nothing", "optimizer = \"sgd\"\n", &[epoch(1, None, 0.1, 3.0)]);
-    let (html, _) = page(&[nothing]);
+    let (html, found) = page(&[nothing]);
     assert_eq!(row(&html, "sgd")[2], "not finite");
+    assert_eq!(serde_json::to_value(&found).unwrap()["groups"][0]["test_loss"]["mean"], Value::Null);
     assert!(!html.contains("<b>Test loss</b>") && html.contains("<b>Test accuracy</b>"));
 }
 
@@ -1447,6 +1449,14 @@ fn a_page_in_the_folder_of_a_run_waits_for_no_other_command() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     drop(held);
     assert!(polder(&folder, &["run"]).status.success() && path.join("report.html").is_file());
+    // A page replaces a page, and no other file.
+    assert!(polder(&folder, &["run"]).status.success());
+    for other in ["run/config.toml", "run/log.jsonl"] {
+        let before = std::fs::read(folder.path().join(other)).unwrap();
+        let message = mistake(&folder, &["run", "--out", other]);
+        assert!(message.contains(&format!("{other}: is there, and is no report of polder")), "{message}");
+        assert_eq!(std::fs::read(folder.path().join(other)).unwrap(), before);
+    }
 }
 
 #[test]

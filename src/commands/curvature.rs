@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use polder::curvature::{Density, Estimate, Rise};
-use polder::report::spectrum_pictures;
+use polder::report::{spectrum_pictures, with_errors};
 use polder::settings::Choice;
 use polder::train::{
     CurvatureFile, CurvatureMeter, CurvatureSettings, Distribution, Finding, Findings, MeanOver, Measure, TrainError,
@@ -157,7 +157,7 @@ fn words(finding: &Finding, file: &CurvatureFile) -> String {
     match finding {
         Finding::Number(value) => digits(*value),
         Finding::Rounded { value, rounding_error } => {
-            format!("{} ± {} (rounding of the losses)", digits(*value), digits(*rounding_error))
+            format!("{} (rounding of the losses)", plus_minus(*value, *rounding_error))
         }
         Finding::Ratio { mean, not_risen } => {
             let left = if *not_risen > 0 { format!("; {not_risen} more do not rise") } else { String::new() };
@@ -188,8 +188,7 @@ fn words(finding: &Finding, file: &CurvatureFile) -> String {
             format!("({}){}{}", counted(probes, "line"), line("minima", minima), line("maxima", maxima))
         }
         Finding::Eigenvalues { pairs, converged } => {
-            let each: Vec<String> =
-                pairs.iter().map(|(value, residual)| format!("{} ± {}", digits(*value), digits(*residual))).collect();
+            let each: Vec<String> = pairs.iter().map(|(value, residual)| plus_minus(*value, *residual)).collect();
             let ratio = Finding::first_over_fifth(pairs);
             let ratio = ratio.map_or(String::new(), |ratio| format!("; first over fifth {}", digits(ratio)));
             let open = if *converged { "" } else { "; not all within the tolerance" };
@@ -207,9 +206,16 @@ fn words(finding: &Finding, file: &CurvatureFile) -> String {
 /// A value and its standard error, if it has one.
 fn with_error(Estimate { value, standard_error, .. }: &Estimate) -> String {
     match standard_error {
-        Some(error) => format!("{} ± {}", digits(*value), digits(*error)),
+        Some(error) => plus_minus(*value, *error),
         None => digits(*value),
     }
+}
+
+/// A value and its error, with the digits that the error allows.
+fn plus_minus(value: f64, error: f64) -> String {
+    let (value, errors) = with_errors(value, &[error]);
+    // A terminal's text is often read by programs, which know the hyphen alone.
+    format!("{value} ± {}", errors.concat()).replace('−', "-")
 }
 
 /// At least four significant digits.

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::flags::Flags;
 use super::model::{ModelArgs, Samples, Subject};
-use super::{Failure, print, write_npy};
+use super::{Failure, print, shown, write_npy};
 
 settings! {
     /// The images to evaluate on.
@@ -60,6 +60,7 @@ pub fn run(args: &EvalArgs) -> Result<(), Failure> {
     let Evaluation { samples, errors, accuracy, loss } = found;
     let percent = 100.0 * accuracy;
     print(&format!(
-        "{name}, {split} split: {samples} samples, {errors} errors, accuracy {percent:.2} %, loss {loss:.5}"
+        "{name}, {split} split: {samples} samples, {errors} errors, accuracy {percent:.2} %, loss {}",
+        shown(loss, 5)
     ))
 }

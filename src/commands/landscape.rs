@@ -18,8 +18,8 @@ use polder::{settings, words};
 use serde_json::json;
 
 use super::flags::Flags;
-use super::model::{MeasureSettings, ModelArgs, Samples, Subject, short};
-use super::{Bar, Failure, counted, option, print, stop_on_signals, tell, write_npy};
+use super::model::{self, MeasureSettings, ModelArgs, Samples, Subject, short};
+use super::{Bar, Failure, counted, option, print, shown, stop_on_signals, tell, write_npy};
 
 words! {
     /// The directions of the axes.
@@ -112,7 +112,10 @@ pub fn run(args: &LandscapeArgs) -> Result<ExitCode, Failure> {
     let out = match (&args.out, args.model.run()?) {
         (Some(out), _) => out.clone(),
         (None, Some(run)) => run.join("landscape"),
-        (None, None) => return Err(option("out", "missing; give --run, or a folder").into()),
+        (None, None) if args.model.has_model()? => {
+            return Err(option("out", "missing; give --run, or a folder").into());
+        }
+        (None, None) => return Err(model::missing("run").into()),
     };
     let usual = Samples::Usual { most: CurvatureMeter::usual_samples(&[]), bn };
     let subject = args.model.open(split, samples.map_or(usual, Samples::First))?;
@@ -300,10 +303,12 @@ fn tell_result(args: &LandscapeArgs, out: &Path, landscape: &Landscape, heights:
     }
     match (finite.first(), finite.last()) {
         (Some(&(lowest, a)), Some(&(highest, b))) => print(&format!(
-            "{}: {} points, from {lowest:.4} at {} to {highest:.4} at {}",
+            "{}: {} points, from {} at {} to {} at {}",
             landscape.title,
             landscape.len(),
+            shown(lowest, 4),
             at(a),
+            shown(highest, 4),
             at(b)
         ))?,
         _ => print(&format!("{}: {} points, none finite", landscape.title, landscape.len()))?,

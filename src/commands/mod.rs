@@ -29,6 +29,11 @@ fn counted<N: std::fmt::Display + PartialEq + From<u8>>(count: N, noun: &str) ->
     format!("{count} {noun}{ending}")
 }
 
+/// A number with so many decimals, and a large one with an exponent.
+fn shown(value: f64, decimals: usize) -> String {
+    if value.abs() < 1e6 { format!("{value:.decimals$}") } else { format!("{value:.2e}") }
+}
+
 /// The error of a run whose images are no longer where they were, with what to do; any other one as it is.
 fn moved_images(error: TrainError) -> TrainError {
     match error {

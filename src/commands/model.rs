@@ -125,6 +125,11 @@ impl ModelArgs {
         Ok(self.weights.settings()?.run.map(PathBuf::from))
     }
 
+    /// Whether a model was given.
+    pub fn has_model(&self) -> Result<bool, TrainError> {
+        Ok(self.weights.settings()?.model.is_some())
+    }
+
     /// Opens everything. For the training images of a run, only those that it was trained on, with its labels.
     pub fn open(&self, split: Split, samples: Samples) -> Result<Subject, TrainError> {
         let WeightsSettings { run: folder, model, init, batch_size } = self.weights.settings()?;
@@ -231,7 +236,8 @@ fn run_name(folder: &Path) -> String {
     whole.file_name().map_or_else(|| short(folder), |name| name.to_string_lossy().into_owned())
 }
 
-fn missing(name: &str) -> TrainError {
+/// The error of a command that was given no weights.
+pub fn missing(name: &str) -> TrainError {
     option(name, "missing; give --run DIR, or both --model and --init")
 }
 

@@ -13,7 +13,7 @@ use polder::train::{Finding, Options, Progress, Recipe, Record, RunSettings, Tra
 use serde_json::json;
 
 use super::flags::{Flags, OfRun};
-use super::{Failure, counted, moved_images, option, print, stop_on_signals, tell, tell_error};
+use super::{Failure, counted, moved_images, option, print, shown, stop_on_signals, tell, tell_error};
 
 #[derive(clap::Args)]
 pub struct TrainArgs {
@@ -37,13 +37,14 @@ pub struct TrainArgs {
     /// Print the result alone
     #[arg(long, help_heading = "Run")]
     quiet: bool,
-    /// Also print all settings, more about each epoch, and without a terminal a line of progress every second
+    /// Also print every setting that has a value, more about each epoch, and without a terminal a line of progress
+    /// every second
     #[arg(long, conflicts_with = "quiet", help_heading = "Run")]
     verbose: bool,
 }
 
-/// The settings, with the file that some of them come from.
-fn settings(args: &TrainArgs) -> Result<(RunSettings, Option<PathBuf>), TrainError> {
+/// The settings, with the file that some of them come from, and a remark about a resumed run.
+fn settings(args: &TrainArgs) -> Result<(RunSettings, Option<PathBuf>, Option<String>), TrainError> {
     let below = match (&args.config, &args.resume) {
         (Some(file), _) => Options::from_file(file)?,
         (None, Some(run)) => Options::of_run(run)?,
@@ -65,19 +66,28 @@ fn settings(args: &TrainArgs) -> Result<(RunSettings, Option<PathBuf>), TrainErr
     let settings = given.clone().over(below.clone()).resolve();
     let settings = settings.map_err(|error| error.of_file(given, file.as_deref()))?.with_absolute_paths();
     if args.resume.is_some() {
-        settings.continues(&below.resolve()?.with_absolute_paths())?;
+        let before = below.resolve()?.with_absolute_paths();
+        settings.continues(&before)?;
+        let length = |settings: &RunSettings| (settings.run.epochs, settings.run.steps);
+        if length(&settings) != length(&before) && settings.run.schedule != Decay::Constant {
+            let remark = format!("the {} schedule now ends with the run's new length", settings.run.schedule);
+            return Ok((settings, file, Some(remark)));
+        }
     }
-    Ok((settings, file))
+    Ok((settings, file, None))
 }
 
 pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
-    let (settings, file) = settings(&args)?;
+    let (settings, file, remark) = settings(&args)?;
     let given = args.options.given;
     if settings.run.log_every > 0 && args.out.is_none() && args.resume.is_none() {
         tell("--log-every has no effect without --out, because there is no log");
     }
+    if settings.curvature.curvature_every > 0 && args.quiet && args.out.is_none() && args.resume.is_none() {
+        tell("--curvature-every has no effect with --quiet and without --out, because nothing is shown or written");
+    }
     let stop = Arc::new(AtomicBool::new(false));
-    let mut display = Display::new(args.json, args.quiet, args.verbose);
+    let mut display = Display::new(args.json, args.quiet, args.verbose, remark);
     if args.verbose {
         settings.to_toml()?.lines().for_each(|setting| display.line(setting));
     }
@@ -164,11 +174,6 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A number with so many decimals, and a large one with an exponent.
-fn shown(value: f64, decimals: usize) -> String {
-    if value.abs() < 1e6 { format!("{value:.decimals$}") } else { format!("{value:.2e}") }
-}
-
 /// Without a terminal, a line about a long epoch is printed this often, and with `--verbose`.
 const EVERY: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(1)];
 
@@ -181,6 +186,8 @@ struct Display {
     quiet: bool,
     /// Whether more is shown.
     verbose: bool,
+    /// What is shown once the run has begun.
+    remark: Option<String>,
     clock: Clock,
     steps: u64,
     steps_per_epoch: u64,
@@ -242,7 +249,7 @@ fn written(duration: Duration) -> String {
 }
 
 impl Display {
-    fn new(json: bool, quiet: bool, verbose: bool) -> Self {
+    fn new(json: bool, quiet: bool, verbose: bool, remark: Option<String>) -> Self {
         let bar = (!quiet && std::io::stderr().is_terminal()).then(|| {
             let bar = ProgressBar::new(0);
             // The message is cut at the end of the line, so that the bar never takes two. The prefix says what is left.
@@ -255,7 +262,17 @@ impl Display {
             }
             bar
         });
-        Self { bar, json, quiet, verbose, clock: Clock::new(), steps: 0, steps_per_epoch: 1, told: Instant::now() }
+        Self {
+            bar,
+            json,
+            quiet,
+            verbose,
+            remark,
+            clock: Clock::new(),
+            steps: 0,
+            steps_per_epoch: 1,
+            told: Instant::now(),
+        }
     }
 
     fn line(&mut self, text: &str) {
@@ -323,6 +340,9 @@ impl Display {
                 } else if done > 0 {
                     self.line(&format!("already at step {done}, {all} were asked for: nothing left to train"));
                 }
+                if let Some(remark) = self.remark.take() {
+                    self.line(&remark);
+                }
                 (self.steps, self.steps_per_epoch) = (all, steps_per_epoch);
                 self.clock = Clock { first: done, step: done, ..Clock::new() };
                 if let Some(bar) = &self.bar {
@@ -376,10 +396,10 @@ impl Display {
                     Some(value) => shown(value, decimals),
                     None => "not finite".into(),
                 };
+                let train_percent = train_accuracy.map_or(String::new(), |share| format!(" ({:.2} %)", 100.0 * share));
                 self.line(&format!(
-                    "epoch {epoch:>3}  train loss {} ({} %)  test loss {} ({:.2} %)  {images_per_second:.0} images/s",
+                    "epoch {epoch:>3}  train loss {}{train_percent}  test loss {} ({:.2} %)  {images_per_second:.0} images/s",
                     number(*train_loss, 3),
-                    number(train_accuracy.map(|share| 100.0 * share), 2),
                     number(*test_loss, 3),
                     100.0 * test_accuracy,
                 ));

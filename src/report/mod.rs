@@ -19,6 +19,7 @@ pub use landscape::landscape_pictures;
 pub use picture::{ColourMap, PictureFormat, PictureName, PictureSettings, pictures};
 pub use spectrum::spectrum_pictures;
 pub use statistics::{MeasuredStatistics, RunStatistics};
+pub use text::with_errors;
 
 use std::path::{Path, PathBuf};
 
@@ -27,7 +28,7 @@ use serde::Serialize;
 use crate::train::{Held, TrainError, hold, write_whole};
 use runs::{LoadedRun, Outcome};
 use statistics::MeanError;
-use text::{counted, digits, shortened, with_errors};
+use text::{counted, digits, shortened};
 
 /// The results of runs that differ only in the seed.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -220,6 +221,7 @@ pub fn report(runs: &[PathBuf], out: Option<&Path>, tensorboard: bool) -> Result
         (None, [_]) => runs[0].join("report.html"),
         (None, _) => "report.html".into(),
     };
+    refuse_other_files(&path)?;
     // Nothing is written to a run while another command writes to it.
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let held = folder.join("config.toml").is_file().then(|| hold(folder)).transpose()?;
@@ -242,6 +244,25 @@ pub fn report(runs: &[PathBuf], out: Option<&Path>, tensorboard: bool) -> Result
         curvature_order,
         unreadable_lines,
     })
+}
+
+/// Fails if the place of a page has a file that is none of polder's pages, which would be lost.
+fn refuse_other_files(path: &Path) -> Result<(), TrainError> {
+    let mut start = [0; 200];
+    let length = match std::fs::metadata(path) {
+        Err(_) => return Ok(()),
+        // What is no file is written to and not replaced.
+        Ok(found) if !found.is_file() || found.len() == 0 => return Ok(()),
+        Ok(_) => {
+            let mut file = std::fs::File::open(path).map_err(TrainError::io(path))?;
+            std::io::Read::read(&mut file, &mut start).map_err(TrainError::io(path))?
+        }
+    };
+    if String::from_utf8_lossy(&start[..length]).contains(page::GENERATOR) {
+        return Ok(());
+    }
+    let reason = "is there, and is no report of polder".into();
+    Err(TrainError::Occupied { path: path.into(), reason })
 }
 
 fn summary(group: &runs::Group) -> GroupSummary {

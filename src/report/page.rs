@@ -11,6 +11,9 @@ use super::statistics::{MeasuredStatistics, RunStatistics, best, means};
 use super::text::{counted, digits, plain, shortened};
 use super::{CurvatureOrder, SkippedPath, curves, spectrum};
 
+/// The line by which a page is known as one of polder's.
+pub(super) const GENERATOR: &str = "<meta name=\"generator\" content=\"polder\">";
+
 /// The whole page.
 pub(super) fn page(groups: &[Group], order: Option<&CurvatureOrder>, skipped: &[SkippedPath]) -> String {
     let runs: usize = groups.iter().map(|group| group.runs.len()).sum();
@@ -43,10 +46,12 @@ pub(super) fn page(groups: &[Group], order: Option<&CurvatureOrder>, skipped: &[
     format!(
         concat!(
             "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n",
+            "{generator}\n",
             "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n",
             "<title>{title}</title>\n<style>\n{style}</style>\n</head>\n<body>\n",
             "<h1>{title}</h1>\n<p class=\"faint\">{subject}</p>\n{contents}<main>\n{sections}</main>\n<script>\n{script}</script>\n</body>\n</html>\n"
         ),
+        generator = GENERATOR,
         title = escape(&title),
         style = style,
         script = include_str!("page.js"),

@@ -236,7 +236,8 @@ impl LoadedRun {
     /// Whether it is finished, as far as the log and the settings tell.
     pub fn outcome(&self) -> Outcome {
         let last = self.epochs.last();
-        if let Some(last) = last.filter(|last| last.diverged) {
+        // With `max-loss` inf a run goes on to its end without a finite loss.
+        if let Some(last) = last.filter(|last| last.diverged || last.test_loss.is_none()) {
             return Outcome::Diverged(last.epoch);
         }
         let planned = |key: &str| u64::try_from(self.settings.get(key)?.as_integer()?).ok();

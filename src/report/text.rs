@@ -59,7 +59,7 @@ pub(super) fn exactly(value: f64) -> String {
 
 /// A value and its errors, with the digits that the largest error allows: two of that error, but no more than five of
 /// the value.
-pub(super) fn with_errors(value: f64, errors: &[f64]) -> (String, Vec<String>) {
+pub fn with_errors(value: f64, errors: &[f64]) -> (String, Vec<String>) {
     // A rounding residue is not an error.
     let errors: Vec<f64> = errors.iter().map(|&error| if error > 1e-9 * value.abs() { error } else { 0.0 }).collect();
     let largest = errors.iter().copied().fold(0.0, f64::max);

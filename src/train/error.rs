@@ -120,7 +120,7 @@ impl TrainError {
         match self {
             TrainError::Gone { .. } => false,
             TrainError::Device(error) => matches!(error, device::Error::Unavailable { .. }),
-            TrainError::Io { source, .. } => matches!(
+            TrainError::Io { source, .. } | TrainError::Data(DataError::Io { source, .. }) => matches!(
                 source.kind(),
                 ErrorKind::NotFound
                     | ErrorKind::PermissionDenied
@@ -188,5 +188,26 @@ impl TrainError {
 impl From<SettingError> for TrainError {
     fn from(error: SettingError) -> Self {
         TrainError::Setting { name: error.name().into(), reason: error.reason() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_of_the_machine_is_none_of_the_input_whatever_was_read() {
+        let io = |kind: ErrorKind| {
+            [
+                TrainError::Io { path: "file".into(), source: kind.into() },
+                TrainError::Data(DataError::Io { path: "file".into(), source: kind.into() }),
+            ]
+        };
+        for kind in [ErrorKind::OutOfMemory, ErrorKind::StorageFull, ErrorKind::Other] {
+            assert!(io(kind).iter().all(|error| !error.is_input()), "{kind}");
+        }
+        for kind in [ErrorKind::NotFound, ErrorKind::PermissionDenied] {
+            assert!(io(kind).iter().all(TrainError::is_input), "{kind}");
+        }
     }
 }

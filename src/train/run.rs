@@ -21,26 +21,34 @@ use super::training::Subject;
 use crate::data::{self, Dataset, Images, Split};
 use crate::device::{Compute, Device, Error, RecordedGraph, Slice};
 use crate::kernels::batch_norm::Mode;
-use crate::optim::{RhoSchedule, Schedule, Telemetry};
+use crate::optim::{Decay, RhoSchedule, Schedule, Telemetry};
 
-/// A sign that a run is about to diverge.
+/// A sign that a run does not do what it should.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Warning {
-    /// The mean loss of 50 steps is above ten times that of the first 50, or of guessing if that is less.
+    /// The mean loss of 50 steps, or of an epoch, is above ten times the first of these means, or that of guessing if
+    /// this is less.
     LossRose {
         /// Steps done.
         step: u64,
         /// The mean loss now.
         loss: f64,
-        /// That of the first 50 steps, or of guessing.
+        /// The first mean, or that of guessing.
         first: f64,
     },
     /// Steps were skipped because something was not finite, in f32 or bf16, where no loss scale explains it.
     StepsSkipped {
         /// Steps done.
         step: u64,
-        /// How many of the last 50 steps were skipped.
-        skipped: u64,
+        /// How many steps of this part of the run were skipped.
+        skipped: u32,
+    },
+    /// The rate does not fall at a milestone, because the run ends before.
+    MilestoneBehindEnd {
+        /// The steps of the run.
+        steps: u64,
+        /// The step of the milestone.
+        milestone: u64,
     },
 }
 
@@ -52,7 +60,11 @@ impl std::fmt::Display for Warning {
                 write!(f, "step {step}: the mean loss has risen from {first:.2} to {loss}")
             }
             Self::StepsSkipped { step, skipped } => {
-                write!(f, "step {step}: {skipped} of the last {WINDOW_STEPS} steps were skipped as not finite")
+                let steps = if *skipped == 1 { "step was" } else { "steps were" };
+                write!(f, "step {step}: {skipped} {steps} skipped as not finite")
+            }
+            Self::MilestoneBehindEnd { steps, milestone } => {
+                write!(f, "the rate does not fall at step {milestone}, because the run has {steps} steps")
             }
         }
     }
@@ -104,7 +116,7 @@ pub enum Progress {
     },
     /// After each epoch, and after each measurement of the curvature.
     Epoch(Record),
-    /// At the first sign of a divergence, once for each kind of sign.
+    /// At the first sign of a divergence, once for each kind of sign; and before the first step.
     Warning(Warning),
 }
 
@@ -170,9 +182,10 @@ pub(super) struct Run<S: Compute<Master = f32>> {
     /// The mean loss above which the run counts as diverged, and the one that ended it.
     max_loss: f64,
     diverged: Option<f64>,
-    /// The mean loss of the first window, and which warnings were given.
+    /// The first mean loss, which warnings were given, and the steps that were skipped before this part of the run.
     first_loss: Option<f64>,
     warned: [bool; 2],
+    skipped_before: u32,
     /// The line of an epoch whose test was stopped.
     untested: Option<Record>,
     /// Seconds of training up to the beginning of the epoch, and the share of it from earlier parts of the run.
@@ -251,6 +264,7 @@ impl<S: Compute<Master = f32>> Run<S> {
             absent_classes,
             data: dataset.name,
             window: Window { earlier: [0.0; 3], start: state.read_totals()? },
+            skipped_before: state.optimizer.telemetry()?.skipped,
             state,
             evaluator,
             curvature,
@@ -293,6 +307,10 @@ impl<S: Compute<Master = f32>> Run<S> {
             steps: (self.steps, self.step),
             steps_per_epoch: self.steps_per_epoch,
         });
+        let late = self.schedule.milestones.iter().find(|&&milestone| milestone >= self.steps);
+        if let (Decay::Step, Some(&milestone)) = (self.schedule.decay, late) {
+            progress(Progress::Warning(Warning::MilestoneBehindEnd { steps: self.steps, milestone }));
+        }
         // A run that was stopped during its test or its measurement catches up on it.
         let (mut test, mut unfinished) = (None, false);
         if let Some(record) = self.untested.take() {
@@ -443,13 +461,11 @@ impl<S: Compute<Master = f32>> Run<S> {
         let sums = self.state.read_totals()?;
         let most = self.max_loss;
         if window_ends {
-            let (loss, samples) = self.window.end(sums);
+            let loss = self.window.end(sums);
             // A loss that is NaN, because every step was skipped, counts as diverged.
             let within = most.is_infinite() || matches!(loss.partial_cmp(&most), Some(Less | Equal));
             self.diverged = Some(loss).filter(|_| !within);
-            if self.diverged.is_none() {
-                self.warn(loss, samples, progress)?;
-            }
+            self.warn(loss, progress)?;
         }
         if self.step.is_multiple_of(self.steps_per_epoch) {
             self.window.cross_epoch(sums);
@@ -458,11 +474,15 @@ impl<S: Compute<Master = f32>> Run<S> {
         let (loss, several) = (sums[0] / sums[2], !(self.step - 1).is_multiple_of(self.steps_per_epoch));
         let diverged = epoch_ends && (loss > most || loss.is_nan() && several && self.step == self.steps);
         self.diverged = self.diverged.or(Some(loss).filter(|_| diverged && most.is_finite()));
-        Ok(())
+        if epoch_ends { self.warn(loss, progress) } else { Ok(()) }
     }
 
-    /// Tells the first signs of a divergence in the last steps, whose mean loss over so many samples this is.
-    fn warn(&mut self, loss: f64, samples: f64, progress: &mut dyn FnMut(Progress)) -> Result<(), TrainError> {
+    /// Tells the first signs of a divergence, of which a mean loss is one. The error of a run that has diverged says
+    /// more.
+    fn warn(&mut self, loss: f64, progress: &mut dyn FnMut(Progress)) -> Result<(), TrainError> {
+        if self.diverged.is_some() {
+            return Ok(());
+        }
         let step = self.step;
         // Steps that have diverged already are no measure: nothing begins much above the loss of guessing.
         let guess = (self.classes.max(2) as f64).ln();
@@ -470,9 +490,7 @@ impl<S: Compute<Master = f32>> Run<S> {
         if loss > 10.0 * first && !std::mem::replace(&mut self.warned[0], true) {
             progress(Progress::Warning(Warning::LossRose { step, loss, first }));
         }
-        // A part of a run that is resumed may begin within a window.
-        let steps = (step - self.started_at).min(WINDOW_STEPS);
-        let skipped = steps.saturating_sub((samples / self.state.batch as f64).round() as u64);
+        let skipped = self.state.optimizer.telemetry()?.skipped.saturating_sub(self.skipped_before);
         // The scale of the loss is found by steps that are skipped.
         if skipped > 0 && self.state.loss_scale()?.is_none() && !std::mem::replace(&mut self.warned[1], true) {
             progress(Progress::Warning(Warning::StepsSkipped { step, skipped }));
@@ -676,12 +694,12 @@ struct Window {
 }
 
 impl Window {
-    /// Returns the mean loss and the number of samples, and starts the next window.
-    fn end(&mut self, sums: [f64; 3]) -> (f64, f64) {
+    /// Returns the mean loss and starts the next window.
+    fn end(&mut self, sums: [f64; 3]) -> f64 {
         let of = |k: usize| self.earlier[k] + sums[k] - self.start[k];
-        let (loss, samples) = (of(0) / of(2), of(2));
+        let loss = of(0) / of(2);
         *self = Self { earlier: [0.0; 3], start: sums };
-        (loss, samples)
+        loss
     }
 
     /// An epoch ends, and its sums begin at zero again.
@@ -768,13 +786,13 @@ mod tests {
     fn a_window_is_the_mean_over_its_steps_whatever_epochs_they_belong_to() {
         // Losses 1, 2, 3 in an epoch of three steps; then 4, 5, skipped, 6 in the next.
         let mut window = Window { earlier: [0.0; 3], start: [0.0; 3] };
-        assert_eq!(window.end([3.0, 0.0, 2.0]), (1.5, 2.0));
+        assert_eq!(window.end([3.0, 0.0, 2.0]), 1.5);
         window.cross_epoch([6.0, 0.0, 3.0]);
-        assert_eq!(window.end([9.0, 0.0, 2.0]), ((3.0 + 4.0 + 5.0) / 3.0, 3.0));
-        assert!(window.end([9.0, 0.0, 2.0]).0.is_nan(), "no step counted");
-        assert_eq!(window.end([15.0, 0.0, 3.0]), (6.0, 1.0));
+        assert_eq!(window.end([9.0, 0.0, 2.0]), (3.0 + 4.0 + 5.0) / 3.0);
+        assert!(window.end([9.0, 0.0, 2.0]).is_nan(), "no step counted");
+        assert_eq!(window.end([15.0, 0.0, 3.0]), 6.0);
         // A window that ends with its epoch passes nothing on to the next.
         window.cross_epoch([15.0, 0.0, 3.0]);
-        assert_eq!(window.end([7.0, 0.0, 1.0]), (7.0, 1.0));
+        assert_eq!(window.end([7.0, 0.0, 1.0]), 7.0);
     }
 }

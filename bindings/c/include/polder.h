@@ -285,8 +285,8 @@ polder_status polder_optimizer_new(const polder_device *device,
 
 /**
  * One step with the learning rate `lr`: the method's passes through the objective at the weights and around them, and
- * the update of the weights in place. If a loss or a gradient is not finite, or a callback fails, no bit of the weights
- * changes.
+ * the update of the weights in place. If a loss or a gradient is not finite, or a callback fails, no bit of the
+ * weights changes.
  *
  * # Safety
  * `optimizer` is NULL or a live optimizer; `objective` is NULL or as `polder_objective` says; `weights` are as many
@@ -353,8 +353,8 @@ polder_status polder_dot(const polder_device *device,
 polder_status polder_axpy(const polder_device *device, int32_t dtype, size_t n, double alpha, const void *x, void *y);
 
 /**
- * SAM's perturbed weights: plus = w + rho g/(norm + 1e-12) and, unless minus is NULL, minus = w − rho g/(norm + 1e-12),
- * both in one pass over the vectors.
+ * SAM's perturbed weights: plus = w + rho g/(norm + 1e-12) and, unless minus is NULL, minus = w − rho g/(norm +
+ * 1e-12), both in one pass over the vectors.
  *
  * # Safety
  * As `polder_norm`; plus and minus overlap no other vector.
