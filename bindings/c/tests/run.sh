@@ -5,7 +5,8 @@
 #   bindings/c/tests/run.sh
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
-cargo build --release -p polder-capi
+# With polder itself, so that both have its features and one build of the kernels.
+cargo build --release -p polder -p polder-capi
 library=$PWD/target/release
 to=$PWD/target/c
 mkdir -p "$to"
@@ -25,7 +26,11 @@ build() {
     done
     "$cxx" -std=c++17 "${strict[@]}" "$@" "$here/examples/network.cpp" -L "$library" -lpolder_capi -o "$to/network$suffix"
 }
-run() { for program in quadratic network misuse; do "${@:2}" "$to/$program$1" >"$to/out.txt" || { cat "$to/out.txt"; exit 1; }; done; }
+run() {
+    for program in quadratic network misuse; do
+        "${@:2}" "$to/$program$1" >"$to/out.txt" || { cat "$to/out.txt"; echo "$program$1 failed" >&2; exit 1; }
+    done
+}
 
 for pair in gcc:g++ clang:clang++; do
     compiler=${pair%%:*}
