@@ -31,6 +31,8 @@ def on_terminal(command, columns, height, interrupt_after=None, environment=None
     text was seen."""
     pid, terminal = pty.fork()
     if pid == 0:
+        # A job in the background may have been started with interrupts ignored.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.environ.update({"TERM": "xterm"} | (environment or {}))
         # The size is set before the program asks for it.
         fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", height, columns, 0, 0))
