@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, TryLockError};
 
 use polder::device::{Device, Scalar};
 use polder::optim::{self, Base, METHODS, Method, Optimizer, Settings};
-use polder::settings::{Configurable, Setting, SettingError};
+use polder::settings::{Choice, Configurable, Setting, SettingError};
 use polder::{settings, words};
 
 use crate::device::{checked_type, polder_device, polder_type};
@@ -26,7 +26,7 @@ settings! {
     /// What an optimizer has beside the options of its method.
     struct Common {
         /// The base optimizer
-        base: BaseName = BaseName::Sgd;
+        base: Option<BaseName> = None, else "sgd";
         /// SGD's momentum
         momentum: f64 = 0.9, in below_one;
         /// Whether SGD looks ahead
@@ -71,10 +71,13 @@ fn build<T: Scalar>(
 ) -> Result<Optimizer<T>> {
     let mut common = Common::default();
     configure(&mut *method, &mut common, list)?;
-    if let Some(own) = own_base.filter(|own| **own != *common.base.to_string() && list.contains("base=")) {
+    let own = own_base.and_then(BaseName::from_word);
+    if let (Some(own), Some(given)) = (own, common.base)
+        && own != given
+    {
         return Err(Failure::argument(format!("base: has no meaning for {own}")));
     }
-    let adamw = own_base.map_or(common.base == BaseName::AdamW, |base| base == "adamw");
+    let adamw = own.or(common.base) == Some(BaseName::AdamW);
     let Common { momentum, nesterov, beta1, beta2, eps, weight_decay, decay_length, clip, .. } = common;
     let base = if adamw { Base::AdamW { beta1, beta2, eps } } else { Base::Sgd { momentum, nesterov } };
     let decay_len = decay_length.unwrap_or(usize::MAX);
