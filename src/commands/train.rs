@@ -281,7 +281,11 @@ impl Display {
         }
         self.told = Instant::now();
         // A failure to print is reported at the end, by the last line.
-        let write = || if self.json { tell(text) } else { drop(print(text)) };
+        self.above_the_bar(|| if self.json { tell(text) } else { drop(print(text)) });
+    }
+
+    /// Writes a line, and draws the bar again below it.
+    fn above_the_bar(&self, write: impl FnOnce()) {
         match &self.bar {
             Some(bar) => bar.suspend(write),
             None => write(),
@@ -364,13 +368,7 @@ impl Display {
                 self.activity(format!("measuring {measure}: {done} of {of}"));
             }
             Progress::Epoch(record) => self.record(&record),
-            Progress::Warning(warning) => {
-                let write = || tell(&format!("warning: {warning}"));
-                match &self.bar {
-                    Some(bar) => bar.suspend(write),
-                    None => write(),
-                }
-            }
+            Progress::Warning(warning) => self.above_the_bar(|| tell(&format!("warning: {warning}"))),
         }
     }
 

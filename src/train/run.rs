@@ -116,7 +116,7 @@ pub enum Progress {
     },
     /// After each epoch, and after each measurement of the curvature.
     Epoch(Record),
-    /// At the first sign of a divergence, once for each kind of sign; and before the first step.
+    /// The run does not do what it should. Each kind of warning is given once.
     Warning(Warning),
 }
 
