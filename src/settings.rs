@@ -944,6 +944,21 @@ mod tests {
     }
 
     #[test]
+    fn a_text_is_a_value_of_the_kind_and_within_the_range() {
+        let kind = |kind, range| Setting { kind, range, ..Everything::OPTIONS[0] };
+        let parsed = |setting: Setting, text: &str| setting.parse(text).ok();
+        let (number, numbers) =
+            (kind(SettingKind::Number, Range::Positive), kind(SettingKind::Numbers, Range::Fraction));
+        assert_eq!(parsed(number, "1e-3"), Some(SettingValue::Number(1e-3)));
+        assert_eq!(parsed(kind(SettingKind::Flag, Range::Any), "true"), Some(SettingValue::Flag(true)));
+        assert_eq!(parsed(kind(SettingKind::Count, Range::AtLeast(2)), "2"), Some(SettingValue::Count(2)));
+        assert_eq!(parsed(numbers, "0.5, 1"), Some(SettingValue::Numbers(vec![0.5, 1.0])));
+        for (setting, wrong) in [(number, "0"), (number, "x"), (numbers, "0.5,2"), (numbers, "")] {
+            assert_eq!(parsed(setting, wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
     fn a_declaration_has_name_help_kind_range_and_default() {
         let names: Vec<&str> = Everything::OPTIONS.iter().map(|option| option.name).collect();
         let expected = [
