@@ -11,11 +11,13 @@
 mod method;
 mod methods;
 mod schedule;
+mod snapshot;
 mod step;
 
 pub use method::{Context, Entry, Method, Needs};
 pub use methods::*;
 pub use schedule::{Decay, RhoSchedule, Schedule};
+pub use snapshot::SnapshotError;
 pub use step::{Coefficients, Direction, Numbers, Row, Step, Store, Vector, Vectors, work};
 
 use crate::device::{Buffer, Device, Error, Result, Scalar, Slice, SliceMut};

@@ -10,7 +10,7 @@ use polder::kernels::random;
 use polder::objective::{Domain, Objective, Pass, Passes};
 use polder::optim::{
     Asam, Base, CrSam, Form, FriendlySam, Gam, Gnr, Gsam, Hvp, LookSam, Norm, Optimizer, Oracle, RSam, RandomSam,
-    SaSam, Sam, Settings, Telemetry,
+    SaSam, Sam, Settings, SnapshotError, Telemetry,
 };
 
 /// A loss and its gradient, computed on the host in double. Its products with the Hessian are central differences,
@@ -837,4 +837,88 @@ fn a_step_launches_no_more_than_its_table_says() {
         let graph = device.capture(|| optimizer.step(&mut Silent, weights.view_mut(), 0.1)).unwrap();
         assert_eq!(graph.operations(), expected, "{method:?}");
     }
+}
+
+/// An optimizer for nine weights.
+fn nine<T: Scalar>(device: &Device, method: AnyMethod, base: Base) -> Optimizer<T> {
+    Optimizer::new(device, 9, Settings { weight_decay: 0.01, ..method.over(base) }).unwrap()
+}
+
+fn resumes<T: Scalar>(device: &Device, method: AnyMethod, base: Base) {
+    let start: Vec<T> = common::Random(6).vector(9);
+    let mut weights = device.upload(&start).unwrap();
+    let (mut whole, mut objective) = (nine::<T>(device, method, base), function(9, coupled()));
+    let mut run = |optimizer: &mut Optimizer<T>, weights: &mut Buffer<T>| {
+        (0..5).for_each(|_| optimizer.step(&mut objective, weights.view_mut(), 0.02).unwrap());
+    };
+    whole.scale_rho(0.7);
+    run(&mut whole, &mut weights);
+    let (snapshot, saved) = (whole.snapshot("it").unwrap(), weights.to_vec().unwrap());
+    assert_eq!(snapshot.len(), whole.snapshot_len("it"));
+    run(&mut whole, &mut weights);
+
+    let mut resumed = nine::<T>(device, method, base);
+    resumed.restore("it", &snapshot).unwrap();
+    let mut again = device.upload(&saved).unwrap();
+    run(&mut resumed, &mut again);
+    assert_eq!(common::bits(&again.to_vec().unwrap()), common::bits(&weights.to_vec().unwrap()), "{method:?} {base:?}");
+    assert_eq!(resumed.snapshot("it"), whole.snapshot("it"), "{method:?} {base:?}");
+}
+
+#[test]
+fn a_restored_snapshot_continues_with_the_same_bits() {
+    let device = Device::host();
+    for method in family() {
+        for base in [Base::Sgd { momentum: 0.9, nesterov: true }, Base::ADAMW] {
+            resumes::<f32>(&device, method, base);
+            resumes::<f64>(&device, method, base);
+        }
+    }
+}
+
+#[test]
+fn snapshots_that_do_not_fit_are_refused_and_change_nothing() {
+    let device = Device::host();
+    let (sgd, method) = (Base::sgd(0.9), AnyMethod::from(SA_SAM));
+    let mut weights = device.upload(&common::Random(6).vector::<f64>(9)).unwrap();
+    let (mut optimizer, mut objective) = (nine::<f64>(&device, method, sgd), function(9, coupled()));
+    let other = optimizer.snapshot("sa-sam").unwrap();
+    optimizer.step(&mut objective, weights.view_mut(), 0.02).unwrap();
+    let before = optimizer.snapshot("sa-sam").unwrap();
+    assert_ne!(other, before);
+
+    for len in 0..other.len() {
+        let error = optimizer.restore("sa-sam", &other[..len]).unwrap_err();
+        let expected =
+            if len < 8 { SnapshotError::Foreign } else { SnapshotError::Length { found: len, expected: other.len() } };
+        assert_eq!(error, expected);
+        let mut changed = other.clone();
+        changed[len] ^= 0x10;
+        assert_ne!(optimizer.restore("sa-sam", &changed), Ok(()), "byte {len}");
+    }
+    let longer = [&*other, &[0]].concat();
+    let mut later = other.clone();
+    later[8..16].copy_from_slice(&7u64.to_ne_bytes());
+    for (bytes, message) in [
+        (longer, format!("{} bytes", other.len() + 1)),
+        (later, "version 7, expected 1".into()),
+        (
+            nine::<f64>(&device, AnyMethod::sam(0.1), sgd).snapshot("sam").unwrap(),
+            "the method sam, the optimizer has sa".into(),
+        ),
+        (nine::<f64>(&device, method, Base::ADAMW).snapshot("sa-sam").unwrap(), "the base adamw".into()),
+        (nine::<f32>(&device, method, sgd).snapshot("sa-sam").unwrap(), "the type f32".into()),
+        (
+            Optimizer::<f64>::new(&device, 10, method.over(sgd)).unwrap().snapshot("sa-sam").unwrap(),
+            "the number of weights 10, the optimizer has 9".into(),
+        ),
+        // Another method under the same name.
+        (nine::<f64>(&device, AnyMethod::PLAIN, sgd).snapshot("sa-sam").unwrap(), "bytes, expected".into()),
+    ] {
+        let error = optimizer.restore("sa-sam", &bytes).unwrap_err().to_string();
+        assert!(error.contains(&message) && !error.contains('\n'), "{error:?}: {message:?}");
+    }
+    assert_eq!(optimizer.snapshot("sa-sam").unwrap(), before);
+    optimizer.restore("sa-sam", &other).unwrap();
+    assert_eq!(optimizer.snapshot("sa-sam").unwrap(), other);
 }
