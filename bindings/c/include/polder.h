@@ -316,6 +316,38 @@ polder_status polder_optimizer_scale_rho(const polder_optimizer *optimizer, doub
 polder_status polder_optimizer_get(const polder_optimizer *optimizer, const char *name, double *value);
 
 /**
+ * The number of bytes of the optimizer's state, for `polder_optimizer_state_get`. It does not change while the
+ * optimizer lives.
+ *
+ * # Safety
+ * `optimizer` is NULL or a live optimizer; `bytes` is NULL or valid for a number to be written.
+ */
+polder_status polder_optimizer_state_size(const polder_optimizer *optimizer, size_t *bytes);
+
+/**
+ * Writes all that the steps that follow depend on to `state`, for a checkpoint: momenta, what the method keeps, and
+ * the factor of `polder_optimizer_scale_rho`. The weights are not part of it. `bytes` is the number that
+ * `polder_optimizer_state_size` gives. Waits for the device.
+ *
+ * # Safety
+ * `optimizer` is NULL or a live optimizer; `state` is NULL or valid for `bytes` bytes to be written, in the host's
+ * memory.
+ */
+polder_status polder_optimizer_state_get(const polder_optimizer *optimizer, void *state, size_t bytes);
+
+/**
+ * Takes over a state from `polder_optimizer_state_get`. The steps that follow then have the same bits as those of the
+ * optimizer that wrote it, if the weights and the options are the same too. A state of another method, base, type or
+ * length, and one with missing or changed bytes, is answered with `POLDER_STATUS_ARGUMENT`, and nothing changes. Until
+ * the next step `polder_optimizer_get` knows only counters.
+ *
+ * # Safety
+ * `optimizer` is NULL or a live optimizer; `state` is NULL or valid for `bytes` bytes to be read, in the host's
+ * memory.
+ */
+polder_status polder_optimizer_state_set(const polder_optimizer *optimizer, const void *state, size_t bytes);
+
+/**
  * Gives an optimizer up. NULL does nothing.
  *
  * # Safety

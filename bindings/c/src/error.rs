@@ -6,6 +6,7 @@ use std::ffi::{CStr, CString, c_char};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use polder::device::Error;
+use polder::optim::SnapshotError;
 use polder::settings::SettingError;
 
 /// What a function answers.
@@ -62,6 +63,15 @@ impl From<Error> for Failure {
             _ => polder_status::Device,
         };
         Self { status, reason: error.to_string() }
+    }
+}
+
+impl From<SnapshotError> for Failure {
+    fn from(error: SnapshotError) -> Self {
+        match error {
+            SnapshotError::Device(error) => error.into(),
+            refused => Self::argument(format!("`state`: {refused}")),
+        }
     }
 }
 

@@ -93,6 +93,7 @@ enum Typed {
 /// An optimizer for a vector of weights of the caller.
 pub struct polder_optimizer {
     on: polder_device,
+    method: &'static str,
     length: usize,
     optimizer: Mutex<Typed>,
 }
@@ -158,7 +159,8 @@ pub unsafe extern "C" fn polder_optimizer_new(
             polder_type::F32 => Typed::F32(build(&device, length, (entry.new)(), entry.base, options)?),
             polder_type::F64 => Typed::F64(build(&device, length, (entry.new_f64)(), entry.base, options)?),
         };
-        let made = polder_optimizer { on: polder_device::new(device)?, length, optimizer: Mutex::new(typed) };
+        let (on, typed) = (polder_device::new(device)?, Mutex::new(typed));
+        let made = polder_optimizer { on, method: entry.name, length, optimizer: typed };
         // SAFETY: as above.
         unsafe { give("optimizer", optimizer, Box::into_raw(Box::new(made))) }
     })
@@ -251,6 +253,93 @@ pub unsafe extern "C" fn polder_optimizer_get(
         let found = found.ok_or_else(|| Failure::argument(format!("`name`: the method has no number {name}")))?;
         // SAFETY: the caller's.
         unsafe { give("value", value, found) }
+    })
+}
+
+/// The number of bytes of the optimizer's state, for `polder_optimizer_state_get`. It does not change while the
+/// optimizer lives.
+///
+/// # Safety
+/// `optimizer` is NULL or a live optimizer; `bytes` is NULL or valid for a number to be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn polder_optimizer_state_size(
+    optimizer: *const polder_optimizer,
+    bytes: *mut usize,
+) -> polder_status {
+    guard(|| {
+        // SAFETY: the caller's.
+        let of = unsafe { object("optimizer", optimizer)? };
+        let size = match &*of.lock()? {
+            Typed::F32(optimizer) => optimizer.snapshot_len(of.method),
+            Typed::F64(optimizer) => optimizer.snapshot_len(of.method),
+        };
+        // SAFETY: the caller's.
+        unsafe { give("bytes", bytes, size) }
+    })
+}
+
+/// Writes all that the steps that follow depend on to `state`, for a checkpoint: momenta, what the method keeps, and
+/// the factor of `polder_optimizer_scale_rho`. The weights are not part of it. `bytes` is the number that
+/// `polder_optimizer_state_size` gives. Waits for the device.
+///
+/// # Safety
+/// `optimizer` is NULL or a live optimizer; `state` is NULL or valid for `bytes` bytes to be written, in the host's
+/// memory.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn polder_optimizer_state_get(
+    optimizer: *const polder_optimizer,
+    state: *mut c_void,
+    bytes: usize,
+) -> polder_status {
+    guard(|| {
+        // SAFETY: the caller's.
+        let of = unsafe { object("optimizer", optimizer)? };
+        if state.is_null() {
+            return Err(Failure::null("state"));
+        }
+        let snapshot = match &*of.lock()? {
+            Typed::F32(optimizer) => optimizer.snapshot(of.method)?,
+            Typed::F64(optimizer) => optimizer.snapshot(of.method)?,
+        };
+        if bytes != snapshot.len() {
+            return Err(Failure::argument(format!("`bytes`: {bytes}, expected {}", snapshot.len())));
+        }
+        // SAFETY: the caller's, and the two do not overlap.
+        unsafe { snapshot.as_ptr().copy_to_nonoverlapping(state.cast(), bytes) };
+        Ok(())
+    })
+}
+
+/// Takes over a state from `polder_optimizer_state_get`. The steps that follow then have the same bits as those of the
+/// optimizer that wrote it, if the weights and the options are the same too. A state of another method, base, type or
+/// length, and one with missing or changed bytes, is answered with `POLDER_STATUS_ARGUMENT`, and nothing changes. Until
+/// the next step `polder_optimizer_get` knows only counters.
+///
+/// # Safety
+/// `optimizer` is NULL or a live optimizer; `state` is NULL or valid for `bytes` bytes to be read, in the host's
+/// memory.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn polder_optimizer_state_set(
+    optimizer: *const polder_optimizer,
+    state: *const c_void,
+    bytes: usize,
+) -> polder_status {
+    guard(|| {
+        // SAFETY: the caller's.
+        let of = unsafe { object("optimizer", optimizer)? };
+        if state.is_null() {
+            return Err(Failure::null("state"));
+        }
+        if bytes > isize::MAX as usize {
+            return Err(Failure::argument(format!("`bytes`: {bytes}, more than an address space has")));
+        }
+        // SAFETY: the caller's.
+        let state = unsafe { std::slice::from_raw_parts(state.cast(), bytes) };
+        match &mut *of.lock()? {
+            Typed::F32(optimizer) => optimizer.restore(of.method, state)?,
+            Typed::F64(optimizer) => optimizer.restore(of.method, state)?,
+        }
+        Ok(())
     })
 }
 

@@ -1,4 +1,5 @@
-/* What must be answered with a status: NULL, wrong values, callbacks that fail or call back, two threads at once. */
+/* What must be answered with a status: NULL, wrong values, callbacks that fail or call back, states that do not fit,
+ * two threads at once. */
 #include <math.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -157,6 +158,61 @@ static void objectives(float *weights) {
     HOLDS(memcmp(before, weights, sizeof before) != 0);
 }
 
+static void states(void) {
+    polder_optimizer *other = NULL;
+    unsigned char state[8192], before[8192], changed[8192];
+    size_t bytes, others;
+    OK(polder_optimizer_new(cpu, POLDER_TYPE_F32, N, "sam", "rho=0.1", &other));
+    OK(polder_optimizer_state_size(own, &bytes));
+    HOLDS(bytes < sizeof state);
+    OK(polder_optimizer_state_get(own, before, bytes));
+    OK(polder_optimizer_state_get(other, state, bytes));
+    HOLDS(memcmp(before, state, bytes) != 0);
+    EXPECT(polder_optimizer_state_size(NULL, &bytes), ARGUMENT, "`optimizer` is NULL");
+    EXPECT(polder_optimizer_state_size(own, NULL), ARGUMENT, "`bytes` is NULL");
+    EXPECT(polder_optimizer_state_get(NULL, state, bytes), ARGUMENT, "`optimizer` is NULL");
+    EXPECT(polder_optimizer_state_get(own, NULL, bytes), ARGUMENT, "`state` is NULL");
+    EXPECT(polder_optimizer_state_get(own, state, bytes - 1), ARGUMENT, "`bytes`");
+    EXPECT(polder_optimizer_state_get(own, state, bytes + 1), ARGUMENT, "`bytes`");
+    EXPECT(polder_optimizer_state_set(NULL, state, bytes), ARGUMENT, "`optimizer` is NULL");
+    EXPECT(polder_optimizer_state_set(own, NULL, bytes), ARGUMENT, "`state` is NULL");
+    EXPECT(polder_optimizer_state_set(own, state, (size_t)-1), ARGUMENT, "`bytes`");
+    EXPECT(polder_optimizer_state_set(own, "something else", 15), ARGUMENT, "not the state of an optimizer");
+    for (size_t length = 8; length < bytes; length += 7) {
+        /* In memory of their own, so that reading beyond their end is noticed. */
+        unsigned char *part = malloc(length);
+        HOLDS(part != NULL);
+        memcpy(part, state, length);
+        EXPECT(polder_optimizer_state_set(own, part, length), ARGUMENT, "bytes, expected");
+        free(part);
+        memcpy(changed, state, bytes);
+        changed[length] ^= 4;
+        EXPECT(polder_optimizer_state_set(own, changed, bytes), ARGUMENT, "`state`: ");
+    }
+    polder_optimizer_free(other);
+    const struct {
+        int32_t type;
+        size_t length;
+        const char *method, *options, *words;
+    } cases[] = {{POLDER_TYPE_F32, N, "cr-sam", NULL, "the method cr-sam, the optimizer has sam"},
+                 {POLDER_TYPE_F32, N, "sam", "base=adamw", "the base adamw, the optimizer has sgd"},
+                 {POLDER_TYPE_F64, N / 2, "sam", NULL, "the type f64, the optimizer has f32"},
+                 {POLDER_TYPE_F32, N - 1, "sam", NULL, "the number of weights 999, the optimizer has 1000"}};
+    for (size_t k = 0; k < sizeof cases / sizeof *cases; ++k) {
+        OK(polder_optimizer_new(cpu, cases[k].type, cases[k].length, cases[k].method, cases[k].options, &other));
+        OK(polder_optimizer_state_size(other, &others));
+        HOLDS(others <= sizeof changed);
+        OK(polder_optimizer_state_get(other, changed, others));
+        EXPECT(polder_optimizer_state_set(own, changed, others), ARGUMENT, cases[k].words);
+        polder_optimizer_free(other);
+    }
+    OK(polder_optimizer_state_get(own, changed, bytes));
+    HOLDS(memcmp(before, changed, bytes) == 0);
+    OK(polder_optimizer_state_set(own, state, bytes));
+    OK(polder_optimizer_state_get(own, changed, bytes));
+    HOLDS(memcmp(state, changed, bytes) == 0);
+}
+
 int main(void) {
     static float weights[N];
     pthread_t threads[2];
@@ -166,6 +222,7 @@ int main(void) {
     OK(polder_device_cpu(2, &cpu));
     nulls_and_values(weights);
     objectives(weights);
+    states();
     for (int t = 0; t < 2; ++t) pthread_create(&threads[t], NULL, use_one, &finished[t]);
     for (int t = 0; t < 2; ++t) pthread_join(threads[t], NULL);
     for (int t = 0; t < 2; ++t) pthread_create(&threads[t], NULL, use_own, &results[t]);

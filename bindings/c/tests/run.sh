@@ -20,14 +20,14 @@ here=bindings/c
 build() {
     local compiler=$1 cxx=$2 suffix=$3
     shift 3
-    for program in examples/quadratic tests/misuse; do
+    for program in examples/quadratic tests/misuse tests/resume; do
         "$compiler" -std=c99 -D_POSIX_C_SOURCE=200809L "${strict[@]}" "$@" "$here/$program.c" -L "$library" \
             -lpolder_capi -lm -pthread -o "$to/$(basename "$program")$suffix"
     done
     "$cxx" -std=c++17 "${strict[@]}" "$@" "$here/examples/network.cpp" -L "$library" -lpolder_capi -o "$to/network$suffix"
 }
 run() {
-    for program in quadratic network misuse; do
+    for program in quadratic network misuse resume; do
         "${@:2}" "$to/$program$1" >"$to/out.txt" || { cat "$to/out.txt"; echo "$program$1 failed" >&2; exit 1; }
     done
 }
