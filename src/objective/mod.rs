@@ -33,8 +33,10 @@
 //! ```
 
 mod accumulator;
+mod differences;
 
 pub use accumulator::{Accumulated, Accumulator};
+pub use differences::Differences;
 
 use std::ops::Range;
 

@@ -8,7 +8,7 @@ use polder::arena::{Initial, Layout, TensorKind};
 use polder::curvature::{Curvature, Estimate, Passes, Rise, filter_normalized};
 use polder::device::{Device, Result, Scalar, Slice};
 use polder::nn::initial_weights;
-use polder::objective::{Accumulator, Domain, Objective, ObjectiveExt, Pass, RunningStats, Wrapped};
+use polder::objective::{Accumulator, Differences, Domain, Objective, ObjectiveExt, Pass, RunningStats, Wrapped};
 use polder::plan::{Graph, Plan, PlanOptions, Shape};
 
 /// ½ wᵀHw, H symmetric.
@@ -797,5 +797,82 @@ fn a_filter_normalised_direction_has_the_lengths_of_the_filters() {
         assert_eq!(found, direction(3, 0), "{name}");
         assert!(found != direction(3, 1) && found != direction(4, 0), "{name}");
         assert!(filter_normalized(&layout, uploaded.slice(1..layout.len()).unwrap(), 3, 0).is_err());
+    }
+}
+
+/// Σ a w²/2 + w⁴/4 without products: the Hessian is the diagonal of a + 3w².
+struct Quartic(Vec<f64>);
+
+impl<T: Scalar> Objective<T> for Quartic {
+    fn domain(&self) -> Domain<'_> {
+        Domain::of_len(self.0.len())
+    }
+
+    fn pass(&mut self, pass: Pass<'_, T>) -> Result<()> {
+        match pass {
+            Pass::Gradient { weights, mut gradient, mut loss, .. } => {
+                let w = common::to_f64(&weights.to_vec()?);
+                let terms = || w.iter().zip(&self.0);
+                loss.write(&[terms().map(|(w, a)| a * w * w / 2.0 + w.powi(4) / 4.0).sum()])?;
+                gradient.write(&terms().map(|(w, a)| T::from_f64(a * w + w.powi(3))).collect::<Vec<T>>())
+            }
+            other => other.split(self),
+        }
+    }
+}
+
+/// The products of two directions with the Hessian, and whether something was not finite.
+fn differences<T: Scalar>(device: &Device, at: &[f64], along: [&[f64]; 2], step: f64) -> ([Vec<f64>; 2], bool) {
+    let n = at.len();
+    let mut objective = Quartic((0..n).map(|k| 1.0 + k as f64).collect());
+    let mut objective = Wrapped(Differences::<T>::new(device, &mut objective, step).unwrap());
+    let (weights, along) = (common::upload(device, at), along.map(|direction| common::upload(device, direction)));
+    let [mut first, mut second] = [(); 2].map(|()| device.zeros::<T>(n).unwrap());
+    let mut flag = device.zeros(1).unwrap();
+    let directions = along.each_ref().map(|direction| direction.view());
+    let products = [first.view_mut(), second.view_mut()];
+    objective.hessian_vector_pair(weights.view(), directions, products, flag.view_mut()).unwrap();
+    ([first, second].map(|product| common::to_f64(&product.to_vec().unwrap())), flag.to_vec().unwrap() != [0])
+}
+
+#[test]
+fn differences_of_gradients_have_the_error_that_they_state() {
+    let mut random = Random(61);
+    let [w, d]: [Vec<f64>; 2] = [(); 2].map(|()| random.vector(37));
+    let zero = vec![0.0; 37];
+    let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
+    let exact: Vec<f64> = (0..37).map(|k| (1.0 + k as f64 + 3.0 * w[k] * w[k]) * d[k]).collect();
+    // The gradient's third derivative is 6 for each weight.
+    let off = |s: f64| -> Vec<f64> { (0..37).map(|k| exact[k] + s * s * d[k].powi(3) / norm(&d).powi(2)).collect() };
+    for (_, device) in common::host_devices() {
+        for (step, tolerance) in [(0.1, 1e-12), (1e-3, 1e-9)] {
+            let ([found, none], flag) = differences::<f64>(&device, &w, [&d, &zero], step);
+            common::assert_close(&format!("step {step}"), &found, &off(step), tolerance);
+            assert!(none == zero && !flag);
+        }
+    }
+    for (name, device) in devices() {
+        let step = 5e-3 * norm(&w);
+        let ([found, none], flag) = differences::<f32>(&device, &w, [&d, &zero], step);
+        assert!(common::relative_error(&found, &off(step)) < 2e-4, "{name}");
+        assert!(none == zero && !flag);
+        let steep = vec![1e14; 37];
+        assert!(differences::<f32>(&device, &steep, [&d, &zero], 1.0).1, "{name}: a gradient of 1e42");
+    }
+}
+
+#[test]
+fn differences_measure_curvature_and_refuse_a_step_of_nothing() {
+    let device = Device::host();
+    let weights = device.upload(&[0.5, -1.0, 0.25]).unwrap();
+    let mut quartic = Quartic(vec![1.0, 2.0, 3.0]);
+    let mut objective = Wrapped(Differences::new(&device, &mut quartic, 1e-4).unwrap());
+    let mut curvature = Curvature::new(&mut objective, weights.view()).unwrap();
+    assert_relative_eq!(curvature.trace(3, 1, |_| ()).unwrap().value, 9.9375, max_relative = 1e-7);
+    let largest = &curvature.top_eigenvalues(1, (3, 1e-9), 1, |_| ()).unwrap()[0];
+    assert_relative_eq!(largest.value, 5.0, max_relative = 1e-7);
+    for step in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let refused = Differences::<f64>::new(&device, &mut quartic, step).err().unwrap().to_string();
+        assert!(refused.contains("expected a finite number above 0"), "{refused}");
     }
 }

@@ -80,7 +80,8 @@ extern "C" int32_t gradient(void* context, const void* weights, void* gradient, 
 
 int main() try {
     Network network;
-    const polder_objective objective{sizeof objective, &network, gradient, nullptr};
+    // Without products with the Hessian, the curvature comes from differences of gradients at this distance.
+    const polder_objective objective{sizeof objective, &network, gradient, nullptr, 1e-5};
     polder_device* made;
     check(polder_device_cpu(1, &made));
     const std::unique_ptr<polder_device, Free> cpu(made);
@@ -101,6 +102,13 @@ int main() try {
         int right = 0;
         const double after = network.pass(weights.data(), nullptr, &right);
         std::printf("%-8s loss %.3f from %.3f, %d of %zu points right\n", method, after, before, right, POINTS);
+        double largest, residual;
+        size_t count;
+        check(polder_curvature_eigenvalues(cpu.get(), POLDER_TYPE_F64, &objective, weights.data(), WEIGHTS, 40, 1e-6, 1,
+                                           1, &largest, &residual, &count));
+        std::printf("%-8s largest eigenvalue of the Hessian %.4f, residual %.1e\n", "", largest, residual);
+        if (count != 1 || !(largest > 0.0) || residual > 1e-3 * largest)
+            throw std::runtime_error("the eigenvalue has not converged");
         if (right < int(POINTS * 9 / 10)) throw std::runtime_error("the network has not learned the spirals");
     }
 } catch (const std::exception& error) {

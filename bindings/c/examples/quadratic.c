@@ -50,7 +50,7 @@ static void expect(int holds, const char *what) {
 
 int main(void) {
     long passes = 0;
-    const polder_objective objective = {sizeof objective, &passes, gradient, hessian_vector};
+    const polder_objective objective = {sizeof objective, &passes, gradient, hessian_vector, 0};
     polder_device *cpu;
     check(polder_device_cpu(1, &cpu), "device");
 
@@ -94,6 +94,11 @@ int main(void) {
         check(polder_curvature_trace(cpu, POLDER_TYPE_F32, &objective, weights, N, 4, 1, &trace, &error), "trace");
         printf("trace %.4f +- %.1e, exactly %.1f\n", trace, error, exact);
         expect(fabs(trace - exact) < 1e-4 * exact, "the trace");
+        /* The same from gradients alone; |w - 1| is 10. */
+        const polder_objective gradients = {sizeof gradients, &passes, gradient, NULL, 0.05};
+        check(polder_curvature_trace(cpu, POLDER_TYPE_F32, &gradients, weights, N, 4, 1, &trace, &error), "trace");
+        printf("trace %.4f from differences of gradients\n", trace);
+        expect(fabs(trace - exact) < 1e-3 * exact, "the trace from differences");
         check(polder_curvature_eigenvalues(cpu, POLDER_TYPE_F32, &objective, weights, N, 100, 1e-6, 1, 3, values,
                                            residuals, &count),
               "eigenvalues");

@@ -4,6 +4,7 @@ use std::ffi::c_void;
 
 use polder::curvature::{Curvature, Density};
 use polder::device::{self, Scalar};
+use polder::objective::{Differences, Wrapped};
 
 use crate::device::{checked_type, polder_device, polder_type};
 use crate::error::{Failure, Result, give, guard, object, polder_status};
@@ -23,7 +24,11 @@ unsafe fn measure<T: Scalar, R>(
 ) -> Result<R> {
     // SAFETY: the caller's.
     let (mut callbacks, weights) = unsafe { (Callbacks::new(objective, n)?, on.read::<T>("weights", weights, n)?) };
-    let measured = Curvature::new(&mut callbacks, weights).and_then(|mut curvature| of(&mut curvature));
+    let measured = match callbacks.difference_step() {
+        None => Curvature::new(&mut callbacks, weights).and_then(|mut curvature| of(&mut curvature)),
+        Some(step) => Differences::new(&on.device, &mut callbacks, step)
+            .and_then(|differences| of(&mut Curvature::new(&mut Wrapped(differences), weights)?)),
+    };
     callbacks.result(measured)
 }
 

@@ -39,7 +39,7 @@ struct wish {
 };
 
 static int32_t gradient(void *context, const void *weights, void *gradient, double *loss, int32_t updates_statistics);
-static const polder_objective plain = {sizeof(polder_objective), NULL, gradient, NULL};
+static const polder_objective plain = {sizeof(polder_objective), NULL, gradient, NULL, 0};
 
 static int32_t gradient(void *context, const void *weights, void *gradient, double *loss, int32_t updates_statistics) {
     struct wish *wish = context;
@@ -121,8 +121,8 @@ static void nulls_and_values(float *weights) {
 
 static void objectives(float *weights) {
     struct wish wish = {0, 0, 0, POLDER_STATUS_OK};
-    polder_objective objective = {sizeof objective, &wish, gradient, NULL};
-    polder_objective other = {1, &wish, gradient, NULL};
+    polder_objective objective = {sizeof objective, &wish, gradient, NULL, 0};
+    polder_objective other = {1, &wish, gradient, NULL, 0};
     float before[N];
     double number;
     OK(polder_optimizer_new(cpu, POLDER_TYPE_F32, N, "sam", "rho=0.1 momentum=0", &own));
@@ -149,6 +149,17 @@ static void objectives(float *weights) {
     EXPECT(polder_curvature_trace(cpu, POLDER_TYPE_F32, &objective, weights, N, 2, 1, &number, &number), ARGUMENT,
            "no exact product");
     EXPECT(polder_curvature_trace(cpu, POLDER_TYPE_F32, &objective, weights, N, 0, 1, &number, &number), ARGUMENT, "");
+    objective.difference_step = NAN;
+    EXPECT(polder_curvature_trace(cpu, POLDER_TYPE_F32, &objective, weights, N, 2, 1, &number, &number), ARGUMENT,
+           "a step of NaN");
+    objective.difference_step = -1;
+    EXPECT(polder_curvature_trace(cpu, POLDER_TYPE_F32, &objective, weights, N, 2, 1, &number, &number), ARGUMENT,
+           "above 0");
+    objective.difference_step = 0.1;
+    wish.fail = 5;
+    EXPECT(polder_curvature_trace(cpu, POLDER_TYPE_F32, &objective, weights, N, 2, 1, &number, &number), CALLBACK, "5");
+    wish.fail = 0;
+    OK(polder_curvature_trace(cpu, POLDER_TYPE_F32, &objective, weights, N, 2, 1, &number, &number));
     wish.call_back = 1;
     OK(polder_optimizer_step(own, &objective, weights, 0.1));
     HOLDS(wish.answered == POLDER_STATUS_BUSY);

@@ -51,7 +51,7 @@ static int32_t hessian_vector(void *context, const void *weights, const void *di
 }
 
 static void resume(const polder_device *device, int32_t type, const char *method, const char *options) {
-    const polder_objective objective = {sizeof objective, &type, gradient, hessian_vector};
+    const polder_objective objective = {sizeof objective, &type, gradient, hessian_vector, 0};
     union numbers start, weights, again;
     polder_optimizer *whole, *resumed;
     size_t bytes;
