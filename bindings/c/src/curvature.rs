@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use polder::curvature::{Curvature, Density};
+use polder::curvature::Curvature;
 use polder::device::{self, Scalar};
 use polder::objective::{Differences, Wrapped};
 
@@ -32,6 +32,11 @@ unsafe fn measure<T: Scalar, R>(
     callbacks.result(measured)
 }
 
+/// Results have a place.
+fn not_null(places: [(&str, *mut f64); 2]) -> Result<()> {
+    places.iter().try_for_each(|(name, place)| if place.is_null() { Err(Failure::null(name)) } else { Ok(()) })
+}
+
 /// The L2 norm of the gradient.
 ///
 /// # Safety
@@ -45,18 +50,10 @@ pub unsafe extern "C" fn polder_curvature_gradient_norm(
     n: usize,
     norm: *mut f64,
 ) -> polder_status {
-    unsafe fn typed<T: Scalar>(
-        on: &polder_device,
-        objective: *const polder_objective,
-        weights: *const c_void,
-        n: usize,
-    ) -> Result<f64> {
-        // SAFETY: the caller's.
-        unsafe { measure::<T, _>(on, objective, weights, n, |curvature| curvature.gradient_norm()) }
-    }
     // SAFETY: the caller's.
     guard(|| unsafe {
-        let found = for_type!(dtype, typed(object("device", device)?, objective, weights, n))?;
+        let on = object("device", device)?;
+        let found = for_type!(dtype, T => measure::<T, _>(on, objective, weights, n, |it| it.gradient_norm())?);
         give("norm", norm, found)
     })
 }
@@ -79,22 +76,14 @@ pub unsafe extern "C" fn polder_curvature_trace(
     trace: *mut f64,
     standard_error: *mut f64,
 ) -> polder_status {
-    unsafe fn typed<T: Scalar>(
-        on: &polder_device,
-        objective: *const polder_objective,
-        weights: *const c_void,
-        n: usize,
-        (probes, seed): (usize, u64),
-    ) -> Result<[f64; 2]> {
-        // SAFETY: the caller's.
-        let found = unsafe { measure::<T, _>(on, objective, weights, n, |it| it.trace(probes, seed, |_| ()))? };
-        Ok([found.value, found.standard_error.unwrap_or(f64::NAN)])
-    }
     // SAFETY: the caller's.
     guard(|| unsafe {
-        let [value, error] = for_type!(dtype, typed(object("device", device)?, objective, weights, n, (probes, seed)))?;
-        give("trace", trace, value)?;
-        give("standard_error", standard_error, error)
+        let on = object("device", device)?;
+        let found = for_type!(dtype, T => {
+            measure::<T, _>(on, objective, weights, n, |it| it.trace(probes, seed, |_| ()))?
+        });
+        give("trace", trace, found.value)?;
+        give("standard_error", standard_error, found.standard_error.unwrap_or(f64::NAN))
     })
 }
 
@@ -119,29 +108,14 @@ pub unsafe extern "C" fn polder_curvature_eigenvalues(
     residuals: *mut f64,
     count: *mut usize,
 ) -> polder_status {
-    unsafe fn typed<T: Scalar>(
-        on: &polder_device,
-        objective: *const polder_objective,
-        weights: *const c_void,
-        n: usize,
-        (room, steps, tolerance, seed): (usize, usize, f64, u64),
-    ) -> Result<Vec<[f64; 2]>> {
-        let pairs = |it: &mut Curvature<'_, T>| {
-            let pairs = it.top_eigenvalues(room, (steps, tolerance), seed, |_| ())?;
-            Ok(pairs.iter().map(|pair| [pair.value, pair.residual]).collect())
-        };
-        // SAFETY: the caller's.
-        unsafe { measure::<T, _>(on, objective, weights, n, pairs) }
-    }
     // SAFETY: the caller's.
     guard(|| unsafe {
-        for (name, place) in [("values", values), ("residuals", residuals)] {
-            if place.is_null() {
-                return Err(Failure::null(name));
-            }
-        }
-        let settings = (room, steps, tolerance, seed);
-        let pairs = for_type!(dtype, typed(object("device", device)?, objective, weights, n, settings))?;
+        not_null([("values", values), ("residuals", residuals)])?;
+        let on = object("device", device)?;
+        let pairs: Vec<[f64; 2]> = for_type!(dtype, T => measure::<T, _>(on, objective, weights, n, |it| {
+            let pairs = it.top_eigenvalues(room, (steps, tolerance), seed, |_| ())?;
+            Ok(pairs.iter().map(|pair| [pair.value, pair.residual]).collect())
+        })?);
         for (k, [value, residual]) in pairs.iter().enumerate() {
             values.add(k).write(*value);
             residuals.add(k).write(*residual);
@@ -169,26 +143,13 @@ pub unsafe extern "C" fn polder_curvature_spectrum(
     shares: *mut f64,
     count: *mut usize,
 ) -> polder_status {
-    unsafe fn typed<T: Scalar>(
-        on: &polder_device,
-        objective: *const polder_objective,
-        weights: *const c_void,
-        n: usize,
-        (probes, steps, seed): (usize, usize, u64),
-    ) -> Result<Density> {
-        let density = |it: &mut Curvature<'_, T>| it.spectral_density(probes, steps, seed, |_| ());
-        // SAFETY: the caller's.
-        unsafe { measure::<T, _>(on, objective, weights, n, density) }
-    }
     // SAFETY: the caller's.
     guard(|| unsafe {
-        for (name, place) in [("nodes", nodes), ("shares", shares)] {
-            if place.is_null() {
-                return Err(Failure::null(name));
-            }
-        }
-        let settings = (probes, steps, seed);
-        let density = for_type!(dtype, typed(object("device", device)?, objective, weights, n, settings))?;
+        not_null([("nodes", nodes), ("shares", shares)])?;
+        let on = object("device", device)?;
+        let density = for_type!(dtype, T => {
+            measure::<T, _>(on, objective, weights, n, |it| it.spectral_density(probes, steps, seed, |_| ()))?
+        });
         for (k, (node, share)) in density.nodes.iter().zip(&density.weights).enumerate() {
             nodes.add(k).write(*node);
             shares.add(k).write(*share);

@@ -90,6 +90,16 @@ enum Typed {
     F64(Optimizer<f64>),
 }
 
+/// Evaluates an expression with the optimizer of either type.
+macro_rules! of_type {
+    ($typed:expr, $optimizer:ident => $body:expr) => {
+        match $typed {
+            Typed::F32($optimizer) => $body,
+            Typed::F64($optimizer) => $body,
+        }
+    };
+}
+
 /// An optimizer for a vector of weights of the caller.
 pub struct polder_optimizer {
     on: polder_device,
@@ -189,18 +199,11 @@ pub unsafe extern "C" fn polder_optimizer_step(
             return Err(Failure::argument(format!("`lr`: {lr}, expected a finite number")));
         }
         let mut optimizer = of.lock()?;
-        let taken = match &mut *optimizer {
+        let taken = of_type!(&mut *optimizer, optimizer => {
             // SAFETY: the caller's.
-            Typed::F32(optimizer) => unsafe {
-                let weights = of.on.write("weights", weights, of.length)?;
-                optimizer.step(&mut callbacks, weights, lr)
-            },
-            // SAFETY: the caller's.
-            Typed::F64(optimizer) => unsafe {
-                let weights = of.on.write("weights", weights, of.length)?;
-                optimizer.step(&mut callbacks, weights, lr)
-            },
-        };
+            let weights = unsafe { of.on.write("weights", weights, of.length)? };
+            optimizer.step(&mut callbacks, weights, lr)
+        });
         callbacks.result(taken)
     })
 }
@@ -217,10 +220,7 @@ pub unsafe extern "C" fn polder_optimizer_scale_rho(optimizer: *const polder_opt
         if !(factor >= 0.0 && factor.is_finite()) {
             return Err(Failure::argument(format!("`factor`: {factor}, expected a finite number, 0 or more")));
         }
-        match &mut *of.lock()? {
-            Typed::F32(optimizer) => optimizer.scale_rho(factor),
-            Typed::F64(optimizer) => optimizer.scale_rho(factor),
-        }
+        of_type!(&mut *of.lock()?, optimizer => optimizer.scale_rho(factor));
         Ok(())
     })
 }
@@ -240,10 +240,7 @@ pub unsafe extern "C" fn polder_optimizer_get(
     guard(|| {
         // SAFETY: the caller's.
         let (of, name) = unsafe { (object("optimizer", optimizer)?, text("name", name)?) };
-        let telemetry = match &*of.lock()? {
-            Typed::F32(optimizer) => optimizer.telemetry()?,
-            Typed::F64(optimizer) => optimizer.telemetry()?,
-        };
+        let telemetry = of_type!(&*of.lock()?, optimizer => optimizer.telemetry()?);
         let found = match name {
             "loss" => Some(telemetry.loss),
             "gradient-norm" => Some(telemetry.gradient_norm),
@@ -269,10 +266,7 @@ pub unsafe extern "C" fn polder_optimizer_state_size(
     guard(|| {
         // SAFETY: the caller's.
         let of = unsafe { object("optimizer", optimizer)? };
-        let size = match &*of.lock()? {
-            Typed::F32(optimizer) => optimizer.snapshot_len(of.method),
-            Typed::F64(optimizer) => optimizer.snapshot_len(of.method),
-        };
+        let size = of_type!(&*of.lock()?, optimizer => optimizer.snapshot_len(of.method));
         // SAFETY: the caller's.
         unsafe { give("bytes", bytes, size) }
     })
@@ -297,10 +291,7 @@ pub unsafe extern "C" fn polder_optimizer_state_get(
         if state.is_null() {
             return Err(Failure::null("state"));
         }
-        let snapshot = match &*of.lock()? {
-            Typed::F32(optimizer) => optimizer.snapshot(of.method)?,
-            Typed::F64(optimizer) => optimizer.snapshot(of.method)?,
-        };
+        let snapshot = of_type!(&*of.lock()?, optimizer => optimizer.snapshot(of.method)?);
         if bytes != snapshot.len() {
             return Err(Failure::argument(format!("`bytes`: {bytes}, expected {}", snapshot.len())));
         }
@@ -335,10 +326,7 @@ pub unsafe extern "C" fn polder_optimizer_state_set(
         }
         // SAFETY: the caller's.
         let state = unsafe { std::slice::from_raw_parts(state.cast(), bytes) };
-        match &mut *of.lock()? {
-            Typed::F32(optimizer) => optimizer.restore(of.method, state)?,
-            Typed::F64(optimizer) => optimizer.restore(of.method, state)?,
-        }
+        of_type!(&mut *of.lock()?, optimizer => optimizer.restore(of.method, state)?);
         Ok(())
     })
 }

@@ -11,14 +11,20 @@ use polder::kernels::sharpness::{self, Scaling};
 use polder::kernels::vector::{self, AdamWStep, Combination, CrSamTerms, SgdStep};
 
 use crate::device::{checked_type, polder_device, polder_type};
-use crate::error::{Result, guard, object, polder_status};
+use crate::error::{Failure, Result, guard, object, polder_status};
 
-/// Calls a function for the type that the caller names.
+/// Evaluates an expression with `$T` as the type that the caller names.
 macro_rules! for_type {
-    ($dtype:expr, $function:ident($($argument:expr),*)) => {
+    ($dtype:expr, $T:ident => $body:expr) => {
         match checked_type($dtype)? {
-            polder_type::F32 => $function::<f32>($($argument),*),
-            polder_type::F64 => $function::<f64>($($argument),*),
+            polder_type::F32 => {
+                type $T = f32;
+                $body
+            }
+            polder_type::F64 => {
+                type $T = f64;
+                $body
+            }
         }
     };
 }
@@ -36,13 +42,14 @@ pub unsafe extern "C" fn polder_norm(
     x: *const c_void,
     norm: *mut f64,
 ) -> polder_status {
-    unsafe fn typed<T: Scalar>(on: &polder_device, n: usize, x: *const c_void, norm: *mut f64) -> Result<()> {
-        // SAFETY: the caller's.
-        let (x, norm) = unsafe { (on.read::<T>("x", x, n)?, on.write("norm", norm.cast(), 1)?) };
-        Ok(vector::l2_norm(x, &mut *on.reduction()?, norm)?)
-    }
     // SAFETY: the caller's.
-    guard(|| unsafe { for_type!(dtype, typed(object("device", device)?, n, x, norm)) })
+    guard(|| unsafe {
+        let on = object("device", device)?;
+        for_type!(dtype, T => {
+            let (x, norm) = (on.read::<T>("x", x, n)?, on.write("norm", norm.cast(), 1)?);
+            Ok(vector::l2_norm(x, &mut *on.reduction()?, norm)?)
+        })
+    })
 }
 
 /// product[0] = the inner product of x and y, summed in double precision.
@@ -58,20 +65,15 @@ pub unsafe extern "C" fn polder_dot(
     y: *const c_void,
     product: *mut f64,
 ) -> polder_status {
-    unsafe fn typed<T: Scalar>(
-        on: &polder_device,
-        n: usize,
-        [x, y]: [*const c_void; 2],
-        product: *mut f64,
-    ) -> Result<()> {
-        // SAFETY: the caller's.
-        let (x, y) = unsafe { (on.read::<T>("x", x, n)?, on.read::<T>("y", y, n)?) };
-        // SAFETY: as above.
-        let product = unsafe { on.write("product", product.cast(), 1)? };
-        Ok(vector::dot(x, y, &mut *on.reduction()?, product)?)
-    }
     // SAFETY: the caller's.
-    guard(|| unsafe { for_type!(dtype, typed(object("device", device)?, n, [x, y], product)) })
+    guard(|| unsafe {
+        let on = object("device", device)?;
+        for_type!(dtype, T => {
+            let (x, y) = (on.read::<T>("x", x, n)?, on.read::<T>("y", y, n)?);
+            let product = on.write("product", product.cast(), 1)?;
+            Ok(vector::dot(x, y, &mut *on.reduction()?, product)?)
+        })
+    })
 }
 
 /// y += alpha x.
@@ -87,19 +89,13 @@ pub unsafe extern "C" fn polder_axpy(
     x: *const c_void,
     y: *mut c_void,
 ) -> polder_status {
-    unsafe fn typed<T: Scalar>(
-        on: &polder_device,
-        n: usize,
-        alpha: f64,
-        x: *const c_void,
-        y: *mut c_void,
-    ) -> Result<()> {
-        // SAFETY: the caller's.
-        let (x, y) = unsafe { (on.read::<T>("x", x, n)?, on.write::<T>("y", y, n)?) };
-        Ok(vector::axpy(alpha, x, y)?)
-    }
     // SAFETY: the caller's.
-    guard(|| unsafe { for_type!(dtype, typed(object("device", device)?, n, alpha, x, y)) })
+    guard(|| unsafe {
+        let on = object("device", device)?;
+        for_type!(dtype, T => {
+            Ok(vector::axpy(alpha, on.read::<T>("x", x, n)?, on.write::<T>("y", y, n)?)?)
+        })
+    })
 }
 
 /// SAM's perturbed weights: plus = w + rho g/(norm + 1e-12) and, unless minus is NULL, minus = w − rho g/(norm +
@@ -119,26 +115,16 @@ pub unsafe extern "C" fn polder_perturb(
     plus: *mut c_void,
     minus: *mut c_void,
 ) -> polder_status {
-    unsafe fn typed<T: Scalar>(
-        on: &polder_device,
-        n: usize,
-        [w, g]: [*const c_void; 2],
-        (norm, rho): (*const f64, f64),
-        [plus, minus]: [*mut c_void; 2],
-    ) -> Result<()> {
-        // SAFETY: the caller's.
-        let (w, g) = unsafe { (on.read::<T>("w", w, n)?, on.read::<T>("g", g, n)?) };
-        // SAFETY: as above.
-        let (norm, plus) = unsafe { (on.read("norm", norm.cast(), 1)?, on.write::<T>("plus", plus, n)?) };
-        let minus = match minus.is_null() {
-            true => None,
-            // SAFETY: as above.
-            false => Some(unsafe { on.write::<T>("minus", minus, n)? }),
-        };
-        Ok(vector::perturb(w, g, norm, rho, plus, minus)?)
-    }
     // SAFETY: the caller's.
-    guard(|| unsafe { for_type!(dtype, typed(object("device", device)?, n, [w, g], (norm, rho), [plus, minus])) })
+    guard(|| unsafe {
+        let on = object("device", device)?;
+        for_type!(dtype, T => {
+            let (w, g) = (on.read::<T>("w", w, n)?, on.read::<T>("g", g, n)?);
+            let (norm, plus) = (on.read("norm", norm.cast(), 1)?, on.write::<T>("plus", plus, n)?);
+            let minus = if minus.is_null() { None } else { Some(on.write::<T>("minus", minus, n)?) };
+            Ok(vector::perturb(w, g, norm, rho, plus, minus)?)
+        })
+    })
 }
 
 /// ASAM's norm: norm[0] = the L2 norm of T g, where T = |w| + eta for the first scaled elements and 1 for the others.
@@ -156,22 +142,16 @@ pub unsafe extern "C" fn polder_asam_norm(
     scaled: usize,
     norm: *mut f64,
 ) -> polder_status {
-    unsafe fn typed<T: Scalar>(
-        on: &polder_device,
-        n: usize,
-        [w, g]: [*const c_void; 2],
-        scaling: Scaling,
-        norm: *mut f64,
-    ) -> Result<()> {
-        // SAFETY: the caller's.
-        let (w, g) = unsafe { (on.read::<T>("w", w, n)?, on.read::<T>("g", g, n)?) };
-        // SAFETY: as above.
-        let norm = unsafe { on.write("norm", norm.cast(), 1)? };
-        Ok(sharpness::adaptive_norm(w, g, scaling, &mut *on.reduction()?, norm)?)
-    }
-    let scaling = Scaling { eta, scaled_len: scaled };
     // SAFETY: the caller's.
-    guard(|| unsafe { for_type!(dtype, typed(object("device", device)?, n, [w, g], scaling, norm)) })
+    guard(|| unsafe {
+        let on = object("device", device)?;
+        let scaling = Scaling { eta, scaled_len: scaled };
+        for_type!(dtype, T => {
+            let (w, g) = (on.read::<T>("w", w, n)?, on.read::<T>("g", g, n)?);
+            let norm = on.write("norm", norm.cast(), 1)?;
+            Ok(sharpness::adaptive_norm(w, g, scaling, &mut *on.reduction()?, norm)?)
+        })
+    })
 }
 
 /// ASAM's perturbed weights: plus = w + rho T² g/(norm + 1e-12), with the norm of `polder_asam_norm`.
@@ -191,23 +171,16 @@ pub unsafe extern "C" fn polder_asam_perturb(
     rho: f64,
     plus: *mut c_void,
 ) -> polder_status {
-    unsafe fn typed<T: Scalar>(
-        on: &polder_device,
-        n: usize,
-        [w, g]: [*const c_void; 2],
-        scaling: Scaling,
-        (norm, rho): (*const f64, f64),
-        plus: *mut c_void,
-    ) -> Result<()> {
-        // SAFETY: the caller's.
-        let (w, g) = unsafe { (on.read::<T>("w", w, n)?, on.read::<T>("g", g, n)?) };
-        // SAFETY: as above.
-        let (norm, plus) = unsafe { (on.read("norm", norm.cast(), 1)?, on.write::<T>("plus", plus, n)?) };
-        Ok(sharpness::perturb_adaptive(w, g, scaling, norm, rho, plus)?)
-    }
-    let scaling = Scaling { eta, scaled_len: scaled };
     // SAFETY: the caller's.
-    guard(|| unsafe { for_type!(dtype, typed(object("device", device)?, n, [w, g], scaling, (norm, rho), plus)) })
+    guard(|| unsafe {
+        let on = object("device", device)?;
+        let scaling = Scaling { eta, scaled_len: scaled };
+        for_type!(dtype, T => {
+            let (w, g) = (on.read::<T>("w", w, n)?, on.read::<T>("g", g, n)?);
+            let (norm, plus) = (on.read("norm", norm.cast(), 1)?, on.write::<T>("plus", plus, n)?);
+            Ok(sharpness::perturb_adaptive(w, g, scaling, norm, rho, plus)?)
+        })
+    })
 }
 
 /// CR-SAM's terms.
@@ -271,10 +244,10 @@ unsafe fn combination<'a, T: Scalar>(
     coefficients: *const f64,
 ) -> Result<Combination<'a, T>> {
     if gradients.is_null() {
-        return Err(crate::error::Failure::null("gradients"));
+        return Err(Failure::null("gradients"));
     }
     if !(1..=4).contains(&count) {
-        return Err(crate::error::Failure::argument(format!("{count} gradients, expected 1 to 4")));
+        return Err(Failure::argument(format!("{count} gradients, expected 1 to 4")));
     }
     let mut vectors = [None; 4];
     for (k, vector) in vectors.iter_mut().enumerate().take(count) {
@@ -308,29 +281,16 @@ pub unsafe extern "C" fn polder_sgd(
     weight_decay: f64,
     skip: *const u32,
 ) -> polder_status {
-    unsafe fn typed<T: Scalar>(
-        on: &polder_device,
-        n: usize,
-        [w, m]: [*mut c_void; 2],
-        gradients: Combination<'_, T>,
-        step: SgdStep<'_>,
-        skip: *const u32,
-    ) -> Result<()> {
-        // SAFETY: the caller's.
-        let (w, m) = unsafe { (on.write::<T>("w", w, n)?, on.write::<T>("m", m, n)?) };
-        // SAFETY: as above.
-        let skip = unsafe { on.read("skip", skip.cast(), 1)? };
-        Ok(vector::sgd(w, m, gradients, step, skip)?)
-    }
-    guard(|| {
-        // SAFETY: the caller's.
-        let on = unsafe { object("device", device)? };
+    // SAFETY: the caller's.
+    guard(|| unsafe {
+        let on = object("device", device)?;
         let nesterov = nesterov != 0;
         let step = SgdStep { lr: lr.into(), momentum, nesterov, weight_decay, decay_len: usize::MAX };
-        // SAFETY: the caller's.
-        unsafe {
-            for_type!(dtype, typed(on, n, [w, m], combination(on, n, gradients, count, coefficients)?, step, skip))
-        }
+        for_type!(dtype, T => {
+            let gradients = combination(on, n, gradients, count, coefficients)?;
+            let (w, m) = (on.write::<T>("w", w, n)?, on.write::<T>("m", m, n)?);
+            Ok(vector::sgd(w, m, gradients, step, on.read("skip", skip.cast(), 1)?)?)
+        })
     })
 }
 
@@ -359,30 +319,15 @@ pub unsafe extern "C" fn polder_adamw(
     step: *const u32,
     skip: *const u32,
 ) -> polder_status {
-    unsafe fn typed<T: Scalar>(
-        on: &polder_device,
-        n: usize,
-        [w, m, v]: [*mut c_void; 3],
-        gradients: Combination<'_, T>,
-        settings: AdamWStep<'_>,
-        [step, skip]: [*const u32; 2],
-    ) -> Result<()> {
-        // SAFETY: the caller's.
-        let (w, m, v) = unsafe { (on.write::<T>("w", w, n)?, on.write::<T>("m", m, n)?, on.write::<T>("v", v, n)?) };
-        // SAFETY: as above.
-        let (step, skip) = unsafe { (on.read("step", step.cast(), 1)?, on.read("skip", skip.cast(), 1)?) };
-        Ok(vector::adamw(w, m, v, gradients, settings, step, skip)?)
-    }
-    guard(|| {
-        // SAFETY: the caller's.
-        let on = unsafe { object("device", device)? };
+    // SAFETY: the caller's.
+    guard(|| unsafe {
+        let on = object("device", device)?;
         let settings = AdamWStep { lr: lr.into(), beta1, beta2, eps, weight_decay, decay_len: usize::MAX };
-        // SAFETY: the caller's.
-        unsafe {
-            for_type!(
-                dtype,
-                typed(on, n, [w, m, v], combination(on, n, gradients, count, coefficients)?, settings, [step, skip])
-            )
-        }
+        for_type!(dtype, T => {
+            let gradients = combination(on, n, gradients, count, coefficients)?;
+            let (w, m, v) = (on.write::<T>("w", w, n)?, on.write::<T>("m", m, n)?, on.write::<T>("v", v, n)?);
+            let (step, skip) = (on.read("step", step.cast(), 1)?, on.read("skip", skip.cast(), 1)?);
+            Ok(vector::adamw(w, m, v, gradients, settings, step, skip)?)
+        })
     })
 }
