@@ -106,7 +106,7 @@ int main() try {
         size_t count;
         check(polder_curvature_eigenvalues(cpu.get(), POLDER_TYPE_F64, &objective, weights.data(), WEIGHTS, 40, 1e-6, 1,
                                            1, &largest, &residual, &count));
-        std::printf("%-8s largest eigenvalue of the Hessian %.4f, residual %.1e\n", "", largest, residual);
+        std::printf("%-8s largest eigenvalue of the Hessian %.2e, residual %.1e\n", "", largest, residual);
         if (count != 1 || !(largest > 0.0) || residual > 1e-3 * largest)
             throw std::runtime_error("the eigenvalue has not converged");
         if (right < int(POINTS * 9 / 10)) throw std::runtime_error("the network has not learned the spirals");
