@@ -10,6 +10,7 @@
 //! - Every object may be used from any thread. If two threads use one object at the same time, one of them may be
 //!   answered with `POLDER_STATUS_BUSY`.
 #![allow(non_camel_case_types)] // names of C
+#![allow(rustdoc::broken_intra_doc_links)] // norm[0] is a number in C
 #![warn(missing_docs)]
 
 mod curvature;
