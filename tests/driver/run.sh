@@ -9,7 +9,6 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 NVCC=${NVCC:-$(command -v nvcc)} || { echo "nvcc was not found (NVCC, PATH)" >&2; exit 1; }
 export NVCC POLDER_REQUIRE_CUDA=1
-tools=$(dirname "$NVCC")
 to=$PWD/target/driver
 rm -rf "$to"
 mkdir -p "$to"
@@ -33,22 +32,7 @@ for each in messages:
 END
 )
 path_of() { awk -v name="$1" '$1 == name { print $2; found = 1 } END { exit !found }' <<<"$built"; }
-fatbins=$(path_of fatbins)
-
-# Contraction is off, because PTX has explicit instructions with one rounding. Its integers wrap.
-flags=(-std=c++20 -O3 -mavx2 -mfma -mf16c -ffp-contract=off -fwrapv -fno-strict-aliasing -fPIC -Wall -Wextra -Werror)
-for source in tests/driver/*.cpp; do
-    g++ "${flags[@]}" -I "$tools/../include" -c "$source" -o "$to/$(basename "$source" .cpp).o" &
-    building+=($!)
-done
-for fatbin in "$fatbins"/*.fatbin; do
-    cp "$fatbin" "$to"
-    "$tools/cuobjdump" -ptx "$fatbin" >"$to/$(basename "$fatbin" .fatbin).ptx"
-done
-for one in "${building[@]}"; do wait "$one"; done
-g++ -shared -o "$to/libcuda.so.1" "$to"/*.o -pthread
-# cudarc looks for this name first, so no real driver is found instead.
-ln -s libcuda.so.1 "$to/libcuda.so"
+tests/driver/build.sh "$to" "$(path_of fatbins)"
 export LD_LIBRARY_PATH=$to${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} DRIVER_IMAGES=$to
 export POLDER_TEST_DEVICE=cuda:0 POLDER_TEST_ONLY=1
 "$(path_of cuda)" --nocapture the_description 2>&1 | grep "interpreted PTX"
