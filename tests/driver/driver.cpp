@@ -1,5 +1,5 @@
-// A CUDA driver (libcuda) without a GPU: the functions that src/device/cuda.rs calls, for one device whose kernels are
-// interpreted.
+// A CUDA driver (libcuda) without a GPU: the functions that src/device/cuda.rs and the buffers of cust (interop/cust)
+// call, for one device whose kernels are interpreted.
 //
 // Work runs as late as allowed, when something waits for it, and streams and the branches of a graph take turns at
 // random (DRIVER_SEED). So a missing wait, or memory that is freed too early, leads to wrong results. Misuse that a
@@ -140,6 +140,11 @@ void work_until(F holds) {
     }
 }
 
+/// Does all work of all streams.
+void finish_all() {
+    work_until([] { return std::all_of(streams.begin(), streams.end(), [](Stream* s) { return s->items.empty(); }); });
+}
+
 /// Adds work to a stream, or to the graph that it captures.
 void submit(CUstream handle, Work work) {
     Stream& stream = *stream_of(handle);
@@ -227,13 +232,14 @@ CUresult cuDevicePrimaryCtxRetain(CUcontext* result, CUdevice) {
     return *result = reinterpret_cast<CUcontext>(&context), CUDA_SUCCESS;
 }
 CUresult cuDevicePrimaryCtxRelease_v2(CUdevice) { return CUDA_SUCCESS; }
+CUresult cuDevicePrimaryCtxSetFlags_v2(CUdevice, unsigned) { return CUDA_SUCCESS; }
 CUresult cuCtxGetCurrent(CUcontext* result) {
     return *result = has_context ? reinterpret_cast<CUcontext>(&context) : nullptr, CUDA_SUCCESS;
 }
 CUresult cuCtxSetCurrent(CUcontext current) { return has_context = current != nullptr, CUDA_SUCCESS; }
 CUresult cuCtxSynchronize() {
     POLDER_DRIVER;
-    work_until([] { return std::all_of(streams.begin(), streams.end(), [](Stream* s) { return s->items.empty(); }); });
+    finish_all();
     return CUDA_SUCCESS;
 }
 
@@ -265,6 +271,18 @@ CUresult cuMemFreeAsync(CUdeviceptr address, CUstream stream) {
     submit(stream, [=] { memory().release(address); });
     return CUDA_SUCCESS;
 }
+CUresult cuMemAlloc_v2(CUdeviceptr* address, size_t bytes) {
+    POLDER_DRIVER;
+    *address = memory().allocate(bytes);
+    return *address != 0 ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
+}
+CUresult cuMemFree_v2(CUdeviceptr address) {
+    POLDER_DRIVER;
+    // It waits for all work.
+    finish_all();
+    memory().release(address);
+    return CUDA_SUCCESS;
+}
 CUresult cuMemHostAlloc(void** address, size_t bytes, unsigned) {
     POLDER_DRIVER;
     *address = malloc(bytes);
@@ -272,6 +290,7 @@ CUresult cuMemHostAlloc(void** address, size_t bytes, unsigned) {
     page_locked[static_cast<char*>(*address)] = bytes;
     return CUDA_SUCCESS;
 }
+CUresult cuMemAllocHost_v2(void** address, size_t bytes) { return cuMemHostAlloc(address, bytes, 0); }
 CUresult cuMemFreeHost(void* address) {
     POLDER_DRIVER;
     if (page_locked.erase(static_cast<char*>(address)) == 0) fail("memory is freed that is not page-locked");
@@ -315,6 +334,23 @@ CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CU
     return CUDA_SUCCESS;
 }
 
+// Copies that wait run on the default stream. They wait for no other stream, although a GPU has streams that they do
+// wait for.
+CUresult cuMemcpyHtoD_v2(CUdeviceptr to, const void* from, size_t bytes) {
+    POLDER_DRIVER;
+    work_until([stream = stream_of(nullptr)] { return stream->items.empty(); });
+    memory().check(to, bytes, "a copy to the device");
+    memcpy(reinterpret_cast<void*>(to), from, bytes);
+    return CUDA_SUCCESS;
+}
+CUresult cuMemcpyDtoH_v2(void* to, CUdeviceptr from, size_t bytes) {
+    POLDER_DRIVER;
+    work_until([stream = stream_of(nullptr)] { return stream->items.empty(); });
+    memory().check(from, bytes, "a copy to the host");
+    memcpy(to, reinterpret_cast<const void*>(from), bytes);
+    return CUDA_SUCCESS;
+}
+
 // ---- Streams and events ---------------------------------------------------------------------------------------------
 
 CUresult cuStreamCreate(CUstream* stream, unsigned) {
@@ -322,6 +358,7 @@ CUresult cuStreamCreate(CUstream* stream, unsigned) {
     streams.push_back(new Stream);
     return *stream = reinterpret_cast<CUstream>(streams.back()), CUDA_SUCCESS;
 }
+CUresult cuStreamCreateWithPriority(CUstream* stream, unsigned flags, int) { return cuStreamCreate(stream, flags); }
 CUresult cuStreamSynchronize(CUstream handle) {
     POLDER_DRIVER;
     const Stream& stream = *stream_of(handle);
