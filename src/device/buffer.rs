@@ -8,6 +8,7 @@ use super::host::HostMemory;
 use super::{Device, Element, Error, Inner, Result, cuda::CudaMemory};
 
 /// Device memory for `len` elements of `T`. Dropping it frees it, on a GPU in the order of the stream.
+/// [`Buffer::from_raw`] takes memory of another library instead, which stays its owner.
 pub struct Buffer<T: Element> {
     device: Device,
     memory: Memory,
@@ -18,9 +19,27 @@ pub struct Buffer<T: Element> {
 enum Memory {
     Host(HostMemory),
     Cuda(CudaMemory),
+    /// An address in memory of another library.
+    Foreign(u64),
 }
 
 impl<T: Element> Buffer<T> {
+    /// `len` elements at `address` that another library allocated and frees, for code that wants a buffer, such as
+    /// [`Optimizer::with_memory`](crate::optim::Optimizer::with_memory). Nothing is copied, and dropping it does
+    /// nothing. An address that is a multiple of 16 lets kernels read four floats at once.
+    ///
+    /// # Errors
+    /// As [`Slice::from_raw`].
+    ///
+    /// # Safety
+    /// For as long as the buffer exists, and on a GPU until the work that was given it has finished:
+    /// - the memory is allocated and initialised, and every element lies on `device`;
+    /// - nobody else reads or writes it, except work that the device's stream already orders with the work here.
+    pub unsafe fn from_raw(device: &Device, address: u64, len: usize) -> Result<Self> {
+        check_raw::<T>("Buffer::from_raw", address, len)?;
+        Ok(Self { device: device.clone(), memory: Memory::Foreign(address), len, element: PhantomData })
+    }
+
     /// Memory in which every byte is `byte`.
     pub(super) fn filled(device: &Device, len: usize, byte: u8) -> Result<Self> {
         let bytes = len
@@ -53,6 +72,7 @@ impl<T: Element> Buffer<T> {
         match &self.memory {
             Memory::Host(memory) => memory.address(),
             Memory::Cuda(memory) => memory.address(),
+            Memory::Foreign(address) => *address,
         }
     }
 
