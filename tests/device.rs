@@ -4,8 +4,8 @@
 mod common;
 
 use common::{Random, devices};
-use polder::device::{Buffer, Device, Error, Result, Slice, SliceMut, available};
-use polder::kernels::vector::fill;
+use polder::device::{Buffer, Device, Error, Result, Slice, SliceMut, ThreadPool, available};
+use polder::kernels::vector::{self, Reduction, fill};
 
 /// Runs `test` on every device, and prints the device on which it failed.
 fn on_every_device(test: impl Fn(&Device)) {
@@ -422,4 +422,36 @@ fn foreign_addresses_are_checked() {
             assert!(SliceMut::<f32>::from_raw(&device, address, len).is_err());
         }
     }
+}
+
+/// Threads of the caller: several at the same time, one after the other, and none at all.
+#[test]
+fn the_threads_of_a_caller_give_the_bits_of_a_team() {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    let n = 1_000_003;
+    let norm_on = |device: &Device| {
+        let x: Buffer<f32> = device.upload(&Random(3).vector::<f32>(n)).unwrap();
+        let mut norm = device.zeros(1).unwrap();
+        vector::l2_norm(x.view(), &mut Reduction::new(device).unwrap(), norm.view_mut()).unwrap();
+        norm.to_vec().unwrap()[0].to_bits()
+    };
+    let expected = norm_on(&Device::host());
+    let calls = Arc::new(AtomicUsize::new(0));
+    let counter = calls.clone();
+    let at_once: ThreadPool = Arc::new(move |work| {
+        counter.fetch_add(1, Ordering::Relaxed);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(work);
+            }
+        });
+    });
+    let in_turn: ThreadPool = Arc::new(|work| (0..3).for_each(|_| work()));
+    let never: ThreadPool = Arc::new(|_| ());
+    for pool in [at_once, in_turn, never] {
+        assert_eq!(norm_on(&Device::host_on(3, pool)), expected);
+    }
+    assert!(calls.load(Ordering::Relaxed) > 0, "the pool was not used");
 }

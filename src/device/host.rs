@@ -2,6 +2,7 @@
 //!
 //! A launch spreads its blocks over the team. The team is our own, rather than a general thread pool, because a
 //! training step must not allocate: handing a job to a general pool from outside allocates queue segments now and then.
+//! A program with threads of its own can lend them instead, so that two teams do not compete for the cores.
 
 use std::alloc::{self, Layout};
 use std::ffi::c_void;
@@ -43,6 +44,10 @@ impl HostOptions {
     /// The most threads that a device starts.
     pub const MOST_THREADS: usize = 1024;
 }
+
+/// Threads of the caller, on which a device runs its kernels; see [`Device::host_on`](super::Device::host_on). It calls
+/// the function on some of its threads, at the same time, and returns when every call has returned.
+pub type ThreadPool = Arc<dyn Fn(&(dyn Fn() + Sync)) + Send + Sync>;
 
 /// The CPU.
 pub(super) struct HostDevice {
@@ -97,13 +102,13 @@ pub(super) fn processor() -> Option<&'static str> {
 }
 
 impl HostDevice {
-    pub(super) fn new(options: HostOptions) -> Self {
+    pub(super) fn new(options: HostOptions, pool: Option<ThreadPool>) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
         let threads = if options.threads == 0 { cores } else { options.threads }.min(HostOptions::MOST_THREADS);
         Self {
             options: HostOptions { threads, ..options },
             instruction_set: newest_instruction_set(),
-            team: Team::new(threads),
+            team: Team::new(threads, pool),
             recording: AtomicBool::new(false),
             paired: AtomicBool::new(false),
             graphs: Mutex::default(),
@@ -487,6 +492,8 @@ impl Drop for Block {
 struct Team {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
+    /// Threads of the caller instead of workers.
+    pool: Option<ThreadPool>,
     /// Held during a job: callers from several threads wait for one another.
     caller: Mutex<()>,
 }
@@ -523,7 +530,7 @@ impl Team {
         self.caller.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn new(threads: usize) -> Self {
+    fn new(threads: usize, pool: Option<ThreadPool>) -> Self {
         let shared = Arc::new(Shared {
             generation: AtomicU64::new(0),
             next: AtomicU64::new(0),
@@ -535,21 +542,22 @@ impl Team {
             job: Mutex::new(None),
             wake: Condvar::new(),
         });
-        let workers = (1..threads)
+        let own = if pool.is_some() { 1 } else { threads };
+        let workers = (1..own)
             .filter_map(|index| {
                 let shared = shared.clone();
                 // If a thread cannot be started, the others do its work.
                 std::thread::Builder::new().name(format!("polder-{index}")).spawn(move || shared.work()).ok()
             })
             .collect();
-        Self { shared, workers, caller: Mutex::new(()) }
+        Self { shared, workers, pool, caller: Mutex::new(()) }
     }
 
     /// Calls `function(first, last)` for chunks that cover [0, blocks), on all threads, and returns when all are done.
     /// After a call that returns false, no further chunk is started.
     fn run(&self, blocks: u64, chunk: u64, function: &(dyn Fn(u64, u64) -> bool + Sync)) {
         let _turn = self.turn();
-        if blocks <= chunk || self.workers.is_empty() {
+        if blocks <= chunk || (self.workers.is_empty() && self.pool.is_none()) {
             let mut first = 0;
             while first < blocks && function(first, (first + chunk).min(blocks)) {
                 first += chunk;
@@ -561,6 +569,12 @@ impl Team {
         shared.blocks.store(blocks, Ordering::Relaxed);
         shared.chunk.store(chunk, Ordering::Relaxed);
         shared.failed.store(false, Ordering::Relaxed);
+        if let Some(pool) = &self.pool {
+            pool(&|| shared.claim(function));
+            // What the pool has left over.
+            shared.claim(function);
+            return;
+        }
         {
             let mut job = shared.job.lock().unwrap_or_else(PoisonError::into_inner);
             // SAFETY: only the lifetime changes, and this function waits below until no worker uses the pointer any

@@ -21,7 +21,7 @@ use std::sync::Arc;
 pub(crate) use buffer::check_length;
 pub use buffer::{Buffer, Disjoint, Slice, SliceMut};
 pub use error::{Error, Result};
-pub use host::{BlockOrder, HostOptions};
+pub use host::{BlockOrder, HostOptions, ThreadPool};
 pub(crate) use registry::{Kernel, id};
 
 use arguments::Arguments;
@@ -221,7 +221,15 @@ impl Device {
 
     /// The CPU with chosen threads, order of blocks and launch shapes.
     pub fn host_with(options: HostOptions) -> Self {
-        Self(Inner::Host(Arc::new(HostDevice::new(options))))
+        Self(Inner::Host(Arc::new(HostDevice::new(options, None))))
+    }
+
+    /// The CPU with the threads of the caller, about `threads` of them. A program that has a team of threads for its
+    /// own work lends it, so that the two do not wait for each other. The calling thread does what the pool leaves
+    /// over. The bits do not depend on the threads.
+    pub fn host_on(threads: usize, pool: ThreadPool) -> Self {
+        let options = HostOptions { threads, ..HostOptions::default() };
+        Self(Inner::Host(Arc::new(HostDevice::new(options, Some(pool)))))
     }
 
     /// GPU number `ordinal`.
