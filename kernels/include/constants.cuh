@@ -27,6 +27,8 @@ constexpr int kProducts = 5;
 
 /// Elements that a block of `gradient_pieces` reads at a time, of one part or of several.
 constexpr uint32_t kPieceElements = 1024;
+/// The most elements that a block of `gather` copies at a time.
+constexpr uint64_t kGatherElements = 8192;
 
 // ---- Batch normalisation --------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ pub mod batch_norm;
 pub mod clock;
 pub mod conv;
 mod conv_batch_norm;
+pub mod gather;
 pub mod gradient;
 pub mod image;
 pub mod layers;

@@ -5,6 +5,7 @@ mod common;
 
 mod batch_norm;
 mod conv;
+mod gather;
 mod gradient;
 mod image;
 mod layers;
