@@ -364,6 +364,18 @@ impl<'a, T: Scalar> Combination<'a, T> {
         Self { vectors: [Some(vector), None, None, None], coefficients }
     }
 
+    /// The same combination of a part of each vector.
+    ///
+    /// # Errors
+    /// [`Error::Range`] where the part ends outside.
+    pub fn slice(self, range: std::ops::Range<usize>) -> Result<Self> {
+        let mut vectors = self.vectors;
+        for vector in vectors.iter_mut().flatten() {
+            *vector = vector.slice(range.clone())?;
+        }
+        Ok(Self { vectors, ..self })
+    }
+
     /// The combination of vectors of `n` elements as kernels take it, and the number of vectors, checked.
     pub(super) fn args(&self, check: Check<'_>, n: usize) -> Result<(CombinationArgs, usize)> {
         const NAMES: [&str; 4] = ["vectors[0]", "vectors[1]", "vectors[2]", "vectors[3]"];

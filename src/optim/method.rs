@@ -47,7 +47,7 @@ pub struct Context<'a> {
 ///
 /// A method is a plain struct of its settings, declared with [`settings!`](crate::settings!). It writes a step with the
 /// verbs of [`Step`]; `docs/extending.md` shows a whole one.
-pub trait Method<T: Scalar>: Configurable + Debug {
+pub trait Method<T: Scalar>: Configurable + Debug + Send {
     /// Fails if the settings contradict each other. Their ranges are checked by [`Configurable::check`].
     ///
     /// # Errors

@@ -20,7 +20,10 @@ pub use schedule::{Decay, RhoSchedule, Schedule};
 pub use snapshot::SnapshotError;
 pub use step::{Coefficients, Direction, Numbers, Row, Step, Store, Vector, Vectors, work};
 
+use std::ops::Range;
+
 use crate::device::{Buffer, Device, Error, Result, Scalar, Slice, SliceMut};
+use crate::kernels::Check;
 use crate::kernels::vector::{self, AdamWStep, Combination, Rate, Reduction, SgdStep};
 use crate::kernels::{metrics, random, sharpness};
 use crate::objective::{Objective, ObjectiveExt, Pass};
@@ -56,6 +59,8 @@ pub enum Base {
         /// Added to the root of the second moment, by default 1e-8.
         eps: f64,
     },
+    /// An optimizer of the caller. [`Optimizer::direction_into`] leaves it the direction to follow.
+    External,
 }
 
 impl Base {
@@ -68,8 +73,8 @@ impl Base {
     }
 }
 
-/// What an [`Optimizer`] does. The numbers do not change while it lives, except the learning rate, which each step is
-/// given, and the factor of [`Optimizer::scale_rho`].
+/// What an [`Optimizer`] does. The numbers do not change while it lives, except what each step is given: the learning
+/// rate, or the groups of weights; and what [`Optimizer::scale_rho`] and [`Optimizer::set_method`] change.
 #[derive(Debug)]
 pub struct Settings<T: Scalar> {
     /// The sharpness-aware method.
@@ -96,6 +101,19 @@ impl<T: Scalar> Settings<T> {
     pub fn boxed(method: Box<dyn Method<T>>, base: Base) -> Self {
         Self { method, base, weight_decay: 0.0, decay_len: usize::MAX, clip: None }
     }
+}
+
+/// A part of the weights with its own update; see [`Optimizer::step_groups`].
+#[derive(Clone)]
+pub struct Group<'a> {
+    /// Its place in the vector of weights.
+    pub place: Range<usize>,
+    /// The base optimizer. All groups have the optimizer's own kind.
+    pub base: Base,
+    /// λ, as [`Settings::weight_decay`].
+    pub weight_decay: f64,
+    /// Learning rate η. A method that computes the step size ignores it.
+    pub lr: Rate<'a>,
 }
 
 /// What a step left on the device, read back.
@@ -138,9 +156,9 @@ impl Telemetry {
 
 /// The buffers of an optimizer that a checkpoint must hold, so that a resumed run has the same bits.
 pub struct State<T: Scalar> {
-    /// SGD's momentum or AdamW's first moment: as long as the weights.
+    /// SGD's momentum or AdamW's first moment: as long as the weights; empty for [`Base::External`].
     pub momentum: Buffer<T>,
-    /// AdamW's second moment: as long as the weights; empty for SGD.
+    /// AdamW's second moment: as long as the weights; otherwise empty.
     pub second_moment: Buffer<T>,
     /// The vectors that the method keeps: [`Needs::memory`] of them, such as SA-SAM's previous weights. Each begins at
     /// a multiple of [`ALIGNMENT`](crate::arena::ALIGNMENT) elements.
@@ -152,6 +170,34 @@ pub struct State<T: Scalar> {
     /// Steps asked for so far, skipped ones included. Methods that do something every k steps count by it, and random
     /// directions are drawn by it. Replays of a recorded step are not counted; see [`Method::repeats`].
     pub attempts: u64,
+}
+
+/// One of the long vectors that [`Optimizer::with_memory`] asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// [`State::momentum`]
+    Momentum,
+    /// [`State::second_moment`]
+    SecondMoment,
+    /// [`State::memory`]
+    Memory,
+    /// The working vectors, which last for one step.
+    Work,
+}
+
+impl Part {
+    /// All of them, in the order in which they are asked for.
+    pub const ALL: [Self; 4] = [Part::Momentum, Part::SecondMoment, Part::Memory, Part::Work];
+
+    /// Its name, such as `momentum`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Part::Momentum => "momentum",
+            Part::SecondMoment => "second_moment",
+            Part::Memory => "memory",
+            Part::Work => "work",
+        }
+    }
 }
 
 /// The counters before the method's own: steps taken, steps skipped.
@@ -184,19 +230,43 @@ impl<T: Scalar> Optimizer<T> {
     /// [`Error::Argument`] for a method whose settings are out of range or contradict each other, and those of the
     /// allocation.
     pub fn new(device: &Device, len: usize, settings: Settings<T>) -> Result<Self> {
-        let refused = |error: SettingError| Error::Argument { operation: "Optimizer::new", message: error.to_string() };
-        settings.method.check().and_then(|()| settings.method.check_combination()).map_err(refused)?;
+        Self::with_memory(device, len, settings, |_, len| device.zeros(len))
+    }
+
+    /// The same, with the long vectors in memory that `allocate` answers with: so many elements, all zero. It is asked
+    /// once for each kind of vector that is needed, and for length 0 of the others.
+    ///
+    /// # Errors
+    /// As [`Optimizer::new`]; [`Error::Length`] and [`Error::OtherDevice`] for an answer of another length or device.
+    pub fn with_memory(
+        device: &Device,
+        len: usize,
+        settings: Settings<T>,
+        mut allocate: impl FnMut(Part, usize) -> Result<Buffer<T>>,
+    ) -> Result<Self> {
+        const OPERATION: &str = "Optimizer::new";
+        check_method(OPERATION, &*settings.method)?;
         let needs = settings.method.needs();
+        let mut allocate = |part: Part, len: usize| {
+            let buffer = allocate(part, len)?;
+            Check { operation: OPERATION, device }.argument(part.name(), buffer.view(), len)?;
+            Ok(buffer)
+        };
+        let moments = match settings.base {
+            Base::Sgd { .. } => [len, 0],
+            Base::AdamW { .. } => [len, len],
+            Base::External => [0, 0],
+        };
         Ok(Self {
             state: State {
-                momentum: device.zeros(len)?,
-                second_moment: device.zeros(if matches!(settings.base, Base::AdamW { .. }) { len } else { 0 })?,
-                memory: device.zeros(room(needs.memory, len))?,
+                momentum: allocate(Part::Momentum, moments[0])?,
+                second_moment: allocate(Part::SecondMoment, moments[1])?,
+                memory: allocate(Part::Memory, room(needs.memory, len))?,
                 scalars: device.upload(&needs.scalars)?,
                 counters: device.zeros(STEP_COUNTERS + settings.method.counters().len())?,
                 attempts: 0,
             },
-            work: device.zeros(room(needs.vectors, len))?,
+            work: allocate(Part::Work, room(needs.vectors, len))?,
             sum: device.zeros(0)?,
             displacement: device.zeros(0)?,
             numbers: Numbers::new(device, &needs)?,
@@ -211,6 +281,28 @@ impl<T: Scalar> Optimizer<T> {
     /// What it does.
     pub fn settings(&self) -> &Settings<T> {
         &self.settings
+    }
+
+    /// Changes the method's settings between two steps: the same method with other numbers.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for settings that are out of range or contradict each other, and for a method that needs
+    /// other vectors or numbers; those of the device.
+    pub fn set_method(&mut self, method: Box<dyn Method<T>>) -> Result<()> {
+        const OPERATION: &str = "Optimizer::set_method";
+        check_method(OPERATION, &*method)?;
+        let (old, new) = (self.settings.method.needs(), method.needs());
+        let same = (old.vectors, old.memory, old.numbers, old.scalars.len(), old.rows.len())
+            == (new.vectors, new.memory, new.numbers, new.scalars.len(), new.rows.len());
+        if !same || self.settings.method.counters() != method.counters() {
+            let message = "the new settings need other vectors or numbers: make a new optimizer".into();
+            return Err(Error::Argument { operation: OPERATION, message });
+        }
+        if old.rows != new.rows {
+            self.numbers.set_rows(&new.rows)?;
+        }
+        self.settings.method = method;
+        Ok(())
     }
 
     /// What a checkpoint must hold.
@@ -269,7 +361,79 @@ impl<T: Scalar> Optimizer<T> {
         weights: SliceMut<'_, T>,
         lr: impl Into<Rate<'r>>,
     ) -> Result<()> {
-        let taken = self.take_step(objective, weights, lr.into());
+        let Settings { base, weight_decay, decay_len, .. } = self.settings;
+        let group = Group { place: 0..self.len, base, weight_decay, lr: lr.into() };
+        self.guard(objective, |optimizer, objective| {
+            let followed = optimizer.take_direction(objective, weights.view())?;
+            optimizer.update(weights, followed, &[group], decay_len)
+        })
+    }
+
+    /// As [`Optimizer::step`], where groups of weights have their own learning rate, decay and numbers of the base
+    /// optimizer, in a launch for each. Weights of no group keep their bits.
+    ///
+    /// # Errors
+    /// As [`Optimizer::step`]; [`Error::Argument`] for a group with another kind of base optimizer, or whose place
+    /// overlaps the one before; [`Error::Range`] for a place outside of the weights.
+    pub fn step_groups(
+        &mut self,
+        objective: &mut dyn Objective<T>,
+        weights: SliceMut<'_, T>,
+        groups: &[Group<'_>],
+    ) -> Result<()> {
+        let refused = |message| Err(Error::Argument { operation: "Optimizer::step_groups", message });
+        let mut end = 0;
+        for Group { place, base, .. } in groups {
+            if std::mem::discriminant(base) != std::mem::discriminant(&self.settings.base) {
+                return refused(format!("{base:?} in an optimizer with {:?}", self.settings.base));
+            }
+            if place.start < end {
+                return refused(format!("the place {place:?} is not behind the one before, which ends at {end}"));
+            }
+            end = place.end.max(end);
+        }
+        self.guard(objective, |optimizer, objective| {
+            let followed = optimizer.take_direction(objective, weights.view())?;
+            optimizer.update(weights, followed, groups, usize::MAX)
+        })
+    }
+
+    /// The passes of a step at `weights` and around it, without an update: writes the direction that the base optimizer
+    /// would follow, clipped, to `out`. For [`Base::External`] and for any other base. If a step is to be skipped,
+    /// [`Optimizer::skipped`] is 1, and `out` may hold what is not finite.
+    ///
+    /// Traffic beside the passes: 4k + 4 B per parameter for a direction of k vectors.
+    ///
+    /// # Errors
+    /// As [`Optimizer::step`]; [`Error::Argument`] for a method that computes the step size.
+    pub fn direction_into(
+        &mut self,
+        objective: &mut dyn Objective<T>,
+        weights: Slice<'_, T>,
+        out: SliceMut<'_, T>,
+    ) -> Result<()> {
+        const OPERATION: &str = "Optimizer::direction_into";
+        crate::kernels::check_length(OPERATION, "out", out.len(), self.len)?;
+        if self.settings.method.own_rate().is_some() {
+            let message = "the method computes the step size, so its direction has no meaning alone".into();
+            return Err(Error::Argument { operation: OPERATION, message });
+        }
+        self.guard(objective, |optimizer, objective| {
+            let followed = optimizer.take_direction(objective, weights)?;
+            optimizer.count()?;
+            let Self { state, work, sum, numbers, len, .. } = optimizer;
+            let gradients = followed.combination(work, &state.memory, sum, numbers, *len)?;
+            sharpness::combine(gradients, 1.0, false, out, None)
+        })
+    }
+
+    /// The work of a step, and what ends it.
+    fn guard(
+        &mut self,
+        objective: &mut dyn Objective<T>,
+        work: impl FnOnce(&mut Self, &mut dyn Objective<T>) -> Result<()>,
+    ) -> Result<()> {
+        let taken = work(self, objective).and_then(|()| objective.commit(self.numbers.flag.view()));
         if taken.is_err() {
             // It does not fail, and the error of the step is the one to report.
             let _ = objective.pass(Pass::Abandon);
@@ -277,7 +441,8 @@ impl<T: Scalar> Optimizer<T> {
         taken
     }
 
-    fn take_step(&mut self, objective: &mut dyn Objective<T>, weights: SliceMut<'_, T>, lr: Rate<'_>) -> Result<()> {
+    /// The passes of a step, and the clip of what is to be followed.
+    fn take_direction(&mut self, objective: &mut dyn Objective<T>, weights: Slice<'_, T>) -> Result<Followed> {
         const OPERATION: &str = "Optimizer::step";
         crate::kernels::check_length(OPERATION, "weights", weights.len(), self.len)?;
         self.numbers.flag.clear()?;
@@ -297,19 +462,35 @@ impl<T: Scalar> Optimizer<T> {
         if groups > 1 && self.sum.len() != self.len {
             self.sum = weights.device().zeros(self.len)?;
         }
-        let mut direction = self.direction(objective, weights.view(), (0, groups))?;
+        let mut direction = self.direction(objective, weights, (0, groups))?;
         if groups > 1 {
             for group in 1..groups {
                 self.accumulate(direction, 1.0 / groups as f64, group > 1)?;
-                direction = self.direction(objective, weights.view(), (group, groups))?;
+                direction = self.direction(objective, weights, (group, groups))?;
             }
             self.accumulate(direction, 1.0 / groups as f64, true)?;
             let Numbers { losses, mean_loss, .. } = &mut self.numbers;
             losses.slice_mut(0..1)?.copy_from(mean_loss.view())?;
         }
         self.state.attempts += 1;
-        self.update(weights, direction, groups > 1, lr)?;
-        objective.commit(self.numbers.flag.view())
+        let mean = groups > 1;
+        let followed = Followed { direction: if mean { Direction::along(Vector::Work(0)) } else { direction }, mean };
+        if let Some(largest) = self.settings.clip { self.clip(followed, largest) } else { Ok(followed) }
+    }
+
+    /// Scales a direction down to a norm of at most `largest`.
+    fn clip(&mut self, mut followed: Followed, largest: f64) -> Result<Followed> {
+        let Self { state, work, sum, numbers, reduction, len, .. } = self;
+        if let Coefficients::Known(row) = followed.direction.coefficients {
+            numbers.copy_row(row)?;
+            followed.direction.coefficients = Coefficients::Computed;
+        }
+        let vectors = followed.vectors(work, &state.memory, sum, *len)?;
+        let Numbers { coefficients, dot_products, .. } = &mut *numbers;
+        let c = coefficients.view();
+        sharpness::combined_products(&vectors[..followed.direction.count], c, c, reduction, dot_products.view_mut())?;
+        sharpness::clip_coefficients(dot_products.slice(3..4)?, largest, coefficients.view_mut())?;
+        Ok(followed)
     }
 
     /// The method's direction in one of the groups of the mini-batch.
@@ -350,44 +531,44 @@ impl<T: Scalar> Optimizer<T> {
         sharpness::combine(combination, weight, add, self.sum.view_mut(), None)
     }
 
-    /// Clip, combine, momentum, decay and update.
-    fn update(&mut self, weights: SliceMut<'_, T>, direction: Direction, summed: bool, lr: Rate<'_>) -> Result<()> {
-        let Self { settings, state, work, sum, numbers, reduction, len, .. } = self;
-        // The sum over groups is a single vector.
-        let mut direction = if summed { Direction::along(Vector::Work(0)) } else { direction };
-        let vectors = if summed { [sum.view(); 4] } else { vectors(direction, work, &state.memory, *len)? };
-        let vectors = &vectors[..direction.count];
-        if let Some(largest) = settings.clip {
-            if let Coefficients::Known(row) = direction.coefficients {
-                numbers.copy_row(row)?;
-                direction.coefficients = Coefficients::Computed;
+    /// Counts the step as taken or skipped.
+    fn count(&mut self) -> Result<()> {
+        let mut counters = self.state.counters.disjoint();
+        vector::advance(self.numbers.flag.view(), counters.write(0..1)?, counters.write(1..2)?)
+    }
+
+    /// Combine, momentum, decay and update.
+    fn update(
+        &mut self,
+        mut weights: SliceMut<'_, T>,
+        followed: Followed,
+        groups: &[Group<'_>],
+        decay_len: usize,
+    ) -> Result<()> {
+        self.count()?;
+        let Self { settings, state, work, sum, numbers, len, .. } = self;
+        let gradients = followed.combination(work, &state.memory, sum, numbers, *len)?;
+        let own_rate = settings.method.own_rate().map(|index| numbers.own.slice(index..index + 1)).transpose()?;
+        let (skip, steps) = (numbers.flag.view(), state.counters.slice(0..1)?);
+        for Group { place, base, weight_decay, lr } in groups.iter().cloned() {
+            let lr = own_rate.map_or(lr, Rate::Device);
+            let (w, gradients) = (weights.slice_mut(place.clone())?, gradients.slice(place.clone())?);
+            let m = state.momentum.slice_mut(place.clone());
+            match base {
+                Base::Sgd { momentum, nesterov } => {
+                    vector::sgd(w, m?, gradients, SgdStep { lr, momentum, nesterov, weight_decay, decay_len }, skip)?;
+                }
+                Base::AdamW { beta1, beta2, eps } => {
+                    let step = AdamWStep { lr, beta1, beta2, eps, weight_decay, decay_len };
+                    vector::adamw(w, m?, state.second_moment.slice_mut(place)?, gradients, step, steps, skip)?;
+                }
+                Base::External => {
+                    let message = "the base optimizer is the caller's: take the direction".into();
+                    return Err(Error::Argument { operation: "Optimizer::step", message });
+                }
             }
-            let Numbers { coefficients, dot_products, .. } = &mut *numbers;
-            let c = coefficients.view();
-            sharpness::combined_products(vectors, c, c, reduction, dot_products.view_mut())?;
-            sharpness::clip_coefficients(dot_products.slice(3..4)?, largest, coefficients.view_mut())?;
         }
-        let gradients = combination(vectors, coefficients(direction, numbers)?);
-        let lr = match settings.method.own_rate() {
-            Some(index) => Rate::Device(numbers.own.slice(index..index + 1)?),
-            None => lr,
-        };
-        let skip = numbers.flag.view();
-        let mut counters = state.counters.disjoint();
-        let (mut steps, skipped) = (counters.write(0..1)?, counters.write(1..2)?);
-        vector::advance(skip, steps.reborrow(), skipped)?;
-        let Settings { weight_decay, decay_len, .. } = *settings;
-        match settings.base {
-            Base::Sgd { momentum, nesterov } => {
-                let step = SgdStep { lr, momentum, nesterov, weight_decay, decay_len };
-                vector::sgd(weights, state.momentum.view_mut(), gradients, step, skip)
-            }
-            Base::AdamW { beta1, beta2, eps } => {
-                let step = AdamWStep { lr, beta1, beta2, eps, weight_decay, decay_len };
-                let (m, v) = (state.momentum.view_mut(), state.second_moment.view_mut());
-                vector::adamw(weights, m, v, gradients, step, steps.view(), skip)
-            }
-        }
+        Ok(())
     }
 
     /// Waits for the device and reads the newest step's telemetry.
@@ -418,6 +599,44 @@ impl<T: Scalar> Optimizer<T> {
             counters: method.counters().iter().copied().zip(counters[STEP_COUNTERS..].iter().copied()).collect(),
             skipped: counters[1],
         })
+    }
+}
+
+/// Fails for settings that are out of range or contradict each other.
+fn check_method<T: Scalar>(operation: &'static str, method: &dyn Method<T>) -> Result<()> {
+    let refused = |error: SettingError| Error::Argument { operation, message: error.to_string() };
+    method.check().and_then(|()| method.check_combination()).map_err(refused)
+}
+
+/// What the base optimizer follows.
+#[derive(Clone, Copy)]
+struct Followed {
+    direction: Direction,
+    /// Whether it is the mean of the directions in the groups of the mini-batch: one vector, and not the method's.
+    mean: bool,
+}
+
+impl Followed {
+    fn vectors<'a, T: Scalar>(
+        self,
+        work: &'a Buffer<T>,
+        memory: &'a Buffer<T>,
+        sum: &'a Buffer<T>,
+        len: usize,
+    ) -> Result<[Slice<'a, T>; 4]> {
+        if self.mean { Ok([sum.view(); 4]) } else { vectors(self.direction, work, memory, len) }
+    }
+
+    fn combination<'a, T: Scalar>(
+        self,
+        work: &'a Buffer<T>,
+        memory: &'a Buffer<T>,
+        sum: &'a Buffer<T>,
+        numbers: &'a Numbers,
+        len: usize,
+    ) -> Result<Combination<'a, T>> {
+        let vectors = self.vectors(work, memory, sum, len)?;
+        Ok(combination(&vectors[..self.direction.count], coefficients(self.direction, numbers)?))
     }
 }
 

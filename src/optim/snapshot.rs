@@ -155,7 +155,11 @@ impl<T: Scalar> Optimizer<T> {
 
     /// What two optimizers must share, by name.
     fn header(&self, method: &str) -> [(&'static str, String); 4] {
-        let base = if matches!(self.settings.base, Base::AdamW { .. }) { "adamw" } else { "sgd" };
+        let base = match self.settings.base {
+            Base::Sgd { .. } => "sgd",
+            Base::AdamW { .. } => "adamw",
+            Base::External => "external",
+        };
         [
             ("the method", method.into()),
             ("the base", base.into()),

@@ -153,6 +153,11 @@ impl Numbers {
         })
     }
 
+    /// Replaces the method's own rows.
+    pub(super) fn set_rows(&mut self, own: &[[f64; 4]]) -> Result<()> {
+        self.rows.write(&[&COMMON_ROWS[..], own].concat().concat())
+    }
+
     /// The direction's coefficients become those of a row.
     pub(super) fn copy_row(&mut self, row: Row) -> Result<()> {
         let row = self.rows.slice(4 * row.0..4 * row.0 + 4)?;

@@ -5,12 +5,12 @@ use approx::{abs_diff_eq, assert_abs_diff_eq, relative_eq};
 
 use crate::common;
 use crate::common::methods::AnyMethod;
-use polder::device::{Buffer, Device, Result, Scalar, SliceMut};
+use polder::device::{Buffer, Device, Error, Result, Scalar, SliceMut};
 use polder::kernels::random;
 use polder::objective::{Domain, Objective, Pass, Passes};
 use polder::optim::{
-    Asam, Base, CrSam, Form, FriendlySam, Gam, Gnr, Gsam, Hvp, LookSam, Norm, Optimizer, Oracle, RSam, RandomSam,
-    SaSam, Sam, Settings, SnapshotError, Telemetry,
+    Asam, Base, CrSam, Form, FriendlySam, Gam, Gnr, Group, Gsam, Hvp, LookSam, Norm, Optimizer, Oracle, Part, RSam,
+    RandomSam, SaSam, Sam, Settings, SnapshotError, Telemetry,
 };
 
 /// A loss and its gradient, computed on the host in double. Its products with the Hessian are central differences,
@@ -553,6 +553,124 @@ fn borrowed_weights_get_the_bits_of_owned_ones() {
         assert_eq!(common::bits(&foreign[1..10]), common::bits(&owned.to_vec().unwrap()), "{method:?}");
         assert_eq!([foreign[0], foreign[10]], [7.0; 2], "{method:?}");
         assert_ne!(foreign[1..10], start, "{method:?}");
+    }
+}
+
+/// Everything long in memory of another library.
+#[test]
+fn foreign_memory_gets_the_bits_of_own_memory() {
+    let start: Vec<f64> = common::Random(9).vector(9);
+    for (method, base) in family().into_iter().flat_map(|method| [(method, Base::sgd(0.9)), (method, Base::ADAMW)]) {
+        let device = Device::host();
+        let (mut parts, mut memory) = (Vec::new(), Vec::new());
+        let mut foreign = Optimizer::with_memory(&device, 9, method.over(base), |part, len| {
+            let mut block = vec![0.0; len].into_boxed_slice();
+            let address = block.as_mut_ptr().expose_provenance() as u64;
+            parts.push((part, len));
+            memory.push(block);
+            // SAFETY: so many numbers of this test, which live as long as the optimizer.
+            if len == 0 { device.zeros(0) } else { unsafe { Buffer::from_raw(&device, address, len) } }
+        })
+        .unwrap();
+        assert_eq!(parts.iter().map(|(part, _)| *part).collect::<Vec<_>>(), Part::ALL);
+        let mut own = Optimizer::new(&device, 9, method.over(base)).unwrap();
+        let mut after = [&mut own, &mut foreign].map(|optimizer| {
+            let mut weights = device.upload(&start).unwrap();
+            for _ in 0..4 {
+                optimizer.step(&mut function(9, coupled()), weights.view_mut(), 0.01).unwrap();
+            }
+            weights.to_vec().unwrap()
+        });
+        assert_eq!(common::bits(&after[0]), common::bits(&after[1]), "{method:?}");
+        after[0].copy_from_slice(&memory[0]);
+        assert_eq!(after[0], own.state().momentum.to_vec().unwrap(), "{method:?}: the memory was not used");
+    }
+    let device = Device::host();
+    let short = Optimizer::<f64>::with_memory(&device, 9, sgd(AnyMethod::sam(0.1), 9), |_, _| device.zeros(8));
+    assert!(matches!(short.err(), Some(Error::Length { argument: "momentum", found: 8, expected: 9, .. })));
+}
+
+#[test]
+fn groups_have_their_own_updates() {
+    let device = Device::host();
+    let start: Vec<f64> = common::Random(5).vector(9);
+    for base in [Base::sgd(0.9), Base::ADAMW] {
+        let method = AnyMethod::sam(0.1);
+        let group = |place, weight_decay, lr: f64| Group { place, base, weight_decay, lr: lr.into() };
+        let mut grouped = device.upload(&start).unwrap();
+        let mut optimizer = Optimizer::new(&device, 9, method.over(base)).unwrap();
+        let groups = [group(0..4, 0.1, 0.02), group(5..9, 0.0, 0.05)];
+        optimizer.step_groups(&mut function(9, coupled()), grouped.view_mut(), &groups).unwrap();
+        let grouped = grouped.to_vec().unwrap();
+        // Each part is that of a step in which all weights have its numbers.
+        for Group { place, weight_decay, lr, .. } in groups {
+            let mut whole = device.upload(&start).unwrap();
+            let settings = Settings { weight_decay, ..method.over(base) };
+            let mut optimizer = Optimizer::new(&device, 9, settings).unwrap();
+            optimizer.step(&mut function(9, coupled()), whole.view_mut(), lr).unwrap();
+            let whole = whole.to_vec().unwrap();
+            assert_eq!(grouped[place.clone()], whole[place.clone()], "{base:?}, {place:?}");
+            assert_ne!(grouped[place.clone()], start[place], "{base:?}");
+        }
+        assert_eq!(grouped[4], start[4], "{base:?}: a weight of no group moved");
+
+        let mut weights = device.upload(&start).unwrap();
+        let mut refused = |groups: &[Group<'_>]| {
+            let error = optimizer.step_groups(&mut function(9, coupled()), weights.view_mut(), groups).unwrap_err();
+            assert_eq!(weights.to_vec().unwrap(), start);
+            error
+        };
+        assert!(matches!(refused(&[group(0..5, 0.0, 0.1), group(4..9, 0.0, 0.1)]), Error::Argument { .. }));
+        assert!(matches!(refused(&[group(4..10, 0.0, 0.1)]), Error::Range { start: 4, end: 10, .. }));
+        let other = Group { base: Base::External, ..group(0..9, 0.0, 0.1) };
+        assert!(matches!(refused(&[other]), Error::Argument { .. }));
+    }
+}
+
+/// What another optimizer is left to follow is what SGD subtracts.
+#[test]
+fn the_direction_alone_is_what_a_step_follows() {
+    let device = Device::host();
+    let start: Vec<f64> = common::Random(5).vector(9);
+    for method in family() {
+        let clipped = |base| Settings { clip: Some(0.5), ..method.over(base) };
+        let mut weights = device.upload(&start).unwrap();
+        let mut stepped = Optimizer::new(&device, 9, clipped(Base::sgd(0.0))).unwrap();
+        let mut external = Optimizer::new(&device, 9, clipped(Base::External)).unwrap();
+        let mut direction = device.poisoned(9).unwrap();
+        let found = external.direction_into(&mut function(9, coupled()), weights.view(), direction.view_mut());
+        if stepped.settings().method.own_rate().is_some() {
+            assert!(matches!(found, Err(Error::Argument { .. })), "{method:?}");
+            continue;
+        }
+        found.unwrap();
+        stepped.step(&mut function(9, coupled()), weights.view_mut(), 1.0).unwrap();
+        let expected: Vec<f64> = start.iter().zip(direction.to_vec().unwrap()).map(|(w, d)| w - d).collect();
+        assert!(relative_eq!(&weights.to_vec().unwrap()[..], &expected[..], max_relative = 1e-14), "{method:?}");
+        assert_eq!(external.telemetry().unwrap(), stepped.telemetry().unwrap(), "{method:?}");
+        assert_eq!(external.state().momentum.len(), 0);
+        let refused = external.step(&mut function(9, coupled()), weights.view_mut(), 1.0);
+        assert!(matches!(refused, Err(Error::Range { .. } | Error::Argument { .. })), "{method:?}: {refused:?}");
+    }
+}
+
+#[test]
+fn new_numbers_of_a_method_hold_from_the_next_step_on() {
+    let device = Device::host();
+    let start: Vec<f64> = common::Random(7).vector(9);
+    let gnr = |rho| AnyMethod::from(Gnr { hvp: Hvp::Difference, rho, alpha: 2.0, ..GNR });
+    for [first, second] in [[AnyMethod::sam(0.1), AnyMethod::sam(0.3)], [gnr(0.1), gnr(0.3)]] {
+        let mut weights = [&start, &start].map(|start| device.upload(start).unwrap());
+        let mut changed = Optimizer::new(&device, 9, sgd(first, 9)).unwrap();
+        let mut from_the_start = Optimizer::new(&device, 9, sgd(second, 9)).unwrap();
+        changed.set_method(second.boxed()).unwrap();
+        for (optimizer, weights) in [&mut changed, &mut from_the_start].into_iter().zip(&mut weights) {
+            optimizer.step(&mut function(9, coupled()), weights.view_mut(), 0.01).unwrap();
+        }
+        assert_eq!(weights[0].to_vec().unwrap(), weights[1].to_vec().unwrap(), "{second:?}");
+        for refused in [AnyMethod::sam(-1.0), GAM] {
+            assert!(matches!(changed.set_method(refused.boxed()), Err(Error::Argument { .. })), "{refused:?}");
+        }
     }
 }
 
