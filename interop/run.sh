@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks polder beside other Rust frameworks: formatting, lints and documentation of the crates here, candle's tests and
-# example, the example with burn, and where nvcc is found (NVCC or PATH) cust's tests on the stand-in driver. Prints the
-# time of each.
+# example, the example with burn, and where nvcc is found (NVCC or PATH) candle's half for CUDA and cust's tests on the
+# stand-in driver. Prints the time of each.
 #
 #   interop/run.sh
 set -euo pipefail
@@ -25,9 +25,10 @@ timed cargo test --release -p polder-candle
 timed cargo run --release -p polder-candle --example mlp
 timed cargo run --release -p polder-burn
 if [ -n "$NVCC" ]; then
+    timed candle/check_cuda.sh
     timed cust/tests/run.sh
 else
-    echo "nvcc is not there: the tests with cust are skipped"
+    echo "nvcc is not there: the check of candle's CUDA half and the tests with cust are skipped"
 fi
 timed cargo clippy --release --workspace --all-targets -- -D warnings
 RUSTDOCFLAGS="-D warnings" timed cargo doc --release --workspace --no-deps
