@@ -172,10 +172,12 @@ impl Probe {
         Ok(found.into_iter().map(mean).collect())
     }
 
-    /// The largest eigenvalues by Lanczos's method, with residuals. Eigenvectors go to the addresses in `into`.
-    fn top_eigenvalues(
+    /// Eigenvalues with residuals: the largest by Lanczos's method, or with `power` the largest in magnitude by power
+    /// iteration. Eigenvectors go to the addresses in `into`.
+    fn eigenvalues(
         &self,
         py: Python<'_>,
+        power: bool,
         count: usize,
         most: usize,
         tolerance: f64,
@@ -184,23 +186,12 @@ impl Probe {
     ) -> Result<Vec<(f64, f64)>, Failure> {
         let limits = (most, tolerance);
         measure!(self, py, curvature => {
-            curvature.top_eigenvalues(count, limits, seed, |_| {}).and_then(|found| pairs(found, &into))
-        })
-    }
-
-    /// The eigenvalues of largest magnitude by power iteration, likewise.
-    fn power_iteration(
-        &self,
-        py: Python<'_>,
-        count: usize,
-        most: usize,
-        tolerance: f64,
-        seed: u64,
-        into: Vec<u64>,
-    ) -> Result<Vec<(f64, f64)>, Failure> {
-        let limits = (most, tolerance);
-        measure!(self, py, curvature => {
-            curvature.power_iteration(count, limits, seed, |_| {}).and_then(|found| pairs(found, &into))
+            let found = if power {
+                curvature.power_iteration(count, limits, seed, |_| {})
+            } else {
+                curvature.top_eigenvalues(count, limits, seed, |_| {})
+            };
+            pairs(found?, &into)
         })
     }
 

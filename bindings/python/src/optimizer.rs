@@ -3,10 +3,10 @@
 use std::sync::{Mutex, MutexGuard, TryLockError};
 
 use polder::arena::{Initial, Layout, TensorKind};
-use polder::device::{Buffer, Device, Scalar, SliceMut};
+use polder::device::{Buffer, Device, Scalar, Slice, SliceMut};
 use polder::kernels::gather::Gather;
 use polder::kernels::vector::Reduction;
-use polder::optim::{self, Base, Context, Entry, Group, METHODS, Method, Optimizer, Settings, Telemetry};
+use polder::optim::{self, Base, Context, Entry, Group, METHODS, Method, Optimizer, Settings};
 use polder::settings::{SettingError, SettingKind, SettingValue};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -167,13 +167,6 @@ impl<T: Scalar> Typed<T> {
         functions.result(result)
     }
 
-    /// # Safety
-    /// `address` is that of as many numbers as the vector has, on the device, which nobody else uses meanwhile.
-    unsafe fn vector<'a>(device: &'a Device, address: u64, len: usize) -> Result<SliceMut<'a, T>, Failure> {
-        // SAFETY: the caller's.
-        Ok(unsafe { SliceMut::from_raw(device, address, len) }?)
-    }
-
     fn step(
         &mut self,
         weights: u64,
@@ -196,7 +189,7 @@ impl<T: Scalar> Typed<T> {
             .collect();
         let (device, len) = (self.device.clone(), self.places.len);
         // SAFETY: the Python half passes the address of its own flat vector.
-        let weights = unsafe { Self::vector(&device, weights, len) }?;
+        let weights = unsafe { SliceMut::from_raw(&device, weights, len) }?;
         self.with(evaluate, product, |optimizer, functions| optimizer.step_groups(functions, weights, &groups))
     }
 
@@ -209,12 +202,9 @@ impl<T: Scalar> Typed<T> {
     ) -> Result<(), Failure> {
         let (device, len) = (self.device.clone(), self.places.len);
         // SAFETY: the Python half passes the addresses of its own flat vectors.
-        let (weights, out) = unsafe { (Self::vector(&device, weights, len)?, Self::vector(&device, out, len)?) };
-        self.with(evaluate, product, |optimizer, functions| optimizer.direction_into(functions, weights.view(), out))
-    }
-
-    fn telemetry(&self) -> Result<Telemetry, Failure> {
-        Ok(self.optimizer.telemetry()?)
+        let (weights, out) =
+            unsafe { (Slice::from_raw(&device, weights, len)?, SliceMut::from_raw(&device, out, len)?) };
+        self.with(evaluate, product, |optimizer, functions| optimizer.direction_into(functions, weights, out))
     }
 
     fn state(&self) -> Result<SmallState, Failure> {
@@ -358,11 +348,6 @@ impl Engine {
         Ok(Self { inner: Mutex::new(typed) })
     }
 
-    /// The place of each tensor in the flat vector.
-    fn places(&self) -> Result<Vec<(usize, usize)>, Failure> {
-        Ok(typed!(self.lock()?, inner => inner.places.tensors.iter().map(|place| (place.start, place.end)).collect()))
-    }
-
     /// Gradients and exact products with the Hessian of one step.
     fn passes(&self) -> Result<(u64, u64), Failure> {
         let passes = typed!(self.lock()?, inner => inner.optimizer.settings().method.passes());
@@ -411,7 +396,7 @@ impl Engine {
 
     /// The numbers of the newest step. Waits for the device.
     fn telemetry<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyDict>, Failure> {
-        let found = typed!(self.lock()?, inner => inner.telemetry()?);
+        let found = typed!(self.lock()?, inner => inner.optimizer.telemetry()?);
         let numbers = PyDict::new(py);
         numbers.set_item("loss", found.loss)?;
         numbers.set_item("gradient_norm", found.gradient_norm)?;

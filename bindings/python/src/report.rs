@@ -6,17 +6,11 @@ use pyo3::prelude::*;
 
 use crate::error::Failure;
 
-/// Writes the page that compares runs. Answers with its path, and the results of the groups as lines.
+/// Writes the page that compares runs. Answers with its path.
 #[pyfunction]
 #[pyo3(signature = (runs, out=None, tensorboard=false))]
-pub fn report(
-    py: Python<'_>,
-    runs: Vec<PathBuf>,
-    out: Option<PathBuf>,
-    tensorboard: bool,
-) -> Result<(PathBuf, Vec<String>), Failure> {
-    let written = py.detach(|| polder::report::report(&runs, out.as_deref(), tensorboard))?;
-    Ok((written.report, written.groups.iter().map(ToString::to_string).collect()))
+pub fn report(py: Python<'_>, runs: Vec<PathBuf>, out: Option<PathBuf>, tensorboard: bool) -> Result<PathBuf, Failure> {
+    Ok(py.detach(|| polder::report::report(&runs, out.as_deref(), tensorboard))?.report)
 }
 
 /// Draws the pictures of a landscape from its folder; their paths.

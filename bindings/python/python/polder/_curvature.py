@@ -212,12 +212,12 @@ class Curvature:
         ``method`` is "lanczos" (``steps`` products and vectors at most) or "power" (``steps`` products for each). They
         are found when each residual is at most ``tolerance`` times the largest.
         """
-        find = {"lanczos": self._probe.top_eigenvalues, "power": self._probe.power_iteration}.get(method)
-        if find is None:
+        if method not in ("lanczos", "power"):
             raise ValueError(f"method: {method!r}, expected 'lanczos' or 'power'")
         made = [torch.zeros_like(self._weights) for _ in range(count if vectors else 0)]
         into = [vector.data_ptr() for vector in made]
-        pairs = self._measure(lambda: find(count, steps, tolerance, seed, into))
+        power = method == "power"
+        pairs = self._measure(lambda: self._probe.eigenvalues(power, count, steps, tolerance, seed, into))
         parts = [self._flat.split(vector) for vector in made[: len(pairs)]]
         return Eigenvalues([value for value, _ in pairs], [residual for _, residual in pairs], parts)
 

@@ -75,10 +75,7 @@ def minimize(
         if name not in kinds:
             raise TypeError(f"{method} has no option {name!r}, expected one of {', '.join(kinds) or 'none'}")
         if value is not None:
-            kind = kinds[name]
-            texts.append(
-                (name, str(value).lower() if kind == "bool" else repr(float(value)) if kind == "float" else str(value))
-            )
+            texts.append((name, option_text(value, kinds[name])))
     x, give = _open(x0)
     double, element = _TYPES[x.dtype]
     blocks: list[np.ndarray] = []
@@ -147,6 +144,13 @@ def minimize(
         int(telemetry["skipped"]),
         telemetry,
     )
+
+
+def option_text(value: Any, kind: str) -> str:
+    """An option as the compiled half reads it."""
+    if kind == "bool":
+        return "true" if value else "false"
+    return repr(float(value)) if kind == "float" else str(value)
 
 
 def _same(array: np.ndarray) -> np.ndarray:

@@ -26,8 +26,7 @@ def report(
     """
     if isinstance(runs, (str, os.PathLike)):
         runs = [runs]
-    page, _ = _polder.report([Path(run) for run in runs], None if out is None else Path(out), tensorboard)
-    return page
+    return _polder.report([Path(run) for run in runs], None if out is None else Path(out), tensorboard)
 
 
 def _number(value: Any) -> float | None:

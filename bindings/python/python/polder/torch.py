@@ -32,6 +32,7 @@ import torch
 
 from . import _polder
 from ._flat import Flat, Statistics, place_of
+from ._minimize import option_text
 
 _METHODS = {method["name"]: method for method in _polder.methods()}
 
@@ -91,17 +92,6 @@ def _check_numbers(groups: list[dict[str, Any]]) -> None:
 def _matrices(flat: Flat) -> int:
     """The elements of the flat vector in front of the biases and the normalisation."""
     return max((end for param, (_, end) in zip(flat.params, flat.places) if not _is_vector(param)), default=0)
-
-
-def _text(value: Any, kind: str) -> str:
-    """An option as the compiled half reads it."""
-    if isinstance(value, torch.Tensor):
-        value = value.item()
-    if kind == "bool":
-        return "true" if value else "false"
-    if kind == "float":
-        return repr(float(value))
-    return str(value)
 
 
 class SharpnessAware(torch.optim.Optimizer):
@@ -171,6 +161,8 @@ class SharpnessAware(torch.optim.Optimizer):
         self._flat: Flat | None = None
         self._statistics: Statistics | None = None
         self._suspended: int | None = None
+        self._blocks: list[tuple[str, torch.Tensor]] = []
+        self._state_views: list[tuple[int, str, torch.Tensor, int, torch.Tensor, int]] = []
 
     # ---- Options and groups
 
@@ -183,7 +175,8 @@ class SharpnessAware(torch.optim.Optimizer):
             if any(value != values[0] for value in values):
                 raise ValueError(f"{name}: {values[0]} and others, expected the same in all parameter groups")
             if values[0] is not None:
-                options.append((name, _text(values[0], option["kind"])))
+                value = values[0].item() if isinstance(values[0], torch.Tensor) else values[0]
+                options.append((name, option_text(value, option["kind"])))
         return options
 
     @contextmanager
@@ -240,7 +233,7 @@ class SharpnessAware(torch.optim.Optimizer):
 
     def _take_state(self, flat: Flat, blocks: list[tuple[str, torch.Tensor]], engine: Any) -> None:
         """Copies the state per parameter to the flat vectors, of which it becomes views."""
-        self._state_views: list[tuple[int, str, torch.Tensor, int, torch.Tensor, int]] = []
+        self._state_views = []
         with torch.no_grad():
             for part, block in blocks:
                 if part == "work":
@@ -593,9 +586,10 @@ def _define(method: dict[str, Any]) -> type[SharpnessAware]:
         default = option["default"] if option["default"] is not None else option["otherwise"]
         words = f" ({', '.join(option['words'])})" if option["words"] else ""
         lines.append(f"- ``{option['name']}``: {option['help']}{words}; default {default}")
-    lines += ["", f"A step takes {method['gradients']} gradients" + (
-        f" and {method['products']} exact products with the Hessian." if method["products"] else "."
-    )]  # fmt: skip
+    gradients, products = method["gradients"], method["products"]
+    passes = f"{gradients} gradient{'s' if gradients > 1 else ''}"
+    passes += f" and {products} exact products with the Hessian" if products else ""
+    lines += ["", f"A step takes {passes}."]
     return type(name, (SharpnessAware,), {"__doc__": "\n".join(lines), "__module__": __name__, "_method": method})
 
 
