@@ -381,7 +381,8 @@ impl<T: Scalar> Optimizer<T> {
         weights: SliceMut<'_, T>,
         groups: &[Group<'_>],
     ) -> Result<()> {
-        let refused = |message| Err(Error::Argument { operation: "Optimizer::step_groups", message });
+        const OPERATION: &str = "Optimizer::step_groups";
+        let refused = |message| Err(Error::Argument { operation: OPERATION, message });
         let mut end = 0;
         for Group { place, base, .. } in groups {
             if std::mem::discriminant(base) != std::mem::discriminant(&self.settings.base) {
@@ -390,7 +391,12 @@ impl<T: Scalar> Optimizer<T> {
             if place.start < end {
                 return refused(format!("the place {place:?} is not behind the one before, which ends at {end}"));
             }
-            end = place.end.max(end);
+            // Before anything is updated: a step that fails leaves all groups as they were.
+            if place.end > self.len || place.end < place.start {
+                let reason = format!("does not lie in {} weights", self.len);
+                return Err(Error::Range { operation: OPERATION, start: place.start, end: place.end, reason });
+            }
+            end = place.end;
         }
         self.guard(objective, |optimizer, objective| {
             let followed = optimizer.take_direction(objective, weights.view())?;

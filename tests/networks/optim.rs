@@ -622,6 +622,10 @@ fn groups_have_their_own_updates() {
         };
         assert!(matches!(refused(&[group(0..5, 0.0, 0.1), group(4..9, 0.0, 0.1)]), Error::Argument { .. }));
         assert!(matches!(refused(&[group(4..10, 0.0, 0.1)]), Error::Range { start: 4, end: 10, .. }));
+        assert!(matches!(
+            refused(&[group(0..4, 0.1, 0.1), group(5..10, 0.0, 0.1)]),
+            Error::Range { start: 5, end: 10, .. }
+        ));
         let other = Group { base: Base::External, ..group(0..9, 0.0, 0.1) };
         assert!(matches!(refused(&[other]), Error::Argument { .. }));
     }
