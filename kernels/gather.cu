@@ -9,7 +9,7 @@ namespace {
 /// A part of a tensor, which a block copies at a time.
 struct GatherPiece {
     uint64_t from;  // address of its first element; 0 for zeros
-    uint64_t to;    // its place in the vector
+    uint64_t to;    // its place in the vector; kGatherStays if it is only read
     uint64_t n;     // elements, at most kGatherElements
 };
 
@@ -23,6 +23,12 @@ __device__ __forceinline__ const T* at_address(const T* known, uint64_t address)
 #else
     return known + int64_t(address - reinterpret_cast<uintptr_t>(known)) / int64_t(sizeof(T));
 #endif
+}
+
+/// Where a piece goes: itself if it stays.
+template <class T>
+__device__ __forceinline__ T* destination(T* out, const GatherPiece& piece) {
+    return piece.to == kGatherStays ? const_cast<T*>(at_address<T>(out, piece.from)) : out + piece.to;
 }
 
 template <class T>
@@ -50,7 +56,7 @@ void gather_serially(const GatherArgs<T>& a, Finished<T>& finished) {
         for (uint64_t first = 0; first < piece.n; first += kStretch) {
             const uint64_t n = first + kStretch < piece.n ? kStretch : piece.n - first;
             const T* const from = at_address<T>(a.out, piece.from) + first;
-            T* const out = a.out + piece.to + first;
+            T* const out = destination(a.out, piece) + first;
             if (piece.from == 0) {
                 for (uint64_t i = 0; i < n; ++i) out[i] = T(0);
                 continue;
@@ -97,7 +103,7 @@ __device__ void gather(const GatherArgs<T>& a) {
     for (uint64_t number = blockIdx.x; number < a.pieces; number += gridDim.x) {
         const GatherPiece piece = a.table[number];
         const T* const from = at_address<T>(a.out, piece.from);
-        T* const out = a.out + piece.to;
+        T* const out = destination(a.out, piece);
         const bool writes = from != out || a.finish.scale != nullptr;
         const auto move = [&](auto width, uint64_t i) {
             constexpr int W = decltype(width)::value;

@@ -247,6 +247,7 @@ struct PerturbArgs {
     void* plus;
     void* minus;  // null: one side only
     uint64_t n;
+    uint64_t whole;  // elements of the vectors, if these are parts of them
     double rho;
 };
 
@@ -258,20 +259,20 @@ __device__ __forceinline__ void perturb_by(const PerturbArgs<T>& a, F displaceme
     sides.p[0] = static_cast<P*>(a.plus);
     if constexpr (SIDES == 2) sides.p[1] = static_cast<P*>(a.minus);
     const bool packs = aligned16(w, g, a.plus, a.minus);
-    for_each_output<kPack<T>>(packs, a.n, sides,
-                              [=](auto width, uint64_t i, uint64_t o, const Outputs<P, SIDES>& outputs) {
-                                  constexpr int W = decltype(width)::value;
-                                  const Pack<T, W> weights = load<W>(w, i), gradient = load<W>(g, i);
-                                  Pack<P, W> plus, minus;
-                                  POLDER_UNROLL
-                                  for (int v = 0; v < W; ++v) {
-                                      const T step = displacement(gradient.v[v]);
-                                      plus.v[v] = convert_to<P>(weights.v[v] + step);
-                                      if constexpr (SIDES == 2) minus.v[v] = convert_to<P>(weights.v[v] - step);
-                                  }
-                                  store<W>(outputs.p[0], o, plus);
-                                  if constexpr (SIDES == 2) store<W>(outputs.p[1], o, minus);
-                              });
+    const auto displace = [=](auto width, uint64_t i, uint64_t o, const Outputs<P, SIDES>& outputs) {
+        constexpr int W = decltype(width)::value;
+        const Pack<T, W> weights = load<W>(w, i), gradient = load<W>(g, i);
+        Pack<P, W> plus, minus;
+        POLDER_UNROLL
+        for (int v = 0; v < W; ++v) {
+            const T step = displacement(gradient.v[v]);
+            plus.v[v] = convert_to<P>(weights.v[v] + step);
+            if constexpr (SIDES == 2) minus.v[v] = convert_to<P>(weights.v[v] - step);
+        }
+        store<W>(outputs.p[0], o, plus);
+        if constexpr (SIDES == 2) store<W>(outputs.p[1], o, minus);
+    };
+    for_each_output<kPack<T>>(packs, a.n, sides, displace, a.whole);
 }
 
 /// plus = w + ρ g/(norm + 1e-12), and minus with the other sign

@@ -23,12 +23,17 @@ constexpr int kMaxSums = 3;
 /// Numbers that the products of two combined vectors A and B consist of: A·A, A·B, B·B, ‖A‖, ‖B‖.
 constexpr int kProducts = 5;
 
+/// A vector of more bytes that is written without being read leaves the CPU's caches before it is read.
+constexpr uint64_t kStreamBytes = 16777216;
+
 // ---- Gradients ------------------------------------------------------------------------------------------------------
 
 /// Elements that a block of `gradient_pieces` reads at a time, of one part or of several.
 constexpr uint32_t kPieceElements = 1024;
 /// The most elements that a block of `gather` copies at a time.
 constexpr uint64_t kGatherElements = 8192;
+/// The place of a piece that `gather` only reads.
+constexpr uint64_t kGatherStays = 9223372036854775807;
 
 // ---- Batch normalisation --------------------------------------------------------------------------------------------
 

@@ -142,9 +142,6 @@ struct Outputs {
 };
 
 #if defined(POLDER_HOST)
-/// An output of more bytes than this leaves the caches before it is read.
-constexpr uint64_t kStreamBytes = uint64_t(16) << 20;
-
 /// Copies elements from the stack to memory and bypasses the caches, which avoids reading each line before it is
 /// overwritten.
 template <class D>
@@ -178,11 +175,13 @@ __forceinline__ void stream_fence() {
 #endif
 
 /// A pass over [0, n) that writes N vectors without reading them. It calls f(Width<V>{}, i, o, outputs), which writes
-/// the elements of index i to index o of the outputs. `packs` is as in `for_each_pack_if`.
+/// the elements of index i to index o of the outputs. `packs` is as in `for_each_pack_if`. If the outputs are parts of
+/// longer vectors, these have `whole` elements.
 template <int V, class D, int N, class F>
-__device__ __forceinline__ void for_each_output(bool packs, uint64_t n, const Outputs<D, N>& outputs, F f) {
+__device__ __forceinline__ void for_each_output(bool packs, uint64_t n, const Outputs<D, N>& outputs, F f,
+                                                [[maybe_unused]] uint64_t whole = 0) {
 #if defined(POLDER_HOST)
-    if (blockDim.x == 1 && n * sizeof(D) > kStreamBytes) {
+    if (blockDim.x == 1 && (n > whole ? n : whole) * sizeof(D) > kStreamBytes) {
         // Four lines at a time: with more, loads and writes to memory no longer overlap.
         constexpr uint64_t kStage = 256 / sizeof(D);
         alignas(64) D stage[N][kStage];

@@ -5,11 +5,8 @@ use std::ops::Range;
 use super::vector::Reduction;
 use super::{Check, check_length, pick};
 use crate::device::arguments::{FinishArgs, GatherArgs, GatherPiece};
-use crate::device::constants::{BLOCK_THREADS, GATHER_ELEMENTS};
+use crate::device::constants::{BLOCK_THREADS, GATHER_ELEMENTS, GATHER_STAYS, STREAM_BYTES};
 use crate::device::{Buffer, Device, Error, Launch, Result, Scalar, Slice, SliceMut, id};
-
-/// A vector of more bytes leaves the CPU's caches before it is read.
-const STREAM_BYTES: usize = 16 << 20;
 
 /// Gathers tensors into one vector, in one pass that also divides by a loss scale, checks for finite values and
 /// computes the norm. It keeps the table of places on the device: if the tensors lie where they lay in the call before,
@@ -22,8 +19,16 @@ pub struct Gather {
     next: Vec<GatherPiece>,
 }
 
-/// A tensor, and its place in the vector. `None` stands for zeros.
-pub type Source<'a, T> = (Option<Slice<'a, T>>, Range<usize>);
+/// What comes to a place in the vector.
+#[derive(Clone, Copy)]
+pub enum Source<'a, T: Scalar> {
+    /// Zeros.
+    Zeros,
+    /// A tensor.
+    Tensor(Slice<'a, T>),
+    /// Nothing. This tensor belongs there, but stays where it lies: it is only checked and counts for the norm.
+    Stays(Slice<'a, T>),
+}
 
 impl Gather {
     /// An empty table.
@@ -34,21 +39,21 @@ impl Gather {
         Ok(Self { table: device.zeros(0)?, pieces: Vec::new(), next: Vec::new() })
     }
 
-    /// Copies each source to its place in `out`; elements between the places stay as they are. A source that already
+    /// Copies each source to its place in `out`; elements between the places stay as they are. A tensor that already
     /// lies at its place is only read. With a `scale` (one element), every element is divided by it; the result is
     /// exact if the scale is a power of two. `flag[0]` becomes 1 if an element is infinite or NaN. `norm` (one element)
     /// receives the L2 norm of all sources, summed in double precision.
     ///
-    /// The order of the sum depends only on the places and the device. Traffic: 8 B per element; 4 B for sources that
-    /// lie at their place. The first call with new addresses also writes 24 B per 8,192 elements to the device.
+    /// The order of the sum depends only on the places and the device. Traffic: 8 B per element; 4 B for tensors that
+    /// stay or lie at their place. The first call with new addresses also writes 24 B per 8,192 elements to the device.
     ///
     /// # Errors
-    /// [`Error::Length`] unless each source is as long as its place and `scale`, `flag` and `norm` hold one number,
-    /// [`Error::Range`] for a place outside of `out`, [`Error::Argument`] unless the places are in order and apart,
-    /// [`Error::OtherDevice`] unless all live on the reduction's device.
+    /// [`Error::Length`] unless each tensor is as long as its place and `scale`, `flag` and `norm` hold one number,
+    /// [`Error::Range`] for a place outside of `out`, [`Error::Argument`] unless the places are in order and apart, and
+    /// for a tensor that stays and a scale, [`Error::OtherDevice`] unless all live on the reduction's device.
     pub fn run<'a, T: Scalar>(
         &mut self,
-        sources: impl IntoIterator<Item = Source<'a, T>>,
+        sources: impl IntoIterator<Item = (Source<'a, T>, Range<usize>)>,
         scale: Option<Slice<'_, f64>>,
         mut out: SliceMut<'_, T>,
         mut flag: SliceMut<'_, u32>,
@@ -73,13 +78,21 @@ impl Gather {
                 let reason = format!("does not lie in a vector of {} elements", out.len());
                 return Err(Error::Range { operation: OPERATION, start: place.start, end: place.end, reason });
             }
-            if let Some(source) = source {
-                check.device("source", source.device())?;
-                check_length(OPERATION, "source", source.len(), place.len())?;
+            let (tensor, stays) = match source {
+                Source::Zeros => (None, false),
+                Source::Tensor(tensor) => (Some(tensor), false),
+                Source::Stays(tensor) => (Some(tensor), true),
+            };
+            if stays && scale.is_some() {
+                return check.refuse(format!("the tensor of the place {place:?} stays, so it cannot be scaled"));
+            }
+            if let Some(tensor) = tensor {
+                check.device("source", tensor.device())?;
+                check_length(OPERATION, "source", tensor.len(), place.len())?;
             }
             self.next.extend(place.clone().step_by(GATHER_ELEMENTS).map(|first| GatherPiece {
-                from: source.map_or(0, |source| source.address() + ((first - place.start) * size_of::<T>()) as u64),
-                to: first as u64,
+                from: tensor.map_or(0, |tensor| tensor.address() + ((first - place.start) * size_of::<T>()) as u64),
+                to: if stays { GATHER_STAYS } else { first } as u64,
                 n: GATHER_ELEMENTS.min(place.end - first) as u64,
             }));
             end = place.end;
@@ -136,7 +149,7 @@ mod tests {
         for (number, value) in [1.0f32, 2.0, 3.0].into_iter().enumerate() {
             let source = device.upload(&[value; 3]).unwrap();
             for _ in 0..2 {
-                let sources = [(Some(source.view()), 0..3), (None, 3..4)];
+                let sources = [(Source::Tensor(source.view()), 0..3), (Source::Zeros, 3..4)];
                 gather.run(sources, None, out.view_mut(), flag.view_mut(), &mut reduction, None).unwrap();
                 assert_eq!(out.to_vec().unwrap(), [value, value, value, 0.0], "source {number}");
             }

@@ -173,6 +173,7 @@ fn perturb_with<T: Scalar, P: Compute>(
     rho: f64,
     mut plus: SliceMut<'_, P>,
     mut minus: Option<SliceMut<'_, P>>,
+    whole: usize,
 ) -> Result<()> {
     let device = plus.device().clone();
     let n = w.len();
@@ -193,6 +194,7 @@ fn perturb_with<T: Scalar, P: Compute>(
         plus: plus.address(),
         minus: minus.as_mut().map_or(0, |minus| minus.address()),
         n: n as u64,
+        whole: whole as u64,
         rho,
     };
     // SAFETY: w, g, plus and minus (if given) hold n elements, and a kernel that reads the norm is given one.
@@ -215,6 +217,20 @@ pub fn perturb<T: Scalar, P: Compute>(
     plus: SliceMut<'_, P>,
     minus: Option<SliceMut<'_, P>>,
 ) -> Result<()> {
+    let whole = w.len();
+    perturb_part(w, g, norm, rho, plus, minus, whole)
+}
+
+/// The same for a part of vectors of `whole` elements.
+pub(crate) fn perturb_part<T: Scalar, P: Compute>(
+    w: Slice<'_, T>,
+    g: Slice<'_, T>,
+    norm: Slice<'_, f64>,
+    rho: f64,
+    plus: SliceMut<'_, P>,
+    minus: Option<SliceMut<'_, P>>,
+    whole: usize,
+) -> Result<()> {
     let kernel = pick::<T, _>(
         P::choose(ComputeKernels {
             f32: id::PERTURB_F32_F32,
@@ -229,7 +245,7 @@ pub fn perturb<T: Scalar, P: Compute>(
             bf16: id::PERTURB_F64_BF16,
         }),
     );
-    perturb_with("vector::perturb", kernel, w, g, Some(norm), rho, plus, minus)
+    perturb_with("vector::perturb", kernel, w, g, Some(norm), rho, plus, minus, whole)
 }
 
 /// The perturbed weights of SAM with p = ∞: `plus = w + ρ sign(g)` and, if given, `minus = w − ρ sign(g)`, with
@@ -260,7 +276,8 @@ pub fn perturb_linf<T: Scalar, P: Compute>(
             bf16: id::PERTURB_LINF_F64_BF16,
         }),
     );
-    perturb_with("vector::perturb_linf", kernel, w, g, None, rho, plus, minus)
+    let whole = w.len();
+    perturb_with("vector::perturb_linf", kernel, w, g, None, rho, plus, minus, whole)
 }
 
 /// Curvature along a direction from the losses `L0, L+, L−` at `w`, `w + ρv` and `w − ρv`: `out` receives `A = L+ + L−
@@ -362,18 +379,6 @@ impl<'a, T: Scalar> Combination<'a, T> {
     /// One vector, times the first of the coefficients.
     pub(crate) fn alone(vector: Slice<'a, T>, coefficients: Slice<'a, f64>) -> Self {
         Self { vectors: [Some(vector), None, None, None], coefficients }
-    }
-
-    /// The same combination of a part of each vector.
-    ///
-    /// # Errors
-    /// [`Error::Range`] where the part ends outside.
-    pub fn slice(self, range: std::ops::Range<usize>) -> Result<Self> {
-        let mut vectors = self.vectors;
-        for vector in vectors.iter_mut().flatten() {
-            *vector = vector.slice(range.clone())?;
-        }
-        Ok(Self { vectors, ..self })
     }
 
     /// The combination of vectors of `n` elements as kernels take it, and the number of vectors, checked.

@@ -38,9 +38,10 @@ mod differences;
 pub use accumulator::{Accumulated, Accumulator};
 pub use differences::Differences;
 
+use std::any::Any;
 use std::ops::Range;
 
-use crate::device::{Error, Result, Scalar, Slice, SliceMut};
+use crate::device::{Buffer, Error, Result, Scalar, Slice, SliceMut};
 use crate::kernels::vector::{self, Reduction};
 
 /// What a pass does with batch norm's running statistics.
@@ -64,6 +65,35 @@ pub struct Displacement<'a, T: Scalar> {
     pub norm: Slice<'a, f64>,
     /// ρ.
     pub rho: f64,
+}
+
+/// The tensors of a gradient that stay where the objective has computed them, for [`Pass::ScatteredGradient`].
+pub struct Scattered<T: Scalar> {
+    /// Each tensor's place in the vector, in order and apart, and its elements.
+    pub tensors: Vec<(Range<usize>, Buffer<T>)>,
+    /// What owns their memory, if it is not these buffers. Dropped with them.
+    pub owner: Option<Box<dyn Any + Send>>,
+}
+
+impl<T: Scalar> Default for Scattered<T> {
+    fn default() -> Self {
+        Self { tensors: Vec::new(), owner: None }
+    }
+}
+
+impl<T: Scalar> Scattered<T> {
+    /// Copies the tensors to their places in the vector, and forgets them.
+    ///
+    /// Traffic: 8 B per element.
+    ///
+    /// # Errors
+    /// [`Error::Range`] for a place outside of the vector, [`Error::Length`] for one of another length than its tensor.
+    pub fn gather(&mut self, mut vector: SliceMut<'_, T>) -> Result<()> {
+        for (place, tensor) in std::mem::take(self).tensors {
+            vector.slice_mut(place)?.copy_from(tensor.view())?;
+        }
+        Ok(())
+    }
 }
 
 /// The vector that an objective is a function of.
@@ -142,6 +172,25 @@ pub enum Pass<'a, T: Scalar> {
         reduction: &'a mut Reduction,
         /// Result: one element.
         norm: SliceMut<'a, f64>,
+    },
+    /// A gradient, and its norm if one is asked for. Tensors of it may stay where the objective has computed them: it
+    /// lists them in `scattered`, which comes empty, and `gradient` receives the others. They stay there until the
+    /// caller drops the list. Splits into a gradient that lies in `gradient` as a whole.
+    ScatteredGradient {
+        /// Where.
+        weights: Slice<'a, T>,
+        /// What happens to batch norm's running statistics.
+        running_stats: RunningStats,
+        /// Result.
+        gradient: SliceMut<'a, T>,
+        /// Result.
+        scattered: &'a mut Scattered<T>,
+        /// Result: one element.
+        loss: SliceMut<'a, f64>,
+        /// Set where something is not finite.
+        flag: SliceMut<'a, u32>,
+        /// Scratch memory of the norm, and the result: one element.
+        norm: Option<(&'a mut Reduction, SliceMut<'a, f64>)>,
     },
     /// Loss and gradient at two points that do not depend on each other. The running statistics stay as they are.
     /// Splits into one after the other; an objective that can computes both at the same time.
@@ -250,6 +299,12 @@ impl<T: Scalar> Pass<'_, T> {
                 objective.gradient(weights, running_stats, gradient.reborrow(), loss, flag)?;
                 vector::l2_norm(gradient.view(), reduction, norm)
             }
+            Pass::ScatteredGradient { weights, running_stats, gradient, loss, flag, norm, .. } => match norm {
+                None => objective.gradient(weights, running_stats, gradient, loss, flag),
+                Some((reduction, norm)) => {
+                    objective.gradient_and_norm(weights, running_stats, gradient, loss, flag, reduction, norm)
+                }
+            },
             Pass::GradientPair { weights, gradients, losses, mut flag } => {
                 for ((weights, gradient), loss) in weights.into_iter().zip(gradients).zip(losses) {
                     objective.gradient(weights, RunningStats::Keep, gradient, loss, flag.reborrow())?;

@@ -28,7 +28,7 @@ use crate::kernels::vector::{self, AdamWStep, Combination, Rate, Reduction, SgdS
 use crate::kernels::{metrics, random, sharpness};
 use crate::objective::{Objective, ObjectiveExt, Pass};
 use crate::settings::SettingError;
-use step::{place, room};
+use step::{Elsewhere, place, room};
 
 /// The key of the random directions of a run's methods, from the seed of the run.
 pub fn direction_seed(seed: u64) -> u64 {
@@ -212,6 +212,8 @@ pub struct Optimizer<T: Scalar> {
     state: State<T>,
     /// The method's working vectors.
     work: Buffer<T>,
+    /// Their tensors that the objective has left where it computed them.
+    elsewhere: Elsewhere<T>,
     /// The sum over the groups of a mini-batch; empty unless some objective had several.
     sum: Buffer<T>,
     /// The realised perturbation; empty unless some step was observed.
@@ -267,6 +269,7 @@ impl<T: Scalar> Optimizer<T> {
                 attempts: 0,
             },
             work: allocate(Part::Work, room(needs.vectors, len))?,
+            elsewhere: Elsewhere::new(needs.vectors),
             sum: device.zeros(0)?,
             displacement: device.zeros(0)?,
             numbers: Numbers::new(device, &needs)?,
@@ -427,9 +430,14 @@ impl<T: Scalar> Optimizer<T> {
         self.guard(objective, |optimizer, objective| {
             let followed = optimizer.take_direction(objective, weights)?;
             optimizer.count()?;
-            let Self { state, work, sum, numbers, len, .. } = optimizer;
+            let mut out = out;
+            let Self { state, work, elsewhere, sum, numbers, len, .. } = optimizer;
             let gradients = followed.combination(work, &state.memory, sum, numbers, *len)?;
-            sharpness::combine(gradients, 1.0, false, out, None)
+            for part in followed.parts(elsewhere, 0..*len) {
+                let gradients = followed.part(elsewhere, gradients, part.clone())?;
+                sharpness::combine(gradients, 1.0, false, out.slice_mut(part)?, None)?;
+            }
+            Ok(())
         })
     }
 
@@ -440,6 +448,7 @@ impl<T: Scalar> Optimizer<T> {
         work: impl FnOnce(&mut Self, &mut dyn Objective<T>) -> Result<()>,
     ) -> Result<()> {
         let taken = work(self, objective).and_then(|()| objective.commit(self.numbers.flag.view()));
+        self.elsewhere.allow(false);
         if taken.is_err() {
             // It does not fail, and the error of the step is the one to report.
             let _ = objective.pass(Pass::Abandon);
@@ -468,6 +477,8 @@ impl<T: Scalar> Optimizer<T> {
         if groups > 1 && self.sum.len() != self.len {
             self.sum = weights.device().zeros(self.len)?;
         }
+        // A clip, a mean and telemetry read gradients in ways that need them in one piece.
+        self.elsewhere.allow(groups == 1 && self.settings.clip.is_none() && !self.observe);
         let mut direction = self.direction(objective, weights, (0, groups))?;
         if groups > 1 {
             for group in 1..groups {
@@ -512,7 +523,7 @@ impl<T: Scalar> Optimizer<T> {
         let mut counters = counters.disjoint();
         let mut step = Step {
             objective,
-            vectors: Store { work: &mut self.work, weights, memory },
+            vectors: Store { work: &mut self.work, weights, memory, elsewhere: &mut self.elsewhere },
             numbers: &mut self.numbers,
             scalars,
             counters: counters.write(STEP_COUNTERS..all)?,
@@ -552,25 +563,29 @@ impl<T: Scalar> Optimizer<T> {
         decay_len: usize,
     ) -> Result<()> {
         self.count()?;
-        let Self { settings, state, work, sum, numbers, len, .. } = self;
+        let Self { settings, state, work, elsewhere, sum, numbers, len, .. } = self;
         let gradients = followed.combination(work, &state.memory, sum, numbers, *len)?;
         let own_rate = settings.method.own_rate().map(|index| numbers.own.slice(index..index + 1)).transpose()?;
         let (skip, steps) = (numbers.flag.view(), state.counters.slice(0..1)?);
         for Group { place, base, weight_decay, lr } in groups.iter().cloned() {
             let lr = own_rate.map_or(lr, Rate::Device);
-            let (w, gradients) = (weights.slice_mut(place.clone())?, gradients.slice(place.clone())?);
-            let m = state.momentum.slice_mut(place.clone());
-            match base {
-                Base::Sgd { momentum, nesterov } => {
-                    vector::sgd(w, m?, gradients, SgdStep { lr, momentum, nesterov, weight_decay, decay_len }, skip)?;
-                }
-                Base::AdamW { beta1, beta2, eps } => {
-                    let step = AdamWStep { lr, beta1, beta2, eps, weight_decay, decay_len };
-                    vector::adamw(w, m?, state.second_moment.slice_mut(place)?, gradients, step, steps, skip)?;
-                }
-                Base::External => {
-                    let message = "the base optimizer is the caller's: take the direction".into();
-                    return Err(Error::Argument { operation: "Optimizer::step", message });
+            for part in followed.parts(elsewhere, place) {
+                let gradients = followed.part(elsewhere, gradients, part.clone())?;
+                let decay_len = decay_len.saturating_sub(part.start);
+                let (w, m) = (weights.slice_mut(part.clone())?, state.momentum.slice_mut(part.clone()));
+                match base {
+                    Base::Sgd { momentum, nesterov } => {
+                        let step = SgdStep { lr, momentum, nesterov, weight_decay, decay_len };
+                        vector::sgd(w, m?, gradients, step, skip)?;
+                    }
+                    Base::AdamW { beta1, beta2, eps } => {
+                        let step = AdamWStep { lr, beta1, beta2, eps, weight_decay, decay_len };
+                        vector::adamw(w, m?, state.second_moment.slice_mut(part)?, gradients, step, steps, skip)?;
+                    }
+                    Base::External => {
+                        let message = "the base optimizer is the caller's: take the direction".into();
+                        return Err(Error::Argument { operation: "Optimizer::step", message });
+                    }
                 }
             }
         }
@@ -643,6 +658,26 @@ impl Followed {
     ) -> Result<Combination<'a, T>> {
         let vectors = self.vectors(work, memory, sum, len)?;
         Ok(combination(&vectors[..self.direction.count], coefficients(self.direction, numbers)?))
+    }
+
+    /// The parts of a range in each of which all vectors lie in one piece.
+    fn parts<T: Scalar>(self, elsewhere: &Elsewhere<T>, range: Range<usize>) -> Vec<Range<usize>> {
+        elsewhere.parts(&self.direction.vectors[..self.direction.count], range)
+    }
+
+    /// Such a part of the combination.
+    fn part<'a, T: Scalar>(
+        self,
+        elsewhere: &'a Elsewhere<T>,
+        mut whole: Combination<'a, T>,
+        part: Range<usize>,
+    ) -> Result<Combination<'a, T>> {
+        for (slice, vector) in whole.vectors.iter_mut().zip(self.direction.vectors) {
+            if let Some(found) = *slice {
+                *slice = Some(elsewhere.slice(vector, found, part.clone())?);
+            }
+        }
+        Ok(whole)
     }
 }
 

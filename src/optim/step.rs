@@ -11,7 +11,7 @@ use crate::arena::ALIGNMENT;
 use crate::device::{Buffer, Device, Disjoint, Error, Result, Scalar, Slice, SliceMut};
 use crate::kernels::vector::{self, Combination, Reduction};
 use crate::kernels::{random, sharpness};
-use crate::objective::{Displacement, Objective, ObjectiveExt, Pass, RunningStats};
+use crate::objective::{Displacement, Objective, ObjectiveExt, Pass, RunningStats, Scattered};
 
 /// A vector as long as the weights that a verb reads or writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -184,17 +184,114 @@ pub(super) fn room(count: usize, len: usize) -> usize {
     if count == 0 { 0 } else { place(count - 1, len).end }
 }
 
+/// The tensors of working vectors that lie where the objective has computed them. Perturbations and updates read them
+/// there. Before anything else reads such a vector, they are gathered, and from then on it is written as a whole.
+pub(super) struct Elsewhere<T: Scalar> {
+    /// Of each working vector; without tensors for one that lies in its place.
+    tensors: Vec<Scattered<T>>,
+    /// The vectors that had to be gathered in some step.
+    whole: Vec<bool>,
+    /// Whether this step's gradients may lie elsewhere.
+    allowed: bool,
+}
+
+impl<T: Scalar> Elsewhere<T> {
+    pub(super) fn new(vectors: usize) -> Self {
+        let tensors = (0..vectors).map(|_| Scattered::default()).collect();
+        Self { tensors, whole: vec![false; vectors], allowed: false }
+    }
+
+    /// Before the passes of a step, and with `false` after them.
+    pub(super) fn allow(&mut self, allowed: bool) {
+        self.tensors.fill_with(Scattered::default);
+        self.allowed = allowed;
+    }
+
+    /// The tensors of a vector that do not lie in it.
+    fn of(&self, vector: Vector) -> &[(Range<usize>, Buffer<T>)] {
+        match vector {
+            Work(index) => self.tensors.get(index).map_or(&[], |found| &found.tensors),
+            _ => &[],
+        }
+    }
+
+    fn lies_elsewhere(&self, vector: Vector) -> bool {
+        !self.of(vector).is_empty()
+    }
+
+    /// Where the objective may list the tensors that it leaves, if it may leave some.
+    fn list(&mut self, vector: Vector) -> Option<&mut Scattered<T>> {
+        let Work(index) = vector else { return None };
+        self.tensors.get_mut(index).filter(|_| self.allowed && !self.whole[index])
+    }
+
+    fn forget(&mut self, vector: Vector) {
+        if let Work(index) = vector
+            && let Some(found) = self.tensors.get_mut(index)
+        {
+            *found = Scattered::default();
+        }
+    }
+
+    fn gather(&mut self, work: &mut Buffer<T>, len: usize) -> Result<()> {
+        for (index, found) in self.tensors.iter_mut().enumerate().filter(|(_, found)| !found.tensors.is_empty()) {
+            found.gather(work.slice_mut(place(index, len))?)?;
+            self.whole[index] = true;
+        }
+        Ok(())
+    }
+
+    /// The parts of a range in each of which every one of the vectors lies in one piece.
+    pub(super) fn parts(&self, vectors: &[Vector], range: Range<usize>) -> Vec<Range<usize>> {
+        let mut ends: Vec<usize> = vectors
+            .iter()
+            .flat_map(|&vector| self.of(vector))
+            .flat_map(|(place, _)| [place.start, place.end])
+            .filter(|&end| range.start < end && end < range.end)
+            .chain([range.end])
+            .collect();
+        ends.sort_unstable();
+        ends.dedup();
+        let starts = std::iter::once(range.start).chain(ends.clone());
+        starts.zip(ends).map(|(start, end)| start..end).collect()
+    }
+
+    /// Such a part of a vector, where `whole` is the vector's own memory.
+    pub(super) fn slice<'a>(&'a self, vector: Vector, whole: Slice<'a, T>, part: Range<usize>) -> Result<Slice<'a, T>> {
+        match self.of(vector).iter().find(|(place, _)| place.start <= part.start && part.end <= place.end) {
+            Some((place, tensor)) => tensor.slice(part.start - place.start..part.end - place.start),
+            None => whole.slice(part),
+        }
+    }
+}
+
 /// All vectors of a step.
 pub struct Store<'a, T: Scalar> {
     pub(super) work: &'a mut Buffer<T>,
     pub(super) weights: Slice<'a, T>,
     pub(super) memory: &'a mut Buffer<T>,
+    pub(super) elsewhere: &'a mut Elsewhere<T>,
 }
 
 impl<T: Scalar> Store<'_, T> {
     /// Borrows the vectors that one kernel reads and writes.
-    pub fn open(&mut self) -> Vectors<'_, T> {
-        Vectors { work: self.work.disjoint(), weights: self.weights, memory: self.memory.disjoint() }
+    ///
+    /// # Errors
+    /// Those of gathering a gradient whose tensors the objective has left elsewhere.
+    pub fn open(&mut self) -> Result<Vectors<'_, T>> {
+        self.elsewhere.gather(self.work, self.weights.len())?;
+        Ok(Vectors { work: self.work.disjoint(), weights: self.weights, memory: self.memory.disjoint() })
+    }
+
+    /// The same, where tensors of gradients may lie elsewhere, but not those of the vector `point`. What will be
+    /// `written` has none any more.
+    fn open_in_parts(&mut self, point: Vector, written: &[Vector]) -> Result<(Vectors<'_, T>, &mut Elsewhere<T>)> {
+        written.iter().for_each(|&vector| self.elsewhere.forget(vector));
+        if self.elsewhere.lies_elsewhere(point) {
+            self.elsewhere.gather(self.work, self.weights.len())?;
+        }
+        let vectors = Vectors { work: self.work.disjoint(), weights: self.weights, memory: self.memory.disjoint() };
+        Ok((vectors, self.elsewhere))
     }
 }
 
@@ -278,12 +375,7 @@ impl<T: Scalar> Step<'_, T> {
     /// # Errors
     /// Those of the objective.
     pub fn gradient(&mut self, point: Vector, loss: usize, into: Vector) -> Result<()> {
-        let Numbers { losses, flag, .. } = &mut *self.numbers;
-        let mut x = self.vectors.open();
-        let (weights, gradient) = (x.read(point)?, x.write(into)?);
-        let loss_value = losses.slice_mut(loss..loss + 1)?;
-        self.objective.gradient(weights, running_stats(loss), gradient, loss_value, flag.view_mut())?;
-        self.observe_turn(point, into)
+        self.take_gradient(point, loss, into, None)
     }
 
     /// The same, with norm number `norm` of the gradient.
@@ -291,13 +383,27 @@ impl<T: Scalar> Step<'_, T> {
     /// # Errors
     /// Those of the objective.
     pub fn gradient_and_norm(&mut self, point: Vector, loss: usize, into: Vector, norm: usize) -> Result<()> {
+        self.take_gradient(point, loss, into, Some(norm))
+    }
+
+    fn take_gradient(&mut self, point: Vector, loss: usize, into: Vector, norm: Option<usize>) -> Result<()> {
         let Numbers { losses, norms, flag, .. } = &mut *self.numbers;
-        let mut x = self.vectors.open();
-        let (weights, gradient) = (x.read(point)?, x.write(into)?);
-        let loss_value = losses.slice_mut(loss..loss + 1)?;
-        let (statistics, norm) = (running_stats(loss), norms.slice_mut(norm..norm + 1)?);
-        let flag = flag.view_mut();
-        self.objective.gradient_and_norm(weights, statistics, gradient, loss_value, flag, self.reduction, norm)?;
+        let (mut x, elsewhere) = self.vectors.open_in_parts(point, &[into])?;
+        let (weights, gradient, running_stats) = (x.read(point)?, x.write(into)?, running_stats(loss));
+        let (loss, flag) = (losses.slice_mut(loss..loss + 1)?, flag.view_mut());
+        let norm = norm.map(|norm| norms.slice_mut(norm..norm + 1)).transpose()?;
+        let norm = norm.map(|norm| (&mut *self.reduction, norm));
+        let scattered = elsewhere.list(into);
+        let pass = match (scattered, norm) {
+            (Some(scattered), norm) => {
+                Pass::ScatteredGradient { weights, running_stats, gradient, scattered, loss, flag, norm }
+            }
+            (None, None) => Pass::Gradient { weights, running_stats, gradient, loss, flag },
+            (None, Some((reduction, norm))) => {
+                Pass::GradientAndNorm { weights, running_stats, gradient, loss, flag, reduction, norm }
+            }
+        };
+        self.objective.pass(pass)?;
         self.observe_turn(point, into)
     }
 
@@ -323,12 +429,12 @@ impl<T: Scalar> Step<'_, T> {
         loss: usize,
         into: Vector,
     ) -> Result<()> {
-        if self.observe {
+        if self.observe || self.vectors.elsewhere.lies_elsewhere(along) {
             self.perturb(from, along, norm, rho, P, None)?;
             return self.gradient(P, loss, into);
         }
         let Numbers { losses, norms, flag, .. } = &mut *self.numbers;
-        let mut x = self.vectors.open();
+        let mut x = self.vectors.open()?;
         let (norm, rho) = (norms.slice(norm..norm + 1)?, rho * self.rho_factor);
         let displacement = Displacement { from: x.read(from)?, along: x.read(along)?, norm, rho };
         let (point, gradient, loss) = (x.write(P)?, x.write(into)?, losses.slice_mut(loss..loss + 1)?);
@@ -345,8 +451,13 @@ impl<T: Scalar> Step<'_, T> {
             self.perturb(Weights, G0, 0, rho, P, Some(Q))?;
             return self.gradient_pair([P, Q], into);
         }
+        if self.vectors.elsewhere.lies_elsewhere(G0) {
+            self.perturb(Weights, G0, 0, rho, P, Some(Q))?;
+            self.gradient(P, 1, into[0])?;
+            return self.gradient(Q, 2, into[1]);
+        }
         let Numbers { losses, norms, flag, .. } = &mut *self.numbers;
-        let (mut x, mut losses) = (self.vectors.open(), losses.disjoint());
+        let (mut x, mut losses) = (self.vectors.open()?, losses.disjoint());
         let (norm, rho) = (norms.slice(0..1)?, rho * self.rho_factor);
         let displacement = Displacement { from: x.read(Weights)?, along: x.read(G0)?, norm, rho };
         let (points, gradients) = ([x.write(P)?, x.write(Q)?], [x.write(into[0])?, x.write(into[1])?]);
@@ -361,7 +472,7 @@ impl<T: Scalar> Step<'_, T> {
     /// Those of the objective.
     pub fn gradient_pair(&mut self, points: [Vector; 2], into: [Vector; 2]) -> Result<()> {
         let Numbers { losses, flag, .. } = &mut *self.numbers;
-        let (mut x, mut losses) = (self.vectors.open(), losses.disjoint());
+        let (mut x, mut losses) = (self.vectors.open()?, losses.disjoint());
         let weights = [x.read(points[0])?, x.read(points[1])?];
         let gradients = [x.write(into[0])?, x.write(into[1])?];
         let losses = [losses.write(1..2)?, losses.write(2..3)?];
@@ -375,7 +486,7 @@ impl<T: Scalar> Step<'_, T> {
         if !self.observe || point != P || into != G1 {
             return Ok(());
         }
-        let mut x = self.vectors.open();
+        let mut x = self.vectors.open()?;
         let gradients = [x.read(G0)?, x.read(G1)?];
         let Numbers { turned, climbed, losses, rows, .. } = &mut *self.numbers;
         climbed.view_mut().copy_from(losses.slice(0..2)?)?;
@@ -388,7 +499,7 @@ impl<T: Scalar> Step<'_, T> {
     /// # Errors
     /// Those of the objective; [`Error::Argument`] where it has no exact product.
     pub fn hessian_vector(&mut self, point: Vector, direction: Vector, into: Vector) -> Result<()> {
-        let mut x = self.vectors.open();
+        let mut x = self.vectors.open()?;
         let (point, direction, product) = (x.read(point)?, x.read(direction)?, x.write(into)?);
         self.objective.hessian_vector(point, direction, product, self.numbers.flag.view_mut())
     }
@@ -398,7 +509,7 @@ impl<T: Scalar> Step<'_, T> {
     /// # Errors
     /// [`Error::Range`] for a vector or a number that is not there.
     pub fn norm(&mut self, vector: Vector, norm: usize) -> Result<()> {
-        let mut x = self.vectors.open();
+        let mut x = self.vectors.open()?;
         vector::l2_norm(x.read(vector)?, self.reduction, self.numbers.norms.slice_mut(norm..norm + 1)?)
     }
 
@@ -420,7 +531,7 @@ impl<T: Scalar> Step<'_, T> {
         if self.observe && from == Weights {
             // Realised is what the objective sees of the perturbation once it has rounded the weights.
             let Numbers { realised, rows, .. } = &mut *self.numbers;
-            let mut x = self.vectors.open();
+            let mut x = self.vectors.open()?;
             let (from, to, out) = (x.read(Weights)?, x.read(to)?, self.displacement.view_mut());
             self.objective.pass(Pass::RealizedStep { from, to, out })?;
             let vectors = [self.displacement.view(), x.read(along)?];
@@ -444,10 +555,16 @@ impl<T: Scalar> Step<'_, T> {
         other: Option<Vector>,
     ) -> Result<()> {
         let norm = self.numbers.norms.slice(norm..norm + 1)?;
-        let mut x = self.vectors.open();
-        let (from, along) = (x.read(from)?, x.read(along)?);
-        let (to, other) = (x.write(to)?, other.map(|vector| x.write(vector)).transpose()?);
-        vector::perturb(from, along, norm, rho, to, other)
+        let (mut x, elsewhere) = self.vectors.open_in_parts(from, &[to, other.unwrap_or(to)])?;
+        let (from, whole) = (x.read(from)?, x.read(along)?);
+        let (mut to, mut other) = (x.write(to)?, other.map(|vector| x.write(vector)).transpose()?);
+        for part in elsewhere.parts(&[along], 0..whole.len()) {
+            let along = elsewhere.slice(along, whole, part.clone())?;
+            let other = other.as_mut().map(|other| other.slice_mut(part.clone())).transpose()?;
+            let (from, to) = (from.slice(part.clone())?, to.slice_mut(part)?);
+            vector::perturb_part(from, along, norm, rho, to, other, whole.len())?;
+        }
+        Ok(())
     }
 
     /// `to = w + ρ d/‖d‖`, where d is the combination of two vectors with the coefficients of a row. d is never stored.
@@ -457,7 +574,7 @@ impl<T: Scalar> Step<'_, T> {
     /// [`Error::Range`] for a vector or a row that is not there.
     pub fn perturb_along(&mut self, vectors: [Vector; 2], row: Row, rho: f64, to: Vector) -> Result<()> {
         self.dot_products(&vectors, row, row)?;
-        let mut x = self.vectors.open();
+        let mut x = self.vectors.open()?;
         let vectors = [Some(x.read(vectors[0])?), Some(x.read(vectors[1])?), None, None];
         let direction = Combination { vectors, coefficients: self.numbers.row(row)? };
         let (norm, rho) = (self.numbers.dot_products.slice(3..4)?, rho * self.rho_factor);
@@ -473,7 +590,7 @@ impl<T: Scalar> Step<'_, T> {
         let first_block = self.draw * n.div_ceil(4) as u64;
         let norms = &mut self.numbers.norms;
         random::normal_norm(n, seed, first_block, self.reduction, norms.slice_mut(1..2)?)?;
-        let mut x = self.vectors.open();
+        let mut x = self.vectors.open()?;
         let (norm, rho) = (norms.slice(1..2)?, rho * self.rho_factor);
         random::perturb_normal(x.weights, seed, first_block, norm, rho, x.write(P)?)
     }
@@ -484,7 +601,7 @@ impl<T: Scalar> Step<'_, T> {
     /// [`Error::Argument`] unless there are one to four vectors; [`Error::Range`] for a vector or a row that is not
     /// there.
     pub fn dot_products(&mut self, vectors: &[Vector], a: Row, b: Row) -> Result<()> {
-        let mut x = self.vectors.open();
+        let mut x = self.vectors.open()?;
         let mut slices = [x.weights; 4];
         for (slice, vector) in slices.iter_mut().zip(vectors) {
             *slice = x.read(*vector)?;
@@ -500,7 +617,7 @@ impl<T: Scalar> Step<'_, T> {
     /// # Errors
     /// [`Error::Range`] for a vector or a row that is not there.
     pub fn combine(&mut self, vectors: [Vector; 2], row: Row, to: Vector) -> Result<()> {
-        let mut x = self.vectors.open();
+        let mut x = self.vectors.open()?;
         let vectors = [Some(x.read(vectors[0])?), Some(x.read(vectors[1])?), None, None];
         let combination = Combination { vectors, coefficients: self.numbers.row(row)? };
         sharpness::combine(combination, 1.0, false, x.write(to)?, None)
@@ -512,7 +629,7 @@ impl<T: Scalar> Step<'_, T> {
     /// # Errors
     /// [`Error::Range`] for a vector that is not there.
     pub fn keep(&mut self, from: Vector, to: Vector) -> Result<()> {
-        let mut x = self.vectors.open();
+        let mut x = self.vectors.open()?;
         vector::commit(self.numbers.flag.view(), x.read(from)?, x.write(to)?)
     }
 
@@ -521,7 +638,7 @@ impl<T: Scalar> Step<'_, T> {
     /// # Errors
     /// [`Error::Range`] for a vector that is not there.
     pub fn initialize(&mut self, from: Vector, to: Vector) -> Result<()> {
-        let mut x = self.vectors.open();
+        let mut x = self.vectors.open()?;
         vector::commit(self.taken, x.read(from)?, x.write(to)?)
     }
 
@@ -554,7 +671,7 @@ impl<T: Scalar> Step<'_, T> {
         self.dot_products(&[G0, G1], Row::FIRST, Row::SECOND)?;
         let Numbers { dot_products, inner, flag, .. } = &mut *self.numbers;
         sharpness::rejection(dot_products.view(), 0.0, 1.0, inner.slice_mut(0..2)?)?;
-        let mut x = self.vectors.open();
+        let mut x = self.vectors.open()?;
         let vectors = [Some(x.read(G0)?), Some(x.read(G1)?), None, None];
         let orthogonal = Combination { vectors, coefficients: inner.view() };
         sharpness::combine(orthogonal, 1.0, false, x.write(to)?, Some(flag.view()))

@@ -76,7 +76,9 @@ impl<S: Compute> Objective<S::Master> for Plan<S> {
                 Ok(())
             }
             Pass::Commit { skip } => self.commit_step(skip),
-            other @ (Pass::GradientDisplaced { .. } | Pass::Select { .. }) => other.split(self),
+            other @ (Pass::ScatteredGradient { .. } | Pass::GradientDisplaced { .. } | Pass::Select { .. }) => {
+                other.split(self)
+            }
         }
     }
 }

@@ -1,12 +1,14 @@
 //! The sharpness-aware methods on functions with closed forms: golden directions, convergence, and the rules for steps
 //! that cannot be taken.
 
+use std::sync::Arc;
+
 use approx::{abs_diff_eq, assert_abs_diff_eq, relative_eq};
 
 use crate::common;
 use crate::common::methods::AnyMethod;
 use polder::device::{Buffer, Device, Error, Result, Scalar, SliceMut};
-use polder::kernels::random;
+use polder::kernels::{random, vector};
 use polder::objective::{Domain, Objective, Pass, Passes};
 use polder::optim::{
     Asam, Base, CrSam, Form, FriendlySam, Gam, Gnr, Group, Gsam, Hvp, LookSam, Norm, Optimizer, Oracle, Part, RSam,
@@ -588,6 +590,92 @@ fn foreign_memory_gets_the_bits_of_own_memory() {
     let device = Device::host();
     let short = Optimizer::<f64>::with_memory(&device, 9, sgd(AnyMethod::sam(0.1), 9), |_, _| device.zeros(8));
     assert!(matches!(short.err(), Some(Error::Length { argument: "momentum", found: 8, expected: 9, .. })));
+}
+
+/// Leaves some tensors of each gradient in memory of its own, which are other ones in every second pass.
+struct Leaving<F> {
+    function: Function<F>,
+    passes: usize,
+    /// Passes that could leave tensors.
+    asked: usize,
+    /// Gradients that are still held.
+    held: Arc<()>,
+}
+
+impl<T: Scalar, F: FnMut(&[f64]) -> (f64, Vec<f64>)> Objective<T> for Leaving<F> {
+    fn domain(&self) -> Domain<'_> {
+        Objective::<T>::domain(&self.function)
+    }
+
+    fn pass(&mut self, pass: Pass<'_, T>) -> Result<()> {
+        let Pass::ScatteredGradient { weights, running_stats, mut gradient, scattered, loss, flag, norm } = pass else {
+            return if matches!(pass, Pass::GradientDisplaced { .. } | Pass::GradientPairDisplaced { .. }) {
+                pass.split(self)
+            } else {
+                self.function.pass(pass)
+            };
+        };
+        assert!(scattered.tensors.is_empty());
+        let mut found = weights.device().zeros(weights.len())?;
+        self.function.pass(Pass::Gradient { weights, running_stats, gradient: found.view_mut(), loss, flag })?;
+        if let Some((reduction, norm)) = norm {
+            vector::l2_norm(found.view(), reduction, norm)?;
+        }
+        gradient.copy_from(found.view())?;
+        let places = [[0..2, 5..9], [1..6, 6..6]][self.passes % 2].clone();
+        for place in places.into_iter().filter(|place| !place.is_empty()) {
+            let tensor = weights.device().upload(&found.slice(place.clone())?.to_vec()?)?;
+            // Who reads the vector as a whole finds this.
+            gradient.slice_mut(place.clone())?.write(&vec![T::from_f64(f64::NAN); place.len()])?;
+            scattered.tensors.push((place, tensor));
+        }
+        scattered.owner = Some(Box::new(self.held.clone()));
+        self.passes += 1;
+        self.asked += 1;
+        Ok(())
+    }
+}
+
+/// Whatever a method does with its gradients, it does not matter where their tensors lie.
+#[test]
+fn gradients_left_where_they_are_give_the_bits_of_gathered_ones() {
+    let start: Vec<f64> = common::Random(9).vector(9);
+    let device = Device::host();
+    let group = |place, base, decay: f64| Group { place, base, weight_decay: decay, lr: 0.01.into() };
+    for (method, base) in family().into_iter().flat_map(|method| [(method, Base::sgd(0.9)), (method, Base::ADAMW)]) {
+        for (clip, observe) in [(None, false), (Some(0.5), false), (None, true)] {
+            let settings = || Settings { clip, weight_decay: 0.01, decay_len: 7, ..method.over(base) };
+            let mut optimizers = [(); 2].map(|()| Optimizer::new(&device, 9, settings()).unwrap());
+            let mut weights = [(); 2].map(|()| device.upload(&start).unwrap());
+            let mut leaving = Leaving { function: function(9, coupled()), passes: 0, asked: 0, held: Arc::new(()) };
+            for step in 0..6 {
+                let what = format!("{method:?}, {base:?}, clip {clip:?}, observed {observe}, step {step}");
+                for (number, (optimizer, weights)) in optimizers.iter_mut().zip(&mut weights).enumerate() {
+                    let mut plain = function(9, coupled());
+                    leaving.asked = 0;
+                    let objective: &mut dyn Objective<f64> = if number == 0 { &mut plain } else { &mut leaving };
+                    optimizer.observe(observe);
+                    if step % 2 == 0 {
+                        optimizer.step(objective, weights.view_mut(), 0.01).unwrap();
+                    } else {
+                        let groups = [group(0..4, base, 0.1), group(4..9, base, 0.0)];
+                        optimizer.step_groups(objective, weights.view_mut(), &groups).unwrap();
+                    }
+                }
+                let [plain, left] = weights.each_ref().map(|weights| common::bits(&weights.to_vec().unwrap()));
+                assert_eq!(plain, left, "{what}");
+                let [plain, left] = optimizers.each_ref().map(|optimizer| optimizer.telemetry().unwrap());
+                assert_eq!(plain, left, "{what}");
+                assert_eq!(Arc::strong_count(&leaving.held), 1, "{what}: a gradient is still held");
+                // These methods never need a gradient as a whole.
+                let whole = clip.is_some() || observe;
+                if matches!(method, AnyMethod::Plain(_) | AnyMethod::CrSam(_)) || method == AnyMethod::sam(0.05) {
+                    let gradients = if whole { 0 } else { passes(method).gradients };
+                    assert_eq!(leaving.asked as u64, gradients, "{what}");
+                }
+            }
+        }
+    }
 }
 
 #[test]

@@ -7,10 +7,10 @@ use std::ptr::with_exposed_provenance;
 use std::sync::Arc;
 
 use polder::arena::ALIGNMENT;
-use polder::device::{self, Device, HostOptions, Scalar, Slice, SliceMut};
-use polder::kernels::gather::Gather;
+use polder::device::{self, Buffer, Device, HostOptions, Scalar, Slice, SliceMut};
+use polder::kernels::gather::{Gather, Source};
 use polder::kernels::vector::{self, Reduction};
-use polder::objective::{Domain, Objective, Pass, RunningStats};
+use polder::objective::{Domain, Objective, Pass, RunningStats, Scattered};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -93,8 +93,12 @@ impl Places {
 
 /// What a Python function answers: the loss, or the address of one in double precision on the device (0: the number
 /// counts); the address of each tensor's gradient, 0 for one that the loss does not depend on, or `None` if the whole
-/// gradient already lies at its place; and the address of a scale to divide by, or 0.
-type Answer = (f64, u64, Option<Vec<u64>>, u64);
+/// gradient already lies at its place; the address of a scale to divide by, or 0; what keeps the memory at these
+/// addresses alive; and whether it holds these gradients until it is dropped, whatever passes follow.
+type Answer = (f64, u64, Option<Vec<u64>>, u64, Py<PyAny>, bool);
+
+/// A shorter tensor is gathered in any case: a launch of its own would take longer than to copy it.
+const SCATTERED_ELEMENTS: usize = 1 << 16;
 
 /// Python functions over tensors as an objective of a flat vector.
 pub struct Functions<'a> {
@@ -129,7 +133,7 @@ impl Functions<'_> {
         })
     }
 
-    /// Gathers the tensors at these addresses.
+    /// Gathers the tensors at these addresses, except those that stay.
     fn gather<T: Scalar>(
         &mut self,
         addresses: Option<&[u64]>,
@@ -137,6 +141,7 @@ impl Functions<'_> {
         mut out: SliceMut<'_, T>,
         flag: SliceMut<'_, u32>,
         norm: Option<SliceMut<'_, f64>>,
+        stays: impl Fn(&Range<usize>) -> bool,
     ) -> device::Result<()> {
         let places = &self.places.tensors;
         let base = out.address();
@@ -148,11 +153,12 @@ impl Functions<'_> {
         for (tensor, place) in places.iter().enumerate() {
             let address = address_of(tensor);
             let source = if address == 0 {
-                None
+                Source::Zeros
             } else {
                 // SAFETY: the Python half keeps every tensor whose address it answers with alive until the call ends,
                 // and has checked its device, type and length.
-                Some(unsafe { Slice::from_raw(self.device, address, place.len()) }?)
+                let tensor = unsafe { Slice::from_raw(self.device, address, place.len()) }?;
+                if stays(place) { Source::Stays(tensor) } else { Source::Tensor(tensor) }
             };
             sources.push((source, place.clone()));
         }
@@ -189,13 +195,28 @@ impl Functions<'_> {
         loss: SliceMut<'_, f64>,
         mut flag: SliceMut<'_, u32>,
         norm: Option<SliceMut<'_, f64>>,
+        scattered: Option<&mut Scattered<T>>,
     ) -> device::Result<()> {
         let arguments = (weights.address(), running_stats == RunningStats::Update, gradient.address());
         let evaluate = self.evaluate;
         let answer: Answer = self.call(|py| evaluate.call1(py, arguments)?.extract(py))?;
-        let (number, address, addresses, scale) = answer;
+        let (number, address, addresses, scale, owner, holds) = answer;
         self.store_loss((number, address), loss, flag.reborrow())?;
-        self.gather(addresses.as_deref(), scale, gradient, flag, norm)
+        // On a GPU the launches would take longer than the copy.
+        let stay = scattered.is_some() && holds && scale == 0 && self.device.is_host();
+        let stays = |place: &Range<usize>| stay && place.len() >= SCATTERED_ELEMENTS;
+        self.gather(addresses.as_deref(), scale, gradient, flag, norm, stays)?;
+        if let (Some(scattered), Some(addresses)) = (scattered, addresses) {
+            for (place, &address) in self.places.tensors.iter().zip(&addresses) {
+                if address != 0 && stays(place) {
+                    // SAFETY: as in `gather`, and what owns the tensor is kept beside it.
+                    let tensor = unsafe { Buffer::from_raw(self.device, address, place.len()) }?;
+                    scattered.tensors.push((place.clone(), tensor));
+                }
+            }
+            scattered.owner = Some(Box::new(owner));
+        }
+        Ok(())
     }
 }
 
@@ -207,11 +228,15 @@ impl<T: Scalar> Objective<T> for Functions<'_> {
     fn pass(&mut self, pass: Pass<'_, T>) -> device::Result<()> {
         match pass {
             Pass::Gradient { weights, running_stats, gradient, loss, flag } => {
-                self.gradient(weights, running_stats, gradient, loss, flag, None)
+                self.gradient(weights, running_stats, gradient, loss, flag, None, None)
             }
             // The norm in the pass that gathers the gradient.
             Pass::GradientAndNorm { weights, running_stats, gradient, loss, flag, norm, .. } => {
-                self.gradient(weights, running_stats, gradient, loss, flag, Some(norm))
+                self.gradient(weights, running_stats, gradient, loss, flag, Some(norm), None)
+            }
+            Pass::ScatteredGradient { weights, running_stats, gradient, scattered, loss, flag, norm } => {
+                let norm = norm.map(|(_, norm)| norm);
+                self.gradient(weights, running_stats, gradient, loss, flag, norm, Some(scattered))
             }
             Pass::Loss { weights, scratch, loss, flag } => {
                 let Some(function) = self.loss else {
@@ -227,7 +252,7 @@ impl<T: Scalar> Objective<T> for Functions<'_> {
                 };
                 let arguments = (weights.address(), direction.address());
                 let addresses: Vec<u64> = self.call(|py| function.call1(py, arguments)?.extract(py))?;
-                self.gather(Some(&addresses), 0, product, flag, None)
+                self.gather(Some(&addresses), 0, product, flag, None, |_| false)
             }
             other => other.split(self),
         }

@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import unittest.mock
 
 import pytest
 import torch
@@ -57,6 +58,97 @@ def bits(model):
 
 def same_bits(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ---- Long tensors, whose gradients stay where PyTorch has put them
+
+
+def long_model(dtype=torch.float32):
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(432, 160), nn.BatchNorm1d(160), nn.Tanh(), nn.Linear(160, 420), nn.Linear(420, 10)
+    ).to(dtype)  # fmt: skip
+
+
+def gathered(optimizer):
+    """Lets it copy every gradient."""
+    holds = polder.torch._Memory.holds
+
+    def copies(memory, addresses, keep):
+        holds(memory, addresses, keep)
+        return False
+
+    return unittest.mock.patch.object(polder.torch._Memory, "holds", copies)
+
+
+@pytest.mark.parametrize("base", ["sgd", "adamw", torch.optim.SGD])
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_that_stay_give_the_bits_of_copied_ones(cls, base, dtype):
+    if base not in bases(cls):
+        pytest.skip("the method has another base")
+    left, copied = long_model(dtype), long_model(dtype)
+    optimizer = optimizer_of(cls, left, base=base)
+    train(optimizer, left, 4)
+    assert optimizer._memory._own
+    with gathered(optimizer):
+        train(optimizer_of(cls, copied, base=base), copied, 4)
+    assert same_bits(bits(left), bits(copied))
+
+
+@pytest.mark.parametrize("cls", [SAM, CRSAM])
+def test_a_closure_may_put_its_gradients_into_one_memory(cls):
+    own, one = long_model(), long_model()
+    train(optimizer_of(cls, own), own, 3)
+    optimizer = optimizer_of(cls, one)
+    memory = [torch.empty_like(param) for param in one.parameters()]
+    for step in range(3):
+        plain = closure_of(optimizer, one, images(4, seed=step, dtype=torch.float32))
+
+        def closure(plain=plain):
+            loss = plain()
+            for param, place in zip(one.parameters(), memory, strict=True):
+                param.grad = place.copy_(param.grad)
+            return loss
+
+        optimizer.step(closure)
+    assert same_bits(bits(own), bits(one))
+    assert optimizer._memory._own is False
+
+
+def test_a_closure_that_begins_to_share_memory_is_noticed():
+    model = long_model()
+    optimizer = optimizer_of(CRSAM, model)
+    train(optimizer, model, 2)
+    before = bits(model)[:2]
+    memory = [torch.empty_like(param) for param in model.parameters()]
+    plain = closure_of(optimizer, model, images(4, dtype=torch.float32))
+
+    def closure():
+        loss = plain()
+        for param, place in zip(model.parameters(), memory, strict=True):
+            param.grad = place.copy_(param.grad)
+        return loss
+
+    with pytest.raises(RuntimeError, match="same memory"):
+        optimizer.step(closure)
+    assert same_bits(bits(model)[:2], before)
+    optimizer.step(closure)
+    assert not same_bits(bits(model)[:2], before)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_two_calls_keep_the_first_gradient_of_long_tensors(set_to_none):
+    one, two = long_model(), long_model()
+    train(optimizer_of(GSAM, one), one, 3)
+    optimizer = optimizer_of(GSAM, two)
+    for step in range(3):
+        inputs, labels = images(4, seed=step, dtype=torch.float32)
+        for finish in (optimizer.first_step, optimizer.second_step):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            cross_entropy(two(inputs), labels).backward()
+            finish()
+    assert same_bits(bits(one), bits(two))
 
 
 # ---- The weights

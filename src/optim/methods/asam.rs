@@ -43,7 +43,7 @@ impl<T: Scalar> Method<T> for Asam {
     fn direction(&self, step: &mut Step<'_, T>) -> Result<Direction> {
         step.gradient_at_weights()?;
         let (scaling, rho) = (Scaling { eta: self.eta, scaled_len: self.scaled_len }, self.rho * step.rho_factor);
-        let mut x = step.vectors.open();
+        let mut x = step.vectors.open()?;
         let (w, g, norms) = (x.read(Vector::Weights)?, x.read(G0)?, &mut step.numbers.norms);
         sharpness::adaptive_norm(w, g, scaling, step.reduction, norms.slice_mut(1..2)?)?;
         sharpness::perturb_adaptive(w, g, scaling, norms.slice(1..2)?, rho, x.write(P)?)?;

@@ -55,7 +55,7 @@ impl<T: Scalar> Method<T> for LookSam {
         }
         step.gradient_displaced(Vector::Weights, G0, 0, self.rho, 1, G1)?;
         step.orthogonal(KEPT)?;
-        vector::l2_norm(step.vectors.open().read(KEPT)?, step.reduction, step.scalars.slice_mut(0..1)?)?;
+        vector::l2_norm(step.vectors.open()?.read(KEPT)?, step.reduction, step.scalars.slice_mut(0..1)?)?;
         Ok(Direction::along(G1))
     }
 }

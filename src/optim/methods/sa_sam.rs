@@ -70,7 +70,7 @@ impl<T: Scalar> Method<T> for SaSam {
         let (norm, kept) = (norms.slice(0..1)?, step.scalars.view());
         sharpness::adgd_rates(dot_products.view(), norm, kept, (self.delta, self.damping), own.view_mut())?;
         if self.perturb {
-            let mut x = step.vectors.open();
+            let mut x = step.vectors.open()?;
             let (w, g, out) = (x.read(Vector::Weights)?, x.read(G0)?, x.write(P)?);
             // The factor of g is ρ/‖g‖, as the reciprocal of one of the step's numbers.
             vector::perturb(w, g, step.numbers.own.slice(3..4)?, 1.0, out, None)?;

@@ -76,7 +76,7 @@ impl<T: Scalar> Method<T> for Sam {
         step.gradient_at_weights()?;
         if self.p_norm == Norm::Infinity {
             let rho = self.rho * step.rho_factor;
-            let mut x = step.vectors.open();
+            let mut x = step.vectors.open()?;
             vector::perturb_linf(x.read(Vector::Weights)?, x.read(G0)?, rho, x.write(P)?, None)?;
             step.gradient(P, 1, G1)?;
         } else if self.ascent_steps == 1 {
@@ -112,7 +112,7 @@ impl Sam {
             let Numbers { norms, dot_products, inner, .. } = &mut *step.numbers;
             let dot_products = (!first).then(|| dot_products.view());
             sharpness::ascent_coefficients(norms.slice(0..1)?, dot_products, rho, length, inner.slice_mut(0..2)?)?;
-            let mut x = step.vectors.open();
+            let mut x = step.vectors.open()?;
             let (weights, gradient) = (x.read(Vector::Weights)?, x.read(if first { G0 } else { G1 })?);
             let (displacement, out) = (x.write(Q)?, x.write(P)?);
             let ends = (first, ascent + 1 == self.ascent_steps);

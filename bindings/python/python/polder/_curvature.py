@@ -105,7 +105,7 @@ class Curvature:
             return torch.autograd.grad(loss, self._flat.params, allow_unused=True)
 
         addresses = self._flat.gradients(self._mean(gradient_of), self._keep)
-        return (*self._flat.loss(sum(losses[1:], losses[0]), self._keep), addresses, 0)
+        return (*self._flat.loss(sum(losses[1:], losses[0]), self._keep), addresses, 0, self._keep, False)
 
     def _loss(self, weights: int) -> tuple[float, int]:
         self._keep.clear()

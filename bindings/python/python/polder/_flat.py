@@ -238,9 +238,13 @@ class Flat:
 class Statistics:
     """Buffers that a forward pass changes, such as batch norm's running statistics, kept over later passes."""
 
+    _NAMES = ("running_mean", "running_var", "num_batches_tracked")
+
     def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
         self.modules = list(modules)
-        self._kept: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+        # Each buffer with the memory for its copy, by the buffer's id.
+        self._copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._kept: list[torch.Tensor] | None = None
 
     @staticmethod
     def of(params: Sequence[torch.Tensor], module: torch.nn.Module | None) -> Statistics:
@@ -248,28 +252,53 @@ class Statistics:
         # A module alone may be the part of a larger one that is trained, such as its head.
         return Statistics([*([] if module is None else [module]), *owners(params)])
 
-    def _buffers(self) -> Iterator[torch.Tensor]:
-        seen = set()
-        for root in self.modules:
-            for module in root.modules():
-                for name in ("running_mean", "running_var", "num_batches_tracked"):
-                    buffer = getattr(module, name, None)
-                    if isinstance(buffer, torch.Tensor) and id(buffer) not in seen:
-                        seen.add(id(buffer))
-                        yield buffer
+    def _buffers(self) -> list[torch.Tensor]:
+        found: dict[int, torch.Tensor] = {}
+        seen, todo = set(), list(self.modules)
+        # In each step: `Module.modules` and `getattr` take several times as long.
+        while todo:
+            module = todo.pop()
+            if module is None or id(module) in seen:
+                continue
+            seen.add(id(module))
+            todo.extend(module._modules.values())
+            buffers = module._buffers
+            if buffers:
+                for name in self._NAMES:
+                    buffer = buffers.get(name)
+                    if buffer is not None:
+                        found[id(buffer)] = buffer
+        return list(found.values())
 
     def keep(self) -> None:
         """Remembers the statistics, once until `restore`."""
         if self._kept is None:
-            with torch.no_grad():
-                self._kept = [(buffer, buffer.clone()) for buffer in self._buffers()]
+            self._kept = self._buffers()
+            known = self._copies
+            self._copies = {}
+            for buffer in self._kept:
+                old = known.get(id(buffer))
+                fits = (
+                    old is not None
+                    and old[0] is buffer
+                    and (
+                        old[1].shape == buffer.shape and old[1].dtype == buffer.dtype and old[1].device == buffer.device
+                    )
+                )
+                self._copies[id(buffer)] = old if fits else (buffer, torch.empty_like(buffer))
+            self._copy(self._kept, [copy for _, copy in self._copies.values()])
 
     def restore(self) -> None:
         """Puts back what `keep` remembered."""
         kept, self._kept = self._kept, None
-        if kept:
+        if kept is not None:
+            self._copy([self._copies[id(buffer)][1] for buffer in kept], kept)
+
+    @staticmethod
+    def _copy(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
+        if sources:
             with torch.no_grad():
-                torch._foreach_copy_([buffer for buffer, _ in kept], [saved for _, saved in kept])
+                torch._foreach_copy_(targets, sources)
 
 
 def owners(params: Sequence[torch.Tensor]) -> list[torch.nn.Module]:

@@ -118,7 +118,7 @@ def minimize(
     def evaluate(weights: int, updates_statistics: bool, gradient: int) -> Any:
         loss, slope = fun_and_grad(at(weights))
         losses.append(float(loss))
-        return (losses[-1], 0, [taken(slope, "the gradient")], 0)
+        return (losses[-1], 0, [taken(slope, "the gradient")], 0, keep, False)
 
     def product(weights: int, direction: int) -> list[int]:
         if hessp is None:

@@ -9,7 +9,7 @@ __version__: str
 ALIGNMENT: int
 
 _Place = tuple[str, int, int]
-_Answer = tuple[float, int, list[int] | None, int]
+_Answer = tuple[float, int, list[int] | None, int, object, bool]
 _Evaluate = Callable[[int, bool, int], _Answer]
 _Product = Callable[[int, int], list[int]]
 _State = tuple[list[float], list[int], int]

@@ -24,6 +24,7 @@ parameters are pointed for a pass: the weights are never moved and restored, so 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -71,6 +72,50 @@ _FOLLOWS_LAST = ("sam", "asam", "r-sam", "friendly-sam")
 
 class _Suspended(Exception):
     """Ends a step at its second pass."""
+
+
+class _Keep(list):
+    """What has to stay alive for a pass."""
+
+
+class _Memory:
+    """Whether the gradients of each pass have memory of their own, and so may stay there until the step ends.
+
+    They have, unless a closure or a hook puts all of them into the same tensors, as DistributedDataParallel does. The
+    first step finds out.
+    """
+
+    def __init__(self) -> None:
+        self._own: bool | None = None
+        self._passes: list[tuple[weakref.ref[_Keep], set[int]]] = []
+        self._held: list[_Keep] = []
+
+    def begin(self) -> None:
+        self._passes.clear()
+        self._held.clear()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._own = False
+
+    def holds(self, addresses: list[int], keep: _Keep) -> bool:
+        """Whether the gradients of this pass may stay."""
+        if self._own is False:
+            return False
+        found = set(addresses) - {0}
+        if any(keep() is not None and not found.isdisjoint(other) for keep, other in self._passes):
+            known, self._own = self._own, False
+            if known:
+                # From the next step on they are copied.
+                raise RuntimeError("two passes of the step left their gradients in the same memory, unlike before")
+        self._passes.append((weakref.ref(keep), found))
+        if self._own is None:
+            # While it is alive, no other gradient has the same address by chance.
+            self._held.append(keep)
+        return self._own is True
+
+    def end(self) -> None:
+        self._held.clear()
+        if self._own is None:
+            self._own = True
 
 
 def _is_vector(param: torch.Tensor) -> bool:
@@ -158,6 +203,7 @@ class SharpnessAware(torch.optim.Optimizer):
     def _clear(self) -> None:
         """Nothing is built."""
         self._engine: Any = None
+        self._memory = _Memory()
         self._flat: Flat | None = None
         self._statistics: Statistics | None = None
         self._suspended: int | None = None
@@ -393,16 +439,17 @@ class SharpnessAware(torch.optim.Optimizer):
             name = type(self).__name__
             raise RuntimeError(f"{name} needs a closure: step(closure), or first_step and second_step")
         answers: list[Any] = []
-        keep: list[Any] = []
+        memory = self._memory
+        memory.begin()
         flat = self._flat
 
         def evaluate(weights: int, updates_statistics: bool, gradient: int) -> Any:
-            keep.clear()
+            keep = _Keep()
             flat.point(weights)
             if not updates_statistics:
                 self._statistics.keep()
             if closure is None:
-                return (0.0, 0, flat.gradients([param.grad for param in flat.params], keep), 0)
+                return (0.0, 0, flat.gradients([param.grad for param in flat.params], keep), 0, keep, True)
             self._clear_gradients()
             first = not answers
             with torch.enable_grad(), self._no_sync() if first and self._no_sync is not None else nullcontext():
@@ -410,10 +457,13 @@ class SharpnessAware(torch.optim.Optimizer):
                 answers.append(loss)
                 number = flat.loss(loss, keep)
                 addresses, unscaled = self._found_gradients(loss, keep)
-            return (*number, addresses, 0 if unscaled else self._scale(scaler, keep))
+            scale = 0 if unscaled else self._scale(scaler, keep)
+            return (*number, addresses, scale, keep, memory.holds(addresses, keep))
+
+        products: list[Any] = []
 
         def product(weights: int, direction: int) -> list[int]:
-            keep.clear()
+            products.clear()
             flat.point(weights)
             self._statistics.keep()
             self._clear_gradients()
@@ -428,9 +478,10 @@ class SharpnessAware(torch.optim.Optimizer):
                         f"{name}'s exact products with the Hessian need a closure that returns the loss without "
                         "calling backward" + ("; or pass hvp='difference'" if self._method["name"] == "gnr" else "")
                     )
-                return flat.gradients(_hessian_vector(loss, flat.params, flat.views(direction)), keep)
+                return flat.gradients(_hessian_vector(loss, flat.params, flat.views(direction)), products)
 
         self._run(evaluate, product)
+        memory.end()
         if scaler is not None and scaler.is_enabled():
             self._tell_scaler(scaler)
         return answers[0] if answers else None
@@ -477,7 +528,7 @@ class SharpnessAware(torch.optim.Optimizer):
 
     def _first_step(self) -> None:
         self._two_passes()
-        flat, keep, points = self._flat, [], []
+        flat, points = self._flat, []
 
         def evaluate(weights: int, updates_statistics: bool, gradient: int) -> Any:
             points.append(weights)
@@ -485,7 +536,9 @@ class SharpnessAware(torch.optim.Optimizer):
                 raise _Suspended
             if weights != self._weights.data_ptr():
                 raise RuntimeError(f"{type(self).__name__} takes no gradient at the weights: use step(closure)")
-            return (0.0, 0, flat.gradients([param.grad for param in flat.params], keep), 0)
+            keep = _Keep()
+            # The next backward may overwrite them, so they are copied.
+            return (0.0, 0, flat.gradients([param.grad for param in flat.params], keep), 0, keep, False)
 
         try:
             self._run(evaluate, None)
@@ -502,13 +555,14 @@ class SharpnessAware(torch.optim.Optimizer):
         if self._suspended is None:
             raise RuntimeError("second_step without first_step")
         point, self._suspended = self._suspended, None
-        flat, keep = self._flat, []
+        flat = self._flat
 
         def evaluate(weights: int, updates_statistics: bool, gradient: int) -> Any:
+            keep = _Keep()
             if weights != point:
                 # The first gradient is still where it was gathered.
-                return (0.0, 0, None, 0)
-            return (0.0, 0, flat.gradients([param.grad for param in flat.params], keep), 0)
+                return (0.0, 0, None, 0, keep, False)
+            return (0.0, 0, flat.gradients([param.grad for param in flat.params], keep), 0, keep, True)
 
         if point != self._weights.data_ptr():
             with self._alone():
