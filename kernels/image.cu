@@ -30,6 +30,7 @@ struct BatchArgs {
     uint32_t pad;      // 0: no crop
     uint32_t flip;     // whether to flip at all
     uint32_t augment;  // whether to draw at all
+    uint32_t cutout;   // side of the square that is cut out; 0 for none
     float mean[kMaxImageChannels];
     float std[kMaxImageChannels];
 };
@@ -39,6 +40,12 @@ struct Sample {
     uint64_t index;
     uint32_t top, left;  // of the crop, in the padded image
     bool flipped;
+    uint32_t cut_row, cut_column;  // the centre of the square that is cut out
+
+    /// Whether a pixel of the result lies in that square.
+    __device__ __forceinline__ bool is_cut(uint32_t row, uint32_t column, uint32_t side) const {
+        return row + side / 2 - cut_row < side && column + side / 2 - cut_column < side;
+    }
 };
 
 template <class S>
@@ -46,12 +53,14 @@ __device__ __forceinline__ Sample draw_sample(const BatchArgs<S>& a, uint32_t n)
     const uint64_t batches = a.clock != nullptr ? a.clock[0] : 0, steps = a.clock != nullptr ? a.clock[1] : 0;
     const uint64_t place = a.first + batches * a.stride + n;
     // There is no sample beyond the end of the order.
-    Sample sample = {place < a.order_len ? a.order[place] : a.samples, a.pad, a.pad, false};
+    Sample sample = {place < a.order_len ? a.order[place] : a.samples, a.pad, a.pad, false, 0, 0};
     if (a.augment) {
         const PhiloxBlock random = philox_block(a.seed, a.counter + a.first + steps * a.stride + n);
         sample.flipped = a.flip && (random.v[0] & 1u) != 0;
         sample.top = __umulhi(random.v[1], 2 * a.pad + 1);
         sample.left = __umulhi(random.v[2], 2 * a.pad + 1);
+        sample.cut_row = (random.v[3] & 0xffffu) * a.height >> 16;
+        sample.cut_column = (random.v[3] >> 16) * a.width >> 16;
     }
     return sample;
 }
@@ -61,6 +70,22 @@ __device__ __forceinline__ S normalized(const BatchArgs<S>& a, uint32_t value, u
     typedef Arithmetic<S> T;
     return convert_to<S>((T(value) / T(255) - T(a.mean[channel])) / T(a.std[channel]));
 }
+
+#if defined(POLDER_HOST)
+/// Puts zeros into the square of an image.
+template <class S>
+void cut_out(const BatchArgs<S>& a, const Sample& sample, S* image) {
+    const uint32_t half = a.cutout / 2;
+    const uint32_t top = sample.cut_row > half ? sample.cut_row - half : 0;
+    const uint32_t left = sample.cut_column > half ? sample.cut_column - half : 0;
+    for (uint32_t i = top; i < a.height && sample.is_cut(i, left, a.cutout); ++i) {
+        S* const row = image + i * a.width * a.channels;
+        for (uint32_t j = left; j < a.width && sample.is_cut(i, j, a.cutout); ++j) {
+            for (uint32_t c = 0; c < a.channels; ++c) row[j * a.channels + c] = convert_to<S>(0.0f);
+        }
+    }
+}
+#endif
 
 /// The labels and the normalised images. An index beyond the samples gives an image of NaNs and a label outside of the
 /// classes.
@@ -95,6 +120,7 @@ __device__ void image_batch(const BatchArgs<S>& a) {
                     }
                 }
             }
+            if (a.cutout != 0) cut_out(a, sample, out - values);
         }
         return;
     }
@@ -111,6 +137,7 @@ __device__ void image_batch(const BatchArgs<S>& a) {
         const uint32_t h = i + sample.top - a.pad;
         uint32_t w = j + sample.left - a.pad;
         if (!known) return nan;
+        if (a.cutout != 0 && sample.is_cut(i, j, a.cutout)) return convert_to<S>(0.0f);
         if (h >= a.height || w >= a.width) return normalized(a, 0, c);
         if (sample.flipped) w = a.width - 1 - w;
         return normalized(a, image[(h * a.width + w) * a.channels + c], c);

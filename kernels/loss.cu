@@ -11,6 +11,8 @@ template <class T>
 struct CrossEntropyArgs {
     const T* logits;         // [batch, classes]
     const uint32_t* labels;  // [batch]
+    const uint32_t* others;  // [batch]: each sample's other label; null for one label each
+    const double* share;     // of the first label
     T* dlogits;              // [batch, classes], or null
     T* losses;               // [batch]
     uint32_t* correct;       // one counter, added to
@@ -48,7 +50,7 @@ struct Largest {
 };
 
 /// loss = log(sum exp z) - (1 - smoothing) z[label] - smoothing / classes sum z, all relative to the largest logit, and
-/// its gradient over the batch size, times the loss scale. A logit that is not finite gives a loss that is not finite,
+/// its gradient over the batch size, times the loss scale. With two labels, share z[label] + (1 - share) z[other]. A logit that is not finite gives a loss that is not finite,
 /// because it enters the last term, whose product with a smoothing of zero is then a NaN.
 template <class T>
 __device__ void cross_entropy(const CrossEntropyArgs<T>& a) {
@@ -56,10 +58,12 @@ __device__ void cross_entropy(const CrossEntropyArgs<T>& a) {
     const uint32_t lanes = alone ? 1 : 32, lane = threadIdx.x % lanes;
     const uint32_t warps = gridDim.x * (blockDim.x / lanes), classes = a.classes;
     const T scale = gradient_scale<T>(a.scale, a.batch), infinity = T(INFINITY);
-    const T on = T(1.0 - a.smoothing), off = T(a.smoothing / double(classes));
+    const double share = a.others != nullptr ? *a.share : 1.0;
+    const T on = T((1.0 - a.smoothing) * share), off = T(a.smoothing / double(classes));
+    const T on_other = T((1.0 - a.smoothing) * (1.0 - share));
     for (uint32_t n = (blockIdx.x * blockDim.x + threadIdx.x) / lanes; n < a.batch; n += warps) {
         const T* const z = a.logits + uint64_t(n) * classes;
-        const uint32_t label = a.labels[n];
+        const uint32_t label = a.labels[n], other = a.others != nullptr ? a.others[n] : label;
         Largest<T> largest = {-infinity, classes};
         for (uint32_t k = lane; k < classes; k += lanes) largest.take(z[k], k);
         for (uint32_t distance = lanes / 2; distance > 0; distance /= 2) {
@@ -75,17 +79,20 @@ __device__ void cross_entropy(const CrossEntropyArgs<T>& a) {
             exponentials = warp_sum(exponentials);
             shifted = warp_sum(shifted);
         }
-        const bool known = label < classes;
+        const bool known = label < classes && other < classes;
         const T nan = infinity - infinity;
         if (lane == 0) {
             const T at_label = known ? z[label] - largest.value : nan;
-            a.losses[n] = logarithm(exponentials) - on * at_label - off * shifted;
+            T at_labels = on * at_label;
+            if (known && a.others != nullptr) at_labels += on_other * (z[other] - largest.value);
+            a.losses[n] = logarithm(exponentials) - at_labels - off * shifted;
             if (known && largest.index == label) atomicAdd(a.correct, 1u);
         }
         if (a.dlogits == nullptr) continue;
         T* const dz = a.dlogits + uint64_t(n) * classes;
         for (uint32_t k = lane; k < classes; k += lanes) {
-            const T target = (k == label ? on : T(0)) + off;
+            T target = (k == label ? on : T(0)) + off;
+            if (a.others != nullptr && k == other) target += on_other;
             const T p = exponential(z[k] - largest.value) / exponentials;
             dz[k] = known ? (p - target) * scale : nan;
         }

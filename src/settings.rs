@@ -198,6 +198,8 @@ pub enum Range {
     Fraction,
     /// Numbers from 0 to 1, without 1.
     BelowOne,
+    /// Numbers above 0, up to this.
+    UpTo(u64),
     /// Counts of at least this.
     AtLeast(u64),
     /// Counts of at most this.
@@ -216,6 +218,7 @@ impl Range {
             Self::NotNegative => "a finite number, 0 or more".into(),
             Self::Fraction => "a number from 0 to 1".into(),
             Self::BelowOne => "a number from 0 to below 1".into(),
+            Self::UpTo(most) => format!("a number above 0, at most {most}"),
             Self::AtLeast(least) => format!("at least {least}"),
             Self::AtMost(most) => format!("at most {most}"),
             Self::Between(least, most) if most == least + 1 => format!("{least} or {most}"),
@@ -235,6 +238,7 @@ impl Range {
             (Self::NotNegative, SettingValue::Number(value)) => *value >= 0.0 && value.is_finite(),
             (Self::Fraction, SettingValue::Number(value)) => (0.0..=1.0).contains(value),
             (Self::BelowOne, SettingValue::Number(value)) => (0.0..1.0).contains(value),
+            (Self::UpTo(most), SettingValue::Number(value)) => *value > 0.0 && *value <= most as f64,
             (Self::AtLeast(least), SettingValue::Count(value)) => *value >= least,
             (Self::AtMost(most), SettingValue::Count(value)) => *value <= most,
             (Self::Between(least, most), SettingValue::Count(value)) => (least..=most).contains(value),
@@ -270,6 +274,11 @@ pub mod range {
     /// Numbers from 0 to 1, without 1.
     pub const fn below_one() -> Range {
         Range::BelowOne
+    }
+
+    /// Numbers above 0, up to `most`.
+    pub const fn up_to(most: u64) -> Range {
+        Range::UpTo(most)
     }
 
     /// Counts of at least `least`.

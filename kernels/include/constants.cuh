@@ -63,6 +63,8 @@ enum Residual : uint32_t {
 constexpr uint32_t kLinearTile = 32;
 /// The most channels of an image in a data set.
 constexpr int kMaxImageChannels = 4;
+/// Steps between the quantiles of a distribution that `mix_batch` draws from.
+constexpr uint32_t kQuantiles = 1024;
 
 // ---- Convolution ----------------------------------------------------------------------------------------------------
 

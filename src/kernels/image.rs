@@ -1,4 +1,5 @@
-//! Assembles a training batch on the device, from a data set of byte images there: gather, flip, crop, normalise.
+//! Assembles a training batch on the device, from a data set of byte images there: gather, flip, crop, normalise, cut
+//! out.
 
 use super::{Check, check_length, clock};
 use crate::device::arguments::BatchArgs;
@@ -38,6 +39,9 @@ pub struct Augment {
     pub pad: usize,
     /// Whether half of the images are flipped from left to right (before the crop).
     pub flip: bool,
+    /// Cutout (DeVries and Taylor 2017): a square of this side around a uniform pixel of the result becomes 0, the mean
+    /// colour, where it lies in the image. 0 for none.
+    pub cutout: usize,
     /// The stream of random numbers.
     pub seed: u64,
     /// The place in the stream of the batch's first sample.
@@ -63,8 +67,9 @@ pub struct Position<'a> {
 /// Traffic: reads a byte and writes an element per value.
 ///
 /// # Errors
-/// [`Error::Argument`] for channels outside 1..=4, an empty image, a standard deviation that is not above zero or a
-/// padding beyond 65,535; [`Error::Length`] and [`Error::OtherDevice`].
+/// [`Error::Argument`] for channels outside 1..=4, an empty image, a standard deviation that is not above zero, a
+/// padding or a square beyond 65,535 pixels, and such a square in an image of more; [`Error::Length`] and
+/// [`Error::OtherDevice`].
 pub fn batch<S: Compute>(
     shape: &BatchShape,
     images: Slice<'_, u8>,
@@ -89,8 +94,12 @@ pub fn batch<S: Compute>(
         return refused(format!("standard deviations {:?} are not all above zero", &normalization.std[..channels]));
     }
     let pad = augment.map_or(0, |augment| augment.pad);
-    if pad > usize::from(u16::MAX) {
-        return refused(format!("a padding of {pad} is too large"));
+    let cutout = augment.map_or(0, |augment| augment.cutout);
+    if pad > usize::from(u16::MAX) || cutout > usize::from(u16::MAX) {
+        return refused(format!("a padding of {pad} or a square of {cutout} is too large"));
+    }
+    if cutout > 0 && height.max(width) > 1 << 16 {
+        return refused(format!("{shape:?}: expected sides of at most 65536 pixels with a square that is cut out"));
     }
     let device = images.device();
     let check = Check { operation: NAME, device };
@@ -131,6 +140,7 @@ pub fn batch<S: Compute>(
         pad: pad as u32,
         flip: augment.is_some_and(|augment| augment.flip).into(),
         augment: augment.is_some().into(),
+        cutout: cutout as u32,
         mean: normalization.mean,
         std: normalization.std,
     };

@@ -29,8 +29,21 @@ impl LossShape {
     }
 }
 
+/// What the logits are compared with.
+#[derive(Clone, Copy)]
+pub struct Targets<'a> {
+    /// The class of each sample: `[batch]`.
+    pub labels: Slice<'a, u32>,
+    /// For samples that are mixtures of two: the other class of each, `[batch]`, and the share of the first one, one
+    /// element.
+    pub mixed: Option<(Slice<'a, u32>, Slice<'a, f64>)>,
+    /// Label smoothing, from 0 to 1.
+    pub smoothing: f64,
+}
+
 /// The cross-entropy and its gradient, with `p = softmax(logits)` and `t = (1 − smoothing) · onehot(label) + smoothing
-/// / classes`:
+/// / classes`, where for a mixture `share · onehot(label) + (1 − share) · onehot(other)` takes the place of
+/// `onehot(label)`:
 ///
 /// - `sample_losses`, `[batch]`, receives the loss `−Σ t log p` of each sample;
 /// - `loss`, one element, receives their mean, summed in double, because sharpness is a small difference of such means;
@@ -48,8 +61,7 @@ impl LossShape {
 pub fn cross_entropy<T: Scalar>(
     shape: &LossShape,
     logits: Slice<'_, T>,
-    labels: Slice<'_, u32>,
-    smoothing: f64,
+    targets: Targets<'_>,
     dlogits: Option<SliceMut<'_, T>>,
     scale: Option<Slice<'_, f64>>,
     mut sample_losses: SliceMut<'_, T>,
@@ -60,6 +72,7 @@ pub fn cross_entropy<T: Scalar>(
     const NAME: &str = "loss::cross_entropy";
     let LossShape { batch, classes } = *shape;
     let elements = shape.elements(NAME)?;
+    let Targets { labels, mixed, smoothing } = targets;
     if !(0.0..=1.0).contains(&smoothing) {
         let message = format!("a label smoothing of {smoothing} is not between 0 and 1");
         return Err(Error::Argument { operation: NAME, message });
@@ -71,9 +84,15 @@ pub fn cross_entropy<T: Scalar>(
     check.argument("sample_losses", sample_losses.view(), batch)?;
     check.argument("loss", loss.view(), 1)?;
     check.argument("correct", correct.view(), 1)?;
+    if let Some((others, share)) = mixed {
+        check.argument("others", others, batch)?;
+        check.argument("share", share, 1)?;
+    }
     let mut args = CrossEntropyArgs {
         logits: logits.address(),
         labels: labels.address(),
+        others: mixed.map_or(0, |(others, _)| others.address()),
+        share: mixed.map_or(0, |(_, share)| share.address()),
         dlogits: 0,
         losses: sample_losses.address(),
         correct: correct.address(),

@@ -12,6 +12,7 @@ pub mod layers;
 pub mod loss;
 pub mod max_pool;
 pub mod metrics;
+pub mod mixing;
 pub mod precision;
 pub mod random;
 pub mod sharpness;

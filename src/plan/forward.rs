@@ -5,7 +5,7 @@ use super::ops::Operation;
 use super::pass::{ForwardPass, Operands, StatisticsBuffers, Weights};
 use super::second_pass::PassBuffers;
 use crate::device::{Compute, Result, Scalar, Slice, SliceMut};
-use crate::kernels::loss::{self, LossShape};
+use crate::kernels::loss::{self, LossShape, Targets};
 use crate::objective::RunningStats;
 
 impl<S: Compute> Plan<S> {
@@ -56,12 +56,14 @@ impl<S: Compute> Plan<S> {
         let mut dlogits = if gradient { Some(arena.write(self.memory.gradient(self.logits))?) } else { None };
         let counted = samples * shape.classes;
         let dlogits = dlogits.as_mut().map(|all| with_zeros_behind(all, counted)).transpose()?;
+        let others = if self.mixed { Some((self.others.slice(0..samples)?, self.share.view())) } else { None };
+        let targets =
+            Targets { labels: self.labels.slice(0..samples)?, mixed: others, smoothing: self.options.label_smoothing };
         let mut sample_losses = arena.write(self.memory.sample_losses())?;
         loss::cross_entropy(
             &shape,
             logits,
-            self.labels.slice(0..samples)?,
-            self.options.label_smoothing,
+            targets,
             dlogits,
             self.loss_scale.as_ref().map(|state| state.view()),
             sample_losses.slice_mut(0..samples)?,

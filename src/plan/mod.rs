@@ -31,6 +31,7 @@ pub use graph::{Graph, Shape, Value};
 use crate::arena::{Initial, Layout};
 use crate::device::{Buffer, Compute, Device, Error, Result, Scalar, Slice, SliceMut};
 use crate::kernels::batch_norm::Mode;
+use crate::kernels::mixing::MixedLabels;
 use crate::kernels::precision;
 use crate::objective::RunningStats;
 use backward::LastStages;
@@ -85,6 +86,11 @@ pub struct Plan<S: Compute> {
     /// The state of [`precision`]; none where gradients need no scaling.
     loss_scale: Option<Buffer<f64>>,
     labels: Buffer<u32>,
+    /// The other label of each image of a mixed batch, and the share of the own one.
+    others: Buffer<u32>,
+    share: Buffer<f64>,
+    /// Whether the batch is mixed.
+    mixed: bool,
     /// The loss is the mean over so many samples of the batch, the first ones.
     counted: usize,
     /// Correct predictions: of the passes that are reported, and of the others.
@@ -137,6 +143,9 @@ impl<S: Compute> Plan<S> {
             second_pass: SecondPass::NotMade,
             loss_scale: if S::SCALES_LOSS { Some(device.upload(&precision::SCALE_START)?) } else { None },
             labels: device.zeros(shapes[0].batch)?,
+            others: device.zeros(shapes[0].batch)?,
+            share: device.zeros(1)?,
+            mixed: false,
             counted: shapes[0].batch,
             correct: device.zeros(2)?,
             statistics: initial_statistics(device, &statistics_layout)?,
@@ -209,8 +218,21 @@ impl<S: Compute> Plan<S> {
     /// # Errors
     /// None: the places lie in their buffers.
     pub fn batch_mut(&mut self) -> Result<(SliceMut<'_, S>, SliceMut<'_, u32>)> {
+        self.mixed = false;
         let images = self.buffers.arena.slice_mut(self.memory.value(Value(0)))?;
         Ok((images.cast(self.shapes[0].len())?, self.labels.view_mut()))
+    }
+
+    /// The same for a batch whose images are mixtures of two, with the other label of each. Both labels of an image are
+    /// below the number of classes. [`Plan::correct`] counts the first one.
+    ///
+    /// # Errors
+    /// None: the places lie in their buffers.
+    pub fn mixed_batch_mut(&mut self) -> Result<(SliceMut<'_, S>, SliceMut<'_, u32>, MixedLabels<'_>)> {
+        self.mixed = true;
+        let images = self.buffers.arena.slice_mut(self.memory.value(Value(0)))?;
+        let mixed = MixedLabels { others: self.others.view_mut(), share: self.share.view_mut() };
+        Ok((images.cast(self.shapes[0].len())?, self.labels.view_mut(), mixed))
     }
 
     /// Takes losses, gradients and products over the first `samples` of the batch alone, until it is called again. The

@@ -174,6 +174,7 @@ impl CurvatureMeter {
             clock: None,
             normalization: &self.normalization,
             augment: None,
+            mixer: None,
         });
         let mut all = self.accumulator.over(&mut images);
         Ok(measure(&mut Curvature::new(&mut all, weights)?)?)
@@ -206,6 +207,7 @@ impl CurvatureMeter {
                 clock: None,
                 normalization: &self.normalization,
                 augment: None,
+                mixer: None,
             });
             Ok(measure(&mut Curvature::new(&mut images, weights)?)?)
         });

@@ -7,6 +7,7 @@ use super::TrainError;
 use crate::data::{self, Dataset, Images, Split};
 use crate::device::{self, Buffer, Compute, Device, Error, HostOptions, Slice};
 use crate::kernels::image::{self, Augment, BatchShape, Normalization, Position};
+use crate::kernels::mixing::Mixer;
 use crate::objective::{Answer, Objective, Pass, Wrapper};
 use crate::plan::Plan;
 
@@ -115,6 +116,7 @@ pub(super) struct Batch<'a, S: Compute> {
     pub clock: Option<Slice<'a, u64>>,
     pub normalization: &'a Normalization,
     pub augment: Option<Augment>,
+    pub mixer: Option<&'a Mixer>,
 }
 
 impl<S: Compute<Master = f32>> Wrapper<f32> for Batch<'_, S> {
@@ -138,9 +140,18 @@ impl<S: Compute<Master = f32>> Wrapper<f32> for Batch<'_, S> {
         self.plan.count_samples((self.samples - group * self.shape.batch).min(self.shape.batch))?;
         let clock = self.clock.map(|clock| (clock, self.samples));
         let position = Position { first: group * self.shape.batch, clock };
-        let (images, labels) = self.plan.batch_mut()?;
-        let (pixels, truth, order) = (self.pixels, self.labels, self.order);
-        image::batch(&self.shape, pixels, truth, order, position, self.normalization, self.augment, images, labels)?;
+        let (shape, pixels, truth, order) = (&self.shape, self.pixels, self.labels, self.order);
+        let assemble = |images, labels| {
+            image::batch(shape, pixels, truth, order, position, self.normalization, self.augment, images, labels)
+        };
+        if let Some(mixer) = self.mixer {
+            let (mut images, mut labels, mut mixed) = self.plan.mixed_batch_mut()?;
+            assemble(images.reborrow(), labels.reborrow())?;
+            mixer.run(shape, position, images, labels.view(), &mut mixed)?;
+        } else {
+            let (images, labels) = self.plan.batch_mut()?;
+            assemble(images, labels)?;
+        }
         Ok(Answer::Done)
     }
 }
@@ -206,6 +217,7 @@ mod tests {
             clock: None,
             normalization: &normalization,
             augment: None,
+            mixer: None,
         });
         let mut step = || optimizer.step(&mut accumulator.over(&mut batch), weights.view_mut(), 0.1);
         step().unwrap();

@@ -14,6 +14,7 @@ use super::{BatchNormName, CurvatureSettings, TrainError};
 use crate::arena::Layout;
 use crate::data::Split;
 use crate::device::HostOptions;
+use crate::kernels::mixing::Mixing;
 use crate::nn::{MODELS, Model, Shortcut};
 use crate::optim::{self, Base, Context, Decay, Entry, METHODS, Method, RhoSchedule};
 use crate::settings::{
@@ -178,6 +179,13 @@ settings! {
             in at_least(1);
         /// Random changes to training images
         augment: Augmentation = Augmentation::Basic;
+        /// Cut a square of this side out of each training image; 0 for none
+        cutout: usize = 0, as "PIXELS", in at_most(65_535);
+        /// Blend the training images of a batch in pairs, with a weight from the beta distribution (A, A)
+        mixup: Option<f64> = None, else "no mixup", as "A", in up_to(Mixing::MOST_ALPHA);
+        /// Exchange a box between the images of a pair, with a share of the area from that distribution. With mixup,
+        /// every batch takes one of both
+        cutmix: Option<f64> = None, else "no CutMix", as "A", in up_to(Mixing::MOST_ALPHA);
         /// Take the training images in the order of the files
         no_shuffle: bool = false;
         /// Images per step. The last images of an epoch are left out if they do not fill a step

@@ -9,8 +9,9 @@ use super::{Record, TrainError, weights};
 use crate::data::{ImageShape, Images};
 use crate::device::{self, Buffer, Compute, Device};
 use crate::kernels::image::{Augment, BatchShape, Normalization};
+use crate::kernels::mixing::{Mixer, Mixing};
 use crate::kernels::vector::Rate;
-use crate::kernels::{clock, metrics};
+use crate::kernels::{clock, metrics, random};
 use crate::nn;
 use crate::objective::{Accumulator, Wrapped};
 use crate::optim::{Method, Optimizer};
@@ -25,6 +26,7 @@ pub(super) struct State<S: Compute<Master = f32>> {
     pub images: DeviceImages,
     pub normalization: Normalization,
     pub augment: Option<Augment>,
+    pub mixer: Option<Mixer>,
     /// The images of one pass.
     pub part: BatchShape,
     /// Images per step.
@@ -60,7 +62,12 @@ impl<S: Compute<Master = f32>> State<S> {
         let (graph, logits) = traced.map_err(TrainError::plan(data))?;
         let plan = Plan::<S>::new(device, graph, logits, options).map_err(TrainError::plan(data))?;
         let (layout, seed) = (plan.parameters().clone(), settings.run.seed);
-        let augment = Augment { pad: 4, flip: true, seed, counter: 0 };
+        let basic = settings.data.augment == Augmentation::Basic;
+        let cutout = settings.data.cutout;
+        let augment = Augment { pad: if basic { 4 } else { 0 }, flip: basic, cutout, seed, counter: 0 };
+        let (mixup, cutmix) = (settings.data.mixup, settings.data.cutmix);
+        let mixing = Mixing { mixup, cutmix, seed: random::key(seed, b"mixbatch"), counter: 0 };
+        let mixer = (mixup.is_some() || cutmix.is_some()).then(|| Mixer::new(device, mixing)).transpose()?;
         Ok(Self {
             optimizer: Optimizer::new(device, layout.len(), settings.optimizer(method, &layout)?)?,
             parameters: device.upload(&nn::initial_weights(&layout, seed)?)?,
@@ -68,7 +75,8 @@ impl<S: Compute<Master = f32>> State<S> {
             plan,
             images: DeviceImages::new(device, train)?,
             normalization,
-            augment: (settings.data.augment == Augmentation::Basic).then_some(augment),
+            augment: (basic || cutout > 0).then_some(augment),
+            mixer,
             part: BatchShape { batch: part, height, width, channels },
             batch,
             order: device.upload(&(0..train.len() as u32).collect::<Vec<u32>>())?,
@@ -104,6 +112,7 @@ impl<S: Compute<Master = f32>> State<S> {
             clock: Some(clock.view()),
             normalization: &self.normalization,
             augment: self.augment,
+            mixer: self.mixer.as_ref(),
         });
         optimizer.step(&mut self.accumulator.over(&mut images), parameters.view_mut(), Rate::Device(rate.view()))?;
         metrics::record(optimizer.loss()?, plan.correct()?, optimizer.skipped(), self.batch, totals.view_mut())?;

@@ -269,6 +269,35 @@ mod tests {
         assert!(model(&whole) == model(&parts));
     }
 
+    /// What is drawn for a batch depends on the step alone: a run that is resumed draws the same.
+    #[test]
+    fn cut_and_mixed_images_are_the_same_after_a_pause() {
+        let folder = tempfile::tempdir().unwrap();
+        let mixed = |steps, micro_batch, [cutout, mixup, cutmix]: [bool; 3]| {
+            let mut training = training(steps, 0.1);
+            let data = &mut training.settings.data;
+            (data.cutout, data.micro_batch) = (if cutout { 4 } else { 0 }, micro_batch);
+            (data.mixup, data.cutmix) = (mixup.then_some(0.5), cutmix.then_some(1.0));
+            training
+        };
+        let model = |run: &Path| std::fs::read(run.join("model.safetensors")).unwrap();
+        let mut models = Vec::new();
+        for kinds in [[false; 3], [true, false, false], [false, true, false], [false, false, true], [true; 3]] {
+            for micro_batch in [None, Some(4)] {
+                let name = format!("{kinds:?} {micro_batch:?}");
+                let (whole, parts) = (folder.path().join(format!("{name} whole")), folder.path().join(&name));
+                mixed(12, micro_batch, kinds).out(&whole).run().unwrap();
+                mixed(7, micro_batch, kinds).out(&parts).run().unwrap();
+                mixed(12, micro_batch, kinds).resume(&parts).run().unwrap();
+                assert!(model(&whole) == model(&parts), "{name}");
+                models.push(model(&whole));
+            }
+        }
+        for (index, one) in models.iter().enumerate() {
+            assert!(models[..index].iter().all(|other| other != one), "{index}: an option changed nothing");
+        }
+    }
+
     /// The log without what depends on the clock.
     fn records(run: &Path) -> Vec<serde_json::Value> {
         let log = std::fs::read_to_string(run.join("log.jsonl")).unwrap();

@@ -1,6 +1,8 @@
 //! Batches of augmented images against an explicit gather with the same random numbers, which this file computes
 //! independently.
 
+use std::ops::Range;
+
 use crate::common::{self, Random, bits, devices, host_devices};
 use polder::device::{Buffer, Device, Error, Result, Scalar};
 use polder::kernels::clock;
@@ -10,7 +12,7 @@ const NORMALIZATION: Normalization =
     Normalization { mean: [0.4914, 0.4822, 0.4465, 0.1], std: [0.247, 0.2435, 0.2616, 0.5] };
 
 /// Philox4x32-10 as its authors define it (Salmon et al. 2011), by the counter's low half and the key.
-fn philox(counter: u64, key: u64) -> [u32; 4] {
+pub fn philox(counter: u64, key: u64) -> [u32; 4] {
     let mut c = [counter as u32, (counter >> 32) as u32, 0, 0];
     let mut k = [key as u32, (key >> 32) as u32];
     for _ in 0..10 {
@@ -34,6 +36,15 @@ fn draws(augment: &Augment, position: usize) -> (bool, usize, usize) {
     (augment.flip && words[0] & 1 == 1, offset(words[1]), offset(words[2]))
 }
 
+/// Rows and columns of the square that is cut out.
+fn square(augment: &Augment, position: usize, height: usize, width: usize) -> [Range<usize>; 2] {
+    let word = philox(augment.counter.wrapping_add(position as u64), augment.seed)[3] as usize;
+    [(word & 0xffff) * height >> 16, (word >> 16) * width >> 16].map(|center| {
+        let first = center as isize - (augment.cutout / 2) as isize;
+        first.max(0) as usize..(first + augment.cutout as isize) as usize
+    })
+}
+
 struct DataSet {
     samples: usize,
     height: usize,
@@ -51,7 +62,7 @@ impl DataSet {
         Self { samples, height, width, channels, pixels, labels }
     }
 
-    /// Flips the image, pads it with black and cuts out the window.
+    /// Flips the image, pads it with black, cuts out the window and then the square.
     fn gather(&self, order: &[u32], augment: Option<&Augment>) -> Vec<f32> {
         let (height, width, channels) = (self.height, self.width, self.channels);
         let mut out = Vec::new();
@@ -65,8 +76,14 @@ impl DataSet {
                 let to = ((h + pad) * canvas_width + w + pad) * channels;
                 canvas[to..to + channels].copy_from_slice(&self.pixels[from..from + channels]);
             }
+            let square =
+                augment.filter(|augment| augment.cutout > 0).map(|augment| square(augment, position, height, width));
             for (i, j) in (0..height).flat_map(|i| (0..width).map(move |j| (i, j))) {
                 for c in 0..channels {
+                    if square.as_ref().is_some_and(|[rows, columns]| rows.contains(&i) && columns.contains(&j)) {
+                        out.push(0.0);
+                        continue;
+                    }
                     let value = f32::from(canvas[((i + top) * canvas_width + j + left) * channels + c]);
                     out.push((value / 255.0 - NORMALIZATION.mean[c]) / NORMALIZATION.std[c]);
                 }
@@ -111,8 +128,19 @@ fn equals_an_explicit_gather() {
         let data = DataSet::new(&mut random, 23, height, width, channels);
         let order = data.order(&mut random, batch);
         let labels: Vec<u32> = order.iter().map(|&sample| data.labels[sample as usize]).collect();
-        let augments = [(0, false), (0, true), (2, false), (2, true), (9, true)]
-            .map(|(pad, flip)| Some(Augment { pad, flip, seed: 0x1234_5678_9abc_def0, counter: (1 << 32) - 5 }));
+        let augments = [
+            (0, false, 0),
+            (0, true, 0),
+            (2, false, 0),
+            (2, true, 0),
+            (9, true, 0),
+            (0, false, 1),
+            (2, true, 4),
+            (1, true, 5),
+            (0, true, 99),
+        ]
+        .map(|(pad, flip, cutout)| Augment { pad, flip, cutout, seed: 0x1234_5678_9abc_def0, counter: (1 << 32) - 5 })
+        .map(Some);
         for augment in [None].into_iter().chain(augments) {
             let expected = data.gather(&order, augment.as_ref());
             for (name, device) in devices() {
@@ -130,7 +158,7 @@ fn double_precision_differs_by_rounding_alone() {
     let mut random = Random(6);
     let data = DataSet::new(&mut random, 5, 6, 7, 3);
     let order = data.order(&mut random, 8);
-    let augment = Augment { pad: 1, flip: true, seed: 3, counter: 0 };
+    let augment = Augment { pad: 1, flip: true, cutout: 3, seed: 3, counter: 0 };
     let expected: Vec<f64> = data.gather(&order, Some(&augment)).into_iter().map(f64::from).collect();
     for (name, device) in host_devices() {
         let (out, _) = data.run::<f64>(&device, &order, Some(augment)).unwrap();
@@ -141,7 +169,7 @@ fn double_precision_differs_by_rounding_alone() {
 #[test]
 fn every_offset_and_both_flips_occur() {
     let (pad, batch) = (2, 4000);
-    let augment = Augment { pad, flip: true, seed: 42, counter: 1000 };
+    let augment = Augment { pad, flip: true, cutout: 0, seed: 42, counter: 1000 };
     let mut counts = vec![0; 2 * 5 * 5];
     for position in 0..batch {
         let (flip, top, left) = draws(&augment, position);
@@ -169,7 +197,7 @@ fn successive_batches_continue_the_stream() {
     let mut random = Random(1);
     let data = DataSet::new(&mut random, 10, 4, 4, 3);
     let order = data.order(&mut random, 12);
-    let augment = |counter| Some(Augment { pad: 3, flip: true, seed: 9, counter });
+    let augment = |counter| Some(Augment { pad: 3, flip: true, cutout: 0, seed: 9, counter });
     for (name, device) in devices() {
         let (whole, _) = data.run::<f32>(&device, &order, augment(100)).unwrap();
         let (first, _) = data.run::<f32>(&device, &order[..5], augment(100)).unwrap();
@@ -185,7 +213,7 @@ fn a_clock_points_at_the_batch() {
     let mut random = Random(8);
     let data = DataSet::new(&mut random, 10, 4, 5, 3);
     let order = data.order(&mut random, 21);
-    let augment = |counter| Some(Augment { pad: 3, flip: true, seed: 9, counter });
+    let augment = |counter| Some(Augment { pad: 3, flip: true, cutout: 0, seed: 9, counter });
     for (name, device) in devices() {
         let on_device = device.upload(&order).unwrap();
         let rates = device.upload(&[0.5, 0.25, 0.125]).unwrap();

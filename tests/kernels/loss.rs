@@ -4,7 +4,7 @@ use approx::{abs_diff_eq, relative_eq};
 
 use crate::common::{Random, assert_close, bits, devices, host_devices, on_devices, to_f64};
 use polder::device::{Device, Error, Scalar};
-use polder::kernels::loss::{LossShape, cross_entropy, cross_entropy_tangent};
+use polder::kernels::loss::{LossShape, Targets, cross_entropy, cross_entropy_tangent};
 use polder::kernels::precision;
 
 struct Found<T> {
@@ -15,6 +15,17 @@ struct Found<T> {
 }
 
 fn run<T: Scalar>(device: &Device, classes: usize, logits: &[T], labels: &[u32], smoothing: f64) -> Found<T> {
+    run_mixed(device, classes, logits, labels, None, smoothing)
+}
+
+fn run_mixed<T: Scalar>(
+    device: &Device,
+    classes: usize,
+    logits: &[T],
+    labels: &[u32],
+    mixed: Option<(&[u32], f64)>,
+    smoothing: f64,
+) -> Found<T> {
     let batch = labels.len();
     let shape = LossShape { batch, classes };
     let logits = device.upload(logits).unwrap();
@@ -25,11 +36,13 @@ fn run<T: Scalar>(device: &Device, classes: usize, logits: &[T], labels: &[u32],
     // The count is added to the previous content.
     let mut correct = device.upload(&[1000u32]).unwrap();
     let mut flag = device.zeros::<u32>(1).unwrap();
+    let mixed = mixed.map(|(others, share)| (device.upload(others).unwrap(), device.upload(&[share]).unwrap()));
+    let mixed = mixed.as_ref().map(|(others, share)| (others.view(), share.view()));
+    let targets = Targets { labels: labels.view(), mixed, smoothing };
     cross_entropy(
         &shape,
         logits.view(),
-        labels.view(),
-        smoothing,
+        targets,
         Some(dlogits.view_mut()),
         None,
         sample_losses.view_mut(),
@@ -48,8 +61,7 @@ fn run<T: Scalar>(device: &Device, classes: usize, logits: &[T], labels: &[u32],
     cross_entropy(
         &shape,
         logits.view(),
-        labels.view(),
-        smoothing,
+        targets,
         None,
         None,
         sample_losses.view_mut(),
@@ -66,15 +78,22 @@ fn run<T: Scalar>(device: &Device, classes: usize, logits: &[T], labels: &[u32],
 }
 
 /// The losses, the mean's gradient and the count, from the definition.
-fn reference(classes: usize, logits: &[f64], labels: &[u32], smoothing: f64) -> (Vec<f64>, Vec<f64>, u32) {
+fn reference(
+    classes: usize,
+    logits: &[f64],
+    labels: &[u32],
+    (others, share): (&[u32], f64),
+    smoothing: f64,
+) -> (Vec<f64>, Vec<f64>, u32) {
     let (mut losses, mut gradient, mut correct) = (Vec::new(), Vec::new(), 0);
-    for (z, &label) in logits.chunks(classes).zip(labels) {
+    for ((z, &label), &other) in logits.chunks(classes).zip(labels).zip(others) {
         let largest = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let sum: f64 = z.iter().map(|z| (z - largest).exp()).sum();
         let mut loss = 0.0;
         for (k, z) in z.iter().enumerate() {
             let log_p = z - largest - sum.ln();
-            let one_hot = if k == label as usize { 1.0 } else { 0.0 };
+            let is = |label: u32| if k == label as usize { 1.0 } else { 0.0 };
+            let one_hot = share * is(label) + (1.0 - share) * is(other);
             let target = (1.0 - smoothing) * one_hot + smoothing / classes as f64;
             loss -= target * log_p;
             gradient.push((log_p.exp() - target) / labels.len() as f64);
@@ -91,11 +110,16 @@ fn matches_the_definition<T: Scalar>(devices: Vec<(String, Device)>, tolerance: 
         let mut random = Random(index as u64);
         let logits: Vec<T> = (0..batch * classes).map(|_| T::from_f64(4.0 * random.normal() + 30.0)).collect();
         let labels: Vec<u32> = (0..batch).map(|_| random.below(classes) as u32).collect();
-        for smoothing in [0.0, 0.1, 1.0] {
-            let (losses, gradient, correct) = reference(classes, &to_f64(&logits), &labels, smoothing);
+        let others: Vec<u32> = (0..batch).map(|_| random.below(classes) as u32).collect();
+        for (smoothing, share) in [0.0, 0.1, 1.0].into_iter().flat_map(|s| [1.0, 0.3, 0.0].map(|share| (s, share))) {
+            let (losses, gradient, correct) =
+                reference(classes, &to_f64(&logits), &labels, (&others, share), smoothing);
             for (name, device) in &devices {
-                let what = format!("{name}, {batch} x {classes}, smoothing {smoothing}");
-                let found = run(device, classes, &logits, &labels, smoothing);
+                let what = format!("{name}, {batch} x {classes}, smoothing {smoothing}, share {share}");
+                let found = match share {
+                    1.0 => run(device, classes, &logits, &labels, smoothing),
+                    _ => run_mixed(device, classes, &logits, &labels, Some((&others, share)), smoothing),
+                };
                 assert_close(&format!("{what}: losses"), &found.sample_losses, &losses, tolerance);
                 assert_close(&format!("{what}: gradient"), &found.dlogits, &gradient, tolerance);
                 let mean = losses.iter().sum::<f64>() / batch as f64;
@@ -170,8 +194,8 @@ fn a_loss_scale_multiplies_gradients_alone() {
         let mut correct = device.zeros(1).unwrap();
         let (out, scale) = (Some(dlogits.view_mut()), Some(scale.view()));
         let results = (losses.view_mut(), loss.view_mut(), correct.view_mut());
-        cross_entropy(&shape, logits.view(), labels.view(), 0.1, out, scale, results.0, results.1, results.2, None)
-            .unwrap();
+        let targets = Targets { labels: labels.view(), mixed: None, smoothing: 0.1 };
+        cross_entropy(&shape, logits.view(), targets, out, scale, results.0, results.1, results.2, None).unwrap();
         assert_eq!(dlogits.to_vec().unwrap(), scaled(&plain.dlogits), "{name}");
         assert_eq!(loss.to_vec().unwrap(), [plain.loss], "{name}");
         cross_entropy_tangent(&shape, logits.view(), direction.view(), dlogits.view_mut(), scale).unwrap();
@@ -349,6 +373,9 @@ fn what_is_not_finite_shows() {
             assert!(unknown.dlogits[..4].iter().all(|value| value.is_nan()), "{name}");
             assert!(unknown.dlogits[4..].iter().all(|value| value.is_finite()), "{name}");
             assert_eq!(unknown.correct, 1, "{name}");
+            let logits = [0.5f32, 1.0, -1.0, 0.0, 0.1, 0.2, 0.3, 0.4];
+            let unknown = run_mixed(&device, 4, &logits, &[1, 3], Some((&[u32::MAX, 3], 0.5)), smoothing);
+            assert!(unknown.loss.is_nan() && unknown.sample_losses[1].is_finite(), "{name}: another label beyond them");
         }
     }
 }
@@ -374,18 +401,8 @@ fn wrong_arguments_are_refused() {
         let mut losses = device.zeros::<f32>(2).unwrap();
         let (mut loss, mut correct) = (device.zeros::<f64>(1).unwrap(), device.zeros::<u32>(1).unwrap());
         let (loss, correct) = (loss.view_mut(), correct.view_mut());
-        cross_entropy(
-            &shape,
-            logits.view(),
-            labels.view(),
-            smoothing,
-            None,
-            None,
-            losses.view_mut(),
-            loss,
-            correct,
-            None,
-        )
+        let targets = Targets { labels: labels.view(), mixed: None, smoothing };
+        cross_entropy(&shape, logits.view(), targets, None, None, losses.view_mut(), loss, correct, None)
     };
     let operation = "loss::cross_entropy";
     assert_eq!(call(LossShape { batch: 2, classes: 3 }, 6, 0.1), Ok(()));

@@ -12,6 +12,7 @@ mod layers;
 mod loss;
 mod max_pool;
 mod metrics;
+mod mixing;
 mod random;
 mod sharpness;
 mod storage;
