@@ -401,6 +401,41 @@ fn every_mistake_is_one_clear_line() {
 }
 
 #[test]
+fn the_best_epoch_on_held_out_images_is_evaluated() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let (run, plain) = (path("run"), path("plain"));
+    let train = ["train", "--train-size", "80", "--batch-size", "8", "--steps", "16", "--threads", "1", "--out"];
+    let held = ["--validation", "0.2", "--label-noise", "0.5", "--label-noise-kind", "asymmetric", "--classes", "12"];
+    let trained = polder(&[&train[..], &[&run], &held].concat());
+    assert!(trained.status.success(), "{}", text(&trained.stderr));
+    assert!(text(&trained.stdout).contains("validation loss"), "{}", text(&trained.stdout));
+    let eval = |more: &[&str]| polder(&[&["eval", "--threads", "1"][..], more].concat());
+    let of_train = json(&eval(&["--run", &run, "--split", "train", "--json"]));
+    assert_eq!(of_train["samples"], 64, "without the images that are held out");
+    let best = json(&eval(&["--run", &run, "--best", "--json"]));
+    let by_file = path("run/best.safetensors");
+    assert_eq!(best, json(&eval(&["--run", &run, "--init", &by_file, "--json"])));
+    let share = best["top5_accuracy"].as_f64().unwrap();
+    assert!(share >= best["accuracy"].as_f64().unwrap() && share <= 1.0, "{best}");
+    assert!(text(&eval(&["--run", &run]).stdout).contains("(top five "));
+
+    assert!(polder(&[&train[..], &[&plain]].concat()).status.success());
+    assert!(json(&eval(&["--run", &plain, "--json"])).get("top5_accuracy").is_none(), "ten classes");
+    let says = |arguments: &[&str], words: &[&str]| {
+        let message = mistake(arguments);
+        assert!(words.iter().all(|word| message.contains(word)), "{arguments:?}: {message}");
+    };
+    says(&["eval", "--run", &plain, "--best"], &["plain", "trained without --validation"]);
+    says(&["eval", "--run", &run, "--best", "--init", &by_file], &["--best", "given by --init"]);
+    says(&["train", "--validation", "1"], &["--validation", "from 0 to below 1"]);
+    says(&["train", "--train-size", "8", "--validation", "0.01"], &["--validation", "leaves a part without any"]);
+    says(&["train", "--mixup", "9"], &["--mixup", "above 0, at most 8"]);
+    says(&["train", "--cutmix", "0"], &["--cutmix", "above 0, at most 8"]);
+    says(&["train", "--cutout", "65536"], &["--cutout", "at most 65535"]);
+}
+
+#[test]
 fn a_place_is_the_same_however_it_is_spelled() {
     let folder = tempfile::tempdir().unwrap();
     let data = idx_folder(folder.path());

@@ -682,6 +682,62 @@ fn label_noise_changes_the_asked_share_to_other_classes() -> TestResult {
 }
 
 #[test]
+fn asymmetric_noise_turns_classes_into_their_neighbours() -> TestResult {
+    let labels: Vec<u32> = (0..2000).map(|index| index % 10).collect();
+    let clean = small_images(labels, 10);
+    let own = [
+        ("cifar-10", vec![(2, 0), (3, 5), (4, 7), (5, 3), (9, 1)]),
+        ("mnist", vec![(2, 7), (3, 8), (5, 6), (6, 5), (7, 1)]),
+        ("fashion-mnist", vec![(2, 6), (3, 4), (4, 3), (7, 5), (9, 7)]),
+        ("mine", (0..10).map(|class| (class, (class + 1) % 10)).collect()),
+    ];
+    for (name, pairs) in own {
+        for (fraction, expected) in [(0.0, 0), (0.2525, 51), (1.0, 200)] {
+            let noisy = clean.clone().with_asymmetric_noise(fraction, 11, name)?;
+            assert_eq!(noisy.pixels, clean.pixels);
+            for (from, to) in (0..10).flat_map(|from| (0..10).map(move |to| (from, to))).filter(|(from, to)| from != to)
+            {
+                let count = clean.labels.iter().zip(&noisy.labels).filter(|&(&a, &b)| (a, b) == (from, to)).count();
+                let all = if pairs.contains(&(from, to)) { expected } else { 0 };
+                assert_eq!(count, all, "{name}, {fraction}: {from} to {to}");
+            }
+        }
+    }
+    let noisy = |seed| clean.clone().with_asymmetric_noise(0.5, seed, "cifar-10").map(|images| images.labels);
+    assert_ne!(noisy(1)?, noisy(2)?);
+    assert_eq!(noisy(1)?, noisy(1)?);
+    let line = small_images(vec![0, 0], 1).with_asymmetric_noise(0.5, 0, "mine").map_err(|error| error.to_string());
+    assert_eq!(line, Err("label noise needs at least 2 classes, found 1".into()));
+    Ok(())
+}
+
+#[test]
+fn a_hold_out_and_the_rest_are_the_whole() -> TestResult {
+    let labels: Vec<u32> = (0..1000).collect();
+    let images = small_images(labels, 1000);
+    let [rest, held] = images.clone().hold_out(0.1004, 3)?;
+    assert_eq!((rest.len(), held.len()), (900, 100));
+    let mut all: Vec<u32> = rest.labels.iter().chain(&held.labels).copied().collect();
+    for part in [&rest, &held] {
+        part.check()?;
+        assert!(part.labels.is_sorted(), "the order of the files");
+        for (image, &label) in part.pixels.chunks(6).zip(&part.labels) {
+            assert_eq!(image, &images.pixels[label as usize * 6..][..6]);
+        }
+    }
+    all.sort_unstable();
+    assert_eq!(all, images.labels);
+    // Spread over all: 50 of the first half expected, standard deviation 4.7.
+    assert!(held.labels.iter().filter(|&&label| label < 500).count().abs_diff(50) < 24);
+    assert_ne!(images.clone().hold_out(0.1004, 4)?[1], held);
+    for fraction in [0.0, 0.0004, 0.9996, 1.0, -1.0, f64::NAN] {
+        let line = images.clone().hold_out(fraction, 3).map_err(|error| error.to_string());
+        assert_eq!(line, Err(format!("a hold-out of {fraction} of 1000 samples leaves a part without any")));
+    }
+    Ok(())
+}
+
+#[test]
 fn label_noise_refuses_what_is_no_share() {
     let images = small_images(vec![0, 1], 2);
     for (fraction, shown) in [(-0.1, "-0.1"), (1.5, "1.5"), (f64::NAN, "NaN"), (f64::INFINITY, "inf")] {

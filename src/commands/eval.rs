@@ -57,10 +57,11 @@ pub fn run(args: &EvalArgs) -> Result<(), Failure> {
     if args.model.json {
         return print(&json!(found).to_string());
     }
-    let Evaluation { samples, errors, accuracy, loss } = found;
+    let Evaluation { samples, errors, accuracy, top5_accuracy, loss } = found;
     let percent = 100.0 * accuracy;
+    let top5 = top5_accuracy.map(|share| format!(" (top five {:.2} %)", 100.0 * share)).unwrap_or_default();
     print(&format!(
-        "{name}, {split} split: {samples} samples, {errors} errors, accuracy {percent:.2} %, loss {}",
+        "{name}, {split} split: {samples} samples, {errors} errors, accuracy {percent:.2} %{top5}, loss {}",
         shown(loss, 5)
     ))
 }

@@ -26,6 +26,8 @@ settings! {
         model: Option<ModelName> = None, else "the run's", as "NAME";
         /// The weights
         init: Option<String> = None, else "the run's", as "FILE.safetensors";
+        /// Take the weights of the epoch that was best on the run's validation images, not the last ones
+        best: bool = false;
         /// Images per pass
         batch_size: usize = CurvatureMeter::USUAL_PART, in at_least(1);
     }
@@ -75,7 +77,19 @@ impl FlagList for OfImages {
 
 /// What an evaluation takes from the settings of a run. It needs no others, so that runs of methods that have no name
 /// here can be evaluated.
-const OF_RUN: [&str; 9] = ["model", "shortcut", "data", "train-size", "label-noise", "classes", "mean", "std", "seed"];
+const OF_RUN: [&str; 11] = [
+    "model",
+    "shortcut",
+    "data",
+    "train-size",
+    "validation",
+    "label-noise",
+    "label-noise-kind",
+    "classes",
+    "mean",
+    "std",
+    "seed",
+];
 
 #[derive(clap::Args)]
 pub struct ModelArgs {
@@ -132,7 +146,7 @@ impl ModelArgs {
 
     /// Opens everything. For the training images of a run, only those that it was trained on, with its labels.
     pub fn open(&self, split: Split, samples: Samples) -> Result<Subject, TrainError> {
-        let WeightsSettings { run: folder, model, init, batch_size } = self.weights.settings()?;
+        let WeightsSettings { run: folder, model, init, best, batch_size } = self.weights.settings()?;
         let folder = folder.map(PathBuf::from);
         if model.is_none() && folder.is_none() {
             return Err(missing("run"));
@@ -140,7 +154,7 @@ impl ModelArgs {
         if folder.as_ref().is_some_and(|folder| folder.as_os_str().is_empty()) {
             return Err(option("run", "empty, expected a folder"));
         }
-        let init = weights_file(init, folder.as_deref())?;
+        let init = weights_file(init, folder.as_deref(), best)?;
         let mut given = self.images.given.clone();
         let of_run = match &folder {
             Some(folder) => Options::some_of_run(folder, if model.is_some() { &OF_RUN[2..] } else { &OF_RUN })?,
@@ -167,7 +181,7 @@ impl ModelArgs {
             (model, None) => model.into(),
         };
         let device = train::open_device(&settings.run.device, settings.run.threads)?;
-        let DataSettings { data, train_size, label_noise, classes, mean, std, .. } = settings.data;
+        let DataSettings { data, classes, mean, std, .. } = settings.data.clone();
         let of_run = record.is_some() && !given.has("data");
         let opened = train::open_split(&data, split).map_err(|error| if of_run { moved_images(error) } else { error });
         let SplitImages { name, mut images, mean: of_data_mean, std: of_data_std, statistics } = opened?;
@@ -192,11 +206,8 @@ impl ModelArgs {
             let blamed = if given.has("classes") { "classes" } else { "data" };
             images.check().map_err(|error| option(blamed, error))?;
         }
-        if let (Split::Train, true, Some(n)) = (split, of_the_run, train_size) {
-            images = images.take(n)?;
-        }
-        if let (Split::Train, true, Some(fraction)) = (split, of_the_run, label_noise) {
-            images = images.with_label_noise(fraction, settings.run.seed)?;
+        if split == Split::Train && of_the_run {
+            [images, _] = train::training_images(images, &name, &settings)?;
         }
         let images = match samples {
             Samples::First(n) => images.take(n).map_err(|error| option("samples", error))?,
@@ -242,10 +253,19 @@ pub fn missing(name: &str) -> TrainError {
 }
 
 /// The file of the weights: the one that is given, or else that of the run.
-fn weights_file(init: Option<String>, run: Option<&Path>) -> Result<PathBuf, TrainError> {
+fn weights_file(init: Option<String>, run: Option<&Path>, best: bool) -> Result<PathBuf, TrainError> {
     match (init, run) {
+        (Some(_), _) if best => Err(option("best", "the weights are given by --init")),
         (Some(init), _) if init.is_empty() => Err(option("init", "empty, expected a file")),
         (Some(init), _) => Ok(init.into()),
+        (None, Some(run)) if best => {
+            let weights = run.join("best.safetensors");
+            if !weights.exists() && run.join("config.toml").exists() {
+                let reason = "the run has no best epoch: it was trained without --validation, or no epoch has ended";
+                return Err(TrainError::Results { path: run.into(), reason: reason.into() });
+            }
+            Ok(weights)
+        }
         (None, Some(run)) => {
             let weights = run.join("model.safetensors");
             if !weights.exists() && run.join("config.toml").exists() {

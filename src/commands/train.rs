@@ -382,6 +382,8 @@ impl Display {
                 train_accuracy,
                 test_loss,
                 test_accuracy,
+                validation_loss,
+                validation_accuracy,
                 lr,
                 gradient_norm,
                 method,
@@ -395,8 +397,11 @@ impl Display {
                     None => "not finite".into(),
                 };
                 let train_percent = train_accuracy.map_or(String::new(), |share| format!(" ({:.2} %)", 100.0 * share));
+                let held = validation_accuracy.map_or(String::new(), |share| {
+                    format!("  validation loss {} ({:.2} %)", number(*validation_loss, 3), 100.0 * share)
+                });
                 self.line(&format!(
-                    "epoch {epoch:>3}  train loss {}{train_percent}  test loss {} ({:.2} %)  {images_per_second:.0} images/s",
+                    "epoch {epoch:>3}  train loss {}{train_percent}{held}  test loss {} ({:.2} %)  {images_per_second:.0} images/s",
                     number(*train_loss, 3),
                     number(*test_loss, 3),
                     100.0 * test_accuracy,

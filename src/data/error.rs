@@ -37,6 +37,10 @@ pub enum DataError {
     #[error("{folder}: no {file}, which the {split} split needs")]
     MissingFile { folder: PathBuf, file: String, split: super::Split },
 
+    /// A hold-out that leaves one of the parts empty.
+    #[error("a hold-out of {fraction} of {len} samples leaves a part without any")]
+    HoldOut { fraction: f64, len: usize },
+
     /// A CIFAR file is empty or does not consist of whole records.
     #[error("{path}: {bytes} bytes, expected a positive multiple of {record}")]
     RecordSize { path: PathBuf, bytes: u64, record: usize },

@@ -661,8 +661,8 @@ impl Followed {
     }
 
     /// The parts of a range in each of which all vectors lie in one piece.
-    fn parts<T: Scalar>(self, elsewhere: &Elsewhere<T>, range: Range<usize>) -> Vec<Range<usize>> {
-        elsewhere.parts(&self.direction.vectors[..self.direction.count], range)
+    fn parts<T: Scalar>(self, elsewhere: &Elsewhere<T>, range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        elsewhere.parts(self.direction.vectors, range)
     }
 
     /// Such a part of the combination.

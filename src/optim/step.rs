@@ -242,18 +242,19 @@ impl<T: Scalar> Elsewhere<T> {
     }
 
     /// The parts of a range in each of which every one of the vectors lies in one piece.
-    pub(super) fn parts(&self, vectors: &[Vector], range: Range<usize>) -> Vec<Range<usize>> {
-        let mut ends: Vec<usize> = vectors
-            .iter()
-            .flat_map(|&vector| self.of(vector))
-            .flat_map(|(place, _)| [place.start, place.end])
-            .filter(|&end| range.start < end && end < range.end)
-            .chain([range.end])
-            .collect();
-        ends.sort_unstable();
-        ends.dedup();
-        let starts = std::iter::once(range.start).chain(ends.clone());
-        starts.zip(ends).map(|(start, end)| start..end).collect()
+    pub(super) fn parts(&self, vectors: [Vector; 4], range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let mut start = range.start;
+        std::iter::from_fn(move || {
+            let next = |vector: Vector| {
+                let tensors = self.of(vector);
+                let (place, _) = tensors.get(tensors.partition_point(|(place, _)| place.end <= start))?;
+                Some(if start < place.start { place.start } else { place.end })
+            };
+            let end = vectors.into_iter().filter_map(next).fold(range.end, usize::min);
+            let part = start..end;
+            start = end;
+            (!part.is_empty()).then_some(part)
+        })
     }
 
     /// Such a part of a vector, where `whole` is the vector's own memory.
@@ -558,7 +559,7 @@ impl<T: Scalar> Step<'_, T> {
         let (mut x, elsewhere) = self.vectors.open_in_parts(from, &[to, other.unwrap_or(to)])?;
         let (from, whole) = (x.read(from)?, x.read(along)?);
         let (mut to, mut other) = (x.write(to)?, other.map(|vector| x.write(vector)).transpose()?);
-        for part in elsewhere.parts(&[along], 0..whole.len()) {
+        for part in elsewhere.parts([along; 4], 0..whole.len()) {
             let along = elsewhere.slice(along, whole, part.clone())?;
             let other = other.as_mut().map(|other| other.slice_mut(part.clone())).transpose()?;
             let (from, to) = (from.slice(part.clone())?, to.slice_mut(part)?);

@@ -19,6 +19,9 @@ pub struct Evaluation {
     pub errors: usize,
     /// Fraction of correctly classified images.
     pub accuracy: f64,
+    /// Fraction of images whose class is among the five with the largest logits; none with ten classes or fewer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top5_accuracy: Option<f64>,
     /// Mean cross-entropy.
     pub loss: f64,
 }
@@ -27,6 +30,8 @@ pub struct Evaluation {
 pub struct Evaluator {
     plan: Plan<f32>,
     images: DeviceImages,
+    /// Of all images.
+    labels: Vec<u32>,
     normalization: Normalization,
     /// 0, 1, 2, …: samples in the order of the files.
     order: Buffer<u32>,
@@ -64,6 +69,7 @@ impl Evaluator {
         Ok(Self {
             plan,
             images: DeviceImages::new(device, images)?,
+            labels: images.labels.clone(),
             normalization,
             order: device.upload(&order)?,
             loss: device.zeros(1)?,
@@ -86,7 +92,8 @@ impl Evaluator {
         let Shape { batch, height, width, channels } = self.plan.input_shape();
         let shape = BatchShape { batch, height, width, channels };
         let samples = self.images.count;
-        let (mut total, mut correct) = (0.0, 0);
+        let (mut total, mut correct, mut among_five) = (0.0, 0, 0);
+        let classes = self.plan.classes();
         for first in (0..samples).step_by(batch) {
             let counted = batch.min(samples - first);
             let order = self.order.slice(first..first + batch)?;
@@ -100,14 +107,40 @@ impl Evaluator {
             self.plan.correct()?.read(&mut hits)?;
             total += loss[0] * counted as f64;
             correct += hits[0] as usize;
-            logits(self.plan.logits()?.slice(0..counted * self.plan.classes())?)?;
+            let found = self.plan.logits()?.slice(0..counted * classes)?;
+            if classes > 10 {
+                let rows = found.to_vec()?;
+                let hit = |(row, &label): (&[f32], &u32)| usize::from(is_among(row, label as usize, 5));
+                among_five += rows.chunks(classes).zip(&self.labels[first..]).map(hit).sum::<usize>();
+            }
+            logits(found)?;
         }
         let accuracy = correct as f64 / samples as f64;
-        Ok(Evaluation { samples, errors: samples - correct, accuracy, loss: total / samples as f64 })
+        let top5_accuracy = (classes > 10).then(|| among_five as f64 / samples as f64);
+        Ok(Evaluation { samples, errors: samples - correct, accuracy, top5_accuracy, loss: total / samples as f64 })
     }
 
     /// The plan.
     pub fn plan(&self) -> &Plan<f32> {
         &self.plan
+    }
+}
+
+/// Whether the logit of a class is among the largest so many. Of equal ones the first is larger; a NaN never is.
+fn is_among(logits: &[f32], class: usize, most: usize) -> bool {
+    let Some(&own) = logits.get(class).filter(|own| !own.is_nan()) else { return false };
+    let larger = |&(index, logit): &(usize, f32)| logit > own || logit == own && index < class;
+    logits.iter().copied().enumerate().filter(larger).count() < most
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_among;
+
+    #[test]
+    fn the_first_of_equal_logits_is_larger() {
+        let logits = [0.5, 2.0, 0.5, -1.0, 0.5, f32::NAN];
+        let ranks = |class: usize| (1..=6).position(|most| is_among(&logits, class, most));
+        assert_eq!([0, 1, 2, 3, 4, 5, 6].map(ranks), [Some(1), Some(0), Some(2), Some(4), Some(3), None, None]);
     }
 }

@@ -1,4 +1,5 @@
-//! The folder of a run: `config.toml`, `log.jsonl`, `model.safetensors` and `checkpoint/`.
+//! The folder of a run: `config.toml`, `log.jsonl`, `model.safetensors`, `checkpoint/`, and with validation images
+//! `best.safetensors`.
 
 use std::path::Path;
 
@@ -14,7 +15,7 @@ use crate::data::{Dataset, Images, Split};
 use crate::kernels::image::Normalization;
 
 /// The files of a run. Each of them shows that the folder holds a run or a partial run.
-const FILES: [&str; 4] = ["config.toml", "log.jsonl", "model.safetensors", "checkpoint"];
+const FILES: [&str; 5] = ["config.toml", "log.jsonl", "model.safetensors", "best.safetensors", "checkpoint"];
 
 /// The images that a run was trained on, and how it normalised them: the section `[images]` of `config.toml`. With it
 /// a run's images are known wherever they lie, and its weights can be used where they do not.
@@ -28,7 +29,7 @@ pub struct RunImages {
     pub mean: Vec<f32>,
     /// Standard deviation of pixel/255 per channel, by which is divided.
     pub std: Vec<f32>,
-    /// All training images, before `train-size` and `label-noise`.
+    /// All training images, before `train-size`, `validation` and `label-noise`.
     pub train: RunSplit,
     /// The test images.
     pub test: RunSplit,
@@ -204,7 +205,7 @@ pub(super) fn open(
         return Err(TrainError::RunExists { path: run.into() });
     }
     // The weights are written after the last epoch. What is in their way should not be found so late.
-    if let Some(name) = FILES[..3].iter().find(|name| run.join(name).is_dir()) {
+    if let Some(name) = FILES[..4].iter().find(|name| run.join(name).is_dir()) {
         let reason = "a folder, where the run needs a file".into();
         return Err(TrainError::Occupied { path: run.join(name), reason });
     }

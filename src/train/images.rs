@@ -4,7 +4,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::TrainError;
-use crate::data::{self, Dataset, Images, Split};
+use super::settings::{NoiseKind, RunSettings};
+use crate::data::{self, DataError, Dataset, Images, Split};
 use crate::device::{self, Buffer, Compute, Device, Error, HostOptions, Slice};
 use crate::kernels::image::{self, Augment, BatchShape, Normalization, Position};
 use crate::kernels::mixing::Mixer;
@@ -60,6 +61,34 @@ pub fn open_data(path: &str) -> Result<Dataset, TrainError> {
 pub fn open_split(path: &str, split: Split) -> Result<data::SplitImages, TrainError> {
     not_empty(path)?;
     Ok(data::load_split(Path::new(path), split)?)
+}
+
+/// The training images of a data set of this name as a run uses them, and those that it holds out, which may be none: of
+/// the first `train-size` images the share `validation` is held out, and the others get the label noise.
+///
+/// # Errors
+/// Settings that do not fit the images.
+pub fn training_images(images: Images, name: &str, settings: &RunSettings) -> Result<[Images; 2], TrainError> {
+    let (data, seed) = (&settings.data, settings.run.seed);
+    let of = |setting: &'static str| move |error: DataError| TrainError::setting(setting, error.to_string());
+    let images = match data.train_size {
+        Some(n) => images.take(n).map_err(of("train-size"))?,
+        None => images,
+    };
+    let [mut train, held] = match data.validation {
+        Some(fraction) if fraction > 0.0 => images.hold_out(fraction, seed).map_err(of("validation"))?,
+        _ => {
+            let none = Images { pixels: Vec::new(), labels: Vec::new(), shape: images.shape, classes: images.classes };
+            [images, none]
+        }
+    };
+    if let Some(fraction) = data.label_noise {
+        train = match data.label_noise_kind {
+            NoiseKind::Symmetric => train.with_label_noise(fraction, seed)?,
+            NoiseKind::Asymmetric => train.with_asymmetric_noise(fraction, seed, name)?,
+        };
+    }
+    Ok([train, held])
 }
 
 fn not_empty(path: &str) -> Result<(), TrainError> {

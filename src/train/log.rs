@@ -67,6 +67,12 @@ pub enum Record {
         test_loss: Option<f64>,
         /// Test accuracy after the epoch.
         test_accuracy: f64,
+        /// Mean cross-entropy over the validation images after the epoch.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        validation_loss: Option<f64>,
+        /// Accuracy on them.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        validation_accuracy: Option<f64>,
         /// Learning rate of its last step.
         lr: f64,
         /// ‖g‖ at the unperturbed weights of its last step.
@@ -124,6 +130,8 @@ pub(super) struct Log {
     file: File,
     /// The step of the newest line about curvature when the log was opened.
     newest_curvature: Option<u64>,
+    /// The best result on the validation images of the epochs in the log when it was opened: accuracy and loss.
+    pub best: Option<(f64, f64)>,
     /// Keeps other processes out of the run.
     held: Held,
 }
@@ -133,12 +141,16 @@ impl Log {
     /// checkpoint, are removed, since they will be written again, and so is what is no line of JSON.
     pub fn open(path: &Path, step: u64, held: Held) -> Result<Self, TrainError> {
         let found = if_there(read_regular(path, MOST_LINES))?.unwrap_or_default();
-        let (mut kept, mut newest_curvature) = (Vec::new(), None);
+        let (mut kept, mut newest_curvature, mut best) = (Vec::new(), None, None);
         for line in found.split_inclusive(|&byte| byte == b'\n') {
             let (line, whole) = line.strip_suffix(b"\n").map_or((line, false), |line| (line, true));
             match Record::read(line) {
                 Some(record) if record.step() > step => continue,
                 Some(Record::Curvature { step, .. }) => newest_curvature = Some(step),
+                Some(Record::Epoch { validation_loss, validation_accuracy: Some(accuracy), .. }) => {
+                    let found = (accuracy, validation_loss.unwrap_or(f64::INFINITY));
+                    best = Some(best.map_or(found, |best| if is_better(found, best) { found } else { best }));
+                }
                 Some(_) => {}
                 // A line of another kind may be that of another version, and is not lost.
                 None if whole && serde_json::from_slice::<IgnoredAny>(line).is_ok() => {}
@@ -151,7 +163,7 @@ impl Log {
             write_whole(path, &kept)?;
         }
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(TrainError::io(path))?;
-        Ok(Self { path: path.into(), file, newest_curvature, held })
+        Ok(Self { path: path.into(), file, newest_curvature, best, held })
     }
 
     /// The folder of the run.
@@ -170,6 +182,11 @@ impl Log {
         self.held.check()?;
         self.file.write_all(line.as_bytes()).map_err(TrainError::io(&self.path))
     }
+}
+
+/// Whether the first of two results (accuracy, loss) is better: a higher accuracy, or of equal ones the lower loss.
+pub(super) fn is_better(found: (f64, f64), other: (f64, f64)) -> bool {
+    found.0 > other.0 || found.0 == other.0 && found.1 < other.1
 }
 
 #[cfg(test)]

@@ -27,7 +27,7 @@ pub use files::{Held, checksum, hold, write_whole};
 pub(crate) use files::{MOST_FINDINGS, MOST_LINES, MOST_SETTINGS, if_there, read_regular, read_text};
 pub use finding::{CurvatureFile, Distribution, Finding, Findings, MeanOver};
 pub use folder::{RunImages, RunSplit};
-pub use images::{normalization, open_data, open_device, open_split};
+pub use images::{normalization, open_data, open_device, open_split, training_images};
 pub use listing::{RunOption, options};
 pub use log::Record;
 pub use options::Options;
@@ -36,6 +36,6 @@ pub use recipes::Recipe;
 pub use run::{Progress, Summary, Warning};
 pub use settings::{
     AdamWSettings, Augmentation, BaseName, CurvatureLogSettings, DataSettings, LoopSettings, Measure, MethodName,
-    ModelName, ModelSettings, OptimizerSettings, Precision, RunSettings, SgdSettings,
+    ModelName, ModelSettings, NoiseKind, OptimizerSettings, Precision, RunSettings, SgdSettings,
 };
 pub use training::Training;

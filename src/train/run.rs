@@ -14,7 +14,7 @@ use super::evaluate::{Evaluation, Evaluator};
 use super::files::hold;
 use super::folder::{self, Config};
 use super::images::open_device;
-use super::log::{Log, Record};
+use super::log::{Log, Record, is_better};
 use super::settings::{CurvatureLogSettings, Measure, RunSettings};
 use super::state::State;
 use super::training::Subject;
@@ -164,6 +164,9 @@ pub(super) struct Run<S: Compute<Master = f32>> {
     absent_classes: Vec<u32>,
     state: State<S>,
     evaluator: Evaluator,
+    /// On the training images that are held out, and the best result so far: accuracy and loss.
+    validator: Option<Evaluator>,
+    best: Option<(f64, f64)>,
     curvature: Option<CurvatureLog>,
     log: Option<Log>,
     schedule: Schedule,
@@ -209,7 +212,7 @@ impl<S: Compute<Master = f32>> Run<S> {
     pub fn open(subject: Subject<'_>, out: Option<PathBuf>, resume: bool) -> Result<Self, TrainError> {
         let config = subject.config()?;
         let data = subject.data();
-        let Subject { settings, network, dataset, absent_classes, normalization, method, .. } = subject;
+        let Subject { settings, network, dataset, validation, absent_classes, normalization, method, .. } = subject;
         // Nobody else may change a run after its checkpoint is read and before it goes on.
         let mut held = None;
         if let Some(run) = out.as_ref().filter(|_| resume) {
@@ -233,6 +236,9 @@ impl<S: Compute<Master = f32>> Run<S> {
         let measured = settings.curvature(&*method);
         let mut state = State::new(&device, &settings, (network, &data), train, normalization, method)?;
         let evaluator = Evaluator::new(&device, network, (&data, test), normalization, batch, Mode::Eval)?;
+        let validator = validation
+            .map(|images| Evaluator::new(&device, network, (&data, &images), normalization, batch, Mode::Eval))
+            .transpose()?;
         let curvature = match measured {
             None => None,
             Some((every, wanted)) => {
@@ -267,6 +273,8 @@ impl<S: Compute<Master = f32>> Run<S> {
             skipped_before: state.optimizer.telemetry()?.skipped,
             state,
             evaluator,
+            validator,
+            best: log.as_ref().and_then(|log| log.best),
             curvature,
             log,
             schedule,
@@ -359,7 +367,7 @@ impl<S: Compute<Master = f32>> Run<S> {
             interrupted = test.is_none();
             if let (Some(run), Some(log)) = (&self.out, &self.log) {
                 log.held().check()?;
-                self.state.save_model(run)?;
+                self.state.save_weights(run, "model.safetensors")?;
             }
         }
         let trained = (self.step - self.started_at) as f64 * self.state.batch as f64;
@@ -546,12 +554,7 @@ impl<S: Compute<Master = f32>> Run<S> {
 
     /// Tests the current weights; none if it was stopped.
     fn evaluate(&mut self, stop: &AtomicBool) -> Result<Option<Evaluation>, TrainError> {
-        let Self { evaluator, state, .. } = self;
-        let go_on = |_: Slice<'_, f32>| {
-            let stopped = stop.load(Ordering::Relaxed);
-            if stopped { Err(TrainError::Device(Error::Stopped)) } else { Ok(()) }
-        };
-        TrainError::unless_stopped(evaluator.evaluate(state.parameters.view(), state.plan.statistics().view(), go_on))
+        evaluate(&mut self.evaluator, &self.state, stop)
     }
 
     /// The line of the log of a (partial) epoch whose steps are done, before its test.
@@ -568,6 +571,8 @@ impl<S: Compute<Master = f32>> Run<S> {
             train_accuracy: finite(correct / samples),
             test_loss: None,
             test_accuracy: 0.0,
+            validation_loss: None,
+            validation_accuracy: None,
             lr: self.learning_rate(&telemetry),
             gradient_norm: finite(telemetry.gradient_norm),
             method: own_numbers(&telemetry),
@@ -591,8 +596,21 @@ impl<S: Compute<Master = f32>> Run<S> {
             self.untested = Some(record);
             return Ok(None);
         };
-        if let Record::Epoch { test_loss, test_accuracy, .. } = &mut record {
+        let mut validated = None;
+        if let Some(validator) = &mut self.validator {
+            validated = evaluate(validator, &self.state, stop)?;
+            if validated.is_none() {
+                self.untested = Some(record);
+                return Ok(None);
+            }
+        }
+        if let Record::Epoch { test_loss, test_accuracy, validation_loss, validation_accuracy, .. } = &mut record {
             (*test_loss, *test_accuracy) = (finite(test.loss), test.accuracy);
+            *validation_loss = validated.and_then(|found| finite(found.loss));
+            *validation_accuracy = validated.map(|found| found.accuracy);
+        }
+        if let Some(found) = validated.filter(|_| self.diverged.is_none()) {
+            self.keep_if_best(found)?;
         }
         // The sums of a partial epoch stay for a run that is resumed with more steps.
         if self.step.is_multiple_of(self.steps_per_epoch) {
@@ -607,6 +625,21 @@ impl<S: Compute<Master = f32>> Run<S> {
         }
         progress(Progress::Epoch(record));
         Ok(Some(test))
+    }
+
+    /// Saves the weights of the best epoch so far. This comes before the epoch's line in the log: a run that is killed
+    /// in between and resumed repeats the epoch, with the same weights.
+    fn keep_if_best(&mut self, found: Evaluation) -> Result<(), TrainError> {
+        let found = (found.accuracy, if found.loss.is_finite() { found.loss } else { f64::INFINITY });
+        if self.best.is_some_and(|best| !is_better(found, best)) {
+            return Ok(());
+        }
+        self.best = Some(found);
+        if let (Some(run), Some(log)) = (&self.out, &self.log) {
+            log.held().check()?;
+            self.state.save_weights(run, "best.safetensors")?;
+        }
+        Ok(())
     }
 
     fn curvature_is_due(&self) -> bool {
@@ -643,6 +676,19 @@ impl<S: Compute<Master = f32>> Run<S> {
             None => Ok(()),
         }
     }
+}
+
+/// Tests weights; none if it was stopped.
+fn evaluate<S: Compute<Master = f32>>(
+    evaluator: &mut Evaluator,
+    state: &State<S>,
+    stop: &AtomicBool,
+) -> Result<Option<Evaluation>, TrainError> {
+    let go_on = |_: Slice<'_, f32>| {
+        let stopped = stop.load(Ordering::Relaxed);
+        if stopped { Err(TrainError::Device(Error::Stopped)) } else { Ok(()) }
+    };
+    TrainError::unless_stopped(evaluator.evaluate(state.parameters.view(), state.plan.statistics().view(), go_on))
 }
 
 /// The first images of a split, over which the curvature is measured.
@@ -754,6 +800,7 @@ mod tests {
                 network: &network,
                 images: RunImages::of(&dataset, &normalization),
                 dataset: dataset.clone(),
+                validation: None,
                 absent_classes: Vec::new(),
                 normalization,
                 method: settings.method().unwrap(),

@@ -41,6 +41,16 @@ words! {
     }
 }
 words! {
+    /// How label noise chooses the other class.
+    pub enum NoiseKind {
+        /// Any other class
+        Symmetric = "symmetric",
+        /// The class that is often mistaken for it: known pairs in CIFAR-10, MNIST and Fashion-MNIST, otherwise the
+        /// next class
+        Asymmetric = "asymmetric",
+    }
+}
+words! {
     /// What activations and the weights of convolutions are stored in.
     pub enum Precision {
         /// 32-bit floats throughout
@@ -170,6 +180,11 @@ settings! {
         train_size: Option<usize> = None, else "all", in at_least(1);
         /// Replace this fraction of the training labels by other classes
         label_noise: Option<f64> = None, else "0", as "P", in fraction;
+        /// Which other classes
+        label_noise_kind: NoiseKind = NoiseKind::Symmetric, with label_noise;
+        /// Hold out this fraction of the training images, test on them after each epoch, and keep the weights of the
+        /// best epoch in best.safetensors. They get no label noise
+        validation: Option<f64> = None, else "0", as "P", in below_one;
         /// Mean of pixel/255 per channel
         mean: Option<Vec<f32>> = None, else "the data set's published values";
         /// Standard deviation of pixel/255 per channel

@@ -157,13 +157,13 @@ impl<S: Compute<Master = f32>> State<S> {
         };
         // The run can be resumed as soon as the checkpoint exists.
         checkpoint.save(run)?;
-        self.save_model(run)
+        self.save_weights(run, "model.safetensors")
     }
 
-    pub fn save_model(&self, run: &Path) -> Result<(), TrainError> {
+    pub fn save_weights(&self, run: &Path, file: &str) -> Result<(), TrainError> {
         let (parameters, statistics) = (self.parameters.to_vec()?, self.plan.statistics().to_vec()?);
         let model = [(self.plan.parameters(), &*parameters), (self.plan.statistics_layout(), &*statistics)];
-        weights::save(&run.join("model.safetensors"), &model)
+        weights::save(&run.join(file), &model)
     }
 
     pub fn restore(&mut self, saved: &Checkpoint, run: &Path) -> Result<(), TrainError> {

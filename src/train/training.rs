@@ -7,10 +7,10 @@ use half::{bf16, f16};
 
 use super::TrainError;
 use super::folder::{Config, RunImages};
-use super::images::{normalization, open_data};
+use super::images::{normalization, open_data, training_images};
 use super::run::{Progress, Run, Summary};
 use super::settings::{Precision, RunSettings};
-use crate::data::{DataError, Dataset};
+use crate::data::{Dataset, Images};
 use crate::device::Tf32;
 use crate::kernels::image::Normalization;
 use crate::optim::Method;
@@ -142,10 +142,14 @@ impl<'a> Training<'a> {
         let normalization = normalization(mean, std, of_data, channels)?;
         let images = RunImages::of(&dataset, &normalization);
         let absent_classes = dataset.absent_classes();
-        let dataset = prepared(dataset, &settings)?;
+        let mut dataset = dataset;
+        let [train, validation] = training_images(dataset.train, &dataset.name, &settings)?;
+        dataset.train = train;
         let precision = settings.run.precision;
         let names = Names { network: network_name, data: data_name, method: method_name };
-        let subject = Subject { settings, network, dataset, absent_classes, normalization, images, method, names };
+        let validation = Some(validation).filter(|images| !images.is_empty());
+        let subject =
+            Subject { settings, network, dataset, validation, absent_classes, normalization, images, method, names };
         match precision {
             Precision::F32 => Run::<f32>::open(subject, out, resume)?.train(stop, progress),
             Precision::Tf32 => Run::<Tf32>::open(subject, out, resume)?.train(stop, progress),
@@ -165,18 +169,6 @@ fn with_classes(mut dataset: Dataset, classes: Option<usize>) -> Result<Dataset,
     Ok(dataset)
 }
 
-/// The data set as the settings reduce and relabel it.
-fn prepared(mut dataset: Dataset, settings: &RunSettings) -> Result<Dataset, TrainError> {
-    if let Some(n) = settings.data.train_size {
-        let size = |error: DataError| TrainError::setting("train-size", error.to_string());
-        dataset.train = dataset.train.take(n).map_err(size)?;
-    }
-    if let Some(fraction) = settings.data.label_noise {
-        dataset.train = dataset.train.with_label_noise(fraction, settings.run.seed)?;
-    }
-    Ok(dataset)
-}
-
 /// The names of parts that the settings do not name.
 #[derive(Default)]
 pub(super) struct Names {
@@ -191,6 +183,8 @@ pub(super) struct Subject<'a> {
     pub network: Network<'a>,
     /// As the settings reduce and relabel it.
     pub dataset: Dataset,
+    /// The training images that are held out.
+    pub validation: Option<Images>,
     /// The classes that the whole data set has no image of.
     pub absent_classes: Vec<u32>,
     pub normalization: Normalization,
@@ -349,6 +343,45 @@ mod tests {
             let model = |run: &Path| std::fs::read(run.join("model.safetensors")).unwrap();
             assert!(model(&run) == model(&whole), "{name}");
         }
+    }
+
+    /// Whatever interrupts it, a run keeps the weights of the best of its epochs on the images that it holds out.
+    #[test]
+    fn the_weights_of_the_best_epoch_are_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let held_out = |steps| {
+            let mut training = training(steps, 0.1);
+            training.settings.data.validation = Some(0.2);
+            training.settings.data.label_noise = Some(0.9);
+            training
+        };
+        let whole = folder.path().join("whole");
+        held_out(40).out(&whole).run().unwrap();
+        let lines = records(&whole);
+        assert_eq!(lines.len(), 10, "32 images in steps of 8");
+        let of = |line: &serde_json::Value| {
+            (line["validation_accuracy"].as_f64().unwrap(), line["validation_loss"].as_f64().unwrap())
+        };
+        let best = (0..10).rev().max_by(|&a, &b| {
+            let ((a, other_loss), (b, loss)) = (of(&lines[a]), of(&lines[b]));
+            a.total_cmp(&b).then(loss.total_cmp(&other_loss))
+        });
+        let best = best.unwrap();
+        let file = |run: &Path, name: &str| std::fs::read(run.join(name)).unwrap();
+        // A run that ends with that epoch has its weights.
+        let until = folder.path().join("until");
+        held_out(4 * (best as u64 + 1)).out(&until).run().unwrap();
+        assert!(file(&whole, "best.safetensors") == file(&until, "model.safetensors"), "epoch {best} of {lines:?}");
+        // In two parts.
+        held_out(40).resume(&until).run().unwrap();
+        assert_eq!(records(&until), lines);
+        for name in ["best.safetensors", "model.safetensors"] {
+            assert!(file(&whole, name) == file(&until, name), "{name}");
+        }
+        let mut none = held_out(4);
+        none.settings.data.validation = Some(0.01);
+        let error = none.run().unwrap_err().to_string();
+        assert_eq!(error, "validation: a hold-out of 0.01 of 40 samples leaves a part without any");
     }
 
     /// The loss is checked over 50 steps, whatever ends and begins between them.

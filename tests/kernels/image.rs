@@ -39,7 +39,7 @@ fn draws(augment: &Augment, position: usize) -> (bool, usize, usize) {
 /// Rows and columns of the square that is cut out.
 fn square(augment: &Augment, position: usize, height: usize, width: usize) -> [Range<usize>; 2] {
     let word = philox(augment.counter.wrapping_add(position as u64), augment.seed)[3] as usize;
-    [(word & 0xffff) * height >> 16, (word >> 16) * width >> 16].map(|center| {
+    [((word & 0xffff) * height) >> 16, ((word >> 16) * width) >> 16].map(|center| {
         let first = center as isize - (augment.cutout / 2) as isize;
         first.max(0) as usize..(first + augment.cutout as isize) as usize
     })
