@@ -1,5 +1,5 @@
-//! The command line: `polder train`, `eval`, `curvature`, `landscape`, `picture`, `report`, `devices`, `models`,
-//! `recipes`, `completions`, `man`.
+//! The command line: `polder train`, `sweep`, `eval`, `curvature`, `landscape`, `picture`, `report`, `devices`,
+//! `models`, `recipes`, `completions`, `man`.
 //!
 //! Exit codes: 0 done; 1 the machine failed, or a loss diverged; 2 bad usage or input, reported in one line; 130 a
 //! run or a landscape was interrupted, with everything saved.
@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use commands::{
-    curvature, devices, eval, flags, landscape, manual, models, picture, recipes, report, tell_error, train,
+    curvature, devices, eval, flags, landscape, manual, models, picture, recipes, report, sweep, tell_error, train,
 };
 
 /// Sharpness-aware training on hand-written kernels, on the CPU or on a GPU.
@@ -26,6 +26,9 @@ enum Command {
     /// Train a network; without options, a ResNet-8 with SAM on a generated image set
     #[command(allow_negative_numbers = true)]
     Train(Box<train::TrainArgs>),
+    /// Train networks over a grid of options, and compare them on one page
+    #[command(allow_negative_numbers = true)]
+    Sweep(Box<sweep::SweepArgs>),
     /// Measure loss and accuracy of trained weights
     #[command(allow_negative_numbers = true)]
     Eval(eval::EvalArgs),
@@ -101,6 +104,7 @@ fn main() -> ExitCode {
     };
     let done = match cli.command {
         Command::Train(args) => train::run(*args),
+        Command::Sweep(args) => sweep::run(&args),
         Command::Eval(args) => eval::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Curvature(args) => curvature::run(&args),
         Command::Landscape(args) => landscape::run(&args),

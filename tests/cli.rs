@@ -435,6 +435,84 @@ fn the_best_epoch_on_held_out_images_is_evaluated() {
     says(&["train", "--cutout", "65536"], &["--cutout", "at most 65535"]);
 }
 
+/// The runs of a sweep are those of `polder train`, and a sweep goes on where it was.
+#[test]
+fn a_sweep_trains_every_combination_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let (out, alone) = (path("sweep"), path("alone"));
+    let common = ["--train-size", "80", "--batch-size", "8", "--steps", "4", "--threads", "1", "--validation", "0.2"];
+    let vary = ["--vary", "rho=0.05,0.1", "--vary", "lr=0.1,0.05", "--vary", "seed=0,1", "--jobs", "2"];
+    let sweep = [&["sweep", "--out", &out], &common[..], &vary, &["--json"]].concat();
+    let first = polder(&sweep);
+    assert!(first.status.success(), "{}", text(&first.stderr));
+    let found = json(&first);
+    assert_eq!((&found["runs"], &found["finished"], &found["interrupted"]), (&8.into(), &8.into(), &false.into()));
+    assert_eq!(found["report"]["groups"].as_array().unwrap().len(), 4);
+    let best = found["best_on_validation"]["runs"].as_str().unwrap();
+    assert!(best.starts_with("rho-0") && best.contains("_lr-0"), "{best}");
+
+    let one = ["--rho", "0.1", "--lr", "0.05", "--seed", "1", "--out", &alone];
+    assert!(polder(&[&["train"], &common[..], &one].concat()).status.success());
+    let weights = |run: &str| std::fs::read(Path::new(run).join("model.safetensors")).unwrap();
+    let name = "rho-0.1_lr-0.05_seed-1";
+    let in_sweep = path(&format!("sweep/{name}"));
+    assert!(weights(&alone) == weights(&in_sweep));
+
+    // The page has a map of both numbers.
+    let page = std::fs::read_to_string(path("sweep/report.html")).unwrap();
+    assert!(page.contains("<h2>Accuracy over settings</h2>"));
+    assert_eq!(page.matches("<td style=\"background:").count(), 4);
+
+    // A run whose result is lost is resumed, the others are left alone.
+    let results = path("sweep/sweep.json");
+    let mut kept: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&results).unwrap()).unwrap();
+    let lost = kept.as_object_mut().unwrap().remove(name).unwrap();
+    std::fs::write(&results, kept.to_string()).unwrap();
+    let again = polder(&sweep);
+    let lines: Vec<String> = text(&again.stderr).lines().map(String::from).collect();
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert!(lines[0].starts_with(&format!("8/8  {name}: test accuracy")), "{lines:?}");
+    assert_eq!(json(&again)["results"][name], lost);
+
+    // Other settings are another sweep.
+    let other = polder(&[&sweep[..], &["--momentum", "0.8"]].concat());
+    assert_eq!(other.status.code(), Some(2));
+    assert!(text(&other.stderr).contains("--out: ") && text(&other.stderr).contains("other settings"));
+}
+
+#[test]
+fn a_sweep_of_cases_says_what_is_wrong() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("sweep");
+    let out = out.to_str().unwrap();
+    let says = |arguments: &[&str], words: &[&str]| {
+        let message = mistake(&[&["sweep", "--out", out], arguments].concat());
+        assert!(words.iter().all(|word| message.contains(word)), "{arguments:?}: {message}");
+        assert!(!Path::new(out).exists(), "nothing is written");
+    };
+    says(&[], &["--vary"]);
+    says(&["--vary", "rho"], &["--vary: rho: expected"]);
+    says(&["--vary", "roh=0.1"], &["--vary", "roh", "no such option"]);
+    says(&["--vary", "rho=0.1,x"], &["--vary", "x"]);
+    says(&["--vary", "rho=0.1", "--vary", "rho=0.2"], &["--vary", "rho is given twice"]);
+    says(&["--vary", "rho=0.1,0.1"], &["--vary", "two runs have the name rho-0.1"]);
+    says(&["--case", "optimizer=sgd rho=0.1"], &["--rho", "in the run optimizer-sgd_rho-0.1"]);
+    says(&["--vary", "seed=1", "--jobs", "0"], &["--jobs"]);
+    let many: String = (1..102).map(|seed| format!("{seed},")).collect();
+    let many = [format!("seed={}", many.trim_end_matches(',')), format!("epochs={}", many.trim_end_matches(','))];
+    says(&["--vary", &many[0], "--vary", &many[1]], &["more than 10000 runs"]);
+
+    // Data that are not there are found by each run.
+    let cases = ["--case", "optimizer=sgd", "--case", "optimizer=sam rho=0.1", "--train-size", "16"];
+    let small = ["--batch-size", "16", "--steps", "1", "--threads", "1", "--data", "/nowhere"];
+    let failed = polder(&[&["sweep", "--out", out], &cases[..], &small].concat());
+    assert_eq!(failed.status.code(), Some(1));
+    let message = text(&failed.stderr);
+    assert!(message.contains("optimizer-sgd: ") && message.contains("/nowhere"), "{message}");
+    assert!(message.contains("2 runs failed"), "{message}");
+}
+
 #[test]
 fn a_place_is_the_same_however_it_is_spelled() {
     let folder = tempfile::tempdir().unwrap();

@@ -11,6 +11,7 @@ pub mod models;
 pub mod picture;
 pub mod recipes;
 pub mod report;
+pub mod sweep;
 pub mod train;
 
 use std::io::{IsTerminal, Write};
@@ -140,16 +141,22 @@ impl Drop for Bar {
     }
 }
 
-/// Stops the work after its current step (called `step`) at the first SIGINT, SIGTERM or SIGHUP, and the program at
-/// the second. A signal that was ignored when the program started (by `nohup`, say) stays ignored.
-fn stop_on_signals(stop: &Arc<AtomicBool>, step: &'static str, bar: Option<ProgressBar>) {
+/// The signals that ask the program to end. One that was ignored when the program started (by `nohup`, say) stays
+/// ignored.
+fn ending_signals() -> Vec<i32> {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-    use signal_hook::flag::{register, register_conditional_shutdown};
     // Linux says which signals are ignored. Elsewhere none is assumed to be.
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let ignored = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
-    for signal in [SIGHUP, SIGINT, SIGTERM].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0) {
+    [SIGHUP, SIGINT, SIGTERM].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0).collect()
+}
+
+/// Stops the work after its current step (called `step`) at the first SIGINT, SIGTERM or SIGHUP, and the program at
+/// the second.
+fn stop_on_signals(stop: &Arc<AtomicBool>, step: &'static str, bar: Option<ProgressBar>) {
+    use signal_hook::flag::{register, register_conditional_shutdown};
+    for signal in ending_signals() {
         // In this order the first signal sets what the second one finds set. Without a handler a signal ends the
         // program unsaved, but the work can go on.
         let _ = register_conditional_shutdown(signal, 130, stop.clone()).and_then(|_| register(signal, stop.clone()));

@@ -113,6 +113,7 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
                 "steps": summary.steps,
                 "skipped": summary.skipped,
                 "test": test,
+                "best_validation_accuracy": summary.best_validation_accuracy,
                 "seconds": summary.seconds,
                 "images_per_second": summary.images_per_second,
                 "out": summary.out.as_ref().map(|run| run.display().to_string()),

@@ -5,6 +5,7 @@ mod curves;
 mod drawing;
 mod events;
 mod font;
+mod grid;
 mod landscape;
 mod page;
 mod pdf;

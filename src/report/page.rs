@@ -9,7 +9,7 @@ use super::picture::ColourMap;
 use super::runs::{Epoch, Group, LoadedRun, Outcome, are_comparable, differing, has_repeated_seeds, numbers};
 use super::statistics::{MeasuredStatistics, RunStatistics, best, means};
 use super::text::{counted, digits, plain, shortened};
-use super::{CurvatureOrder, SkippedPath, curves, spectrum};
+use super::{CurvatureOrder, SkippedPath, curves, grid, spectrum};
 
 /// The line by which a page is known as one of polder's.
 pub(super) const GENERATOR: &str = "<meta name=\"generator\" content=\"polder\">";
@@ -30,6 +30,7 @@ pub(super) fn page(groups: &[Group], order: Option<&CurvatureOrder>, skipped: &[
         include_str!("page.css").replace("LIGHT", &variables(&SERIES)).replace("DARK", &variables(&SERIES_ON_DARK));
     let sections = [
         accuracy(groups),
+        grid::accuracy_over_settings(groups),
         left_out(groups, skipped),
         curves::learning(groups),
         curves::steps(groups),
@@ -105,7 +106,7 @@ fn text_cell(text: &str) -> String {
 }
 
 /// A box that scrolls sideways where its contents are wider than the page.
-fn scroll_box(name: &str, content: &str) -> String {
+pub(super) fn scroll_box(name: &str, content: &str) -> String {
     let name = escape(name);
     format!("<div class=\"table\" tabindex=\"0\" role=\"region\" aria-label=\"{name}\">{content}</div>\n")
 }

@@ -357,7 +357,7 @@ fn date(time: std::time::SystemTime) -> String {
     format!("{}-{month:02}-{day:02} {:02}:{:02}", 400 * cycle + year, minutes / 60, minutes % 60)
 }
 
-fn written(value: &toml::Value) -> String {
+pub(super) fn written(value: &toml::Value) -> String {
     match value {
         toml::Value::String(text) => plain(text),
         other => plain(&other.to_string()),

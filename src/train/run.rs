@@ -133,6 +133,8 @@ pub struct Summary {
     pub skipped: u32,
     /// The result on the test images; none if interrupted or diverged.
     pub test: Option<Evaluation>,
+    /// The best accuracy of an epoch on the validation images, if there are any.
+    pub best_validation_accuracy: Option<f64>,
     /// Seconds of training over all parts of the run, without evaluation.
     pub seconds: f64,
     /// Images per second of training.
@@ -378,6 +380,7 @@ impl<S: Compute<Master = f32>> Run<S> {
             steps: self.step,
             skipped: self.state.optimizer.telemetry()?.skipped,
             test: test.filter(|_| !interrupted && self.diverged.is_none()),
+            best_validation_accuracy: self.best.map(|(accuracy, _)| accuracy),
             seconds: self.seconds,
             images_per_second: if trained > 0.0 { trained / seconds } else { 0.0 },
             max_loss: self.max_loss,
