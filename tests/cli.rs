@@ -435,6 +435,35 @@ fn the_best_epoch_on_held_out_images_is_evaluated() {
     says(&["train", "--cutout", "65536"], &["--cutout", "at most 65535"]);
 }
 
+/// Weights of a model with other classes, without its last layer.
+#[test]
+fn a_head_is_reset_and_the_rest_is_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let train = |more: &[&str]| {
+        let common = ["train", "--train-size", "16", "--batch-size", "16", "--steps", "1", "--threads", "1", "--seed"];
+        polder(&[&common[..], more].concat())
+    };
+    let (ten, twelve, plain) = (path("ten"), path("twelve"), path("plain"));
+    assert!(train(&["1", "--out", &ten]).status.success());
+    let init = path("ten/model.safetensors");
+    // A rate at which nothing moves.
+    let still = ["2", "--lr", "1e-30", "--weight-decay", "0", "--classes", "12"];
+    let refused = train(&[&still[..], &["--init", &init]].concat());
+    assert!(text(&refused.stderr).contains("`fc.weight` has shape"), "{}", text(&refused.stderr));
+    assert!(train(&[&still[..], &["--init", &init, "--reset-head", "--out", &twelve]].concat()).status.success());
+    assert!(train(&[&still[..], &["--out", &plain]].concat()).status.success());
+    let tensor = |run: &str, name: &str| {
+        let bytes = std::fs::read(Path::new(run).join("model.safetensors")).unwrap();
+        safetensors::SafeTensors::deserialize(&bytes).unwrap().tensor(name).unwrap().data().to_vec()
+    };
+    for (name, from) in [("fc.weight", &plain), ("fc.bias", &plain), ("conv1.weight", &ten), ("bn1.weight", &ten)] {
+        assert!(tensor(&twelve, name) == tensor(from, name), "{name}");
+    }
+    let message = mistake(&["train", "--reset-head"]);
+    assert!(message.contains("--reset-head") && message.contains("--init"), "{message}");
+}
+
 /// The runs of a sweep are those of `polder train`, and a sweep goes on where it was.
 #[test]
 fn a_sweep_trains_every_combination_once() {
@@ -462,7 +491,7 @@ fn a_sweep_trains_every_combination_once() {
     // The page has a map of both numbers.
     let page = std::fs::read_to_string(path("sweep/report.html")).unwrap();
     assert!(page.contains("<h2>Accuracy over settings</h2>"));
-    assert_eq!(page.matches("<td style=\"background:").count(), 4);
+    assert_eq!(page.matches("<td style=\"padding:0.4em 0.8em;background:").count(), 4);
 
     // A run whose result is lost is resumed, the others are left alone.
     let results = path("sweep/sweep.json");

@@ -297,6 +297,7 @@ fn train(args: &SweepArgs, run: &Planned, asked: &Asked) -> Result<Finished, Unf
         _ => {
             let text = std::fs::read_to_string(&messages).unwrap_or_default();
             let last = text.lines().rev().find(|line| !line.is_empty());
+            let last = last.map(|line| line.strip_prefix("error: ").unwrap_or(line));
             Err(Unfinished::Failed(last.map_or_else(|| status.to_string(), String::from)))
         }
     }

@@ -8,7 +8,7 @@ use super::page::{charts, figure, note, scroll_box, section};
 use super::picture::ColourMap;
 use super::runs::{Group, differing, written};
 use super::statistics::RunStatistics;
-use super::text::{digits, plain};
+use super::text::plain;
 
 /// Groups that agree in all settings but one or two, with their values of these and their accuracy in percent.
 type Cells = Vec<(Vec<f64>, RunStatistics)>;
@@ -107,18 +107,22 @@ fn maps(axes: &[&str], sets: BTreeMap<String, Cells>) -> String {
         if rows.len() < 2 || columns.len() < 2 {
             continue;
         }
-        let head: String = columns.iter().map(|value| format!("<th scope=\"col\">{}</th>", digits(*value))).collect();
+        let head: String = columns.iter().map(|value| format!("<th scope=\"col\">{value}</th>")).collect();
         let row = |row: &f64| {
             let cell = |column: &f64| match cells.iter().find(|(place, _)| place == &[*row, *column]) {
                 None => "<td class=\"text\">–</td>".into(),
                 Some((_, of)) => {
                     let share = if high > low { (of.mean - low) / (high - low) } else { 0.5 };
                     let colour = ColourMap::BlueYellow.at(share);
-                    format!("<td style=\"background:{};color:{}\">{of}</td>", hex(colour), readable_on(colour))
+                    format!(
+                        "<td style=\"padding:0.4em 0.8em;background:{};color:{}\">{of}</td>",
+                        hex(colour),
+                        readable_on(colour)
+                    )
                 }
             };
             let cells: String = columns.iter().map(cell).collect();
-            format!("<tr><th scope=\"row\">{}</th>{cells}</tr>\n", digits(*row))
+            format!("<tr><th scope=\"row\">{row}</th>{cells}</tr>\n")
         };
         let body: String = rows.iter().map(row).collect();
         let caption = format!("{} (%)", title(set, &format!("{} and {}", axes[0], axes[1])));

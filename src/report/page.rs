@@ -14,12 +14,16 @@ use super::{CurvatureOrder, SkippedPath, curves, grid, spectrum};
 /// The line by which a page is known as one of polder's.
 pub(super) const GENERATOR: &str = "<meta name=\"generator\" content=\"polder\">";
 
+/// The names of more groups than this are no title.
+const MOST_NAMES: usize = 8;
+
 /// The whole page.
 pub(super) fn page(groups: &[Group], order: Option<&CurvatureOrder>, skipped: &[SkippedPath]) -> String {
     let runs: usize = groups.iter().map(|group| group.runs.len()).sum();
     let names: Vec<&str> = groups.iter().map(|group| group.name.as_str()).collect();
     let title = match runs {
         1 => format!("Run {}", names.join("")),
+        _ if names.len() > MOST_NAMES => format!("{runs} runs in {} groups", names.len()),
         _ => format!("{runs} runs: {}", names.join("; ")),
     };
     let variables = |colours: &[[u8; 3]]| {

@@ -145,6 +145,7 @@ impl Config {
             let mut theirs = Options::from_toml(saved).map_err(damaged)?;
             // The file may have been moved. Images are compared by themselves.
             theirs.copy("init", &mine);
+            theirs.copy("reset-head", &mine);
             theirs.resolve()?.to_toml()?
         } else {
             saved.into()

@@ -256,7 +256,7 @@ impl<S: Compute<Master = f32>> Run<S> {
         };
         // A checkpoint has the weights; the file that the run began with may be gone.
         if let Some(file) = settings.model.init.as_ref().filter(|_| saved.is_none()) {
-            state.load(Path::new(file))?;
+            state.load(Path::new(file), settings.model.reset_head)?;
         }
         let (mut step, mut earlier, mut untested) = (0, 0.0, None);
         if let (Some(saved), Some(run)) = (saved, &out) {

@@ -220,6 +220,8 @@ settings! {
         shortcut: Option<Shortcut> = None, else "a";
         /// Begin from the weights in this file
         init: Option<String> = None, else "random weights", as "FILE.safetensors";
+        /// Begin with random weights in the last linear layer all the same, for other classes than the file's
+        reset_head: bool = false, with init;
     }
 }
 

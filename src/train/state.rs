@@ -6,6 +6,7 @@ use super::checkpoint::{self, Checkpoint};
 use super::images::{Batch, DeviceImages};
 use super::settings::{Augmentation, RunSettings};
 use super::{Record, TrainError, weights};
+use crate::arena::TensorKind;
 use crate::data::{ImageShape, Images};
 use crate::device::{self, Buffer, Compute, Device};
 use crate::kernels::image::{Augment, BatchShape, Normalization};
@@ -87,10 +88,20 @@ impl<S: Compute<Master = f32>> State<S> {
         })
     }
 
-    /// Takes weights and running statistics from a file.
-    pub fn load(&mut self, file: &Path) -> Result<(), TrainError> {
-        let layouts = [self.plan.parameters(), self.plan.statistics_layout()];
-        let [parameters, statistics] = weights::load(file, layouts)?;
+    /// Takes weights and running statistics from a file. The last linear layer keeps its own if the `head` is reset.
+    pub fn load(&mut self, file: &Path, reset_head: bool) -> Result<(), TrainError> {
+        let layout = self.plan.parameters();
+        let last = layout.tensors().iter().rev().find(|tensor| matches!(tensor.kind, TensorKind::Linear { .. }));
+        let head = last.and_then(|tensor| tensor.name.rsplit_once('.')).map(|(layer, _)| layer.to_string());
+        let head = head.filter(|_| reset_head);
+        let [mut parameters, statistics] =
+            weights::load_but(file, [layout, self.plan.statistics_layout()], head.as_deref())?;
+        if let Some(head) = head {
+            let own = self.parameters.to_vec()?;
+            for tensor in layout.tensors().iter().filter(|tensor| weights::belongs_to(&tensor.name, &head)) {
+                parameters[tensor.range()].copy_from_slice(&own[tensor.range()]);
+            }
+        }
         self.parameters.write(&parameters)?;
         self.plan.set_statistics(self.parameters.device().upload(&statistics)?.view())?;
         Ok(())

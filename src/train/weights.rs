@@ -77,6 +77,12 @@ pub(super) fn write<'a>(
 /// A file that is not a safetensors file; a tensor that is missing, unknown or of another shape, as in a file of
 /// another model.
 pub fn load(path: &Path, layouts: [&Layout; 2]) -> Result<[Vec<f32>; 2], TrainError> {
+    load_but(path, layouts, None)
+}
+
+/// The same without the layer of this name, such as `fc`: what the file has of it is left out, and its place is zero.
+pub(super) fn load_but(path: &Path, layouts: [&Layout; 2], layer: Option<&str>) -> Result<[Vec<f32>; 2], TrainError> {
+    let of_layer = |name: &str| layer.is_some_and(|layer| belongs_to(name, layer));
     let failed = |reason: String| TrainError::Weights { path: path.into(), reason };
     // At most eight bytes for each number. A file of a larger model is read as well, to say what it holds.
     let limit = layouts.iter().map(|layout| 8 * layout.len() as u64).sum::<u64>() + (1 << 30);
@@ -87,7 +93,7 @@ pub fn load(path: &Path, layouts: [&Layout; 2]) -> Result<[Vec<f32>; 2], TrainEr
     let mut unknown = Vec::new();
     for (name, view) in file.iter() {
         let known = canonical(name);
-        if known.ends_with("num_batches_tracked") {
+        if known.ends_with("num_batches_tracked") || of_layer(&known) {
             continue;
         }
         let place = layouts.iter().enumerate().find_map(|(role, layout)| {
@@ -106,6 +112,7 @@ pub fn load(path: &Path, layouts: [&Layout; 2]) -> Result<[Vec<f32>; 2], TrainEr
     }
     let tensors = layouts.iter().zip(&found).flat_map(|(layout, found)| layout.tensors().iter().zip(found));
     let mut missing: Vec<&str> = tensors.filter(|(_, found)| !**found).map(|(tensor, _)| &*tensor.name).collect();
+    missing.retain(|name| !of_layer(name));
     if !unknown.is_empty() || !missing.is_empty() {
         let list = |what: &str, names: &mut Vec<&str>| {
             names.sort_unstable();
@@ -119,6 +126,11 @@ pub fn load(path: &Path, layouts: [&Layout; 2]) -> Result<[Vec<f32>; 2], TrainEr
         return Err(failed(format!("the weights of another model: {}", lists.join("; "))));
     }
     Ok(arenas)
+}
+
+/// Whether a tensor is one of a layer: `fc.weight` of `fc`.
+pub(super) fn belongs_to(name: &str, layer: &str) -> bool {
+    name.strip_prefix(layer).is_some_and(|rest| rest.starts_with('.'))
 }
 
 /// The most characters of a tensor's name in an error, and the most names.
