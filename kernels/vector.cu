@@ -82,6 +82,37 @@ __device__ void axpy(const AxpyArgs<T>& a) {
 }
 
 template <class T>
+struct AverageArgs {
+    const T* x;
+    T* average;
+    const uint64_t* clock;  // batches and steps done
+    uint64_t n;
+    double decay;
+};
+
+/// average += (1 − d)(x − average) with d = min(decay, (1 + t)/(10 + t)) after t steps
+template <class T>
+__device__ void moving_average(const AverageArgs<T>& a) {
+    __shared__ T share;
+    if (thread_in_block() == 0) {
+        const double t = double(a.clock[1]);
+        share = T(1.0 - fmin(a.decay, (1.0 + t) / (10.0 + t)));
+    }
+    __syncthreads();
+    const T rest = share;
+    const T* __restrict__ x = a.x;
+    T* __restrict__ average = a.average;
+    for_each_pack_if<kPack<T>>(aligned16(x, average), a.n, [=](auto width, uint64_t i) {
+        constexpr int W = decltype(width)::value;
+        const Pack<T, W> now = load<W>(x, i);
+        Pack<T, W> mean = load<W>(average, i);
+        POLDER_UNROLL
+        for (int v = 0; v < W; ++v) mean.v[v] += rest * (now.v[v] - mean.v[v]);
+        store<W>(average, i, mean);
+    });
+}
+
+template <class T>
 struct CommitArgs {
     const T* pending;
     T* state;
@@ -488,6 +519,8 @@ POLDER_KERNEL(fill_f32, fill<float>, FillArgs<float>)
 POLDER_HOST_KERNEL(fill_f64, fill<double>, FillArgs<double>)
 POLDER_KERNEL(axpy_f32, axpy<float>, AxpyArgs<float>)
 POLDER_HOST_KERNEL(axpy_f64, axpy<double>, AxpyArgs<double>)
+POLDER_KERNEL(moving_average_f32, moving_average<float>, AverageArgs<float>)
+POLDER_HOST_KERNEL(moving_average_f64, moving_average<double>, AverageArgs<double>)
 POLDER_KERNEL(commit_f32, commit<float>, CommitArgs<float>)
 POLDER_HOST_KERNEL(commit_f64, commit<double>, CommitArgs<double>)
 POLDER_KERNEL(check_finite_f32, check_finite<float>, CheckFiniteArgs<float>)

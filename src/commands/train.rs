@@ -385,6 +385,7 @@ impl Display {
                 test_accuracy,
                 validation_loss,
                 validation_accuracy,
+                ema_test_accuracy,
                 lr,
                 gradient_norm,
                 method,
@@ -401,8 +402,10 @@ impl Display {
                 let held = validation_accuracy.map_or(String::new(), |share| {
                     format!("  validation loss {} ({:.2} %)", number(*validation_loss, 3), 100.0 * share)
                 });
+                let average =
+                    ema_test_accuracy.map_or(String::new(), |share| format!(", averaged {:.2} %", 100.0 * share));
                 self.line(&format!(
-                    "epoch {epoch:>3}  train loss {}{train_percent}{held}  test loss {} ({:.2} %)  {images_per_second:.0} images/s",
+                    "epoch {epoch:>3}  train loss {}{train_percent}{held}  test loss {} ({:.2} %{average})  {images_per_second:.0} images/s",
                     number(*train_loss, 3),
                     number(*test_loss, 3),
                     100.0 * test_accuracy,

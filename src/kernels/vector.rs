@@ -12,8 +12,8 @@ use super::{Check, pick};
 #[cfg(doc)]
 use crate::device::Error;
 use crate::device::arguments::{
-    AdamWArgs, AdvanceArgs, AxpyArgs, CheckFiniteArgs, CombinationArgs, CommitArgs, ConvertArgs, CrSamArgs,
-    CurvatureArgs, FillArgs, GradientArgs, PartialsArgs, PerturbArgs, SgdArgs, SumArgs,
+    AdamWArgs, AdvanceArgs, AverageArgs, AxpyArgs, CheckFiniteArgs, CombinationArgs, CommitArgs, ConvertArgs,
+    CrSamArgs, CurvatureArgs, FillArgs, GradientArgs, PartialsArgs, PerturbArgs, SgdArgs, SumArgs,
 };
 use crate::device::constants::{BLOCK_THREADS, MAX_SUMS, PACK_BYTES};
 use crate::device::{Buffer, Compute, ComputeKernels, Device, Kernel, Launch, Result, Scalar, Slice, SliceMut, id};
@@ -626,6 +626,34 @@ pub fn axpy<T: Scalar>(alpha: f64, x: Slice<'_, T>, mut y: SliceMut<'_, T>) -> R
     let args = AxpyArgs { x: x.address(), y: y.address(), n: n as u64, alpha };
     let kernel = pick::<T, _>(id::AXPY_F32, id::AXPY_F64);
     // SAFETY: both vectors hold n elements.
+    unsafe { device.launch(kernel, device.elementwise(n, pack::<T>()), &args) }
+}
+
+/// A moving average of the vectors of a run's steps: `average += (1 − d)(x − average)` with `d = min(decay, (1 + t)/(10
+/// + t))`, so that the first steps do not keep what the average began with. The number of steps done, t, is the second
+/// of the [`clock`](super::clock). Traffic: 12 B per element.
+///
+/// # Errors
+/// [`Error::Length`] unless the vectors are equally long and the clock is one, [`Error::OtherDevice`] unless all live on
+/// one device, [`Error::Argument`] for a decay outside of 0 to 1.
+pub fn moving_average<T: Scalar>(
+    x: Slice<'_, T>,
+    decay: f64,
+    clock: Slice<'_, u64>,
+    mut average: SliceMut<'_, T>,
+) -> Result<()> {
+    let operation = "vector::moving_average";
+    let device = average.device().clone();
+    let n = average.len();
+    let check = Check { operation, device: &device };
+    check.argument("x", x, n)?;
+    check.argument("clock", clock, super::clock::LEN)?;
+    if !(0.0..=1.0).contains(&decay) {
+        return check.refuse(format!("decay = {decay}, expected a number from 0 to 1"));
+    }
+    let args = AverageArgs { x: x.address(), average: average.address(), clock: clock.address(), n: n as u64, decay };
+    let kernel = pick::<T, _>(id::MOVING_AVERAGE_F32, id::MOVING_AVERAGE_F64);
+    // SAFETY: both vectors hold n elements, and the clock has a number of steps.
     unsafe { device.launch(kernel, device.elementwise(n, pack::<T>()), &args) }
 }
 

@@ -88,9 +88,16 @@ pub(super) fn learning(groups: &[Group]) -> Option<String> {
     add("Training loss", "cross-entropy (nats)", |epoch| epoch.train_loss);
     add("Test loss", "cross-entropy (nats)", |epoch| epoch.test_loss);
     add("Test accuracy", "accuracy (%)", |epoch| Some(100.0 * epoch.test_accuracy));
-    if that_count(groups).flat_map(LoadedRun::finished_epochs).any(|epoch| epoch.validation_accuracy.is_some()) {
-        let percent = |epoch: &Epoch| epoch.validation_accuracy.map(|share| 100.0 * share);
-        add("Validation accuracy", "accuracy (%)", percent);
+    let averaged = |epoch: &Epoch| epoch.ema_test_accuracy.map(|share| 100.0 * share);
+    let held_out = |epoch: &Epoch| epoch.validation_accuracy.map(|share| 100.0 * share);
+    let any = |number: fn(&Epoch) -> Option<f64>| {
+        that_count(groups).flat_map(LoadedRun::finished_epochs).any(|epoch| number(epoch).is_some())
+    };
+    if any(averaged) {
+        add("Test accuracy of the averaged weights", "accuracy (%)", averaged);
+    }
+    if any(held_out) {
+        add("Validation accuracy", "accuracy (%)", held_out);
     }
     let rates: BTreeSet<u64> =
         that_count(groups).flat_map(LoadedRun::finished_epochs).map(|epoch| epoch.lr.to_bits()).collect();

@@ -32,6 +32,8 @@ pub struct Checkpoint {
     pub totals: Vec<f64>,
     /// The state of the loss scale in f16; empty otherwise.
     pub loss_scale: Vec<f64>,
+    /// The moving average of weights and statistics; empty without one.
+    pub average: Vec<f32>,
     /// The run's settings, as TOML.
     pub settings: String,
     /// The line of the log of an epoch whose test was stopped, still without the result of the test.
@@ -43,8 +45,18 @@ pub struct Checkpoint {
 }
 
 /// The tensors of the file, in the order of [`Checkpoint`]'s fields.
-const TENSORS: [&str; 9] =
-    ["weights", "statistics", "momentum", "second_moment", "memory", "scalars", "counters", "totals", "loss_scale"];
+const TENSORS: [&str; 10] = [
+    "weights",
+    "statistics",
+    "momentum",
+    "second_moment",
+    "memory",
+    "scalars",
+    "counters",
+    "totals",
+    "loss_scale",
+    "average",
+];
 
 /// The entries of the file beside the tensors.
 const ENTRIES: [&str; 3] = ["settings", "step", "seconds"];
@@ -85,6 +97,7 @@ impl Checkpoint {
             view(&self.counters),
             view(&self.totals),
             view(&self.loss_scale),
+            view(&self.average),
         ];
         let tensors: Vec<(&str, View<'_>)> = TENSORS.into_iter().zip(views).collect();
         let mut metadata = HashMap::from([
@@ -138,6 +151,7 @@ impl Checkpoint {
             counters: elements(data("counters")?, u32::from_le_bytes),
             totals: elements(data("totals")?, f64::from_le_bytes),
             loss_scale: elements(data("loss_scale")?, f64::from_le_bytes),
+            average: elements(data("average")?, f32::from_le_bytes),
             settings: entry("settings")?.clone(),
             untested: match untested {
                 Some(line) => {

@@ -1,5 +1,5 @@
-//! The folder of a run: `config.toml`, `log.jsonl`, `model.safetensors`, `checkpoint/`, and with validation images
-//! `best.safetensors`.
+//! The folder of a run: `config.toml`, `log.jsonl`, `model.safetensors`, `checkpoint/`, with validation images
+//! `best.safetensors`, and with an average `ema.safetensors`.
 
 use std::path::Path;
 
@@ -15,7 +15,8 @@ use crate::data::{Dataset, Images, Split};
 use crate::kernels::image::Normalization;
 
 /// The files of a run. Each of them shows that the folder holds a run or a partial run.
-const FILES: [&str; 5] = ["config.toml", "log.jsonl", "model.safetensors", "best.safetensors", "checkpoint"];
+const FILES: [&str; 6] =
+    ["config.toml", "log.jsonl", "model.safetensors", "best.safetensors", "ema.safetensors", "checkpoint"];
 
 /// The images that a run was trained on, and how it normalised them: the section `[images]` of `config.toml`. With it
 /// a run's images are known wherever they lie, and its weights can be used where they do not.
@@ -206,7 +207,7 @@ pub(super) fn open(
         return Err(TrainError::RunExists { path: run.into() });
     }
     // The weights are written after the last epoch. What is in their way should not be found so late.
-    if let Some(name) = FILES[..4].iter().find(|name| run.join(name).is_dir()) {
+    if let Some(name) = FILES[..5].iter().find(|name| run.join(name).is_dir()) {
         let reason = "a folder, where the run needs a file".into();
         return Err(TrainError::Occupied { path: run.join(name), reason });
     }

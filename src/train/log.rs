@@ -73,6 +73,12 @@ pub enum Record {
         /// Accuracy on them.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         validation_accuracy: Option<f64>,
+        /// Mean test cross-entropy of the averaged weights after the epoch.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        ema_test_loss: Option<f64>,
+        /// Their test accuracy.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        ema_test_accuracy: Option<f64>,
         /// Learning rate of its last step.
         lr: f64,
         /// ‖g‖ at the unperturbed weights of its last step.

@@ -1,5 +1,6 @@
 //! Training, evaluation and curvature over images: settings, the loop, logs, weights and checkpoints in files.
 
+mod average;
 mod checkpoint;
 mod curvature;
 mod error;

@@ -369,7 +369,7 @@ impl<S: Compute<Master = f32>> Run<S> {
             interrupted = test.is_none();
             if let (Some(run), Some(log)) = (&self.out, &self.log) {
                 log.held().check()?;
-                self.state.save_weights(run, "model.safetensors")?;
+                self.state.save_weights(run)?;
             }
         }
         let trained = (self.step - self.started_at) as f64 * self.state.batch as f64;
@@ -557,7 +557,43 @@ impl<S: Compute<Master = f32>> Run<S> {
 
     /// Tests the current weights; none if it was stopped.
     fn evaluate(&mut self, stop: &AtomicBool) -> Result<Option<Evaluation>, TrainError> {
-        evaluate(&mut self.evaluator, &self.state, stop)
+        let Self { evaluator, state, .. } = self;
+        evaluate(evaluator, state.parameters.view(), state.plan.statistics().view(), stop)
+    }
+
+    /// Tests whatever an epoch's line of the log has a place for; none if it was stopped.
+    fn test(&mut self, record: &mut Record, stop: &AtomicBool) -> Result<Option<Tests>, TrainError> {
+        let Some(test) = self.evaluate(stop)? else { return Ok(None) };
+        let Self { evaluator, validator, state, .. } = self;
+        let (mut validation, mut averaged) = (None, None);
+        if let Some(validator) = validator {
+            let (weights, statistics) = (state.parameters.view(), state.plan.statistics().view());
+            let Some(found) = evaluate(validator, weights, statistics, stop)? else { return Ok(None) };
+            validation = Some(found);
+        }
+        if let Some(average) = &state.average {
+            let (weights, statistics) = (average.weights.view(), average.statistics.view());
+            let Some(found) = evaluate(evaluator, weights, statistics, stop)? else { return Ok(None) };
+            averaged = Some(found);
+        }
+        if let Record::Epoch {
+            test_loss,
+            test_accuracy,
+            validation_loss,
+            validation_accuracy,
+            ema_test_loss,
+            ema_test_accuracy,
+            ..
+        } = record
+        {
+            let of = |found: Option<Evaluation>| found.map(|found| (finite(found.loss), found.accuracy)).unzip();
+            (*test_loss, *test_accuracy) = (finite(test.loss), test.accuracy);
+            let (loss, accuracy) = of(validation);
+            (*validation_loss, *validation_accuracy) = (loss.flatten(), accuracy);
+            let (loss, accuracy) = of(averaged);
+            (*ema_test_loss, *ema_test_accuracy) = (loss.flatten(), accuracy);
+        }
+        Ok(Some(Tests { test, validation }))
     }
 
     /// The line of the log of a (partial) epoch whose steps are done, before its test.
@@ -576,6 +612,8 @@ impl<S: Compute<Master = f32>> Run<S> {
             test_accuracy: 0.0,
             validation_loss: None,
             validation_accuracy: None,
+            ema_test_loss: None,
+            ema_test_accuracy: None,
             lr: self.learning_rate(&telemetry),
             gradient_norm: finite(telemetry.gradient_norm),
             method: own_numbers(&telemetry),
@@ -595,24 +633,11 @@ impl<S: Compute<Master = f32>> Run<S> {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Option<Evaluation>, TrainError> {
         progress(Progress::Testing);
-        let Some(test) = self.evaluate(stop)? else {
+        let Some(Tests { test, validation }) = self.test(&mut record, stop)? else {
             self.untested = Some(record);
             return Ok(None);
         };
-        let mut validated = None;
-        if let Some(validator) = &mut self.validator {
-            validated = evaluate(validator, &self.state, stop)?;
-            if validated.is_none() {
-                self.untested = Some(record);
-                return Ok(None);
-            }
-        }
-        if let Record::Epoch { test_loss, test_accuracy, validation_loss, validation_accuracy, .. } = &mut record {
-            (*test_loss, *test_accuracy) = (finite(test.loss), test.accuracy);
-            *validation_loss = validated.and_then(|found| finite(found.loss));
-            *validation_accuracy = validated.map(|found| found.accuracy);
-        }
-        if let Some(found) = validated.filter(|_| self.diverged.is_none()) {
+        if let Some(found) = validation.filter(|_| self.diverged.is_none()) {
             self.keep_if_best(found)?;
         }
         // The sums of a partial epoch stay for a run that is resumed with more steps.
@@ -640,7 +665,7 @@ impl<S: Compute<Master = f32>> Run<S> {
         self.best = Some(found);
         if let (Some(run), Some(log)) = (&self.out, &self.log) {
             log.held().check()?;
-            self.state.save_weights(run, "best.safetensors")?;
+            self.state.save_now(&run.join("best.safetensors"))?;
         }
         Ok(())
     }
@@ -681,17 +706,24 @@ impl<S: Compute<Master = f32>> Run<S> {
     }
 }
 
-/// Tests weights; none if it was stopped.
-fn evaluate<S: Compute<Master = f32>>(
+/// The results after an epoch.
+struct Tests {
+    test: Evaluation,
+    validation: Option<Evaluation>,
+}
+
+/// Tests weights and running statistics; none if it was stopped.
+fn evaluate(
     evaluator: &mut Evaluator,
-    state: &State<S>,
+    weights: Slice<'_, f32>,
+    statistics: Slice<'_, f32>,
     stop: &AtomicBool,
 ) -> Result<Option<Evaluation>, TrainError> {
     let go_on = |_: Slice<'_, f32>| {
         let stopped = stop.load(Ordering::Relaxed);
         if stopped { Err(TrainError::Device(Error::Stopped)) } else { Ok(()) }
     };
-    TrainError::unless_stopped(evaluator.evaluate(state.parameters.view(), state.plan.statistics().view(), go_on))
+    TrainError::unless_stopped(evaluator.evaluate(weights, statistics, go_on))
 }
 
 /// The first images of a split, over which the curvature is measured.

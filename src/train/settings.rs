@@ -241,6 +241,8 @@ settings! {
         clip: Option<f64> = None, else "no limit", as "NORM", in positive;
         /// Exempt biases and normalisation from weight decay
         no_decay_norm: bool = false;
+        /// Keep a moving average of weights and running statistics with this decay, and test it too
+        ema: Option<f64> = None, else "no average", as "DECAY", in below_one;
         /// Label smoothing of the training loss
         label_smoothing: f64 = 0.0, as "EPS", in fraction;
     }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::average::Average;
 use super::checkpoint::{self, Checkpoint};
 use super::images::{Batch, DeviceImages};
 use super::settings::{Augmentation, RunSettings};
@@ -24,6 +25,7 @@ pub(super) struct State<S: Compute<Master = f32>> {
     pub optimizer: Optimizer<f32>,
     pub parameters: Buffer<f32>,
     pub accumulator: Accumulator<f32>,
+    pub average: Option<Average>,
     pub images: DeviceImages,
     pub normalization: Normalization,
     pub augment: Option<Augment>,
@@ -69,9 +71,12 @@ impl<S: Compute<Master = f32>> State<S> {
         let (mixup, cutmix) = (settings.data.mixup, settings.data.cutmix);
         let mixing = Mixing { mixup, cutmix, seed: random::key(seed, b"mixbatch"), counter: 0 };
         let mixer = (mixup.is_some() || cutmix.is_some()).then(|| Mixer::new(device, mixing)).transpose()?;
+        let (initial, statistics) = (nn::initial_weights(&layout, seed)?, plan.statistics().to_vec()?);
+        let average = settings.optimizer.ema.map(|decay| Average::new(device, decay, &initial, &statistics));
         Ok(Self {
+            average: average.transpose()?,
             optimizer: Optimizer::new(device, layout.len(), settings.optimizer(method, &layout)?)?,
-            parameters: device.upload(&nn::initial_weights(&layout, seed)?)?,
+            parameters: device.upload(&initial)?,
             accumulator: Accumulator::new(device, layout.len(), group / part)?,
             plan,
             images: DeviceImages::new(device, train)?,
@@ -104,13 +109,16 @@ impl<S: Compute<Master = f32>> State<S> {
         }
         self.parameters.write(&parameters)?;
         self.plan.set_statistics(self.parameters.device().upload(&statistics)?.view())?;
+        if let Some(average) = &mut self.average {
+            average.restore(&[parameters, statistics].concat())?;
+        }
         Ok(())
     }
 
     /// Takes one step at the position of the clock, and advances the clock. Everything that changes from step to step
     /// is on the device, so that a recorded step can be replayed.
     pub fn step(&mut self) -> device::Result<()> {
-        let Self { plan, optimizer, parameters, totals, clock, rates, rate, .. } = self;
+        let Self { plan, optimizer, parameters, average, totals, clock, rates, rate, .. } = self;
         let (pixels, labels) = self.images.views();
         let mut images = Wrapped(Batch {
             plan: &mut *plan,
@@ -127,6 +135,9 @@ impl<S: Compute<Master = f32>> State<S> {
         });
         optimizer.step(&mut self.accumulator.over(&mut images), parameters.view_mut(), Rate::Device(rate.view()))?;
         metrics::record(optimizer.loss()?, plan.correct()?, optimizer.skipped(), self.batch, totals.view_mut())?;
+        if let Some(average) = average {
+            average.take(parameters.view(), plan.statistics().view(), clock.view())?;
+        }
         clock::advance(clock.view_mut(), rates.view(), rate.view_mut())
     }
 
@@ -161,6 +172,7 @@ impl<S: Compute<Master = f32>> State<S> {
             counters: state.counters.to_vec()?,
             totals: self.totals.to_vec()?,
             loss_scale: self.loss_scale()?.map(|state| state.to_vec()).unwrap_or_default(),
+            average: self.average.as_ref().map(Average::to_vec).transpose()?.unwrap_or_default(),
             settings,
             untested,
             step,
@@ -168,17 +180,31 @@ impl<S: Compute<Master = f32>> State<S> {
         };
         // The run can be resumed as soon as the checkpoint exists.
         checkpoint.save(run)?;
-        self.save_weights(run, "model.safetensors")
+        self.save_weights(run)
     }
 
-    pub fn save_weights(&self, run: &Path, file: &str) -> Result<(), TrainError> {
-        let (parameters, statistics) = (self.parameters.to_vec()?, self.plan.statistics().to_vec()?);
-        let model = [(self.plan.parameters(), &*parameters), (self.plan.statistics_layout(), &*statistics)];
-        weights::save(&run.join(file), &model)
+    /// Writes the weights, and their average if there is one.
+    pub fn save_weights(&self, run: &Path) -> Result<(), TrainError> {
+        self.save_now(&run.join("model.safetensors"))?;
+        match &self.average {
+            Some(average) => self.save_model(&run.join("ema.safetensors"), &average.weights, &average.statistics),
+            None => Ok(()),
+        }
+    }
+
+    /// Writes the weights to a file.
+    pub fn save_now(&self, file: &Path) -> Result<(), TrainError> {
+        self.save_model(file, &self.parameters, self.plan.statistics())
+    }
+
+    fn save_model(&self, file: &Path, weights: &Buffer<f32>, statistics: &Buffer<f32>) -> Result<(), TrainError> {
+        let (weights, statistics) = (weights.to_vec()?, statistics.to_vec()?);
+        let model = [(self.plan.parameters(), &*weights), (self.plan.statistics_layout(), &*statistics)];
+        weights::save(file, &model)
     }
 
     pub fn restore(&mut self, saved: &Checkpoint, run: &Path) -> Result<(), TrainError> {
-        let Self { plan, parameters, totals, .. } = self;
+        let Self { plan, parameters, average, totals, .. } = self;
         let state = self.optimizer.state_mut();
         let lengths = [
             ("weights", saved.weights.len(), parameters.len()),
@@ -190,12 +216,16 @@ impl<S: Compute<Master = f32>> State<S> {
             ("counters", saved.counters.len(), state.counters.len()),
             ("totals", saved.totals.len(), totals.len()),
             ("loss_scale", saved.loss_scale.len(), plan.loss_scale().map_or(0, Buffer::len)),
+            ("average", saved.average.len(), average.as_ref().map_or(0, |of| of.weights.len() + of.statistics.len())),
         ];
         if let Some((name, found, expected)) = lengths.iter().find(|(_, found, expected)| found != expected) {
             let reason = format!("`{name}` has {found} elements, these settings need {expected}");
             return Err(TrainError::Weights { path: checkpoint::path(run), reason });
         }
         parameters.write(&saved.weights)?;
+        if let Some(average) = average {
+            average.restore(&saved.average)?;
+        }
         state.momentum.write(&saved.momentum)?;
         state.second_moment.write(&saved.second_moment)?;
         state.memory.write(&saved.memory)?;

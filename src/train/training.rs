@@ -345,6 +345,50 @@ mod tests {
         }
     }
 
+    /// The average begins with the initial weights; it is that of its equation, whether or not the run was interrupted.
+    #[test]
+    fn weights_are_averaged_over_the_steps() {
+        let folder = tempfile::tempdir().unwrap();
+        let averaged = |steps| {
+            let mut training = training(steps, 0.1);
+            training.settings.optimizer.ema = Some(0.4);
+            training
+        };
+        let values = |run: &Path, file: &str| -> Vec<f32> {
+            let bytes = std::fs::read(run.join(file)).unwrap();
+            let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+            let mut tensors: Vec<_> = file.tensors();
+            tensors.sort_by(|(a, _), (b, _)| a.cmp(b));
+            let floats = |view: safetensors::tensor::TensorView<'_>| -> Vec<f32> {
+                view.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+            };
+            tensors.into_iter().flat_map(|(_, view)| floats(view)).collect()
+        };
+        let mut expected: Option<Vec<f64>> = None;
+        for steps in 1..=6u64 {
+            let run = folder.path().join(format!("{steps}"));
+            averaged(steps).out(&run).run().unwrap();
+            let (now, average) = (values(&run, "model.safetensors"), values(&run, "ema.safetensors"));
+            let t = (steps - 1) as f64;
+            let decay = 0.4f64.min((1.0 + t) / (10.0 + t));
+            if let Some(before) = expected {
+                let close = |((before, now), average): ((f64, &f32), &f32)| {
+                    let wanted = decay * before + (1.0 - decay) * f64::from(*now);
+                    (wanted - f64::from(*average)).abs() <= 1e-6 * wanted.abs().max(1e-2)
+                };
+                assert!(before.into_iter().zip(&now).zip(&average).all(close), "after {steps} steps");
+            }
+            expected = Some(average.iter().copied().map(f64::from).collect());
+            assert!(now != average, "after {steps} steps");
+        }
+        let (whole, parts) = (folder.path().join("whole"), folder.path().join("parts"));
+        averaged(12).out(&whole).run().unwrap();
+        averaged(7).out(&parts).run().unwrap();
+        averaged(12).resume(&parts).run().unwrap();
+        assert_eq!(values(&whole, "ema.safetensors"), values(&parts, "ema.safetensors"));
+        assert!(records(&whole).last().unwrap()["ema_test_accuracy"].is_f64());
+    }
+
     /// Whatever interrupts it, a run keeps the weights of the best of its epochs on the images that it holds out.
     #[test]
     fn the_weights_of_the_best_epoch_are_kept() {

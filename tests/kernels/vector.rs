@@ -54,6 +54,43 @@ fn check_fill_and_axpy<T: Scalar>(devices: Vec<(String, Device)>, rounding: f64)
     }
 }
 
+fn check_moving_average<T: Scalar>(devices: Vec<(String, Device)>, rounding: f64) {
+    for n in LENGTHS {
+        let mut random = Random(n as u64);
+        let (x, y) = (random.vector::<T>(n), random.vector::<T>(n));
+        // At 8 steps (1 + 8)/(10 + 8) is one half.
+        for (steps, decay, used) in [(0, 0.999, 0.1), (8, 0.999, 0.5), (8, 0.25, 0.25), (1_000_000, 0.999, 0.999)] {
+            let expected: Vec<f64> =
+                to_f64(&x).iter().zip(to_f64(&y)).map(|(x, y)| used * y + (1.0 - used) * x).collect();
+            on_devices(&devices, true, |name, device| {
+                let clock = device.upload(&[77, steps]).unwrap();
+                let (x, mut average) = (device.upload(&x).unwrap(), device.upload(&y).unwrap());
+                vector::moving_average(x.view(), decay, clock.view(), average.view_mut()).unwrap();
+                let found = average.to_vec().unwrap();
+                assert_close(
+                    &format!("{name}, n = {n}, {steps} steps, decay {decay}"),
+                    &found,
+                    &expected,
+                    4.0 * rounding,
+                );
+                vec![bits(&found)]
+            });
+        }
+    }
+}
+
+#[test]
+fn moving_average() {
+    check_moving_average::<f32>(devices(), ROUNDING);
+    check_moving_average::<f64>(host_devices(), f64::EPSILON);
+    let device = Device::host();
+    let (x, clock, mut average) = (device.zeros::<f32>(3).unwrap(), device.zeros(2).unwrap(), device.zeros(3).unwrap());
+    for decay in [-0.1, 1.1, f64::NAN] {
+        let refused = vector::moving_average(x.view(), decay, clock.view(), average.view_mut());
+        assert!(matches!(refused, Err(Error::Argument { .. })), "{decay}");
+    }
+}
+
 #[test]
 fn fill_and_axpy() {
     check_fill_and_axpy::<f32>(devices(), ROUNDING);
@@ -933,6 +970,8 @@ fn wrong_lengths_and_devices_are_refused() {
         assert_eq!(argument, name);
     };
     length(vector::axpy(1.0, short.view(), out.view_mut()), "x", 9, 10);
+    let clock = device.zeros(2).unwrap();
+    length(vector::moving_average(short.view(), 0.9, clock.view(), out.view_mut()), "x", 9, 10);
     other_device(vector::axpy(1.0, far.view(), out.view_mut()), "x");
     length(vector::convert(short.view(), out.view_mut()), "x", 9, 10);
     other_device(vector::convert(far.view(), out.view_mut()), "x");
