@@ -80,6 +80,13 @@ pub trait Method<T: Scalar>: Configurable + Debug + Send {
         None
     }
 
+    /// Whether a step needs one of this library's own base optimizers, because more of the base takes part in it than
+    /// following the direction: the method computes the step size or reads the [momentum](super::Vector::Momentum).
+    /// Then the direction has no meaning alone.
+    fn needs_base(&self) -> bool {
+        self.own_rate().is_some()
+    }
+
     /// Names of the first of its [own numbers](super::Numbers::own), which telemetry and logs show under them.
     fn telemetry(&self) -> &'static [&'static str] {
         &[]

@@ -414,7 +414,7 @@ impl<T: Scalar> Optimizer<T> {
     /// Traffic beside the passes: 4k + 4 B per parameter for a direction of k vectors.
     ///
     /// # Errors
-    /// As [`Optimizer::step`]; [`Error::Argument`] for a method that computes the step size.
+    /// As [`Optimizer::step`]; [`Error::Argument`] for a method that [needs](Method::needs_base) a base optimizer.
     pub fn direction_into(
         &mut self,
         objective: &mut dyn Objective<T>,
@@ -423,8 +423,8 @@ impl<T: Scalar> Optimizer<T> {
     ) -> Result<()> {
         const OPERATION: &str = "Optimizer::direction_into";
         crate::kernels::check_length(OPERATION, "out", out.len(), self.len)?;
-        if self.settings.method.own_rate().is_some() {
-            let message = "the method computes the step size, so its direction has no meaning alone".into();
+        if self.settings.method.needs_base() {
+            let message = "the method needs a base optimizer of this library: its direction has no meaning alone".into();
             return Err(Error::Argument { operation: OPERATION, message });
         }
         self.guard(objective, |optimizer, objective| {
@@ -518,12 +518,18 @@ impl<T: Scalar> Optimizer<T> {
         (group, groups): (usize, usize),
     ) -> Result<Direction> {
         objective.select(group)?;
-        let State { memory, scalars, counters, attempts, .. } = &mut self.state;
+        let State { momentum, memory, scalars, counters, attempts, .. } = &mut self.state;
         let all = counters.len();
         let mut counters = counters.disjoint();
         let mut step = Step {
             objective,
-            vectors: Store { work: &mut self.work, weights, memory, elsewhere: &mut self.elsewhere },
+            vectors: Store {
+                work: &mut self.work,
+                weights,
+                momentum: momentum.view(),
+                memory,
+                elsewhere: &mut self.elsewhere,
+            },
             numbers: &mut self.numbers,
             scalars,
             counters: counters.write(STEP_COUNTERS..all)?,
@@ -693,8 +699,8 @@ fn vectors<'a, T: Scalar>(
         *slice = match vector {
             Vector::Work(index) => work.slice(place(index, len))?,
             Vector::Memory(index) => memory.slice(place(index, len))?,
-            Vector::Weights => {
-                let message = "a direction cannot contain the weights".into();
+            Vector::Weights | Vector::Momentum => {
+                let message = "a direction contains neither the weights nor the base optimizer's momentum".into();
                 return Err(Error::Argument { operation: "Optimizer::step", message });
             }
         };

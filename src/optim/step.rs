@@ -18,12 +18,15 @@ use crate::objective::{Displacement, Objective, ObjectiveExt, Pass, RunningStats
 pub enum Vector {
     /// The weights `w`. No verb writes them.
     Weights,
+    /// The base optimizer's momentum before this step: SGD's m or AdamW's first moment. No verb writes it. A method
+    /// that reads it says so in [`Method::needs_base`](super::Method::needs_base).
+    Momentum,
     /// What the method keeps from step to step, by number: [`Needs::memory`] of them. Checkpoints hold them.
     Memory(usize),
     /// A working vector, by number: [`Needs::vectors`] of them. Its contents last until the end of the step.
     Work(usize),
 }
-use Vector::{Memory, Weights, Work};
+use Vector::{Memory, Momentum, Weights, Work};
 
 /// The working vectors by what most methods put there. A method that uses number k needs k + 1 of them.
 pub mod work {
@@ -59,16 +62,23 @@ impl Row {
     pub const DIFFERENCE: Self = Self(2);
     /// `(0, 0, 1, −1)`
     pub const SECOND_DIFFERENCE: Self = Self(3);
+    /// `(0, −1, 0, 0)`
+    const AGAINST_SECOND: Self = Self(4);
 
     /// The method's own row number `index` of [`Needs::rows`].
     pub const fn own(index: usize) -> Self {
-        Self(4 + index)
+        Self(COMMON_ROWS.len() + index)
     }
 }
 
 /// The rows that every method has, in the order of [`Row`].
-const COMMON_ROWS: [[f64; 4]; 4] =
-    [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [1.0, -1.0, 0.0, 0.0], [0.0, 0.0, 1.0, -1.0]];
+const COMMON_ROWS: [[f64; 4]; 5] = [
+    [1.0, 0.0, 0.0, 0.0],
+    [0.0, 1.0, 0.0, 0.0],
+    [1.0, -1.0, 0.0, 0.0],
+    [0.0, 0.0, 1.0, -1.0],
+    [0.0, -1.0, 0.0, 0.0],
+];
 
 /// Where four coefficients lie on the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -270,6 +280,7 @@ impl<T: Scalar> Elsewhere<T> {
 pub struct Store<'a, T: Scalar> {
     pub(super) work: &'a mut Buffer<T>,
     pub(super) weights: Slice<'a, T>,
+    pub(super) momentum: Slice<'a, T>,
     pub(super) memory: &'a mut Buffer<T>,
     pub(super) elsewhere: &'a mut Elsewhere<T>,
 }
@@ -281,7 +292,8 @@ impl<T: Scalar> Store<'_, T> {
     /// Those of gathering a gradient whose tensors the objective has left elsewhere.
     pub fn open(&mut self) -> Result<Vectors<'_, T>> {
         self.elsewhere.gather(self.work, self.weights.len())?;
-        Ok(Vectors { work: self.work.disjoint(), weights: self.weights, memory: self.memory.disjoint() })
+        let Self { work, weights, momentum, memory, .. } = self;
+        Ok(Vectors { work: work.disjoint(), weights: *weights, momentum: *momentum, memory: memory.disjoint() })
     }
 
     /// The same, where tensors of gradients may lie elsewhere, but not those of the vector `point`. What will be
@@ -291,8 +303,10 @@ impl<T: Scalar> Store<'_, T> {
         if self.elsewhere.lies_elsewhere(point) {
             self.elsewhere.gather(self.work, self.weights.len())?;
         }
-        let vectors = Vectors { work: self.work.disjoint(), weights: self.weights, memory: self.memory.disjoint() };
-        Ok((vectors, self.elsewhere))
+        let Self { work, weights, momentum, memory, elsewhere } = self;
+        let vectors =
+            Vectors { work: work.disjoint(), weights: *weights, momentum: *momentum, memory: memory.disjoint() };
+        Ok((vectors, elsewhere))
     }
 }
 
@@ -300,6 +314,7 @@ impl<T: Scalar> Store<'_, T> {
 pub struct Vectors<'a, T: Scalar> {
     work: Disjoint<'a, T>,
     weights: Slice<'a, T>,
+    momentum: Slice<'a, T>,
     memory: Disjoint<'a, T>,
 }
 
@@ -311,6 +326,7 @@ impl<'a, T: Scalar> Vectors<'a, T> {
     pub fn read(&mut self, vector: Vector) -> Result<Slice<'a, T>> {
         match vector {
             Weights => Ok(self.weights),
+            Momentum => Ok(self.momentum),
             Memory(index) => self.memory.read(place(index, self.weights.len())),
             Work(index) => self.work.read(place(index, self.weights.len())),
         }
@@ -319,12 +335,12 @@ impl<'a, T: Scalar> Vectors<'a, T> {
     /// A vector to write.
     ///
     /// # Errors
-    /// [`Error::Argument`] for the weights; [`Error::Range`] for a vector that the method did not ask for, or that is
+    /// [`Error::Argument`] for the weights and the momentum; [`Error::Range`] for a vector that the method did not ask for, or that is
     /// already borrowed.
     pub fn write(&mut self, vector: Vector) -> Result<SliceMut<'a, T>> {
         match vector {
-            Weights => {
-                let message = "a method cannot write the weights".into();
+            Weights | Momentum => {
+                let message = "a method writes neither the weights nor the base optimizer's momentum".into();
                 Err(Error::Argument { operation: "Vectors::write", message })
             }
             Memory(index) => self.memory.write(place(index, self.weights.len())),
@@ -515,7 +531,7 @@ impl<T: Scalar> Step<'_, T> {
     }
 
     /// `to = from + ρ along/‖along‖`, where norm number `norm` is ‖along‖, and `other` on the other side. The schedule
-    /// scales ρ.
+    /// scales ρ. A negative ρ goes against the vector.
     ///
     /// # Errors
     /// [`Error::Range`] for a vector or a number that is not there.
@@ -536,7 +552,8 @@ impl<T: Scalar> Step<'_, T> {
             let (from, to, out) = (x.read(Weights)?, x.read(to)?, self.displacement.view_mut());
             self.objective.pass(Pass::RealizedStep { from, to, out })?;
             let vectors = [self.displacement.view(), x.read(along)?];
-            let (a, b) = (rows.slice(0..4)?, rows.slice(4..8)?);
+            let Row(b) = if rho < 0.0 { Row::AGAINST_SECOND } else { Row::SECOND };
+            let (a, b) = (rows.slice(0..4)?, rows.slice(4 * b..4 * b + 4)?);
             sharpness::combined_products(&vectors, a, b, self.reduction, realised.view_mut())?;
         }
         Ok(())

@@ -9,7 +9,7 @@ use polder::kernels::image::{self, BatchShape, Normalization, Position};
 use polder::nn::{Model, Shortcut};
 use polder::objective::Wrapped;
 use polder::optim::{
-    Asam, Base, CrSam, Form, FriendlySam, Gam, Gnr, Gsam, Hvp, LookSam, Method, Norm, Optimizer, Oracle, Plain, RSam,
+    Asam, Base, CrSam, Form, FriendlySam, Gam, Gnr, Gsam, Hvp, LookSam, Method, Msam, Norm, Optimizer, Oracle, Plain, RSam,
     RandomSam, SaSam, Sam, Settings,
 };
 use polder::plan::{Plan, PlanOptions, Shape};
@@ -195,6 +195,7 @@ fn method<T: Scalar>(run: &Value, layout: &Layout) -> Box<dyn Method<T>> {
         }),
         "gsam" => Box::new(Gsam { rho: of("rho"), alpha: of("alpha") }),
         "friendly-sam" => Box::new(FriendlySam { rho: of("rho"), sigma: of("sigma"), lambda: of("lambda") }),
+        "msam" => Box::new(Msam { rho: of("rho") }),
         "looksam" => Box::new(LookSam { rho: of("rho"), alpha: of("alpha"), every: every() }),
         other => panic!("no method: {other}"),
     }

@@ -2,7 +2,7 @@
 
 use polder::device::Scalar;
 use polder::optim::{
-    Asam, Base, CrSam, FriendlySam, Gam, Gnr, Gsam, LookSam, Method, Plain, RSam, RandomSam, SaSam, Sam, Settings,
+    Asam, Base, CrSam, FriendlySam, Gam, Gnr, Gsam, LookSam, Method, Msam, Plain, RSam, RandomSam, SaSam, Sam, Settings,
 };
 
 macro_rules! any_method {
@@ -29,7 +29,7 @@ macro_rules! any_method {
     };
 }
 
-any_method!(Plain, Sam, Asam, RandomSam, RSam, Gsam, LookSam, FriendlySam, CrSam, Gnr, Gam, SaSam);
+any_method!(Plain, Sam, Asam, RandomSam, RSam, Gsam, LookSam, FriendlySam, Msam, CrSam, Gnr, Gam, SaSam);
 
 impl AnyMethod {
     pub const PLAIN: Self = Self::Plain(Plain {});

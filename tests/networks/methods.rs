@@ -25,6 +25,11 @@ fn random_perturbations_match_pytorch() {
 }
 
 #[test]
+fn momentum_sam_matches_pytorch_over_either_base() {
+    check_runs(&["msam", "msam-adamw"]);
+}
+
+#[test]
 fn groups_of_the_batch_match_pytorch() {
     check_runs(&["sam-in-groups"]);
 }

@@ -39,6 +39,8 @@ RUNS = {
     "gsam": ("GSAM", {"rho": 0.05, "alpha": 0.1}, SGD, {"rho": 0.05, "alpha": 0.1}),
     "looksam": ("LookSAM", {"rho": 0.05, "alpha": 0.7, "every": 2}, SGD, {"rho": 0.05, "alpha": 0.7, "every": 2}),
     "friendly-sam": ("FriendlySAM", {"rho": 0.2, "lambda": 0.9}, SGD, {"rho": 0.2, "sigma": 1.0, "lambda": 0.9}),
+    "msam": ("MSAM", {"rho": 0.3}, SGD, {"rho": 0.3}),
+    "msam-adamw": ("MSAM", {"rho": 1.0}, ADAMW, {"rho": 1.0}),
     "cr-sam": (
         "CRSAM",
         {"rho": 0.2, "alpha": 0.02, "beta": 0.01, "loss_error": 0.0},
@@ -115,7 +117,8 @@ def run_reference(name, dtype, batches):
     step_of = reference.METHODS.get(
         method, lambda objective, w, run, memory: reference.g.final_gradient(objective, w, run)
     )
-    state, memory, losses = {}, {}, []
+    state, losses = {}, []
+    memory = {"base": state}
     for inputs, targets in batches:
         objective = Objective(model, (inputs.to(dtype), targets))
         gradient, scalars = step_of(objective, w, run, memory)

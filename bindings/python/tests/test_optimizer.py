@@ -17,8 +17,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import polder.torch
-from polder.torch import ASAM, CRSAM, GNR, GSAM, SAM, SASAM, SGD, AdamW, FriendlySAM, LookSAM, RandomSAM, RSAM
+from polder.torch import ASAM, CRSAM, GNR, GSAM, MSAM, SAM, SASAM, SGD, AdamW, FriendlySAM, LookSAM, RandomSAM, RSAM
 
+# More of the base takes part in their steps than following a direction.
+NEEDS_OUR_BASE = (MSAM,)
 CLASSES = [getattr(polder.torch, name) for name in polder.torch.__all__ if name != "SharpnessAware"]
 
 
@@ -239,7 +241,9 @@ def test_an_exception_in_the_closure_leaves_the_weights():
 def bases(cls):
     """The bases that a class can have."""
     own = cls._method["base"] is not None or cls._method["computes_rate"]
-    return ["sgd"] if own else ["sgd", "adamw", torch.optim.SGD, torch.optim.Adam]
+    if own:
+        return ["sgd"]
+    return ["sgd", "adamw"] if cls in NEEDS_OUR_BASE else ["sgd", "adamw", torch.optim.SGD, torch.optim.Adam]
 
 
 @pytest.mark.parametrize(("cls", "base"), [(cls, base) for cls in CLASSES for base in bases(cls)])
@@ -937,6 +941,29 @@ print(len(os.listdir("/proc/self/task")) - before)
     run = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     # The one more that is allowed is autograd's own.
     assert int(run.stdout) <= 1, "threads were started beside those of PyTorch"
+
+
+@pytest.mark.parametrize("cls", NEEDS_OUR_BASE)
+def test_a_method_that_needs_our_base_refuses_another(cls):
+    model = small_model()
+    before = bits(model)
+    with pytest.raises(ValueError, match="needs a base optimizer of this library"):
+        train(cls(model.parameters(), torch.optim.SGD, lr=0.1), model, 1)
+    assert same_bits(before, bits(model))
+
+
+@pytest.mark.parametrize("cls", [RandomSAM, MSAM])
+def test_a_pass_elsewhere_needs_a_closure(cls):
+    model = small_model()
+    optimizer = cls(model.parameters(), lr=0.1, momentum=0.9)
+    if cls is MSAM:
+        # Its first step has no momentum to follow, but is taken at a point of its own, too.
+        train(optimizer, model, 1)
+    before = bits(model)
+    cross_entropy(model(images(4, dtype=torch.float32)[0]), torch.arange(4)).backward()
+    with pytest.raises(RuntimeError, match="takes no gradient at the weights"):
+        optimizer.step()
+    assert same_bits(before[:2], bits(model)[:2])
 
 
 def test_every_method_has_a_class_with_its_own_help():

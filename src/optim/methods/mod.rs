@@ -7,6 +7,7 @@ mod gam;
 mod gnr;
 mod gsam;
 mod look_sam;
+mod msam;
 mod plain;
 mod r_sam;
 mod random_sam;
@@ -34,6 +35,7 @@ methods! {
     gsam: Gsam => ENTRY;
     look_sam: LookSam => ENTRY;
     friendly_sam: FriendlySam => ENTRY;
+    msam: Msam => ENTRY;
     cr_sam: CrSam, Form => ENTRY;
     gnr: Gnr, Hvp, Oracle => ENTRY;
     gam: Gam => ENTRY;

@@ -47,6 +47,7 @@ _SPELLING = {
     "gsam": "GSAM",
     "looksam": "LookSAM",
     "friendly-sam": "FriendlySAM",
+    "msam": "MSAM",
     "cr-sam": "CRSAM",
     "gnr": "GNR",
     "gam": "GAM",
@@ -449,6 +450,8 @@ class SharpnessAware(torch.optim.Optimizer):
             if not updates_statistics:
                 self._statistics.keep()
             if closure is None:
+                if weights != self._weights.data_ptr():
+                    raise RuntimeError(f"{type(self).__name__} takes no gradient at the weights: use step(closure)")
                 return (0.0, 0, flat.gradients([param.grad for param in flat.params], keep), 0, keep, True)
             self._clear_gradients()
             first = not answers
