@@ -7,7 +7,7 @@
 //! Scalable Sharpness-Aware Minimization"; GAM is Zhang et al. 2023, "Gradient Norm Aware Minimization"; AdGD is
 //! Malitsky and Mishchenko 2020, "Adaptive Gradient Descent without Descent".
 
-use super::vector::{Combination, Reduction, one_block, pack};
+use super::vector::{Combination, Rate, Reduction, one_block, pack};
 use super::{Check, pick};
 #[cfg(doc)]
 use crate::device::Error;
@@ -64,14 +64,15 @@ pub fn combined_products<T: Scalar>(
 }
 
 /// `out = weight · Σ c_k x_k`, or, with `add`, `out += weight · Σ c_k x_k`. Nothing is written if `skip` (one number)
-/// is given and not zero. Traffic: 4 B per element and vector, 4 B to write and 4 B more to add.
+/// is given and not zero. The weight is a number, or one on the device. Traffic: 4 B per element and vector, 4 B to
+/// write and 4 B more to add.
 ///
 /// # Errors
 /// [`Error::Length`] unless all vectors are as long as `out`, [`Error::OtherDevice`] unless all live on one device,
 /// [`Error::Argument`] for an empty combination.
-pub fn combine<T: Scalar>(
+pub fn combine<'r, T: Scalar>(
     combination: Combination<'_, T>,
-    weight: f64,
+    weight: impl Into<Rate<'r>>,
     add: bool,
     mut out: SliceMut<'_, T>,
     skip: Option<Slice<'_, u32>>,
@@ -90,8 +91,10 @@ pub fn combine<T: Scalar>(
         _ => pick::<T, _>(id::COMBINE4_F32, id::COMBINE4_F64),
     };
     let skip = skip.map_or(0, |skip| skip.address());
-    let args = CombineArgs { combination, out: out.address(), skip, n: n as u64, weight, add: add.into() };
-    // SAFETY: every vector holds n elements, and `count` of them are set.
+    let (weight_on_device, weight) = weight.into().args(check)?;
+    let args =
+        CombineArgs { combination, out: out.address(), skip, weight_on_device, n: n as u64, weight, add: add.into() };
+    // SAFETY: every vector holds n elements, and `count` of them are set. A weight on the device is one number.
     unsafe { device.launch(kernel, device.elementwise(n, pack::<T>()), &args) }
 }
 

@@ -418,7 +418,7 @@ impl From<f64> for Rate<'_> {
 
 impl Rate<'_> {
     /// The address of a rate on the device (0 if there is none), and the given number.
-    fn args(&self, check: Check<'_>) -> Result<(u64, f64)> {
+    pub(super) fn args(&self, check: Check<'_>) -> Result<(u64, f64)> {
         match *self {
             Rate::Fixed(lr) => Ok((0, lr)),
             Rate::Device(lr) => {

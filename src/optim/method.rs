@@ -81,8 +81,8 @@ pub trait Method<T: Scalar>: Configurable + Debug + Send {
     }
 
     /// Whether a step needs one of this library's own base optimizers, because more of the base takes part in it than
-    /// following the direction: the method computes the step size or reads the [momentum](super::Vector::Momentum).
-    /// Then the direction has no meaning alone.
+    /// following the direction: the method computes the step size, reads the [momentum](super::Vector::Momentum), or
+    /// moves the weights [beside](Direction::beside) the base. Then the direction has no meaning alone.
     fn needs_base(&self) -> bool {
         self.own_rate().is_some()
     }

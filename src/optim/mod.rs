@@ -28,7 +28,7 @@ use crate::kernels::vector::{self, AdamWStep, Combination, Rate, Reduction, SgdS
 use crate::kernels::{metrics, random, sharpness};
 use crate::objective::{Objective, ObjectiveExt, Pass};
 use crate::settings::SettingError;
-use step::{Elsewhere, place, room};
+use step::{Elsewhere, Term, place, room};
 
 /// The key of the random directions of a run's methods, from the seed of the run.
 pub fn direction_seed(seed: u64) -> u64 {
@@ -214,8 +214,9 @@ pub struct Optimizer<T: Scalar> {
     work: Buffer<T>,
     /// Their tensors that the objective has left where it computed them.
     elsewhere: Elsewhere<T>,
-    /// The sum over the groups of a mini-batch; empty unless some objective had several.
-    sum: Buffer<T>,
+    /// Means over the groups of a mini-batch, of what is followed and of what is added beside it; empty until they are
+    /// needed.
+    means: [Buffer<T>; 2],
     /// The realised perturbation; empty unless some step was observed.
     displacement: Buffer<T>,
     numbers: Numbers,
@@ -270,7 +271,7 @@ impl<T: Scalar> Optimizer<T> {
             },
             work: allocate(Part::Work, room(needs.vectors, len))?,
             elsewhere: Elsewhere::new(needs.vectors),
-            sum: device.zeros(0)?,
+            means: [device.zeros(0)?, device.zeros(0)?],
             displacement: device.zeros(0)?,
             numbers: Numbers::new(device, &needs)?,
             reduction: Reduction::new(device)?,
@@ -367,8 +368,8 @@ impl<T: Scalar> Optimizer<T> {
         let Settings { base, weight_decay, decay_len, .. } = self.settings;
         let group = Group { place: 0..self.len, base, weight_decay, lr: lr.into() };
         self.guard(objective, |optimizer, objective| {
-            let followed = optimizer.take_direction(objective, weights.view())?;
-            optimizer.update(weights, followed, &[group], decay_len)
+            let taken = optimizer.take_direction(objective, weights.view())?;
+            optimizer.update(weights, taken, &[group], decay_len)
         })
     }
 
@@ -402,8 +403,8 @@ impl<T: Scalar> Optimizer<T> {
             end = place.end;
         }
         self.guard(objective, |optimizer, objective| {
-            let followed = optimizer.take_direction(objective, weights.view())?;
-            optimizer.update(weights, followed, groups, usize::MAX)
+            let taken = optimizer.take_direction(objective, weights.view())?;
+            optimizer.update(weights, taken, groups, usize::MAX)
         })
     }
 
@@ -428,12 +429,12 @@ impl<T: Scalar> Optimizer<T> {
             return Err(Error::Argument { operation: OPERATION, message });
         }
         self.guard(objective, |optimizer, objective| {
-            let followed = optimizer.take_direction(objective, weights)?;
+            let Taken { followed, .. } = optimizer.take_direction(objective, weights)?;
             optimizer.count()?;
             let mut out = out;
-            let Self { state, work, elsewhere, sum, numbers, len, .. } = optimizer;
-            let gradients = followed.combination(work, &state.memory, sum, numbers, *len)?;
-            for part in followed.parts(elsewhere, 0..*len) {
+            let Self { state, work, elsewhere, means, numbers, len, .. } = optimizer;
+            let gradients = followed.combination(work, &state.memory, means, numbers, *len)?;
+            for part in elsewhere.parts(followed.vectors(), 0..*len) {
                 let gradients = followed.part(elsewhere, gradients, part.clone())?;
                 sharpness::combine(gradients, 1.0, false, out.slice_mut(part)?, None)?;
             }
@@ -457,7 +458,7 @@ impl<T: Scalar> Optimizer<T> {
     }
 
     /// The passes of a step, and the clip of what is to be followed.
-    fn take_direction(&mut self, objective: &mut dyn Objective<T>, weights: Slice<'_, T>) -> Result<Followed> {
+    fn take_direction(&mut self, objective: &mut dyn Objective<T>, weights: Slice<'_, T>) -> Result<Taken> {
         const OPERATION: &str = "Optimizer::step";
         crate::kernels::check_length(OPERATION, "weights", weights.len(), self.len)?;
         self.numbers.flag.clear()?;
@@ -474,9 +475,6 @@ impl<T: Scalar> Optimizer<T> {
             let message = "a method with memory cannot be taken in groups of the mini-batch".into();
             return Err(Error::Argument { operation: OPERATION, message });
         }
-        if groups > 1 && self.sum.len() != self.len {
-            self.sum = weights.device().zeros(self.len)?;
-        }
         // A clip, a mean and telemetry read gradients in ways that need them in one piece.
         self.elsewhere.allow(groups == 1 && self.settings.clip.is_none() && !self.observe);
         let mut direction = self.direction(objective, weights, (0, groups))?;
@@ -490,22 +488,26 @@ impl<T: Scalar> Optimizer<T> {
             losses.slice_mut(0..1)?.copy_from(mean_loss.view())?;
         }
         self.state.attempts += 1;
-        let mean = groups > 1;
-        let followed = Followed { direction: if mean { Direction::along(Vector::Work(0)) } else { direction }, mean };
-        if let Some(largest) = self.settings.clip { self.clip(followed, largest) } else { Ok(followed) }
+        let of = |number: usize, term: Term| match groups {
+            1 => Followed { term, mean: None },
+            _ => Followed { term: Direction::along(Vector::Work(0)).followed, mean: Some(number) },
+        };
+        let (followed, beside) = (of(0, direction.followed), direction.beside.map(|term| of(1, term)));
+        let followed = self.settings.clip.map_or(Ok(followed), |largest| self.clip(followed, largest))?;
+        Ok(Taken { followed, beside })
     }
 
     /// Scales a direction down to a norm of at most `largest`.
     fn clip(&mut self, mut followed: Followed, largest: f64) -> Result<Followed> {
-        let Self { state, work, sum, numbers, reduction, len, .. } = self;
-        if let Coefficients::Known(row) = followed.direction.coefficients {
+        let Self { state, work, means, numbers, reduction, len, .. } = self;
+        if let Coefficients::Known(row) = followed.term.coefficients {
             numbers.copy_row(row)?;
-            followed.direction.coefficients = Coefficients::Computed;
+            followed.term.coefficients = Coefficients::Computed;
         }
-        let vectors = followed.vectors(work, &state.memory, sum, *len)?;
+        let vectors = followed.slices(work, &state.memory, means, *len)?;
         let Numbers { coefficients, dot_products, .. } = &mut *numbers;
         let c = coefficients.view();
-        sharpness::combined_products(&vectors[..followed.direction.count], c, c, reduction, dot_products.view_mut())?;
+        sharpness::combined_products(&vectors[..followed.term.count], c, c, reduction, dot_products.view_mut())?;
         sharpness::clip_coefficients(dot_products.slice(3..4)?, largest, coefficients.view_mut())?;
         Ok(followed)
     }
@@ -544,14 +546,20 @@ impl<T: Scalar> Optimizer<T> {
         self.settings.method.direction(&mut step)
     }
 
-    /// Adds a group's direction and loss to their means.
+    /// Adds a group's direction, its term beside it and its loss to their means.
     fn accumulate(&mut self, direction: Direction, weight: f64, add: bool) -> Result<()> {
         let Numbers { losses, mean_loss, .. } = &mut self.numbers;
         metrics::mean_term(losses.slice(0..1)?, weight, add, mean_loss.view_mut())?;
-        let vectors = vectors(direction, &self.work, &self.state.memory, self.len)?;
-        let coefficients = coefficients(direction, &self.numbers)?;
-        let combination = combination(&vectors[..direction.count], coefficients);
-        sharpness::combine(combination, weight, add, self.sum.view_mut(), None)
+        for (term, mean) in [Some(direction.followed), direction.beside].into_iter().zip(&mut self.means) {
+            let Some(term) = term else { continue };
+            if mean.len() != self.len {
+                *mean = self.work.device().zeros(self.len)?;
+            }
+            let vectors = slices(term, &self.work, &self.state.memory, self.len)?;
+            let combination = combination(&vectors[..term.count], coefficients(term, &self.numbers)?);
+            sharpness::combine(combination, weight, add, mean.view_mut(), None)?;
+        }
+        Ok(())
     }
 
     /// Counts the step as taken or skipped.
@@ -560,22 +568,22 @@ impl<T: Scalar> Optimizer<T> {
         vector::advance(self.numbers.flag.view(), counters.write(0..1)?, counters.write(1..2)?)
     }
 
-    /// Combine, momentum, decay and update.
+    /// Combine, momentum, decay and update, and what the method adds beside it.
     fn update(
         &mut self,
         mut weights: SliceMut<'_, T>,
-        followed: Followed,
+        Taken { followed, beside }: Taken,
         groups: &[Group<'_>],
         decay_len: usize,
     ) -> Result<()> {
         self.count()?;
-        let Self { settings, state, work, elsewhere, sum, numbers, len, .. } = self;
-        let gradients = followed.combination(work, &state.memory, sum, numbers, *len)?;
+        let Self { settings, state, work, elsewhere, means, numbers, len, .. } = self;
+        let gradients = followed.combination(work, &state.memory, means, numbers, *len)?;
         let own_rate = settings.method.own_rate().map(|index| numbers.own.slice(index..index + 1)).transpose()?;
         let (skip, steps) = (numbers.flag.view(), state.counters.slice(0..1)?);
         for Group { place, base, weight_decay, lr } in groups.iter().cloned() {
             let lr = own_rate.map_or(lr, Rate::Device);
-            for part in followed.parts(elsewhere, place) {
+            for part in elsewhere.parts(followed.vectors(), place.clone()) {
                 let gradients = followed.part(elsewhere, gradients, part.clone())?;
                 let decay_len = decay_len.saturating_sub(part.start);
                 let (w, m) = (weights.slice_mut(part.clone())?, state.momentum.slice_mut(part.clone()));
@@ -593,6 +601,12 @@ impl<T: Scalar> Optimizer<T> {
                         return Err(Error::Argument { operation: "Optimizer::step", message });
                     }
                 }
+            }
+            let Some(beside) = beside else { continue };
+            let term = beside.combination(work, &state.memory, means, numbers, *len)?;
+            for part in elsewhere.parts(beside.vectors(), place) {
+                let term = beside.part(elsewhere, term, part.clone())?;
+                sharpness::combine(term, lr, true, weights.slice_mut(part)?, Some(skip))?;
             }
         }
         Ok(())
@@ -635,50 +649,59 @@ fn check_method<T: Scalar>(operation: &'static str, method: &dyn Method<T>) -> R
     method.check().and_then(|()| method.check_combination()).map_err(refused)
 }
 
-/// What the base optimizer follows.
+/// A step's direction as it is taken: what the base optimizer follows, and what is added beside it.
+#[derive(Clone, Copy)]
+struct Taken {
+    followed: Followed,
+    beside: Option<Followed>,
+}
+
+/// A combination of vectors: the method's, or the mean of the method's over the groups of the mini-batch.
 #[derive(Clone, Copy)]
 struct Followed {
-    direction: Direction,
-    /// Whether it is the mean of the directions in the groups of the mini-batch: one vector, and not the method's.
-    mean: bool,
+    term: Term,
+    /// Which of the means it is, if it is one: a single vector.
+    mean: Option<usize>,
 }
 
 impl Followed {
-    fn vectors<'a, T: Scalar>(
+    fn slices<'a, T: Scalar>(
         self,
         work: &'a Buffer<T>,
         memory: &'a Buffer<T>,
-        sum: &'a Buffer<T>,
+        means: &'a [Buffer<T>; 2],
         len: usize,
     ) -> Result<[Slice<'a, T>; 4]> {
-        if self.mean { Ok([sum.view(); 4]) } else { vectors(self.direction, work, memory, len) }
+        match self.mean {
+            Some(number) => Ok([means[number].view(); 4]),
+            None => slices(self.term, work, memory, len),
+        }
     }
 
     fn combination<'a, T: Scalar>(
         self,
         work: &'a Buffer<T>,
         memory: &'a Buffer<T>,
-        sum: &'a Buffer<T>,
+        means: &'a [Buffer<T>; 2],
         numbers: &'a Numbers,
         len: usize,
     ) -> Result<Combination<'a, T>> {
-        let vectors = self.vectors(work, memory, sum, len)?;
-        Ok(combination(&vectors[..self.direction.count], coefficients(self.direction, numbers)?))
+        let vectors = self.slices(work, memory, means, len)?;
+        Ok(combination(&vectors[..self.term.count], coefficients(self.term, numbers)?))
     }
 
-    /// The parts of a range in each of which all vectors lie in one piece.
-    fn parts<T: Scalar>(self, elsewhere: &Elsewhere<T>, range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
-        elsewhere.parts(self.direction.vectors, range)
+    fn vectors(&self) -> [Vector; 4] {
+        self.term.vectors
     }
 
-    /// Such a part of the combination.
+    /// A part of the combination in which all its vectors lie in one piece.
     fn part<'a, T: Scalar>(
         self,
         elsewhere: &'a Elsewhere<T>,
         mut whole: Combination<'a, T>,
         part: Range<usize>,
     ) -> Result<Combination<'a, T>> {
-        for (slice, vector) in whole.vectors.iter_mut().zip(self.direction.vectors) {
+        for (slice, vector) in whole.vectors.iter_mut().zip(self.term.vectors) {
             if let Some(found) = *slice {
                 *slice = Some(elsewhere.slice(vector, found, part.clone())?);
             }
@@ -687,15 +710,15 @@ impl Followed {
     }
 }
 
-/// The vectors of a direction. Those beyond its count are copies of the first.
-fn vectors<'a, T: Scalar>(
-    direction: Direction,
+/// The vectors of a term. Those beyond its count are copies of the first.
+fn slices<'a, T: Scalar>(
+    term: Term,
     work: &'a Buffer<T>,
     memory: &'a Buffer<T>,
     len: usize,
 ) -> Result<[Slice<'a, T>; 4]> {
-    let mut vectors = [memory.view(); 4];
-    for (slice, vector) in vectors.iter_mut().zip(direction.vectors) {
+    let mut slices = [memory.view(); 4];
+    for (slice, vector) in slices.iter_mut().zip(term.vectors) {
         *slice = match vector {
             Vector::Work(index) => work.slice(place(index, len))?,
             Vector::Memory(index) => memory.slice(place(index, len))?,
@@ -705,11 +728,11 @@ fn vectors<'a, T: Scalar>(
             }
         };
     }
-    Ok(vectors)
+    Ok(slices)
 }
 
-fn coefficients(direction: Direction, numbers: &Numbers) -> Result<Slice<'_, f64>> {
-    match direction.coefficients {
+fn coefficients(term: Term, numbers: &Numbers) -> Result<Slice<'_, f64>> {
+    match term.coefficients {
         Coefficients::Known(row) => numbers.row(row),
         Coefficients::Computed => Ok(numbers.coefficients.view()),
     }

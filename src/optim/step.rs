@@ -89,26 +89,48 @@ pub enum Coefficients {
     Computed,
 }
 
-/// What the base optimizer follows: `Σ c_k x_k` over one to four vectors.
+/// `Σ c_k x_k` over one to four vectors.
 #[derive(Debug, Clone, Copy)]
-pub struct Direction {
+pub(super) struct Term {
     pub(super) vectors: [Vector; 4],
     pub(super) count: usize,
     pub(super) coefficients: Coefficients,
 }
 
-impl Direction {
-    /// A combination of vectors. `N` is 1 to 4.
-    pub fn new<const N: usize>(vectors: [Vector; N], coefficients: Coefficients) -> Self {
+impl Term {
+    fn new<const N: usize>(vectors: [Vector; N], coefficients: Coefficients) -> Self {
         const { assert!(N >= 1 && N <= 4, "a direction combines one to four vectors") };
         let mut all = [vectors[0]; 4];
         all[..N].copy_from_slice(&vectors);
         Self { vectors: all, count: N, coefficients }
     }
+}
+
+/// What the base optimizer follows: `Σ c_k x_k` over one to four vectors. The method can move the weights beside it,
+/// too.
+#[derive(Debug, Clone, Copy)]
+pub struct Direction {
+    pub(super) followed: Term,
+    pub(super) beside: Option<Term>,
+}
+
+impl Direction {
+    /// A combination of vectors. `N` is 1 to 4.
+    pub fn new<const N: usize>(vectors: [Vector; N], coefficients: Coefficients) -> Self {
+        Self { followed: Term::new(vectors, coefficients), beside: None }
+    }
 
     /// One vector, unchanged.
     pub fn along(vector: Vector) -> Self {
         Self::new([vector], Coefficients::Known(Row::FIRST))
+    }
+
+    /// Beside what the base optimizer does, a step also adds `η Σ c_k x_k` to the weights, with the learning rate η and
+    /// the coefficients of a row. No momentum remembers this term, and no clip shortens it. A method with such a term
+    /// says so in [`Method::needs_base`](super::Method::needs_base).
+    #[must_use]
+    pub fn beside<const N: usize>(self, vectors: [Vector; N], row: Row) -> Self {
+        Self { beside: Some(Term::new(vectors, Coefficients::Known(row))), ..self }
     }
 
     /// Vectors with the coefficients that the step has computed.
@@ -335,8 +357,8 @@ impl<'a, T: Scalar> Vectors<'a, T> {
     /// A vector to write.
     ///
     /// # Errors
-    /// [`Error::Argument`] for the weights and the momentum; [`Error::Range`] for a vector that the method did not ask for, or that is
-    /// already borrowed.
+    /// [`Error::Argument`] for the weights and the momentum; [`Error::Range`] for a vector that the method did not ask
+    /// for, or that is already borrowed.
     pub fn write(&mut self, vector: Vector) -> Result<SliceMut<'a, T>> {
         match vector {
             Weights | Momentum => {

@@ -10,7 +10,7 @@ use polder::nn::{Model, Shortcut};
 use polder::objective::Wrapped;
 use polder::optim::{
     Asam, Base, CrSam, Form, FriendlySam, Gam, Gnr, Gsam, Hvp, LookSam, Method, Msam, Norm, Optimizer, Oracle, Plain, RSam,
-    RandomSam, SaSam, Sam, Settings,
+    RandomSam, SaSam, Sam, Settings, Sharpness, Wsam,
 };
 use polder::plan::{Plan, PlanOptions, Shape};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -196,6 +196,11 @@ fn method<T: Scalar>(run: &Value, layout: &Layout) -> Box<dyn Method<T>> {
         "gsam" => Box::new(Gsam { rho: of("rho"), alpha: of("alpha") }),
         "friendly-sam" => Box::new(FriendlySam { rho: of("rho"), sigma: of("sigma"), lambda: of("lambda") }),
         "msam" => Box::new(Msam { rho: of("rho") }),
+        "wsam" => Box::new(Wsam {
+            rho: of("rho"),
+            gamma: of("gamma"),
+            sharpness: run["sharpness"].as_str().unwrap().parse::<Sharpness>().unwrap(),
+        }),
         "looksam" => Box::new(LookSam { rho: of("rho"), alpha: of("alpha"), every: every() }),
         other => panic!("no method: {other}"),
     }

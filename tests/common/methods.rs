@@ -3,6 +3,7 @@
 use polder::device::Scalar;
 use polder::optim::{
     Asam, Base, CrSam, FriendlySam, Gam, Gnr, Gsam, LookSam, Method, Msam, Plain, RSam, RandomSam, SaSam, Sam, Settings,
+    Wsam,
 };
 
 macro_rules! any_method {
@@ -29,7 +30,7 @@ macro_rules! any_method {
     };
 }
 
-any_method!(Plain, Sam, Asam, RandomSam, RSam, Gsam, LookSam, FriendlySam, Msam, CrSam, Gnr, Gam, SaSam);
+any_method!(Plain, Sam, Asam, RandomSam, RSam, Gsam, LookSam, FriendlySam, Msam, Wsam, CrSam, Gnr, Gam, SaSam);
 
 impl AnyMethod {
     pub const PLAIN: Self = Self::Plain(Plain {});

@@ -9,7 +9,7 @@ use crate::common::{Random, bits, devices, host_devices, on_devices, to_f64};
 use polder::device::{Buffer, Device, Element, Error, Result, Scalar, Slice, SliceMut};
 use polder::kernels::random;
 use polder::kernels::sharpness::{self, GamTerms, PRODUCTS, Scaling};
-use polder::kernels::vector::{self, Combination, Reduction};
+use polder::kernels::vector::{self, Combination, Rate, Reduction};
 
 /// Lengths with tails that do not fill a pack, and the number (from 1) of the vector of a call that allows no 16-byte
 /// access (0: none).
@@ -191,12 +191,14 @@ fn check_combine<T: Scalar>(devices: &[(String, Device)]) {
                 let parts = [0, 1, 2, 3].map(|k| Part::new(device, odd == k + 1, &x[k]));
                 let vectors = [0, 1, 2, 3].map(|k| combination.0[k].then(|| parts[k].view()));
                 let (c, skip) = (device.upload(&combination.1).unwrap(), device.zeros::<u32>(1).unwrap());
+                let there = device.upload(&[weight]).unwrap();
                 let (mut alone, mut added) =
                     (Part::poisoned(device, odd == 5, n), Part::new(device, odd == 5, &before));
                 for (out, add) in [(&mut alone, false), (&mut added, true)] {
                     let combination = Combination { vectors, coefficients: c.view() };
                     let skip = with_skip.then(|| skip.view());
-                    sharpness::combine(combination, weight, add, out.view_mut(), skip).unwrap();
+                    let rate = if index >= 3 { Rate::Device(there.view()) } else { Rate::Fixed(weight) };
+                    sharpness::combine(combination, rate, add, out.view_mut(), skip).unwrap();
                 }
                 let (alone, added) = (alone.values(), added.values());
                 let what = format!("{name}, n = {n}, odd {odd}, {combination:?}");

@@ -30,6 +30,11 @@ fn momentum_sam_matches_pytorch_over_either_base() {
 }
 
 #[test]
+fn weighted_sharpness_beside_either_base_matches_pytorch() {
+    check_runs(&["wsam", "wsam-adamw"]);
+}
+
+#[test]
 fn groups_of_the_batch_match_pytorch() {
     check_runs(&["sam-in-groups"]);
 }

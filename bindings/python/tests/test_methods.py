@@ -22,6 +22,7 @@ SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": False}
 ADAMW = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.05}
 SAM = {"rho": 0.05, "ascent_steps": 1, "second_order": False}
 GNR = {"rho": 0.1, "alpha": 0.1, "every": 1, "oracle_rho": None}
+WSAM = {"rho": 0.05, "gamma": 0.7}
 OWN_RATE = {"momentum": 0.9, "weight_decay": 5e-4, "nesterov": False, "theta0": 1.0}
 
 # Class, options of the package, base, settings of the reference.
@@ -39,6 +40,9 @@ RUNS = {
     "gsam": ("GSAM", {"rho": 0.05, "alpha": 0.1}, SGD, {"rho": 0.05, "alpha": 0.1}),
     "looksam": ("LookSAM", {"rho": 0.05, "alpha": 0.7, "every": 2}, SGD, {"rho": 0.05, "alpha": 0.7, "every": 2}),
     "friendly-sam": ("FriendlySAM", {"rho": 0.2, "lambda": 0.9}, SGD, {"rho": 0.2, "sigma": 1.0, "lambda": 0.9}),
+    "wsam": ("WSAM", {**WSAM, "sharpness": "decoupled"}, SGD, {**WSAM, "sharpness": "decoupled"}),
+    "wsam-adamw": ("WSAM", {**WSAM, "sharpness": "decoupled"}, ADAMW, {**WSAM, "sharpness": "decoupled"}),
+    "wsam-coupled": ("WSAM", {**WSAM, "sharpness": "coupled"}, SGD, {**WSAM, "sharpness": "coupled"}),
     "msam": ("MSAM", {"rho": 0.3}, SGD, {"rho": 0.3}),
     "msam-adamw": ("MSAM", {"rho": 1.0}, ADAMW, {"rho": 1.0}),
     "cr-sam": (
@@ -109,7 +113,7 @@ def random_direction(w, seed, step):
 
 def run_reference(name, dtype, batches):
     _, _, base, settings = RUNS[name]
-    method = name.removesuffix("-nesterov").removesuffix("-adamw").removesuffix("-difference")
+    method = name.removesuffix("-nesterov").removesuffix("-adamw").removesuffix("-difference").removesuffix("-coupled")
     method = "sam" if method.startswith("sam") else method
     model = resnet8(dtype=dtype)
     w = {key: value.detach().clone() for key, value in model.named_parameters()}
@@ -124,6 +128,8 @@ def run_reference(name, dtype, batches):
         gradient, scalars = step_of(objective, w, run, memory)
         update = reference.g.BASES["adamw" if base is ADAMW else "sgd"]
         w = update(w, gradient, state, {**run, "lr": scalars.get("eta", run["lr"])})
+        if "beside" in memory:
+            w = reference.along(w, -run["lr"], memory.pop("beside"))
         losses.append(scalars["loss"])
     return w, dict(model.named_buffers()), losses
 

@@ -13,6 +13,7 @@ mod r_sam;
 mod random_sam;
 mod sa_sam;
 mod sam;
+mod wsam;
 
 use super::Entry;
 
@@ -36,6 +37,7 @@ methods! {
     look_sam: LookSam => ENTRY;
     friendly_sam: FriendlySam => ENTRY;
     msam: Msam => ENTRY;
+    wsam: Wsam, Sharpness => ENTRY;
     cr_sam: CrSam, Form => ENTRY;
     gnr: Gnr, Hvp, Oracle => ENTRY;
     gam: Gam => ENTRY;

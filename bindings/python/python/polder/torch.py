@@ -48,6 +48,7 @@ _SPELLING = {
     "looksam": "LookSAM",
     "friendly-sam": "FriendlySAM",
     "msam": "MSAM",
+    "wsam": "WSAM",
     "cr-sam": "CRSAM",
     "gnr": "GNR",
     "gam": "GAM",
