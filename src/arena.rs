@@ -62,7 +62,16 @@ impl TensorKind {
 
     /// Whether weight decay acts on it even where biases and normalisation are exempt.
     pub fn is_weight(self) -> bool {
-        matches!(self, TensorKind::Convolution { .. } | TensorKind::Linear { .. })
+        self.part() == 0
+    }
+
+    /// Its place in the order of an arena: 0 for weights, 1 for the parameters of normalisation, 2 for all others.
+    fn part(self) -> usize {
+        match self {
+            TensorKind::Convolution { .. } | TensorKind::Linear { .. } => 0,
+            TensorKind::Scale(_) | TensorKind::Shift(_) => 1,
+            TensorKind::Bias(_) | TensorKind::RunningMean(_) | TensorKind::RunningVar(_) => 2,
+        }
     }
 
     /// Output channels of a convolution or features of a linear layer, the last dimension of the stored weight. Other
@@ -154,24 +163,26 @@ pub struct Layout {
     tensors: Vec<Tensor>,
     len: usize,
     weights_len: usize,
+    normalisation_end: usize,
     padding: Vec<Range<usize>>,
 }
 
 impl Layout {
-    /// Places tensors: weights first, then biases and normalisation, so that weight decay with exemptions acts on a
-    /// prefix. The tensors keep the order given, which is the one in files; only their offsets are sorted.
+    /// Places tensors: weights first, then normalisation, then biases and all others. So weight decay with exemptions
+    /// acts on a prefix, and the parameters of normalisation lie in one piece. The tensors keep the order given, which
+    /// is the one in files; only their offsets are sorted.
     pub fn new(named: Vec<(String, TensorKind, Initial)>) -> Self {
         let tensor = |(name, kind, initial)| Tensor { name, kind, initial, offset: 0 };
         let mut layout = Self { tensors: named.into_iter().map(tensor).collect(), ..Self::default() };
-        for weights in [true, false] {
-            for tensor in layout.tensors.iter_mut().filter(|tensor| tensor.kind.is_weight() == weights) {
+        let mut ends = [0; 3];
+        for (part, end) in ends.iter_mut().enumerate() {
+            for tensor in layout.tensors.iter_mut().filter(|tensor| tensor.kind.part() == part) {
                 tensor.offset = layout.len;
                 layout.len += tensor.kind.len().next_multiple_of(ALIGNMENT);
             }
-            if weights {
-                layout.weights_len = layout.len;
-            }
+            *end = layout.len;
         }
+        [layout.weights_len, layout.normalisation_end, _] = ends;
         let mut tensors: Vec<Range<usize>> = layout.tensors.iter().map(Tensor::range).collect();
         tensors.sort_by_key(|range| range.start);
         let ends = tensors.iter().skip(1).map(|range| range.start).chain([layout.len]);
@@ -193,6 +204,11 @@ impl Layout {
     /// The arena's prefix that holds convolution and linear weights.
     pub fn weights_len(&self) -> usize {
         self.weights_len
+    }
+
+    /// Where the parameters of normalisation lie, γ and β of batch norm. Empty if there are none.
+    pub fn normalisation(&self) -> Range<usize> {
+        self.weights_len..self.normalisation_end
     }
 
     /// Elements without the padding: the number of parameters.
@@ -232,6 +248,22 @@ mod tests {
         assert_eq!(offsets, [0, 256, 192]);
         assert_eq!((layout.len(), layout.weights_len(), layout.parameters()), (320, 256, 135 + 5 + 35));
         assert_eq!(layout.padding(), [135..192, 227..256, 261..320]);
+    }
+
+    #[test]
+    fn normalisation_lies_in_one_piece_between_weights_and_biases() {
+        let initial = Initial::Constant(0.0);
+        let layout = Layout::new(vec![
+            ("fc1.weight".into(), TensorKind::Linear { inputs: 5, outputs: 7 }, initial),
+            ("fc1.bias".into(), TensorKind::Bias(7), initial),
+            ("bn.weight".into(), TensorKind::Scale(7), initial),
+            ("bn.bias".into(), TensorKind::Shift(7), initial),
+        ]);
+        let offsets: Vec<usize> = layout.tensors().iter().map(|tensor| tensor.offset).collect();
+        assert_eq!(offsets, [0, 192, 64, 128]);
+        assert_eq!((layout.weights_len(), layout.normalisation(), layout.len()), (64, 64..192, 256));
+        let without = Layout::new(vec![("running_mean".into(), TensorKind::RunningMean(7), initial)]);
+        assert!(without.normalisation().is_empty());
     }
 
     #[test]

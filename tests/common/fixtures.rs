@@ -9,7 +9,7 @@ use polder::kernels::image::{self, BatchShape, Normalization, Position};
 use polder::nn::{Model, Shortcut};
 use polder::objective::Wrapped;
 use polder::optim::{
-    Asam, Base, CrSam, Form, FriendlySam, Gam, Gnr, Gsam, Hvp, LookSam, Method, Msam, Norm, Optimizer, Oracle, Plain, RSam,
+    Asam, Base, CrSam, Form, FriendlySam, Gam, Gnr, Gsam, Hvp, LookSam, Method, Msam, Norm, Optimizer, Oracle, Perturbed, Plain, RSam,
     RandomSam, SaSam, Sam, Settings, Sharpness, Wsam,
 };
 use polder::plan::{Plan, PlanOptions, Shape};
@@ -157,6 +157,8 @@ fn method<T: Scalar>(run: &Value, layout: &Layout) -> Box<dyn Method<T>> {
             ascent_steps: run["ascent_steps"].as_u64().unwrap_or(1) as usize,
             second_order: run["second_order"].as_bool().unwrap_or(false),
             ascent_length: None,
+            perturb: if run["perturb"] == "norm" { Perturbed::Normalisation } else { Perturbed::All },
+            normalisation: Some((layout.normalisation().start, layout.normalisation().end)),
         }),
         "random-sam" => Box::new(RandomSam { rho: of("rho"), seed: seed() }),
         "r-sam" => Box::new(RSam { rho: of("rho"), sigma: of("sigma"), seed: seed() }),

@@ -6,7 +6,7 @@ use crate::common::fixtures::check_runs;
 
 #[test]
 fn sam_with_other_perturbations_matches_pytorch() {
-    check_runs(&["asam", "sam-3-steps", "sam-second-order", "sam-clip"]);
+    check_runs(&["asam", "sam-on", "sam-3-steps", "sam-second-order", "sam-clip"]);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use polder::kernels::vector::Rate;
 use polder::kernels::{random, vector};
 use polder::objective::{Domain, Objective, Pass, Passes};
 use polder::optim::{
-    Asam, Base, CrSam, Form, FriendlySam, Gam, Gnr, Group, Gsam, Hvp, LookSam, Msam, Norm, Optimizer, Oracle, Part, RSam,
+    Asam, Base, CrSam, Form, FriendlySam, Gam, Gnr, Group, Gsam, Hvp, LookSam, Msam, Norm, Optimizer, Oracle, Part, Perturbed, RSam,
     RandomSam, SaSam, Sam, Settings, Sharpness, SnapshotError, Telemetry, Wsam,
 };
 
@@ -240,6 +240,7 @@ fn family() -> Vec<AnyMethod> {
         Sam { ascent_steps: 3, ascent_length: Some(0.02), ..sam }.into(),
         Sam { ascent_steps: 2, ascent_length: Some(0.3), ..sam }.into(),
         Sam { second_order: true, ..sam }.into(),
+        Sam { perturb: Perturbed::Normalisation, normalisation: Some((3, 7)), ..sam }.into(),
         cr_sam(Form::Log),
         cr_sam(Form::Released),
         GNR.into(),
@@ -365,6 +366,12 @@ fn reference(method: AnyMethod, f: &mut LossAndGradient<'_>, w: &[f64], past: &m
             f(&plus(w, rho / norm(&tg), &ttg)).1
         }
         AnyMethod::RandomSam(RandomSam { rho, seed }) => f(&plus(w, rho, &drawn(seed))).1,
+        AnyMethod::Sam(Sam { rho, perturb: Perturbed::Normalisation, normalisation, .. }) => {
+            let (start, end) = normalisation.unwrap();
+            let part: Vec<f64> =
+                g.iter().enumerate().map(|(i, g)| if (start..end).contains(&i) { *g } else { 0.0 }).collect();
+            f(&plus(w, rho / norm(&part), &part)).1
+        }
         AnyMethod::Sam(Sam { rho, second_order: true, .. }) => {
             let adversarial = f(&plus(w, rho, &v)).1;
             let tangent = plus(&adversarial, -dot(&v, &adversarial), &v);
@@ -1095,6 +1102,19 @@ fn weight_decay_acts_on_the_prefix_only_and_does_not_bend_the_perturbation() {
     }
     let contradiction = Sam { p_norm: Norm::Infinity, ascent_steps: 2, ..Sam::new(0.1) };
     assert!(Optimizer::<f64>::new(&device, 4, sgd(contradiction.into(), 4)).is_err());
+    let unknown = Sam { perturb: Perturbed::Normalisation, ..Sam::new(0.1) };
+    for contradiction in [
+        Sam { normalisation: Some((2, 2)), ..unknown },
+        Sam { ascent_steps: 2, ..unknown },
+        Sam { p_norm: Norm::Infinity, ..unknown },
+        Sam { second_order: true, ..unknown },
+    ] {
+        let error = Optimizer::<f64>::new(&device, 4, sgd(contradiction.into(), 4)).err().map(|error| error.to_string());
+        assert!(error.as_ref().is_some_and(|error| error.contains("perturb")), "{contradiction:?}: {error:?}");
+    }
+    let mut weights = device.upload(&[1.0f64, 2.0, 3.0, 4.0]).unwrap();
+    let error = Optimizer::new(&device, 4, sgd(unknown.into(), 4)).unwrap().step(&mut flat, weights.view_mut(), 0.5);
+    assert!(matches!(error, Err(Error::Argument { .. })), "{error:?}");
     let out_of_range = Sam::new(-0.1);
     assert!(Optimizer::<f64>::new(&device, 4, sgd(out_of_range.into(), 4)).is_err());
 }

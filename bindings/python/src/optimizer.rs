@@ -31,7 +31,7 @@ pub fn direction_seed(seed: u64) -> u64 {
 /// Fails for options that the method does not have, that are out of range or contradict each other.
 #[pyfunction]
 pub fn check_options(method: &str, options: Options) -> Result<(), Failure> {
-    let found = configured((find(method)?.new)(), &options, Given::default())?;
+    let found = configured((find(method)?.new)(), &options, None)?;
     found.check()?;
     Ok(found.check_combination()?)
 }
@@ -121,10 +121,12 @@ impl TensorGroup {
 }
 
 /// What a method takes from the run that it trains.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct Given {
-    /// So many of the first elements are weights of layers; behind them come biases and normalisation.
+    /// So many of the first elements are weights of layers.
     matrices: usize,
+    /// So many elements behind them are parameters of normalisation; the others follow.
+    normalisation: usize,
     /// The seed of random directions.
     seed: u64,
     /// The relative error of the losses.
@@ -150,7 +152,7 @@ struct Typed<T: Scalar> {
 
 impl<T: Scalar> Typed<T> {
     fn method(&self, options: &Options) -> Result<Box<dyn Method<T>>, Failure> {
-        configured((self.make)(self.entry), options, self.given)
+        configured((self.make)(self.entry), options, Some(self.given))
     }
 
     /// Runs `work` with the functions as the objective.
@@ -232,12 +234,15 @@ type SmallState = (Vec<f64>, Vec<u32>, u64);
 fn configured<T: Scalar>(
     mut method: Box<dyn Method<T>>,
     options: &Options,
-    given: Given,
+    given: Option<Given>,
 ) -> Result<Box<dyn Method<T>>, Failure> {
-    // The layout tells ASAM which elements are weights, and nothing else.
-    let weights = TensorKind::Linear { inputs: given.matrices, outputs: 1 };
-    let layout = Layout::new(vec![("weights".into(), weights, Initial::Constant(0.0))]);
-    method.prepare(&Context { layout: &layout, seed: given.seed, loss_error: given.loss_error });
+    if let Some(Given { matrices, normalisation, seed, loss_error }) = given {
+        // The layout tells ASAM which elements are weights, SAM-ON which ones are normalisation, and nothing else.
+        let tensor = |name: &str, kind| (name.into(), kind, Initial::Constant(0.0));
+        let weights = tensor("weights", TensorKind::Linear { inputs: matrices, outputs: 1 });
+        let layout = Layout::new(vec![weights, tensor("normalisation", TensorKind::Scale(normalisation))]);
+        method.prepare(&Context { layout: &layout, seed, loss_error });
+    }
     let every = method.options();
     for (name, text) in options {
         let name = name.replace('_', "-");
@@ -290,7 +295,7 @@ fn build<T: Scalar>(
     mut allocate: impl FnMut(&str, usize) -> Result<u64, Failure>,
 ) -> Result<Typed<T>, Failure> {
     let places = Places::new(lengths);
-    let method = configured(make(entry), options, given)?;
+    let method = configured(make(entry), options, Some(given))?;
     let mut failed = None;
     let optimizer = Optimizer::with_memory(&device, places.len, Settings::boxed(method, base), |part, len| {
         if len == 0 {
@@ -313,8 +318,9 @@ fn build<T: Scalar>(
 #[pymethods]
 impl Engine {
     /// An optimizer for tensors of these lengths. `place` is as in [`open`], `base` is "sgd", "adamw" or "external".
-    /// The first `matrices` elements are weights of layers, which ASAM scales. `allocate(part, elements)` answers with
-    /// the address of zeros, which stay alive as long as the engine; they lie at multiples of 16.
+    /// `parts` counts elements: first come the weights of layers, which ASAM scales, then the normalisation, which
+    /// SAM-ON perturbs. `allocate(part, elements)` answers with the address of zeros, which stay alive as long as the
+    /// engine; they lie at multiples of 16.
     #[new]
     fn new(
         place: (String, usize, usize),
@@ -323,7 +329,7 @@ impl Engine {
         options: Options,
         base: &str,
         lengths: Vec<usize>,
-        matrices: usize,
+        parts: (usize, usize),
         seed: u64,
         loss_error: f64,
         allocate: &Bound<'_, PyAny>,
@@ -337,7 +343,7 @@ impl Engine {
         };
         let device = open((&place.0, place.1, place.2))?;
         let allocate = |part: &str, len: usize| Ok(allocate.call1((part, len))?.extract()?);
-        let given = Given { matrices, seed, loss_error };
+        let given = Given { matrices: parts.0, normalisation: parts.1, seed, loss_error };
         let typed = if double {
             let made: (_, Make<f64>) = (entry, |entry| (entry.new_f64)());
             AnyType::F64(build(device, made, &options, base, &lengths, given, allocate)?)

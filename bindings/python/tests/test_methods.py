@@ -34,6 +34,7 @@ RUNS = {
     "sam-adamw": ("SAM", {"rho": 0.05}, ADAMW, SAM),
     "sam-3-steps": ("SAM", {"rho": 0.05, "ascent_steps": 3}, SGD, {**SAM, "ascent_steps": 3}),
     "sam-second-order": ("SAM", {"rho": 0.05, "second_order": True}, SGD, {**SAM, "second_order": True}),
+    "sam-on": ("SAM", {"rho": 0.5, "perturb": "norm"}, SGD, {**SAM, "rho": 0.5, "perturb": "norm"}),
     "asam": ("ASAM", {"rho": 0.5, "eta": 0.01}, SGD, {"rho": 0.5, "eta": 0.01}),
     "random-sam": ("RandomSAM", {"rho": 1.0, "seed": 3}, SGD, {"rho": 1.0, "seed": 3}),
     "r-sam": ("RSAM", {"rho": 0.05, "sigma": 1.0, "seed": 4}, SGD, {"rho": 0.05, "sigma": 1.0, "seed": 4}),

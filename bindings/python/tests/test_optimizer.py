@@ -978,6 +978,36 @@ def test_a_pass_elsewhere_needs_a_closure(cls):
     assert same_bits(before[:2], bits(model)[:2])
 
 
+def test_sam_on_perturbs_the_normalisation_of_a_first_group():
+    model, batch = small_model(dtype=torch.float64), images(4)
+    norm = list(model[2].parameters())
+    others = [param for param in model.parameters() if all(param is not other for other in norm)]
+    # A bias in front of batch norm, in the order of the model.
+    model[1].bias = nn.Parameter(torch.zeros(16, dtype=torch.float64))
+    with pytest.raises(ValueError, match="a group of their own"):
+        train(SAM(model.parameters(), lr=0.1, perturb="norm"), model, 1)
+    optimizer = SAM([{"params": norm}, {"params": [*others, model[1].bias]}], lr=0.1, rho=0.3, perturb="norm")
+    start, seen = [param.detach().clone() for param in norm], []
+
+    def closure():
+        optimizer.zero_grad()
+        seen.append([param.detach().clone() for param in model.parameters()])
+        loss = cross_entropy(model(batch[0]), batch[1])
+        loss.backward()
+        if len(seen) == 1:
+            seen.append([param.grad.clone() for param in norm])
+        return loss
+
+    optimizer.step(closure)
+    first, gradient, second = seen
+    length = torch.cat(gradient).norm()
+    moved = [param.shape for param, other in zip(first, second) if not torch.equal(param, other)]
+    assert moved == [param.shape for param in norm]
+    places = [index for index, param in enumerate(model.parameters()) if any(param is other for other in norm)]
+    for index, before, direction in zip(places, start, gradient):
+        assert torch.allclose(second[index], before + 0.3 * direction / length, rtol=1e-10, atol=0)
+
+
 def test_every_method_has_a_class_with_its_own_help():
     for cls in CLASSES:
         assert issubclass(cls, torch.optim.Optimizer)

@@ -29,7 +29,7 @@ macro_rules! methods {
 
 methods! {
     plain: Plain => SGD, ADAMW;
-    sam: Sam, Norm => ENTRY;
+    sam: Sam, Norm, Perturbed => ENTRY;
     asam: Asam => ENTRY;
     random_sam: RandomSam => ENTRY;
     r_sam: RSam => ENTRY;

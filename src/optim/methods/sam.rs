@@ -1,11 +1,13 @@
 //! SAM: the gradient at `w + ε`, ε the ascent of length ρ (Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware
-//! Minimization for Efficiently Improving Generalization", ICLR 2021, algorithm 1).
+//! Minimization for Efficiently Improving Generalization", ICLR 2021, algorithm 1). With a perturbation of the
+//! normalisation alone it is SAM-ON (Müller, Vlaar, Rolnick, Hein, "Normalization Layers Are All That Sharpness-Aware
+//! Minimization Needs", NeurIPS 2023).
 
-use crate::device::{Result, Scalar};
+use crate::device::{Error, Result, Scalar};
 use crate::kernels::{sharpness, vector};
 use crate::objective::Passes;
 use crate::optim::step::work::{G0, G1, P, Q};
-use crate::optim::{Direction, Entry, Method, Needs, Numbers, Row, Step, Vector};
+use crate::optim::{Context, Direction, Entry, Method, Needs, Numbers, Row, Step, Vector};
 use crate::settings::SettingError;
 use crate::{settings, words};
 
@@ -16,6 +18,16 @@ words! {
         Two = "2",
         /// `ε = ρ sign(g)`
         Infinity = "inf",
+    }
+}
+
+words! {
+    /// The parameters that SAM perturbs.
+    pub enum Perturbed {
+        /// All of them
+        All = "all",
+        /// Those of normalisation: SAM-ON
+        Normalisation = "norm",
     }
 }
 
@@ -33,6 +45,12 @@ settings! {
         ascent_length: Option<f64> = None, else "rho", as "LENGTH", in positive;
         /// Include SAM's second-order term: one product with the Hessian
         second_order: bool = false;
+        /// Which parameters SAM perturbs: all, or those of normalisation alone (SAM-ON)
+        perturb: Perturbed = Perturbed::All;
+    }
+    code {
+        /// The first element of the parameters of normalisation, and the one behind their last.
+        normalisation: Option<(usize, usize)> = None;
     }
 }
 
@@ -47,6 +65,11 @@ impl Sam {
 }
 
 impl<T: Scalar> Method<T> for Sam {
+    fn prepare(&mut self, context: &Context<'_>) {
+        let place = context.layout.normalisation();
+        self.normalisation = Some((place.start, place.end));
+    }
+
     fn check_combination(&self) -> std::result::Result<(), SettingError> {
         let several = self.ascent_steps > 1;
         if self.ascent_length.is_some() && !several {
@@ -61,6 +84,15 @@ impl<T: Scalar> Method<T> for Sam {
                 reason: "needs `p-norm` 2 and one ascent step",
             });
         }
+        if self.perturb == Perturbed::Normalisation {
+            let contradiction = |reason| Err(SettingError::Contradiction { name: "perturb", reason });
+            if several || self.p_norm != Norm::Two || self.second_order {
+                return contradiction("`norm` needs `p-norm` 2, one ascent step and no `second-order`");
+            }
+            if self.normalisation.is_some_and(|(start, end)| start == end) {
+                return contradiction("`norm`, but the network has no normalisation");
+            }
+        }
         Ok(())
     }
 
@@ -74,7 +106,10 @@ impl<T: Scalar> Method<T> for Sam {
 
     fn direction(&self, step: &mut Step<'_, T>) -> Result<Direction> {
         step.gradient_at_weights()?;
-        if self.p_norm == Norm::Infinity {
+        if self.perturb == Perturbed::Normalisation {
+            self.perturb_normalisation(step)?;
+            step.gradient(P, 1, G1)?;
+        } else if self.p_norm == Norm::Infinity {
             let rho = self.rho * step.rho_factor;
             let mut x = step.vectors.open()?;
             vector::perturb_linf(x.read(Vector::Weights)?, x.read(G0)?, rho, x.write(P)?, None)?;
@@ -98,6 +133,21 @@ impl<T: Scalar> Method<T> for Sam {
 }
 
 impl Sam {
+    /// P is w, but for the normalisation, which is ρ further along its own part of the gradient.
+    fn perturb_normalisation<T: Scalar>(&self, step: &mut Step<'_, T>) -> Result<()> {
+        let Some((start, end)) = self.normalisation else {
+            let message = "`perturb` is norm, but the method was not told where the normalisation lies".into();
+            return Err(Error::Argument { operation: "Sam::direction", message });
+        };
+        let (rho, norms) = (self.rho * step.rho_factor, &mut step.numbers.norms);
+        let mut x = step.vectors.open()?;
+        let (weights, mut point) = (x.read(Vector::Weights)?, x.write(P)?);
+        let (part, gradient) = (weights.slice(start..end)?, x.read(G0)?.slice(start..end)?);
+        vector::l2_norm(gradient, step.reduction, norms.slice_mut(1..2)?)?;
+        point.copy_from(weights)?;
+        vector::perturb(part, gradient, norms.slice(1..2)?, rho, point.slice_mut(start..end)?, None)
+    }
+
     /// K steps of projected ascent, all of one length, from `w` onto the ball of radius ρ around it. The perturbed
     /// point is in P.
     fn ascend<T: Scalar>(&self, step: &mut Step<'_, T>) -> Result<()> {

@@ -85,7 +85,7 @@ def minimize(
         return blocks[-1].ctypes.data
 
     engine = _polder.Engine(
-        ("cpu", threads, 0), double, method, texts, base, [x.size], x.size, seed,
+        ("cpu", threads, 0), double, method, texts, base, [x.size], (x.size, 0), seed,
         0.0 if double else 1e-7, allocate,
     )  # fmt: skip
     given: dict[int, Any] = {}

@@ -31,7 +31,7 @@ class Engine:
         options: Sequence[tuple[str, str]],
         base: str,
         lengths: Sequence[int],
-        matrices: int,
+        parts: tuple[int, int],
         seed: int,
         loss_error: float,
         allocate: Callable[[str, int], int],

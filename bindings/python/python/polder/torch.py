@@ -23,6 +23,7 @@ parameters are pointed for a pass: the weights are never moved and restored, so 
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -67,6 +68,14 @@ _LOSS_ERROR = {torch.float32: 1e-7, torch.float64: 2e-16}
 # Names of the vectors of the state, as PyTorch's own optimizers have them.
 _MOMENTS = {"sgd": {"momentum": "momentum_buffer"}, "adamw": {"momentum": "exp_avg", "second_moment": "exp_avg_sq"}}
 
+
+# The layers whose parameters SAM-ON perturbs.
+_NORMALISATION = (
+    torch.nn.modules.batchnorm._NormBase,
+    torch.nn.LayerNorm,
+    torch.nn.GroupNorm,
+    *([torch.nn.RMSNorm] if hasattr(torch.nn, "RMSNorm") else []),
+)
 
 # Methods that follow the gradient of their last pass alone, so that replicas may differ in the first one.
 _FOLLOWS_LAST = ("sam", "asam", "r-sam", "friendly-sam")
@@ -139,6 +148,22 @@ def _check_numbers(groups: list[dict[str, Any]]) -> None:
 def _matrices(flat: Flat) -> int:
     """The elements of the flat vector in front of the biases and the normalisation."""
     return max((end for param, (_, end) in zip(flat.params, flat.places) if not _is_vector(param)), default=0)
+
+
+def _normalisation(flat: Flat, modules: Iterable[torch.nn.Module], needed: bool) -> int:
+    """The elements of the normalisation, if all of it lies in front of the biases; fails otherwise if it is needed."""
+    inside = (module for root in modules for module in root.modules() if isinstance(module, _NORMALISATION))
+    wanted = {id(param) for module in inside for param in module.parameters(recurse=False)}
+    vectors = [(place, id(param) in wanted) for param, place in zip(flat.params, flat.places) if _is_vector(param)]
+    first = [place for place, found in itertools.takewhile(lambda vector: vector[1], vectors)]
+    if sum(found for _, found in vectors) > len(first):
+        if needed:
+            raise ValueError(
+                "perturb: 'norm' needs the parameters of normalisation in front of all biases: give them in a group of "
+                "their own, before the other groups"
+            )
+        return 0
+    return first[-1][1] - first[0][0] if first else 0
 
 
 class SharpnessAware(torch.optim.Optimizer):
@@ -267,7 +292,9 @@ class SharpnessAware(torch.optim.Optimizer):
             return block.data_ptr()
 
         place, options = place_of(flat.device), self._options()
-        shape = flat.lengths, _matrices(flat)
+        statistics = Statistics.of(flat.params, self._model)
+        needed = ("perturb", "norm") in options
+        shape = flat.lengths, (_matrices(flat), _normalisation(flat, statistics.modules, needed))
         engine = _polder.Engine(
             place, flat.double, self._method["name"], options, self._base, *shape, self._seed, error, allocate
         )
@@ -275,7 +302,7 @@ class SharpnessAware(torch.optim.Optimizer):
         self._weights = flat.allocate(flat.len)
         flat.adopt(self._weights)
         self._direction = flat.allocate(flat.len) if self._base == "external" else None
-        self._statistics = Statistics.of(flat.params, self._model)
+        self._statistics = statistics
         self._place, self._given, self._passes = place, options, engine.passes()
         self._flat, self._blocks, self._engine = flat, blocks, engine
 

@@ -74,6 +74,7 @@ class SAM(SharpnessAware):
         ascent_steps: int = 1,
         ascent_length: float | None = None,
         second_order: bool = False,
+        perturb: Literal["all", "norm"] = "all",
         model: torch.nn.Module | None = None,
         seed: int = 0,
         loss_error: float | None = None,
@@ -207,6 +208,48 @@ class FriendlySAM(SharpnessAware):
         **base_options: Any,
     ) -> None: ...
 
+class MSAM(SharpnessAware):
+    def __init__(
+        self,
+        params: torch.nn.Module | Iterable[Any],
+        base: _Base = "sgd",
+        *,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        weight_decay: float = ...,
+        nesterov: bool = False,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        rho: float = 0.3,
+        model: torch.nn.Module | None = None,
+        seed: int = 0,
+        loss_error: float | None = None,
+        no_sync: Callable[[], AbstractContextManager[Any]] | None = None,
+        **base_options: Any,
+    ) -> None: ...
+
+class WSAM(SharpnessAware):
+    def __init__(
+        self,
+        params: torch.nn.Module | Iterable[Any],
+        base: _Base = "sgd",
+        *,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        weight_decay: float = ...,
+        nesterov: bool = False,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        rho: float = 0.05,
+        gamma: float = 0.9,
+        sharpness: Literal["decoupled", "coupled"] = "decoupled",
+        model: torch.nn.Module | None = None,
+        seed: int = 0,
+        loss_error: float | None = None,
+        no_sync: Callable[[], AbstractContextManager[Any]] | None = None,
+        **base_options: Any,
+    ) -> None: ...
+
 class CRSAM(SharpnessAware):
     def __init__(
         self,
@@ -225,6 +268,7 @@ class CRSAM(SharpnessAware):
         form: Literal["log", "released"] = "log",
         a_min: float = 1e-08,
         b_min: float = 1e-08,
+        direction: Literal["gradient", "random"] = "gradient",
         model: torch.nn.Module | None = None,
         seed: int = 0,
         loss_error: float | None = None,
