@@ -76,6 +76,8 @@ words! {
         Linear = "linear",
         /// In proportion to the learning rate, as in GSAM (Zhuang et al. 2022, algorithm 1, with ρ_min = lr_min = 0)
         LearningRate = "lr",
+        /// `ρ/√t` in step t, counted from 1, for which GNR's theorem 2.3 proves convergence
+        InverseRoot = "inverse-sqrt",
     }
 }
 
@@ -86,6 +88,7 @@ impl RhoSchedule {
             RhoSchedule::Constant => 1.0,
             RhoSchedule::Linear => (step + 1) as f64 / schedule.steps.max(1) as f64,
             RhoSchedule::LearningRate => schedule.rate(step) / schedule.peak,
+            RhoSchedule::InverseRoot => 1.0 / ((step + 1) as f64).sqrt(),
         }
     }
 }
@@ -102,6 +105,12 @@ mod tests {
         assert_eq!(rates(schedule.clone()), [1.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.1 * 0.1, 0.1 * 0.1]);
         let schedule = Schedule { warmup: 2, steps: 7, milestones: vec![6, 3], factor: 0.5, ..schedule };
         assert_eq!(rates(schedule), [0.5, 1.0, 1.0, 0.5, 0.5, 0.5, 0.25]);
+    }
+
+    #[test]
+    fn the_radius_falls_as_the_inverse_root_of_the_step() {
+        let factors = [0, 3, 99].map(|step| RhoSchedule::InverseRoot.factor(step, &Schedule::default()));
+        assert_eq!(factors, [1.0, 0.5, 0.1]);
     }
 
     #[test]
