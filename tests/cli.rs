@@ -126,8 +126,15 @@ fn a_resumed_run_ends_with_the_same_bits() {
     let folder = tempfile::tempdir().unwrap();
     let data = idx_folder(folder.path());
     let data = data.to_str().unwrap();
-    let runs =
-        [("cr-sam", "f32"), ("adamw", "bf16"), ("sa-sam", "f32"), ("looksam", "f32"), ("r-sam", "f32"), ("sam", "f16")];
+    let runs = [
+        ("cr-sam", "f32"),
+        ("adamw", "bf16"),
+        ("sa-sam", "f32"),
+        ("looksam", "f32"),
+        ("msam", "f32"),
+        ("r-sam", "f32"),
+        ("sam", "f16"),
+    ];
     for (optimizer, precision) in runs {
         let common = [
             "train",
@@ -188,7 +195,7 @@ fn replayed_steps_are_the_steps_themselves() {
     let folder = tempfile::tempdir().unwrap();
     let data = idx_folder(folder.path());
     let data = data.to_str().unwrap();
-    let runs: [&[&str]; 10] = [
+    let runs: [&[&str]; 13] = [
         &["--optimizer", "sgd"],
         &["--optimizer", "adamw", "--precision", "bf16"],
         &["--optimizer", "sam", "--precision", "f16", "--warmup", "5"],
@@ -199,6 +206,9 @@ fn replayed_steps_are_the_steps_themselves() {
         &["--optimizer", "gam"],
         &["--optimizer", "gsam", "--rho-schedule", "lr"],
         &["--optimizer", "sa-sam"],
+        &["--optimizer", "msam", "--base", "adamw"],
+        &["--optimizer", "wsam"],
+        &["--optimizer", "wsam", "--m-sharpness", "8", "--gamma", "0.6"],
     ];
     for (number, run) in runs.into_iter().enumerate() {
         let model = |name: &str, steps: &str, extra: &[&str]| {
@@ -873,18 +883,22 @@ fn every_option_of_a_method_trains_and_one_group_changes_no_bit() {
         &["--second-order"],
         &["--clip", "0.1"],
         &["--rho-schedule", "linear"],
+        &["--rho-schedule", "inverse-sqrt"],
         &["--rho-schedule", "lr", "--warmup", "3"],
+        &["--perturb", "norm"],
         &["--base", "adamw"],
         &["--optimizer", "gnr", "--hvp", "exact", "--oracle", "sam", "--every", "2"],
         &["--optimizer", "gnr", "--base", "adamw"],
         &["--optimizer", "cr-sam", "--m-sharpness", "4"],
+        &["--optimizer", "cr-sam", "--direction", "random", "--form", "released"],
+        &["--optimizer", "wsam", "--sharpness", "coupled"],
         &["--optimizer", "gsam", "--rho-schedule", "lr"],
     ] {
         assert_ne!(run(extra).0, plain, "{extra:?}");
     }
     // With a radius of 0 a method is its base optimizer.
     let (base, _) = run(&["--optimizer", "sgd"]);
-    for method in ["sam", "asam", "random-sam", "cr-sam", "looksam", "gsam", "gnr", "friendly-sam"] {
+    for method in ["sam", "asam", "random-sam", "cr-sam", "looksam", "gsam", "gnr", "friendly-sam", "msam"] {
         assert!(run(&["--optimizer", method, "--rho", "0"]).0 == base, "{method}");
     }
     let steps = ["--schedule", "step", "--optimizer", "sgd"];

@@ -425,7 +425,8 @@ impl<T: Scalar> Optimizer<T> {
         const OPERATION: &str = "Optimizer::direction_into";
         crate::kernels::check_length(OPERATION, "out", out.len(), self.len)?;
         if self.settings.method.needs_base() {
-            let message = "the method needs a base optimizer of this library: its direction has no meaning alone".into();
+            let message =
+                "the method needs a base optimizer of this library: its direction has no meaning alone".into();
             return Err(Error::Argument { operation: OPERATION, message });
         }
         self.guard(objective, |optimizer, objective| {

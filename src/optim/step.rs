@@ -72,13 +72,8 @@ impl Row {
 }
 
 /// The rows that every method has, in the order of [`Row`].
-const COMMON_ROWS: [[f64; 4]; 5] = [
-    [1.0, 0.0, 0.0, 0.0],
-    [0.0, 1.0, 0.0, 0.0],
-    [1.0, -1.0, 0.0, 0.0],
-    [0.0, 0.0, 1.0, -1.0],
-    [0.0, -1.0, 0.0, 0.0],
-];
+const COMMON_ROWS: [[f64; 4]; 5] =
+    [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [1.0, -1.0, 0.0, 0.0], [0.0, 0.0, 1.0, -1.0], [0.0, -1.0, 0.0, 0.0]];
 
 /// Where four coefficients lie on the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -621,18 +616,23 @@ impl<T: Scalar> Step<'_, T> {
         sharpness::perturb_along(x.weights, direction, norm, rho, x.write(to)?)
     }
 
-    /// [`work::P`] `= w + ρ z/‖z‖`, z standard normal and drawn anew in each step and group. The schedule scales ρ.
+    /// `to = w + ρ z/‖z‖`, and `other` on the other side, z standard normal and drawn anew in each step and group. The
+    /// schedule scales ρ.
     ///
     /// # Errors
     /// [`Error::Range`] for a vector that is not there.
-    pub fn perturb_randomly(&mut self, seed: u64, rho: f64) -> Result<()> {
+    pub fn perturb_randomly(&mut self, seed: u64, rho: f64, to: Vector, other: Option<Vector>) -> Result<()> {
         let n = self.vectors.weights.len();
         let first_block = self.draw * n.div_ceil(4) as u64;
         let norms = &mut self.numbers.norms;
         random::normal_norm(n, seed, first_block, self.reduction, norms.slice_mut(1..2)?)?;
         let mut x = self.vectors.open()?;
         let (norm, rho) = (norms.slice(1..2)?, rho * self.rho_factor);
-        random::perturb_normal(x.weights, seed, first_block, norm, rho, x.write(P)?)
+        for (point, rho) in [(Some(to), rho), (other, -rho)] {
+            let Some(point) = point else { continue };
+            random::perturb_normal(x.weights, seed, first_block, norm, rho, x.write(point)?)?;
+        }
+        Ok(())
     }
 
     /// Dot products and norms of two combinations A and B of some vectors, to [`Numbers::dot_products`].

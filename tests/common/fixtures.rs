@@ -9,8 +9,8 @@ use polder::kernels::image::{self, BatchShape, Normalization, Position};
 use polder::nn::{Model, Shortcut};
 use polder::objective::Wrapped;
 use polder::optim::{
-    Asam, Base, CrSam, Form, FriendlySam, Gam, Gnr, Gsam, Hvp, LookSam, Method, Msam, Norm, Optimizer, Oracle, Perturbed, Plain, RSam,
-    RandomSam, SaSam, Sam, Settings, Sharpness, Wsam,
+    Along, Asam, Base, CrSam, Form, FriendlySam, Gam, Gnr, Gsam, Hvp, LookSam, Method, Msam, Norm, Optimizer, Oracle,
+    Perturbed, Plain, RSam, RandomSam, SaSam, Sam, Settings, Sharpness, Wsam,
 };
 use polder::plan::{Plan, PlanOptions, Shape};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -170,6 +170,8 @@ fn method<T: Scalar>(run: &Value, layout: &Layout) -> Box<dyn Method<T>> {
             form: if run["form"] == "log" { Form::Log } else { Form::Released },
             a_min: of("a_min"),
             b_min: of("b_min"),
+            direction: if run["direction"] == "random" { Along::Random } else { Along::Gradient },
+            seed: run["seed"].as_u64().unwrap_or(0),
             loss_error: 0.0,
         }),
         "gnr" => Box::new(Gnr {

@@ -2,8 +2,8 @@
 
 use polder::device::Scalar;
 use polder::optim::{
-    Asam, Base, CrSam, FriendlySam, Gam, Gnr, Gsam, LookSam, Method, Msam, Plain, RSam, RandomSam, SaSam, Sam, Settings,
-    Wsam,
+    Asam, Base, CrSam, FriendlySam, Gam, Gnr, Gsam, LookSam, Method, Msam, Plain, RSam, RandomSam, SaSam, Sam,
+    Settings, Wsam,
 };
 
 macro_rules! any_method {

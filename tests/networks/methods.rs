@@ -21,7 +21,7 @@ fn methods_with_a_memory_match_pytorch() {
 
 #[test]
 fn random_perturbations_match_pytorch() {
-    check_runs(&["random-sam", "r-sam"]);
+    check_runs(&["random-sam", "r-sam", "cr-sam-random"]);
 }
 
 #[test]

@@ -52,6 +52,12 @@ RUNS = {
         {**SGD, "lr": 0.02},
         {"rho": 0.2, "alpha": 0.02, "beta": 0.01, "a_min": 1e-8, "b_min": 1e-8, "form": "log"},
     ),
+    "cr-sam-random": (
+        "CRSAM",
+        {"rho": 3.0, "alpha": 1.0, "beta": 1.0, "form": "released", "direction": "random", "seed": 5},
+        SGD,
+        {"rho": 3.0, "alpha": 1.0, "beta": 1.0, "form": "released", "direction": "random", "seed": 5},
+    ),
     "gnr": ("GNR", {"rho": 0.1, "alpha": 0.1}, SGD, GNR),
     "gnr-difference": ("GNR", {"rho": 0.1, "alpha": 0.1, "hvp": "difference"}, SGD, {**GNR, "radius": 0.01}),
     "gam": (
@@ -64,7 +70,7 @@ RUNS = {
     "sa-sam": ("SASAM", {"eta0": 0.1, "delta": 0.02, "theta0": 1.0}, OWN_RATE, {"eta0": 0.1, "delta": 0.02}),
 }
 NEEDS_GRAPH = {"sam-second-order", "gnr"}
-RANDOM = {"random-sam", "r-sam"}
+RANDOM = {"random-sam", "r-sam", "cr-sam-random"}
 
 
 class Objective:
@@ -115,6 +121,7 @@ def random_direction(w, seed, step):
 def run_reference(name, dtype, batches):
     _, _, base, settings = RUNS[name]
     method = name.removesuffix("-nesterov").removesuffix("-adamw").removesuffix("-difference").removesuffix("-coupled")
+    method = "cr-sam" if method.startswith("cr-sam") else method
     method = "sam" if method.startswith("sam") else method
     model = resnet8(dtype=dtype)
     w = {key: value.detach().clone() for key, value in model.named_parameters()}

@@ -1,11 +1,12 @@
 //! CR-SAM: curvature-regularised SAM (Wu, Luo, Wunsch, "CR-SAM: Curvature Regularized Sharpness-Aware Minimization",
-//! AAAI 2024, equation 7).
+//! AAAI 2024, equation 7). Its curvature along a random direction is that of the paper's theorem 1, an estimate of the
+//! trace of the Hessian.
 
 use crate::device::{Result, Scalar};
 use crate::kernels::vector::{self, CrSamTerms};
 use crate::objective::Passes;
-use crate::optim::step::work::{G0, G1, G2};
-use crate::optim::{Context, Direction, Entry, Method, Needs, Numbers, Step};
+use crate::optim::step::work::{G0, G1, G2, P, Q};
+use crate::optim::{Context, Direction, Entry, Method, Needs, Numbers, Step, direction_seed};
 use crate::{settings, words};
 
 words! {
@@ -15,6 +16,16 @@ words! {
         Log = "log",
         /// The authors' code: that of `α A + β B`
         Released = "released",
+    }
+}
+
+words! {
+    /// The direction of CR-SAM's two points.
+    pub enum Along {
+        /// The gradient at `w`, as in algorithm 1
+        Gradient = "gradient",
+        /// A random direction, uniform over all and drawn anew in each step
+        Random = "random",
     }
 }
 
@@ -36,8 +47,12 @@ settings! {
         a_min: f64 = 1e-8, as "A", in not_negative;
         /// CR-SAM drops the slope term at or below this B, or where B is smaller than the error of the losses
         b_min: f64 = 1e-8, as "B", in not_negative;
+        /// Whether CR-SAM's two points lie along the gradient or along a random direction
+        direction: Along = Along::Gradient;
     }
     code {
+        /// Seed of the random direction.
+        seed: u64 = 0;
         /// The error of A and B, relative to the loss.
         loss_error: f64 = 0.0;
     }
@@ -50,6 +65,7 @@ impl<T: Scalar> Method<T> for CrSam {
     /// A is a sum of four losses.
     fn prepare(&mut self, context: &Context<'_>) {
         self.loss_error = 4.0 * context.loss_error;
+        self.seed = direction_seed(context.seed);
     }
 
     fn passes(&self) -> Passes {
@@ -60,7 +76,11 @@ impl<T: Scalar> Method<T> for CrSam {
         Needs { numbers: 4, ..Needs::vectors(5) }
     }
 
-    /// A, B, and `A/ρ²`, the curvature along the gradient, with its error from the rounding of the losses.
+    fn repeats(&self) -> bool {
+        self.direction == Along::Gradient
+    }
+
+    /// A, B, and `A/ρ²`, the curvature along the direction, with its error from the rounding of the losses.
     fn telemetry(&self) -> &'static [&'static str] {
         &["a", "b", "vhv", "vhv_error"]
     }
@@ -72,7 +92,13 @@ impl<T: Scalar> Method<T> for CrSam {
 
     fn direction(&self, step: &mut Step<'_, T>) -> Result<Direction> {
         step.gradient_at_weights()?;
-        step.gradient_pair_displaced(self.rho, [G1, G2])?;
+        match self.direction {
+            Along::Gradient => step.gradient_pair_displaced(self.rho, [G1, G2])?,
+            Along::Random => {
+                step.perturb_randomly(self.seed, self.rho, P, Some(Q))?;
+                step.gradient_pair([P, Q], [G1, G2])?;
+            }
+        }
         let Self { alpha, beta, form, a_min, b_min, loss_error, .. } = *self;
         let terms = CrSamTerms { log_form: form == Form::Log, alpha, beta, a_min, b_min, loss_error };
         let Numbers { losses, own, coefficients, flag, .. } = &mut *step.numbers;

@@ -38,7 +38,7 @@ methods! {
     friendly_sam: FriendlySam => ENTRY;
     msam: Msam => ENTRY;
     wsam: Wsam, Sharpness => ENTRY;
-    cr_sam: CrSam, Form => ENTRY;
+    cr_sam: CrSam, Along, Form => ENTRY;
     gnr: Gnr, Hvp, Oracle => ENTRY;
     gam: Gam => ENTRY;
     sa_sam: SaSam => SA_SAM, SA_SGD;

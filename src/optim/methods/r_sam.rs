@@ -43,7 +43,7 @@ impl<T: Scalar> Method<T> for RSam {
     }
 
     fn direction(&self, step: &mut Step<'_, T>) -> Result<Direction> {
-        step.perturb_randomly(self.seed, self.sigma)?;
+        step.perturb_randomly(self.seed, self.sigma, P, None)?;
         step.gradient_and_norm(P, 0, G0, 0)?;
         step.gradient_displaced(Vector::Weights, G0, 0, self.rho, 1, G1)?;
         Ok(Direction::along(G1))

@@ -40,7 +40,7 @@ impl<T: Scalar> Method<T> for RandomSam {
     }
 
     fn direction(&self, step: &mut Step<'_, T>) -> Result<Direction> {
-        step.perturb_randomly(self.seed, self.rho)?;
+        step.perturb_randomly(self.seed, self.rho, P, None)?;
         step.gradient_and_norm(P, 0, G0, 0)?;
         Ok(Direction::along(G0))
     }
