@@ -1,5 +1,5 @@
-//! A method of your own, written outside the library and trained by its loop: WSAM (Yue et al. 2023), which follows
-//! `α g₊ + (1 − α) g` with `α = γ/(1 − γ)`, `g` the gradient at `w` and `g₊` SAM's.
+//! A method of your own, written outside the library and trained by its loop: the penalty of the gradient's norm (Zhao,
+//! Zhang, Hu 2022), which follows `α g₊ + (1 − α) g`, `g` the gradient at `w` and `g₊` SAM's.
 //!
 //! ```sh
 //! cargo run --release --example own_method
@@ -13,17 +13,17 @@ use polder::optim::{Coefficients, Direction, Method, Needs, Row, Step, Vector};
 use polder::train::{RunSettings, Training};
 
 polder::settings! {
-    /// WSAM: SAM's gradient and the plain one, weighted.
+    /// SAM's gradient and the plain one, weighted.
     #[derive(Debug, Clone, Copy, PartialEq)]
-    pub struct WeightedSam {
+    pub struct NormPenalty {
         /// Radius of the perturbation
         rho: f64 = 0.05, as "RHO", in positive;
-        /// Weight of SAM's gradient: 0 is the base optimizer alone, 1 is SAM, more stresses sharpness
-        alpha: f64 = 1.5, as "ALPHA", in not_negative;
+        /// Weight of SAM's gradient: 0 is the base optimizer alone, 1 is SAM
+        alpha: f64 = 0.8, as "ALPHA", in not_negative;
     }
 }
 
-impl<T: Scalar> Method<T> for WeightedSam {
+impl<T: Scalar> Method<T> for NormPenalty {
     fn passes(&self) -> Passes {
         Passes { gradients: 2, products: 0 }
     }
@@ -47,10 +47,12 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     settings.run.epochs = 3;
     settings.data.batch_size = 32;
     let data = SyntheticSpec { train: 1024, test: 256, ..SyntheticSpec::default() };
-    let summary =
-        Training::new(settings).dataset(synthetic(&data)?).method("wsam", Box::new(WeightedSam::default())).run()?;
+    let summary = Training::new(settings)
+        .dataset(synthetic(&data)?)
+        .method("norm-penalty", Box::new(NormPenalty::default()))
+        .run()?;
     let test = summary.test.ok_or("the run was interrupted")?;
-    println!("WSAM: test accuracy {:.1} %, test loss {:.3}", 100.0 * test.accuracy, test.loss);
+    println!("norm penalty: test accuracy {:.1} %, test loss {:.3}", 100.0 * test.accuracy, test.loss);
     assert_eq!((summary.steps, summary.skipped), (96, 0));
     // Guessing one of ten classes has a loss of 2.303.
     assert!(test.loss < 2.28);
