@@ -13,8 +13,8 @@ pub enum DataError {
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: io::Error },
 
-    /// The data path is not a folder.
-    #[error("{path}: not a folder; expected one with {}", files())]
+    /// The data path is a file that is no data set.
+    #[error("{path}: not a data set; expected a folder with {}", files())]
     NotAFolder { path: PathBuf },
 
     /// A data file is a pipe or a device.
@@ -24,10 +24,6 @@ pub enum DataError {
     /// No file of a known format lies in the folder.
     #[error("{path}: no data set found; expected {}", files())]
     NotRecognised { path: PathBuf },
-
-    /// The folder holds CIFAR in the version for Python.
-    #[error("{path}: CIFAR's python version, which is not read; expected the binary version ({archive})")]
-    PythonVersion { path: PathBuf, archive: &'static str },
 
     /// The folder holds files of several data sets, in itself or in folders below.
     #[error("{path}: holds two data sets, {first} and {second}; expected a folder with one")]
@@ -47,11 +43,39 @@ pub enum DataError {
 
     /// A label that the data set does not have.
     #[error("{path}: label {label} at sample {index}, expected 0 to {}", classes - 1)]
-    Label { path: PathBuf, index: usize, label: u32, classes: usize },
+    Label { path: PathBuf, index: usize, label: i64, classes: usize },
 
     /// A label so large that most classes below it have no sample: a damaged file.
     #[error("{path}: label {label} at sample {index}, but there are only {different} different labels")]
     SparseLabels { path: PathBuf, index: usize, label: u32, different: usize },
+
+    /// A pickle that is damaged, or that holds something else than images and labels.
+    #[error("{path}: not a pickle with images: {reason}")]
+    Pickle { path: PathBuf, reason: String },
+
+    /// A pickle that wants something to be called. It was not.
+    #[error("{path}: the pickle names `{name}`, which no data set needs; nothing of it was executed")]
+    PickleName { path: PathBuf, name: String },
+
+    /// An archive that is damaged, or that holds other files than its name says.
+    #[error("{path}: damaged archive: {reason}")]
+    Archive { path: PathBuf, reason: String },
+
+    /// A file of MATLAB that is damaged, or that holds other variables than the data set has.
+    #[error("{path}: not a MATLAB file of SVHN: {reason}")]
+    Mat { path: PathBuf, reason: String },
+
+    /// A `.npy` file that is damaged, or that holds another array than is expected.
+    #[error("{path}: {reason}")]
+    Npy { path: PathBuf, reason: String },
+
+    /// A folder of corrupted test images, which are for `polder eval` alone.
+    #[error("{path}: holds corrupted test images; only an evaluation with a corruption reads them")]
+    OnlyCorrupted { path: PathBuf },
+
+    /// A corruption that the folder does not have.
+    #[error("{folder}: no {name}.npy; it has {present}")]
+    NoCorruption { folder: PathBuf, name: String, present: String },
 
     /// An IDX file with another magic number.
     #[error("{path}: magic number {found:#010x}, expected {expected:#010x}")]
@@ -138,4 +162,11 @@ pub enum DataError {
 fn files() -> String {
     let files: Vec<&str> = super::FORMATS.iter().map(|format| format.files).filter(|files| !files.is_empty()).collect();
     files.join(", or ")
+}
+
+/// The start of what a file holds, without control characters, for an error.
+pub(super) fn excerpt(bytes: &[u8]) -> String {
+    const MOST: usize = 60;
+    let dots = if bytes.len() > MOST { "…" } else { "" };
+    format!("{}{dots}", bytes[..bytes.len().min(MOST)].escape_ascii())
 }

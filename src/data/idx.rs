@@ -6,8 +6,7 @@ use std::cmp::Ordering;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
-use flate2::bufread::GzDecoder;
-
+use super::gzip::{self, Members};
 use super::{
     DataError, Dataset, Format, ImageShape, Images, Recognise, Split, SplitImages, StatisticsSource, is_there,
     mean_and_std, open,
@@ -17,7 +16,7 @@ use super::{
 pub(super) const FORMAT: Format = Format {
     name: "IDX",
     files: "train-images-idx3-ubyte and so on (IDX)",
-    recognise: Recognise::InFolder { holds: has_files, below: &["raw", "MNIST/raw", "FashionMNIST/raw", "KMNIST/raw"] },
+    recognise: Recognise::ByFiles { holds: has_files, below: &["raw", "MNIST/raw", "FashionMNIST/raw", "KMNIST/raw"] },
     load,
     load_split,
 };
@@ -149,7 +148,7 @@ fn read_split(folder: &Path, split: Split) -> Result<(Images, Option<&'static Pu
         None => count_classes(folder, split, &path, &labels)?,
     };
     if let Some(index) = labels.iter().position(|&label| label as usize >= classes) {
-        return Err(DataError::Label { path, index, label: labels[index], classes });
+        return Err(DataError::Label { path, index, label: labels[index].into(), classes });
     }
     let shape = ImageShape { height, width, channels: 1 };
     Ok((Images { pixels: image_file.values()?, labels, shape, classes }, published))
@@ -223,7 +222,7 @@ impl<const D: usize> IdxFile<D> {
         let (file, file_bytes) = open(&path)?;
         let mut file = BufReader::new(file);
         let start = file.fill_buf().map_err(|source| DataError::Io { path: path.clone(), source })?;
-        let gzipped = start.starts_with(&GZIP);
+        let gzipped = start.starts_with(&gzip::START);
         let mut reader: Box<dyn Read> = if gzipped { Box::new(Members::new(file)) } else { Box::new(file) };
 
         let mut header = Vec::new();
@@ -299,52 +298,5 @@ fn check_length(path: &Path, bytes: u64, expected: u64) -> Result<(), DataError>
         Ordering::Less => Err(DataError::Truncated { path: path.into(), bytes, expected }),
         Ordering::Greater => Err(DataError::TrailingBytes { path: path.into(), expected }),
         Ordering::Equal => Ok(()),
-    }
-}
-
-/// The first bytes of a gzip file.
-const GZIP: [u8; 2] = [0x1f, 0x8b];
-
-/// The contents of a gzip file: of all its members, one after another. Zeros may follow the last one, as on tapes and
-/// after some downloads.
-struct Members<R: BufRead> {
-    /// None after the last member.
-    member: Option<GzDecoder<R>>,
-}
-
-impl<R: BufRead> Members<R> {
-    fn new(file: R) -> Self {
-        Self { member: Some(GzDecoder::new(file)) }
-    }
-}
-
-impl<R: BufRead> Read for Members<R> {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        while let Some(member) = &mut self.member {
-            let bytes = member.read(into)?;
-            if bytes > 0 || into.is_empty() {
-                return Ok(bytes);
-            }
-            let Some(mut rest) = self.member.take().map(GzDecoder::into_inner) else { break };
-            match rest.fill_buf()?.first() {
-                None => {}
-                Some(&first) if first == GZIP[0] => self.member = Some(GzDecoder::new(rest)),
-                Some(_) => only_zeros(rest)?,
-            }
-        }
-        Ok(0)
-    }
-}
-
-fn only_zeros(mut rest: impl BufRead) -> io::Result<()> {
-    loop {
-        let part = rest.fill_buf()?;
-        if part.iter().any(|&byte| byte != 0) {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "bytes after its end"));
-        }
-        match part.len() {
-            0 => return Ok(()),
-            length => rest.consume(length),
-        }
     }
 }

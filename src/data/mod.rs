@@ -9,8 +9,12 @@
 //! Everything random here comes from ChaCha8 through integer arithmetic, so a seed means the same on every platform.
 
 mod cifar;
+mod cifar_archive;
+mod cifar_python;
 mod error;
+mod gzip;
 mod idx;
+mod pickle;
 mod synthetic;
 
 use std::fmt;
@@ -368,9 +372,9 @@ pub struct SplitImages {
 pub enum Recognise {
     /// By its name in place of a path.
     ByName,
-    /// By the files in a folder.
-    InFolder {
-        /// Whether any file of the format lies in a folder.
+    /// By the names of files.
+    ByFiles {
+        /// Whether any file of the format lies in a folder, or whether the path is that of such a file.
         holds: fn(&Path) -> Result<bool, DataError>,
         /// Where archives and torchvision put the files, below the folder that was named.
         below: &'static [&'static str],
@@ -393,7 +397,15 @@ pub struct Format {
 }
 
 /// All formats. Each is one file of this module.
-pub const FORMATS: &[Format] = &[synthetic::FORMAT, cifar::CIFAR10, cifar::CIFAR100, idx::FORMAT];
+pub const FORMATS: &[Format] = &[
+    synthetic::FORMAT,
+    cifar::CIFAR10,
+    cifar::CIFAR100,
+    cifar_python::CIFAR10,
+    cifar_python::CIFAR100,
+    cifar_archive::FORMAT,
+    idx::FORMAT,
+];
 
 /// Reads the data set at a path: `synthetic`, or a folder whose format is recognised by the names of the files.
 ///
@@ -448,12 +460,9 @@ fn find(path: &Path) -> Result<(&'static Format, PathBuf), DataError> {
         return Ok((format, path.into()));
     }
     let metadata = fs::metadata(path).map_err(|source| DataError::Io { path: path.into(), source })?;
-    if !metadata.is_dir() {
-        return Err(DataError::NotAFolder { path: path.into() });
-    }
     let mut found: Vec<(&Format, PathBuf, &'static str)> = Vec::new();
     for format in FORMATS {
-        let Recognise::InFolder { holds, below } = format.recognise else { continue };
+        let Recognise::ByFiles { holds, below } = format.recognise else { continue };
         if holds(path)? {
             found.push((format, path.into(), format.name));
             continue;
@@ -465,11 +474,12 @@ fn find(path: &Path) -> Result<(&'static Format, PathBuf), DataError> {
             }
         }
     }
+    // An archive usually lies beside what was unpacked from it.
+    let places: Vec<PathBuf> = found.iter().map(|(_, place, _)| place.clone()).collect();
+    found.retain(|(_, place, _)| !cifar_archive::unpacked(place).is_some_and(|folder| places.contains(&folder)));
     match found.pop() {
-        None => Err(match cifar::instead_of_python_version(path)? {
-            Some(archive) => DataError::PythonVersion { path: path.into(), archive },
-            None => DataError::NotRecognised { path: path.into() },
-        }),
+        None if metadata.is_dir() => Err(DataError::NotRecognised { path: path.into() }),
+        None => Err(DataError::NotAFolder { path: path.into() }),
         Some((format, folder, _)) if found.is_empty() => Ok((format, folder)),
         Some((.., second)) => Err(DataError::Ambiguous { path: path.into(), first: found[0].2, second }),
     }
@@ -493,6 +503,25 @@ fn mean_and_std(pixels: &[u8], channels: usize) -> (Vec<f32>, Vec<f32>) {
         ((mean / 255.0) as f32, std as f32)
     });
     mean_and_std.unzip()
+}
+
+/// The integers of `width` bytes (1, 2, 4 or 8) in the bytes of an array. None if a number is cut off, or larger than
+/// `i64` holds.
+fn integers(bytes: &[u8], width: usize, signed: bool, big_endian: bool) -> Option<Vec<i64>> {
+    if !bytes.len().is_multiple_of(width) {
+        return None;
+    }
+    let number = |bytes: &[u8]| {
+        let mut word = [0; 8];
+        word[..width].copy_from_slice(bytes);
+        if big_endian {
+            word[..width].reverse();
+        }
+        let number = u64::from_le_bytes(word);
+        let unused = 64 - 8 * width as u32;
+        if signed { Some((number << unused) as i64 >> unused) } else { i64::try_from(number).ok() }
+    };
+    bytes.chunks_exact(width).map(number).collect()
 }
 
 /// Whether there is something to read at the path: anything but a folder, such as one that an archive was unpacked to
