@@ -15,6 +15,7 @@ mod error;
 mod gzip;
 mod idx;
 mod pickle;
+mod svhn;
 mod synthetic;
 
 use std::fmt;
@@ -404,6 +405,7 @@ pub const FORMATS: &[Format] = &[
     cifar_python::CIFAR10,
     cifar_python::CIFAR100,
     cifar_archive::FORMAT,
+    svhn::FORMAT,
     idx::FORMAT,
 ];
 
