@@ -14,6 +14,7 @@ mod cifar_python;
 mod error;
 mod gzip;
 mod idx;
+mod npy;
 mod pickle;
 mod svhn;
 mod synthetic;
@@ -407,6 +408,7 @@ pub const FORMATS: &[Format] = &[
     cifar_archive::FORMAT,
     svhn::FORMAT,
     idx::FORMAT,
+    npy::FORMAT,
 ];
 
 /// Reads the data set at a path: `synthetic`, or a folder whose format is recognised by the names of the files.
