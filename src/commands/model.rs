@@ -146,6 +146,16 @@ impl ModelArgs {
 
     /// Opens everything. For the training images of a run, only those that it was trained on, with its labels.
     pub fn open(&self, split: Split, samples: Samples) -> Result<Subject, TrainError> {
+        self.open_images(split, samples, |data| train::open_split(data, split))
+    }
+
+    /// Opens everything, with images that `read` takes from the data path.
+    pub fn open_images(
+        &self,
+        split: Split,
+        samples: Samples,
+        read: impl FnOnce(&str) -> Result<SplitImages, TrainError>,
+    ) -> Result<Subject, TrainError> {
         let WeightsSettings { run: folder, model, init, best, batch_size } = self.weights.settings()?;
         let folder = folder.map(PathBuf::from);
         if model.is_none() && folder.is_none() {
@@ -183,7 +193,7 @@ impl ModelArgs {
         let device = train::open_device(&settings.run.device, settings.run.threads)?;
         let DataSettings { data, classes, mean, std, .. } = settings.data.clone();
         let of_run = record.is_some() && !given.has("data");
-        let opened = train::open_split(&data, split).map_err(|error| if of_run { moved_images(error) } else { error });
+        let opened = read(&data).map_err(|error| if of_run { moved_images(error) } else { error });
         let SplitImages { name, mut images, mean: of_data_mean, std: of_data_std, statistics } = opened?;
         if let Some(channels) = record.as_ref().map(|record| record.shape[2])
             && channels != images.shape.channels

@@ -11,6 +11,7 @@
 mod cifar;
 mod cifar_archive;
 mod cifar_python;
+mod corrupted;
 mod error;
 mod gzip;
 mod idx;
@@ -28,6 +29,7 @@ use flate2::Crc;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
+pub use corrupted::{Corrupted, SEVERITIES};
 pub use error::DataError;
 pub use synthetic::{SyntheticSpec, synthetic};
 
@@ -409,6 +411,7 @@ pub const FORMATS: &[Format] = &[
     svhn::FORMAT,
     idx::FORMAT,
     npy::FORMAT,
+    corrupted::FORMAT,
 ];
 
 /// Reads the data set at a path: `synthetic`, or a folder whose format is recognised by the names of the files.

@@ -120,6 +120,25 @@ impl Evaluator {
         Ok(Evaluation { samples, errors: samples - correct, accuracy, top5_accuracy, loss: total / samples as f64 })
     }
 
+    /// Takes other images for the next evaluation, as many and of the same shape.
+    ///
+    /// # Errors
+    /// Images of another number or shape; failures of the device.
+    pub fn replace_images(&mut self, name: &str, images: &Images) -> Result<(), TrainError> {
+        let Shape { height, width, channels, .. } = self.plan.input_shape();
+        let shape = ImageShape { height, width, channels };
+        if images.shape != shape || images.len() != self.images.count || images.classes != self.plan.classes() {
+            let reason = format!(
+                "{} images of {} in {name}, expected {} of {shape}, and as many classes as before",
+                images.len(),
+                images.shape,
+                self.images.count
+            );
+            return Err(TrainError::setting("data", reason));
+        }
+        self.images.replace(images)
+    }
+
     /// The plan.
     pub fn plan(&self) -> &Plan<f32> {
         &self.plan

@@ -25,6 +25,13 @@ impl DeviceImages {
         Ok(Self { pixels, labels, count: images.len() })
     }
 
+    /// Puts other images of the same number and shape in their place.
+    pub fn replace(&mut self, images: &Images) -> Result<(), TrainError> {
+        self.pixels.write(&images.pixels)?;
+        self.labels.write(&images.labels)?;
+        Ok(())
+    }
+
     /// Pixels and labels.
     pub fn views(&self) -> (Slice<'_, u8>, Slice<'_, u32>) {
         (self.pixels.view(), self.labels.view())
