@@ -1,5 +1,5 @@
 //! Files of any contents: every reader answers with what the file holds or with an error, in bounded time and memory.
-//! A hundred thousand damaged files are made from valid ones with a fixed seed.
+//! More than a hundred thousand damaged files are made from valid ones with a fixed seed.
 
 #[path = "readers/bodies.rs"]
 mod bodies;
@@ -195,6 +195,31 @@ fn damaged_cifar_files() {
 }
 
 #[test]
+fn damaged_pickles() {
+    run("pickle", 5_000);
+}
+
+#[test]
+fn damaged_archives() {
+    run("archive", 3_000);
+}
+
+#[test]
+fn damaged_matlab_files() {
+    run("svhn", 5_000);
+}
+
+#[test]
+fn damaged_arrays() {
+    run("npy", 10_000);
+}
+
+#[test]
+fn damaged_corrupted_images() {
+    run("corrupted", 3_000);
+}
+
+#[test]
 fn damaged_weights() {
     run("weights", 15_000);
 }
@@ -340,6 +365,22 @@ fn no_more_is_read_than_headers_promise() {
     // The labels of the test images are compared with those images, too.
     sparse(&folder.path().join("t10k-labels-idx1-ubyte"), &header(&[1 << 30]), (1 << 30) + 8);
     assert!(matches!(refused(), DataError::Count { images: 2, labels: 0x4000_0000, .. }));
+}
+
+/// What a pickle names many times, or encodes many times, is not there many times.
+#[test]
+fn a_pickle_takes_no_more_memory_than_its_file() {
+    let folder = scratch();
+    fs::write(folder.path().join("test_batch"), b"").unwrap();
+    let text = [&b"\x80\x02X\x40\x42\x0f\x00"[..], &[b'a'; 1_000_000], b"q\x01"].concat();
+    let parts: [&[u8]; 5] =
+        [b"c_codecs\nencode\nh\x01X\x06\x00\x00\x00latin1\x86R", b"]", b"(", b")q\x02", b"h\x01h\x01\x86q\x01"];
+    for part in parts {
+        let pickle = [&text[..], &part.repeat(20_000), b"."].concat();
+        fs::write(folder.path().join("data_batch_1"), &pickle).unwrap();
+        let error = measured(pickle.len() / 3, || load(folder.path())).unwrap_err();
+        assert!(matches!(error, DataError::Pickle { .. }), "{error}");
+    }
 }
 
 #[test]

@@ -3,20 +3,23 @@
 //! program around it measures time and memory in `measured`.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use flate2::Compression;
-use flate2::read::MultiGzDecoder;
-use flate2::write::GzEncoder;
+use flate2::read::{GzDecoder, MultiGzDecoder, ZlibDecoder};
 use polder::arena::{Initial, Layout, TensorKind};
-use polder::data::{DataError, Dataset, Images, load};
+use polder::data::{Corrupted, DataError, Dataset, Images, load};
 use polder::report::report;
 use polder::train::landscape::{Heights, Landscape};
 use polder::train::{Checkpoint, Options, weights};
 use safetensors::tensor::{Dtype, TensorView};
 
 use super::measured;
+
+#[path = "files.rs"]
+mod files;
+
+pub use files::gzip;
 
 /// A kind of file, and what its reader is given.
 pub struct Target {
@@ -27,10 +30,15 @@ pub struct Target {
     pub body: fn(&Path, &[u8]) -> bool,
 }
 
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 14] = [
     Target { name: "idx", seeds: || idx_seeds(false), body: |folder, input| idx(folder, input, false) },
     Target { name: "gzip", seeds: || idx_seeds(true), body: |folder, input| idx(folder, input, true) },
     Target { name: "cifar", seeds: cifar_seeds, body: cifar },
+    Target { name: "pickle", seeds: pickle_seeds, body: pickle },
+    Target { name: "archive", seeds: archive_seeds, body: archive },
+    Target { name: "svhn", seeds: svhn_seeds, body: svhn },
+    Target { name: "npy", seeds: npy_seeds, body: npy },
+    Target { name: "corrupted", seeds: corrupted_seeds, body: corrupted },
     Target { name: "weights", seeds: weights_seeds, body: read_weights },
     Target { name: "checkpoint", seeds: checkpoint_seeds, body: checkpoint },
     Target { name: "config", seeds: config_seeds, body: config },
@@ -72,12 +80,6 @@ fn idx_files() -> [Vec<u8>; 4] {
         file(&[2, 3, 2], &mut (90..102)),
         file(&[2], &mut [5, 3].into_iter()),
     ]
-}
-
-pub fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
-    encoder.write_all(bytes).expect("a Vec takes all bytes");
-    encoder.finish().expect("a Vec takes all bytes")
 }
 
 /// The first byte of an input says which of the four files it replaces.
@@ -207,6 +209,108 @@ fn cifar(folder: &Path, input: &[u8]) -> bool {
             assert!(!good, "a CIFAR file was refused: {error}");
             check_error(&error)
         }
+    }
+}
+
+// ---- Other formats of data sets --------------------------------------------------------------------------------------
+
+/// What a folder or file holds must be consistent, or an error of one line.
+fn check_load(bytes: usize, path: &Path) -> bool {
+    match measured(bytes, || load(path)) {
+        Ok(data) => check_data(&data),
+        Err(error) => check_error(&error),
+    }
+}
+
+fn pickle_seeds() -> Vec<Vec<u8>> {
+    vec![files::pickled_batch("labels", &[3, 9]), files::pickled_batch("labels", &[0])]
+}
+
+fn pickle(folder: &Path, input: &[u8]) -> bool {
+    let good = files::pickled_batch("labels", &[1]);
+    write(folder.join("data_batch_1"), input);
+    write(folder.join("test_batch"), &good);
+    check_load(input.len() + good.len(), folder)
+}
+
+fn archive_seeds() -> Vec<Vec<u8>> {
+    let batch = files::pickled_batch("labels", &[3]);
+    let names = ["cifar-10-batches-py/test_batch", "./cifar-10-batches-py/data_batch_1"];
+    // Not packed: what a fuzzer changes in a packed file is refused by its checksum.
+    vec![files::tar(&names.map(|name| (name, &batch[..])))]
+}
+
+fn archive(folder: &Path, input: &[u8]) -> bool {
+    let path = folder.join("cifar-10-python.tar.gz");
+    let packed = if input.starts_with(&[0x1f, 0x8b]) { input.to_vec() } else { gzip(input) };
+    write(path.clone(), &packed);
+    let unpacked = GzDecoder::new(&packed[..]).take(1 << 24).bytes().take_while(Result::is_ok).count();
+    check_load(packed.len() + unpacked, &path)
+}
+
+fn svhn_seeds() -> Vec<Vec<u8>> {
+    let (images, labels) = (vec![7; 3072], [10]);
+    let variables =
+        [files::mat_variable("X", &[32, 32, 3, 1], &images), files::mat_variable("y", &[1, 1], &labels)].concat();
+    let plain = [&files::mat(&[])[..], &variables].concat();
+    vec![plain, files::svhn(&[3, 1])]
+}
+
+fn svhn(folder: &Path, input: &[u8]) -> bool {
+    write(folder.join("train_32x32.mat"), input);
+    let good = files::svhn(&[1]);
+    write(folder.join("test_32x32.mat"), &good);
+    // How much a compressed variable may hold: all that begins anywhere as one.
+    let unpacked: usize = (128..input.len().min(128 + 4096))
+        .filter(|&at| input[at] == 0x78)
+        .map(|at| ZlibDecoder::new(&input[at..]).take(1 << 24).bytes().take_while(Result::is_ok).count())
+        .sum();
+    check_load(input.len() + good.len() + 3072 + unpacked, folder)
+}
+
+const NPY_FILES: [&str; 4] = ["train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy"];
+
+fn npy_files() -> [Vec<u8>; 4] {
+    [
+        files::npy("|u1", &[3, 2, 2], &[8; 12]),
+        files::npy(">i2", &[3], &[0, 1, 0, 0, 0, 2]),
+        files::npy("|u1", &[1, 2, 2], &[9; 4]),
+        files::npy("<u4", &[1], &[1, 0, 0, 0]),
+    ]
+}
+
+fn npy_seeds() -> Vec<Vec<u8>> {
+    (0..).zip(npy_files()).map(|(which, file)| [vec![which], file].concat()).collect()
+}
+
+fn npy(folder: &Path, input: &[u8]) -> bool {
+    let Some((&which, bytes)) = input.split_first() else { return false };
+    let mut files = npy_files();
+    files[usize::from(which) % 4] = bytes.to_vec();
+    for (name, file) in NPY_FILES.iter().zip(&files) {
+        write(folder.join(name), file);
+    }
+    check_load(input.len(), folder)
+}
+
+/// The first byte of an input says whether it replaces the labels or the images.
+fn corrupted_seeds() -> Vec<Vec<u8>> {
+    let images = files::npy("|u1", &[5, 32, 32, 3], &[4; 5 * 3072]);
+    vec![[vec![0], files::npy("|u1", &[5], &[1, 2, 3, 4, 5])].concat(), [vec![1], images].concat()]
+}
+
+fn corrupted(folder: &Path, input: &[u8]) -> bool {
+    let Some((&which, bytes)) = input.split_first() else { return false };
+    for (seed, name) in corrupted_seeds().iter().zip(["labels.npy", "fog.npy"]) {
+        write(folder.join(name), if seed[0] == which % 2 { bytes } else { &seed[1..] });
+    }
+    let read = || {
+        let corrupted = Corrupted::open(folder)?;
+        (1..=5).map(|severity| corrupted.read("fog", severity)).collect::<Result<Vec<_>, _>>()
+    };
+    match measured(input.len() + 5 * 3072, read) {
+        Ok(found) => found.iter().all(|part| part.images.check().is_ok()),
+        Err(error) => check_error(&error),
     }
 }
 
