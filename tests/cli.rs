@@ -1581,3 +1581,85 @@ fn a_recipe_is_listed_as_it_can_be_typed() {
     let settings = &json(&polder(&["recipes", "--json"]))["sam/cifar10/wrn-28-10/sam"]["settings"];
     assert_eq!((&settings["model"], &settings["nesterov"]), (&"wrn-28-10".into(), &"true".into()));
 }
+
+/// A `.npy` file of unsigned bytes.
+fn write_bytes(path: &Path, sizes: &[usize], values: &[u8]) {
+    let sizes: String = sizes.iter().map(|size| format!("{size},")).collect();
+    let header = format!("{{'descr': '|u1', 'fortran_order': False, 'shape': ({sizes}), }}\n");
+    let start = [&b"\x93NUMPY\x01\x00"[..], &(header.len() as u16).to_le_bytes(), header.as_bytes()].concat();
+    std::fs::write(path, [&start, values].concat()).unwrap();
+}
+
+#[test]
+fn corrupted_images_are_evaluated_by_corruption_and_severity() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let run = path("run");
+    let train = ["train", "--train-size", "64", "--batch-size", "16", "--epochs", "2", "--device", "cpu", "--quiet"];
+    assert!(polder(&[&train[..], &["--out", &run]].concat()).status.success());
+
+    // Six images; the severities have other labels, so that none is taken for another.
+    let images = polder::data::synthetic(&Default::default()).unwrap().test.pixels[..6 * 3072].to_vec();
+    let pixels: Vec<u8> = (1..=5u8).flat_map(|severity| images.iter().map(move |&value| value / severity)).collect();
+    let labels: Vec<u8> = (0..30u8).map(|index| (index * 7 + index / 6) % 10).collect();
+    let corrupted = path("corrupted");
+    std::fs::create_dir(&corrupted).unwrap();
+    let file = |name: &str| Path::new(&corrupted).join(name);
+    write_bytes(&file("labels.npy"), &[30], &labels);
+    write_bytes(&file("fog.npy"), &[30, 32, 32, 3], &pixels);
+    write_bytes(&file("gaussian_noise.npy"), &[30, 32, 32, 3], &vec![77; pixels.len()]);
+    write_bytes(&file("spatter.npy"), &[30, 32, 32, 3], &pixels);
+
+    let eval = ["eval", "--run", &run, "--device", "cpu", "--data", &corrupted];
+    let all = json(&polder(&[&eval[..], &["--corruption", "all", "--json"]].concat()));
+    assert_eq!((all["data"].as_str(), all["samples"].as_u64()), (Some("cifar-10-c"), Some(6)));
+    let rows = all["corruptions"].as_array().unwrap();
+    let names: Vec<&str> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["gaussian_noise", "fog", "spatter"]);
+    let errors = |row: &serde_json::Value| -> Vec<f64> {
+        row["errors"].as_array().unwrap().iter().map(|error| error.as_f64().unwrap()).collect()
+    };
+    assert_eq!(errors(&rows[1]), errors(&rows[2]));
+    // Each severity has the errors and the loss of the same images in a data set of their own.
+    let alone = path("alone");
+    std::fs::create_dir(&alone).unwrap();
+    for severity in 1..=5 {
+        let part = severity * 6 - 6..severity * 6;
+        let images = &pixels[part.start * 3072..part.end * 3072];
+        write_bytes(&Path::new(&alone).join("test_images.npy"), &[6, 32, 32, 3], images);
+        write_bytes(&Path::new(&alone).join("test_labels.npy"), &[6], &labels[part]);
+        let found = json(&polder(&["eval", "--run", &run, "--device", "cpu", "--data", &alone, "--json"]));
+        assert_eq!(errors(&rows[1])[severity - 1] * 6.0, found["errors"].as_f64().unwrap());
+        assert_eq!(rows[1]["losses"][severity - 1], found["loss"]);
+    }
+    // The four corruptions for validation are not in the mean.
+    assert_eq!(all["mean_of"], 2);
+    let mean: f64 = [errors(&rows[0]), errors(&rows[1])].concat().iter().sum::<f64>() / 10.0;
+    assert!(abs_diff_eq!(all["mean_error"].as_f64().unwrap(), mean, epsilon = 1e-12), "{all} {mean}");
+
+    let table = text(&polder(&[&eval[..], &["--corruption", "all"]].concat()).stdout);
+    let lines: Vec<&str> = table.lines().collect();
+    assert_eq!(lines[0], "cifar-10-c, 6 images: error in % at each severity");
+    assert_eq!(lines[1].split_whitespace().collect::<Vec<_>>(), ["corruption", "1", "2", "3", "4", "5", "mean"]);
+    let shown = |errors: Vec<f64>| errors.iter().map(|error| format!("{:.2}", 100.0 * error)).collect::<Vec<_>>();
+    assert_eq!(lines[3].split_whitespace().skip(1).take(5).collect::<Vec<_>>(), shown(errors(&rows[1])));
+    assert!(lines.len() == 6 && lines[5].starts_with("mean of 2"), "{table}");
+    let one = json(&polder(&[&eval[..], &["--corruption", "fog", "--severity", "4", "--json"]].concat()));
+    assert_eq!((&one["severities"][0], errors(&one["corruptions"][0])[0]), (&4.into(), errors(&rows[1])[3]));
+    let first = json(&polder(&[&eval[..], &["--corruption", "fog", "--samples", "2", "--json"]].concat()));
+    assert_eq!(first["samples"], 2);
+
+    for (wrong, words) in [
+        (&["--corruption", "snow"][..], "no snow.npy; it has gaussian_noise, fog, spatter"),
+        (&["--corruption", "all", "--split", "train"], "--split: train, expected test"),
+        (&["--corruption", "all", "--logits", "x.npy"], "--logits: not written for corrupted images"),
+        (&["--corruption", "all", "--severity", "6"], "--severity: 6, expected 1 to 5"),
+        (&["--severity", "2"], "--severity: only with --corruption"),
+        (&[], "holds corrupted test images"),
+    ] {
+        let message = mistake(&[&eval[..], wrong].concat());
+        assert!(message.contains(words), "{wrong:?}: {message}");
+    }
+    let message = mistake(&["eval", "--run", &run, "--device", "cpu", "--corruption", "all"]);
+    assert!(message.contains("no labels.npy") || message.contains("synthetic"), "{message}");
+}

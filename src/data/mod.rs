@@ -1,8 +1,9 @@
 //! Labelled images in host memory: read from disk, generated, reduced, relabelled and shuffled.
 //!
-//! [`load`] recognises the format of a folder: CIFAR-10 or CIFAR-100 in the binary version, or IDX files as MNIST and
-//! Fashion-MNIST have them, gzip'd or not. [`synthetic`](fn@synthetic) generates a set that needs no files, and
-//! [`Dataset::new`] takes one from memory. A format is one file of this module and one entry of [`FORMATS`]. Pixels
+//! [`load`] recognises the format of a folder: CIFAR-10 or CIFAR-100 in the binary or the Python version or as an
+//! archive, SVHN, IDX files as MNIST and Fashion-MNIST have them, gzip'd or not, or arrays of NumPy. [`Corrupted`] reads
+//! CIFAR-10-C. [`synthetic`](fn@synthetic) generates a set that needs no files, and [`Dataset::new`] takes one from
+//! memory. A format is one file of this module and one entry of [`FORMATS`]. Pixels
 //! stay `u8` in NHWC order (samples, rows, columns, channels); they are normalised when a batch is assembled on the
 //! device.
 //!
@@ -276,7 +277,7 @@ pub enum StatisticsSource {
 /// A data set with both its splits.
 #[derive(Clone, Debug)]
 pub struct Dataset {
-    /// `cifar-10`, `cifar-100`, `mnist`, `fashion-mnist`, `synthetic`; for other IDX files, the folder's name.
+    /// `cifar-10`, `cifar-100`, `svhn`, `mnist`, `fashion-mnist`, `synthetic`; for other sets, the folder's name.
     pub name: String,
     /// The training images, in the order of the files.
     pub train: Images,
@@ -419,16 +420,26 @@ pub const FORMATS: &[Format] = &[
 /// - CIFAR-10, binary version: `data_batch_1.bin` to `data_batch_5.bin` and `test_batch.bin`. Fewer training batches
 ///   are enough if they are the first ones; a gap in their numbers is an error. A batch may have any number of records.
 /// - CIFAR-100, binary version: `train.bin` and `test.bin`. The label is the fine one.
+/// - Both in the Python version: `data_batch_1` to `data_batch_5` and `test_batch`, or `train`, `test` and `meta`. The
+///   pickles are read by an interpreter that executes nothing; names that images do not need are errors.
+/// - Both as an archive: `cifar-10-python.tar.gz`, `cifar-10-binary.tar.gz`, `cifar-100-python.tar.gz`,
+///   `cifar-100-binary.tar.gz`. The path may be that of the archive.
+/// - SVHN: `train_32x32.mat` and `test_32x32.mat`. If the path is that of `extra_32x32.mat`, its images follow those of
+///   `train_32x32.mat`.
 /// - IDX: `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte`, `t10k-labels-idx1-ubyte`,
 ///   also written `train-images.idx3-ubyte`, each with or without `.gz` (the first bytes of a file decide whether it is
 ///   unpacked). The largest label of both splits decides how many classes there are.
+/// - Arrays of NumPy: `train_images.npy`, `train_labels.npy`, `test_images.npy`, `test_labels.npy`. The images are
+///   unsigned bytes, samples × rows × columns or with up to four channels behind; the labels are integers, and decide
+///   how many classes there are as in IDX files.
 ///
-/// The files may also lie in the sub-folder that their archives unpack to (`cifar-10-batches-bin`, `cifar-100-binary`)
-/// or that torchvision puts them in (`MNIST/raw`, `FashionMNIST/raw`, `KMNIST/raw`), if there is only one of them.
+/// The files may also lie in the sub-folder that their archives unpack to (`cifar-10-batches-bin`, `cifar-100-binary`,
+/// `cifar-10-batches-py`, `cifar-100-python`) or that torchvision puts them in (`MNIST/raw`, `FashionMNIST/raw`,
+/// `KMNIST/raw`), if there is only one of them. An archive beside the folder that it unpacks to is passed over.
 ///
 /// Mean and standard deviation are the published ones for both CIFARs and for MNIST and Fashion-MNIST, which are told
-/// apart by their first labels, since their files have the same names. For other IDX files they are computed from the
-/// training images.
+/// apart by their first labels, since their files have the same names. For other sets they are computed from the training
+/// images.
 ///
 /// # Errors
 /// Any variant of [`DataError`] that names a path. Memory is allocated for what the files really hold, unpacked,
@@ -440,8 +451,8 @@ pub fn load(path: &Path) -> Result<Dataset, DataError> {
 
 /// Reads one split as [`load`] does; the other one need not be there.
 ///
-/// IDX files without published statistics take them from the training images where these are present; elsewhere they
-/// have none, and [`SplitImages::statistics`] says so. The number of classes comes from the label files that are there.
+/// Sets without published statistics take them from the training images where these are present; elsewhere they have
+/// none, and [`SplitImages::statistics`] says so. The number of classes comes from the label files that are there.
 ///
 /// # Errors
 /// As [`load`].

@@ -174,7 +174,7 @@ settings! {
     /// What to train on.
     #[derive(Debug, Clone, PartialEq)]
     pub struct DataSettings {
-        /// A folder with CIFAR-10/100 (binary) or IDX files, or `synthetic`
+        /// A folder with CIFAR, SVHN, IDX or .npy files, an archive of CIFAR, or `synthetic`
         data: String = "synthetic".into(), as "PATH";
         /// Train on the first N training images
         train_size: Option<usize> = None, else "all", in at_least(1);
@@ -190,7 +190,7 @@ settings! {
         /// Standard deviation of pixel/255 per channel
         std: Option<Vec<f32>> = None, else "the data set's published values";
         /// Number of classes
-        classes: Option<usize> = None, else "those of the data set; in IDX files the largest label plus one",
+        classes: Option<usize> = None, else "those of the data set; in IDX and .npy files the largest label plus one",
             in at_least(1);
         /// Random changes to training images
         augment: Augmentation = Augmentation::Basic;
