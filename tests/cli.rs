@@ -1663,3 +1663,49 @@ fn corrupted_images_are_evaluated_by_corruption_and_severity() {
     let message = mistake(&["eval", "--run", &run, "--device", "cpu", "--corruption", "all"]);
     assert!(message.contains("no labels.npy") || message.contains("synthetic"), "{message}");
 }
+
+#[test]
+fn pictures_of_any_size_are_trained_on_and_evaluated() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("pictures");
+    for (split, count) in [("train", 16u32), ("val", 4)] {
+        for index in 0..count {
+            let (class, side) = (["bright", "dark"][(index % 2) as usize], 9 + index);
+            let value = if index % 2 == 0 { 230 } else { 20 + index as u8 };
+            let path = data.join(split).join(class).join(format!("{index}.png"));
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            image::RgbImage::from_pixel(side, 12, image::Rgb([value; 3])).save(path).unwrap();
+        }
+    }
+    let (data, run) = (data.to_str().unwrap(), folder.path().join("run"));
+    let run = run.to_str().unwrap();
+    let train =
+        ["train", "--data", data, "--batch-size", "8", "--epochs", "4", "--device", "cpu", "--json", "--out", run];
+    let message = mistake(&train);
+    assert!(
+        message.contains("error: --image-size: ") && message.contains("; --image-size makes them the same"),
+        "{message}"
+    );
+    let trained = json(&polder(&[&train[..], &["--image-size", "8"]].concat()));
+    // The size is the run's.
+    let found = json(&polder(&["eval", "--run", run, "--device", "cpu", "--json"]));
+    assert_eq!((&found["samples"], &found["loss"]), (&4.into(), &trained["test"]["loss"]));
+    json(&polder(&["train", "--resume", run, "--epochs", "5", "--device", "cpu", "--json"]));
+    let message = mistake(&["eval", "--run", run, "--device", "cpu", "--data", "synthetic", "--image-size", "8"]);
+    assert!(
+        message.contains("synthetic has images of one size; --image-size is for folders of pictures alone"),
+        "{message}"
+    );
+}
+
+#[test]
+fn a_pickle_that_wants_a_program_run_ends_in_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let touched = folder.path().join("touched");
+    let command = format!("touch {}", touched.display());
+    let pickle = [&b"\x80\x02cposix\nsystem\n(U"[..], &[command.len() as u8], command.as_bytes(), b"tR."].concat();
+    std::fs::write(folder.path().join("data_batch_1"), pickle).unwrap();
+    let message = mistake(&["train", "--data", folder.path().to_str().unwrap(), "--device", "cpu"]);
+    assert!(message.contains("data_batch_1: the pickle names `posix.system`, which no data set needs"), "{message}");
+    assert!(!touched.exists());
+}

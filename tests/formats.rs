@@ -9,8 +9,10 @@ use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use files::{gzip, mat, mat_variable, npy, pickled_batch, pixel, svhn, tar};
-use polder::data::{Corrupted, DataError, Dataset, ImageShape, Split, StatisticsSource, load, load_split};
+use files::{gzip, mat, mat_variable, npy, pickled_batch, pixel, png, svhn, tar};
+use polder::data::{
+    Corrupted, DataError, Dataset, ImageShape, Split, StatisticsSource, load, load_sized, load_split, load_split_sized,
+};
 use tempfile::TempDir;
 
 type TestResult = Result<(), Box<dyn Error>>;
@@ -648,6 +650,133 @@ fn corrupted_images_are_read_by_severity() -> TestResult {
     assert!(matches!(Corrupted::open(folder.path()), Err(DataError::Npy { .. })));
     fs::write(folder.path().join("labels.npy"), npy("|u1", &[10], &[99; 10]))?;
     assert_eq!(Corrupted::open(folder.path())?.read("zoom_blur", 1)?.name, "cifar-100-c");
+    Ok(())
+}
+
+// ---- Pictures by class ----------------------------------------------------------------------------------------------
+
+/// A picture of one colour.
+fn plain(width: u32, height: u32, colour: [u8; 3]) -> Vec<u8> {
+    png(width, height, &colour.repeat((width * height) as usize))
+}
+
+#[test]
+fn pictures_are_read_by_class() -> TestResult {
+    let gradient: Vec<u8> = (0..60).map(pixel).collect();
+    let folder = folder_of(&[
+        ("train/dog/2.png", plain(4, 5, [1, 2, 3])),
+        ("train/dog/10.PNG", png(4, 5, &gradient)),
+        ("train/cat/x.png", plain(4, 5, [4, 5, 6])),
+        ("train/cat/.hidden.png", b"not read".to_vec()),
+        ("train/cat/notes.txt", b"not read".to_vec()),
+        ("val/dog/1.png", plain(4, 5, [7, 8, 9])),
+        ("val/eel/1.png", plain(4, 5, [250, 0, 9])),
+    ])?;
+    let data = load(folder.path())?;
+    assert_eq!(data.name, folder.path().file_name().unwrap_or_default().to_string_lossy());
+    assert_eq!(data.train.shape, ImageShape { height: 5, width: 4, channels: 3 });
+    assert_eq!((&data.train.labels[..], &data.test.labels[..]), (&[0, 1, 1][..], &[1, 2][..]));
+    assert_eq!((data.train.classes, data.test.classes), (3, 3), "the classes of both splits");
+    let expected = [[4, 5, 6].repeat(20), gradient, [1, 2, 3].repeat(20)].concat();
+    assert_eq!(data.train.pixels, expected);
+    assert_eq!(data.test.pixels, [[7, 8, 9].repeat(20), [250, 0, 9].repeat(20)].concat());
+    let test = load_split(folder.path(), Split::Test)?;
+    assert_eq!((test.images, test.mean, test.std), (data.test, data.mean, data.std));
+
+    fs::remove_dir_all(folder.path().join("train"))?;
+    let test = load_split(folder.path(), Split::Test)?;
+    assert_eq!((test.statistics, test.images.classes), (StatisticsSource::Unknown, 2));
+    assert_eq!(error_line(folder.path(), folder.path()), "DIR: no train, which the train split needs");
+    fs::create_dir(folder.path().join("test"))?;
+    assert!(matches!(load_split(folder.path(), Split::Test), Err(DataError::Ambiguous { .. })));
+    Ok(())
+}
+
+#[test]
+fn pictures_are_cut_and_resized() -> TestResult {
+    // Columns 0, 1 | 2, 3, 4, 5 | 6, 7: the middle square has halves of 100 and 200, and what is cut off is 0.
+    let row = [[0; 6], [100; 6], [200; 6], [0; 6]].concat();
+    let folder = folder_of(&[
+        ("train/a/wide.png", png(8, 4, &row.repeat(4))),
+        ("train/a/small.png", plain(1, 1, [9, 8, 7])),
+        ("test/a/high.png", plain(3, 11, [50, 60, 70])),
+    ])?;
+    let line = error_line(folder.path(), folder.path());
+    let says =
+        "DIR/train/a/wide.png: 4x8x3, expected 1x1x3 as DIR/train/a/small.png is; `image-size` makes them the same";
+    assert_eq!(line, says);
+    let data = load_sized(folder.path(), Some(4))?;
+    assert_eq!(data.train.shape, ImageShape { height: 4, width: 4, channels: 3 });
+    assert_eq!(data.train.pixels[..48], [9, 8, 7].repeat(16));
+    assert_eq!(data.train.pixels[48..], [[100; 6], [200; 6]].concat().repeat(4));
+    assert_eq!(data.test.pixels, [50, 60, 70].repeat(16));
+    // Halves of the width, each the mean of what it covers, with a share of its neighbour.
+    let half = load_split_sized(folder.path(), Split::Train, Some(2))?.images.pixels;
+    assert!((100..130).contains(&half[12]) && (170..=200).contains(&half[15]), "{half:?}");
+
+    for size in [0, 20_000, usize::MAX] {
+        assert!(load_sized(folder.path(), Some(size)).is_err());
+    }
+    let error = load_sized(Path::new("synthetic"), Some(8)).map(|data| data.name);
+    assert!(matches!(error, Err(DataError::NotResized { name: "synthetic", .. })));
+    Ok(())
+}
+
+/// JPEG and WebP, grey and transparent pictures.
+#[test]
+fn pictures_of_several_kinds_are_read() -> TestResult {
+    use image::{DynamicImage, GrayImage, Luma, Rgb, RgbImage, Rgba, RgbaImage};
+    let folder = TempDir::new()?;
+    let class = folder.path().join("train/a");
+    fs::create_dir_all(&class)?;
+    let colour: DynamicImage = RgbImage::from_pixel(16, 16, Rgb([200, 100, 50])).into();
+    let pictures: [(&str, DynamicImage); 4] = [
+        ("1.jpg", colour.clone()),
+        ("2.webp", colour),
+        ("3.png", GrayImage::from_pixel(16, 16, Luma([77])).into()),
+        ("4.png", RgbaImage::from_pixel(16, 16, Rgba([1, 2, 3, 0])).into()),
+    ];
+    for (name, picture) in pictures {
+        picture.save(class.join(name))?;
+    }
+    let images = load_split(folder.path(), Split::Train)?.images;
+    let jpeg = &images.pixels[..768];
+    assert!(jpeg.iter().zip([200, 100, 50].repeat(256)).all(|(&found, expected)| found.abs_diff(expected) < 4));
+    let others = [[200, 100, 50].repeat(256), vec![77; 768], [1, 2, 3].repeat(256)].concat();
+    assert_eq!(images.pixels[768..], others);
+    Ok(())
+}
+
+#[test]
+fn pictures_that_cannot_be_read_are_named() -> TestResult {
+    let good = plain(8, 8, [1, 2, 3]);
+    let sized = |width: u32, height: u32| {
+        let mut header = [b"IHDR", &width.to_be_bytes()[..], &height.to_be_bytes(), &[8, 2, 0, 0, 0]].concat();
+        let mut crc = flate2::Crc::new();
+        crc.update(&header);
+        header.extend(crc.sum().to_be_bytes());
+        [&good[..12], &header, &good[33..]].concat()
+    };
+    for bytes in [
+        sized(16_385, 1),
+        sized(1, 20_000),
+        sized(16_384, 16_384),
+        sized(0, 8),
+        sized(8, 800),
+        Vec::new(),
+        b"<html>".to_vec(),
+        good[..good.len() / 2].to_vec(),
+    ] {
+        let folder =
+            folder_of(&[("train/a/1.png", good.clone()), ("train/a/2.png", bytes), ("test/a/1.png", good.clone())])?;
+        for size in [None, Some(8)] {
+            let line = match load_sized(folder.path(), size) {
+                Ok(_) => panic!("a damaged picture was read"),
+                Err(error) => error.to_string().replace(&folder.path().display().to_string(), "DIR"),
+            };
+            assert!(line.starts_with("DIR/train/a/2.png: "), "{line}");
+        }
+    }
     Ok(())
 }
 

@@ -220,6 +220,11 @@ fn damaged_corrupted_images() {
 }
 
 #[test]
+fn damaged_pictures() {
+    run("picture", 3_000);
+}
+
+#[test]
 fn damaged_weights() {
     run("weights", 15_000);
 }

@@ -108,7 +108,7 @@ struct Row {
 /// Evaluates on corrupted images, and prints a table of the errors.
 fn run_corrupted(model: &ModelArgs, samples: Samples, name: &str, severities: &[usize]) -> Result<(), Failure> {
     let mut opened = None;
-    let subject = model.open_images(Split::Test, samples, |data| {
+    let subject = model.open_images(Split::Test, samples, |data, _| {
         let corrupted = Corrupted::open(Path::new(data))?;
         let names = if name == "all" { corrupted.names.clone() } else { vec![name.to_string()] };
         let first = corrupted.read(&names[0], severities[0])?;

@@ -51,8 +51,9 @@ pub struct OfImages;
 
 impl OfImages {
     /// With what holds where they are not given, where this differs from a run.
-    const NAMES: [(&str, &str); 7] = [
+    const NAMES: [(&str, &str); 8] = [
         ("data", "the run's, or synthetic"),
+        ("image-size", "the run's, if data is the run's, or that of the pictures"),
         ("classes", "the run's, or those of the data set"),
         ("shortcut", "the run's, or the model's first"),
         ("mean", "the run's, or the data set's published values"),
@@ -77,10 +78,11 @@ impl FlagList for OfImages {
 
 /// What an evaluation takes from the settings of a run. It needs no others, so that runs of methods that have no name
 /// here can be evaluated.
-const OF_RUN: [&str; 11] = [
+const OF_RUN: [&str; 12] = [
     "model",
     "shortcut",
     "data",
+    "image-size",
     "train-size",
     "validation",
     "label-noise",
@@ -146,7 +148,7 @@ impl ModelArgs {
 
     /// Opens everything. For the training images of a run, only those that it was trained on, with its labels.
     pub fn open(&self, split: Split, samples: Samples) -> Result<Subject, TrainError> {
-        self.open_images(split, samples, |data| train::open_split(data, split))
+        self.open_images(split, samples, |data, size| train::open_split(data, split, size))
     }
 
     /// Opens everything, with images that `read` takes from the data path.
@@ -154,7 +156,7 @@ impl ModelArgs {
         &self,
         split: Split,
         samples: Samples,
-        read: impl FnOnce(&str) -> Result<SplitImages, TrainError>,
+        read: impl FnOnce(&str, Option<usize>) -> Result<SplitImages, TrainError>,
     ) -> Result<Subject, TrainError> {
         let WeightsSettings { run: folder, model, init, best, batch_size } = self.weights.settings()?;
         let folder = folder.map(PathBuf::from);
@@ -191,9 +193,11 @@ impl ModelArgs {
             (model, None) => model.into(),
         };
         let device = train::open_device(&settings.run.device, settings.run.threads)?;
-        let DataSettings { data, classes, mean, std, .. } = settings.data.clone();
+        let DataSettings { data, image_size, classes, mean, std, .. } = settings.data.clone();
         let of_run = record.is_some() && !given.has("data");
-        let opened = read(&data).map_err(|error| if of_run { moved_images(error) } else { error });
+        // Other images need not be pictures, which alone are resized.
+        let image_size = image_size.filter(|_| given.has("image-size") || !given.has("data"));
+        let opened = read(&data, image_size).map_err(|error| if of_run { moved_images(error) } else { error });
         let SplitImages { name, mut images, mean: of_data_mean, std: of_data_std, statistics } = opened?;
         if let Some(channels) = record.as_ref().map(|record| record.shape[2])
             && channels != images.shape.channels

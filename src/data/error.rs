@@ -69,6 +69,18 @@ pub enum DataError {
     #[error("{path}: {reason}")]
     Npy { path: PathBuf, reason: String },
 
+    /// A picture that is damaged or too large.
+    #[error("{path}: not a picture that can be read: {reason}")]
+    Picture { path: PathBuf, reason: String },
+
+    /// Pictures of different sizes, where no size was asked for.
+    #[error("{path}: {found}, expected {expected} as {first} is; `image-size` makes them the same")]
+    PictureSizes { path: PathBuf, found: super::ImageShape, first: PathBuf, expected: super::ImageShape },
+
+    /// A size was asked for, and the data set is no folder of pictures.
+    #[error("{path}: {name} has images of one size; `image-size` is for folders of pictures alone")]
+    NotResized { path: PathBuf, name: &'static str },
+
     /// A folder of corrupted test images, which are for `polder eval` alone.
     #[error("{path}: holds corrupted test images; only an evaluation with a corruption reads them")]
     OnlyCorrupted { path: PathBuf },

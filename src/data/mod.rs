@@ -1,11 +1,11 @@
 //! Labelled images in host memory: read from disk, generated, reduced, relabelled and shuffled.
 //!
 //! [`load`] recognises the format of a folder: CIFAR-10 or CIFAR-100 in the binary or the Python version or as an
-//! archive, SVHN, IDX files as MNIST and Fashion-MNIST have them, gzip'd or not, or arrays of NumPy. [`Corrupted`] reads
-//! CIFAR-10-C. [`synthetic`](fn@synthetic) generates a set that needs no files, and [`Dataset::new`] takes one from
-//! memory. A format is one file of this module and one entry of [`FORMATS`]. Pixels
-//! stay `u8` in NHWC order (samples, rows, columns, channels); they are normalised when a batch is assembled on the
-//! device.
+//! archive, SVHN, IDX files as MNIST and Fashion-MNIST have them, gzip'd or not, arrays of NumPy, or pictures in a
+//! folder for each class. [`Corrupted`] reads CIFAR-10-C. [`synthetic`](fn@synthetic) generates a set that needs no
+//! files, and [`Dataset::new`] takes one from memory. A format is one file of this module and one entry of [`FORMATS`].
+//! Pixels stay `u8` in NHWC order (samples, rows, columns, channels); they are normalised when a batch is assembled on
+//! the device.
 //!
 //! Everything random here comes from ChaCha8 through integer arithmetic, so a seed means the same on every platform.
 
@@ -16,6 +16,7 @@ mod corrupted;
 mod error;
 mod gzip;
 mod idx;
+mod image_folder;
 mod npy;
 mod pickle;
 mod svhn;
@@ -413,6 +414,7 @@ pub const FORMATS: &[Format] = &[
     idx::FORMAT,
     npy::FORMAT,
     corrupted::FORMAT,
+    image_folder::FORMAT,
 ];
 
 /// Reads the data set at a path: `synthetic`, or a folder whose format is recognised by the names of the files.
@@ -432,21 +434,43 @@ pub const FORMATS: &[Format] = &[
 /// - Arrays of NumPy: `train_images.npy`, `train_labels.npy`, `test_images.npy`, `test_labels.npy`. The images are
 ///   unsigned bytes, samples × rows × columns or with up to four channels behind; the labels are integers, and decide
 ///   how many classes there are as in IDX files.
+/// - A folder of pictures by class: `train/CLASS/*.jpg` and `test/CLASS/*.jpg` (or `val/`), as PNG, JPEG or WebP. They
+///   have one size, or [`load_sized`] gives them one. Grey pictures become coloured ones, and transparency is dropped.
 ///
 /// The files may also lie in the sub-folder that their archives unpack to (`cifar-10-batches-bin`, `cifar-100-binary`,
 /// `cifar-10-batches-py`, `cifar-100-python`) or that torchvision puts them in (`MNIST/raw`, `FashionMNIST/raw`,
 /// `KMNIST/raw`), if there is only one of them. An archive beside the folder that it unpacks to is passed over.
 ///
 /// Mean and standard deviation are the published ones for both CIFARs and for MNIST and Fashion-MNIST, which are told
-/// apart by their first labels, since their files have the same names. For other sets they are computed from the training
-/// images.
+/// apart by their first labels, since their files have the same names. For other sets they are computed from the
+/// training images.
 ///
 /// # Errors
 /// Any variant of [`DataError`] that names a path. Memory is allocated for what the files really hold, unpacked,
 /// whatever their headers claim, and for no more than the headers claim.
 pub fn load(path: &Path) -> Result<Dataset, DataError> {
+    load_sized(path, None)
+}
+
+/// Reads a data set as [`load`] does, and resizes the pictures of a folder: each is cut to its middle square, which is
+/// resized to `image_size` × `image_size`.
+///
+/// # Errors
+/// As [`load`]; [`DataError::NotResized`] for a size with another format.
+pub fn load_sized(path: &Path, image_size: Option<usize>) -> Result<Dataset, DataError> {
     let (format, folder) = find(path)?;
+    if is_resized(path, format, image_size)? {
+        return image_folder::load_sized(&folder, image_size);
+    }
     (format.load)(&folder)
+}
+
+/// Whether images are to be resized. Only pictures are: the images of other formats have one size.
+fn is_resized(path: &Path, format: &Format, image_size: Option<usize>) -> Result<bool, DataError> {
+    match (format.name == image_folder::FORMAT.name, image_size) {
+        (false, Some(_)) => Err(DataError::NotResized { path: path.into(), name: format.name }),
+        (is_folder, size) => Ok(is_folder && size.is_some()),
+    }
 }
 
 /// Reads one split as [`load`] does; the other one need not be there.
@@ -457,7 +481,18 @@ pub fn load(path: &Path) -> Result<Dataset, DataError> {
 /// # Errors
 /// As [`load`].
 pub fn load_split(path: &Path, split: Split) -> Result<SplitImages, DataError> {
+    load_split_sized(path, split, None)
+}
+
+/// Reads one split as [`load_split`] does, with pictures resized as in [`load_sized`].
+///
+/// # Errors
+/// As [`load_sized`].
+pub fn load_split_sized(path: &Path, split: Split, image_size: Option<usize>) -> Result<SplitImages, DataError> {
     let (format, folder) = find(path)?;
+    if is_resized(path, format, image_size)? {
+        return image_folder::load_split_sized(&folder, split, image_size);
+    }
     (format.load_split)(&folder, split)
 }
 

@@ -52,22 +52,33 @@ pub fn open_device(name: &str, threads: usize) -> Result<Device, TrainError> {
     }
 }
 
-/// The data set at the path that the settings name, before any reduction.
+/// The data set at the path that the settings name, before any reduction. Pictures of a folder are resized to this size
+/// if one is given.
 ///
 /// # Errors
 /// Those of the files; an empty path.
-pub fn open_data(path: &str) -> Result<Dataset, TrainError> {
+pub fn open_data(path: &str, image_size: Option<usize>) -> Result<Dataset, TrainError> {
     not_empty(path)?;
-    Ok(data::load(Path::new(path))?)
+    data::load_sized(Path::new(path), image_size).map_err(with_image_size)
 }
 
 /// One split of that data set.
 ///
 /// # Errors
 /// Those of the files; an empty path.
-pub fn open_split(path: &str, split: Split) -> Result<data::SplitImages, TrainError> {
+pub fn open_split(path: &str, split: Split, image_size: Option<usize>) -> Result<data::SplitImages, TrainError> {
     not_empty(path)?;
-    Ok(data::load_split(Path::new(path), split)?)
+    data::load_split_sized(Path::new(path), split, image_size).map_err(with_image_size)
+}
+
+/// Blames the setting where it is missing, or of no use.
+fn with_image_size(error: DataError) -> TrainError {
+    match error {
+        DataError::NotResized { .. } | DataError::PictureSizes { .. } => {
+            TrainError::setting("image-size", error.to_string())
+        }
+        error => error.into(),
+    }
 }
 
 /// The training images of a data set of this name as a run uses them, and those that it holds out, which may be none: of

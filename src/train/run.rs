@@ -821,7 +821,7 @@ mod tests {
         let run =
             LoopSettings { steps: Some(21), max_loss: Some(1e3), device: "cpu".into(), ..LoopSettings::default() };
         let settings = RunSettings { data, run, ..RunSettings::default() };
-        let mut dataset = open_data("synthetic").unwrap();
+        let mut dataset = open_data("synthetic", None).unwrap();
         dataset.train = dataset.train.take(96).unwrap();
         let model = settings.model().unwrap();
         let network = |images: Shape, classes: usize| model.trace(images, classes);

@@ -174,8 +174,10 @@ settings! {
     /// What to train on.
     #[derive(Debug, Clone, PartialEq)]
     pub struct DataSettings {
-        /// A folder with CIFAR, SVHN, IDX or .npy files, an archive of CIFAR, or `synthetic`
+        /// A folder with CIFAR, SVHN, IDX or .npy files or pictures by class, an archive of CIFAR, or `synthetic`
         data: String = "synthetic".into(), as "PATH";
+        /// Cut the pictures of a folder to their middle square, and resize it to N x N pixels
+        image_size: Option<usize> = None, else "that of the pictures", in between(1, 4096);
         /// Train on the first N training images
         train_size: Option<usize> = None, else "all", in at_least(1);
         /// Replace this fraction of the training labels by other classes

@@ -127,7 +127,7 @@ impl<'a> Training<'a> {
         };
         let (data_name, dataset) = match dataset {
             Some(dataset) => (Some(dataset.name.clone()), dataset),
-            None => (None, open_data(&settings.data.data)?),
+            None => (None, open_data(&settings.data.data, settings.data.image_size)?),
         };
         let (method_name, method) = match method {
             Some((name, method)) => (Some(name), method),

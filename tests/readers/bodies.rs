@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use flate2::read::{GzDecoder, MultiGzDecoder, ZlibDecoder};
 use polder::arena::{Initial, Layout, TensorKind};
-use polder::data::{Corrupted, DataError, Dataset, Images, load};
+use polder::data::{Corrupted, DataError, Dataset, Images, load, load_sized};
 use polder::report::report;
 use polder::train::landscape::{Heights, Landscape};
 use polder::train::{Checkpoint, Options, weights};
@@ -30,7 +30,7 @@ pub struct Target {
     pub body: fn(&Path, &[u8]) -> bool,
 }
 
-pub const TARGETS: [Target; 14] = [
+pub const TARGETS: [Target; 15] = [
     Target { name: "idx", seeds: || idx_seeds(false), body: |folder, input| idx(folder, input, false) },
     Target { name: "gzip", seeds: || idx_seeds(true), body: |folder, input| idx(folder, input, true) },
     Target { name: "cifar", seeds: cifar_seeds, body: cifar },
@@ -39,6 +39,7 @@ pub const TARGETS: [Target; 14] = [
     Target { name: "svhn", seeds: svhn_seeds, body: svhn },
     Target { name: "npy", seeds: npy_seeds, body: npy },
     Target { name: "corrupted", seeds: corrupted_seeds, body: corrupted },
+    Target { name: "picture", seeds: picture_seeds, body: picture },
     Target { name: "weights", seeds: weights_seeds, body: read_weights },
     Target { name: "checkpoint", seeds: checkpoint_seeds, body: checkpoint },
     Target { name: "config", seeds: config_seeds, body: config },
@@ -212,7 +213,7 @@ fn cifar(folder: &Path, input: &[u8]) -> bool {
     }
 }
 
-// ---- Other formats of data sets --------------------------------------------------------------------------------------
+// ---- Other formats of data sets -------------------------------------------------------------------------------------
 
 /// What a folder or file holds must be consistent, or an error of one line.
 fn check_load(bytes: usize, path: &Path) -> bool {
@@ -310,6 +311,21 @@ fn corrupted(folder: &Path, input: &[u8]) -> bool {
     };
     match measured(input.len() + 5 * 3072, read) {
         Ok(found) => found.iter().all(|part| part.images.check().is_ok()),
+        Err(error) => check_error(&error),
+    }
+}
+
+fn picture_seeds() -> Vec<Vec<u8>> {
+    vec![files::png(2, 3, &[7; 18]), files::png(1, 1, &[0, 255, 3])]
+}
+
+fn picture(folder: &Path, input: &[u8]) -> bool {
+    for (name, bytes) in [("train/a/1.png", input), ("test/b/1.png", &files::png(3, 2, &[7; 18]))] {
+        write(folder.join(name), bytes);
+    }
+    // The decoder has its own limit, and buffers of some hundred kilobytes.
+    match measured(input.len() + (1 << 17), || load_sized(folder, Some(4))) {
+        Ok(data) => check_data(&data),
         Err(error) => check_error(&error),
     }
 }

@@ -116,3 +116,18 @@ pub fn npy(dtype: &str, sizes: &[usize], values: &[u8]) -> Vec<u8> {
     header.push('\n');
     [&b"\x93NUMPY\x01\x00"[..], &(header.len() as u16).to_le_bytes(), header.as_bytes(), values].concat()
 }
+
+/// A picture as PNG, in colour, with eight bits a channel.
+pub fn png(width: u32, height: u32, pixels: &[u8]) -> Vec<u8> {
+    let chunk = |kind: &[u8; 4], data: &[u8]| {
+        let mut crc = flate2::Crc::new();
+        crc.update(kind);
+        crc.update(data);
+        [&(data.len() as u32).to_be_bytes()[..], kind, data, &crc.sum().to_be_bytes()].concat()
+    };
+    let header = [&width.to_be_bytes()[..], &height.to_be_bytes(), &[8, 2, 0, 0, 0]].concat();
+    // A byte before each row says that it is not filtered.
+    let rows: Vec<u8> = pixels.chunks(3 * width as usize).flat_map(|row| [&[0], row].concat()).collect();
+    let start = b"\x89PNG\r\n\x1a\n".to_vec();
+    [start, chunk(b"IHDR", &header), chunk(b"IDAT", &zlib(&rows)), chunk(b"IEND", &[])].concat()
+}
