@@ -81,8 +81,8 @@ impl Corrupted {
     /// Reads the names of the corruptions, and the labels.
     ///
     /// # Errors
-    /// [`DataError::MissingFile`] or [`DataError::NotRecognised`] without such files; a `labels.npy` that is damaged, or
-    /// whose length is no multiple of five.
+    /// [`DataError::MissingFile`] or [`DataError::NotRecognised`] without such files; a `labels.npy` that is damaged,
+    /// or whose length is no multiple of five.
     pub fn open(folder: &Path) -> Result<Self, DataError> {
         let path = folder.join(LABELS);
         if !is_there(&path)? {

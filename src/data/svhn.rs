@@ -175,8 +175,8 @@ impl Variable {
                 continue;
             }
             let array = read_array(&mut reader).map_err(|error| damaged(path, &error))?;
-            if let Some((_, sizes, tag)) = array.filter(|(found, ..)| found == name.as_bytes()) {
-                let Tag { kind, bytes, in_tag } = tag;
+            if let Some(ArrayHeader { sizes, values, .. }) = array.filter(|array| array.name == name.as_bytes()) {
+                let Tag { kind, bytes, in_tag } = values;
                 return Ok(Self {
                     path: path.into(),
                     name,
@@ -315,8 +315,15 @@ fn invalid(reason: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, reason)
 }
 
-/// The header of an array: its name, its sizes and the tag of its values. None if it is no array of real numbers.
-fn read_array(mut reader: impl Read) -> io::Result<Option<(Vec<u8>, Vec<usize>, Tag)>> {
+/// The header of an array.
+struct ArrayHeader {
+    name: Vec<u8>,
+    sizes: Vec<usize>,
+    values: Tag,
+}
+
+/// Reads the header of an array, up to its values. None if it is no array of real numbers.
+fn read_array(mut reader: impl Read) -> io::Result<Option<ArrayHeader>> {
     let flags = Tag::read(&mut reader)?.data(&mut reader, UINT32, 8)?;
     let (Some(&class), Some(&flags)) = (flags.first(), flags.get(1)) else {
         return Err(invalid("an array without flags".into()));
@@ -332,5 +339,5 @@ fn read_array(mut reader: impl Read) -> io::Result<Option<(Vec<u8>, Vec<usize>, 
     if !(6..=15).contains(&class) || flags & 8 != 0 {
         return Ok(None);
     }
-    Ok(Some((name, sizes, Tag::read(&mut reader)?)))
+    Ok(Some(ArrayHeader { name, sizes, values: Tag::read(&mut reader)? }))
 }
