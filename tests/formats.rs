@@ -1,15 +1,16 @@
 //! The formats of data sets beside CIFAR's binary version and IDX (`tests/data.rs`): CIFAR's Python version, CIFAR's
-//! archives, SVHN, arrays of NumPy and CIFAR-10-C. The files are made here or, in `fixtures/formats/`, by Python's own
-//! libraries. With `POLDER_DATA=DIR` and `POLDER_FORMATS=DIR` the published CIFAR-10 is read in several formats.
+//! archives, SVHN, arrays of NumPy, CIFAR-10-C and pictures by class. The files are made here or, in
+//! `fixtures/formats/`, by Python's own libraries. With `POLDER_DATA=DIR` the test images of the published CIFAR-10 in
+//! `DIR/cifar-10` are read in several formats.
 
 #[path = "readers/files.rs"]
 mod files;
 
 use std::error::Error;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use files::{gzip, mat, mat_variable, npy, pickled_batch, pixel, png, svhn, tar};
+use files::{gzip, mat, mat_variable, npy, pickled_batch, pickled_images, pixel, png, svhn, tar};
 use polder::data::{
     Corrupted, DataError, Dataset, ImageShape, Split, StatisticsSource, load, load_sized, load_split, load_split_sized,
 };
@@ -782,18 +783,32 @@ fn pictures_that_cannot_be_read_are_named() -> TestResult {
 
 // ---- The published data sets ----------------------------------------------------------------------------------------
 
-/// `POLDER_FORMATS` names folders with the published CIFAR-10 in other formats.
+/// The published test images in each format that can hold them.
 #[test]
 fn every_format_of_the_published_cifar10_has_the_same_images() -> TestResult {
-    let (Some(data), Some(others)) = (std::env::var_os("POLDER_DATA"), std::env::var_os("POLDER_FORMATS")) else {
-        eprintln!("skipped: POLDER_DATA and POLDER_FORMATS do not name folders");
+    let Some(data) = std::env::var_os("POLDER_DATA") else {
+        eprintln!("skipped: POLDER_DATA does not name a folder with cifar-10");
         return Ok(());
     };
-    let expected = load(&PathBuf::from(data).join("cifar-10"))?;
-    for entry in fs::read_dir(others)? {
-        let path = entry?.path();
-        let found = load(&path)?;
-        assert!(found.train == expected.train && found.test == expected.test, "{}", path.display());
+    let expected = load_split(&Path::new(&data).join("cifar-10"), Split::Test)?.images;
+    let labels = expected.labels.iter().map(|&label| label as u8).collect::<Vec<_>>();
+    let plane = |image: &[u8], channel: usize| image.iter().skip(channel).step_by(3).copied().collect::<Vec<_>>();
+    let planes: Vec<u8> = expected
+        .pixels
+        .chunks(3072)
+        .flat_map(|image| [0, 1, 2].map(|channel| plane(image, channel)).concat())
+        .collect();
+    let pickle = pickled_images("labels", &labels, &planes);
+    let packed = gzip(&tar(&[("cifar-10-batches-py/test_batch", &pickle)]));
+    let arrays = [npy("|u1", &[10_000, 32, 32, 3], &expected.pixels), npy("|u1", &[10_000], &labels)];
+    let [images, truth] = arrays;
+    for files in [
+        vec![("test_batch", pickle)],
+        vec![("cifar-10-python.tar.gz", packed)],
+        vec![("test_images.npy", images), ("test_labels.npy", truth)],
+    ] {
+        let folder = folder_of(&files)?;
+        assert!(load_split(folder.path(), Split::Test)?.images == expected, "{}", files[0].0);
     }
     Ok(())
 }

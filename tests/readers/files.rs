@@ -27,10 +27,14 @@ fn text(text: &str) -> Vec<u8> {
     [&[b'U', text.len() as u8], text.as_bytes()].concat()
 }
 
-/// A batch of CIFAR's Python version, as Python 2 has written them, with these labels and as many images.
+/// A batch of CIFAR's Python version with these labels and as many images.
 pub fn pickled_batch(labels_key: &str, labels: &[u8]) -> Vec<u8> {
+    pickled_images(labels_key, labels, &(0..labels.len() * 3072).map(pixel).collect::<Vec<_>>())
+}
+
+/// A batch of CIFAR's Python version, as Python 2 has written them, with these labels and planes.
+pub fn pickled_images(labels_key: &str, labels: &[u8], data: &[u8]) -> Vec<u8> {
     let rows = labels.len() as u16;
-    let data: Vec<u8> = (0..labels.len() * 3072).map(pixel).collect();
     let mut bytes = b"\x80\x02}q\x01(".to_vec();
     bytes.extend([text("batch_label"), b"q\x02".to_vec(), text("testing batch 1 of 1"), b"q\x03".to_vec()].concat());
     bytes.extend([text(labels_key), b"q\x04]q\x05(".to_vec()].concat());
