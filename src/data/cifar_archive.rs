@@ -80,10 +80,27 @@ fn read(path: &Path, splits: &[Split]) -> Result<(&'static Layout, Files), DataE
     let Some((folder, layout)) = known(path) else {
         return Err(DataError::NotRecognised { path: path.into() });
     };
-    let damaged =
-        |error: io::Error| DataError::Archive { path: path.into(), reason: excerpt(error.to_string().as_bytes()) };
     let (file, _) = open(path)?;
     let mut unpacked = Members::new(BufReader::new(file)).take(MOST_BYTES);
+    let files = read_entries(path, &mut unpacked, (folder, layout), splits);
+    // The end of what may be read looks like the end of the file.
+    if unpacked.limit() == 0 {
+        let reason = format!("it unpacks to more than {MOST_BYTES} bytes");
+        return Err(DataError::Archive { path: path.into(), reason });
+    }
+    Ok((layout, files?))
+}
+
+fn read_entries(
+    path: &Path,
+    mut unpacked: impl Read,
+    (folder, layout): (&str, &Layout),
+    splits: &[Split],
+) -> Result<Files, DataError> {
+    let damaged = |error: io::Error| {
+        let reason = excerpt(error.to_string().as_bytes());
+        DataError::Archive { path: path.into(), reason }
+    };
     let mut files = Files::new();
     // Raw entries: a long name of an entry would be read into memory, whatever its length.
     for entry in Archive::new(&mut unpacked).entries().map_err(damaged)?.raw(true) {
@@ -107,11 +124,7 @@ fn read(path: &Path, splits: &[Split]) -> Result<(&'static Layout, Files), DataE
     }
     // The checksum is at the end of the file.
     io::copy(&mut unpacked, &mut io::sink()).map_err(damaged)?;
-    if unpacked.limit() == 0 {
-        let reason = format!("it unpacks to more than {MOST_BYTES} bytes");
-        return Err(DataError::Archive { path: path.into(), reason });
-    }
-    Ok((layout, files))
+    Ok(files)
 }
 
 /// The file of these splits that an entry is.
