@@ -71,7 +71,7 @@ template <class T>
 struct CombineArgs {
     CombinationArgs<T> combination;
     T* out;
-    const uint32_t* skip;  // or null: never skipped
+    const uint32_t* skip;            // or null: never skipped
     const double* weight_on_device;  // or null: `weight` is the weight
     uint64_t n;
     double weight;
