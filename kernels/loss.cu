@@ -50,8 +50,9 @@ struct Largest {
 };
 
 /// loss = log(sum exp z) - (1 - smoothing) z[label] - smoothing / classes sum z, all relative to the largest logit, and
-/// its gradient over the batch size, times the loss scale. With two labels, share z[label] + (1 - share) z[other]. A logit that is not finite gives a loss that is not finite,
-/// because it enters the last term, whose product with a smoothing of zero is then a NaN.
+/// its gradient over the batch size, times the loss scale. With two labels, share z[label] + (1 - share) z[other]. A
+/// logit that is not finite gives a loss that is not finite, because it enters the last term, whose product with a
+/// smoothing of zero is then a NaN.
 template <class T>
 __device__ void cross_entropy(const CrossEntropyArgs<T>& a) {
     const bool alone = block_threads() == 1;

@@ -63,10 +63,10 @@ impl Mixer {
         Ok(Self { mixing, quantiles: [table(alphas[0])?, table(alphas[1])?] })
     }
 
-    /// Mixes image n of `images`, `[batch, height, width, channels]`, with image `batch − 1 − n`. mixup: with a weight λ,
-    /// `x_n ← λ x_n + (1 − λ) x_m` for both. CutMix: a box of `√(1 − λ)` of each side around a uniform centre, clipped
-    /// at the edges, is exchanged, and λ becomes the share of the area outside of it. `mixed` receives the labels and
-    /// λ. The draw depends on the seed and on the counter plus `position.first`, which a clock advances.
+    /// Mixes image n of `images`, `[batch, height, width, channels]`, with image `batch − 1 − n`. mixup: with a weight
+    /// λ, `x_n ← λ x_n + (1 − λ) x_m` for both. CutMix: a box of `√(1 − λ)` of each side around a uniform centre,
+    /// clipped at the edges, is exchanged, and λ becomes the share of the area outside of it. `mixed` receives the
+    /// labels and λ. The draw depends on the seed and on the counter plus `position.first`, which a clock advances.
     ///
     /// Traffic: reads and writes each element once; CutMix only those in the box.
     ///

@@ -634,8 +634,8 @@ pub fn axpy<T: Scalar>(alpha: f64, x: Slice<'_, T>, mut y: SliceMut<'_, T>) -> R
 /// of the [`clock`](super::clock). Traffic: 12 B per element.
 ///
 /// # Errors
-/// [`Error::Length`] unless the vectors are equally long and the clock is one, [`Error::OtherDevice`] unless all live on
-/// one device, [`Error::Argument`] for a decay outside of 0 to 1.
+/// [`Error::Length`] unless the vectors are equally long and the clock is one, [`Error::OtherDevice`] unless all live
+/// on one device, [`Error::Argument`] for a decay outside of 0 to 1.
 pub fn moving_average<T: Scalar>(
     x: Slice<'_, T>,
     decay: f64,

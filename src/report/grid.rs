@@ -13,8 +13,8 @@ use super::text::plain;
 /// Groups that agree in all settings but one or two, with their values of these and their accuracy in percent.
 type Cells = Vec<(Vec<f64>, RunStatistics)>;
 
-/// A section with a chart for each set of groups that differ in the same one or two numbers. These are the settings with
-/// the most values: one with three or more, or two with two or more.
+/// A section with a chart for each set of groups that differ in the same one or two numbers. These are the settings
+/// with the most values: one with three or more, or two with two or more.
 pub(super) fn accuracy_over_settings(groups: &[Group]) -> Option<String> {
     let keys = differing(groups);
     let value = |group: &Group, key: &str| {

@@ -81,8 +81,8 @@ fn with_image_size(error: DataError) -> TrainError {
     }
 }
 
-/// The training images of a data set of this name as a run uses them, and those that it holds out, which may be none: of
-/// the first `train-size` images the share `validation` is held out, and the others get the label noise.
+/// The training images of a data set of this name as a run uses them, and those that it holds out, which may be none:
+/// of the first `train-size` images the share `validation` is held out, and the others get the label noise.
 ///
 /// # Errors
 /// Settings that do not fit the images.
