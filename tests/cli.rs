@@ -440,6 +440,8 @@ fn the_best_epoch_on_held_out_images_is_evaluated() {
     says(&["eval", "--run", &run, "--best", "--init", &by_file], &["--best", "given by --init"]);
     says(&["train", "--validation", "1"], &["--validation", "from 0 to below 1"]);
     says(&["train", "--train-size", "8", "--validation", "0.01"], &["--validation", "leaves a part without any"]);
+    says(&["train", "--mixup", "1", "--micro-batch", "1"], &["--mixup", "it has one"]);
+    says(&["train", "--cutmix", "1", "--m-sharpness", "1"], &["--cutmix", "it has one"]);
     says(&["train", "--mixup", "9"], &["--mixup", "above 0, at most 8"]);
     says(&["train", "--cutmix", "0"], &["--cutmix", "above 0, at most 8"]);
     says(&["train", "--cutout", "65536"], &["--cutout", "at most 65535"]);
@@ -480,7 +482,7 @@ fn a_sweep_trains_every_combination_once() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
     let (out, alone) = (path("sweep"), path("alone"));
-    let common = ["--train-size", "80", "--batch-size", "8", "--steps", "4", "--threads", "1", "--validation", "0.2"];
+    let common = ["--train-size", "80", "--batch-size", "8", "--steps", "4", "--validation", "0.2"];
     let vary = ["--vary", "rho=0.05,0.1", "--vary", "lr=0.1,0.05", "--vary", "seed=0,1", "--jobs", "2"];
     let sweep = [&["sweep", "--out", &out], &common[..], &vary, &["--json"]].concat();
     let first = polder(&sweep);
@@ -491,7 +493,7 @@ fn a_sweep_trains_every_combination_once() {
     let best = found["best_on_validation"]["runs"].as_str().unwrap();
     assert!(best.starts_with("rho-0") && best.contains("_lr-0"), "{best}");
 
-    let one = ["--rho", "0.1", "--lr", "0.05", "--seed", "1", "--out", &alone];
+    let one = ["--rho", "0.1", "--lr", "0.05", "--seed", "1", "--threads", "1", "--out", &alone];
     assert!(polder(&[&["train"], &common[..], &one].concat()).status.success());
     let weights = |run: &str| std::fs::read(Path::new(run).join("model.safetensors")).unwrap();
     let name = "rho-0.1_lr-0.05_seed-1";
@@ -503,12 +505,12 @@ fn a_sweep_trains_every_combination_once() {
     assert!(page.contains("<h2>Accuracy over settings</h2>"));
     assert_eq!(page.matches("<td style=\"padding:0.4em 0.8em;background:").count(), 4);
 
-    // A run whose result is lost is resumed, the others are left alone.
+    // A run whose result is lost is resumed, the others are left alone, with any number of jobs.
     let results = path("sweep/sweep.json");
     let mut kept: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&results).unwrap()).unwrap();
     let lost = kept.as_object_mut().unwrap().remove(name).unwrap();
     std::fs::write(&results, kept.to_string()).unwrap();
-    let again = polder(&sweep);
+    let again = polder(&[&sweep[..sweep.len() - 3], &["--jobs", "1", "--json"]].concat());
     let lines: Vec<String> = text(&again.stderr).lines().map(String::from).collect();
     assert_eq!(lines.len(), 1, "{lines:?}");
     assert!(lines[0].starts_with(&format!("8/8  {name}: test accuracy")), "{lines:?}");
@@ -535,6 +537,7 @@ fn a_sweep_of_cases_says_what_is_wrong() {
     says(&["--vary", "roh=0.1"], &["--vary", "roh", "no such option"]);
     says(&["--vary", "rho=0.1,x"], &["--vary", "x"]);
     says(&["--vary", "rho=0.1", "--vary", "rho=0.2"], &["--vary", "rho is given twice"]);
+    says(&["--rho", "0.1", "--vary", "rho=0.2,0.3"], &["--vary", "rho is given twice"]);
     says(&["--vary", "rho=0.1,0.1"], &["--vary", "two runs have the name rho-0.1"]);
     says(&["--case", "optimizer=sgd rho=0.1"], &["--rho", "in the run optimizer-sgd_rho-0.1"]);
     says(&["--vary", "seed=1", "--jobs", "0"], &["--jobs"]);
@@ -1661,7 +1664,9 @@ fn corrupted_images_are_evaluated_by_corruption_and_severity() {
         assert!(message.contains(words), "{wrong:?}: {message}");
     }
     let message = mistake(&["eval", "--run", &run, "--device", "cpu", "--corruption", "all"]);
-    assert!(message.contains("no labels.npy") || message.contains("synthetic"), "{message}");
+    assert!(message.contains("--data: missing; --corruption needs"), "{message}");
+    let message = mistake(&[&eval[..], &["--corruption", "fog", "--image-size", "8"]].concat());
+    assert!(message.contains("--image-size: has no effect with --corruption"), "{message}");
 }
 
 #[test]

@@ -685,6 +685,8 @@ fn asymmetric_noise_turns_classes_into_their_neighbours() -> TestResult {
             }
         }
     }
+    let five = small_images((0..5).collect(), 5).with_asymmetric_noise(1.0, 3, "mnist")?;
+    assert_eq!(five.labels, [1, 2, 3, 4, 0], "a set of that name with other classes");
     let noisy = |seed| clean.clone().with_asymmetric_noise(0.5, seed, "cifar-10").map(|images| images.labels);
     assert_ne!(noisy(1)?, noisy(2)?);
     assert_eq!(noisy(1)?, noisy(1)?);

@@ -462,6 +462,11 @@ fn other_matlab_files_are_named() -> TestResult {
             mat(&[mat_variable("X", &[32, 32, 3, 1], &[0; 3070]), labels(&[1])]),
             format!("{not} X has 32 x 32 x 3 x 1 numbers of kind 2, expected as many as its 3070 bytes are"),
         ),
+        // The images are looked at first: labels for a million of them would not be worth their memory.
+        (
+            mat(&[mat_variable("X", &[32, 32, 3, 1 << 20], &[0; 3072]), mat_variable("y", &[1 << 20, 1], &[1; 5])]),
+            format!("{not} X has 32 x 32 x 3 x 1048576 numbers of kind 2, expected as many as its 3072 bytes are"),
+        ),
         (damaged, format!("{not} damaged: ")),
         (svhn(&[1])[..200].to_vec(), "DIR/test_32x32.mat: 200 bytes, expected ".into()),
     ] {

@@ -108,7 +108,13 @@ struct Row {
 /// Evaluates on corrupted images, and prints a table of the errors.
 fn run_corrupted(model: &ModelArgs, samples: Samples, name: &str, severities: &[usize]) -> Result<(), Failure> {
     let mut opened = None;
-    let subject = model.open_images(Split::Test, samples, |data, _| {
+    if !model.has_data() {
+        return Err(option("data", "missing; --corruption needs the folder of CIFAR-10-C or CIFAR-100-C").into());
+    }
+    let subject = model.open_images(Split::Test, samples, true, |data, size| {
+        if size.is_some() {
+            return Err(option("image-size", "has no effect with --corruption: those images have one size"));
+        }
         let corrupted = Corrupted::open(Path::new(data))?;
         let names = if name == "all" { corrupted.names.clone() } else { vec![name.to_string()] };
         let first = corrupted.read(&names[0], severities[0])?;

@@ -141,6 +141,11 @@ impl ModelArgs {
         Ok(self.weights.settings()?.run.map(PathBuf::from))
     }
 
+    /// Whether a place of images was given.
+    pub fn has_data(&self) -> bool {
+        self.images.given.has("data")
+    }
+
     /// Whether a model was given.
     pub fn has_model(&self) -> Result<bool, TrainError> {
         Ok(self.weights.settings()?.model.is_some())
@@ -148,14 +153,16 @@ impl ModelArgs {
 
     /// Opens everything. For the training images of a run, only those that it was trained on, with its labels.
     pub fn open(&self, split: Split, samples: Samples) -> Result<Subject, TrainError> {
-        self.open_images(split, samples, |data, size| train::open_split(data, split, size))
+        self.open_images(split, samples, false, |data, size| train::open_split(data, split, size))
     }
 
-    /// Opens everything, with images that `read` takes from the data path.
+    /// Opens everything, with images that `read` takes from the data path. If `others` are expected, nothing is said
+    /// where they are not those of the run.
     pub fn open_images(
         &self,
         split: Split,
         samples: Samples,
+        others: bool,
         read: impl FnOnce(&str, Option<usize>) -> Result<SplitImages, TrainError>,
     ) -> Result<Subject, TrainError> {
         let WeightsSettings { run: folder, model, init, best, batch_size } = self.weights.settings()?;
@@ -210,7 +217,7 @@ impl ModelArgs {
         }
         // What a run does to its images does not apply to others.
         let of_the_run = record.as_ref().map_or(!given.has("data"), |record| record.has(split, &images));
-        if record.is_some() && !of_the_run {
+        if record.is_some() && !of_the_run && !others {
             let own = given.has("mean") && given.has("std");
             let how = if own { "" } else { "; they are normalised as those were" };
             tell(&format!("{data}: not the {split} images of the run{how}"));
@@ -221,7 +228,7 @@ impl ModelArgs {
             images.check().map_err(|error| option(blamed, error))?;
         }
         if split == Split::Train && of_the_run {
-            [images, _] = train::training_images(images, &name, &settings)?;
+            [images, _] = train::training_images(images, (&name, statistics), &settings)?;
         }
         let images = match samples {
             Samples::First(n) => images.take(n).map_err(|error| option("samples", error))?,

@@ -60,6 +60,8 @@ struct Planned {
     name: String,
     /// The same without the seed.
     group: String,
+    /// Threads of the CPU; 0 for its share of the cores.
+    threads: usize,
     /// Its settings as TOML.
     settings: String,
 }
@@ -137,8 +139,9 @@ fn combinations(args: &SweepArgs) -> Result<Vec<Vec<Assignment>>, TrainError> {
     for combination in &found {
         let mut names: Vec<&str> = combination.iter().map(|(name, ..)| name.as_str()).collect();
         names.sort_unstable();
-        if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-            return Err(option("vary", format!("{} is given twice", pair[0])));
+        let twice = names.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0]);
+        if let Some(name) = twice.or(names.iter().copied().find(|name| args.options.given.has(name))) {
+            return Err(option("vary", format!("{name} is given twice")));
         }
     }
     Ok(found)
@@ -176,15 +179,11 @@ fn plan(args: &SweepArgs) -> Result<Vec<Planned>, TrainError> {
             }
             error => error,
         })?;
-        let mut settings = settings.with_absolute_paths();
-        if settings.run.threads == 0 {
-            let cores = std::thread::available_parallelism().map_or(1, usize::from);
-            settings.run.threads = (cores / usize::from(args.jobs)).max(1);
-        }
+        let settings = settings.with_absolute_paths();
         if planned.iter().any(|other| other.name == name) {
             return Err(option("vary", format!("two runs have the name {name}")));
         }
-        planned.push(Planned { name, group, settings: settings.to_toml()? });
+        planned.push(Planned { name, group, threads: settings.run.threads, settings: settings.to_toml()? });
     }
     Ok(planned)
 }
@@ -264,6 +263,10 @@ fn train(args: &SweepArgs, run: &Planned, asked: &Asked) -> Result<Finished, Unf
         command.arg("--resume").arg(&folder);
     } else {
         command.arg("--config").arg(beside(args, run, "toml")).arg("--out").arg(&folder);
+    }
+    if run.threads == 0 {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        command.arg("--threads").arg((cores / usize::from(args.jobs)).max(1).to_string());
     }
     // A signal of the terminal reaches this process alone, which passes it on once: a second one would stop a run
     // without saving it.
@@ -381,15 +384,20 @@ fn keep_results(args: &SweepArgs, done: &BTreeMap<String, Finished>) -> Result<(
 
 /// The group of runs with the best mean on the validation images, and this mean.
 fn best_on_validation<'a>(planned: &'a [Planned], done: &BTreeMap<String, Finished>) -> Option<(&'a str, f64)> {
-    let mut sums = BTreeMap::<&str, (f64, usize)>::new();
+    // A group counts if all its runs are finished and none diverged.
+    let mut groups = BTreeMap::<&str, Vec<Option<f64>>>::new();
     for run in planned {
-        if let Some(share) = done.get(&run.name).and_then(|found| found.validation) {
-            let (sum, count) = sums.entry(&run.group).or_default();
-            (*sum, *count) = (*sum + share, *count + 1);
-        }
+        let found = done.get(&run.name).filter(|found| found.accuracy.is_some());
+        groups.entry(&run.group).or_default().push(found.and_then(|found| found.validation));
     }
-    let means = sums.into_iter().map(|(group, (sum, count))| (group, sum / count as f64));
-    means.max_by(|(_, a), (_, b)| a.total_cmp(b))
+    if groups.len() < 2 {
+        return None;
+    }
+    let mean = |(group, shares): (&'a str, Vec<Option<f64>>)| {
+        let count = shares.len() as f64;
+        Some((group, shares.into_iter().sum::<Option<f64>>()? / count))
+    };
+    groups.into_iter().filter_map(mean).max_by(|(_, a), (_, b)| a.total_cmp(b))
 }
 
 pub fn run(args: &SweepArgs) -> Result<ExitCode, Failure> {

@@ -155,9 +155,23 @@ fn read(folder: &Path, split: Split, size: Option<usize>) -> Result<Images, Data
     let is_possible = side.iter().all(|&side| side <= MOST_SIDE as usize);
     let bytes = if is_possible { files.len().checked_mul(shape.bytes()) } else { None };
     let bytes = bytes.ok_or_else(out_of_memory)?;
+    // Without a size the first header decides how much memory all pictures take, so that picture has to be there.
+    if size.is_none() {
+        let mut pixels = vec![0; shape.bytes()];
+        decode_one(first, first, shape, size, &mut pixels)?;
+        for file in &files[1..] {
+            let [width, height] = decoder(file)?.1.map(|side| side as usize);
+            if [width, height] != side {
+                let (path, first) = (file.clone(), first.clone());
+                let found = ImageShape { height, width, channels: CHANNELS };
+                return Err(DataError::PictureSizes { path, found, first, expected: shape });
+            }
+        }
+    }
     let mut pixels = Vec::new();
     pixels.try_reserve_exact(bytes).map_err(|_| out_of_memory())?;
-    pixels.resize(bytes, 0);
+    // Memory of the system, which is taken as the pictures are decoded: a damaged one ends that before.
+    pixels = vec![0; bytes];
     decode_all(&files, shape, size, &mut pixels)?;
     Ok(Images { pixels, labels, shape, classes: classes.len() })
 }

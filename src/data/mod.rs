@@ -193,7 +193,8 @@ impl Images {
     /// The pairs are those of the data set of this `name`. CIFAR-10 (Patrini et al. 2017): truck to automobile, bird to
     /// airplane, deer to horse, cat and dog to each other. MNIST (the same): 2 to 7, 3 to 8, 7 to 1, 5 and 6 to each
     /// other. Fashion-MNIST (Zhang and Sabuncu 2018): ankle boot to sneaker, sneaker to sandal, pullover to shirt, coat
-    /// and dress to each other. In any other set every class turns into the next one (Han et al. 2018).
+    /// and dress to each other. In any other set, and in one that has not ten classes, every class turns into the next
+    /// one (Han et al. 2018).
     ///
     /// # Errors
     /// Those of [`Images::with_label_noise`].
@@ -203,6 +204,7 @@ impl Images {
     pub fn with_asymmetric_noise(mut self, fraction: f64, seed: u64, name: &str) -> Result<Images, DataError> {
         let classes = self.check_noise(fraction)?;
         let pairs: Vec<(u32, u32)> = match name {
+            _ if classes != 10 => (0..classes).map(|class| (class, (class + 1) % classes)).collect(),
             "cifar-10" => vec![(9, 1), (2, 0), (4, 7), (3, 5), (5, 3)],
             "mnist" => vec![(2, 7), (3, 8), (7, 1), (5, 6), (6, 5)],
             "fashion-mnist" => vec![(9, 7), (7, 5), (2, 6), (4, 3), (3, 4)],

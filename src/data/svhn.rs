@@ -98,6 +98,8 @@ fn append(path: &Path, images: &mut Images) -> Result<(), DataError> {
         let (path, labels_path) = (path.into(), path.into());
         return Err(DataError::Count { path, images: count, labels: label_count, labels_path });
     }
+    // Before anything is unpacked: a file of a few bytes can have labels for many more images than it has pixels.
+    pixels.check_length(1)?;
     let first = images.labels.len();
     labels.read_labels(images)?;
     if let Some(index) = images.labels[first..].iter().position(|&label| label > 10) {

@@ -138,6 +138,8 @@ impl Mixer {
 /// With `s = x^α` the density up to one half is that of `(1 − x)^(α − 1)` in s, which has no pole. Its integral over a
 /// fine grid is inverted by linear interpolation; the other half is symmetric.
 fn beta_quantiles(alpha: f64) -> Vec<f32> {
+    // Below this nearly every weight rounds to 0 or 1, and powers of so small a number lose all digits.
+    let alpha = alpha.max(1e-3);
     const GRID: usize = 1 << 14;
     let most = 0.5f64.powf(alpha);
     let x_at = |s: f64| s.powf(1.0 / alpha);
@@ -181,7 +183,8 @@ mod tests {
             let expected = (std::f64::consts::FRAC_PI_2 * share).sin().powi(2);
             assert_abs_diff_eq!(f64::from(arcsine[index]), expected, epsilon = 1e-7);
         }
-        for alpha in [0.1, 0.2, 0.4, 2.0, 4.0, 8.0] {
+        assert_eq!(beta_quantiles(1e-300), beta_quantiles(1e-3));
+        for alpha in [1e-3, 0.1, 0.2, 0.4, 2.0, 4.0, 8.0] {
             let table = beta_quantiles(alpha);
             assert!(table.windows(2).all(|pair| pair[0] <= pair[1]) && (table[0], table[QUANTILES]) == (0.0, 1.0));
             // Of the numbers that are drawn, uniform between two entries.

@@ -133,7 +133,12 @@ impl Checkpoint {
             let text = metadata.metadata().as_ref().and_then(|entries| entries.get(key));
             text.ok_or_else(|| damaged(format!("no `{key}`")))
         };
-        let data = |name: &str| file.tensor(name).map(|view| view.data()).map_err(|error| damaged(error.to_string()));
+        let data = |name: &str| match file.tensor(name) {
+            Ok(view) => Ok(view.data()),
+            // Earlier checkpoints have none.
+            Err(_) if name == "average" => Ok(&[][..]),
+            Err(error) => Err(damaged(error.to_string())),
+        };
         let untested = entry(UNTESTED).ok();
         let words = ENTRIES.into_iter().map(|name| entry(name).map(String::as_bytes));
         let words = words.chain(untested.map(|line| Ok(line.as_bytes())));

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::TrainError;
 use super::settings::{NoiseKind, RunSettings};
-use crate::data::{self, DataError, Dataset, Images, Split};
+use crate::data::{self, DataError, Dataset, Images, Split, StatisticsSource};
 use crate::device::{self, Buffer, Compute, Device, Error, HostOptions, Slice};
 use crate::kernels::image::{self, Augment, BatchShape, Normalization, Position};
 use crate::kernels::mixing::Mixer;
@@ -81,12 +81,16 @@ fn with_image_size(error: DataError) -> TrainError {
     }
 }
 
-/// The training images of a data set of this name as a run uses them, and those that it holds out, which may be none:
-/// of the first `train-size` images the share `validation` is held out, and the others get the label noise.
+/// The training images of a data set as a run uses them, and those that it holds out, which may be none: of the first
+/// `train-size` images the share `validation` is held out, and the others get the label noise.
 ///
 /// # Errors
 /// Settings that do not fit the images.
-pub fn training_images(images: Images, name: &str, settings: &RunSettings) -> Result<[Images; 2], TrainError> {
+pub fn training_images(
+    images: Images,
+    (name, statistics): (&str, StatisticsSource),
+    settings: &RunSettings,
+) -> Result<[Images; 2], TrainError> {
     let (data, seed) = (&settings.data, settings.run.seed);
     let of = |setting: &'static str| move |error: DataError| TrainError::setting(setting, error.to_string());
     let images = match data.train_size {
@@ -101,6 +105,8 @@ pub fn training_images(images: Images, name: &str, settings: &RunSettings) -> Re
         }
     };
     if let Some(fraction) = data.label_noise {
+        // A folder may have the name of a data set by chance; the published values are known for the set itself.
+        let name = if statistics == StatisticsSource::Published { name } else { "" };
         train = match data.label_noise_kind {
             NoiseKind::Symmetric => train.with_label_noise(fraction, seed)?,
             NoiseKind::Asymmetric => train.with_asymmetric_noise(fraction, seed, name)?,

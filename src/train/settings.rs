@@ -182,7 +182,7 @@ settings! {
         train_size: Option<usize> = None, else "all", in at_least(1);
         /// Replace this fraction of the training labels by other classes
         label_noise: Option<f64> = None, else "0", as "P", in fraction;
-        /// Which other classes
+        /// How label noise chooses the new class
         label_noise_kind: NoiseKind = NoiseKind::Symmetric, with label_noise;
         /// Hold out this fraction of the training images, test on them after each epoch, and keep the weights of the
         /// best epoch in best.safetensors. They get no label noise
@@ -222,7 +222,8 @@ settings! {
         shortcut: Option<Shortcut> = None, else "a";
         /// Begin from the weights in this file
         init: Option<String> = None, else "random weights", as "FILE.safetensors";
-        /// Begin with random weights in the last linear layer all the same, for other classes than the file's
+        /// Do not take the last linear layer from the file: it begins with random weights, so that the number of
+        /// classes may differ
         reset_head: bool = false, with init;
     }
 }
@@ -578,6 +579,15 @@ impl RunSettings {
         let (whole, size) = group.map_or(("batch-size", batch), |group| ("m-sharpness", group));
         if let Some(part) = self.data.micro_batch.filter(|part| !size.is_multiple_of(*part)) {
             return Err(TrainError::setting("micro-batch", format!("{part}, expected a divisor of `{whole}` {size}")));
+        }
+        let part = self.data.micro_batch.unwrap_or(size);
+        for (name, alpha) in [("mixup", self.data.mixup), ("cutmix", self.data.cutmix)] {
+            if alpha.is_some() && part < 2 {
+                return Err(TrainError::setting(
+                    name,
+                    "the images of a pass are mixed with each other, and it has one",
+                ));
+            }
         }
         Ok(())
     }

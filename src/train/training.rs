@@ -143,7 +143,7 @@ impl<'a> Training<'a> {
         let images = RunImages::of(&dataset, &normalization);
         let absent_classes = dataset.absent_classes();
         let mut dataset = dataset;
-        let [train, validation] = training_images(dataset.train, &dataset.name, &settings)?;
+        let [train, validation] = training_images(dataset.train, (&dataset.name, dataset.statistics), &settings)?;
         dataset.train = train;
         let precision = settings.run.precision;
         let names = Names { network: network_name, data: data_name, method: method_name };

@@ -214,7 +214,9 @@ impl Functions<'_> {
                     scattered.tensors.push((place.clone(), tensor));
                 }
             }
-            scattered.owner = Some(Box::new(owner));
+            if !scattered.tensors.is_empty() {
+                scattered.owner = Some(Box::new(owner));
+            }
         }
         Ok(())
     }

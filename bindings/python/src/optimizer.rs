@@ -28,12 +28,18 @@ pub fn direction_seed(seed: u64) -> u64 {
     optim::direction_seed(seed)
 }
 
-/// Fails for options that the method does not have, that are out of range or contradict each other.
+/// Fails for options that the method does not have, that are out of range or contradict each other, and for those that
+/// need a base optimizer of this library if it is an `external` one.
 #[pyfunction]
-pub fn check_options(method: &str, options: Options) -> Result<(), Failure> {
+pub fn check_options(method: &str, options: Options, external: bool) -> Result<(), Failure> {
     let found = configured((find(method)?.new)(), &options, None)?;
     found.check()?;
-    Ok(found.check_combination()?)
+    found.check_combination()?;
+    if external && found.needs_base() {
+        let message = format!("base: {method} needs a base optimizer of this library, 'sgd' or 'adamw'");
+        return Err(Failure(PyValueError::new_err(message)));
+    }
+    Ok(())
 }
 
 fn find(method: &str) -> Result<&'static Entry, Failure> {

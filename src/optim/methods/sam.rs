@@ -142,6 +142,8 @@ impl Sam {
         let (rho, norms) = (self.rho * step.rho_factor, &mut step.numbers.norms);
         let mut x = step.vectors.open()?;
         let (weights, mut point) = (x.read(Vector::Weights)?, x.write(P)?);
+        // A layout ends with padding, which the vector of another framework need not have.
+        let end = end.min(weights.len());
         let (part, gradient) = (weights.slice(start..end)?, x.read(G0)?.slice(start..end)?);
         vector::l2_norm(gradient, step.reduction, norms.slice_mut(1..2)?)?;
         point.copy_from(weights)?;

@@ -154,6 +154,8 @@ def _normalisation(flat: Flat, modules: Iterable[torch.nn.Module], needed: bool)
     """The elements of the normalisation, if all of it lies in front of the biases; fails otherwise if it is needed."""
     inside = (module for root in modules for module in root.modules() if isinstance(module, _NORMALISATION))
     wanted = {id(param) for module in inside for param in module.parameters(recurse=False)}
+    if needed and any(id(param) in wanted and not _is_vector(param) for param in flat.params):
+        raise ValueError("perturb: 'norm' needs parameters of normalisation that are vectors")
     vectors = [(place, id(param) in wanted) for param, place in zip(flat.params, flat.places) if _is_vector(param)]
     first = [place for place, found in itertools.takewhile(lambda vector: vector[1], vectors)]
     if sum(found for _, found in vectors) > len(first):
@@ -225,7 +227,7 @@ class SharpnessAware(torch.optim.Optimizer):
                 raise ValueError(f"base: {names} both have an option {both[0]}, which would be one number for both")
             self.defaults.update(self.base_optimizer.defaults)
         _check_numbers(self.param_groups)
-        _polder.check_options(self._method["name"], self._options())
+        _polder.check_options(self._method["name"], self._options(), self._base == "external")
 
     def _clear(self) -> None:
         """Nothing is built."""
