@@ -228,7 +228,7 @@ impl ModelArgs {
             images.check().map_err(|error| option(blamed, error))?;
         }
         if split == Split::Train && of_the_run {
-            [images, _] = train::training_images(images, (&name, statistics), &settings)?;
+            (images, _) = train::training_images(images, (&name, statistics), &settings)?;
         }
         let images = match samples {
             Samples::First(n) => images.take(n).map_err(|error| option("samples", error))?,

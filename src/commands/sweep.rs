@@ -401,12 +401,8 @@ fn best_on_validation<'a>(planned: &'a [Planned], done: &BTreeMap<String, Finish
 }
 
 pub fn run(args: &SweepArgs) -> Result<ExitCode, Failure> {
-    for (given, name) in
-        [(args.vary.is_empty() && args.case.is_empty(), "vary"), (args.out.as_os_str().is_empty(), "out")]
-    {
-        if given {
-            return Err(option(name, "empty").into());
-        }
+    if args.out.as_os_str().is_empty() {
+        return Err(option("out", "empty, expected a folder").into());
     }
     let planned = plan(args)?;
     let _held = hold(&args.out)?;

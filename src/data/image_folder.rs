@@ -160,12 +160,7 @@ fn read(folder: &Path, split: Split, size: Option<usize>) -> Result<Images, Data
         let mut pixels = vec![0; shape.bytes()];
         decode_one(first, first, shape, size, &mut pixels)?;
         for file in &files[1..] {
-            let [width, height] = decoder(file)?.1.map(|side| side as usize);
-            if [width, height] != side {
-                let (path, first) = (file.clone(), first.clone());
-                let found = ImageShape { height, width, channels: CHANNELS };
-                return Err(DataError::PictureSizes { path, found, first, expected: shape });
-            }
+            check_size(file, decoder(file)?.1, first, shape)?;
         }
     }
     let mut pixels = Vec::new();
@@ -214,16 +209,23 @@ fn decode_one(
     size: Option<usize>,
     into: &mut [u8],
 ) -> Result<(), DataError> {
-    let (decoder, [width, height]) = decoder(file)?;
-    if size.is_none() && [width as usize, height as usize] != [shape.width, shape.height] {
-        let (path, first) = (file.into(), first.into());
-        let found = ImageShape { height: height as usize, width: width as usize, channels: CHANNELS };
-        return Err(DataError::PictureSizes { path, found, first, expected: shape });
+    let (decoder, sides) = decoder(file)?;
+    if size.is_none() {
+        check_size(file, sides, first, shape)?;
     }
     let decoded = DynamicImage::from_decoder(decoder).map_err(|error| damaged(file, &error))?.into_rgb8();
     let fitted = if size.is_some() { fit(&decoded, shape.height as u32) } else { decoded };
     into.copy_from_slice(fitted.as_raw());
     Ok(())
+}
+
+/// Fails for a picture of another size than the first one.
+fn check_size(file: &Path, [width, height]: [u32; 2], first: &Path, expected: ImageShape) -> Result<(), DataError> {
+    let found = ImageShape { height: height as usize, width: width as usize, channels: CHANNELS };
+    if found == expected {
+        return Ok(());
+    }
+    Err(DataError::PictureSizes { path: file.into(), found, first: first.into(), expected })
 }
 
 /// The middle square of a picture, resized. A filter as wide as the shrinking is averages what is left out.

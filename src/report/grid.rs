@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::chart::{ChartAxis, Line, Style, line_chart};
+use super::chart::{self, ChartAxis, Line, Style, line_chart};
 use super::drawing::{escape, hex};
 use super::page::{charts, figure, note, scroll_box, section};
 use super::picture::ColourMap;
@@ -21,13 +21,8 @@ pub(super) fn accuracy_over_settings(groups: &[Group]) -> Option<String> {
         let found = group.runs.first()?.settings.get(key)?;
         found.as_float().or(found.as_integer().map(|whole| whole as f64)).filter(|value| value.is_finite())
     };
-    let count = |key: &&String| {
-        let mut values: Vec<f64> = groups.iter().filter_map(|group| value(group, key)).collect();
-        values.sort_by(f64::total_cmp);
-        values.dedup();
-        values.len()
-    };
-    let mut numbers: Vec<(usize, &String)> = keys.iter().map(|key| (count(&key), key)).collect();
+    let count = |key: &String| different(groups.iter().filter_map(|group| value(group, key))).len();
+    let mut numbers: Vec<(usize, &String)> = keys.iter().map(|key| (count(key), key)).collect();
     numbers.retain(|(count, _)| *count >= 2);
     numbers.sort_by_key(|(count, _)| std::cmp::Reverse(*count));
     let axes: Vec<&str> = match numbers[..] {
@@ -54,6 +49,14 @@ pub(super) fn accuracy_over_settings(groups: &[Group]) -> Option<String> {
     (!content.is_empty()).then(|| section("Accuracy over settings", &content))
 }
 
+/// The different values, in their order.
+fn different(values: impl Iterator<Item = f64>) -> Vec<f64> {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values.dedup();
+    values
+}
+
 fn title(set: &str, axes: &str) -> String {
     let of = if set.is_empty() { String::new() } else { format!("{set}: ") };
     format!("{of}test accuracy over {axes}")
@@ -64,12 +67,9 @@ fn lines(key: &str, sets: BTreeMap<String, Cells>) -> String {
     let mut figures = String::new();
     for (set, mut cells) in sets.into_iter().filter(|(_, cells)| cells.len() >= 3) {
         cells.sort_by(|(a, _), (b, _)| a[0].total_cmp(&b[0]));
-        let range = |of: &RunStatistics| {
-            of.values.iter().fold([f64::INFINITY, -f64::INFINITY], |[low, high], &v| [low.min(v), high.max(v)])
-        };
-        let band = cells.iter().filter(|(_, of)| of.values.len() > 1).map(|(place, of)| {
-            let [low, high] = range(of);
-            [place[0], low, high]
+        let band = cells.iter().filter(|(_, of)| of.values.len() > 1).filter_map(|(place, of)| {
+            let (low, high) = chart::range(of.values.iter().copied())?;
+            Some([place[0], low, high])
         });
         let line = Line {
             name: set.clone(),
@@ -94,13 +94,8 @@ fn lines(key: &str, sets: BTreeMap<String, Cells>) -> String {
 /// A heat map for each set that fills at least two rows and two columns. All have the same colours.
 fn maps(axes: &[&str], sets: BTreeMap<String, Cells>) -> String {
     let means = sets.values().flatten().map(|(_, of)| of.mean);
-    let (low, high) = means.fold((f64::INFINITY, -f64::INFINITY), |(low, high), mean| (low.min(mean), high.max(mean)));
-    let values = |cells: &Cells, axis: usize| {
-        let mut values: Vec<f64> = cells.iter().map(|(place, _)| place[axis]).collect();
-        values.sort_by(f64::total_cmp);
-        values.dedup();
-        values
-    };
+    let Some((low, high)) = chart::range(means) else { return String::new() };
+    let values = |cells: &Cells, axis: usize| different(cells.iter().map(|(place, _)| place[axis]));
     let mut content = String::new();
     for (set, cells) in &sets {
         let (rows, columns) = (values(cells, 0), values(cells, 1));

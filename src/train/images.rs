@@ -81,8 +81,8 @@ fn with_image_size(error: DataError) -> TrainError {
     }
 }
 
-/// The training images of a data set as a run uses them, and those that it holds out, which may be none: of the first
-/// `train-size` images the share `validation` is held out, and the others get the label noise.
+/// The training images of a data set as a run uses them, and those that it holds out, if any: of the first `train-size`
+/// images the share `validation` is held out, and the others get the label noise.
 ///
 /// # Errors
 /// Settings that do not fit the images.
@@ -90,19 +90,19 @@ pub fn training_images(
     images: Images,
     (name, statistics): (&str, StatisticsSource),
     settings: &RunSettings,
-) -> Result<[Images; 2], TrainError> {
+) -> Result<(Images, Option<Images>), TrainError> {
     let (data, seed) = (&settings.data, settings.run.seed);
     let of = |setting: &'static str| move |error: DataError| TrainError::setting(setting, error.to_string());
     let images = match data.train_size {
         Some(n) => images.take(n).map_err(of("train-size"))?,
         None => images,
     };
-    let [mut train, held] = match data.validation {
-        Some(fraction) if fraction > 0.0 => images.hold_out(fraction, seed).map_err(of("validation"))?,
-        _ => {
-            let none = Images { pixels: Vec::new(), labels: Vec::new(), shape: images.shape, classes: images.classes };
-            [images, none]
+    let (mut train, held) = match data.validation {
+        Some(fraction) if fraction > 0.0 => {
+            let [train, held] = images.hold_out(fraction, seed).map_err(of("validation"))?;
+            (train, Some(held))
         }
+        _ => (images, None),
     };
     if let Some(fraction) = data.label_noise {
         // A folder may have the name of a data set by chance; the published values are known for the set itself.
@@ -112,7 +112,7 @@ pub fn training_images(
             NoiseKind::Asymmetric => train.with_asymmetric_noise(fraction, seed, name)?,
         };
     }
-    Ok([train, held])
+    Ok((train, held))
 }
 
 fn not_empty(path: &str) -> Result<(), TrainError> {

@@ -143,11 +143,10 @@ impl<'a> Training<'a> {
         let images = RunImages::of(&dataset, &normalization);
         let absent_classes = dataset.absent_classes();
         let mut dataset = dataset;
-        let [train, validation] = training_images(dataset.train, (&dataset.name, dataset.statistics), &settings)?;
+        let (train, validation) = training_images(dataset.train, (&dataset.name, dataset.statistics), &settings)?;
         dataset.train = train;
         let precision = settings.run.precision;
         let names = Names { network: network_name, data: data_name, method: method_name };
-        let validation = Some(validation).filter(|images| !images.is_empty());
         let subject =
             Subject { settings, network, dataset, validation, absent_classes, normalization, images, method, names };
         match precision {
