@@ -72,7 +72,7 @@ struct CombineArgs {
     CombinationArgs<T> combination;
     T* out;
     const uint32_t* skip;            // or null: never skipped
-    const double* weight_on_device;  // or null: `weight` is the weight
+    const double* weight_on_device;  // or null: `weight` is the weight; otherwise what this one is multiplied by
     uint64_t n;
     double weight;
     uint32_t add;  // to what `out` holds
@@ -84,7 +84,7 @@ __device__ void combine(const CombineArgs<T>& a) {
     if (a.skip != nullptr && *a.skip != 0) return;
     const Combined<T, N> combined(a.combination);
     T* out = a.out;
-    const T weight = T(a.weight_on_device != nullptr ? *a.weight_on_device : a.weight);
+    const T weight = T(a.weight_on_device != nullptr ? a.weight * *a.weight_on_device : a.weight);
     const bool packs = aligned16(out) && combined.aligned();
     if (a.add == 0) {
         for_each_pack_if<kPack<T>>(packs, a.n, [=](auto width, uint64_t i) {

@@ -393,16 +393,16 @@ struct SgdArgs {
     T* m;
     CombinationArgs<T> combination;
     const uint32_t* skip;
-    const double* lr_on_device;  // or null: `lr` is the rate
+    const double* lr_on_device;  // or null: `lr` is the rate; otherwise what this one is multiplied by
     uint64_t n, decay_len;
     double lr, momentum, weight_decay;
     uint32_t nesterov;
 };
 
-/// The learning rate: a number, or one on the device.
+/// The learning rate: a number, or so many times one on the device.
 template <class Args>
 __device__ __forceinline__ double learning_rate(const Args& a) {
-    return a.lr_on_device != nullptr ? *a.lr_on_device : a.lr;
+    return a.lr_on_device != nullptr ? a.lr * *a.lr_on_device : a.lr;
 }
 
 template <class T, int N, bool NESTEROV>

@@ -408,6 +408,8 @@ pub enum Rate<'a> {
     Fixed(f64),
     /// The number there (one element).
     Device(Slice<'a, f64>),
+    /// So many times the number there (one element).
+    Scaled(Slice<'a, f64>, f64),
 }
 
 impl From<f64> for Rate<'_> {
@@ -416,16 +418,24 @@ impl From<f64> for Rate<'_> {
     }
 }
 
-impl Rate<'_> {
-    /// The address of a rate on the device (0 if there is none), and the given number.
-    pub(super) fn args(&self, check: Check<'_>) -> Result<(u64, f64)> {
-        match *self {
-            Rate::Fixed(lr) => Ok((0, lr)),
-            Rate::Device(lr) => {
-                check.argument("lr", lr, 1)?;
-                Ok((lr.address(), 0.0))
-            }
+impl<'a> Rate<'a> {
+    /// The rate that a method computes, in place of this one. Its factor stays.
+    pub(crate) fn replaced_by(self, own: Slice<'a, f64>) -> Self {
+        match self {
+            Rate::Scaled(_, factor) => Rate::Scaled(own, factor),
+            Rate::Fixed(_) | Rate::Device(_) => Rate::Device(own),
         }
+    }
+
+    /// The address of a rate on the device (0 if there is none), and the given number: the rate, or the factor.
+    pub(super) fn args(&self, check: Check<'_>) -> Result<(u64, f64)> {
+        let (lr, factor) = match *self {
+            Rate::Fixed(lr) => return Ok((0, lr)),
+            Rate::Device(lr) => (lr, 1.0),
+            Rate::Scaled(lr, factor) => (lr, factor),
+        };
+        check.argument("lr", lr, 1)?;
+        Ok((lr.address(), factor))
     }
 }
 

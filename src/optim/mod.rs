@@ -112,7 +112,7 @@ pub struct Group<'a> {
     pub base: Base,
     /// λ, as [`Settings::weight_decay`].
     pub weight_decay: f64,
-    /// Learning rate η. A method that computes the step size ignores it.
+    /// Learning rate η. A method that computes the step size replaces it, but not the factor of [`Rate::Scaled`].
     pub lr: Rate<'a>,
 }
 
@@ -583,7 +583,7 @@ impl<T: Scalar> Optimizer<T> {
         let own_rate = settings.method.own_rate().map(|index| numbers.own.slice(index..index + 1)).transpose()?;
         let (skip, steps) = (numbers.flag.view(), state.counters.slice(0..1)?);
         for Group { place, base, weight_decay, lr } in groups.iter().cloned() {
-            let lr = own_rate.map_or(lr, Rate::Device);
+            let lr = own_rate.map_or(lr, |own| lr.replaced_by(own));
             for part in elsewhere.parts(followed.vectors(), place.clone()) {
                 let gradients = followed.part(elsewhere, gradients, part.clone())?;
                 let decay_len = decay_len.saturating_sub(part.start);
