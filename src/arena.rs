@@ -65,6 +65,11 @@ impl TensorKind {
         self.part() == 0
     }
 
+    /// Whether it is a running statistic and no parameter.
+    pub(crate) fn is_statistic(self) -> bool {
+        matches!(self, TensorKind::RunningMean(_) | TensorKind::RunningVar(_))
+    }
+
     /// Its place in the order of an arena: 0 for weights, 1 for the parameters of normalisation, 2 for all others.
     fn part(self) -> usize {
         match self {

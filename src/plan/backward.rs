@@ -1,11 +1,11 @@
 //! The backward pass, and the last stage of the gradient.
 
+use super::graph::Place;
 use super::memory_plan::MemoryPlan;
 use super::ops::{Op, Operation, WeightGradient};
-use super::pass::{BackwardPass, LastStage, Operands, ParameterGradients, Weights};
+use super::pass::{BackwardPass, Frozen, LastStage, Operands, ParameterGradients, Weights};
 use super::second_pass::PassBuffers;
 use super::{Plan, check_backward};
-use crate::arena::Layout;
 use crate::device::{Compute, Device, Result, Scalar, Slice, SliceMut};
 use crate::kernels::gradient::{GradientStages, Stage, Unfinished};
 use crate::kernels::vector::Reduction;
@@ -22,13 +22,13 @@ pub(super) struct LastStages {
 
 impl LastStages {
     /// The stages of the operations that have their own, and at the end one for all other gradients.
-    pub fn new(device: &Device, ops: &[Op], memory: &MemoryPlan, parameters: &Layout) -> Result<Self> {
+    pub fn new(device: &Device, ops: &[Op], memory: &MemoryPlan, places: &[Place]) -> Result<Self> {
         let (mut stages, mut numbers, mut rest) = (Vec::new(), Vec::new(), Vec::new());
         for (index, op) in ops.iter().enumerate() {
             numbers.push(stages.len());
             let scratch = memory.range(memory.backward_scratch[index]);
-            for parameter in op.parameters().into_iter().flatten() {
-                let place = parameters.tensors()[parameter].range();
+            let trained = op.parameters().into_iter().flatten().map(|parameter| &places[parameter]);
+            for place in trained.filter(|place| !place.frozen).map(|place| place.range.clone()) {
                 match memory.weight_gradients[index] {
                     WeightGradient::Finished(squares) => stages.push(Stage::Convolution(squares)),
                     WeightGradient::Summed => {
@@ -99,8 +99,8 @@ impl<S: Compute> Plan<S> {
         target: Option<Target<'_, S::Master>>,
     ) -> Result<()> {
         let op = &self.ops[index];
-        if !self.memory.has_gradient(op.output()) {
-            return Ok(()); // The loss does not depend on it. It has no parameter, or planning would have failed.
+        if !self.memory.is_differentiated(op.output()) {
+            return Ok(());
         }
         let PassBuffers { arena, rounded, workspace } = &mut self.buffers;
         let gradients = target.map(|Target { gradient, flag, norm }| {
@@ -111,11 +111,11 @@ impl<S: Compute> Plan<S> {
                 flag,
                 norm,
             });
-            ParameterGradients::new(&self.parameters, gradient, last_stage)
+            ParameterGradients::new(&self.places, gradient, last_stage)
         });
         op.backward(BackwardPass {
             values: Operands::new(&self.memory, index, arena),
-            weights: Weights::new(&self.parameters, weights, rounded)?,
+            weights: Weights::new(&self.places, weights, rounded, Frozen::new(&self.statistics, &self.frozen)?)?,
             mode: self.options.batch_norm,
             gradients,
             workspace,

@@ -2,7 +2,8 @@
 
 use super::Plan;
 use super::ops::Operation;
-use super::pass::{ForwardPass, Operands, StatisticsBuffers, Weights};
+use super::ops::batch_norm::RUNNING_MOMENTUM;
+use super::pass::{ForwardPass, Frozen, Operands, StatisticsBuffers, Weights};
 use super::second_pass::PassBuffers;
 use crate::device::{Compute, Result, Scalar, Slice, SliceMut};
 use crate::kernels::loss::{self, LossShape, Targets};
@@ -12,7 +13,8 @@ impl<S: Compute> Plan<S> {
     /// All operations in their order. The weights must have been [rounded](Plan::round).
     pub(super) fn forward(&mut self, weights: Slice<'_, S::Master>, running_stats: RunningStats) -> Result<()> {
         let PassBuffers { arena, rounded, workspace } = &mut self.buffers;
-        let weights = Weights::new(&self.parameters, weights, rounded)?;
+        let frozen = Frozen::new(&self.statistics, &self.frozen)?;
+        let weights = Weights::new(&self.places, weights, rounded, frozen)?;
         // The first pass of a step that updates the statistics starts from the committed ones, each further one from
         // the result of the one before.
         let [even, odd] = &mut self.pending;

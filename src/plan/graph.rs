@@ -1,6 +1,8 @@
 //! Tracing: a model calls the methods of a [`Graph`] once, which makes a list of operations with known shapes. The
 //! method of each operation is in its file in `ops/`.
 
+use std::ops::Range;
+
 use super::error::PlanError;
 use super::ops::{Op, Operation};
 use crate::arena::{Initial, Layout, TensorKind};
@@ -45,8 +47,17 @@ impl std::fmt::Display for Shape {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Value(pub(super) usize);
 
-/// A tensor of the parameter arena, by its index in the layout.
+/// A parameter, by its index in the graph's list.
 pub(super) type Parameter = usize;
+
+/// Where a parameter lies.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Place {
+    pub name: String,
+    /// In the arena of weights; a frozen one in that of the statistics.
+    pub range: Range<usize>,
+    pub frozen: bool,
+}
 
 /// A network that is traced for one batch shape. Methods take activations and names, check shapes, and return
 /// activations.
@@ -69,13 +80,21 @@ pub struct Graph {
     pub(super) shapes: Vec<Shape>,
     pub(super) ops: Vec<Op>,
     parameters: Vec<(String, TensorKind, Initial)>,
+    /// By parameter.
+    frozen: Vec<bool>,
     statistics: Vec<(String, TensorKind, Initial)>,
 }
 
 impl Graph {
     /// A network whose input is one batch of that shape.
     pub fn new(input: Shape) -> Self {
-        Self { shapes: vec![input], ops: Vec::new(), parameters: Vec::new(), statistics: Vec::new() }
+        Self {
+            shapes: vec![input],
+            ops: Vec::new(),
+            parameters: Vec::new(),
+            frozen: Vec::new(),
+            statistics: Vec::new(),
+        }
     }
 
     /// The input.
@@ -88,14 +107,39 @@ impl Graph {
         self.shapes[value.0]
     }
 
-    /// Where each parameter lies in the arenas of weights and gradients.
+    /// Where each parameter that is not frozen lies in the arenas of weights and gradients.
     pub fn parameters(&self) -> Layout {
-        Layout::new(self.parameters.clone())
+        Layout::new(self.parameters_where(false).cloned().collect())
     }
 
-    /// Where each running statistic lies in the arena of statistics.
+    /// Where each running statistic and each frozen parameter lies in the arena of statistics.
     pub fn statistics(&self) -> Layout {
-        Layout::new(self.statistics.clone())
+        Layout::new(self.statistics.iter().chain(self.parameters_where(true)).cloned().collect())
+    }
+
+    fn parameters_where(&self, frozen: bool) -> impl Iterator<Item = &(String, TensorKind, Initial)> {
+        self.parameters.iter().zip(&self.frozen).filter(move |(_, is)| **is == frozen).map(|(parameter, _)| parameter)
+    }
+
+    /// Freezes those of the parameters that are there so far which `choose` names. They are no weights any more: they
+    /// lie behind the running statistics and never change, and a backward pass ends where only they lie before it.
+    /// [`Plan::set_statistics`](super::Plan::set_statistics) gives them their values.
+    pub fn freeze(&mut self, choose: impl Fn(&str) -> bool) {
+        for ((name, ..), frozen) in self.parameters.iter().zip(&mut self.frozen) {
+            *frozen |= choose(name);
+        }
+    }
+
+    /// The place of each parameter.
+    pub(super) fn places(&self) -> Vec<Place> {
+        let (weights, others) = (self.parameters(), self.statistics());
+        let mut weights = weights.tensors().iter();
+        let mut others = others.tensors()[self.statistics.len()..].iter();
+        let place = |&frozen: &bool| {
+            let tensor = if frozen { others.next() } else { weights.next() }?;
+            Some(Place { name: tensor.name.clone(), range: tensor.range(), frozen })
+        };
+        self.frozen.iter().filter_map(place).collect()
     }
 
     /// Changes how the parameters that are there so far start. `choose` names a tensor's distribution, or none to leave
@@ -128,6 +172,7 @@ impl Graph {
             return Err(PlanError::DuplicateParameter { name });
         }
         self.parameters.push((name, kind, initial));
+        self.frozen.push(false);
         Ok(self.parameters.len() - 1)
     }
 

@@ -9,11 +9,10 @@ use std::ops::Range;
 
 use super::PlanOptions;
 use super::error::PlanError;
-use super::graph::{Shape, Value};
+use super::graph::{Place, Shape, Value};
 use super::memory::{self, Slot};
 use super::ops::convolution_batch_norm::{self, SumsFor};
 use super::ops::{ExtraMemory, Op, Operation, Site, WeightGradient};
-use crate::arena::Layout;
 use crate::device::{Compute, Device, Element};
 
 /// The slot of everything that lies in the arena.
@@ -27,7 +26,7 @@ pub(super) struct MemoryPlan {
     gradients: Vec<Option<usize>>,
     /// By activation: the moments of its tiles, where a convolution leaves them to batch norm.
     tile_moments: Vec<Option<usize>>,
-    /// By activation: whether it depends on a parameter. The tangent of any other is zero.
+    /// By activation: whether it depends on a parameter that is not frozen. The tangent of any other is zero.
     trained: Vec<bool>,
     /// By operation: what its forward keeps for the backward.
     pub kept: Vec<[Option<usize>; 2]>,
@@ -70,12 +69,12 @@ impl Steps {
     }
 }
 
-/// By activation: whether it depends on a parameter.
-fn trained(ops: &[Op], values: usize) -> Vec<bool> {
+/// By activation: whether it depends on a parameter that is not frozen.
+fn trained(ops: &[Op], values: usize, places: &[Place]) -> Vec<bool> {
     let mut trained = vec![false; values];
     for op in ops {
-        trained[op.output().0] =
-            op.parameters().iter().any(Option::is_some) || op.inputs().iter().flatten().any(|input| trained[input.0]);
+        let own = op.parameters().iter().flatten().any(|&parameter| !places[parameter].frozen);
+        trained[op.output().0] = own || op.inputs().iter().flatten().any(|input| trained[input.0]);
     }
     trained
 }
@@ -90,14 +89,14 @@ struct Differentiation {
 
 impl Differentiation {
     /// Walks from the loss back to the parameters.
-    fn new(ops: &[Op], trained: &[bool], logits: Value, parameters: &Layout) -> Result<Self, PlanError> {
+    fn new(ops: &[Op], trained: &[bool], logits: Value, places: &[Place]) -> Result<Self, PlanError> {
         let steps = Steps(ops.len());
         let mut first_write = vec![None; trained.len()];
         let mut accumulate = vec![[false; 2]; ops.len()];
-        let mut reached = vec![false; parameters.tensors().len()];
+        let mut reached: Vec<bool> = places.iter().map(|place| place.frozen).collect();
         first_write[logits.0] = Some(steps.loss());
         for (index, op) in ops.iter().enumerate().rev() {
-            if first_write[op.output().0].is_none() {
+            if first_write[op.output().0].is_none() || !trained[op.output().0] {
                 continue;
             }
             op.parameters().iter().flatten().for_each(|&parameter| reached[parameter] = true);
@@ -109,15 +108,15 @@ impl Differentiation {
             }
         }
         if let Some(missing) = reached.iter().position(|&reached| !reached) {
-            return Err(PlanError::NoGradient { parameter: parameters.tensors()[missing].name.clone() });
+            return Err(PlanError::NoGradient { parameter: places[missing].name.clone() });
         }
         Ok(Self { first_write, accumulate })
     }
 }
 
 /// By activation: the steps that write it and that read it last, gradients of it aside.
-fn lifetimes(ops: &[Op], values: usize, logits: Value, backward: bool) -> (Vec<usize>, Vec<usize>) {
-    let steps = Steps(ops.len());
+fn lifetimes(ops: &[Op], trained: &[bool], logits: Value, backward: bool) -> (Vec<usize>, Vec<usize>) {
+    let (steps, values) = (Steps(ops.len()), trained.len());
     let (mut made, mut last_use) = (vec![0; values], vec![0; values]);
     for (index, op) in ops.iter().enumerate() {
         made[op.output().0] = index;
@@ -125,7 +124,7 @@ fn lifetimes(ops: &[Op], values: usize, logits: Value, backward: bool) -> (Vec<u
         op.inputs().iter().flatten().for_each(|input| last_use[input.0] = index);
     }
     if backward {
-        for (index, op) in ops.iter().enumerate() {
+        for (index, op) in ops.iter().enumerate().filter(|(_, op)| trained[op.output().0]) {
             for value in op.saved().iter().flatten() {
                 last_use[value.0] = last_use[value.0].max(steps.backward(index));
             }
@@ -162,14 +161,14 @@ impl MemoryPlan {
         ops: &[Op],
         shapes: &[Shape],
         logits: Value,
-        parameters: &Layout,
+        places: &[Place],
         options: PlanOptions,
     ) -> Result<Self, PlanError> {
         let (steps, count, backward) = (Steps(ops.len()), shapes.len(), options.backward);
         let mut slots = Slots::default();
-        let trained = trained(ops, count);
-        let Differentiation { first_write, accumulate } = Differentiation::new(ops, &trained, logits, parameters)?;
-        let (made, last_use) = lifetimes(ops, count, logits, backward);
+        let trained = trained(ops, count, places);
+        let Differentiation { first_write, accumulate } = Differentiation::new(ops, &trained, logits, places)?;
+        let (made, last_use) = lifetimes(ops, &trained, logits, backward);
 
         let elements: Vec<usize> = shapes.iter().map(|shape| shape.len()).collect();
         let len = |value: usize| {
@@ -189,7 +188,7 @@ impl MemoryPlan {
         }
         let mut sums_for = vec![None; ops.len()];
         if backward {
-            let differentiated = |value: Value| first_write[value.0].is_some();
+            let differentiated = |value: Value| first_write[value.0].is_some() && trained[value.0];
             sums_for = convolution_batch_norm::sums_for::<S>(device, ops, logits, differentiated);
         }
         let mut summed_by = vec![None; ops.len()];
@@ -200,14 +199,15 @@ impl MemoryPlan {
         let (mut kept, mut weight_gradients) = (Vec::new(), Vec::new());
         let (mut forward_scratch, mut backward_scratch) = (Vec::new(), Vec::new());
         for (index, op) in ops.iter().enumerate() {
-            let site = Site { device, backward, accumulate: accumulate[index] };
+            let site = Site { device, places, backward, accumulate: accumulate[index] };
             let memory: ExtraMemory = op.memory::<S>(&site);
-            let last = if backward { steps.backward(index) } else { index };
+            let differentiated = backward && trained[op.output().0];
+            let last = if differentiated { steps.backward(index) } else { index };
             kept.push(memory.kept.map(|len| slots.add_some(len, index, last)));
             forward_scratch.push(slots.add_some(memory.forward, index, index));
             let first = summed_by[index].map_or(last, |convolution| steps.backward(convolution));
             let until = if memory.weight_gradient == WeightGradient::Parts { steps.end() } else { last };
-            let len = if backward { memory.backward } else { 0 };
+            let len = if differentiated { memory.backward } else { 0 };
             backward_scratch.push(slots.add_some(len, first, until));
             weight_gradients.push(memory.weight_gradient);
         }
@@ -258,6 +258,13 @@ impl MemoryPlan {
         self.gradients[value.0].is_some()
     }
 
+    /// Whether the backward of the operation that writes an activation runs. It does not where the loss does not depend
+    /// on the activation, which then depends on no parameter, or planning would have failed; and where the activation
+    /// depends on frozen parameters alone.
+    pub fn is_differentiated(&self, value: Value) -> bool {
+        self.has_gradient(value) && self.is_trained(value)
+    }
+
     /// The place of a gradient; empty where none is needed.
     pub fn gradient(&self, value: Value) -> Range<usize> {
         self.range(self.gradients[value.0])
@@ -268,7 +275,7 @@ impl MemoryPlan {
         if self.has_gradient(value) { self.elements[value.0] } else { 0 }
     }
 
-    /// Whether an activation depends on a parameter.
+    /// Whether an activation depends on a parameter that is not frozen.
     pub fn is_trained(&self, value: Value) -> bool {
         self.trained[value.0]
     }
@@ -295,9 +302,8 @@ mod tests {
         let (graph, logits) = CifarResNet { blocks: 3, shortcut: Shortcut::A }.trace(images, 10).unwrap();
         // Elements of the arena, and those that the same slots would take if none shared memory.
         let [training, evaluation] = [PlanOptions::training(), PlanOptions::evaluation()].map(|options| {
-            let (ops, parameters) = (&graph.ops, graph.parameters());
-            let plan =
-                MemoryPlan::new::<f32>(&Device::host(), ops, &graph.shapes, logits, &parameters, options).unwrap();
+            let (ops, places) = (&graph.ops, graph.places());
+            let plan = MemoryPlan::new::<f32>(&Device::host(), ops, &graph.shapes, logits, &places, options).unwrap();
             (plan.len(), plan.slots.iter().map(|slot| slot.len).sum::<usize>())
         });
         // The forward pass of a ResNet-20 makes 19 activations before batch norm and 19 after it; training must keep

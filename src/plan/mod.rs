@@ -35,6 +35,7 @@ use crate::kernels::mixing::MixedLabels;
 use crate::kernels::precision;
 use crate::objective::RunningStats;
 use backward::LastStages;
+use graph::Place;
 use memory_plan::MemoryPlan;
 use ops::{Op, Operation};
 use second_pass::{PassBuffers, SecondPass};
@@ -78,6 +79,8 @@ pub struct Plan<S: Compute> {
     shapes: Vec<Shape>,
     logits: Value,
     parameters: Layout,
+    /// By parameter, frozen ones too.
+    places: Vec<Place>,
     statistics_layout: Layout,
     memory: MemoryPlan,
     buffers: PassBuffers<S>,
@@ -98,6 +101,8 @@ pub struct Plan<S: Compute> {
     statistics: Buffer<S::Master>,
     /// What the statistics become when the step is committed, written in turns.
     pending: [Buffer<S::Master>; 2],
+    /// The frozen weights of convolutions as passes read them; empty where these need no rounding.
+    frozen: Buffer<S>,
     /// Passes with [`RunningStats::Update`] since the last commit.
     reported: usize,
     /// On a GPU.
@@ -123,7 +128,7 @@ impl<S: Compute> Plan<S> {
         logits: Value,
         options: PlanOptions,
     ) -> std::result::Result<Self, PlanError> {
-        let parameters = graph.parameters();
+        let (parameters, places) = (graph.parameters(), graph.places());
         let statistics_layout = graph.statistics();
         let Graph { ops, shapes, .. } = graph;
         // In 16 bits only the logits are stored in the master type.
@@ -131,10 +136,10 @@ impl<S: Compute> Plan<S> {
             let reason = format!("in {} the logits come from a linear layer, and it is the only one", S::NAME);
             return Err(PlanError::Shape { operation: "Plan::new".into(), reason });
         }
-        ops.iter().try_for_each(|op| op.prepare::<S>(device, &parameters, options))?;
-        let memory = MemoryPlan::new::<S>(device, &ops, &shapes, logits, &parameters, options)?;
+        ops.iter().try_for_each(|op| op.prepare::<S>(device, &places, options))?;
+        let memory = MemoryPlan::new::<S>(device, &ops, &shapes, logits, &places, options)?;
         let last_stages = if options.backward && device.is_simt() {
-            Some(LastStages::new(device, &ops, &memory, &parameters)?)
+            Some(LastStages::new(device, &ops, &memory, &places)?)
         } else {
             None
         };
@@ -150,6 +155,7 @@ impl<S: Compute> Plan<S> {
             correct: device.zeros(2)?,
             statistics: initial_statistics(device, &statistics_layout)?,
             pending: [device.zeros(statistics_layout.len())?, device.zeros(statistics_layout.len())?],
+            frozen: device.zeros(rounding::rounded_len::<S>(&statistics_layout))?,
             reported: 0,
             last_stages,
             tangents: Vec::new(),
@@ -160,6 +166,7 @@ impl<S: Compute> Plan<S> {
             shapes,
             logits,
             parameters,
+            places,
             statistics_layout,
             memory,
         })
@@ -170,12 +177,12 @@ impl<S: Compute> Plan<S> {
         &self.device
     }
 
-    /// Where each parameter lies in the arenas of weights and gradients.
+    /// Where each parameter lies in the arenas of weights and gradients, without [frozen](Graph::freeze) ones.
     pub fn parameters(&self) -> &Layout {
         &self.parameters
     }
 
-    /// Where each running statistic lies.
+    /// Where each running statistic and each [frozen](Graph::freeze) parameter lies.
     pub fn statistics_layout(&self) -> &Layout {
         &self.statistics_layout
     }
@@ -198,7 +205,7 @@ impl<S: Compute> Plan<S> {
         options: PlanOptions,
     ) -> std::result::Result<usize, PlanError> {
         let Graph { ops, shapes, .. } = graph;
-        let memory = MemoryPlan::new::<S>(device, ops, shapes, logits, &graph.parameters(), options)?;
+        let memory = MemoryPlan::new::<S>(device, ops, shapes, logits, &graph.places(), options)?;
         Ok(memory.len() * size_of::<S::Master>())
     }
 
@@ -273,14 +280,14 @@ impl<S: Compute> Plan<S> {
         self.correct.slice(0..1)
     }
 
-    /// The running statistics as the newest committed step left them, placed as
-    /// [`statistics_layout`](Self::statistics_layout) says.
+    /// The running statistics as the newest committed step left them, and the [frozen](Graph::freeze) parameters,
+    /// placed as [`statistics_layout`](Self::statistics_layout) says.
     pub fn statistics(&self) -> &Buffer<S::Master> {
         &self.statistics
     }
 
-    /// Replaces the running statistics by others with the same layout as [`statistics`](Self::statistics). Statistics
-    /// of passes that are not yet committed are dropped.
+    /// Replaces the running statistics and the [frozen](Graph::freeze) parameters by others with the same layout as
+    /// [`statistics`](Self::statistics). Statistics of passes that are not yet committed are dropped.
     ///
     /// # Errors
     /// [`Error::Length`] and [`Error::OtherDevice`] for a vector of another length or device.

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::graph::{Parameter, Value};
+use super::graph::{Parameter, Place, Value};
 use super::memory_plan::MemoryPlan;
 use super::ops::WeightGradient;
 use super::ops::convolution_batch_norm::SumsFor;
@@ -61,26 +61,56 @@ pub(super) struct BackwardTangentPass<'a, S: Compute> {
 /// The weights, or a direction in their space.
 #[derive(Clone, Copy)]
 pub(super) struct Weights<'a, S: Compute> {
-    layout: &'a Layout,
+    places: &'a [Place],
+    all: Slice<'a, S::Master>,
+    stored: Slice<'a, S>,
+    frozen: Frozen<'a, S>,
+}
+
+/// The frozen parameters, in the arena of the statistics; of a direction, zeros.
+#[derive(Clone, Copy)]
+pub(super) struct Frozen<'a, S: Compute> {
     all: Slice<'a, S::Master>,
     stored: Slice<'a, S>,
 }
 
+impl<'a, S: Compute> Frozen<'a, S> {
+    /// `rounded` holds the first of them as the storage type, where that is narrower than the master type.
+    pub fn new(all: &'a Buffer<S::Master>, rounded: &'a Buffer<S>) -> Result<Self> {
+        Ok(Self { all: all.view(), stored: stored(all.view(), rounded)? })
+    }
+}
+
+fn stored<'a, S: Compute>(all: Slice<'a, S::Master>, rounded: &'a Buffer<S>) -> Result<Slice<'a, S>> {
+    if S::NARROW { Ok(rounded.view()) } else { all.cast(all.len()) }
+}
+
 impl<'a, S: Compute> Weights<'a, S> {
     /// `rounded` holds the first of the weights as the storage type, where that is narrower than the master type.
-    pub fn new(layout: &'a Layout, all: Slice<'a, S::Master>, rounded: &'a Buffer<S>) -> Result<Self> {
-        let stored = if S::NARROW { rounded.view() } else { all.cast(all.len())? };
-        Ok(Self { layout, all, stored })
+    pub fn new(
+        places: &'a [Place],
+        all: Slice<'a, S::Master>,
+        rounded: &'a Buffer<S>,
+        frozen: Frozen<'a, S>,
+    ) -> Result<Self> {
+        Ok(Self { places, all, stored: stored(all, rounded)?, frozen })
     }
 
     /// A parameter in the master type.
     pub fn get(&self, parameter: Parameter) -> Result<Slice<'a, S::Master>> {
-        self.all.slice(self.layout.tensors()[parameter].range())
+        let place = &self.places[parameter];
+        if place.frozen { self.frozen.all } else { self.all }.slice(place.range.clone())
     }
 
     /// The weight of a convolution in the storage type.
     pub fn stored(&self, parameter: Parameter) -> Result<Slice<'a, S>> {
-        self.stored.slice(self.layout.tensors()[parameter].range())
+        let place = &self.places[parameter];
+        if place.frozen { self.frozen.stored } else { self.stored }.slice(place.range.clone())
+    }
+
+    /// Whether a parameter is frozen, so that it has no gradient and a direction does not move it.
+    pub fn is_frozen(&self, parameter: Parameter) -> bool {
+        self.places[parameter].frozen
     }
 }
 
@@ -104,27 +134,31 @@ impl<T: Scalar> StatisticsBuffers<'_, T> {
 
 /// Where a pass leaves the gradients of the parameters.
 pub(super) struct ParameterGradients<'a, T: Scalar> {
-    layout: &'a Layout,
+    places: &'a [Place],
     vector: SliceMut<'a, T>,
     /// The operation's own last stage, on a GPU.
     pub last_stage: Option<LastStage<'a>>,
 }
 
 impl<'a, T: Scalar> ParameterGradients<'a, T> {
-    pub fn new(layout: &'a Layout, vector: SliceMut<'a, T>, last_stage: Option<LastStage<'a>>) -> Self {
-        Self { layout, vector, last_stage }
+    pub fn new(places: &'a [Place], vector: SliceMut<'a, T>, last_stage: Option<LastStage<'a>>) -> Self {
+        Self { places, vector, last_stage }
     }
 
-    /// Of one parameter.
-    pub fn get(&mut self, parameter: Parameter) -> Result<SliceMut<'_, T>> {
-        self.vector.slice_mut(self.layout.tensors()[parameter].range())
+    /// Of one parameter; none for a frozen one.
+    pub fn get(&mut self, parameter: Parameter) -> Result<Option<SliceMut<'_, T>>> {
+        let place = &self.places[parameter];
+        (!place.frozen).then(|| self.vector.slice_mut(place.range.clone())).transpose()
     }
 
-    /// Of two parameters.
-    pub fn pair(&mut self, first: Parameter, second: Parameter) -> Result<(SliceMut<'_, T>, SliceMut<'_, T>)> {
+    /// Of two parameters; none for a frozen one.
+    pub fn pair(&mut self, first: Parameter, second: Parameter) -> Result<[Option<SliceMut<'_, T>>; 2]> {
         let mut vector = self.vector.disjoint();
-        let mut take = |parameter: Parameter| vector.write(self.layout.tensors()[parameter].range());
-        Ok((take(first)?, take(second)?))
+        let mut take = |parameter: Parameter| {
+            let place = &self.places[parameter];
+            (!place.frozen).then(|| vector.write(place.range.clone())).transpose()
+        };
+        Ok([take(first)?, take(second)?])
     }
 }
 

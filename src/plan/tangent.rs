@@ -11,7 +11,7 @@ use super::forward::with_zeros_behind;
 use super::graph::Value;
 use super::memory_plan::MemoryPlan;
 use super::ops::Operation;
-use super::pass::{BackwardTangentPass, ForwardTangentPass, Operands, ParameterGradients, Weights};
+use super::pass::{BackwardTangentPass, ForwardTangentPass, Frozen, Operands, ParameterGradients, Weights};
 use super::rounding::round;
 use super::second_pass::PassBuffers;
 use super::{Plan, backward, check_backward};
@@ -26,16 +26,19 @@ pub(super) struct Tangent<S: Compute> {
     arena: Buffer<S::Master>,
     /// The direction as convolutions read it; empty where the storage type is no narrower than the master type.
     rounded: Buffer<S>,
+    /// Zeros: a direction does not move frozen parameters. Empty where there are none.
+    frozen: (Buffer<S::Master>, Buffer<S>),
     /// The loss itself, which shows whether the passes were finite.
     loss: Buffer<f64>,
 }
 
 impl<S: Compute> Tangent<S> {
-    fn new(device: &Device, memory: &MemoryPlan, rounded: usize) -> Result<Self> {
+    fn new(device: &Device, memory: &MemoryPlan, rounded: usize, frozen: [usize; 2]) -> Result<Self> {
         let mut arena = device.poisoned(memory.len())?;
         // The batch does not move. Nothing else is placed there at any step.
         arena.slice_mut(memory.value(Value(0)))?.clear()?;
-        Ok(Self { arena, rounded: device.zeros(rounded)?, loss: device.zeros(1)? })
+        let frozen = (device.zeros(frozen[0])?, device.zeros(frozen[1])?);
+        Ok(Self { arena, rounded: device.zeros(rounded)?, frozen, loss: device.zeros(1)? })
     }
 }
 
@@ -87,7 +90,9 @@ impl<S: Compute> Plan<S> {
         directions.iter().try_for_each(|d| check_length(OPERATION, "direction", d.len(), len))?;
         products.iter().try_for_each(|p| check_length(OPERATION, "product", p.len(), len))?;
         while self.tangents.len() < N {
-            self.tangents.push(Tangent::new(&self.device, &self.memory, self.buffers.rounded.len())?);
+            let any = self.places.iter().any(|place| place.frozen);
+            let frozen = [if any { self.statistics.len() } else { 0 }, self.frozen.len()];
+            self.tangents.push(Tangent::new(&self.device, &self.memory, self.buffers.rounded.len(), frozen)?);
         }
         while self.loss_scale.is_some() && self.scaled_directions.len() < N {
             self.scaled_directions.push(ScaledDirection::new(&self.device, len)?);
@@ -150,8 +155,10 @@ impl<S: Compute> Plan<S> {
         tangent: &mut Tangent<S>,
     ) -> Result<()> {
         let PassBuffers { arena, rounded, workspace } = &mut self.buffers;
-        let weights = Weights::new(&self.parameters, weights, rounded)?;
-        let direction = Weights::new(&self.parameters, direction, &tangent.rounded)?;
+        let frozen = Frozen::new(&self.statistics, &self.frozen)?;
+        let weights = Weights::new(&self.places, weights, rounded, frozen)?;
+        let frozen = Frozen::new(&tangent.frozen.0, &tangent.frozen.1)?;
+        let direction = Weights::new(&self.places, direction, &tangent.rounded, frozen)?;
         for (index, op) in self.ops.iter().enumerate() {
             let mut tangents = Operands::new(&self.memory, index, &mut tangent.arena);
             if !self.memory.is_trained(op.output()) {
@@ -192,17 +199,19 @@ impl<S: Compute> Plan<S> {
         tangent: &mut Tangent<S>,
     ) -> Result<()> {
         let op = &self.ops[index];
-        if !self.memory.has_gradient(op.output()) {
+        if !self.memory.is_differentiated(op.output()) {
             return Ok(()); // As in the backward.
         }
         let PassBuffers { arena, rounded, workspace } = &mut self.buffers;
+        let frozen = Frozen::new(&self.statistics, &self.frozen)?;
+        let still = Frozen::new(&tangent.frozen.0, &tangent.frozen.1)?;
         op.backward_tangent(BackwardTangentPass {
             values: Operands::new(&self.memory, index, arena),
             tangents: Operands::new(&self.memory, index, &mut tangent.arena),
-            weights: Weights::new(&self.parameters, weights, rounded)?,
-            direction: Weights::new(&self.parameters, direction, &tangent.rounded)?,
+            weights: Weights::new(&self.places, weights, rounded, frozen)?,
+            direction: Weights::new(&self.places, direction, &tangent.rounded, still)?,
             mode: self.options.batch_norm,
-            product: ParameterGradients::new(&self.parameters, product, None),
+            product: ParameterGradients::new(&self.places, product, None),
             workspace,
         })
     }

@@ -7,6 +7,7 @@ mod common;
 mod curvature;
 #[cfg(feature = "train")]
 mod families;
+mod frozen;
 #[cfg(feature = "train")]
 mod hessian;
 #[cfg(feature = "train")]

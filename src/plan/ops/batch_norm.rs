@@ -6,22 +6,24 @@
 use std::ops::Range;
 
 use super::{ExtraMemory, Operation, Site};
-use crate::arena::{ALIGNMENT, Initial, Layout, TensorKind};
-use crate::device::{self, Buffer, Compute, Device, SliceMut};
+use crate::arena::{ALIGNMENT, Initial, TensorKind};
+use crate::device::{self, Buffer, Compute, Device, Disjoint, Scalar, SliceMut};
 use crate::kernels::batch_norm::{
     self, Activation, Backward, BackwardTangents, BatchNormShape, Forward, ForwardTangents, Gradients, Mode,
     Normalized, ResidualGradient, RunningUpdate, Saved, Summed,
 };
 use crate::kernels::layers;
-use crate::plan::graph::{Graph, Parameter, Shape, Value};
+use crate::plan::graph::{Graph, Parameter, Place, Shape, Value};
 use crate::plan::memory_plan::master_len;
-use crate::plan::pass::{BackwardPass, BackwardTangentPass, ForwardPass, ForwardTangentPass, Operands, Weights};
+use crate::plan::pass::{
+    BackwardPass, BackwardTangentPass, ForwardPass, ForwardTangentPass, Operands, ParameterGradients, Weights,
+};
 use crate::plan::{PlanError, PlanOptions};
 
 /// Added to the variance, as everywhere in the field.
 const EPSILON: f64 = 1e-5;
-/// How much of a running statistic each batch replaces.
-const RUNNING_MOMENTUM: f64 = 0.1;
+/// How much of a running statistic each batch of training replaces.
+pub(in crate::plan) const RUNNING_MOMENTUM: f64 = 0.1;
 
 /// `y = γ (x − μ)/√(σ² + ε) + β`, plus the residual if there is one, then a ReLU if asked for. μ and σ² are those of
 /// the batch in training, and the running statistics in evaluation.
@@ -119,6 +121,18 @@ impl BatchNorm {
         Ok(place.map(|(gradient, accumulate)| ResidualGradient { gradient, accumulate }))
     }
 
+    /// Where dγ and dβ go: to the gradient of the parameters, and where that has no place for them to the scratch.
+    pub(super) fn places_of_sums<'s, T: Scalar>(
+        &self,
+        gradients: &'s mut Option<ParameterGradients<'_, T>>,
+        scratch: &mut Disjoint<'s, T>,
+        (dgamma, dbeta): (Range<usize>, Range<usize>),
+    ) -> device::Result<[SliceMut<'s, T>; 2]> {
+        let pair = gradients.as_mut().map(|gradients| gradients.pair(self.scale, self.shift)).transpose()?;
+        let [scale, shift] = pair.unwrap_or([None, None]);
+        Ok([scale.map_or_else(|| scratch.write(dgamma), Ok)?, shift.map_or_else(|| scratch.write(dbeta), Ok)?])
+    }
+
     /// The parts of the backward's scratch.
     pub(super) fn scratch<S: Compute>(&self, accumulate: bool) -> Scratch {
         let (channels, pitch) = (self.shape.channels, self.shape.channels.next_multiple_of(ALIGNMENT));
@@ -127,7 +141,7 @@ impl BatchNorm {
     }
 }
 
-/// The scratch of the backward: dγ and dβ where the pass asks for no gradients of parameters, and dx where another
+/// The scratch of the backward: dγ and dβ where the pass asks for no gradients of them, and dx where another
 /// operation has begun the gradient of x, because the kernels of batch norm do not add.
 pub(super) struct Scratch {
     pub dgamma: Range<usize>,
@@ -170,11 +184,11 @@ impl Operation for BatchNorm {
     }
 
     /// A channel with one value has no variance to train with.
-    fn prepare<S: Compute>(&self, _: &Device, parameters: &Layout, options: PlanOptions) -> Result<(), PlanError> {
+    fn prepare<S: Compute>(&self, _: &Device, places: &[Place], options: PlanOptions) -> Result<(), PlanError> {
         if options.batch_norm == Mode::Eval || self.shape.rows() >= 2 {
             return Ok(());
         }
-        let operation = parameters.tensors()[self.scale].name.clone();
+        let operation = places[self.scale].name.clone();
         let reason = format!("training needs two values per channel or more, found {}", self.shape);
         Err(PlanError::Shape { operation, reason })
     }
@@ -231,10 +245,7 @@ impl Operation for BatchNorm {
         let mut scratch = pass.values.backward_scratch()?;
         let mut scratch = scratch.disjoint();
         let (mut dx, sum) = place_of_dx(self.x, &mut pass.values, scratch.write(ranges.dx)?)?;
-        let (dgamma, dbeta) = match &mut pass.gradients {
-            Some(gradients) => gradients.pair(self.scale, self.shift)?,
-            None => (scratch.write(ranges.dgamma)?, scratch.write(ranges.dbeta)?),
-        };
+        let [dgamma, dbeta] = self.places_of_sums(&mut pass.gradients, &mut scratch, (ranges.dgamma, ranges.dbeta))?;
         if pass.values.is_summed() {
             let (dgamma, dbeta) = (dgamma.view(), dbeta.view());
             let summed = Summed { x, dz: dy, gamma, mean, inv_std, dgamma, dbeta };
@@ -276,14 +287,15 @@ impl Operation for BatchNorm {
             gamma: pass.direction.get(self.scale)?,
             mean: pass.tangents.kept(index, MEAN)?,
             inv_std: pass.tangents.kept(index, INV_STD)?,
-            dgamma: sums.view().slice(ranges.dgamma)?,
-            dbeta: sums.view().slice(ranges.dbeta)?,
+            dgamma: sums.view().slice(ranges.dgamma.clone())?,
+            dbeta: sums.view().slice(ranges.dbeta.clone())?,
         };
         let residual = self.residual_gradient(&mut pass.tangents)?;
         let mut scratch = pass.tangents.backward_scratch()?;
-        let scratch = scratch.disjoint().write(ranges.dx)?;
-        let (mut dx, sum) = place_of_dx(self.x, &mut pass.tangents, scratch)?;
-        let (dgamma, dbeta) = pass.product.pair(self.scale, self.shift)?;
+        let mut scratch = scratch.disjoint();
+        let (mut dx, sum) = place_of_dx(self.x, &mut pass.tangents, scratch.write(ranges.dx)?)?;
+        let mut product = Some(pass.product);
+        let [dgamma, dbeta] = self.places_of_sums(&mut product, &mut scratch, (ranges.dgamma, ranges.dbeta))?;
         let gradients = Gradients { dx: dx.reborrow(), dgamma, dbeta };
         batch_norm::backward_tangent(shape, pass.mode, input, tangents, gradients, residual, pass.workspace)?;
         sum.map_or(Ok(()), |sum| layers::add_to(dx.view(), sum))

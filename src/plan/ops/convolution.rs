@@ -5,10 +5,10 @@
 
 use super::convolution_batch_norm::input_gradient_with_sums;
 use super::{ExtraMemory, Operation, Site, WeightGradient};
-use crate::arena::{Initial, Layout, TensorKind};
+use crate::arena::{Initial, TensorKind};
 use crate::device::{self, Compute, Device, Slice, SliceMut};
 use crate::kernels::conv::{self, ConvShape};
-use crate::plan::graph::{Graph, Parameter, Shape, Value};
+use crate::plan::graph::{Graph, Parameter, Place, Shape, Value};
 use crate::plan::pass::{BackwardPass, BackwardTangentPass, ForwardPass, ForwardTangentPass};
 use crate::plan::{PlanError, PlanOptions};
 
@@ -81,10 +81,11 @@ impl Convolution {
         mut scratch: SliceMut<'_, S::Master>,
     ) -> device::Result<()> {
         let Some(gradients) = &mut pass.gradients else { return Ok(()) };
+        let last_stage = gradients.last_stage.take();
+        let Some(dw) = gradients.get(self.weight)? else { return Ok(()) };
         let x = pass.values.read(self.x)?;
-        match (pass.values.weight_gradient(), gradients.last_stage.take()) {
+        match (pass.values.weight_gradient(), last_stage) {
             (WeightGradient::Finished(_), Some(last_stage)) => {
-                let dw = gradients.get(self.weight)?;
                 conv::finished_weight_gradient(&self.shape, x, dy, dw, last_stage.finish()?)
             }
             (WeightGradient::Summed, Some(last_stage)) => {
@@ -92,7 +93,7 @@ impl Convolution {
                 last_stage.add_up(scratch.view(), gradients)
             }
             (WeightGradient::Parts, Some(_)) => conv::partial_weight_gradients(&self.shape, x, dy, scratch),
-            _ => conv::weight_gradient(&self.shape, x, dy, gradients.get(self.weight)?, false, scratch),
+            _ => conv::weight_gradient(&self.shape, x, dy, dw, false, scratch),
         }
     }
 }
@@ -121,7 +122,7 @@ impl Operation for Convolution {
     }
 
     /// Measures which tiles suit the shape on a GPU's tensor cores.
-    fn prepare<S: Compute>(&self, device: &Device, _: &Layout, options: PlanOptions) -> Result<(), PlanError> {
+    fn prepare<S: Compute>(&self, device: &Device, _: &[Place], options: PlanOptions) -> Result<(), PlanError> {
         Ok(self.shape.measure_tiles::<S>(options.backward, device)?)
     }
 
@@ -156,7 +157,8 @@ impl Operation for Convolution {
     }
 
     /// A convolution is bilinear. With a dot for a tangent: `ẏ = ẋ ∗ w + x ∗ ẇ`. Where no parameter lies before x, `ẋ =
-    /// 0`.
+    /// 0`, and where the weights are frozen `ẇ = 0`. (Of an operation whose output does not move at all there is no
+    /// tangent.)
     fn forward_tangent<S: Compute>(&self, mut pass: ForwardTangentPass<'_, S>) -> device::Result<()> {
         let (weight, weight_tangent) = (pass.weights.stored(self.weight)?, pass.direction.stored(self.weight)?);
         let mut scratch = pass.tangents.forward_scratch()?;
@@ -166,6 +168,9 @@ impl Operation for Convolution {
             let x = pass.tangents.read(self.x)?;
             conv::forward(&self.shape, x, weight, y.reborrow(), false, scratch.reborrow())?;
         }
+        if pass.weights.is_frozen(self.weight) {
+            return Ok(());
+        }
         conv::forward(&self.shape, pass.values.read(self.x)?, weight_tangent, y, moves, scratch)
     }
 
@@ -174,16 +179,21 @@ impl Operation for Convolution {
     fn backward_tangent<S: Compute>(&self, mut pass: BackwardTangentPass<'_, S>) -> device::Result<()> {
         let (dy, dy_tangent) = (pass.values.gradient(self.y)?, pass.tangents.gradient(self.y)?);
         let mut scratch = pass.tangents.backward_scratch()?;
-        let (mut dw, x) = (pass.product.get(self.weight)?, pass.values.read(self.x)?);
-        conv::weight_gradient(&self.shape, x, dy_tangent, dw.reborrow(), false, scratch.reborrow())?;
-        if pass.values.is_trained(self.x) {
-            let x_tangent = pass.tangents.read(self.x)?;
-            conv::weight_gradient(&self.shape, x_tangent, dy, dw, true, scratch.reborrow())?;
+        if let Some(mut dw) = pass.product.get(self.weight)? {
+            let x = pass.values.read(self.x)?;
+            conv::weight_gradient(&self.shape, x, dy_tangent, dw.reborrow(), false, scratch.reborrow())?;
+            if pass.values.is_trained(self.x) {
+                let x_tangent = pass.tangents.read(self.x)?;
+                conv::weight_gradient(&self.shape, x_tangent, dy, dw, true, scratch.reborrow())?;
+            }
         }
         let Some((mut dx, accumulate)) = pass.tangents.input_gradient(0, self.x)? else { return Ok(()) };
         let (weight, weight_tangent) = (pass.weights.stored(self.weight)?, pass.direction.stored(self.weight)?);
         let first = dx.reborrow();
         conv::input_gradient(&self.shape, dy_tangent, weight, first, accumulate, scratch.reborrow())?;
+        if pass.weights.is_frozen(self.weight) {
+            return Ok(());
+        }
         conv::input_gradient(&self.shape, dy, weight_tangent, dx, true, scratch)
     }
 }

@@ -53,7 +53,7 @@ pub(in crate::plan) struct SumsFor {
 }
 
 /// By operation: the batch norm before it, if it is a convolution that leaves sums for that. `differentiated` tells
-/// whether an activation has a gradient.
+/// whether the backward of the operation that writes an activation runs.
 pub(in crate::plan) fn sums_for<S: Compute>(
     device: &Device,
     ops: &[Op],
@@ -67,6 +67,7 @@ pub(in crate::plan) fn sums_for<S: Compute>(
         let reader = ops.iter().position(|reader| reader.inputs().contains(&Some(norm.y)));
         if let Some(first) = reader.filter(|_| norm.y != logits)
             && let Op::Convolution(convolution) = &ops[first]
+            && differentiated(norm.y)
             && differentiated(convolution.y)
             && convolution.shape.leaves_sums::<S>(device)
         {
@@ -107,10 +108,7 @@ pub(super) fn input_gradient_with_sums<S: Compute>(
     let ranges = norm.scratch::<S>(pass.values.accumulates_of(index, 0));
     let mut scratch = pass.values.backward_scratch_of(index)?;
     let mut scratch = scratch.disjoint();
-    let (dgamma, dbeta) = match &mut pass.gradients {
-        Some(gradients) => gradients.pair(norm.scale, norm.shift)?,
-        None => (scratch.write(ranges.dgamma)?, scratch.write(ranges.dbeta)?),
-    };
+    let [dgamma, dbeta] = norm.places_of_sums(&mut pass.gradients, &mut scratch, (ranges.dgamma, ranges.dbeta))?;
     let shape = &convolution.shape;
     conv::input_gradient_with_sums(shape, dy, weight, dz, accumulate, normalized, dgamma, dbeta, pass.workspace)
 }

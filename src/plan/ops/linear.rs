@@ -1,12 +1,12 @@
 //! The linear layer, whose output is the logits.
 
-use super::Operation;
+use super::{ExtraMemory, Operation, Site};
 use crate::arena::{Initial, TensorKind};
-use crate::device::{self, Compute};
+use crate::device::{self, Compute, Slice, SliceMut};
 use crate::kernels::layers::{self, LinearShape};
 use crate::plan::PlanError;
 use crate::plan::graph::{Graph, Parameter, Shape, Value};
-use crate::plan::pass::{BackwardPass, BackwardTangentPass, ForwardPass, ForwardTangentPass};
+use crate::plan::pass::{BackwardPass, BackwardTangentPass, ForwardPass, ForwardTangentPass, ParameterGradients};
 
 /// `y = x W + b`, with `x` of shape `[batch, inputs]`, `W` of `[inputs, outputs]` and `b` of `[outputs]`. Output and
 /// parameters are of the master type.
@@ -42,6 +42,24 @@ impl Graph {
     }
 }
 
+impl Linear {
+    /// dW and db. The kernel always writes dW: where the weights are frozen and the bias is not, to the scratch.
+    fn weight_gradient<S: Compute>(
+        &self,
+        x: Slice<'_, S>,
+        dy: Slice<'_, S::Master>,
+        gradients: &mut ParameterGradients<'_, S::Master>,
+        scratch: SliceMut<'_, S::Master>,
+    ) -> device::Result<()> {
+        let [dw, db] = gradients.pair(self.weight, self.bias)?;
+        match (dw, db) {
+            (None, None) => Ok(()),
+            (None, db) => layers::linear_weight_gradient(&self.shape, x, dy, scratch, db, false),
+            (Some(dw), db) => layers::linear_weight_gradient(&self.shape, x, dy, dw, db, false),
+        }
+    }
+}
+
 impl Operation for Linear {
     fn output(&self) -> Value {
         self.y
@@ -57,6 +75,12 @@ impl Operation for Linear {
 
     fn saved(&self) -> [Option<Value>; 2] {
         [Some(self.x), None]
+    }
+
+    fn memory<S: Compute>(&self, site: &Site<'_>) -> ExtraMemory {
+        let bias_alone = site.places[self.weight].frozen && !site.places[self.bias].frozen;
+        let backward = if bias_alone { self.shape.inputs * self.shape.outputs } else { 0 };
+        ExtraMemory { backward, ..ExtraMemory::default() }
     }
 
     fn multiply_adds(&self) -> u64 {
@@ -77,8 +101,8 @@ impl Operation for Linear {
     fn backward<S: Compute>(&self, mut pass: BackwardPass<'_, S>) -> device::Result<()> {
         let dy = pass.values.gradient_wide(self.y)?;
         if let Some(gradients) = &mut pass.gradients {
-            let (dw, db) = gradients.pair(self.weight, self.bias)?;
-            layers::linear_weight_gradient(&self.shape, pass.values.read(self.x)?, dy, dw, Some(db), false)?;
+            let (x, scratch) = (pass.values.read(self.x)?, pass.values.backward_scratch()?);
+            self.weight_gradient(x, dy, gradients, scratch)?;
         }
         let Some((dx, accumulate)) = pass.values.input_gradient(0, self.x)? else { return Ok(()) };
         layers::linear_input_gradient(&self.shape, dy, pass.weights.get(self.weight)?, dx, accumulate)
@@ -96,9 +120,10 @@ impl Operation for Linear {
     fn backward_tangent<S: Compute>(&self, mut pass: BackwardTangentPass<'_, S>) -> device::Result<()> {
         let (dy, dy_tangent) = (pass.values.gradient_wide(self.y)?, pass.tangents.gradient_wide(self.y)?);
         let (x, x_tangent) = (pass.values.read(self.x)?, pass.tangents.read(self.x)?);
-        let (mut dw, db) = pass.product.pair(self.weight, self.bias)?;
-        layers::linear_weight_gradient(&self.shape, x, dy_tangent, dw.reborrow(), Some(db), false)?;
-        layers::linear_weight_gradient(&self.shape, x_tangent, dy, dw, None, true)?;
+        self.weight_gradient(x, dy_tangent, &mut pass.product, pass.tangents.backward_scratch()?)?;
+        if let Some(dw) = pass.product.get(self.weight)? {
+            layers::linear_weight_gradient(&self.shape, x_tangent, dy, dw, None, true)?;
+        }
         let Some((mut dx, accumulate)) = pass.tangents.input_gradient(0, self.x)? else { return Ok(()) };
         let (weight, weight_tangent) = (pass.weights.get(self.weight)?, pass.direction.get(self.weight)?);
         layers::linear_input_gradient(&self.shape, dy_tangent, weight, dx.reborrow(), accumulate)?;

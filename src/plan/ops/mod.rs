@@ -9,7 +9,7 @@
 
 mod add;
 mod average_pool;
-mod batch_norm;
+pub(super) mod batch_norm;
 mod convolution;
 pub(super) mod convolution_batch_norm;
 mod global_average_pool;
@@ -18,10 +18,9 @@ mod max_pool;
 mod relu;
 mod shortcut;
 
-use super::graph::{Parameter, Value};
+use super::graph::{Parameter, Place, Value};
 use super::pass::{BackwardPass, BackwardTangentPass, ForwardPass, ForwardTangentPass, Operands};
 use super::{PlanError, PlanOptions};
-use crate::arena::Layout;
 use crate::device::{self, Compute, Device};
 
 /// What the plan asks of an operation. Every method without a default must be written, so an operation without a
@@ -59,8 +58,8 @@ pub(super) trait Operation {
     }
 
     /// Runs once when a plan is made: checks that depend on the plan's options, and measurements on the device.
-    fn prepare<S: Compute>(&self, device: &Device, parameters: &Layout, options: PlanOptions) -> Result<(), PlanError> {
-        let _ = (device, parameters, options);
+    fn prepare<S: Compute>(&self, device: &Device, places: &[Place], options: PlanOptions) -> Result<(), PlanError> {
+        let _ = (device, places, options);
         Ok(())
     }
 
@@ -134,6 +133,7 @@ impl<M: LinearMap> Operation for M {
 /// What [`Operation::memory`] may depend on.
 pub(super) struct Site<'a> {
     pub device: &'a Device,
+    pub places: &'a [Place],
     /// Whether the plan computes gradients.
     pub backward: bool,
     /// By input: whether the backward adds to a gradient that another operation has begun.
@@ -195,7 +195,7 @@ macro_rules! operations {
             fn backward_tangent<S: Compute>(&self, pass: BackwardTangentPass<'_, S>) -> device::Result<()>;
             fn memory<S: Compute>(&self, site: &Site<'_>) -> ExtraMemory;
             fn prepare<S: Compute>(
-                &self, device: &Device, parameters: &Layout, options: PlanOptions
+                &self, device: &Device, places: &[Place], options: PlanOptions
             ) -> Result<(), PlanError>;
             fn multiply_adds(&self) -> u64;
             fn has_wide_output(&self) -> bool;
