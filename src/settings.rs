@@ -62,8 +62,8 @@
 //! - `, with other`: the option has a meaning only where the option `other` of the same struct is on (a flag that is
 //!   set, a number above 0, a value that is there); `, with other = "word"`: only where it has this value.
 //!
-//! A field's type is `bool`, `u64`, `usize`, `f64`, `String`, an enum of `words!`, `Vec<f32>`, `Vec<f64>`, a `Vec` of
-//! such an enum, or an `Option` of any of these. Attributes of the struct are kept; the struct needs no derive. Its
+//! A field's type is `bool`, `u64`, `usize`, `f64`, `String`, an enum of `words!`, `Vec<f32>`, `Vec<f64>`, `Vec<String>`, a
+//! `Vec` of such an enum, or an `Option` of any of these. Attributes of the struct are kept; the struct needs no derive. Its
 //! first doc line and those of its fields are the help texts, and a field named `full_every` is the option
 //! `full-every`. The block `code { … }` holds fields that are no options; leave it out where there are none.
 
@@ -88,6 +88,8 @@ pub enum SettingValue {
     Numbers(Vec<f64>),
     /// Several of a few words.
     Words(Vec<String>),
+    /// Several texts without a comma.
+    Texts(Vec<String>),
 }
 
 impl fmt::Display for SettingValue {
@@ -102,7 +104,7 @@ impl fmt::Display for SettingValue {
             Self::Numbers(values) => {
                 f.write_str(&values.iter().map(|value| number(*value)).collect::<Vec<_>>().join(","))
             }
-            Self::Words(values) => f.write_str(&values.join(",")),
+            Self::Words(values) | Self::Texts(values) => f.write_str(&values.join(",")),
         }
     }
 }
@@ -129,6 +131,8 @@ pub enum SettingKind {
     Numbers,
     /// [`SettingValue::Words`], some of these.
     Words(&'static [Word]),
+    /// [`SettingValue::Texts`].
+    Texts,
 }
 
 impl SettingKind {
@@ -141,7 +145,7 @@ impl SettingKind {
             Self::Text => "TEXT",
             Self::Word(_) => "KIND",
             Self::Numbers => "A,B,C",
-            Self::Words(_) => "LIST",
+            Self::Words(_) | Self::Texts => "LIST",
         }
     }
 
@@ -156,6 +160,7 @@ impl SettingKind {
             Self::Word(words) => format!("one of {}", list(words)),
             Self::Numbers => "a list of numbers".into(),
             Self::Words(words) => format!("a list of {}", list(words)),
+            Self::Texts => "a list of texts".into(),
         }
     }
 }
@@ -387,6 +392,7 @@ impl Setting {
             SettingKind::Text => SettingValue::Text(text.into()),
             SettingKind::Word(_) => SettingValue::Word(text.into()),
             SettingKind::Words(_) => SettingValue::Words(parts().collect()),
+            SettingKind::Texts => SettingValue::Texts(parts().collect()),
             SettingKind::Numbers => {
                 SettingValue::Numbers(parts().map(|part| part.parse().map_err(|_| wrong())).collect::<Result<_, _>>()?)
             }
@@ -408,7 +414,8 @@ impl Setting {
             | (SettingKind::Count, SettingValue::Count(_))
             | (SettingKind::Number, SettingValue::Number(_) | SettingValue::Count(_))
             | (SettingKind::Text, SettingValue::Text(_))
-            | (SettingKind::Numbers, SettingValue::Numbers(_)) => true,
+            | (SettingKind::Numbers, SettingValue::Numbers(_))
+            | (SettingKind::Texts, SettingValue::Texts(_)) => true,
             (SettingKind::Word(words), SettingValue::Word(name) | SettingValue::Text(name)) => {
                 words_are_known(words, std::slice::from_ref(name))
             }
@@ -614,6 +621,18 @@ impl OptionType for String {
 
     fn from_value(value: &SettingValue) -> Option<Self> {
         if let SettingValue::Text(value) = value { Some(value.clone()) } else { None }
+    }
+}
+
+impl OptionType for Vec<String> {
+    const KIND: SettingKind = SettingKind::Texts;
+
+    fn to_value(&self) -> SettingValue {
+        SettingValue::Texts(self.clone())
+    }
+
+    fn from_value(value: &SettingValue) -> Option<Self> {
+        if let SettingValue::Texts(values) = value { Some(values.clone()) } else { None }
     }
 }
 

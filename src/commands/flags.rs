@@ -135,6 +135,9 @@ fn flag(option: &RunOption) -> Arg {
             arg.value_parser(clap::value_parser!(f64))
         }
         SettingKind::Words(words) => arg.action(ArgAction::Append).value_delimiter(',').value_parser(possible(words)),
+        SettingKind::Texts => {
+            arg.action(ArgAction::Append).value_delimiter(',').value_parser(clap::value_parser!(String))
+        }
     }
 }
 
@@ -153,5 +156,6 @@ fn given(setting: &Setting, matches: &ArgMatches) -> Option<SettingValue> {
         SettingKind::Word(_) => SettingValue::Word(matches.get_one::<String>(name)?.clone()),
         SettingKind::Numbers => SettingValue::Numbers(matches.get_many(name)?.copied().collect()),
         SettingKind::Words(_) => SettingValue::Words(matches.get_many::<String>(name)?.cloned().collect()),
+        SettingKind::Texts => SettingValue::Texts(matches.get_many::<String>(name)?.cloned().collect()),
     })
 }

@@ -45,7 +45,7 @@ pub struct Checkpoint {
 }
 
 /// The tensors of the file, in the order of [`Checkpoint`]'s fields.
-const TENSORS: [&str; 10] = [
+const TENSORS: [&str; 12] = [
     "weights",
     "statistics",
     "momentum",

@@ -52,7 +52,7 @@ struct ImagesSection {
 }
 
 impl RunSplit {
-    fn of(images: &Images) -> Self {
+    pub(super) fn of(images: &Images) -> Self {
         Self { count: images.len(), checksum: images.checksum() }
     }
 }
@@ -97,7 +97,7 @@ impl RunImages {
         let split = |split: &RunSplit| format!("{{ count = {}, checksum = \"{}\" }}", split.count, split.checksum);
         let Self { shape, classes, mean, std, train, test } = self;
         format!(
-            "\n[images]\nshape = {shape:?}\nclasses = {classes}\nmean = [{}]\nstd = [{}]\ntrain = {}\ntest = {}\n",
+            "\n[images]\nshape = {shape:?}\nclasses = {classes}\nmean = [{}]\nstd = [{}]\ntrain = {}\ntest = {}\n{labels}",
             list(mean),
             list(std),
             split(train),
@@ -207,7 +207,7 @@ pub(super) fn open(
         return Err(TrainError::RunExists { path: run.into() });
     }
     // The weights are written after the last epoch. What is in their way should not be found so late.
-    if let Some(name) = FILES[..5].iter().find(|name| run.join(name).is_dir()) {
+    if let Some(name) = FILES[..7].iter().find(|name| run.join(name).is_dir()) {
         let reason = "a folder, where the run needs a file".into();
         return Err(TrainError::Occupied { path: run.join(name), reason });
     }

@@ -18,6 +18,7 @@ mod run;
 mod settings;
 mod state;
 mod training;
+mod tuning;
 pub mod weights;
 
 pub use checkpoint::Checkpoint;

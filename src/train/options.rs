@@ -217,6 +217,9 @@ fn from_toml(option: &Setting, value: &toml::Value) -> Result<SettingValue, Stri
             (SettingKind::Words(_), toml::Value::Array(list)) => {
                 SettingValue::Words(list.iter().map(|item| Some(item.as_str()?.to_string())).collect::<Option<_>>()?)
             }
+            (SettingKind::Texts, toml::Value::Array(list)) => {
+                SettingValue::Texts(list.iter().map(|item| Some(item.as_str()?.to_string())).collect::<Option<_>>()?)
+            }
             _ => return None,
         })
     };
@@ -240,7 +243,7 @@ pub(super) fn to_toml(value: &SettingValue) -> Option<String> {
         SettingValue::Number(value) => number(value),
         SettingValue::Text(value) | SettingValue::Word(value) => text(value),
         SettingValue::Numbers(values) => list(values.iter().map(number).collect()),
-        SettingValue::Words(values) => list(values.iter().map(text).collect()),
+        SettingValue::Words(values) | SettingValue::Texts(values) => list(values.iter().map(text).collect()),
     })
 }
 
@@ -255,7 +258,7 @@ pub(super) fn to_json(value: &SettingValue) -> serde_json::Value {
         SettingValue::Number(value) => (*value).into(),
         SettingValue::Text(value) | SettingValue::Word(value) => value.as_str().into(),
         SettingValue::Numbers(values) => values.iter().copied().collect(),
-        SettingValue::Words(values) => values.iter().map(String::as_str).collect(),
+        SettingValue::Words(values) | SettingValue::Texts(values) => values.iter().map(String::as_str).collect(),
     }
 }
 

@@ -18,6 +18,7 @@ use super::log::{Log, Record, is_better};
 use super::settings::{CurvatureLogSettings, Measure, RunSettings};
 use super::state::State;
 use super::training::Subject;
+use super::tuning;
 use crate::data::{self, Dataset, Images, Split};
 use crate::device::{Compute, Device, Error, RecordedGraph, Slice};
 use crate::kernels::batch_norm::Mode;
@@ -212,7 +213,7 @@ struct Recorded {
 impl<S: Compute<Master = f32>> Run<S> {
     /// Puts data, network and method on the device. A run that is resumed continues from its checkpoint.
     pub fn open(subject: Subject<'_>, out: Option<PathBuf>, resume: bool) -> Result<Self, TrainError> {
-        let config = subject.config()?;
+        let mut subject = subject;
         let data = subject.data();
         let Subject { settings, network, dataset, validation, absent_classes, normalization, method, .. } = subject;
         // Nobody else may change a run after its checkpoint is read and before it goes on.
@@ -237,6 +238,9 @@ impl<S: Compute<Master = f32>> Run<S> {
 
         let measured = settings.curvature(&*method);
         let mut state = State::new(&device, &settings, (network, &data), train, normalization, method)?;
+        // Weights and statistics are those of the state, so what it freezes is frozen everywhere.
+        let frozen = settings.model.freeze.clone().unwrap_or_default();
+        let network = &tuning::frozen(network, &frozen);
         let evaluator = Evaluator::new(&device, network, (&data, test), normalization, batch, Mode::Eval)?;
         let validator = validation
             .map(|images| Evaluator::new(&device, network, (&data, &images), normalization, batch, Mode::Eval))

@@ -16,9 +16,10 @@ use crate::data::Split;
 use crate::device::HostOptions;
 use crate::kernels::mixing::Mixing;
 use crate::nn::{MODELS, Model, Shortcut};
-use crate::optim::{self, Base, Context, Decay, Entry, METHODS, Method, RhoSchedule};
+use crate::optim::{self, Base, Context, Decay, Ending, Entry, METHODS, Method, RhoSchedule};
 use crate::settings::{
     Choice, Configurable, OptionType, Setting, SettingError, SettingKind, SettingValue, UnknownWord, Word, applies,
+    number,
 };
 use crate::{settings, words};
 
@@ -225,6 +226,11 @@ settings! {
         /// Do not take the last linear layer from the file: it begins with random weights, so that the number of
         /// classes may differ
         reset_head: bool = false, with init;
+        /// Do not train the tensors whose names match one of these patterns, such as layer1.*: they get no update and
+        /// no perturbation, and count in no norm. * stands for any characters, ? for one
+        freeze: Option<Vec<String>> = None, else "nothing", as "PATTERN";
+        /// Normalise with batch norm's running statistics in training, too, and leave them as they are
+        freeze_bn: bool = false;
     }
 }
 
@@ -244,6 +250,12 @@ settings! {
         clip: Option<f64> = None, else "no limit", as "NORM", in positive;
         /// Exempt biases and normalisation from weight decay
         no_decay_norm: bool = false;
+        /// Multiply the learning rate of the tensors whose names match a pattern, as in layer1.*=0.1. The last pattern
+        /// that matches a tensor counts
+        layer_rate: Option<Vec<String>> = None, else "1 for all", as "PATTERN=FACTOR";
+        /// Multiply each layer's learning rate by this once more than the next one's. A residual block counts as one
+        /// layer; the last layer has the full rate
+        layer_decay: Option<f64> = None, else "1", as "F", in up_to(1);
         /// Keep a moving average of weights and running statistics with this decay, and test it too
         ema: Option<f64> = None, else "no average", as "DECAY", in below_one;
         /// Label smoothing of the training loss

@@ -2,21 +2,25 @@
 
 use std::path::Path;
 
-use super::average::Average;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::average::{Averaged, EpochAverage, MovingAverage};
 use super::checkpoint::{self, Checkpoint};
 use super::images::{Batch, DeviceImages};
 use super::settings::{Augmentation, RunSettings};
+use super::tuning::{self, Piece};
 use super::{Record, TrainError, weights};
-use crate::arena::TensorKind;
+use crate::arena::{Layout, TensorKind};
 use crate::data::{ImageShape, Images};
 use crate::device::{self, Buffer, Compute, Device};
-use crate::kernels::image::{Augment, BatchShape, Normalization};
+use crate::kernels::batch_norm::Mode;
+use crate::kernels::image::{self, Augment, BatchShape, Normalization, Position};
 use crate::kernels::mixing::{Mixer, Mixing};
 use crate::kernels::vector::Rate;
 use crate::kernels::{clock, metrics, random};
 use crate::nn;
 use crate::objective::{Accumulator, Wrapped};
-use crate::optim::{Method, Optimizer};
+use crate::optim::{Group, Method, Optimizer, Settings};
 use crate::plan::{Network, Plan, PlanOptions, Shape};
 
 /// Everything that a step reads and writes, on the device.
@@ -24,6 +28,8 @@ pub(super) struct State<S: Compute<Master = f32>> {
     pub plan: Plan<S>,
     pub optimizer: Optimizer<f32>,
     pub parameters: Buffer<f32>,
+    /// Where the learning rate has factors; otherwise empty.
+    pieces: Vec<Piece>,
     pub accumulator: Accumulator<f32>,
     pub average: Option<Average>,
     pub images: DeviceImages,
@@ -46,7 +52,8 @@ pub(super) struct State<S: Compute<Master = f32>> {
 }
 
 impl<S: Compute<Master = f32>> State<S> {
-    /// Plans the network, which errors call `data`, and puts initial weights and the training images on the device.
+    /// Plans the network, which errors call `data` and of which the settings freeze a part, and puts initial weights and
+    /// the training images on the device.
     pub fn new(
         device: &Device,
         settings: &RunSettings,
@@ -60,10 +67,16 @@ impl<S: Compute<Master = f32>> State<S> {
         let group = settings.optimizer.m_sharpness.unwrap_or(batch);
         let part = settings.data.micro_batch.unwrap_or(group);
         let ImageShape { height, width, channels } = train.shape;
-        let options = PlanOptions { label_smoothing: settings.optimizer.label_smoothing, ..PlanOptions::training() };
-        let traced = network(Shape { batch: part, height, width, channels }, train.classes);
-        let (graph, logits) = traced.map_err(TrainError::plan(data))?;
-        let plan = Plan::<S>::new(device, graph, logits, options).map_err(TrainError::plan(data))?;
+        let label_smoothing = settings.optimizer.label_smoothing;
+        let batch_norm = if settings.model.freeze_bn { Mode::Eval } else { Mode::Train };
+        let options = PlanOptions { label_smoothing, batch_norm, ..PlanOptions::training() };
+        let shape = Shape { batch: part, height, width, channels };
+        let frozen = settings.model.freeze.as_deref().unwrap_or_default();
+        // All tensors of the model, from which frozen ones differ in nothing but that they stay as they are.
+        let model = network(shape, train.classes).map_err(TrainError::plan(data))?.0.parameters();
+        tuning::check_frozen(frozen, &model)?;
+        let (graph, logits) = tuning::frozen(network, frozen)(shape, train.classes).map_err(TrainError::plan(data))?;
+        let mut plan = Plan::<S>::new(device, graph, logits, options).map_err(TrainError::plan(data))?;
         let (layout, seed) = (plan.parameters().clone(), settings.run.seed);
         let basic = settings.data.augment == Augmentation::Basic;
         let cutout = settings.data.cutout;
@@ -77,6 +90,7 @@ impl<S: Compute<Master = f32>> State<S> {
             average: average.transpose()?,
             optimizer: Optimizer::new(device, layout.len(), settings.optimizer(method, &layout)?)?,
             parameters: device.upload(&initial)?,
+            pieces: tuning::pieces(&settings.optimizer, &layout, &model)?,
             accumulator: Accumulator::new(device, layout.len(), group / part)?,
             plan,
             images: DeviceImages::new(device, train)?,
@@ -93,20 +107,31 @@ impl<S: Compute<Master = f32>> State<S> {
         })
     }
 
+    /// How many parameters are trained, and how many are frozen.
+    pub fn parameter_counts(&self) -> [usize; 2] {
+        let others = self.plan.statistics_layout().tensors().iter();
+        let frozen = others.filter(|tensor| !tensor.kind.is_statistic()).map(|tensor| tensor.kind.len()).sum();
+        [self.plan.parameters().parameters(), frozen]
+    }
+
     /// Takes weights and running statistics from a file. The last linear layer keeps its own if the `head` is reset.
     pub fn load(&mut self, file: &Path, reset_head: bool) -> Result<(), TrainError> {
-        let layout = self.plan.parameters();
-        let last = layout.tensors().iter().rev().find(|tensor| matches!(tensor.kind, TensorKind::Linear { .. }));
+        // A frozen head is one, too.
+        let layouts = [self.plan.parameters(), self.plan.statistics_layout()];
+        let mut tensors = layouts.iter().flat_map(|layout| layout.tensors().iter().rev());
+        let last = tensors.find(|tensor| matches!(tensor.kind, TensorKind::Linear { .. }));
         let head = last.and_then(|tensor| tensor.name.rsplit_once('.')).map(|(layer, _)| layer.to_string());
         let head = head.filter(|_| reset_head);
-        let [mut parameters, statistics] =
-            weights::load_but(file, [layout, self.plan.statistics_layout()], head.as_deref())?;
+        let mut loaded = weights::load_but(file, layouts, head.as_deref())?;
         if let Some(head) = head {
-            let own = self.parameters.to_vec()?;
-            for tensor in layout.tensors().iter().filter(|tensor| weights::belongs_to(&tensor.name, &head)) {
-                parameters[tensor.range()].copy_from_slice(&own[tensor.range()]);
+            let own = [self.parameters.to_vec()?, self.plan.statistics().to_vec()?];
+            for ((layout, own), loaded) in layouts.iter().zip(&own).zip(&mut loaded) {
+                for tensor in layout.tensors().iter().filter(|tensor| weights::belongs_to(&tensor.name, &head)) {
+                    loaded[tensor.range()].copy_from_slice(&own[tensor.range()]);
+                }
             }
         }
+        let [parameters, statistics] = loaded;
         self.parameters.write(&parameters)?;
         self.plan.set_statistics(self.parameters.device().upload(&statistics)?.view())?;
         if let Some(average) = &mut self.average {
@@ -118,7 +143,7 @@ impl<S: Compute<Master = f32>> State<S> {
     /// Takes one step at the position of the clock, and advances the clock. Everything that changes from step to step
     /// is on the device, so that a recorded step can be replayed.
     pub fn step(&mut self) -> device::Result<()> {
-        let Self { plan, optimizer, parameters, average, totals, clock, rates, rate, .. } = self;
+        let Self { plan, optimizer, parameters, pieces, average, totals, clock, rates, rate, .. } = self;
         let (pixels, labels) = self.images.views();
         let mut images = Wrapped(Batch {
             plan: &mut *plan,
@@ -133,7 +158,20 @@ impl<S: Compute<Master = f32>> State<S> {
             augment: self.augment,
             mixer: self.mixer.as_ref(),
         });
-        optimizer.step(&mut self.accumulator.over(&mut images), parameters.view_mut(), Rate::Device(rate.view()))?;
+        let mut objective = self.accumulator.over(&mut images);
+        if pieces.is_empty() {
+            optimizer.step(&mut objective, parameters.view_mut(), Rate::Device(rate.view()))?;
+        } else {
+            let Settings { base, weight_decay, .. } = *optimizer.settings();
+            let group = |piece: &Piece| Group {
+                place: piece.place.clone(),
+                base,
+                weight_decay: if piece.decays { weight_decay } else { 0.0 },
+                lr: Rate::Scaled(rate.view(), piece.factor),
+            };
+            let groups: Vec<Group<'_>> = pieces.iter().map(group).collect();
+            optimizer.step_groups(&mut objective, parameters.view_mut(), &groups)?;
+        }
         metrics::record(optimizer.loss()?, plan.correct()?, optimizer.skipped(), self.batch, totals.view_mut())?;
         if let Some(average) = average {
             average.take(parameters.view(), plan.statistics().view(), clock.view())?;
@@ -183,13 +221,14 @@ impl<S: Compute<Master = f32>> State<S> {
         self.save_weights(run)
     }
 
-    /// Writes the weights, and their average if there is one.
+    /// Writes the weights, and the averages of them that there are.
     pub fn save_weights(&self, run: &Path) -> Result<(), TrainError> {
         self.save_now(&run.join("model.safetensors"))?;
         match &self.average {
             Some(average) => self.save_model(&run.join("ema.safetensors"), &average.weights, &average.statistics),
             None => Ok(()),
         }
+        Ok(())
     }
 
     /// Writes the weights to a file.
@@ -239,5 +278,14 @@ impl<S: Compute<Master = f32>> State<S> {
         let statistics = parameters.device().upload(&saved.statistics)?;
         plan.set_statistics(statistics.view())?;
         Ok(())
+    }
+}
+
+/// Copies the tensors of a layout that another one has, too, by name.
+fn take_tensors((from, values): (&Layout, &[f32]), (to, into): (&Layout, &mut [f32])) {
+    for tensor in to.tensors() {
+        if let Some(found) = from.find(&tensor.name) {
+            into[tensor.range()].copy_from_slice(&values[found.range()]);
+        }
     }
 }
