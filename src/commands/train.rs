@@ -386,6 +386,7 @@ impl Display {
                 validation_loss,
                 validation_accuracy,
                 ema_test_accuracy,
+                swa_test_accuracy,
                 lr,
                 gradient_norm,
                 method,
@@ -404,8 +405,9 @@ impl Display {
                 });
                 let average =
                     ema_test_accuracy.map_or(String::new(), |share| format!(", averaged {:.2} %", 100.0 * share));
+                let swa = swa_test_accuracy.map_or(String::new(), |share| format!(", SWA {:.2} %", 100.0 * share));
                 self.line(&format!(
-                    "epoch {epoch:>3}  train loss {}{train_percent}{held}  test loss {} ({:.2} %{average})  {images_per_second:.0} images/s",
+                    "epoch {epoch:>3}  train loss {}{train_percent}{held}  test loss {} ({:.2} %{average}{swa})  {images_per_second:.0} images/s",
                     number(*train_loss, 3),
                     number(*test_loss, 3),
                     100.0 * test_accuracy,

@@ -16,7 +16,7 @@ mod step;
 
 pub use method::{Context, Entry, Method, Needs};
 pub use methods::*;
-pub use schedule::{Decay, RhoSchedule, Schedule};
+pub use schedule::{Decay, Ending, RhoSchedule, Schedule};
 pub use snapshot::SnapshotError;
 pub use step::{Coefficients, Direction, Numbers, Row, Step, Store, Vector, Vectors, work};
 

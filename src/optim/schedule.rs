@@ -29,12 +29,33 @@ pub struct Schedule {
     pub milestones: Vec<u64>,
     /// What it multiplies the rate by at each of them.
     pub factor: f64,
+    /// The end of the run, if it has a rate of its own.
+    pub ending: Option<Ending>,
+}
+
+/// A constant rate from some step on, for averages of weights (PyTorch's `SWALR`).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Ending {
+    /// The steps before it.
+    pub start: u64,
+    /// The rate.
+    pub rate: f64,
+    /// In how many steps the rate goes there from the one at the start, along half a cosine.
+    pub anneal: u64,
 }
 
 impl Default for Schedule {
     /// A constant rate of 0.1; no milestones, with a factor of 0.1.
     fn default() -> Self {
-        Self { peak: 0.1, decay: Decay::Constant, warmup: 0, steps: 0, milestones: Vec::new(), factor: 0.1 }
+        Self {
+            peak: 0.1,
+            decay: Decay::Constant,
+            warmup: 0,
+            steps: 0,
+            milestones: Vec::new(),
+            factor: 0.1,
+            ending: None,
+        }
     }
 }
 
@@ -50,6 +71,17 @@ impl Schedule {
     /// assert!((schedule.rate(7) - 0.05).abs() < 1e-12);
     /// ```
     pub fn rate(&self, step: u64) -> f64 {
+        match self.ending {
+            Some(Ending { start, rate, anneal }) if step >= start => {
+                let progress = (step + 1 - start) as f64 / anneal.max(1) as f64;
+                let share = 0.5 * (1.0 - (std::f64::consts::PI * progress.min(1.0)).cos());
+                share * rate + (1.0 - share) * self.rate_before_the_ending(start)
+            }
+            _ => self.rate_before_the_ending(step),
+        }
+    }
+
+    fn rate_before_the_ending(&self, step: u64) -> f64 {
         if step < self.warmup {
             return self.peak * (step + 1) as f64 / self.warmup as f64;
         }
@@ -105,6 +137,20 @@ mod tests {
         assert_eq!(rates(schedule.clone()), [1.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.1 * 0.1, 0.1 * 0.1]);
         let schedule = Schedule { warmup: 2, steps: 7, milestones: vec![6, 3], factor: 0.5, ..schedule };
         assert_eq!(rates(schedule), [0.5, 1.0, 1.0, 0.5, 0.5, 0.5, 0.25]);
+    }
+
+    /// PyTorch 2.11's `SWALR(optimizer, swa_lr=0.05, anneal_epochs=4)` from a rate of 0.2: 0.178033, 0.125, 0.071967.
+    #[test]
+    fn the_rate_of_the_ending_is_reached_along_a_cosine() {
+        let ending = Some(Ending { start: 3, rate: 0.05, anneal: 4 });
+        let schedule = Schedule { peak: 0.2, steps: 9, ending, ..Schedule::default() };
+        let expected = [0.2, 0.2, 0.2, 0.178033, 0.125, 0.071967, 0.05, 0.05, 0.05];
+        assert!((0..9).all(|step| (schedule.rate(step) - expected[step as usize]).abs() < 1e-6));
+        // From the rate that the schedule has there.
+        let schedule = Schedule { decay: Decay::Cosine, steps: 6, ..schedule };
+        assert!((schedule.rate(4) - 0.5 * (0.1 + 0.05)).abs() < 1e-12 && schedule.rate(8) == 0.05);
+        let at_once = Schedule { ending: Some(Ending { start: 3, rate: 0.05, anneal: 0 }), ..schedule };
+        assert_eq!(at_once.rate(3), 0.05);
     }
 
     #[test]

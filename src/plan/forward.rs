@@ -12,6 +12,11 @@ use crate::objective::RunningStats;
 impl<S: Compute> Plan<S> {
     /// All operations in their order. The weights must have been [rounded](Plan::round).
     pub(super) fn forward(&mut self, weights: Slice<'_, S::Master>, running_stats: RunningStats) -> Result<()> {
+        self.forward_with(weights, (running_stats == RunningStats::Update).then_some(RUNNING_MOMENTUM))
+    }
+
+    /// The same, where the batch replaces this share of each running statistic, if it is to replace any.
+    pub(super) fn forward_with(&mut self, weights: Slice<'_, S::Master>, share: Option<f64>) -> Result<()> {
         let PassBuffers { arena, rounded, workspace } = &mut self.buffers;
         let frozen = Frozen::new(&self.statistics, &self.frozen)?;
         let weights = Weights::new(&self.places, weights, rounded, frozen)?;
@@ -32,7 +37,8 @@ impl<S: Compute> Plan<S> {
                     layout: &self.statistics_layout,
                     committed: &self.statistics,
                     current,
-                    next: if running_stats == RunningStats::Update { Some(next) } else { None },
+                    next: share.map(|_| &mut *next),
+                    share: share.unwrap_or(0.0),
                 },
                 workspace,
             })?;

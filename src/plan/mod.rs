@@ -293,7 +293,34 @@ impl<S: Compute> Plan<S> {
     /// [`Error::Length`] and [`Error::OtherDevice`] for a vector of another length or device.
     pub fn set_statistics(&mut self, statistics: Slice<'_, S::Master>) -> Result<()> {
         self.reported = 0;
-        self.statistics.view_mut().copy_from(statistics)
+        self.statistics.view_mut().copy_from(statistics)?;
+        if self.places.iter().any(|place| place.frozen) {
+            // A step replaces all statistics by the pending ones, so these hold the frozen parameters, too.
+            self.pending.iter_mut().try_for_each(|pending| pending.view_mut().copy_from(statistics))?;
+            rounding::round(statistics, &mut self.frozen)?;
+        }
+        Ok(())
+    }
+
+    /// Whether batch norm uses the running statistics as they are, and no pass changes them.
+    pub fn has_fixed_statistics(&self) -> bool {
+        self.options.batch_norm == Mode::Eval
+    }
+
+    /// A forward pass at `weights` after which this share of each running statistic is that of the batch. With shares
+    /// 1, 1/2, 1/3 … for one batch after the other they become the means over all of them. A plan in [`Mode::Eval`]
+    /// keeps its statistics.
+    ///
+    /// # Errors
+    /// [`Error::Length`] for weights of another length than the parameters' layout, those of the device.
+    pub fn average_statistics(&mut self, weights: Slice<'_, S::Master>, share: f64) -> Result<()> {
+        self.round(weights)?;
+        self.reported = 0;
+        self.forward_with(weights, Some(share))?;
+        if self.has_fixed_statistics() {
+            return Ok(());
+        }
+        self.statistics.view_mut().copy_from(self.pending[0].view())
     }
 
     /// The state of dynamic loss scaling (see [`precision`]), in f16: the scale, and its good steps in a row.

@@ -123,6 +123,8 @@ pub(super) struct StatisticsBuffers<'a, T: Scalar> {
     pub current: &'a Buffer<T>,
     /// Where this pass writes them; none where it does not update them.
     pub next: Option<&'a mut Buffer<T>>,
+    /// How much of each statistic this pass replaces.
+    pub share: f64,
 }
 
 impl<T: Scalar> StatisticsBuffers<'_, T> {

@@ -45,6 +45,9 @@ pub struct GroupSummary {
     pub unfinished: Vec<PathBuf>,
     /// Test accuracy of the last finished epoch: a share from 0 to 1.
     pub test_accuracy: RunStatistics,
+    /// The same of the weights averaged over epochs, of the runs that have them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub swa_test_accuracy: Option<RunStatistics>,
     /// Test loss of the last finished epoch: the mean cross-entropy in nats.
     pub test_loss: RunStatistics,
     /// Seconds of training.
@@ -277,6 +280,7 @@ fn summary(group: &runs::Group) -> GroupSummary {
         diverged: those(|outcome| matches!(outcome, Outcome::Diverged(_))),
         unfinished: those(|outcome| matches!(outcome, Outcome::Unfinished { .. })),
         test_accuracy: group.test_accuracy(),
+        swa_test_accuracy: Some(group.swa_test_accuracy()).filter(|swa| !swa.values.is_empty()),
         test_loss: group.test_loss(),
         seconds: group.seconds(),
         images_per_second: group.images_per_second(),

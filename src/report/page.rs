@@ -186,13 +186,16 @@ fn accuracy(groups: &[Group]) -> Option<String> {
     let judged = comparable && !repeated && finished;
     let losses = with_best(&column(Group::test_loss), "", judged.then_some(false));
     let cells = with_best(&accuracies, " %", judged.then_some(true));
+    let swa: Vec<RunStatistics> = column(Group::swa_test_accuracy).iter().map(RunStatistics::percent).collect();
+    let has_swa = swa.iter().any(|statistics| !statistics.values.is_empty());
+    let swa = with_best(&swa, " %", judged.then_some(true));
     let rows: Vec<Vec<String>> = groups
         .iter()
         .enumerate()
         .map(|(index, group)| {
-            vec![
-                key(index, group),
-                cells[index].clone(),
+            let swa = has_swa.then(|| swa[index].clone());
+            let first = [key(index, group), cells[index].clone()].into_iter().chain(swa);
+            let rest = [
                 losses[index].clone(),
                 runs_that_count(group),
                 epochs_done(group),
@@ -201,8 +204,11 @@ fn accuracy(groups: &[Group]) -> Option<String> {
             ]
         })
         .collect();
-    let head = ["Group", "Test accuracy", "Test loss", "Runs", "Epochs", "Training time (s)", "Images/s"];
-    let mut content = table("Test accuracy and loss of the groups", &head.map(String::from), &rows);
+    let swa = if has_swa { &["SWA test accuracy"][..] } else { &[] };
+    let rest = ["Test loss", "Runs", "Epochs", "Training time (s)", "Images/s"];
+    let head: Vec<String> =
+        ["Group", "Test accuracy"].iter().chain(swa).chain(&rest).map(|name| name.to_string()).collect();
+    let mut content = table("Test accuracy and loss of the groups", &head, &rows);
     let several = groups.iter().any(|group| group.runs.len() > 1);
     let mut text = "After the last finished epoch".to_string();
     if several {

@@ -61,6 +61,7 @@ pub(super) struct Epoch {
     pub test_accuracy: f64,
     pub validation_accuracy: Option<f64>,
     pub ema_test_accuracy: Option<f64>,
+    pub swa_test_accuracy: Option<f64>,
     pub lr: f64,
     pub gradient_norm: Option<f64>,
     pub images_per_second: f64,
@@ -301,6 +302,7 @@ fn epochs(records: &[Record]) -> Vec<Epoch> {
             test_accuracy,
             validation_accuracy,
             ema_test_accuracy,
+            swa_test_accuracy,
             lr,
             gradient_norm,
             images_per_second,
@@ -319,6 +321,7 @@ fn epochs(records: &[Record]) -> Vec<Epoch> {
             test_accuracy,
             validation_accuracy,
             ema_test_accuracy,
+            swa_test_accuracy,
             lr,
             gradient_norm,
             images_per_second,
@@ -482,6 +485,11 @@ impl Group {
 
     pub fn test_accuracy(&self) -> RunStatistics {
         self.last(|epoch| epoch.test_accuracy)
+    }
+
+    /// Of the weights averaged over epochs, of the runs that have them.
+    pub fn swa_test_accuracy(&self) -> RunStatistics {
+        RunStatistics::of(self.that_count().filter_map(|run| run.last_epoch()?.swa_test_accuracy).collect())
     }
 
     pub fn test_loss(&self) -> RunStatistics {

@@ -34,6 +34,10 @@ pub struct Checkpoint {
     pub loss_scale: Vec<f64>,
     /// The moving average of weights and statistics; empty without one.
     pub average: Vec<f32>,
+    /// The mean of the weights after some epochs, and its statistics; empty without one.
+    pub swa: Vec<f32>,
+    /// Of how many epochs it is the mean, and 1 if its statistics are complete; empty without one.
+    pub swa_progress: Vec<u64>,
     /// The run's settings, as TOML.
     pub settings: String,
     /// The line of the log of an epoch whose test was stopped, still without the result of the test.
@@ -56,7 +60,12 @@ const TENSORS: [&str; 12] = [
     "totals",
     "loss_scale",
     "average",
+    "swa",
+    "swa_progress",
 ];
+
+/// Those that earlier checkpoints do not have.
+const LATER: [&str; 3] = ["average", "swa", "swa_progress"];
 
 /// The entries of the file beside the tensors.
 const ENTRIES: [&str; 3] = ["settings", "step", "seconds"];
@@ -98,6 +107,8 @@ impl Checkpoint {
             view(&self.totals),
             view(&self.loss_scale),
             view(&self.average),
+            view(&self.swa),
+            view(&self.swa_progress),
         ];
         let tensors: Vec<(&str, View<'_>)> = TENSORS.into_iter().zip(views).collect();
         let mut metadata = HashMap::from([
@@ -135,8 +146,7 @@ impl Checkpoint {
         };
         let data = |name: &str| match file.tensor(name) {
             Ok(view) => Ok(view.data()),
-            // Earlier checkpoints have none.
-            Err(_) if name == "average" => Ok(&[][..]),
+            Err(_) if LATER.contains(&name) => Ok(&[][..]),
             Err(error) => Err(damaged(error.to_string())),
         };
         let untested = entry(UNTESTED).ok();
@@ -157,6 +167,8 @@ impl Checkpoint {
             totals: elements(data("totals")?, f64::from_le_bytes),
             loss_scale: elements(data("loss_scale")?, f64::from_le_bytes),
             average: elements(data("average")?, f32::from_le_bytes),
+            swa: elements(data("swa")?, f32::from_le_bytes),
+            swa_progress: elements(data("swa_progress")?, u64::from_le_bytes),
             settings: entry("settings")?.clone(),
             untested: match untested {
                 Some(line) => {

@@ -1,5 +1,5 @@
 //! The folder of a run: `config.toml`, `log.jsonl`, `model.safetensors`, `checkpoint/`, with validation images
-//! `best.safetensors`, and with an average `ema.safetensors`.
+//! `best.safetensors`, and with averages `ema.safetensors` and `swa.safetensors`.
 
 use std::path::Path;
 

@@ -79,6 +79,12 @@ pub enum Record {
         /// Their test accuracy.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         ema_test_accuracy: Option<f64>,
+        /// After the last epoch: mean test cross-entropy of the weights averaged over epochs.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        swa_test_loss: Option<f64>,
+        /// Their test accuracy.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        swa_test_accuracy: Option<f64>,
         /// Learning rate of its last step.
         lr: f64,
         /// ‖g‖ at the unperturbed weights of its last step.

@@ -174,6 +174,8 @@ pub(super) struct Run<S: Compute<Master = f32>> {
     log: Option<Log>,
     schedule: Schedule,
     rho_schedule: RhoSchedule,
+    /// The steps before weights are averaged over epochs, if they are.
+    swa_start: Option<u64>,
     /// Steps of the run, and of an epoch.
     steps: u64,
     steps_per_epoch: u64,
@@ -285,6 +287,7 @@ impl<S: Compute<Master = f32>> Run<S> {
             log,
             schedule,
             rho_schedule: settings.optimizer.rho_schedule,
+            swa_start: settings.swa_start(steps, steps_per_epoch)?,
             settings,
             steps,
             steps_per_epoch,
@@ -576,10 +579,11 @@ impl<S: Compute<Master = f32>> Run<S> {
             validation = Some(found);
         }
         if let Some(average) = &state.average {
-            let (weights, statistics) = (average.weights.view(), average.statistics.view());
+            let (weights, statistics) = (average.of.weights.view(), average.of.statistics.view());
             let Some(found) = evaluate(evaluator, weights, statistics, stop)? else { return Ok(None) };
             averaged = Some(found);
         }
+        let Some(swa) = self.test_swa(stop)? else { return Ok(None) };
         if let Record::Epoch {
             test_loss,
             test_accuracy,
@@ -587,6 +591,8 @@ impl<S: Compute<Master = f32>> Run<S> {
             validation_accuracy,
             ema_test_loss,
             ema_test_accuracy,
+            swa_test_loss,
+            swa_test_accuracy,
             ..
         } = record
         {
@@ -596,8 +602,27 @@ impl<S: Compute<Master = f32>> Run<S> {
             (*validation_loss, *validation_accuracy) = (loss.flatten(), accuracy);
             let (loss, accuracy) = of(averaged);
             (*ema_test_loss, *ema_test_accuracy) = (loss.flatten(), accuracy);
+            let (loss, accuracy) = of(swa);
+            (*swa_test_loss, *swa_test_accuracy) = (loss.flatten(), accuracy);
         }
         Ok(Some(Tests { test, validation }))
+    }
+
+    /// At the end of the run: completes the mean of the weights over epochs, and tests it. Some(None) where there is
+    /// none to test yet, and None if it was stopped.
+    fn test_swa(&mut self, stop: &AtomicBool) -> Result<Option<Option<Evaluation>>, TrainError> {
+        let Self { evaluator, state, .. } = self;
+        if state.swa.is_none() || self.step < self.steps || self.diverged.is_some() {
+            return Ok(Some(None));
+        }
+        let mut order: Vec<u32> = (0..state.images.count as u32).collect();
+        // Files are often sorted by class, and a batch of one class has other statistics.
+        data::epoch_order(self.settings.run.seed, self.steps / self.steps_per_epoch, &mut order);
+        if !state.complete_average(&order, stop)? {
+            return Ok(None);
+        }
+        let Some(swa) = &state.swa else { return Ok(Some(None)) };
+        Ok(evaluate(evaluator, swa.of.weights.view(), swa.of.statistics.view(), stop)?.map(Some))
     }
 
     /// The line of the log of a (partial) epoch whose steps are done, before its test.
@@ -605,6 +630,10 @@ impl<S: Compute<Master = f32>> Run<S> {
         self.device.synchronize()?;
         let images_per_second = self.images_per_second();
         self.seconds += self.clock.elapsed().as_secs_f64();
+        let averaged = self.swa_start.is_some_and(|start| self.step > start);
+        if averaged && self.step.is_multiple_of(self.steps_per_epoch) && self.diverged.is_none() {
+            self.state.average_epoch()?;
+        }
         let [loss, correct, samples] = self.state.read_totals()?;
         let telemetry = self.state.optimizer.telemetry()?;
         Ok(Record::Epoch {
@@ -618,6 +647,8 @@ impl<S: Compute<Master = f32>> Run<S> {
             validation_accuracy: None,
             ema_test_loss: None,
             ema_test_accuracy: None,
+            swa_test_loss: None,
+            swa_test_accuracy: None,
             lr: self.learning_rate(&telemetry),
             gradient_norm: finite(telemetry.gradient_norm),
             method: own_numbers(&telemetry),

@@ -258,6 +258,13 @@ settings! {
         layer_decay: Option<f64> = None, else "1", as "F", in up_to(1);
         /// Keep a moving average of weights and running statistics with this decay, and test it too
         ema: Option<f64> = None, else "no average", as "DECAY", in below_one;
+        /// Average the weights at the end of each epoch after this one, or, below 1, after this share of the steps. The
+        /// average is tested at the end, with batch norm's statistics computed anew (SWA)
+        swa: Option<f64> = None, else "no average", as "START", in not_negative;
+        /// The learning rate from there on
+        swa_lr: Option<f64> = None, else "the schedule's", as "RATE", in positive, with swa;
+        /// Epochs in which the rate goes from the schedule's to that one, along a cosine
+        swa_anneal: u64 = 1, as "EPOCHS", with swa_lr;
         /// Label smoothing of the training loss
         label_smoothing: f64 = 0.0, as "EPS", in fraction;
     }
@@ -398,7 +405,9 @@ pub(super) fn is_offered(name: &str, method: &dyn Method<f32>, has_base: bool) -
     match name {
         "base" => has_base,
         // A method that computes its step size ignores the learning rate and its schedule.
-        "lr" | "schedule" | "milestones" | "decay-factor" | "warmup" => method.own_rate().is_none(),
+        "lr" | "schedule" | "milestones" | "decay-factor" | "warmup" | "swa-lr" | "swa-anneal" => {
+            method.own_rate().is_none()
+        }
         "rho-schedule" => method.get("rho").is_some(),
         // A method with memory has one state for the whole mini-batch.
         "m-sharpness" => has_base && method.needs().memory == 0,
@@ -672,7 +681,26 @@ impl RunSettings {
             epochs => (epochs * steps_per_epoch as f64).ceil() as u64,
         };
         let milestones = self.run.milestones.iter().map(at).collect();
-        Ok(optim::Schedule { peak, decay: self.run.schedule, warmup, steps, milestones, factor })
+        let anneal = self.optimizer.swa_anneal.saturating_mul(steps_per_epoch);
+        let ending = |start| Some(Ending { start, rate: self.optimizer.swa_lr?, anneal });
+        let ending = self.swa_start(steps, steps_per_epoch)?.and_then(ending);
+        Ok(optim::Schedule { peak, decay: self.run.schedule, warmup, steps, milestones, factor, ending })
+    }
+
+    /// After how many steps the average of weights begins, if there is one.
+    ///
+    /// # Errors
+    /// One that begins too late for a single epoch.
+    pub(super) fn swa_start(&self, steps: u64, steps_per_epoch: u64) -> Result<Option<u64>, TrainError> {
+        let Some(given) = self.optimizer.swa else { return Ok(None) };
+        let start = if given < 1.0 { given * steps as f64 } else { given * steps_per_epoch as f64 };
+        let (start, last) = (start.ceil() as u64, steps / steps_per_epoch * steps_per_epoch);
+        if start >= last {
+            let epochs = steps / steps_per_epoch;
+            let reason = format!("{}, but no whole epoch ends after that: the run has {epochs}", number(given));
+            return Err(TrainError::setting("swa", reason));
+        }
+        Ok(Some(start))
     }
 }
 

@@ -31,7 +31,8 @@ pub(super) struct State<S: Compute<Master = f32>> {
     /// Where the learning rate has factors; otherwise empty.
     pieces: Vec<Piece>,
     pub accumulator: Accumulator<f32>,
-    pub average: Option<Average>,
+    pub average: Option<MovingAverage>,
+    pub swa: Option<EpochAverage>,
     pub images: DeviceImages,
     pub normalization: Normalization,
     pub augment: Option<Augment>,
@@ -84,10 +85,17 @@ impl<S: Compute<Master = f32>> State<S> {
         let (mixup, cutmix) = (settings.data.mixup, settings.data.cutmix);
         let mixing = Mixing { mixup, cutmix, seed: random::key(seed, b"mixbatch"), counter: 0 };
         let mixer = (mixup.is_some() || cutmix.is_some()).then(|| Mixer::new(device, mixing)).transpose()?;
-        let (initial, statistics) = (nn::initial_weights(&layout, seed)?, plan.statistics().to_vec()?);
-        let average = settings.optimizer.ema.map(|decay| Average::new(device, decay, &initial, &statistics));
+        let (all, mut initial, mut statistics) =
+            (nn::initial_weights(&model, seed)?, vec![0.0; layout.len()], plan.statistics().to_vec()?);
+        take_tensors((&model, &all), (&layout, &mut initial));
+        take_tensors((&model, &all), (plan.statistics_layout(), &mut statistics));
+        plan.set_statistics(device.upload(&statistics)?.view())?;
+        let averaged = || Averaged::new(device, &initial, &statistics);
+        let average = settings.optimizer.ema.map(|decay| averaged().map(|of| MovingAverage::new(decay, of)));
+        let swa = settings.optimizer.swa.map(|_| averaged().map(EpochAverage::new));
         Ok(Self {
             average: average.transpose()?,
+            swa: swa.transpose()?,
             optimizer: Optimizer::new(device, layout.len(), settings.optimizer(method, &layout)?)?,
             parameters: device.upload(&initial)?,
             pieces: tuning::pieces(&settings.optimizer, &layout, &model)?,
@@ -135,7 +143,10 @@ impl<S: Compute<Master = f32>> State<S> {
         self.parameters.write(&parameters)?;
         self.plan.set_statistics(self.parameters.device().upload(&statistics)?.view())?;
         if let Some(average) = &mut self.average {
-            average.restore(&[parameters, statistics].concat())?;
+            average.of.restore(&[&*parameters, &*statistics].concat())?;
+        }
+        if let Some(swa) = &mut self.swa {
+            swa.of.restore(&[parameters, statistics].concat())?;
         }
         Ok(())
     }
@@ -179,6 +190,40 @@ impl<S: Compute<Master = f32>> State<S> {
         clock::advance(clock.view_mut(), rates.view(), rate.view_mut())
     }
 
+    /// Takes the weights after an epoch into their mean, if there is one.
+    pub fn average_epoch(&mut self) -> Result<(), TrainError> {
+        match &mut self.swa {
+            Some(swa) => swa.take(&self.parameters.to_vec()?),
+            None => Ok(()),
+        }
+    }
+
+    /// Computes batch norm's statistics for the mean of the weights: the means over batches of the training images in
+    /// this order, as they are. Returns whether it was not stopped. Frozen statistics stay as they are.
+    pub fn complete_average(&mut self, order: &[u32], stop: &AtomicBool) -> Result<bool, TrainError> {
+        let Self { plan, swa: Some(swa), part, images, normalization, .. } = self else { return Ok(true) };
+        let device = plan.device().clone();
+        let order = device.upload(order)?;
+        let own = device.upload(&plan.statistics().to_vec()?)?;
+        let (shape, batches) = (*part, order.len() / part.batch);
+        let frozen = plan.has_fixed_statistics();
+        for number in 0..if frozen { 0 } else { batches } {
+            if stop.load(Ordering::Relaxed) {
+                plan.set_statistics(own.view())?;
+                return Ok(false);
+            }
+            let (pixels, labels) = images.views();
+            let order = order.slice(number * shape.batch..(number + 1) * shape.batch)?;
+            let (out, truth) = plan.batch_mut()?;
+            let start = Position::default();
+            image::batch(&shape, pixels, labels, order, start, normalization, None, out, truth)?;
+            plan.average_statistics(swa.of.weights.view(), 1.0 / (number + 1) as f64)?;
+        }
+        swa.of.statistics.view_mut().copy_from(plan.statistics().view())?;
+        swa.complete = true;
+        Ok(plan.set_statistics(own.view()).map(|()| true)?)
+    }
+
     pub fn read_totals(&self) -> Result<[f64; 3], TrainError> {
         let mut sums = [0.0; 3];
         self.totals.read(&mut sums)?;
@@ -210,7 +255,9 @@ impl<S: Compute<Master = f32>> State<S> {
             counters: state.counters.to_vec()?,
             totals: self.totals.to_vec()?,
             loss_scale: self.loss_scale()?.map(|state| state.to_vec()).unwrap_or_default(),
-            average: self.average.as_ref().map(Average::to_vec).transpose()?.unwrap_or_default(),
+            average: self.average.as_ref().map(|average| average.of.to_vec()).transpose()?.unwrap_or_default(),
+            swa: self.swa.as_ref().map(|swa| swa.of.to_vec()).transpose()?.unwrap_or_default(),
+            swa_progress: self.swa.as_ref().map(EpochAverage::progress).unwrap_or_default(),
             settings,
             untested,
             step,
@@ -224,9 +271,10 @@ impl<S: Compute<Master = f32>> State<S> {
     /// Writes the weights, and the averages of them that there are.
     pub fn save_weights(&self, run: &Path) -> Result<(), TrainError> {
         self.save_now(&run.join("model.safetensors"))?;
-        match &self.average {
-            Some(average) => self.save_model(&run.join("ema.safetensors"), &average.weights, &average.statistics),
-            None => Ok(()),
+        let moving = self.average.as_ref().map(|average| ("ema.safetensors", &average.of));
+        let swa = self.swa.as_ref().filter(|swa| swa.complete).map(|swa| ("swa.safetensors", &swa.of));
+        for (name, of) in moving.into_iter().chain(swa) {
+            self.save_model(&run.join(name), &of.weights, &of.statistics)?;
         }
         Ok(())
     }
@@ -243,7 +291,7 @@ impl<S: Compute<Master = f32>> State<S> {
     }
 
     pub fn restore(&mut self, saved: &Checkpoint, run: &Path) -> Result<(), TrainError> {
-        let Self { plan, parameters, average, totals, .. } = self;
+        let Self { plan, parameters, average, swa, totals, .. } = self;
         let state = self.optimizer.state_mut();
         let lengths = [
             ("weights", saved.weights.len(), parameters.len()),
@@ -255,7 +303,9 @@ impl<S: Compute<Master = f32>> State<S> {
             ("counters", saved.counters.len(), state.counters.len()),
             ("totals", saved.totals.len(), totals.len()),
             ("loss_scale", saved.loss_scale.len(), plan.loss_scale().map_or(0, Buffer::len)),
-            ("average", saved.average.len(), average.as_ref().map_or(0, |of| of.weights.len() + of.statistics.len())),
+            ("average", saved.average.len(), average.as_ref().map_or(0, |average| average.of.len())),
+            ("swa", saved.swa.len(), swa.as_ref().map_or(0, |swa| swa.of.len())),
+            ("swa_progress", saved.swa_progress.len(), swa.as_ref().map_or(0, |swa| swa.progress().len())),
         ];
         if let Some((name, found, expected)) = lengths.iter().find(|(_, found, expected)| found != expected) {
             let reason = format!("`{name}` has {found} elements, these settings need {expected}");
@@ -263,7 +313,11 @@ impl<S: Compute<Master = f32>> State<S> {
         }
         parameters.write(&saved.weights)?;
         if let Some(average) = average {
-            average.restore(&saved.average)?;
+            average.of.restore(&saved.average)?;
+        }
+        if let (Some(swa), &[count, complete]) = (swa, &*saved.swa_progress) {
+            swa.of.restore(&saved.swa)?;
+            (swa.count, swa.complete) = (count, complete == 1);
         }
         state.momentum.write(&saved.momentum)?;
         state.second_moment.write(&saved.second_moment)?;

@@ -215,6 +215,43 @@ fn statistics_follow_the_rule_and_the_commit() {
     }
 }
 
+/// With shares 1, 1/2 and 1/3 the statistics are the means over three batches, whatever they were before. In
+/// evaluation they stay.
+#[test]
+fn statistics_are_averaged_over_batches() {
+    let device = Device::host();
+    let plan = |mode: Mode| {
+        let (graph, logits) = max_pools(Shape { batch: 3, height: 9, width: 7, channels: 2 });
+        let options = PlanOptions { batch_norm: mode, ..PlanOptions::training() };
+        let mut plan = Plan::<f64>::new(&device, graph, logits, options).unwrap();
+        let before: Vec<f64> = (0..plan.statistics().len()).map(|index| 2.0 + index as f64).collect();
+        plan.set_statistics(device.upload(&before).unwrap().view()).unwrap();
+        (plan, before)
+    };
+    let (mut averaged, _) = plan(Mode::Train);
+    let (mut fixed, before) = plan(Mode::Eval);
+    let at = device.upload(&weights(&averaged, &mut Random(3))).unwrap();
+    let mut sums = vec![0.0; before.len()];
+    for number in 0..3 {
+        let mut single = plan(Mode::Train).0;
+        for plan in [&mut averaged, &mut single, &mut fixed] {
+            set_batch(plan, &mut Random(40 + number));
+        }
+        averaged.average_statistics(at.view(), 1.0 / (number + 1) as f64).unwrap();
+        single.average_statistics(at.view(), 1.0).unwrap();
+        fixed.average_statistics(at.view(), 1.0).unwrap();
+        sums.iter_mut().zip(single.statistics().to_vec().unwrap()).for_each(|(sum, value)| *sum += value);
+    }
+    let found = averaged.statistics().to_vec().unwrap();
+    for tensor in averaged.statistics_layout().tensors() {
+        for index in tensor.range() {
+            assert_relative_eq!(found[index], sums[index] / 3.0, max_relative = 1e-12, epsilon = 1e-12);
+            assert!((found[index] - before[index]).abs() > 0.1, "{}", tensor.name);
+        }
+    }
+    assert_eq!(fixed.statistics().to_vec().unwrap(), before);
+}
+
 /// A batch so large that, where the CPU emulates a GPU, weight gradients are computed in parts that stay until the end
 /// of the pass.
 #[test]

@@ -218,7 +218,7 @@ impl Operation for BatchNorm {
         let mut next = pass.statistics.next.map(Buffer::disjoint);
         let running = match &mut next {
             Some(next) => Some(RunningUpdate {
-                momentum: RUNNING_MOMENTUM,
+                momentum: pass.statistics.share,
                 mean: pass.statistics.current.slice(means.clone())?,
                 var: pass.statistics.current.slice(variances.clone())?,
                 next_mean: next.write(means)?,
