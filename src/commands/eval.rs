@@ -6,12 +6,12 @@ use polder::data::{Corrupted, SEVERITIES, Split};
 use polder::device::Buffer;
 use polder::kernels::batch_norm::Mode;
 use polder::settings;
-use polder::train::{Evaluation, Evaluator, TrainError};
+use polder::train::{Evaluation, Evaluator, TrainError, write_npy};
 use serde_json::json;
 
 use super::flags::Flags;
 use super::model::{ModelArgs, Samples, Subject};
-use super::{Bar, Failure, option, print, shown, write_npy};
+use super::{Bar, Failure, option, print, shown};
 
 settings! {
     /// The images to evaluate on.

@@ -13,13 +13,15 @@ use polder::kernels::vector;
 use polder::plan::Plan;
 use polder::report::landscape_pictures;
 use polder::train::landscape::{Axis, Heights, Landscape, load_direction, save_direction};
-use polder::train::{BatchNormName, CurvatureMeter, CurvatureSettings, Evaluator, Finding, TrainError, checksum, hold};
+use polder::train::{
+    BatchNormName, CurvatureMeter, CurvatureSettings, Evaluator, Finding, TrainError, checksum, hold, write_npy,
+};
 use polder::{settings, words};
 use serde_json::json;
 
 use super::flags::Flags;
 use super::model::{self, MeasureSettings, ModelArgs, Samples, Subject, short};
-use super::{Bar, Failure, counted, option, print, shown, stop_on_signals, tell, write_npy};
+use super::{Bar, Failure, counted, option, print, shown, stop_on_signals, tell};
 
 words! {
     /// The directions of the axes.

@@ -15,14 +15,13 @@ pub mod sweep;
 pub mod train;
 
 use std::io::{IsTerminal, Write};
-use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use polder::data::DataError;
-use polder::train::{TrainError, write_whole};
+use polder::train::TrainError;
 
 /// "1 step", "2 steps".
 fn counted<N: std::fmt::Display + PartialEq + From<u8>>(count: N, noun: &str) -> String {
@@ -174,21 +173,4 @@ fn stop_on_signals(stop: &Arc<AtomicBool>, step: &'static str, bar: Option<Progr
         }
     };
     drop(std::thread::Builder::new().spawn(tell_once));
-}
-
-/// Writes an array in C order.
-///
-/// # Errors
-/// Those of the file.
-fn write_npy<T: npyz::AutoSerialize + Copy>(path: &Path, values: &[T], shape: &[u64]) -> Result<(), TrainError> {
-    use npyz::WriterBuilder;
-    let write = || {
-        let mut bytes = Vec::new();
-        let mut writer = npyz::WriteOptions::new().default_dtype().shape(shape).writer(&mut bytes).begin_nd()?;
-        writer.extend(values.iter().copied())?;
-        writer.finish()?;
-        Ok(bytes)
-    };
-    let bytes = write().map_err(|source| TrainError::Io { path: path.into(), source })?;
-    write_whole(path, &bytes)
 }

@@ -78,7 +78,7 @@ impl FlagList for OfImages {
 
 /// What an evaluation takes from the settings of a run. It needs no others, so that runs of methods that have no name
 /// here can be evaluated.
-const OF_RUN: [&str; 12] = [
+const OF_RUN: [&str; 13] = [
     "model",
     "shortcut",
     "data",
@@ -87,6 +87,7 @@ const OF_RUN: [&str; 12] = [
     "validation",
     "label-noise",
     "label-noise-kind",
+    "bootstrap",
     "classes",
     "mean",
     "std",
@@ -229,6 +230,9 @@ impl ModelArgs {
         }
         if split == Split::Train && of_the_run {
             (images, _) = train::training_images(images, (&name, statistics), &settings)?;
+            if let (Some(run), Some(_)) = (&folder, &settings.data.bootstrap) {
+                images = train::bootstrapped(run, images)?;
+            }
         }
         let images = match samples {
             Samples::First(n) => images.take(n).map_err(|error| option("samples", error))?,

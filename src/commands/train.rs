@@ -322,6 +322,7 @@ impl Display {
                 images,
                 classes,
                 absent_classes,
+                relabelled,
                 parameters,
                 arena_bytes,
                 steps,
@@ -338,7 +339,12 @@ impl Display {
                         "{classes} classes, but no image has label {labels}; --classes sets the number"
                     ));
                 }
-                self.line(&format!("{parameters} parameters, {mebibytes:.0} MiB of activations and gradients"));
+                if let Some(changed) = relabelled {
+                    self.line(&format!("bootstrap: other labels for {changed} of the {train} training images"));
+                }
+                let [trained, frozen] = parameters;
+                let frozen = if frozen > 0 { format!(" and {frozen} frozen ones") } else { String::new() };
+                self.line(&format!("{trained} parameters{frozen}, {mebibytes:.0} MiB of activations and gradients"));
                 let (all, done) = steps;
                 if done > 0 && done < all {
                     self.line(&format!("resuming at step {done} of {all} (epoch {} on)", done / steps_per_epoch + 1));

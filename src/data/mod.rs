@@ -33,6 +33,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 
 pub use corrupted::{Corrupted, SEVERITIES};
 pub use error::DataError;
+pub(crate) use npy::npy_labels;
 pub use synthetic::{SyntheticSpec, synthetic};
 
 use crate::words;

@@ -122,6 +122,11 @@ fn read_images(path: &Path) -> Result<(ImageShape, Vec<u8>), DataError> {
     Ok((ImageShape { height, width, channels }, file.bytes(all)?))
 }
 
+/// The labels of a `.npy` file: integers below `classes`.
+pub(crate) fn npy_labels(path: &Path, classes: usize) -> Result<Vec<u32>, DataError> {
+    NpyFile::open(path)?.labels(classes)
+}
+
 /// A `.npy` file whose header was read, and whose values were not.
 pub(super) struct NpyFile {
     path: PathBuf,

@@ -609,7 +609,7 @@ fn names(groups: &[Group]) -> Vec<String> {
         Some(toml::Value::Boolean(true)) => format!(", {}", plain(key)),
         Some(toml::Value::Boolean(false)) => String::new(),
         // The last part of a path is enough.
-        Some(toml::Value::String(text)) if key == "data" || key == "init" => {
+        Some(toml::Value::String(text)) if ["data", "init", "bootstrap"].contains(&key) => {
             let end = Path::new(text).file_name().map(|name| name.to_string_lossy().into_owned());
             format!(", {}", plain(&end.unwrap_or_else(|| text.clone())))
         }

@@ -222,6 +222,23 @@ pub fn checksum(path: &Path) -> Result<String, TrainError> {
     }
 }
 
+/// Writes an array in C order.
+///
+/// # Errors
+/// Those of the file.
+pub fn write_npy<T: npyz::AutoSerialize + Copy>(path: &Path, values: &[T], shape: &[u64]) -> Result<(), TrainError> {
+    use npyz::WriterBuilder;
+    let write = || {
+        let mut bytes = Vec::new();
+        let mut writer = npyz::WriteOptions::new().default_dtype().shape(shape).writer(&mut bytes).begin_nd()?;
+        writer.extend(values.iter().copied())?;
+        writer.finish()?;
+        Ok(bytes)
+    };
+    let bytes = write().map_err(|source| TrainError::Io { path: path.into(), source })?;
+    write_whole(path, &bytes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::bootstrap;
 use super::checkpoint::{self, Checkpoint};
 use super::files::read_regular;
 use super::log::Log;
@@ -15,8 +16,16 @@ use crate::data::{Dataset, Images, Split};
 use crate::kernels::image::Normalization;
 
 /// The files of a run. Each of them shows that the folder holds a run or a partial run.
-const FILES: [&str; 6] =
-    ["config.toml", "log.jsonl", "model.safetensors", "best.safetensors", "ema.safetensors", "checkpoint"];
+const FILES: [&str; 8] = [
+    "config.toml",
+    "log.jsonl",
+    "model.safetensors",
+    "best.safetensors",
+    "ema.safetensors",
+    "swa.safetensors",
+    bootstrap::FILE,
+    "checkpoint",
+];
 
 /// The images that a run was trained on, and how it normalised them: the section `[images]` of `config.toml`. With it
 /// a run's images are known wherever they lie, and its weights can be used where they do not.
@@ -30,10 +39,13 @@ pub struct RunImages {
     pub mean: Vec<f32>,
     /// Standard deviation of pixel/255 per channel, by which is divided.
     pub std: Vec<f32>,
-    /// All training images, before `train-size`, `validation` and `label-noise`.
+    /// All training images, before `train-size`, `validation`, `label-noise` and `bootstrap`.
     pub train: RunSplit,
     /// The test images.
     pub test: RunSplit,
+    /// With `bootstrap`, the training images of the run with their new labels.
+    #[serde(default)]
+    pub bootstrap: Option<RunSplit>,
 }
 
 /// The images of one split of a run.
@@ -69,6 +81,7 @@ impl RunImages {
             std: normalization.std[..channels].into(),
             train: RunSplit::of(train),
             test: RunSplit::of(test),
+            bootstrap: None,
         }
     }
 
@@ -95,7 +108,8 @@ impl RunImages {
         // A value in f32 is written with the digits that it has, not with those of its f64.
         let list = |values: &[f32]| values.iter().map(|value| format!("{value:?}")).collect::<Vec<_>>().join(", ");
         let split = |split: &RunSplit| format!("{{ count = {}, checksum = \"{}\" }}", split.count, split.checksum);
-        let Self { shape, classes, mean, std, train, test } = self;
+        let Self { shape, classes, mean, std, train, test, bootstrap } = self;
+        let labels = bootstrap.as_ref().map(|own| format!("bootstrap = {}\n", split(own))).unwrap_or_default();
         format!(
             "\n[images]\nshape = {shape:?}\nclasses = {classes}\nmean = [{}]\nstd = [{}]\ntrain = {}\ntest = {}\n{labels}",
             list(mean),
@@ -118,7 +132,10 @@ impl RunImages {
             return Some(format!("{} classes instead of {}", self.classes, before.classes));
         }
         let changed = counts.iter().find(|(before, now, _)| before.checksum != now.checksum);
-        changed.map(|(_, _, name)| format!("other {name} images or labels (their checksum differs)"))
+        if let Some((_, _, name)) = changed {
+            return Some(format!("other {name} images or labels (their checksum differs)"));
+        }
+        (self.bootstrap != before.bootstrap).then(|| "other labels by the bootstrap (their checksum differs)".into())
     }
 }
 
@@ -147,6 +164,7 @@ impl Config {
             // The file may have been moved. Images are compared by themselves.
             theirs.copy("init", &mine);
             theirs.copy("reset-head", &mine);
+            theirs.copy("bootstrap", &mine);
             theirs.resolve()?.to_toml()?
         } else {
             saved.into()

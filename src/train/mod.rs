@@ -1,6 +1,7 @@
 //! Training, evaluation and curvature over images: settings, the loop, logs, weights and checkpoints in files.
 
 mod average;
+mod bootstrap;
 mod checkpoint;
 mod curvature;
 mod error;
@@ -21,11 +22,12 @@ mod training;
 mod tuning;
 pub mod weights;
 
+pub use bootstrap::bootstrapped;
 pub use checkpoint::Checkpoint;
 pub use curvature::{BatchNormName, CurvatureMeter, CurvatureSettings};
 pub use error::TrainError;
 pub use evaluate::{Evaluation, Evaluator};
-pub use files::{Held, checksum, hold, write_whole};
+pub use files::{Held, checksum, hold, write_npy, write_whole};
 pub(crate) use files::{MOST_FINDINGS, MOST_LINES, MOST_SETTINGS, if_there, read_regular, read_text};
 pub use finding::{CurvatureFile, Distribution, Finding, Findings, MeanOver};
 pub use folder::{RunImages, RunSplit};

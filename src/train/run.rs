@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use serde_json::Number;
 
 use super::TrainError;
+use super::bootstrap;
 use super::curvature::{BatchNormName, CurvatureMeter, CurvatureSettings};
 use super::evaluate::{Evaluation, Evaluator};
-use super::files::hold;
+use super::files::{hold, write_npy};
 use super::folder::{self, Config};
 use super::images::open_device;
 use super::log::{Log, Record, is_better};
@@ -88,8 +89,10 @@ pub enum Progress {
         classes: usize,
         /// The classes without an image.
         absent_classes: Vec<u32>,
-        /// Number of parameters.
-        parameters: usize,
+        /// With a bootstrap: training images whose label it has changed.
+        relabelled: Option<usize>,
+        /// Number of parameters that are trained, and of frozen ones.
+        parameters: [usize; 2],
         /// Bytes of the training plan's arena.
         arena_bytes: usize,
         /// Steps of the whole run, and those already done.
@@ -165,6 +168,7 @@ pub(super) struct Run<S: Compute<Master = f32>> {
     images: (usize, usize),
     classes: usize,
     absent_classes: Vec<u32>,
+    relabelled: Option<usize>,
     state: State<S>,
     evaluator: Evaluator,
     /// On the training images that are held out, and the best result so far: accuracy and loss.
@@ -217,14 +221,14 @@ impl<S: Compute<Master = f32>> Run<S> {
     pub fn open(subject: Subject<'_>, out: Option<PathBuf>, resume: bool) -> Result<Self, TrainError> {
         let mut subject = subject;
         let data = subject.data();
-        let Subject { settings, network, dataset, validation, absent_classes, normalization, method, .. } = subject;
+        let resumed = out.as_deref().filter(|_| resume);
         // Nobody else may change a run after its checkpoint is read and before it goes on.
-        let mut held = None;
-        if let Some(run) = out.as_ref().filter(|_| resume) {
-            held = Some(hold(run)?);
-            folder::check_images(run, &config)?;
-        }
-        let device = open_device(&settings.run.device, settings.run.threads)?;
+        let held = resumed.map(hold).transpose()?;
+        let device = open_device(&subject.settings.run.device, subject.settings.run.threads)?;
+        let relabelled = bootstrap::relabel(&mut subject, &device, resumed)?;
+        let config = subject.config()?;
+        resumed.map_or(Ok(()), |run| folder::check_images(run, &config))?;
+        let Subject { settings, network, dataset, validation, absent_classes, normalization, method, .. } = subject;
         let (train, test) = (&dataset.train, &dataset.test);
 
         let max_loss = settings.run.max_loss.unwrap_or(10.0 * (train.classes.max(2) as f64).ln());
@@ -256,10 +260,7 @@ impl<S: Compute<Master = f32>> Run<S> {
                 Some(CurvatureLog { every, settings: wanted, meter })
             }
         };
-        let saved = match out.as_ref().filter(|_| resume) {
-            Some(run) => folder::saved(run, &config)?,
-            None => None,
-        };
+        let saved = resumed.map(|run| folder::saved(run, &config)).transpose()?.flatten();
         // A checkpoint has the weights; the file that the run began with may be gone.
         if let Some(file) = settings.model.init.as_ref().filter(|_| saved.is_none()) {
             state.load(Path::new(file), settings.model.reset_head)?;
@@ -270,12 +271,16 @@ impl<S: Compute<Master = f32>> Run<S> {
             (step, earlier, untested) = (saved.step, saved.seconds, saved.untested);
         }
         let log = out.as_ref().map(|run| folder::open(run, &config, held, (step, steps))).transpose()?;
+        if let (Some(run), Some(relabelled)) = (&out, &relabelled) {
+            write_npy(&run.join(bootstrap::FILE), &relabelled.labels, &[relabelled.labels.len() as u64])?;
+        }
         Ok(Self {
             config,
             out,
             images: (train.len(), test.len()),
             classes: train.classes,
             absent_classes,
+            relabelled: relabelled.map(|relabelled| relabelled.changed),
             data: dataset.name,
             window: Window { earlier: [0.0; 3], start: state.read_totals()? },
             skipped_before: state.optimizer.telemetry()?.skipped,
@@ -319,7 +324,8 @@ impl<S: Compute<Master = f32>> Run<S> {
             images: self.images,
             classes: self.classes,
             absent_classes: self.absent_classes.clone(),
-            parameters: self.state.plan.parameters().parameters(),
+            relabelled: self.relabelled,
+            parameters: self.state.parameter_counts(),
             arena_bytes: self.state.plan.arena_bytes(),
             steps: (self.steps, self.step),
             steps_per_epoch: self.steps_per_epoch,

@@ -188,6 +188,9 @@ settings! {
         /// Hold out this fraction of the training images, test on them after each epoch, and keep the weights of the
         /// best epoch in best.safetensors. They get no label noise
         validation: Option<f64> = None, else "0", as "P", in below_one;
+        /// Replace the training labels by the predictions of a model that was trained before: the folder of its run, or
+        /// a file with weights of this run's network
+        bootstrap: Option<String> = None, else "the labels as they are", as "RUN_OR_WEIGHTS";
         /// Mean of pixel/255 per channel
         mean: Option<Vec<f32>> = None, else "the data set's published values";
         /// Standard deviation of pixel/255 per channel
@@ -572,6 +575,7 @@ impl RunSettings {
             self.data.data = absolute(&self.data.data);
         }
         self.model.init = self.model.init.as_ref().map(absolute);
+        self.data.bootstrap = self.data.bootstrap.as_ref().map(absolute);
         self
     }
 
@@ -591,6 +595,13 @@ impl RunSettings {
         }
         if self.model.init.as_deref() == Some("") {
             return Err(TrainError::setting("init", "empty, expected a file"));
+        }
+        if self.data.bootstrap.as_deref() == Some("") {
+            return Err(TrainError::setting("bootstrap", "empty, expected the folder of a run or a file of weights"));
+        }
+        if self.data.bootstrap.is_some() && self.data.label_noise.is_some_and(|fraction| fraction > 0.0) {
+            let reason = "cannot be given together with `label-noise`, whose labels it would replace";
+            return Err(TrainError::setting("bootstrap", reason));
         }
         let (batch, group) = (self.data.batch_size, self.optimizer.m_sharpness);
         if let Some(group) = group.filter(|group| !batch.is_multiple_of(*group)) {
@@ -714,7 +725,7 @@ fn same_place(path: &str) -> PathBuf {
 /// The first option in which two runs differ, among those that cannot change when a run is resumed.
 pub(super) fn continues(now: &toml::Table, before: &toml::Table) -> Option<String> {
     // Images are compared by what they are, not by where they lie.
-    let free = ["data", "images", "epochs", "steps", "threads", "device", "log-every", "max-loss"];
+    let free = ["data", "images", "bootstrap", "epochs", "steps", "threads", "device", "log-every", "max-loss"];
     let free = |name: &str| free.contains(&name) || name.starts_with("curvature-");
     let differs = |name: &&str| !free(name) && now.get(*name) != before.get(*name);
     // Those on which others depend come first.
