@@ -215,9 +215,10 @@ mod tests {
     use std::path::Path;
     use std::sync::atomic::Ordering;
 
-    use super::super::{CurvatureLogSettings, DataSettings, LoopSettings, Measure};
+    use super::super::{BaseName, CurvatureLogSettings, DataSettings, Evaluator, LoopSettings, Measure, open_device};
     use super::*;
     use crate::data::{SyntheticSpec, synthetic};
+    use crate::kernels::batch_norm::Mode;
     use crate::optim::Sam;
     use crate::plan::{Graph, PlanError, Value};
 
@@ -386,6 +387,214 @@ mod tests {
         averaged(12).resume(&parts).run().unwrap();
         assert_eq!(values(&whole, "ema.safetensors"), values(&parts, "ema.safetensors"));
         assert!(records(&whole).last().unwrap()["ema_test_accuracy"].is_f64());
+    }
+
+    /// The tensors of a file of weights, by name.
+    fn tensors(run: &Path, file: &str) -> std::collections::BTreeMap<String, Vec<f32>> {
+        let bytes = std::fs::read(run.join(file)).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let floats = |view: safetensors::tensor::TensorView<'_>| -> Vec<f32> {
+            view.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+        };
+        file.tensors().into_iter().map(|(name, view)| (name, floats(view))).collect()
+    }
+
+    /// Frozen tensors keep the bits with which they begin, in every form of the training loop.
+    #[test]
+    fn frozen_tensors_stay_as_they_begin_and_a_run_resumes() {
+        let folder = tempfile::tempdir().unwrap();
+        // A rate that is zero in f32 leaves the initial weights.
+        let mut still = training(1, 0.1);
+        (still.settings.sgd.lr, still.settings.model.freeze_bn) = (1e-300, true);
+        let start = folder.path().join("start");
+        still.out(&start).run().unwrap();
+        let start = tensors(&start, "model.safetensors");
+        for base in [BaseName::Sgd, BaseName::AdamW] {
+            for freeze_bn in [false, true] {
+                let frozen = |steps| {
+                    let mut training = training(steps, 0.1);
+                    training.settings.optimizer.base = base;
+                    training.settings.optimizer.ema = Some(0.4);
+                    training.settings.model.freeze = Some(vec!["conv.*".into(), "bn.bias".into()]);
+                    training.settings.model.freeze_bn = freeze_bn;
+                    training
+                };
+                let name = format!("{base} {freeze_bn}");
+                let (whole, parts) = (folder.path().join(format!("{name} whole")), folder.path().join(&name));
+                frozen(12).out(&whole).run().unwrap();
+                frozen(7).out(&parts).run().unwrap();
+                frozen(12).resume(&parts).run().unwrap();
+                for file in ["model.safetensors", "ema.safetensors"] {
+                    let found = tensors(&whole, file);
+                    assert_eq!(found, tensors(&parts, file), "{name}");
+                    for (tensor, values) in &found {
+                        let stays = ["conv.weight", "bn.bias"].contains(&tensor.as_str())
+                            || freeze_bn && tensor.contains("running");
+                        assert_eq!(*values == start[tensor], stays, "{name}: {tensor} of {file}");
+                    }
+                }
+            }
+        }
+        let mut none = training(1, 0.1);
+        none.settings.model.freeze = Some(vec!["convolution.*".into()]);
+        let error = none.run().unwrap_err().to_string();
+        assert!(error.contains("freeze: `convolution.*` matches no tensor"), "{error}");
+        assert!(error.contains("`conv.weight`"), "{error}");
+    }
+
+    /// A frozen head is reset, too, and everything else is taken from the file.
+    #[test]
+    fn a_frozen_head_keeps_its_own_weights_when_it_is_reset() {
+        let folder = tempfile::tempdir().unwrap();
+        let (first, second) = (folder.path().join("first"), folder.path().join("second"));
+        training(5, 0.1).out(&first).run().unwrap();
+        let mut tuned = training(5, 0.1);
+        tuned.settings.run.seed = 1;
+        tuned.settings.model.init = Some(first.join("model.safetensors").to_str().unwrap().into());
+        (tuned.settings.model.reset_head, tuned.settings.model.freeze) =
+            (true, Some(vec!["fc.*".into(), "conv.weight".into()]));
+        tuned.out(&second).run().unwrap();
+        let (before, after) = (tensors(&first, "model.safetensors"), tensors(&second, "model.safetensors"));
+        assert_eq!(before["conv.weight"], after["conv.weight"]);
+        let head = &after["fc.weight"];
+        assert!(*head != before["fc.weight"] && head.iter().all(|weight| *weight != 0.0));
+    }
+
+    /// A factor of the rate is the rate times that factor: for both bases, for a method with a term beside the base, and
+    /// for one that computes its step size; in single steps and in recorded ones.
+    #[test]
+    fn the_rate_of_a_tensor_is_multiplied() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = |name: &str, method: &str, base: BaseName, (lr, rates): (f64, &[&str])| {
+            let mut training = training(8, 0.1);
+            (training.settings.sgd.lr, training.settings.adamw.lr) = (lr, lr);
+            training.settings.optimizer.base = base;
+            training.settings.optimizer.layer_rate = Some(rates.iter().map(|rate| rate.to_string()).collect());
+            training.method = Some((method.into(), (crate::optim::find(method).unwrap().new)()));
+            let run = folder.path().join(format!("{name} {method} {base}"));
+            training.out(&run).run().unwrap();
+            tensors(&run, "model.safetensors")
+        };
+        for (method, base) in [("sam", BaseName::Sgd), ("wsam", BaseName::Sgd), ("sam", BaseName::AdamW)] {
+            let twice = run("twice", method, base, (0.05, &["*=2"]));
+            assert_eq!(twice, run("plain", method, base, (0.1, &["*=1"])), "{method} {base}");
+            let stopped = run("stopped", method, base, (0.05, &["*=1", "fc.*=0"]));
+            assert!(stopped["fc.weight"] != twice["fc.weight"] && stopped["conv.weight"] != twice["conv.weight"]);
+            let initial = run("initial", method, base, (1e-30, &["*=0"]));
+            assert!(stopped["fc.weight"] == initial["fc.weight"] && stopped["fc.bias"] == initial["fc.bias"]);
+        }
+        let own = |rates| run(&format!("{rates:?}"), "sa-sam", BaseName::Sgd, (0.1, rates));
+        let (plain, stopped) = (own(&["*=1"]), own(&["fc.*=0", "bn.*=1"]));
+        assert!(stopped["fc.weight"] != plain["fc.weight"] && stopped["conv.weight"] != plain["conv.weight"]);
+        assert!(own(&["*=0.5"])["conv.weight"] != plain["conv.weight"]);
+    }
+
+    /// The mean of the weights after the last epochs, whatever interrupts the run.
+    #[test]
+    fn weights_are_averaged_over_epochs() {
+        let folder = tempfile::tempdir().unwrap();
+        let averaged = |epochs: u64| {
+            let mut training = training(5 * epochs, 0.1);
+            training.settings.optimizer.swa = Some(1.0);
+            training
+        };
+        let at = |name: &str| folder.path().join(name);
+        averaged(4).out(at("whole")).run().unwrap();
+        for epochs in [2, 3, 4] {
+            training(5 * epochs, 0.1).out(at(&epochs.to_string())).run().unwrap();
+        }
+        let swa = tensors(&at("whole"), "swa.safetensors");
+        let each = [2, 3, 4].map(|epochs| tensors(&at(&epochs.to_string()), "model.safetensors"));
+        for (name, values) in &swa {
+            let mean = |index: usize| each.iter().map(|of| f64::from(of[name][index])).sum::<f64>() / 3.0;
+            let close = values.iter().enumerate().all(|(index, value)| (f64::from(*value) - mean(index)).abs() < 1e-6);
+            assert_eq!(close, !name.contains("running"), "{name}");
+        }
+        // The model itself is that of a run without an average.
+        assert_eq!(tensors(&at("whole"), "model.safetensors"), each[2]);
+        let lines = records(&at("whole"));
+        let has = |line: &serde_json::Value| line["swa_test_accuracy"].is_f64();
+        assert!(lines[..3].iter().all(|line| !has(line)) && has(&lines[3]), "{lines:?}");
+        // Stopped within an epoch, and in the last test.
+        let (mut tests, stop) = (0, AtomicBool::new(false));
+        let mut watch = |progress: Progress| match progress {
+            Progress::Testing => {
+                tests += 1;
+                stop.store(tests == 4, Ordering::Relaxed);
+            }
+            _ => {}
+        };
+        let summary = averaged(4).out(at("test")).run_with(&stop, &mut watch).unwrap();
+        assert!(summary.interrupted && !at("test").join("swa.safetensors").exists());
+        averaged(4).resume(at("test")).run().unwrap();
+        let mut part = averaged(4);
+        part.settings.run.steps = Some(13);
+        part.out(at("parts")).run().unwrap();
+        averaged(4).resume(at("parts")).run().unwrap();
+        for run in ["test", "parts"] {
+            assert_eq!(tensors(&at(run), "swa.safetensors"), swa, "{run}");
+        }
+        assert_eq!(records(&at("test")), lines);
+        let mut late = averaged(4);
+        late.settings.optimizer.swa = Some(4.0);
+        let error = late.run().unwrap_err().to_string();
+        assert_eq!(error, "swa: 4, but no whole epoch ends after that: the run has 4");
+    }
+
+    /// The labels of a bootstrap are the predictions of the first model, and a run that is resumed keeps them.
+    #[test]
+    fn a_run_learns_from_the_predictions_of_another_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        training(20, 0.1).out(at("first")).run().unwrap();
+        let second = |steps| {
+            let mut training = training(steps, 0.1);
+            training.settings.data.train_size = Some(32);
+            training.settings.data.bootstrap =
+                Some(at("first").join("model.safetensors").to_str().unwrap().to_string());
+            training
+        };
+        let mut changed = None;
+        let mut watch = |progress: Progress| {
+            if let Progress::Start { relabelled, .. } = progress {
+                changed = relabelled;
+            }
+        };
+        second(12).out(at("whole")).run_with(&AtomicBool::new(false), &mut watch).unwrap();
+        let set = synthetic(&SyntheticSpec { train: 40, test: 16, side: 8, seed: 3 }).unwrap();
+        let labels = crate::data::npy_labels(&at("whole").join("labels.npy"), 10).unwrap();
+        let different = labels.iter().zip(&set.train.labels).filter(|(a, b)| a != b).count();
+        assert_eq!((labels.len(), Some(different)), (32, changed));
+        assert!(different > 0, "the test shows nothing");
+        // The evaluator finds what the file says: every prediction is right.
+        let device = open_device("cpu", 1).unwrap();
+        let normalization = normalization(None, None, (&set.mean, &set.std), 3).unwrap();
+        let images = super::super::bootstrapped(&at("whole"), set.train.clone().take(32).unwrap()).unwrap();
+        let mut evaluator = Evaluator::new(&device, &network, ("set", &images), normalization, 8, Mode::Eval).unwrap();
+        let layouts = [evaluator.plan().parameters(), evaluator.plan().statistics_layout()];
+        let loaded = super::super::weights::load(&at("first").join("model.safetensors"), layouts).unwrap();
+        let [weights, statistics] = loaded.map(|values| device.upload(&values).unwrap());
+        let found = evaluator.evaluate(weights.view(), statistics.view(), |_| Ok(())).unwrap();
+        assert_eq!(found.errors, 0);
+        // In two parts, without the first model.
+        second(7).out(at("parts")).run().unwrap();
+        std::fs::rename(at("first"), at("elsewhere")).unwrap();
+        second(12).resume(at("parts")).run().unwrap();
+        assert_eq!(tensors(&at("whole"), "model.safetensors"), tensors(&at("parts"), "model.safetensors"));
+        // Other labels are not those that the run began with.
+        let text = |error: Result<Summary, TrainError>| error.unwrap_err().to_string();
+        let mut bytes = std::fs::read(at("parts").join("labels.npy")).unwrap();
+        let last = bytes.len() - 4;
+        bytes[last] = (bytes[last] + 1) % 10;
+        std::fs::write(at("parts").join("labels.npy"), bytes).unwrap();
+        let error = text(second(13).resume(at("parts")).run());
+        assert_eq!(error, "data: not the images of the run: other labels by the bootstrap (their checksum differs)");
+        let error = text(second(1).run());
+        assert!(error.contains("model.safetensors"), "{error}");
+        let mut noisy = second(1);
+        noisy.settings.data.label_noise = Some(0.2);
+        let expected = "bootstrap: cannot be given together with `label-noise`, whose labels it would replace";
+        assert_eq!(text(noisy.run()), expected);
     }
 
     /// Whatever interrupts it, a run keeps the weights of the best of its epochs on the images that it holds out.
