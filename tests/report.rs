@@ -117,7 +117,7 @@ fn row(html: &str, name: &str) -> Vec<String> {
 }
 
 #[test]
-fn runs_that_differ_in_the_seed_alone_are_one_group_with_its_mean_and_deviation() {
+fn runs_that_differ_in_the_seed_alone_are_one_group_with_its_mean_and_interval() {
     let folder = tempfile::tempdir().unwrap();
     let sgd = |seed: u64, loss: f64, accuracy: f64| {
         let log = [epoch(1, Some(2.0), 0.1, 10.0), epoch(2, Some(loss), accuracy, 14.0 + seed as f64)];
@@ -143,11 +143,22 @@ fn runs_that_differ_in_the_seed_alone_are_one_group_with_its_mean_and_deviation(
     for (found, expected) in group.images_per_second.values.iter().zip(rates) {
         assert!(close(*found, expected), "{found} and {expected}");
     }
-    assert_eq!(found.groups[1].test_accuracy.deviation, None);
+    // Student's t with two degrees of freedom is 4.302653.
+    let half = 4.302652729696142 * 0.02 / 3.0f64.sqrt();
+    assert!(abs_diff_eq!(group.test_accuracy.interval.unwrap(), half, epsilon = 1e-9));
+    let single = &found.groups[1].test_accuracy;
+    assert_eq!((single.deviation, single.interval), (None, None));
+    let figure = html.split("<figure").find(|figure| figure.contains("<b>Test accuracy</b>")).unwrap();
+    let data = figure.split("data-chart=\"").nth(1).unwrap().split('"').next().unwrap().replace("&quot;", "\"");
+    let chart: Value = serde_json::from_str(&data).unwrap();
+    let band: Vec<[f64; 3]> = serde_json::from_value(chart["lines"][0]["band"].clone()).unwrap();
+    for (found, expected) in band[1].iter().zip([2.0, 82.0 - 100.0 * half, 82.0 + 100.0 * half]) {
+        assert!(abs_diff_eq!(*found, expected, epsilon = 1e-3), "{band:?}");
+    }
 
-    assert_eq!(row(&html, "sgd")[1..6], ["82.0 ± 2.0 %", "0.60 ± 0.10", "3", "2", "15.0 ± 1.0"]);
+    assert_eq!(row(&html, "sgd")[1..6], ["82.0 ± 5.0 %", "0.60 ± 0.25", "3", "2", "15.0 ± 2.5"]);
     assert_eq!(row(&html, "sam, rho 0.1")[1..4], ["60 %", "0.9000", "1"]);
-    assert!(html.contains("<td class=\"best\">82.0 ± 2.0 %</td><td class=\"best\">0.60 ± 0.10</td>"));
+    assert!(html.contains("<td class=\"best\">82.0 ± 5.0 %</td><td class=\"best\">0.60 ± 0.25</td>"));
     assert_eq!(html.matches("class=\"best\"").count(), 2);
     assert_eq!(row(&html, "rho"), ["rho", "–", "0.05", "0.1", ""]);
     assert_eq!(row(&html, "seed"), ["seed", "0, 1, 2", "0", "0", ""]);
@@ -156,6 +167,37 @@ fn runs_that_differ_in_the_seed_alone_are_one_group_with_its_mean_and_deviation(
         row(&html, runs[2].to_str().unwrap())[1..11],
         ["sgd", "1", "finished", "20", "3", "82.00 %", "0.6000", "82.00 % after epoch 2", "15", "0.7500"]
     );
+}
+
+/// Over two settings the cells have the mean, half of its interval and the number of runs; single runs have no interval.
+#[test]
+fn a_heat_map_has_intervals_over_seeds() {
+    let folder = tempfile::tempdir().unwrap();
+    let runs = |seeds: u64| {
+        let mut runs = Vec::new();
+        for (rho, decay, seed) in [0.1, 0.2]
+            .iter()
+            .flat_map(|rho| [0.0, 0.5].iter().flat_map(move |decay| (0..seeds).map(move |seed| (*rho, *decay, seed))))
+        {
+            let settings = format!("optimizer = \"sam\"\nrho = {rho:?}\nweight-decay = {decay:?}\nseed = {seed}\n");
+            let accuracy = rho + 0.4 * decay + 0.02 * seed as f64;
+            let name = format!("{rho}-{decay}-{seed} of {seeds}");
+            runs.push(run(folder.path(), &name, &settings, &[epoch(1, Some(1.0), accuracy, 1.0)]));
+        }
+        runs
+    };
+    let section = |seeds: u64| {
+        let (html, _) = page(&runs(seeds));
+        html.split("<h2>Accuracy over settings</h2>").nth(1).unwrap().split("</section>").next().unwrap().to_string()
+    };
+    let (several, single) = (section(3), section(1));
+    // 12, 32, 22 and 42 % with a deviation of 2 % over three seeds.
+    for mean in [12, 32, 22, 42] {
+        assert!(several.contains(&format!(">{mean}.0 ± 5.0 (3)</td>")), "{several}");
+        assert!(single.contains(&format!(">{}</td>", mean - 2)), "{single}");
+    }
+    assert!(several.contains("95 % interval (Student&#39;s t)") || several.contains("95 % interval (Student's t)"));
+    assert!(!single.contains("interval"), "{single}");
 }
 
 /// The same images may lie in different places; other images may lie in the same place.
@@ -172,7 +214,7 @@ fn runs_are_grouped_by_their_images_and_not_by_where_these_lay() {
     let (_, found) = page(&runs);
     let sizes: Vec<usize> = found.groups.iter().map(|group| group.runs.len()).collect();
     assert_eq!(sizes, [2, 1], "{found:?}");
-    // Results over the same test images are compared, and runs of one seed have no deviation.
+    // Results over the same test images are compared, and runs of one seed have no interval.
     let more = |name: &str, seed: u64, test: &str, accuracy: f64| {
         let test = format!("[images]\ntest = {{ count = 8, checksum = {test:?} }}\n");
         let settings = format!("optimizer = \"{name}\"\nseed = {seed}\n{test}");
@@ -280,7 +322,7 @@ fn the_order_by_curvature_has_errors_and_does_not_depend_on_the_order_of_the_run
     }
     let (html, found) = page(&runs);
     let at_the_end = html.split("Curvature at the end</h2>").nth(1).unwrap();
-    assert_eq!(row(at_the_end, "Trace of the Hessian")[1..4], ["70 ± 18", "86 ± 21, seeds ± 0.050", "2.00 ± 0.50"]);
+    assert_eq!(row(at_the_end, "Trace of the Hessian")[1..4], ["70 ± 18", "86 ± 21, seeds ± 0.12", "2.00 ± 0.50"]);
     let trace = &found.groups[1].curvature["trace"];
     assert!(abs_diff_eq!(trace["measurement_error"].as_f64().unwrap(), 21.1, epsilon = 1e-9), "shared by the seeds");
     assert!(abs_diff_eq!(trace["deviation"].as_f64().unwrap(), 0.05, epsilon = 1e-9));
@@ -886,7 +928,10 @@ fn the_command_writes_the_page_and_prints_the_numbers() {
     let found: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(found["report"], "report.html");
     assert_eq!(found["groups"][1]["name"], "sam");
-    assert_eq!(found["groups"][1]["test_accuracy"], json!({"mean": 0.625, "deviation": null, "values": [0.625]}));
+    assert_eq!(
+        found["groups"][1]["test_accuracy"],
+        json!({"mean": 0.625, "deviation": null, "interval": null, "values": [0.625]})
+    );
     assert_eq!(found["groups"][1]["runs"], json!(["b"]));
     assert!(folder.path().join("report.html").is_file(), "of several runs in the current folder");
 
@@ -1409,7 +1454,7 @@ fn runs_that_diverged_or_are_unfinished_are_marked_and_not_in_the_means() {
         make("gam", 1, &[], true),
     ];
     let (html, found) = page(&runs);
-    assert_eq!(row(&html, "sgd")[1..5], ["71.0 ± 1.4 %", "1 ± 0", "2 of 4", "3"]);
+    assert_eq!(row(&html, "sgd")[1..5], ["71 ± 13 %", "1 ± 0", "2 of 4", "3"]);
     assert_eq!(found.groups[0].test_accuracy.values, [0.7, 0.72], "of the finished runs");
     assert_eq!(
         (&found.groups[0].diverged, &found.groups[0].unfinished),
@@ -1430,7 +1475,7 @@ fn runs_that_diverged_or_are_unfinished_are_marked_and_not_in_the_means() {
     assert!(curve.contains("<title>sgd: 71 at 3</title>") && curve.contains("<title>gam: 45 at 1</title>"), "{curve}");
     assert!(!curve.contains("<title>gam: 0 at "), "what the epoch in which it diverged has: {curve}");
     let line = found.groups[0].to_string();
-    assert_eq!(line, "sgd: test accuracy 71.0 ± 1.4 %, test loss 1 ± 0 (4 runs, 1 diverged, 1 unfinished)");
+    assert_eq!(line, "sgd: test accuracy 71 ± 13 %, test loss 1 ± 0 (4 runs, 1 diverged, 1 unfinished)");
 
     let steps = run(folder.path(), "steps", "optimizer = \"sgd\"\nsteps = 25\n", &[epoch(1, Some(1.0), 0.5, 1.0)]);
     let (html, _) = page(std::slice::from_ref(&steps));

@@ -13,7 +13,8 @@ use crate::train::Record;
 /// A step-wise curve of more points than this is drawn as a moving mean over its values.
 const SMOOTH_FROM: usize = 100;
 
-/// Means and ranges over runs of a number at some epochs or steps. The ranges include the errors of measurements.
+/// Means over runs of a number at some epochs or steps, with their 95 % intervals, which include the errors of
+/// measurements. A single run has the error of the measurement alone.
 fn line_over(style: usize, name: &str, runs: &[Vec<(u64, Measurement)>]) -> Line {
     let mut epochs = BTreeMap::<u64, Vec<&Measurement>>::new();
     for (epoch, number) in runs.iter().flatten() {
@@ -22,10 +23,12 @@ fn line_over(style: usize, name: &str, runs: &[Vec<(u64, Measurement)>]) -> Line
     let has_band = runs.len() > 1 || epochs.values().flatten().any(|number| number.error.is_some());
     let (mut points, mut band) = (Vec::new(), Vec::new());
     for (epoch, numbers) in epochs {
-        points.push([epoch as f64, RunStatistics::of(numbers.iter().map(|of| of.value).collect()).mean]);
-        let ends = |of: &&Measurement| [-1.0, 1.0].map(|side| of.value + side * of.error.unwrap_or(0.0));
-        let (low, high) = chart::range(numbers.iter().flat_map(ends)).unwrap_or((f64::NAN, f64::NAN));
-        band.extend(has_band.then_some([epoch as f64, low, high]));
+        let statistics = RunStatistics::of(numbers.iter().map(|of| of.value).collect());
+        let (at, mean) = (epoch as f64, statistics.mean);
+        points.push([at, mean]);
+        let error = numbers.iter().filter_map(|of| of.error).fold(0.0, f64::max);
+        let half = statistics.interval.unwrap_or(0.0).hypot(error);
+        band.extend(has_band.then_some([at, mean - half, mean + half]));
     }
     Line { name: name.into(), style: Style(style), points, band, raw: Vec::new(), window: None, markers: true }
 }
@@ -111,7 +114,7 @@ pub(super) fn learning(groups: &[Group]) -> Option<String> {
     }
     let mut content = legend(groups) + &charts(&figures);
     if groups.iter().any(|group| group.runs.len() > 1) {
-        content += &note("Lines are means over the runs of a group, bands reach from the lowest run to the highest.");
+        content += &note("Lines are means over the runs of a group, bands their 95 % intervals (Student's t).");
     }
     Some(section("Learning curves", &content))
 }
@@ -137,7 +140,7 @@ pub(super) fn curvature_over_epochs(groups: &[Group]) -> Option<String> {
             all.get(&run.path).and_then(|series| series.get(name)).cloned().unwrap_or_default()
         }));
     }
-    let text = "Bands reach from the lowest run to the highest, with the errors of the measurements.";
+    let text = "Bands are the 95 % intervals of the means over runs, with the errors of the measurements.";
     let content = legend(groups) + &charts(&figures) + &note(text);
     (!figures.is_empty()).then(|| section("Curvature during training", &content))
 }

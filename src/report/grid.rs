@@ -67,9 +67,9 @@ fn lines(key: &str, sets: BTreeMap<String, Cells>) -> String {
     let mut figures = String::new();
     for (set, mut cells) in sets.into_iter().filter(|(_, cells)| cells.len() >= 3) {
         cells.sort_by(|(a, _), (b, _)| a[0].total_cmp(&b[0]));
-        let band = cells.iter().filter(|(_, of)| of.values.len() > 1).filter_map(|(place, of)| {
-            let (low, high) = chart::range(of.values.iter().copied())?;
-            Some([place[0], low, high])
+        let band = cells.iter().filter_map(|(place, of)| {
+            let half = of.interval?;
+            Some([place[0], of.mean - half, of.mean + half])
         });
         let line = Line {
             name: set.clone(),
@@ -88,13 +88,15 @@ fn lines(key: &str, sets: BTreeMap<String, Cells>) -> String {
     if figures.is_empty() {
         return figures;
     }
-    charts(&figures) + &note("After the last finished epoch. Bands reach from the lowest to the highest run.")
+    charts(&figures)
+        + &note("After the last finished epoch. Bands are the 95 % interval of the mean over the runs of a group.")
 }
 
 /// A heat map for each set that fills at least two rows and two columns. All have the same colours.
 fn maps(axes: &[&str], sets: BTreeMap<String, Cells>) -> String {
     let means = sets.values().flatten().map(|(_, of)| of.mean);
     let Some((low, high)) = chart::range(means) else { return String::new() };
+    let several = sets.values().flatten().any(|(_, of)| of.values.len() > 1);
     let values = |cells: &Cells, axis: usize| different(cells.iter().map(|(place, _)| place[axis]));
     let mut content = String::new();
     for (set, cells) in &sets {
@@ -109,8 +111,10 @@ fn maps(axes: &[&str], sets: BTreeMap<String, Cells>) -> String {
                 Some((_, of)) => {
                     let share = if high > low { (of.mean - low) / (high - low) } else { 0.5 };
                     let colour = ColourMap::BlueYellow.at(share);
+                    let count = of.values.len();
+                    let runs = if several { format!(" ({count})") } else { String::new() };
                     format!(
-                        "<td style=\"padding:0.4em 0.8em;background:{};color:{}\">{of}</td>",
+                        "<td style=\"padding:0.4em 0.8em;background:{};color:{}\">{of}{runs}</td>",
                         hex(colour),
                         readable_on(colour)
                     )
@@ -131,7 +135,12 @@ fn maps(axes: &[&str], sets: BTreeMap<String, Cells>) -> String {
     if content.is_empty() {
         return content;
     }
-    content + &note("After the last finished epoch; mean ± standard deviation over seeds. Brighter is more accurate.")
+    let over = if several {
+        "; mean ± half of its 95 % interval (Student's t) over seeds, and in brackets the number of runs"
+    } else {
+        ""
+    };
+    content + &note(&format!("After the last finished epoch{over}. Brighter is more accurate."))
 }
 
 /// Black or white, whichever has the higher contrast on a colour (WCAG's relative luminance).

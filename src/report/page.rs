@@ -201,7 +201,8 @@ fn accuracy(groups: &[Group]) -> Option<String> {
                 epochs_done(group),
                 group.seconds().to_string(),
                 group.images_per_second().to_string(),
-            ]
+            ];
+            first.chain(rest).collect()
         })
         .collect();
     let swa = if has_swa { &["SWA test accuracy"][..] } else { &[] };
@@ -212,7 +213,7 @@ fn accuracy(groups: &[Group]) -> Option<String> {
     let several = groups.iter().any(|group| group.runs.len() > 1);
     let mut text = "After the last finished epoch".to_string();
     if several {
-        text += "; mean ± standard deviation over the runs of a group, which differ in nothing but the seed";
+        text += "; mean ± half of its 95 % interval (Student's t) over the runs of a group, which differ in nothing but the seed";
     }
     text += match (groups.len() > 1, several) {
         (false, _) => ".",
@@ -234,7 +235,7 @@ fn accuracy(groups: &[Group]) -> Option<String> {
             content += &note(&format!("{}: {how}{left_out}.", run.path.display()));
         }
         if has_repeated_seeds(group) {
-            content += &note(&format!("{}: some runs have the same seed, so the deviation is too small.", group.name));
+            content += &note(&format!("{}: some runs have the same seed, so the interval is too small.", group.name));
         }
         if lasts.len() > 1 {
             content += &note(&format!("{}: the runs ended after different epochs.", group.name));
@@ -359,8 +360,8 @@ fn final_curvature(groups: &[Group], order: Option<&CurvatureOrder>) -> Option<S
             "± is the error of a measurement: the standard error of a mean over random probes, the residual of an eigenvalue.",
         );
     }
-    if all().any(|of| of.runs.deviation.is_some()) {
-        content += &note("seeds ± is the standard deviation over the runs of a group.");
+    if all().any(|of| of.runs.interval.is_some()) {
+        content += &note("seeds ± is half of the mean's 95 % interval over the runs of a group.");
     }
     content += &measured_over(groups);
     if let Some(order) = order {

@@ -560,7 +560,7 @@ pub(super) fn are_comparable(groups: &[Group]) -> bool {
     images.all(|other| first.as_ref() == Some(&other))
 }
 
-/// Whether two runs of a group have the same seed, so that their deviation says nothing.
+/// Whether two runs of a group have the same seed, so that their interval says nothing.
 pub(super) fn has_repeated_seeds(group: &Group) -> bool {
     let seeds: HashSet<String> = group.runs.iter().map(|run| run.setting("seed")).collect();
     seeds.len() < group.runs.len()

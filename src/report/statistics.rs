@@ -12,6 +12,8 @@ pub struct RunStatistics {
     pub mean: f64,
     /// The standard deviation, with the number of runs minus one as the divisor; none for a single run.
     pub deviation: Option<f64>,
+    /// Half of the 95 % confidence interval of the mean, by Student's t distribution; none for a single run.
+    pub interval: Option<f64>,
     /// The number of each run.
     pub values: Vec<f64>,
 }
@@ -23,7 +25,8 @@ impl RunStatistics {
         let mean = values.iter().sum::<f64>() / count;
         let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
         let deviation = (values.len() > 1).then(|| (squares / (count - 1.0)).sqrt());
-        Self { mean, deviation, values }
+        let interval = deviation.map(|deviation| student_t(values.len() - 1) * deviation / count.sqrt());
+        Self { mean, deviation, interval, values }
     }
 
     /// Shares as percentages.
@@ -49,17 +52,43 @@ impl RunStatistics {
 }
 
 impl std::fmt::Display for RunStatistics {
-    /// Mean ± deviation.
+    /// Mean ± half of the interval.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match (self.why_none(), self.deviation) {
+        match (self.why_none(), self.interval) {
             (Some(reason), _) => f.write_str(&reason),
             (None, None) => f.write_str(&digits(self.mean)),
-            (None, Some(deviation)) => {
-                let (mean, errors) = with_errors(self.mean, &[deviation]);
+            (None, Some(interval)) => {
+                let (mean, errors) = with_errors(self.mean, &[interval]);
                 write!(f, "{mean} ± {}", errors.concat())
             }
         }
     }
+}
+
+/// How many standard errors the 95 % interval of a mean reaches to each side, by Student's t distribution with so many
+/// degrees of freedom, at least one.
+fn student_t(freedom: usize) -> f64 {
+    // With t = √ν tan θ, the probability of |T| < t is a finite sum (Abramowitz and Stegun 26.7.3 and 26.7.4).
+    let within = |angle: f64| {
+        let (sine, cosine) = angle.sin_cos();
+        let odd = freedom % 2 == 1;
+        let (mut term, mut sum) = if odd { (cosine, 0.0) } else { (1.0, 1.0) };
+        if odd && freedom > 1 {
+            sum = term;
+        }
+        let first = if odd { 3 } else { 2 };
+        for k in (first..freedom.saturating_sub(1)).step_by(2) {
+            term *= (k - 1) as f64 / k as f64 * cosine * cosine;
+            sum += term;
+        }
+        if odd { (angle + sine * sum) / std::f64::consts::FRAC_PI_2 } else { sine * sum }
+    };
+    let (mut low, mut high) = (0.0, std::f64::consts::FRAC_PI_2);
+    for _ in 0..60 {
+        let middle = 0.5 * (low + high);
+        if within(middle) < 0.95 { low = middle } else { high = middle }
+    }
+    (freedom as f64).sqrt() * low.tan()
 }
 
 /// A measured number of one run.
@@ -82,7 +111,7 @@ impl Measurement {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct MeasuredStatistics {
-    /// The numbers and their deviation over seeds.
+    /// The numbers and their interval over seeds.
     #[serde(flatten)]
     pub runs: RunStatistics,
     /// The error of the measurement of one run, as the root of the mean square over the runs: the standard error of a
@@ -113,12 +142,12 @@ impl MeasuredStatistics {
 }
 
 impl std::fmt::Display for MeasuredStatistics {
-    /// `86 ± 21, seeds ± 0.041`: the mean, the error of the measurement and the deviation over seeds.
+    /// `86 ± 21, seeds ± 0.041`: the mean, the error of the measurement and the interval over seeds.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         if let Some(reason) = self.runs.why_none() {
             return f.write_str(&reason);
         }
-        let errors = [("± ", self.measurement_error), ("seeds ± ", self.runs.deviation)];
+        let errors = [("± ", self.measurement_error), ("seeds ± ", self.runs.interval)];
         let errors: Vec<(&str, f64)> = errors.into_iter().filter_map(|(name, error)| Some((name, error?))).collect();
         let (mean, texts) = with_errors(self.runs.mean, &errors.iter().map(|(_, error)| *error).collect::<Vec<_>>());
         f.write_str(&mean)?;
@@ -165,4 +194,31 @@ pub(super) fn best(means: &[MeanError], highest: bool) -> Option<usize> {
     let (best, first) = finite().max_by(|(_, a), (_, b)| key(a).total_cmp(&key(b)))?;
     let mut others = finite().filter(|(other, _)| *other != best).peekable();
     (others.peek().is_some() && others.all(|(_, other)| first.is_apart_from(other) == Some(true))).then_some(best)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn intervals_are_those_of_students_distribution() {
+        // scipy.stats.t.ppf(0.975, freedom)
+        for (freedom, expected) in [
+            (1, 12.706204736),
+            (2, 4.302652730),
+            (3, 3.182446305),
+            (4, 2.776445105),
+            (5, 2.570581836),
+            (9, 2.262157163),
+            (10, 2.228138852),
+            (29, 2.045229642),
+            (1000, 1.962339081),
+        ] {
+            assert!((student_t(freedom) - expected).abs() < 1e-7, "{freedom}: {}", student_t(freedom));
+        }
+        let found = RunStatistics::of(vec![1.0, 2.0, 3.0, 4.0]);
+        assert!((found.interval.unwrap() - 3.182446305 * (5.0f64 / 3.0).sqrt() / 2.0).abs() < 1e-8);
+        assert_eq!(found.to_string(), "2.5 ± 2.1");
+        assert_eq!(RunStatistics::of(vec![1.5]).interval, None);
+    }
 }
