@@ -62,10 +62,11 @@
 //! - `, with other`: the option has a meaning only where the option `other` of the same struct is on (a flag that is
 //!   set, a number above 0, a value that is there); `, with other = "word"`: only where it has this value.
 //!
-//! A field's type is `bool`, `u64`, `usize`, `f64`, `String`, an enum of `words!`, `Vec<f32>`, `Vec<f64>`, `Vec<String>`, a
-//! `Vec` of such an enum, or an `Option` of any of these. Attributes of the struct are kept; the struct needs no derive. Its
-//! first doc line and those of its fields are the help texts, and a field named `full_every` is the option
-//! `full-every`. The block `code { … }` holds fields that are no options; leave it out where there are none.
+//! A field's type is `bool`, `u64`, `usize`, `f64`, `String`, an enum of `words!`, `Vec<f32>`, `Vec<f64>`,
+//! `Vec<String>`, a `Vec` of such an enum, or an `Option` of any of these. Attributes of the struct are kept; the
+//! struct needs no derive. Its first doc line and those of its fields are the help texts, and a field named
+//! `full_every` is the option `full-every`. The block `code { … }` holds fields that are no options; leave it out
+//! where there are none.
 
 use std::fmt;
 

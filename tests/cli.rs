@@ -476,6 +476,62 @@ fn a_head_is_reset_and_the_rest_is_kept() {
     assert!(message.contains("--reset-head") && message.contains("--init"), "{message}");
 }
 
+#[test]
+fn a_run_is_tuned_averaged_and_relabelled_from_the_command_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = idx_folder(folder.path());
+    let data = data.to_str().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let train = |extra: &[&str]| {
+        let arguments = ["train", "--data", data, "--batch-size", "16", "--epochs", "2", "--device", "cpu", "--quiet"];
+        let output = polder(&[&arguments[..], extra].concat());
+        assert!(output.status.success(), "{extra:?}: {}", text(&output.stderr));
+    };
+    let (first, second, tuned) = (at("first"), at("second"), at("tuned"));
+    train(&["--label-noise", "0.4", "--out", &first]);
+    train(&["--bootstrap", &first, "--seed", "1", "--out", &second]);
+    // By the labels of the second run every prediction of the first is right.
+    let weights = at("first/model.safetensors");
+    let eval = |run: &str| {
+        let arguments = ["eval", "--run", run, "--init", &weights, "--split", "train", "--device", "cpu", "--json"];
+        json(&polder(&arguments))
+    };
+    assert_eq!(eval(&second)["errors"], 0);
+    assert!(eval(&first)["errors"].as_u64().unwrap() > 0);
+    let config = std::fs::read_to_string(at("second/config.toml")).unwrap();
+    assert!(config.contains("\nbootstrap = { count = 96, checksum = "), "{config}");
+    std::fs::rename(&first, at("moved")).unwrap();
+    assert!(polder(&["train", "--resume", &second, "--epochs", "3", "--quiet"]).status.success());
+    let weights = at("moved/model.safetensors");
+
+    let tune = ["--init", &weights, "--freeze", "conv1.*,bn1.*", "--freeze", "layer1.*", "--freeze-bn"];
+    let rates = ["--layer-decay", "0.5", "--layer-rate", "fc.*=2", "--swa", "0.5", "--swa-lr", "0.01", "--out", &tuned];
+    train(&[&tune[..], &rates].concat());
+    let config = std::fs::read_to_string(at("tuned/config.toml")).unwrap();
+    for line in ["freeze = [\"conv1.*\", \"bn1.*\", \"layer1.*\"]", "layer-rate = [\"fc.*=2\"]", "swa-anneal = 1"] {
+        assert!(config.lines().any(|other| other == line), "{line}: {config}");
+    }
+    assert!(Path::new(&at("tuned/swa.safetensors")).exists());
+    let message = mistake(&["train", "--resume", &tuned, "--epochs", "3", "--freeze", "conv1.*"]);
+    assert!(message.contains("--freeze: cannot change when a run is resumed"), "{message}");
+
+    let begin = ["train", "--data", data, "--batch-size", "16", "--epochs", "2", "--device", "cpu"];
+    for (extra, expected) in [
+        (&["--freeze", "conv9.*"][..], "--freeze: `conv9.*` matches no tensor of the model; names like it are `conv1."),
+        (&["--freeze", "*"], "--freeze: leaves no tensor to train"),
+        (&["--layer-rate", "fc.*"], "--layer-rate: fc.*, expected PATTERN=FACTOR"),
+        (&["--layer-decay", "0"], "--layer-decay: 0, expected a number above 0, at most 1"),
+        (&["--swa", "2"], "--swa: 2, but no whole epoch ends after that: the run has 2"),
+        (&["--swa-lr", "0.1"], "--swa-lr: has no meaning without --swa"),
+        (&["--bootstrap", &first], "first"),
+        (&["--bootstrap", &second, "--label-noise", "0.1"], "--bootstrap: cannot be given together with --label-noise"),
+        (&["--bootstrap", &second, "--classes", "3"], "trained on 2 classes of images of [8, 9, 1], this run has 3 of"),
+    ] {
+        let message = mistake(&[&begin[..], extra].concat());
+        assert!(message.contains(expected), "{expected}: {message}");
+    }
+}
+
 /// The runs of a sweep are those of `polder train`, and a sweep goes on where it was.
 #[test]
 fn a_sweep_trains_every_combination_once() {

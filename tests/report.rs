@@ -169,7 +169,8 @@ fn runs_that_differ_in_the_seed_alone_are_one_group_with_its_mean_and_interval()
     );
 }
 
-/// Over two settings the cells have the mean, half of its interval and the number of runs; single runs have no interval.
+/// Over two settings the cells have the mean, half of its interval and the number of runs. Single runs have no
+/// interval.
 #[test]
 fn a_heat_map_has_intervals_over_seeds() {
     let folder = tempfile::tempdir().unwrap();
@@ -194,10 +195,9 @@ fn a_heat_map_has_intervals_over_seeds() {
     // 12, 32, 22 and 42 % with a deviation of 2 % over three seeds.
     for mean in [12, 32, 22, 42] {
         assert!(several.contains(&format!(">{mean}.0 ± 5.0 (3)</td>")), "{several}");
-        assert!(single.contains(&format!(">{}</td>", mean - 2)), "{single}");
     }
     assert!(several.contains("95 % interval (Student&#39;s t)") || several.contains("95 % interval (Student's t)"));
-    assert!(!single.contains("interval"), "{single}");
+    assert!(!single.contains("interval") && !single.contains('±'), "{single}");
 }
 
 /// The same images may lie in different places; other images may lie in the same place.

@@ -53,8 +53,8 @@ pub(super) struct State<S: Compute<Master = f32>> {
 }
 
 impl<S: Compute<Master = f32>> State<S> {
-    /// Plans the network, which errors call `data` and of which the settings freeze a part, and puts initial weights and
-    /// the training images on the device.
+    /// Plans the network, of which the settings freeze a part, and puts initial weights and the training images on the
+    /// device. Errors call the network's images `data`.
     pub fn new(
         device: &Device,
         settings: &RunSettings,

@@ -460,7 +460,7 @@ mod tests {
         assert!(*head != before["fc.weight"] && head.iter().all(|weight| *weight != 0.0));
     }
 
-    /// A factor of the rate is the rate times that factor: for both bases, for a method with a term beside the base, and
+    /// A rate with a factor is that many times the rate: for both bases, for a method with a term beside the base, and
     /// for one that computes its step size; in single steps and in recorded ones.
     #[test]
     fn the_rate_of_a_tensor_is_multiplied() {

@@ -120,7 +120,8 @@ fn patterns<'a>(settings: &'a OptimizerSettings, model: &Layout) -> Result<Vec<(
 }
 
 /// The layer of each tensor, counted from the input. Tensors of one block, such as `layer1.0` and `features.3`, or of
-/// one module outside of blocks, are a layer. Normalisation without a convolution beside it belongs to the layer before.
+/// one module outside of blocks, are a layer. Normalisation without a convolution beside it belongs to the layer
+/// before.
 fn layers(model: &Layout) -> Vec<usize> {
     let tensors = model.tensors();
     let blocks: Vec<&str> = tensors.iter().map(|tensor| block(&tensor.name)).collect();

@@ -11,8 +11,8 @@ use polder::objective::{ObjectiveExt, RunningStats};
 use polder::optim::{Base, METHODS, Optimizer, Settings};
 use polder::plan::{Graph, Plan, PlanOptions, Shape, Value};
 
-/// Three blocks of convolution and batch norm, of which one has a residual, and a classifier. The channels are multiples
-/// of eight, for which a GPU has the most fast paths.
+/// Three blocks of convolution and batch norm, of which one has a residual, and a classifier. The channels are
+/// multiples of eight, for which a GPU has the most fast paths.
 fn network(frozen: &[&str]) -> (Graph, Value) {
     let mut graph = Graph::new(Shape { batch: 4, height: 7, width: 6, channels: 3 });
     let x = graph.input();
