@@ -64,8 +64,8 @@ pub fn combined_products<T: Scalar>(
 }
 
 /// `out = weight · Σ c_k x_k`, or, with `add`, `out += weight · Σ c_k x_k`. Nothing is written if `skip` (one number)
-/// is given and not zero. The weight is a number, or one on the device. Traffic: 4 B per element and vector, 4 B to
-/// write and 4 B more to add.
+/// is given and not zero. The weight is a number, one on the device, or so many times that. Traffic: 4 B per element
+/// and vector, 4 B to write and 4 B more to add.
 ///
 /// # Errors
 /// [`Error::Length`] unless all vectors are as long as `out`, [`Error::OtherDevice`] unless all live on one device,

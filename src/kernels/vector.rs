@@ -401,7 +401,7 @@ impl<'a, T: Scalar> Combination<'a, T> {
     }
 }
 
-/// A learning rate: a number, or one on the device that a kernel has computed.
+/// A learning rate: a number, one on the device that a kernel has computed, or so many times that.
 #[derive(Clone, Copy)]
 pub enum Rate<'a> {
     /// This number.

@@ -517,12 +517,9 @@ mod tests {
         assert!(lines[..3].iter().all(|line| !has(line)) && has(&lines[3]), "{lines:?}");
         // Stopped within an epoch, and in the last test.
         let (mut tests, stop) = (0, AtomicBool::new(false));
-        let mut watch = |progress: Progress| match progress {
-            Progress::Testing => {
-                tests += 1;
-                stop.store(tests == 4, Ordering::Relaxed);
-            }
-            _ => {}
+        let mut watch = |progress: Progress| {
+            tests += u64::from(matches!(progress, Progress::Testing));
+            stop.store(tests == 4, Ordering::Relaxed);
         };
         let summary = averaged(4).out(at("test")).run_with(&stop, &mut watch).unwrap();
         assert!(summary.interrupted && !at("test").join("swa.safetensors").exists());

@@ -191,13 +191,15 @@ fn check_combine<T: Scalar>(devices: &[(String, Device)]) {
                 let parts = [0, 1, 2, 3].map(|k| Part::new(device, odd == k + 1, &x[k]));
                 let vectors = [0, 1, 2, 3].map(|k| combination.0[k].then(|| parts[k].view()));
                 let (c, skip) = (device.upload(&combination.1).unwrap(), device.zeros::<u32>(1).unwrap());
-                let there = device.upload(&[weight]).unwrap();
+                let there = [weight, weight / 4.0].map(|weight| device.upload(&[weight]).unwrap());
                 let (mut alone, mut added) =
                     (Part::poisoned(device, odd == 5, n), Part::new(device, odd == 5, &before));
                 for (out, add) in [(&mut alone, false), (&mut added, true)] {
                     let combination = Combination { vectors, coefficients: c.view() };
                     let skip = with_skip.then(|| skip.view());
-                    let rate = if index >= 3 { Rate::Device(there.view()) } else { Rate::Fixed(weight) };
+                    let rates =
+                        [Rate::Fixed(weight), Rate::Device(there[0].view()), Rate::Scaled(there[1].view(), 4.0)];
+                    let rate = rates[index % 3];
                     sharpness::combine(combination, rate, add, out.view_mut(), skip).unwrap();
                 }
                 let (alone, added) = (alone.values(), added.values());

@@ -671,6 +671,11 @@ fn five_steps<T: Scalar>(n: usize, present: [bool; 4], coefficients: [f64; 4]) -
     Steps { gradients, combined }
 }
 
+/// A rate as a number, from the device, or as four times a quarter of it from the device: all give the same step.
+fn same_rate<'a>(case: usize, fixed: Rate<'a>, [there, quarter]: &'a [Buffer<f64>; 2]) -> Rate<'a> {
+    [fixed, Rate::Device(there.view()), Rate::Scaled(quarter.view(), 4.0)][case % 3]
+}
+
 fn check_sgd<T: Scalar>(devices: Vec<(String, Device)>, rounding: f64) {
     for (case, n) in LENGTHS.into_iter().enumerate() {
         for (index, (present, coefficients)) in COMBINATIONS.into_iter().enumerate() {
@@ -691,10 +696,8 @@ fn check_sgd<T: Scalar>(devices: Vec<(String, Device)>, rounding: f64) {
                 let mut weights = device.upload(&w).unwrap();
                 let mut momentum = device.zeros::<T>(n).unwrap();
                 let (on_device, skip) = (device.upload(&coefficients).unwrap(), device.zeros::<u32>(1).unwrap());
-                // The same rate from the device gives the same step.
-                let rate = device.upload(&[lr]).unwrap();
-                let settings =
-                    SgdStep { lr: if case % 2 == 0 { settings.lr } else { Rate::Device(rate.view()) }, ..settings };
+                let there = [lr, lr / 4.0].map(|rate| device.upload(&[rate]).unwrap());
+                let settings = SgdStep { lr: same_rate(case, settings.lr, &there), ..settings };
                 for step in &steps.gradients {
                     let uploaded = [0, 1, 2, 3].map(|k| present[k].then(|| device.upload(&step[k]).unwrap()));
                     let vectors = [0, 1, 2, 3].map(|k| uploaded[k].as_ref().map(|g| g.view()));
@@ -762,9 +765,8 @@ fn check_adamw<T: Scalar>(devices: Vec<(String, Device)>, rounding: f64) {
                 let (mut m, mut v) = (device.zeros::<T>(n).unwrap(), device.zeros::<T>(n).unwrap());
                 let (on_device, skip) = (device.upload(&coefficients).unwrap(), device.zeros::<u32>(1).unwrap());
                 let (mut t, mut skipped) = (device.zeros::<u32>(1).unwrap(), device.zeros::<u32>(1).unwrap());
-                let rate = device.upload(&[lr]).unwrap();
-                let settings =
-                    AdamWStep { lr: if case % 2 == 0 { settings.lr } else { Rate::Device(rate.view()) }, ..settings };
+                let there = [lr, lr / 4.0].map(|rate| device.upload(&[rate]).unwrap());
+                let settings = AdamWStep { lr: same_rate(case, settings.lr, &there), ..settings };
                 for step in &steps.gradients {
                     let uploaded = [0, 1, 2, 3].map(|k| present[k].then(|| device.upload(&step[k]).unwrap()));
                     let vectors = [0, 1, 2, 3].map(|k| uploaded[k].as_ref().map(|g| g.view()));
