@@ -8,6 +8,7 @@
 #include "include/combination.cuh"
 #include "include/finish.cuh"
 #include "include/reduce.cuh"
+#include "include/update.cuh"
 
 namespace {
 
@@ -398,12 +399,6 @@ struct SgdArgs {
     double lr, momentum, weight_decay;
     uint32_t nesterov;
 };
-
-/// The learning rate: a number, or so many times one on the device.
-template <class Args>
-__device__ __forceinline__ double learning_rate(const Args& a) {
-    return a.lr_on_device != nullptr ? a.lr * *a.lr_on_device : a.lr;
-}
 
 template <class T, int N, bool NESTEROV>
 __device__ __forceinline__ void sgd_by(const SgdArgs<T>& a) {

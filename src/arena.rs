@@ -162,6 +162,24 @@ impl Tensor {
     }
 }
 
+/// A matrix in a vector of weights, stored row by row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Matrix {
+    /// Its first element.
+    pub offset: usize,
+    /// Number of rows.
+    pub rows: usize,
+    /// Number of columns.
+    pub columns: usize,
+}
+
+impl Matrix {
+    /// Its elements in the vector.
+    pub fn range(&self) -> Range<usize> {
+        self.offset..self.offset + self.rows * self.columns
+    }
+}
+
 /// The tensors of a model and their places.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Layout {
@@ -226,6 +244,25 @@ impl Layout {
         &self.tensors
     }
 
+    /// The last linear layer's weight: the classifier.
+    pub fn classifier(&self) -> Option<&Tensor> {
+        self.tensors.iter().rev().find(|tensor| matches!(tensor.kind, TensorKind::Linear { .. }))
+    }
+
+    /// The matrices between the activations: the weights of convolutions, with a column for each output channel, and of
+    /// linear layers, but for the [classifier](Layout::classifier). In the order of their places.
+    pub fn hidden_matrices(&self) -> Vec<Matrix> {
+        let classifier = self.classifier().map(|tensor| tensor.offset);
+        let hidden = self.tensors.iter().filter(|tensor| Some(tensor.offset) != classifier);
+        let matrix = |tensor: &Tensor| {
+            let columns = tensor.kind.outputs()?;
+            Some(Matrix { offset: tensor.offset, rows: tensor.kind.len() / columns, columns })
+        };
+        let mut matrices: Vec<Matrix> = hidden.filter_map(matrix).collect();
+        matrices.sort_by_key(|matrix| matrix.offset);
+        matrices
+    }
+
     /// The gaps between the tensors, and behind the last.
     pub fn padding(&self) -> &[Range<usize>] {
         &self.padding
@@ -253,6 +290,21 @@ mod tests {
         assert_eq!(offsets, [0, 256, 192]);
         assert_eq!((layout.len(), layout.weights_len(), layout.parameters()), (320, 256, 135 + 5 + 35));
         assert_eq!(layout.padding(), [135..192, 227..256, 261..320]);
+    }
+
+    #[test]
+    fn hidden_matrices_are_all_weights_but_the_last_linear_layer() {
+        let initial = Initial::Constant(0.0);
+        let layout = Layout::new(vec![
+            ("conv.weight".into(), TensorKind::Convolution { kernel: 3, inputs: 3, outputs: 5 }, initial),
+            ("conv.bias".into(), TensorKind::Bias(5), initial),
+            ("fc1.weight".into(), TensorKind::Linear { inputs: 5, outputs: 7 }, initial),
+            ("fc2.weight".into(), TensorKind::Linear { inputs: 7, outputs: 2 }, initial),
+        ]);
+        let matrices = [(0, 27, 5), (192, 5, 7)].map(|(offset, rows, columns)| Matrix { offset, rows, columns });
+        assert_eq!(layout.hidden_matrices(), matrices);
+        assert_eq!(layout.hidden_matrices()[0].range(), 0..135);
+        assert_eq!(Layout::default().hidden_matrices(), []);
     }
 
     #[test]

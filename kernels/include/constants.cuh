@@ -35,6 +35,19 @@ constexpr uint64_t kGatherElements = 8192;
 /// The place of a piece that `gather` only reads.
 constexpr uint64_t kGatherStays = 9223372036854775807;
 
+// ---- Muon -----------------------------------------------------------------------------------------------------------
+
+/// Rows and columns of a matrix that a block of `muon_momentum` takes.
+constexpr uint32_t kMuonCopyTile = 64;
+/// Rows and columns of a product that a block computes: on a GPU, and on the CPU.
+constexpr uint32_t kMuonGpuTile = 64;
+constexpr uint32_t kMuonCpuTile = 128;
+/// On the CPU: rows of a register tile, and the depth that is packed at a time.
+constexpr uint32_t kMuonStrip = 6;
+constexpr uint32_t kMuonDepth = 256;
+/// Elements that a block on the CPU packs and sums in its shared memory. The strips of a tile have 132 rows.
+constexpr uint32_t kMuonWork = 132 * 256 + 128 * 256 + 132 * 128;
+
 // ---- Batch normalisation --------------------------------------------------------------------------------------------
 
 /// Rows over which a convolution on tensor cores sums moments: the rows of its tiles.

@@ -13,6 +13,7 @@ pub mod loss;
 pub mod max_pool;
 pub mod metrics;
 pub mod mixing;
+pub mod muon;
 pub mod precision;
 pub mod random;
 pub mod sharpness;

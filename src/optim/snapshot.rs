@@ -158,6 +158,7 @@ impl<T: Scalar> Optimizer<T> {
         let base = match self.settings.base {
             Base::Sgd { .. } => "sgd",
             Base::AdamW { .. } => "adamw",
+            Base::Muon { .. } => "muon",
             Base::External => "external",
         };
         [

@@ -18,7 +18,7 @@ use crate::objective::{Displacement, Objective, ObjectiveExt, Pass, RunningStats
 pub enum Vector {
     /// The weights `w`. No verb writes them.
     Weights,
-    /// The base optimizer's momentum before this step: SGD's m or AdamW's first moment. No verb writes it. A method
+    /// The base optimizer's momentum before this step: SGD's or Muon's m or AdamW's first moment. No verb writes it. A method
     /// that reads it says so in [`Method::needs_base`](super::Method::needs_base).
     Momentum,
     /// What the method keeps from step to step, by number: [`Needs::memory`] of them. Checkpoints hold them.

@@ -40,6 +40,6 @@ pub use recipes::Recipe;
 pub use run::{Progress, Summary, Warning};
 pub use settings::{
     AdamWSettings, Augmentation, BaseName, CurvatureLogSettings, DataSettings, LoopSettings, Measure, MethodName,
-    ModelName, ModelSettings, NoiseKind, OptimizerSettings, Precision, RunSettings, SgdSettings,
+    ModelName, ModelSettings, MuonSettings, NoiseKind, OptimizerSettings, Precision, RunSettings, SgdSettings,
 };
 pub use training::Training;

@@ -1,8 +1,8 @@
 //! The settings of a run, with help, defaults and ranges: the keys of `config.toml`.
 //!
 //! General options are declared here, those of a method in its file in [`crate::optim`], those of a base optimizer in
-//! [`SgdSettings`] and [`AdamWSettings`]. [`options`](super::options()) lists all of them, and the command line,
-//! `--help`, checks, `config.toml` and the table in `docs/methods.md` are made from that list.
+//! [`SgdSettings`], [`AdamWSettings`] and [`MuonSettings`]. [`options`](super::options()) lists all of them, and the
+//! command line, `--help`, checks, `config.toml` and the table in `docs/methods.md` are made from that list.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -30,6 +30,8 @@ words! {
         Sgd = "sgd",
         /// AdamW
         AdamW = "adamw",
+        /// Muon for the weights of convolutions and of all linear layers but the last, AdamW for the rest
+        Muon = "muon",
     }
 }
 words! {
@@ -279,7 +281,7 @@ settings! {
     pub struct SgdSettings {
         /// Peak learning rate
         lr: f64 = 0.1, as "RATE", in positive;
-        /// SGD's momentum
+        /// Momentum
         momentum: f64 = 0.9, as "MU", in below_one;
         /// SGD with Nesterov's momentum
         nesterov: bool = false;
@@ -296,6 +298,19 @@ settings! {
         lr: f64 = 1e-3, as "RATE", in positive;
         /// Weight decay
         weight_decay: f64 = 1e-2, as "LAMBDA", in not_negative;
+    }
+}
+
+settings! {
+    /// Muon, alone or under a method.
+    #[derive(Debug, Clone, PartialEq)]
+    pub struct MuonSettings {
+        /// Peak learning rate
+        lr: f64 = 1e-3, as "RATE", in positive;
+        /// Momentum
+        momentum: f64 = 0.95, as "MU", in below_one;
+        /// Weight decay
+        weight_decay: f64 = 0.1, as "LAMBDA", in not_negative;
     }
 }
 
@@ -390,6 +405,7 @@ impl Chosen {
         match self.base {
             BaseName::Sgd => SgdSettings::OPTIONS,
             BaseName::AdamW => AdamWSettings::OPTIONS,
+            BaseName::Muon => MuonSettings::OPTIONS,
         }
     }
 
@@ -442,6 +458,8 @@ pub struct RunSettings {
     pub sgd: SgdSettings,
     /// AdamW, if it is the base.
     pub adamw: AdamWSettings,
+    /// Muon, if it is the base.
+    pub muon: MuonSettings,
     /// How long to train, where, and what to log.
     pub run: LoopSettings,
     /// What curvature to measure.
@@ -467,6 +485,7 @@ impl RunSettings {
         match chosen.base {
             BaseName::Sgd => &self.sgd,
             BaseName::AdamW => &self.adamw,
+            BaseName::Muon => &self.muon,
         }
     }
 
@@ -637,11 +656,13 @@ impl RunSettings {
                 (weight_decay, Base::Sgd { momentum, nesterov })
             }
             BaseName::AdamW => (self.adamw.weight_decay, Base::ADAMW),
+            BaseName::Muon => (self.muon.weight_decay, Base::Muon { momentum: self.muon.momentum }),
         };
         let loss_error = self.run.precision.loss_error();
         method.prepare(&Context { layout, seed: self.run.seed, loss_error });
         let decay_len = if self.optimizer.no_decay_norm { layout.weights_len() } else { layout.len() };
-        Ok(optim::Settings { method, base, weight_decay, decay_len, clip: self.optimizer.clip })
+        let (clip, matrices) = (self.optimizer.clip, layout.hidden_matrices());
+        Ok(optim::Settings { method, base, weight_decay, decay_len, clip, matrices })
     }
 
     /// After every how many epochs to measure the curvature, and what of it, within the radius of the run's method.
@@ -677,6 +698,7 @@ impl RunSettings {
         let peak = match self.chosen()?.base {
             BaseName::Sgd => self.sgd.lr,
             BaseName::AdamW => self.adamw.lr,
+            BaseName::Muon => self.muon.lr,
         };
         let factor = self.run.decay_factor;
         // A method that computes its step size ignores the rate.
@@ -778,6 +800,7 @@ pub(super) fn resolve(options: &Options) -> Result<RunSettings, TrainError> {
         let base: &mut dyn Configurable = match chosen.base {
             BaseName::Sgd => &mut settings.sgd,
             BaseName::AdamW => &mut settings.adamw,
+            BaseName::Muon => &mut settings.muon,
         };
         if base.get(name).is_some() {
             base.set(name, value)?;

@@ -28,7 +28,7 @@ macro_rules! methods {
 }
 
 methods! {
-    plain: Plain => SGD, ADAMW;
+    plain: Plain => SGD, ADAMW, MUON;
     sam: Sam, Norm, Perturbed => ENTRY;
     asam: Asam => ENTRY;
     random_sam: RandomSam => ENTRY;
