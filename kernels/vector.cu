@@ -445,20 +445,6 @@ struct AdamWArgs {
     double lr, beta1, beta2, eps, weight_decay;
 };
 
-// C has a name for each precision: `sqrt` would convert to double on the CPU.
-__device__ __forceinline__ float square_root(float x) { return sqrtf(x); }
-[[maybe_unused]] __device__ __forceinline__ double square_root(double x) { return sqrt(x); }
-
-/// base^exponent by squaring: the same on every device.
-__device__ __forceinline__ double power(double base, uint32_t exponent) {
-    double result = 1.0;
-    for (; exponent != 0; exponent >>= 1) {
-        if (exponent & 1u) result *= base;
-        base *= base;
-    }
-    return result;
-}
-
 /// m = β1 m + (1 − β1) g; v = β2 v + (1 − β2) g²; w = (1 − ηλ) w − η/(1 − β1^t) m / (sqrt(v)/sqrt(1 − β2^t) + eps)
 template <class T, int N>
 __device__ void adamw(const AdamWArgs<T>& a) {

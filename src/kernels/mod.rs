@@ -16,6 +16,7 @@ pub mod mixing;
 pub mod muon;
 pub mod precision;
 pub mod random;
+pub mod sassha;
 pub mod sharpness;
 pub mod vector;
 

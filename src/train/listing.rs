@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 
-use super::settings::{AdamWSettings, BaseName, GENERAL, MuonSettings, OWN_RATE_MOMENTUM, SgdSettings, is_offered};
+use super::settings::{AdamWSettings, BaseName, GENERAL, MuonSettings, NO_MOMENTUM, SgdSettings, is_offered};
 use crate::optim::METHODS;
 use crate::settings::{Choice, Range, Setting, SettingKind, number};
 
@@ -184,13 +184,11 @@ pub(super) fn of_bases() -> Vec<RunOption> {
     gather(&mut found, BaseName::AdamW.word(), AdamWSettings::OPTIONS);
     gather(&mut found, BaseName::Muon.word(), MuonSettings::OPTIONS);
     found.iter_mut().for_each(|option| option.of_base = true);
-    let own_rate = METHODS.iter().filter(|entry| (entry.new)().own_rate().is_some());
+    let without = METHODS.iter().filter(|entry| (entry.new)().has_momentum());
     let momentum = found.iter_mut().find(|option| option.setting.name == "momentum");
     if let Some(option) = momentum {
         let setting = option.setting;
-        option
-            .of
-            .extend(own_rate.map(|entry| Owner { default: number(OWN_RATE_MOMENTUM), ..owner(entry.name, &setting) }));
+        option.of.extend(without.map(|entry| Owner { default: number(NO_MOMENTUM), ..owner(entry.name, &setting) }));
     }
     found
 }

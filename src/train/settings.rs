@@ -755,8 +755,8 @@ pub(super) fn continues(now: &toml::Table, before: &toml::Table) -> Option<Strin
     first.chain(now.keys().chain(before.keys()).map(String::as_str)).find(differs).map(String::from)
 }
 
-/// The default momentum of SGD under a method that computes its step size: that of gradient descent without momentum.
-pub(super) const OWN_RATE_MOMENTUM: f64 = 0.0;
+/// The default momentum of SGD under a method that [has its own](Method::has_momentum).
+pub(super) const NO_MOMENTUM: f64 = 0.0;
 
 /// Whether this value asks for what holds without the option. It is accepted where the option has no meaning, too.
 fn changes_nothing(name: &str, value: &SettingValue) -> bool {
@@ -768,8 +768,8 @@ pub(super) fn resolve(options: &Options) -> Result<RunSettings, TrainError> {
     let chosen = Chosen::by(options)?;
     let mut settings = RunSettings::default();
     let mut method = (chosen.entry.new)();
-    if chosen.method.own_rate().is_some() {
-        settings.sgd.momentum = OWN_RATE_MOMENTUM;
+    if chosen.method.has_momentum() {
+        settings.sgd.momentum = NO_MOMENTUM;
     }
     if options.has("epochs") && options.has("steps") {
         return Err(TrainError::setting("steps", "cannot be given together with `epochs`"));

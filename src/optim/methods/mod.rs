@@ -13,6 +13,7 @@ mod r_sam;
 mod random_sam;
 mod sa_sam;
 mod sam;
+mod sassha;
 mod wsam;
 
 use super::Entry;
@@ -42,4 +43,5 @@ methods! {
     gnr: Gnr, Hvp, Oracle => ENTRY;
     gam: Gam => ENTRY;
     sa_sam: SaSam => SA_SAM, SA_SGD;
+    sassha: Sassha => ENTRY;
 }
