@@ -79,6 +79,21 @@ impl Base {
     /// Muon with PyTorch's default.
     pub const MUON: Self = Base::Muon { momentum: 0.95 };
 
+    /// The base of that name, with its usual numbers: `sgd` with a momentum of 0.9, `adamw` or `muon`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Base::sgd(0.9), Base::ADAMW, Base::MUON].into_iter().find(|base| base.name() == name)
+    }
+
+    /// Its name, such as `adamw`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Base::Sgd { .. } => "sgd",
+            Base::AdamW { .. } => "adamw",
+            Base::Muon { .. } => "muon",
+            Base::External => "external",
+        }
+    }
+
     /// SGD without Nesterov's form.
     pub const fn sgd(momentum: f64) -> Self {
         Base::Sgd { momentum, nesterov: false }

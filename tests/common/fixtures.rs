@@ -10,7 +10,7 @@ use polder::nn::{Model, Shortcut};
 use polder::objective::Wrapped;
 use polder::optim::{
     Along, Asam, Base, CrSam, Form, FriendlySam, Gam, Gnr, Gsam, Hvp, LookSam, Method, Msam, Norm, Optimizer, Oracle,
-    Perturbed, Plain, RSam, RandomSam, SaSam, Sam, Settings, Sharpness, Wsam,
+    Perturbed, Plain, RSam, RandomSam, SaSam, Sam, Sassha, Settings, Sharpness, Wsam,
 };
 use polder::plan::{Plan, PlanOptions, Shape};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -138,11 +138,12 @@ fn settings<T: Scalar>(run: &Value, layout: &Layout) -> Settings<T> {
             let [beta1, beta2, eps] = ["beta1", "beta2", "eps"].map(|key| number(&run[key]));
             Base::AdamW { beta1, beta2, eps }
         }
+        "muon" => Base::Muon { momentum: number(&run["momentum"]) },
         other => panic!("no base optimizer: {other}"),
     };
     let decay_len = if run["decay_norm"] == false { layout.weights_len() } else { layout.len() };
     let (method, weight_decay) = (method(run, layout), number(&run["weight_decay"]));
-    Settings { method, base, weight_decay, decay_len, clip: run["clip"].as_f64() }
+    Settings { method, base, weight_decay, decay_len, clip: run["clip"].as_f64(), matrices: layout.hidden_matrices() }
 }
 
 fn method<T: Scalar>(run: &Value, layout: &Layout) -> Box<dyn Method<T>> {
@@ -150,7 +151,7 @@ fn method<T: Scalar>(run: &Value, layout: &Layout) -> Box<dyn Method<T>> {
     let seed = || run["seed"].as_u64().unwrap();
     let every = || run["every"].as_u64().unwrap();
     match run["optimizer"].as_str().unwrap() {
-        "sgd" | "adamw" => Box::new(Plain {}),
+        "sgd" | "adamw" | "muon" => Box::new(Plain {}),
         "sam" | "sam-in-groups" => Box::new(Sam {
             rho: of("rho"),
             p_norm: if run["p_norm"] == "inf" { Norm::Infinity } else { Norm::Two },
@@ -205,6 +206,7 @@ fn method<T: Scalar>(run: &Value, layout: &Layout) -> Box<dyn Method<T>> {
             gamma: of("gamma"),
             sharpness: run["sharpness"].as_str().unwrap().parse::<Sharpness>().unwrap(),
         }),
+        "sassha" => Box::new(Sassha { rho: of("rho"), every: every(), seed: seed() }),
         "looksam" => Box::new(LookSam { rho: of("rho"), alpha: of("alpha"), every: every() }),
         other => panic!("no method: {other}"),
     }

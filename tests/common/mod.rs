@@ -198,3 +198,14 @@ impl<S: Compute, F: FnMut(&mut Plan<S>, usize) -> Result<()>> Wrapper<S::Master>
         Ok(Answer::Done)
     }
 }
+
+/// Five Newton–Schulz steps of a matrix over its norm, as Muon's authors write them.
+pub fn newton_schulz(matrix: &[f64], rows: usize, columns: usize) -> Vec<f64> {
+    let x = nalgebra::DMatrix::from_row_slice(rows, columns, matrix);
+    let mut x = &x / x.norm().max(1e-7);
+    for _ in 0..5 {
+        let gram = &x * x.transpose();
+        x = 3.4445 * &x + (-4.7750 * &gram + 2.0315 * &gram * &gram) * &x;
+    }
+    x.transpose().as_slice().to_vec()
+}

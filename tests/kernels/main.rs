@@ -13,6 +13,7 @@ mod loss;
 mod max_pool;
 mod metrics;
 mod mixing;
+mod muon;
 mod random;
 mod sharpness;
 mod storage;

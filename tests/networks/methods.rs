@@ -35,6 +35,16 @@ fn weighted_sharpness_beside_either_base_matches_pytorch() {
 }
 
 #[test]
+fn sassha_matches_pytorch() {
+    check_runs(&["sassha", "sassha-every-2"]);
+}
+
+#[test]
+fn muon_alone_and_as_a_base_matches_pytorch() {
+    check_runs(&["muon", "muon-sam"]);
+}
+
+#[test]
 fn groups_of_the_batch_match_pytorch() {
     check_runs(&["sam-in-groups"]);
 }

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 
 _Loss = TypeVar("_Loss")
-_Base = Literal["sgd", "adamw"] | type[torch.optim.Optimizer]
+_Base = Literal["sgd", "adamw", "muon"] | type[torch.optim.Optimizer]
 
 class SharpnessAware(torch.optim.Optimizer):
     base_optimizer: torch.optim.Optimizer | None

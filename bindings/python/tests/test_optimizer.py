@@ -562,7 +562,7 @@ def test_a_sparse_gradient_is_refused():
     [
         (lambda p: SAM(p, rho=-1.0), ValueError, "rho"),
         (lambda p: SAM(p, lr=0.1, sigma=1.0), TypeError, "SAM has no option 'sigma', expected one of lr, momentum"),
-        (lambda p: SAM(p, "adam"), ValueError, "base: 'adam', expected 'sgd', 'adamw' or a class"),
+        (lambda p: SAM(p, "adam"), ValueError, "base: 'adam', expected 'sgd', 'adamw', 'muon' or a class"),
         (lambda p: SAM(p, adaptive=True), ValueError, "use ASAM"),
         (lambda p: SAM(p, torch.optim.Adadelta), ValueError, "SAM and Adadelta both have an option rho"),
         (lambda p: SAM(p, torch.optim.LBFGS), ValueError, "LBFGS needs a closure of its own"),
