@@ -269,8 +269,8 @@ __device__ __forceinline__ void multiply(const Factor<T>& left, const Factor<T>&
 /// Rows and columns of a tile.
 __device__ __forceinline__ uint32_t tile_size() { return block_threads() == 1 ? kMuonCpuTile : kMuonGpuTile; }
 
-/// A tile of the upper triangle of a symmetric product. Calls write(index, diagonal, sum) for its elements and for those
-/// on the other side of the diagonal.
+/// A tile of the upper triangle of a symmetric product. Calls write(index, diagonal, sum) for its elements and for
+/// those on the other side of the diagonal.
 template <class T, class F>
 __device__ __forceinline__ void multiply_symmetric(const T* left, const T* right, uint32_t side, uint32_t depth,
                                                    const MuonTile& tile, F write) {

@@ -134,6 +134,9 @@ fn a_resumed_run_ends_with_the_same_bits() {
         ("msam", "f32"),
         ("r-sam", "f32"),
         ("sam", "f16"),
+        ("muon", "f32"),
+        ("sassha", "f16"),
+        ("sampa", "f16"),
     ];
     for (optimizer, precision) in runs {
         let common = [
@@ -195,7 +198,7 @@ fn replayed_steps_are_the_steps_themselves() {
     let folder = tempfile::tempdir().unwrap();
     let data = idx_folder(folder.path());
     let data = data.to_str().unwrap();
-    let runs: [&[&str]; 13] = [
+    let runs: [&[&str]; 17] = [
         &["--optimizer", "sgd"],
         &["--optimizer", "adamw", "--precision", "bf16"],
         &["--optimizer", "sam", "--precision", "f16", "--warmup", "5"],
@@ -209,6 +212,10 @@ fn replayed_steps_are_the_steps_themselves() {
         &["--optimizer", "msam", "--base", "adamw"],
         &["--optimizer", "wsam"],
         &["--optimizer", "wsam", "--m-sharpness", "8", "--gamma", "0.6"],
+        &["--optimizer", "asam", "--base", "muon", "--clip", "0.5"],
+        &["--optimizer", "sassha", "--every", "1"],
+        &["--optimizer", "sampa", "--mixup", "0.2"],
+        &["--optimizer", "sampa", "--precision", "f16", "--base", "adamw"],
     ];
     for (number, run) in runs.into_iter().enumerate() {
         let model = |name: &str, steps: &str, extra: &[&str]| {

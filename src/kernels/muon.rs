@@ -1,8 +1,8 @@
 //! Muon's step for the matrices among the weights: `kernels/muon.cu`.
 //!
-//! Muon is Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". Decoupled weight decay and the
-//! factor `0.2 sqrt(max(rows, columns))`, which gives an update the root mean square of AdamW's, are Liu et al. 2025,
-//! "Muon is Scalable for LLM Training".
+//! Muon is Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". Decoupled weight decay and
+//! the factor `0.2 sqrt(max(rows, columns))`, which gives an update the root mean square of AdamW's, are Liu et al.
+//! 2025, "Muon is Scalable for LLM Training".
 
 use std::ops::Range;
 
@@ -159,19 +159,19 @@ impl<T: Scalar> Muon<T> {
     }
 
     /// One step for the matrices that begin in `place`. `w`, `m` and the gradients are whole vectors. With `g = Σ c_i
-    /// g_i`: `m = μ m + (1 − μ) g`, `u = μ m + (1 − μ) g`, X is u over its norm (at least 1e-7) after five Newton–Schulz
-    /// steps, and `w = (1 − ηλ) w − 0.2 η sqrt(max(rows, columns)) X`. Nothing that lasts is written if `skip[0]` is not
-    /// zero.
+    /// g_i`: `m = μ m + (1 − μ) g`, `u = μ m + (1 − μ) g`, X is u over its norm (at least 1e-7) after five
+    /// Newton–Schulz steps, and `w = (1 − ηλ) w − 0.2 η sqrt(max(rows, columns)) X`. Nothing that lasts is written if
+    /// `skip[0]` is not zero.
     ///
     /// It takes 17 launches, however many matrices there are. Traffic: 36 B per element of the matrices with one
-    /// gradient, 4 B more with each further one, and what the products read again. With sides k ≤ n, a matrix takes 3nk²
-    /// + 17k³ operations (n k² for the upper triangle of its Gram matrix, k³ for that of each of 17 squares, 2nk² for
-    /// the last product), where five steps as they are written take 20nk² + 10k³.
+    /// gradient, 4 B more with each further one, and what the products read again. With sides k ≤ n, a matrix takes
+    /// 3nk² + 17k³ operations (n k² for the upper triangle of its Gram matrix, k³ for that of each of 17 squares, 2nk²
+    /// for the last product), where five steps as they are written take 20nk² + 10k³.
     ///
     /// # Errors
-    /// [`Error::Length`] unless `m` and the gradients are as long as `w`, which is at least as long as the matrices, and
-    /// `skip` holds one number; [`Error::OtherDevice`] unless all live on one device; [`Error::Argument`] for an empty
-    /// combination.
+    /// [`Error::Length`] unless `m` and the gradients are as long as `w`, which is at least as long as the matrices,
+    /// and `skip` holds one number; [`Error::OtherDevice`] unless all live on one device; [`Error::Argument`] for an
+    /// empty combination.
     pub fn step(
         &mut self,
         place: Range<usize>,

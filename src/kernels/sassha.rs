@@ -31,9 +31,9 @@ pub struct SasshaStep {
     pub eps: f64,
 }
 
-/// `m = β1 m + (1 − β1) g` and `out = m/(1 − β1^t) / (sqrt(d/c) + eps)`, t one more than `taken[0]`. With `curvature`, a
-/// probe z of ±1 and the Hessian's product h with it, first `d = β2 d + (1 − β2) |z h|` and `c = 1 − β2^t`. While c is 0,
-/// `out` is 0. Nothing is written if `skip[0]` is not zero.
+/// `m = β1 m + (1 − β1) g` and `out = m/(1 − β1^t) / (sqrt(d/c) + eps)`, t one more than `taken[0]`. With `curvature`,
+/// a probe z of ±1 and the Hessian's product h with it, first `d = β2 d + (1 − β2) |z h|` and `c = 1 − β2^t`. While c
+/// is 0, `out` is 0. Nothing is written if `skip[0]` is not zero.
 ///
 /// Traffic: 20 B per element, with a probe 32 B.
 ///

@@ -188,7 +188,8 @@ impl Telemetry {
 pub struct State<T: Scalar> {
     /// SGD's or Muon's momentum, or AdamW's first moment: as long as the weights; empty for [`Base::External`].
     pub momentum: Buffer<T>,
-    /// AdamW's second moment: as long as the weights for AdamW and Muon, which leaves it 0 at matrices; otherwise empty.
+    /// AdamW's second moment: as long as the weights for AdamW and Muon, which leaves it 0 at matrices; otherwise
+    /// empty.
     pub second_moment: Buffer<T>,
     /// The vectors that the method keeps: [`Needs::memory`] of them, such as SA-SAM's previous weights. Each begins at
     /// a multiple of [`ALIGNMENT`](crate::arena::ALIGNMENT) elements.
@@ -406,7 +407,7 @@ impl<T: Scalar> Optimizer<T> {
         let Settings { base, weight_decay, decay_len, .. } = self.settings;
         let group = Group { place: 0..self.len, base, weight_decay, lr: lr.into() };
         self.guard(objective, |optimizer, objective| {
-            let taken = optimizer.take_direction(objective, weights.view())?;
+            let taken = optimizer.take_direction(objective, weights.view(), Some(group.lr))?;
             optimizer.update(weights, taken, &[group], decay_len)
         })
     }
@@ -445,8 +446,13 @@ impl<T: Scalar> Optimizer<T> {
             }
             end = place.end;
         }
+        let same = |group: &Group<'_>| match (group.lr, groups[0].lr) {
+            (Rate::Fixed(lr), Rate::Fixed(first)) => lr.to_bits() == first.to_bits(),
+            _ => groups.len() == 1,
+        };
+        let lr = groups.first().filter(|_| groups.iter().all(same)).map(|group| group.lr);
         self.guard(objective, |optimizer, objective| {
-            let taken = optimizer.take_direction(objective, weights.view())?;
+            let taken = optimizer.take_direction(objective, weights.view(), lr)?;
             optimizer.update(weights, taken, groups, usize::MAX)
         })
     }
@@ -473,7 +479,7 @@ impl<T: Scalar> Optimizer<T> {
             return Err(Error::Argument { operation: OPERATION, message });
         }
         self.guard(objective, |optimizer, objective| {
-            let Taken { followed, .. } = optimizer.take_direction(objective, weights)?;
+            let Taken { followed, .. } = optimizer.take_direction(objective, weights, None)?;
             optimizer.count()?;
             let mut out = out;
             let Self { state, work, elsewhere, means, numbers, len, .. } = optimizer;
@@ -502,7 +508,12 @@ impl<T: Scalar> Optimizer<T> {
     }
 
     /// The passes of a step, and the clip of what is to be followed.
-    fn take_direction(&mut self, objective: &mut dyn Objective<T>, weights: Slice<'_, T>) -> Result<Taken> {
+    fn take_direction(
+        &mut self,
+        objective: &mut dyn Objective<T>,
+        weights: Slice<'_, T>,
+        lr: Option<Rate<'_>>,
+    ) -> Result<Taken> {
         const OPERATION: &str = "Optimizer::step";
         crate::kernels::check_length(OPERATION, "weights", weights.len(), self.len)?;
         self.numbers.flag.clear()?;
@@ -522,11 +533,11 @@ impl<T: Scalar> Optimizer<T> {
         // A clip, a mean, telemetry and Muon read gradients in ways that need them in one piece.
         let in_parts = groups == 1 && self.settings.clip.is_none() && !self.observe && self.muon.is_none();
         self.elsewhere.allow(in_parts);
-        let mut direction = self.direction(objective, weights, (0, groups))?;
+        let mut direction = self.direction(objective, weights, lr, (0, groups))?;
         if groups > 1 {
             for group in 1..groups {
                 self.accumulate(direction, 1.0 / groups as f64, group > 1)?;
-                direction = self.direction(objective, weights, (group, groups))?;
+                direction = self.direction(objective, weights, lr, (group, groups))?;
             }
             self.accumulate(direction, 1.0 / groups as f64, true)?;
             let Numbers { losses, mean_loss, .. } = &mut self.numbers;
@@ -562,6 +573,7 @@ impl<T: Scalar> Optimizer<T> {
         &mut self,
         objective: &mut dyn Objective<T>,
         weights: Slice<'_, T>,
+        lr: Option<Rate<'_>>,
         (group, groups): (usize, usize),
     ) -> Result<Direction> {
         objective.select(group)?;
@@ -581,6 +593,7 @@ impl<T: Scalar> Optimizer<T> {
             scalars,
             counters: counters.write(STEP_COUNTERS..all)?,
             taken: counters.read(0..1)?,
+            lr,
             attempts: *attempts,
             draw: *attempts * groups as u64 + group as u64,
             reduction: &mut self.reduction,

@@ -16,6 +16,7 @@ mod backward;
 mod error;
 mod forward;
 mod graph;
+mod kept_batch;
 mod memory;
 mod memory_plan;
 mod objective;
@@ -36,6 +37,7 @@ use crate::kernels::precision;
 use crate::objective::RunningStats;
 use backward::LastStages;
 use graph::Place;
+use kept_batch::KeptBatch;
 use memory_plan::MemoryPlan;
 use ops::{Op, Operation};
 use second_pass::{PassBuffers, SecondPass};
@@ -88,6 +90,8 @@ pub struct Plan<S: Compute> {
     second_pass: SecondPass<S>,
     /// The state of [`precision`]; none where gradients need no scaling.
     loss_scale: Option<Buffer<f64>>,
+    /// The mini-batch of the step before, if one was kept.
+    kept_batch: Option<KeptBatch<S::Master>>,
     labels: Buffer<u32>,
     /// The other label of each image of a mixed batch, and the share of the own one.
     others: Buffer<u32>,
@@ -146,6 +150,7 @@ impl<S: Compute> Plan<S> {
         Ok(Self {
             buffers: PassBuffers::new(device, &ops, &memory, rounding::rounded_len::<S>(&parameters))?,
             second_pass: SecondPass::NotMade,
+            kept_batch: None,
             loss_scale: if S::SCALES_LOSS { Some(device.upload(&precision::SCALE_START)?) } else { None },
             labels: device.zeros(shapes[0].batch)?,
             others: device.zeros(shapes[0].batch)?,

@@ -322,7 +322,7 @@ mod tests {
     #[test]
     fn every_mistake_names_the_setting() {
         for (text, expected) in [
-            ("optimizer = \"sgdd\"", "optimizer: sgdd, expected one of sgd, adamw, sam"),
+            ("optimizer = \"sgdd\"", "optimizer: sgdd, expected one of sgd, adamw, muon, sam"),
             ("model = \"resnet9\"", "model: resnet9, expected one of resnet8"),
             ("base = \"adamw\"\nmomentum = 0.5", "momentum: has no meaning for `base` adamw"),
             ("optimizer = \"adamw\"\nmomentum = 0.5", "momentum: has no meaning for `optimizer` adamw"),

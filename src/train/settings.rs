@@ -631,6 +631,18 @@ impl RunSettings {
         if let Some(part) = self.data.micro_batch.filter(|part| !size.is_multiple_of(*part)) {
             return Err(TrainError::setting("micro-batch", format!("{part}, expected a divisor of `{whole}` {size}")));
         }
+        if self.data.micro_batch.is_some() && self.method()?.keeps_batch() {
+            let method = self.optimizer.optimizer.name();
+            let reason = format!("has no meaning for `optimizer` {method}: it keeps whole batches");
+            return Err(TrainError::setting("micro-batch", reason));
+        }
+        let OptimizerSettings { layer_rate, layer_decay, .. } = &self.optimizer;
+        for (name, given) in [("layer-rate", layer_rate.is_some()), ("layer-decay", layer_decay.is_some())] {
+            if given && self.method()?.keeps_batch() {
+                let method = self.optimizer.optimizer.name();
+                return Err(TrainError::setting(name, format!("`optimizer` {method} needs one rate for all weights")));
+            }
+        }
         let part = self.data.micro_batch.unwrap_or(size);
         for (name, alpha) in [("mixup", self.data.mixup), ("cutmix", self.data.cutmix)] {
             if alpha.is_some() && part < 2 {

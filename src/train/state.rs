@@ -258,6 +258,7 @@ impl<S: Compute<Master = f32>> State<S> {
             average: self.average.as_ref().map(|average| average.of.to_vec()).transpose()?.unwrap_or_default(),
             swa: self.swa.as_ref().map(|swa| swa.of.to_vec()).transpose()?.unwrap_or_default(),
             swa_progress: self.swa.as_ref().map(EpochAverage::progress).unwrap_or_default(),
+            kept_batch: self.plan.kept_batch()?,
             settings,
             untested,
             step,
@@ -306,6 +307,7 @@ impl<S: Compute<Master = f32>> State<S> {
             ("average", saved.average.len(), average.as_ref().map_or(0, |average| average.of.len())),
             ("swa", saved.swa.len(), swa.as_ref().map_or(0, |swa| swa.of.len())),
             ("swa_progress", saved.swa_progress.len(), swa.as_ref().map_or(0, |swa| swa.progress().len())),
+            ("kept_batch", saved.kept_batch.len(), if saved.kept_batch.is_empty() { 0 } else { plan.kept_batch_len() }),
         ];
         if let Some((name, found, expected)) = lengths.iter().find(|(_, found, expected)| found != expected) {
             let reason = format!("`{name}` has {found} elements, these settings need {expected}");
@@ -329,6 +331,7 @@ impl<S: Compute<Master = f32>> State<S> {
         if let Some(state) = plan.loss_scale_mut() {
             state.write(&saved.loss_scale)?;
         }
+        plan.restore_kept_batch(&saved.kept_batch)?;
         let statistics = parameters.device().upload(&saved.statistics)?;
         plan.set_statistics(statistics.view())?;
         Ok(())

@@ -10,7 +10,7 @@ use polder::nn::{Model, Shortcut};
 use polder::objective::Wrapped;
 use polder::optim::{
     Along, Asam, Base, CrSam, Form, FriendlySam, Gam, Gnr, Gsam, Hvp, LookSam, Method, Msam, Norm, Optimizer, Oracle,
-    Perturbed, Plain, RSam, RandomSam, SaSam, Sam, Sassha, Settings, Sharpness, Wsam,
+    Perturbed, Plain, RSam, RandomSam, SaSam, Sam, Sampa, Sassha, Settings, Sharpness, Wsam,
 };
 use polder::plan::{Plan, PlanOptions, Shape};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -207,6 +207,7 @@ fn method<T: Scalar>(run: &Value, layout: &Layout) -> Box<dyn Method<T>> {
             sharpness: run["sharpness"].as_str().unwrap().parse::<Sharpness>().unwrap(),
         }),
         "sassha" => Box::new(Sassha { rho: of("rho"), every: every(), seed: seed() }),
+        "sampa" => Box::new(Sampa { rho: of("rho"), lambda: of("lambda") }),
         "looksam" => Box::new(LookSam { rho: of("rho"), alpha: of("alpha"), every: every() }),
         other => panic!("no method: {other}"),
     }

@@ -3,8 +3,8 @@
 use polder::arena::Matrix;
 use polder::device::Scalar;
 use polder::optim::{
-    Asam, Base, CrSam, FriendlySam, Gam, Gnr, Gsam, LookSam, Method, Msam, Plain, RSam, RandomSam, SaSam, Sam, Sassha,
-    Settings, Wsam,
+    Asam, Base, CrSam, FriendlySam, Gam, Gnr, Gsam, LookSam, Method, Msam, Plain, RSam, RandomSam, SaSam, Sam, Sampa,
+    Sassha, Settings, Wsam,
 };
 
 macro_rules! any_method {
@@ -31,7 +31,24 @@ macro_rules! any_method {
     };
 }
 
-any_method!(Plain, Sam, Asam, RandomSam, RSam, Gsam, LookSam, FriendlySam, Msam, Wsam, CrSam, Gnr, Gam, SaSam, Sassha);
+any_method!(
+    Plain,
+    Sam,
+    Asam,
+    RandomSam,
+    RSam,
+    Gsam,
+    LookSam,
+    FriendlySam,
+    Msam,
+    Wsam,
+    CrSam,
+    Gnr,
+    Gam,
+    SaSam,
+    Sassha,
+    Sampa
+);
 
 impl AnyMethod {
     pub const PLAIN: Self = Self::Plain(Plain {});

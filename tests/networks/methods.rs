@@ -45,6 +45,11 @@ fn muon_alone_and_as_a_base_matches_pytorch() {
 }
 
 #[test]
+fn sampa_matches_pytorch() {
+    check_runs(&["sampa"]);
+}
+
+#[test]
 fn groups_of_the_batch_match_pytorch() {
     check_runs(&["sam-in-groups"]);
 }

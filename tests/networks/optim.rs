@@ -14,7 +14,7 @@ use polder::kernels::{random, vector};
 use polder::objective::{Domain, Objective, Pass, Passes};
 use polder::optim::{
     Along, Asam, Base, CrSam, Form, FriendlySam, Gam, Gnr, Group, Gsam, Hvp, LookSam, Msam, Norm, Optimizer, Oracle,
-    Part, Perturbed, RSam, RandomSam, SaSam, Sam, Sassha, Settings, Sharpness, SnapshotError, Telemetry, Wsam,
+    Part, Perturbed, RSam, RandomSam, SaSam, Sam, Sampa, Sassha, Settings, Sharpness, SnapshotError, Telemetry, Wsam,
 };
 
 /// A loss and its gradient, computed on the host in double. Its products with the Hessian are central differences,
@@ -280,6 +280,7 @@ fn family() -> Vec<AnyMethod> {
         Wsam { rho: 0.05, ..WSAM }.into(),
         Wsam { rho: 0.05, sharpness: Sharpness::Coupled, ..WSAM }.into(),
         Sassha { rho: 0.05, every: 3, seed: 14 }.into(),
+        Sampa { rho: 0.05, lambda: 0.3 }.into(),
     ]
 }
 
@@ -316,7 +317,11 @@ struct Past {
     average: Vec<f64>,
     curvature: Vec<f64>,
     correction: f64,
+    kept: Vec<f64>,
 }
+
+/// The learning rate of the steps that [`reference`] is compared with.
+const RATE: f64 = 0.02;
 
 impl Past {
     /// AdGD's step size η and its growth θ, from the last two points.
@@ -485,6 +490,17 @@ fn reference(method: AnyMethod, f: &mut LossAndGradient<'_>, w: &[f64], past: &m
             let there = plus(w, rho, &v);
             past.sassha(f, &there, every, seed)
         }
+        AnyMethod::Sampa(Sampa { rho, lambda }) => {
+            let kept = std::mem::take(&mut past.kept);
+            if kept.is_empty() {
+                past.kept.clone_from(&g);
+                g
+            } else {
+                let there = f(&plus(w, rho / norm(&kept), &kept)).1;
+                past.kept = f(&plus(w, -RATE, &kept)).1;
+                plus(&times(1.0 - lambda, &there), lambda, &past.kept)
+            }
+        }
         AnyMethod::RSam(RSam { rho, sigma, seed }) => {
             let there = f(&plus(w, sigma, &drawn(seed))).1;
             f(&plus(w, rho / norm(&there), &there)).1
@@ -512,7 +528,7 @@ fn every_method_follows_its_formula_for_several_steps() {
     let start: Vec<f64> = common::Random(6).vector(9);
     for method in family() {
         for clip in [None, Some(0.7)] {
-            let (lr, momentum, decay, mut past) = (0.02, 0.9, 0.01, Past::default());
+            let (lr, momentum, decay, mut past) = (RATE, 0.9, 0.01, Past::default());
             let (mut w64, mut m64, mut f) = (start.clone(), vec![0.0; 9], coupled());
             for _ in 0..5 {
                 let (mut g, own) = reference(method, &mut f, &w64, &mut past);
@@ -972,8 +988,8 @@ fn a_parabola_converges_with_every_method_and_base() {
             (Base::Sgd { momentum: 0.9, nesterov: true }, 0.02, 400),
             (Base::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 }, 0.05, 2000),
         ] {
-            // The step size of SA-SAM is that of gradient descent without momentum, Sassha has its own. SA-SAM's radius does not fall: with η =
-            // 1/4, ρ = 1/2 it ends on a cycle at a distance of 1/6.
+            // The step size of SA-SAM is that of gradient descent without momentum, Sassha has its own. SA-SAM's radius
+            // does not fall: with η = 1/4, ρ = 1/2 it ends on a cycle at a distance of 1/6.
             let own_step = method.boxed::<f64>().has_momentum();
             // MSAM's gradient vanishes at a distance of ρ behind the minimum, wherever the momentum comes from.
             let tolerance = match method {
@@ -1052,7 +1068,9 @@ fn passes_of(method: AnyMethod) -> [usize; 2] {
         calls
     });
     let Passes { gradients, products } = self::passes(method);
-    assert_eq!(passes[0] as u64, gradients + 4 * products, "{method:?}: a product here is four gradients");
+    // SAMPa's first step has nothing to ascend along.
+    let most = passes[0].max(passes[1]) as u64;
+    assert_eq!(most, gradients + 4 * products, "{method:?}: a product here is four gradients");
     passes
 }
 
@@ -1190,7 +1208,7 @@ impl Objective<f32> for Silent {
 #[test]
 fn a_step_launches_no_more_than_its_table_says() {
     let launches =
-        [5, 6, 6, 8, 8, 15, 15, 11, 11, 9, 8, 8, 11, 11, 12, 12, 13, 15, 12, 11, 12, 9, 12, 9, 11, 8, 7, 6, 8];
+        [5, 6, 6, 8, 8, 15, 15, 11, 11, 9, 8, 8, 11, 11, 12, 12, 13, 15, 12, 11, 12, 9, 12, 9, 11, 8, 7, 6, 8, 6];
     assert_eq!(launches.len(), family().len());
     let device = Device::host();
     for (method, expected) in family().into_iter().zip(launches) {
@@ -1338,4 +1356,82 @@ fn muon_without_matrices_or_with_impossible_ones_is_refused() {
     for outside in [matrix(4, 2, 3), matrix(0, usize::MAX, 2), matrix(usize::MAX, 1, 1)] {
         assert!(refused(&[outside]).contains("does not lie in 9 weights"), "{outside:?}");
     }
+}
+
+/// The first gradient of a SAMPa step belongs to this step's batch, the other one to the batch of the last step that
+/// was not skipped.
+#[test]
+fn sampa_perturbs_on_the_batch_before() {
+    /// A bowl around another point in each step, which keeps the point of the step before.
+    struct Batches {
+        center: f64,
+        kept: f64,
+        bad: bool,
+    }
+    impl Objective<f64> for Batches {
+        fn domain(&self) -> Domain<'_> {
+            Domain::of_len(2)
+        }
+        fn pass(&mut self, pass: Pass<'_, f64>) -> Result<()> {
+            match pass {
+                Pass::Gradient { weights, mut gradient, mut loss, mut flag, .. } => {
+                    let slope: Vec<f64> = weights.to_vec()?.iter().map(|w| w - self.center).collect();
+                    loss.write(&[dot(&slope, &slope) / 2.0])?;
+                    flag.write(&[u32::from(self.bad)])?;
+                    gradient.write(&slope)
+                }
+                Pass::GradientAcross { weights, gradients: [g, h], losses: [l, m], mut flag } => {
+                    let running_stats = polder::objective::RunningStats::Keep;
+                    let [at, before] = weights;
+                    let now = self.center;
+                    self.center = self.kept;
+                    self.pass(Pass::Gradient {
+                        weights: before,
+                        running_stats,
+                        gradient: h,
+                        loss: m,
+                        flag: flag.reborrow(),
+                    })?;
+                    self.center = now;
+                    self.pass(Pass::Gradient { weights: at, running_stats, gradient: g, loss: l, flag })
+                }
+                Pass::KeepBatch { skip } => {
+                    if skip.to_vec()? == [0] {
+                        self.kept = self.center;
+                    }
+                    Ok(())
+                }
+                other => other.split(self),
+            }
+        }
+    }
+    let device = Device::host();
+    let method = AnyMethod::from(Sampa { rho: 0.1, lambda: 0.2 });
+    let mut optimizer = Optimizer::new(&device, 2, method.over(Base::sgd(0.0))).unwrap();
+    let mut weights = device.upload(&[1.0, -2.0]).unwrap();
+    let mut objective = Batches { center: 0.5, kept: f64::NAN, bad: false };
+    let from = |center: f64, w: &[f64]| -> Vec<f64> { w.iter().map(|w| w - center).collect() };
+    let (mut w, mut kept, mut before) = (vec![1.0, -2.0], Vec::new(), f64::NAN);
+    for (step, center) in [0.5, -0.3, 7.0, 0.8, 0.1].into_iter().enumerate() {
+        (objective.center, objective.bad) = (center, step == 2);
+        optimizer.step(&mut objective, weights.view_mut(), RATE).unwrap();
+        if step == 0 {
+            kept = from(center, &w);
+            w = plus(&w, -RATE, &kept);
+        } else if step != 2 {
+            let there = from(before, &plus(&w, 0.1 / norm(&kept), &kept));
+            kept = from(center, &plus(&w, -RATE, &kept));
+            w = plus(&w, -RATE, &plus(&times(0.8, &there), 0.2, &kept));
+        }
+        if step != 2 {
+            before = center;
+        }
+        common::assert_close(&format!("step {step}"), &weights.to_vec().unwrap(), &w, 1e-12);
+    }
+    assert_eq!(optimizer.telemetry().unwrap().skipped, 1);
+    // With rates of their own, groups of weights have no common point ahead.
+    let group = |place, lr: f64| Group { place, base: Base::sgd(0.0), weight_decay: 0.0, lr: lr.into() };
+    optimizer.step_groups(&mut objective, weights.view_mut(), &[group(0..1, 0.1), group(1..2, 0.1)]).unwrap();
+    let refused = optimizer.step_groups(&mut objective, weights.view_mut(), &[group(0..1, 0.1), group(1..2, 0.2)]);
+    assert!(matches!(&refused, Err(Error::Argument { message, .. }) if message.contains("one learning rate")));
 }

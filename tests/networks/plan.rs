@@ -5,12 +5,12 @@ use approx::{abs_diff_eq, assert_abs_diff_eq, assert_relative_eq};
 
 use crate::common::{self, Random, relative_error, to_f64, weights};
 use half::f16;
-use polder::device::{Buffer, Compute, Device, HostOptions};
+use polder::device::{Buffer, Compute, Device, Error, HostOptions, Result};
 use polder::kernels::batch_norm::Mode;
 use polder::kernels::conv::ConvShape;
 use polder::kernels::vector::{self, Reduction};
 use polder::nn::{CifarResNet, Shortcut};
-use polder::objective::{ObjectiveExt, RunningStats};
+use polder::objective::{self, Objective, ObjectiveExt, RunningStats};
 use polder::optim::{Base, Optimizer, Sam, Settings};
 use polder::plan::{Graph, Plan, PlanError, PlanOptions, Shape, Value};
 
@@ -431,6 +431,71 @@ fn a_pair_of_gradients_is_two_gradients() {
         if std::env::var_os("POLDER_SANITIZE").is_none() {
             check::<f32>(&device);
         }
+        check::<f16>(&device);
+    }
+}
+
+/// A gradient on the batch of this step and one on the batch that was kept. A skipped step keeps
+/// the earlier batch, the current one stays where it is, and a checkpoint's words bring the kept one back.
+#[test]
+fn gradients_across_batches_are_gradients_on_each() {
+    fn check<S: Compute<Master = f32>>(device: &Device) {
+        let (mut plan, at) = small_plan::<S>(device);
+        let len = at[0].len();
+        let mut flag = device.zeros::<u32>(1).unwrap();
+        let show = |plan: &mut Plan<S>, number: usize| {
+            let (mut images, mut labels) = plan.batch_mut().unwrap();
+            images.write(&Random(70 + number as u64).vector::<S>(images.len())).unwrap();
+            labels.write(&vec![number as u32; labels.len()]).unwrap();
+        };
+        let mut alone = |plan: &mut Plan<S>, at: &Buffer<f32>| {
+            let (mut gradient, mut loss) = (device.zeros::<f32>(len).unwrap(), device.poisoned::<f64>(1).unwrap());
+            let (into, loss_into) = (gradient.view_mut(), loss.view_mut());
+            plan.gradient(at.view(), RunningStats::Keep, into, loss_into, flag.view_mut()).unwrap();
+            (common::bits(&gradient.to_vec().unwrap()), loss.to_vec().unwrap())
+        };
+        let mut flags = device.zeros::<u32>(1).unwrap();
+        let skips = [0, 1].map(|skip| device.upload(&[skip]).unwrap());
+        let (mut g0, mut g1) = (device.zeros::<f32>(len).unwrap(), device.zeros::<f32>(len).unwrap());
+        let (mut l0, mut l1) = (device.poisoned::<f64>(1).unwrap(), device.poisoned::<f64>(1).unwrap());
+        let mut across = |plan: &mut Plan<S>| -> Result<[(Vec<u64>, Vec<f64>); 2]> {
+            let weights = [at[0].view(), at[1].view()];
+            let (gradients, losses) = ([g0.view_mut(), g1.view_mut()], [l0.view_mut(), l1.view_mut()]);
+            plan.pass(objective::Pass::GradientAcross { weights, gradients, losses, flag: flags.view_mut() })?;
+            plan.pass(objective::Pass::Abandon)?;
+            Ok([(&g0, &l0), (&g1, &l1)].map(|(g, l)| (common::bits(&g.to_vec().unwrap()), l.to_vec().unwrap())))
+        };
+        let nothing = across(&mut plan);
+        assert!(matches!(&nothing, Err(Error::Argument { message, .. }) if message.contains("no mini-batch")));
+        assert!(plan.kept_batch().unwrap().is_empty());
+        show(&mut plan, 0);
+        // The first batch is kept even if its step was skipped.
+        plan.pass(objective::Pass::KeepBatch { skip: skips[1].view() }).unwrap();
+        let mut kept = 0;
+        for round in 1..5 {
+            show(&mut plan, kept);
+            let before = alone(&mut plan, &at[1]);
+            show(&mut plan, round);
+            let expected = [alone(&mut plan, &at[0]), before];
+            let found = across(&mut plan).unwrap();
+            assert!(found == expected && found[0] != found[1], "{} {}, round {round}", S::NAME, device.name());
+            assert!(alone(&mut plan, &at[0]) == expected[0], "the current batch stays");
+            let skipped = usize::from(round == 2);
+            plan.pass(objective::Pass::KeepBatch { skip: skips[skipped].view() }).unwrap();
+            kept = if skipped == 1 { kept } else { round };
+            if round == 3 {
+                let words = plan.kept_batch().unwrap();
+                assert_eq!(words.len(), plan.kept_batch_len());
+                assert!(plan.restore_kept_batch(&words[1..]).is_err());
+                (plan, _) = small_plan::<S>(device);
+                plan.restore_kept_batch(&words).unwrap();
+                assert_eq!(plan.kept_batch().unwrap(), words);
+            }
+        }
+        assert_eq!(flags.to_vec().unwrap(), [0]);
+    }
+    for (_, device) in common::devices() {
+        check::<f32>(&device);
         check::<f16>(&device);
     }
 }

@@ -13,6 +13,7 @@ mod r_sam;
 mod random_sam;
 mod sa_sam;
 mod sam;
+mod sampa;
 mod sassha;
 mod wsam;
 
@@ -44,4 +45,5 @@ methods! {
     gam: Gam => ENTRY;
     sa_sam: SaSam => SA_SAM, SA_SGD;
     sassha: Sassha => ENTRY;
+    sampa: Sampa => ENTRY;
 }

@@ -15,9 +15,9 @@ use crate::optim::{Context, Direction, Entry, Method, Needs, Numbers, Step, Vect
 use crate::settings;
 
 settings! {
-    /// Sassha: with `g₊ = g(w + ρ g/‖g‖)`, `m ← β1 m + (1 − β1) g₊` and in every k-th step `d ← β2 d + (1 − β2) |z ⊙ H₊z|`,
-    /// follows `m/(1 − β1ᵗ) / (sqrt(d/(1 − β2ˢ)) + 10⁻⁴)`, s the step of the newest d. z is a random vector of ±1, H₊ the
-    /// Hessian at the perturbed point; β1 is 0.9, β2 0.999.
+    /// Sassha: with `g₊ = g(w + ρ g/‖g‖)`, `m ← β1 m + (1 − β1) g₊` and in every k-th step `d ← β2 d + (1 − β2) |z ⊙
+    /// H₊z|`, follows `m/(1 − β1ᵗ) / (sqrt(d/(1 − β2ˢ)) + 10⁻⁴)`, s the step of the newest d. z is a random vector of
+    /// ±1, H₊ the Hessian at the perturbed point; β1 is 0.9, β2 0.999.
     #[derive(Debug, Clone, Copy, PartialEq)]
     pub struct Sassha {
         /// Radius of the perturbation

@@ -56,6 +56,7 @@ _SPELLING = {
     "gam": "GAM",
     "sa-sam": "SASAM",
     "sa-sgd": "SASGD",
+    "sampa": "SAMPa",
 }
 
 _FUSED: dict[str, dict[str, Any]] = {
