@@ -2,7 +2,9 @@
 //! `tests/networks/training.rs` has those and the base optimizers, `tests/fixtures/README.md` says where the references
 //! come from.
 
-use crate::common::fixtures::check_runs;
+use polder::device::Device;
+
+use crate::common::fixtures::{check_run, check_runs};
 
 #[test]
 fn sam_with_other_perturbations_matches_pytorch() {
@@ -36,7 +38,10 @@ fn weighted_sharpness_beside_either_base_matches_pytorch() {
 
 #[test]
 fn sassha_matches_pytorch() {
-    check_runs(&["sassha", "sassha-every-2"]);
+    // Few probes leave some curvatures near zero, whose roots single precision does not have.
+    for name in ["sassha", "sassha-every-2"] {
+        check_run::<f64>(&Device::host(), name, 1e-6);
+    }
 }
 
 #[test]

@@ -34,7 +34,7 @@ class SharpnessAware(torch.optim.Optimizer):
 
 BASE = {
     "lr": "float = 1e-3",
-    "momentum": "float = 0.0",
+    "momentum": "float = ...",
     "weight_decay": "float = ...",
     "nesterov": "bool = False",
     "betas": "tuple[float, float] = (0.9, 0.999)",
