@@ -65,8 +65,8 @@ impl<S: Compute> Plan<S> {
         vector::commit::<f32>(skip, words(share.view())?, kept.share.view_mut().cast(2)?)
     }
 
-    /// The gradients at `weights[0]` on the current mini-batch and at `weights[1]` on the kept one; on a GPU at the same
-    /// time if there is memory for a second pass.
+    /// The gradients at `weights[0]` on the current mini-batch and at `weights[1]` on the kept one; on a GPU at the
+    /// same time if there is memory for a second pass.
     pub(super) fn gradient_across(
         &mut self,
         weights: [Slice<'_, S::Master>; 2],

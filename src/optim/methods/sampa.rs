@@ -1,10 +1,10 @@
-//! SAMPa: SAM whose two gradients do not depend on each other (Xie, Pethick, Cevher, "SAMPa: Sharpness-aware Minimization
-//! Parallelized", NeurIPS 2024, algorithm 1).
+//! SAMPa: SAM whose two gradients do not depend on each other (Xie, Pethick, Cevher, "SAMPa: Sharpness-aware
+//! Minimization Parallelized", NeurIPS 2024, algorithm 1).
 //!
 //! The ascent follows the gradient of the step before, taken ahead of the weights, at y. So a step takes its two
 //! gradients at the same time: at the perturbed point on the mini-batch of the ascent's gradient, which is the one
-//! before, and at the next y on its own. The authors' code (`train.py` of github.com/LIONS-EPFL/SAMPa) has the same order
-//! of mini-batches. Its y also takes momentum and weight decay into account; here it is that of the paper.
+//! before, and at the next y on its own. The authors' code (`train.py` of github.com/LIONS-EPFL/SAMPa) has the same
+//! order of mini-batches. Its y also takes momentum and weight decay into account; here it is that of the paper.
 
 use crate::device::{Result, Scalar};
 use crate::objective::Passes;
