@@ -160,7 +160,7 @@ fn count<S: Compute<Master = f32>>(methods: &[AnyMethod], bases: &[Base]) {
             let steps = allocations_after_the_first(&device, |counter| {
                 let normalization = Normalization { mean: [0.5; 4], std: [0.25; 4] };
                 let shape = BatchShape { batch, height: side, width: side, channels: 3 };
-                let augment = Some(Augment { pad: 4, flip: true, cutout: 0, seed: 1, counter });
+                let augment = Some(Augment { pad: 4, flip: true, seed: 1, counter, ..Augment::default() });
                 let (out, truth) = plan.batch_mut().unwrap();
                 let (pixels, labels, start) = (pixels.view(), labels.view(), Position::default());
                 image::batch(&shape, pixels, labels, order.view(), start, &normalization, augment, out, truth).unwrap();

@@ -445,6 +445,15 @@ fn the_best_epoch_on_held_out_images_is_evaluated() {
     says(&["train", "--mixup", "9"], &["--mixup", "above 0, at most 8"]);
     says(&["train", "--cutmix", "0"], &["--cutmix", "above 0, at most 8"]);
     says(&["train", "--cutout", "65536"], &["--cutout", "at most 65535"]);
+    says(&["train", "--erasing", "1.5"], &["--erasing", "from 0 to 1"]);
+    says(&["train", "--random-resized-crop", "0"], &["--random-resized-crop", "above 0, at most 1"]);
+    says(&["train", "--auto-augment", "svhn"], &["--auto-augment", "cifar10"]);
+    says(&["train", "--rand-augment", "2"], &["--rand-augment", "two whole numbers"]);
+    says(&["train", "--rand-augment", "2.5,9"], &["--rand-augment", "two whole numbers"]);
+    says(&["train", "--rand-augment", "2,31"], &["--rand-augment", "M from 0 to 30"]);
+    says(&["train", "--auto-augment", "cifar10", "--rand-augment", "2,9"], &["--rand-augment", "--auto-augment"]);
+    says(&["train", "--color-jitter", "0.4,0.4,0.4"], &["--color-jitter", "four numbers"]);
+    says(&["train", "--color-jitter", "0.4,0.4,0.4,0.6"], &["--color-jitter", "at most 0.5"]);
 }
 
 /// Weights of a model with other classes, without its last layer.

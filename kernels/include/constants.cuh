@@ -66,6 +66,25 @@ constexpr int kMaxImageChannels = 4;
 /// Steps between the quantiles of a distribution that `mix_batch` draws from.
 constexpr uint32_t kQuantiles = 1024;
 
+/// What a step of an augmentation policy does to an image of bytes.
+enum PixelOperation : uint32_t {
+    kPixelIdentity = 0,
+    kPixelAffine = 1,        // shear, translation or rotation: reads the nearest pixel
+    kPixelBrightness = 2,    // a blend with black
+    kPixelColor = 3,         // a blend with its grey values
+    kPixelContrast = 4,      // a blend with its mean grey value
+    kPixelSharpness = 5,     // a blend with its smoothed form
+    kPixelPosterize = 6,     // keeps the upper bits
+    kPixelSolarize = 7,      // inverts values from a threshold on
+    kPixelAutoContrast = 8,  // stretches each channel to the full range
+    kPixelEqualize = 9,      // flattens the histogram of each channel
+    kPixelInvert = 10,
+};
+/// Bytes of shared memory that `augment_batch` takes for the counts and the table of each channel's values.
+constexpr int kAugmentTableBytes = 1280;
+/// Bytes of shared memory that it takes for each row and each column of a resized crop: two weights and a position.
+constexpr int kAugmentTapBytes = 12;
+
 // ---- Convolution ----------------------------------------------------------------------------------------------------
 
 /// Elements by which a line of an operand in shared memory is longer than the tile, so that a transposed store does not

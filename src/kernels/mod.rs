@@ -1,6 +1,7 @@
 //! One safe, typed function per kernel. Each checks lengths and devices, chooses the launch shape, and documents its
 //! memory traffic. Element types are `f32`, and on the CPU also `f64`, which makes gradient checks precise.
 
+pub mod augment;
 pub mod batch_norm;
 pub mod clock;
 pub mod conv;

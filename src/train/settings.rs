@@ -14,6 +14,8 @@ use super::{BatchNormName, CurvatureSettings, TrainError};
 use crate::arena::Layout;
 use crate::data::Split;
 use crate::device::HostOptions;
+use crate::kernels::augment::{self, Jitter, Policy};
+use crate::kernels::image::Augment;
 use crate::kernels::mixing::Mixing;
 use crate::nn::{MODELS, Model, Shortcut};
 use crate::optim::{self, Base, Context, Decay, Ending, Entry, METHODS, Method, RhoSchedule};
@@ -39,6 +41,13 @@ words! {
         None = "none",
         /// Random horizontal flips, and random crops after padding by 4 pixels
         Basic = "basic",
+    }
+}
+words! {
+    /// A policy of AutoAugment.
+    pub enum AugmentPolicy {
+        /// That for CIFAR-10
+        Cifar10 = "cifar10",
     }
 }
 words! {
@@ -200,8 +209,19 @@ settings! {
             in at_least(1);
         /// Random changes to training images
         augment: Augmentation = Augmentation::Basic;
+        /// Enlarge a random part of each training image, of at least this share of its area, in place of the crop
+        /// after padding
+        random_resized_crop: Option<f64> = None, else "no resized crop", as "SHARE", in up_to(1);
+        /// Apply one of 25 pairs of operations to each training image, AutoAugment's policy
+        auto_augment: Option<AugmentPolicy> = None, else "no policy";
+        /// Apply N random operations to each training image, at magnitude M of 30 (RandAugment)
+        rand_augment: Option<Vec<f64>> = None, else "no policy", as "N,M", in not_negative;
+        /// Change brightness, contrast, saturation and hue of each training image by up to these
+        color_jitter: Option<Vec<f64>> = None, else "no jitter", as "B,C,S,H", in not_negative;
         /// Cut a square of this side out of each training image; 0 for none
         cutout: usize = 0, as "PIXELS", in at_most(65_535);
+        /// Erase a random rectangle from this share of the training images
+        erasing: Option<f64> = None, else "0", as "P", in fraction;
         /// Blend the training images of a batch in pairs, with a weight from the beta distribution (A, A)
         mixup: Option<f64> = None, else "no mixup", as "A", in up_to(Mixing::MOST_ALPHA);
         /// Exchange a box between the images of a pair, with a share of the area from that distribution. With mixup,
@@ -608,6 +628,7 @@ impl RunSettings {
             let reason = format!("{group}, expected a divisor of `batch-size` {batch}");
             return Err(TrainError::setting("m-sharpness", reason));
         }
+        self.augmentation((1, 1))?;
         let (whole, size) = group.map_or(("batch-size", batch), |group| ("m-sharpness", group));
         if let Some(part) = self.data.micro_batch.filter(|part| !size.is_multiple_of(*part)) {
             return Err(TrainError::setting("micro-batch", format!("{part}, expected a divisor of `{whole}` {size}")));
@@ -622,6 +643,48 @@ impl RunSettings {
             }
         }
         Ok(())
+    }
+
+    /// What happens to training images of this height and width; none if they stay as they are.
+    ///
+    /// # Errors
+    /// Lists of another length than expected, or values out of their range; two policies.
+    pub(super) fn augmentation(
+        &self,
+        (height, width): (usize, usize),
+    ) -> Result<Option<augment::Augmentation>, TrainError> {
+        let data = &self.data;
+        let flip = data.augment == Augmentation::Basic;
+        let basic = Augment {
+            pad: if flip && data.random_resized_crop.is_none() { 4 } else { 0 },
+            flip,
+            cutout: data.cutout,
+            erasing: data.erasing.unwrap_or(0.0),
+            seed: self.run.seed,
+            counter: 0,
+        };
+        let jitter = match data.color_jitter.as_deref() {
+            None => Jitter::default(),
+            Some(&[brightness, contrast, saturation, hue]) if hue <= 0.5 => {
+                Jitter { brightness, contrast, saturation, hue }
+            }
+            Some(_) => {
+                let reason = "expected four numbers: brightness, contrast, saturation, and hue of at most 0.5";
+                return Err(TrainError::setting("color-jitter", reason));
+            }
+        };
+        let policy = match (data.auto_augment, data.rand_augment.as_deref()) {
+            (Some(_), Some(_)) => {
+                return Err(TrainError::setting("rand-augment", "cannot be given together with `auto-augment`"));
+            }
+            (Some(AugmentPolicy::Cifar10), None) => Some(Policy::auto_augment_cifar10(height, width)),
+            (None, Some(numbers)) => Some(rand_augment(numbers, height, width)?),
+            (None, None) => None,
+        };
+        let augmentation = augment::Augmentation { basic, resized_crop: data.random_resized_crop, policy, jitter };
+        let nothing =
+            augment::Augmentation { basic: Augment { seed: basic.seed, ..Augment::default() }, ..Default::default() };
+        Ok((augmentation != nothing).then_some(augmentation))
     }
 
     /// What the optimizer does, for a method that was prepared for the network.
@@ -712,6 +775,26 @@ impl RunSettings {
             return Err(TrainError::setting("swa", reason));
         }
         Ok(Some(start))
+    }
+}
+
+/// RandAugment's policy from N and M.
+fn rand_augment(numbers: &[f64], height: usize, width: usize) -> Result<Policy, TrainError> {
+    let expected = || {
+        let (draws, magnitude) = (Policy::MOST_DRAWS, Policy::MAGNITUDES - 1);
+        let reason = format!("expected two whole numbers: N from 1 to {draws}, M from 0 to {magnitude}");
+        TrainError::setting("rand-augment", reason)
+    };
+    match *numbers {
+        [draws, magnitude]
+            if draws.fract() == 0.0
+                && (1.0..=Policy::MOST_DRAWS as f64).contains(&draws)
+                && magnitude.fract() == 0.0
+                && (0.0..Policy::MAGNITUDES as f64).contains(&magnitude) =>
+        {
+            Ok(Policy::rand_augment(height, width, draws as usize, magnitude as usize)?)
+        }
+        _ => Err(expected()),
     }
 }
 

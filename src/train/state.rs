@@ -6,15 +6,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::average::{Averaged, EpochAverage, MovingAverage};
 use super::checkpoint::{self, Checkpoint};
-use super::images::{Batch, DeviceImages};
-use super::settings::{Augmentation, RunSettings};
+use super::images::{Assembly, Batch, DeviceImages};
+use super::settings::RunSettings;
 use super::tuning::{self, Piece};
 use super::{Record, TrainError, weights};
 use crate::arena::{Layout, TensorKind};
 use crate::data::{ImageShape, Images};
 use crate::device::{self, Buffer, Compute, Device};
 use crate::kernels::batch_norm::Mode;
-use crate::kernels::image::{self, Augment, BatchShape, Normalization, Position};
+use crate::kernels::image::{self, BatchShape, Normalization, Position};
 use crate::kernels::mixing::{Mixer, Mixing};
 use crate::kernels::vector::Rate;
 use crate::kernels::{clock, metrics, random};
@@ -35,7 +35,7 @@ pub(super) struct State<S: Compute<Master = f32>> {
     pub swa: Option<EpochAverage>,
     pub images: DeviceImages,
     pub normalization: Normalization,
-    pub augment: Option<Augment>,
+    pub assembly: Assembly,
     pub mixer: Option<Mixer>,
     /// The images of one pass.
     pub part: BatchShape,
@@ -79,9 +79,8 @@ impl<S: Compute<Master = f32>> State<S> {
         let (graph, logits) = tuning::frozen(network, frozen)(shape, train.classes).map_err(TrainError::plan(data))?;
         let mut plan = Plan::<S>::new(device, graph, logits, options).map_err(TrainError::plan(data))?;
         let (layout, seed) = (plan.parameters().clone(), settings.run.seed);
-        let basic = settings.data.augment == Augmentation::Basic;
-        let cutout = settings.data.cutout;
-        let augment = Augment { pad: if basic { 4 } else { 0 }, flip: basic, cutout, seed, counter: 0 };
+        let part = BatchShape { batch: part, height, width, channels };
+        let assembly = Assembly::new(device, part, settings.augmentation((height, width))?)?;
         let (mixup, cutmix) = (settings.data.mixup, settings.data.cutmix);
         let mixing = Mixing { mixup, cutmix, seed: random::key(seed, b"mixbatch"), counter: 0 };
         let mixer = (mixup.is_some() || cutmix.is_some()).then(|| Mixer::new(device, mixing)).transpose()?;
@@ -99,13 +98,13 @@ impl<S: Compute<Master = f32>> State<S> {
             optimizer: Optimizer::new(device, layout.len(), settings.optimizer(method, &layout)?)?,
             parameters: device.upload(&initial)?,
             pieces: tuning::pieces(&settings.optimizer, &layout, &model)?,
-            accumulator: Accumulator::new(device, layout.len(), group / part)?,
+            accumulator: Accumulator::new(device, layout.len(), group / part.batch)?,
             plan,
             images: DeviceImages::new(device, train)?,
             normalization,
-            augment: (basic || cutout > 0).then_some(augment),
+            assembly,
             mixer,
-            part: BatchShape { batch: part, height, width, channels },
+            part,
             batch,
             order: device.upload(&(0..train.len() as u32).collect::<Vec<u32>>())?,
             rates: device.zeros(train.len() / batch)?,
@@ -166,7 +165,7 @@ impl<S: Compute<Master = f32>> State<S> {
             stop: None,
             clock: Some(clock.view()),
             normalization: &self.normalization,
-            augment: self.augment,
+            assembly: &mut self.assembly,
             mixer: self.mixer.as_ref(),
         });
         let mut objective = self.accumulator.over(&mut images);

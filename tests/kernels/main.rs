@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod augment;
 mod batch_norm;
 mod conv;
 mod gather;
