@@ -1734,6 +1734,48 @@ fn corrupted_images_are_evaluated_by_corruption_and_severity() {
     assert!(message.contains("--image-size: has no effect with --corruption"), "{message}");
 }
 
+/// Corrupted images of a data set are what `eval --corruption` reads.
+#[test]
+fn corrupted_images_are_written_as_they_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let (data, out) = (path("data"), path("out"));
+    std::fs::create_dir(&data).unwrap();
+    let found = polder::data::synthetic(&Default::default()).unwrap();
+    for (split, images) in [("train", &found.train), ("test", &found.test)] {
+        let labels: Vec<u8> = images.labels[..6].iter().map(|&label| label as u8).collect();
+        let file = |kind: &str| Path::new(&data).join(format!("{split}_{kind}.npy"));
+        write_bytes(&file("images"), &[6, 32, 32, 3], &images.pixels[..6 * 3072]);
+        write_bytes(&file("labels"), &[6], &labels);
+    }
+    let corrupt = ["corrupt", "--data", &data, "--seed", "4"];
+    let done = polder(&[&corrupt[..], &["--out", &out]].concat());
+    assert!(done.status.success(), "{done:?}");
+    let corrupted = polder::data::Corrupted::open(Path::new(&out)).unwrap();
+    let names: Vec<&str> = polder::data::CORRUPTIONS.iter().map(|corruption| corruption.name).collect();
+    let mut sorted = [corrupted.names.clone(), names.iter().map(|name| name.to_string()).collect()];
+    sorted.iter_mut().for_each(|names| names.sort());
+    assert_eq!(sorted[0], sorted[1]);
+    let fog = corrupted.read("fog", 5).unwrap().images;
+    assert_eq!(fog.labels, found.test.labels[..6]);
+    // A part of the images and of the corruptions has the same bytes.
+    let part = path("part");
+    let some = ["--corruptions", "fog,contrast", "--samples", "2", "--threads", "1", "--out", &part];
+    assert!(polder(&[&corrupt[..], &some].concat()).status.success());
+    let part = polder::data::Corrupted::open(Path::new(&part)).unwrap();
+    assert_eq!(part.read("fog", 5).unwrap().images.pixels, fog.pixels[..2 * 3072]);
+    for (arguments, words) in [
+        (&["corrupt", "--data", &data, "--out", &out][..], "is not empty"),
+        (&["corrupt", "--data", &data, "--corruptions", "frost", "--out", &path("new")], "--corruptions: frost"),
+        (&["corrupt", "--data", &data, "--samples", "7", "--out", &path("new")], "--samples"),
+        (&["corrupt", "--out", &path("new")], "--data: missing"),
+    ] {
+        let message = mistake(arguments);
+        assert!(message.contains(words), "{arguments:?}: {message}");
+    }
+    assert!(!Path::new(&path("new")).exists());
+}
+
 #[test]
 fn pictures_of_any_size_are_trained_on_and_evaluated() {
     let folder = tempfile::tempdir().unwrap();

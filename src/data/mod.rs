@@ -2,7 +2,7 @@
 //!
 //! [`load`] recognises the format of a folder: CIFAR-10 or CIFAR-100 in the binary or the Python version or as an
 //! archive, SVHN, IDX files as MNIST and Fashion-MNIST have them, gzip'd or not, arrays of NumPy, or pictures in a
-//! folder for each class. [`Corrupted`] reads CIFAR-10-C. [`synthetic`](fn@synthetic) generates a set that needs no
+//! folder for each class. [`Corrupted`] reads CIFAR-10-C, and [`Corruption`] makes such images. [`synthetic`](fn@synthetic) generates a set that needs no
 //! files, and [`Dataset::new`] takes one from memory. A format is one file of this module and one entry of [`FORMATS`].
 //! Pixels stay `u8` in NHWC order (samples, rows, columns, channels); they are normalised when a batch is assembled on
 //! the device.
@@ -12,6 +12,7 @@
 mod cifar;
 mod cifar_archive;
 mod cifar_python;
+mod corrupt;
 mod corrupted;
 mod error;
 mod gzip;
@@ -31,6 +32,7 @@ use flate2::Crc;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
+pub use corrupt::{CORRUPTIONS, Corruption};
 pub use corrupted::{Corrupted, SEVERITIES};
 pub use error::DataError;
 pub(crate) use npy::npy_labels;
