@@ -215,7 +215,9 @@ mod tests {
     use std::path::Path;
     use std::sync::atomic::Ordering;
 
-    use super::super::{BaseName, CurvatureLogSettings, DataSettings, Evaluator, LoopSettings, Measure, open_device};
+    use super::super::{
+        AugmentPolicy, BaseName, CurvatureLogSettings, DataSettings, Evaluator, LoopSettings, Measure, open_device,
+    };
     use super::*;
     use crate::data::{SyntheticSpec, synthetic};
     use crate::kernels::batch_norm::Mode;
