@@ -21,7 +21,7 @@ template <class S>
 struct AugmentArgs {
     BatchArgs<S> batch;
     const PolicyStep* steps;  // [sequences, length]
-    uint8_t* scratch;         // [batch, 2, channels, height, width], or null: the images fit into shared memory
+    uint8_t* scratch;         // [batch, 2, channels, height, width], for images that do not fit into shared memory
     uint32_t draws;           // of a sequence; 0: no policy
     uint32_t sequences;
     uint32_t length;
@@ -228,8 +228,9 @@ __device__ void augment_image(const AugmentArgs<S>& a, uint32_t n, Canvas canvas
 }
 
 /// The labels and the normalised images. An index beyond the samples gives an image of NaNs and a label outside of the
-/// classes.
-template <class S>
+/// classes. The images lie in shared memory, or else in the scratch. It is a constant which, so that nvcc knows the
+/// address space.
+template <class S, bool kInShared>
 __device__ void augment_batch(const AugmentArgs<S>& a) {
     const BatchArgs<S>& batch = a.batch;
     __shared__ uint32_t numbers[kMaxImageChannels];
@@ -239,7 +240,7 @@ __device__ void augment_batch(const AugmentArgs<S>& a) {
     uint8_t* const table = reinterpret_cast<uint8_t*>(taps + 3 * (batch.height + batch.width));
     uint8_t* const images = table + 256 * channels;
     const auto canvas = [&](uint32_t n) -> Canvas {
-        uint8_t* const now = a.scratch != nullptr ? a.scratch + 2 * uint64_t(n) * values : images;
+        uint8_t* const now = kInShared ? images : a.scratch + 2 * uint64_t(n) * values;
         return {now, now + values, table, memory, numbers, batch.height, batch.width, channels};
     };
 #if defined(POLDER_HOST)
@@ -259,7 +260,11 @@ __device__ void augment_batch(const AugmentArgs<S>& a) {
 
 }  // namespace
 
-POLDER_KERNEL(augment_batch_f32, augment_batch<float>, AugmentArgs<float>)
-POLDER_KERNEL(augment_batch_f16, augment_batch<__half>, AugmentArgs<__half>)
-POLDER_KERNEL(augment_batch_bf16, augment_batch<__nv_bfloat16>, AugmentArgs<__nv_bfloat16>)
-POLDER_HOST_KERNEL(augment_batch_f64, augment_batch<double>, AugmentArgs<double>)
+POLDER_KERNEL(augment_batch_f32, (augment_batch<float, true>), AugmentArgs<float>)
+POLDER_KERNEL(augment_batch_f16, (augment_batch<__half, true>), AugmentArgs<__half>)
+POLDER_KERNEL(augment_batch_bf16, (augment_batch<__nv_bfloat16, true>), AugmentArgs<__nv_bfloat16>)
+POLDER_HOST_KERNEL(augment_batch_f64, (augment_batch<double, true>), AugmentArgs<double>)
+POLDER_KERNEL(augment_large_batch_f32, (augment_batch<float, false>), AugmentArgs<float>)
+POLDER_KERNEL(augment_large_batch_f16, (augment_batch<__half, false>), AugmentArgs<__half>)
+POLDER_KERNEL(augment_large_batch_bf16, (augment_batch<__nv_bfloat16, false>), AugmentArgs<__nv_bfloat16>)
+POLDER_HOST_KERNEL(augment_large_batch_f64, (augment_batch<double, false>), AugmentArgs<double>)

@@ -365,9 +365,10 @@ impl Augmenter {
             let normal = 256 * shape.channels * size_of::<S>() + 8;
             device.elementwise(shape.batch * values, 1).with_shared(tables + 2 * values + normal)
         };
+        let kernel = if scratch.is_some() { id::AUGMENT_LARGE_BATCH } else { id::AUGMENT_BATCH };
         // SAFETY: lengths are checked above; the scratch has two images for each of the batch; every index of a step
         // is below their number.
-        unsafe { device.launch(S::choose(id::AUGMENT_BATCH), launch, &args) }
+        unsafe { device.launch(S::choose(kernel), launch, &args) }
     }
 }
 
