@@ -101,25 +101,27 @@ __device__ void blend_contrast(Canvas& canvas, float factor) {
     canvas.map([=](int32_t value) { return blend_byte(mean, value, factor); });
 }
 
-/// The smoothed image is a mean of 3 × 3 pixels in which the middle one counts five times; its edge is the image's.
+/// The smoothed image is a mean of 3 × 3 pixels in which the middle one counts five times. Its edge is the image's, so
+/// the edge of a blend is, too.
 __device__ void blend_sharpness(Canvas& canvas, float factor) {
     const uint32_t height = canvas.height, width = canvas.width;
+    if (height < 3 || width < 3) return;
+    uint8_t *const image = canvas.now, *const copy = canvas.other;
+    each_index(canvas.pixels() * canvas.channels, [=](uint32_t e) { copy[e] = image[e]; });
+    __syncthreads();
     for (uint32_t c = 0; c < canvas.channels; ++c) {
-        const uint8_t* const from = canvas.now + c * canvas.pixels();
-        uint8_t* const to = canvas.other + c * canvas.pixels();
-        each_pixel(height, width, [=](uint32_t p, uint32_t i, uint32_t j) {
-            const bool inside = i - 1 < height - 2 && j - 1 < width - 2 && height > 2 && width > 2;
-            const uint8_t* const at = from + (inside ? p : width + 1);
-            int32_t smooth = from[p];
-            if (inside) {
-                const int32_t above = at[-int32_t(width) - 1] + at[-int32_t(width)] + at[-int32_t(width) + 1];
-                const int32_t below = at[width - 1] + at[width] + at[width + 1];
-                smooth = (2 * (above + below + at[-1] + 5 * at[0] + at[1]) + 13) / 26;
-            }
-            to[p] = uint8_t(blend_byte(smooth, from[p], factor));
+        const uint8_t* const above = copy + c * canvas.pixels();
+        const uint8_t *const middle = above + width, *const below = middle + width;
+        uint8_t* const to = image + c * canvas.pixels() + width + 1;
+        each_pixel(height - 2, width - 2, [=](uint32_t, uint32_t i, uint32_t j) {
+            const uint64_t p = uint64_t(i) * width + j;  // of 64 bits: one of 32 could wrap, and no loop would vectorise
+            const int32_t around = above[p] + above[p + 1] + above[p + 2] + middle[p] + middle[p + 2] + below[p] +
+                                   below[p + 1] + below[p + 2];
+            const int32_t smooth = (2 * (around + 5 * middle[p + 1]) + 13) / 26;
+            to[p] = uint8_t(blend_byte(smooth, middle[p + 1], factor));
         });
     }
-    canvas.swap();
+    __syncthreads();
 }
 
 /// Each pixel of the result is the one that lies where `matrix` maps its centre, black where that is outside. The
