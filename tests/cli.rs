@@ -1777,6 +1777,21 @@ fn corrupted_images_are_written_as_they_are_read() {
 }
 
 #[test]
+fn corrupt_refuses_other_images() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let data = path("data");
+    std::fs::create_dir(&data).unwrap();
+    for split in ["train", "test"] {
+        write_bytes(&Path::new(&data).join(format!("{split}_images.npy")), &[2, 8, 8, 3], &[7; 2 * 192]);
+        write_bytes(&Path::new(&data).join(format!("{split}_labels.npy")), &[2], &[0, 1]);
+    }
+    let message = mistake(&["corrupt", "--data", &data, "--out", &path("out")]);
+    assert!(message.contains("--data: images of 8x8x3 in 2 classes, expected 32x32x3"), "{message}");
+    assert!(!Path::new(&path("out")).exists());
+}
+
+#[test]
 fn pictures_of_any_size_are_trained_on_and_evaluated() {
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path().join("pictures");

@@ -6,13 +6,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use polder::data::{CORRUPTIONS, Corruption, Images, SEVERITIES, Split};
+use polder::data::{CORRUPTIONS, Corruption, ImageShape, Images, SEVERITIES, Split};
 use polder::device::HostOptions;
 use polder::settings;
 use polder::train::{TrainError, hold, open_split};
 
 use super::flags::Flags;
 use super::{Bar, Failure, option, print, stop_on_signals, tell, write_npy};
+
+/// The most classes of a set with corruptions, CIFAR-100-C.
+const MOST_CLASSES: usize = 100;
 
 settings! {
     /// Which images, and how to corrupt them.
@@ -51,6 +54,7 @@ pub fn run(args: &CorruptArgs) -> Result<ExitCode, Failure> {
         Some(count) => found.images.take(count).map_err(|error| option("samples", error))?,
         None => found.images,
     };
+    check_images(&images)?;
     let held = hold(&args.out)?;
     check_empty(&args.out)?;
     let threads = match threads {
@@ -78,6 +82,16 @@ pub fn run(args: &CorruptArgs) -> Result<ExitCode, Failure> {
     let (count, of) = (corruptions.len(), images.len());
     print(&format!("{count} corruptions of {of} images at {SEVERITIES} severities in {}", args.out.display()))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Fails for images that CIFAR-10-C and CIFAR-100-C have no place for, before anything is written.
+fn check_images(images: &Images) -> Result<(), TrainError> {
+    let ImageShape { height, width, channels } = images.shape;
+    if (height, width, channels) != (32, 32, 3) || images.classes > MOST_CLASSES {
+        let found = format!("images of {} in {} classes", images.shape, images.classes);
+        return Err(option("data", format!("{found}, expected 32x32x3 in at most {MOST_CLASSES}, as CIFAR has")));
+    }
+    Ok(())
 }
 
 fn chosen(names: &[String]) -> Result<Vec<&'static Corruption>, TrainError> {
