@@ -1,5 +1,5 @@
-// Operations on one image of bytes, which a block works on. The image lies in planes, [channels, height, width], so that
-// the CPU's loops vectorise. Each operation has the bits of Pillow's, as torchvision calls it: the tests compare them.
+// Operations on one image of bytes, which a block works on. The image lies in planes, [channels, height, width], so
+// that the CPU's loops vectorise. Each operation has the bits of Pillow's, as torchvision calls it: the tests compare them.
 #pragma once
 #include "philox.cuh"
 

@@ -1,8 +1,8 @@
 //! Assembles a training batch with operations on whole images of bytes: resized crops, AutoAugment, RandAugment and
 //! colour jitter: `kernels/augment.cu`.
 //!
-//! The order is that of torchvision's references: a crop, a flip, the policy, the jitter, normalisation, and last Cutout
-//! and erasing. What an operation moves into the image is black. Each has the bits of Pillow's for the same parameters.
+//! The order is that of torchvision's references: a crop, a flip, the policy, the jitter, normalisation, and last
+//! Cutout and erasing. What an operation moves into the image is black. Each has the bits of Pillow's for the same parameters.
 
 use super::Check;
 use super::image::{self, Augment, BatchShape, Normalization, Position};
@@ -193,8 +193,8 @@ impl Policy {
     /// The most operations of RandAugment on one image.
     pub const MOST_DRAWS: usize = 16;
 
-    /// AutoAugment's policy for CIFAR-10 (Cubuk, Zoph, Mané, Vasudevan and Le 2019): one of 25 pairs of operations, with
-    /// torchvision's magnitudes for images of this height and width.
+    /// AutoAugment's policy for CIFAR-10 (Cubuk, Zoph, Mané, Vasudevan and Le 2019): one of 25 pairs of operations,
+    /// with torchvision's magnitudes for images of this height and width.
     pub fn auto_augment_cifar10(height: usize, width: usize) -> Self {
         let size = (height, width);
         let sequence = |pair: &[(Kind, u32, usize); 2]| {

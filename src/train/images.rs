@@ -171,6 +171,11 @@ impl Assembly {
             Some(Augmentation { resized_crop: None, policy: None, jitter, basic }) if jitter == Jitter::default() => {
                 Ok(Self::Pass(Some(basic)))
             }
+            Some(_) if !matches!(shape.channels, 1 | 3) => {
+                let found = format!("images of {} channels, expected one or three with", shape.channels);
+                let options = "random-resized-crop, auto-augment, rand-augment or color-jitter";
+                Err(TrainError::setting("data", format!("{found} {options}")))
+            }
             Some(wanted) => Ok(Self::Whole(Augmenter::new(device, shape, wanted)?)),
             None => Ok(Self::Pass(None)),
         }
