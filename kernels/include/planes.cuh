@@ -1,5 +1,6 @@
 // Operations on one image of bytes, which a block works on. The image lies in planes, [channels, height, width], so
-// that the CPU's loops vectorise. Each operation has the bits of Pillow's, as torchvision calls it: the tests compare them.
+// that the CPU's loops vectorise. Each operation has the bits of Pillow's, as torchvision calls it: the tests
+// compare them.
 #pragma once
 #include "philox.cuh"
 
@@ -114,7 +115,8 @@ __device__ void blend_sharpness(Canvas& canvas, float factor) {
         const uint8_t *const middle = above + width, *const below = middle + width;
         uint8_t* const to = image + c * canvas.pixels() + width + 1;
         each_pixel(height - 2, width - 2, [=](uint32_t, uint32_t i, uint32_t j) {
-            const uint64_t p = uint64_t(i) * width + j;  // of 64 bits: one of 32 could wrap, and no loop would vectorise
+            // An index of 32 bits could wrap, so the loop would not vectorise.
+            const uint64_t p = uint64_t(i) * width + j;
             const int32_t around = above[p] + above[p + 1] + above[p + 2] + middle[p] + middle[p + 2] + below[p] +
                                    below[p + 1] + below[p + 2];
             const int32_t smooth = (2 * (around + 5 * middle[p + 1]) + 13) / 26;

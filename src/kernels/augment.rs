@@ -2,7 +2,8 @@
 //! colour jitter: `kernels/augment.cu`.
 //!
 //! The order is that of torchvision's references: a crop, a flip, the policy, the jitter, normalisation, and last
-//! Cutout and erasing. What an operation moves into the image is black. Each has the bits of Pillow's for the same parameters.
+//! Cutout and erasing. What an operation moves into the image is black. Each has the bits of Pillow's for the same
+//! parameters.
 
 use super::Check;
 use super::image::{self, Augment, BatchShape, Normalization, Position};
