@@ -15,6 +15,7 @@ pub mod metrics;
 pub mod mixing;
 pub mod precision;
 pub mod random;
+pub mod scale_samples;
 pub mod sharpness;
 pub mod vector;
 

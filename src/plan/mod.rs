@@ -31,8 +31,10 @@ pub use graph::{Graph, Shape, Value};
 use crate::arena::{Initial, Layout};
 use crate::device::{Buffer, Compute, Device, Error, Result, Scalar, Slice, SliceMut};
 use crate::kernels::batch_norm::Mode;
+use crate::kernels::image::Position;
 use crate::kernels::mixing::MixedLabels;
 use crate::kernels::precision;
+use crate::kernels::scale_samples::SampleFactors;
 use crate::objective::RunningStats;
 use backward::LastStages;
 use graph::Place;
@@ -83,6 +85,8 @@ pub struct Plan<S: Compute> {
     places: Vec<Place>,
     statistics_layout: Layout,
     memory: MemoryPlan,
+    /// What the operations that multiply samples multiply them by.
+    factors: SampleFactors<S::Master>,
     buffers: PassBuffers<S>,
     /// For pairs of gradients.
     second_pass: SecondPass<S>,
@@ -130,7 +134,7 @@ impl<S: Compute> Plan<S> {
     ) -> std::result::Result<Self, PlanError> {
         let (parameters, places) = (graph.parameters(), graph.places());
         let statistics_layout = graph.statistics();
-        let Graph { ops, shapes, .. } = graph;
+        let Graph { ops, shapes, factors, .. } = graph;
         // In 16 bits only the logits are stored in the master type.
         if S::NARROW && ops.iter().any(|op| op.has_wide_output() != (op.output() == logits)) {
             let reason = format!("in {} the logits come from a linear layer, and it is the only one", S::NAME);
@@ -145,6 +149,7 @@ impl<S: Compute> Plan<S> {
         };
         Ok(Self {
             buffers: PassBuffers::new(device, &ops, &memory, rounding::rounded_len::<S>(&parameters))?,
+            factors: SampleFactors::new(device, &factors, shapes[0].batch)?,
             second_pass: SecondPass::NotMade,
             loss_scale: if S::SCALES_LOSS { Some(device.upload(&precision::SCALE_START)?) } else { None },
             labels: device.zeros(shapes[0].batch)?,
@@ -240,6 +245,17 @@ impl<S: Compute> Plan<S> {
         let images = self.buffers.arena.slice_mut(self.memory.value(Value(0)))?;
         let mixed = MixedLabels { others: self.others.view_mut(), share: self.share.view_mut() };
         Ok((images.cast(self.shapes[0].len())?, self.labels.view_mut(), mixed))
+    }
+
+    /// Draws the factors of [`Graph::drop_path`] and [`Graph::shake_drop`] for the batch. All passes use them until the
+    /// next draw, so the passes of a step see one function. They depend on the seed and on the number of each sample in
+    /// the run: its place in the batch plus `position.first` and what the clock adds. Without a draw, as in evaluation,
+    /// the factors are the expected ones. A network without such operations draws nothing.
+    ///
+    /// # Errors
+    /// [`Error::Length`] and [`Error::OtherDevice`] for a clock of another length or device.
+    pub fn draw(&mut self, seed: u64, position: Position<'_>) -> Result<()> {
+        self.factors.draw(seed, position)
     }
 
     /// Takes losses, gradients and products over the first `samples` of the batch alone, until it is called again. The

@@ -175,6 +175,7 @@ impl CurvatureMeter {
             normalization: &self.normalization,
             augment: None,
             mixer: None,
+            draws: None,
         });
         let mut all = self.accumulator.over(&mut images);
         Ok(measure(&mut Curvature::new(&mut all, weights)?)?)
@@ -208,6 +209,7 @@ impl CurvatureMeter {
                 normalization: &self.normalization,
                 augment: None,
                 mixer: None,
+                draws: None,
             });
             Ok(measure(&mut Curvature::new(&mut images, weights)?)?)
         });

@@ -170,6 +170,8 @@ pub(super) struct Batch<'a, S: Compute> {
     pub normalization: &'a Normalization,
     pub augment: Option<Augment>,
     pub mixer: Option<&'a Mixer>,
+    /// The stream of the network's own random numbers; none for a network in evaluation.
+    pub draws: Option<u64>,
 }
 
 impl<S: Compute<Master = f32>> Wrapper<f32> for Batch<'_, S> {
@@ -193,6 +195,9 @@ impl<S: Compute<Master = f32>> Wrapper<f32> for Batch<'_, S> {
         self.plan.count_samples((self.samples - group * self.shape.batch).min(self.shape.batch))?;
         let clock = self.clock.map(|clock| (clock, self.samples));
         let position = Position { first: group * self.shape.batch, clock };
+        if let Some(seed) = self.draws {
+            self.plan.draw(seed, position)?;
+        }
         let (shape, pixels, truth, order) = (&self.shape, self.pixels, self.labels, self.order);
         let assemble = |images, labels| {
             image::batch(shape, pixels, truth, order, position, self.normalization, self.augment, images, labels)
@@ -271,6 +276,7 @@ mod tests {
             normalization: &normalization,
             augment: None,
             mixer: None,
+            draws: None,
         });
         let mut step = || optimizer.step(&mut accumulator.over(&mut batch), weights.view_mut(), 0.1);
         step().unwrap();

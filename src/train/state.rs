@@ -37,6 +37,8 @@ pub(super) struct State<S: Compute<Master = f32>> {
     pub normalization: Normalization,
     pub augment: Option<Augment>,
     pub mixer: Option<Mixer>,
+    /// The stream of the network's own random numbers.
+    pub draws: u64,
     /// The images of one pass.
     pub part: BatchShape,
     /// Images per step.
@@ -105,6 +107,7 @@ impl<S: Compute<Master = f32>> State<S> {
             normalization,
             augment: (basic || cutout > 0).then_some(augment),
             mixer,
+            draws: random::key(seed, b"droppath"),
             part: BatchShape { batch: part, height, width, channels },
             batch,
             order: device.upload(&(0..train.len() as u32).collect::<Vec<u32>>())?,
@@ -168,6 +171,7 @@ impl<S: Compute<Master = f32>> State<S> {
             normalization: &self.normalization,
             augment: self.augment,
             mixer: self.mixer.as_ref(),
+            draws: Some(self.draws),
         });
         let mut objective = self.accumulator.over(&mut images);
         if pieces.is_empty() {

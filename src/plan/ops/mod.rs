@@ -16,6 +16,7 @@ mod global_average_pool;
 mod linear;
 mod max_pool;
 mod relu;
+mod scale_samples;
 mod shortcut;
 
 use super::graph::{Parameter, Place, Value};
@@ -229,5 +230,6 @@ operations! {
     linear::Linear,
     max_pool::MaxPool,
     relu::Relu,
+    scale_samples::ScaleSamples,
     shortcut::Shortcut,
 }
