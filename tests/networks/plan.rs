@@ -8,6 +8,7 @@ use half::f16;
 use polder::device::{Buffer, Compute, Device, HostOptions};
 use polder::kernels::batch_norm::Mode;
 use polder::kernels::conv::ConvShape;
+use polder::kernels::image::Position;
 use polder::kernels::vector::{self, Reduction};
 use polder::nn::{CifarResNet, Shortcut};
 use polder::objective::{ObjectiveExt, RunningStats};
@@ -41,6 +42,7 @@ fn pass(plan: &mut Plan<f64>, at: &[f64]) -> Pass {
 fn check_gradient(name: &str, device: &Device, graph: Graph, logits: Value, options: PlanOptions, seed: u64) {
     let mut random = Random(seed);
     let mut plan = Plan::<f64>::new(device, graph, logits, options).unwrap();
+    plan.draw(seed, Position::default()).unwrap();
     let at = weights(&plan, &mut random);
     set_batch(&mut plan, &mut random);
     let gradient = pass(&mut plan, &at).gradient;
@@ -87,6 +89,44 @@ fn gradients_through_max_pools_match_central_differences() {
         let (graph, logits) = max_pools(Shape { batch: 3, height: 9, width: 7, channels: 2 });
         check_gradient(&format!("max pools on {name}"), &device, graph, logits, PlanOptions::training(), 23);
     }
+}
+
+/// Grouped convolutions, and branches that are dropped at random, one of them before the first parameter.
+pub fn groups_and_drops(shape: Shape) -> (Graph, Value) {
+    let mut graph = Graph::new(shape);
+    let fixed = graph.drop_path(graph.input(), 0.3).unwrap();
+    let x = graph.convolution(fixed, "a.weight", 12, 3, 1, 1).unwrap();
+    let x = graph.batch_norm(x, "bn", None, true).unwrap();
+    let branch = graph.grouped_convolution(x, "b.weight", 12, 3, 3, 1, 1).unwrap();
+    let branch = graph.drop_path(branch, 0.5).unwrap();
+    let x = graph.add(branch, x).unwrap();
+    let x = graph.grouped_convolution(x, "c.weight", 8, 4, 3, 2, 1).unwrap();
+    let x = graph.global_average_pool(x).unwrap();
+    let logits = graph.linear(x, "fc", 3).unwrap();
+    (graph, logits)
+}
+
+#[test]
+fn gradients_through_groups_and_dropped_branches_match_central_differences() {
+    for (name, device) in common::host_devices().into_iter().filter(|(name, _)| name.contains("2 threads")) {
+        let (graph, logits) = groups_and_drops(Shape { batch: 5, height: 6, width: 7, channels: 2 });
+        check_gradient(&format!("groups and drops on {name}"), &device, graph, logits, PlanOptions::training(), 29);
+    }
+}
+
+#[test]
+fn impossible_groups_and_rates_are_refused() {
+    let mut graph = Graph::new(Shape { batch: 2, height: 4, width: 6, channels: 6 });
+    let x = graph.input();
+    for groups in [0, 4, 5] {
+        let refused = graph.grouped_convolution(x, "w", 12, groups, 3, 1, 1);
+        assert!(matches!(refused, Err(PlanError::Shape { .. })), "{groups}: {refused:?}");
+    }
+    for rate in [-0.1, 1.0, f64::NAN] {
+        assert!(matches!(graph.drop_path(x, rate), Err(PlanError::Shape { .. })), "{rate}");
+        assert!(matches!(graph.shake_drop(x, 1.0 - rate), Err(PlanError::Shape { .. })), "{rate}");
+    }
+    assert_eq!((graph.drop_path(x, 0.0), graph.shake_drop(x, 1.0)), (Ok(x), Ok(x)));
 }
 
 #[test]
@@ -311,6 +351,7 @@ fn every_stage_finishes_its_gradients() {
             pass().unwrap();
             let list = device.capture(&mut pass).unwrap().list().unwrap();
             let one = ConvShape {
+                groups: 1,
                 batch: 9,
                 height: 4,
                 width: 2,
