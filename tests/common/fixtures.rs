@@ -68,15 +68,17 @@ fn images_and_labels() -> (Vec<u8>, Vec<u32>) {
     (tensors.tensor("images").unwrap().data().to_vec(), labels)
 }
 
-/// Some images of the pool, or their upper left parts, as the plan's batch. They are normalised in double, as the
-/// fixture says; [`Pool::fill`] normalises them in single precision, like a training run.
-pub fn fill_in_double<S: Scalar>(plan: &mut Plan<S>, rows: &[Value], fixture: &Value) {
+/// Some images of the pool, their upper left parts, or parts of larger images tiled with them, as the plan's batch.
+/// They are normalised in double, as the fixture says; [`Pool::fill`] normalises them in single precision, like a
+/// training run.
+pub fn fill_in_double<S: Compute>(plan: &mut Plan<S>, rows: &[Value], fixture: &Value) {
     let rows: Vec<usize> = rows.iter().map(|row| row.as_u64().unwrap() as usize).collect();
     let (pixels, labels) = images_and_labels();
     let Shape { height, width, .. } = plan.input_shape();
     let mut images = Vec::new();
     for (image, row) in rows.iter().flat_map(|&image| (0..height).map(move |row| (image, row))) {
-        for (i, &pixel) in pixels[(image * 32 + row) * 96..][..width * 3].iter().enumerate() {
+        let line = pixels[(image * 32 + row % 32) * 96..][..96].iter().cycle().take(width * 3);
+        for (i, &pixel) in line.enumerate() {
             let (mean, std) = (number(&fixture["mean"][i % 3]), number(&fixture["std"][i % 3]));
             images.push(S::from_f64((f64::from(pixel) / 255.0 - mean) / std));
         }
