@@ -13,7 +13,12 @@ const NORMALIZATION: Normalization =
 
 /// Philox4x32-10 as its authors define it (Salmon et al. 2011), by the counter's low half and the key.
 pub fn philox(counter: u64, key: u64) -> [u32; 4] {
-    let mut c = [counter as u32, (counter >> 32) as u32, 0, 0];
+    philox_with([counter as u32, (counter >> 32) as u32, 0, 0], key)
+}
+
+/// The same for a counter of 128 bits.
+pub fn philox_with(counter: [u32; 4], key: u64) -> [u32; 4] {
+    let mut c = counter;
     let mut k = [key as u32, (key >> 32) as u32];
     for _ in 0..10 {
         let (a, b) = (0xD2511F53u64 * u64::from(c[0]), 0xCD9E8D57u64 * u64::from(c[2]));

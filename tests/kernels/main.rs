@@ -14,6 +14,7 @@ mod max_pool;
 mod metrics;
 mod mixing;
 mod random;
+mod scale_samples;
 mod sharpness;
 mod storage;
 mod vector;

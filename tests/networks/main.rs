@@ -6,6 +6,8 @@ mod common;
 
 mod curvature;
 #[cfg(feature = "train")]
+mod drop_path;
+#[cfg(feature = "train")]
 mod families;
 mod frozen;
 #[cfg(feature = "train")]
