@@ -30,6 +30,9 @@ use crate::device::arguments::{self, BatchNormSumsArgs};
 use crate::device::{Compute, Device, Error, Result, Slice, SliceMut};
 use direct::PANEL;
 
+/// A group is a row of a GPU's grid, which has no more.
+const MOST_GROUPS: usize = 65_535;
+
 /// The shape of a convolution. Kernel, stride and zero padding are the same in both directions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ConvShape {
@@ -109,8 +112,8 @@ impl ConvShape {
     /// Whether the kernels can work with this shape.
     ///
     /// # Errors
-    /// [`Error::Argument`] for an extent, kernel, stride or number of groups of zero, groups that do not divide the
-    /// channels, a kernel larger than the padded input, and tensors of 2³¹ elements or more.
+    /// [`Error::Argument`] for an extent, kernel, stride or number of groups of zero, more than 65,535 groups, groups
+    /// that do not divide the channels, a kernel larger than the padded input, and tensors of 2³¹ elements or more.
     pub fn check(&self) -> Result<()> {
         const LIMIT: usize = 1 << 31;
         let refused =
@@ -130,6 +133,9 @@ impl ConvShape {
         }
         if extents.iter().chain([&self.padding]).any(|&extent| extent >= LIMIT) {
             return refused("an extent is too large");
+        }
+        if self.groups > MOST_GROUPS {
+            return refused("there are more than 65,535 groups");
         }
         if !self.in_channels.is_multiple_of(self.groups) || !self.out_channels.is_multiple_of(self.groups) {
             return refused("the groups do not divide the channels");

@@ -684,6 +684,7 @@ fn refuses_wrong_lengths_devices_and_shapes() {
         ConvShape { padding: usize::MAX / 2, ..right },
         ConvShape { groups: 0, ..right },
         ConvShape { groups: 3, ..right },
+        ConvShape { in_channels: 1 << 16, out_channels: 1 << 16, groups: 1 << 16, ..right },
     ] {
         let error = wrong.check().unwrap_err();
         assert!(matches!(&error, Error::Argument { .. }), "{error}");
