@@ -29,11 +29,26 @@ pub enum TensorKind {
         /// Output features.
         outputs: usize,
     },
+    /// The weight of a linear layer over every token or pixel, which convolutions compute: `[in][out]` here, `[out][in]`
+    /// in files.
+    Projection {
+        /// Input channels.
+        inputs: usize,
+        /// Output channels.
+        outputs: usize,
+    },
     /// A bias of this many features.
     Bias(usize),
-    /// Batch norm's scale γ.
+    /// Numbers that are added to tokens: `[1, tokens, channels]` in files.
+    Tokens {
+        /// Tokens.
+        tokens: usize,
+        /// Numbers of a token.
+        channels: usize,
+    },
+    /// The scale γ of batch norm or layer norm.
     Scale(usize),
-    /// Batch norm's shift β.
+    /// The shift β of batch norm or layer norm.
     Shift(usize),
     /// Batch norm's running mean, a statistic.
     RunningMean(usize),
@@ -46,7 +61,8 @@ impl TensorKind {
     pub fn len(self) -> usize {
         match self {
             TensorKind::Convolution { kernel, inputs, outputs } => kernel * kernel * inputs * outputs,
-            TensorKind::Linear { inputs, outputs } => inputs * outputs,
+            TensorKind::Linear { inputs, outputs } | TensorKind::Projection { inputs, outputs } => inputs * outputs,
+            TensorKind::Tokens { tokens, channels } => tokens * channels,
             TensorKind::Bias(n)
             | TensorKind::Scale(n)
             | TensorKind::Shift(n)
@@ -73,9 +89,12 @@ impl TensorKind {
     /// Its place in the order of an arena: 0 for weights, 1 for the parameters of normalisation, 2 for all others.
     fn part(self) -> usize {
         match self {
-            TensorKind::Convolution { .. } | TensorKind::Linear { .. } => 0,
+            TensorKind::Convolution { .. } | TensorKind::Linear { .. } | TensorKind::Projection { .. } => 0,
             TensorKind::Scale(_) | TensorKind::Shift(_) => 1,
-            TensorKind::Bias(_) | TensorKind::RunningMean(_) | TensorKind::RunningVar(_) => 2,
+            TensorKind::Bias(_)
+            | TensorKind::Tokens { .. }
+            | TensorKind::RunningMean(_)
+            | TensorKind::RunningVar(_) => 2,
         }
     }
 
@@ -83,7 +102,9 @@ impl TensorKind {
     /// tensors have none.
     pub(crate) fn outputs(self) -> Option<usize> {
         match self {
-            TensorKind::Convolution { outputs, .. } | TensorKind::Linear { outputs, .. } => Some(outputs),
+            TensorKind::Convolution { outputs, .. }
+            | TensorKind::Linear { outputs, .. }
+            | TensorKind::Projection { outputs, .. } => Some(outputs),
             _ => None,
         }
     }
@@ -92,7 +113,10 @@ impl TensorKind {
     pub fn file_shape(self) -> Vec<usize> {
         match self {
             TensorKind::Convolution { kernel, inputs, outputs } => vec![outputs, inputs, kernel, kernel],
-            TensorKind::Linear { inputs, outputs } => vec![outputs, inputs],
+            TensorKind::Linear { inputs, outputs } | TensorKind::Projection { inputs, outputs } => {
+                vec![outputs, inputs]
+            }
+            TensorKind::Tokens { tokens, channels } => vec![1, tokens, channels],
             other => vec![other.len()],
         }
     }
@@ -105,7 +129,9 @@ impl TensorKind {
                 let (input, output) = (index / taps % inputs, index / taps / inputs);
                 (tap * inputs + input) * outputs + output
             }
-            TensorKind::Linear { inputs, outputs } => index % inputs * outputs + index / inputs,
+            TensorKind::Linear { inputs, outputs } | TensorKind::Projection { inputs, outputs } => {
+                index % inputs * outputs + index / inputs
+            }
             _ => index,
         }
     }
@@ -132,6 +158,11 @@ pub enum Initial {
     HeNormal {
         /// Kernel height · kernel width · input channels, or the same with output channels.
         fan: usize,
+    },
+    /// Normal with mean 0.
+    Normal {
+        /// Standard deviation.
+        std: f32,
     },
     /// Uniform within `±1/√fan_in`, as PyTorch starts linear layers and their biases.
     Uniform {
@@ -211,7 +242,7 @@ impl Layout {
         self.weights_len
     }
 
-    /// Where the parameters of normalisation lie, γ and β of batch norm. Empty if there are none.
+    /// Where the parameters of normalisation lie, γ and β. Empty if there are none.
     pub fn normalisation(&self) -> Range<usize> {
         self.weights_len..self.normalisation_end
     }

@@ -66,6 +66,18 @@ constexpr int kMaxImageChannels = 4;
 /// Steps between the quantiles of a distribution that `mix_batch` draws from.
 constexpr uint32_t kQuantiles = 1024;
 
+// ---- Attention ------------------------------------------------------------------------------------------------------
+
+/// The most numbers of a head: a multiple of 32.
+constexpr uint32_t kAttentionDepth = 64;
+/// Rows, and columns, of a tile on a GPU and on the CPU. The CPU's sequences mostly fit into one tile.
+constexpr uint32_t kAttentionTile = 32;
+constexpr uint32_t kAttentionHostTile = 96;
+/// Threads of a block on a GPU: each computes 4 x 4 numbers of a tile.
+constexpr uint32_t kAttentionThreads = 64;
+/// Elements that a row of a head takes in shared memory.
+constexpr uint32_t kAttentionRow = 68;
+
 // ---- Convolution ----------------------------------------------------------------------------------------------------
 
 /// Elements by which a line of an operand in shared memory is longer than the tile, so that a transposed store does not

@@ -8,11 +8,13 @@ mod init;
 mod pyramidnet;
 mod resnet;
 mod vgg;
+mod vision_transformer;
 mod wide_resnet;
 
 pub use init::initial_weights;
 pub use pyramidnet::PyramidNet;
 pub use resnet::{CifarResNet, ResNet, Shortcut};
+pub use vision_transformer::VisionTransformer;
 pub use wide_resnet::WideResNet;
 
 use crate::arena::{Initial, TensorKind};
@@ -51,6 +53,10 @@ pub const MODELS: &[Registration] = &[
         pyramidnet::named::<272, 200, true>,
     ),
     Registration::new("vgg11-bn", "VGG-11 with batch norm for images of 32x32", &[], vgg::vgg11_bn),
+    Registration::new("vit-ti-4", "ViT-Tiny with patches of 4x4", &[], vision_transformer::named::<4, 192, 3>),
+    Registration::new("vit-ti-16", "ViT-Tiny with patches of 16x16", &[], vision_transformer::named::<16, 192, 3>),
+    Registration::new("vit-s-4", "ViT-Small with patches of 4x4", &[], vision_transformer::named::<4, 384, 6>),
+    Registration::new("vit-s-16", "ViT-Small with patches of 16x16", &[], vision_transformer::named::<16, 384, 6>),
 ];
 
 /// A model in [`MODELS`].

@@ -316,7 +316,10 @@ pub fn hash_weights(layout: &Layout) -> Vec<f64> {
                     TensorKind::Convolution { kernel, inputs, .. } => {
                         value * (3.0 * (2.0 / (kernel * kernel * inputs) as f64)).sqrt()
                     }
-                    TensorKind::Linear { inputs, .. } => value * (3.0 / inputs as f64).sqrt(),
+                    TensorKind::Linear { inputs, .. } | TensorKind::Projection { inputs, .. } => {
+                        value * (3.0 / inputs as f64).sqrt()
+                    }
+                    TensorKind::Tokens { .. } => value * (3.0 / tensor.kind.len() as f64).sqrt(),
                     TensorKind::Scale(_) => 1.0 + 0.1 * value,
                     _ => 0.1 * value,
                 };

@@ -163,7 +163,9 @@ pub fn weights<T: Compute>(plan: &Plan<T>, random: &mut Random) -> Vec<f64> {
                 TensorKind::Convolution { kernel, inputs, .. } => {
                     random.normal() * (2.0 / (kernel * kernel * inputs) as f64).sqrt()
                 }
-                TensorKind::Linear { inputs, .. } => random.normal() / (inputs as f64).sqrt(),
+                TensorKind::Linear { inputs, .. } | TensorKind::Projection { inputs, .. } => {
+                    random.normal() / (inputs as f64).sqrt()
+                }
                 TensorKind::Scale(_) => 1.0 + 0.2 * random.normal(),
                 _ => 0.2 * random.normal(),
             };

@@ -3,11 +3,15 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod attention;
 mod batch_norm;
+mod bias;
 mod conv;
+mod dual;
 mod gather;
 mod gradient;
 mod image;
+mod layer_norm;
 mod layers;
 mod loss;
 mod max_pool;

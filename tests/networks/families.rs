@@ -131,7 +131,7 @@ fn pyramidnets_refuse_images_that_they_cannot_halve_twice() {
 }
 
 /// The losses of steps on one batch.
-fn losses<S: Compute>(device: &Device, (graph, logits): (Graph, Value), method: AnyMethod) -> Vec<f64> {
+pub fn losses<S: Compute>(device: &Device, (graph, logits): (Graph, Value), method: AnyMethod) -> Vec<f64> {
     let case = &read_json("networks.json")["cases"][0];
     let mut plan = Plan::<S>::new(device, graph, logits, PlanOptions::training()).unwrap();
     Pool::cropped(device, IMAGES.height, IMAGES.width).fill(&mut plan, case["rows"].as_array().unwrap(), case);

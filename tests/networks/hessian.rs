@@ -3,7 +3,7 @@
 
 use crate::common::fixtures::{arena, digest_error, fill_in_double, hash_vector, hash_weights, number, read_json};
 use crate::common::{self, Random, bits, weights};
-use crate::plan::max_pools;
+use crate::plan::{max_pools, transformer};
 use half::{bf16, f16};
 use polder::device::{Buffer, Compute, Device, Error, Result, Scalar};
 use polder::kernels::batch_norm::Mode;
@@ -189,6 +189,15 @@ fn products_through_every_operation_match_central_differences() {
         let (graph, logits) = every_operation(Shape { batch: 4, height: 10, width: 8, channels: 2 });
         let plan = Plan::<f64>::new(&device, graph, logits, PlanOptions::training()).unwrap();
         check(&format!("every operation on {name}"), plan, 11);
+    }
+}
+
+#[test]
+fn products_through_transformers_match_central_differences() {
+    for (name, device) in two_devices() {
+        let (graph, logits) = transformer(Shape { batch: 3, height: 6, width: 4, channels: 2 });
+        let plan = Plan::<f64>::new(&device, graph, logits, PlanOptions::training()).unwrap();
+        check(&format!("a transformer on {name}"), plan, 23);
     }
 }
 

@@ -22,3 +22,4 @@ mod steps;
 mod training;
 #[cfg(feature = "train")]
 mod vgg;
+mod vision_transformer;

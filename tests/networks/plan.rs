@@ -64,6 +64,56 @@ fn check_gradient(name: &str, device: &Device, graph: Graph, logits: Value, opti
     assert!(padding.into_iter().all(|index| gradient[index] == 0.0), "{name}: gradient in the padding");
 }
 
+/// What transformers consist of: tokens, layer norms, attention, biases with and without GELU; with inputs of all of them
+/// that another operation reads too, and a GELU before the first product.
+pub fn transformer(shape: Shape) -> (Graph, Value) {
+    let mut graph = Graph::new(shape);
+    let x = graph.input();
+    let x = graph.bias_gelu(x, "first.bias", 1).unwrap();
+    let patches = graph.convolution(x, "patches.weight", 6, 2, 2, 0).unwrap();
+    let moved = graph.bias(patches, "patches.bias", 12).unwrap();
+    let both = graph.add(moved, patches).unwrap();
+    let tokens = graph.embed_tokens(both, "token", "positions").unwrap();
+    let normal = graph.layer_norm(tokens, "norm", 1e-3).unwrap();
+    let qkv = graph.projection(normal, "qkv.weight", 18).unwrap();
+    let attended = graph.attention(qkv, "qkv.bias", 2).unwrap();
+    let wide = graph.projection(attended, "wide.weight", 18).unwrap();
+    // The gradients of qkv and tokens come from several operations.
+    let curved = graph.bias_gelu(qkv, "curved.bias", 6).unwrap();
+    let wide = graph.bias_add(wide, "wide.bias", 6, curved).unwrap();
+    let again = graph.attention(wide, "again.bias", 3).unwrap();
+    let sum = graph.bias_add(tokens, "sum.bias", 6, again).unwrap();
+    let sum = graph.add(sum, tokens).unwrap();
+    let normal = graph.layer_norm(sum, "last", 1e-3).unwrap();
+    let sum = graph.add(normal, sum).unwrap();
+    let tokens = graph.shape(sum).width;
+    let y = graph.shortcut(sum, 6, tokens).unwrap();
+    let logits = graph.linear(y, "head", 3).unwrap();
+    (graph, logits)
+}
+
+#[test]
+fn gradients_through_transformers_match_central_differences() {
+    for (name, device) in common::host_devices().into_iter().filter(|(name, _)| name.contains("2 threads")) {
+        let (graph, logits) = transformer(Shape { batch: 3, height: 6, width: 4, channels: 2 });
+        check_gradient(&name, &device, graph, logits, PlanOptions::training(), 21);
+    }
+}
+
+#[test]
+fn transformers_of_impossible_shapes_are_refused() {
+    let mut graph = Graph::new(Shape { batch: 2, height: 3, width: 4, channels: 12 });
+    let x = graph.input();
+    let refused = |result: Result<Value, PlanError>| result.unwrap_err().to_string();
+    let expected = "attention: 12 channels are not queries, keys and values of 3 heads";
+    assert_eq!(refused(graph.attention(x, "bias", 3)), expected);
+    assert!(refused(graph.attention(x, "bias", 0)).starts_with("attention: 12 channels"));
+    let wide = graph.projection(x, "wide.weight", 3 * 65).unwrap();
+    assert!(refused(graph.attention(wide, "bias", 1)).contains("heads of at most 64"));
+    assert!(matches!(graph.bias_add(wide, "bias", 12, x), Err(PlanError::Shape { .. })));
+    assert!(matches!(graph.bias(x, "wide.weight", 12), Err(PlanError::DuplicateParameter { .. })));
+}
+
 /// Max pools before and after the first parameter, with windows that overlap and that touch, and of an activation that
 /// another operation reads too. Height and width must be odd.
 pub fn max_pools(shape: Shape) -> (Graph, Value) {

@@ -41,21 +41,46 @@ impl Graph {
         stride: usize,
         padding: usize,
     ) -> Result<Value, PlanError> {
+        let inputs = self.shape(x).channels;
+        let kind = TensorKind::Convolution { kernel, inputs, outputs };
+        let initial = Initial::HeNormal { fan: kernel * kernel * inputs };
+        self.convolved(x, name, kind, initial, [kernel, stride, padding])
+    }
+
+    /// A linear layer over every pixel or token, without bias: `[N,H,W,C]` to `[N,H,W,outputs]`. Its weight is named
+    /// `name` and has the shape `[outputs, C]` in files. It starts uniform within `±1/√C`.
+    ///
+    /// # Errors
+    /// As [`convolution`](Self::convolution).
+    pub fn projection(&mut self, x: Value, name: &str, outputs: usize) -> Result<Value, PlanError> {
+        let inputs = self.shape(x).channels;
+        let kind = TensorKind::Projection { inputs, outputs };
+        self.convolved(x, name, kind, Initial::Uniform { fan_in: inputs }, [1, 1, 0])
+    }
+
+    /// A convolution with a weight of this kind.
+    fn convolved(
+        &mut self,
+        x: Value,
+        name: &str,
+        kind: TensorKind,
+        initial: Initial,
+        [kernel, stride, padding]: [usize; 3],
+    ) -> Result<Value, PlanError> {
         let input = self.shape(x);
-        let inputs = input.channels;
+        let outputs = kind.outputs().unwrap_or_default();
         let shape = ConvShape {
             batch: input.batch,
             height: input.height,
             width: input.width,
-            in_channels: inputs,
+            in_channels: input.channels,
             out_channels: outputs,
             kernel,
             stride,
             padding,
         };
         shape.check().map_err(|e| PlanError::Shape { operation: name.into(), reason: e.to_string() })?;
-        let initial = Initial::HeNormal { fan: kernel * kernel * inputs };
-        let weight = self.parameter(name.into(), TensorKind::Convolution { kernel, inputs, outputs }, initial)?;
+        let weight = self.parameter(name.into(), kind, initial)?;
         let (height, width) = (shape.out_height(), shape.out_width());
         let y = self.value(Shape { height, width, channels: outputs, ..input });
         self.push(Convolution { x, y, weight, shape });
