@@ -69,9 +69,9 @@ pub fn layer_norm<S: Compute>(
 ) -> Result<()> {
     let device = x.device();
     let check = Check { operation: "layer_norm::layer_norm", device };
-    check.argument("beta", beta, shape.channels)?;
     let normalized = Normalized { x, gamma, mean: saved.mean.view(), inv_std: saved.inv_std.view() };
     check.argument("y", y.view(), normalized.check(check, shape)?)?;
+    check.argument("beta", beta, shape.channels)?;
     let args = LayerNormArgs {
         x: x.address(),
         gamma: gamma.address(),
