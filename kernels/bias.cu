@@ -19,6 +19,16 @@ struct BiasArgs {
     uint32_t gelu;
 };
 
+/// Calls `f(row)(Width<W>{}, c)` as `for_each_pixel` does. On the CPU the packs have width 1, because a loop over single
+/// numbers is what the compiler vectorises.
+template <int V, class F>
+__device__ __forceinline__ void for_each_row(uint32_t rows, uint32_t channels, bool packs, const F& f) {
+#if defined(POLDER_HOST)
+    packs = packs && blockDim.x > 1;
+#endif
+    for_each_pixel<V>(rows, channels, packs, f);
+}
+
 /// The values of W neighbouring channels with their bias.
 template <int W, class S, class T>
 __device__ __forceinline__ Pack<T, W> biased(const S* x, const T* bias, uint64_t place, uint32_t c) {
@@ -30,34 +40,39 @@ __device__ __forceinline__ Pack<T, W> biased(const S* x, const T* bias, uint64_t
 }
 
 /// y = x + bias, or gelu(x + bias) with gelu(z) = z Φ(z); and the residual, if there is one.
-template <class S, bool gelu>
+template <class S, bool gelu, bool has_residual>
 __device__ __forceinline__ void bias_into(const BiasArgs<S>& a) {
     constexpr int V = kPack<S>;
     typedef Arithmetic<S> T;
-    const bool packs = a.channels % V == 0 && aligned16(a.x, a.bias, a.residual, a.y);
-    for_each_pixel<V>(a.rows, a.channels, packs, [&](uint32_t row) {
-        return [=, &a](auto width, uint32_t c) {
+    const S* __restrict__ x = a.x, * __restrict__ residual = a.residual;
+    const T* __restrict__ bias = a.bias;
+    S* __restrict__ to = a.y;
+    const bool packs = a.channels % V == 0 && aligned16(x, bias, residual, to);
+    for_each_row<V>(a.rows, a.channels, packs, [=, &a](uint32_t row) {
+        const uint64_t first = uint64_t(row) * a.channels;
+        return [=](auto width, uint32_t c) {
             constexpr int W = decltype(width)::value;
-            const uint64_t place = uint64_t(row) * a.channels + c;
-            Pack<T, W> y = biased<W>(a.x, a.bias, place, c);
+            const uint64_t place = first + c;
+            Pack<T, W> y = biased<W>(x, bias, place, c);
             if (gelu) {
                 POLDER_UNROLL
                 for (int v = 0; v < W; ++v) y.v[v] *= gaussian(y.v[v]).below;
             }
-            if (a.residual != nullptr) {
-                const Pack<T, W> other = fetch<W>(a.residual, place);
+            if (has_residual) {
+                const Pack<T, W> other = fetch<W>(residual, place);
                 POLDER_UNROLL
                 for (int v = 0; v < W; ++v) y.v[v] += other.v[v];
             }
-            put(a.y, place, y);
+            put(to, place, y);
         };
     });
 }
 
 template <class S>
 __device__ void bias(const BiasArgs<S>& a) {
-    if (a.gelu) bias_into<S, true>(a);
-    else bias_into<S, false>(a);
+    if (a.gelu) bias_into<S, true, false>(a);
+    else if (a.residual != nullptr) bias_into<S, false, true>(a);
+    else bias_into<S, false, false>(a);
 }
 
 /// The tangent of the forward: `from` is x', `bias_tangent` that of the bias, `to` is y'. The backward: `from` is dy,
@@ -76,45 +91,57 @@ struct BiasSlopeArgs {
     uint32_t accumulate;
 };
 
-template <class S, bool gelu>
+template <class S, bool gelu, bool has_bias_tangent, bool has_residual, bool accumulate>
 __device__ __forceinline__ void bias_slope_into(const BiasSlopeArgs<S>& a) {
     constexpr int V = kPack<S>;
     typedef Arithmetic<S> T;
-    const bool packs =
-        a.channels % V == 0 && aligned16(a.x, a.bias, a.from, a.bias_tangent, a.residual, a.to);
-    for_each_pixel<V>(a.rows, a.channels, packs, [&](uint32_t row) {
-        return [=, &a](auto width, uint32_t c) {
+    const S* __restrict__ x = a.x, * __restrict__ from = a.from, * __restrict__ residual = a.residual;
+    const T* __restrict__ bias = a.bias, * __restrict__ bias_tangent = a.bias_tangent;
+    S* __restrict__ to = a.to;
+    const bool packs = a.channels % V == 0 && aligned16(x, bias, from, bias_tangent, residual, to);
+    for_each_row<V>(a.rows, a.channels, packs, [=, &a](uint32_t row) {
+        const uint64_t first = uint64_t(row) * a.channels;
+        return [=](auto width, uint32_t c) {
             constexpr int W = decltype(width)::value;
-            const uint64_t place = uint64_t(row) * a.channels + c;
-            Pack<T, W> moved = fetch<W>(a.from, place);
-            if (a.bias_tangent != nullptr) {
-                const Pack<T, W> b = load<W>(a.bias_tangent, c);
+            const uint64_t place = first + c;
+            Pack<T, W> moved = fetch<W>(from, place);
+            if (has_bias_tangent) {
+                const Pack<T, W> b = load<W>(bias_tangent, c);
                 POLDER_UNROLL
                 for (int v = 0; v < W; ++v) moved.v[v] += b.v[v];
             }
             if (gelu) {
-                const Pack<T, W> z = biased<W>(a.x, a.bias, place, c);
+                const Pack<T, W> z = biased<W>(x, bias, place, c);
                 POLDER_UNROLL
                 for (int v = 0; v < W; ++v) {
                     const Gaussian<T> normal = gaussian(z.v[v]);
                     moved.v[v] *= normal.below + z.v[v] * normal.density;
                 }
             }
-            if (a.residual != nullptr) {
-                const Pack<T, W> other = fetch<W>(a.residual, place);
+            if (has_residual) {
+                const Pack<T, W> other = fetch<W>(residual, place);
                 POLDER_UNROLL
                 for (int v = 0; v < W; ++v) moved.v[v] += other.v[v];
             }
-            store_gradient(a.to, place, moved, a.accumulate);
+            store_gradient(to, place, moved, accumulate);
         };
     });
 }
 
-/// to = gelu'(x + bias) (from + bias') + residual', or without gelu' where there is no GELU
+/// to = gelu'(x + bias) (from + bias') + residual', or without gelu' where there is no GELU. Only the gradient is
+/// without bias', and only it is added.
 template <class S>
 __device__ void bias_slope(const BiasSlopeArgs<S>& a) {
-    if (a.gelu) bias_slope_into<S, true>(a);
-    else bias_slope_into<S, false>(a);
+    if (a.bias_tangent == nullptr) {
+        if (a.accumulate) bias_slope_into<S, true, false, false, true>(a);
+        else bias_slope_into<S, true, false, false, false>(a);
+    } else if (a.gelu) {
+        bias_slope_into<S, true, true, false, false>(a);
+    } else if (a.residual != nullptr) {
+        bias_slope_into<S, false, true, true, false>(a);
+    } else {
+        bias_slope_into<S, false, true, false, false>(a);
+    }
 }
 
 template <class S, class T = Arithmetic<S>>
@@ -131,31 +158,42 @@ struct BiasCurveArgs {
     uint32_t accumulate;
 };
 
-/// The tangent of the GELU's backward: dx' = dy' gelu'(z) + dy gelu''(z) z', with z = x + bias and
-/// gelu''(z) = (2 - z²) φ(z)
-template <class S>
-__device__ void bias_curve(const BiasCurveArgs<S>& a) {
+template <class S, bool accumulate>
+__device__ __forceinline__ void bias_curve_into(const BiasCurveArgs<S>& a) {
     constexpr int V = kPack<S>;
     typedef Arithmetic<S> T;
-    const bool packs = a.channels % V == 0 &&
-                       aligned16(a.x, a.bias, a.x_tangent, a.bias_tangent, a.dy, a.dy_tangent, a.dx_tangent);
-    for_each_pixel<V>(a.rows, a.channels, packs, [&](uint32_t row) {
-        return [=, &a](auto width, uint32_t c) {
+    const S* __restrict__ x = a.x, * __restrict__ x_tangent = a.x_tangent;
+    const S* __restrict__ dy = a.dy, * __restrict__ dy_tangent = a.dy_tangent;
+    const T* __restrict__ bias = a.bias, * __restrict__ bias_tangent = a.bias_tangent;
+    S* __restrict__ to = a.dx_tangent;
+    const bool packs = a.channels % V == 0 && aligned16(x, bias, x_tangent, bias_tangent, dy, dy_tangent, to);
+    for_each_row<V>(a.rows, a.channels, packs, [=, &a](uint32_t row) {
+        const uint64_t first = uint64_t(row) * a.channels;
+        return [=](auto width, uint32_t c) {
             constexpr int W = decltype(width)::value;
-            const uint64_t place = uint64_t(row) * a.channels + c;
-            const Pack<T, W> z = biased<W>(a.x, a.bias, place, c);
-            const Pack<T, W> z_tangent = biased<W>(a.x_tangent, a.bias_tangent, place, c);
-            const Pack<T, W> dy = fetch<W>(a.dy, place);
-            Pack<T, W> dx = fetch<W>(a.dy_tangent, place);
+            const uint64_t place = first + c;
+            const Pack<T, W> z = biased<W>(x, bias, place, c);
+            const Pack<T, W> z_tangent = biased<W>(x_tangent, bias_tangent, place, c);
+            const Pack<T, W> gradient = fetch<W>(dy, place);
+            Pack<T, W> dx = fetch<W>(dy_tangent, place);
             POLDER_UNROLL
             for (int v = 0; v < W; ++v) {
                 const Gaussian<T> normal = gaussian(z.v[v]);
                 const T second = (T(2) - z.v[v] * z.v[v]) * normal.density;
-                dx.v[v] = dx.v[v] * (normal.below + z.v[v] * normal.density) + dy.v[v] * (second * z_tangent.v[v]);
+                dx.v[v] *= normal.below + z.v[v] * normal.density;
+                dx.v[v] += gradient.v[v] * (second * z_tangent.v[v]);
             }
-            store_gradient(a.dx_tangent, place, dx, a.accumulate);
+            store_gradient(to, place, dx, accumulate);
         };
     });
+}
+
+/// The tangent of the GELU's backward: dx' = dy' gelu'(z) + dy gelu''(z) z', with z = x + bias and
+/// gelu''(z) = (2 - z²) φ(z)
+template <class S>
+__device__ void bias_curve(const BiasCurveArgs<S>& a) {
+    if (a.accumulate) bias_curve_into<S, true>(a);
+    else bias_curve_into<S, false>(a);
 }
 
 template <class S, class T = Arithmetic<S>>

@@ -95,9 +95,8 @@ __device__ void layer_norm(const LayerNormArgs<S>& a) {
             terms[0] += deviation * deviation;
         });
         const T inv_std = T(1) / sqrt(sums[0] / T(n) + T(a.eps));
-        for_each_element(n, [=, &a](uint32_t i) {
-            y[i] = convert_to<S>((widen(x[i]) - mean) * inv_std * a.gamma[i] + a.beta[i]);
-        });
+        for_each_element(
+            n, [=, &a](uint32_t i) { y[i] = convert_to<S>((widen(x[i]) - mean) * inv_std * a.gamma[i] + a.beta[i]); });
         if (first_lane()) {
             a.mean[row] = mean;
             a.inv_std[row] = inv_std;
@@ -299,7 +298,8 @@ __device__ void layer_norm_parameters_tangent(const LayerNormParametersTangentAr
     sum_columns<2, T>(a.partials, a.rows, a.channels, [&](uint32_t row, uint32_t c, T(&sums)[2]) {
         const uint64_t place = uint64_t(row) * a.channels + c;
         const T inv_std = a.inv_std[row], normal = (widen(a.x[place]) - a.mean[row]) * inv_std;
-        const T normal_tangent = inv_std * (widen(a.x_tangent[place]) - a.moved_mean[row] - normal * a.moved_scale[row]);
+        const T normal_tangent =
+            inv_std * (widen(a.x_tangent[place]) - a.moved_mean[row] - normal * a.moved_scale[row]);
         const T dy_tangent = widen(a.dy_tangent[place]);
         sums[0] += dy_tangent * normal + widen(a.dy[place]) * normal_tangent;
         sums[1] += dy_tangent;
