@@ -22,6 +22,7 @@ STREAMS = r"(perturb|perturb_linf)_f32_\w+|(sgd|adamw)\d_f32"
 STREAMS += r"|(squares|products|check_finite|finish_gradient|commit|axpy)_f32"
 STREAMS += r"|finish_scaled_gradient|convert_f32_\w+"
 STREAMS += r"|unscale|rounded_difference_\w+|(relu|relu_backward|add|add_to|average_pool|shortcut)_\w+"
+STREAMS += r"|(bias|bias_slope|bias_curve|embed_tokens|embed_tokens_backward)_\w+"
 STREAMS += r"|batch_norm_(moments|normalize|sums|input)_f32"
 # Every kernel whose name matches the first pattern must have an instruction that matches the second.
 RULES = [

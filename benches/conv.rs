@@ -116,7 +116,7 @@ fn layers<S: Compute>(criterion: &mut Criterion, name: &str, device: &Device) {
     group.measurement_time(Duration::from_millis(milliseconds));
     for (size, in_channels, out_channels, kernel, stride) in LAYERS {
         let (batch, height, width, padding) = (BATCH, size, size, kernel / 2);
-        let shape = ConvShape { batch, height, width, in_channels, out_channels, kernel, stride, padding };
+        let shape = ConvShape { batch, height, width, in_channels, out_channels, kernel, stride, padding, groups: 1 };
         let mut layer = Layer::<S>::new(device, shape).expect("memory for one layer");
         group.throughput(Throughput::Elements(2 * shape.macs()));
         for pass in ["forward", "input gradient", "weight gradient"] {

@@ -25,7 +25,7 @@ const BATCH: usize = 128;
 /// A 3×3 convolution on images of `size`×`size`.
 fn layer(size: usize, in_channels: usize, out_channels: usize) -> ConvShape {
     let (height, width, kernel) = (size, size, 3);
-    ConvShape { batch: BATCH, height, width, in_channels, out_channels, kernel, stride: 1, padding: 1 }
+    ConvShape { batch: BATCH, height, width, in_channels, out_channels, kernel, stride: 1, padding: 1, groups: 1 }
 }
 
 /// Times `work`, which is called with true for fused stages and with false for separate ones.

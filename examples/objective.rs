@@ -76,8 +76,9 @@ fn main() -> Result<()> {
     let start = [0.0f32; WEIGHTS];
     let before = loss_at(&mut objective, &start)?;
     println!("loss at the start: {before:.4}");
-    for method in METHODS {
-        let base = if method.base == Some("adamw") { Base::ADAMW } else { Base::sgd(0.9) };
+    // Muon is for weights with matrices among them.
+    for method in METHODS.iter().filter(|method| method.base != Some("muon")) {
+        let base = method.base.and_then(Base::from_name).unwrap_or(Base::sgd(0.9));
         let mut optimizer = Optimizer::new(&device, WEIGHTS, Settings::boxed((method.new)(), base))?;
         let mut weights = device.upload(&start)?;
         for _ in 0..500 {

@@ -5,10 +5,10 @@
 //   input gradient:   rows = input pixels of a class,  columns = in channels,  depth = the class's taps x out channels
 //   weight gradient:  rows = taps x in channels,       columns = out channels, depth = output pixels
 //
-// With a stride, the pixels of the input form stride x stride parity classes, each with its own taps. blockIdx.z is the
-// class, and no zeros between the pixels of the output gradient are multiplied. The weight gradient splits its depth
-// over blockIdx.z into partial sums, which a second kernel (gradient.cu) adds in a fixed order, so that the bits are
-// always the same.
+// blockIdx.y is the group of channels. With a stride, the pixels of the input form stride x stride parity classes, each
+// with its own taps. blockIdx.z is the class, and no zeros between the pixels of the output gradient are multiplied.
+// The weight gradient splits its depth over blockIdx.z into partial sums, which a second kernel (gradient.cu) adds in a
+// fixed order, so that the bits are always the same.
 //
 // A block of kBlockThreads threads computes a tile. Its operands pass through shared memory, DEPTH at a time, while the
 // next ones are loaded into registers. Each thread holds a square of accumulators.
@@ -168,14 +168,14 @@ struct ForwardProblem {
     using Left = ThreadPacks<Tile::ROWS, Tile::DEPTH, LEFT_ALONG_DEPTH>;
     const Windows<T> windows;
     const T* weight;
-    int columns;
+    int columns, pitch;
     bool wide_right;
     Place places[Left::COUNT];
 
     __device__ __forceinline__ Pack<T, 4> left(int i, int k) const { return windows.template pack<4>(places[i], k); }
     __device__ __forceinline__ Pack<T, 4> right(int column, int k) const {
         if (k >= windows.depth) return {};
-        return row_pack<4>(weight + int64_t(k) * columns, column, columns, wide_right);
+        return row_pack<4>(weight + int64_t(k) * pitch, column, columns, wide_right);
     }
 };
 
@@ -188,9 +188,12 @@ __device__ __forceinline__ void forward(const ConvArgs<T>& a) {
     const int pixels = s.batch * s.out_height * s.out_width;
     const Raster raster(s.out_height, s.out_width);
     const Corner<Tile> corner(s.out_channels);
-    Problem problem{Windows<T>(a.left, s.height, s.width, s.in_channels, s.kernel, s.kernel, a.wide_left != 0),
-                    a.right,
+    const int first_out = int(blockIdx.y) * s.out_channels;
+    Problem problem{Windows<T>(a.left + int(blockIdx.y) * s.in_channels, s.height, s.width, s.in_channels, s.in_pitch,
+                               s.kernel, s.kernel, a.wide_left != 0),
+                    a.right + first_out,
                     s.out_channels,
+                    s.out_pitch,
                     a.wide_right != 0,
                     {}};
     POLDER_UNROLL
@@ -207,7 +210,7 @@ __device__ __forceinline__ void forward(const ConvArgs<T>& a) {
     for (int i = 0; i < Tile::THREAD_ROWS; ++i) {
         const int pixel = corner.row + tile_row<Tile>(i);
         if (pixel >= pixels) continue;
-        write_row<Tile>(a.out + int64_t(pixel) * s.out_channels, corner.column, s.out_channels, sum[i],
+        write_row<Tile>(a.out + int64_t(pixel) * s.out_pitch + first_out, corner.column, s.out_channels, sum[i],
                         a.accumulate != 0, a.wide_out != 0);
     }
 }
@@ -240,10 +243,12 @@ __device__ __forceinline__ void input_gradient(const ConvArgs<T>& a) {
     const Corner<Tile> corner(s.in_channels);
     if (corner.row >= pixels) return;
     const Raster raster(rows.extent, columns.extent);
-    Problem problem{
-        Windows<T>(a.left, s.out_height, s.out_width, s.out_channels, rows.taps, columns.taps, a.wide_left != 0),
-        ClassWeights<T>(a.right, s, rows, columns, a.wide_right != 0),
-        {}};
+    const int first_out = int(blockIdx.y) * s.out_channels;
+    T* const out = a.out + int(blockIdx.y) * s.in_channels;
+    Problem problem{Windows<T>(a.left + first_out, s.out_height, s.out_width, s.out_channels, s.out_pitch, rows.taps,
+                               columns.taps, a.wide_left != 0),
+                    ClassWeights<T>(a.right + first_out, s, rows, columns, a.wide_right != 0),
+                    {}};
     POLDER_UNROLL
     for (int i = 0; i < Problem::Left::COUNT; ++i) {
         const int number = corner.row + Problem::Left::at(i);
@@ -260,8 +265,8 @@ __device__ __forceinline__ void input_gradient(const ConvArgs<T>& a) {
         if (number >= pixels) continue;
         const Pixel pixel = raster.pixel(number);
         const int row = pixel.row * s.stride + row_remainder, column = pixel.column * s.stride + column_remainder;
-        write_row<Tile>(a.out + (int64_t(pixel.image * s.height + row) * s.width + column) * s.in_channels,
-                        corner.column, s.in_channels, sum[i], a.accumulate != 0, a.wide_out != 0);
+        write_row<Tile>(out + (int64_t(pixel.image * s.height + row) * s.width + column) * s.in_pitch, corner.column,
+                        s.in_channels, sum[i], a.accumulate != 0, a.wide_out != 0);
     }
 }
 
@@ -273,7 +278,7 @@ struct WeightGradientProblem {
     const Windows<T> windows;
     const T* dy;
     Raster raster;
-    int stride, padding, columns, end, first;  // end: of the depth; first: the row of the thread's packs
+    int stride, padding, columns, pitch, end, first;  // end: of the depth; first: the row of the thread's packs
     bool wide_right;
 
     __device__ __forceinline__ Pack<T, 4> left(int, int number) const {
@@ -284,7 +289,7 @@ struct WeightGradientProblem {
     }
     __device__ __forceinline__ Pack<T, 4> right(int column, int number) const {
         if (number >= end) return {};
-        return row_pack<4>(dy + int64_t(number) * columns, column, columns, wide_right);
+        return row_pack<4>(dy + int64_t(number) * pitch, column, columns, wide_right);
     }
 };
 
@@ -298,24 +303,27 @@ __device__ __forceinline__ void weight_gradient(const ConvArgs<T>& a) {
     const int begin = int(int64_t(pixels) * blockIdx.z / a.splits),
               end = int(int64_t(pixels) * (blockIdx.z + 1) / a.splits);
     const Corner<Tile> corner(s.out_channels);
-    const Problem problem{Windows<T>(a.left, s.height, s.width, s.in_channels, s.kernel, s.kernel, a.wide_left != 0),
-                          a.right,
+    const int first_out = int(blockIdx.y) * s.out_channels;
+    const Problem problem{Windows<T>(a.left + int(blockIdx.y) * s.in_channels, s.height, s.width, s.in_channels,
+                                     s.in_pitch, s.kernel, s.kernel, a.wide_left != 0),
+                          a.right + first_out,
                           Raster(s.out_height, s.out_width),
                           s.stride,
                           s.padding,
                           s.out_channels,
+                          s.out_pitch,
                           end,
                           corner.row + Left::at(0),
                           a.wide_right != 0};
     T sum[Tile::THREAD_ROWS][Tile::THREAD_COLUMNS] = {};
     multiply<Tile>(problem, corner.column, begin, end, sum);
     const int rows = problem.windows.depth;
-    T* out = a.out + int64_t(blockIdx.z) * rows * s.out_channels;
+    T* out = a.out + int64_t(blockIdx.z) * rows * s.out_pitch + first_out;
     POLDER_UNROLL
     for (int i = 0; i < Tile::THREAD_ROWS; ++i) {
         const int row = corner.row + tile_row<Tile>(i);
         if (row >= rows) continue;
-        write_row<Tile>(out + int64_t(row) * s.out_channels, corner.column, s.out_channels, sum[i], a.accumulate != 0,
+        write_row<Tile>(out + int64_t(row) * s.out_pitch, corner.column, s.out_channels, sum[i], a.accumulate != 0,
                         a.wide_out != 0);
     }
 }

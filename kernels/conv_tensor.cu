@@ -5,8 +5,9 @@
 //   input gradient:   rows = input pixels of a class,  columns = in channels,  depth = the class's taps x out channels
 //   weight gradient:  rows = taps x in channels,       columns = out channels, depth = output pixels
 //
-// blockIdx.z is the parity class of the input gradient, or the split of the weight gradient's depth. Products are
-// summed in f32; y and dx are rounded once, at the end, and the weight gradient stays in f32.
+// blockIdx.y is the group of channels. blockIdx.z is the parity class of the input gradient, or the split of the weight
+// gradient's depth. Products are summed in f32; y and dx are rounded once, at the end, and the weight gradient stays in
+// f32.
 //
 // An operand moves from memory to the tensor cores in three steps.
 //
@@ -242,23 +243,23 @@ struct WindowColumns {
     }
 };
 
-/// A matrix [depth][columns]: the weights of the forward, or the output gradient, whose depth is the pixels up to
-/// `end`.
+/// Some columns of a matrix [depth][pitch]: the weights of the forward, or the output gradient, whose depth is the
+/// pixels up to `end`.
 template <class Columns, class T>
 struct Matrix {
     static constexpr bool READ_AGAIN = false;
     const T* tensor;
     bool wide;
-    int columns, end;
+    int columns, pitch, end;
 
     struct Nothing {};
     __device__ __forceinline__ Nothing share(int) const { return {}; }
     __device__ __forceinline__ Found find(int, Nothing, int column, int depth) const {
-        return {column < columns && depth < end, int32_t(uint32_t(depth) * columns + column)};
+        return {column < columns && depth < end, int32_t(uint32_t(depth) * pitch + column)};
     }
     __device__ __forceinline__ Pack<T, Columns::CHUNK> pack(int, int column, int depth) const {
         if (depth >= end) return {};
-        return row_pack<Columns::CHUNK>(tensor + int64_t(depth) * columns, column, columns, wide);
+        return row_pack<Columns::CHUNK>(tensor + int64_t(depth) * pitch, column, columns, wide);
     }
 };
 
@@ -279,7 +280,7 @@ struct ClassMatrix {
     }
     __device__ __forceinline__ Found find(int, uint32_t offset, int channel, int depth) const {
         return {channel < weights.channels && depth < weights.depth,
-                int32_t(offset + uint32_t(channel) * weights.out_channels)};
+                int32_t(offset + uint32_t(channel) * weights.pitch)};
     }
     __device__ __forceinline__ Pack<T, Columns::CHUNK> pack(int, int channel, int depth) const {
         return weights.template pack<Columns::CHUNK>(channel, depth);
@@ -679,8 +680,9 @@ __device__ __forceinline__ void forward(const ConvArgs<T>& a) {
     const int pixels = s.batch * s.out_height * s.out_width;
     const Raster raster(s.out_height, s.out_width);
     const Corner<Tile> corner(s.out_channels);
-    WindowRows<Rows, T> left(
-        Windows<T>(a.left, s.height, s.width, s.in_channels, s.kernel, s.kernel, a.wide_left != 0));
+    const int first_out = int(blockIdx.y) * s.out_channels;
+    WindowRows<Rows, T> left(Windows<T>(a.left + int(blockIdx.y) * s.in_channels, s.height, s.width, s.in_channels,
+                                        s.in_pitch, s.kernel, s.kernel, a.wide_left != 0));
     POLDER_UNROLL
     for (int i = 0; i < Rows::COUNT; ++i) {
         const int number = corner.row + Rows::at(i);
@@ -690,16 +692,17 @@ __device__ __forceinline__ void forward(const ConvArgs<T>& a) {
                                          : left.windows.nowhere();
     }
     const int depth = left.windows.depth;
-    const Matrix<Columns, T> right{a.right, a.wide_right != 0, s.out_channels, depth};
+    const Matrix<Columns, T> right{a.right + first_out, a.wide_right != 0, s.out_channels, s.out_pitch, depth};
     typename Tile::Accumulators sum = {};
     multiply<Tile, T, Rows, Columns>(left, right, corner, 0, depth, sum);
     write<Tile, T>(sum, corner.column, s.out_channels, a.accumulate != 0, a.wide_out != 0, [&](int row) {
-        return corner.row + row < pixels ? a.out + int64_t(corner.row + row) * s.out_channels : nullptr;
+        return corner.row + row < pixels ? a.out + int64_t(corner.row + row) * s.out_pitch + first_out : nullptr;
     });
     if (a.moments == nullptr) return;
     const int rows = pixels - corner.row < Tile::ROWS ? pixels - corner.row : Tile::ROWS;
     const int tile = corner.row / Tile::ROWS, tiles = (pixels + Tile::ROWS - 1) / Tile::ROWS;
-    write_moments<Tile, T>(sum, rows, corner.column, s.out_channels, tile, tiles, a.moments);
+    write_moments<Tile, T>(sum, rows, corner.column, s.out_channels, tile, tiles,
+                           a.moments + int64_t(first_out) * tiles * 2);
 }
 
 template <class T>
@@ -723,8 +726,9 @@ __device__ __forceinline__ void input_gradient(const InputGradientArgs<T>& args)
     const bool normalized = sizeof(T) == 2 && args.norm.tickets != nullptr;
     if (corner.row >= pixels && !normalized) return;
     const Raster raster(max(rows.extent, 1), max(columns.extent, 1));  // a class may have no pixel
-    WindowRows<Rows, T> left(
-        Windows<T>(a.left, s.out_height, s.out_width, s.out_channels, rows.taps, columns.taps, a.wide_left != 0));
+    const int first_out = int(blockIdx.y) * s.out_channels;
+    WindowRows<Rows, T> left(Windows<T>(a.left + first_out, s.out_height, s.out_width, s.out_channels, s.out_pitch,
+                                        rows.taps, columns.taps, a.wide_left != 0));
     POLDER_UNROLL
     for (int i = 0; i < Rows::COUNT; ++i) {
         const int number = corner.row + Rows::at(i);
@@ -733,7 +737,7 @@ __device__ __forceinline__ void input_gradient(const InputGradientArgs<T>& args)
                              ? left.windows.place(pixel.image, pixel.row + rows.first, pixel.column + columns.first)
                              : left.windows.nowhere();
     }
-    const ClassMatrix<Columns, T> right(ClassWeights<T>(a.right, s, rows, columns, a.wide_right != 0));
+    const ClassMatrix<Columns, T> right(ClassWeights<T>(a.right + first_out, s, rows, columns, a.wide_right != 0));
     typename Tile::Accumulators sum = {};
     multiply<Tile, T, Rows, Columns>(left, right, corner, 0, corner.row < pixels ? left.windows.depth : 0, sum);
     // No tensor has 2^31 elements.
@@ -743,24 +747,25 @@ __device__ __forceinline__ void input_gradient(const InputGradientArgs<T>& args)
         const Pixel pixel = raster.pixel(number);
         const int image_row = pixel.row * s.stride + row_remainder,
                   image_column = pixel.column * s.stride + column_remainder;
-        return ((pixel.image * s.height + image_row) * s.width + image_column) * s.in_channels;
+        return ((pixel.image * s.height + image_row) * s.width + image_column) * s.in_pitch;
     };
     if constexpr (sizeof(T) == 2) {
         if (normalized) return write_for_batch_norm<Tile>(sum, args.norm, a.out, corner, a.accumulate != 0, offset_at);
     }
+    T* const out = a.out + int(blockIdx.y) * s.in_channels;
     write<Tile, T>(sum, corner.column, s.in_channels, a.accumulate != 0, a.wide_out != 0, [&](int row) {
         const int offset = offset_at(row);
-        return offset < 0 ? nullptr : a.out + offset;
+        return offset < 0 ? nullptr : out + offset;
     });
 }
 
-/// Finishes the warp's sums if they are a complete weight gradient, and leaves the block's sums of squares, [row
-/// tiles][groups of kSquareColumns columns]. They are first summed over lines of rows, and then over the lines in
-/// order, so that their bits do not depend on the tile. If a gradient is finite, sums beyond the end of the product are
-/// zero.
+/// Finishes the warp's sums if they are a complete weight gradient, and leaves the block's sums of squares, [group of
+/// channels][row tiles][groups of kSquareColumns columns]. They are first summed over lines of rows, and then over the
+/// lines in order, so that their bits do not depend on the tile. If a gradient is finite, sums beyond the end of the
+/// product are zero.
 template <class Tile>
 __device__ __forceinline__ void finish_sums(typename Tile::Accumulators& sum, const FinishArgs& a,
-                                            const Corner<Tile>& corner, int columns) {
+                                            const Corner<Tile>& corner, int columns, int row_tiles) {
     constexpr int LINES = Tile::ROWS / LINE_ROWS, GROUPS = Tile::COLUMNS / kSquareColumns;
     constexpr int COUNT = Tile::WARP_COLUMNS / kSquareColumns, FRAGMENTS = LINE_ROWS / 16;
     POLDER_DYNAMIC_SHARED(double, shared);  // [LINES][GROUPS]
@@ -794,7 +799,7 @@ __device__ __forceinline__ void finish_sums(typename Tile::Accumulators& sum, co
     double total = 0.0;
     POLDER_UNROLL
     for (int of = 0; of < LINES; ++of) total += shared[of * GROUPS + group];
-    a.squares[int64_t(corner.row / Tile::ROWS) * groups + first + group] = total;
+    a.squares[(int64_t(blockIdx.y) * row_tiles + corner.row / Tile::ROWS) * groups + first + group] = total;
 }
 
 template <class T>
@@ -814,16 +819,20 @@ __device__ __forceinline__ void weight_gradient(const WeightGradientArgs<T>& arg
     const int begin = int(int64_t(pixels) * blockIdx.z / a.splits),
               end = int(int64_t(pixels) * (blockIdx.z + 1) / a.splits);
     const Corner<Tile> corner(s.out_channels);
-    const WindowColumns<Rows, T> left(
-        Windows<T>(a.left, s.height, s.width, s.in_channels, s.kernel, s.kernel, a.wide_left != 0), s, corner.row, end);
-    const Matrix<Columns, T> right{a.right, a.wide_right != 0, s.out_channels, end};
+    const int first_out = int(blockIdx.y) * s.out_channels;
+    const WindowColumns<Rows, T> left(Windows<T>(a.left + int(blockIdx.y) * s.in_channels, s.height, s.width,
+                                                 s.in_channels, s.in_pitch, s.kernel, s.kernel, a.wide_left != 0),
+                                      s, corner.row, end);
+    const Matrix<Columns, T> right{a.right + first_out, a.wide_right != 0, s.out_channels, s.out_pitch, end};
     typename Tile::Accumulators sum = {};
     multiply<Tile, T, Rows, Columns>(left, right, corner, begin, end, sum);
-    if (args.finish.flag != nullptr) finish_sums<Tile>(sum, args.finish, corner, s.out_channels);
     const int rows = left.windows.depth;
-    float* out = a.out + int64_t(blockIdx.z) * rows * s.out_channels;
+    if (args.finish.flag != nullptr) {
+        finish_sums<Tile>(sum, args.finish, corner, s.out_channels, (rows + Tile::ROWS - 1) / Tile::ROWS);
+    }
+    float* out = a.out + int64_t(blockIdx.z) * rows * s.out_pitch + first_out;
     write<Tile, float>(sum, corner.column, s.out_channels, a.accumulate != 0, a.wide_out != 0, [&](int row) {
-        return corner.row + row < rows ? out + int64_t(corner.row + row) * s.out_channels : nullptr;
+        return corner.row + row < rows ? out + int64_t(corner.row + row) * s.out_pitch : nullptr;
     });
 }
 

@@ -8,6 +8,7 @@
 #include "include/combination.cuh"
 #include "include/finish.cuh"
 #include "include/reduce.cuh"
+#include "include/update.cuh"
 
 namespace {
 
@@ -399,12 +400,6 @@ struct SgdArgs {
     uint32_t nesterov;
 };
 
-/// The learning rate: a number, or so many times one on the device.
-template <class Args>
-__device__ __forceinline__ double learning_rate(const Args& a) {
-    return a.lr_on_device != nullptr ? a.lr * *a.lr_on_device : a.lr;
-}
-
 template <class T, int N, bool NESTEROV>
 __device__ __forceinline__ void sgd_by(const SgdArgs<T>& a) {
     const Combined<T, N> gradient(a.combination);
@@ -449,20 +444,6 @@ struct AdamWArgs {
     uint64_t n, decay_len;
     double lr, beta1, beta2, eps, weight_decay;
 };
-
-// C has a name for each precision: `sqrt` would convert to double on the CPU.
-__device__ __forceinline__ float square_root(float x) { return sqrtf(x); }
-[[maybe_unused]] __device__ __forceinline__ double square_root(double x) { return sqrt(x); }
-
-/// base^exponent by squaring: the same on every device.
-__device__ __forceinline__ double power(double base, uint32_t exponent) {
-    double result = 1.0;
-    for (; exponent != 0; exponent >>= 1) {
-        if (exponent & 1u) result *= base;
-        base *= base;
-    }
-    return result;
-}
 
 /// m = β1 m + (1 − β1) g; v = β2 v + (1 − β2) g²; w = (1 − ηλ) w − η/(1 − β1^t) m / (sqrt(v)/sqrt(1 − β2^t) + eps)
 template <class T, int N>

@@ -29,11 +29,26 @@ pub enum TensorKind {
         /// Output features.
         outputs: usize,
     },
+    /// The weight of a linear layer over every token or pixel, which convolutions compute: `[in][out]` here, `[out][in]`
+    /// in files.
+    Projection {
+        /// Input channels.
+        inputs: usize,
+        /// Output channels.
+        outputs: usize,
+    },
     /// A bias of this many features.
     Bias(usize),
-    /// Batch norm's scale γ.
+    /// Numbers that are added to tokens: `[1, tokens, channels]` in files.
+    Tokens {
+        /// Tokens.
+        tokens: usize,
+        /// Numbers of a token.
+        channels: usize,
+    },
+    /// The scale γ of batch norm or layer norm.
     Scale(usize),
-    /// Batch norm's shift β.
+    /// The shift β of batch norm or layer norm.
     Shift(usize),
     /// Batch norm's running mean, a statistic.
     RunningMean(usize),
@@ -46,7 +61,8 @@ impl TensorKind {
     pub fn len(self) -> usize {
         match self {
             TensorKind::Convolution { kernel, inputs, outputs } => kernel * kernel * inputs * outputs,
-            TensorKind::Linear { inputs, outputs } => inputs * outputs,
+            TensorKind::Linear { inputs, outputs } | TensorKind::Projection { inputs, outputs } => inputs * outputs,
+            TensorKind::Tokens { tokens, channels } => tokens * channels,
             TensorKind::Bias(n)
             | TensorKind::Scale(n)
             | TensorKind::Shift(n)
@@ -73,9 +89,12 @@ impl TensorKind {
     /// Its place in the order of an arena: 0 for weights, 1 for the parameters of normalisation, 2 for all others.
     fn part(self) -> usize {
         match self {
-            TensorKind::Convolution { .. } | TensorKind::Linear { .. } => 0,
+            TensorKind::Convolution { .. } | TensorKind::Linear { .. } | TensorKind::Projection { .. } => 0,
             TensorKind::Scale(_) | TensorKind::Shift(_) => 1,
-            TensorKind::Bias(_) | TensorKind::RunningMean(_) | TensorKind::RunningVar(_) => 2,
+            TensorKind::Bias(_)
+            | TensorKind::Tokens { .. }
+            | TensorKind::RunningMean(_)
+            | TensorKind::RunningVar(_) => 2,
         }
     }
 
@@ -83,7 +102,9 @@ impl TensorKind {
     /// tensors have none.
     pub(crate) fn outputs(self) -> Option<usize> {
         match self {
-            TensorKind::Convolution { outputs, .. } | TensorKind::Linear { outputs, .. } => Some(outputs),
+            TensorKind::Convolution { outputs, .. }
+            | TensorKind::Linear { outputs, .. }
+            | TensorKind::Projection { outputs, .. } => Some(outputs),
             _ => None,
         }
     }
@@ -92,7 +113,10 @@ impl TensorKind {
     pub fn file_shape(self) -> Vec<usize> {
         match self {
             TensorKind::Convolution { kernel, inputs, outputs } => vec![outputs, inputs, kernel, kernel],
-            TensorKind::Linear { inputs, outputs } => vec![outputs, inputs],
+            TensorKind::Linear { inputs, outputs } | TensorKind::Projection { inputs, outputs } => {
+                vec![outputs, inputs]
+            }
+            TensorKind::Tokens { tokens, channels } => vec![1, tokens, channels],
             other => vec![other.len()],
         }
     }
@@ -105,7 +129,9 @@ impl TensorKind {
                 let (input, output) = (index / taps % inputs, index / taps / inputs);
                 (tap * inputs + input) * outputs + output
             }
-            TensorKind::Linear { inputs, outputs } => index % inputs * outputs + index / inputs,
+            TensorKind::Linear { inputs, outputs } | TensorKind::Projection { inputs, outputs } => {
+                index % inputs * outputs + index / inputs
+            }
             _ => index,
         }
     }
@@ -133,6 +159,11 @@ pub enum Initial {
         /// Kernel height · kernel width · input channels, or the same with output channels.
         fan: usize,
     },
+    /// Normal with mean 0.
+    Normal {
+        /// Standard deviation.
+        std: f32,
+    },
     /// Uniform within `±1/√fan_in`, as PyTorch starts linear layers and their biases.
     Uniform {
         /// Inputs of one output.
@@ -159,6 +190,24 @@ impl Tensor {
     /// Its elements in the arena.
     pub fn range(&self) -> Range<usize> {
         self.offset..self.offset + self.kind.len()
+    }
+}
+
+/// A matrix in a vector of weights, stored row by row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Matrix {
+    /// Its first element.
+    pub offset: usize,
+    /// Number of rows.
+    pub rows: usize,
+    /// Number of columns.
+    pub columns: usize,
+}
+
+impl Matrix {
+    /// Its elements in the vector.
+    pub fn range(&self) -> Range<usize> {
+        self.offset..self.offset + self.rows * self.columns
     }
 }
 
@@ -211,7 +260,7 @@ impl Layout {
         self.weights_len
     }
 
-    /// Where the parameters of normalisation lie, γ and β of batch norm. Empty if there are none.
+    /// Where the parameters of normalisation lie, γ and β. Empty if there are none.
     pub fn normalisation(&self) -> Range<usize> {
         self.weights_len..self.normalisation_end
     }
@@ -224,6 +273,25 @@ impl Layout {
     /// The tensors in the order of files.
     pub fn tensors(&self) -> &[Tensor] {
         &self.tensors
+    }
+
+    /// The last linear layer's weight: the classifier.
+    pub fn classifier(&self) -> Option<&Tensor> {
+        self.tensors.iter().rev().find(|tensor| matches!(tensor.kind, TensorKind::Linear { .. }))
+    }
+
+    /// The matrices between the activations: the weights of convolutions, with a column for each output channel, and of
+    /// linear layers, but for the [classifier](Layout::classifier). In the order of their places.
+    pub fn hidden_matrices(&self) -> Vec<Matrix> {
+        let classifier = self.classifier().map(|tensor| tensor.offset);
+        let hidden = self.tensors.iter().filter(|tensor| Some(tensor.offset) != classifier);
+        let matrix = |tensor: &Tensor| {
+            let columns = tensor.kind.outputs()?;
+            Some(Matrix { offset: tensor.offset, rows: tensor.kind.len() / columns, columns })
+        };
+        let mut matrices: Vec<Matrix> = hidden.filter_map(matrix).collect();
+        matrices.sort_by_key(|matrix| matrix.offset);
+        matrices
     }
 
     /// The gaps between the tensors, and behind the last.
@@ -253,6 +321,21 @@ mod tests {
         assert_eq!(offsets, [0, 256, 192]);
         assert_eq!((layout.len(), layout.weights_len(), layout.parameters()), (320, 256, 135 + 5 + 35));
         assert_eq!(layout.padding(), [135..192, 227..256, 261..320]);
+    }
+
+    #[test]
+    fn hidden_matrices_are_all_weights_but_the_last_linear_layer() {
+        let initial = Initial::Constant(0.0);
+        let layout = Layout::new(vec![
+            ("conv.weight".into(), TensorKind::Convolution { kernel: 3, inputs: 3, outputs: 5 }, initial),
+            ("conv.bias".into(), TensorKind::Bias(5), initial),
+            ("fc1.weight".into(), TensorKind::Linear { inputs: 5, outputs: 7 }, initial),
+            ("fc2.weight".into(), TensorKind::Linear { inputs: 7, outputs: 2 }, initial),
+        ]);
+        let matrices = [(0, 27, 5), (192, 5, 7)].map(|(offset, rows, columns)| Matrix { offset, rows, columns });
+        assert_eq!(layout.hidden_matrices(), matrices);
+        assert_eq!(layout.hidden_matrices()[0].range(), 0..135);
+        assert_eq!(Layout::default().hidden_matrices(), []);
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! The command line: `polder train`, `sweep`, `eval`, `curvature`, `landscape`, `picture`, `report`, `devices`,
-//! `models`, `recipes`, `completions`, `man`.
+//! The command line: `polder train`, `sweep`, `eval`, `corrupt`, `curvature`, `landscape`, `picture`, `report`,
+//! `devices`, `models`, `recipes`, `completions`, `man`.
 //!
 //! Exit codes: 0 done; 1 the machine failed, or a loss diverged; 2 bad usage or input, reported in one line; 130 a
 //! run or a landscape was interrupted, with everything saved.
@@ -10,7 +10,8 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use commands::{
-    curvature, devices, eval, flags, landscape, manual, models, picture, recipes, report, sweep, tell_error, train,
+    corrupt, curvature, devices, eval, flags, landscape, manual, models, picture, recipes, report, sweep, tell_error,
+    train,
 };
 
 /// Sharpness-aware training on hand-written kernels, on the CPU or on a GPU.
@@ -32,6 +33,9 @@ enum Command {
     /// Measure loss and accuracy of trained weights
     #[command(allow_negative_numbers = true)]
     Eval(eval::EvalArgs),
+    /// Write corrupted test images in the layout of CIFAR-10-C, for eval --corruption
+    #[command(allow_negative_numbers = true)]
+    Corrupt(corrupt::CorruptArgs),
     /// Measure how flat the loss is around trained weights
     #[command(allow_negative_numbers = true)]
     Curvature(curvature::CurvatureArgs),
@@ -106,6 +110,7 @@ fn main() -> ExitCode {
         Command::Train(args) => train::run(*args),
         Command::Sweep(args) => sweep::run(&args),
         Command::Eval(args) => eval::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Corrupt(args) => corrupt::run(&args),
         Command::Curvature(args) => curvature::run(&args),
         Command::Landscape(args) => landscape::run(&args),
         Command::Picture(args) => picture::run(&args).map(|()| ExitCode::SUCCESS),

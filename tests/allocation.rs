@@ -75,7 +75,7 @@ fn steps_and_products_after_the_first_allocate_nothing() {
         return;
     }
     let methods = [AnyMethod::PLAIN, AnyMethod::sam(0.05), CrSam::default().into()];
-    let bases = [Base::Sgd { momentum: 0.9, nesterov: false }, Base::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 }];
+    let bases = [Base::sgd(0.9), Base::ADAMW, Base::MUON];
     count::<f32>(&methods, &bases);
     count::<f16>(&methods, &bases);
     a_thousand_probes_take_the_memory_of_two();
@@ -151,7 +151,8 @@ fn count<S: Compute<Master = f32>>(methods: &[AnyMethod], bases: &[Base]) {
             let mut plan = Plan::<S>::new(&device, graph, logits, PlanOptions::training()).unwrap();
             let len = plan.parameters().len();
             let mut weights = device.upload(&initial_weights(plan.parameters(), 1).unwrap()).unwrap();
-            let settings = Settings { weight_decay: 5e-4, decay_len: len, ..method.over(*base) };
+            let matrices = plan.parameters().hidden_matrices();
+            let settings = Settings { weight_decay: 5e-4, decay_len: len, matrices, ..method.over(*base) };
             let mut optimizer = Optimizer::new(&device, len, settings).unwrap();
             let mut accumulator = Accumulator::new(&device, len, 2).unwrap();
             let pixels: Vec<u8> = (0..64 * side * side * 3).map(|i| (i * 7919 % 251) as u8).collect();
@@ -160,7 +161,7 @@ fn count<S: Compute<Master = f32>>(methods: &[AnyMethod], bases: &[Base]) {
             let steps = allocations_after_the_first(&device, |counter| {
                 let normalization = Normalization { mean: [0.5; 4], std: [0.25; 4] };
                 let shape = BatchShape { batch, height: side, width: side, channels: 3 };
-                let augment = Some(Augment { pad: 4, flip: true, cutout: 0, seed: 1, counter });
+                let augment = Some(Augment { pad: 4, flip: true, seed: 1, counter, ..Augment::default() });
                 let (out, truth) = plan.batch_mut().unwrap();
                 let (pixels, labels, start) = (pixels.view(), labels.view(), Position::default());
                 image::batch(&shape, pixels, labels, order.view(), start, &normalization, augment, out, truth).unwrap();

@@ -134,6 +134,9 @@ fn a_resumed_run_ends_with_the_same_bits() {
         ("msam", "f32"),
         ("r-sam", "f32"),
         ("sam", "f16"),
+        ("muon", "f32"),
+        ("sassha", "f16"),
+        ("sampa", "f16"),
     ];
     for (optimizer, precision) in runs {
         let common = [
@@ -195,7 +198,7 @@ fn replayed_steps_are_the_steps_themselves() {
     let folder = tempfile::tempdir().unwrap();
     let data = idx_folder(folder.path());
     let data = data.to_str().unwrap();
-    let runs: [&[&str]; 13] = [
+    let runs: [&[&str]; 17] = [
         &["--optimizer", "sgd"],
         &["--optimizer", "adamw", "--precision", "bf16"],
         &["--optimizer", "sam", "--precision", "f16", "--warmup", "5"],
@@ -209,6 +212,10 @@ fn replayed_steps_are_the_steps_themselves() {
         &["--optimizer", "msam", "--base", "adamw"],
         &["--optimizer", "wsam"],
         &["--optimizer", "wsam", "--m-sharpness", "8", "--gamma", "0.6"],
+        &["--optimizer", "asam", "--base", "muon", "--clip", "0.5"],
+        &["--optimizer", "sassha", "--every", "1"],
+        &["--optimizer", "sampa", "--mixup", "0.2"],
+        &["--optimizer", "sampa", "--precision", "f16", "--base", "adamw"],
     ];
     for (number, run) in runs.into_iter().enumerate() {
         let model = |name: &str, steps: &str, extra: &[&str]| {
@@ -445,6 +452,15 @@ fn the_best_epoch_on_held_out_images_is_evaluated() {
     says(&["train", "--mixup", "9"], &["--mixup", "above 0, at most 8"]);
     says(&["train", "--cutmix", "0"], &["--cutmix", "above 0, at most 8"]);
     says(&["train", "--cutout", "65536"], &["--cutout", "at most 65535"]);
+    says(&["train", "--erasing", "1.5"], &["--erasing", "from 0 to 1"]);
+    says(&["train", "--random-resized-crop", "0"], &["--random-resized-crop", "above 0, at most 1"]);
+    says(&["train", "--auto-augment", "svhn"], &["--auto-augment", "cifar10"]);
+    says(&["train", "--rand-augment", "2"], &["--rand-augment", "two whole numbers"]);
+    says(&["train", "--rand-augment", "2.5,9"], &["--rand-augment", "two whole numbers"]);
+    says(&["train", "--rand-augment", "2,31"], &["--rand-augment", "M from 0 to 30"]);
+    says(&["train", "--auto-augment", "cifar10", "--rand-augment", "2,9"], &["--rand-augment", "--auto-augment"]);
+    says(&["train", "--color-jitter", "0.4,0.4,0.4"], &["--color-jitter", "four numbers"]);
+    says(&["train", "--color-jitter", "0.4,0.4,0.4,0.6"], &["--color-jitter", "at most 0.5"]);
 }
 
 /// Weights of a model with other classes, without its last layer.
@@ -1723,6 +1739,63 @@ fn corrupted_images_are_evaluated_by_corruption_and_severity() {
     assert!(message.contains("--data: missing; --corruption needs"), "{message}");
     let message = mistake(&[&eval[..], &["--corruption", "fog", "--image-size", "8"]].concat());
     assert!(message.contains("--image-size: has no effect with --corruption"), "{message}");
+}
+
+/// Corrupted images of a data set are what `eval --corruption` reads.
+#[test]
+fn corrupted_images_are_written_as_they_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let (data, out) = (path("data"), path("out"));
+    std::fs::create_dir(&data).unwrap();
+    let found = polder::data::synthetic(&Default::default()).unwrap();
+    for (split, images) in [("train", &found.train), ("test", &found.test)] {
+        let labels: Vec<u8> = images.labels[..6].iter().map(|&label| label as u8).collect();
+        let file = |kind: &str| Path::new(&data).join(format!("{split}_{kind}.npy"));
+        write_bytes(&file("images"), &[6, 32, 32, 3], &images.pixels[..6 * 3072]);
+        write_bytes(&file("labels"), &[6], &labels);
+    }
+    let corrupt = ["corrupt", "--data", &data, "--seed", "4"];
+    let done = polder(&[&corrupt[..], &["--out", &out]].concat());
+    assert!(done.status.success(), "{done:?}");
+    let corrupted = polder::data::Corrupted::open(Path::new(&out)).unwrap();
+    let names: Vec<&str> = polder::data::CORRUPTIONS.iter().map(|corruption| corruption.name).collect();
+    let mut sorted = [corrupted.names.clone(), names.iter().map(|name| name.to_string()).collect()];
+    sorted.iter_mut().for_each(|names| names.sort());
+    assert_eq!(sorted[0], sorted[1]);
+    let fog = corrupted.read("fog", 5).unwrap().images;
+    assert_eq!(fog.labels, found.test.labels[..6]);
+    // A part of the images and of the corruptions has the same bytes.
+    let part = path("part");
+    let some = ["--corruptions", "fog,contrast", "--samples", "2", "--threads", "1", "--out", &part];
+    assert!(polder(&[&corrupt[..], &some].concat()).status.success());
+    let part = polder::data::Corrupted::open(Path::new(&part)).unwrap();
+    assert_eq!(part.read("fog", 5).unwrap().images.pixels, fog.pixels[..2 * 3072]);
+    for (arguments, words) in [
+        (&["corrupt", "--data", &data, "--out", &out][..], "is not empty"),
+        (&["corrupt", "--data", &data, "--corruptions", "frost", "--out", &path("new")], "--corruptions: frost"),
+        (&["corrupt", "--data", &data, "--samples", "7", "--out", &path("new")], "--samples"),
+        (&["corrupt", "--out", &path("new")], "--data: missing"),
+    ] {
+        let message = mistake(arguments);
+        assert!(message.contains(words), "{arguments:?}: {message}");
+    }
+    assert!(!Path::new(&path("new")).exists());
+}
+
+#[test]
+fn corrupt_refuses_other_images() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let data = path("data");
+    std::fs::create_dir(&data).unwrap();
+    for split in ["train", "test"] {
+        write_bytes(&Path::new(&data).join(format!("{split}_images.npy")), &[2, 8, 8, 3], &[7; 2 * 192]);
+        write_bytes(&Path::new(&data).join(format!("{split}_labels.npy")), &[2], &[0, 1]);
+    }
+    let message = mistake(&["corrupt", "--data", &data, "--out", &path("out")]);
+    assert!(message.contains("--data: images of 8x8x3 in 2 classes, expected 32x32x3"), "{message}");
+    assert!(!Path::new(&path("out")).exists());
 }
 
 #[test]

@@ -35,6 +35,19 @@ constexpr uint64_t kGatherElements = 8192;
 /// The place of a piece that `gather` only reads.
 constexpr uint64_t kGatherStays = 9223372036854775807;
 
+// ---- Muon -----------------------------------------------------------------------------------------------------------
+
+/// Rows and columns of a matrix that a block of `muon_momentum` takes.
+constexpr uint32_t kMuonCopyTile = 64;
+/// Rows and columns of a product that a block computes: on a GPU, and on the CPU.
+constexpr uint32_t kMuonGpuTile = 64;
+constexpr uint32_t kMuonCpuTile = 128;
+/// On the CPU: rows of a register tile, and the depth that is packed at a time.
+constexpr uint32_t kMuonStrip = 6;
+constexpr uint32_t kMuonDepth = 256;
+/// Elements that a block on the CPU packs and sums in its shared memory. The strips of a tile have 132 rows.
+constexpr uint32_t kMuonWork = 132 * 256 + 128 * 256 + 132 * 128;
+
 // ---- Batch normalisation --------------------------------------------------------------------------------------------
 
 /// Rows over which a convolution on tensor cores sums moments: the rows of its tiles.
@@ -65,6 +78,37 @@ constexpr uint32_t kLinearTile = 32;
 constexpr int kMaxImageChannels = 4;
 /// Steps between the quantiles of a distribution that `mix_batch` draws from.
 constexpr uint32_t kQuantiles = 1024;
+
+/// What a step of an augmentation policy does to an image of bytes.
+enum PixelOperation : uint32_t {
+    kPixelIdentity = 0,
+    kPixelAffine = 1,        // shear, translation or rotation: reads the nearest pixel
+    kPixelBrightness = 2,    // a blend with black
+    kPixelColor = 3,         // a blend with its grey values
+    kPixelContrast = 4,      // a blend with its mean grey value
+    kPixelSharpness = 5,     // a blend with its smoothed form
+    kPixelPosterize = 6,     // keeps the upper bits
+    kPixelSolarize = 7,      // inverts values from a threshold on
+    kPixelAutoContrast = 8,  // stretches each channel to the full range
+    kPixelEqualize = 9,      // flattens the histogram of each channel
+    kPixelInvert = 10,
+};
+/// Bytes of shared memory that `augment_batch` takes for the counts and the table of each channel's values.
+constexpr int kAugmentTableBytes = 1280;
+/// Bytes of shared memory that it takes for each row and each column of a resized crop: two weights and a position.
+constexpr int kAugmentTapBytes = 12;
+
+// ---- Attention ------------------------------------------------------------------------------------------------------
+
+/// The most numbers of a head: a multiple of 32.
+constexpr uint32_t kAttentionDepth = 64;
+/// Rows, and columns, of a tile on a GPU and on the CPU. The CPU's sequences mostly fit into one tile.
+constexpr uint32_t kAttentionTile = 32;
+constexpr uint32_t kAttentionHostTile = 96;
+/// Threads of a block on a GPU: each computes 4 x 4 numbers of a tile.
+constexpr uint32_t kAttentionThreads = 64;
+/// Elements that a row of a head takes in shared memory.
+constexpr uint32_t kAttentionRow = 68;
 
 // ---- Convolution ----------------------------------------------------------------------------------------------------
 

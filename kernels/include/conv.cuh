@@ -5,8 +5,12 @@
 
 namespace {
 
+/// Channels are those of one group, and pitches those of all groups. Group number g reads the channels of x from g *
+/// in_channels on, and writes those of y from g * out_channels on. The weights are [kernel row][kernel column][channel
+/// of a group][out channel of all groups].
 struct ConvShape {
     int32_t batch, height, width, in_channels, out_channels, kernel, stride, padding, out_height, out_width;
+    int32_t in_pitch, out_pitch;
 };
 
 /// Operands of type T, a result of type D.
@@ -65,22 +69,23 @@ struct Found {
     int32_t offset;
 };
 
-/// An NHWC tensor [., height, width, channels]. Every row of the product reads a window of taps. The depth runs over
-/// tap rows, tap columns and channels.
+/// Some channels of an NHWC tensor [., height, width, pitch]. Every row of the product reads a window of taps. The
+/// depth runs over tap rows, tap columns and channels.
 template <class T>
 struct Windows {
     const T* tensor;
-    int height, width, channels, depth;
+    int height, width, channels, pitch, depth;
     Divisor by_channels, by_tap_columns;
     bool wide;
 
-    __device__ __forceinline__ Windows(const T* tensor, int height, int width, int channels, int tap_rows,
+    __device__ __forceinline__ Windows(const T* tensor, int height, int width, int channels, int pitch, int tap_rows,
                                        int tap_columns, bool wide)
-        : tensor(tensor), height(height), width(width), channels(channels), depth(tap_rows * tap_columns * channels),
-          by_channels(channels), by_tap_columns(tap_columns > 0 ? tap_columns : 1), wide(wide) {}
+        : tensor(tensor), height(height), width(width), channels(channels), pitch(pitch),
+          depth(tap_rows * tap_columns * channels), by_channels(channels),
+          by_tap_columns(tap_columns > 0 ? tap_columns : 1), wide(wide) {}
 
     __device__ __forceinline__ Place place(int image, int row, int column) const {
-        return {row, column, ((image * height + row) * width + column) * channels};
+        return {row, column, ((image * height + row) * width + column) * pitch};
     }
     /// A window entirely outside.
     __device__ __forceinline__ Place nowhere() const { return {-(1 << 30), 0, 0}; }
@@ -92,7 +97,7 @@ struct Windows {
     }
     __device__ __forceinline__ Place step(int tap, int channel) const {
         const int tap_row = by_tap_columns.quotient(tap), tap_column = tap - tap_row * int(by_tap_columns.divisor);
-        return {tap_row, tap_column, (tap_row * width + tap_column) * channels + channel};
+        return {tap_row, tap_column, (tap_row * width + tap_column) * pitch + channel};
     }
     __device__ __forceinline__ Found find(const Place& at, const Place& step) const {
         return {inside(at.row + step.row, height) && inside(at.column + step.column, width), at.offset + step.offset};
@@ -153,21 +158,21 @@ template <class T>
 struct ClassWeights {
     const T* tensor;
     ParityClass rows, columns;
-    int kernel, stride, channels, out_channels, depth;
+    int kernel, stride, channels, out_channels, pitch, depth;
     Divisor by_out_channels, by_tap_columns;
     bool wide;
 
     __device__ __forceinline__ ClassWeights(const T* tensor, const ConvShape& s, const ParityClass& rows,
                                             const ParityClass& columns, bool wide)
         : tensor(tensor), rows(rows), columns(columns), kernel(s.kernel), stride(s.stride), channels(s.in_channels),
-          out_channels(s.out_channels), depth(rows.taps * columns.taps * s.out_channels),
+          out_channels(s.out_channels), pitch(s.out_pitch), depth(rows.taps * columns.taps * s.out_channels),
           by_out_channels(s.out_channels), by_tap_columns(columns.taps > 0 ? columns.taps : 1), wide(wide) {}
 
     __device__ __forceinline__ uint32_t offset(int tap, int channel, int out) const {
         const int row = by_tap_columns.quotient(tap);
         const int kernel_row = rows.last_tap - row * stride;
         const int kernel_column = columns.last_tap - (tap - row * int(by_tap_columns.divisor)) * stride;
-        return (uint32_t(kernel_row * kernel + kernel_column) * channels + channel) * out_channels + out;
+        return (uint32_t(kernel_row * kernel + kernel_column) * channels + channel) * pitch + out;
     }
     /// The elements k ... k + V - 1 of the depth.
     template <int V>

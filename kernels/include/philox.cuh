@@ -34,6 +34,11 @@ __device__ __forceinline__ PhiloxBlock philox_block(uint64_t seed, uint64_t inde
     return philox({{uint32_t(index), uint32_t(index >> 32), 0, 0}}, uint32_t(seed), uint32_t(seed >> 32));
 }
 
+/// A further block of the same index: each `use` above 0 is a stream of its own.
+__device__ __forceinline__ PhiloxBlock philox_block(uint64_t seed, uint64_t index, uint32_t use) {
+    return philox({{uint32_t(index), uint32_t(index >> 32), use, 0}}, uint32_t(seed), uint32_t(seed >> 32));
+}
+
 /// The word at one position.
 __device__ __forceinline__ uint32_t philox_word(uint64_t seed, uint64_t position) {
     const PhiloxBlock block = philox_block(seed, position / 4);
@@ -49,11 +54,17 @@ __device__ __forceinline__ float exact_add(float a, float b) { return a + b; }
 __device__ __forceinline__ float exact_mul(float a, float b) { return a * b; }
 __device__ __forceinline__ float exact_div(float a, float b) { return a / b; }
 __device__ __forceinline__ float exact_sqrt(float a) { return __builtin_sqrtf(a); }
+__device__ __forceinline__ double exact_add(double a, double b) { return a + b; }
+__device__ __forceinline__ double exact_mul(double a, double b) { return a * b; }
+__device__ __forceinline__ double exact_div(double a, double b) { return a / b; }
 #else
 __device__ __forceinline__ float exact_add(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ float exact_mul(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float exact_div(float a, float b) { return __fdiv_rn(a, b); }
 __device__ __forceinline__ float exact_sqrt(float a) { return __fsqrt_rn(a); }
+__device__ __forceinline__ double exact_add(double a, double b) { return __dadd_rn(a, b); }
+__device__ __forceinline__ double exact_mul(double a, double b) { return __dmul_rn(a, b); }
+__device__ __forceinline__ double exact_div(double a, double b) { return __ddiv_rn(a, b); }
 #endif
 
 /// a b + c in two roundings

@@ -1,5 +1,6 @@
 //! The commands, and what they share: printing, progress bars, signals.
 
+pub mod corrupt;
 pub mod curvature;
 pub mod devices;
 pub mod eval;

@@ -33,6 +33,14 @@ pub enum DataError {
     #[error("{folder}: no {file}, which the {split} split needs")]
     MissingFile { folder: PathBuf, file: String, split: super::Split },
 
+    /// Images of another shape than CIFAR's, which corruptions are defined for.
+    #[error("images of {found}, expected {expected}, for which the corruptions are defined")]
+    NotCifar { found: super::ImageShape, expected: super::ImageShape },
+
+    /// A severity of corruptions that does not exist.
+    #[error("severity {severity}, expected 1 to {}", super::SEVERITIES)]
+    NoSeverity { severity: usize },
+
     /// A hold-out that leaves one of the parts empty.
     #[error("a hold-out of {fraction} of {len} samples leaves a part without any")]
     HoldOut { fraction: f64, len: usize },

@@ -2,16 +2,18 @@
 //!
 //! [`load`] recognises the format of a folder: CIFAR-10 or CIFAR-100 in the binary or the Python version or as an
 //! archive, SVHN, IDX files as MNIST and Fashion-MNIST have them, gzip'd or not, arrays of NumPy, or pictures in a
-//! folder for each class. [`Corrupted`] reads CIFAR-10-C. [`synthetic`](fn@synthetic) generates a set that needs no
-//! files, and [`Dataset::new`] takes one from memory. A format is one file of this module and one entry of [`FORMATS`].
-//! Pixels stay `u8` in NHWC order (samples, rows, columns, channels); they are normalised when a batch is assembled on
-//! the device.
+//! folder for each class. [`Corrupted`] reads CIFAR-10-C, and [`Corruption`] makes such images.
+//! [`synthetic`](fn@synthetic) generates a set that needs no files, and [`Dataset::new`] takes one from memory. A
+//! format is one file of this module and one entry of [`FORMATS`]. Pixels stay `u8` in NHWC order (samples, rows,
+//! columns, channels); they are normalised when a batch is assembled on the device.
 //!
 //! Everything random here comes from ChaCha8 through integer arithmetic, so a seed means the same on every platform.
+//! The corruptions alone take Philox4x32-10, and functions of the platform's library.
 
 mod cifar;
 mod cifar_archive;
 mod cifar_python;
+mod corrupt;
 mod corrupted;
 mod error;
 mod gzip;
@@ -31,6 +33,7 @@ use flate2::Crc;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
+pub use corrupt::{CORRUPTIONS, Corruption};
 pub use corrupted::{Corrupted, SEVERITIES};
 pub use error::DataError;
 pub(crate) use npy::npy_labels;

@@ -8,7 +8,10 @@
 //! dw[a, b, c, o] = sum over n, i, j of  x[n, i s + a - p, j s + b - p, c] * dy[n, i, j, o]
 //! ```
 //!
-//! where `x` is zero outside the image, and the sum of `dx` runs over the taps that divide evenly and stay inside `dy`
+//! With G groups, channel o of `y` reads the C/G channels of its group alone: `weight` is \[K, K, C/G, O\], and the
+//! sums over c and o stay within a group.
+//!
+//! Here `x` is zero outside the image, and the sum of `dx` runs over the taps that divide evenly and stay inside `dy`
 //! (Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", arXiv:1603.07285). Each pass does
 //! [`ConvShape::macs`] multiply-adds. It writes its result once, and if the caches hold a band of an image, it reads
 //! each operand once from main memory. The order of all sums depends only on the shape.
@@ -26,6 +29,9 @@ use super::{Check, check_length};
 use crate::device::arguments::{self, BatchNormSumsArgs};
 use crate::device::{Compute, Device, Error, Result, Slice, SliceMut};
 use direct::PANEL;
+
+/// A group is a row of a GPU's grid, which has no more.
+const MOST_GROUPS: usize = 65_535;
 
 /// The shape of a convolution. Kernel, stride and zero padding are the same in both directions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -46,6 +52,9 @@ pub struct ConvShape {
     pub stride: usize,
     /// Rows, and columns, of zeros on every side of the input.
     pub padding: usize,
+    /// Groups of channels, which do not read each other; 1 for a dense convolution. It divides both numbers of
+    /// channels.
+    pub groups: usize,
 }
 
 impl ConvShape {
@@ -78,12 +87,22 @@ impl ConvShape {
 
     /// Elements of the weights.
     pub fn weight_len(&self) -> usize {
-        self.taps() * self.in_channels * self.out_channels
+        self.taps() * self.group_inputs() * self.out_channels
+    }
+
+    /// Input channels of a group.
+    pub fn group_inputs(&self) -> usize {
+        self.in_channels / self.groups
+    }
+
+    /// Output channels of a group.
+    pub fn group_outputs(&self) -> usize {
+        self.out_channels / self.groups
     }
 
     /// Multiply-adds of the forward pass, padding included; the two gradients need as many each.
     pub fn macs(&self) -> u64 {
-        self.output_len() as u64 * (self.taps() * self.in_channels) as u64
+        self.output_len() as u64 * (self.taps() * self.group_inputs()) as u64
     }
 
     fn taps(&self) -> usize {
@@ -93,19 +112,33 @@ impl ConvShape {
     /// Whether the kernels can work with this shape.
     ///
     /// # Errors
-    /// [`Error::Argument`] for an extent, kernel or stride of zero, a kernel larger than the padded input, and tensors
-    /// of 2³¹ elements or more.
+    /// [`Error::Argument`] for an extent, kernel, stride or number of groups of zero, more than 65,535 groups, groups
+    /// that do not divide the channels, a kernel larger than the padded input, and tensors of 2³¹ elements or more.
     pub fn check(&self) -> Result<()> {
         const LIMIT: usize = 1 << 31;
         let refused =
             |reason: &str| Err(Error::Argument { operation: "ConvShape", message: format!("{reason}: {self:?}") });
-        let extents =
-            [self.batch, self.height, self.width, self.in_channels, self.out_channels, self.kernel, self.stride];
+        let extents = [
+            self.batch,
+            self.height,
+            self.width,
+            self.in_channels,
+            self.out_channels,
+            self.kernel,
+            self.stride,
+            self.groups,
+        ];
         if extents.contains(&0) {
             return refused("every extent but the padding must be at least 1");
         }
         if extents.iter().chain([&self.padding]).any(|&extent| extent >= LIMIT) {
             return refused("an extent is too large");
+        }
+        if self.groups > MOST_GROUPS {
+            return refused("there are more than 65,535 groups");
+        }
+        if !self.in_channels.is_multiple_of(self.groups) || !self.out_channels.is_multiple_of(self.groups) {
+            return refused("the groups do not divide the channels");
         }
         if self.out_height() == 0 || self.out_width() == 0 {
             return refused("the kernel is larger than the padded input");
@@ -140,7 +173,7 @@ impl ConvShape {
     /// it.
     pub fn workspace_len<S: Compute>(&self, device: &Device) -> usize {
         if !device.is_simt() {
-            return direct::workspace_len(self);
+            return direct::workspace_len::<S>(self);
         }
         match self.weight_gradient_splits::<S>(device) {
             1 => 0,
@@ -171,8 +204,8 @@ impl ConvShape {
         (device.is_simt() && S::TENSOR_CORES).then(|| tensor::moments_len(self))
     }
 
-    /// Whether [`input_gradient_with_sums`] is available: on tensor cores, in types of 16 bits, if the input channels
-    /// are a multiple of 8.
+    /// Whether [`input_gradient_with_sums`] is available: on tensor cores, in types of 16 bits, without groups, if the
+    /// input channels are a multiple of 8.
     pub fn leaves_sums<S: Compute>(&self, device: &Device) -> bool {
         self.sums_room::<S>(device).is_some()
     }
@@ -203,13 +236,15 @@ impl ConvShape {
             batch: self.batch as i32,
             height: self.height as i32,
             width: self.width as i32,
-            in_channels: self.in_channels as i32,
-            out_channels: self.out_channels as i32,
+            in_channels: self.group_inputs() as i32,
+            out_channels: self.group_outputs() as i32,
             kernel: self.kernel as i32,
             stride: self.stride as i32,
             padding: self.padding as i32,
             out_height: self.out_height() as i32,
             out_width: self.out_width() as i32,
+            in_pitch: self.in_channels as i32,
+            out_pitch: self.out_channels as i32,
         }
     }
 }

@@ -1,5 +1,5 @@
 //! Assembles a training batch on the device, from a data set of byte images there: gather, flip, crop, normalise, cut
-//! out.
+//! out, erase. [`augment`](super::augment) has what changes images beyond that.
 
 use super::{Check, check_length, clock};
 use crate::device::arguments::BatchArgs;
@@ -29,10 +29,10 @@ pub struct Normalization {
     pub std: [f32; MAX_IMAGE_CHANNELS],
 }
 
-/// Random flips and crops. Sample n of a batch at the beginning of the order uses the Philox4x32-10 block with key
-/// `seed` and counter `counter + n`. A training loop that advances the counter by the batch size never uses a block
-/// twice.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Random flips and crops, and parts that are blanked. Sample n of a batch at the beginning of the order uses the
+/// Philox4x32-10 blocks with key `seed` and counter `counter + n`. A training loop that advances the counter by the
+/// batch size never uses a block twice.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Augment {
     /// Black pixels added on every side before a window of the original size is cut out at an offset uniform in
     /// [0, 2 · pad]²; 0 for no crop.
@@ -42,6 +42,10 @@ pub struct Augment {
     /// Cutout (DeVries and Taylor 2017): a square of this side around a uniform pixel of the result becomes 0, the mean
     /// colour, where it lies in the image. 0 for none.
     pub cutout: usize,
+    /// Random erasing (Zhong et al. 2020): the share of the images in which a rectangle becomes 0, the mean colour. Its
+    /// area is 0.02 to 0.33 of the image, its ratio of height to width 0.3 to 3.3. An image in which no rectangle fits
+    /// in ten tries stays as it is.
+    pub erasing: f64,
     /// The stream of random numbers.
     pub seed: u64,
     /// The place in the stream of the batch's first sample.
@@ -78,11 +82,40 @@ pub fn batch<S: Compute>(
     position: Position<'_>,
     normalization: &Normalization,
     augment: Option<Augment>,
-    mut out: SliceMut<'_, S>,
-    mut out_labels: SliceMut<'_, u32>,
+    out: SliceMut<'_, S>,
+    out_labels: SliceMut<'_, u32>,
 ) -> Result<()> {
     const NAME: &str = "image::batch";
-    let refused = |message: String| Err(Error::Argument { operation: NAME, message });
+    let args = arguments(NAME, shape, images, labels, order, position, normalization, augment, out, out_labels)?;
+    if shape.batch == 0 {
+        return Ok(());
+    }
+    let (device, values) = (images.device(), shape.height * shape.width * shape.channels);
+    let launch = if device.is_simt() {
+        // A block per sample, and several for one sample where it is large.
+        let parts = values.div_ceil(4 * 1024).min(64) as u32;
+        Launch { grid: [shape.batch as u32, parts, 1], block: [BLOCK_THREADS as u32, 1, 1], shared: 0 }
+    } else {
+        device.elementwise(shape.batch * values, 1).with_shared(256 * shape.channels * size_of::<S>())
+    };
+    // SAFETY: every length is checked above, and the kernel reads only samples below `samples`.
+    unsafe { device.launch(S::choose(id::IMAGE_BATCH), launch, &args) }
+}
+
+/// Checks a batch, and makes the argument of the kernels that assemble it.
+pub(super) fn arguments<S: Compute>(
+    operation: &'static str,
+    shape: &BatchShape,
+    images: Slice<'_, u8>,
+    labels: Slice<'_, u32>,
+    order: Slice<'_, u32>,
+    position: Position<'_>,
+    normalization: &Normalization,
+    augment: Option<Augment>,
+    mut out: SliceMut<'_, S>,
+    mut out_labels: SliceMut<'_, u32>,
+) -> Result<BatchArgs> {
+    let refused = |message: String| Err(Error::Argument { operation, message });
     let BatchShape { batch, height, width, channels } = *shape;
     let values = [height, width, channels].iter().try_fold(1usize, |product, &extent| product.checked_mul(extent));
     let values =
@@ -93,8 +126,11 @@ pub fn batch<S: Compute>(
     if !normalization.std[..channels].iter().all(|&std| std > 0.0) {
         return refused(format!("standard deviations {:?} are not all above zero", &normalization.std[..channels]));
     }
-    let pad = augment.map_or(0, |augment| augment.pad);
-    let cutout = augment.map_or(0, |augment| augment.cutout);
+    let drawn = augment.unwrap_or_default();
+    let Augment { pad, cutout, erasing, .. } = drawn;
+    if !(0.0..=1.0).contains(&erasing) {
+        return refused(format!("a share of {erasing} of the images to erase from, expected 0 to 1"));
+    }
     if pad > usize::from(u16::MAX) || cutout > usize::from(u16::MAX) {
         return refused(format!("a padding of {pad} or a square of {cutout} is too large"));
     }
@@ -102,7 +138,7 @@ pub fn batch<S: Compute>(
         return refused(format!("{shape:?}: expected sides of at most 65536 pixels with a square that is cut out"));
     }
     let device = images.device();
-    let check = Check { operation: NAME, device };
+    let check = Check { operation, device };
     let samples = images.len() / values;
     check.argument("images", images, samples * values)?;
     check.argument("labels", labels, samples)?;
@@ -110,17 +146,14 @@ pub fn batch<S: Compute>(
     if let Some((clock, _)) = position.clock {
         check.argument("clock", clock, clock::LEN)?;
     } else if order.len() < position.first + batch {
-        check_length(NAME, "order", order.len(), position.first + batch)?;
+        check_length(operation, "order", order.len(), position.first + batch)?;
     }
     let Some(out_len) = batch.checked_mul(values) else {
         return refused(format!("{shape:?} is too large"));
     };
     check.argument("out", out.view(), out_len)?;
     check.argument("out_labels", out_labels.view(), batch)?;
-    if batch == 0 {
-        return Ok(());
-    }
-    let args = BatchArgs {
+    Ok(BatchArgs {
         images: images.address(),
         labels: labels.address(),
         order: order.address(),
@@ -128,8 +161,8 @@ pub fn batch<S: Compute>(
         out: out.address(),
         out_labels: out_labels.address(),
         samples: samples as u64,
-        seed: augment.map_or(0, |augment| augment.seed),
-        counter: augment.map_or(0, |augment| augment.counter),
+        seed: drawn.seed,
+        counter: drawn.counter,
         order_len: order.len() as u64,
         first: position.first as u64,
         stride: position.clock.map_or(0, |(_, stride)| stride as u64),
@@ -138,19 +171,11 @@ pub fn batch<S: Compute>(
         width: width as u32,
         channels: channels as u32,
         pad: pad as u32,
-        flip: augment.is_some_and(|augment| augment.flip).into(),
+        flip: drawn.flip.into(),
         augment: augment.is_some().into(),
         cutout: cutout as u32,
+        erasing: (erasing * f64::from(1 << 24)).round() as u32,
         mean: normalization.mean,
         std: normalization.std,
-    };
-    let launch = if device.is_simt() {
-        // A block per sample, and several for one sample where it is large.
-        let parts = values.div_ceil(4 * 1024).min(64) as u32;
-        Launch { grid: [batch as u32, parts, 1], block: [BLOCK_THREADS as u32, 1, 1], shared: 0 }
-    } else {
-        device.elementwise(batch * values, 1).with_shared(256 * channels * size_of::<S>())
-    };
-    // SAFETY: every length is checked above, and the kernel reads only samples below `samples`.
-    unsafe { device.launch(S::choose(id::IMAGE_BATCH), launch, &args) }
+    })
 }

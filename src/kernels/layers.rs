@@ -19,7 +19,7 @@ fn refuse<R>(operation: &'static str, message: String) -> Result<R> {
 }
 
 /// The number of a tensor's elements, which must fit into 32 bits.
-fn elements(operation: &'static str, extents: &[usize]) -> Result<usize> {
+pub(super) fn elements(operation: &'static str, extents: &[usize]) -> Result<usize> {
     let product = extents.iter().try_fold(1usize, |product, &extent| product.checked_mul(extent));
     match product {
         Some(elements) if elements <= u32::MAX as usize => Ok(elements),

@@ -1,21 +1,29 @@
 //! One safe, typed function per kernel. Each checks lengths and devices, chooses the launch shape, and documents its
 //! memory traffic. Element types are `f32`, and on the CPU also `f64`, which makes gradient checks precise.
 
+pub mod attention;
+pub mod augment;
 pub mod batch_norm;
+pub mod bias;
 pub mod clock;
 pub mod conv;
 mod conv_batch_norm;
 pub mod gather;
 pub mod gradient;
 pub mod image;
+pub mod layer_norm;
 pub mod layers;
 pub mod loss;
 pub mod max_pool;
 pub mod metrics;
 pub mod mixing;
+pub mod muon;
 pub mod precision;
 pub mod random;
+pub mod sassha;
+pub mod scale_samples;
 pub mod sharpness;
+pub mod tokens;
 pub mod vector;
 
 pub(crate) use crate::device::check_length;

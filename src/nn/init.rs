@@ -22,6 +22,7 @@ pub fn initial_weights(layout: &Layout, seed: u64) -> Result<Vec<f32>> {
         for index in tensor.range() {
             weights[index] = match tensor.initial {
                 Initial::HeNormal { fan } => normal[index] * (2.0 / fan as f32).sqrt(),
+                Initial::Normal { std } => normal[index] * std,
                 Initial::Uniform { fan_in } => (2.0 * uniform[index] - 1.0) / (fan_in as f32).sqrt(),
                 Initial::Constant(value) => value,
             };

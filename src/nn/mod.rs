@@ -7,12 +7,17 @@
 mod init;
 mod pyramidnet;
 mod resnet;
+mod resnext;
 mod vgg;
+mod vision_transformer;
 mod wide_resnet;
 
 pub use init::initial_weights;
 pub use pyramidnet::PyramidNet;
 pub use resnet::{CifarResNet, ResNet, Shortcut};
+pub use resnext::ResNeXt;
+pub use vgg::Vgg;
+pub use vision_transformer::VisionTransformer;
 pub use wide_resnet::WideResNet;
 
 use crate::arena::{Initial, TensorKind};
@@ -28,29 +33,78 @@ pub const MODELS: &[Registration] = &[
     Registration::new("resnet44", "CIFAR ResNet of 44 layers", Shortcut::BOTH, resnet::cifar::<44>),
     Registration::new("resnet56", "CIFAR ResNet of 56 layers", Shortcut::BOTH, resnet::cifar::<56>),
     Registration::new("resnet110", "CIFAR ResNet of 110 layers", Shortcut::BOTH, resnet::cifar::<110>),
-    Registration::new("resnet18", "ResNet-18 with the CIFAR stem", &[Shortcut::B], staged::<2, 2, 2, 2, false>),
-    Registration::new("resnet34", "ResNet-34 with the CIFAR stem", &[Shortcut::B], staged::<3, 4, 6, 3, false>),
-    Registration::new("resnet50", "ResNet-50 with the CIFAR stem", &[Shortcut::B], staged::<3, 4, 6, 3, true>),
-    Registration::new("resnet101", "ResNet-101 with the CIFAR stem", &[Shortcut::B], staged::<3, 4, 23, 3, true>),
-    Registration::new("resnet152", "ResNet-152 with the CIFAR stem", &[Shortcut::B], staged::<3, 8, 36, 3, true>),
+    Registration::new("resnet18", "ResNet-18", &[Shortcut::B], staged::<2, 2, 2, 2, false>),
+    Registration::new("resnet34", "ResNet-34", &[Shortcut::B], staged::<3, 4, 6, 3, false>),
+    Registration::new("resnet50", "ResNet-50", &[Shortcut::B], staged::<3, 4, 6, 3, true>),
+    Registration::new("resnet101", "ResNet-101", &[Shortcut::B], staged::<3, 4, 23, 3, true>),
+    Registration::new("resnet152", "ResNet-152", &[Shortcut::B], staged::<3, 8, 36, 3, true>),
+    Registration::new("resnext50-32x4d", "ResNeXt-50 of 32 groups", &[Shortcut::B], resnet::resnext50),
+    Registration::new("resnext29-8x64d", "ResNeXt-29 of 8 groups for CIFAR", &[], resnext::resnext29),
     Registration::new("wrn-16-8", "Wide ResNet of 16 layers, 8 times as wide", &[], wide_resnet::named::<16, 8>),
     Registration::new("wrn-28-10", "Wide ResNet of 28 layers, 10 times as wide", &[], wide_resnet::named::<28, 10>),
     Registration::new("wrn-40-2", "Wide ResNet of 40 layers, 2 times as wide", &[], wide_resnet::named::<40, 2>),
     Registration::new("wrn-40-10", "Wide ResNet of 40 layers, 10 times as wide", &[], wide_resnet::named::<40, 10>),
-    Registration::new("pyramidnet-110", "PyramidNet-110 with α = 270", &[], pyramidnet::named::<110, 270, false>),
+    Registration::new(
+        "pyramidnet-110",
+        "PyramidNet-110 with α = 270",
+        &[],
+        pyramidnet::named::<110, 270, false, false>,
+    ),
     Registration::new(
         "pyramidnet-110-bottleneck",
         "PyramidNet-110 of bottlenecks, α = 270",
         &[],
-        pyramidnet::named::<110, 270, true>,
+        pyramidnet::named::<110, 270, true, false>,
+    ),
+    Registration::new(
+        "pyramidnet-110-shakedrop",
+        "PyramidNet-110 with α = 270 and ShakeDrop",
+        &[],
+        pyramidnet::named::<110, 270, false, true>,
     ),
     Registration::new(
         "pyramidnet-272",
         "PyramidNet-272 of bottlenecks, α = 200",
         &[],
-        pyramidnet::named::<272, 200, true>,
+        pyramidnet::named::<272, 200, true, false>,
     ),
-    Registration::new("vgg11-bn", "VGG-11 with batch norm for images of 32x32", &[], vgg::vgg11_bn),
+    Registration::new(
+        "pyramidnet-272-shakedrop",
+        "PyramidNet-272 of bottlenecks with α = 200 and ShakeDrop",
+        &[],
+        pyramidnet::named::<272, 200, true, true>,
+    ),
+    Registration::new("vgg11-bn", "VGG-11 with batch norm for images of 32x32", &[], vgg::named::<1, 2>),
+    Registration::new("vgg16-bn", "VGG-16 with batch norm for images of 32x32", &[], vgg::named::<2, 3>),
+    Registration::new("vgg19-bn", "VGG-19 with batch norm for images of 32x32", &[], vgg::named::<2, 4>),
+    Registration::new("vit-ti-4", "ViT-Tiny with patches of 4x4", &[], vision_transformer::named::<4, 192, 3, 0>),
+    Registration::new("vit-ti-16", "ViT-Tiny with patches of 16x16", &[], vision_transformer::named::<16, 192, 3, 0>),
+    Registration::new("vit-s-4", "ViT-Small with patches of 4x4", &[], vision_transformer::named::<4, 384, 6, 0>),
+    Registration::new("vit-s-16", "ViT-Small with patches of 16x16", &[], vision_transformer::named::<16, 384, 6, 0>),
+    Registration::new(
+        "vit-ti-4-droppath",
+        "ViT-Tiny with patches of 4x4 and stochastic depth",
+        &[],
+        vision_transformer::named::<4, 192, 3, 10>,
+    ),
+    Registration::new(
+        "vit-ti-16-droppath",
+        "ViT-Tiny with patches of 16x16 and stochastic depth",
+        &[],
+        vision_transformer::named::<16, 192, 3, 10>,
+    ),
+    Registration::new(
+        "vit-s-4-droppath",
+        "ViT-Small with patches of 4x4 and stochastic depth",
+        &[],
+        vision_transformer::named::<4, 384, 6, 10>,
+    ),
+    Registration::new(
+        "vit-s-16-droppath",
+        "ViT-Small with patches of 16x16 and stochastic depth",
+        &[],
+        vision_transformer::named::<16, 384, 6, 10>,
+    ),
 ];
 
 /// A model in [`MODELS`].

@@ -182,6 +182,10 @@ impl<T: Scalar> Wrapper<T> for Accumulated<'_, T> {
             Pass::HessianVectorPair { weights, directions, products, flag } => {
                 self.mean_products(weights, directions, products, flag)?;
             }
+            Pass::GradientAcross { .. } => {
+                let message = "the mini-batch of the step before is not kept in parts".into();
+                return Err(Error::Argument { operation: "Accumulator::over", message });
+            }
             // The passes above select each part.
             Pass::Select { .. } => {}
             // Every other pass consists of these.

@@ -204,6 +204,26 @@ pub enum Pass<'a, T: Scalar> {
         /// Set where something is not finite.
         flag: SliceMut<'a, u32>,
     },
+    /// Loss and gradient at one point, and at another one on the mini-batch that was [kept](Pass::KeepBatch) in the
+    /// step before. The two do not depend on each other. The running statistics follow the first. Splits into one after
+    /// the other, both on the same mini-batch, which is what they are for an objective without batches; an objective
+    /// with batches of its own answers it.
+    GradientAcross {
+        /// The points: on the mini-batch of this step, and on that of the step before.
+        weights: [Slice<'a, T>; 2],
+        /// Results.
+        gradients: [SliceMut<'a, T>; 2],
+        /// Results: one element each.
+        losses: [SliceMut<'a, f64>; 2],
+        /// Set where something is not finite.
+        flag: SliceMut<'a, u32>,
+    },
+    /// The mini-batch of this step is the one before in the steps that follow, unless `skip` is set: then that stays
+    /// the one of an earlier step. The first one is always kept. Splits into nothing.
+    KeepBatch {
+        /// One element: whether the step was skipped.
+        skip: Slice<'a, u32>,
+    },
     /// Loss and gradient at displaced weights, `from + ρ …`. The running statistics stay as they are. Splits into a
     /// kernel that writes the displaced weights to `point`, and a gradient there. An objective that rounds weights
     /// before it uses them can round them as they are displaced; then the contents of `point` are undefined.
@@ -311,6 +331,13 @@ impl<T: Scalar> Pass<'_, T> {
                 }
                 Ok(())
             }
+            Pass::GradientAcross { weights, gradients, losses, mut flag } => {
+                let passes = weights.into_iter().zip(gradients).zip(losses);
+                for (((weights, gradient), loss), stats) in passes.zip([RunningStats::Update, RunningStats::Keep]) {
+                    objective.gradient(weights, stats, gradient, loss, flag.reborrow())?;
+                }
+                Ok(())
+            }
             Pass::GradientDisplaced { displacement, mut point, gradient, loss, flag } => {
                 let Displacement { from, along, norm, rho } = displacement;
                 vector::perturb(from, along, norm, rho, point.reborrow(), None)?;
@@ -328,7 +355,7 @@ impl<T: Scalar> Pass<'_, T> {
                 Ok(())
             }
             Pass::RealizedStep { from, to, out } => difference(from, to, out),
-            Pass::Select { .. } | Pass::Commit { .. } | Pass::Abandon => Ok(()),
+            Pass::KeepBatch { .. } | Pass::Select { .. } | Pass::Commit { .. } | Pass::Abandon => Ok(()),
         }
     }
 }
@@ -339,7 +366,8 @@ fn unsupported(what: &str) -> Result<()> {
 
 /// A loss over a flat vector of weights.
 ///
-/// Every pass of one optimizer step sees the same mini-batch: the caller changes the batch between steps only.
+/// Every pass of one optimizer step sees the same mini-batch: the caller changes the batch between steps only. One pass
+/// also sees that of the step before, [`Pass::GradientAcross`].
 ///
 /// [`ObjectiveExt`] has a shorthand for each pass. An objective around another one implements [`Wrapper`] instead.
 pub trait Objective<T: Scalar> {

@@ -80,11 +80,23 @@ pub trait Method<T: Scalar>: Configurable + Debug + Send {
         None
     }
 
+    /// Whether the direction is an average of gradients, or follows a step size of its own, so that momentum of the
+    /// base would be one too many. Then SGD's momentum is 0 by default.
+    fn has_momentum(&self) -> bool {
+        self.own_rate().is_some()
+    }
+
     /// Whether a step needs one of this library's own base optimizers, because more of the base takes part in it than
     /// following the direction: the method computes the step size, reads the [momentum](super::Vector::Momentum), or
     /// moves the weights [beside](Direction::beside) the base. Then the direction has no meaning alone.
     fn needs_base(&self) -> bool {
         self.own_rate().is_some()
+    }
+
+    /// Whether a step takes a gradient on the [mini-batch of the step before](Step::gradient_across), which the
+    /// objective keeps as a whole.
+    fn keeps_batch(&self) -> bool {
+        false
     }
 
     /// Names of the first of its [own numbers](super::Numbers::own), which telemetry and logs show under them.

@@ -1,4 +1,4 @@
-//! Optimizers over a flat vector of weights: a base (SGD, AdamW) and the sharpness-aware methods on top of it.
+//! Optimizers over a flat vector of weights: a base (SGD, AdamW, Muon) and the sharpness-aware methods on top of it.
 //!
 //! A step is a few passes of the [`Objective`] at chosen points and a handful of kernels over the whole vector. Norms,
 //! losses, coefficients and the flag that skips a step stay on the device: nothing here waits for it. The perturbed
@@ -22,8 +22,10 @@ pub use step::{Coefficients, Direction, Numbers, Row, Step, Store, Vector, Vecto
 
 use std::ops::Range;
 
+use crate::arena::Matrix;
 use crate::device::{Buffer, Device, Error, Result, Scalar, Slice, SliceMut};
 use crate::kernels::Check;
+use crate::kernels::muon::{Muon, MuonStep};
 use crate::kernels::vector::{self, AdamWStep, Combination, Rate, Reduction, SgdStep};
 use crate::kernels::{metrics, random, sharpness};
 use crate::objective::{Objective, ObjectiveExt, Pass};
@@ -59,6 +61,13 @@ pub enum Base {
         /// Added to the root of the second moment, by default 1e-8.
         eps: f64,
     },
+    /// Muon (Jordan et al. 2024) for the [matrices](Settings::matrices): Nesterov's momentum, five Newton–Schulz steps,
+    /// and `w ← (1 − ηλ)w − 0.2 η sqrt(max(rows, columns)) X` (Liu et al. 2025); see [`Muon::step`]. An update of it is
+    /// as large as one of AdamW, so all other weights have [`Base::ADAMW`] with the same η and λ.
+    Muon {
+        /// μ, by default 0.95.
+        momentum: f64,
+    },
     /// An optimizer of the caller. [`Optimizer::direction_into`] leaves it the direction to follow.
     External,
 }
@@ -66,6 +75,24 @@ pub enum Base {
 impl Base {
     /// AdamW with PyTorch's defaults.
     pub const ADAMW: Self = Base::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
+
+    /// Muon with PyTorch's default.
+    pub const MUON: Self = Base::Muon { momentum: 0.95 };
+
+    /// The base of that name, with its usual numbers: `sgd` with a momentum of 0.9, `adamw` or `muon`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Base::sgd(0.9), Base::ADAMW, Base::MUON].into_iter().find(|base| base.name() == name)
+    }
+
+    /// Its name, such as `adamw`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Base::Sgd { .. } => "sgd",
+            Base::AdamW { .. } => "adamw",
+            Base::Muon { .. } => "muon",
+            Base::External => "external",
+        }
+    }
 
     /// SGD without Nesterov's form.
     pub const fn sgd(momentum: f64) -> Self {
@@ -81,7 +108,7 @@ pub struct Settings<T: Scalar> {
     pub method: Box<dyn Method<T>>,
     /// The base optimizer, which follows the method's direction.
     pub base: Base,
-    /// λ: coupled for SGD, decoupled for AdamW. It does not change the direction of the perturbation.
+    /// λ: coupled for SGD, decoupled for AdamW and Muon. It does not change the direction of the perturbation.
     pub weight_decay: f64,
     /// Weight decay acts on the first `decay_len` elements: all of them, or [`crate::arena::Layout::weights_len`] to
     /// exempt biases and normalisation.
@@ -89,6 +116,9 @@ pub struct Settings<T: Scalar> {
     /// The largest norm of the combined gradient. A longer one is scaled down to it, as PyTorch's `clip_grad_norm_`
     /// does. Weight decay is added after that.
     pub clip: Option<f64>,
+    /// The matrices that Muon orthogonalises, in the order of their places, such as
+    /// [`crate::arena::Layout::hidden_matrices`]. Other bases do not read them.
+    pub matrices: Vec<Matrix>,
 }
 
 impl<T: Scalar> Settings<T> {
@@ -99,7 +129,7 @@ impl<T: Scalar> Settings<T> {
 
     /// The same for a method whose type is not known at compile time.
     pub fn boxed(method: Box<dyn Method<T>>, base: Base) -> Self {
-        Self { method, base, weight_decay: 0.0, decay_len: usize::MAX, clip: None }
+        Self { method, base, weight_decay: 0.0, decay_len: usize::MAX, clip: None, matrices: Vec::new() }
     }
 }
 
@@ -156,9 +186,10 @@ impl Telemetry {
 
 /// The buffers of an optimizer that a checkpoint must hold, so that a resumed run has the same bits.
 pub struct State<T: Scalar> {
-    /// SGD's momentum or AdamW's first moment: as long as the weights; empty for [`Base::External`].
+    /// SGD's or Muon's momentum, or AdamW's first moment: as long as the weights; empty for [`Base::External`].
     pub momentum: Buffer<T>,
-    /// AdamW's second moment: as long as the weights; otherwise empty.
+    /// AdamW's second moment: as long as the weights for AdamW and Muon, which leaves it 0 at matrices; otherwise
+    /// empty.
     pub second_moment: Buffer<T>,
     /// The vectors that the method keeps: [`Needs::memory`] of them, such as SA-SAM's previous weights. Each begins at
     /// a multiple of [`ALIGNMENT`](crate::arena::ALIGNMENT) elements.
@@ -205,11 +236,14 @@ const STEP_COUNTERS: usize = 2;
 
 /// A base optimizer with a sharpness-aware method, and the buffers they need.
 ///
-/// Memory, in vectors as long as the weights, beside `w` itself: momentum (two vectors for AdamW), and the method's
-/// working vectors, which a table in `docs/methods.md` counts.
+/// Memory, in vectors as long as the weights, beside `w` itself: momentum (two vectors for AdamW; for Muon four, and
+/// five squares of the smaller side of each matrix), and the method's working vectors, which a table in
+/// `docs/methods.md` counts.
 pub struct Optimizer<T: Scalar> {
     settings: Settings<T>,
     state: State<T>,
+    /// Muon's working memory, if it is the base.
+    muon: Option<Muon<T>>,
     /// The method's working vectors.
     work: Buffer<T>,
     /// Their tensors that the objective has left where it computed them.
@@ -257,8 +291,12 @@ impl<T: Scalar> Optimizer<T> {
         };
         let moments = match settings.base {
             Base::Sgd { .. } => [len, 0],
-            Base::AdamW { .. } => [len, len],
+            Base::AdamW { .. } | Base::Muon { .. } => [len, len],
             Base::External => [0, 0],
+        };
+        let muon = match settings.base {
+            Base::Muon { .. } => Some(Muon::new(device, len, &settings.matrices)?),
+            _ => None,
         };
         Ok(Self {
             state: State {
@@ -275,6 +313,7 @@ impl<T: Scalar> Optimizer<T> {
             displacement: device.zeros(0)?,
             numbers: Numbers::new(device, &needs)?,
             reduction: Reduction::new(device)?,
+            muon,
             settings,
             len,
             rho_factor: 1.0,
@@ -368,7 +407,7 @@ impl<T: Scalar> Optimizer<T> {
         let Settings { base, weight_decay, decay_len, .. } = self.settings;
         let group = Group { place: 0..self.len, base, weight_decay, lr: lr.into() };
         self.guard(objective, |optimizer, objective| {
-            let taken = optimizer.take_direction(objective, weights.view())?;
+            let taken = optimizer.take_direction(objective, weights.view(), Some(group.lr))?;
             optimizer.update(weights, taken, &[group], decay_len)
         })
     }
@@ -400,10 +439,20 @@ impl<T: Scalar> Optimizer<T> {
                 let reason = format!("does not lie in {} weights", self.len);
                 return Err(Error::Range { operation: OPERATION, start: place.start, end: place.end, reason });
             }
+            let matrices = self.muon.as_ref().map_or(&[][..], Muon::matrices).iter().map(Matrix::range);
+            let inside = |at: usize| place.start <= at && at < place.end;
+            if let Some(cut) = matrices.into_iter().find(|range| inside(range.start) != inside(range.end - 1)) {
+                return refused(format!("the place {place:?} cuts the matrix at {cut:?}"));
+            }
             end = place.end;
         }
+        let same = |group: &Group<'_>| match (group.lr, groups[0].lr) {
+            (Rate::Fixed(lr), Rate::Fixed(first)) => lr.to_bits() == first.to_bits(),
+            _ => groups.len() == 1,
+        };
+        let lr = groups.first().filter(|_| groups.iter().all(same)).map(|group| group.lr);
         self.guard(objective, |optimizer, objective| {
-            let taken = optimizer.take_direction(objective, weights.view())?;
+            let taken = optimizer.take_direction(objective, weights.view(), lr)?;
             optimizer.update(weights, taken, groups, usize::MAX)
         })
     }
@@ -430,7 +479,7 @@ impl<T: Scalar> Optimizer<T> {
             return Err(Error::Argument { operation: OPERATION, message });
         }
         self.guard(objective, |optimizer, objective| {
-            let Taken { followed, .. } = optimizer.take_direction(objective, weights)?;
+            let Taken { followed, .. } = optimizer.take_direction(objective, weights, None)?;
             optimizer.count()?;
             let mut out = out;
             let Self { state, work, elsewhere, means, numbers, len, .. } = optimizer;
@@ -459,7 +508,12 @@ impl<T: Scalar> Optimizer<T> {
     }
 
     /// The passes of a step, and the clip of what is to be followed.
-    fn take_direction(&mut self, objective: &mut dyn Objective<T>, weights: Slice<'_, T>) -> Result<Taken> {
+    fn take_direction(
+        &mut self,
+        objective: &mut dyn Objective<T>,
+        weights: Slice<'_, T>,
+        lr: Option<Rate<'_>>,
+    ) -> Result<Taken> {
         const OPERATION: &str = "Optimizer::step";
         crate::kernels::check_length(OPERATION, "weights", weights.len(), self.len)?;
         self.numbers.flag.clear()?;
@@ -476,13 +530,14 @@ impl<T: Scalar> Optimizer<T> {
             let message = "a method with memory cannot be taken in groups of the mini-batch".into();
             return Err(Error::Argument { operation: OPERATION, message });
         }
-        // A clip, a mean and telemetry read gradients in ways that need them in one piece.
-        self.elsewhere.allow(groups == 1 && self.settings.clip.is_none() && !self.observe);
-        let mut direction = self.direction(objective, weights, (0, groups))?;
+        // A clip, a mean, telemetry and Muon read gradients in ways that need them in one piece.
+        let in_parts = groups == 1 && self.settings.clip.is_none() && !self.observe && self.muon.is_none();
+        self.elsewhere.allow(in_parts);
+        let mut direction = self.direction(objective, weights, lr, (0, groups))?;
         if groups > 1 {
             for group in 1..groups {
                 self.accumulate(direction, 1.0 / groups as f64, group > 1)?;
-                direction = self.direction(objective, weights, (group, groups))?;
+                direction = self.direction(objective, weights, lr, (group, groups))?;
             }
             self.accumulate(direction, 1.0 / groups as f64, true)?;
             let Numbers { losses, mean_loss, .. } = &mut self.numbers;
@@ -518,6 +573,7 @@ impl<T: Scalar> Optimizer<T> {
         &mut self,
         objective: &mut dyn Objective<T>,
         weights: Slice<'_, T>,
+        lr: Option<Rate<'_>>,
         (group, groups): (usize, usize),
     ) -> Result<Direction> {
         objective.select(group)?;
@@ -537,6 +593,7 @@ impl<T: Scalar> Optimizer<T> {
             scalars,
             counters: counters.write(STEP_COUNTERS..all)?,
             taken: counters.read(0..1)?,
+            lr,
             attempts: *attempts,
             draw: *attempts * groups as u64 + group as u64,
             reduction: &mut self.reduction,
@@ -578,17 +635,24 @@ impl<T: Scalar> Optimizer<T> {
         decay_len: usize,
     ) -> Result<()> {
         self.count()?;
-        let Self { settings, state, work, elsewhere, means, numbers, len, .. } = self;
+        let Self { settings, state, muon, work, elsewhere, means, numbers, len, .. } = self;
         let gradients = followed.combination(work, &state.memory, means, numbers, *len)?;
         let own_rate = settings.method.own_rate().map(|index| numbers.own.slice(index..index + 1)).transpose()?;
         let (skip, steps) = (numbers.flag.view(), state.counters.slice(0..1)?);
         for Group { place, base, weight_decay, lr } in groups.iter().cloned() {
             let lr = own_rate.map_or(lr, |own| lr.replaced_by(own));
-            for part in elsewhere.parts(followed.vectors(), place.clone()) {
+            if let (Base::Muon { momentum }, Some(muon)) = (base, &mut *muon) {
+                let (w, m) = (weights.reborrow(), state.momentum.view_mut());
+                let step = MuonStep { lr, momentum, weight_decay, decay_len };
+                muon.step(place.clone(), w, m, gradients, step, skip)?;
+            }
+            let matrices = muon.as_ref().map_or(&[][..], Muon::matrices);
+            let rest = between(matrices, place.clone());
+            for part in rest.flat_map(|place| elsewhere.parts(followed.vectors(), place)) {
                 let gradients = followed.part(elsewhere, gradients, part.clone())?;
                 let decay_len = decay_len.saturating_sub(part.start);
                 let (w, m) = (weights.slice_mut(part.clone())?, state.momentum.slice_mut(part.clone()));
-                match base {
+                match if muon.is_some() { Base::ADAMW } else { base } {
                     Base::Sgd { momentum, nesterov } => {
                         let step = SgdStep { lr, momentum, nesterov, weight_decay, decay_len };
                         vector::sgd(w, m?, gradients, step, skip)?;
@@ -597,7 +661,7 @@ impl<T: Scalar> Optimizer<T> {
                         let step = AdamWStep { lr, beta1, beta2, eps, weight_decay, decay_len };
                         vector::adamw(w, m?, state.second_moment.slice_mut(part)?, gradients, step, steps, skip)?;
                     }
-                    Base::External => {
+                    Base::Muon { .. } | Base::External => {
                         let message = "the base optimizer is the caller's: take the direction".into();
                         return Err(Error::Argument { operation: "Optimizer::step", message });
                     }
@@ -642,6 +706,15 @@ impl<T: Scalar> Optimizer<T> {
             skipped: counters[1],
         })
     }
+}
+
+/// The parts of a place that are in no matrix.
+fn between(matrices: &[Matrix], place: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let of = |end: usize| matrices.partition_point(|matrix| matrix.offset < end);
+    let inside = &matrices[of(place.start)..of(place.end)];
+    let starts = std::iter::once(place.start).chain(inside.iter().map(|matrix| matrix.range().end));
+    let ends = inside.iter().map(|matrix| matrix.offset).chain([place.end]);
+    starts.zip(ends).map(|(start, end)| start..end).filter(|part| !part.is_empty())
 }
 
 /// Fails for settings that are out of range or contradict each other.

@@ -5,7 +5,7 @@
 //! first, a checksum last. Numbers have the byte order of the machine. On one with the other order, the version is
 //! unknown.
 
-use super::{Base, Optimizer, State};
+use super::{Optimizer, State};
 use crate::device::{self, Buffer, Element, Error, Scalar};
 
 /// The first bytes of a snapshot.
@@ -155,14 +155,9 @@ impl<T: Scalar> Optimizer<T> {
 
     /// What two optimizers must share, by name.
     fn header(&self, method: &str) -> [(&'static str, String); 4] {
-        let base = match self.settings.base {
-            Base::Sgd { .. } => "sgd",
-            Base::AdamW { .. } => "adamw",
-            Base::External => "external",
-        };
         [
             ("the method", method.into()),
-            ("the base", base.into()),
+            ("the base", self.settings.base.name().into()),
             ("the type", T::NAME.into()),
             ("the number of weights", self.len.to_string()),
         ]

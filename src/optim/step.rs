@@ -9,7 +9,7 @@ use std::ops::Range;
 use super::method::Needs;
 use crate::arena::ALIGNMENT;
 use crate::device::{Buffer, Device, Disjoint, Error, Result, Scalar, Slice, SliceMut};
-use crate::kernels::vector::{self, Combination, Reduction};
+use crate::kernels::vector::{self, Combination, Rate, Reduction};
 use crate::kernels::{random, sharpness};
 use crate::objective::{Displacement, Objective, ObjectiveExt, Pass, RunningStats, Scattered};
 
@@ -18,8 +18,8 @@ use crate::objective::{Displacement, Objective, ObjectiveExt, Pass, RunningStats
 pub enum Vector {
     /// The weights `w`. No verb writes them.
     Weights,
-    /// The base optimizer's momentum before this step: SGD's m or AdamW's first moment. No verb writes it. A method
-    /// that reads it says so in [`Method::needs_base`](super::Method::needs_base).
+    /// The base optimizer's momentum before this step: SGD's or Muon's m or AdamW's first moment. No verb writes it. A
+    /// method that reads it says so in [`Method::needs_base`](super::Method::needs_base).
     Momentum,
     /// What the method keeps from step to step, by number: [`Needs::memory`] of them. Checkpoints hold them.
     Memory(usize),
@@ -383,6 +383,8 @@ pub struct Step<'a, T: Scalar> {
     pub counters: SliceMut<'a, u32>,
     /// Steps taken before this one: one element.
     pub(super) taken: Slice<'a, u32>,
+    /// The learning rate, if the step has one for all weights.
+    pub(super) lr: Option<Rate<'a>>,
     /// Steps asked for before this one, skipped ones included.
     pub attempts: u64,
     /// Scratch memory of norms and products.
@@ -512,6 +514,52 @@ impl<T: Scalar> Step<'_, T> {
         let losses = [losses.write(1..2)?, losses.write(2..3)?];
         self.objective.gradient_pair(weights, gradients, losses, flag.view_mut())?;
         self.observe_turn(points[0], into[0])
+    }
+
+    /// Loss number 0 and the gradient at `points[0]`; and loss number 1 and the gradient at `points[1]` on the
+    /// mini-batch that was [kept](Step::keep_batch) in the step before.
+    ///
+    /// # Errors
+    /// Those of the objective.
+    pub fn gradient_across(&mut self, points: [Vector; 2], into: [Vector; 2]) -> Result<()> {
+        let Numbers { losses, flag, .. } = &mut *self.numbers;
+        let (mut x, mut losses) = (self.vectors.open()?, losses.disjoint());
+        let weights = [x.read(points[0])?, x.read(points[1])?];
+        let gradients = [x.write(into[0])?, x.write(into[1])?];
+        let losses = [losses.write(0..1)?, losses.write(1..2)?];
+        self.objective.pass(Pass::GradientAcross { weights, gradients, losses, flag: flag.view_mut() })
+    }
+
+    /// Keeps the mini-batch for [`Step::gradient_across`] in the next step, unless this step will be skipped because
+    /// something was not finite. Called after the last pass.
+    ///
+    /// # Errors
+    /// Those of the objective.
+    pub fn keep_batch(&mut self) -> Result<()> {
+        self.objective.pass(Pass::KeepBatch { skip: self.numbers.flag.view() })
+    }
+
+    /// `to = w − η along`, η the learning rate of the step. A method with such a point says so in
+    /// [`Method::needs_base`](super::Method::needs_base).
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where groups of weights have rates of their own; [`Error::Range`] for a vector that is not
+    /// there.
+    pub fn descend(&mut self, along: Vector, to: Vector) -> Result<()> {
+        let Some(lr) = self.lr else {
+            let message = "the method needs one learning rate for all weights".into();
+            return Err(Error::Argument { operation: "Step::descend", message });
+        };
+        let Numbers { inner, rows, .. } = &mut *self.numbers;
+        let (factor, rate) = match lr {
+            Rate::Fixed(lr) => (-lr, None),
+            Rate::Device(rate) => (-1.0, Some(rate)),
+            Rate::Scaled(rate, factor) => (-factor, Some(rate)),
+        };
+        sharpness::quotient(factor, rate, rows.slice(0..1)?, inner.slice_mut(0..2)?)?;
+        let mut x = self.vectors.open()?;
+        let vectors = [Some(x.weights), Some(x.read(along)?), None, None];
+        sharpness::combine(Combination { vectors, coefficients: inner.view() }, 1.0, false, x.write(to)?, None)
     }
 
     /// In observed steps: the losses and the cosine between the gradients at `w` and at the perturbed point, whose loss

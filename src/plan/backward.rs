@@ -117,6 +117,7 @@ impl<S: Compute> Plan<S> {
             values: Operands::new(&self.memory, index, arena),
             weights: Weights::new(&self.places, weights, rounded, Frozen::new(&self.statistics, &self.frozen)?)?,
             mode: self.options.batch_norm,
+            factors: &self.factors,
             gradients,
             workspace,
         })

@@ -33,6 +33,7 @@ impl<S: Compute> Plan<S> {
                 values: Operands::new(&self.memory, index, arena),
                 weights,
                 mode: self.options.batch_norm,
+                factors: &self.factors,
                 statistics: StatisticsBuffers {
                     layout: &self.statistics_layout,
                     committed: &self.statistics,

@@ -6,6 +6,7 @@ use std::ops::Range;
 use super::error::PlanError;
 use super::ops::{Op, Operation};
 use crate::arena::{Initial, Layout, TensorKind};
+use crate::kernels::scale_samples::FactorLaw;
 
 /// The shape of an activation, stored NHWC. A matrix `[batch, features]` has height and width 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,6 +80,8 @@ pub(super) struct Place {
 pub struct Graph {
     pub(super) shapes: Vec<Shape>,
     pub(super) ops: Vec<Op>,
+    /// By operation that multiplies samples by factors.
+    pub(super) factors: Vec<FactorLaw>,
     parameters: Vec<(String, TensorKind, Initial)>,
     /// By parameter.
     frozen: Vec<bool>,
@@ -91,6 +94,7 @@ impl Graph {
         Self {
             shapes: vec![input],
             ops: Vec::new(),
+            factors: Vec::new(),
             parameters: Vec::new(),
             frozen: Vec::new(),
             statistics: Vec::new(),

@@ -16,6 +16,7 @@ mod backward;
 mod error;
 mod forward;
 mod graph;
+mod kept_batch;
 mod memory;
 mod memory_plan;
 mod objective;
@@ -31,11 +32,14 @@ pub use graph::{Graph, Shape, Value};
 use crate::arena::{Initial, Layout};
 use crate::device::{Buffer, Compute, Device, Error, Result, Scalar, Slice, SliceMut};
 use crate::kernels::batch_norm::Mode;
+use crate::kernels::image::Position;
 use crate::kernels::mixing::MixedLabels;
 use crate::kernels::precision;
+use crate::kernels::scale_samples::SampleFactors;
 use crate::objective::RunningStats;
 use backward::LastStages;
 use graph::Place;
+use kept_batch::KeptBatch;
 use memory_plan::MemoryPlan;
 use ops::{Op, Operation};
 use second_pass::{PassBuffers, SecondPass};
@@ -83,11 +87,15 @@ pub struct Plan<S: Compute> {
     places: Vec<Place>,
     statistics_layout: Layout,
     memory: MemoryPlan,
+    /// What the operations that multiply samples multiply them by.
+    factors: SampleFactors<S::Master>,
     buffers: PassBuffers<S>,
     /// For pairs of gradients.
     second_pass: SecondPass<S>,
     /// The state of [`precision`]; none where gradients need no scaling.
     loss_scale: Option<Buffer<f64>>,
+    /// The mini-batch of the step before, if one was kept.
+    kept_batch: Option<KeptBatch<S::Master>>,
     labels: Buffer<u32>,
     /// The other label of each image of a mixed batch, and the share of the own one.
     others: Buffer<u32>,
@@ -130,7 +138,7 @@ impl<S: Compute> Plan<S> {
     ) -> std::result::Result<Self, PlanError> {
         let (parameters, places) = (graph.parameters(), graph.places());
         let statistics_layout = graph.statistics();
-        let Graph { ops, shapes, .. } = graph;
+        let Graph { ops, shapes, factors, .. } = graph;
         // In 16 bits only the logits are stored in the master type.
         if S::NARROW && ops.iter().any(|op| op.has_wide_output() != (op.output() == logits)) {
             let reason = format!("in {} the logits come from a linear layer, and it is the only one", S::NAME);
@@ -145,7 +153,9 @@ impl<S: Compute> Plan<S> {
         };
         Ok(Self {
             buffers: PassBuffers::new(device, &ops, &memory, rounding::rounded_len::<S>(&parameters))?,
+            factors: SampleFactors::new(device, &factors, shapes[0].batch)?,
             second_pass: SecondPass::NotMade,
+            kept_batch: None,
             loss_scale: if S::SCALES_LOSS { Some(device.upload(&precision::SCALE_START)?) } else { None },
             labels: device.zeros(shapes[0].batch)?,
             others: device.zeros(shapes[0].batch)?,
@@ -240,6 +250,17 @@ impl<S: Compute> Plan<S> {
         let images = self.buffers.arena.slice_mut(self.memory.value(Value(0)))?;
         let mixed = MixedLabels { others: self.others.view_mut(), share: self.share.view_mut() };
         Ok((images.cast(self.shapes[0].len())?, self.labels.view_mut(), mixed))
+    }
+
+    /// Draws the factors of [`Graph::drop_path`] and [`Graph::shake_drop`] for the batch. All passes use them until the
+    /// next draw, so the passes of a step see one function. They depend on the seed and on the number of each sample in
+    /// the run: its place in the batch plus `position.first` and what the clock adds. Without a draw, as in evaluation,
+    /// the factors are the expected ones. A network without such operations draws nothing.
+    ///
+    /// # Errors
+    /// [`Error::Length`] and [`Error::OtherDevice`] for a clock of another length or device.
+    pub fn draw(&mut self, seed: u64, position: Position<'_>) -> Result<()> {
+        self.factors.draw(seed, position)
     }
 
     /// Takes losses, gradients and products over the first `samples` of the batch alone, until it is called again. The

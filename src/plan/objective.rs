@@ -12,7 +12,8 @@ use crate::objective::{Displacement, Domain, Objective, Pass, RunningStats, diff
 ///
 /// **Gradient pairs.** On a GPU both passes run at the same time; the first call allocates a second arena for that.
 /// They run one after the other where there is no memory for it, and while a graph is recorded before there is one. The
-/// bits are the same. [`Plan::logits`] are those of one of the two.
+/// bits are the same. [`Plan::logits`] are those of one of the two. Likewise gradients on this mini-batch and on the
+/// one before, which is kept in a copy; with them the batch of a step must be written before the step.
 ///
 /// **Displaced gradients.** In 16 bits the weights of convolutions are rounded as they are displaced, and only the rest
 /// of `point` is written: 10 B per parameter instead of 12 and then 6. For a pair that runs at the same time: 12 B
@@ -54,6 +55,10 @@ impl<S: Compute> Objective<S::Master> for Plan<S> {
                 let at_once = self.device.is_simt() && self.prepare_second_pass()?;
                 self.gradient_passes(weights, (at_once, false), gradients, losses, flag)
             }
+            Pass::GradientAcross { weights, gradients, losses, flag } => {
+                self.gradient_across(weights, gradients, losses, flag)
+            }
+            Pass::KeepBatch { skip } => self.keep_batch(skip),
             Pass::GradientDisplaced { displacement, mut point, gradient, loss, flag }
                 if !self.buffers.rounded.is_empty() =>
             {

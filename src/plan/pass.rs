@@ -11,6 +11,7 @@ use crate::arena::Layout;
 use crate::device::{Buffer, Compute, Disjoint, Result, Scalar, Slice, SliceMut};
 use crate::kernels::batch_norm::{Mode, Workspace};
 use crate::kernels::gradient::{Finish, GradientStages};
+use crate::kernels::scale_samples::SampleFactors;
 
 /// The forward of one operation.
 pub(super) struct ForwardPass<'a, S: Compute> {
@@ -19,6 +20,8 @@ pub(super) struct ForwardPass<'a, S: Compute> {
     /// Whether batch norm uses the statistics of the batch or the running ones.
     pub mode: Mode,
     pub statistics: StatisticsBuffers<'a, S::Master>,
+    /// Of the operations that multiply samples by factors.
+    pub factors: &'a SampleFactors<S::Master>,
     /// For batch norm's sums over rows.
     pub workspace: &'a mut Workspace,
 }
@@ -31,6 +34,7 @@ pub(super) struct BackwardPass<'a, S: Compute> {
     pub mode: Mode,
     /// None in a product with the Hessian, which needs only the tangents of the parameters' gradients.
     pub gradients: Option<ParameterGradients<'a, S::Master>>,
+    pub factors: &'a SampleFactors<S::Master>,
     pub workspace: &'a mut Workspace,
 }
 
@@ -43,6 +47,7 @@ pub(super) struct ForwardTangentPass<'a, S: Compute> {
     /// The tangent of the weights.
     pub direction: Weights<'a, S>,
     pub mode: Mode,
+    pub factors: &'a SampleFactors<S::Master>,
     pub workspace: &'a mut Workspace,
 }
 
@@ -55,6 +60,7 @@ pub(super) struct BackwardTangentPass<'a, S: Compute> {
     pub mode: Mode,
     /// Where the tangents of the parameters' gradients go: the product with the Hessian.
     pub product: ParameterGradients<'a, S::Master>,
+    pub factors: &'a SampleFactors<S::Master>,
     pub workspace: &'a mut Workspace,
 }
 

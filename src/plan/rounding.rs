@@ -1,7 +1,7 @@
 //! The weights as convolutions read them: in 16 bits rounded to the storage type before a pass.
 //!
-//! Convolutions alone read rounded weights. Their weights are the first of the arena, because weights come before
-//! biases and because in 16 bits the only linear layer is the last.
+//! Convolutions alone read rounded weights, those of linear layers over tokens included. Their weights are the first of
+//! the arena, because weights come before biases and because in 16 bits the only other linear layer is the last.
 
 use super::Plan;
 use crate::arena::{Layout, TensorKind};
@@ -15,7 +15,8 @@ pub(super) fn rounded_len<S: Compute>(parameters: &Layout) -> usize {
     if !S::NARROW {
         return 0;
     }
-    let others = parameters.tensors().iter().filter(|tensor| !matches!(tensor.kind, TensorKind::Convolution { .. }));
+    let is_rounded = |kind| matches!(kind, TensorKind::Convolution { .. } | TensorKind::Projection { .. });
+    let others = parameters.tensors().iter().filter(|tensor| !is_rounded(tensor.kind));
     others.map(|tensor| tensor.range().start).min().unwrap_or(parameters.len())
 }
 

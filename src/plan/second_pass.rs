@@ -62,7 +62,7 @@ impl<S: Compute> Plan<S> {
         Ok(matches!(self.second_pass, SecondPass::Ready(_)))
     }
 
-    fn swap_buffers(&mut self) {
+    pub(super) fn swap_buffers(&mut self) {
         if let SecondPass::Ready(buffers) = &mut self.second_pass {
             std::mem::swap(&mut self.buffers, buffers);
         }

@@ -171,6 +171,7 @@ impl<S: Compute> Plan<S> {
                 weights,
                 direction,
                 mode: self.options.batch_norm,
+                factors: &self.factors,
                 workspace,
             })?;
         }
@@ -211,6 +212,7 @@ impl<S: Compute> Plan<S> {
             weights: Weights::new(&self.places, weights, rounded, frozen)?,
             direction: Weights::new(&self.places, direction, &tangent.rounded, still)?,
             mode: self.options.batch_norm,
+            factors: &self.factors,
             product: ParameterGradients::new(&self.places, product, None),
             workspace,
         })

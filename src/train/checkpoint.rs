@@ -38,6 +38,8 @@ pub struct Checkpoint {
     pub swa: Vec<f32>,
     /// Of how many epochs it is the mean, and 1 if its statistics are complete; empty without one.
     pub swa_progress: Vec<u64>,
+    /// The mini-batch of the step before, for a method that needs it; otherwise empty.
+    pub kept_batch: Vec<u32>,
     /// The run's settings, as TOML.
     pub settings: String,
     /// The line of the log of an epoch whose test was stopped, still without the result of the test.
@@ -49,7 +51,7 @@ pub struct Checkpoint {
 }
 
 /// The tensors of the file, in the order of [`Checkpoint`]'s fields.
-const TENSORS: [&str; 12] = [
+const TENSORS: [&str; 13] = [
     "weights",
     "statistics",
     "momentum",
@@ -62,10 +64,11 @@ const TENSORS: [&str; 12] = [
     "average",
     "swa",
     "swa_progress",
+    "kept_batch",
 ];
 
 /// Those that earlier checkpoints do not have.
-const LATER: [&str; 3] = ["average", "swa", "swa_progress"];
+const LATER: [&str; 4] = ["average", "swa", "swa_progress", "kept_batch"];
 
 /// The entries of the file beside the tensors.
 const ENTRIES: [&str; 3] = ["settings", "step", "seconds"];
@@ -109,6 +112,7 @@ impl Checkpoint {
             view(&self.average),
             view(&self.swa),
             view(&self.swa_progress),
+            view(&self.kept_batch),
         ];
         let tensors: Vec<(&str, View<'_>)> = TENSORS.into_iter().zip(views).collect();
         let mut metadata = HashMap::from([
@@ -169,6 +173,7 @@ impl Checkpoint {
             average: elements(data("average")?, f32::from_le_bytes),
             swa: elements(data("swa")?, f32::from_le_bytes),
             swa_progress: elements(data("swa_progress")?, u64::from_le_bytes),
+            kept_batch: elements(data("kept_batch")?, u32::from_le_bytes),
             settings: entry("settings")?.clone(),
             untested: match untested {
                 Some(line) => {

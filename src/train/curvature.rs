@@ -2,7 +2,7 @@
 
 use std::sync::atomic::AtomicBool;
 
-use super::images::{Batch, DeviceImages};
+use super::images::{Assembly, Batch, DeviceImages};
 use super::{Distribution, Finding, Findings, MeanOver, Measure, TrainError};
 use crate::curvature::{Curvature, Eigenpair, Estimate, Rise};
 use crate::data::{ImageShape, Images};
@@ -173,8 +173,9 @@ impl CurvatureMeter {
             stop: Some(stop),
             clock: None,
             normalization: &self.normalization,
-            augment: None,
+            assembly: &mut Assembly::Pass(None),
             mixer: None,
+            draws: None,
         });
         let mut all = self.accumulator.over(&mut images);
         Ok(measure(&mut Curvature::new(&mut all, weights)?)?)
@@ -206,8 +207,9 @@ impl CurvatureMeter {
                 stop: Some(stop),
                 clock: None,
                 normalization: &self.normalization,
-                augment: None,
+                assembly: &mut Assembly::Pass(None),
                 mixer: None,
+                draws: None,
             });
             Ok(measure(&mut Curvature::new(&mut images, weights)?)?)
         });

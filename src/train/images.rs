@@ -7,6 +7,7 @@ use super::TrainError;
 use super::settings::{NoiseKind, RunSettings};
 use crate::data::{self, DataError, Dataset, Images, Split, StatisticsSource};
 use crate::device::{self, Buffer, Compute, Device, Error, HostOptions, Slice};
+use crate::kernels::augment::{Augmentation, Augmenter, Jitter};
 use crate::kernels::image::{self, Augment, BatchShape, Normalization, Position};
 use crate::kernels::mixing::Mixer;
 use crate::objective::{Answer, Objective, Pass, Wrapper};
@@ -152,6 +153,35 @@ pub fn normalization(
     Ok(normalization)
 }
 
+/// How a batch is assembled.
+pub(super) enum Assembly {
+    /// In one pass over the values, with what is possible there.
+    Pass(Option<Augment>),
+    /// With operations on whole images.
+    Whole(Augmenter),
+}
+
+impl Assembly {
+    /// For batches of this shape.
+    ///
+    /// # Errors
+    /// Images that the operations cannot be applied to; too little memory.
+    pub fn new(device: &Device, shape: BatchShape, wanted: Option<Augmentation>) -> Result<Self, TrainError> {
+        match wanted {
+            Some(Augmentation { resized_crop: None, policy: None, jitter, basic }) if jitter == Jitter::default() => {
+                Ok(Self::Pass(Some(basic)))
+            }
+            Some(_) if !matches!(shape.channels, 1 | 3) => {
+                let found = format!("images of {} channels, expected one or three with", shape.channels);
+                let options = "random-resized-crop, auto-augment, rand-augment or color-jitter";
+                Err(TrainError::setting("data", format!("{found} {options}")))
+            }
+            Some(wanted) => Ok(Self::Whole(Augmenter::new(device, shape, wanted)?)),
+            None => Ok(Self::Pass(None)),
+        }
+    }
+}
+
 /// Images of a split as an objective: the plan, filled with one part of them at a time.
 pub(super) struct Batch<'a, S: Compute> {
     pub plan: &'a mut Plan<S>,
@@ -168,8 +198,10 @@ pub(super) struct Batch<'a, S: Compute> {
     pub stop: Option<&'a AtomicBool>,
     pub clock: Option<Slice<'a, u64>>,
     pub normalization: &'a Normalization,
-    pub augment: Option<Augment>,
+    pub assembly: &'a mut Assembly,
     pub mixer: Option<&'a Mixer>,
+    /// The stream of the network's own random numbers; none for a network in evaluation.
+    pub draws: Option<u64>,
 }
 
 impl<S: Compute<Master = f32>> Wrapper<f32> for Batch<'_, S> {
@@ -193,9 +225,16 @@ impl<S: Compute<Master = f32>> Wrapper<f32> for Batch<'_, S> {
         self.plan.count_samples((self.samples - group * self.shape.batch).min(self.shape.batch))?;
         let clock = self.clock.map(|clock| (clock, self.samples));
         let position = Position { first: group * self.shape.batch, clock };
+        if let Some(seed) = self.draws {
+            self.plan.draw(seed, position)?;
+        }
         let (shape, pixels, truth, order) = (&self.shape, self.pixels, self.labels, self.order);
-        let assemble = |images, labels| {
-            image::batch(shape, pixels, truth, order, position, self.normalization, self.augment, images, labels)
+        let (normalization, assembly) = (self.normalization, &mut *self.assembly);
+        let mut assemble = |images, labels| match assembly {
+            Assembly::Pass(augment) => {
+                image::batch(shape, pixels, truth, order, position, normalization, *augment, images, labels)
+            }
+            Assembly::Whole(augmenter) => augmenter.run(pixels, truth, order, position, normalization, images, labels),
         };
         if let Some(mixer) = self.mixer {
             let (mut images, mut labels, mut mixed) = self.plan.mixed_batch_mut()?;
@@ -269,8 +308,9 @@ mod tests {
             stop: None,
             clock: None,
             normalization: &normalization,
-            augment: None,
+            assembly: &mut Assembly::Pass(None),
             mixer: None,
+            draws: None,
         });
         let mut step = || optimizer.step(&mut accumulator.over(&mut batch), weights.view_mut(), 0.1);
         step().unwrap();

@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 
-use super::settings::{AdamWSettings, BaseName, GENERAL, OWN_RATE_MOMENTUM, SgdSettings, is_offered};
+use super::settings::{AdamWSettings, BaseName, GENERAL, MuonSettings, NO_MOMENTUM, SgdSettings, is_offered};
 use crate::optim::METHODS;
 use crate::settings::{Choice, Range, Setting, SettingKind, number};
 
@@ -182,14 +182,13 @@ pub(super) fn of_bases() -> Vec<RunOption> {
     let mut found = Vec::new();
     gather(&mut found, BaseName::Sgd.word(), SgdSettings::OPTIONS);
     gather(&mut found, BaseName::AdamW.word(), AdamWSettings::OPTIONS);
+    gather(&mut found, BaseName::Muon.word(), MuonSettings::OPTIONS);
     found.iter_mut().for_each(|option| option.of_base = true);
-    let own_rate = METHODS.iter().filter(|entry| (entry.new)().own_rate().is_some());
+    let without = METHODS.iter().filter(|entry| (entry.new)().has_momentum());
     let momentum = found.iter_mut().find(|option| option.setting.name == "momentum");
     if let Some(option) = momentum {
         let setting = option.setting;
-        option
-            .of
-            .extend(own_rate.map(|entry| Owner { default: number(OWN_RATE_MOMENTUM), ..owner(entry.name, &setting) }));
+        option.of.extend(without.map(|entry| Owner { default: number(NO_MOMENTUM), ..owner(entry.name, &setting) }));
     }
     found
 }
@@ -197,7 +196,7 @@ pub(super) fn of_bases() -> Vec<RunOption> {
 /// The declaration of an option, by name. Where several methods declare it, the first.
 pub(super) fn find_option(name: &str) -> Option<Setting> {
     let declared = GENERAL.iter().flat_map(|(_, options)| options.iter());
-    let bases = SgdSettings::OPTIONS.iter().chain(AdamWSettings::OPTIONS);
+    let bases = SgdSettings::OPTIONS.iter().chain(AdamWSettings::OPTIONS).chain(MuonSettings::OPTIONS);
     let method = || METHODS.iter().find_map(|entry| (entry.new)().options().iter().find(|option| option.name == name));
     declared.chain(bases).find(|option| option.name == name).or_else(method).copied()
 }

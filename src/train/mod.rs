@@ -39,7 +39,8 @@ pub(crate) use options::toml_error;
 pub use recipes::Recipe;
 pub use run::{Progress, Summary, Warning};
 pub use settings::{
-    AdamWSettings, Augmentation, BaseName, CurvatureLogSettings, DataSettings, LoopSettings, Measure, MethodName,
-    ModelName, ModelSettings, NoiseKind, OptimizerSettings, Precision, RunSettings, SgdSettings,
+    AdamWSettings, AugmentPolicy, Augmentation, BaseName, CurvatureLogSettings, DataSettings, LoopSettings, Measure,
+    MethodName, ModelName, ModelSettings, MuonSettings, NoiseKind, OptimizerSettings, Precision, RunSettings,
+    SgdSettings,
 };
 pub use training::Training;

@@ -1,8 +1,8 @@
 //! The settings of a run, with help, defaults and ranges: the keys of `config.toml`.
 //!
 //! General options are declared here, those of a method in its file in [`crate::optim`], those of a base optimizer in
-//! [`SgdSettings`] and [`AdamWSettings`]. [`options`](super::options()) lists all of them, and the command line,
-//! `--help`, checks, `config.toml` and the table in `docs/methods.md` are made from that list.
+//! [`SgdSettings`], [`AdamWSettings`] and [`MuonSettings`]. [`options`](super::options()) lists all of them, and the
+//! command line, `--help`, checks, `config.toml` and the table in `docs/methods.md` are made from that list.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -14,6 +14,8 @@ use super::{BatchNormName, CurvatureSettings, TrainError};
 use crate::arena::Layout;
 use crate::data::Split;
 use crate::device::HostOptions;
+use crate::kernels::augment::{self, Jitter, Policy};
+use crate::kernels::image::Augment;
 use crate::kernels::mixing::Mixing;
 use crate::nn::{MODELS, Model, Shortcut};
 use crate::optim::{self, Base, Context, Decay, Ending, Entry, METHODS, Method, RhoSchedule};
@@ -30,6 +32,8 @@ words! {
         Sgd = "sgd",
         /// AdamW
         AdamW = "adamw",
+        /// Muon for the weights of convolutions and of all linear layers but the last, AdamW for the rest
+        Muon = "muon",
     }
 }
 words! {
@@ -39,6 +43,13 @@ words! {
         None = "none",
         /// Random horizontal flips, and random crops after padding by 4 pixels
         Basic = "basic",
+    }
+}
+words! {
+    /// A policy of AutoAugment.
+    pub enum AugmentPolicy {
+        /// That for CIFAR-10
+        Cifar10 = "cifar10",
     }
 }
 words! {
@@ -200,8 +211,19 @@ settings! {
             in at_least(1);
         /// Random changes to training images
         augment: Augmentation = Augmentation::Basic;
+        /// Enlarge a random part of each training image, of at least this share of its area, in place of the crop
+        /// after padding
+        random_resized_crop: Option<f64> = None, else "no resized crop", as "SHARE", in up_to(1);
+        /// Apply one of 25 pairs of operations to each training image, AutoAugment's policy
+        auto_augment: Option<AugmentPolicy> = None, else "no policy";
+        /// Apply N random operations to each training image, at magnitude M of 30 (RandAugment)
+        rand_augment: Option<Vec<f64>> = None, else "no policy", as "N,M", in not_negative;
+        /// Change brightness, contrast, saturation and hue of each training image by up to these
+        color_jitter: Option<Vec<f64>> = None, else "no jitter", as "B,C,S,H", in not_negative;
         /// Cut a square of this side out of each training image; 0 for none
         cutout: usize = 0, as "PIXELS", in at_most(65_535);
+        /// Erase a random rectangle from this share of the training images
+        erasing: Option<f64> = None, else "0", as "P", in fraction;
         /// Blend the training images of a batch in pairs, with a weight from the beta distribution (A, A)
         mixup: Option<f64> = None, else "no mixup", as "A", in up_to(Mixing::MOST_ALPHA);
         /// Exchange a box between the images of a pair, with a share of the area from that distribution. With mixup,
@@ -279,7 +301,7 @@ settings! {
     pub struct SgdSettings {
         /// Peak learning rate
         lr: f64 = 0.1, as "RATE", in positive;
-        /// SGD's momentum
+        /// Momentum
         momentum: f64 = 0.9, as "MU", in below_one;
         /// SGD with Nesterov's momentum
         nesterov: bool = false;
@@ -296,6 +318,19 @@ settings! {
         lr: f64 = 1e-3, as "RATE", in positive;
         /// Weight decay
         weight_decay: f64 = 1e-2, as "LAMBDA", in not_negative;
+    }
+}
+
+settings! {
+    /// Muon, alone or under a method.
+    #[derive(Debug, Clone, PartialEq)]
+    pub struct MuonSettings {
+        /// Peak learning rate
+        lr: f64 = 1e-3, as "RATE", in positive;
+        /// Momentum
+        momentum: f64 = 0.95, as "MU", in below_one;
+        /// Weight decay
+        weight_decay: f64 = 0.1, as "LAMBDA", in not_negative;
     }
 }
 
@@ -390,6 +425,7 @@ impl Chosen {
         match self.base {
             BaseName::Sgd => SgdSettings::OPTIONS,
             BaseName::AdamW => AdamWSettings::OPTIONS,
+            BaseName::Muon => MuonSettings::OPTIONS,
         }
     }
 
@@ -442,6 +478,8 @@ pub struct RunSettings {
     pub sgd: SgdSettings,
     /// AdamW, if it is the base.
     pub adamw: AdamWSettings,
+    /// Muon, if it is the base.
+    pub muon: MuonSettings,
     /// How long to train, where, and what to log.
     pub run: LoopSettings,
     /// What curvature to measure.
@@ -467,6 +505,7 @@ impl RunSettings {
         match chosen.base {
             BaseName::Sgd => &self.sgd,
             BaseName::AdamW => &self.adamw,
+            BaseName::Muon => &self.muon,
         }
     }
 
@@ -608,9 +647,22 @@ impl RunSettings {
             let reason = format!("{group}, expected a divisor of `batch-size` {batch}");
             return Err(TrainError::setting("m-sharpness", reason));
         }
+        self.augmentation((1, 1))?;
         let (whole, size) = group.map_or(("batch-size", batch), |group| ("m-sharpness", group));
         if let Some(part) = self.data.micro_batch.filter(|part| !size.is_multiple_of(*part)) {
             return Err(TrainError::setting("micro-batch", format!("{part}, expected a divisor of `{whole}` {size}")));
+        }
+        if self.data.micro_batch.is_some() && self.method()?.keeps_batch() {
+            let method = self.optimizer.optimizer.name();
+            let reason = format!("has no meaning for `optimizer` {method}: it keeps whole batches");
+            return Err(TrainError::setting("micro-batch", reason));
+        }
+        let OptimizerSettings { layer_rate, layer_decay, .. } = &self.optimizer;
+        for (name, given) in [("layer-rate", layer_rate.is_some()), ("layer-decay", layer_decay.is_some())] {
+            if given && self.method()?.keeps_batch() {
+                let method = self.optimizer.optimizer.name();
+                return Err(TrainError::setting(name, format!("`optimizer` {method} needs one rate for all weights")));
+            }
         }
         let part = self.data.micro_batch.unwrap_or(size);
         for (name, alpha) in [("mixup", self.data.mixup), ("cutmix", self.data.cutmix)] {
@@ -622,6 +674,48 @@ impl RunSettings {
             }
         }
         Ok(())
+    }
+
+    /// What happens to training images of this height and width; none if they stay as they are.
+    ///
+    /// # Errors
+    /// Lists of another length than expected, or values out of their range; two policies.
+    pub(super) fn augmentation(
+        &self,
+        (height, width): (usize, usize),
+    ) -> Result<Option<augment::Augmentation>, TrainError> {
+        let data = &self.data;
+        let flip = data.augment == Augmentation::Basic;
+        let basic = Augment {
+            pad: if flip && data.random_resized_crop.is_none() { 4 } else { 0 },
+            flip,
+            cutout: data.cutout,
+            erasing: data.erasing.unwrap_or(0.0),
+            seed: self.run.seed,
+            counter: 0,
+        };
+        let jitter = match data.color_jitter.as_deref() {
+            None => Jitter::default(),
+            Some(&[brightness, contrast, saturation, hue]) if hue <= 0.5 => {
+                Jitter { brightness, contrast, saturation, hue }
+            }
+            Some(_) => {
+                let reason = "expected four numbers: brightness, contrast, saturation, and hue of at most 0.5";
+                return Err(TrainError::setting("color-jitter", reason));
+            }
+        };
+        let policy = match (data.auto_augment, data.rand_augment.as_deref()) {
+            (Some(_), Some(_)) => {
+                return Err(TrainError::setting("rand-augment", "cannot be given together with `auto-augment`"));
+            }
+            (Some(AugmentPolicy::Cifar10), None) => Some(Policy::auto_augment_cifar10(height, width)),
+            (None, Some(numbers)) => Some(rand_augment(numbers, height, width)?),
+            (None, None) => None,
+        };
+        let augmentation = augment::Augmentation { basic, resized_crop: data.random_resized_crop, policy, jitter };
+        let nothing =
+            augment::Augmentation { basic: Augment { seed: basic.seed, ..Augment::default() }, ..Default::default() };
+        Ok((augmentation != nothing).then_some(augmentation))
     }
 
     /// What the optimizer does, for a method that was prepared for the network.
@@ -637,11 +731,13 @@ impl RunSettings {
                 (weight_decay, Base::Sgd { momentum, nesterov })
             }
             BaseName::AdamW => (self.adamw.weight_decay, Base::ADAMW),
+            BaseName::Muon => (self.muon.weight_decay, Base::Muon { momentum: self.muon.momentum }),
         };
         let loss_error = self.run.precision.loss_error();
         method.prepare(&Context { layout, seed: self.run.seed, loss_error });
         let decay_len = if self.optimizer.no_decay_norm { layout.weights_len() } else { layout.len() };
-        Ok(optim::Settings { method, base, weight_decay, decay_len, clip: self.optimizer.clip })
+        let (clip, matrices) = (self.optimizer.clip, layout.hidden_matrices());
+        Ok(optim::Settings { method, base, weight_decay, decay_len, clip, matrices })
     }
 
     /// After every how many epochs to measure the curvature, and what of it, within the radius of the run's method.
@@ -677,6 +773,7 @@ impl RunSettings {
         let peak = match self.chosen()?.base {
             BaseName::Sgd => self.sgd.lr,
             BaseName::AdamW => self.adamw.lr,
+            BaseName::Muon => self.muon.lr,
         };
         let factor = self.run.decay_factor;
         // A method that computes its step size ignores the rate.
@@ -715,6 +812,26 @@ impl RunSettings {
     }
 }
 
+/// RandAugment's policy from N and M.
+fn rand_augment(numbers: &[f64], height: usize, width: usize) -> Result<Policy, TrainError> {
+    let expected = || {
+        let (draws, magnitude) = (Policy::MOST_DRAWS, Policy::MAGNITUDES - 1);
+        let reason = format!("expected two whole numbers: N from 1 to {draws}, M from 0 to {magnitude}");
+        TrainError::setting("rand-augment", reason)
+    };
+    match *numbers {
+        [draws, magnitude]
+            if draws.fract() == 0.0
+                && (1.0..=Policy::MOST_DRAWS as f64).contains(&draws)
+                && magnitude.fract() == 0.0
+                && (0.0..Policy::MAGNITUDES as f64).contains(&magnitude) =>
+        {
+            Ok(Policy::rand_augment(height, width, draws as usize, magnitude as usize)?)
+        }
+        _ => Err(expected()),
+    }
+}
+
 /// The absolute path of a file or folder, the same for every spelling of it: without `.`, `..` and symbolic links. Of a
 /// path that does not exist, the absolute path alone.
 fn same_place(path: &str) -> PathBuf {
@@ -733,8 +850,8 @@ pub(super) fn continues(now: &toml::Table, before: &toml::Table) -> Option<Strin
     first.chain(now.keys().chain(before.keys()).map(String::as_str)).find(differs).map(String::from)
 }
 
-/// The default momentum of SGD under a method that computes its step size: that of gradient descent without momentum.
-pub(super) const OWN_RATE_MOMENTUM: f64 = 0.0;
+/// The default momentum of SGD under a method that [has its own](Method::has_momentum).
+pub(super) const NO_MOMENTUM: f64 = 0.0;
 
 /// Whether this value asks for what holds without the option. It is accepted where the option has no meaning, too.
 fn changes_nothing(name: &str, value: &SettingValue) -> bool {
@@ -746,8 +863,8 @@ pub(super) fn resolve(options: &Options) -> Result<RunSettings, TrainError> {
     let chosen = Chosen::by(options)?;
     let mut settings = RunSettings::default();
     let mut method = (chosen.entry.new)();
-    if chosen.method.own_rate().is_some() {
-        settings.sgd.momentum = OWN_RATE_MOMENTUM;
+    if chosen.method.has_momentum() {
+        settings.sgd.momentum = NO_MOMENTUM;
     }
     if options.has("epochs") && options.has("steps") {
         return Err(TrainError::setting("steps", "cannot be given together with `epochs`"));
@@ -778,6 +895,7 @@ pub(super) fn resolve(options: &Options) -> Result<RunSettings, TrainError> {
         let base: &mut dyn Configurable = match chosen.base {
             BaseName::Sgd => &mut settings.sgd,
             BaseName::AdamW => &mut settings.adamw,
+            BaseName::Muon => &mut settings.muon,
         };
         if base.get(name).is_some() {
             base.set(name, value)?;

@@ -6,15 +6,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::average::{Averaged, EpochAverage, MovingAverage};
 use super::checkpoint::{self, Checkpoint};
-use super::images::{Batch, DeviceImages};
-use super::settings::{Augmentation, RunSettings};
+use super::images::{Assembly, Batch, DeviceImages};
+use super::settings::RunSettings;
 use super::tuning::{self, Piece};
 use super::{Record, TrainError, weights};
 use crate::arena::{Layout, TensorKind};
 use crate::data::{ImageShape, Images};
 use crate::device::{self, Buffer, Compute, Device};
 use crate::kernels::batch_norm::Mode;
-use crate::kernels::image::{self, Augment, BatchShape, Normalization, Position};
+use crate::kernels::image::{self, BatchShape, Normalization, Position};
 use crate::kernels::mixing::{Mixer, Mixing};
 use crate::kernels::vector::Rate;
 use crate::kernels::{clock, metrics, random};
@@ -35,8 +35,10 @@ pub(super) struct State<S: Compute<Master = f32>> {
     pub swa: Option<EpochAverage>,
     pub images: DeviceImages,
     pub normalization: Normalization,
-    pub augment: Option<Augment>,
+    pub assembly: Assembly,
     pub mixer: Option<Mixer>,
+    /// The stream of the network's own random numbers.
+    pub draws: u64,
     /// The images of one pass.
     pub part: BatchShape,
     /// Images per step.
@@ -79,9 +81,8 @@ impl<S: Compute<Master = f32>> State<S> {
         let (graph, logits) = tuning::frozen(network, frozen)(shape, train.classes).map_err(TrainError::plan(data))?;
         let mut plan = Plan::<S>::new(device, graph, logits, options).map_err(TrainError::plan(data))?;
         let (layout, seed) = (plan.parameters().clone(), settings.run.seed);
-        let basic = settings.data.augment == Augmentation::Basic;
-        let cutout = settings.data.cutout;
-        let augment = Augment { pad: if basic { 4 } else { 0 }, flip: basic, cutout, seed, counter: 0 };
+        let part = BatchShape { batch: part, height, width, channels };
+        let assembly = Assembly::new(device, part, settings.augmentation((height, width))?)?;
         let (mixup, cutmix) = (settings.data.mixup, settings.data.cutmix);
         let mixing = Mixing { mixup, cutmix, seed: random::key(seed, b"mixbatch"), counter: 0 };
         let mixer = (mixup.is_some() || cutmix.is_some()).then(|| Mixer::new(device, mixing)).transpose()?;
@@ -99,13 +100,14 @@ impl<S: Compute<Master = f32>> State<S> {
             optimizer: Optimizer::new(device, layout.len(), settings.optimizer(method, &layout)?)?,
             parameters: device.upload(&initial)?,
             pieces: tuning::pieces(&settings.optimizer, &layout, &model)?,
-            accumulator: Accumulator::new(device, layout.len(), group / part)?,
+            accumulator: Accumulator::new(device, layout.len(), group / part.batch)?,
             plan,
             images: DeviceImages::new(device, train)?,
             normalization,
-            augment: (basic || cutout > 0).then_some(augment),
+            assembly,
             mixer,
-            part: BatchShape { batch: part, height, width, channels },
+            draws: random::key(seed, b"droppath"),
+            part,
             batch,
             order: device.upload(&(0..train.len() as u32).collect::<Vec<u32>>())?,
             rates: device.zeros(train.len() / batch)?,
@@ -166,8 +168,9 @@ impl<S: Compute<Master = f32>> State<S> {
             stop: None,
             clock: Some(clock.view()),
             normalization: &self.normalization,
-            augment: self.augment,
+            assembly: &mut self.assembly,
             mixer: self.mixer.as_ref(),
+            draws: Some(self.draws),
         });
         let mut objective = self.accumulator.over(&mut images);
         if pieces.is_empty() {
@@ -258,6 +261,7 @@ impl<S: Compute<Master = f32>> State<S> {
             average: self.average.as_ref().map(|average| average.of.to_vec()).transpose()?.unwrap_or_default(),
             swa: self.swa.as_ref().map(|swa| swa.of.to_vec()).transpose()?.unwrap_or_default(),
             swa_progress: self.swa.as_ref().map(EpochAverage::progress).unwrap_or_default(),
+            kept_batch: self.plan.kept_batch()?,
             settings,
             untested,
             step,
@@ -306,6 +310,7 @@ impl<S: Compute<Master = f32>> State<S> {
             ("average", saved.average.len(), average.as_ref().map_or(0, |average| average.of.len())),
             ("swa", saved.swa.len(), swa.as_ref().map_or(0, |swa| swa.of.len())),
             ("swa_progress", saved.swa_progress.len(), swa.as_ref().map_or(0, |swa| swa.progress().len())),
+            ("kept_batch", saved.kept_batch.len(), if saved.kept_batch.is_empty() { 0 } else { plan.kept_batch_len() }),
         ];
         if let Some((name, found, expected)) = lengths.iter().find(|(_, found, expected)| found != expected) {
             let reason = format!("`{name}` has {found} elements, these settings need {expected}");
@@ -329,6 +334,7 @@ impl<S: Compute<Master = f32>> State<S> {
         if let Some(state) = plan.loss_scale_mut() {
             state.write(&saved.loss_scale)?;
         }
+        plan.restore_kept_batch(&saved.kept_batch)?;
         let statistics = parameters.device().upload(&saved.statistics)?;
         plan.set_statistics(statistics.view())?;
         Ok(())

@@ -215,7 +215,9 @@ mod tests {
     use std::path::Path;
     use std::sync::atomic::Ordering;
 
-    use super::super::{BaseName, CurvatureLogSettings, DataSettings, Evaluator, LoopSettings, Measure, open_device};
+    use super::super::{
+        AugmentPolicy, BaseName, CurvatureLogSettings, DataSettings, Evaluator, LoopSettings, Measure, open_device,
+    };
     use super::*;
     use crate::data::{SyntheticSpec, synthetic};
     use crate::kernels::batch_norm::Mode;
@@ -261,6 +263,37 @@ mod tests {
         training(12, 0.1).resume(&parts).run().unwrap();
         let model = |run: &std::path::Path| std::fs::read(run.join("model.safetensors")).unwrap();
         assert!(model(&whole) == model(&parts));
+    }
+
+    /// What is drawn for a batch depends on the step alone: a run that is resumed draws the same.
+    #[test]
+    fn augmented_images_are_the_same_after_a_pause() {
+        let folder = tempfile::tempdir().unwrap();
+        let model = |run: &Path| std::fs::read(run.join("model.safetensors")).unwrap();
+        let mut models = Vec::new();
+        let changes: [fn(&mut DataSettings); 6] = [
+            |_| {},
+            |data| data.erasing = Some(0.9),
+            |data| data.random_resized_crop = Some(0.2),
+            |data| data.color_jitter = Some(vec![0.4, 0.4, 0.4, 0.1]),
+            |data| data.auto_augment = Some(AugmentPolicy::Cifar10),
+            |data| data.rand_augment = Some(vec![2.0, 9.0]),
+        ];
+        for (index, change) in changes.into_iter().enumerate() {
+            let augmented = |steps| {
+                let mut training = training(steps, 0.1);
+                change(&mut training.settings.data);
+                training.settings.data.micro_batch = (index % 2 == 1).then_some(4);
+                training
+            };
+            let (whole, parts) = (folder.path().join(format!("whole {index}")), folder.path().join(index.to_string()));
+            augmented(12).out(&whole).run().unwrap();
+            augmented(7).out(&parts).run().unwrap();
+            augmented(12).resume(&parts).run().unwrap();
+            assert!(model(&whole) == model(&parts), "{index}");
+            assert!(!models.contains(&model(&whole)), "{index}: an option changed nothing");
+            models.push(model(&whole));
+        }
     }
 
     /// What is drawn for a batch depends on the step alone: a run that is resumed draws the same.

@@ -92,7 +92,7 @@ pub(super) fn load_but(path: &Path, layouts: [&Layout; 2], layer: Option<&str>) 
     let mut found = layouts.map(|layout| vec![false; layout.tensors().len()]);
     let mut unknown = Vec::new();
     for (name, view) in file.iter() {
-        let known = canonical(name);
+        let known = canonical(name, |name| layouts.iter().any(|layout| layout.find(name).is_some()));
         if known.ends_with("num_batches_tracked") || of_layer(&known) {
             continue;
         }
@@ -173,12 +173,15 @@ impl<'de> de::Visitor<'de> for RepeatedName {
     }
 }
 
-/// The name that torchvision uses.
-fn canonical(name: &str) -> String {
+/// The name that the model has: without the prefixes, and if the model does not know it so, as torchvision has it.
+fn canonical(name: &str, is_known: impl Fn(&str) -> bool) -> String {
     // What `torch.compile`, data parallelism and common wrappers put before the names.
     let mut name = name;
     while let Some(rest) = ["module.", "_orig_mod.", "model."].iter().find_map(|prefix| name.strip_prefix(prefix)) {
         name = rest;
+    }
+    if is_known(name) {
+        return name.into();
     }
     let name = name.replace(".shortcut.", ".downsample.");
     match name.strip_prefix("linear.") {
@@ -192,10 +195,9 @@ fn values(tensor: &Tensor, name: &str, view: &TensorView<'_>) -> Result<Vec<f32>
     let expected = tensor.kind.file_shape();
     let name = shown(name, NAME);
     if view.shape() != expected {
-        return Err(format!(
-            "tensor `{name}` has shape {}, this model's has {expected:?}",
-            shown(&format!("{:?}", view.shape()), 60)
-        ));
+        let found = shown(&format!("{:?}", view.shape()), 60);
+        let stems = stem_difference(view.shape(), &expected);
+        return Err(format!("tensor `{name}` has shape {found}, this model's has {expected:?}{stems}"));
     }
     let data = view.data();
     match view.dtype() {
@@ -204,6 +206,16 @@ fn values(tensor: &Tensor, name: &str, view: &TensorView<'_>) -> Result<Vec<f32>
         Dtype::F16 => Ok(elements(data, |bytes| half::f16::from_le_bytes(bytes).to_f32())),
         Dtype::BF16 => Ok(elements(data, |bytes| half::bf16::from_le_bytes(bytes).to_f32())),
         other => Err(format!("tensor `{name}` holds {other:?}, expected floating-point numbers")),
+    }
+}
+
+/// Why the first convolution of a ResNet may have another shape than in a file.
+fn stem_difference(found: &[usize], expected: &[usize]) -> &'static str {
+    let kernels = |from: usize, to: usize| found.ends_with(&[3, from, from]) && expected.ends_with(&[3, to, to]);
+    match (kernels(7, 3), kernels(3, 7)) {
+        (true, _) => ": the file's network has the stem for images of 64x64 and more, and these are smaller",
+        (_, true) => ": the file's network has the stem for images below 64x64, and these are larger",
+        _ => "",
     }
 }
 
@@ -231,7 +243,9 @@ mod tests {
             ("_orig_mod.module.model.bn1.weight", "bn1.weight"),
             ("models.conv1.weight", "models.conv1.weight"),
         ] {
-            assert_eq!(canonical(name), expected);
+            assert_eq!(canonical(name, |_| false), expected);
         }
+        let own = "stage_1.stage_1_bottleneck_0.shortcut.shortcut_bn.weight";
+        assert_eq!(canonical(&format!("module.{own}"), |name| name == own), own);
     }
 }

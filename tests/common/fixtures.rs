@@ -10,7 +10,7 @@ use polder::nn::{Model, Shortcut};
 use polder::objective::Wrapped;
 use polder::optim::{
     Along, Asam, Base, CrSam, Form, FriendlySam, Gam, Gnr, Gsam, Hvp, LookSam, Method, Msam, Norm, Optimizer, Oracle,
-    Perturbed, Plain, RSam, RandomSam, SaSam, Sam, Settings, Sharpness, Wsam,
+    Perturbed, Plain, RSam, RandomSam, SaSam, Sam, Sampa, Sassha, Settings, Sharpness, Wsam,
 };
 use polder::plan::{Plan, PlanOptions, Shape};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -68,15 +68,17 @@ fn images_and_labels() -> (Vec<u8>, Vec<u32>) {
     (tensors.tensor("images").unwrap().data().to_vec(), labels)
 }
 
-/// Some images of the pool, or their upper left parts, as the plan's batch. They are normalised in double, as the
-/// fixture says; [`Pool::fill`] normalises them in single precision, like a training run.
-pub fn fill_in_double<S: Scalar>(plan: &mut Plan<S>, rows: &[Value], fixture: &Value) {
+/// Some images of the pool, their upper left parts, or parts of larger images tiled with them, as the plan's batch.
+/// They are normalised in double, as the fixture says; [`Pool::fill`] normalises them in single precision, like a
+/// training run.
+pub fn fill_in_double<S: Compute>(plan: &mut Plan<S>, rows: &[Value], fixture: &Value) {
     let rows: Vec<usize> = rows.iter().map(|row| row.as_u64().unwrap() as usize).collect();
     let (pixels, labels) = images_and_labels();
     let Shape { height, width, .. } = plan.input_shape();
     let mut images = Vec::new();
     for (image, row) in rows.iter().flat_map(|&image| (0..height).map(move |row| (image, row))) {
-        for (i, &pixel) in pixels[(image * 32 + row) * 96..][..width * 3].iter().enumerate() {
+        let line = pixels[(image * 32 + row % 32) * 96..][..96].iter().cycle().take(width * 3);
+        for (i, &pixel) in line.enumerate() {
             let (mean, std) = (number(&fixture["mean"][i % 3]), number(&fixture["std"][i % 3]));
             images.push(S::from_f64((f64::from(pixel) / 255.0 - mean) / std));
         }
@@ -138,11 +140,12 @@ fn settings<T: Scalar>(run: &Value, layout: &Layout) -> Settings<T> {
             let [beta1, beta2, eps] = ["beta1", "beta2", "eps"].map(|key| number(&run[key]));
             Base::AdamW { beta1, beta2, eps }
         }
+        "muon" => Base::Muon { momentum: number(&run["momentum"]) },
         other => panic!("no base optimizer: {other}"),
     };
     let decay_len = if run["decay_norm"] == false { layout.weights_len() } else { layout.len() };
     let (method, weight_decay) = (method(run, layout), number(&run["weight_decay"]));
-    Settings { method, base, weight_decay, decay_len, clip: run["clip"].as_f64() }
+    Settings { method, base, weight_decay, decay_len, clip: run["clip"].as_f64(), matrices: layout.hidden_matrices() }
 }
 
 fn method<T: Scalar>(run: &Value, layout: &Layout) -> Box<dyn Method<T>> {
@@ -150,7 +153,7 @@ fn method<T: Scalar>(run: &Value, layout: &Layout) -> Box<dyn Method<T>> {
     let seed = || run["seed"].as_u64().unwrap();
     let every = || run["every"].as_u64().unwrap();
     match run["optimizer"].as_str().unwrap() {
-        "sgd" | "adamw" => Box::new(Plain {}),
+        "sgd" | "adamw" | "muon" => Box::new(Plain {}),
         "sam" | "sam-in-groups" => Box::new(Sam {
             rho: of("rho"),
             p_norm: if run["p_norm"] == "inf" { Norm::Infinity } else { Norm::Two },
@@ -205,6 +208,8 @@ fn method<T: Scalar>(run: &Value, layout: &Layout) -> Box<dyn Method<T>> {
             gamma: of("gamma"),
             sharpness: run["sharpness"].as_str().unwrap().parse::<Sharpness>().unwrap(),
         }),
+        "sassha" => Box::new(Sassha { rho: of("rho"), every: every(), seed: seed() }),
+        "sampa" => Box::new(Sampa { rho: of("rho"), lambda: of("lambda") }),
         "looksam" => Box::new(LookSam { rho: of("rho"), alpha: of("alpha"), every: every() }),
         other => panic!("no method: {other}"),
     }
@@ -316,7 +321,10 @@ pub fn hash_weights(layout: &Layout) -> Vec<f64> {
                     TensorKind::Convolution { kernel, inputs, .. } => {
                         value * (3.0 * (2.0 / (kernel * kernel * inputs) as f64)).sqrt()
                     }
-                    TensorKind::Linear { inputs, .. } => value * (3.0 / inputs as f64).sqrt(),
+                    TensorKind::Linear { inputs, .. } | TensorKind::Projection { inputs, .. } => {
+                        value * (3.0 / inputs as f64).sqrt()
+                    }
+                    TensorKind::Tokens { .. } => value * (3.0 / tensor.kind.len() as f64).sqrt(),
                     TensorKind::Scale(_) => 1.0 + 0.1 * value,
                     _ => 0.1 * value,
                 };

@@ -1,9 +1,10 @@
 //! The methods as values that tests can copy, compare and take apart.
 
+use polder::arena::Matrix;
 use polder::device::Scalar;
 use polder::optim::{
-    Asam, Base, CrSam, FriendlySam, Gam, Gnr, Gsam, LookSam, Method, Msam, Plain, RSam, RandomSam, SaSam, Sam,
-    Settings, Wsam,
+    Asam, Base, CrSam, FriendlySam, Gam, Gnr, Gsam, LookSam, Method, Msam, Plain, RSam, RandomSam, SaSam, Sam, Sampa,
+    Sassha, Settings, Wsam,
 };
 
 macro_rules! any_method {
@@ -30,7 +31,24 @@ macro_rules! any_method {
     };
 }
 
-any_method!(Plain, Sam, Asam, RandomSam, RSam, Gsam, LookSam, FriendlySam, Msam, Wsam, CrSam, Gnr, Gam, SaSam);
+any_method!(
+    Plain,
+    Sam,
+    Asam,
+    RandomSam,
+    RSam,
+    Gsam,
+    LookSam,
+    FriendlySam,
+    Msam,
+    Wsam,
+    CrSam,
+    Gnr,
+    Gam,
+    SaSam,
+    Sassha,
+    Sampa
+);
 
 impl AnyMethod {
     pub const PLAIN: Self = Self::Plain(Plain {});
@@ -40,8 +58,9 @@ impl AnyMethod {
         Sam::new(rho).into()
     }
 
-    /// An optimizer's settings, without weight decay and clipping.
+    /// An optimizer's settings, without weight decay and clipping. The first two weights are a matrix for Muon.
     pub fn over<T: Scalar>(self, base: Base) -> Settings<T> {
-        Settings::boxed(self.boxed(), base)
+        let matrices = vec![Matrix { offset: 0, rows: 1, columns: 2 }];
+        Settings { matrices, ..Settings::boxed(self.boxed(), base) }
     }
 }

@@ -163,7 +163,9 @@ pub fn weights<T: Compute>(plan: &Plan<T>, random: &mut Random) -> Vec<f64> {
                 TensorKind::Convolution { kernel, inputs, .. } => {
                     random.normal() * (2.0 / (kernel * kernel * inputs) as f64).sqrt()
                 }
-                TensorKind::Linear { inputs, .. } => random.normal() / (inputs as f64).sqrt(),
+                TensorKind::Linear { inputs, .. } | TensorKind::Projection { inputs, .. } => {
+                    random.normal() / (inputs as f64).sqrt()
+                }
                 TensorKind::Scale(_) => 1.0 + 0.2 * random.normal(),
                 _ => 0.2 * random.normal(),
             };
@@ -197,4 +199,15 @@ impl<S: Compute, F: FnMut(&mut Plan<S>, usize) -> Result<()>> Wrapper<S::Master>
         (self.show)(self.plan, group)?;
         Ok(Answer::Done)
     }
+}
+
+/// Five Newton–Schulz steps of a matrix over its norm, as Muon's authors write them.
+pub fn newton_schulz(matrix: &[f64], rows: usize, columns: usize) -> Vec<f64> {
+    let x = nalgebra::DMatrix::from_row_slice(rows, columns, matrix);
+    let mut x = &x / x.norm().max(1e-7);
+    for _ in 0..5 {
+        let gram = &x * x.transpose();
+        x = 3.4445 * &x + (-4.7750 * &gram + 2.0315 * &gram * &gram) * &x;
+    }
+    x.transpose().as_slice().to_vec()
 }

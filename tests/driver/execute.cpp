@@ -23,20 +23,20 @@ void fault(Warp& w, const Instruction& i, int lane, const char* format, ...) {
 
 namespace {
 
-/// Records an access to shared memory. Fails if two threads access the same bytes between two barriers and one of them
-/// writes.
-void touch(Warp& w, const Instruction& i, uint32_t at, uint32_t bytes, bool writes, int thread) {
+/// Records an access to shared memory by a thread, or by `ATOMICALLY`. Fails if two threads access the same bytes
+/// between two barriers and one of them writes.
+void touch(Warp& w, const Instruction& i, int lane, uint32_t at, uint32_t bytes, bool writes, int thread) {
     Block& b = *w.block;
-    for (uint32_t place = at / 2; place < (at + bytes + 1) / 2; ++place) {
+    for (uint32_t place = at; place < at + bytes; ++place) {
         Touched& last = b.touched[place];
         if (last.written == b.interval && last.writer != thread) {
-            fault(w, i, thread % LANES,
+            fault(w, i, lane,
                   "a race: thread %d %s byte %u of shared memory, which thread %d wrote since the last barrier", thread,
                   writes ? "writes" : "reads", at, last.writer);
         }
         if (writes && last.read == b.interval && last.reader != thread) {
-            fault(w, i, thread % LANES,
-                  "a race: thread %d writes byte %u of shared memory, which %s read since the last barrier", thread, at,
+            fault(w, i, lane, "a race: thread %d writes byte %u of shared memory, which %s read since the last barrier",
+                  thread, at,
                   last.reader == SEVERAL ? "several threads" : ("thread " + std::to_string(last.reader)).c_str());
         }
         if (writes) {
@@ -57,7 +57,8 @@ uint64_t address_of(Warp& w, const Instruction& i, int lane) {
 }
 
 /// The address of an access of one lane, after a check that it is aligned and inside an allocation.
-uint8_t* reach(Warp& w, const Instruction& i, int lane, uint64_t address, uint32_t bytes, Space space, bool writes) {
+uint8_t* reach(Warp& w, const Instruction& i, int lane, uint64_t address, uint32_t bytes, Space space, bool writes,
+               bool atomically = false) {
     const char* verb = writes ? "a store" : "a load";
     if (address % bytes != 0)
         fault(w, i, lane, "%s of %u bytes at %lx, which is not aligned to them", verb, bytes, address);
@@ -72,7 +73,7 @@ uint8_t* reach(Warp& w, const Instruction& i, int lane, uint64_t address, uint32
                 fault(w, i, lane, "%s of %u bytes at %lu of %zu bytes of shared memory", verb, bytes, address,
                       b.shared.size());
             }
-            touch(w, i, uint32_t(address), bytes, writes, w.thread(lane));
+            touch(w, i, lane, uint32_t(address), bytes, writes, atomically ? ATOMICALLY : w.thread(lane));
             return b.shared.data() + address;
         case Space::kParameter: break;
     }
@@ -98,8 +99,8 @@ void atomic(Warp& w, const Instruction& i, uint32_t mask, F change) {
     const uint32_t* b = w.row<uint32_t>(i.b);
     count(w, i, mask, 4, i.space, true, [&](int lane) { return address_of(w, i, lane); });
     for_lanes(mask, [&](int lane) {
-        const uint32_t old =
-            change(reinterpret_cast<uint32_t*>(reach(w, i, lane, address_of(w, i, lane), 4, i.space, true)), b[lane]);
+        const uint32_t old = change(
+            reinterpret_cast<uint32_t*>(reach(w, i, lane, address_of(w, i, lane), 4, i.space, true, true)), b[lane]);
         if (i.d != NOWHERE) w.row<uint32_t>(i.d)[lane] = old;
     });
 }
@@ -259,7 +260,7 @@ void wait_group(Warp& w, const Instruction& i, uint32_t mask) {
     if (mask != w.live) fault(w, i, 0, "by the lanes %08x of %08x", mask, w.live);
     while (w.committed.size() > size_t(i.offset)) {
         for (const AsyncCopy& copy : w.committed.front()) {
-            touch(w, i, copy.to, copy.bytes, true, copy.thread);
+            touch(w, i, copy.thread % LANES, copy.to, copy.bytes, true, copy.thread);
             uint8_t* to = w.block->shared.data() + copy.to;
             memcpy(to, reinterpret_cast<const void*>(copy.from), copy.given);
             memset(to + copy.given, 0, copy.bytes - copy.given);

@@ -183,6 +183,13 @@ struct Right {
 };
 struct UpperHalf {
     static uint32_t of(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
+    static int32_t of(int32_t a, int32_t b) { return int32_t(int64_t(a) * b >> 32); }
+};
+/// c and two products: the halves of a with the lower bytes of b.
+struct TwoProducts {
+    static uint32_t of(uint32_t a, uint32_t b, uint32_t c) {
+        return c + (a & 0xffff) * (b & 0xff) + (a >> 16) * (b >> 8 & 0xff);
+    }
 };
 /// Rounded towards minus infinity. A double holds the product, and a long double its sum with c if their exponents are
 /// close: `expf` adds a product between 0 and some hundreds to about a half.
@@ -396,9 +403,11 @@ Table make_table() {
     add_floating<float>(table, "f32"), add_floating<double>(table, "f64");
 
     table["mul.hi.u32"] = {binary<uint32_t, UpperHalf>, {4, 4, 4}};
+    table["mul.hi.s32"] = {binary<int32_t, UpperHalf>, {4, 4, 4}};
     table["mul.wide.u16"] = {multiply_wide<uint16_t, uint32_t>, {4, 2, 2}};
     table["mul.wide.u32"] = {multiply_wide<uint32_t, uint64_t>, {8, 4, 4}};
     table["mul.wide.s32"] = {multiply_wide<int32_t, int64_t>, {8, 4, 4}};
+    table["dp2a.lo.u32.u32"] = {ternary<uint32_t, TwoProducts>, {4, 4, 4, 4}};
     table["clz.b32"] = {count_leading_zeros, {4, 4}};
     table["prmt.b32"] = {ternary<uint32_t, PermutedBytes>, {4, 4, 4, 4}};
     table["bfi.b32"] = {insert_bits, {4, 4, 4, 4, 4}};
@@ -425,6 +434,8 @@ Table make_table() {
     add_conversion<double, uint64_t>(table, "rn.f64.u64");
     add_conversion<int32_t, float, ToWhole<int32_t>>(table, "rzi.s32.f32");
     add_conversion<uint32_t, float, ToWhole<uint32_t>>(table, "rzi.u32.f32");
+    add_conversion<int32_t, double, ToWhole<int32_t>>(table, "rzi.s32.f64");
+    add_conversion<uint32_t, double, ToWhole<uint32_t>>(table, "rzi.u32.f64");
     add_conversion<float, uint16_t, FromHalf>(table, "f32.f16"),
         add_conversion<uint16_t, float, ToHalf>(table, "rn.f16.f32");
     add_conversion<float, uint16_t, FromBrain>(table, "f32.bf16"),

@@ -291,7 +291,9 @@ private:
             i.execute = execute::nothing;
         } else if (verb == "membar" || verb == "fence") {
             i.execute = execute::fence;
-        } else if (name == "atom.global.add.u32" || name == "atom.global.exch.b32" || name == "atom.global.or.b32") {
+        } else if (name == "atom.global.add.u32" || name == "atom.global.exch.b32" || name == "atom.global.or.b32" ||
+                   name == "atom.shared.add.u32") {
+            if (has("shared")) i.space = Space::kShared;
             i.d = row(operands[0], 4), i.b = row(operands[2], 4);
             address(i, operands[1]);
             i.execute = has("add") ? execute::atomic_add : has("exch") ? execute::atomic_exchange : execute::atomic_or;

@@ -139,12 +139,14 @@ struct Group {
     bool waiting;
 };
 
-/// The last accesses to two bytes of shared memory: by which thread, and in which interval between barriers.
+/// The last accesses to a byte of shared memory: by which thread, and in which interval between barriers.
 struct Touched {
     uint32_t written = 0, read = 0;
     int16_t writer = -1, reader = -1;
 };
 constexpr int16_t SEVERAL = -2;
+/// Atomic accesses of all threads, which do not race with each other.
+constexpr int16_t ATOMICALLY = -3;
 
 /// The accesses of an instruction: sectors of global and wavefronts of shared memory, and the minimum of each.
 struct Count {

@@ -165,7 +165,7 @@ void run(const Kernel& kernel, const uint32_t (&grid)[3], const uint32_t (&size)
         b.parameters = parameters;
         if (is_counting()) b.counts.resize(kernel.code.size());
         b.shared.resize(kernel.static_shared + dynamic_shared);
-        b.touched.resize(b.shared.size() / 2 + 1);
+        b.touched.resize(b.shared.size());
         const uint32_t warps = (size[0] * size[1] * size[2] + LANES - 1) / LANES;
         b.warps.resize(warps);
         for (uint32_t number = 0; number < warps; ++number) {

@@ -13,11 +13,17 @@ use polder::kernels::conv::{self, ConvShape};
 
 const fn shape(extents: [usize; 5], kernel: usize, stride: usize, padding: usize) -> ConvShape {
     let [batch, height, width, in_channels, out_channels] = extents;
-    ConvShape { batch, height, width, in_channels, out_channels, kernel, stride, padding }
+    ConvShape { batch, height, width, in_channels, out_channels, kernel, stride, padding, groups: 1 }
 }
 
-/// Small, uneven shapes: tails of every tile, odd and even sizes under stride 2, with and without padding.
-const SHAPES: [ConvShape; 25] = [
+const fn grouped(groups: usize, dense: ConvShape) -> ConvShape {
+    ConvShape { groups, ..dense }
+}
+
+/// Small, uneven shapes: tails of every tile, odd and even sizes under stride 2, with and without padding. Groups:
+/// several in a panel of the CPU's kernels, with and without a tail, of equal and of different sizes; each with whole
+/// panels in both tensors or in one; of one channel each.
+const SHAPES: [ConvShape; 36] = [
     shape([2, 5, 6, 3, 16], 3, 1, 1),
     shape([1, 5, 6, 3, 10], 3, 2, 1),
     shape([3, 7, 5, 4, 17], 3, 1, 0),
@@ -43,15 +49,27 @@ const SHAPES: [ConvShape; 25] = [
     shape([1, 3, 4, 2, 3], 1, 1, 2),
     shape([1, 6, 7, 130, 70], 3, 1, 1),
     shape([37, 3, 2, 6, 5], 3, 1, 1),
+    grouped(5, shape([2, 7, 6, 20, 20], 3, 1, 1)),
+    grouped(8, shape([3, 9, 6, 32, 32], 3, 2, 1)),
+    grouped(4, shape([2, 6, 5, 32, 32], 3, 1, 1)),
+    grouped(9, shape([1, 7, 8, 18, 18], 3, 2, 1)),
+    grouped(18, shape([2, 5, 7, 18, 18], 3, 1, 1)),
+    grouped(4, shape([2, 8, 7, 12, 20], 3, 2, 1)),
+    grouped(2, shape([2, 6, 7, 32, 64], 3, 1, 1)),
+    grouped(2, shape([3, 7, 6, 64, 32], 3, 2, 1)),
+    grouped(3, shape([2, 5, 6, 15, 48], 1, 1, 0)),
+    grouped(2, shape([1, 9, 10, 48, 4], 5, 2, 2)),
+    grouped(3, shape([2, 5, 4, 24, 9], 1, 2, 0)),
 ];
 
 /// Cheap shapes that are large enough for each of the GPU's tiles and for a split weight gradient: one tap, many
 /// pixels.
-const WIDE_SHAPES: [ConvShape; 4] = [
+const WIDE_SHAPES: [ConvShape; 5] = [
     shape([13, 32, 30, 2, 70], 1, 1, 0),
     shape([13, 30, 32, 70, 2], 1, 1, 0),
     shape([3, 14, 13, 12, 132], 3, 2, 1),
     shape([2, 12, 13, 65, 68], 1, 1, 0),
+    grouped(4, shape([9, 13, 14, 16, 32], 3, 1, 1)),
 ];
 
 /// The initial `y`, `dx` and `dw`, for results that are added.
@@ -79,6 +97,7 @@ fn case<S: Compute>(shape: &ConvShape, seed: u64) -> Case<S> {
 /// The definition, term by term: (y, dx, dw).
 fn reference(shape: &ConvShape, x: &[f64], weight: &[f64], dy: &[f64]) -> [Vec<f64>; 3] {
     let (c, o) = (shape.in_channels, shape.out_channels);
+    let (group_inputs, group_outputs) = (c / shape.groups, o / shape.groups);
     let mut results = [vec![0.0; shape.output_len()], vec![0.0; x.len()], vec![0.0; weight.len()]];
     let [y, dx, dw] = &mut results;
     for n in 0..shape.batch {
@@ -93,9 +112,10 @@ fn reference(shape: &ConvShape, x: &[f64], weight: &[f64], dy: &[f64]) -> [Vec<f
                         continue;
                     }
                     let input = ((n * shape.height + row) * shape.width + column) * c;
-                    for channel in 0..c {
-                        for out in 0..o {
-                            let w = (tap * c + channel) * o + out;
+                    for out in 0..o {
+                        let input = input + out / group_outputs * group_inputs;
+                        for channel in 0..group_inputs {
+                            let w = (tap * group_inputs + channel) * o + out;
                             y[output + out] += x[input + channel] * weight[w];
                             dx[input + channel] += dy[output + out] * weight[w];
                             dw[w] += x[input + channel] * dy[output + out];
@@ -269,8 +289,13 @@ fn bits_depend_on_neither_threads_nor_schedule() {
 /// A shape that is large enough to be split into bands of images and blocks of the depth in the CPU's launch shapes.
 #[test]
 fn splits_large_images_and_many_channels() {
-    let shapes =
-        [shape([2, 48, 40, 40, 48], 3, 1, 1), shape([1, 45, 47, 64, 20], 3, 2, 1), shape([40, 4, 4, 96, 33], 3, 1, 1)];
+    let shapes = [
+        shape([2, 48, 40, 40, 48], 3, 1, 1),
+        shape([1, 45, 47, 64, 20], 3, 2, 1),
+        shape([40, 4, 4, 96, 33], 3, 1, 1),
+        grouped(6, shape([2, 48, 40, 24, 24], 3, 1, 1)),
+        grouped(2, shape([3, 33, 30, 64, 96], 3, 1, 1)),
+    ];
     for (number, shape) in shapes.iter().enumerate() {
         let case = case::<f64>(shape, 200 + number as u64);
         let [y, dx, dw] = reference(shape, &case.x, &case.weight, &case.dy);
@@ -573,6 +598,7 @@ fn sums_for_batch_norm_are_refused_where_there_are_none() {
     let channels = shape.in_channels;
     let simt = Device::host_with(HostOptions { emulate_gpu: true, ..HostOptions::default() });
     assert!(shape.leaves_sums::<f16>(&simt) && !shape.leaves_sums::<f16>(&Device::host()));
+    assert!(!ConvShape { groups: 2, ..shape }.leaves_sums::<f16>(&simt));
     assert!(!shape.leaves_sums::<Tf32>(&simt) && !ConvShape { in_channels: 12, ..shape }.leaves_sums::<f16>(&simt));
     let call = |device: &Device, x_offset: usize, offset: usize, dgamma_len: usize, room: &[ConvShape]| {
         let buffer = |len: usize| device.zeros::<f16>(len + offset + x_offset).unwrap();
@@ -656,6 +682,9 @@ fn refuses_wrong_lengths_devices_and_shapes() {
         ConvShape { kernel: 9, ..right },
         ConvShape { batch: 1 << 30, ..right },
         ConvShape { padding: usize::MAX / 2, ..right },
+        ConvShape { groups: 0, ..right },
+        ConvShape { groups: 3, ..right },
+        ConvShape { in_channels: 1 << 16, out_channels: 1 << 16, groups: 1 << 16, ..right },
     ] {
         let error = wrong.check().unwrap_err();
         assert!(matches!(&error, Error::Argument { .. }), "{error}");

@@ -162,7 +162,17 @@ fn check_convolution<S: Compute<Master = f32>>() {
     let shapes = [(6, 5, 7, 3, 1), (5, 7, 24, 200, 1), (7, 8, 72, 17, 2), (1, 1, 3, 2, 1), (9, 9, 8, 130, 3)];
     for (name, device) in devices() {
         for (number, (height, width, in_channels, out_channels, stride)) in shapes.into_iter().enumerate() {
-            let shape = ConvShape { batch: 1, height, width, in_channels, out_channels, kernel: 3, stride, padding: 1 };
+            let shape = ConvShape {
+                batch: 1,
+                height,
+                width,
+                in_channels,
+                out_channels,
+                kernel: 3,
+                stride,
+                padding: 1,
+                groups: 1,
+            };
             let mut random = Random(93 + number as u64);
             let mut dy_values = random.vector::<S>(shape.output_len());
             let x = device.upload(&random.vector::<S>(shape.input_len())).unwrap();

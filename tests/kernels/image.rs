@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use crate::common::{self, Random, bits, devices, host_devices};
 use polder::device::{Buffer, Device, Error, Result, Scalar};
+use polder::kernels::augment::{Augmentation, Augmenter};
 use polder::kernels::clock;
 use polder::kernels::image::{Augment, BatchShape, Normalization, Position, batch};
 
@@ -13,7 +14,12 @@ const NORMALIZATION: Normalization =
 
 /// Philox4x32-10 as its authors define it (Salmon et al. 2011), by the counter's low half and the key.
 pub fn philox(counter: u64, key: u64) -> [u32; 4] {
-    let mut c = [counter as u32, (counter >> 32) as u32, 0, 0];
+    philox_with([counter as u32, (counter >> 32) as u32, 0, 0], key)
+}
+
+/// The same for a counter of 128 bits.
+pub fn philox_with(counter: [u32; 4], key: u64) -> [u32; 4] {
+    let mut c = counter;
     let mut k = [key as u32, (key >> 32) as u32];
     for _ in 0..10 {
         let (a, b) = (0xD2511F53u64 * u64::from(c[0]), 0xCD9E8D57u64 * u64::from(c[2]));
@@ -139,7 +145,14 @@ fn equals_an_explicit_gather() {
             (1, true, 5),
             (0, true, 99),
         ]
-        .map(|(pad, flip, cutout)| Augment { pad, flip, cutout, seed: 0x1234_5678_9abc_def0, counter: (1 << 32) - 5 })
+        .map(|(pad, flip, cutout)| Augment {
+            pad,
+            flip,
+            cutout,
+            erasing: 0.0,
+            seed: 0x1234_5678_9abc_def0,
+            counter: (1 << 32) - 5,
+        })
         .map(Some);
         for augment in [None].into_iter().chain(augments) {
             let expected = data.gather(&order, augment.as_ref());
@@ -153,12 +166,43 @@ fn equals_an_explicit_gather() {
     }
 }
 
+/// Erasing blanks a rectangle of what is there without it, the same as where images are augmented as a whole
+/// (`augment.rs` compares that with torchvision).
+#[test]
+fn erased_images_are_blank_in_a_rectangle() {
+    let mut random = Random(12);
+    let data = DataSet::new(&mut random, 7, 18, 21, 3);
+    let order = data.order(&mut random, 30);
+    let plain = Augment { pad: 2, flip: true, cutout: 5, seed: 3, counter: 9, ..Augment::default() };
+    let erasing = Augment { erasing: 0.6, ..plain };
+    let shape = BatchShape { batch: 30, height: 18, width: 21, channels: 3 };
+    for (name, device) in devices() {
+        let (expected, _) = data.run::<f32>(&device, &order, Some(plain)).unwrap();
+        let (found, _) = data.run::<f32>(&device, &order, Some(erasing)).unwrap();
+        let mut erased = 0;
+        for (found, expected) in found.chunks(18 * 21 * 3).zip(expected.chunks(18 * 21 * 3)) {
+            erased += usize::from(found != expected);
+            assert!(found.iter().zip(expected).all(|(a, b)| a == b || *a == 0.0), "{name}");
+        }
+        assert!((10..27).contains(&erased), "{name}: {erased}");
+        let wanted = Augmentation { basic: erasing, ..Augmentation::default() };
+        let mut augmenter = Augmenter::new(&device, shape, wanted).unwrap();
+        let (pixels, labels) = (device.upload(&data.pixels).unwrap(), device.upload(&data.labels).unwrap());
+        let order = device.upload(&order).unwrap();
+        let mut out = device.poisoned::<f32>(found.len()).unwrap();
+        let mut truth = device.poisoned::<u32>(30).unwrap();
+        let (views, into) = ((pixels.view(), labels.view(), order.view()), (out.view_mut(), truth.view_mut()));
+        augmenter.run(views.0, views.1, views.2, Position::default(), &NORMALIZATION, into.0, into.1).unwrap();
+        assert_eq!(bits(&out.to_vec().unwrap()), bits(&found), "{name}");
+    }
+}
+
 #[test]
 fn double_precision_differs_by_rounding_alone() {
     let mut random = Random(6);
     let data = DataSet::new(&mut random, 5, 6, 7, 3);
     let order = data.order(&mut random, 8);
-    let augment = Augment { pad: 1, flip: true, cutout: 3, seed: 3, counter: 0 };
+    let augment = Augment { pad: 1, flip: true, cutout: 3, seed: 3, ..Augment::default() };
     let expected: Vec<f64> = data.gather(&order, Some(&augment)).into_iter().map(f64::from).collect();
     for (name, device) in host_devices() {
         let (out, _) = data.run::<f64>(&device, &order, Some(augment)).unwrap();
@@ -169,7 +213,7 @@ fn double_precision_differs_by_rounding_alone() {
 #[test]
 fn every_offset_and_both_flips_occur() {
     let (pad, batch) = (2, 4000);
-    let augment = Augment { pad, flip: true, cutout: 0, seed: 42, counter: 1000 };
+    let augment = Augment { pad, flip: true, seed: 42, counter: 1000, ..Augment::default() };
     let mut counts = vec![0; 2 * 5 * 5];
     for position in 0..batch {
         let (flip, top, left) = draws(&augment, position);
@@ -197,7 +241,7 @@ fn successive_batches_continue_the_stream() {
     let mut random = Random(1);
     let data = DataSet::new(&mut random, 10, 4, 4, 3);
     let order = data.order(&mut random, 12);
-    let augment = |counter| Some(Augment { pad: 3, flip: true, cutout: 0, seed: 9, counter });
+    let augment = |counter| Some(Augment { pad: 3, flip: true, seed: 9, counter, ..Augment::default() });
     for (name, device) in devices() {
         let (whole, _) = data.run::<f32>(&device, &order, augment(100)).unwrap();
         let (first, _) = data.run::<f32>(&device, &order[..5], augment(100)).unwrap();
@@ -213,7 +257,7 @@ fn a_clock_points_at_the_batch() {
     let mut random = Random(8);
     let data = DataSet::new(&mut random, 10, 4, 5, 3);
     let order = data.order(&mut random, 21);
-    let augment = |counter| Some(Augment { pad: 3, flip: true, cutout: 0, seed: 9, counter });
+    let augment = |counter| Some(Augment { pad: 3, flip: true, seed: 9, counter, ..Augment::default() });
     for (name, device) in devices() {
         let on_device = device.upload(&order).unwrap();
         let rates = device.upload(&[0.5, 0.25, 0.125]).unwrap();

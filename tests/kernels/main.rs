@@ -3,17 +3,24 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod attention;
+mod augment;
 mod batch_norm;
+mod bias;
 mod conv;
+mod dual;
 mod gather;
 mod gradient;
 mod image;
+mod layer_norm;
 mod layers;
 mod loss;
 mod max_pool;
 mod metrics;
 mod mixing;
+mod muon;
 mod random;
+mod scale_samples;
 mod sharpness;
 mod storage;
 mod vector;

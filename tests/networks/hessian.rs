@@ -3,10 +3,11 @@
 
 use crate::common::fixtures::{arena, digest_error, fill_in_double, hash_vector, hash_weights, number, read_json};
 use crate::common::{self, Random, bits, weights};
-use crate::plan::max_pools;
+use crate::plan::{groups_and_drops, max_pools, transformer};
 use half::{bf16, f16};
 use polder::device::{Buffer, Compute, Device, Error, Result, Scalar};
 use polder::kernels::batch_norm::Mode;
+use polder::kernels::image::Position;
 use polder::nn::{CifarResNet, Shortcut, initial_weights};
 use polder::objective::{Domain, Objective, ObjectiveExt, Pass, RunningStats};
 use polder::plan::{Graph, Plan, PlanOptions, Shape, Value};
@@ -193,11 +194,30 @@ fn products_through_every_operation_match_central_differences() {
 }
 
 #[test]
+fn products_through_transformers_match_central_differences() {
+    for (name, device) in two_devices() {
+        let (graph, logits) = transformer(Shape { batch: 3, height: 6, width: 4, channels: 2 });
+        let plan = Plan::<f64>::new(&device, graph, logits, PlanOptions::training()).unwrap();
+        check(&format!("a transformer on {name}"), plan, 23);
+    }
+}
+
+#[test]
 fn products_through_max_pools_match_central_differences() {
     for (name, device) in two_devices() {
         let (graph, logits) = max_pools(Shape { batch: 3, height: 9, width: 7, channels: 2 });
         let plan = Plan::<f64>::new(&device, graph, logits, PlanOptions::training()).unwrap();
         check(&format!("max pools on {name}"), plan, 13);
+    }
+}
+
+#[test]
+fn products_through_groups_and_dropped_branches_match_central_differences() {
+    for (name, device) in two_devices() {
+        let (graph, logits) = groups_and_drops(Shape { batch: 5, height: 6, width: 7, channels: 2 });
+        let mut plan = Plan::<f64>::new(&device, graph, logits, PlanOptions::training()).unwrap();
+        plan.draw(17, Position::default()).unwrap();
+        check(&format!("groups and drops on {name}"), plan, 17);
     }
 }
 

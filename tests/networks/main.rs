@@ -6,6 +6,8 @@ mod common;
 
 mod curvature;
 #[cfg(feature = "train")]
+mod drop_path;
+#[cfg(feature = "train")]
 mod families;
 mod frozen;
 #[cfg(feature = "train")]
@@ -22,3 +24,4 @@ mod steps;
 mod training;
 #[cfg(feature = "train")]
 mod vgg;
+mod vision_transformer;

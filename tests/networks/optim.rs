@@ -7,13 +7,14 @@ use approx::{abs_diff_eq, assert_abs_diff_eq, relative_eq};
 
 use crate::common;
 use crate::common::methods::AnyMethod;
+use polder::arena::Matrix;
 use polder::device::{Buffer, Device, Error, Result, Scalar, SliceMut};
 use polder::kernels::vector::Rate;
 use polder::kernels::{random, vector};
 use polder::objective::{Domain, Objective, Pass, Passes};
 use polder::optim::{
     Along, Asam, Base, CrSam, Form, FriendlySam, Gam, Gnr, Group, Gsam, Hvp, LookSam, Msam, Norm, Optimizer, Oracle,
-    Part, Perturbed, RSam, RandomSam, SaSam, Sam, Settings, Sharpness, SnapshotError, Telemetry, Wsam,
+    Part, Perturbed, RSam, RandomSam, SaSam, Sam, Sampa, Sassha, Settings, Sharpness, SnapshotError, Telemetry, Wsam,
 };
 
 /// A loss and its gradient, computed on the host in double. Its products with the Hessian are central differences,
@@ -278,6 +279,8 @@ fn family() -> Vec<AnyMethod> {
         Msam { rho: 0.05 }.into(),
         Wsam { rho: 0.05, ..WSAM }.into(),
         Wsam { rho: 0.05, sharpness: Sharpness::Coupled, ..WSAM }.into(),
+        Sassha { rho: 0.05, every: 3, seed: 14 }.into(),
+        Sampa { rho: 0.05, lambda: 0.3 }.into(),
     ]
 }
 
@@ -312,7 +315,13 @@ struct Past {
     theta: f64,
     orthogonal: Vec<f64>,
     average: Vec<f64>,
+    curvature: Vec<f64>,
+    correction: f64,
+    kept: Vec<f64>,
 }
+
+/// The learning rate of the steps that [`reference`] is compared with.
+const RATE: f64 = 0.02;
 
 impl Past {
     /// AdGD's step size η and its growth θ, from the last two points.
@@ -333,6 +342,26 @@ impl Past {
             (self.theta, self.eta) = (eta / self.eta, eta);
         }
         self.previous = w.to_vec();
+    }
+
+    /// Sassha's direction, from the gradient and in some steps the curvature at the perturbed point.
+    fn sassha(&mut self, f: &mut LossAndGradient<'_>, there: &[f64], every: u64, seed: u64) -> Vec<f64> {
+        let (n, t) = (there.len(), self.step as i32 + 1);
+        self.average.resize(n, 0.0);
+        self.curvature.resize(n, 0.0);
+        self.average = plus(&times(0.9, &self.average), 0.1, &f(there).1);
+        if self.step.is_multiple_of(every) {
+            let mut z = Device::host().zeros::<f64>(n).unwrap();
+            random::rademacher(z.view_mut(), seed, self.step * 4 * n.div_ceil(4) as u64).unwrap();
+            let z = z.to_vec().unwrap();
+            let diagonal = hessian_times(f, there, &z);
+            let magnitude: Vec<f64> = diagonal.iter().zip(&z).map(|(h, z)| (h * z).abs()).collect();
+            self.curvature = plus(&times(0.999, &self.curvature), 0.001, &magnitude);
+            self.correction = 1.0 - 0.999f64.powi(t);
+        }
+        let scale = 1.0 - 0.9f64.powi(t);
+        let divisor = |curvature: f64| (curvature / self.correction).sqrt() + 1e-4;
+        self.average.iter().zip(&self.curvature).map(|(m, d)| m / scale / divisor(*d)).collect()
     }
 }
 
@@ -457,6 +486,21 @@ fn reference(method: AnyMethod, f: &mut LossAndGradient<'_>, w: &[f64], past: &m
             let moved = norm(&past.momentum) > 0.0;
             if moved { f(&plus(w, -rho / norm(&past.momentum), &past.momentum)).1 } else { g }
         }
+        AnyMethod::Sassha(Sassha { rho, every, seed }) => {
+            let there = plus(w, rho, &v);
+            past.sassha(f, &there, every, seed)
+        }
+        AnyMethod::Sampa(Sampa { rho, lambda }) => {
+            let kept = std::mem::take(&mut past.kept);
+            if kept.is_empty() {
+                past.kept.clone_from(&g);
+                g
+            } else {
+                let there = f(&plus(w, rho / norm(&kept), &kept)).1;
+                past.kept = f(&plus(w, -RATE, &kept)).1;
+                plus(&times(1.0 - lambda, &there), lambda, &past.kept)
+            }
+        }
         AnyMethod::RSam(RSam { rho, sigma, seed }) => {
             let there = f(&plus(w, sigma, &drawn(seed))).1;
             f(&plus(w, rho / norm(&there), &there)).1
@@ -484,7 +528,7 @@ fn every_method_follows_its_formula_for_several_steps() {
     let start: Vec<f64> = common::Random(6).vector(9);
     for method in family() {
         for clip in [None, Some(0.7)] {
-            let (lr, momentum, decay, mut past) = (0.02, 0.9, 0.01, Past::default());
+            let (lr, momentum, decay, mut past) = (RATE, 0.9, 0.01, Past::default());
             let (mut w64, mut m64, mut f) = (start.clone(), vec![0.0; 9], coupled());
             for _ in 0..5 {
                 let (mut g, own) = reference(method, &mut f, &w64, &mut past);
@@ -944,9 +988,9 @@ fn a_parabola_converges_with_every_method_and_base() {
             (Base::Sgd { momentum: 0.9, nesterov: true }, 0.02, 400),
             (Base::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 }, 0.05, 2000),
         ] {
-            // The step size of SA-SAM is that of gradient descent without momentum. Its radius does not fall: with η =
-            // 1/4, ρ = 1/2 it ends on a cycle at a distance of 1/6.
-            let own_step = matches!(method, AnyMethod::SaSam(_));
+            // The step size of SA-SAM is that of gradient descent without momentum, Sassha has its own. SA-SAM's radius
+            // does not fall: with η = 1/4, ρ = 1/2 it ends on a cycle at a distance of 1/6.
+            let own_step = method.boxed::<f64>().has_momentum();
             // MSAM's gradient vanishes at a distance of ρ behind the minimum, wherever the momentum comes from.
             let tolerance = match method {
                 AnyMethod::SaSam(SaSam { perturb: true, .. }) => 0.17,
@@ -1024,7 +1068,9 @@ fn passes_of(method: AnyMethod) -> [usize; 2] {
         calls
     });
     let Passes { gradients, products } = self::passes(method);
-    assert_eq!(passes[0] as u64, gradients + 4 * products, "{method:?}: a product here is four gradients");
+    // SAMPa's first step has nothing to ascend along.
+    let most = passes[0].max(passes[1]) as u64;
+    assert_eq!(most, gradients + 4 * products, "{method:?}: a product here is four gradients");
     passes
 }
 
@@ -1069,8 +1115,7 @@ fn a_step_with_a_bad_pass_changes_nothing_and_is_counted() {
     for method in family() {
         // The gradients that differences for products with the Hessian take count as passes, too.
         let [first, second] = passes_of(method);
-        for base in [Base::Sgd { momentum: 0.9, nesterov: false }, Base::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 }]
-        {
+        for base in [Base::sgd(0.9), Base::ADAMW, Base::MUON] {
             for (bad_pass, bad_value) in (0..second).flat_map(|pass| [(pass, f64::NAN), (pass, f64::INFINITY)]) {
                 for bad_loss in [true, false] {
                     let device = Device::host();
@@ -1162,7 +1207,8 @@ impl Objective<f32> for Silent {
 /// of a few numbers, the clearing of the flag and the counting of the step.
 #[test]
 fn a_step_launches_no_more_than_its_table_says() {
-    let launches = [5, 6, 6, 8, 8, 15, 15, 11, 11, 9, 8, 8, 11, 11, 12, 12, 13, 15, 12, 11, 12, 9, 12, 9, 11, 8, 7, 6];
+    let launches =
+        [5, 6, 6, 8, 8, 15, 15, 11, 11, 9, 8, 8, 11, 11, 12, 12, 13, 15, 12, 11, 12, 9, 12, 9, 11, 8, 7, 6, 8, 6];
     assert_eq!(launches.len(), family().len());
     let device = Device::host();
     for (method, expected) in family().into_iter().zip(launches) {
@@ -1174,9 +1220,10 @@ fn a_step_launches_no_more_than_its_table_says() {
     }
 }
 
-/// An optimizer for nine weights.
+/// An optimizer for nine weights, six of which are a matrix.
 fn nine<T: Scalar>(device: &Device, method: AnyMethod, base: Base) -> Optimizer<T> {
-    Optimizer::new(device, 9, Settings { weight_decay: 0.01, ..method.over(base) }).unwrap()
+    let matrices = vec![Matrix { offset: 1, rows: 2, columns: 3 }];
+    Optimizer::new(device, 9, Settings { weight_decay: 0.01, matrices, ..method.over(base) }).unwrap()
 }
 
 fn resumes<T: Scalar>(device: &Device, method: AnyMethod, base: Base) {
@@ -1204,7 +1251,7 @@ fn resumes<T: Scalar>(device: &Device, method: AnyMethod, base: Base) {
 fn a_restored_snapshot_continues_with_the_same_bits() {
     let device = Device::host();
     for method in family() {
-        for base in [Base::Sgd { momentum: 0.9, nesterov: true }, Base::ADAMW] {
+        for base in [Base::Sgd { momentum: 0.9, nesterov: true }, Base::ADAMW, Base::MUON] {
             resumes::<f32>(&device, method, base);
             resumes::<f64>(&device, method, base);
         }
@@ -1256,4 +1303,135 @@ fn snapshots_that_do_not_fit_are_refused_and_change_nothing() {
     assert_eq!(optimizer.snapshot("sa-sam").unwrap(), before);
     optimizer.restore("sa-sam", &other).unwrap();
     assert_eq!(optimizer.snapshot("sa-sam").unwrap(), other);
+}
+
+/// Muon moves the matrix, AdamW the weights around it: with and without groups, and as the two would alone.
+#[test]
+fn muon_moves_matrices_and_adamw_the_rest() {
+    let device = Device::host();
+    let start: Vec<f64> = common::Random(6).vector(9);
+    let (decay, lr) = (0.01, 0.02);
+    let mut whole = device.upload(&start).unwrap();
+    let mut of_whole = nine::<f64>(&device, AnyMethod::PLAIN, Base::MUON);
+    let mut parted = device.upload(&start).unwrap();
+    let mut of_parts = nine::<f64>(&device, AnyMethod::PLAIN, Base::MUON);
+    let group = |place| Group { place, base: Base::MUON, weight_decay: decay, lr: lr.into() };
+    let mut adamw = device.upload(&start).unwrap();
+    let mut of_adamw = nine::<f64>(&device, AnyMethod::PLAIN, Base::ADAMW);
+    of_whole.step(&mut function(9, coupled()), whole.view_mut(), lr).unwrap();
+    of_parts.step_groups(&mut function(9, coupled()), parted.view_mut(), &[group(0..1), group(1..9)]).unwrap();
+    of_adamw.step(&mut function(9, coupled()), adamw.view_mut(), lr).unwrap();
+    let [found, parted, adamw] = [whole, parted, adamw].map(|weights| weights.to_vec().unwrap());
+    assert_eq!(common::bits(&found), common::bits(&parted));
+    for rest in [0..1, 7..9] {
+        assert_eq!(common::bits(&found[rest.clone()]), common::bits(&adamw[rest]));
+    }
+    // After the first step the momentum is along the gradient. A matrix of two rows has a singular value decomposition
+    // in closed form; here the five steps are taken as they are written.
+    let g = &coupled()(&start).1[1..7];
+    let orthogonal = common::newton_schulz(g, 2, 3);
+    let expected: Vec<f64> =
+        (0..6).map(|i| (1.0 - lr * decay) * start[1 + i] - lr * 0.2 * 3f64.sqrt() * orthogonal[i]).collect();
+    common::assert_close("the matrix", &found[1..7], &expected, 1e-12);
+
+    let cut = of_parts.step_groups(
+        &mut function(9, coupled()),
+        device.upload(&start).unwrap().view_mut(),
+        &[group(0..4), group(4..9)],
+    );
+    assert!(matches!(&cut, Err(Error::Argument { message, .. }) if message.contains("cuts the matrix")), "{cut:?}");
+}
+
+#[test]
+fn muon_without_matrices_or_with_impossible_ones_is_refused() {
+    let device = Device::host();
+    let matrix = |offset, rows, columns| Matrix { offset, rows, columns };
+    let refused = |matrices: &[Matrix]| {
+        let settings = Settings { matrices: matrices.to_vec(), ..AnyMethod::PLAIN.over(Base::MUON) };
+        Optimizer::<f32>::new(&device, 9, settings).err().map(|error| error.to_string()).unwrap()
+    };
+    assert!(refused(&[]).contains("matrices among the weights"));
+    assert!(refused(&[matrix(0, 0, 3)]).contains("0 x 3"));
+    assert!(refused(&[matrix(4, 1, 2), matrix(5, 1, 2)]).contains("behind the one before"));
+    for outside in [matrix(4, 2, 3), matrix(0, usize::MAX, 2), matrix(usize::MAX, 1, 1)] {
+        assert!(refused(&[outside]).contains("does not lie in 9 weights"), "{outside:?}");
+    }
+}
+
+/// The first gradient of a SAMPa step belongs to this step's batch, the other one to the batch of the last step that
+/// was not skipped.
+#[test]
+fn sampa_perturbs_on_the_batch_before() {
+    /// A bowl around another point in each step, which keeps the point of the step before.
+    struct Batches {
+        center: f64,
+        kept: f64,
+        bad: bool,
+    }
+    impl Objective<f64> for Batches {
+        fn domain(&self) -> Domain<'_> {
+            Domain::of_len(2)
+        }
+        fn pass(&mut self, pass: Pass<'_, f64>) -> Result<()> {
+            match pass {
+                Pass::Gradient { weights, mut gradient, mut loss, mut flag, .. } => {
+                    let slope: Vec<f64> = weights.to_vec()?.iter().map(|w| w - self.center).collect();
+                    loss.write(&[dot(&slope, &slope) / 2.0])?;
+                    flag.write(&[u32::from(self.bad)])?;
+                    gradient.write(&slope)
+                }
+                Pass::GradientAcross { weights, gradients: [g, h], losses: [l, m], mut flag } => {
+                    let running_stats = polder::objective::RunningStats::Keep;
+                    let [at, before] = weights;
+                    let now = self.center;
+                    self.center = self.kept;
+                    self.pass(Pass::Gradient {
+                        weights: before,
+                        running_stats,
+                        gradient: h,
+                        loss: m,
+                        flag: flag.reborrow(),
+                    })?;
+                    self.center = now;
+                    self.pass(Pass::Gradient { weights: at, running_stats, gradient: g, loss: l, flag })
+                }
+                Pass::KeepBatch { skip } => {
+                    if skip.to_vec()? == [0] {
+                        self.kept = self.center;
+                    }
+                    Ok(())
+                }
+                other => other.split(self),
+            }
+        }
+    }
+    let device = Device::host();
+    let method = AnyMethod::from(Sampa { rho: 0.1, lambda: 0.2 });
+    let mut optimizer = Optimizer::new(&device, 2, method.over(Base::sgd(0.0))).unwrap();
+    let mut weights = device.upload(&[1.0, -2.0]).unwrap();
+    let mut objective = Batches { center: 0.5, kept: f64::NAN, bad: false };
+    let from = |center: f64, w: &[f64]| -> Vec<f64> { w.iter().map(|w| w - center).collect() };
+    let (mut w, mut kept, mut before) = (vec![1.0, -2.0], Vec::new(), f64::NAN);
+    for (step, center) in [0.5, -0.3, 7.0, 0.8, 0.1].into_iter().enumerate() {
+        (objective.center, objective.bad) = (center, step == 2);
+        optimizer.step(&mut objective, weights.view_mut(), RATE).unwrap();
+        if step == 0 {
+            kept = from(center, &w);
+            w = plus(&w, -RATE, &kept);
+        } else if step != 2 {
+            let there = from(before, &plus(&w, 0.1 / norm(&kept), &kept));
+            kept = from(center, &plus(&w, -RATE, &kept));
+            w = plus(&w, -RATE, &plus(&times(0.8, &there), 0.2, &kept));
+        }
+        if step != 2 {
+            before = center;
+        }
+        common::assert_close(&format!("step {step}"), &weights.to_vec().unwrap(), &w, 1e-12);
+    }
+    assert_eq!(optimizer.telemetry().unwrap().skipped, 1);
+    // With rates of their own, groups of weights have no common point ahead.
+    let group = |place, lr: f64| Group { place, base: Base::sgd(0.0), weight_decay: 0.0, lr: lr.into() };
+    optimizer.step_groups(&mut objective, weights.view_mut(), &[group(0..1, 0.1), group(1..2, 0.1)]).unwrap();
+    let refused = optimizer.step_groups(&mut objective, weights.view_mut(), &[group(0..1, 0.1), group(1..2, 0.2)]);
+    assert!(matches!(&refused, Err(Error::Argument { message, .. }) if message.contains("one learning rate")));
 }

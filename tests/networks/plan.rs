@@ -5,12 +5,13 @@ use approx::{abs_diff_eq, assert_abs_diff_eq, assert_relative_eq};
 
 use crate::common::{self, Random, relative_error, to_f64, weights};
 use half::f16;
-use polder::device::{Buffer, Compute, Device, HostOptions};
+use polder::device::{Buffer, Compute, Device, Error, HostOptions, Result};
 use polder::kernels::batch_norm::Mode;
 use polder::kernels::conv::ConvShape;
+use polder::kernels::image::Position;
 use polder::kernels::vector::{self, Reduction};
 use polder::nn::{CifarResNet, Shortcut};
-use polder::objective::{ObjectiveExt, RunningStats};
+use polder::objective::{self, Objective, ObjectiveExt, RunningStats};
 use polder::optim::{Base, Optimizer, Sam, Settings};
 use polder::plan::{Graph, Plan, PlanError, PlanOptions, Shape, Value};
 
@@ -41,6 +42,7 @@ fn pass(plan: &mut Plan<f64>, at: &[f64]) -> Pass {
 fn check_gradient(name: &str, device: &Device, graph: Graph, logits: Value, options: PlanOptions, seed: u64) {
     let mut random = Random(seed);
     let mut plan = Plan::<f64>::new(device, graph, logits, options).unwrap();
+    plan.draw(seed, Position::default()).unwrap();
     let at = weights(&plan, &mut random);
     set_batch(&mut plan, &mut random);
     let gradient = pass(&mut plan, &at).gradient;
@@ -62,6 +64,56 @@ fn check_gradient(name: &str, device: &Device, graph: Graph, logits: Value, opti
     }
     let padding = (0..at.len()).filter(|index| !ranges.iter().any(|range| range.contains(index)));
     assert!(padding.into_iter().all(|index| gradient[index] == 0.0), "{name}: gradient in the padding");
+}
+
+/// What transformers consist of: tokens, layer norms, attention, biases with and without GELU; with inputs of all of them
+/// that another operation reads too, and a GELU before the first product.
+pub fn transformer(shape: Shape) -> (Graph, Value) {
+    let mut graph = Graph::new(shape);
+    let x = graph.input();
+    let x = graph.bias_gelu(x, "first.bias", 1).unwrap();
+    let patches = graph.convolution(x, "patches.weight", 6, 2, 2, 0).unwrap();
+    let moved = graph.bias(patches, "patches.bias", 12).unwrap();
+    let both = graph.add(moved, patches).unwrap();
+    let tokens = graph.embed_tokens(both, "token", "positions").unwrap();
+    let normal = graph.layer_norm(tokens, "norm", 1e-3).unwrap();
+    let qkv = graph.projection(normal, "qkv.weight", 18).unwrap();
+    let attended = graph.attention(qkv, "qkv.bias", 2).unwrap();
+    let wide = graph.projection(attended, "wide.weight", 18).unwrap();
+    // The gradients of qkv and tokens come from several operations.
+    let curved = graph.bias_gelu(qkv, "curved.bias", 6).unwrap();
+    let wide = graph.bias_add(wide, "wide.bias", 6, curved).unwrap();
+    let again = graph.attention(wide, "again.bias", 3).unwrap();
+    let sum = graph.bias_add(tokens, "sum.bias", 6, again).unwrap();
+    let sum = graph.add(sum, tokens).unwrap();
+    let normal = graph.layer_norm(sum, "last", 1e-3).unwrap();
+    let sum = graph.add(normal, sum).unwrap();
+    let tokens = graph.shape(sum).width;
+    let y = graph.shortcut(sum, 6, tokens).unwrap();
+    let logits = graph.linear(y, "head", 3).unwrap();
+    (graph, logits)
+}
+
+#[test]
+fn gradients_through_transformers_match_central_differences() {
+    for (name, device) in common::host_devices().into_iter().filter(|(name, _)| name.contains("2 threads")) {
+        let (graph, logits) = transformer(Shape { batch: 3, height: 6, width: 4, channels: 2 });
+        check_gradient(&name, &device, graph, logits, PlanOptions::training(), 21);
+    }
+}
+
+#[test]
+fn transformers_of_impossible_shapes_are_refused() {
+    let mut graph = Graph::new(Shape { batch: 2, height: 3, width: 4, channels: 12 });
+    let x = graph.input();
+    let refused = |result: Result<Value, PlanError>| result.unwrap_err().to_string();
+    let expected = "attention: 12 channels are not queries, keys and values of 3 heads";
+    assert_eq!(refused(graph.attention(x, "bias", 3)), expected);
+    assert!(refused(graph.attention(x, "bias", 0)).starts_with("attention: 12 channels"));
+    let wide = graph.projection(x, "wide.weight", 3 * 65).unwrap();
+    assert!(refused(graph.attention(wide, "bias", 1)).contains("heads of at most 64"));
+    assert!(matches!(graph.bias_add(wide, "bias", 12, x), Err(PlanError::Shape { .. })));
+    assert!(matches!(graph.bias(x, "wide.weight", 12), Err(PlanError::DuplicateParameter { .. })));
 }
 
 /// Max pools before and after the first parameter, with windows that overlap and that touch, and of an activation that
@@ -87,6 +139,44 @@ fn gradients_through_max_pools_match_central_differences() {
         let (graph, logits) = max_pools(Shape { batch: 3, height: 9, width: 7, channels: 2 });
         check_gradient(&format!("max pools on {name}"), &device, graph, logits, PlanOptions::training(), 23);
     }
+}
+
+/// Grouped convolutions, and branches that are dropped at random, one of them before the first parameter.
+pub fn groups_and_drops(shape: Shape) -> (Graph, Value) {
+    let mut graph = Graph::new(shape);
+    let fixed = graph.drop_path(graph.input(), 0.3).unwrap();
+    let x = graph.convolution(fixed, "a.weight", 12, 3, 1, 1).unwrap();
+    let x = graph.batch_norm(x, "bn", None, true).unwrap();
+    let branch = graph.grouped_convolution(x, "b.weight", 12, 3, 3, 1, 1).unwrap();
+    let branch = graph.drop_path(branch, 0.5).unwrap();
+    let x = graph.add(branch, x).unwrap();
+    let x = graph.grouped_convolution(x, "c.weight", 8, 4, 3, 2, 1).unwrap();
+    let x = graph.global_average_pool(x).unwrap();
+    let logits = graph.linear(x, "fc", 3).unwrap();
+    (graph, logits)
+}
+
+#[test]
+fn gradients_through_groups_and_dropped_branches_match_central_differences() {
+    for (name, device) in common::host_devices().into_iter().filter(|(name, _)| name.contains("2 threads")) {
+        let (graph, logits) = groups_and_drops(Shape { batch: 5, height: 6, width: 7, channels: 2 });
+        check_gradient(&format!("groups and drops on {name}"), &device, graph, logits, PlanOptions::training(), 29);
+    }
+}
+
+#[test]
+fn impossible_groups_and_rates_are_refused() {
+    let mut graph = Graph::new(Shape { batch: 2, height: 4, width: 6, channels: 6 });
+    let x = graph.input();
+    for groups in [0, 4, 5] {
+        let refused = graph.grouped_convolution(x, "w", 12, groups, 3, 1, 1);
+        assert!(matches!(refused, Err(PlanError::Shape { .. })), "{groups}: {refused:?}");
+    }
+    for rate in [-0.1, 1.0, f64::NAN] {
+        assert!(matches!(graph.drop_path(x, rate), Err(PlanError::Shape { .. })), "{rate}");
+        assert!(matches!(graph.shake_drop(x, 1.0 - rate), Err(PlanError::Shape { .. })), "{rate}");
+    }
+    assert_eq!((graph.drop_path(x, 0.0), graph.shake_drop(x, 1.0)), (Ok(x), Ok(x)));
 }
 
 #[test]
@@ -311,6 +401,7 @@ fn every_stage_finishes_its_gradients() {
             pass().unwrap();
             let list = device.capture(&mut pass).unwrap().list().unwrap();
             let one = ConvShape {
+                groups: 1,
                 batch: 9,
                 height: 4,
                 width: 2,
@@ -431,6 +522,71 @@ fn a_pair_of_gradients_is_two_gradients() {
         if std::env::var_os("POLDER_SANITIZE").is_none() {
             check::<f32>(&device);
         }
+        check::<f16>(&device);
+    }
+}
+
+/// A gradient on the batch of this step and one on the batch that was kept. A skipped step keeps
+/// the earlier batch, the current one stays where it is, and a checkpoint's words bring the kept one back.
+#[test]
+fn gradients_across_batches_are_gradients_on_each() {
+    fn check<S: Compute<Master = f32>>(device: &Device) {
+        let (mut plan, at) = small_plan::<S>(device);
+        let len = at[0].len();
+        let mut flag = device.zeros::<u32>(1).unwrap();
+        let show = |plan: &mut Plan<S>, number: usize| {
+            let (mut images, mut labels) = plan.batch_mut().unwrap();
+            images.write(&Random(70 + number as u64).vector::<S>(images.len())).unwrap();
+            labels.write(&vec![number as u32; labels.len()]).unwrap();
+        };
+        let mut alone = |plan: &mut Plan<S>, at: &Buffer<f32>| {
+            let (mut gradient, mut loss) = (device.zeros::<f32>(len).unwrap(), device.poisoned::<f64>(1).unwrap());
+            let (into, loss_into) = (gradient.view_mut(), loss.view_mut());
+            plan.gradient(at.view(), RunningStats::Keep, into, loss_into, flag.view_mut()).unwrap();
+            (common::bits(&gradient.to_vec().unwrap()), loss.to_vec().unwrap())
+        };
+        let mut flags = device.zeros::<u32>(1).unwrap();
+        let skips = [0, 1].map(|skip| device.upload(&[skip]).unwrap());
+        let (mut g0, mut g1) = (device.zeros::<f32>(len).unwrap(), device.zeros::<f32>(len).unwrap());
+        let (mut l0, mut l1) = (device.poisoned::<f64>(1).unwrap(), device.poisoned::<f64>(1).unwrap());
+        let mut across = |plan: &mut Plan<S>| -> Result<[(Vec<u64>, Vec<f64>); 2]> {
+            let weights = [at[0].view(), at[1].view()];
+            let (gradients, losses) = ([g0.view_mut(), g1.view_mut()], [l0.view_mut(), l1.view_mut()]);
+            plan.pass(objective::Pass::GradientAcross { weights, gradients, losses, flag: flags.view_mut() })?;
+            plan.pass(objective::Pass::Abandon)?;
+            Ok([(&g0, &l0), (&g1, &l1)].map(|(g, l)| (common::bits(&g.to_vec().unwrap()), l.to_vec().unwrap())))
+        };
+        let nothing = across(&mut plan);
+        assert!(matches!(&nothing, Err(Error::Argument { message, .. }) if message.contains("no mini-batch")));
+        assert!(plan.kept_batch().unwrap().is_empty());
+        show(&mut plan, 0);
+        // The first batch is kept even if its step was skipped.
+        plan.pass(objective::Pass::KeepBatch { skip: skips[1].view() }).unwrap();
+        let mut kept = 0;
+        for round in 1..5 {
+            show(&mut plan, kept);
+            let before = alone(&mut plan, &at[1]);
+            show(&mut plan, round);
+            let expected = [alone(&mut plan, &at[0]), before];
+            let found = across(&mut plan).unwrap();
+            assert!(found == expected && found[0] != found[1], "{} {}, round {round}", S::NAME, device.name());
+            assert!(alone(&mut plan, &at[0]) == expected[0], "the current batch stays");
+            let skipped = usize::from(round == 2);
+            plan.pass(objective::Pass::KeepBatch { skip: skips[skipped].view() }).unwrap();
+            kept = if skipped == 1 { kept } else { round };
+            if round == 3 {
+                let words = plan.kept_batch().unwrap();
+                assert_eq!(words.len(), plan.kept_batch_len());
+                assert!(plan.restore_kept_batch(&words[1..]).is_err());
+                (plan, _) = small_plan::<S>(device);
+                plan.restore_kept_batch(&words).unwrap();
+                assert_eq!(plan.kept_batch().unwrap(), words);
+            }
+        }
+        assert_eq!(flags.to_vec().unwrap(), [0]);
+    }
+    for (_, device) in common::devices() {
+        check::<f32>(&device);
         check::<f16>(&device);
     }
 }

@@ -1,4 +1,4 @@
-//! VGG-11 with batch norm against float64 PyTorch: logits, loss, gradient and a product with the Hessian.
+//! VGG with batch norm against float64 PyTorch: logits, loss, gradient and a product with the Hessian.
 
 use approx::abs_diff_eq;
 
@@ -6,6 +6,7 @@ use crate::common::fixtures::{digest_error, fill_in_double, hash_vector, hash_we
 use crate::common::{fast_devices, to_f64, upload};
 use polder::arena::Layout;
 use polder::device::{Device, Scalar};
+use polder::kernels::image::Position;
 use polder::nn::{Model, Shortcut};
 use polder::objective::{ObjectiveExt, RunningStats};
 use polder::plan::{Network, Plan, PlanError, PlanOptions, Shape};
@@ -28,7 +29,8 @@ fn check_digest(what: &str, layout: &Layout, found: &[f64], case: &Value, [key, 
     println!("{what}: {key}: largest relative error of a tensor's norm or projection {largest:.1e}");
 }
 
-/// A network against its reference: logits, loss, gradient and a product with the Hessian.
+/// A network against its reference: logits, loss, gradient and a product with the Hessian. A case with a seed draws the
+/// network's random factors.
 pub fn check<T: Scalar>(device: &Device, case: &Value, network: Network<'_>, tolerance: f64) {
     let rows = case["rows"].as_array().unwrap();
     let [height, width] = ["height", "width"].map(|key| case[key].as_u64().unwrap() as usize);
@@ -37,6 +39,10 @@ pub fn check<T: Scalar>(device: &Device, case: &Value, network: Network<'_>, tol
     let layout = plan.parameters().clone();
     assert_eq!(layout.parameters() as u64, case["parameters"].as_u64().unwrap());
     fill_in_double(&mut plan, rows, case);
+    if let Some(seed) = case["seed"].as_u64() {
+        let first = case["first"].as_u64().unwrap() as usize;
+        plan.draw(seed, Position { first, clock: None }).unwrap();
+    }
     let weights = upload::<T>(device, &hash_weights(&layout));
     let direction = upload::<T>(device, &hash_vector(&layout, "direction:"));
     let mut result = device.zeros::<T>(layout.len()).unwrap();
@@ -71,7 +77,7 @@ fn vgg11_matches_pytorch_in_float64() {
 }
 
 #[test]
-fn vgg11_takes_images_that_leave_one_pixel_and_has_no_shortcuts() {
+fn vggs_take_images_that_leave_one_pixel_and_have_no_shortcuts() {
     let model = Model::from_name("vgg11-bn", None).unwrap();
     assert!(model.shortcuts().is_empty());
     assert!(Model::from_name("vgg11-bn", Some(Shortcut::A)).is_err());

@@ -278,8 +278,9 @@ const char *polder_method_name(size_t index);
  * An optimizer for `length` weights of the type `dtype` (a `polder_type`) on a device.
  *
  * `method` is a name such as "sam", "cr-sam" or "adamw". `options` is NULL or a list such as "rho=0.1 momentum=0.9":
- * the options of the method (docs/methods.md lists them) and base (sgd or adamw), momentum, nesterov, beta1, beta2,
- * eps, weight-decay, decay-length, clip.
+ * the options of the method (docs/methods.md lists them) and base (sgd, adamw or muon), momentum, nesterov, beta1,
+ * beta2, eps, weight-decay, decay-length, clip, matrices. Muon needs to know the matrices among the weights, stored
+ * row by row: "matrices=0:64x27,1728:64x576" are one of 64 rows and 27 columns from weight 0 on, and a second one.
  *
  * # Safety
  * `device` is NULL or a live device; the texts are NULL or end with a zero byte; `optimizer` is NULL or valid for a

@@ -3,6 +3,7 @@
 use std::ffi::{CString, c_char, c_void};
 use std::sync::{Mutex, MutexGuard, OnceLock, TryLockError};
 
+use polder::arena::Matrix;
 use polder::device::{Device, Scalar};
 use polder::optim::{self, Base, METHODS, Method, Optimizer, Settings};
 use polder::settings::{Choice, Configurable, Setting, SettingError};
@@ -19,6 +20,8 @@ words! {
         Sgd = "sgd",
         /// AdamW
         AdamW = "adamw",
+        /// Muon for matrices, AdamW for the rest
+        Muon = "muon",
     }
 }
 
@@ -27,8 +30,8 @@ settings! {
     struct Common {
         /// The base optimizer
         base: Option<BaseName> = None, else "sgd";
-        /// SGD's momentum
-        momentum: f64 = 0.9, in below_one;
+        /// SGD's or Muon's momentum
+        momentum: Option<f64> = None, else "0.9; muon 0.95; methods with their own 0", in below_one;
         /// Whether SGD looks ahead
         nesterov: bool = false;
         /// AdamW's decay of the first moment
@@ -37,6 +40,8 @@ settings! {
         beta2: f64 = 0.999, in below_one;
         /// Added to the root of AdamW's second moment
         eps: f64 = 1e-8, in positive;
+        /// The matrices for Muon: OFFSET:ROWSxCOLUMNS of each, with commas between them
+        matrices: Option<String> = None, else "none";
         /// Weight decay
         weight_decay: f64 = 0.0, in not_negative;
         /// How many of the first weights are decayed
@@ -62,6 +67,19 @@ fn configure<T: Scalar>(method: &mut dyn Method<T>, common: &mut Common, list: &
     Ok(())
 }
 
+/// The matrices in a text such as `0:64x27,1728:64x576`.
+fn parse_matrices(text: &str) -> Result<Vec<Matrix>> {
+    let parse = |part: &str| {
+        let (offset, shape) = part.split_once(':')?;
+        let (rows, columns) = shape.split_once('x')?;
+        let number = |text: &str| text.parse().ok();
+        Some(Matrix { offset: number(offset)?, rows: number(rows)?, columns: number(columns)? })
+    };
+    let of =
+        |part| parse(part).ok_or_else(|| Failure::argument(format!("matrices: {part}, expected OFFSET:ROWSxCOLUMNS")));
+    text.split(',').map(of).collect()
+}
+
 fn build<T: Scalar>(
     device: &Device,
     length: usize,
@@ -77,11 +95,18 @@ fn build<T: Scalar>(
     {
         return Err(Failure::argument(format!("base: has no meaning for {own}")));
     }
-    let adamw = own.or(common.base) == Some(BaseName::AdamW);
     let Common { momentum, nesterov, beta1, beta2, eps, weight_decay, decay_length, clip, .. } = common;
-    let base = if adamw { Base::AdamW { beta1, beta2, eps } } else { Base::Sgd { momentum, nesterov } };
+    let base = match own.or(common.base).unwrap_or(BaseName::Sgd) {
+        BaseName::Sgd => {
+            let usual = if method.has_momentum() { 0.0 } else { 0.9 };
+            Base::Sgd { momentum: momentum.unwrap_or(usual), nesterov }
+        }
+        BaseName::AdamW => Base::AdamW { beta1, beta2, eps },
+        BaseName::Muon => Base::Muon { momentum: momentum.unwrap_or(0.95) },
+    };
+    let matrices = common.matrices.as_deref().map_or(Ok(Vec::new()), parse_matrices)?;
     let decay_len = decay_length.unwrap_or(usize::MAX);
-    let settings = Settings { weight_decay, decay_len, clip, ..Settings::boxed(method, base) };
+    let settings = Settings { weight_decay, decay_len, clip, matrices, ..Settings::boxed(method, base) };
     Ok(Optimizer::new(device, length, settings)?)
 }
 
@@ -138,8 +163,9 @@ pub extern "C" fn polder_method_name(index: usize) -> *const c_char {
 /// An optimizer for `length` weights of the type `dtype` (a `polder_type`) on a device.
 ///
 /// `method` is a name such as "sam", "cr-sam" or "adamw". `options` is NULL or a list such as "rho=0.1 momentum=0.9":
-/// the options of the method (docs/methods.md lists them) and base (sgd or adamw), momentum, nesterov, beta1, beta2,
-/// eps, weight-decay, decay-length, clip.
+/// the options of the method (docs/methods.md lists them) and base (sgd, adamw or muon), momentum, nesterov, beta1,
+/// beta2, eps, weight-decay, decay-length, clip, matrices. Muon needs to know the matrices among the weights, stored
+/// row by row: "matrices=0:64x27,1728:64x576" are one of 64 rows and 27 columns from weight 0 on, and a second one.
 ///
 /// # Safety
 /// `device` is NULL or a live device; the texts are NULL or end with a zero byte; `optimizer` is NULL or valid for a

@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, MutexGuard, TryLockError};
 
-use polder::arena::{Initial, Layout, TensorKind};
+use polder::arena::{Initial, Layout, Matrix, TensorKind};
 use polder::device::{Buffer, Device, Scalar, Slice, SliceMut};
 use polder::kernels::gather::Gather;
 use polder::kernels::vector::Reduction;
@@ -36,7 +36,7 @@ pub fn check_options(method: &str, options: Options, external: bool) -> Result<(
     found.check()?;
     found.check_combination()?;
     if external && found.needs_base() {
-        let message = format!("base: {method} needs a base optimizer of this library, 'sgd' or 'adamw'");
+        let message = format!("base: {method} needs a base optimizer of this library, 'sgd', 'adamw' or 'muon'");
         return Err(Failure(PyValueError::new_err(message)));
     }
     Ok(())
@@ -182,14 +182,18 @@ impl<T: Scalar> Typed<T> {
         product: Option<&Py<PyAny>>,
         groups: &[TensorGroup],
     ) -> Result<(), Failure> {
-        let adamw = matches!(self.optimizer.settings().base, Base::AdamW { .. });
+        let base = self.optimizer.settings().base;
         let groups: Vec<Group<'_>> = groups
             .iter()
             .map(|group| {
                 let TensorGroup { momentum, nesterov, betas: (beta1, beta2), eps, .. } = *group;
                 Group {
                     place: group.start..group.end,
-                    base: if adamw { Base::AdamW { beta1, beta2, eps } } else { Base::Sgd { momentum, nesterov } },
+                    base: match base {
+                        Base::AdamW { .. } => Base::AdamW { beta1, beta2, eps },
+                        Base::Muon { .. } => Base::Muon { momentum },
+                        _ => Base::Sgd { momentum, nesterov },
+                    },
                     weight_decay: group.weight_decay,
                     lr: group.lr.into(),
                 }
@@ -295,7 +299,7 @@ fn build<T: Scalar>(
     device: Device,
     (entry, make): (&'static Entry, Make<T>),
     options: &Options,
-    base: Base,
+    (base, matrices): (Base, Vec<Matrix>),
     lengths: &[usize],
     given: Given,
     mut allocate: impl FnMut(&str, usize) -> Result<u64, Failure>,
@@ -303,7 +307,8 @@ fn build<T: Scalar>(
     let places = Places::new(lengths);
     let method = configured(make(entry), options, Some(given))?;
     let mut failed = None;
-    let optimizer = Optimizer::with_memory(&device, places.len, Settings::boxed(method, base), |part, len| {
+    let settings = Settings { matrices, ..Settings::boxed(method, base) };
+    let optimizer = Optimizer::with_memory(&device, places.len, settings, |part, len| {
         if len == 0 {
             return device.zeros(0);
         }
@@ -323,10 +328,11 @@ fn build<T: Scalar>(
 
 #[pymethods]
 impl Engine {
-    /// An optimizer for tensors of these lengths. `place` is as in [`open`], `base` is "sgd", "adamw" or "external".
-    /// `parts` counts elements: first come the weights of layers, which ASAM scales, then the normalisation, which
-    /// SAM-ON perturbs. `allocate(part, elements)` answers with the address of zeros, which stay alive as long as the
-    /// engine; they lie at multiples of 16.
+    /// An optimizer for tensors of these lengths. `place` is as in [`open`], `base` is "sgd", "adamw", "muon" or
+    /// "external". `parts` counts elements: first come the weights of layers, which ASAM scales, then the
+    /// normalisation, which SAM-ON perturbs. `matrices` lists those for Muon: first element, rows, columns.
+    /// `allocate(part, elements)` answers with the address of zeros, which stay alive as long as the engine; they lie
+    /// at multiples of 16.
     #[new]
     fn new(
         place: (String, usize, usize),
@@ -336,6 +342,7 @@ impl Engine {
         base: &str,
         lengths: Vec<usize>,
         parts: (usize, usize),
+        matrices: Vec<(usize, usize, usize)>,
         seed: u64,
         loss_error: f64,
         allocate: &Bound<'_, PyAny>,
@@ -344,10 +351,13 @@ impl Engine {
         let base = match base {
             "sgd" => Base::sgd(0.0),
             "adamw" => Base::ADAMW,
+            "muon" => Base::MUON,
             "external" => Base::External,
-            other => return Err(Failure(PyValueError::new_err(format!("base {other}: expected sgd or adamw")))),
+            other => return Err(Failure(PyValueError::new_err(format!("base {other}: expected sgd, adamw or muon")))),
         };
         let device = open((&place.0, place.1, place.2))?;
+        let matrix = |(offset, rows, columns)| Matrix { offset, rows, columns };
+        let base = (base, matrices.into_iter().map(matrix).collect());
         let allocate = |part: &str, len: usize| Ok(allocate.call1((part, len))?.extract()?);
         let given = Given { matrices: parts.0, normalisation: parts.1, seed, loss_error };
         let typed = if double {

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 
 _Loss = TypeVar("_Loss")
-_Base = Literal["sgd", "adamw"] | type[torch.optim.Optimizer]
+_Base = Literal["sgd", "adamw", "muon"] | type[torch.optim.Optimizer]
 
 class SharpnessAware(torch.optim.Optimizer):
     base_optimizer: torch.optim.Optimizer | None
@@ -34,7 +34,7 @@ class SharpnessAware(torch.optim.Optimizer):
 
 BASE = {
     "lr": "float = 1e-3",
-    "momentum": "float = 0.0",
+    "momentum": "float = ...",
     "weight_decay": "float = ...",
     "nesterov": "bool = False",
     "betas": "tuple[float, float] = (0.9, 0.999)",

@@ -20,6 +20,9 @@ STEPS = 5
 
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": False}
 ADAMW = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.05}
+MUON = {"lr": 1e-2, "momentum": 0.95, "weight_decay": 0.1}
+# The reference's numbers for what is no matrix.
+REST = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 SAM = {"rho": 0.05, "ascent_steps": 1, "second_order": False}
 GNR = {"rho": 0.1, "alpha": 0.1, "every": 1, "oracle_rho": None}
 WSAM = {"rho": 0.05, "gamma": 0.7}
@@ -32,6 +35,15 @@ RUNS = {
     "adamw": ("AdamW", {}, ADAMW, {}),
     "sam": ("SAM", {"rho": 0.05}, SGD, SAM),
     "sam-adamw": ("SAM", {"rho": 0.05}, ADAMW, SAM),
+    "muon": ("Muon", {}, MUON, REST),
+    "sam-muon": ("SAM", {"rho": 0.05}, MUON, {**SAM, **REST}),
+    "sassha": (
+        "Sassha",
+        {"rho": 0.2, "every": 2, "seed": 6},
+        {**SGD, "momentum": 0.0},
+        {"rho": 0.2, "every": 2, "seed": _polder.direction_seed(6)},
+    ),
+    "sampa": ("SAMPa", {"rho": 0.1, "lambda": 0.2}, SGD, {"rho": 0.1, "lambda": 0.2}),
     "sam-3-steps": ("SAM", {"rho": 0.05, "ascent_steps": 3}, SGD, {**SAM, "ascent_steps": 3}),
     "sam-second-order": ("SAM", {"rho": 0.05, "second_order": True}, SGD, {**SAM, "second_order": True}),
     "sam-on": ("SAM", {"rho": 0.5, "perturb": "norm"}, SGD, {**SAM, "rho": 0.5, "perturb": "norm"}),
@@ -69,7 +81,7 @@ RUNS = {
     "sa-sgd": ("SASGD", {"eta0": 0.03, "delta": 1.0, "theta0": 1.0}, OWN_RATE, {"eta0": 0.03, "delta": 1.0}),
     "sa-sam": ("SASAM", {"eta0": 0.1, "delta": 0.02, "theta0": 1.0}, OWN_RATE, {"eta0": 0.1, "delta": 0.02}),
 }
-NEEDS_GRAPH = {"sam-second-order", "gnr"}
+NEEDS_GRAPH = {"sam-second-order", "gnr", "sassha"}
 RANDOM = {"random-sam", "r-sam", "cr-sam-random"}
 
 
@@ -100,29 +112,39 @@ class Objective:
         return dict(zip(leaves, product))
 
 
-def random_direction(w, seed, step):
+def drawn(w, draw):
     """As the reference's, in the order of the package: matrices first, each tensor at a multiple of 64."""
-    key = _polder.direction_seed(seed)
     order = sorted(w, key=lambda name: w[name].dim() < 2)
     places, end = {}, 0
     for name in order:
         start = -(-end // 64) * 64
         end = start + w[name].numel()
         places[name] = slice(start, end)
-    blocks = -(-end // 4)
-    words = reference.philox(key, step * blocks, blocks).astype("f8").reshape(-1, 2)
-    radius, angle = (-2 * torch.log(torch.from_numpy((words[:, 0] + 1) / 2**32))).sqrt(), words[:, 1] / 2**32
-    angle = 2 * torch.pi * torch.from_numpy(angle)
-    z = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1).ravel()[:end]
-    z /= z.norm()
+    z = draw(end)
     return {name: z[places[name]].reshape(w[name].shape).to(w[name].dtype) for name in w}
+
+
+def random_direction(w, seed, step):
+    """As the reference's, over the elements of the package alone."""
+    key = _polder.direction_seed(seed)
+
+    def draw(end):
+        blocks = -(-end // 4)
+        words = reference.philox(key, step * blocks, blocks).astype("f8").reshape(-1, 2)
+        radius, angle = (-2 * torch.log(torch.from_numpy((words[:, 0] + 1) / 2**32))).sqrt(), words[:, 1] / 2**32
+        angle = 2 * torch.pi * torch.from_numpy(angle)
+        z = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1).ravel()[:end]
+        return z / z.norm()
+
+    return drawn(w, draw)
 
 
 def run_reference(name, dtype, batches):
     _, _, base, settings = RUNS[name]
-    method = name.removesuffix("-nesterov").removesuffix("-adamw").removesuffix("-difference").removesuffix("-coupled")
+    method = name.removesuffix("-nesterov").removesuffix("-difference").removesuffix("-coupled")
+    method = method.removesuffix("-adamw").removesuffix("-muon")
     method = "cr-sam" if method.startswith("cr-sam") else method
-    method = "sam" if method.startswith("sam") else method
+    method = "sam" if method.startswith("sam") and method != "sampa" else method
     model = resnet8(dtype=dtype)
     w = {key: value.detach().clone() for key, value in model.named_parameters()}
     run = {"lr": None, "decay_norm": True, "optimizer": method, **base, **settings}
@@ -134,7 +156,7 @@ def run_reference(name, dtype, batches):
     for inputs, targets in batches:
         objective = Objective(model, (inputs.to(dtype), targets))
         gradient, scalars = step_of(objective, w, run, memory)
-        update = reference.g.BASES["adamw" if base is ADAMW else "sgd"]
+        update = reference.g.BASES["adamw" if base is ADAMW else "muon" if base is MUON else "sgd"]
         w = update(w, gradient, state, {**run, "lr": scalars.get("eta", run["lr"])})
         if "beside" in memory:
             w = reference.along(w, -run["lr"], memory.pop("beside"))
@@ -151,6 +173,8 @@ def run_package(name, dtype, batches):
     if base.get("beta1"):
         base["betas"] = (base.pop("beta1"), base.pop("beta2"))
         kind = {"base": "adamw"} if cls != "AdamW" else {}
+    if base == MUON and cls != "Muon":
+        kind = {"base": "muon"}
     optimizer = getattr(polder.torch, cls)(model.parameters(), **kind, **base, **options)
     losses = []
     for inputs, targets in batches:
@@ -180,7 +204,9 @@ def moved(w, start):
 @pytest.mark.parametrize("name", RUNS)
 def test_five_steps(name, monkeypatch):
     monkeypatch.setattr(reference, "random_direction", random_direction)
-    batches = [images(8, seed=10 + step) for step in range(STEPS)]
+    monkeypatch.setattr(reference, "drawn", lambda w, draw: drawn(w, lambda end: draw(-(-end // 4) * 4)[:end]))
+    # A closure knows its own batch alone, so both gradients of SAMPa are on that.
+    batches = [images(8, seed=10 + (0 if name == "sampa" else step)) for step in range(STEPS)]
     start = {key: value.detach() for key, value in resnet8(dtype=torch.float64).named_parameters()}
     expected, buffers, losses = run_reference(name, torch.float64, batches)
     expected = moved(expected, start)

@@ -32,10 +32,14 @@ from polder.torch import (
     LookSAM,
     RandomSAM,
     RSAM,
+    SAMPa,
+    Sassha,
 )
 
 # More of the base takes part in their steps than following a direction.
-NEEDS_OUR_BASE = (MSAM, WSAM)
+NEEDS_OUR_BASE = (MSAM, WSAM, SAMPa)
+# They differentiate twice, so the closure leaves `backward` to them.
+DIFFERENTIATES = (GNR, Sassha)
 CLASSES = [getattr(polder.torch, name) for name in polder.torch.__all__ if name != "SharpnessAware"]
 
 
@@ -59,7 +63,7 @@ def closure_of(optimizer, model, batch, backward=True):
 def train(optimizer, model, steps, first=0):
     for step in range(first, first + steps):
         batch = images(4, seed=step, dtype=next(model.parameters()).dtype)
-        optimizer.step(closure_of(optimizer, model, batch, backward=not isinstance(optimizer, GNR)))
+        optimizer.step(closure_of(optimizer, model, batch, backward=not isinstance(optimizer, DIFFERENTIATES)))
 
 
 def small_model(seed=0, dtype=torch.float32):
@@ -181,7 +185,7 @@ def test_a_zero_update_leaves_every_bit(cls):
         batch = batch[0] * float("nan"), batch[1]
     else:
         optimizer = optimizer_of(cls, model, lr=0.0)
-    closure = closure_of(optimizer, model, batch, backward=cls is not GNR)
+    closure = closure_of(optimizer, model, batch, backward=cls not in DIFFERENTIATES)
     weights = [param.detach().clone() for param in model.parameters()]
     for _ in range(1000):
         optimizer.step(closure)
@@ -263,7 +267,7 @@ def bases(cls):
 
 @pytest.mark.parametrize(("cls", "base"), [(cls, base) for cls in CLASSES for base in bases(cls)])
 def test_a_loaded_state_goes_on_with_the_same_bits(cls, base):
-    options = {} if cls in (SGD, AdamW) else {"base": base}
+    options = {} if cls._method["base"] is not None else {"base": base}
     if base in ("sgd", torch.optim.SGD) and cls is not AdamW:
         options["momentum"] = 0.9
     model = small_model()
@@ -562,7 +566,7 @@ def test_a_sparse_gradient_is_refused():
     [
         (lambda p: SAM(p, rho=-1.0), ValueError, "rho"),
         (lambda p: SAM(p, lr=0.1, sigma=1.0), TypeError, "SAM has no option 'sigma', expected one of lr, momentum"),
-        (lambda p: SAM(p, "adam"), ValueError, "base: 'adam', expected 'sgd', 'adamw' or a class"),
+        (lambda p: SAM(p, "adam"), ValueError, "base: 'adam', expected 'sgd', 'adamw', 'muon' or a class"),
         (lambda p: SAM(p, adaptive=True), ValueError, "use ASAM"),
         (lambda p: SAM(p, torch.optim.Adadelta), ValueError, "SAM and Adadelta both have an option rho"),
         (lambda p: SAM(p, torch.optim.LBFGS), ValueError, "LBFGS needs a closure of its own"),

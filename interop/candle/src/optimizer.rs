@@ -26,12 +26,12 @@ pub fn trainable(map: &VarMap) -> Result<Vec<Var>> {
 }
 
 /// The settings of a method by its name, such as `cr-sam`, and a list of its options, such as `rho=0.1 alpha=0.02`;
-/// polder's `docs/methods.md` lists them. Without a base it is SGD with a momentum of 0.9; for the names `sgd` and
-/// `adamw` it is what the name says. [`Settings`] has public fields for the rest.
+/// polder's `docs/methods.md` lists them. Without a base it is SGD with a momentum of 0.9; for the names `sgd`,
+/// `adamw` and `muon` it is what the name says. [`Settings`] has public fields for the rest, such as Muon's matrices.
 ///
 /// # Errors
-/// [`Error::Method`], [`Error::Option`], [`Error::Setting`], and [`Error::Base`] for `sgd` and `adamw` with another
-/// base.
+/// [`Error::Method`], [`Error::Option`], [`Error::Setting`], and [`Error::Base`] for `sgd`, `adamw` and `muon` with
+/// another base.
 pub fn settings<T: Weight>(name: &str, options: &str, base: Option<Base>) -> Result<Settings<T>> {
     let entry = optim::find(name).ok_or_else(|| {
         let known: Vec<&str> = METHODS.iter().map(|entry| entry.name).collect();
@@ -45,9 +45,8 @@ pub fn settings<T: Weight>(name: &str, options: &str, base: Option<Base>) -> Res
         method.set(option, &declared.parse(value)?)?;
     }
     let base = match (entry.base, base) {
-        (Some("adamw"), None) => Base::ADAMW,
-        (_, None) => Base::sgd(0.9),
-        (Some("adamw"), Some(Base::Sgd { .. })) | (Some("sgd"), Some(Base::AdamW { .. })) => {
+        (own, None) => own.and_then(Base::from_name).unwrap_or(Base::sgd(0.9)),
+        (Some(own), Some(base)) if base != Base::External && base.name() != own => {
             return Err(Error::Base { method: name.into() });
         }
         (_, Some(base)) => base,

@@ -385,7 +385,7 @@ fn wrong_variables_and_settings_are_refused() {
     assert_eq!(refused(vec![good.clone()], f64::NAN), "the learning rate is NaN, expected a finite number");
 
     let text = |name: &str, options: &str, base| settings::<f32>(name, options, base).unwrap_err().to_string();
-    assert!(text("lion", "", None).starts_with("method lion: expected one of sgd, adamw, sam, "));
+    assert!(text("lion", "", None).starts_with("method lion: expected one of sgd, adamw, muon, sam, "));
     assert_eq!(text("sam", "rho", None), "option rho: expected name=value");
     assert_eq!(text("sam", "eta=1", None), "eta: unknown option");
     assert!(text("sam", "rho=-1", None).starts_with("rho: -1, expected a finite number"));

@@ -2,7 +2,7 @@
 
 use super::ConvShape;
 use crate::device::arguments::{
-    Bands, DirectForwardArgs, DirectInputGradientArgs, DirectWeightGradientArgs, PackWeightsArgs, SumGroupsArgs,
+    Bands, DirectForwardArgs, DirectInputGradientArgs, DirectWeightGradientArgs, PackWeightsArgs, SumPartsOfBatchArgs,
 };
 use crate::device::constants::PANEL_BYTES;
 use crate::device::{Compute, Launch, Result, Slice, SliceMut, id};
@@ -15,23 +15,63 @@ pub(super) const PANEL: usize = PANEL_BYTES / 4;
 /// Blocks of a weight gradient: enough for the cores of a large machine, and to balance the load on two cores.
 const WEIGHT_GRADIENT_BLOCKS: usize = 32;
 
-/// The number of elements of the workspace: for the packed weights, or the partial weight gradients of all groups.
-pub(super) fn workspace_len(shape: &ConvShape) -> usize {
-    let packed_forward = shape.taps() * shape.in_channels * shape.out_channels.next_multiple_of(PANEL);
-    let packed_input = shape.taps() * shape.out_channels * shape.in_channels.next_multiple_of(PANEL);
-    packed_input.max(groups(shape) * packed_forward)
+/// The number of elements of the workspace: for the packed weights, or the partial weight gradients of all parts.
+pub(super) fn workspace_len<S: Compute>(shape: &ConvShape) -> usize {
+    let packed_forward = shape.taps() * shape.group_inputs() * shape.out_channels.next_multiple_of(PANEL);
+    let packed_input = shape.taps() * shape.group_outputs() * shape.in_channels.next_multiple_of(PANEL);
+    packed_input.max(parts::<S>(shape) * packed_forward)
 }
 
-/// The number of groups of images. For each group and slice, one block sums a weight gradient.
-fn groups(shape: &ConvShape) -> usize {
-    WEIGHT_GRADIENT_BLOCKS.div_ceil(shape.in_channels.div_ceil(slice(shape))).min(shape.batch)
+/// The number of parts of the batch. For each part and slice, or for each part and some groups of channels, one block
+/// sums a weight gradient.
+fn parts<S: Compute>(shape: &ConvShape) -> usize {
+    WEIGHT_GRADIENT_BLOCKS.div_ceil(weight_gradient_blocks::<S>(shape)).min(shape.batch)
+}
+
+/// Blocks of a weight gradient for one part of the batch.
+fn weight_gradient_blocks<S: Compute>(shape: &ConvShape) -> usize {
+    if shape.groups > 1 { Sets::outputs::<S>(shape).count } else { shape.in_channels.div_ceil(slice(shape)) }
 }
 
 /// Input channels of one block of the weight gradient. With several taps this is a panel, so that pixels are close
 /// together in the block's padded copy of the image. With one tap it is more, so that a tile of the output gradient is
-/// used often enough.
+/// used often enough. A group is not divided.
 fn slice(shape: &ConvShape) -> usize {
-    if shape.kernel == 1 { 48 } else { 16 }.min(shape.in_channels)
+    let most = if shape.groups > 1 {
+        shape.group_inputs()
+    } else if shape.kernel == 1 {
+        48
+    } else {
+        16
+    };
+    most.min(shape.group_inputs())
+}
+
+/// The sets of channels that blocks compute: all of them, or those of a group if they are whole panels, or a panel of
+/// several groups, for which the block's copy of the other image holds each number once for every lane.
+struct Sets {
+    count: usize,
+    /// Copies of a number in the block's copy.
+    copies: usize,
+}
+
+impl Sets {
+    fn new<S: Compute>(groups: usize, channels: usize) -> Self {
+        let panel = PANEL_BYTES / size_of::<S::Master>();
+        match (channels / groups).is_multiple_of(panel) {
+            _ if groups == 1 => Self { count: 1, copies: 1 },
+            true => Self { count: groups, copies: 1 },
+            false => Self { count: channels.div_ceil(panel), copies: panel },
+        }
+    }
+
+    fn inputs<S: Compute>(shape: &ConvShape) -> Self {
+        Self::new::<S>(shape.groups, shape.in_channels)
+    }
+
+    fn outputs<S: Compute>(shape: &ConvShape) -> Self {
+        Self::new::<S>(shape.groups, shape.out_channels)
+    }
 }
 
 impl Bands {
@@ -74,20 +114,23 @@ pub(super) fn forward<S: Compute>(
 ) -> Result<()> {
     let device = y.device().clone();
     let (height, width) = (shape.out_height(), shape.out_width());
-    // Narrow types are widened in the copy, even without padding.
+    let sets = Sets::outputs::<S>(shape);
+    // Narrow types are widened in the copy, even without padding, and groups are separated.
+    let copied = shape.padding > 0 || S::NARROW || shape.groups > 1;
     let bytes = |images: usize, rows: usize| {
         let columns = (width - 1) * shape.stride + shape.kernel;
-        let padded = images * ((rows - 1) * shape.stride + shape.kernel) * columns * shape.in_channels;
-        2 * 4 * (images * rows * width).next_multiple_of(16)
-            + if shape.padding > 0 || S::NARROW { padded * size_of::<S::Master>() } else { 0 }
+        let channels = shape.group_inputs() * sets.copies;
+        let padded = images * ((rows - 1) * shape.stride + shape.kernel) * columns * channels;
+        2 * 4 * (images * rows * width).next_multiple_of(16) + if copied { padded * size_of::<S::Master>() } else { 0 }
     };
     let bands = Bands::new(shape.batch, height, width, 256, SCRATCH_BYTES, bytes);
     let packed = workspace.address();
     let pack = PackWeightsArgs { weight: weight.address(), packed, shape: shape.argument() };
     let accumulate = accumulate.into();
     let args = DirectForwardArgs { x: x.address(), packed, y: y.address(), shape: shape.argument(), bands, accumulate };
-    let launch = Launch::new(bands.count(shape.batch, height) as u32, 1)
+    let mut launch = Launch::new(bands.count(shape.batch, height) as u32, 1)
         .with_shared(bytes(bands.images as usize, bands.rows as usize));
+    launch.grid[1] = sets.count as u32;
     // SAFETY: every slice has the length that the shape implies, the workspace has room for the packed weights, and the
     // scratch memory for one band.
     unsafe {
@@ -109,8 +152,9 @@ pub(super) fn input_gradient<S: Compute>(
     // Rows and columns of a parity class, and by how many more its taps reach.
     let (height, width) = (shape.height.div_ceil(shape.stride), shape.width.div_ceil(shape.stride));
     let reach = (shape.kernel - 1).div_ceil(shape.stride);
+    let sets = Sets::inputs::<S>(shape);
     let bytes = |images: usize, rows: usize| {
-        let padded = images * (rows + reach) * (width + reach) * shape.out_channels;
+        let padded = images * (rows + reach) * (width + reach) * shape.group_outputs() * sets.copies;
         2 * 4 * (images * rows * width).next_multiple_of(16) + padded * size_of::<S::Master>()
     };
     let bands = Bands::new(shape.batch, height, width, 256, SCRATCH_BYTES, bytes);
@@ -124,8 +168,9 @@ pub(super) fn input_gradient<S: Compute>(
         bands,
         accumulate: accumulate.into(),
     };
-    let launch = Launch::new(bands.count(shape.batch, height) as u32, 1)
+    let mut launch = Launch::new(bands.count(shape.batch, height) as u32, 1)
         .with_shared(bytes(bands.images as usize, bands.rows as usize));
+    launch.grid[1] = sets.count as u32;
     // SAFETY: as in `forward`.
     unsafe {
         let kernel = S::choose(id::CONV_DIRECT_PACK_INPUT_GRADIENT);
@@ -145,16 +190,18 @@ pub(super) fn weight_gradient<S: Compute>(
 ) -> Result<()> {
     let device = dw.device().clone();
     let (height, width) = (shape.out_height(), shape.out_width());
-    let (slice, groups) = (slice(shape), groups(shape));
+    let (slice, parts) = (slice(shape), parts::<S>(shape));
+    let copies = Sets::outputs::<S>(shape).copies;
     let bytes = |images: usize, rows: usize| {
         let columns = (width - 1) * shape.stride + shape.kernel;
-        let padded = images * ((rows - 1) * shape.stride + shape.kernel) * columns * slice;
+        let padded = images * ((rows - 1) * shape.stride + shape.kernel) * columns * slice * copies;
         let pixels = images * rows * width;
         (pixels * PANEL + padded.next_multiple_of(16)) * size_of::<S::Master>() + 4 * pixels
     };
     // A band of 128 pixels, with its input and one panel of its output gradient, about fills the L1 cache. Longer
-    // bands, up to this limit, copy fewer rows twice.
-    let bands = Bands::new(shape.batch, height, width, 128, 48 << 10, bytes);
+    // bands, up to this limit, copy fewer rows twice. A row of a copy for groups takes as much as several others.
+    let limit = if copies > 1 { SCRATCH_BYTES } else { 48 << 10 };
+    let bands = Bands::new(shape.batch, height, width, 128, limit, bytes);
     let partial = workspace.address();
     let args = DirectWeightGradientArgs {
         x: x.address(),
@@ -163,24 +210,24 @@ pub(super) fn weight_gradient<S: Compute>(
         shape: shape.argument(),
         bands,
         slice: slice as i32,
-        groups: groups as i32,
+        parts: parts as i32,
     };
-    let sum = SumGroupsArgs {
+    let sum = SumPartsOfBatchArgs {
         partial,
         dw: dw.address(),
         shape: shape.argument(),
         slice: slice as i32,
-        groups: groups as i32,
+        parts: parts as i32,
         accumulate: accumulate.into(),
     };
-    let mut launch = Launch::new(shape.in_channels.div_ceil(slice) as u32, 1)
+    let mut launch = Launch::new(weight_gradient_blocks::<S>(shape) as u32, 1)
         .with_shared(bytes(bands.images as usize, bands.rows as usize));
-    launch.grid[1] = groups as u32;
-    // SAFETY: as in `forward`; the workspace has room for the partial sums of all groups.
+    launch.grid[1] = parts as u32;
+    // SAFETY: as in `forward`; the workspace has room for the partial sums of all parts.
     unsafe {
         let kernel = S::choose(id::CONV_DIRECT_WEIGHT_GRADIENT);
         device.launch(kernel, launch, &args)?;
-        let kernel = pick::<S::Master, _>(id::CONV_DIRECT_SUM_GROUPS_F32, id::CONV_DIRECT_SUM_GROUPS_F64);
+        let kernel = pick::<S::Master, _>(id::CONV_DIRECT_SUM_PARTS_F32, id::CONV_DIRECT_SUM_PARTS_F64);
         device.launch(kernel, packing(shape), &sum)
     }
 }

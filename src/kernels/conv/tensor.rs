@@ -68,7 +68,7 @@ impl TensorTile {
         let chosen = CHOSEN.read().unwrap_or_else(PoisonError::into_inner).get(&key).copied();
         chosen.unwrap_or_else(|| {
             let (rows, columns, copies) = pass.product::<A>(shape);
-            Self::new(rows, columns, copies)
+            Self::new(rows, columns, shape.groups * copies)
         })
     }
 
@@ -76,9 +76,10 @@ impl TensorTile {
         rows.div_ceil(MOMENT_ROWS) * columns.div_ceil(self.columns)
     }
 
-    fn launch(&self, rows: usize, columns: usize, copies: usize) -> Launch {
+    fn launch(&self, rows: usize, columns: usize, groups: usize, copies: usize) -> Launch {
         let shared = self.stages * (MOMENT_ROWS + self.columns) * STAGE_BYTES;
-        Launch { grid: [self.count(rows, columns) as u32, 1, copies as u32], block: [self.threads, 1, 1], shared }
+        let grid = [self.count(rows, columns) as u32, groups as u32, copies as u32];
+        Launch { grid, block: [self.threads, 1, 1], shared }
     }
 }
 
@@ -91,16 +92,16 @@ enum ConvPass {
 }
 
 impl ConvPass {
-    /// Rows, columns and copies of the product.
+    /// Rows, columns and copies of the product, of each group.
     fn product<A: Compute>(self, shape: &ConvShape) -> (usize, usize, usize) {
         match self {
-            Self::Forward => (shape.batch * shape.out_height() * shape.out_width(), shape.out_channels, 1),
+            Self::Forward => (shape.batch * shape.out_height() * shape.out_width(), shape.group_outputs(), 1),
             // All parity classes have the same launch. The first one is the largest.
             Self::InputGradient => {
                 let (height, width) = (shape.height.div_ceil(shape.stride), shape.width.div_ceil(shape.stride));
-                (shape.batch * height * width, shape.in_channels, shape.stride * shape.stride)
+                (shape.batch * height * width, shape.group_inputs(), shape.stride * shape.stride)
             }
-            Self::WeightGradient => (shape.taps() * shape.in_channels, shape.out_channels, splits::<A>(shape)),
+            Self::WeightGradient => (shape.taps() * shape.group_inputs(), shape.group_outputs(), splits::<A>(shape)),
         }
     }
 
@@ -197,10 +198,11 @@ const WEIGHT_GRADIENT_BLOCKS: [usize; 2] = [264, 132];
 
 /// The number of parts of a weight gradient. It depends only on the shape, because the bits of the sum depend on it.
 pub(super) fn splits<A: Compute>(shape: &ConvShape) -> usize {
-    let (rows, columns) = (shape.taps() * shape.in_channels, shape.out_channels);
+    let (rows, columns) = (shape.taps() * shape.group_inputs(), shape.group_outputs());
     let most = (shape.batch * shape.out_height() * shape.out_width()).div_ceil(WEIGHT_GRADIENT_PIXELS);
-    let tile = TensorTile::new(rows, columns, most);
-    let [many, few] = WEIGHT_GRADIENT_BLOCKS.map(|blocks| blocks.div_ceil(tile.count(rows, columns)).min(most));
+    let tile = TensorTile::new(rows, columns, shape.groups * most);
+    let tiles = shape.groups * tile.count(rows, columns);
+    let [many, few] = WEIGHT_GRADIENT_BLOCKS.map(|blocks| blocks.div_ceil(tiles).min(most));
     let operands = (shape.input_len() + shape.output_len()) * size_of::<A>();
     let parts = 2 * many * shape.weight_len() * size_of::<A::Master>();
     if 2 * parts > operands { few } else { many }
@@ -249,23 +251,23 @@ fn forward_by<A: Compute>(
     let (rows, columns, _) = ConvPass::Forward.product::<A>(shape);
     let addresses = [x.address(), weight.address(), y.address()];
     let wide = [
-        wide::<A>(shape.in_channels, x.address()),
+        wide::<A>(shape.group_inputs(), x.address()),
         wide::<A>(columns, weight.address()),
         wide_out::<A>(columns, y.address()),
     ];
     let moments = moments.map_or(0, |mut moments| moments.address());
     let args = ConvArgs::new(shape, addresses, wide, 1, accumulate).with_moments(moments);
     // SAFETY: every slice has the length that the shape implies, and the block and the shared memory are the tile's.
-    unsafe { y.device().clone().launch(A::choose(tile.forward), tile.launch(rows, columns, 1), &args) }
+    unsafe { y.device().clone().launch(A::choose(tile.forward), tile.launch(rows, columns, shape.groups, 1), &args) }
 }
 
 /// The room for the sums that an input gradient leaves for batch norm. `None` if its results are not written in whole
-/// chunks.
+/// chunks, and for groups.
 pub(super) fn sums_room<A: Compute>(shape: &ConvShape) -> Option<SumsRoom> {
     let (rows, channels, classes) = ConvPass::InputGradient.product::<A>(shape);
     let column_blocks = channels.div_ceil(TILES[0].columns); // the most of them
     let room = SumsRoom { channels, row_blocks: classes * rows.div_ceil(MOMENT_ROWS), column_blocks };
-    (size_of::<A>() == 2 && channels.is_multiple_of(8)).then_some(room)
+    (size_of::<A>() == 2 && channels.is_multiple_of(8) && shape.groups == 1).then_some(room)
 }
 
 /// With the arguments `norm`, the result is masked and the sums for batch norm are left; their room is that of
@@ -301,13 +303,19 @@ fn input_gradient_by<A: Compute>(
     let (rows, columns, classes) = ConvPass::InputGradient.product::<A>(shape);
     let addresses = [dy.address(), weight.address(), dx.address()];
     let wide = [
-        wide::<A>(shape.out_channels, dy.address()),
-        wide::<A>(shape.out_channels, weight.address()),
+        wide::<A>(shape.group_outputs(), dy.address()),
+        wide::<A>(shape.group_outputs(), weight.address()),
         wide_out::<A>(columns, dx.address()),
     ];
     let args = InputGradientArgs { conv: ConvArgs::new(shape, addresses, wide, 1, accumulate), norm };
     // SAFETY: as in `forward`.
-    unsafe { dx.device().clone().launch(A::choose(tile.input_gradient), tile.launch(rows, columns, classes), &args) }
+    unsafe {
+        dx.device().clone().launch(
+            A::choose(tile.input_gradient),
+            tile.launch(rows, columns, shape.groups, classes),
+            &args,
+        )
+    }
 }
 
 /// Writes the gradients over the pixels of each split to `out`, one after the other. With one split, it may add the
@@ -324,7 +332,8 @@ pub(super) fn partial_weight_gradients<A: Compute>(
 
 /// The number of sums of squares that a finished weight gradient leaves.
 pub(super) fn finished_squares(shape: &ConvShape) -> usize {
-    (shape.taps() * shape.in_channels).div_ceil(MOMENT_ROWS) * shape.out_channels.div_ceil(SQUARE_COLUMNS)
+    let (rows, columns) = (shape.taps() * shape.group_inputs(), shape.group_outputs());
+    shape.groups * rows.div_ceil(MOMENT_ROWS) * columns.div_ceil(SQUARE_COLUMNS)
 }
 
 /// The same. If `finish` is given, the gradient is finished: then it has one part and is not added to anything.
@@ -353,13 +362,15 @@ fn weight_gradient_by<A: Compute>(
     let out_address = out.address();
     let addresses = [x.address(), dy.address(), out_address];
     let wide = [
-        wide::<A>(shape.in_channels, x.address()),
+        wide::<A>(shape.group_inputs(), x.address()),
         wide::<A>(columns, dy.address()),
         wide_out::<A::Master>(columns, out_address),
     ];
     let args = WeightGradientArgs { conv: ConvArgs::new(shape, addresses, wide, splits, accumulate), finish };
     // SAFETY: as in `forward`; `out` has room for the gradients of all splits, and `finish` has been checked.
-    unsafe { x.device().launch(A::choose(tile.weight_gradient), tile.launch(rows, columns, splits), &args) }
+    unsafe {
+        x.device().launch(A::choose(tile.weight_gradient), tile.launch(rows, columns, shape.groups, splits), &args)
+    }
 }
 
 #[cfg(test)]
@@ -376,12 +387,16 @@ mod tests {
 
     const fn shape(extents: [usize; 5], kernel: usize, stride: usize, padding: usize) -> ConvShape {
         let [batch, height, width, in_channels, out_channels] = extents;
-        ConvShape { batch, height, width, in_channels, out_channels, kernel, stride, padding }
+        ConvShape { batch, height, width, in_channels, out_channels, kernel, stride, padding, groups: 1 }
+    }
+
+    const fn grouped(groups: usize, dense: ConvShape) -> ConvShape {
+        ConvShape { groups, ..dense }
     }
 
     /// These cover whole chunks and single elements in both operands, every tile with its tails, one split and several,
-    /// and all strides and paddings.
-    const SHAPES: [ConvShape; 22] = [
+    /// all strides and paddings, and groups.
+    const SHAPES: [ConvShape; 26] = [
         shape([2, 5, 6, 3, 16], 3, 1, 1),
         shape([1, 5, 6, 1, 10], 3, 2, 1),
         shape([3, 7, 5, 20, 17], 3, 1, 0),
@@ -404,6 +419,10 @@ mod tests {
         shape([1, 6, 9, 2, 3], 2, 3, 0),
         shape([1, 3, 4, 2, 3], 1, 1, 2),
         shape([1, 6, 7, 136, 72], 3, 1, 1),
+        grouped(4, shape([2, 7, 9, 32, 64], 3, 1, 1)),
+        grouped(5, shape([2, 6, 7, 20, 15], 3, 2, 1)),
+        grouped(2, shape([1, 5, 6, 80, 48], 3, 2, 1)),
+        grouped(3, shape([2, 4, 5, 24, 6], 1, 1, 0)),
     ];
 
     /// Cheap shapes that are large enough for the widest tile and for a split weight gradient: one tap, many pixels.
@@ -490,7 +509,7 @@ mod tests {
     fn reference<A: Stored>(shape: &ConvShape, x: &[A], weight: &[A], dy: &[A]) -> [Vec<Sum>; 3] {
         let doubles = |values: &[A]| values.iter().map(|&value| value.operand()).collect::<Vec<f64>>();
         let (x, weight, dy) = (doubles(x), doubles(weight), doubles(dy));
-        let (channels, outs) = (shape.in_channels, shape.out_channels);
+        let (channels, outs) = (shape.group_inputs(), shape.out_channels);
         let mut results = [shape.output_len(), shape.input_len(), shape.weight_len()].map(|n| vec![Sum::default(); n]);
         let [y, dx, dw] = &mut results;
         for pixel in 0..shape.batch * shape.out_height() * shape.out_width() {
@@ -502,10 +521,10 @@ mod tests {
                 if row >= shape.height || column >= shape.width {
                     continue;
                 }
-                let input = ((n * shape.height + row) * shape.width + column) * channels;
+                let input = ((n * shape.height + row) * shape.width + column) * shape.in_channels;
                 for (channel, out) in (0..channels).flat_map(|channel| (0..outs).map(move |out| (channel, out))) {
-                    let (w, input, output) =
-                        ((tap * channels + channel) * outs + out, input + channel, pixel * outs + out);
+                    let input = input + out / shape.group_outputs() * channels + channel;
+                    let (w, output) = ((tap * channels + channel) * outs + out, pixel * outs + out);
                     y[output].add(x[input], weight[w]);
                     dx[input].add(dy[output], weight[w]);
                     dw[w].add(x[input], dy[output]);
@@ -744,6 +763,7 @@ mod tests {
             shape([4, 10, 11, 16, 136], 1, 1, 0),
             shape([2, 6, 5, 3, 10], 3, 1, 1),
             shape([1, 5, 7, 24, 200], 3, 1, 1),
+            grouped(2, shape([2, 6, 7, 32, 96], 3, 1, 1)),
         ];
         // Another test covers the orders of blocks.
         for device in devices().into_iter().filter(|device| !device.is_host()).chain(devices().into_iter().take(1)) {

@@ -78,10 +78,10 @@ impl ConvTile {
     }
 
     /// With shared memory for two buffers of both operands.
-    fn launch<T>(&self, rows: usize, columns: usize, copies: usize) -> Launch {
+    fn launch<T>(&self, rows: usize, columns: usize, groups: usize, copies: usize) -> Launch {
         let shared = 2 * self.depth * (self.rows + self.columns + 2 * CONV_LINE_PADDING) * size_of::<T>();
         Launch {
-            grid: [self.count(rows, columns) as u32, 1, copies as u32],
+            grid: [self.count(rows, columns) as u32, groups as u32, copies as u32],
             block: [BLOCK_THREADS as u32, 1, 1],
             shared,
         }
@@ -95,10 +95,10 @@ fn full_precision<S: Compute>([f32, f64]: [Kernel<ConvArgs>; 2]) -> Kernel<ConvA
 
 /// The tile and the number of splits of a weight gradient.
 fn weight_gradient_tile(shape: &ConvShape) -> (&'static ConvTile, usize) {
-    let (rows, columns) = (shape.taps() * shape.in_channels, shape.out_channels);
+    let (rows, columns) = (shape.taps() * shape.group_inputs(), shape.group_outputs());
     let most = (shape.batch * shape.out_height() * shape.out_width()).div_ceil(WEIGHT_GRADIENT_PIXELS);
-    let tile = ConvTile::new(rows, columns, most);
-    (tile, WEIGHT_GRADIENT_BLOCKS.div_ceil(tile.count(rows, columns)).min(most))
+    let tile = ConvTile::new(rows, columns, shape.groups * most);
+    (tile, WEIGHT_GRADIENT_BLOCKS.div_ceil(shape.groups * tile.count(rows, columns)).min(most))
 }
 
 /// The number of parts of a weight gradient.
@@ -118,18 +118,18 @@ pub(super) fn forward<S: Compute>(
     mut y: SliceMut<'_, S>,
     accumulate: bool,
 ) -> Result<()> {
-    let (rows, columns) = (shape.batch * shape.out_height() * shape.out_width(), shape.out_channels);
-    let tile = ConvTile::new(rows, columns, 1);
+    let (rows, columns) = (shape.batch * shape.out_height() * shape.out_width(), shape.group_outputs());
+    let tile = ConvTile::new(rows, columns, shape.groups);
     let addresses = [x.address(), weight.address(), y.address()];
     let wide = [
-        wide::<S>(shape.in_channels, x.address()),
+        wide::<S>(shape.group_inputs(), x.address()),
         wide::<S>(columns, weight.address()),
         wide::<S>(columns, y.address()),
     ];
     let args = ConvArgs::new(shape, addresses, wide, 1, accumulate);
     let kernel = full_precision::<S>(tile.forward);
     // SAFETY: every slice has the length that the shape implies, and the shared memory is the tile's.
-    unsafe { y.device().clone().launch(kernel, tile.launch::<S>(rows, columns, 1), &args) }
+    unsafe { y.device().clone().launch(kernel, tile.launch::<S>(rows, columns, shape.groups, 1), &args) }
 }
 
 pub(super) fn input_gradient<S: Compute>(
@@ -141,19 +141,19 @@ pub(super) fn input_gradient<S: Compute>(
 ) -> Result<()> {
     // All parity classes have the same launch. The first one is the largest.
     let (class_height, class_width) = (shape.height.div_ceil(shape.stride), shape.width.div_ceil(shape.stride));
-    let (rows, columns) = (shape.batch * class_height * class_width, shape.in_channels);
+    let (rows, columns) = (shape.batch * class_height * class_width, shape.group_inputs());
     let classes = shape.stride * shape.stride;
-    let tile = ConvTile::new(rows, columns, classes);
+    let tile = ConvTile::new(rows, columns, shape.groups * classes);
     let addresses = [dy.address(), weight.address(), dx.address()];
     let wide = [
-        wide::<S>(shape.out_channels, dy.address()),
-        wide::<S>(shape.out_channels, weight.address()),
+        wide::<S>(shape.group_outputs(), dy.address()),
+        wide::<S>(shape.group_outputs(), weight.address()),
         wide::<S>(columns, dx.address()),
     ];
     let args = ConvArgs::new(shape, addresses, wide, 1, accumulate);
     let kernel = full_precision::<S>(tile.input_gradient);
     // SAFETY: as in `forward`.
-    unsafe { dx.device().clone().launch(kernel, tile.launch::<S>(rows, columns, classes), &args) }
+    unsafe { dx.device().clone().launch(kernel, tile.launch::<S>(rows, columns, shape.groups, classes), &args) }
 }
 
 /// Writes the gradients over the pixels of each split to `out`, one after the other. With one split, it may add the
@@ -165,14 +165,17 @@ pub(super) fn partial_weight_gradients<S: Compute>(
     mut out: SliceMut<'_, S::Master>,
     accumulate: bool,
 ) -> Result<()> {
-    let (rows, columns) = (shape.taps() * shape.in_channels, shape.out_channels);
+    let (rows, columns) = (shape.taps() * shape.group_inputs(), shape.group_outputs());
     let (tile, splits) = weight_gradient_tile(shape);
     let out_address = out.address();
     let addresses = [x.address(), dy.address(), out_address];
-    let wide =
-        [wide::<S>(shape.in_channels, x.address()), wide::<S>(columns, dy.address()), wide::<S>(columns, out_address)];
+    let wide = [
+        wide::<S>(shape.group_inputs(), x.address()),
+        wide::<S>(columns, dy.address()),
+        wide::<S>(columns, out_address),
+    ];
     let args = ConvArgs::new(shape, addresses, wide, splits, accumulate);
     let kernel = full_precision::<S>(tile.weight_gradient);
     // SAFETY: as in `forward`; `out` has room for the gradients of all splits.
-    unsafe { x.device().launch(kernel, tile.launch::<S>(rows, columns, splits), &args) }
+    unsafe { x.device().launch(kernel, tile.launch::<S>(rows, columns, shape.groups, splits), &args) }
 }

@@ -13,6 +13,8 @@ mod r_sam;
 mod random_sam;
 mod sa_sam;
 mod sam;
+mod sampa;
+mod sassha;
 mod wsam;
 
 use super::Entry;
@@ -28,7 +30,7 @@ macro_rules! methods {
 }
 
 methods! {
-    plain: Plain => SGD, ADAMW;
+    plain: Plain => SGD, ADAMW, MUON;
     sam: Sam, Norm, Perturbed => ENTRY;
     asam: Asam => ENTRY;
     random_sam: RandomSam => ENTRY;
@@ -42,4 +44,6 @@ methods! {
     gnr: Gnr, Hvp, Oracle => ENTRY;
     gam: Gam => ENTRY;
     sa_sam: SaSam => SA_SAM, SA_SGD;
+    sassha: Sassha => ENTRY;
+    sampa: Sampa => ENTRY;
 }

@@ -1,4 +1,4 @@
-//! The base optimizers alone, SGD and AdamW: the gradient at `w`.
+//! The base optimizers alone, SGD, AdamW and Muon: the gradient at `w`.
 
 use crate::device::{Result, Scalar};
 use crate::objective::Passes;
@@ -17,6 +17,9 @@ pub const SGD: Entry = Entry::of::<Plain>("sgd", "Stochastic gradient descent wi
 
 /// AdamW by name.
 pub const ADAMW: Entry = Entry::of::<Plain>("adamw", "AdamW").alone("adamw");
+
+/// Muon by name.
+pub const MUON: Entry = Entry::of::<Plain>("muon", "Muon for matrices, AdamW for the rest").alone("muon");
 
 impl<T: Scalar> Method<T> for Plain {
     fn passes(&self) -> Passes {

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use super::{ExtraMemory, Operation, Site};
+use super::{ExtraMemory, Operation, Site, place_of_dx};
 use crate::arena::{ALIGNMENT, Initial, TensorKind};
 use crate::device::{self, Buffer, Compute, Device, Disjoint, Scalar, SliceMut};
 use crate::kernels::batch_norm::{
@@ -147,16 +147,6 @@ pub(super) struct Scratch {
     pub dgamma: Range<usize>,
     pub dbeta: Range<usize>,
     dx: Range<usize>,
-}
-
-/// Where dx goes, and the gradient of x to which it must be added afterwards if another operation has begun that.
-fn place_of_dx<'s, 'a: 's, S: Compute>(
-    x: Value,
-    values: &mut Operands<'a, S>,
-    scratch: SliceMut<'s, S::Master>,
-) -> device::Result<(SliceMut<'s, S>, Option<SliceMut<'s, S>>)> {
-    let gradient = values.gradient_mut(x)?;
-    if values.accumulates(0) { Ok((scratch.cast(gradient.len())?, Some(gradient))) } else { Ok((gradient, None)) }
 }
 
 impl Operation for BatchNorm {

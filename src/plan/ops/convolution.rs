@@ -12,8 +12,8 @@ use crate::plan::graph::{Graph, Parameter, Place, Shape, Value};
 use crate::plan::pass::{BackwardPass, BackwardTangentPass, ForwardPass, ForwardTangentPass};
 use crate::plan::{PlanError, PlanOptions};
 
-/// `y = x ∗ w`, with `x` of shape `[N,H,W,C]` and `w` of `[kernel, kernel, C, outputs]`. The weights are read as the
-/// storage type.
+/// `y = x ∗ w`, with `x` of shape `[N,H,W,C]` and `w` of `[kernel, kernel, C/groups, outputs]`. The weights are read as
+/// the storage type.
 #[derive(Debug, Clone)]
 pub(in crate::plan) struct Convolution {
     pub(super) x: Value,
@@ -41,21 +41,65 @@ impl Graph {
         stride: usize,
         padding: usize,
     ) -> Result<Value, PlanError> {
+        self.grouped_convolution(x, name, outputs, 1, kernel, stride, padding)
+    }
+
+    /// A convolution without bias whose channels form `groups`: channels of the output read only the channels of the
+    /// input in their group. The weights start normal with variance `2 groups/(kernel² C)`.
+    ///
+    /// # Errors
+    /// As [`Graph::convolution`]; [`PlanError::Shape`] for groups that do not divide both numbers of channels.
+    pub fn grouped_convolution(
+        &mut self,
+        x: Value,
+        name: &str,
+        outputs: usize,
+        groups: usize,
+        kernel: usize,
+        stride: usize,
+        padding: usize,
+    ) -> Result<Value, PlanError> {
+        let inputs = self.shape(x).channels.checked_div(groups).unwrap_or_default();
+        let kind = TensorKind::Convolution { kernel, inputs, outputs };
+        let initial = Initial::HeNormal { fan: kernel * kernel * inputs };
+        self.convolved(x, name, kind, initial, [groups, kernel, stride, padding])
+    }
+
+    /// A linear layer over every pixel or token, without bias: `[N,H,W,C]` to `[N,H,W,outputs]`. Its weight is named
+    /// `name` and has the shape `[outputs, C]` in files. It starts uniform within `±1/√C`.
+    ///
+    /// # Errors
+    /// As [`convolution`](Self::convolution).
+    pub fn projection(&mut self, x: Value, name: &str, outputs: usize) -> Result<Value, PlanError> {
+        let inputs = self.shape(x).channels;
+        let kind = TensorKind::Projection { inputs, outputs };
+        self.convolved(x, name, kind, Initial::Uniform { fan_in: inputs }, [1, 1, 1, 0])
+    }
+
+    /// A convolution with a weight of this kind.
+    fn convolved(
+        &mut self,
+        x: Value,
+        name: &str,
+        kind: TensorKind,
+        initial: Initial,
+        [groups, kernel, stride, padding]: [usize; 4],
+    ) -> Result<Value, PlanError> {
         let input = self.shape(x);
-        let inputs = input.channels;
+        let outputs = kind.outputs().unwrap_or_default();
         let shape = ConvShape {
             batch: input.batch,
             height: input.height,
             width: input.width,
-            in_channels: inputs,
+            in_channels: input.channels,
             out_channels: outputs,
             kernel,
             stride,
             padding,
+            groups,
         };
         shape.check().map_err(|e| PlanError::Shape { operation: name.into(), reason: e.to_string() })?;
-        let initial = Initial::HeNormal { fan: kernel * kernel * inputs };
-        let weight = self.parameter(name.into(), TensorKind::Convolution { kernel, inputs, outputs }, initial)?;
+        let weight = self.parameter(name.into(), kind, initial)?;
         let (height, width) = (shape.out_height(), shape.out_width());
         let y = self.value(Shape { height, width, channels: outputs, ..input });
         self.push(Convolution { x, y, weight, shape });
@@ -127,9 +171,7 @@ impl Operation for Convolution {
     }
 
     fn multiply_adds(&self) -> u64 {
-        let ConvShape { batch, in_channels, out_channels, kernel, .. } = self.shape;
-        let outputs = batch * self.shape.out_height() * self.shape.out_width() * out_channels;
-        (outputs * kernel * kernel * in_channels) as u64
+        self.shape.macs()
     }
 
     fn forward<S: Compute>(&self, mut pass: ForwardPass<'_, S>) -> device::Result<()> {

@@ -8,20 +8,25 @@
 //! Two operations share work on a GPU's tensor cores: see [`convolution_batch_norm`].
 
 mod add;
+mod attention;
 mod average_pool;
 pub(super) mod batch_norm;
+mod bias;
 mod convolution;
 pub(super) mod convolution_batch_norm;
+mod embed_tokens;
 mod global_average_pool;
+mod layer_norm;
 mod linear;
 mod max_pool;
 mod relu;
+mod scale_samples;
 mod shortcut;
 
 use super::graph::{Parameter, Place, Value};
 use super::pass::{BackwardPass, BackwardTangentPass, ForwardPass, ForwardTangentPass, Operands};
 use super::{PlanError, PlanOptions};
-use crate::device::{self, Compute, Device};
+use crate::device::{self, Compute, Device, SliceMut};
 
 /// What the plan asks of an operation. Every method without a default must be written, so an operation without a
 /// backward or without a tangent does not compile.
@@ -153,6 +158,18 @@ pub(super) struct ExtraMemory {
     pub weight_gradient: WeightGradient,
 }
 
+/// Where an operation whose kernels do not add writes the gradient of x, its first input, and the gradient to which the
+/// result must be added afterwards if another operation has begun that. The operation [always writes that
+/// gradient](Operation::always_writes_input_gradient).
+fn place_of_dx<'s, 'a: 's, S: Compute>(
+    x: Value,
+    values: &mut Operands<'a, S>,
+    scratch: SliceMut<'s, S::Master>,
+) -> device::Result<(SliceMut<'s, S>, Option<SliceMut<'s, S>>)> {
+    let gradient = values.gradient_mut(x)?;
+    if values.accumulates(0) { Ok((scratch.cast(gradient.len())?, Some(gradient))) } else { Ok((gradient, None)) }
+}
+
 /// How a backward leaves the gradients of its parameters, for [`crate::kernels::gradient`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) enum WeightGradient {
@@ -222,12 +239,17 @@ macro_rules! operations {
 
 operations! {
     add::Add,
+    attention::Attention,
     average_pool::AveragePool,
     batch_norm::BatchNorm,
+    bias::Bias,
     convolution::Convolution,
+    embed_tokens::EmbedTokens,
     global_average_pool::GlobalAveragePool,
+    layer_norm::LayerNorm,
     linear::Linear,
     max_pool::MaxPool,
     relu::Relu,
+    scale_samples::ScaleSamples,
     shortcut::Shortcut,
 }

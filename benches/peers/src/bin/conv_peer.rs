@@ -124,6 +124,7 @@ fn serve<S: Compute>(args: &Args) -> Answer<()> {
         ["layer", batch, size, in_channels, out_channels, kernel, stride, sets] => {
             let (size, kernel) = (number(size)?, number::<usize>(kernel)?);
             let shape = ConvShape {
+                groups: 1,
                 batch: number(batch)?,
                 height: size,
                 width: size,

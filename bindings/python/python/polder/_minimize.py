@@ -59,7 +59,8 @@ def minimize(
     A NumPy array ``x0`` that is contiguous in C's order and can be written is changed in place, step by step. Others
     are copied once at the start: the result is a new array.
 
-    ``method`` is a name such as "sam", "cr-sam" or "adamw", ``options`` are its own, such as ``rho``. ``lr`` is a
+    ``method`` is a name such as "sam", "cr-sam" or "adamw", ``options`` are its own, such as ``rho``. Muon needs a
+    matrix: an ``x0`` of two dimensions. ``lr`` is a
     number or a function of the step, which counts from 0. ``callback(step, loss)`` is called after each step; if it
     returns True, the minimisation ends. ``threads`` is the number of the CPU's threads, 0 for one per core.
     """
@@ -67,8 +68,8 @@ def minimize(
     if method not in known:
         raise ValueError(f"method: {method!r}, expected one of {', '.join(known)}")
     base = known[method]["base"] or base
-    if base not in ("sgd", "adamw"):
-        raise ValueError(f"base: {base!r}, expected 'sgd' or 'adamw'")
+    if base not in ("sgd", "adamw", "muon"):
+        raise ValueError(f"base: {base!r}, expected 'sgd', 'adamw' or 'muon'")
     kinds = {option["name"]: option["kind"] for option in known[method]["options"]}
     texts = []
     for name, value in options.items():
@@ -84,8 +85,9 @@ def minimize(
         blocks.append(aligned_zeros(elements, x.dtype))
         return blocks[-1].ctypes.data
 
+    matrices = [(0, *x.shape)] if x.ndim == 2 else []
     engine = _polder.Engine(
-        ("cpu", threads, 0), double, method, texts, base, [x.size], (x.size, 0), seed,
+        ("cpu", threads, 0), double, method, texts, base, [x.size], (x.size, 0), matrices, seed,
         0.0 if double else 1e-7, allocate,
     )  # fmt: skip
     given: dict[int, Any] = {}

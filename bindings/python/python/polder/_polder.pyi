@@ -32,6 +32,7 @@ class Engine:
         base: str,
         lengths: Sequence[int],
         parts: tuple[int, int],
+        matrices: Sequence[tuple[int, int, int]],
         seed: int,
         loss_error: float,
         allocate: Callable[[str, int], int],

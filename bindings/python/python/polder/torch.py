@@ -41,6 +41,7 @@ _METHODS = {method["name"]: method for method in _polder.methods()}
 _SPELLING = {
     "sgd": "SGD",
     "adamw": "AdamW",
+    "muon": "Muon",
     "sam": "SAM",
     "asam": "ASAM",
     "random-sam": "RandomSAM",
@@ -55,19 +56,24 @@ _SPELLING = {
     "gam": "GAM",
     "sa-sam": "SASAM",
     "sa-sgd": "SASGD",
+    "sampa": "SAMPa",
 }
 
 _FUSED: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False},
     "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2},
+    "muon": {"lr": 1e-3, "momentum": 0.95, "weight_decay": 0.1},
 }
 
 # The relative error of the mean loss of a mini-batch, which CR-SAM compares its differences with.
 _LOSS_ERROR = {torch.float32: 1e-7, torch.float64: 2e-16}
 
 # Names of the vectors of the state, as PyTorch's own optimizers have them.
-_MOMENTS = {"sgd": {"momentum": "momentum_buffer"}, "adamw": {"momentum": "exp_avg", "second_moment": "exp_avg_sq"}}
-
+_MOMENTS = {
+    "sgd": {"momentum": "momentum_buffer"},
+    "adamw": {"momentum": "exp_avg", "second_moment": "exp_avg_sq"},
+    "muon": {"momentum": "momentum_buffer", "second_moment": "exp_avg_sq"},
+}
 
 # The layers whose parameters SAM-ON perturbs.
 _NORMALISATION = (
@@ -168,6 +174,32 @@ def _normalisation(flat: Flat, modules: Iterable[torch.nn.Module], needed: bool)
     return first[-1][1] - first[0][0] if first else 0
 
 
+def _hidden(
+    flat: Flat, modules: Iterable[torch.nn.Module], groups: Iterable[dict[str, Any]]
+) -> list[tuple[int, int, int]]:
+    """The matrices for Muon: first element, rows and columns as they lie in memory.
+
+    These are the parameters of two dimensions and more, but for embeddings, the last linear layer, and groups with
+    ``muon=False``.
+    """
+    inside = [module for root in modules for module in root.modules()]
+    left_out = {id(param) for group in groups if not group.get("muon", True) for param in group["params"]}
+    left_out |= {id(module.weight) for module in inside if isinstance(module, torch.nn.Embedding)}
+    linear = {id(module.weight) for module in inside if isinstance(module, torch.nn.Linear)}
+    left_out |= {id(param) for param in [param for param in flat.params if id(param) in linear][-1:]}
+    found = []
+    for param, (start, end), (shape, strides) in zip(flat.params, flat.places, flat.shapes):
+        if _is_vector(param) or id(param) in left_out or start == end:
+            continue
+        outputs, others = shape[0], (end - start) // shape[0]
+        # A matrix and its transpose have the same update.
+        if strides[0] == others:
+            found.append((start, outputs, others))
+        elif strides[0] == 1:
+            found.append((start, others, outputs))
+    return found
+
+
 class SharpnessAware(torch.optim.Optimizer):
     """What the optimizers of this module have in common. Use one of its subclasses."""
 
@@ -194,7 +226,7 @@ class SharpnessAware(torch.optim.Optimizer):
             raise ValueError(f"base: {type(self).__name__} has no other than {own}")
         base = own if own is not None else base
         if not (base in _FUSED or (isinstance(base, type) and issubclass(base, torch.optim.Optimizer))):
-            raise ValueError(f"base: {base!r}, expected 'sgd', 'adamw' or a class of torch.optim")
+            raise ValueError(f"base: {base!r}, expected 'sgd', 'adamw', 'muon' or a class of torch.optim")
         if self._method["computes_rate"] and base != "sgd":
             raise ValueError(f"base: {type(self).__name__} computes the step size itself, so its base is 'sgd'")
         if no_sync is not None and (self._method["name"] not in _FOLLOWS_LAST or options.get("second_order")):
@@ -297,8 +329,9 @@ class SharpnessAware(torch.optim.Optimizer):
         statistics = Statistics.of(flat.params, self._model)
         needed = ("perturb", "norm") in options
         shape = flat.lengths, (_matrices(flat), _normalisation(flat, statistics.modules, needed))
+        matrices = _hidden(flat, statistics.modules, self.param_groups) if self._base == "muon" else []
         engine = _polder.Engine(
-            place, flat.double, self._method["name"], options, self._base, *shape, self._seed, error, allocate
+            place, flat.double, self._method["name"], options, self._base, *shape, matrices, self._seed, error, allocate
         )
         self._take_state(flat, blocks, engine)
         self._weights = flat.allocate(flat.len)
