@@ -9,10 +9,10 @@ use std::time::Duration;
 use polder::data::{CORRUPTIONS, Corruption, ImageShape, Images, SEVERITIES, Split};
 use polder::device::HostOptions;
 use polder::settings;
-use polder::train::{TrainError, hold, open_split};
+use polder::train::{TrainError, hold, open_split, write_npy};
 
 use super::flags::Flags;
-use super::{Bar, Failure, option, print, stop_on_signals, tell, write_npy};
+use super::{Bar, Failure, option, print, stop_on_signals, tell};
 
 /// The most classes of a set with corruptions, CIFAR-100-C.
 const MOST_CLASSES: usize = 100;

@@ -106,7 +106,7 @@ fn gradients_through_transformers_match_central_differences() {
 fn transformers_of_impossible_shapes_are_refused() {
     let mut graph = Graph::new(Shape { batch: 2, height: 3, width: 4, channels: 12 });
     let x = graph.input();
-    let refused = |result: Result<Value, PlanError>| result.unwrap_err().to_string();
+    let refused = |result: std::result::Result<Value, PlanError>| result.unwrap_err().to_string();
     let expected = "attention: 12 channels are not queries, keys and values of 3 heads";
     assert_eq!(refused(graph.attention(x, "bias", 3)), expected);
     assert!(refused(graph.attention(x, "bias", 0)).starts_with("attention: 12 channels"));

@@ -10,6 +10,7 @@ use crate::families::losses;
 use crate::vgg;
 use polder::arena::{Initial, TensorKind};
 use polder::device::{Compute, Device, HostOptions, Tf32};
+use polder::kernels::image::Position;
 use polder::nn::{Model, VisionTransformer};
 use polder::objective::{ObjectiveExt, RunningStats};
 use polder::optim::CrSam;
@@ -132,7 +133,7 @@ fn stochastic_depth_leaves_branches_out() {
     let (mut loss, mut flag) = (device.poisoned(1).unwrap(), device.zeros(1).unwrap());
     let mut losses = Vec::new();
     for first in [0, 0, 4, 8] {
-        plan.draw(5, first).unwrap();
+        plan.draw(5, Position { first, clock: None }).unwrap();
         let (gradient, flag) = (gradient.view_mut(), flag.view_mut());
         plan.gradient(weights.view(), RunningStats::Keep, gradient, loss.view_mut(), flag).unwrap();
         losses.push(loss.to_vec().unwrap()[0]);
