@@ -243,7 +243,12 @@ pub fn check_run<S: Compute>(device: &Device, name: &str, tolerance: f64) {
         let rows = rows.as_array().unwrap();
         let size = plan.input_shape().batch;
         let show = |plan: &mut Plan<S>, group: usize| {
-            pool.fill(plan, &rows[group * size..][..size], &run);
+            let rows = &rows[group * size..][..size];
+            if S::NAME == "f64" {
+                fill_in_double(plan, rows, &run)
+            } else {
+                pool.fill(plan, rows, &run)
+            }
             Ok(())
         };
         let mut images = Wrapped(Grouped { plan: &mut plan, groups: rows.len() / size, show });

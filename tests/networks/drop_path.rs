@@ -101,7 +101,7 @@ fn settings(method: &str, steps: u64, log_every: u64) -> RunSettings {
     RunSettings {
         data: DataSettings { batch_size: 32, ..DataSettings::default() },
         optimizer: OptimizerSettings { optimizer: method.parse().unwrap(), ..OptimizerSettings::default() },
-        sgd: SgdSettings { lr: 0.05, ..SgdSettings::default() },
+        sgd: SgdSettings { lr: 0.1, ..SgdSettings::default() },
         run: LoopSettings {
             steps: Some(steps),
             log_every,
@@ -170,9 +170,8 @@ fn new_families_train_on_generated_images() {
         for method in ["sgd", "sam", "cr-sam"] {
             let losses = epoch_losses(network, side, method);
             println!("{name}, {method}: {losses:.3?}");
-            // CR-SAM's term holds the loss back.
-            let share = if method == "cr-sam" { 0.995 } else { 0.97 };
-            assert!(losses.len() == 6 && losses[5] < share * losses[0], "{name}, {method}: {losses:?}");
+            // CR-SAM comes no further than guessing, 2.303, in so few steps.
+            assert!(losses.len() == 6 && losses[5] < 0.99 * losses[0], "{name}, {method}: {losses:?}");
         }
     }
 }
