@@ -25,13 +25,11 @@ struct AugmentArgs {
     uint32_t draws;           // of a sequence; 0: no policy
     uint32_t sequences;
     uint32_t length;
-    float least_share;      // of the area in a resized crop; 0: no resized crop
-    uint32_t whole_height;  // what is taken if no box fits
-    uint32_t whole_width;   //
-    float brightness;       // colour jitter: by how much each may differ from 1; hue from 0
-    float contrast;         //
-    float saturation;       //
-    float hue;              //
+    float least_share;  // of the area in a resized crop; 0: no resized crop
+    // What is taken if no box fits.
+    uint32_t whole_height, whole_width;
+    // Colour jitter: by how much each may differ from 1; hue from 0.
+    float brightness, contrast, saturation, hue;
 };
 
 /// A resized crop's two weights, and the index of the first: of every column, then of every row.

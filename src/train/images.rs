@@ -158,7 +158,7 @@ pub(super) enum Assembly {
     /// In one pass over the values, with what is possible there.
     Pass(Option<Augment>),
     /// With operations on whole images.
-    Whole(Augmenter),
+    Whole(Box<Augmenter>),
 }
 
 impl Assembly {
@@ -176,7 +176,7 @@ impl Assembly {
                 let options = "random-resized-crop, auto-augment, rand-augment or color-jitter";
                 Err(TrainError::setting("data", format!("{found} {options}")))
             }
-            Some(wanted) => Ok(Self::Whole(Augmenter::new(device, shape, wanted)?)),
+            Some(wanted) => Ok(Self::Whole(Box::new(Augmenter::new(device, shape, wanted)?))),
             None => Ok(Self::Pass(None)),
         }
     }

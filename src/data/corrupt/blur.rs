@@ -28,12 +28,10 @@ pub fn defocus(image: &[u8], severity: usize, _: &mut Draws) -> Vec<u8> {
     let weights = [side, 1.0, side].map(|weight| weight / (1.0 + 2.0 * side));
     let mut kernel = vec![0.0; disk.len()];
     // The disk ends before the edge.
-    for e in 0..disk.len() {
+    for (e, share) in disk.iter().enumerate().filter(|(_, share)| **share > 0.0) {
         let (i, j) = (e / KERNEL, e % KERNEL);
-        if disk[e] > 0.0 {
-            for (k, weight) in (0..9).map(|k| (k, weights[k / 3] * weights[k % 3])) {
-                kernel[(i + k / 3 - 1) * KERNEL + j + k % 3 - 1] += weight * disk[e] / count;
-            }
+        for (k, weight) in (0..9).map(|k| (k, weights[k / 3] * weights[k % 3])) {
+            kernel[(i + k / 3 - 1) * KERNEL + j + k % 3 - 1] += weight * share / count;
         }
     }
     bytes(&filters::correlate(&picture(image), &kernel, KERNEL, Edge::Mirror))

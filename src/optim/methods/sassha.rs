@@ -54,8 +54,9 @@ impl<T: Scalar> Method<T> for Sassha {
         Needs { memory: 2, scalars: vec![0.0], ..Needs::vectors(5) }
     }
 
+    /// Each product takes a random vector of its own.
     fn repeats(&self) -> bool {
-        self.every == 1
+        false
     }
 
     fn has_momentum(&self) -> bool {
