@@ -19,8 +19,8 @@ struct BiasArgs {
     uint32_t gelu;
 };
 
-/// Calls `f(row)(Width<W>{}, c)` as `for_each_pixel` does. On the CPU the packs have width 1, because a loop over single
-/// numbers is what the compiler vectorises.
+/// Calls `f(row)(Width<W>{}, c)` as `for_each_pixel` does. On the CPU the packs have width 1, because a loop over
+/// single numbers is what the compiler vectorises.
 template <int V, class F>
 __device__ __forceinline__ void for_each_row(uint32_t rows, uint32_t channels, bool packs, const F& f) {
 #if defined(POLDER_HOST)

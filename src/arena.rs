@@ -29,8 +29,8 @@ pub enum TensorKind {
         /// Output features.
         outputs: usize,
     },
-    /// The weight of a linear layer over every token or pixel, which convolutions compute: `[in][out]` here, `[out][in]`
-    /// in files.
+    /// The weight of a linear layer over every token or pixel, which convolutions compute: `[in][out]` here,
+    /// `[out][in]` in files.
     Projection {
         /// Input channels.
         inputs: usize,

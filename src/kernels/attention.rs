@@ -149,8 +149,8 @@ pub fn attention<S: Compute>(
     unsafe { device.launch(S::choose(id::ATTENTION), shape.launch::<S::Master>(device, 1, 3, 1), &args) }
 }
 
-/// The tangent of [`attention`]. `moved`, one number per row, receives `Σ p s′` for the tangent of the backward. Traffic:
-/// reads x, x′ and y, writes y′.
+/// The tangent of [`attention`]. `moved`, one number per row, receives `Σ p s′` for the tangent of the backward.
+/// Traffic: reads x, x′ and y, writes y′.
 ///
 /// # Errors
 /// As [`attention`].

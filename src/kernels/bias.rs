@@ -121,8 +121,8 @@ pub fn bias<S: Compute>(
     unsafe { device.launch(S::choose(id::BIAS), device.elementwise(len, 4), &args) }
 }
 
-/// The tangent of [`bias`]: `y′ = gelu′(x + bias) (x′ + bias′)`, or `x′ + bias′ + residual′`. `gelu` holds x and the bias
-/// if there is a GELU.
+/// The tangent of [`bias`]: `y′ = gelu′(x + bias) (x′ + bias′)`, or `x′ + bias′ + residual′`. `gelu` holds x and the
+/// bias if there is a GELU.
 ///
 /// Traffic: reads x′ (with the GELU x, with a residual its tangent), writes y′.
 ///
@@ -247,8 +247,8 @@ pub fn gelu_backward_tangent<S: Compute>(
     unsafe { device.launch(S::choose(id::BIAS_CURVE), device.elementwise(len, 4), &args) }
 }
 
-/// `sums[c]` = the sum of `x[r, c]` over the rows. `scratch` has [`RowsShape::scratch_len`] elements of one sum. Rows are
-/// summed in the master type in pieces of about 256, and the pieces in double.
+/// `sums[c]` = the sum of `x[r, c]` over the rows. `scratch` has [`RowsShape::scratch_len`] elements of one sum. Rows
+/// are summed in the master type in pieces of about 256, and the pieces in double.
 ///
 /// Traffic: reads x.
 ///

@@ -1,5 +1,5 @@
-//! Layer normalisation (Ba, Kiros and Hinton 2016) of the rows of activations `[rows, channels]`, with its gradients and
-//! tangents: `kernels/layer_norm.cu`.
+//! Layer normalisation (Ba, Kiros and Hinton 2016) of the rows of activations `[rows, channels]`, with its gradients
+//! and tangents: `kernels/layer_norm.cu`.
 //!
 //! `y = gamma · (x − mean) · inv_std + beta` with the mean of each row and `inv_std = 1/√(var + eps)`, `var` the biased
 //! variance, from two passes over the row. All sums are in the master type.
@@ -119,8 +119,8 @@ pub fn backward<S: Compute>(
     unsafe { device.launch(S::choose(id::LAYER_NORM_BACKWARD), launch(device, shape), &args) }
 }
 
-/// The gradients of the parameters that are asked for: `dgamma = Σ dy n` and `dbeta = Σ dy` over the rows. `scratch` has
-/// [`RowsShape::scratch_len`] elements of two sums. Traffic: reads x and dy.
+/// The gradients of the parameters that are asked for: `dgamma = Σ dy n` and `dbeta = Σ dy` over the rows. `scratch`
+/// has [`RowsShape::scratch_len`] elements of two sums. Traffic: reads x and dy.
 ///
 /// # Errors
 /// As [`layer_norm`].
@@ -149,8 +149,8 @@ pub fn parameter_gradients<S: Compute>(
     shape.add_pieces(check, scratch.view(), gradients)
 }
 
-/// The tangent of [`layer_norm`]: `y′ = gamma n′ + gamma′ n + beta′`. `parameters` are gamma′ and beta′. Traffic: reads x
-/// and x′, writes y′.
+/// The tangent of [`layer_norm`]: `y′ = gamma n′ + gamma′ n + beta′`. `parameters` are gamma′ and beta′. Traffic: reads
+/// x and x′, writes y′.
 ///
 /// # Errors
 /// As [`layer_norm`].

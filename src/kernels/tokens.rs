@@ -64,8 +64,8 @@ pub fn embed<S: Compute>(
     unsafe { device.launch(S::choose(id::EMBED_TOKENS), device.elementwise(len, 4), &args) }
 }
 
-/// The gradient of [`embed`] with respect to the patches, `dpatches[n, t] = dy[n, t + 1]`; written, or with `accumulate`
-/// added. Those of the positions and of the token are sums of dy over the samples
+/// The gradient of [`embed`] with respect to the patches, `dpatches[n, t] = dy[n, t + 1]`; written, or with
+/// `accumulate` added. Those of the positions and of the token are sums of dy over the samples
 /// ([`bias::row_sums`](super::bias::row_sums)). Traffic: reads dy, writes dpatches; accumulating reads it too.
 ///
 /// # Errors

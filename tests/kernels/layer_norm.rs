@@ -139,8 +139,8 @@ fn layer_norm_is_its_formula_with_gradients_and_tangents() {
     check::<bf16>(&devices());
 }
 
-/// A mean much larger than the deviation costs the accuracy of the mean and no more: it is rounded to half a unit in the
-/// last place of 4096, 2⁻¹², and the largest element is 1.7 times the inverse deviation of 1.2.
+/// A mean much larger than the deviation costs the accuracy of the mean and no more: it is rounded to half a unit in
+/// the last place of 4096, 2⁻¹², and the largest element is 1.7 times the inverse deviation of 1.2.
 #[test]
 fn a_large_mean_does_no_harm() {
     let shape = rows(3, 40);

@@ -66,8 +66,8 @@ fn check_gradient(name: &str, device: &Device, graph: Graph, logits: Value, opti
     assert!(padding.into_iter().all(|index| gradient[index] == 0.0), "{name}: gradient in the padding");
 }
 
-/// What transformers consist of: tokens, layer norms, attention, biases with and without GELU; with inputs of all of them
-/// that another operation reads too, and a GELU before the first product.
+/// What transformers consist of: tokens, layer norms, attention, biases with and without GELU; with inputs of all of
+/// them that another operation reads too, and a GELU before the first product.
 pub fn transformer(shape: Shape) -> (Graph, Value) {
     let mut graph = Graph::new(shape);
     let x = graph.input();

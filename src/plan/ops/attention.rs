@@ -30,8 +30,8 @@ impl Graph {
     /// within `±1/√C`.
     ///
     /// # Errors
-    /// [`PlanError::DuplicateParameter`] for a name already taken, [`PlanError::Shape`] for channels that `3·heads` does
-    /// not divide, and for heads of more than 64 numbers.
+    /// [`PlanError::DuplicateParameter`] for a name already taken, [`PlanError::Shape`] for channels that `3·heads`
+    /// does not divide, and for heads of more than 64 numbers.
     pub fn attention(&mut self, x: Value, bias: &str, heads: usize) -> Result<Value, PlanError> {
         let input = self.shape(x);
         let refused = |reason: String| PlanError::Shape { operation: "attention".into(), reason };

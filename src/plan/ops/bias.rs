@@ -41,7 +41,8 @@ impl Graph {
     /// x + b + residual for every pixel or token. The parameter is as in [`bias`](Self::bias).
     ///
     /// # Errors
-    /// [`PlanError::DuplicateParameter`] for a name already taken, [`PlanError::Shape`] for a residual of another shape.
+    /// [`PlanError::DuplicateParameter`] for a name already taken, [`PlanError::Shape`] for a residual of another
+    /// shape.
     pub fn bias_add(&mut self, x: Value, name: &str, fan_in: usize, residual: Value) -> Result<Value, PlanError> {
         self.same_shape(name, x, residual)?;
         self.biased(x, name, fan_in, Some(residual), false)
