@@ -214,7 +214,7 @@ __device__ void column_sums(const ColumnSumsArgs<S>& a) {
 }
 
 template <class T>
-struct AddPiecesArgs {
+struct SumPiecesArgs {
     const T* partials;  // [pieces, outputs, columns]
     T* first;           // [columns], or null
     T* second;          // [columns], or null
@@ -225,7 +225,7 @@ struct AddPiecesArgs {
 
 /// The sums of all pieces, of those of one or two outputs that are asked for.
 template <class T>
-__device__ void add_pieces(const AddPiecesArgs<T>& a) {
+__device__ void sum_pieces(const SumPiecesArgs<T>& a) {
     for_each_index(uint64_t(a.outputs) * a.columns, [&](uint64_t i) {
         T* const out = i < a.columns ? a.first : a.second;
         if (out == nullptr) return;
@@ -255,5 +255,5 @@ POLDER_KERNEL(column_sums_f32, column_sums<float>, ColumnSumsArgs<float>)
 POLDER_KERNEL(column_sums_f16, column_sums<__half>, ColumnSumsArgs<__half>)
 POLDER_KERNEL(column_sums_bf16, column_sums<__nv_bfloat16>, ColumnSumsArgs<__nv_bfloat16>)
 POLDER_HOST_KERNEL(column_sums_f64, column_sums<double>, ColumnSumsArgs<double>)
-POLDER_KERNEL(add_pieces_f32, add_pieces<float>, AddPiecesArgs<float>)
-POLDER_HOST_KERNEL(add_pieces_f64, add_pieces<double>, AddPiecesArgs<double>)
+POLDER_KERNEL(sum_pieces_f32, sum_pieces<float>, SumPiecesArgs<float>)
+POLDER_HOST_KERNEL(sum_pieces_f64, sum_pieces<double>, SumPiecesArgs<double>)

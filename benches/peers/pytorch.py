@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Whole training steps (SGD, SAM, CR-SAM) of ResNet-8/20/56/18: PyTorch and ours take turns on the same device.
+"""Whole training steps (SGD, SAM, CR-SAM) of residual networks and vision transformers: PyTorch and ours take turns.
 
     cargo build --release -p polder-peers
     python3 benches/peers/pytorch.py

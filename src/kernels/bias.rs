@@ -6,7 +6,7 @@
 
 use super::layers::elements;
 use super::{Check, pick};
-use crate::device::arguments::{AddPiecesArgs, BiasArgs, BiasCurveArgs, BiasSlopeArgs, ColumnSumsArgs};
+use crate::device::arguments::{SumPiecesArgs, BiasArgs, BiasCurveArgs, BiasSlopeArgs, ColumnSumsArgs};
 use crate::device::constants::BLOCK_THREADS;
 use crate::device::{Compute, Device, Launch, Result, Scalar, Slice, SliceMut, id};
 
@@ -50,7 +50,7 @@ impl RowsShape {
     }
 
     /// The second stage: the sums of the pieces, of one sum per channel or of two; none where it is not asked for.
-    pub(super) fn add_pieces<T: Scalar, const N: usize>(
+    pub(super) fn sum_pieces<T: Scalar, const N: usize>(
         self,
         check: Check<'_>,
         partials: Slice<'_, T>,
@@ -58,7 +58,7 @@ impl RowsShape {
     ) -> Result<()> {
         sums.iter().flatten().try_for_each(|sums| check.argument("sums", sums.view(), self.channels))?;
         let mut address = |k: usize| sums.get_mut(k).and_then(Option::as_mut).map_or(0, SliceMut::address);
-        let args = AddPiecesArgs {
+        let args = SumPiecesArgs {
             partials: partials.address(),
             first: address(0),
             second: address(1),
@@ -68,7 +68,7 @@ impl RowsShape {
         };
         let launch = check.device.elementwise(N * self.channels, 1);
         // SAFETY: `partials` holds N sums of every piece and channel, and the outputs have one element per channel.
-        unsafe { check.device.launch(pick::<T, _>(id::ADD_PIECES_F32, id::ADD_PIECES_F64), launch, &args) }
+        unsafe { check.device.launch(pick::<T, _>(id::SUM_PIECES_F32, id::SUM_PIECES_F64), launch, &args) }
     }
 }
 
@@ -272,5 +272,5 @@ pub fn row_sums<S: Compute>(
     };
     // SAFETY: the lengths are those of the shape, and the scratch holds a sum of every piece and channel.
     unsafe { device.launch(S::choose(id::COLUMN_SUMS), shape.sum_launch(device), &args)? };
-    shape.add_pieces(check, scratch.view(), [Some(sums)])
+    shape.sum_pieces(check, scratch.view(), [Some(sums)])
 }

@@ -146,7 +146,7 @@ pub fn parameter_gradients<S: Compute>(
     };
     // SAFETY: the lengths are those of the shape, and the scratch holds two sums of every piece and channel.
     unsafe { device.launch(S::choose(id::LAYER_NORM_PARAMETERS), shape.sum_launch(device), &args)? };
-    shape.add_pieces(check, scratch.view(), gradients)
+    shape.sum_pieces(check, scratch.view(), gradients)
 }
 
 /// The tangent of [`layer_norm`]: `y′ = gamma n′ + gamma′ n + beta′`. `parameters` are gamma′ and beta′. Traffic: reads
@@ -282,5 +282,5 @@ pub fn parameter_gradients_tangent<S: Compute>(
     let kernel = S::choose(id::LAYER_NORM_PARAMETERS_TANGENT);
     // SAFETY: the lengths are those of the shape, and the scratch holds two sums of every piece and channel.
     unsafe { device.launch(kernel, shape.sum_launch(device), &args)? };
-    shape.add_pieces(check, scratch.view(), gradients)
+    shape.sum_pieces(check, scratch.view(), gradients)
 }

@@ -6,6 +6,7 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "polder.h"
 
@@ -59,7 +60,9 @@ int main(void) {
         polder_optimizer *optimizer;
         float weights[N] = {0};
         double loss, skipped;
-        check(polder_optimizer_new(cpu, POLDER_TYPE_F32, N, method, NULL, &optimizer), method);
+        /* Muon has to know which weights are matrices: here all of them, as one of 10 rows and 10 columns. */
+        const char *options = strcmp(method, "muon") == 0 ? "matrices=0:10x10" : NULL;
+        check(polder_optimizer_new(cpu, POLDER_TYPE_F32, N, method, options, &optimizer), method);
         passes = 0;
         for (int step = 0; step < 200; ++step)
             check(polder_optimizer_step(optimizer, &objective, weights, 0.05), method);

@@ -81,17 +81,21 @@ static void resume(const polder_device *device, int32_t type, const char *method
 }
 
 int main(void) {
-    static const char *const bases[] = {"sgd", "adamw"};
+    static const char *const bases[] = {"sgd", "adamw", "muon"};
+    /* Muon's matrices do not cover all weights. */
+    static const char *const of_base[] = {"", "", " matrices=0:5x7"};
     polder_device *cpu;
     int runs = 0;
     check(polder_device_cpu(1, &cpu), "device");
     for (size_t number = 0; number < polder_method_count(); ++number) {
         const char *method = polder_method_name(number);
-        for (size_t base = 0; base < 2; ++base) {
-            char options[32];
-            /* The two methods that are a base have no other. */
-            if (strcmp(method, bases[1 - base]) == 0) continue;
-            snprintf(options, sizeof options, "weight-decay=0.01 base=%s", bases[base]);
+        int is_base = 0;
+        for (size_t base = 0; base < 3; ++base) is_base |= strcmp(method, bases[base]) == 0;
+        for (size_t base = 0; base < 3; ++base) {
+            char options[64];
+            /* A method that is a base has no other. */
+            if (is_base && strcmp(method, bases[base]) != 0) continue;
+            snprintf(options, sizeof options, "weight-decay=0.01 base=%s%s", bases[base], of_base[base]);
             resume(cpu, POLDER_TYPE_F32, method, options);
             resume(cpu, POLDER_TYPE_F64, method, options);
             runs += 2;
