@@ -6,7 +6,7 @@
 
 use super::layers::elements;
 use super::{Check, pick};
-use crate::device::arguments::{SumPiecesArgs, BiasArgs, BiasCurveArgs, BiasSlopeArgs, ColumnSumsArgs};
+use crate::device::arguments::{BiasArgs, BiasCurveArgs, BiasSlopeArgs, ColumnSumsArgs, SumPiecesArgs};
 use crate::device::constants::BLOCK_THREADS;
 use crate::device::{Compute, Device, Launch, Result, Scalar, Slice, SliceMut, id};
 

@@ -66,6 +66,11 @@ impl<T: Scalar> SampleFactors<T> {
         Ok(Self { factors, laws: device.upload(&numbers)?, operations: laws.len(), batch })
     }
 
+    /// Whether the network has no operation with factors.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.factors.is_empty()
+    }
+
     /// Draws all factors anew. They depend on the seed, on the number of the operation, and on the number of the sample
     /// in the run: the place n in the batch, `position.first`, and what the clock adds. Without operations it launches
     /// nothing.

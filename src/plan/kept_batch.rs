@@ -39,8 +39,13 @@ impl<S: Compute> Plan<S> {
         KeptBatch::new(&self.device, self.memory.value(Value(0)).len(), self.shapes[0].batch)
     }
 
-    /// Keeps the mini-batch for the next step, unless `skip` is set and there is an earlier one.
+    /// Keeps the mini-batch for the next step, unless `skip` is set and there is an earlier one. What stochastic depth
+    /// and ShakeDrop have drawn for it is not kept, so networks with them are refused.
     pub(super) fn keep_batch(&mut self, skip: Slice<'_, u32>) -> Result<()> {
+        if !self.factors.is_empty() {
+            let message = "the mini-batch of the step before has no factors of stochastic depth or ShakeDrop".into();
+            return Err(Error::Argument { operation: "Plan::keep_batch", message });
+        }
         let first = self.kept_batch.is_none();
         if first {
             self.kept_batch = Some(self.new_kept_batch()?);

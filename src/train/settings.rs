@@ -226,8 +226,8 @@ settings! {
         erasing: Option<f64> = None, else "0", as "P", in fraction;
         /// Blend the training images of a batch in pairs, with a weight from the beta distribution (A, A)
         mixup: Option<f64> = None, else "no mixup", as "A", in up_to(Mixing::MOST_ALPHA);
-        /// Exchange a box between the images of a pair, with a share of the area from that distribution. With mixup,
-        /// every batch takes one of both
+        /// Exchange a box between the images of a pair, with a share of the area from the beta distribution (A, A).
+        /// With mixup, every batch takes one of both
         cutmix: Option<f64> = None, else "no CutMix", as "A", in up_to(Mixing::MOST_ALPHA);
         /// Take the training images in the order of the files
         no_shuffle: bool = false;
@@ -286,9 +286,9 @@ settings! {
         /// Average the weights at the end of each epoch after this one, or, below 1, after this share of the steps. The
         /// average is tested at the end, with batch norm's statistics computed anew (SWA)
         swa: Option<f64> = None, else "no average", as "START", in not_negative;
-        /// The learning rate from there on
+        /// SWA's learning rate
         swa_lr: Option<f64> = None, else "the schedule's", as "RATE", in positive, with swa;
-        /// Epochs in which the rate goes from the schedule's to that one, along a cosine
+        /// Epochs in which the rate goes from the schedule's to SWA's, along a cosine
         swa_anneal: u64 = 1, as "EPOCHS", with swa_lr;
         /// Label smoothing of the training loss
         label_smoothing: f64 = 0.0, as "EPS", in fraction;

@@ -204,7 +204,7 @@ impl<S: Compute<Master = f32>> State<S> {
     /// Computes batch norm's statistics for the mean of the weights: the means over batches of the training images in
     /// this order, as they are. Returns whether it was not stopped. Frozen statistics stay as they are.
     pub fn complete_average(&mut self, order: &[u32], stop: &AtomicBool) -> Result<bool, TrainError> {
-        let Self { plan, swa: Some(swa), part, images, normalization, .. } = self else { return Ok(true) };
+        let Self { plan, swa: Some(swa), part, images, normalization, draws, .. } = self else { return Ok(true) };
         let device = plan.device().clone();
         let order = device.upload(order)?;
         let own = device.upload(&plan.statistics().to_vec()?)?;
@@ -217,6 +217,8 @@ impl<S: Compute<Master = f32>> State<S> {
             }
             let (pixels, labels) = images.views();
             let order = order.slice(number * shape.batch..(number + 1) * shape.batch)?;
+            // What stochastic depth draws depends on the number of the batch alone, so a resumed run has the same.
+            plan.draw(*draws, Position { first: number * shape.batch, clock: None })?;
             let (out, truth) = plan.batch_mut()?;
             let start = Position::default();
             image::batch(&shape, pixels, labels, order, start, normalization, None, out, truth)?;

@@ -139,17 +139,23 @@ fn layers(model: &Layout) -> Vec<usize> {
     layers
 }
 
-/// The part of a tensor's name that names its block: up to the first number, or else its module.
+/// The part of a tensor's name that names its block: up to the first number (`layer1.0`), or else up to the last part
+/// that ends in an underscore and a number (`stage_1.stage_1_bottleneck_0`), or else its module.
 fn block(name: &str) -> &str {
-    let mut end = 0;
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|letter| letter.is_ascii_digit());
+    let (mut end, mut numbered) = (0, None);
     for part in name.split('.') {
         end += part.len();
-        if part.bytes().all(|letter| letter.is_ascii_digit()) {
+        if is_number(part) {
             return &name[..end];
+        }
+        if part.rsplit_once('_').is_some_and(|(_, number)| is_number(number)) {
+            numbered = Some(end);
         }
         end += 1;
     }
-    name.rsplit_once('.').map_or(name, |(module, _)| module)
+    let module = || name.rsplit_once('.').map_or(name, |(module, _)| module);
+    numbered.map_or_else(module, |end| &name[..end])
 }
 
 #[cfg(test)]
@@ -220,6 +226,13 @@ mod tests {
         assert_eq!(of("resnet20", "fc.weight"), 10);
         let names = ["features.0.weight", "features.1.weight", "features.4.weight", "classifier.bias"];
         assert_eq!(names.map(|name| of("vgg11-bn", name)), [0, 0, 1, 8]);
+        let parts = ["conv_reduce.weight", "conv_conv.weight", "shortcut.shortcut_conv.weight", "bn_expand.bias"];
+        let names = parts.map(|part| format!("stage_2.stage_2_bottleneck_0.{part}"));
+        assert_eq!(names.map(|name| of("resnext29-8x64d", &name)), [4; 4]);
+        let names = ["conv1.weight", "block1.layer.1.conv2.weight", "block3.layer.0.convShortcut.weight", "fc.bias"];
+        assert_eq!(names.map(|name| of("wrn-16-8", name)), [0, 2, 5, 7]);
+        let names = ["patch_embed.proj.bias", "blocks.0.norm1.bias", "blocks.11.mlp.fc2.weight", "head.weight"];
+        assert_eq!(names.map(|name| of("vit-ti-4", name)), [0, 1, 12, 13]);
     }
 
     #[test]
