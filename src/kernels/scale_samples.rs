@@ -131,7 +131,7 @@ impl<T: Scalar> SampleFactors<T> {
 /// accumulating reads `to` too.
 ///
 /// # Errors
-/// [`Error::Argument`] where the factors do not divide the elements, or for a sample of 2^32 elements or more;
+/// [`Error::Argument`] where the factors do not divide the elements, or for 2^32 elements or more;
 /// [`Error::Length`] and [`Error::OtherDevice`].
 pub fn scale_samples<S: Compute>(
     factors: Slice<'_, S::Master>,
@@ -142,7 +142,7 @@ pub fn scale_samples<S: Compute>(
     const NAME: &str = "scale_samples::scale_samples";
     let device = from.device();
     let (batch, len) = (factors.len(), from.len());
-    if batch == 0 || len % batch != 0 || batch.max(len / batch) > u32::MAX as usize {
+    if batch == 0 || len % batch != 0 || len > u32::MAX as usize {
         let message = format!("{len} elements of {batch} samples");
         return Err(Error::Argument { operation: NAME, message });
     }

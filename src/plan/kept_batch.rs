@@ -126,11 +126,10 @@ impl<S: Compute> Plan<S> {
             self.swap_buffers();
         }
         self.exchange_labels();
-        done?;
-        match &self.kept_batch {
-            Some(kept) if !second => self.buffers.arena.slice_mut(place)?.copy_from(kept.current.view()),
-            _ => Ok(()),
+        if let Some(kept) = self.kept_batch.as_ref().filter(|_| !second) {
+            self.buffers.arena.slice_mut(place)?.copy_from(kept.current.view())?;
         }
+        done
     }
 
     fn exchange_labels(&mut self) {

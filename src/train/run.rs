@@ -638,7 +638,9 @@ impl<S: Compute<Master = f32>> Run<S> {
         self.seconds += self.clock.elapsed().as_secs_f64();
         let averaged = self.swa_start.is_some_and(|start| self.step > start);
         if averaged && self.step.is_multiple_of(self.steps_per_epoch) && self.diverged.is_none() {
-            self.state.average_epoch()?;
+            // A run that was resumed with more epochs can have a mean from before the new start.
+            let is_first = self.swa_start.is_some_and(|start| self.step - start <= self.steps_per_epoch);
+            self.state.average_epoch(is_first)?;
         }
         let [loss, correct, samples] = self.state.read_totals()?;
         let telemetry = self.state.optimizer.telemetry()?;

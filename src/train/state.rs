@@ -193,10 +193,15 @@ impl<S: Compute<Master = f32>> State<S> {
         clock::advance(clock.view_mut(), rates.view(), rate.view_mut())
     }
 
-    /// Takes the weights after an epoch into their mean, if there is one.
-    pub fn average_epoch(&mut self) -> Result<(), TrainError> {
+    /// Takes the weights after an epoch into their mean, if there is one. The first epoch begins it anew.
+    pub fn average_epoch(&mut self, is_first: bool) -> Result<(), TrainError> {
         match &mut self.swa {
-            Some(swa) => swa.take(&self.parameters.to_vec()?),
+            Some(swa) => {
+                if is_first {
+                    (swa.count, swa.complete) = (0, false);
+                }
+                swa.take(&self.parameters.to_vec()?)
+            }
             None => Ok(()),
         }
     }

@@ -21,6 +21,10 @@ fn network(frozen: &[&str]) -> (Graph, Value) {
     let y = graph.convolution(x, "conv2", 16, 3, 1, 1).unwrap();
     let y = graph.batch_norm(y, "bn2", Some(x), true).unwrap();
     let y = graph.average_pool(y, 2, 2).unwrap();
+    // A block with the batch norm first: two operations read y, and of these batch norm always writes its gradient.
+    let before = graph.batch_norm(y, "bn", None, true).unwrap();
+    let branch = graph.convolution(before, "conv", 16, 3, 1, 1).unwrap();
+    let y = graph.add(y, branch).unwrap();
     let y = graph.convolution(y, "conv3", 24, 3, 2, 1).unwrap();
     let y = graph.batch_norm(y, "bn3", None, true).unwrap();
     let y = graph.global_average_pool(y).unwrap();
@@ -33,7 +37,20 @@ const PREFIX: &[&str] = &["conv1", "bn1.weight", "bn1.bias"];
 const CHOICES: &[&[&str]] = &[
     PREFIX,
     &["conv1", "bn1.weight", "bn1.bias", "conv2", "bn2.weight", "bn2.bias"],
-    &["conv1", "bn1.weight", "bn1.bias", "conv2", "bn2.weight", "bn2.bias", "conv3", "bn3.weight", "bn3.bias"],
+    &[
+        "conv1",
+        "bn1.weight",
+        "bn1.bias",
+        "conv2",
+        "bn2.weight",
+        "bn2.bias",
+        "conv",
+        "bn.weight",
+        "bn.bias",
+        "conv3",
+        "bn3.weight",
+        "bn3.bias",
+    ],
     &["conv1", "conv2"],
     &["conv2", "bn2.bias"],
     &["conv1", "bn1.weight", "bn1.bias", "conv2"],
