@@ -245,8 +245,9 @@ impl<'a, S: Compute> Operands<'a, S> {
     }
 
     /// Where the gradient of the operation's input number `input`, which is `value`, goes, and whether the operation
-    /// must add to it. None where the input needs no gradient, because no trained parameter lies before it. Such an input
-    /// can have a gradient all the same, of an operation that always writes one, in memory that is not free before.
+    /// must add to it. None where the input needs no gradient, because no trained parameter lies before it. Such an
+    /// input can have a gradient all the same, of an operation that always writes one, in memory that is not free
+    /// before.
     pub fn input_gradient(&mut self, input: usize, value: Value) -> Result<Option<(SliceMut<'a, S>, bool)>> {
         if !self.plan.is_differentiated(value) {
             return Ok(None);
