@@ -78,8 +78,10 @@ fn main() -> Result<()> {
     println!("loss at the start: {before:.4}");
     // Muon is for weights with matrices among them.
     for method in METHODS.iter().filter(|method| method.base != Some("muon")) {
-        let base = method.base.and_then(Base::from_name).unwrap_or(Base::sgd(0.9));
-        let mut optimizer = Optimizer::new(&device, WEIGHTS, Settings::boxed((method.new)(), base))?;
+        let made = (method.new)();
+        let momentum = if made.has_momentum() { 0.0 } else { 0.9 };
+        let base = method.base.and_then(Base::from_name).unwrap_or(Base::sgd(momentum));
+        let mut optimizer = Optimizer::new(&device, WEIGHTS, Settings::boxed(made, base))?;
         let mut weights = device.upload(&start)?;
         for _ in 0..500 {
             optimizer.step(&mut objective, weights.view_mut(), 0.02)?;
