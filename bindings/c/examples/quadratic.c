@@ -60,8 +60,8 @@ int main(void) {
         polder_optimizer *optimizer;
         float weights[N] = {0};
         double loss, skipped;
-        /* Muon has to know which weights are matrices: here all of them, as one of 10 rows and 10 columns. */
-        const char *options = strcmp(method, "muon") == 0 ? "matrices=0:10x10" : NULL;
+        /* Muon has to know which weights are matrices: here all of them, as one of 2 rows and 50 columns. */
+        const char *options = strcmp(method, "muon") == 0 ? "matrices=0:2x50" : NULL;
         check(polder_optimizer_new(cpu, POLDER_TYPE_F32, N, method, options, &optimizer), method);
         passes = 0;
         for (int step = 0; step < 200; ++step)
