@@ -2,11 +2,11 @@
 # Builds the C and C++ programs with every compiler that is there (gcc, clang), strictly, and runs them alone, under
 # AddressSanitizer and under valgrind. Also checks the exported symbols.
 #
-#   bindings/c/tests/run.sh
+#   bindings/c/tests/run.sh [--built]    with --built the library is already there
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 # With polder itself, so that both have its features and one build of the kernels.
-cargo build --release -p polder -p polder-capi
+[ "${1-}" = --built ] || cargo build --release -p polder -p polder-capi
 library=$PWD/target/release
 to=$PWD/target/c
 mkdir -p "$to"
