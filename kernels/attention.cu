@@ -28,6 +28,13 @@
 #endif
 #endif
 
+// The steps of the program are long. On the CPU they are functions of their own, which the compiler is done with sooner.
+#if defined(POLDER_HOST)
+#define POLDER_STEP __attribute__((noinline))
+#else
+#define POLDER_STEP __forceinline__
+#endif
+
 namespace {
 
 constexpr uint32_t kMaxDepth = kAttentionDepth;
@@ -103,8 +110,7 @@ struct Team {
     /// Rows [first, first + count) of a matrix, plus `bias` unless it is null, times `scale`. What lies behind the last
     /// row and column, up to multiples of 16, becomes zero.
     template <class S>
-    __device__ __forceinline__ void stage(T* to, const S* from, uint64_t stride, Rows rows, const T* bias,
-                                          T scale) const {
+    __device__ POLDER_STEP void stage(T* to, const S* from, uint64_t stride, Rows rows, const T* bias, T scale) const {
         const uint32_t depth = shape.depth, width = round_up(depth, 16), n = round_up(rows.count, 16);
         if (threads == 1) {
             for (uint32_t r = 0; r < n; ++r) {
@@ -154,8 +160,8 @@ struct Team {
     /// scores[r][c] = the dot product of row r of `left` and row c of `right`; or added to the scores. `flipped` is
     /// scratch for the CPU, which transposes `right` so that its columns can be multiplied by vectors.
     template <bool accumulate>
-    __device__ __forceinline__ void multiply_transposed(T* scores, const T* left, const T* right, uint32_t rows,
-                                                        uint32_t columns, [[maybe_unused]] T* flipped) const {
+    __device__ POLDER_STEP void multiply_transposed(T* scores, const T* left, const T* right, uint32_t rows,
+                                                    uint32_t columns, [[maybe_unused]] T* flipped) const {
         const uint32_t depth = shape.depth;
 #if defined(POLDER_HOST)
         if (threads == 1) {
@@ -194,8 +200,8 @@ struct Team {
     }
 
     /// out += scores right, with rows of `depth` numbers on the right and in the result.
-    __device__ __forceinline__ void multiply_add(T* out, const T* scores, const T* right, uint32_t rows,
-                                                 uint32_t columns) const {
+    __device__ POLDER_STEP void multiply_add(T* out, const T* scores, const T* right, uint32_t rows,
+                                             uint32_t columns) const {
 #if defined(POLDER_HOST)
         if (threads == 1) {
             multiply_panels<true>(out, kRow, scores, scores_row, right, kRow, rows, columns, shape.depth);
@@ -232,9 +238,8 @@ struct Team {
     /// vectors of 32 bytes, 12 sums of floats. What lies behind the last row and column, up to these multiples, is
     /// computed too.
     template <bool accumulate>
-    __forceinline__ static void multiply_panels(T* out, uint32_t out_row, const T* left, uint32_t left_row,
-                                                const T* right, uint32_t right_row, uint32_t rows, uint32_t inner,
-                                                uint32_t columns) {
+    POLDER_STEP static void multiply_panels(T* out, uint32_t out_row, const T* left, uint32_t left_row, const T* right,
+                                            uint32_t right_row, uint32_t rows, uint32_t inner, uint32_t columns) {
         typedef T Vector __attribute__((vector_size(32)));
         constexpr uint32_t kRows = 6, kLanes = 32 / sizeof(T), kVectors = 16 / kLanes;
         for (uint32_t c = 0; c < columns; c += 16) {
@@ -263,7 +268,7 @@ struct Team {
     }
 
     /// The columns of `right` as rows of kTile numbers, four by four.
-    __forceinline__ static void flip(T* __restrict__ to, const T* __restrict__ right, uint32_t width, uint32_t depth) {
+    POLDER_STEP static void flip(T* __restrict__ to, const T* __restrict__ right, uint32_t width, uint32_t depth) {
         for (uint32_t d = 0; d < depth; d += 4) {
             for (uint32_t c = 0; c < width; c += 4) {
                 T square[4][4];
@@ -295,8 +300,8 @@ struct Team {
 
     /// Writes scale * rows to a matrix, or adds it.
     template <class S>
-    __device__ __forceinline__ void write(S* to, uint64_t stride, const T* from, Rows rows, T scale,
-                                          bool accumulate) const {
+    __device__ POLDER_STEP void write(S* to, uint64_t stride, const T* from, Rows rows, T scale,
+                                      bool accumulate) const {
         const uint32_t depth = shape.depth;
         if (threads == 1) {
             for (uint32_t r = 0; r < rows.count; ++r) {

@@ -82,6 +82,7 @@ impl TensorKind {
     }
 
     /// Whether it is a running statistic and no parameter.
+    #[cfg(feature = "train")]
     pub(crate) fn is_statistic(self) -> bool {
         matches!(self, TensorKind::RunningMean(_) | TensorKind::RunningVar(_))
     }

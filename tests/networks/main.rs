@@ -24,4 +24,5 @@ mod steps;
 mod training;
 #[cfg(feature = "train")]
 mod vgg;
+#[cfg(feature = "train")]
 mod vision_transformer;
