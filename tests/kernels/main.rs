@@ -4,6 +4,7 @@
 mod common;
 
 mod attention;
+#[cfg(feature = "train")]
 mod augment;
 mod batch_norm;
 mod bias;
