@@ -28,7 +28,7 @@
 #endif
 #endif
 
-// The steps of the program are long. On the CPU they are functions of their own, which the compiler is done with sooner.
+// The steps of the program are long. On the CPU they are functions of their own, which compile sooner.
 #if defined(POLDER_HOST)
 #define POLDER_STEP __attribute__((noinline))
 #else
