@@ -22,7 +22,7 @@ struct BiasArgs {
 /// Calls `f(row)(Width<W>{}, c)` as `for_each_pixel` does. On the CPU the packs have width 1, because a loop over
 /// single numbers is what the compiler vectorises.
 template <int V, class F>
-__device__ __forceinline__ void for_each_row(uint32_t rows, uint32_t channels, bool packs, const F& f) {
+__device__ __forceinline__ void for_each_channel(uint32_t rows, uint32_t channels, bool packs, const F& f) {
 #if defined(POLDER_HOST)
     packs = packs && blockDim.x > 1;
 #endif
@@ -48,7 +48,7 @@ __device__ __forceinline__ void bias_into(const BiasArgs<S>& a) {
     const T* __restrict__ bias = a.bias;
     S* __restrict__ to = a.y;
     const bool packs = a.channels % V == 0 && aligned16(x, bias, residual, to);
-    for_each_row<V>(a.rows, a.channels, packs, [=, &a](uint32_t row) {
+    for_each_channel<V>(a.rows, a.channels, packs, [=, &a](uint32_t row) {
         const uint64_t first = uint64_t(row) * a.channels;
         return [=](auto width, uint32_t c) {
             constexpr int W = decltype(width)::value;
@@ -99,7 +99,7 @@ __device__ __forceinline__ void bias_slope_into(const BiasSlopeArgs<S>& a) {
     const T* __restrict__ bias = a.bias, * __restrict__ bias_tangent = a.bias_tangent;
     S* __restrict__ to = a.to;
     const bool packs = a.channels % V == 0 && aligned16(x, bias, from, bias_tangent, residual, to);
-    for_each_row<V>(a.rows, a.channels, packs, [=, &a](uint32_t row) {
+    for_each_channel<V>(a.rows, a.channels, packs, [=, &a](uint32_t row) {
         const uint64_t first = uint64_t(row) * a.channels;
         return [=](auto width, uint32_t c) {
             constexpr int W = decltype(width)::value;
@@ -167,7 +167,7 @@ __device__ __forceinline__ void bias_curve_into(const BiasCurveArgs<S>& a) {
     const T* __restrict__ bias = a.bias, * __restrict__ bias_tangent = a.bias_tangent;
     S* __restrict__ to = a.dx_tangent;
     const bool packs = a.channels % V == 0 && aligned16(x, bias, x_tangent, bias_tangent, dy, dy_tangent, to);
-    for_each_row<V>(a.rows, a.channels, packs, [=, &a](uint32_t row) {
+    for_each_channel<V>(a.rows, a.channels, packs, [=, &a](uint32_t row) {
         const uint64_t first = uint64_t(row) * a.channels;
         return [=](auto width, uint32_t c) {
             constexpr int W = decltype(width)::value;

@@ -86,6 +86,7 @@ pub fn transformer(shape: Shape) -> (Graph, Value) {
     let again = graph.attention(wide, "again.bias", 3).unwrap();
     let sum = graph.bias_add(tokens, "sum.bias", 6, again).unwrap();
     let sum = graph.add(sum, tokens).unwrap();
+    let sum = graph.bias_add(sum, "twice.bias", 6, sum).unwrap();
     let normal = graph.layer_norm(sum, "last", 1e-3).unwrap();
     let sum = graph.add(normal, sum).unwrap();
     let tokens = graph.shape(sum).width;

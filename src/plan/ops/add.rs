@@ -1,6 +1,6 @@
 //! The sum of two activations.
 
-use super::LinearMap;
+use super::{LinearMap, pass_to_terms};
 use crate::device::{self, Compute};
 use crate::kernels::layers;
 use crate::plan::PlanError;
@@ -44,20 +44,6 @@ impl LinearMap for Add {
     /// `da = dy` and `db = dy`.
     fn transpose<S: Compute>(&self, at: &mut Operands<'_, S>) -> device::Result<()> {
         let dy = at.gradient(self.y)?;
-        let mut da = at.input_gradient(0, self.a)?;
-        match &mut da {
-            Some((da, true)) => layers::add_to(dy, da.reborrow())?,
-            Some((da, false)) => da.copy_from(dy)?,
-            None => {}
-        }
-        if self.a == self.b {
-            // The gradient of x + x takes dy twice.
-            return da.map_or(Ok(()), |(da, _)| layers::add_to(dy, da));
-        }
-        match at.input_gradient(1, self.b)? {
-            Some((db, true)) => layers::add_to(dy, db),
-            Some((mut db, false)) => db.copy_from(dy),
-            None => Ok(()),
-        }
+        pass_to_terms(at, dy, self.a, Some(self.b))
     }
 }

@@ -1,6 +1,6 @@
 //! The bias of a linear layer over tokens, with the GELU or the residual sum that follows it in a transformer.
 
-use super::{ExtraMemory, Operation, Site, place_of_dx};
+use super::{ExtraMemory, Operation, Site, pass_to_terms, place_of_dx};
 use crate::arena::{Initial, TensorKind};
 use crate::device::{self, Compute, SliceMut};
 use crate::kernels::bias::{self, GeluTangents, RowsShape, Then};
@@ -81,22 +81,11 @@ impl Bias {
         derivative: impl FnOnce(SliceMut<'_, S>) -> device::Result<()>,
     ) -> device::Result<()> {
         let dy = at.gradient(self.y)?;
-        if let Some(residual) = self.residual {
-            match at.input_gradient(1, residual)? {
-                Some((dr, true)) => layers::add_to(dy, dr)?,
-                Some((mut dr, false)) => dr.copy_from(dy)?,
-                None => {}
-            }
-        }
         let mut scratch = at.backward_scratch()?;
         let mut scratch = scratch.disjoint();
         let partials = scratch.write(0..self.scratch())?;
         if !self.gelu {
-            match at.input_gradient(0, self.x)? {
-                Some((dx, true)) => layers::add_to(dy, dx)?,
-                Some((mut dx, false)) => dx.copy_from(dy)?,
-                None => {}
-            }
+            pass_to_terms(at, dy, self.x, self.residual)?;
             return sum.map_or(Ok(()), |sum| bias::row_sums(self.shape, dy, partials, sum));
         }
         let elsewhere = if at.accumulates(0) { self.scratch()..self.scratch() + self.dx_len::<S>() } else { 0..0 };

@@ -26,7 +26,8 @@ mod shortcut;
 use super::graph::{Parameter, Place, Value};
 use super::pass::{BackwardPass, BackwardTangentPass, ForwardPass, ForwardTangentPass, Operands};
 use super::{PlanError, PlanOptions};
-use crate::device::{self, Compute, Device, SliceMut};
+use crate::device::{self, Compute, Device, Slice, SliceMut};
+use crate::kernels::layers;
 
 /// What the plan asks of an operation. Every method without a default must be written, so an operation without a
 /// backward or without a tangent does not compile.
@@ -156,6 +157,32 @@ pub(super) struct ExtraMemory {
     pub backward: usize,
     /// How the backward leaves the gradients of the parameters.
     pub weight_gradient: WeightGradient,
+}
+
+/// The gradient of a sum goes to its terms, which are the operation's inputs: it is written, or added where another
+/// operation has begun the gradient.
+fn pass_to_terms<'a, S: Compute>(
+    at: &mut Operands<'a, S>,
+    dy: Slice<'a, S>,
+    first: Value,
+    second: Option<Value>,
+) -> device::Result<()> {
+    let mut place = at.input_gradient(0, first)?;
+    match &mut place {
+        Some((gradient, true)) => layers::add_to(dy, gradient.reborrow())?,
+        Some((gradient, false)) => gradient.copy_from(dy)?,
+        None => {}
+    }
+    let Some(second) = second else { return Ok(()) };
+    if second == first {
+        // The gradient of x + x takes dy twice.
+        return place.map_or(Ok(()), |(gradient, _)| layers::add_to(dy, gradient));
+    }
+    match at.input_gradient(1, second)? {
+        Some((gradient, true)) => layers::add_to(dy, gradient),
+        Some((mut gradient, false)) => gradient.copy_from(dy),
+        None => Ok(()),
+    }
 }
 
 /// Where an operation whose kernels do not add writes the gradient of x, its first input, and the gradient to which the
