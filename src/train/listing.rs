@@ -121,6 +121,7 @@ fn values(setting: &Setting) -> String {
             words.iter().map(|word| word.name).collect::<Vec<_>>().join(", ")
         }
         (kind, Range::Any) => kind.expected(),
+        (kind @ SettingKind::Numbers, range) => format!("{}, each {}", kind.expected(), range.expected()),
         (_, range) => range.expected(),
     }
 }

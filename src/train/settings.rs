@@ -278,8 +278,8 @@ settings! {
         /// Multiply the learning rate of the tensors whose names match a pattern, as in layer1.*=0.1. The last pattern
         /// that matches a tensor counts
         layer_rate: Option<Vec<String>> = None, else "1 for all", as "PATTERN=FACTOR";
-        /// Multiply each layer's learning rate by this once more than the next one's. A residual block counts as one
-        /// layer; the last layer has the full rate
+        /// Give each layer this times the learning rate of the next one. The last layer has the full rate, and a
+        /// residual block counts as one layer
         layer_decay: Option<f64> = None, else "1", as "F", in up_to(1);
         /// Keep a moving average of weights and running statistics with this decay, and test it too
         ema: Option<f64> = None, else "no average", as "DECAY", in below_one;
