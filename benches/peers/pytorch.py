@@ -13,11 +13,12 @@ comparison (1e-3) uses a few images whose ReLU inputs are all clear of zero, and
 autocast, in f16 with a scaled loss, and the limits are wider for the same reason.
 
 All of PyTorch's forms are tried: contiguous or channels_last, per-parameter or foreach SAM, each of its SGD
-implementations; on a GPU also with the model compiled (reduce-overhead, max-autotune) and with the whole step as one
-CUDA graph. A form that PyTorch refuses is left out and named. Three go on to the comparison: the fastest of those that
-people usually write (per-parameter SAM, eager), the fastest eager form, and the fastest of all, which runs twice to
-show the noise. In each round all of them and ours take a turn on the same batch, in a new random order. Ratios are
-taken within a round, so that other load on the machine affects both sides.
+implementations, eager or with the model compiled; on a GPU also with the whole step as one CUDA graph. With --precision
+f32 on a CPU, PyTorch also runs in bf16: inside its convolutions alone, and under autocast. A form that PyTorch refuses
+is left out and named. Four go on to the comparison: the fastest of those that people usually write (per-parameter SAM,
+eager), the fastest eager form, the fastest in our precision, which runs twice to show the noise, and the fastest of
+all. In each round all of them and ours take a turn on the same batch, in a new random order. Ratios are taken within a
+round, so that other load on the machine affects both sides.
 
 `step_peer` is our side; its source describes the options and the commands.
 """
@@ -195,28 +196,49 @@ STEPS = {
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-# How a step is run: the mode of torch.compile, and whether the step is captured. Only a GPU has all of them.
+# How a step is run: the mode of torch.compile, and whether the step is captured. Only a GPU has graphs.
 WAYS = {
-    "eager": (None, False), "graph": (None, True), "reduce-overhead": ("reduce-overhead", False),
-    "max-autotune": ("max-autotune-no-cudagraphs", False), "max-autotune-graph": ("max-autotune-no-cudagraphs", True),
+    "eager": (None, False), "compiled": ("default", False), "graph": (None, True),
+    "reduce-overhead": ("reduce-overhead", False), "max-autotune": ("max-autotune-no-cudagraphs", False),
+    "max-autotune-graph": ("max-autotune-no-cudagraphs", True),
 }
+USUAL_WAYS = {
+    "cpu": ["eager", "compiled", "max-autotune"],
+    "cuda": ["eager", "graph", "reduce-overhead", "max-autotune", "max-autotune-graph"],
+}
+# On a CPU and with f32 weights, PyTorch can compute convolutions in bf16, or run the whole model under autocast.
+INSIDE, AUTOCASTED = "bf16 inside", "bf16 autocast"
 
 
-def forms(method, ways):
-    """(name, memory format, step class, SGD options, mode of torch.compile, captured) of every form tried."""
+def arithmetics(device, precision):
+    return [precision, INSIDE, AUTOCASTED] if (device, precision) == ("cpu", "f32") else [precision]
+
+
+def forms(method, ways, arithmetics):
+    """(name, memory format, step class, SGD options, mode of torch.compile, captured, arithmetic) of every form
+    tried."""
     for format_name, memory_format in FORMATS.items():
         for step_name, step in STEPS[method].items():
             for optimizer_name, options in OPTIMIZERS.items():
                 for way in ways:
-                    name = f"{step_name}{optimizer_name}, {format_name}, {way}"
-                    # The plainest forms are tried in eager mode alone.
-                    if way != "eager" and ("per-parameter" in name or "loop SGD" in name):
-                        continue
-                    yield name, memory_format, step, options, *WAYS[way]
+                    for arithmetic in arithmetics:
+                        name = f"{step_name}{optimizer_name}, {format_name}, {arithmetic}, {way}"
+                        # The plainest forms are tried in eager mode and in our precision alone, and compiled ones with
+                        # one SGD on a CPU, where compiling takes longest.
+                        plain = "per-parameter" in name or "loop SGD" in name
+                        is_other = way != "eager" or arithmetic != arithmetics[0]
+                        if is_other and (plain or "compiled" in ways and "fused" not in name):
+                            continue
+                        yield name, memory_format, step, options, *WAYS[way], arithmetic
 
 
 def is_eager(name):
     return name.endswith(", eager")
+
+
+def is_bf16_instead(name):
+    """Whether it computes in bf16 although the comparison is in f32."""
+    return INSIDE in name or AUTOCASTED in name
 
 
 def is_as_written(name):
@@ -282,10 +304,11 @@ class Problem:
 class Runner:
     """A form of a method, ready to run: `run(n)` takes n steps and returns the seconds."""
 
-    def __init__(self, problem, memory_format, step, options, compiled=None, captured=False):
-        self.device = problem.device
+    def __init__(self, problem, memory_format, step, options, compiled=None, captured=False, arithmetic="f32"):
+        self.device, self.inside = problem.device, arithmetic == INSIDE
         x, y = problem.x.contiguous(memory_format=memory_format), problem.y
-        step = step(problem.model(memory_format), options, problem.precision)
+        precision = {INSIDE: "f32", AUTOCASTED: "bf16"}.get(arithmetic, arithmetic)
+        step = step(problem.model(memory_format), options, precision)
         if compiled:
             step.model = torch.compile(step.model, mode=compiled)
         self.step = lambda: step(x, y)
@@ -303,6 +326,8 @@ class Runner:
             self.step = graph.replay
 
     def run(self, count):
+        # This setting is the process's. It says what f32 convolutions compute in.
+        torch.backends.mkldnn.conv.fp32_precision = "bf16" if self.inside else "ieee"
         common.synchronise(self.device)
         start = time.perf_counter()
         for _ in range(count):
@@ -315,7 +340,8 @@ def contenders(problem, method, ways, seconds):
     """Tries every form twice for about `seconds`. Returns those that go on as {role: (name, runner)}, and the images
     per second of all forms."""
     runners, best = {}, {}
-    tried = {name: form for name, *form in forms(method, ways)}
+    computed = arithmetics(problem.device.type, problem.precision)
+    tried = {name: form for name, *form in forms(method, ways, computed)}
     for name, form in tried.items():
         try:
             runner = Runner(problem, *form)
@@ -330,14 +356,20 @@ def contenders(problem, method, ways, seconds):
             count = max(1, round(seconds / once))
             best[name] = min(best.get(name, once), runner.run(count) / count)
     roles = {}
-    for role, belongs in {"fastest": lambda name: True, "eager": is_eager, "as written": is_as_written}.items():
+    belongs_to = {
+        "fastest": lambda name: True,
+        "same precision": lambda name: not is_bf16_instead(name),
+        "eager": lambda name: is_eager(name) and not is_bf16_instead(name),
+        "as written": is_as_written,
+    }
+    for role, belongs in belongs_to.items():
         names = [name for name in best if belongs(name)]
         if names:
             name = min(names, key=best.get)
             roles[role] = (name, runners[name])
     if not roles:
         sys.exit("PyTorch refuses every form")
-    name = roles["fastest"][0]
+    name = roles["same precision"][0]
     roles["again"] = (name, Runner(problem, *tried[name]))
     return roles, {key: problem.batch_size / value for key, value in best.items()}
 
@@ -346,7 +378,7 @@ def memory_of(arguments, model, method, form):
     """Peak memory of PyTorch's form, measured in a process of its own."""
     command = [sys.executable, __file__, "--memory-of", form, "--models", model, "--methods", method]
     command += ["--batch-size", str(arguments.batch_size), "--device", arguments.device]
-    command += ["--threads", str(arguments.threads), "--precision", arguments.precision]
+    command += ["--threads", str(arguments.threads), "--precision", arguments.precision, "--ways", *arguments.ways]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
@@ -354,7 +386,8 @@ def report_memory(arguments, device):
     """The child's side of `memory_of`."""
     imported = common.peak_resident_bytes()
     problem = Problem(arguments.models[0], arguments.batch_size, device, precision=arguments.precision)
-    form = {name: rest for name, *rest in forms(arguments.methods[0], WAYS)}[arguments.memory_of]
+    computed = arithmetics(device.type, arguments.precision)
+    form = {name: rest for name, *rest in forms(arguments.methods[0], arguments.ways, computed)}[arguments.memory_of]
     Runner(problem, *form).run(3)
     answer = {"peak_rss_bytes": common.peak_resident_bytes(), "after_import_bytes": imported}
     if device.type == "cuda":
@@ -414,7 +447,7 @@ def compare(arguments, device, model, method, folder):
         peer = start_peer(arguments, problem, method, folder)
         result["timed_gradient_error"] = gradient_error(problem, peer, folder, TIMED_LIMIT)
     roles, result["forms"] = contenders(problem, method, arguments.ways, arguments.seconds / 4)
-    fastest, runner = roles["fastest"]
+    fastest, runner = roles["same precision"]
     count = max(1, round(arguments.seconds / runner.run(1)))
     # A form may have several roles. It takes one turn for all of them.
     size = count * problem.batch_size
@@ -435,7 +468,7 @@ def compare(arguments, device, model, method, folder):
         if not arguments.self:
             result["pytorch"][role]["ratio"] = common.spread([a / b for a, b in zip(rates["ours"], theirs)])
     again = rates[id(roles["again"][1])]
-    result["noise"] = common.spread([a / b for a, b in zip(again, rates[id(roles["fastest"][1])])])
+    result["noise"] = common.spread([a / b for a, b in zip(again, rates[id(roles["same precision"][1])])])
     result["pytorch_memory"] = memory_of(arguments, model, method, fastest)
     if not arguments.self:
         result["images_per_s"] = common.spread(rates["ours"])
@@ -455,14 +488,14 @@ def show(result):
     for role, contender in result["pytorch"].items():
         if role == "again":
             continue
-        line = f"  {role:10} {contender['images_per_s']['median']:9.1f} images/s"
+        line = f"  {role:14} {contender['images_per_s']['median']:9.1f} images/s"
         if "ratio" in contender:
             ratio = contender["ratio"]
             line += f"   ours is {ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f}) times as fast"
         print(f"{line}   {contender['form']}")
     noise = result["noise"]
     peak, imported = (memory[key] / 2**20 for key in ("peak_rss_bytes", "after_import_bytes"))
-    print(f"  the fastest against itself: {noise['median']:.2f} ({noise['min']:.2f}-{noise['max']:.2f}); "
+    print(f"  the fastest in this precision against itself: {noise['median']:.2f} ({noise['min']:.2f}-{noise['max']:.2f}); "
           f"{peak:.0f} MiB, {imported:.0f} of them after import", flush=True)
 
 
@@ -475,7 +508,8 @@ def main():
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", default="f32", choices=["f32", "tf32", "f16", "bf16"])
-    parser.add_argument("--ways", nargs="+", choices=WAYS, help="how PyTorch runs; default: all on a GPU, else eager")
+    parser.add_argument("--ways", nargs="+", choices=WAYS,
+                        help="how PyTorch runs; default: eager, compiled and max-autotune, on a GPU also graphs")
     parser.add_argument("--rounds", type=int, default=30, help="number of turns of each side")
     parser.add_argument("--seconds", type=float, default=0.5, help="approximate length of one turn")
     parser.add_argument("--binary", help="our side; default: step_peer under target/release")
@@ -484,7 +518,7 @@ def main():
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    arguments.ways = arguments.ways or (list(WAYS) if device.type == "cuda" else ["eager"])
+    arguments.ways = arguments.ways or USUAL_WAYS[device.type]
     common.prepare(device, arguments.threads, arguments.precision)
     if arguments.memory_of:
         return report_memory(arguments, device)
