@@ -58,8 +58,11 @@ pub fn instruction_sets() -> Vec<InstructionSet> {
         return vec![InstructionSet { name: "baseline", flags: &[], builds: |_| true }];
     }
     // Only the convolution gains from it: everything else is bound by memory.
-    let avx512 =
-        InstructionSet { name: "avx512", flags: AVX512, builds: |source| is_one_of(source, &["conv_direct.cu"]) };
+    let avx512 = InstructionSet {
+        name: "avx512",
+        flags: AVX512,
+        builds: |source| is_one_of(source, &["conv_direct.cu", "conv_winograd.cu"]),
+    };
     // Builds with sanitizers are for tests, on recent machines.
     if sanitize() {
         return vec![InstructionSet { name: "avx2", flags: AVX2, builds: |_| true }, avx512];

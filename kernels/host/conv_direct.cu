@@ -18,54 +18,9 @@
 // Numbers stored in 16 bits (S) become floats (T) when weights are packed and images are padded, and results are
 // rounded once.
 #include "../include/conv.cuh"
-#include "../include/elementwise.cuh"
-
-// Fused multiply-adds, if the instruction set has them. AVX2 and AVX-512 do and give the same bits; the baseline gives
-// different ones.
-#if defined(__clang__)
-#pragma clang fp contract(fast)
-#elif defined(__GNUC__)
-#pragma GCC optimize("fp-contract=fast")
-#pragma GCC diagnostic ignored "-Wpsabi"  // no vector is passed to a function that is not inlined
-#endif
+#include "tiles.cuh"
 
 namespace {
-
-// A tile's rows by the vectors of a panel are 12 sums: enough to hide the latency of two multiply-adds at a time.
-#if defined(__AVX512F__)
-// The number of a row is broadcast as an operand of the multiply-add. Each row has a pointer; there are no registers
-// for more.
-constexpr int kVectorBytes = 64, kTileRows = 12;
-#else
-// With two vectors of the panel and one broadcast they use 15 of 16 registers.
-constexpr int kVectorBytes = 32, kTileRows = 6;
-#endif
-constexpr int kVectors = kPanelBytes / kVectorBytes;
-
-/// A panel or half of it: one register of AVX-512 or AVX2, two of narrower instruction sets.
-template <class T>
-struct Vector {
-    typedef T type __attribute__((vector_size(kVectorBytes)));
-    static constexpr int lanes = kVectorBytes / sizeof(T);
-};
-
-/// Channels of a panel: 16 floats, 8 doubles.
-template <class T>
-constexpr int kPanel = kPanelBytes / sizeof(T);
-
-template <class T>
-__forceinline__ typename Vector<T>::type load_vector(const T* p) {
-    typename Vector<T>::type v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
-template <class T>
-__forceinline__ void store_vector(T* p, const typename Vector<T>::type& v) {
-    memcpy(p, &v, sizeof v);
-}
-
-__forceinline__ int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // ---- Packing -------------------------------------------------------------------------------------------------------
 
@@ -143,16 +98,6 @@ __device__ void pack_input_gradient(const PackWeightsArgs<S>& a) {
 struct Window {
     int first_row, rows, first_column, columns;  // in the unpadded image; may be outside
 };
-
-/// Copies count numbers, and widens those that are stored in fewer bits.
-template <class S, class T>
-__forceinline__ void copy_widened(T* __restrict__ to, const S* __restrict__ from, size_t count) {
-    if constexpr (Same<S, T>::value) {
-        memcpy(to, from, count * sizeof(T));
-    } else {
-        for (size_t i = 0; i < count; ++i) to[i] = widen(from[i]);
-    }
-}
 
 /// Copies `width` of the `channels` channels of an image's window, with zeros outside the image.
 template <class S, class T>
@@ -320,22 +265,6 @@ constexpr int64_t kLineBytes = 64;
 /// Rows of packed weights that are multiplied with all pixels of a band before the next ones. For one panel they take
 /// 16 KiB, which leaves enough of the L1 cache to the pixels.
 constexpr int kBlockDepth = 256;
-
-/// The number of a tile's rows, as a compile-time constant.
-template <int ROWS>
-struct RowCount {
-    static constexpr int value = ROWS;
-};
-
-/// Calls f(RowCount<rows>{}) for 1 ... MOST rows; not for 0.
-template <int MOST, class F>
-__forceinline__ void with_rows(int rows, F f) {
-    if (rows == MOST) {
-        f(RowCount<MOST>{});
-    } else if constexpr (MOST > 1) {
-        with_rows<MOST - 1>(rows, f);
-    }
-}
 
 /// A convolution of the pixels of a band. Each has a place in the padded source and one in the target.
 template <class S, class T = Arithmetic<S>>

@@ -13,8 +13,10 @@
 //!
 //! Here `x` is zero outside the image, and the sum of `dx` runs over the taps that divide evenly and stay inside `dy`
 //! (Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", arXiv:1603.07285). Each pass does
-//! [`ConvShape::macs`] multiply-adds. It writes its result once, and if the caches hold a band of an image, it reads
-//! each operand once from main memory. The order of all sums depends only on the shape.
+//! [`ConvShape::macs`] multiply-adds; on the CPU 3×3 kernels with stride 1, whole panels of channels (16 in f32) and no
+//! groups do four ninths of them (Lavin and Gray, arXiv:1509.09308). A pass writes its result once, and if the caches
+//! hold a band of an image, it reads each operand once from main memory. The order of all sums depends only on the
+//! shape.
 //!
 //! In f16 and bf16 the operands have 16 bits, in TF32 they are rounded to 19 bits, and a GPU multiplies them on its
 //! tensor cores. Sums are in f32. `y` and `dx` are rounded once to their type, and `dw` stays in f32.
@@ -22,6 +24,7 @@
 mod direct;
 mod tensor;
 mod tiled;
+mod winograd;
 
 use super::conv_batch_norm::{self, Normalized, SumsRoom, Workspace};
 use super::gradient::{self, Finish};
@@ -173,7 +176,8 @@ impl ConvShape {
     /// it.
     pub fn workspace_len<S: Compute>(&self, device: &Device) -> usize {
         if !device.is_simt() {
-            return direct::workspace_len::<S>(self);
+            let suits = winograd::suits::<S>(self);
+            return if suits { winograd::workspace_len::<S>(self) } else { direct::workspace_len::<S>(self) };
         }
         match self.weight_gradient_splits::<S>(device) {
             1 => 0,
@@ -279,7 +283,8 @@ pub fn forward<S: Compute>(
     let device = check_forward(OPERATION, shape, x, weight, y.view())?;
     if !device.is_simt() {
         check_workspace::<S>(OPERATION, shape, &device, &workspace)?;
-        direct::forward(shape, x, weight, y, accumulate, workspace)
+        let by = if winograd::suits::<S>(shape) { winograd::forward } else { direct::forward };
+        by(shape, x, weight, y, accumulate, workspace)
     } else if S::TENSOR_CORES {
         tensor::forward(shape, x, weight, y, accumulate, None)
     } else {
@@ -345,7 +350,8 @@ pub fn input_gradient<S: Compute>(
     let device = check_input_gradient(OPERATION, shape, dy, weight, ("dx", dx.view()))?;
     if !device.is_simt() {
         check_workspace::<S>(OPERATION, shape, &device, &workspace)?;
-        direct::input_gradient(shape, dy, weight, dx, accumulate, workspace)
+        let by = if winograd::suits::<S>(shape) { winograd::input_gradient } else { direct::input_gradient };
+        by(shape, dy, weight, dx, accumulate, workspace)
     } else if S::TENSOR_CORES {
         tensor::input_gradient(shape, dy, weight, dx, accumulate, BatchNormSumsArgs::default())
     } else {
@@ -426,7 +432,8 @@ pub fn weight_gradient<S: Compute>(
     let device = check_weight_gradient(OPERATION, shape, x, dy, ("dw", dw.view(), shape.weight_len()))?;
     check_workspace::<S>(OPERATION, shape, &device, &workspace)?;
     if !device.is_simt() {
-        return direct::weight_gradient(shape, x, dy, dw, accumulate, workspace);
+        let by = if winograd::suits::<S>(shape) { winograd::weight_gradient } else { direct::weight_gradient };
+        return by(shape, x, dy, dw, accumulate, workspace);
     }
     let splits = shape.weight_gradient_splits::<S>(&device);
     weight_gradient_by(partial::<S>(), splits, shape, x, dy, dw, accumulate, workspace)

@@ -233,6 +233,6 @@ pub(super) fn weight_gradient<S: Compute>(
 }
 
 /// The launch of the kernels that rearrange weights.
-fn packing(shape: &ConvShape) -> Launch {
+pub(super) fn packing(shape: &ConvShape) -> Launch {
     Launch::new((shape.weight_len() / 16384).clamp(1, 64) as u32, 1)
 }

@@ -1,0 +1,513 @@
+// Convolution of 3x3 with stride 1 on the CPU by Winograd's minimal filtering F(2x2, 3x3) (Lavin and Gray, "Fast
+// algorithms for convolutional neural networks", CVPR 2016): four products a pixel and pair of channels instead of
+// nine. Forward, input gradient and weight gradient, NHWC with HWIO weights.
+//
+// An output is cut into tiles of 2x2 pixels, which read 4x4 pixels of the input. With
+//
+//     B^T = 1  0 -1  0     G =  1    0    0     A^T = 1  1  1  0
+//           0  1  1  0         1/2  1/2  1/2          0  1 -1 -1
+//           0 -1  1  0         1/2 -1/2  1/2
+//           0  1  0 -1          0    0    1
+//
+//     y = A^T [(G w G^T) . (B^T x B)] A       (. multiplies element by element, summed over the input's channels)
+//
+// each of the 16 elements is a product of matrices: tiles x in channels by in channels x out channels. The input
+// gradient is the same for the gradient of the output and the turned weights. The weight gradient is the adjoint,
+// dw = G^T [(B^T x B) . (A dy A^T)] G, summed over the tiles.
+//
+// There is one thread per block. A block transforms some tiles at a time into its scratch memory, which stays in the L2
+// cache. Channels are whole panels on both sides; other convolutions are those of conv_direct.cu. The order of a sum
+// depends only on the shape.
+//
+// In a whole network the gradient is about as exact as by direct convolutions (docs/results.md). Numbers stored in 16
+// bits (S) become floats (T) when they are transformed, and results are rounded once.
+#include "../include/conv.cuh"
+#include "tiles.cuh"
+
+namespace {
+
+constexpr int kElements = 16;  // of a transformed tile
+
+/// From one element's plane of a transformed band to the next. One more line keeps the planes apart in the cache.
+template <class T>
+__forceinline__ int plane_pitch(int tiles, int channels) {
+    return tiles * channels + kPanel<T>;
+}
+
+/// The tiles of an output image.
+__forceinline__ int tiles_of(const ConvShape& s) { return (s.out_height + 1) / 2 * ((s.out_width + 1) / 2); }
+
+/// The tiles of a batch, from one on: row by row, image by image.
+struct TileWalk {
+    int columns, rows;       // tiles of an image
+    int image, row, column;  // the tile's image, and its first row and column of the output
+
+    __forceinline__ TileWalk(const ConvShape& s, int number)
+        : columns((s.out_width + 1) / 2), rows((s.out_height + 1) / 2), image(number / (rows * columns)),
+          row(number / columns % rows * 2), column(number % columns * 2) {}
+
+    __forceinline__ void next() {
+        if ((column += 2) < 2 * columns) return;
+        column = 0;
+        if ((row += 2) < 2 * rows) return;
+        row = 0, ++image;
+    }
+};
+
+/// B^T d B of a tile of vectors.
+template <class V>
+__forceinline__ void transform_input(V (&d)[4][4]) {
+    for (int j = 0; j < 4; ++j) {
+        const V first = d[0][j] - d[2][j], last = d[1][j] - d[3][j], sum = d[1][j] + d[2][j];
+        d[2][j] = d[2][j] - d[1][j];
+        d[0][j] = first, d[1][j] = sum, d[3][j] = last;
+    }
+    for (int i = 0; i < 4; ++i) {
+        const V first = d[i][0] - d[i][2], last = d[i][1] - d[i][3], sum = d[i][1] + d[i][2];
+        d[i][2] = d[i][2] - d[i][1];
+        d[i][0] = first, d[i][1] = sum, d[i][3] = last;
+    }
+}
+
+/// One vector of a pixel's channels.
+template <class S, class T>
+__forceinline__ typename Vector<T>::type load_channels(const S* from) {
+    if constexpr (Same<S, T>::value) {
+        return load_vector(from);
+    } else {
+        T wide[Vector<T>::lanes];
+        copy_widened(wide, from, Vector<T>::lanes);
+        return load_vector(wide);
+    }
+}
+
+/// Some neighbouring channels of an NHWC tensor.
+template <class S>
+struct Channels {
+    const S* tensor;  // the first of these channels
+    int height, width, pitch, count;
+};
+
+/// Transforms tiles, which begin `padding` pixels before their place in the output: to[element][tile][channel].
+template <class S, class T>
+__attribute__((noinline)) void transform_tiles(const Channels<S>& x, TileWalk at, int tiles, int padding, T* to) {
+    using V = typename Vector<T>::type;
+    const int plane = plane_pitch<T>(tiles, x.count), row_pitch = x.width * x.pitch;
+    for (int tile = 0; tile < tiles; ++tile, at.next()) {
+        const int row = at.row - padding, column = at.column - padding;
+        const S* from = x.tensor + ((int64_t(at.image) * x.height + row) * x.width + column) * x.pitch;
+        const bool whole = row >= 0 && row + 4 <= x.height && column >= 0 && column + 4 <= x.width;
+        for (int c = 0; c < x.count; c += Vector<T>::lanes, from += Vector<T>::lanes) {
+            V d[4][4];
+            if (whole) {
+                for (int i = 0; i < 4; ++i) {
+                    for (int j = 0; j < 4; ++j) d[i][j] = load_channels<S, T>(from + i * row_pitch + j * x.pitch);
+                }
+            } else {
+                for (int i = 0; i < 4; ++i) {
+                    for (int j = 0; j < 4; ++j) {
+                        const bool there = inside(row + i, x.height) && inside(column + j, x.width);
+                        d[i][j] = there ? load_channels<S, T>(from + i * row_pitch + j * x.pitch) : V{};
+                    }
+                }
+            }
+            transform_input(d);
+            T* out = to + tile * x.count + c;
+            for (int e = 0; e < kElements; ++e) store_vector(out + e * plane, d[e / 4][e % 4]);
+        }
+    }
+}
+
+// ---- Weights -------------------------------------------------------------------------------------------------------
+
+template <class S, class T = Arithmetic<S>>
+struct WinogradWeightsArgs {
+    const S* weight;
+    T* packed;
+    ConvShape shape;
+};
+
+/// packed[element][kPanel] = G w G^T of one row of weights. From one element to the next are `pitch` numbers.
+template <class T>
+__forceinline__ void transform_weights(const T (&w)[9][kPanel<T>], T* packed, int64_t pitch) {
+    using V = typename Vector<T>::type;
+    constexpr int L = Vector<T>::lanes;
+    const T half = T(0.5);
+    for (int v = 0; v < kVectors; ++v, packed += L) {
+        V rows[4][3];
+        for (int b = 0; b < 3; ++b) {
+            const V first = load_vector(w[b] + v * L), last = load_vector(w[6 + b] + v * L);
+            const V sum = half * (first + last), middle = half * load_vector(w[3 + b] + v * L);
+            rows[0][b] = first, rows[1][b] = sum + middle, rows[2][b] = sum - middle, rows[3][b] = last;
+        }
+        T* to = packed;
+        for (int i = 0; i < 4; ++i, to += 4 * pitch) {
+            const V sum = half * (rows[i][0] + rows[i][2]), middle = half * rows[i][1];
+            store_vector(to, rows[i][0]);
+            store_vector(to + pitch, sum + middle);
+            store_vector(to + 2 * pitch, sum - middle);
+            store_vector(to + 3 * pitch, rows[i][2]);
+        }
+    }
+}
+
+/// weight [3][3][in][out] to packed [element][panel of out][in][kPanel].
+template <class S>
+__device__ void winograd_weights(const WinogradWeightsArgs<S>& a) {
+    typedef Arithmetic<S> T;
+    constexpr int W = kPanel<T>;
+    const int C = a.shape.in_channels, O = a.shape.out_channels;
+    for_each_index(uint64_t(C) * (O / W), [&](uint64_t index) {
+        const int c = int(index % C), panel = int(index / C);
+        T w[9][W];
+        for (int tap = 0; tap < 9; ++tap) copy_widened(w[tap], a.weight + (int64_t(tap) * C + c) * O + panel * W, W);
+        transform_weights<T>(w, a.packed + (int64_t(panel) * C + c) * W, int64_t(C) * O);
+    });
+}
+
+/// weight [3][3][in][out], turned by 180 degrees, to packed [element][panel of in][out][kPanel].
+template <class S>
+__device__ void winograd_turned_weights(const WinogradWeightsArgs<S>& a) {
+    typedef Arithmetic<S> T;
+    constexpr int W = kPanel<T>;
+    const int C = a.shape.in_channels, O = a.shape.out_channels;
+    // One index is a square of a panel each way.
+    for_each_index(uint64_t(C / W) * (O / W), [&](uint64_t index) {
+        const int first = int(index % (O / W)) * W, panel = int(index / (O / W));
+        T squares[W][9][W];
+        for (int tap = 0; tap < 9; ++tap) {
+            for (int c = 0; c < W; ++c) {
+                const S* from = a.weight + (int64_t(8 - tap) * C + panel * W + c) * O + first;
+                for (int o = 0; o < W; ++o) squares[o][tap][c] = widen(from[o]);
+            }
+        }
+        for (int o = 0; o < W; ++o) {
+            transform_weights<T>(squares[o], a.packed + (int64_t(panel) * O + first + o) * W, int64_t(C) * O);
+        }
+    });
+}
+
+// ---- Forward and input gradient ------------------------------------------------------------------------------------
+
+template <class S, class T = Arithmetic<S>>
+struct WinogradArgs {
+    const S* x;
+    const T* packed;
+    S* y;
+    ConvShape shape;  // for the input gradient that of the convolution which it is
+    int32_t tiles;    // of a band
+    uint32_t accumulate;
+};
+
+/// Multiplies ROWS tiles by one panel: sums over the depth, for one element. DEPTH is the depth, or zero if it is not
+/// known: then each row has a pointer.
+template <int ROWS, int DEPTH, class T>
+__forceinline__ void multiply_tile(const T* x, int depth, const T* __restrict__ b, T* __restrict__ to, int to_pitch) {
+    using V = typename Vector<T>::type;
+    constexpr int L = Vector<T>::lanes;
+    V sum[ROWS][kVectors];
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; ++i) {
+        for (V& lanes : sum[i]) lanes = V{};
+    }
+    if constexpr (DEPTH > 0) {
+        for (int k = 0; k < DEPTH; ++k, ++x, b += kPanel<T>) {
+            V panel[kVectors];
+            for (int v = 0; v < kVectors; ++v) panel[v] = load_vector(b + v * L);
+#pragma GCC unroll 12
+            for (int i = 0; i < ROWS; ++i) {
+                for (int v = 0; v < kVectors; ++v) sum[i][v] += x[i * DEPTH] * panel[v];
+            }
+        }
+    } else {
+        const T* a[ROWS];
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; ++i) a[i] = x + int64_t(i + 1) * depth;
+        // The pointers are at the end of their rows and the loop counts up to zero: a separate end would need one
+        // register too many.
+        for (int64_t k = -int64_t(depth); k < 0; ++k, b += kPanel<T>) {
+            V panel[kVectors];
+            for (int v = 0; v < kVectors; ++v) panel[v] = load_vector(b + v * L);
+#pragma GCC unroll 12
+            for (int i = 0; i < ROWS; ++i) {
+                for (int v = 0; v < kVectors; ++v) sum[i][v] += a[i][k] * panel[v];
+            }
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; ++i, to += to_pitch) {
+        for (int v = 0; v < kVectors; ++v) store_vector(to + v * L, sum[i][v]);
+    }
+}
+
+/// One element of a band times one panel of weights, for all tiles.
+template <int DEPTH, class T>
+__attribute__((noinline)) void multiply_element(const T* x, int tiles, int depth, const T* b, T* to, int to_pitch) {
+    int tile = 0;
+    for (; tile + kTileRows <= tiles; tile += kTileRows) {
+        multiply_tile<kTileRows, DEPTH>(x, depth, b, to, to_pitch);
+        x += int64_t(kTileRows) * depth, to += int64_t(kTileRows) * to_pitch;
+    }
+    with_rows<kTileRows - 1>(
+        tiles - tile, [&](auto rest) { multiply_tile<decltype(rest)::value, DEPTH>(x, depth, b, to, to_pitch); });
+}
+
+/// products[element][tile][out channel] of a band. One element of the band stays in the cache while it is multiplied by
+/// all weights, which are read once.
+template <class T>
+__forceinline__ void multiply_band(const T* band, int tiles, const ConvShape& s, const T* packed, T* products) {
+    constexpr int W = kPanel<T>;
+    const int C = s.in_channels, O = s.out_channels;
+    for (int e = 0; e < kElements; ++e) {
+        const T* x = band + int64_t(e) * plane_pitch<T>(tiles, C);
+        T* to = products + int64_t(e) * plane_pitch<T>(tiles, O);
+        for (int channel = 0; channel < O; channel += W, packed += int64_t(C) * W) {
+            if (C == 16) multiply_element<16>(x, tiles, C, packed, to + channel, O);
+            else multiply_element<0>(x, tiles, C, packed, to + channel, O);
+        }
+    }
+}
+
+/// A^T m A, written to the pixels of the tiles that are inside the output.
+template <class S, class T>
+__attribute__((noinline)) void finish_band(const T* products, TileWalk at, int tiles, const ConvShape& s, S* y,
+                                           bool accumulate) {
+    using V = typename Vector<T>::type;
+    constexpr int L = Vector<T>::lanes;
+    const int O = s.out_channels, plane = plane_pitch<T>(tiles, O);
+    for (int tile = 0; tile < tiles; ++tile, at.next()) {
+        S* target = y + ((int64_t(at.image) * s.out_height + at.row) * s.out_width + at.column) * O;
+        const int high = s.out_height - at.row < 2 ? 1 : 2, wide = s.out_width - at.column < 2 ? 1 : 2;
+        for (int channel = 0; channel < O; channel += L, target += L, products += L) {
+            V rows[2][4];
+            for (int j = 0; j < 4; ++j) {
+                V m[4];
+                for (int i = 0; i < 4; ++i) m[i] = load_vector(products + (4 * i + j) * plane);
+                const V sum = m[1] + m[2], difference = m[1] - m[2];
+                rows[0][j] = m[0] + sum, rows[1][j] = difference - m[3];
+            }
+            for (int i = 0; i < high; ++i) {
+                const V sum = rows[i][1] + rows[i][2], difference = rows[i][1] - rows[i][2];
+                const V pixels[2] = {rows[i][0] + sum, difference - rows[i][3]};
+                for (int j = 0; j < wide; ++j) {
+                    S* to = target + (i * s.out_width + j) * O;
+                    V result = pixels[j];
+                    if (accumulate) result += load_channels<S, T>(to);
+                    if constexpr (Same<S, T>::value) {
+                        store_vector(to, result);
+                    } else {
+                        for (int lane = 0; lane < L; ++lane) to[lane] = convert_to<S>(result[lane]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// y[n, i, j, o] = sum over taps and c of x[n, i + tap row - padding, j + tap column - padding, c] * weight
+template <class S>
+__device__ void winograd(const WinogradArgs<S>& a) {
+    typedef Arithmetic<S> T;
+    const ConvShape& s = a.shape;
+    const int C = s.in_channels, all = s.batch * tiles_of(s);
+    const int first = int(blockIdx.x) * a.tiles, tiles = all - first < a.tiles ? all - first : a.tiles;
+    const TileWalk at(s, first);
+    POLDER_DYNAMIC_SHARED(T, band);                                              // [element][tile][in channel]
+    T* const products = band + int64_t(kElements) * plane_pitch<T>(a.tiles, C);  // [element][tile][out channel]
+    transform_tiles<S, T>({a.x, s.height, s.width, C, C}, at, tiles, s.padding, band);
+    multiply_band(band, tiles, s, a.packed, products);
+    finish_band<S, T>(products, at, tiles, s, a.y, a.accumulate != 0);
+}
+
+// ---- Weight gradient -----------------------------------------------------------------------------------------------
+
+template <class S, class T = Arithmetic<S>>
+struct WinogradGradientArgs {
+    const S* x;
+    const S* dy;
+    T* partial;  // [part][slice of in][panel of out][element][in of the slice][kPanel]
+    ConvShape shape;
+    int32_t tiles, slice, parts;  // tiles of a band; input channels of a slice; parts of the batch
+};
+
+/// to[element][tile][kPanel] = A dy A^T, for one panel of output channels. Pixels outside the output are zero.
+template <class S, class T>
+__attribute__((noinline)) void transform_gradients(const S* dy, TileWalk at, int tiles, const ConvShape& s, int channel,
+                                                   T* to) {
+    using V = typename Vector<T>::type;
+    constexpr int W = kPanel<T>, L = Vector<T>::lanes;
+    const int plane = plane_pitch<T>(tiles, W);
+    for (int tile = 0; tile < tiles; ++tile, at.next()) {
+        const int64_t pixel = (int64_t(at.image) * s.out_height + at.row) * s.out_width + at.column;
+        for (int v = 0; v < kVectors; ++v) {
+            const S* from = dy + pixel * s.out_channels + channel + v * L;
+            V rows[4][2];
+            for (int j = 0; j < 2; ++j) {
+                V d[2];
+                for (int i = 0; i < 2; ++i) {
+                    const bool there = at.row + i < s.out_height && at.column + j < s.out_width;
+                    d[i] = there ? load_channels<S, T>(from + (int64_t(i) * s.out_width + j) * s.out_channels) : V{};
+                }
+                rows[0][j] = d[0], rows[1][j] = d[0] + d[1], rows[2][j] = d[0] - d[1], rows[3][j] = -d[1];
+            }
+            T* out = to + tile * W + v * L;
+            for (int i = 0; i < 4; ++i, out += 4 * plane) {
+                store_vector(out, rows[i][0]);
+                store_vector(out + plane, rows[i][0] + rows[i][1]);
+                store_vector(out + 2 * plane, rows[i][0] - rows[i][1]);
+                store_vector(out + 3 * plane, -rows[i][1]);
+            }
+        }
+    }
+}
+
+/// Multiplies ROWS channels by one panel, summed over tiles, and adds the result to the partial sums.
+template <int ROWS, class T>
+__forceinline__ void outer_product(const T* a, int pitch, const T* __restrict__ b, int tiles, T* partial, bool add) {
+    using V = typename Vector<T>::type;
+    constexpr int L = Vector<T>::lanes;
+    V sum[ROWS][kVectors];
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; ++i) {
+        for (V& lanes : sum[i]) lanes = V{};
+    }
+    for (int tile = 0; tile < tiles; ++tile, a += pitch, b += kPanel<T>) {
+        V panel[kVectors];
+        for (int v = 0; v < kVectors; ++v) panel[v] = load_vector(b + v * L);
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; ++i) {
+            for (int v = 0; v < kVectors; ++v) sum[i][v] += a[i] * panel[v];
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; ++i) {
+        for (int v = 0; v < kVectors; ++v, partial += L) {
+            if (add) sum[i][v] += load_vector(partial);
+            store_vector(partial, sum[i][v]);
+        }
+    }
+}
+
+/// partial[element][channel][kPanel] of a band of the input, `width` channels, and a panel of the output's gradient.
+template <class T>
+__attribute__((noinline)) void multiply_gradients(const T* band, const T* gradients, int tiles, int width, T* partial,
+                                                  bool add) {
+    constexpr int W = kPanel<T>;
+    const int blocks = (width + kTileRows - 1) / kTileRows;
+    for (int e = 0; e < kElements; ++e) {
+        const T* a = band + int64_t(e) * plane_pitch<T>(tiles, width);
+        const T* b = gradients + e * plane_pitch<T>(tiles, W);
+        T* to = partial + int64_t(e) * width * W;
+        for (int block = 0; block < blocks; ++block) {
+            const int start = width * block / blocks, rows = width * (block + 1) / blocks - start;
+            with_rows<kTileRows>(rows, [&](auto count) {
+                outer_product<decltype(count)::value>(a + start, width, b, tiles, to + start * W, add);
+            });
+        }
+    }
+}
+
+/// Sums over the images of one part, for one slice of the input channels.
+template <class S>
+__device__ void winograd_weight_gradient(const WinogradGradientArgs<S>& a) {
+    typedef Arithmetic<S> T;
+    constexpr int W = kPanel<T>;
+    const ConvShape& s = a.shape;
+    const int C = s.in_channels, O = s.out_channels;
+    const int first_channel = int(blockIdx.x) * a.slice;
+    const int width = C - first_channel < a.slice ? C - first_channel : a.slice;
+    T* const partial = a.partial + (int64_t(blockIdx.y) * C + first_channel) * kElements * O;
+    const int begin = int(int64_t(s.batch) * blockIdx.y / a.parts) * tiles_of(s);
+    const int end = int(int64_t(s.batch) * (blockIdx.y + 1) / a.parts) * tiles_of(s);
+    POLDER_DYNAMIC_SHARED(T, band);  // [element][tile][in channel of the slice]
+    T* const gradients = band + int64_t(kElements) * plane_pitch<T>(a.tiles, a.slice);  // [element][tile][kPanel]
+    for (int first = begin; first < end; first += a.tiles) {
+        const int tiles = end - first < a.tiles ? end - first : a.tiles;
+        const TileWalk at(s, first);
+        transform_tiles<S, T>({a.x + first_channel, s.height, s.width, C, width}, at, tiles, s.padding, band);
+        for (int channel = 0; channel < O; channel += W) {
+            transform_gradients<S, T>(a.dy, at, tiles, s, channel, gradients);
+            multiply_gradients(band, gradients, tiles, width, partial + int64_t(channel) * kElements * width,
+                               first > begin);
+        }
+    }
+}
+
+template <class T>
+struct WinogradSumArgs {
+    const T* partial;
+    T* dw;
+    ConvShape shape;
+    int32_t slice, parts;
+    uint32_t accumulate;
+};
+
+/// dw = G^T u G, or added to the previous dw, where u is the sum over parts, in order, of the partial sums.
+template <class T>
+__device__ void winograd_sum_parts(const WinogradSumArgs<T>& a) {
+    constexpr int W = kPanel<T>;
+    const int C = a.shape.in_channels, O = a.shape.out_channels;
+    const int64_t part_pitch = int64_t(kElements) * C * O;
+    const T half = T(0.5);
+    for_each_index(uint64_t(C) * (O / W), [&](uint64_t index) {
+        const int c = int(index / (O / W)), channel = int(index % (O / W)) * W;
+        const int first_channel = c / a.slice * a.slice;
+        const int width = C - first_channel < a.slice ? C - first_channel : a.slice;
+        const T* from = a.partial + int64_t(first_channel) * kElements * O + int64_t(channel) * kElements * width +
+                        int64_t(c - first_channel) * W;
+        T u[kElements][W], rows[3][4][W];
+        for (int e = 0; e < kElements; ++e) {
+            const T* part = from + int64_t(e) * width * W;
+            for (int j = 0; j < W; ++j) u[e][j] = part[j];
+            for (int p = 1; p < a.parts; ++p) {
+                part += part_pitch;
+                for (int j = 0; j < W; ++j) u[e][j] += part[j];
+            }
+        }
+        for (int i = 0; i < 4; ++i) {
+            for (int j = 0; j < W; ++j) {
+                const T sum = half * (u[4 + i][j] + u[8 + i][j]);
+                rows[0][i][j] = u[i][j] + sum;
+                rows[1][i][j] = half * (u[4 + i][j] - u[8 + i][j]);
+                rows[2][i][j] = sum + u[12 + i][j];
+            }
+        }
+        for (int tap_row = 0; tap_row < 3; ++tap_row) {
+            const auto& row = rows[tap_row];
+            T taps[3][W];
+            for (int j = 0; j < W; ++j) {
+                const T sum = half * (row[1][j] + row[2][j]);
+                taps[0][j] = row[0][j] + sum;
+                taps[1][j] = half * (row[1][j] - row[2][j]);
+                taps[2][j] = sum + row[3][j];
+            }
+            for (int tap = 0; tap < 3; ++tap) {
+                T* to = a.dw + (int64_t(3 * tap_row + tap) * C + c) * O + channel;
+                for (int j = 0; j < W; ++j) to[j] = a.accumulate ? to[j] + taps[tap][j] : taps[tap][j];
+            }
+        }
+    });
+}
+
+}  // namespace
+
+POLDER_HOST_KERNEL(conv_winograd_weights_f32, winograd_weights<float>, WinogradWeightsArgs<float>)
+POLDER_HOST_KERNEL(conv_winograd_weights_f16, winograd_weights<__half>, WinogradWeightsArgs<__half>)
+POLDER_HOST_KERNEL(conv_winograd_weights_bf16, winograd_weights<__nv_bfloat16>, WinogradWeightsArgs<__nv_bfloat16>)
+POLDER_HOST_KERNEL(conv_winograd_weights_f64, winograd_weights<double>, WinogradWeightsArgs<double>)
+POLDER_HOST_KERNEL(conv_winograd_turned_weights_f32, winograd_turned_weights<float>, WinogradWeightsArgs<float>)
+POLDER_HOST_KERNEL(conv_winograd_turned_weights_f16, winograd_turned_weights<__half>, WinogradWeightsArgs<__half>)
+POLDER_HOST_KERNEL(conv_winograd_turned_weights_bf16, winograd_turned_weights<__nv_bfloat16>,
+                   WinogradWeightsArgs<__nv_bfloat16>)
+POLDER_HOST_KERNEL(conv_winograd_turned_weights_f64, winograd_turned_weights<double>, WinogradWeightsArgs<double>)
+POLDER_HOST_KERNEL(conv_winograd_f32, winograd<float>, WinogradArgs<float>)
+POLDER_HOST_KERNEL(conv_winograd_f16, winograd<__half>, WinogradArgs<__half>)
+POLDER_HOST_KERNEL(conv_winograd_bf16, winograd<__nv_bfloat16>, WinogradArgs<__nv_bfloat16>)
+POLDER_HOST_KERNEL(conv_winograd_f64, winograd<double>, WinogradArgs<double>)
+POLDER_HOST_KERNEL(conv_winograd_weight_gradient_f32, winograd_weight_gradient<float>, WinogradGradientArgs<float>)
+POLDER_HOST_KERNEL(conv_winograd_weight_gradient_f16, winograd_weight_gradient<__half>, WinogradGradientArgs<__half>)
+POLDER_HOST_KERNEL(conv_winograd_weight_gradient_bf16, winograd_weight_gradient<__nv_bfloat16>,
+                   WinogradGradientArgs<__nv_bfloat16>)
+POLDER_HOST_KERNEL(conv_winograd_weight_gradient_f64, winograd_weight_gradient<double>, WinogradGradientArgs<double>)
+POLDER_HOST_KERNEL(conv_winograd_sum_parts_f32, winograd_sum_parts<float>, WinogradSumArgs<float>)
+POLDER_HOST_KERNEL(conv_winograd_sum_parts_f64, winograd_sum_parts<double>, WinogradSumArgs<double>)

@@ -1,0 +1,175 @@
+//! Convolution of 3×3 on the CPU with four ninths of the products: `kernels/host/conv_winograd.cu`, one thread per
+//! block.
+
+use super::ConvShape;
+use super::direct::packing;
+use crate::device::arguments::{WinogradArgs, WinogradGradientArgs, WinogradSumArgs, WinogradWeightsArgs};
+use crate::device::constants::PANEL_BYTES;
+use crate::device::{Compute, Launch, Result, Slice, SliceMut, id};
+use crate::kernels::pick;
+
+/// Elements of a transformed tile, and the rows and columns of an output tile.
+const ELEMENTS: usize = 16;
+const SIDE: usize = 2;
+
+/// The scratch memory of a block for one operand, which stays in the L2 cache.
+const SCRATCH_BYTES: usize = 512 << 10;
+/// The most tiles of a band: more are no faster. Bands are multiples of the rows of the kernel's register tiles.
+const MOST_TILES: usize = 48;
+const TILE_ROWS: usize = 12;
+/// The blocks of a launch: enough for the cores of a large machine, and to balance the load on two cores.
+const BLOCKS: usize = 32;
+/// Input channels of a block of the weight gradient: as many as keep the transformation of the output's gradient, which
+/// each of them repeats, a small part of the work.
+const SLICE: usize = 64;
+/// The most bytes of partial weight gradients. A single part may take more.
+const PARTIAL_BYTES: usize = 32 << 20;
+
+/// Whether the kernels can work with this shape: 3×3 with stride 1, without groups, and whole panels of channels.
+pub(super) fn suits<S: Compute>(shape: &ConvShape) -> bool {
+    let panel = panel::<S>();
+    let (kernel, whole) = (shape.kernel == 3 && shape.stride == 1 && shape.padding < 3, shape.groups == 1);
+    kernel && whole && shape.in_channels.is_multiple_of(panel) && shape.out_channels.is_multiple_of(panel)
+}
+
+fn panel<S: Compute>() -> usize {
+    PANEL_BYTES / size_of::<S::Master>()
+}
+
+/// The number of elements of the workspace: for the transformed weights, or the partial weight gradients of all parts.
+pub(super) fn workspace_len<S: Compute>(shape: &ConvShape) -> usize {
+    parts::<S>(shape) * transformed_len(shape)
+}
+
+/// Elements of the transformed weights.
+fn transformed_len(shape: &ConvShape) -> usize {
+    ELEMENTS * shape.in_channels * shape.out_channels
+}
+
+/// The number of parts of the batch. For each part and slice one block sums a weight gradient.
+fn parts<S: Compute>(shape: &ConvShape) -> usize {
+    let bytes = transformed_len(shape) * size_of::<S::Master>();
+    BLOCKS.div_ceil(shape.in_channels.div_ceil(SLICE)).min(PARTIAL_BYTES / bytes).clamp(1, shape.batch)
+}
+
+/// Tiles of an output image.
+fn tiles(shape: &ConvShape) -> usize {
+    shape.out_height().div_ceil(SIDE) * shape.out_width().div_ceil(SIDE)
+}
+
+/// Bytes of two transformed bands of so many tiles, of so many channels.
+fn band_bytes<S: Compute>(tiles: usize, channels: [usize; 2]) -> usize {
+    channels.iter().map(|channels| ELEMENTS * (tiles * channels + panel::<S>()) * size_of::<S::Master>()).sum()
+}
+
+/// Tiles of a band, of `all` tiles of `channels` channels that `blocks` blocks divide.
+fn band<S: Compute>(all: usize, channels: usize, blocks: usize) -> usize {
+    let most = (SCRATCH_BYTES / (ELEMENTS * channels * size_of::<S::Master>())).min(MOST_TILES);
+    most.min(all.div_ceil(blocks)).next_multiple_of(TILE_ROWS)
+}
+
+pub(super) fn forward<S: Compute>(
+    shape: &ConvShape,
+    x: Slice<'_, S>,
+    weight: Slice<'_, S>,
+    y: SliceMut<'_, S>,
+    accumulate: bool,
+    mut workspace: SliceMut<'_, S::Master>,
+) -> Result<()> {
+    let args = WinogradWeightsArgs { weight: weight.address(), packed: workspace.address(), shape: shape.argument() };
+    // SAFETY: every slice has the length that the shape implies, and the workspace has room for the weights.
+    unsafe {
+        y.device().launch(S::choose(id::CONV_WINOGRAD_WEIGHTS), packing(shape), &args)?;
+    }
+    multiply(shape, x, workspace, y, accumulate)
+}
+
+pub(super) fn input_gradient<S: Compute>(
+    shape: &ConvShape,
+    dy: Slice<'_, S>,
+    weight: Slice<'_, S>,
+    dx: SliceMut<'_, S>,
+    accumulate: bool,
+    mut workspace: SliceMut<'_, S::Master>,
+) -> Result<()> {
+    let args = WinogradWeightsArgs { weight: weight.address(), packed: workspace.address(), shape: shape.argument() };
+    // SAFETY: as in `forward`.
+    unsafe {
+        dx.device().launch(S::choose(id::CONV_WINOGRAD_TURNED_WEIGHTS), packing(shape), &args)?;
+    }
+    // It is the convolution of dy with the turned weights.
+    let turned = ConvShape {
+        height: shape.out_height(),
+        width: shape.out_width(),
+        in_channels: shape.out_channels,
+        out_channels: shape.in_channels,
+        padding: 2 - shape.padding,
+        ..*shape
+    };
+    multiply(&turned, dy, workspace, dx, accumulate)
+}
+
+/// The convolution with weights that are transformed.
+fn multiply<S: Compute>(
+    shape: &ConvShape,
+    x: Slice<'_, S>,
+    mut packed: SliceMut<'_, S::Master>,
+    mut y: SliceMut<'_, S>,
+    accumulate: bool,
+) -> Result<()> {
+    let device = y.device().clone();
+    let all = shape.batch * tiles(shape);
+    let tiles = band::<S>(all, shape.in_channels, BLOCKS);
+    let args = WinogradArgs {
+        x: x.address(),
+        packed: packed.address(),
+        y: y.address(),
+        shape: shape.argument(),
+        tiles: tiles as i32,
+        accumulate: accumulate.into(),
+    };
+    let launch = Launch::new(all.div_ceil(tiles) as u32, 1)
+        .with_shared(band_bytes::<S>(tiles, [shape.in_channels, shape.out_channels]));
+    // SAFETY: as in `forward`, and the scratch memory has room for one band.
+    unsafe { device.launch(S::choose(id::CONV_WINOGRAD), launch, &args) }
+}
+
+pub(super) fn weight_gradient<S: Compute>(
+    shape: &ConvShape,
+    x: Slice<'_, S>,
+    dy: Slice<'_, S>,
+    mut dw: SliceMut<'_, S::Master>,
+    accumulate: bool,
+    mut workspace: SliceMut<'_, S::Master>,
+) -> Result<()> {
+    let device = dw.device().clone();
+    let (parts, slice) = (parts::<S>(shape), SLICE.min(shape.in_channels));
+    let tiles = band::<S>(shape.batch.div_ceil(parts) * tiles(shape), slice, 1);
+    let partial = workspace.address();
+    let args = WinogradGradientArgs {
+        x: x.address(),
+        dy: dy.address(),
+        partial,
+        shape: shape.argument(),
+        tiles: tiles as i32,
+        slice: slice as i32,
+        parts: parts as i32,
+    };
+    let sum = WinogradSumArgs {
+        partial,
+        dw: dw.address(),
+        shape: shape.argument(),
+        slice: slice as i32,
+        parts: parts as i32,
+        accumulate: accumulate.into(),
+    };
+    let mut launch = Launch::new(shape.in_channels.div_ceil(slice) as u32, 1)
+        .with_shared(band_bytes::<S>(tiles, [slice, panel::<S>()]));
+    launch.grid[1] = parts as u32;
+    // SAFETY: as in `multiply`; the workspace has room for the partial sums of all parts.
+    unsafe {
+        device.launch(S::choose(id::CONV_WINOGRAD_WEIGHT_GRADIENT), launch, &args)?;
+        let kernel = pick::<S::Master, _>(id::CONV_WINOGRAD_SUM_PARTS_F32, id::CONV_WINOGRAD_SUM_PARTS_F64);
+        device.launch(kernel, packing(shape), &sum)
+    }
+}
