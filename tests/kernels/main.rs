@@ -21,6 +21,7 @@ mod metrics;
 mod mixing;
 mod muon;
 mod random;
+mod sassha;
 mod scale_samples;
 mod sharpness;
 mod storage;
