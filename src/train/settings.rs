@@ -326,7 +326,7 @@ settings! {
     #[derive(Debug, Clone, PartialEq)]
     pub struct MuonSettings {
         /// Peak learning rate
-        lr: f64 = 1e-3, as "RATE", in positive;
+        lr: f64 = 0.02, as "RATE", in positive;
         /// Momentum
         momentum: f64 = 0.95, as "MU", in below_one;
         /// Weight decay
