@@ -133,7 +133,7 @@ pub fn plan<S: Compute>(device: &Device, fixture: &Value, batch: usize) -> Plan<
 }
 
 /// The optimizer's settings of a run.
-fn settings<T: Scalar>(run: &Value, layout: &Layout) -> Settings<T> {
+pub fn settings<T: Scalar>(run: &Value, layout: &Layout) -> Settings<T> {
     let base = match run["base"].as_str().unwrap() {
         "sgd" => Base::Sgd { momentum: number(&run["momentum"]), nesterov: run["nesterov"].as_bool().unwrap() },
         "adamw" => {
@@ -313,6 +313,19 @@ pub fn digest_error(tensor: &Tensor, vector: &[f64], [norm, projection]: [f64; 2
     let found_norm = file.iter().map(|&value| value * value).sum::<f64>().sqrt();
     let found_projection: f64 = file.iter().enumerate().map(|(index, &value)| value * probe(index)).sum();
     (found_norm - norm).abs().max((found_projection - projection).abs()) / norm.max(whole / 100.0)
+}
+
+/// The tensors of a case's digest `key` of a vector. `whole` names the norm of all of it.
+pub fn check_digest(what: &str, layout: &Layout, found: &[f64], case: &Value, [key, whole]: [&str; 2], tolerance: f64) {
+    let (expected, whole) = (&case[key], number(&case[whole]));
+    let mut largest = 0.0f64;
+    for tensor in layout.tensors() {
+        let expected = &expected[&tensor.name];
+        let error = digest_error(tensor, found, ["norm", "projection"].map(|key| number(&expected[key])), whole);
+        assert!(error < tolerance, "{what}: {key}: {}: {error:.1e}", tensor.name);
+        largest = largest.max(error);
+    }
+    println!("{what}: {key}: largest relative error of a tensor's norm or projection {largest:.1e}");
 }
 
 /// Weights that both sides compute, because they are too large to keep.

@@ -2,9 +2,8 @@
 
 use approx::abs_diff_eq;
 
-use crate::common::fixtures::{digest_error, fill_in_double, hash_vector, hash_weights, number, read_json};
+use crate::common::fixtures::{check_digest, fill_in_double, hash_vector, hash_weights, number, read_json};
 use crate::common::{fast_devices, to_f64, upload};
-use polder::arena::Layout;
 use polder::device::{Device, Scalar};
 use polder::kernels::image::Position;
 use polder::nn::{Model, Shortcut};
@@ -14,19 +13,6 @@ use serde_json::Value;
 
 fn images(batch: usize, height: usize, width: usize) -> Shape {
     Shape { batch, height, width, channels: 3 }
-}
-
-/// The tensors of the case's `gradient` or `product`. `whole` names the norm of all of it.
-fn check_digest(what: &str, layout: &Layout, found: &[f64], case: &Value, [key, whole]: [&str; 2], tolerance: f64) {
-    let (expected, whole) = (&case[key], number(&case[whole]));
-    let mut largest = 0.0f64;
-    for tensor in layout.tensors() {
-        let expected = &expected[&tensor.name];
-        let error = digest_error(tensor, found, ["norm", "projection"].map(|key| number(&expected[key])), whole);
-        assert!(error < tolerance, "{what}: {key}: {}: {error:.1e}", tensor.name);
-        largest = largest.max(error);
-    }
-    println!("{what}: {key}: largest relative error of a tensor's norm or projection {largest:.1e}");
 }
 
 /// A network against its reference: logits, loss, gradient and a product with the Hessian. A case with a seed draws the

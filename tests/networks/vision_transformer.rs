@@ -18,7 +18,7 @@ use polder::plan::{Plan, PlanOptions, Shape};
 
 const IMAGES: Shape = Shape { batch: 4, height: 16, width: 20, channels: 3 };
 /// Those of `vision-transformers.json`.
-const MEMBERS: [VisionTransformer; 2] = [
+pub const MEMBERS: [VisionTransformer; 2] = [
     VisionTransformer { patch: 4, width: 24, depth: 3, heads: 3, drop_path: 0.0 },
     VisionTransformer { patch: 2, width: 128, depth: 1, heads: 2, drop_path: 0.0 },
 ];
