@@ -106,7 +106,7 @@ else
     run device
     run kernels
     run polder kernels:: train::run::
-    run networks plan:: precision::weights_are_rounded
+    run networks plan:: precision::weights_are_rounded families::tiny_members methods::sampa
     # Other orders of blocks, warps and streams.
     DRIVER_SEED=1 run kernels batch_norm:: vector::norm
     # Convolutions on tensor cores have almost no bank conflicts, and except for the first layer access little more than

@@ -5,11 +5,14 @@ use half::{bf16, f16};
 
 use crate::common::fixtures::{fill_in_double, hash_weights, read_json};
 use crate::common::methods::AnyMethod;
-use crate::common::{fast_devices, relative_error, to_f64, upload};
+use crate::common::{Random, fast_devices, relative_error, to_f64, upload};
 use crate::vgg;
 use polder::arena::{Initial, TensorKind};
 use polder::device::{Compute, Device, HostOptions, Tf32};
-use polder::nn::{CifarResNet, Model, PyramidNet, ResNeXt, ResNet, Shortcut, Vgg, WideResNet, initial_weights};
+use polder::kernels::image::Position;
+use polder::nn::{
+    CifarResNet, Model, PyramidNet, ResNeXt, ResNet, Shortcut, Vgg, VisionTransformer, WideResNet, initial_weights,
+};
 use polder::objective::{ObjectiveExt, RunningStats};
 use polder::optim::{Base, CrSam, Optimizer};
 use polder::plan::{Graph, Plan, PlanError, PlanOptions, Shape, Value};
@@ -227,6 +230,50 @@ fn steps_of_sgd_sam_and_cr_sam_lower_the_loss() {
                 // ShakeDrop's expected factors leave little of its last branches.
                 let share = if number == 9 { 0.7 } else { 0.5 };
                 assert!(losses[9] < share * losses[0], "network {number}, {method:?}: {losses:?}");
+            }
+        }
+    }
+}
+
+/// One member of each family of convolutions in groups, max pools, shaken branches and attention, so small that an
+/// interpreter of a GPU's code trains it in seconds. With the side of its images.
+const TINY: [(&str, usize, Trace); 4] = [
+    ("ResNeXt", 8, |images, classes| ResNeXt { blocks: 1, groups: 2, width: 4, widening: 2 }.trace(images, classes)),
+    ("VGG", 32, |images, classes| Vgg { width: 2, convolutions: [1, 1, 1, 1, 1] }.trace(images, classes)),
+    ("PyramidNet", 8, |images, classes| {
+        PyramidNet { blocks: 1, alpha: 4, bottleneck: false, shake_drop: Some(0.8) }.trace(images, classes)
+    }),
+    ("ViT", 8, |images, classes| {
+        VisionTransformer { patch: 4, width: 16, depth: 1, heads: 2, drop_path: 0.0 }.trace(images, classes)
+    }),
+];
+
+#[test]
+fn tiny_members_train_on_every_device() {
+    const STEPS: usize = 4;
+    for (name, side, network) in TINY {
+        for method in [AnyMethod::PLAIN, AnyMethod::sam(0.05), CrSam::default().into()] {
+            for device in fast_devices() {
+                let shape = Shape { batch: 4, height: side, width: side, channels: 3 };
+                let (graph, logits) = network(shape, 4).unwrap();
+                let mut plan = Plan::<f32>::new(&device, graph, logits, PlanOptions::training()).unwrap();
+                let (mut images, mut labels) = plan.batch_mut().unwrap();
+                images.write(&Random(5).vector::<f32>(images.len())).unwrap();
+                labels.write(&[2, 0, 3, 1]).unwrap();
+                let mut weights = upload::<f32>(&device, &hash_weights(plan.parameters()));
+                let settings = method.over(Base::Sgd { momentum: 0.9, nesterov: false });
+                let mut optimizer = Optimizer::new(&device, weights.len(), settings).unwrap();
+                let losses: Vec<f64> = (0..STEPS)
+                    .map(|_| {
+                        // The same factors in each step, so that the losses are those of one function.
+                        plan.draw(7, Position::default()).unwrap();
+                        optimizer.step(&mut plan, weights.view_mut(), 0.05).unwrap();
+                        optimizer.telemetry().unwrap().loss
+                    })
+                    .collect();
+                println!("{name}, {method:?} on {}: {losses:.3?}", device.name());
+                assert!(losses[STEPS - 1] < 0.9 * losses[0], "{name}, {method:?} on {}: {losses:?}", device.name());
+                assert_eq!(optimizer.telemetry().unwrap().skipped, 0);
             }
         }
     }

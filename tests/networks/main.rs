@@ -11,6 +11,8 @@ mod drop_path;
 mod families;
 mod frozen;
 #[cfg(feature = "train")]
+mod generated;
+#[cfg(feature = "train")]
 mod hessian;
 #[cfg(feature = "train")]
 mod max_pool;
