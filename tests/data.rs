@@ -406,6 +406,91 @@ fn classes_without_images_are_named() -> TestResult {
     Ok(())
 }
 
+/// A set of EMNIST with these labels and images of 5x6 as they are stored.
+fn write_emnist(folder: &Path, set: &str, splits: [&[u8]; 2], suffix: &str) -> TestResult {
+    for (split, labels) in ["train", "test"].into_iter().zip(splits) {
+        let count = labels.len() as u32;
+        let pixels: Vec<u8> = (0..30 * labels.len()).map(|index| pattern(index + set.len())).collect();
+        for (name, bytes) in [
+            ("images-idx3", idx_bytes(0x803, &[count, 5, 6], &pixels)),
+            ("labels-idx1", idx_bytes(0x801, &[count], labels)),
+        ] {
+            let bytes = if suffix.is_empty() { bytes } else { gzip(&bytes) };
+            fs::write(folder.join(format!("emnist-{set}-{split}-{name}-ubyte{suffix}")), bytes)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn emnist_is_read_upright() -> TestResult {
+    let labels: Vec<u8> = (1..=26).collect();
+    for (below, suffix) in [("", ""), ("gzip", ".gz"), ("EMNIST/raw", "")] {
+        let folder = TempDir::new()?;
+        let place = folder.path().join(below);
+        fs::create_dir_all(&place)?;
+        write_emnist(&place, "letters", [&labels, &[4, 20]], suffix)?;
+        let data = load(folder.path())?;
+        assert_eq!((data.name.as_str(), data.statistics), ("emnist-letters", StatisticsSource::TrainImages));
+        assert_eq!((&data.train.labels[24..], &data.test.labels[..]), (&[25, 26][..], &[4, 20][..]));
+        assert_eq!((data.train.classes, data.test.classes, data.absent_classes()), (27, 27, vec![0]));
+        for images in [&data.train, &data.test] {
+            assert_eq!(images.shape, ImageShape { height: 6, width: 5, channels: 1 });
+            for (index, &found) in images.pixels.iter().enumerate() {
+                let (sample, row, column) = (index / 30, index / 5 % 6, index % 5);
+                assert_eq!(found, pattern(sample * 30 + column * 6 + row + "letters".len()), "{below}: {index}");
+            }
+        }
+        for (split, images) in [(Split::Train, &data.train), (Split::Test, &data.test)] {
+            let one = load_split(folder.path(), split)?;
+            assert_eq!((one.name.as_str(), &one.mean, &one.std), ("emnist-letters", &data.mean, &data.std));
+            assert_eq!((one.images.shape, &one.images.pixels), (images.shape, &images.pixels));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_path_of_a_file_tells_the_sets_of_emnist_apart() -> TestResult {
+    let folder = TempDir::new()?;
+    let sets = ["balanced", "byclass", "bymerge", "digits", "letters", "mnist"];
+    for (set, label) in sets.into_iter().zip(1..) {
+        write_emnist(folder.path(), set, [&[0, label], &[label]], if label % 2 == 0 { ".gz" } else { "" })?;
+    }
+    let expected = "DIR: holds two data sets, emnist-balanced and emnist-byclass; expected one, or the path of one of \
+                    EMNIST's files";
+    assert_eq!(error_line(folder.path()), expected);
+    for (set, label) in sets.into_iter().zip(1..) {
+        for content in ["train-images-idx3", "test-images-idx3", "train-labels-idx1", "test-labels-idx1"] {
+            let suffix = if label % 2 == 0 { ".gz" } else { "" };
+            let data = load(&folder.path().join(format!("emnist-{set}-{content}-ubyte{suffix}")))?;
+            assert_eq!((data.name, data.train.labels), (format!("emnist-{set}"), vec![0, label]));
+        }
+    }
+    // Beside the files of MNIST, whose names stand for many sets.
+    for set in &sets[1..] {
+        for (name, suffix) in [("images-idx3", ""), ("labels-idx1", ""), ("images-idx3", ".gz"), ("labels-idx1", ".gz")]
+        {
+            for split in ["train", "test"] {
+                let _ = fs::remove_file(folder.path().join(format!("emnist-{set}-{split}-{name}-ubyte{suffix}")));
+            }
+        }
+    }
+    assert_eq!(load(folder.path())?.name, "emnist-balanced");
+    fs::write(folder.path().join("train-labels-idx1-ubyte"), idx_bytes(0x801, &[2], &[0, 1]))?;
+    assert!(error_line(folder.path()).starts_with("DIR: holds two data sets, MNIST and emnist-balanced;"));
+    assert_eq!(load(&folder.path().join("emnist-balanced-test-labels-idx1-ubyte"))?.name, "emnist-balanced");
+
+    // A file that is missing, and one that is none of them.
+    fs::remove_file(folder.path().join("emnist-balanced-test-images-idx3-ubyte"))?;
+    let line = error_line(&folder.path().join("emnist-balanced-test-labels-idx1-ubyte"));
+    assert!(line.ends_with(": no emnist-balanced-test-images-idx3-ubyte[.gz], which the test split needs"), "{line}");
+    let other = folder.path().join("emnist-greek-test-labels-idx1-ubyte");
+    fs::write(&other, b"")?;
+    assert!(matches!(load(&other), Err(DataError::NotAFolder { .. })));
+    Ok(())
+}
+
 #[test]
 fn idx_files_that_do_not_belong_together_are_named() -> TestResult {
     let folder = idx_folder()?;

@@ -29,6 +29,10 @@ pub enum DataError {
     #[error("{path}: holds two data sets, {first} and {second}; expected a folder with one")]
     Ambiguous { path: PathBuf, first: &'static str, second: &'static str },
 
+    /// The folder holds IDX files of several data sets, such as those of EMNIST.
+    #[error("{path}: holds two data sets, {first} and {second}; expected one, or the path of one of EMNIST's files")]
+    SeveralIdx { path: PathBuf, first: &'static str, second: &'static str },
+
     /// The format was recognised, but a file of the requested split is missing.
     #[error("{folder}: no {file}, which the {split} split needs")]
     MissingFile { folder: PathBuf, file: String, split: super::Split },

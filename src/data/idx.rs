@@ -1,8 +1,12 @@
 //! IDX files, the format of MNIST, Fashion-MNIST and similar sets: a big-endian header (magic number, one size per
 //! dimension), then unsigned bytes. Images are a file of three dimensions, labels one of one dimension; both are often
 //! compressed with gzip. The format is described at <http://yann.lecun.com/exdb/mnist/>.
+//!
+//! EMNIST (Cohen et al. 2017) has six sets of these files, which its names tell apart, and stores its images with rows
+//! and columns exchanged. They are read upright.
 
 use std::cmp::Ordering;
+use std::ffi::OsStr;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
@@ -16,7 +20,10 @@ use super::{
 pub(super) const FORMAT: Format = Format {
     name: "IDX",
     files: "train-images-idx3-ubyte and so on (IDX)",
-    recognise: Recognise::ByFiles { holds: has_files, below: &["raw", "MNIST/raw", "FashionMNIST/raw", "KMNIST/raw"] },
+    recognise: Recognise::ByFiles {
+        holds,
+        below: &["raw", "MNIST/raw", "FashionMNIST/raw", "KMNIST/raw", "EMNIST/raw", "gzip"],
+    },
     load,
     load_split,
 };
@@ -61,21 +68,122 @@ struct Content<const D: usize> {
 const IMAGES: Content<3> = Content { word: "images" };
 const LABELS: Content<1> = Content { word: "labels" };
 
-/// Whether any of the four files lies in the folder.
-fn has_files(folder: &Path) -> Result<bool, DataError> {
-    for split in [Split::Train, Split::Test] {
-        if find(folder, split, IMAGES)?.is_some() || find(folder, split, LABELS)?.is_some() {
-            return Ok(true);
-        }
-    }
-    Ok(false)
+/// What the names of EMNIST's files begin with, for each of its sets.
+const EMNIST: [&str; 6] =
+    ["emnist-balanced", "emnist-byclass", "emnist-bymerge", "emnist-digits", "emnist-letters", "emnist-mnist"];
+
+/// The four files of a set.
+#[derive(Clone, Copy)]
+struct Files<'a> {
+    folder: &'a Path,
+    /// One of [`EMNIST`], or none for the names of MNIST.
+    emnist: Option<&'static str>,
 }
 
-fn load(folder: &Path) -> Result<Dataset, DataError> {
-    let (mut train, published) = read_split(folder, Split::Train)?;
-    let (mut test, _) = read_split(folder, Split::Test)?;
+impl<'a> Files<'a> {
+    /// The sets of a folder of which any file is there. The path of a file of EMNIST's stands for its set.
+    fn all(path: &'a Path) -> Result<Vec<Self>, DataError> {
+        let folder = match path.parent() {
+            Some(folder) if folder.as_os_str().is_empty() => Path::new("."),
+            Some(folder) => folder,
+            None => path,
+        };
+        let name = path.file_name().unwrap_or_default();
+        let emnist = EMNIST.map(Some);
+        let of_file = emnist.map(|emnist| Files { folder, emnist }).into_iter().find(|files| files.has_name(name));
+        if let Some(files) = of_file
+            && is_there(path)?
+        {
+            return Ok(vec![files]);
+        }
+        let mut found = Vec::new();
+        for emnist in std::iter::once(None).chain(emnist) {
+            let files = Files { folder: path, emnist };
+            if files.any()? {
+                found.push(files);
+            }
+        }
+        Ok(found)
+    }
+
+    /// The only set.
+    fn at(path: &'a Path) -> Result<Self, DataError> {
+        let found = Self::all(path)?;
+        if let [first, second, ..] = found[..] {
+            let (first, second) = (first.set(), second.set());
+            return Err(DataError::SeveralIdx { path: path.into(), first, second });
+        }
+        Ok(found.into_iter().next().unwrap_or(Files { folder: path, emnist: None }))
+    }
+
+    fn set(self) -> &'static str {
+        self.emnist.unwrap_or("MNIST")
+    }
+
+    /// The name of the data set, unless its labels say it: EMNIST's, or the folder's, or that of the folder above
+    /// `raw`, where torchvision puts files.
+    fn name(self) -> String {
+        let folder =
+            if self.folder.ends_with("raw") { self.folder.parent().unwrap_or(self.folder) } else { self.folder };
+        let of_folder = || folder.file_name().map_or_else(|| "idx".into(), |name| name.to_string_lossy().into_owned());
+        self.emnist.map_or_else(of_folder, String::from)
+    }
+
+    /// What the names of the files of a split begin with.
+    fn prefix(self, split: Split) -> String {
+        match (self.emnist, split) {
+            (None, Split::Train) => "train".into(),
+            (None, Split::Test) => "t10k".into(),
+            (Some(emnist), split) => format!("{emnist}-{split}"),
+        }
+    }
+
+    /// The names that a file may have.
+    fn names<const D: usize>(self, split: Split, content: Content<D>) -> [String; 4] {
+        let start = format!("{}-{}", self.prefix(split), content.word);
+        [("-", ""), (".", ""), ("-", ".gz"), (".", ".gz")]
+            .map(|(separator, suffix)| format!("{start}{separator}idx{D}-ubyte{suffix}"))
+    }
+
+    fn has_name(self, name: &OsStr) -> bool {
+        let is_one = |names: [String; 4]| names.iter().any(|other| name == other.as_str());
+        [Split::Train, Split::Test]
+            .into_iter()
+            .any(|split| is_one(self.names(split, IMAGES)) || is_one(self.names(split, LABELS)))
+    }
+
+    /// The path of the file, under any of its names.
+    fn find<const D: usize>(self, split: Split, content: Content<D>) -> Result<Option<PathBuf>, DataError> {
+        for name in self.names(split, content) {
+            let path = self.folder.join(name);
+            if is_there(&path)? {
+                return Ok(Some(path));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether any of the files is there.
+    fn any(self) -> Result<bool, DataError> {
+        for split in [Split::Train, Split::Test] {
+            if self.find(split, IMAGES)?.is_some() || self.find(split, LABELS)?.is_some() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
+fn holds(path: &Path) -> Result<bool, DataError> {
+    Ok(!Files::all(path)?.is_empty())
+}
+
+fn load(path: &Path) -> Result<Dataset, DataError> {
+    let files = Files::at(path)?;
+    let (mut train, published) = read_split(files, Split::Train)?;
+    let (mut test, _) = read_split(files, Split::Test)?;
     if test.shape != train.shape {
-        return Err(DataError::ShapeMismatch { path: folder.into(), train: train.shape, test: test.shape });
+        return Err(DataError::ShapeMismatch { path: path.into(), train: train.shape, test: test.shape });
     }
     train.classes = train.classes.max(test.classes);
     test.classes = train.classes;
@@ -83,26 +191,27 @@ fn load(folder: &Path) -> Result<Dataset, DataError> {
         Some(published) => published.describe(),
         None => {
             let (mean, std) = mean_and_std(&train.pixels, train.shape.channels);
-            (folder_name(folder), mean, std, StatisticsSource::TrainImages)
+            (files.name(), mean, std, StatisticsSource::TrainImages)
         }
     };
     Ok(Dataset { name, train, test, mean, std, statistics })
 }
 
-fn load_split(folder: &Path, split: Split) -> Result<SplitImages, DataError> {
-    let (images, published) = read_split(folder, split)?;
+fn load_split(path: &Path, split: Split) -> Result<SplitImages, DataError> {
+    let files = Files::at(path)?;
+    let (images, published) = read_split(files, split)?;
     let (name, mean, std, statistics) = match published {
         Some(published) => published.describe(),
         // A network is trained with the statistics of the training images. Those of the test images would be others.
-        None if split == Split::Test && find(folder, Split::Train, IMAGES)?.is_none() => {
-            (folder_name(folder), Vec::new(), Vec::new(), StatisticsSource::Unknown)
+        None if split == Split::Test && files.find(Split::Train, IMAGES)?.is_none() => {
+            (files.name(), Vec::new(), Vec::new(), StatisticsSource::Unknown)
         }
         None => {
             let (mean, std) = match split {
                 Split::Train => mean_and_std(&images.pixels, 1),
-                Split::Test => mean_and_std(&IdxFile::open(folder, Split::Train, IMAGES)?.values()?, 1),
+                Split::Test => mean_and_std(&IdxFile::open(files, Split::Train, IMAGES)?.values()?, 1),
             };
-            (folder_name(folder), mean, std, StatisticsSource::TrainImages)
+            (files.name(), mean, std, StatisticsSource::TrainImages)
         }
     };
     Ok(SplitImages { name, images, mean, std, statistics })
@@ -123,18 +232,12 @@ impl Published {
     }
 }
 
-/// The name of a set that is not known: its folder's, or that of the folder above `raw`, where torchvision puts files.
-fn folder_name(folder: &Path) -> String {
-    let folder = if folder.ends_with("raw") { folder.parent().unwrap_or(folder) } else { folder };
-    folder.file_name().map_or_else(|| "idx".into(), |name| name.to_string_lossy().into_owned())
-}
-
 /// Reads images and labels of one split, and finds the published data set that they belong to. Both headers are
 /// compared before anything is read that they announce.
-fn read_split(folder: &Path, split: Split) -> Result<(Images, Option<&'static Published>), DataError> {
-    let label_file = IdxFile::open(folder, split, LABELS)?;
-    let image_file = IdxFile::open(folder, split, IMAGES)?;
-    let ([labels], [count, height, width]) = (label_file.sizes, image_file.sizes);
+fn read_split(files: Files<'_>, split: Split) -> Result<(Images, Option<&'static Published>), DataError> {
+    let label_file = IdxFile::open(files, split, LABELS)?;
+    let image_file = IdxFile::open(files, split, IMAGES)?;
+    let ([labels], [count, rows, columns]) = (label_file.sizes, image_file.sizes);
     if count != labels {
         let (path, labels_path) = (image_file.path, label_file.path);
         return Err(DataError::Count { path, images: count, labels, labels_path });
@@ -142,29 +245,47 @@ fn read_split(folder: &Path, split: Split) -> Result<(Images, Option<&'static Pu
 
     let path = label_file.path.clone();
     let labels: Vec<u32> = label_file.values()?.into_iter().map(u32::from).collect();
-    let published = Published::of(&labels, split);
+    let published = if files.emnist.is_none() { Published::of(&labels, split) } else { None };
     let classes = match published {
         Some(_) => PUBLISHED_CLASSES,
-        None => count_classes(folder, split, &path, &labels)?,
+        None => count_classes(files, split, &path, &labels)?,
     };
     if let Some(index) = labels.iter().position(|&label| label as usize >= classes) {
         return Err(DataError::Label { path, index, label: labels[index].into(), classes });
     }
-    let shape = ImageShape { height, width, channels: 1 };
-    Ok((Images { pixels: image_file.values()?, labels, shape, classes }, published))
+    let mut pixels = image_file.values()?;
+    let mut shape = ImageShape { height: rows, width: columns, channels: 1 };
+    if files.emnist.is_some() {
+        transpose(&mut pixels, rows, columns);
+        shape = ImageShape { height: columns, width: rows, channels: 1 };
+    }
+    Ok((Images { pixels, labels, shape, classes }, published))
+}
+
+/// Exchanges rows and columns of every image.
+fn transpose(pixels: &mut [u8], rows: usize, columns: usize) {
+    let mut stored = vec![0; rows * columns];
+    for image in pixels.chunks_exact_mut(rows * columns) {
+        stored.copy_from_slice(image);
+        for (row, values) in stored.chunks_exact(columns).enumerate() {
+            for (column, &value) in values.iter().enumerate() {
+                image[column * rows + row] = value;
+            }
+        }
+    }
 }
 
 /// The number of classes up to the largest label of both splits. The labels of the other split need not be there.
-fn count_classes(folder: &Path, split: Split, path: &Path, labels: &[u32]) -> Result<usize, DataError> {
+fn count_classes(files: Files<'_>, split: Split, path: &Path, labels: &[u32]) -> Result<usize, DataError> {
     let other = match split {
         Split::Train => Split::Test,
         Split::Test => Split::Train,
     };
     let mut present = [false; 256];
     labels.iter().for_each(|&label| present[label as usize] = true);
-    if find(folder, other, LABELS)?.is_some() {
+    if files.find(other, LABELS)?.is_some() {
         let mark = |part: &[u8]| part.iter().for_each(|&label| present[usize::from(label)] = true);
-        IdxFile::open(folder, other, LABELS)?.read(mark)?;
+        IdxFile::open(files, other, LABELS)?.read(mark)?;
     }
     let different = present.iter().filter(|&&present| present).count();
     let classes = present.iter().rposition(|&present| present).map_or(0, |largest| largest + 1);
@@ -177,25 +298,6 @@ fn count_classes(folder: &Path, split: Split, path: &Path, labels: &[u32]) -> Re
         }
         _ => Ok(classes),
     }
-}
-
-/// The prefix of the file names of a split.
-fn prefix(split: Split) -> &'static str {
-    match split {
-        Split::Train => "train",
-        Split::Test => "t10k",
-    }
-}
-
-/// The path of the file, under any of its names.
-fn find<const D: usize>(folder: &Path, split: Split, content: Content<D>) -> Result<Option<PathBuf>, DataError> {
-    for (separator, suffix) in [("-", ""), (".", ""), ("-", ".gz"), (".", ".gz")] {
-        let path = folder.join(format!("{}-{}{separator}idx{D}-ubyte{suffix}", prefix(split), content.word));
-        if is_there(&path)? {
-            return Ok(Some(path));
-        }
-    }
-    Ok(None)
 }
 
 /// A file whose header was read, and whose values were not.
@@ -214,10 +316,10 @@ struct IdxFile<const D: usize> {
 impl<const D: usize> IdxFile<D> {
     const HEADER: u64 = 4 + 4 * D as u64;
 
-    fn open(folder: &Path, split: Split, content: Content<D>) -> Result<Self, DataError> {
-        let Some(path) = find(folder, split, content)? else {
-            let file = format!("{}-{}-idx{D}-ubyte[.gz]", prefix(split), content.word);
-            return Err(DataError::MissingFile { folder: folder.into(), file, split });
+    fn open(files: Files<'_>, split: Split, content: Content<D>) -> Result<Self, DataError> {
+        let Some(path) = files.find(split, content)? else {
+            let file = format!("{}-{}-idx{D}-ubyte[.gz]", files.prefix(split), content.word);
+            return Err(DataError::MissingFile { folder: files.folder.into(), file, split });
         };
         let (file, file_bytes) = open(&path)?;
         let mut file = BufReader::new(file);

@@ -437,6 +437,9 @@ pub const FORMATS: &[Format] = &[
 /// - IDX: `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte`, `t10k-labels-idx1-ubyte`,
 ///   also written `train-images.idx3-ubyte`, each with or without `.gz` (the first bytes of a file decide whether it is
 ///   unpacked). The largest label of both splits decides how many classes there are.
+/// - EMNIST's IDX files: `emnist-letters-train-images-idx3-ubyte` and so on, and those of `balanced`, `byclass`,
+///   `bymerge`, `digits` and `mnist`. They store every image with rows and columns exchanged, and are read upright. In
+///   a folder with several sets the path of a file names one.
 /// - Arrays of NumPy: `train_images.npy`, `train_labels.npy`, `test_images.npy`, `test_labels.npy`. The images are
 ///   unsigned bytes, samples × rows × columns or with up to four channels behind; the labels are integers, and decide
 ///   how many classes there are as in IDX files.
@@ -444,8 +447,9 @@ pub const FORMATS: &[Format] = &[
 ///   have one size, or [`load_sized`] gives them one. Grey pictures become coloured ones, and transparency is dropped.
 ///
 /// The files may also lie in the sub-folder that their archives unpack to (`cifar-10-batches-bin`, `cifar-100-binary`,
-/// `cifar-10-batches-py`, `cifar-100-python`) or that torchvision puts them in (`MNIST/raw`, `FashionMNIST/raw`,
-/// `KMNIST/raw`), if there is only one of them. An archive beside the folder that it unpacks to is passed over.
+/// `cifar-10-batches-py`, `cifar-100-python`, `gzip`) or that torchvision puts them in (`MNIST/raw`,
+/// `FashionMNIST/raw`, `KMNIST/raw`, `EMNIST/raw`), if there is only one of them. An archive beside the folder that it
+/// unpacks to is passed over.
 ///
 /// Mean and standard deviation are the published ones for both CIFARs and for MNIST and Fashion-MNIST, which are told
 /// apart by their first labels, since their files have the same names. For other sets they are computed from the
