@@ -10,7 +10,7 @@ use std::error::Error;
 use std::fs;
 use std::path::Path;
 
-use files::{gzip, mat, mat_variable, npy, pickled_batch, pickled_images, pixel, png, svhn, tar};
+use files::{PICTURES, gzip, mat, mat_variable, npy, pickled_batch, pickled_images, picture, pixel, png, svhn, tar};
 use polder::data::{
     Corrupted, DataError, Dataset, ImageShape, Split, StatisticsSource, load, load_sized, load_split, load_split_sized,
 };
@@ -750,6 +750,22 @@ fn pictures_of_several_kinds_are_read() -> TestResult {
     assert!(jpeg.iter().zip([200, 100, 50].repeat(256)).all(|(&found, expected)| found.abs_diff(expected) < 4));
     let others = [[200, 100, 50].repeat(256), vec![77; 768], [1, 2, 3].repeat(256)].concat();
     assert_eq!(images.pixels[768..], others);
+    Ok(())
+}
+
+/// Other programs' JPEG, baseline and progressive, and WebP, lossy and lossless.
+#[test]
+fn pictures_of_other_programs_are_read() -> TestResult {
+    for name in PICTURES {
+        let folder = folder_of(&[(&format!("train/a/{name}"), picture(name))])?;
+        let images = load_split(folder.path(), Split::Train)?.images;
+        assert_eq!(images.shape, ImageShape { height: 5, width: 6, channels: 3 });
+        let most = if name == "lossless.webp" { 0 } else { 12 };
+        for (index, &found) in images.pixels.iter().enumerate() {
+            let expected = (40 * (index % 3) + 20 * (index / 18) + 10 * (index / 3 % 6)) as u8;
+            assert!(found.abs_diff(expected) <= most, "{name}, {index}: {found} instead of {expected}");
+        }
+    }
     Ok(())
 }
 

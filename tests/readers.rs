@@ -10,8 +10,8 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use bodies::{TARGETS, gzip, layouts};
-use polder::data::{DataError, load};
+use bodies::{TARGETS, gzip, layouts, picture_of, png};
+use polder::data::{DataError, load, load_sized};
 use polder::report::report;
 use polder::train::landscape::{Heights, Landscape};
 use polder::train::{Checkpoint, CurvatureFile, Options, TrainError, checksum, weights};
@@ -221,7 +221,7 @@ fn damaged_corrupted_images() {
 
 #[test]
 fn damaged_pictures() {
-    run("picture", 3_000);
+    run("picture", 4_000);
 }
 
 #[test]
@@ -370,6 +370,42 @@ fn no_more_is_read_than_headers_promise() {
     // The labels of the test images are compared with those images, too.
     sparse(&folder.path().join("t10k-labels-idx1-ubyte"), &header(&[1 << 30]), (1 << 30) + 8);
     assert!(matches!(refused(), DataError::Count { images: 2, labels: 0x4000_0000, .. }));
+}
+
+/// A header of any size is refused before memory is taken for its pixels.
+#[test]
+fn no_memory_is_taken_for_the_pixels_that_a_picture_claims() {
+    let jpeg = |side: u16| {
+        let mut bytes = picture_of("baseline.jpg");
+        let frame = bytes.windows(2).position(|marker| marker == [0xff, 0xc0]).unwrap();
+        for at in [frame + 5, frame + 7] {
+            bytes[at..at + 2].copy_from_slice(&side.to_be_bytes());
+        }
+        bytes
+    };
+    let webp = |side: u16| {
+        let mut bytes = picture_of("lossy.webp");
+        for at in [26, 28] {
+            bytes[at..at + 2].copy_from_slice(&side.to_le_bytes());
+        }
+        bytes
+    };
+    let (width, height) = (100_000, 100_000);
+    for claiming in [png(width, height, &[]), jpeg(65_000), jpeg(16_000), webp(16_383)] {
+        let folder = scratch();
+        for (name, bytes) in [("train/a/1.png", &claiming), ("test/a/1.png", &png(1, 1, &[1, 2, 3]))] {
+            let path = folder.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, bytes).unwrap();
+        }
+        for size in [None, Some(8)] {
+            let error = measured(1 << 16, || load_sized(folder.path(), size)).unwrap_err();
+            assert!(matches!(&error, DataError::Picture { .. }), "{error}");
+            let line = error.to_string();
+            println!("{line}");
+            assert!(line.contains("train/a/1.png: ") && !line.contains(char::is_control), "{line}");
+        }
+    }
 }
 
 /// What a pickle names many times, or encodes many times, is not there many times.

@@ -1,6 +1,7 @@
-//! Small files of data sets, written byte by byte.
+//! Small files of data sets, written byte by byte, and pictures that Pillow has written.
 
 use std::io::Write;
+use std::path::Path;
 
 use flate2::Compression;
 use flate2::write::{GzEncoder, ZlibEncoder};
@@ -134,4 +135,15 @@ pub fn png(width: u32, height: u32, pixels: &[u8]) -> Vec<u8> {
     let rows: Vec<u8> = pixels.chunks(3 * width as usize).flat_map(|row| [&[0], row].concat()).collect();
     let start = b"\x89PNG\r\n\x1a\n".to_vec();
     [start, chunk(b"IHDR", &header), chunk(b"IDAT", &zlib(&rows)), chunk(b"IEND", &[])].concat()
+}
+
+/// The pictures of 6x5 pixels in `fixtures/formats/`.
+pub const PICTURES: [&str; 4] = ["baseline.jpg", "progressive.jpg", "lossy.webp", "lossless.webp"];
+
+/// One of [`PICTURES`].
+pub fn picture(name: &str) -> Vec<u8> {
+    // The fuzz targets are a crate of their own, in a folder of the repository.
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let repository = if root.join("tests").is_dir() { root } else { root.parent().unwrap_or(root) };
+    std::fs::read(repository.join("tests/fixtures/formats").join(name)).expect("a file of the repository")
 }
