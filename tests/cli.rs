@@ -417,6 +417,63 @@ fn every_mistake_is_one_clear_line() {
     says(&[&eval[..], &[&path("short.safetensors")]].concat(), &["short.safetensors"]);
 }
 
+/// Averages of weights, SAM-ON, the methods with options of their own, and rates by layer.
+#[test]
+fn mistakes_in_averages_methods_and_rates_are_one_clear_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = idx_folder(folder.path());
+    let train = ["train", "--data", data.to_str().unwrap(), "--batch-size", "16", "--epochs", "2", "--device", "cpu"];
+    let sampa = |more: &[&'static str]| [&["--optimizer", "sampa"], more].concat();
+    let sassha = |more: &[&'static str]| [&["--optimizer", "sassha"], more].concat();
+    for (arguments, expected) in [
+        (vec!["--ema", "1"], "--ema: 1, expected a number from 0 to below 1"),
+        (vec!["--ema", "-0.5"], "--ema: -0.5, expected a number from 0 to below 1"),
+        (vec!["--ema", "nan"], "--ema: NaN, expected a number from 0 to below 1"),
+        (vec!["--ema", "often"], "invalid value 'often' for '--ema <DECAY>': a number"),
+        (vec!["--swa", "-1"], "--swa: -1, expected a finite number, 0 or more"),
+        (vec!["--swa", "inf"], "--swa: inf, expected a finite number, 0 or more"),
+        (vec!["--swa", "2"], "--swa: 2, but no whole epoch ends after that: the run has 2"),
+        (vec!["--swa-anneal", "2"], "--swa-anneal: has no meaning without --swa-lr"),
+        (vec!["--swa", "0.5", "--swa-anneal", "2"], "--swa-anneal: has no meaning without --swa-lr"),
+        (
+            vec!["--swa", "0.5", "--swa-lr", "0.1", "--swa-anneal", "-1"],
+            "invalid value '-1' for '--swa-anneal <EPOCHS>': a whole number",
+        ),
+        (vec!["--swa", "0.5", "--swa-lr", "0"], "--swa-lr: 0, expected a finite number above 0"),
+        (vec!["--perturb", "bias"], "invalid value 'bias' for '--perturb <KIND>' [possible values: all, norm]"),
+        (vec!["--perturb", "norm", "--optimizer", "asam"], "--perturb: has no meaning for --optimizer asam"),
+        (vec!["--perturb", "norm", "--p-norm", "inf"], "--perturb: `norm` needs --p-norm 2"),
+        (vec!["--perturb", "norm", "--second-order"], "--perturb: `norm` needs --p-norm 2"),
+        (vec!["--perturb", "norm", "--ascent-steps", "2"], "--perturb: `norm` needs --p-norm 2"),
+        (vec!["--perturb", "norm", "--freeze", "*bn*"], "--perturb: `norm`, but the network has no"),
+        (sampa(&["--lambda", "1.5"]), "--lambda: 1.5, expected a number from 0 to 1"),
+        (sampa(&["--lambda", "-0.1"]), "--lambda: -0.1, expected a number from 0 to 1"),
+        (vec!["--lambda", "0.2"], "--lambda: has no meaning for --optimizer sam"),
+        (sassha(&["--every", "0"]), "--every: 0, expected at least 1"),
+        (sassha(&["--every", "1.5"]), "invalid value '1.5' for '--every <K>': a whole number"),
+        (sassha(&["--m-sharpness", "4"]), "--m-sharpness: has no meaning for --optimizer sassha"),
+        (sampa(&["--micro-batch", "8"]), "--micro-batch: has no meaning for --optimizer sampa: it keeps whole batches"),
+        (sampa(&["--m-sharpness", "8"]), "--m-sharpness: has no meaning for --optimizer sampa"),
+        (sampa(&["--layer-rate", "fc.*=0.1"]), "--layer-rate: --optimizer sampa needs one rate for all weights"),
+        (sampa(&["--layer-decay", "0.5"]), "--layer-decay: --optimizer sampa needs one rate for all weights"),
+        (vec!["--layer-rate", "fc.*"], "--layer-rate: fc.*, expected PATTERN=FACTOR"),
+        (
+            vec!["--layer-rate", "fc.*=-1"],
+            "--layer-rate: fc.*=-1, expected PATTERN=FACTOR with a finite number, 0 or more",
+        ),
+        (vec!["--layer-rate", "head.*=0.1"], "--layer-rate: `head.*` matches no tensor of the model"),
+        (vec!["--layer-decay", "1.5"], "--layer-decay: 1.5, expected a number above 0, at most 1"),
+    ] {
+        let message = mistake(&[&train[..], &arguments].concat());
+        assert!(message.contains(expected), "{expected}: {message}");
+    }
+    // Of the generated images, because those above are too small.
+    for model in ["vit-ti-4-droppath", "pyramidnet-110-shakedrop"] {
+        let message = mistake(&["train", "--optimizer", "sampa", "--model", model, "--batch-size", "2"]);
+        assert!(message.contains("--model: has stochastic depth or ShakeDrop"), "{message}");
+    }
+}
+
 #[test]
 fn the_best_epoch_on_held_out_images_is_evaluated() {
     let folder = tempfile::tempdir().unwrap();

@@ -111,6 +111,12 @@ impl Graph {
         self.shapes[value.0]
     }
 
+    /// Whether it has branches with [stochastic depth](Self::drop_path) or [ShakeDrop](Self::shake_drop), whose factors
+    /// are drawn for each mini-batch.
+    pub fn has_random_factors(&self) -> bool {
+        !self.factors.is_empty()
+    }
+
     /// Where each parameter that is not frozen lies in the arenas of weights and gradients.
     pub fn parameters(&self) -> Layout {
         Layout::new(self.parameters_where(false).cloned().collect())

@@ -735,6 +735,8 @@ impl RunSettings {
         };
         let loss_error = self.run.precision.loss_error();
         method.prepare(&Context { layout, seed: self.run.seed, loss_error });
+        // Now it knows the network, too.
+        method.check_combination()?;
         let decay_len = if self.optimizer.no_decay_norm { layout.weights_len() } else { layout.len() };
         let (clip, matrices) = (self.optimizer.clip, layout.hidden_matrices());
         Ok(optim::Settings { method, base, weight_decay, decay_len, clip, matrices })

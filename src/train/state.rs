@@ -79,6 +79,11 @@ impl<S: Compute<Master = f32>> State<S> {
         let model = network(shape, train.classes).map_err(TrainError::plan(data))?.0.parameters();
         tuning::check_frozen(frozen, &model)?;
         let (graph, logits) = tuning::frozen(network, frozen)(shape, train.classes).map_err(TrainError::plan(data))?;
+        if method.keeps_batch() && graph.has_random_factors() {
+            let reason = "has stochastic depth or ShakeDrop, and the method takes the mini-batch of the step before, \
+                          whose factors are not kept";
+            return Err(TrainError::setting("model", reason));
+        }
         let mut plan = Plan::<S>::new(device, graph, logits, options).map_err(TrainError::plan(data))?;
         let (layout, seed) = (plan.parameters().clone(), settings.run.seed);
         let part = BatchShape { batch: part, height, width, channels };
