@@ -1731,7 +1731,7 @@ fn corrupted_images_are_evaluated_by_corruption_and_severity() {
     assert!(polder(&[&train[..], &["--out", &run]].concat()).status.success());
 
     // Six images; the severities have other labels, so that none is taken for another.
-    let images = polder::data::synthetic(&Default::default()).unwrap().test.pixels[..6 * 3072].to_vec();
+    let images = polder::data::synthetic(&Default::default()).unwrap().test.bytes_of(0..6).unwrap().into_owned();
     let pixels: Vec<u8> = (1..=5u8).flat_map(|severity| images.iter().map(move |&value| value / severity)).collect();
     let labels: Vec<u8> = (0..30u8).map(|index| (index * 7 + index / 6) % 10).collect();
     let corrupted = path("corrupted");
@@ -1809,7 +1809,7 @@ fn corrupted_images_are_written_as_they_are_read() {
     for (split, images) in [("train", &found.train), ("test", &found.test)] {
         let labels: Vec<u8> = images.labels[..6].iter().map(|&label| label as u8).collect();
         let file = |kind: &str| Path::new(&data).join(format!("{split}_{kind}.npy"));
-        write_bytes(&file("images"), &[6, 32, 32, 3], &images.pixels[..6 * 3072]);
+        write_bytes(&file("images"), &[6, 32, 32, 3], &images.bytes_of(0..6).unwrap());
         write_bytes(&file("labels"), &[6], &labels);
     }
     let corrupt = ["corrupt", "--data", &data, "--seed", "4"];
@@ -1827,7 +1827,7 @@ fn corrupted_images_are_written_as_they_are_read() {
     let some = ["--corruptions", "fog,contrast", "--samples", "2", "--threads", "1", "--out", &part];
     assert!(polder(&[&corrupt[..], &some].concat()).status.success());
     let part = polder::data::Corrupted::open(Path::new(&part)).unwrap();
-    assert_eq!(part.read("fog", 5).unwrap().images.pixels, fog.pixels[..2 * 3072]);
+    assert_eq!(part.read("fog", 5).unwrap().images.pixels, fog.bytes_of(0..2).unwrap().into_owned().into());
     for (arguments, words) in [
         (&["corrupt", "--data", &data, "--out", &out][..], "is not empty"),
         (&["corrupt", "--data", &data, "--corruptions", "frost", "--out", &path("new")], "--corruptions: frost"),
@@ -1881,7 +1881,29 @@ fn pictures_of_any_size_are_trained_on_and_evaluated() {
     // The size is the run's.
     let found = json(&polder(&["eval", "--run", run, "--device", "cpu", "--json"]));
     assert_eq!((&found["samples"], &found["loss"]), (&4.into(), &trained["test"]["loss"]));
-    json(&polder(&["train", "--resume", run, "--epochs", "5", "--device", "cpu", "--json"]));
+    // Nothing depends on whether the pictures are in memory, and a run may go on either way.
+    let streamed = folder.path().join("streamed");
+    let train = [&train[..train.len() - 1], &[streamed.to_str().unwrap(), "--image-size", "8"]].concat();
+    let found = json(&polder(&[&train[..], &["--image-memory", "0"]].concat()));
+    assert_eq!(found["test"], trained["test"]);
+    let both = |command: &[&str]| {
+        let run = ["--run", run, "--device", "cpu", "--json", "--image-memory"];
+        ["1", "0"].map(|memory| json(&polder(&[command, &run, &[memory]].concat())))
+    };
+    for command in [&["eval"][..], &["eval", "--split", "train", "--samples", "9"], &["curvature", "--samples", "6"]] {
+        let [memory, files] = both(command);
+        assert_eq!(memory, files, "{command:?}");
+    }
+    let landscape = folder.path().join("landscape");
+    let points = ["landscape", "--samples", "6", "--points", "3", "--out", landscape.to_str().unwrap()];
+    let [memory, files] = both(&points);
+    assert_eq!(memory, files, "the second one goes on with the points of the first");
+    let resumed = ["train", "--resume", run, "--epochs", "5", "--device", "cpu", "--json", "--image-memory", "0"];
+    json(&polder(&resumed));
+    let damaged = Path::new(data).join("val/dark/3.png");
+    std::fs::write(&damaged, "none").unwrap();
+    let message = mistake(&["eval", "--run", run, "--device", "cpu", "--image-memory", "0"]);
+    assert!(message.contains("3.png: not a picture that can be read"), "{message}");
     let message = mistake(&["eval", "--run", run, "--device", "cpu", "--data", "synthetic", "--image-size", "8"]);
     assert!(
         message.contains("synthetic has images of one size; --image-size is for folders of pictures alone"),

@@ -12,11 +12,22 @@ use std::path::Path;
 
 use files::{PICTURES, gzip, mat, mat_variable, npy, pickled_batch, pickled_images, picture, pixel, png, svhn, tar};
 use polder::data::{
-    Corrupted, DataError, Dataset, ImageShape, Split, StatisticsSource, load, load_sized, load_split, load_split_sized,
+    Corrupted, DataError, Dataset, ImageShape, Images, LoadOptions, Split, StatisticsSource, load, load_split,
+    load_split_with, load_with,
 };
 use tempfile::TempDir;
 
 type TestResult = Result<(), Box<dyn Error>>;
+
+/// The pixels of images in memory.
+fn bytes(images: &Images) -> &[u8] {
+    images.pixels.memory().expect("no folder of pictures that is too large")
+}
+
+/// A data set whose pictures are resized.
+fn load_sized(path: &Path, image_size: Option<usize>) -> Result<Dataset, DataError> {
+    load_with(path, &LoadOptions { image_size, ..LoadOptions::default() }, &mut |_, _| true)
+}
 
 /// The error of reading a path, as its one line, with the folder's own path replaced by `DIR`.
 fn error_line(folder: &Path, path: &Path) -> String {
@@ -70,7 +81,7 @@ fn check_cifar10(data: &Dataset) {
     assert_eq!((data.name.as_str(), data.statistics), ("cifar-10", StatisticsSource::Published));
     assert_eq!((data.mean[0], data.std[0], data.train.classes), (0.4914, 0.2470, 10));
     assert_eq!((&data.train.labels[..], &data.test.labels[..]), (&[6, 9, 0, 4][..], &[3, 8][..]));
-    for (image, first) in data.train.pixels.chunks(3072).zip([0, 3072, 6144, 0]) {
+    for (image, first) in bytes(&data.train).chunks(3072).zip([0, 3072, 6144, 0]) {
         check_planes(image, first, false);
     }
     data.check().expect("what was read is consistent");
@@ -100,8 +111,8 @@ fn pickles_of_every_protocol_are_read() -> TestResult {
         let batch = fixture(&format!("batch.{protocol}.pickle"))?;
         let folder = folder_of(&[("data_batch_1", batch.clone()), ("test_batch", batch)])?;
         let data = load(folder.path())?;
-        assert_eq!((data.train.labels, data.test.labels), (vec![7], vec![7]), "protocol {protocol}");
-        check_planes(&data.train.pixels, 0, false);
+        assert_eq!((data.train.labels.clone(), data.test.labels.clone()), (vec![7], vec![7]), "protocol {protocol}");
+        check_planes(bytes(&data.train), 0, false);
     }
     Ok(())
 }
@@ -328,8 +339,8 @@ fn archives_of_every_version_are_read() -> TestResult {
     ] {
         let folder = folder_of(&[(name, gzip(&archive(&files)))])?;
         let data = load(folder.path())?;
-        assert_eq!((data.train.labels, data.test.labels), (vec![train], vec![test]), "{name}");
-        check_planes(&data.test.pixels, 0, false);
+        assert_eq!((data.train.labels.clone(), data.test.labels.clone()), (vec![train], vec![test]), "{name}");
+        check_planes(bytes(&data.test), 0, false);
     }
     // From Python's tarfile, with its extended headers.
     let folder = folder_of(&[("cifar-10-python.tar.gz", fixture("cifar-10-python.tar.gz")?)])?;
@@ -404,7 +415,7 @@ fn svhn_is_read() -> TestResult {
     assert_eq!((data.name.as_str(), data.statistics), ("svhn", StatisticsSource::TrainImages));
     assert_eq!((&data.train.labels[..], &data.test.labels[..], data.train.classes), (&[0, 3, 1][..], &[9, 0][..], 10));
     assert_eq!(data.train.shape, ImageShape { height: 32, width: 32, channels: 3 });
-    for (index, image) in data.train.pixels.chunks(3072).enumerate() {
+    for (index, image) in bytes(&data.train).chunks(3072).enumerate() {
         check_planes(image, 3072 * index, true);
     }
     let test = load_split(folder.path(), Split::Test)?;
@@ -415,8 +426,8 @@ fn svhn_is_read() -> TestResult {
     assert_eq!(load(folder.path())?.train.labels, [0, 3, 1]);
     let extra = folder.path().join("extra_32x32.mat");
     let data = load(&extra)?;
-    assert_eq!((data.train.labels, data.test.labels), (vec![0, 3, 1, 7], vec![9, 0]));
-    check_planes(&data.train.pixels[3 * 3072..], 0, true);
+    assert_eq!((data.train.labels.clone(), data.test.labels.clone()), (vec![0, 3, 1, 7], vec![9, 0]));
+    check_planes(&bytes(&data.train)[3 * 3072..], 0, true);
 
     fs::remove_file(folder.path().join("train_32x32.mat"))?;
     assert_eq!(load_split(folder.path(), Split::Test)?.statistics, StatisticsSource::Unknown);
@@ -431,7 +442,7 @@ fn matlab_files_from_scipy_are_read() -> TestResult {
         let data = load(folder.path())?;
         assert_eq!(data.train.labels, [0, 3], "{name}");
         // The generator's array is images x channels x columns x rows, so each plane lies by columns.
-        for (index, image) in data.train.pixels.chunks(3072).enumerate() {
+        for (index, image) in bytes(&data.train).chunks(3072).enumerate() {
             check_planes(image, 3072 * index, true);
         }
     }
@@ -500,7 +511,7 @@ fn arrays_are_read() -> TestResult {
     let data = load(folder.path())?;
     assert_eq!(data.name, folder.path().file_name().unwrap_or_default().to_string_lossy());
     assert_eq!(data.train.shape, ImageShape { height: 5, width: 6, channels: 1 });
-    assert_eq!(data.train.pixels, (0..90).map(pixel).collect::<Vec<_>>());
+    assert_eq!(bytes(&data.train), (0..90).map(pixel).collect::<Vec<_>>());
     assert_eq!((&data.train.labels[..], &data.test.labels[..]), (&[2, 0, 1][..], &[1, 3][..]));
     assert_eq!((data.train.classes, data.test.classes), (4, 4), "the largest label of both splits is 3");
     let test = load_split(folder.path(), Split::Test)?;
@@ -511,8 +522,8 @@ fn arrays_are_read() -> TestResult {
     fs::write(folder.path().join("train_labels.npy"), fixture("labels.npy")?)?;
     let train = load_split(folder.path(), Split::Train)?;
     assert_eq!(train.images.shape, ImageShape { height: 4, width: 5, channels: 3 });
-    assert_eq!((train.images.labels, train.mean.len()), (vec![2, 0, 1], 3));
-    assert_eq!(train.images.pixels, (0..180).map(pixel).collect::<Vec<_>>());
+    assert_eq!((train.images.labels.clone(), train.mean.len()), (vec![2, 0, 1], 3));
+    assert_eq!(bytes(&train.images), (0..180).map(pixel).collect::<Vec<_>>());
     assert!(
         error_line(folder.path(), folder.path())
             .ends_with("test images are 5x6x1, expected 4x5x3, as the training images are")
@@ -639,7 +650,7 @@ fn corrupted_images_are_read_by_severity() -> TestResult {
         let found = corrupted.read("zoom_blur", severity)?;
         assert_eq!((found.name.as_str(), found.images.classes), ("cifar-10-c", 10));
         assert_eq!((&found.images.labels[..], found.mean[0]), (&[4, 9][..], 0.4914));
-        assert_eq!(found.images.pixels, pixels[(severity - 1) * 6144..severity * 6144]);
+        assert_eq!(*bytes(&found.images), pixels[(severity - 1) * 6144..severity * 6144]);
     }
     let line = |name: &str, severity| match corrupted.read(name, severity) {
         Ok(_) => panic!("{name} was read"),
@@ -684,8 +695,8 @@ fn pictures_are_read_by_class() -> TestResult {
     assert_eq!((&data.train.labels[..], &data.test.labels[..]), (&[0, 1, 1][..], &[1, 2][..]));
     assert_eq!((data.train.classes, data.test.classes), (3, 3), "the classes of both splits");
     let expected = [[4, 5, 6].repeat(20), gradient, [1, 2, 3].repeat(20)].concat();
-    assert_eq!(data.train.pixels, expected);
-    assert_eq!(data.test.pixels, [[7, 8, 9].repeat(20), [250, 0, 9].repeat(20)].concat());
+    assert_eq!(bytes(&data.train), expected);
+    assert_eq!(bytes(&data.test), [[7, 8, 9].repeat(20), [250, 0, 9].repeat(20)].concat());
     let test = load_split(folder.path(), Split::Test)?;
     assert_eq!((test.images, test.mean, test.std), (data.test, data.mean, data.std));
 
@@ -713,11 +724,13 @@ fn pictures_are_cut_and_resized() -> TestResult {
     assert_eq!(line, says);
     let data = load_sized(folder.path(), Some(4))?;
     assert_eq!(data.train.shape, ImageShape { height: 4, width: 4, channels: 3 });
-    assert_eq!(data.train.pixels[..48], [9, 8, 7].repeat(16));
-    assert_eq!(data.train.pixels[48..], [[100; 6], [200; 6]].concat().repeat(4));
-    assert_eq!(data.test.pixels, [50, 60, 70].repeat(16));
+    assert_eq!(bytes(&data.train)[..48], [9, 8, 7].repeat(16));
+    assert_eq!(bytes(&data.train)[48..], [[100; 6], [200; 6]].concat().repeat(4));
+    assert_eq!(bytes(&data.test), [50, 60, 70].repeat(16));
     // Halves of the width, each the mean of what it covers, with a share of its neighbour.
-    let half = load_split_sized(folder.path(), Split::Train, Some(2))?.images.pixels;
+    let options = LoadOptions { image_size: Some(2), ..LoadOptions::default() };
+    let images = load_split_with(folder.path(), Split::Train, &options, &mut |_, _| true)?.images;
+    let half = bytes(&images);
     assert!((100..130).contains(&half[12]) && (170..=200).contains(&half[15]), "{half:?}");
 
     for size in [0, 20_000, usize::MAX] {
@@ -746,10 +759,10 @@ fn pictures_of_several_kinds_are_read() -> TestResult {
         picture.save(class.join(name))?;
     }
     let images = load_split(folder.path(), Split::Train)?.images;
-    let jpeg = &images.pixels[..768];
+    let jpeg = &bytes(&images)[..768];
     assert!(jpeg.iter().zip([200, 100, 50].repeat(256)).all(|(&found, expected)| found.abs_diff(expected) < 4));
     let others = [[200, 100, 50].repeat(256), vec![77; 768], [1, 2, 3].repeat(256)].concat();
-    assert_eq!(images.pixels[768..], others);
+    assert_eq!(bytes(&images)[768..], others);
     Ok(())
 }
 
@@ -814,14 +827,13 @@ fn every_format_of_the_published_cifar10_has_the_same_images() -> TestResult {
     let expected = load_split(&Path::new(&data).join("cifar-10"), Split::Test)?.images;
     let labels = expected.labels.iter().map(|&label| label as u8).collect::<Vec<_>>();
     let plane = |image: &[u8], channel: usize| image.iter().skip(channel).step_by(3).copied().collect::<Vec<_>>();
-    let planes: Vec<u8> = expected
-        .pixels
+    let planes: Vec<u8> = bytes(&expected)
         .chunks(3072)
         .flat_map(|image| [0, 1, 2].map(|channel| plane(image, channel)).concat())
         .collect();
     let pickle = pickled_images("labels", &labels, &planes);
     let packed = gzip(&tar(&[("cifar-10-batches-py/test_batch", &pickle)]));
-    let arrays = [npy("|u1", &[10_000, 32, 32, 3], &expected.pixels), npy("|u1", &[10_000], &labels)];
+    let arrays = [npy("|u1", &[10_000, 32, 32, 3], bytes(&expected)), npy("|u1", &[10_000], &labels)];
     let [images, truth] = arrays;
     for files in [
         vec![("test_batch", pickle)],

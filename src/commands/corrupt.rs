@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use polder::data::{CORRUPTIONS, Corruption, ImageShape, Images, SEVERITIES, Split};
+use polder::data::{CORRUPTIONS, Corruption, ImageShape, Images, LoadOptions, SEVERITIES, Split};
 use polder::device::HostOptions;
 use polder::settings;
 use polder::train::{TrainError, hold, open_split, write_npy};
@@ -49,7 +49,9 @@ pub fn run(args: &CorruptArgs) -> Result<ExitCode, Failure> {
     let CorruptSettings { data, split, samples, seed, threads } = args.images.settings()?;
     let data = data.ok_or_else(|| option("data", "missing; expected the folder of a data set"))?;
     let corruptions = chosen(&args.corruptions)?;
-    let found = open_split(&data, split, None)?;
+    // Every image is read for each corruption.
+    let options = LoadOptions { memory: Some(u64::MAX), without_statistics: true, ..LoadOptions::default() };
+    let found = open_split(&data, split, &options, &mut |_, _| true)?;
     let images = match samples {
         Some(count) => found.images.take(count).map_err(|error| option("samples", error))?,
         None => found.images,
@@ -123,7 +125,7 @@ fn all_severities(
     bar: &Bar,
 ) -> Result<Option<Vec<u8>>, TrainError> {
     let done = AtomicUsize::new(0);
-    let mut pixels = Vec::with_capacity(SEVERITIES * images.pixels.len());
+    let mut pixels = Vec::with_capacity(SEVERITIES * images.len() * images.shape.bytes());
     for severity in 1..=SEVERITIES {
         let found = std::thread::scope(|scope| {
             let work = scope.spawn(|| corruption.images(images, severity, (seed, threads), stop, &done));

@@ -111,8 +111,8 @@ fn run_corrupted(model: &ModelArgs, samples: Samples, name: &str, severities: &[
     if !model.has_data() {
         return Err(option("data", "missing; --corruption needs the folder of CIFAR-10-C or CIFAR-100-C").into());
     }
-    let subject = model.open_images(Split::Test, samples, true, |data, size| {
-        if size.is_some() {
+    let subject = model.open_images(Split::Test, samples, true, |data, options| {
+        if options.image_size.is_some() {
             return Err(option("image-size", "has no effect with --corruption: those images have one size"));
         }
         let corrupted = Corrupted::open(Path::new(data))?;

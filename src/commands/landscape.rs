@@ -120,7 +120,9 @@ pub fn run(args: &LandscapeArgs) -> Result<ExitCode, Failure> {
         (None, None) => return Err(model::missing("run").into()),
     };
     let usual = Samples::Usual { most: CurvatureMeter::usual_samples(&[]), bn };
-    let subject = args.model.open(split, samples.map_or(usual, Samples::First))?;
+    let mut subject = args.model.open(split, samples.map_or(usual, Samples::First))?;
+    // Every point is of all images.
+    subject.images = subject.images.into_memory().map_err(TrainError::from)?;
     let settings = settings(args, &grid, &subject)?;
     let held = hold(&out)?;
     let begun = Landscape::begun(&out, &settings)?;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use polder::data::{Images, Split, SplitImages, StatisticsSource};
+use polder::data::{Images, LoadOptions, Split, SplitImages, StatisticsSource};
 use polder::device::{Buffer, Device};
 use polder::kernels::image::Normalization;
 use polder::nn::Model;
@@ -15,7 +15,7 @@ use polder::train::{
 };
 
 use super::flags::{FlagList, Flags};
-use super::{counted, moved_images, option, tell};
+use super::{Bar, counted, moved_images, option, tell};
 
 settings! {
     /// Trained weights, and how to pass images through the network.
@@ -51,9 +51,10 @@ pub struct OfImages;
 
 impl OfImages {
     /// With what holds where they are not given, where this differs from a run.
-    const NAMES: [(&str, &str); 8] = [
+    const NAMES: [(&str, &str); 9] = [
         ("data", "the run's, or synthetic"),
         ("image-size", "the run's, if data is the run's, or that of the pictures"),
+        ("image-memory", ""),
         ("classes", "the run's, or those of the data set"),
         ("shortcut", "the run's, or the model's first"),
         ("mean", "the run's, or the data set's published values"),
@@ -154,7 +155,12 @@ impl ModelArgs {
 
     /// Opens everything. For the training images of a run, only those that it was trained on, with its labels.
     pub fn open(&self, split: Split, samples: Samples) -> Result<Subject, TrainError> {
-        self.open_images(split, samples, false, |data, size| train::open_split(data, split, size))
+        let bar = Bar::new();
+        let mut watch = |done, of| {
+            bar.show("reading pictures", done, of);
+            true
+        };
+        self.open_images(split, samples, false, |data, options| train::open_split(data, split, options, &mut watch))
     }
 
     /// Opens everything, with images that `read` takes from the data path. If `others` are expected, nothing is said
@@ -164,7 +170,7 @@ impl ModelArgs {
         split: Split,
         samples: Samples,
         others: bool,
-        read: impl FnOnce(&str, Option<usize>) -> Result<SplitImages, TrainError>,
+        read: impl FnOnce(&str, &LoadOptions) -> Result<SplitImages, TrainError>,
     ) -> Result<Subject, TrainError> {
         let WeightsSettings { run: folder, model, init, best, batch_size } = self.weights.settings()?;
         let folder = folder.map(PathBuf::from);
@@ -201,11 +207,13 @@ impl ModelArgs {
             (model, None) => model.into(),
         };
         let device = train::open_device(&settings.run.device, settings.run.threads)?;
-        let DataSettings { data, image_size, classes, mean, std, .. } = settings.data.clone();
+        let mut options = settings.data.load_options();
+        let DataSettings { data, classes, mean, std, .. } = settings.data.clone();
         let of_run = record.is_some() && !given.has("data");
         // Other images need not be pictures, which alone are resized.
-        let image_size = image_size.filter(|_| given.has("image-size") || !given.has("data"));
-        let opened = read(&data, image_size).map_err(|error| if of_run { moved_images(error) } else { error });
+        options.image_size = options.image_size.filter(|_| given.has("image-size") || !given.has("data"));
+        options.without_statistics = mean.is_some() && std.is_some();
+        let opened = read(&data, &options).map_err(|error| if of_run { moved_images(error) } else { error });
         let SplitImages { name, mut images, mean: of_data_mean, std: of_data_std, statistics } = opened?;
         if let Some(channels) = record.as_ref().map(|record| record.shape[2])
             && channels != images.shape.channels
@@ -243,16 +251,13 @@ impl ModelArgs {
             }
             Samples::All => images,
         };
-        let channels = images.shape.channels;
-        let of_data = (&*of_data_mean, &*of_data_std);
-        for (name, given) in [("mean", &mean), ("std", &std)] {
-            if given.is_none() && statistics == StatisticsSource::Unknown {
-                let reason =
-                    format!("missing: {data} has no training images to compute it from; give --mean and --std");
-                return Err(option(name, reason));
-            }
+        let missing = [("mean", &mean), ("std", &std)].into_iter().find(|(_, given)| given.is_none());
+        if let (Some((name, _)), StatisticsSource::Unknown) = (missing, statistics) {
+            let reason = format!("missing: {data} has no training images to compute it from; give --mean and --std");
+            return Err(option(name, reason));
         }
-        let normalization = train::normalization(mean.as_deref(), std.as_deref(), of_data, channels)?;
+        let of_data = (&*of_data_mean, &*of_data_std);
+        let normalization = train::normalization(mean.as_deref(), std.as_deref(), of_data, images.shape.channels)?;
         let batch_size = batch_size.min(images.len());
         let of = folder.as_deref().map_or_else(|| short(&init), run_name);
         let title = format!("{of} · {model_name} · {name}");

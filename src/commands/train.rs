@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanCount, ProgressBar, ProgressStyle};
 use polder::optim::Decay;
-use polder::train::{Finding, Options, Progress, Recipe, Record, RunSettings, TrainError, Training};
+use polder::train::{Finding, Options, Progress, Recipe, Record, RunSettings, Summary, TrainError, Training};
 use serde_json::json;
 
 use super::flags::{Flags, OfRun};
@@ -103,24 +103,13 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
     display.finish();
     let of_run = resumed && !given.has("data");
     let summary = summary.map_err(|error| if of_run { moved_images(error) } else { error });
-    let summary = summary.map_err(|error| error.of_file(&given, file.as_deref()))?;
+    let summary = summary.map_err(|error| error.of_file(&given, file.as_deref()));
+    let Some(summary) = TrainError::unless_stopped(summary)? else {
+        tell("interrupted while the data set was read; nothing was begun");
+        return Ok(ExitCode::from(130));
+    };
     if args.json {
-        let test = summary.test;
-        print(
-            &json!({
-                "interrupted": summary.interrupted,
-                "diverged": summary.diverged.is_some(),
-                "steps": summary.steps,
-                "skipped": summary.skipped,
-                "test": test,
-                "best_validation_accuracy": summary.best_validation_accuracy,
-                "seconds": summary.seconds,
-                "images_per_second": summary.images_per_second,
-                "out": summary.out.as_ref().map(|run| run.display().to_string()),
-                "options": settings.to_json()?,
-            })
-            .to_string(),
-        )?;
+        print_json(&summary, &settings)?;
     }
     if summary.interrupted {
         let then = match &summary.out {
@@ -173,6 +162,24 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, Failure> {
         return Ok(ExitCode::FAILURE);
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn print_json(summary: &Summary, settings: &RunSettings) -> Result<(), Failure> {
+    print(
+        &json!({
+            "interrupted": summary.interrupted,
+            "diverged": summary.diverged.is_some(),
+            "steps": summary.steps,
+            "skipped": summary.skipped,
+            "test": summary.test,
+            "best_validation_accuracy": summary.best_validation_accuracy,
+            "seconds": summary.seconds,
+            "images_per_second": summary.images_per_second,
+            "out": summary.out.as_ref().map(|run| run.display().to_string()),
+            "options": settings.to_json()?,
+        })
+        .to_string(),
+    )
 }
 
 /// Without a terminal, a line about a long epoch is printed this often, and with `--verbose`.
@@ -359,6 +366,17 @@ impl Display {
                 if let Some(bar) = &self.bar {
                     bar.set_length(all);
                     bar.set_position(done);
+                }
+            }
+            Progress::Reading { done, of } => {
+                if let Some(bar) = &self.bar {
+                    bar.set_length(of as u64);
+                    bar.set_position(done as u64);
+                    bar.set_message(format!(
+                        "reading pictures: {} of {}",
+                        HumanCount(done as u64),
+                        HumanCount(of as u64)
+                    ));
                 }
             }
             Progress::Step { step, loss, accuracy, images_per_second } => {

@@ -7,7 +7,8 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use super::{
-    DataError, Dataset, Format, ImageShape, Images, Recognise, Split, SplitImages, StatisticsSource, is_there, open,
+    DataError, Dataset, Format, Growing, ImageShape, Images, Recognise, Split, SplitImages, StatisticsSource, is_there,
+    open,
 };
 
 pub(super) const SHAPE: ImageShape = ImageShape { height: 32, width: 32, channels: 3 };
@@ -58,7 +59,7 @@ pub(super) struct Layout {
     /// Bytes of an image and its labels, if the files consist of nothing else.
     pub record: Option<usize>,
     /// Appends the images of a file to those before it. The path is for errors.
-    pub decode: fn(&Path, &[u8], &mut Images) -> Result<(), DataError>,
+    pub decode: fn(&Path, &[u8], &mut Growing) -> Result<(), DataError>,
 }
 
 /// The binary version of CIFAR-10.
@@ -83,8 +84,8 @@ pub(super) static CIFAR100_BINARY: Layout = Layout {
 
 impl Layout {
     /// No images yet.
-    pub fn no_images(&self) -> Images {
-        Images { pixels: Vec::new(), labels: Vec::new(), shape: SHAPE, classes: self.set.classes }
+    pub fn no_images(&self) -> Growing {
+        Growing::new(self.set.classes)
     }
 
     /// The training files from the first to the last one present. If one between is missing, [`Layout::collect`]
@@ -112,7 +113,7 @@ impl Layout {
         place: &Path,
         split: Split,
         is_present: impl Fn(&str) -> Result<bool, DataError>,
-        mut append: impl FnMut(&str, &mut Images) -> Result<(), DataError>,
+        mut append: impl FnMut(&str, &mut Growing) -> Result<(), DataError>,
     ) -> Result<Images, DataError> {
         let mut images = self.no_images();
         for file in self.files(split, &is_present)? {
@@ -121,7 +122,7 @@ impl Layout {
             }
             append(file, &mut images)?;
         }
-        Ok(images)
+        Ok(images.images(SHAPE))
     }
 
     /// Adds name and published statistics to the images of a split.
@@ -168,7 +169,7 @@ pub(super) fn load_split(layout: &Layout, folder: &Path, split: Split) -> Result
 }
 
 fn read(layout: &Layout, folder: &Path, split: Split) -> Result<Images, DataError> {
-    let append = |file: &str, images: &mut Images| {
+    let append = |file: &str, images: &mut Growing| {
         let path = folder.join(file);
         (layout.decode)(&path, &read_file(layout, &path)?, images)
     };
@@ -195,7 +196,7 @@ fn check_size(path: &Path, bytes: u64, record: usize) -> Result<(), DataError> {
 
 /// Appends the records of a file of the binary version. Each label byte has a number of classes; the last label is the
 /// one in use.
-fn decode(label_classes: &[usize], path: &Path, bytes: &[u8], images: &mut Images) -> Result<(), DataError> {
+fn decode(label_classes: &[usize], path: &Path, bytes: &[u8], images: &mut Growing) -> Result<(), DataError> {
     let labels = label_classes.len();
     let record = labels + SHAPE.bytes();
     // Once more: the file may have grown since its size was asked for.
@@ -215,7 +216,7 @@ fn decode(label_classes: &[usize], path: &Path, bytes: &[u8], images: &mut Image
 }
 
 /// Makes room for more images.
-pub(super) fn reserve(path: &Path, samples: usize, images: &mut Images) -> Result<(), DataError> {
+pub(super) fn reserve(path: &Path, samples: usize, images: &mut Growing) -> Result<(), DataError> {
     let out_of_memory = |_| DataError::Io { path: path.into(), source: io::ErrorKind::OutOfMemory.into() };
     images.labels.try_reserve_exact(samples).map_err(out_of_memory)?;
     images.pixels.try_reserve_exact(samples * SHAPE.bytes()).map_err(out_of_memory)

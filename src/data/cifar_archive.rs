@@ -11,7 +11,7 @@ use super::cifar::{CIFAR10_BINARY, CIFAR100_BINARY, Layout};
 use super::cifar_python::{CIFAR10_PYTHON, CIFAR100_PYTHON};
 use super::error::excerpt;
 use super::gzip::Members;
-use super::{DataError, Dataset, Format, Images, Recognise, Split, SplitImages, is_there, open};
+use super::{DataError, Dataset, Format, Growing, Images, Recognise, Split, SplitImages, is_there, open};
 
 /// An archive of any of them.
 pub(super) const FORMAT: Format = Format {
@@ -59,14 +59,14 @@ fn load_split(path: &Path, split: Split) -> Result<SplitImages, DataError> {
 }
 
 /// The images of the files of an archive, by the names of the files.
-type Files = HashMap<&'static str, Images>;
+type Files = HashMap<&'static str, Growing>;
 
 /// Puts the images of a split together, and forgets the files that they came from.
 fn collect(layout: &Layout, path: &Path, files: &mut Files, split: Split) -> Result<Images, DataError> {
     let names: Vec<&str> = files.keys().copied().collect();
-    let append = |file: &str, images: &mut Images| {
+    let append = |file: &str, images: &mut Growing| {
         if let Some(more) = files.remove(file) {
-            super::cifar::reserve(path, more.len(), images)?;
+            super::cifar::reserve(path, more.labels.len(), images)?;
             images.labels.extend(more.labels);
             images.pixels.extend(more.pixels);
         }

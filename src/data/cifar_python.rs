@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::cifar::{self, CIFAR10_SET, CIFAR100_SET, Layout, SHAPE};
 use super::pickle::Pickle;
-use super::{DataError, Format, Images, Recognise};
+use super::{DataError, Format, Growing, Recognise};
 
 /// CIFAR-10.
 pub(super) const CIFAR10: Format = Format {
@@ -52,7 +52,7 @@ pub(super) static CIFAR100_PYTHON: Layout = Layout {
 };
 
 /// Appends the images of a file, with the labels of this key.
-fn decode(labels_key: &str, path: &Path, bytes: &[u8], images: &mut Images) -> Result<(), DataError> {
+fn decode(labels_key: &str, path: &Path, bytes: &[u8], images: &mut Growing) -> Result<(), DataError> {
     let pickle = Pickle::read(path, bytes)?;
     let (rows, pixels) = pickle.bytes_by_rows("data", SHAPE.bytes())?;
     let labels = pickle.integers(labels_key)?;

@@ -133,7 +133,7 @@ impl Corrupted {
         let Set { name: of, classes, mean, std } = self.set;
         Ok(SplitImages {
             name: format!("{of}-c"),
-            images: Images { pixels, labels, shape: SHAPE, classes: *classes },
+            images: Images { pixels: pixels.into(), labels, shape: SHAPE, classes: *classes },
             mean: mean.to_vec(),
             std: std.to_vec(),
             statistics: StatisticsSource::Published,

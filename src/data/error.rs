@@ -89,6 +89,18 @@ pub enum DataError {
     #[error("{path}: {found}, expected {expected} as {first} is; `image-size` makes them the same")]
     PictureSizes { path: PathBuf, found: super::ImageShape, first: PathBuf, expected: super::ImageShape },
 
+    /// A picture has other pixels than when the data set was opened.
+    #[error("{path}: the picture has changed since the data set was opened")]
+    PictureChanged { path: PathBuf },
+
+    /// Pictures that do not fit in memory.
+    #[error("{bytes} bytes of pictures do not fit in memory")]
+    PictureMemory { bytes: usize },
+
+    /// The caller has stopped the reading of pictures.
+    #[error("stopped while the pictures were read")]
+    Stopped,
+
     /// A size was asked for, and the data set is no folder of pictures.
     #[error("{path}: {name} has images of one size; `image-size` is for folders of pictures alone")]
     NotResized { path: PathBuf, name: &'static str },

@@ -190,7 +190,7 @@ fn load(path: &Path) -> Result<Dataset, DataError> {
     let (name, mean, std, statistics) = match published {
         Some(published) => published.describe(),
         None => {
-            let (mean, std) = mean_and_std(&train.pixels, train.shape.channels);
+            let (mean, std) = train.mean_and_std()?;
             (files.name(), mean, std, StatisticsSource::TrainImages)
         }
     };
@@ -208,7 +208,7 @@ fn load_split(path: &Path, split: Split) -> Result<SplitImages, DataError> {
         }
         None => {
             let (mean, std) = match split {
-                Split::Train => mean_and_std(&images.pixels, 1),
+                Split::Train => images.mean_and_std()?,
                 Split::Test => mean_and_std(&IdxFile::open(files, Split::Train, IMAGES)?.values()?, 1),
             };
             (files.name(), mean, std, StatisticsSource::TrainImages)
@@ -259,7 +259,7 @@ fn read_split(files: Files<'_>, split: Split) -> Result<(Images, Option<&'static
         transpose(&mut pixels, rows, columns);
         shape = ImageShape { height: columns, width: rows, channels: 1 };
     }
-    Ok((Images { pixels, labels, shape, classes }, published))
+    Ok((Images { pixels: pixels.into(), labels, shape, classes }, published))
 }
 
 /// Exchanges rows and columns of every image.

@@ -3,34 +3,25 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, DirEntry};
-use std::io::{self, BufReader};
+use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
-use std::thread;
+use std::sync::Arc;
 
-use image::imageops::{self, FilterType};
-use image::{DynamicImage, ImageDecoder, ImageReader, Limits, RgbImage};
-
-use super::error::excerpt;
+use super::pictures::{CHANNELS, Form, MOST_SIDE, Pictures, decode_all, sides};
+use super::pixels::Sums;
 use super::{
-    DataError, Dataset, Format, ImageShape, Images, Recognise, Split, SplitImages, StatisticsSource, is_there,
-    mean_and_std, open,
+    DataError, Dataset, Format, ImageShape, Images, LoadOptions, Pixels, Recognise, Split, SplitImages,
+    StatisticsSource, is_there,
 };
 
-/// Pictures in folders. [`load_sized`] and [`load_split_sized`] also resize them.
+/// Pictures in folders. [`load`] and [`load_split`] take options for them.
 pub(super) const FORMAT: Format = Format {
     name: "a folder of pictures",
     files: "train/CLASS/*.jpg and test/CLASS/*.jpg (pictures by class)",
     recognise: Recognise::ByFiles { holds, below: &[] },
-    load: |folder| load_sized(folder, None),
-    load_split: |folder, split| load_split_sized(folder, split, None),
+    load: |folder| load(folder, &LoadOptions::default(), &mut |_, _| true),
+    load_split: |folder, split| load_split(folder, split, &LoadOptions::default(), &mut |_, _| true),
 };
-
-const CHANNELS: usize = 3;
-/// The longest side of a picture, in pixels.
-const MOST_SIDE: u32 = 1 << 14;
-/// The most bytes that a picture may take while it is decoded.
-const MOST_BYTES: u64 = 1 << 28;
 
 /// Where the pictures of a split may be.
 fn names(split: Split) -> &'static [&'static str] {
@@ -49,27 +40,42 @@ fn holds(path: &Path) -> Result<bool, DataError> {
 }
 
 /// Reads both splits. Without a size all pictures must have the same one.
-pub(super) fn load_sized(folder: &Path, size: Option<usize>) -> Result<Dataset, DataError> {
-    let train = read(folder, Split::Train, size)?;
-    let test = read(folder, Split::Test, size)?;
+pub(super) fn load(
+    folder: &Path,
+    options: &LoadOptions,
+    watch: &mut dyn FnMut(usize, usize) -> bool,
+) -> Result<Dataset, DataError> {
+    let (train, sums) = read(folder, Split::Train, options, watch)?;
+    let (test, _) = read(folder, Split::Test, options, watch)?;
     if test.shape != train.shape {
         return Err(DataError::ShapeMismatch { path: folder.into(), train: train.shape, test: test.shape });
     }
-    let (mean, std) = mean_and_std(&train.pixels, CHANNELS);
+    let (mean, std) = sums.map_or_else(|| train.mean_and_std(), |sums| Ok(sums.mean_and_std()))?;
     Ok(Dataset { name: folder_name(folder), train, test, mean, std, statistics: StatisticsSource::TrainImages })
 }
 
-/// Reads one split as [`load_sized`] does.
-pub(super) fn load_split_sized(folder: &Path, split: Split, size: Option<usize>) -> Result<SplitImages, DataError> {
-    let images = read(folder, split, size)?;
-    let name = folder_name(folder);
-    if split == Split::Test && class_names(&folder.join("train"))?.is_empty() {
-        let (mean, std, statistics) = (Vec::new(), Vec::new(), StatisticsSource::Unknown);
-        return Ok(SplitImages { name, images, mean, std, statistics });
-    }
-    let train = if split == Split::Test { Some(read(folder, Split::Train, size)?) } else { None };
-    let (mean, std) = mean_and_std(&train.as_ref().unwrap_or(&images).pixels, CHANNELS);
-    Ok(SplitImages { name, images, mean, std, statistics: StatisticsSource::TrainImages })
+/// Reads one split as [`load`] does. For the statistics of a test split the training pictures are decoded, but not
+/// kept.
+pub(super) fn load_split(
+    folder: &Path,
+    split: Split,
+    options: &LoadOptions,
+    watch: &mut dyn FnMut(usize, usize) -> bool,
+) -> Result<SplitImages, DataError> {
+    let (images, sums) = read(folder, split, options, watch)?;
+    let known = match (split, sums) {
+        _ if options.without_statistics => None,
+        (Split::Train, None) => Some(images.mean_and_std()?),
+        (Split::Train, Some(sums)) => Some(sums.mean_and_std()),
+        (Split::Test, _) if class_names(&folder.join("train"))?.is_empty() => None,
+        (Split::Test, _) => {
+            let Listed { files, form, .. } = list(folder, Split::Train, options.image_size)?;
+            Some(Pictures::open(files, form, watch)?.1.mean_and_std())
+        }
+    };
+    let statistics = if known.is_some() { StatisticsSource::TrainImages } else { StatisticsSource::Unknown };
+    let (mean, std) = known.unwrap_or_default();
+    Ok(SplitImages { name: folder_name(folder), images, mean, std, statistics })
 }
 
 fn folder_name(folder: &Path) -> String {
@@ -125,9 +131,15 @@ fn split_folder(folder: &Path, split: Split) -> Result<PathBuf, DataError> {
     }
 }
 
-// ---- Decoding -------------------------------------------------------------------------------------------------------
+/// The pictures of a split, as their names and the first header say.
+struct Listed {
+    files: Vec<Arc<Path>>,
+    labels: Vec<u32>,
+    form: Form,
+    classes: usize,
+}
 
-fn read(folder: &Path, split: Split, size: Option<usize>) -> Result<Images, DataError> {
+fn list(folder: &Path, split: Split, size: Option<usize>) -> Result<Listed, DataError> {
     let place = split_folder(folder, split)?;
     // The classes of both splits, so that a class has one number.
     let mut classes = BTreeSet::new();
@@ -138,122 +150,42 @@ fn read(folder: &Path, split: Split, size: Option<usize>) -> Result<Images, Data
     for (label, class) in (0..).zip(&classes) {
         let found = pictures(&place.join(class))?;
         labels.extend(found.iter().map(|_| label));
-        files.extend(found);
+        files.extend(found.into_iter().map(Arc::<Path>::from));
     }
     let Some(first) = files.first() else {
         return Err(DataError::MissingFile { folder: place, file: "CLASS/*.png, .jpg or .webp".into(), split });
     };
-    let side = match size {
-        Some(size) => [size, size],
-        None => decoder(first)?.1.map(|side| side as usize),
+    let (like, side) = match size {
+        Some(size) => (None, [size, size]),
+        None => (Some(first.clone()), sides(first)?.map(|side| side as usize)),
     };
     let shape = ImageShape { height: side[1], width: side[0], channels: CHANNELS };
     if side.contains(&0) {
         return Err(DataError::NoImages { images: files.len(), shape });
     }
-    let out_of_memory = || DataError::Io { path: place.clone(), source: io::ErrorKind::OutOfMemory.into() };
-    let is_possible = side.iter().all(|&side| side <= MOST_SIDE as usize);
-    let bytes = if is_possible { files.len().checked_mul(shape.bytes()) } else { None };
-    let bytes = bytes.ok_or_else(out_of_memory)?;
-    // Without a size the first header decides how much memory all pictures take, so that picture has to be there.
-    if size.is_none() {
-        let mut pixels = vec![0; shape.bytes()];
-        decode_one(first, first, shape, size, &mut pixels)?;
-        for file in &files[1..] {
-            check_size(file, decoder(file)?.1, first, shape)?;
-        }
+    if side.iter().any(|&side| side > MOST_SIDE as usize) {
+        let bytes = [side[0], side[1], CHANNELS].into_iter().fold(files.len(), usize::saturating_mul);
+        return Err(DataError::PictureMemory { bytes });
     }
-    let mut pixels = Vec::new();
-    pixels.try_reserve_exact(bytes).map_err(|_| out_of_memory())?;
-    // Memory of the system, which is taken as the pictures are decoded: a damaged one ends that before.
-    pixels = vec![0; bytes];
-    decode_all(&files, shape, size, &mut pixels)?;
-    Ok(Images { pixels, labels, shape, classes: classes.len() })
+    Ok(Listed { files, labels, form: Form { shape, like }, classes: classes.len() })
 }
 
-/// Decodes pictures on all cores, each to its place. The error is that of the first picture that cannot be used.
-fn decode_all(files: &[PathBuf], shape: ImageShape, size: Option<usize>, pixels: &mut [u8]) -> Result<(), DataError> {
-    let work = Mutex::new(files.iter().zip(pixels.chunks_mut(shape.bytes())).enumerate());
-    let failed: Mutex<Option<(usize, DataError)>> = Mutex::new(None);
-    let decode = || {
-        loop {
-            if failed.lock().unwrap_or_else(PoisonError::into_inner).is_some() {
-                return;
-            }
-            let next = work.lock().unwrap_or_else(PoisonError::into_inner).next();
-            let Some((index, (file, into))) = next else { return };
-            if let Err(error) = decode_one(file, &files[0], shape, size, into) {
-                let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
-                if failed.as_ref().is_none_or(|(other, _)| index < *other) {
-                    *failed = Some((index, error));
-                }
-            }
-        }
+/// Reads a split: into memory, or where it would take too much, once without keeping the pixels, which gives the sums
+/// over them.
+fn read(
+    folder: &Path,
+    split: Split,
+    options: &LoadOptions,
+    watch: &mut dyn FnMut(usize, usize) -> bool,
+) -> Result<(Images, Option<Sums>), DataError> {
+    let Listed { files, labels, form, classes } = list(folder, split, options.image_size)?;
+    let shape = form.shape;
+    let bytes = (files.len() as u64).saturating_mul(shape.bytes() as u64);
+    let (pixels, sums) = if bytes > options.most_bytes() {
+        let (pictures, sums) = Pictures::open(files, form, watch)?;
+        (Pixels::Files(pictures), Some(sums))
+    } else {
+        (decode_all(&files, &form, watch)?.into(), None)
     };
-    thread::scope(|scope| {
-        for _ in 1..thread::available_parallelism().map_or(1, usize::from) {
-            scope.spawn(decode);
-        }
-        decode();
-    });
-    match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
-        Some((_, error)) => Err(error),
-        None => Ok(()),
-    }
-}
-
-fn decode_one(
-    file: &Path,
-    first: &Path,
-    shape: ImageShape,
-    size: Option<usize>,
-    into: &mut [u8],
-) -> Result<(), DataError> {
-    let (decoder, sides) = decoder(file)?;
-    if size.is_none() {
-        check_size(file, sides, first, shape)?;
-    }
-    let decoded = DynamicImage::from_decoder(decoder).map_err(|error| damaged(file, &error))?.into_rgb8();
-    let fitted = if size.is_some() { fit(&decoded, shape.height as u32) } else { decoded };
-    into.copy_from_slice(fitted.as_raw());
-    Ok(())
-}
-
-/// Fails for a picture of another size than the first one.
-fn check_size(file: &Path, [width, height]: [u32; 2], first: &Path, expected: ImageShape) -> Result<(), DataError> {
-    let found = ImageShape { height: height as usize, width: width as usize, channels: CHANNELS };
-    if found == expected {
-        return Ok(());
-    }
-    Err(DataError::PictureSizes { path: file.into(), found, first: first.into(), expected })
-}
-
-/// The middle square of a picture, resized. A filter as wide as the shrinking is averages what is left out.
-fn fit(picture: &RgbImage, size: u32) -> RgbImage {
-    let (width, height) = picture.dimensions();
-    let side = width.min(height);
-    let square = imageops::crop_imm(picture, (width - side) / 2, (height - side) / 2, side, side);
-    imageops::resize(&*square, size, size, FilterType::Triangle)
-}
-
-/// A decoder for a picture, and its width and height, which are within the limits.
-fn decoder(file: &Path) -> Result<(impl ImageDecoder, [u32; 2]), DataError> {
-    let (opened, _) = open(file)?;
-    let io = |source| DataError::Io { path: file.into(), source };
-    let mut reader = ImageReader::new(BufReader::new(opened)).with_guessed_format().map_err(io)?;
-    let mut limits = Limits::default();
-    (limits.max_image_width, limits.max_image_height) = (Some(MOST_SIDE), Some(MOST_SIDE));
-    limits.max_alloc = Some(MOST_BYTES);
-    reader.limits(limits);
-    let decoder = reader.into_decoder().map_err(|error| damaged(file, &error))?;
-    let (width, height) = decoder.dimensions();
-    if width == 0 || height == 0 || width.max(height) > MOST_SIDE || decoder.total_bytes() > MOST_BYTES {
-        let reason = format!("{width} x {height} pixels, more than {MOST_SIDE} a side or {MOST_BYTES} bytes decoded");
-        return Err(DataError::Picture { path: file.into(), reason });
-    }
-    Ok((decoder, [width, height]))
-}
-
-fn damaged(file: &Path, error: &image::ImageError) -> DataError {
-    DataError::Picture { path: file.into(), reason: excerpt(error.to_string().as_bytes()) }
+    Ok((Images { pixels, labels, shape, classes }, sums))
 }

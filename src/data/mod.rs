@@ -1,11 +1,13 @@
-//! Labelled images in host memory: read from disk, generated, reduced, relabelled and shuffled.
+//! Labelled images, in host memory or in the files of pictures: read from disk, generated, reduced, relabelled and
+//! shuffled.
 //!
 //! [`load`] recognises the format of a folder: CIFAR-10 or CIFAR-100 in the binary or the Python version or as an
 //! archive, SVHN, IDX files as MNIST and Fashion-MNIST have them, gzip'd or not, arrays of NumPy, or pictures in a
 //! folder for each class. [`Corrupted`] reads CIFAR-10-C, and [`Corruption`] makes such images.
 //! [`synthetic`](fn@synthetic) generates a set that needs no files, and [`Dataset::new`] takes one from memory. A
 //! format is one file of this module and one entry of [`FORMATS`]. Pixels stay `u8` in NHWC order (samples, rows,
-//! columns, channels); they are normalised when a batch is assembled on the device.
+//! columns, channels); they are normalised when a batch is assembled on the device. Pictures that take more memory than
+//! [`LoadOptions::memory`] stay in their files ([`Pixels::Files`]).
 //!
 //! Everything random here comes from ChaCha8 through integer arithmetic, so a seed means the same on every platform.
 //! The corruptions alone take Philox4x32-10, and functions of the platform's library.
@@ -21,15 +23,19 @@ mod idx;
 mod image_folder;
 mod npy;
 mod pickle;
+mod pictures;
+mod pixels;
 mod svhn;
 mod synthetic;
 
+use std::borrow::Cow;
 use std::fmt;
 use std::fs::{self, File};
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use flate2::Crc;
+use crc32fast::Hasher;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
@@ -37,6 +43,9 @@ pub use corrupt::{CORRUPTIONS, Corruption};
 pub use corrupted::{Corrupted, SEVERITIES};
 pub use error::DataError;
 pub(crate) use npy::npy_labels;
+pub use pictures::Pictures;
+pub use pixels::Pixels;
+use pixels::mean_and_std;
 pub use synthetic::{SyntheticSpec, synthetic};
 
 use crate::words;
@@ -78,8 +87,8 @@ words! {
 /// The labelled images of one split.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Images {
-    /// `len() · shape.bytes()` bytes, NHWC.
-    pub pixels: Vec<u8>,
+    /// `len() · shape.bytes()` bytes, NHWC, in memory or in files.
+    pub pixels: Pixels,
     /// One class per image, below `classes`.
     pub labels: Vec<u32>,
     /// Size of every image.
@@ -105,7 +114,7 @@ impl Images {
     /// # Errors
     /// Those of [`Images::check`].
     pub fn new(pixels: Vec<u8>, labels: Vec<u32>, shape: ImageShape, classes: usize) -> Result<Self, DataError> {
-        let images = Self { pixels, labels, shape, classes };
+        let images = Self { pixels: pixels.into(), labels, shape, classes };
         images.check()?;
         Ok(images)
     }
@@ -115,8 +124,9 @@ impl Images {
     /// # Errors
     /// [`DataError::NoImages`], [`DataError::PixelCount`], [`DataError::Class`].
     pub fn check(&self) -> Result<(), DataError> {
-        let (found, expected) = (self.pixels.len(), self.len().saturating_mul(self.shape.bytes()));
-        if self.is_empty() || self.shape.bytes() == 0 {
+        let image = self.shape.bytes();
+        let (found, expected) = (self.pixels.count(image), self.len().saturating_mul(image));
+        if self.is_empty() || image == 0 {
             return Err(DataError::NoImages { images: self.len(), shape: self.shape });
         }
         if found != expected {
@@ -129,8 +139,8 @@ impl Images {
     }
 
     /// A checksum of images and labels, by which results identify the data that they belong to: CRC-32 of sizes, labels
-    /// and pixels, as eight hexadecimal digits. It does not depend on the files that the images came from or on the
-    /// number of classes.
+    /// and pixels, as eight hexadecimal digits. It does not depend on the files that the images came from, on whether
+    /// the pixels are in memory, or on the number of classes. Pictures in files are not read again for it.
     ///
     /// ```
     /// use polder::data::{SyntheticSpec, synthetic};
@@ -144,15 +154,52 @@ impl Images {
     /// # Ok::<(), polder::data::DataError>(())
     /// ```
     pub fn checksum(&self) -> String {
-        let mut sum = Crc::new();
+        let mut sum = Hasher::new();
         let ImageShape { height, width, channels } = self.shape;
         for size in [self.len(), height, width, channels] {
             sum.update(&(size as u64).to_le_bytes());
         }
         let labels: Vec<u8> = self.labels.iter().flat_map(|label| label.to_le_bytes()).collect();
         sum.update(&labels);
-        sum.update(&self.pixels);
-        format!("{:08x}", sum.sum())
+        match &self.pixels {
+            Pixels::Memory(bytes) => sum.update(bytes),
+            Pixels::Files(pictures) => pictures.add_to(&mut sum),
+        }
+        format!("{:08x}", sum.finalize())
+    }
+
+    /// The pixels of some images, NHWC. Those in files are decoded on all cores.
+    ///
+    /// # Errors
+    /// A file that is gone, damaged or another one than before; [`DataError::PictureMemory`].
+    ///
+    /// # Panics
+    /// If there are no such images.
+    pub fn bytes_of(&self, samples: Range<usize>) -> Result<Cow<'_, [u8]>, DataError> {
+        let image = self.shape.bytes();
+        match &self.pixels {
+            Pixels::Memory(bytes) => Ok(Cow::Borrowed(&bytes[samples.start * image..samples.end * image])),
+            Pixels::Files(pictures) => Ok(Cow::Owned(pictures.decode_range(samples)?)),
+        }
+    }
+
+    /// The same images with their pixels in memory.
+    ///
+    /// # Errors
+    /// Those of [`Images::bytes_of`].
+    pub fn into_memory(mut self) -> Result<Images, DataError> {
+        if let Pixels::Files(pictures) = &self.pixels {
+            self.pixels = Pixels::Memory(pictures.decode_range(0..self.len())?);
+        }
+        Ok(self)
+    }
+
+    /// Mean and standard deviation of pixel/255, per channel.
+    fn mean_and_std(&self) -> Result<(Vec<f32>, Vec<f32>), DataError> {
+        match &self.pixels {
+            Pixels::Memory(bytes) => Ok(mean_and_std(bytes, self.shape.channels)),
+            Pixels::Files(pictures) => Ok(pictures.sums()?.mean_and_std()),
+        }
     }
 
     /// The first `n` samples, in the order of the files.
@@ -164,7 +211,7 @@ impl Images {
             return Err(DataError::SubsetSize { n, len: self.len() });
         }
         self.labels.truncate(n);
-        self.pixels.truncate(n * self.shape.bytes());
+        self.pixels.truncate(n, self.shape.bytes());
         Ok(self)
     }
 
@@ -255,18 +302,29 @@ impl Images {
         let mut is_held = vec![false; len];
         order[..held as usize].iter().for_each(|&sample| is_held[sample as usize] = true);
         let part = |wanted: bool| {
-            let samples = (0..len).filter(|&sample| is_held[sample] == wanted);
-            let bytes = self.shape.bytes();
-            let pixels = samples.clone().flat_map(|sample| &self.pixels[sample * bytes..(sample + 1) * bytes]);
-            let labels = samples.clone().map(|sample| self.labels[sample]).collect();
-            Images { pixels: pixels.copied().collect(), labels, ..self.empty() }
+            let samples: Vec<usize> = (0..len).filter(|&sample| is_held[sample] == wanted).collect();
+            let pixels = self.pixels.select(&samples, self.shape.bytes());
+            let labels = samples.iter().map(|&sample| self.labels[sample]).collect();
+            Images { pixels, labels, ..self }
         };
         Ok([part(false), part(true)])
     }
+}
 
-    /// No images of this shape and these classes.
-    fn empty(&self) -> Images {
-        Images { pixels: Vec::new(), labels: Vec::new(), shape: self.shape, classes: self.classes }
+/// Images in memory that a reader appends to.
+struct Growing {
+    pixels: Vec<u8>,
+    labels: Vec<u32>,
+    classes: usize,
+}
+
+impl Growing {
+    fn new(classes: usize) -> Self {
+        Self { pixels: Vec::new(), labels: Vec::new(), classes }
+    }
+
+    fn images(self, shape: ImageShape) -> Images {
+        Images { pixels: self.pixels.into(), labels: self.labels, shape, classes: self.classes }
     }
 }
 
@@ -277,7 +335,8 @@ pub enum StatisticsSource {
     Published,
     /// Computed from the training images.
     TrainImages,
-    /// Not known, because [`load_split`] found no training images beside the test images. `mean` and `std` are empty.
+    /// Not known, because [`load_split`] found no training images beside the test images, or because they were not
+    /// asked for ([`LoadOptions::without_statistics`]). `mean` and `std` are empty.
     Unknown,
 }
 
@@ -317,10 +376,10 @@ impl Dataset {
     /// ```
     ///
     /// # Errors
-    /// Those of [`Dataset::check`].
+    /// Those of [`Dataset::check`], and of pictures in files.
     pub fn new(name: &str, train: Images, test: Images) -> Result<Self, DataError> {
         train.check()?;
-        let (mean, std) = mean_and_std(&train.pixels, train.shape.channels);
+        let (mean, std) = train.mean_and_std()?;
         let data = Self { name: name.into(), train, test, mean, std, statistics: StatisticsSource::TrainImages };
         data.check()?;
         Ok(data)
@@ -444,7 +503,7 @@ pub const FORMATS: &[Format] = &[
 ///   unsigned bytes, samples × rows × columns or with up to four channels behind; the labels are integers, and decide
 ///   how many classes there are as in IDX files.
 /// - A folder of pictures by class: `train/CLASS/*.jpg` and `test/CLASS/*.jpg` (or `val/`), as PNG, JPEG or WebP. They
-///   have one size, or [`load_sized`] gives them one. Grey pictures become coloured ones, and transparency is dropped.
+///   have one size, or [`load_with`] gives them one. Grey pictures become coloured ones, and transparency is dropped.
 ///
 /// The files may also lie in the sub-folder that their archives unpack to (`cifar-10-batches-bin`, `cifar-100-binary`,
 /// `cifar-10-batches-py`, `cifar-100-python`, `gzip`) or that torchvision puts them in (`MNIST/raw`,
@@ -459,27 +518,59 @@ pub const FORMATS: &[Format] = &[
 /// Any variant of [`DataError`] that names a path. Memory is allocated for what the files really hold, unpacked,
 /// whatever their headers claim, and for no more than the headers claim.
 pub fn load(path: &Path) -> Result<Dataset, DataError> {
-    load_sized(path, None)
+    load_with(path, &LoadOptions::default(), &mut |_, _| true)
 }
 
-/// Reads a data set as [`load`] does, and resizes the pictures of a folder: each is cut to its middle square, which is
-/// resized to `image_size` × `image_size`.
+/// How the pictures of a folder are read. Sets of other formats are always in memory and have one size.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// Cut each picture to its middle square, and resize it to so many pixels a side; none for pictures of one size.
+    pub image_size: Option<usize>,
+    /// The most bytes that the decoded pictures of a split may take in memory. More stay in their files, from which
+    /// training and evaluation decode them as they need them. None for half of the memory that is available, or where
+    /// this is not known for any number.
+    pub memory: Option<u64>,
+    /// Leave out mean and standard deviation of a single split of pictures, for which training images may have to be
+    /// decoded.
+    pub without_statistics: bool,
+}
+
+impl LoadOptions {
+    /// The most bytes of a split that are decoded into memory.
+    fn most_bytes(&self) -> u64 {
+        self.memory.or_else(available_memory).unwrap_or(u64::MAX)
+    }
+}
+
+/// Half of the memory that programs can have, as Linux tells it; none elsewhere.
+fn available_memory() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let kibibytes = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix("kB"))?;
+    Some(kibibytes.trim().parse::<u64>().ok()?.saturating_mul(512))
+}
+
+/// Reads a data set as [`load`] does, with options for the pictures of a folder. While these are decoded, `watch`
+/// receives how many of a split are done, and of how many; it stops the work by returning false.
 ///
 /// # Errors
-/// As [`load`]; [`DataError::NotResized`] for a size with another format.
-pub fn load_sized(path: &Path, image_size: Option<usize>) -> Result<Dataset, DataError> {
+/// As [`load`]; [`DataError::NotResized`] for a size with another format; [`DataError::Stopped`].
+pub fn load_with(
+    path: &Path,
+    options: &LoadOptions,
+    watch: &mut dyn FnMut(usize, usize) -> bool,
+) -> Result<Dataset, DataError> {
     let (format, folder) = find(path)?;
-    if is_resized(path, format, image_size)? {
-        return image_folder::load_sized(&folder, image_size);
+    if is_pictures(path, format, options)? {
+        return image_folder::load(&folder, options, watch);
     }
     (format.load)(&folder)
 }
 
-/// Whether images are to be resized. Only pictures are: the images of other formats have one size.
-fn is_resized(path: &Path, format: &Format, image_size: Option<usize>) -> Result<bool, DataError> {
-    match (format.name == image_folder::FORMAT.name, image_size) {
+/// Whether a format is a folder of pictures. Others are not resized.
+fn is_pictures(path: &Path, format: &Format, options: &LoadOptions) -> Result<bool, DataError> {
+    match (format.name == image_folder::FORMAT.name, options.image_size) {
         (false, Some(_)) => Err(DataError::NotResized { path: path.into(), name: format.name }),
-        (is_folder, size) => Ok(is_folder && size.is_some()),
+        (is_pictures, _) => Ok(is_pictures),
     }
 }
 
@@ -491,17 +582,22 @@ fn is_resized(path: &Path, format: &Format, image_size: Option<usize>) -> Result
 /// # Errors
 /// As [`load`].
 pub fn load_split(path: &Path, split: Split) -> Result<SplitImages, DataError> {
-    load_split_sized(path, split, None)
+    load_split_with(path, split, &LoadOptions::default(), &mut |_, _| true)
 }
 
-/// Reads one split as [`load_split`] does, with pictures resized as in [`load_sized`].
+/// Reads one split as [`load_split`] does, with options as in [`load_with`].
 ///
 /// # Errors
-/// As [`load_sized`].
-pub fn load_split_sized(path: &Path, split: Split, image_size: Option<usize>) -> Result<SplitImages, DataError> {
+/// As [`load_with`].
+pub fn load_split_with(
+    path: &Path,
+    split: Split,
+    options: &LoadOptions,
+    watch: &mut dyn FnMut(usize, usize) -> bool,
+) -> Result<SplitImages, DataError> {
     let (format, folder) = find(path)?;
-    if is_resized(path, format, image_size)? {
-        return image_folder::load_split_sized(&folder, split, image_size);
+    if is_pictures(path, format, options)? {
+        return image_folder::load_split(&folder, split, options, watch);
     }
     (format.load_split)(&folder, split)
 }
@@ -546,26 +642,6 @@ fn find(path: &Path) -> Result<(&'static Format, PathBuf), DataError> {
         Some((format, folder, _)) if found.is_empty() => Ok((format, folder)),
         Some((.., second)) => Err(DataError::Ambiguous { path: path.into(), first: found[0].2, second }),
     }
-}
-
-/// Mean and standard deviation of pixel/255, per channel, over all pixels. Exact integer sums, so the order of the
-/// samples does not matter. A constant channel gets the deviation 1, so that it can be divided by.
-fn mean_and_std(pixels: &[u8], channels: usize) -> (Vec<f32>, Vec<f32>) {
-    let (mut sum, mut squares) = (vec![0u64; channels], vec![0u64; channels]);
-    for pixel in pixels.chunks_exact(channels) {
-        for (channel, &value) in pixel.iter().enumerate() {
-            sum[channel] += u64::from(value);
-            squares[channel] += u64::from(value) * u64::from(value);
-        }
-    }
-    let count = (pixels.len() / channels) as f64;
-    let mean_and_std = sum.iter().zip(&squares).map(|(&sum, &squares)| {
-        let mean = sum as f64 / count;
-        let variance = squares as f64 / count - mean * mean;
-        let std = if variance > 0.0 { variance.sqrt() / 255.0 } else { 1.0 };
-        ((mean / 255.0) as f32, std as f32)
-    });
-    mean_and_std.unzip()
 }
 
 /// The integers of `width` bytes (1, 2, 4 or 8) in the bytes of an array. None if a number is cut off, or larger than

@@ -46,7 +46,7 @@ fn load(folder: &Path) -> Result<Dataset, DataError> {
     if test.shape != train.shape {
         return Err(DataError::ShapeMismatch { path: folder.into(), train: train.shape, test: test.shape });
     }
-    let (mean, std) = mean_and_std(&train.pixels, train.shape.channels);
+    let (mean, std) = train.mean_and_std()?;
     Ok(Dataset { name: folder_name(folder), train, test, mean, std, statistics: StatisticsSource::TrainImages })
 }
 
@@ -54,7 +54,7 @@ fn load_split(folder: &Path, split: Split) -> Result<SplitImages, DataError> {
     let images = read_split(folder, split)?;
     let train = images_file(folder, Split::Train);
     let (mean, std, statistics) = if split == Split::Train {
-        let (mean, std) = mean_and_std(&images.pixels, images.shape.channels);
+        let (mean, std) = images.mean_and_std()?;
         (mean, std, StatisticsSource::TrainImages)
     } else if is_there(&train)? {
         let (shape, pixels) = read_images(&train)?;
@@ -90,7 +90,7 @@ fn read_split(folder: &Path, split: Split) -> Result<Images, DataError> {
     let others = if is_there(&other)? { NpyFile::open(&other)?.labels(MOST_CLASSES)? } else { Vec::new() };
     let classes = count_classes(&labels_path, &labels, &others)?;
     let (shape, pixels) = read_images(&images_path)?;
-    Ok(Images { pixels, labels, shape, classes })
+    Ok(Images { pixels: pixels.into(), labels, shape, classes })
 }
 
 /// The largest label of both splits, plus one. With many samples, most classes below it must have some: otherwise the

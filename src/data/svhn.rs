@@ -10,8 +10,8 @@ use flate2::bufread::ZlibDecoder;
 
 use super::error::excerpt;
 use super::{
-    DataError, Dataset, Format, ImageShape, Images, Recognise, Split, SplitImages, StatisticsSource, is_there,
-    mean_and_std, open,
+    DataError, Dataset, Format, Growing, ImageShape, Images, Recognise, Split, SplitImages, StatisticsSource, is_there,
+    open,
 };
 
 /// SVHN.
@@ -53,7 +53,7 @@ fn files(path: &Path) -> (&Path, &'static [&'static str]) {
 fn load(path: &Path) -> Result<Dataset, DataError> {
     let train = read_split(path, Split::Train)?;
     let test = read_split(path, Split::Test)?;
-    let (mean, std) = mean_and_std(&train.pixels, SHAPE.channels);
+    let (mean, std) = train.mean_and_std()?;
     let (name, statistics) = (FORMAT.name.into(), StatisticsSource::TrainImages);
     Ok(Dataset { name, train, test, mean, std, statistics })
 }
@@ -65,7 +65,7 @@ fn load_split(path: &Path, split: Split) -> Result<SplitImages, DataError> {
         (Vec::new(), Vec::new(), StatisticsSource::Unknown)
     } else {
         let train = if split == Split::Test { Some(read_split(path, Split::Train)?) } else { None };
-        let (mean, std) = mean_and_std(&train.as_ref().unwrap_or(&images).pixels, SHAPE.channels);
+        let (mean, std) = train.as_ref().unwrap_or(&images).mean_and_std()?;
         (mean, std, StatisticsSource::TrainImages)
     };
     Ok(SplitImages { name: FORMAT.name.into(), images, mean, std, statistics })
@@ -73,18 +73,18 @@ fn load_split(path: &Path, split: Split) -> Result<SplitImages, DataError> {
 
 fn read_split(path: &Path, split: Split) -> Result<Images, DataError> {
     let (folder, train_files) = files(path);
-    let mut images = Images { pixels: Vec::new(), labels: Vec::new(), shape: SHAPE, classes: 10 };
+    let mut images = Growing::new(10);
     for file in if split == Split::Train { train_files } else { &[TEST] } {
         if !is_there(&folder.join(file))? {
             return Err(DataError::MissingFile { folder: folder.into(), file: (*file).into(), split });
         }
         append(&folder.join(file), &mut images)?;
     }
-    Ok(images)
+    Ok(images.images(SHAPE))
 }
 
 /// Appends the images of a file. The sizes of images and labels are compared before either is read.
-fn append(path: &Path, images: &mut Images) -> Result<(), DataError> {
+fn append(path: &Path, images: &mut Growing) -> Result<(), DataError> {
     let (labels, pixels) = (Variable::open(path, "y")?, Variable::open(path, "X")?);
     let count = match pixels.sizes[..] {
         [32, 32, 3, count] if pixels.kind == UINT8 => count,
@@ -222,7 +222,7 @@ impl Variable {
     }
 
     /// Appends labels, which are whole numbers in bytes or in double precision.
-    fn read_labels(self, images: &mut Images) -> Result<(), DataError> {
+    fn read_labels(self, images: &mut Growing) -> Result<(), DataError> {
         let width = match self.kind {
             UINT8 => 1,
             DOUBLE => 8,
@@ -245,7 +245,7 @@ impl Variable {
     }
 
     /// Appends images, whose bytes are in the order of channels, columns, rows.
-    fn read_images(self, images: &mut Images) -> Result<(), DataError> {
+    fn read_images(self, images: &mut Growing) -> Result<(), DataError> {
         self.check_length(1)?;
         // Photographs shrink to more than half, and a header is not trusted.
         let reserved = images.pixels.try_reserve_exact(self.bytes.min(2 * self.file_bytes) as usize);

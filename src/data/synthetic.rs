@@ -15,7 +15,6 @@ use rand_chacha::rand_core::Rng;
 
 use super::{
     DataError, Dataset, Format, ImageShape, Images, Recognise, Split, SplitImages, StatisticsSource, below, generator,
-    mean_and_std,
 };
 
 /// The synthetic set, by its name in place of a path.
@@ -80,7 +79,7 @@ impl Default for SyntheticSpec {
 /// use polder::data::{SyntheticSpec, synthetic};
 ///
 /// let data = synthetic(&SyntheticSpec { train: 20, test: 10, ..Default::default() })?;
-/// assert_eq!(data.train.pixels.len(), 20 * 32 * 32 * 3);
+/// assert_eq!(data.train.bytes_of(0..20)?.len(), 20 * 32 * 32 * 3);
 /// assert_eq!(data.test.labels, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
 /// # Ok::<(), polder::data::DataError>(())
 /// ```
@@ -95,7 +94,7 @@ pub fn synthetic(spec: &SyntheticSpec) -> Result<Dataset, DataError> {
     }
     let train = images(spec, b"syntrain", spec.train)?;
     let test = images(spec, b"syn-test", spec.test)?;
-    let (mean, std) = mean_and_std(&train.pixels, CHANNELS);
+    let (mean, std) = train.mean_and_std()?;
     Ok(Dataset { name: "synthetic".into(), train, test, mean, std, statistics: StatisticsSource::TrainImages })
 }
 
@@ -109,7 +108,7 @@ fn images(spec: &SyntheticSpec, purpose: &[u8; 8], count: usize) -> Result<Image
     for ((index, image), &label) in (0..).zip(pixels.chunks_exact_mut(shape.bytes())).zip(&labels) {
         draw(&mut generator(spec.seed, purpose, index), label, spec.side, image);
     }
-    Ok(Images { pixels, labels, shape, classes: CLASSES })
+    Ok(Images { pixels: pixels.into(), labels, shape, classes: CLASSES })
 }
 
 /// Draws one image of a class, NHWC. Coordinates run from -1 to 1, `y` downwards.

@@ -92,7 +92,7 @@ impl CurvatureMeter {
     ///
     /// # Errors
     /// [`TrainError::Setting`] if the images do not divide into parts that must be whole; a network that does not fit
-    /// the images; too little memory on the device.
+    /// the images; too little memory on the device, or for pictures that stay in files, which are decoded here.
     pub fn new(
         device: &Device,
         network: Network<'_>,
@@ -116,7 +116,7 @@ impl CurvatureMeter {
         Ok(Self {
             accumulator: Accumulator::weighted(device, plan.parameters().len(), shares.collect())?,
             plan,
-            images: DeviceImages::new(device, images)?,
+            images: DeviceImages::all(device, images)?,
             shape: BatchShape { batch, height, width, channels },
             normalization,
             order: device.upload(&order)?,

@@ -1,5 +1,7 @@
 //! Loss and accuracy of a network over a split.
 
+use std::sync::atomic::AtomicBool;
+
 use serde::Serialize;
 
 use super::TrainError;
@@ -9,6 +11,10 @@ use crate::device::{Buffer, Device, Slice};
 use crate::kernels::batch_norm::Mode;
 use crate::kernels::image::{self, BatchShape, Normalization, Position};
 use crate::plan::{Network, Plan, PlanOptions, Shape};
+
+/// Batches of pictures that are decoded while one is evaluated: one more than the next, so that pictures that take
+/// longer delay nothing.
+pub(super) const AHEAD: usize = 2;
 
 /// The result of an evaluation.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -26,15 +32,16 @@ pub struct Evaluation {
     pub loss: f64,
 }
 
-/// A network ready to be evaluated on one split, which stays on the device.
+/// A network ready to be evaluated on one split, which stays on the device, or in the files of pictures that are decoded
+/// batch by batch.
 pub struct Evaluator {
     plan: Plan<f32>,
     images: DeviceImages,
     /// Of all images.
     labels: Vec<u32>,
     normalization: Normalization,
-    /// 0, 1, 2, …: samples in the order of the files.
-    order: Buffer<u32>,
+    /// Where the images are, in the order of the files.
+    places: Buffer<u32>,
     loss: Buffer<f64>,
 }
 
@@ -59,21 +66,12 @@ impl Evaluator {
             return Err(TrainError::setting("batch-size", reason));
         }
         let ImageShape { height, width, channels } = images.shape;
-        let shape = Shape { batch, height, width, channels };
+        let (shape, labels) = (Shape { batch, height, width, channels }, images.labels.clone());
         let (graph, logits) = network(shape, images.classes).map_err(TrainError::plan(name))?;
         let plan = Plan::new(device, graph, logits, PlanOptions { batch_norm, ..PlanOptions::evaluation() })
             .map_err(TrainError::plan(name))?;
-        // The last batch is filled up with the first samples, which are not counted.
-        let count = images.len().next_multiple_of(batch);
-        let order: Vec<u32> = (0..count).map(|sample| (sample % images.len()) as u32).collect();
-        Ok(Self {
-            plan,
-            images: DeviceImages::new(device, images)?,
-            labels: images.labels.clone(),
-            normalization,
-            order: device.upload(&order)?,
-            loss: device.zeros(1)?,
-        })
+        let (images, places) = on_device(device, images, batch)?;
+        Ok(Self { plan, images, labels, normalization, places, loss: device.zeros(1)? })
     }
 
     /// Evaluates these weights and running statistics, which have the lengths of the plan's layouts
@@ -81,7 +79,7 @@ impl Evaluator {
     /// classes, row by row); the last batch may have fewer samples.
     ///
     /// # Errors
-    /// Slices of another length or device; failures of the device; those of `logits`.
+    /// Slices of another length or device; failures of the device; pictures that cannot be decoded; those of `logits`.
     pub fn evaluate(
         &mut self,
         weights: Slice<'_, f32>,
@@ -94,9 +92,16 @@ impl Evaluator {
         let samples = self.images.count;
         let (mut total, mut correct, mut among_five) = (0.0, 0, 0);
         let classes = self.plan.classes();
+        let parts = (0..samples).step_by(batch).map(move |first| part(first, batch, samples));
+        let (mut queue, go_on) = (self.images.queue(parts, AHEAD), AtomicBool::new(false));
         for first in (0..samples).step_by(batch) {
             let counted = batch.min(samples - first);
-            let order = self.order.slice(first..first + batch)?;
+            if let Some(queue) = &mut queue
+                && let Some(part) = queue.next(&go_on)?
+            {
+                self.images.put(first, part)?;
+            }
+            let order = self.places.slice(first..first + batch)?;
             let (out, labels) = self.plan.batch_mut()?;
             let (pixels, truth) = self.images.views();
             let start = Position::default();
@@ -136,13 +141,30 @@ impl Evaluator {
             );
             return Err(TrainError::setting("data", reason));
         }
-        self.images.replace(images)
+        let device = self.places.device().clone();
+        (self.images, self.places) = on_device(&device, images, self.plan.input_shape().batch)?;
+        self.labels.clone_from(&images.labels);
+        Ok(())
     }
 
     /// The plan.
     pub fn plan(&self) -> &Plan<f32> {
         &self.plan
     }
+}
+
+/// The images of a split and their places, for batches in the order of the files.
+fn on_device(device: &Device, images: &Images, batch: usize) -> Result<(DeviceImages, Buffer<u32>), TrainError> {
+    let samples = images.len();
+    let order: Vec<u32> = (0..samples).step_by(batch).flat_map(|first| part(first, batch, samples)).collect();
+    let images = DeviceImages::new(device, images, batch)?;
+    let places = device.upload(&images.places(&order))?;
+    Ok((images, places))
+}
+
+/// The samples of a batch. The last batch is filled up with the first samples, which are not counted.
+fn part(first: usize, batch: usize, samples: usize) -> Vec<u32> {
+    (first..first + batch).map(|sample| (sample % samples) as u32).collect()
 }
 
 /// Whether the logit of a class is among the largest so many. Of equal ones the first is larger; a NaN never is.

@@ -1,11 +1,14 @@
 //! The images of a run, an evaluation or a measurement: opened, normalised, on the device, and as an objective.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use super::TrainError;
+use super::queue::{Part, Queue};
 use super::settings::{NoiseKind, RunSettings};
-use crate::data::{self, DataError, Dataset, Images, Split, StatisticsSource};
+use crate::data::{self, DataError, Dataset, Images, LoadOptions, Pictures, Pixels, Split, StatisticsSource};
 use crate::device::{self, Buffer, Compute, Device, Error, HostOptions, Slice};
 use crate::kernels::augment::{Augmentation, Augmenter, Jitter};
 use crate::kernels::image::{self, Augment, BatchShape, Normalization, Position};
@@ -13,24 +16,70 @@ use crate::kernels::mixing::Mixer;
 use crate::objective::{Answer, Objective, Pass, Wrapper};
 use crate::plan::Plan;
 
-/// Images and labels of a split, on the device.
+/// Images and labels of a split, on the device: all of them, or where the pictures stay in files, slots for those that
+/// are needed next.
 pub(super) struct DeviceImages {
     pixels: Buffer<u8>,
     labels: Buffer<u32>,
+    /// Images of the split.
     pub count: usize,
+    streamed: Option<Streamed>,
+}
+
+/// Where the images in the slots come from.
+struct Streamed {
+    pictures: Arc<Pictures>,
+    labels: Vec<u32>,
+    /// Bytes of an image.
+    image: usize,
 }
 
 impl DeviceImages {
-    pub fn new(device: &Device, images: &Images) -> Result<Self, TrainError> {
-        let (pixels, labels) = (device.upload(&images.pixels)?, device.upload(&images.labels)?);
-        Ok(Self { pixels, labels, count: images.len() })
+    /// All images.
+    pub fn all(device: &Device, images: &Images) -> Result<Self, TrainError> {
+        let pixels = images.bytes_of(0..images.len())?;
+        let (pixels, labels) = (device.upload(&pixels)?, device.upload(&images.labels)?);
+        Ok(Self { pixels, labels, count: images.len(), streamed: None })
     }
 
-    /// Puts other images of the same number and shape in their place.
-    pub fn replace(&mut self, images: &Images) -> Result<(), TrainError> {
-        self.pixels.write(&images.pixels)?;
-        self.labels.write(&images.labels)?;
-        Ok(())
+    /// All images, or so many slots if the pictures stay in files.
+    pub fn new(device: &Device, images: &Images, slots: usize) -> Result<Self, TrainError> {
+        let Pixels::Files(pictures) = &images.pixels else { return Self::all(device, images) };
+        let image = images.shape.bytes();
+        let streamed = Streamed { pictures: Arc::new(pictures.clone()), labels: images.labels.clone(), image };
+        let (pixels, labels) = (device.zeros(slots * image)?, device.zeros(slots)?);
+        Ok(Self { pixels, labels, count: images.len(), streamed: Some(streamed) })
+    }
+
+    /// Whether the images are decoded as they are needed, so that their places have to be filled.
+    pub fn is_streamed(&self) -> bool {
+        self.streamed.is_some()
+    }
+
+    /// Where on the device the images of an order are: the images themselves, or the slots of their places.
+    pub fn places(&self, order: &[u32]) -> Vec<u32> {
+        match self.streamed {
+            Some(_) => (0..order.len()).map(|place| (place % self.labels.len()) as u32).collect(),
+            None => order.to_vec(),
+        }
+    }
+
+    /// Decodes these parts of an order, some of them ahead of their use. None where all images are on the device.
+    pub fn queue(&self, parts: impl Iterator<Item = Vec<u32>> + Send + 'static, ahead: usize) -> Option<Queue> {
+        let Streamed { pictures, image, .. } = self.streamed.as_ref()?;
+        let (pictures, threads) = (pictures.clone(), thread::available_parallelism().map_or(1, usize::from));
+        Some(Queue::new(parts, *image, ahead, threads, move |sample| pictures.decode(sample as usize)))
+    }
+
+    /// Puts the images of a part that begins at this place of the order in their slots. The number of slots is a
+    /// multiple of the part's.
+    pub fn put(&mut self, place: usize, part: &Part) -> Result<(), TrainError> {
+        let Some(Streamed { labels, image, .. }) = &self.streamed else { return Ok(()) };
+        let first = place % self.labels.len();
+        let end = first + part.samples.len();
+        let labels: Vec<u32> = part.samples.iter().map(|&sample| labels[sample as usize]).collect();
+        self.pixels.slice_mut(first * image..end * image)?.write(&part.pixels)?;
+        Ok(self.labels.slice_mut(first..end)?.write(&labels)?)
     }
 
     /// Pixels and labels.
@@ -53,31 +102,41 @@ pub fn open_device(name: &str, threads: usize) -> Result<Device, TrainError> {
     }
 }
 
-/// The data set at the path that the settings name, before any reduction. Pictures of a folder are resized to this size
-/// if one is given.
+/// The data set at the path that the settings name, before any reduction. The options are for the pictures of a folder;
+/// `watch` receives how many of a split are decoded, and of how many, and stops the work by returning false.
 ///
 /// # Errors
-/// Those of the files; an empty path.
-pub fn open_data(path: &str, image_size: Option<usize>) -> Result<Dataset, TrainError> {
+/// Those of the files; an empty path; [`Error::Stopped`].
+pub fn open_data(
+    path: &str,
+    options: &LoadOptions,
+    watch: &mut dyn FnMut(usize, usize) -> bool,
+) -> Result<Dataset, TrainError> {
     not_empty(path)?;
-    data::load_sized(Path::new(path), image_size).map_err(with_image_size)
+    data::load_with(Path::new(path), options, watch).map_err(of_reading)
 }
 
 /// One split of that data set.
 ///
 /// # Errors
-/// Those of the files; an empty path.
-pub fn open_split(path: &str, split: Split, image_size: Option<usize>) -> Result<data::SplitImages, TrainError> {
+/// As [`open_data`].
+pub fn open_split(
+    path: &str,
+    split: Split,
+    options: &LoadOptions,
+    watch: &mut dyn FnMut(usize, usize) -> bool,
+) -> Result<data::SplitImages, TrainError> {
     not_empty(path)?;
-    data::load_split_sized(Path::new(path), split, image_size).map_err(with_image_size)
+    data::load_split_with(Path::new(path), split, options, watch).map_err(of_reading)
 }
 
-/// Blames the setting where it is missing, or of no use.
-fn with_image_size(error: DataError) -> TrainError {
+/// Blames the setting where a size of images is missing, or of no use.
+fn of_reading(error: DataError) -> TrainError {
     match error {
         DataError::NotResized { .. } | DataError::PictureSizes { .. } => {
             TrainError::setting("image-size", error.to_string())
         }
+        DataError::Stopped => TrainError::Device(Error::Stopped),
         error => error.into(),
     }
 }

@@ -14,6 +14,7 @@ pub mod landscape;
 mod listing;
 mod log;
 mod options;
+mod queue;
 mod recipes;
 mod run;
 mod settings;

@@ -2,6 +2,7 @@
 
 use std::cmp::Ordering::{Equal, Less};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -16,6 +17,7 @@ use super::files::{hold, write_npy};
 use super::folder::{self, Config};
 use super::images::open_device;
 use super::log::{Log, Record, is_better};
+use super::queue::Queue;
 use super::settings::{CurvatureLogSettings, Measure, RunSettings};
 use super::state::State;
 use super::training::Subject;
@@ -75,6 +77,13 @@ impl std::fmt::Display for Warning {
 /// What a run reports to its caller.
 #[derive(Debug, Clone)]
 pub enum Progress {
+    /// Before the start, the pictures of a split are decoded for the first time.
+    Reading {
+        /// Pictures done.
+        done: usize,
+        /// Pictures of the split.
+        of: usize,
+    },
     /// The steps of an epoch are done, and its test begins.
     Testing,
     /// Before the first step.
@@ -154,6 +163,10 @@ const WINDOW_STEPS: u64 = 50;
 /// Steps that are launched on a GPU at once, as one graph, where the host has nothing to do between them.
 const STEPS_PER_LAUNCH: u64 = 8;
 
+/// The images of so many launches are decoded while one runs: those of the next, and of one more, so that pictures that
+/// take longer delay nothing.
+const LAUNCHES_AHEAD: usize = 2;
+
 /// How often a run reads its sums from the device to report them.
 const REPORT: Duration = Duration::from_millis(250);
 
@@ -190,6 +203,8 @@ pub(super) struct Run<S: Compute<Master = f32>> {
     /// The epoch whose order and learning rates are on the device.
     prepared_epoch: Option<u64>,
     recorded: Recorded,
+    /// The images of the steps to come, where the pictures stay in files.
+    queue: Option<Queue>,
     window: Window,
     /// The mean loss above which the run counts as diverged, and the one that ended it.
     max_loss: f64,
@@ -218,8 +233,7 @@ struct Recorded {
 
 impl<S: Compute<Master = f32>> Run<S> {
     /// Puts data, network and method on the device. A run that is resumed continues from its checkpoint.
-    pub fn open(subject: Subject<'_>, out: Option<PathBuf>, resume: bool) -> Result<Self, TrainError> {
-        let mut subject = subject;
+    pub fn open(mut subject: Subject<'_>, out: Option<PathBuf>, resume: bool) -> Result<Self, TrainError> {
         let data = subject.data();
         let resumed = out.as_deref().filter(|_| resume);
         // Nobody else may change a run after its checkpoint is read and before it goes on.
@@ -228,7 +242,17 @@ impl<S: Compute<Master = f32>> Run<S> {
         let relabelled = bootstrap::relabel(&mut subject, &device, resumed)?;
         let config = subject.config()?;
         resumed.map_or(Ok(()), |run| folder::check_images(run, &config))?;
-        let Subject { settings, network, dataset, validation, absent_classes, normalization, method, .. } = subject;
+        let Subject {
+            settings,
+            network,
+            dataset,
+            validation,
+            absent_classes,
+            normalization,
+            method,
+            steps_per_launch,
+            ..
+        } = subject;
         let (train, test) = (&dataset.train, &dataset.test);
 
         let max_loss = settings.run.max_loss.unwrap_or(10.0 * (train.classes.max(2) as f64).ln());
@@ -243,7 +267,11 @@ impl<S: Compute<Master = f32>> Run<S> {
         let schedule = settings.schedule(&*method, steps, steps_per_epoch)?;
 
         let measured = settings.curvature(&*method);
-        let mut state = State::new(&device, &settings, (network, &data), train, normalization, method)?;
+        // On the CPU several steps per launch gain nothing, and a run would stop later.
+        let usual_steps = if device.is_host() { 1 } else { STEPS_PER_LAUNCH };
+        let steps_per_launch = steps_per_launch.unwrap_or(usual_steps);
+        let images = (train, steps_per_launch);
+        let mut state = State::new(&device, &settings, (network, &data), images, normalization, method)?;
         // Weights and statistics are those of the state, so what it freezes is frozen everywhere.
         let frozen = settings.model.freeze.clone().unwrap_or_default();
         let network = &tuning::frozen(network, &frozen);
@@ -251,15 +279,13 @@ impl<S: Compute<Master = f32>> Run<S> {
         let validator = validation
             .map(|images| Evaluator::new(&device, network, (&data, &images), normalization, batch, Mode::Eval))
             .transpose()?;
-        let curvature = match measured {
-            None => None,
-            Some((every, wanted)) => {
-                let images = curvature_images(&settings.curvature, &dataset)?;
-                let (part, mode) = (CurvatureMeter::USUAL_PART, settings.curvature.curvature_bn.mode());
-                let meter = CurvatureMeter::new(&device, network, (&data, &images), normalization, part, mode)?;
-                Some(CurvatureLog { every, settings: wanted, meter })
-            }
+        let meter = |(every, wanted)| {
+            let images = curvature_images(&settings.curvature, &dataset)?;
+            let (part, mode) = (CurvatureMeter::USUAL_PART, settings.curvature.curvature_bn.mode());
+            let meter = CurvatureMeter::new(&device, network, (&data, &images), normalization, part, mode)?;
+            Ok::<_, TrainError>(CurvatureLog { every, settings: wanted, meter })
         };
+        let curvature = measured.map(meter).transpose()?;
         let saved = resumed.map(|run| folder::saved(run, &config)).transpose()?.flatten();
         // A checkpoint has the weights; the file that the run began with may be gone.
         if let Some(file) = settings.model.init.as_ref().filter(|_| saved.is_none()) {
@@ -270,6 +296,8 @@ impl<S: Compute<Master = f32>> Run<S> {
             state.restore(&saved, run)?;
             (step, earlier, untested) = (saved.step, saved.seconds, saved.untested);
         }
+        let parts = samples_of_steps(&settings, train.len(), step..steps);
+        let queue = state.images.queue(parts, LAUNCHES_AHEAD * steps_per_launch as usize);
         let log = out.as_ref().map(|run| folder::open(run, &config, held, (step, steps))).transpose()?;
         if let (Some(run), Some(relabelled)) = (&out, &relabelled) {
             write_npy(&run.join(bootstrap::FILE), &relabelled.labels, &[relabelled.labels.len() as u64])?;
@@ -296,13 +324,13 @@ impl<S: Compute<Master = f32>> Run<S> {
             settings,
             steps,
             steps_per_epoch,
-            // On the CPU several steps per launch gain nothing, and a run would stop later.
-            steps_per_launch: if device.is_host() { 1 } else { STEPS_PER_LAUNCH },
+            steps_per_launch,
             device,
             step,
             started_at: step,
             prepared_epoch: None,
             recorded: Recorded::default(),
+            queue,
             max_loss,
             diverged: None,
             first_loss: None,
@@ -350,7 +378,9 @@ impl<S: Compute<Master = f32>> Run<S> {
         while self.step < self.steps && self.diverged.is_none() && !stop.load(Ordering::Relaxed) {
             self.prepare_epoch()?;
             let logged = self.is_logged(self.step + 1);
-            self.advance(logged)?;
+            if !self.advance(logged, stop)? {
+                break;
+            }
             self.check_divergence(progress)?;
             if logged {
                 self.log_step()?;
@@ -408,7 +438,8 @@ impl<S: Compute<Master = f32>> Run<S> {
         if self.prepared_epoch.replace(epoch) == Some(epoch) {
             return Ok(());
         }
-        if !settings.data.no_shuffle {
+        // Slots are taken in turn, whatever the order.
+        if !settings.data.no_shuffle && !state.images.is_streamed() {
             let mut order = vec![0; state.order.len()];
             data::epoch_order(settings.run.seed, epoch, &mut order);
             state.order.write(&order)?;
@@ -421,30 +452,46 @@ impl<S: Compute<Master = f32>> Run<S> {
         Ok(())
     }
 
-    /// Takes the next step, or the next few.
-    fn advance(&mut self, logged: bool) -> Result<(), TrainError> {
-        let alone = self.steps_alone();
+    /// Takes the next step, or the next few. Returns whether it was not stopped while it waited for images.
+    fn advance(&mut self, logged: bool, stop: &AtomicBool) -> Result<bool, TrainError> {
+        let repeats = self.state.optimizer.settings().method.repeats() && self.rho_schedule == RhoSchedule::Constant;
+        // The first step allocates memory, and a logged step does more work.
+        let is_alone = logged || !repeats || self.step == self.started_at;
+        let count = match self.steps_per_launch {
+            several if !is_alone && several <= self.steps_alone() => several,
+            _ => 1,
+        };
+        if !self.take_images(count, stop)? {
+            return Ok(false);
+        }
         let Self { state, recorded, device, step, .. } = self;
         state.optimizer.observe(logged);
         state.optimizer.scale_rho(self.rho_schedule.factor(*step, &self.schedule));
-        let repeats = state.optimizer.settings().method.repeats() && self.rho_schedule == RhoSchedule::Constant;
-        // The first step allocates memory, and a logged step does more work.
-        if logged || !repeats || *step == self.started_at {
+        if is_alone {
             state.step()?;
             *step += 1;
-            return Ok(());
+            return Ok(true);
         }
-        let (slot, count) = match self.steps_per_launch {
-            several if several > 1 && several <= alone => (&mut recorded.several, several),
-            _ => (&mut recorded.one, 1),
-        };
+        let slot = if count > 1 { &mut recorded.several } else { &mut recorded.one };
         let graph = match slot {
             Some(graph) => graph,
             None => slot.insert(device.capture(|| (0..count).try_for_each(|_| state.step()))?),
         };
         graph.replay()?;
         *step += count;
-        Ok(())
+        Ok(true)
+    }
+
+    /// Puts the images of the next steps on the device, where they are not there already. Returns whether it was not
+    /// stopped.
+    fn take_images(&mut self, steps: u64, stop: &AtomicBool) -> Result<bool, TrainError> {
+        let Some(queue) = &mut self.queue else { return Ok(true) };
+        for step in self.step..self.step + steps {
+            let Some(part) = queue.next(stop)? else { return Ok(false) };
+            let place = (step % self.steps_per_epoch) as usize * self.state.batch;
+            self.state.images.put(place, part)?;
+        }
+        Ok(true)
     }
 
     /// How many of the next steps need nothing from the host in between.
@@ -769,6 +816,25 @@ fn evaluate(
     TrainError::unless_stopped(evaluator.evaluate(weights, statistics, go_on))
 }
 
+/// The samples of each of these steps, in the orders of their epochs.
+fn samples_of_steps(
+    settings: &RunSettings,
+    samples: usize,
+    steps: Range<u64>,
+) -> impl Iterator<Item = Vec<u32>> + Send + 'static {
+    let (batch, seed, is_shuffled) = (settings.data.batch_size, settings.run.seed, !settings.data.no_shuffle);
+    let mut order: Vec<u32> = (0..samples as u32).collect();
+    let (steps_per_epoch, mut epoch_of_order) = ((samples / batch) as u64, None);
+    steps.map(move |step| {
+        let epoch = step / steps_per_epoch;
+        if is_shuffled && epoch_of_order.replace(epoch) != Some(epoch) {
+            data::epoch_order(seed, epoch, &mut order);
+        }
+        let first = (step % steps_per_epoch) as usize * batch;
+        order[first..first + batch].to_vec()
+    })
+}
+
 /// The first images of a split, over which the curvature is measured.
 fn curvature_images(settings: &CurvatureLogSettings, dataset: &Dataset) -> Result<Images, TrainError> {
     let images = match settings.curvature_split {
@@ -794,8 +860,8 @@ fn curvature_images(settings: &CurvatureLogSettings, dataset: &Dataset) -> Resul
         let reason = format!("{samples}, expected at most {part} or a multiple of it with `curvature-bn` train");
         return Err(TrainError::setting("curvature-samples", reason));
     }
-    let (pixels, labels) = (&images.pixels[..samples * images.shape.bytes()], &images.labels[..samples]);
-    Ok(Images { pixels: pixels.into(), labels: labels.into(), ..*images })
+    let pixels = images.bytes_of(0..samples)?.into_owned().into();
+    Ok(Images { pixels, labels: images.labels[..samples].into(), ..*images })
 }
 
 fn finite(value: f64) -> Option<f64> {
@@ -843,6 +909,7 @@ struct CurvatureLog {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
     use std::sync::atomic::AtomicBool;
 
     use half::bf16;
@@ -850,61 +917,96 @@ mod tests {
     use super::super::training::{Names, Subject};
     use super::super::{DataSettings, LoopSettings, RunImages, RunSettings, normalization, open_data};
     use super::{Compute, Run, Window};
+    use crate::data::{Dataset, LoadOptions};
     use crate::plan::Shape;
 
     #[test]
     fn steps_of_one_launch_are_the_steps_themselves() {
-        every_way::<f32>(&[3, 5]);
-        every_way::<bf16>(&[]);
+        let mut dataset = open_data("synthetic", &LoadOptions::default(), &mut |_, _| true).unwrap();
+        dataset.train = dataset.train.take(96).unwrap();
+        dataset.test = dataset.test.take(24).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        every_way::<f32>(&dataset, &[3, 5], &folder.path().join("f32"));
+        every_way::<bf16>(&dataset, &[], &folder.path().join("bf16"));
+    }
+
+    /// The slots of a launch are those of its steps, whatever steps of the epoch these are.
+    #[test]
+    fn streamed_images_are_those_in_memory_in_every_launch() {
+        let folder = tempfile::tempdir().unwrap();
+        let data = folder.path().join("pictures");
+        for (split, count) in [("train", 96u32), ("test", 9)] {
+            for index in 0..count {
+                let class = data.join(split).join((index % 3).to_string());
+                std::fs::create_dir_all(&class).unwrap();
+                let pixel = |x: u32, y: u32| image::Rgb([1u32, 5, 9].map(|c| (index * 37 * c + x * y * 11) as u8));
+                image::RgbImage::from_fn(12, 12, pixel).save(class.join(format!("{index}.png"))).unwrap();
+            }
+        }
+        let models = [None, Some(0)].map(|memory| {
+            let options = LoadOptions { memory, ..LoadOptions::default() };
+            let dataset = open_data(data.to_str().unwrap(), &options, &mut |_, _| true).unwrap();
+            assert_eq!(dataset.train.pixels.memory().is_none(), memory.is_some());
+            every_way::<f32>(&dataset, &[3, 5], &folder.path().join(format!("{memory:?}")))
+        });
+        assert!(models[0] == models[1], "other bits when streamed");
     }
 
     /// 21 steps in epochs of 12, logged after 7, 14 and 21 or not at all, checked for divergence after 12 and 21.
-    fn every_way<S: Compute<Master = f32>>(steps_per_launch: &[u64]) {
-        let data = DataSettings { batch_size: 8, ..DataSettings::default() };
-        let run =
-            LoopSettings { steps: Some(21), max_loss: Some(1e3), device: "cpu".into(), ..LoopSettings::default() };
-        let settings = RunSettings { data, run, ..RunSettings::default() };
-        let mut dataset = open_data("synthetic", None).unwrap();
-        dataset.train = dataset.train.take(96).unwrap();
-        let model = settings.model().unwrap();
-        let network = |images: Shape, classes: usize| model.trace(images, classes);
-        let folder = tempfile::tempdir().unwrap();
-        let train = |steps_per_launch: u64, log_every: u64| {
-            let out = folder.path().join(format!("{steps_per_launch}-{log_every}"));
-            let mut settings = settings.clone();
-            settings.run.log_every = log_every;
-            let normalization = normalization(None, None, (&dataset.mean, &dataset.std), 3).unwrap();
-            let subject = Subject {
-                network: &network,
-                images: RunImages::of(&dataset, &normalization),
-                dataset: dataset.clone(),
-                validation: None,
-                absent_classes: Vec::new(),
-                normalization,
-                method: settings.method().unwrap(),
-                names: Names::default(),
-                settings,
-            };
-            let mut run = Run::<S>::open(subject, Some(out.clone()), false).unwrap();
-            run.steps_per_launch = steps_per_launch;
-            let summary = run.train(&AtomicBool::new(false), &mut |_| ()).unwrap();
-            assert_eq!((summary.steps, summary.skipped), (21, 0));
-            let log = std::fs::read_to_string(out.join("log.jsonl")).unwrap();
-            let mut records: Vec<serde_json::Value> =
-                log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-            for key in ["images_per_second", "seconds"] {
-                records.iter_mut().for_each(|record| record[key] = 0.into());
-            }
-            (records, std::fs::read(out.join("model.safetensors")).unwrap())
-        };
-        let one_by_one = train(1, 7);
+    /// Returns the weights.
+    fn every_way<S: Compute<Master = f32>>(dataset: &Dataset, steps_per_launch: &[u64], folder: &Path) -> Vec<u8> {
+        let one_by_one = train::<S>(dataset, 1, 7, &folder.join("one by one"));
         assert_eq!(one_by_one.0.iter().filter(|record| record["kind"] == "step").count(), 3);
         for &several in steps_per_launch {
-            let (log, model) = train(several, 7);
+            let (log, model) = train::<S>(dataset, several, 7, &folder.join(several.to_string()));
             assert_eq!(log, one_by_one.0, "{several} steps per launch in {}", S::NAME);
             assert!(model == one_by_one.1, "{several} steps per launch have other bits in {}", S::NAME);
         }
-        assert!(train(1, 0).1 == one_by_one.1, "steps that nobody sees have other bits in {}", S::NAME);
+        let unseen = train::<S>(dataset, 1, 0, &folder.join("unseen"));
+        assert!(unseen.1 == one_by_one.1, "steps that nobody sees have other bits in {}", S::NAME);
+        unseen.1
+    }
+
+    /// The log, without what depends on the clock, and the weights.
+    fn train<S: Compute<Master = f32>>(
+        dataset: &Dataset,
+        steps_per_launch: u64,
+        log_every: u64,
+        out: &Path,
+    ) -> (Vec<serde_json::Value>, Vec<u8>) {
+        let data = DataSettings { batch_size: 8, ..DataSettings::default() };
+        let run = LoopSettings {
+            steps: Some(21),
+            max_loss: Some(1e3),
+            device: "cpu".into(),
+            log_every,
+            ..LoopSettings::default()
+        };
+        let settings = RunSettings { data, run, ..RunSettings::default() };
+        let model = settings.model().unwrap();
+        let network = |images: Shape, classes: usize| model.trace(images, classes);
+        let normalization = normalization(None, None, (&dataset.mean, &dataset.std), 3).unwrap();
+        let subject = Subject {
+            network: &network,
+            images: RunImages::of(dataset, &normalization),
+            dataset: dataset.clone(),
+            validation: None,
+            absent_classes: Vec::new(),
+            normalization,
+            method: settings.method().unwrap(),
+            names: Names::default(),
+            settings,
+            steps_per_launch: Some(steps_per_launch),
+        };
+        let run = Run::<S>::open(subject, Some(out.into()), false).unwrap();
+        let summary = run.train(&AtomicBool::new(false), &mut |_| ()).unwrap();
+        assert_eq!((summary.steps, summary.skipped), (21, 0));
+        let log = std::fs::read_to_string(out.join("log.jsonl")).unwrap();
+        let mut records: Vec<serde_json::Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        for key in ["images_per_second", "seconds"] {
+            records.iter_mut().for_each(|record| record[key] = 0.into());
+        }
+        (records, std::fs::read(out.join("model.safetensors")).unwrap())
     }
 
     #[test]

@@ -12,7 +12,7 @@ use super::listing::{find_option, of_bases};
 use super::options::{Options, to_json, to_toml};
 use super::{BatchNormName, CurvatureSettings, TrainError};
 use crate::arena::Layout;
-use crate::data::Split;
+use crate::data::{LoadOptions, Split};
 use crate::device::HostOptions;
 use crate::kernels::augment::{self, Jitter, Policy};
 use crate::kernels::image::Augment;
@@ -173,6 +173,14 @@ macro_rules! name_in_list {
     };
 }
 
+impl DataSettings {
+    /// How the pictures of a folder are read.
+    pub fn load_options(&self) -> LoadOptions {
+        let memory = self.image_memory.map(|mebibytes| mebibytes << 20);
+        LoadOptions { image_size: self.image_size, memory, without_statistics: false }
+    }
+}
+
 name_in_list! {
     /// A method by its name in [`METHODS`].
     MethodName, METHODS
@@ -190,6 +198,9 @@ settings! {
         data: String = "synthetic".into(), as "PATH";
         /// Cut the pictures of a folder to their middle square, and resize it to N x N pixels
         image_size: Option<usize> = None, else "that of the pictures", in between(1, 4096);
+        /// Decode pictures as they are needed where a split of them takes more than this in memory; 0 always does.
+        /// Sets of other formats are always in memory
+        image_memory: Option<u64> = None, else "half of the memory that is available", as "MIB", in at_most(1 << 40);
         /// Train on the first N training images
         train_size: Option<usize> = None, else "all", in at_least(1);
         /// Replace this fraction of the training labels by other classes
@@ -844,7 +855,18 @@ fn same_place(path: &str) -> PathBuf {
 /// The first option in which two runs differ, among those that cannot change when a run is resumed.
 pub(super) fn continues(now: &toml::Table, before: &toml::Table) -> Option<String> {
     // Images are compared by what they are, not by where they lie.
-    let free = ["data", "images", "bootstrap", "epochs", "steps", "threads", "device", "log-every", "max-loss"];
+    let free = [
+        "data",
+        "images",
+        "image-memory",
+        "bootstrap",
+        "epochs",
+        "steps",
+        "threads",
+        "device",
+        "log-every",
+        "max-loss",
+    ];
     let free = |name: &str| free.contains(&name) || name.starts_with("curvature-");
     let differs = |name: &&str| !free(name) && now.get(*name) != before.get(*name);
     // Those on which others depend come first.

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::average::{Averaged, EpochAverage, MovingAverage};
 use super::checkpoint::{self, Checkpoint};
+use super::evaluate::AHEAD;
 use super::images::{Assembly, Batch, DeviceImages};
 use super::settings::RunSettings;
 use super::tuning::{self, Piece};
@@ -43,7 +44,7 @@ pub(super) struct State<S: Compute<Master = f32>> {
     pub part: BatchShape,
     /// Images per step.
     pub batch: usize,
-    /// The epoch's order of the images.
+    /// Where the images are, in the epoch's order.
     pub order: Buffer<u32>,
     /// Learning rates of the epoch's steps, and of the next step.
     pub rates: Buffer<f64>,
@@ -56,12 +57,12 @@ pub(super) struct State<S: Compute<Master = f32>> {
 
 impl<S: Compute<Master = f32>> State<S> {
     /// Plans the network, of which the settings freeze a part, and puts initial weights and the training images on the
-    /// device. Errors call the network's images `data`.
+    /// device, or slots for those of the steps of a launch. Errors call the network's images `data`.
     pub fn new(
         device: &Device,
         settings: &RunSettings,
         (network, data): (Network<'_>, &str),
-        train: &Images,
+        (train, steps_per_launch): (&Images, u64),
         normalization: Normalization,
         method: Box<dyn Method<f32>>,
     ) -> Result<Self, TrainError> {
@@ -99,6 +100,8 @@ impl<S: Compute<Master = f32>> State<S> {
         let averaged = || Averaged::new(device, &initial, &statistics);
         let average = settings.optimizer.ema.map(|decay| averaged().map(|of| MovingAverage::new(decay, of)));
         let swa = settings.optimizer.swa.map(|_| averaged().map(EpochAverage::new));
+        let images = DeviceImages::new(device, train, steps_per_launch as usize * batch)?;
+        let order: Vec<u32> = (0..train.len() as u32).collect();
         Ok(Self {
             average: average.transpose()?,
             swa: swa.transpose()?,
@@ -107,14 +110,14 @@ impl<S: Compute<Master = f32>> State<S> {
             pieces: tuning::pieces(&settings.optimizer, &layout, &model)?,
             accumulator: Accumulator::new(device, layout.len(), group / part.batch)?,
             plan,
-            images: DeviceImages::new(device, train)?,
+            order: device.upload(&images.places(&order))?,
+            images,
             normalization,
             assembly,
             mixer,
             draws: random::key(seed, b"droppath"),
             part,
             batch,
-            order: device.upload(&(0..train.len() as u32).collect::<Vec<u32>>())?,
             rates: device.zeros(train.len() / batch)?,
             rate: device.zeros(1)?,
             clock: device.zeros(clock::LEN)?,
@@ -216,17 +219,24 @@ impl<S: Compute<Master = f32>> State<S> {
     pub fn complete_average(&mut self, order: &[u32], stop: &AtomicBool) -> Result<bool, TrainError> {
         let Self { plan, swa: Some(swa), part, images, normalization, draws, .. } = self else { return Ok(true) };
         let device = plan.device().clone();
-        let order = device.upload(order)?;
+        let places = device.upload(&images.places(order))?;
         let own = device.upload(&plan.statistics().to_vec()?)?;
-        let (shape, batches) = (*part, order.len() / part.batch);
-        let frozen = plan.has_fixed_statistics();
-        for number in 0..if frozen { 0 } else { batches } {
+        let shape = *part;
+        let batches = if plan.has_fixed_statistics() { 0 } else { order.len() / shape.batch };
+        let parts: Vec<Vec<u32>> = order.chunks_exact(shape.batch).take(batches).map(<[u32]>::to_vec).collect();
+        let mut queue = images.queue(parts.into_iter(), AHEAD);
+        for number in 0..batches {
+            if let Some(queue) = &mut queue
+                && let Some(part) = queue.next(stop)?
+            {
+                images.put(number * shape.batch, part)?;
+            }
             if stop.load(Ordering::Relaxed) {
                 plan.set_statistics(own.view())?;
                 return Ok(false);
             }
             let (pixels, labels) = images.views();
-            let order = order.slice(number * shape.batch..(number + 1) * shape.batch)?;
+            let order = places.slice(number * shape.batch..(number + 1) * shape.batch)?;
             // What stochastic depth draws depends on the number of the batch alone, so a resumed run has the same.
             plan.draw(*draws, Position { first: number * shape.batch, clock: None })?;
             let (out, truth) = plan.batch_mut()?;

@@ -1,7 +1,7 @@
 //! A training run from its parts: settings, a network, a data set and a method, each by name or your own.
 
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use half::{bf16, f16};
 
@@ -112,7 +112,8 @@ impl<'a> Training<'a> {
     /// steps that have been launched.
     ///
     /// # Errors
-    /// Those of [`Training::run`].
+    /// Those of [`Training::run`]; [`Error::Stopped`](crate::device::Error::Stopped) if it is stopped before the data
+    /// set is read.
     pub fn run_with(self, stop: &AtomicBool, progress: &mut dyn FnMut(Progress)) -> Result<Summary, TrainError> {
         let Self { settings, network, dataset, method, out, resume } = self;
         settings.check()?;
@@ -127,7 +128,13 @@ impl<'a> Training<'a> {
         };
         let (data_name, dataset) = match dataset {
             Some(dataset) => (Some(dataset.name.clone()), dataset),
-            None => (None, open_data(&settings.data.data, settings.data.image_size)?),
+            None => {
+                let mut watch = |done, of| {
+                    progress(Progress::Reading { done, of });
+                    !stop.load(Ordering::Relaxed)
+                };
+                (None, open_data(&settings.data.data, &settings.data.load_options(), &mut watch)?)
+            }
         };
         let (method_name, method) = match method {
             Some((name, method)) => (Some(name), method),
@@ -147,8 +154,18 @@ impl<'a> Training<'a> {
         dataset.train = train;
         let precision = settings.run.precision;
         let names = Names { network: network_name, data: data_name, method: method_name };
-        let subject =
-            Subject { settings, network, dataset, validation, absent_classes, normalization, images, method, names };
+        let subject = Subject {
+            settings,
+            network,
+            dataset,
+            validation,
+            absent_classes,
+            normalization,
+            images,
+            method,
+            names,
+            steps_per_launch: None,
+        };
         match precision {
             Precision::F32 => Run::<f32>::open(subject, out, resume)?.train(stop, progress),
             Precision::Tf32 => Run::<Tf32>::open(subject, out, resume)?.train(stop, progress),
@@ -191,6 +208,8 @@ pub(super) struct Subject<'a> {
     pub images: RunImages,
     pub method: Box<dyn Method<f32>>,
     pub names: Names,
+    /// The most steps that are launched at once; none for what suits the device.
+    pub steps_per_launch: Option<u64>,
 }
 
 impl Subject<'_> {
@@ -213,7 +232,6 @@ impl Subject<'_> {
 #[cfg(test)]
 mod tests {
     use std::path::Path;
-    use std::sync::atomic::Ordering;
 
     use super::super::{
         AugmentPolicy, BaseName, CurvatureLogSettings, DataSettings, Evaluator, LoopSettings, Measure, open_device,

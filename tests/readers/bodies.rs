@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use flate2::read::{GzDecoder, MultiGzDecoder, ZlibDecoder};
 use image::ImageReader;
 use polder::arena::{Initial, Layout, TensorKind};
-use polder::data::{Corrupted, DataError, Dataset, Images, load, load_sized};
+use polder::data::{Corrupted, DataError, Dataset, Images, LoadOptions, load, load_with};
 use polder::report::report;
 use polder::train::landscape::{Heights, Landscape};
 use polder::train::{Checkpoint, Options, weights};
@@ -135,7 +135,7 @@ fn idx(folder: &Path, input: &[u8], packed: bool) -> bool {
         (Ok(data), Some((train, test))) => {
             for (images, (shape, pixels, labels)) in [(&data.train, train), (&data.test, test)] {
                 assert_eq!([images.shape.height, images.shape.width, images.shape.channels], [shape[0], shape[1], 1]);
-                assert_eq!(images.pixels, pixels);
+                assert_eq!(images.pixels, pixels.into());
                 assert_eq!(images.labels, labels.into_iter().map(u32::from).collect::<Vec<_>>());
             }
             check_data(&data)
@@ -200,7 +200,7 @@ fn cifar(folder: &Path, input: &[u8]) -> bool {
             assert_eq!(images.len(), bytes.len() / record);
             for (index, record) in bytes.chunks(record).enumerate() {
                 assert_eq!(images.labels[index], u32::from(record[classes.len() - 1]));
-                let pixels = &images.pixels[3072 * index..3072 * (index + 1)];
+                let pixels = images.bytes_of(index..index + 1).unwrap();
                 for (place, &value) in record[classes.len()..].iter().enumerate() {
                     assert_eq!(pixels[place % 1024 * 3 + place / 1024], value);
                 }
@@ -345,8 +345,10 @@ fn picture(folder: &Path, input: &[u8]) -> bool {
     for (name, bytes) in [("train/a/1.png", input), ("test/b/1.png", &files::png(3, 2, &[7; 18]))] {
         write(folder.join(name), bytes);
     }
+    let options = LoadOptions { image_size: Some(4), ..LoadOptions::default() };
     // The decoders have tables and buffers of their own.
-    match measured(input.len() + promised(input) + (1 << 21), || load_sized(folder, Some(4))) {
+    let read = || load_with(folder, &options, &mut |_, _| true);
+    match measured(input.len() + promised(input) + (1 << 21), read) {
         Ok(data) => check_data(&data),
         Err(error) => check_error(&error),
     }

@@ -67,7 +67,8 @@ impl Corruption {
     /// that are ready; none is returned if `stop` was set meanwhile.
     ///
     /// # Errors
-    /// [`DataError::NotCifar`] for images of another shape, [`DataError::NoSeverity`].
+    /// [`DataError::NotCifar`] for images of another shape, [`DataError::NoSeverity`]; those of
+    /// [`Images::bytes_of`].
     pub fn images(
         &self,
         images: &Images,
@@ -83,10 +84,11 @@ impl Corruption {
             return Err(DataError::NoSeverity { severity });
         }
         let key = draws::key(seed, self.name, severity);
-        let mut out = vec![0; images.pixels.len()];
+        let pixels = images.bytes_of(0..images.len())?;
+        let mut out = vec![0; pixels.len()];
         let part = images.len().div_ceil(threads.max(1)).max(1);
         std::thread::scope(|scope| {
-            let parts = images.pixels.chunks(part * BYTES).zip(out.chunks_mut(part * BYTES)).enumerate();
+            let parts = pixels.chunks(part * BYTES).zip(out.chunks_mut(part * BYTES)).enumerate();
             for (number, (from, to)) in parts {
                 scope.spawn(move || {
                     for (n, (from, to)) in from.chunks(BYTES).zip(to.chunks_mut(BYTES)).enumerate() {
