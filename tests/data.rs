@@ -718,7 +718,7 @@ proptest! {
 
 fn small_images(labels: Vec<u32>, classes: usize) -> Images {
     let shape = ImageShape { height: 2, width: 3, channels: 1 };
-    let pixels = (0..labels.len() * shape.bytes()).map(pattern).collect();
+    let pixels = (0..labels.len() * shape.bytes()).map(pattern).collect::<Vec<u8>>().into();
     Images { pixels, labels, shape, classes }
 }
 
