@@ -12,7 +12,7 @@ use crate::kernels::batch_norm::Mode;
 use crate::kernels::image::{self, BatchShape, Normalization, Position};
 use crate::plan::{Network, Plan, PlanOptions, Shape};
 
-/// Batches of pictures that are decoded while one is evaluated: one more than the next, so that pictures that take
+/// Batches of pictures that are decoded while a GPU evaluates one: one more than the next, so that pictures that take
 /// longer delay nothing.
 pub(super) const AHEAD: usize = 2;
 
@@ -32,8 +32,8 @@ pub struct Evaluation {
     pub loss: f64,
 }
 
-/// A network ready to be evaluated on one split, which stays on the device, or in the files of pictures that are decoded
-/// batch by batch.
+/// A network ready to be evaluated on one split, which stays on the device, or in the files of pictures, which are
+/// decoded batch by batch.
 pub struct Evaluator {
     plan: Plan<f32>,
     images: DeviceImages,

@@ -64,10 +64,12 @@ impl DeviceImages {
         }
     }
 
-    /// Decodes these parts of an order, some of them ahead of their use. None where all images are on the device.
+    /// Decodes these parts of an order, on a GPU so many of them ahead of their use. On the CPU the threads would take
+    /// cores from the kernels, whose own threads then wait for one another. None where all images are on the device.
     pub fn queue(&self, parts: impl Iterator<Item = Vec<u32>> + Send + 'static, ahead: usize) -> Option<Queue> {
         let Streamed { pictures, image, .. } = self.streamed.as_ref()?;
         let (pictures, threads) = (pictures.clone(), thread::available_parallelism().map_or(1, usize::from));
+        let ahead = if self.pixels.device().is_host() { 0 } else { ahead };
         Some(Queue::new(parts, *image, ahead, threads, move |sample| pictures.decode(sample as usize)))
     }
 

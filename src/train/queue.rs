@@ -22,7 +22,8 @@ pub(super) struct Part {
 }
 
 /// Parts in the order of their use. Threads decode the images of the next `ahead` parts and then wait, so the queue
-/// holds `ahead` parts and the one in use, and each thread one image. The threads end when the queue is dropped.
+/// holds `ahead` parts and the one in use, and each thread one image. With 0 they decode a part while it is waited for,
+/// and leave the processor to others at any other time. The threads end when the queue is dropped.
 pub(super) struct Queue {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
@@ -51,6 +52,8 @@ struct State {
     first: u64,
     /// Memory of parts that have been used.
     free: Vec<Vec<u8>>,
+    /// Whether a part is waited for.
+    wanted: bool,
     /// Whether no further image is needed.
     ended: bool,
 }
@@ -80,9 +83,10 @@ impl Queue {
         threads: usize,
         decode: impl Fn(u32) -> Result<Vec<u8>, DataError> + Send + Sync + 'static,
     ) -> Self {
-        let state = State { to_come: Box::new(parts), open: VecDeque::new(), first: 0, free: Vec::new(), ended: false };
+        let (open, free) = (VecDeque::new(), Vec::new());
+        let state = State { to_come: Box::new(parts), open, first: 0, free, wanted: false, ended: false };
         let (state, decode) = (Mutex::new(state), Box::new(decode));
-        let shared = Arc::new(Shared { state, changed: Condvar::new(), decode, image, ahead: ahead.max(1) });
+        let shared = Arc::new(Shared { state, changed: Condvar::new(), decode, image, ahead });
         let thread = || {
             let shared = shared.clone();
             thread::Builder::new().spawn(move || shared.work())
@@ -102,10 +106,12 @@ impl Queue {
         if let Some(used) = self.in_use.take() {
             state.free.push(used.pixels);
         }
+        state.wanted = true;
+        shared.changed.notify_all();
         while !stop.load(Ordering::Relaxed) {
             if state.open.front().is_some_and(|open| open.done == open.part.samples.len()) {
                 let Some(Open { part, failed, .. }) = state.open.pop_front() else { break };
-                state.first += 1;
+                (state.first, state.wanted) = (state.first + 1, false);
                 shared.changed.notify_all();
                 return match failed {
                     None => Ok(Some(self.in_use.insert(part))),
@@ -122,6 +128,7 @@ impl Queue {
                 state = shared.changed.wait_timeout(state, LOOK).unwrap_or_else(PoisonError::into_inner).0;
             }
         }
+        state.wanted = false;
         Ok(None)
     }
 }
@@ -146,7 +153,8 @@ impl Shared {
     fn work(&self) {
         let mut state = self.lock();
         while !state.ended {
-            state = match state.task(self.ahead, self.image) {
+            let most = self.ahead.max(usize::from(state.wanted));
+            state = match state.task(most, self.image) {
                 Some(task) => self.decode(state, task),
                 None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
             };
@@ -236,7 +244,7 @@ mod tests {
     fn parts_come_in_their_order_whoever_decodes_them() {
         let go_on = AtomicBool::new(false);
         for threads in [0, 1, 5] {
-            for ahead in [1, 3] {
+            for ahead in [0, 1, 3] {
                 let mut queue = Queue::new(parts(40), IMAGE, ahead, threads, |sample| {
                     // Later images are often ready first.
                     thread::sleep(Duration::from_micros(u64::from(sample * 37 % 5) * 50));
@@ -255,21 +263,23 @@ mod tests {
     /// The bound is on the images that have been begun, so on the memory for them, too.
     #[test]
     fn no_more_is_decoded_than_is_asked_for() {
-        let begun = Arc::new(AtomicUsize::new(0));
-        let count = begun.clone();
-        let mut queue = Queue::new(parts(100), IMAGE, 2, 4, move |sample| {
-            count.fetch_add(1, Ordering::Relaxed);
-            Ok(decoded(sample))
-        });
-        for taken in 0..5 {
-            let most = 4 * (taken + 2);
-            wait_until("the parts ahead are decoded", || begun.load(Ordering::Relaxed) == most);
-            thread::sleep(Duration::from_millis(20));
-            assert_eq!(begun.load(Ordering::Relaxed), most, "{taken} parts were taken");
-            queue.next(&AtomicBool::new(false)).unwrap();
-            let state = queue.shared.lock();
-            let held = state.open.len() + state.free.len() + usize::from(queue.in_use.is_some());
-            assert!(held <= 3, "{held} parts are in memory");
+        for ahead in [0, 2] {
+            let begun = Arc::new(AtomicUsize::new(0));
+            let count = begun.clone();
+            let mut queue = Queue::new(parts(100), IMAGE, ahead, 4, move |sample| {
+                count.fetch_add(1, Ordering::Relaxed);
+                Ok(decoded(sample))
+            });
+            for taken in 0..5 {
+                let most = 4 * (taken + ahead);
+                wait_until("the parts ahead are decoded", || begun.load(Ordering::Relaxed) == most);
+                thread::sleep(Duration::from_millis(20));
+                assert_eq!(begun.load(Ordering::Relaxed), most, "{taken} parts were taken");
+                queue.next(&AtomicBool::new(false)).unwrap();
+                let state = queue.shared.lock();
+                let held = state.open.len() + state.free.len() + usize::from(queue.in_use.is_some());
+                assert!(held <= ahead + 1, "{held} parts are in memory");
+            }
         }
     }
 

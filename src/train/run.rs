@@ -163,8 +163,8 @@ const WINDOW_STEPS: u64 = 50;
 /// Steps that are launched on a GPU at once, as one graph, where the host has nothing to do between them.
 const STEPS_PER_LAUNCH: u64 = 8;
 
-/// The images of so many launches are decoded while one runs: those of the next, and of one more, so that pictures that
-/// take longer delay nothing.
+/// While a GPU runs a launch, the images of so many are decoded: those of the next, and of one more, so that pictures
+/// that take longer delay nothing.
 const LAUNCHES_AHEAD: usize = 2;
 
 /// How often a run reads its sums from the device to report them.
