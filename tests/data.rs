@@ -104,7 +104,7 @@ fn cifar10_planes_become_nhwc() -> TestResult {
     for (images, first_pixel) in [(&data.train, 0), (&data.test, 7)] {
         for sample in 0..images.len() {
             for (y, x, channel) in (0..32).flat_map(|y| (0..32).flat_map(move |x| (0..3).map(move |c| (y, x, c)))) {
-                let found = bytes(&images)[((sample * 32 + y) * 32 + x) * 3 + channel];
+                let found = bytes(images)[((sample * 32 + y) * 32 + x) * 3 + channel];
                 let expected = pattern(first_pixel + sample * 3072 + channel * 1024 + y * 32 + x);
                 assert_eq!(found, expected, "sample {sample}, y {y}, x {x}, channel {channel}");
             }
@@ -246,7 +246,7 @@ fn idx_files_are_read_plain_gzipped_and_dotted() -> TestResult {
 fn unknown_idx_statistics_come_from_the_training_images() -> TestResult {
     let folder = idx_folder()?;
     let of = |images: &Images| {
-        let values: Vec<f64> = bytes(&images).iter().map(|&value| f64::from(value) / 255.0).collect();
+        let values: Vec<f64> = bytes(images).iter().map(|&value| f64::from(value) / 255.0).collect();
         let mean = values.iter().sum::<f64>() / values.len() as f64;
         let variance = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / values.len() as f64;
         (mean, variance.sqrt())
@@ -643,7 +643,7 @@ fn damaged(bytes: &[u8], damage: &Damage) -> Vec<u8> {
 /// The result of `load` must be consistent even where damage cannot be detected, as in a changed pixel.
 fn check_consistent(images: &Images) {
     assert!(!images.is_empty());
-    assert_eq!(bytes(&images).len(), images.len() * images.shape.bytes());
+    assert_eq!(bytes(images).len(), images.len() * images.shape.bytes());
     assert!(images.labels.iter().all(|&label| (label as usize) < images.classes));
 }
 
@@ -799,7 +799,7 @@ fn a_hold_out_and_the_rest_are_the_whole() -> TestResult {
     for part in [&rest, &held] {
         part.check()?;
         assert!(part.labels.is_sorted(), "the order of the files");
-        for (image, &label) in bytes(&part).chunks(6).zip(&part.labels) {
+        for (image, &label) in bytes(part).chunks(6).zip(&part.labels) {
             assert_eq!(*image, bytes(&images)[label as usize * 6..][..6]);
         }
     }

@@ -32,8 +32,12 @@ pub(super) struct Queue {
 
 type Parts = Box<dyn Iterator<Item = Vec<u32>> + Send>;
 type Decode = Box<dyn Fn(u32) -> Result<Vec<u8>, DataError> + Send + Sync>;
-/// What became of an image: its pixels, an error, or the panic of its decoder.
-type Decoded = Result<Result<Vec<u8>, DataError>, Box<dyn Any + Send>>;
+
+/// Why an image was not decoded.
+enum Failure {
+    Error(DataError),
+    Panic(Box<dyn Any + Send>),
+}
 
 struct Shared {
     state: Mutex<State>,
@@ -64,7 +68,7 @@ struct Open {
     begun: usize,
     done: usize,
     /// The first image that could not be decoded.
-    failed: Option<(usize, Result<DataError, Box<dyn Any + Send>>)>,
+    failed: Option<(usize, Failure)>,
 }
 
 /// An image to decode.
@@ -115,8 +119,8 @@ impl Queue {
                 shared.changed.notify_all();
                 return match failed {
                     None => Ok(Some(self.in_use.insert(part))),
-                    Some((_, Ok(error))) => Err(error),
-                    Some((_, Err(panic))) => resume_unwind(panic),
+                    Some((_, Failure::Error(error))) => Err(error),
+                    Some((_, Failure::Panic(panic))) => resume_unwind(panic),
                 };
             }
             // It helps with the part that it waits for.
@@ -164,7 +168,10 @@ impl Shared {
     /// Decodes an image, without the lock, and puts it in its place.
     fn decode<'a>(&'a self, state: MutexGuard<'a, State>, task: Task) -> MutexGuard<'a, State> {
         drop(state);
-        let decoded = catch_unwind(AssertUnwindSafe(|| (self.decode)(task.sample)));
+        let decoded = match catch_unwind(AssertUnwindSafe(|| (self.decode)(task.sample))) {
+            Ok(decoded) => decoded.map_err(Failure::Error),
+            Err(panic) => Err(Failure::Panic(panic)),
+        };
         let mut state = self.lock();
         if state.put(&task, decoded, self.image) {
             self.changed.notify_all();
@@ -195,21 +202,15 @@ impl State {
     }
 
     /// Takes in an image. Returns whether its part is complete now.
-    fn put(&mut self, task: &Task, decoded: Decoded, image: usize) -> bool {
+    fn put(&mut self, task: &Task, decoded: Result<Vec<u8>, Failure>, image: usize) -> bool {
         // A part is taken only when all of its images are done, so it is still there.
         let Some(open) = self.open.get_mut((task.part - self.first) as usize) else { return false };
-        let failed = match decoded {
-            Ok(Ok(pixels)) => {
-                open.part.pixels[task.place * image..(task.place + 1) * image].copy_from_slice(&pixels);
-                None
+        match decoded {
+            Ok(pixels) => open.part.pixels[task.place * image..(task.place + 1) * image].copy_from_slice(&pixels),
+            Err(failure) if open.failed.as_ref().is_none_or(|(place, _)| task.place < *place) => {
+                open.failed = Some((task.place, failure));
             }
-            Ok(Err(error)) => Some(Ok(error)),
-            Err(panic) => Some(Err(panic)),
-        };
-        if let Some(failed) = failed
-            && open.failed.as_ref().is_none_or(|(place, _)| task.place < *place)
-        {
-            open.failed = Some((task.place, failed));
+            Err(_) => {}
         }
         open.done += 1;
         open.done == open.part.samples.len()
