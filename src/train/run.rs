@@ -242,17 +242,9 @@ impl<S: Compute<Master = f32>> Run<S> {
         let relabelled = bootstrap::relabel(&mut subject, &device, resumed)?;
         let config = subject.config()?;
         resumed.map_or(Ok(()), |run| folder::check_images(run, &config))?;
-        let Subject {
-            settings,
-            network,
-            dataset,
-            validation,
-            absent_classes,
-            normalization,
-            method,
-            steps_per_launch,
-            ..
-        } = subject;
+        // On the CPU several steps per launch gain nothing, and a run would stop later.
+        let steps_per_launch = subject.steps_per_launch.unwrap_or(if device.is_host() { 1 } else { STEPS_PER_LAUNCH });
+        let Subject { settings, network, dataset, validation, absent_classes, normalization, method, .. } = subject;
         let (train, test) = (&dataset.train, &dataset.test);
 
         let max_loss = settings.run.max_loss.unwrap_or(10.0 * (train.classes.max(2) as f64).ln());
@@ -267,11 +259,8 @@ impl<S: Compute<Master = f32>> Run<S> {
         let schedule = settings.schedule(&*method, steps, steps_per_epoch)?;
 
         let measured = settings.curvature(&*method);
-        // On the CPU several steps per launch gain nothing, and a run would stop later.
-        let usual_steps = if device.is_host() { 1 } else { STEPS_PER_LAUNCH };
-        let steps_per_launch = steps_per_launch.unwrap_or(usual_steps);
-        let images = (train, steps_per_launch);
-        let mut state = State::new(&device, &settings, (network, &data), images, normalization, method)?;
+        let mut state =
+            State::new(&device, &settings, (network, &data), (train, steps_per_launch), normalization, method)?;
         // Weights and statistics are those of the state, so what it freezes is frozen everywhere.
         let frozen = settings.model.freeze.clone().unwrap_or_default();
         let network = &tuning::frozen(network, &frozen);
