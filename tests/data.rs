@@ -441,7 +441,7 @@ fn emnist_is_read_upright() -> TestResult {
         assert_eq!((data.train.classes, data.test.classes, data.absent_classes()), (27, 27, vec![0]));
         for images in [&data.train, &data.test] {
             assert_eq!(images.shape, ImageShape { height: 6, width: 5, channels: 1 });
-            for (index, &found) in images.pixels.iter().enumerate() {
+            for (index, &found) in bytes(images).iter().enumerate() {
                 let (sample, row, column) = (index / 30, index / 5 % 6, index % 5);
                 assert_eq!(found, pattern(sample * 30 + column * 6 + row + "letters".len()), "{below}: {index}");
             }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bodies::{TARGETS, gzip, layouts, picture_of, png};
-use polder::data::{DataError, load, load_sized};
+use polder::data::{DataError, LoadOptions, load, load_with};
 use polder::report::report;
 use polder::train::landscape::{Heights, Landscape};
 use polder::train::{Checkpoint, CurvatureFile, Options, TrainError, checksum, weights};
@@ -399,7 +399,8 @@ fn no_memory_is_taken_for_the_pixels_that_a_picture_claims() {
             fs::write(path, bytes).unwrap();
         }
         for size in [None, Some(8)] {
-            let error = measured(1 << 16, || load_sized(folder.path(), size)).unwrap_err();
+            let options = LoadOptions { image_size: size, ..LoadOptions::default() };
+            let error = measured(1 << 16, || load_with(folder.path(), &options, &mut |_, _| true)).unwrap_err();
             assert!(matches!(&error, DataError::Picture { .. }), "{error}");
             let line = error.to_string();
             println!("{line}");
