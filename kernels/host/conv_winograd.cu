@@ -15,9 +15,9 @@
 // gradient is the same for the gradient of the output and the turned weights. The weight gradient is the adjoint,
 // dw = G^T [(B^T x B) . (A dy A^T)] G, summed over the tiles.
 //
-// There is one thread per block. A block transforms some tiles at a time into its scratch memory, which stays in the L2
-// cache. Channels are whole panels on both sides; other convolutions are those of conv_direct.cu. The order of a sum
-// depends only on the shape.
+// There is one thread per block. A block transforms some tiles at a time into its scratch memory, which is about as
+// large as the L2 cache at most. Channels are whole panels on both sides; other convolutions are those of
+// conv_direct.cu. The order of a sum depends only on the shape.
 //
 // In a whole network the gradient is about as exact as by direct convolutions (docs/results.md). Numbers stored in 16
 // bits (S) become floats (T) when they are transformed, and results are rounded once.

@@ -12,7 +12,8 @@ use crate::kernels::pick;
 const ELEMENTS: usize = 16;
 const SIDE: usize = 2;
 
-/// The scratch memory of a block for one operand, which stays in the L2 cache.
+/// The scratch memory of a block for the transformed input: half of an L2 cache. The products take as much if there are
+/// as many channels on both sides. The fewest tiles take more from 700 channels on.
 const SCRATCH_BYTES: usize = 512 << 10;
 /// The most tiles of a band: more are no faster. Bands are multiples of the rows of the kernel's register tiles.
 const MOST_TILES: usize = 48;
@@ -25,11 +26,18 @@ const SLICE: usize = 64;
 /// The most bytes of partial weight gradients. A single part may take more.
 const PARTIAL_BYTES: usize = 32 << 20;
 
-/// Whether the kernels can work with this shape: 3×3 with stride 1, without groups, and whole panels of channels.
+/// The fewest rows and columns of an output: on smaller images the direct form leaves out as many products.
+const LEAST_SIDE: usize = 4;
+/// The most channels: with more, a band of a few tiles is larger than an L2 cache.
+const MOST_CHANNELS: usize = 2048;
+
+/// Whether this form is used for a shape: 3×3 with stride 1, without groups, whole panels of channels, and images that
+/// are not tiny. It does not depend on the batch, so that an image's bits do not either.
 pub(super) fn suits<S: Compute>(shape: &ConvShape) -> bool {
-    let panel = panel::<S>();
-    let (kernel, whole) = (shape.kernel == 3 && shape.stride == 1 && shape.padding < 3, shape.groups == 1);
-    kernel && whole && shape.in_channels.is_multiple_of(panel) && shape.out_channels.is_multiple_of(panel)
+    let has_form = shape.kernel == 3 && shape.stride == 1 && shape.padding < 3 && shape.groups == 1;
+    let is_large = shape.out_height().min(shape.out_width()) >= LEAST_SIDE;
+    let fits = |channels: usize| channels.is_multiple_of(panel::<S>()) && channels <= MOST_CHANNELS;
+    has_form && is_large && fits(shape.in_channels) && fits(shape.out_channels)
 }
 
 fn panel<S: Compute>() -> usize {
@@ -49,7 +57,7 @@ fn transformed_len(shape: &ConvShape) -> usize {
 /// The number of parts of the batch. For each part and slice one block sums a weight gradient.
 fn parts<S: Compute>(shape: &ConvShape) -> usize {
     let bytes = transformed_len(shape) * size_of::<S::Master>();
-    BLOCKS.div_ceil(shape.in_channels.div_ceil(SLICE)).min(PARTIAL_BYTES / bytes).clamp(1, shape.batch)
+    BLOCKS.div_ceil(shape.in_channels.div_ceil(SLICE)).min(PARTIAL_BYTES / bytes).min(shape.batch).max(1)
 }
 
 /// Tiles of an output image.
