@@ -298,7 +298,8 @@ fn a_run_that_is_stopped_goes_on_with_the_same_bits() {
     assert!(!at("reading").exists(), "nothing was begun");
 }
 
-/// A picture that becomes unreadable ends the run when its turn comes. What was saved before stays.
+/// A picture that becomes unreadable ends the run when its turn comes. What was trained before is saved, and with the
+/// picture as it was the run goes on to the same bits.
 #[test]
 fn a_picture_that_becomes_unreadable_ends_the_run_in_one_line() {
     let folder = folder();
@@ -309,6 +310,7 @@ fn a_picture_that_becomes_unreadable_ends_the_run_in_one_line() {
     let run = || training(folder.path(), "epochs = 3\nno-shuffle = true", Some(0));
     run().out(at("whole")).run().unwrap();
     training(folder.path(), "epochs = 1\nno-shuffle = true", Some(0)).out(at("one epoch")).run().unwrap();
+    let model = |name: &str| fs::read(at(name).join("model.safetensors")).unwrap();
     let damages: [(&str, &dyn Fn()); 3] = [
         ("gone", &|| fs::remove_file(&file).unwrap()),
         ("damaged", &|| fs::write(&file, &whole[..whole.len() / 2]).unwrap()),
@@ -326,12 +328,24 @@ fn a_picture_that_becomes_unreadable_ends_the_run_in_one_line() {
         let line = error.to_string();
         assert!(line.contains("045.png: ") && !line.contains('\n') && error.is_input(), "{name}: {line}");
         assert_eq!(*epochs.lock().unwrap(), 1, "{name}");
-        let model = |name: &str| fs::read(at(name).join("model.safetensors")).unwrap();
-        assert!(model(name) == model("one epoch"), "{name}");
+        assert!(model(name) != model("one epoch"), "{name}: the steps of the second epoch are lost");
         fs::write(&file, &whole).unwrap();
         run().resume(at(name)).run().unwrap();
         same(&found(&at("whole")), &found(&at(name)), name);
     }
+    // A picture of the test: its epoch is not lost.
+    let file = picture(&folder.path().join("pictures"), "test", 2);
+    let whole = fs::read(&file).unwrap();
+    let error = run().out(at("untested")).run_with(&AtomicBool::new(false), &mut |progress| {
+        if matches!(progress, Progress::Testing) {
+            fs::remove_file(&file).unwrap();
+        }
+    });
+    assert!(error.unwrap_err().is_input());
+    assert!(model("untested") == model("one epoch"));
+    fs::write(&file, &whole).unwrap();
+    run().resume(at("untested")).run().unwrap();
+    same(&found(&at("whole")), &found(&at("untested")), "untested");
 }
 
 // ---- Evaluation -----------------------------------------------------------------------------------------------------

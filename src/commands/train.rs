@@ -377,6 +377,8 @@ impl Display {
                         HumanCount(done as u64),
                         HumanCount(of as u64)
                     ));
+                } else if self.told.elapsed() >= EVERY[usize::from(self.verbose)] {
+                    self.line(&format!("reading pictures: {done} of {of}"));
                 }
             }
             Progress::Step { step, loss, accuracy, images_per_second } => {

@@ -527,7 +527,7 @@ pub struct LoadOptions {
     /// Cut each picture to its middle square, and resize it to so many pixels a side; none for pictures of one size.
     pub image_size: Option<usize>,
     /// The most bytes that the decoded pictures of a split may take in memory. More stay in their files, from which
-    /// training and evaluation decode them as they need them. None for half of the memory that is available, and for no
+    /// training and evaluation decode them as they need them. None for a quarter of the memory that is available, and for no
     /// limit where this is not known.
     pub memory: Option<u64>,
     /// Leave out mean and standard deviation of a single split of pictures, for which training images may have to be
@@ -542,11 +542,12 @@ impl LoadOptions {
     }
 }
 
-/// Half of the memory that programs can have, as Linux tells it; none elsewhere.
+/// A quarter of the memory that programs can have, as Linux tells it; none elsewhere. There may be two splits, and on
+/// the CPU each is in memory twice for a moment.
 fn available_memory() -> Option<u64> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
     let kibibytes = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix("kB"))?;
-    Some(kibibytes.trim().parse::<u64>().ok()?.saturating_mul(512))
+    Some(kibibytes.trim().parse::<u64>().ok()?.saturating_mul(256))
 }
 
 /// Reads a data set as [`load`] does, with options for the pictures of a folder. While these are decoded, `watch`

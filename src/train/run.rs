@@ -333,8 +333,18 @@ impl<S: Compute<Master = f32>> Run<S> {
         })
     }
 
-    /// Trains to the end, or until the run is stopped or diverges.
+    /// Trains to the end, or until the run is stopped or diverges. If a picture cannot be read, what was trained before
+    /// is saved.
     pub fn train(mut self, stop: &AtomicBool, progress: &mut dyn FnMut(Progress)) -> Result<Summary, TrainError> {
+        let found = self.train_to_end(stop, progress);
+        if matches!(found, Err(TrainError::Data(_))) && self.diverged.is_none() {
+            self.seconds += self.clock.elapsed().as_secs_f64();
+            self.save()?;
+        }
+        found
+    }
+
+    fn train_to_end(&mut self, stop: &AtomicBool, progress: &mut dyn FnMut(Progress)) -> Result<Summary, TrainError> {
         progress(Progress::Start {
             device: format!("{} ({})", self.device.name(), self.device.description()),
             data: self.data.clone(),
@@ -712,9 +722,11 @@ impl<S: Compute<Master = f32>> Run<S> {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Option<Evaluation>, TrainError> {
         progress(Progress::Testing);
-        let Some(Tests { test, validation }) = self.test(&mut record, stop)? else {
-            self.untested = Some(record);
-            return Ok(None);
+        let tested = self.test(&mut record, stop);
+        let Ok(Some(Tests { test, validation })) = tested else {
+            // The seconds up to the test have been added.
+            (self.untested, self.clock) = (Some(record), Instant::now());
+            return tested.map(|_| None);
         };
         if let Some(found) = validation.filter(|_| self.diverged.is_none()) {
             self.keep_if_best(found)?;

@@ -200,7 +200,7 @@ settings! {
         image_size: Option<usize> = None, else "that of the pictures", in between(1, 4096);
         /// Decode the pictures of a folder as they are needed if a split would take more MiB than this in memory; 0
         /// always does. Sets of other formats are always in memory
-        image_memory: Option<u64> = None, else "half of the memory that is available", as "MIB", in at_most(1 << 30);
+        image_memory: Option<u64> = None, else "a quarter of the memory that is available", as "MIB", in at_most(1 << 30);
         /// Train on the first N training images
         train_size: Option<usize> = None, else "all", in at_least(1);
         /// Replace this fraction of the training labels by other classes
