@@ -177,13 +177,27 @@ impl ConvShape {
     /// share one workspace, and its content need not be kept between calls. On a GPU, only the weight gradient needs
     /// it.
     pub fn workspace_len<S: Compute>(&self, device: &Device) -> usize {
-        if !device.is_simt() {
-            let suits = winograd::suits::<S>(self);
-            return if suits { winograd::workspace_len::<S>(self) } else { direct::workspace_len::<S>(self) };
+        self.products_workspace_len::<S>(device).max(self.gradient_workspace_len::<S>(device))
+    }
+
+    /// As [`ConvShape::workspace_len`], for a forward or an input gradient alone.
+    pub fn products_workspace_len<S: Compute>(&self, device: &Device) -> usize {
+        match winograd::suits::<S>(self) {
+            _ if device.is_simt() => 0,
+            true => winograd::products_workspace_len(self),
+            false => direct::products_workspace_len(self),
         }
-        match self.weight_gradient_splits::<S>(device) {
-            1 => 0,
-            splits => splits * self.weight_len(),
+    }
+
+    /// As [`ConvShape::workspace_len`], for a weight gradient alone.
+    fn gradient_workspace_len<S: Compute>(&self, device: &Device) -> usize {
+        match winograd::suits::<S>(self) {
+            _ if device.is_simt() => match self.weight_gradient_splits::<S>(device) {
+                1 => 0,
+                splits => splits * self.weight_len(),
+            },
+            true => winograd::gradient_workspace_len::<S>(self),
+            false => direct::gradient_workspace_len::<S>(self),
         }
     }
 
@@ -284,7 +298,7 @@ pub fn forward<S: Compute>(
     const OPERATION: &str = "conv::forward";
     let device = check_forward(OPERATION, shape, x, weight, y.view())?;
     if !device.is_simt() {
-        check_workspace::<S>(OPERATION, shape, &device, &workspace)?;
+        check_workspace::<S>(OPERATION, shape.products_workspace_len::<S>(&device), &device, &workspace)?;
         let by = if winograd::suits::<S>(shape) { winograd::forward } else { direct::forward };
         by(shape, x, weight, y, accumulate, workspace)
     } else if S::TENSOR_CORES {
@@ -351,7 +365,7 @@ pub fn input_gradient<S: Compute>(
     const OPERATION: &str = "conv::input_gradient";
     let device = check_input_gradient(OPERATION, shape, dy, weight, ("dx", dx.view()))?;
     if !device.is_simt() {
-        check_workspace::<S>(OPERATION, shape, &device, &workspace)?;
+        check_workspace::<S>(OPERATION, shape.products_workspace_len::<S>(&device), &device, &workspace)?;
         let by = if winograd::suits::<S>(shape) { winograd::input_gradient } else { direct::input_gradient };
         by(shape, dy, weight, dx, accumulate, workspace)
     } else if S::TENSOR_CORES {
@@ -432,7 +446,7 @@ pub fn weight_gradient<S: Compute>(
 ) -> Result<()> {
     const OPERATION: &str = "conv::weight_gradient";
     let device = check_weight_gradient(OPERATION, shape, x, dy, ("dw", dw.view(), shape.weight_len()))?;
-    check_workspace::<S>(OPERATION, shape, &device, &workspace)?;
+    check_workspace::<S>(OPERATION, shape.gradient_workspace_len::<S>(&device), &device, &workspace)?;
     if !device.is_simt() {
         let by = if winograd::suits::<S>(shape) { winograd::weight_gradient } else { direct::weight_gradient };
         return by(shape, x, dy, dw, accumulate, workspace);
@@ -532,11 +546,10 @@ fn check_weight_gradient<S: Compute>(
 
 fn check_workspace<S: Compute>(
     operation: &'static str,
-    shape: &ConvShape,
+    expected: usize,
     device: &Device,
     workspace: &SliceMut<'_, S::Master>,
 ) -> Result<()> {
-    let expected = shape.workspace_len::<S>(device);
     if workspace.len() < expected {
         return check_length(operation, "workspace", workspace.len(), expected);
     }

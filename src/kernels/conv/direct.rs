@@ -15,11 +15,19 @@ pub(super) const PANEL: usize = PANEL_BYTES / 4;
 /// Blocks of a weight gradient: enough for the cores of a large machine, and to balance the load on two cores.
 const WEIGHT_GRADIENT_BLOCKS: usize = 32;
 
-/// The number of elements of the workspace: for the packed weights, or the partial weight gradients of all parts.
-pub(super) fn workspace_len<S: Compute>(shape: &ConvShape) -> usize {
-    let packed_forward = shape.taps() * shape.group_inputs() * shape.out_channels.next_multiple_of(PANEL);
+/// The number of elements of the workspace of the forward and of the input gradient: for the packed weights.
+pub(super) fn products_workspace_len(shape: &ConvShape) -> usize {
     let packed_input = shape.taps() * shape.group_outputs() * shape.in_channels.next_multiple_of(PANEL);
-    packed_input.max(parts::<S>(shape) * packed_forward)
+    packed_input.max(packed_forward(shape))
+}
+
+/// The number of elements of the workspace of the weight gradient: for the partial ones of all parts.
+pub(super) fn gradient_workspace_len<S: Compute>(shape: &ConvShape) -> usize {
+    parts::<S>(shape) * packed_forward(shape)
+}
+
+fn packed_forward(shape: &ConvShape) -> usize {
+    shape.taps() * shape.group_inputs() * shape.out_channels.next_multiple_of(PANEL)
 }
 
 /// The number of parts of the batch. For each part and slice, or for each part and some groups of channels, one block

@@ -44,19 +44,19 @@ fn panel<S: Compute>() -> usize {
     PANEL_BYTES / size_of::<S::Master>()
 }
 
-/// The number of elements of the workspace: for the transformed weights, or the partial weight gradients of all parts.
-pub(super) fn workspace_len<S: Compute>(shape: &ConvShape) -> usize {
-    parts::<S>(shape) * transformed_len(shape)
+/// The number of elements of the workspace of the forward and of the input gradient: for the transformed weights.
+pub(super) fn products_workspace_len(shape: &ConvShape) -> usize {
+    ELEMENTS * shape.in_channels * shape.out_channels
 }
 
-/// Elements of the transformed weights.
-fn transformed_len(shape: &ConvShape) -> usize {
-    ELEMENTS * shape.in_channels * shape.out_channels
+/// The number of elements of the workspace of the weight gradient: for the partial ones of all parts.
+pub(super) fn gradient_workspace_len<S: Compute>(shape: &ConvShape) -> usize {
+    parts::<S>(shape) * products_workspace_len(shape)
 }
 
 /// The number of parts of the batch. For each part and slice one block sums a weight gradient.
 fn parts<S: Compute>(shape: &ConvShape) -> usize {
-    let bytes = transformed_len(shape) * size_of::<S::Master>();
+    let bytes = products_workspace_len(shape) * size_of::<S::Master>();
     BLOCKS.div_ceil(shape.in_channels.div_ceil(SLICE)).min(PARTIAL_BYTES / bytes).min(shape.batch).max(1)
 }
 

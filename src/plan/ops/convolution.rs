@@ -162,7 +162,8 @@ impl Operation for Convolution {
     fn memory<S: Compute>(&self, site: &Site<'_>) -> ExtraMemory {
         let len = self.shape.workspace_len::<S>(site.device);
         let weight_gradient = self.weight_gradient_form::<S>(site.device, len);
-        ExtraMemory { forward: len, backward: len, weight_gradient, ..ExtraMemory::default() }
+        let forward = self.shape.products_workspace_len::<S>(site.device);
+        ExtraMemory { forward, backward: len, weight_gradient, ..ExtraMemory::default() }
     }
 
     /// Measures which tiles suit the shape on a GPU's tensor cores.
