@@ -20,6 +20,8 @@ use super::measured;
 #[path = "files.rs"]
 mod files;
 
+// The fuzz targets do not use all of them.
+#[allow(unused_imports)]
 pub use files::{gzip, picture as picture_of, png};
 
 /// A kind of file, and what its reader is given.
