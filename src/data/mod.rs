@@ -527,8 +527,8 @@ pub struct LoadOptions {
     /// Cut each picture to its middle square, and resize it to so many pixels a side; none for pictures of one size.
     pub image_size: Option<usize>,
     /// The most bytes that the decoded pictures of a split may take in memory. More stay in their files, from which
-    /// training and evaluation decode them as they need them. None for a quarter of the memory that is available, and for no
-    /// limit where this is not known.
+    /// training and evaluation decode them as they need them. None for a quarter of the memory that is available, and
+    /// for no limit where this is not known.
     pub memory: Option<u64>,
     /// Leave out mean and standard deviation of a single split of pictures, for which training images may have to be
     /// decoded.

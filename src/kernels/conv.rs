@@ -13,12 +13,11 @@
 //!
 //! Here `x` is zero outside the image, and the sum of `dx` runs over the taps that divide evenly and stay inside `dy`
 //! (Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", arXiv:1603.07285). Each pass does
-//! [`ConvShape::macs`] multiply-adds; on the CPU 3×3 kernels with stride 1, whole panels of channels (16 in f32, at most
-//! 2,048 in all), no groups and at least 4×4 pixels do four ninths of them (Lavin and Gray, arXiv:1509.09308), a few more
-//! where an extent is odd. These add up to 16 numbers before they multiply, so numbers above a sixteenth of the largest
-//! one can overflow. A pass writes its result once, and if the caches
-//! hold a band of an image, it reads each operand once from main memory. The order of all sums depends only on the
-//! shape.
+//! [`ConvShape::macs`] multiply-adds; on the CPU 3×3 kernels with stride 1, whole panels of channels (16 in f32, at
+//! most 2,048 in all), no groups and at least 4×4 pixels do four ninths of them (Lavin and Gray, arXiv:1509.09308), a
+//! few more where an extent is odd. These add up to 16 numbers before they multiply, so numbers above a sixteenth of
+//! the largest one can overflow. A pass writes its result once, and if the caches hold a band of an image, it reads
+//! each operand once from main memory. The order of all sums depends only on the shape.
 //!
 //! In f16 and bf16 the operands have 16 bits, in TF32 they are rounded to 19 bits, and a GPU multiplies them on its
 //! tensor cores. Sums are in f32. `y` and `dx` are rounded once to their type, and `dw` stays in f32.
