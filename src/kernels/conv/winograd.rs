@@ -5,15 +5,15 @@ use super::ConvShape;
 use super::direct::packing;
 use crate::device::arguments::{WinogradArgs, WinogradGradientArgs, WinogradSumArgs, WinogradWeightsArgs};
 use crate::device::constants::PANEL_BYTES;
-use crate::device::{Compute, Launch, Result, Slice, SliceMut, id};
+use crate::device::{Compute, Kernel, Launch, Result, Slice, SliceMut, id};
 use crate::kernels::pick;
 
 /// Elements of a transformed tile, and the rows and columns of an output tile.
 const ELEMENTS: usize = 16;
 const SIDE: usize = 2;
 
-/// The scratch memory of a block for the transformed input: half of an L2 cache. The products take as much if there are
-/// as many channels on both sides. The fewest tiles take more from 700 channels on.
+/// The scratch memory of a block for the transformed input, before its tiles are rounded up to [`TILE_ROWS`]: half of an
+/// L2 cache. The products take as much if there are as many channels on both sides.
 const SCRATCH_BYTES: usize = 512 << 10;
 /// The most tiles of a band: more are no faster. Bands are multiples of the rows of the kernel's register tiles.
 const MOST_TILES: usize = 48;
@@ -84,11 +84,7 @@ pub(super) fn forward<S: Compute>(
     accumulate: bool,
     mut workspace: SliceMut<'_, S::Master>,
 ) -> Result<()> {
-    let args = WinogradWeightsArgs { weight: weight.address(), packed: workspace.address(), shape: shape.argument() };
-    // SAFETY: every slice has the length that the shape implies, and the workspace has room for the weights.
-    unsafe {
-        y.device().launch(S::choose(id::CONV_WINOGRAD_WEIGHTS), packing(shape), &args)?;
-    }
+    transform_weights(S::choose(id::CONV_WINOGRAD_WEIGHTS), shape, weight, &mut workspace)?;
     multiply(shape, x, workspace, y, accumulate)
 }
 
@@ -100,11 +96,7 @@ pub(super) fn input_gradient<S: Compute>(
     accumulate: bool,
     mut workspace: SliceMut<'_, S::Master>,
 ) -> Result<()> {
-    let args = WinogradWeightsArgs { weight: weight.address(), packed: workspace.address(), shape: shape.argument() };
-    // SAFETY: as in `forward`.
-    unsafe {
-        dx.device().launch(S::choose(id::CONV_WINOGRAD_TURNED_WEIGHTS), packing(shape), &args)?;
-    }
+    transform_weights(S::choose(id::CONV_WINOGRAD_TURNED_WEIGHTS), shape, weight, &mut workspace)?;
     // It is the convolution of dy with the turned weights.
     let turned = ConvShape {
         height: shape.out_height(),
@@ -115,6 +107,17 @@ pub(super) fn input_gradient<S: Compute>(
         ..*shape
     };
     multiply(&turned, dy, workspace, dx, accumulate)
+}
+
+fn transform_weights<S: Compute>(
+    kernel: Kernel<WinogradWeightsArgs>,
+    shape: &ConvShape,
+    weight: Slice<'_, S>,
+    packed: &mut SliceMut<'_, S::Master>,
+) -> Result<()> {
+    let args = WinogradWeightsArgs { weight: weight.address(), packed: packed.address(), shape: shape.argument() };
+    // SAFETY: every slice has the length that the shape implies, and the workspace has room for the weights.
+    unsafe { packed.device().launch(kernel, packing(shape), &args) }
 }
 
 /// The convolution with weights that are transformed.
@@ -138,7 +141,7 @@ fn multiply<S: Compute>(
     };
     let launch = Launch::new(all.div_ceil(tiles) as u32, 1)
         .with_shared(band_bytes::<S>(tiles, [shape.in_channels, shape.out_channels]));
-    // SAFETY: as in `forward`, and the scratch memory has room for one band.
+    // SAFETY: as in `transform_weights`, and the scratch memory has room for one band.
     unsafe { device.launch(S::choose(id::CONV_WINOGRAD), launch, &args) }
 }
 
