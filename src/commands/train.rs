@@ -369,16 +369,13 @@ impl Display {
                 }
             }
             Progress::Reading { done, of } => {
+                let text = format!("reading pictures: {} of {}", HumanCount(done as u64), HumanCount(of as u64));
                 if let Some(bar) = &self.bar {
                     bar.set_length(of as u64);
                     bar.set_position(done as u64);
-                    bar.set_message(format!(
-                        "reading pictures: {} of {}",
-                        HumanCount(done as u64),
-                        HumanCount(of as u64)
-                    ));
+                    bar.set_message(text);
                 } else if self.told.elapsed() >= EVERY[usize::from(self.verbose)] {
-                    self.line(&format!("reading pictures: {done} of {of}"));
+                    self.line(&text);
                 }
             }
             Progress::Step { step, loss, accuracy, images_per_second } => {
