@@ -211,22 +211,23 @@ INSIDE, AUTOCASTED = "bf16 inside", "bf16 autocast"
 
 
 def arithmetics(device, precision):
+    """What PyTorch computes in where our side has this precision; the first is the same."""
     return [precision, INSIDE, AUTOCASTED] if (device, precision) == ("cpu", "f32") else [precision]
 
 
-def forms(method, ways, arithmetics):
+def forms(method, ways, computed):
     """(name, memory format, step class, SGD options, mode of torch.compile, captured, arithmetic) of every form
     tried."""
     for format_name, memory_format in FORMATS.items():
         for step_name, step in STEPS[method].items():
             for optimizer_name, options in OPTIMIZERS.items():
                 for way in ways:
-                    for arithmetic in arithmetics:
+                    for arithmetic in computed:
                         name = f"{step_name}{optimizer_name}, {format_name}, {arithmetic}, {way}"
-                        # The plainest forms are tried in eager mode and in our precision alone, and compiled ones with
-                        # one SGD on a CPU, where compiling takes longest.
+                        # The plainest forms are tried in eager mode and in our precision alone. On a CPU, where
+                        # compiling takes longest, compiled and bf16 forms have one SGD.
                         plain = "per-parameter" in name or "loop SGD" in name
-                        is_other = way != "eager" or arithmetic != arithmetics[0]
+                        is_other = way != "eager" or arithmetic != computed[0]
                         if is_other and (plain or "compiled" in ways and "fused" not in name):
                             continue
                         yield name, memory_format, step, options, *WAYS[way], arithmetic
@@ -495,7 +496,8 @@ def show(result):
         print(f"{line}   {contender['form']}")
     noise = result["noise"]
     peak, imported = (memory[key] / 2**20 for key in ("peak_rss_bytes", "after_import_bytes"))
-    print(f"  the fastest in this precision against itself: {noise['median']:.2f} ({noise['min']:.2f}-{noise['max']:.2f}); "
+    itself = f"{noise['median']:.2f} ({noise['min']:.2f}-{noise['max']:.2f})"
+    print(f"  the fastest in this precision against itself: {itself}; "
           f"{peak:.0f} MiB, {imported:.0f} of them after import", flush=True)
 
 
