@@ -12,8 +12,8 @@ use crate::kernels::pick;
 const ELEMENTS: usize = 16;
 const SIDE: usize = 2;
 
-/// The scratch memory of a block for the transformed input, before its tiles are rounded up to [`TILE_ROWS`]: half of an
-/// L2 cache. The products take as much if there are as many channels on both sides.
+/// The scratch memory of a block for the transformed input, before its tiles are rounded up to [`TILE_ROWS`]: half of
+/// an L2 cache. The products take as much if there are as many channels on both sides.
 const SCRATCH_BYTES: usize = 512 << 10;
 /// The most tiles of a band: more are no faster. Bands are multiples of the rows of the kernel's register tiles.
 const MOST_TILES: usize = 48;
