@@ -32,8 +32,8 @@ use host::HostDevice;
 pub trait Element: bytemuck::Pod + Send + Sync {}
 impl<T: bytemuck::Pod + Send + Sync> Element for T {}
 
-/// A type in which activations are stored: `f32`, [`Tf32`], `half::f16` and `half::bf16` on every device, `f64` on the
-/// CPU only.
+/// A type in which activations are stored: `f32`, [`Tf32`], [`Bf16x3`], [`Bf16x6`], `half::f16` and `half::bf16` on
+/// every device, `f64` on the CPU only.
 pub trait Compute: Element + fmt::Debug + PartialOrd {
     /// The type of sums and of master weights.
     type Master: Scalar;
@@ -43,6 +43,8 @@ pub trait Compute: Element + fmt::Debug + PartialOrd {
     const NARROW: bool = size_of::<Self>() < size_of::<Self::Master>();
     /// Whether a GPU multiplies this type on its tensor cores.
     const TENSOR_CORES: bool;
+    /// The bf16 numbers whose sum stands for a factor of a convolution's product; 0 if the factor itself is multiplied.
+    const PIECES: usize = 0;
     /// Whether the exponent range is so small that gradients need a loss scale.
     const SCALES_LOSS: bool;
     /// Rounds a double to this type.
@@ -126,6 +128,7 @@ impl Compute for half::bf16 {
     type Master = f32;
     const NAME: &'static str = "bf16";
     const TENSOR_CORES: bool = true;
+    const PIECES: usize = 1;
     const SCALES_LOSS: bool = false;
     fn from_f64(value: f64) -> Self {
         half::bf16::from_f32(round_to_odd(value))
@@ -150,31 +153,50 @@ fn round_to_odd(value: f64) -> f32 {
     f32::from_bits(below | 1)
 }
 
-/// A float that a GPU's tensor cores round to TF32 (10 bits of fraction) when a convolution multiplies it. All other
-/// arithmetic, and all arithmetic on the CPU, is that of `f32`.
-#[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
-#[repr(transparent)]
-pub struct Tf32(pub f32);
+/// Types that store a float and differ from `f32` in how a convolution multiplies it.
+macro_rules! floats {
+    ($($(#[$doc:meta])* $name:ident: $text:literal, $tensor_cores:literal, $pieces:literal;)*) => {$(
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
+        #[repr(transparent)]
+        pub struct $name(pub f32);
 
-// SAFETY: a float; all bits zero is a valid value.
-unsafe impl bytemuck::Zeroable for Tf32 {}
-// SAFETY: a float; it has no padding, and every pattern of bits is valid.
-unsafe impl bytemuck::Pod for Tf32 {}
+        // SAFETY: a float; all bits zero is a valid value.
+        unsafe impl bytemuck::Zeroable for $name {}
+        // SAFETY: a float; it has no padding, and every pattern of bits is valid.
+        unsafe impl bytemuck::Pod for $name {}
 
-impl Compute for Tf32 {
-    type Master = f32;
-    const NAME: &'static str = "tf32";
-    const TENSOR_CORES: bool = true;
-    const SCALES_LOSS: bool = false;
-    fn from_f64(value: f64) -> Self {
-        Self(value as f32)
-    }
-    fn to_f64(self) -> f64 {
-        f64::from(self.0)
-    }
-    fn choose<A>(kernels: ComputeKernels<A>) -> Kernel<A> {
-        kernels.f32
-    }
+        impl Compute for $name {
+            type Master = f32;
+            const NAME: &'static str = $text;
+            const TENSOR_CORES: bool = $tensor_cores;
+            const PIECES: usize = $pieces;
+            const SCALES_LOSS: bool = false;
+            fn from_f64(value: f64) -> Self {
+                Self(value as f32)
+            }
+            fn to_f64(self) -> f64 {
+                f64::from(self.0)
+            }
+            fn choose<A>(kernels: ComputeKernels<A>) -> Kernel<A> {
+                kernels.f32
+            }
+        }
+    )*};
+}
+
+floats! {
+    /// A float that a GPU's tensor cores round to TF32 (10 bits of fraction) when a convolution multiplies it. All
+    /// other arithmetic, and all arithmetic on the CPU, is that of `f32`.
+    Tf32: "tf32", true, 0;
+    /// A float that a convolution multiplies as the sum of two bf16 numbers, which together hold 16 bits: three
+    /// products of bf16, summed in f32. The product of the two small parts is left out. All other arithmetic is that of
+    /// `f32`.
+    Bf16x3: "bf16x3", false, 2;
+    /// A float that a convolution multiplies as the sum of three bf16 numbers, which together hold all its 24 bits: six
+    /// products of bf16, summed in f32. The products below the last bit are left out. All other arithmetic is that of
+    /// `f32`.
+    Bf16x6: "bf16x6", false, 3;
 }
 
 impl Scalar for f32 {}

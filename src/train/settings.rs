@@ -69,6 +69,10 @@ words! {
         F32 = "f32",
         /// 32-bit floats; a GPU's convolutions round their factors to 10 bits of mantissa
         Tf32 = "tf32",
+        /// 32-bit floats; convolutions multiply each factor as two bf16 numbers, for matrix units (AMX)
+        Bf16x3 = "bf16x3",
+        /// 32-bit floats; convolutions multiply each factor as three bf16 numbers, as exact as f32, for matrix units
+        Bf16x6 = "bf16x6",
         /// 16 bits with 10 bits of mantissa; the loss is scaled
         F16 = "f16",
         /// 16 bits with 7 bits of mantissa and the range of f32
@@ -81,7 +85,8 @@ impl Precision {
     /// 2.3; in f32 an error in the last place.
     fn loss_error(self) -> f64 {
         match self {
-            Self::F32 => 1e-7,
+            Self::F32 | Self::Bf16x6 => 1e-7,
+            Self::Bf16x3 => 1e-6,
             // The factors of convolutions are rounded as in f16.
             Self::Tf32 | Self::F16 => 2e-5,
             Self::Bf16 => 1e-4,

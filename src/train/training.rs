@@ -11,7 +11,7 @@ use super::images::{normalization, open_data, training_images};
 use super::run::{Progress, Run, Summary};
 use super::settings::{Precision, RunSettings};
 use crate::data::{Dataset, Images};
-use crate::device::Tf32;
+use crate::device::{Bf16x3, Bf16x6, Tf32};
 use crate::kernels::image::Normalization;
 use crate::optim::Method;
 use crate::plan::{Network, Shape};
@@ -169,6 +169,8 @@ impl<'a> Training<'a> {
         match precision {
             Precision::F32 => Run::<f32>::open(subject, out, resume)?.train(stop, progress),
             Precision::Tf32 => Run::<Tf32>::open(subject, out, resume)?.train(stop, progress),
+            Precision::Bf16x3 => Run::<Bf16x3>::open(subject, out, resume)?.train(stop, progress),
+            Precision::Bf16x6 => Run::<Bf16x6>::open(subject, out, resume)?.train(stop, progress),
             Precision::F16 => Run::<f16>::open(subject, out, resume)?.train(stop, progress),
             Precision::Bf16 => Run::<bf16>::open(subject, out, resume)?.train(stop, progress),
         }

@@ -11,6 +11,8 @@ use clap::ValueEnum;
 pub enum Precision {
     F32,
     Tf32,
+    Bf16x3,
+    Bf16x6,
     F16,
     Bf16,
 }

@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use clap::Parser;
 use half::{bf16, f16};
-use polder::device::{Buffer, Compute, Device, RecordedGraph, Result as DeviceResult, Tf32};
+use polder::device::{Bf16x3, Bf16x6, Buffer, Compute, Device, RecordedGraph, Result as DeviceResult, Tf32};
 use polder::kernels::conv::{self, ConvShape};
 use polder::kernels::{random, vector};
 use polder::train::open_device;
@@ -166,6 +166,8 @@ fn main() -> Answer<()> {
     match args.precision {
         Precision::F32 => serve::<f32>(&args),
         Precision::Tf32 => serve::<Tf32>(&args),
+        Precision::Bf16x3 => serve::<Bf16x3>(&args),
+        Precision::Bf16x6 => serve::<Bf16x6>(&args),
         Precision::F16 => serve::<f16>(&args),
         Precision::Bf16 => serve::<bf16>(&args),
     }

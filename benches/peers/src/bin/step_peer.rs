@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use clap::{Parser, ValueEnum};
 use half::{bf16, f16};
-use polder::device::{Compute, Device, RecordedGraph, Tf32};
+use polder::device::{Bf16x3, Bf16x6, Compute, Device, RecordedGraph, Tf32};
 use polder::kernels::image::{self, BatchShape, Normalization, Position};
 use polder::nn::Model;
 use polder::objective::{ObjectiveExt, RunningStats};
@@ -58,6 +58,8 @@ fn main() -> Answer<()> {
     match args.precision {
         Precision::F32 => answer::<f32>(&args),
         Precision::Tf32 => answer::<Tf32>(&args),
+        Precision::Bf16x3 => answer::<Bf16x3>(&args),
+        Precision::Bf16x6 => answer::<Bf16x6>(&args),
         Precision::F16 => answer::<f16>(&args),
         Precision::Bf16 => answer::<bf16>(&args),
     }
