@@ -85,7 +85,7 @@ fn main() {
 /// Those of [`Arguments::read`] and [`Constants::read`].
 fn write_shared(out: &Path, sources: &[PathBuf], kernels: &[Kernel]) -> Result<Vec<(PathBuf, PathBuf)>, String> {
     let constants = Constants::read(&read(&SHARED.map(PathBuf::from)))?;
-    let headers = [files("kernels/include", &["cuh"]), files("kernels/host", &["hpp"])].concat();
+    let headers = [files("kernels/include", &["cuh"]), files("kernels/host", &["hpp", "cuh"])].concat();
     let runtime: BTreeSet<String> = RUNTIME.iter().map(|name| name.to_string()).collect();
     let roots = registry::argument_types(kernels, None).union(&runtime).cloned().collect();
     let arguments = Arguments::read(&read(&[sources.to_vec(), headers].concat()), &roots, &constants)?;

@@ -54,6 +54,18 @@ pub struct InstructionSet {
 pub fn instruction_sets() -> Vec<InstructionSet> {
     const AVX2: &[&str] = &["-mavx2", "-mfma", "-mf16c"];
     const AVX512: &[&str] = &["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"];
+    const AMX: &[&str] = &[
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mavx512bf16",
+        "-mamx-tile",
+        "-mamx-bf16",
+    ];
     if env::var("CARGO_CFG_TARGET_ARCH").is_ok_and(|arch| arch != "x86_64") {
         return vec![InstructionSet { name: "baseline", flags: &[], builds: |_| true }];
     }
@@ -61,16 +73,19 @@ pub fn instruction_sets() -> Vec<InstructionSet> {
     let avx512 = InstructionSet {
         name: "avx512",
         flags: AVX512,
-        builds: |source| is_one_of(source, &["conv_direct.cu", "conv_winograd.cu"]),
+        builds: |source| is_one_of(source, &["conv_direct.cu", "conv_winograd.cu", "conv_split.cu"]),
     };
+    // With matrix units.
+    let amx = InstructionSet { name: "amx", flags: AMX, builds: |source| is_one_of(source, &["conv_split.cu"]) };
     // Builds with sanitizers are for tests, on recent machines.
     if sanitize() {
-        return vec![InstructionSet { name: "avx2", flags: AVX2, builds: |_| true }, avx512];
+        return vec![InstructionSet { name: "avx2", flags: AVX2, builds: |_| true }, avx512, amx];
     }
     vec![
         InstructionSet { name: "baseline", flags: &[], builds: |_| true },
         InstructionSet { name: "avx2", flags: AVX2, builds: |source| !is_one_of(source, &EMULATED) },
         avx512,
+        amx,
     ]
 }
 

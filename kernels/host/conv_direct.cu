@@ -94,11 +94,6 @@ __device__ void pack_input_gradient(const PackWeightsArgs<S>& a) {
     });
 }
 
-/// A part of a zero-padded image.
-struct Window {
-    int first_row, rows, first_column, columns;  // in the unpadded image; may be outside
-};
-
 /// Copies `width` of the `channels` channels of an image's window, with zeros outside the image.
 template <class S, class T>
 __forceinline__ void copy_window(T* to, const S* image, int height, int image_width, int channels, int width,
@@ -217,22 +212,6 @@ __forceinline__ int copy_lanes(T* to, const S* image, const Grouped& tensor, con
 }
 
 // ---- Bands ---------------------------------------------------------------------------------------------------------
-
-/// The part of the batch that a block works on: `images` whole images, or `rows` rows of one.
-struct Bands {
-    int32_t images, rows;
-};
-
-struct Band {
-    int first_image, images, first_row, rows;
-};
-
-__forceinline__ Band band_at(const Bands& bands, int index, int batch, int total_rows) {
-    const int per_image = (total_rows + bands.rows - 1) / bands.rows;
-    const int first_image = index / per_image * bands.images, first_row = index % per_image * bands.rows;
-    return {first_image, batch - first_image < bands.images ? batch - first_image : bands.images, first_row,
-            total_rows - first_row < bands.rows ? total_rows - first_row : bands.rows};
-}
 
 /// The next band; empty if there is none.
 __forceinline__ Band band_after(const Bands& bands, int index, bool follows, int batch, int total_rows) {
@@ -517,14 +496,8 @@ __device__ void input_gradient(const DirectInputGradientArgs<S>& a) {
     const bool grouped = O != s.out_pitch;
     const int class_rows = (s.height + s.stride - 1) / s.stride, class_columns = (s.width + s.stride - 1) / s.stride;
     const Band band = band_at(a.bands, blockIdx.x, s.batch, class_rows);
-    // The rows that the classes read, from the first row of the first class to the last row of the last one.
-    int first = 1 << 30, end = -(1 << 30);
-    for (int remainder = 0; remainder < s.stride; ++remainder) {
-        const ParityClass seen = parity_class(s, remainder, s.height);
-        if (seen.taps == 0) continue;
-        first = seen.first < first ? seen.first : first;
-        end = seen.first + seen.taps > end ? seen.first + seen.taps : end;
-    }
+    const Reach reach = reach_of(s);
+    const int first = reach.first, end = reach.end;
     const Window window{band.first_row + first, band.rows - 1 + end - first, first, class_columns - 1 + end - first};
 
     POLDER_DYNAMIC_SHARED(int32_t, tables);

@@ -20,12 +20,19 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#endif
 
 extern "C" {
 
 __thread PolderPosition polder_position;
 
 int polder_host_run(const PolderLaunch* launch, uint64_t first_block, uint64_t last_block, PolderFault* fault);
+
+// Whether the processor multiplies tiles of bf16 (AMX), and the kernel lets this process do so.
+int polder_host_matrix_units(void);
 }
 
 namespace {
@@ -648,4 +655,17 @@ int polder_host_run(const PolderLaunch* launch, uint64_t first_block, uint64_t l
     if (worker->thread_count > 1) number_threads(*worker);
     if (_setjmp(worker->escape) == 0) run_blocks(*worker, first_block, last_block);
     return int(fault->kind);
+}
+
+int polder_host_matrix_units(void) {
+#if defined(__linux__) && defined(__x86_64__)
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kBf16) == 0 || (d & kTile) == 0) return 0;
+    // The kernel saves the tiles of a process only after it has asked for that.
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return 0;
+#endif
 }

@@ -1,4 +1,4 @@
-// What the CPU's convolutions share: vectors, panels of channels, and the size of register tiles.
+// What the CPU's convolutions share: vectors, panels of channels, the size of register tiles, and bands of images.
 #pragma once
 #include "../include/elementwise.cuh"
 
@@ -73,6 +73,27 @@ __forceinline__ void with_rows(int rows, F f) {
     } else if constexpr (MOST > 1) {
         with_rows<MOST - 1>(rows, f);
     }
+}
+
+/// A part of a zero-padded image.
+struct Window {
+    int first_row, rows, first_column, columns;  // in the unpadded image; may be outside
+};
+
+/// The part of the batch that a block works on: `images` whole images, or `rows` rows of one.
+struct Bands {
+    int32_t images, rows;
+};
+
+struct Band {
+    int first_image, images, first_row, rows;
+};
+
+__forceinline__ Band band_at(const Bands& bands, int index, int batch, int total_rows) {
+    const int per_image = (total_rows + bands.rows - 1) / bands.rows;
+    const int first_image = index / per_image * bands.images, first_row = index % per_image * bands.rows;
+    return {first_image, batch - first_image < bands.images ? batch - first_image : bands.images, first_row,
+            total_rows - first_row < bands.rows ? total_rows - first_row : bands.rows};
 }
 
 }  // namespace

@@ -152,6 +152,22 @@ __device__ __forceinline__ ParityClass parity_class(const ConvShape& s, int rema
             (whole - remainder + s.stride - 1) / s.stride};
 }
 
+/// The rows (and columns) of the output gradient that the first pixels of all classes read: first ... end - 1.
+struct Reach {
+    int first, end;
+};
+
+__device__ __forceinline__ Reach reach_of(const ConvShape& s) {
+    Reach reach{1 << 30, -(1 << 30)};
+    for (int remainder = 0; remainder < s.stride; ++remainder) {
+        const ParityClass seen = parity_class(s, remainder, s.height);
+        if (seen.taps == 0) continue;
+        reach.first = seen.first < reach.first ? seen.first : reach.first;
+        reach.end = seen.first + seen.taps > reach.end ? seen.first + seen.taps : reach.end;
+    }
+    return reach;
+}
+
 /// The weights [kernel row][kernel column][channel][out channel], as the input gradient of one class reads them: the
 /// depth runs over the taps of the class, from the last kernel row and column to the first, and over the out channels.
 template <class T>

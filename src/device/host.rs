@@ -87,6 +87,7 @@ pub(super) enum RecordedOperation {
 
 unsafe extern "C" {
     fn polder_host_run(launch: *const PolderLaunch, first: u64, last: u64, fault: *mut PolderFault) -> i32;
+    fn polder_host_matrix_units() -> i32;
 }
 
 /// The processor's name, as Linux tells it.
@@ -113,6 +114,10 @@ impl HostDevice {
             paired: AtomicBool::new(false),
             graphs: Mutex::default(),
         }
+    }
+
+    pub(super) fn has_matrix_units(&self) -> bool {
+        HOST[self.instruction_set].0 == MATRIX_UNITS
     }
 
     pub(super) fn emulate_gpu(&self) -> bool {
@@ -400,22 +405,29 @@ impl Drop for HostGraph {
     }
 }
 
+/// The instruction set with matrix units.
+const MATRIX_UNITS: &str = "amx";
+
 /// The index in [`HOST`] of the newest instruction set that this CPU has. `POLDER_ISA` may name an older one, for
 /// tests; an unknown name, or one that the CPU lacks, is ignored.
 fn newest_instruction_set() -> usize {
     #[cfg(target_arch = "x86_64")]
     let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+    #[cfg(target_arch = "x86_64")]
+    let avx512 = avx2
+        && is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl");
     let usable = |name: &str| match name {
         "baseline" => true,
         #[cfg(target_arch = "x86_64")]
         "avx2" => avx2,
         #[cfg(target_arch = "x86_64")]
-        "avx512" => {
-            avx2 && is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512vl")
-        }
+        "avx512" => avx512,
+        // SAFETY: it asks the processor and the operating system, and takes no arguments.
+        #[cfg(target_arch = "x86_64")]
+        MATRIX_UNITS => avx512 && is_x86_feature_detected!("avx512bf16") && unsafe { polder_host_matrix_units() } != 0,
         _ => false,
     };
     let wanted = std::env::var("POLDER_ISA").ok();

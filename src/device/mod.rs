@@ -336,6 +336,12 @@ impl Device {
         matches!(self.0, Inner::Host(_))
     }
 
+    /// Whether this is a CPU with matrix units (AMX), which kernels use: then convolutions in [`Bf16x3`], [`Bf16x6`] and
+    /// bf16 are fast. Elsewhere vector code computes the same bits several times slower than in f32.
+    pub fn has_matrix_units(&self) -> bool {
+        matches!(&self.0, Inner::Host(host) if host.has_matrix_units())
+    }
+
     /// Whether kernels are launched with many threads per block: on a GPU, and on a CPU that emulates one.
     pub(crate) fn is_simt(&self) -> bool {
         match &self.0 {

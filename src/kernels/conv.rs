@@ -23,6 +23,7 @@
 //! tensor cores. Sums are in f32. `y` and `dx` are rounded once to their type, and `dw` stays in f32.
 
 mod direct;
+mod split;
 mod tensor;
 mod tiled;
 mod winograd;
@@ -181,22 +182,28 @@ impl ConvShape {
 
     /// As [`ConvShape::workspace_len`], for a forward or an input gradient alone.
     pub fn products_workspace_len<S: Compute>(&self, device: &Device) -> usize {
-        match winograd::suits::<S>(self) {
-            _ if device.is_simt() => 0,
-            true => winograd::products_workspace_len(self),
-            false => direct::products_workspace_len(self),
+        if device.is_simt() {
+            return 0;
+        }
+        match HostForm::of::<S>(self, device) {
+            HostForm::Split => split::products_workspace_len::<S>(self),
+            HostForm::Winograd => winograd::products_workspace_len(self),
+            HostForm::Direct => direct::products_workspace_len(self),
         }
     }
 
     /// As [`ConvShape::workspace_len`], for a weight gradient alone.
     fn gradient_workspace_len<S: Compute>(&self, device: &Device) -> usize {
-        match winograd::suits::<S>(self) {
-            _ if device.is_simt() => match self.weight_gradient_splits::<S>(device) {
+        if device.is_simt() {
+            return match self.weight_gradient_splits::<S>(device) {
                 1 => 0,
                 splits => splits * self.weight_len(),
-            },
-            true => winograd::gradient_workspace_len::<S>(self),
-            false => direct::gradient_workspace_len::<S>(self),
+            };
+        }
+        match HostForm::of::<S>(self, device) {
+            HostForm::Split => split::gradient_workspace_len(self),
+            HostForm::Winograd => winograd::gradient_workspace_len::<S>(self),
+            HostForm::Direct => direct::gradient_workspace_len::<S>(self),
         }
     }
 
@@ -268,6 +275,25 @@ impl ConvShape {
     }
 }
 
+/// How the CPU computes a convolution.
+enum HostForm {
+    /// In bf16 pieces.
+    Split,
+    /// With four ninths of the products.
+    Winograd,
+    Direct,
+}
+
+impl HostForm {
+    fn of<S: Compute>(shape: &ConvShape, device: &Device) -> Self {
+        match (split::suits::<S>(shape, device), winograd::suits::<S>(shape)) {
+            (true, _) => Self::Split,
+            (false, true) => Self::Winograd,
+            (false, false) => Self::Direct,
+        }
+    }
+}
+
 impl Workspace {
     /// The same workspace, also with room for [`input_gradient_with_sums`] of those of these convolutions that can do
     /// it.
@@ -298,7 +324,11 @@ pub fn forward<S: Compute>(
     let device = check_forward(OPERATION, shape, x, weight, y.view())?;
     if !device.is_simt() {
         check_workspace::<S>(OPERATION, shape.products_workspace_len::<S>(&device), &device, &workspace)?;
-        let by = if winograd::suits::<S>(shape) { winograd::forward } else { direct::forward };
+        let by = match HostForm::of::<S>(shape, &device) {
+            HostForm::Split => split::forward,
+            HostForm::Winograd => winograd::forward,
+            HostForm::Direct => direct::forward,
+        };
         by(shape, x, weight, y, accumulate, workspace)
     } else if S::TENSOR_CORES {
         tensor::forward(shape, x, weight, y, accumulate, None)
@@ -365,7 +395,11 @@ pub fn input_gradient<S: Compute>(
     let device = check_input_gradient(OPERATION, shape, dy, weight, ("dx", dx.view()))?;
     if !device.is_simt() {
         check_workspace::<S>(OPERATION, shape.products_workspace_len::<S>(&device), &device, &workspace)?;
-        let by = if winograd::suits::<S>(shape) { winograd::input_gradient } else { direct::input_gradient };
+        let by = match HostForm::of::<S>(shape, &device) {
+            HostForm::Split => split::input_gradient,
+            HostForm::Winograd => winograd::input_gradient,
+            HostForm::Direct => direct::input_gradient,
+        };
         by(shape, dy, weight, dx, accumulate, workspace)
     } else if S::TENSOR_CORES {
         tensor::input_gradient(shape, dy, weight, dx, accumulate, BatchNormSumsArgs::default())
@@ -447,7 +481,11 @@ pub fn weight_gradient<S: Compute>(
     let device = check_weight_gradient(OPERATION, shape, x, dy, ("dw", dw.view(), shape.weight_len()))?;
     check_workspace::<S>(OPERATION, shape.gradient_workspace_len::<S>(&device), &device, &workspace)?;
     if !device.is_simt() {
-        let by = if winograd::suits::<S>(shape) { winograd::weight_gradient } else { direct::weight_gradient };
+        let by = match HostForm::of::<S>(shape, &device) {
+            HostForm::Split => split::weight_gradient,
+            HostForm::Winograd => winograd::weight_gradient,
+            HostForm::Direct => direct::weight_gradient,
+        };
         return by(shape, x, dy, dw, accumulate, workspace);
     }
     let splits = shape.weight_gradient_splits::<S>(&device);

@@ -85,7 +85,7 @@ impl Sets {
 impl Bands {
     /// Bands of at least `pixels` pixels of images of `height` times `width`, with scratch memory of `bytes(images,
     /// rows)` up to `limit`. A band is several small images, a whole image if that fits, or rows of one.
-    fn new(
+    pub(super) fn new(
         batch: usize,
         height: usize,
         width: usize,
@@ -104,7 +104,7 @@ impl Bands {
         Self { images: images as i32, rows: height.div_ceil(parts) as i32 }
     }
 
-    fn count(self, batch: usize, height: usize) -> usize {
+    pub(super) fn count(self, batch: usize, height: usize) -> usize {
         batch.div_ceil(self.images as usize) * height.div_ceil(self.rows as usize)
     }
 }
