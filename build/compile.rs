@@ -21,6 +21,9 @@ const TARGETS: [&str; 3] = [
 /// those.
 const EMULATED: [&str; 3] = ["conv.cu", "conv_tensor.cu", "gradient.cu"];
 
+/// Sources whose kernels use the CPU's matrix units.
+const SPLIT: [&str; 2] = ["conv_split.cu", "conv_split_winograd.cu"];
+
 /// One run of a compiler.
 pub type Job = Box<dyn FnOnce() + Send>;
 
@@ -73,10 +76,10 @@ pub fn instruction_sets() -> Vec<InstructionSet> {
     let avx512 = InstructionSet {
         name: "avx512",
         flags: AVX512,
-        builds: |source| is_one_of(source, &["conv_direct.cu", "conv_winograd.cu", "conv_split.cu"]),
+        builds: |source| is_one_of(source, &["conv_direct.cu", "conv_winograd.cu"]) || is_one_of(source, &SPLIT),
     };
     // With matrix units.
-    let amx = InstructionSet { name: "amx", flags: AMX, builds: |source| is_one_of(source, &["conv_split.cu"]) };
+    let amx = InstructionSet { name: "amx", flags: AMX, builds: |source| is_one_of(source, &SPLIT) };
     // Builds with sanitizers are for tests, on recent machines.
     if sanitize() {
         return vec![InstructionSet { name: "avx2", flags: AVX2, builds: |_| true }, avx512, amx];

@@ -347,30 +347,30 @@ struct Numbering {
 template <class P, class S>
 __attribute__((noinline)) void split_pairs(uint16_t* to, int64_t piece_pitch, int64_t parity_pitch, const S* image,
                                            const ConvShape& s, int first_row, int first_column, const Numbering& n) {
-    Split<P> previous(Floats{});
-    const auto append = [&](int number, const Floats& x) {
-        const Split<P> split(x);
-        const int pair = number - 1;  // with the one before
-        if (pair >= 0 && pair % 2 < n.parities) {
-            uint16_t* at = to + pair % 2 * parity_pitch + pair / 2 * kDepth;
-            for (int p = 0; p < P::pieces; ++p) {
-                const Words words = paired(previous.piece[p], split.piece[p]);
-                memcpy(at + p * piece_pitch, &words, sizeof words);
-            }
-        }
-        previous = split;
+    int r = 0, c = 0;
+    const auto next = [&]() {
+        const int row = first_row + r * s.stride, column = first_column + c * s.stride;
+        const bool there = r < n.rows && inside(row, s.height) && inside(column, s.width);
+        if (++c == n.columns) c = 0, ++r;
+        return there ? load_floats(image + (int64_t(row) * s.width + column) * s.in_channels) : Floats{};
     };
-    int number = 0;
-    const int end = 2 * n.pairs;
-    for (int r = 0; r < n.rows; ++r) {
-        const int row = first_row + r * s.stride;
-        for (int c = 0; c < n.columns && number < end; ++c, ++number) {
-            const int column = first_column + c * s.stride;
-            const bool there = inside(row, s.height) && inside(column, s.width);
-            append(number, there ? load_floats(image + (int64_t(row) * s.width + column) * s.in_channels) : Floats{});
+    Words previous[P::pieces];
+    for (int pair = 0; pair < n.pairs; ++pair, to += kDepth) {
+        const Floats first = next();
+        const SplitPair<P> split(first, next());
+        for (int p = 0; p < P::pieces; ++p) {
+            memcpy(to + p * piece_pitch, &split.piece[p], sizeof(Words));
+            if (n.parities > 1 && pair > 0) {
+                const Words between = (previous[p] >> 16) | (split.piece[p] << 16);
+                memcpy(to + p * piece_pitch + parity_pitch - kDepth, &between, sizeof between);
+            }
+            previous[p] = split.piece[p];
         }
     }
-    for (; number <= end; ++number) append(number, Floats{});
+    for (int p = 0; n.parities > 1 && p < P::pieces; ++p) {
+        const Words last = previous[p] >> 16;
+        memcpy(to + p * piece_pitch + parity_pitch - kDepth, &last, sizeof last);
+    }
 }
 
 /// Writes 16 channels of the output gradient of a band of an image: to[piece][chunk][channel][32 pixels], with
@@ -383,33 +383,19 @@ __attribute__((noinline)) void split_gradients(uint16_t* to, int64_t piece_pitch
         const bool there = row < rows && column < s.out_width;
         const Floats x = there ? load_floats(dy + (int64_t(row) * s.out_width + column) * s.out_channels) : Floats{};
         if (++column == n.columns) column = 0, ++row;
-        return Split<P>(x);
+        return x;
     };
     for (int chunk = 0; chunk < n.chunks; ++chunk, to += kTile) {
         Words pairs[P::pieces][kSide];
         for (int k = 0; k < kSide; ++k) {
-            const Split<P> first = next(), second = next();
-            for (int p = 0; p < P::pieces; ++p) pairs[p][k] = paired(first.piece[p], second.piece[p]);
+            const Floats first = next();
+            const SplitPair<P> split(first, next());
+            for (int p = 0; p < P::pieces; ++p) pairs[p][k] = split.piece[p];
         }
         for (int p = 0; p < P::pieces; ++p) {
             transpose(pairs[p]);
             memcpy(to + p * piece_pitch, pairs[p], sizeof pairs[p]);
         }
-    }
-}
-
-/// Adds the products of all pieces, of which the left ones are `left_pitch` apart and the right ones `right_pitch`.
-template <class P, class Sums>
-__forceinline__ void multiply_pieces(Sums& sums, int64_t left, int64_t left_pitch, int64_t right, int64_t right_pitch) {
-    const auto a = [&](int p) { sums.load_left(left + p * left_pitch); };
-    const auto b = [&](int p) { sums.load_right(right + p * right_pitch); };
-    if constexpr (P::pieces == 1) {
-        a(0), b(0), sums.multiply();
-    } else if constexpr (P::pieces == 2) {
-        a(1), b(0), sums.multiply(), a(0), sums.multiply(), b(1), sums.multiply();
-    } else {
-        a(2), b(0), sums.multiply(), a(1), sums.multiply(), b(1), sums.multiply();
-        a(0), sums.multiply(), b(2), sums.multiply(), b(0), sums.multiply();
     }
 }
 

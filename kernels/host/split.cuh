@@ -107,6 +107,34 @@ __forceinline__ Words paired(const Halves& first, const Halves& second) {
     return __builtin_convertvector(first, Words) | (__builtin_convertvector(second, Words) << 16);
 }
 
+/// The pieces of two vectors, as pairs: the first one's in the lower halves of words.
+template <class P>
+struct SplitPair {
+    Words piece[P::pieces];
+
+    __forceinline__ SplitPair(Floats first, Floats second) {
+        for (int p = 0; p < P::pieces; ++p) {
+            piece[p] = narrow_pair(first, second);
+            first -= reinterpret_cast<Floats>(piece[p] << 16);
+            second -= reinterpret_cast<Floats>(piece[p] & 0xffff0000u);
+        }
+    }
+
+private:
+    static __forceinline__ Words narrow_pair(const Floats& first, const Floats& second) {
+#if defined(__AVX512BF16__)
+        // Both, one behind the other, and then in turns.
+        const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first));
+        const Words turns = {0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
+                             0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f};
+        return reinterpret_cast<Words>(_mm512_permutexvar_epi16(reinterpret_cast<__m512i>(turns),
+                                                                reinterpret_cast<__m512i>(both)));
+#else
+        return paired(narrow(first), narrow(second));
+#endif
+    }
+};
+
 /// Numbers of a row of an operand with so many channels, in all pieces. Channels are a multiple of 16.
 template <class P>
 __forceinline__ int row_length(int channels) {
@@ -316,6 +344,21 @@ __forceinline__ int64_t multiply_channels(Sums& sums, int64_t left, int64_t righ
     }
 }
 
+/// Adds the products of all pieces, of which the left ones are `left_pitch` apart and the right ones `right_pitch`.
+template <class P, class Sums>
+__forceinline__ void multiply_pieces(Sums& sums, int64_t left, int64_t left_pitch, int64_t right, int64_t right_pitch) {
+    const auto a = [&](int p) { sums.load_left(left + p * left_pitch); };
+    const auto b = [&](int p) { sums.load_right(right + p * right_pitch); };
+    if constexpr (P::pieces == 1) {
+        a(0), b(0), sums.multiply();
+    } else if constexpr (P::pieces == 2) {
+        a(1), b(0), sums.multiply(), a(0), sums.multiply(), b(1), sums.multiply();
+    } else {
+        a(2), b(0), sums.multiply(), a(1), sums.multiply(), b(1), sums.multiply();
+        a(0), sums.multiply(), b(2), sums.multiply(), b(0), sums.multiply();
+    }
+}
+
 /// The pieces of the last 16 channels in the right operand's tile number `tile`, for the first and the second half of
 /// its depth; negative for zeros. The left operand's order is `kLast`.
 template <class P>
@@ -334,26 +377,20 @@ __forceinline__ int row_tiles(int channels) {
 /// Packs channels of the right operand: to[tile][pair][column][2], where row(channel) is 16 columns as floats.
 template <class P, class Row>
 __forceinline__ void pack_channels(uint16_t* to, int channels, Row row) {
-    // A channel's pieces at half of a pair, and those of the next channel at the other.
-    const auto store_pair = [](uint16_t* at, const Halves& first, const Halves& second) {
-        const Words pairs = paired(first, second);
-        memcpy(at, &pairs, sizeof pairs);
-    };
     for (int channel = 0; channel < channels / kDepth * kDepth; channel += 2) {
-        const Split<P> first(row(channel)), second(row(channel + 1));
+        const SplitPair<P> split(row(channel), row(channel + 1));
         uint16_t* at = to + P::pieces * (channel / kDepth) * kTile + channel % kDepth / 2 * kDepth;
-        for (int p = 0; p < P::pieces; ++p) store_pair(at + p * kTile, first.piece[p], second.piece[p]);
+        for (int p = 0; p < P::pieces; ++p) memcpy(at + p * kTile, &split.piece[p], sizeof(Words));
     }
     if (channels % kDepth == 0) return;
     to += P::pieces * (channels / kDepth) * kTile;
     for (int k = 0; k < kSide; k += 2) {
-        const Split<P> first(row(channels - kSide + k)), second(row(channels - kSide + k + 1));
+        const SplitPair<P> split(row(channels - kSide + k), row(channels - kSide + k + 1));
         for (int tile = 0; tile < P::pieces; ++tile) {
             for (int half = 0; half < 2; ++half) {
                 const int p = last_piece<P>(tile, half);
-                const Halves zero{};
-                store_pair(to + tile * kTile + (half * kSide + k) / 2 * kDepth, p < 0 ? zero : first.piece[p < 0 ? 0 : p],
-                           p < 0 ? zero : second.piece[p < 0 ? 0 : p]);
+                const Words pairs = p < 0 ? Words{} : split.piece[p < 0 ? 0 : p];
+                memcpy(to + tile * kTile + (half * kSide + k) / 2 * kDepth, &pairs, sizeof pairs);
             }
         }
     }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use approx::abs_diff_eq;
 use polder::arena::{Layout, Tensor, TensorKind};
-use polder::device::{Buffer, Compute, Device, Scalar};
+use polder::device::{Bf16x6, Buffer, Compute, Device, Scalar};
 use polder::kernels::image::{self, BatchShape, Normalization, Position};
 use polder::nn::{Model, Shortcut};
 use polder::objective::Wrapped;
@@ -222,6 +222,10 @@ pub fn check_runs(names: &[&str]) {
     for name in names {
         for device in &devices {
             check_run::<f32>(device, name, 1e-3);
+        }
+        // As exact as f32. Without matrix units it takes several times as long, which under sanitizers is minutes.
+        if std::env::var_os("POLDER_SANITIZE").is_none() {
+            check_run::<Bf16x6>(&devices[0], name, 1e-3);
         }
         check_run::<f64>(&devices[0], name, 1e-6);
     }

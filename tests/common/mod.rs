@@ -151,7 +151,12 @@ pub fn fast_devices() -> Vec<Device> {
 
 /// Half a unit in the last place of a number in [1, 2).
 pub fn roundoff<S: Compute>() -> f64 {
-    if S::NAME == "bf16" { 2f64.powi(-8) } else { 2f64.powi(-11) }
+    match S::NAME {
+        "bf16" => 2f64.powi(-8),
+        "bf16x3" => 2f64.powi(-16),
+        "bf16x6" => 2f64.powi(-21), // that of f32 sums, not of a factor
+        _ => 2f64.powi(-11),
+    }
 }
 
 /// Random weights of a sane size: He's for matrices, near one for scales.

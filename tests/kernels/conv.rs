@@ -23,7 +23,7 @@ const fn grouped(groups: usize, dense: ConvShape) -> ConvShape {
 /// Small, uneven shapes: tails of every tile, odd and even sizes under stride 2, with and without padding. Groups:
 /// several in a panel of the CPU's kernels, with and without a tail, of equal and of different sizes; each with whole
 /// panels in both tensors or in one; of one channel each.
-const SHAPES: [ConvShape; 44] = [
+const SHAPES: [ConvShape; 46] = [
     shape([2, 5, 6, 3, 16], 3, 1, 1),
     shape([1, 5, 6, 3, 10], 3, 2, 1),
     shape([3, 7, 5, 4, 17], 3, 1, 0),
@@ -57,6 +57,8 @@ const SHAPES: [ConvShape; 44] = [
     shape([5, 6, 7, 64, 16], 1, 1, 0),
     shape([2, 9, 20, 32, 16], 5, 2, 2),
     shape([1, 8, 10, 16, 32], 2, 3, 0),
+    shape([3, 5, 7, 80, 64], 3, 1, 1),
+    shape([2, 9, 6, 64, 112], 3, 1, 2),
     grouped(5, shape([2, 7, 6, 20, 20], 3, 1, 1)),
     grouped(8, shape([3, 9, 6, 32, 32], 3, 2, 1)),
     grouped(4, shape([2, 6, 5, 32, 32], 3, 1, 1)),

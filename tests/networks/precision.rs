@@ -5,7 +5,7 @@ use crate::common::methods::AnyMethod;
 use crate::common::{self, Grouped, Random, bits, devices, fast_devices, relative_error, roundoff, to_f64, upload};
 use half::{bf16, f16};
 use polder::arena::TensorKind;
-use polder::device::{Compute, Device, Scalar, Tf32};
+use polder::device::{Bf16x3, Bf16x6, Compute, Device, Scalar, Tf32};
 use polder::kernels::vector::{self, Reduction};
 use polder::nn::{CifarResNet, Model, Shortcut, initial_weights};
 use polder::objective::{Accumulator, Answer, Objective, ObjectiveExt, Pass, RunningStats, Wrapped, Wrapper};
@@ -94,6 +94,8 @@ fn check_smooth<S: Compute>() {
 #[test]
 fn a_smooth_network_is_off_by_a_few_roundings() {
     check_smooth::<Tf32>();
+    check_smooth::<Bf16x3>();
+    check_smooth::<Bf16x6>();
     check_smooth::<f16>();
     check_smooth::<bf16>();
 }
@@ -225,7 +227,18 @@ fn steps_do_not_depend_on_the_scale() {
     assert!(difference < 1e-3, "{difference:.1e}");
 }
 
-/// The cosine between a perturbation of length ρ and what the network sees of it, at initial weights.
+/// The number that a convolution multiplies for `value`: the sum of the type's pieces.
+fn in_pieces<S: Compute>(value: f64) -> f64 {
+    let (mut rest, mut sum) = (value, 0.0);
+    for _ in 0..S::PIECES {
+        let piece = bf16::from_f32(rest as f32).to_f64();
+        (rest, sum) = (rest - piece, sum + piece);
+    }
+    if S::PIECES > 0 { sum } else { value }
+}
+
+/// The cosine between a perturbation of length ρ and what the network sees of it, at initial weights. Where its
+/// convolutions split the weights, that is the difference of what they multiply.
 fn cosine_seen<S: Compute<Master = f32>>(device: &Device, model: Model, rho: f64) -> f64 {
     let (graph, logits) = model.trace(Shape { batch: 2, height: 32, width: 32, channels: 3 }, 10).unwrap();
     let mut plan = Plan::<S>::new(device, graph, logits, PlanOptions::evaluation()).unwrap();
@@ -241,7 +254,12 @@ fn cosine_seen<S: Compute<Master = f32>>(device: &Device, model: Model, rho: f64
     vector::perturb(weights.view(), direction.view(), norm.view(), rho, point.view_mut(), None).unwrap();
     let (from, to, out) = (weights.view(), point.view(), seen.view_mut());
     plan.pass(Pass::RealizedStep { from, to, out }).unwrap();
-    let (seen, direction) = (to_f64(&seen.to_vec().unwrap()), to_f64(&direction.to_vec().unwrap()));
+    let (mut seen, direction) = (to_f64(&seen.to_vec().unwrap()), to_f64(&direction.to_vec().unwrap()));
+    if !S::NARROW {
+        let split = |at: &[f32]| to_f64(at).into_iter().map(in_pieces::<S>).collect::<Vec<f64>>();
+        let (from, to) = (split(&weights.to_vec().unwrap()), split(&point.to_vec().unwrap()));
+        seen = to.iter().zip(from).map(|(to, from)| to - from).collect();
+    }
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
     dot(&seen, &direction) / (dot(&seen, &seen) * dot(&direction, &direction)).sqrt()
 }
@@ -257,8 +275,12 @@ fn roundings_of_the_perturbed_weights() {
         for rho in [0.05, 0.1] {
             let of = [cosine_seen::<f32>, cosine_seen::<f16>, cosine_seen::<bf16>];
             let [single, narrow, brain] = of.map(|cosine| cosine(&device, model, rho));
-            println!("{name}, rho {rho}: f32 {single:.6}, f16 {narrow:.3}, bf16 {brain:.3}");
+            let [two, three] = [cosine_seen::<Bf16x3>, cosine_seen::<Bf16x6>].map(|cosine| cosine(&device, model, rho));
+            println!(
+                "{name}, rho {rho}: f32 {single:.6}, bf16x6 {three:.6}, bf16x3 {two:.6}, f16 {narrow:.3}, bf16 {brain:.3}"
+            );
             assert!(single > 0.9999 && narrow > 0.85 && brain < 0.85, "{name}: {single}, {narrow}, {brain}");
+            assert!(two > 0.9999 && three > 0.999999, "{name}: {two}, {three}");
         }
     }
 }

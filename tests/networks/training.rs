@@ -12,7 +12,7 @@ use crate::common::{self, Grouped, Random, fast_devices, relative_error, roundof
 use half::{bf16, f16};
 use polder::curvature::Curvature;
 use polder::data::{self, Split};
-use polder::device::{Compute, Device, Scalar, Tf32};
+use polder::device::{Bf16x3, Bf16x6, Compute, Device, Scalar, Tf32};
 use polder::kernels::batch_norm::Mode;
 use polder::kernels::image::Normalization;
 use polder::nn::{CifarResNet, Model, Shortcut, initial_weights};
@@ -97,6 +97,8 @@ fn check_errors<S: Compute<Master = f32>>(device: &Device) {
 fn gradients_and_products_are_near_those_in_double_precision() {
     for device in fast_devices() {
         check_errors::<Tf32>(&device);
+        check_errors::<Bf16x3>(&device);
+        check_errors::<Bf16x6>(&device);
         check_errors::<f16>(&device);
         check_errors::<bf16>(&device);
     }

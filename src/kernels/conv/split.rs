@@ -8,10 +8,10 @@ use crate::device::arguments::{
 use crate::device::{Compute, Device, Kernel, Launch, Result, Slice, SliceMut, id};
 
 /// The rows and columns of a tile, and the depth of a product of tiles.
-const SIDE: usize = 16;
-const DEPTH: usize = 32;
+pub(super) const SIDE: usize = 16;
+pub(super) const DEPTH: usize = 32;
 /// Bytes of a tile of an operand.
-const TILE_BYTES: usize = 2 * SIDE * DEPTH;
+pub(super) const TILE_BYTES: usize = 2 * SIDE * DEPTH;
 /// Bytes of a pair of neighbouring pixels, of 16 channels.
 const PAIR_BYTES: usize = 2 * 2 * SIDE;
 
@@ -44,16 +44,19 @@ fn pick<S: Compute, A>(kernels: [Kernel<A>; 3]) -> Kernel<A> {
 }
 
 /// Bytes of a pixel in the split copy.
-fn pixel_bytes<S: Compute>(channels: usize) -> usize {
+pub(super) fn pixel_bytes<S: Compute>(channels: usize) -> usize {
     2 * if S::PIECES == 1 { channels.next_multiple_of(DEPTH) } else { S::PIECES * channels }
 }
 
 /// The number of elements of the workspace of the forward and of the input gradient: for the packed weights.
 pub(super) fn products_workspace_len<S: Compute>(shape: &ConvShape) -> usize {
-    let tiles = |depth: usize, columns: usize| {
-        shape.taps() * S::PIECES * depth.div_ceil(DEPTH) * columns / SIDE * TILE_BYTES / size_of::<S::Master>()
-    };
-    tiles(shape.in_channels, shape.out_channels).max(tiles(shape.out_channels, shape.in_channels))
+    let (input, output) = (shape.in_channels, shape.out_channels);
+    shape.taps() * packed_len::<S>(input, output).max(packed_len::<S>(output, input))
+}
+
+/// The number of elements of the workspace for packed weights of one tap, of so many channels of depth and columns.
+pub(super) fn packed_len<S: Compute>(depth: usize, columns: usize) -> usize {
+    S::PIECES * depth.div_ceil(DEPTH) * (columns / SIDE) * TILE_BYTES / size_of::<S::Master>()
 }
 
 /// The number of elements of the workspace of the weight gradient: for the partial ones of all parts.
