@@ -4,7 +4,7 @@ use approx::abs_diff_eq;
 
 use crate::common::{Random, assert_close, bits, devices, host_devices, schedules_left_out, to_f64};
 use half::{bf16, f16};
-use polder::device::{Buffer, Compute, Device, Error, HostOptions, Result, SliceMut, Tf32};
+use polder::device::{Bf16x3, Bf16x6, Buffer, Compute, Device, Error, HostOptions, Result, SliceMut, Tf32};
 use polder::kernels::batch_norm::{
     self, Activation, Backward, BatchNormShape, Forward, Gradients, Mode, Normalized, ResidualGradient, Saved, Summed,
     Workspace,
@@ -210,6 +210,20 @@ fn equals_the_definition_in_fewer_bits() {
     }
 }
 
+/// On a GPU. A bf16 number is off by at most 2^-9 of what it rounds, so two of them leave at most 2^-18 of a factor. A
+/// product of such sums lacks this part of either factor and the product of the two small numbers: 3 * 2^-18 at most.
+/// Three of them hold the whole factor. The products that are left out are 2^-26 at most, less than a rounding of f32.
+#[test]
+fn equals_the_definition_in_sums_of_bfloat16() {
+    // One order of an emulated GPU's blocks: all orders have the same bits (`conv/tensor.rs`).
+    let (emulated, others): (Vec<_>, Vec<_>) =
+        devices().into_iter().partition(|(name, _)| name.starts_with("gpu shapes"));
+    let gpus: Vec<_> =
+        emulated.into_iter().take(1).chain(others.into_iter().filter(|(_, device)| !device.is_host())).collect();
+    check::<Bf16x3>(&gpus, 2f64.powi(-16), 2f64.powi(-16));
+    check::<Bf16x6>(&gpus, 3e-6, 3e-6);
+}
+
 #[test]
 fn equals_the_definition_in_double_precision() {
     // Sums of up to 12,480 terms.
@@ -388,6 +402,7 @@ fn parts_add_up_to_the_weight_gradient() {
     check_parts::<f64>(host_devices());
     check_parts::<f32>(devices());
     check_parts::<f16>(devices());
+    check_parts::<Bf16x3>(devices());
 }
 
 /// Leaving moments does not change a convolution's result, and batch norm gets the same statistics as from a pass over
