@@ -12,6 +12,7 @@
 It also prints the instructions per product in the loops of the tensor-core kernels.
 """
 
+import itertools
 import pathlib
 import re
 import subprocess
@@ -28,8 +29,8 @@ STREAMS += r"|batch_norm_(moments|normalize|sums|input)_f32"
 RULES = [
     (r"conv_tensor_\w+", r"HMMA\.16(816|88)\.F32", "tensor cores"),
     (r"conv_tensor_\w+", r"LDGSTS\.E\.(BYPASS\.)?128", "asynchronous copies of 16 bytes"),
-    # A TF32 weight gradient would have to transpose both operands, and ldmatrix cannot transpose 32-bit elements.
-    (r"conv_tensor_(?!weight_gradient_\w+_tf32)\w+", r"LDSM\.16", "ldmatrix"),
+    # A weight gradient of 32-bit operands would have to transpose both, and ldmatrix cannot transpose 32-bit elements.
+    (r"conv_tensor_(?!weight_gradient_\w+_(tf32|bf16x3|bf16x6))\w+", r"LDSM\.16", "ldmatrix"),
     (STREAMS, r"LDG\.E\.([A-Z]+\.)*128", "16-byte loads"),
     (r"conv_(forward|input_gradient|weight_gradient)_\d+_f32", r"LDG\.E\.([A-Z]+\.)*128", "16-byte loads"),
 ]
@@ -93,13 +94,14 @@ def main():
         missing = [f"{target} {name}: no {what}" for target, name in without]
         print(f"{what}: {len(matching) - len(missing)} of {len(matching)} kernels")
         faults += missing or ([] if matching else [f"no kernel is called {kernel}"])
-    for which in ["forward", "input_gradient", "weight_gradient"]:
-        pattern = rf"conv_tensor_{which}_\w+_f16"
+    passes, types = ["forward", "input_gradient", "weight_gradient"], ["f16", "bf16x3", "bf16x6"]
+    for which, stored in itertools.product(passes, types):
+        pattern = rf"conv_tensor_{which}_\w+_{stored}"
         tiles = {name: per_product(text) for (_, name), text in early.items() if re.fullmatch(pattern, name)}
         faults += [f"sm_90 {name}: no loop of products and copies" for name, ratio in tiles.items() if ratio is None]
         ratios = {name.removeprefix(f"conv_tensor_{which}_"): ratio for name, ratio in sorted(tiles.items()) if ratio}
         listed = ", ".join(f"{ratio:.2f} ({name})" for name, ratio in ratios.items())
-        print(f"instructions per product, {which}: {listed}")
+        print(f"instructions per product, {which} in {stored}: {listed}")
     print(f"{len(code)} kernels for {', '.join(targets)}; local memory in none" if not faults else "\n".join(faults))
     sys.exit(bool(faults) or len(targets) < 2)
 

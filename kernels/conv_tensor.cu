@@ -1,5 +1,5 @@
 // Convolution on tensor cores, NHWC with HWIO weights, as the matrix products of conv.cu, for operands of 16 bits, and
-// for operands of 32 bits that are rounded to TF32:
+// for operands of 32 bits that are rounded to TF32 or multiplied as sums of numbers of bf16:
 //
 //   forward:          rows = output pixels,            columns = out channels, depth = taps x in channels
 //   input gradient:   rows = input pixels of a class,  columns = in channels,  depth = the class's taps x out channels
@@ -20,7 +20,8 @@
 //    The place of a chunk in its line is XORed with bits of the line's number. So the eight rows of a matrix that
 //    ldmatrix reads, one chunk in each of eight lines, are in different banks.
 // 3. Shared memory to registers. ldmatrix loads fragments as mma reads them, transposed if memory runs across the
-//    depth. It cannot transpose elements of 32 bits, which are then read one by one.
+//    depth. It cannot transpose elements of 32 bits, which are then read one by one. Operands of 32 bits are rounded to
+//    TF32, or taken apart into numbers of bf16, in registers.
 //
 // A warp computes a part of the tile that is as large as its registers allow, because each fragment is used once for
 // every fragment of the other operand. At 64 x 64, shared memory is as fast as the tensor cores.
@@ -64,12 +65,21 @@ struct Fragments {
     uint32_t r[4];
 };
 
+/// The fragments of a Split<PIECES>, from the largest piece to the smallest.
+template <int PIECES>
+struct SplitFragments {
+    Fragments of[PIECES];
+};
+
 /// An operand's part in shared memory, EXTENT rows (or columns) of the product, and how a block's threads fill it. A
 /// thread's chunks are all at the same place of their lines or, BY_LINE, in the same line. So most of the computation
 /// of their addresses is done once: the tap along the depth, or the pixel of a line across it.
-template <class T, Side SIDE, int EXTENT, int THREADS, bool ALONG_DEPTH, bool BY_LINE = false>
+template <class P, Side SIDE, int EXTENT, int THREADS, bool ALONG_DEPTH, bool BY_LINE = false>
 struct Operand {
-    static constexpr int CHUNK = Tensor<T>::CHUNK, DEPTH = 2 * Tensor<T>::DEPTH;
+    typedef Stored<P> T;
+    static constexpr int PIECES = Factor<P>::PIECES;
+    /// Elements of a chunk, of the depth of a stage, and of half of it.
+    static constexpr int CHUNK = 16 / int(sizeof(T)), DEPTH = kStageBytes / int(sizeof(T)), HALF_DEPTH = DEPTH / 2;
     static constexpr int LINES = ALONG_DEPTH ? EXTENT : DEPTH, CHUNKS = (ALONG_DEPTH ? DEPTH : EXTENT) / CHUNK;
     static constexpr int LINE_BYTES = CHUNKS * 16;
     /// Whether fragments are read element by element. A matrix is then two chunks in each of four lines.
@@ -142,8 +152,8 @@ struct Operand {
     __device__ __forceinline__ static constexpr int number(int upper, int deeper) {
         return SIDE == Side::kLeft ? upper + 2 * deeper : 2 * upper + deeper;
     }
-    /// The fragments of the 16 rows (or columns) from `first` on at step `step` of a stage's two.
-    __device__ __forceinline__ static Fragments fragments(const unsigned char* part, int first, int step) {
+    /// What a lane holds of the 16 rows (or columns) from `first` on in half `half` of a stage's depth, as it is stored.
+    __device__ __forceinline__ static Fragments read(const unsigned char* part, int first, int half) {
         const int lane = int(threadIdx.x) % 32;
         Fragments result;
         if constexpr (BY_ELEMENTS) {
@@ -154,8 +164,8 @@ struct Operand {
                     place(member, first / CHUNK + upper * 2 + group / CHUNK) + group % CHUNK * int(sizeof(T));
                 POLDER_UNROLL
                 for (int deeper = 0; deeper < 2; ++deeper) {
-                    const unsigned char* lines = part + (step * Tensor<T>::DEPTH + deeper * PERIOD) * LINE_BYTES;
-                    result.r[number(upper, deeper)] = to_tf32(*reinterpret_cast<const float*>(lines + in_lines));
+                    const unsigned char* lines = part + (half * HALF_DEPTH + deeper * PERIOD) * LINE_BYTES;
+                    result.r[number(upper, deeper)] = *reinterpret_cast<const uint32_t*>(lines + in_lines);
                 }
             }
         } else {
@@ -164,14 +174,44 @@ struct Operand {
                       deeper = lane / (SIDE == Side::kLeft ? 16 : 8) % 2;
             const int line = (ALONG_DEPTH ? upper : deeper) * 8 + lane % 8;
             if constexpr (ALONG_DEPTH) {
-                ldmatrix<false>(part + first * LINE_BYTES + place(line, step * 2 + deeper), result.r);
+                ldmatrix<false>(part + first * LINE_BYTES + place(line, half * 2 + deeper), result.r);
             } else {
-                ldmatrix<true>(part + step * Tensor<T>::DEPTH * LINE_BYTES + place(line, first / CHUNK + upper),
-                               result.r);
+                ldmatrix<true>(part + half * HALF_DEPTH * LINE_BYTES + place(line, first / CHUNK + upper), result.r);
             }
-            if constexpr (sizeof(T) == 4) {
+        }
+        return result;
+    }
+    /// The fragments of the 16 rows (or columns) from `first` on in half `half` of a stage's depth.
+    __device__ __forceinline__ static Fragments fragments(const unsigned char* part, int first, int half) {
+        Fragments result = read(part, first, half);
+        if constexpr (sizeof(T) == 4) {
+            POLDER_UNROLL
+            for (uint32_t& bits : result.r) bits = to_tf32(__uint_as_float(bits));
+        }
+        return result;
+    }
+    /// The fragments of the 16 rows (or columns) from `first` on over a stage's depth, which is that of one mma of bf16.
+    ///
+    /// A lane reads the elements t, t + 4, t + 8 and t + 12 of the depth of a row, where t = lane % 4. An mma expects
+    /// that it holds the elements 2t, 2t + 1, 2t + 8 and 2t + 9. Both operands have their elements in these places, so
+    /// the depth is summed in another order, and nothing else changes.
+    __device__ __forceinline__ static SplitFragments<PIECES> split(const unsigned char* part, int first) {
+        SplitFragments<PIECES> result;
+        POLDER_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const Fragments stored = read(part, first, half);
+            POLDER_UNROLL
+            for (int upper = 0; upper < 2; ++upper) {
+                float low = __uint_as_float(stored.r[number(upper, 0)]),
+                      high = __uint_as_float(stored.r[number(upper, 1)]);
                 POLDER_UNROLL
-                for (uint32_t& bits : result.r) bits = to_tf32(__uint_as_float(bits));
+                for (int piece = 0; piece < PIECES; ++piece) {
+                    const uint32_t pair = to_bf16_pair(low, high);
+                    result.of[piece].r[number(upper, half)] = pair;
+                    // Both differences are exact.
+                    low -= __uint_as_float(pair << 16);
+                    high -= __uint_as_float(pair & 0xffff0000u);
+                }
             }
         }
         return result;
@@ -289,8 +329,83 @@ struct ClassMatrix {
 
 // ---- The product ----------------------------------------------------------------------------------------------------
 
+/// Adds the products of split fragments, 16 rows of the left operand and all columns of the right one, to the sums: the
+/// small products first, and the products of the largest pieces last.
+///
+/// The additions of an mma are not specified. Tensor cores have been found to cut off the bits below a sum's last one
+/// (Fasi, Higham, Mikaitis and Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ Computer Science 2021), and
+/// then each mma moves a long sum towards zero. Beside the error of two pieces that is little. With three, the products
+/// of a stage are summed from zero, and then added and rounded to nearest (Ootomo and Yokota, "Recovering single
+/// precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak performance", IJHPCA 2022).
+template <class Tile, int PIECES>
+__device__ __forceinline__ void add_split_products(float (&sum)[Tile::WARP_COLUMNS / 8][4],
+                                                   const SplitFragments<PIECES>& a,
+                                                   const SplitFragments<PIECES> (&b)[Tile::WARP_COLUMNS / 16]) {
+    constexpr int COLUMNS = Tile::WARP_COLUMNS / 8;
+    constexpr bool APART = PIECES > 2;
+    float products[COLUMNS][4] = {};
+    auto& to = APART ? products : sum;
+    POLDER_UNROLL
+    for (int order = PIECES - 1; order >= 0; --order) {
+        POLDER_UNROLL
+        for (int piece = 0; piece <= order; ++piece) {
+            POLDER_UNROLL
+            for (int j = 0; j < COLUMNS; ++j) {
+                const uint32_t* columns8 = &b[j / 2].of[order - piece].r[j % 2 * 2];
+                mma<__nv_bfloat16>(to[j], a.of[piece].r, {columns8[0], columns8[1]});
+            }
+        }
+    }
+    if (!APART) return;
+    POLDER_UNROLL
+    for (int j = 0; j < COLUMNS; ++j) {
+        POLDER_UNROLL
+        for (int e = 0; e < 4; ++e) sum[j][e] += products[j][e];
+    }
+}
+
+/// Adds the products of a stage to the warp's sums. `meanwhile` is called when all fragments, or those of the columns,
+/// have been read: without branches in it, its instructions overlap with the products.
+template <class Tile, class P, class Rows, class Columns, class Meanwhile>
+__device__ __forceinline__ void multiply_stage(const unsigned char* rows, const unsigned char* columns,
+                                               Meanwhile meanwhile, typename Tile::Accumulators& sum) {
+    if constexpr (Factor<P>::PIECES == 1) {
+        POLDER_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            Fragments a[Tile::WARP_ROWS / 16], b[Tile::WARP_COLUMNS / 16];
+            POLDER_UNROLL
+            for (int i = 0; i < Tile::WARP_ROWS / 16; ++i)
+                a[i] = Rows::fragments(rows, Tile::warp_row() + i * 16, half);
+            POLDER_UNROLL
+            for (int j = 0; j < Tile::WARP_COLUMNS / 16; ++j) {
+                b[j] = Columns::fragments(columns, Tile::warp_column() + j * 16, half);
+            }
+            if (half == 0) meanwhile();
+            POLDER_UNROLL
+            for (int i = 0; i < Tile::WARP_ROWS / 16; ++i) {
+                POLDER_UNROLL
+                for (int j = 0; j < Tile::WARP_COLUMNS / 8; ++j) {
+                    const uint32_t* columns8 = &b[j / 2].r[j % 2 * 2];
+                    mma<P>(sum[i][j], a[i].r, {columns8[0], columns8[1]});
+                }
+            }
+        }
+    } else {
+        constexpr int PIECES = Factor<P>::PIECES;
+        SplitFragments<PIECES> b[Tile::WARP_COLUMNS / 16];
+        POLDER_UNROLL
+        for (int j = 0; j < Tile::WARP_COLUMNS / 16; ++j) b[j] = Columns::split(columns, Tile::warp_column() + j * 16);
+        meanwhile();
+        POLDER_UNROLL
+        for (int i = 0; i < Tile::WARP_ROWS / 16; ++i) {
+            const SplitFragments<PIECES> a = Rows::split(rows, Tile::warp_row() + i * 16);
+            add_split_products<Tile>(sum[i], a, b);
+        }
+    }
+}
+
 /// Adds the warp's part of the block's tile of left * right over the depth [begin, end) to its sums.
-template <bool WIDE, class Tile, class T, class Rows, class Columns, class Left, class Right>
+template <bool WIDE, class Tile, class P, class Rows, class Columns, class Left, class Right>
 __device__ __forceinline__ void multiply_as(const Left& left, const Right& right, const Corner<Tile>& corner, int begin,
                                             int end, typename Tile::Accumulators& sum) {
     constexpr int STAGES = Tile::STAGES, STAGE_BYTES = Tile::LEFT_BYTES + Tile::RIGHT_BYTES;
@@ -316,27 +431,10 @@ __device__ __forceinline__ void multiply_as(const Left& left, const Right& right
         read = read + 1 == STAGES ? 0 : read + 1;
         const int ahead = depth + (STAGES - 1) * Rows::DEPTH;
         if (!WIDE) fill(ahead);
-        POLDER_UNROLL
-        for (int step = 0; step < 2; ++step) {
-            Fragments a[Tile::WARP_ROWS / 16], b[Tile::WARP_COLUMNS / 16];
-            POLDER_UNROLL
-            for (int i = 0; i < Tile::WARP_ROWS / 16; ++i)
-                a[i] = Rows::fragments(rows, Tile::warp_row() + i * 16, step);
-            POLDER_UNROLL
-            for (int j = 0; j < Tile::WARP_COLUMNS / 16; ++j) {
-                b[j] = Columns::fragments(columns, Tile::warp_column() + j * 16, step);
-            }
-            // Here, and without branches, the computation of the chunks' addresses overlaps with the products.
-            if (WIDE && step == 0) fill(ahead);
-            POLDER_UNROLL
-            for (int i = 0; i < Tile::WARP_ROWS / 16; ++i) {
-                POLDER_UNROLL
-                for (int j = 0; j < Tile::WARP_COLUMNS / 8; ++j) {
-                    const uint32_t* columns8 = &b[j / 2].r[j % 2 * 2];
-                    mma<T>(sum[i][j], a[i].r, {columns8[0], columns8[1]});
-                }
-            }
-        }
+        const auto meanwhile = [&]() {
+            if (WIDE) fill(ahead);
+        };
+        multiply_stage<Tile, P, Rows, Columns>(rows, columns, meanwhile, sum);
     }
     // Wait for the copies beyond the end of the depth. From here on, shared memory is free for other uses.
     copies.template wait<0>();
@@ -344,13 +442,13 @@ __device__ __forceinline__ void multiply_as(const Left& left, const Right& right
 }
 
 /// The same, with the loop for these operands.
-template <class Tile, class T, class Rows, class Columns, class Left, class Right>
+template <class Tile, class P, class Rows, class Columns, class Left, class Right>
 __device__ __forceinline__ void multiply(const Left& left, const Right& right, const Corner<Tile>& corner, int begin,
                                          int end, typename Tile::Accumulators& sum) {
     if (left.wide && right.wide) {
-        multiply_as<true, Tile, T, Rows, Columns>(left, right, corner, begin, end, sum);
+        multiply_as<true, Tile, P, Rows, Columns>(left, right, corner, begin, end, sum);
     } else {
-        multiply_as<false, Tile, T, Rows, Columns>(left, right, corner, begin, end, sum);
+        multiply_as<false, Tile, P, Rows, Columns>(left, right, corner, begin, end, sum);
     }
 }
 
@@ -672,10 +770,11 @@ __device__ __forceinline__ void write_for_batch_norm(const typename Tile::Accumu
 
 /// y[n, i, j, o] = sum over taps and c of x[n, i * stride + tap row - padding, j * stride + tap column - padding, c] *
 /// weight
-template <class Tile, class T>
-__device__ __forceinline__ void forward(const ConvArgs<T>& a) {
-    using Rows = Operand<T, Side::kLeft, Tile::ROWS, Tile::THREADS, true>;
-    using Columns = Operand<T, Side::kRight, Tile::COLUMNS, Tile::THREADS, false>;
+template <class Tile, class P>
+__device__ __forceinline__ void forward(const ConvArgs<Stored<P>>& a) {
+    using T = Stored<P>;
+    using Rows = Operand<P, Side::kLeft, Tile::ROWS, Tile::THREADS, true>;
+    using Columns = Operand<P, Side::kRight, Tile::COLUMNS, Tile::THREADS, false>;
     const ConvShape& s = a.shape;
     const int pixels = s.batch * s.out_height * s.out_width;
     const Raster raster(s.out_height, s.out_width);
@@ -694,7 +793,7 @@ __device__ __forceinline__ void forward(const ConvArgs<T>& a) {
     const int depth = left.windows.depth;
     const Matrix<Columns, T> right{a.right + first_out, a.wide_right != 0, s.out_channels, s.out_pitch, depth};
     typename Tile::Accumulators sum = {};
-    multiply<Tile, T, Rows, Columns>(left, right, corner, 0, depth, sum);
+    multiply<Tile, P, Rows, Columns>(left, right, corner, 0, depth, sum);
     write<Tile, T>(sum, corner.column, s.out_channels, a.accumulate != 0, a.wide_out != 0, [&](int row) {
         return corner.row + row < pixels ? a.out + int64_t(corner.row + row) * s.out_pitch + first_out : nullptr;
     });
@@ -712,11 +811,12 @@ struct InputGradientArgs {
 };
 
 /// dx[n, i, j, c] = sum over o and the taps by which y depends on x[n, i, j, c] of dy * weight
-template <class Tile, class T>
-__device__ __forceinline__ void input_gradient(const InputGradientArgs<T>& args) {
+template <class Tile, class P>
+__device__ __forceinline__ void input_gradient(const InputGradientArgs<Stored<P>>& args) {
+    using T = Stored<P>;
     const ConvArgs<T>& a = args.conv;
-    using Rows = Operand<T, Side::kLeft, Tile::ROWS, Tile::THREADS, true>;
-    using Columns = Operand<T, Side::kRight, Tile::COLUMNS, Tile::THREADS, true>;
+    using Rows = Operand<P, Side::kLeft, Tile::ROWS, Tile::THREADS, true>;
+    using Columns = Operand<P, Side::kRight, Tile::COLUMNS, Tile::THREADS, true>;
     const ConvShape& s = a.shape;
     const int row_remainder = int(blockIdx.z) / s.stride, column_remainder = int(blockIdx.z) % s.stride;
     const ParityClass rows = parity_class(s, row_remainder, s.height);
@@ -739,7 +839,7 @@ __device__ __forceinline__ void input_gradient(const InputGradientArgs<T>& args)
     }
     const ClassMatrix<Columns, T> right(ClassWeights<T>(a.right + first_out, s, rows, columns, a.wide_right != 0));
     typename Tile::Accumulators sum = {};
-    multiply<Tile, T, Rows, Columns>(left, right, corner, 0, corner.row < pixels ? left.windows.depth : 0, sum);
+    multiply<Tile, P, Rows, Columns>(left, right, corner, 0, corner.row < pixels ? left.windows.depth : 0, sum);
     // No tensor has 2^31 elements.
     const auto offset_at = [&](int row) {
         const int number = corner.row + row;
@@ -809,11 +909,12 @@ struct WeightGradientArgs {
 };
 
 /// out[split][tap][c][o] = sum over the split's pixels of x[pixel at the tap, c] * dy[pixel, o]
-template <class Tile, class T>
-__device__ __forceinline__ void weight_gradient(const WeightGradientArgs<T>& args) {
+template <class Tile, class P>
+__device__ __forceinline__ void weight_gradient(const WeightGradientArgs<Stored<P>>& args) {
+    using T = Stored<P>;
     const ConvArgs<T, float>& a = args.conv;
-    using Rows = Operand<T, Side::kLeft, Tile::ROWS, Tile::THREADS, false, true>;
-    using Columns = Operand<T, Side::kRight, Tile::COLUMNS, Tile::THREADS, false>;
+    using Rows = Operand<P, Side::kLeft, Tile::ROWS, Tile::THREADS, false, true>;
+    using Columns = Operand<P, Side::kRight, Tile::COLUMNS, Tile::THREADS, false>;
     const ConvShape& s = a.shape;
     const int pixels = s.batch * s.out_height * s.out_width;
     const int begin = int(int64_t(pixels) * blockIdx.z / a.splits),
@@ -825,7 +926,7 @@ __device__ __forceinline__ void weight_gradient(const WeightGradientArgs<T>& arg
                                       s, corner.row, end);
     const Matrix<Columns, T> right{a.right + first_out, a.wide_right != 0, s.out_channels, s.out_pitch, end};
     typename Tile::Accumulators sum = {};
-    multiply<Tile, T, Rows, Columns>(left, right, corner, begin, end, sum);
+    multiply<Tile, P, Rows, Columns>(left, right, corner, begin, end, sum);
     const int rows = left.windows.depth;
     if (args.finish.flag != nullptr) {
         finish_sums<Tile>(sum, args.finish, corner, s.out_channels, (rows + Tile::ROWS - 1) / Tile::ROWS);
@@ -839,6 +940,9 @@ __device__ __forceinline__ void weight_gradient(const WeightGradientArgs<T>& arg
 // Tile16 ... Tile128; Tile64_BY_8 has eight warps, for products of few tiles.
 #define POLDER_TILE(NAME, ...) using Tile##NAME = TensorTile<__VA_ARGS__>;
 POLDER_CONV_TENSOR_TILES(POLDER_TILE)
+#undef POLDER_TILE
+#define POLDER_TILE(NAME, ...) using SplitTile##NAME = TensorTile<__VA_ARGS__>;
+POLDER_CONV_SPLIT_TILES(POLDER_TILE)
 #undef POLDER_TILE
 
 }  // namespace
@@ -900,3 +1004,29 @@ POLDER_KERNEL(conv_tensor_weight_gradient_64_tf32, (weight_gradient<Tile64, floa
 POLDER_RESIDENT_KERNEL(conv_tensor_weight_gradient_64_by_8_tf32, (weight_gradient<Tile64_BY_8, float>),
                        WeightGradientArgs<float>, 2)
 POLDER_KERNEL(conv_tensor_weight_gradient_128_tf32, (weight_gradient<Tile128, float>), WeightGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_forward_16_bf16x3, (forward<SplitTile16, Bf16x3>), ConvArgs<float>)
+POLDER_KERNEL(conv_tensor_forward_32_bf16x3, (forward<SplitTile32, Bf16x3>), ConvArgs<float>)
+POLDER_KERNEL(conv_tensor_forward_64_bf16x3, (forward<SplitTile64, Bf16x3>), ConvArgs<float>)
+POLDER_KERNEL(conv_tensor_forward_128_bf16x3, (forward<SplitTile128, Bf16x3>), ConvArgs<float>)
+POLDER_KERNEL(conv_tensor_input_gradient_16_bf16x3, (input_gradient<SplitTile16, Bf16x3>), InputGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_input_gradient_32_bf16x3, (input_gradient<SplitTile32, Bf16x3>), InputGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_input_gradient_64_bf16x3, (input_gradient<SplitTile64, Bf16x3>), InputGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_input_gradient_128_bf16x3, (input_gradient<SplitTile128, Bf16x3>), InputGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_weight_gradient_16_bf16x3, (weight_gradient<SplitTile16, Bf16x3>), WeightGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_weight_gradient_32_bf16x3, (weight_gradient<SplitTile32, Bf16x3>), WeightGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_weight_gradient_64_bf16x3, (weight_gradient<SplitTile64, Bf16x3>), WeightGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_weight_gradient_128_bf16x3, (weight_gradient<SplitTile128, Bf16x3>),
+              WeightGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_forward_16_bf16x6, (forward<SplitTile16, Bf16x6>), ConvArgs<float>)
+POLDER_KERNEL(conv_tensor_forward_32_bf16x6, (forward<SplitTile32, Bf16x6>), ConvArgs<float>)
+POLDER_KERNEL(conv_tensor_forward_64_bf16x6, (forward<SplitTile64, Bf16x6>), ConvArgs<float>)
+POLDER_KERNEL(conv_tensor_forward_128_bf16x6, (forward<SplitTile128, Bf16x6>), ConvArgs<float>)
+POLDER_KERNEL(conv_tensor_input_gradient_16_bf16x6, (input_gradient<SplitTile16, Bf16x6>), InputGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_input_gradient_32_bf16x6, (input_gradient<SplitTile32, Bf16x6>), InputGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_input_gradient_64_bf16x6, (input_gradient<SplitTile64, Bf16x6>), InputGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_input_gradient_128_bf16x6, (input_gradient<SplitTile128, Bf16x6>), InputGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_weight_gradient_16_bf16x6, (weight_gradient<SplitTile16, Bf16x6>), WeightGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_weight_gradient_32_bf16x6, (weight_gradient<SplitTile32, Bf16x6>), WeightGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_weight_gradient_64_bf16x6, (weight_gradient<SplitTile64, Bf16x6>), WeightGradientArgs<float>)
+POLDER_KERNEL(conv_tensor_weight_gradient_128_bf16x6, (weight_gradient<SplitTile128, Bf16x6>),
+              WeightGradientArgs<float>)

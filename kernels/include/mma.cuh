@@ -16,12 +16,27 @@ namespace {
 
 // ---- mma -----------------------------------------------------------------------------------------------------------
 
-/// A stored type on the tensor cores. `float` stands for TF32; `to_tf32` rounds it before.
-template <class T>
-struct Tensor {
-    /// Elements in a register, in the depth of one mma, and in 16 bytes, the unit of copies.
-    static constexpr int PACKED = 4 / int(sizeof(T)), DEPTH = 8 * PACKED, CHUNK = 4 * PACKED;
+/// Stands for a float that is multiplied as the sum of PIECES numbers of bf16: the float rounded to bf16, what is left
+/// of it rounded to bf16, and so on. Of the products of two such sums, those of piece i and piece j with i + j < PIECES
+/// are summed. Two pieces hold 16 bits of a float, and three hold all 24.
+template <int PIECES>
+struct Split {};
+typedef Split<2> Bf16x3;
+typedef Split<3> Bf16x6;
+
+/// A factor on the tensor cores: how it is stored, and its pieces. `float` stands for TF32; `to_tf32` rounds it before.
+template <class P>
+struct Factor {
+    typedef P Stored;
+    static constexpr int PIECES = 1;
 };
+template <int PIECES_>
+struct Factor<Split<PIECES_>> {
+    typedef float Stored;
+    static constexpr int PIECES = PIECES_;
+};
+template <class P>
+using Stored = typename Factor<P>::Stored;
 
 #if defined(POLDER_HOST)
 
@@ -43,7 +58,7 @@ struct PolderMmaSlot {
 
 template <class T>
 inline void polder_mma_warp(unsigned, void* const* slots) {
-    constexpr int PACKED = Tensor<T>::PACKED, DEPTH = Tensor<T>::DEPTH;
+    constexpr int PACKED = 4 / int(sizeof(T)), DEPTH = 8 * PACKED;
     double a[16][DEPTH], b[DEPTH][8];
     for (int lane = 0; lane < warpSize; ++lane) {
         const auto* slot = static_cast<const PolderMmaSlot*>(slots[lane]);
@@ -82,6 +97,12 @@ __forceinline__ uint32_t to_tf32(float x) {
     return (bits & 0x7f800000u) == 0x7f800000u ? (x != x ? 0x7fffe000u : bits) : (bits + 0x1000u) & ~0x1fffu;
 }
 
+/// Two numbers rounded to bf16, ties to even, in a register; `low` is in its lower half.
+__forceinline__ uint32_t to_bf16_pair(float low, float high) {
+    const auto bits = [](float x) { return uint32_t(__bfloat16_as_ushort(__float2bfloat16_rn(x))); };
+    return bits(high) << 16 | bits(low);
+}
+
 #else
 
 /// c += a * b over the warp.
@@ -106,6 +127,13 @@ POLDER_MMA(float, "m16n8k8", "tf32")
 __device__ __forceinline__ uint32_t to_tf32(float x) {
     uint32_t result;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(x));
+    return result;
+}
+
+/// Two numbers rounded to bf16, ties to even, in a register; `low` is in its lower half.
+__device__ __forceinline__ uint32_t to_bf16_pair(float low, float high) {
+    uint32_t result;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
     return result;
 }
 

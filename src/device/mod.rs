@@ -192,11 +192,11 @@ floats! {
     /// A float that a convolution multiplies as the sum of two bf16 numbers, which together hold 16 bits: three
     /// products of bf16, summed in f32. The product of the two small parts is left out. All other arithmetic is that of
     /// `f32`.
-    Bf16x3: "bf16x3", false, 2;
+    Bf16x3: "bf16x3", true, 2;
     /// A float that a convolution multiplies as the sum of three bf16 numbers, which together hold all its 24 bits: six
     /// products of bf16, summed in f32. The products below the last bit are left out. All other arithmetic is that of
     /// `f32`.
-    Bf16x6: "bf16x6", false, 3;
+    Bf16x6: "bf16x6", true, 3;
 }
 
 impl Scalar for f32 {}

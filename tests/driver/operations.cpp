@@ -302,6 +302,15 @@ struct ToBrain {
         return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
     }
 };
+/// Two floats, given as their bits: the first becomes the upper half.
+struct ToBrainPair {
+    static uint32_t of(uint32_t upper, uint32_t lower) { return uint32_t(rounded(upper)) << 16 | rounded(lower); }
+    static uint16_t rounded(uint32_t bits) {
+        float a;
+        memcpy(&a, &bits, 4);
+        return ToBrain::of(a);
+    }
+};
 /// Rounds to nearest, ties away from zero.
 struct ToTf32 {
     static uint32_t of(uint32_t bits) {
@@ -440,6 +449,7 @@ Table make_table() {
         add_conversion<uint16_t, float, ToHalf>(table, "rn.f16.f32");
     add_conversion<float, uint16_t, FromBrain>(table, "f32.bf16"),
         add_conversion<uint16_t, float, ToBrain>(table, "rn.bf16.f32");
+    table["cvt.rn.bf16x2.f32"] = {binary<uint32_t, ToBrainPair>, {4, 4, 4}};
     add_conversion<uint32_t, uint32_t, ToTf32>(table, "rna.tf32.f32");
     return table;
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use approx::relative_eq;
 use half::{bf16, f16};
-use polder::device::{Compute, Device, Error, Scalar, Tf32};
+use polder::device::{Bf16x3, Bf16x6, Compute, Device, Error, Scalar, Tf32};
 use polder::kernels::conv::{self, ConvShape};
 use polder::kernels::gradient::{Finish, GradientStages, Stage, Unfinished};
 use polder::kernels::precision;
@@ -236,6 +236,8 @@ fn a_convolution_finishes_its_weight_gradient() {
     check_convolution::<f16>();
     check_convolution::<bf16>();
     check_convolution::<Tf32>();
+    check_convolution::<Bf16x3>();
+    check_convolution::<Bf16x6>();
 }
 
 #[test]

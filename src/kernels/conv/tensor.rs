@@ -1,4 +1,5 @@
-//! Convolution on tensor cores: `kernels/conv_tensor.cu`, for operands of 16 bits, and for `f32` rounded to TF32.
+//! Convolution on tensor cores: `kernels/conv_tensor.cu`, for operands of 16 bits, and for floats that are rounded to
+//! TF32 or multiplied as sums of bf16 numbers.
 
 use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex, PoisonError, RwLock};
@@ -6,7 +7,9 @@ use std::sync::{LazyLock, Mutex, PoisonError, RwLock};
 use super::ConvShape;
 use super::tiled::{MANY_TILES, WEIGHT_GRADIENT_PIXELS};
 use crate::device::arguments::{BatchNormSumsArgs, ConvArgs, FinishArgs, InputGradientArgs, WeightGradientArgs};
-use crate::device::constants::{MOMENT_ROWS, SQUARE_COLUMNS, STAGE_BYTES, polder_conv_tensor_tiles};
+use crate::device::constants::{
+    MOMENT_ROWS, SQUARE_COLUMNS, STAGE_BYTES, polder_conv_split_tiles, polder_conv_tensor_tiles,
+};
 use crate::device::{Buffer, Compute, ComputeKernels, Device, Error, Kernel, Launch, Result, Slice, SliceMut};
 use crate::kernels::conv_batch_norm::{self, SumsRoom};
 use crate::kernels::{random, vector};
@@ -21,41 +24,71 @@ struct TensorTile {
     weight_gradient: ComputeKernels<WeightGradientArgs>,
 }
 
-/// The kernels of one pass and tile. There are none for double precision, which never comes here.
+/// The kernels of one pass and tile for floats, f16 and bf16. There are none for double precision, which never comes
+/// here.
 macro_rules! kernels {
-    ($pass:literal, $name:literal) => {{
-        let tf32 = Kernel::named(concat!("conv_tensor_", $pass, "_", $name, "_tf32"));
+    ($pass:literal, $name:literal, [$floats:literal, $f16:literal, $bf16:literal]) => {{
+        let floats = Kernel::named(concat!("conv_tensor_", $pass, "_", $name, "_", $floats));
         ComputeKernels {
-            f32: tf32,
-            f64: tf32,
-            f16: Kernel::named(concat!("conv_tensor_", $pass, "_", $name, "_f16")),
-            bf16: Kernel::named(concat!("conv_tensor_", $pass, "_", $name, "_bf16")),
+            f32: floats,
+            f64: floats,
+            f16: Kernel::named(concat!("conv_tensor_", $pass, "_", $name, "_", $f16)),
+            bf16: Kernel::named(concat!("conv_tensor_", $pass, "_", $name, "_", $bf16)),
         }
     }};
 }
 
 macro_rules! tile {
-    ($name:literal, $columns:literal, $warp_rows:literal, $warp_columns:literal, $threads:literal, $stages:literal) => {
+    (
+        $types:tt, $name:literal, $columns:literal, $warp_rows:literal, $warp_columns:literal, $threads:literal,
+        $stages:literal
+    ) => {
         TensorTile {
             columns: $columns,
             threads: $threads,
             stages: $stages,
-            forward: kernels!("forward", $name),
-            input_gradient: kernels!("input_gradient", $name),
-            weight_gradient: kernels!("weight_gradient", $name),
+            forward: kernels!("forward", $name, $types),
+            input_gradient: kernels!("input_gradient", $name, $types),
+            weight_gradient: kernels!("weight_gradient", $name, $types),
         }
     };
 }
 
+macro_rules! rounded_tile {
+    ($($row:literal),*) => { tile!(["tf32", "f16", "bf16"], $($row),*) };
+}
+
+// Sums of bf16 numbers stand for floats alone.
+macro_rules! bf16x3_tile {
+    ($($row:literal),*) => { tile!(["bf16x3", "bf16x3", "bf16x3"], $($row),*) };
+}
+
+macro_rules! bf16x6_tile {
+    ($($row:literal),*) => { tile!(["bf16x6", "bf16x6", "bf16x6"], $($row),*) };
+}
+
 /// From the narrowest to the widest. Of two with equally many columns the first is the default, and measurement may
 /// choose the other.
-static TILES: [TensorTile; 5] = polder_conv_tensor_tiles!(tile);
+static TILES: [TensorTile; 5] = polder_conv_tensor_tiles!(rounded_tile);
+
+/// The same for factors that are multiplied as sums of bf16 numbers.
+static BF16X3_TILES: [TensorTile; 4] = polder_conv_split_tiles!(bf16x3_tile);
+static BF16X6_TILES: [TensorTile; 4] = polder_conv_split_tiles!(bf16x6_tile);
+
+/// The tiles for a type.
+fn tiles<A: Compute>() -> &'static [TensorTile] {
+    match A::PIECES {
+        2 => &BF16X3_TILES,
+        3 => &BF16X6_TILES,
+        _ => &TILES,
+    }
+}
 
 impl TensorTile {
     /// The tile for a product of `rows` times `columns`, computed `copies` times over parts of the depth, if no
     /// measurement has chosen one.
-    fn new(rows: usize, columns: usize, copies: usize) -> &'static Self {
-        let [narrow @ .., widest] = &TILES;
+    fn new<A: Compute>(rows: usize, columns: usize, copies: usize) -> &'static Self {
+        let [narrow @ .., widest] = tiles::<A>() else { unreachable!("a table without a tile") };
         if columns > 64 && widest.count(rows, columns) * copies >= MANY_TILES {
             return widest;
         }
@@ -68,7 +101,7 @@ impl TensorTile {
         let chosen = CHOSEN.read().unwrap_or_else(PoisonError::into_inner).get(&key).copied();
         chosen.unwrap_or_else(|| {
             let (rows, columns, copies) = pass.product::<A>(shape);
-            Self::new(rows, columns, shape.groups * copies)
+            Self::new::<A>(rows, columns, shape.groups * copies)
         })
     }
 
@@ -109,7 +142,7 @@ impl ConvPass {
     /// many times.
     fn candidates<A: Compute>(self, shape: &ConvShape) -> impl Iterator<Item = &'static TensorTile> {
         let columns = self.product::<A>(shape).1.next_power_of_two();
-        TILES.iter().filter(move |tile| tile.columns <= columns.max(16) && 4 * tile.columns >= columns.min(128))
+        tiles::<A>().iter().filter(move |tile| tile.columns <= columns.max(16) && 4 * tile.columns >= columns.min(128))
     }
 }
 
@@ -200,7 +233,7 @@ const WEIGHT_GRADIENT_BLOCKS: [usize; 2] = [264, 132];
 pub(super) fn splits<A: Compute>(shape: &ConvShape) -> usize {
     let (rows, columns) = (shape.taps() * shape.group_inputs(), shape.group_outputs());
     let most = (shape.batch * shape.out_height() * shape.out_width()).div_ceil(WEIGHT_GRADIENT_PIXELS);
-    let tile = TensorTile::new(rows, columns, shape.groups * most);
+    let tile = TensorTile::new::<A>(rows, columns, shape.groups * most);
     let tiles = shape.groups * tile.count(rows, columns);
     let [many, few] = WEIGHT_GRADIENT_BLOCKS.map(|blocks| blocks.div_ceil(tiles).min(most));
     let operands = (shape.input_len() + shape.output_len()) * size_of::<A>();
@@ -265,7 +298,7 @@ fn forward_by<A: Compute>(
 /// chunks, and for groups.
 pub(super) fn sums_room<A: Compute>(shape: &ConvShape) -> Option<SumsRoom> {
     let (rows, channels, classes) = ConvPass::InputGradient.product::<A>(shape);
-    let column_blocks = channels.div_ceil(TILES[0].columns); // the most of them
+    let column_blocks = channels.div_ceil(tiles::<A>()[0].columns); // the most of them
     let room = SumsRoom { channels, row_blocks: classes * rows.div_ceil(MOMENT_ROWS), column_blocks };
     (size_of::<A>() == 2 && channels.is_multiple_of(8) && shape.groups == 1).then_some(room)
 }
@@ -380,7 +413,7 @@ mod tests {
 
     use super::*;
     use crate::device::selftest::{random_f32, tf32};
-    use crate::device::{BlockOrder, HostOptions};
+    use crate::device::{Bf16x3, Bf16x6, BlockOrder, HostOptions};
     use crate::kernels::Check;
     use crate::kernels::batch_norm::{Activation, Normalized, Workspace};
     use crate::kernels::gradient::Finish;
@@ -450,13 +483,13 @@ mod tests {
         devices
     }
 
-    /// A stored type: its rounding, the part of it that is multiplied, and half a unit of its last place (relative, and
-    /// the smallest absolute one).
-    trait Stored: Compute<Master = f32> + Into<f64> {
+    /// A stored type: its rounding, the numbers whose sum is multiplied, and half a unit of its last place (relative,
+    /// and the smallest absolute one).
+    trait Stored: Compute<Master = f32> {
         const HALF_ULP: [f64; 2];
         fn round(value: f32) -> Self;
-        fn operand(self) -> f64 {
-            self.into()
+        fn pieces(self) -> [f64; 3] {
+            [self.to_f64(), 0.0, 0.0]
         }
     }
 
@@ -480,9 +513,46 @@ mod tests {
         fn round(value: f32) -> Self {
             value
         }
-        fn operand(self) -> f64 {
-            tf32(self).into()
+        fn pieces(self) -> [f64; 3] {
+            [tf32(self).into(), 0.0, 0.0]
         }
+    }
+
+    impl Stored for Bf16x3 {
+        const HALF_ULP: [f64; 2] = [0.0; 2];
+        fn round(value: f32) -> Self {
+            Self(value)
+        }
+        fn pieces(self) -> [f64; 3] {
+            bf16_pieces(self.0)
+        }
+    }
+
+    impl Stored for Bf16x6 {
+        const HALF_ULP: [f64; 2] = [0.0; 2];
+        fn round(value: f32) -> Self {
+            Self(value)
+        }
+        fn pieces(self) -> [f64; 3] {
+            bf16_pieces(self.0)
+        }
+    }
+
+    /// Three numbers of bf16, each of which is what the ones before leave of `value`, rounded.
+    fn bf16_pieces(value: f32) -> [f64; 3] {
+        let mut rest = f64::from(value);
+        [(); 3].map(|()| {
+            // The rest has at most 24 bits, so it is a float.
+            let piece = bf16::from_f32(rest as f32).to_f64();
+            rest -= piece;
+            piece
+        })
+    }
+
+    /// The products of pieces that are summed.
+    fn product<A: Stored>(a: &[f64; 3], b: &[f64; 3]) -> f64 {
+        let count = A::PIECES.max(1);
+        (0..count).flat_map(|i| (0..count - i).map(move |j| a[i] * b[j])).sum()
     }
 
     fn random<A: Stored>(count: usize, seed: u64) -> Vec<A> {
@@ -498,17 +568,17 @@ mod tests {
     }
 
     impl Sum {
-        fn add(&mut self, a: f64, b: f64) {
-            self.value += a * b;
-            self.magnitude += (a * b).abs();
+        fn add(&mut self, term: f64) {
+            self.value += term;
+            self.magnitude += term.abs();
             self.terms += 1.0;
         }
     }
 
     /// The definition, term by term: y, dx, dw.
     fn reference<A: Stored>(shape: &ConvShape, x: &[A], weight: &[A], dy: &[A]) -> [Vec<Sum>; 3] {
-        let doubles = |values: &[A]| values.iter().map(|&value| value.operand()).collect::<Vec<f64>>();
-        let (x, weight, dy) = (doubles(x), doubles(weight), doubles(dy));
+        let pieces = |values: &[A]| values.iter().map(|&value| value.pieces()).collect::<Vec<[f64; 3]>>();
+        let (x, weight, dy) = (pieces(x), pieces(weight), pieces(dy));
         let (channels, outs) = (shape.group_inputs(), shape.out_channels);
         let mut results = [shape.output_len(), shape.input_len(), shape.weight_len()].map(|n| vec![Sum::default(); n]);
         let [y, dx, dw] = &mut results;
@@ -525,9 +595,9 @@ mod tests {
                 for (channel, out) in (0..channels).flat_map(|channel| (0..outs).map(move |out| (channel, out))) {
                     let input = input + out / shape.group_outputs() * channels + channel;
                     let (w, output) = ((tap * channels + channel) * outs + out, pixel * outs + out);
-                    y[output].add(x[input], weight[w]);
-                    dx[input].add(dy[output], weight[w]);
-                    dw[w].add(x[input], dy[output]);
+                    y[output].add(product::<A>(&x[input], &weight[w]));
+                    dx[input].add(product::<A>(&dy[output], &weight[w]));
+                    dw[w].add(product::<A>(&x[input], &dy[output]));
                 }
             }
         }
@@ -535,10 +605,10 @@ mod tests {
     }
 
     /// The error of a sum in f32: `terms` roundings, up or down at random, and one more to the type of the result.
-    fn check<D: Copy + Into<f64>>(what: &str, found: &[D], expected: &[Sum], start: &[f64], half_ulp: [f64; 2]) {
+    fn check<D: Compute>(what: &str, found: &[D], expected: &[Sum], start: &[f64], half_ulp: [f64; 2]) {
         assert_eq!(found.len(), expected.len(), "{what}: length");
         for (index, (&found, sum)) in found.iter().zip(expected).enumerate() {
-            let (found, start) = (found.into(), start.get(index).copied().unwrap_or(0.0));
+            let (found, start) = (found.to_f64(), start.get(index).copied().unwrap_or(0.0));
             let (value, magnitude) = (sum.value + start, sum.magnitude + start.abs());
             let in_sum = 4.0 * f64::from(f32::EPSILON) * (sum.terms + 1.0).sqrt() * magnitude;
             let [relative, absolute] = half_ulp;
@@ -587,7 +657,7 @@ mod tests {
         let tiles = rows.div_ceil(MOMENT_ROWS);
         for (channel, tile) in (0..channels).flat_map(|channel| (0..tiles).map(move |tile| (channel, tile))) {
             let inside = tile * MOMENT_ROWS..((tile + 1) * MOMENT_ROWS).min(rows);
-            let values: Vec<f64> = inside.map(|row| y[row * channels + channel].into()).collect();
+            let values: Vec<f64> = inside.map(|row| y[row * channels + channel].to_f64()).collect();
             let mean = values.iter().sum::<f64>() / values.len() as f64;
             let magnitude = values.iter().map(|value| value.abs()).sum::<f64>() / values.len() as f64;
             let m2: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
@@ -645,8 +715,8 @@ mod tests {
                     workspace.view_mut(),
                 )
             });
-            let starts = |values: &[A]| [vec![], values.iter().map(|&value| value.into()).collect()];
-            let dw_starts = [vec![], dw.iter().map(|&value| value.into()).collect()];
+            let starts = |values: &[A]| [vec![], values.iter().map(|&value| value.to_f64()).collect()];
+            let dw_starts = [vec![], dw.iter().map(|&value| value.to_f64()).collect()];
             for i in 0..2 {
                 let what = |pass| format!("{} on {}, {shape:?}, {pass}, added: {}", A::NAME, device.name(), i == 1);
                 check(&what("y"), &ys[i], &expected[0], &starts(&y)[i], A::HALF_ULP);
@@ -691,6 +761,14 @@ mod tests {
         }
     }
 
+    #[test]
+    fn equals_the_definition_in_sums_of_bfloat16() {
+        for (number, shape) in SHAPES.iter().chain(&WIDE_SHAPES).enumerate() {
+            check_shape::<Bf16x3>(shape, 600 + number as u64, 0);
+            check_shape::<Bf16x6>(shape, 700 + number as u64, 0);
+        }
+    }
+
     /// The channels are whole chunks, but the addresses do not allow 16-byte copies.
     #[test]
     fn operands_may_begin_anywhere() {
@@ -699,6 +777,7 @@ mod tests {
             for offset in [1, 2, 4] {
                 check_shape::<bf16>(shape, 300 + number as u64, offset);
                 check_shape::<f32>(shape, 400 + number as u64, offset);
+                check_shape::<Bf16x3>(shape, 800 + number as u64, offset);
             }
         }
     }
@@ -769,7 +848,7 @@ mod tests {
         for device in devices().into_iter().filter(|device| !device.is_host()).chain(devices().into_iter().take(1)) {
             for shape in &shapes {
                 let expected = everything::<A>(shape, &device);
-                for tile in &TILES {
+                for tile in tiles::<A>() {
                     for pass in [ConvPass::Forward, ConvPass::InputGradient, ConvPass::WeightGradient] {
                         choose((device.number(), A::NAME, *shape, pass), tile);
                     }
@@ -802,22 +881,32 @@ mod tests {
             check_tiles::<bf16>(); // the same code
         }
         check_tiles::<f32>();
+        check_tiles::<Bf16x3>();
+        check_tiles::<Bf16x6>();
+    }
+
+    fn check_reach<A: Stored>() {
+        let all = || SHAPES.iter().chain(&WIDE_SHAPES);
+        let device = Device::host();
+        let mut widest = 0;
+        for tile in tiles::<A>() {
+            // The rule never chooses the second of two tiles with equally many columns. `check_tiles` covers it.
+            if tile.columns == std::mem::replace(&mut widest, tile.columns) {
+                continue;
+            }
+            let is = |found: &TensorTile| std::ptr::eq(found, tile);
+            let is_for = |rows, columns| is(TensorTile::new::<A>(rows, columns, 1));
+            assert!(all().any(|s| is_for(s.output_len() / s.out_channels, s.out_channels)));
+            assert!(all().any(|s| s.stride == 1 && is_for(s.input_len() / s.in_channels, s.in_channels)));
+            assert!(all().any(|s| is(TensorTile::of::<A>(ConvPass::WeightGradient, s, &device))));
+        }
+        assert!(all().any(|shape| splits::<A>(shape) > 1));
     }
 
     #[test]
     fn the_shapes_reach_every_tile_and_several_splits() {
-        let all = || SHAPES.iter().chain(&WIDE_SHAPES);
-        let device = Device::host();
-        // The rule never chooses the second of two tiles with equally many columns. The test above covers it.
-        let ruled = TILES.iter().filter(|tile| tile.threads == 128);
-        for tile in ruled {
-            let is = |found: &TensorTile| std::ptr::eq(found, tile);
-            assert!(all().any(|s| is(TensorTile::new(s.output_len() / s.out_channels, s.out_channels, 1))));
-            assert!(
-                all().any(|s| s.stride == 1 && is(TensorTile::new(s.input_len() / s.in_channels, s.in_channels, 1)))
-            );
-            assert!(all().any(|s| is(TensorTile::of::<f16>(ConvPass::WeightGradient, s, &device))));
-        }
-        assert!(all().any(|shape| splits::<f16>(shape) > 1));
+        check_reach::<f16>();
+        check_reach::<Bf16x3>();
+        check_reach::<Bf16x6>();
     }
 }
