@@ -152,7 +152,7 @@ struct Operand {
     __device__ __forceinline__ static constexpr int number(int upper, int deeper) {
         return SIDE == Side::kLeft ? upper + 2 * deeper : 2 * upper + deeper;
     }
-    /// What a lane holds of the 16 rows (or columns) from `first` on in half `half` of a stage's depth, as it is stored.
+    /// What a lane holds of the 16 rows (or columns) from `first` on in half `half` of a stage's depth, as stored.
     __device__ __forceinline__ static Fragments read(const unsigned char* part, int first, int half) {
         const int lane = int(threadIdx.x) % 32;
         Fragments result;
@@ -190,7 +190,7 @@ struct Operand {
         }
         return result;
     }
-    /// The fragments of the 16 rows (or columns) from `first` on over a stage's depth, which is that of one mma of bf16.
+    /// The fragments of the 16 rows (or columns) from `first` on over a stage's depth, that of one mma of bf16.
     ///
     /// A lane reads the elements t, t + 4, t + 8 and t + 12 of the depth of a row, where t = lane % 4. An mma expects
     /// that it holds the elements 2t, 2t + 1, 2t + 8 and 2t + 9. Both operands have their elements in these places, so

@@ -139,8 +139,8 @@ constexpr int kSquareColumns = 16;
     ROW(64_BY_8, 64, 32, 32, 256, 4)  \
     ROW(128, 128, 64, 64, 128, 3)
 
-/// The tiles of conv_tensor.cu for factors that are sums of numbers of bf16, in the same form. Their fragments need more
-/// registers, so no warp computes more than 64 x 32.
+/// The tiles of conv_tensor.cu for factors that are sums of numbers of bf16, in the same form. Their fragments need
+/// more registers, so no warp computes more than 64 x 32.
 #define POLDER_CONV_SPLIT_TILES(ROW) \
     ROW(16, 16, 32, 16, 128, 4)      \
     ROW(32, 32, 32, 32, 128, 4)      \
