@@ -14,11 +14,11 @@ autocast, in f16 with a scaled loss, and the limits are wider for the same reaso
 
 All of PyTorch's forms are tried: contiguous or channels_last, per-parameter or foreach SAM, each of its SGD
 implementations, eager or with the model compiled; on a GPU also with the whole step as one CUDA graph. With --precision
-f32 on a CPU, PyTorch also runs in bf16: inside its convolutions alone, and under autocast. A form that PyTorch refuses
-is left out and named. Four go on to the comparison: the fastest of those that people usually write (per-parameter SAM,
-eager), the fastest eager form, the fastest in our precision, which runs twice to show the noise, and the fastest of
-all. In each round all of them and ours take a turn on the same batch, in a new random order. Ratios are taken within a
-round, so that other load on the machine affects both sides.
+f32 on a CPU, PyTorch also runs in bf16 and TF32 inside its convolutions alone, and in bf16 under autocast. A form that
+PyTorch refuses is left out and named. Four go on to the comparison: the fastest of those that people usually write
+(per-parameter SAM, eager), the fastest eager form, the fastest in our precision, which runs twice to show the noise,
+and the fastest of all. In each round all of them and ours take a turn on the same batch, in a new random order. Ratios
+are taken within a round, so that other load on the machine affects both sides.
 
 `step_peer` is our side; its source describes the options and the commands.
 """
@@ -42,7 +42,7 @@ from common import A_MIN, ALPHA, B_MIN, BETA, RHO
 SHARP_LIMIT, TIMED_LIMIT = 1e-3, 2e-2
 LOSS_LIMIT = 1e-4
 # In 16 bits the share of ReLUs that switch is about the rounding error; the gradient's error is about its square root.
-NARROW_LIMIT = {"f16": 0.05, "bf16": 0.2, "tf32": 0.05}
+NARROW_LIMIT = {"f16": 0.05, "bf16": 0.2, "tf32": 0.05, "bf16x3": 0.02}
 AUTOCAST = {"f16": torch.float16, "bf16": torch.bfloat16}
 LOSS_SCALE = 65536.0
 # Float32 noise at the input of the k-th ReLU is about 1.25e-7 k (rms) in these networks. This is six times that.
@@ -206,13 +206,14 @@ USUAL_WAYS = {
     "cpu": ["eager", "compiled", "max-autotune"],
     "cuda": ["eager", "graph", "reduce-overhead", "max-autotune", "max-autotune-graph"],
 }
-# On a CPU and with f32 weights, PyTorch can compute convolutions in bf16, or run the whole model under autocast.
-INSIDE, AUTOCASTED = "bf16 inside", "bf16 autocast"
+# On a CPU and with f32 weights, PyTorch can compute convolutions in bf16 or TF32, or run the whole model under autocast.
+INSIDE = {"bf16 inside": "bf16", "tf32 inside": "tf32"}
+AUTOCASTED = "bf16 autocast"
 
 
 def arithmetics(device, precision):
     """What PyTorch computes in where our side has this precision; the first is the same."""
-    return [precision, INSIDE, AUTOCASTED] if (device, precision) == ("cpu", "f32") else [precision]
+    return [precision, *INSIDE, AUTOCASTED] if (device, precision) == ("cpu", "f32") else [precision]
 
 
 def forms(method, ways, computed):
@@ -237,9 +238,9 @@ def is_eager(name):
     return name.endswith(", eager")
 
 
-def is_bf16_instead(name):
-    """Whether it computes in bf16 although the comparison is in f32."""
-    return INSIDE in name or AUTOCASTED in name
+def is_narrow_instead(name):
+    """Whether it computes in fewer bits although the comparison is in f32."""
+    return any(word in name for word in [*INSIDE, AUTOCASTED])
 
 
 def is_as_written(name):
@@ -306,11 +307,13 @@ class Runner:
     """A form of a method, ready to run: `run(n)` takes n steps and returns the seconds."""
 
     def __init__(self, problem, memory_format, step, options, compiled=None, captured=False, arithmetic="f32"):
-        self.device, self.inside = problem.device, arithmetic == INSIDE
+        self.device, self.inside = problem.device, INSIDE.get(arithmetic, "ieee")
         x, y = problem.x.contiguous(memory_format=memory_format), problem.y
-        precision = {INSIDE: "f32", AUTOCASTED: "bf16"}.get(arithmetic, arithmetic)
+        precision = {AUTOCASTED: "bf16"}.get(arithmetic, "f32" if arithmetic in INSIDE else arithmetic)
         step = step(problem.model(memory_format), options, precision)
         if compiled:
+            # All forms share the code of their model's class, and behind this limit it would run in eager mode.
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
             step.model = torch.compile(step.model, mode=compiled)
         self.step = lambda: step(x, y)
         if captured:
@@ -328,7 +331,7 @@ class Runner:
 
     def run(self, count):
         # This setting is the process's. It says what f32 convolutions compute in.
-        torch.backends.mkldnn.conv.fp32_precision = "bf16" if self.inside else "ieee"
+        torch.backends.mkldnn.conv.fp32_precision = self.inside
         common.synchronise(self.device)
         start = time.perf_counter()
         for _ in range(count):
@@ -359,8 +362,8 @@ def contenders(problem, method, ways, seconds):
     roles = {}
     belongs_to = {
         "fastest": lambda name: True,
-        "same precision": lambda name: not is_bf16_instead(name),
-        "eager": lambda name: is_eager(name) and not is_bf16_instead(name),
+        "same precision": lambda name: not is_narrow_instead(name),
+        "eager": lambda name: is_eager(name) and not is_narrow_instead(name),
         "as written": is_as_written,
     }
     for role, belongs in belongs_to.items():
@@ -396,16 +399,16 @@ def report_memory(arguments, device):
     print(json.dumps(answer))
 
 
-def start_peer(arguments, problem, method, folder):
+def start_peer(arguments, problem, method, folder, precision):
     weights, images = problem.write(folder)
     return common.Peer(
         arguments.binary, "--model", problem.model_name, "--method", method, "--batch-size", problem.batch_size,
         "--device", arguments.device, "--threads", arguments.threads, "--weights", weights, "--images", images,
-        "--precision", arguments.precision,
+        "--precision", precision,
     )
 
 
-def gradient_error(problem, peer, folder, limit):
+def gradient_error(problem, peer, folder, limit, precision):
     """Relative L2 error of our gradient to PyTorch's. Exits if the gradient or the loss differs by too much."""
     loss, gradient = problem.gradient()
     path = folder / "gradient.safetensors"
@@ -418,13 +421,13 @@ def gradient_error(problem, peer, folder, limit):
             sys.exit(f"{name}: {key} is {tuple(value.shape)} in PyTorch, {tuple(ours[key].shape)} in ours")
     error = common.relative_error([ours[key] for key in gradient], list(gradient.values()))
     # A NaN fails these comparisons too.
-    loss_limit = NARROW_LIMIT.get(problem.precision, LOSS_LIMIT)
-    if not (error < NARROW_LIMIT.get(problem.precision, limit) and abs(our_loss - loss) < loss_limit * abs(loss)):
-        sys.exit(f"{name}: not the same computation: gradient differs by {error:.2e}, losses {our_loss} (ours), {loss}")
+    loss_limit = NARROW_LIMIT.get(precision, LOSS_LIMIT)
+    if not (error < NARROW_LIMIT.get(precision, limit) and abs(our_loss - loss) < loss_limit * abs(loss)):
+        sys.exit(f"{name}, {precision}: not the same computation: gradient differs by {error:.2e}, losses {our_loss} (ours), {loss}")
     return error
 
 
-def sharp_gradient_error(arguments, model, method, device, folder):
+def sharp_gradient_error(arguments, model, method, device, folder, precision):
     """The comparison on a few images without kinks, with a process of our side for it alone."""
     if model not in FIRST_SEED:
         return None
@@ -434,28 +437,31 @@ def sharp_gradient_error(arguments, model, method, device, folder):
     problem = next(filter(Problem.is_clear_of_kinks, problems), None)
     if problem is None:
         sys.exit(f"{model}: found no images without kinks")
-    peer = start_peer(arguments, problem, method, folder)
-    error = gradient_error(problem, peer, folder, SHARP_LIMIT)
+    peer = start_peer(arguments, problem, method, folder, precision)
+    error = gradient_error(problem, peer, folder, SHARP_LIMIT, precision)
     peer.quit()
     return error
 
 
 def compare(arguments, device, model, method, folder):
     problem = Problem(model, arguments.batch_size, device, precision=arguments.precision)
-    result = {"model": model, "method": method, "batch_size": arguments.batch_size}
-    if not arguments.self:
-        result["gradient_error"] = sharp_gradient_error(arguments, model, method, device, folder)
-        peer = start_peer(arguments, problem, method, folder)
-        result["timed_gradient_error"] = gradient_error(problem, peer, folder, TIMED_LIMIT)
+    result = {"model": model, "method": method, "batch_size": arguments.batch_size, "ours": {}}
+    peers = {}
+    for precision in arguments.ours:
+        peers[precision] = peer = start_peer(arguments, problem, method, folder, precision)
+        result["ours"][precision] = {
+            "gradient_error": sharp_gradient_error(arguments, model, method, device, folder, precision),
+            "timed_gradient_error": gradient_error(problem, peer, folder, TIMED_LIMIT, precision),
+        }
     roles, result["forms"] = contenders(problem, method, arguments.ways, arguments.seconds / 4)
     fastest, runner = roles["same precision"]
     count = max(1, round(arguments.seconds / runner.run(1)))
     # A form may have several roles. It takes one turn for all of them.
     size = count * problem.batch_size
     turns = {id(runner): (lambda runner=runner: size / runner.run(count)) for _, runner in roles.values()}
-    if not arguments.self:
+    for precision, peer in peers.items():
         peer.ask("steps", 2)
-        turns["ours"] = lambda: peer.ask("steps", count)["images_per_s"]
+        turns[precision] = lambda peer=peer: peer.ask("steps", count)["images_per_s"]
     rates = {key: [] for key in turns}
     shuffled, order = list(turns), random.Random(1)
     for _ in range(arguments.rounds):
@@ -465,35 +471,31 @@ def compare(arguments, device, model, method, folder):
     result["pytorch"] = {}
     for role, (name, runner) in roles.items():
         theirs = rates[id(runner)]
-        result["pytorch"][role] = {"form": name, "images_per_s": common.spread(theirs)}
-        if not arguments.self:
-            result["pytorch"][role]["ratio"] = common.spread([a / b for a, b in zip(rates["ours"], theirs)])
+        ratios = {ours: common.spread([a / b for a, b in zip(rates[ours], theirs)]) for ours in peers}
+        result["pytorch"][role] = {"form": name, "images_per_s": common.spread(theirs), "ratios": ratios}
     again = rates[id(roles["again"][1])]
     result["noise"] = common.spread([a / b for a, b in zip(again, rates[id(roles["same precision"][1])])])
     result["pytorch_memory"] = memory_of(arguments, model, method, fastest)
-    if not arguments.self:
-        result["images_per_s"] = common.spread(rates["ours"])
-        result["memory"] = peer.ask("memory")
+    for precision, peer in peers.items():
+        result["ours"][precision] |= {"images_per_s": common.spread(rates[precision]), "memory": peer.ask("memory")}
         peer.quit()
     return result
 
 
 def show(result):
     name, memory = f"{result['model']} {result['method']}", result["pytorch_memory"]
-    if "images_per_s" in result:
-        error = result["gradient_error"] or result["timed_gradient_error"]
-        ours, mebibytes = result["images_per_s"]["median"], result["memory"]["peak_rss_bytes"] / 2**20
-        print(f"{name}: ours {ours:.1f} images/s, {mebibytes:.0f} MiB; gradient differs by {error:.1e}")
-    else:
-        print(f"{name}:")
+    print(f"{name}:")
+    for precision, ours in result["ours"].items():
+        error = ours["gradient_error"] or ours["timed_gradient_error"]
+        rate, mebibytes = ours["images_per_s"]["median"], ours["memory"]["peak_rss_bytes"] / 2**20
+        print(f"  ours, {precision:8} {rate:9.1f} images/s, {mebibytes:.0f} MiB; gradient differs by {error:.1e}")
     for role, contender in result["pytorch"].items():
         if role == "again":
             continue
-        line = f"  {role:14} {contender['images_per_s']['median']:9.1f} images/s"
-        if "ratio" in contender:
-            ratio = contender["ratio"]
-            line += f"   ours is {ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f}) times as fast"
-        print(f"{line}   {contender['form']}")
+        print(f"  {role:14} {contender['images_per_s']['median']:9.1f} images/s   {contender['form']}")
+        for precision, ratio in contender["ratios"].items():
+            spread = f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
+            print(f"    ours in {precision} is {spread} times as fast")
     noise = result["noise"]
     peak, imported = (memory[key] / 2**20 for key in ("peak_rss_bytes", "after_import_bytes"))
     itself = f"{noise['median']:.2f} ({noise['min']:.2f}-{noise['max']:.2f})"
@@ -510,6 +512,8 @@ def main():
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", default="f32", choices=["f32", "tf32", "f16", "bf16"])
+    parser.add_argument("--ours", nargs="+", choices=["f32", "tf32", "bf16x3", "bf16x6", "f16", "bf16"],
+                        help="the precisions of our side; default: that of --precision")
     parser.add_argument("--ways", nargs="+", choices=WAYS,
                         help="how PyTorch runs; default: eager, compiled and max-autotune, on a GPU also graphs")
     parser.add_argument("--rounds", type=int, default=30, help="number of turns of each side")
@@ -524,7 +528,8 @@ def main():
     common.prepare(device, arguments.threads, arguments.precision)
     if arguments.memory_of:
         return report_memory(arguments, device)
-    if not arguments.self:
+    arguments.ours = [] if arguments.self else arguments.ours or [arguments.precision]
+    if arguments.ours:
         arguments.binary = common.find_binary("step_peer", arguments.binary)
 
     machine = common.describe(device, arguments.threads)

@@ -107,7 +107,8 @@ struct SplitProduct {
 
     const uint16_t* source;
     S* target;
-    int pixel_pitch, tap_pitch, row_pitch;  // in the source: from pixel to pixel, from tap to tap of a row, to the next row
+    int pixel_pitch, tap_pitch,
+        row_pitch;  // in the source: from pixel to pixel, from tap to tap of a row, to the next row
     int target_pixel_pitch;
     int tap_rows, tap_columns, channels, target_channels;
     const uint16_t* packed;
@@ -200,7 +201,8 @@ __attribute__((noinline)) void split_tiles(const SplitProduct<P>& job, const Til
     if (panel == panels) return;
     int tile = 0;
     for (; tile + 4 <= count; tile += 4) split_tile<P, 4, 1>(job, unit, at + tile, panel);
-    with_rows<3>(count - tile, [&](auto rest) { split_tile<P, decltype(rest)::value, 1>(job, unit, at + tile, panel); });
+    with_rows<3>(count - tile,
+                 [&](auto rest) { split_tile<P, decltype(rest)::value, 1>(job, unit, at + tile, panel); });
 }
 
 template <class S>
@@ -228,8 +230,8 @@ __device__ void split_forward(const SplitForwardArgs<typename P::Stored>& a) {
     uint16_t* const source = reinterpret_cast<uint16_t*>(places + round_up(most_tiles(a.bands, s.out_width), 16));
     for (int n = 0; n < band.images; ++n) {
         const auto* image = a.x + int64_t(band.first_image + n) * s.height * s.width * C;
-        split_window<P>(source + int64_t(n) * window.rows * window.columns * length, image, s.height, s.width, C, window,
-                        step);
+        split_window<P>(source + int64_t(n) * window.rows * window.columns * length, image, s.height, s.width, C,
+                        window, step);
     }
     // Without neighbours in between, the rows of a band are one.
     const bool flat = s.kernel == 1;
@@ -272,8 +274,8 @@ __device__ void split_input_gradient(const SplitInputGradientArgs<typename P::St
     uint16_t* const source = reinterpret_cast<uint16_t*>(places + round_up(most_tiles(a.bands, class_columns), 16));
     for (int n = 0; n < band.images; ++n) {
         const auto* image = a.dy + int64_t(band.first_image + n) * s.out_height * s.out_width * O;
-        split_window<P>(source + int64_t(n) * window.rows * window.columns * length, image, s.out_height, s.out_width, O,
-                        window, 1);
+        split_window<P>(source + int64_t(n) * window.rows * window.columns * length, image, s.out_height, s.out_width,
+                        O, window, 1);
     }
     auto* const target = a.dx + (int64_t(band.first_image) * s.height + band.first_row * s.stride) * s.width * C;
     const uint16_t* packed = a.packed;
@@ -354,7 +356,7 @@ __attribute__((noinline)) void split_pairs(uint16_t* to, int64_t piece_pitch, in
         if (++c == n.columns) c = 0, ++r;
         return there ? load_floats(image + (int64_t(row) * s.width + column) * s.in_channels) : Floats{};
     };
-    Words previous[P::pieces];
+    Words previous[P::pieces] = {};
     for (int pair = 0; pair < n.pairs; ++pair, to += kDepth) {
         const Floats first = next();
         const SplitPair<P> split(first, next());
@@ -376,8 +378,8 @@ __attribute__((noinline)) void split_pairs(uint16_t* to, int64_t piece_pitch, in
 /// Writes 16 channels of the output gradient of a band of an image: to[piece][chunk][channel][32 pixels], with
 /// `piece_pitch` numbers in between. Pixels between the rows are zero.
 template <class P, class S>
-__attribute__((noinline)) void split_gradients(uint16_t* to, int64_t piece_pitch, const S* dy, const ConvShape& s, int rows,
-                                               const Numbering& n) {
+__attribute__((noinline)) void split_gradients(uint16_t* to, int64_t piece_pitch, const S* dy, const ConvShape& s,
+                                               int rows, const Numbering& n) {
     int row = 0, column = 0;
     const auto next = [&]() {
         const bool there = row < rows && column < s.out_width;
@@ -411,8 +413,8 @@ struct SplitBand {
 
 /// M panels of the output times N panels and taps of the input, beginning with number `first`.
 template <class P, int M, int N>
-__forceinline__ void gradient_tile(const SplitBand& band, const ConvShape& s, const Numbering& n, const MatrixUnit& unit,
-                                   int panel, int first) {
+__forceinline__ void gradient_tile(const SplitBand& band, const ConvShape& s, const Numbering& n,
+                                   const MatrixUnit& unit, int panel, int first) {
     const int taps = s.kernel * s.kernel;
     const uint16_t* left[M];
     const uint16_t* right[N];
@@ -441,7 +443,8 @@ __forceinline__ void gradient_tile(const SplitBand& band, const ConvShape& s, co
 
 /// All panels of the output times the panels and taps of the block's input.
 template <class P>
-__attribute__((noinline)) void gradient_tiles(const SplitBand& band, const ConvShape& s, const Numbering& n, int in_panels) {
+__attribute__((noinline)) void gradient_tiles(const SplitBand& band, const ConvShape& s, const Numbering& n,
+                                              int in_panels) {
     const MatrixUnit unit(kSide);
     const int panels = s.out_channels / kSide, all = in_panels * s.kernel * s.kernel;
     int panel = 0;
@@ -453,9 +456,8 @@ __attribute__((noinline)) void gradient_tiles(const SplitBand& band, const ConvS
     if (panel == panels) return;
     int first = 0;
     for (; first + 4 <= all; first += 4) gradient_tile<P, 1, 4>(band, s, n, unit, panel, first);
-    with_rows<3>(all - first, [&](auto rest) {
-        gradient_tile<P, 1, decltype(rest)::value>(band, s, n, unit, panel, first);
-    });
+    with_rows<3>(all - first,
+                 [&](auto rest) { gradient_tile<P, 1, decltype(rest)::value>(band, s, n, unit, panel, first); });
 }
 
 /// Sums over the images of one part, for some panels of the input channels.
@@ -494,8 +496,7 @@ __device__ void split_weight_gradient(const SplitGradientArgs<typename P::Stored
                                    operands.gradient_piece, dy + panel * kSide, s, band.rows, n);
             }
             for (int panel = 0; panel < in_panels; ++panel) {
-                const auto* x =
-                    a.x + image * s.height * s.width * s.in_channels + (first_panel + panel) * kSide;
+                const auto* x = a.x + image * s.height * s.width * s.in_channels + (first_panel + panel) * kSide;
                 for (int plane = 0; plane < n.planes * n.planes; ++plane) {
                     split_pairs<P>(pairs + panel * operands.pair_panel + plane * operands.pair_plane +
                                        int64_t(i) * n.pairs * kDepth,

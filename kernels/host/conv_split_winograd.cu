@@ -27,15 +27,15 @@ template <class P>
 __forceinline__ void pack_elements(const float (&transformed)[kElements][kDepth][kSide], int channels, uint16_t* to,
                                    int64_t pitch) {
     for (int e = 0; e < kElements; ++e) {
-        pack_channels<P>(to + e * pitch, channels,
-                         [&](int channel) { return load_floats(transformed[e][channel]); });
+        pack_channels<P>(to + e * pitch, channels, [&](int channel) { return load_floats(transformed[e][channel]); });
     }
 }
 
 /// weight [3][3][in][out] to packed [element][panel of out][right tile].
 template <class P>
 __device__ void split_winograd_weights(const SplitWinogradWeightsArgs& a) {
-    const int C = a.shape.in_channels, O = a.shape.out_channels, tiles = row_tiles<P>(C), chunks = (C + kDepth - 1) / kDepth;
+    const int C = a.shape.in_channels, O = a.shape.out_channels, tiles = row_tiles<P>(C),
+              chunks = (C + kDepth - 1) / kDepth;
     const int64_t pitch = int64_t(O / kSide) * tiles * kTile;
     for_each_index(uint64_t(O / kSide) * chunks, [&](uint64_t index) {
         const int panel = int(index / chunks), first = int(index % chunks) * kDepth;
@@ -55,7 +55,8 @@ __device__ void split_winograd_weights(const SplitWinogradWeightsArgs& a) {
 /// weight [3][3][in][out], turned by 180 degrees, to packed [element][panel of in][right tile].
 template <class P>
 __device__ void split_winograd_turned_weights(const SplitWinogradWeightsArgs& a) {
-    const int C = a.shape.in_channels, O = a.shape.out_channels, tiles = row_tiles<P>(O), chunks = (O + kDepth - 1) / kDepth;
+    const int C = a.shape.in_channels, O = a.shape.out_channels, tiles = row_tiles<P>(O),
+              chunks = (O + kDepth - 1) / kDepth;
     const int64_t pitch = int64_t(C / kSide) * tiles * kTile;
     for_each_index(uint64_t(C / kSide) * chunks, [&](uint64_t index) {
         const int panel = int(index / chunks), first = int(index % chunks) * kDepth;
@@ -105,8 +106,8 @@ __forceinline__ void load_pixels(Floats (&d)[4][4], const float* tensor, int hei
 
 /// Transforms and splits tiles: to[element][tile][row of channels], with `plane` numbers between elements.
 template <class P>
-__attribute__((noinline)) void split_transformed(const float* x, const ConvShape& s, TileWalk at, int tiles, uint16_t* to,
-                                                 int64_t plane) {
+__attribute__((noinline)) void split_transformed(const float* x, const ConvShape& s, TileWalk at, int tiles,
+                                                 uint16_t* to, int64_t plane) {
     const int C = s.in_channels, length = row_length<P>(C);
     for (int tile = 0; tile < tiles; ++tile, at.next(), to += length) {
         for (int channel = 0; channel < C; channel += kSide) {
@@ -120,8 +121,8 @@ __attribute__((noinline)) void split_transformed(const float* x, const ConvShape
 
 /// M times 16 tiles by N panels, for one element.
 template <class P, int M, int N>
-__forceinline__ void element_tile(const MatrixUnit& unit, const uint16_t* band, const uint16_t* packed, float* to, int C,
-                                  int O) {
+__forceinline__ void element_tile(const MatrixUnit& unit, const uint16_t* band, const uint16_t* packed, float* to,
+                                  int C, int O) {
     const int length = row_length<P>(C);
     const uint16_t* left[M];
     const uint16_t* right[N];
@@ -146,10 +147,12 @@ __attribute__((noinline)) void multiply_split_band(const uint16_t* band, int64_t
             const uint16_t* right = packed + panel * panel_length;
             int tile = 0;
             for (; tile + 2 * kSide <= tiles; tile += 2 * kSide) {
-                element_tile<P, 2, 2>(unit, band + int64_t(tile) * length, right, products + tile * O + panel * kSide, C, O);
+                element_tile<P, 2, 2>(unit, band + int64_t(tile) * length, right, products + tile * O + panel * kSide,
+                                      C, O);
             }
             if (tile < tiles) {
-                element_tile<P, 1, 2>(unit, band + int64_t(tile) * length, right, products + tile * O + panel * kSide, C, O);
+                element_tile<P, 1, 2>(unit, band + int64_t(tile) * length, right, products + tile * O + panel * kSide,
+                                      C, O);
             }
         }
         if (panel == panels) continue;
@@ -170,7 +173,7 @@ __device__ void split_winograd(const SplitWinogradArgs& a) {
     // One more line keeps the planes apart in the cache.
     const int64_t plane = int64_t(a.tiles) * row_length<P>(s.in_channels) + kDepth;
     const int products_plane = a.tiles * s.out_channels + kSide;
-    POLDER_DYNAMIC_SHARED(uint16_t, band);                                        // [element][tile][row of channels]
+    POLDER_DYNAMIC_SHARED(uint16_t, band);                                       // [element][tile][row of channels]
     float* const products = reinterpret_cast<float*>(band + kElements * plane);  // [element][tile][out channel]
     split_transformed<P>(a.x, s, at, tiles, band, plane);
     // Rows of a tile that stand for no tile of the image give products that are not used.
@@ -239,17 +242,19 @@ __forceinline__ void transform_gradient(Floats (&d)[4][4], const float* dy, cons
             const bool there = at.row + i < s.out_height && at.column + j < s.out_width;
             pixel[i] = there ? load_floats(from + (int64_t(i) * s.out_width + j) * s.out_channels) : Floats{};
         }
-        rows[0][j] = pixel[0], rows[1][j] = pixel[0] + pixel[1], rows[2][j] = pixel[0] - pixel[1], rows[3][j] = -pixel[1];
+        rows[0][j] = pixel[0], rows[1][j] = pixel[0] + pixel[1], rows[2][j] = pixel[0] - pixel[1],
+        rows[3][j] = -pixel[1];
     }
     for (int i = 0; i < 4; ++i) {
-        d[i][0] = rows[i][0], d[i][1] = rows[i][0] + rows[i][1], d[i][2] = rows[i][0] - rows[i][1], d[i][3] = -rows[i][1];
+        d[i][0] = rows[i][0], d[i][1] = rows[i][0] + rows[i][1], d[i][2] = rows[i][0] - rows[i][1],
+        d[i][3] = -rows[i][1];
     }
 }
 
 /// Transforms and splits 16 channels of the output gradient: to[piece][element][pair of tiles][channel][2].
 template <class P>
-__attribute__((noinline)) void split_output_gradients(const float* dy, const ConvShape& s, TileWalk at, int tiles, int chunks,
-                                                      uint16_t* to, const ElementPitch& pitch) {
+__attribute__((noinline)) void split_output_gradients(const float* dy, const ConvShape& s, TileWalk at, int tiles,
+                                                      int chunks, uint16_t* to, const ElementPitch& pitch) {
     for (int pair = 0; pair < chunks * kSide; ++pair, to += kDepth) {
         Floats d[2][4][4];
         for (int half = 0; half < 2; ++half) {
@@ -273,7 +278,8 @@ __attribute__((noinline)) void split_output_gradients(const float* dy, const Con
 template <class P, int M, int N>
 __forceinline__ void gradient_element(const MatrixUnit& unit, const uint16_t* left_first, int64_t left_panel,
                                       const ElementPitch& left_pitch, const uint16_t* right_first, int64_t right_panel,
-                                      const ElementPitch& right_pitch, int chunks, float* to, int64_t to_panel, bool add) {
+                                      const ElementPitch& right_pitch, int chunks, float* to, int64_t to_panel,
+                                      bool add) {
     const uint16_t* left[M];
     const uint16_t* right[N];
     for (int m = 0; m < M; ++m) left[m] = left_first + m * left_panel;
@@ -307,7 +313,8 @@ __device__ void split_winograd_weight_gradient(const SplitWinogradGradientArgs& 
         const int tiles = end - first < a.tiles ? end - first : a.tiles, chunks = (tiles + kDepth - 1) / kDepth;
         const TileWalk at(s, first);
         for (int panel = 0; panel < in_panels; ++panel) {
-            split_inputs<P>(a.x + first_channel + panel * kSide, s, at, tiles, chunks, inputs + panel * panel_pitch, pitch);
+            split_inputs<P>(a.x + first_channel + panel * kSide, s, at, tiles, chunks, inputs + panel * panel_pitch,
+                            pitch);
         }
         for (int out = 0; out < O / kSide; out += 2) {
             const int panels = O / kSide - out < 2 ? 1 : 2;

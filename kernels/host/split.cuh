@@ -58,7 +58,9 @@ __forceinline__ Halves narrow(const Floats& x) {
 #endif
 }
 
-__forceinline__ Floats widened(const Halves& x) { return reinterpret_cast<Floats>(__builtin_convertvector(x, Words) << 16); }
+__forceinline__ Floats widened(const Halves& x) {
+    return reinterpret_cast<Floats>(__builtin_convertvector(x, Words) << 16);
+}
 
 template <class V>
 __forceinline__ V load_as(const void* p) {
@@ -127,8 +129,8 @@ private:
         const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first));
         const Words turns = {0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
                              0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f};
-        return reinterpret_cast<Words>(_mm512_permutexvar_epi16(reinterpret_cast<__m512i>(turns),
-                                                                reinterpret_cast<__m512i>(both)));
+        return reinterpret_cast<Words>(
+            _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(turns), reinterpret_cast<__m512i>(both)));
 #else
         return paired(narrow(first), narrow(second));
 #endif
@@ -229,7 +231,8 @@ public:
     __forceinline__ void store_sum(int which, float* to, int64_t pitch) {
         for_constants<0, M * N>([&](auto i) {
             if (i.value != which) return;
-            asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(4 * pitch), "i"(decltype(i)::value) : "memory");
+            asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(4 * pitch), "i"(decltype(i)::value)
+                         : "memory");
         });
     }
     __forceinline__ void load_left(int64_t offset) {
@@ -378,14 +381,16 @@ __forceinline__ int row_tiles(int channels) {
 template <class P, class Row>
 __forceinline__ void pack_channels(uint16_t* to, int channels, Row row) {
     for (int channel = 0; channel < channels / kDepth * kDepth; channel += 2) {
-        const SplitPair<P> split(row(channel), row(channel + 1));
+        const Floats first = row(channel);  // rows are asked for in order
+        const SplitPair<P> split(first, row(channel + 1));
         uint16_t* at = to + P::pieces * (channel / kDepth) * kTile + channel % kDepth / 2 * kDepth;
         for (int p = 0; p < P::pieces; ++p) memcpy(at + p * kTile, &split.piece[p], sizeof(Words));
     }
     if (channels % kDepth == 0) return;
     to += P::pieces * (channels / kDepth) * kTile;
     for (int k = 0; k < kSide; k += 2) {
-        const SplitPair<P> split(row(channels - kSide + k), row(channels - kSide + k + 1));
+        const Floats first = row(channels - kSide + k);
+        const SplitPair<P> split(first, row(channels - kSide + k + 1));
         for (int tile = 0; tile < P::pieces; ++tile) {
             for (int half = 0; half < 2; ++half) {
                 const int p = last_piece<P>(tile, half);

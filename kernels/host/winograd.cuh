@@ -89,8 +89,8 @@ __forceinline__ void transform_weights(const T (&w)[9][kPanel<T>], T* packed, in
 /// A^T m A, written to the pixels of the tiles that are inside the output. `plane` is the pitch of the products'
 /// elements.
 template <class S, class T>
-__attribute__((noinline)) void finish_band(const T* products, TileWalk at, int tiles, int plane, const ConvShape& s, S* y,
-                                           bool accumulate) {
+__attribute__((noinline)) void finish_band(const T* products, TileWalk at, int tiles, int plane, const ConvShape& s,
+                                           S* y, bool accumulate) {
     using V = typename Vector<T>::type;
     constexpr int L = Vector<T>::lanes;
     const int O = s.out_channels;
