@@ -57,11 +57,14 @@ pub fn instruction_sets() -> Vec<InstructionSet> {
     if env::var("CARGO_CFG_TARGET_ARCH").is_ok_and(|arch| arch != "x86_64") {
         return vec![InstructionSet { name: "baseline", flags: &[], builds: |_| true }];
     }
-    // Only the convolution gains from it: everything else is bound by memory.
+    // Convolutions gain from it, and batch norm, which then has registers for more neighbouring channels. Everything
+    // else is bound by memory.
     let avx512 = InstructionSet {
         name: "avx512",
         flags: AVX512,
-        builds: |source| is_one_of(source, &["conv_direct.cu", "conv_winograd.cu"]),
+        builds: |source| {
+            is_one_of(source, &["conv_direct.cu", "conv_winograd.cu", "batch_norm.cu", "batch_norm_tangent.cu"])
+        },
     };
     // Builds with sanitizers are for tests, on recent machines.
     if sanitize() {
