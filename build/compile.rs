@@ -21,6 +21,9 @@ const TARGETS: [&str; 3] = [
 /// those.
 const EMULATED: [&str; 3] = ["conv.cu", "conv_tensor.cu", "gradient.cu"];
 
+/// Sources whose kernels gain from vectors of 64 bytes.
+const WIDE: [&str; 4] = ["conv_direct.cu", "conv_winograd.cu", "batch_norm.cu", "batch_norm_tangent.cu"];
+
 /// Sources whose kernels use the CPU's matrix units.
 const SPLIT: [&str; 2] = ["conv_split.cu", "conv_split_winograd.cu"];
 
@@ -72,11 +75,12 @@ pub fn instruction_sets() -> Vec<InstructionSet> {
     if env::var("CARGO_CFG_TARGET_ARCH").is_ok_and(|arch| arch != "x86_64") {
         return vec![InstructionSet { name: "baseline", flags: &[], builds: |_| true }];
     }
-    // Only the convolution gains from it: everything else is bound by memory.
+    // Convolutions gain from it, and batch norm, which then has registers for more neighbouring channels. Everything
+    // else is bound by memory.
     let avx512 = InstructionSet {
         name: "avx512",
         flags: AVX512,
-        builds: |source| is_one_of(source, &["conv_direct.cu", "conv_winograd.cu"]) || is_one_of(source, &SPLIT),
+        builds: |source| is_one_of(source, &WIDE) || is_one_of(source, &SPLIT),
     };
     // With matrix units.
     let amx = InstructionSet { name: "amx", flags: AMX, builds: |source| is_one_of(source, &SPLIT) };

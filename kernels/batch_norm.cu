@@ -227,7 +227,7 @@ template <class S, LaunchShape shape, bool has_residual, bool has_relu>
 __device__ __forceinline__ void normalize_block(const NormalizeArgs<S>& a) {
     typedef Arithmetic<S> T;
     const uint64_t channels = a.channels;
-    for_each_run<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+    map_rows<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
         typedef typename decltype(of)::type Group;
         const Group mean = Group::load(a.mean + c), beta = Group::load(a.beta + c), gamma = Group::load(a.gamma + c);
         Group scale = Group::load(a.inv_std + c);
@@ -246,7 +246,7 @@ __device__ __forceinline__ void normalize_block(const NormalizeArgs<S>& a) {
                 if (has_residual) z = z + residual.v[k];
                 y.v[k] = has_relu ? relu(z) : z;
             }
-            y.store(a.y + place);
+            y.store_row(a.y + place);
         }
     });
 }
@@ -296,7 +296,7 @@ template <class S, LaunchShape shape, Mask mask, bool train>
 __device__ __forceinline__ void input_of_block(const InputArgs<S>& a) {
     typedef Arithmetic<S> T;
     const uint64_t channels = a.channels;
-    for_each_run<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+    map_rows<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
         typedef typename decltype(of)::type Group;
         const Masked<Group, mask> masked(a.upstream, c);
         const Group gamma = Group::load(a.upstream.gamma + c), inv_std = Group::load(a.upstream.inv_std + c);
@@ -328,14 +328,14 @@ __device__ __forceinline__ void input_of_block(const InputArgs<S>& a) {
                     POLDER_UNROLL
                     for (int k = 0; k < Group::items; ++k) total.v[k] = before.v[k] + total.v[k];
                 }
-                total.store(a.residual + place);
+                total.store_row(a.residual + place);
             }
             POLDER_UNROLL
             for (int k = 0; k < Group::items; ++k) {
                 if (train) dx.v[k] = dx.v[k] - mean_dz.v[k] - (x.v[k] - masked.mean.v[k]) * slope.v[k];
                 dx.v[k] = dx.v[k] * scale.v[k];
             }
-            dx.store(a.dx + place);
+            dx.store_row(a.dx + place);
         }
     });
 }

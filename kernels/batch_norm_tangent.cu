@@ -48,7 +48,7 @@ template <class S, LaunchShape shape, Mask mask, bool has_residual>
 __device__ __forceinline__ void normalize_tangent_block(const NormalizeTangentArgs<S>& a) {
     typedef Arithmetic<S> T;
     const uint64_t channels = a.channels;
-    for_each_run<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+    map_rows<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
         typedef typename decltype(of)::type Group;
         const Masked<Group, mask> masked(a.upstream, c);
         const Group gamma = Group::load(a.upstream.gamma + c), inv_std = Group::load(a.upstream.inv_std + c);
@@ -74,7 +74,7 @@ __device__ __forceinline__ void normalize_tangent_block(const NormalizeTangentAr
                          ((x_tangent.v[k] - mean_tangent.v[k]) * scale.v[k] + beta_tangent.v[k]);
                 if (has_residual) z.v[k] = z.v[k] + residual.v[k];
             }
-            masked.passed(masked.edge(a.upstream, place, x), z).store(a.y_tangent + place);
+            masked.passed(masked.edge(a.upstream, place, x), z).store_row(a.y_tangent + place);
         }
     });
 }
@@ -150,7 +150,7 @@ template <class S, LaunchShape shape, Mask mask, bool train>
 __device__ __forceinline__ void input_tangent_of_block(const InputTangentArgs<S>& a) {
     typedef Arithmetic<S> T;
     const uint64_t channels = a.channels;
-    for_each_run<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+    map_rows<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
         typedef typename decltype(of)::type Group;
         const Masked<Group, mask> masked(a.upstream, c);
         const Group mean_tangent = Group::load(a.tangent.mean + c);
@@ -197,7 +197,7 @@ __device__ __forceinline__ void input_tangent_of_block(const InputTangentArgs<S>
                               (x_tangent.v[k] - mean_tangent.v[k]) * x_tangent_factor.v[k];
                 }
             }
-            dx.store(a.dx_tangent + place);
+            dx.store_row(a.dx_tangent + place);
         }
     });
 }

@@ -5,7 +5,7 @@
 //
 // A block takes a contiguous range of rows. On the GPU its threads form columns of channel groups and lines of rows. On
 // the CPU its one thread takes the range in runs of kRun rows, with as many channels at a time as fit in vector
-// registers.
+// registers: where these are all channels, the range is read and written as one contiguous stream.
 #pragma once
 #include "elementwise.cuh"
 #include "ticket.cuh"
@@ -15,6 +15,10 @@ namespace {
 /// Rows that are summed in the working precision before the sum continues in double. So few keep the rounding error
 /// near that of one addition.
 constexpr uint32_t kRun = 64;
+
+/// Rows of a run on the CPU where nothing is summed and the channels are several groups: so few that memory is accessed
+/// nearly in its order, but enough for what is loaded once per group.
+constexpr uint32_t kMappedRun = 4;
 
 // ---- Channel groups, the unit of arithmetic: scalars in a GPU thread, vectors on the CPU ----------------------------
 
@@ -32,14 +36,30 @@ struct Scalars : Pack<T, N> {
     __device__ __forceinline__ void store(S* p) const {
         put(p, 0, static_cast<const Pack<T, N>&>(*this));
     }
+    /// Stores to a row of a tensor, whose rows are written one after the other.
+    template <class S>
+    __device__ __forceinline__ void store_row(S* p) const {
+        store(p);
+    }
 };
 
 #if defined(POLDER_HOST)
-#if defined(__AVX__)
-constexpr int kVectorBytes = 32;
+// A vector, and vectors of neighbouring channels at a time: more would not leave enough registers for sums and for the
+// values of each channel.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kMostVectors = 4;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32, kMostVectors = 2;
 #else
-constexpr int kVectorBytes = 16;
+constexpr int kVectorBytes = 16, kMostVectors = 2;
 #endif
+
+/// Prefetches a line that is soon written, given one that is written now: a store needs the line's old content. A
+/// quarter of each page, two pages ahead, is enough. The CPU's own prefetcher goes on from there.
+__forceinline__ void fetch_written(uintptr_t line) {
+    constexpr uintptr_t page = 4096;
+    if (line % page < page / 4) __builtin_prefetch(reinterpret_cast<const void*>(line + 2 * page), 1, 3);
+}
 
 /// K vector registers of neighbouring channels.
 template <class T, int K>
@@ -75,6 +95,12 @@ struct Vectors {
                 for (int i = 0; i < width; ++i) p[k * width + i] = convert_to<S>(wide[i]);
             }
         }
+    }
+    template <class S>
+    __forceinline__ void store_row(S* p) const {
+        constexpr int line = 64;
+        for (int at = 0; at < channels * int(sizeof(S)); at += line) fetch_written(reinterpret_cast<uintptr_t>(p) + at);
+        store(p);
     }
 };
 #endif
@@ -114,19 +140,24 @@ __device__ __forceinline__ void with_launch_shape(uint32_t pack, const F& f) {
 }
 
 /// Calls `f(Of<Group>{}, first channel, first row, step, count)` for runs of at most kRun rows that cover this thread's
-/// share. On the CPU these are all channels of the block's rows, on the GPU the channels of one group in every
-/// blockDim.y-th row.
+/// share. On the CPU these are all channels of the block's rows, of which `run` are a run, on the GPU the channels of
+/// one group in every blockDim.y-th row.
 template <class T, LaunchShape shape, class F>
-__device__ __forceinline__ void for_each_run(uint64_t rows, uint32_t channels, const F& f) {
+__device__ __forceinline__ void for_each_run(uint64_t rows, uint32_t channels, const F& f,
+                                             [[maybe_unused]] uint32_t run = kRun) {
     const RowRange mine = rows_of_block(rows, blockIdx.x, gridDim.x);
 #if defined(POLDER_HOST)
     if constexpr (shape == kCpu) {
-        for (uint64_t row = mine.begin; row < mine.end; row += kRun) {
-            const uint32_t count = uint32_t(min(uint64_t(kRun), mine.end - row));
+        typedef Vectors<T, kMostVectors> Most;
+        typedef Vectors<T, kMostVectors / 2> Half;
+        typedef Vectors<T, 1> One;
+        for (uint64_t row = mine.begin; row < mine.end; row += run) {
+            const uint32_t count = uint32_t(min(uint64_t(run), mine.end - row));
             uint32_t c = 0;
-            typedef Vectors<T, 2> Two;
-            typedef Vectors<T, 1> One;
-            for (; c + Two::channels <= channels; c += Two::channels) f(Of<Two>{}, c, row, 1u, count);
+            for (; c + Most::channels <= channels; c += Most::channels) f(Of<Most>{}, c, row, 1u, count);
+            if constexpr (kMostVectors > 2) {
+                for (; c + Half::channels <= channels; c += Half::channels) f(Of<Half>{}, c, row, 1u, count);
+            }
             for (; c + One::channels <= channels; c += One::channels) f(Of<One>{}, c, row, 1u, count);
             for (; c < channels; ++c) f(Of<Scalars<T, 1>>{}, c, row, 1u, count);
         }
@@ -141,6 +172,16 @@ __device__ __forceinline__ void for_each_run(uint64_t rows, uint32_t channels, c
         const uint32_t count = uint32_t(min(uint64_t(kRun), (mine.end - row + step - 1) / step));
         f(Of<Group>{}, c, row, step, count);
     }
+}
+
+/// The same where nothing is summed.
+template <class T, LaunchShape shape, class F>
+__device__ __forceinline__ void map_rows(uint64_t rows, uint32_t channels, const F& f) {
+    uint32_t run = kRun;
+#if defined(POLDER_HOST)
+    if (shape == kCpu && channels > uint32_t(Vectors<T, kMostVectors>::channels)) run = kMappedRun;
+#endif
+    for_each_run<T, shape>(rows, channels, f, run);
 }
 
 // ---- The relu's mask ------------------------------------------------------------------------------------------------
@@ -306,12 +347,12 @@ __device__ __forceinline__ void sums_of_block(const BatchNormSumsArgs<S>& a) {
                 }
             }
             if (residual == kResidualWrite) {
-                dz.store(a.residual + place);
+                dz.store_row(a.residual + place);
             } else if (residual == kResidualAccumulate) {
                 Group total = Group::load(a.residual + place);
                 POLDER_UNROLL
                 for (int k = 0; k < Group::items; ++k) total.v[k] = total.v[k] + dz.v[k];
-                total.store(a.residual + place);
+                total.store_row(a.residual + place);
             }
         }
         alignas(Group) T sums[Group::channels];

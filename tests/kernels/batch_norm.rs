@@ -309,10 +309,10 @@ fn double_precision_matches_the_definition() {
 }
 
 /// All numbers in a problem's results.
-fn all_bits(device: &Device, problem: &Problem, mode: Mode, variant: Variant) -> Vec<u64> {
-    let forward = run_forward::<f32>(device, problem, mode, true);
+fn all_bits<T: Scalar>(device: &Device, problem: &Problem, mode: Mode, variant: Variant) -> Vec<u64> {
+    let forward = run_forward::<T>(device, problem, mode, true);
     let grads = run_backward(device, problem, mode, &forward, variant);
-    let along = Direction::new::<f32>(&mut Random(6), problem);
+    let along = Direction::new::<T>(&mut Random(6), problem);
     let tangents = run_tangents(device, problem, &along, mode, &forward, variant);
     let vectors = [&forward.y, &forward.mean, &forward.inv_std, &grads.dx, &grads.dgamma, &grads.dbeta];
     let moved = [&tangents.mean, &tangents.inv_std, &tangents.y, &tangents.dx, &tangents.dgamma, &tangents.dbeta];
@@ -324,8 +324,49 @@ fn threads_and_schedules_do_not_change_a_bit() {
     for (rows, channels) in [(2050, 17), (3000, 64), (5000, 3), (9, 260)] {
         let problem = Problem::new::<f32>(&mut Random(5), rows, channels, false, true);
         for variant in [Variant::Output, Variant::Recompute] {
-            on_devices(&host_devices(), false, |_, device| vec![all_bits(device, &problem, Mode::Train, variant)]);
+            on_devices(&host_devices(), false, |_, device| {
+                vec![all_bits::<f32>(device, &problem, Mode::Train, variant)]
+            });
         }
+    }
+}
+
+/// A hash of the bits of all results. Whole vectors of channels, of every instruction set, and parts of vectors.
+fn digest<T: Scalar>(device: &Device) -> u64 {
+    let mut digest = 0xcbf2_9ce4_8422_2325u64;
+    for (rows, channels) in [(1200, 16), (700, 32), (601, 64), (300, 128), (211, 125), (140, 191)] {
+        for (variant, residual) in [(Variant::Recompute, false), (Variant::Output, false), (Variant::Accumulate, true)]
+        {
+            let problem = Problem::new::<T>(&mut Random(8), rows, channels, residual, true);
+            let all = all_bits::<T>(device, &problem, Mode::Train, variant);
+            digest = all
+                .iter()
+                .fold(digest, |digest, bits| (digest ^ bits).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(29));
+        }
+    }
+    digest
+}
+
+/// A process chooses its instruction set when it first uses the device, so the test starts itself again for each older
+/// one.
+#[test]
+fn every_instruction_set_gives_the_same_bits() {
+    let device = Device::host();
+    let used = device.description();
+    let digests = format!("digests {:016x} {:016x}", digest::<f32>(&device), digest::<f64>(&device));
+    println!("\n{used}\n{digests}");
+    if std::env::var_os("POLDER_ISA").is_some() {
+        return;
+    }
+    let sanitized = std::env::var_os("POLDER_SANITIZE").is_some();
+    let older = ["avx2", "baseline"].into_iter().skip_while(|name| !used.contains("avx512") && *name == "avx2");
+    for older in older.filter(|name| !sanitized || *name == "avx2") {
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+        child.args(["every_instruction_set_gives_the_same_bits", "--nocapture"]).env("POLDER_ISA", older);
+        let output = child.env_remove("POLDER_TEST_DEVICE").output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success() && text.contains(&format!("{older} kernels")), "{text}");
+        assert!(text.lines().any(|found| found == digests), "{used}: {digests}, and on {text}");
     }
 }
 
