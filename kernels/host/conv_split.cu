@@ -1,5 +1,5 @@
-// Convolution on the CPU in bf16 pieces, NHWC with HWIO weights: forward, input gradient and weight gradient, for matrix
-// units (split.cuh). Channels are multiples of 16 on both sides, and there are no groups.
+// Convolution on the CPU in bf16 pieces, NHWC with HWIO weights: forward, input gradient and weight gradient, for
+// matrix units (split.cuh). Channels are multiples of 16 on both sides, and there are no groups.
 //
 // A block splits a band of an image, or of several small ones, into a zero-padded copy in its scratch memory. A left
 // tile of the forward pass is up to 16 neighbouring output pixels of a row, and its depth runs over the channels of one

@@ -21,8 +21,8 @@ struct SplitWinogradWeightsArgs {
     ConvShape shape;
 };
 
-/// Packs transformed weights [element][channel][16], of up to 32 channels, as right tiles: to[element][right tile], with
-/// `pitch` numbers between elements.
+/// Packs transformed weights [element][channel][16], of up to 32 channels, as right tiles: to[element][right tile],
+/// with `pitch` numbers between elements.
 template <class P>
 __forceinline__ void pack_elements(const float (&transformed)[kElements][kDepth][kSide], int channels, uint16_t* to,
                                    int64_t pitch) {

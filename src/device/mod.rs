@@ -336,8 +336,9 @@ impl Device {
         matches!(self.0, Inner::Host(_))
     }
 
-    /// Whether this is a CPU with matrix units (AMX), which kernels use: then convolutions in [`Bf16x3`], [`Bf16x6`] and
-    /// bf16 are fast. Elsewhere vector code computes the same bits several times slower than in f32.
+    /// Whether this is a CPU with matrix units (AMX) that kernels use. They compute convolutions in [`Bf16x3`],
+    /// [`Bf16x6`] and bf16. On another CPU the first two have the same bits, by vector code that is several times
+    /// slower than f32, and bf16 is computed as f32.
     pub fn has_matrix_units(&self) -> bool {
         matches!(&self.0, Inner::Host(host) if host.has_matrix_units())
     }
