@@ -69,9 +69,10 @@ words! {
         F32 = "f32",
         /// 32-bit floats; a GPU's convolutions round their factors to 10 bits of mantissa
         Tf32 = "tf32",
-        /// 32-bit floats; convolutions multiply each factor as two bf16 numbers, for matrix units (AMX)
+        /// 32-bit floats; convolutions multiply them as sums of two bf16 numbers: fast on tensor cores and AMX, slow on
+        /// other CPUs
         Bf16x3 = "bf16x3",
-        /// 32-bit floats; convolutions multiply each factor as three bf16 numbers, as exact as f32, for matrix units
+        /// The same with three bf16 numbers, which is as exact as f32
         Bf16x6 = "bf16x6",
         /// 16 bits with 10 bits of mantissa; the loss is scaled
         F16 = "f16",
