@@ -78,8 +78,8 @@ template <class P, Side SIDE, int EXTENT, int THREADS, bool ALONG_DEPTH, bool BY
 struct Operand {
     typedef Stored<P> T;
     static constexpr int PIECES = Factor<P>::PIECES;
-    /// Elements of a chunk, of the depth of a stage, and of half of it.
-    static constexpr int CHUNK = 16 / int(sizeof(T)), DEPTH = kStageBytes / int(sizeof(T)), HALF_DEPTH = DEPTH / 2;
+    /// Elements of a chunk, and of the depth of a stage.
+    static constexpr int CHUNK = 16 / int(sizeof(T)), DEPTH = kStageBytes / int(sizeof(T));
     static constexpr int LINES = ALONG_DEPTH ? EXTENT : DEPTH, CHUNKS = (ALONG_DEPTH ? DEPTH : EXTENT) / CHUNK;
     static constexpr int LINE_BYTES = CHUNKS * 16;
     /// Whether fragments are read element by element. A matrix is then two chunks in each of four lines.
@@ -164,7 +164,7 @@ struct Operand {
                     place(member, first / CHUNK + upper * 2 + group / CHUNK) + group % CHUNK * int(sizeof(T));
                 POLDER_UNROLL
                 for (int deeper = 0; deeper < 2; ++deeper) {
-                    const unsigned char* lines = part + (half * HALF_DEPTH + deeper * PERIOD) * LINE_BYTES;
+                    const unsigned char* lines = part + (half * (DEPTH / 2) + deeper * PERIOD) * LINE_BYTES;
                     result.r[number(upper, deeper)] = *reinterpret_cast<const uint32_t*>(lines + in_lines);
                 }
             }
@@ -176,7 +176,7 @@ struct Operand {
             if constexpr (ALONG_DEPTH) {
                 ldmatrix<false>(part + first * LINE_BYTES + place(line, half * 2 + deeper), result.r);
             } else {
-                ldmatrix<true>(part + half * HALF_DEPTH * LINE_BYTES + place(line, first / CHUNK + upper), result.r);
+                ldmatrix<true>(part + half * (DEPTH / 2) * LINE_BYTES + place(line, first / CHUNK + upper), result.r);
             }
         }
         return result;
@@ -356,11 +356,12 @@ __device__ __forceinline__ void add_split_products(float (&sum)[Tile::WARP_COLUM
             }
         }
     }
-    if (!APART) return;
-    POLDER_UNROLL
-    for (int j = 0; j < COLUMNS; ++j) {
+    if constexpr (APART) {
         POLDER_UNROLL
-        for (int e = 0; e < 4; ++e) sum[j][e] += products[j][e];
+        for (int j = 0; j < COLUMNS; ++j) {
+            POLDER_UNROLL
+            for (int e = 0; e < 4; ++e) sum[j][e] += products[j][e];
+        }
     }
 }
 
