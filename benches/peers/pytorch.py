@@ -43,6 +43,8 @@ SHARP_LIMIT, TIMED_LIMIT = 1e-3, 2e-2
 LOSS_LIMIT = 1e-4
 # In 16 bits the share of ReLUs that switch is about the rounding error; the gradient's error is about its square root.
 NARROW_LIMIT = {"f16": 0.05, "bf16": 0.2, "tf32": 0.05, "bf16x3": 0.02}
+# Our bf16 against PyTorch's f32: its own bf16 autocast is 0.28 away on two images of a ResNet-18.
+ACROSS_LIMIT = {**NARROW_LIMIT, "bf16": 0.4}
 AUTOCAST = {"f16": torch.float16, "bf16": torch.bfloat16}
 LOSS_SCALE = 65536.0
 # Float32 noise at the input of the k-th ReLU is about 1.25e-7 k (rms) in these networks. This is six times that.
@@ -421,8 +423,9 @@ def gradient_error(problem, peer, folder, limit, precision):
             sys.exit(f"{name}: {key} is {tuple(value.shape)} in PyTorch, {tuple(ours[key].shape)} in ours")
     error = common.relative_error([ours[key] for key in gradient], list(gradient.values()))
     # A NaN fails these comparisons too.
-    loss_limit = NARROW_LIMIT.get(precision, LOSS_LIMIT)
-    if not (error < NARROW_LIMIT.get(precision, limit) and abs(our_loss - loss) < loss_limit * abs(loss)):
+    limits = NARROW_LIMIT if precision == problem.precision else ACROSS_LIMIT
+    loss_limit = limits.get(precision, LOSS_LIMIT)
+    if not (error < limits.get(precision, limit) and abs(our_loss - loss) < loss_limit * abs(loss)):
         sys.exit(f"{name}, {precision}: not the same computation: gradient differs by {error:.2e}, losses {our_loss} (ours), {loss}")
     return error
 
