@@ -208,7 +208,7 @@ USUAL_WAYS = {
     "cpu": ["eager", "compiled", "max-autotune"],
     "cuda": ["eager", "graph", "reduce-overhead", "max-autotune", "max-autotune-graph"],
 }
-# On a CPU and with f32 weights, PyTorch can compute convolutions in bf16 or TF32, or run the whole model under autocast.
+# On a CPU with f32 weights, PyTorch can compute convolutions in bf16 or TF32, or run the whole model under autocast.
 INSIDE = {"bf16 inside": "bf16", "tf32 inside": "tf32"}
 AUTOCASTED = "bf16 autocast"
 
@@ -426,7 +426,10 @@ def gradient_error(problem, peer, folder, limit, precision):
     limits = NARROW_LIMIT if precision == problem.precision else ACROSS_LIMIT
     loss_limit = limits.get(precision, LOSS_LIMIT)
     if not (error < limits.get(precision, limit) and abs(our_loss - loss) < loss_limit * abs(loss)):
-        sys.exit(f"{name}, {precision}: not the same computation: gradient differs by {error:.2e}, losses {our_loss} (ours), {loss}")
+        sys.exit(
+            f"{name}, {precision}: not the same computation: gradient differs by {error:.2e}, "
+            f"losses {our_loss} (ours), {loss}"
+        )
     return error
 
 

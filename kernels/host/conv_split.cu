@@ -107,8 +107,7 @@ struct SplitProduct {
 
     const uint16_t* source;
     S* target;
-    int pixel_pitch, tap_pitch,
-        row_pitch;  // in the source: from pixel to pixel, from tap to tap of a row, to the next row
+    int pixel_pitch, tap_pitch, row_pitch;  // in the source: to the next pixel, tap of a row, and row
     int target_pixel_pitch;
     int tap_rows, tap_columns, channels, target_channels;
     const uint16_t* packed;

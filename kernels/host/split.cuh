@@ -143,7 +143,7 @@ __forceinline__ int row_length(int channels) {
     return P::pieces == 1 ? round_up(channels, kDepth) : P::pieces * channels;
 }
 
-/// The pieces of the last 16 channels that stand next to each other, as in `multiply_last`.
+/// The order of the pieces of the last 16 channels in a row, as `multiply_channels` reads them.
 template <class P>
 constexpr int kLast[3] = {P::pieces == 3 ? 2 : 0, P::pieces == 3 ? 0 : 1, 1};
 
@@ -314,8 +314,8 @@ public:
 // ---- Products ------------------------------------------------------------------------------------------------------
 
 /// Adds the products of all channels of a row, for the left operand's offset `left` and the right one's tiles from
-/// `right` on: for each chunk one tile for each piece, and for the last 16 channels those of `last_tiles`. The smallest
-/// products are first. The offset behind them is returned.
+/// `right` on: for each chunk one tile for each piece, and for the last 16 channels those of `last_piece`. With three
+/// pieces the largest products are last. The offset behind the right operand's tiles is returned.
 template <class P, class Sums>
 __forceinline__ int64_t multiply_channels(Sums& sums, int64_t left, int64_t right, int channels) {
     const auto step = [&](int64_t a, int64_t b) {
