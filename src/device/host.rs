@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use super::arguments::{PolderFault, PolderLaunch};
 use super::constants::{NO_FAULT, ORDER_BACKWARDS, ORDER_FORWARDS, ORDER_RANDOM};
 use super::registry::{HOST, KernelId};
-use super::{Error, Launch, Result};
+use super::{Error, Launch, Result, cores};
 
 /// The order in which the host runs the blocks of a launch and the threads of a block. A correct kernel gives the same
 /// bits in every order.
@@ -104,8 +104,8 @@ pub(super) fn processor() -> Option<&'static str> {
 
 impl HostDevice {
     pub(super) fn new(options: HostOptions, pool: Option<ThreadPool>) -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-        let threads = if options.threads == 0 { cores } else { options.threads }.min(HostOptions::MOST_THREADS);
+        let threads = if options.threads == 0 { cores::count() } else { options.threads };
+        let threads = threads.min(HostOptions::MOST_THREADS);
         Self {
             options: HostOptions { threads, ..options },
             instruction_set: newest_instruction_set(),
@@ -358,7 +358,8 @@ pub(super) struct HostGraph {
 }
 
 impl HostGraph {
-    pub(super) fn replay(&self) -> Result<()> {
+    /// Calls `done` after each operation.
+    pub(super) fn replay(&self, mut done: impl FnMut()) -> Result<()> {
         let device = &self.device;
         device.refuse_recording("replay", "a graph cannot replay another")?;
         for operation in &self.recorded {
@@ -376,6 +377,7 @@ impl HostGraph {
                     RecordedOperation::Write(address, bytes) => device.write_now(*address, bytes),
                 }
             }
+            done();
         }
         Ok(())
     }
@@ -446,6 +448,8 @@ pub(super) struct HostMemory {
 struct Block {
     address: *mut u8,
     layout: Layout,
+    /// Whether the pages come from the system directly, and not from the allocator.
+    mapped: bool,
 }
 
 // SAFETY: it owns its memory; the typed wrappers around it enforce Rust's borrowing rules.
@@ -453,30 +457,78 @@ unsafe impl Send for Block {}
 // SAFETY: as above.
 unsafe impl Sync for Block {}
 
-impl HostMemory {
+impl Block {
     const ALIGNMENT: usize = 256;
-    /// The size of a huge page, and the alignment of memory that spans several of them.
+    /// The size of a huge page, and the alignment of memory that spans several of them. Without huge pages, streams
+    /// over large vectors are bound by address translation.
     const HUGE_PAGE: usize = 2 << 20;
 
+    /// Bytes that are all zero; none if there is no memory.
+    fn zeros(bytes: usize) -> Option<Self> {
+        let huge = bytes >= 2 * Self::HUGE_PAGE;
+        #[cfg(target_os = "linux")]
+        if huge {
+            return Self::mapped(bytes);
+        }
+        let alignment = if huge { Self::HUGE_PAGE } else { Self::ALIGNMENT };
+        let layout = Layout::from_size_align(bytes.max(1), alignment).ok()?;
+        // SAFETY: the layout's size is not zero.
+        let address = unsafe { alloc::alloc_zeroed(layout) };
+        (!address.is_null()).then_some(Self { address, layout, mapped: false })
+    }
+
+    /// Huge pages of the system, which are zero. None is touched here: the system clears a page when a thread uses it
+    /// first, near that thread on a machine with several memories, and it never clears one that is not used.
+    #[cfg(target_os = "linux")]
+    fn mapped(bytes: usize) -> Option<Self> {
+        let len = bytes.checked_next_multiple_of(Self::HUGE_PAGE)?;
+        let layout = Layout::from_size_align(len, Self::HUGE_PAGE).ok()?;
+        let room = len.checked_add(Self::HUGE_PAGE)?;
+        let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: a new mapping at an address of the system's choice.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), room, access, kind, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return None;
+        }
+        let before = start.align_offset(Self::HUGE_PAGE);
+        // SAFETY: both ends are parts of the new mapping, in whole pages, which nothing uses. The rest stays.
+        unsafe {
+            let address = start.byte_add(before);
+            if before > 0 {
+                libc::munmap(start, before);
+            }
+            if before < Self::HUGE_PAGE {
+                libc::munmap(address.byte_add(len), Self::HUGE_PAGE - before);
+            }
+            // Advice about our own memory: if the system refuses, nothing changes.
+            libc::madvise(address, len, libc::MADV_HUGEPAGE);
+            Some(Self { address: address.cast(), layout, mapped: true })
+        }
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        #[cfg(target_os = "linux")]
+        if self.mapped {
+            // SAFETY: what is left of the mapping, which nothing uses any more.
+            unsafe { libc::munmap(self.address.cast(), self.layout.size()) };
+            return;
+        }
+        // SAFETY: allocated with this layout, and freed once.
+        unsafe { alloc::dealloc(self.address, self.layout) };
+    }
+}
+
+impl HostMemory {
     pub(super) fn filled(device: &Arc<HostDevice>, bytes: usize, byte: u8) -> Result<Self> {
         device.refuse_recording("allocate", "a graph cannot allocate memory")?;
-        let failed = || Error::OutOfMemory { device: "cpu".into(), bytes };
-        let alignment = if bytes >= 2 * Self::HUGE_PAGE { Self::HUGE_PAGE } else { Self::ALIGNMENT };
-        let layout = Layout::from_size_align(bytes.max(1), alignment).map_err(|_| failed())?;
-        // SAFETY: the layout's size is not zero.
-        let address = unsafe { alloc::alloc(layout) };
-        if address.is_null() {
-            return Err(failed());
+        let block = Block::zeros(bytes).ok_or_else(|| Error::OutOfMemory { device: "cpu".into(), bytes })?;
+        if byte != 0 {
+            // SAFETY: the block has so many writable bytes.
+            unsafe { std::ptr::write_bytes(block.address, byte, block.layout.size()) };
         }
-        #[cfg(target_os = "linux")]
-        if alignment == Self::HUGE_PAGE {
-            // Without huge pages, streams over large vectors are bound by address translation. If the system refuses,
-            // nothing changes. SAFETY: this is advice about our own memory, in whole huge pages.
-            unsafe { libc::madvise(address.cast(), bytes - bytes % Self::HUGE_PAGE, libc::MADV_HUGEPAGE) };
-        }
-        // SAFETY: `address` is `layout.size()` writable bytes.
-        unsafe { std::ptr::write_bytes(address, byte, layout.size()) };
-        Ok(Self { block: Some(Block { address, layout }), device: device.clone() })
+        Ok(Self { block: Some(block), device: device.clone() })
     }
 
     pub(super) fn address(&self) -> u64 {
@@ -490,13 +542,6 @@ impl Drop for HostMemory {
         if graphs.alive > 0 {
             graphs.held.extend(self.block.take());
         }
-    }
-}
-
-impl Drop for Block {
-    fn drop(&mut self) {
-        // SAFETY: allocated with this layout, and freed once.
-        unsafe { alloc::dealloc(self.address, self.layout) };
     }
 }
 

@@ -8,6 +8,7 @@
 pub(crate) mod arguments;
 mod buffer;
 pub(crate) mod constants;
+mod cores;
 mod cuda;
 mod error;
 mod host;
@@ -539,8 +540,32 @@ impl RecordedGraph {
     /// Those of the work; [`Error::Argument`] while another graph is captured.
     pub fn replay(&self) -> Result<()> {
         match &self.0 {
-            RecordedGraphInner::Host(graph) => graph.replay(),
+            RecordedGraphInner::Host(graph) => graph.replay(|| {}),
             RecordedGraphInner::Cuda(graph) => graph.replay(),
+        }
+    }
+
+    /// Runs the recorded work like [`replay`](Self::replay), and returns the seconds that each operation took, in the
+    /// order of [`list`](Self::list).
+    ///
+    /// # Errors
+    /// Those of [`replay`](Self::replay); [`Error::Argument`] for a GPU's graph, whose operations overlap.
+    pub fn replay_timed(&self) -> Result<Vec<f64>> {
+        match &self.0 {
+            RecordedGraphInner::Host(graph) => {
+                let mut seconds = Vec::with_capacity(graph.operations());
+                let mut last = std::time::Instant::now();
+                graph.replay(|| {
+                    let now = std::time::Instant::now();
+                    seconds.push((now - last).as_secs_f64());
+                    last = now;
+                })?;
+                Ok(seconds)
+            }
+            RecordedGraphInner::Cuda(_) => {
+                let message = "the operations of a GPU's graph overlap".into();
+                Err(Error::Argument { operation: "RecordedGraph::replay_timed", message })
+            }
         }
     }
 
@@ -555,14 +580,14 @@ impl RecordedGraph {
     /// The operations of one replay, in order: names of kernels, `copy`, `clear` and `write`.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] for a GPU's graph: the driver keeps no names. A CPU that emulates a GPU records the same
+    /// [`Error::Argument`] for a GPU's graph: the driver keeps no names. A CPU that emulates a GPU records the same
     /// operations.
     pub fn list(&self) -> Result<Vec<String>> {
         match &self.0 {
             RecordedGraphInner::Host(graph) => Ok(graph.list()),
-            RecordedGraphInner::Cuda(graph) => {
-                let reason = "its graphs do not keep the names of kernels".into();
-                Err(Error::Unavailable { device: format!("cuda:{}", graph.ordinal()), reason })
+            RecordedGraphInner::Cuda(_) => {
+                let message = "a GPU's graph does not keep the names of its kernels".into();
+                Err(Error::Argument { operation: "RecordedGraph::list", message })
             }
         }
     }
