@@ -104,11 +104,18 @@ __forceinline__ void load_pixels(Floats (&d)[4][4], const float* tensor, int hei
     }
 }
 
+/// From one tile's row of channels to the next in a transformed band. If there are many, one more line keeps them apart
+/// in the L1 cache, where multiples of a kilobyte share few places.
+template <class P>
+__forceinline__ int tile_pitch(int channels) {
+    return row_length<P>(channels) + (channels <= 128 ? 0 : kDepth);
+}
+
 /// Transforms and splits tiles: to[element][tile][row of channels], with `plane` numbers between elements.
 template <class P>
 __attribute__((noinline)) void split_transformed(const float* x, const ConvShape& s, TileWalk at, int tiles,
                                                  uint16_t* to, int64_t plane) {
-    const int C = s.in_channels, length = row_length<P>(C);
+    const int C = s.in_channels, length = tile_pitch<P>(C);
     for (int tile = 0; tile < tiles; ++tile, at.next(), to += length) {
         for (int channel = 0; channel < C; channel += kSide) {
             Floats d[4][4];
@@ -123,7 +130,7 @@ __attribute__((noinline)) void split_transformed(const float* x, const ConvShape
 template <class P, int M, int N>
 __forceinline__ void element_tile(const MatrixUnit& unit, const uint16_t* band, const uint16_t* packed, float* to,
                                   int C, int O) {
-    const int length = row_length<P>(C);
+    const int length = tile_pitch<P>(C);
     const uint16_t* left[M];
     const uint16_t* right[N];
     for (int m = 0; m < M; ++m) left[m] = band + int64_t(m) * kSide * length;
@@ -134,14 +141,16 @@ __forceinline__ void element_tile(const MatrixUnit& unit, const uint16_t* band, 
     for (int i = 0; i < M * N; ++i) sums.store_sum(i, to + int64_t(i / N) * kSide * O + i % N * kSide, O);
 }
 
-/// products[element][tile][out channel] of a band of `tiles` tiles, a multiple of 16.
+/// products[element][tile][out channel] of a band of `tiles` tiles, a multiple of 16, for some output channels.
 template <class P>
 __attribute__((noinline)) void multiply_split_band(const uint16_t* band, int64_t plane, int tiles, const ConvShape& s,
-                                                   const uint16_t* packed, float* products, int products_plane) {
+                                                   const OutputChannels& channels, const uint16_t* packed,
+                                                   float* products, int products_plane) {
     const MatrixUnit unit(kSide);
-    const int C = s.in_channels, O = s.out_channels, length = row_length<P>(C), panels = O / kSide;
-    const int64_t panel_length = int64_t(row_tiles<P>(C)) * kTile;
-    for (int e = 0; e < kElements; ++e, band += plane, packed += panels * panel_length, products += products_plane) {
+    const int C = s.in_channels, O = channels.count, length = tile_pitch<P>(C), panels = O / kSide;
+    const int64_t panel_length = int64_t(row_tiles<P>(C)) * kTile, element = s.out_channels / kSide * panel_length;
+    packed += channels.first / kSide * panel_length;
+    for (int e = 0; e < kElements; ++e, band += plane, packed += element, products += products_plane) {
         int panel = 0;
         for (; panel + 2 <= panels; panel += 2) {
             const uint16_t* right = packed + panel * panel_length;
@@ -170,19 +179,20 @@ __device__ void split_winograd(const SplitWinogradArgs& a) {
     const int all = s.batch * tiles_of(s), first = int(blockIdx.x) * a.tiles;
     const int tiles = all - first < a.tiles ? all - first : a.tiles, rounded = round_up(tiles, kSide);
     const TileWalk at(s, first);
+    const OutputChannels channels(s.out_channels, kSide);
     // One more line keeps the planes apart in the cache.
-    const int64_t plane = int64_t(a.tiles) * row_length<P>(s.in_channels) + kDepth;
-    const int products_plane = a.tiles * s.out_channels + kSide;
+    const int64_t plane = int64_t(a.tiles) * tile_pitch<P>(s.in_channels) + kDepth;
+    const int products_plane = a.tiles * channels.count + kSide;
     POLDER_DYNAMIC_SHARED(uint16_t, band);                                       // [element][tile][row of channels]
     float* const products = reinterpret_cast<float*>(band + kElements * plane);  // [element][tile][out channel]
     split_transformed<P>(a.x, s, at, tiles, band, plane);
     // Rows of a tile that stand for no tile of the image give products that are not used.
     for (int e = 0; e < kElements; ++e) {
-        const int length = row_length<P>(s.in_channels);
+        const int length = tile_pitch<P>(s.in_channels);
         memset(band + e * plane + int64_t(tiles) * length, 0, size_t(rounded - tiles) * length * sizeof *band);
     }
-    multiply_split_band<P>(band, plane, rounded, s, a.packed, products, products_plane);
-    finish_band<float, float>(products, at, tiles, products_plane, s, a.y, a.accumulate != 0);
+    multiply_split_band<P>(band, plane, rounded, s, channels, a.packed, products, products_plane);
+    finish_band<float, float>(products, at, tiles, products_plane, s, channels, a.y, a.accumulate != 0);
 }
 
 // ---- Weight gradient -----------------------------------------------------------------------------------------------

@@ -26,10 +26,17 @@
 
 namespace {
 
+/// From one tile's channels to the next in a transformed band. If there are many, one more line keeps them apart in the
+/// L1 cache, where multiples of a kilobyte share few places.
+template <class T>
+__forceinline__ int tile_pitch(int channels) {
+    return channels <= 128 ? channels : channels + kPanel<T>;
+}
+
 /// From one element's plane of a transformed band to the next. One more line keeps the planes apart in the cache.
 template <class T>
 __forceinline__ int plane_pitch(int tiles, int channels) {
-    return tiles * channels + kPanel<T>;
+    return tiles * tile_pitch<T>(channels) + kPanel<T>;
 }
 
 /// Transforms tiles, which begin `padding` pixels before their place in the output: to[element][tile][channel].
@@ -56,7 +63,7 @@ __attribute__((noinline)) void transform_tiles(const Channels<S>& x, TileWalk at
                 }
             }
             transform_input(d);
-            T* out = to + tile * x.count + c;
+            T* out = to + tile * tile_pitch<T>(x.count) + c;
             for (int e = 0; e < kElements; ++e) store_vector(out + e * plane, d[e / 4][e % 4]);
         }
     }
@@ -119,30 +126,32 @@ struct WinogradArgs {
     uint32_t accumulate;
 };
 
-/// Multiplies ROWS tiles by one panel: sums over the depth, for one element. DEPTH is the depth, or zero if it is not
-/// known: then each row has a pointer.
-template <int ROWS, int DEPTH, class T>
-__forceinline__ void multiply_tile(const T* x, int depth, const T* __restrict__ b, T* __restrict__ to, int to_pitch) {
+/// Multiplies ROWS tiles, whose rows are `pitch` apart, by one panel: sums over `depth` rows of weights for one element,
+/// which are added to those of the rows before if `add` is set. PITCH is the pitch, or zero if it is not known: then
+/// each row has a pointer.
+template <int ROWS, int PITCH, class T>
+__forceinline__ void multiply_tile(const T* x, int pitch, int depth, const T* __restrict__ b, T* __restrict__ to,
+                                   int to_pitch, bool add) {
     using V = typename Vector<T>::type;
     constexpr int L = Vector<T>::lanes;
     V sum[ROWS][kVectors];
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; ++i) {
-        for (V& lanes : sum[i]) lanes = V{};
+        for (int v = 0; v < kVectors; ++v) sum[i][v] = add ? load_vector(to + int64_t(i) * to_pitch + v * L) : V{};
     }
-    if constexpr (DEPTH > 0) {
-        for (int k = 0; k < DEPTH; ++k, ++x, b += kPanel<T>) {
+    if constexpr (PITCH > 0) {
+        for (int k = 0; k < PITCH; ++k, ++x, b += kPanel<T>) {
             V panel[kVectors];
             for (int v = 0; v < kVectors; ++v) panel[v] = load_vector(b + v * L);
 #pragma GCC unroll 12
             for (int i = 0; i < ROWS; ++i) {
-                for (int v = 0; v < kVectors; ++v) sum[i][v] += x[i * DEPTH] * panel[v];
+                for (int v = 0; v < kVectors; ++v) sum[i][v] += x[i * PITCH] * panel[v];
             }
         }
     } else {
         const T* a[ROWS];
 #pragma GCC unroll 12
-        for (int i = 0; i < ROWS; ++i) a[i] = x + int64_t(i + 1) * depth;
+        for (int i = 0; i < ROWS; ++i) a[i] = x + int64_t(i) * pitch + depth;
         // The pointers are at the end of their rows and the loop counts up to zero: a separate end would need one
         // register too many.
         for (int64_t k = -int64_t(depth); k < 0; ++k, b += kPanel<T>) {
@@ -160,30 +169,41 @@ __forceinline__ void multiply_tile(const T* x, int depth, const T* __restrict__ 
     }
 }
 
-/// One element of a band times one panel of weights, for all tiles.
-template <int DEPTH, class T>
-__attribute__((noinline)) void multiply_element(const T* x, int tiles, int depth, const T* b, T* to, int to_pitch) {
+/// Some rows of one element's weights for one panel, times all tiles of a band.
+template <int PITCH, class T>
+__attribute__((noinline)) void multiply_element(const T* x, int pitch, int tiles, int depth, const T* b, T* to,
+                                                int to_pitch, bool add) {
     int tile = 0;
     for (; tile + kTileRows <= tiles; tile += kTileRows) {
-        multiply_tile<kTileRows, DEPTH>(x, depth, b, to, to_pitch);
-        x += int64_t(kTileRows) * depth, to += int64_t(kTileRows) * to_pitch;
+        multiply_tile<kTileRows, PITCH>(x, pitch, depth, b, to, to_pitch, add);
+        x += int64_t(kTileRows) * pitch, to += int64_t(kTileRows) * to_pitch;
     }
-    with_rows<kTileRows - 1>(
-        tiles - tile, [&](auto rest) { multiply_tile<decltype(rest)::value, DEPTH>(x, depth, b, to, to_pitch); });
+    with_rows<kTileRows - 1>(tiles - tile, [&](auto rest) {
+        multiply_tile<decltype(rest)::value, PITCH>(x, pitch, depth, b, to, to_pitch, add);
+    });
 }
 
-/// products[element][tile][out channel] of a band. One element of the band stays in the cache while it is multiplied by
-/// all weights, which are read once.
+/// Rows of weights that are multiplied with a band before the next ones. So much of one element of 48 tiles and of one
+/// panel of weights fits in the L1 cache.
+constexpr int kBlockDepth = 128;
+
+/// products[element][tile][out channel] of a band, for some output channels. One element of the band stays in the cache
+/// while it is multiplied by all their weights, which are read once.
 template <class T>
-__forceinline__ void multiply_band(const T* band, int tiles, const ConvShape& s, const T* packed, T* products) {
-    constexpr int W = kPanel<T>;
-    const int C = s.in_channels, O = s.out_channels;
+__forceinline__ void multiply_band(const T* band, int tiles, const ConvShape& s, const OutputChannels& channels,
+                                   const T* packed, T* products) {
+    const int C = s.in_channels, pitch = tile_pitch<T>(C);
     for (int e = 0; e < kElements; ++e) {
         const T* x = band + int64_t(e) * plane_pitch<T>(tiles, C);
-        T* to = products + int64_t(e) * plane_pitch<T>(tiles, O);
-        for (int channel = 0; channel < O; channel += W, packed += int64_t(C) * W) {
-            if (C == 16) multiply_element<16>(x, tiles, C, packed, to + channel, O);
-            else multiply_element<0>(x, tiles, C, packed, to + channel, O);
+        T* to = products + int64_t(e) * plane_pitch<T>(tiles, channels.count);
+        const T* weights = packed + (int64_t(e) * s.out_channels + channels.first) * C;
+        for (int first = 0; first < C; first += kBlockDepth) {
+            const int depth = C - first < kBlockDepth ? C - first : kBlockDepth;
+            const T* panel = weights + int64_t(first) * kPanel<T>;
+            for (int channel = 0; channel < channels.count; channel += kPanel<T>, panel += int64_t(C) * kPanel<T>) {
+                if (C == 16) multiply_element<16>(x, C, tiles, C, panel, to + channel, channels.count, false);
+                else multiply_element<0>(x + first, pitch, tiles, depth, panel, to + channel, channels.count, first > 0);
+            }
         }
     }
 }
@@ -196,11 +216,13 @@ __device__ void winograd(const WinogradArgs<S>& a) {
     const int C = s.in_channels, all = s.batch * tiles_of(s);
     const int first = int(blockIdx.x) * a.tiles, tiles = all - first < a.tiles ? all - first : a.tiles;
     const TileWalk at(s, first);
+    const OutputChannels channels(s.out_channels, kPanel<T>);
     POLDER_DYNAMIC_SHARED(T, band);                                              // [element][tile][in channel]
     T* const products = band + int64_t(kElements) * plane_pitch<T>(a.tiles, C);  // [element][tile][out channel]
     transform_tiles<S, T>({a.x, s.height, s.width, C, C}, at, tiles, s.padding, band);
-    multiply_band(band, tiles, s, a.packed, products);
-    finish_band<S, T>(products, at, tiles, plane_pitch<T>(tiles, s.out_channels), s, a.y, a.accumulate != 0);
+    multiply_band(band, tiles, s, channels, a.packed, products);
+    const int plane = plane_pitch<T>(tiles, channels.count);
+    finish_band<S, T>(products, at, tiles, plane, s, channels, a.y, a.accumulate != 0);
 }
 
 // ---- Weight gradient -----------------------------------------------------------------------------------------------
@@ -329,45 +351,44 @@ struct WinogradSumArgs {
 /// dw = G^T u G, or added to the previous dw, where u is the sum over parts, in order, of the partial sums.
 template <class T>
 __device__ void winograd_sum_parts(const WinogradSumArgs<T>& a) {
-    constexpr int W = kPanel<T>;
+    using V = typename Vector<T>::type;
+    constexpr int W = kPanel<T>, L = Vector<T>::lanes;
     const int C = a.shape.in_channels, O = a.shape.out_channels;
     const int64_t part_pitch = int64_t(kElements) * C * O;
     const T half = T(0.5);
-    for_each_index(uint64_t(C) * (O / W), [&](uint64_t index) {
-        const int c = int(index / (O / W)), channel = int(index % (O / W)) * W;
-        const int first_channel = c / a.slice * a.slice;
+    // One index is a panel each way: W neighbouring input channels make runs of W panels in the partial sums.
+    for_each_index(uint64_t(C / W) * (O / W), [&](uint64_t index) {
+        const int first = int(index / (O / W)) * W, channel = int(index % (O / W)) * W;
+        const int first_channel = first / a.slice * a.slice;
         const int width = C - first_channel < a.slice ? C - first_channel : a.slice;
         const T* from = a.partial + int64_t(first_channel) * kElements * O + int64_t(channel) * kElements * width +
-                        int64_t(c - first_channel) * W;
-        T u[kElements][W], rows[3][4][W];
+                        int64_t(first - first_channel) * W;
+        T u[kElements][W * W];
         for (int e = 0; e < kElements; ++e) {
             const T* part = from + int64_t(e) * width * W;
-            for (int j = 0; j < W; ++j) u[e][j] = part[j];
-            for (int p = 1; p < a.parts; ++p) {
-                part += part_pitch;
-                for (int j = 0; j < W; ++j) u[e][j] += part[j];
+            for (int i = 0; i < W * W; i += L) {
+                V sum = load_vector(part + i);
+                for (int p = 1; p < a.parts; ++p) sum += load_vector(part + p * part_pitch + i);
+                store_vector(u[e] + i, sum);
             }
         }
-        for (int i = 0; i < 4; ++i) {
-            for (int j = 0; j < W; ++j) {
-                const T sum = half * (u[4 + i][j] + u[8 + i][j]);
-                rows[0][i][j] = u[i][j] + sum;
-                rows[1][i][j] = half * (u[4 + i][j] - u[8 + i][j]);
-                rows[2][i][j] = sum + u[12 + i][j];
+        for (int i = 0; i < W * W; i += L) {
+            V rows[3][4];
+            for (int j = 0; j < 4; ++j) {
+                const V one = load_vector(u[4 + j] + i), two = load_vector(u[8 + j] + i);
+                const V sum = half * (one + two);
+                rows[0][j] = load_vector(u[j] + i) + sum;
+                rows[1][j] = half * (one - two);
+                rows[2][j] = sum + load_vector(u[12 + j] + i);
             }
-        }
-        for (int tap_row = 0; tap_row < 3; ++tap_row) {
-            const auto& row = rows[tap_row];
-            T taps[3][W];
-            for (int j = 0; j < W; ++j) {
-                const T sum = half * (row[1][j] + row[2][j]);
-                taps[0][j] = row[0][j] + sum;
-                taps[1][j] = half * (row[1][j] - row[2][j]);
-                taps[2][j] = sum + row[3][j];
-            }
-            for (int tap = 0; tap < 3; ++tap) {
-                T* to = a.dw + (int64_t(3 * tap_row + tap) * C + c) * O + channel;
-                for (int j = 0; j < W; ++j) to[j] = a.accumulate ? to[j] + taps[tap][j] : taps[tap][j];
+            T* to = a.dw + int64_t(first + i / W) * O + channel + i % W;
+            for (int tap_row = 0; tap_row < 3; ++tap_row) {
+                const V* row = rows[tap_row];
+                const V sum = half * (row[1] + row[2]);
+                const V taps[3] = {row[0] + sum, half * (row[1] - row[2]), sum + row[3]};
+                for (int tap = 0; tap < 3; ++tap, to += int64_t(C) * O) {
+                    store_vector(to, a.accumulate ? load_vector(to) + taps[tap] : taps[tap]);
+                }
             }
         }
     });

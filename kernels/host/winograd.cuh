@@ -28,6 +28,17 @@ struct TileWalk {
     }
 };
 
+/// The output channels that a block computes: whole panels of `panel` channels, divided among the grid's rows.
+struct OutputChannels {
+    int first, count;
+
+    __forceinline__ OutputChannels(int channels, int panel) {
+        const int panels = channels / panel, group = int(blockIdx.y), groups = int(gridDim.y);
+        const int begin = panels * group / groups, end = panels * (group + 1) / groups;
+        first = begin * panel, count = (end - begin) * panel;
+    }
+};
+
 /// B^T d B of a tile of vectors.
 template <class V>
 __forceinline__ void transform_input(V (&d)[4][4]) {
@@ -86,18 +97,19 @@ __forceinline__ void transform_weights(const T (&w)[9][kPanel<T>], T* packed, in
     }
 }
 
-/// A^T m A, written to the pixels of the tiles that are inside the output. `plane` is the pitch of the products'
-/// elements.
+/// A^T m A for some output channels, written to the pixels of the tiles that are inside the output: `products` is
+/// [element][tile][channel], with `plane` numbers between elements.
 template <class S, class T>
 __attribute__((noinline)) void finish_band(const T* products, TileWalk at, int tiles, int plane, const ConvShape& s,
-                                           S* y, bool accumulate) {
+                                           const OutputChannels& channels, S* y, bool accumulate) {
     using V = typename Vector<T>::type;
     constexpr int L = Vector<T>::lanes;
     const int O = s.out_channels;
     for (int tile = 0; tile < tiles; ++tile, at.next()) {
-        S* target = y + ((int64_t(at.image) * s.out_height + at.row) * s.out_width + at.column) * O;
+        const int64_t pixel = (int64_t(at.image) * s.out_height + at.row) * s.out_width + at.column;
+        S* target = y + pixel * O + channels.first;
         const int high = s.out_height - at.row < 2 ? 1 : 2, wide = s.out_width - at.column < 2 ? 1 : 2;
-        for (int channel = 0; channel < O; channel += L, target += L, products += L) {
+        for (int channel = 0; channel < channels.count; channel += L, target += L, products += L) {
             V rows[2][4];
             for (int j = 0; j < 4; ++j) {
                 V m[4];

@@ -24,6 +24,7 @@
 
 mod direct;
 mod split;
+mod split_winograd;
 mod tensor;
 mod tiled;
 mod winograd;
@@ -187,7 +188,8 @@ impl ConvShape {
         }
         match HostForm::of::<S>(self, device) {
             HostForm::Split => split::products_workspace_len::<S>(self),
-            HostForm::Winograd => winograd::products_workspace_len::<S>(self),
+            HostForm::SplitWinograd => split_winograd::products_workspace_len::<S>(self),
+            HostForm::Winograd => winograd::products_workspace_len(self),
             HostForm::Direct => direct::products_workspace_len(self),
         }
     }
@@ -202,6 +204,7 @@ impl ConvShape {
         }
         match HostForm::of::<S>(self, device) {
             HostForm::Split => split::gradient_workspace_len(self),
+            HostForm::SplitWinograd => split_winograd::gradient_workspace_len::<S>(self),
             HostForm::Winograd => winograd::gradient_workspace_len::<S>(self),
             HostForm::Direct => direct::gradient_workspace_len::<S>(self),
         }
@@ -279,6 +282,8 @@ impl ConvShape {
 enum HostForm {
     /// In bf16 pieces.
     Split,
+    /// In bf16 pieces, with four ninths of the products.
+    SplitWinograd,
     /// With four ninths of the products.
     Winograd,
     Direct,
@@ -287,10 +292,10 @@ enum HostForm {
 impl HostForm {
     fn of<S: Compute>(shape: &ConvShape, device: &Device) -> Self {
         match (split::suits::<S>(shape, device), winograd::suits::<S>(shape)) {
-            // In bf16 alone, the transformations' rounding would add to that of the numbers.
-            (true, winograd) if !winograd || S::NARROW => Self::Split,
-            (_, true) => Self::Winograd,
-            (_, false) => Self::Direct,
+            (true, true) if split_winograd::suits::<S>(shape) => Self::SplitWinograd,
+            (true, _) => Self::Split,
+            (false, true) => Self::Winograd,
+            (false, false) => Self::Direct,
         }
     }
 }
@@ -327,6 +332,7 @@ pub fn forward<S: Compute>(
         check_workspace::<S>(OPERATION, shape.products_workspace_len::<S>(&device), &device, &workspace)?;
         let by = match HostForm::of::<S>(shape, &device) {
             HostForm::Split => split::forward,
+            HostForm::SplitWinograd => split_winograd::forward,
             HostForm::Winograd => winograd::forward,
             HostForm::Direct => direct::forward,
         };
@@ -398,6 +404,7 @@ pub fn input_gradient<S: Compute>(
         check_workspace::<S>(OPERATION, shape.products_workspace_len::<S>(&device), &device, &workspace)?;
         let by = match HostForm::of::<S>(shape, &device) {
             HostForm::Split => split::input_gradient,
+            HostForm::SplitWinograd => split_winograd::input_gradient,
             HostForm::Winograd => winograd::input_gradient,
             HostForm::Direct => direct::input_gradient,
         };
@@ -484,6 +491,7 @@ pub fn weight_gradient<S: Compute>(
     if !device.is_simt() {
         let by = match HostForm::of::<S>(shape, &device) {
             HostForm::Split => split::weight_gradient,
+            HostForm::SplitWinograd => split_winograd::weight_gradient,
             HostForm::Winograd => winograd::weight_gradient,
             HostForm::Direct => direct::weight_gradient,
         };

@@ -323,24 +323,58 @@ fn bits_depend_on_neither_threads_nor_schedule() {
     }
 }
 
-/// A shape that is large enough to be split into bands of images and blocks of the depth in the CPU's launch shapes.
+/// Shapes that are large enough to be split, in the CPU's launch shapes, into bands of images and blocks of the depth. In
+/// the last two the weights do not fit in a cache, so that blocks share the output's channels, unevenly.
+const LARGE_SHAPES: [ConvShape; 7] = [
+    shape([2, 48, 40, 40, 48], 3, 1, 1),
+    shape([1, 45, 47, 64, 20], 3, 2, 1),
+    shape([40, 4, 4, 96, 33], 3, 1, 1),
+    grouped(6, shape([2, 48, 40, 24, 24], 3, 1, 1)),
+    grouped(2, shape([3, 33, 30, 64, 96], 3, 1, 1)),
+    shape([3, 6, 5, 144, 272], 3, 1, 1),
+    shape([9, 5, 4, 272, 144], 3, 1, 0),
+];
+
 #[test]
 fn splits_large_images_and_many_channels() {
-    let shapes = [
-        shape([2, 48, 40, 40, 48], 3, 1, 1),
-        shape([1, 45, 47, 64, 20], 3, 2, 1),
-        shape([40, 4, 4, 96, 33], 3, 1, 1),
-        grouped(6, shape([2, 48, 40, 24, 24], 3, 1, 1)),
-        grouped(2, shape([3, 33, 30, 64, 96], 3, 1, 1)),
-    ];
-    for (number, shape) in shapes.iter().enumerate() {
-        let case = case::<f64>(shape, 200 + number as u64);
-        let [y, dx, dw] = reference(shape, &case.x, &case.weight, &case.dy);
-        let device = Device::host_with(HostOptions { threads: 2, ..HostOptions::default() });
-        let ([found_y, _], [found_dx, _], [found_dw, _]) = run(&device, shape, &case).unwrap();
-        assert_close("y", &found_y, &y, 1e-14);
-        assert_close("dx", &found_dx, &dx, 1e-14);
-        assert_close("dw", &found_dw, &dw, 1e-14);
+    // Sums of up to 4000 terms.
+    splits::<f64>(1e-14);
+    splits::<f32>(3e-6);
+    splits::<Bf16x3>(2f64.powi(-16));
+    splits::<Bf16x6>(3e-6);
+}
+
+fn splits<S: Compute>(tolerance: f64) {
+    let device = Device::host_with(HostOptions { threads: 2, ..HostOptions::default() });
+    for (number, shape) in LARGE_SHAPES.iter().enumerate() {
+        let case = case::<S>(shape, 200 + number as u64);
+        let [y, dx, dw] = reference(shape, &to_f64(&case.x), &to_f64(&case.weight), &to_f64(&case.dy));
+        let found = run(&device, shape, &case).unwrap();
+        let what = format!("{}, {shape:?}", S::NAME);
+        check_pass(&format!("{what}: y"), &found.0, &y, &case.y, tolerance);
+        check_pass(&format!("{what}: dx"), &found.1, &dx, &case.dx, tolerance);
+        check_pass(&format!("{what}: dw"), &found.2, &dw, &case.dw, tolerance);
+    }
+}
+
+/// The same for numbers in pieces, in the CPU's launch shapes.
+#[test]
+fn bits_in_pieces_do_not_depend_on_threads() {
+    same_on_any_number_of_threads::<Bf16x3>();
+    same_on_any_number_of_threads::<Bf16x6>();
+}
+
+fn same_on_any_number_of_threads<S: Compute>() {
+    for (number, shape) in SHAPES.iter().chain(&LARGE_SHAPES).enumerate() {
+        let case = case::<S>(shape, 600 + number as u64);
+        let on = |threads| {
+            let device = Device::host_with(HostOptions { threads, ..HostOptions::default() });
+            let (y, dx, dw) = run(&device, shape, &case).unwrap();
+            let stored = y.iter().chain(&dx).map(|pass| bits(pass));
+            stored.chain(dw.iter().map(|pass| bits(pass))).collect::<Vec<_>>()
+        };
+        let one = on(1);
+        assert!([2, 3].into_iter().all(|threads| on(threads) == one), "{}, {shape:?}", S::NAME);
     }
 }
 

@@ -1,23 +1,19 @@
-//! Convolution of 3×3 on the CPU with four ninths of the products: `kernels/host/conv_winograd.cu`, and for bf16 pieces
-//! `kernels/host/conv_split_winograd.cu`. One thread per block.
+//! Convolution of 3×3 on the CPU with four ninths of the products: `kernels/host/conv_winograd.cu`, one thread per
+//! block.
 
 use super::ConvShape;
 use super::direct::packing;
-use super::split;
-use crate::device::arguments::{
-    SplitWinogradArgs, SplitWinogradGradientArgs, SplitWinogradWeightsArgs, WinogradArgs, WinogradGradientArgs,
-    WinogradSumArgs, WinogradWeightsArgs,
-};
+use crate::device::arguments::{WinogradArgs, WinogradGradientArgs, WinogradSumArgs, WinogradWeightsArgs};
 use crate::device::constants::PANEL_BYTES;
-use crate::device::{Compute, Kernel, Launch, Result, Slice, SliceMut, id};
+use crate::device::{Compute, Kernel, Launch, Result, Scalar, Slice, SliceMut, id};
 use crate::kernels::pick;
 
 /// Elements of a transformed tile, and the rows and columns of an output tile.
-const ELEMENTS: usize = 16;
+pub(super) const ELEMENTS: usize = 16;
 const SIDE: usize = 2;
 
-/// The scratch memory of a block for the transformed input, before its tiles are rounded up to [`TILE_ROWS`]: half of
-/// an L2 cache. The products take as much if there are as many channels on both sides.
+/// The scratch memory of a block of the weight gradient for the transformed input, before its tiles are rounded up to
+/// [`TILE_ROWS`]: half of an L2 cache.
 const SCRATCH_BYTES: usize = 512 << 10;
 /// The most tiles of a band: more are no faster. Bands are multiples of the rows of the kernel's register tiles.
 const MOST_TILES: usize = 48;
@@ -30,16 +26,6 @@ const SLICE: usize = 64;
 /// The most bytes of partial weight gradients. A single part may take more.
 const PARTIAL_BYTES: usize = 32 << 20;
 
-/// With bf16 pieces: the tiles of a band, which are more if there are many channels, so that the weights are read fewer
-/// times; those of a band of the weight gradient; and the input channels of its blocks.
-const SPLIT_TILES: usize = 64;
-const SPLIT_TILES_OF_MANY: usize = 128;
-const MANY_CHANNELS: usize = 256;
-const SPLIT_GRADIENT_TILES: usize = 128;
-const SPLIT_SLICE: usize = 128;
-/// The fewest channels with bf16 pieces: with fewer, the transformations take longer than the products that they save.
-const FEWEST_SPLIT_CHANNELS: usize = 64;
-
 /// The fewest rows and columns of an output: on smaller images the direct form leaves out as many products.
 const LEAST_SIDE: usize = 4;
 /// The most channels: with more, a band of a few tiles is larger than an L2 cache.
@@ -51,13 +37,7 @@ pub(super) fn suits<S: Compute>(shape: &ConvShape) -> bool {
     let has_form = shape.kernel == 3 && shape.stride == 1 && shape.padding < 3 && shape.groups == 1;
     let is_large = shape.out_height().min(shape.out_width()) >= LEAST_SIDE;
     let fits = |channels: usize| channels.is_multiple_of(panel::<S>()) && channels <= MOST_CHANNELS;
-    let is_wide = !is_split::<S>() || shape.in_channels.min(shape.out_channels) >= FEWEST_SPLIT_CHANNELS;
-    has_form && is_large && is_wide && fits(shape.in_channels) && fits(shape.out_channels)
-}
-
-/// Whether numbers are split into bf16 pieces.
-fn is_split<S: Compute>() -> bool {
-    S::PIECES > 1
+    has_form && is_large && fits(shape.in_channels) && fits(shape.out_channels)
 }
 
 fn panel<S: Compute>() -> usize {
@@ -65,50 +45,137 @@ fn panel<S: Compute>() -> usize {
 }
 
 /// The number of elements of the workspace of the forward and of the input gradient: for the transformed weights.
-pub(super) fn products_workspace_len<S: Compute>(shape: &ConvShape) -> usize {
-    if is_split::<S>() {
-        let (input, output) = (shape.in_channels, shape.out_channels);
-        let len = |depth, columns| split::packed_len::<S>(depth, columns);
-        return ELEMENTS * len(input, output).max(len(output, input));
-    }
-    transformed_len(shape)
-}
-
-/// Elements of the transformed weights.
-fn transformed_len(shape: &ConvShape) -> usize {
+pub(super) fn products_workspace_len(shape: &ConvShape) -> usize {
     ELEMENTS * shape.in_channels * shape.out_channels
 }
 
-/// Input channels of a block of the weight gradient.
-fn slice<S: Compute>(shape: &ConvShape) -> usize {
-    shape.in_channels.min(if is_split::<S>() { SPLIT_SLICE } else { SLICE })
+/// How blocks share a weight gradient: each sums it over a part of the batch, for a slice of the input channels.
+pub(super) struct Shares {
+    /// Input channels of a slice.
+    pub slice: usize,
+    pub parts: usize,
 }
 
-/// The number of elements of the workspace of the weight gradient: for the partial ones of all parts.
+impl Shares {
+    /// With slices of at most so many channels.
+    pub fn new<S: Compute>(shape: &ConvShape, slice: usize) -> Self {
+        let slice = shape.in_channels.min(slice);
+        let bytes = products_workspace_len(shape) * size_of::<S::Master>();
+        let parts = BLOCKS.div_ceil(shape.in_channels.div_ceil(slice)).min(PARTIAL_BYTES / bytes);
+        Self { slice, parts: parts.min(shape.batch).max(1) }
+    }
+
+    /// The number of elements of the workspace: for the partial gradients of all parts.
+    pub fn workspace_len(&self, shape: &ConvShape) -> usize {
+        self.parts * products_workspace_len(shape)
+    }
+
+    /// The tiles of a part.
+    pub fn tiles(&self, shape: &ConvShape) -> usize {
+        shape.batch.div_ceil(self.parts) * tiles(shape)
+    }
+
+    /// The launch of the blocks, with so much scratch memory for each.
+    pub fn launch(&self, shape: &ConvShape, bytes: usize) -> Launch {
+        let mut launch = Launch::new(shape.in_channels.div_ceil(self.slice) as u32, 1).with_shared(bytes);
+        launch.grid[1] = self.parts as u32;
+        launch
+    }
+
+    /// Adds up the partial gradients in the workspace.
+    pub fn sum<T: Scalar>(
+        &self,
+        shape: &ConvShape,
+        mut partial: SliceMut<'_, T>,
+        mut dw: SliceMut<'_, T>,
+        accumulate: bool,
+    ) -> Result<()> {
+        let args = WinogradSumArgs {
+            partial: partial.address(),
+            dw: dw.address(),
+            shape: shape.argument(),
+            slice: self.slice as i32,
+            parts: self.parts as i32,
+            accumulate: accumulate.into(),
+        };
+        let kernel = pick::<T, _>(id::CONV_WINOGRAD_SUM_PARTS_F32, id::CONV_WINOGRAD_SUM_PARTS_F64);
+        // SAFETY: every slice has the length that the shape implies, and the workspace has the partial sums of all
+        // parts.
+        unsafe { dw.device().launch(kernel, packing(shape), &args) }
+    }
+}
+
+/// The number of elements of the workspace of the weight gradient.
 pub(super) fn gradient_workspace_len<S: Compute>(shape: &ConvShape) -> usize {
-    parts::<S>(shape) * transformed_len(shape)
+    Shares::new::<S>(shape, SLICE).workspace_len(shape)
 }
 
-/// The number of parts of the batch. For each part and slice one block sums a weight gradient.
-fn parts<S: Compute>(shape: &ConvShape) -> usize {
-    let bytes = transformed_len(shape) * size_of::<S::Master>();
-    BLOCKS.div_ceil(shape.in_channels.div_ceil(slice::<S>(shape))).min(PARTIAL_BYTES / bytes).min(shape.batch).max(1)
+/// How blocks share the forward and the input gradient: each computes a group of the output's channels for a band of
+/// tiles.
+pub(super) struct Bands {
+    /// Tiles of a band.
+    pub tiles: usize,
+    bands: usize,
+    groups: usize,
+}
+
+impl Bands {
+    /// Transformed weights of more bytes do not stay in an L2 cache from one band to the next.
+    const CACHED_WEIGHTS: usize = 1 << 20;
+    /// The blocks of a launch that reads such weights. Each reads all those of its channels.
+    const BLOCKS_OF_MANY: usize = 16;
+    /// The fewest channels of a group, each of which transforms the band's input again.
+    const GROUP: usize = 128;
+
+    /// Bands of at most `usual` tiles, a multiple of `multiple`. If the weights are large, of at most `most`, but as few
+    /// bands as keep cores busy.
+    pub fn new(shape: &ConvShape, weight_bytes: usize, [usual, most]: [usize; 2], multiple: usize) -> Self {
+        let all = shape.batch * tiles(shape);
+        if weight_bytes <= Self::CACHED_WEIGHTS {
+            let tiles = usual.min(all.div_ceil(BLOCKS)).next_multiple_of(multiple);
+            return Self { tiles, bands: all.div_ceil(tiles), groups: 1 };
+        }
+        let tiles = all.div_ceil(Self::BLOCKS_OF_MANY).clamp(usual, most).min(all).next_multiple_of(multiple);
+        let bands = all.div_ceil(tiles);
+        let groups = (Self::BLOCKS_OF_MANY / bands).min(shape.out_channels / Self::GROUP).max(1);
+        Self { tiles, bands, groups }
+    }
+
+    /// The most output channels of a block, in panels of so many.
+    pub fn channels(&self, shape: &ConvShape, panel: usize) -> usize {
+        (shape.out_channels / panel).div_ceil(self.groups) * panel
+    }
+
+    /// The launch of the blocks, with so much scratch memory for each.
+    pub fn launch(&self, bytes: usize) -> Launch {
+        let mut launch = Launch::new(self.bands as u32, 1).with_shared(bytes);
+        launch.grid[1] = self.groups as u32;
+        launch
+    }
 }
 
 /// Tiles of an output image.
-fn tiles(shape: &ConvShape) -> usize {
+pub(super) fn tiles(shape: &ConvShape) -> usize {
     shape.out_height().div_ceil(SIDE) * shape.out_width().div_ceil(SIDE)
+}
+
+/// The convolution of dy with the turned weights, which is the input gradient.
+pub(super) fn turned(shape: &ConvShape) -> ConvShape {
+    ConvShape {
+        height: shape.out_height(),
+        width: shape.out_width(),
+        in_channels: shape.out_channels,
+        out_channels: shape.in_channels,
+        padding: 2 - shape.padding,
+        ..*shape
+    }
 }
 
 /// Bytes of two transformed bands of so many tiles, of so many channels.
 fn band_bytes<S: Compute>(tiles: usize, channels: [usize; 2]) -> usize {
-    channels.iter().map(|channels| ELEMENTS * (tiles * channels + panel::<S>()) * size_of::<S::Master>()).sum()
-}
-
-/// Tiles of a band, of `all` tiles of `channels` channels that `blocks` blocks divide.
-fn band<S: Compute>(all: usize, channels: usize, blocks: usize) -> usize {
-    let most = (SCRATCH_BYTES / (ELEMENTS * channels * size_of::<S::Master>())).min(MOST_TILES);
-    most.min(all.div_ceil(blocks)).next_multiple_of(TILE_ROWS)
+    // As the kernels lay a band out.
+    let pitch = |channels: usize| if channels <= 128 { channels } else { channels + panel::<S>() };
+    channels.iter().map(|&channels| ELEMENTS * (tiles * pitch(channels) + panel::<S>()) * size_of::<S::Master>()).sum()
 }
 
 pub(super) fn forward<S: Compute>(
@@ -119,12 +186,7 @@ pub(super) fn forward<S: Compute>(
     accumulate: bool,
     mut workspace: SliceMut<'_, S::Master>,
 ) -> Result<()> {
-    if is_split::<S>() {
-        let kernels = [id::CONV_SPLIT_WINOGRAD_WEIGHTS_BF16X3, id::CONV_SPLIT_WINOGRAD_WEIGHTS_BF16X6];
-        split_weights(kernels, shape, weight, &mut workspace)?;
-    } else {
-        transform_weights(S::choose(id::CONV_WINOGRAD_WEIGHTS), shape, weight, &mut workspace)?;
-    }
+    transform_weights(S::choose(id::CONV_WINOGRAD_WEIGHTS), shape, weight, &mut workspace)?;
     multiply(shape, x, workspace, y, accumulate)
 }
 
@@ -136,22 +198,8 @@ pub(super) fn input_gradient<S: Compute>(
     accumulate: bool,
     mut workspace: SliceMut<'_, S::Master>,
 ) -> Result<()> {
-    if is_split::<S>() {
-        let kernels = [id::CONV_SPLIT_WINOGRAD_TURNED_WEIGHTS_BF16X3, id::CONV_SPLIT_WINOGRAD_TURNED_WEIGHTS_BF16X6];
-        split_weights(kernels, shape, weight, &mut workspace)?;
-    } else {
-        transform_weights(S::choose(id::CONV_WINOGRAD_TURNED_WEIGHTS), shape, weight, &mut workspace)?;
-    }
-    // It is the convolution of dy with the turned weights.
-    let turned = ConvShape {
-        height: shape.out_height(),
-        width: shape.out_width(),
-        in_channels: shape.out_channels,
-        out_channels: shape.in_channels,
-        padding: 2 - shape.padding,
-        ..*shape
-    };
-    multiply(&turned, dy, workspace, dx, accumulate)
+    transform_weights(S::choose(id::CONV_WINOGRAD_TURNED_WEIGHTS), shape, weight, &mut workspace)?;
+    multiply(&turned(shape), dy, workspace, dx, accumulate)
 }
 
 fn transform_weights<S: Compute>(
@@ -165,51 +213,6 @@ fn transform_weights<S: Compute>(
     unsafe { packed.device().launch(kernel, packing(shape), &args) }
 }
 
-/// The kernel for the type's number of pieces, two or three.
-fn pick_split<S: Compute, A>(kernels: [Kernel<A>; 2]) -> Kernel<A> {
-    kernels[S::PIECES - 2]
-}
-
-fn split_weights<S: Compute>(
-    kernels: [Kernel<SplitWinogradWeightsArgs>; 2],
-    shape: &ConvShape,
-    weight: Slice<'_, S>,
-    packed: &mut SliceMut<'_, S::Master>,
-) -> Result<()> {
-    let args = SplitWinogradWeightsArgs { weight: weight.address(), packed: packed.address(), shape: shape.argument() };
-    // SAFETY: as in `transform_weights`.
-    unsafe { packed.device().launch(pick_split::<S, _>(kernels), packing(shape), &args) }
-}
-
-/// The convolution with weights that are transformed and split.
-fn multiply_split<S: Compute>(
-    shape: &ConvShape,
-    x: Slice<'_, S>,
-    mut packed: SliceMut<'_, S::Master>,
-    mut y: SliceMut<'_, S>,
-    accumulate: bool,
-) -> Result<()> {
-    let device = y.device().clone();
-    let all = shape.batch * tiles(shape);
-    let is_many = shape.in_channels.max(shape.out_channels) >= MANY_CHANNELS;
-    let most = if is_many { SPLIT_TILES_OF_MANY } else { SPLIT_TILES };
-    let tiles = most.min(all.div_ceil(BLOCKS)).next_multiple_of(split::SIDE);
-    let args = SplitWinogradArgs {
-        x: x.address(),
-        packed: packed.address(),
-        y: y.address(),
-        shape: shape.argument(),
-        tiles: tiles as i32,
-        accumulate: accumulate.into(),
-    };
-    let input = tiles * split::pixel_bytes::<S>(shape.in_channels) + 2 * split::DEPTH;
-    let output = 4 * (tiles * shape.out_channels + split::SIDE);
-    let launch = Launch::new(all.div_ceil(tiles) as u32, 1).with_shared(ELEMENTS * (input + output));
-    let kernels = [id::CONV_SPLIT_WINOGRAD_BF16X3, id::CONV_SPLIT_WINOGRAD_BF16X6];
-    // SAFETY: as in `multiply`.
-    unsafe { device.launch(pick_split::<S, _>(kernels), launch, &args) }
-}
-
 /// The convolution with weights that are transformed.
 fn multiply<S: Compute>(
     shape: &ConvShape,
@@ -218,82 +221,44 @@ fn multiply<S: Compute>(
     mut y: SliceMut<'_, S>,
     accumulate: bool,
 ) -> Result<()> {
-    if is_split::<S>() {
-        return multiply_split(shape, x, packed, y, accumulate);
-    }
-    let device = y.device().clone();
-    let all = shape.batch * tiles(shape);
-    let tiles = band::<S>(all, shape.in_channels, BLOCKS);
+    let weight_bytes = products_workspace_len(shape) * size_of::<S::Master>();
+    let bands = Bands::new(shape, weight_bytes, [MOST_TILES; 2], TILE_ROWS);
     let args = WinogradArgs {
         x: x.address(),
         packed: packed.address(),
         y: y.address(),
         shape: shape.argument(),
-        tiles: tiles as i32,
+        tiles: bands.tiles as i32,
         accumulate: accumulate.into(),
     };
-    let launch = Launch::new(all.div_ceil(tiles) as u32, 1)
-        .with_shared(band_bytes::<S>(tiles, [shape.in_channels, shape.out_channels]));
+    let channels = bands.channels(shape, panel::<S>());
+    let launch = bands.launch(band_bytes::<S>(bands.tiles, [shape.in_channels, channels]));
     // SAFETY: as in `transform_weights`, and the scratch memory has room for one band.
-    unsafe { device.launch(S::choose(id::CONV_WINOGRAD), launch, &args) }
+    unsafe { y.device().launch(S::choose(id::CONV_WINOGRAD), launch, &args) }
 }
 
 pub(super) fn weight_gradient<S: Compute>(
     shape: &ConvShape,
     x: Slice<'_, S>,
     dy: Slice<'_, S>,
-    mut dw: SliceMut<'_, S::Master>,
+    dw: SliceMut<'_, S::Master>,
     accumulate: bool,
     mut workspace: SliceMut<'_, S::Master>,
 ) -> Result<()> {
-    let device = dw.device().clone();
-    let (parts, slice) = (parts::<S>(shape), slice::<S>(shape));
-    let part_tiles = shape.batch.div_ceil(parts) * tiles(shape);
-    let partial = workspace.address();
-    let sum = WinogradSumArgs {
-        partial,
-        dw: dw.address(),
+    let shares = Shares::new::<S>(shape, SLICE);
+    let most = (SCRATCH_BYTES / (ELEMENTS * shares.slice * size_of::<S::Master>())).min(MOST_TILES);
+    let tiles = most.min(shares.tiles(shape)).next_multiple_of(TILE_ROWS);
+    let args = WinogradGradientArgs {
+        x: x.address(),
+        dy: dy.address(),
+        partial: workspace.address(),
         shape: shape.argument(),
-        slice: slice as i32,
-        parts: parts as i32,
-        accumulate: accumulate.into(),
+        tiles: tiles as i32,
+        slice: shares.slice as i32,
+        parts: shares.parts as i32,
     };
-    let mut launch = Launch::new(shape.in_channels.div_ceil(slice) as u32, 1);
-    launch.grid[1] = parts as u32;
-    let (x, dy, shape_args) = (x.address(), dy.address(), shape.argument());
-    if is_split::<S>() {
-        let tiles = SPLIT_GRADIENT_TILES.min(part_tiles).next_multiple_of(split::DEPTH);
-        let args = SplitWinogradGradientArgs {
-            x,
-            dy,
-            partial,
-            shape: shape_args,
-            tiles: tiles as i32,
-            slice: slice as i32,
-            parts: parts as i32,
-        };
-        let element = tiles / split::DEPTH * split::TILE_BYTES + 2 * split::DEPTH;
-        let panels = slice / split::SIDE + 2;
-        let launch = launch.with_shared(panels * S::PIECES * ELEMENTS * element);
-        let kernels = [id::CONV_SPLIT_WINOGRAD_WEIGHT_GRADIENT_BF16X3, id::CONV_SPLIT_WINOGRAD_WEIGHT_GRADIENT_BF16X6];
-        // SAFETY: as in `multiply`; the workspace has room for the partial sums of all parts.
-        unsafe { device.launch(pick_split::<S, _>(kernels), launch, &args)? };
-    } else {
-        let tiles = band::<S>(part_tiles, slice, 1);
-        let args = WinogradGradientArgs {
-            x,
-            dy,
-            partial,
-            shape: shape_args,
-            tiles: tiles as i32,
-            slice: slice as i32,
-            parts: parts as i32,
-        };
-        let launch = launch.with_shared(band_bytes::<S>(tiles, [slice, panel::<S>()]));
-        // SAFETY: as above.
-        unsafe { device.launch(S::choose(id::CONV_WINOGRAD_WEIGHT_GRADIENT), launch, &args)? };
-    }
-    let kernel = pick::<S::Master, _>(id::CONV_WINOGRAD_SUM_PARTS_F32, id::CONV_WINOGRAD_SUM_PARTS_F64);
-    // SAFETY: as above.
-    unsafe { device.launch(kernel, packing(shape), &sum) }
+    let launch = shares.launch(shape, band_bytes::<S>(tiles, [shares.slice, panel::<S>()]));
+    // SAFETY: as in `multiply`; the workspace has room for the partial sums of all parts.
+    unsafe { dw.device().launch(S::choose(id::CONV_WINOGRAD_WEIGHT_GRADIENT), launch, &args)? };
+    shares.sum(shape, workspace, dw, accumulate)
 }
