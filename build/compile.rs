@@ -25,7 +25,7 @@ const EMULATED: [&str; 3] = ["conv.cu", "conv_tensor.cu", "gradient.cu"];
 const WIDE: [&str; 4] = ["conv_direct.cu", "conv_winograd.cu", "batch_norm.cu", "batch_norm_tangent.cu"];
 
 /// Sources whose kernels use the CPU's matrix units.
-const SPLIT: [&str; 2] = ["conv_split.cu", "conv_split_winograd.cu"];
+const SPLIT: [&str; 3] = ["conv_split.cu", "conv_split_winograd.cu", "peak.cu"];
 
 /// One run of a compiler.
 pub type Job = Box<dyn FnOnce() + Send>;

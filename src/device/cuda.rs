@@ -874,10 +874,6 @@ impl CudaGraph {
     pub(super) fn operations(&self) -> usize {
         self.operations
     }
-
-    pub(super) fn ordinal(&self) -> usize {
-        self.device.ordinal
-    }
 }
 
 impl Drop for CudaGraph {

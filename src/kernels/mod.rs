@@ -18,6 +18,7 @@ pub mod max_pool;
 pub mod metrics;
 pub mod mixing;
 pub mod muon;
+pub mod peak;
 pub mod precision;
 pub mod random;
 pub mod sassha;

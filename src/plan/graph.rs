@@ -60,6 +60,21 @@ pub(super) struct Place {
     pub frozen: bool,
 }
 
+/// What an operation of a traced network reads and writes in a forward pass.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OperationSummary {
+    /// What it is, such as `Convolution` or `BatchNorm`.
+    pub name: &'static str,
+    /// The activations that it reads. A batch norm's second one is the residual.
+    pub inputs: Vec<Value>,
+    /// The activation that it writes.
+    pub output: Value,
+    /// Elements of its parameters.
+    pub parameters: usize,
+    /// Multiplications with an addition each, of the operations that consist of them.
+    pub multiply_adds: u64,
+}
+
 /// A network that is traced for one batch shape. Methods take activations and names, check shapes, and return
 /// activations.
 ///
@@ -158,6 +173,18 @@ impl Graph {
         for (name, kind, initial) in &mut self.parameters {
             *initial = choose(name, *kind).unwrap_or(*initial);
         }
+    }
+
+    /// What each operation reads and writes in a forward pass, in order.
+    pub fn operations(&self) -> Vec<OperationSummary> {
+        let summary = |op: &Op| OperationSummary {
+            name: op.name(),
+            inputs: op.inputs().into_iter().flatten().collect(),
+            output: op.output(),
+            parameters: op.parameters().into_iter().flatten().map(|index| self.parameters[index].1.len()).sum(),
+            multiply_adds: op.multiply_adds(),
+        };
+        self.ops.iter().map(summary).collect()
     }
 
     /// Multiplications with an addition each in the convolutions and linear layers of one forward pass over the batch.

@@ -27,7 +27,7 @@ mod second_pass;
 mod tangent;
 
 pub use error::PlanError;
-pub use graph::{Graph, Shape, Value};
+pub use graph::{Graph, OperationSummary, Shape, Value};
 
 use crate::arena::{Initial, Layout};
 use crate::device::{Buffer, Compute, Device, Error, Result, Scalar, Slice, SliceMut};

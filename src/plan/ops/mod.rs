@@ -228,6 +228,15 @@ macro_rules! operations {
             }
         })*
 
+        impl Op {
+            /// The name of its struct.
+            pub fn name(&self) -> &'static str {
+                match self {
+                    $(Self::$operation(_) => stringify!($operation)),*
+                }
+            }
+        }
+
         operations! { @forward [$($operation)*]
             fn output(&self) -> Value;
             fn inputs(&self) -> [Option<Value>; 2];
