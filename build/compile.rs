@@ -52,6 +52,8 @@ pub struct InstructionSet {
     /// Its name in symbols.
     pub name: &'static str,
     flags: &'static [&'static str],
+    /// The compiler's level of optimisation.
+    level: u32,
     /// Whether a source is built for it.
     pub builds: fn(&Path) -> bool,
 }
@@ -73,24 +75,26 @@ pub fn instruction_sets() -> Vec<InstructionSet> {
         "-mamx-bf16",
     ];
     if env::var("CARGO_CFG_TARGET_ARCH").is_ok_and(|arch| arch != "x86_64") {
-        return vec![InstructionSet { name: "baseline", flags: &[], builds: |_| true }];
+        return vec![InstructionSet { name: "baseline", flags: &[], level: 3, builds: |_| true }];
     }
     // Convolutions gain from it, and batch norm, which then has registers for more neighbouring channels. Everything
     // else is bound by memory.
     let avx512 = InstructionSet {
         name: "avx512",
         flags: AVX512,
+        level: 3,
         builds: |source| is_one_of(source, &WIDE) || is_one_of(source, &SPLIT),
     };
     // With matrix units.
-    let amx = InstructionSet { name: "amx", flags: AMX, builds: |source| is_one_of(source, &SPLIT) };
+    let amx = InstructionSet { name: "amx", flags: AMX, level: 3, builds: |source| is_one_of(source, &SPLIT) };
     // Builds with sanitizers are for tests, on recent machines.
     if sanitize() {
-        return vec![InstructionSet { name: "avx2", flags: AVX2, builds: |_| true }, avx512, amx];
+        return vec![InstructionSet { name: "avx2", flags: AVX2, level: 3, builds: |_| true }, avx512, amx];
     }
     vec![
-        InstructionSet { name: "baseline", flags: &[], builds: |_| true },
-        InstructionSet { name: "avx2", flags: AVX2, builds: |source| !is_one_of(source, &EMULATED) },
+        // For processors of before 2013, and for tests. The third level would take the compiler twice as long.
+        InstructionSet { name: "baseline", flags: &[], level: 2, builds: |_| true },
+        InstructionSet { name: "avx2", flags: AVX2, level: 3, builds: |source| !is_one_of(source, &EMULATED) },
         avx512,
         amx,
     ]
@@ -134,6 +138,9 @@ pub fn plan_host<'a>(
     let (mut built, mut objects) = (Vec::new(), Vec::new());
     for set in sets {
         let mut build = host_compiler();
+        if !sanitize() {
+            build.opt_level(set.level);
+        }
         if !set.flags.iter().all(|flag| build.is_flag_supported(flag).unwrap_or(false)) {
             println!("cargo:warning=the C++ compiler does not know {}: its kernels are left out", set.flags.join(" "));
             continue;

@@ -126,9 +126,9 @@ struct WinogradArgs {
     uint32_t accumulate;
 };
 
-/// Multiplies ROWS tiles, whose rows are `pitch` apart, by one panel: sums over `depth` rows of weights for one element,
-/// which are added to those of the rows before if `add` is set. PITCH is the pitch, or zero if it is not known: then
-/// each row has a pointer.
+/// Multiplies ROWS tiles, whose rows are `pitch` apart, by one panel: sums over `depth` rows of weights for one
+/// element, which are added to those of the rows before if `add` is set. PITCH is the pitch and the depth, or zero if
+/// they are not known: then each row has a pointer.
 template <int ROWS, int PITCH, class T>
 __forceinline__ void multiply_tile(const T* x, int pitch, int depth, const T* __restrict__ b, T* __restrict__ to,
                                    int to_pitch, bool add) {
@@ -202,7 +202,8 @@ __forceinline__ void multiply_band(const T* band, int tiles, const ConvShape& s,
             const T* panel = weights + int64_t(first) * kPanel<T>;
             for (int channel = 0; channel < channels.count; channel += kPanel<T>, panel += int64_t(C) * kPanel<T>) {
                 if (C == 16) multiply_element<16>(x, C, tiles, C, panel, to + channel, channels.count, false);
-                else multiply_element<0>(x + first, pitch, tiles, depth, panel, to + channel, channels.count, first > 0);
+                else
+                    multiply_element<0>(x + first, pitch, tiles, depth, panel, to + channel, channels.count, first > 0);
             }
         }
     }

@@ -764,7 +764,9 @@ mod tests {
     #[test]
     fn equals_the_definition_in_sums_of_bfloat16() {
         for (number, shape) in SHAPES.iter().chain(&WIDE_SHAPES).enumerate() {
-            check_shape::<Bf16x3>(shape, 600 + number as u64, 0);
+            if std::env::var_os("POLDER_SANITIZE").is_none() {
+                check_shape::<Bf16x3>(shape, 600 + number as u64, 0); // the same code
+            }
             check_shape::<Bf16x6>(shape, 700 + number as u64, 0);
         }
     }
@@ -877,12 +879,13 @@ mod tests {
     #[test]
     fn no_tile_changes_a_bit() {
         check_tiles::<f16>();
-        if std::env::var_os("POLDER_SANITIZE").is_none() {
-            check_tiles::<bf16>(); // the same code
-        }
         check_tiles::<f32>();
-        check_tiles::<Bf16x3>();
         check_tiles::<Bf16x6>();
+        if std::env::var_os("POLDER_SANITIZE").is_none() {
+            // The same code.
+            check_tiles::<bf16>();
+            check_tiles::<Bf16x3>();
+        }
     }
 
     fn check_reach<A: Stored>() {

@@ -127,8 +127,8 @@ impl Bands {
     /// The fewest channels of a group, each of which transforms the band's input again.
     const GROUP: usize = 128;
 
-    /// Bands of at most `usual` tiles, a multiple of `multiple`. If the weights are large, of at most `most`, but as few
-    /// bands as keep cores busy.
+    /// Bands of at most `usual` tiles, a multiple of `multiple`. If the weights are large, of at most `most`, but as
+    /// few bands as keep cores busy.
     pub fn new(shape: &ConvShape, weight_bytes: usize, [usual, most]: [usize; 2], multiple: usize) -> Self {
         let all = shape.batch * tiles(shape);
         if weight_bytes <= Self::CACHED_WEIGHTS {
