@@ -230,6 +230,46 @@ fn a_graph_does_its_work_at_each_replay() {
     });
 }
 
+#[test]
+fn a_timed_replay_does_the_work_and_times_each_operation() {
+    on_every_device(|device| {
+        let mut output = device.poisoned::<f32>(6).unwrap();
+        let graph = device.capture(|| {
+            let mut parts = output.disjoint();
+            fill(parts.write(0..3)?, 4.0)?;
+            parts.write(3..6)?.clear()
+        });
+        match graph.unwrap().replay_timed() {
+            Ok(seconds) => {
+                assert!(device.is_host());
+                assert!(seconds.len() == 2 && seconds.iter().all(|seconds| *seconds >= 0.0), "{seconds:?}");
+                assert_eq!(output.to_vec().unwrap(), [4.0, 4.0, 4.0, 0.0, 0.0, 0.0]);
+            }
+            Err(Error::Argument { operation, .. }) => {
+                assert!(!device.is_host() && operation == "RecordedGraph::replay_timed");
+            }
+            Err(other) => panic!("{other}"),
+        }
+    });
+}
+
+/// The sizes around which a CPU takes pages from the system.
+#[test]
+fn buffers_of_any_size_are_zero_aligned_and_writable_to_the_last_byte() {
+    on_every_device(|device| {
+        for len in [1, (4 << 20) - 1, 4 << 20, (6 << 20) + 5] {
+            // The second buffer may have the memory of the first.
+            for _ in 0..2 {
+                let mut buffer = device.zeros::<u8>(len).unwrap();
+                assert_eq!(buffer.view().address() % 256, 0);
+                assert!(buffer.to_vec().unwrap().iter().all(|&byte| byte == 0), "{len} bytes");
+                buffer.write(&vec![7; len]).unwrap();
+                assert!(buffer.to_vec().unwrap().iter().all(|&byte| byte == 7), "{len} bytes");
+            }
+        }
+    });
+}
+
 /// Replays are ordered with one another and with all other work: a graph that copies `buffer[i]` to `buffer[i + 1]`
 /// moves a value one place further at each replay.
 #[test]

@@ -20,6 +20,7 @@ mod max_pool;
 mod metrics;
 mod mixing;
 mod muon;
+mod peak;
 mod random;
 mod sassha;
 mod scale_samples;

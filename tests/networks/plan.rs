@@ -23,6 +23,31 @@ fn set_batch(plan: &mut Plan<f64>, random: &mut Random) {
     labels.write(&truth).unwrap();
 }
 
+#[test]
+fn a_graph_tells_what_its_operations_read_and_write() {
+    let mut graph = Graph::new(Shape { batch: 2, height: 5, width: 7, channels: 3 });
+    let input = graph.input();
+    let convolved = graph.convolution(input, "conv", 4, 3, 2, 1).unwrap();
+    let sum = graph.batch_norm(convolved, "bn", Some(convolved), true).unwrap();
+    let pooled = graph.global_average_pool(sum).unwrap();
+    let logits = graph.linear(pooled, "fc", 6).unwrap();
+    let operations = graph.operations();
+    let found: Vec<_> = operations
+        .iter()
+        .map(|operation| (operation.name, operation.inputs.clone(), operation.output, operation.parameters))
+        .collect();
+    let expected = [
+        ("Convolution", vec![input], convolved, 9 * 3 * 4),
+        ("BatchNorm", vec![convolved, convolved], sum, 2 * 4),
+        ("GlobalAveragePool", vec![sum], pooled, 0),
+        ("Linear", vec![pooled], logits, 4 * 6 + 6),
+    ];
+    assert_eq!(found, expected);
+    let multiply_adds: Vec<u64> = operations.iter().map(|operation| operation.multiply_adds).collect();
+    assert_eq!(multiply_adds, [2 * 3 * 4 * 4 * 9 * 3, 0, 0, 2 * 4 * 6]);
+    assert_eq!(graph.multiply_adds(), multiply_adds.iter().sum::<u64>());
+}
+
 struct Pass {
     loss: f64,
     gradient: Vec<f64>,
