@@ -179,11 +179,21 @@ fn check_pass<T: Compute>(what: &str, [written, added]: &Both<T>, expected: &[f6
     assert_close(&format!("{what} added"), added, &sum, tolerance);
 }
 
-/// Fails unless the errors of y and dx are at most `stored` times their largest magnitude, and those of dw at most
-/// `sums` times.
 fn check<S: Compute>(devices: &[(String, Device)], stored: f64, sums: f64) {
-    for (number, shape) in SHAPES.iter().chain(&WIDE_SHAPES).enumerate() {
-        let case = case::<S>(shape, number as u64);
+    check_shapes::<S>(SHAPES.iter().chain(&WIDE_SHAPES), 0, devices, stored, sums);
+}
+
+/// Fails unless the errors of y and dx are at most `stored` times their largest magnitude, and those of dw at most
+/// `sums` times. The first shape's numbers have the seed `seed`.
+fn check_shapes<'a, S: Compute>(
+    shapes: impl Iterator<Item = &'a ConvShape>,
+    seed: u64,
+    devices: &[(String, Device)],
+    stored: f64,
+    sums: f64,
+) {
+    for (shape, seed) in shapes.zip(seed..) {
+        let case = case::<S>(shape, seed);
         let [y, dx, dw] = reference(shape, &to_f64(&case.x), &to_f64(&case.weight), &to_f64(&case.dy));
         for (name, device) in devices {
             let found = run(device, shape, &case).unwrap_or_else(|e| panic!("{name}, {shape:?}: {e}"));
@@ -243,13 +253,18 @@ fn equals_the_definition_in_double_precision() {
     check::<f64>(&host_devices(), 3e-14, 3e-14);
 }
 
+/// The bits of all passes.
+fn bits_of<S: Compute>((y, dx, dw): &Found<S>) -> Vec<Vec<u64>> {
+    y.iter().chain(dx).map(|pass| bits(pass)).chain(dw.iter().map(|pass| bits(pass))).collect()
+}
+
 /// A hash of the bits of all passes.
 fn digest<S: Compute>(device: &Device) -> u64 {
     let mut digest = 0xcbf2_9ce4_8422_2325u64;
     for (number, shape) in SHAPES.iter().chain(&WIDE_SHAPES).enumerate() {
-        let (y, dx, dw) = run(device, shape, &case::<S>(shape, 200 + number as u64)).unwrap();
-        let all = y.iter().chain(&dx).map(|pass| bits(pass)).chain(dw.iter().map(|pass| bits(pass)));
+        let all = bits_of(&run(device, shape, &case::<S>(shape, 200 + number as u64)).unwrap());
         digest = all
+            .into_iter()
             .flatten()
             .fold(digest, |digest, bits| (digest ^ bits).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(29));
     }
@@ -312,9 +327,7 @@ fn bits_depend_on_neither_threads_nor_schedule() {
         let case = case::<f32>(shape, 100 + number as u64);
         let mut seen: [Option<(String, Vec<Vec<u64>>)>; 2] = [None, None];
         for (name, device) in host_devices() {
-            let (y, dx, dw) = run(&device, shape, &case).unwrap();
-            let stored = y.iter().chain(&dx).map(|pass| bits(pass));
-            let found: Vec<Vec<u64>> = stored.chain(dw.iter().map(|pass| bits(pass))).collect();
+            let found = bits_of(&run(&device, shape, &case).unwrap());
             let group = &mut seen[usize::from(name.starts_with("gpu"))];
             match group {
                 Some((first, expected)) => assert_eq!(*expected, found, "{first} and {name} differ: {shape:?}"),
@@ -348,18 +361,10 @@ fn splits_large_images_and_many_channels() {
 
 fn splits<S: Compute>(tolerance: f64) {
     let device = Device::host_with(HostOptions { threads: 2, ..HostOptions::default() });
-    for (number, shape) in LARGE_SHAPES.iter().enumerate() {
-        let case = case::<S>(shape, 200 + number as u64);
-        let [y, dx, dw] = reference(shape, &to_f64(&case.x), &to_f64(&case.weight), &to_f64(&case.dy));
-        let found = run(&device, shape, &case).unwrap();
-        let what = format!("{}, {shape:?}", S::NAME);
-        check_pass(&format!("{what}: y"), &found.0, &y, &case.y, tolerance);
-        check_pass(&format!("{what}: dx"), &found.1, &dx, &case.dx, tolerance);
-        check_pass(&format!("{what}: dw"), &found.2, &dw, &case.dw, tolerance);
-    }
+    check_shapes::<S>(LARGE_SHAPES.iter(), 200, &[("cpu, 2 threads".into(), device)], tolerance, tolerance);
 }
 
-/// The same for numbers in pieces, in the CPU's launch shapes.
+/// In the CPU's launch shapes. The emulated GPU's orders of blocks are compared in `conv/tensor.rs`.
 #[test]
 fn bits_in_pieces_do_not_depend_on_threads() {
     same_on_any_number_of_threads::<Bf16x3>();
@@ -371,9 +376,7 @@ fn same_on_any_number_of_threads<S: Compute>() {
         let case = case::<S>(shape, 600 + number as u64);
         let on = |threads| {
             let device = Device::host_with(HostOptions { threads, ..HostOptions::default() });
-            let (y, dx, dw) = run(&device, shape, &case).unwrap();
-            let stored = y.iter().chain(&dx).map(|pass| bits(pass));
-            stored.chain(dw.iter().map(|pass| bits(pass))).collect::<Vec<_>>()
+            bits_of(&run(&device, shape, &case).unwrap())
         };
         let one = on(1);
         assert!([2, 3].into_iter().all(|threads| on(threads) == one), "{}, {shape:?}", S::NAME);
