@@ -1,6 +1,7 @@
 //! Roofline of a training step on the CPU: for each kind of operation the bytes that it must move and the operations
 //! that it must do, the time that these take at the machine's peaks, and the measured time. The peaks are measured in
-//! the same run.
+//! the same run. A convolution counts as the operations of its direct form, so Winograd's form can be faster than the
+//! floor. It is for networks without grouped convolutions.
 //!
 //! `cargo bench --bench roofline [-- MODEL [sgd|sam [BATCH [f32|bf16|bf16x3|bf16x6]]]]`; a SAM step of a ResNet-20 with
 //! 128 images in f32 by default. It prints tables as Markdown.

@@ -449,6 +449,7 @@ struct Block {
     address: *mut u8,
     layout: Layout,
     /// Whether the pages come from the system directly, and not from the allocator.
+    #[cfg(target_os = "linux")]
     mapped: bool,
 }
 
@@ -474,11 +475,16 @@ impl Block {
         let layout = Layout::from_size_align(bytes.max(1), alignment).ok()?;
         // SAFETY: the layout's size is not zero.
         let address = unsafe { alloc::alloc_zeroed(layout) };
-        (!address.is_null()).then_some(Self { address, layout, mapped: false })
+        (!address.is_null()).then_some(Self {
+            address,
+            layout,
+            #[cfg(target_os = "linux")]
+            mapped: false,
+        })
     }
 
     /// Huge pages of the system, which are zero. None is touched here: the system clears a page when a thread uses it
-    /// first, near that thread on a machine with several memories, and it never clears one that is not used.
+    /// first, on that thread's NUMA node, and it never clears one that is not used.
     #[cfg(target_os = "linux")]
     fn mapped(bytes: usize) -> Option<Self> {
         let len = bytes.checked_next_multiple_of(Self::HUGE_PAGE)?;

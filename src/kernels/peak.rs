@@ -12,8 +12,8 @@ pub enum Unit {
     Matrix,
 }
 
-/// Keeps a unit busy: `blocks` threads do `rounds` rounds of multiply-adds, of 12 vectors or of 4 tiles each. Returns
-/// the number of multiply-adds. There is no traffic.
+/// Keeps a unit busy: each of `blocks` blocks does `rounds` rounds of multiply-adds, on 12 vectors or on 4 tiles of
+/// sums. A block has one thread. Returns the number of multiply-adds. There is no traffic.
 ///
 /// # Errors
 /// [`Error::Argument`] on a GPU; those of the allocation.
