@@ -211,34 +211,6 @@ __forceinline__ int copy_lanes(T* to, const S* image, const Grouped& tensor, con
     return tensor.channels;
 }
 
-// ---- Bands ---------------------------------------------------------------------------------------------------------
-
-/// The next band; empty if there is none.
-__forceinline__ Band band_after(const Bands& bands, int index, bool follows, int batch, int total_rows) {
-    return follows ? band_at(bands, index + 1, batch, total_rows) : Band{};
-}
-
-/// Memory that is prefetched into the cache during other work.
-struct Ahead {
-    uintptr_t line;
-    int64_t pitch, left, at_once;  // bytes from line to line; lines left; lines at a time
-
-    /// Prefetches `count` lines, beginning with element `first` of `tensor`, some in each of `parts` parts of the other
-    /// work. If the parts are too small to hide them, nothing is prefetched.
-    template <class S>
-    Ahead(const S* tensor, int64_t first, int64_t pitch, int64_t count, int64_t parts)
-        : line(reinterpret_cast<uintptr_t>(tensor) + first * int64_t(sizeof(S))), pitch(pitch),
-          left(count <= 32 * parts ? count : 0), at_once(left > 0 ? (left + parts - 1) / parts : 0) {}
-
-    __forceinline__ void fetch() {
-        for (int64_t i = 0; i < at_once && left > 0; ++i, --left, line += pitch) {
-            __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
-        }
-    }
-};
-
-constexpr int64_t kLineBytes = 64;
-
 // ---- Forward and input gradient ------------------------------------------------------------------------------------
 
 /// Rows of packed weights that are multiplied with all pixels of a band before the next ones. For one panel they take

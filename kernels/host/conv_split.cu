@@ -343,59 +343,84 @@ struct Numbering {
     }
 };
 
+/// Walks over a window of every `step`-th row and pixel of an image, row by row: 16 channels of each. Pixels outside
+/// the image, and those behind the window, are zero. What it needs for each pixel is in registers.
+template <class S>
+class PixelWalk {
+    const S* image_;
+    int64_t pixel_, row_;  // from one pixel to the next, and from one row to the next
+    int64_t at_, row_at_;
+    int columns_, begin_, count_;  // of the window; the first that is in the image, and how many are
+    int step_, row_number_, end_row_;
+    int column_, there_;  // of the row, from `begin_` on, and how many of this row are in the image
+
+    __forceinline__ void begin_row() {
+        at_ = row_at_;
+        column_ = -begin_;
+        there_ = inside(row_number_, end_row_) ? count_ : 0;
+    }
+
+public:
+    __forceinline__ PixelWalk(const S* image, int height, int width, int channels, const Window& window, int step)
+        : image_(image), pixel_(int64_t(step) * channels), row_(width * pixel_),
+          row_at_((int64_t(window.first_row) * width + window.first_column) * channels), columns_(window.columns),
+          begin_(window.first_column < 0 ? (step - 1 - window.first_column) / step : 0), step_(step),
+          row_number_(window.first_row), end_row_(window.first_row + window.rows * step) {
+        if (end_row_ > height) end_row_ = height;
+        const int end = width > window.first_column ? (width - window.first_column + step - 1) / step : 0;
+        count_ = (end < columns_ ? end : columns_) - begin_;
+        if (count_ < 0) count_ = 0;
+        begin_row();
+    }
+
+    __forceinline__ Floats next() {
+        const Floats x = inside(column_, there_) ? load_floats(image_ + at_) : Floats{};
+        at_ += pixel_;
+        if (++column_ == columns_ - begin_) {
+            row_number_ += step_, row_at_ += row_;
+            begin_row();
+        }
+        return x;
+    }
+};
+
 /// Writes one plane of 16 channels: to[piece][parity][pair][16 channels][2], with `piece_pitch` and `parity_pitch`
 /// numbers in between. Its pixels are every stride-th of the image's rows and columns, from the window's on.
 template <class P, class S>
-__attribute__((noinline)) void split_pairs(uint16_t* to, int64_t piece_pitch, int64_t parity_pitch, const S* image,
-                                           const ConvShape& s, int first_row, int first_column, const Numbering& n) {
-    int r = 0, c = 0;
-    const auto next = [&]() {
-        const int row = first_row + r * s.stride, column = first_column + c * s.stride;
-        const bool there = r < n.rows && inside(row, s.height) && inside(column, s.width);
-        if (++c == n.columns) c = 0, ++r;
-        return there ? load_floats(image + (int64_t(row) * s.width + column) * s.in_channels) : Floats{};
-    };
+__attribute__((noinline)) void split_pairs(uint16_t* to, int64_t piece_pitch, int64_t parity_pitch, PixelWalk<S> walk,
+                                           int count, bool both_parities) {
     Words previous[P::pieces] = {};
-    for (int pair = 0; pair < n.pairs; ++pair, to += kDepth) {
-        const Floats first = next();
-        const SplitPair<P> split(first, next());
+    uint16_t* between = to + parity_pitch - kDepth;
+    for (int pair = 0; pair < count; ++pair, to += kDepth, between += kDepth) {
+        const Floats first = walk.next();
+        const SplitPair<P> split(first, walk.next());
         for (int p = 0; p < P::pieces; ++p) {
             memcpy(to + p * piece_pitch, &split.piece[p], sizeof(Words));
-            if (n.parities > 1 && pair > 0) {
-                const Words between = (previous[p] >> 16) | (split.piece[p] << 16);
-                memcpy(to + p * piece_pitch + parity_pitch - kDepth, &between, sizeof between);
-            }
+            const Words straddling = (previous[p] >> 16) | (split.piece[p] << 16);
+            if (both_parities && pair > 0) memcpy(between + p * piece_pitch, &straddling, sizeof straddling);
             previous[p] = split.piece[p];
         }
     }
-    for (int p = 0; n.parities > 1 && p < P::pieces; ++p) {
+    for (int p = 0; both_parities && p < P::pieces; ++p) {
         const Words last = previous[p] >> 16;
-        memcpy(to + p * piece_pitch + parity_pitch - kDepth, &last, sizeof last);
+        memcpy(between + p * piece_pitch, &last, sizeof last);
     }
 }
 
 /// Writes 16 channels of the output gradient of a band of an image: to[piece][chunk][channel][32 pixels], with
 /// `piece_pitch` numbers in between. Pixels between the rows are zero.
 template <class P, class S>
-__attribute__((noinline)) void split_gradients(uint16_t* to, int64_t piece_pitch, const S* dy, const ConvShape& s,
-                                               int rows, const Numbering& n) {
-    int row = 0, column = 0;
-    const auto next = [&]() {
-        const bool there = row < rows && column < s.out_width;
-        const Floats x = there ? load_floats(dy + (int64_t(row) * s.out_width + column) * s.out_channels) : Floats{};
-        if (++column == n.columns) column = 0, ++row;
-        return x;
-    };
-    for (int chunk = 0; chunk < n.chunks; ++chunk, to += kTile) {
-        Words pairs[P::pieces][kSide];
-        for (int k = 0; k < kSide; ++k) {
-            const Floats first = next();
-            const SplitPair<P> split(first, next());
-            for (int p = 0; p < P::pieces; ++p) pairs[p][k] = split.piece[p];
-        }
-        for (int p = 0; p < P::pieces; ++p) {
-            transpose(pairs[p]);
-            memcpy(to + p * piece_pitch, pairs[p], sizeof pairs[p]);
+__attribute__((noinline)) void split_gradients(uint16_t* to, int64_t piece_pitch, PixelWalk<S> walk, int chunks) {
+    for (int chunk = 0; chunk < chunks; ++chunk, to += kTile) {
+        Floats even[kSide], odd[kSide];  // pixels
+        for (int k = 0; k < kSide; ++k) even[k] = walk.next(), odd[k] = walk.next();
+        transpose(even);
+        transpose(odd);
+        for (int c = 0; c < kSide; ++c) {
+            const SplitPair<P> split(even[c], odd[c]);
+            for (int p = 0; p < P::pieces; ++p) {
+                memcpy(to + p * piece_pitch + c * kDepth, &split.piece[p], sizeof(Words));
+            }
         }
     }
 }
@@ -408,6 +433,7 @@ struct SplitBand {
     int images;
     float* partial;
     bool add;
+    Ahead *x_ahead, *dy_ahead;  // the next band
 };
 
 /// M panels of the output times N panels and taps of the input, beginning with number `first`.
@@ -433,6 +459,8 @@ __forceinline__ void gradient_tile(const SplitBand& band, const ConvShape& s, co
     for (int i = 0; band.add && i < M * N; ++i) sums.load_sum(i, sum(i), kSide);
     for (int image = 0; image < band.images; ++image) {
         for (int chunk = 0; chunk < n.chunks; ++chunk) {
+            band.x_ahead->fetch();
+            band.dy_ahead->fetch();
             multiply_pieces<P>(sums, (int64_t(image) * n.chunks + chunk) * kTile, band.gradient_piece,
                                (int64_t(image) * n.pairs + chunk * kSide) * kDepth, band.pair_piece);
         }
@@ -454,8 +482,8 @@ __attribute__((noinline)) void gradient_tiles(const SplitBand& band, const ConvS
     }
     if (panel == panels) return;
     int first = 0;
-    for (; first + 4 <= all; first += 4) gradient_tile<P, 1, 4>(band, s, n, unit, panel, first);
-    with_rows<3>(all - first,
+    for (; first + 3 <= all; first += 3) gradient_tile<P, 1, 3>(band, s, n, unit, panel, first);
+    with_rows<2>(all - first,
                  [&](auto rest) { gradient_tile<P, 1, decltype(rest)::value>(band, s, n, unit, panel, first); });
 }
 
@@ -491,20 +519,35 @@ __device__ void split_weight_gradient(const SplitGradientArgs<typename P::Stored
             const int64_t image = first_image + band.first_image + i;
             const auto* dy = a.dy + (image * s.out_height + band.first_row) * s.out_width * s.out_channels;
             for (int panel = 0; panel < panels; ++panel) {
+                const Window window{0, band.rows, 0, n.columns};
+                const PixelWalk walk(dy + panel * kSide, band.rows, s.out_width, s.out_channels, window, 1);
                 split_gradients<P>(gradients + panel * operands.gradient_panel + int64_t(i) * n.chunks * kTile,
-                                   operands.gradient_piece, dy + panel * kSide, s, band.rows, n);
+                                   operands.gradient_piece, walk, n.chunks);
             }
             for (int panel = 0; panel < in_panels; ++panel) {
                 const auto* x = a.x + image * s.height * s.width * s.in_channels + (first_panel + panel) * kSide;
                 for (int plane = 0; plane < n.planes * n.planes; ++plane) {
+                    const Window window{band.first_row * s.stride - s.padding + plane / n.planes, n.rows,
+                                        plane % n.planes - s.padding, n.columns};
+                    const PixelWalk walk(x, s.height, s.width, s.in_channels, window, s.stride);
                     split_pairs<P>(pairs + panel * operands.pair_panel + plane * operands.pair_plane +
                                        int64_t(i) * n.pairs * kDepth,
-                                   operands.pair_piece, parity_pitch, x, s,
-                                   band.first_row * s.stride - s.padding + plane / n.planes,
-                                   plane % n.planes - s.padding, n);
+                                   operands.pair_piece, parity_pitch, walk, n.pairs, n.parities > 1);
                 }
             }
         }
+        const Band next = band_after(a.bands, index, index + 1 < count, part_images, s.out_height);
+        const int64_t next_image = first_image + next.first_image, next_rows = int64_t(next.images) * next.rows;
+        const int64_t next_outputs = next_rows * s.out_width * s.out_channels;
+        // With a slice of the channels, their lines do not follow one another.
+        const int64_t next_inputs =
+            in_panels * kSide < s.in_channels ? 0 : next_rows * s.stride * s.width * s.in_channels;
+        const int64_t steps = int64_t(in_panels) * taps * panels / 4 * band.images * n.chunks, size = sizeof *a.x;
+        Ahead x_ahead(a.x, (next_image * s.height + next.first_row * s.stride) * s.width * s.in_channels, kLineBytes,
+                      next_inputs * size / kLineBytes, steps);
+        Ahead dy_ahead(a.dy, (next_image * s.out_height + next.first_row) * s.out_width * s.out_channels, kLineBytes,
+                       next_outputs * size / kLineBytes, steps);
+        operands.x_ahead = &x_ahead, operands.dy_ahead = &dy_ahead;
         gradient_tiles<P>(operands, s, n, in_panels);
     }
 }

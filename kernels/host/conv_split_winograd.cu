@@ -210,33 +210,66 @@ struct ElementPitch {
     int64_t piece, element;
 };
 
+/// Where the pixels of 16 channels of a tile are, and which of its rows and of the columns from its first one on are in
+/// the image.
+struct TilePixels {
+    int64_t first;
+    unsigned rows, columns;
+
+    TilePixels() : first(0), rows(0), columns(0) {}
+    __forceinline__ TilePixels(const ConvShape& s, const TileWalk& at) : TilePixels() {
+        const int row = at.row - s.padding, column = at.column - s.padding;
+        first = ((int64_t(at.image) * s.height + row) * s.width + column) * s.in_channels;
+        for (int i = 0; i < 4; ++i) rows |= unsigned(inside(row + i, s.height)) << i;
+        for (int j = 0; j < 6; ++j) columns |= unsigned(inside(column + j, s.width)) << j;
+    }
+};
+
 /// Transforms and splits 16 channels of the input: to[piece][element][chunk][channel][32 tiles]. Tiles beyond the last
-/// are zero.
-template <class P>
+/// are zero. If PAIRED, tiles are neighbours in pairs, which share two of their columns.
+///
+/// Rows and columns are exchanged before the transformation: there are fewer pixels than pieces of elements.
+template <class P, bool PAIRED>
 __attribute__((noinline)) void split_inputs(const float* x, const ConvShape& s, TileWalk at, int tiles, int chunks,
                                             uint16_t* to, const ElementPitch& pitch) {
+    constexpr int COLUMNS = PAIRED ? 6 : 8, SECOND = COLUMNS - 4;  // of both tiles of a pair; the second one's first
+    const Floats zeros{};
     for (int chunk = 0; chunk < chunks; ++chunk, to += kTile) {
-        Words pairs[P::pieces][kElements][kSide];
-        for (int k = 0; k < kSide; ++k) {
-            Floats d[2][4][4];
-            for (int half = 0; half < 2; ++half) {
-                if (chunk * kDepth + 2 * k + half >= tiles) {
-                    memset(d[half], 0, sizeof d[half]);
-                    continue;
+        TilePixels places[2][kSide];
+        for (int tile = 0; tile < kDepth && chunk * kDepth + tile < tiles; ++tile, at.next()) {
+            places[tile % 2][tile / 2] = TilePixels(s, at);
+        }
+        Floats pixels[4][COLUMNS][kSide];
+        for (int i = 0; i < 4; ++i) {
+            for (int j = 0; j < COLUMNS; ++j) {
+                const int half = PAIRED ? 0 : j / 4, column = PAIRED ? j : j % 4;
+                const int64_t shift = (int64_t(i) * s.width + column) * s.in_channels;
+                for (int k = 0; k < kSide; ++k) {
+                    const TilePixels& tile = places[half][k];
+                    const bool there = (tile.rows >> i & tile.columns >> column & 1u) != 0;
+                    pixels[i][j][k] =
+                        load_floats(there ? x + tile.first + shift : reinterpret_cast<const float*>(&zeros));
                 }
-                load_pixels(d[half], x, s.height, s.width, s.in_channels, at, s.padding);
-                transform_input(d[half]);
-                at.next();
+                transpose(pixels[i][j]);
+            }
+        }
+        for (int channel = 0; channel < kSide; ++channel) {
+            Floats both[4][COLUMNS], d[2][4][4];
+            for (int i = 0; i < 4; ++i) {
+                for (int j = 0; j < COLUMNS; ++j) both[i][j] = pixels[i][j][channel];
+            }
+            transform_columns(both);
+            for (int half = 0; half < 2; ++half) {
+                for (int i = 0; i < 4; ++i) {
+                    for (int j = 0; j < 4; ++j) d[half][i][j] = both[i][half * SECOND + j];
+                }
+                transform_rows(d[half]);
             }
             for (int e = 0; e < kElements; ++e) {
                 const SplitPair<P> split(d[0][e / 4][e % 4], d[1][e / 4][e % 4]);
-                for (int p = 0; p < P::pieces; ++p) pairs[p][e][k] = split.piece[p];
-            }
-        }
-        for (int p = 0; p < P::pieces; ++p) {
-            for (int e = 0; e < kElements; ++e) {
-                transpose(pairs[p][e]);
-                memcpy(to + p * pitch.piece + e * pitch.element, pairs[p][e], sizeof pairs[p][e]);
+                for (int p = 0; p < P::pieces; ++p) {
+                    memcpy(to + p * pitch.piece + e * pitch.element + channel * kDepth, &split.piece[p], sizeof(Words));
+                }
             }
         }
     }
@@ -323,8 +356,10 @@ __device__ void split_winograd_weight_gradient(const SplitWinogradGradientArgs& 
         const int tiles = end - first < a.tiles ? end - first : a.tiles, chunks = (tiles + kDepth - 1) / kDepth;
         const TileWalk at(s, first);
         for (int panel = 0; panel < in_panels; ++panel) {
-            split_inputs<P>(a.x + first_channel + panel * kSide, s, at, tiles, chunks, inputs + panel * panel_pitch,
-                            pitch);
+            const float* x = a.x + first_channel + panel * kSide;
+            uint16_t* const to = inputs + panel * panel_pitch;
+            if (at.columns % 2 == 0) split_inputs<P, true>(x, s, at, tiles, chunks, to, pitch);
+            else split_inputs<P, false>(x, s, at, tiles, chunks, to, pitch);
         }
         for (int out = 0; out < O / kSide; out += 2) {
             const int panels = O / kSide - out < 2 ? 1 : 2;

@@ -10,7 +10,8 @@
 // same, so the bits are the same but for results below 2^-126.
 //
 // An operand's channels are stored in chunks of 32, and the pieces of a chunk are next to each other. If 16 channels
-// are left, a chunk holds several of their pieces, so that no part of a product is wasted on zeros with three pieces.
+// are left, a chunk holds two of their pieces, so that no part of a product is wasted on zeros with three pieces. A row
+// of channels is a multiple of 64 bytes, so that a row of a tile is one cache line.
 #pragma once
 #include "tiles.cuh"
 #if defined(__AVX512BF16__)
@@ -137,15 +138,19 @@ private:
     }
 };
 
+/// Chunks of the last 16 channels in a row, if their number is not a multiple of 32.
+template <class P>
+constexpr int kLastChunks = P::pieces == 3 ? 2 : 1;
+
 /// Numbers of a row of an operand with so many channels, in all pieces. Channels are a multiple of 16.
 template <class P>
 __forceinline__ int row_length(int channels) {
-    return P::pieces == 1 ? round_up(channels, kDepth) : P::pieces * channels;
+    return (P::pieces * (channels / kDepth) + (channels % kDepth == 0 ? 0 : kLastChunks<P>)) * kDepth;
 }
 
-/// The order of the pieces of the last 16 channels in a row, as `multiply_channels` reads them.
+/// The pieces of the last 16 channels in the order of a row, as `multiply_channels` reads them.
 template <class P>
-constexpr int kLast[3] = {P::pieces == 3 ? 2 : 0, P::pieces == 3 ? 0 : 1, 1};
+constexpr int kLast[4] = {P::pieces == 3 ? 2 : 0, P::pieces == 3 ? 0 : 1, 0, 1};
 
 /// Writes 16 channels of a row, from channel number `channel` of `channels` on.
 template <class P>
@@ -158,7 +163,9 @@ __forceinline__ void store_split(uint16_t* row, int channel, int channels, const
             memcpy(row, &split.piece[0], sizeof zero);
             memcpy(row + kSide, &zero, sizeof zero);
         } else {
-            for (int i = 0; i < P::pieces; ++i) memcpy(row + kSide * i, &split.piece[kLast<P>[i]], sizeof(Halves));
+            for (int i = 0; i < 2 * kLastChunks<P>; ++i) {
+                memcpy(row + kSide * i, &split.piece[kLast<P>[i]], sizeof(Halves));
+            }
         }
         return;
     }
@@ -206,14 +213,22 @@ struct MatrixUnit {
 };
 
 /// Sums of products of M left tiles and N right tiles, at most four in all. A left tile has rows that are `pitch`
-/// numbers apart, a right tile kDepth / 2 rows of 16 pairs of neighbouring depths.
+/// numbers apart, a right tile kDepth / 2 rows of 16 pairs of neighbouring depths. Three right tiles need left ones of
+/// 16 rows.
 template <int M, int N>
 class TileSums {
     const uint16_t* const* left_;
     const uint16_t* const* right_;
-    int64_t pitch_, left_offset_ = 0, right_offset_ = 0;
-    // With one tile on one side, those of the other side are loaded one after the other.
-    static constexpr bool one_left = M == 1, one_right = N == 1 && M > 1;
+    int64_t pitch_, left_offset_ = 0;
+    // With one right tile, left ones are loaded one after the other.
+    static constexpr bool one_right = N == 1 && M > 1;
+    static constexpr int first_right = 8 - N;
+    static_assert(N < 4 && (M <= 2 || one_right), "more than eight tiles");
+
+    template <int LEFT, int RIGHT, int SUM>
+    static __forceinline__ void add_product() {
+        asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(LEFT), "i"(RIGHT));
+    }
 
 public:
     /// `left` and `right` are the places of the tiles, which `load_left` and `load_right` move.
@@ -242,19 +257,32 @@ public:
         }
     }
     __forceinline__ void load_right(int64_t offset) {
-        right_offset_ = offset;
-        if constexpr (one_right || !one_left) {
-            for_constants<0, N>([&](auto n) { load_tile<6 + decltype(n)::value>(right_[n.value] + offset, 64); });
-        }
+        for_constants<0, N>([&](auto n) { load_tile<first_right + decltype(n)::value>(right_[n.value] + offset, 64); });
     }
     __forceinline__ void multiply() {
         for_constants<0, M * N>([&](auto i) {
-            constexpr int I = decltype(i)::value, m = I / N, n = I % N;
-            constexpr int left = one_right ? 4 + m % 2 : 4 + m, right = one_left ? 6 + n % 2 : 6 + n;
+            constexpr int I = decltype(i)::value, m = I / N, left = one_right ? 4 + m % 2 : 4 + m;
             if constexpr (one_right) load_tile<left>(left_[m] + left_offset_, pitch_);
-            if constexpr (one_left) load_tile<right>(right_[n] + right_offset_, 64);
-            asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(I), "i"(left), "i"(right));
+            add_product<left, first_right + I % N, I>();
         });
+    }
+    /// Adds products of the left tiles at one offset with right tiles at two, one after the other.
+    __forceinline__ void multiply_by_two(int64_t left_offset, int64_t first, int64_t second) {
+        load_left(left_offset);
+        load_right(first);
+        if constexpr (one_right) {
+            load_tile<first_right - 1>(right_[0] + second, 64);
+            for_constants<0, M>([&](auto m) {
+                constexpr int I = decltype(m)::value, left = 4 + I % 2;
+                load_tile<left>(left_[I] + left_offset, pitch_);
+                add_product<left, first_right, I>();
+                add_product<left, first_right - 1, I>();
+            });
+        } else {
+            multiply();
+            load_right(second);
+            multiply();
+        }
     }
 };
 
@@ -286,6 +314,13 @@ public:
     }
     void load_left(int64_t offset) { left_offset_ = offset; }
     void load_right(int64_t offset) { right_offset_ = offset; }
+    void multiply_by_two(int64_t left_offset, int64_t first, int64_t second) {
+        load_left(left_offset);
+        load_right(first);
+        multiply();
+        load_right(second);
+        multiply();
+    }
     void multiply() {
         for (int n = 0; n < N; ++n) {
             Floats even[kSide], odd[kSide];
@@ -339,10 +374,11 @@ __forceinline__ int64_t multiply_channels(Sums& sums, int64_t left, int64_t righ
         step(0, 0);
         return right + kTile;
     } else if constexpr (P::pieces == 2) {
-        step(0, kTile), step(same, 0);  // [0 1] with [1 -] and [0 0]
+        sums.multiply_by_two(left, right + kTile, right);  // [0 1] with [1 -] and [0 0]
         return right + 2 * kTile;
     } else {
-        step(0, 2 * kTile), step(kSide, kTile), step(same, 0);  // [2 0] with [0 2]; [0 1] with [1 1] and [0 0]
+        step(0, 2 * kTile);                                         // [2 0] with [0 2]
+        sums.multiply_by_two(left + kDepth, right + kTile, right);  // [0 1] with [1 1] and [0 0]
         return right + 3 * kTile;
     }
 }

@@ -39,19 +39,31 @@ struct OutputChannels {
     }
 };
 
-/// B^T d B of a tile of vectors.
-template <class V>
-__forceinline__ void transform_input(V (&d)[4][4]) {
-    for (int j = 0; j < 4; ++j) {
+/// B^T d of some columns of tiles.
+template <class V, int COLUMNS>
+__forceinline__ void transform_columns(V (&d)[4][COLUMNS]) {
+    for (int j = 0; j < COLUMNS; ++j) {
         const V first = d[0][j] - d[2][j], last = d[1][j] - d[3][j], sum = d[1][j] + d[2][j];
         d[2][j] = d[2][j] - d[1][j];
         d[0][j] = first, d[1][j] = sum, d[3][j] = last;
     }
+}
+
+/// d B of a tile.
+template <class V>
+__forceinline__ void transform_rows(V (&d)[4][4]) {
     for (int i = 0; i < 4; ++i) {
         const V first = d[i][0] - d[i][2], last = d[i][1] - d[i][3], sum = d[i][1] + d[i][2];
         d[i][2] = d[i][2] - d[i][1];
         d[i][0] = first, d[i][1] = sum, d[i][3] = last;
     }
+}
+
+/// B^T d B of a tile of vectors.
+template <class V>
+__forceinline__ void transform_input(V (&d)[4][4]) {
+    transform_columns(d);
+    transform_rows(d);
 }
 
 /// One vector of a pixel's channels.

@@ -43,9 +43,10 @@ fn pick<S: Compute, A>(kernels: [Kernel<A>; 3]) -> Kernel<A> {
     kernels[S::PIECES - 1]
 }
 
-/// Bytes of a pixel in the split copy.
+/// Bytes of a pixel in the split copy, in chunks as the kernel's `row_length` counts them.
 pub(super) fn pixel_bytes<S: Compute>(channels: usize) -> usize {
-    2 * if S::PIECES == 1 { channels.next_multiple_of(DEPTH) } else { S::PIECES * channels }
+    let last_chunks = if channels.is_multiple_of(DEPTH) { 0 } else { [1, 1, 2][S::PIECES - 1] };
+    2 * DEPTH * (S::PIECES * (channels / DEPTH) + last_chunks)
 }
 
 /// The number of elements of the workspace of the forward and of the input gradient: for the packed weights.

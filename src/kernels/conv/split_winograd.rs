@@ -10,8 +10,9 @@ use crate::device::{Compute, Kernel, Result, Slice, SliceMut, id};
 
 /// The most tiles of a band, and of one whose weights are large.
 const TILES: [usize; 2] = [64, 128];
-/// The tiles of a band of the weight gradient, and the input channels of its blocks.
-const GRADIENT_TILES: usize = 128;
+/// The tiles of a band of the weight gradient with two and with three pieces, of which one band stays in the L2 cache.
+const GRADIENT_TILES: [usize; 2] = [128, 64];
+/// The input channels of a block of the weight gradient.
 const SLICE: usize = 128;
 /// The fewest channels: with fewer, the transformations take longer than the products that they save.
 const FEWEST_CHANNELS: usize = 64;
@@ -112,7 +113,7 @@ pub(super) fn weight_gradient<S: Compute>(
     mut workspace: SliceMut<'_, S::Master>,
 ) -> Result<()> {
     let shares = Shares::new::<S>(shape, SLICE);
-    let tiles = GRADIENT_TILES.min(shares.tiles(shape)).next_multiple_of(DEPTH);
+    let tiles = GRADIENT_TILES[S::PIECES - 2].min(shares.tiles(shape)).next_multiple_of(DEPTH);
     let args = SplitWinogradGradientArgs {
         x: x.address(),
         dy: dy.address(),
