@@ -26,6 +26,7 @@ import argparse
 import json
 import pathlib
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -342,12 +343,12 @@ class Runner:
         return time.perf_counter() - start
 
 
-def contenders(problem, method, ways, seconds):
-    """Tries every form twice for about `seconds`. Returns those that go on as {role: (name, runner)}, and the images
+def contenders(problem, method, ways, seconds, pattern):
+    """Tries every form whose name matches the pattern twice for about `seconds`. Returns those that go on as {role: (name, runner)}, and the images
     per second of all forms."""
     runners, best = {}, {}
     computed = arithmetics(problem.device.type, problem.precision)
-    tried = {name: form for name, *form in forms(method, ways, computed)}
+    tried = {name: form for name, *form in forms(method, ways, computed) if re.search(pattern, name)}
     for name, form in tried.items():
         try:
             runner = Runner(problem, *form)
@@ -373,8 +374,8 @@ def contenders(problem, method, ways, seconds):
         if names:
             name = min(names, key=best.get)
             roles[role] = (name, runners[name])
-    if not roles:
-        sys.exit("PyTorch refuses every form")
+    if "same precision" not in roles:
+        sys.exit(f"PyTorch has no form in our precision that it accepts and that matches {pattern!r}")
     name = roles["same precision"][0]
     roles["again"] = (name, Runner(problem, *tried[name]))
     return roles, {key: problem.batch_size / value for key, value in best.items()}
@@ -459,7 +460,8 @@ def compare(arguments, device, model, method, folder):
             "gradient_error": sharp_gradient_error(arguments, model, method, device, folder, precision),
             "timed_gradient_error": gradient_error(problem, peer, folder, TIMED_LIMIT, precision),
         }
-    roles, result["forms"] = contenders(problem, method, arguments.ways, arguments.seconds / 4)
+    tried = arguments.ways, arguments.seconds / 4, arguments.forms
+    roles, result["forms"] = contenders(problem, method, *tried)
     fastest, runner = roles["same precision"]
     count = max(1, round(arguments.seconds / runner.run(1)))
     # A form may have several roles. It takes one turn for all of them.
@@ -522,6 +524,9 @@ def main():
                         help="the precisions of our side; default: that of --precision")
     parser.add_argument("--ways", nargs="+", choices=WAYS,
                         help="how PyTorch runs; default: eager, compiled and max-autotune, on a GPU also graphs")
+    parser.add_argument("--forms", default="", metavar="REGEX",
+                        help="only those of PyTorch's forms whose name matches, "
+                        "as in 'foreach SAM, fused SGD, channels_last'; default: all")
     parser.add_argument("--rounds", type=int, default=30, help="number of turns of each side")
     parser.add_argument("--seconds", type=float, default=0.5, help="approximate length of one turn")
     parser.add_argument("--binary", help="our side; default: step_peer under target/release")
