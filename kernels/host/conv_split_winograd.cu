@@ -104,11 +104,10 @@ __forceinline__ void load_pixels(Floats (&d)[4][4], const float* tensor, int hei
     }
 }
 
-/// From one tile's row of channels to the next in a transformed band. If there are many, one more line keeps them apart
-/// in the L1 cache, where multiples of a kilobyte share few places.
+/// From one tile's row of channels to the next in a transformed band.
 template <class P>
 __forceinline__ int tile_pitch(int channels) {
-    return row_length<P>(channels) + (channels <= 128 ? 0 : kDepth);
+    return row_length<P>(channels) + (channels <= kDenseChannels ? 0 : kDepth);
 }
 
 /// Transforms and splits tiles: to[element][tile][row of channels], with `plane` numbers between elements.

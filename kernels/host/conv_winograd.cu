@@ -26,11 +26,10 @@
 
 namespace {
 
-/// From one tile's channels to the next in a transformed band. If there are many, one more line keeps them apart in the
-/// L1 cache, where multiples of a kilobyte share few places.
+/// From one tile's channels to the next in a transformed band.
 template <class T>
 __forceinline__ int tile_pitch(int channels) {
-    return channels <= 128 ? channels : channels + kPanel<T>;
+    return channels <= kDenseChannels ? channels : channels + kPanel<T>;
 }
 
 /// From one element's plane of a transformed band to the next. One more line keeps the planes apart in the cache.

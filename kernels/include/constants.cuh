@@ -147,6 +147,9 @@ constexpr int kSquareColumns = 16;
     ROW(64, 64, 64, 32, 128, 4)      \
     ROW(128, 128, 64, 32, 256, 3)
 
+/// The most channels of a transformed tile of Winograd's form whose rows follow one another. Those of more are one line
+/// of a cache apart: an L1 cache has few places for multiples of a kilobyte.
+constexpr int kDenseChannels = 128;
 /// Bytes of the channels in one panel of the CPU's convolution: 16 floats, 8 doubles.
 constexpr int kPanelBytes = 64;
 

@@ -6,6 +6,7 @@ use super::direct::packing;
 use super::split::{DEPTH, SIDE, TILE_BYTES, packed_len, pixel_bytes};
 use super::winograd::{Bands, ELEMENTS, Shares, turned};
 use crate::device::arguments::{SplitWinogradArgs, SplitWinogradGradientArgs, SplitWinogradWeightsArgs};
+use crate::device::constants::DENSE_CHANNELS;
 use crate::device::{Compute, Kernel, Result, Slice, SliceMut, id};
 
 /// The most tiles of a band, and of one whose weights are large.
@@ -95,7 +96,8 @@ fn multiply<S: Compute>(
         accumulate: accumulate.into(),
     };
     // As the kernel lays a band out.
-    let row = pixel_bytes::<S>(shape.in_channels) + if shape.in_channels <= 128 { 0 } else { 2 * DEPTH };
+    let between = if shape.in_channels <= DENSE_CHANNELS as usize { 0 } else { 2 * DEPTH };
+    let row = pixel_bytes::<S>(shape.in_channels) + between;
     let input = bands.tiles * row + 2 * DEPTH;
     let output = 4 * (bands.tiles * bands.channels(shape, SIDE) + SIDE);
     let launch = bands.launch(ELEMENTS * (input + output));

@@ -4,7 +4,7 @@
 use super::ConvShape;
 use super::direct::packing;
 use crate::device::arguments::{WinogradArgs, WinogradGradientArgs, WinogradSumArgs, WinogradWeightsArgs};
-use crate::device::constants::PANEL_BYTES;
+use crate::device::constants::{DENSE_CHANNELS, PANEL_BYTES};
 use crate::device::{Compute, Kernel, Launch, Result, Scalar, Slice, SliceMut, id};
 use crate::kernels::pick;
 
@@ -174,7 +174,7 @@ pub(super) fn turned(shape: &ConvShape) -> ConvShape {
 /// Bytes of two transformed bands of so many tiles, of so many channels.
 fn band_bytes<S: Compute>(tiles: usize, channels: [usize; 2]) -> usize {
     // As the kernels lay a band out.
-    let pitch = |channels: usize| if channels <= 128 { channels } else { channels + panel::<S>() };
+    let pitch = |channels: usize| if channels <= DENSE_CHANNELS as usize { channels } else { channels + panel::<S>() };
     channels.iter().map(|&channels| ELEMENTS * (tiles * pitch(channels) + panel::<S>()) * size_of::<S::Master>()).sum()
 }
 
