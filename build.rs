@@ -41,7 +41,8 @@ const RUNTIME: [&str; 2] = ["PolderLaunch", "PolderFault"];
 
 fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "POLDER_REQUIRE_CUDA", "POLDER_SANITIZE"] {
+    let nvcc = ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "POLDER_REQUIRE_CUDA", "POLDER_CUDA_TARGETS"];
+    for variable in nvcc.iter().chain(&["POLDER_SANITIZE"]) {
         println!("cargo:rerun-if-env-changed={variable}");
     }
     for path in ["kernels", "build.rs", "build"] {
@@ -64,7 +65,7 @@ fn main() {
     };
     if is_lint() {
         write_registry(&sets.iter().collect::<Vec<_>>());
-        compile::write_fatbins(&out, &[]);
+        compile::write_fatbins(&out, &compile::Fatbins::default());
         return;
     }
     let mut jobs = Vec::new();

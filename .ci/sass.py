@@ -5,9 +5,9 @@
 - The convolutions on tensor cores use tensor-core products and asynchronous copies; streaming kernels use 16-byte
   accesses.
 - No kernel uses local memory, which spilled or indexed registers would need.
-- With programmatic dependent launch (compute capability 9.0), a kernel can start before the previous one has finished.
-  So every kernel waits before it touches global memory, and none loads through the read-only cache, which does not
-  respect the wait.
+- With programmatic dependent launch (compute capability 9.0 and later), a kernel can start before the previous one has
+  finished. So every kernel waits before it touches global memory, and none loads through the read-only cache, which
+  does not respect the wait.
 
 It also prints the instructions per product in the loops of the tensor-core kernels.
 """
@@ -82,7 +82,7 @@ def main():
     targets = sorted({target for target, _ in code})
     local = [key for key, text in code.items() if re.search(r"\b(LDL|STL)\b", text)]
     faults = [f"{target} {name}: local memory" for target, name in local]
-    early = {key: text for key, text in code.items() if key[0] == "sm_90"}
+    early = {key: text for key, text in code.items() if int(key[0].removeprefix("sm_")) >= 90}
     waiting = [key for key, text in early.items() if waits_first(text)]
     print(f"waits for the kernel before it touches memory: {len(waiting)} of {len(early)} kernels")
     faults += [f"{target} {name}: touches memory before it has waited" for target, name in early.keys() - set(waiting)]
@@ -97,9 +97,14 @@ def main():
     passes, types = ["forward", "input_gradient", "weight_gradient"], ["f16", "bf16x3", "bf16x6"]
     for which, stored in itertools.product(passes, types):
         pattern = rf"conv_tensor_{which}_\w+_{stored}"
-        tiles = {name: per_product(text) for (_, name), text in early.items() if re.fullmatch(pattern, name)}
-        faults += [f"sm_90 {name}: no loop of products and copies" for name, ratio in tiles.items() if ratio is None]
-        ratios = {name.removeprefix(f"conv_tensor_{which}_"): ratio for name, ratio in sorted(tiles.items()) if ratio}
+        tiles = {key: per_product(text) for key, text in early.items() if re.fullmatch(pattern, key[1])}
+        without = [" ".join(key) for key, ratio in tiles.items() if ratio is None]
+        faults += [f"{kernel}: no loop of products and copies" for kernel in without]
+        ratios = {
+            name.removeprefix(f"conv_tensor_{which}_"): ratio
+            for (target, name), ratio in sorted(tiles.items())
+            if ratio and target == "sm_90"
+        }
         listed = ", ".join(f"{ratio:.2f} ({name})" for name, ratio in ratios.items())
         print(f"instructions per product, {which} in {stored}: {listed}")
     print(f"{len(code)} kernels for {', '.join(targets)}; local memory in none" if not faults else "\n".join(faults))

@@ -9,13 +9,28 @@ use std::sync::Mutex;
 use std::thread;
 use std::time::SystemTime;
 
-/// Machine code for compute capability 8.0 and 9.0, and PTX for later chips. Code for 8.0 also runs on 8.6 and 8.9,
-/// which add nothing that these kernels could use.
-const TARGETS: [&str; 3] = [
-    "-gencode=arch=compute_80,code=sm_80",
-    "-gencode=arch=compute_90,code=sm_90",
-    "-gencode=arch=compute_90,code=compute_90",
-];
+/// Compute capabilities, times ten, that machine code can be made for. Code for 80 also runs on 86 and 89, which add
+/// nothing that these kernels could use.
+const TARGETS: [&str; 6] = ["80", "86", "89", "90", "100", "120"];
+/// Those that it is made for unless `POLDER_CUDA_TARGETS` names others. Each takes a third of nvcc's time.
+const USUAL_TARGETS: &str = "80 90";
+
+/// nvcc's arguments for the targets, and for PTX, from which the driver makes code for other chips from 90 on.
+///
+/// # Panics
+/// If `POLDER_CUDA_TARGETS` names none, or an unknown one.
+fn target_arguments() -> Vec<String> {
+    let chosen = env::var("POLDER_CUDA_TARGETS").unwrap_or_else(|_| USUAL_TARGETS.into());
+    let mut arguments = Vec::new();
+    for target in chosen.split([' ', ',']).filter(|target| !target.is_empty()) {
+        let known = TARGETS.join(", ");
+        assert!(TARGETS.contains(&target), "POLDER_CUDA_TARGETS: `{target}` is unknown; possible are {known}");
+        arguments.push(format!("-gencode=arch=compute_{target},code=sm_{target}"));
+    }
+    assert!(!arguments.is_empty(), "POLDER_CUDA_TARGETS names no target");
+    arguments.push("-gencode=arch=compute_90,code=compute_90".into());
+    arguments
+}
 
 /// Sources whose kernels run on the CPU only where it emulates a GPU, for tests. One instruction set is enough for
 /// those.
@@ -265,9 +280,29 @@ fn find_nvcc() -> Option<PathBuf> {
     homes.chain(paths).map(|folder| folder.join("nvcc")).find(|nvcc| nvcc.is_file())
 }
 
+/// Machine code for GPUs.
+#[derive(Default)]
+pub struct Fatbins {
+    /// None without nvcc.
+    paths: Vec<PathBuf>,
+    /// nvcc's version, numbered as by the driver: 13000 for 13.0. 0 without nvcc.
+    version: i32,
+}
+
+/// nvcc's version, from the line `Cuda compilation tools, release 13.0, V13.0.88`.
+fn nvcc_version(nvcc: &Path) -> i32 {
+    let output = Command::new(nvcc).arg("--version").output();
+    let output = output.unwrap_or_else(|e| panic!("cannot start nvcc {}: {e}", nvcc.display()));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let release = text.split("release ").nth(1).and_then(|rest| rest.split(',').next());
+    let numbers = release.and_then(|release| release.split_once('.'));
+    let parsed = numbers.and_then(|(major, minor)| Some((major.parse::<i32>().ok()?, minor.parse::<i32>().ok()?)));
+    let (major, minor) = parsed.unwrap_or_else(|| panic!("{} --version names no release: {text}", nvcc.display()));
+    1000 * major + 10 * minor
+}
+
 /// Adds a job for every device source, given with the source that checks its layout. Each becomes a fatbin of its own.
-/// Returns the fatbins' paths; none without nvcc.
-pub fn plan_cuda(out: &Path, sources: &[(PathBuf, PathBuf)], jobs: &mut Vec<Job>) -> Vec<PathBuf> {
+pub fn plan_cuda(out: &Path, sources: &[(PathBuf, PathBuf)], jobs: &mut Vec<Job>) -> Fatbins {
     let Some(nvcc) = find_nvcc() else {
         if env::var("POLDER_REQUIRE_CUDA").is_ok_and(|value| value == "1") {
             panic!("POLDER_REQUIRE_CUDA=1, but nvcc was not found (looked at NVCC, CUDA_HOME, CUDA_PATH and PATH)")
@@ -275,23 +310,25 @@ pub fn plan_cuda(out: &Path, sources: &[(PathBuf, PathBuf)], jobs: &mut Vec<Job>
         println!(
             "cargo:warning=nvcc was not found (NVCC, CUDA_HOME, CUDA_PATH, PATH): polder is built for the CPU only"
         );
-        return Vec::new();
+        return Fatbins::default();
     };
-    let mut fatbins = Vec::new();
+    let targets = target_arguments();
+    let mut fatbins = Fatbins { paths: Vec::new(), version: nvcc_version(&nvcc) };
     for (source, checked) in sources {
         let fatbin = out.join(source.file_stem().expect("a file")).with_extension("fatbin");
-        fatbins.push(fatbin.clone());
-        let (nvcc, source, checked) = (nvcc.clone(), source.clone(), checked.clone());
-        jobs.push(Box::new(move || compile_cuda(&nvcc, &source, &checked, &fatbin)));
+        fatbins.paths.push(fatbin.clone());
+        let (nvcc, targets, source, checked) = (nvcc.clone(), targets.clone(), source.clone(), checked.clone());
+        jobs.push(Box::new(move || compile_cuda(&nvcc, &targets, &source, &checked, &fatbin)));
     }
     fatbins
 }
 
-/// Writes `fatbins.rs`: `FATBINS`, each source's name and machine code.
-pub fn write_fatbins(out: &Path, fatbins: &[PathBuf]) {
-    let mut text = String::from("// Written by build.rs: one fatbin per kernel source; empty without nvcc.\n");
+/// Writes `fatbins.rs`: `FATBINS`, each source's name and machine code, and `CUDA_VERSION`, of the nvcc that made them.
+pub fn write_fatbins(out: &Path, fatbins: &Fatbins) {
+    let mut text = String::from("// Written by build.rs: one fatbin per kernel source; empty and 0 without nvcc.\n");
+    let _ = writeln!(text, "pub(crate) const CUDA_VERSION: i32 = {};", fatbins.version);
     text.push_str("pub(crate) static FATBINS: &[(&str, &[u8])] = &[\n");
-    for fatbin in fatbins {
+    for fatbin in &fatbins.paths {
         let name = fatbin.file_stem().expect("a file").to_string_lossy();
         let _ = writeln!(text, "    ({name:?}, include_bytes!({:?})),", fatbin.display().to_string());
     }
@@ -301,11 +338,11 @@ pub fn write_fatbins(out: &Path, fatbins: &[PathBuf]) {
 
 /// Compiles one source with nvcc, through the file that checks its layout, unless the fatbin is newer. A kernel that
 /// spills registers, which ptxas reports, ends the build.
-fn compile_cuda(nvcc: &Path, source: &Path, checked: &Path, fatbin: &Path) {
+fn compile_cuda(nvcc: &Path, targets: &[String], source: &Path, checked: &Path, fatbin: &Path) {
     let mut command = Command::new(nvcc);
     command.args(["--fatbin", "-std=c++17", "-O3", "--expt-relaxed-constexpr", "--extended-lambda", "-lineinfo"]);
     // Compression makes a fatbin, which has line tables, seven times smaller in every binary.
-    command.args(["-Xfatbin", "-compress-all", "-Xptxas", "-v", "-Wno-deprecated-gpu-targets"]).args(TARGETS);
+    command.args(["-Xfatbin", "-compress-all", "-Xptxas", "-v", "-Wno-deprecated-gpu-targets"]).args(targets);
     command.arg("-I.").arg(checked).arg("-o").arg(fatbin);
     let line = words(&command);
     let note = fatbin.with_extension("command");

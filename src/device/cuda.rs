@@ -16,45 +16,73 @@ use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUfunction_attr
 use cudarc::driver::{self, CudaContext, CudaFunction, CudaModule, CudaStream};
 use cudarc::nvrtc::Ptx;
 
-use super::registry::{FATBINS, HOST_ONLY, KernelId, NAMES};
+use super::arguments::FillArgs;
+use super::registry::{CUDA_VERSION, FATBINS, HOST_ONLY, KernelId, NAMES, id};
 use super::{Error, Launch, Result};
 
 /// The oldest driver, numbered as by `cuDriverGetVersion`. Timing needs `cuEventElapsedTime_v2`, which is new in CUDA
-/// 12.8.
-const OLDEST_DRIVER: i32 = 12_080;
+/// 12.8. Machine code needs a driver for the major version of the nvcc that made it.
+const OLDEST_DRIVER: i32 = if CUDA_VERSION > 12_080 { CUDA_VERSION / 1000 * 1000 } else { 12_080 };
 
-/// The number of GPUs, or in one line the reason why none can be used.
-pub(super) fn count() -> std::result::Result<usize, String> {
-    let found = driver_version().and_then(|_| match result::device::get_count().map_err(describe)? {
-        count if count <= 0 => Err("the CUDA driver finds no GPU".into()),
-        count => Ok(count as usize),
+/// Why there is no GPU to use.
+#[derive(Debug, Clone)]
+pub(super) enum NoGpu {
+    /// There is no driver, it finds no GPU, or this binary has no kernels for one.
+    Absent(String),
+    /// There is one, but something is wrong with it.
+    Broken(String),
+}
+
+impl NoGpu {
+    /// In one line.
+    pub(super) fn reason(self) -> String {
+        match self {
+            Self::Absent(reason) | Self::Broken(reason) => reason,
+        }
+    }
+}
+
+/// The number of GPUs, at least one.
+pub(super) fn count() -> std::result::Result<usize, NoGpu> {
+    let found = driver_version().and_then(|_| {
+        match result::device::get_count().map_err(|error| NoGpu::Broken(describe(error)))? {
+            count if count <= 0 => Err(NoGpu::Absent("the CUDA driver finds no GPU".into())),
+            count => Ok(count as usize),
+        }
     });
     if FATBINS.is_empty() {
-        let also = found.err().map(|reason| format!("; {reason}")).unwrap_or_default();
-        return Err(format!("this binary was built without nvcc, so it has no GPU kernels{also}"));
+        let also = found.err().map(|why| format!("; {}", why.reason())).unwrap_or_default();
+        return Err(NoGpu::Absent(format!("this binary was built without nvcc, so it has no GPU kernels{also}")));
     }
     found
 }
 
 /// Loads and initialises the driver once. Returns its CUDA version, such as 13000, or the reason why there is none.
-fn driver_version() -> std::result::Result<i32, String> {
-    static VERSION: OnceLock<std::result::Result<i32, String>> = OnceLock::new();
+fn driver_version() -> std::result::Result<i32, NoGpu> {
+    static VERSION: OnceLock<std::result::Result<i32, NoGpu>> = OnceLock::new();
     let start = || {
         // It must come first: every other call panics if the library is absent.
         if !driver_is_present() {
-            return Err("the CUDA driver library (libcuda) was not found".into());
+            return Err(NoGpu::Absent("the CUDA driver library (libcuda) was not found".into()));
         }
         let mut version = 0;
         // SAFETY: `version` is an int to write to; the call needs no initialisation.
-        unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(describe)?;
-        if version < OLDEST_DRIVER {
-            let (found, needed) = (version_name(version), version_name(OLDEST_DRIVER));
-            return Err(format!("the CUDA driver is too old: it is for CUDA {found}, {needed} is needed"));
-        }
+        let asked = unsafe { sys::cuDriverGetVersion(&mut version) }.result();
+        asked.map_err(|error| NoGpu::Broken(describe(error)))?;
         match result::init() {
+            Ok(()) if version < OLDEST_DRIVER => {
+                let (found, needed) = (version_name(version), version_name(OLDEST_DRIVER));
+                let reason = format!("the CUDA driver is too old: it is for CUDA {found}, {needed} is needed");
+                Err(NoGpu::Broken(reason))
+            }
             Ok(()) => Ok(version),
-            Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => Err("the CUDA driver finds no GPU".into()),
-            Err(error) => Err(format!("the CUDA driver cannot start: {}", describe(error))),
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => {
+                Err(NoGpu::Absent("the CUDA driver finds no GPU".into()))
+            }
+            Err(DriverError(sys::CUresult::CUDA_ERROR_STUB_LIBRARY)) => {
+                Err(NoGpu::Absent("the CUDA driver library is a toolkit's, for linking only".into()))
+            }
+            Err(error) => Err(NoGpu::Broken(format!("the CUDA driver cannot start: {}", describe(error)))),
         }
     };
     VERSION.get_or_init(start).clone()
@@ -83,16 +111,38 @@ fn describe(error: DriverError) -> String {
 
 /// Turns a driver's error into ours. `call` names the operation.
 fn failed(call: &'static str) -> impl Fn(DriverError) -> Error {
-    move |error| Error::Cuda { call, message: describe(error) }
+    move |error| match is_of_earlier_kernel(error) {
+        true => Error::Lost { message: describe(error) },
+        false => Error::Cuda { call, message: describe(error) },
+    }
+}
+
+/// Whether a kernel that was launched before the call has failed. The context cannot be used any more then.
+fn is_of_earlier_kernel(error: DriverError) -> bool {
+    use sys::CUresult::*;
+    matches!(
+        error.0,
+        CUDA_ERROR_ECC_UNCORRECTABLE
+            | CUDA_ERROR_ILLEGAL_ADDRESS
+            | CUDA_ERROR_LAUNCH_TIMEOUT
+            | CUDA_ERROR_CONTEXT_IS_DESTROYED
+            | CUDA_ERROR_ASSERT
+            | CUDA_ERROR_HARDWARE_STACK_ERROR
+            | CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | CUDA_ERROR_MISALIGNED_ADDRESS
+            | CUDA_ERROR_INVALID_ADDRESS_SPACE
+            | CUDA_ERROR_INVALID_PC
+            | CUDA_ERROR_LAUNCH_FAILED
+    )
 }
 
 /// A GPU with its stream and its kernels.
 pub(super) struct CudaDevice {
     ordinal: usize,
-    multiprocessors: usize,
     chip: String,
     description: String,
     context: Arc<CudaContext>,
+    pool: Pool,
     stream: Arc<CudaStream>,
     /// For the second of two pieces of work. After each such pair the first stream waits for this one.
     side: Arc<CudaStream>,
@@ -189,20 +239,48 @@ fn early_launch() -> bool {
 }
 
 impl CudaDevice {
-    pub(super) fn new(ordinal: usize) -> Result<Self> {
-        Self::find(ordinal, None)
+    pub(super) fn new(ordinal: usize) -> Result<Arc<Self>> {
+        let mut device = Arc::new(Self::find(ordinal, None)?);
+        let tried = Self::try_early_launch(&device);
+        if let Some(found) = Arc::get_mut(&mut device) {
+            match tried {
+                Ok(()) => {}
+                Err(lost @ Error::Lost { .. }) => return Err(lost),
+                Err(refused) => {
+                    found.kernels.iter_mut().flatten().for_each(|kernel| kernel.early = false);
+                    found.description += &format!("; kernels are not launched early ({refused})");
+                }
+            }
+        }
+        Ok(device)
     }
 
     /// # Safety
     /// As [`super::Device::adopt`].
-    pub(super) unsafe fn adopt(ordinal: usize, stream: *mut c_void) -> Result<Self> {
-        Self::find(ordinal, Some(stream.cast()))
+    pub(super) unsafe fn adopt(ordinal: usize, stream: *mut c_void) -> Result<Arc<Self>> {
+        Ok(Arc::new(Self::find(ordinal, Some(stream.cast()))?))
+    }
+
+    /// Records two kernels, of which the second is launched early, and replays them. Training does little else, and not
+    /// every driver and virtual GPU can.
+    fn try_early_launch(this: &Arc<Self>) -> Result<()> {
+        let kernel = id::FILL_F32;
+        if !this.kernels[kernel.id.0].as_ref().is_some_and(|kernel| kernel.early) {
+            return Ok(());
+        }
+        let memory = CudaMemory::filled(this, size_of::<f32>(), 0)?;
+        let args = FillArgs { out: memory.address(), n: 1, value: 1.0 };
+        // SAFETY: the memory is one float.
+        let launch = || unsafe { this.launch(kernel.id, Launch::new(1, 32), &args) };
+        let graph = Self::capture(this, || launch().and_then(|()| launch()))?;
+        graph.replay()?;
+        this.synchronize()
     }
 
     /// A GPU, with a stream of its own or with one whose owner vouches for it.
     fn find(ordinal: usize, adopted: Option<sys::CUstream>) -> Result<Self> {
         let unavailable = |reason| Error::Unavailable { device: format!("cuda:{ordinal}"), reason };
-        let count = count().map_err(unavailable)?;
+        let count = count().map_err(|why| unavailable(why.reason()))?;
         if ordinal >= count {
             let reason = if count == 1 { "there is one GPU, cuda:0".into() } else { format!("there are {count} GPUs") };
             return Err(unavailable(reason));
@@ -212,7 +290,7 @@ impl CudaDevice {
 
     /// Opens the GPU, or returns the reason why that fails.
     fn open(ordinal: usize, adopted: Option<sys::CUstream>) -> std::result::Result<Self, String> {
-        let version = version_name(driver_version()?);
+        let version = version_name(driver_version().map_err(NoGpu::reason)?);
         let context = CudaContext::new(ordinal).map_err(describe)?;
         if !context.has_async_alloc() {
             return Err("it has no stream-ordered memory pools".into());
@@ -225,10 +303,9 @@ impl CudaDevice {
             None => context.new_stream().map_err(describe)?,
         };
         let side = context.new_stream().map_err(describe)?;
-        // The pool is the whole process's. Whoever lends a stream has set it as it should be.
-        if adopted.is_none() {
-            keep_freed_memory(&context).map_err(describe)?;
-        }
+        // Whoever lends a stream lends the memory of the process, too.
+        let pool = if adopted.is_none() { Pool::new(&context) } else { Pool::of_process(&context) };
+        let pool = pool.map_err(describe)?;
         let staging = Staging::new(&context).map_err(describe)?;
 
         let (major, minor) = context.compute_capability().map_err(describe)?;
@@ -248,10 +325,10 @@ impl CudaDevice {
         );
         Ok(Self {
             ordinal,
-            multiprocessors: usize::try_from(multiprocessors).unwrap_or(1).max(1),
             chip: name,
             description,
             context,
+            pool,
             stream,
             side,
             after_non_kernel: [true, true].map(Mutex::new),
@@ -276,10 +353,6 @@ impl CudaDevice {
 
     pub(super) fn description(&self) -> String {
         self.description.clone()
-    }
-
-    pub(super) fn multiprocessors(&self) -> usize {
-        self.multiprocessors
     }
 
     fn lock(&self) -> MutexGuard<'_, DeviceState> {
@@ -356,11 +429,8 @@ impl CudaDevice {
             ]
             .map(|attribute| {
                 let mut bytes = 0u64;
-                // SAFETY: the device is the context's own, and both attributes are 64-bit integers.
-                unsafe {
-                    let pool = result::device::get_default_mem_pool(self.context.cu_device())?;
-                    result::mem_pool::get_attribute(pool, attribute, (&raw mut bytes).cast())?;
-                }
+                // SAFETY: the pool is alive, and both attributes are 64-bit integers.
+                unsafe { result::mem_pool::get_attribute(self.pool.handle, attribute, (&raw mut bytes).cast())? };
                 Ok(bytes as usize)
             });
             Ok(untaken + reserved?.saturating_sub(used?))
@@ -416,8 +486,7 @@ impl CudaDevice {
         let (grid, block) = (shape.grid, shape.block);
         // Programmatic dependent launch: blocks may start before the previous kernel is done, and wait for it.
         let mut order = self.order(usize::from(self.is_on_side()));
-        let after_non_kernel = std::mem::take(&mut *order);
-        let early = *early && !after_non_kernel;
+        let early = *early && !*order;
         let mut serialization = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: Default::default(),
@@ -438,14 +507,21 @@ impl CudaDevice {
         // SAFETY: the function belongs to a module that `self.kernels` keeps loaded. It takes one parameter, of the
         // type of `args`. The driver copies it, and the attribute, before the call returns. The caller guarantees that
         // the addresses in it are valid. A kernel that is launched early waits before it accesses memory.
-        unsafe {
+        let launched = unsafe {
             sys::cuLaunchKernelEx(&raw const config, function.cu_function(), parameters.as_mut_ptr(), ptr::null_mut())
+        };
+        match launched.result() {
+            Ok(()) => {
+                *order = false;
+                Ok(())
+            }
+            Err(error) if is_of_earlier_kernel(error) => Err(failed("launching a kernel")(error)),
+            Err(error) => {
+                let Launch { grid, block, shared } = shape;
+                let asked = format!("grid {grid:?}, block {block:?}, {shared} bytes of shared memory");
+                Err(refused(format!("{}; {asked}", describe(error))))
+            }
         }
-        .result()
-        .map_err(|error| {
-            let Launch { grid, block, shared } = shape;
-            refused(format!("{}; grid {grid:?}, block {block:?}, {shared} bytes of shared memory", describe(error)))
-        })
     }
 
     /// Raises the limit of a kernel's dynamic shared memory. It is never lowered: another thread may be launching the
@@ -569,15 +645,12 @@ impl CudaDevice {
         state.refuse_recording("allocate", "a graph cannot allocate memory")?;
         self.bind()?;
         // SAFETY: the stream is ours and alive; the memory is filled before it is read.
-        let allocate = || unsafe { result::malloc_async(self.stream.cu_stream(), bytes) };
+        let allocate = || unsafe { result::mem_pool::alloc_async(self.pool.handle, bytes, self.stream.cu_stream()) };
         let allocated = match allocate() {
             Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
                 self.stream.synchronize().map_err(failed("waiting for the GPU"))?;
-                // SAFETY: the device is the context's; only unused memory leaves the pool.
-                let trimmed = unsafe {
-                    result::device::get_default_mem_pool(self.context.cu_device())
-                        .and_then(|pool| result::mem_pool::trim_to(pool, 0))
-                };
+                // SAFETY: the pool is alive; only unused memory leaves it.
+                let trimmed = unsafe { result::mem_pool::trim_to(self.pool.handle, 0) };
                 trimmed.map_err(failed("returning unused memory"))?;
                 allocate()
             }
@@ -645,15 +718,56 @@ impl Drop for CudaDevice {
     }
 }
 
-/// Keeps freed memory in the device's pool. By default the pool returns it to the system at every synchronization, and
-/// each later allocation pays for mapping it again.
-fn keep_freed_memory(context: &CudaContext) -> std::result::Result<(), DriverError> {
-    let mut threshold = u64::MAX;
-    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-    // SAFETY: the device is the context's own, and the attribute's value is a 64-bit integer, read during the call.
-    unsafe {
-        let pool = result::device::get_default_mem_pool(context.cu_device())?;
-        result::mem_pool::set_attribute(pool, attribute, (&raw mut threshold).cast())
+/// Where device memory comes from.
+struct Pool {
+    handle: sys::CUmemoryPool,
+    context: Arc<CudaContext>,
+    is_own: bool,
+}
+
+// SAFETY: every thread may use the pool; its handle is only passed on to the driver.
+unsafe impl Send for Pool {}
+// SAFETY: as above.
+unsafe impl Sync for Pool {}
+
+impl Pool {
+    /// A pool of our own, which keeps freed memory. The process's pool returns it to the system at every
+    /// synchronization, and each later allocation pays for mapping it again. If that one kept ours, others in the
+    /// process could not get it.
+    fn new(context: &Arc<CudaContext>) -> std::result::Result<Self, DriverError> {
+        context.bind_to_thread()?;
+        // SAFETY: zeros are valid: they leave out every option.
+        let mut properties: sys::CUmemPoolProps = unsafe { std::mem::zeroed() };
+        properties.allocType = sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED;
+        properties.location.type_ = sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE;
+        // Headers differ in what they call the number behind the type.
+        // SAFETY: a location is two 32-bit numbers, in every version.
+        unsafe { (&raw mut properties.location).cast::<i32>().add(1).write(context.cu_device()) };
+        // SAFETY: the properties are valid.
+        let handle = unsafe { result::mem_pool::create(&raw const properties) }?;
+        let pool = Self { handle, context: context.clone(), is_own: true };
+        let mut threshold = u64::MAX;
+        let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        // SAFETY: the pool is alive, and the attribute's value is a 64-bit integer, read during the call.
+        unsafe { result::mem_pool::set_attribute(handle, attribute, (&raw mut threshold).cast()) }?;
+        Ok(pool)
+    }
+
+    /// The process's pool, as its owner has set it.
+    fn of_process(context: &Arc<CudaContext>) -> std::result::Result<Self, DriverError> {
+        // SAFETY: the device is the context's own.
+        let handle = unsafe { result::device::get_default_mem_pool(context.cu_device()) }?;
+        Ok(Self { handle, context: context.clone(), is_own: false })
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        if self.is_own {
+            // SAFETY: the device has waited for its streams, so all memory of the pool has been freed.
+            let destroy = || unsafe { result::mem_pool::destroy(self.handle) };
+            self.context.record_err(self.context.bind_to_thread().and_then(|()| destroy()));
+        }
     }
 }
 
@@ -793,6 +907,10 @@ impl Drop for CudaMemory {
 pub(super) struct CudaEvent(driver::CudaEvent);
 
 impl CudaEvent {
+    pub(super) fn wait(&self) -> Result<()> {
+        self.0.synchronize().map_err(failed("waiting for an event"))
+    }
+
     /// Seconds, to about half a microsecond.
     pub(super) fn elapsed_since(&self, earlier: &CudaEvent) -> Result<f64> {
         if self.0.context() != earlier.0.context() {
@@ -883,5 +1001,30 @@ impl Drop for CudaGraph {
         let mut state = self.device.lock();
         state.retired.append(&mut self.written);
         self.device.forget_graph(&mut state);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::device::arguments::FillArgs;
+    use crate::device::{Device, Error, Launch, id};
+    use crate::kernels::vector::fill;
+
+    /// The driver in tests/driver ends the process if a kernel behind a copy is launched early.
+    #[test]
+    fn a_refused_launch_does_not_count_as_a_kernel() {
+        let name = std::env::var("POLDER_TEST_DEVICE").unwrap_or_default();
+        if !name.starts_with("cuda") {
+            return eprintln!("skipped: POLDER_TEST_DEVICE names no GPU");
+        }
+        let device = Device::from_name(&name).unwrap();
+        let mut values = device.upload(&[0.0f32; 4]).unwrap();
+        let args = FillArgs { out: values.view_mut().address(), n: 4, value: 1.0 };
+        let too_high = Launch { grid: [1, 70_000, 1], ..Launch::new(1, 32) };
+        // SAFETY: the memory is four floats.
+        let refused = unsafe { device.launch(id::FILL_F32, too_high, &args) };
+        assert!(matches!(refused, Err(Error::Launch { .. })), "{refused:?}");
+        fill(values.view_mut(), 2.0).unwrap();
+        assert_eq!(values.to_vec().unwrap(), [2.0; 4]);
     }
 }

@@ -32,6 +32,13 @@ pub enum Error {
         /// The driver's reason.
         message: String,
     },
+    /// A kernel on a GPU failed. Whichever call comes next reports it, and from then on the driver refuses all work of
+    /// the process.
+    #[error("a kernel that ran earlier on the GPU failed: {message}; restart the program to use the GPU again")]
+    Lost {
+        /// The driver's reason.
+        message: String,
+    },
     /// The caller asked to stop.
     #[error("stopped before the end")]
     Stopped,

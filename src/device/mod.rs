@@ -260,7 +260,7 @@ impl Device {
     /// # Errors
     /// [`Error::Unavailable`] if there is no CUDA driver or no such GPU, or if this binary was built without nvcc.
     pub fn cuda(ordinal: usize) -> Result<Self> {
-        Ok(Self(Inner::Cuda(Arc::new(CudaDevice::new(ordinal)?))))
+        Ok(Self(Inner::Cuda(CudaDevice::new(ordinal)?)))
     }
 
     /// GPU number `ordinal`, with its work on a stream of the caller: the one that the caller's own kernels run on. So
@@ -281,20 +281,32 @@ impl Device {
     /// - While its owner captures it as a graph, nothing here may allocate, free, read back or wait.
     pub unsafe fn adopt(ordinal: usize, stream: *mut std::ffi::c_void) -> Result<Self> {
         // SAFETY: the caller's.
-        Ok(Self(Inner::Cuda(Arc::new(unsafe { CudaDevice::adopt(ordinal, stream) }?))))
+        Ok(Self(Inner::Cuda(unsafe { CudaDevice::adopt(ordinal, stream) }?)))
     }
 
-    /// The device of that name: `cpu`, `cuda`, `cuda:N`, or `auto` (the first GPU if there is a usable one, else the
-    /// CPU).
+    /// The first GPU, or the CPU with these options if there is no CUDA driver or no GPU, or if this binary was built
+    /// without nvcc. [`no_gpu`] tells which.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] for an unknown name or an absent device.
+    /// [`Error::Unavailable`] for a GPU that is there and cannot be used: a driver that is too old, a GPU that another
+    /// process has reserved, kernels that it cannot load.
+    pub fn auto(options: HostOptions) -> Result<Self> {
+        match cuda::count() {
+            Err(cuda::NoGpu::Absent(_)) => Ok(Self::host_with(options)),
+            _ => Self::cuda(0),
+        }
+    }
+
+    /// The device of that name: `cpu`, `cuda`, `cuda:N`, or `auto` (as [`Device::auto`] with the default options).
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] for an unknown name, an absent device, or a GPU that cannot be used.
     pub fn from_name(name: &str) -> Result<Self> {
         let unknown =
             || Error::Unavailable { device: name.into(), reason: "expected auto, cpu, cuda or cuda:N".into() };
         match name {
             "cpu" => Ok(Self::host()),
-            "auto" => Ok(Self::cuda(0).unwrap_or_else(|_| Self::host())),
+            "auto" => Self::auto(HostOptions::default()),
             "cuda" => Self::cuda(0),
             _ => Self::cuda(name.strip_prefix("cuda:").ok_or_else(unknown)?.parse().map_err(|_| unknown())?),
         }
@@ -352,15 +364,15 @@ impl Device {
         }
     }
 
-    /// The launch shape of a kernel over `n` elements in packs of `pack`. On the CPU a block is one chunk, and the
-    /// number of chunks does not depend on the number of cores. On a GPU there are enough blocks to fill every
-    /// multiprocessor.
+    /// The launch shape of a kernel over `n` elements in packs of `pack`. Neither depends on the number of cores or
+    /// multiprocessors, so that sums have the same bits on all of them. On the CPU a block is one chunk. On a GPU there
+    /// are at most as many blocks as fill 128 multiprocessors.
     pub(crate) fn elementwise(&self, n: usize, pack: usize) -> Launch {
         if self.is_simt() {
             let threads = n.div_ceil(pack).max(1);
             let full = match &self.0 {
                 Inner::Host(_) => 4,
-                Inner::Cuda(cuda) => cuda.multiprocessors() * 8,
+                Inner::Cuda(_) => 128 * 8,
             };
             return Launch::new(
                 threads.div_ceil(constants::BLOCK_THREADS).min(full) as u32,
@@ -503,7 +515,7 @@ impl fmt::Debug for Device {
     }
 }
 
-/// A point in a device's work.
+/// A point in a device's work. On the CPU, where work is done when a call returns, it has passed.
 pub struct Event(EventInner);
 
 enum EventInner {
@@ -512,6 +524,17 @@ enum EventInner {
 }
 
 impl Event {
+    /// Waits until the work before this point is done.
+    ///
+    /// # Errors
+    /// Those of the work.
+    pub fn wait(&self) -> Result<()> {
+        match &self.0 {
+            EventInner::Host(_) => Ok(()),
+            EventInner::Cuda(event) => event.wait(),
+        }
+    }
+
     /// Seconds of device time from `earlier` to this point; waits for both.
     ///
     /// # Errors
@@ -603,7 +626,12 @@ pub fn available() -> Vec<(String, std::result::Result<String, String>)> {
                 devices.push((format!("cuda:{ordinal}"), described));
             }
         }
-        Err(reason) => devices.push(("cuda".into(), Err(reason))),
+        Err(why) => devices.push(("cuda".into(), Err(why.reason()))),
     }
     devices
+}
+
+/// Why there is no GPU to use, in one line; `None` if there is one.
+pub fn no_gpu() -> Option<String> {
+    cuda::count().err().map(cuda::NoGpu::reason)
 }

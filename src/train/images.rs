@@ -90,16 +90,16 @@ impl DeviceImages {
     }
 }
 
-/// The device of this name: `cpu`, `cuda:N`, or `auto`, which is the first GPU that can be used, or else the CPU.
+/// The device of this name: `cpu`, `cuda:N`, or `auto`, which is the first GPU, or the CPU if there is none.
 /// `threads` is the number of threads of the CPU; 0 takes one per core. A GPU ignores it.
 ///
 /// # Errors
 /// An unknown name, or a device that is not available.
 pub fn open_device(name: &str, threads: usize) -> Result<Device, TrainError> {
-    let host = || Device::host_with(HostOptions { threads, ..HostOptions::default() });
+    let host = HostOptions { threads, ..HostOptions::default() };
     match name {
-        "cpu" => Ok(host()),
-        "auto" => Ok(Device::cuda(0).unwrap_or_else(|_| host())),
+        "cpu" => Ok(Device::host_with(host)),
+        "auto" => Ok(Device::auto(host)?),
         name => Ok(Device::from_name(name)?),
     }
 }

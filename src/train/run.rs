@@ -23,13 +23,18 @@ use super::state::State;
 use super::training::Subject;
 use super::tuning;
 use crate::data::{self, Dataset, Images, Split};
-use crate::device::{Compute, Device, Error, RecordedGraph, Slice};
+use crate::device::{Compute, Device, Error, Event, RecordedGraph, Slice, no_gpu};
 use crate::kernels::batch_norm::Mode;
 use crate::optim::{Decay, RhoSchedule, Schedule, Telemetry};
 
 /// A sign that a run does not do what it should.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Warning {
+    /// The driver refuses to record steps, so each of their kernels is launched by itself, with the same results.
+    NotRecorded {
+        /// The driver's reason.
+        reason: String,
+    },
     /// The mean loss of 50 steps, or of an epoch, is above ten times the first of these means, or that of guessing if
     /// this is less.
     LossRose {
@@ -59,6 +64,9 @@ pub enum Warning {
 impl std::fmt::Display for Warning {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
+            Self::NotRecorded { reason } => {
+                write!(f, "steps cannot be recorded for the GPU, and are slower: {reason}")
+            }
             Self::LossRose { step, loss, first } => {
                 let loss = if *loss < 1e4 { format!("{loss:.2}") } else { format!("{loss:.2e}") };
                 write!(f, "step {step}: the mean loss has risen from {first:.2} to {loss}")
@@ -203,6 +211,8 @@ pub(super) struct Run<S: Compute<Master = f32>> {
     /// The epoch whose order and learning rates are on the device.
     prepared_epoch: Option<u64>,
     recorded: Recorded,
+    /// Why steps cannot be recorded, if they cannot.
+    unrecorded: Option<String>,
     /// The images of the steps to come, where the pictures stay in files.
     queue: Option<Queue>,
     window: Window,
@@ -229,6 +239,8 @@ pub(super) struct Run<S: Compute<Master = f32>> {
 struct Recorded {
     one: Option<RecordedGraph>,
     several: Option<RecordedGraph>,
+    /// The ends of the last two launches, the older one first.
+    ends: [Option<Event>; 2],
 }
 
 impl<S: Compute<Master = f32>> Run<S> {
@@ -319,6 +331,7 @@ impl<S: Compute<Master = f32>> Run<S> {
             started_at: step,
             prepared_epoch: None,
             recorded: Recorded::default(),
+            unrecorded: None,
             queue,
             max_loss,
             diverged: None,
@@ -345,8 +358,12 @@ impl<S: Compute<Master = f32>> Run<S> {
     }
 
     fn train_to_end(&mut self, stop: &AtomicBool, progress: &mut dyn FnMut(Progress)) -> Result<Summary, TrainError> {
+        let mut device = format!("{} ({})", self.device.name(), self.device.description());
+        if self.settings.run.device == "auto" && self.device.is_host() {
+            device += &no_gpu().map(|reason| format!("; no GPU: {reason}")).unwrap_or_default();
+        }
         progress(Progress::Start {
-            device: format!("{} ({})", self.device.name(), self.device.description()),
+            device,
             data: self.data.clone(),
             images: self.images,
             classes: self.classes,
@@ -377,8 +394,12 @@ impl<S: Compute<Master = f32>> Run<S> {
         while self.step < self.steps && self.diverged.is_none() && !stop.load(Ordering::Relaxed) {
             self.prepare_epoch()?;
             let logged = self.is_logged(self.step + 1);
+            let recorded_before = self.unrecorded.is_none();
             if !self.advance(logged, stop)? {
                 break;
+            }
+            if let (true, Some(reason)) = (recorded_before, &self.unrecorded) {
+                progress(Progress::Warning(Warning::NotRecorded { reason: reason.clone() }));
             }
             self.check_divergence(progress)?;
             if logged {
@@ -453,7 +474,9 @@ impl<S: Compute<Master = f32>> Run<S> {
 
     /// Takes the next step, or the next few. Returns whether it was not stopped while it waited for images.
     fn advance(&mut self, logged: bool, stop: &AtomicBool) -> Result<bool, TrainError> {
-        let repeats = self.state.optimizer.settings().method.repeats() && self.rho_schedule == RhoSchedule::Constant;
+        let repeats = self.state.optimizer.settings().method.repeats()
+            && self.rho_schedule == RhoSchedule::Constant
+            && self.unrecorded.is_none();
         // The first step allocates memory, and a logged step does more work.
         let is_alone = logged || !repeats || self.step == self.started_at;
         let count = match self.steps_per_launch {
@@ -471,12 +494,29 @@ impl<S: Compute<Master = f32>> Run<S> {
             *step += 1;
             return Ok(true);
         }
-        let slot = if count > 1 { &mut recorded.several } else { &mut recorded.one };
+        let Recorded { one, several, ends } = recorded;
+        let slot = if count > 1 { several } else { one };
         let graph = match slot {
             Some(graph) => graph,
-            None => slot.insert(device.capture(|| (0..count).try_for_each(|_| state.step()))?),
+            None => match device.capture(|| (0..count).try_for_each(|_| state.step())) {
+                Ok(graph) => slot.insert(graph),
+                // Nothing has been done yet.
+                Err(Error::Cuda { message, .. }) => {
+                    self.unrecorded = Some(message);
+                    (0..count).try_for_each(|_| state.step())?;
+                    *step += count;
+                    return Ok(true);
+                }
+                Err(other) => return Err(other.into()),
+            },
         };
+        // The host stays at most two launches ahead. So progress is shown as it is made, and Ctrl-C waits for little.
+        if let Some(end) = &ends[0] {
+            end.wait()?;
+        }
         graph.replay()?;
+        ends.rotate_left(1);
+        ends[1] = Some(device.event()?);
         *step += count;
         Ok(true)
     }

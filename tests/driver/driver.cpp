@@ -5,7 +5,8 @@
 // random (DRIVER_SEED). So a missing wait, or memory that is freed too early, leads to wrong results. Misuse that a
 // real driver might accept ends the process with a message.
 //
-// DRIVER_IMAGES is a folder with the kernels: for every NAME.fatbin that is loaded, its PTX as NAME.ptx.
+// DRIVER_IMAGES is a folder with the kernels: for every NAME.fatbin that is loaded, its PTX as NAME.ptx. README.md
+// lists the other settings.
 #include <cuda.h>
 
 #include <algorithm>
@@ -87,11 +88,20 @@ std::vector<Stream*> streams;
 std::map<const char*, size_t> page_locked;
 std::mt19937 dice(uint32_t(setting("DRIVER_SEED", 0)));
 char context;
+/// Whether a kernel has failed. Then every call does.
+bool is_lost = false;
+
+/// Whether the driver behaves in this way, which a real one may (DRIVER_FAULT).
+bool has_fault(const char* name) {
+    static const char* const chosen = getenv("DRIVER_FAULT");
+    return chosen != nullptr && strcmp(chosen, name) == 0;
+}
 
 /// Every call that needs a context begins with this.
-#define POLDER_DRIVER                                   \
-    const std::lock_guard<std::mutex> lock(everything); \
-    if (!has_context) fail("%s: this thread has no context", __func__)
+#define POLDER_DRIVER                                                   \
+    const std::lock_guard<std::mutex> lock(everything);                 \
+    if (!has_context) fail("%s: this thread has no context", __func__); \
+    if (is_lost) return CUDA_ERROR_ILLEGAL_ADDRESS
 
 double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
@@ -201,8 +211,8 @@ extern "C" {
 
 // ---- The driver and its device --------------------------------------------------------------------------------------
 
-CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
-CUresult cuDriverGetVersion(int* version) { return *version = 13000, CUDA_SUCCESS; }
+CUresult cuInit(unsigned) { return has_fault("no-gpu") ? CUDA_ERROR_NO_DEVICE : CUDA_SUCCESS; }
+CUresult cuDriverGetVersion(int* version) { return *version = int(setting("DRIVER_VERSION", 13000)), CUDA_SUCCESS; }
 CUresult cuGetErrorName(CUresult error, const char** name) {
     static thread_local char text[32];
     snprintf(text, sizeof text, "error %d", int(error));
@@ -220,7 +230,7 @@ CUresult cuDeviceGetName(char* name, int room, CUdevice) {
 CUresult cuDeviceTotalMem_v2(size_t* bytes, CUdevice) { return *bytes = Memory::CAPACITY, CUDA_SUCCESS; }
 CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice) {
     switch (attribute) {
-        case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = 132; break;
+        case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = int(setting("DRIVER_MULTIPROCESSORS", 132)); break;
         case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = 9; break;
         case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = 0; break;
         case CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED: *value = 1; break;
@@ -229,6 +239,7 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice
     return CUDA_SUCCESS;
 }
 CUresult cuDevicePrimaryCtxRetain(CUcontext* result, CUdevice) {
+    if (has_fault("exclusive")) return CUDA_ERROR_DEVICE_UNAVAILABLE;
     return *result = reinterpret_cast<CUcontext>(&context), CUDA_SUCCESS;
 }
 CUresult cuDevicePrimaryCtxRelease_v2(CUdevice) { return CUDA_SUCCESS; }
@@ -252,7 +263,22 @@ CUresult cuMemGetInfo_v2(size_t* free, size_t* total) {
 CUresult cuDeviceGetDefaultMemPool(CUmemoryPool* pool, CUdevice) {
     return *pool = reinterpret_cast<CUmemoryPool>(&context), CUDA_SUCCESS;
 }
-CUresult cuMemPoolSetAttribute(CUmemoryPool, CUmemPool_attribute, void*) { return CUDA_SUCCESS; }
+CUresult cuMemPoolCreate(CUmemoryPool* pool, const CUmemPoolProps* properties) {
+    POLDER_DRIVER;
+    const CUmemLocation& at = properties->location;
+    const bool here = at.type == CU_MEM_LOCATION_TYPE_DEVICE && at.id == 0;
+    if (properties->allocType != CU_MEM_ALLOCATION_TYPE_PINNED || !here) return CUDA_ERROR_INVALID_VALUE;
+    return *pool = reinterpret_cast<CUmemoryPool>(new char), CUDA_SUCCESS;
+}
+CUresult cuMemPoolDestroy(CUmemoryPool pool) {
+    POLDER_DRIVER;
+    delete reinterpret_cast<char*>(pool);
+    return CUDA_SUCCESS;
+}
+CUresult cuMemPoolSetAttribute(CUmemoryPool pool, CUmemPool_attribute, void*) {
+    if (pool == reinterpret_cast<CUmemoryPool>(&context)) fail("the process's memory pool is changed");
+    return CUDA_SUCCESS;
+}
 CUresult cuMemPoolGetAttribute(CUmemoryPool, CUmemPool_attribute, void* value) {
     POLDER_DRIVER;
     const cuuint64_t used = memory().used();
@@ -264,6 +290,9 @@ CUresult cuMemAllocAsync(CUdeviceptr* address, size_t bytes, CUstream stream) {
     if (stream_of(stream)->capture != nullptr) fail("an allocation in a capture");
     *address = memory().allocate(bytes);
     return *address != 0 ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
+}
+CUresult cuMemAllocFromPoolAsync(CUdeviceptr* address, size_t bytes, CUmemoryPool, CUstream stream) {
+    return cuMemAllocAsync(address, bytes, stream);
 }
 CUresult cuMemFreeAsync(CUdeviceptr address, CUstream stream) {
     POLDER_DRIVER;
@@ -443,7 +472,7 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
     POLDER_DRIVER;
     if (reinterpret_cast<uintptr_t>(image) % 8 != 0) fail("a fatbin that is not aligned");
     const Kernels* kernels = find_kernels(static_cast<const char*>(image));
-    if (kernels == nullptr) return CUDA_ERROR_NO_BINARY_FOR_GPU;
+    if (kernels == nullptr || has_fault("no-binary")) return CUDA_ERROR_NO_BINARY_FOR_GPU;
     Module* loaded = new Module;
     for (const auto& [name, kernel] : *kernels) loaded->functions[name].kernel = kernel;
     return *module = reinterpret_cast<CUmodule>(loaded), CUDA_SUCCESS;
@@ -498,9 +527,16 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction handle, void*
     for (unsigned n = 0; n < config->numAttrs; ++n) {
         if (config->attrs[n].id != CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
             return CUDA_ERROR_INVALID_VALUE;
+        if (stream.capture != nullptr && has_fault("no-early-graph")) return CUDA_ERROR_NOT_SUPPORTED;
         if (!kernel.waits) fail("%s is launched early and does not wait", kernel.name.c_str());
         if (!stream.behind_kernel)
             fail("%s is launched early, but not after a kernel of its stream", kernel.name.c_str());
+    }
+    // The kernel runs later, and so does its failure: the call returns without one.
+    static int64_t before_failure = setting("DRIVER_FAILING_LAUNCH", 0);
+    if (before_failure > 0 && --before_failure == 0) {
+        is_lost = true;
+        return CUDA_SUCCESS;
     }
     const uint8_t* given = static_cast<const uint8_t*>(parameters[0]);
     submit(config->hStream,
@@ -529,6 +565,7 @@ CUresult cuStreamEndCapture(CUstream handle, CUgraph* graph) {
     Stream& stream = *stream_of(handle);
     *graph = nullptr;
     if (!stream.began_capture) return CUDA_ERROR_ILLEGAL_STATE;
+    if (has_fault("no-graph")) stream.last.clear();
     const std::shared_ptr<Graph> captured = stream.capture;
     captured->is_complete = true;
     // This stream must depend on every node.
@@ -561,6 +598,10 @@ CUresult cuGraphLaunch(CUgraphExec executable, CUstream handle) {
     POLDER_DRIVER;
     Stream& stream = *stream_of(handle);
     if (stream.capture != nullptr) fail("a graph is launched in a capture");
+    static const int64_t most_waiting = setting("DRIVER_MOST_GRAPHS", 0);
+    const auto waiting =
+        std::count_if(stream.items.begin(), stream.items.end(), [](const Item& item) { return item.graph != nullptr; });
+    if (most_waiting > 0 && waiting >= most_waiting) fail("%d graphs wait already", int(waiting));
     const auto graph = reinterpret_cast<Executable*>(executable)->graph;
     const size_t nodes = graph->nodes.size();
     stream.items.push_back(

@@ -5,6 +5,7 @@
 #
 #   run.sh [PROGRAM [ARGUMENT...]]
 #   run.sh --count [TRAINING OPTION...]
+#   run.sh --faults
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 NVCC=${NVCC:-$(command -v nvcc)} || { echo "nvcc was not found (NVCC, PATH)" >&2; exit 1; }
@@ -70,10 +71,9 @@ faulty() {
     echo "$kernels.ptx with $edit: $message"
 }
 
-# Trains on random images for one step and for two, and prints the accesses to memory of the second step. All other work
-# (the measurement of tiles, the evaluation of test images) is the same in both.
-count() {
-    python3 - "$to/images" <<'END'
+# A data set of random images: five of four for training, and one of four for testing.
+make_images() {
+    [ -d "$to/images" ] || python3 - "$to/images" <<'END'
 import pathlib, random, sys
 
 folder = pathlib.Path(sys.argv[1])
@@ -83,6 +83,12 @@ for name in [f"data_batch_{n}" for n in range(1, 6)] + ["test_batch"]:
     images = [bytes([random.randrange(10)]) + random.randbytes(3072) for _ in range(4)]
     (folder / f"{name}.bin").write_bytes(b"".join(images))
 END
+}
+
+# Trains on random images for one step and for two, and prints the accesses to memory of the second step. All other work
+# (the measurement of tiles, the evaluation of test images) is the same in both.
+count() {
+    make_images
     local program steps
     program=$(path_of program)
     for steps in 1 2; do
@@ -93,8 +99,51 @@ END
 }
 limits=()
 
+# trained FOLDER [SETTING=VALUE...]: an epoch of five steps with these settings of the driver, all but the first recorded.
+trained() {
+    local out=$1
+    shift
+    env "$@" "$(path_of program)" train --device "${device:-cuda}" --data "$to/images" --model resnet8 --batch-size 4 \
+        --epochs 1 --optimizer sam --out "$to/$out" >"$to/$out.log" 2>&1
+}
+
+# told FOLDER STATUS MESSAGE [SETTING=VALUE...]: with these settings of the driver, training ends with this status and
+# says this.
+told() {
+    local out=$1 wanted=$2 message=$3 status=0
+    shift 3
+    trained "$out" "$@" || status=$?
+    if [ $status -ne "$wanted" ] || ! grep -q "$message" "$to/$out.log"; then
+        echo "$*: status $wanted and '$message' were expected, not $status and" >&2
+        tail -n 20 "$to/$out.log" >&2
+        exit 1
+    fi
+    echo "$*: $message"
+}
+
+# What a driver may do, and what training makes of it.
+faults() {
+    make_images
+    told usual 0 "132 multiprocessors" DRIVER_MOST_GRAPHS=2
+    told ahead 1 "1 graphs wait already" DRIVER_MOST_GRAPHS=1
+    told early 0 "kernels are not launched early" DRIVER_FAULT=no-early-graph
+    told eager 0 "steps cannot be recorded" DRIVER_FAULT=no-graph
+    told lost 1 "a kernel that ran earlier on the GPU failed" DRIVER_FAILING_LAUNCH=300
+    told few 0 "16 multiprocessors" DRIVER_MULTIPROCESSORS=16
+    local out device=auto
+    told old 2 "it is for CUDA 12.9, 13.0 is needed" DRIVER_VERSION=12090
+    told taken 2 "no device cuda:0" DRIVER_FAULT=exclusive
+    told binary 2 "cannot be loaded" DRIVER_FAULT=no-binary
+    told absent 0 "no GPU: the CUDA driver finds no GPU" DRIVER_FAULT=no-gpu
+    for out in early eager few; do
+        cmp "$to/usual/model.safetensors" "$to/$out/model.safetensors"
+    done
+}
+
 if [ "${1-}" = --count ]; then
     count "${@:2}"
+elif [ "${1-}" = --faults ]; then
+    faults
 elif [ $# -gt 0 ]; then
     run "$@"
 else
@@ -105,10 +154,12 @@ else
     run cuda
     run device
     run kernels
-    run polder kernels:: train::run::
+    run polder kernels:: train::run:: device::cuda
     run networks plan:: precision::weights_are_rounded families::tiny_members methods::sampa
     # Other orders of blocks, warps and streams.
     DRIVER_SEED=1 run kernels batch_norm:: vector::norm
+    printf '\nfaults of a driver\n'
+    faults
     # Convolutions on tensor cores have almost no bank conflicts, and except for the first layer access little more than
     # the minimum.
     printf '\naccesses to memory in a step\n'

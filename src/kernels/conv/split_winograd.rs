@@ -96,7 +96,7 @@ fn multiply<S: Compute>(
         accumulate: accumulate.into(),
     };
     // As the kernel lays a band out.
-    let between = if shape.in_channels <= DENSE_CHANNELS as usize { 0 } else { 2 * DEPTH };
+    let between = if shape.in_channels <= DENSE_CHANNELS { 0 } else { 2 * DEPTH };
     let row = pixel_bytes::<S>(shape.in_channels) + between;
     let input = bands.tiles * row + 2 * DEPTH;
     let output = 4 * (bands.tiles * bands.channels(shape, SIDE) + SIDE);

@@ -174,7 +174,7 @@ pub(super) fn turned(shape: &ConvShape) -> ConvShape {
 /// Bytes of two transformed bands of so many tiles, of so many channels.
 fn band_bytes<S: Compute>(tiles: usize, channels: [usize; 2]) -> usize {
     // As the kernels lay a band out.
-    let pitch = |channels: usize| if channels <= DENSE_CHANNELS as usize { channels } else { channels + panel::<S>() };
+    let pitch = |channels: usize| if channels <= DENSE_CHANNELS { channels } else { channels + panel::<S>() };
     channels.iter().map(|&channels| ELEMENTS * (tiles * pitch(channels) + panel::<S>()) * size_of::<S::Master>()).sum()
 }
 
