@@ -125,7 +125,7 @@ told() {
 faults() {
     make_images
     told usual 0 "132 multiprocessors" DRIVER_MOST_GRAPHS=2
-    told ahead 1 "1 graphs wait already" DRIVER_MOST_GRAPHS=1
+    told ahead 134 "1 graphs wait already" DRIVER_MOST_GRAPHS=1
     told early 0 "kernels are not launched early" DRIVER_FAULT=no-early-graph
     told eager 0 "steps cannot be recorded" DRIVER_FAULT=no-graph
     told lost 1 "a kernel that ran earlier on the GPU failed" DRIVER_FAILING_LAUNCH=300
