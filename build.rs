@@ -41,9 +41,11 @@ const RUNTIME: [&str; 2] = ["PolderLaunch", "PolderFault"];
 
 fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    let nvcc = ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "POLDER_REQUIRE_CUDA", "POLDER_CUDA_TARGETS"];
-    for variable in nvcc.iter().chain(&["POLDER_SANITIZE"]) {
+    for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH"] {
         println!("cargo:rerun-if-env-changed={variable}");
+    }
+    for option in ["REQUIRE_CUDA", "CUDA_TARGETS", "SANITIZE"] {
+        println!("cargo:rerun-if-env-changed=POLDER_{option}");
     }
     for path in ["kernels", "build.rs", "build"] {
         println!("cargo:rerun-if-changed={path}");

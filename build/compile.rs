@@ -12,10 +12,10 @@ use std::time::SystemTime;
 /// Compute capabilities, times ten, that machine code can be made for. Code for 80 also runs on 86 and 89, which add
 /// nothing that these kernels could use.
 const TARGETS: [&str; 6] = ["80", "86", "89", "90", "100", "120"];
-/// Those that it is made for unless `POLDER_CUDA_TARGETS` names others. Each takes a third of nvcc's time.
+/// Those that it is made for unless `POLDER_CUDA_TARGETS` names others. Each adds a run of ptxas over all kernels.
 const USUAL_TARGETS: &str = "80 90";
 
-/// nvcc's arguments for the targets, and for PTX, from which the driver makes code for other chips from 90 on.
+/// nvcc's arguments for the targets, and for PTX. From PTX the driver makes code for the other chips from 90 on.
 ///
 /// # Panics
 /// If `POLDER_CUDA_TARGETS` names none, or an unknown one.

@@ -241,18 +241,15 @@ fn early_launch() -> bool {
 impl CudaDevice {
     pub(super) fn new(ordinal: usize) -> Result<Arc<Self>> {
         let mut device = Arc::new(Self::find(ordinal, None)?);
-        let tried = Self::try_early_launch(&device);
-        if let Some(found) = Arc::get_mut(&mut device) {
-            match tried {
-                Ok(()) => {}
-                Err(lost @ Error::Lost { .. }) => return Err(lost),
-                Err(refused) => {
-                    found.kernels.iter_mut().flatten().for_each(|kernel| kernel.early = false);
-                    found.description += &format!("; kernels are not launched early ({refused})");
-                }
+        match Self::try_early_launch(&device) {
+            Err(refused @ (Error::Cuda { .. } | Error::Launch { .. })) => {
+                let found = Arc::get_mut(&mut device).expect("the memory and the graph of the try are dropped");
+                found.kernels.iter_mut().flatten().for_each(|kernel| kernel.early = false);
+                found.description += &format!("; kernels are not launched early ({refused})");
+                Ok(device)
             }
+            tried => tried.map(|()| device),
         }
-        Ok(device)
     }
 
     /// # Safety
@@ -261,8 +258,8 @@ impl CudaDevice {
         Ok(Arc::new(Self::find(ordinal, Some(stream.cast()))?))
     }
 
-    /// Records two kernels, of which the second is launched early, and replays them. Training does little else, and not
-    /// every driver and virtual GPU can.
+    /// Records two kernels, of which the second is launched early, and replays them. Recorded steps need this, and a
+    /// driver may refuse it.
     fn try_early_launch(this: &Arc<Self>) -> Result<()> {
         let kernel = id::FILL_F32;
         if !this.kernels[kernel.id.0].as_ref().is_some_and(|kernel| kernel.early) {

@@ -284,8 +284,8 @@ impl Device {
         Ok(Self(Inner::Cuda(unsafe { CudaDevice::adopt(ordinal, stream) }?)))
     }
 
-    /// The first GPU, or the CPU with these options if there is no CUDA driver or no GPU, or if this binary was built
-    /// without nvcc. [`no_gpu`] tells which.
+    /// The first GPU. The CPU with these options if there is no CUDA driver or no GPU, or if this binary was built
+    /// without nvcc; [`no_gpu`] tells which.
     ///
     /// # Errors
     /// [`Error::Unavailable`] for a GPU that is there and cannot be used: a driver that is too old, a GPU that another

@@ -211,8 +211,8 @@ pub(super) struct Run<S: Compute<Master = f32>> {
     /// The epoch whose order and learning rates are on the device.
     prepared_epoch: Option<u64>,
     recorded: Recorded,
-    /// Why steps cannot be recorded, if they cannot.
-    unrecorded: Option<String>,
+    /// Whether the driver has refused to record a step.
+    recording_refused: bool,
     /// The images of the steps to come, where the pictures stay in files.
     queue: Option<Queue>,
     window: Window,
@@ -331,7 +331,7 @@ impl<S: Compute<Master = f32>> Run<S> {
             started_at: step,
             prepared_epoch: None,
             recorded: Recorded::default(),
-            unrecorded: None,
+            recording_refused: false,
             queue,
             max_loss,
             diverged: None,
@@ -394,12 +394,8 @@ impl<S: Compute<Master = f32>> Run<S> {
         while self.step < self.steps && self.diverged.is_none() && !stop.load(Ordering::Relaxed) {
             self.prepare_epoch()?;
             let logged = self.is_logged(self.step + 1);
-            let recorded_before = self.unrecorded.is_none();
-            if !self.advance(logged, stop)? {
+            if !self.advance(logged, stop, progress)? {
                 break;
-            }
-            if let (true, Some(reason)) = (recorded_before, &self.unrecorded) {
-                progress(Progress::Warning(Warning::NotRecorded { reason: reason.clone() }));
             }
             self.check_divergence(progress)?;
             if logged {
@@ -473,10 +469,15 @@ impl<S: Compute<Master = f32>> Run<S> {
     }
 
     /// Takes the next step, or the next few. Returns whether it was not stopped while it waited for images.
-    fn advance(&mut self, logged: bool, stop: &AtomicBool) -> Result<bool, TrainError> {
+    fn advance(
+        &mut self,
+        logged: bool,
+        stop: &AtomicBool,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<bool, TrainError> {
         let repeats = self.state.optimizer.settings().method.repeats()
             && self.rho_schedule == RhoSchedule::Constant
-            && self.unrecorded.is_none();
+            && !self.recording_refused;
         // The first step allocates memory, and a logged step does more work.
         let is_alone = logged || !repeats || self.step == self.started_at;
         let count = match self.steps_per_launch {
@@ -501,8 +502,9 @@ impl<S: Compute<Master = f32>> Run<S> {
             None => match device.capture(|| (0..count).try_for_each(|_| state.step())) {
                 Ok(graph) => slot.insert(graph),
                 // Nothing has been done yet.
-                Err(Error::Cuda { message, .. }) => {
-                    self.unrecorded = Some(message);
+                Err(Error::Cuda { message: reason, .. }) => {
+                    self.recording_refused = true;
+                    progress(Progress::Warning(Warning::NotRecorded { reason }));
                     (0..count).try_for_each(|_| state.step())?;
                     *step += count;
                     return Ok(true);

@@ -99,20 +99,13 @@ count() {
 }
 limits=()
 
-# trained FOLDER [SETTING=VALUE...]: an epoch of five steps with these settings of the driver, all but the first recorded.
-trained() {
-    local out=$1
-    shift
-    env "$@" "$(path_of program)" train --device "${device:-cuda}" --data "$to/images" --model resnet8 --batch-size 4 \
-        --epochs 1 --optimizer sam --out "$to/$out" >"$to/$out.log" 2>&1
-}
-
-# told FOLDER STATUS MESSAGE [SETTING=VALUE...]: with these settings of the driver, training ends with this status and
-# says this.
+# told FOLDER STATUS MESSAGE SETTING=VALUE: with this setting of the driver, an epoch of five steps, all but the first
+# recorded, ends with this status and says this. The variable `device` names a device other than `cuda`.
 told() {
     local out=$1 wanted=$2 message=$3 status=0
     shift 3
-    trained "$out" "$@" || status=$?
+    env "$@" "$(path_of program)" train --device "${device:-cuda}" --data "$to/images" --model resnet8 --batch-size 4 \
+        --epochs 1 --optimizer sam --out "$to/$out" >"$to/$out.log" 2>&1 || status=$?
     if [ $status -ne "$wanted" ] || ! grep -q "$message" "$to/$out.log"; then
         echo "$*: status $wanted and '$message' were expected, not $status and" >&2
         tail -n 20 "$to/$out.log" >&2
@@ -130,11 +123,11 @@ faults() {
     told eager 0 "steps cannot be recorded" DRIVER_FAULT=no-graph
     told lost 1 "a kernel that ran earlier on the GPU failed" DRIVER_FAILING_LAUNCH=300
     told few 0 "16 multiprocessors" DRIVER_MULTIPROCESSORS=16
-    local out device=auto
-    told old 2 "it is for CUDA 12.9, 13.0 is needed" DRIVER_VERSION=12090
-    told taken 2 "no device cuda:0" DRIVER_FAULT=exclusive
-    told binary 2 "cannot be loaded" DRIVER_FAULT=no-binary
-    told absent 0 "no GPU: the CUDA driver finds no GPU" DRIVER_FAULT=no-gpu
+    device=auto told old 2 "it is for CUDA 12.9, 13.0 is needed" DRIVER_VERSION=12090
+    device=auto told taken 2 "no device cuda:0" DRIVER_FAULT=exclusive
+    device=auto told binary 2 "cannot be loaded" DRIVER_FAULT=no-binary
+    device=auto told absent 0 "no GPU: the CUDA driver finds no GPU" DRIVER_FAULT=no-gpu
+    local out
     for out in early eager few; do
         cmp "$to/usual/model.safetensors" "$to/$out/model.safetensors"
     done
