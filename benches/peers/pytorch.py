@@ -344,8 +344,8 @@ class Runner:
 
 
 def contenders(problem, method, ways, seconds, pattern):
-    """Tries every form whose name matches the pattern twice for about `seconds`. Returns those that go on as {role: (name, runner)}, and the images
-    per second of all forms."""
+    """Tries every form whose name matches the pattern, twice for about `seconds`. Returns those that go on as
+    {role: (name, runner)}, and the images per second of all forms."""
     runners, best = {}, {}
     computed = arithmetics(problem.device.type, problem.precision)
     tried = {name: form for name, *form in forms(method, ways, computed) if re.search(pattern, name)}
@@ -460,8 +460,8 @@ def compare(arguments, device, model, method, folder):
             "gradient_error": sharp_gradient_error(arguments, model, method, device, folder, precision),
             "timed_gradient_error": gradient_error(problem, peer, folder, TIMED_LIMIT, precision),
         }
-    tried = arguments.ways, arguments.seconds / 4, arguments.forms
-    roles, result["forms"] = contenders(problem, method, *tried)
+    seconds, pattern = arguments.seconds / 4, arguments.forms
+    roles, result["forms"] = contenders(problem, method, arguments.ways, seconds, pattern)
     fastest, runner = roles["same precision"]
     count = max(1, round(arguments.seconds / runner.run(1)))
     # A form may have several roles. It takes one turn for all of them.

@@ -91,7 +91,7 @@ impl Candle {
 
 impl Side for Candle {
     fn name(&self) -> String {
-        "candle 0.11".into()
+        if cfg!(feature = "mkl") { "candle 0.11 with MKL" } else { "candle 0.11" }.into()
     }
 
     fn gradient(&mut self) -> Outcome<(f64, Tensors)> {
