@@ -3,13 +3,13 @@
 use burn::module::{Module, Param};
 use burn::nn::conv::{Conv2d, Conv2dConfig};
 use burn::nn::loss::{CrossEntropyLoss, CrossEntropyLossConfig};
-use burn::nn::{BatchNorm, BatchNormConfig, Linear, LinearConfig, PaddingConfig2d};
+use burn::nn::{BatchNorm, BatchNormConfig, Linear, PaddingConfig2d};
 use burn::optim::momentum::MomentumConfig;
 use burn::optim::{GradientsParams, ModuleOptimizer, SgdConfig};
 use burn::tensor::activation::relu;
 use burn::tensor::{Device, Gradients, Int, Tensor, TensorData};
 
-use crate::{Batch, CLASSES, MOMENTUM, Outcome, RATE, SIZE, Side, Tensors, blocks};
+use crate::{Batch, MOMENTUM, Outcome, RATE, SIZE, Side, Tensors, blocks};
 
 #[derive(Module, Debug)]
 struct Block {
@@ -63,11 +63,7 @@ impl ResNet {
         // burn's linear layers hold [inputs, outputs].
         // A parameter may not come from an operation that could be differentiated.
         let weight = parameter::<2>(start, "fc.weight", device).val().transpose().detach();
-        let head = Linear {
-            weight: Param::from_tensor(weight),
-            bias: Some(parameter(start, "fc.bias", device)),
-            ..LinearConfig::new(64, CLASSES).init(device)
-        };
+        let head = Linear { weight: Param::from_tensor(weight), bias: Some(parameter(start, "fc.bias", device)) };
         Self {
             conv1: convolution(start, "conv1", [3, 16], 1, device),
             bn1: norm(start, "bn1", 16, device),
