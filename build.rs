@@ -71,10 +71,11 @@ fn main() {
         return;
     }
     let mut jobs = Vec::new();
+    // Checks take seconds, and without them a mistake would show after minutes.
+    compile::plan_checks(&checked, &mut jobs);
     let for_devices: Vec<_> = checked.iter().filter(|(source, _)| device_sources.contains(source)).cloned().collect();
     let fatbins = compile::plan_cuda(&out, &for_devices, &mut jobs);
     let (built, objects) = compile::plan_host(&out, &all, &sets, &mut jobs);
-    compile::plan_checks(&checked, &mut jobs);
     compile::run_all(jobs);
     compile::link_host(&objects);
     write_registry(&built);

@@ -187,6 +187,9 @@ impl Arguments {
     /// of them.
     pub fn to_assertions(&self, spellings: &BTreeSet<String>) -> String {
         let mut text = String::from("#include <stddef.h>\n");
+        // The type of an array's element is a reference.
+        text.push_str("template <class T> struct polder_value { using type = T; };\n");
+        text.push_str("template <class T> struct polder_value<T&> { using type = T; };\n");
         let mut names = 0;
         for spelling in spellings {
             self.assert_struct(spelling, spelling.split('<').next().unwrap_or_default(), &mut names, &mut text);
@@ -214,7 +217,7 @@ impl Arguments {
                 let alias = format!("polder_layout_{names}");
                 let element = if field.array.is_some() { "[0]" } else { "" };
                 let of = format!("decltype({spelling}::{member}{element})");
-                let _ = writeln!(text, "using {alias} = {of};");
+                let _ = writeln!(text, "using {alias} = polder_value<{of}>::type;");
                 self.assert_struct(&alias, inner, names, text);
             }
         }
