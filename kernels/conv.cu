@@ -186,16 +186,10 @@ __device__ __forceinline__ void forward(const ConvArgs<T>& a) {
     using Problem = ForwardProblem<Tile, T>;
     const ConvShape& s = a.shape;
     const int pixels = s.batch * s.out_height * s.out_width;
-    const Raster raster(s.out_height, s.out_width);
+    const Raster raster{a.divisors.out_width, a.divisors.out_height};
     const Corner<Tile> corner(s.out_channels);
     const int first_out = int(blockIdx.y) * s.out_channels;
-    Problem problem{Windows<T>(a.left + int(blockIdx.y) * s.in_channels, s.height, s.width, s.in_channels, s.in_pitch,
-                               s.kernel, s.kernel, a.wide_left != 0),
-                    a.right + first_out,
-                    s.out_channels,
-                    s.out_pitch,
-                    a.wide_right != 0,
-                    {}};
+    Problem problem{input_windows(a), a.right + first_out, s.out_channels, s.out_pitch, a.wide_right != 0, {}};
     POLDER_UNROLL
     for (int i = 0; i < Problem::Left::COUNT; ++i) {
         const int number = corner.row + Problem::Left::at(i);
@@ -242,12 +236,11 @@ __device__ __forceinline__ void input_gradient(const ConvArgs<T>& a) {
     const int pixels = s.batch * rows.extent * columns.extent;
     const Corner<Tile> corner(s.in_channels);
     if (corner.row >= pixels) return;
-    const Raster raster(rows.extent, columns.extent);
+    const Raster raster = class_raster(a.divisors, rows, columns);
     const int first_out = int(blockIdx.y) * s.out_channels;
     T* const out = a.out + int(blockIdx.y) * s.in_channels;
-    Problem problem{Windows<T>(a.left + first_out, s.out_height, s.out_width, s.out_channels, s.out_pitch, rows.taps,
-                               columns.taps, a.wide_left != 0),
-                    ClassWeights<T>(a.right + first_out, s, rows, columns, a.wide_right != 0),
+    Problem problem{class_windows(a, rows, columns),
+                    ClassWeights<T>(a.right + first_out, s, a.divisors, rows, columns, a.wide_right != 0),
                     {}};
     POLDER_UNROLL
     for (int i = 0; i < Problem::Left::COUNT; ++i) {
@@ -300,14 +293,12 @@ __device__ __forceinline__ void weight_gradient(const ConvArgs<T>& a) {
     using Left = ThreadPacks<Tile::ROWS, Tile::DEPTH, Problem::LEFT_ALONG_DEPTH>;
     const ConvShape& s = a.shape;
     const int pixels = s.batch * s.out_height * s.out_width;
-    const int begin = int(int64_t(pixels) * blockIdx.z / a.splits),
-              end = int(int64_t(pixels) * (blockIdx.z + 1) / a.splits);
+    const int begin = min(int(blockIdx.z) * a.part_pixels, pixels), end = min(begin + a.part_pixels, pixels);
     const Corner<Tile> corner(s.out_channels);
     const int first_out = int(blockIdx.y) * s.out_channels;
-    const Problem problem{Windows<T>(a.left + int(blockIdx.y) * s.in_channels, s.height, s.width, s.in_channels,
-                                     s.in_pitch, s.kernel, s.kernel, a.wide_left != 0),
+    const Problem problem{input_windows(a),
                           a.right + first_out,
-                          Raster(s.out_height, s.out_width),
+                          Raster{a.divisors.out_width, a.divisors.out_height},
                           s.stride,
                           s.padding,
                           s.out_channels,

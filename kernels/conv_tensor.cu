@@ -257,8 +257,9 @@ struct WindowColumns {
     /// The steps from the first tap's first channel to the taps and channels of the thread's chunks.
     Place steps[Rows::COUNT];
 
-    __device__ __forceinline__ WindowColumns(const Windows<T>& windows, const ConvShape& s, int first_row, int end)
-        : tensor(windows.tensor), wide(windows.wide), windows(windows), raster(s.out_height, s.out_width),
+    __device__ __forceinline__ WindowColumns(const Windows<T>& windows, const ConvDivisors& by, const ConvShape& s,
+                                             int first_row, int end)
+        : tensor(windows.tensor), wide(windows.wide), windows(windows), raster{by.out_width, by.out_height},
           stride(s.stride), padding(s.padding), end(end) {
         POLDER_UNROLL
         for (int i = 0; i < Rows::COUNT; ++i) {
@@ -315,7 +316,7 @@ struct ClassMatrix {
         : tensor(weights.tensor), wide(weights.wide), weights(weights) {}
 
     __device__ __forceinline__ uint32_t share(int depth) const {
-        const int tap = weights.by_out_channels.quotient(depth);
+        const int tap = quotient(depth, weights.by_out_channels);
         return weights.offset(tap, 0, depth - tap * weights.out_channels);
     }
     __device__ __forceinline__ Found find(int, uint32_t offset, int channel, int depth) const {
@@ -671,7 +672,7 @@ __device__ __forceinline__ void write_masked(const typename Tile::Accumulators& 
     typedef Chunks<Tile, D> Chunks;
     typedef Scalars<float, 8> Group;
     constexpr int PARTS = Tile::WARP_ROWS / 16;
-    const int lane = int(threadIdx.x) % 32, columns = int(a.channels), line = Tile::warp_row() / LINE_ROWS;
+    const int lane = int(threadIdx.x) % 32, columns = int(a.rows.channels), line = Tile::warp_row() / LINE_ROWS;
     const Upstream<D> upstream{nullptr, nullptr, nullptr, shared.gamma, shared.beta, shared.mean, shared.inv_std};
     int offsets[PARTS][2];
     POLDER_UNROLL
@@ -723,7 +724,7 @@ __device__ __forceinline__ void write_for_batch_norm(const typename Tile::Accumu
                                                      const BatchNormSumsArgs<D>& a, D* out, const Corner<Tile>& corner,
                                                      bool accumulate, OffsetAt offset_at) {
     POLDER_DYNAMIC_SHARED(NormShared<Tile>, shared);
-    const uint32_t channels = a.channels;
+    const uint32_t channels = a.rows.channels;
     static_assert(Tile::COLUMNS <= Tile::THREADS, "a thread for each column");
     if (int(threadIdx.x) < Tile::COLUMNS) {
         const int c = int(threadIdx.x);
@@ -745,21 +746,21 @@ __device__ __forceinline__ void write_for_batch_norm(const typename Tile::Accumu
     const uint32_t c = threadIdx.x, column = uint32_t(corner.column) + c;
     const bool mine = c < uint32_t(Tile::COLUMNS) && column < channels;
     if (mine) {
-        BatchNormSums all = {0.0, 0.0};
+        TwoSums all = {};
         POLDER_UNROLL
         for (int line = 0; line < NormShared<Tile>::LINES; ++line) {
-            all = add(all, BatchNormSums{double(shared->dz[line][c]), double(shared->dz_x[line][c])});
+            all = add(all, {{double(shared->dz[line][c]), double(shared->dz_x[line][c])}});
         }
-        a.dz[uint64_t(block) * channels + column] = all.dz;
-        a.dz_x[uint64_t(block) * channels + column] = all.dz_x;
+        a.dz[uint64_t(block) * channels + column] = all.v[0];
+        a.dz_x[uint64_t(block) * channels + column] = all.v[1];
     }
     const auto combine = [&](uint64_t first, uint32_t count, uint32_t step, auto write) {
         if (!mine) return;
-        BatchNormSums all = {0.0, 0.0};
+        TwoSums all = {};
 #pragma unroll 8
         for (uint32_t i = 0; i < count; ++i) {
             const uint64_t place = (first + uint64_t(i) * step) * channels + column;
-            all = add(all, BatchNormSums{a.dz[place], a.dz_x[place]});
+            all = add(all, {{a.dz[place], a.dz_x[place]}});
         }
         write(column, all);
     };
@@ -778,11 +779,10 @@ __device__ __forceinline__ void forward(const ConvArgs<Stored<P>>& a) {
     using Columns = Operand<P, Side::kRight, Tile::COLUMNS, Tile::THREADS, false>;
     const ConvShape& s = a.shape;
     const int pixels = s.batch * s.out_height * s.out_width;
-    const Raster raster(s.out_height, s.out_width);
+    const Raster raster{a.divisors.out_width, a.divisors.out_height};
     const Corner<Tile> corner(s.out_channels);
     const int first_out = int(blockIdx.y) * s.out_channels;
-    WindowRows<Rows, T> left(Windows<T>(a.left + int(blockIdx.y) * s.in_channels, s.height, s.width, s.in_channels,
-                                        s.in_pitch, s.kernel, s.kernel, a.wide_left != 0));
+    WindowRows<Rows, T> left(input_windows(a));
     POLDER_UNROLL
     for (int i = 0; i < Rows::COUNT; ++i) {
         const int number = corner.row + Rows::at(i);
@@ -826,10 +826,9 @@ __device__ __forceinline__ void input_gradient(const InputGradientArgs<Stored<P>
     const Corner<Tile> corner(s.in_channels);
     const bool normalized = sizeof(T) == 2 && args.norm.tickets != nullptr;
     if (corner.row >= pixels && !normalized) return;
-    const Raster raster(max(rows.extent, 1), max(columns.extent, 1));  // a class may have no pixel
+    const Raster raster = class_raster(a.divisors, rows, columns);
     const int first_out = int(blockIdx.y) * s.out_channels;
-    WindowRows<Rows, T> left(Windows<T>(a.left + first_out, s.out_height, s.out_width, s.out_channels, s.out_pitch,
-                                        rows.taps, columns.taps, a.wide_left != 0));
+    WindowRows<Rows, T> left(class_windows(a, rows, columns));
     POLDER_UNROLL
     for (int i = 0; i < Rows::COUNT; ++i) {
         const int number = corner.row + Rows::at(i);
@@ -838,7 +837,8 @@ __device__ __forceinline__ void input_gradient(const InputGradientArgs<Stored<P>
                              ? left.windows.place(pixel.image, pixel.row + rows.first, pixel.column + columns.first)
                              : left.windows.nowhere();
     }
-    const ClassMatrix<Columns, T> right(ClassWeights<T>(a.right + first_out, s, rows, columns, a.wide_right != 0));
+    const ClassMatrix<Columns, T> right(
+        ClassWeights<T>(a.right + first_out, s, a.divisors, rows, columns, a.wide_right != 0));
     typename Tile::Accumulators sum = {};
     multiply<Tile, P, Rows, Columns>(left, right, corner, 0, corner.row < pixels ? left.windows.depth : 0, sum);
     // No tensor has 2^31 elements.
@@ -918,13 +918,10 @@ __device__ __forceinline__ void weight_gradient(const WeightGradientArgs<Stored<
     using Columns = Operand<P, Side::kRight, Tile::COLUMNS, Tile::THREADS, false>;
     const ConvShape& s = a.shape;
     const int pixels = s.batch * s.out_height * s.out_width;
-    const int begin = int(int64_t(pixels) * blockIdx.z / a.splits),
-              end = int(int64_t(pixels) * (blockIdx.z + 1) / a.splits);
+    const int begin = min(int(blockIdx.z) * a.part_pixels, pixels), end = min(begin + a.part_pixels, pixels);
     const Corner<Tile> corner(s.out_channels);
     const int first_out = int(blockIdx.y) * s.out_channels;
-    const WindowColumns<Rows, T> left(Windows<T>(a.left + int(blockIdx.y) * s.in_channels, s.height, s.width,
-                                                 s.in_channels, s.in_pitch, s.kernel, s.kernel, a.wide_left != 0),
-                                      s, corner.row, end);
+    const WindowColumns<Rows, T> left(input_windows(a), a.divisors, s, corner.row, end);
     const Matrix<Columns, T> right{a.right + first_out, a.wide_right != 0, s.out_channels, s.out_pitch, end};
     typename Tile::Accumulators sum = {};
     multiply<Tile, P, Rows, Columns>(left, right, corner, begin, end, sum);

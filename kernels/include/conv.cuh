@@ -13,6 +13,20 @@ struct ConvShape {
     int32_t in_pitch, out_pitch;
 };
 
+/// A number to divide by, with which a product replaces the division (Granlund and Montgomery, "Division by invariant
+/// integers using multiplication", PLDI 1994). Rust computes it: the multiplier takes a division of 64 bits.
+struct Divisor {
+    uint32_t divisor, multiplier, shift;
+};
+
+/// What indices are divided by.
+struct ConvDivisors {
+    Divisor out_width, out_height, in_channels, out_channels, kernel;
+    // Of the parity classes of an input gradient: rows, columns, and taps in a direction. A class has the whole part of
+    // a quotient by the stride, or one more.
+    Divisor class_height[2], class_width[2], class_taps[2];
+};
+
 /// Operands of type T, a result of type D.
 template <class T, class D = T>
 struct ConvArgs {
@@ -20,25 +34,22 @@ struct ConvArgs {
     const T* right;  // the weights, or the output gradient for the weight gradient
     D* out;
     ConvShape shape;
-    int32_t splits;  // of the weight gradient's depth
+    ConvDivisors divisors;
+    int32_t part_pixels;  // of each part of a weight gradient but the last, which may have fewer
     uint32_t accumulate;
     uint32_t wide_left, wide_right, wide_out;  // whether packs of channels are whole and aligned
     float* moments;  // of the forward's result, on tensor cores: [out channels][row tiles][mean, m2], or null
 };
 
-/// Quotients by a fixed divisor without a division, for numbers below 2^31 (Granlund and Montgomery, "Division by
-/// invariant integers using multiplication", PLDI 1994).
-struct Divisor {
-    uint32_t divisor, multiplier, shift;
+/// n / by, for n from 0 to 2^31 - 1.
+__device__ __forceinline__ int quotient(int n, const Divisor& by) {
+    return int((__umulhi(by.multiplier, uint32_t(n)) + uint32_t(n)) >> by.shift);
+}
 
-    __device__ __forceinline__ explicit Divisor(int d) : divisor(uint32_t(d)) {
-        shift = d > 1 ? 32 - __clz(d - 1) : 0;
-        multiplier = uint32_t((((uint64_t(1) << shift) - divisor) << 32) / divisor + 1);
-    }
-    __device__ __forceinline__ int quotient(int n) const {
-        return int((__umulhi(multiplier, uint32_t(n)) + uint32_t(n)) >> shift);
-    }
-};
+/// That of the two divisors whose number is `count`.
+__device__ __forceinline__ const Divisor& divisor_of(int count, const Divisor (&both)[2]) {
+    return both[count > int(both[0].divisor) ? 1 : 0];
+}
 
 __device__ __forceinline__ bool inside(int i, int extent) { return unsigned(i) < unsigned(extent); }
 
@@ -50,9 +61,8 @@ struct Pixel {
 struct Raster {
     Divisor by_width, by_height;
 
-    __device__ __forceinline__ Raster(int height, int width) : by_width(width), by_height(height) {}
     __device__ __forceinline__ Pixel pixel(int number) const {
-        const int line = by_width.quotient(number), image = by_height.quotient(line);
+        const int line = quotient(number, by_width), image = quotient(line, by_height);
         return {image, line - image * int(by_height.divisor), number - line * int(by_width.divisor)};
     }
 };
@@ -78,11 +88,10 @@ struct Windows {
     Divisor by_channels, by_tap_columns;
     bool wide;
 
-    __device__ __forceinline__ Windows(const T* tensor, int height, int width, int channels, int pitch, int tap_rows,
-                                       int tap_columns, bool wide)
-        : tensor(tensor), height(height), width(width), channels(channels), pitch(pitch),
-          depth(tap_rows * tap_columns * channels), by_channels(channels),
-          by_tap_columns(tap_columns > 0 ? tap_columns : 1), wide(wide) {}
+    __device__ __forceinline__ Windows(const T* tensor, int height, int width, int pitch, int taps,
+                                       const Divisor& by_channels, const Divisor& by_tap_columns, bool wide)
+        : tensor(tensor), height(height), width(width), channels(int(by_channels.divisor)), pitch(pitch),
+          depth(taps * channels), by_channels(by_channels), by_tap_columns(by_tap_columns), wide(wide) {}
 
     __device__ __forceinline__ Place place(int image, int row, int column) const {
         return {row, column, ((image * height + row) * width + column) * pitch};
@@ -92,11 +101,11 @@ struct Windows {
 
     /// From a window's place to element k of its depth.
     __device__ __forceinline__ Place step(int k) const {
-        const int tap = by_channels.quotient(k);
+        const int tap = quotient(k, by_channels);
         return step(tap, k - tap * channels);
     }
     __device__ __forceinline__ Place step(int tap, int channel) const {
-        const int tap_row = by_tap_columns.quotient(tap), tap_column = tap - tap_row * int(by_tap_columns.divisor);
+        const int tap_row = quotient(tap, by_tap_columns), tap_column = tap - tap_row * int(by_tap_columns.divisor);
         return {tap_row, tap_column, (tap_row * width + tap_column) * pitch + channel};
     }
     __device__ __forceinline__ Found find(const Place& at, const Place& step) const {
@@ -106,7 +115,7 @@ struct Windows {
     template <int V>
     __device__ __forceinline__ Pack<T, V> pack(const Place& at, int k) const {
         Pack<T, V> result{};
-        int tap = by_channels.quotient(k), channel = k - tap * channels;
+        int tap = quotient(k, by_channels), channel = k - tap * channels;
         if (wide) {
             const Found found = find(at, step(tap, channel));
             if (k < depth && found.there) result = load<V>(tensor, found.offset);
@@ -178,14 +187,14 @@ struct ClassWeights {
     Divisor by_out_channels, by_tap_columns;
     bool wide;
 
-    __device__ __forceinline__ ClassWeights(const T* tensor, const ConvShape& s, const ParityClass& rows,
-                                            const ParityClass& columns, bool wide)
+    __device__ __forceinline__ ClassWeights(const T* tensor, const ConvShape& s, const ConvDivisors& by,
+                                            const ParityClass& rows, const ParityClass& columns, bool wide)
         : tensor(tensor), rows(rows), columns(columns), kernel(s.kernel), stride(s.stride), channels(s.in_channels),
           out_channels(s.out_channels), pitch(s.out_pitch), depth(rows.taps * columns.taps * s.out_channels),
-          by_out_channels(s.out_channels), by_tap_columns(columns.taps > 0 ? columns.taps : 1), wide(wide) {}
+          by_out_channels(by.out_channels), by_tap_columns(divisor_of(columns.taps, by.class_taps)), wide(wide) {}
 
     __device__ __forceinline__ uint32_t offset(int tap, int channel, int out) const {
-        const int row = by_tap_columns.quotient(tap);
+        const int row = quotient(tap, by_tap_columns);
         const int kernel_row = rows.last_tap - row * stride;
         const int kernel_column = columns.last_tap - (tap - row * int(by_tap_columns.divisor)) * stride;
         return (uint32_t(kernel_row * kernel + kernel_column) * channels + channel) * pitch + out;
@@ -195,7 +204,7 @@ struct ClassWeights {
     __device__ __forceinline__ Pack<T, V> pack(int channel, int k) const {
         Pack<T, V> result{};
         if (channel >= channels) return result;
-        int tap = by_out_channels.quotient(k), out = k - tap * out_channels;
+        int tap = quotient(k, by_out_channels), out = k - tap * out_channels;
         if (wide) {
             if (k < depth) result = load<V>(tensor, offset(tap, channel, out));
             return result;
@@ -208,6 +217,30 @@ struct ClassWeights {
         return result;
     }
 };
+
+/// The windows of x that the outputs of the block's group read.
+template <class T, class D>
+__device__ __forceinline__ Windows<T> input_windows(const ConvArgs<T, D>& a) {
+    const ConvShape& s = a.shape;
+    return Windows<T>(a.left + int(blockIdx.y) * s.in_channels, s.height, s.width, s.in_pitch, s.kernel * s.kernel,
+                      a.divisors.in_channels, a.divisors.kernel, a.wide_left != 0);
+}
+
+/// The windows of the output gradient that the pixels of a class read.
+template <class T>
+__device__ __forceinline__ Windows<T> class_windows(const ConvArgs<T>& a, const ParityClass& rows,
+                                                    const ParityClass& columns) {
+    const ConvShape& s = a.shape;
+    return Windows<T>(a.left + int(blockIdx.y) * s.out_channels, s.out_height, s.out_width, s.out_pitch,
+                      rows.taps * columns.taps, a.divisors.out_channels,
+                      divisor_of(columns.taps, a.divisors.class_taps), a.wide_left != 0);
+}
+
+/// The pixels of a class.
+__device__ __forceinline__ Raster class_raster(const ConvDivisors& by, const ParityClass& rows,
+                                               const ParityClass& columns) {
+    return {divisor_of(columns.extent, by.class_width), divisor_of(rows.extent, by.class_height)};
+}
 
 /// The corner of the block's tile. The grid's x runs over column tiles first, so that blocks with the same rows run
 /// together.

@@ -32,7 +32,7 @@ mod winograd;
 use super::conv_batch_norm::{self, Normalized, SumsRoom, Workspace};
 use super::gradient::{self, Finish};
 use super::{Check, check_length};
-use crate::device::arguments::{self, BatchNormSumsArgs};
+use crate::device::arguments::{self, BatchNormSumsArgs, ConvDivisors, Divisor};
 use crate::device::{Compute, Device, Error, Result, Slice, SliceMut};
 use direct::PANEL;
 
@@ -245,7 +245,7 @@ impl ConvShape {
     }
 
     /// Measures on a GPU which tile of the tensor cores computes the forward fastest, and with `backward` each of the
-    /// gradients, unless that is already known. It takes 24 launches of each candidate and the memory of the operands.
+    /// gradients, unless that is already known. It takes 20 ms to warm up, 40 launches of each candidate and the memory of the operands.
     /// If that memory is not free, or the device has a graph, which would keep it, nothing is measured, and a rule of
     /// thumb chooses. Results do not depend on the choice. A plan calls this when it is created.
     ///
@@ -274,6 +274,36 @@ impl ConvShape {
             out_width: self.out_width() as i32,
             in_pitch: self.in_channels as i32,
             out_pitch: self.out_channels as i32,
+        }
+    }
+}
+
+impl Divisor {
+    /// A divisor below 2³¹; one of 0, which an empty parity class has, is taken for 1.
+    fn new(divisor: usize) -> Self {
+        let divisor = divisor.max(1) as u64;
+        let shift = divisor.next_power_of_two().ilog2();
+        let multiplier = (((1 << shift) - divisor) << 32) / divisor + 1;
+        Self { divisor: divisor as u32, multiplier: multiplier as u32, shift }
+    }
+
+    /// The divisors of the two extents of parity classes: the whole part of `extent / stride`, and one more.
+    fn of_classes(extent: usize, stride: usize) -> [Self; 2] {
+        [Self::new(extent / stride), Self::new(extent / stride + 1)]
+    }
+}
+
+impl ConvDivisors {
+    fn new(shape: &ConvShape) -> Self {
+        Self {
+            out_width: Divisor::new(shape.out_width()),
+            out_height: Divisor::new(shape.out_height()),
+            in_channels: Divisor::new(shape.group_inputs()),
+            out_channels: Divisor::new(shape.group_outputs()),
+            kernel: Divisor::new(shape.kernel),
+            class_height: Divisor::of_classes(shape.height, shape.stride),
+            class_width: Divisor::of_classes(shape.width, shape.stride),
+            class_taps: Divisor::of_classes(shape.kernel, shape.stride),
         }
     }
 }
@@ -600,4 +630,23 @@ fn check_workspace<S: Compute>(
         return check_length(operation, "workspace", workspace.len(), expected);
     }
     Check { operation, device }.device("workspace", workspace.device())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn divisors_divide() {
+        // As `quotient` in conv.cuh.
+        let quotient = |n: u64, by: Divisor| (((u64::from(by.multiplier) * n) >> 32) + n) >> by.shift;
+        for divisor in (1..70).chain([127, 128, 1000, 4095, 65_537, 1 << 20, (1 << 30) + 1, (1 << 31) - 1]) {
+            let by = Divisor::new(divisor);
+            let d = divisor as u64;
+            let near = (0..5).flat_map(|k| [k * d, k * d + 1, (k * d + d).saturating_sub(1)]);
+            for n in near.chain([12_345_678, (1 << 31) - 1]).filter(|&n| n < 1 << 31) {
+                assert_eq!(quotient(n, by), n / d, "{n} / {d}");
+            }
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! Convolution in f32 on a GPU: `kernels/conv.cu`, tiled matrix products.
 
 use super::ConvShape;
-use crate::device::arguments::ConvArgs;
+use crate::device::arguments::{ConvArgs, ConvDivisors};
 use crate::device::constants::{BLOCK_THREADS, CONV_LINE_PADDING, polder_conv_tiles};
 use crate::device::{Compute, ComputeKernels, Kernel, Launch, Result, Slice, SliceMut};
 
@@ -10,8 +10,20 @@ impl ConvArgs {
     /// whole and aligned.
     pub fn new(shape: &ConvShape, addresses: [u64; 3], wide: [u32; 3], splits: usize, accumulate: bool) -> Self {
         let ([left, right, out], [wide_left, wide_right, wide_out]) = (addresses, wide);
-        let (shape, splits, accumulate) = (shape.argument(), splits as i32, accumulate.into());
-        Self { left, right, out, shape, splits, accumulate, wide_left, wide_right, wide_out, moments: 0 }
+        let pixels = shape.batch * shape.out_height() * shape.out_width();
+        Self {
+            left,
+            right,
+            out,
+            shape: shape.argument(),
+            divisors: ConvDivisors::new(shape),
+            part_pixels: pixels.div_ceil(splits) as i32,
+            accumulate: accumulate.into(),
+            wide_left,
+            wide_right,
+            wide_out,
+            moments: 0,
+        }
     }
 
     /// The same for a forward that leaves the moments of its tiles at this address; 0 for none.
