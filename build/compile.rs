@@ -166,6 +166,10 @@ pub fn plan_host<'a>(
         let folder = out.join(set.name);
         fs::create_dir_all(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
         build.define("POLDER_ISA", set.name);
+        // A CPU that emulates a GPU takes the oldest kernels: long sources have a GPU's launch shapes in those alone.
+        if std::ptr::eq(set, &sets[0]) {
+            build.define("POLDER_EMULATES_GPU", None);
+        }
         for source in sources.iter().filter(|source| (set.builds)(source)) {
             let object = folder.join(source.file_name().expect("a file")).with_extension("o");
             let compiler = build.get_compiler().to_command();

@@ -10,119 +10,98 @@ namespace {
 
 // ---- Statistics of x ------------------------------------------------------------------------------------------------
 
-/// The mean of `count` values and the sum of their squared deviations from it.
-struct Moments {
-    double count, mean, m2;
-};
-
-/// The moments of two samples together (Chan, Golub and LeVeque 1979); either may be empty.
-__device__ __forceinline__ Moments combine(const Moments& a, const Moments& b) {
-    const double count = a.count + b.count;
-    const double share = count > 0.0 ? b.count / count : 0.0;
-    const double delta = b.mean - a.mean;
-    return {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * (a.count * share)};
-}
-
-template <class S>
+template <class S, class T = Arithmetic<S>>
 struct MomentsArgs {
     const S* x;
-    double* means;  // [blocks, channels]
-    double* m2s;    // [blocks, channels]
-    uint64_t rows;
-    uint32_t channels;
-    uint32_t pack;
+    T* shift;         // [channels]: receives the first row of x
+    double* sums;     // [blocks, channels]: of x - shift
+    double* squares;  // [blocks, channels]: of the same
+    BatchNormRows rows;
 };
 
-/// The moments of one run, per channel. They are relative to its first row, so that a mean far from zero cancels before
-/// it is squared.
+/// Adds the sums of one run to `sums[0..]` and `squares[0..]`. In the working precision they are relative to the run's
+/// first row, so that a mean far from zero cancels before it is squared.
 template <class Group, class S>
-__device__ __forceinline__ void run_moments(const S* x, uint64_t stride, uint32_t count,
-                                            double (&means)[Group::channels], double (&m2s)[Group::channels]) {
-    const Group shift = Group::load(x);
-    Group sum = {}, squares = {};
+__device__ __forceinline__ void add_moments(const MomentsArgs<S>& a, uint32_t c, uint64_t row, uint32_t step,
+                                            uint32_t count, double* sums, double* squares) {
+    const uint64_t stride = uint64_t(step) * a.rows.channels;
+    const S* const x = a.x + row * a.rows.channels + c;
+    const Group first = Group::load(x);
+    Group sum = {}, square = {};
 #pragma unroll 4
     for (uint32_t i = 1; i < count; ++i) {
         const Group value = Group::load(x + i * stride);
         POLDER_UNROLL
         for (int k = 0; k < Group::items; ++k) {
-            const typename Group::Item d = value.v[k] - shift.v[k];
+            const typename Group::Item d = value.v[k] - first.v[k];
             sum.v[k] = sum.v[k] + d;
-            squares.v[k] = squares.v[k] + d * d;
+            square.v[k] = square.v[k] + d * d;
         }
     }
     typedef Arithmetic<S> T;
     alignas(Group) T shifts[Group::channels];
-    alignas(Group) T sums[Group::channels];
+    alignas(Group) T firsts[Group::channels];
+    alignas(Group) T summed[Group::channels];
     alignas(Group) T squared[Group::channels];
-    shift.store(shifts);
-    sum.store(sums);
-    squares.store(squared);
-    const double inverse = 1.0 / double(count);
+    Group::load(a.x + c).store(shifts);
+    first.store(firsts);
+    sum.store(summed);
+    square.store(squared);
+    const double n = double(count);
     POLDER_UNROLL
     for (int k = 0; k < Group::channels; ++k) {
-        const double offset = double(sums[k]) * inverse;
-        means[k] = double(shifts[k]) + offset;
-        m2s[k] = double(squared[k]) - double(sums[k]) * offset;
+        const double d = double(firsts[k]) - double(shifts[k]), s = double(summed[k]);
+        sums[k] += s + n * d;
+        squares[k] += double(squared[k]) + d * (2.0 * s + n * d);
     }
 }
 
 template <class S, LaunchShape shape>
 __device__ __forceinline__ void moments_of_block(const MomentsArgs<S>& a) {
-    typedef Arithmetic<S> T;
-    double* const means = a.means + uint64_t(blockIdx.x) * a.channels;
-    double* const m2s = a.m2s + uint64_t(blockIdx.x) * a.channels;
-    const auto moments_of = [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count, auto f) {
-        typedef typename decltype(of)::type Group;
-        double run_means[Group::channels], run_m2s[Group::channels];
-        run_moments<Group>(a.x + row * a.channels + c, uint64_t(step) * a.channels, count, run_means, run_m2s);
-        POLDER_UNROLL
-        for (int k = 0; k < Group::channels; ++k) f(k, Moments{double(count), run_means[k], run_m2s[k]});
-    };
+    const uint32_t channels = a.rows.channels;
+    double* const block_sums = a.sums + uint64_t(blockIdx.x) * channels;
+    double* const block_squares = a.squares + uint64_t(blockIdx.x) * channels;
     if constexpr (shape == kCpu) {
-        for (uint32_t c = 0; c < a.channels; ++c) means[c] = m2s[c] = 0.0;
-        const uint64_t begin = rows_of_block(a.rows, blockIdx.x, gridDim.x).begin;
-        for_each_run<T, shape>(
-            a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
-                moments_of(of, c, row, step, count, [&](int k, const Moments& run) {
-                    const Moments both = combine({double(row - begin), means[c + k], m2s[c + k]}, run);
-                    means[c + k] = both.mean;
-                    m2s[c + k] = both.m2;
-                });
-            });
+        for (uint32_t c = 0; c < channels; ++c) {
+            block_sums[c] = block_squares[c] = 0.0;
+            if (blockIdx.x == 0) a.shift[c] = widen(a.x[c]);
+        }
+        for_each_run<S, shape>(a.rows, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+            add_moments<typename decltype(of)::type>(a, c, row, step, count, block_sums + c, block_squares + c);
+        });
     } else {
-        constexpr int V = shape == kFour ? 4 : 1;
-        POLDER_DYNAMIC_SHARED(Moments, shared);
-        Moments totals[V];
+        constexpr int V = shape;
+        double sums[V] = {}, squares[V] = {};
+        for_each_run<S, shape>(a.rows, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+            add_moments<typename decltype(of)::type>(a, c, row, step, count, sums, squares);
+        });
+        TwoSums all[V];
         POLDER_UNROLL
-        for (int k = 0; k < V; ++k) totals[k] = {0.0, 0.0, 0.0};
-        for_each_run<T, shape>(a.rows, a.channels,
-                               [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
-                                   moments_of(of, c, row, step, count,
-                                              [&](int k, const Moments& run) { totals[k] = combine(totals[k], run); });
-                               });
+        for (int k = 0; k < V; ++k) all[k] = {{sums[k], squares[k]}};
+        add_lines(all);
         const uint32_t c = (blockIdx.y * blockDim.x + threadIdx.x) * V;
+        if (threadIdx.y != 0 || c >= channels) return;
         POLDER_UNROLL
         for (int k = 0; k < V; ++k) {
-            const Moments all = combine_lines(totals[k], shared, combine);
-            if (threadIdx.y == 0 && c < a.channels) {
-                means[c + k] = all.mean;
-                m2s[c + k] = all.m2;
-            }
+            block_sums[c + k] = all[k].v[0];
+            block_squares[c + k] = all[k].v[1];
+            if (blockIdx.x == 0) a.shift[c + k] = widen(a.x[c + k]);
         }
     }
 }
 
-/// The mean and the sum of squared deviations of each block, per channel.
+/// The sums of x - shift and of its square in each block, per channel. The shift, the first row of x, keeps a mean that
+/// is much larger than the deviation from cancelling digits of the squares.
 template <class S>
 __device__ void batch_norm_moments(const MomentsArgs<S>& a) {
-    with_launch_shape(a.pack, [&](auto shape) { moments_of_block<S, decltype(shape)::value>(a); });
+    with_launch_shape<S>(a.rows, [&](auto shape) { moments_of_block<S, decltype(shape)::value>(a); });
 }
 
 template <class T>
 struct StatisticsArgs {
-    const double* means;  // [blocks, channels], from batch_norm_moments
-    const double* m2s;
-    const T* tiles;  // or [channels][blocks][mean, m2], of `tile_rows` rows each, from the convolution that made x
+    const double* sums;  // [blocks, channels], from batch_norm_moments, whose shift is in `mean`
+    const double* squares;
+    const T* tiles;  // or [channels][blocks][mean, squared deviations], from the convolution that made x
     T* mean;
     T* inv_std;
     const T* running_mean;  // these four are null if the running statistics stay as they are
@@ -131,53 +110,42 @@ struct StatisticsArgs {
     T* next_var;
     double eps;
     double momentum;
+    double inverse;           // 1 / rows
+    double unbiased_inverse;  // 1 / (rows - 1)
     uint64_t rows;
     uint32_t channels;
     uint32_t blocks;
-    uint32_t tile_rows;
+    uint32_t block_rows;  // of every block but the last, which may have fewer
 };
-
-template <class T>
-__device__ __forceinline__ void write_statistics(const StatisticsArgs<T>& a, uint32_t c, const Moments& all) {
-    const double rows = double(a.rows);
-    const double m2 = all.m2 < 0.0 ? 0.0 : all.m2;  // negative by rounding; a NaN stays a NaN
-    a.mean[c] = T(all.mean);
-    a.inv_std[c] = T(1.0 / sqrt(m2 / rows + a.eps));
-    if (a.next_mean == nullptr) return;
-    a.next_mean[c] = T((1.0 - a.momentum) * double(a.running_mean[c]) + a.momentum * all.mean);
-    a.next_var[c] = T((1.0 - a.momentum) * double(a.running_var[c]) + a.momentum * (m2 / (rows - 1.0)));
-}
 
 /// Combines the blocks' moments: mean, 1 / sqrt(var + eps) with the biased variance, and the next running statistics
 /// with the unbiased one. GPU: a block per channel.
 template <class T>
 __device__ void batch_norm_statistics(const StatisticsArgs<T>& a) {
-    const auto moments_of = [&](uint32_t block, uint32_t c) -> Moments {
-        if (a.tiles != nullptr) {
-            const uint64_t left = a.rows - uint64_t(block) * a.tile_rows;
-            const T* const pair = a.tiles + (uint64_t(c) * a.blocks + block) * 2;
-            return {double(min(uint64_t(a.tile_rows), left)), double(pair[0]), double(pair[1])};
+    const auto tile = [&](uint32_t block, uint32_t c) { return a.tiles + (uint64_t(c) * a.blocks + block) * 2; };
+    // A convolution's moments are shifted by the mean of the first tile.
+    const auto shift = [&](uint32_t c) { return double(a.tiles != nullptr ? tile(0, c)[0] : a.mean[c]); };
+    const auto part = [&](uint32_t block, uint32_t c) -> TwoSums {
+        if (a.tiles == nullptr) {
+            const uint64_t place = uint64_t(block) * a.channels + c;
+            return {{a.sums[place], a.squares[place]}};
         }
-        const RowRange rows = rows_of_block(a.rows, block, a.blocks);
-        const uint64_t place = uint64_t(block) * a.channels + c;
-        return {double(rows.end - rows.begin), a.means[place], a.m2s[place]};
+        const uint64_t left = a.rows - uint64_t(block) * a.block_rows;
+        const double count = double(uint32_t(min(uint64_t(a.block_rows), left))),
+                     d = double(tile(block, c)[0]) - shift(c);
+        return {{count * d, double(tile(block, c)[1]) + count * d * d}};
     };
-#if defined(POLDER_HOST)
-    if (blockDim.y == 1) {
-        for_each_index(a.channels, [&](uint64_t c) {
-            Moments all = {0.0, 0.0, 0.0};
-            for (uint32_t block = 0; block < a.blocks; ++block) all = combine(all, moments_of(block, uint32_t(c)));
-            write_statistics(a, uint32_t(c), all);
-        });
-        return;
-    }
-#endif
-    POLDER_DYNAMIC_SHARED(Moments, shared);
-    const uint32_t c = blockIdx.x;
-    Moments all = {0.0, 0.0, 0.0};
-    for (uint32_t block = threadIdx.y; block < a.blocks; block += blockDim.y) all = combine(all, moments_of(block, c));
-    all = combine_lines(all, shared, combine);
-    if (threadIdx.y == 0) write_statistics(a, c, all);
+    add_blocks(a.channels, a.blocks, part, [&](uint32_t c, const TwoSums& all) {
+        const double offset = all.v[0] * a.inverse, mean = shift(c) + offset;
+        const double rounded = all.v[1] - all.v[0] * offset;
+        const double m2 = rounded < 0.0 ? 0.0 : rounded;  // negative by rounding; a NaN stays a NaN
+        a.mean[c] = T(mean);
+        a.inv_std[c] = T(1.0 / sqrt(m2 * a.inverse + a.eps));
+        if (a.next_mean == nullptr) return;
+        const double keep = 1.0 - a.momentum;
+        a.next_mean[c] = T(keep * double(a.running_mean[c]) + a.momentum * mean);
+        a.next_var[c] = T(keep * double(a.running_var[c]) + a.momentum * (m2 * a.unbiased_inverse));
+    });
 }
 
 template <class T>
@@ -217,17 +185,14 @@ struct NormalizeArgs {
     const T* inv_std;
     const S* residual;  // or null
     S* y;
-    uint64_t rows;
-    uint32_t channels;
-    uint32_t pack;
+    BatchNormRows rows;
     uint32_t relu;
 };
 
 template <class S, LaunchShape shape, bool has_residual, bool has_relu>
 __device__ __forceinline__ void normalize_block(const NormalizeArgs<S>& a) {
-    typedef Arithmetic<S> T;
-    const uint64_t channels = a.channels;
-    map_rows<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+    const uint64_t channels = a.rows.channels;
+    map_rows<S, shape>(a.rows, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
         typedef typename decltype(of)::type Group;
         const Group mean = Group::load(a.mean + c), beta = Group::load(a.beta + c), gamma = Group::load(a.gamma + c);
         Group scale = Group::load(a.inv_std + c);
@@ -254,7 +219,7 @@ __device__ __forceinline__ void normalize_block(const NormalizeArgs<S>& a) {
 /// y = act(gamma (x - mean) inv_std + beta + residual)
 template <class S>
 __device__ void batch_norm_normalize(const NormalizeArgs<S>& a) {
-    with_launch_shape(a.pack, [&](auto of) {
+    with_launch_shape<S>(a.rows, [&](auto of) {
         constexpr LaunchShape shape = decltype(of)::value;
         if (a.residual != nullptr) {
             if (a.relu) normalize_block<S, shape, true, true>(a);
@@ -274,7 +239,7 @@ template <class S>
 __device__ void batch_norm_sums(const BatchNormSumsArgs<S>& a) {
     sums<S, false>(a);
     if (a.tickets == nullptr) return;
-    with_launch_shape(a.pack, [&](auto of) { finish_parameters<S, decltype(of)::value>(a); });
+    with_launch_shape<S>(a.rows, [&](auto of) { finish_parameters<S, decltype(of)::value>(a); });
 }
 
 template <class S, class T = Arithmetic<S>>
@@ -284,9 +249,7 @@ struct InputArgs {
     const T* dbeta;
     S* dx;
     S* residual;  // receives dz; null if there is none, or the pass of the sums has written it
-    uint64_t rows;
-    uint32_t channels;
-    uint32_t pack;
+    BatchNormRows rows;
     uint32_t mask;
     uint32_t train;
     uint32_t accumulate;  // whether dz is added to the residual's gradient
@@ -295,8 +258,8 @@ struct InputArgs {
 template <class S, LaunchShape shape, Mask mask, bool train>
 __device__ __forceinline__ void input_of_block(const InputArgs<S>& a) {
     typedef Arithmetic<S> T;
-    const uint64_t channels = a.channels;
-    map_rows<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+    const uint64_t channels = a.rows.channels;
+    map_rows<S, shape>(a.rows, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
         typedef typename decltype(of)::type Group;
         const Masked<Group, mask> masked(a.upstream, c);
         const Group gamma = Group::load(a.upstream.gamma + c), inv_std = Group::load(a.upstream.inv_std + c);
@@ -305,7 +268,7 @@ __device__ __forceinline__ void input_of_block(const InputArgs<S>& a) {
             mean_dz = Group::load(a.dbeta + c);
             slope = Group::load(a.dgamma + c);
         }
-        const T share = T(1.0 / double(a.rows));
+        const T share = T(a.rows.inverse);
         POLDER_UNROLL
         for (int k = 0; k < Group::items; ++k) {
             scale.v[k] = gamma.v[k] * inv_std.v[k];
@@ -349,7 +312,7 @@ __device__ __forceinline__ void input_in_mode(const InputArgs<S>& a) {
 /// dx = gamma inv_std (dz - mean(dz) - xhat mean(dz xhat)) in training, gamma inv_std dz in evaluation.
 template <class S>
 __device__ void batch_norm_input(const InputArgs<S>& a) {
-    with_launch_shape(a.pack, [&](auto of) {
+    with_launch_shape<S>(a.rows, [&](auto of) {
         constexpr LaunchShape shape = decltype(of)::value;
         if (a.mask == kMaskOutput) input_in_mode<S, shape, kMaskOutput>(a);
         else if (a.mask == kMaskRecompute) input_in_mode<S, shape, kMaskRecompute>(a);

@@ -9,6 +9,14 @@ namespace {
 
 // ---- Forward --------------------------------------------------------------------------------------------------------
 
+/// The two sums of a block, as a pass over rows has left them.
+__device__ __forceinline__ auto sums_of(const double* first, const double* second, uint32_t channels) {
+    return [=](uint32_t block, uint32_t c) -> TwoSums {
+        const uint64_t place = uint64_t(block) * channels + c;
+        return {{first[place], second[place]}};
+    };
+}
+
 template <class T>
 struct StatisticsTangentArgs {
     const double* x;    // the blocks' sums of x'
@@ -16,7 +24,7 @@ struct StatisticsTangentArgs {
     const T* inv_std;
     T* mean_tangent;
     T* inv_std_tangent;
-    uint64_t rows;
+    double inverse;  // 1 / rows
     uint32_t channels;
     uint32_t blocks;
 };
@@ -24,10 +32,10 @@ struct StatisticsTangentArgs {
 /// mean' = mean(x'), inv_std' = -inv_std^3 mean(x' (x - mean)), from the sums of batch_norm_sums with dz = x'.
 template <class T>
 __device__ void batch_norm_statistics_tangent(const StatisticsTangentArgs<T>& a) {
-    combine_blocks(a.x, a.x_x, a.channels, a.blocks, [&](uint32_t c, const BatchNormSums& all) {
-        const double inv_std = double(a.inv_std[c]), rows = double(a.rows);
-        a.mean_tangent[c] = T(all.dz / rows);
-        a.inv_std_tangent[c] = T(-inv_std * inv_std * inv_std * (all.dz_x / rows));
+    add_blocks(a.channels, a.blocks, sums_of(a.x, a.x_x, a.channels), [&](uint32_t c, const TwoSums& all) {
+        const double inv_std = double(a.inv_std[c]);
+        a.mean_tangent[c] = T(all.v[0] * a.inverse);
+        a.inv_std_tangent[c] = T(-inv_std * inv_std * inv_std * (all.v[1] * a.inverse));
     });
 }
 
@@ -38,17 +46,14 @@ struct NormalizeTangentArgs {
     const T* beta_tangent;
     const S* residual_tangent;  // or null
     S* y_tangent;
-    uint64_t rows;
-    uint32_t channels;
-    uint32_t pack;
+    BatchNormRows rows;
     uint32_t mask;
 };
 
 template <class S, LaunchShape shape, Mask mask, bool has_residual>
 __device__ __forceinline__ void normalize_tangent_block(const NormalizeTangentArgs<S>& a) {
-    typedef Arithmetic<S> T;
-    const uint64_t channels = a.channels;
-    map_rows<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+    const uint64_t channels = a.rows.channels;
+    map_rows<S, shape>(a.rows, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
         typedef typename decltype(of)::type Group;
         const Masked<Group, mask> masked(a.upstream, c);
         const Group gamma = Group::load(a.upstream.gamma + c), inv_std = Group::load(a.upstream.inv_std + c);
@@ -88,7 +93,7 @@ __device__ __forceinline__ void normalize_tangent_with_residual(const NormalizeT
 /// y' = (gamma inv_std)' (x - mean) + gamma inv_std (x' - mean') + beta' + residual' where the relu passed, else 0
 template <class S>
 __device__ void batch_norm_normalize_tangent(const NormalizeTangentArgs<S>& a) {
-    with_launch_shape(a.pack, [&](auto of) {
+    with_launch_shape<S>(a.rows, [&](auto of) {
         constexpr LaunchShape shape = decltype(of)::value;
         if (a.mask == kMaskOutput) normalize_tangent_with_residual<S, shape, kMaskOutput>(a);
         else if (a.mask == kMaskRecompute)
@@ -123,10 +128,10 @@ struct ParametersTangentArgs {
 /// inv_std.
 template <class T>
 __device__ void batch_norm_parameters_tangent(const ParametersTangentArgs<T>& a) {
-    combine_blocks(a.dz, a.dz_x, a.channels, a.blocks, [&](uint32_t c, const BatchNormSums& all) {
+    add_blocks(a.channels, a.blocks, sums_of(a.dz, a.dz_x, a.channels), [&](uint32_t c, const TwoSums& all) {
         const double inv_std = double(a.inv_std[c]), relative = double(a.inv_std_tangent[c]) / inv_std;
-        a.dbeta_tangent[c] = T(all.dz);
-        a.dgamma_tangent[c] = T(all.dz_x * inv_std + double(a.dgamma[c]) * relative);
+        a.dbeta_tangent[c] = T(all.v[0]);
+        a.dgamma_tangent[c] = T(all.v[1] * inv_std + double(a.dgamma[c]) * relative);
     });
 }
 
@@ -139,9 +144,7 @@ struct InputTangentArgs {
     const T* dgamma_tangent;
     const T* dbeta_tangent;
     S* dx_tangent;
-    uint64_t rows;
-    uint32_t channels;
-    uint32_t pack;
+    BatchNormRows rows;
     uint32_t mask;
     uint32_t train;
 };
@@ -149,8 +152,8 @@ struct InputTangentArgs {
 template <class S, LaunchShape shape, Mask mask, bool train>
 __device__ __forceinline__ void input_tangent_of_block(const InputTangentArgs<S>& a) {
     typedef Arithmetic<S> T;
-    const uint64_t channels = a.channels;
-    map_rows<T, shape>(a.rows, a.channels, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+    const uint64_t channels = a.rows.channels;
+    map_rows<S, shape>(a.rows, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
         typedef typename decltype(of)::type Group;
         const Masked<Group, mask> masked(a.upstream, c);
         const Group mean_tangent = Group::load(a.tangent.mean + c);
@@ -166,7 +169,7 @@ __device__ __forceinline__ void input_tangent_of_block(const InputTangentArgs<S>
                 scale_tangent.v[k] = gamma_tangent.v[k] * inv_std.v[k] + gamma.v[k] * inv_std_tangent.v[k];
             }
             if (train) {
-                const T share = T(1.0 / double(a.rows));
+                const T share = T(a.rows.inverse);
                 const Group dgamma = Group::load(a.dgamma + c), dgamma_tangent = Group::load(a.dgamma_tangent + c);
                 const Group dbeta = Group::load(a.dbeta + c), dbeta_tangent = Group::load(a.dbeta_tangent + c);
                 POLDER_UNROLL
@@ -211,7 +214,7 @@ __device__ __forceinline__ void input_tangent_in_mode(const InputTangentArgs<S>&
 /// dx', the tangent of batch_norm_input's result.
 template <class S>
 __device__ void batch_norm_input_tangent(const InputTangentArgs<S>& a) {
-    with_launch_shape(a.pack, [&](auto of) {
+    with_launch_shape<S>(a.rows, [&](auto of) {
         constexpr LaunchShape shape = decltype(of)::value;
         if (a.mask == kMaskOutput) input_tangent_in_mode<S, shape, kMaskOutput>(a);
         else if (a.mask == kMaskRecompute) input_tangent_in_mode<S, shape, kMaskRecompute>(a);

@@ -1,7 +1,7 @@
 // Code that batch normalisation and its tangents share: the division of the work, the relu's mask, and sums over rows.
 //
 // All sums have two levels: at most kRun rows in the working precision, and everything beyond that in double. Their
-// order depends only on the launch shape.
+// order depends only on the launch shape. Everything that would need a division, for each thread, is an argument.
 //
 // A block takes a contiguous range of rows. On the GPU its threads form columns of channel groups and lines of rows. On
 // the CPU its one thread takes the range in runs of kRun rows, with as many channels at a time as fit in vector
@@ -28,9 +28,18 @@ struct Scalars : Pack<T, N> {
     typedef T Item;
     static constexpr int channels = N, items = N;
 
+    /// In accesses of at most 16 bytes: more would need a wider alignment.
     template <class S>
     static __device__ __forceinline__ Scalars load(const S* p) {
-        return {fetch<N>(p, 0)};
+        constexpr int at_once = N < kPack<S> ? N : kPack<S>;
+        Scalars group;
+        POLDER_UNROLL
+        for (int i = 0; i < N; i += at_once) {
+            const Pack<T, at_once> pack = fetch<at_once>(p, i);
+            POLDER_UNROLL
+            for (int k = 0; k < at_once; ++k) group.v[i + k] = pack.v[k];
+        }
+        return group;
     }
     template <class S>
     __device__ __forceinline__ void store(S* p) const {
@@ -111,41 +120,56 @@ struct Of {
     typedef Group type;
 };
 
+/// The rows and channels of a launch, and how it divides them.
+struct BatchNormRows {
+    uint64_t rows;
+    double inverse;  // 1 / rows
+    uint32_t channels;
+    uint32_t block_rows;  // of every block but the last, which may have fewer
+    uint32_t pack;        // channels of a GPU's thread; 0 in the CPU's launch shape
+};
+
 /// The rows of this block.
 struct RowRange {
     uint64_t begin, end;
 };
 
-__device__ __forceinline__ RowRange rows_of_block(uint64_t rows, uint32_t block, uint32_t blocks) {
-    return {rows * block / blocks, rows * (block + 1) / blocks};
+__device__ __forceinline__ RowRange rows_of_block(const BatchNormRows& a) {
+    const uint64_t begin = uint64_t(blockIdx.x) * a.block_rows, end = begin + a.block_rows;
+    return {begin, end < a.rows ? end : a.rows};
 }
 
-/// How a launch divides the work: in the CPU's launch shape, or on the GPU in groups of one or four channels.
-enum LaunchShape { kCpu, kSingle, kFour };
+/// How a launch divides the channels: in the CPU's launch shape, or on the GPU with so many for each thread.
+enum LaunchShape { kCpu = 0, kSingle = 1, kFour = 4, kEight = 8 };
 
 template <LaunchShape shape>
 struct LaunchShapeIs {
     static constexpr LaunchShape value = shape;
 };
 
-/// Calls `f(LaunchShapeIs<...>{})` for the shape that Rust chose: `pack` is the channels of a group on the GPU, or 0 in
-/// the CPU's shape.
-template <class F>
-__device__ __forceinline__ void with_launch_shape(uint32_t pack, const F& f) {
+/// Calls `f(LaunchShapeIs<...>{})` for the shape that Rust chose.
+template <class S, class F>
+__device__ __forceinline__ void with_launch_shape(const BatchNormRows& a, const F& f) {
 #if defined(POLDER_HOST)
-    if (pack == 0) return f(LaunchShapeIs<kCpu>{});
+    if (a.pack == kCpu) return f(LaunchShapeIs<kCpu>{});
 #endif
-    if (pack == 4) f(LaunchShapeIs<kFour>{});
+#if !defined(POLDER_HOST) || defined(POLDER_EMULATES_GPU)
+    if constexpr (sizeof(S) == 2) {
+        if (a.pack == kEight) return f(LaunchShapeIs<kEight>{});
+    }
+    if (a.pack == kFour) f(LaunchShapeIs<kFour>{});
     else f(LaunchShapeIs<kSingle>{});
+#endif
 }
 
 /// Calls `f(Of<Group>{}, first channel, first row, step, count)` for runs of at most kRun rows that cover this thread's
 /// share. On the CPU these are all channels of the block's rows, of which `run` are a run, on the GPU the channels of
 /// one group in every blockDim.y-th row.
-template <class T, LaunchShape shape, class F>
-__device__ __forceinline__ void for_each_run(uint64_t rows, uint32_t channels, const F& f,
-                                             [[maybe_unused]] uint32_t run = kRun) {
-    const RowRange mine = rows_of_block(rows, blockIdx.x, gridDim.x);
+template <class S, LaunchShape shape, class F>
+__device__ __forceinline__ void for_each_run(const BatchNormRows& a, const F& f, [[maybe_unused]] uint32_t run = kRun) {
+    typedef Arithmetic<S> T;
+    const RowRange mine = rows_of_block(a);
+    const uint32_t channels = a.channels;
 #if defined(POLDER_HOST)
     if constexpr (shape == kCpu) {
         typedef Vectors<T, kMostVectors> Most;
@@ -164,24 +188,28 @@ __device__ __forceinline__ void for_each_run(uint64_t rows, uint32_t channels, c
         return;
     }
 #endif
-    typedef Scalars<T, shape == kFour ? 4 : 1> Group;
+    typedef Scalars<T, shape == kCpu ? 1 : int(shape)> Group;  // the CPU's shape has returned
     const uint32_t c = (blockIdx.y * blockDim.x + threadIdx.x) * Group::channels;
     if (c >= channels) return;
-    const uint32_t step = blockDim.y;
-    for (uint64_t row = mine.begin + threadIdx.y; row < mine.end; row += uint64_t(step) * kRun) {
-        const uint32_t count = uint32_t(min(uint64_t(kRun), (mine.end - row + step - 1) / step));
+    // Fewer than 2^32 rows, so that their division is one of 32 bits.
+    const uint32_t step = blockDim.y, all = mine.begin < mine.end ? uint32_t(mine.end - mine.begin) : 0;
+    uint32_t left = threadIdx.y < all ? (all - threadIdx.y - 1) / step + 1 : 0;
+    for (uint64_t row = mine.begin + threadIdx.y; left > 0; row += uint64_t(step) * kRun) {
+        const uint32_t count = min(kRun, left);
         f(Of<Group>{}, c, row, step, count);
+        left -= count;
     }
 }
 
 /// The same where nothing is summed.
-template <class T, LaunchShape shape, class F>
-__device__ __forceinline__ void map_rows(uint64_t rows, uint32_t channels, const F& f) {
+template <class S, LaunchShape shape, class F>
+__device__ __forceinline__ void map_rows(const BatchNormRows& a, const F& f) {
     uint32_t run = kRun;
 #if defined(POLDER_HOST)
-    if (shape == kCpu && channels > uint32_t(Vectors<T, kMostVectors>::channels)) run = kMappedRun;
+    typedef Vectors<Arithmetic<S>, kMostVectors> Most;
+    if (shape == kCpu && a.channels > uint32_t(Most::channels)) run = kMappedRun;
 #endif
-    for_each_run<T, shape>(rows, channels, f, run);
+    for_each_run<S, shape>(a, f, run);
 }
 
 // ---- The relu's mask ------------------------------------------------------------------------------------------------
@@ -262,20 +290,38 @@ struct Masked {
 
 // ---- Sums over rows, combined in double -----------------------------------------------------------------------------
 
-/// Combines `value` over the lines of a block (threadIdx.y), for the threads of line 0. `shared` has room for one value
-/// per thread.
-template <class M, class Combine>
-__device__ __forceinline__ M combine_lines(M value, M* shared, Combine combine) {
-    const uint32_t place = threadIdx.y * blockDim.x + threadIdx.x;
-    shared[place] = value;
+/// Two sums that are always taken together.
+struct TwoSums {
+    double v[2];
+};
+
+__device__ __forceinline__ TwoSums add(const TwoSums& a, const TwoSums& b) {
+    return {{a.v[0] + b.v[0], a.v[1] + b.v[1]}};
+}
+
+/// Adds the sums up over the lines of a block (threadIdx.y), for the threads of line 0. The shared memory has room for
+/// all sums of all threads.
+template <int N>
+__device__ __forceinline__ void add_lines(TwoSums (&sums)[N]) {
+    POLDER_DYNAMIC_SHARED(TwoSums, shared);  // [N][threads]
+    const uint32_t place = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+    POLDER_UNROLL
+    for (int k = 0; k < N; ++k) shared[k * threads + place] = sums[k];
     for (uint32_t lines = blockDim.y; lines > 1;) {
         const uint32_t half = (lines + 1) / 2;
         __syncthreads();
-        if (threadIdx.y + half < lines) shared[place] = combine(shared[place], shared[place + half * blockDim.x]);
+        if (threadIdx.y + half < lines) {
+            POLDER_UNROLL
+            for (int k = 0; k < N; ++k) {
+                TwoSums* const own = shared + k * threads + place;
+                *own = add(*own, own[half * blockDim.x]);
+            }
+        }
         lines = half;
     }
     __syncthreads();  // before the next use of `shared`
-    return shared[place];
+    POLDER_UNROLL
+    for (int k = 0; k < N; ++k) sums[k] = shared[k * threads + place];
 }
 
 /// The tangents of the inputs of the backward passes; all null in the backward itself.
@@ -295,9 +341,7 @@ struct BatchNormSumsArgs {
     S* residual;   // null if there is none
     double* dz;    // [blocks, channels]: sums of dz, or of their tangents
     double* dz_x;  // [blocks, channels]: sums of dz (x - mean), or of their tangents
-    uint64_t rows;
-    uint32_t channels;
-    uint32_t pack;
+    BatchNormRows rows;
     uint32_t mask;
     uint32_t residual_mode;
     Arithmetic<S>* dgamma;  // these three are null if another kernel combines the sums
@@ -306,19 +350,10 @@ struct BatchNormSumsArgs {
     uint32_t group;  // blocks whose sums the last of them combines
 };
 
-/// The sums over rows of dz and of dz (x - mean), which are always taken together.
-struct BatchNormSums {
-    double dz, dz_x;
-};
-
-__device__ __forceinline__ BatchNormSums add(const BatchNormSums& a, const BatchNormSums& b) {
-    return {a.dz + b.dz, a.dz_x + b.dz_x};
-}
-
 template <class S, LaunchShape shape, bool tangent, Mask mask, Residual residual>
 __device__ __forceinline__ void sums_of_block(const BatchNormSumsArgs<S>& a) {
     typedef Arithmetic<S> T;
-    const uint64_t channels = a.channels;
+    const uint64_t channels = a.rows.channels;
     // Adds the sums of one run to `totals_dz[0..]` and `totals_dz_x[0..]`.
     const auto add_run = [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count, double* totals_dz,
                              double* totals_dz_x) {
@@ -369,26 +404,25 @@ __device__ __forceinline__ void sums_of_block(const BatchNormSumsArgs<S>& a) {
     double* const block_dz_x = a.dz_x + uint64_t(blockIdx.x) * channels;
     if constexpr (shape == kCpu) {
         for (uint64_t c = 0; c < channels; ++c) block_dz[c] = block_dz_x[c] = 0.0;
-        for_each_run<T, shape>(a.rows, a.channels,
-                               [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
-                                   add_run(of, c, row, step, count, block_dz + c, block_dz_x + c);
-                               });
+        for_each_run<S, shape>(a.rows, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+            add_run(of, c, row, step, count, block_dz + c, block_dz_x + c);
+        });
     } else {
-        constexpr int V = shape == kFour ? 4 : 1;
-        POLDER_DYNAMIC_SHARED(BatchNormSums, shared);
+        constexpr int V = shape;
         double totals_dz[V] = {}, totals_dz_x[V] = {};
-        for_each_run<T, shape>(a.rows, a.channels,
-                               [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
-                                   add_run(of, c, row, step, count, totals_dz, totals_dz_x);
-                               });
+        for_each_run<S, shape>(a.rows, [&](auto of, uint32_t c, uint64_t row, uint32_t step, uint32_t count) {
+            add_run(of, c, row, step, count, totals_dz, totals_dz_x);
+        });
+        TwoSums totals[V];
+        POLDER_UNROLL
+        for (int k = 0; k < V; ++k) totals[k] = {{totals_dz[k], totals_dz_x[k]}};
+        add_lines(totals);
         const uint32_t c = (blockIdx.y * blockDim.x + threadIdx.x) * V;
+        if (threadIdx.y != 0 || c >= channels) return;
         POLDER_UNROLL
         for (int k = 0; k < V; ++k) {
-            const BatchNormSums all = combine_lines(BatchNormSums{totals_dz[k], totals_dz_x[k]}, shared, add);
-            if (threadIdx.y == 0 && c < channels) {
-                block_dz[c + k] = all.dz;
-                block_dz_x[c + k] = all.dz_x;
-            }
+            block_dz[c + k] = totals[k].v[0];
+            block_dz_x[c + k] = totals[k].v[1];
         }
     }
 }
@@ -402,7 +436,7 @@ __device__ __forceinline__ void sums_with_residual(const BatchNormSumsArgs<S>& a
 
 template <class S, bool tangent>
 __device__ __forceinline__ void sums(const BatchNormSumsArgs<S>& a) {
-    with_launch_shape(a.pack, [&](auto of) {
+    with_launch_shape<S>(a.rows, [&](auto of) {
         constexpr LaunchShape shape = decltype(of)::value;
         if (a.mask == kMaskOutput) sums_with_residual<S, shape, tangent, kMaskOutput>(a);
         else if (a.mask == kMaskRecompute)
@@ -423,17 +457,17 @@ template <class S, class Combine>
 __device__ __forceinline__ void combine_by_last(const BatchNormSumsArgs<S>& a, uint32_t* tickets, uint32_t block,
                                                 uint32_t blocks, const Combine& combine) {
     typedef Arithmetic<S> T;
-    const auto finish = [&](uint64_t c, const BatchNormSums& all) {
-        a.dbeta[c] = T(all.dz);
-        a.dgamma[c] = T(all.dz_x * double(a.upstream.inv_std[c]));
+    const auto finish = [&](uint64_t c, const TwoSums& all) {
+        a.dbeta[c] = T(all.v[0]);
+        a.dgamma[c] = T(all.v[1] * double(a.upstream.inv_std[c]));
     };
     const uint32_t groups = (blocks + a.group - 1) / a.group;
     const uint32_t group = block / a.group, first = group * a.group, members = min(a.group, blocks - first);
     if (!is_last_block(tickets + group, members)) return;
     if (groups == 1) return combine(0, members, 1, finish);
-    combine(first, members, 1, [&](uint64_t c, const BatchNormSums& all) {
-        a.dz[uint64_t(first) * a.channels + c] = all.dz;
-        a.dz_x[uint64_t(first) * a.channels + c] = all.dz_x;
+    combine(first, members, 1, [&](uint64_t c, const TwoSums& all) {
+        a.dz[uint64_t(first) * a.rows.channels + c] = all.v[0];
+        a.dz_x[uint64_t(first) * a.rows.channels + c] = all.v[1];
     });
     if (is_last_block(tickets + groups, groups)) combine(0, groups, a.group, finish);
 }
@@ -446,7 +480,7 @@ __device__ __forceinline__ uint32_t tickets_of_column(uint32_t blocks, uint32_t 
 /// The same for a launch of `batch_norm_sums`.
 template <class S, LaunchShape shape>
 __device__ __forceinline__ void finish_parameters(const BatchNormSumsArgs<S>& a) {
-    const uint64_t channels = a.channels;
+    const uint64_t channels = a.rows.channels;
     const auto combine = [&](uint64_t first, uint32_t count, uint32_t step, auto write) {
         double* const dz = a.dz + first * channels;
         double* const dz_x = a.dz_x + first * channels;
@@ -458,53 +492,44 @@ __device__ __forceinline__ void finish_parameters(const BatchNormSumsArgs<S>& a)
                     dz_x[c] += dz_x[i * pitch + c];
                 }
             }
-            for (uint64_t c = 0; c < channels; ++c) write(c, BatchNormSums{dz[c], dz_x[c]});
+            for (uint64_t c = 0; c < channels; ++c) write(c, TwoSums{{dz[c], dz_x[c]}});
         } else {
-            constexpr int V = shape == kFour ? 4 : 1;
-            POLDER_DYNAMIC_SHARED(BatchNormSums, shared);
+            constexpr int V = shape;
             const uint64_t c = uint64_t(blockIdx.y * blockDim.x + threadIdx.x) * V;
-            POLDER_UNROLL
-            for (int k = 0; k < V; ++k) {
-                BatchNormSums all = {0.0, 0.0};
-                if (c < channels) {
-                    for (uint32_t i = threadIdx.y; i < count; i += blockDim.y) {
-                        all = add(all, BatchNormSums{dz[i * pitch + c + k], dz_x[i * pitch + c + k]});
-                    }
-                }
-                all = combine_lines(all, shared, add);
-                if (threadIdx.y == 0 && c < channels) write(c + k, all);
+            TwoSums all[V] = {};
+            for (uint32_t i = threadIdx.y; c < channels && i < count; i += blockDim.y) {
+                POLDER_UNROLL
+                for (int k = 0; k < V; ++k) all[k] = add(all[k], {{dz[i * pitch + c + k], dz_x[i * pitch + c + k]}});
             }
+            add_lines(all);
+            if (threadIdx.y != 0 || c >= channels) return;
+            POLDER_UNROLL
+            for (int k = 0; k < V; ++k) write(c + k, all[k]);
         }
     };
     uint32_t* const tickets = a.tickets + blockIdx.y * tickets_of_column(gridDim.x, a.group);
     combine_by_last(a, tickets, blockIdx.x, gridDim.x, combine);
 }
 
-/// Calls `write(c, sums)` with the combined sums of the blocks, for every channel. On the GPU there is a block per
-/// channel.
-template <class F>
-__device__ __forceinline__ void combine_blocks(const double* dz, const double* dz_x, uint32_t channels, uint32_t blocks,
-                                               const F& write) {
-    const auto sums_of = [&](uint32_t block, uint32_t c) -> BatchNormSums {
-        const uint64_t place = uint64_t(block) * channels + c;
-        return {dz[place], dz_x[place]};
-    };
+/// Calls `write(c, sums)` with the sum of `part(block, c)` over the blocks, for every channel. On the GPU there is a
+/// block per channel.
+template <class Part, class F>
+__device__ __forceinline__ void add_blocks(uint32_t channels, uint32_t blocks, const Part& part, const F& write) {
 #if defined(POLDER_HOST)
     if (blockDim.y == 1) {
         for_each_index(channels, [&](uint64_t c) {
-            BatchNormSums all = {0.0, 0.0};
-            for (uint32_t block = 0; block < blocks; ++block) all = add(all, sums_of(block, uint32_t(c)));
+            TwoSums all = {};
+            for (uint32_t block = 0; block < blocks; ++block) all = add(all, part(block, uint32_t(c)));
             write(uint32_t(c), all);
         });
         return;
     }
 #endif
-    POLDER_DYNAMIC_SHARED(BatchNormSums, shared);
     const uint32_t c = blockIdx.x;
-    BatchNormSums all = {0.0, 0.0};
-    for (uint32_t block = threadIdx.y; block < blocks; block += blockDim.y) all = add(all, sums_of(block, c));
-    all = combine_lines(all, shared, add);
-    if (threadIdx.y == 0) write(c, all);
+    TwoSums all[1] = {};
+    for (uint32_t block = threadIdx.y; block < blocks; block += blockDim.y) all[0] = add(all[0], part(block, c));
+    add_lines(all);
+    if (threadIdx.y == 0) write(c, all[0]);
 }
 
 }  // namespace

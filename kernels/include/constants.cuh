@@ -52,9 +52,6 @@ constexpr uint32_t kMuonWork = 132 * 256 + 128 * 256 + 132 * 128;
 
 /// Rows over which a convolution on tensor cores sums moments: the rows of its tiles.
 constexpr int kMomentRows = 128;
-/// Bytes of shared memory for each thread of a kernel that combines over a block: count, mean and squared deviations in
-/// double.
-constexpr int kCombinedBytes = 24;
 
 /// Where the backward takes the relu's mask from.
 enum Mask : uint32_t {

@@ -108,7 +108,8 @@ impl HostDevice {
         let threads = threads.min(HostOptions::MOST_THREADS);
         Self {
             options: HostOptions { threads, ..options },
-            instruction_set: newest_instruction_set(),
+            // The oldest has a GPU's launch shapes.
+            instruction_set: if options.emulate_gpu { 0 } else { newest_instruction_set() },
             team: Team::new(threads, pool),
             recording: AtomicBool::new(false),
             paired: AtomicBool::new(false),

@@ -5,8 +5,8 @@
 //! `inv_std = 1 / √(var + eps)`, `y = act(gamma · (x − mean) · inv_std + beta + residual)`.
 //!
 //! Rounding: at most 64 rows are summed in `T`, relative to the first of them; a convolution sums 128, relative to
-//! their mean. The partial means and squared deviations are combined in double (Chan, Golub and LeVeque 1979), so that
-//! a mean much larger than the deviation does no harm. All sums have a fixed order: the same inputs give the same bits
+//! their mean. These sums are combined in double, relative to the first row or the first mean, so that a mean much
+//! larger than the deviation does no harm. All sums have a fixed order: the same inputs give the same bits
 //! on every run, with any number of threads.
 
 pub use super::conv_batch_norm::{Activation, Normalized, Workspace};
@@ -15,12 +15,12 @@ use super::{Check, pick};
 #[cfg(doc)]
 use crate::device::Error;
 use crate::device::arguments::{
-    BatchNormSumsArgs, InputArgs, InputTangentArgs, MomentsArgs, NormalizeArgs, NormalizeTangentArgs,
+    BatchNormRows, BatchNormSumsArgs, InputArgs, InputTangentArgs, MomentsArgs, NormalizeArgs, NormalizeTangentArgs,
     ParametersTangentArgs, RunningArgs, StatisticsArgs, StatisticsTangentArgs, Upstream, UpstreamTangent,
 };
 use crate::device::constants::{
-    BLOCK_THREADS, COMBINED_BYTES, MASK_NONE, MASK_OUTPUT, MASK_RECOMPUTE, MOMENT_ROWS, RESIDUAL_ACCUMULATE,
-    RESIDUAL_NONE, RESIDUAL_WRITE,
+    BLOCK_THREADS, MASK_NONE, MASK_OUTPUT, MASK_RECOMPUTE, MOMENT_ROWS, PACK_BYTES, RESIDUAL_ACCUMULATE, RESIDUAL_NONE,
+    RESIDUAL_WRITE,
 };
 use crate::device::{Compute, Device, Launch, Result, Scalar, Slice, SliceMut, id};
 
@@ -36,7 +36,7 @@ pub struct BatchNormShape {
 impl BatchNormShape {
     /// The room for the sums of all blocks. There are the most columns of blocks if each of 32 threads has one channel.
     fn sums_room(&self, device: &Device) -> SumsRoom {
-        let row_blocks = row_blocks(device, *self, PER_SUMMING_THREAD);
+        let (_, row_blocks) = row_blocks(device, *self, PER_SUMMING_THREAD);
         SumsRoom { channels: self.channels, row_blocks, column_blocks: self.channels.div_ceil(32) }
     }
 }
@@ -186,48 +186,71 @@ pub struct BackwardTangents<'a, S: Compute> {
     pub dbeta: Slice<'a, S::Master>,
 }
 
-/// A launch over rows, and over channels in groups of `pack`.
-struct GroupedLaunch {
+/// Two sums in double, which each thread of a summing kernel leaves for each of its channels.
+const TWO_SUMS_BYTES: usize = 2 * size_of::<f64>();
+
+/// A launch over rows and channels, and the arguments that describe it.
+struct RowLaunch {
     launch: Launch,
-    /// Channels per GPU thread; 0 in the CPU's launch shape.
-    pack: u32,
+    rows: BatchNormRows,
 }
 
-impl GroupedLaunch {
-    /// About `per_thread` elements for each GPU thread. Four channels at a time need 16-byte accesses, for which all of
-    /// `addresses` (0 for an absent argument) must be aligned.
+impl RowLaunch {
+    /// About `per_thread` elements for each GPU thread. Several channels at a time need 16-byte accesses, for which all
+    /// of `addresses` (0 for an absent argument) must be aligned.
     fn new<S: Compute>(device: &Device, shape: BatchNormShape, per_thread: usize, addresses: &[u64]) -> Self {
         let BatchNormShape { rows, channels } = shape;
-        let blocks = row_blocks(device, shape, per_thread);
-        if !device.is_simt() {
-            return Self { launch: Launch::new(blocks as u32, 1), pack: 0 };
-        }
-        // The loads of parameters are the widest.
-        let wide = 4 * size_of::<S::Master>() as u64;
-        let pack = if channels % 4 == 0 && addresses.iter().all(|address| address % wide == 0) { 4 } else { 1 };
-        // One column for each channel group, but at most a warp, so that neighbouring threads read neighbouring
-        // addresses.
-        let groups = channels / pack;
-        let tiles = groups.div_ceil(32).max(1);
-        let columns = groups.div_ceil(tiles).max(1);
-        let lines = (BLOCK_THREADS / columns).min(rows.max(1));
-        let launch = Launch {
-            grid: [blocks as u32, tiles as u32, 1],
-            block: [columns as u32, lines as u32, 1],
-            shared: columns * lines * COMBINED_BYTES,
+        let (block_rows, blocks) = row_blocks(device, shape, per_thread);
+        let cpu = !device.is_simt();
+        let aligned = addresses.iter().all(|address| address.is_multiple_of(PACK_BYTES as u64));
+        let pack = match (cpu, aligned, size_of::<S>()) {
+            (true, ..) => 0,
+            (_, true, 2) if channels.is_multiple_of(8) => 8,
+            (_, true, _) if channels.is_multiple_of(4) => 4,
+            _ => 1,
         };
-        Self { launch, pack: pack as u32 }
+        // Columns of threads, and blocks side by side: one column for each channel group, but at most a warp in a
+        // block, so that neighbouring threads read neighbouring addresses.
+        let columns = |pack: usize| {
+            let groups = channels.div_ceil(pack);
+            let tiles = groups.div_ceil(32).max(1);
+            (groups.div_ceil(tiles).max(1), tiles)
+        };
+        let launch = if cpu {
+            Launch::new(blocks as u32, 1)
+        } else {
+            let (across, tiles) = columns(pack);
+            // As many as with four channels per thread: sums have the same order in all types.
+            let lines = (BLOCK_THREADS / columns(pack.min(4)).0).min(rows.max(1));
+            Launch {
+                grid: [blocks as u32, tiles as u32, 1],
+                block: [across as u32, lines as u32, 1],
+                shared: across * lines * pack * TWO_SUMS_BYTES,
+            }
+        };
+        let rows = BatchNormRows {
+            rows: rows as u64,
+            inverse: 1.0 / rows as f64,
+            block_rows: block_rows as u32,
+            channels: channels as u32,
+            pack: pack as u32,
+        };
+        Self { launch, rows }
     }
 }
 
-/// The number of blocks of rows. It depends only on the shape and the device, because the workspace's length does.
-fn row_blocks(device: &Device, shape: BatchNormShape, per_thread: usize) -> usize {
+/// The rows of each block, and the number of blocks. They depend only on the shape and the device, because the
+/// workspace's length does.
+fn row_blocks(device: &Device, shape: BatchNormShape, per_thread: usize) -> (usize, usize) {
     let elements = shape.rows * shape.channels;
-    if !device.is_simt() {
-        return device.elementwise(elements, 1).grid[0] as usize;
-    }
-    let blocks = device.elementwise(elements, per_thread).grid[0] as usize;
-    blocks.div_ceil(shape.channels.div_ceil(128).max(1))
+    let most = if device.is_simt() {
+        let blocks = device.elementwise(elements, per_thread).grid[0] as usize;
+        blocks.div_ceil(shape.channels.div_ceil(128).max(1))
+    } else {
+        device.elementwise(elements, 1).grid[0] as usize
+    };
+    let block_rows = shape.rows.div_ceil(most).max(1);
+    (block_rows, shape.rows.div_ceil(block_rows).max(1))
 }
 
 /// Elements per GPU thread in kernels that sum: enough to amortise the reduction over the block.
@@ -240,7 +263,7 @@ fn channel_launch(device: &Device, channels: usize) -> Launch {
     if !device.is_simt() {
         return Launch::new(channels.div_ceil(64).max(1) as u32, 1);
     }
-    Launch { grid: [channels.max(1) as u32, 1, 1], block: [1, 128, 1], shared: 128 * COMBINED_BYTES }
+    Launch { grid: [channels.max(1) as u32, 1, 1], block: [1, 128, 1], shared: 128 * TWO_SUMS_BYTES }
 }
 
 impl Upstream {
@@ -345,29 +368,21 @@ pub fn forward_train<S: Compute>(
     shape: BatchNormShape,
     input: Forward<'_, S>,
     y: SliceMut<'_, S>,
-    saved: Saved<'_, S::Master>,
+    mut saved: Saved<'_, S::Master>,
     running: Option<RunningUpdate<'_, S::Master>>,
     workspace: &mut Workspace,
 ) -> Result<()> {
     let device = input.x.device();
     let check = ShapeCheck::new("batch_norm::forward_train", device, shape);
     check.forward(&input, y.view(), &saved)?;
-    let SumsAddresses { dz: means, dz_x: m2s, .. } = check.sums(workspace)?;
-    let grouped = GroupedLaunch::new::<S>(device, shape, PER_SUMMING_THREAD, &[input.x.address()]);
-    let moments = MomentsArgs {
-        x: input.x.address(),
-        means,
-        m2s,
-        rows: shape.rows as u64,
-        channels: shape.channels as u32,
-        pack: grouped.pack,
-    };
-    let moments_of_blocks =
-        BlockMoments { means, m2s, tiles: 0, blocks: grouped.launch.grid[0] as usize, tile_rows: 0 };
+    let SumsAddresses { dz: sums, dz_x: squares, .. } = check.sums(workspace)?;
     check.two_rows()?;
+    let RowLaunch { launch, rows } = RowLaunch::new::<S>(device, shape, PER_SUMMING_THREAD, &[input.x.address()]);
+    let moments = MomentsArgs { x: input.x.address(), shift: saved.mean.address(), sums, squares, rows };
     // SAFETY: every length is checked above, and the workspace has room for all row blocks of the launch.
-    unsafe { device.launch(S::choose(id::BATCH_NORM_MOMENTS), grouped.launch, &moments)? };
-    statistics(&check, input, y, saved, running, moments_of_blocks)
+    unsafe { device.launch(S::choose(id::BATCH_NORM_MOMENTS), launch, &moments)? };
+    let of_blocks = BlockMoments { sums, squares, tiles: 0, block_rows: rows.block_rows };
+    statistics(&check, input, y, saved, running, of_blocks)
 }
 
 /// Like [`forward_train`], but computes the statistics from the moments of x that
@@ -388,19 +403,17 @@ pub fn forward_from_moments<S: Compute>(
     let check = ShapeCheck::new("batch_norm::forward_from_moments", device, shape);
     check.forward(&input, y.view(), &saved)?;
     check.two_rows()?;
-    let blocks = shape.rows.div_ceil(MOMENT_ROWS);
     check.check.argument("moments", moments, moments_len(shape.rows, shape.channels))?;
-    let moments = BlockMoments { means: 0, m2s: 0, tiles: moments.address(), blocks, tile_rows: MOMENT_ROWS };
+    let moments = BlockMoments { sums: 0, squares: 0, tiles: moments.address(), block_rows: MOMENT_ROWS as u32 };
     statistics(&check, input, y, saved, running, moments)
 }
 
-/// The location of the blocks' moments of x: two arrays, or the tiles of a convolution.
+/// The location of the moments of x: two arrays with the sums of blocks, or the tiles of a convolution.
 struct BlockMoments {
-    means: u64,
-    m2s: u64,
+    sums: u64,
+    squares: u64,
     tiles: u64,
-    blocks: usize,
-    tile_rows: usize,
+    block_rows: u32,
 }
 
 /// Combines the blocks' moments and normalises. The lengths have been checked.
@@ -414,8 +427,8 @@ fn statistics<S: Compute>(
 ) -> Result<()> {
     let (device, shape) = (check.check.device, check.shape);
     let mut args = StatisticsArgs {
-        means: moments.means,
-        m2s: moments.m2s,
+        sums: moments.sums,
+        squares: moments.squares,
         tiles: moments.tiles,
         mean: saved.mean.address(),
         inv_std: saved.inv_std.address(),
@@ -425,10 +438,12 @@ fn statistics<S: Compute>(
         next_var: 0,
         eps: input.eps,
         momentum: 0.0,
+        inverse: 1.0 / shape.rows as f64,
+        unbiased_inverse: 1.0 / (shape.rows as f64 - 1.0),
         rows: shape.rows as u64,
+        block_rows: moments.block_rows,
         channels: shape.channels as u32,
-        blocks: moments.blocks as u32,
-        tile_rows: moments.tile_rows as u32,
+        blocks: shape.rows.div_ceil(moments.block_rows as usize) as u32,
     };
     if let Some(mut running) = running {
         check.channels("running.mean", running.mean)?;
@@ -496,17 +511,14 @@ fn normalize<S: Compute>(
         inv_std: saved.inv_std.address(),
         residual: address(input.residual),
         y: y.address(),
-        rows: shape.rows as u64,
-        channels: shape.channels as u32,
-        pack: 0,
+        rows: BatchNormRows::default(),
         relu: input.relu.into(),
     };
     let addresses = [args.x, args.gamma, args.beta, args.mean, args.inv_std, args.residual, args.y];
-    let grouped = GroupedLaunch::new::<S>(device, shape, PER_THREAD, &addresses);
-    args.pack = grouped.pack;
-    let kernel = S::choose(id::BATCH_NORM_NORMALIZE);
+    let RowLaunch { launch, rows } = RowLaunch::new::<S>(device, shape, PER_THREAD, &addresses);
+    args.rows = rows;
     // SAFETY: the callers checked every length.
-    unsafe { device.launch(kernel, grouped.launch, &args) }
+    unsafe { device.launch(S::choose(id::BATCH_NORM_NORMALIZE), launch, &args) }
 }
 
 /// The gradients. With `dz = dy` where the activation passed and 0 elsewhere, and `x̂ = (x − mean) · inv_std`: `dbeta =
@@ -536,16 +548,15 @@ pub fn backward<S: Compute>(
     check.channels("dbeta", gradients.dbeta.view())?;
     let SumsAddresses { dz, dz_x, tickets } = check.sums(workspace)?;
     let (residual_address, residual_mode) = check.residual(residual, mask)?;
-    let grouped = GroupedLaunch::new::<S>(device, shape, PER_SUMMING_THREAD, &[upstream.bits(), residual_address]);
+    let RowLaunch { launch, rows } =
+        RowLaunch::new::<S>(device, shape, PER_SUMMING_THREAD, &[upstream.bits(), residual_address]);
     let sums = BatchNormSumsArgs {
         upstream,
         tangent: UpstreamTangent::default(),
         residual: residual_address,
         dz,
         dz_x,
-        rows: shape.rows as u64,
-        channels: shape.channels as u32,
-        pack: grouped.pack,
+        rows,
         mask,
         residual_mode,
         dgamma: gradients.dgamma.address(),
@@ -554,7 +565,7 @@ pub fn backward<S: Compute>(
         group: group_blocks(device) as u32,
     };
     // SAFETY: every length is checked above, and the workspace has room for all row blocks of the launch.
-    unsafe { device.launch(S::choose(id::BATCH_NORM_SUMS), grouped.launch, &sums)? };
+    unsafe { device.launch(S::choose(id::BATCH_NORM_SUMS), launch, &sums)? };
     // If the first pass wrote dz, the second one reads it and needs no mask.
     let from_residual = residual_mode == RESIDUAL_WRITE && mask == MASK_OUTPUT;
     let inputs = InputArgs {
@@ -563,9 +574,7 @@ pub fn backward<S: Compute>(
         dbeta: sums.dbeta,
         dx: gradients.dx.address(),
         residual: 0,
-        rows: shape.rows as u64,
-        channels: shape.channels as u32,
-        pack: 0,
+        rows: BatchNormRows::default(),
         mask: if from_residual { MASK_NONE } else { mask },
         train: (mode == Mode::Train).into(),
         accumulate: 0,
@@ -576,10 +585,10 @@ pub fn backward<S: Compute>(
 /// The second pass of both backward modes. The lengths have been checked.
 fn launch_input<S: Compute>(device: &Device, shape: BatchNormShape, mut args: InputArgs) -> Result<()> {
     let addresses = [args.upstream.bits(), args.residual, args.dgamma, args.dbeta, args.dx];
-    let grouped = GroupedLaunch::new::<S>(device, shape, PER_THREAD, &addresses);
-    args.pack = grouped.pack;
+    let RowLaunch { launch, rows } = RowLaunch::new::<S>(device, shape, PER_THREAD, &addresses);
+    args.rows = rows;
     // SAFETY: the callers checked every length.
-    unsafe { device.launch(S::choose(id::BATCH_NORM_INPUT), grouped.launch, &args) }
+    unsafe { device.launch(S::choose(id::BATCH_NORM_INPUT), launch, &args) }
 }
 
 /// The rest of [`backward`] after [`conv::input_gradient_with_sums`](super::conv::input_gradient_with_sums), which
@@ -614,9 +623,7 @@ pub fn backward_from_sums<S: Compute>(
         dbeta: dbeta.address(),
         dx: dx.address(),
         residual,
-        rows: shape.rows as u64,
-        channels: shape.channels as u32,
-        pack: 0,
+        rows: BatchNormRows::default(),
         mask,
         train: (mode == Mode::Train).into(),
         accumulate: (residual_mode == RESIDUAL_ACCUMULATE).into(),
@@ -660,17 +667,15 @@ pub fn forward_tangent<S: Compute>(
     let SumsAddresses { dz, dz_x, .. } = check.sums(workspace)?;
     match mode {
         Mode::Train => {
-            let grouped =
-                GroupedLaunch::new::<S>(device, shape, PER_SUMMING_THREAD, &[upstream.x, upstream.dy, upstream.mean]);
+            let addresses = [upstream.x, upstream.dy, upstream.mean];
+            let RowLaunch { launch, rows } = RowLaunch::new::<S>(device, shape, PER_SUMMING_THREAD, &addresses);
             let sums = BatchNormSumsArgs {
                 upstream,
                 tangent: UpstreamTangent::default(),
                 residual: 0,
                 dz,
                 dz_x,
-                rows: shape.rows as u64,
-                channels: shape.channels as u32,
-                pack: grouped.pack,
+                rows,
                 mask: MASK_NONE,
                 residual_mode: RESIDUAL_NONE,
                 dgamma: 0,
@@ -684,13 +689,13 @@ pub fn forward_tangent<S: Compute>(
                 inv_std: upstream.inv_std,
                 mean_tangent: saved.mean.address(),
                 inv_std_tangent: saved.inv_std.address(),
-                rows: shape.rows as u64,
-                channels: shape.channels as u32,
-                blocks: row_blocks(device, shape, PER_SUMMING_THREAD) as u32,
+                inverse: rows.inverse,
+                channels: rows.channels,
+                blocks: launch.grid[0],
             };
             // SAFETY: every length is checked above, and the workspace has room for all row blocks of the first launch.
             unsafe {
-                device.launch(S::choose(id::BATCH_NORM_SUMS), grouped.launch, &sums)?;
+                device.launch(S::choose(id::BATCH_NORM_SUMS), launch, &sums)?;
                 let kernel =
                     pick::<S::Master, _>(id::BATCH_NORM_STATISTICS_TANGENT_F32, id::BATCH_NORM_STATISTICS_TANGENT_F64);
                 device.launch(kernel, channel_launch(device, shape.channels), &statistics)?;
@@ -714,17 +719,16 @@ pub fn forward_tangent<S: Compute>(
         beta_tangent: tangents.beta.address(),
         residual_tangent: address(tangents.residual),
         y_tangent: y.address(),
-        rows: shape.rows as u64,
-        channels: shape.channels as u32,
-        pack: 0,
+        rows: BatchNormRows::default(),
         mask,
     };
     let others = args.beta_tangent | args.residual_tangent | args.y_tangent;
-    let grouped = GroupedLaunch::new::<S>(device, shape, PER_THREAD, &[args.upstream.bits(), tangent.bits(), others]);
-    args.pack = grouped.pack;
+    let addresses = [args.upstream.bits(), tangent.bits(), others];
+    let RowLaunch { launch, rows } = RowLaunch::new::<S>(device, shape, PER_THREAD, &addresses);
+    args.rows = rows;
     let kernel = S::choose(id::BATCH_NORM_NORMALIZE_TANGENT);
     // SAFETY: every length is checked above.
-    unsafe { device.launch(kernel, grouped.launch, &args) }
+    unsafe { device.launch(kernel, launch, &args) }
 }
 
 /// The tangent of [`backward`], with the same `input` and `mode`: `gradients` and `residual` receive the tangents of
@@ -777,17 +781,15 @@ pub fn backward_tangent<S: Compute>(
         mean: tangents.mean.address(),
         inv_std: tangents.inv_std.address(),
     };
-    let grouped =
-        GroupedLaunch::new::<S>(device, shape, PER_SUMMING_THREAD, &[upstream.bits(), tangent.bits(), residual]);
+    let addresses = [upstream.bits(), tangent.bits(), residual];
+    let summing = RowLaunch::new::<S>(device, shape, PER_SUMMING_THREAD, &addresses);
     let sums = BatchNormSumsArgs {
         upstream,
         tangent,
         residual,
         dz,
         dz_x,
-        rows: shape.rows as u64,
-        channels: shape.channels as u32,
-        pack: grouped.pack,
+        rows: summing.rows,
         mask,
         residual_mode,
         dgamma: 0,
@@ -804,7 +806,7 @@ pub fn backward_tangent<S: Compute>(
         dgamma_tangent: gradients.dgamma.address(),
         dbeta_tangent: gradients.dbeta.address(),
         channels: shape.channels as u32,
-        blocks: row_blocks(device, shape, PER_SUMMING_THREAD) as u32,
+        blocks: summing.launch.grid[0],
     };
     let mut inputs = InputTangentArgs {
         upstream,
@@ -814,22 +816,21 @@ pub fn backward_tangent<S: Compute>(
         dgamma_tangent: parameters.dgamma_tangent,
         dbeta_tangent: parameters.dbeta_tangent,
         dx_tangent: gradients.dx.address(),
-        rows: shape.rows as u64,
-        channels: shape.channels as u32,
-        pack: 0,
+        rows: BatchNormRows::default(),
         mask,
         train: (mode == Mode::Train).into(),
     };
     let others = inputs.dgamma | inputs.dbeta | inputs.dgamma_tangent | inputs.dbeta_tangent | inputs.dx_tangent;
-    let input_grouped = GroupedLaunch::new::<S>(device, shape, PER_THREAD, &[upstream.bits(), tangent.bits(), others]);
-    inputs.pack = input_grouped.pack;
+    let RowLaunch { launch, rows } =
+        RowLaunch::new::<S>(device, shape, PER_THREAD, &[upstream.bits(), tangent.bits(), others]);
+    inputs.rows = rows;
     // SAFETY: every length is checked above, and the workspace has room for all row blocks of the first launch.
     unsafe {
         let kernel = S::choose(id::BATCH_NORM_SUMS_TANGENT);
-        device.launch(kernel, grouped.launch, &sums)?;
+        device.launch(kernel, summing.launch, &sums)?;
         let kernel = pick::<S::Master, _>(id::BATCH_NORM_PARAMETERS_TANGENT_F32, id::BATCH_NORM_PARAMETERS_TANGENT_F64);
         device.launch(kernel, channel_launch(device, shape.channels), &parameters)?;
         let kernel = S::choose(id::BATCH_NORM_INPUT_TANGENT);
-        device.launch(kernel, input_grouped.launch, &inputs)
+        device.launch(kernel, launch, &inputs)
     }
 }

@@ -9,7 +9,7 @@
 //! Both modules use this one, and neither uses the other.
 
 use super::{Check, check_length};
-use crate::device::arguments::{BatchNormSumsArgs, Upstream};
+use crate::device::arguments::{BatchNormRows, BatchNormSumsArgs, Upstream};
 use crate::device::constants::{MASK_NONE, MASK_OUTPUT, MASK_RECOMPUTE, MOMENT_ROWS};
 use crate::device::{Buffer, Compute, Device, Result, Slice, SliceMut};
 
@@ -194,8 +194,7 @@ pub(super) fn sums_args<S: Compute>(
         upstream,
         dz,
         dz_x,
-        rows: rows as u64,
-        channels: room.channels as u32,
+        rows: BatchNormRows { rows: rows as u64, channels: room.channels as u32, ..BatchNormRows::default() },
         mask,
         dgamma: dgamma.address(),
         dbeta: dbeta.address(),
