@@ -5,6 +5,8 @@
 - The convolutions on tensor cores use tensor-core products and asynchronous copies; streaming kernels use 16-byte
   accesses.
 - No kernel uses local memory, which spilled or indexed registers would need.
+- No thread divides in double precision, which is slow on consumer GPUs, or by a number of 64 bits, which is slow on all.
+  Some kernels have such a division for one thread of a block, and are named here.
 - With programmatic dependent launch (compute capability 9.0 and later), a kernel can start before the previous one has
   finished. So every kernel waits before it touches global memory, and none loads through the read-only cache, which
   does not respect the wait.
@@ -35,6 +37,17 @@ RULES = [
     (r"conv_(forward|input_gradient|weight_gradient)_\d+_f32", r"LDG\.E\.([A-Z]+\.)*128", "16-byte loads"),
 ]
 
+
+# The start of a division in double precision, and of one of 64-bit integers.
+DIVIDES = r"\bMUFU\.RCP64H\b|\bI2F\.[US]64\.RP\b"
+# Kernels in which one thread of a block divides.
+ONE_THREAD_DIVIDES = r"perturb_(f32_\w+|along\d_f32|adaptive_f32|normal_f32)|(adamw\d|sassha|moving_average)_f32"
+ONE_THREAD_DIVIDES += r"|unscale|gather_f32|gradient_pieces_f32|finish_scaled_gradient|conv_tensor_weight_gradient_\w+"
+ONE_THREAD_DIVIDES += r"|muon_(gram|update)_f32|mean_loss_f32|mix_batch_\w+|direction_scale|curvature_from_losses"
+ONE_THREAD_DIVIDES += r"|cr_sam_coefficients|clip_coefficients|gam_coefficients|ascent_coefficients|quotient|rejection"
+ONE_THREAD_DIVIDES += r"|adgd_rates"
+# A thread for each channel; and Pillow's arithmetic on bytes, whose bits are wanted.
+FEW_DIVIDE = r"batch_norm_(running|statistics|parameters_tangent)_f32|augment(_large)?_batch_\w+"
 
 WAITS = r"\bACQBULK\b"  # griddepcontrol.wait
 GLOBAL = r"\b(LDG|STG|LDGSTS|ATOM|ATOMG|RED|REDG|LD|ST)\b"
@@ -82,6 +95,10 @@ def main():
     targets = sorted({target for target, _ in code})
     local = [key for key, text in code.items() if re.search(r"\b(LDL|STL)\b", text)]
     faults = [f"{target} {name}: local memory" for target, name in local]
+    divide = {name for (_, name), text in code.items() if re.search(DIVIDES, text)}
+    named = {name for _, name in code if re.fullmatch(f"{ONE_THREAD_DIVIDES}|{FEW_DIVIDE}", name)}
+    print(f"divisions in double precision or of 64 bits: in {len(divide)} kernels")
+    faults += [f"{name}: every thread divides in double precision or by a number of 64 bits" for name in divide - named]
     early = {key: text for key, text in code.items() if int(key[0].removeprefix("sm_")) >= 90}
     waiting = [key for key, text in early.items() if waits_first(text)]
     print(f"waits for the kernel before it touches memory: {len(waiting)} of {len(early)} kernels")

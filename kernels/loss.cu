@@ -19,13 +19,15 @@ struct CrossEntropyArgs {
     const double* scale;     // of the gradient, or null for 1
     uint32_t batch;
     uint32_t classes;
+    double inverse_batch;  // 1 / batch
     double smoothing;
+    double smoothing_share;  // smoothing / classes
 };
 
 /// The factor of a sample's gradient in the gradient of the mean, times the loss scale.
 template <class T>
-__device__ __forceinline__ T gradient_scale(const double* scale, uint32_t batch) {
-    return T((scale != nullptr ? scale[0] : 1.0) / double(batch));
+__device__ __forceinline__ T gradient_scale(const double* scale, double inverse_batch) {
+    return T(scale != nullptr ? scale[0] * inverse_batch : inverse_batch);
 }
 
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
@@ -58,9 +60,9 @@ __device__ void cross_entropy(const CrossEntropyArgs<T>& a) {
     const bool alone = block_threads() == 1;
     const uint32_t lanes = alone ? 1 : 32, lane = threadIdx.x % lanes;
     const uint32_t warps = gridDim.x * (blockDim.x / lanes), classes = a.classes;
-    const T scale = gradient_scale<T>(a.scale, a.batch), infinity = T(INFINITY);
+    const T scale = gradient_scale<T>(a.scale, a.inverse_batch), infinity = T(INFINITY);
     const double share = a.others != nullptr ? *a.share : 1.0;
-    const T on = T((1.0 - a.smoothing) * share), off = T(a.smoothing / double(classes));
+    const T on = T((1.0 - a.smoothing) * share), off = T(a.smoothing_share);
     const T on_other = T((1.0 - a.smoothing) * (1.0 - share));
     for (uint32_t n = (blockIdx.x * blockDim.x + threadIdx.x) / lanes; n < a.batch; n += warps) {
         const T* const z = a.logits + uint64_t(n) * classes;
@@ -108,6 +110,7 @@ struct CrossEntropyTangentArgs {
     const double* scale;      // of it, or null for 1
     uint32_t batch;
     uint32_t classes;
+    double inverse_batch;  // 1 / batch
 };
 
 /// dz' = p (z' - sum p z') / batch with p = softmax(z). The labels are constants, so they do not occur.
@@ -116,7 +119,7 @@ __device__ void cross_entropy_tangent(const CrossEntropyTangentArgs<T>& a) {
     const bool alone = block_threads() == 1;
     const uint32_t lanes = alone ? 1 : 32, lane = threadIdx.x % lanes;
     const uint32_t warps = gridDim.x * (blockDim.x / lanes), classes = a.classes;
-    const T scale = gradient_scale<T>(a.scale, a.batch);
+    const T scale = gradient_scale<T>(a.scale, a.inverse_batch);
     for (uint32_t n = (blockIdx.x * blockDim.x + threadIdx.x) / lanes; n < a.batch; n += warps) {
         const T* const z = a.logits + uint64_t(n) * classes;
         const T* const tangent = a.logits_tangent + uint64_t(n) * classes;

@@ -129,8 +129,11 @@ __device__ __forceinline__ double inverse_norm(const MuonMatrix& matrix, const d
     for (uint32_t i = thread_in_block(); i < matrix.partials; i += block_threads()) {
         squares.add({{partials[matrix.first_partial + i]}});
     }
-    const double norm = sqrt(block_sum(squares).v[0]);
-    return 1.0 / (norm < 1e-7 ? 1e-7 : norm);
+    const double all = block_sum(squares).v[0];
+    return once_per_block([=] {
+        const double norm = sqrt(all);
+        return 1.0 / (norm < 1e-7 ? 1e-7 : norm);
+    });
 }
 
 // ---- Products ------------------------------------------------------------------------------------------------------
@@ -365,7 +368,8 @@ __device__ void muon_update(const MuonUpdateArgs<T>& a) {
     const MuonTile tile = a.tiles[blockIdx.x];
     const MuonMatrix matrix = a.matrices[tile.matrix];
     const double lr = learning_rate(a);
-    const T step = T(lr * 0.2 * sqrt(double(length_of(matrix))) * inverse_norm(matrix, a.partials));
+    const double inverse = inverse_norm(matrix, a.partials);
+    const T step = once_per_block([=] { return T(lr * 0.2 * sqrt(double(length_of(matrix))) * inverse); });
     const T decay = T(matrix.place < a.decay_len ? 1.0 - lr * a.weight_decay : 1.0);
     const uint32_t rows = at_most(matrix.rows - tile.row, tile_size()),
                    columns = at_most(matrix.columns - tile.column, tile_size());

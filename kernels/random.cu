@@ -110,7 +110,7 @@ __device__ void perturb_normal(const PerturbNormalArgs<T>& a) {
     const T* w = a.w;
     T* out = a.out;
     const uint64_t seed = a.seed, first_block = a.first_block, blocks = a.n / 4, rest = a.n % 4;
-    const T scale = T(a.rho / (a.norm[0] + kTiny));
+    const T scale = normalized_step<T>(a.rho, a.norm);
     for_each_index(blocks, [=](uint64_t b) {
         const Four<T> z = normals_from<T>(philox_block(seed, first_block + b));
         POLDER_UNROLL

@@ -60,21 +60,18 @@ __device__ __forceinline__ void sassha_by(const SasshaArgs<T>& a, T average_scal
 template <class T>
 __device__ void sassha(const SasshaArgs<T>& a) {
     if (*a.skip != 0) return;
-    __shared__ T scales[2];
-    if (thread_in_block() == 0) {
+    const Pack<T, 2> scales = once_per_block([&]() -> Pack<T, 2> {
         const uint32_t t = *a.taken + 1;
         // Only a launch with a probe writes the correction, and it does not read it.
         const double correction = a.probe != nullptr ? 1.0 - power(a.beta2, t) : *a.correction;
         const bool known = correction > 0.0;
-        scales[0] = T(known ? 1.0 / (1.0 - power(a.beta1, t)) : 0.0);
-        scales[1] = T(known ? 1.0 / sqrt(correction) : 0.0);
         if (a.probe != nullptr && blockIdx.x == 0) *a.correction = correction;
-    }
-    __syncthreads();
+        return {{T(known ? 1.0 / (1.0 - power(a.beta1, t)) : 0.0), T(known ? 1.0 / sqrt(correction) : 0.0)}};
+    });
     if (a.probe != nullptr) {
-        sassha_by<T, true>(a, scales[0], scales[1]);
+        sassha_by<T, true>(a, scales.v[0], scales.v[1]);
     } else {
-        sassha_by<T, false>(a, scales[0], scales[1]);
+        sassha_by<T, false>(a, scales.v[0], scales.v[1]);
     }
 }
 

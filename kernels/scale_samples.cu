@@ -36,7 +36,7 @@ template <class T>
 __device__ void draw_factors(const DrawFactorsArgs<T>& a) {
     const uint64_t first = a.counter + (a.clock != nullptr ? a.clock[1] * a.stride : 0);
     for_each_index(uint64_t(a.operations) * a.batch, [&](uint64_t i) {
-        const uint32_t operation = uint32_t(i / a.batch), n = uint32_t(i % a.batch);
+        const uint32_t operation = uint32_t(i) / a.batch, n = uint32_t(i) - operation * a.batch;
         const FactorLaw& law = a.laws[operation];
         const PhiloxBlock own = words_of(a.seed, first + n, operation);
         const uint32_t gate = law.per_batch != 0 ? words_of(a.seed, first, operation).v[0] : own.v[0];

@@ -122,7 +122,7 @@ __device__ void perturb_along(const PerturbAlongArgs<T>& a) {
     const Combined<T, N> direction(a.direction);
     const T* w = a.w;
     T* out = a.out;
-    const T scale = T(a.rho / (a.norm[0] + kTiny));
+    const T scale = normalized_step<T>(a.rho, a.norm);
     for_each_pack_if<kPack<T>>(aligned16(w, out) && direction.aligned(), a.n, [=](auto width, uint64_t i) {
         constexpr int W = decltype(width)::value;
         const Pack<T, W> along = direction.template at<W>(i);
@@ -212,7 +212,7 @@ template <class T>
 __device__ void perturb_adaptive(const AdaptiveArgs<T>& a) {
     const T* w = a.w;
     const T* g = a.g;
-    const T scale = T(a.rho / (a.norm[0] + kTiny)), eta = T(a.eta);
+    const T scale = normalized_step<T>(a.rho, a.norm), eta = T(a.eta);
     const uint64_t scaled_len = a.scaled_len;
     for_each_output<kPack<T>>(aligned16(w, g, a.out), a.n, Outputs<T, 1>{{a.out}},
                               [=](auto width, uint64_t i, uint64_t o, const Outputs<T, 1>& outputs) {

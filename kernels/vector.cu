@@ -94,13 +94,10 @@ struct AverageArgs {
 /// average += (1 − d)(x − average) with d = min(decay, (1 + t)/(10 + t)) after t steps
 template <class T>
 __device__ void moving_average(const AverageArgs<T>& a) {
-    __shared__ T share;
-    if (thread_in_block() == 0) {
+    const T rest = once_per_block([&] {
         const double t = double(a.clock[1]);
-        share = T(1.0 - fmin(a.decay, (1.0 + t) / (10.0 + t)));
-    }
-    __syncthreads();
-    const T rest = share;
+        return T(1.0 - fmin(a.decay, (1.0 + t) / (10.0 + t)));
+    });
     const T* __restrict__ x = a.x;
     T* __restrict__ average = a.average;
     for_each_pack_if<kPack<T>>(aligned16(x, average), a.n, [=](auto width, uint64_t i) {
@@ -310,7 +307,7 @@ __device__ __forceinline__ void perturb_by(const PerturbArgs<T>& a, F displaceme
 /// plus = w + ρ g/(norm + 1e-12), and minus with the other sign
 template <class T, class P>
 __device__ void perturb(const PerturbArgs<T>& a) {
-    const T scale = T(a.rho / (a.norm[0] + kTiny));
+    const T scale = normalized_step<T>(a.rho, a.norm);
     // One side has the same bits with and without the other.
     const auto displacement = [=](T g) { return rounded_product(scale, g); };
     if (a.minus == nullptr) {
@@ -449,14 +446,11 @@ struct AdamWArgs {
 template <class T, int N>
 __device__ void adamw(const AdamWArgs<T>& a) {
     if (*a.skip != 0) return;
-    __shared__ T corrections[2];
-    if (thread_in_block() == 0) {
+    const Pack<T, 2> corrections = once_per_block([&]() -> Pack<T, 2> {
         const uint32_t t = *a.step;
-        corrections[0] = T(learning_rate(a) / (1.0 - power(a.beta1, t)));
-        corrections[1] = T(1.0 / sqrt(1.0 - power(a.beta2, t)));
-    }
-    __syncthreads();
-    const T step_size = corrections[0], root_scale = corrections[1];
+        return {{T(learning_rate(a) / (1.0 - power(a.beta1, t))), T(1.0 / sqrt(1.0 - power(a.beta2, t)))}};
+    });
+    const T step_size = corrections.v[0], root_scale = corrections.v[1];
     const Combined<T, N> gradient(a.combination);
     T* w = a.w;
     T* m = a.m;

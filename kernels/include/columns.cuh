@@ -16,8 +16,8 @@ constexpr uint32_t kColumnLanes = 32;
 template <int K, class T, class F>
 __device__ __forceinline__ void sum_columns(T* partials, uint32_t rows, uint32_t columns, const F& f) {
     const uint32_t piece = blockIdx.y, pieces = gridDim.y;
-    const uint32_t begin = uint32_t(uint64_t(rows) * piece / pieces);
-    const uint32_t end = uint32_t(uint64_t(rows) * (piece + 1) / pieces);
+    const uint32_t share = rows / pieces + (rows % pieces != 0 ? 1 : 0);
+    const uint32_t begin = min(piece * share, rows), end = min(begin + share, rows);
     T* const out = partials + uint64_t(piece) * K * columns;
 #if defined(POLDER_HOST)
     if (blockDim.x == 1) {

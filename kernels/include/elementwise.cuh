@@ -12,6 +12,12 @@ constexpr int kPack = kPackBytes / int(sizeof(T));
 /// Added to a norm that divides, so that a quotient stays finite where it vanishes.
 constexpr double kTiny = 1e-12;
 
+/// rho / (norm + 1e-12), once for each block.
+template <class T>
+__device__ __forceinline__ T normalized_step(double rho, const double* norm) {
+    return once_per_block([=] { return T(rho / (norm[0] + kTiny)); });
+}
+
 /// Whether all of these addresses allow 16-byte accesses: a part of a buffer may begin anywhere.
 template <class... P>
 __device__ __forceinline__ bool aligned16(const P*... p) {

@@ -26,7 +26,7 @@ struct Finished {
     uint32_t seen = 0;
 
     __device__ __forceinline__ explicit Finished(const FinishArgs& a)
-        : inverse(a.scale != nullptr ? T(1.0 / a.scale[0]) : T(1)) {}
+        : inverse(a.scale != nullptr ? once_per_block([&] { return T(1.0 / a.scale[0]); }) : T(1)) {}
 
     /// The element without the loss scale. This is a power of two, so the result is exact unless it is subnormal.
     __device__ __forceinline__ T value(T scaled) {

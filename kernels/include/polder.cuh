@@ -69,6 +69,16 @@ struct Width {
     static constexpr int value = V;
 };
 
+/// f(), computed by one thread of the block. Consumer GPUs compute in double at a 64th of the speed of floats, and a
+/// division takes a dozen operations. All threads of the block must call it, each kernel once for each f.
+template <class F>
+__device__ __forceinline__ auto once_per_block(const F& f) {
+    __shared__ decltype(f()) value;
+    if (threadIdx.x == 0 && threadIdx.y == 0) value = f();
+    __syncthreads();
+    return value;
+}
+
 /// This thread's share of [0, n), one index at a time. On the GPU neighbouring threads take neighbouring indices. In
 /// the CPU's shape (one thread per block) a block takes one contiguous chunk, so that the loop vectorises and a core
 /// streams through memory.

@@ -99,7 +99,9 @@ pub fn cross_entropy<T: Scalar>(
         scale: scale_address(NAME, device, scale)?,
         batch: batch as u32,
         classes: classes as u32,
+        inverse_batch: 1.0 / batch as f64,
         smoothing,
+        smoothing_share: smoothing / classes as f64,
     };
     if let Some(mut dlogits) = dlogits {
         check.argument("dlogits", dlogits.view(), elements)?;
@@ -154,6 +156,7 @@ pub fn cross_entropy_tangent<T: Scalar>(
         scale: scale_address(NAME, device, scale)?,
         batch: shape.batch as u32,
         classes: shape.classes as u32,
+        inverse_batch: 1.0 / shape.batch as f64,
     };
     let kernel = pick::<T, _>(id::CROSS_ENTROPY_TANGENT_F32, id::CROSS_ENTROPY_TANGENT_F64);
     // SAFETY: every length is checked above.
