@@ -159,7 +159,9 @@ fn choose(key: Key, tile: &'static TensorTile) {
 
 /// Launches that are timed together, and the number of timings, of which the shortest counts.
 const TIMED_LAUNCHES: usize = 8;
-const TIMINGS: usize = 3;
+const TIMINGS: usize = 5;
+/// How long a GPU works before the first timing: after it was idle, its clocks rise for some milliseconds.
+const WARM_UP_SECONDS: f64 = 0.02;
 
 /// Chooses the tiles of the forward by measurement, and with `backward` those of the gradients, unless that is done
 /// already or there is not enough memory for the operands.
@@ -212,6 +214,13 @@ fn fastest_tile<A: Compute>(pass: ConvPass, shape: &ConvShape, device: &Device) 
     let mut recorded = Vec::new();
     for tile in pass.candidates::<A>(shape) {
         recorded.push((tile, device.capture(|| (0..TIMED_LAUNCHES).try_for_each(|_| launch(tile)))?));
+    }
+    let (began, mut warmed) = (device.event()?, false);
+    while !warmed {
+        for (_, graph) in &recorded {
+            graph.replay()?;
+        }
+        warmed = device.event()?.elapsed_since(&began)? >= WARM_UP_SECONDS;
     }
     let (mut fastest, mut shortest) = (recorded[0].0, f64::INFINITY);
     for (tile, graph) in recorded.iter().cycle().take(TIMINGS * recorded.len()) {
