@@ -11,6 +11,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use half::f16;
 use polder::device::{Buffer, Compute, Device, HostOptions, Result, Tf32};
 use polder::kernels::conv::{self, ConvShape};
+use polder::kernels::peak::{self, Unit};
 
 const BATCH: usize = 128;
 
@@ -101,11 +102,33 @@ fn convolutions(criterion: &mut Criterion) {
     }
     for (name, device) in &devices {
         if !device.is_host() {
+            tensor_cores(criterion, name, device);
             layers::<f16>(criterion, name, device);
             layers::<Tf32>(criterion, name, device);
         }
         layers::<f32>(criterion, name, device);
     }
+}
+
+/// What `mma` reaches without memory: convolutions in f16 are shares of it.
+fn tensor_cores(criterion: &mut Criterion, name: &str, device: &Device) {
+    // Several times what the largest GPU holds at a time.
+    const BLOCKS: u32 = 8192;
+    const ROUNDS: u32 = 4096;
+    let run = || peak::multiply_adds(device, Unit::Matrix, BLOCKS, ROUNDS);
+    let mut group = criterion.benchmark_group(format!("tensor cores {name}"));
+    group.sample_size(10).throughput(Throughput::Elements(2 * run().expect("a launch")));
+    group.bench_function("mma f16", |bencher| {
+        bencher.iter_custom(|count| {
+            let start = device.event().expect("an event");
+            for _ in 0..count {
+                run().expect("a launch");
+            }
+            let end = device.event().expect("an event");
+            Duration::from_secs_f64(end.elapsed_since(&start).expect("two events of one device"))
+        });
+    });
+    group.finish();
 }
 
 fn layers<S: Compute>(criterion: &mut Criterion, name: &str, device: &Device) {

@@ -170,7 +170,7 @@ impl Peaks {
         })?;
         let bytes = 12.0 * len as f64 / seconds;
         let blocks = std::thread::available_parallelism()?.get() as u32;
-        let rate = |unit, rounds| -> Outcome<f64> {
+        let rate = |unit, rounds: u32| -> Outcome<f64> {
             let mut done = 0;
             let seconds = median_of(|| {
                 let start = Instant::now();
