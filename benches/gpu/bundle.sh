@@ -56,6 +56,7 @@ while read -r folder name path; do
     strip -o "$payload/$folder/$name" "$path"
 done < <(echo "$tests"; echo "$peers"; grep '^benches ' <<<"$benches")
 cp -r tests/fixtures "$payload/tests/"
+cp benches/gpu/summary.py "$payload/"
 find benches/peers -name '*.py' -exec cp {} "$payload/peers/" \;
 
 (cd "$payload" && find . -type f -printf '%k KiB  %P\n' | sort -rn | head -n 30)

@@ -1,40 +1,82 @@
 #!/usr/bin/env bash
-# Runs a bundle (bundle.sh) on the first GPU: the tests, compute-sanitizer over the kernels' tests, the comparison with
-# PyTorch, and the benchmarks; or only the stages that are named. If the time on a machine is limited, run a stage or
-# two per call. Full logs go to RESULTS. A table of all runs is printed last, and written to RESULTS/table.txt.
-# It needs Python, and for their stages compute-sanitizer and PyTorch. A missing one counts as a failure.
+# Runs a bundle (bundle.sh) on the first GPU: everything that a first hour on a GPU should tell, in the order of its
+# value. One call takes at most RUN_SECONDS (default 530). Call it again with the same RESULTS until it says that
+# nothing is left: what has passed or failed is not run again, and training goes on where it was.
 #
-#   run.sh RESULTS [tests] [sanitizers] [peers] [benches]
+#   run.sh RESULTS [STAGE...]
 #
-# RUN_SECONDS (default 530) limits the whole run. What there is no time for counts as failed.
+#   tests           all tests, as the driver launches kernels, and without early launches
+#   sanitizers      the kernels' tests under compute-sanitizer
+#   benches         fusions, and every kernel with its share of the measured copy or tensor-core peak
+#   peers           PyTorch's eager and captured forms, paired with ours
+#   peers-compiled  its compiled forms, each in a call of its own
+#   train           ResNet-18 on CIFAR-10 with SGD, SAM and CR-SAM, 200 epochs each; RUN_DATA is the folder of CIFAR-10
+#
+# At the end of each call it prints a table, and writes it and all measurements to RESULTS/DATE-DEVICE.json, from which
+# docs/results.md is made. Full logs are in RESULTS. It needs Python, and for their stages compute-sanitizer and PyTorch.
+# RUN_AGAIN=1 runs again what has failed.
 set -u
 
-stages="tests sanitizers peers benches"
+stages="tests sanitizers benches peers peers-compiled train"
 [ $# -ge 1 ] || { echo "usage: $0 RESULTS [STAGE...], of $stages" >&2; exit 2; }
 for stage in "${@:2}"; do
     case " $stages " in *" $stage "*) ;; *) echo "$stage: unknown stage, expected one of: $stages" >&2; exit 2 ;; esac
 done
-mkdir -p "$1"
+data=${RUN_DATA:+$(realpath "$RUN_DATA")}
+mkdir -p "$1/logs" "$1/peers" || exit 1
 results=$(cd "$1" && pwd)
 asked=" ${*:2} "
 [ $# -gt 1 ] || asked=" $stages "
-wants() { case $asked in *" $1 "*) ;; *) return 1 ;; esac; }
 unpacked=$(mktemp -d)
+trap 'rm -rf "$unpacked"' EXIT
 python3 - "$(dirname "$0")/payload.tar.xz" "$unpacked" <<'EOF' || exit 1
 import sys, tarfile
 with tarfile.open(sys.argv[1]) as archive:
     archive.extractall(sys.argv[2])
 EOF
 cd "$unpacked" || exit 1
-table=$results/table.txt
+rows=$results/rows.tsv # stage, name, status, seconds; of equal names the last counts
+touch "$rows"
 deadline=$((SECONDS + ${RUN_SECONDS:-530}))
-failures=0
+left=0
 
 # Only the GPU: the CPU's emulation of a GPU is tested on machines without one.
 export POLDER_TEST_DEVICE=cuda:0 POLDER_TEST_ONLY=1
 export POLDER_FIXTURES=$PWD/tests/fixtures
-CRITERION_HOME=$(mktemp -d)
-export CRITERION_HOME
+export CRITERION_HOME=$results/criterion TORCHINDUCTOR_CACHE_DIR=$results/inductor
+
+status_of() { awk -F '\t' -v stage="$stage" -v name="$1" '$1 == stage && $2 == name { found = $3 } END { print found }' "$rows"; }
+row() { printf '%s\t%s\t%s\t%s\n' "$stage" "$1" "$2" "$3" >>"$rows"; }
+
+# run NAME SECONDS COMMAND...: runs a command of the present stage, unless that is done. It has so many seconds, or
+# until the end of the call. If it could not have them all, it is left for the next call.
+run() {
+    local name=$1 limit=$2 start=$SECONDS status
+    shift 2
+    case $(status_of "$name") in
+        ok) return ;;
+        FAILED* | timeout | missing) [ -n "${RUN_AGAIN-}" ] || return ;;
+    esac
+    local rest=$((deadline - SECONDS)) given=$limit
+    [ "$rest" -ge "$limit" ] || given=$rest
+    if [ "$given" -lt 5 ]; then
+        left=$((left + 1))
+        return
+    fi
+    printf '\n===== %s: %s\n' "$name" "$*" >>"$results/logs/$stage.log"
+    timeout -s INT -k 10 "$given" "$@" </dev/null >>"$results/logs/$stage.log" 2>&1
+    status=$?
+    case $status in
+        0) status=ok ;;
+        124 | 130 | 137) if [ "$given" -lt "$limit" ]; then left=$((left + 1)) status=unfinished; else status="timeout"; fi ;;
+        *) status="FAILED $status" ;;
+    esac
+    row "$name" "$status" $((SECONDS - start))
+    printf '%-14s %-48s %-10s %5s s\n' "$stage" "$name" "$status" $((SECONDS - start))
+}
+
+# missing NAME: a stage that lacks something.
+missing() { [ "$(status_of "$1")" = missing ] || row "$1" missing 0; }
 
 # Prints "program module" for each module of tests. Each runs in a process of its own, because after an error on a GPU
 # its process cannot use that GPU any more. A program without modules is printed alone.
@@ -55,107 +97,109 @@ modules() {
     done
 }
 
-row() { printf '%-32s %-10s %5s s\n' "$1" "$2" "$3" >>"$table"; }
-
-# run LOG NAME SECONDS COMMAND...: runs a command for at most SECONDS and the time left, and adds a row to the table.
-run() {
-    local log=$results/$1.log name=$2 limit=$3 start=$SECONDS status
-    shift 3
-    [ $((deadline - SECONDS)) -lt "$limit" ] && limit=$((deadline - SECONDS))
-    if [ "$limit" -lt 5 ]; then
-        row "$name" "no time" 0
-        failures=$((failures + 1))
-        return
-    fi
-    printf '\n===== %s: %s\n' "$name" "$*" >>"$log"
-    timeout -k 5 "$limit" "$@" </dev/null >>"$log" 2>&1
-    status=$?
-    case $status in
-        0) status=ok ;;
-        124 | 137) status="timeout" ;;
-        *) status="FAILED $status" ;;
-    esac
-    [ "$status" = ok ] || failures=$((failures + 1))
-    row "$name" "$status" $((SECONDS - start))
-}
-
-find_sanitizer() {
-    command -v compute-sanitizer && return
-    local path
-    for path in /usr/local/cuda*/bin/compute-sanitizer; do
-        [ -x "$path" ] && echo "$path" && return
+tests() {
+    local program module
+    while read -r program module; do
+        run "$program $module" 90 "tests/$program" ${module:+"$module::"}
+    done < <(modules)
+    # Where recorded steps and the order of launches matter.
+    for module in "device" "cuda" "networks plan" "networks training" "kernels vector" "kernels batch_norm"; do
+        read -r program module <<<"$module"
+        run "$program $module, in order" 90 env POLDER_EARLY_LAUNCH=0 "tests/$program" ${module:+"$module::"}
     done
 }
 
-# sanitize TOOL SECONDS: runs the kernels' tests under one tool; all of them share the seconds. Errors that the driver
-# returns are not reported, because some tests provoke them.
-sanitize() {
-    local tool=$1 until=$((SECONDS + $2)) program module
-    # Whole networks launch the same kernels, and take long: they are left out.
-    while read -r program module; do
-        case $program in kernels | device | cuda) ;; *) continue ;; esac
-        run "$tool" "$tool $program $module" $((until - SECONDS)) \
-            "$sanitizer" --tool "$tool" --report-api-errors no --error-exitcode 9 \
-            "tests/$program" ${module:+"$module::"}
-    done < <(modules)
+# Errors that the driver returns are not reported, because some tests provoke them. Whole networks launch the same
+# kernels, and take long: they are left out.
+sanitizers() {
+    local sanitizer tool program module
+    for sanitizer in "$(command -v compute-sanitizer)" /usr/local/cuda*/bin/compute-sanitizer; do
+        [ -x "$sanitizer" ] && break
+    done
+    [ -x "$sanitizer" ] || { missing compute-sanitizer; return; }
+    for tool in memcheck racecheck synccheck; do
+        while read -r program module; do
+            case $program in kernels | device | cuda) ;; *) continue ;; esac
+            run "$tool $program $module" 120 "$sanitizer" --tool "$tool" --report-api-errors no --error-exitcode 9 \
+                "tests/$program" ${module:+"$module::"}
+        done < <(modules)
+    done
 }
 
-: >"$table"
-nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv,noheader \
-    >>"$table" 2>&1 ||
-    echo "nvidia-smi: failed" >>"$table"
-bin/polder devices >>"$table" 2>&1
-
-if wants tests; then
-    while read -r program module; do
-        run tests "test $program $module" 60 "tests/$program" ${module:+"$module::"}
-    done < <(modules)
-fi
-
-sanitizer=$(find_sanitizer)
-if wants sanitizers && [ -z "$sanitizer" ]; then
-    failures=$((failures + 1))
-    row "compute-sanitizer" "missing" 0
-elif wants sanitizers; then
-    sanitize memcheck 180
-    sanitize racecheck 150
-    sanitize synccheck 100
-fi
-
-# peer SCRIPT SECONDS ARGUMENT...: one of the comparisons with PyTorch.
-peer() {
-    local script=peers/$1.py limit=$2
-    case $1 in pytorch) local binary=bin/step_peer ;; *) local binary=bin/$1_peer ;; esac
-    shift 2
-    run peers "$script $1 $2" "$limit" python3 "$script" --device cuda:0 --binary "$binary" "$@"
-}
-
-if wants peers && ! python3 -c 'import torch, safetensors' 2>>"$results/peers.log"; then
-    row "peers" "no torch" 0
-    failures=$((failures + 1))
-elif wants peers; then
-    # Short turns. The defaults take an afternoon: every model and method, all ways and the other precisions.
-    peer pytorch 120 --precision f16 --methods sam --models resnet20 resnet18 --rounds 3 --seconds 0.3 \
-        --ways eager graph reduce-overhead
-    peer vector 80 --rounds 5 --seconds 0.1
-    # Layer by layer against cuDNN: results and time.
-    peer conv 90 --precision f16 --rounds 5 --seconds 0.02
-    peer pytorch 80 --methods sam cr-sam --models resnet20 resnet18 --rounds 3 --seconds 0.3 \
-        --ways eager graph
-fi
-
-if wants benches; then
-    for name in fusion conv vector batch_norm step curvature; do
-        run benches "bench $name" 90 "benches/$name" --bench
+benches() {
+    local name
+    for name in fusion vector conv batch_norm step curvature; do
+        run "$name" 150 "benches/$name" --bench
     done
     # Without programmatic dependent launch, to see what it gains.
-    POLDER_EARLY_LAUNCH=0 run benches "bench fusion, in order" 90 benches/fusion --bench "launch in a graph|passes"
-fi
+    run "fusion, in order" 90 env POLDER_EARLY_LAUNCH=0 benches/fusion --bench "launch in a graph|passes"
+}
 
-rm -rf "$CRITERION_HOME" "$unpacked"
-grep -h "^test result\|^ERROR SUMMARY\|^========= ERROR SUMMARY\|time: " "$results"/*.log |
-    sort | uniq -c | sort -rn | head -n 20
-printf '\n'
-cat "$table"
-echo "$failures failed, $SECONDS s, logs in $results"
-[ "$failures" -eq 0 ]
+# pytorch NAME SECONDS ARGUMENT...: short turns of the paired comparison.
+pytorch() {
+    local name=$1 limit=$2
+    shift 2
+    run "$name" "$limit" python3 peers/pytorch.py --device cuda:0 --binary bin/step_peer --rounds 5 --seconds 0.3 \
+        --json "$results/peers/${name//[^a-zA-Z0-9]/-}.json" "$@"
+}
+
+with_torch() { python3 -c 'import torch, safetensors' 2>>"$results/logs/$stage.log" || { missing torch; return 1; }; }
+
+peers() {
+    with_torch || return
+    local model precision
+    for model in resnet20 resnet18; do
+        for precision in f16 f32; do
+            pytorch "$model, $precision, eager and captured" 180 --precision $precision --models $model --methods sam \
+                --ways eager graph
+        done
+    done
+    run vector 90 python3 peers/vector.py --device cuda:0 --binary bin/vector_peer --rounds 5 --seconds 0.1
+    # Layer by layer against cuDNN: results and time.
+    run conv 120 python3 peers/conv.py --device cuda:0 --binary bin/conv_peer --precision f16 --rounds 5 --seconds 0.02
+    pytorch "CR-SAM, f16, eager and captured" 240 --precision f16 --models resnet20 resnet18 --methods cr-sam \
+        --ways eager graph
+}
+
+# Each compiled form has a call and a budget of its own: the first one compiles for minutes, and one that fails leaves
+# the others alone. All use one cache of compiled code.
+peers-compiled() {
+    with_torch || return
+    local model way
+    for model in resnet18 resnet20; do
+        for way in reduce-overhead max-autotune-graph max-autotune; do
+            pytorch "$model, f16, $way" 500 --precision f16 --models $model --methods sam --ways $way \
+                --forms 'foreach SAM, fused SGD, channels_last'
+        done
+    done
+}
+
+train() {
+    [ -n "$data" ] || { missing "CIFAR-10 (RUN_DATA)"; return; }
+    local method recipe=cr-sam/cifar10/resnet18/sam out
+    for method in sgd sam cr-sam; do
+        [ $method != cr-sam ] || recipe=cr-sam/cifar10/resnet18/cr-sam
+        out=$results/train/$method
+        if [ -e "$out/checkpoint" ]; then
+            run $method 100000 bin/polder train --resume "$out"
+        else
+            rm -rf "$out"
+            run $method 100000 bin/polder train --device cuda:0 --data "$data" --recipe $recipe --optimizer $method \
+                --precision f16 --out "$out"
+        fi
+    done
+}
+
+{
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv,noheader 2>&1 ||
+        echo "nvidia-smi: failed"
+    bin/polder devices 2>&1
+} >"$results/machine.txt"
+for stage in $stages; do
+    case $asked in *" $stage "*) $stage ;; esac
+done
+
+failed=0
+python3 summary.py "$results" || failed=1
+[ $left -eq 0 ] && echo "nothing is left" || echo "$left or more are left: call it again with the same folder"
+exit $failed

@@ -62,6 +62,9 @@ class Step:
         self.device_type, self.dtype = self.parameters[0].device.type, AUTOCAST.get(precision)
         self.scale_of_loss = LOSS_SCALE if precision == "f16" else 1.0
         self.norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        # Graphs that torch.compile records refer to the weights by address, and reuse the memory of their results in
+        # the next pass. So weights are moved in place, and gradients that are needed later are copied.
+        self.in_place = False
         self.optimizer = torch.optim.SGD(
             self.parameters, common.LR, common.MOMENTUM, weight_decay=common.WEIGHT_DECAY, **optimizer
         )
@@ -69,12 +72,32 @@ class Step:
     def backward(self, x, y):
         """Returns the loss of a pass; its gradients replace those in `.grad`."""
         self.optimizer.zero_grad(set_to_none=True)
+        if self.in_place:
+            torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
             loss = F.cross_entropy(self.model(x).float(), y)
         (loss * self.scale_of_loss).backward()
         if self.scale_of_loss != 1.0:
             torch._foreach_mul_([p.grad for p in self.parameters], 1.0 / self.scale_of_loss)
-        return loss.detach()
+        return loss.detach().clone() if self.in_place else loss.detach()
+
+    def weights(self):
+        """The weights, to which `move_to` returns."""
+        values = [p.data for p in self.parameters]
+        return [value.clone() for value in values] if self.in_place else values
+
+    def move_to(self, weights):
+        if self.in_place:
+            with torch.no_grad():
+                torch._foreach_copy_([p.data for p in self.parameters], weights)
+            return
+        for p, value in zip(self.parameters, weights):
+            p.data = value
+
+    def gradients(self):
+        """The gradients, which outlast the next pass."""
+        gradients = [p.grad for p in self.parameters]
+        return [gradient.clone() for gradient in gradients] if self.in_place else gradients
 
     def freeze_running_statistics(self, frozen):
         for norm in self.norms:
@@ -120,15 +143,15 @@ class SamForeach(Step):
     def __call__(self, x, y):
         self.backward(x, y)
         with torch.no_grad():
-            old = [p.data for p in self.parameters]
-            moved = torch._foreach_add(old, foreach_direction([p.grad for p in self.parameters]))
-        for p, value in zip(self.parameters, moved):
-            p.data = value
+            old, direction = self.weights(), foreach_direction([p.grad for p in self.parameters])
+            if self.in_place:
+                torch._foreach_add_([p.data for p in self.parameters], direction)
+            else:
+                self.move_to(torch._foreach_add(old, direction))
         self.freeze_running_statistics(True)
         self.backward(x, y)
         self.freeze_running_statistics(False)
-        for p, value in zip(self.parameters, old):
-            p.data = value
+        self.move_to(old)
         self.optimizer.step()
 
 
@@ -145,7 +168,7 @@ class CrSam(Step):
 
     def __call__(self, x, y):
         l0 = self.backward(x, y)
-        old, g0 = [p.data for p in self.parameters], [p.grad for p in self.parameters]
+        old, g0 = self.weights(), self.gradients()
         with torch.no_grad():
             plus, minus = self.perturbed(old, g0)
         self.freeze_running_statistics(True)
@@ -154,15 +177,14 @@ class CrSam(Step):
         self.freeze_running_statistics(False)
         with torch.no_grad():
             combined = self.combined(g0, g_plus, g_minus, *log_factors(l0, l_plus, l_minus))
-        for p, value, gradient in zip(self.parameters, old, combined):
-            p.data, p.grad = value, gradient
+        self.move_to(old)
+        for p, gradient in zip(self.parameters, combined):
+            p.grad = gradient
         self.optimizer.step()
 
     def pass_at(self, weights, x, y):
-        for p, value in zip(self.parameters, weights):
-            p.data = value
-        loss = self.backward(x, y)
-        return loss, [p.grad for p in self.parameters]
+        self.move_to(weights)
+        return self.backward(x, y), self.gradients()
 
 
 class CrSamPerParameter(CrSam):
@@ -318,6 +340,7 @@ class Runner:
             # All forms share the code of their model's class, and behind this limit it would run in eager mode.
             torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
             step.model = torch.compile(step.model, mode=compiled)
+            step.in_place = compiled == "reduce-overhead"
         self.step = lambda: step(x, y)
         if captured:
             # The first calls allocate the momentum, compile, and choose algorithms. This must come before the capture.

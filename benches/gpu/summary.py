@@ -1,0 +1,116 @@
+"""Gathers what run.sh has left in RESULTS into RESULTS/DATE-DEVICE.json, and prints it as a table.
+
+    summary.py RESULTS          after a call of run.sh; the exit status is 1 if something failed
+    summary.py FILE.json        the tables of docs/results.md, in Markdown
+"""
+
+import datetime
+import json
+import pathlib
+import re
+import sys
+
+
+def rows(results):
+    """The last row of each stage and name, in the order in which they first ran."""
+    found = {}
+    for line in (results / "rows.tsv").read_text().splitlines():
+        stage, name, status, seconds = line.split("\t")
+        found[stage, name] = {"stage": stage, "name": name, "status": status, "seconds": int(seconds)}
+    return list(found.values())
+
+
+def benches(results):
+    """Seconds of each of criterion's benchmarks, and bytes or elements per second where it counts them."""
+    found = []
+    for path in sorted((results / "criterion").glob("**/new/estimates.json")):
+        about = json.loads((path.parent / "benchmark.json").read_text())
+        bench = {"name": about["full_id"], "seconds": json.loads(path.read_text())["median"]["point_estimate"] * 1e-9}
+        for unit, amount in (about.get("throughput") or {}).items():
+            bench[f"{unit.lower()}_per_s"] = amount / bench["seconds"]
+        found.append(bench)
+    return found
+
+
+def training(results):
+    """Each training run: its options, and accuracy and seconds of its epochs."""
+    found = []
+    for path in sorted((results / "train").glob("*/log.jsonl")):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        epochs = [record for record in records if record["kind"] == "epoch"]
+        found.append({"method": path.parent.name, "epochs": epochs})
+    return found
+
+
+def gather(results):
+    machine = (results / "machine.txt").read_text().splitlines()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine,
+        "rows": rows(results),
+        "benches": benches(results),
+        "peers": {path.stem: json.loads(path.read_text()) for path in sorted((results / "peers").glob("*.json"))},
+        "training": training(results),
+    }
+
+
+def count(rows):
+    states = [row["status"].split()[0] for row in rows]
+    return ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states))) or "none"
+
+
+def show(found):
+    """The table at the end of a call: what passed is counted, everything else is named."""
+    for line in found["machine"]:
+        print(line)
+    for stage in dict.fromkeys(row["stage"] for row in found["rows"]):
+        of_stage = [row for row in found["rows"] if row["stage"] == stage]
+        print(f"{stage:16} {count(of_stage)}, {sum(row['seconds'] for row in of_stage)} s")
+        for row in of_stage:
+            if row["status"] != "ok":
+                print(f"  {row['name']:46} {row['status']:10} {row['seconds']:5} s")
+    for name, peer in found["peers"].items():
+        for result in peer["results"] if "results" in peer else []:
+            for role, contender in result["pytorch"].items():
+                ratios = [f"{key} {ratio['median']:.2f}" for key, ratio in contender["ratios"].items()]
+                print(f"{name:46} over {contender['form']}, {role}: {', '.join(ratios)}")
+    for run in found["training"]:
+        if run["epochs"]:
+            last = run["epochs"][-1]
+            print(f"train {run['method']:8} epoch {last['epoch']}: test accuracy {last.get('test_accuracy')}")
+
+
+def markdown(found):
+    print(f"Measured on {found['date']}: {'; '.join(found['machine'])}\n")
+    print("| checks | |\n|---|---|")
+    for stage in dict.fromkeys(row["stage"] for row in found["rows"]):
+        print(f"| {stage} | {count([row for row in found['rows'] if row['stage'] == stage])} |")
+    print("\n| benchmark | µs | per second |\n|---|---|---|")
+    for bench in found["benches"]:
+        rates = [f"{bench[key] * 1e-9:.0f} G {key.split('_')[0]}" for key in bench if key.endswith("_per_s")]
+        print(f"| {bench['name']} | {bench['seconds'] * 1e6:.1f} | {', '.join(rates)} |")
+    print("\n| model, method | ours, images/s | PyTorch's form | ratio |\n|---|---|---|---|")
+    for peer in found["peers"].values():
+        for result in peer["results"] if "results" in peer else []:
+            for contender in result["pytorch"].values():
+                for precision, ratio in contender["ratios"].items():
+                    rate = result["ours"][precision]["images_per_s"]["median"]
+                    print(f"| {result['model']}, {result['method']}, {precision} | {rate:.0f} | {contender['form']} "
+                          f"| {ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f}) |")
+
+
+def main():
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    path = pathlib.Path(sys.argv[1])
+    if path.is_file():
+        return markdown(json.loads(path.read_text()))
+    found = gather(path)
+    # The driver's line is "NAME, VERSION, ..."; without one the file has no device in its name.
+    device = re.sub(r"[^A-Za-z0-9]+", "-", found["machine"][0].split(",")[0]).strip("-")
+    (path / f"{found['date']}-{device}.json").write_text(json.dumps(found, indent=1) + "\n")
+    show(found)
+    sys.exit(any(row["status"].startswith(("FAILED", "timeout", "missing")) for row in found["rows"]))
+
+
+main()
