@@ -245,9 +245,10 @@ impl ConvShape {
     }
 
     /// Measures on a GPU which tile of the tensor cores computes the forward fastest, and with `backward` each of the
-    /// gradients, unless that is already known. It takes 20 ms to warm up, 40 launches of each candidate and the memory of the operands.
-    /// If that memory is not free, or the device has a graph, which would keep it, nothing is measured, and a rule of
-    /// thumb chooses. Results do not depend on the choice. A plan calls this when it is created.
+    /// gradients, unless that is already known. It takes 20 ms to warm up, 40 launches of each candidate, and the
+    /// memory of the operands. If that memory is not free, or the device has a graph, which would keep it, nothing is
+    /// measured, and a rule of thumb chooses. Results do not depend on the choice. A plan calls this when it is
+    /// created.
     ///
     /// # Errors
     /// Those of [`ConvShape::check`] and of the device.
