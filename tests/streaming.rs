@@ -364,7 +364,7 @@ fn evaluations_and_measurements_of_files_are_those_of_memory() {
         let normalization = normalization(None, None, (&data.mean, &data.std), 3).unwrap();
         let mut evaluator =
             Evaluator::new(&device, &network, ("data", &data.test), normalization, 8, Mode::Eval).unwrap();
-        let layouts = [evaluator.plan().parameters(), evaluator.plan().statistics_layout()];
+        let layouts = evaluator.layouts();
         let loaded = weights::load(&at("run").join("model.safetensors"), layouts).unwrap();
         let [parameters, statistics] = loaded.map(|values| device.upload(&values).unwrap());
         let mut all = Vec::new();
@@ -392,8 +392,8 @@ fn evaluations_and_measurements_of_files_are_those_of_memory() {
     let normalization = normalization(None, None, (&data.mean, &data.std), 3).unwrap();
     let mut evaluator = Evaluator::new(&device, &network, ("data", &data.test), normalization, 8, Mode::Eval).unwrap();
     fs::remove_file(picture(&at("pictures"), "test", 11)).unwrap();
-    let [parameters, statistics] = [evaluator.plan().parameters(), evaluator.plan().statistics_layout()]
-        .map(|layout| device.upload(&vec![0.1f32; layout.len()]).unwrap());
+    let [parameters, statistics] =
+        evaluator.layouts().map(|layout| device.upload(&vec![0.1f32; layout.len()]).unwrap());
     let error = evaluator.evaluate(parameters.view(), statistics.view(), |_| Ok(())).unwrap_err();
     assert!(error.to_string().contains("011.png: ") && error.is_input(), "{error}");
 }

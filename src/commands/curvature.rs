@@ -58,7 +58,8 @@ pub fn run(args: &CurvatureArgs) -> Result<ExitCode, Failure> {
     let images = (&*subject.data, &subject.images);
     let mut meter =
         CurvatureMeter::new(&subject.device, &subject.network(), images, subject.normalization, batch_size, bn.mode())?;
-    let [parameters, statistics] = subject.load(&subject.init, meter.plan())?;
+    let [parameters, statistics] =
+        subject.load(&subject.init, [meter.plan().parameters(), meter.plan().statistics_layout()])?;
     let stop = Arc::new(AtomicBool::new(false));
     stop_on_signals(&stop, "pass", None);
     let bar = Bar::new();

@@ -88,7 +88,7 @@ fn prepare(subject: &Subject) -> Result<(Evaluator, [Buffer<f32>; 2]), TrainErro
     let Subject { device, data, images, normalization, init, batch_size, .. } = subject;
     let evaluator =
         Evaluator::new(device, &subject.network(), (data, images), *normalization, *batch_size, Mode::Eval)?;
-    let weights = subject.load(init, evaluator.plan())?;
+    let weights = subject.load(init, evaluator.layouts())?;
     Ok((evaluator, weights))
 }
 

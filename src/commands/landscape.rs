@@ -6,11 +6,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use polder::arena::Layout;
 use polder::curvature::filter_normalized;
 use polder::data::Split;
 use polder::device::{self, Buffer};
 use polder::kernels::vector;
-use polder::plan::Plan;
 use polder::report::landscape_pictures;
 use polder::train::landscape::{Axis, Heights, Landscape, load_direction, save_direction};
 use polder::train::{
@@ -132,8 +132,8 @@ pub fn run(args: &LandscapeArgs) -> Result<ExitCode, Failure> {
     let Subject { device, data, images, normalization, init, batch_size, .. } = &subject;
     let network = subject.network();
     let mut evaluator = Evaluator::new(device, &network, (data, images), *normalization, *batch_size, bn.mode())?;
-    let [weights, statistics] = subject.load(init, evaluator.plan())?;
-    let layout = evaluator.plan().parameters().clone();
+    let [weights, statistics] = subject.load(init, evaluator.layouts())?;
+    let layout = evaluator.layouts()[0].clone();
     let (landscape, directions) = match begun {
         Some(landscape) => {
             let kept = |axis| Ok(device.upload(&load_direction(&out, axis, &layout)?)?);
@@ -141,7 +141,7 @@ pub fn run(args: &LandscapeArgs) -> Result<ExitCode, Failure> {
             (landscape, directions)
         }
         None => {
-            let found = directions(args, &grid, &subject, &stop, evaluator.plan(), [&weights, &statistics]);
+            let found = directions(args, &grid, &subject, &stop, evaluator.layouts(), [&weights, &statistics]);
             let Some((title, found)) = TrainError::unless_stopped(found)? else {
                 tell("interrupted before the first point; nothing is kept");
                 return Ok(ExitCode::from(130));
@@ -228,7 +228,7 @@ fn directions(
     grid: &Grid,
     subject: &Subject,
     stop: &AtomicBool,
-    plan: &Plan<f32>,
+    layouts: [&Layout; 2],
     [weights, statistics]: [&Buffer<f32>; 2],
 ) -> Result<(String, Vec<Direction>), TrainError> {
     let Grid { bn, dimensions, seed, .. } = *grid;
@@ -236,7 +236,7 @@ fn directions(
     if !args.to.is_empty() {
         let mut found = Vec::new();
         for file in &args.to {
-            let [mut vector, _] = subject.load(file, plan)?;
+            let [mut vector, _] = subject.load(file, layouts)?;
             vector::axpy(-1.0, weights.view(), vector.view_mut())?;
             found.push(Direction { name: format!("to {}", short(file)), vector });
         }
@@ -244,7 +244,7 @@ fn directions(
     }
     if grid.directions == Directions::Random {
         let direction = |axis: usize| {
-            let vector = filter_normalized(plan.parameters(), weights.view(), seed, axis)?;
+            let vector = filter_normalized(layouts[0], weights.view(), seed, axis)?;
             Ok(Direction { name: format!("direction {}", axis + 1), vector })
         };
         let found = (0..dimensions).map(direction).collect::<device::Result<_>>()?;

@@ -2,11 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
+use polder::arena::Layout;
 use polder::data::{Images, LoadOptions, Split, SplitImages, StatisticsSource};
 use polder::device::{Buffer, Device};
 use polder::kernels::image::Normalization;
 use polder::nn::Model;
-use polder::plan::{Graph, Plan, PlanError, Shape, Value};
+use polder::plan::{Graph, PlanError, Shape, Value};
 use polder::settings;
 use polder::settings::{OptionType, Setting, SettingValue};
 use polder::train::{
@@ -320,9 +321,9 @@ impl Subject {
         TrainError::Weights { path: self.init.clone(), reason: message }
     }
 
-    /// Loads parameters and running statistics from a file, for a plan of the model.
-    pub fn load(&self, file: &Path, plan: &Plan<f32>) -> Result<[Buffer<f32>; 2], TrainError> {
-        let [parameters, statistics] = weights::load(file, [plan.parameters(), plan.statistics_layout()])?;
+    /// Loads parameters and running statistics from a file, for a plan of the model with these layouts.
+    pub fn load(&self, file: &Path, layouts: [&Layout; 2]) -> Result<[Buffer<f32>; 2], TrainError> {
+        let [parameters, statistics] = weights::load(file, layouts)?;
         Ok([self.device.upload(&parameters)?, self.device.upload(&statistics)?])
     }
 }

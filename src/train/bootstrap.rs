@@ -113,8 +113,7 @@ fn classify(
     (device, batch): (&Device, usize),
 ) -> Result<Vec<u32>, TrainError> {
     let mut evaluator = Evaluator::new(device, network, (name, images), normalization, batch, Mode::Eval)?;
-    let plan = evaluator.plan();
-    let [weights, statistics] = weights::load(file, [plan.parameters(), plan.statistics_layout()])?;
+    let [weights, statistics] = weights::load(file, evaluator.layouts())?;
     let (weights, statistics) = (device.upload(&weights)?, device.upload(&statistics)?);
     let mut labels = Vec::with_capacity(images.len());
     evaluator.evaluate(weights.view(), statistics.view(), |logits| {

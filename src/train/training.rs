@@ -621,7 +621,7 @@ mod tests {
         let normalization = normalization(None, None, (&set.mean, &set.std), 3).unwrap();
         let images = super::super::bootstrapped(&at("whole"), set.train.clone().take(32).unwrap()).unwrap();
         let mut evaluator = Evaluator::new(&device, &network, ("set", &images), normalization, 8, Mode::Eval).unwrap();
-        let layouts = [evaluator.plan().parameters(), evaluator.plan().statistics_layout()];
+        let layouts = evaluator.layouts();
         let loaded = super::super::weights::load(&at("first").join("model.safetensors"), layouts).unwrap();
         let [weights, statistics] = loaded.map(|values| device.upload(&values).unwrap());
         let found = evaluator.evaluate(weights.view(), statistics.view(), |_| Ok(())).unwrap();

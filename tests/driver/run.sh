@@ -147,7 +147,7 @@ else
     run cuda
     run device
     run kernels
-    run polder kernels:: train::run:: device::cuda
+    run polder kernels:: train::run:: train::evaluate:: device::cuda
     run networks plan:: precision::weights_are_rounded families::tiny_members methods::sampa
     # Other orders of blocks, warps and streams.
     DRIVER_SEED=1 run kernels batch_norm:: vector::norm

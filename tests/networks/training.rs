@@ -252,7 +252,7 @@ fn the_pretrained_resnet20_makes_827_errors() {
     let network = |images, classes| model.trace(images, classes);
     let mut evaluator =
         Evaluator::new(&device, &network, ("cifar-10", &test.images), normalization, 250, Mode::Eval).unwrap();
-    let layouts = [evaluator.plan().parameters(), evaluator.plan().statistics_layout()];
+    let layouts = evaluator.layouts();
     let [parameters, statistics] = weights::load(&folder.join("pretrained/resnet20.safetensors"), layouts).unwrap();
     let (parameters, statistics) = (device.upload(&parameters).unwrap(), device.upload(&statistics).unwrap());
     let mut logits = Vec::new();
