@@ -122,13 +122,16 @@ faults() {
     told early 0 "kernels are not launched early" DRIVER_FAULT=no-early-graph
     told eager 0 "steps cannot be recorded" DRIVER_FAULT=no-graph
     told lost 1 "a kernel that ran earlier on the GPU failed" DRIVER_FAILING_LAUNCH=300
-    told few 0 "16 multiprocessors" DRIVER_MULTIPROCESSORS=16
+    local count
+    for count in 16 108 114; do
+        told $count 0 "$count multiprocessors" DRIVER_MULTIPROCESSORS=$count
+    done
     device=auto told old 2 "it is for CUDA 12.9, 13.0 is needed" DRIVER_VERSION=12090
     device=auto told taken 2 "no device cuda:0" DRIVER_FAULT=exclusive
     device=auto told binary 2 "cannot be loaded" DRIVER_FAULT=no-binary
     device=auto told absent 0 "no GPU: the CUDA driver finds no GPU" DRIVER_FAULT=no-gpu
     local out
-    for out in early eager few; do
+    for out in early eager 16 108 114; do
         cmp "$to/usual/model.safetensors" "$to/$out/model.safetensors"
     done
 }
