@@ -75,8 +75,18 @@ run() {
     printf '%-14s %-48s %-10s %5s s\n' "$stage" "$name" "$status" $((SECONDS - start))
 }
 
-# missing NAME: a stage that lacks something.
-missing() { [ "$(status_of "$1")" = missing ] || row "$1" missing 0; }
+# needs NAME COMMAND...: whether the present stage has something that the command looks for. A row tells if it has not.
+needs() {
+    local name=$1 before
+    shift
+    before=$(status_of "$name")
+    if "$@" >>"$results/logs/$stage.log" 2>&1; then
+        [ -z "$before" ] || [ "$before" = ok ] || row "$name" ok 0
+        return 0
+    fi
+    [ "$before" = missing ] || row "$name" missing 0
+    return 1
+}
 
 # Prints "program module" for each module of tests. Each runs in a process of its own, because after an error on a GPU
 # its process cannot use that GPU any more. A program without modules is printed alone.
@@ -100,12 +110,12 @@ modules() {
 tests() {
     local program module
     while read -r program module; do
-        run "$program $module" 90 "tests/$program" ${module:+"$module::"}
+        run "$program${module:+ $module}" 90 "tests/$program" ${module:+"$module::"}
     done < <(modules)
     # Where recorded steps and the order of launches matter.
     for module in "device" "cuda" "networks plan" "networks training" "kernels vector" "kernels batch_norm"; do
         read -r program module <<<"$module"
-        run "$program $module, in order" 90 env POLDER_EARLY_LAUNCH=0 "tests/$program" ${module:+"$module::"}
+        run "$program${module:+ $module}, in order" 90 env POLDER_EARLY_LAUNCH=0 "tests/$program" ${module:+"$module::"}
     done
 }
 
@@ -116,11 +126,11 @@ sanitizers() {
     for sanitizer in "$(command -v compute-sanitizer)" /usr/local/cuda*/bin/compute-sanitizer; do
         [ -x "$sanitizer" ] && break
     done
-    [ -x "$sanitizer" ] || { missing compute-sanitizer; return; }
+    needs compute-sanitizer test -x "$sanitizer" || return
     for tool in memcheck racecheck synccheck; do
         while read -r program module; do
             case $program in kernels | device | cuda) ;; *) continue ;; esac
-            run "$tool $program $module" 120 "$sanitizer" --tool "$tool" --report-api-errors no --error-exitcode 9 \
+            run "$tool $program${module:+ $module}" 120 "$sanitizer" --tool "$tool" --report-api-errors no --error-exitcode 9 \
                 "tests/$program" ${module:+"$module::"}
         done < <(modules)
     done
@@ -143,10 +153,8 @@ pytorch() {
         --json "$results/peers/${name//[^a-zA-Z0-9]/-}.json" "$@"
 }
 
-with_torch() { python3 -c 'import torch, safetensors' 2>>"$results/logs/$stage.log" || { missing torch; return 1; }; }
-
 peers() {
-    with_torch || return
+    needs torch python3 -c 'import torch, safetensors' || return
     local model precision
     for model in resnet20 resnet18; do
         for precision in f16 f32; do
@@ -164,7 +172,7 @@ peers() {
 # Each compiled form has a call and a budget of its own: the first one compiles for minutes, and one that fails leaves
 # the others alone. All use one cache of compiled code.
 peers-compiled() {
-    with_torch || return
+    needs torch python3 -c 'import torch, safetensors' || return
     local model way
     for model in resnet18 resnet20; do
         for way in reduce-overhead max-autotune-graph max-autotune; do
@@ -175,7 +183,7 @@ peers-compiled() {
 }
 
 train() {
-    [ -n "$data" ] || { missing "CIFAR-10 (RUN_DATA)"; return; }
+    needs "CIFAR-10 (RUN_DATA)" test -d "$data" || return
     local method recipe=cr-sam/cifar10/resnet18/sam out
     for method in sgd sam cr-sam; do
         [ $method != cr-sam ] || recipe=cr-sam/cifar10/resnet18/cr-sam
@@ -191,10 +199,10 @@ train() {
 }
 
 {
-    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv,noheader 2>&1 ||
-        echo "nvidia-smi: failed"
-    bin/polder devices 2>&1
-} >"$results/machine.txt"
+    query=name,driver_version,memory.total,clocks.max.sm,power.limit
+    command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=$query --format=csv,noheader
+    bin/polder devices
+} >"$results/machine.txt" 2>&1
 for stage in $stages; do
     case $asked in *" $stage "*) $stage ;; esac
 done

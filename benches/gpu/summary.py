@@ -29,7 +29,24 @@ def benches(results):
         for unit, amount in (about.get("throughput") or {}).items():
             bench[f"{unit.lower()}_per_s"] = amount / bench["seconds"]
         found.append(bench)
+    add_shares(found)
     return found
+
+
+def add_shares(benches):
+    """Of convolutions in f16 the share of the measured peak of `mma`, of kernels that are bound by memory the share of
+    the faster copy in their group."""
+    mma = [bench["elements_per_s"] for bench in benches if bench["name"].startswith("tensor cores")]
+    for bench in benches:
+        group = bench["name"].rpartition("/")[0]
+        copies = [
+            other["bytes_per_s"] for other in benches
+            if other["name"] in (f"{group}/copy", f"{group}/convert_f32_f32") and "bytes_per_s" in other
+        ]
+        if bench["name"].startswith("conv f16") and mma:
+            bench["share"] = bench["elements_per_s"] / mma[0]
+        elif "bytes_per_s" in bench and copies:
+            bench["share"] = bench["bytes_per_s"] / max(copies)
 
 
 def training(results):
@@ -85,10 +102,11 @@ def markdown(found):
     print("| checks | |\n|---|---|")
     for stage in dict.fromkeys(row["stage"] for row in found["rows"]):
         print(f"| {stage} | {count([row for row in found['rows'] if row['stage'] == stage])} |")
-    print("\n| benchmark | µs | per second |\n|---|---|---|")
+    print("\n| benchmark | µs | per second | share of the copy, or of `mma` |\n|---|---|---|---|")
     for bench in found["benches"]:
         rates = [f"{bench[key] * 1e-9:.0f} G {key.split('_')[0]}" for key in bench if key.endswith("_per_s")]
-        print(f"| {bench['name']} | {bench['seconds'] * 1e6:.1f} | {', '.join(rates)} |")
+        share = f"{100 * bench['share']:.0f} %" if "share" in bench else ""
+        print(f"| {bench['name']} | {bench['seconds'] * 1e6:.1f} | {', '.join(rates)} | {share} |")
     print("\n| model, method | ours, images/s | PyTorch's form | ratio |\n|---|---|---|---|")
     for peer in found["peers"].values():
         for result in peer["results"] if "results" in peer else []:
@@ -106,8 +124,9 @@ def main():
     if path.is_file():
         return markdown(json.loads(path.read_text()))
     found = gather(path)
-    # The driver's line is "NAME, VERSION, ..."; without one the file has no device in its name.
-    device = re.sub(r"[^A-Za-z0-9]+", "-", found["machine"][0].split(",")[0]).strip("-")
+    # nvidia-smi's line is "NAME, VERSION, ...". Without it the first line is of polder's own list.
+    first = (found["machine"] or ["unknown"])[0]
+    device = re.sub(r"[^A-Za-z0-9]+", "-", first.split(",")[0]).strip("-")
     (path / f"{found['date']}-{device}.json").write_text(json.dumps(found, indent=1) + "\n")
     show(found)
     sys.exit(any(row["status"].startswith(("FAILED", "timeout", "missing")) for row in found["rows"]))
