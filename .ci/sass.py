@@ -5,8 +5,8 @@
 - The convolutions on tensor cores use tensor-core products and asynchronous copies; streaming kernels use 16-byte
   accesses.
 - No kernel uses local memory, which spilled or indexed registers would need.
-- No thread divides in double precision, which is slow on consumer GPUs, or by a number of 64 bits, which is slow on all.
-  Some kernels have such a division for one thread of a block, and are named here.
+- At most one thread of a block divides in double precision, which is slow on consumer GPUs, or by a number of 64 bits,
+  which is slow on all. The kernels that do are named here.
 - With programmatic dependent launch (compute capability 9.0 and later), a kernel can start before the previous one has
   finished. So every kernel waits before it touches global memory, and none loads through the read-only cache, which
   does not respect the wait.

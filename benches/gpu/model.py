@@ -11,7 +11,7 @@ import math
 CHIPS = {
     "A100": (108, 1.41, 2.04, 1024, 32),
     "H100": (132, 1.83, 3.35, 2048, 64),
-    "RTX 4090": (128, 2.52, 1.01, 512, 2),
+    "RTX 4090": (128, 2.52, 1.01, 256, 2),
 }
 # Assumptions, which no GPU has confirmed.
 NODE = 2.5e-6  # a kernel of a graph: its launch, the first loads, the wait for its last block
@@ -27,7 +27,6 @@ TILES = {
     64: ((64, 32), 4, {"forward": 4.8, "dx": 4.8, "dw": 5.1}),
     128: ((64, 64), 3, {"forward": 3.1, "dx": 3.0, "dw": 3.3}),
 }
-MANY_TILES = 96
 BATCH, SIZE = 128, 2
 
 
@@ -91,17 +90,18 @@ def passes(chip, layers):
         taps = kernel * kernel
         parts["forward"] += chip.product("forward", outputs, c_out, taps * c_in, traffic=moved)
         if number > 0:
-            classes = stride * stride
+            classes = min(stride * stride, taps)  # a class without a tap is only cleared
             depth = math.ceil(taps / classes) * c_out
-            parts["input gradient"] += chip.product("dx", inputs / classes, c_in, depth, classes, moved)
+            pixels = inputs / (stride * stride)
+            parts["input gradient"] += chip.product("dx", pixels, c_in, depth, classes, moved)
         rows = taps * c_in
         tiles = math.ceil(rows / 128) * math.ceil(c_out / min(128, max(16, c_out)))
         splits = max(1, min(math.ceil(264 / tiles), math.ceil(outputs / 128)))
         parts["weight gradient"] += chip.product("dw", rows, c_out, outputs / splits, splits, moved)
-        # The normalisation reads x and writes y; the backward reads x and dz and writes dx. Half have a residual.
+        # 4 and 6 bytes per element forward, 8 and 12 backward, without and with a residual. Half have one.
         activation = SIZE * outputs * c_out
         parts["batch norm"] += chip.stream(2.5 * activation)
-        parts["its backward"] += chip.stream(3.5 * activation)
+        parts["its backward"] += chip.stream(5.0 * activation)
         launches += (3 if number > 0 else 2) + 3
     return parts, launches
 
@@ -110,13 +110,17 @@ def statistics_before(chip, layers):
     """What batch norm's statistics took with a chain of divisions in f64, and now: seconds of a pass."""
     before = after = 0.0
     for _, c_out, _, _, side in layers:
-        tiles = BATCH * side * side / 128
-        # 128 threads of a block take a part of the tiles each, then seven levels of the block. A chain of a division
-        # and four operations takes some 45 + 4 · 8 cycles of latency, and one of two operations 16.
-        links = math.ceil(tiles / 128) + 7
-        # On chips with few f64 units, 40 operations of 32 lanes wait for each other instead.
-        before += links * max(77, 40 * 4 * 32 / chip.f64) / chip.hertz
-        after += links * max(16, 4 * 4 * 32 / chip.f64) / chip.hertz
+        # 128 threads of a block take a part of the tiles each, and then add up in seven levels. The latter is the work
+        # of eight warps, because a level has half the threads of the one before.
+        own, levels = math.ceil(BATCH * side * side / 128 / 128), 7
+        warps = 4 * own + 8
+        # Blocks of one multiprocessor share its f64 units, each of which does an operation of one lane per cycle.
+        blocks = math.ceil(c_out / chip.count)
+        cycles = lambda operations, latency: max(
+            (own + levels) * latency, blocks * warps * operations * 32 / chip.f64)
+        # A division, counted as 40 operations, and four others take some 77 cycles of latency; now there are four.
+        before += cycles(44, 77) / chip.hertz
+        after += cycles(4, 32) / chip.hertz
     return before, after
 
 

@@ -6,18 +6,20 @@
 #   run.sh RESULTS [STAGE...]
 #
 #   tests           all tests, as the driver launches kernels, and without early launches
-#   sanitizers      the kernels' tests under compute-sanitizer
-#   benches         fusions, and every kernel with its share of the measured copy or tensor-core peak
+#   memory          the kernels' tests under compute-sanitizer's memcheck
+#   benches         fusions, steps and kernels; vectors and batch norm as shares of a copy, convolutions in f16 of `mma`
 #   peers           PyTorch's eager and captured forms, paired with ours
-#   peers-compiled  its compiled forms, each in a call of its own
+#   peers-compiled  its compiled forms, each in a process of its own
 #   train           ResNet-18 on CIFAR-10 with SGD, SAM and CR-SAM, 200 epochs each; RUN_DATA is the folder of CIFAR-10
+#   races           the kernels' tests under racecheck and synccheck
 #
 # At the end of each call it prints a table, and writes it and all measurements to RESULTS/DATE-DEVICE.json, from which
 # docs/results.md is made. Full logs are in RESULTS. It needs Python, and for their stages compute-sanitizer and PyTorch.
-# RUN_AGAIN=1 runs again what has failed.
+# RUN_AGAIN=1 forgets what has failed, so that this call and the next ones run it again.
 set -u
 
-stages="tests sanitizers benches peers peers-compiled train"
+stages="tests memory benches peers peers-compiled train races"
+deadline=$((SECONDS + ${RUN_SECONDS:-530}))
 [ $# -ge 1 ] || { echo "usage: $0 RESULTS [STAGE...], of $stages" >&2; exit 2; }
 for stage in "${@:2}"; do
     case " $stages " in *" $stage "*) ;; *) echo "$stage: unknown stage, expected one of: $stages" >&2; exit 2 ;; esac
@@ -37,8 +39,11 @@ EOF
 cd "$unpacked" || exit 1
 rows=$results/rows.tsv # stage, name, status, seconds; of equal names the last counts
 touch "$rows"
-deadline=$((SECONDS + ${RUN_SECONDS:-530}))
+[ -z "${RUN_AGAIN-}" ] || sed -i -E '/\t(FAILED [0-9]+|timeout|missing)\t/d' "$rows"
 left=0
+first=1 # whether nothing has run in this call
+child=
+trap '[ -z "$child" ] || kill -INT $child; exit 130' INT TERM
 
 # Only the GPU: the CPU's emulation of a GPU is tested on machines without one.
 export POLDER_TEST_DEVICE=cuda:0 POLDER_TEST_ONLY=1
@@ -49,28 +54,36 @@ status_of() { awk -F '\t' -v stage="$stage" -v name="$1" '$1 == stage && $2 == n
 row() { printf '%s\t%s\t%s\t%s\n' "$stage" "$1" "$2" "$3" >>"$rows"; }
 
 # run NAME SECONDS COMMAND...: runs a command of the present stage, unless that is done. It has so many seconds, or
-# until the end of the call. If it could not have them all, it is left for the next call.
+# until the end of the call. If it could not have them all, it is left for the next call, which begins with it. With
+# `on` for the seconds it goes on from call to call: a training run, which is stopped by one signal and saves its state.
 run() {
-    local name=$1 limit=$2 start=$SECONDS status
+    local name=$1 limit=$2 start=$SECONDS status alone=
     shift 2
-    case $(status_of "$name") in
-        ok) return ;;
-        FAILED* | timeout | missing) [ -n "${RUN_AGAIN-}" ] || return ;;
-    esac
-    local rest=$((deadline - SECONDS)) given=$limit
-    [ "$rest" -ge "$limit" ] || given=$rest
+    case $(status_of "$name") in ok | FAILED* | timeout) return ;; esac
+    local rest=$((deadline - SECONDS - 10)) given=$limit
+    [ "$limit" != on ] || given=$rest alone=--foreground
+    [ "$rest" -ge "$given" ] || given=$rest
     if [ "$given" -lt 5 ]; then
         left=$((left + 1))
         return
     fi
     printf '\n===== %s: %s\n' "$name" "$*" >>"$results/logs/$stage.log"
-    timeout -s INT -k 10 "$given" "$@" </dev/null >>"$results/logs/$stage.log" 2>&1
+    timeout $alone -s INT -k 10 "$given" "$@" </dev/null >>"$results/logs/$stage.log" 2>&1 &
+    child=$!
+    wait $child
     status=$?
-    case $status in
-        0) status=ok ;;
-        124 | 130 | 137) if [ "$given" -lt "$limit" ]; then left=$((left + 1)) status=unfinished; else status="timeout"; fi ;;
-        *) status="FAILED $status" ;;
-    esac
+    child=
+    if [ $status -eq 0 ]; then
+        status=ok
+    elif [ $((SECONDS - start)) -lt "$given" ]; then
+        status="FAILED $status"
+    elif [ "$limit" = on ] || { [ "$given" -lt "$limit" ] && [ $first -eq 0 ]; }; then
+        left=$((left + 1))
+        status=unfinished
+    else
+        status="timeout"
+    fi
+    first=0
     row "$name" "$status" $((SECONDS - start))
     printf '%-14s %-48s %-10s %5s s\n' "$stage" "$name" "$status" $((SECONDS - start))
 }
@@ -81,7 +94,10 @@ needs() {
     shift
     before=$(status_of "$name")
     if "$@" >>"$results/logs/$stage.log" 2>&1; then
-        [ -z "$before" ] || [ "$before" = ok ] || row "$name" ok 0
+        if [ -n "$before" ]; then
+            grep -v -F "$(printf '%s\t%s\t' "$stage" "$name")" "$rows" >"$rows.new"
+            mv "$rows.new" "$rows"
+        fi
         return 0
     fi
     [ "$before" = missing ] || row "$name" missing 0
@@ -121,13 +137,13 @@ tests() {
 
 # Errors that the driver returns are not reported, because some tests provoke them. Whole networks launch the same
 # kernels, and take long: they are left out.
-sanitizers() {
+sanitize() {
     local sanitizer tool program module
     for sanitizer in "$(command -v compute-sanitizer)" /usr/local/cuda*/bin/compute-sanitizer; do
         [ -x "$sanitizer" ] && break
     done
     needs compute-sanitizer test -x "$sanitizer" || return
-    for tool in memcheck racecheck synccheck; do
+    for tool in "$@"; do
         while read -r program module; do
             case $program in kernels | device | cuda) ;; *) continue ;; esac
             run "$tool $program${module:+ $module}" 120 "$sanitizer" --tool "$tool" --report-api-errors no --error-exitcode 9 \
@@ -136,13 +152,16 @@ sanitizers() {
     done
 }
 
+memory() { sanitize memcheck; }
+races() { sanitize racecheck synccheck; }
+
 benches() {
     local name
     for name in fusion vector conv batch_norm step curvature; do
         run "$name" 150 "benches/$name" --bench
     done
     # Without programmatic dependent launch, to see what it gains.
-    run "fusion, in order" 90 env POLDER_EARLY_LAUNCH=0 benches/fusion --bench "launch in a graph|passes"
+    run "fusion, in order" 90 env POLDER_EARLY_LAUNCH=0 CRITERION_HOME="$results/criterion-in-order" benches/fusion --bench "launch in a graph|passes"
 }
 
 # pytorch NAME SECONDS ARGUMENT...: short turns of the paired comparison.
@@ -162,15 +181,17 @@ peers() {
                 --ways eager graph
         done
     done
-    run vector 90 python3 peers/vector.py --device cuda:0 --binary bin/vector_peer --rounds 5 --seconds 0.1
+    run vector 90 python3 peers/vector.py --device cuda:0 --binary bin/vector_peer --rounds 5 --seconds 0.1 \
+        --json "$results/peers/vector.json"
     # Layer by layer against cuDNN: results and time.
-    run conv 120 python3 peers/conv.py --device cuda:0 --binary bin/conv_peer --precision f16 --rounds 5 --seconds 0.02
+    run conv 120 python3 peers/conv.py --device cuda:0 --binary bin/conv_peer --precision f16 --rounds 5 --seconds 0.02 \
+        --json "$results/peers/conv.json"
     pytorch "CR-SAM, f16, eager and captured" 240 --precision f16 --models resnet20 resnet18 --methods cr-sam \
         --ways eager graph
 }
 
-# Each compiled form has a call and a budget of its own: the first one compiles for minutes, and one that fails leaves
-# the others alone. All use one cache of compiled code.
+# Each compiled form has a process and a budget of its own: the first one compiles for minutes, and one that fails
+# leaves the others alone. All use one cache of compiled code.
 peers-compiled() {
     needs torch python3 -c 'import torch, safetensors' || return
     local model way
@@ -189,10 +210,10 @@ train() {
         [ $method != cr-sam ] || recipe=cr-sam/cifar10/resnet18/cr-sam
         out=$results/train/$method
         if [ -e "$out/checkpoint" ]; then
-            run $method 100000 bin/polder train --resume "$out"
+            run $method on bin/polder train --resume "$out"
         else
             rm -rf "$out"
-            run $method 100000 bin/polder train --device cuda:0 --data "$data" --recipe $recipe --optimizer $method \
+            run $method on bin/polder train --device cuda:0 --data "$data" --recipe $recipe --optimizer $method \
                 --precision f16 --out "$out"
         fi
     done
@@ -200,9 +221,9 @@ train() {
 
 {
     query=name,driver_version,memory.total,clocks.max.sm,power.limit
-    command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=$query --format=csv,noheader
-    bin/polder devices
-} >"$results/machine.txt" 2>&1
+    line=$(timeout 20 nvidia-smi --query-gpu=$query --format=csv,noheader) && echo "$line"
+    timeout 60 bin/polder devices
+} >"$results/machine.txt" 2>>"$results/logs/machine.log"
 for stage in $stages; do
     case $asked in *" $stage "*) $stage ;; esac
 done
