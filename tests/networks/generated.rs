@@ -66,13 +66,13 @@ fn families_train_on_generated_images() {
     for (name, network, side) in networks {
         for method in ["sgd", "sam", "cr-sam"] {
             let mut settings = settings(method, 96, 0);
-            if method == "cr-sam" {
-                // At 0.1 the loss leaps up with some networks and roundings.
-                settings.sgd.lr = 0.02;
+            if (name, method) == ("VGG", "cr-sam") {
+                // At 0.1 its loss may leap up: to 11 with one order of rounding, not with another.
+                settings.sgd.lr = 0.05;
             }
             let losses = epoch_losses(network, side, settings);
             println!("{name}, {method}: {losses:.3?}");
-            // With SGD the ViT comes no further than guessing, 2.303, in so few steps.
+            // CR-SAM, except with the VGG, and with SGD the ViT, come no further than guessing, 2.303, in so few steps.
             assert!(losses.len() == 6 && losses[5] < 0.99 * losses[0], "{name}, {method}: {losses:?}");
         }
     }
