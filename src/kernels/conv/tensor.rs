@@ -215,12 +215,12 @@ fn fastest_tile<A: Compute>(pass: ConvPass, shape: &ConvShape, device: &Device) 
     for tile in pass.candidates::<A>(shape) {
         recorded.push((tile, device.capture(|| (0..TIMED_LAUNCHES).try_for_each(|_| launch(tile)))?));
     }
-    let (began, mut warmed) = (device.event()?, false);
-    while !warmed {
-        for (_, graph) in &recorded {
-            graph.replay()?;
+    let began = device.event()?;
+    for (_, graph) in recorded.iter().cycle() {
+        graph.replay()?;
+        if device.event()?.elapsed_since(&began)? >= WARM_UP_SECONDS {
+            break;
         }
-        warmed = device.event()?.elapsed_since(&began)? >= WARM_UP_SECONDS;
     }
     let (mut fastest, mut shortest) = (recorded[0].0, f64::INFINITY);
     for (tile, graph) in recorded.iter().cycle().take(TIMINGS * recorded.len()) {
